@@ -1,0 +1,39 @@
+"""loratool: merge, shrink, extract, convert and check LoRA adapter files.
+
+Public names are resolved on first use, so that importing the package costs nothing and never
+pulls in torch.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_EXPORTS = {
+    "demo": "loratool.api",
+    "extract": "loratool.api",
+    "inspect": "loratool.api",
+    "merge": "loratool.api",
+    "open": "loratool.api",
+    "verify": "loratool.api",
+    "LoratoolError": "loratool.errors",
+}
+
+__all__ = ["LoratoolError", "__version__", "demo", "extract", "inspect", "merge", "open", "verify"]
+
+if TYPE_CHECKING:
+    from loratool.api import demo, extract, inspect, merge, open, verify
+    from loratool.errors import LoratoolError
+
+
+def __getattr__(name: str) -> Any:
+    if name in _EXPORTS:
+        from importlib import import_module
+
+        return getattr(import_module(_EXPORTS[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_EXPORTS})

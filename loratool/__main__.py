@@ -1,0 +1,6 @@
+"""``python -m loratool``."""
+
+from loratool.cli import main
+
+if __name__ == "__main__":
+    main()

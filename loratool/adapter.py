@@ -1,0 +1,220 @@
+"""The neutral form of an adapter: what every dialect is read into and written from.
+
+Plain data, no torch.  `TensorRef` says where bytes lie; `DeltaSpec` says what they mean; an
+`Adapter` is a list of those plus whole replacement tensors.  Nothing here knows any dialect's
+key names, and nothing above the dialects knows about alpha conventions: `DeltaSpec.scaling` is
+the only factor the mathematics sees.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from loratool.dtypes import numel, tensor_bytes
+
+
+@dataclass(frozen=True)
+class TensorRef:
+    """A tensor's bytes inside a file.
+
+    Attributes:
+        file: the file that holds it.
+        name: its key in that file.
+        dtype: safetensors spelling, a key of `loratool.dtypes.DTYPES`.
+        shape: as stored.
+        start: absolute offset of the first byte in the file.
+        nbytes: length in bytes.
+    """
+
+    file: Path
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    nbytes: int
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return numel(self.shape)
+
+
+@dataclass(frozen=True)
+class TensorData:
+    """A tensor made in memory (a new factor), ready to be written.
+
+    Attributes:
+        name: a label for messages.
+        dtype: safetensors spelling.
+        shape: as it will be stored.
+        data: little-endian, row-major bytes, ``nbytes`` long.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    data: bytes | memoryview = field(repr=False)
+
+    @property
+    def nbytes(self) -> int:
+        """Length in bytes."""
+        return tensor_bytes(self.dtype, self.shape)
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return numel(self.shape)
+
+
+Source = TensorRef | TensorData
+
+
+@dataclass(frozen=True)
+class DeltaSpec:
+    """One change of one parameter, described without its tensors.
+
+    Attributes:
+        kind: a row of `loratool.kinds.KINDS`: ``lowrank``, ``dora``, ``vector``.
+        module: in-memory module path, without prefix and without the parameter name.
+        parameter: the parameter that changes, ``weight``, ``bias``, ``in_proj_weight``,
+            or the name of a bare parameter such as ``gate_up_proj``.
+        fields: role -> tensor.  Roles are those of the kind's row; factors keep the PEFT
+            orientation, lora_A (r, in…) and lora_B (out, r…).
+        layout: how the factors lie on the target: ``linear`` (out, in), ``conv``
+            (out, in, k…), ``embedding`` (always transposed), ``experts`` (flattened 3-D),
+            ``vector``.
+        rank: r (per expert for ``experts``); 0 for ``vector``.
+        alpha: as the file says, None where it says nothing.
+        scaling: resolved factor of lora_B @ lora_A.
+        transposed: the configuration says that the target is stored (in, out)
+            (``fan_in_fan_out``).  A hint: binding decides from the base.
+        experts: number of experts E for ``experts``, else 0.
+        alternatives: for a bare parameter whose name the key does not tell, the other
+            parameter names that the configuration allows; binding checks them by shape.
+        base_change: what loading does to the base first: ``pissa``, ``olora``, ``kasa``, or "".
+        blocks: (n, side) for block-diagonal factors, side ``A`` or ``B``; None otherwise.
+        b_order: packing of the experts axis of lora_B, ``rank-major`` (PEFT) or ``expert-major``.
+    """
+
+    kind: str
+    module: str
+    parameter: str
+    fields: Mapping[str, Source]
+    layout: str
+    rank: int
+    alpha: float | None
+    scaling: float
+    transposed: bool = False
+    experts: int = 0
+    alternatives: tuple[str, ...] = ()
+    base_change: str = ""
+    blocks: tuple[int, str] | None = None
+    b_order: str = "rank-major"
+
+    @property
+    def name(self) -> str:
+        """Full in-memory parameter name."""
+        return f"{self.module}.{self.parameter}" if self.module else self.parameter
+
+    @property
+    def is_additive(self) -> bool:
+        """True if W' - W does not depend on W, so that deltas may be added and scaled."""
+        return self.kind != "dora" and not self.base_change
+
+
+@dataclass(frozen=True)
+class Replacement:
+    """A tensor, or rows of one, that takes the place of the base's.
+
+    Attributes:
+        name: in-memory tensor name, such as ``lm_head.weight``.
+        source: the new values.
+        origin: ``modules_to_save``, ``bias``, ``base_layer`` (read before a delta on the same
+            weight is added) or ``trainable_tokens``.
+        rows: for ``trainable_tokens`` the row indices replaced, in the order of the source's
+            rows; None = the whole tensor.
+    """
+
+    name: str
+    source: Source
+    origin: str
+    rows: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter in neutral form.
+
+    Attributes:
+        path: folder or file as the user named it.
+        dialect: registry name of the dialect it was read in.
+        specs: the deltas, in file order.
+        replacements: whole tensors or rows that replace the base's.
+        base_model: the base that the adapter names, None if it names none.
+        config: the dialect's own configuration, verbatim (empty if it has none).
+        metadata: the tensor file's string metadata.
+        key_order: tensor names in file order, so that writing can reproduce the file.
+        unclaimed: tensors with no meaning for merging that the dialect may legally hold
+            (training-only state); reported, never dropped in silence.
+        layer_order: layer_replication: base layer index for each layer of the adapter's model.
+        notes: facts about the reading that a user should know, one sentence each.
+        extras: other files that belong to it (tokenizer, chat template), by path.
+    """
+
+    path: Path
+    dialect: str
+    specs: tuple[DeltaSpec, ...]
+    replacements: tuple[Replacement, ...] = ()
+    base_model: str | None = None
+    config: Mapping[str, Any] = field(default_factory=dict)
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    key_order: tuple[str, ...] = ()
+    unclaimed: tuple[TensorRef, ...] = ()
+    layer_order: tuple[int, ...] | None = None
+    notes: tuple[str, ...] = ()
+    extras: tuple[Path, ...] = ()
+
+    @property
+    def label(self) -> str:
+        """Short name for tables: the last part of the path."""
+        return self.path.name or str(self.path)
+
+
+@dataclass(frozen=True)
+class ReadOptions:
+    """What a user may say about an adapter that its files do not.
+
+    Attributes:
+        alpha: lora_alpha for files without a configuration.
+        rank_from: ``file`` or ``config`` where they contradict; None = refuse.
+        mha_out_proj: ``once`` or ``twice``; None = what the trained model computed.
+        moe_layout: ``eoi`` (parameter stored (E, out, in)) or ``eio``; None = by shape, then
+            by PEFT version.
+        experts_b_order: packing of the experts axis of lora_B.
+    """
+
+    alpha: float | None = None
+    rank_from: str | None = None
+    mha_out_proj: str | None = None
+    moe_layout: str | None = None
+    experts_b_order: str = "rank-major"
+
+
+@dataclass(frozen=True)
+class AdapterFiles:
+    """An adapter as the files that a dialect writes.
+
+    Attributes:
+        tensors: (key, bytes) in file order.
+        metadata: string metadata of the tensor file.
+        tensor_file: name of the tensor file inside the output folder.
+        json_files: file name -> object, written beside it (``adapter_config.json``).
+    """
+
+    tensors: tuple[tuple[str, Source], ...]
+    metadata: Mapping[str, str]
+    tensor_file: str
+    json_files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)

@@ -1,0 +1,130 @@
+"""Every way a command can fail, with its exit code.
+
+A message always has the same form::
+
+    error[LT-nnn]: <what> · file <path> · key <key> · expected <x> · got <y> · hint <command>
+
+The first digit of a number is the exit code (``LT-1nn`` is exit code 10).  ``docs/errors.md``
+lists every number; a test checks it against the raise sites.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, ClassVar
+
+
+class LoratoolError(Exception):
+    """Root of all errors that are not bugs.
+
+    Args:
+        code: ``"LT-nnn"``, unique per kind of failure.
+        what: one clause that says what failed.
+        file: path or name of the file, as the user knows it.
+        key: tensor, module or configuration key.
+        expected: what would have been right.
+        got: what was found.
+        hint: what to do, often a command line.
+    """
+
+    exit_code: ClassVar[int] = 1
+
+    def __init__(
+        self,
+        code: str,
+        what: str,
+        *,
+        file: object | None = None,
+        key: object | None = None,
+        expected: object | None = None,
+        got: object | None = None,
+        hint: str | None = None,
+    ) -> None:
+        self.code = code
+        self.what = what
+        self.file = None if file is None else str(file)
+        self.key = None if key is None else str(key)
+        self.expected = None if expected is None else str(expected)
+        self.got = None if got is None else str(got)
+        self.hint = hint
+        super().__init__(self.message())
+
+    def message(self) -> str:
+        """The message without its ``error[LT-nnn]:`` head."""
+        parts = [self.what]
+        for label in ("file", "key", "expected", "got", "hint"):
+            value = getattr(self, label)
+            if value is not None:
+                parts.append(f"{label} {value}")
+        return " · ".join(parts)
+
+    def to_json(self) -> dict[str, Any]:
+        """The same fields as an object for ``--json``."""
+        out: dict[str, Any] = {"code": self.code, "exit_code": self.exit_code, "what": self.what}
+        for label in ("file", "key", "expected", "got", "hint"):
+            value = getattr(self, label)
+            if value is not None:
+                out[label] = value
+        return out
+
+
+class UsageError(LoratoolError):
+    """The command line or the arguments of a call make no sense."""
+
+    exit_code = 2
+
+
+class BadFileError(LoratoolError):
+    """An input file is damaged, truncated or not what its name says."""
+
+    exit_code = 3
+
+
+class MismatchError(LoratoolError):
+    """Inputs do not belong together, or a feature of them is not supported."""
+
+    exit_code = 4
+
+
+class OutputError(LoratoolError):
+    """The output exists, is locked, or lies in an unsafe place."""
+
+    exit_code = 5
+
+
+class DiskError(LoratoolError):
+    """Disk full, no permission, memory limit, input/output error."""
+
+    exit_code = 6
+
+
+class HubError(LoratoolError):
+    """The Hub or the network."""
+
+    exit_code = 7
+
+
+class NumericError(LoratoolError):
+    """NaN, infinity or overflow where a number was needed."""
+
+    exit_code = 8
+
+
+class UnsafeContentError(LoratoolError):
+    """Pickle, code, or a path that leaves its folder."""
+
+    exit_code = 9
+
+
+class DifferencesFound(LoratoolError):
+    """A verification ran to its end and found differences."""
+
+    exit_code = 10
+
+
+def list_some(items: Iterable[str], limit: int = 10) -> str:
+    """Sorted, the first ``limit`` of them, and a count of the rest."""
+    ordered = sorted(items)
+    shown = ", ".join(ordered[:limit])
+    rest = len(ordered) - limit
+    return shown if rest <= 0 else f"{shown} and {rest} more"

@@ -1,0 +1,217 @@
+"""What will be done, as data: a flat list of steps, made before any tensor byte is read.
+
+A plan is a list, not a graph, because no output tensor depends on another one.  It serialises
+to JSON: ``--dry-run`` prints it, tests compare it, resume and provenance hash it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from loratool.adapter import DeltaSpec, Source, TensorData, TensorRef
+from loratool.dtypes import numel, tensor_bytes
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A tensor to be written: name in the output file, dtype and shape."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Length in bytes."""
+        return tensor_bytes(self.dtype, self.shape)
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return numel(self.shape)
+
+
+@dataclass(frozen=True)
+class Span:
+    """``range(start, stop, step)`` along one axis of a target."""
+
+    start: int
+    stop: int
+    step: int = 1
+
+    def __len__(self) -> int:
+        return len(range(self.start, self.stop, self.step))
+
+
+@dataclass(frozen=True)
+class Region:
+    """Which part of a target's 2-D view a delta covers, and which part of the delta goes there.
+
+    The 2-D view of a target is (rows, cols) with every axis but the last (linear, embedding,
+    experts) or but the first (conv) flattened.  Empty tuples mean "all".  The rows of the delta,
+    in the target's orientation, from ``source_rows[0]`` on are laid on the spans in order.
+
+    Attributes:
+        rows: spans of target rows, in the order of the delta's rows.
+        cols: spans of target columns.
+        source_rows: (start, stop) rows of ΔW used; None = all.
+        source_cols: (start, stop) columns of ΔW used; None = all.
+    """
+
+    rows: tuple[Span, ...] = ()
+    cols: tuple[Span, ...] = ()
+    source_rows: tuple[int, int] | None = None
+    source_cols: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True)
+class DeltaPart:
+    """One delta that goes into one target.
+
+    Attributes:
+        spec: what is added.
+        weight: the user's coefficient.
+        region: where.
+        expert: which expert of a flattened 3-D pair of factors; None otherwise.
+        transposed: the target stores (in, out): (lora_B @ lora_A)ᵀ is added.
+        adapter: position of the adapter on the command line, for reports.
+    """
+
+    spec: DeltaSpec
+    weight: float
+    region: Region = Region()
+    expert: int | None = None
+    transposed: bool = False
+    adapter: int = 0
+
+
+@dataclass(frozen=True)
+class ReplacePart:
+    """New values for a whole tensor or for some rows: W becomes W + weight·(new - W).
+
+    Attributes:
+        source: the new values.
+        weight: the user's coefficient.
+        rows: rows replaced, in the order of the source's rows; None = all.
+        adapter: position of the adapter on the command line.
+        origin: as in `Replacement.origin`.
+    """
+
+    source: Source
+    weight: float
+    rows: tuple[int, ...] | None = None
+    adapter: int = 0
+    origin: str = ""
+
+
+Part = DeltaPart | ReplacePart
+
+
+@dataclass(frozen=True)
+class Step:
+    """One output tensor (or one module of an adapter) and how to make it.
+
+    Attributes:
+        op: name of a kernel: ``copy``, ``cast``, ``add_deltas``, ``compare``,
+            ``subtract_and_factor``.
+        output: the tensor written; for ops that fill an adapter, a label.
+        inputs: what is read, base first.
+        view: (rows, cols) of the 2-D view on which the block grid lies.
+        parts: deltas and replacements, in the order of the adapters.
+        shard: index into `Plan.shards`, -1 if nothing is streamed.
+        args: further numbers and strings for the kernel.
+    """
+
+    op: str
+    output: TensorSpec
+    inputs: tuple[Source, ...]
+    view: tuple[int, int]
+    parts: tuple[Part, ...] = ()
+    shard: int = -1
+    args: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ShardPlan:
+    """One output file of a checkpoint.
+
+    Attributes:
+        name: path relative to the output folder ("" if the output is this one file).
+        tensors: in file order.
+        metadata: header metadata.
+        header: bytes to reuse as they are (length prefix included) when the layout is that of
+            an input file; None = build it.
+        twin: the input file that has exactly these bytes, when every step of it is a copy.
+    """
+
+    name: str
+    tensors: tuple[TensorSpec, ...]
+    metadata: Mapping[str, str]
+    header: bytes | None = None
+    twin: Path | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All steps of one command.
+
+    Attributes:
+        command: the command's name.
+        steps: in output order.
+        shards: output files of a checkpoint; empty when the output is an adapter or a report.
+        options: every resolved option that changes bytes.
+        inputs: input label -> content id, for provenance and resume.
+        notes: what the user should know before it runs.
+    """
+
+    command: str
+    steps: tuple[Step, ...]
+    shards: tuple[ShardPlan, ...] = ()
+    options: Mapping[str, Any] = field(default_factory=dict)
+    inputs: Mapping[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    @property
+    def output_bytes(self) -> int:
+        """Bytes of tensor data that will be written."""
+        return sum(t.nbytes for s in self.shards for t in s.tensors)
+
+    @property
+    def read_bytes(self) -> int:
+        """Bytes of input tensor data that will be read at least once."""
+        return sum(i.nbytes for s in self.steps for i in s.inputs)
+
+    def to_json(self) -> dict[str, Any]:
+        """The plan as plain JSON types; bytes become their sha256, paths their last part."""
+        out = _plain(self)
+        assert isinstance(out, dict)
+        return out
+
+    def plan_id(self) -> str:
+        """sha256 of the canonical JSON: equal plans write equal bytes."""
+        text = json.dumps(self.to_json(), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, TensorRef):
+        return [value.file.name, value.name, value.dtype, list(value.shape), value.start]
+    if isinstance(value, TensorData):
+        return [value.name, value.dtype, list(value.shape), hashlib.sha256(value.data).hexdigest()]
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    if isinstance(value, (bytes, memoryview)):
+        return hashlib.sha256(value).hexdigest()
+    if isinstance(value, Path):
+        return value.name
+    return value
