@@ -116,7 +116,7 @@ class UnsafeContentError(LoratoolError):
     exit_code = 9
 
 
-class DifferencesFound(LoratoolError):
+class DifferencesError(LoratoolError):
     """A verification ran to its end and found differences."""
 
     exit_code = 10

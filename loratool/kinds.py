@@ -28,7 +28,14 @@ class Kind:
 
 KINDS: tuple[Kind, ...] = (
     Kind("lowrank", "loratool.delta.lowrank:build", ("lora_A", "lora_B"), ("diag",), True, "LoRA"),
-    Kind("dora", "loratool.delta.magnitude:build", ("lora_A", "lora_B", "magnitude"), (), False, "DoRA"),
+    Kind(
+        "dora",
+        "loratool.delta.magnitude:build",
+        ("lora_A", "lora_B", "magnitude"),
+        (),
+        False,
+        "DoRA",
+    ),
     Kind("vector", "loratool.delta.vector:build", ("delta",), (), True, "bias delta"),
 )
 

@@ -1,1 +1,1 @@
-"""See docs/architecture.md."""
+"""Name maps and shape facts of architectures, as data: torch-free, no model code."""

@@ -1,85 +1,272 @@
 """Which tensor of the base does each delta of an adapter change?
 
-CONTRACT (the dataclasses below are fixed; `bind` is to be written).
+Names are matched by one rule for the whole adapter (a known renaming, one prefix, or both);
+the first rule that gives every module a target of the right shape wins, and a second rule of
+the same rank with another result is an error.  Nothing is ever half bound.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
-from loratool.adapter import DeltaSpec, Replacement
-from loratool.plan import Region
+from loratool.adapter import Adapter
+from loratool.errors import MismatchError, UsageError
+from loratool.ops.bind_experts import place_flat, place_single
+from loratool.ops.bind_fused import place_fused
+from loratool.ops.bind_layers import layer_config, replicate_layers
+from loratool.ops.bind_place import (
+    Context,
+    Placement,
+    check_rows,
+    place_on,
+    place_replacement,
+    place_vector,
+    shows_flag_is_ignored,
+)
+from loratool.ops.bind_report import (
+    ambiguous_error,
+    collision_error,
+    shape_error,
+    unmatched_error,
+)
+from loratool.ops.bind_rules import NameRule, apply_user_names, name_rules
+from loratool.ops.bind_settle import settle
+from loratool.ops.bind_ties import Tie, find_tie
+from loratool.ops.bind_types import (
+    Bindings,
+    BindOptions,
+    BoundDelta,
+    BoundReplacement,
+    Found,
+    Item,
+    Misfit,
+)
+from loratool.store.checkpoint import Checkpoint
+
+__all__ = [
+    "BindOptions",
+    "Bindings",
+    "BoundDelta",
+    "BoundReplacement",
+    "bind",
+    "replicate_layers",
+]
 
 
 @dataclass(frozen=True)
-class BindOptions:
-    """What the user says about names.
+class _Outcome:
+    """What one rule does with every item."""
 
-    Attributes:
-        rename: ``s/pattern/replacement/`` expressions, applied in order to module names.
-        skip: component names (``te``) or regular expressions; matching modules are left out.
-        allow_unmatched: leave out and report what has no target.
-        untie: write an own lm_head where it shares the embedding.
-        keep_tied: apply a change of one tied tensor to the shared tensor.
-        resize_embeddings: let replacement tensors change the vocabulary size.
+    rule: NameRule
+    found: tuple[Found, ...]
+    misfits: tuple[Misfit, ...]
+    context: Context
+
+    @property
+    def unnamed(self) -> tuple[Misfit, ...]:
+        return tuple(m for m in self.misfits if m.reason == "name")
+
+    @property
+    def unfit(self) -> tuple[Misfit, ...]:
+        return tuple(m for m in self.misfits if m.reason != "name")
+
+    @property
+    def places(self) -> frozenset[tuple[str, tuple[str, ...]]]:
+        return frozenset((f.item.name, f.targets) for f in self.found)
+
+
+def bind(adapter: Adapter, checkpoint: Checkpoint, options: BindOptions | None = None) -> Bindings:
+    """Give every delta and replacement of an adapter its target.
+
+    Args:
+        adapter: in neutral form.
+        checkpoint: the base, headers only.
+        options: what the user says about names.
+
+    Returns:
+        The bindings.  `Bindings.checkpoint` is the base that they name.
+
+    Raises:
+        MismatchError: LT-430 … LT-448; all offenders are listed.
+        UsageError: LT-240 … LT-244.
+
+    Example:
+        >>> bindings = bind(open_adapter("style"), open_checkpoint("base"))  # doctest: +SKIP
     """
-
-    rename: tuple[str, ...] = ()
-    skip: tuple[str, ...] = ()
-    allow_unmatched: bool = False
-    untie: bool = False
-    keep_tied: bool = False
-    resize_embeddings: bool = False
-
-
-@dataclass(frozen=True)
-class BoundDelta:
-    """A delta (or a slice of one) and the base tensor that it changes.
-
-    Attributes:
-        spec: the delta.
-        target: checkpoint-wide tensor name, or the name of a `Bindings.new_tensors` entry.
-        region: where in the target's 2-D view, and which part of the delta.
-        expert: expert index for flattened 3-D factors, else None.
-        transposed: the target stores (in, out).
-    """
-
-    spec: DeltaSpec
-    target: str
-    region: Region = Region()
-    expert: int | None = None
-    transposed: bool = False
+    options = options or BindOptions()
+    _check_options(options)
+    config_changes = {}
+    if adapter.layer_order is not None:
+        config_changes = layer_config(checkpoint.config, adapter.layer_order)
+        checkpoint = replicate_layers(checkpoint, adapter.layer_order)
+    items, skipped, notes = apply_user_names(adapter, options)
+    if not items:
+        if adapter.specs or adapter.replacements:
+            raise MismatchError(
+                "LT-448", "--skip leaves nothing to bind", file=adapter.path, got=skipped
+            )
+        return Bindings((), skipped=skipped, notes=notes, checkpoint=checkpoint)
+    outcome = _choose(items, adapter, checkpoint, options)
+    left_out = tuple(sorted({m.item.module for m in outcome.misfits}))
+    bindings = settle(outcome.found, outcome.context, adapter)
+    return replace(
+        bindings,
+        config_changes={**config_changes, **bindings.config_changes},
+        rule=outcome.rule.words,
+        skipped=tuple(sorted({*skipped, *left_out})),
+        notes=(*notes, *bindings.notes),
+        checkpoint=checkpoint,
+    )
 
 
-@dataclass(frozen=True)
-class BoundReplacement:
-    """A replacement tensor and the base tensor that it replaces (or creates)."""
+def _check_options(options: BindOptions) -> None:
+    if options.untie and options.keep_tied:
+        raise UsageError("LT-243", "--untie and --keep-tied exclude each other")
+    if options.moe_layout not in (None, "eoi", "eio"):
+        raise UsageError(
+            "LT-244", "unknown --moe-layout", expected="eoi or eio", got=options.moe_layout
+        )
 
-    replacement: Replacement
-    target: str
+
+def _choose(
+    items: Sequence[Item], adapter: Adapter, checkpoint: Checkpoint, options: BindOptions
+) -> _Outcome:
+    """The first rule, by rank, that places everything; else the error that says most."""
+    tie = find_tie(checkpoint, options)
+    tried: list[_Outcome] = []
+    complete: list[_Outcome] = []
+    for rule in name_rules(checkpoint, (i.name for i in items)):
+        if complete and rule.rank > complete[0].rule.rank:
+            break
+        outcome = _try(rule, items, adapter, checkpoint, options, tie)
+        tried.append(outcome)
+        if not outcome.misfits and _collision(outcome) is None:
+            complete.append(outcome)
+    if complete:
+        return _only_one(complete, checkpoint)
+    # Fewest missing names first: a rule that finds all names tells the truth about shapes.
+    best = min(tried, key=lambda o: (len(o.unnamed), len(o.unfit), o.rule.rank))
+    if not best.found and not best.unfit:
+        best = tried[0]
+    if best.unfit and not (best.unnamed and len(best.unnamed) >= len(best.unfit)):
+        raise shape_error(best.unfit, checkpoint)
+    if best.unnamed and (not options.allow_unmatched or not best.found):
+        total = len({i.module for i in items})
+        raise unmatched_error(best.unnamed, total, checkpoint)
+    if best.unfit:
+        raise shape_error(best.unfit, checkpoint)
+    clash = _collision(best)
+    if clash is not None:
+        raise collision_error(clash[1], clash[0], checkpoint)
+    equals = [o for o in tried if _is_as_good(o, best)]
+    return _only_one(equals, checkpoint)
 
 
-@dataclass(frozen=True)
-class Bindings:
-    """The result of `bind`.
+def _is_as_good(one: _Outcome, other: _Outcome) -> bool:
+    return (
+        one.rule.rank == other.rule.rank
+        and len(one.misfits) == len(other.misfits)
+        and _collision(one) is None
+    )
 
-    Attributes:
-        deltas: every delta with its target; a delta may appear for several targets.
-        replacements: every replacement with its target.
-        new_tensors: new tensor name -> base tensor whose values it starts from
-            (``lm_head.weight`` -> ``model.embed_tokens.weight`` when untied).
-        config_changes: changes to ``config.json``: key (dotted for nested) -> value.
-        rule: how names were matched, in words (``exact``, ``+ prefix "model."``).
-        skipped: modules left out because the user asked for it.
-        notes: one sentence each.
-    """
 
-    deltas: tuple[BoundDelta, ...]
-    replacements: tuple[BoundReplacement, ...] = ()
-    new_tensors: Mapping[str, str] = field(default_factory=dict)
-    config_changes: Mapping[str, Any] = field(default_factory=dict)
-    rule: str = "exact"
-    skipped: tuple[str, ...] = ()
-    notes: tuple[str, ...] = ()
+def _only_one(outcomes: Sequence[_Outcome], checkpoint: Checkpoint) -> _Outcome:
+    first = outcomes[0]
+    for other in outcomes[1:]:
+        if other.places != first.places:
+            raise ambiguous_error(first.rule.words, other.rule.words, checkpoint)
+    return first
+
+
+def _try(
+    rule: NameRule,
+    items: Sequence[Item],
+    adapter: Adapter,
+    checkpoint: Checkpoint,
+    options: BindOptions,
+    tie: Tie | None,
+) -> _Outcome:
+    version = adapter.config.get("peft_version")
+    peft_version = version if isinstance(version, str) else ""
+    context = Context(checkpoint, options, rule.view, tie, peft_version)
+    context.flag_is_ignored = any(_flag_fails(item, rule, context) for item in items)
+    found: list[Found] = []
+    misfits: list[Misfit] = []
+    # Replacements first: they may change the shape that deltas must fit.
+    for item in sorted(items, key=lambda i: i.spec is not None):
+        placed = _place(item, rule, context)
+        if isinstance(placed, Found):
+            found.append(placed)
+        else:
+            misfits.append(placed)
+    for placed in list(found):
+        if placed.item.is_tokens:
+            problem = check_rows(placed.item, placed.targets[0], context)
+            if problem is not None:
+                found.remove(placed)
+                misfits.append(problem)
+    return _Outcome(rule, tuple(found), tuple(misfits), context)
+
+
+def _flag_fails(item: Item, rule: NameRule, context: Context) -> bool:
+    if item.spec is None or not item.spec.transposed:
+        return False
+    target = rule.view.get(rule.rename(item.name))
+    return target is not None and shows_flag_is_ignored(item.spec, context.shape(target))
+
+
+def _place(item: Item, rule: NameRule, context: Context) -> Placement:
+    """Try the item's names in turn; the first that has a fitting target wins."""
+    failure: Misfit | None = None
+    for name in item.names:
+        placed = _place_name(item, rule.rename(name), context)
+        if isinstance(placed, Found):
+            return placed
+        if failure is None or failure.reason == "name":
+            failure = placed
+    assert failure is not None
+    return failure
+
+
+def _place_name(item: Item, name: str, context: Context) -> Placement:
+    spec = item.spec
+    if spec is None:
+        return place_replacement(item, name, context)
+    if spec.layout == "experts":
+        return place_flat(item, name, context)
+    target, alias = context.lookup(name)
+    if target is not None:
+        if spec.layout == "vector":
+            return place_vector(item, spec, target, context)
+        return place_on(item, spec, target, alias, context)
+    elsewhere = place_single(item, name, context) or place_fused(item, name, context)
+    if elsewhere is not None:
+        return elsewhere
+    if spec.layout == "vector" and context.view.get(f"{name.rpartition('.')[0]}.weight"):
+        return Misfit(item, "LT-438", expected=name, got="no such tensor")
+    return Misfit(item, "name")
+
+
+def _collision(outcome: _Outcome) -> tuple[str, tuple[str, ...]] | None:
+    """(target, names) of two differently named items on the same place, None if injective."""
+    holders: dict[str, list[tuple[object, bool, str]]] = {}
+    for found in outcome.found:
+        if found.alias or found.item.is_tokens:
+            continue
+        for target, place, is_whole in _places(found):
+            for other, other_whole, name in holders.get(target, ()):
+                same = other == place or is_whole or other_whole
+                if same and name != found.item.name:
+                    return target, (name, found.item.name)
+            holders.setdefault(target, []).append((place, is_whole, found.item.name))
+    return None
+
+
+def _places(found: Found) -> list[tuple[str, object, bool]]:
+    if found.replacement is not None:
+        return [(found.replacement.target, "whole", True)]
+    return [
+        (d.target, (d.region.rows, d.region.cols), not d.region.rows and not d.region.cols)
+        for d in found.deltas
+    ]

@@ -1,16 +1,35 @@
 """Model checkpoints as a set of named tensors: single files, shards, diffusers folders.
 
-CONTRACT (the dataclasses below are fixed; `open_checkpoint` is to be written).
+Only headers are read.  Everything that could go wrong later for want of a file, a key or a safe
+file name goes wrong here.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from loratool.adapter import TensorRef
+from loratool.errors import (
+    BadFileError,
+    DiskError,
+    MismatchError,
+    UnsafeContentError,
+    list_some,
+)
+from loratool.store.header import MAX_HEADER_BYTES, read_header, short_name
+from loratool.store.jsonfile import load_json
+from loratool.store.layout import PLAIN_STEMS, Layout, find_layout, has_weights, is_pickle_name
+from loratool.store.quantized import method_in_tensors, recognize_quantization
+
+_ADAPTER_KEY = re.compile(
+    r"lora_[ABab]\b|lora_(up|down|mid)\b|\.lora\.(up|down)\b|hada_w[12]|lokr_w[12]|"
+    r"lora_magnitude|dora_scale|\.alpha$"
+)
+_SHARD_OF_MANY = re.compile(r"-\d{5,6}-of-(\d{5,6})\b")
 
 
 @dataclass(frozen=True)
@@ -71,3 +90,208 @@ class Checkpoint:
     def nbytes(self) -> int:
         """Bytes of all tensors."""
         return sum(t.nbytes for t in self.tensors.values())
+
+
+def open_checkpoint(path: Path, *, max_header: int = MAX_HEADER_BYTES) -> Checkpoint:
+    """Open a model's weight files: headers only.
+
+    A single ``.safetensors`` file; a folder with ``model.safetensors``, with shards and an
+    index, or with exactly one weight file of another name; a diffusers component or pipeline
+    folder.  Quantised weights are recorded, not refused.
+
+    Args:
+        path: file or folder.
+        max_header: largest header accepted, in bytes.
+
+    Raises:
+        BadFileError: nothing here, several candidates, missing shards, damaged files, or an
+            index that contradicts its shards.
+        MismatchError: this is an adapter.
+        UnsafeContentError: only pickles, special files, or names that lead out of the folder.
+        DiskError: the system refuses to read it.
+
+    Example:
+        >>> open_checkpoint(Path("SmolLM2-135M")).tensors["lm_head.weight"]  # doctest: +SKIP
+    """
+    try:
+        if path.is_dir():
+            if (path / "model_index.json").is_file():
+                return _open_pipeline(path, max_header)
+            return _open_folder(path, max_header)
+        if path.name.endswith(".safetensors.index.json"):
+            return _open_folder(path.parent, max_header)
+        return _open_file(path, max_header)
+    except OSError as error:
+        raise DiskError(
+            "LT-601", "cannot read", file=error.filename or path, got=error.strerror
+        ) from error
+
+
+def _open_file(path: Path, max_header: int) -> Checkpoint:
+    if is_pickle_name(path.name) and path.is_file():
+        raise UnsafeContentError(
+            "LT-900", "pickle is not opened: it can run code", file=path, expected="safetensors",
+            hint="get the .safetensors file, or convert it in a place you trust",
+        )  # fmt: skip
+    shard = _read_shard(path, path.name, "", max_header)
+    tensors = _collect([shard], path)
+    _refuse_adapter(tensors, path)
+    config: Mapping[str, Any] = {}
+    if path.name.removesuffix(".safetensors") in PLAIN_STEMS:
+        config = _read_config(path.parent)
+    match = _SHARD_OF_MANY.search(path.name)
+    is_part = match is not None and int(match[1]) > 1
+    notes = ("this file is one shard of several: the others are not looked at",) if is_part else ()
+    method, more = _quantization(config, tensors)
+    return Checkpoint(
+        path, False, (shard[0],), tensors, config, quantization=method, notes=notes + more
+    )
+
+
+def _open_folder(folder: Path, max_header: int) -> Checkpoint:
+    layout = find_layout(folder)
+    shards, tensors, notes = _open_layout(layout, "", "", max_header)
+    _refuse_adapter(tensors, folder)
+    config = _read_config(folder)
+    method, more = _quantization(config, tensors)
+    return Checkpoint(
+        folder, True, tuple(shards), tensors, config, layout.index_name,
+        quantization=method, notes=notes + more,
+    )  # fmt: skip
+
+
+def _open_pipeline(folder: Path, max_header: int) -> Checkpoint:
+    listed = load_json(folder / "model_index.json")
+    components = sorted(
+        e.name for e in folder.iterdir() if e.is_dir() and e.name[0] != "." and has_weights(e)
+    )
+    if not components:
+        raise BadFileError(
+            "LT-320", "no checkpoint here: no component of this pipeline holds weights",
+            file=folder, expected="sub-folders with safetensors weights",
+            got=list_some(e.name for e in folder.iterdir()),
+        )  # fmt: skip
+    shards: list[Shard] = []
+    tensors: dict[str, TensorRef] = {}
+    config: dict[str, Any] = {}
+    notes: list[str] = []
+    methods: list[str] = []
+    for name in components:
+        part = _open_component(folder / name, name, max_header)
+        shards += part.shards
+        tensors |= part.tensors
+        config[name] = part.config
+        notes += (f"{name}: {note}" for note in part.notes)
+        methods += [part.quantization] if part.quantization else []
+        if name not in listed:
+            notes.append(f"{name}: not listed in model_index.json")
+    loose = sorted(e.name for e in folder.iterdir() if e.name.endswith(".safetensors"))
+    if loose:
+        notes.append(f"ignored {list_some(loose)}: the pipeline's weights are in its sub-folders")
+    return Checkpoint(
+        folder, True, tuple(shards), tensors, config, None, tuple(components),
+        methods[0] if methods else None, tuple(notes),
+    )  # fmt: skip
+
+
+def _open_component(folder: Path, name: str, max_header: int) -> Checkpoint:
+    layout = find_layout(folder)
+    shards, tensors, notes = _open_layout(layout, f"{name}/", f"{name}.", max_header)
+    config = _read_config(folder)
+    method, more = _quantization(config, tensors)
+    return Checkpoint(
+        folder, True, tuple(shards), tensors, config, quantization=method, notes=notes + more
+    )
+
+
+_Read = tuple[Shard, tuple[TensorRef, ...]]
+
+
+def _open_layout(
+    layout: Layout, folder_prefix: str, prefix: str, max_header: int
+) -> tuple[list[Shard], dict[str, TensorRef], tuple[str, ...]]:
+    read = [
+        _read_shard(layout.folder / name, folder_prefix + name, prefix, max_header)
+        for name in layout.files
+    ]
+    tensors = _collect(read, layout.folder)
+    notes = layout.notes
+    if layout.index is not None:
+        index_path = layout.folder / str(layout.index_name)
+        _check_index(layout, read, index_path)
+        notes += _check_total(layout.index, tensors)
+    return [shard for shard, _ in read], tensors, notes
+
+
+def _read_shard(path: Path, name: str, prefix: str, max_header: int) -> _Read:
+    header = read_header(path, max_bytes=max_header)
+    keys = tuple(prefix + ref.name for ref in header.tensors)
+    return Shard(path, name, prefix, header.metadata, keys, header.raw), header.tensors
+
+
+def _collect(read: list[_Read], where: Path) -> dict[str, TensorRef]:
+    tensors: dict[str, TensorRef] = {}
+    for shard, refs in read:
+        for key, ref in zip(shard.keys, refs, strict=True):
+            if key in tensors:
+                raise BadFileError(
+                    "LT-324", "two shards hold the same tensor", file=where, key=short_name(key),
+                    got=f"{tensors[key].file.name} and {ref.file.name}",
+                    hint="download the checkpoint again",
+                )  # fmt: skip
+            tensors[key] = ref
+    return tensors
+
+
+def _check_index(layout: Layout, read: list[_Read], index_path: Path) -> None:
+    assert layout.index is not None
+    listed = set(layout.index["weight_map"].items())
+    present = {
+        (ref.name, name)
+        for name, (_, refs) in zip(layout.files, read, strict=True)
+        for ref in refs
+    }  # fmt: skip
+    absent = [f"{short_name(key)} in {name}" for key, name in listed - present]
+    unlisted = [f"{short_name(key)} in {name}" for key, name in present - listed]
+    if absent or unlisted:
+        raise BadFileError(
+            "LT-323", "index and shards disagree", file=index_path,
+            expected=f"listed but not there: {list_some(absent) or 'none'}",
+            got=f"there but not listed: {list_some(unlisted) or 'none'}",
+            hint="download the checkpoint again",
+        )  # fmt: skip
+
+
+def _check_total(index: Mapping[str, Any], tensors: Mapping[str, TensorRef]) -> tuple[str, ...]:
+    metadata = index.get("metadata")
+    said = metadata.get("total_size") if isinstance(metadata, dict) else None
+    actual = sum(ref.nbytes for ref in tensors.values())
+    if not isinstance(said, (int, float)) or said == actual:
+        return ()
+    return (f"the index says total_size {said}, the tensors take {actual} bytes",)
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    return load_json(path) if path.is_file() or path.is_symlink() else {}
+
+
+def _quantization(
+    config: Mapping[str, Any], tensors: Mapping[str, TensorRef]
+) -> tuple[str | None, tuple[str, ...]]:
+    method = recognize_quantization(config, tensors)
+    if method is None or method_in_tensors(tensors) is not None:
+        return method, ()
+    return method, (
+        f"config.json names the quantisation {method}, but no tensor looks quantised: "
+        "if the weights are plain, remove quantization_config from it",
+    )
+
+
+def _refuse_adapter(tensors: Mapping[str, TensorRef], path: Path) -> None:
+    if tensors and all(_ADAPTER_KEY.search(name) for name in tensors):
+        raise MismatchError(
+            "LT-480", "this is an adapter, not a base model", file=path,
+            expected="a model checkpoint", got=f"keys such as {short_name(next(iter(tensors)))}",
+            hint="give the adapter first and its base model as --base",
+        )  # fmt: skip

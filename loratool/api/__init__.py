@@ -1,0 +1,12 @@
+"""One function per command; the command line does nothing that these do not.
+
+Every function returns the report that ``--json`` prints.
+"""
+
+from loratool.api.demo import demo
+from loratool.api.extract import extract
+from loratool.api.inspect import inspect, open
+from loratool.api.merge import merge
+from loratool.api.verify import verify
+
+__all__ = ["demo", "extract", "inspect", "merge", "open", "verify"]

@@ -1,0 +1,116 @@
+"""What the commands that write share: option parsing, memory, the run itself."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from loratool.dtypes import BY_WORD
+from loratool.errors import UsageError
+from loratool.ops.memory import MemoryPlan, plan_memory
+
+if TYPE_CHECKING:
+    from loratool.engine.run import Progress, RunOptions
+    from loratool.plan import Plan
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+_BINARY = {"k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
+
+
+def parse_size(text: str | int | None) -> int | None:
+    """Bytes of ``"20MB"`` (10⁶) or ``"20MiB"`` (2²⁰); integers are bytes.
+
+    Raises:
+        UsageError: not a size.
+    """
+    if text is None or isinstance(text, int):
+        return text
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?\s*", text, re.IGNORECASE)
+    if not found or (found[3] and not found[2]):
+        raise UsageError("LT-213", "not a size", expected="such as 5GB or 512MiB", got=text)
+    unit = found[2].lower()
+    return int(float(found[1]) * (_BINARY[unit] if found[3] else _UNITS[unit]))
+
+
+def parse_dtype(text: str) -> str | None:
+    """Safetensors name of a ``--dtype``; None for ``auto``.
+
+    Raises:
+        UsageError: not a type that weights are stored in.
+    """
+    allowed = ("float32", "bfloat16", "float16")
+    if text == "auto":
+        return None
+    if text not in allowed:
+        raise UsageError(
+            "LT-214", "unknown --dtype", expected="auto, " + ", ".join(allowed), got=text
+        )
+    return BY_WORD[text].name
+
+
+@dataclass(frozen=True)
+class Resources:
+    """Where and with how much a plan runs.
+
+    Attributes:
+        run: options for the engine.
+        memory: the memory plan behind them.
+        device: ``cpu`` or ``cuda:0``.
+        reason: why this device.
+    """
+
+    run: RunOptions
+    memory: MemoryPlan
+    device: str
+    reason: str
+
+
+def plan_resources(
+    plan: Plan,
+    *,
+    device: str,
+    threads: int | None,
+    max_memory: str | int | None,
+    chunk_bytes: int | None,
+    sample: bool,
+    progress: Progress | None,
+) -> Resources:
+    """Decide device, threads and buffers for a plan.
+
+    Raises:
+        UsageError: no such device, or a nonsensical number of threads.
+        DiskError: more memory would be needed than there is.
+    """
+    from loratool.engine.device import available_memory, default_threads, resolve_device
+    from loratool.engine.run import RunOptions
+
+    if threads is not None and threads < 1:
+        raise UsageError("LT-215", "number of threads", expected="1 or more", got=threads)
+    where, reason = resolve_device(device, "I/O-bound, a GPU would not help")
+    limit = parse_size(max_memory)
+    memory = plan_memory(
+        plan,
+        device=where.type,
+        threads=threads or default_threads(),
+        chunk_bytes=chunk_bytes,
+        limit=limit if limit is not None else available_memory(),
+    )
+    run = RunOptions(where, memory.threads, memory.chunk_bytes, sample, progress)
+    return Resources(run, memory, str(where), reason)
+
+
+def option_values(**options: Any) -> dict[str, Any]:
+    """Options that change bytes, without those at their default (None, False, empty)."""
+    return {k: v for k, v in options.items() if v not in (None, False, (), [], "auto")}
+
+
+def content_label(path: Path, used: Mapping[str, Any]) -> str:
+    """A name for an input in provenance: its last path part, numbered if already used."""
+    label, number = path.name or "input", 1
+    while label in used:
+        number += 1
+        label = f"{path.name}#{number}"
+    return label

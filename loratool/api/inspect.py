@@ -1,0 +1,48 @@
+"""`inspect` and `open`: looking at sources."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from loratool.adapter import ReadOptions
+from loratool.report import InspectReport
+
+if TYPE_CHECKING:
+    from loratool.engine.opened import OpenAdapter
+
+
+def open(path: str | Path, *, alpha: float | None = None) -> OpenAdapter:
+    """Open an adapter to look at its tensors.
+
+    Args:
+        path: adapter folder or file.
+        alpha: lora_alpha for files without a configuration.
+
+    Example:
+        >>> for module in lt.open("style"):
+        ...     print(module.name, module.rank, module.norm())
+    """
+    from loratool.dialects import open_adapter
+    from loratool.engine.opened import OpenAdapter
+    from loratool.store.source import find_adapter
+
+    return OpenAdapter(open_adapter(find_adapter(Path(path)), ReadOptions(alpha=alpha)))
+
+
+def inspect(
+    source: str | Path, *, tensors: bool = False, alpha: float | None = None, offline: bool = False
+) -> InspectReport:
+    """Say what an adapter, a checkpoint or a folder of adapters holds, from headers alone.
+
+    Args:
+        source: path or Hub reference.
+        tensors: list every tensor.
+        alpha: lora_alpha for files without a configuration.
+        offline: never touch the network.
+    """
+    from loratool.ops.summary import summarize
+    from loratool.store.source import resolve
+
+    resolved = resolve(str(source), kind="adapter", offline=offline, yes=False)
+    return summarize(resolved.path, tensors=tensors, alpha=alpha)

@@ -1,0 +1,176 @@
+"""`verify`: recompute a merge and compare."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from loratool.adapter import ReadOptions
+from loratool.api.common import plan_resources
+from loratool.api.merge import MergeJob, NameOptions, prepare_merge
+from loratool.ops.bind import BindOptions
+from loratool.ops.inputs import Access, open_adapters, open_base
+from loratool.ops.verify import VerifyPlan, merged_dtype, plan_verify
+from loratool.report import TensorDifference, VerifyReport
+from loratool.store.checkpoint import Checkpoint, open_checkpoint
+from loratool.store.source import resolve
+
+if TYPE_CHECKING:
+    from loratool.engine.run import Progress
+
+
+def verify(
+    merged: str | Path,
+    *,
+    base: str | Path,
+    adapters: Sequence[str],
+    weights: Sequence[float] | None = None,
+    mean: bool = False,
+    device: str = "auto",
+    threads: int | None = None,
+    max_memory: str | int | None = None,
+    untie: bool = False,
+    keep_tied: bool = False,
+    rename: Sequence[str] = (),
+    skip: Sequence[str] = (),
+    allow_unmatched: bool = False,
+    resize_embeddings: bool = False,
+    offline: bool = False,
+    yes: bool = False,
+    alpha: float | None = None,
+    rank_from: str | None = None,
+    mha_out_proj: str | None = None,
+    moe_layout: str | None = None,
+    experts_b_order: str = "rank-major",
+    progress: Progress | None = None,
+) -> VerifyReport:
+    """Recompute W + Σ weight·ΔW and compare it with a merged checkpoint, tensor by tensor.
+
+    The verdict is ``identical`` (every bit), ``rounding`` (no element further away than another
+    order of rounding explains: ulp(W') + ulp(Δ)/2) or ``differs``.
+
+    Args:
+        merged: the checkpoint under test.
+        base: what it was merged from, or ``auto``.
+        adapters: what was merged, with weights.
+        weights: see `merge`, as all further arguments.
+        mean: divide by the number of adapters.
+        device: ``auto``, ``cpu`` or ``cuda[:n]``.
+        threads: workers.
+        max_memory: limit for the planned peak.
+        untie: as given to the merge.
+        keep_tied: as given to the merge.
+        rename: as given to the merge.
+        skip: as given to the merge.
+        allow_unmatched: as given to the merge.
+        resize_embeddings: as given to the merge.
+        offline: never touch the network.
+        yes: agree to large downloads.
+        alpha: lora_alpha for files without a configuration.
+        rank_from: ``file`` or ``config`` where they contradict.
+        mha_out_proj: as given to the merge.
+        moe_layout: as given to the merge.
+        experts_b_order: as given to the merge.
+        progress: called with (bytes done, bytes in all).
+    """
+    started = time.monotonic()
+    access = Access(offline, yes)
+    names = NameOptions(
+        BindOptions(
+            tuple(rename), tuple(skip), allow_unmatched, untie, keep_tied,
+            resize_embeddings, moe_layout,
+        ),
+        ReadOptions(alpha, rank_from, mha_out_proj, moe_layout, experts_b_order),
+    )  # fmt: skip
+    resolved = resolve(str(merged), kind="base", offline=offline, yes=yes)
+    found = open_checkpoint(resolved.path)
+    job = prepare_merge(
+        adapters,
+        base=base,
+        weights=weights,
+        mean=mean,
+        names=names,
+        access=access,
+        dtype=_dtype(str(base), found, adapters, names, access),
+        shard_bytes=None,
+        output=None,
+        with_provenance=False,
+    )
+    plan = plan_verify(job.merge.plan, _full_names(job), found)
+    resources = plan_resources(
+        plan.plan,
+        device=device,
+        threads=threads,
+        max_memory=max_memory,
+        chunk_bytes=None,
+        sample=False,
+        progress=progress,
+    )
+    from loratool.engine.run import execute
+    from loratool.store.reader import FileReader
+
+    with FileReader() as reader:
+        results = execute(plan.plan, reader, None, resources.run)
+        reader.check_unchanged()
+    return _report(job, resolved.label, plan, results, started)
+
+
+def _dtype(
+    base: str, merged: Checkpoint, adapters: Sequence[str], names: NameOptions, access: Access
+) -> str | None:
+    opened = open_adapters(adapters, weights=None, mean=False, read=names.read, access=access)
+    return merged_dtype(open_base(base, opened, access).checkpoint, merged)
+
+
+def _full_names(job: MergeJob) -> dict[int, str]:
+    """Step index -> checkpoint-wide name (steps carry the name inside their file)."""
+    prefixes = {s.name: s.prefix for s in job.checkpoint.shards}
+    shards = job.merge.plan.shards
+    return {
+        i: prefixes.get(shards[step.shard].name, "") + step.output.name
+        for i, step in enumerate(job.merge.plan.steps)
+    }
+
+
+def _report(
+    job: MergeJob, label: str, plan: VerifyPlan, results: Sequence[Any], started: float
+) -> VerifyReport:
+    differing = [
+        TensorDifference(name=name, elements=0, max_ulp=0.0, residual=0.0, reason=reason)
+        for name, reason in plan.unlike
+    ]
+    identical = within = 0
+    for result in results:
+        if result.differing == 0:
+            identical += 1
+        elif result.outside == 0:
+            within += 1
+        else:
+            differing.append(_difference(result))
+    failed = differing or plan.missing or plan.unexpected
+    verdict = "differs" if failed else "rounding" if within else "identical"
+    return VerifyReport(
+        merged=label,
+        base=job.base.resolved.label,
+        verdict=verdict,
+        tensors=len(results),
+        identical=identical,
+        within_rounding=within,
+        differing=tuple(differing),
+        missing=plan.missing,
+        unexpected=plan.unexpected,
+        seconds=time.monotonic() - started,
+        notes=tuple(job.merge.notes),
+    )
+
+
+def _difference(result: Any) -> TensorDifference:
+    if not result.delta_square:
+        reason = "changed, but no adapter touches it"
+        return TensorDifference(result.name, result.outside, result.max_ulp, 0.0, reason)
+    residual = math.sqrt(result.residual_square / result.delta_square)
+    reason = "the change is missing" if abs(residual - 1) < 0.01 else "another change"
+    return TensorDifference(result.name, result.outside, result.max_ulp, residual, reason)

@@ -1,0 +1,71 @@
+"""Names of mixture-of-experts weights: one tensor per expert, or all experts in one."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from functools import cache
+
+from loratool.archs.base import load_data
+
+
+@dataclass(frozen=True)
+class ExpertName:
+    """What the name of an expert weight says.
+
+    Attributes:
+        container: path of the experts, such as ``model.layers.0.mlp.experts``.
+        expert: index; None for a tensor that holds every expert.
+        parts: ``gate``, ``up``, ``down`` in the order in which the tensor holds them.
+    """
+
+    container: str
+    expert: int | None
+    parts: tuple[str, ...]
+
+
+def parse_expert(name: str) -> ExpertName | None:
+    """Read ``<container>.<e>.<leaf>.weight`` or ``<container>.<fused>[.weight]``.
+
+    Example:
+        >>> parse_expert("mlp.experts.3.w1.weight").parts
+        ('gate',)
+    """
+    match = _pattern().fullmatch(name)
+    if match is None:
+        return None
+    container, index, leaf, suffix = match.groups()
+    if index is None:
+        parts = load_data("experts")["fused"].get(leaf)
+        return ExpertName(container, None, tuple(parts)) if parts else None
+    part = _part_of_leaf().get(leaf)
+    return ExpertName(container, int(index), (part,)) if part and suffix else None
+
+
+def expert_names(container: str, expert: int, part: str) -> tuple[str, ...]:
+    """Names that one part of one expert may have where each expert has its own tensors."""
+    leaves = load_data("experts")["leaves"][part]
+    return tuple(f"{container}.{expert}.{leaf}.weight" for leaf in leaves)
+
+
+def fused_names(container: str, part: str) -> tuple[tuple[str, tuple[str, ...]], ...]:
+    """(name, parts in it) of the tensors of all experts that may hold a part."""
+    fused = load_data("experts")["fused"]
+    return tuple(
+        (f"{container}.{leaf}{suffix}", tuple(parts))
+        for leaf, parts in fused.items()
+        if part in parts
+        for suffix in ("", ".weight")
+    )
+
+
+@cache
+def _part_of_leaf() -> dict[str, str]:
+    leaves = load_data("experts")["leaves"]
+    return {leaf: part for part, names in leaves.items() for leaf in names}
+
+
+@cache
+def _pattern() -> re.Pattern[str]:
+    containers = "|".join(load_data("experts")["containers"])
+    return re.compile(rf"((?:.*\.)?(?:{containers}))\.(?:(\d+)\.)?(\w+?)(\.weight)?")

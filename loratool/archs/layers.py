@@ -1,0 +1,122 @@
+"""Facts of an architecture that its weight files do not tell: orientation, sizes, ties."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from loratool.archs.base import Rule, load_data
+
+_HEADS = ("num_attention_heads", "n_head", "num_heads", "n_heads", "attention_heads")
+_KV_HEADS = ("num_key_value_heads", "num_kv_heads", "multi_query_group_num", "n_head_kv")
+_HIDDEN = ("hidden_size", "n_embd", "d_model", "embed_dim", "dim")
+LAYER_COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
+
+
+def model_types(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """Every ``model_type`` of a configuration and of the configurations inside it."""
+    return tuple(dict.fromkeys(t for c in _configs(config) if (t := _type_of(c))))
+
+
+def is_conv1d(config: Mapping[str, Any], module: str) -> bool | None:
+    """Is the module a Hugging Face ``Conv1D``, stored (in, out)?
+
+    Returns:
+        True or False when the architecture says so, None when the configuration is missing or
+        belongs to custom code.
+    """
+    types = model_types(config)
+    table = load_data("facts")["conv1d"]
+    leaf = module.rpartition(".")[2]
+    if any(leaf in table.get(t, ()) for t in types):
+        return True
+    has_custom_code = any("auto_map" in c for c in _configs(config))
+    return None if not types or has_custom_code else False
+
+
+def has_transposed_experts(config: Mapping[str, Any]) -> bool:
+    """True if the model computes with experts stored (E, in, out) (gpt-oss, Aria)."""
+    return _any_type(config, "transposed_experts")
+
+
+def has_interleaved_experts(config: Mapping[str, Any]) -> bool:
+    """True if gate and up alternate along the out axis of the fused experts (gpt-oss)."""
+    return _any_type(config, "interleaved_experts")
+
+
+def has_flipped_experts(config: Mapping[str, Any]) -> bool:
+    """True if weight files store the experts transposed against the running model."""
+    return _any_type(config, "flipped_experts")
+
+
+def alias_rules(config: Mapping[str, Any]) -> tuple[Rule, ...]:
+    """Pairs of names that are one tensor in the model but may both be in the weight files."""
+    table = load_data("facts")["aliases"]
+    return tuple(Rule(a, b) for t in model_types(config) for a, b in table.get(t, ()))
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Attention sizes of one (sub-)model; 0 = the configuration does not say.
+
+    Attributes:
+        heads: number of query heads.
+        kv_heads: number of key and value heads.
+        head_dim: size of one head.
+    """
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+
+
+def attention_sizes(config: Mapping[str, Any], module: str) -> Heads:
+    """Attention sizes for a module, from the sub-configuration that it belongs to."""
+    part = sub_config(config, module)
+    heads = _first_int(part, _HEADS)
+    nested = _mapping(part, "attn_config")
+    kv_heads = _first_int(part, _KV_HEADS) or _first_int(nested, ("kv_n_heads",))
+    head_dim = _first_int(part, ("head_dim", "kv_channels"))
+    hidden = _first_int(part, _HIDDEN)
+    if not head_dim and heads and hidden % heads == 0:
+        head_dim = hidden // heads
+    return Heads(heads, kv_heads or heads, head_dim)
+
+
+def sub_config(config: Mapping[str, Any], module: str) -> Mapping[str, Any]:
+    """The configuration of the part of a model that a module lies in."""
+    if any(word in module for word in ("vision", "visual", "image")):
+        return _mapping(config, "vision_config") or config
+    if any(word in module for word in ("audio", "speech")):
+        return _mapping(config, "audio_config") or config
+    return _mapping(config, "text_config") or _mapping(config, "llm_config") or config
+
+
+def _configs(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    yield config
+    for value in config.values():
+        if isinstance(value, Mapping) and ("model_type" in value or "_class_name" in value):
+            yield from _configs(value)
+
+
+def _type_of(config: Mapping[str, Any]) -> str:
+    value = config.get("model_type", "")
+    return value if isinstance(value, str) else ""
+
+
+def _any_type(config: Mapping[str, Any], fact: str) -> bool:
+    return any(t in load_data("facts")[fact] for t in model_types(config))
+
+
+def _mapping(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    value = config.get(key)
+    return value if isinstance(value, Mapping) else {}
+
+
+def _first_int(config: Mapping[str, Any], keys: tuple[str, ...]) -> int:
+    for key in keys:
+        value = config.get(key)
+        if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+            return value
+    return 0

@@ -1,0 +1,70 @@
+"""What every kind of change can do."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+
+
+class Delta(ABC):
+    """A change of one (rows, cols) matrix, with its tensors.
+
+    The primitive is `add_to`, one block at a time, because not every kind is additive and no
+    kind needs the whole ΔW.  Blocks are rectangles ``[r0, r1) × [c0, c1)`` in the coordinates
+    of the matrix that the delta changes.
+
+    Attributes:
+        shape: (rows, cols).
+        is_additive: `add_to` ignores ``base``.
+    """
+
+    shape: tuple[int, int]
+    is_additive: bool = True
+
+    @abstractmethod
+    def add_to(
+        self, acc: torch.Tensor, base: torch.Tensor, r0: int, r1: int, c0: int, c1: int
+    ) -> None:
+        """Add the block of W' - W to ``acc``, in place.
+
+        Args:
+            acc: (r1 - r0, c1 - c0) float32 or float64, the running sum.
+            base: the block of W before any change, same shape and dtype.
+            r0: first row.
+            r1: one past the last row.
+            c0: first column.
+            c1: one past the last column.
+        """
+
+    @abstractmethod
+    def scaled(self, factor: float) -> Delta:
+        """The same change, ``factor`` times as strong: W + factor·(W' - W)."""
+
+    def measure(self, base: torch.Tensor, r0: int, r1: int, c0: int, c1: int) -> None:
+        """See a block of W before the first `add_to`; called only if `needs_measure`."""
+        raise NotImplementedError
+
+    @property
+    def needs_measure(self) -> bool:
+        """True if every block of W must pass through `measure` first (column or row norms)."""
+        return False
+
+    def apply_to(self, weight: torch.Tensor) -> torch.Tensor:
+        """W' for a whole matrix (rows, cols), in its dtype (float32 or float64)."""
+        rows, cols = self.shape
+        if self.needs_measure:
+            self.measure(weight, 0, rows, 0, cols)
+        out = weight.clone()
+        self.add_to(out, weight, 0, rows, 0, cols)
+        return out
+
+    def dense(self) -> torch.Tensor:
+        """ΔW (rows, cols) float64; only for additive kinds.
+
+        Raises:
+            TypeError: the change depends on W.
+        """
+        if not self.is_additive:
+            raise TypeError(f"{type(self).__name__} depends on the base weight: no ΔW without it")
+        return self.apply_to(torch.zeros(self.shape, dtype=torch.float64))

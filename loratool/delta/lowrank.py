@@ -1,0 +1,106 @@
+"""scaling · lora_B @ lora_A, in the orientation of the stored weight."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from loratool.delta.base import Delta
+from loratool.plan import DeltaPart
+
+
+class LowRank(Delta):
+    """ΔW = left @ right.
+
+    Args:
+        left: (rows, r) float32 or float64, every coefficient folded in.
+        right: (r, cols) same dtype and device.
+    """
+
+    def __init__(self, left: torch.Tensor, right: torch.Tensor) -> None:
+        self.left = left
+        self.right = right
+        self.shape = (left.shape[0], right.shape[1])
+
+    def add_to(
+        self, acc: torch.Tensor, base: torch.Tensor, r0: int, r1: int, c0: int, c1: int
+    ) -> None:
+        """One product of a (r1 - r0, r) and an (r, c1 - c0) matrix, added in place."""
+        left = self.left[r0:r1].to(acc.dtype)
+        acc.addmm_(left, self.right[:, c0:c1].to(acc.dtype))
+
+    def scaled(self, factor: float) -> LowRank:
+        """Multiplies the left factor."""
+        return LowRank(self.left * factor, self.right)
+
+
+def build(
+    fields: Mapping[str, torch.Tensor],
+    part: DeltaPart,
+    *,
+    coefficient: float,
+    dtype: torch.dtype,
+) -> LowRank:
+    """Make the delta of a ``lowrank`` spec.
+
+    Args:
+        fields: lora_A (r, in…), lora_B (out, r…), optional diag (r,), as stored.
+        part: the spec with orientation and expert.
+        coefficient: weight · scaling, float64, folded into lora_B before rounding to ``dtype``.
+        dtype: float32 or float64, the type of the accumulator.
+    """
+    lora_A, lora_B = oriented_factors(fields, part)
+    if "diag" in fields:
+        lora_B = lora_B * fields["diag"].double()
+    scaled_B = (lora_B * coefficient).to(dtype)
+    if part.transposed:
+        return LowRank(lora_A.T.to(dtype).contiguous(), scaled_B.T.contiguous())
+    return LowRank(scaled_B.contiguous(), lora_A.to(dtype).contiguous())
+
+
+def oriented_factors(
+    fields: Mapping[str, torch.Tensor], part: DeltaPart
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """lora_A (r, in) and lora_B (out, r) in float64, for the part's expert, cut to its region.
+
+    Flattened experts are packed differently on the two sides (PEFT): rows of lora_A run
+    expert·r + k, columns of lora_B run k·E + expert (``rank-major``).
+    """
+    spec = part.spec
+    lora_A, lora_B = fields["lora_A"], fields["lora_B"]
+    if part.expert is not None:
+        count, rank = spec.experts, lora_A.shape[0] // spec.experts
+        lora_A = lora_A.view(count, rank, -1)[part.expert]  # (r, in)
+        if spec.b_order == "expert-major":
+            lora_B = lora_B.view(-1, count, rank)[:, part.expert]  # (out, r)
+        else:
+            lora_B = lora_B.view(-1, rank, count)[:, :, part.expert]  # (out, r)
+    lora_A, lora_B = lora_A.flatten(1), lora_B.flatten(1)
+    if spec.blocks is not None:
+        lora_A, lora_B = _expand_blocks(lora_A, lora_B, *spec.blocks)
+    out, inner = (part.region.source_rows, part.region.source_cols)
+    if part.transposed:
+        out, inner = inner, out
+    if out is not None:
+        lora_B = lora_B[out[0] : out[1]]
+    if inner is not None:
+        lora_A = lora_A[:, inner[0] : inner[1]]
+    return lora_A.double(), lora_B.double()
+
+
+def _expand_blocks(
+    lora_A: torch.Tensor, lora_B: torch.Tensor, count: int, side: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Block-diagonal factors (BD-LoRA) are stored as their blocks, one above the other."""
+    if side == "A":
+        return _block_diagonal(lora_A.chunk(count, dim=0)), lora_B
+    return lora_A, _block_diagonal(lora_B.chunk(count, dim=0))
+
+
+def _block_diagonal(blocks: Sequence[torch.Tensor]) -> torch.Tensor:
+    rows, cols = blocks[0].shape
+    out = blocks[0].new_zeros(rows * len(blocks), cols * len(blocks))
+    for i, block in enumerate(blocks):
+        out[i * rows : (i + 1) * rows, i * cols : (i + 1) * cols] = block
+    return out

@@ -1,0 +1,92 @@
+"""DoRA: the direction of W + ΔW with learned lengths (Liu et al. 2024, arXiv 2402.09353)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from loratool.delta.base import Delta
+from loratool.delta.lowrank import LowRank
+from loratool.delta.lowrank import build as build_lowrank
+from loratool.plan import DeltaPart
+
+
+class Magnitude(Delta):
+    """W' = m / ‖V‖ · V with V = W + inner, norms along one axis of W.
+
+    A weight w other than 1 gives W + w·(W' - W), where W is always the unmodified base, so
+    that the result does not depend on the order of several adapters.
+
+    Args:
+        inner: the low-rank change inside the norm.
+        magnitude: (rows,) for ``axis`` 0 or (cols,) for ``axis`` 1, same dtype as inner.
+        axis: 0 = one length per row (linear, conv), 1 = per column (HF Conv1D, embedding).
+        weight: the user's coefficient.
+    """
+
+    is_additive = False
+
+    def __init__(
+        self, inner: LowRank, magnitude: torch.Tensor, axis: int, weight: float = 1.0
+    ) -> None:
+        self.inner = inner
+        self.magnitude = magnitude
+        self.axis = axis
+        self.weight = weight
+        self.shape = inner.shape
+        self._squares = torch.zeros(inner.shape[axis], dtype=torch.float64, device=magnitude.device)
+
+    @property
+    def needs_measure(self) -> bool:
+        """Norms need all of a row or column, which no single block holds."""
+        return True
+
+    def measure(self, base: torch.Tensor, r0: int, r1: int, c0: int, c1: int) -> None:
+        """Add the block's share of ‖V‖²."""
+        squares = self._direction(base, r0, r1, c0, c1).double().square()
+        if self.axis == 0:
+            self._squares[r0:r1] += squares.sum(1)
+        else:
+            self._squares[c0:c1] += squares.sum(0)
+
+    def add_to(
+        self, acc: torch.Tensor, base: torch.Tensor, r0: int, r1: int, c0: int, c1: int
+    ) -> None:
+        """Add weight · (m/‖V‖ · V - W)."""
+        gain = (self.magnitude.double() / self._squares.sqrt()).to(acc.dtype)
+        gain = gain[r0:r1, None] if self.axis == 0 else gain[None, c0:c1]
+        change = self._direction(base, r0, r1, c0, c1).mul_(gain).sub_(base)
+        acc.add_(change, alpha=self.weight)
+
+    def scaled(self, factor: float) -> Magnitude:
+        """Interpolates towards W."""
+        return Magnitude(self.inner, self.magnitude, self.axis, self.weight * factor)
+
+    def _direction(self, base: torch.Tensor, r0: int, r1: int, c0: int, c1: int) -> torch.Tensor:
+        direction = base.clone()
+        self.inner.add_to(direction, base, r0, r1, c0, c1)
+        return direction
+
+
+def build(
+    fields: Mapping[str, torch.Tensor],
+    part: DeltaPart,
+    *,
+    coefficient: float,
+    dtype: torch.dtype,
+) -> Magnitude:
+    """Make the delta of a ``dora`` spec; the user's weight acts outside the norm.
+
+    Args:
+        fields: lora_A, lora_B as stored, magnitude with as many values as output features.
+        part: the spec with orientation and region.
+        coefficient: weight · scaling.
+        dtype: type of the accumulator.
+    """
+    inner = build_lowrank(fields, part, coefficient=part.spec.scaling, dtype=dtype)
+    magnitude = fields["magnitude"].flatten().to(dtype)
+    rows = part.region.source_cols if part.transposed else part.region.source_rows
+    if rows is not None:
+        magnitude = magnitude[rows[0] : rows[1]]
+    return Magnitude(inner, magnitude, 1 if part.transposed else 0, weight=part.weight)

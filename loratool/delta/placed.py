@@ -1,0 +1,108 @@
+"""A delta laid on part of a bigger tensor: a slice of a fused projection, one expert of many."""
+
+from __future__ import annotations
+
+import torch
+
+from loratool.delta.base import Delta
+from loratool.plan import Region, Span
+
+
+class Placed(Delta):
+    """Puts ``inner`` on the rows and columns of a region; the rest of the tensor stays.
+
+    Args:
+        inner: a delta whose shape is (number of rows, number of columns) of the region.
+        region: spans of the target's 2-D view; empty = all.
+        shape: (rows, cols) of the target's 2-D view.
+        device: where blocks will live.
+    """
+
+    def __init__(
+        self, inner: Delta, region: Region, shape: tuple[int, int], device: torch.device
+    ) -> None:
+        self.inner = inner
+        self.shape = shape
+        self.is_additive = inner.is_additive
+        self._region = region
+        self._device = device
+        self._rows = _Axis(region.rows, shape[0], device)
+        self._cols = _Axis(region.cols, shape[1], device)
+
+    @property
+    def needs_measure(self) -> bool:
+        """As the inner delta."""
+        return self.inner.needs_measure
+
+    def measure(self, base: torch.Tensor, r0: int, r1: int, c0: int, c1: int) -> None:
+        """Passes on the part of the block that lies in the region."""
+        rows, cols = self._rows.cut(r0, r1), self._cols.cut(c0, c1)
+        if rows is not None and cols is not None:
+            block = base[rows.select][:, cols.select]
+            self.inner.measure(block, rows.start, rows.stop, cols.start, cols.stop)
+
+    def add_to(
+        self, acc: torch.Tensor, base: torch.Tensor, r0: int, r1: int, c0: int, c1: int
+    ) -> None:
+        """Adds to the part of the block that lies in the region."""
+        rows, cols = self._rows.cut(r0, r1), self._cols.cut(c0, c1)
+        if rows is None or cols is None:
+            return
+        place = (rows.start, rows.stop, cols.start, cols.stop)
+        if isinstance(rows.select, slice) and isinstance(cols.select, slice):
+            part = acc[rows.select, cols.select]
+            self.inner.add_to(part, base[rows.select, cols.select], *place)
+            return
+        part = acc[rows.select][:, cols.select].contiguous()
+        self.inner.add_to(part, base[rows.select][:, cols.select], *place)
+        acc[_index(rows, r0, r1, self._device)[:, None], _index(cols, c0, c1, self._device)] = part
+
+    def scaled(self, factor: float) -> Placed:
+        """Scales the inner delta."""
+        return Placed(self.inner.scaled(factor), self._region, self.shape, self._device)
+
+
+class _Cut:
+    """Where a block meets an axis of a region: positions in the block, range in the delta."""
+
+    def __init__(self, select: slice | torch.Tensor, start: int, stop: int) -> None:
+        self.select = select
+        self.start = start
+        self.stop = stop
+
+
+class _Axis:
+    """One axis of a region: an offset for a single plain span, else the list of positions.
+
+    The delta's rows follow the spans in order; spans must ascend, so that the rows of one block
+    are a contiguous range of the delta's rows.
+    """
+
+    def __init__(self, spans: tuple[Span, ...], size: int, device: torch.device) -> None:
+        self.spans = spans or (Span(0, size),)
+        self.plain = len(self.spans) == 1 and self.spans[0].step == 1
+        if not self.plain:
+            pieces = [torch.arange(s.start, s.stop, s.step) for s in self.spans]
+            self.positions = torch.cat(pieces)
+            if bool((self.positions[1:] <= self.positions[:-1]).any()):
+                raise ValueError("spans of a region must ascend")
+            self.on_device = self.positions.to(device)
+
+    def cut(self, start: int, stop: int) -> _Cut | None:
+        if self.plain:
+            span = self.spans[0]
+            low, high = max(start, span.start), min(stop, span.stop)
+            if low >= high:
+                return None
+            return _Cut(slice(low - start, high - start), low - span.start, high - span.start)
+        bounds = torch.tensor([start, stop])
+        first, last = torch.searchsorted(self.positions, bounds).tolist()
+        if first >= last:
+            return None
+        return _Cut(self.on_device[first:last] - start, first, last)
+
+
+def _index(cut: _Cut, start: int, stop: int, device: torch.device) -> torch.Tensor:
+    if isinstance(cut.select, slice):
+        return torch.arange(start, stop, device=device)[cut.select] - start
+    return cut.select

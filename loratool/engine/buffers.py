@@ -1,0 +1,82 @@
+"""Reused memory: page-aligned byte buffers for files, scratch tensors for sums."""
+
+from __future__ import annotations
+
+import threading
+
+import torch
+
+from loratool.store.writer import PAGE
+
+TORCH_DTYPES: dict[str, torch.dtype] = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+}
+"""safetensors name -> torch type, for the types that kernels compute with."""
+
+SAFETENSORS_NAMES = {v: k for k, v in TORCH_DTYPES.items()}
+
+
+class ByteBuffer:
+    """A growing byte buffer whose first byte lies on a page boundary.
+
+    Args:
+        pinned: page-locked, for copies to and from a GPU.
+    """
+
+    def __init__(self, pinned: bool = False) -> None:
+        self._pinned = pinned
+        self._bytes = torch.empty(0, dtype=torch.uint8)
+        self._view = memoryview(b"")
+
+    def take(self, nbytes: int, pad: int = 0) -> tuple[memoryview, torch.Tensor]:
+        """``nbytes`` bytes whose address is ``pad`` modulo the page size.
+
+        Returns:
+            The bytes twice: as a memoryview for the file, as a uint8 tensor for the kernel.
+        """
+        need = nbytes + pad
+        if need > len(self._view):
+            raw = torch.empty(need + PAGE, dtype=torch.uint8, pin_memory=self._pinned)
+            shift = -raw.data_ptr() % PAGE
+            self._bytes = raw[shift : shift + need]
+            self._view = memoryview(self._bytes.numpy())  # type: ignore[arg-type]
+        return self._view[pad:need], self._bytes[pad:need]
+
+
+class Scratch(threading.local):
+    """Per-thread tensors by role, grown on demand and never given back."""
+
+    def __init__(self) -> None:
+        self._tensors: dict[tuple[str, torch.dtype, torch.device], torch.Tensor] = {}
+
+    def take(
+        self, role: str, shape: tuple[int, int], dtype: torch.dtype, device: torch.device
+    ) -> torch.Tensor:
+        """An uninitialised (rows, cols) tensor; the same memory for the same role."""
+        need = shape[0] * shape[1]
+        key = (role, dtype, device)
+        held = self._tensors.get(key)
+        if held is None or held.numel() < need:
+            held = torch.empty(need, dtype=dtype, device=device)
+            self._tensors[key] = held
+        return held[:need].view(shape)
+
+
+def from_bytes(data: torch.Tensor, dtype: str, shape: tuple[int, ...]) -> torch.Tensor:
+    """View a uint8 tensor as the elements that it holds."""
+    return data.view(TORCH_DTYPES[dtype]).view(shape)
+
+
+def to_bytes(tensor: torch.Tensor) -> memoryview:
+    """Row-major bytes of a CPU tensor (shares memory if it is contiguous)."""
+    flat = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+    return memoryview(flat.numpy())  # type: ignore[arg-type]

@@ -1,0 +1,99 @@
+"""Is a merged tensor what merging would write?"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from loratool.engine import grid
+from loratool.engine.kernel import INTEGERS, Env, Kernel
+from loratool.engine.merging import AddDeltas
+from loratool.linalg import rounding
+from loratool.plan import Step
+
+
+@dataclass(frozen=True)
+class CompareResult:
+    """How one tensor of a merged checkpoint compares with its recomputation.
+
+    Attributes:
+        name: tensor.
+        numel: elements.
+        differing: elements whose bits differ.
+        outside: elements further apart than a rounding explains: |M - W'| > ulp(W') + ulp(Δ)/2.
+        max_ulp: largest distance in ulp(W').
+        delta_square: ΣΔ².
+        residual_square: Σ(M - W')².
+    """
+
+    name: str
+    numel: int
+    differing: int
+    outside: int
+    max_ulp: float
+    delta_square: float
+    residual_square: float
+
+
+class Compare(AddDeltas):
+    """Recompute a merge and compare it with the tensor at hand (the last input)."""
+
+    def __init__(self, step: Step, env: Env) -> None:
+        super().__init__(step, env)
+        self._found: dict[int, torch.Tensor] = {}
+
+    def run(self, block: grid.Block, inputs: list[torch.Tensor], out: torch.Tensor | None) -> None:
+        """Recompute the block, then measure the distance."""
+        merged = inputs[-1]
+        shape = (merged.shape[0], merged.shape[1])
+        fresh = self.env.scratch.take("fresh", shape, self.target, self.env.device)
+        super().run(block, inputs[:-1], fresh)
+        bits = INTEGERS[fresh.element_size()]
+        differs = fresh.view(bits) != merged.view(bits)
+        count = differs.sum()
+        if not bool(count):
+            self._found[block.index] = torch.zeros(4, dtype=torch.float64)
+            return
+        expected, found = fresh[differs].double(), merged[differs].double()
+        delta = expected - inputs[0][differs].double()
+        distance = (found - expected).abs()
+        spacing = rounding.ulp(expected, self.target)
+        allowed = spacing + rounding.ulp(delta, self.target) / 2
+        outside = (~(distance <= allowed)).sum()
+        self._found[block.index] = torch.stack(
+            [count.double(), outside.double(), (distance / spacing).max(), distance.square().sum()]
+        ).cpu()
+
+    def finish(self) -> CompareResult:  # type: ignore[override]
+        """Add the blocks up, in their order."""
+        sums = super().finish()
+        found = [self._found[i].tolist() for i in sorted(self._found)]
+        return CompareResult(
+            self.step.output.name,
+            sums.numel,
+            int(sum(f[0] for f in found)),
+            int(sum(f[1] for f in found)),
+            max((f[2] for f in found), default=0.0),
+            sums.delta_square,
+            math.fsum(f[3] for f in found),
+        )
+
+
+class CompareBytes(Kernel):
+    """Two tensors that must be the same bytes."""
+
+    def __init__(self, step: Step, env: Env) -> None:
+        super().__init__(step, env)
+        self._differing: dict[int, int] = {}
+
+    def run(self, block: grid.Block, inputs: list[torch.Tensor], out: torch.Tensor | None) -> None:
+        """Count differing bytes."""
+        self._differing[block.index] = int((inputs[0] != inputs[1]).sum())
+
+    def finish(self) -> CompareResult:
+        """All differing bytes count as outside of any rounding."""
+        count = sum(self._differing.values())
+        size = self.step.view[0] * self.step.view[1]
+        return CompareResult(self.step.output.name, size, count, count, 0.0, 0.0, 0.0)

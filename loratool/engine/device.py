@@ -1,0 +1,87 @@
+"""Where the arithmetic happens, and how much memory there is for it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from loratool.errors import UsageError
+
+
+def resolve_device(text: str, why_cpu: str) -> tuple[torch.device, str]:
+    """Turn ``auto``, ``cpu`` or ``cuda[:n]`` into a device and a reason in words.
+
+    Args:
+        text: what the user asked for.
+        why_cpu: why ``auto`` means the CPU for this plan.
+
+    Raises:
+        UsageError: unknown device, or no such GPU.
+    """
+    if text == "auto":
+        return torch.device("cpu"), why_cpu
+    name, _, number = text.partition(":")
+    if name == "cpu" and not number:
+        return torch.device("cpu"), "asked for"
+    if name != "cuda" or (number and not number.isdecimal()):
+        raise UsageError("LT-210", "unknown device", expected="auto, cpu or cuda[:n]", got=text)
+    if not torch.cuda.is_available():
+        raise UsageError(
+            "LT-211",
+            "no CUDA device",
+            got="a torch build without CUDA" if not torch.version.cuda else "no GPU visible",
+            hint="--device cpu",
+        )
+    index = int(number or 0)
+    if index >= torch.cuda.device_count():
+        raise UsageError(
+            "LT-212", "no such GPU", expected=f"0 to {torch.cuda.device_count() - 1}", got=number
+        )
+    return torch.device("cuda", index), "asked for"
+
+
+def default_threads() -> int:
+    """min(4, usable cores): enough to keep a disk busy; products are small."""
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, min(4, usable or 1))
+
+
+def available_memory() -> int | None:
+    """Bytes this process may still take: the cgroup's limit or the machine's, None if unknown."""
+    found = []
+    for limit, used in (
+        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+        (
+            "/sys/fs/cgroup/memory/memory.limit_in_bytes",
+            "/sys/fs/cgroup/memory/memory.usage_in_bytes",
+        ),
+    ):
+        try:
+            found.append(int(Path(limit).read_text()) - int(Path(used).read_text()))
+        except (OSError, ValueError):
+            continue
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                found.append(int(line.split()[1]) * 1024)
+    except OSError:
+        pass
+    return min(found) if found else None
+
+
+@contextmanager
+def exact_arithmetic() -> Iterator[None]:
+    """One intra-op thread and no TF32, process-wide, restored afterwards."""
+    threads = torch.get_num_threads()
+    tf32 = torch.backends.cuda.matmul.allow_tf32
+    torch.set_num_threads(1)
+    torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        torch.backends.cuda.matmul.allow_tf32 = tf32

@@ -1,0 +1,93 @@
+"""The fixed grid of blocks on which every sum is formed.
+
+Matrix products over other cuts change the last bits of a sum, so the cuts depend on the shape
+of the tensor alone: never on threads, buffer sizes or shards.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+WIDE_COLS = 1 << 16
+"""Rows longer than this are cut into cells; shorter ones are taken whole."""
+
+MIN_ROWS = 16
+"""Rows in a block at least (fewer make slow products)."""
+
+CPU_ELEMENTS = 1 << 19
+"""Elements in a block on the CPU: accumulator and scratch stay in the cache."""
+
+CUDA_ELEMENTS = 1 << 22
+"""Elements in a block on a GPU: enough work for one launch."""
+
+CPU_CHUNK_BYTES = 8 << 20
+"""Bytes read and written in one piece on the CPU."""
+
+CUDA_CHUNK_BYTES = 64 << 20
+"""The same with a GPU, where a piece must outweigh a copy's latency."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """A rectangle of a (rows, cols) view; its elements are contiguous.
+
+    Attributes:
+        index: position in the grid.
+        r0: first row.
+        r1: one past the last row.
+        c0: first column.
+        c1: one past the last column.
+        start: flat index of the first element.
+    """
+
+    index: int
+    r0: int
+    r1: int
+    c0: int
+    c1: int
+    start: int
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return (self.r1 - self.r0) * (self.c1 - self.c0)
+
+
+def blocks(view: tuple[int, int], elements: int = CPU_ELEMENTS) -> list[Block]:
+    """Cut a view into blocks of about ``elements`` elements, in order of their bytes."""
+    rows, cols = view
+    if rows == 0 or cols == 0:
+        return []
+    if cols > WIDE_COLS:
+        per_row = -(-cols // elements)
+        return [
+            Block(r * per_row + i, r, r + 1, c, min(c + elements, cols), r * cols + c)
+            for r in range(rows)
+            for i, c in enumerate(range(0, cols, elements))
+        ]
+    height = max(MIN_ROWS, elements // cols)
+    return [
+        Block(i, r, min(r + height, rows), 0, cols, r * cols)
+        for i, r in enumerate(range(0, rows, height))
+    ]
+
+
+def largest_block(view: tuple[int, int], elements: int = CPU_ELEMENTS) -> int:
+    """Number of elements of the biggest block of a view."""
+    rows, cols = view
+    if cols > WIDE_COLS:
+        return min(cols, elements)
+    return min(rows, max(MIN_ROWS, elements // max(cols, 1))) * cols
+
+
+def chunks(grid: list[Block], max_elements: int) -> list[list[Block]]:
+    """Runs of neighbouring blocks that are read and written in one piece."""
+    out: list[list[Block]] = []
+    size = 0
+    for block in grid:
+        if not out or size + block.numel > max_elements:
+            out.append([])
+            size = 0
+        out[-1].append(block)
+        size += block.numel
+    return out

@@ -1,0 +1,118 @@
+"""What kernels share: loading inputs, and the life of one step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from loratool.adapter import Source, TensorData
+from loratool.engine import grid
+from loratool.engine.buffers import TORCH_DTYPES, ByteBuffer, Scratch, from_bytes
+from loratool.errors import BadFileError, NumericError
+from loratool.plan import Step
+from loratool.store.reader import FileReader
+
+INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""Element size -> integer type of the same bits."""
+
+
+@dataclass
+class Env:
+    """What every kernel of a run shares.
+
+    Attributes:
+        reader: input files.
+        device: where blocks live.
+        elements: block size of the grid on that device.
+        scratch: per-thread memory.
+    """
+
+    reader: FileReader
+    device: torch.device
+    elements: int
+    scratch: Scratch
+
+    def load(self, source: Source) -> torch.Tensor:
+        """A whole tensor on the CPU, in its stored type.
+
+        Raises:
+            NumericError: a float tensor holds NaN or infinity.
+            BadFileError: not a type that can be computed with.
+        """
+        if source.dtype not in TORCH_DTYPES:
+            raise BadFileError(
+                "LT-333", "tensor of this type cannot be computed with", key=source.name,
+                expected="a float type", got=source.dtype,
+            )  # fmt: skip
+        if isinstance(source, TensorData):
+            raw = torch.frombuffer(bytearray(source.data), dtype=torch.uint8)
+        else:
+            raw = torch.empty(source.nbytes, dtype=torch.uint8)
+            self.reader.read_into(source.file, source.start, memoryview(raw.numpy()))  # type: ignore[arg-type]
+        tensor = from_bytes(raw, source.dtype, source.shape)
+        if tensor.is_floating_point():
+            _refuse_nonfinite(tensor, source)
+        return tensor
+
+    def stream(
+        self, source: Source, view: tuple[int, int]
+    ) -> Iterator[tuple[grid.Block, torch.Tensor]]:
+        """A tensor block by block, on the device, in its stored type."""
+        buffer = ByteBuffer()
+        for block in grid.blocks(view, self.elements):
+            shape = (block.r1 - block.r0, block.c1 - block.c0)
+            if isinstance(source, TensorData):
+                yield block, self.load(source).view(view)[block.r0 : block.r1, block.c0 : block.c1]
+                continue
+            size = TORCH_DTYPES[source.dtype].itemsize
+            bytes_, raw = buffer.take(block.numel * size)
+            self.reader.read_into(source.file, source.start + block.start * size, bytes_)
+            yield block, from_bytes(raw, source.dtype, shape).to(self.device)
+
+
+class Kernel:
+    """One step at work.  `prepare`, then `run` for every block in any order, then `finish`.
+
+    Args:
+        step: what to do.
+        env: shared by all kernels of the run.
+    """
+
+    def __init__(self, step: Step, env: Env) -> None:
+        self.step = step
+        self.env = env
+
+    def prepare(self) -> None:
+        """Load what all blocks need (factors, norms)."""
+
+    def run(self, block: grid.Block, inputs: list[torch.Tensor], out: torch.Tensor | None) -> None:
+        """Process one block.
+
+        Args:
+            block: where it lies.
+            inputs: the block of each of the step's inputs (rows, cols), stored types.
+            out: (rows, cols) of the output's type, to be filled; None if nothing is written.
+        """
+        raise NotImplementedError
+
+    def finish(self) -> Any:
+        """The step's result, after its last block."""
+        return None
+
+
+def _refuse_nonfinite(tensor: torch.Tensor, source: Source) -> None:
+    bad = ~torch.isfinite(tensor)
+    count = int(bad.sum())
+    if count:
+        first = torch.nonzero(bad)[0].tolist()
+        raise NumericError(
+            "LT-801",
+            "tensor holds NaN or infinity",
+            file=getattr(source, "file", None),
+            key=source.name,
+            expected="finite values",
+            got=f"{count} bad values, the first at {first}",
+        )

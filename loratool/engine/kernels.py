@@ -1,0 +1,15 @@
+"""op -> kernel.  ``copy`` moves bytes and needs none."""
+
+from loratool.engine.comparing import Compare, CompareBytes
+from loratool.engine.factoring import Difference, SubtractAndFactor
+from loratool.engine.kernel import Kernel
+from loratool.engine.merging import AddDeltas
+
+KERNELS: dict[str, type[Kernel]] = {
+    "add_deltas": AddDeltas,
+    "cast": AddDeltas,
+    "compare": Compare,
+    "compare_bytes": CompareBytes,
+    "difference": Difference,
+    "subtract_and_factor": SubtractAndFactor,
+}

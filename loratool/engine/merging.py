@@ -1,0 +1,216 @@
+"""W' = round(W + Σ deltas): the kernel behind merge, and its comparison with a finished one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+
+import torch
+
+from loratool import kinds
+from loratool.delta.base import Delta
+from loratool.delta.lowrank import LowRank
+from loratool.delta.placed import Placed
+from loratool.delta.vector import Rows
+from loratool.engine import grid
+from loratool.engine.buffers import TORCH_DTYPES
+from loratool.engine.kernel import INTEGERS, Env, Kernel
+from loratool.errors import NumericError
+from loratool.linalg import rounding, svd
+from loratool.plan import DeltaPart, ReplacePart, Step
+
+_SAMPLE_COLS = 32  # columns of the sample block that the prediction looks at
+
+
+@dataclass(frozen=True)
+class SumResult:
+    """What one tensor's merge did, as sums over its elements.
+
+    Attributes:
+        name: output tensor.
+        dtype: output type.
+        numel: elements measured.
+        weight_square: ΣW².
+        delta_square: ΣΔ².
+        error_square: Σ(rounding error)².
+        changed: elements whose bits differ from the base's.
+        expected_error: predicted mean square of the rounding error (one sample block).
+        expected_share: predicted share of elements that change.
+    """
+
+    name: str
+    dtype: str
+    numel: int
+    weight_square: float
+    delta_square: float
+    error_square: float
+    changed: int
+    expected_error: float
+    expected_share: float
+
+
+class AddDeltas(Kernel):
+    """W' = round(W + Σ deltas), once; also plain casts (no deltas)."""
+
+    def __init__(self, step: Step, env: Env) -> None:
+        super().__init__(step, env)
+        self.target = TORCH_DTYPES[step.output.dtype]
+        self.dtype = rounding.accumulation_dtype(self.target)
+        self.deltas: list[Delta] = []
+        self.dense: list[tuple[int, float]] = []  # (input position, weight) of whole replacements
+        self._sums: dict[int, torch.Tensor] = {}
+        self._expected = (0.0, 0.0)
+        count = len(grid.blocks(step.view, env.elements))
+        self._sample = count // 2
+
+    def prepare(self) -> None:
+        """Load factors, fold coefficients in, measure norms where a delta asks for it."""
+        whole = [p for p in self.step.parts if isinstance(p, ReplacePart) and p.rows is None]
+        self.dense = [(1 + i, part.weight) for i, part in enumerate(whole)]
+        rows = [p for p in self.step.parts if isinstance(p, ReplacePart) and p.rows is not None]
+        self.deltas = [self._rows(part, exact=len(rows) == 1 and not whole) for part in rows]
+        for part in self.step.parts:
+            if isinstance(part, DeltaPart):
+                self.deltas.extend(self._build(part))
+        wanting = [d for d in self.deltas if d.needs_measure]
+        if wanting:
+            for block, base in self.env.stream(self.step.inputs[0], self.step.view):
+                wide = base.to(self.dtype)
+                for delta in wanting:
+                    delta.measure(wide, block.r0, block.r1, block.c0, block.c1)
+
+    def _rows(self, part: ReplacePart, exact: bool) -> Rows:
+        assert part.rows is not None
+        values = self.env.load(part.source).to(self.env.device, self.dtype)
+        index = torch.tensor(part.rows, dtype=torch.int64, device=self.env.device)
+        return Rows(self.step.view, index, values, part.weight, exact)
+
+    def _build(self, part: DeltaPart) -> list[Delta]:
+        module, _, name = kinds.BY_NAME[part.spec.kind].implementation.partition(":")
+        build: Callable[..., Delta] = getattr(import_module(module), name)
+        fields = {role: self.env.load(source) for role, source in part.spec.fields.items()}
+        coefficient = part.weight * part.spec.scaling
+        delta = build(fields, part, coefficient=coefficient, dtype=self.dtype)
+        made = [delta]
+        if part.spec.base_change:
+            made.append(self._base_change(part))
+        return [self._place(d, part) for d in made]
+
+    def _base_change(self, part: DeltaPart) -> Delta:
+        """What loading such an adapter first takes away from the base, as a low-rank delta."""
+        weight = self.env.load(self.step.inputs[0]).view(self.step.view)
+        rank = part.spec.rank
+        if part.spec.base_change == "pissa":
+            left, right = svd.top_part(weight, rank)
+        elif part.spec.base_change == "kasa":
+            left, right = svd.bottom_part(weight, rank)
+        else:
+            left, right = svd.leading_qr(weight, rank)
+            left = left * part.spec.scaling
+        return LowRank((left * -part.weight).to(self.dtype), right.to(self.dtype))
+
+    def _place(self, delta: Delta, part: DeltaPart) -> Delta:
+        move_to(delta, self.env.device)
+        if not part.region.rows and not part.region.cols:
+            return delta
+        return Placed(delta, part.region, self.step.view, self.env.device)
+
+    def run(self, block: grid.Block, inputs: list[torch.Tensor], out: torch.Tensor | None) -> None:
+        """Sum in the accumulator's type, round once into ``out``, keep the sums of the report."""
+        base = inputs[0]
+        shape = (base.shape[0], base.shape[1])
+        weight = self.env.scratch.take("weight", shape, self.dtype, self.env.device)
+        acc = self.env.scratch.take("acc", shape, self.dtype, self.env.device)
+        if out is None:
+            out = self.env.scratch.take("out", shape, self.target, self.env.device)
+        weight.copy_(base)
+        acc.copy_(weight)
+        for position, factor in self.dense:
+            acc.add_(inputs[position].to(self.dtype).sub_(weight), alpha=factor)
+        for delta in self.deltas:
+            delta.add_to(acc, weight, block.r0, block.r1, block.c0, block.c1)
+        rounding.round_into(out, acc)
+        if out.dtype == base.dtype:
+            _keep_zero_signs(out, base, acc)
+        self._measure(block, base, weight, acc, out)
+
+    def _measure(
+        self,
+        block: grid.Block,
+        base: torch.Tensor,
+        weight: torch.Tensor,
+        acc: torch.Tensor,
+        out: torch.Tensor,
+    ) -> None:
+        weight_square = _dot(weight)
+        sample = acc.clone() if block.index == self._sample else None
+        if out.dtype == base.dtype:
+            bits = INTEGERS[out.element_size()]
+            changed = (out.view(bits) != base.view(bits)).sum()
+        else:
+            changed = (acc != weight).sum()
+        torch.sub(acc, weight, out=weight)
+        delta_square = _dot(weight)
+        if sample is not None and (self.deltas or self.dense):
+            self._expect(sample, weight)
+        weight.copy_(out).sub_(acc)
+        error_square = _dot(weight)
+        self._sums[block.index] = torch.stack(
+            [s.double() for s in (weight_square, delta_square, error_square, changed)]
+        )
+
+    def _expect(self, summed: torch.Tensor, delta: torch.Tensor) -> None:
+        sigma = delta.square().mean(1, keepdim=True).sqrt()  # (rows, 1)
+        rows = sigma.flatten() > 0
+        if not bool(rows.any()) or summed.dtype == self.target:
+            return
+        step = max(1, summed.shape[1] // _SAMPLE_COLS)
+        error, share = rounding.expected_rounding(summed[rows, ::step], sigma[rows], self.target)
+        touched = float(rows.double().mean())
+        self._expected = (error * touched, share * touched)
+
+    def finish(self) -> SumResult:
+        """Add the blocks up, in their order.
+
+        Raises:
+            NumericError: the result overflows the output type or is not a number.
+        """
+        parts = [self._sums[i].tolist() for i in sorted(self._sums)]
+        weight, delta, error, changed = (math.fsum(p[i] for p in parts) for i in range(4))
+        if not math.isfinite(error):
+            raise NumericError(
+                "LT-802", "the merged tensor holds NaN or infinity", key=self.step.output.name,
+                expected=f"finite {self.step.output.dtype} values",
+                hint="the base or the sum is out of range: try --dtype float32 or bfloat16",
+            )  # fmt: skip
+        numel = sum(
+            b.numel for b in grid.blocks(self.step.view, self.env.elements) if b.index in self._sums
+        )
+        return SumResult(
+            self.step.output.name, self.step.output.dtype, numel, weight, delta, error,
+            int(changed), *self._expected,
+        )  # fmt: skip
+
+
+def move_to(delta: Delta, device: torch.device) -> None:
+    """Put a delta's tensors on a device, in place (the deltas are fresh and unshared)."""
+    for holder in (delta, getattr(delta, "inner", None)):
+        if holder is not None:
+            for key, value in vars(holder).items():
+                if isinstance(value, torch.Tensor):
+                    setattr(holder, key, value.to(device))
+
+
+def _dot(matrix: torch.Tensor) -> torch.Tensor:
+    flat = matrix.flatten()
+    return torch.dot(flat, flat)
+
+
+def _keep_zero_signs(out: torch.Tensor, base: torch.Tensor, acc: torch.Tensor) -> None:
+    """Where the sum equals the base the base's bits stay; only -0 could have lost its sign."""
+    bits = INTEGERS[base.element_size()]
+    negative_zero = base.view(bits) == torch.iinfo(bits).min
+    if bool(negative_zero.any()):
+        out.masked_fill_(negative_zero & (acc == 0), -0.0)

@@ -1,0 +1,131 @@
+"""An adapter opened for reading in Python: modules with factors, ΔW, norms and spectra."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from importlib import import_module
+
+import torch
+
+from loratool import kinds
+from loratool.adapter import Adapter, DeltaSpec
+from loratool.delta.base import Delta
+from loratool.delta.lowrank import LowRank
+from loratool.engine.buffers import Scratch
+from loratool.engine.grid import CPU_ELEMENTS
+from loratool.engine.kernel import Env
+from loratool.plan import DeltaPart
+from loratool.store.reader import FileReader
+
+
+class OpenModule:
+    """One module's change.
+
+    Attributes:
+        name: in-memory parameter name, such as ``layers.0.self_attn.q_proj.weight``.
+        spec: the neutral description.
+        scaling: the factor of B @ A.
+        rank: r.
+    """
+
+    def __init__(self, spec: DeltaSpec, env: Env) -> None:
+        self.name = spec.name
+        self.spec = spec
+        self.scaling = spec.scaling
+        self.rank = spec.rank
+        self._env = env
+
+    def __repr__(self) -> str:
+        return f"<{self.name} {self.spec.kind} rank {self.rank} scaling {self.scaling:g}>"
+
+    @property
+    def A(self) -> torch.Tensor:  # noqa: N802
+        """lora_A (r, in…) as stored."""
+        return self._env.load(self.spec.fields["lora_A"])
+
+    @property
+    def B(self) -> torch.Tensor:  # noqa: N802
+        """lora_B (out, r…) as stored."""
+        return self._env.load(self.spec.fields["lora_B"])
+
+    def _delta(self, expert: int | None = None) -> Delta:
+        transposed = self.spec.layout == "embedding" or self.spec.transposed
+        part = DeltaPart(self.spec, 1.0, expert=expert, transposed=transposed)
+        module, _, name = kinds.BY_NAME[self.spec.kind].implementation.partition(":")
+        fields = {role: self._env.load(source) for role, source in self.spec.fields.items()}
+        built = getattr(import_module(module), name)(
+            fields, part, coefficient=self.spec.scaling, dtype=torch.float64
+        )
+        assert isinstance(built, Delta)
+        return built
+
+    def delta(self) -> torch.Tensor:
+        """ΔW float64: (out, in), flattened (out, in·k…) for convolutions, (V, d) for embeddings.
+
+        Experts come stacked, (E, out, in).
+
+        Raises:
+            TypeError: the change depends on the base (DoRA, PiSSA …).
+        """
+        if self.spec.base_change:
+            raise TypeError(f"{self.spec.base_change} depends on the base weight: no ΔW without it")
+        if self.spec.experts:
+            return torch.stack([self._delta(e).dense() for e in range(self.spec.experts)])
+        return self._delta().dense()
+
+    def svd(self) -> torch.Tensor:
+        """Singular values of ΔW, descending, float64; (E, r) for experts.
+
+        Computed from QR of both factors; ΔW is never formed.
+        """
+        if self.spec.kind != "lowrank" or self.spec.base_change:
+            raise TypeError(f"{self.spec.kind} has no spectrum of its own without the base")
+        experts = range(self.spec.experts) if self.spec.experts else [None]
+        found = []
+        for expert in experts:
+            delta = self._delta(expert)
+            assert isinstance(delta, LowRank)
+            left = torch.linalg.qr(delta.left).R
+            right = torch.linalg.qr(delta.right.T).R
+            found.append(torch.linalg.svdvals(left @ right.T))
+        return torch.stack(found) if self.spec.experts else found[0]
+
+    def norm(self) -> float:
+        """‖ΔW‖_F."""
+        if self.spec.kind == "vector":
+            return float(torch.linalg.vector_norm(self.delta()))
+        return float(torch.linalg.vector_norm(self.svd()))
+
+
+class OpenAdapter:
+    """An adapter to iterate: ``for module in lt.open("style"): print(module.norm())``.
+
+    Modules are found by their in-memory path, with or without ``.weight``.
+    """
+
+    def __init__(self, adapter: Adapter) -> None:
+        self.adapter = adapter
+        self._reader = FileReader()
+        env = Env(self._reader, torch.device("cpu"), CPU_ELEMENTS, Scratch())
+        self.modules = {spec.name: OpenModule(spec, env) for spec in adapter.specs}
+
+    def __enter__(self) -> OpenAdapter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._reader.__exit__()
+
+    def __iter__(self) -> Iterator[OpenModule]:
+        return iter(self.modules.values())
+
+    def __len__(self) -> int:
+        return len(self.modules)
+
+    def __getitem__(self, name: str) -> OpenModule:
+        for candidate in (name, f"{name}.weight"):
+            if candidate in self.modules:
+                return self.modules[candidate]
+        ending = [m for k, m in self.modules.items() if k.endswith(f".{name}.weight")]
+        if len(ending) == 1:
+            return ending[0]
+        raise KeyError(name)

@@ -1,0 +1,303 @@
+"""The one loop that touches tensor bytes: read a chunk, run the kernel on its blocks, write it."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from loratool.adapter import Source, TensorData
+from loratool.dtypes import DTYPES
+from loratool.engine import grid
+from loratool.engine.buffers import ByteBuffer, Scratch, from_bytes
+from loratool.engine.device import default_threads, exact_arithmetic
+from loratool.engine.kernel import Env, Kernel
+from loratool.engine.kernels import KERNELS
+from loratool.engine.sink import CheckpointSink
+from loratool.plan import Plan, Step
+from loratool.store.reader import FileReader
+from loratool.store.writer import PAGE
+
+_CPU = torch.device("cpu")
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How to run a plan; none of it changes the bytes written.
+
+    Attributes:
+        device: where kernels run.
+        threads: workers.
+        chunk_bytes: bytes per piece of input; None = the device's default.
+        sample: only one block of each changed tensor, nothing written (``--dry-run``).
+        progress: called with (bytes done, bytes in all).
+    """
+
+    device: torch.device = _CPU
+    threads: int | None = None
+    chunk_bytes: int | None = None
+    sample: bool = False
+    progress: Progress | None = None
+
+    @property
+    def elements(self) -> int:
+        """Block size of the grid."""
+        return grid.CUDA_ELEMENTS if self.device.type == "cuda" else grid.CPU_ELEMENTS
+
+    @property
+    def chunk(self) -> int:
+        """Bytes per piece."""
+        default = grid.CUDA_CHUNK_BYTES if self.device.type == "cuda" else grid.CPU_CHUNK_BYTES
+        return self.chunk_bytes or default
+
+
+def execute(
+    plan: Plan, reader: FileReader, sink: CheckpointSink | None, options: RunOptions
+) -> list[Any]:
+    """Run every step of a plan.
+
+    Args:
+        plan: what to do.
+        reader: input files.
+        sink: where streamed tensors go; None for plans that only measure or fill an adapter.
+        options: how.
+
+    Returns:
+        Results of the steps that have one, in plan order (results of shards that an earlier run
+        completed come as the dictionaries in its journal).
+    """
+    run = _Run(plan, reader, sink, options)
+    with exact_arithmetic():
+        return run.execute()
+
+
+class _Job:
+    """A step at work: its kernel, and how many of its chunks are still to come."""
+
+    def __init__(self, index: int, step: Step, kernel: Kernel | None, chunks: int) -> None:
+        self.index = index
+        self.step = step
+        self.kernel = kernel
+        self.left = chunks
+        self.lock = threading.Lock()
+        self.is_ready = False
+
+
+class _Run:
+    def __init__(
+        self, plan: Plan, reader: FileReader, sink: CheckpointSink | None, options: RunOptions
+    ) -> None:
+        self.plan = plan
+        self.sink = sink
+        self.options = options
+        self.env = Env(reader, options.device, options.elements, Scratch())
+        self.results: dict[int, Any] = {}
+        self.carried: list[Any] = []
+        self._tasks: Iterator[tuple[_Job, list[grid.Block]]] = iter(())
+        self._lock = threading.RLock()  # tasks are made, and may finish, under it
+        self._failure: BaseException | None = None
+        self._stop = threading.Event()
+        self._done_bytes = 0
+        self._total_bytes = max(1, plan.read_bytes)
+
+    def execute(self) -> list[Any]:
+        self._tasks = self._make_tasks()
+        count = self.options.threads or default_threads()
+        workers = [threading.Thread(target=self._work, daemon=True) for _ in range(count)]
+        for worker in workers:
+            worker.start()
+        try:
+            for worker in workers:
+                while worker.is_alive():
+                    worker.join(0.1)
+        except BaseException:
+            self._stop.set()
+            for worker in workers:
+                worker.join()
+            raise
+        finally:
+            if self.sink is not None:
+                self.sink.close()
+        if self._failure is not None:
+            raise self._failure
+        return self.carried + [self.results[i] for i in sorted(self.results)]
+
+    def _make_tasks(self) -> Iterator[tuple[_Job, list[grid.Block]]]:
+        skipped: dict[int, bool] = {}
+        for index, step in enumerate(self.plan.steps):
+            if self.sink is not None and not self.options.sample:
+                if step.shard not in skipped:
+                    skipped[step.shard] = self._take_over(step.shard)
+                if skipped[step.shard]:
+                    self._advance(sum(i.nbytes for i in step.inputs))
+                    continue
+            pieces = self._pieces(step)
+            if self.options.sample:
+                if step.op != "add_deltas" or not pieces:
+                    continue
+                middle = [b for p in pieces for b in p]
+                pieces = [[middle[len(middle) // 2]]]
+            maker = KERNELS.get(step.op)
+            job = _Job(index, step, maker(step, self.env) if maker else None, len(pieces))
+            if not pieces:
+                self._finish(job)
+            for piece in pieces:
+                yield job, piece
+
+    def _take_over(self, shard: int) -> bool:
+        assert self.sink is not None
+        earlier = self.sink.finished_results(shard)
+        if earlier is not None:
+            self.carried.extend(earlier)
+            return True
+        return self.sink.clone(shard)
+
+    def _pieces(self, step: Step) -> list[list[grid.Block]]:
+        if step.op in ("copy", "compare_bytes"):
+            cut = grid.blocks(step.view, 1 << 16)
+            return grid.chunks(cut, self.options.chunk)
+        widest = max(DTYPES[s.dtype].bits // 8 for s in (*step.inputs, step.output))
+        return grid.chunks(
+            grid.blocks(step.view, self.options.elements), self.options.chunk // widest
+        )
+
+    def _work(self) -> None:
+        torch.set_num_threads(1)
+        worker = _Worker(self)
+        try:
+            while not self._stop.is_set():
+                with self._lock:
+                    task = next(self._tasks, None)
+                if task is None:
+                    return
+                self._run_task(worker, *task)
+        except BaseException as error:  # handed to the caller's thread, which raises it
+            with self._lock:
+                if self._failure is None:
+                    self._failure = error
+            self._stop.set()
+
+    def _run_task(self, worker: _Worker, job: _Job, piece: list[grid.Block]) -> None:
+        with job.lock:
+            if not job.is_ready:
+                worker.prepare(job)
+                job.is_ready = True
+        worker.process(job, piece)
+        with job.lock:
+            job.left -= 1
+            is_last = job.left == 0
+        if is_last:
+            self._finish(job)
+
+    def _finish(self, job: _Job) -> None:
+        result = job.kernel.finish() if job.kernel is not None else None
+        job.kernel = None
+        if result is not None:
+            with self._lock:
+                self.results[job.index] = result
+        if self.sink is not None and not self.options.sample:
+            self.sink.step_done(job.step, result)
+
+    def _advance(self, nbytes: int) -> None:
+        self._done_bytes += nbytes
+        if self.options.progress is not None:
+            self.options.progress(min(self._done_bytes, self._total_bytes), self._total_bytes)
+
+    def advance(self, nbytes: int) -> None:
+        """Count bytes read."""
+        with self._lock:
+            self._advance(nbytes)
+
+
+class _Worker:
+    """One thread's buffers, and on a GPU its stream."""
+
+    def __init__(self, run: _Run) -> None:
+        self._run = run
+        self._device = run.options.device
+        self._is_cuda = self._device.type == "cuda"
+        self._stream = torch.cuda.Stream(self._device) if self._is_cuda else None  # type: ignore[no-untyped-call]
+        self._inputs: list[ByteBuffer] = []
+        self._output = ByteBuffer(pinned=self._is_cuda)
+
+    def prepare(self, job: _Job) -> None:
+        """Load what the job's kernel needs; other workers' streams must see it complete."""
+        if job.kernel is None:
+            return
+        with torch.cuda.stream(self._stream):
+            job.kernel.prepare()
+            if self._stream is not None:
+                self._stream.synchronize()
+
+    def process(self, job: _Job, piece: list[grid.Block]) -> None:
+        """Read a piece of every input, run the kernel on its blocks, write the result."""
+        if job.kernel is None:
+            self._copy(job.step, piece)
+            return
+        with torch.cuda.stream(self._stream):
+            self._compute(job, job.kernel, piece)
+
+    def _copy(self, step: Step, piece: list[grid.Block]) -> None:
+        size = sum(b.numel for b in piece)
+        target, pad = self._target(step, piece[0].start)
+        data, _ = self._output.take(size, pad)
+        source = step.inputs[0]
+        if isinstance(source, TensorData):
+            data[:] = memoryview(source.data).cast("B")[piece[0].start : piece[0].start + size]
+        else:
+            self._run.env.reader.read_into(source.file, source.start + piece[0].start, data)
+        assert self._run.sink is not None
+        self._run.sink.put(step, target, data, aligned=True)
+        self._run.advance(size)
+
+    def _compute(self, job: _Job, kernel: Kernel, piece: list[grid.Block]) -> None:
+        step = job.step
+        first, count = piece[0].start, sum(b.numel for b in piece)
+        inputs = [self._read(i, s, step, first, count) for i, s in enumerate(step.inputs)]
+        writes = self._run.sink is not None and not self._run.options.sample
+        outs: torch.Tensor | None = None
+        if writes:
+            size = DTYPES[step.output.dtype].bits // 8
+            target, pad = self._target(step, first * size)
+            aligned = pad % size == 0
+            data, raw = self._output.take(count * size, pad if aligned else 0)
+            host = from_bytes(raw, step.output.dtype, (count,))
+            outs = torch.empty_like(host, device=self._device) if self._is_cuda else host
+        for block in piece:
+            at = slice(block.start - first, block.start - first + block.numel)
+            shape = (block.r1 - block.r0, block.c1 - block.c0)
+            blocks = [i[at].view(shape) for i in inputs]
+            kernel.run(block, blocks, None if outs is None else outs[at].view(shape))
+        if outs is not None and self._is_cuda:
+            host.copy_(outs, non_blocking=True)
+        if self._stream is not None:
+            self._stream.synchronize()
+        if outs is not None:
+            assert self._run.sink is not None
+            self._run.sink.put(step, target, data, aligned)
+        self._run.advance(sum(i.element_size() * count for i in inputs))
+
+    def _target(self, step: Step, inside: int) -> tuple[int, int]:
+        assert self._run.sink is not None
+        offset = self._run.sink.offset(step) + inside
+        return offset, offset % PAGE
+
+    def _read(
+        self, position: int, source: Source, step: Step, first: int, count: int
+    ) -> torch.Tensor:
+        dtype = "U8" if step.op == "compare_bytes" else source.dtype
+        size = DTYPES[dtype].bits // 8
+        while len(self._inputs) <= position:
+            self._inputs.append(ByteBuffer(pinned=self._is_cuda))
+        data, raw = self._inputs[position].take(count * size)
+        if isinstance(source, TensorData):
+            data[:] = memoryview(source.data).cast("B")[first * size : (first + count) * size]
+        else:
+            self._run.env.reader.read_into(source.file, source.start + first * size, data)
+        host = from_bytes(raw, dtype, (count,))
+        return host.to(self._device, non_blocking=True) if self._is_cuda else host

@@ -1,0 +1,98 @@
+"""Where streamed blocks go: the shards of a checkpoint under construction."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from typing import Any
+
+from loratool.plan import Plan, Step
+from loratool.store.header import build_header
+from loratool.store.writer import ShardWriter, StagedOutput, clone_file
+
+
+class CheckpointSink:
+    """Opens each shard at its first block, completes it after its last step.
+
+    Args:
+        plan: its shards and steps.
+        output: the staging area; shards that it already holds are left alone.
+    """
+
+    def __init__(self, plan: Plan, output: StagedOutput) -> None:
+        self._plan = plan
+        self._output = output
+        self._lock = threading.Lock()
+        self._writers: dict[int, ShardWriter] = {}
+        self._left = [0] * len(plan.shards)
+        for step in plan.steps:
+            self._left[step.shard] += 1
+        self._results: list[list[Any]] = [[] for _ in plan.shards]
+        self._layouts = [self._layout(i) for i in range(len(plan.shards))]
+
+    def _layout(self, index: int) -> tuple[bytes, dict[str, int], int]:
+        shard = self._plan.shards[index]
+        header, starts = build_header(
+            [(t.name, t.dtype, t.shape) for t in shard.tensors], shard.metadata
+        )
+        if shard.header is not None:
+            shift = len(shard.header) - len(header)
+            header, starts = shard.header, tuple(s + shift for s in starts)
+        offsets = dict(zip((t.name for t in shard.tensors), starts, strict=True))
+        size = len(header) + sum(t.nbytes for t in shard.tensors)
+        return header, offsets, size
+
+    def finished_results(self, shard: int) -> list[Any] | None:
+        """Results of a shard that an earlier run completed, None if it is still to do."""
+        line = self._output.finished.get(self._plan.shards[shard].name)
+        return None if line is None else line.get("results", [])
+
+    def clone(self, shard: int) -> bool:
+        """Take an untouched shard over in one piece where the file system shares blocks."""
+        twin = self._plan.shards[shard].twin
+        if twin is None:
+            return False
+        path = self._output.create(self._plan.shards[shard].name)
+        if not clone_file(twin, path):
+            return False
+        self._output.mark_finished(self._plan.shards[shard].name, path.stat().st_size, [])
+        return True
+
+    def offset(self, step: Step) -> int:
+        """Where the step's tensor starts in its file."""
+        return self._layouts[step.shard][1][step.output.name]
+
+    def put(self, step: Step, offset: int, data: memoryview, aligned: bool) -> None:
+        """Write a piece of the step's tensor at an absolute file offset."""
+        self._writer(step.shard).put(offset, data, aligned)
+
+    def _writer(self, shard: int) -> ShardWriter:
+        with self._lock:
+            writer = self._writers.get(shard)
+            if writer is None:
+                header, _offsets, size = self._layouts[shard]
+                path = self._output.create(self._plan.shards[shard].name)
+                writer = self._writers[shard] = ShardWriter(path, header, size)
+            return writer
+
+    def step_done(self, step: Step, result: Any) -> None:
+        """Count a finished step; the last one completes its shard."""
+        with self._lock:
+            if result is not None:
+                self._results[step.shard].append(dataclasses.asdict(result))
+            self._left[step.shard] -= 1
+            if self._left[step.shard]:
+                return
+        writer = self._writer(step.shard)  # also creates a shard without any bytes
+        writer.finish()
+        with self._lock:
+            del self._writers[step.shard]
+            name = self._plan.shards[step.shard].name
+            self._output.mark_finished(name, writer.size, self._results[step.shard])
+
+    def close(self) -> None:
+        """Let go of open files (after an error)."""
+        with self._lock:
+            for writer in self._writers.values():
+                writer.close()
+            self._writers.clear()

@@ -1,0 +1,93 @@
+"""Rounding sums to a storage type once, and foreseeing what that rounding costs."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+# dtype -> (significand bits with the hidden one, exponent of the smallest normal number)
+_FORMATS = {
+    torch.float64: (53, -1022),
+    torch.float32: (24, -126),
+    torch.float16: (11, -14),
+    torch.bfloat16: (8, -126),
+}
+
+_FOURIER_TERMS = 40  # below t = 0.1 the tail of the series is replaced by t² (error < 1e-6)
+
+
+def accumulation_dtype(target: torch.dtype) -> torch.dtype:
+    """The type sums are formed in: float32 for bfloat16 targets, float64 for the wider ones."""
+    return torch.float32 if target == torch.bfloat16 else torch.float64
+
+
+def round_into(out: torch.Tensor, value: torch.Tensor) -> None:
+    """Round ``value`` to ``out.dtype``, to nearest, ties to even, once.
+
+    Args:
+        out: any shape; bfloat16, float16, float32 or float64.
+        value: same shape; float32 or float64, same device.
+
+    Notes:
+        float64 -> float16 or bfloat16 goes through float32 rounded to odd, since torch rounds
+        twice on that way; 24 >= 2·11 + 2 bits make the second rounding right
+        (Boldo & Melquiond 2008, "Emulation of FMA and correctly rounded sums").
+    """
+    if value.dtype == torch.float64 and out.dtype in (torch.float16, torch.bfloat16):
+        out.copy_(_round_to_odd(value))
+    else:
+        out.copy_(value)
+
+
+def _round_to_odd(value: torch.Tensor) -> torch.Tensor:
+    nearest = value.float()
+    back = nearest.double()
+    bits = nearest.view(torch.int32)
+    bits -= (back.abs() > value.abs()).int()  # toward zero: magnitude bits count down
+    inexact = nearest.double() != value
+    bits |= inexact.int()
+    return nearest
+
+
+def ulp(value: torch.Tensor, target: torch.dtype) -> torch.Tensor:
+    """Spacing of ``target``'s numbers at ``value``: 2^(floor(log2 |x|) - p + 1).
+
+    Args:
+        value: any shape, float32 or float64.
+        target: bfloat16, float16, float32 or float64.
+
+    Returns:
+        Same shape and dtype as ``value``; subnormals get the spacing of the smallest normal.
+    """
+    bits, min_exponent = _FORMATS[target]
+    exponent = torch.frexp(value)[1] - 1
+    exponent = exponent.clamp_min(min_exponent)
+    return torch.ldexp(torch.ones_like(value), exponent - bits + 1)
+
+
+def expected_rounding(
+    weight: torch.Tensor, sigma: torch.Tensor, target: torch.dtype
+) -> tuple[float, float]:
+    """What rounding W + Δ to ``target`` is expected to do to Δ ~ N(0, sigma²).
+
+    With u the spacing at W and t = sigma/u, an element stays unchanged iff |Δ| < u/2, and the
+    rounding error of x = Δ/u has the mean square E[(x - round x)²] =
+    1/12 + Σ_k (-1)^k/(π²k²) exp(-2π²k²t²), the Fourier series of the sawtooth squared.
+
+    Args:
+        weight: (m, n) float32 or float64, values that ``target`` holds exactly.
+        sigma: broadcastable to (m, n), standard deviation of Δ, > 0.
+        target: storage type.
+
+    Returns:
+        (mean square of the rounding error, share of elements that change).
+    """
+    spacing = ulp(weight, target).double()
+    t = (sigma.double() / spacing).clamp_min(1e-30)
+    square = torch.full_like(t, 1 / 12)
+    for k in range(1, _FOURIER_TERMS + 1):
+        square += (-1) ** k / (math.pi * k) ** 2 * torch.exp(-2 * (math.pi * k * t) ** 2)
+    square = torch.where(t < 0.1, t**2, square)
+    changed = torch.erfc(1 / (2 * math.sqrt(2) * t))
+    return float((square * spacing**2).mean()), float(changed.mean())

@@ -1,0 +1,218 @@
+"""One item on one base tensor: does it fit, and in which orientation?"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from loratool.adapter import DeltaSpec
+from loratool.archs.layers import is_conv1d
+from loratool.dtypes import DTYPES
+from loratool.ops.bind_rules import View
+from loratool.ops.bind_ties import Tie, is_vocabulary, other_name
+from loratool.ops.bind_types import BindOptions, BoundDelta, BoundReplacement, Found, Item, Misfit
+from loratool.plan import Region
+from loratool.store.checkpoint import Checkpoint
+
+Placement = Found | Misfit
+
+
+@dataclass
+class Context:
+    """What placing needs to know besides the item.
+
+    Attributes:
+        checkpoint: the base.
+        options: the user's.
+        view: names of the base under the rule being tried.
+        tie: the tied embedding, None if the base has none.
+        peft_version: of the adapter, "" if unknown.
+        flag_is_ignored: other modules show that ``fan_in_fan_out`` does not hold for this base.
+        resized: target -> shape after a replacement that changes the vocabulary.
+    """
+
+    checkpoint: Checkpoint
+    options: BindOptions
+    view: View
+    tie: Tie | None
+    peft_version: str = ""
+    flag_is_ignored: bool = False
+    resized: dict[str, tuple[int, ...]] = field(default_factory=dict)
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """Configuration of the base."""
+        return self.checkpoint.config
+
+    def shape(self, target: str) -> tuple[int, ...]:
+        """Shape of a target, after replacements."""
+        return self.resized.get(target, self.checkpoint.tensors[target].shape)
+
+    def lookup(self, name: str) -> tuple[str | None, str]:
+        """(name in the files, alias): a tied tensor that is not stored gives the stored one."""
+        target = self.view.get(name)
+        if target is not None:
+            return target, ""
+        twin = other_name(self.checkpoint, name)
+        if twin is not None:
+            return twin, ""
+        if self.tie is not None and self.tie.is_missing(name):
+            return self.tie.stored, name
+        return None, ""
+
+
+def factor_sizes(spec: DeltaSpec) -> tuple[int, tuple[int, ...]]:
+    """(out, in…) of the weight that the factors make."""
+    lora_A, lora_B = spec.fields["lora_A"].shape, spec.fields["lora_B"].shape
+    inner = lora_A[1:]
+    if spec.blocks is not None and spec.blocks[1] == "A":
+        inner = (lora_A[1] * spec.blocks[0], *lora_A[2:])
+    return lora_B[0], inner
+
+
+def place_on(item: Item, spec: DeltaSpec, target: str, alias: str, ctx: Context) -> Placement:
+    """A low-rank delta that covers a whole tensor."""
+    problem = unmergeable(item, target, ctx)
+    if problem is not None:
+        return problem
+    shape = ctx.shape(target)
+    out, inner = factor_sizes(spec)
+    magnitude = spec.fields.get("magnitude")
+    if magnitude is not None and magnitude.numel != out:
+        return misfit(item, "LT-432", f"{out} magnitudes", str(magnitude.numel), target)
+    if spec.layout == "embedding":
+        if shape != (*inner, out):
+            return misfit(item, "LT-432", _words(shape), _words((*inner, out)), target)
+        return _found(item, BoundDelta(spec, target, transposed=True), alias)
+    if len(shape) > 2:
+        return _place_conv(item, spec, target, ctx)
+    turned = orientation(item, spec, target, ctx)
+    if isinstance(turned, Misfit):
+        return turned
+    flat = spec if spec.layout == "linear" else dataclasses.replace(spec, layout="linear")
+    return _found(item, BoundDelta(flat, target, transposed=turned), alias)
+
+
+def orientation(item: Item, spec: DeltaSpec, target: str, ctx: Context) -> bool | Misfit:
+    """Is the target stored (in, out)?  Never guessed from the shape alone."""
+    out, inner = factor_sizes(spec)
+    asked = (out, *_squeeze(inner))
+    shape = ctx.shape(target)
+    direct, turned = asked == shape, asked[::-1] == shape and len(asked) == 2
+    known = is_conv1d(ctx.config, target.rpartition(".")[0])
+    if direct and turned:
+        if known is not None:
+            return known
+        return spec.transposed and not ctx.flag_is_ignored
+    if direct and not known:
+        return False
+    if turned and (known or (known is None and spec.transposed)):
+        return True
+    return misfit(item, "LT-433" if turned else "LT-432", _words(shape), _words(asked), target)
+
+
+def shows_flag_is_ignored(spec: DeltaSpec, shape: tuple[int, ...]) -> bool:
+    """True for a non-square weight stored (out, in) although the config says ``fan_in_fan_out``."""
+    if not spec.transposed or spec.layout != "linear" or len(shape) != 2:
+        return False
+    out, inner = factor_sizes(spec)
+    return shape[0] != shape[1] and (out, *inner) == shape
+
+
+def place_vector(item: Item, spec: DeltaSpec, target: str, ctx: Context) -> Placement:
+    """A bias delta on a bias."""
+    problem = unmergeable(item, target, ctx)
+    if problem is not None:
+        return problem
+    size = spec.fields["delta"].numel
+    if ctx.shape(target) != (size,):
+        return misfit(item, "LT-432", _words(ctx.shape(target)), _words((size,)), target)
+    return _found(item, BoundDelta(spec, target), "")
+
+
+def place_replacement(item: Item, name: str, ctx: Context) -> Placement:
+    """A whole tensor, or rows of one."""
+    replacement = item.replacement
+    assert replacement is not None
+    target, alias = ctx.lookup(name)
+    if target is None:
+        return Misfit(item, "name")
+    ref, source = ctx.checkpoint.tensors[target], replacement.source
+    if ref.dtype != source.dtype:
+        problem = unmergeable(item, target, ctx)
+        if problem is not None:
+            return problem
+    found = Found(item, replacement=BoundReplacement(replacement, target), alias=alias)
+    if replacement.rows is not None:
+        return found  # rows are checked when the final vocabulary size is known
+    if source.shape == ref.shape:
+        return found
+    if source.shape[1:] != ref.shape[1:] or not is_vocabulary(name):
+        return misfit(item, "LT-445", _words(ref.shape), _words(source.shape), target)
+    if not ctx.options.resize_embeddings:
+        return misfit(item, "LT-442", _words(ref.shape), _words(source.shape), target)
+    if not alias:
+        ctx.resized[target] = source.shape
+    return found
+
+
+def check_rows(item: Item, target: str, ctx: Context) -> Misfit | None:
+    """Trainable tokens must name rows that exist, as wide as the embedding."""
+    replacement = item.replacement
+    if replacement is None or replacement.rows is None:
+        return None
+    shape, source = ctx.shape(target), replacement.source.shape
+    wanted = (len(replacement.rows), *shape[1:])
+    if source != wanted:
+        return misfit(item, "LT-444", _words(wanted), _words(source), target)
+    if any(not 0 <= row < shape[0] for row in replacement.rows):
+        worst = max(replacement.rows)
+        return misfit(item, "LT-444", f"rows below {shape[0]}", f"row {worst}", target)
+    return None
+
+
+def unmergeable(item: Item, target: str, ctx: Context) -> Misfit | None:
+    """A misfit if nothing can be added to the target's number format."""
+    dtype = ctx.checkpoint.tensors[target].dtype
+    if DTYPES[dtype].is_mergeable:
+        return None
+    method = ctx.checkpoint.quantization or "unknown"
+    return misfit(item, "LT-435", "F64, F32, F16 or BF16", f"{dtype} ({method})", target)
+
+
+def misfit(item: Item, reason: str, expected: str, got: str, target: str) -> Misfit:
+    """A misfit with its numbers."""
+    return Misfit(item, reason, expected, got, target)
+
+
+def region_delta(spec: DeltaSpec, target: str, region: Region, *, turned: bool) -> BoundDelta:
+    """A bound delta on part of a target."""
+    return BoundDelta(spec, target, region, transposed=turned)
+
+
+def _place_conv(item: Item, spec: DeltaSpec, target: str, ctx: Context) -> Placement:
+    shape = ctx.shape(target)
+    out, inner = factor_sizes(spec)
+    # A 1×1 convolution and a linear layer are the same matrix; trainers swap them freely.
+    filled = inner if len(inner) > 1 else (*inner, *(1 for _ in shape[2:]))
+    if (out, *filled) == shape:
+        conv = spec if spec.layout == "conv" else dataclasses.replace(spec, layout="conv")
+        return _found(item, BoundDelta(conv, target), "")
+    same_kernel = out == shape[0] and filled[1:] == shape[2:]
+    if same_kernel and filled[0] > shape[1] and filled[0] % shape[1] == 0:
+        return misfit(item, "LT-434", _words(shape), _words((out, *filled)), target)
+    return misfit(item, "LT-432", _words(shape), _words((out, *filled)), target)
+
+
+def _found(item: Item, delta: BoundDelta, alias: str) -> Found:
+    return Found(item, (delta,), alias=alias)
+
+
+def _squeeze(inner: tuple[int, ...]) -> tuple[int, ...]:
+    return inner[:1] if all(size == 1 for size in inner[1:]) else inner
+
+
+def _words(shape: tuple[int, ...]) -> str:
+    return "(" + ", ".join(str(size) for size in shape) + ")"

@@ -1,0 +1,224 @@
+"""Errors of binding: every misfit, grouped, with what would help."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+
+from loratool.errors import MismatchError, list_some
+from loratool.ops.bind_rules import COMPONENTS
+from loratool.ops.bind_types import Item, Misfit
+from loratool.store.checkpoint import Checkpoint
+
+_WHAT: Mapping[str, tuple[str, str]] = {
+    "LT-432": (
+        "{count} shapes do not fit the base",
+        "the adapter was made for another base, or for another size of it",
+    ),
+    "LT-433": (
+        "{count} weights fit only transposed, and nothing says that they are stored so",
+        "set fan_in_fan_out in adapter_config.json if the base uses Conv1D",
+    ),
+    "LT-434": (
+        "grouped convolution cannot be merged ({count} modules)",
+        "keep the adapter separate, or leave the modules out with --skip",
+    ),
+    "LT-435": (
+        "{count} targets are quantised and cannot take a delta",
+        "merge into the 16-bit base, or use --dequantize where it is supported",
+    ),
+    "LT-436": (
+        "the layout of {count} square expert weights is ambiguous",
+        "say --moe-layout eoi (stored (E, out, in)) or --moe-layout eio",
+    ),
+    "LT-437": ("{count} expert weights do not fit the base", "check --moe-layout and the base"),
+    "LT-438": (
+        "{count} bias deltas have no bias in the base",
+        "lora_bias is not mergeable into a base without biases; --skip leaves modules out",
+    ),
+    "LT-439": (
+        "DoRA cannot be cut along columns ({count} modules)",
+        "convert the adapter to the base's own projections first",
+    ),
+    "LT-442": (
+        "{count} replaced embeddings have another vocabulary size than the base",
+        "--resize-embeddings takes the adapter's vocabulary",
+    ),
+    "LT-444": ("{count} sets of trainable tokens do not fit the vocabulary", "check the base"),
+    "LT-445": (
+        "{count} replacement tensors have another shape than the base's",
+        "the adapter was made for another base",
+    ),
+}
+_TITLES = {"te": "text encoder", "unet": "UNet", "transformer": "transformer", "vae": "VAE"}
+_PACKED = ("qweight", "weight_packed", "weight_blocks", "weight.absmax")
+
+
+def shape_error(misfits: Sequence[Misfit], checkpoint: Checkpoint) -> MismatchError:
+    """The error for items that have a target but do not fit it; the commonest reason first."""
+    reasons = Counter(m.reason for m in misfits)
+    reason = max(sorted(reasons), key=lambda r: reasons[r])
+    chosen = sorted((m for m in misfits if m.reason == reason), key=lambda m: m.item.name)
+    what, hint = _WHAT[reason]
+    first = chosen[0]
+    return MismatchError(
+        reason,
+        what.format(count=len(chosen)),
+        file=checkpoint.path,
+        key=list_some(m.item.name for m in chosen),
+        expected=_first(first.expected, first.target, len(chosen)),
+        got=first.got or None,
+        hint=hint,
+    )
+
+
+def unmatched_error(misfits: Sequence[Misfit], total: int, checkpoint: Checkpoint) -> MismatchError:
+    """The error for items whose names the base does not have."""
+    packed = _packed(misfits, checkpoint)
+    if packed:
+        return packed
+    modules = sorted({m.item.module for m in misfits})
+    what = f"{len(modules)} of {total} modules have no target in {checkpoint.path.name}"
+    groups = group_words(modules, checkpoint)
+    if groups:
+        what += f" — {groups}"
+    hint = _rename_hint(misfits, checkpoint) or _skip_hint(modules)
+    return MismatchError(
+        "LT-430",
+        what,
+        file=checkpoint.path,
+        key=list_some(modules),
+        expected=_nearest(misfits, checkpoint),
+        hint=hint,
+    )
+
+
+def ambiguous_error(first: str, second: str, checkpoint: Checkpoint) -> MismatchError:
+    """Two rules place every module, in different places."""
+    return MismatchError(
+        "LT-431",
+        "names can be matched in two ways",
+        file=checkpoint.path,
+        expected="one rule",
+        got=f"{first}, or {second}",
+        hint="say which with --rename 's/^/prefix./'",
+    )
+
+
+def collision_error(names: Iterable[str], target: str, checkpoint: Checkpoint) -> MismatchError:
+    """Two modules have the same target."""
+    return MismatchError(
+        "LT-447",
+        "several modules of the adapter map to one tensor of the base",
+        file=checkpoint.path,
+        key=target,
+        got=list_some(names),
+        hint="check --rename",
+    )
+
+
+def group_words(modules: Sequence[str], checkpoint: Checkpoint) -> str:
+    """What the misfits have in common, such as "all are text encoder (text_encoder.*)"."""
+    groups = Counter(_group(module) for module in modules)
+    if len(groups) == 1:
+        (word,) = groups
+        return f"all are {word}{_holds(checkpoint)}"
+    parts = [f"{count} {word}" for word, count in sorted(groups.items(), key=lambda g: -g[1])]
+    return ", ".join(parts[:6])
+
+
+def _group(module: str) -> str:
+    for word, pattern in COMPONENTS.items():
+        match = re.match(rf"{pattern}(?=[._])", module)
+        if match is not None:
+            return f"{_TITLES[word]} ({match[0]}.*)"
+    head = re.split(r"\.\d+(?:\.|$)", module, maxsplit=1)[0]
+    return f"{head}.*" if head != module else module
+
+
+def _holds(checkpoint: Checkpoint) -> str:
+    if checkpoint.components:
+        return f"; the base holds {', '.join(sorted(checkpoint.components))}"
+    heads = Counter(name.split(".", 1)[0] for name in checkpoint.tensors)
+    common = [head for head, _ in heads.most_common(3)]
+    return f"; the base holds {', '.join(h + '.*' for h in common)}" if common else ""
+
+
+def _first(expected: str, target: str, count: int) -> str | None:
+    if not expected:
+        return None
+    where = f" at {target}" if target else ""
+    return f"{expected}{where}{' (first of them)' if count > 1 else ''}"
+
+
+def _nearest(misfits: Sequence[Misfit], checkpoint: Checkpoint) -> str | None:
+    """The base names most like the first misfits."""
+    found: list[str] = []
+    for misfit in sorted(misfits, key=lambda m: m.item.name)[:3]:
+        name = misfit.item.name
+        leaf = name.split(".")[-2:]
+        pool = [n for n in checkpoint.tensors if n.split(".")[-2:] == leaf]
+        close = difflib.get_close_matches(name, (pool or list(checkpoint.tensors))[:2000], n=1)
+        found.extend(c for c in close if c not in found)
+    return f"names like {', '.join(found)}" if found else None
+
+
+def _rename_hint(misfits: Sequence[Misfit], checkpoint: Checkpoint) -> str | None:
+    """The prefix change that would give most misfits a target."""
+    suffixes: dict[str, list[str]] = {}
+    for name in checkpoint.tensors:
+        parts = name.split(".")
+        for cut in range(len(parts) - 1):
+            suffixes.setdefault(".".join(parts[cut:]), []).append(".".join(parts[:cut]))
+    votes: Counter[tuple[str, str]] = Counter()
+    for misfit in misfits:
+        parts = misfit.item.name.split(".")
+        for cut in range(len(parts) - 2):
+            heads = suffixes.get(".".join(parts[cut:]))
+            if heads:
+                old = ".".join(parts[:cut])
+                votes.update((old, new) for new in dict.fromkeys(heads) if new != old)
+                break
+    if not votes:
+        return None
+    (old, new), count = max(votes.items(), key=lambda v: (v[1], v[0]))
+    if count * 2 < len(misfits):
+        return None
+    pattern = "^" + re.escape(old + "." if old else "").replace("/", r"\/")
+    target = (new + "." if new else "").replace("/", r"\/")
+    return f"--rename 's/{pattern}/{target}/' would match {count} of {len(misfits)}"
+
+
+def _skip_hint(modules: Sequence[str]) -> str:
+    for word, pattern in COMPONENTS.items():
+        if all(re.match(rf"{pattern}[._]", module) for module in modules):
+            return f"--skip {word}, or a base that holds them"
+    return "--skip REGEX or --allow-unmatched leaves them out"
+
+
+def _packed(misfits: Sequence[Misfit], checkpoint: Checkpoint) -> MismatchError | None:
+    """Quantised bases hide a weight behind packed tensors of other names."""
+    found = [
+        m
+        for m in misfits
+        if any(f"{_stem(m.item)}.{suffix}" in checkpoint.tensors for suffix in _PACKED)
+        or f"{m.item.name}_blocks" in checkpoint.tensors
+    ]
+    if not found:
+        return None
+    what, hint = _WHAT["LT-435"]
+    return MismatchError(
+        "LT-435",
+        what.format(count=len(found)),
+        file=checkpoint.path,
+        key=list_some(m.item.name for m in found),
+        expected="F64, F32, F16 or BF16",
+        got=checkpoint.quantization or "packed weights",
+        hint=hint,
+    )
+
+
+def _stem(item: Item) -> str:
+    return item.name.rpartition(".")[0]

@@ -1,0 +1,281 @@
+"""The rules by which adapter names become base names, and what the user says about names."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+from loratool.adapter import Adapter
+from loratool.archs.base import Table
+from loratool.archs.names import all_tables, tables_for
+from loratool.errors import UsageError
+from loratool.ops.bind_types import BindOptions, Item
+from loratool.store.checkpoint import Checkpoint
+
+PREFIXES = (
+    "model.",
+    "language_model.",
+    "model.language_model.",
+    "language_model.model.",
+    "thinker.",
+    "transformer.",
+    "text_model.",
+    "base_model.",
+    "unet.",
+    "text_encoder.",
+    "text_encoder_2.",
+    "text_encoder_3.",
+    "vae.",
+    "diffusion_model.",
+    "model.diffusion_model.",
+)
+# One prefix for another, where neither adding nor removing alone is enough.
+SWAPS = (
+    ("model.", "model.language_model."),
+    ("model.language_model.", "model."),
+    ("model.language_model.", "language_model.model."),
+    ("language_model.model.", "model.language_model."),
+    ("model.", "model.text_model."),
+    ("model.text_model.", "model."),
+)
+COMPONENTS: Mapping[str, str] = {
+    "te": r"(?:text_encoder(?:_\d+)?|te\d*|lora_te\d*|text_model|cond_stage_model|conditioner)",
+    "unet": r"(?:unet|lora_unet|diffusion_model|model\.diffusion_model)",
+    "transformer": r"(?:transformer|diffusion_model|model\.diffusion_model)",
+    "vae": r"(?:vae|first_stage_model)",
+}
+_REGEX_CAP = 512
+
+
+@dataclass(frozen=True)
+class View:
+    """One way to name the tensors of a base.
+
+    Attributes:
+        words: for messages; "" = the names in the files.
+        names: name in this view -> name in the files.
+    """
+
+    words: str
+    names: Mapping[str, str]
+
+    def get(self, name: str) -> str | None:
+        """The name in the files, None if the base has no such tensor."""
+        return self.names.get(name)
+
+
+@dataclass(frozen=True)
+class NameRule:
+    """One function from adapter names to base names.
+
+    Attributes:
+        rank: rules of a lower rank win.
+        words: for reports.
+        view: the naming of the base in which the result is looked up.
+        rename: applied to the full parameter name.
+    """
+
+    rank: int
+    words: str
+    view: View
+    rename: Callable[[str], str]
+
+
+def name_rules(checkpoint: Checkpoint, names: Iterable[str]) -> Iterator[NameRule]:
+    """Every rule that changes anything, by rank: exact, renames, one prefix, both together."""
+    asked = tuple(names)
+    plain = View("", {n: n for n in checkpoint.tensors})
+    yield NameRule(0, "exact", plain, _same)
+    renamed = tuple(_table_rules(checkpoint, plain))
+    yield from renamed
+    for rank, base in ((2, NameRule(0, "", plain, _same)), *((3, r) for r in renamed)):
+        for words, change in _prefix_changes(checkpoint, asked):
+            joined = f"{base.words} and {words}" if base.words else words
+            yield NameRule(rank, joined, base.view, _after(base.rename, change))
+
+
+def apply_user_names(
+    adapter: Adapter, options: BindOptions
+) -> tuple[list[Item], tuple[str, ...], tuple[str, ...]]:
+    """The adapter's items after ``--skip`` and ``--rename``.
+
+    Returns:
+        Items, names of what was skipped (sorted), notes.
+
+    Raises:
+        UsageError: LT-240 … LT-242.
+    """
+    renames = [parse_rename(text) for text in options.rename]
+    skips = [parse_skip(text) for text in options.skip]
+    items: list[Item] = []
+    skipped: set[str] = set()
+    hits = [0] * len(renames)
+    for item in _items(adapter):
+        if any(s.search(item.module) for s in skips):
+            skipped.add(item.module)
+            continue
+        module = item.module
+        for position, rename in enumerate(renames):
+            changed = rename(module)
+            hits[position] += changed != module
+            module = changed
+        names = tuple(_moved(n, item.module, module) for n in item.names)
+        items.append(Item(names, item.module, item.spec, item.replacement))
+    notes = tuple(
+        f"--rename {text} changed no module name"
+        for text, count in zip(options.rename, hits, strict=True)
+        if not count
+    )
+    return items, tuple(sorted(skipped)), notes
+
+
+def parse_rename(text: str) -> Callable[[str], str]:
+    """Read ``s/pattern/replacement/`` (any delimiter, flag ``g`` for every match).
+
+    Raises:
+        UsageError: LT-240 for bad syntax, LT-241 for a bad or overlong pattern.
+
+    Example:
+        >>> parse_rename("s/^model/base/")("model.layers.0")
+        'base.layers.0'
+    """
+    hint = "write --rename 's/pattern/replacement/'"
+    if len(text) < 4 or text[0] != "s" or text[1].isalnum() or text[1] in "\\ ":
+        raise UsageError("LT-240", "--rename is not of the form s/a/b/", got=text, hint=hint)
+    pieces = re.split(rf"(?<!\\){re.escape(text[1])}", text[2:])
+    if len(pieces) != 3 or pieces[2] not in ("", "g") or not pieces[0]:
+        raise UsageError("LT-240", "--rename is not of the form s/a/b/", got=text, hint=hint)
+    escaped = "\\" + text[1]
+    # A delimiter that means something in a regex keeps its backslash: s.a\.b.c. matches "a.b".
+    pattern = pieces[0] if text[1] in ".^$*+?{}[]|()" else pieces[0].replace(escaped, text[1])
+    expression = _compile(pattern, "--rename")
+    replacement = pieces[1].replace(escaped, text[1])
+    count = 0 if pieces[2] == "g" else 1
+    try:
+        expression.sub(replacement, "")
+    except (re.error, IndexError) as error:
+        raise UsageError("LT-241", f"bad replacement in --rename: {error}", got=text) from error
+    return lambda module: expression.sub(replacement, module, count=count)
+
+
+def parse_skip(text: str) -> re.Pattern[str]:
+    """A component word (``te``, ``unet``, …) or a regular expression on module paths.
+
+    Raises:
+        UsageError: LT-242.
+    """
+    if text in COMPONENTS:
+        return re.compile(rf"^{COMPONENTS[text]}[._]")
+    return _compile(text, "--skip")
+
+
+def _compile(pattern: str, option: str) -> re.Pattern[str]:
+    code = "LT-241" if option == "--rename" else "LT-242"
+    if not pattern or len(pattern) > _REGEX_CAP:
+        raise UsageError(
+            code,
+            f"pattern of {option} is empty or too long",
+            expected=f"1 to {_REGEX_CAP} characters",
+            got=len(pattern),
+        )
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise UsageError(code, f"bad pattern in {option}: {error}", got=pattern) from error
+
+
+def _items(adapter: Adapter) -> Iterator[Item]:
+    for spec in adapter.specs:
+        stem = f"{spec.module}." if spec.module else ""
+        others = tuple(stem + p for p in spec.alternatives if p != spec.parameter)
+        yield Item((spec.name, *others), spec.module or spec.parameter, spec=spec)
+    for replacement in adapter.replacements:
+        module = replacement.name.rpartition(".")[0] or replacement.name
+        yield Item((replacement.name,), module, replacement=replacement)
+
+
+def _moved(name: str, old: str, new: str) -> str:
+    return new + name[len(old) :] if name.startswith(old) else name
+
+
+def _same(name: str) -> str:
+    return name
+
+
+def _after(first: Callable[[str], str], second: Callable[[str], str]) -> Callable[[str], str]:
+    return lambda name: second(first(name))
+
+
+def _table_rules(checkpoint: Checkpoint, plain: View) -> Iterator[NameRule]:
+    """Known renames, newest naming first: on the base's names, the adapter's, or both."""
+    for words, forward in _tables(checkpoint):
+        moved: dict[str, str] = {}
+        for name in checkpoint.tensors:
+            moved.setdefault(forward(name), name)
+        view = View(words, moved)
+        if len(moved) == len(checkpoint.tensors) and any(a != b for a, b in moved.items()):
+            yield NameRule(1, f"{words} names", view, _same)
+            yield NameRule(1, f"{words} names on both sides", view, forward)
+        yield NameRule(1, f"{words} names of the adapter", plain, forward)
+
+
+def _tables(checkpoint: Checkpoint) -> Iterator[tuple[str, Callable[[str], str]]]:
+    if checkpoint.components:
+        yield from _component_tables(checkpoint)
+        return
+    known = checkpoint.model_type
+    tables = tables_for(known) if known else all_tables()
+    for table in reversed(tables):
+        yield f"transformers {table.name}", table.to_memory
+
+
+def _component_tables(checkpoint: Checkpoint) -> Iterator[tuple[str, Callable[[str], str]]]:
+    """One renaming for a pipeline: each component with the newest table of its model type."""
+    newest: dict[str, Table] = {}
+    for component in checkpoint.components:
+        config = checkpoint.config.get(component)
+        kind = config.get("model_type", "") if isinstance(config, Mapping) else ""
+        tables = tables_for(kind) if isinstance(kind, str) else ()
+        if tables:
+            newest[component] = tables[-1]
+    if not newest:
+        return
+
+    def forward(name: str) -> str:
+        component, dot, rest = name.partition(".")
+        table = newest.get(component)
+        return component + dot + table.to_memory(rest) if table else name
+
+    yield "transformers", forward
+
+
+def _prefix_changes(
+    checkpoint: Checkpoint, asked: tuple[str, ...]
+) -> Iterator[tuple[str, Callable[[str], str]]]:
+    prefixes = dict.fromkeys([*PREFIXES, *(f"{c}." for c in checkpoint.components)])
+    for prefix in prefixes:
+        yield f'+ prefix "{prefix}"', _adding(prefix)
+        if any(name.startswith(prefix) for name in asked):
+            yield f'- prefix "{prefix}"', _removing(prefix)
+    for old, new in SWAPS:
+        if any(name.startswith(old) for name in asked):
+            yield f'prefix "{old}" -> "{new}"', _swapping(old, new)
+
+
+def _adding(prefix: str) -> Callable[[str], str]:
+    return lambda name: prefix + name
+
+
+def _removing(prefix: str) -> Callable[[str], str]:
+    return lambda name: name.removeprefix(prefix)
+
+
+def _swapping(old: str, new: str) -> Callable[[str], str]:
+    def swap(name: str) -> str:
+        # Never nests: "model." -> "model.language_model." leaves a name that already has it.
+        if not name.startswith(old) or (len(new) > len(old) and name.startswith(new)):
+            return name
+        return new + name[len(old) :]
+
+    return swap

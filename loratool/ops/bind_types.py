@@ -1,0 +1,161 @@
+"""What binding takes and gives: plain data, shared by the modules that do it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from loratool.adapter import DeltaSpec, Replacement
+from loratool.plan import Region
+from loratool.store.checkpoint import Checkpoint
+
+
+@dataclass(frozen=True)
+class BindOptions:
+    """What the user says about names.
+
+    Attributes:
+        rename: ``s/pattern/replacement/`` expressions, applied in order to module names.
+        skip: component names (``te``) or regular expressions; matching modules are left out.
+        allow_unmatched: leave out and report what has no target.
+        untie: write an own lm_head where it shares the embedding.
+        keep_tied: apply a change of one tied tensor to the shared tensor.
+        resize_embeddings: let replacement tensors change the vocabulary size.
+        moe_layout: ``eoi`` or ``eio``, how the adapter's model stores its 3-D experts; None =
+            by shape, then by PEFT version.
+    """
+
+    rename: tuple[str, ...] = ()
+    skip: tuple[str, ...] = ()
+    allow_unmatched: bool = False
+    untie: bool = False
+    keep_tied: bool = False
+    resize_embeddings: bool = False
+    moe_layout: str | None = None
+
+
+@dataclass(frozen=True)
+class BoundDelta:
+    """A delta (or a slice of one) and the base tensor that it changes.
+
+    Attributes:
+        spec: the delta.
+        target: checkpoint-wide tensor name, or the name of a `Bindings.new_tensors` entry.
+        region: where in the target's 2-D view, and which part of the delta.
+        expert: expert index for flattened 3-D factors, else None.
+        transposed: the target stores (in, out).
+    """
+
+    spec: DeltaSpec
+    target: str
+    region: Region = field(default_factory=Region)
+    expert: int | None = None
+    transposed: bool = False
+
+
+@dataclass(frozen=True)
+class BoundReplacement:
+    """A replacement tensor and the base tensor that it replaces (or creates)."""
+
+    replacement: Replacement
+    target: str
+
+
+@dataclass(frozen=True)
+class Bindings:
+    """The result of `bind`.
+
+    Attributes:
+        deltas: every delta with its target; a delta may appear for several targets.
+        replacements: every replacement with its target.
+        new_tensors: new tensor name -> base tensor whose values it starts from
+            (``lm_head.weight`` -> ``model.embed_tokens.weight`` when untied).
+        config_changes: changes to ``config.json``: key (dotted for nested) -> value.
+        rule: how names were matched, in words (``exact``, ``+ prefix "model."``).
+        skipped: modules left out because the user asked for it.
+        notes: one sentence each.
+        checkpoint: the base that the targets name: the one given, or its virtual copy with
+            replicated layers.  None only where a caller builds bindings by hand.
+    """
+
+    deltas: tuple[BoundDelta, ...]
+    replacements: tuple[BoundReplacement, ...] = ()
+    new_tensors: Mapping[str, str] = field(default_factory=dict)
+    config_changes: Mapping[str, Any] = field(default_factory=dict)
+    rule: str = "exact"
+    skipped: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    checkpoint: Checkpoint | None = None
+
+
+@dataclass(frozen=True)
+class Item:
+    """One thing of an adapter that needs a target: a delta or a replacement.
+
+    Attributes:
+        names: full parameter name after ``--rename``; further ones for a bare parameter whose
+            name the adapter's key does not tell.
+        module: module path as the adapter has it, for messages.
+        spec: the delta, or None.
+        replacement: the replacement, or None.
+    """
+
+    names: tuple[str, ...]
+    module: str
+    spec: DeltaSpec | None = None
+    replacement: Replacement | None = None
+
+    @property
+    def name(self) -> str:
+        """The likeliest full name."""
+        return self.names[0]
+
+    @property
+    def is_tokens(self) -> bool:
+        """True for trainable tokens, which PEFT itself applies to both tied tensors."""
+        return self.replacement is not None and self.replacement.origin == "trainable_tokens"
+
+
+@dataclass(frozen=True)
+class Found:
+    """An item with its targets.
+
+    Attributes:
+        item: what was placed.
+        deltas: for a delta, the pieces.
+        replacement: for a replacement, the target.
+        alias: name under which the item asked for a tied tensor that is not in the files;
+            "" when it named the stored one.
+    """
+
+    item: Item
+    deltas: tuple[BoundDelta, ...] = ()
+    replacement: BoundReplacement | None = None
+    alias: str = ""
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """Names of the tensors that change."""
+        if self.replacement is not None:
+            return (self.replacement.target,)
+        return tuple(d.target for d in self.deltas)
+
+
+@dataclass(frozen=True)
+class Misfit:
+    """An item that a rule cannot place.
+
+    Attributes:
+        item: what was not placed.
+        reason: ``name`` when the base has no such tensor, else the code of the error
+            (``LT-432`` …).
+        expected: what the base has.
+        got: what the adapter brings.
+    """
+
+    item: Item
+    reason: str
+    expected: str = ""
+    got: str = ""
+    target: str = ""

@@ -1,0 +1,400 @@
+"""Plan the extraction of an adapter from a full fine-tune, and put its parts together."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from loratool import archs
+from loratool.adapter import Adapter, DeltaSpec, Replacement, TensorData, TensorRef
+from loratool.dtypes import DTYPES
+from loratool.errors import MismatchError, UsageError, list_some
+from loratool.plan import Plan, Step, TensorSpec
+from loratool.store.checkpoint import Checkpoint
+
+_EMBEDDING = re.compile(
+    r"(^|[._])(embed\w*|embeddings?|wte|wpe|shared|embed_(in|out|tokens))\.weight$"
+)
+_HEAD = re.compile(r"(^|\.)(lm_head|embed_out|output_projection)\.weight$")
+_BUFFER = re.compile(r"\.(running_mean|running_var|num_batches_tracked|position_ids)$")
+_MHA_OUT = re.compile(r"^(?P<mha>.*\.|)out_proj\.weight$")
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One tensor of both checkpoints.
+
+    Attributes:
+        name: on-disk name.
+        base: None if the base has no such tensor.
+        tuned: the fine-tuned one.
+        role: ``linear``, ``conv``, ``embedding``, ``head``, ``experts``, ``in_proj``, ``bias``,
+            ``small``, ``buffer`` or ``bare``.
+        is_factored: it becomes a pair of factors.
+    """
+
+    name: str
+    base: TensorRef | None
+    tuned: TensorRef
+    role: str
+    is_factored: bool
+
+    @property
+    def module(self) -> str:
+        """On-disk module path."""
+        return self.name.rpartition(".")[0]
+
+    @property
+    def parameter(self) -> str:
+        """Parameter name."""
+        return self.name.rpartition(".")[2]
+
+
+@dataclass(frozen=True)
+class ExtractPlan:
+    """A plan, the pairs behind its steps, and names.
+
+    Attributes:
+        plan: one step per pair that both checkpoints have.
+        pairs: step index -> pair.
+        created: tensors that only TUNED has.
+        memory_names: on-disk name -> name that the adapter uses.
+        notes: one sentence each.
+    """
+
+    plan: Plan
+    pairs: tuple[Pair, ...]
+    created: tuple[Pair, ...]
+    memory_names: Mapping[str, str]
+    notes: tuple[str, ...] = ()
+
+
+def plan_extract(
+    tuned: Checkpoint,
+    base: Checkpoint,
+    *,
+    rank: int,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    names: str = "v5",
+) -> ExtractPlan:
+    """Plan tuned - base, tensor by tensor.
+
+    Args:
+        tuned: the fine-tuned checkpoint.
+        base: what it was tuned from.
+        rank: rank of every module (cut to the module's short side).
+        include: regular expressions; only modules that match are factored, embeddings too.
+        exclude: modules that are not factored.
+        names: ``v5`` (in-memory names of transformers 5) or ``v4`` (on-disk names).
+
+    Raises:
+        MismatchError: tensors are missing, shapes differ, or the base is quantised.
+    """
+    for checkpoint in (tuned, base):
+        if checkpoint.quantization is not None:
+            raise MismatchError(
+                "LT-480",
+                "a quantised checkpoint has no plain weights to subtract",
+                file=checkpoint.path,
+                got=checkpoint.quantization,
+                hint="use the 16-bit checkpoints",
+            )
+    matched, created, notes = _match(tuned, base)
+    factored = _choose(matched, include, exclude)
+    mhas = {p.module for p in factored if p.role == "in_proj"}
+    pairs, steps = [], []
+    for pair in matched:
+        one = Pair(pair.name, pair.base, pair.tuned, pair.role, pair in factored)
+        pairs.append(one)
+        steps.append(_make_step(one, base, rank, _is_mha_output(one, mhas)))
+    memory = {p.name: archs.to_memory(base.model_type, p.name, names) for p in (*matched, *created)}
+    return ExtractPlan(
+        Plan("extract", tuple(steps)), tuple(pairs), tuple(created), memory, tuple(notes)
+    )
+
+
+def _match(tuned: Checkpoint, base: Checkpoint) -> tuple[list[Pair], list[Pair], list[str]]:
+    aliases = archs.tied_tensors(base)
+    tuned_aliases = archs.tied_tensors(tuned)
+    matched: list[Pair] = []
+    created: list[Pair] = []
+    notes: list[str] = []
+    shapes: list[str] = []
+    for name, ref in tuned.tensors.items():
+        other = base.tensors.get(name)
+        if other is None and name in aliases:
+            other = base.tensors[aliases[name]]
+            notes.append(f"{name} is tied in the base: compared with {aliases[name]}")
+        role = _role(name, ref, tuned)
+        if other is None:
+            created.append(Pair(name, None, ref, role, False))
+        elif other.shape == ref.shape:
+            matched.append(Pair(name, other, ref, role, False))
+        elif role in ("embedding", "head") and other.shape[1:] == ref.shape[1:]:
+            created.append(Pair(name, other, ref, role, False))
+            notes.append(f"{name} has {ref.shape[0] - other.shape[0]:+d} rows")
+        else:
+            shapes.append(f"{name} {list(other.shape)} → {list(ref.shape)}")
+    missing = [n for n in base.tensors if n not in tuned.tensors and n not in tuned_aliases]
+    if missing:
+        raise MismatchError(
+            "LT-481",
+            f"{len(missing)} tensors of the base are missing from the fine-tune",
+            file=tuned.path,
+            key=list_some(missing),
+            hint="are these checkpoints of one model?",
+        )
+    if shapes:
+        raise MismatchError(
+            "LT-482", "tensors have different shapes", file=tuned.path, key=list_some(shapes)
+        )
+    return matched, created, notes
+
+
+def _role(name: str, ref: TensorRef, checkpoint: Checkpoint) -> str:
+    if _BUFFER.search(name) or not DTYPES[ref.dtype].is_mergeable:
+        return "buffer"
+    dims = len(ref.shape)
+    if dims <= 1:
+        return "bias" if name.endswith("bias") else "small"
+    if name.endswith("in_proj_weight") and dims == 2:
+        return "in_proj"
+    if not name.endswith(".weight"):
+        return "experts" if dims == 3 and ".experts." in name and "bias" not in name else "bare"
+    if _HEAD.search(name):
+        return "head"
+    if dims == 2:
+        return "embedding" if _EMBEDDING.search(name) else "linear"
+    return "conv"
+
+
+def _choose(pairs: Sequence[Pair], include: Sequence[str], exclude: Sequence[str]) -> set[Pair]:
+    wanted = [_compile(i) for i in include]
+    unwanted = [_compile(e) for e in exclude]
+    able = {"linear", "conv", "experts", "in_proj"}
+    if wanted:
+        able |= {"embedding", "head"}
+    chosen = set()
+    for pair in pairs:
+        if pair.role not in able or any(u.search(pair.name) for u in unwanted):
+            continue
+        if not wanted or any(w.search(pair.name) for w in wanted):
+            chosen.add(pair)
+    return chosen
+
+
+def _compile(text: str) -> re.Pattern[str]:
+    try:
+        return re.compile(text)
+    except re.error as error:
+        raise UsageError("LT-220", "not a regular expression", key=text, got=str(error)) from error
+
+
+def _is_mha_output(pair: Pair, mhas: set[str]) -> bool:
+    found = _MHA_OUT.match(pair.name)
+    return bool(found and found["mha"].rstrip(".") in mhas)
+
+
+def _make_step(pair: Pair, base: Checkpoint, rank: int, is_mha_output: bool) -> Step:
+    assert pair.base is not None
+    shape, inputs = pair.tuned.shape, (pair.tuned, pair.base)
+    label = TensorSpec(pair.name, "F32", shape)
+    if not pair.is_factored:
+        flat = pair.tuned.numel
+        if DTYPES[pair.tuned.dtype].name not in _COMPARABLE or pair.base.dtype not in _COMPARABLE:
+            return Step("compare_bytes", label, inputs, (1, pair.tuned.nbytes))
+        return Step("difference", label, inputs, (1, flat) if len(shape) < 2 else _flat(shape))
+    args: dict[str, Any] = {"rank": rank, "transposed": False}
+    view = _flat(shape)
+    if pair.role == "conv":
+        view = (shape[0], pair.tuned.numel // shape[0])
+        args["kernel"] = list(shape[2:])
+    elif pair.role == "experts":
+        args["experts"] = shape[0]
+        args["transposed"] = archs.experts_are_transposed(base.model_type)
+    elif pair.role == "embedding" or archs.is_conv1d(base.model_type, pair.module):
+        args["transposed"] = True
+    if is_mha_output:
+        args["gain"] = 0.5  # PEFT applies this delta twice
+    return Step("subtract_and_factor", label, inputs, view, args=args)
+
+
+_COMPARABLE = ("F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL")
+
+
+def _flat(shape: tuple[int, ...]) -> tuple[int, int]:
+    rows = 1
+    for size in shape[:-1]:
+        rows *= size
+    return (rows, shape[-1])
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one pair.
+
+    Attributes:
+        pair: the tensors.
+        fate: ``factored``, ``kept``, ``left_out`` or ``identical``.
+        delta_square: Σ(tuned - base)².
+        residual_square: Σ(Δ - what the adapter reproduces)².
+        weight_square: Σ base².
+        rank: of the factors.
+    """
+
+    pair: Pair
+    fate: str
+    delta_square: float
+    residual_square: float
+    weight_square: float
+    rank: int = 0
+
+
+def assemble(
+    extract: ExtractPlan,
+    results: Sequence[Any],
+    *,
+    keep: Sequence[str],
+    base: Checkpoint,
+    base_model: str | None,
+) -> tuple[Adapter, list[Outcome]]:
+    """Make the adapter from the results of the steps.
+
+    Args:
+        extract: the plan.
+        results: a `DifferenceResult` or `CompareResult` per step.
+        keep: ``embeddings``, ``all`` or regular expressions of tensors kept whole.
+        base: the base checkpoint.
+        base_model: what the adapter names as its base.
+
+    Raises:
+        MismatchError: the checkpoints are identical.
+    """
+    specs: list[DeltaSpec] = []
+    outcomes: list[Outcome] = []
+    changed: list[Pair] = []
+    for pair, result in zip(extract.pairs, results, strict=True):
+        equal = result.differing == 0 if hasattr(result, "differing") else result.is_equal
+        delta = result.delta_square
+        weight = getattr(result, "weight_square", 0.0)
+        if equal:
+            outcomes.append(Outcome(pair, "identical", 0.0, 0.0, weight))
+        elif pair.is_factored:
+            specs.append(_make_spec(pair, result.factors, extract, base))
+            outcomes.append(
+                Outcome(pair, "factored", delta, result.residual_square, weight, specs[-1].rank)
+            )
+        else:
+            changed.append(pair)
+            outcomes.append(Outcome(pair, "left_out", delta, delta, weight))
+    changed.extend(extract.created)
+    outcomes.extend(Outcome(p, "left_out", 0.0, 0.0, 0.0) for p in extract.created)
+    if not specs and not changed:
+        raise MismatchError("LT-483", "the fine-tune equals the base: nothing to extract")
+    specs = _complete_mha(specs, extract, base)
+    kept = _keepable(changed, keep)
+    replacements = _replacements(kept, extract)
+    held = {p.name for p in kept}
+    outcomes = [
+        Outcome(o.pair, "kept", o.delta_square, 0.0, o.weight_square)
+        if o.fate == "left_out" and o.pair.name in held
+        else o
+        for o in outcomes
+    ]
+    adapter = Adapter(
+        extract.pairs[0].tuned.file.parent, "peft", tuple(specs), tuple(replacements), base_model
+    )
+    return adapter, outcomes
+
+
+def _make_spec(
+    pair: Pair, factors: tuple[TensorData, TensorData], extract: ExtractPlan, base: Checkpoint
+) -> DeltaSpec:
+    lora_A, lora_B = factors
+    name = extract.memory_names[pair.name]
+    module, _, parameter = name.rpartition(".")
+    experts = pair.tuned.shape[0] if pair.role == "experts" else 0
+    rank = lora_A.shape[0] // max(1, experts)
+    layout = {"conv": "conv", "embedding": "embedding", "experts": "experts"}.get(
+        pair.role, "linear"
+    )
+    twice = any(
+        s.op == "subtract_and_factor" and s.output.name == pair.name and s.args.get("gain") == 0.5
+        for s in extract.plan.steps
+    )
+    return DeltaSpec(
+        "lowrank",
+        module,
+        parameter,
+        {"lora_A": lora_A, "lora_B": lora_B},
+        layout,
+        rank,
+        float(rank),
+        2.0 if twice else 1.0,
+        transposed=layout == "linear" and archs.is_conv1d(base.model_type, pair.module),
+        experts=experts,
+    )
+
+
+def _complete_mha(
+    specs: list[DeltaSpec], extract: ExtractPlan, base: Checkpoint
+) -> list[DeltaSpec]:
+    """PEFT adapts both projections of an attention module or none: zeros for the missing one."""
+    have = {s.name for s in specs}
+    out = list(specs)
+    for pair, step in zip(extract.pairs, extract.plan.steps, strict=True):
+        partner = (
+            f"{pair.module}.out_proj.weight"
+            if pair.role == "in_proj"
+            else f"{pair.module.removesuffix('.out_proj')}.in_proj_weight"
+            if step.args.get("gain")
+            else None
+        )
+        if partner is None or not pair.is_factored:
+            continue
+        name = extract.memory_names[pair.name]
+        if name not in have and extract.memory_names.get(partner, partner) in have:
+            other = next(s for s in specs if s.name == extract.memory_names.get(partner, partner))
+            rows, cols = pair.tuned.shape
+            zeros = tuple(
+                TensorData(f"{name} {role}", "F32", shape, bytes(4 * shape[0] * shape[1]))
+                for role, shape in (("lora_A", (other.rank, cols)), ("lora_B", (rows, other.rank)))
+            )
+            out.append(_make_spec(pair, (zeros[0], zeros[1]), extract, base))
+    return out
+
+
+def _keepable(changed: Sequence[Pair], keep: Sequence[str]) -> list[Pair]:
+    patterns = [_compile(k) for k in keep if k not in ("embeddings", "all")]
+    kept = []
+    for pair in changed:
+        if pair.role == "bare":
+            continue  # PEFT holds whole modules and biases, not bare parameters
+        wanted = (
+            pair.role in ("bias", "small")
+            or "all" in keep
+            or ("embeddings" in keep and pair.role in ("embedding", "head"))
+            or any(p.search(pair.name) for p in patterns)
+        )
+        if wanted:
+            kept.append(pair)
+    return kept
+
+
+def _replacements(kept: Sequence[Pair], extract: ExtractPlan) -> list[Replacement]:
+    """Whole modules to save for everything but biases; every bias once one has changed."""
+    everything = {p.name: p for p in (*extract.pairs, *extract.created)}
+    modules = {p.module for p in kept if p.role != "bias"}
+    found: dict[str, Replacement] = {}
+    for name, pair in everything.items():
+        memory = extract.memory_names[name]
+        if pair.module in modules and not pair.is_factored:
+            found[name] = Replacement(memory, pair.tuned, "modules_to_save")
+    if any(p.role == "bias" and p.name not in found for p in kept):
+        for name, pair in everything.items():
+            if pair.role == "bias" and name not in found:
+                found[name] = Replacement(extract.memory_names[name], pair.tuned, "bias")
+    return list(found.values())

@@ -1,0 +1,135 @@
+"""Open what the user named: adapters with weights, the base, a place for the output."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from loratool.adapter import Adapter, ReadOptions
+from loratool.dialects import open_adapter, unmergeable_reason
+from loratool.errors import MismatchError, OutputError, UsageError
+from loratool.store.checkpoint import Checkpoint, open_checkpoint
+from loratool.store.source import Resolved, find_adapter, parse_adapter, resolve
+
+
+@dataclass(frozen=True)
+class Access:
+    """How sources may be reached.
+
+    Attributes:
+        offline: never touch the network.
+        yes: large downloads are agreed to.
+    """
+
+    offline: bool = False
+    yes: bool = False
+
+
+@dataclass(frozen=True)
+class OpenedAdapter:
+    """An adapter, its coefficient, and where it came from."""
+
+    adapter: Adapter
+    weight: float
+    resolved: Resolved
+
+
+@dataclass(frozen=True)
+class OpenedBase:
+    """A checkpoint and where it came from."""
+
+    checkpoint: Checkpoint
+    resolved: Resolved
+
+
+def open_adapters(
+    texts: Sequence[str],
+    *,
+    weights: Sequence[float] | None,
+    mean: bool,
+    read: ReadOptions,
+    access: Access,
+) -> list[OpenedAdapter]:
+    """Open adapters with their coefficients.
+
+    Args:
+        texts: as typed, ``style:0.7``.
+        weights: coefficients in order instead of those in ``texts``.
+        mean: divide every coefficient by the number of adapters.
+        read: what the files do not say.
+        access: network rules.
+
+    Raises:
+        UsageError: no adapter, or weights that do not fit.
+        MismatchError: an adapter cannot be merged at all.
+    """
+    if not texts:
+        raise UsageError("LT-221", "no adapter given")
+    if weights is not None and len(weights) != len(texts):
+        raise UsageError("LT-222", "number of --weights", expected=len(texts), got=len(weights))
+    opened = []
+    for number, text in enumerate(texts):
+        argument = parse_adapter(text)
+        if argument.components:
+            raise UsageError(
+                "LT-223",
+                "weights per component apply to adapters that have components",
+                key=text,
+                hint="give one weight, such as style:0.7",
+            )
+        if weights is not None and argument.weight != 1.0:
+            raise UsageError("LT-224", "a weight in the name and --weights too", key=text)
+        weight = argument.weight if weights is None else float(weights[number])
+        resolved = resolve(
+            argument.path_text, kind="adapter", offline=access.offline, yes=access.yes
+        )
+        adapter = open_adapter(find_adapter(resolved.path), read)
+        reason = unmergeable_reason(adapter)
+        if reason is not None:
+            raise MismatchError(
+                "LT-473", "this adapter cannot be merged", file=adapter.path, got=reason
+            )
+        opened.append(OpenedAdapter(adapter, weight / (len(texts) if mean else 1), resolved))
+    return opened
+
+
+def open_base(text: str, adapters: Sequence[OpenedAdapter], access: Access) -> OpenedBase:
+    """Open the base; ``auto`` takes the one that the adapters name.
+
+    Raises:
+        MismatchError: ``auto``, and the adapters name none, or different ones.
+    """
+    if text == "auto":
+        named = {a.adapter.base_model for a in adapters if a.adapter.base_model}
+        if len(named) != 1:
+            raise MismatchError(
+                "LT-474",
+                "--base auto needs one base that the adapters name",
+                got=", ".join(sorted(named)) or "none named",
+                hint="--base PATH",
+            )
+        text = named.pop()
+    resolved = resolve(text, kind="base", offline=access.offline, yes=access.yes)
+    return OpenedBase(open_checkpoint(resolved.path), resolved)
+
+
+def guard_output(output: Path, inputs: Sequence[Path]) -> None:
+    """Refuse an output that is, holds, or lies in an input.
+
+    Raises:
+        OutputError: it would overwrite what is being read.
+    """
+    real = Path(os.path.realpath(output))
+    for path in inputs:
+        source = Path(os.path.realpath(path))
+        same = output.exists() and source.exists() and output.samefile(source)
+        if same or real == source or source in real.parents or real in source.parents:
+            raise OutputError(
+                "LT-506",
+                "the output would overwrite an input",
+                file=output,
+                got=f"input {path}",
+                hint="choose another -o",
+            )

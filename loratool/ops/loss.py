@@ -1,0 +1,65 @@
+"""What rounding did to a change, per tensor and in all."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from loratool.dtypes import DTYPES
+from loratool.report import ModuleLoss
+
+WARN_LOSS = 0.25
+"""Share of a change lost to rounding above which a merge warns (ρ < 4η)."""
+
+
+def module_losses(
+    results: Sequence[Any], sizes: Mapping[str, int]
+) -> tuple[list[ModuleLoss], ModuleLoss]:
+    """Turn the sums of a run into relative figures.
+
+    Args:
+        results: `SumResult`s of tensors with deltas (also as dictionaries).
+        sizes: tensor name -> elements, to weigh results of which only a sample was measured.
+
+    Returns:
+        One `ModuleLoss` per tensor, and one for all of them.
+    """
+    rows = [r if isinstance(r, dict) else vars(r) for r in results]
+    total = dict.fromkeys(("weight", "delta", "error", "changed", "expected", "share", "n"), 0.0)
+    losses = []
+    for row in rows:
+        measured = max(1, row["numel"])
+        scale = sizes.get(row["name"], measured) / measured
+        expected = row["expected_error"] * measured
+        values = {
+            "weight": row["weight_square"],
+            "delta": row["delta_square"],
+            "error": row["error_square"],
+            "changed": float(row["changed"]),
+            "expected": expected,
+            "share": row["expected_share"] * measured,
+            "n": float(measured),
+        }
+        losses.append(_loss(row["name"], row["dtype"], values))
+        for key, value in values.items():
+            total[key] += value * scale
+    kinds = {row["dtype"] for row in rows}
+    return losses, _loss("all", kinds.pop() if len(kinds) == 1 else "mixed", total)
+
+
+def _loss(name: str, dtype: str, v: Mapping[str, float]) -> ModuleLoss:
+    word = DTYPES[dtype].word if dtype in DTYPES else dtype
+    return ModuleLoss(
+        name=name,
+        dtype=word or dtype,
+        rho=_ratio(v["delta"], v["weight"]),
+        loss=_ratio(v["error"], v["delta"]),
+        predicted_loss=_ratio(v["expected"], v["delta"]),
+        changed_share=v["changed"] / max(1.0, v["n"]),
+        predicted_share=v["share"] / max(1.0, v["n"]),
+    )
+
+
+def _ratio(part: float, whole: float) -> float:
+    return math.sqrt(part / whole) if whole > 0 else 0.0

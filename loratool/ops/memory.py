@@ -1,0 +1,104 @@
+"""How much memory a plan will take, known before it starts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from loratool.dtypes import DTYPES
+from loratool.engine import grid
+from loratool.errors import DiskError
+from loratool.plan import DeltaPart, Plan, Step
+
+TORCH_BYTES = {"cpu": 240_000_000, "cuda": 1_200_000_000}
+"""Resident size of an interpreter with torch (CPU build; with a CUDA context)."""
+
+MIN_CHUNK = 1 << 20
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Threads and buffers that keep a plan under a limit.
+
+    Attributes:
+        threads: workers.
+        chunk_bytes: bytes per piece of input.
+        peak_bytes: planned peak resident size.
+    """
+
+    threads: int
+    chunk_bytes: int
+    peak_bytes: int
+
+
+def plan_memory(
+    plan: Plan, *, device: str, threads: int, chunk_bytes: int | None, limit: int | None
+) -> MemoryPlan:
+    """Choose threads and buffer sizes under a limit.
+
+    Args:
+        plan: what will run.
+        device: ``cpu`` or ``cuda``.
+        threads: workers wished for.
+        chunk_bytes: bytes per piece; None = the device's default.
+        limit: bytes that may be used; None = no limit known.
+
+    Raises:
+        DiskError: the plan does not fit even with one worker and small buffers.
+    """
+    default = grid.CUDA_CHUNK_BYTES if device == "cuda" else grid.CPU_CHUNK_BYTES
+    chunk = chunk_bytes or default
+    found = MemoryPlan(threads, chunk, _peak(plan, device, threads, chunk))
+    while limit is not None and found.peak_bytes > limit:
+        if found.threads > 1:
+            found = MemoryPlan(found.threads - 1, chunk, 0)
+        elif found.chunk_bytes > MIN_CHUNK:
+            found = MemoryPlan(1, found.chunk_bytes // 2, 0)
+        else:
+            raise DiskError(
+                "LT-605",
+                "the plan needs more memory than there is",
+                expected=f"{found.peak_bytes / 1e6:.0f} MB",
+                got=f"{limit / 1e6:.0f} MB",
+                hint="raise --max-memory, or use a machine with more memory",
+            )
+        peak = _peak(plan, device, found.threads, found.chunk_bytes)
+        found = MemoryPlan(found.threads, found.chunk_bytes, peak)
+    return found
+
+
+def _peak(plan: Plan, device: str, threads: int, chunk: int) -> int:
+    elements = grid.CUDA_ELEMENTS if device == "cuda" else grid.CPU_ELEMENTS
+    workers = sorted((_worker_bytes(s, chunk, elements) for s in plan.steps), reverse=True)
+    steps = sorted((step_bytes(s) for s in plan.steps), reverse=True)
+    return TORCH_BYTES[device] + sum(workers[:1]) * threads + sum(steps[: threads + 1])
+
+
+def _worker_bytes(step: Step, chunk: int, elements: int) -> int:
+    if step.op in ("copy", "compare_bytes"):
+        return chunk * len(step.inputs)
+    block = grid.largest_block(step.view, elements)
+    wide = max(DTYPES[s.dtype].bits // 8 for s in (*step.inputs, step.output))
+    piece = max(chunk, block * wide)
+    accumulator = 4 if step.output.dtype == "BF16" else 8
+    return piece * (len(step.inputs) + 1) + block * (3 * accumulator + 2 * wide)
+
+
+def step_bytes(step: Step) -> int:
+    """Memory that a step holds from its first block to its last, beyond the workers' buffers."""
+    total = 0
+    for part in step.parts:
+        if isinstance(part, DeltaPart):
+            held = sum(s.numel for s in part.spec.fields.values())
+            if part.expert is not None:
+                held //= part.spec.experts
+            total += held * 16  # accumulator type, and a float64 copy while it is made
+            if part.spec.base_change:
+                total += step.view[0] * step.view[1] * 24 + 32 * min(step.view) ** 2
+        elif part.rows is not None:
+            total += part.source.numel * 12
+    if step.op == "subtract_and_factor":
+        rows, cols = step.view
+        experts = max(1, int(step.args.get("experts", 0)))
+        short = min(rows // experts, cols)
+        total += rows * cols * 8 + 40 * short**2 + 24 * (rows + cols) * int(step.args["rank"])
+    return total

@@ -1,0 +1,315 @@
+"""Plan a merge of adapters into base weights: one step per output tensor."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from loratool.adapter import Adapter, DeltaSpec, Source, TensorRef
+from loratool.dtypes import DTYPES, numel
+from loratool.errors import MismatchError
+from loratool.ops.bind import Bindings
+from loratool.plan import DeltaPart, Part, Plan, ReplacePart, ShardPlan, Step, TensorSpec
+from loratool.store.checkpoint import Checkpoint, Shard
+
+_SHARD_NUMBER = re.compile(r"-\d{5}-of-\d{5}(?=\.safetensors$)")
+
+
+@dataclass(frozen=True)
+class WeightedAdapter:
+    """An adapter as it takes part in a merge.
+
+    Attributes:
+        adapter: the adapter.
+        weight: the user's coefficient.
+        bindings: its targets in the base.
+    """
+
+    adapter: Adapter
+    weight: float
+    bindings: Bindings
+
+
+@dataclass(frozen=True)
+class MergePlan:
+    """A plan and what the report says about it.
+
+    Attributes:
+        plan: the steps.
+        changed: output tensors that deltas or replacements change.
+        copied: output tensors copied byte for byte.
+        cast: output tensors that only change their type.
+        config_changes: dotted key of config.json -> value.
+        notes: one sentence each.
+    """
+
+    plan: Plan
+    changed: tuple[str, ...]
+    copied: tuple[str, ...]
+    cast: tuple[str, ...]
+    config_changes: Mapping[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+def plan_merge(
+    adapters: Sequence[WeightedAdapter],
+    checkpoint: Checkpoint,
+    *,
+    dtype: str | None = None,
+    shard_bytes: int | None = None,
+    file_metadata: Mapping[str, str] | None = None,
+) -> MergePlan:
+    """Plan W' = round(W + Σ weight·change) for every tensor of a checkpoint.
+
+    Args:
+        adapters: with their bindings to ``checkpoint``.
+        checkpoint: the base (the virtual one where layers are replicated).
+        dtype: safetensors name that every float tensor is cast to; None keeps each type.
+        shard_bytes: largest shard; None keeps the base's shards.
+        file_metadata: metadata added to the header of a single-file output.
+
+    Raises:
+        MismatchError: two adapters want different things of one tensor.
+    """
+    new_tensors, config_changes = _agreed(adapters)
+    parts = _collect_parts(adapters, new_tensors)
+    steps: dict[str, Step] = {}
+    for name, ref in checkpoint.tensors.items():
+        steps[name] = _make_step(_file_name(name, ref, checkpoint), ref, parts.pop(name, []), dtype)
+    for name, source in new_tensors.items():
+        steps[name] = _make_step(name, checkpoint.tensors[source], parts.pop(name, []), dtype)
+    if parts:
+        raise AssertionError(f"parts without a tensor: {sorted(parts)}")
+    if dtype is not None:
+        key = "torch_dtype" if "torch_dtype" in checkpoint.config else "dtype"
+        if key in checkpoint.config:
+            config_changes[key] = DTYPES[dtype].word
+    groups = _group(steps, checkpoint, shard_bytes)
+    shards = tuple(
+        _make_shard(shard, name, [steps[t] for t in names], file_metadata)
+        for shard, name, names in groups
+    )
+    ordered = tuple(
+        Step(s.op, s.output, s.inputs, s.view, s.parts, index, s.args)
+        for index, (_, _, names) in enumerate(groups)
+        for s in (steps[t] for t in names)
+    )
+    notes = tuple(n for a in adapters for n in (*a.adapter.notes, *a.bindings.notes))
+    plan = Plan("merge", ordered, shards)
+    by_op = {
+        op: tuple(t for t, s in steps.items() if _fate(s, checkpoint.tensors.get(t)) == op)
+        for op in ("changed", "copied", "cast")
+    }
+    return MergePlan(
+        plan,
+        by_op["changed"],
+        by_op["copied"],
+        by_op["cast"],
+        config_changes,
+        tuple(dict.fromkeys(notes)),
+    )
+
+
+def _agreed(adapters: Sequence[WeightedAdapter]) -> tuple[dict[str, str], dict[str, Any]]:
+    new: dict[str, str] = {}
+    config: dict[str, Any] = {}
+    for one in adapters:
+        for key, value in one.bindings.config_changes.items():
+            if config.get(key, value) != value:
+                raise MismatchError(
+                    "LT-470",
+                    "adapters want different values in config.json",
+                    file=one.adapter.path,
+                    key=key,
+                    expected=config[key],
+                    got=value,
+                    hint="merge them one after the other",
+                )
+            config[key] = value
+        new.update(one.bindings.new_tensors)
+    return new, config
+
+
+def _collect_parts(
+    adapters: Sequence[WeightedAdapter], new_tensors: Mapping[str, str]
+) -> dict[str, list[Part]]:
+    """Parts by target; a tensor split off a tied one inherits what others do to the original."""
+    parts: dict[str, list[Part]] = {}
+    for number, one in enumerate(adapters):
+        inherits = {
+            source: name
+            for name, source in new_tensors.items()
+            if name not in one.bindings.new_tensors
+        }
+        found: list[tuple[str, Part]] = []
+        for bound in one.bindings.replacements:
+            r = bound.replacement
+            part = ReplacePart(r.source, one.weight, r.rows, number, r.origin)
+            found.append((bound.target, part))
+        for delta in one.bindings.deltas:
+            found.append(
+                (
+                    delta.target,
+                    DeltaPart(
+                        delta.spec,
+                        one.weight,
+                        delta.region,
+                        delta.expert,
+                        delta.transposed,
+                        number,
+                    ),
+                )
+            )
+        for target, part in found:
+            if _has_effect(part):
+                parts.setdefault(target, []).append(part)
+                if target in inherits:
+                    parts.setdefault(inherits[target], []).append(part)
+    return parts
+
+
+def _has_effect(part: Part) -> bool:
+    if isinstance(part, ReplacePart) or not part.spec.is_additive:
+        return part.weight != 0
+    return part.weight * part.spec.scaling != 0
+
+
+def _make_step(name: str, ref: TensorRef, parts: list[Part], dtype: str | None) -> Step:
+    base: Source = ref
+    target = dtype if dtype is not None and DTYPES[ref.dtype].is_mergeable else ref.dtype
+    whole = [p for p in parts if isinstance(p, ReplacePart) and p.rows is None]
+    if len(whole) == 1 and whole[0].weight == 1:
+        base, parts = whole[0].source, [p for p in parts if p is not whole[0]]
+        whole = []
+    output = TensorSpec(name, target, base.shape)
+    for replaced in whole:
+        if replaced.source.shape != ref.shape:
+            raise MismatchError(
+                "LT-471",
+                "a replacement of another shape can only be taken at weight 1, alone",
+                key=name,
+                expected=list(ref.shape),
+                got=list(replaced.source.shape),
+            )
+    if parts:
+        inputs = (base, *(p.source for p in whole))
+        return Step("add_deltas", output, inputs, _view(base.shape, parts), tuple(parts))
+    if base.dtype == target:
+        return Step("copy", output, (base,), (1, base.nbytes))
+    return Step("cast", output, (base,), _view(base.shape, ()))
+
+
+def _view(shape: tuple[int, ...], parts: Sequence[Part]) -> tuple[int, int]:
+    """The (rows, cols) matrix that deltas act on: see `loratool.plan.Region`."""
+    if len(shape) < 2:
+        return (1, numel(shape))
+    if any(isinstance(p, DeltaPart) and p.spec.layout == "conv" for p in parts):
+        return (shape[0], numel(shape[1:]))
+    return (numel(shape[:-1]), shape[-1])
+
+
+def _fate(step: Step, ref: TensorRef | None) -> str:
+    if step.op == "add_deltas" or step.inputs[0] != ref:
+        return "changed"
+    return "cast" if step.op == "cast" else "copied"
+
+
+def _file_name(name: str, ref: TensorRef, checkpoint: Checkpoint) -> str:
+    if not checkpoint.components:
+        return name
+    prefix = next(s.prefix for s in checkpoint.shards if s.path == ref.file)
+    return name.removeprefix(prefix)
+
+
+_Group = tuple[Shard, str, list[str]]
+
+
+def _group(
+    steps: Mapping[str, Step], checkpoint: Checkpoint, shard_bytes: int | None
+) -> list[_Group]:
+    """Output files: (input shard they stem from, name, checkpoint-wide tensor names)."""
+    home: dict[Path, list[str]] = {s.path: [] for s in checkpoint.shards}
+    last = checkpoint.shards[-1].path
+    for name in steps:
+        ref = checkpoint.tensors.get(name)
+        home[ref.file if ref is not None else last].append(name)
+    if shard_bytes is None:
+        return [(s, s.name, home[s.path]) for s in checkpoint.shards]
+    if checkpoint.components:
+        raise MismatchError(
+            "LT-472", "--shard-size does not apply to a pipeline", file=checkpoint.path,
+            hint="merge one component folder at a time",
+        )  # fmt: skip
+    runs: list[list[str]] = []
+    size = 0
+    for name in (n for names in home.values() for n in names):
+        nbytes = steps[name].output.nbytes
+        if not runs or size + nbytes > shard_bytes:
+            runs.append([])
+            size = 0
+        runs[-1].append(name)
+        size += nbytes
+    stem = _stem(checkpoint)
+    first = checkpoint.shards[0]
+    if len(runs) == 1:
+        return [(first, f"{stem}.safetensors", runs[0])]
+    return [
+        (first, f"{stem}-{i:05d}-of-{len(runs):05d}.safetensors", names)
+        for i, names in enumerate(runs, 1)
+    ]
+
+
+def _stem(checkpoint: Checkpoint) -> str:
+    return _SHARD_NUMBER.sub("", checkpoint.shards[0].name).removesuffix(".safetensors")
+
+
+def index_files(plan: Plan, checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
+    """Index files (path -> object) of a sharded output, with the true ``total_size``."""
+    if not checkpoint.is_folder:
+        return {}
+    folders: dict[str, list[ShardPlan]] = {}
+    for shard in plan.shards:
+        folders.setdefault(str(PurePosixPath(shard.name).parent), []).append(shard)
+    found: dict[str, dict[str, Any]] = {}
+    for folder, shards in folders.items():
+        if len(shards) == 1 and not (checkpoint.index_name and not checkpoint.components):
+            continue
+        stem = _SHARD_NUMBER.sub("", PurePosixPath(shards[0].name).name)
+        name = f"{stem.removesuffix('.safetensors')}.safetensors.index.json"
+        weight_map = {t.name: PurePosixPath(s.name).name for s in shards for t in s.tensors}
+        size = sum(t.nbytes for s in shards for t in s.tensors)
+        found[name if folder == "." else f"{folder}/{name}"] = {
+            "metadata": {"total_size": size},
+            "weight_map": dict(sorted(weight_map.items())),
+        }
+    return found
+
+
+def _make_shard(
+    shard: Shard, name: str, steps: list[Step], file_metadata: Mapping[str, str] | None
+) -> ShardPlan:
+    tensors = tuple(s.output for s in steps)
+    metadata = {**shard.metadata, **(file_metadata or {})}
+    own = [s.inputs[0] for s in steps if isinstance(s.inputs[0], TensorRef)]
+    is_same = (
+        not file_metadata
+        and name == shard.name
+        and len(own) == len(steps) == len(shard.keys)
+        and all(
+            ref.file == shard.path
+            and (ref.name, ref.dtype, ref.shape) == (t.name, t.dtype, t.shape)
+            for ref, t in zip(own, tensors, strict=True)
+        )
+    )
+    header = shard.header if is_same else None
+    twin = shard.path if is_same and all(s.op == "copy" for s in steps) else None
+    return ShardPlan(name, tensors, metadata, header, twin)
+
+
+def describe_part(spec: DeltaSpec) -> str:
+    """A delta in a few words, for plans."""
+    extra = f" after {spec.base_change}" if spec.base_change else ""
+    return f"{spec.kind} r={spec.rank} scaling={spec.scaling:g}{extra}"

@@ -1,0 +1,48 @@
+"""What the commands return: plain data, no torch.
+
+Every report has `to_json`: the object that ``--json`` prints.  Its keys are the field names,
+after ``schema``, ``command`` and ``ok``; they are stable within one schema number.
+Shares and errors are fractions of 1, sizes are bytes, times are seconds.
+"""
+
+from loratool.report.base import SCHEMA, Loads, Report, plain_json
+from loratool.report.extract import (
+    ExtractedFamily,
+    ExtractedModule,
+    ExtractReport,
+    KeptTensor,
+    LeftOut,
+)
+from loratool.report.inspect import (
+    AdapterSummary,
+    CheckpointSummary,
+    FolderRow,
+    InspectReport,
+    ReplacedTensor,
+    TargetFamily,
+    TensorRow,
+)
+from loratool.report.merge import MergeReport, ModuleLoss, TensorDifference, VerifyReport
+
+__all__ = [
+    "SCHEMA",
+    "AdapterSummary",
+    "CheckpointSummary",
+    "ExtractReport",
+    "ExtractedFamily",
+    "ExtractedModule",
+    "FolderRow",
+    "InspectReport",
+    "KeptTensor",
+    "LeftOut",
+    "Loads",
+    "MergeReport",
+    "ModuleLoss",
+    "ReplacedTensor",
+    "Report",
+    "TargetFamily",
+    "TensorDifference",
+    "TensorRow",
+    "VerifyReport",
+    "plain_json",
+]

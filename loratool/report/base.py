@@ -1,0 +1,59 @@
+"""What all reports have in common."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+SCHEMA = 1
+
+
+class Report:
+    """Base of all reports."""
+
+    command: ClassVar[str]
+
+    @property
+    def ok(self) -> bool:
+        """False if the command ran to its end and the answer is bad news (``verify``)."""
+        return True
+
+    def to_json(self) -> dict[str, Any]:
+        """The report as plain JSON types."""
+        head = {"schema": SCHEMA, "command": self.command, "ok": self.ok}
+        assert dataclasses.is_dataclass(self)
+        return head | {f.name: plain_json(getattr(self, f.name)) for f in dataclasses.fields(self)}
+
+
+def plain_json(value: Any) -> Any:
+    """Dataclasses, tuples and paths as JSON types; NaN and infinity as null."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: plain_json(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(k): plain_json(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain_json(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Path):
+        return str(value)
+    return value
+
+
+@dataclass(frozen=True)
+class Loads:
+    """Whether a program loads the adapter.
+
+    Attributes:
+        program: ``PEFT``, ``vLLM``, ``llama.cpp``.
+        verdict: ``yes``, ``no``, or ``wrong`` (loads, and computes something else).
+        reasons: why not, in few words each.
+    """
+
+    program: str
+    verdict: str
+    reasons: tuple[str, ...] = ()

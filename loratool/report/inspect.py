@@ -1,0 +1,171 @@
+"""What `loratool.inspect` returns."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from loratool.report.base import Loads, Report
+
+
+@dataclass(frozen=True)
+class TensorRow:
+    """One tensor of a file (``inspect --tensors``)."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class TargetFamily:
+    """Deltas on modules of the same last name.
+
+    Attributes:
+        name: last part of the module path (``q_proj``).
+        modules: how many.
+        layers: layer numbers as ranges (``0-35``), "" if the paths have none.
+        ranks: rank -> modules.
+        parameters: elements of their factors.
+    """
+
+    name: str
+    modules: int
+    layers: str
+    ranks: Mapping[int, int]
+    parameters: int
+
+
+@dataclass(frozen=True)
+class ReplacedTensor:
+    """A tensor that takes the place of the base's, and what it costs."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    nbytes: int
+    origin: str
+    rows: int | None = None
+
+
+@dataclass(frozen=True)
+class AdapterSummary:
+    """What an adapter's headers and configuration say.
+
+    Attributes:
+        label: short name.
+        dialect: registry name of its dialect.
+        method: ``LoRA``, ``DoRA``, ``rsLoRA`` …
+        base_model: the base that it names.
+        modules: deltas.
+        families: deltas by the last part of the module path.
+        ranks: rank -> deltas.
+        alphas: alpha as written (None = not written) -> deltas.
+        scalings: resolved factor of lora_B @ lora_A -> deltas.
+        factor_parameters: elements of the deltas' tensors.
+        factor_bytes: their bytes.
+        replaced_parameters: elements of replacement tensors.
+        replaced_bytes: their bytes.
+        dtypes: element type -> bytes.
+        replaced: every replacement tensor.
+        unclaimed: tensors that mean nothing for merging.
+        extras: other files that belong to it.
+        loads: which programs load it.
+        metadata: string metadata of the tensor file.
+    """
+
+    label: str
+    dialect: str
+    method: str
+    base_model: str | None
+    modules: int
+    families: tuple[TargetFamily, ...]
+    ranks: Mapping[int, int]
+    alphas: Mapping[str, int]
+    scalings: Mapping[str, int]
+    factor_parameters: int
+    factor_bytes: int
+    replaced_parameters: int
+    replaced_bytes: int
+    dtypes: Mapping[str, int]
+    replaced: tuple[ReplacedTensor, ...] = ()
+    unclaimed: tuple[str, ...] = ()
+    extras: tuple[str, ...] = ()
+    loads: tuple[Loads, ...] = ()
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def parameters(self) -> int:
+        """All elements."""
+        return self.factor_parameters + self.replaced_parameters
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return self.factor_bytes + self.replaced_bytes
+
+
+@dataclass(frozen=True)
+class CheckpointSummary:
+    """What a base checkpoint's headers and configuration say.
+
+    Attributes:
+        label: short name.
+        model_type: of the configuration, or "".
+        shards: weight files.
+        tensors: tensors.
+        parameters: elements of float tensors.
+        nbytes: bytes of all tensors.
+        dtypes: element type -> bytes.
+        tied: the configuration ties the output head to the input embedding.
+        quantization: method, None for plain weights.
+        components: sub-folders of a pipeline.
+    """
+
+    label: str
+    model_type: str
+    shards: int
+    tensors: int
+    parameters: int
+    nbytes: int
+    dtypes: Mapping[str, int]
+    tied: bool
+    quantization: str | None
+    components: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class FolderRow:
+    """One file or sub-folder of a folder; exactly one of the three is set."""
+
+    name: str
+    adapter: AdapterSummary | None = None
+    checkpoint: CheckpointSummary | None = None
+    error: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class InspectReport(Report):
+    """Result of `loratool.inspect`.
+
+    Attributes:
+        source: as named.
+        what: ``adapter``, ``checkpoint`` or ``folder``: which of the next three is filled.
+        tensors: every tensor, if asked for.
+        warnings: what will go wrong.
+        notes: what is good to know.
+        next: a command line to go on with.
+    """
+
+    command: ClassVar[str] = "inspect"
+    source: str
+    what: str
+    adapter: AdapterSummary | None = None
+    checkpoint: CheckpointSummary | None = None
+    rows: tuple[FolderRow, ...] = ()
+    tensors: tuple[TensorRow, ...] = ()
+    warnings: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    next: str | None = None

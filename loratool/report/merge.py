@@ -1,0 +1,148 @@
+"""What `loratool.merge` and `loratool.verify` return."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from loratool.report.base import Report
+
+
+@dataclass(frozen=True)
+class ModuleLoss:
+    """What rounding did to the change of one tensor.
+
+    Attributes:
+        name: tensor.
+        dtype: type it was rounded to.
+        rho: ‖ΔW‖ / ‖W‖.
+        loss: ‖W' − (W + ΔW)‖ / ‖ΔW‖, measured.
+        predicted_loss: the same from the rounding model, before the run.
+        changed_share: share of elements that changed.
+        predicted_share: the same, predicted.
+    """
+
+    name: str
+    dtype: str
+    rho: float
+    loss: float
+    predicted_loss: float
+    changed_share: float
+    predicted_share: float
+
+
+@dataclass(frozen=True)
+class MergeReport(Report):
+    """Result of `loratool.merge`.
+
+    Attributes:
+        output: what was (or would be) written.
+        adapters: ``{"label", "weight"}`` in order.
+        base: path of the base.
+        base_label: the base as a user knows it.
+        changed: tensors with a delta or replacement.
+        copied: tensors taken over byte for byte.
+        cast: tensors whose only change is the type.
+        created: tensors that the base has not.
+        skipped: modules left out because that was asked for.
+        rule: how names were matched.
+        device: where it ran.
+        device_reason: why there.
+        dtype: type of the changed tensors, or ``mixed``.
+        shards: weight files written.
+        output_bytes: bytes of tensor data.
+        peak_memory_bytes: planned.
+        seconds: wall time.
+        modules: loss per changed tensor.
+        total: loss in all.
+        warnings: what the user should not overlook.
+        notes: what is good to know.
+        sidecars: small files written along.
+        tokenizer: where the tokenizer came from, None if there is none.
+        dry_run: nothing was written.
+        plan: the plan, with ``dry_run``.
+    """
+
+    command: ClassVar[str] = "merge"
+    output: str
+    adapters: tuple[Mapping[str, Any], ...]
+    base: str
+    base_label: str
+    changed: int
+    copied: int
+    cast: int
+    created: int
+    skipped: tuple[str, ...]
+    rule: str
+    device: str
+    device_reason: str
+    dtype: str
+    shards: int
+    output_bytes: int
+    peak_memory_bytes: int
+    seconds: float
+    modules: tuple[ModuleLoss, ...]
+    total: ModuleLoss
+    warnings: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    sidecars: tuple[str, ...] = ()
+    tokenizer: str | None = None
+    dry_run: bool = False
+    plan: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class TensorDifference:
+    """A tensor that is not what merging gives.
+
+    Attributes:
+        name: tensor.
+        elements: how many differ.
+        max_ulp: largest distance in units of the last place; 0 where it has no meaning.
+        residual: ‖found − expected‖ / ‖ΔW‖ (or of the tensor, where nothing changes).
+        reason: in words.
+    """
+
+    name: str
+    elements: int
+    max_ulp: int
+    residual: float
+    reason: str
+
+
+@dataclass(frozen=True)
+class VerifyReport(Report):
+    """Result of `loratool.verify`.
+
+    Attributes:
+        merged: checkpoint under test.
+        base: path of the base.
+        verdict: ``identical``, ``rounding`` (equal up to rounding) or ``differs``.
+        tensors: compared.
+        identical: equal bit for bit.
+        within_rounding: equal up to rounding.
+        differing: the others, worst first.
+        missing: tensors that the merge would hold and MERGED lacks.
+        unexpected: tensors of MERGED that the merge would not hold.
+        seconds: wall time.
+        notes: what is good to know.
+    """
+
+    command: ClassVar[str] = "verify"
+    merged: str
+    base: str
+    verdict: str
+    tensors: int
+    identical: int
+    within_rounding: int
+    differing: tuple[TensorDifference, ...]
+    missing: tuple[str, ...]
+    unexpected: tuple[str, ...]
+    seconds: float
+    notes: tuple[str, ...] = ()
+
+    @property
+    def ok(self) -> bool:
+        """False if MERGED is something else."""
+        return self.verdict != "differs"

@@ -1,0 +1,55 @@
+"""Adapters are small: all their files are made in memory and appear together."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from loratool.adapter import AdapterFiles, TensorData
+from loratool.store.header import build_header
+from loratool.store.jsonfile import dump_json
+from loratool.store.reader import FileReader
+from loratool.store.writer import MARKER, ShardWriter, StagedOutput
+
+
+def write_adapter(
+    files: AdapterFiles, target: Path, *, record: Mapping[str, Any], force: bool = False
+) -> int:
+    """Write an adapter folder, whole or not at all.
+
+    Args:
+        files: tensors and JSON files.
+        target: folder to create.
+        record: provenance, written as ``loratool.json``.
+        force: replace an earlier loratool output.
+
+    Returns:
+        Size of the tensor file in bytes.
+    """
+    header, starts = build_header(
+        [(name, s.dtype, s.shape) for name, s in files.tensors], files.metadata
+    )
+    size = len(header) + sum(s.nbytes for _, s in files.tensors)
+    plan_id = hashlib.sha256(header + os.urandom(16)).hexdigest()  # never resumed
+    output = StagedOutput(target, is_folder=True, plan_id=plan_id, force=force, restart=True)
+    with output, FileReader() as reader:
+        writer = ShardWriter(output.create(files.tensor_file), header, size)
+        try:
+            for (_, source), start in zip(files.tensors, starts, strict=True):
+                if isinstance(source, TensorData):
+                    writer.put(start, memoryview(source.data).cast("B"))
+                else:
+                    buffer = memoryview(bytearray(source.nbytes))
+                    reader.read_into(source.file, source.start, buffer)
+                    writer.put(start, buffer)
+            writer.finish()
+        finally:
+            writer.close()
+        for name, value in files.json_files.items():
+            output.write_file(name, dump_json(value))
+        output.write_file(MARKER, dump_json(dict(record) or {"loratool": True}))
+        output.commit()
+    return size

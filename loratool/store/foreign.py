@@ -1,0 +1,97 @@
+"""Files that are not what they should be: other kinds of file, and no files at all."""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from pathlib import Path
+from typing import BinaryIO
+
+from loratool.errors import BadFileError, DiskError, UnsafeContentError
+
+_FETCH_LFS = "git lfs pull (or hf download) brings the real file"
+_FOREIGN: tuple[tuple[re.Pattern[bytes], str, str], ...] = (
+    (re.compile(rb"version https://git-lfs|# xet version"), "a Git LFS pointer", _FETCH_LFS),
+    (
+        re.compile(rb"\s*(<!doctype|<html|<head|<\?xml)", re.IGNORECASE),
+        "a web page",
+        "the download was an error page: download it again, logged in if the repository is gated",
+    ),
+    (re.compile(rb"GGUF"), "a GGUF file", "name it .gguf"),
+    (re.compile(rb"\x1f\x8b"), "a gzip archive", "gunzip it first"),
+    (re.compile(rb"\x89HDF"), "an HDF5 file", "convert it to safetensors"),
+    (re.compile(rb"PK(\x03\x04|\x05\x06)"), "a zip archive", "unpack it first"),
+    (re.compile(rb"\s*\{"), "a JSON text", "name the weights file, not its index or config"),
+)
+# Protocol 2 to 5 begin with a marker; 0 and 1 with an opcode that builds or imports something.
+_PICKLE = re.compile(rb"\x80[\x02-\x05]|c[\w.]+\n[\w.]+\n|[(\]}][dlpqt(]|\(i[\w.]+\n")
+
+
+def refuse_foreign(file: BinaryIO, head: bytes, shown: object, size: int) -> None:
+    """Raise if a file that is no safetensors file is of a known other kind.
+
+    Args:
+        file: the file, open for reading.
+        head: its first bytes, at most 4096.
+        shown: its name for messages.
+        size: its length in bytes.
+
+    Raises:
+        UnsafeContentError: a pickle.
+        BadFileError: another known kind.
+    """
+    is_zip = head[:2] == b"PK"
+    if is_zip:  # torch.save: a zip whose listing, at the end, names data.pkl
+        file.seek(max(0, size - 65_536))
+        head += file.read(65_536)
+    if (is_zip and b".pkl" in head) or (head[8:9] != b"{" and _PICKLE.match(head)):
+        raise UnsafeContentError(
+            "LT-900", "pickle is not opened: it can run code", file=shown,
+            expected="safetensors", got="a pickle (torch.save) file",
+            hint="get the .safetensors file, or convert it in a place you trust",
+        )  # fmt: skip
+    for pattern, kind, hint in _FOREIGN:
+        if pattern.match(head):
+            raise BadFileError(
+                "LT-302", f"not a safetensors file but {kind}", file=shown,
+                expected="safetensors", got=kind, hint=hint,
+            )  # fmt: skip
+
+
+def open_regular(path: Path, *, shown: object | None = None) -> BinaryIO:
+    """Open a regular file for reading; anything else is refused without being opened.
+
+    Raises:
+        BadFileError: there is no such file.
+        UnsafeContentError: a folder, FIFO, socket or device.
+        DiskError: no permission, or an input/output error.
+    """
+    shown = path if shown is None else shown
+    try:
+        _require_regular(path.stat().st_mode, shown)
+        # O_NONBLOCK: if the file is exchanged for a FIFO right now, opening must not hang.
+        flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+        file = os.fdopen(os.open(path, flags), "rb", buffering=0)
+    except FileNotFoundError as error:
+        what = "broken symbolic link" if path.is_symlink() else "no such file"
+        raise BadFileError("LT-300", what, file=shown) from error
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        got = getattr(error, "strerror", None) or str(error)
+        raise DiskError("LT-601", "cannot open", file=shown, got=got) from error
+    try:
+        _require_regular(os.fstat(file.fileno()).st_mode, shown)
+    except UnsafeContentError:
+        file.close()
+        raise
+    return file
+
+
+def _require_regular(mode: int, shown: object) -> None:
+    if stat.S_ISREG(mode):
+        return
+    kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket"}
+    raise UnsafeContentError(
+        "LT-901", "not a regular file", file=shown,
+        expected="a file", got=kinds.get(stat.S_IFMT(mode), "a device"),
+    )  # fmt: skip

@@ -1,0 +1,337 @@
+"""The header of a safetensors file, read without trusting it and written byte for byte.
+
+Everything is checked before any tensor byte is used, and every size before anything of that
+size is allocated.  The rules are those of the safetensors library and stricter: no duplicate
+keys, no nameless tensors, limits on counts and lengths.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO, NoReturn
+
+from loratool.adapter import TensorRef
+from loratool.dtypes import DTYPES, tensor_bytes
+from loratool.errors import BadFileError, DiskError, list_some
+from loratool.plan import TensorSpec
+from loratool.store.foreign import open_regular, refuse_foreign
+from loratool.store.jsonfile import DuplicateKeyError, refuse_constant, unique_pairs
+
+MAX_HEADER_BYTES = 32 << 20  # default; --max-header raises it up to the next line
+HARD_HEADER_BYTES = 100_000_000  # the safetensors library refuses more
+MAX_TENSORS = 200_000
+MAX_NAME = 1024  # characters
+MAX_DIMS = 8
+
+_STRING = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
+# A tensor entry has one object, two lists and at most twelve commas; the slack is for metadata.
+_MAX_OBJECTS = MAX_TENSORS + 2
+_MAX_LISTS = 2 * MAX_TENSORS
+_MAX_COMMAS = 13 * MAX_TENSORS
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a safetensors file says about itself, checked.
+
+    Attributes:
+        path: the file.
+        metadata: string metadata, in file order.
+        tensors: in offset order; they cover the rest of the file exactly.
+        raw: length prefix and JSON as in the file.
+        data_start: absolute offset of the first tensor byte.
+        file_size: size of the file in bytes.
+    """
+
+    path: Path
+    metadata: Mapping[str, str]
+    tensors: tuple[TensorRef, ...]
+    raw: bytes = field(repr=False)
+    data_start: int
+    file_size: int
+
+
+def read_header(
+    path: Path, *, max_bytes: int = MAX_HEADER_BYTES, base_dir: Path | None = None
+) -> Header:
+    """Read and check the header of a safetensors file.
+
+    Args:
+        path: the file; a symbolic link to a regular file is followed.
+        max_bytes: largest header accepted (never more than 100 MB).
+        base_dir: folder that the file belongs to: messages then name the file relative to it.
+
+    Raises:
+        BadFileError: missing, damaged, truncated or another kind of file.
+        UnsafeContentError: pickle, or not a regular file (a FIFO is never opened).
+        DiskError: the system refuses to read it.
+
+    Example:
+        >>> read_header(Path("adapter_model.safetensors")).tensors[0].shape  # doctest: +SKIP
+        (8, 4096)
+    """
+    shown = _shown(path, base_dir)
+    try:
+        with open_regular(path, shown=shown) as file:
+            size = os.fstat(file.fileno()).st_size
+            raw = _read_raw(file, shown, size, min(max_bytes, HARD_HEADER_BYTES))
+    except OSError as error:
+        raise DiskError("LT-601", "cannot read", file=shown, got=error.strerror) from error
+    entries = _parse(raw, shown)
+    metadata = _check_metadata(entries.pop("__metadata__", {}), shown)
+    if len(entries) > MAX_TENSORS:
+        _refuse_count(shown, len(entries))
+    tensors = [_tensor(path, shown, name, entry, len(raw)) for name, entry in entries.items()]
+    tensors.sort(key=lambda ref: (ref.start, ref.nbytes))
+    _check_cover(tensors, shown, len(raw), size)
+    return Header(path, metadata, tuple(tensors), raw, len(raw), size)
+
+
+def build_header(
+    tensors: Sequence[TensorSpec | tuple[str, str, tuple[int, ...]]],
+    metadata: Mapping[str, str],
+    *,
+    align: int = 8,
+) -> tuple[bytes, tuple[int, ...]]:
+    """The header bytes of a new file, and where each tensor starts in it.
+
+    Tensors lie in the given order without gaps; equal arguments give equal bytes.
+
+    Args:
+        tensors: `loratool.plan.TensorSpec` or (name, dtype, shape).
+        metadata: string metadata, written first and in the given order; none if empty.
+        align: the JSON is padded with spaces so that the data start at a multiple of this.
+
+    Raises:
+        BadFileError: a name occurs twice or is reserved, or the header would be over 100 MB.
+    """
+    entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    starts: list[int] = []
+    end = 0
+    for one in tensors:
+        name, dtype, shape = one if isinstance(one, tuple) else (one.name, one.dtype, one.shape)
+        if name in entries or name == "__metadata__":
+            raise BadFileError("LT-306", "duplicate or reserved tensor name", key=name)
+        begin, end = end, end + tensor_bytes(dtype, shape)
+        entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
+        starts.append(begin)
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-(8 + len(text)) % align)
+    if len(text) > HARD_HEADER_BYTES:
+        raise BadFileError(
+            "LT-304", "the header of the output would be too large",
+            expected=f"at most {HARD_HEADER_BYTES} bytes", got=f"{len(text)} bytes",
+        )  # fmt: skip
+    header = len(text).to_bytes(8, "little") + text
+    return header, tuple(len(header) + start for start in starts)
+
+
+def _shown(path: Path, base_dir: Path | None) -> Path:
+    if base_dir is not None and path.is_relative_to(base_dir):
+        return path.relative_to(base_dir)
+    return path
+
+
+def short_name(name: str, limit: int = 100) -> str:
+    """A tensor name fit for a message: printable for any terminal encoding, never endless."""
+    clean = name.encode("utf-8", "backslashreplace").decode()
+    return clean if len(clean) <= limit else f"{clean[:limit]}… ({len(name)} characters)"
+
+
+def _read_raw(file: BinaryIO, shown: object, size: int, limit: int) -> bytes:
+    if size < 8:
+        raise BadFileError(
+            "LT-301", "file is empty" if size == 0 else "file is too small", file=shown,
+            expected="a safetensors file of at least 10 bytes", got=f"{size} bytes",
+        )  # fmt: skip
+    head = _read_exactly(file, min(size, 4096), shown)
+    length = int.from_bytes(head[:8], "little")
+    if head[8:9] != b"{" or length > size - 8 or length > limit:
+        refuse_foreign(file, head, shown, size)
+    if length > limit:
+        raise BadFileError(
+            "LT-304", "header is too large", file=shown, expected=f"at most {limit} bytes",
+            got=f"{length} bytes", hint=f"--max-header, at most {HARD_HEADER_BYTES}",
+        )  # fmt: skip
+    if length > size - 8:
+        raise BadFileError(
+            "LT-303", "header is longer than the file: truncated, or not safetensors", file=shown,
+            expected=f"{length + 8} bytes for the header", got=f"{size} bytes",
+            hint="download or copy the file again",
+        )  # fmt: skip
+    if length == 0 or head[8:9] != b"{":
+        raise BadFileError(
+            "LT-305", "header is not a JSON object", file=shown,
+            expected="'{' at byte 8", got=repr(head[8:9])[1:] if length else "an empty header",
+        )  # fmt: skip
+    if len(head) >= length + 8:
+        return head[: length + 8]
+    return head + _read_exactly(file, length + 8 - len(head), shown)
+
+
+def _whole(text: str) -> int | float:
+    # Anything but a plain non-negative 64-bit number becomes a float, which later checks refuse.
+    return int(text) if text.isdigit() and len(text) <= 20 else float(text)
+
+
+def _read_exactly(file: BinaryIO, count: int, shown: object) -> bytes:
+    parts: list[bytes] = []
+    left = count
+    while left:
+        part = file.read(left)
+        if not part:
+            raise BadFileError(
+                "LT-303", "file ended while its header was read", file=shown,
+                expected=f"{count} bytes", got=f"{count - left} bytes",
+            )  # fmt: skip
+        parts.append(part)
+        left -= len(part)
+    return b"".join(parts)
+
+
+def _parse(raw: bytes, shown: object) -> dict[str, Any]:
+    _check_counts(raw, shown)
+    try:
+        text = raw[8:].decode("utf-8")
+        entries = json.loads(
+            text, object_pairs_hook=unique_pairs, parse_int=_whole, parse_constant=refuse_constant
+        )
+    except UnicodeDecodeError as error:
+        raise BadFileError(
+            "LT-305", "header is not UTF-8", file=shown, got=f"byte {8 + error.start}"
+        ) from error
+    except DuplicateKeyError as error:
+        raise BadFileError(
+            "LT-306", "duplicate key in the header", file=shown, key=short_name(str(error))
+        ) from error
+    except json.JSONDecodeError as error:
+        where = 8 + len(text[: error.pos].encode())
+        raise BadFileError(
+            "LT-305", "header is not JSON", file=shown, got=f"{error.msg} at byte {where}"
+        ) from error
+    except RecursionError as error:
+        raise BadFileError("LT-305", "header is nested too deeply", file=shown) from error
+    except ValueError as error:
+        raise BadFileError("LT-305", "header is not JSON", file=shown, got=str(error)) from error
+    assert isinstance(entries, dict)  # it starts with "{"
+    return entries
+
+
+def _check_counts(raw: bytes, shown: object) -> None:
+    """Bound what parsing can allocate: structure outside strings is counted first."""
+    if raw.count(b",") <= MAX_TENSORS and raw.count(b"{") + raw.count(b"[") <= MAX_TENSORS:
+        return
+    bare = _STRING.sub(b"", raw[8:])
+    if bare.count(b"{") > _MAX_OBJECTS or bare.count(b"[") > _MAX_LISTS:
+        _refuse_count(shown, max(bare.count(b"{"), bare.count(b"[") // 2))
+    if bare.count(b",") > _MAX_COMMAS:
+        _refuse_count(shown, bare.count(b",") // 13)
+
+
+def _refuse_count(shown: object, count: int) -> NoReturn:
+    raise BadFileError(
+        "LT-309", "too many tensors", file=shown, expected=f"at most {MAX_TENSORS}",
+        got=f"about {count}",
+    )  # fmt: skip
+
+
+def _is_clean(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # half of a surrogate pair
+        return False
+    return True
+
+
+def _check_metadata(value: object, shown: object) -> Mapping[str, str]:
+    if not isinstance(value, dict):
+        raise BadFileError(
+            "LT-316", "metadata is not an object", file=shown, key="__metadata__",
+            expected="an object of strings", got=type(value).__name__,
+        )  # fmt: skip
+    for key, item in value.items():
+        if not isinstance(item, str) or not _is_clean(key) or not _is_clean(item):
+            raise BadFileError(
+                "LT-316", "metadata value is not a string", file=shown,
+                key=f"__metadata__.{short_name(key)}", expected="a string of Unicode characters",
+                got="half a surrogate pair" if isinstance(item, str) else type(item).__name__,
+            )  # fmt: skip
+    return value
+
+
+def _tensor(path: Path, shown: object, name: str, entry: object, data_start: int) -> TensorRef:
+    def refuse(code: str, what: str, expected: object = None, got: object = None) -> NoReturn:
+        raise BadFileError(code, what, file=shown, key=short_name(name), expected=expected, got=got)
+
+    if not name or len(name) > MAX_NAME or not _is_clean(name):
+        refuse("LT-308", "unusable tensor name", f"1 to {MAX_NAME} Unicode characters",
+               "half a surrogate pair" if 0 < len(name) <= MAX_NAME else f"{len(name)} characters",
+        )  # fmt: skip
+    if not isinstance(entry, dict):
+        refuse("LT-307", "tensor entry is not an object", "an object", type(entry).__name__)
+    missing = [k for k in ("dtype", "shape", "data_offsets") if k not in entry]
+    if missing:
+        refuse("LT-307", "tensor entry is incomplete", "dtype, shape, data_offsets",
+               f"no {list_some(missing)}")  # fmt: skip
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        refuse("LT-310", "unknown dtype", ", ".join(DTYPES), short_name(str(dtype)))
+    if not isinstance(shape, list) or any(type(n) is not int for n in shape):
+        refuse("LT-307", "shape is not a list of sizes", "whole numbers ≥ 0",
+               short_name(str(shape)))  # fmt: skip
+    if len(shape) > MAX_DIMS:
+        refuse("LT-309", "too many dimensions", f"at most {MAX_DIMS}", len(shape))
+    if (not isinstance(offsets, list) or len(offsets) != 2
+            or any(type(n) is not int for n in offsets)):  # fmt: skip
+        refuse("LT-307", "data_offsets is not a pair of positions", "two whole numbers ≥ 0",
+               short_name(str(offsets)))  # fmt: skip
+    begin, end = offsets
+    if begin > end:
+        refuse("LT-307", "data_offsets end before they begin", "begin ≤ end", offsets)
+    bits = DTYPES[dtype].bits
+    for size in shape:
+        bits *= max(size, 1)
+        if bits >= 1 << 63:
+            refuse("LT-311", "shape is too large for any file", "less than 2^63 bits", shape)
+    if 0 not in shape and bits % 8:
+        refuse("LT-311", "packed tensor does not fill whole bytes", "a multiple of 8 bits", bits)
+    nbytes = tensor_bytes(dtype, tuple(shape))
+    if end - begin != nbytes:
+        refuse("LT-311", "byte range does not fit shape and dtype",
+               f"{nbytes} bytes ({dtype} {shape})", f"{end - begin} bytes")  # fmt: skip
+    return TensorRef(path, name, dtype, tuple(shape), data_start + begin, nbytes)
+
+
+def _check_cover(tensors: list[TensorRef], shown: object, start: int, size: int) -> None:
+    """The tensors must follow each other without hole or overlap up to the end of the file."""
+    end, before = start, "the header"
+    for ref in tensors:
+        name = short_name(ref.name)
+        if ref.start < end:
+            raise BadFileError(
+                "LT-314", f"tensors overlap: {before} and {name}", file=shown, key=name,
+                expected=f"begin at {end - start}", got=f"begin at {ref.start - start}",
+            )  # fmt: skip
+        if ref.start > end:
+            raise BadFileError(
+                "LT-315", f"hole of {ref.start - end} bytes before a tensor", file=shown, key=name,
+                expected=f"begin at {end - start} (end of {before})",
+                got=f"begin at {ref.start - start}",
+            )  # fmt: skip
+        end, before = ref.start + ref.nbytes, name
+        if end > size:
+            raise BadFileError(
+                "LT-312", "truncated: a tensor ends past the end of the file", file=shown,
+                key=name, expected=f"{tensors[-1].start + tensors[-1].nbytes} bytes in all",
+                got=f"{size} bytes", hint="download or copy the file again",
+            )  # fmt: skip
+    if end < size:
+        raise BadFileError(
+            "LT-313", f"{size - end} extra bytes after the last tensor", file=shown,
+            expected=f"{end} bytes", got=f"{size} bytes",
+        )  # fmt: skip

@@ -1,0 +1,106 @@
+"""Bytes of input files, by position, into buffers that the caller owns.
+
+No mmap: a source that shrinks while it is read must be an error, not SIGBUS.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from pathlib import Path
+from typing import BinaryIO
+
+from loratool.errors import BadFileError, DiskError
+
+_Stamp = tuple[int, int, int, int]
+
+
+def plain_io() -> bool:
+    """True where only seek/read/write may be used (other systems, or LORATOOL_PLAIN_IO=1)."""
+    return os.environ.get("LORATOOL_PLAIN_IO") == "1" or not hasattr(os, "preadv")
+
+
+class FileReader:
+    """Positioned reads from any number of files, safe for several threads.
+
+    Files are opened on first use and stay open; `close` checks that none of them changed.
+    """
+
+    def __init__(self) -> None:
+        self._files: dict[Path, tuple[BinaryIO, _Stamp]] = {}
+        self._lock = threading.Lock()
+        self._plain = plain_io()
+
+    def __enter__(self) -> FileReader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            for file, _stamp in self._files.values():
+                file.close()
+            self._files.clear()
+
+    def read_into(self, path: Path, offset: int, buffer: memoryview) -> None:
+        """Fill ``buffer`` with the bytes at ``offset``.
+
+        Raises:
+            BadFileError: the file ends before the buffer is full.
+            DiskError: the system refuses to read.
+        """
+        file, _stamp = self._open(path)
+        done = 0
+        try:
+            while done < len(buffer):
+                got = self._read(file, offset + done, buffer[done:])
+                if got == 0:
+                    raise BadFileError(
+                        "LT-331",
+                        "file ended while it was read",
+                        file=path,
+                        expected=f"{len(buffer)} bytes at {offset}",
+                        got=f"{done} bytes",
+                        hint="the file changed during the run: do not write to inputs",
+                    )
+                done += got
+        except OSError as error:
+            raise DiskError("LT-601", "cannot read", file=path, got=error.strerror) from error
+
+    def check_unchanged(self) -> None:
+        """Compare every open file with what it was when it was opened.
+
+        Raises:
+            BadFileError: device, inode, size or modification time differ.
+        """
+        with self._lock:
+            for path, (file, stamp) in self._files.items():
+                if _stamp_of(os.fstat(file.fileno())) != stamp or _stamp_of(path.stat()) != stamp:
+                    raise BadFileError(
+                        "LT-332", "input changed during the run", file=path, hint="run it again"
+                    )
+
+    def _open(self, path: Path) -> tuple[BinaryIO, _Stamp]:
+        with self._lock:
+            entry = self._files.get(path)
+            if entry is None:
+                try:
+                    file = path.open("rb", buffering=0)
+                except OSError as error:
+                    raise DiskError(
+                        "LT-601", "cannot open", file=path, got=error.strerror
+                    ) from error
+                if hasattr(os, "posix_fadvise"):
+                    os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
+                entry = (file, _stamp_of(os.fstat(file.fileno())))
+                self._files[path] = entry
+            return entry
+
+    def _read(self, file: BinaryIO, offset: int, buffer: memoryview) -> int:
+        if not self._plain:
+            return os.preadv(file.fileno(), [buffer], offset)
+        with self._lock:
+            file.seek(offset)
+            return file.readinto(buffer) or 0  # type: ignore[attr-defined]
+
+
+def _stamp_of(stat: os.stat_result) -> _Stamp:
+    return (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns)
