@@ -27,7 +27,7 @@ _LABEL_WIDTH = 8
 
 
 def safe(text: object, *, cap: int = FIELD_CAP) -> str:
-    """Make foreign text printable: control, bidi and invisible characters become escapes.
+    r"""Make foreign text printable: control, bidi and invisible characters become escapes.
 
     Tokens and logins in URLs are blanked.  Nothing in the result is terminal markup.
 
@@ -36,12 +36,12 @@ def safe(text: object, *, cap: int = FIELD_CAP) -> str:
         cap: longest result, in characters before the cut is marked.
 
     Example:
-        >>> safe("a\\x1b[31mb")
-        'a\\\\x1b[31mb'
+        >>> safe("a\x1b[31mb")
+        'a\\x1b[31mb'
     """
     found = str(text)
-    if len(found) > 4 * cap:  # each character grows at most tenfold: no need to escape a megabyte
-        found = found[: 4 * cap]
+    if len(found) > 4 * cap:
+        found = found[: 4 * cap]  # no need to escape a megabyte; room for redaction to shorten it
     found = "".join(_escape(c) if _is_hidden(c) else c for c in redact(found))
     return found if len(found) <= cap else found[: cap - 1] + "…"
 
@@ -59,7 +59,9 @@ def _escape(char: str) -> str:
     code = ord(char)
     if char in _SHORT:
         return _SHORT[char]
-    return f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}" if code < 65536 else f"\\U{code:08x}"
+    return (
+        f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}" if code < 65536 else f"\\U{code:08x}"
+    )
 
 
 # --------------------------------------------------------------------------------- numbers
@@ -149,7 +151,9 @@ _TONES: dict[str | None, dict[str, Any]] = {
 }
 
 
-def table(rows: Sequence[Sequence[str]], head: Sequence[str], *, right: Iterable[int] = ()) -> list[str]:
+def table(
+    rows: Sequence[Sequence[str]], head: Sequence[str], *, right: Iterable[int] = ()
+) -> list[str]:
     """Columns padded to their widest cell, two spaces apart, the head in bold.
 
     Args:

@@ -13,6 +13,7 @@ from loratool.adapter import TensorData
 from loratool.engine import grid
 from loratool.engine.buffers import to_bytes
 from loratool.engine.kernel import INTEGERS, Env, Kernel
+from loratool.engine.merging import count_differing
 from loratool.errors import NumericError
 from loratool.linalg import svd
 from loratool.plan import Step
@@ -58,8 +59,7 @@ class Difference(Kernel):
             wide = torch.float64
         delta = tuned.to(wide) - base.to(wide)
         if tuned.dtype == base.dtype and tuned.element_size() in INTEGERS:
-            bits = INTEGERS[tuned.element_size()]
-            differing = int((tuned.view(bits) != base.view(bits)).sum())
+            differing = count_differing(tuned, base)
         else:
             differing = int((delta != 0).sum())
         square = float(delta.double().square().sum())

@@ -6,13 +6,7 @@ Shares and errors are fractions of 1, sizes are bytes, times are seconds.
 """
 
 from loratool.report.base import SCHEMA, Loads, Report, plain_json
-from loratool.report.extract import (
-    ExtractedFamily,
-    ExtractedModule,
-    ExtractReport,
-    KeptTensor,
-    LeftOut,
-)
+from loratool.report.extract import ExtractedFamily, ExtractedModule, ExtractReport, group_families
 from loratool.report.inspect import (
     AdapterSummary,
     CheckpointSummary,
@@ -33,8 +27,6 @@ __all__ = [
     "ExtractedModule",
     "FolderRow",
     "InspectReport",
-    "KeptTensor",
-    "LeftOut",
     "Loads",
     "MergeReport",
     "ModuleLoss",
@@ -44,5 +36,6 @@ __all__ = [
     "TensorDifference",
     "TensorRow",
     "VerifyReport",
+    "group_families",
     "plain_json",
 ]

@@ -106,7 +106,7 @@ class TensorDifference:
 
     name: str
     elements: int
-    max_ulp: int
+    max_ulp: float
     residual: float
     reason: str
 
@@ -116,8 +116,8 @@ class VerifyReport(Report):
     """Result of `loratool.verify`.
 
     Attributes:
-        merged: checkpoint under test.
-        base: path of the base.
+        merged: checkpoint under test, as a user knows it.
+        base: the base as a user knows it.
         verdict: ``identical``, ``rounding`` (equal up to rounding) or ``differs``.
         tensors: compared.
         identical: equal bit for bit.

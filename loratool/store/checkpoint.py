@@ -119,7 +119,7 @@ def open_checkpoint(path: Path, *, max_header: int = MAX_HEADER_BYTES) -> Checkp
                 return _open_pipeline(path, max_header)
             return _open_folder(path, max_header)
         if path.name.endswith(".safetensors.index.json"):
-            return _open_folder(path.parent, max_header)
+            return _open_folder(path.parent, max_header, index_name=path.name)
         return _open_file(path, max_header)
     except OSError as error:
         raise DiskError(
@@ -148,8 +148,8 @@ def _open_file(path: Path, max_header: int) -> Checkpoint:
     )
 
 
-def _open_folder(folder: Path, max_header: int) -> Checkpoint:
-    layout = find_layout(folder)
+def _open_folder(folder: Path, max_header: int, *, index_name: str | None = None) -> Checkpoint:
+    layout = find_layout(folder, index_name=index_name)
     shards, tensors, notes = _open_layout(layout, "", "", max_header)
     _refuse_adapter(tensors, folder)
     config = _read_config(folder)
@@ -161,20 +161,10 @@ def _open_folder(folder: Path, max_header: int) -> Checkpoint:
 
 
 def _open_pipeline(folder: Path, max_header: int) -> Checkpoint:
-    listed = load_json(folder / "model_index.json")
-    components = sorted(
-        e.name for e in folder.iterdir() if e.is_dir() and e.name[0] != "." and has_weights(e)
-    )
-    if not components:
-        raise BadFileError(
-            "LT-320", "no checkpoint here: no component of this pipeline holds weights",
-            file=folder, expected="sub-folders with safetensors weights",
-            got=list_some(e.name for e in folder.iterdir()),
-        )  # fmt: skip
+    components, notes = _find_components(folder)
     shards: list[Shard] = []
     tensors: dict[str, TensorRef] = {}
     config: dict[str, Any] = {}
-    notes: list[str] = []
     methods: list[str] = []
     for name in components:
         part = _open_component(folder / name, name, max_header)
@@ -183,15 +173,36 @@ def _open_pipeline(folder: Path, max_header: int) -> Checkpoint:
         config[name] = part.config
         notes += (f"{name}: {note}" for note in part.notes)
         methods += [part.quantization] if part.quantization else []
-        if name not in listed:
-            notes.append(f"{name}: not listed in model_index.json")
-    loose = sorted(e.name for e in folder.iterdir() if e.name.endswith(".safetensors"))
-    if loose:
-        notes.append(f"ignored {list_some(loose)}: the pipeline's weights are in its sub-folders")
     return Checkpoint(
         folder, True, tuple(shards), tensors, config, None, tuple(components),
         methods[0] if methods else None, tuple(notes),
     )  # fmt: skip
+
+
+def _find_components(folder: Path) -> tuple[list[str], list[str]]:
+    """Sub-folders with weights that ``model_index.json`` lists, and notes about all others."""
+    index = load_json(folder / "model_index.json")
+    listed = {k for k, v in index.items() if isinstance(v, list) and v and v[0] is not None}
+    inside = sorted(e.name for e in folder.iterdir() if e.is_dir() and e.name[0] != ".")
+    with_weights = [name for name in inside if has_weights(folder / name)]
+    components = [name for name in with_weights if name in listed]
+    if not components:
+        raise BadFileError(
+            "LT-320", "no checkpoint here: no component of this pipeline holds weights",
+            file=folder, expected=f"weights in {list_some(listed) or 'listed components'}",
+            got=list_some(with_weights) or "none",
+        )  # fmt: skip
+    notes = [
+        f"ignored {name}/: not a component of model_index.json"
+        for name in with_weights if name not in listed
+    ]  # fmt: skip
+    gone = listed - set(inside)
+    if gone:
+        notes.append(f"model_index.json lists {list_some(gone)}, which is not here")
+    loose = [e.name for e in folder.iterdir() if e.name.endswith(".safetensors")]
+    if loose:
+        notes.append(f"ignored {list_some(loose)}: the pipeline's weights are in its sub-folders")
+    return components, notes
 
 
 def _open_component(folder: Path, name: str, max_header: int) -> Checkpoint:

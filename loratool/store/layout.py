@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from loratool.errors import BadFileError, MismatchError, UnsafeContentError, list_some
@@ -52,8 +52,12 @@ class _Candidate:
         return f"{self.stem}-*.safetensors ({len(self.files)} files)"
 
 
-def find_layout(folder: Path) -> Layout:
+def find_layout(folder: Path, *, index_name: str | None = None) -> Layout:
     """Decide which files of a folder are the checkpoint.
+
+    Args:
+        folder: where to look; sub-folders are not searched.
+        index_name: the index that the user named; None = the naming rules decide.
 
     Raises:
         BadFileError: none, or several and no rule that says which; a shard is missing.
@@ -67,7 +71,8 @@ def find_layout(folder: Path) -> Layout:
     candidates = _candidates(folder, weights, [n for n in own if _INDEX.search(n)])
     if not candidates:
         _refuse_empty(folder, names)
-    chosen, ignored = _choose(candidates, folder)
+    named = [c for c in candidates if c.index_name == index_name is not None]
+    chosen, ignored = _choose(named or candidates, folder)
     missing = [n for n in (*_expected(chosen), *chosen.files) if not (folder / n).exists()]
     if missing:
         raise BadFileError(
@@ -132,10 +137,10 @@ def _candidates(folder: Path, weights: list[str], indices: list[str]) -> list[_C
     for name in weights:
         if name not in taken:
             families.setdefault(_stem(name), []).append(name)
-    for stem, files in families.items():
-        sharded = [n for n in files if _SHARD_NUMBER.search(n)]
+    for stem, members in families.items():
+        sharded = [n for n in members if _SHARD_NUMBER.search(n)]
         # A stale single file beside shards of the same stem is a second candidate.
-        found.extend(_Candidate(stem, (n,)) for n in files if n not in sharded)
+        found.extend(_Candidate(stem, (n,)) for n in members if n not in sharded)
         counts = {match[2] for n in sharded if (match := _SHARD_NUMBER.search(n))}
         for count in sorted(counts):
             group = tuple(n for n in sharded if f"-of-{count}" in n)

@@ -57,7 +57,8 @@ CASES = {
         lowrank, {}, DeltaPart(spec(), 1.0, transposed=True), W.T, W.T + 2 * (B @ A).T,
     ),
     "diag": (
-        lowrank, {"diag": M[:RANK]}, DeltaPart(spec(), 1.0), W, W + 2 * B @ torch.diag(M[:RANK]) @ A,
+        lowrank, {"diag": M[:RANK]}, DeltaPart(spec(), 1.0), W,
+        W + 2 * B @ torch.diag(M[:RANK]) @ A,
     ),
     "dora": (
         magnitude, {"magnitude": M}, DeltaPart(spec("dora"), 1.0), W,

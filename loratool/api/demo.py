@@ -1,0 +1,58 @@
+"""`demo`: a tiny built-in model to try the commands on, offline."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from loratool.errors import OutputError
+from loratool.report import Report
+
+
+@dataclass(frozen=True)
+class DemoReport(Report):
+    """Result of `demo`.
+
+    Attributes:
+        folder: holds ``base/``, ``style/``, ``sql/`` and ``tuned/``.
+        commands: command lines to try there, in order, without the leading ``loratool``.
+    """
+
+    command: ClassVar[str] = "demo"
+    folder: str
+    commands: tuple[tuple[str, ...], ...]
+
+
+def demo(folder: str | Path) -> DemoReport:
+    """Write a tiny model, two adapters and a fine-tune, and say what to try on them.
+
+    Args:
+        folder: created; must not exist or be empty.
+    Raises:
+        OutputError: the folder holds something.
+    """
+    from loratool.delta.toy import write_toy
+
+    path = Path(folder)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise OutputError("LT-507", "the demo folder is not empty", file=path)
+    path.mkdir(exist_ok=True)
+    write_toy(path)
+
+    def at(name: str) -> str:
+        return str(path / name)
+
+    return DemoReport(
+        str(path),
+        (
+            ("inspect", at("style")),
+            ("merge", f"{at('style')}:0.8", at("sql"), "--base", at("base"), "-o", at("merged")),
+            (
+                "verify", at("merged"), "--base", at("base"),
+                "--adapter", f"{at('style')}:0.8", "--adapter", at("sql"),
+            ),
+            ("extract", at("tuned"), "--base", at("base"), "--rank", "8", "-o", at("lora")),
+            ("inspect", at("lora")),
+        ),
+    )  # fmt: skip

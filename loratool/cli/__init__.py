@@ -1,0 +1,210 @@
+"""The command line: parse, call one function of `loratool`, render, exit code.
+
+`main` is the only place where errors become text and numbers.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Sequence
+from types import FrameType
+from typing import TYPE_CHECKING, Any, NoReturn
+
+if TYPE_CHECKING:
+    from loratool.errors import LoratoolError
+
+_SIGPIPE_EXIT = 141
+
+
+class Terminated(BaseException):
+    """SIGTERM or SIGHUP arrived; not an `Exception`, so that no cleanup code swallows it."""
+
+
+def main(argv: Sequence[str] | None = None) -> NoReturn:
+    """Run the command line and exit.
+
+    Args:
+        argv: arguments after the program's name; None = those of the process.
+    """
+    args = list(sys.argv[1:] if argv is None else argv)
+    _prepare_streams()
+    _catch_signals()
+    sys.exit(run(args))
+
+
+def run(args: list[str]) -> int:
+    """Run the command line; returns the exit code."""
+    import click
+
+    from loratool.errors import LoratoolError
+
+    options = args[: args.index("--")] if "--" in args else args
+    try:
+        code = _invoke(args)
+        sys.stdout.flush()
+        return code
+    except LoratoolError as error:
+        return _report_error(error, options)
+    except click.ClickException as error:
+        return _report_error(_usage_error(error), options)
+    except (KeyboardInterrupt, click.Abort):
+        return _interrupted(130, options)
+    except Terminated:
+        return _interrupted(143, options)
+    except BrokenPipeError:
+        _silence_stdout()
+        return _SIGPIPE_EXIT
+    except MemoryError:
+        return _report_error(_out_of_memory(), options)
+    except Exception as error:
+        return _report_bug(error, options)
+
+
+def _invoke(args: list[str]) -> int:
+    from loratool.cli.group import root
+
+    color = False if os.environ.get("NO_COLOR") else None
+    result = root.main(args, prog_name="loratool", standalone_mode=False, color=color)
+    return result if isinstance(result, int) else 0
+
+
+# ---------------------------------------------------------------------------------- errors
+
+
+def _report_error(error: LoratoolError, options: Sequence[str]) -> int:
+    import click
+
+    from loratool.cli.render import safe
+
+    if "--json" in options:
+        _print_json_error(options, error.to_json())
+    else:
+        head = click.style(f"error[{error.code}]:", fg="red", bold=True)
+        click.echo(f"{head} {safe(error.message(), cap=4000)}", err=True, color=_color())
+        if _is_verbose(options) and error.__cause__ is not None:
+            _print_traceback(error)
+    return error.exit_code
+
+
+def _report_bug(error: Exception, options: Sequence[str]) -> int:
+    import click
+
+    from loratool.cli.render import safe
+
+    what = f"{type(error).__name__}: {error}"
+    if "--json" in options:
+        _print_json_error(
+            options, {"code": "LT-001", "exit_code": 1, "what": f"unexpected {what}", "bug": True}
+        )
+    else:
+        head = click.style("error[LT-001]:", fg="red", bold=True)
+        hint = "hint run it again with -v and report what it prints"
+        text = f"{head} this is a bug in loratool · {safe(what, cap=600)} · {hint}"
+        click.echo(text, err=True, color=_color())
+    if _is_verbose(options):
+        _print_traceback(error)
+    return 1
+
+
+def _print_json_error(options: Sequence[str], error: dict[str, Any]) -> None:
+    from loratool.cli.group import COMMANDS
+    from loratool.cli.render import dump_json
+    from loratool.report import SCHEMA
+
+    command = next((word for word in options if word in COMMANDS), None)
+    print(dump_json({"schema": SCHEMA, "command": command, "ok": False, "error": error}))
+
+
+def _print_traceback(error: BaseException) -> None:
+    from loratool.cli.render import safe
+
+    for entry in traceback.format_exception(error):
+        for text in entry.rstrip("\n").split("\n"):
+            print(safe(text, cap=1000), file=sys.stderr)
+
+
+def _usage_error(error: Any) -> LoratoolError:
+    """A click error in our form, with what this version lacks said as such."""
+    from loratool.cli.group import LATER_OPTIONS
+    from loratool.errors import UsageError
+
+    ctx = getattr(error, "ctx", None)
+    path = ctx.command_path if ctx is not None else "loratool"
+    what = error.format_message().strip().rstrip(".")
+    name = getattr(error, "option_name", "") or ""
+    if name in LATER_OPTIONS:
+        what = f"{path} has no {name} in this version"
+    elif name and getattr(error, "possibilities", None):
+        return UsageError(
+            "LT-204", f"no option {name}", hint="did you mean " + " or ".join(error.possibilities)
+        )
+    return UsageError("LT-204", what[:1].lower() + what[1:], hint=f"{path} --help")
+
+
+def _out_of_memory() -> LoratoolError:
+    from loratool.errors import DiskError
+
+    return DiskError(
+        "LT-602", "out of memory", hint="--max-memory plans with less, --threads 1 needs less"
+    )
+
+
+def _interrupted(code: int, options: Sequence[str]) -> int:
+    if "--json" in options:
+        what = {"code": "LT-000", "exit_code": code, "what": "interrupted"}
+        _print_json_error(options, what)
+    else:
+        print("interrupted · inputs are unchanged, no output appeared", file=sys.stderr)
+    return code
+
+
+def _is_verbose(options: Sequence[str]) -> bool:
+    return "-v" in options or "--verbose" in options or os.environ.get("LORATOOL_DEBUG") == "1"
+
+
+def _color() -> bool | None:
+    return False if os.environ.get("NO_COLOR") else None
+
+
+# ----------------------------------------------------------------------- streams and signals
+
+
+def _prepare_streams() -> None:
+    """A terminal that cannot show a character shows its escape instead of failing."""
+    for stream in (sys.stdout, sys.stderr):
+        reconfigure = getattr(stream, "reconfigure", None)
+        if reconfigure is not None:
+            reconfigure(errors="backslashreplace")
+
+
+def _silence_stdout() -> None:
+    """Give the interpreter's last flush somewhere to go after the reader has left."""
+    devnull = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(devnull, sys.stdout.fileno())
+    except (OSError, ValueError):
+        pass
+    finally:
+        os.close(devnull)
+
+
+def _catch_signals() -> None:
+    """The first signal ends the run in order; the second one kills."""
+    signal.signal(signal.SIGINT, _on_interrupt)
+    for name in ("SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)
+        if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, _on_terminate)
+
+
+def _on_interrupt(number: int, _frame: FrameType | None) -> None:
+    signal.signal(number, signal.SIG_DFL)
+    raise KeyboardInterrupt
+
+
+def _on_terminate(number: int, _frame: FrameType | None) -> None:
+    signal.signal(number, signal.SIG_DFL)
+    raise Terminated

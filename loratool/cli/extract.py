@@ -1,0 +1,150 @@
+"""``loratool extract``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from loratool.cli import options as opt
+from loratool.cli.progress import show_progress
+from loratool.cli.render import (
+    format_bytes,
+    format_number,
+    format_seconds,
+    format_shape,
+    format_share,
+    line,
+    plural,
+    safe,
+    some,
+    table,
+)
+from loratool.cli.voice import Voice, note_lines, warning_lines
+
+if TYPE_CHECKING:
+    from loratool.report import ExtractReport, Loads
+
+
+@click.command(
+    cls=opt.Command,
+    name="extract",
+    short_help="Make a low-rank adapter from a full fine-tune.",
+    examples=(
+        "loratool extract ./my-sft --base ./model --rank 8 -o ./lora",
+        "loratool extract ./my-sft --base ./model --rank 16 --keep embeddings -o ./lora",
+    ),
+)
+@click.argument("tuned", metavar="TUNED")
+@opt.option("--base", required=True, metavar="BASE", section="Input",
+            help="What TUNED was trained from.")  # fmt: skip
+@opt.option("--rank", required=True, type=opt.RankNumber(), section="Input",
+            help="Rank of every module (less where a side is shorter).")  # fmt: skip
+@opt.option("--keep", multiple=True, metavar="embeddings|all|REGEX", section="Input",
+            help="Store these tensors whole. Repeatable.")  # fmt: skip
+@opt.option("--include", multiple=True, metavar="REGEX", section="Input",
+            help="Factor only modules that match. Repeatable.")  # fmt: skip
+@opt.option("--exclude", multiple=True, metavar="REGEX", section="Input",
+            help="Do not factor modules that match. Repeatable.")  # fmt: skip
+@opt.option("-o", "--output", required=True, metavar="OUT", section="Output",
+            help="Folder to create (PEFT).")  # fmt: skip
+@opt.writing
+@opt.resources
+@opt.network
+@opt.general
+@opt.option("--names", type=click.Choice(["v5", "v4"]), default="v5", section="Advanced",
+            help="Module names of transformers 5 in memory, or of 4.")  # fmt: skip
+def command(tuned: str, base: str, output: str, **options: Any) -> None:
+    """Extract TUNED − BASE as a low-rank adapter: the best one of its rank, module by module.
+
+    Says how much of the change it holds. Small tensors (biases, norms) are kept whole where the
+    adapter can hold them; embeddings and other large ones are left out unless --keep names them.
+    """
+    import loratool as lt
+
+    voice = Voice.take(options)
+    voice.announce(f"Extracting {safe(tuned)} − {safe(base)} at rank {options['rank']}")
+    with show_progress(quiet=voice.quiet) as progress:
+        report = lt.extract(tuned, base=base, output=output, progress=progress, **options)
+    result = [] if report.dry_run else [safe(report.output)]
+    merge = f"loratool merge {output} --base {base} -o MERGED"
+    voice.show(
+        report,
+        render(report, voice, merge),
+        result=[*warning_lines(report.warnings), *result],
+    )
+
+
+def render(report: ExtractReport, voice: Voice, merge: str) -> Iterator[str]:
+    """The report, line by line."""
+    yield from note_lines(report.notes, voice)
+    found = [plural(len(report.modules), "matrix", "matrices")]
+    if report.identical:
+        found.append(f"{plural(report.identical, 'tensor')} unchanged")
+    yield line("found", *found)
+    if report.modules and not report.dry_run:
+        yield from _families(report)
+    if voice.verbose:
+        yield from _modules(report)
+    yield from _rest(report)
+    yield from warning_lines(report.warnings)
+    if report.dry_run:
+        yield line("dry run", "nothing was written")
+        return
+    yield line("wrote", f"{safe(report.output)} · {format_bytes(report.output_bytes)} float32",
+               format_seconds(report.seconds), tone="good")  # fmt: skip
+    if report.loads_in:
+        yield loads_line(report.loads_in)
+    yield line("next", safe(merge, cap=2000), tone="dim")
+
+
+def _families(report: ExtractReport) -> list[str]:
+    rows = [
+        (
+            safe(f.family), str(f.modules), format_number(f.median_rank),
+            format_share(f.captured_energy), f"{f.relative_error:.3f}",
+        )
+        for f in report.families
+    ]  # fmt: skip
+    total = ("total", str(len(report.modules)), "", format_share(report.captured_energy),
+             f"{report.relative_error:.3f}")  # fmt: skip
+    head = ("family", "modules", "rank", "energy", "rel. error")
+    return table([*rows, total], head, right=(1, 2, 3, 4))
+
+
+def _modules(report: ExtractReport) -> list[str]:
+    rows = [
+        (
+            safe(m.name), format_shape(m.shape), str(m.rank), f"{m.norm:.3g}",
+            format_share(m.captured_energy), f"{m.relative_error:.3f}",
+        )
+        for m in report.modules
+    ]  # fmt: skip
+    head = ("module", "shape", "rank", "‖ΔW‖", "energy", "rel. error")
+    return table(rows, head, right=(2, 3, 4, 5))
+
+
+def _rest(report: ExtractReport) -> Iterator[str]:
+    """What is not low-rank: kept whole, or left out and said so."""
+    if report.kept:
+        size = format_bytes(sum(nbytes for _, nbytes in report.kept))
+        yield line("kept", f"{plural(len(report.kept), 'tensor')} whole ({size})")
+    if report.left_out:
+        size = format_bytes(sum(nbytes for _, _, nbytes, _ in report.left_out))
+        names = some([name for name, *_ in report.left_out])
+        yield line("left out", f"{names} ({size}; --keep all stores them)", tone="warn")
+    if report.buffers:
+        yield line("left out", f"buffers that differ: {some(report.buffers)}", tone="warn")
+    if report.total_relative_error > report.relative_error * 1.001:
+        yield line("", f"with them the relative error in all is {report.total_relative_error:.3f}")
+
+
+def loads_line(loads: Sequence[Loads]) -> str:
+    """``loads   PEFT yes · vLLM NO (modules_to_save)``."""
+    words = {"yes": "yes", "no": "NO", "wrong": "WRONG"}
+    facts = []
+    for one in loads:
+        why = f" ({safe(', '.join(one.reasons))})" if one.reasons else ""
+        facts.append(f"{one.program} {words.get(one.verdict, one.verdict)}{why}")
+    return line("loads", *facts)

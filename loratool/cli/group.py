@@ -1,0 +1,154 @@
+"""The command group: commands are imported when they run, and wrong words get a hint."""
+
+from __future__ import annotations
+
+import difflib
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import click
+
+from loratool import __version__
+from loratool.cli.options import HELP_SETTINGS, write_examples
+from loratool.cli.render import safe
+from loratool.errors import UsageError
+
+COMMANDS = {
+    "inspect": "What a file holds: method, base, ranks, cost. Headers only.",
+    "merge": "Put adapters into base weights, rounded once, loss shown.",
+    "extract": "Make a low-rank adapter from a full fine-tune.",
+    "verify": "Recompute a merge and compare, bit by bit.",
+    "demo": "A tour on a small built-in model, offline.",
+    "completion": "Print the completion script for a shell.",
+}
+"""Command -> what it does in one line; the module of the same name holds it."""
+
+LATER = (
+    "check", "compare", "compress", "convert", "pull", "push", "rescale", "run", "subtract", "swap",
+)  # fmt: skip
+"""Commands of the plan that this version does not have."""
+
+SYNONYMS = {
+    "diff": "compare",
+    "download": "pull",
+    "fuse": "merge",
+    "info": "inspect",
+    "resize": "compress",
+    "scale": "rescale",
+    "show": "inspect",
+    "unmerge": "subtract",
+    "upload": "push",
+}
+"""What people type by instinct -> what it is called here."""
+
+LATER_OPTIONS = frozenset(
+    (
+        "--base", "--blocks", "--checksum", "--csv", "--dequantize", "--energy", "--error",
+        "--exact", "--for", "--from", "--max-rank", "--method", "--module-weights", "--param",
+        "--plot", "--rank", "--requant", "--residual", "--risk", "--rounding", "--save-residual",
+        "--save-undo", "--seed", "--simulate-quant", "--size", "--spectrum", "--to",
+    )
+)  # fmt: skip
+"""Options of the plan; a command that does not know one says "not in this version"."""
+
+EXAMPLES = (
+    "loratool inspect ./style                                 # no torch, no download",
+    "loratool merge ./style --base ./model -o ./merged        # into the model",
+    "loratool merge ./style:0.8 ./sql:0.5 --base auto -o out  # several, one rounding",
+    "loratool verify ./merged --base ./model --adapter ./style",
+    "loratool extract ./my-sft --base ./model --rank 8 -o ./lora",
+)
+
+
+class LazyGroup(click.Group):
+    """Imports the module of a command only when that command runs."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Commands in the order in which people meet them."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """The command, or None."""
+        if cmd_name not in COMMANDS:
+            return None
+        command = import_module(f"loratool.cli.{cmd_name}").command
+        assert isinstance(command, click.Command)
+        return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Find the command, or raise an error that says what was probably meant."""
+        if args and args[0] not in COMMANDS and not args[0].startswith("-"):
+            raise unknown_command(args[0])
+        return super().resolve_command(ctx, args)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """List the commands without importing them."""
+        with formatter.section(click.style("Commands", bold=True)):
+            formatter.write_dl(list(COMMANDS.items()))
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the examples."""
+        write_examples(formatter, EXAMPLES)
+
+
+def unknown_command(word: str) -> UsageError:
+    """The error for a word that is no command."""
+    shown = safe(word, cap=60)
+    here = ", ".join(COMMANDS)
+    if _is_path(word):
+        return UsageError(
+            "LT-201", f"no command given for {shown}", hint=f"loratool inspect {shown}"
+        )
+    meant = SYNONYMS.get(word, word)
+    if meant in COMMANDS:
+        return UsageError("LT-202", f"no command {shown!r}", hint=f"loratool {meant}")
+    if meant in LATER:
+        called = f"{shown!r} is called {meant!r} and" if meant != word else f"{shown!r}"
+        return UsageError(
+            "LT-203", f"{called} is not in this version ({__version__})", expected=here
+        )
+    close = difflib.get_close_matches(word, [*COMMANDS, *LATER, *SYNONYMS], n=1)
+    hint = None
+    if close:
+        hint = f"did you mean {SYNONYMS.get(close[0], close[0])}?"
+    return UsageError("LT-202", f"no command {shown!r}", expected=here, hint=hint)
+
+
+def _is_path(word: str) -> bool:
+    try:
+        return Path(word).exists()
+    except OSError:  # a name that no file can have
+        return False
+
+
+def _print_version(ctx: click.Context, _param: click.Parameter, value: Any) -> None:
+    if value:
+        click.echo(f"loratool {__version__}")
+        ctx.exit()
+
+
+@click.group(
+    cls=LazyGroup,
+    name="loratool",
+    context_settings=HELP_SETTINGS,
+    subcommand_metavar="COMMAND …",
+    no_args_is_help=False,
+    invoke_without_command=True,
+    options_metavar="",
+)
+@click.option(
+    "--version", is_flag=True, is_eager=True, expose_value=False, callback=_print_version,
+    help="Print the version.",
+)  # fmt: skip
+@click.pass_context
+def root(ctx: click.Context) -> None:
+    """Merge, extract and check LoRA adapter files: exact, in little memory, any model.
+
+    A SOURCE is a file, a folder or a Hub reference (hf://owner/name@revision); an adapter may
+    carry a weight (style:0.7).
+    """
+    if ctx.invoked_subcommand is None:
+        click.echo(ctx.get_help())

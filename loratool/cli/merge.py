@@ -1,0 +1,263 @@
+"""``loratool merge``."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from loratool.cli import options as opt
+from loratool.cli.progress import show_progress
+from loratool.cli.render import (
+    format_bytes,
+    format_number,
+    format_seconds,
+    format_shape,
+    format_share,
+    line,
+    plural,
+    safe,
+    some,
+    table,
+)
+from loratool.cli.voice import Voice, note_lines, warning_lines
+from loratool.errors import UsageError
+
+if TYPE_CHECKING:
+    from loratool.report import MergeReport
+
+
+@click.command(
+    cls=opt.Command,
+    name="merge",
+    short_help="Put adapters into base weights, rounded once, loss shown.",
+    examples=(
+        "loratool merge ./style --base ./model -o ./merged",
+        "loratool merge ./style:0.8 ./sql:0.5 --base auto -o ./merged  # base from the adapters",
+        "loratool merge ./style --base ./model -o ./merged --dry-run   # plan, memory, loss",
+    ),
+)
+@click.argument("adapters", nargs=-1, required=True, metavar="ADAPTER[:W]…")
+@opt.option("--base", metavar="BASE|auto", section="Input",
+            help="Checkpoint to merge into; auto = the one that the adapters name.")  # fmt: skip
+@opt.mixing
+@opt.option("-o", "--output", required=True, metavar="OUT", section="Output",
+            help="Folder to create (a .safetensors file if BASE is one).")  # fmt: skip
+@opt.option("--dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
+            default="auto", section="Output",
+            help="Cast every float tensor. Default: each keeps its type.")  # fmt: skip
+@opt.option("--shard-size", metavar="SIZE", section="Output",
+            help="Largest weight file, such as 5GB. Default: the base's shards.")  # fmt: skip
+@opt.writing
+@opt.names
+@opt.resources
+@opt.network
+@opt.general
+@opt.reading
+@opt.option("--restart", is_flag=True, section="Advanced",
+            help="Drop an interrupted run instead of going on with it.")  # fmt: skip
+def command(adapters: tuple[str, ...], base: str | None, output: str, **options: Any) -> None:
+    """Merge adapters into base weights: W' = W + Σ weight·ΔW, rounded once.
+
+    Streams the checkpoint in a few hundred MB of memory, keeps its files, and carries its
+    configuration and tokenizer over. ADAPTER:0.7 gives an adapter a weight; 1 is as trained.
+    """
+    import loratool as lt
+
+    voice = Voice.take(options)
+    if base is None:
+        raise _no_base(adapters, output)
+    voice.announce(headline(adapters, options["weights"], options["mean"]))
+    with show_progress(quiet=voice.quiet) as progress:
+        report = lt.merge(adapters, base=base, output=output, progress=progress, **options)
+    check = f"loratool verify {output} --base {base} " + _again(adapters, options)
+    result = [] if report.dry_run else [safe(report.output)]
+    voice.show(
+        report,
+        render(report, voice, check.strip()),
+        result=[*warning_lines(report.warnings), *result],
+    )
+
+
+def headline(adapters: Sequence[str], weights: Sequence[float] | None, mean: bool) -> str:
+    """``Merging 2 adapters INTO base weights: 0.8·style + 1·sql, one rounding``."""
+    from loratool.store.source import parse_adapter
+
+    parsed = [parse_adapter(text) for text in adapters]
+    given = weights or [p.weight for p in parsed]
+    names = [safe(Path(p.path_text).name or p.path_text, cap=60) for p in parsed]
+    terms = [f"{format_number(w)}·{name}" for w, name in zip(given, names, strict=False)]
+    total = " + ".join(terms[:8]) + (f" + {len(terms) - 8} more" if len(terms) > 8 else "")
+    share = f"({total}) / {len(terms)}" if mean else total
+    return f"Merging {plural(len(adapters), 'adapter')} INTO base weights: {share}, one rounding"
+
+
+def render(report: MergeReport, voice: Voice, check: str) -> Iterator[str]:
+    """The report, line by line."""
+    yield line("base", safe(report.base_label), _rule(report.rule))
+    yield from note_lines(report.notes, voice)
+    yield line("plan", ", ".join(_counts(report)))
+    yield line("", f"memory ≤ {format_bytes(report.peak_memory_bytes)}", _disk(report),
+               f"{safe(report.device)}: {safe(report.device_reason)}")  # fmt: skip
+    if report.skipped:
+        yield line("skipped", f"{plural(len(report.skipped), 'module')}: {some(report.skipped)}",
+                   tone="warn")  # fmt: skip
+    if report.dry_run and report.plan is not None:
+        yield from render_plan(report.plan, voice)
+    yield line("loss", *_loss(report))
+    yield from warning_lines(report.warnings)
+    if voice.verbose:
+        yield from render_losses(report)
+    if report.dry_run:
+        yield line("dry run", "nothing was written")
+        return
+    shards = plural(report.shards, "weight file")
+    yield line("wrote", f"{safe(report.output)} · {format_bytes(report.output_bytes)} in {shards}",
+               *_sidecars(report), format_seconds(report.seconds), tone="good")  # fmt: skip
+    yield line("check", safe(check, cap=2000), tone="dim")
+
+
+def _rule(rule: str) -> str:
+    return "" if rule in ("", "exact") else f"names matched by: {safe(rule)}"
+
+
+def _counts(report: MergeReport) -> list[str]:
+    total = report.changed + report.copied + report.cast + report.created
+    counts = [f"{report.changed:,} of {total:,} tensors change"]
+    for number, words in (
+        (report.cast, "only cast"),
+        (report.created, "new"),
+        (report.copied, "copied byte for byte"),
+    ):
+        if number:
+            counts.append(f"{number:,} {words}")
+    return counts
+
+
+def _disk(report: MergeReport) -> str:
+    text = f"disk {format_bytes(report.output_bytes)}"
+    folder = Path(report.output).absolute().parent
+    if report.dry_run and folder.is_dir():
+        text += f" ({format_bytes(shutil.disk_usage(folder).free)} free)"
+    return text
+
+
+def _loss(report: MergeReport) -> list[str]:
+    total = report.total
+    lost = total.predicted_loss if report.dry_run else total.loss
+    will = "would round" if report.dry_run else "rounds"
+    dtype = safe(total.dtype)
+    if not report.modules:
+        return ["no tensor changes by addition: nothing is rounded"]
+    if lost == 0:
+        return [f"{dtype} keeps every bit of the change"]
+    if lost < 1e-3:
+        return [f"{dtype} {will} away {lost:.1g} of the change (relative)"]
+    worst = max(report.modules, key=lambda m: m.predicted_loss if report.dry_run else m.loss)
+    worst_lost = worst.predicted_loss if report.dry_run else worst.loss
+    facts = [f"{dtype} {will} away {format_share(lost)} of the change; "
+             f"worst {safe(worst.name)} {format_share(worst_lost)}"]  # fmt: skip
+    return facts if report.dtype == "float32" else [*facts, "--dtype float32 keeps all"]
+
+
+def _sidecars(report: MergeReport) -> list[str]:
+    origin = f"tokenizer from {safe(report.tokenizer)}" if report.tokenizer else ""
+    return [origin]
+
+
+def render_losses(report: MergeReport) -> list[str]:
+    """A row per changed tensor (``-v``)."""
+    rows = [
+        (
+            safe(m.name), m.dtype, f"{m.rho:.2e}",
+            f"{m.predicted_loss if report.dry_run else m.loss:.2e}",
+            format_share(m.predicted_share if report.dry_run else m.changed_share),
+        )
+        for m in report.modules
+    ]  # fmt: skip
+    return table(rows, ("tensor", "type", "ρ", "loss", "changed"), right=(2, 3, 4))
+
+
+# ------------------------------------------------------------------------------- the plan
+
+
+def render_plan(plan: Mapping[str, Any], voice: Voice) -> list[str]:
+    """What happens to every tensor; numbered layers are folded unless ``-v``."""
+    groups: dict[tuple[str, ...], list[str]] = {}
+    for step in plan["steps"]:
+        output = step["output"]
+        key = (_action(step), format_shape(output["shape"]), str(output["dtype"]).lower())
+        name = output["name"]
+        shape = name if voice.verbose else re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
+        groups.setdefault((*key, shape), []).append(name)
+    rows = [
+        (safe(pattern), str(len(members)), shape, dtype, action)
+        for (action, shape, dtype, pattern), members in groups.items()
+    ]
+    return table(rows, ("tensor", "number", "shape", "type", "what happens"), right=(1,))
+
+
+def _action(step: Mapping[str, Any]) -> str:
+    parts = len(step["parts"])
+    words = {"copy": "copied", "cast": "cast", "add_deltas": f"+ {plural(parts, 'delta')}"}
+    return words.get(step["op"], str(step["op"]))
+
+
+# ------------------------------------------------------------------------- instinct answers
+
+
+def _no_base(adapters: Sequence[str], output: str) -> UsageError:
+    """`merge ./a -o ./m`: say what was probably meant, with the base that the adapter names."""
+    shown = " ".join(safe(a) for a in adapters)
+    if len(adapters) > 1:
+        return UsageError(
+            "LT-206",
+            "merging adapters with each other is not in this version",
+            expected="--base: they can be merged together into base weights",
+            hint=f"loratool merge {shown} --base BASE -o {safe(output)}",
+        )
+    named = _named_base(adapters[0])
+    if named:
+        what = f"the adapter was trained on {safe(named)}"
+        hint = f"loratool merge {shown} --base auto -o {safe(output)}"
+    else:
+        what = "the adapter names no base"
+        hint = f"loratool merge {shown} --base BASE -o {safe(output)}"
+    return UsageError(
+        "LT-205",
+        "one adapter without --base: nothing to merge it into",
+        expected="--base PATH, or --base auto",
+        got=what,
+        hint=hint,
+    )
+
+
+def _named_base(text: str) -> str | None:
+    """The base that an adapter names; an adapter that cannot be read raises its own error."""
+    from loratool.adapter import ReadOptions
+    from loratool.dialects import open_adapter
+    from loratool.store.source import find_adapter, parse_adapter, resolve
+
+    argument = parse_adapter(text)
+    resolved = resolve(argument.path_text, kind="adapter", offline=True, yes=False)
+    return open_adapter(find_adapter(resolved.path), ReadOptions()).base_model
+
+
+def _again(adapters: Sequence[str], options: Mapping[str, Any]) -> str:
+    """The options that `verify` needs to repeat this merge."""
+    words = [f"--adapter {adapter}" for adapter in adapters]
+    if options["weights"]:
+        words.append("--weights " + ",".join(format_number(w) for w in options["weights"]))
+    for flag in ("mean", "untie", "keep_tied", "allow_unmatched", "resize_embeddings"):
+        if options[flag]:
+            words.append("--" + flag.replace("_", "-"))
+    for key in ("skip", "rename"):
+        words += [f"--{key} {value}" for value in options[key]]
+    for key in ("alpha", "rank_from", "mha_out_proj", "moe_layout"):
+        if options[key] is not None:
+            words.append(f"--{key.replace('_', '-')} {options[key]}")
+    return " ".join(words)

@@ -1,0 +1,219 @@
+"""Options that several commands share, and help that is grouped by section."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import click
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+SECTIONS = ("Input", "Output", "Names", "Resources", "General", "Advanced")
+"""Order of the sections in every help page."""
+
+_WEIGHT = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)")
+
+
+class SectionOption(click.Option):
+    """An option that knows its section of the help page.
+
+    Args:
+        section: one of `SECTIONS`.
+    """
+
+    def __init__(self, *args: Any, section: str = "General", **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.section = section
+
+
+class Command(click.Command):
+    """A command whose help lists options by section, then examples.
+
+    Args:
+        examples: command lines, each with an optional comment after ``#``.
+    """
+
+    def __init__(self, *args: Any, examples: Sequence[str] = (), **kwargs: Any) -> None:
+        kwargs.setdefault("context_settings", HELP_SETTINGS)
+        super().__init__(*args, **kwargs)
+        self.examples = examples
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the options, section by section."""
+        for section in SECTIONS:
+            rows = [
+                record
+                for param in self.get_params(ctx)
+                if getattr(param, "section", "General") == section
+                and (record := param.get_help_record(ctx)) is not None
+            ]
+            if rows:
+                with formatter.section(click.style(section, bold=True)):
+                    formatter.write_dl(rows, col_max=28)
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the examples."""
+        write_examples(formatter, self.examples)
+
+
+HELP_SETTINGS: dict[str, Any] = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
+
+
+def write_examples(formatter: click.HelpFormatter, examples: Sequence[str]) -> None:
+    """Write command lines as they are, comments dimmed."""
+    if not examples:
+        return
+    with formatter.section(click.style("Examples", bold=True)):
+        for example in examples:
+            command, mark, comment = example.partition("  #")
+            formatter.write(f"  {command}{click.style(mark + comment, dim=True)}\n")
+
+
+def option(*names: str, section: str, **kwargs: Any) -> Callable[[F], F]:
+    """`click.option` with a section."""
+    return click.option(*names, cls=SectionOption, section=section, **kwargs)
+
+
+class WeightList(click.ParamType[tuple[float, ...]]):
+    """``0.7,-0.3``: plain finite decimals, no exponent."""
+
+    name = "W,W"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[float, ...]:
+        """Parse, or fail naming the part that is not a number."""
+        if isinstance(value, tuple):
+            return value
+        parts = [part.strip() for part in str(value).split(",")]
+        for part in parts:
+            if not _WEIGHT.fullmatch(part):
+                self.fail(f"{part!r} is not a plain decimal number", param, ctx)
+        return tuple(float(part) for part in parts)
+
+
+class RankNumber(click.ParamType[int]):
+    """A whole rank; a fraction is probably meant as a share of energy."""
+
+    name = "R"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Parse, or say why not."""
+        text = str(value)
+        if text.isascii() and text.isdigit() and int(text) > 0:
+            return int(text)
+        if _WEIGHT.fullmatch(text):
+            self.fail(
+                f"a rank is a whole number above 0, not {text}; choosing it by energy "
+                "(--energy) is not in this version",
+                param, ctx,
+            )  # fmt: skip
+        if text == "auto":
+            self.fail(
+                "choosing the rank by itself is not in this version: give a number", param, ctx
+            )
+        self.fail(f"{text!r} is not a whole number above 0", param, ctx)
+
+
+def general(command: F) -> F:
+    """``--json``, ``-q``, ``-v``: every command has them."""
+    for add in (
+        option("-v", "--verbose", is_flag=True, section="General", help="Say more; trace errors."),
+        option("-q", "--quiet", is_flag=True, section="General", help="Results and warnings only."),
+        option("--json", "as_json", is_flag=True, section="General",
+               help="One JSON object on stdout, also for errors."),
+    ):  # fmt: skip
+        command = add(command)
+    return command
+
+
+def network(command: F) -> F:
+    """``--offline`` and ``-y``."""
+    for add in (
+        option("-y", "--yes", is_flag=True, section="General",
+               help="Agree to large downloads."),
+        option("--offline", is_flag=True, section="General", help="Never touch the network."),
+    ):  # fmt: skip
+        command = add(command)
+    return command
+
+
+def resources(command: F) -> F:
+    """``--device``, ``--threads``, ``--max-memory``."""
+    for add in (
+        option("--max-memory", metavar="SIZE", section="Resources",
+               help="Limit for the planned peak, such as 2GB. Default: what is free."),
+        option("--threads", type=click.IntRange(min=1), metavar="N", section="Resources",
+               help="Workers. Default: the cores, at most 4. Never changes a result."),
+        option("--device", default="auto", metavar="auto|cpu|cuda[:N]", section="Resources",
+               help="Where to compute. Default: auto."),
+    ):  # fmt: skip
+        command = add(command)
+    return command
+
+
+def writing(command: F) -> F:
+    """Options of every command that writes."""
+    for add in (
+        option("--no-provenance", "provenance", flag_value=False, default=True, type=bool,
+               section="Output", help="Do not record inputs and options in the output."),
+        option("--dry-run", is_flag=True, section="Output",
+               help="Print the plan and what it would cost; write nothing."),
+        option("--force", is_flag=True, section="Output",
+               help="Replace an earlier output of loratool, never anything else."),
+    ):  # fmt: skip
+        command = add(command)
+    return command
+
+
+def mixing(command: F) -> F:
+    """Adapters with weights onto a base: `merge` and `verify`."""
+    for add in (
+        option("--mean", is_flag=True, section="Input",
+               help="Divide by the number of adapters."),
+        option("--weights", type=WeightList(), section="Input",
+               help="Coefficients in order, instead of ADAPTER:W."),
+    ):  # fmt: skip
+        command = add(command)
+    return command
+
+
+def names(command: F) -> F:
+    """How modules find their targets."""
+    for add in (
+        option("--resize-embeddings", is_flag=True, section="Names",
+               help="Let replaced embeddings change the vocabulary size."),
+        option("--keep-tied", is_flag=True, section="Names",
+               help="Change the tensor that input embedding and output head share."),
+        option("--untie", is_flag=True, section="Names",
+               help="Give the output head weights of its own."),
+        option("--allow-unmatched", is_flag=True, section="Names",
+               help="Leave out and report what has no target."),
+        option("--skip", multiple=True, metavar="PART|REGEX", section="Names",
+               help="Leave out a component (te) or modules. Repeatable."),
+        option("--rename", multiple=True, metavar="s/A/B/", section="Names",
+               help="Rewrite module names. Repeatable."),
+    ):  # fmt: skip
+        command = add(command)
+    return command
+
+
+def reading(command: F) -> F:
+    """What adapter files do not say."""
+    for add in (
+        option("--experts-b-order", type=click.Choice(["rank-major", "expert-major"]),
+               default="rank-major", section="Advanced",
+               help="Packing of experts in lora_B. Default: rank-major (PEFT)."),
+        option("--moe-layout", type=click.Choice(["eoi", "eio"]), section="Advanced",
+               help="How square experts are stored: (E, out, in) or (E, in, out)."),
+        option("--mha-out-proj", type=click.Choice(["once", "twice"]), section="Advanced",
+               help="nn.MultiheadAttention out_proj. Default: what was trained."),
+        option("--rank-from", type=click.Choice(["file", "config"]), section="Advanced",
+               help="Which rank counts where they contradict."),
+        option("--alpha", type=float, metavar="A", section="Advanced",
+               help="lora_alpha of files that have no configuration."),
+    ):  # fmt: skip
+        command = add(command)
+    return command

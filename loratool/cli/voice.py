@@ -1,0 +1,65 @@
+"""How a command speaks: results on stdout, everything else on stderr."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from loratool.cli.render import dump_json, is_terminal, line, safe
+
+if TYPE_CHECKING:
+    from loratool.report import Report
+
+
+@dataclass(frozen=True)
+class Voice:
+    """What ``-q``, ``-v`` and ``--json`` ask for.
+
+    Attributes:
+        quiet: results and warnings only.
+        verbose: say more.
+        as_json: one object on stdout, no text.
+    """
+
+    quiet: bool = False
+    verbose: bool = False
+    as_json: bool = False
+
+    @classmethod
+    def take(cls, options: dict[str, Any]) -> Voice:
+        """Take the three options out of a command's keyword arguments."""
+        return cls(options.pop("quiet"), options.pop("verbose"), options.pop("as_json"))
+
+    def announce(self, text: str) -> None:
+        """Say at once what runs (``text`` is safe)."""
+        if not (self.quiet or self.as_json):
+            click.secho(text, bold=True)
+
+    def show(
+        self, report: Report, lines: Iterable[str], *, result: Sequence[str] | None = None
+    ) -> None:
+        """Print a report.
+
+        Args:
+            report: printed whole with ``--json``.
+            lines: the same for people.
+            result: what ``-q`` prints instead of ``lines``; None = the lines.
+        """
+        if self.as_json:
+            click.echo(dump_json(report.to_json(), indent=is_terminal()))
+            return
+        for text in lines if result is None or not self.quiet else result:
+            click.echo(text)
+
+
+def warning_lines(warnings: Iterable[str]) -> list[str]:
+    """One line per warning."""
+    return [line("warning", safe(w, cap=600), tone="warn") for w in warnings]
+
+
+def note_lines(notes: Iterable[str], voice: Voice) -> list[str]:
+    """One line per note; none with ``-q``."""
+    return [] if voice.quiet else [line("note", safe(n, cap=600), tone="dim") for n in notes]

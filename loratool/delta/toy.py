@@ -1,0 +1,106 @@
+"""A tiny llama-shaped model with two adapters and a fine-tune, for tours without a network."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+_HIDDEN, _INNER, _VOCAB, _LAYERS, _RANK = 64, 160, 256, 2, 8
+_CONFIG = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": _HIDDEN,
+    "intermediate_size": _INNER,
+    "num_hidden_layers": _LAYERS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "vocab_size": _VOCAB,
+    "tie_word_embeddings": False,
+    "dtype": "bfloat16",
+}
+
+
+def write_toy(folder: Path) -> None:
+    """Fill ``folder`` with ``base/`` (two shards), ``style/``, ``sql/`` and ``tuned/``.
+
+    Args:
+        folder: an existing folder; the same bytes every time.
+    """
+    generator = torch.Generator().manual_seed(0)
+    weights = _weights(generator)
+    _save_model(folder / "base", weights)
+    for name in ("style", "sql"):
+        _save_adapter(folder / name, weights, generator)
+    tuned = {
+        name: (w.float() + _low_rank(w.shape, 12, generator) * 0.003).bfloat16() if w.dim() == 2 else w
+        for name, w in weights.items()
+    }  # fmt: skip
+    _save_model(folder / "tuned", tuned)
+
+
+def _weights(generator: torch.Generator) -> dict[str, torch.Tensor]:
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (_VOCAB, _HIDDEN)}
+    for i in range(_LAYERS):
+        layer = f"model.layers.{i}"
+        shapes |= {f"{layer}.self_attn.{p}_proj.weight": (_HIDDEN, _HIDDEN) for p in "qkvo"}
+        shapes |= {f"{layer}.mlp.{p}_proj.weight": (_INNER, _HIDDEN) for p in ("gate", "up")}
+        shapes[f"{layer}.mlp.down_proj.weight"] = (_HIDDEN, _INNER)
+        shapes |= {
+            f"{layer}.{n}.weight": (_HIDDEN,)
+            for n in ("input_layernorm", "post_attention_layernorm")
+        }
+    shapes |= {"model.norm.weight": (_HIDDEN,), "lm_head.weight": (_VOCAB, _HIDDEN)}
+    return {
+        name: torch.ones(shape, dtype=torch.bfloat16)
+        if len(shape) == 1
+        else (torch.randn(shape, generator=generator) * 0.05).bfloat16()
+        for name, shape in shapes.items()
+    }
+
+
+def _low_rank(shape: torch.Size, rank: int, generator: torch.Generator) -> torch.Tensor:
+    left = torch.randn(shape[0], rank, generator=generator)
+    return left @ torch.randn(rank, shape[1], generator=generator)
+
+
+def _save_model(folder: Path, weights: dict[str, torch.Tensor]) -> None:
+    folder.mkdir()
+    names = list(weights)
+    half = len(names) // 2
+    weight_map = {}
+    for i, part in enumerate((names[:half], names[half:]), 1):
+        file = f"model-{i:05d}-of-00002.safetensors"
+        save_file({n: weights[n] for n in part}, str(folder / file), {"format": "pt"})
+        weight_map |= dict.fromkeys(part, file)
+    size = sum(w.numel() * w.element_size() for w in weights.values())
+    index = {"metadata": {"total_size": size}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+    (folder / "config.json").write_text(json.dumps(_CONFIG, indent=2))
+
+
+def _save_adapter(
+    folder: Path, weights: dict[str, torch.Tensor], generator: torch.Generator
+) -> None:
+    folder.mkdir()
+    tensors = {}
+    for name, weight in weights.items():
+        if "_proj" in name:
+            module = f"base_model.model.{name.removesuffix('.weight')}"
+            rows, cols = weight.shape
+            tensors[f"{module}.lora_A.weight"] = torch.randn(_RANK, cols, generator=generator) * 0.1
+            tensors[f"{module}.lora_B.weight"] = torch.randn(rows, _RANK, generator=generator) * 0.01
+    save_file(tensors, str(folder / "adapter_model.safetensors"), {"format": "pt"})
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": "base",
+        "r": _RANK,
+        "lora_alpha": 2 * _RANK,
+        "target_modules": sorted({n.split(".")[-2] for n in weights if "_proj" in n}),
+        "inference_mode": True,
+        "peft_version": "0.21.2",
+    }
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2))

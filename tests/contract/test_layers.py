@@ -1,0 +1,77 @@
+"""The order of layers: an upper one may import a lower one, never the reverse."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import loratool
+
+ROOT = Path(loratool.__file__).parent
+
+LAYERS = (
+    {"dtypes", "errors", "adapter", "kinds", "methods", "plan", "report", "__init__"},
+    {"store"},
+    {"linalg", "delta"},
+    {"dialects", "archs", "quant"},
+    {"engine"},
+    {"ops"},
+    {"api"},
+    {"cli", "__main__"},
+)
+TORCH = {"linalg", "delta", "engine"}
+# Constants of the block grid are needed to plan memory; the module imports no torch.
+TORCH_FREE = {"engine/grid.py"}
+
+FILES = sorted(ROOT.rglob("*.py"))
+
+
+def layer_of(name: str) -> int:
+    return next(i for i, names in enumerate(LAYERS) if name in names)
+
+
+def top(path: Path) -> str:
+    return path.relative_to(ROOT).parts[0].removesuffix(".py")
+
+
+def imports(tree: ast.AST) -> Iterator[tuple[str, int]]:
+    """(module, column) of every import outside `if TYPE_CHECKING`."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
+            continue
+        if isinstance(node, ast.Import):
+            yield from ((a.name, node.col_offset) for a in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            for alias in node.names:
+                deeper = f"{node.module}.{alias.name}"
+                is_module = (ROOT.parent / deeper.replace(".", "/")).with_suffix(".py").exists()
+                is_package = (ROOT.parent / deeper.replace(".", "/")).is_dir()
+                yield (deeper if is_module or is_package else node.module), node.col_offset
+        else:
+            yield from imports(node)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_point_downwards(path: Path) -> None:
+    own = layer_of(top(path))
+    for module, _column in imports(ast.parse(path.read_text())):
+        parts = module.split(".")
+        if parts[0] == "loratool" and len(parts) > 1:
+            assert layer_of(parts[1]) <= own, f"{path.name} imports {module} from above"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_torch_stays_in_its_layers(path: Path) -> None:
+    relative = path.relative_to(ROOT).as_posix()
+    allowed = top(path) in TORCH and relative not in TORCH_FREE
+    for module, column in imports(ast.parse(path.read_text())):
+        if module.split(".")[0] in ("torch", "numpy", "transformers", "peft"):
+            assert module.split(".")[0] in ("torch", "numpy"), f"{relative} imports {module}"
+            assert allowed, f"{relative} imports {module} (column {column})"
+
+
+def test_every_module_has_a_layer() -> None:
+    assert {top(p) for p in FILES} <= set().union(*LAYERS)
