@@ -19,7 +19,7 @@ def model_types(config: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(t for c in _configs(config) if (t := _type_of(c))))
 
 
-def is_conv1d(config: Mapping[str, Any], module: str) -> bool | None:
+def stores_transposed(config: Mapping[str, Any], module: str) -> bool | None:
     """Is the module a Hugging Face ``Conv1D``, stored (in, out)?
 
     Returns:
@@ -33,6 +33,21 @@ def is_conv1d(config: Mapping[str, Any], module: str) -> bool | None:
         return True
     has_custom_code = any("auto_map" in c for c in _configs(config))
     return None if not types or has_custom_code else False
+
+
+def is_conv1d(model_type: str, module: str) -> bool:
+    """True if the module of a native model of this type is a Hugging Face ``Conv1D``.
+
+    Example:
+        >>> is_conv1d("gpt2", "transformer.h.0.attn.c_attn")
+        True
+    """
+    return module.rpartition(".")[2] in load_data("facts")["conv1d"].get(model_type, ())
+
+
+def experts_are_transposed(model_type: str) -> bool:
+    """True if a model of this type computes with experts stored (E, in, out)."""
+    return model_type in load_data("facts")["transposed_experts"]
 
 
 def has_transposed_experts(config: Mapping[str, Any]) -> bool:

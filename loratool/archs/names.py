@@ -9,6 +9,7 @@ from __future__ import annotations
 from functools import cache
 
 from loratool.archs.base import Table, load_data, read_rules
+from loratool.archs.experts import parse_expert
 
 
 @cache
@@ -38,8 +39,8 @@ def known_model_types() -> tuple[str, ...]:
 def to_memory(model_type: str, disk_name: str, version: str = "v5") -> str:
     """The in-memory name of an on-disk tensor or module.
 
-    Fused experts are not fused here: a per-expert name stays per expert (its container is
-    renamed), because many tensors on disk are one parameter in memory.
+    The tensor of a single expert keeps its on-disk name: many such tensors are one parameter in
+    memory, and PEFT reads the on-disk spelling under transformers 4 and 5.
 
     Args:
         model_type: of the base's configuration; unknown types keep their names.
@@ -51,7 +52,9 @@ def to_memory(model_type: str, disk_name: str, version: str = "v5") -> str:
         'lm_head.weight'
     """
     tables = tables_for(model_type)
-    if version == "v4" or not tables:
+    expert = parse_expert(disk_name) or parse_expert(f"{disk_name}.weight")
+    is_single_expert = expert is not None and expert.expert is not None
+    if version == "v4" or not tables or is_single_expert:
         return disk_name
     return tables[-1].to_memory(disk_name)
 
@@ -70,4 +73,5 @@ def to_disk(model_type: str, name: str) -> tuple[str, ...]:
 @cache
 def _chain(names: tuple[str, ...]) -> Table:
     tables = load_data("renames")["tables"]
-    return Table("+".join(names), tuple(rule for n in names for rule in read_rules(tables[n])))
+    rules = tuple(rule for n in names for rule in read_rules(tables[n]["rules"]))
+    return Table("+".join(names), rules)

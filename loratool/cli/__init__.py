@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import signal
 import sys
@@ -137,10 +138,8 @@ def _usage_error(error: Any) -> LoratoolError:
     name = getattr(error, "option_name", "") or ""
     if name in LATER_OPTIONS:
         what = f"{path} has no {name} in this version"
-    elif name and getattr(error, "possibilities", None):
-        return UsageError(
-            "LT-204", f"no option {name}", hint="did you mean " + " or ".join(error.possibilities)
-        )
+    elif close := difflib.get_close_matches(name, getattr(error, "possibilities", None) or (), n=1):
+        return UsageError("LT-204", f"no option {name}", hint=f"did you mean {close[0]}?")
     return UsageError("LT-204", what[:1].lower() + what[1:], hint=f"{path} --help")
 
 

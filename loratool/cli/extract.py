@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from loratool.cli import options as opt
+from loratool.cli.loads import loads_line
 from loratool.cli.progress import show_progress
 from loratool.cli.render import (
     format_bytes,
@@ -24,7 +25,7 @@ from loratool.cli.render import (
 from loratool.cli.voice import Voice, note_lines, warning_lines
 
 if TYPE_CHECKING:
-    from loratool.report import ExtractReport, Loads
+    from loratool.report import ExtractReport
 
 
 @click.command(
@@ -61,12 +62,12 @@ def command(tuned: str, base: str, output: str, **options: Any) -> None:
     Says how much of the change it holds. Small tensors (biases, norms) are kept whole where the
     adapter can hold them; embeddings and other large ones are left out unless --keep names them.
     """
-    import loratool as lt
+    from loratool import api
 
     voice = Voice.take(options)
     voice.announce(f"Extracting {safe(tuned)} − {safe(base)} at rank {options['rank']}")
     with show_progress(quiet=voice.quiet) as progress:
-        report = lt.extract(tuned, base=base, output=output, progress=progress, **options)
+        report = api.extract(tuned, base=base, output=output, progress=progress, **options)
     result = [] if report.dry_run else [safe(report.output)]
     merge = f"loratool merge {output} --base {base} -o MERGED"
     voice.show(
@@ -138,13 +139,3 @@ def _rest(report: ExtractReport) -> Iterator[str]:
         yield line("left out", f"buffers that differ: {some(report.buffers)}", tone="warn")
     if report.total_relative_error > report.relative_error * 1.001:
         yield line("", f"with them the relative error in all is {report.total_relative_error:.3f}")
-
-
-def loads_line(loads: Sequence[Loads]) -> str:
-    """``loads   PEFT yes · vLLM NO (modules_to_save)``."""
-    words = {"yes": "yes", "no": "NO", "wrong": "WRONG"}
-    facts = []
-    for one in loads:
-        why = f" ({safe(', '.join(one.reasons))})" if one.reasons else ""
-        facts.append(f"{one.program} {words.get(one.verdict, one.verdict)}{why}")
-    return line("loads", *facts)

@@ -66,14 +66,14 @@ def command(adapters: tuple[str, ...], base: str | None, output: str, **options:
     Streams the checkpoint in a few hundred MB of memory, keeps its files, and carries its
     configuration and tokenizer over. ADAPTER:0.7 gives an adapter a weight; 1 is as trained.
     """
-    import loratool as lt
+    from loratool import api
 
     voice = Voice.take(options)
     if base is None:
         raise _no_base(adapters, output)
     voice.announce(headline(adapters, options["weights"], options["mean"]))
     with show_progress(quiet=voice.quiet) as progress:
-        report = lt.merge(adapters, base=base, output=output, progress=progress, **options)
+        report = api.merge(adapters, base=base, output=output, progress=progress, **options)
     check = f"loratool verify {output} --base {base} " + _again(adapters, options)
     result = [] if report.dry_run else [safe(report.output)]
     voice.show(

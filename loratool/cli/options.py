@@ -46,7 +46,8 @@ class Command(click.Command):
             rows = [
                 record
                 for param in self.get_params(ctx)
-                if getattr(param, "section", "General") == section
+                if isinstance(param, click.Option)
+                and getattr(param, "section", "General") == section
                 and (record := param.get_help_record(ctx)) is not None
             ]
             if rows:
@@ -94,27 +95,42 @@ class WeightList(click.ParamType[tuple[float, ...]]):
         return tuple(float(part) for part in parts)
 
 
-class RankNumber(click.ParamType[int]):
-    """A whole rank; a fraction is probably meant as a share of energy."""
+class WholeNumber(click.ParamType[int]):
+    """A whole number above 0.
 
-    name = "R"
+    Args:
+        name: placeholder in the help page.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
         """Parse, or say why not."""
         text = str(value)
-        if text.isascii() and text.isdigit() and int(text) > 0:
-            return int(text)
-        if _WEIGHT.fullmatch(text):
-            self.fail(
-                f"a rank is a whole number above 0, not {text}; choosing it by energy "
-                "(--energy) is not in this version",
-                param, ctx,
-            )  # fmt: skip
+        if not (text.isascii() and text.isdigit() and int(text) > 0):
+            raise click.BadParameter(self.explain(text), ctx=ctx, param=param)
+        return int(text)
+
+    def explain(self, text: str) -> str:
+        """Why ``text`` is refused."""
+        return f"{text!r} is not a whole number above 0"
+
+
+class RankNumber(WholeNumber):
+    """A rank; a fraction is probably meant as a share of energy."""
+
+    def __init__(self) -> None:
+        super().__init__("R")
+
+    def explain(self, text: str) -> str:
+        """Why ``text`` is refused, and what this version lacks."""
         if text == "auto":
-            self.fail(
-                "choosing the rank by itself is not in this version: give a number", param, ctx
-            )
-        self.fail(f"{text!r} is not a whole number above 0", param, ctx)
+            return "choosing the rank by itself is not in this version: give a number"
+        why = super().explain(text)
+        if _WEIGHT.fullmatch(text):
+            why += "; choosing a rank by energy (--energy) is not in this version"
+        return why
 
 
 def general(command: F) -> F:
@@ -145,7 +161,7 @@ def resources(command: F) -> F:
     for add in (
         option("--max-memory", metavar="SIZE", section="Resources",
                help="Limit for the planned peak, such as 2GB. Default: what is free."),
-        option("--threads", type=click.IntRange(min=1), metavar="N", section="Resources",
+        option("--threads", type=WholeNumber("N"), section="Resources",
                help="Workers. Default: the cores, at most 4. Never changes a result."),
         option("--device", default="auto", metavar="auto|cpu|cuda[:N]", section="Resources",
                help="Where to compute. Default: auto."),

@@ -23,7 +23,7 @@ _FILLERS = frozenset("\u034f\u115f\u1160\u17b4\u17b5\u3164\uffa0")
 _SHORT = {"\n": "\\n", "\r": "\\r", "\t": "\\t"}
 _TOKEN = re.compile(r"hf_[A-Za-z0-9]{20,}")
 _LOGIN = re.compile(r"(?<=://)[^/\s@]+@")
-_LABEL_WIDTH = 8
+_LABEL_WIDTH = 9
 
 
 def safe(text: object, *, cap: int = FIELD_CAP) -> str:
@@ -101,7 +101,9 @@ def format_share(share: float) -> str:
 
 
 def format_seconds(seconds: float) -> str:
-    """``0.8 s``, ``12 s``, ``3:07``, ``1:02:03``."""
+    """``0.04 s``, ``0.8 s``, ``12 s``, ``3:07``, ``1:02:03``."""
+    if seconds < 0.095:
+        return f"{seconds:.2f} s"
     if seconds < 9.95:
         return f"{seconds:.1f} s"
     whole = round(seconds)
@@ -134,12 +136,12 @@ def line(label: str, *facts: str, tone: str | None = None) -> str:
     """``label    fact · fact``, the label in bold (or in ``tone``: ``warn``, ``bad``, ``good``).
 
     Args:
-        label: first word of the line, ours, never foreign text.
-        facts: already safe; empty ones are left out.
+        label: first word of the line; safe.
+        facts: safe; empty ones are left out.
         tone: colour of the label.
     """
-    head = click.style(f"{label:<{_LABEL_WIDTH}}", **_TONES[tone])
-    return head + " · ".join(fact for fact in facts if fact)
+    padding = " " * (max(_LABEL_WIDTH - cell_width(label), 2) if label else _LABEL_WIDTH)
+    return click.style(label, **_TONES[tone]) + padding + " · ".join(f for f in facts if f)
 
 
 _TONES: dict[str | None, dict[str, Any]] = {

@@ -39,24 +39,20 @@ EXIT_DIFFERS = 10
 @opt.network
 @opt.general
 @opt.reading
-@click.pass_context
-def command(
-    ctx: click.Context, merged: str, base: str, adapters: tuple[str, ...], **options: Any
-) -> None:
+def command(merged: str, base: str, adapters: tuple[str, ...], **options: Any) -> int:
     """Recompute the merge of ADAPTERs into BASE and compare it with MERGED.
 
     Every tensor is compared. Exit code 0: identical, or equal up to rounding; 10: something else.
     Works on merges made by any program.
     """
-    import loratool as lt
+    from loratool import api
 
     voice = Voice.take(options)
     voice.announce(f"Verifying {safe(merged)} = {safe(base)} + {plural(len(adapters), 'adapter')}")
     with show_progress(quiet=voice.quiet) as progress:
-        report = lt.verify(merged, base=base, adapters=adapters, progress=progress, **options)
+        report = api.verify(merged, base=base, adapters=adapters, progress=progress, **options)
     voice.show(report, render(report, voice), result=[report.verdict])
-    if not report.ok:
-        ctx.exit(EXIT_DIFFERS)
+    return 0 if report.ok else EXIT_DIFFERS
 
 
 def render(report: VerifyReport, voice: Voice) -> Iterator[str]:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from loratool.adapter import Adapter
+from loratool.archs.ties import Tie, find_tie
 from loratool.errors import MismatchError, UsageError
 from loratool.ops.bind_experts import place_flat, place_single
 from loratool.ops.bind_fused import place_fused
@@ -32,7 +33,6 @@ from loratool.ops.bind_report import (
 )
 from loratool.ops.bind_rules import NameRule, apply_user_names, name_rules
 from loratool.ops.bind_settle import settle
-from loratool.ops.bind_ties import Tie, find_tie
 from loratool.ops.bind_types import (
     Bindings,
     BindOptions,
@@ -73,7 +73,7 @@ class _Outcome:
 
     @property
     def places(self) -> frozenset[tuple[str, tuple[str, ...]]]:
-        return frozenset((f.item.name, f.targets) for f in self.found)
+        return frozenset((f.item.label, f.targets) for f in self.found)
 
 
 def bind(adapter: Adapter, checkpoint: Checkpoint, options: BindOptions | None = None) -> Bindings:
@@ -133,7 +133,7 @@ def _choose(
     items: Sequence[Item], adapter: Adapter, checkpoint: Checkpoint, options: BindOptions
 ) -> _Outcome:
     """The first rule, by rank, that places everything; else the error that says most."""
-    tie = find_tie(checkpoint, options)
+    tie = find_tie(checkpoint, is_stated=options.untie or options.keep_tied)
     tried: list[_Outcome] = []
     complete: list[_Outcome] = []
     for rule in name_rules(checkpoint, (i.name for i in items)):
@@ -257,9 +257,9 @@ def _collision(outcome: _Outcome) -> tuple[str, tuple[str, ...]] | None:
         for target, place, is_whole in _places(found):
             for other, other_whole, name in holders.get(target, ()):
                 same = other == place or is_whole or other_whole
-                if same and name != found.item.name:
-                    return target, (name, found.item.name)
-            holders.setdefault(target, []).append((place, is_whole, found.item.name))
+                if same and name != found.item.label:
+                    return target, (name, found.item.label)
+            holders.setdefault(target, []).append((place, is_whole, found.item.label))
     return None
 
 

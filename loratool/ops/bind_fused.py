@@ -12,7 +12,7 @@ from loratool.archs.fused import (
     part_of,
     part_spans,
 )
-from loratool.archs.layers import is_conv1d, model_types
+from loratool.archs.layers import model_types, stores_transposed
 from loratool.ops.bind_place import Context, Placement, factor_sizes, misfit, unmergeable
 from loratool.ops.bind_types import BoundDelta, Found, Item, Misfit
 from loratool.plan import Region, Span
@@ -52,7 +52,7 @@ def _slice_of(item: Item, part: str, fused: FusedLeaf, target: str, ctx: Context
         size, turned = spec.fields["delta"].numel, True  # a bias lies along the columns
     else:
         size, inner = factor_sizes(spec)
-        turned = bool(is_conv1d(ctx.config, target.rpartition(".")[0]))
+        turned = bool(stores_transposed(ctx.config, target.rpartition(".")[0]))
         if len(shape) != 2 or inner != (shape[0 if turned else 1],):
             return misfit(item, "LT-432", f"{shape}", f"{(size, *inner)}", target)
         if turned and spec.kind == "dora":
@@ -115,7 +115,7 @@ def _part_problem(item: Item, target: str, ctx: Context) -> Misfit | None:
         return problem
     _, inner = factor_sizes(spec)
     shape = ctx.shape(target)
-    if is_conv1d(ctx.config, target.rpartition(".")[0]) or shape[1:] != inner:
+    if stores_transposed(ctx.config, target.rpartition(".")[0]) or shape[1:] != inner:
         return misfit(item, "LT-432", f"{shape}", f"(…, {inner[0]})", target)
     return None
 

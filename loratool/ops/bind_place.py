@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from loratool.adapter import DeltaSpec
-from loratool.archs.layers import is_conv1d
+from loratool.archs.layers import stores_transposed
+from loratool.archs.ties import Tie, is_vocabulary, other_name
 from loratool.dtypes import DTYPES
 from loratool.ops.bind_rules import View
-from loratool.ops.bind_ties import Tie, is_vocabulary, other_name
 from loratool.ops.bind_types import BindOptions, BoundDelta, BoundReplacement, Found, Item, Misfit
 from loratool.plan import Region
 from loratool.store.checkpoint import Checkpoint
@@ -101,7 +101,7 @@ def orientation(item: Item, spec: DeltaSpec, target: str, ctx: Context) -> bool 
     asked = (out, *_squeeze(inner))
     shape = ctx.shape(target)
     direct, turned = asked == shape, asked[::-1] == shape and len(asked) == 2
-    known = is_conv1d(ctx.config, target.rpartition(".")[0])
+    known = stores_transposed(ctx.config, target.rpartition(".")[0])
     if direct and turned:
         if known is not None:
             return known

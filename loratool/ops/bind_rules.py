@@ -86,12 +86,15 @@ def name_rules(checkpoint: Checkpoint, names: Iterable[str]) -> Iterator[NameRul
     """Every rule that changes anything, by rank: exact, renames, one prefix, both together."""
     asked = tuple(names)
     plain = View("", {n: n for n in checkpoint.tensors})
-    yield NameRule(0, "exact", plain, _same)
-    renamed = tuple(_table_rules(checkpoint, plain))
+    exact = NameRule(0, "exact", plain, _same)
+    yield exact
+    renamed = tuple(_table_rules(checkpoint, plain, asked))
     yield from renamed
-    for rank, base in ((2, NameRule(0, "", plain, _same)), *((3, r) for r in renamed)):
+    # Without a model type every table is a guess: no prefix is guessed on top of it.
+    bases = [(2, exact), *((3, r) for r in renamed if checkpoint.config)]
+    for rank, base in bases:
         for words, change in _prefix_changes(checkpoint, asked):
-            joined = f"{base.words} and {words}" if base.words else words
+            joined = f"{base.words} and {words}" if base.rank else words
             yield NameRule(rank, joined, base.view, _after(base.rename, change))
 
 
@@ -207,17 +210,20 @@ def _after(first: Callable[[str], str], second: Callable[[str], str]) -> Callabl
     return lambda name: second(first(name))
 
 
-def _table_rules(checkpoint: Checkpoint, plain: View) -> Iterator[NameRule]:
+def _table_rules(checkpoint: Checkpoint, plain: View, asked: tuple[str, ...]) -> Iterator[NameRule]:
     """Known renames, newest naming first: on the base's names, the adapter's, or both."""
     for words, forward in _tables(checkpoint):
-        moved: dict[str, str] = {}
-        for name in checkpoint.tensors:
-            moved.setdefault(forward(name), name)
+        moved = {forward(name): name for name in checkpoint.tensors}
+        is_injective = len(moved) == len(checkpoint.tensors)
+        changes_base = is_injective and any(a != b for a, b in moved.items())
+        changes_adapter = any(forward(name) != name for name in asked)
         view = View(words, moved)
-        if len(moved) == len(checkpoint.tensors) and any(a != b for a, b in moved.items()):
+        if changes_base:
             yield NameRule(1, f"{words} names", view, _same)
+        if changes_base and changes_adapter:
             yield NameRule(1, f"{words} names on both sides", view, forward)
-        yield NameRule(1, f"{words} names of the adapter", plain, forward)
+        if changes_adapter:
+            yield NameRule(1, f"{words} names of the adapter", plain, forward)
 
 
 def _tables(checkpoint: Checkpoint) -> Iterator[tuple[str, Callable[[str], str]]]:

@@ -7,9 +7,9 @@ from dataclasses import replace
 from typing import Any
 
 from loratool.adapter import Adapter, Source, TensorData, TensorRef
+from loratool.archs.ties import Tie, is_vocabulary, stored_twins, untied_config
 from loratool.errors import MismatchError
 from loratool.ops.bind_place import Context
-from loratool.ops.bind_ties import Tie, is_vocabulary, stored_twins, untied_config
 from loratool.ops.bind_types import Bindings, BoundDelta, BoundReplacement, Found
 
 _CHUNK = 1 << 20

@@ -112,6 +112,13 @@ class Item:
         return self.names[0]
 
     @property
+    def label(self) -> str:
+        """Full name as the adapter has it, before ``--rename``."""
+        if self.spec is not None:
+            return self.spec.name
+        return self.replacement.name if self.replacement is not None else self.name
+
+    @property
     def is_tokens(self) -> bool:
         """True for trainable tokens, which PEFT itself applies to both tied tensors."""
         return self.replacement is not None and self.replacement.origin == "trainable_tokens"

@@ -302,7 +302,7 @@ def _quantization(
 def _refuse_adapter(tensors: Mapping[str, TensorRef], path: Path) -> None:
     if tensors and all(_ADAPTER_KEY.search(name) for name in tensors):
         raise MismatchError(
-            "LT-480", "this is an adapter, not a base model", file=path,
+            "LT-490", "this is an adapter, not a base model", file=path,
             expected="a model checkpoint", got=f"keys such as {short_name(next(iter(tensors)))}",
             hint="give the adapter first and its base model as --base",
         )  # fmt: skip

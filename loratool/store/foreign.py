@@ -18,7 +18,7 @@ _FOREIGN: tuple[tuple[re.Pattern[bytes], str, str], ...] = (
         "a web page",
         "the download was an error page: download it again, logged in if the repository is gated",
     ),
-    (re.compile(rb"GGUF"), "a GGUF file", "name it .gguf"),
+    (re.compile(rb"GGUF"), "a GGUF file", "get the safetensors file"),
     (re.compile(rb"\x1f\x8b"), "a gzip archive", "gunzip it first"),
     (re.compile(rb"\x89HDF"), "an HDF5 file", "convert it to safetensors"),
     (re.compile(rb"PK(\x03\x04|\x05\x06)"), "a zip archive", "unpack it first"),

@@ -154,9 +154,12 @@ def _read_raw(file: BinaryIO, shown: object, size: int, limit: int) -> bytes:
     if head[8:9] != b"{" or length > size - 8 or length > limit:
         refuse_foreign(file, head, shown, size)
     if length > limit:
+        is_absurd = length > HARD_HEADER_BYTES
         raise BadFileError(
-            "LT-304", "header is too large", file=shown, expected=f"at most {limit} bytes",
-            got=f"{length} bytes", hint=f"--max-header, at most {HARD_HEADER_BYTES}",
+            "LT-304",
+            f"header is too large{': damaged, or not safetensors' if is_absurd else ''}",
+            file=shown, expected=f"at most {limit} bytes", got=f"{length} bytes",
+            hint=None if is_absurd else f"--max-header, at most {HARD_HEADER_BYTES}",
         )  # fmt: skip
     if length > size - 8:
         raise BadFileError(
@@ -228,7 +231,7 @@ def _check_counts(raw: bytes, shown: object) -> None:
         return
     bare = _STRING.sub(b"", raw[8:])
     if bare.count(b"{") > _MAX_OBJECTS or bare.count(b"[") > _MAX_LISTS:
-        _refuse_count(shown, max(bare.count(b"{"), bare.count(b"[") // 2))
+        _refuse_count(shown, max(bare.count(b"{") - 1, bare.count(b"[") // 2))
     if bare.count(b",") > _MAX_COMMAS:
         _refuse_count(shown, bare.count(b",") // 13)
 

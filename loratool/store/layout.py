@@ -224,7 +224,7 @@ def _refuse_empty(folder: Path, names: list[str]) -> None:
     adapter = [n for n in names if n == "adapter_config.json" or _ADAPTER_FILE.match(n)]
     if adapter:
         raise MismatchError(
-            "LT-480", "this is an adapter, not a base model", file=folder,
+            "LT-490", "this is an adapter, not a base model", file=folder,
             expected="a model checkpoint", got=list_some(adapter),
             hint="give the adapter first and its base model as --base",
         )  # fmt: skip

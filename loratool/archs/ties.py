@@ -9,7 +9,6 @@ from typing import Any
 from loratool.archs.base import load_data
 from loratool.archs.layers import alias_rules, model_types
 from loratool.archs.names import tables_for
-from loratool.ops.bind_types import BindOptions
 from loratool.store.checkpoint import Checkpoint
 
 _FLAG = "tie_word_embeddings"
@@ -35,19 +34,36 @@ class Tie:
         return parameter == "weight" and _ends_with(module, self.missing_leaves)
 
 
-def find_tie(checkpoint: Checkpoint, options: BindOptions) -> Tie | None:
+def find_tie(checkpoint: Checkpoint, *, is_stated: bool = False) -> Tie | None:
     """The tied embedding of a base; None if both are stored, or if it has no tie.
 
     A base that stores both tensors keeps them apart when it is loaded, whatever its flag says.
+
+    Args:
+        checkpoint: the base.
+        is_stated: the user says that the tensors are tied.
     """
     facts = load_data("facts")
     embeddings = _stored_as(checkpoint, tuple(facts["embeddings"]))
     heads = _stored_as(checkpoint, tuple(facts["heads"]))
-    if bool(embeddings) == bool(heads) or not _is_tied(checkpoint, options):
+    if bool(embeddings) == bool(heads) or not (is_stated or _is_tied(checkpoint)):
         return None
     if embeddings:
         return Tie(min(embeddings, key=_depth), head_name(checkpoint), tuple(facts["heads"]))
     return Tie(min(heads, key=_depth), _embedding_name(checkpoint), tuple(facts["embeddings"]))
+
+
+def tied_tensors(checkpoint: Checkpoint) -> dict[str, str]:
+    """Names that are not stored because they share a stored tensor: alias -> stored name."""
+    tie = find_tie(checkpoint)
+    found = {} if tie is None else {tie.missing: tie.stored}
+    if not alias_rules(checkpoint.config):
+        return found
+    for stored in checkpoint.tensors:
+        for twin in _twins(checkpoint, stored):
+            if twin not in checkpoint.tensors:
+                found[twin] = stored
+    return found
 
 
 def head_name(checkpoint: Checkpoint) -> str:
@@ -103,9 +119,7 @@ def _twins(checkpoint: Checkpoint, name: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(found))
 
 
-def _is_tied(checkpoint: Checkpoint, options: BindOptions) -> bool:
-    if options.untie or options.keep_tied:
-        return True
+def _is_tied(checkpoint: Checkpoint) -> bool:
     config = checkpoint.config
     text = config.get("text_config")
     flags = [c.get(_FLAG) for c in (config, text) if isinstance(c, Mapping)]

@@ -1,0 +1,68 @@
+"""``loratool demo``."""
+
+from __future__ import annotations
+
+import shlex
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import chdir, contextmanager
+from typing import Any
+
+import click
+
+from loratool.cli import options as opt
+from loratool.cli.render import line, safe
+from loratool.cli.voice import Voice
+from loratool.errors import UsageError
+
+
+@click.command(
+    cls=opt.Command,
+    name="demo",
+    short_help="A tour on a small built-in model, offline.",
+    examples=("loratool demo", "loratool demo -o tour  # keeps the files to play with"),
+)
+@opt.option("-o", "--output", metavar="DIR", section="Output",
+            help="Keep the files in this new folder. Default: removed at the end.")  # fmt: skip
+@opt.general
+def command(output: str | None, **options: Any) -> int:
+    """Write a tiny model, two adapters and a fine-tune, and run the main commands on them."""
+    from loratool import api
+
+    voice = Voice.take(options)
+    if voice.as_json:
+        if output is None:
+            raise UsageError("LT-207", "demo --json writes files: say where", hint="-o DIR")
+        voice.show(api.demo(output), ())
+        return 0
+    with _folder(output) as folder:
+        report = api.demo(folder)
+        voice.announce("A tour on a model small enough to build in a moment")
+        code = _run_all(report.commands)
+    if code == 0:
+        kept = f"the files are in {safe(output)}" if output else "with -o DIR the files are kept"
+        click.echo("\n" + line("done", kept, tone="good"))
+    return code
+
+
+@contextmanager
+def _folder(output: str | None) -> Iterator[str]:
+    """The folder to work in; a temporary one is entered, so that the commands read well."""
+    if output is not None:
+        yield output
+        return
+    with tempfile.TemporaryDirectory(prefix="loratool-") as parent, chdir(parent):
+        yield "demo"
+
+
+def _run_all(commands: Sequence[Sequence[str]]) -> int:
+    """Run command lines as if they were typed; the first that fails ends the tour."""
+    from loratool.cli import run
+
+    for words in commands:
+        typed = safe(shlex.join(["loratool", *words]), cap=1000)
+        click.echo("\n" + click.style("$ ", dim=True) + click.style(typed, bold=True))
+        code = run(list(words))
+        if code:
+            return code
+    return 0

@@ -1,0 +1,273 @@
+"""``loratool inspect``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from loratool.cli import options as opt
+from loratool.cli.loads import loads_line
+from loratool.cli.render import (
+    format_bytes,
+    format_count,
+    format_shape,
+    format_share,
+    line,
+    plural,
+    safe,
+    some,
+    table,
+)
+from loratool.cli.voice import Voice, note_lines, warning_lines
+from loratool.errors import LoratoolError
+
+if TYPE_CHECKING:
+    from loratool.report import AdapterSummary, CheckpointSummary, FolderRow, InspectReport
+
+_DIALECTS = {"peft": "PEFT", "mlx": "mlx", "gguf": "GGUF"}
+_SHOWN_REPLACED = 5
+
+
+@click.command(
+    cls=opt.Command,
+    name="inspect",
+    short_help="What a file holds: method, base, ranks, cost. Headers only.",
+    examples=(
+        "loratool inspect ./style",
+        "loratool inspect loras/              # one row per file",
+        "loratool inspect ./style --tensors",
+        "loratool inspect ./model --json",
+    ),
+)
+@click.argument("sources", nargs=-1, required=True, metavar="SOURCE…")
+@opt.option("--tensors", is_flag=True, section="Output", help="List every tensor.")
+@opt.option("--offline", is_flag=True, section="General", help="Never touch the network.")
+@opt.general
+@opt.option("--alpha", type=float, metavar="A", section="Advanced",
+            help="lora_alpha of files that have no configuration.")  # fmt: skip
+def command(sources: tuple[str, ...], **options: Any) -> int:
+    """Say what adapters and checkpoints hold, from their headers alone: nothing is loaded.
+
+    Method, base model, modules, ranks, scaling, size, which programs load it, and what to do
+    next. Several SOURCEs, or a folder of files, give one row each.
+    """
+    from loratool import api
+
+    voice = Voice.take(options)
+    if len(sources) == 1:
+        report = api.inspect(sources[0], **options)
+        voice.show(report, render(report, voice))
+        return 0
+    report, code = _inspect_each(sources, options)
+    voice.show(report, render(report, voice))
+    return code
+
+
+def _inspect_each(sources: Sequence[str], options: Mapping[str, Any]) -> tuple[InspectReport, int]:
+    """One report with a row per source, and the exit code of the first that failed."""
+    from loratool import api
+    from loratool.report import FolderRow, InspectReport
+
+    rows: list[FolderRow] = []
+    code = 0
+    for source in sources:
+        try:
+            one = api.inspect(source, **{**options, "tensors": False})
+        except LoratoolError as error:
+            rows.append(FolderRow(source, error=error.to_json()))
+            code = code or error.exit_code
+            continue
+        if one.what == "folder":
+            rows += [
+                FolderRow(f"{source}/{r.name}", r.adapter, r.checkpoint, r.error) for r in one.rows
+            ]
+        else:
+            rows.append(FolderRow(source, one.adapter, one.checkpoint))
+    return InspectReport(source=" ".join(sources), what="folder", rows=tuple(rows)), code
+
+
+def render(report: InspectReport, voice: Voice) -> Iterator[str]:
+    """The report, line by line."""
+    if report.what == "folder":
+        yield from _folder(report.rows)
+        return
+    if report.adapter is not None:
+        yield from _adapter(report.adapter, voice)
+    if report.checkpoint is not None:
+        yield from _checkpoint(report.checkpoint)
+    yield from note_lines(report.notes, voice)
+    yield from warning_lines(report.warnings)
+    if report.tensors:
+        rows = [
+            (safe(t.name), format_shape(t.shape), t.dtype, format_bytes(t.nbytes))
+            for t in report.tensors
+        ]
+        yield from table(rows, ("tensor", "shape", "type", "size"), right=(3,))
+    if report.next and not voice.quiet:
+        yield line("next", safe(report.next, cap=2000), tone="dim")
+
+
+# --------------------------------------------------------------------------------- adapters
+
+
+def _adapter(one: AdapterSummary, voice: Voice) -> Iterator[str]:
+    parameters = format_count(one.factor_parameters)
+    if one.replaced_parameters:
+        parameters += f" + {format_count(one.replaced_parameters)}"
+    yield line(
+        safe(one.label, cap=60),
+        f"{_DIALECTS.get(one.dialect, safe(one.dialect))} {safe(one.method)}",
+        plural(one.modules, "module"),
+        f"{parameters} params",
+        f"{format_bytes(one.nbytes)} {_types(one.dtypes)}",
+        "headers only",
+    )
+    yield line("base", safe(one.base_model) if one.base_model else "not named")
+    if one.ranks:
+        yield line("scaling", *_scaling(one))
+    yield from _targets(one, voice)
+    yield from _replaced(one, voice)
+    if one.unclaimed:
+        yield line("unused", f"{plural(len(one.unclaimed), 'tensor')}: {some(one.unclaimed)}",
+                   tone="warn")  # fmt: skip
+    if one.extras:
+        yield line("extras", some(one.extras))
+    yield loads_line(one.loads)
+
+
+def _types(dtypes: Mapping[str, int]) -> str:
+    return " + ".join(dtypes)
+
+
+def _scaling(one: AdapterSummary) -> list[str]:
+    """``alpha 32 / rank 16 = 2, same in all modules``, or the values that occur."""
+    if len(one.ranks) == len(one.alphas) == len(one.scalings) == 1:
+        (rank,), (alpha,), (scaling,) = one.ranks, one.alphas, one.scalings
+        root = "√" if "rsLoRA" in one.method else ""
+        formula = (
+            f"alpha {safe(alpha)} / {root}rank {rank} = " if alpha != "-" else f"rank {rank}, "
+        )
+        return [f"{formula}{safe(scaling)}, same in all modules"]
+    ranks = f"rank {_span(one.ranks)}" if len(one.ranks) > 1 else f"rank {next(iter(one.ranks))}"
+    values = [f"{safe(v)} ({n:,})" for v, n in list(one.scalings.items())[:6]]
+    more = f" and {len(one.scalings) - 6} more" if len(one.scalings) > 6 else ""
+    return [ranks, f"scaling {', '.join(values)}{more}"]
+
+
+def _span(ranks: Mapping[int, int]) -> str:
+    ordered = sorted(ranks)
+    if len(ordered) <= 6:
+        return ", ".join(f"{rank} ({ranks[rank]:,})" for rank in ordered)
+    half, seen = sum(ranks.values()) / 2, 0
+    for rank in ordered:
+        seen += ranks[rank]
+        if seen >= half:
+            return f"{ordered[0]}-{ordered[-1]}, median {rank}"
+    return f"{ordered[0]}-{ordered[-1]}"
+
+
+def _targets(one: AdapterSummary, voice: Voice) -> Iterator[str]:
+    """``q_proj v_proj in layers 0-35``: families that share their layers share a line."""
+    if voice.verbose:
+        rows = [
+            (
+                safe(f.name),
+                str(f.modules),
+                f.layers or "-",
+                _span(f.ranks),
+                format_count(f.parameters),
+            )
+            for f in one.families
+        ]
+        yield from table(rows, ("target", "modules", "layers", "rank", "params"), right=(1, 4))
+        return
+    groups: dict[str, list[str]] = {}
+    for family in one.families:
+        groups.setdefault(family.layers, []).append(safe(family.name))
+    label = "targets"
+    for layers, names in groups.items():
+        shown = " ".join(names[:16]) + (f" and {len(names) - 16} more" if len(names) > 16 else "")
+        yield line(label, f"{shown} in layers {layers}" if layers else shown)
+        label = ""
+
+
+def _replaced(one: AdapterSummary, voice: Voice) -> Iterator[str]:
+    shown = one.replaced if voice.verbose else one.replaced[:_SHOWN_REPLACED]
+    label = "whole"
+    for tensor in shown:
+        share = format_share(tensor.nbytes / one.nbytes) if one.nbytes else "0 %"
+        rows = f"{tensor.rows:,} rows of " if tensor.rows is not None else ""
+        size = f"{format_shape(tensor.shape)}, {format_bytes(tensor.nbytes)}"
+        yield line(label, f"{rows}{safe(tensor.name)} replaced ({size}): {share} of this file")
+        label = ""
+    rest = one.replaced[len(shown) :]
+    if rest:
+        size = format_bytes(sum(t.nbytes for t in rest))
+        yield line("", f"and {plural(len(rest), 'smaller tensor')} replaced ({size})")
+
+
+# ------------------------------------------------------------------------------ checkpoints
+
+
+def _checkpoint(one: CheckpointSummary) -> Iterator[str]:
+    kind = f"{safe(one.model_type)} checkpoint" if one.model_type else "checkpoint"
+    yield line(
+        safe(one.label, cap=60),
+        kind,
+        plural(one.tensors, "tensor"),
+        f"{format_count(one.parameters)} params",
+        f"{format_bytes(one.nbytes)} {_types(one.dtypes)}",
+        "headers only",
+    )
+    yield line("files", plural(one.shards, "weight file"), *map(safe, one.components))
+    if one.tied:
+        yield line("tied", "input embedding and output head share their weights")
+    if one.quantization:
+        yield line("quant", f"{safe(one.quantization)}: merging needs the 16-bit weights",
+                   tone="warn")  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------- folders
+
+
+def _folder(rows: Sequence[FolderRow]) -> Iterator[str]:
+    cells = [cell for row in rows if (cell := _cells(row)) is not None]
+    if cells:
+        head = ("name", "what", "modules", "rank", "scaling", "params", "size", "type", "base")
+        yield from table(cells, head, right=(2, 5, 6))
+    for row in rows:
+        if row.error is not None:
+            what = " · ".join(
+                str(row.error[key]) for key in ("what", "key", "got") if key in row.error
+            )
+            yield line("error", f"{safe(row.name)}: [{row.error['code']}] {safe(what, cap=400)}",
+                       tone="bad")  # fmt: skip
+    total = sum(one.nbytes for row in rows for one in (row.adapter, row.checkpoint) if one)
+    yield line("total", plural(len(rows), "file"), format_bytes(total))
+
+
+def _cells(row: FolderRow) -> tuple[str, ...] | None:
+    name = safe(row.name, cap=60)
+    if row.adapter is not None:
+        one = row.adapter
+        kind = f"{_DIALECTS.get(one.dialect, safe(one.dialect))} {safe(one.method)}"
+        return (
+            name, kind, str(one.modules), _few(one.ranks), _few(one.scalings),
+            format_count(one.parameters), format_bytes(one.nbytes), _types(one.dtypes),
+            safe(one.base_model or "-", cap=60),
+        )  # fmt: skip
+    if row.checkpoint is not None:
+        base = row.checkpoint
+        return (
+            name, f"{safe(base.model_type)} checkpoint".strip(), "-", "-", "-",
+            format_count(base.parameters), format_bytes(base.nbytes), _types(base.dtypes), "-",
+        )  # fmt: skip
+    return None
+
+
+def _few(values: Mapping[Any, int]) -> str:
+    if len(values) > 3:
+        return f"{len(values)} values"
+    return ", ".join(safe(value) for value in values) or "-"

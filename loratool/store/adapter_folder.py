@@ -1,0 +1,109 @@
+"""Adapters in a folder, by file names only."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from loratool.errors import (
+    BadFileError,
+    DiskError,
+    MismatchError,
+    UnsafeContentError,
+    list_some,
+)
+from loratool.store.layout import PLAIN_STEMS, is_pickle_name
+
+_SHARD = re.compile(r"-\d{5,6}-of-\d{5,6}")
+_OWN_FILE = re.compile(r"(adapter_model([-.].*)?|adapters)\.safetensors")
+_OWN_PICKLE = re.compile(r"(adapter_model|pytorch_lora_weights).*\.(bin|pt|pth)|adapters\.npz")
+
+
+def is_adapter_folder(folder: Path) -> bool:
+    """True if the folder itself is an adapter: it has its configuration or its weights."""
+    names = _names(folder)
+    return "adapter_config.json" in names or any(_OWN_FILE.fullmatch(n) for n in names)
+
+
+def list_adapters(folder: Path) -> list[Path]:
+    """Sub-folders that are adapters and single ``.safetensors`` files, sorted by name.
+
+    Shards and files with the fixed names of base models are left out.
+    """
+    return [
+        folder / name
+        for name in _names(folder)
+        if (name.endswith(".safetensors") and not _is_model_file(name))
+        or name.endswith(".gguf")
+        or ((folder / name).is_dir() and is_adapter_folder(folder / name))
+    ]
+
+
+def find_adapter(path: Path) -> Path:
+    """The one adapter that a path means: a file, an adapter folder, or the only file in it.
+
+    Raises:
+        BadFileError: nothing there, no adapter, or several.
+        MismatchError: a base model.
+        UnsafeContentError: only pickles.
+    """
+    if not path.is_dir():
+        if not path.exists():
+            raise BadFileError("LT-300", "no such file or folder", file=path)
+        return path
+    names = _names(path)
+    own = [n for n in names if _OWN_FILE.fullmatch(n)]
+    files = [n for n in names if n.endswith(".safetensors") and not _is_model_file(n)]
+    if "adapter_config.json" in names and (files or not any(map(is_pickle_name, names))):
+        return path
+    if len(own) == 1:
+        return path / own[0]
+    found = list_adapters(path)
+    if len(found) == 1 and found[0].is_file():
+        return found[0]
+    if found:
+        shown = list_some(f"{p.name}/" if p.is_dir() else p.name for p in found)
+        raise BadFileError(
+            "LT-326", f"this folder holds {len(found)} adapters" if len(found) > 1
+            else "this folder is no adapter but holds one", file=path, got=shown,
+            hint=f"name the one you mean, such as {found[0]}",
+        )  # fmt: skip
+    _refuse(path, names)
+    raise AssertionError("refused above")
+
+
+def _refuse(path: Path, names: list[str]) -> None:
+    if any(_is_model_file(n) for n in names):
+        raise MismatchError(
+            "LT-491", "this is a base model, not an adapter", file=path,
+            got=list_some(n for n in names if _is_model_file(n)),
+            hint="--base names the base model",
+        )  # fmt: skip
+    pickles = [n for n in names if _OWN_PICKLE.fullmatch(n)] or [
+        n for n in names if is_pickle_name(n)
+    ]
+    if pickles:
+        raise UnsafeContentError(
+            "LT-903", "the only weights here are pickles, which can run code", file=path,
+            expected="safetensors", got=list_some(pickles),
+            hint="get the safetensors file, or convert it in a place you trust",
+        )  # fmt: skip
+    raise BadFileError(
+        "LT-327", "no adapter here", file=path, got=list_some(names) or "an empty folder",
+        expected="adapter_config.json with adapter_model.safetensors, or one .safetensors file",
+    )  # fmt: skip
+
+
+def _is_model_file(name: str) -> bool:
+    if name.endswith(".safetensors.index.json"):
+        return not name.startswith("adapter")
+    stem = _SHARD.sub("", name.removesuffix(".safetensors"))
+    plain = stem.partition(".")[0] in PLAIN_STEMS or bool(_SHARD.search(name))
+    return name.endswith(".safetensors") and plain and not name.startswith("adapter")
+
+
+def _names(folder: Path) -> list[str]:
+    try:
+        return sorted(e.name for e in folder.iterdir() if not e.name.startswith("."))
+    except OSError as error:
+        raise DiskError("LT-601", "cannot read", file=folder, got=error.strerror) from error

@@ -1,0 +1,271 @@
+"""The small files that go along with merged weights: configuration, tokenizer, licence."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from loratool.errors import MismatchError, UnsafeContentError, list_some
+from loratool.store.checkpoint import Checkpoint
+from loratool.store.foreign import open_regular
+from loratool.store.jsonfile import dump_json, load_json
+from loratool.store.tokens import TOKENIZER_FILES, TOKENIZER_STATE, adapter_adds_tokens
+
+__all__ = ["REMOVE", "Sidecar", "adapter_adds_tokens", "plan_sidecars"]
+
+
+class _Remove:
+    """The value of a configuration change that takes the key out."""
+
+    def __repr__(self) -> str:
+        return "REMOVE"
+
+
+REMOVE = _Remove()
+
+_CARRIED = (
+    "config.json",
+    "*_config.json",
+    "config_*.json",
+    "configuration.json",
+    "model_index.json",
+    "modules.json",
+    "normalizer.json",
+    "id2label.json",
+    *TOKENIZER_FILES,
+    "LICENSE*",
+    "LICENCE*",
+    "COPYING*",
+    "NOTICE*",
+    "USE_POLICY*",
+)
+# They describe an adapter, or quantised codes that the output does not hold.
+_REFUSED = (
+    "adapter_config.json",
+    "quantize_config.json",
+    "quant_config.json",
+    "hf_quant_config.json",
+    "quantization_config.json",
+    "*.py",
+)
+_WEIGHTS = re.compile(r"\.safetensors$|\.safetensors\.index(\.\w+)?\.json$")
+_TEMPLATES = "additional_chat_templates"
+
+
+@dataclass(frozen=True)
+class Sidecar:
+    """One small file of the output.
+
+    Attributes:
+        name: path relative to the output folder, with forward slashes.
+        source: the file to copy, None if ``data`` is given.
+        data: bytes made here, None if ``source`` is given.
+        origin: where it is from, ``base`` or ``adapter``.
+    """
+
+    name: str
+    source: Path | None = None
+    data: bytes | None = field(default=None, repr=False)
+    origin: str = "base"
+
+    def read(self) -> bytes:
+        """Its bytes.
+
+        Raises:
+            BadFileError: the source vanished.
+            DiskError: the system refuses to read it.
+        """
+        if self.data is not None:
+            return self.data
+        if self.source is None:
+            raise ValueError(f"sidecar {self.name} has neither source nor data")
+        with open_regular(self.source) as file:
+            return file.read()
+
+
+def plan_sidecars(
+    checkpoint: Checkpoint,
+    *,
+    adapter_tokenizer: Path | None = None,
+    config_changes: Mapping[str, Any] | None = None,
+) -> tuple[list[Sidecar], list[str]]:
+    """Decide which small files go along with a merged checkpoint.
+
+    Args:
+        checkpoint: the base.
+        adapter_tokenizer: the adapter's folder, if its tokenizer is to replace the base's.
+        config_changes: dotted key of ``config.json`` -> new value, or `REMOVE`; for a pipeline
+            the first part of the key names the component.
+
+    Returns:
+        The files, sorted by name, and notes about what is left behind.
+
+    Raises:
+        UnsafeContentError: a file to carry over is a link out of its folder, or no file.
+        MismatchError: a dotted key leads through something that is no object.
+        BadFileError: ``config.json`` is damaged.
+    """
+    changes = dict(config_changes or {})
+    if not checkpoint.is_folder:
+        lost = [f"not recorded, because the output has no config.json: {list_some(changes)}"]
+        return [], lost if changes else []
+    found: dict[str, Sidecar] = {}
+    left: list[str] = []
+    weights = {shard.name for shard in checkpoint.shards}
+    for name in _walk(checkpoint):
+        if name in weights or _WEIGHTS.search(name):
+            continue
+        if _is_carried(name.rpartition("/")[2]) or _is_template(name):
+            path = checkpoint.path / name
+            _check_inside(path, checkpoint.path)
+            found[name] = Sidecar(name, path)
+        else:
+            left.append(name)
+    notes = _left_behind(left)
+    if adapter_tokenizer is not None:
+        notes += _take_tokenizer(found, adapter_tokenizer, checkpoint)
+    notes += _apply_changes(found, changes, checkpoint)
+    return [found[name] for name in sorted(found)], notes
+
+
+def _walk(checkpoint: Checkpoint) -> Iterator[str]:
+    """Names of the files that may matter; a trailing slash marks a folder not looked into."""
+    wanted = {_TEMPLATES}
+    index = checkpoint.path / "model_index.json"
+    if checkpoint.components and index.is_file():
+        wanted |= set(load_json(index))
+    for entry in sorted(checkpoint.path.iterdir()):
+        if entry.name.startswith("."):
+            continue
+        if not entry.is_dir():
+            yield entry.name
+        elif entry.name not in wanted:
+            yield f"{entry.name}/"
+        else:
+            for inner in sorted(entry.iterdir()):
+                if inner.is_dir() and inner.name == _TEMPLATES:
+                    yield from (f"{entry.name}/{_TEMPLATES}/{t.name}" for t in inner.iterdir())
+                elif not inner.name.startswith("."):
+                    yield f"{entry.name}/{inner.name}" + ("/" if inner.is_dir() else "")
+
+
+def _is_carried(name: str) -> bool:
+    if any(fnmatchcase(name, pattern) for pattern in _REFUSED):
+        return False
+    return any(fnmatchcase(name, pattern) for pattern in _CARRIED)
+
+
+def _is_template(name: str) -> bool:
+    return f"/{name}".find(f"/{_TEMPLATES}/") >= 0 and name.endswith(".jinja")
+
+
+def _check_inside(path: Path, root: Path) -> None:
+    """A link may only lead to a file of the same folder or of its Hub cache."""
+    if not path.is_file():
+        what = "a broken link" if path.is_symlink() and not path.exists() else "no regular file"
+        raise UnsafeContentError(
+            "LT-901", "not a regular file", file=path, expected="a file", got=what
+        )
+    real, top = path.resolve(), root.resolve()
+    allowed = [top]
+    for parent in (top, *top.parents):  # models--owner--name/snapshots/<commit>[/sub]
+        if parent.parent.name == "snapshots":
+            allowed.append(parent.parent.parent / "blobs")
+    if not any(real.is_relative_to(folder) for folder in allowed):
+        raise UnsafeContentError(
+            "LT-904", "a link leads out of its folder, so the file is not copied", file=path,
+            got=real, hint="replace the link by the file if you trust it",
+        )  # fmt: skip
+
+
+def _left_behind(names: list[str]) -> list[str]:
+    code = [n for n in names if n.endswith(".py")]
+    rest = [n for n in names if n not in code]
+    notes = []
+    if code:
+        notes.append(f"custom code is not copied: {list_some(code)}")
+    if rest:
+        notes.append(f"not carried over: {list_some(rest)}")
+    return notes
+
+
+def _take_tokenizer(
+    found: dict[str, Sidecar], adapter_dir: Path, checkpoint: Checkpoint
+) -> list[str]:
+    if checkpoint.components:
+        return ["the adapter's tokenizer is not taken: a pipeline has several"]
+    own = sorted(
+        entry.name
+        for entry in adapter_dir.iterdir()
+        if not entry.is_dir() and any(fnmatchcase(entry.name, p) for p in TOKENIZER_FILES)
+    )
+    templates = adapter_dir / _TEMPLATES
+    if templates.is_dir():
+        own += [f"{_TEMPLATES}/{t.name}" for t in sorted(templates.iterdir())]
+    stale = {n for n in found if n in TOKENIZER_STATE}
+    config_path = adapter_dir / "tokenizer_config.json"
+    if "chat_template.jinja" in own or (
+        config_path.is_file() and "chat_template" in load_json(config_path)
+    ):  # transformers prefers the template's own file over the configuration
+        stale |= {n for n in found if n.startswith("chat_template") or _is_template(n)}
+    for name in stale - set(own):
+        del found[name]
+    for name in own:
+        _check_inside(adapter_dir / name, adapter_dir)
+        found[name] = Sidecar(name, adapter_dir / name, origin="adapter")
+    return ["the tokenizer is the adapter's, because it has added tokens"]
+
+
+def _apply_changes(
+    found: dict[str, Sidecar], changes: Mapping[str, Any], checkpoint: Checkpoint
+) -> list[str]:
+    grouped: dict[str, dict[str, Any]] = {}
+    for key, value in changes.items():
+        component, _, rest = key.partition(".")
+        if checkpoint.components:
+            grouped.setdefault(f"{component}/config.json", {})[rest] = value
+        else:
+            grouped.setdefault("config.json", {})[key] = value
+    notes = []
+    for name, part in sorted(grouped.items()):
+        if name not in found:
+            notes.append(f"not recorded, because there is no {name}: {list_some(part)}")
+            continue
+        path = checkpoint.path / name
+        config = load_json(path)
+        if _change(config, part, path):
+            found[name] = Sidecar(name, data=dump_json(config))
+    return notes
+
+
+def _change(config: dict[str, Any], changes: Mapping[str, Any], path: Path) -> bool:
+    """Apply dotted changes in place; True if anything is different afterwards."""
+    changed = False
+    for key, value in changes.items():
+        *parents, last = key.split(".")
+        holder = config
+        for parent in parents:
+            inner = holder.setdefault(parent, {}) if value is not REMOVE else holder.get(parent)
+            if inner is None:
+                break
+            if not isinstance(inner, dict):
+                raise MismatchError(
+                    "LT-492", "cannot change the configuration", file=path, key=key,
+                    expected=f"an object at {parent}", got=type(inner).__name__,
+                )  # fmt: skip
+            holder = inner
+        else:
+            changed |= _set(holder, last, value)
+    return changed
+
+
+def _set(holder: dict[str, Any], key: str, value: Any) -> bool:
+    if value is REMOVE:
+        return holder.pop(key, REMOVE) is not REMOVE
+    same = key in holder and holder[key] == value and type(holder[key]) is type(value)
+    holder[key] = value
+    return not same

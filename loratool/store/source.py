@@ -1,0 +1,267 @@
+"""What users type for an adapter or a base: a path, or a reference to the Hub."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from urllib.parse import unquote
+
+from loratool.errors import BadFileError, HubError, UsageError
+from loratool.store import hub
+from loratool.store.adapter_folder import find_adapter, list_adapters
+from loratool.store.hub_files import adapter_files, base_files
+
+__all__ = [
+    "AdapterArgument",
+    "HubReference",
+    "Resolved",
+    "find_adapter",
+    "list_adapters",
+    "parse_adapter",
+    "parse_hub",
+    "parse_weight",
+    "resolve",
+]
+
+ASK_BYTES = 1_000_000_000  # a larger download of a base needs consent
+
+_DECIMAL = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)")
+_COMPONENT = re.compile(r"[A-Za-z][A-Za-z0-9_.]*")
+_TOKEN = re.compile(r"hf_[A-Za-z0-9]{20,}")
+_NAME = r"[A-Za-z0-9][\w.\-]*"
+_HUB = re.compile(
+    rf"hf://(?P<repo>{_NAME}/[\w.\-]+)(@(?P<rev>refs/pr/[0-9]+|[^/@]+))?(/(?P<sub>.*))?", re.DOTALL
+)
+_BARE = re.compile(rf"(?P<repo>(?P<owner>{_NAME})/[\w.\-]+)(@(?P<rev>[^/@]+))?")
+_FILE_SUFFIX = re.compile(
+    r"\.(safetensors|gguf|bin|pt|pth|ckpt|json|ya?ml|npz|zip|md|txt|py|onnx)$", re.IGNORECASE
+)
+
+
+@dataclass(frozen=True)
+class AdapterArgument:
+    """An adapter as typed, with its weight split off.
+
+    Attributes:
+        path_text: what names the adapter.
+        weight: coefficient; 1.0 if none was typed.
+        components: component -> coefficient, from ``:unet=0.8,te=0.4``.
+    """
+
+    path_text: str
+    weight: float = 1.0
+    components: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """Where a source lies on this machine.
+
+    Attributes:
+        path: file or folder.
+        label: short name for tables.
+        commit: commit of a Hub repository, None for a path.
+        note: what the first line of output says about a guess, or None.
+    """
+
+    path: Path
+    label: str
+    commit: str | None = None
+    note: str | None = None
+
+
+@dataclass(frozen=True)
+class HubReference:
+    """``hf://owner/name[@revision][/sub/path]``, taken apart.
+
+    Attributes:
+        repo_id: ``owner/name``.
+        revision: decoded; None = the default branch.
+        sub: path inside the repository, "" for its root.
+    """
+
+    repo_id: str
+    revision: str | None
+    sub: str = ""
+
+
+def parse_adapter(text: str) -> AdapterArgument:
+    """Split ``style:0.7`` or ``style:unet=0.8,te=0.4`` into a name and its weights.
+
+    An existing path of exactly that name wins.
+
+    Raises:
+        UsageError: what follows the last colon is no weight.
+
+    Example:
+        >>> parse_adapter("hf://me/style@v2:-0.3").weight
+        -0.3
+    """
+    head, colon, tail = text.rpartition(":")
+    if not colon or _exists(text):
+        return AdapterArgument(text)
+    if "/" in tail or "\\" in tail:  # hf://…, C:\…
+        return AdapterArgument(text)
+    if not head:
+        raise UsageError("LT-260", "no adapter before the weight", got=text)
+    if "=" not in tail:
+        return AdapterArgument(head, parse_weight(tail, of=text))
+    components: dict[str, float] = {}
+    for item in tail.split(","):
+        name, _, value = item.partition("=")
+        if not _COMPONENT.fullmatch(name) or name in components:
+            raise UsageError(
+                "LT-261", "bad weights per component", got=text,
+                expected="each component once, such as style.safetensors:unet=0.8,te=0.4",
+            )  # fmt: skip
+        components[name] = parse_weight(value, of=text)
+    return AdapterArgument(head, components=components)
+
+
+def parse_weight(text: str, *, of: str | None = None) -> float:
+    """A plain finite decimal; no exponent, underscore, inf or nan.
+
+    Args:
+        text: the number.
+        of: the whole argument, for the message.
+
+    Raises:
+        UsageError: anything else.
+    """
+    value = float(text) if _DECIMAL.fullmatch(text) else math.nan
+    if not math.isfinite(value):
+        raise UsageError(
+            "LT-262", "not a weight", key=of, got=repr(text)[:80],
+            expected="a plain decimal number, such as 0.7 or -0.3",
+        )  # fmt: skip
+    return value
+
+
+def parse_hub(text: str) -> HubReference | None:
+    """Take a reference to the Hub apart; None if it is not written as ``hf://…``.
+
+    Raises:
+        UsageError: it begins with ``hf://`` and is malformed, or holds a token.
+    """
+    if not text.startswith("hf://"):
+        return None
+    _refuse_token(text)
+    match = _HUB.fullmatch(text)
+    sub = (match["sub"] or "").rstrip("/") if match else ""
+    if match is None or any(p in ("", ".", "..") for p in sub.split("/") if sub):
+        raise UsageError(
+            "LT-263", "not a Hub reference", got=text,
+            expected="hf://owner/name[@revision][/sub/path]",
+        )  # fmt: skip
+    revision = match["rev"]
+    return HubReference(match["repo"], unquote(revision) if revision else None, sub)
+
+
+def resolve(text: str, *, kind: str, offline: bool = False, yes: bool = False) -> Resolved:
+    """Find a source on this machine, fetching it from the Hub if need be.
+
+    Args:
+        text: a path, ``hf://owner/name[@revision][/sub/path]``, or ``owner/name[@revision]``
+            where no local path can be meant.
+        kind: ``"adapter"`` or ``"base"``: which files are fetched.
+        offline: make no connection; cached copies serve.
+        yes: consent to a large download.
+
+    Raises:
+        BadFileError: no such file or folder.
+        UsageError: a malformed reference, or a large download without consent.
+        HubError: the Hub does not give it.
+    """
+    reference = parse_hub(text)
+    if reference is not None:
+        return _from_hub(reference, kind, offline, yes, None)
+    path = Path(text)
+    if text.startswith("~") and not _exists(text):
+        try:
+            path = path.expanduser()
+        except RuntimeError:  # no such user
+            path = Path(text)
+    if _exists(str(path)):
+        return Resolved(path, path.name or path.resolve().name)
+    match = _BARE.fullmatch(text)
+    may_be_hub = match is not None and not _FILE_SUFFIX.search(match["repo"])
+    if match is None or not may_be_hub or Path(match["owner"]).is_dir():
+        hint = None
+        if match is not None and may_be_hub:
+            hint = f"the folder {match['owner']} exists, so a path is meant; else write hf://{text}"
+        raise BadFileError("LT-300", "no such file or folder", file=text, hint=hint)
+    _refuse_token(text)
+    revision = match["rev"]
+    reference = HubReference(match["repo"], unquote(revision) if revision else None)
+    return _from_hub(reference, kind, offline, yes, "no such local path")
+
+
+def _exists(text: str) -> bool:
+    try:
+        return bool(text) and Path(text).exists()
+    except (OSError, ValueError):  # too long for a name, a NUL
+        return False
+
+
+def _refuse_token(text: str) -> None:
+    if _TOKEN.search(text):
+        raise UsageError(
+            "LT-264", "this looks like an access token, which does not belong on a command line",
+            hint="hf auth login, or HF_TOKEN in the environment; and revoke this token",
+        )  # fmt: skip
+
+
+def _from_hub(
+    reference: HubReference, kind: str, offline: bool, yes: bool, guess: str | None
+) -> Resolved:
+    folder, commit, problem = _fetch(reference, kind, offline, yes)
+    path = folder.joinpath(*reference.sub.split("/")) if reference.sub else folder
+    name = f"{reference.repo_id}@{commit}"
+    if not _exists(str(path)):
+        raise HubError(
+            "LT-704", "the repository has no such file", file=name, key=reference.sub,
+            hint="check the path after the repository's name",
+        )  # fmt: skip
+    parts = [part for part in (guess, problem) if part]
+    note = f"hub {name} ({'; '.join(parts)})" if parts else None
+    label = f"{reference.repo_id}@{commit[:7]}"
+    return Resolved(path, f"{label}/{reference.sub}" if reference.sub else label, commit, note)
+
+
+def _fetch(
+    reference: HubReference, kind: str, offline: bool, yes: bool
+) -> tuple[Path, str, str | None]:
+    """Folder, commit, and why a cached copy was taken instead of asking the Hub."""
+    repo, revision = reference.repo_id, reference.revision
+    # Whether a cached copy is complete shows when it is opened: only these must be there.
+    marks = ("adapter_config.json", "config.json", "model_index.json")
+    if hub.is_offline(offline):
+        return *hub.snapshot(repo, revision, allow_patterns=marks, offline=True), None
+    try:
+        files = hub.list_files(repo, revision)
+    except HubError as error:
+        if error.code == "LT-703":  # the Hub answered: no such revision
+            raise
+        try:
+            cached = hub.snapshot(repo, revision, allow_patterns=marks, offline=True)
+        except HubError:
+            raise error from None
+        return *cached, f"a cached copy, because {error.what}"
+    choose = adapter_files if kind == "adapter" else base_files
+    wanted = choose([f.name for f in files], reference.sub)
+    if not wanted:
+        raise HubError(
+            "LT-704", f"the repository holds no {kind}" + (" there" if reference.sub else ""),
+            file=repo, key=reference.sub or None, hint=f"look at hf://{repo} with a browser",
+        )  # fmt: skip
+    need = sum(f.size or 0 for f in files if f.name in wanted and not f.is_cached)
+    if kind == "base" and need > ASK_BYTES and not yes:
+        raise UsageError(
+            "LT-265", "a large download needs consent", file=repo,
+            got=f"{need / 1e9:.1f} GB to download", hint="-y downloads it",
+        )  # fmt: skip
+    patterns = [re.sub(r"([*?\[])", r"[\1]", name) for name in wanted]
+    return *hub.snapshot(repo, revision, allow_patterns=patterns), None

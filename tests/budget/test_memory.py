@@ -1,0 +1,82 @@
+"""Peak memory does not grow with the model or the shard."""
+
+from __future__ import annotations
+
+import json
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.make import random_factors, save_adapter
+
+LIMIT = 400_000_000  # plus the adapter in float32
+SCRIPT = """
+import resource, sys
+import loratool as lt
+base, adapter, out = sys.argv[1:]
+report = lt.merge([adapter], base=base, output=out)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, report.peak_memory_bytes)
+"""
+
+
+def sparse_model(folder: Path, *, layers: int, size: int, shards: int) -> list[str]:
+    """A bfloat16 model of zeros whose files have holes: as large as wanted, no disk used."""
+    folder.mkdir()
+    (folder / "config.json").write_text('{"model_type": "test"}')
+    modules = [f"model.layers.{i}.mlp.proj" for i in range(layers)]
+    weight_map = {}
+    for shard in range(shards):
+        header, position = {}, 0
+        for module in modules[shard * layers // shards : (shard + 1) * layers // shards]:
+            end = position + size * size * 2
+            header[f"{module}.weight"] = {
+                "dtype": "BF16", "shape": [size, size], "data_offsets": [position, end],
+            }  # fmt: skip
+            position = end
+        text = json.dumps(header).encode()
+        name = f"model-{shard + 1:05d}-of-{shards:05d}.safetensors"
+        name = name if shards > 1 else "model.safetensors"
+        with (folder / name).open("wb") as file:
+            file.write(struct.pack("<Q", len(text)) + text)
+            file.truncate(8 + len(text) + position)
+        weight_map |= dict.fromkeys(header, name)
+    if shards > 1:
+        index = {"metadata": {"total_size": 0}, "weight_map": weight_map}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return modules
+
+
+def measure(tmp_path: Path, *, layers: int, size: int, shards: int) -> tuple[int, int, int]:
+    """(peak resident bytes, planned peak, adapter bytes in float32) of a merge."""
+    modules = sparse_model(tmp_path / "base", layers=layers, size=size, shards=shards)
+    factors = random_factors(dict.fromkeys(modules, (size, size)), rank=16, seed=0)
+    save_adapter(tmp_path / "adapter", factors)
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, *(str(tmp_path / n) for n in ("base", "adapter", "out"))],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    peak, planned = map(int, done.stdout.split())
+    return peak, planned, sum(4 * (a.numel() + b.numel()) for a, b in factors.values())
+
+
+def test_one_gib_in_one_shard(tmp_path: Path) -> None:
+    peak, planned, adapter = measure(tmp_path, layers=8, size=8192, shards=1)
+    print(
+        f"peak {peak / 1e6:.0f} MB, planned {planned / 1e6:.0f} MB, adapter {adapter / 1e6:.0f} MB"
+    )
+    assert peak <= LIMIT + adapter
+    assert peak <= planned * 1.1
+
+
+@pytest.mark.slow
+def test_ten_times_larger(tmp_path: Path) -> None:
+    peak, planned, adapter = measure(tmp_path, layers=80, size=8192, shards=3)
+    print(
+        f"peak {peak / 1e6:.0f} MB, planned {planned / 1e6:.0f} MB, adapter {adapter / 1e6:.0f} MB"
+    )
+    assert peak <= LIMIT + adapter
+    assert peak <= planned * 1.1
