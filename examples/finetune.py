@@ -2,8 +2,8 @@
 
     python examples/finetune.py OUT [--steps 100] [--lr 1e-4] [--seed 0]
 
-100 steps take about 80 CPU-seconds; ``--lr 2e-5`` gives the gentler fine-tune of
-docs/figures.  Plain torch: needs no transformers.
+100 steps take about a minute of CPU; ``--lr 2e-5`` gives a gentler fine-tune.  Plain torch:
+needs no transformers.
 """
 
 from __future__ import annotations

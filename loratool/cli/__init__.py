@@ -65,10 +65,20 @@ def run(args: list[str]) -> int:
 
 
 def _invoke(args: list[str]) -> int:
+    """What `click.Command.main` does, less its own handling of errors and broken pipes."""
+    import click
+
     from loratool.cli.group import root
 
-    color = False if os.environ.get("NO_COLOR") else None
-    result = root.main(args, prog_name="loratool", standalone_mode=False, color=color)
+    if instruction := os.environ.get("_LORATOOL_COMPLETE"):
+        from click.shell_completion import shell_complete
+
+        return shell_complete(root, {}, "loratool", "_LORATOOL_COMPLETE", instruction)
+    try:
+        with root.make_context("loratool", list(args), color=_color()) as ctx:
+            result = root.invoke(ctx)
+    except click.exceptions.Exit as done:
+        return done.exit_code
     return result if isinstance(result, int) else 0
 
 
@@ -147,7 +157,7 @@ def _out_of_memory() -> LoratoolError:
     from loratool.errors import DiskError
 
     return DiskError(
-        "LT-602", "out of memory", hint="--max-memory plans with less, --threads 1 needs less"
+        "LT-608", "out of memory", hint="--max-memory plans with less, --threads 1 needs less"
     )
 
 

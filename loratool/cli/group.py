@@ -96,7 +96,7 @@ class LazyGroup(click.Group):
 
 def unknown_command(word: str) -> UsageError:
     """The error for a word that is no command."""
-    shown = safe(word, cap=60)
+    shown = safe(word)
     here = ", ".join(COMMANDS)
     if _is_path(word):
         return UsageError(
@@ -104,9 +104,9 @@ def unknown_command(word: str) -> UsageError:
         )
     meant = SYNONYMS.get(word, word)
     if meant in COMMANDS:
-        return UsageError("LT-202", f"no command {shown!r}", hint=f"loratool {meant}")
+        return UsageError("LT-202", f"no command {shown}", hint=f"loratool {meant}")
     if meant in LATER:
-        called = f"{shown!r} is called {meant!r} and" if meant != word else f"{shown!r}"
+        called = f"{shown} is called {meant} here and" if meant != word else shown
         return UsageError(
             "LT-203", f"{called} is not in this version ({__version__})", expected=here
         )
@@ -114,7 +114,7 @@ def unknown_command(word: str) -> UsageError:
     hint = None
     if close:
         hint = f"did you mean {SYNONYMS.get(close[0], close[0])}?"
-    return UsageError("LT-202", f"no command {shown!r}", expected=here, hint=hint)
+    return UsageError("LT-202", f"no command {shown}", expected=here, hint=hint)
 
 
 def _is_path(word: str) -> bool:

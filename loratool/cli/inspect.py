@@ -245,7 +245,7 @@ def _folder(rows: Sequence[FolderRow]) -> Iterator[str]:
             yield line("error", f"{safe(row.name)}: [{row.error['code']}] {safe(what, cap=400)}",
                        tone="bad")  # fmt: skip
     total = sum(one.nbytes for row in rows for one in (row.adapter, row.checkpoint) if one)
-    yield line("total", plural(len(rows), "file"), format_bytes(total))
+    yield line("total", plural(len(rows), "entry", "entries"), format_bytes(total))
 
 
 def _cells(row: FolderRow) -> tuple[str, ...] | None:

@@ -91,7 +91,9 @@ def _save_adapter(
             module = f"base_model.model.{name.removesuffix('.weight')}"
             rows, cols = weight.shape
             tensors[f"{module}.lora_A.weight"] = torch.randn(_RANK, cols, generator=generator) * 0.1
-            tensors[f"{module}.lora_B.weight"] = torch.randn(rows, _RANK, generator=generator) * 0.01
+            tensors[f"{module}.lora_B.weight"] = (
+                torch.randn(rows, _RANK, generator=generator) * 0.01
+            )
     save_file(tensors, str(folder / "adapter_model.safetensors"), {"format": "pt"})
     config = {
         "peft_type": "LORA",

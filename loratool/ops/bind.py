@@ -53,6 +53,9 @@ __all__ = [
     "replicate_layers",
 ]
 
+# Items on which a rule is judged before all of them are tried.
+_SAMPLE = 24
+
 
 @dataclass(frozen=True)
 class _Outcome:
@@ -134,17 +137,32 @@ def _choose(
 ) -> _Outcome:
     """The first rule, by rank, that places everything; else the error that says most."""
     tie = find_tie(checkpoint, is_stated=options.untie or options.keep_tied)
+    sample = items[:: max(1, len(items) // _SAMPLE)]
     tried: list[_Outcome] = []
     complete: list[_Outcome] = []
+    partial: list[NameRule] = []
     for rule in name_rules(checkpoint, (i.name for i in items)):
         if complete and rule.rank > complete[0].rule.rank:
             break
+        if tried:  # the exact rule is always tried in full, for the report
+            unnamed = len(_try(rule, sample, adapter, checkpoint, options, tie).unnamed)
+            if unnamed:
+                partial.extend([rule] if unnamed < len(sample) else [])
+                continue
         outcome = _try(rule, items, adapter, checkpoint, options, tie)
         tried.append(outcome)
         if not outcome.misfits and _collision(outcome) is None:
             complete.append(outcome)
     if complete:
         return _only_one(complete, checkpoint)
+    tried.extend(_try(rule, items, adapter, checkpoint, options, tie) for rule in partial)
+    return _best_effort(tried, items, checkpoint, options)
+
+
+def _best_effort(
+    tried: Sequence[_Outcome], items: Sequence[Item], checkpoint: Checkpoint, options: BindOptions
+) -> _Outcome:
+    """No rule places everything: the error, or with ``--allow-unmatched`` the fullest rule."""
     # Fewest missing names first: a rule that finds all names tells the truth about shapes.
     best = min(tried, key=lambda o: (len(o.unnamed), len(o.unfit), o.rule.rank))
     if not best.found and not best.unfit:
@@ -159,8 +177,7 @@ def _choose(
     clash = _collision(best)
     if clash is not None:
         raise collision_error(clash[1], clash[0], checkpoint)
-    equals = [o for o in tried if _is_as_good(o, best)]
-    return _only_one(equals, checkpoint)
+    return _only_one([best, *(o for o in tried if _is_as_good(o, best))], checkpoint)
 
 
 def _is_as_good(one: _Outcome, other: _Outcome) -> bool:

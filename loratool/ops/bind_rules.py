@@ -46,6 +46,7 @@ COMPONENTS: Mapping[str, str] = {
     "vae": r"(?:vae|first_stage_model)",
 }
 _REGEX_CAP = 512
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
 @dataclass(frozen=True)
@@ -83,19 +84,24 @@ class NameRule:
 
 
 def name_rules(checkpoint: Checkpoint, names: Iterable[str]) -> Iterator[NameRule]:
-    """Every rule that changes anything, by rank: exact, renames, one prefix, both together."""
+    """Every rule that changes anything, by rank: exact, renames, one prefix, both together.
+
+    Where the base does not tell its model type, every table of renames is a guess: those come
+    last, and no prefix is guessed on top of them.
+    """
     asked = tuple(names)
     plain = View("", {n: n for n in checkpoint.tensors})
     exact = NameRule(0, "exact", plain, _same)
     yield exact
-    renamed = tuple(_table_rules(checkpoint, plain, asked))
+    is_known = bool(checkpoint.model_type or checkpoint.components)
+    renamed = tuple(_table_rules(checkpoint, plain, asked, rank=1)) if is_known else ()
     yield from renamed
-    # Without a model type every table is a guess: no prefix is guessed on top of it.
-    bases = [(2, exact), *((3, r) for r in renamed if checkpoint.config)]
-    for rank, base in bases:
+    for rank, base in ((2, exact), *((3, r) for r in renamed)):
         for words, change in _prefix_changes(checkpoint, asked):
             joined = f"{base.words} and {words}" if base.rank else words
             yield NameRule(rank, joined, base.view, _after(base.rename, change))
+    if not is_known:
+        yield from _table_rules(checkpoint, plain, asked, rank=3)
 
 
 def apply_user_names(
@@ -210,20 +216,27 @@ def _after(first: Callable[[str], str], second: Callable[[str], str]) -> Callabl
     return lambda name: second(first(name))
 
 
-def _table_rules(checkpoint: Checkpoint, plain: View, asked: tuple[str, ...]) -> Iterator[NameRule]:
+def _table_rules(
+    checkpoint: Checkpoint, plain: View, asked: tuple[str, ...], *, rank: int
+) -> Iterator[NameRule]:
     """Known renames, newest naming first: on the base's names, the adapter's, or both."""
+    base_forms, asked_forms = _forms(checkpoint.tensors), _forms(asked)
     for words, forward in _tables(checkpoint):
-        moved = {forward(name): name for name in checkpoint.tensors}
-        is_injective = len(moved) == len(checkpoint.tensors)
-        changes_base = is_injective and any(a != b for a, b in moved.items())
-        changes_adapter = any(forward(name) != name for name in asked)
-        view = View(words, moved)
-        if changes_base:
-            yield NameRule(1, f"{words} names", view, _same)
-        if changes_base and changes_adapter:
-            yield NameRule(1, f"{words} names on both sides", view, forward)
+        changes_adapter = any(forward(name) != name for name in asked_forms)
+        if any(forward(name) != name for name in base_forms):
+            moved = {forward(name): name for name in checkpoint.tensors}
+            if len(moved) == len(checkpoint.tensors):
+                view = View(words, moved)
+                yield NameRule(rank, f"{words} names", view, _same)
+                if changes_adapter:
+                    yield NameRule(rank, f"{words} names on both sides", view, forward)
         if changes_adapter:
-            yield NameRule(1, f"{words} names of the adapter", plain, forward)
+            yield NameRule(rank, f"{words} names of the adapter", plain, forward)
+
+
+def _forms(names: Iterable[str]) -> frozenset[str]:
+    """Names without their numbers: tables do not care which layer it is."""
+    return frozenset(_NUMBER.sub("0", name) for name in names)
 
 
 def _tables(checkpoint: Checkpoint) -> Iterator[tuple[str, Callable[[str], str]]]:

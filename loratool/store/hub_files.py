@@ -13,7 +13,8 @@ from loratool.store.layout import PLAIN_STEMS
 _ADAPTER_WEIGHTS = ("adapter_model*.safetensors", "adapters.safetensors")
 _VARIANT = re.compile(
     rf"^({'|'.join(PLAIN_STEMS)})\.\w+(-\d{{5}}-of-\d{{5}})?\.safetensors(\.index\.json)?$|"
-    rf"^({'|'.join(PLAIN_STEMS)})(-\d{{5}}-of-\d{{5}})\.\w+\.safetensors$"
+    rf"^({'|'.join(PLAIN_STEMS)})-\d{{5}}-of-\d{{5}}\.\w+\.safetensors$|"
+    rf"^({'|'.join(PLAIN_STEMS)})\.safetensors\.index\.\w+\.json$"
 )
 _OTHER_RUNTIME = ("onnx/", "openvino/", "original/", "coreml/", "metal/", "gguf/", "runs/")
 

@@ -187,9 +187,9 @@ def _left_behind(names: list[str]) -> list[str]:
     rest = [n for n in names if n not in code]
     notes = []
     if code:
-        notes.append(f"custom code is not copied: {list_some(code)}")
+        notes.append(f"custom code is not copied: {list_some(code, 50)}")
     if rest:
-        notes.append(f"not carried over: {list_some(rest)}")
+        notes.append(f"not carried over: {list_some(rest, 50)}")
     return notes
 
 

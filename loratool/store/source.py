@@ -183,8 +183,8 @@ def resolve(text: str, *, kind: str, offline: bool = False, yes: bool = False) -
         try:
             path = path.expanduser()
         except RuntimeError:  # no such user
-            path = Path(text)
-    if _exists(str(path)):
+            pass
+    if text and _exists(str(path)):
         return Resolved(path, path.name or path.resolve().name)
     match = _BARE.fullmatch(text)
     may_be_hub = match is not None and not _FILE_SUFFIX.search(match["repo"])
@@ -201,7 +201,7 @@ def resolve(text: str, *, kind: str, offline: bool = False, yes: bool = False) -
 
 def _exists(text: str) -> bool:
     try:
-        return bool(text) and Path(text).exists()
+        return Path(text).exists()
     except (OSError, ValueError):  # too long for a name, a NUL
         return False
 

@@ -30,7 +30,11 @@ def in_memory(folder: Path, on_disk: Tensors) -> Tensors:
     names = folder / "inmemory_names.json"
     if names.exists():
         known = json.loads(names.read_text())
-        out = {k: v for k, v in on_disk.items() if k not in known.values()}
+        tied = {
+            "model.embed_tokens.weight",
+            "transformer.wte.weight",
+        }  # stored once, used under two names
+        out = {k: v for k, v in on_disk.items() if k not in known.values() or k in tied}
         return out | {new: on_disk.get(new, on_disk[old]).clone() for new, old in known.items()}
     if (folder / "base_inmemory.safetensors").exists():
         return stack_experts(on_disk)
@@ -244,28 +248,13 @@ def replicated(folder: Path, weights: Tensors, adapter: Tensors) -> None:
 
 Oracle = Callable[[Path, Tensors, Tensors], None]
 
-PLAIN = [
-    "lora_linear",
-    "lora_linear_bf16",
-    "lora_rslora",
-    "lora_rank_alpha_pattern",
-    "lora_layers_to_transform",
-    "lora_lora_bias",
-    "lora_bias_all",
-    "lora_bias_lora_only",
-    "lora_modules_to_save",
-    "lora_modules_to_save_tied",
-    "lora_modules_to_save_tied_ensure",
-    "lora_mica",
-    "lora_neox_fused",
-    "lora_phi3_fused",
-    "lora_conv",
-    "lora_mixtral_v4style",
-    "lora_qwen3moe_v4style",
-    "lora_mha_outproj_only",
-    "detr_lora",
-    "conditional_detr_lora",
-]
+PLAIN = """
+    lora_linear lora_linear_bf16 lora_rslora lora_rank_alpha_pattern lora_layers_to_transform
+    lora_lora_bias lora_bias_all lora_bias_lora_only lora_modules_to_save
+    lora_modules_to_save_tied lora_modules_to_save_tied_ensure lora_mica lora_neox_fused
+    lora_phi3_fused lora_conv lora_mixtral_v4style lora_qwen3moe_v4style lora_mha_outproj_only
+    detr_lora conditional_detr_lora
+""".split()
 
 ORACLES: dict[str, Oracle] = dict.fromkeys(PLAIN, plain) | {
     "lora_embed_untied": embedding,

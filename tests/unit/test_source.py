@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -74,7 +73,7 @@ def refuse(call: Callable[[], Any], code: str, *words: str, exit_code: int = 2) 
         ("hf://me/style", "hf://me/style", 1.0),
         ("hf://me/style@v2", "hf://me/style@v2", 1.0),
         ("hf://me/style@v2:-0.3", "hf://me/style@v2", -0.3),
-        ("hf://me/style@refs/pr/3/sub/x.safetensors:2", "hf://me/style@refs/pr/3/sub/x.safetensors", 2),
+        ("hf://me/style@refs/pr/3/a/b.safetensors:2", "hf://me/style@refs/pr/3/a/b.safetensors", 2),
         ("C:\\loras\\style", "C:\\loras\\style", 1.0),
         ("C:\\loras\\style:0.5", "C:\\loras\\style", 0.5),
         ("C:/loras/style", "C:/loras/style", 1.0),
@@ -216,7 +215,7 @@ def test_home_is_expanded(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_bare_name_means_the_hub(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def fake(reference: HubReference, kind: str, offline: bool, yes: bool) -> tuple[Any, ...]:
         assert reference.repo_id == text.split("@")[0]
-        return Path("."), SHA, None
+        return Path(), SHA, None
 
     monkeypatch.setattr(source, "_fetch", fake)
     found = resolve(text, kind="adapter")
@@ -331,7 +330,7 @@ def fake_hub(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         if offline and not state.get("cached"):
             raise HubError("LT-706", "not in the cache")
         state["fetched"] = None if offline else allow_patterns
-        return Path("."), SHA
+        return Path(), SHA
 
     monkeypatch.setattr(hub, "list_files", list_files)
     monkeypatch.setattr(hub, "snapshot", snapshot)
@@ -371,7 +370,6 @@ def test_unreachable_hub_falls_back_to_the_cache(fake_hub: dict[str, Any]) -> No
 
 def test_names_are_fetched_literally(fake_hub: dict[str, Any]) -> None:
     fake_hub["files"] = {"a[1]*?.safetensors": (1, False), "a1.json": (1, False)}
-    resolve("hf://me/x/a[1]*?.safetensors", kind="adapter") if False else None
     with pytest.raises(HubError):  # the fake snapshot holds no such file
         resolve("hf://me/x/a[1]*?.safetensors", kind="adapter")
     assert fake_hub["fetched"] == ["a[[]1][*][?].safetensors"]
@@ -406,7 +404,8 @@ def test_base_files() -> None:
         "model.safetensors.index.json", "mtp.safetensors", "tokenizer.model",
     ]  # fmt: skip
     pipe = ["model_index.json", "flux1-dev.safetensors", "vae/config.json",
-            "vae/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.fp16.safetensors",
+            "vae/diffusion_pytorch_model.safetensors",
+            "vae/diffusion_pytorch_model.fp16.safetensors",
             "unet/diffusion_pytorch_model-00001-of-00002.safetensors",
             "unet/diffusion_pytorch_model.fp16-00001-of-00002.safetensors",
             "unet/diffusion_pytorch_model.safetensors.index.json",
@@ -458,7 +457,7 @@ def _plain(kind: str) -> Exception:
         (lambda: _http("RepositoryNotFoundError", 401), "LT-702", 7, ["private"]),
         (lambda: _http("RevisionNotFoundError", 404), "LT-703", 7, ["v1"]),
         (lambda: _http("RemoteEntryNotFoundError", 404), "LT-704", 7, ["no such file"]),
-        (lambda: _http("HfHubHTTPError", 401), "LT-707", 7, ["rejected the token", "hf auth login"]),
+        (lambda: _http("HfHubHTTPError", 401), "LT-707", 7, ["rejected the token", "hf auth"]),
         (lambda: _http("HfHubHTTPError", 403), "LT-708", 7, ["no permission"]),
         (lambda: _http("HfHubHTTPError", 429), "LT-709", 7, ["slow down"]),
         (lambda: _http("HfHubHTTPError", 503), "LT-709", 7, ["503"]),
@@ -553,8 +552,3 @@ def test_no_adapter(here: Path) -> None:
     (here / "p" / "training_args.bin").write_bytes(b"\x80\x02.")
     error = refuse(lambda: find_adapter(here / "p"), "LT-903", "adapter_model.bin", exit_code=9)
     assert error.got == "adapter_model.bin"
-
-
-def test_inspectable_json_of_errors() -> None:
-    error = refuse(lambda: parse_weight("x"), "LT-262")
-    assert json.loads(json.dumps(error.to_json()))["code"] == "LT-262"
