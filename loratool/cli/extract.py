@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -69,7 +70,7 @@ def command(tuned: str, base: str, output: str, **options: Any) -> None:
     with show_progress(quiet=voice.quiet) as progress:
         report = api.extract(tuned, base=base, output=output, progress=progress, **options)
     result = [] if report.dry_run else [safe(report.output)]
-    merge = f"loratool merge {output} --base {base} -o MERGED"
+    merge = shlex.join(["loratool", "merge", output, "--base", base, "-o", "MERGED"])
     voice.show(
         report,
         render(report, voice, merge),

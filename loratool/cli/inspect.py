@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 _DIALECTS = {"peft": "PEFT", "mlx": "mlx", "gguf": "GGUF"}
 _SHOWN_REPLACED = 5
+_DEAR_SHARE = 0.02
+"""A replaced tensor from this share of the file on gets a line of its own."""
 
 
 @click.command(
@@ -194,18 +196,23 @@ def _targets(one: AdapterSummary, voice: Voice) -> Iterator[str]:
 
 
 def _replaced(one: AdapterSummary, voice: Voice) -> Iterator[str]:
-    shown = one.replaced if voice.verbose else one.replaced[:_SHOWN_REPLACED]
+    """Replacement tensors that cost something one by one, the small ones together."""
+    dear = [t for t in one.replaced if voice.verbose or t.nbytes >= _DEAR_SHARE * one.nbytes]
+    shown = dear if voice.verbose else dear[:_SHOWN_REPLACED]
     label = "whole"
     for tensor in shown:
-        share = format_share(tensor.nbytes / one.nbytes) if one.nbytes else "0 %"
         rows = f"{tensor.rows:,} rows of " if tensor.rows is not None else ""
         size = f"{format_shape(tensor.shape)}, {format_bytes(tensor.nbytes)}"
+        share = format_share(tensor.nbytes / one.nbytes) if one.nbytes else "0 %"
         yield line(label, f"{rows}{safe(tensor.name)} replaced ({size}): {share} of this file")
         label = ""
     rest = one.replaced[len(shown) :]
     if rest:
-        size = format_bytes(sum(t.nbytes for t in rest))
-        yield line("", f"and {plural(len(rest), 'smaller tensor')} replaced ({size})")
+        nbytes = sum(t.nbytes for t in rest)
+        share = format_share(nbytes / one.nbytes) if one.nbytes else "0 %"
+        number = plural(len(rest), "smaller tensor" if shown else "small tensor")
+        more = "and " if shown else ""
+        yield line(label, f"{more}{number} replaced ({format_bytes(nbytes)}): {share} of this file")
 
 
 # ------------------------------------------------------------------------------ checkpoints

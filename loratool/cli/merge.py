@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -25,6 +26,7 @@ from loratool.cli.render import (
     table,
 )
 from loratool.cli.voice import Voice, note_lines, warning_lines
+from loratool.dtypes import DTYPES
 from loratool.errors import UsageError
 
 if TYPE_CHECKING:
@@ -74,11 +76,11 @@ def command(adapters: tuple[str, ...], base: str | None, output: str, **options:
     voice.announce(headline(adapters, options["weights"], options["mean"]))
     with show_progress(quiet=voice.quiet) as progress:
         report = api.merge(adapters, base=base, output=output, progress=progress, **options)
-    check = f"loratool verify {output} --base {base} " + _again(adapters, options)
+    check = shlex.join(["loratool", "verify", output, "--base", base, *_again(adapters, options)])
     result = [] if report.dry_run else [safe(report.output)]
     voice.show(
         report,
-        render(report, voice, check.strip()),
+        render(report, voice, check),
         result=[*warning_lines(report.warnings), *result],
     )
 
@@ -98,7 +100,7 @@ def headline(adapters: Sequence[str], weights: Sequence[float] | None, mean: boo
 
 def render(report: MergeReport, voice: Voice, check: str) -> Iterator[str]:
     """The report, line by line."""
-    yield line("base", safe(report.base_label), _rule(report.rule))
+    yield line("base", _base(report), _rule(report.rule))
     yield from note_lines(report.notes, voice)
     yield line("plan", ", ".join(_counts(report)))
     yield line("", f"memory ≤ {format_bytes(report.peak_memory_bytes)}", _disk(report),
@@ -119,6 +121,12 @@ def render(report: MergeReport, voice: Voice, check: str) -> Iterator[str]:
     yield line("wrote", f"{safe(report.output)} · {format_bytes(report.output_bytes)} in {shards}",
                *_sidecars(report), format_seconds(report.seconds), tone="good")  # fmt: skip
     yield line("check", safe(check, cap=2000), tone="dim")
+
+
+def _base(report: MergeReport) -> str:
+    """The base as typed, or the Hub's name and commit of it."""
+    is_path = Path(report.base).name == report.base_label
+    return safe(report.base if is_path else report.base_label)
 
 
 def _rule(rule: str) -> str:
@@ -156,7 +164,7 @@ def _loss(report: MergeReport) -> list[str]:
     if lost == 0:
         return [f"{dtype} keeps every bit of the change"]
     if lost < 1e-3:
-        return [f"{dtype} {will} away {lost:.1g} of the change (relative)"]
+        return [f"{dtype} {will} away {lost:.1g} of the change"]
     worst = max(report.modules, key=lambda m: m.predicted_loss if report.dry_run else m.loss)
     worst_lost = worst.predicted_loss if report.dry_run else worst.loss
     facts = [f"{dtype} {will} away {format_share(lost)} of the change; "
@@ -190,7 +198,8 @@ def render_plan(plan: Mapping[str, Any], voice: Voice) -> list[str]:
     groups: dict[tuple[str, ...], list[str]] = {}
     for step in plan["steps"]:
         output = step["output"]
-        key = (_action(step), format_shape(output["shape"]), str(output["dtype"]).lower())
+        dtype = DTYPES[output["dtype"]].word or output["dtype"]
+        key = (_action(step), format_shape(output["shape"]), dtype)
         name = output["name"]
         shape = name if voice.verbose else re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
         groups.setdefault((*key, shape), []).append(name)
@@ -212,28 +221,23 @@ def _action(step: Mapping[str, Any]) -> str:
 
 def _no_base(adapters: Sequence[str], output: str) -> UsageError:
     """`merge ./a -o ./m`: say what was probably meant, with the base that the adapter names."""
-    shown = " ".join(safe(a) for a in adapters)
     if len(adapters) > 1:
         return UsageError(
             "LT-206",
-            "merging adapters with each other is not in this version",
-            expected="--base: they can be merged together into base weights",
-            hint=f"loratool merge {shown} --base BASE -o {safe(output)}",
+            "merging adapters with each other is not in this version; into a base it is",
+            hint=_command(adapters, "BASE", output),
         )
     named = _named_base(adapters[0])
-    if named:
-        what = f"the adapter was trained on {safe(named)}"
-        hint = f"loratool merge {shown} --base auto -o {safe(output)}"
-    else:
-        what = "the adapter names no base"
-        hint = f"loratool merge {shown} --base BASE -o {safe(output)}"
     return UsageError(
         "LT-205",
-        "one adapter without --base: nothing to merge it into",
-        expected="--base PATH, or --base auto",
-        got=what,
-        hint=hint,
+        "merging one adapter needs --base, the model to merge it into",
+        got=f"an adapter of {safe(named)}" if named else "an adapter that names no base",
+        hint=_command(adapters, "auto" if named else "BASE", output),
     )
+
+
+def _command(adapters: Sequence[str], base: str, output: str) -> str:
+    return shlex.join(["loratool", "merge", *adapters, "--base", base, "-o", output])
 
 
 def _named_base(text: str) -> str | None:
@@ -247,17 +251,17 @@ def _named_base(text: str) -> str | None:
     return open_adapter(find_adapter(resolved.path), ReadOptions()).base_model
 
 
-def _again(adapters: Sequence[str], options: Mapping[str, Any]) -> str:
+def _again(adapters: Sequence[str], options: Mapping[str, Any]) -> list[str]:
     """The options that `verify` needs to repeat this merge."""
-    words = [f"--adapter {adapter}" for adapter in adapters]
+    words = [word for adapter in adapters for word in ("--adapter", adapter)]
     if options["weights"]:
-        words.append("--weights " + ",".join(format_number(w) for w in options["weights"]))
+        words += ["--weights", ",".join(format_number(w) for w in options["weights"])]
     for flag in ("mean", "untie", "keep_tied", "allow_unmatched", "resize_embeddings"):
         if options[flag]:
             words.append("--" + flag.replace("_", "-"))
     for key in ("skip", "rename"):
-        words += [f"--{key} {value}" for value in options[key]]
-    for key in ("alpha", "rank_from", "mha_out_proj", "moe_layout"):
-        if options[key] is not None:
-            words.append(f"--{key.replace('_', '-')} {options[key]}")
-    return " ".join(words)
+        words += [word for value in options[key] for word in (f"--{key}", value)]
+    for key in ("alpha", "rank_from", "mha_out_proj", "moe_layout", "experts_b_order"):
+        if options[key] not in (None, "rank-major"):
+            words += [f"--{key.replace('_', '-')}", str(options[key])]
+    return words

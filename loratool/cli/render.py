@@ -23,7 +23,7 @@ _FILLERS = frozenset("\u034f\u115f\u1160\u17b4\u17b5\u3164\uffa0")
 _SHORT = {"\n": "\\n", "\r": "\\r", "\t": "\\t"}
 _TOKEN = re.compile(r"hf_[A-Za-z0-9]{20,}")
 _LOGIN = re.compile(r"(?<=://)[^/\s@]+@")
-_LABEL_WIDTH = 9
+_LABEL_WIDTH = 10
 
 
 def safe(text: object, *, cap: int = FIELD_CAP) -> str:

@@ -109,8 +109,8 @@ def test_seconds(seconds, text):
 
 
 def test_lines_and_tables():
-    assert render.line("base", "a", "", "b") == "\x1b[1mbase\x1b[0m     a · b"
-    assert render.line("", "more").endswith(" " * 9 + "more")
+    assert render.line("base", "a", "", "b") == "\x1b[1mbase\x1b[0m      a · b"
+    assert render.line("", "more").endswith(" " * 10 + "more")
     assert "long-label-here\x1b[0m  x" in render.line("long-label-here", "x")
     lines = render.table([("a", "1"), ("模型", "100")], ("name", "n"), right=(1,))
     assert lines[1:] == ["a       1", "模型  100"]
