@@ -121,14 +121,20 @@ def _twins(checkpoint: Checkpoint, name: str) -> tuple[str, ...]:
 
 def _is_tied(checkpoint: Checkpoint) -> bool:
     config = checkpoint.config
+    classes = config.get("architectures")
+    if isinstance(classes, list) and classes and all(_is_headless(str(c)) for c in classes):
+        return False  # BertModel and the like state the flag, but have no head to tie
     text = config.get("text_config")
     flags = [c.get(_FLAG) for c in (config, text) if isinstance(c, Mapping)]
     if True in flags or False in flags:
         return True in flags
     # Old configurations leave the flag out: a language model without a stored head is tied.
-    classes = config.get("architectures")
     ends = tuple(load_data("facts")["head_classes"])
     return isinstance(classes, list) and any(str(c).endswith(ends) for c in classes)
+
+
+def _is_headless(name: str) -> bool:
+    return name.endswith("Model") and not name.endswith(("HeadModel", "HeadsModel"))
 
 
 def _stored_as(checkpoint: Checkpoint, leaves: tuple[str, ...]) -> list[str]:

@@ -172,7 +172,7 @@ def _span(ranks: Mapping[int, int]) -> str:
 
 def _targets(one: AdapterSummary, voice: Voice) -> Iterator[str]:
     """``q_proj v_proj in layers 0-35``: families that share their layers share a line."""
-    if voice.verbose:
+    if voice.verbose and one.families:
         rows = [
             (
                 safe(f.name),

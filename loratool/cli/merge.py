@@ -32,6 +32,9 @@ from loratool.errors import UsageError
 if TYPE_CHECKING:
     from loratool.report import MergeReport
 
+_MENTION_FLOAT32 = 0.01
+"""Loss from which the way to avoid it is worth a word."""
+
 
 @click.command(
     cls=opt.Command,
@@ -169,7 +172,9 @@ def _loss(report: MergeReport) -> list[str]:
     worst_lost = worst.predicted_loss if report.dry_run else worst.loss
     facts = [f"{dtype} {will} away {format_share(lost)} of the change; "
              f"worst {safe(worst.name)} {format_share(worst_lost)}"]  # fmt: skip
-    return facts if report.dtype == "float32" else [*facts, "--dtype float32 keeps all"]
+    if lost > _MENTION_FLOAT32 and report.dtype != "float32":
+        facts.append("--dtype float32 keeps all")
+    return facts
 
 
 def _sidecars(report: MergeReport) -> list[str]:

@@ -1,47 +1,174 @@
-"""What a dialect is: a row of the registry and two functions, looked up by name."""
+"""What a dialect is, and what lies at a path before any dialect has claimed it (no torch)."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import importlib
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, cast
 
-from loratool.store.header import Header
+from loratool.adapter import Adapter, AdapterFiles, ReadOptions
+from loratool.errors import BadFileError, UnsafeContentError, list_some
+from loratool.store.foreign import open_regular
+from loratool.store.header import Header, read_header
+from loratool.store.jsonfile import load_json
+from loratool.store.layout import is_pickle_name
+
+CONFIG_NAME = "adapter_config.json"
+# In the order in which programs that write folders look for their tensors.
+_WEIGHT_NAMES = (
+    "adapter_model.safetensors",
+    "adapters.safetensors",
+    "pytorch_lora_weights.safetensors",
+)
+_NO_WEIGHTS = re.compile(r"training_args|optimizer|scheduler|scaler|rng_state|random_states")
+_LITGPT = "lit_model.pth.lora"
+_GGUF_HEAD = 65_536  # bytes; the metadata that tell an adapter from a model come first
+
+
+class Reader(Protocol):
+    """Reads an adapter in one dialect."""
+
+    def __call__(self, candidate: Candidate, options: ReadOptions) -> Adapter:
+        """The adapter in neutral form."""
+
+
+class Writer(Protocol):
+    """Makes the files of an adapter in one dialect."""
+
+    def __call__(
+        self, adapter: Adapter, *, base_config: Mapping[str, Any] | None = None
+    ) -> AdapterFiles:
+        """Files in memory; nothing is written."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """What lies at a path: names, header and configuration, no tensor bytes.
+
+    Attributes:
+        path: folder or file as the user named it.
+        folder: the folder that is the adapter; None for a file without a configuration.
+        names: file names in the folder, or the file's own name.
+        config: `CONFIG_NAME` as read, None if there is none.
+        config_path: where it was read from.
+        header: of the tensor file, None if that is no safetensors file.
+        head: first bytes of a file in another format.
+    """
+
+    path: Path
+    folder: Path | None
+    names: tuple[str, ...]
+    config: Mapping[str, Any] | None = None
+    config_path: Path | None = None
+    header: Header | None = None
+    head: bytes = b""
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Tensor names, in file order."""
+        return () if self.header is None else tuple(ref.name for ref in self.header.tensors)
+
+    def has_key(self, pattern: str) -> bool:
+        """True if a regular expression is found in a tensor name."""
+        compiled = re.compile(pattern)
+        return any(compiled.search(key) for key in self.keys)
 
 
 @dataclass(frozen=True)
 class Dialect:
-    """One spelling of adapters.
+    """One row of the registry.
 
     Attributes:
-        name: registry name, what ``--to`` takes.
-        title: words for messages.
-        implementation: module with ``read(found, options)`` and ``write(adapter)``; "" for a
-            dialect that is recognised and refused.
-        is_folder: the output is a folder (else one file).
+        name: what ``--to`` takes and `Adapter.dialect` holds.
+        title: for messages.
+        detect: does a candidate look like this dialect?
+        read: ``module:function``, a `Reader`; "" = recognised, not supported.
+        write: ``module:function``, a `Writer`; "" = not supported.
+        form: what ``-o`` names, ``folder`` or ``file``.
+        suffixes: of the tensor file.
+        hint: what to do with a file that cannot be read.
     """
 
     name: str
     title: str
-    implementation: str = ""
-    is_folder: bool = True
+    detect: Callable[[Candidate], bool]
+    read: str = ""
+    write: str = ""
+    form: str = "file"
+    suffixes: tuple[str, ...] = (".safetensors",)
+    hint: str | None = None
+
+    def reader(self) -> Reader:
+        """The function that `read` names."""
+        return cast(Reader, _resolve(self.read))
+
+    def writer(self) -> Writer:
+        """The function that `write` names."""
+        return cast(Writer, _resolve(self.write))
 
 
-@dataclass(frozen=True)
-class Found:
-    """An adapter on disk before it is understood.
+def examine(path: Path) -> Candidate:
+    """Look at a path: a folder with an adapter in it, or one file.
 
-    Attributes:
-        path: folder or file as the user named it.
-        folder: folder of the tensor file.
-        header: header of the tensor file, None where it is no safetensors file.
-        config: ``adapter_config.json`` beside it, empty if there is none.
-        has_config: whether there was one.
+    A file named ``adapter_model.safetensors`` belongs to the configuration beside it.
+
+    Raises:
+        BadFileError: nothing there, damaged, or no weights (LT-360).
+        UnsafeContentError: only pickles (LT-920); they are not opened.
     """
+    if path.is_dir():
+        return _examine_folder(path)
+    names = (path.name,)
+    if path.suffix == ".gguf":
+        with open_regular(path) as file:
+            return Candidate(path, None, names, head=file.read(_GGUF_HEAD))
+    if path.name == _LITGPT and path.is_file():
+        return Candidate(path, None, names)
+    if is_pickle_name(path.name) and path.is_file():
+        _refuse_pickle(path, names)
+    header = read_header(path)
+    beside = path.with_name(CONFIG_NAME)
+    if path.name == _WEIGHT_NAMES[0] and beside.is_file():
+        return Candidate(path, path.parent, names, load_json(beside), beside, header)
+    return Candidate(path, None, names, header=header)
 
-    path: Path
-    folder: Path
-    header: Header | None
-    config: Mapping[str, Any] = field(default_factory=dict)
-    has_config: bool = False
+
+def _examine_folder(folder: Path) -> Candidate:
+    names = tuple(sorted(entry.name for entry in folder.iterdir() if entry.is_file()))
+    config_path = folder / CONFIG_NAME if CONFIG_NAME in names else None
+    config = None if config_path is None else load_json(config_path)
+    known = [n for n in _WEIGHT_NAMES if n in names]
+    if config is not None and "peft_type" in config:
+        known = [n for n in known if n == _WEIGHT_NAMES[0]]
+    others = [n for n in names if n.endswith((".safetensors", ".gguf"))]
+    if not known and config is None and len(others) == 1:
+        known = others
+    if known:
+        found = examine(folder / known[0])
+        return Candidate(folder, folder, names, config, config_path, found.header, found.head)
+    if _LITGPT in names:
+        return Candidate(folder, folder, names, config, config_path)
+    pickles = [n for n in names if is_pickle_name(n) and not _NO_WEIGHTS.match(n)]
+    if pickles and not others:
+        _refuse_pickle(folder, pickles)
+    raise BadFileError(
+        "LT-360", "no adapter weights in this folder", file=folder,
+        expected=_WEIGHT_NAMES[0], got=list_some(others or names) or "an empty folder",
+        hint=f"name the file: {folder / others[0]}" if others else None,
+    )  # fmt: skip
+
+
+def _refuse_pickle(path: Path, names: tuple[str, ...] | list[str]) -> None:
+    raise UnsafeContentError(
+        "LT-920", "the weights are a pickle, which can run code: not opened", file=path,
+        expected="safetensors", got=list_some(names),
+        hint="get the safetensors file, or convert it in a place you trust",
+    )  # fmt: skip
+
+
+def _resolve(text: str) -> object:
+    module, _, name = text.partition(":")
+    return getattr(importlib.import_module(module), name)

@@ -1,4 +1,4 @@
-"""adapter_config.json as data: strict types, patterns as PEFT matches them."""
+"""``adapter_config.json`` of PEFT, read strictly: only what changes numbers, every type checked."""
 
 from __future__ import annotations
 
@@ -7,241 +7,275 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
+from loratool.dialects.peft_patterns import Patterns
 from loratool.errors import BadFileError, MismatchError
 
-PATTERN_LIMIT = 512
-"""Longest regular expression taken from a configuration, in characters."""
-
-OTHER_METHODS = frozenset(
-    [
-        "ADALORA",
-        "VERA",
-        "PVERA",
-        "LOHA",
-        "LOKR",
-        "IA3",
-        "OFT",
-        "BOFT",
-        "HRA",
-        "FOURIERFT",
-        "VBLORA",
-        "RANDLORA",
-        "C3A",
-        "MISS",
-        "BONE",
-        "SHIRA",
-        "SUPERTUNING",
-        "DELORA",
-        "GRALORA",
-        "HIRA",
-        "ROAD",
-        "GLORA",
-        "LN_TUNING",
-        "BEFT",
-        "UNILORA",
-        "TINYLORA",
-        "PSOFT",
-        "PEANUT",
-        "DEFT",
-        "FROD",
-        "OSF",
-        "WAVEFT",
-        "ADAMSS",
-        "LILY",
-        "SHADOW",
-        "XLORA",
-        "POLY",
-        "ADAPTION_PROMPT",
-        "PREFIX_TUNING",
-        "PROMPT_TUNING",
-        "P_TUNING",
-        "MULTITASK_PROMPT_TUNING",
-        "CPT",
-        "CARTRIDGE",
-    ]
-)
-"""PEFT methods that are recognised and refused by name."""
-
-DATA_INITS = {
-    "corda": "CorDA changed the base with the help of training data",
-    "lora_ga": "LoRA-GA changed the base with the help of training data",
-    "loftq": "LoftQ replaced the base by its quantised version",
+DEFAULT_RANK = 8  # of peft.LoraConfig, for r and lora_alpha alike
+MAX_RANK = 1 << 24  # more columns than any layer has
+MAX_ALPHA = 1e30  # far from overflow when it is multiplied with float32 factors
+MAX_LAYERS = 10_000
+# Initialisations that leave the base as it is.
+_PLAIN_INITS = ("gaussian", "eva", "orthogonal", "mica")
+_NEEDS_DATA = {
+    "corda": "it moved part of the base weights into the adapter, chosen by training data",
+    "lora_ga": "it subtracted a first step made from gradients from the base weights",
+    "loftq": "it replaced the base weights by a quantised copy",
 }
 
-# A quantifier on a group that itself ends in one: exponential time on purpose or by accident.
-_NESTED = re.compile(r"[*+}]\)[*+{]")
+
+@dataclass(frozen=True)
+class BlockRule:
+    """``use_bdlora``: which modules have block-diagonal factors.
+
+    Attributes:
+        count: number of blocks.
+        side_a: parts of module paths whose lora_A is block-diagonal.
+        side_b: the same for lora_B.
+        is_strict: every module must be in one of the two lists.
+    """
+
+    count: int
+    side_a: tuple[str, ...]
+    side_b: tuple[str, ...]
+    is_strict: bool
 
 
 @dataclass(frozen=True)
 class PeftConfig:
-    """What of a PEFT configuration enters the numbers.
+    """The fields of a PEFT configuration that decide what the tensors mean.
 
     Attributes:
-        peft_type: ``LORA`` or ``TRAINABLE_TOKENS``.
-        rank: default r.
-        alpha: default lora_alpha; None if neither the file nor the user says.
-        rank_pattern: regular expression -> rank, in file order.
-        alpha_pattern: regular expression -> alpha, in file order.
+        method: ``LORA`` or ``TRAINABLE_TOKENS``.
+        rank: ``r``; None = without a configuration, from the tensors.
+        alpha: ``lora_alpha``.
+        ranks: ``rank_pattern``.
+        alphas: ``alpha_pattern``.
+        rslora: scaling is α/√r.
+        dora: every module has a magnitude; None = unknown.
+        fan_in_fan_out: linear targets are stored (in, out).
+        bias: ``none``, ``all`` or ``lora_only``.
         base_change: ``pissa``, ``olora``, ``kasa`` or "".
-        version: peft_version as numbers, () if missing.
-        raw: the whole configuration.
+        init: ``init_lora_weights`` in words.
+        modules_to_save: as listed.
+        targets: ``target_modules`` if it is a list.
+        parameters: ``target_parameters``.
+        token_indices: for all embeddings, or by module.
+        layer_order: from ``layer_replication``.
+        blocks: ``use_bdlora``.
+        ties: ``ensure_weight_tying``.
+        peft_version: "" if missing.
+        file: where it was read from; None = there is no configuration.
+        notes: defaults that were used.
     """
 
-    peft_type: str
+    method: str
     rank: int | None
-    alpha: float | None
-    rank_pattern: Mapping[str, float]
-    alpha_pattern: Mapping[str, float]
-    base_change: str
-    version: tuple[int, ...]
-    raw: Mapping[str, Any]
+    alpha: float
+    ranks: Patterns
+    alphas: Patterns
+    rslora: bool = False
+    dora: bool | None = False
+    fan_in_fan_out: bool = False
+    bias: str = "none"
+    base_change: str = ""
+    init: str = "true"
+    modules_to_save: tuple[str, ...] = ()
+    targets: tuple[str, ...] | None = None
+    parameters: tuple[str, ...] = ()
+    token_indices: tuple[int, ...] | Mapping[str, tuple[int, ...]] | None = None
+    layer_order: tuple[int, ...] | None = None
+    blocks: BlockRule | None = None
+    ties: bool = False
+    peft_version: str = ""
+    file: Path | None = None
+    notes: tuple[str, ...] = ()
 
-    def rank_of(self, module: str) -> int | None:
-        """R of a module after the patterns."""
-        found = first_match(self.rank_pattern, module)
-        return self.rank if found is None else int(found)
-
-    def alpha_of(self, module: str) -> float | None:
-        """lora_alpha of a module after the patterns."""
-        found = first_match(self.alpha_pattern, module)
-        return self.alpha if found is None else found
-
-    def flag(self, name: str) -> bool:
-        """A boolean field, False if missing."""
-        return bool(self.raw.get(name))
-
-    def scaling(self, module: str, rank: int) -> float:
-        """Alpha / r, or alpha / √r with rsLoRA."""
-        alpha = self.alpha_of(module)
-        assert alpha is not None
-        return alpha / math.sqrt(rank) if self.flag("use_rslora") else alpha / rank
+    def scaling(self, alpha: float, rank: int) -> float:
+        """α/r, or α/√r for rsLoRA, as PEFT computes it."""
+        return alpha / (math.sqrt(rank) if self.rslora else rank)
 
 
-def first_match(pattern: Mapping[str, float], module: str) -> float | None:
-    """The value of the first key, in file order, that matches the end of a module path.
-
-    PEFT: ``re.match(rf"(.*\\.)?({key})$", module)``.
-    """
-    for key, value in pattern.items():
-        if re.match(rf"(.*\.)?({key})$", module):
-            return value
-    return None
+def without_config(alpha: float) -> PeftConfig:
+    """What is assumed about a file without a configuration: plain LoRA of the tensors' ranks."""
+    empty = Patterns({}, "", None)
+    return PeftConfig("LORA", None, alpha, empty, empty, dora=None)
 
 
-def parse_config(raw: Mapping[str, Any], path: Path, alpha: float | None) -> PeftConfig:
-    """Check and resolve a configuration.
-
-    Args:
-        raw: the object as read; empty for a file without one.
-        path: for messages.
-        alpha: what the user gave for files without one.
+def parse_config(config: Mapping[str, Any], file: Path | None) -> PeftConfig:
+    """Check the types of every field that changes numbers and resolve it.
 
     Raises:
-        MismatchError: a method or an initialisation that is not supported.
-        BadFileError: fields of wrong type or value.
+        BadFileError: LT-361 a value of the wrong type or range, LT-368 a bad pattern.
+        MismatchError: LT-406, LT-414: a base mutation that cannot be repeated, or unknown.
     """
-    method = raw.get("peft_type", "LORA")
-    if method not in ("LORA", "TRAINABLE_TOKENS"):
-        known = "a PEFT method" if method in OTHER_METHODS else "an unknown PEFT method"
-        raise MismatchError(
-            "LT-402",
-            f"{str(method)[:80]} is {known} that this version does not support",
-            file=path,
-            key="peft_type",
-            expected="LORA",
-        )
-    rank = None
-    if "r" in raw and method == "LORA":
-        rank = _rank(raw["r"], path, "r")
-    given = raw.get("lora_alpha", 8 if raw else None)
+    fields = _Fields(config, file)
+    base_change, init = _read_init(fields)
+    missing = [k for k in ("r", "lora_alpha") if config.get(k) is None]
+    is_lora = config.get("peft_type") == "LORA"
+    notes = [f"{k} is missing: {DEFAULT_RANK}, as in PEFT" for k in missing if is_lora]
+    indices = fields.indices("trainable_token_indices" if is_lora else "token_indices")
+    bias = fields.text("bias", "none")
+    if bias not in ("none", "all", "lora_only"):
+        fields.refuse("bias", "none, all or lora_only", bias)
     return PeftConfig(
-        method,
-        rank,
-        alpha if given is None else _number(given, path, "lora_alpha"),
-        _pattern(raw, "rank_pattern", path),
-        _pattern(raw, "alpha_pattern", path),
-        _base_change(raw, path),
-        _version(raw.get("peft_version")),
-        raw,
+        method=str(config.get("peft_type")),
+        rank=fields.count("r", DEFAULT_RANK),
+        alpha=fields.number("lora_alpha", DEFAULT_RANK),
+        ranks=Patterns(fields.table("rank_pattern", fields.count), "rank_pattern", file),
+        alphas=Patterns(fields.table("alpha_pattern", fields.number), "alpha_pattern", file),
+        rslora=fields.flag("use_rslora"),
+        dora=fields.flag("use_dora"),
+        fan_in_fan_out=fields.flag("fan_in_fan_out"),
+        bias=bias,
+        base_change=base_change,
+        init=init,
+        modules_to_save=fields.texts("modules_to_save") or (),
+        targets=None
+        if isinstance(config.get("target_modules"), str)
+        else fields.texts("target_modules"),
+        parameters=fields.texts("target_parameters") or (),
+        token_indices=indices,
+        layer_order=_read_layers(fields),
+        blocks=_read_blocks(fields),
+        ties=fields.flag("ensure_weight_tying"),
+        peft_version=fields.text("peft_version", ""),
+        file=file,
+        notes=tuple(notes),
     )
 
 
-def _rank(value: object, path: Path, key: str) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+class _Fields:
+    """Typed access to a configuration; JSON's null counts as missing."""
+
+    def __init__(self, config: Mapping[str, Any], file: Path | None) -> None:
+        self.config = config
+        self.file = file
+
+    def refuse(self, key: str, expected: object, got: object) -> NoReturn:
         raise BadFileError(
-            "LT-361", "bad rank", file=path, key=key, expected="a whole number ≥ 1", got=repr(value)
-        )
-    return value
-
-
-def _number(value: object, path: Path, key: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise BadFileError(
-            "LT-362", "bad alpha", file=path, key=key, expected="a finite number", got=repr(value)
-        )
-    return float(value)
-
-
-def _pattern(raw: Mapping[str, Any], name: str, path: Path) -> dict[str, float]:
-    value = raw.get(name) or {}
-    if not isinstance(value, dict):
-        raise BadFileError("LT-363", "not an object", file=path, key=name, got=type(value).__name__)
-    out: dict[str, float] = {}
-    for key, number in value.items():
-        check_pattern(key, path, name)
-        label = f"{name}[{key[:80]}]"
-        if name == "rank_pattern":
-            out[key] = _rank(number, path, label)
-        else:
-            out[key] = _number(number, path, label)
-    return out
-
-
-def check_pattern(text: str, path: Path, key: str) -> None:
-    """Refuse a regular expression that is broken, too long, or may take forever.
-
-    Raises:
-        BadFileError: it is one of those.
-    """
-    problem = None
-    if len(text) > PATTERN_LIMIT:
-        problem = f"longer than {PATTERN_LIMIT} characters"
-    elif _NESTED.search(text):
-        problem = "nested quantifiers"
-    else:
-        try:
-            re.compile(rf"(.*\.)?({text})$")
-        except re.error as error:
-            problem = str(error)
-    if problem is not None:
-        raise BadFileError(
-            "LT-364", "unusable regular expression", file=path, key=f"{key}: {text[:80]}",
-            got=problem,
+            "LT-361", "wrong value in the configuration", file=self.file, key=key,
+            expected=expected, got=repr(got)[:100],
         )  # fmt: skip
 
+    def flag(self, key: str, default: bool = False) -> bool:
+        value = self.config.get(key)
+        if value is None:
+            return default
+        return value if isinstance(value, bool) else self.refuse(key, "true or false", value)
 
-def _base_change(raw: Mapping[str, Any], path: Path) -> str:
-    init = raw.get("init_lora_weights", True)
-    name = init.lower() if isinstance(init, str) else ""
-    if name in DATA_INITS:
+    def text(self, key: str, default: str) -> str:
+        value = self.config.get(key)
+        if value is None:
+            return default
+        return value if isinstance(value, str) else self.refuse(key, "a text", value)
+
+    def texts(self, key: str) -> tuple[str, ...] | None:
+        value = self.config.get(key)
+        if value is None:
+            return None
+        if not isinstance(value, list) or any(not isinstance(v, str) or not v for v in value):
+            self.refuse(key, "a list of texts", value)
+        return tuple(value)
+
+    def count(self, key: str, default: int, value: Any = None) -> int:
+        value = self.config.get(key) if value is None else value
+        if value is None:
+            return default
+        if type(value) is not int or not 1 <= value <= MAX_RANK:
+            self.refuse(key, f"a whole number from 1 to {MAX_RANK}", value)
+        return value  # type: ignore[no-any-return]
+
+    def number(self, key: str, default: float, value: Any = None) -> float:
+        value = self.config.get(key) if value is None else value
+        if value is None:
+            return default
+        if type(value) not in (int, float) or not -MAX_ALPHA <= value <= MAX_ALPHA:
+            self.refuse(key, f"a number of at most {MAX_ALPHA:g}", value)
+        return value  # type: ignore[no-any-return]
+
+    def table(self, key: str, one: Any) -> dict[str, Any]:
+        value = self.config.get(key)
+        if value is None:
+            return {}
+        if not isinstance(value, dict):
+            self.refuse(key, "an object", value)
+        for name, item in value.items():
+            if item is None:
+                self.refuse(f"{key}.{name}", "a number", item)
+        return {name: one(f"{key}.{name}", 0, item) for name, item in value.items()}
+
+    def part(self, key: str) -> Mapping[str, Any] | None:
+        value = self.config.get(key)
+        if value is None:
+            return None
+        return value if isinstance(value, dict) else self.refuse(key, "an object", value)
+
+    def indices(self, key: str) -> tuple[int, ...] | Mapping[str, tuple[int, ...]] | None:
+        value = self.config.get(key)
+        if value is None:
+            return None
+        if isinstance(value, dict):
+            return {name: self._rows(f"{key}.{name}", rows) for name, rows in value.items()}
+        return self._rows(key, value)
+
+    def _rows(self, key: str, rows: Any) -> tuple[int, ...]:
+        if not isinstance(rows, list) or any(type(n) is not int or n < 0 for n in rows):
+            self.refuse(key, "a list of token numbers", rows)
+        if len(set(rows)) != len(rows):
+            self.refuse(key, "token numbers that differ", rows)
+        return tuple(rows)
+
+
+def _read_init(fields: _Fields) -> tuple[str, str]:
+    """(base_change, words) of ``init_lora_weights`` and ``kasa_config``."""
+    value = fields.config.get("init_lora_weights", True)
+    if value is not None and not isinstance(value, (bool, str)):
+        fields.refuse("init_lora_weights", "true, false or a name", value)
+    name = value.lower() if isinstance(value, str) else "true"
+    if name in _NEEDS_DATA or name.startswith("corda"):
+        method = "corda" if name.startswith("corda") else name
         raise MismatchError(
-            "LT-403",
-            DATA_INITS[name],
-            file=path,
-            key="init_lora_weights",
-            got=name,
-            hint="convert it with PEFT (path_initial_model_for_weight_conversion) or merge into "
-            "the saved residual base with init_lora_weights set to true",
-        )
-    if name.startswith("pissa"):
-        return "pissa"
-    if name == "olora":
-        return "olora"
-    return "kasa" if raw.get("kasa_config") else ""
+            "LT-406", f"{value}: {_NEEDS_DATA[method]}, so merging into the base would be wrong",
+            file=fields.file, key="init_lora_weights", got=value,
+            hint="save the adapter with path_initial_model_for_weight_conversion in PEFT, "
+            "or merge inside PEFT with the model that it was trained on",
+        )  # fmt: skip
+    change = "kasa" if fields.part("kasa_config") is not None else ""
+    if name == "olora" or re.fullmatch(r"pissa(_niter_\d+)?", name):
+        change = "olora" if name == "olora" else "pissa"
+    elif name != "true" and name not in _PLAIN_INITS:
+        raise MismatchError(
+            "LT-414", "unknown init_lora_weights: it may have changed the base", file=fields.file,
+            key="init_lora_weights", got=value,
+            expected=", ".join((*_PLAIN_INITS, "pissa", "olora", "true")),
+        )  # fmt: skip
+    return change, name
 
 
-def _version(value: object) -> tuple[int, ...]:
-    found = re.match(r"(\d+)\.(\d+)(?:\.(\d+))?", value) if isinstance(value, str) else None
-    return tuple(int(n or 0) for n in found.groups()) if found else ()
+def _read_layers(fields: _Fields) -> tuple[int, ...] | None:
+    value = fields.config.get("layer_replication")
+    if value is None:
+        return None
+    order: list[int] = []
+    pairs = value if isinstance(value, list) else [None]
+    for pair in pairs:
+        is_pair = isinstance(pair, list) and len(pair) == 2 and all(type(n) is int for n in pair)
+        if not is_pair or not 0 <= pair[0] < pair[1] <= MAX_LAYERS - len(order):
+            fields.refuse("layer_replication", "pairs [first, end) of layers", value)
+        order.extend(range(*pair))
+    return tuple(order) or None
+
+
+def _read_blocks(fields: _Fields) -> BlockRule | None:
+    part = fields.part("use_bdlora")
+    if part is None:
+        return None
+    inner = _Fields(part, fields.file)
+    return BlockRule(
+        inner.count("nblocks", 1),
+        inner.texts("target_modules_bd_a") or (),
+        inner.texts("target_modules_bd_b") or (),
+        inner.flag("match_strict", default=True),
+    )

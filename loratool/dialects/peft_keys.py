@@ -1,95 +1,195 @@
-"""The key grammar of PEFT's tensor files, with the variants that are met in the wild."""
+"""Key grammar of PEFT's tensor files: from a tensor's name to module path and role."""
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from loratool.adapter import TensorRef
+from loratool.errors import BadFileError, MismatchError, list_some
 
 PREFIX = "base_model.model."
+# Left in names by torch.compile, FSDP and activation checkpointing.
+_WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
-_OUTER = re.compile(r"^((?:\w+\.){0,3}?)base_model\.model\.")
-_WRAPPERS = re.compile(
-    r"(?:^|(?<=\.))(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
+_MODULE = r"(?:(?P<module>.+)\.)?"
+_NAME = r"(?:\.(?P<name>(?!weight$|bias$)[^.]+))?"
+_ROLES: tuple[tuple[str, re.Pattern[str]], ...] = tuple(
+    (role, re.compile(_MODULE + pattern))
+    for role, pattern in (
+        ("lora_A", rf"lora_A{_NAME}\.weight"),
+        ("lora_B", rf"lora_B{_NAME}\.weight"),
+        ("bias", rf"lora_B{_NAME}\.bias"),
+        ("embedding_A", rf"lora_embedding_A{_NAME}(?:\.weight)?"),
+        ("embedding_B", rf"lora_embedding_B{_NAME}(?:\.weight)?"),
+        ("magnitude", rf"lora_magnitude_vector{_NAME}(?:\.weight)?"),
+        ("diag", rf"lora_diag{_NAME}"),
+        ("tokens", rf"trainable_tokens_delta{_NAME}"),
+    )
 )
-_ROLE = re.compile(
-    r"^(?:(?P<module>.*)\.)?"
-    r"(?P<role>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector|lora_diag)"
-    r"(?:\.(?!weight$|bias$)[^.]+)?"  # the adapter's name, left in by some savers
-    r"(?:\.(?P<part>weight|bias))?$"
+# State that only training needs; the leading dot keeps module names out.
+_TRAINING = re.compile(
+    r"(?:^|\.)(lora_velora_embed|lora_monteclora_sampler|trainable_tokens_original|ranknum)"
+    r"(?:\.|$)"
 )
-_STATE = re.compile(r"(^|\.)(lora_velora_embed|lora_monteclora_sampler|lora_dropout|ranknum)(\.|$)")
-_SAVED = re.compile(r"\.modules_to_save(?:\.(?P<name>[^.]+))?(?=\.(?:weight|bias|\w+)$)")
-
-ROLES = {
-    "lora_A": "lora_A",
-    "lora_B": "lora_B",
-    "lora_embedding_A": "lora_A",
-    "lora_embedding_B": "lora_B",
-    "lora_magnitude_vector": "magnitude",
-    "lora_diag": "diag",
-}
+_ORIGINAL = re.compile(r"(?:^|\.)original_module\.")
+_SAVED = re.compile(_MODULE + r"modules_to_save\.(?P<rest>.+)")
+_UNKNOWN_LORA = re.compile(r"(?:^|\.)lora_[A-Za-z_]+(?:\.[^.]+)?(?:\.weight|\.bias)?$")
+_INFIX = re.compile(r"(?:^|(?<=\.))(?:base_layer|token_adapter)\.")
 
 
 @dataclass(frozen=True)
 class Key:
-    """One key, taken apart.
+    """One tensor, named.
 
     Attributes:
-        what: ``factor``, ``bias_delta``, ``tokens``, ``replacement``, ``dropped`` or ``state``.
-        module: module path for factors, full tensor name for replacements.
-        role: role of a factor.
-        is_embedding: the factor is spelled for an embedding.
-        origin: of a replacement, as in `loratool.adapter.Replacement`.
-        has_prefix: ``base_model.model.`` was there.
+        ref: the tensor.
+        path: its name without prefix and wrappers.
+        role: a role of `Sorted.modules`, or ``saved``, ``plain``, ``training``, ``original``.
+        module: module path; for ``saved`` and ``plain`` the in-memory tensor name.
+        adapter: name of the adapter that was left in the key, "" if none was.
     """
 
-    what: str
+    ref: TensorRef
+    path: str
+    role: str
     module: str
-    role: str = ""
-    is_embedding: bool = False
-    origin: str = ""
-    has_prefix: bool = True
+    adapter: str = ""
 
 
-def parse_key(key: str) -> Key:
-    """Take a key of the tensor file apart.
+@dataclass
+class Sorted:
+    """The tensors of a file by what they are.
 
-    Exactly one prefix is stripped: a module path may contain ``base_model.model.`` again.
+    Attributes:
+        modules: module path -> role -> tensor, in file order.
+        saved: in-memory name -> tensor, from ``modules_to_save`` wrappers.
+        plain: whole tensors that are no part of a delta.
+        training: state that merging does not need.
+        originals: untrained copies that ``modules_to_save`` keeps.
+        notes: one sentence each.
     """
-    found = _OUTER.match(key)
-    body = found[1] + key[found.end() :] if found else key
-    has_prefix = found is not None
-    body = _WRAPPERS.sub("", body.removeprefix("module."))
-    role = _ROLE.match(body)
-    if role:
-        return _factor(role, has_prefix)
-    if _STATE.search(body) or body.endswith("trainable_tokens_original"):
-        return Key("state", body, has_prefix=has_prefix)
-    if ".original_module." in body:
-        return Key("dropped", body, has_prefix=has_prefix)
-    if body.endswith("trainable_tokens_delta"):
-        head = re.sub(r"(\.token_adapter)?\.trainable_tokens_delta$", "", body)
-        return Key("tokens", f"{head}.weight", origin="trainable_tokens", has_prefix=has_prefix)
-    return _replacement(body, has_prefix)
+
+    modules: dict[str, dict[str, TensorRef]] = field(default_factory=dict)
+    saved: dict[str, TensorRef] = field(default_factory=dict)
+    plain: list[Key] = field(default_factory=list)
+    training: list[TensorRef] = field(default_factory=list)
+    originals: list[TensorRef] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
 
-def _factor(found: re.Match[str], has_prefix: bool) -> Key:
-    module, name = found["module"] or "", found["role"]
-    if found["part"] == "bias":
-        return Key("bias_delta" if name == "lora_B" else "state", module, has_prefix=has_prefix)
-    return Key("factor", module, ROLES[name], "embedding" in name, has_prefix=has_prefix)
+def sort_tensors(refs: Iterable[TensorRef]) -> Sorted:
+    """Give every tensor of a file a module path and a role.
+
+    Raises:
+        BadFileError: LT-367, two tensors with one meaning.
+        MismatchError: LT-410 several adapters in one file, LT-415 unknown ``lora_`` tensors.
+    """
+    listed = list(refs)
+    paths, notes = strip_names([ref.name for ref in listed])
+    found = Sorted(notes=notes)
+    keys = [parse_key(ref, path) for ref, path in zip(listed, paths, strict=True)]
+    adapters = {key.adapter for key in keys if key.adapter}
+    if len(adapters) > 1:
+        raise MismatchError(
+            "LT-410", "the file holds several adapters", file=listed[0].file,
+            got=list_some(adapters), hint="save them one by one",
+        )  # fmt: skip
+    if adapters:
+        found.notes.append(f"adapter name {list_some(adapters)!r} was left in the tensor names")
+    unknown = [key.ref.name for key in keys if key.role == "unknown"]
+    if unknown:
+        raise MismatchError(
+            "LT-415", "LoRA tensors of an unknown kind", file=listed[0].file,
+            key=list_some(unknown), hint="which program and version wrote them?",
+        )  # fmt: skip
+    for key in keys:
+        _put(found, key)
+    return found
 
 
-def _replacement(body: str, has_prefix: bool) -> Key:
-    origin = "modules_to_save"
-    saved = _SAVED.search(body)
-    if saved:
-        body = body[: saved.start()] + body[saved.end() :]
-    elif ".base_layer." in body or ".token_adapter." in body:
-        origin = "bias" if body.endswith("bias") else "base_layer"
-        body = body.replace(".token_adapter.", ".").replace(".base_layer.", ".")
-    elif body.endswith("bias"):
-        origin = "bias"
-    return Key(
-        "replacement", body, role="saved" if saved else "", origin=origin, has_prefix=has_prefix
-    )
+def strip_names(names: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Names without PEFT's prefix and without wrapper infixes, and notes about oddities."""
+    notes: list[str] = []
+    out = [".".join(p for p in n.split(".") if p not in _WRAPPERS) for n in names]
+    if out != list(names):
+        notes.append("names of torch.compile or FSDP wrappers were removed from tensor names")
+    out, was_parallel = _strip_parallel(out)
+    stripped: list[str] = []
+    bare = outside = 0
+    for name in out:
+        before, mark, after = name.partition(PREFIX)
+        if mark and not before:
+            stripped.append(after)
+        elif mark and before.endswith("."):
+            stripped.append(before + after)
+            outside += 1
+        else:
+            stripped.append(name)
+            bare += 1
+    stripped, was_parallel_inside = _strip_parallel(stripped)
+    if was_parallel or was_parallel_inside:
+        notes.append("the prefix of a DataParallel wrapper was removed from tensor names")
+    if bare:
+        notes.append(
+            f"{bare} of {len(names)} tensor names lack the prefix {PREFIX!r}: "
+            "PEFT itself would load none of them"
+        )
+    if outside:
+        notes.append(f"{outside} tensor names have {PREFIX!r} in their middle: it was removed")
+    return stripped, notes
+
+
+def parse_key(ref: TensorRef, path: str) -> Key:
+    """The role of one tensor, from its stripped name."""
+    if _ORIGINAL.search(path):
+        return Key(ref, path, "original", path)
+    if _TRAINING.search(path):
+        return Key(ref, path, "training", path)
+    for role, pattern in _ROLES:
+        if match := pattern.fullmatch(path):
+            module = (match["module"] or "").removesuffix(".token_adapter")
+            return Key(ref, path, role, module, match["name"] or "")
+    if match := _SAVED.fullmatch(path):
+        # Saving drops the adapter's name only where it is the last part but one.
+        first, _, rest = match["rest"].partition(".")
+        leaf, adapter = (rest, first) if rest else (first, "")
+        module = f"{match['module']}.{leaf}" if match["module"] else leaf
+        return Key(ref, path, "saved", _INFIX.sub("", module), adapter)
+    if _UNKNOWN_LORA.search(path):
+        return Key(ref, path, "unknown", path)
+    return Key(ref, path, "plain", _INFIX.sub("", path))
+
+
+def _strip_parallel(names: list[str]) -> tuple[list[str], bool]:
+    """Without a leading ``module.``, if every name has it."""
+    if names and all(name.startswith("module.") for name in names):
+        return [name.removeprefix("module.") for name in names], True
+    return names, False
+
+
+def _put(found: Sorted, key: Key) -> None:
+    if key.role == "plain":
+        found.plain.append(key)
+    elif key.role == "training":
+        found.training.append(key.ref)
+    elif key.role == "original":
+        found.originals.append(key.ref)
+    elif key.role == "saved":
+        _once(found.saved, key.module, key)
+    else:
+        _once(found.modules.setdefault(key.module, {}), key.role, key)
+
+
+def _once(where: dict[str, TensorRef], name: str, key: Key) -> None:
+    if name in where:
+        _refuse_twice(where, name, key)
+    where[name] = key.ref
+
+
+def _refuse_twice(where: Mapping[str, TensorRef], name: str, key: Key) -> None:
+    raise BadFileError(
+        "LT-367", "two tensors mean the same", file=key.ref.file, key=key.module,
+        got=f"{where[name].name} and {key.ref.name}",
+    )  # fmt: skip

@@ -1,253 +1,237 @@
-"""Factors of a PEFT file → deltas: which parameter, which layout, which scaling."""
+"""From sorted tensors and a configuration to deltas: the LoRA family of PEFT."""
 
 from __future__ import annotations
 
-import math
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from loratool.adapter import DeltaSpec, ReadOptions, TensorRef
+from loratool.dialects.peft_checks import (
+    check_bias,
+    check_diag,
+    check_factors,
+    check_magnitude,
+    refuse_rank,
+)
 from loratool.dialects.peft_config import PeftConfig
-from loratool.dtypes import DTYPES
-from loratool.errors import BadFileError, MismatchError, UsageError
+from loratool.dialects.peft_experts import Parameter, find_parameters
+from loratool.dialects.peft_version import applies_mha_output_twice
+from loratool.errors import BadFileError, MismatchError
 
-if TYPE_CHECKING:
-    from loratool.dialects.peft import Sorted
-
-REGISTRATION_ORDER = ("gate_up_proj", "gate_proj", "up_proj", "w1", "w3", "down_proj", "w2")
-"""Order in which expert modules of transformers register their parameters."""
-
-MHA_FAULT_UNTIL = (0, 21, 2)
-"""Up to this version at least PEFT applies the delta of an MHA's output projection twice."""
-
-MAX_RANK = 8192
-
-_Roles = dict[str, TensorRef]
+_MHA_OUT = ".base_layer.out_proj"
 
 
-def make_specs(
-    found: Sorted, config: PeftConfig, options: ReadOptions, path: Path
-) -> tuple[list[DeltaSpec], list[str]]:
-    """Turn sorted tensors into deltas.
+@dataclass
+class SpecReader:
+    """Builds the deltas of one file.
 
-    Raises:
-        BadFileError: a factor is missing, has the wrong shape or type.
-        MismatchError: rank in the file and in the configuration differ.
+    Attributes:
+        config: what the configuration says.
+        options: what the user says.
+        modules: module path -> role -> tensor.
+        notes: filled while reading.
     """
-    notes: list[str] = []
-    specs: list[DeltaSpec] = []
-    for module, roles in found.factors.items():
-        _check_factors(module, roles, found, config, path)
-        specs.append(_Maker(found, config, options, path, notes).make(module, roles))
-        bias = found.bias_deltas.get(module)
+
+    config: PeftConfig
+    options: ReadOptions
+    modules: Mapping[str, Mapping[str, TensorRef]]
+    notes: list[str] = field(default_factory=list)
+    unused: list[TensorRef] = field(default_factory=list)
+
+    def read(self) -> list[DeltaSpec]:
+        """Every delta, in file order.
+
+        Raises:
+            BadFileError: LT-362 … LT-372, tensors that do not fit together.
+            MismatchError: LT-405 … LT-409, tensors and configuration contradict.
+        """
+        parameters, notes = find_parameters(self.modules, self.config, self._is_mha)
+        self.notes.extend(notes)
+        specs: list[DeltaSpec] = []
+        for module, roles in self.modules.items():
+            if roles.keys() & {"lora_A", "lora_B", "embedding_A", "embedding_B"}:
+                specs.extend(self._read_module(module, roles, parameters.get(module)))
+            elif roles.keys() - {"tokens"}:
+                key = next(iter(roles.values()))
+                raise BadFileError(
+                    "LT-362", "part of a delta without its factors", file=key.file, key=key.name,
+                    expected="lora_A and lora_B of the same module",
+                )  # fmt: skip
+        self._note_mha(specs)
+        return specs
+
+    def _read_module(
+        self, module: str, roles: Mapping[str, TensorRef], parameter: Parameter | None
+    ) -> list[DeltaSpec]:
+        is_embedding = bool(roles.keys() & {"embedding_A", "embedding_B"})
+        lora_A, lora_B = check_factors(module, roles, is_embedding=is_embedding)
+        if parameter is not None:
+            return [self._read_parameter(parameter, lora_A, lora_B, roles)]
+        owner, target, gain = self._place(module)
+        spec = self._make(
+            owner, target, lora_A, lora_B,
+            layout="embedding" if is_embedding else "conv" if len(lora_A.shape) > 2 else "linear",
+            pattern_name=module.removesuffix(_MHA_OUT) if gain else module,
+        )  # fmt: skip
+        spec = self._with_variant(spec, module, roles)
+        bias = roles.get("bias")
+        made = [dataclasses.replace(spec, scaling=spec.scaling * gain) if gain else spec]
         if bias is not None:
-            specs.append(_bias_spec(specs[-1], bias))
-    alone = sorted(set(found.bias_deltas) - set(found.factors))
-    if alone:
-        raise BadFileError("LT-370", "a bias delta without factors", file=path, key=alone[0])
-    notes.extend(_odd_alphas(specs))
-    if config.flag("use_dora") and not all("magnitude" in r for r in found.factors.values()):
-        missing = next(m for m, r in found.factors.items() if "magnitude" not in r)
-        raise BadFileError(
-            "LT-371", "use_dora is set, but a magnitude is missing", file=path, key=missing
-        )
-    return specs, notes
+            check_bias(bias, lora_B, module)
+            if target != "weight":
+                self.unused.append(bias)
+                self.notes.append(f"{bias.name} is not used: PEFT does not merge it either")
+            else:
+                made.append(DeltaSpec("vector", owner, "bias", {"delta": bias}, "vector", 0,
+                                      spec.alpha, spec.scaling))  # fmt: skip
+        return made
 
+    def _is_mha(self, module: str) -> bool:
+        return "lora_A" in self.modules.get(module + _MHA_OUT, {})
 
-class _Maker:
-    """Makes the delta of one module."""
+    def _place(self, module: str) -> tuple[str, str, float]:
+        """(module, parameter, gain) of a plain module; gain 0 if it is no MHA output."""
+        if self._is_mha(module):
+            return module, "in_proj_weight", 0.0
+        mha = module.removesuffix(_MHA_OUT)
+        if mha != module and "lora_A" in self.modules.get(mha, {}):
+            return f"{mha}.out_proj", "weight", 2.0 if self._twice() else 1.0
+        return module, "weight", 0.0
 
-    def __init__(
+    def _twice(self) -> bool:
+        asked = self.options.mha_out_proj
+        return asked == "twice" if asked else applies_mha_output_twice(self.config.peft_version)
+
+    def _make(
         self,
-        found: Sorted,
-        config: PeftConfig,
-        options: ReadOptions,
-        path: Path,
-        notes: list[str],
-    ) -> None:
-        self._found = found
-        self._config = config
-        self._options = options
-        self._path = path
-        self._notes = notes
-
-    def make(self, module: str, roles: _Roles) -> DeltaSpec:
-        """Decide parameter and layout of a module's factors."""
-        owner = module
-        depth = 0
-        while owner.endswith(".base_layer"):
-            owner, depth = owner.removesuffix(".base_layer"), depth + 1
-        names = self._parameters(owner)
-        if names and (depth or names != ["weight"]):
-            return self._parameter_spec(owner, depth, names, roles)
-        if ".base_layer.out_proj" in module:
-            return self._mha_output(module, roles)
-        is_mha = f"{module}.base_layer.out_proj" in self._found.factors
-        return self._spec(module, "in_proj_weight" if is_mha else "weight", roles)
-
-    def _parameters(self, owner: str) -> list[str]:
-        """Names of the parameters of ``owner`` that the configuration targets, first = innermost."""
-        targets = self._config.raw.get("target_parameters") or ()
-        names = []
-        for target in targets:
-            head, _, name = str(target).rpartition(".")
-            if not head or owner == head or owner.endswith(f".{head}"):
-                names.append(name)
-        known = [n for n in REGISTRATION_ORDER if n in names]
-        return known + [n for n in dict.fromkeys(names) if n not in known]
-
-    def _parameter_spec(self, owner: str, depth: int, names: list[str], roles: _Roles) -> DeltaSpec:
-        innermost_depth = max(
-            d for d in range(len(names)) if owner + ".base_layer" * d in self._found.factors
-        )
-        position = min(innermost_depth - depth, len(names) - 1)
-        others = tuple(n for i, n in enumerate(names) if i != position)
-        name = names[position]
-        if name == "weight":
-            return self._spec(owner, name, roles)
-        rows = roles["lora_A"].shape[0]
-        rank = self._config.rank_of(f"{owner}.{name}") or rows
-        if rows % rank:
-            raise BadFileError(
-                "LT-372", "rows of lora_A are no multiple of the rank", file=self._path,
-                key=roles["lora_A"].name, expected=f"a multiple of {rank}", got=rows,
-            )  # fmt: skip
-        alpha = self._config.alpha_of(f"{owner}.{name}")
-        scaling = self._config.scaling(f"{owner}.{name}", rank)
+        owner: str,
+        target: str,
+        lora_A: TensorRef,
+        lora_B: TensorRef,
+        *,
+        layout: str,
+        pattern_name: str,
+    ) -> DeltaSpec:
+        rank = lora_A.shape[0]
+        alpha = self.config.alphas.get(pattern_name, self.config.alpha)
+        divisor = self._divisor(pattern_name, rank, lora_A)
         return DeltaSpec(
-            "lowrank", owner, name, roles, "experts", rank, alpha, scaling,
-            experts=rows // rank, alternatives=others, b_order=self._options.experts_b_order,
+            "lowrank", owner, target, {"lora_A": lora_A, "lora_B": lora_B}, layout, rank, alpha,
+            self.config.scaling(alpha, divisor),
+            transposed=self.config.fan_in_fan_out and layout == "linear" and target == "weight",
+            base_change=self.config.base_change if layout == "linear" else "",
         )  # fmt: skip
 
-    def _mha_output(self, module: str, roles: _Roles) -> DeltaSpec:
-        """PEFT computes this delta twice, in forward and in merge, where it has the fault."""
-        spec = self._spec(module.replace(".base_layer.out_proj", ".out_proj"), "weight", roles)
-        choice = self._options.mha_out_proj
-        if choice not in (None, "once", "twice"):
-            raise UsageError("LT-240", "--mha-out-proj", expected="once or twice", got=choice)
-        version = self._config.version
-        twice = choice == "twice" or (choice is None and version <= MHA_FAULT_UNTIL)
-        if twice:
-            self._notes.append(
-                "nn.MultiheadAttention: the out_proj delta counts twice, as in PEFT's forward "
-                "that trained it (--mha-out-proj once for the other reading)"
-            )
-        return _with_scaling(spec, spec.scaling * (2 if twice else 1))
-
-    def _spec(self, module: str, parameter: str, roles: _Roles) -> DeltaSpec:
-        config = self._config
-        is_embedding = module in self._found.embeddings
-        is_conv = len(roles["lora_A"].shape) > 2
-        rank = roles["lora_A"].shape[0]
-        scaling_rank = self._scaling_rank(module, rank)
-        return DeltaSpec(
-            "dora" if "magnitude" in roles else "lowrank",
-            module,
-            parameter,
-            roles,
-            "embedding" if is_embedding else "conv" if is_conv else "linear",
-            rank,
-            config.alpha_of(module),
-            config.scaling(module, scaling_rank),
-            transposed=config.flag("fan_in_fan_out"),
-            base_change=config.base_change,
-            blocks=_blocks(config.raw, module),
-        )
-
-    def _scaling_rank(self, module: str, rank: int) -> int:
-        stated = self._config.rank_of(module)
-        if stated is None or stated == rank:
+    def _divisor(self, pattern_name: str, rank: int, lora_A: TensorRef) -> int:
+        """The rank that scaling divides by; it must be the tensor's unless the user decides."""
+        if self.config.rank is None:
             return rank
-        choice = self._options.rank_from
-        if choice not in (None, "file", "config"):
-            raise UsageError("LT-241", "--rank-from", expected="file or config", got=choice)
-        if choice is None:
+        stated = int(self.config.ranks.get(pattern_name, self.config.rank))
+        if stated == rank or self.options.rank_from == "config":
+            return stated
+        if self.options.rank_from != "file":
+            refuse_rank(lora_A, stated, rank, self.config)
+        return rank
+
+    def _with_variant(
+        self, spec: DeltaSpec, module: str, roles: Mapping[str, TensorRef]
+    ) -> DeltaSpec:
+        """The same delta with magnitude, diagonal or blocks."""
+        fields = dict(spec.fields)
+        lora_B = roles.get("lora_B") or roles["embedding_B"]
+        magnitude, diag = roles.get("magnitude"), roles.get("diag")
+        kind = "lowrank"
+        if magnitude is not None:
+            check_magnitude(magnitude, lora_B, self.config)
+            fields["magnitude"], kind = magnitude, "dora"
+        elif self.config.dora and spec.parameter == "weight":
+            raise BadFileError(
+                "LT-370", "use_dora is set, but the module has no magnitude", file=lora_B.file,
+                key=module, expected=f"{module}.lora_magnitude_vector",
+            )  # fmt: skip
+        if diag is not None or (spec.base_change == "kasa"):
+            fields["diag"] = check_diag(diag, spec.rank, module, lora_B, self.config)
+        blocks = self._blocks(spec, module)
+        self._check_inner(spec, fields, blocks, module)
+        return dataclasses.replace(spec, kind=kind, fields=fields, blocks=blocks)
+
+    def _blocks(self, spec: DeltaSpec, module: str) -> tuple[int, str] | None:
+        rule = self.config.blocks
+        if rule is None or spec.layout != "linear" or spec.parameter != "weight":
+            return None
+        side_a = any(part in module for part in rule.side_a)
+        side_b = any(part in module for part in rule.side_b)
+        if side_a and side_b or (rule.is_strict and not (side_a or side_b)):
             raise MismatchError(
-                "LT-405",
-                "rank of the tensors differs from the configuration",
-                file=self._path,
-                key=module,
-                expected=f"r = {stated} (adapter_config.json)",
-                got=f"{rank} rows in lora_A",
-                hint="--rank-from file or --rank-from config decides the scaling",
-            )
-        return rank if choice == "file" else stated
-
-
-def _with_scaling(spec: DeltaSpec, scaling: float) -> DeltaSpec:
-    from dataclasses import replace
-
-    return replace(spec, scaling=scaling)
-
-
-def _bias_spec(spec: DeltaSpec, bias: TensorRef) -> DeltaSpec:
-    return DeltaSpec(
-        "vector", spec.module, "bias", {"delta": bias}, "vector", 0, spec.alpha, spec.scaling
-    )
-
-
-def _blocks(raw: Any, module: str) -> tuple[int, str] | None:
-    """BD-LoRA: which factor of a module is stored as diagonal blocks."""
-    settings = raw.get("use_bdlora")
-    if not isinstance(settings, dict):
-        return None
-    count = settings.get("nblocks", 1)
-    for side, key in (("A", "target_modules_bd_a"), ("B", "target_modules_bd_b")):
-        if any(t in module for t in settings.get(key) or ()):
-            return (int(count), side) if count > 1 else None
-    return None
-
-
-def _check_factors(
-    module: str, roles: _Roles, found: Sorted, config: PeftConfig, path: Path
-) -> None:
-    lora_A, lora_B = roles.get("lora_A"), roles.get("lora_B")
-    if lora_A is None or lora_B is None:
-        have, want = ("lora_B", "lora_A") if lora_A is None else ("lora_A", "lora_B")
-        present = next(iter(roles.values())).name
-        raise BadFileError(
-            "LT-373", f"{want} is missing", file=path, key=present,
-            expected=present.replace(have, want), got=f"{have} alone",
-        )  # fmt: skip
-    for ref in roles.values():
-        if not DTYPES[ref.dtype].is_mergeable:
-            raise BadFileError(
-                "LT-374", "a factor must be a float tensor", file=path, key=ref.name,
-                expected="F32, F16, BF16 or F64", got=ref.dtype,
+                "LT-408", "use_bdlora does not say which factor is block-diagonal",
+                file=self.config.file, key=module, expected="a match in one of the two lists",
+                got="a match in both" if side_a else "a match in neither, with match_strict",
             )  # fmt: skip
-    for ref in (lora_A, lora_B):
-        if len(ref.shape) < 2 or 0 in ref.shape:
+        if not (side_a or side_b) or rule.count == 1:
+            return None
+        return rule.count, "A" if side_a else "B"
+
+    def _check_inner(
+        self,
+        spec: DeltaSpec,
+        fields: Mapping[str, TensorRef | object],
+        blocks: tuple[int, str] | None,
+        module: str,
+    ) -> None:
+        """The inner sizes of lora_A and lora_B must agree; a grouped convolution divides."""
+        lora_A, lora_B = spec.fields["lora_A"].shape, spec.fields["lora_B"].shape
+        parts = blocks[0] if blocks is not None and blocks[1] == "B" else 1
+        is_grouped = spec.layout == "conv" and spec.rank % lora_B[1] == 0
+        if spec.rank != lora_B[1] * parts and not is_grouped:
+            ref = spec.fields["lora_A"]
             raise BadFileError(
-                "LT-375", "a factor is empty or not a matrix", file=path, key=ref.name,
-                expected="(r, in) or (out, r)", got=list(ref.shape),
-                hint="shards of ZeRO-3 or FSDP that were saved without gathering look like this",
+                "LT-363", "lora_A and lora_B have different ranks", key=module,
+                file=ref.file if isinstance(ref, TensorRef) else None,
+                expected="lora_A (r, in) and lora_B (out, r)",
+                got=f"{list(lora_A)} and {list(lora_B)}",
             )  # fmt: skip
-    rank, other = lora_A.shape[0], lora_B.shape[1]
-    allowed = {rank}
-    blocks = _blocks(config.raw, module)
-    if blocks is not None and blocks[1] == "B":
-        allowed = {rank // blocks[0]}
-    if len(lora_A.shape) > 2 and rank % other == 0:
-        allowed.add(other)  # grouped convolution: binding refuses it by name
-    if other not in allowed or rank > MAX_RANK * 1024:
-        raise BadFileError(
-            "LT-376", "ranks of lora_A and lora_B differ", file=path, key=module,
-            expected=f"{lora_A.name} {list(lora_A.shape)}", got=f"{lora_B.name} {list(lora_B.shape)}",
-        )  # fmt: skip
-    diag = roles.get("diag")
-    if diag is not None and diag.shape != (rank,):
-        raise BadFileError(
-            "LT-377", "lora_diag has another rank", file=path, key=diag.name,
-            expected=[rank], got=list(diag.shape),
+
+    def _read_parameter(
+        self,
+        parameter: Parameter,
+        lora_A: TensorRef,
+        lora_B: TensorRef,
+        roles: Mapping[str, TensorRef],
+    ) -> DeltaSpec:
+        """Factors of a bare parameter: (E·r, in) and (out, r·E) for 3-D ones."""
+        extra = roles.keys() - {"lora_A", "lora_B"}
+        if extra or len(lora_A.shape) != 2 or lora_A.shape[0] != lora_B.shape[1]:
+            raise BadFileError(
+                "LT-363", "factors of a parameter do not fit each other", file=lora_A.file,
+                key=lora_A.name, expected="lora_A (E·r, in) and lora_B (out, r·E)",
+                got=f"{list(lora_A.shape)} and {list(lora_B.shape)} {' '.join(sorted(extra))}",
+            )  # fmt: skip
+        name = parameter.full_name
+        assert self.config.rank is not None  # parameters are only found with a configuration
+        rank = int(self.config.ranks.get(name, self.config.rank))
+        alpha = self.config.alphas.get(name, self.config.alpha)
+        if lora_A.shape[0] % rank:
+            refuse_rank(lora_A, rank, lora_A.shape[0], self.config)
+        experts = lora_A.shape[0] // rank
+        is_flat = experts > 1 or parameter.is_expert
+        return DeltaSpec(
+            "lowrank", parameter.module, parameter.name, {"lora_A": lora_A, "lora_B": lora_B},
+            "experts" if is_flat else "linear", rank, alpha, self.config.scaling(alpha, rank),
+            experts=experts if is_flat else 0, alternatives=parameter.alternatives,
+            b_order=self.options.experts_b_order if is_flat else "rank-major",
         )  # fmt: skip
 
-
-def _odd_alphas(specs: list[DeltaSpec]) -> list[str]:
-    notes = []
-    if specs and all(s.scaling == 0 for s in specs):
-        notes.append("alpha is 0: the adapter has no effect")
-    elif any(s.scaling < 0 for s in specs):
-        notes.append("alpha is negative: the adapter subtracts what it learned")
-    if any(not math.isfinite(s.scaling) for s in specs):
-        raise BadFileError("LT-378", "scaling is not finite")
-    return notes
+    def _note_mha(self, specs: list[DeltaSpec]) -> None:
+        number = sum(spec.parameter == "in_proj_weight" for spec in specs)
+        if not number:
+            return
+        how = "twice" if self._twice() else "once"
+        why = (
+            f"as asked (--mha-out-proj {how})"
+            if self.options.mha_out_proj
+            else f"as PEFT {self.config.peft_version or '(version unknown)'} does"
+        )
+        self.notes.append(
+            f"nn.MultiheadAttention: the delta of out_proj counts {how} in {number} modules, {why}"
+        )

@@ -18,6 +18,7 @@ _EMBEDDING = re.compile(
     r"(^|[._])(embed\w*|embeddings?|wte|wpe|shared|embed_(in|out|tokens))\.weight$"
 )
 _HEAD = re.compile(r"(^|\.)(lm_head|embed_out|output_projection)\.weight$")
+_ROUTER = re.compile(r"\.router\.weight$")  # a module class of its own: PEFT cannot target it
 _BUFFER = re.compile(r"\.(running_mean|running_var|num_batches_tracked|position_ids)$")
 _MHA_OUT = re.compile(r"^(?P<mha>.*\.|)out_proj\.weight$")
 
@@ -31,7 +32,7 @@ class Pair:
         base: None if the base has no such tensor.
         tuned: the fine-tuned one.
         role: ``linear``, ``conv``, ``embedding``, ``head``, ``experts``, ``in_proj``, ``bias``,
-            ``small``, ``buffer`` or ``bare``.
+            ``small``, ``router``, ``buffer`` or ``bare``.
         is_factored: it becomes a pair of factors.
     """
 
@@ -166,6 +167,8 @@ def _role(name: str, ref: TensorRef, checkpoint: Checkpoint) -> str:
         return "experts" if dims == 3 and ".experts." in name and "bias" not in name else "bare"
     if _HEAD.search(name):
         return "head"
+    if _ROUTER.search(name):
+        return "router"
     if dims == 2:
         return "embedding" if _EMBEDDING.search(name) else "linear"
     return "conv"
@@ -305,9 +308,30 @@ def assemble(
         for o in outcomes
     ]
     adapter = Adapter(
-        extract.pairs[0].tuned.file.parent, "peft", tuple(specs), tuple(replacements), base_model
+        extract.pairs[0].tuned.file.parent,
+        "peft",
+        tuple(specs),
+        tuple(replacements),
+        base_model,
+        task_type=_task_type(base),
     )
     return adapter, outcomes
+
+
+_TASKS = {
+    "ForCausalLM": "CAUSAL_LM",
+    "LMHeadModel": "CAUSAL_LM",
+    "ForSequenceClassification": "SEQ_CLS",
+    "ForTokenClassification": "TOKEN_CLS",
+    "ForQuestionAnswering": "QUESTION_ANS",
+    "ForConditionalGeneration": "SEQ_2_SEQ_LM",
+}
+
+
+def _task_type(base: Checkpoint) -> str | None:
+    """PEFT's task type by the model class: without it AutoPeftModel cannot pick a class."""
+    classes = base.config.get("architectures") or [""]
+    return next((t for end, t in _TASKS.items() if str(classes[0]).endswith(end)), None)
 
 
 def _make_spec(

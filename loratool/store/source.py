@@ -241,7 +241,7 @@ def _fetch(
     if hub.is_offline(offline):
         return *hub.snapshot(repo, revision, allow_patterns=marks, offline=True), None
     try:
-        files = hub.list_files(repo, revision)
+        files = hub.list_files(repo, revision, allow_patterns=_patterns(kind, reference.sub))
     except HubError as error:
         if error.code == "LT-703":  # the Hub answered: no such revision
             raise
@@ -263,5 +263,15 @@ def _fetch(
             "LT-265", "a large download needs consent", file=repo,
             got=f"{need / 1e9:.1f} GB to download", hint="-y downloads it",
         )  # fmt: skip
-    patterns = [re.sub(r"([*?\[])", r"[\1]", name) for name in wanted]
-    return *hub.snapshot(repo, revision, allow_patterns=patterns), None
+    literal = [_literal(name) for name in wanted]
+    return *hub.snapshot(repo, revision, allow_patterns=literal), None
+
+
+def _patterns(kind: str, sub: str) -> list[str]:
+    """What may be wanted; the Hub is asked for the size of each such file."""
+    names = (*(hub.ADAPTER_FILES if kind == "adapter" else hub.BASE_FILES), "*.safetensors")
+    return [*names, *(f"*/{n}" for n in names), *([_literal(sub)] if sub else [])]
+
+
+def _literal(name: str) -> str:
+    return re.sub(r"([*?\[])", r"[\1]", name)

@@ -125,7 +125,12 @@ def test_dry_run_shows_the_plan_folded(shown: Shown) -> None:
     steps = [step(f"model.layers.{i}.q.weight", "add_deltas", 2) for i in range(3)]
     report = merge_report(dry_run=True, plan={"steps": [*steps, step("norm.weight")]})
     text = shown(report, "--dry-run").out
-    assert "model.layers.*.q.weight" in text and "+ 2 deltas" in text and "bfloat16" in text and "norm.weight" in text
+    assert (
+        "model.layers.*.q.weight" in text
+        and "+ 2 deltas" in text
+        and "bfloat16" in text
+        and "norm.weight" in text
+    )
     assert "nothing was written" in text and "wrote" not in text
     assert "model.layers.2.q.weight" in shown(report, "--dry-run", "-v").out
 

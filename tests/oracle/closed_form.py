@@ -248,13 +248,28 @@ def replicated(folder: Path, weights: Tensors, adapter: Tensors) -> None:
 
 Oracle = Callable[[Path, Tensors, Tensors], None]
 
-PLAIN = """
-    lora_linear lora_linear_bf16 lora_rslora lora_rank_alpha_pattern lora_layers_to_transform
-    lora_lora_bias lora_bias_all lora_bias_lora_only lora_modules_to_save
-    lora_modules_to_save_tied lora_modules_to_save_tied_ensure lora_mica lora_neox_fused
-    lora_phi3_fused lora_conv lora_mixtral_v4style lora_qwen3moe_v4style lora_mha_outproj_only
-    detr_lora conditional_detr_lora
-""".split()
+PLAIN = [
+    "lora_linear",
+    "lora_linear_bf16",
+    "lora_rslora",
+    "lora_rank_alpha_pattern",
+    "lora_layers_to_transform",
+    "lora_lora_bias",
+    "lora_bias_all",
+    "lora_bias_lora_only",
+    "lora_modules_to_save",
+    "lora_modules_to_save_tied",
+    "lora_modules_to_save_tied_ensure",
+    "lora_mica",
+    "lora_neox_fused",
+    "lora_phi3_fused",
+    "lora_conv",
+    "lora_mixtral_v4style",
+    "lora_qwen3moe_v4style",
+    "lora_mha_outproj_only",
+    "detr_lora",
+    "conditional_detr_lora",
+]
 
 ORACLES: dict[str, Oracle] = dict.fromkeys(PLAIN, plain) | {
     "lora_embed_untied": embedding,

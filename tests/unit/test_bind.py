@@ -278,6 +278,38 @@ def test_allow_unmatched_never_hides_a_wrong_shape() -> None:
     error("LT-432", one, base(LLAMA), allow_unmatched=True)
 
 
+def test_allow_unmatched_shows_one_wrong_shape_among_many_missing_names() -> None:
+    gone = [lora(f"gone.{i}.q", 4, 4) for i in range(3)]
+    fits = lora("model.layers.1.mlp.up_proj", 24, 16)
+    one = adapter(lora("model.layers.0.mlp.up_proj", 25, 16), fits, *gone)
+    error("LT-432", one, base(LLAMA), allow_unmatched=True)
+
+
+def test_mixed_namings_meet_in_memory() -> None:
+    shapes = {"layers.0.fc1.weight": (8, 4), "layers.0.self_attn.o_proj.weight": (4, 4)}
+    one = adapter(lora("layers.0.mlp.fc1", 8, 4), lora("layers.0.self_attn.out_proj", 4, 4))
+    found = bind(one, base(shapes, model_type="detr"))
+    assert set(pairs(found).values()) == set(shapes)
+    assert "both sides" in found.rule
+
+
+def test_a_renaming_that_joins_base_tensors_is_not_used() -> None:
+    shapes = {
+        "layers.0.fc1.weight": (8, 4),
+        "layers.0.mlp.fc1.weight": (8, 4),
+        "layers.0.fc2.weight": (4, 8),
+    }
+    error("LT-430", adapter(lora("layers.0.mlp.fc2", 4, 8)), base(shapes, model_type="detr"))
+
+
+def test_one_prefix_for_another() -> None:
+    shapes = {"model.language_model.layers.0.q.weight": (4, 6), "lm_head.weight": (8, 6)}
+    one = adapter(lora("model.layers.0.q", 4, 6), lora("lm_head", 8, 6))
+    found = bind(one, base(shapes))
+    assert set(pairs(found).values()) == set(shapes)
+    assert "->" in found.rule
+
+
 def test_rename_syntax() -> None:
     assert parse_rename("s/a/b/")("a.a") == "b.a"
     assert parse_rename("s|a|b|g")("a.a") == "b.b"

@@ -120,6 +120,7 @@ def test_alternatives_are_chosen_by_shape() -> None:
     [
         ("0.17.0", "qwen3_moe", True),
         ("0.18.1", "gpt_oss", True),
+        ("0.18.1", "qwen3_moe", True),
         ("0.19.0", "qwen3_moe", True),
         ("0.19.0", "gpt_oss", False),
         ("0.19.1", "qwen3_moe", False),

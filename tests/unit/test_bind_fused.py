@@ -42,6 +42,11 @@ def test_blocks_of_queries_keys_and_values(sized: bool) -> None:
     assert split_on("qkv_proj", total, "v_proj", K, **config).rows == (Span(Q + K, total),)
 
 
+@pytest.mark.parametrize(("part", "size"), [("q_proj", 4), ("q_proj", 9), ("k_proj", 12)])
+def test_blocks_that_cannot_be_attention_heads(part: str, size: int) -> None:
+    error("LT-432", adapter(lora(f"a.{part}", size, 4)), base({"a.qkv_proj.weight": (24, 4)}))
+
+
 def test_halves() -> None:
     assert split_on("gate_up_proj", 20, "up_proj", 10).rows == (Span(10, 20),)
     error("LT-432", adapter(lora("a.up_proj", 9, 4)), base({"a.gate_up_proj.weight": (20, 4)}))

@@ -194,6 +194,19 @@ def test_consolidated_is_a_duplicate(tmp_path: Path) -> None:
     found = open_checkpoint(tmp_path)
     assert found.shards[0].name == "model.safetensors"
     assert "ignored consolidated.safetensors" in notes(found)
+    (tmp_path / "model.safetensors").rename(tmp_path / "strange.safetensors")
+    assert open_checkpoint(tmp_path).shards[0].name == "strange.safetensors"
+
+
+def test_variant_and_index_win_over_other_names(tmp_path: Path) -> None:
+    weights(tmp_path / "extra.safetensors", "x")
+    found = open_checkpoint(sharded(tmp_path, "strange"))
+    assert found.index_name == "strange.safetensors.index.json"
+    assert "ignored extra.safetensors" in notes(found)
+    weights(tmp_path / "model.fp16.safetensors", "w")
+    found = open_checkpoint(tmp_path)
+    assert [s.name for s in found.shards] == ["model.fp16.safetensors"]
+    assert "ignored extra.safetensors" in notes(found)
 
 
 def test_hidden_files_do_not_count(tmp_path: Path) -> None:
@@ -223,6 +236,10 @@ def test_index_and_shards_disagree(tmp_path: Path) -> None:
     error = refuse(tmp_path, "LT-323", str(path))
     assert error.expected == f"listed but not there: a in {two}, ghost in {two}"
     assert error.got == f"there but not listed: a in {one}"
+    index(path, {"b": one, "a": one, "c": two, "ghost": two})
+    assert refuse(tmp_path, "LT-323").got == "there but not listed: none"
+    index(path, {"a": one, "c": two})
+    assert refuse(tmp_path, "LT-323").expected == "listed but not there: none"
 
 
 def test_same_key_in_two_shards(tmp_path: Path) -> None:
@@ -426,7 +443,9 @@ def test_pipeline_notes(tmp_path: Path) -> None:
     weights(tmp_path / "checkpoint-500" / "model.safetensors", "w")
     weights(tmp_path / "safety_checker" / "model.safetensors", "w")
     weights(tmp_path / "text_encoder" / "model.fp16.safetensors", "a")
-    said = notes(open_checkpoint(tmp_path))
+    found = open_checkpoint(tmp_path)
+    assert found.components == ("text_encoder", "unet")
+    said = notes(found)
     assert "ignored flux1-dev.safetensors" in said
     assert "ignored checkpoint-500/" in said
     assert "ignored safety_checker/" in said

@@ -183,6 +183,18 @@ def test_library_reads_our_file(tmp_path: Path) -> None:
     assert loaded["a"].tolist() == [7, 8, 9]
 
 
+def test_tensors_come_in_offset_order(tmp_path: Path) -> None:
+    text = (
+        b'{"z":{"dtype":"U8","shape":[2],"data_offsets":[4,6]},'
+        b'"a":{"dtype":"U8","shape":[4],"data_offsets":[0,4]},'
+        b'"e":{"dtype":"U8","shape":[0],"data_offsets":[4,4]}}'
+    )
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(len(text).to_bytes(8, "little") + text + b"\0" * 6)
+    assert [ref.name for ref in read_header(path).tensors] == ["a", "e", "z"]
+    assert as_library(path) == as_ours(read_header(path))
+
+
 def test_build_header_keeps_order_and_pads() -> None:
     raw, starts = build_header([TensorSpec("b", "F16", (2,)), ("a", "F32", (1,))], {})
     assert raw[8:].rstrip(b" ") == (
@@ -194,10 +206,11 @@ def test_build_header_keeps_order_and_pads() -> None:
     assert starts == (len(raw), len(raw) + 4)
 
 
+@pytest.mark.parametrize("metadata_", [{}, {"k": "v"}])
 @pytest.mark.parametrize("names_", [["a", "a"], ["__metadata__"]])
-def test_build_header_refuses_bad_names(names_: list[str]) -> None:
+def test_build_header_refuses_bad_names(names_: list[str], metadata_: dict[str, str]) -> None:
     with pytest.raises(BadFileError) as caught:
-        build_header([(n, "U8", (1,)) for n in names_], {"k": "v"})
+        build_header([(n, "U8", (1,)) for n in names_], metadata_)
     assert caught.value.code == "LT-306"
 
 

@@ -47,20 +47,61 @@ def plan(folder: Path, **options: Any) -> tuple[dict[str, Sidecar], str]:
     return {f.name: f for f in files}, "\n".join(notes)
 
 
-CARRIED = (
-    "config.json generation_config.json tokenizer.json tokenizer_config.json tokenizer.model "
-    "tokenizer.model.v3 special_tokens_map.json added_tokens.json vocab.json vocab.txt merges.txt "
-    "spiece.model sentencepiece.bpe.model qwen.tiktoken source.spm chat_template.jinja "
-    "chat_template.json preprocessor_config.json processor_config.json image_processor_config.json "
-    "video_preprocessor_config.json config_sentence_transformers.json modules.json normalizer.json "
-    "LICENSE LICENSE.txt LICENCE.md NOTICE NOTICE.txt USE_POLICY.md COPYING"
-).split()  # noqa: SIM905
-LEFT = (
-    "README.md adapter_config.json adapter_model.bin pytorch_model.bin model.gguf model.onnx "
-    "optimizer.pt training_args.bin trainer_state.json modeling_x.py config.py "
-    "quantize_config.json hf_quant_config.json loratool.json tf_model.h5 flax_model.msgpack "
-    "events.out.tfevents secrets.json token.txt adapter_model.safetensors"
-).split()  # noqa: SIM905
+CARRIED = [
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "tokenizer.model.v3",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "qwen.tiktoken",
+    "source.spm",
+    "chat_template.jinja",
+    "chat_template.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "image_processor_config.json",
+    "video_preprocessor_config.json",
+    "config_sentence_transformers.json",
+    "modules.json",
+    "normalizer.json",
+    "LICENSE",
+    "LICENSE.txt",
+    "LICENCE.md",
+    "NOTICE",
+    "NOTICE.txt",
+    "USE_POLICY.md",
+    "COPYING",
+]
+LEFT = [
+    "README.md",
+    "adapter_config.json",
+    "adapter_model.bin",
+    "pytorch_model.bin",
+    "model.gguf",
+    "model.onnx",
+    "optimizer.pt",
+    "training_args.bin",
+    "trainer_state.json",
+    "modeling_x.py",
+    "config.py",
+    "quantize_config.json",
+    "hf_quant_config.json",
+    "loratool.json",
+    "tf_model.h5",
+    "flax_model.msgpack",
+    "events.out.tfevents",
+    "secrets.json",
+    "token.txt",
+    "adapter_model.safetensors",
+]
 
 
 def test_what_goes_along(base: Path) -> None:

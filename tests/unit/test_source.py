@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from huggingface_hub.utils import filter_repo_objects
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -319,10 +320,13 @@ def fake_hub(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """A Hub that lists ``files`` (name -> (size, is_cached)) and records what is fetched."""
     state: dict[str, Any] = {"files": {}, "fetched": None}
 
-    def list_files(repo: str, revision: str | None) -> tuple[hub.RemoteFile, ...]:
+    def list_files(
+        repo: str, revision: str | None, *, allow_patterns: list[str]
+    ) -> tuple[hub.RemoteFile, ...]:
         if isinstance(state["files"], Exception):
             raise state["files"]
-        return tuple(hub.RemoteFile(n, s, c) for n, (s, c) in state["files"].items())
+        found = filter_repo_objects(state["files"], allow_patterns=allow_patterns)
+        return tuple(hub.RemoteFile(n, *state["files"][n]) for n in found)
 
     def snapshot(
         repo: str, revision: str | None, *, allow_patterns: list[str], offline: bool = False
@@ -366,6 +370,19 @@ def test_unreachable_hub_falls_back_to_the_cache(fake_hub: dict[str, Any]) -> No
     assert "no such local path; a cached copy, because the Hub cannot be reached" in note
     fake_hub["files"] = HubError("LT-703", "no such revision")
     refuse(lambda: resolve("hf://me/x@v9", kind="base"), "LT-703", exit_code=7)
+
+
+def test_only_what_may_be_wanted_is_asked_for(fake_hub: dict[str, Any]) -> None:
+    names = ["model_index.json", "unet/config.json", "unet/diffusion_pytorch_model.safetensors",
+             "tokenizer/merges.txt", "vae/LICENSE", "assets/x.png", "unet/x.bin"]  # fmt: skip
+    fake_hub["files"] = dict.fromkeys(names, (1, False))
+    resolve("hf://me/x", kind="base")
+    assert sorted(fake_hub["fetched"]) == sorted(names[:5])
+    names = ["sub/adapter_config.json", "sub/adapter_model.safetensors", "sub/optimizer.pt"]
+    fake_hub["files"] = dict.fromkeys(names, (1, False))
+    with pytest.raises(HubError):  # the fake snapshot holds no such folder
+        resolve("hf://me/x/sub", kind="adapter")
+    assert sorted(fake_hub["fetched"]) == names[:2]
 
 
 def test_names_are_fetched_literally(fake_hub: dict[str, Any]) -> None:
@@ -496,6 +513,7 @@ def test_errors_in_plain_words(
             exit_code=exit_code,
         )  # fmt: skip
     assert "secret" not in str(error)
+    assert error.__cause__ is None
     assert error.__suppress_context__
 
 

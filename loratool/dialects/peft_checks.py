@@ -1,0 +1,146 @@
+"""Do the tensors of one module fit together?"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NoReturn
+
+from loratool.adapter import TensorRef
+from loratool.dialects.peft_config import PeftConfig
+from loratool.dtypes import DTYPES
+from loratool.errors import BadFileError, MismatchError
+
+# Stored factors are widened before use; narrower types than these have no agreed meaning alone.
+_FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
+
+
+def check_factors(
+    module: str, roles: Mapping[str, TensorRef], *, is_embedding: bool
+) -> tuple[TensorRef, TensorRef]:
+    """The two factors of a module, both there, both whole matrices of floats.
+
+    Raises:
+        BadFileError: LT-362 a factor is missing, LT-364 empty or flattened, LT-365 wrong dtype,
+            LT-366 wrong number of dimensions.
+    """
+    names = ("embedding_A", "embedding_B") if is_embedding else ("lora_A", "lora_B")
+    for name, other in (names, names[::-1]):
+        if name not in roles:
+            there = roles.get(other) or next(iter(roles.values()))
+            spelled = f"lora_{name}" if is_embedding else f"{name}.weight"
+            raise BadFileError(
+                "LT-362", f"{spelled} of the module is missing", file=there.file, key=there.name,
+                expected=f"{module}.{spelled}",
+            )  # fmt: skip
+    lora_A, lora_B = roles[names[0]], roles[names[1]]
+    for ref in (lora_A, lora_B):
+        check_float(ref)
+        if len(ref.shape) < 2 or 0 in ref.shape:
+            _refuse_shard(ref)
+    if is_embedding and roles.keys() & {"lora_A", "lora_B"}:
+        raise BadFileError(
+            "LT-367", "a module has factors of an embedding and of a linear layer",
+            file=lora_A.file, key=module,
+        )  # fmt: skip
+    dims = len(lora_A.shape)
+    if dims != len(lora_B.shape) or dims > (2 if is_embedding else 5):
+        _refuse_shape(lora_B, f"{dims} dimensions, like lora_A {list(lora_A.shape)}")
+    if any(size != 1 for size in lora_B.shape[2:]):
+        _refuse_shape(lora_B, "(out, r, 1…) for a convolution")
+    return lora_A, lora_B
+
+
+def check_float(ref: TensorRef) -> None:
+    """Refuse what is no number format for factors.
+
+    Raises:
+        BadFileError: LT-365.
+    """
+    if ref.dtype not in _FLOATS:
+        raise BadFileError(
+            "LT-365", "a factor must be of a float type", file=ref.file, key=ref.name,
+            expected=", ".join(_FLOATS), got=f"{ref.dtype} ({DTYPES[ref.dtype].word or 'packed'})",
+        )  # fmt: skip
+
+
+def check_bias(bias: TensorRef, lora_B: TensorRef, module: str) -> None:
+    """``lora_B.bias`` has one value per output.
+
+    Raises:
+        BadFileError: LT-365, LT-366.
+    """
+    check_float(bias)
+    if bias.shape != lora_B.shape[:1]:
+        _refuse_shape(bias, f"({lora_B.shape[0]},) for {module}")
+
+
+def check_magnitude(magnitude: TensorRef, lora_B: TensorRef, config: PeftConfig) -> None:
+    """``lora_magnitude_vector`` has one value per output, and the configuration says DoRA.
+
+    Raises:
+        BadFileError: LT-365, LT-366.
+        MismatchError: LT-407.
+    """
+    check_float(magnitude)
+    if config.dora is False:
+        raise MismatchError(
+            "LT-407", "the file holds DoRA magnitudes, the configuration says use_dora: false",
+            file=config.file, key=magnitude.name, expected="use_dora: true",
+            hint="correct adapter_config.json: without the magnitudes the result differs",
+        )  # fmt: skip
+    if magnitude.numel != lora_B.shape[0] or max(magnitude.shape, default=1) != magnitude.numel:
+        _refuse_shape(magnitude, f"{lora_B.shape[0]} values")
+
+
+def check_diag(
+    diag: TensorRef | None, rank: int, module: str, lora_B: TensorRef, config: PeftConfig
+) -> TensorRef:
+    """``lora_diag`` of KaSA: r values, there exactly if the configuration says KaSA.
+
+    Raises:
+        BadFileError: LT-365, LT-366, LT-372.
+        MismatchError: LT-407.
+    """
+    if diag is None:
+        raise BadFileError(
+            "LT-372", "kasa_config is set, but the module has no diagonal", file=lora_B.file,
+            key=module, expected=f"{module}.lora_diag",
+        )  # fmt: skip
+    check_float(diag)
+    if config.base_change != "kasa":
+        raise MismatchError(
+            "LT-407", "the file holds KaSA diagonals, the configuration has no kasa_config",
+            file=config.file or diag.file, key=diag.name, expected="kasa_config",
+        )  # fmt: skip
+    if diag.shape != (rank,):
+        _refuse_shape(diag, f"({rank},)")
+    return diag
+
+
+def refuse_rank(ref: TensorRef, stated: int, found: int, config: PeftConfig) -> NoReturn:
+    """Tensor and configuration name different ranks.
+
+    Raises:
+        MismatchError: LT-405, always.
+    """
+    raise MismatchError(
+        "LT-405", "rank of the tensors and of the configuration differ", file=ref.file,
+        key=ref.name, expected=f"r = {stated} from {config.file.name if config.file else '?'}",
+        got=f"r = {found} from the shape {list(ref.shape)}", hint="--rank-from file|config",
+    )  # fmt: skip
+
+
+def _refuse_shard(ref: TensorRef) -> NoReturn:
+    raise BadFileError(
+        "LT-364", "an empty or flattened factor: the adapter was saved from one shard of DeepSpeed "
+        "ZeRO-3 or FSDP without gathering it", file=ref.file, key=ref.name,
+        expected="a matrix", got=f"shape {list(ref.shape)}",
+        hint="gather the parameters and save again (GatheredParameters, summon_full_params)",
+    )  # fmt: skip
+
+
+def _refuse_shape(ref: TensorRef, expected: str) -> NoReturn:
+    raise BadFileError(
+        "LT-366", "tensor has the wrong shape for its role", file=ref.file, key=ref.name,
+        expected=expected, got=list(ref.shape),
+    )  # fmt: skip

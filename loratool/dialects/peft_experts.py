@@ -1,0 +1,123 @@
+"""``target_parameters``: factors of bare parameters, whose names the keys do not tell.
+
+The tensors sit on the module that owns the parameters.  PEFT wraps that module once per
+parameter, in the order in which the module registers them; the first wrapper is the innermost,
+so the key of the first parameter has the most ``.base_layer``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from loratool.adapter import TensorRef
+from loratool.dialects.peft_config import PeftConfig
+from loratool.errors import MismatchError, list_some
+
+_WRAP = ".base_layer"
+# Order of registration in every expert class of transformers 5.23 (and DBRX: w1, v1, w2).
+_REGISTERED = (
+    "gate_up_proj", "gate_up_proj_bias", "gate_proj", "up_proj", "w1", "v1", "w3",
+    "down_proj", "down_proj_bias", "w2",
+)  # fmt: skip
+_THREE_D = frozenset(_REGISTERED) - {"gate_up_proj_bias", "down_proj_bias"}
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A bare parameter that a pair of factors belongs to.
+
+    Attributes:
+        module: path of the owner.
+        name: likeliest parameter name.
+        alternatives: other names that the configuration allows here.
+    """
+
+    module: str
+    name: str
+    alternatives: tuple[str, ...] = ()
+
+    @property
+    def full_name(self) -> str:
+        """What PEFT matches patterns against."""
+        return f"{self.module}.{self.name}"
+
+    @property
+    def is_expert(self) -> bool:
+        """True for names that only 3-D parameters of expert modules have."""
+        return self.name in _THREE_D and self.module.rpartition(".")[2].endswith("experts")
+
+
+def find_parameters(
+    modules: Mapping[str, Mapping[str, TensorRef]],
+    config: PeftConfig,
+    is_mha: Callable[[str], bool],
+) -> tuple[dict[str, Parameter], list[str]]:
+    """Which parameter each module path means; plain modules are left out.
+
+    Args:
+        modules: module path (with ``.base_layer`` infixes) -> roles.
+        config: of the adapter.
+        is_mha: is this module an nn.MultiheadAttention, which nests differently?
+
+    Returns:
+        Module path as in the file -> parameter, and notes.
+
+    Raises:
+        MismatchError: LT-409, more factors on one module than the configuration has parameters.
+    """
+    owners: dict[str, list[str]] = {}
+    for path, roles in modules.items():
+        if "lora_A" in roles and not is_mha(path):
+            owners.setdefault(_owner(path), []).append(path)
+    found: dict[str, Parameter] = {}
+    unsure: list[str] = []
+    for owner, paths in owners.items():
+        nested = any(path != owner for path in paths)
+        names = _candidates(owner, config)
+        if not nested and (not names or _is_target(owner, config)):
+            continue
+        if len(paths) > len(names):
+            ref = next(iter(modules[paths[0]].values()))
+            raise MismatchError(
+                "LT-409", f"factors of {len(paths)} parameters on one module", file=ref.file,
+                key=owner, expected=f"{len(paths)} parameters of it in target_parameters",
+                got=list_some(names) or "none" if config.file else "no configuration",
+            )  # fmt: skip
+        # Innermost (most wrapped) is the parameter that is registered first.
+        for path, name in zip(sorted(paths, key=len, reverse=True), names, strict=False):
+            others = tuple(n for n in names if n != name)
+            found[path] = Parameter(owner, name, others)
+        if len(names) > 1 and (len(paths) < len(names) or not set(names) <= set(_REGISTERED)):
+            unsure.append(owner)
+    notes = []
+    if unsure:
+        notes.append(
+            f"which parameter the factors of {list_some(unsure, 3)} change is not in the file: "
+            "by order and shape"
+        )
+    return found, notes
+
+
+def _owner(path: str) -> str:
+    while path.endswith(_WRAP):
+        path = path.removesuffix(_WRAP)
+    return path
+
+
+def _candidates(owner: str, config: PeftConfig) -> list[str]:
+    """Names of the owner's parameters that the configuration targets, in order of registration."""
+    names: list[str] = []
+    for target in config.parameters:
+        parent, _, name = target.rpartition(".")
+        fits = not parent or owner == parent or owner.endswith(f".{parent}")
+        if fits and name not in names:
+            names.append(name)
+    if set(names) <= set(_REGISTERED):
+        names.sort(key=_REGISTERED.index)
+    return names
+
+
+def _is_target(owner: str, config: PeftConfig) -> bool:
+    targets = config.targets or ()
+    return owner in targets or any(owner.endswith(f".{t}") for t in targets)
