@@ -86,6 +86,7 @@ def extract(
         rank=rank,
         include=include,
         exclude=exclude,
+        keep=keep,
         names=names,
     )
     resources = plan_resources(

@@ -105,12 +105,12 @@ def _families(report: ExtractReport) -> list[str]:
     rows = [
         (
             safe(f.family), str(f.modules), format_number(f.median_rank),
-            format_share(f.captured_energy), f"{f.relative_error:.3f}",
+            format_share(f.captured_energy, aligned=True), f"{f.relative_error:.3f}",
         )
         for f in report.families
     ]  # fmt: skip
-    total = ("total", str(len(report.modules)), "", format_share(report.captured_energy),
-             f"{report.relative_error:.3f}")  # fmt: skip
+    energy = format_share(report.captured_energy, aligned=True)
+    total = ("total", str(len(report.modules)), "", energy, f"{report.relative_error:.3f}")
     head = ("family", "modules", "rank", "energy", "rel. error")
     return table([*rows, total], head, right=(1, 2, 3, 4))
 
@@ -119,7 +119,7 @@ def _modules(report: ExtractReport) -> list[str]:
     rows = [
         (
             safe(m.name), format_shape(m.shape), str(m.rank), f"{m.norm:.3g}",
-            format_share(m.captured_energy), f"{m.relative_error:.3f}",
+            format_share(m.captured_energy, aligned=True), f"{m.relative_error:.3f}",
         )
         for m in report.modules
     ]  # fmt: skip

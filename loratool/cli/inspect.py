@@ -26,7 +26,7 @@ from loratool.errors import LoratoolError
 if TYPE_CHECKING:
     from loratool.report import AdapterSummary, CheckpointSummary, FolderRow, InspectReport
 
-_DIALECTS = {"peft": "PEFT", "mlx": "mlx", "gguf": "GGUF"}
+_DIALECTS = {"peft": "PEFT", "peft-file": "PEFT (no config)", "mlx": "mlx", "gguf": "GGUF"}
 _SHOWN_REPLACED = 5
 _DEAR_SHARE = 0.02
 """A replaced tensor from this share of the file on gets a line of its own."""

@@ -188,7 +188,7 @@ def render_losses(report: MergeReport) -> list[str]:
         (
             safe(m.name), m.dtype, f"{m.rho:.2e}",
             f"{m.predicted_loss if report.dry_run else m.loss:.2e}",
-            format_share(m.predicted_share if report.dry_run else m.changed_share),
+            format_share(m.predicted_share if report.dry_run else m.changed_share, aligned=True),
         )
         for m in report.modules
     ]  # fmt: skip

@@ -89,15 +89,21 @@ def three_digits(value: float) -> str:
     return f"{value:.2f}" if value < 9.995 else f"{value:.1f}" if value < 99.95 else f"{value:.0f}"
 
 
-def format_share(share: float) -> str:
-    """A fraction as per cent; never rounds up to 100 % or down to 0 %."""
+def format_share(share: float, *, aligned: bool = False) -> str:
+    """A fraction as per cent; never rounds up to 100 % or down to 0 %.
+
+    Args:
+        share: 0 to 1.
+        aligned: keep a zero after the point, for columns.
+    """
     percent = 100 * share
     if 0 < percent < 0.1:
         return f"{percent:.1g} %"
     if 99.9 < percent < 100:
         digits = next((d for d in range(2, 12) if round(percent, d) < 100), 12)
         return f"{percent:.{digits}f} %"
-    return f"{percent:.1f}".removesuffix(".0") + " %"
+    text = f"{percent:.1f}"
+    return (text if aligned else text.removesuffix(".0")) + " %"
 
 
 def format_seconds(seconds: float) -> str:

@@ -6,6 +6,7 @@ import importlib
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -54,7 +55,7 @@ class Candidate:
         names: file names in the folder, or the file's own name.
         config: `CONFIG_NAME` as read, None if there is none.
         config_path: where it was read from.
-        header: of the tensor file, None if that is no safetensors file.
+        weights: the safetensors file, None if there is none.
         head: first bytes of a file in another format.
     """
 
@@ -63,8 +64,13 @@ class Candidate:
     names: tuple[str, ...]
     config: Mapping[str, Any] | None = None
     config_path: Path | None = None
-    header: Header | None = None
+    weights: Path | None = None
     head: bytes = b""
+
+    @cached_property
+    def header(self) -> Header | None:
+        """Header of `weights`, read when the configuration alone does not tell the dialect."""
+        return None if self.weights is None else read_header(self.weights)
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -129,11 +135,10 @@ def examine(path: Path) -> Candidate:
         return Candidate(path, None, names)
     if is_pickle_name(path.name) and path.is_file():
         _refuse_pickle(path, names)
-    header = read_header(path)
     beside = path.with_name(CONFIG_NAME)
     if path.name == _WEIGHT_NAMES[0] and beside.is_file():
-        return Candidate(path, path.parent, names, load_json(beside), beside, header)
-    return Candidate(path, None, names, header=header)
+        return Candidate(path, path.parent, names, load_json(beside), beside, path)
+    return Candidate(path, None, names, weights=path)
 
 
 def _examine_folder(folder: Path) -> Candidate:
@@ -148,11 +153,11 @@ def _examine_folder(folder: Path) -> Candidate:
         known = others
     if known:
         found = examine(folder / known[0])
-        return Candidate(folder, folder, names, config, config_path, found.header, found.head)
+        return Candidate(folder, folder, names, config, config_path, found.weights, found.head)
     if _LITGPT in names:
         return Candidate(folder, folder, names, config, config_path)
     pickles = [n for n in names if is_pickle_name(n) and not _NO_WEIGHTS.match(n)]
-    if pickles and not others:
+    if pickles and (not others or any(n.startswith("adapter_model") for n in pickles)):
         _refuse_pickle(folder, pickles)
     raise BadFileError(
         "LT-360", "no adapter weights in this folder", file=folder,

@@ -1,179 +1,176 @@
-"""PEFT adapters of the LoRA family: read into the neutral form (writing: `peft_write`)."""
+"""The PEFT dialect: ``adapter_model.safetensors`` with ``adapter_config.json``."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import fnmatch
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
-from loratool.adapter import Adapter, ReadOptions, Replacement, TensorRef
-from loratool.dialects.base import Found
-from loratool.dialects.peft_config import PeftConfig, parse_config
-from loratool.dialects.peft_keys import Key, parse_key
-from loratool.dialects.peft_specs import make_specs
-from loratool.dialects.peft_write import write
-from loratool.errors import BadFileError, MismatchError, list_some
+from loratool.adapter import Adapter, DeltaSpec, ReadOptions, TensorRef
+from loratool.dialects.base import Candidate
+from loratool.dialects.peft_config import PeftConfig, parse_config, without_config
+from loratool.dialects.peft_keys import sort_tensors
+from loratool.dialects.peft_methods import refuse_method
+from loratool.dialects.peft_replacements import read_replacements
+from loratool.dialects.peft_specs import SpecReader
+from loratool.errors import BadFileError, UsageError, list_some
+from loratool.store.tokens import TOKENIZER_FILES
 
-__all__ = ["read", "write"]
-
-_EXTRAS = (
-    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt",
-    "chat_template*", "*preprocessor_config.json", "processor_config.json", "README.md",
-)  # fmt: skip
-
-
-@dataclass
-class Sorted:
-    """The tensors of a file by what they are.
-
-    Attributes:
-        factors: module -> role -> tensor.
-        embeddings: modules whose factors are spelled for embeddings.
-        bias_deltas: module -> ``lora_B.bias``.
-        replacements: tensor name -> (key, tensor).
-        tokens: tensor name -> rows.
-        unclaimed: training-only state, and wrappers' copies of original weights.
-        notes: one sentence each.
-    """
-
-    factors: dict[str, dict[str, TensorRef]] = field(default_factory=dict)
-    embeddings: set[str] = field(default_factory=set)
-    bias_deltas: dict[str, TensorRef] = field(default_factory=dict)
-    replacements: dict[str, tuple[Key, TensorRef]] = field(default_factory=dict)
-    tokens: dict[str, TensorRef] = field(default_factory=dict)
-    unclaimed: list[TensorRef] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
+SUPPORTED = ("LORA", "TRAINABLE_TOKENS")
+_EXTRAS = (*TOKENIZER_FILES, "preprocessor_config.json", "processor_config.json",
+           "*_preprocessor_config.json", "LICENSE*", "NOTICE*")  # fmt: skip
+_CHOICES: Mapping[str, tuple[str | None, ...]] = {
+    "rank_from": (None, "file", "config"),
+    "mha_out_proj": (None, "once", "twice"),
+    "experts_b_order": ("rank-major", "expert-major"),
+}
 
 
-def read(found: Found, options: ReadOptions) -> Adapter:
-    """Read a PEFT adapter.
+def read(candidate: Candidate, options: ReadOptions) -> Adapter:
+    """Read a PEFT adapter of the LoRA family.
 
     Raises:
-        MismatchError: another PEFT method, or facts that the files do not hold.
-        BadFileError: tensors and configuration contradict each other.
+        BadFileError: LT-361 … LT-372, damaged or contradictory files.
+        MismatchError: LT-402 … LT-415, another method, or a feature that cannot be merged right.
+        UsageError: LT-280, LT-281: ``alpha`` is needed, or an option makes no sense.
+
+    Example:
+        >>> read(examine(Path("style")), ReadOptions()).specs[0].scaling  # doctest: +SKIP
+        2.0
     """
-    assert found.header is not None
-    config = parse_config(found.config, found.path, options.alpha)
-    if config.alpha is None:
-        raise MismatchError(
-            "LT-404",
-            "no adapter_config.json: lora_alpha cannot be told from the tensors",
-            file=found.path,
-            hint="--alpha VALUE (the value used in training)",
+    _check_options(options)
+    header = candidate.header
+    if header is None:
+        raise BadFileError(
+            "LT-360", "a PEFT adapter needs adapter_model.safetensors", file=candidate.path
         )
-    tensors = found.header.tensors
-    if not tensors:
-        raise BadFileError("LT-365", "the file holds no tensors", file=found.header.path)
-    sorted_ = _sort(tensors, found.path)
-    specs, notes = make_specs(sorted_, config, options, found.path)
-    replacements = _replacements(sorted_, config, found.path)
-    base = found.config.get("base_model_name_or_path")
+    config = _read_config(candidate, options)
+    parts = read_tensors(header.tensors, config, options)
+    notes = [*config.notes, *parts.notes]
+    if not header.tensors:
+        notes.append("the file holds no tensors")
+    base_model = (candidate.config or {}).get("base_model_name_or_path")
     return Adapter(
-        found.path,
-        "peft",
-        tuple(specs),
-        tuple(replacements),
-        base if isinstance(base, str) and base else None,
-        found.config,
-        found.header.metadata,
-        tuple(t.name for t in tensors),
-        tuple(sorted_.unclaimed),
-        _layer_order(found.config, found.path),
-        tuple(dict.fromkeys([*sorted_.notes, *notes])),
-        tuple(_extras(found.folder)),
+        path=candidate.path,
+        dialect="peft",
+        specs=parts.specs,
+        replacements=parts.replacements,
+        base_model=base_model if isinstance(base_model, str) and base_model else None,
+        config=candidate.config or {},
+        metadata=header.metadata,
+        key_order=tuple(ref.name for ref in header.tensors),
+        unclaimed=parts.unclaimed,
+        layer_order=config.layer_order,
+        notes=tuple(notes),
+        extras=tuple(_find_extras(candidate)),
     )
 
 
-def _sort(tensors: tuple[TensorRef, ...], path: Path) -> Sorted:
-    out = Sorted()
-    keys = {t.name: parse_key(t.name) for t in tensors}
-    if not any(k.has_prefix for k in keys.values()):
-        out.notes.append("keys lack the prefix base_model.model.: PEFT itself would load nothing")
-    for ref in tensors:
-        key = keys[ref.name]
-        if key.what == "factor":
-            roles = out.factors.setdefault(key.module, {})
-            if key.role in roles:
-                raise BadFileError(
-                    "LT-366", "two tensors for one role", file=path, key=ref.name,
-                    got=roles[key.role].name,
-                )  # fmt: skip
-            roles[key.role] = ref
-            if key.is_embedding:
-                out.embeddings.add(key.module)
-        elif key.what == "bias_delta":
-            out.bias_deltas[key.module] = ref
-        elif key.what == "tokens":
-            out.tokens[key.module] = ref
-        elif key.what == "replacement":
-            _add_replacement(out, key, ref)
-        else:
-            out.unclaimed.append(ref)
-    dropped = [r.name for r in out.unclaimed if keys[r.name].what == "dropped"]
-    if dropped:
-        out.notes.append(f"copies of original weights not used: {list_some(dropped, 3)}")
-    return out
-
-
-def _add_replacement(out: Sorted, key: Key, ref: TensorRef) -> None:
-    """modules_to_save wins over a plain copy of the same tensor (``bias="all"`` writes both)."""
-    held = out.replacements.get(key.module)
-    if held is None or (key.role == "saved" and held[0].role != "saved"):
-        if held is not None:
-            out.unclaimed.append(held[1])
-        out.replacements[key.module] = (key, ref)
-    else:
-        out.unclaimed.append(ref)
-
-
-def _replacements(found: Sorted, config: PeftConfig, path: Path) -> list[Replacement]:
-    saved = config.raw.get("modules_to_save") or ()
-    out = []
-    for name, (key, ref) in found.replacements.items():
-        module = name.rpartition(".")[0]
-        is_saved = any(module == m or module.endswith(f".{m}") for m in saved)
-        out.append(Replacement(name, ref, "modules_to_save" if is_saved else key.origin))
-    for name, ref in found.tokens.items():
-        rows = _token_rows(config, name, path)
-        if len(ref.shape) != 2 or len(rows) != ref.shape[0]:
-            raise BadFileError(
-                "LT-367", "trainable tokens and their indices differ in number", file=path,
-                key=ref.name, expected=f"{len(rows)} rows", got=list(ref.shape),
-            )  # fmt: skip
-        out.append(Replacement(name, ref, "trainable_tokens", rows))
-    return out
-
-
-def _token_rows(config: PeftConfig, name: str, path: Path) -> tuple[int, ...]:
-    given = config.raw.get("trainable_token_indices") or config.raw.get("token_indices")
-    module = name.removesuffix(".weight")
-    if isinstance(given, dict):
-        given = next((v for k, v in given.items() if module == k or module.endswith(f".{k}")), None)
-    is_list = isinstance(given, list) and all(type(i) is int and i >= 0 for i in given)
-    if not is_list or len(set(given or ())) != len(given or ()):
+def read_tensors(refs: Iterable[TensorRef], config: PeftConfig, options: ReadOptions) -> Adapter:
+    """Specs, replacements, unclaimed tensors and notes of a file; paths and names stay empty."""
+    found = sort_tensors(refs)
+    reader = SpecReader(config, options, found.modules)
+    specs = reader.read()
+    if specs and config.method != "LORA":
+        key = next(iter(specs[0].fields.values())).name
         raise BadFileError(
-            "LT-368", "no usable token indices", file=path, key=name,
-            expected="trainable_token_indices: different whole numbers", got=str(given)[:80],
+            "LT-366", "LoRA factors in an adapter of another method", file=config.file, key=key,
+            got=config.method,
         )  # fmt: skip
-    return tuple(given or ())
+    replacements, hidden, notes = read_replacements(found, config)
+    notes = [*found.notes, *reader.notes, *notes, *_notes(specs, config)]
+    if found.training:
+        names = list_some((ref.name for ref in found.training), 3)
+        notes.append(f"{len(found.training)} tensors are state of training, not used: {names}")
+    if found.originals:
+        names = list_some((ref.name for ref in found.originals), 3)
+        notes.append(f"{len(found.originals)} untrained original_module copies dropped: {names}")
+    unclaimed = (*found.training, *found.originals, *hidden, *reader.unused)
+    return Adapter(
+        Path(), "peft", tuple(specs), tuple(replacements), unclaimed=unclaimed, notes=tuple(notes)
+    )
 
 
-def _layer_order(config: Mapping[str, Any], path: Path) -> tuple[int, ...] | None:
-    spans = config.get("layer_replication")
-    if not spans:
-        return None
-    try:
-        order = tuple(i for start, stop in spans for i in range(start, stop))
-    except (TypeError, ValueError) as error:
-        raise BadFileError(
-            "LT-369", "bad layer_replication", file=path, key="layer_replication",
-            expected="a list of [start, stop]", got=str(spans)[:80],
-        ) from error  # fmt: skip
-    if len(order) > 10_000 or any(i < 0 for i in order):
-        raise BadFileError("LT-369", "bad layer_replication", file=path, got=str(spans)[:80])
-    return order
+def unmergeable_reason(adapter: Adapter) -> str | None:
+    """Why a PEFT adapter that can be read cannot be merged, None if it can.
+
+    Example:
+        >>> unmergeable_reason(open_adapter(Path("alora")))  # doctest: +SKIP
+        'aLoRA acts only after its invocation tokens'
+    """
+    config = adapter.config
+    if config.get("alora_invocation_tokens") is not None:
+        return "aLoRA acts only after its invocation tokens: no change of the weights equals it"
+    if config.get("arrow_config") is not None:
+        return "Arrow routes every token through several adapters: no change of weights equals it"
+    if config.get("use_qalora"):
+        return "QA-LoRA acts on pooled inputs of a GPTQ base; merge it inside PEFT's own tools"
+    if not adapter.specs and not adapter.replacements:
+        return "it holds no tensors that change the base"
+    return None
 
 
-def _extras(folder: Path) -> list[Path]:
-    return sorted({p for pattern in _EXTRAS for p in folder.glob(pattern) if p.is_file()})
+def _check_options(options: ReadOptions) -> None:
+    for name, allowed in _CHOICES.items():
+        value = getattr(options, name)
+        if value not in allowed:
+            words = ", ".join(str(a) for a in allowed if a)
+            raise UsageError(
+                "LT-281", f"unknown --{name.replace('_', '-')}", expected=words, got=value
+            )
+
+
+def _read_config(candidate: Candidate, options: ReadOptions) -> PeftConfig:
+    raw = candidate.config
+    if raw is None:
+        if options.alpha is None:
+            raise UsageError(
+                "LT-280", "a PEFT file without adapter_config.json does not say its alpha",
+                file=candidate.path, hint="--alpha VALUE, or put adapter_config.json beside it",
+            )  # fmt: skip
+        return without_config(options.alpha)
+    method = raw.get("peft_type")
+    if method not in SUPPORTED:
+        refuse_method(method, candidate.config_path)
+    return parse_config(raw, candidate.config_path)
+
+
+def _notes(specs: list[DeltaSpec], config: PeftConfig) -> list[str]:
+    notes = []
+    if config.file is None:
+        notes.append("no configuration: rank from the shapes, scaling alpha/rank (no rsLoRA)")
+    else:
+        notes += [n for n in (config.ranks.note, config.alphas.note) if n]
+    if config.init.startswith("pissa_niter"):
+        notes.append(
+            "pissa_niter took a randomised SVD of the base, which cannot be repeated exactly: "
+            "the exact SVD is used"
+        )
+    ignored = _untargeted(specs, config)
+    if ignored:
+        notes.append(
+            f"PEFT would ignore {len(ignored)} modules that target_modules does not name: "
+            f"{list_some(ignored, 3)}"
+        )
+    return notes
+
+
+def _untargeted(specs: list[DeltaSpec], config: PeftConfig) -> list[str]:
+    targets = config.targets
+    if not targets or config.ties or config.parameters:
+        return []
+    inside = {f"{s.module}.out_proj" for s in specs if s.parameter == "in_proj_weight"}
+    modules = {s.module for s in specs} - inside
+    return [
+        m for m in modules if m not in targets and not m.endswith(tuple(f".{t}" for t in targets))
+    ]
+
+
+def _find_extras(candidate: Candidate) -> Iterable[Path]:
+    if candidate.folder is None:
+        return
+    for entry in sorted(candidate.folder.iterdir()):
+        name = entry.name
+        is_ours = any(fnmatch.fnmatch(name, pattern) for pattern in _EXTRAS)
+        if (entry.is_file() and is_ours) or name == "additional_chat_templates":
+            yield entry

@@ -60,6 +60,7 @@ class PeftConfig:
         init: ``init_lora_weights`` in words.
         modules_to_save: as listed.
         targets: ``target_modules`` if it is a list.
+        has_target_pattern: ``target_modules`` is one regular expression, or ``all-linear``.
         parameters: ``target_parameters``.
         token_indices: for all embeddings, or by module.
         layer_order: from ``layer_replication``.
@@ -83,6 +84,7 @@ class PeftConfig:
     init: str = "true"
     modules_to_save: tuple[str, ...] = ()
     targets: tuple[str, ...] | None = None
+    has_target_pattern: bool = False
     parameters: tuple[str, ...] = ()
     token_indices: tuple[int, ...] | Mapping[str, tuple[int, ...]] | None = None
     layer_order: tuple[int, ...] | None = None
@@ -115,6 +117,7 @@ def parse_config(config: Mapping[str, Any], file: Path | None) -> PeftConfig:
     missing = [k for k in ("r", "lora_alpha") if config.get(k) is None]
     is_lora = config.get("peft_type") == "LORA"
     notes = [f"{k} is missing: {DEFAULT_RANK}, as in PEFT" for k in missing if is_lora]
+    is_pattern = isinstance(config.get("target_modules"), str)
     indices = fields.indices("trainable_token_indices" if is_lora else "token_indices")
     bias = fields.text("bias", "none")
     if bias not in ("none", "all", "lora_only"):
@@ -132,9 +135,8 @@ def parse_config(config: Mapping[str, Any], file: Path | None) -> PeftConfig:
         base_change=base_change,
         init=init,
         modules_to_save=fields.texts("modules_to_save") or (),
-        targets=None
-        if isinstance(config.get("target_modules"), str)
-        else fields.texts("target_modules"),
+        targets=None if is_pattern else fields.texts("target_modules"),
+        has_target_pattern=is_pattern,
         parameters=fields.texts("target_parameters") or (),
         token_indices=indices,
         layer_order=_read_layers(fields),

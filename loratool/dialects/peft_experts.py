@@ -17,7 +17,7 @@ from loratool.errors import MismatchError, list_some
 _WRAP = ".base_layer"
 # Order of registration in every expert class of transformers 5.23 (and DBRX: w1, v1, w2).
 _REGISTERED = (
-    "gate_up_proj", "gate_up_proj_bias", "gate_proj", "up_proj", "w1", "v1", "w3",
+    "gate_up_proj", "gate_up_proj_bias", "gate_proj", "up_proj", "w1", "v1",
     "down_proj", "down_proj_bias", "w2",
 )  # fmt: skip
 _THREE_D = frozenset(_REGISTERED) - {"gate_up_proj_bias", "down_proj_bias"}
@@ -68,14 +68,15 @@ def find_parameters(
     """
     owners: dict[str, list[str]] = {}
     for path, roles in modules.items():
-        if "lora_A" in roles and not is_mha(path):
+        is_mha_output = f"{_WRAP}." in path
+        if "lora_A" in roles and not is_mha(path) and not is_mha_output:
             owners.setdefault(_owner(path), []).append(path)
     found: dict[str, Parameter] = {}
     unsure: list[str] = []
     for owner, paths in owners.items():
         nested = any(path != owner for path in paths)
         names = _candidates(owner, config)
-        if not nested and (not names or _is_target(owner, config)):
+        if not nested and (not names or _is_plain(owner, modules[owner]["lora_A"], config)):
             continue
         if len(paths) > len(names):
             ref = next(iter(modules[paths[0]].values()))
@@ -99,6 +100,11 @@ def find_parameters(
     return found, notes
 
 
+def registration_order(name: str) -> int:
+    """Sort key that puts a module's parameters in the order in which it registers them."""
+    return _REGISTERED.index(name) if name in _REGISTERED else len(_REGISTERED)
+
+
 def _owner(path: str) -> str:
     while path.endswith(_WRAP):
         path = path.removesuffix(_WRAP)
@@ -118,6 +124,9 @@ def _candidates(owner: str, config: PeftConfig) -> list[str]:
     return names
 
 
-def _is_target(owner: str, config: PeftConfig) -> bool:
+def _is_plain(owner: str, lora_A: TensorRef, config: PeftConfig) -> bool:
+    """True if ``target_modules`` covers the owner, so that its factors belong to its weight."""
+    if config.has_target_pattern:  # the pattern may be anything: only flattened experts differ
+        return lora_A.shape[:1] == (int(config.ranks.get(owner, config.rank or 0)),)
     targets = config.targets or ()
     return owner in targets or any(owner.endswith(f".{t}") for t in targets)

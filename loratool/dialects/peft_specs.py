@@ -31,6 +31,7 @@ class SpecReader:
         options: what the user says.
         modules: module path -> role -> tensor.
         notes: filled while reading.
+        unused: tensors that PEFT stores and never uses; filled while reading.
     """
 
     config: PeftConfig
@@ -68,15 +69,17 @@ class SpecReader:
         lora_A, lora_B = check_factors(module, roles, is_embedding=is_embedding)
         if parameter is not None:
             return [self._read_parameter(parameter, lora_A, lora_B, roles)]
-        owner, target, gain = self._place(module)
+        owner, target, is_mha_output = self._place(module)
         spec = self._make(
             owner, target, lora_A, lora_B,
             layout="embedding" if is_embedding else "conv" if len(lora_A.shape) > 2 else "linear",
-            pattern_name=module.removesuffix(_MHA_OUT) if gain else module,
+            # PEFT adapts both projections of an attention module with the numbers of the module.
+            pattern_name=module.removesuffix(_MHA_OUT) if is_mha_output else module,
         )  # fmt: skip
         spec = self._with_variant(spec, module, roles)
+        twice = 2.0 if is_mha_output and self._twice() else 1.0
+        made = [dataclasses.replace(spec, scaling=spec.scaling * twice)]
         bias = roles.get("bias")
-        made = [dataclasses.replace(spec, scaling=spec.scaling * gain) if gain else spec]
         if bias is not None:
             check_bias(bias, lora_B, module)
             if target != "weight":
@@ -90,14 +93,14 @@ class SpecReader:
     def _is_mha(self, module: str) -> bool:
         return "lora_A" in self.modules.get(module + _MHA_OUT, {})
 
-    def _place(self, module: str) -> tuple[str, str, float]:
-        """(module, parameter, gain) of a plain module; gain 0 if it is no MHA output."""
+    def _place(self, module: str) -> tuple[str, str, bool]:
+        """(module, parameter, is it the out_proj of a MultiheadAttention) of a plain module."""
         if self._is_mha(module):
-            return module, "in_proj_weight", 0.0
+            return module, "in_proj_weight", False
         mha = module.removesuffix(_MHA_OUT)
         if mha != module and "lora_A" in self.modules.get(mha, {}):
-            return f"{mha}.out_proj", "weight", 2.0 if self._twice() else 1.0
-        return module, "weight", 0.0
+            return f"{mha}.out_proj", "weight", True
+        return module, "weight", False
 
     def _twice(self) -> bool:
         asked = self.options.mha_out_proj

@@ -22,7 +22,8 @@ from loratool.errors import NumericError
 from loratool.linalg import rounding, svd
 from loratool.plan import DeltaPart, ReplacePart, Step
 
-_SAMPLE_COLS = 32  # columns of the sample block that the prediction looks at
+# The prediction looks at about this many elements of a tensor, in at most so many blocks.
+_SAMPLE, _SAMPLE_BLOCKS, _SAMPLE_ROWS = 8192, 32, 64
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class SumResult:
         delta_square: ΣΔ².
         error_square: Σ(rounding error)².
         changed: elements whose bits differ from the base's.
-        expected_error: predicted mean square of the rounding error (one sample block).
+        expected_loss: predicted Σ(rounding error)² / ΣΔ², from a sample.
         expected_share: predicted share of elements that change.
     """
 
@@ -48,7 +49,7 @@ class SumResult:
     delta_square: float
     error_square: float
     changed: int
-    expected_error: float
+    expected_loss: float
     expected_share: float
 
 
@@ -62,9 +63,10 @@ class AddDeltas(Kernel):
         self.deltas: list[Delta] = []
         self.dense: list[tuple[int, float]] = []  # (input position, weight) of whole replacements
         self._sums: dict[int, tuple[torch.Tensor, int]] = {}
-        self._expected = (0.0, 0.0)
+        self._picked: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         count = len(grid.blocks(step.view, env.elements))
-        self._sample = count // 2
+        self._every = max(1, count // _SAMPLE_BLOCKS)
+        self._per_block = max(1, _SAMPLE // max(1, min(count, _SAMPLE_BLOCKS)))
 
     def prepare(self) -> None:
         """Load factors, fold coefficients in, measure norms where a delta asks for it."""
@@ -146,29 +148,41 @@ class AddDeltas(Kernel):
         out: torch.Tensor,
     ) -> None:
         weight_square = _dot(weight)
-        sample = acc.clone() if block.index == self._sample else None
         if out.dtype == base.dtype:
             changed = count_differing(out, base)
         else:
             changed = int((acc != weight).sum())
         torch.sub(acc, weight, out=weight)
         delta_square = _dot(weight)
-        if sample is not None and (self.deltas or self.dense):
-            self._expect(sample, weight)
+        if block.index % self._every == 0 and (self.deltas or self.dense):
+            self._pick(block.index, acc, weight)
         weight.copy_(out).sub_(acc)
         error_square = _dot(weight)
         sums = torch.stack([weight_square, delta_square, error_square]).double()
         self._sums[block.index] = (sums, changed)
 
-    def _expect(self, summed: torch.Tensor, delta: torch.Tensor) -> None:
-        sigma = delta.square().mean(1, keepdim=True).sqrt()  # (rows, 1)
-        rows = sigma.flatten() > 0
-        if not bool(rows.any()) or summed.dtype == self.target:
-            return
-        step = max(1, summed.shape[1] // _SAMPLE_COLS)
-        error, share = rounding.expected_rounding(summed[rows, ::step], sigma[rows], self.target)
-        touched = float(rows.double().mean())
-        self._expected = (error * touched, share * touched)
+    def _pick(self, index: int, summed: torch.Tensor, delta: torch.Tensor) -> None:
+        """Keep a few sums, and the size of the change in their rows, for the prediction."""
+        height = min(delta.shape[0], _SAMPLE_ROWS)
+        rows = slice(None, None, delta.shape[0] // height)
+        cols = slice(None, None, max(1, delta.shape[1] * height // self._per_block))
+        sigma = delta[rows].square().mean(1, keepdim=True).sqrt()  # (rows, 1)
+        values = summed[rows, cols].clone()
+        self._picked[index] = (values, sigma.expand_as(values))
+
+    def _expected(self) -> tuple[float, float]:
+        """Predicted (Σ error² / ΣΔ², share changed), from what `_pick` kept."""
+        if not self._picked or self.dtype == self.target:
+            return 0.0, float(bool(self._picked))
+        picked = [self._picked[i] for i in sorted(self._picked)]
+        values = torch.cat([v.flatten() for v, _ in picked])
+        sigma = torch.cat([s.flatten() for _, s in picked])
+        moved = sigma > 0
+        if not bool(moved.any()):
+            return 0.0, 0.0
+        error, share = rounding.expected_rounding(values[moved], sigma[moved], self.target)
+        change = float(sigma[moved].double().square().mean())
+        return error / change, share * float(moved.double().mean())
 
     def finish(self) -> SumResult:
         """Add the blocks up, in their order.
@@ -190,7 +204,7 @@ class AddDeltas(Kernel):
         )
         return SumResult(
             self.step.output.name, self.step.output.dtype, numel, weight, delta, error,
-            sum(changed for _, changed in ordered), *self._expected,
+            sum(changed for _, changed in ordered), *self._expected(),
         )  # fmt: skip
 
 

@@ -34,7 +34,7 @@ class RunOptions:
         device: where kernels run.
         threads: workers.
         chunk_bytes: bytes per piece of input; None = the device's default.
-        sample: only one block of each changed tensor, nothing written (``--dry-run``).
+        sample: only a few blocks of each changed tensor, nothing written (``--dry-run``).
         progress: called with (bytes done, bytes in all).
     """
 
@@ -140,8 +140,8 @@ class _Run:
             if self.options.sample:
                 if step.op != "add_deltas" or not pieces:
                     continue
-                middle = [b for p in pieces for b in p]
-                pieces = [[middle[len(middle) // 2]]]
+                whole = [b for p in pieces for b in p]
+                pieces = [[whole[i]] for i in sorted({0, len(whole) // 2, len(whole) - 1})]
             maker = KERNELS.get(step.op)
             job = _Job(index, step, maker(step, self.env) if maker else None, len(pieces))
             if not pieces:

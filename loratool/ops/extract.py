@@ -14,6 +14,9 @@ from loratool.errors import MismatchError, UsageError, list_some
 from loratool.plan import Plan, Step, TensorSpec
 from loratool.store.checkpoint import Checkpoint
 
+KEEP_WORDS = ("embeddings", "all")
+"""Values of ``--keep`` that are no regular expressions."""
+
 _EMBEDDING = re.compile(
     r"(^|[._])(embed\w*|embeddings?|wte|wpe|shared|embed_(in|out|tokens))\.weight$"
 )
@@ -79,6 +82,7 @@ def plan_extract(
     rank: int,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
+    keep: Sequence[str] = (),
     names: str = "v5",
 ) -> ExtractPlan:
     """Plan tuned - base, tensor by tensor.
@@ -89,6 +93,7 @@ def plan_extract(
         rank: rank of every module (cut to the module's short side).
         include: regular expressions; only modules that match are factored, embeddings too.
         exclude: modules that are not factored.
+        keep: as in `assemble`; tensors kept by a regular expression are not factored.
         names: ``v5`` (in-memory names of transformers 5) or ``v4`` (on-disk names).
 
     Raises:
@@ -104,7 +109,8 @@ def plan_extract(
                 hint="use the 16-bit checkpoints",
             )
     matched, created, notes = _match(tuned, base)
-    factored = _choose(matched, include, exclude)
+    whole = [k for k in keep if k not in KEEP_WORDS]
+    factored = _choose(matched, include, [*exclude, *whole])
     mhas = {p.module for p in factored if p.role == "in_proj"}
     pairs, steps = [], []
     for pair in matched:
@@ -392,7 +398,7 @@ def _complete_mha(
 
 
 def _keepable(changed: Sequence[Pair], keep: Sequence[str]) -> list[Pair]:
-    patterns = [_compile(k) for k in keep if k not in ("embeddings", "all")]
+    patterns = [_compile(k) for k in keep if k not in KEEP_WORDS]
     kept = []
     for pair in changed:
         if pair.role == "bare":

@@ -15,6 +15,7 @@ from loratool.report import Loads
 VLLM_MAX_RANK = 16
 """Default of vLLM's ``--max-lora-rank``."""
 
+_FOREIGN = {"peft-file": "no adapter_config.json"}
 _CAUSAL = ("CAUSAL_LM", "SEQ_2_SEQ_LM")
 
 
@@ -26,7 +27,7 @@ def judge_loads(adapter: Adapter) -> tuple[Loads, ...]:
         Loads(program='vLLM', verdict='no', reasons=('modules_to_save',))
     """
     if adapter.dialect != "peft":
-        why = (f"{adapter.dialect} file",)
+        why = (_FOREIGN.get(adapter.dialect, f"{adapter.dialect} file"),)
         native = {"gguf": "llama.cpp"}.get(adapter.dialect)
         return tuple(
             Loads(program, "yes" if program == native else "no", () if program == native else why)

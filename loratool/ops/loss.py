@@ -31,7 +31,7 @@ def module_losses(
     for row in rows:
         measured = max(1, row["numel"])
         scale = sizes.get(row["name"], measured) / measured
-        expected = row["expected_error"] * measured
+        expected = row["expected_loss"] * row["delta_square"]
         values = {
             "weight": row["weight_square"],
             "delta": row["delta_square"],

@@ -21,8 +21,8 @@ from loratool.report import (
 from loratool.store.checkpoint import Checkpoint, open_checkpoint
 from loratool.store.source import find_adapter
 
-NO_ADAPTER = "LT-401"
-"""Code of "not an adapter of any known dialect": then a file is taken for a checkpoint."""
+NO_ADAPTER = "LT-400"
+"""Code of "not an adapter that loratool knows": then a file is taken for a checkpoint."""
 
 _ADAPTER_FILE = re.compile(r"(adapter_model|adapters|\d+_adapters|pytorch_lora_weights)[.-].*")
 _MODEL_FILE = re.compile(
@@ -30,6 +30,7 @@ _MODEL_FILE = re.compile(
     r"|(model|diffusion_pytorch_model)[.-].*safetensors"
 )
 _QUANTISED_NAME = re.compile(r"bnb-\dbit|-(GPTQ|AWQ|FP8|int[48])\b|-4bit\b", re.IGNORECASE)
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _PLAIN_NAME = re.compile(r"[\w.~/-]+")
 
 
@@ -118,9 +119,16 @@ def _next_step(adapter: Adapter, named: str) -> str | None:
     if unmergeable_reason(adapter):
         return None
     base = adapter.base_model
-    if not base or _QUANTISED_NAME.search(base) or not _PLAIN_NAME.fullmatch(base):
+    if not base or _QUANTISED_NAME.search(base) or not _can_be_base(base):
         base = "BASE"
     return shlex.join(["loratool", "merge", named, "--base", base, "-o", "merged", "--dry-run"])
+
+
+def _can_be_base(name: str) -> bool:
+    """True for a Hub name, or a harmless path that is there."""
+    if _HUB_NAME.fullmatch(name):
+        return True
+    return bool(_PLAIN_NAME.fullmatch(name)) and Path(name).exists()
 
 
 def _adapter_tensors(adapter: Adapter) -> list[TensorRow]:

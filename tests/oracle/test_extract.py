@@ -210,10 +210,12 @@ def test_fused_attention_and_convolution(tmp_path: Path) -> None:
         for i, p in enumerate(model.parameters()):
             if p.dim() >= 2:
                 flat = p.view(p.shape[0], -1)
-                p.add_((randn(flat.shape[0], 2, seed=i) @ randn(2, flat.shape[1], seed=i + 50)).view_as(p) * 0.02)  # fmt: skip
+                change = randn(flat.shape[0], 2, seed=i) @ randn(2, flat.shape[1], seed=i + 50)
+                p.add_(change.view_as(p) * 0.02)
     for folder, state in (("base", base), ("tuned", model.state_dict())):
         (tmp_path / folder).mkdir()
-        save_file({k: v.contiguous() for k, v in state.items()}, str(tmp_path / folder / "model.safetensors"))  # fmt: skip
+        tensors = {k: v.contiguous() for k, v in state.items()}
+        save_file(tensors, str(tmp_path / folder / "model.safetensors"))
     lt.extract(tmp_path / "tuned", base=tmp_path / "base", output=tmp_path / "lora", rank=2)
     lt.merge([str(tmp_path / "lora")], base=tmp_path / "base", output=tmp_path / "merged")
     merged = load_file(str(tmp_path / "merged" / "model.safetensors"))

@@ -95,6 +95,7 @@ def test_counts(count, text):
 )  # fmt: skip
 def test_shares_never_claim_all_or_nothing(share, text):
     assert render.format_share(share) == text
+    assert render.format_share(0.85, aligned=True) == "85.0 %"
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from safetensors.torch import save_file
 
 from loratool.adapter import Adapter, DeltaSpec, Replacement, TensorRef
-from loratool.errors import BadFileError
+from loratool.errors import BadFileError, LoratoolError, MismatchError
 from loratool.ops.adapter_summary import format_ranges, summarize_adapter
 from loratool.ops.loads import judge_loads
 from loratool.ops.summary import summarize
@@ -147,6 +148,8 @@ def test_unusual_shapes_and_tasks() -> None:
 def test_other_dialects() -> None:
     found = verdicts(adapter(*LAYERS, dialect="gguf"))
     assert found["llama.cpp"] == ("yes", ()) and found["PEFT"] == ("no", ("gguf file",))
+    found = verdicts(adapter(*LAYERS, dialect="peft-file"))
+    assert set(found.values()) == {("no", ("no adapter_config.json",))}
 
 
 # ---------------------------------------------------------------------------------- files
@@ -191,6 +194,22 @@ def test_adapter_config_in_a_checkpoint_is_told(folder: Path) -> None:
     (folder / "base" / "adapter_config.json").write_text("{}")
     found = summarize(folder / "base")
     assert found.what == "checkpoint" and "adapter_config.json" in found.warnings[0]
+
+
+def test_a_recognised_dialect_that_is_not_read_is_no_checkpoint(tmp_path: Path) -> None:
+    path = tmp_path / "style.safetensors"
+    save_file({"lora_unet_x.lora_down.weight": randn(2, 4, seed=1),
+               "lora_unet_x.lora_up.weight": randn(6, 2, seed=2)}, str(path))  # fmt: skip
+    with pytest.raises(MismatchError, match="kohya"):
+        summarize(path)
+
+
+def test_file_without_configuration_needs_alpha(folder: Path) -> None:
+    file = (folder / "good" / "adapter_model.safetensors").rename(folder / "x.safetensors")
+    with pytest.raises(LoratoolError, match="alpha"):
+        summarize(file)
+    found = summarize(file, alpha=4)
+    assert found.adapter is not None and found.adapter.scalings == {"2": 2}
 
 
 def test_folder_gives_rows_and_errors(folder: Path) -> None:

@@ -1,0 +1,81 @@
+"""The methods of PEFT that loratool knows by name and does not read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NoReturn
+
+from loratool.errors import MismatchError
+
+_WEIGHTS = "a change of weights that loratool does not read yet"
+_PROMPT = "it adds prompts or states to the input: it has no change of weights"
+_ROUTER = "it routes every token at run time: it has no fixed change of weights"
+
+# peft_type -> (title, what it is); every PeftType of 0.21.2 but LORA and TRAINABLE_TOKENS.
+METHODS: dict[str, tuple[str, str]] = {
+    "ADALORA": ("AdaLoRA", _WEIGHTS),
+    "ADAMSS": ("AdaMSS", _WEIGHTS),
+    "BEFT": ("BEFT", _WEIGHTS),
+    "BOFT": ("BOFT", _WEIGHTS),
+    "BONE": ("Bone", _WEIGHTS),
+    "C3A": ("C3A", _WEIGHTS),
+    "DEFT": ("DEFT", _WEIGHTS),
+    "DELORA": ("DeLoRA", _WEIGHTS),
+    "FOURIERFT": ("FourierFT", _WEIGHTS),
+    "FROD": ("FRoD", _WEIGHTS),
+    "GLORA": ("GLoRA", _WEIGHTS),
+    "GRALORA": ("GraLoRA", _WEIGHTS),
+    "HIRA": ("HiRA", _WEIGHTS),
+    "HRA": ("HRA", _WEIGHTS),
+    "IA3": ("IA³", _WEIGHTS),
+    "LN_TUNING": ("LN tuning", _WEIGHTS),
+    "LOHA": ("LoHa", _WEIGHTS),
+    "LOKR": ("LoKr", _WEIGHTS),
+    "MISS": ("MiSS", _WEIGHTS),
+    "OFT": ("OFT", _WEIGHTS),
+    "OSF": ("OSF", _WEIGHTS),
+    "PEANUT": ("PEANuT", _WEIGHTS),
+    "PSOFT": ("PSOFT", _WEIGHTS),
+    "PVERA": ("PVeRA", _WEIGHTS),
+    "RANDLORA": ("RandLoRA", _WEIGHTS),
+    "ROAD": ("RoAd", _WEIGHTS),
+    "SHIRA": ("SHiRA", _WEIGHTS),
+    "SUPERTUNING": ("SuperTuning", _WEIGHTS),
+    "TINYLORA": ("TinyLoRA", _WEIGHTS),
+    "UNILORA": ("Uni-LoRA", _WEIGHTS),
+    "VBLORA": ("VB-LoRA", _WEIGHTS),
+    "VERA": ("VeRA", _WEIGHTS),
+    "WAVEFT": ("WaveFT", _WEIGHTS),
+    "LILY": ("Lily", _ROUTER),
+    "POLY": ("Poly", _ROUTER),
+    "SHADOW": ("Shadow", _ROUTER),
+    "XLORA": ("X-LoRA", _ROUTER),
+    "ADAPTION_PROMPT": ("LLaMA-Adapter", _PROMPT),
+    "CARTRIDGE": ("Cartridge", _PROMPT),
+    "CPT": ("CPT", _PROMPT),
+    "MULTITASK_PROMPT_TUNING": ("multitask prompt tuning", _PROMPT),
+    "P_TUNING": ("P-tuning", _PROMPT),
+    "PREFIX_TUNING": ("prefix tuning", _PROMPT),
+    "PROMPT_TUNING": ("prompt tuning", _PROMPT),
+}
+
+
+def refuse_method(method: object, config_path: Path | None) -> NoReturn:
+    """Refuse a PEFT adapter of a method that is not read.
+
+    Raises:
+        MismatchError: LT-402 a method known by name, LT-403 an unknown one.
+    """
+    known = METHODS.get(method) if isinstance(method, str) else None
+    if known is None:
+        raise MismatchError(
+            "LT-403", "unknown PEFT method", file=config_path, key="peft_type",
+            expected="LORA or TRAINABLE_TOKENS", got=repr(method)[:60],
+            hint="written by a newer PEFT, or by a plug-in of it",
+        )  # fmt: skip
+    title, what = known
+    hint = "peft.convert_to_lora makes a LoRA adapter of it" if what == _WEIGHTS else None
+    raise MismatchError(
+        "LT-402", f"{title} adapters are not supported", file=config_path, key="peft_type",
+        expected="LORA or TRAINABLE_TOKENS", got=f"{method}: {what}", hint=hint,
+    )  # fmt: skip

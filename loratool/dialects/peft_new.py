@@ -1,0 +1,149 @@
+"""``adapter_config.json`` for an adapter that was made here."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from loratool.adapter import Adapter, DeltaSpec
+from loratool.dialects.peft_new_keys import NewLayout
+
+PEFT_VERSION = "0.21.2"  # whose reading the files were tested with
+# What a changed adapter keeps of its old configuration: fields that say nothing about numbers.
+_KEPT = ("auto_mapping", "revision", "lora_dropout")
+_TASKS = (
+    ("ForCausalLM", "CAUSAL_LM", ()),
+    ("LMHeadModel", "CAUSAL_LM", ()),
+    ("ForConditionalGeneration", "SEQ_2_SEQ_LM", ()),
+    ("ForSequenceClassification", "SEQ_CLS", ("classifier", "score")),
+    ("ForTokenClassification", "TOKEN_CLS", ("classifier", "score")),
+    ("ForQuestionAnswering", "QUESTION_ANS", ("qa_outputs",)),
+)
+
+
+def new_config(
+    adapter: Adapter,
+    *,
+    base_config: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """A configuration under which PEFT 0.21.2 finds every tensor of the adapter.
+
+    Ranks and alphas follow from the specs: one value for all where they agree, else
+    ``rank_pattern`` and ``alpha_pattern`` with literal paths.
+
+    Args:
+        adapter: the deltas and replacements.
+        base_config: the base's ``config.json``, for ``task_type``.
+
+    Raises:
+        MismatchError: LT-411 … LT-413, PEFT cannot hold the adapter.
+    """
+    layout = NewLayout(adapter)
+    rows = [(module, spec) for module, spec in layout.targets.items()]
+    rows += [(s.name, s) for specs in layout.parameters.values() for s in specs]
+    ranks = {name: spec.rank for name, spec in rows}
+    alphas = {name: alpha_of(spec) for name, spec in rows}
+    rank, alpha = _commonest(list(ranks.values())), _commonest(list(alphas.values()))
+    config: dict[str, Any] = {
+        "peft_type": "LORA",
+        "task_type": _task(adapter, layout, base_config),
+        "base_model_name_or_path": adapter.base_model,
+        "peft_version": PEFT_VERSION,
+        "inference_mode": True,
+        "r": rank,
+        "lora_alpha": alpha,
+        "rank_pattern": _pattern(ranks, rank),
+        "alpha_pattern": _pattern(alphas, alpha),
+        "target_modules": sorted(layout.targets),
+        "modules_to_save": sorted(layout.saved) or None,
+        "bias": "all" if layout.has_biases else "none",
+        "lora_bias": bool(layout.biases),
+        "use_dora": any(s.kind == "dora" for s in adapter.specs),
+        "use_rslora": False,
+        "fan_in_fan_out": not layout.parameters and any(s.transposed for s in adapter.specs),
+        "init_lora_weights": True,
+        "lora_dropout": 0.0,
+    }
+    if layout.parameters:
+        config["target_parameters"] = [s.name for ss in layout.parameters.values() for s in ss]
+    if layout.tokens:
+        config["trainable_token_indices"] = {
+            module: list(found.rows or ()) for module, found in layout.tokens.items()
+        }
+    if adapter.layer_order is not None:
+        config["layer_replication"] = _replication(adapter.layer_order)
+    old = adapter.config if adapter.dialect == "peft" and not layout.parameters else {}
+    return config | {key: old[key] for key in _KEPT if old.get(key) is not None}
+
+
+def alpha_of(spec: DeltaSpec) -> int | float:
+    """The alpha that gives a spec's scaling as α/r; a whole number where it is one."""
+    alpha = spec.alpha
+    if alpha is None or alpha / spec.rank != spec.scaling:
+        alpha = spec.scaling * spec.rank
+    return int(alpha) if float(alpha).is_integer() else alpha
+
+
+def task_type_of(config: Mapping[str, Any]) -> str | None:
+    """PEFT's ``task_type`` for a base's ``config.json``, None where PEFT has none.
+
+    Example:
+        >>> task_type_of({"architectures": ["LlamaForCausalLM"]})
+        'CAUSAL_LM'
+    """
+    found = _find_task(config)
+    return None if found is None else found[0]
+
+
+def _find_task(config: Mapping[str, Any]) -> tuple[str, tuple[str, ...]] | None:
+    architectures = config.get("architectures")
+    names = architectures if isinstance(architectures, list) else []
+    for ending, task, heads in _TASKS:
+        if any(isinstance(n, str) and n.endswith(ending) for n in names):
+            # Vision-language models have the same ending, but no encoder-decoder.
+            if task == "SEQ_2_SEQ_LM" and config.get("is_encoder_decoder") is not True:
+                return None
+            return task, heads
+    return None
+
+
+def _task(adapter: Adapter, layout: NewLayout, base_config: Mapping[str, Any] | None) -> str | None:
+    kept = adapter.config.get("task_type") if adapter.dialect == "peft" else None
+    if isinstance(kept, str):
+        return kept
+    found = _find_task(base_config or {})
+    if found is None:
+        return None
+    task, heads = found
+    # For these tasks PEFT saves the head by itself and fails on a file that does not have it.
+    has_head = any(module.endswith(heads) for module in layout.saved) if heads else True
+    return task if has_head else None
+
+
+def _commonest(values: Sequence[Any]) -> Any:
+    return Counter(values).most_common(1)[0][0] if values else 8
+
+
+def _pattern(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
+    """Literal patterns for the names whose value is not the default."""
+    out = {}
+    for name, value in values.items():
+        if value == default:
+            continue
+        # A path also matches as the end of a longer one: then it is tied to the beginning.
+        is_ending = any(other.endswith(f".{name}") for other in values)
+        out[("^" if is_ending else "") + re.escape(name)] = value
+    return out
+
+
+def _replication(order: Sequence[int]) -> list[list[int]]:
+    """Runs [first, end) of consecutive layers."""
+    runs: list[list[int]] = []
+    for layer in order:
+        if runs and layer == runs[-1][1]:
+            runs[-1][1] += 1
+        else:
+            runs.append([layer, layer + 1])
+    return runs

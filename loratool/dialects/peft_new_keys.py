@@ -1,0 +1,242 @@
+"""Tensor names of a new PEFT adapter: where PEFT's wrappers put each tensor."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NoReturn
+
+from loratool.adapter import Adapter, DeltaSpec, Replacement, Source
+from loratool.dialects.peft_experts import registration_order
+from loratool.dialects.peft_keys import PREFIX
+from loratool.errors import MismatchError, list_some
+
+_WRAP = ".base_layer"
+
+
+class NewLayout:
+    """How the deltas and replacements of an adapter lie in a PEFT model.
+
+    Attributes:
+        path: of the adapter, for messages.
+        targets: plain target modules and MultiheadAttention modules -> the spec that gives rank
+            and scaling.
+        parameters: owner -> specs of its bare parameters, in order of registration.
+        outputs: out_proj of a MultiheadAttention -> spec.
+        biases: module -> spec of its bias delta.
+        saved: modules saved whole, in file order.
+        plain: replacement tensors that load under their own name.
+        tokens: module -> replacement of some rows.
+
+    Raises:
+        MismatchError: LT-411 … LT-413.
+    """
+
+    def __init__(self, adapter: Adapter) -> None:
+        self.path = adapter.path
+        self.targets: dict[str, DeltaSpec] = {}
+        self.parameters: dict[str, list[DeltaSpec]] = {}
+        self.outputs: dict[str, DeltaSpec] = {}
+        self.biases: dict[str, DeltaSpec] = {}
+        self.saved: dict[str, list[Replacement]] = {}
+        self.plain: list[Replacement] = []
+        self.tokens: dict[str, Replacement] = {}
+        self._check_names(adapter)
+        mhas = {s.module for s in adapter.specs if s.parameter == "in_proj_weight"}
+        for spec in adapter.specs:
+            self._check_kind(spec)
+            self._put(spec, mhas)
+        self._check_mhas(mhas)
+        self._check_biases()
+        self._check_dora(adapter.specs)
+        self._put_replacements(adapter.replacements)
+        self._check_saved()
+
+    @property
+    def has_biases(self) -> bool:
+        """True if whole biases are stored outside of saved modules."""
+        return any(r.name.rpartition(".")[2] == "bias" for r in self.plain)
+
+    def wraps(self, module: str) -> int:
+        """How many PEFT layers lie around a module."""
+        if module in self.parameters:
+            return len(self.parameters[module])
+        return int(module in self.targets or module in self.outputs)
+
+    def key(self, module: str, *, inside: bool = False) -> str:
+        """Path of a module in the PEFT model; ``inside`` goes through its own layers too."""
+        parts, out = module.split("."), PREFIX.rstrip(".")
+        for number, part in enumerate(parts, 1):
+            out += f".{part}"
+            if number < len(parts) or inside:
+                out += _WRAP * self.wraps(".".join(parts[:number]))
+        return out
+
+    def _put(self, spec: DeltaSpec, mhas: set[str]) -> None:
+        mha, _, leaf = spec.module.rpartition(".")
+        if spec.kind == "vector":
+            self.biases[spec.module] = spec
+        elif spec.parameter == "in_proj_weight":
+            self.targets[spec.module] = spec
+        elif spec.parameter != "weight" or spec.layout == "experts":
+            self.parameters.setdefault(spec.module, []).append(spec)
+            self.parameters[spec.module].sort(key=lambda s: registration_order(s.parameter))
+        elif leaf == "out_proj" and mha in mhas:
+            self.outputs[spec.module] = spec
+        else:
+            self.targets[spec.module] = spec
+        both = self.parameters.keys() & self.targets.keys()
+        if both:
+            self._refuse("LT-411", "a module and a parameter of it are both adapted", both)
+        if "" in self.parameters or "" in self.targets:
+            self._refuse("LT-411", "a parameter of the model itself has no module", [spec.name])
+
+    def _put_replacements(self, replacements: Sequence[Replacement]) -> None:
+        whole = {r.name for r in replacements if r.rows is None}
+        for replacement in replacements:
+            module, _, _ = replacement.name.rpartition(".")
+            if replacement.rows is not None:
+                if self.wraps(module) or f"{module}.weight" in whole:
+                    self._refuse("LT-411", "rows and the whole of a tensor change", [module])
+                self.tokens[module] = replacement
+            elif f"{module}.weight" in whole and not self._is_wrapped(module):
+                self.saved.setdefault(module, []).append(replacement)
+            else:
+                self.plain.append(replacement)
+        for module in [m for m in self.saved if _inner_of(m, self.saved)]:
+            outer = _inner_of(module, self.saved)
+            self.saved[outer].extend(self.saved.pop(module))
+
+    def _is_wrapped(self, module: str) -> bool:
+        """True if the module or one around it is a PEFT layer."""
+        parts = module.split(".")
+        return any(self.wraps(".".join(parts[:n])) for n in range(1, len(parts) + 1))
+
+    def _check_names(self, adapter: Adapter) -> None:
+        names = [s.name for s in adapter.specs] + [
+            f"{r.name} (rows)" if r.rows is not None else f"{r.name} (whole)"
+            for r in adapter.replacements
+        ]
+        twice = [name for name, count in Counter(names).items() if count > 1]
+        if twice:
+            self._refuse("LT-411", "one tensor is changed twice", twice)
+
+    def _check_kind(self, spec: DeltaSpec) -> None:
+        reasons = {
+            f"kind {spec.kind}": spec.kind not in ("lowrank", "dora", "vector"),
+            f"{spec.base_change} changes the base": bool(spec.base_change),
+            "block-diagonal factors": spec.blocks is not None,
+            "a diagonal between the factors": "diag" in spec.fields,
+            "experts packed expert-major": spec.b_order != "rank-major",
+        }
+        found = [reason for reason, holds in reasons.items() if holds]
+        if found:
+            self._refuse("LT-411", f"a new configuration cannot hold {found[0]}", [spec.name])
+
+    def _check_mhas(self, mhas: set[str]) -> None:
+        """PEFT adapts both projections of a MultiheadAttention with one rank and one scaling."""
+        for mha in sorted(mhas):
+            joined, output = self.targets[mha], self.outputs.get(f"{mha}.out_proj")
+            if output is None:
+                self._refuse("LT-412", "PEFT adapts out_proj together with in_proj", [mha])
+            if output.rank != joined.rank or output.scaling != 2 * joined.scaling:
+                self._refuse(
+                    "LT-412",
+                    "PEFT gives out_proj the rank and twice the scaling of in_proj",
+                    [mha],
+                    f"rank {joined.rank}, scaling {2 * joined.scaling:g}",
+                    f"rank {output.rank}, scaling {output.scaling:g}",
+                )
+
+    def _check_biases(self) -> None:
+        """``lora_bias`` is one switch for all modules."""
+        if not self.biases:
+            return
+        plain = {m for m, s in self.targets.items() if s.layout in ("linear", "conv")}
+        others = [*self.parameters, *self.outputs, *(self.targets.keys() - plain)]
+        odd = sorted({*others, *(plain ^ self.biases.keys())})
+        if odd:
+            self._refuse("LT-412", "lora_bias needs a bias delta on every module, or none", odd)
+        uneven = [m for m, s in self.biases.items() if s.scaling != self.targets[m].scaling]
+        if uneven or any(s.kind == "dora" for s in self.targets.values()):
+            self._refuse("LT-412", "a bias delta has its module's scaling, without DoRA",
+                         uneven or self.biases)  # fmt: skip
+
+    def _check_dora(self, specs: Sequence[DeltaSpec]) -> None:
+        """``use_dora`` is one switch for all modules."""
+        weights = [s for s in specs if s.kind != "vector"]
+        dora = [s.name for s in weights if s.kind == "dora"]
+        if dora and (len(dora) < len(weights) or self.parameters or self.outputs):
+            odd = [s.name for s in weights if s.kind != "dora"] or dora
+            self._refuse("LT-412", "PEFT has DoRA on all modules, or on none", odd)
+
+    def _check_saved(self) -> None:
+        """PEFT takes every module whose path ends like an entry of modules_to_save."""
+        others = {*self.targets, *self.parameters, *self.outputs, *self.tokens,
+                  *(r.name.rpartition(".")[0] for r in self.plain)}  # fmt: skip
+        for entry in self.saved:
+            caught = [m for m in others | self.saved.keys() - {entry}
+                      if m.endswith(entry) or f".{m}.".find(f".{entry}.") >= 0]  # fmt: skip
+            if caught:
+                self._refuse(
+                    "LT-413", f"modules_to_save of {entry!r} would catch other modules", caught
+                )
+
+    def _refuse(
+        self,
+        code: str,
+        what: str,
+        keys: Iterable[str],
+        expected: str | None = None,
+        got: str | None = None,
+    ) -> NoReturn:
+        raise MismatchError(
+            code, f"PEFT cannot hold this adapter: {what}", file=self.path, key=list_some(keys),
+            expected=expected, got=got,
+        )  # fmt: skip
+
+
+def new_tensors(adapter: Adapter) -> list[tuple[str, Source]]:
+    """(key, tensor) of every delta and replacement of an adapter.
+
+    Raises:
+        MismatchError: LT-411 … LT-413, PEFT cannot hold it.
+    """
+    layout = NewLayout(adapter)
+    out: list[tuple[str, Source]] = []
+    for module, spec in (*layout.targets.items(), *layout.outputs.items()):
+        out.extend(_factors(layout.key(module), spec))
+    for owner, specs in layout.parameters.items():
+        for depth, spec in enumerate(reversed(specs)):
+            out.extend(_factors(layout.key(owner) + _WRAP * depth, spec))
+    for module, spec in layout.biases.items():
+        out.append((f"{layout.key(module)}.lora_B.bias", spec.fields["delta"]))
+    for module, rows in layout.tokens.items():
+        key = f"{layout.key(module)}.token_adapter.trainable_tokens_delta"
+        out.append((key, rows.source))
+    for replacement in (*layout.plain, *(r for rs in layout.saved.values() for r in rs)):
+        module, _, leaf = replacement.name.rpartition(".")
+        path = layout.key(module, inside=True) if module else PREFIX.rstrip(".")
+        out.append((f"{path}.{leaf}", replacement.source))
+    return out
+
+
+def _factors(key: str, spec: DeltaSpec) -> list[tuple[str, Source]]:
+    names = ("lora_A.weight", "lora_B.weight")
+    if spec.layout == "embedding":
+        names = ("lora_embedding_A", "lora_embedding_B")
+    found = [(f"{key}.{names[0]}", spec.fields["lora_A"]),
+             (f"{key}.{names[1]}", spec.fields["lora_B"])]  # fmt: skip
+    if "magnitude" in spec.fields:
+        found.append((f"{key}.lora_magnitude_vector", spec.fields["magnitude"]))
+    return found
+
+
+def _inner_of(module: str, saved: Mapping[str, object]) -> str:
+    """The outermost saved module around a module, "" if there is none."""
+    parts = module.split(".")
+    for number in range(1, len(parts)):
+        outer = ".".join(parts[:number])
+        if outer in saved:
+            return outer
+    return ""
