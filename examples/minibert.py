@@ -1,7 +1,7 @@
 """A BERT sentence encoder in plain torch: the demo then needs no transformers.
 
 Holds what all-MiniLM-L6-v2 uses and nothing else: WordPiece, six post-norm layers, mean
-pooling.  Agrees with `transformers` to 1e-6 on its embeddings (tests/slow/test_examples.py).
+pooling.  Agrees with `transformers` to 1e-6 on its embeddings (tests/cli/test_examples.py).
 """
 
 from __future__ import annotations

@@ -31,18 +31,15 @@ __all__ = [
     "write_adapter_files",
 ]
 
-_PEFT = {
-    "read": "loratool.dialects.peft:read",
-    "write": "loratool.dialects.peft_write:write",
-    "form": "folder",
-}
-
 DIALECTS: tuple[Dialect, ...] = (
     Dialect(
         "gguf", "GGUF (llama.cpp)", looks.is_gguf, suffixes=(".gguf",),
         hint="use the PEFT adapter that it was converted from",
     ),
-    Dialect("peft", "PEFT", looks.is_peft_folder, **_PEFT),
+    Dialect(
+        "peft", "PEFT", looks.is_peft_folder, form="folder",
+        read="loratool.dialects.peft:read", write="loratool.dialects.peft_write:write",
+    ),
     Dialect("mlx", "mlx-lm", looks.is_mlx, form="folder"),
     Dialect("litgpt", "litgpt", looks.is_litgpt, form="folder", suffixes=(".lora",)),
     Dialect("megatron", "NeMo / Megatron", looks.is_megatron, hint="export it to PEFT in NeMo"),

@@ -33,12 +33,12 @@ def is_mlx(candidate: Candidate) -> bool:
 
 
 def is_litgpt(candidate: Candidate) -> bool:
-    """litgpt's pickle, by name."""
+    """The pickle of litgpt, by name."""
     return "lit_model.pth.lora" in candidate.names
 
 
 def is_torchtune(candidate: Candidate) -> bool:
-    """torchtune's own names: ``layers.N.attn.q_proj.lora_a.weight``."""
+    """Own names of torchtune: ``layers.N.attn.q_proj.lora_a.weight``."""
     return candidate.has_key(r"(^|\.)layers\.\d+\..*\.lora_[ab]\.weight$")
 
 
@@ -62,7 +62,7 @@ def is_lycoris(candidate: Candidate) -> bool:
 
 
 def is_kohya(candidate: Candidate) -> bool:
-    """kohya's flat names with ``lora_down``/``lora_up`` (also OneTrainer and musubi)."""
+    """Flat names of kohya with ``lora_down``/``lora_up`` (also OneTrainer and musubi)."""
     return candidate.has_key(r"^lora_(unet|te\d?|prior_unet|prior_te|transformer)_") or (
         candidate.has_key(r"\.lora_down\.weight$") and not candidate.has_key(r"^diffusion_model\.")
     )
@@ -74,7 +74,7 @@ def is_comfyui(candidate: Candidate) -> bool:
 
 
 def is_diffusers(candidate: Candidate) -> bool:
-    """diffusers pipelines: ``unet.``, ``text_encoder.`` or a diffusion transformer."""
+    """Pipelines of diffusers: ``unet.``, ``text_encoder.`` or a diffusion transformer."""
     old = candidate.has_key(r"(\.lora|_lora|lora_linear_layer)\.(down|up)\.weight$")
     if old or "lora_adapter_metadata" in (candidate.header.metadata if candidate.header else {}):
         return True

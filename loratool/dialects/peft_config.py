@@ -187,7 +187,7 @@ class _Fields:
             return default
         if type(value) is not int or not 1 <= value <= MAX_RANK:
             self.refuse(key, f"a whole number from 1 to {MAX_RANK}", value)
-        return value  # type: ignore[no-any-return]
+        return int(value)
 
     def number(self, key: str, default: float, value: Any = None) -> float:
         value = self.config.get(key) if value is None else value
@@ -261,12 +261,14 @@ def _read_layers(fields: _Fields) -> tuple[int, ...] | None:
     if value is None:
         return None
     order: list[int] = []
-    pairs = value if isinstance(value, list) else [None]
+    pairs: list[Any] = value if isinstance(value, list) else [()]
     for pair in pairs:
-        is_pair = isinstance(pair, list) and len(pair) == 2 and all(type(n) is int for n in pair)
-        if not is_pair or not 0 <= pair[0] < pair[1] <= MAX_LAYERS - len(order):
+        numbers = [n for n in pair if type(n) is int] if isinstance(pair, list) else []
+        if len(numbers) != 2 or len(pair) != 2 or not 0 <= numbers[0] < numbers[1] <= MAX_LAYERS:
             fields.refuse("layer_replication", "pairs [first, end) of layers", value)
-        order.extend(range(*pair))
+        order.extend(range(*numbers))
+        if len(order) > MAX_LAYERS:
+            fields.refuse("layer_replication", f"at most {MAX_LAYERS} layers", len(order))
     return tuple(order) or None
 
 

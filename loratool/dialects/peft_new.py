@@ -14,13 +14,19 @@ PEFT_VERSION = "0.21.2"  # whose reading the files were tested with
 # What a changed adapter keeps of its old configuration: fields that say nothing about numbers.
 _KEPT = ("auto_mapping", "revision", "lora_dropout")
 _TASKS = (
-    ("ForCausalLM", "CAUSAL_LM", ()),
-    ("LMHeadModel", "CAUSAL_LM", ()),
-    ("ForConditionalGeneration", "SEQ_2_SEQ_LM", ()),
-    ("ForSequenceClassification", "SEQ_CLS", ("classifier", "score")),
-    ("ForTokenClassification", "TOKEN_CLS", ("classifier", "score")),
-    ("ForQuestionAnswering", "QUESTION_ANS", ("qa_outputs",)),
+    ("ForCausalLM", "CAUSAL_LM"),
+    ("LMHeadModel", "CAUSAL_LM"),
+    ("ForConditionalGeneration", "SEQ_2_SEQ_LM"),
+    ("ForSequenceClassification", "SEQ_CLS"),
+    ("ForTokenClassification", "TOKEN_CLS"),
+    ("ForQuestionAnswering", "QUESTION_ANS"),
 )
+# Heads that PEFT adds to modules_to_save by itself for these tasks.
+_HEADS = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
 
 
 def new_config(
@@ -93,19 +99,14 @@ def task_type_of(config: Mapping[str, Any]) -> str | None:
         >>> task_type_of({"architectures": ["LlamaForCausalLM"]})
         'CAUSAL_LM'
     """
-    found = _find_task(config)
-    return None if found is None else found[0]
-
-
-def _find_task(config: Mapping[str, Any]) -> tuple[str, tuple[str, ...]] | None:
     architectures = config.get("architectures")
     names = architectures if isinstance(architectures, list) else []
-    for ending, task, heads in _TASKS:
+    for ending, task in _TASKS:
         if any(isinstance(n, str) and n.endswith(ending) for n in names):
             # Vision-language models have the same ending, but no encoder-decoder.
             if task == "SEQ_2_SEQ_LM" and config.get("is_encoder_decoder") is not True:
                 return None
-            return task, heads
+            return task
     return None
 
 
@@ -113,12 +114,10 @@ def _task(adapter: Adapter, layout: NewLayout, base_config: Mapping[str, Any] | 
     kept = adapter.config.get("task_type") if adapter.dialect == "peft" else None
     if isinstance(kept, str):
         return kept
-    found = _find_task(base_config or {})
-    if found is None:
-        return None
-    task, heads = found
-    # For these tasks PEFT saves the head by itself and fails on a file that does not have it.
-    has_head = any(module.endswith(heads) for module in layout.saved) if heads else True
+    task = adapter.task_type or task_type_of(base_config or {})
+    heads = _HEADS.get(task or "", ())
+    # PEFT fails on a file that does not hold such a head.
+    has_head = not heads or any(module.endswith(heads) for module in layout.saved)
     return task if has_head else None
 
 

@@ -29,9 +29,9 @@ _REFUSED = {
 
 
 class Patterns:
-    """One pattern table: the first key in file order whose pattern ends a module path wins.
+    r"""One pattern table: the first key in file order whose pattern ends a module path wins.
 
-    A key ``k`` matches as ``re.match(rf"(.*\\.)?({k})$", name)``, exactly as in PEFT 0.21.2.
+    A key ``k`` matches as ``re.match(rf"(.*\.)?({k})$", name)``, exactly as in PEFT 0.21.2.
 
     Args:
         table: pattern -> value, in file order.

@@ -165,7 +165,7 @@ class SpecReader:
             return None
         side_a = any(part in module for part in rule.side_a)
         side_b = any(part in module for part in rule.side_b)
-        if side_a and side_b or (rule.is_strict and not (side_a or side_b)):
+        if (side_a and side_b) or (rule.is_strict and not (side_a or side_b)):
             raise MismatchError(
                 "LT-408", "use_bdlora does not say which factor is block-diagonal",
                 file=self.config.file, key=module, expected="a match in one of the two lists",

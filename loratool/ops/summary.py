@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 from loratool.adapter import Adapter, ReadOptions
@@ -35,7 +36,12 @@ _PLAIN_NAME = re.compile(r"[\w.~/-]+")
 
 
 def summarize(
-    path: Path, *, tensors: bool = False, alpha: float | None = None, source: str | None = None
+    path: Path,
+    *,
+    tensors: bool = False,
+    alpha: float | None = None,
+    source: str | None = None,
+    label: str | None = None,
 ) -> InspectReport:
     """Describe what lies at a path, from headers alone.
 
@@ -44,6 +50,7 @@ def summarize(
         tensors: list every tensor.
         alpha: lora_alpha for files without a configuration.
         source: how the user named it; None = the path.
+        label: short name; None = the last part of the path.
 
     Raises:
         BadFileError: nothing that can be described is there, or it is damaged.
@@ -53,17 +60,18 @@ def summarize(
         {16: 252}
     """
     named = source or str(path)
+    label = label or path.name or path.resolve().name
     what = _what(path)
     if what == "folder":
         return InspectReport(source=named, what=what, rows=tuple(_rows(path, alpha)))
     if what == "checkpoint":
-        return _describe_checkpoint(path, named, tensors)
+        return _describe_checkpoint(path, named, label, tensors)
     try:
-        return _describe_adapter(path, named, tensors, alpha)
+        return _describe_adapter(path, named, label, tensors, alpha)
     except MismatchError as error:
         if what == "adapter" or error.code != NO_ADAPTER:
             raise
-    return _describe_checkpoint(path, named, tensors)
+    return _describe_checkpoint(path, named, label, tensors)
 
 
 def _what(path: Path) -> str:
@@ -83,12 +91,14 @@ def _what(path: Path) -> str:
 # --------------------------------------------------------------------------------- adapters
 
 
-def _describe_adapter(path: Path, named: str, tensors: bool, alpha: float | None) -> InspectReport:
+def _describe_adapter(
+    path: Path, named: str, label: str, tensors: bool, alpha: float | None
+) -> InspectReport:
     adapter = open_adapter(find_adapter(path), ReadOptions(alpha=alpha))
     return InspectReport(
         source=named,
         what="adapter",
-        adapter=summarize_adapter(adapter),
+        adapter=replace(summarize_adapter(adapter), label=label),
         tensors=tuple(_adapter_tensors(adapter)) if tensors else (),
         warnings=tuple(_warnings(adapter)),
         notes=adapter.notes,
@@ -145,7 +155,7 @@ def _adapter_tensors(adapter: Adapter) -> list[TensorRow]:
 # ------------------------------------------------------------------------------ checkpoints
 
 
-def _describe_checkpoint(path: Path, named: str, tensors: bool) -> InspectReport:
+def _describe_checkpoint(path: Path, named: str, label: str, tensors: bool) -> InspectReport:
     checkpoint = open_checkpoint(path)
     warnings = []
     if checkpoint.is_folder and (path / "adapter_config.json").exists():
@@ -153,7 +163,7 @@ def _describe_checkpoint(path: Path, named: str, tensors: bool) -> InspectReport
     return InspectReport(
         source=named,
         what="checkpoint",
-        checkpoint=summarize_checkpoint(checkpoint),
+        checkpoint=replace(summarize_checkpoint(checkpoint), label=label),
         tensors=tuple(
             TensorRow(name, dtype_word(ref.dtype), ref.shape, ref.nbytes)
             for name, ref in (checkpoint.tensors.items() if tensors else ())
