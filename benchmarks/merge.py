@@ -155,6 +155,7 @@ def run_peft(folder: Path, out: Path, device: str) -> float:
 
 
 METHODS = {"cp": run_cp, "loratool": run_loratool, "naive": run_naive, "peft": run_peft}
+ON_GPU = ("loratool", "peft")  # with --device cuda these run there as well
 
 
 def measure(method: str, folder: Path, device: str) -> tuple[float, float]:
@@ -185,6 +186,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--reps", type=int, default=5)
     parser.add_argument("--layers", type=int, default=16)
+    parser.add_argument("--warm-up", type=int, default=1)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dir", type=Path)
     parser.add_argument("--skip", action="append", default=[])
@@ -199,12 +201,15 @@ def main() -> None:
         size = sum(f.stat().st_size for f in (folder / "base").glob("*.safetensors"))
         print(f"model {size / 1e9:.2f} GB bfloat16 in {SHARDS} shards, rank {RANK}, {args.device}")
         names = [m for m in METHODS if m not in args.skip]
+        if args.device != "cpu":
+            names += [f"{m}@{args.device}" for m in ON_GPU if m not in args.skip]
         times: dict[str, list[float]] = {n: [] for n in names}
         peaks: dict[str, list[float]] = {n: [] for n in names}
-        for rep in range(args.reps + 1):  # the first round warms the page cache
+        for rep in range(-args.warm_up, args.reps):  # the first round warms the page cache
             for name in names:
-                seconds, peak = measure(name, folder, args.device)
-                if rep:
+                method, _, device = name.partition("@")
+                seconds, peak = measure(method, folder, device or "cpu")
+                if rep >= 0:
                     times[name].append(seconds)
                     peaks[name].append(peak)
         print(f"{'':10} {'median s':>9} {'min':>7} {'max':>7} {'peak MB':>8}  ours / it")

@@ -11,7 +11,7 @@ from pathlib import Path
 from loratool.adapter import Adapter, ReadOptions
 from loratool.dialects import open_adapter, unmergeable_reason
 from loratool.dtypes import DTYPES
-from loratool.errors import BadFileError, LoratoolError, MismatchError
+from loratool.errors import BadFileError, DiskError, LoratoolError, MismatchError
 from loratool.ops.adapter_summary import dtype_bytes, dtype_word, summarize_adapter
 from loratool.report import (
     CheckpointSummary,
@@ -78,7 +78,7 @@ def _what(path: Path) -> str:
     """``adapter``, ``checkpoint``, ``folder`` or, for a file, ``file`` (its keys decide)."""
     if not path.is_dir():
         return "file"
-    names = {entry.name for entry in path.iterdir()}
+    names = {entry.name for entry in _entries(path)}
     if any(_ADAPTER_FILE.fullmatch(name) for name in names):
         return "adapter"
     if any(_MODEL_FILE.fullmatch(name) for name in names):
@@ -202,7 +202,8 @@ def _rows(folder: Path, alpha: float | None) -> Iterable[FolderRow]:
         BadFileError: there is none.
     """
     rows = []
-    for entry in sorted(folder.iterdir()):
+    entries = _entries(folder)
+    for entry in entries:
         if entry.name.startswith("."):
             continue
         if entry.is_dir():
@@ -214,9 +215,16 @@ def _rows(folder: Path, alpha: float | None) -> Iterable[FolderRow]:
         raise BadFileError(
             "LT-350", "no adapter and no checkpoint here", file=folder,
             expected="safetensors files, or folders that hold them",
-            got=f"{sum(1 for _ in folder.iterdir())} other entries",
+            got=f"{len(entries)} other entries",
         )  # fmt: skip
     return rows
+
+
+def _entries(folder: Path) -> list[Path]:
+    try:
+        return sorted(folder.iterdir())
+    except OSError as error:
+        raise DiskError("LT-601", "cannot read", file=folder, got=error.strerror) from error
 
 
 def summarize_row(path: Path, name: str, alpha: float | None = None) -> FolderRow:

@@ -1,0 +1,112 @@
+"""The same plan on a GPU: nearly the same bits, the same bytes every time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import loratool as lt
+from tests.make import randn, random_factors, save_adapter, save_checkpoint
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
+
+SHAPES = {
+    "layers.0.q_proj": (2048, 2048),
+    "layers.0.up_proj": (5632, 2048),
+    "layers.0.down_proj": (2048, 5632),
+    "layers.1.wide": (7, 70_001),
+}
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+def setup(tmp_path: Path, dtype: torch.dtype, *, dora: bool = False) -> tuple[Path, Path]:
+    tensors = {
+        f"{n}.weight": randn(*s, seed=i, scale=0.02).to(dtype)
+        for i, (n, s) in enumerate(SHAPES.items())
+    }
+    tensors["norm.weight"] = randn(2048, seed=99).to(dtype)
+    base = save_checkpoint(tmp_path / "base", tensors, shards=2)
+    factors = random_factors(SHAPES, rank=16, seed=7, scale=0.01)
+    extra = {}
+    if dora:
+        extra = {
+            f"{n}.lora_magnitude_vector": tensors[f"{n}.weight"].float().norm(dim=1) * 1.1
+            for n in SHAPES
+        }
+    adapter = save_adapter(tmp_path / "adapter", factors, alpha=32, extra=extra, use_dora=dora)
+    return base, adapter
+
+
+def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
+    out: dict[str, torch.Tensor] = {}
+    for shard in sorted(folder.glob("*.safetensors")):
+        out |= load_file(str(shard))
+    return out
+
+
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_cuda_equals_cpu(dtype: str, dora: bool, tmp_path: Path) -> None:
+    base, adapter = setup(tmp_path, DTYPES[dtype], dora=dora)
+    lt.merge([str(adapter)], base=base, output=tmp_path / "cpu", device="cpu")
+    report = lt.merge([str(adapter)], base=base, output=tmp_path / "cuda", device="cuda")
+    assert report.device.startswith("cuda")
+    cpu, cuda = tensors_of(tmp_path / "cpu"), tensors_of(tmp_path / "cuda")
+    differing = total = 0
+    for name, tensor in cpu.items():
+        differing += int((tensor != cuda[name]).sum())
+        total += tensor.numel()
+        if tensor.element_size() == 2:
+            step = (tensor.view(torch.int16).int() - cuda[name].view(torch.int16).int()).abs()
+            assert int(step.max()) <= 1
+    print(f"{dtype} dora={dora}: {differing} of {total} elements differ ({differing / total:.2e})")
+    assert differing <= 1e-4 * total
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_cuda_is_deterministic(dtype: str, tmp_path: Path) -> None:
+    base, adapter = setup(tmp_path, DTYPES[dtype])
+    seen = []
+    for i, (threads, chunk) in enumerate(((1, None), (4, None), (3, 1 << 22))):
+        out = tmp_path / f"out{i}"
+        lt.merge([str(adapter)], base=base, output=out, device="cuda", threads=threads,
+                 chunk_bytes=chunk)  # fmt: skip
+        seen.append({p.name: p.read_bytes() for p in out.glob("*.safetensors")})
+    assert seen[0] == seen[1] == seen[2]
+
+
+def test_verify_across_devices(tmp_path: Path) -> None:
+    base, adapter = setup(tmp_path, torch.bfloat16)
+    lt.merge([str(adapter)], base=base, output=tmp_path / "cuda", device="cuda")
+    report = lt.verify(tmp_path / "cuda", base=base, adapters=[str(adapter)])
+    assert report.verdict in ("identical", "rounding")
+    again = lt.verify(tmp_path / "cuda", base=base, adapters=[str(adapter)], device="cuda")
+    assert again.verdict == "identical"
+
+
+def test_extract_on_cuda_is_as_good(tmp_path: Path) -> None:
+    base, adapter = setup(tmp_path, torch.float32)
+    lt.merge([str(adapter)], base=base, output=tmp_path / "tuned")
+    errors = []
+    for device in ("cpu", "cuda"):
+        report = lt.extract(
+            tmp_path / "tuned", base=base, output=tmp_path / device, rank=8, device=device
+        )
+        errors.append(report.relative_error)
+    assert errors[0] == pytest.approx(errors[1], rel=1e-5)
+
+
+def test_global_switches_are_restored(tmp_path: Path) -> None:
+    base, adapter = setup(tmp_path, torch.bfloat16)
+    torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        lt.merge([str(adapter)], base=base, output=tmp_path / "cuda", device="cuda")
+        assert torch.backends.cuda.matmul.allow_tf32
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = False
