@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from loratool.report import AdapterSummary, CheckpointSummary, FolderRow, InspectReport
 
 _DIALECTS = {"peft": "PEFT", "peft-file": "PEFT (no config)", "mlx": "mlx", "gguf": "GGUF"}
+_FEW_VALUES = 6
 _SHOWN_REPLACED = 5
 _DEAR_SHARE = 0.02
 """A replaced tensor from this share of the file on gets a line of its own."""
@@ -152,22 +153,19 @@ def _scaling(one: AdapterSummary) -> list[str]:
             f"alpha {safe(alpha)} / {root}rank {rank} = " if alpha != "-" else f"rank {rank}, "
         )
         return [f"{formula}{safe(scaling)}, same in all modules"]
-    ranks = f"rank {_span(one.ranks)}" if len(one.ranks) > 1 else f"rank {next(iter(one.ranks))}"
-    values = [f"{safe(v)} ({n:,})" for v, n in list(one.scalings.items())[:6]]
-    more = f" and {len(one.scalings) - 6} more" if len(one.scalings) > 6 else ""
-    return [ranks, f"scaling {', '.join(values)}{more}"]
+    scalings = _span({safe(value): count for value, count in one.scalings.items()})
+    return [f"rank {_span(one.ranks)}", f"scaling {scalings}"]
 
 
-def _span(ranks: Mapping[int, int]) -> str:
-    ordered = sorted(ranks)
-    if len(ordered) <= 6:
-        return ", ".join(f"{rank} ({ranks[rank]:,})" for rank in ordered)
-    half, seen = sum(ranks.values()) / 2, 0
-    for rank in ordered:
-        seen += ranks[rank]
-        if seen >= half:
-            return f"{ordered[0]}-{ordered[-1]}, median {rank}"
-    return f"{ordered[0]}-{ordered[-1]}"
+def _span(values: Mapping[Any, int]) -> str:
+    """``8``, ``4 in 10 modules, 2 in 3``, or ``4 … 64, mostly 16`` where there are many."""
+    if len(values) == 1:
+        return str(next(iter(values)))
+    if len(values) <= _FEW_VALUES:
+        (first, count), *rest = sorted(values.items(), key=lambda item: -item[1])
+        return f"{first} in {plural(count, 'module')}" + "".join(f", {v} in {n:,}" for v, n in rest)
+    ordered = sorted(values, key=float)
+    return f"{ordered[0]} … {ordered[-1]}, mostly {max(ordered, key=values.__getitem__)}"
 
 
 def _targets(one: AdapterSummary, voice: Voice) -> Iterator[str]:
@@ -243,7 +241,7 @@ def _folder(rows: Sequence[FolderRow]) -> Iterator[str]:
     cells = [cell for row in rows if (cell := _cells(row)) is not None]
     if cells:
         head = ("name", "what", "modules", "rank", "scaling", "params", "size", "type", "base")
-        yield from table(cells, head, right=(2, 5, 6))
+        yield from table(cells, head, right=(2, 5, 6), crop=True)
     for row in rows:
         if row.error is not None:
             what = " · ".join(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import sys
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
@@ -160,7 +161,11 @@ _TONES: dict[str | None, dict[str, Any]] = {
 
 
 def table(
-    rows: Sequence[Sequence[str]], head: Sequence[str], *, right: Iterable[int] = ()
+    rows: Sequence[Sequence[str]],
+    head: Sequence[str],
+    *,
+    right: Iterable[int] = (),
+    crop: bool = False,
 ) -> list[str]:
     """Columns padded to their widest cell, two spaces apart, the head in bold.
 
@@ -168,6 +173,7 @@ def table(
         rows: safe cells.
         head: column names.
         right: indices of columns aligned to the right.
+        crop: on a terminal, cut lines at its edge instead of letting them wrap.
     """
     cells = [list(head), *(list(row) for row in rows)]
     widths = [max(cell_width(row[i]) for row in cells) for i in range(len(head))]
@@ -180,7 +186,17 @@ def table(
             for i, (cell, width) in enumerate(zip(row, widths, strict=True))
         ]  # fmt: skip
         lines.append("  ".join(padded).rstrip())
+    if crop and is_terminal():
+        lines = [_crop(text, shutil.get_terminal_size().columns) for text in lines]
     return [click.style(lines[0], bold=True), *lines[1:]]
+
+
+def _crop(text: str, columns: int) -> str:
+    if cell_width(text) <= columns:
+        return text
+    while cell_width(text) >= columns:
+        text = text[:-1]
+    return text + "…"
 
 
 def cell_width(text: str) -> int:

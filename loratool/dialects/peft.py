@@ -8,6 +8,7 @@ from pathlib import Path
 
 from loratool.adapter import Adapter, DeltaSpec, ReadOptions, TensorRef
 from loratool.dialects.base import Candidate
+from loratool.dialects.detect import peft_method
 from loratool.dialects.peft_config import PeftConfig, parse_config, without_config
 from loratool.dialects.peft_keys import sort_tensors
 from loratool.dialects.peft_methods import refuse_method
@@ -123,6 +124,9 @@ def _check_options(options: ReadOptions) -> None:
 def _read_config(candidate: Candidate, options: ReadOptions) -> PeftConfig:
     raw = candidate.config
     if raw is None:
+        shown = peft_method(candidate)
+        if shown is not None:
+            refuse_method(shown, candidate.path)
         if options.alpha is None:
             raise UsageError(
                 "LT-280", "a PEFT file without adapter_config.json does not say its alpha",

@@ -63,15 +63,22 @@ def check_float(ref: TensorRef) -> None:
         )  # fmt: skip
 
 
-def check_bias(bias: TensorRef, lora_B: TensorRef, module: str) -> None:
-    """``lora_B.bias`` has one value per output.
+def check_bias(bias: TensorRef, lora_B: TensorRef, config: PeftConfig) -> None:
+    """``lora_B.bias`` has one value per output, and the configuration says ``lora_bias``.
 
     Raises:
         BadFileError: LT-365, LT-366.
+        MismatchError: LT-407.
     """
     check_float(bias)
+    if config.lora_bias is False:
+        raise MismatchError(
+            "LT-407", "the file holds biases of lora_B, the configuration says lora_bias: false",
+            file=config.file, key=bias.name, expected="lora_bias: true",
+            hint="correct adapter_config.json: without the biases the result differs",
+        )  # fmt: skip
     if bias.shape != lora_B.shape[:1]:
-        _refuse_shape(bias, f"({lora_B.shape[0]},) for {module}")
+        _refuse_shape(bias, f"({lora_B.shape[0]},)")
 
 
 def check_magnitude(magnitude: TensorRef, lora_B: TensorRef, config: PeftConfig) -> None:

@@ -54,6 +54,7 @@ class PeftConfig:
         alphas: ``alpha_pattern``.
         rslora: scaling is α/√r.
         dora: every module has a magnitude; None = unknown.
+        lora_bias: lora_B has biases; None = unknown.
         fan_in_fan_out: linear targets are stored (in, out).
         bias: ``none``, ``all`` or ``lora_only``.
         base_change: ``pissa``, ``olora``, ``kasa`` or "".
@@ -78,6 +79,7 @@ class PeftConfig:
     alphas: Patterns
     rslora: bool = False
     dora: bool | None = False
+    lora_bias: bool | None = False
     fan_in_fan_out: bool = False
     bias: str = "none"
     base_change: str = ""
@@ -102,7 +104,7 @@ class PeftConfig:
 def without_config(alpha: float) -> PeftConfig:
     """What is assumed about a file without a configuration: plain LoRA of the tensors' ranks."""
     empty = Patterns({}, "", None)
-    return PeftConfig("LORA", None, alpha, empty, empty, dora=None)
+    return PeftConfig("LORA", None, alpha, empty, empty, dora=None, lora_bias=None)
 
 
 def parse_config(config: Mapping[str, Any], file: Path | None) -> PeftConfig:
@@ -130,6 +132,7 @@ def parse_config(config: Mapping[str, Any], file: Path | None) -> PeftConfig:
         alphas=Patterns(fields.table("alpha_pattern", fields.number), "alpha_pattern", file),
         rslora=fields.flag("use_rslora"),
         dora=fields.flag("use_dora"),
+        lora_bias=fields.flag("lora_bias"),
         fan_in_fan_out=fields.flag("fan_in_fan_out"),
         bias=bias,
         base_change=base_change,

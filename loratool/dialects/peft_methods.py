@@ -66,6 +66,12 @@ def refuse_method(method: object, config_path: Path | None) -> NoReturn:
     Raises:
         MismatchError: LT-402 a method known by name, LT-403 an unknown one.
     """
+    if method is None:
+        raise MismatchError(
+            "LT-403", "the configuration does not say the PEFT method", file=config_path,
+            key="peft_type", expected="LORA or TRAINABLE_TOKENS", got="nothing",
+            hint='add "peft_type": "LORA" if it is one',
+        )  # fmt: skip
     known = METHODS.get(method) if isinstance(method, str) else None
     if known is None:
         raise MismatchError(

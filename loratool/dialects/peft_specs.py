@@ -81,7 +81,7 @@ class SpecReader:
         made = [dataclasses.replace(spec, scaling=spec.scaling * twice)]
         bias = roles.get("bias")
         if bias is not None:
-            check_bias(bias, lora_B, module)
+            check_bias(bias, lora_B, self.config)
             if target != "weight":
                 self.unused.append(bias)
                 self.notes.append(f"{bias.name} is not used: PEFT does not merge it either")

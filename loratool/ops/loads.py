@@ -7,7 +7,7 @@ whether a program supports the base model itself is not looked at.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from loratool.adapter import Adapter
 from loratool.report import Loads
@@ -15,6 +15,8 @@ from loratool.report import Loads
 VLLM_MAX_RANK = 16
 """Default of vLLM's ``--max-lora-rank``."""
 
+_VLLM_IGNORES = {"alpha_pattern": "alpha_pattern", "rank_pattern": "rank_pattern"}
+_LLAMA_CPP_IGNORES = {"use_rslora": "rsLoRA", "alpha_pattern": "alpha_pattern"}
 _FOREIGN = {"peft-file": "no adapter_config.json"}
 _CAUSAL = ("CAUSAL_LM", "SEQ_2_SEQ_LM")
 
@@ -38,15 +40,13 @@ def judge_loads(adapter: Adapter) -> tuple[Loads, ...]:
 
 def _vllm(adapter: Adapter) -> Loads:
     refused = _refused(adapter)
-    layouts = {spec.layout for spec in adapter.specs}
-    refused += [name for name in ("conv",) if name in layouts]
-    if any(spec.parameter == "in_proj_weight" for spec in adapter.specs):
-        refused.append("nn.MultiheadAttention")
     if refused:
         return Loads("vLLM", "no", tuple(refused))
-    if wrong := _base_changes(adapter) + _patterns(adapter, _config_scaling(adapter)):
+    if wrong := _base_changes(adapter) + _patterns(
+        adapter, _config_scaling(adapter), _VLLM_IGNORES
+    ):
         return Loads("vLLM", "wrong", tuple(wrong))
-    if "experts" in layouts:
+    if any(spec.layout == "experts" for spec in adapter.specs):
         return Loads("vLLM", "unsure", ("expert layouts differ between versions",))
     if task := _other_task(adapter):
         return Loads("vLLM", "unsure", (task,))
@@ -56,14 +56,12 @@ def _vllm(adapter: Adapter) -> Loads:
 
 def _llama_cpp(adapter: Adapter) -> Loads:
     refused = _refused(adapter)
-    if any(spec.layout == "conv" for spec in adapter.specs):
-        refused.append("conv")
     if refused:
         return Loads("llama.cpp", "no", tuple(refused))
     alpha = adapter.config.get("lora_alpha")
     wrong = _base_changes(adapter)
     if isinstance(alpha, (int, float)):
-        wrong += _patterns(adapter, lambda rank: alpha / rank)
+        wrong += _patterns(adapter, lambda rank: alpha / rank, _LLAMA_CPP_IGNORES)
     if wrong:
         return Loads("llama.cpp", "wrong", tuple(wrong))
     if task := _other_task(adapter):
@@ -91,6 +89,10 @@ def _refused(adapter: Adapter) -> list[str]:
         reasons.append("layer_replication")
     if any(spec.blocks is not None for spec in adapter.specs):
         reasons.append("BD-LoRA")
+    if any(spec.layout == "conv" for spec in adapter.specs):
+        reasons.append("conv")
+    if any(spec.parameter == "in_proj_weight" for spec in adapter.specs):
+        reasons.append("nn.MultiheadAttention")
     return reasons
 
 
@@ -100,17 +102,14 @@ def _base_changes(adapter: Adapter) -> list[str]:
     )
 
 
-def _patterns(adapter: Adapter, scaling_of: Callable[[int], float]) -> list[str]:
+def _patterns(
+    adapter: Adapter, scaling_of: Callable[[int], float], ignores: Mapping[str, str]
+) -> list[str]:
     """Why a program that computes scaling by ``scaling_of(rank)`` gets another result."""
     specs = [spec for spec in adapter.specs if spec.kind == "lowrank" and spec.rank]
     if all(math.isclose(s.scaling, scaling_of(s.rank), rel_tol=1e-6) for s in specs):
         return []
-    names = {
-        "use_rslora": "rsLoRA",
-        "alpha_pattern": "alpha_pattern",
-        "rank_pattern": "rank_pattern",
-    }
-    found = [word for key, word in names.items() if adapter.config.get(key)]
+    found = [word for key, word in ignores.items() if adapter.config.get(key)]
     return [f"ignores {' and '.join(found) or 'the scaling of some modules'}"]
 
 

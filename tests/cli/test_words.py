@@ -250,6 +250,15 @@ def test_completion_completes() -> None:
     assert "inspect" in done.stdout
 
 
+def test_folder_tables_fit_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    from loratool.cli import render
+
+    monkeypatch.setattr(render, "is_terminal", lambda: True)
+    monkeypatch.setenv("COLUMNS", "20")
+    lines = render.table([("a" * 30, "b"), ("模型" * 8, "c")], ("x", "y"), crop=True)
+    assert all(render.cell_width(text) <= 20 and text.endswith("…") for text in lines[1:])
+
+
 def test_no_color(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "\x1b" not in run("--help").out  # not a terminal
     monkeypatch.setenv("NO_COLOR", "1")
