@@ -145,9 +145,9 @@ class ShardPlan:
         name: path relative to the output folder ("" if the output is this one file).
         tensors: in file order.
         metadata: header metadata.
-        header: bytes to reuse as they are (length prefix included) when the layout is that of
-            an input file; None = build it.
-        twin: the input file that has exactly these bytes, when every step of it is a copy.
+        header: bytes to reuse as they are (length prefix included) when nothing in an input
+            file changes; None = build one that ends on a page boundary.
+        twin: the input file that has exactly these bytes.
     """
 
     name: str

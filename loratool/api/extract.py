@@ -53,7 +53,7 @@ def extract(
         exclude: regular expressions of modules that are not factored.
         names: ``v5`` (names of transformers 5 in memory) or ``v4`` (names on disk).
         device: ``auto``, ``cpu`` or ``cuda[:n]``.
-        threads: workers; None = min(4, cores).
+        threads: workers; None = twice the cores, at most 8.
         max_memory: limit for the planned peak.
         force: replace an earlier loratool output.
         dry_run: plan, write nothing.

@@ -82,7 +82,7 @@ def merge(
         device: ``auto``, ``cpu`` or ``cuda[:n]``.
         dtype: ``auto`` keeps every tensor's type; ``float32``, ``bfloat16``, ``float16`` cast.
         shard_size: largest output shard, such as ``"5GB"``; None keeps the base's shards.
-        threads: workers; None = min(4, cores).
+        threads: workers; None = twice the cores, at most 8.
         max_memory: limit for the planned peak, such as ``"2GB"``; None = what is free.
         chunk_bytes: bytes read in one piece (never changes the result).
         untie: give the output head weights of its own.

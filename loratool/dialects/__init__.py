@@ -7,7 +7,7 @@ that their files are refused with a reason instead of being misread.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +106,11 @@ def detect(candidate: Candidate) -> Dialect:
 
 
 def write_adapter_files(
-    adapter: Adapter, dialect: str = "peft", *, base_config: Mapping[str, Any] | None = None
+    adapter: Adapter,
+    dialect: str = "peft",
+    *,
+    base_config: Mapping[str, Any] | None = None,
+    base_tensors: Iterable[str] = (),
 ) -> AdapterFiles:
     """The files of an adapter in a dialect, in memory.
 
@@ -114,10 +118,12 @@ def write_adapter_files(
         adapter: read from files, or made by a command.
         dialect: name of a row of `DIALECTS`.
         base_config: the base's ``config.json``; it decides ``task_type`` of a new PEFT adapter.
+        base_tensors: in-memory names of the base's tensors; with them a new PEFT configuration
+            names exactly the adapted modules even where their names end alike.
 
     Raises:
         UsageError: LT-282, no such dialect.
-        MismatchError: LT-411 … LT-413, the dialect cannot hold the adapter.
+        MismatchError: LT-411, LT-412, the dialect cannot hold the adapter.
     """
     row = BY_NAME.get(dialect)
     if row is None or not row.write:
@@ -125,4 +131,4 @@ def write_adapter_files(
             "LT-282", "cannot write this dialect", got=dialect,
             expected=", ".join(d.name for d in DIALECTS if d.write),
         )  # fmt: skip
-    return row.writer()(adapter, base_config=base_config)
+    return row.writer()(adapter, base_config=base_config, base_tensors=base_tensors)

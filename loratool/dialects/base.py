@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -40,7 +40,11 @@ class Writer(Protocol):
     """Makes the files of an adapter in one dialect."""
 
     def __call__(
-        self, adapter: Adapter, *, base_config: Mapping[str, Any] | None = None
+        self,
+        adapter: Adapter,
+        *,
+        base_config: Mapping[str, Any] | None = None,
+        base_tensors: Iterable[str] = (),
     ) -> AdapterFiles:
         """Files in memory; nothing is written."""
 

@@ -31,6 +31,7 @@ _HEADS = {
 
 def new_config(
     adapter: Adapter,
+    layout: NewLayout,
     *,
     base_config: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
@@ -41,12 +42,9 @@ def new_config(
 
     Args:
         adapter: the deltas and replacements.
+        layout: how they lie in a PEFT model.
         base_config: the base's ``config.json``, for ``task_type``.
-
-    Raises:
-        MismatchError: LT-411 … LT-413, PEFT cannot hold the adapter.
     """
-    layout = NewLayout(adapter)
     rows = [(module, spec) for module, spec in layout.targets.items()]
     rows += [(s.name, s) for specs in layout.parameters.values() for s in specs]
     ranks = {name: spec.rank for name, spec in rows}
@@ -74,6 +72,8 @@ def new_config(
     }
     if layout.parameters:
         config["target_parameters"] = [s.name for ss in layout.parameters.values() for s in ss]
+    if layout.excluded:
+        config["exclude_modules"] = "|".join(re.escape(m) for m in layout.excluded)
     if layout.tokens:
         config["trainable_token_indices"] = {
             module: list(found.rows or ()) for module, found in layout.tokens.items()
@@ -85,7 +85,10 @@ def new_config(
 
 
 def alpha_of(spec: DeltaSpec) -> int | float:
-    """The alpha that gives a spec's scaling as α/r; a whole number where it is one."""
+    """The alpha whose α/r is the spec's scaling; a whole number if it is one.
+
+    Not every scaling is an α/r in floating point: the nearest one is off by 2⁻⁵² of it at most.
+    """
     alpha = spec.alpha
     if alpha is None or alpha / spec.rank != spec.scaling:
         alpha = spec.scaling * spec.rank

@@ -19,6 +19,7 @@ class NewLayout:
 
     Attributes:
         path: of the adapter, for messages.
+        modules: every module path of the base and the adapter, as far as known.
         targets: plain target modules and MultiheadAttention modules -> the spec that gives rank
             and scaling.
         parameters: owner -> specs of its bare parameters, in order of registration.
@@ -28,12 +29,19 @@ class NewLayout:
         plain: replacement tensors that load under their own name.
         tokens: module -> replacement of some rows.
 
+    Args:
+        adapter: the deltas and replacements.
+        base_tensors: in-memory names of the base's tensors, if known.
+
     Raises:
-        MismatchError: LT-411 … LT-413.
+        MismatchError: LT-411, LT-412.
     """
 
-    def __init__(self, adapter: Adapter) -> None:
+    def __init__(self, adapter: Adapter, base_tensors: Iterable[str] = ()) -> None:
         self.path = adapter.path
+        self._base = frozenset(base_tensors)
+        names = {*self._base, *(s.name for s in adapter.specs)}
+        self.modules = _ancestors({*names, *(r.name for r in adapter.replacements)})
         self.targets: dict[str, DeltaSpec] = {}
         self.parameters: dict[str, list[DeltaSpec]] = {}
         self.outputs: dict[str, DeltaSpec] = {}
@@ -50,7 +58,8 @@ class NewLayout:
         self._check_biases()
         self._check_dora(adapter.specs)
         self._put_replacements(adapter.replacements)
-        self._check_saved()
+        for entry in [e for e in self.saved if not self._can_be_saved(e)]:
+            self.plain.extend(self.saved.pop(entry))
 
     @property
     def has_biases(self) -> bool:
@@ -103,9 +112,8 @@ class NewLayout:
                 self.saved.setdefault(module, []).append(replacement)
             else:
                 self.plain.append(replacement)
-        for module in [m for m in self.saved if _inner_of(m, self.saved)]:
-            outer = _inner_of(module, self.saved)
-            self.saved[outer].extend(self.saved.pop(module))
+        for module in [m for m in self.saved if _outer_of(m, self.saved)]:
+            self.saved[_outer_of(module, self.saved)].extend(self.saved.pop(module))
 
     def _is_wrapped(self, module: str) -> bool:
         """True if the module or one around it is a PEFT layer."""
@@ -170,17 +178,26 @@ class NewLayout:
             odd = [s.name for s in weights if s.kind != "dora"] or dora
             self._refuse("LT-412", "PEFT has DoRA on all modules, or on none", odd)
 
-    def _check_saved(self) -> None:
-        """PEFT takes every module whose path ends like an entry of modules_to_save."""
-        others = {*self.targets, *self.parameters, *self.outputs, *self.tokens,
-                  *(r.name.rpartition(".")[0] for r in self.plain)}  # fmt: skip
-        for entry in self.saved:
-            caught = [m for m in others | self.saved.keys() - {entry}
-                      if m.endswith(entry) or f".{m}.".find(f".{entry}.") >= 0]  # fmt: skip
-            if caught:
-                self._refuse(
-                    "LT-413", f"modules_to_save of {entry!r} would catch other modules", caught
-                )
+    def _can_be_saved(self, entry: str) -> bool:
+        """Would an entry of ``modules_to_save`` take exactly the tensors that are there?
+
+        PEFT wraps every module whose path ends like the entry, dot or not, and asks for all of
+        its tensors.  A module that it cannot list loads as plain tensors all the same.
+        """
+        have = {r.name for r in self.saved[entry]}
+        if any(n.startswith(f"{entry}.") and n not in have for n in self._base):
+            return False
+        if any(m.endswith(entry) and m != entry for m in self.modules):
+            return False
+        adapted = {*self.targets, *self.parameters, *self.outputs, *self.tokens}
+        return not any(f".{entry}." in f".{module}." for module in adapted)
+
+    @property
+    def excluded(self) -> list[str]:
+        """Modules of the base that PEFT would adapt because a target is the end of their path."""
+        ends = tuple(f".{target}" for target in self.targets)
+        mine = {*self.targets, *self.outputs, *self.parameters}
+        return sorted(m for m in self.modules - mine if m.endswith(ends)) if ends else []
 
     def _refuse(
         self,
@@ -196,13 +213,8 @@ class NewLayout:
         )  # fmt: skip
 
 
-def new_tensors(adapter: Adapter) -> list[tuple[str, Source]]:
-    """(key, tensor) of every delta and replacement of an adapter.
-
-    Raises:
-        MismatchError: LT-411 … LT-413, PEFT cannot hold it.
-    """
-    layout = NewLayout(adapter)
+def new_tensors(layout: NewLayout) -> list[tuple[str, Source]]:
+    """(key, tensor) of every delta and replacement of an adapter."""
     out: list[tuple[str, Source]] = []
     for module, spec in (*layout.targets.items(), *layout.outputs.items()):
         out.extend(_factors(layout.key(module), spec))
@@ -232,7 +244,18 @@ def _factors(key: str, spec: DeltaSpec) -> list[tuple[str, Source]]:
     return found
 
 
-def _inner_of(module: str, saved: Mapping[str, object]) -> str:
+def _ancestors(names: Iterable[str]) -> frozenset[str]:
+    """Paths of all modules that the tensors lie in."""
+    found: set[str] = set()
+    for name in names:
+        module = name.rpartition(".")[0]
+        while module and module not in found:
+            found.add(module)
+            module = module.rpartition(".")[0]
+    return frozenset(found)
+
+
+def _outer_of(module: str, saved: Mapping[str, object]) -> str:
     """The outermost saved module around a module, "" if there is none."""
     parts = module.split(".")
     for number in range(1, len(parts)):

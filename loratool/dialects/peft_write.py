@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from loratool.adapter import Adapter, AdapterFiles, ReadOptions, Source, TensorRef
 from loratool.dialects.peft import read_tensors
 from loratool.dialects.peft_config import parse_config
 from loratool.dialects.peft_new import new_config
-from loratool.dialects.peft_new_keys import new_tensors
+from loratool.dialects.peft_new_keys import NewLayout, new_tensors
 from loratool.dtypes import DTYPES
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 CONFIG_NAME = "adapter_config.json"
 
 
-def write(adapter: Adapter, *, base_config: Mapping[str, Any] | None = None) -> AdapterFiles:
+def write(
+    adapter: Adapter,
+    *,
+    base_config: Mapping[str, Any] | None = None,
+    base_tensors: Iterable[str] = (),
+) -> AdapterFiles:
     """The files of an adapter in PEFT's form.
 
     An adapter that was read from PEFT and is unchanged gives its own tensors, metadata and
@@ -26,23 +31,26 @@ def write(adapter: Adapter, *, base_config: Mapping[str, Any] | None = None) -> 
     Args:
         adapter: read or made.
         base_config: the base's ``config.json``, for ``task_type``.
+        base_tensors: in-memory names of the base's tensors: PEFT matches the ends of names, and
+            only who knows them all can keep it from catching too much.
 
     Raises:
-        MismatchError: LT-411 … LT-413, PEFT cannot hold it.
+        MismatchError: LT-411, LT-412, PEFT cannot hold it.
     """
     unchanged = _unchanged_tensors(adapter)
     if unchanged is not None:
         return AdapterFiles(
             unchanged, dict(adapter.metadata), WEIGHTS_NAME, {CONFIG_NAME: adapter.config}
         )
-    tensors = new_tensors(adapter)
+    layout = NewLayout(adapter, base_tensors)
+    tensors = new_tensors(layout)
     # The order in which the safetensors library lays tensors out: wide types first, then by name.
     tensors.sort(key=lambda item: (-DTYPES[item[1].dtype].bits, item[0]))
     return AdapterFiles(
         tuple(tensors),
         {"format": "pt"},
         WEIGHTS_NAME,
-        {CONFIG_NAME: new_config(adapter, base_config=base_config)},
+        {CONFIG_NAME: new_config(adapter, layout, base_config=base_config)},
     )
 
 

@@ -70,13 +70,14 @@ class Compare(AddDeltas):
         """Add the blocks up, in their order."""
         sums = super().finish()
         found = [self._found[i].tolist() for i in sorted(self._found)]
+        numel = self.step.view[0] * self.step.view[1]
         return CompareResult(
             self.step.output.name,
-            sums.numel,
+            numel,
             int(sum(f[0] for f in found)),
             int(sum(f[1] for f in found)),
             max((f[2] for f in found), default=0.0),
-            sums.delta_square,
+            sums.delta_square * numel / max(1, sums.numel),
             math.fsum(f[3] for f in found),
         )
 

@@ -41,13 +41,14 @@ def resolve_device(text: str, why_cpu: str) -> tuple[torch.device, str]:
         raise UsageError(
             "LT-212", "no such GPU", expected=f"0 to {torch.cuda.device_count() - 1}", got=number
         )
+    torch.cuda.init()  # type: ignore[no-untyped-call]
     return torch.device("cuda", index), "asked for"
 
 
 def default_threads() -> int:
-    """min(4, usable cores): enough to keep a disk busy; products are small."""
+    """Twice the usable cores, at most 8: while one worker waits for the disk another computes."""
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return max(1, min(4, usable or 1))
+    return min(8, 2 * (usable or 1))
 
 
 def available_memory() -> int | None:
@@ -79,6 +80,9 @@ def exact_arithmetic() -> Iterator[None]:
     threads = torch.get_num_threads()
     tf32 = torch.backends.cuda.matmul.allow_tf32
     torch.set_num_threads(1)
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        # torch loads its solvers lazily, and threads must not race for that
+        torch.linalg.eigh(torch.eye(2, device="cuda"))
     torch.backends.cuda.matmul.allow_tf32 = False
     try:
         yield

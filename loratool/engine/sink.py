@@ -8,7 +8,7 @@ from typing import Any
 
 from loratool.plan import Plan, Step
 from loratool.store.header import build_header
-from loratool.store.writer import ShardWriter, StagedOutput, clone_file
+from loratool.store.writer import PAGE, ShardWriter, StagedOutput, clone_file
 
 
 class CheckpointSink:
@@ -33,7 +33,7 @@ class CheckpointSink:
     def _layout(self, index: int) -> tuple[bytes, dict[str, int], int]:
         shard = self._plan.shards[index]
         header, starts = build_header(
-            [(t.name, t.dtype, t.shape) for t in shard.tensors], shard.metadata
+            [(t.name, t.dtype, t.shape) for t in shard.tensors], shard.metadata, align=PAGE
         )
         if shard.header is not None:
             shift = len(shard.header) - len(header)

@@ -9,7 +9,7 @@ from loratool.engine import grid
 from loratool.errors import DiskError
 from loratool.plan import DeltaPart, Plan, Step
 
-TORCH_BYTES = {"cpu": 240_000_000, "cuda": 1_200_000_000}
+TORCH_BYTES = {"cpu": 260_000_000, "cuda": 1_200_000_000}
 """Resident size of an interpreter with torch (CPU build; with a CUDA context)."""
 
 MIN_CHUNK = 1 << 20

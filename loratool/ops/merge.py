@@ -304,9 +304,9 @@ def _make_shard(
             for ref, t in zip(own, tensors, strict=True)
         )
     )
-    header = shard.header if is_same else None
-    twin = shard.path if is_same and all(s.op == "copy" for s in steps) else None
-    return ShardPlan(name, tensors, metadata, header, twin)
+    if is_same and all(s.op == "copy" for s in steps):
+        return ShardPlan(name, tensors, metadata, shard.header, shard.path)
+    return ShardPlan(name, tensors, metadata)
 
 
 def describe_part(spec: DeltaSpec) -> str:

@@ -350,3 +350,25 @@ def test_memory_limit_is_kept_or_refused(tmp_path: Path) -> None:
     with pytest.raises(lt.LoratoolError) as caught:
         lt.merge([str(adapter)], base=base, output=tmp_path / "y", max_memory="100MB")
     assert caught.value.exit_code == 6
+
+
+def test_large_tensors_are_measured_by_sample(tmp_path: Path) -> None:
+    """Over 2²⁰ elements the report measures some rows; it must still say what happened."""
+    rows, cols = 3000, 1100
+    weight = randn(rows, cols, seed=1, scale=0.02) * torch.exp(randn(rows, 1, seed=2))
+    base = save_checkpoint(tmp_path / "base", {"a.weight": weight.bfloat16()})
+    factors = random_factors({"a": (rows, cols)}, rank=8, seed=3, scale=0.02)
+    adapter = save_adapter(tmp_path / "a", factors, alpha=8)
+    report = lt.merge([str(adapter)], base=base, output=tmp_path / "out")
+    W = load_file(str(base / "model.safetensors"))["a.weight"].double()
+    delta = factors["a"][1].double() @ factors["a"][0].double()
+    got = load_file(str(tmp_path / "out" / "model.safetensors"))["a.weight"].double()
+    # 1/16 of 3000 rows of log-normal size: a relative spread of e^(1/2)·√2/√187 for ΣW²
+    assert report.total.rho == pytest.approx(float(delta.norm() / W.norm()), rel=0.4)
+    assert report.total.loss == pytest.approx(
+        float((got - W - delta).norm() / delta.norm()), rel=0.4
+    )
+    share = float((got != W).double().mean())
+    assert report.total.changed_share == pytest.approx(share, abs=0.05)
+    assert abs(report.total.predicted_share - report.total.changed_share) < 0.02
+    assert abs(report.total.predicted_loss - report.total.loss) < 0.02

@@ -13,7 +13,6 @@ from loratool.dialects import open_adapter
 from loratool.errors import BadFileError, MismatchError, UnsafeContentError, UsageError
 from tests.unit.peft_files import PREFIX, by_name, pair, read, write_folder, zeros
 
-
 # ------------------------------------------------------------------------ containers
 
 
