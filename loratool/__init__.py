@@ -23,7 +23,11 @@ _EXPORTS = {
 __all__ = ["LoratoolError", "__version__", "demo", "extract", "inspect", "merge", "open", "verify"]
 
 if TYPE_CHECKING:
-    from loratool.api import demo, extract, inspect, merge, open, verify
+    from loratool.api.demo import demo
+    from loratool.api.extract import extract
+    from loratool.api.inspect import inspect, open
+    from loratool.api.merge import merge
+    from loratool.api.verify import verify
     from loratool.errors import LoratoolError
 
 

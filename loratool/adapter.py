@@ -162,7 +162,6 @@ class Adapter:
         layer_order: layer_replication: base layer index for each layer of the adapter's model.
         notes: facts about the reading that a user should know, one sentence each.
         extras: other files that belong to it (tokenizer, chat template), by path.
-        task_type: PEFT's task type for a new adapter, None if unknown.
     """
 
     path: Path
@@ -177,7 +176,6 @@ class Adapter:
     layer_order: tuple[int, ...] | None = None
     notes: tuple[str, ...] = ()
     extras: tuple[Path, ...] = ()
-    task_type: str | None = None
 
     @property
     def label(self) -> str:

@@ -29,6 +29,7 @@ def demo(folder: str | Path) -> DemoReport:
 
     Args:
         folder: created; must not exist or be empty.
+
     Raises:
         OutputError: the folder holds something.
     """

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 from loratool.adapter import Adapter
 from loratool.api.common import Resources, option_values, plan_resources
-from loratool.dialects import write_adapter_files
+from loratool.dialects import open_adapter, write_adapter_files
 from loratool.errors import UsageError
 from loratool.ops.extract import ExtractPlan, Outcome, assemble, plan_extract
 from loratool.ops.inputs import Access, OpenedBase, guard_output, open_base
+from loratool.ops.loads import judge_loads
 from loratool.report import ExtractedModule, ExtractReport
 from loratool.store.provenance import checkpoint_id, provenance_of
 
@@ -48,7 +49,8 @@ def extract(
         base: what it was tuned from.
         output: folder to create.
         rank: rank of every module (cut to its short side).
-        keep: ``embeddings``, ``all`` or regular expressions: tensors stored whole.
+        keep: ``embeddings``, ``all``, ``none`` or regular expressions: tensors stored whole.
+            Small ones (biases, norms) are unless ``none``.
         include: regular expressions; only modules that match are factored, embeddings too.
         exclude: regular expressions of modules that are not factored.
         names: ``v5`` (names of transformers 5 in memory) or ``v4`` (names on disk).
@@ -101,7 +103,7 @@ def extract(
     if dry_run:
         return _planned(plan, tuned_opened, base_opened, target, rank, resources, started)
     results = _run(plan, resources)
-    label = str(base) if base_opened.resolved.commit else _base_name(base_opened)
+    label = str(base) if base_opened.resolved.commit else base_opened.resolved.path.name
     adapter, outcomes = assemble(
         plan, results, keep=keep, base=base_opened.checkpoint, base_model=label
     )
@@ -117,7 +119,8 @@ def extract(
         }
         record = provenance_of("extract", options=options, inputs=inputs)
     size = _write(adapter, target, record, base_opened, force)
-    return _report(plan, outcomes, results, tuned_opened, base_opened, target, rank, size, started)
+    written = open_adapter(target)  # our own loader must find what was written
+    return _report(plan, outcomes, written, tuned_opened, base_opened, target, rank, size, started)
 
 
 def _check_rank(rank: int) -> None:
@@ -125,14 +128,6 @@ def _check_rank(rank: int) -> None:
         raise UsageError("LT-228", "--rank is a whole number", got=rank, hint="--rank 8")
     if not 1 <= rank <= 8192:
         raise UsageError("LT-229", "--rank out of range", expected="1 to 8192", got=rank)
-
-
-def _base_name(base: OpenedBase) -> str:
-    """What the adapter should name as its base: a Hub id if the config knows one."""
-    named = base.checkpoint.config.get("_name_or_path")
-    if isinstance(named, str) and named.count("/") == 1 and not named.startswith((".", "/", "~")):
-        return named
-    return base.resolved.path.name
 
 
 def _run(plan: ExtractPlan, resources: Resources) -> list[Any]:
@@ -151,14 +146,14 @@ def _write(
     """Write the adapter's files; returns the size of its tensor file."""
     from loratool.store.adapter_writer import write_adapter
 
-    files = write_adapter_files(adapter, "peft")
+    files = write_adapter_files(adapter, "peft", base_config=base.checkpoint.config)
     return write_adapter(files, target, record=record, force=force)
 
 
 def _report(
     plan: ExtractPlan,
     outcomes: Sequence[Outcome],
-    results: Sequence[Any],
+    adapter: Adapter | None,
     tuned: OpenedBase,
     base: OpenedBase,
     target: Path,
@@ -206,7 +201,7 @@ def _report(
         total_relative_error=math.sqrt(_share(residual, delta)),
         output_bytes=size,
         seconds=time.monotonic() - started,
-        loads_in=(),
+        loads_in=judge_loads(adapter) if adapter is not None else (),
         warnings=(),
         notes=plan.notes,
         dry_run=False,
@@ -234,7 +229,7 @@ def _planned(
         Outcome(p, "factored" if p.is_factored else "left_out", 0.0, 0.0, 0.0) for p in plan.pairs
     ]
     del resources
-    report = _report(plan, outcomes, (), tuned, base, target, rank, 0, started)
+    report = _report(plan, outcomes, None, tuned, base, target, rank, 0, started)
     from dataclasses import replace
 
     return replace(report, dry_run=True)

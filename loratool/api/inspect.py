@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -45,4 +46,9 @@ def inspect(
     from loratool.store.source import resolve
 
     resolved = resolve(str(source), kind="adapter", offline=offline, yes=False)
-    return summarize(resolved.path, tensors=tensors, alpha=alpha)
+    report = summarize(
+        resolved.path, tensors=tensors, alpha=alpha, source=str(source), label=resolved.label
+    )
+    return (
+        report if resolved.note is None else replace(report, notes=(resolved.note, *report.notes))
+    )

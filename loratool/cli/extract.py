@@ -43,8 +43,8 @@ if TYPE_CHECKING:
             help="What TUNED was trained from.")  # fmt: skip
 @opt.option("--rank", required=True, type=opt.RankNumber(), section="Input",
             help="Rank of every module (less where a side is shorter).")  # fmt: skip
-@opt.option("--keep", multiple=True, metavar="embeddings|all|REGEX", section="Input",
-            help="Store these tensors whole. Repeatable.")  # fmt: skip
+@opt.option("--keep", multiple=True, metavar="embeddings|all|none|REGEX", section="Input",
+            help="Store these whole; none = not even biases and norms. Repeatable.")  # fmt: skip
 @opt.option("--include", multiple=True, metavar="REGEX", section="Input",
             help="Factor only modules that match. Repeatable.")  # fmt: skip
 @opt.option("--exclude", multiple=True, metavar="REGEX", section="Input",

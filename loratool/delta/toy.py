@@ -34,10 +34,11 @@ def write_toy(folder: Path) -> None:
     _save_model(folder / "base", weights)
     for name in ("style", "sql"):
         _save_adapter(folder / name, weights, generator)
-    tuned = {
-        name: (w.float() + _low_rank(w.shape, 12, generator) * 0.003).bfloat16() if w.dim() == 2 else w
-        for name, w in weights.items()
-    }  # fmt: skip
+    tuned = dict(weights)
+    for name, weight in weights.items():
+        if weight.dim() == 2:
+            change = _low_rank(weight.shape, 12, generator) * 0.003
+            tuned[name] = (weight.float() + change).bfloat16()
     _save_model(folder / "tuned", tuned)
 
 
@@ -70,7 +71,7 @@ def _save_model(folder: Path, weights: dict[str, torch.Tensor]) -> None:
     folder.mkdir()
     names = list(weights)
     half = len(names) // 2
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for i, part in enumerate((names[:half], names[half:]), 1):
         file = f"model-{i:05d}-of-00002.safetensors"
         save_file({n: weights[n] for n in part}, str(folder / file), {"format": "pt"})

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol, cast
 
 from loratool.adapter import Adapter, AdapterFiles, ReadOptions
-from loratool.errors import BadFileError, UnsafeContentError, list_some
+from loratool.errors import BadFileError, DiskError, UnsafeContentError, list_some
 from loratool.store.foreign import open_regular
 from loratool.store.header import Header, read_header
 from loratool.store.jsonfile import load_json
@@ -145,8 +145,20 @@ def examine(path: Path) -> Candidate:
     return Candidate(path, None, names, weights=path)
 
 
+def list_folder(folder: Path) -> list[Path]:
+    """What lies in a folder, sorted.
+
+    Raises:
+        DiskError: LT-601, the system refuses to list it.
+    """
+    try:
+        return sorted(folder.iterdir())
+    except OSError as error:
+        raise DiskError("LT-601", "cannot read", file=folder, got=error.strerror) from error
+
+
 def _examine_folder(folder: Path) -> Candidate:
-    names = tuple(sorted(entry.name for entry in folder.iterdir() if entry.is_file()))
+    names = tuple(path.name for path in list_folder(folder) if path.is_file())
     config_path = folder / CONFIG_NAME if CONFIG_NAME in names else None
     config = None if config_path is None else load_json(config_path)
     known = [n for n in _WEIGHT_NAMES if n in names]

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from loratool.adapter import Adapter, DeltaSpec, ReadOptions, TensorRef
-from loratool.dialects.base import Candidate
+from loratool.dialects.base import Candidate, list_folder
 from loratool.dialects.detect import peft_method
 from loratool.dialects.peft_config import PeftConfig, parse_config, without_config
 from loratool.dialects.peft_keys import sort_tensors
@@ -42,9 +42,7 @@ def read(candidate: Candidate, options: ReadOptions) -> Adapter:
     _check_options(options)
     header = candidate.header
     if header is None:
-        raise BadFileError(
-            "LT-360", "a PEFT adapter needs adapter_model.safetensors", file=candidate.path
-        )
+        raise BadFileError("LT-360", "no adapter weights in this folder", file=candidate.path)
     config = _read_config(candidate, options)
     parts = read_tensors(header.tensors, config, options)
     notes = [*config.notes, *parts.notes]
@@ -173,7 +171,7 @@ def _untargeted(specs: list[DeltaSpec], config: PeftConfig) -> list[str]:
 def _find_extras(candidate: Candidate) -> Iterable[Path]:
     if candidate.folder is None:
         return
-    for entry in sorted(candidate.folder.iterdir()):
+    for entry in list_folder(candidate.folder):
         name = entry.name
         is_ours = any(fnmatch.fnmatch(name, pattern) for pattern in _EXTRAS)
         if (entry.is_file() and is_ours) or name == "additional_chat_templates":

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from loratool.adapter import Adapter, DeltaSpec
-from loratool.dialects.peft_new_keys import NewLayout
+from loratool.dialects.peft_new_keys import NewLayout, endings
 
 PEFT_VERSION = "0.21.2"  # whose reading the files were tested with
 # What a changed adapter keeps of its old configuration: fields that say nothing about numbers.
@@ -117,7 +117,7 @@ def _task(adapter: Adapter, layout: NewLayout, base_config: Mapping[str, Any] | 
     kept = adapter.config.get("task_type") if adapter.dialect == "peft" else None
     if isinstance(kept, str):
         return kept
-    task = adapter.task_type or task_type_of(base_config or {})
+    task = task_type_of(base_config or {})
     heads = _HEADS.get(task or "", ())
     # PEFT fails on a file that does not hold such a head.
     has_head = not heads or any(module.endswith(heads) for module in layout.saved)
@@ -130,14 +130,13 @@ def _commonest(values: Sequence[Any]) -> Any:
 
 def _pattern(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
     """Literal patterns for the names whose value is not the default."""
-    out = {}
-    for name, value in values.items():
-        if value == default:
-            continue
-        # A path also matches as the end of a longer one: then it is tied to the beginning.
-        is_ending = any(other.endswith(f".{name}") for other in values)
-        out[("^" if is_ending else "") + re.escape(name)] = value
-    return out
+    # A path also matches as the end of a longer one: then it is tied to the beginning.
+    ends = {ending for name in values for ending in endings(name)}
+    return {
+        ("^" if name in ends else "") + re.escape(name): value
+        for name, value in values.items()
+        if value != default
+    }
 
 
 def _replication(order: Sequence[int]) -> list[list[int]]:

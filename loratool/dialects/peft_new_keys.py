@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NoReturn
 
 from loratool.adapter import Adapter, DeltaSpec, Replacement, Source
@@ -195,9 +195,12 @@ class NewLayout:
     @property
     def excluded(self) -> list[str]:
         """Modules of the base that PEFT would adapt because a target is the end of their path."""
-        ends = tuple(f".{target}" for target in self.targets)
         mine = {*self.targets, *self.outputs, *self.parameters}
-        return sorted(m for m in self.modules - mine if m.endswith(ends)) if ends else []
+        return sorted(
+            module
+            for module in self.modules - mine
+            if any(ending in self.targets for ending in endings(module))
+        )
 
     def _refuse(
         self,
@@ -242,6 +245,14 @@ def _factors(key: str, spec: DeltaSpec) -> list[tuple[str, Source]]:
     if "magnitude" in spec.fields:
         found.append((f"{key}.lora_magnitude_vector", spec.fields["magnitude"]))
     return found
+
+
+def endings(path: str) -> Iterator[str]:
+    """The path without its first component, without its first two, and so on."""
+    start = path.find(".") + 1
+    while start:
+        yield path[start:]
+        start = path.find(".", start) + 1
 
 
 def _ancestors(names: Iterable[str]) -> frozenset[str]:

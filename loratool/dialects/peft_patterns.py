@@ -44,7 +44,14 @@ class Patterns:
         self._field = field
         self._file = file
         self._used: set[str] = set()
-        self._compiled = {key: self._compile(key) for key in table}
+        self._keys = list(table)
+        # Literal keys are looked up, because files with one pattern per module are common.
+        self._whole: dict[str, int] = {}
+        self._endings: dict[str, int] = {}
+        self._all: list[tuple[int, re.Pattern[str], int, int]] = []
+        self._others: list[tuple[int, re.Pattern[str], int, int]] = []
+        for number, key in enumerate(table):
+            self._add(number, key)
 
     def get(self, name: str, default: float) -> float:
         """The value for a module path, ``default`` where no pattern matches.
@@ -52,16 +59,23 @@ class Patterns:
         Raises:
             BadFileError: LT-368, matching could take too long.
         """
-        for key, (pattern, choices, repeats) in self._compiled.items():
+        # "." and "$" treat line breaks specially: names that have one go the plain way.
+        is_odd = "\n" in name
+        first = len(self._keys) if is_odd else self._first_literal(name)
+        for number, pattern, choices, repeats in self._all if is_odd else self._others:
+            if number > first:
+                break
             if choices * (len(name) + 1) ** repeats > MAX_WAYS:
-                self._refuse(key, "too many open repeats for names of this length")
+                self._refuse(self._keys[number], "too many open repeats for such long names")
             if pattern.match(name):
-                self._used.add(key)
-                return self.table[key]
-        if name in self.table:  # PEFT looks the name itself up when nothing matches
-            self._used.add(name)
-            return self.table[name]
-        return default
+                first = number
+                break
+        # PEFT looks the name itself up when nothing matches.
+        key = self._keys[first] if first < len(self._keys) else name
+        if key not in self.table:
+            return default
+        self._used.add(key)
+        return self.table[key]
 
     @property
     def note(self) -> str | None:
@@ -69,7 +83,17 @@ class Patterns:
         unused = [key for key in self.table if key not in self._used]
         return f"{self._field} without effect: {list_some(unused)}" if unused else None
 
-    def _compile(self, key: str) -> tuple[re.Pattern[str], int, int]:
+    def _first_literal(self, name: str) -> int:
+        """Number of the first literal key that matches, beyond the last key if none does."""
+        none = len(self._keys)
+        found, start = self._whole.get(name, none), 0
+        while True:
+            found = min(found, self._endings.get(name[start:], none))
+            start = name.find(".", start) + 1
+            if not start:
+                return found
+
+    def _add(self, number: int, key: str) -> None:
         if len(key) > MAX_PATTERN:
             self._refuse(key[:40] + "…", f"longer than {MAX_PATTERN} characters")
         text = rf"(.*\.)?({key})$"
@@ -79,7 +103,13 @@ class Patterns:
             choices, repeats = self._weigh(key, list(_parser.parse(text))[1:], inside=False)
         except (re.error, RecursionError, OverflowError) as error:
             self._refuse(key, f"not a regular expression: {error}")
-        return pattern, choices, repeats
+        self._all.append((number, pattern, choices, repeats))
+        literal = _literal(key)
+        if literal is None:
+            self._others.append(self._all[-1])
+        else:
+            where = self._whole if literal[1] else self._endings
+            where.setdefault(literal[0], number)
 
     def _weigh(self, key: str, items: Any, *, inside: bool) -> tuple[int, int]:
         """(alternatives multiplied, open repeats) of a parsed pattern."""
@@ -112,3 +142,16 @@ class Patterns:
             "LT-368", "unusable pattern", file=self._file, key=f"{self._field}.{key}", got=why,
             expected=f"a regular expression of at most {MAX_PATTERN} characters",
         )  # fmt: skip
+
+
+def _literal(key: str) -> tuple[str, bool] | None:
+    """(text, is it tied to the beginning) of a pattern without any operator, else None."""
+    try:
+        items = list(_parser.parse(key))
+    except re.error:  # parentheses that only balance inside PEFT's own group
+        return None
+    is_tied = bool(items) and str(items[0][0]) == "AT" and str(items[0][1]) == "AT_BEGINNING"
+    rest = items[1:] if is_tied else items
+    if any(str(op) != "LITERAL" for op, _ in rest):
+        return None
+    return "".join(chr(value) for _, value in rest), is_tied

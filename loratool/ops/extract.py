@@ -14,7 +14,7 @@ from loratool.errors import MismatchError, UsageError, list_some
 from loratool.plan import Plan, Step, TensorSpec
 from loratool.store.checkpoint import Checkpoint
 
-KEEP_WORDS = ("embeddings", "all")
+KEEP_WORDS = ("embeddings", "all", "none")
 """Values of ``--keep`` that are no regular expressions."""
 
 _EMBEDDING = re.compile(
@@ -319,25 +319,8 @@ def assemble(
         tuple(specs),
         tuple(replacements),
         base_model,
-        task_type=_task_type(base),
     )
     return adapter, outcomes
-
-
-_TASKS = {
-    "ForCausalLM": "CAUSAL_LM",
-    "LMHeadModel": "CAUSAL_LM",
-    "ForSequenceClassification": "SEQ_CLS",
-    "ForTokenClassification": "TOKEN_CLS",
-    "ForQuestionAnswering": "QUESTION_ANS",
-    "ForConditionalGeneration": "SEQ_2_SEQ_LM",
-}
-
-
-def _task_type(base: Checkpoint) -> str | None:
-    """PEFT's task type by the model class: without it AutoPeftModel cannot pick a class."""
-    classes = base.config.get("architectures") or [""]
-    return next((t for end, t in _TASKS.items() if str(classes[0]).endswith(end)), None)
 
 
 def _make_spec(
@@ -404,7 +387,7 @@ def _keepable(changed: Sequence[Pair], keep: Sequence[str]) -> list[Pair]:
         if pair.role == "bare":
             continue  # PEFT holds whole modules and biases, not bare parameters
         wanted = (
-            pair.role in ("bias", "small")
+            (pair.role in ("bias", "small") and "none" not in keep)
             or "all" in keep
             or ("embeddings" in keep and pair.role in ("embedding", "head"))
             or any(p.search(pair.name) for p in patterns)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from loratool.adapter import Adapter, DeltaSpec, Source, TensorRef
+from loratool.adapter import Adapter, Replacement, Source, TensorRef
 from loratool.dtypes import DTYPES, numel
 from loratool.errors import MismatchError
 from loratool.ops.bind import Bindings
@@ -144,31 +144,27 @@ def _collect_parts(
             for name, source in new_tensors.items()
             if name not in one.bindings.new_tensors
         }
-        found: list[tuple[str, Part]] = []
-        for bound in one.bindings.replacements:
-            r = bound.replacement
-            part = ReplacePart(r.source, one.weight, r.rows, number, r.origin)
-            found.append((bound.target, part))
-        for delta in one.bindings.deltas:
-            found.append(
-                (
-                    delta.target,
-                    DeltaPart(
-                        delta.spec,
-                        one.weight,
-                        delta.region,
-                        delta.expert,
-                        delta.transposed,
-                        number,
-                    ),
-                )
+        found: list[tuple[str, Part]] = [
+            (b.target, _replace_part(b.replacement, one.weight, number))
+            for b in one.bindings.replacements
+        ]
+        found += [
+            (
+                b.target,
+                DeltaPart(b.spec, one.weight, b.region, b.expert, b.transposed, number),
             )
+            for b in one.bindings.deltas
+        ]
         for target, part in found:
             if _has_effect(part):
                 parts.setdefault(target, []).append(part)
                 if target in inherits:
                     parts.setdefault(inherits[target], []).append(part)
     return parts
+
+
+def _replace_part(item: Replacement, weight: float, number: int) -> ReplacePart:
+    return ReplacePart(item.source, weight, item.rows, number, item.origin)
 
 
 def _has_effect(part: Part) -> bool:
@@ -307,9 +303,3 @@ def _make_shard(
     if is_same and all(s.op == "copy" for s in steps):
         return ShardPlan(name, tensors, metadata, shard.header, shard.path)
     return ShardPlan(name, tensors, metadata)
-
-
-def describe_part(spec: DeltaSpec) -> str:
-    """A delta in a few words, for plans."""
-    extra = f" after {spec.base_change}" if spec.base_change else ""
-    return f"{spec.kind} r={spec.rank} scaling={spec.scaling:g}{extra}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -117,9 +118,12 @@ def plan_sidecars(
     left: list[str] = []
     weights = {shard.name for shard in checkpoint.shards}
     for name in _walk(checkpoint):
-        if name in weights or _WEIGHTS.search(name):
+        if name in weights or (_WEIGHTS.search(name) and "/" not in name):
             continue
-        if _is_carried(name.rpartition("/")[2]) or _is_template(name):
+        if _WEIGHTS.search(name) and checkpoint.components:
+            continue
+        leaf = name.rpartition("/")[2]
+        if _is_carried(leaf) or _is_template(name) or (leaf and _WEIGHTS.search(name)):
             path = checkpoint.path / name
             _check_inside(path, checkpoint.path)
             found[name] = Sidecar(name, path)
@@ -138,6 +142,7 @@ def _walk(checkpoint: Checkpoint) -> Iterator[str]:
     index = checkpoint.path / "model_index.json"
     if checkpoint.components and index.is_file():
         wanted |= set(load_json(index))
+    wanted |= _sentence_modules(checkpoint.path)
     for entry in sorted(checkpoint.path.iterdir()):
         if entry.name.startswith("."):
             continue
@@ -151,6 +156,21 @@ def _walk(checkpoint: Checkpoint) -> Iterator[str]:
                     yield from (f"{entry.name}/{_TEMPLATES}/{t.name}" for t in inner.iterdir())
                 elif not inner.name.startswith("."):
                     yield f"{entry.name}/{inner.name}" + ("/" if inner.is_dir() else "")
+
+
+def _sentence_modules(folder: Path) -> set[str]:
+    """Sub-folders of a sentence-transformers model (``1_Pooling``), by its ``modules.json``."""
+    path = folder / "modules.json"
+    if not path.is_file() or path.stat().st_size > 1_000_000:
+        return set()
+    try:
+        modules = json.loads(path.read_bytes())
+    except (ValueError, RecursionError):
+        return set()
+    paths = (
+        [m.get("path") for m in modules if isinstance(m, dict)] if isinstance(modules, list) else []
+    )
+    return {p for p in paths if isinstance(p, str) and p and "/" not in p and p not in (".", "..")}
 
 
 def _is_carried(name: str) -> bool:

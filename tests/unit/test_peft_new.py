@@ -226,8 +226,17 @@ def test_uniform_adapters_need_no_patterns(rig: Rig) -> None:
 def test_paths_that_end_in_one_another_keep_their_own_rank(rig: Rig, first: int) -> None:
     rig.linear("lin", 16, 16, rank=first, scaling=0.7)
     rig.linear("block.lin", 16, 16, rank=8 - first, scaling=-1.3)
-    rig.linear("head", 4, 16, rank=3)
+    rig.linear("head", 4, 16, rank=8 - first, scaling=-1.3)
     rig.check_deltas(rig.load(Stack()))
+
+
+def test_a_dot_in_a_path_is_a_dot(rig: Rig) -> None:
+    model = Stack()
+    model.block_lin = nn.Linear(16, 16)
+    rig.linear("block.lin", 16, 16, rank=2, scaling=3.0)
+    rig.linear("block_lin", 16, 16, rank=4)
+    rig.linear("head", 4, 16, rank=4)
+    rig.check_deltas(rig.load(model))
 
 
 def test_modules_that_end_like_a_target_are_excluded(rig: Rig) -> None:
@@ -322,6 +331,14 @@ def test_without_the_base_known_modules_are_kept_apart_all_the_same(rig: Rig) ->
     files = write_adapter_files(rig.adapter())
     assert files.json_files["adapter_config.json"]["modules_to_save"] is None
     assert "base_model.model.norm.weight" in dict(files.tensors)
+
+
+def test_a_target_inside_a_replaced_module_stays_a_target(rig: Rig) -> None:
+    """PEFT adapts nothing inside of modules_to_save."""
+    rig.linear("head.inner", 4, 16)
+    rig.replace("head.weight", 4, 16)
+    config = write_adapter_files(rig.adapter()).json_files["adapter_config.json"]
+    assert config["modules_to_save"] is None and config["target_modules"] == ["head.inner"]
 
 
 def test_saved_embedding_under_its_own_delta(rig: Rig) -> None:

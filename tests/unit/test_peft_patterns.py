@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from pathlib import Path
 
@@ -13,11 +14,13 @@ from peft.utils.other import get_pattern_key
 from loratool.dialects.peft_patterns import Patterns
 from loratool.errors import BadFileError
 
-_PART = st.sampled_from(["model", "layers", "1", "10", "11", "q_proj", "proj", "a_q_proj"])
+_PART = st.sampled_from(
+    ["model", "layers", "1", "10", "11", "q_proj", "proj", "a_q_proj", "proj\n", ""]
+)
 NAMES = st.lists(_PART, min_size=1, max_size=5).map(".".join)
 _PIECE = st.sampled_from(
     ["q_proj", "proj", "layers.1", r"layers\.1", ".*", ".", r"\d+", "^model", "(q|k)_proj", "1|10",
-     "[01]+", "model.", "", "$", "a?"]
+     "[01]+", "model.", "", "$", "a?", "1", r"proj\n", "^"]
 )  # fmt: skip
 KEYS = st.lists(st.lists(_PIECE, min_size=1, max_size=4).map("".join), max_size=4, unique=True)
 
@@ -45,6 +48,8 @@ def test_matches_what_peft_matches(keys: list[str], name: str) -> None:
         ("layers.1", "model.layers.1.q_proj", False),  # the end of the path
         ("layers.1.*q_proj", "model.layers.10.q_proj", True),  # a dot is any character
         ("^layers.1.q", "model.layers.1.q", False),
+        ("proj", "proj\n.proj", False),  # a dot is no line break …
+        ("proj", "x.proj\n", True),  # … but the end may come before one
         ("a+b", "x.a+b", False),
         ("a+b", "a+b", True),  # PEFT falls back on the literal name
     ],
@@ -54,7 +59,18 @@ def test_traps_of_the_matching(key: str, name: str, hit: bool) -> None:
     assert (Patterns({key: 1}, "rank_pattern", None).get(name, 0) == 1) == hit
 
 
+def test_one_pattern_per_module_takes_no_square_of_time() -> None:
+    names = [f"model.layers.{n}.mlp.experts.{n}.up_proj" for n in range(4000)]
+    started = time.monotonic()
+    patterns = Patterns({re.escape(name): n for n, name in enumerate(names)}, "rank_pattern", None)
+    assert [patterns.get(name, -1) for name in names] == list(range(4000))
+    assert time.monotonic() - started < 8 and patterns.note is None
+
+
 def test_first_key_in_file_order_wins() -> None:
+    assert Patterns({"q": 1, "^l.0.q": 2, "0.q": 3}, "rank_pattern", None).get("l.0.q", 0) == 1
+    assert Patterns({r"^l\.0\.q": 2, "q": 1}, "rank_pattern", None).get("l.0.q", 0) == 2
+    assert Patterns({"a_q": 1, r"a\_q": 2}, "rank_pattern", None).get("l.a_q", 0) == 1
     assert Patterns({".*q": 1, "l.0.q": 2}, "rank_pattern", None).get("l.0.q", 0) == 1
     assert Patterns({"l.0.q": 2, ".*q": 1}, "rank_pattern", None).get("l.0.q", 0) == 2
 

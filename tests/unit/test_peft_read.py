@@ -246,6 +246,9 @@ def test_kasa_has_a_diagonal_and_changes_the_base(tmp_path: Path) -> None:
     tensors = pair("q") | {"q.lora_diag": zeros(4)}
     spec = read(tmp_path / "a", tensors, kasa_config={"beta": 1e-4}).specs[0]
     assert spec.base_change == "kasa" and spec.fields["diag"].shape == (4,)
+    with pytest.raises(BadFileError) as wrong:
+        read(tmp_path / "d", tensors | {"q.lora_diag": zeros(5)}, kasa_config={})
+    assert wrong.value.code == "LT-366"
     with pytest.raises(BadFileError) as missing:
         read(tmp_path / "b", pair("q"), kasa_config={})
     with pytest.raises(MismatchError) as denied:
@@ -330,6 +333,18 @@ def test_mha_takes_patterns_of_the_module_for_both_projections(tmp_path: Path) -
     )  # fmt: skip
     assert specs["l.self_attn.in_proj_weight"].scaling == 3.0
     assert specs["l.self_attn.out_proj.weight"].scaling == 6.0
+
+
+def test_mha_biases_of_lora_b(tmp_path: Path) -> None:
+    """PEFT merges the one of out_proj once, as a plain layer does, and never that of in_proj."""
+    tensors = _mha() | {
+        "l.self_attn.lora_B.bias": zeros(48),
+        "l.self_attn.base_layer.out_proj.lora_B.bias": zeros(16),
+    }
+    adapter = read(tmp_path, tensors, lora_bias=True)
+    assert by_name(adapter)["l.self_attn.out_proj.bias"].scaling == 2.0
+    assert [ref.name for ref in adapter.unclaimed] == [PREFIX + "l.self_attn.lora_B.bias"]
+    assert any("l.self_attn.lora_B.bias is not used" in n for n in adapter.notes)
 
 
 def test_out_proj_alone_is_a_plain_module(tmp_path: Path) -> None:
