@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import shutil
 import statistics
@@ -197,7 +198,12 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory(dir=args.dir) as temporary:
         folder = Path(temporary)
-        make_model(folder, args.layers)
+        # In a process of its own: a child's peak memory starts at its parent's.
+        maker = multiprocessing.get_context("spawn").Process(
+            target=make_model, args=(folder, args.layers)
+        )
+        maker.start()
+        maker.join()
         size = sum(f.stat().st_size for f in (folder / "base").glob("*.safetensors"))
         print(f"model {size / 1e9:.2f} GB bfloat16 in {SHARDS} shards, rank {RANK}, {args.device}")
         names = [m for m in METHODS if m not in args.skip]

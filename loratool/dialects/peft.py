@@ -31,7 +31,7 @@ def read(candidate: Candidate, options: ReadOptions) -> Adapter:
     """Read a PEFT adapter of the LoRA family.
 
     Raises:
-        BadFileError: LT-361 … LT-372, damaged or contradictory files.
+        BadFileError: LT-361 … LT-375, damaged or contradictory files.
         MismatchError: LT-402 … LT-415, another method, or a feature that cannot be merged right.
         UsageError: LT-280, LT-281: ``alpha`` is needed, or an option makes no sense.
 
@@ -73,7 +73,7 @@ def read_tensors(refs: Iterable[TensorRef], config: PeftConfig, options: ReadOpt
     if specs and config.method != "LORA":
         key = next(iter(specs[0].fields.values())).name
         raise BadFileError(
-            "LT-366", "LoRA factors in an adapter of another method", file=config.file, key=key,
+            "LT-374", "LoRA factors in an adapter of another method", file=config.file, key=key,
             got=config.method,
         )  # fmt: skip
     replacements, hidden, notes = read_replacements(found, config)

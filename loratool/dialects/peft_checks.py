@@ -21,7 +21,7 @@ def check_factors(
 
     Raises:
         BadFileError: LT-362 a factor is missing, LT-364 empty or flattened, LT-365 wrong dtype,
-            LT-366 wrong number of dimensions.
+            LT-366 wrong number of dimensions, LT-375 of two layouts.
     """
     names = ("embedding_A", "embedding_B") if is_embedding else ("lora_A", "lora_B")
     for name, other in (names, names[::-1]):
@@ -39,7 +39,7 @@ def check_factors(
             _refuse_shard(ref)
     if is_embedding and roles.keys() & {"lora_A", "lora_B"}:
         raise BadFileError(
-            "LT-367", "a module has factors of an embedding and of a linear layer",
+            "LT-375", "a module has factors of an embedding and of a linear layer",
             file=lora_A.file, key=module,
         )  # fmt: skip
     dims = len(lora_A.shape)

@@ -44,7 +44,7 @@ class SpecReader:
         """Every delta, in file order.
 
         Raises:
-            BadFileError: LT-362 … LT-372, tensors that do not fit together.
+            BadFileError: LT-362 … LT-375, tensors that do not fit together.
             MismatchError: LT-405 … LT-409, tensors and configuration contradict.
         """
         parameters, notes = find_parameters(self.modules, self.config, self._is_mha)
@@ -56,7 +56,7 @@ class SpecReader:
             elif roles.keys() - {"tokens"}:
                 key = next(iter(roles.values()))
                 raise BadFileError(
-                    "LT-362", "part of a delta without its factors", file=key.file, key=key.name,
+                    "LT-373", "part of a delta without its factors", file=key.file, key=key.name,
                     expected="lora_A and lora_B of the same module",
                 )  # fmt: skip
         self._note_mha(specs)

@@ -78,7 +78,7 @@ def open_regular(path: Path, *, shown: object | None = None) -> BinaryIO:
         raise BadFileError("LT-300", what, file=shown) from error
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         got = getattr(error, "strerror", None) or str(error)
-        raise DiskError("LT-601", "cannot open", file=shown, got=got) from error
+        raise DiskError("LT-601", "cannot read", file=shown, got=got) from error
     try:
         _require_regular(os.fstat(file.fileno()).st_mode, shown)
     except UnsafeContentError:

@@ -86,7 +86,7 @@ class FileReader:
                     file = path.open("rb", buffering=0)
                 except OSError as error:
                     raise DiskError(
-                        "LT-601", "cannot open", file=path, got=error.strerror
+                        "LT-601", "cannot read", file=path, got=error.strerror
                     ) from error
                 if hasattr(os, "posix_fadvise"):
                     os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)

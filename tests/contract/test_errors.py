@@ -58,8 +58,8 @@ def catalogue() -> str:
         "The same fields come under `error` with `--json`.  The first digit is the exit code",
         "(`LT-0nn` = 1, a bug; `LT-1nn` = 10).", "",
         "Exit codes: 0 ok · 1 bug · 2 usage · 3 bad input file · 4 inputs do not belong together",
-        "or are not supported · 5 output refused · 6 disk, memory or permission · 7 Hub or network ·",
-        "8 not a number or out of range · 9 unsafe content refused · 10 verify found differences ·",
+        "or are not supported · 5 output refused · 6 disk, memory or permission · 7 Hub or network",
+        "· 8 not a number or out of range · 9 unsafe content refused · 10 differences found ·",
         "130, 143 interrupted.", "",
         "| number | what |", "|---|---|",
     ]  # fmt: skip

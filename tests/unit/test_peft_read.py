@@ -153,7 +153,21 @@ def test_one_factor_alone_names_its_missing_partner(tmp_path: Path, side: str) -
 def test_parts_without_factors_are_refused(tmp_path: Path, name: str) -> None:
     with pytest.raises(BadFileError) as caught:
         read(tmp_path, {name: zeros(8)})
-    assert caught.value.code == "LT-362"
+    assert caught.value.code == "LT-373"
+
+
+def test_factors_of_two_layouts_on_one_module_are_refused(tmp_path: Path) -> None:
+    tensors = pair("q") | {"q.lora_embedding_A": zeros(4, 8), "q.lora_embedding_B": zeros(8, 4)}
+    with pytest.raises(BadFileError) as caught:
+        read(tmp_path, tensors)
+    assert caught.value.code == "LT-375"
+
+
+def test_lora_factors_in_trainable_tokens_are_refused(tmp_path: Path) -> None:
+    config = {"peft_type": "TRAINABLE_TOKENS", "token_indices": [1], "r": 4}
+    with pytest.raises(BadFileError) as caught:
+        read(tmp_path, pair("q"), config=config)
+    assert caught.value.code == "LT-374"
 
 
 def test_inner_ranks_must_agree(tmp_path: Path) -> None:
