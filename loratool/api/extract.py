@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -118,7 +118,7 @@ def extract(
             "base": checkpoint_id(base_opened.checkpoint),
         }
         record = provenance_of("extract", options=options, inputs=inputs)
-    size = _write(adapter, target, record, base_opened, force)
+    size = _write(adapter, target, record, base_opened, plan.memory_names.values(), force)
     written = open_adapter(target)  # our own loader must find what was written
     return _report(plan, outcomes, written, tuned_opened, base_opened, target, rank, size, started)
 
@@ -141,12 +141,19 @@ def _run(plan: ExtractPlan, resources: Resources) -> list[Any]:
 
 
 def _write(
-    adapter: Adapter, target: Path, record: dict[str, Any], base: OpenedBase, force: bool
+    adapter: Adapter,
+    target: Path,
+    record: dict[str, Any],
+    base: OpenedBase,
+    base_tensors: Iterable[str],
+    force: bool,
 ) -> int:
     """Write the adapter's files; returns the size of its tensor file."""
     from loratool.store.adapter_writer import write_adapter
 
-    files = write_adapter_files(adapter, "peft", base_config=base.checkpoint.config)
+    files = write_adapter_files(
+        adapter, "peft", base_config=base.checkpoint.config, base_tensors=base_tensors
+    )
     return write_adapter(files, target, record=record, force=force)
 
 

@@ -252,6 +252,8 @@ def _is_clean(text: str) -> bool:
 
 
 def _check_metadata(value: object, shown: object) -> Mapping[str, str]:
+    if value is None:  # mlx writes null, and safetensors reads it as "none"
+        return {}
     if not isinstance(value, dict):
         raise BadFileError(
             "LT-316", "metadata is not an object", file=shown, key="__metadata__",
