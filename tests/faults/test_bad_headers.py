@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors import safe_open
 
 from loratool.errors import BadFileError, LoratoolError, UnsafeContentError
 from loratool.store.header import MAX_HEADER_BYTES, read_header
@@ -140,10 +141,21 @@ def test_duplicate_metadata_and_field(file: Path) -> None:
 
 @pytest.mark.parametrize(
     ("value", "word"),
-    [(1, "int"), ([], "list"), (None, "NoneType"), ("x", "str")],
+    [(1, "int"), ([], "list"), ("x", "str")],
 )
 def test_metadata_is_no_object(file: Path, value: object, word: str) -> None:
     refuse(craft(file, {"__metadata__": value}), "LT-316", "__metadata__", word)
+
+
+def test_null_metadata_is_none_as_in_safetensors(file: Path) -> None:
+    craft(
+        file,
+        {"__metadata__": None, "a": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]}},
+        b"\0",
+    )
+    assert read_header(file).metadata == {}
+    with safe_open(str(file), "pt") as theirs:
+        assert theirs.metadata() is None and list(theirs.keys()) == ["a"]
 
 
 @pytest.mark.parametrize(("value", "word"), [(1, "int"), ({}, "dict"), (None, "NoneType")])
