@@ -115,7 +115,10 @@ class SubtractAndFactor(Difference):
         args = self.step.args
         experts = int(args.get("experts", 0))
         slabs = delta.view(experts, -1, delta.shape[1]) if experts else delta[None]
-        fits = [svd.best_rank(s.T if args["transposed"] else s, int(args["rank"])) for s in slabs]
+        turned = [s.T if args["transposed"] else s for s in slabs]
+        rank = int(args["rank"])
+        is_full = rank >= min(turned[0].shape)
+        fits = [svd.whole(t) if is_full else svd.best_rank(t, rank) for t in turned]
         gain = float(args.get("gain", 1.0))
         lora_A = torch.stack([f.lora_A for f in fits]).float()  # (E, r, in)
         lora_B = torch.stack([f.lora_B * gain for f in fits]).float()  # (E, out, r)

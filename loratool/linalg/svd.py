@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -65,6 +66,29 @@ def best_rank(matrix: torch.Tensor, rank: int) -> LowRankFit:
     inverse = torch.where(root > 0, 1 / root, torch.zeros_like(root))
     captured = 1.0 if energy == 0 else min(1.0, float(sigma.square().sum()) / energy)
     return LowRankFit(image * inverse, root[:, None] * vectors.T, sigma, energy**0.5, captured)
+
+
+def whole(matrix: torch.Tensor) -> LowRankFit:
+    """A matrix as a product that returns it bit for bit: itself times the identity.
+
+    For ranks that no truncation needs.  A power of two moves half of the size to the identity,
+    exactly; in the product each element meets one nonzero term, so any order of summation gives
+    it back.
+
+    Args:
+        matrix: (m, n) float32.
+
+    Returns:
+        Factors of rank min(m, n); no singular values, all energy captured.
+    """
+    if matrix.shape[0] < matrix.shape[1]:
+        fit = whole(matrix.T)
+        return LowRankFit(fit.lora_A.T, fit.lora_B.T, fit.singular_values, fit.norm, 1.0)
+    wide = matrix.double()
+    norm, cols = float(torch.linalg.vector_norm(wide)), matrix.shape[1]
+    share = 2.0 ** round(math.log2(norm / math.sqrt(cols)) / 2) if norm > 0 else 1.0
+    identity = share * torch.eye(cols, dtype=torch.float64, device=matrix.device)
+    return LowRankFit(wide / share, identity, wide.new_empty(0), norm, 1.0)
 
 
 def _row_blocks(matrix: torch.Tensor) -> Iterator[torch.Tensor]:

@@ -155,7 +155,7 @@ def test_error_is_the_optimum_per_module(name: str, tmp_path: Path) -> None:
 def test_keep_all_at_full_rank_returns_a_bfloat16_tune_bit_for_bit(
     name: str, tmp_path: Path
 ) -> None:
-    pair(MODELS[name], tmp_path, only_matrices=False, scale=2e-4)  # ρ about 1.5 %
+    pair(MODELS[name], tmp_path, only_matrices=False, scale=0.01)
     for folder in ("base", "tuned"):
         file = tmp_path / folder / "model.safetensors"
         halved = {

@@ -40,6 +40,18 @@ def test_full_rank_returns_the_matrix_whatever_its_condition() -> None:
     assert float((matrix - fit.lora_B @ fit.lora_A).abs().max()) <= 200 * EPS
 
 
+@pytest.mark.parametrize("shape", [(20, 7), (7, 20), (9, 9), (1, 5)])
+def test_whole_is_bit_exact_in_float32(shape: tuple[int, int]) -> None:
+    matrix = randn(*shape, seed=7, scale=1e-3) * torch.logspace(-8, 3, shape[1])
+    fit = svd.whole(matrix)
+    lora_A, lora_B = fit.lora_A.float(), fit.lora_B.float()
+    assert lora_A.shape[0] == min(shape)
+    assert torch.equal(lora_B @ lora_A, matrix)
+    assert float(lora_B.norm() / lora_A.norm()) == pytest.approx(1, rel=1.0)
+    assert torch.equal(svd.whole(torch.zeros(shape)).lora_B @ svd.whole(torch.zeros(shape)).lora_A,
+                       torch.zeros(shape, dtype=torch.float64))  # fmt: skip
+
+
 def test_factors_are_balanced() -> None:
     fit = svd.best_rank(randn(30, 20, seed=3), 5)
     root = fit.singular_values.sqrt()
