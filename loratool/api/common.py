@@ -89,7 +89,8 @@ def plan_resources(
 
     if threads is not None and threads < 1:
         raise UsageError("LT-215", "number of threads", expected="1 or more", got=threads)
-    where, reason = resolve_device(device, "I/O-bound, a GPU would not help")
+    factors = any(step.op == "subtract_and_factor" for step in plan.steps)
+    where, reason = resolve_device(device, is_arithmetic=factors)
     limit = parse_size(max_memory)
     memory = plan_memory(
         plan,

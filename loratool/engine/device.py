@@ -12,18 +12,23 @@ import torch
 from loratool.errors import UsageError
 
 
-def resolve_device(text: str, why_cpu: str) -> tuple[torch.device, str]:
+def resolve_device(text: str, *, is_arithmetic: bool) -> tuple[torch.device, str]:
     """Turn ``auto``, ``cpu`` or ``cuda[:n]`` into a device and a reason in words.
 
     Args:
         text: what the user asked for.
-        why_cpu: why ``auto`` means the CPU for this plan.
+        is_arithmetic: the plan spends its time on products and factorisations, not on the disk:
+            ``auto`` then takes a GPU if there is one.
 
     Raises:
         UsageError: unknown device, or no such GPU.
     """
     if text == "auto":
-        return torch.device("cpu"), why_cpu
+        if not is_arithmetic:
+            return torch.device("cpu"), "I/O-bound, a GPU would not help"
+        if not torch.cuda.is_available():
+            return torch.device("cpu"), "no GPU"
+        text = "cuda"
     name, _, number = text.partition(":")
     if name == "cpu" and not number:
         return torch.device("cpu"), "asked for"
@@ -42,7 +47,7 @@ def resolve_device(text: str, why_cpu: str) -> tuple[torch.device, str]:
             "LT-212", "no such GPU", expected=f"0 to {torch.cuda.device_count() - 1}", got=number
         )
     torch.cuda.init()  # type: ignore[no-untyped-call]
-    return torch.device("cuda", index), "asked for"
+    return torch.device("cuda", index), "factoring is arithmetic" if is_arithmetic else "asked for"
 
 
 def default_threads() -> int:
