@@ -12,7 +12,8 @@ from loratool.adapter import Adapter
 from loratool.api.common import Resources, option_values, plan_resources
 from loratool.dialects import open_adapter, write_adapter_files
 from loratool.errors import UsageError
-from loratool.ops.extract import ExtractPlan, Outcome, assemble, plan_extract
+from loratool.ops.assemble import Outcome, assemble
+from loratool.ops.extract import ExtractPlan, plan_extract
 from loratool.ops.inputs import Access, OpenedBase, guard_output, open_base
 from loratool.ops.loads import judge_loads
 from loratool.report import ExtractedModule, ExtractReport

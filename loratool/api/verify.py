@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from loratool.adapter import ReadOptions
 from loratool.api.common import plan_resources
-from loratool.api.merge import MergeJob, NameOptions, prepare_merge
+from loratool.api.merge_job import MergeJob, NameOptions, prepare_merge
 from loratool.ops.bind import BindOptions
 from loratool.ops.inputs import Access, open_adapters, open_base
 from loratool.ops.verify import VerifyPlan, merged_dtype, plan_verify

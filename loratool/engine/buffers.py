@@ -6,7 +6,7 @@ import threading
 
 import torch
 
-from loratool.store.writer import PAGE
+from loratool.store.shard_writer import PAGE
 
 TORCH_DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,

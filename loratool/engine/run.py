@@ -19,7 +19,7 @@ from loratool.engine.kernels import KERNELS
 from loratool.engine.sink import CheckpointSink
 from loratool.plan import Plan, Step
 from loratool.store.reader import FileReader
-from loratool.store.writer import PAGE
+from loratool.store.shard_writer import PAGE
 
 _CPU = torch.device("cpu")
 

@@ -8,7 +8,8 @@ from typing import Any
 
 from loratool.plan import Plan, Step
 from loratool.store.header import build_header
-from loratool.store.writer import PAGE, ShardWriter, StagedOutput, clone_file
+from loratool.store.shard_writer import PAGE, ShardWriter, clone_file
+from loratool.store.writer import StagedOutput
 
 
 class CheckpointSink:

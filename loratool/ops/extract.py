@@ -1,4 +1,4 @@
-"""Plan the extraction of an adapter from a full fine-tune, and put its parts together."""
+"""Plan the extraction of an adapter from a full fine-tune."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from loratool import archs
-from loratool.adapter import Adapter, DeltaSpec, Replacement, TensorData, TensorRef
+from loratool.adapter import TensorRef
 from loratool.dtypes import DTYPES
 from loratool.errors import MismatchError, UsageError, list_some
 from loratool.plan import Plan, Step, TensorSpec
@@ -181,8 +181,8 @@ def _role(name: str, ref: TensorRef, checkpoint: Checkpoint) -> str:
 
 
 def _choose(pairs: Sequence[Pair], include: Sequence[str], exclude: Sequence[str]) -> set[Pair]:
-    wanted = [_compile(i) for i in include]
-    unwanted = [_compile(e) for e in exclude]
+    wanted = [compile_pattern(i) for i in include]
+    unwanted = [compile_pattern(e) for e in exclude]
     able = {"linear", "conv", "experts", "in_proj"}
     if wanted:
         able |= {"embedding", "head"}
@@ -195,7 +195,12 @@ def _choose(pairs: Sequence[Pair], include: Sequence[str], exclude: Sequence[str
     return chosen
 
 
-def _compile(text: str) -> re.Pattern[str]:
+def compile_pattern(text: str) -> re.Pattern[str]:
+    """A regular expression that a user typed.
+
+    Raises:
+        UsageError: it is none.
+    """
     try:
         return re.compile(text)
     except re.error as error:
@@ -239,175 +244,3 @@ def _flat(shape: tuple[int, ...]) -> tuple[int, int]:
     for size in shape[:-1]:
         rows *= size
     return (rows, shape[-1])
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What became of one pair.
-
-    Attributes:
-        pair: the tensors.
-        fate: ``factored``, ``kept``, ``left_out`` or ``identical``.
-        delta_square: Σ(tuned - base)².
-        residual_square: Σ(Δ - what the adapter reproduces)².
-        weight_square: Σ base².
-        rank: of the factors.
-    """
-
-    pair: Pair
-    fate: str
-    delta_square: float
-    residual_square: float
-    weight_square: float
-    rank: int = 0
-
-
-def assemble(
-    extract: ExtractPlan,
-    results: Sequence[Any],
-    *,
-    keep: Sequence[str],
-    base: Checkpoint,
-    base_model: str | None,
-) -> tuple[Adapter, list[Outcome]]:
-    """Make the adapter from the results of the steps.
-
-    Args:
-        extract: the plan.
-        results: a `DifferenceResult` or `CompareResult` per step.
-        keep: ``embeddings``, ``all`` or regular expressions of tensors kept whole.
-        base: the base checkpoint.
-        base_model: what the adapter names as its base.
-
-    Raises:
-        MismatchError: the checkpoints are identical.
-    """
-    specs: list[DeltaSpec] = []
-    outcomes: list[Outcome] = []
-    changed: list[Pair] = []
-    for pair, result in zip(extract.pairs, results, strict=True):
-        equal = result.differing == 0 if hasattr(result, "differing") else result.is_equal
-        delta = result.delta_square
-        weight = getattr(result, "weight_square", 0.0)
-        if equal:
-            outcomes.append(Outcome(pair, "identical", 0.0, 0.0, weight))
-        elif pair.is_factored:
-            specs.append(_make_spec(pair, result.factors, extract, base))
-            outcomes.append(
-                Outcome(pair, "factored", delta, result.residual_square, weight, specs[-1].rank)
-            )
-        else:
-            changed.append(pair)
-            outcomes.append(Outcome(pair, "left_out", delta, delta, weight))
-    changed.extend(extract.created)
-    outcomes.extend(Outcome(p, "left_out", 0.0, 0.0, 0.0) for p in extract.created)
-    if not specs and not changed:
-        raise MismatchError("LT-483", "the fine-tune equals the base: nothing to extract")
-    specs = _complete_mha(specs, extract, base)
-    kept = _keepable(changed, keep)
-    replacements = _replacements(kept, extract)
-    held = {p.name for p in kept}
-    outcomes = [
-        Outcome(o.pair, "kept", o.delta_square, 0.0, o.weight_square)
-        if o.fate == "left_out" and o.pair.name in held
-        else o
-        for o in outcomes
-    ]
-    adapter = Adapter(
-        extract.pairs[0].tuned.file.parent,
-        "peft",
-        tuple(specs),
-        tuple(replacements),
-        base_model,
-    )
-    return adapter, outcomes
-
-
-def _make_spec(
-    pair: Pair, factors: tuple[TensorData, TensorData], extract: ExtractPlan, base: Checkpoint
-) -> DeltaSpec:
-    lora_A, lora_B = factors
-    name = extract.memory_names[pair.name]
-    module, _, parameter = name.rpartition(".")
-    experts = pair.tuned.shape[0] if pair.role == "experts" else 0
-    rank = lora_A.shape[0] // max(1, experts)
-    layout = {"conv": "conv", "embedding": "embedding", "experts": "experts"}.get(
-        pair.role, "linear"
-    )
-    twice = any(
-        s.op == "subtract_and_factor" and s.output.name == pair.name and s.args.get("gain") == 0.5
-        for s in extract.plan.steps
-    )
-    return DeltaSpec(
-        "lowrank",
-        module,
-        parameter,
-        {"lora_A": lora_A, "lora_B": lora_B},
-        layout,
-        rank,
-        float(rank),
-        2.0 if twice else 1.0,
-        transposed=layout == "linear" and archs.is_conv1d(base.model_type, pair.module),
-        experts=experts,
-    )
-
-
-def _complete_mha(
-    specs: list[DeltaSpec], extract: ExtractPlan, base: Checkpoint
-) -> list[DeltaSpec]:
-    """PEFT adapts both projections of an attention module or none: zeros for the missing one."""
-    have = {s.name for s in specs}
-    out = list(specs)
-    for pair, step in zip(extract.pairs, extract.plan.steps, strict=True):
-        partner = (
-            f"{pair.module}.out_proj.weight"
-            if pair.role == "in_proj"
-            else f"{pair.module.removesuffix('.out_proj')}.in_proj_weight"
-            if step.args.get("gain")
-            else None
-        )
-        if partner is None or not pair.is_factored:
-            continue
-        name = extract.memory_names[pair.name]
-        if name not in have and extract.memory_names.get(partner, partner) in have:
-            other = next(s for s in specs if s.name == extract.memory_names.get(partner, partner))
-            rows, cols = pair.tuned.shape
-            zeros = tuple(
-                TensorData(f"{name} {role}", "F32", shape, bytes(4 * shape[0] * shape[1]))
-                for role, shape in (("lora_A", (other.rank, cols)), ("lora_B", (rows, other.rank)))
-            )
-            out.append(_make_spec(pair, (zeros[0], zeros[1]), extract, base))
-    return out
-
-
-def _keepable(changed: Sequence[Pair], keep: Sequence[str]) -> list[Pair]:
-    patterns = [_compile(k) for k in keep if k not in KEEP_WORDS]
-    kept = []
-    for pair in changed:
-        if pair.role == "bare":
-            continue  # PEFT holds whole modules and biases, not bare parameters
-        wanted = (
-            (pair.role in ("bias", "small") and "none" not in keep)
-            or "all" in keep
-            or ("embeddings" in keep and pair.role in ("embedding", "head"))
-            or any(p.search(pair.name) for p in patterns)
-        )
-        if wanted:
-            kept.append(pair)
-    return kept
-
-
-def _replacements(kept: Sequence[Pair], extract: ExtractPlan) -> list[Replacement]:
-    """Whole modules to save for everything but biases; every bias once one has changed."""
-    everything = {p.name: p for p in (*extract.pairs, *extract.created)}
-    modules = {p.module for p in kept if p.role != "bias"}
-    found: dict[str, Replacement] = {}
-    for name, pair in everything.items():
-        memory = extract.memory_names[name]
-        if pair.module in modules and not pair.is_factored:
-            found[name] = Replacement(memory, pair.tuned, "modules_to_save")
-    if any(p.role == "bias" and p.name not in found for p in kept):
-        for name, pair in everything.items():
-            if pair.role == "bias" and name not in found:
-                found[name] = Replacement(extract.memory_names[name], pair.tuned, "bias")
-    return list(found.values())

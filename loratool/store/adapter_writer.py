@@ -12,7 +12,8 @@ from loratool.adapter import AdapterFiles, TensorData
 from loratool.store.header import build_header
 from loratool.store.jsonfile import dump_json
 from loratool.store.reader import FileReader
-from loratool.store.writer import MARKER, ShardWriter, StagedOutput
+from loratool.store.shard_writer import ShardWriter
+from loratool.store.writer import MARKER, StagedOutput
 
 
 def write_adapter(

@@ -11,7 +11,8 @@ import pytest
 
 from loratool.errors import BadFileError, DiskError, OutputError
 from loratool.store.reader import FileReader
-from loratool.store.writer import MARKER, PAGE, ShardWriter, StagedOutput, clone_file
+from loratool.store.shard_writer import PAGE, ShardWriter, clone_file
+from loratool.store.writer import MARKER, StagedOutput
 
 
 @pytest.fixture(params=["tuned", "plain"])
