@@ -372,3 +372,49 @@ def test_large_tensors_are_measured_by_sample(tmp_path: Path) -> None:
     assert report.total.changed_share == pytest.approx(share, abs=0.05)
     assert abs(report.total.predicted_share - report.total.changed_share) < 0.02
     assert abs(report.total.predicted_loss - report.total.loss) < 0.02
+
+
+def test_replacements_with_weights_are_differences(tmp_path: Path) -> None:
+    """A replaced tensor at weight w moves W to W + w·(T - W); several add up."""
+    tensors = {"head.weight": randn(9, 5, seed=1), "a.weight": randn(8, 6, seed=2)}
+    base = save_checkpoint(tmp_path / "base", tensors)
+    news = [randn(9, 5, seed=s) for s in (3, 4)]
+    factors = random_factors({"a": (8, 6)}, rank=2, seed=5)
+    adapters = [
+        save_adapter(
+            tmp_path / f"a{i}", factors, extra={"head.weight": new}, modules_to_save=["head"]
+        )
+        for i, new in enumerate(news)
+    ]
+    W = tensors["head.weight"].double()
+    for weights in ([0.5], [1.0], [0.7, -0.2], [1.0, 1.0]):
+        out = tmp_path / f"out{weights}"
+        used = [str(a) for a in adapters[: len(weights)]]
+        lt.merge(used, base=base, output=out, weights=weights)
+        got = load_file(str(out / "model.safetensors"))["head.weight"]
+        pairs = zip(weights, news, strict=False)
+        want = W + sum(w * (new.double() - W) for w, new in pairs)
+        assert torch.allclose(got.double(), want, rtol=2.0**-23, atol=2.0**-24), weights
+    one = load_file(str(tmp_path / "out[1.0]" / "model.safetensors"))["head.weight"]
+    assert torch.equal(one, news[0])  # at weight 1, alone: the tensor itself
+
+
+def test_token_rows_with_weights(tmp_path: Path) -> None:
+    tensors = {"embed.weight": randn(12, 5, seed=1), "a.weight": randn(8, 6, seed=2)}
+    base = save_checkpoint(tmp_path / "base", tensors)
+    rows = randn(2, 5, seed=3)
+    adapter = save_adapter(
+        tmp_path / "a",
+        random_factors({"a": (8, 6)}, rank=2, seed=5),
+        extra={"embed.token_adapter.trainable_tokens_delta": rows},
+        trainable_token_indices={"embed": [7, 2]},
+    )
+    for weight in (1.0, 0.25):
+        out = tmp_path / f"out{weight}"
+        lt.merge([str(adapter)], base=base, output=out, weights=[weight])
+        got = load_file(str(out / "model.safetensors"))["embed.weight"]
+        want = tensors["embed.weight"].clone()
+        want[[7, 2]] += weight * (rows - want[[7, 2]])
+        assert torch.allclose(got, want, atol=1e-6)
+        if weight == 1.0:
+            assert torch.equal(got[[7, 2]], rows)
