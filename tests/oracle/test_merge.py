@@ -418,3 +418,13 @@ def test_token_rows_with_weights(tmp_path: Path) -> None:
         assert torch.allclose(got, want, atol=1e-6)
         if weight == 1.0:
             assert torch.equal(got[[7, 2]], rows)
+
+
+def test_data_of_changed_shards_begins_on_a_page(tmp_path: Path) -> None:
+    """Else nearly every piece would have ends that go through the page cache."""
+    from loratool.store.header import read_header
+
+    base = make_base(tmp_path, torch.bfloat16)
+    adapter = make_adapter(tmp_path, "a", seed=100)
+    lt.merge([str(adapter)], base=base, output=tmp_path / "out")
+    assert read_header(tmp_path / "out" / "model.safetensors").data_start % 4096 == 0

@@ -21,6 +21,16 @@ def test_blocks_tile_the_view_in_byte_order(view: tuple[int, int]) -> None:
     assert position == rows * cols
 
 
+def test_long_rows_are_cut_into_cells() -> None:
+    cut = grid.blocks((3, 200_000), 70_000)
+    assert [(b.r0, b.c0, b.c1, b.start) for b in cut[3:6]] == [
+        (1, 0, 70_000, 200_000),
+        (1, 70_000, 140_000, 270_000),
+        (1, 140_000, 200_000, 340_000),
+    ]
+    assert [b.index for b in cut] == list(range(9))
+
+
 @given(VIEWS)
 def test_largest_block_bounds_memory(view: tuple[int, int]) -> None:
     largest = max(b.numel for b in grid.blocks(view))
