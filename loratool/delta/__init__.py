@@ -1,1 +1,1 @@
-"""See docs/architecture.md."""
+"""Kinds of change, with their tensors."""

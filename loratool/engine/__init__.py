@@ -1,1 +1,1 @@
-"""See docs/architecture.md."""
+"""Runs plans: the one loop that touches tensor bytes, and its kernels."""

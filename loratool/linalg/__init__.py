@@ -1,1 +1,1 @@
-"""See docs/architecture.md."""
+"""Functions of tensors: no names, no I/O."""

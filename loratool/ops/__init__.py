@@ -1,1 +1,1 @@
-"""See docs/architecture.md."""
+"""Planners: from headers and options to a `Plan`; data only, no torch."""

@@ -1,1 +1,1 @@
-"""See docs/architecture.md."""
+"""Bytes and disk: headers, checkpoints, readers, writers, sidecars, the Hub."""

@@ -16,7 +16,7 @@ LAYERS = (
     {"dtypes", "errors", "adapter", "kinds", "methods", "plan", "report", "__init__"},
     {"store"},
     {"linalg", "delta"},
-    {"dialects", "archs", "quant"},
+    {"dialects", "archs"},
     {"engine"},
     {"ops"},
     {"api"},
