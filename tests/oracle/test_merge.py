@@ -428,3 +428,18 @@ def test_data_of_changed_shards_begins_on_a_page(tmp_path: Path) -> None:
     adapter = make_adapter(tmp_path, "a", seed=100)
     lt.merge([str(adapter)], base=base, output=tmp_path / "out")
     assert read_header(tmp_path / "out" / "model.safetensors").data_start % 4096 == 0
+
+
+def test_a_replaced_tensor_is_taken_as_it_is(tmp_path: Path) -> None:
+    """W + (T - W) would lose a small T beside a large W; at weight 1 T itself is written."""
+    base = save_checkpoint(
+        tmp_path / "base",
+        {"head.weight": torch.full((4, 4), 1e3).bfloat16(), "a.weight": randn(8, 6, seed=2)},
+    )
+    new = randn(4, 4, seed=1, scale=1e-6).bfloat16()
+    adapter = save_adapter(
+        tmp_path / "a", random_factors({"a": (8, 6)}, rank=2, seed=5),
+        extra={"head.weight": new}, modules_to_save=["head"],
+    )  # fmt: skip
+    lt.merge([str(adapter)], base=base, output=tmp_path / "out")
+    assert torch.equal(load_file(str(tmp_path / "out" / "model.safetensors"))["head.weight"], new)
