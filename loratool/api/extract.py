@@ -18,6 +18,7 @@ from loratool.ops.inputs import Access, OpenedBase, guard_output, open_base
 from loratool.ops.loads import judge_loads
 from loratool.report import ExtractedModule, ExtractReport
 from loratool.store.provenance import checkpoint_id, provenance_of
+from loratool.store.writer import check_output
 
 if TYPE_CHECKING:
     from loratool.engine.run import Progress
@@ -102,7 +103,8 @@ def extract(
         progress=progress,
     )
     if dry_run:
-        return _planned(plan, tuned_opened, base_opened, target, rank, resources, started)
+        return _planned(plan, tuned_opened, base_opened, target, rank, started)
+    check_output(target, is_folder=True, force=force)  # before the work, not after it
     results = _run(plan, resources)
     label = str(base) if base_opened.resolved.commit else base_opened.resolved.path.name
     adapter, outcomes = assemble(
@@ -230,13 +232,11 @@ def _planned(
     base: OpenedBase,
     target: Path,
     rank: int,
-    resources: Resources,
     started: float,
 ) -> ExtractReport:
     outcomes = [
         Outcome(p, "factored" if p.is_factored else "left_out", 0.0, 0.0, 0.0) for p in plan.pairs
     ]
-    del resources
     report = _report(plan, outcomes, None, tuned, base, target, rank, 0, started)
     from dataclasses import replace
 

@@ -185,8 +185,7 @@ def _report(
         changed=len(job.merge.changed),
         copied=len(job.merge.copied),
         cast=len(job.merge.cast),
-        created=len(job.checkpoint.tensors.keys() ^ {n for b in job.bound
-                    for n in (*job.checkpoint.tensors, *b.bindings.new_tensors)}),
+        created=len({n for b in job.bound for n in b.bindings.new_tensors}),
         skipped=tuple(sorted({n for b in job.bound for n in b.bindings.skipped})),
         rule=", ".join(dict.fromkeys(b.bindings.rule for b in job.bound)),
         device=resources.device,

@@ -22,6 +22,7 @@ from loratool.ops.inputs import (
     open_base,
 )
 from loratool.ops.merge import MergePlan, WeightedAdapter, plan_merge
+from loratool.ops.verify import merged_dtype
 from loratool.store.checkpoint import Checkpoint
 from loratool.store.provenance import adapter_id, checkpoint_id, provenance_of
 
@@ -76,8 +77,12 @@ def prepare_merge(
     shard_bytes: int | None,
     output: Path | None,
     with_provenance: bool,
+    like: Checkpoint | None = None,
 ) -> MergeJob:
-    """Open, bind and plan; nothing is written."""
+    """Open, bind and plan; nothing is written.
+
+    ``like`` is a finished merge: the plan then casts as it did, whatever ``dtype`` says.
+    """
     opened = open_adapters(texts, weights=weights, mean=mean, read=names.read, access=access)
     opened_base = open_base(str(base), opened, access)
     if output is not None:
@@ -88,6 +93,8 @@ def prepare_merge(
         for o in opened
     )
     checkpoint = _one_checkpoint(bound, opened_base.checkpoint)
+    if like is not None:
+        dtype = merged_dtype(opened_base.checkpoint, like)
     record = _record(opened, opened_base, names, dtype, shard_bytes) if with_provenance else {}
     metadata = None
     if not opened_base.checkpoint.is_folder and record:

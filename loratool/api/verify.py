@@ -12,10 +12,10 @@ from loratool.adapter import ReadOptions
 from loratool.api.common import plan_resources
 from loratool.api.merge_job import MergeJob, NameOptions, prepare_merge
 from loratool.ops.bind import BindOptions
-from loratool.ops.inputs import Access, open_adapters, open_base
-from loratool.ops.verify import VerifyPlan, merged_dtype, plan_verify
+from loratool.ops.inputs import Access
+from loratool.ops.verify import VerifyPlan, plan_verify
 from loratool.report import TensorDifference, VerifyReport
-from loratool.store.checkpoint import Checkpoint, open_checkpoint
+from loratool.store.checkpoint import open_checkpoint
 from loratool.store.source import resolve
 
 if TYPE_CHECKING:
@@ -77,7 +77,6 @@ def verify(
         progress: called with (bytes done, bytes in all).
     """
     started = time.monotonic()
-    access = Access(offline, yes)
     names = NameOptions(
         BindOptions(
             tuple(rename), tuple(skip), allow_unmatched, untie, keep_tied,
@@ -93,11 +92,12 @@ def verify(
         weights=weights,
         mean=mean,
         names=names,
-        access=access,
-        dtype=_dtype(str(base), found, adapters, names, access),
+        access=Access(offline, yes),
+        dtype=None,
         shard_bytes=None,
         output=None,
         with_provenance=False,
+        like=found,
     )
     plan = plan_verify(job.merge.plan, _full_names(job), found)
     resources = plan_resources(
@@ -116,13 +116,6 @@ def verify(
         results = execute(plan.plan, reader, None, resources.run)
         reader.check_unchanged()
     return _report(job, resolved.label, plan, results, started)
-
-
-def _dtype(
-    base: str, merged: Checkpoint, adapters: Sequence[str], names: NameOptions, access: Access
-) -> str | None:
-    opened = open_adapters(adapters, weights=None, mean=False, read=names.read, access=access)
-    return merged_dtype(open_base(base, opened, access).checkpoint, merged)
 
 
 def _full_names(job: MergeJob) -> dict[int, str]:

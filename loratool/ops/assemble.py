@@ -10,6 +10,7 @@ from loratool import archs
 from loratool.adapter import Adapter, DeltaSpec, Replacement, TensorData
 from loratool.errors import MismatchError
 from loratool.ops.extract import KEEP_WORDS, ExtractPlan, Pair, compile_pattern
+from loratool.plan import Step
 from loratool.store.checkpoint import Checkpoint
 
 
@@ -57,14 +58,14 @@ def assemble(
     specs: list[DeltaSpec] = []
     outcomes: list[Outcome] = []
     changed: list[Pair] = []
-    for pair, result in zip(extract.pairs, results, strict=True):
+    for pair, step, result in zip(extract.pairs, extract.plan.steps, results, strict=True):
         equal = result.differing == 0 if hasattr(result, "differing") else result.is_equal
         delta = result.delta_square
         weight = getattr(result, "weight_square", 0.0)
         if equal:
             outcomes.append(Outcome(pair, "identical", 0.0, 0.0, weight))
         elif pair.is_factored:
-            specs.append(_make_spec(pair, result.factors, extract, base))
+            specs.append(_make_spec(pair, step, result.factors, extract, base))
             outcomes.append(
                 Outcome(pair, "factored", delta, result.residual_square, weight, specs[-1].rank)
             )
@@ -96,7 +97,11 @@ def assemble(
 
 
 def _make_spec(
-    pair: Pair, factors: tuple[TensorData, TensorData], extract: ExtractPlan, base: Checkpoint
+    pair: Pair,
+    step: Step,
+    factors: tuple[TensorData, TensorData],
+    extract: ExtractPlan,
+    base: Checkpoint,
 ) -> DeltaSpec:
     lora_A, lora_B = factors
     name = extract.memory_names[pair.name]
@@ -106,10 +111,6 @@ def _make_spec(
     layout = {"conv": "conv", "embedding": "embedding", "experts": "experts"}.get(
         pair.role, "linear"
     )
-    twice = any(
-        s.op == "subtract_and_factor" and s.output.name == pair.name and s.args.get("gain") == 0.5
-        for s in extract.plan.steps
-    )
     return DeltaSpec(
         "lowrank",
         module,
@@ -118,7 +119,7 @@ def _make_spec(
         layout,
         rank,
         float(rank),
-        2.0 if twice else 1.0,
+        1.0 / step.args.get("gain", 1.0),
         transposed=layout == "linear" and archs.is_conv1d(base.model_type, pair.module),
         experts=experts,
     )
@@ -148,7 +149,7 @@ def _complete_mha(
                 TensorData(f"{name} {role}", "F32", shape, bytes(4 * shape[0] * shape[1]))
                 for role, shape in (("lora_A", (other.rank, cols)), ("lora_B", (rows, other.rank)))
             )
-            out.append(_make_spec(pair, (zeros[0], zeros[1]), extract, base))
+            out.append(_make_spec(pair, step, (zeros[0], zeros[1]), extract, base))
     return out
 
 
