@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from loratool import __version__
 from loratool.dtypes import BY_WORD
 from loratool.errors import UsageError
 from loratool.ops.memory import MemoryPlan, plan_memory
@@ -101,6 +104,20 @@ def plan_resources(
     )
     run = RunOptions(where, memory.threads, memory.chunk_bytes, sample, progress)
     return Resources(run, memory, str(where), reason)
+
+
+def run_id(plan: Plan, content: Mapping[str, Any], device: str) -> str:
+    """Identity of everything that decides the bytes written: what a rerun may go on with.
+
+    Args:
+        plan: what is done.
+        content: input -> content id, whether or not the output records it.
+        device: ``cpu`` or ``cuda:0``; which of several does not matter.
+    """
+    from loratool.engine.device import torch_build
+
+    build = (plan.plan_id(), content, __version__, torch_build(), device.partition(":")[0])
+    return hashlib.sha256(json.dumps(build, sort_keys=True).encode()).hexdigest()
 
 
 def option_values(**options: Any) -> dict[str, Any]:

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loratool.adapter import ReadOptions
-from loratool.api.common import Resources, parse_dtype, parse_size, plan_resources
+from loratool.api.common import Resources, parse_dtype, parse_size, plan_resources, run_id
 from loratool.api.merge_job import MergeJob, NameOptions, prepare_merge
 from loratool.ops.bind import BindOptions
-from loratool.ops.inputs import Access
+from loratool.ops.inputs import Access, guard_output
 from loratool.ops.merge import index_files
 from loratool.report import MergeReport, ModuleLoss
+from loratool.store.output_path import check_output
 
 if TYPE_CHECKING:
     from loratool.engine.run import Progress
@@ -91,6 +92,10 @@ def merge(
         LoratoolError: see ``docs/errors.md``.
     """
     started = time.monotonic()
+    if not dry_run:  # before a long download, not after it
+        target = Path(output)
+        guard_output(target, [p for p in map(Path, (*adapters, base)) if p.exists()])
+        check_output(target, is_folder=target.suffix != ".safetensors", force=force)
     names = NameOptions(
         BindOptions(
             tuple(rename), tuple(skip), allow_unmatched, untie, keep_tied,
@@ -119,8 +124,12 @@ def merge(
         sample=dry_run,
         progress=progress,
     )
-    results = _predict(job, resources) if dry_run else _write(job, resources, force, restart)
-    return _report(job, resources, results, dry_run=dry_run, started=started)
+    notes: list[str] = []
+    if dry_run:
+        results = _predict(job, resources)
+    else:
+        results, notes = _write(job, resources, force, restart)
+    return _report(job, resources, results, notes, dry_run=dry_run, started=started)
 
 
 def _predict(job: MergeJob, resources: Resources) -> list[Any]:
@@ -131,24 +140,31 @@ def _predict(job: MergeJob, resources: Resources) -> list[Any]:
         return execute(job.merge.plan, reader, None, resources.run)
 
 
-def _write(job: MergeJob, resources: Resources, force: bool, restart: bool) -> list[Any]:
+def _write(
+    job: MergeJob, resources: Resources, force: bool, restart: bool
+) -> tuple[list[Any], list[str]]:
+    """Write the output; returns the steps' results and notes about an interrupted run."""
     from loratool.engine.run import execute
     from loratool.engine.sink import CheckpointSink
     from loratool.store.jsonfile import dump_json
     from loratool.store.reader import FileReader
+    from loratool.store.stamps import take_stamps
     from loratool.store.writer import MARKER, StagedOutput
 
     assert job.output is not None
     plan = job.merge.plan
     is_folder = job.base.checkpoint.is_folder
+    stamps = take_stamps(plan.refs())
     output = StagedOutput(
         job.output,
         is_folder=is_folder,
-        plan_id=f"{plan.plan_id()} {resources.device.partition(':')[0]}",
+        plan_id=run_id(plan, job.content, resources.device),
         force=force,
         restart=restart,
+        inputs=stamps,
+        need_bytes=plan.output_bytes + sum(len(s.read()) for s in job.sidecars),
     )
-    with output, FileReader() as reader:
+    with output, FileReader(stamps) as reader:
         results = execute(plan, reader, CheckpointSink(plan, output), resources.run)
         reader.check_unchanged()
         if is_folder:
@@ -159,11 +175,17 @@ def _write(job: MergeJob, resources: Resources, force: bool, restart: bool) -> l
             for name, index in index_files(plan, job.checkpoint).items():
                 output.write_file(name, dump_json(index))
         output.commit()
-    return results
+    return results, output.notes
 
 
 def _report(
-    job: MergeJob, resources: Resources, results: Sequence[Any], *, dry_run: bool, started: float
+    job: MergeJob,
+    resources: Resources,
+    results: Sequence[Any],
+    run_notes: Sequence[str],
+    *,
+    dry_run: bool,
+    started: float,
 ) -> MergeReport:
     from loratool.ops.loss import WARN_LOSS, module_losses
 
@@ -173,7 +195,7 @@ def _report(
     modules, total = module_losses(summed, sizes)
     loss = total.predicted_loss if dry_run else total.loss
     warnings = [_loss_warning(total, modules, dry_run)] if loss > WARN_LOSS else []
-    notes = [*job.merge.notes, *job.sidecar_notes, *_cast_note(results)]
+    notes = [*run_notes, *job.merge.notes, *job.sidecar_notes, *_cast_note(results)]
     if job.base.resolved.note:
         notes.insert(0, job.base.resolved.note)
     tokenizer = next((s.origin for s in job.sidecars if s.name == "tokenizer.json"), None)

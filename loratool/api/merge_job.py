@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loratool.adapter import ReadOptions
+from loratool.adapter import ReadOptions, TensorRef
 from loratool.api.common import content_label, option_values
 from loratool.dtypes import DTYPES
 from loratool.errors import MismatchError, UsageError
@@ -51,6 +51,7 @@ class MergeJob:
         sidecars: small files of the output.
         sidecar_notes: one sentence each.
         record: provenance; empty if it is not wanted.
+        content: input -> content id, wanted or not: a rerun must know that it sees the same.
         output: final place; None for verification.
     """
 
@@ -62,6 +63,7 @@ class MergeJob:
     sidecars: tuple[Sidecar, ...]
     sidecar_notes: tuple[str, ...]
     record: dict[str, Any]
+    content: dict[str, Any]
     output: Path | None
 
 
@@ -88,6 +90,7 @@ def prepare_merge(
     if output is not None:
         _check_output_form(output, opened_base)
         guard_output(output, [opened_base.resolved.path, *(a.resolved.path for a in opened)])
+        guard_output(output, _files(opened, opened_base))
     bound = tuple(
         WeightedAdapter(o.adapter, o.weight, bind(o.adapter, opened_base.checkpoint, names.bind))
         for o in opened
@@ -95,7 +98,8 @@ def prepare_merge(
     checkpoint = _one_checkpoint(bound, opened_base.checkpoint)
     if like is not None:
         dtype = merged_dtype(opened_base.checkpoint, like)
-    record = _record(opened, opened_base, names, dtype, shard_bytes) if with_provenance else {}
+    made_from = _record(opened, opened_base, names, dtype, shard_bytes)
+    record = made_from if with_provenance else {}
     metadata = None
     if not opened_base.checkpoint.is_folder and record:
         metadata = {"loratool": json.dumps(record, sort_keys=True)}
@@ -116,8 +120,16 @@ def prepare_merge(
         tuple(sidecars),
         tuple(notes),
         record,
+        made_from["inputs"],
         output,
     )
+
+
+def _files(opened: Sequence[OpenedAdapter], base: OpenedBase) -> list[Path]:
+    """The input files themselves: links may lead to other folders than the ones named."""
+    sources = [s for o in opened for spec in o.adapter.specs for s in spec.fields.values()]
+    adapters = {s.file for s in sources if isinstance(s, TensorRef)}
+    return [*sorted(adapters), *(shard.path for shard in base.checkpoint.shards)]
 
 
 def _check_output_form(output: Path, base: OpenedBase) -> None:

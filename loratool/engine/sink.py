@@ -7,6 +7,7 @@ import threading
 from typing import Any
 
 from loratool.plan import Plan, Step
+from loratool.store.disk import disk_error
 from loratool.store.header import build_header
 from loratool.store.shard_writer import PAGE, ShardWriter, clone_file
 from loratool.store.writer import StagedOutput
@@ -53,11 +54,14 @@ class CheckpointSink:
         twin = self._plan.shards[shard].twin
         if twin is None:
             return False
-        path = self._output.create(self._plan.shards[shard].name)
-        if not clone_file(twin, path):
-            return False
-        self._output.mark_finished(self._plan.shards[shard].name, path.stat().st_size, [])
-        return True
+        name = self._plan.shards[shard].name
+        try:
+            is_cloned = clone_file(twin, self._output.create(name))
+            if is_cloned:
+                self._output.place(name)  # no journal: a rerun clones as fast as it would check
+        except OSError as error:
+            raise disk_error("cannot clone", twin, error) from error
+        return is_cloned
 
     def offset(self, step: Step) -> int:
         """Where the step's tensor starts in its file."""
@@ -88,11 +92,11 @@ class CheckpointSink:
         writer.finish()
         with self._lock:
             del self._writers[step.shard]
-            name = self._plan.shards[step.shard].name
-            self._output.mark_finished(name, writer.size, self._results[step.shard])
+        name = self._plan.shards[step.shard].name
+        self._output.mark_finished(name, writer.size, self._results[step.shard], writer.pieces())
 
     def close(self) -> None:
-        """Let go of open files (after an error)."""
+        """Let go of open files (after an error; no worker may be writing)."""
         with self._lock:
             for writer in self._writers.values():
                 writer.close()
