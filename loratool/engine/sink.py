@@ -7,7 +7,7 @@ import threading
 from typing import Any
 
 from loratool.plan import Plan, Step
-from loratool.store.disk import disk_error
+from loratool.store.disk import refusals_as
 from loratool.store.header import build_header
 from loratool.store.shard_writer import PAGE, ShardWriter, clone_file
 from loratool.store.writer import StagedOutput
@@ -55,12 +55,11 @@ class CheckpointSink:
         if twin is None:
             return False
         name = self._plan.shards[shard].name
-        try:
-            is_cloned = clone_file(twin, self._output.create(name))
-            if is_cloned:
-                self._output.place(name)  # no journal: a rerun clones as fast as it would check
-        except OSError as error:
-            raise disk_error("cannot clone", twin, error) from error
+        path = self._output.create(name)
+        with refusals_as("cannot clone", path):
+            is_cloned = clone_file(twin, path)
+        if is_cloned:
+            self._output.place(name)  # no journal: a rerun clones as fast as it would check
         return is_cloned
 
     def offset(self, step: Step) -> int:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from loratool.adapter import AdapterFiles, TensorData
-from loratool.store.disk import check_space, disk_error
+from loratool.store.disk import check_space
 from loratool.store.header import build_header
 from loratool.store.jsonfile import dump_json
 from loratool.store.reader import FileReader
@@ -65,10 +65,7 @@ def fill_adapter(output: StagedOutput, files: AdapterFiles, *, record: Mapping[s
             writer.finish()
         finally:
             writer.close()
-        try:
-            output.place(files.tensor_file)
-        except OSError as error:
-            raise disk_error("cannot complete", output.staging, error) from error
+        output.place(files.tensor_file)
         for name, value in files.json_files.items():
             output.write_file(name, dump_json(value))
         output.write_file(MARKER, dump_json(dict(record) or {"loratool": True}))

@@ -7,6 +7,8 @@ import errno
 import os
 import shutil
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from loratool.errors import DiskError, LoratoolError
@@ -124,6 +126,15 @@ def check_space(folder: Path, need: int) -> None:
             got=f"{free:,} bytes free",
             hint=f"free {(need - free) / 1e6:,.1f} MB, or choose an -o on another disk",
         )
+
+
+@contextmanager
+def refusals_as(what: str, path: Path) -> Iterator[None]:
+    """Turn a refusal of the system inside the block into a `disk_error`."""
+    try:
+        yield
+    except OSError as error:
+        raise disk_error(what, path, error) from error
 
 
 def disk_error(what: str, path: Path, error: OSError) -> LoratoolError:

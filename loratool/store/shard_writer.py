@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 from loratool.store.checksum import Piece, PieceSums
-from loratool.store.disk import create_new, disk_error, progress
+from loratool.store.disk import create_new, disk_error, progress, refusals_as
 from loratool.store.reader import plain_io
 
 try:
@@ -118,9 +118,8 @@ class ShardWriter:
     def finish(self) -> None:
         """Sync and close."""
         try:
-            os.fsync(self._fd)
-        except OSError as error:
-            raise disk_error("cannot sync", self.path, error) from error
+            with refusals_as("cannot sync", self.path):
+                os.fsync(self._fd)
         finally:
             self.close()
 

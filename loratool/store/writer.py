@@ -25,6 +25,7 @@ from loratool.store.disk import (
     check_space,
     disk_error,
     exchange,
+    refusals_as,
     remove,
     rename_new,
     sync_folder,
@@ -141,17 +142,19 @@ class StagedOutput:
         """Where to write a new file, until `place` or `mark_finished` gives it its name."""
         self._check_open()
         target = self._inside(name)
-        self._make_folder(target.parent)
         temporary = target.with_name(target.name + ".tmp")
-        temporary.unlink(missing_ok=True)
+        with refusals_as("cannot create", temporary):
+            self._make_folder(target.parent)
+            temporary.unlink(missing_ok=True)
         return temporary
 
     def place(self, name: str) -> Path:
         """Give a written and synced file its name."""
         self._check_open()
         target = self._inside(name)
-        target.with_name(target.name + ".tmp").rename(target)
-        sync_folder(target.parent)
+        with refusals_as("cannot complete", target):
+            target.with_name(target.name + ".tmp").rename(target)
+            sync_folder(target.parent)
         return target
 
     def mark_finished(
@@ -165,23 +168,20 @@ class StagedOutput:
             results: anything JSON that a rerun needs instead of making the file again.
             sums: checksums of its pieces; None = read a small file back.
         """
-        try:
-            target = self.place(name)
+        target = self.place(name)
+        with refusals_as("cannot complete", target):
             pieces = sum_file(target) if sums is None else sums
             line = {"file": name, "size": size, "crc32": pieces, "results": results}
             self._journal.append(line)
-        except OSError as error:
-            raise disk_error("cannot complete", self._inside(name), error) from error
         with self._guard:
             self.finished[name] = line
 
     def write_file(self, name: str, data: bytes) -> None:
         """Write a small file."""
-        try:
-            write_synced(self.create(name), data)
-            self.place(name)
-        except OSError as error:
-            raise disk_error("cannot write", self._inside(name), error) from error
+        temporary = self.create(name)
+        with refusals_as("cannot write", temporary):
+            write_synced(temporary, data)
+        self.place(name)
 
     def commit(self) -> None:
         """Make the output appear, in one rename.
@@ -257,11 +257,15 @@ class StagedOutput:
             self._is_open = False
         if hasattr(self, "_journal"):
             self._journal.close()
-        if keep:
-            self._clean()
-        else:
-            remove(self.staging)
-        self._lock.release()
+        try:
+            if keep:
+                self._clean()
+            else:
+                remove(self.staging)
+        except OSError:
+            pass  # the next run cleans up; what is under way already is the error to report
+        finally:
+            self._lock.release()
 
     def _clean(self) -> None:
         """Delete what no journal line vouches for."""
