@@ -103,10 +103,17 @@ class StagedOutput:
             sync_folder(path.parent)
             check_space(self.staging, need_bytes - sum(f["size"] for f in self.finished.values()))
         except BaseException as error:
-            self._leave(keep=bool(read_journal(self.staging)[1:]) or _is_refused_plan(error))
+            if not self._holds_work(plan_id):
+                remove(self.staging)
+            self._lock.release()
             if isinstance(error, OSError):
                 raise disk_error("cannot prepare the output", self.staging, error) from error
             raise
+
+    def _holds_work(self, plan_id: str | None) -> bool:
+        """True if files are finished here, or another plan is under way."""
+        lines = read_journal(self.staging)
+        return bool(lines) and (len(lines) > 1 or lines[0].get("plan") != plan_id)
 
     def _find_finished(
         self, plan_id: str | None, inputs: Mapping[str, list[int]], restart: bool
@@ -309,10 +316,6 @@ def recover(path: Path) -> None:
             remove(old)
         else:
             old.rename(path)
-
-
-def _is_refused_plan(error: BaseException) -> bool:
-    return isinstance(error, OutputError) and error.code == "LT-504"
 
 
 def _say_kept(error: BaseException, text: str) -> None:

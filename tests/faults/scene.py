@@ -37,7 +37,8 @@ def write_model(folder: Path, *, seed: int = 0) -> Path:
         entries, half = {}, SHARD_BYTES // 2
         for side in range(2):
             entries[f"layers.{2 * number + side}.proj.weight"] = {
-                "dtype": "F32", "shape": [64, 128], "data_offsets": [side * half, (side + 1) * half],
+                "dtype": "F32", "shape": [64, 128],
+                "data_offsets": [side * half, (side + 1) * half],
             }  # fmt: skip
         head = json.dumps(entries).encode()
         name = f"model-{number + 1:05d}-of-{SHARDS:05d}.safetensors"
