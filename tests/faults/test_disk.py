@@ -9,6 +9,7 @@ import select
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -206,8 +207,8 @@ def test_an_input_that_changes_under_a_run(scene: Scene, how: str) -> None:
 def big_merge(tmp_path_factory: pytest.TempPathFactory) -> list[object]:
     """Two shards, the second with one tensor that takes seconds."""
     root = tmp_path_factory.mktemp("big")
-    modules = sparse_model(root / "base", layers=2, size=24_576, shards=2)
-    factors = random_factors(dict.fromkeys(modules[1:], (24_576, 24_576)), rank=64, seed=0)
+    modules = sparse_model(root / "base", layers=2, size=16_384, shards=2)
+    factors = random_factors(dict.fromkeys(modules[1:], (16_384, 16_384)), rank=64, seed=0)
     save_adapter(root / "adapter", factors)
     return [*strace.MERGE, root / "adapter", "--base", root / "base", "--threads", 1]
 
@@ -249,6 +250,60 @@ def test_a_signal_in_a_big_tensor(
     assert not (tmp_path / "out").exists()
     left = sorted(p.name for p in (tmp_path / "out.loratool-partial").iterdir())
     assert left == [".journal", "model-00001-of-00002.safetensors"]
+
+
+HUNG = """
+import sys, time
+from loratool import cli
+from loratool.engine import run
+
+def hang(*_):
+    print("hung", flush=True)
+    time.sleep(60)
+
+run._Run._run_task = hang
+cli.main(sys.argv[1:])
+"""
+
+
+def test_a_signal_while_a_worker_cannot_stop(scene: Scene) -> None:
+    """A long factorisation: the worker is left behind, and holds nothing up."""
+    module = {"layers.2.proj": (64, 128)}
+    adapter = save_adapter(scene.inputs / "a", random_factors(module, rank=2, seed=0))
+    words = ["merge", adapter, "--base", scene.inputs / "base", "-o", scene.work / "new"]
+    with strace.start([sys.executable, "-c", HUNG, *words]) as child:
+        assert child.stdout is not None
+        while child.stdout.readline() != "hung\n":
+            assert child.poll() is None
+        started = time.monotonic()
+        child.send_signal(signal.SIGINT)
+        assert child.wait(timeout=10) == 130
+        took = time.monotonic() - started
+        _, err = child.communicate()
+    print(f"\nSIGINT with a hung worker: exit {child.returncode} after {took:.2f} s")
+    assert took < 2 and "interrupted" in err and "Traceback" not in err
+    assert list(scene.work.iterdir()) == []
+
+
+def test_a_second_signal_kills(scene: Scene) -> None:
+    """Between the first signal and the end of a run that hangs."""
+    code = (
+        "import threading, loratool.cli as c\n"
+        "def run(args):\n"
+        "    try: print('ready', flush=True); threading.Event().wait(60)\n"
+        "    except BaseException: print('first', flush=True); threading.Event().wait(60)\n"
+        "c.run = run\n"
+        "c.main([])\n"
+    )
+    for second in (signal.SIGINT, signal.SIGTERM):
+        with strace.start([sys.executable, "-c", code]) as child:
+            assert child.stdout is not None
+            assert child.stdout.readline() == "ready\n"
+            child.send_signal(signal.SIGINT)
+            assert child.stdout.readline() == "first\n"
+            child.send_signal(second)
+            assert child.wait(timeout=2) == -second
+            child.communicate()
 
 
 def drain(controller: int, longest_s: float) -> str:
