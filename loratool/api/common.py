@@ -95,6 +95,7 @@ def plan_resources(
     chunk_bytes: int | None,
     sample: bool,
     progress: Progress | None,
+    block_elements: int | None = None,
 ) -> Resources:
     """Decide device, threads and buffers for a plan.
 
@@ -117,7 +118,7 @@ def plan_resources(
         chunk_bytes=chunk_bytes,
         limit=limit if limit is not None else available_memory(),
     )
-    run = RunOptions(where, memory.threads, memory.chunk_bytes, sample, progress)
+    run = RunOptions(where, memory.threads, memory.chunk_bytes, sample, progress, block_elements)
     return Resources(run, memory, str(where), reason)
 
 

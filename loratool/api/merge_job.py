@@ -23,6 +23,7 @@ from loratool.ops.inputs import (
 )
 from loratool.ops.merge import MergePlan, WeightedAdapter, plan_merge
 from loratool.ops.verify import merged_dtype
+from loratool.report import MergeReport
 from loratool.store.checkpoint import Checkpoint
 from loratool.store.provenance import adapter_id, checkpoint_id, provenance_of
 
@@ -45,13 +46,17 @@ class Operation:
     Attributes:
         name: command, as provenance has it.
         signs: +1 or -1 per adapter; empty = all +1.
+        report: class of the report.
         check: called with the bound adapters before anything is planned; refuses what cannot
             be taken out, and may leave out what need not be.
+        replan: called with the finished job; may turn its plan into another one.
     """
 
     name: str = "merge"
     signs: tuple[int, ...] = ()
+    report: type[MergeReport] = MergeReport
     check: Callable[[tuple[WeightedAdapter, ...]], tuple[WeightedAdapter, ...]] | None = None
+    replan: Callable[[MergeJob], MergeJob] | None = None
 
 
 @dataclass(frozen=True)
@@ -68,6 +73,9 @@ class MergeJob:
         sidecar_notes: one sentence each.
         record: provenance; empty if it is not wanted.
         output: final place; None for verification.
+        operation: what the engine is used for.
+        block_elements: block size of the grid; None = the device's.
+        warnings: what the user should not overlook.
     """
 
     adapters: tuple[OpenedAdapter, ...]
@@ -79,6 +87,19 @@ class MergeJob:
     sidecar_notes: tuple[str, ...]
     record: dict[str, Any]
     output: Path | None
+    operation: Operation = Operation()
+    block_elements: int | None = None
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def full_names(self) -> dict[int, str]:
+        """Step index -> checkpoint-wide name (steps carry the name inside their file)."""
+        prefixes = {s.name: s.prefix for s in self.checkpoint.shards}
+        shards = self.merge.plan.shards
+        return {
+            i: prefixes.get(shards[step.shard].name, "") + step.output.name
+            for i, step in enumerate(self.merge.plan.steps)
+        }
 
 
 def prepare_merge(
@@ -127,12 +148,13 @@ def prepare_merge(
         bound, checkpoint, dtype=dtype, shard_bytes=shard_bytes, file_metadata=metadata,
         rounding=rounding,
     )  # fmt: skip
-    sidecars, notes = _sidecars(opened, opened_base.checkpoint, planned)
+    given = opened if not kind.signs else []  # what is taken out brings no tokenizer along
+    sidecars, notes = _sidecars(given, opened_base.checkpoint, planned)
     plan = replace(planned.plan, options=options, inputs=record["inputs"])
     if output is not None and not opened_base.checkpoint.is_folder:
         shards = (replace(plan.shards[0], name=output.name),)
         plan = replace(plan, shards=shards)
-    return MergeJob(
+    job = MergeJob(
         tuple(opened),
         opened_base,
         checkpoint,
@@ -142,7 +164,9 @@ def prepare_merge(
         tuple(notes),
         record if with_provenance else {},
         output,
+        kind,
     )
+    return job if kind.replan is None else kind.replan(job)
 
 
 def _check_output_form(output: Path, base: OpenedBase) -> None:

@@ -99,7 +99,7 @@ def verify(
         with_provenance=False,
         like=found,
     )
-    plan = plan_verify(job.merge.plan, _full_names(job), found)
+    plan = plan_verify(job.merge.plan, job.full_names, found)
     resources = plan_resources(
         plan.plan,
         device=device,
@@ -116,16 +116,6 @@ def verify(
         results = execute(plan.plan, reader, None, resources.run)
         reader.check_unchanged()
     return _report(job, resolved.label, plan, results, started)
-
-
-def _full_names(job: MergeJob) -> dict[int, str]:
-    """Step index -> checkpoint-wide name (steps carry the name inside their file)."""
-    prefixes = {s.name: s.prefix for s in job.checkpoint.shards}
-    shards = job.merge.plan.shards
-    return {
-        i: prefixes.get(shards[step.shard].name, "") + step.output.name
-        for i, step in enumerate(job.merge.plan.steps)
-    }
 
 
 def _report(

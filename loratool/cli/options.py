@@ -184,6 +184,12 @@ def writing(command: F) -> F:
     return command
 
 
+def restart(command: F) -> F:
+    """``--restart``."""
+    return option("--restart", is_flag=True, section="Advanced",
+                  help="Drop an interrupted run instead of going on with it.")(command)  # fmt: skip
+
+
 def rounding(command: F) -> F:
     """``--exact``, ``--rounding``, ``--seed``."""
     for add in (
@@ -191,7 +197,7 @@ def rounding(command: F) -> F:
                help="Of stochastic rounding. Default: 0."),
         option("--rounding", type=click.Choice(["nearest", "stochastic"]), default="nearest",
                section="Output",
-               help="stochastic: small changes survive on average, at twice the error."),
+               help="stochastic: small changes survive on average, at up to twice the error."),
         option("--exact", is_flag=True, section="Output",
                help="Every element correctly rounded: the same bytes on any machine and device."),
     ):  # fmt: skip

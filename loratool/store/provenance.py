@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from loratool import __version__
 from loratool.adapter import Adapter, TensorRef
+from loratool.errors import LoratoolError
 from loratool.store.checkpoint import Checkpoint
+from loratool.store.jsonfile import load_json
 
 
 def file_id(path: Path) -> str:
@@ -36,6 +39,18 @@ def checkpoint_id(checkpoint: Checkpoint) -> dict[str, Any]:
         }
         for shard in checkpoint.shards
     }
+
+
+def read_record(checkpoint: Checkpoint) -> dict[str, Any] | None:
+    """The provenance that loratool left in a checkpoint, None if there is none to be read."""
+    try:
+        if checkpoint.is_folder:
+            path = checkpoint.path / "loratool.json"
+            return load_json(path) if path.is_file() else None
+        record = json.loads(checkpoint.shards[0].metadata["loratool"])
+    except (LoratoolError, KeyError, ValueError, RecursionError):
+        return None
+    return record if isinstance(record, dict) else None
 
 
 def provenance_of(
