@@ -50,6 +50,7 @@ def merge(
     offline: bool = False,
     yes: bool = False,
     provenance: bool = True,
+    checksum: bool = False,
     alpha: float | None = None,
     rank_from: str | None = None,
     mha_out_proj: str | None = None,
@@ -88,6 +89,7 @@ def merge(
         offline: never touch the network.
         yes: agree to large downloads.
         provenance: record inputs and options in the output.
+        checksum: record the sha256 of every base file too (reads all of it once more).
         alpha: lora_alpha for files without a configuration.
         rank_from: ``file`` or ``config`` where they contradict.
         mha_out_proj: ``once`` or ``twice``; None = what the trained model computed.
@@ -123,6 +125,7 @@ def merge(
         with_provenance=provenance,
         rounding=rounding_args(exact, rounding, seed),
         operation=operation,
+        checksum=checksum,
     )
     undo = None if save_undo is None else Path(save_undo)
     if undo is not None:

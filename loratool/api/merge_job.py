@@ -116,6 +116,7 @@ def prepare_merge(
     with_provenance: bool,
     rounding: Mapping[str, Any] | None = None,
     operation: Operation | None = None,
+    checksum: bool = False,
     like: Checkpoint | None = None,
 ) -> MergeJob:
     """Open, bind and plan; nothing is written.
@@ -140,7 +141,9 @@ def prepare_merge(
     if like is not None:
         dtype = merged_dtype(opened_base.checkpoint, like)
     options = {**_options(names, dtype, shard_bytes), **(rounding or {})}
-    record = provenance_of(kind.name, options=options, inputs=_inputs(opened, opened_base))
+    record = provenance_of(
+        kind.name, options=options, inputs=_inputs(opened, opened_base, checksum)
+    )
     metadata = None
     if not opened_base.checkpoint.is_folder and with_provenance:
         metadata = {"loratool": json.dumps(record)}
@@ -203,17 +206,13 @@ def _sidecars(
     return plan_sidecars(base, adapter_tokenizer=tokenizer, config_changes=planned.config_changes)
 
 
-def _inputs(opened: Sequence[OpenedAdapter], base: OpenedBase) -> dict[str, Any]:
+def _inputs(opened: Sequence[OpenedAdapter], base: OpenedBase, checksum: bool) -> dict[str, Any]:
     inputs: dict[str, Any] = {}
     for one in opened:
-        label = content_label(one.adapter.path, inputs)
+        label = content_label(one.resolved, inputs)
         inputs[label] = {"weight": one.weight, "files": adapter_id(one.adapter)}
-        if one.resolved.commit:
-            inputs[label]["commit"] = one.resolved.commit
-    label = content_label(base.resolved.path, inputs)
-    inputs[label] = {"role": "base", "files": checkpoint_id(base.checkpoint)}
-    if base.resolved.commit:
-        inputs[label]["commit"] = base.resolved.commit
+    label = content_label(base.resolved, inputs)
+    inputs[label] = {"role": "base", "files": checkpoint_id(base.checkpoint, full=checksum)}
     return inputs
 
 

@@ -11,6 +11,7 @@ from loratool.api.merge_job import MergeJob
 from loratool.errors import MismatchError, UsageError
 from loratool.ops.inputs import guard_output
 from loratool.ops.undo import check_adapters, plan_patches, plan_restore, undo_table
+from loratool.store.provenance import file_id
 from loratool.store.sidecar import REMOVE, plan_sidecars
 from loratool.store.undo import Undo, plan_of
 
@@ -120,6 +121,7 @@ def restore_job(job: MergeJob, undo: Undo) -> MergeJob:
     return replace(
         job,
         merge=merge,
+        record={**job.record, "options": {"undo": file_id(undo.path)}} if job.record else {},
         sidecars=tuple(sidecars),
         sidecar_notes=tuple(notes),
         block_elements=int(undo.table["block_elements"]),

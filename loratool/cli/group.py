@@ -46,10 +46,10 @@ SYNONYMS = {
 
 LATER_OPTIONS = frozenset(
     (
-        "--base", "--blocks", "--checksum", "--csv", "--dequantize", "--energy", "--error",
+        "--base", "--blocks", "--csv", "--dequantize", "--energy", "--error",
         "--for", "--max-rank", "--method", "--module-weights", "--param",
-        "--plot", "--rank", "--requant", "--residual", "--risk", "--save-residual", "--simulate-quant",
-        "--size", "--spectrum", "--to",
+        "--plot", "--rank", "--requant", "--residual", "--risk", "--save-residual",
+        "--simulate-quant", "--size", "--spectrum", "--to",
     )
 )  # fmt: skip
 """Options of the plan; a command that does not know one says "not in this version"."""

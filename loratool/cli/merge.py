@@ -66,7 +66,7 @@ _MENTION_FLOAT32 = 0.01
 @opt.network
 @opt.general
 @opt.reading
-@opt.restart
+@opt.checkpoint_writing
 def command(adapters: tuple[str, ...], base: str | None, output: str, **options: Any) -> None:
     """Merge adapters into base weights: W' = W + Σ weight·ΔW, rounded once.
 

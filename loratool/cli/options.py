@@ -184,10 +184,16 @@ def writing(command: F) -> F:
     return command
 
 
-def restart(command: F) -> F:
-    """``--restart``."""
-    return option("--restart", is_flag=True, section="Advanced",
-                  help="Drop an interrupted run instead of going on with it.")(command)  # fmt: skip
+def checkpoint_writing(command: F) -> F:
+    """``--restart`` and ``--checksum``: commands that write a checkpoint."""
+    for add in (
+        option("--checksum", is_flag=True, section="Advanced",
+               help="Record the sha256 of every input file; reads the base once more."),
+        option("--restart", is_flag=True, section="Advanced",
+               help="Drop an interrupted run instead of going on with it."),
+    ):  # fmt: skip
+        command = add(command)
+    return command
 
 
 def rounding(command: F) -> F:

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 @opt.network
 @opt.general
 @opt.reading
-@opt.restart
+@opt.checkpoint_writing
 def command(adapters: tuple[str, ...], merged: str | None, output: str, **options: Any) -> None:
     """Take ADAPTERs out of MERGED: W = W' - Σ weight·ΔW, rounded once.
 

@@ -32,7 +32,7 @@ from loratool.cli.voice import Voice, warning_lines
 @opt.network
 @opt.general
 @opt.reading
-@opt.restart
+@opt.checkpoint_writing
 def command(old: str, new: str, merged: str, output: str, **options: Any) -> None:
     """Take OLD out of MERGED and put NEW in: W'' = W' - ΔW_old + ΔW_new, rounded once.
 
