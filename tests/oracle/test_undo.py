@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 import loratool as lt
 from loratool.engine.buffers import to_bytes
 from loratool.engine.grid import CUDA_ELEMENTS
+from loratool.linalg import patch
 from tests.make import randn, random_factors, save_adapter, save_checkpoint
 from tests.oracle.test_lora_family import CHOICES, LLM, VARIANTS
 
@@ -95,10 +96,12 @@ def test_every_sample_can_be_undone(name: str, tmp_path: Path) -> None:
 
 def test_undo_is_valid_on_any_grid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Made with the blocks of a GPU, applied with those of the CPU."""
-    base, style = setup(tmp_path, torch.bfloat16, 0.03)
+    W = {"a.weight": randn(1200, 1000, seed=1, scale=0.02).bfloat16()}  # three blocks of the CPU's
+    base = save_checkpoint(tmp_path / "base", W)
+    style = save_adapter(tmp_path / "style", random_factors({"a": (1200, 1000)}, rank=4, seed=2))
     undo = tmp_path / "undo.safetensors"
-    with monkeypatch.context() as patch:
-        patch.setattr("loratool.engine.grid.CPU_ELEMENTS", CUDA_ELEMENTS)
+    with monkeypatch.context() as change:
+        change.setattr("loratool.engine.grid.CPU_ELEMENTS", CUDA_ELEMENTS)
         lt.merge([str(style)], base=base, output=tmp_path / "m", save_undo=undo, exact=True)
     lt.subtract([str(style)], merged=tmp_path / "m", output=tmp_path / "b", undo=undo, threads=3)
     assert same(tensors_of(tmp_path / "b"), tensors_of(base))
@@ -156,7 +159,7 @@ def test_undo_refuses_what_it_was_not_made_for(tmp_path: Path) -> None:
     shard.write_bytes(bytes(data))
     with pytest.raises(lt.LoratoolError) as caught:
         lt.subtract(adapters=[str(style)], **where)
-    assert caught.value.exit_code == 4 and not (tmp_path / "back").exists()
+    assert caught.value.code == "LT-450" and not (tmp_path / "back").exists()
 
 
 @pytest.mark.parametrize("place", [0.5, 0.9, 0.999])
@@ -171,6 +174,20 @@ def test_a_damaged_undo_file_never_gives_wrong_weights(place: float, tmp_path: P
         lt.subtract([str(style)], merged=merged, output=tmp_path / "back", undo=undo)
     assert caught.value.exit_code in (3, 4)
     assert not (tmp_path / "back").exists()
+
+
+def test_a_patch_that_forgets_an_element_is_noticed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, style = setup(tmp_path, torch.bfloat16, 0.03)
+    undo, encode = tmp_path / "undo.safetensors", patch.encode_patch
+    with monkeypatch.context() as change:
+        change.setattr(patch, "encode_patch", lambda parts, n: encode(
+            [(at[1:], diff[1:]) for at, diff in parts], n))  # fmt: skip
+        lt.merge([str(style)], base=base, output=tmp_path / "m", save_undo=undo)
+    with pytest.raises(lt.LoratoolError) as caught:
+        lt.subtract([str(style)], merged=tmp_path / "m", output=tmp_path / "back", undo=undo)
+    assert caught.value.code == "LT-451" and not (tmp_path / "back").exists()
 
 
 def test_what_cannot_be_subtracted_names_the_way_out(tmp_path: Path) -> None:
