@@ -7,7 +7,6 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loratool import __version__
@@ -18,6 +17,7 @@ from loratool.ops.memory import MemoryPlan, plan_memory
 if TYPE_CHECKING:
     from loratool.engine.run import Progress, RunOptions
     from loratool.plan import Plan
+    from loratool.store.source import Resolved
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _BINARY = {"k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
@@ -54,6 +54,24 @@ def parse_dtype(text: str) -> str | None:
     return BY_WORD[text].name
 
 
+def rounding_args(exact: bool, rounding: str, seed: int | None) -> dict[str, Any]:
+    """What ``--exact``, ``--rounding`` and ``--seed`` mean for the steps of a plan.
+
+    Raises:
+        UsageError: they contradict each other.
+    """
+    if rounding not in ("nearest", "stochastic"):
+        raise UsageError("LT-216", "unknown --rounding", expected="nearest or stochastic",
+                         got=rounding)  # fmt: skip
+    if exact and rounding == "stochastic":
+        raise UsageError("LT-217", "--exact rounds to nearest, --rounding stochastic by chance")
+    if seed is not None and rounding != "stochastic":
+        raise UsageError("LT-218", "--seed is for --rounding stochastic")
+    if rounding == "stochastic":
+        return {"rounding": "stochastic", "seed": seed or 0}
+    return {"rounding": "exact"} if exact else {}
+
+
 @dataclass(frozen=True)
 class Resources:
     """Where and with how much a plan runs.
@@ -80,6 +98,7 @@ def plan_resources(
     chunk_bytes: int | None,
     sample: bool,
     progress: Progress | None,
+    block_elements: int | None = None,
 ) -> Resources:
     """Decide device, threads and buffers for a plan.
 
@@ -102,21 +121,20 @@ def plan_resources(
         chunk_bytes=chunk_bytes,
         limit=limit if limit is not None else available_memory(),
     )
-    run = RunOptions(where, memory.threads, memory.chunk_bytes, sample, progress)
+    run = RunOptions(where, memory.threads, memory.chunk_bytes, sample, progress, block_elements)
     return Resources(run, memory, str(where), reason)
 
 
-def run_id(plan: Plan, content: Mapping[str, Any], device: str) -> str:
+def run_id(plan: Plan, device: str) -> str:
     """Identity of everything that decides the bytes written: what a rerun may go on with.
 
     Args:
-        plan: what is done.
-        content: input -> content id, whether or not the output records it.
+        plan: what is done, to inputs of which content.
         device: ``cpu`` or ``cuda:0``; which of several does not matter.
     """
     from loratool.engine.device import torch_build
 
-    build = (plan.plan_id(), content, __version__, torch_build(), device.partition(":")[0])
+    build = (plan.plan_id(), __version__, torch_build(), device.partition(":")[0])
     return hashlib.sha256(json.dumps(build, sort_keys=True).encode()).hexdigest()
 
 
@@ -125,10 +143,16 @@ def option_values(**options: Any) -> dict[str, Any]:
     return {k: v for k, v in options.items() if v not in (None, False, (), [], "auto")}
 
 
-def content_label(path: Path, used: Mapping[str, Any]) -> str:
-    """A name for an input in provenance: its last path part, numbered if already used."""
-    label, number = path.name or "input", 1
+def content_label(source: Resolved, used: Mapping[str, Any]) -> str:
+    """A name for an input in provenance, numbered if already used.
+
+    A Hub source has its full reference, ``hf://owner/name@commit/sub``; a path its last part.
+    """
+    name = source.path.name or "input"
+    if source.commit:
+        name = "hf://" + source.label.replace(f"@{source.commit[:7]}", f"@{source.commit}", 1)
+    label, number = name, 1
     while label in used:
         number += 1
-        label = f"{path.name}#{number}"
+        label = f"{name}#{number}"
     return label

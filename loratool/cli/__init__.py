@@ -66,6 +66,8 @@ def run(args: list[str]) -> int:
             return _SIGPIPE_EXIT
         if isinstance(error, MemoryError):
             return _report_error(_out_of_memory(), options)
+        if isinstance(error, OSError):  # most likely our own output, redirected to a full disk
+            return _report_error(_refused(error), options)
         if isinstance(error, Exception):
             return _report_bug(error, options)
         raise
@@ -166,6 +168,17 @@ def _out_of_memory() -> LoratoolError:
     return DiskError(
         "LT-608", "out of memory", hint="--max-memory plans with less, --threads 1 needs less"
     )
+
+
+def _refused(error: OSError) -> LoratoolError:
+    from loratool.errors import DiskError
+
+    try:
+        sys.stdout.flush()
+    except (OSError, ValueError):
+        _silence_stdout()
+    got = error.strerror or str(error)
+    return DiskError("LT-616", "cannot read or write", file=error.filename, got=got)
 
 
 def _interrupted(error: BaseException, options: Sequence[str]) -> int:

@@ -4,6 +4,7 @@ from loratool.engine.comparing import Compare, CompareBytes
 from loratool.engine.factoring import Difference, SubtractAndFactor
 from loratool.engine.kernel import Kernel
 from loratool.engine.merging import AddDeltas
+from loratool.engine.undoing import MakePatch, Restore
 
 KERNELS: dict[str, type[Kernel]] = {
     "add_deltas": AddDeltas,
@@ -11,5 +12,7 @@ KERNELS: dict[str, type[Kernel]] = {
     "compare": Compare,
     "compare_bytes": CompareBytes,
     "difference": Difference,
+    "make_patch": MakePatch,
+    "restore": Restore,
     "subtract_and_factor": SubtractAndFactor,
 }

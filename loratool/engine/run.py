@@ -38,6 +38,8 @@ class RunOptions:
         chunk_bytes: bytes per piece of input; None = the device's default.
         sample: only a few blocks of each changed tensor, nothing written (``--dry-run``).
         progress: called with (bytes done, bytes in all).
+        block_elements: block size of the grid; None = the device's.  Only digests and sums that
+            are not exact depend on it.
     """
 
     device: torch.device = _CPU
@@ -45,10 +47,13 @@ class RunOptions:
     chunk_bytes: int | None = None
     sample: bool = False
     progress: Progress | None = None
+    block_elements: int | None = None
 
     @property
     def elements(self) -> int:
         """Block size of the grid."""
+        if self.block_elements is not None:
+            return self.block_elements
         return grid.CUDA_ELEMENTS if self.device.type == "cuda" else grid.CPU_ELEMENTS
 
     @property
@@ -59,7 +64,11 @@ class RunOptions:
 
 
 def execute(
-    plan: Plan, reader: FileReader, sink: CheckpointSink | None, options: RunOptions
+    plan: Plan,
+    reader: FileReader,
+    sink: CheckpointSink | None,
+    options: RunOptions,
+    take: Callable[[Any], Any] | None = None,
 ) -> list[Any]:
     """Run every step of a plan.
 
@@ -68,12 +77,13 @@ def execute(
         reader: input files.
         sink: where streamed tensors go; None for plans that only measure or fill an adapter.
         options: how.
+        take: called with each result, from any thread; what it returns is kept instead.
 
     Returns:
         Results of the steps that have one, in plan order (results of shards that an earlier run
         completed come as the dictionaries in its journal).
     """
-    run = _Run(plan, reader, sink, options)
+    run = _Run(plan, reader, sink, options, take)
     with exact_arithmetic():
         return run.execute()
 
@@ -92,8 +102,14 @@ class _Job:
 
 class _Run:
     def __init__(
-        self, plan: Plan, reader: FileReader, sink: CheckpointSink | None, options: RunOptions
+        self,
+        plan: Plan,
+        reader: FileReader,
+        sink: CheckpointSink | None,
+        options: RunOptions,
+        take: Callable[[Any], Any] | None,
     ) -> None:
+        self.take = take
         self.plan = plan
         self.sink = sink
         self.options = options
@@ -200,6 +216,8 @@ class _Run:
     def _finish(self, job: _Job) -> None:
         result = job.kernel.finish() if job.kernel is not None else None
         job.kernel = None
+        if result is not None and self.take is not None:
+            result = self.take(result)
         if result is not None:
             with self._lock:
                 self.results[job.index] = result

@@ -14,6 +14,7 @@ _FORMATS = {
     torch.bfloat16: (8, -126),
 }
 
+_LOW = (1 << 29) - 1  # the significand bits that float64 has and float32 has not
 _FOURIER_TERMS = 12  # below t = 0.1 t² takes its place; above, later terms are < 1e-12
 
 
@@ -30,17 +31,32 @@ def round_into(out: torch.Tensor, value: torch.Tensor) -> None:
         value: same shape; float32 or float64, same device.
 
     Notes:
-        float64 -> float16 or bfloat16 goes through float32 rounded to odd, since torch rounds
-        twice on that way; 24 >= 2·11 + 2 bits make the second rounding right
+        torch's own float64 -> float16 or bfloat16 rounds twice.  Here the value is rounded to
+        odd in float32 first; 24 >= 2·11 + 2 bits make the second rounding right, subnormals too
         (Boldo & Melquiond 2008, "Emulation of FMA and correctly rounded sums").
     """
-    if value.dtype == torch.float64 and out.dtype in (torch.float16, torch.bfloat16):
+    if value.dtype == torch.float64 and out.dtype == torch.float16:
+        out.copy_(_cut_to_odd(value))
+    elif value.dtype == torch.float64 and out.dtype == torch.bfloat16:
         out.copy_(_round_to_odd(value))
     else:
         out.copy_(value)
 
 
+def _cut_to_odd(value: torch.Tensor) -> torch.Tensor:
+    """float64 -> float32 rounded to odd by integer operations, which are much the fastest.
+
+    Right for what float16 can tell apart: float32's own subnormals are far below its smallest.
+    """
+    bits = value.clamp(-1e30, 1e30).view(torch.int64)  # infinity in float16, finite in float32
+    sticky = bits.bitwise_and(_LOW).add_(_LOW).bitwise_right_shift_(29)  # 1 if anything is cut
+    cut = bits.bitwise_and_(~_LOW).view(torch.float64).float()
+    cut.view(torch.int32).bitwise_or_(sticky.int())
+    return cut
+
+
 def _round_to_odd(value: torch.Tensor) -> torch.Tensor:
+    """float64 -> float32 rounded to odd, over the whole range."""
     nearest = value.float()
     back = nearest.double()
     bits = nearest.view(torch.int32)
@@ -48,6 +64,22 @@ def _round_to_odd(value: torch.Tensor) -> torch.Tensor:
     inexact = nearest.double() != value
     bits |= inexact.int()
     return nearest
+
+
+def dropped_bits(target: torch.dtype) -> int:
+    """How many of float64's significand bits a normal number of ``target`` has not."""
+    return 53 - _FORMATS[target][0]
+
+
+def smallest_normal(target: torch.dtype) -> float:
+    """The smallest normal number of a type."""
+    return float(2.0 ** _FORMATS[target][1])
+
+
+def widen_into(out: torch.Tensor, value: torch.Tensor) -> None:
+    """Copy to a wider type; torch's own float16 -> float64 is slow."""
+    is_slow = value.dtype == torch.float16 and out.dtype == torch.float64
+    out.copy_(value.float() if is_slow else value)
 
 
 def ulp(value: torch.Tensor, target: torch.dtype) -> torch.Tensor:
@@ -91,3 +123,37 @@ def expected_rounding(
     square = torch.where(t < 0.1, t**2, square)
     changed = torch.erfc(1 / (2 * math.sqrt(2) * t))
     return float((square * spacing**2).mean()), float(changed.mean())
+
+
+def stochastic_into(out: torch.Tensor, value: torch.Tensor, *, key: int, start: int) -> None:
+    """Round ``value`` to one of its two neighbours, each as likely as the other is far away.
+
+    The random number of an element depends on the key and on its position alone, so that the
+    result does not depend on blocks, threads or device.
+
+    Args:
+        out: (m, n) bfloat16, float16 or float32.
+        value: (m, n) float32 or float64, consecutive elements of a tensor.
+        key: 64-bit key of the tensor, as a signed integer.
+        start: position of the first element in the tensor.
+    """
+    wide = value.double()
+    spacing = ulp(wide, out.dtype)
+    steps = wide.abs() / spacing  # exact: spacing is a power of two
+    down = steps.floor()
+    position = torch.arange(start, start + value.numel(), device=value.device).view(value.shape)
+    up = _uniform(position, key) < steps - down
+    out.copy_(torch.copysign((down + up) * spacing, wide))
+
+
+def _uniform(position: torch.Tensor, key: int) -> torch.Tensor:
+    """Numbers in [0, 1) by splitmix64 (Steele, Lea & Flood 2014), counter-based; float64."""
+    z = position * -7046029254386353131 + key  # 0x9E3779B97F4A7C15, wrapping
+    z = (z ^ _shift(z, 30)) * -4658895280553007687  # 0xBF58476D1CE4E5B9
+    z = (z ^ _shift(z, 27)) * -7723592293110705685  # 0x94D049BB133111EB
+    return _shift(z ^ _shift(z, 31), 11).double() * 2.0**-53
+
+
+def _shift(z: torch.Tensor, count: int) -> torch.Tensor:
+    """Logical shift to the right; torch's own keeps the sign."""
+    return (z >> count) & ((1 << (64 - count)) - 1)

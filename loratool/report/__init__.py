@@ -16,7 +16,14 @@ from loratool.report.inspect import (
     TargetFamily,
     TensorRow,
 )
-from loratool.report.merge import MergeReport, ModuleLoss, TensorDifference, VerifyReport
+from loratool.report.merge import (
+    MergeReport,
+    ModuleLoss,
+    SubtractReport,
+    SwapReport,
+    TensorDifference,
+    VerifyReport,
+)
 
 __all__ = [
     "SCHEMA",
@@ -32,6 +39,8 @@ __all__ = [
     "ModuleLoss",
     "ReplacedTensor",
     "Report",
+    "SubtractReport",
+    "SwapReport",
     "TargetFamily",
     "TensorDifference",
     "TensorRow",
