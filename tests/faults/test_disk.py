@@ -252,7 +252,7 @@ def test_a_signal_in_a_big_tensor(
     assert left == [".journal", "model-00001-of-00002.safetensors"]
 
 
-HUNG = """
+HUNG = r"""
 import os, sys, time
 from loratool import cli
 from loratool.engine import run
