@@ -127,9 +127,9 @@ class _Run:
         self._tasks = self._make_tasks()
         count = self.options.threads or default_threads()
         workers = [threading.Thread(target=self._work, daemon=True) for _ in range(count)]
-        for worker in workers:
-            worker.start()
         try:
+            for worker in workers:
+                worker.start()
             for worker in workers:
                 while worker.is_alive():
                     worker.join(0.1)
@@ -137,7 +137,8 @@ class _Run:
             self._stop.set()
             deadline = time.monotonic() + _GRACE_S
             for worker in workers:
-                worker.join(max(0.0, deadline - time.monotonic()))
+                if worker.is_alive():
+                    worker.join(max(0.0, deadline - time.monotonic()))
             # A worker deep in a factorisation is left behind, and with it the open files: a
             # descriptor closed under its hands could be another file's by the time it writes.
             if self.sink is not None and not any(w.is_alive() for w in workers):
