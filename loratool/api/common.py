@@ -51,6 +51,24 @@ def parse_dtype(text: str) -> str | None:
     return BY_WORD[text].name
 
 
+def rounding_args(exact: bool, rounding: str, seed: int | None) -> dict[str, Any]:
+    """What ``--exact``, ``--rounding`` and ``--seed`` mean for the steps of a plan.
+
+    Raises:
+        UsageError: they contradict each other.
+    """
+    if rounding not in ("nearest", "stochastic"):
+        raise UsageError("LT-216", "unknown --rounding", expected="nearest or stochastic",
+                         got=rounding)  # fmt: skip
+    if exact and rounding == "stochastic":
+        raise UsageError("LT-217", "--exact rounds to nearest, --rounding stochastic by chance")
+    if seed is not None and rounding != "stochastic":
+        raise UsageError("LT-218", "--seed is for --rounding stochastic")
+    if rounding == "stochastic":
+        return {"rounding": "stochastic", "seed": seed or 0}
+    return {"rounding": "exact"} if exact else {}
+
+
 @dataclass(frozen=True)
 class Resources:
     """Where and with how much a plan runs.

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loratool.adapter import ReadOptions
-from loratool.api.common import Resources, parse_dtype, parse_size, plan_resources
-from loratool.api.merge_job import MergeJob, NameOptions, prepare_merge
+from loratool.api.common import Resources, parse_dtype, parse_size, plan_resources, rounding_args
+from loratool.api.merge_job import MergeJob, NameOptions, Operation, prepare_merge
 from loratool.ops.bind import BindOptions
 from loratool.ops.inputs import Access
 from loratool.ops.merge import index_files
@@ -32,6 +32,9 @@ def merge(
     threads: int | None = None,
     max_memory: str | int | None = None,
     chunk_bytes: int | None = None,
+    exact: bool = False,
+    rounding: str = "nearest",
+    seed: int | None = None,
     untie: bool = False,
     keep_tied: bool = False,
     rename: Sequence[str] = (),
@@ -50,6 +53,7 @@ def merge(
     moe_layout: str | None = None,
     experts_b_order: str = "rank-major",
     progress: Progress | None = None,
+    operation: Operation | None = None,
 ) -> MergeReport:
     """Merge adapters into base weights: W' = round(W + Σ weight·ΔW), all in one pass.
 
@@ -65,6 +69,9 @@ def merge(
         threads: workers; None = twice the cores, at most 8.
         max_memory: limit for the planned peak, such as ``"2GB"``; None = what is free.
         chunk_bytes: bytes read in one piece (never changes the result).
+        exact: the correctly rounded result, the same bytes on any machine and device.
+        rounding: ``nearest``, or ``stochastic``: small changes survive on average.
+        seed: of stochastic rounding; None = 0.
         untie: give the output head weights of its own.
         keep_tied: change the shared tensor.
         rename: ``s/a/b/`` expressions on module names.
@@ -83,6 +90,7 @@ def merge(
         moe_layout: ``eoi`` or ``eio`` for square experts of unknown origin.
         experts_b_order: ``rank-major`` (PEFT) or ``expert-major``.
         progress: called with (bytes done, bytes in all).
+        operation: what `subtract` and `swap` do with the same engine.
 
     Returns:
         What changed, what rounding lost, what was skipped.
@@ -109,6 +117,8 @@ def merge(
         shard_bytes=parse_size(shard_size),
         output=Path(output),
         with_provenance=provenance,
+        rounding=rounding_args(exact, rounding, seed),
+        operation=operation,
     )
     resources = plan_resources(
         job.merge.plan,
@@ -173,7 +183,7 @@ def _report(
     modules, total = module_losses(summed, sizes)
     loss = total.predicted_loss if dry_run else total.loss
     warnings = [_loss_warning(total, modules, dry_run)] if loss > WARN_LOSS else []
-    notes = [*job.merge.notes, *job.sidecar_notes, *_cast_note(results)]
+    notes = [*job.merge.notes, *job.sidecar_notes, *_cast_note(results), *_exact_note(results)]
     if job.base.resolved.note:
         notes.insert(0, job.base.resolved.note)
     tokenizer = next((s.origin for s in job.sidecars if s.name == "tokenizer.json"), None)
@@ -228,3 +238,8 @@ def _cast_note(results: Sequence[Any]) -> list[str]:
     if not weight:
         return []
     return [f"the cast of {len(cast)} other tensors moves them by {(error / weight) ** 0.5:.1e}"]
+
+
+def _exact_note(results: Sequence[Any]) -> list[str]:
+    count = sum(int(_of(r, "settled")) for r in results)
+    return [f"{count:,} elements needed exact sums"] if count else []

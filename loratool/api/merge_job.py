@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,6 +36,22 @@ class NameOptions:
 
     bind: BindOptions
     read: ReadOptions
+
+
+@dataclass(frozen=True)
+class Operation:
+    """What the one engine is used for: putting adapters in, or taking some out.
+
+    Attributes:
+        name: command, as provenance has it.
+        signs: +1 or -1 per adapter; empty = all +1.
+        check: called with the bound adapters before anything is planned; refuses what cannot
+            be taken out, and may leave out what need not be.
+    """
+
+    name: str = "merge"
+    signs: tuple[int, ...] = ()
+    check: Callable[[tuple[WeightedAdapter, ...]], tuple[WeightedAdapter, ...]] | None = None
 
 
 @dataclass(frozen=True)
@@ -77,13 +93,18 @@ def prepare_merge(
     shard_bytes: int | None,
     output: Path | None,
     with_provenance: bool,
+    rounding: Mapping[str, Any] | None = None,
+    operation: Operation | None = None,
     like: Checkpoint | None = None,
 ) -> MergeJob:
     """Open, bind and plan; nothing is written.
 
     ``like`` is a finished merge: the plan then casts as it did, whatever ``dtype`` says.
     """
+    kind = operation or Operation()
     opened = open_adapters(texts, weights=weights, mean=mean, read=names.read, access=access)
+    if kind.signs:
+        opened = [replace(o, weight=o.weight * s) for o, s in zip(opened, kind.signs, strict=True)]
     opened_base = open_base(str(base), opened, access)
     if output is not None:
         _check_output_form(output, opened_base)
@@ -92,18 +113,22 @@ def prepare_merge(
         WeightedAdapter(o.adapter, o.weight, bind(o.adapter, opened_base.checkpoint, names.bind))
         for o in opened
     )
+    if kind.check is not None:
+        bound = kind.check(bound)
     checkpoint = _one_checkpoint(bound, opened_base.checkpoint)
     if like is not None:
         dtype = merged_dtype(opened_base.checkpoint, like)
-    record = _record(opened, opened_base, names, dtype, shard_bytes) if with_provenance else {}
+    options = {**_options(names, dtype, shard_bytes), **(rounding or {})}
+    record = provenance_of(kind.name, options=options, inputs=_inputs(opened, opened_base))
     metadata = None
-    if not opened_base.checkpoint.is_folder and record:
-        metadata = {"loratool": json.dumps(record, sort_keys=True)}
+    if not opened_base.checkpoint.is_folder and with_provenance:
+        metadata = {"loratool": json.dumps(record)}
     planned = plan_merge(
-        bound, checkpoint, dtype=dtype, shard_bytes=shard_bytes, file_metadata=metadata
-    )
+        bound, checkpoint, dtype=dtype, shard_bytes=shard_bytes, file_metadata=metadata,
+        rounding=rounding,
+    )  # fmt: skip
     sidecars, notes = _sidecars(opened, opened_base.checkpoint, planned)
-    plan = replace(planned.plan, options=record.get("options", {}), inputs=record.get("inputs", {}))
+    plan = replace(planned.plan, options=options, inputs=record["inputs"])
     if output is not None and not opened_base.checkpoint.is_folder:
         shards = (replace(plan.shards[0], name=output.name),)
         plan = replace(plan, shards=shards)
@@ -115,7 +140,7 @@ def prepare_merge(
         bound,
         tuple(sidecars),
         tuple(notes),
-        record,
+        record if with_provenance else {},
         output,
     )
 
@@ -154,27 +179,23 @@ def _sidecars(
     return plan_sidecars(base, adapter_tokenizer=tokenizer, config_changes=planned.config_changes)
 
 
-def _record(
-    opened: Sequence[OpenedAdapter],
-    base: OpenedBase,
-    names: NameOptions,
-    dtype: str | None,
-    shard_bytes: int | None,
-) -> dict[str, Any]:
+def _inputs(opened: Sequence[OpenedAdapter], base: OpenedBase) -> dict[str, Any]:
     inputs: dict[str, Any] = {}
     for one in opened:
-        files = sorted({s.file for spec in one.adapter.specs for s in spec.fields.values()
-                        if hasattr(s, "file")})  # fmt: skip
-        config = files[0].with_name("adapter_config.json") if files else None
-        extra = [config] if config is not None and config.is_file() else []
         label = content_label(one.adapter.path, inputs)
-        inputs[label] = {"weight": one.weight, "files": adapter_id([*files, *extra])}
+        inputs[label] = {"weight": one.weight, "files": adapter_id(one.adapter)}
+        if one.resolved.commit:
+            inputs[label]["commit"] = one.resolved.commit
     label = content_label(base.resolved.path, inputs)
     inputs[label] = {"role": "base", "files": checkpoint_id(base.checkpoint)}
     if base.resolved.commit:
         inputs[label]["commit"] = base.resolved.commit
+    return inputs
+
+
+def _options(names: NameOptions, dtype: str | None, shard_bytes: int | None) -> dict[str, Any]:
     b, r = names.bind, names.read
-    options = option_values(
+    return option_values(
         dtype=DTYPES[dtype].word if dtype else None,
         shard_bytes=shard_bytes,
         rename=list(b.rename),
@@ -189,4 +210,3 @@ def _record(
         moe_layout=r.moe_layout,
         experts_b_order=None if r.experts_b_order == "rank-major" else r.experts_b_order,
     )
-    return provenance_of("merge", options=options, inputs=inputs)

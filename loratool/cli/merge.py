@@ -55,6 +55,7 @@ _MENTION_FLOAT32 = 0.01
 @opt.option("--dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
             default="auto", section="Output",
             help="Cast every float tensor. Default: each keeps its type.")  # fmt: skip
+@opt.rounding
 @opt.option("--shard-size", metavar="SIZE", section="Output",
             help="Largest weight file, such as 5GB. Default: the base's shards.")  # fmt: skip
 @opt.writing

@@ -162,7 +162,7 @@ def resources(command: F) -> F:
         option("--max-memory", metavar="SIZE", section="Resources",
                help="Limit for the planned peak, such as 2GB. Default: what is free."),
         option("--threads", type=WholeNumber("N"), section="Resources",
-               help="Workers. Default: the cores, at most 4. Never changes a result."),
+               help="Workers. Default: twice the cores, at most 8. Never changes a result."),
         option("--device", default="auto", metavar="auto|cpu|cuda[:N]", section="Resources",
                help="Where to compute. Default: auto."),
     ):  # fmt: skip
@@ -179,6 +179,21 @@ def writing(command: F) -> F:
                help="Print the plan and what it would cost; write nothing."),
         option("--force", is_flag=True, section="Output",
                help="Replace an earlier output of loratool, never anything else."),
+    ):  # fmt: skip
+        command = add(command)
+    return command
+
+
+def rounding(command: F) -> F:
+    """``--exact``, ``--rounding``, ``--seed``."""
+    for add in (
+        option("--seed", type=int, metavar="N", section="Output",
+               help="Of stochastic rounding. Default: 0."),
+        option("--rounding", type=click.Choice(["nearest", "stochastic"]), default="nearest",
+               section="Output",
+               help="stochastic: small changes survive on average, at twice the error."),
+        option("--exact", is_flag=True, section="Output",
+               help="Every element correctly rounded: the same bytes on any machine and device."),
     ):  # fmt: skip
         command = add(command)
     return command

@@ -79,6 +79,8 @@ def _worker_bytes(step: Step, chunk: int, elements: int) -> int:
     block = grid.largest_block(step.view, elements)
     wide = max(DTYPES[s.dtype].bits // 8 for s in (*step.inputs, step.output))
     piece = max(chunk, block * wide)
+    if step.args.get("rounding"):  # sum, bound, both ends and what rounding them takes
+        return piece * (len(step.inputs) + 1) + block * (9 * 8 + 3 * wide)
     accumulator = 4 if step.output.dtype == "BF16" else 8
     return piece * (len(step.inputs) + 1) + block * (3 * accumulator + 2 * wide)
 

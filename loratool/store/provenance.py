@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from loratool import __version__
+from loratool.adapter import Adapter, TensorRef
 from loratool.store.checkpoint import Checkpoint
 
 
@@ -17,9 +18,13 @@ def file_id(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def adapter_id(files: Sequence[Path]) -> dict[str, str]:
-    """sha256 of each of an adapter's files, by name."""
-    return {path.name: file_id(path) for path in files}
+def adapter_id(adapter: Adapter) -> dict[str, str]:
+    """sha256 of each of an adapter's files, by name: its tensors and its configuration."""
+    sources = [s for spec in adapter.specs for s in spec.fields.values()]
+    sources += [r.source for r in adapter.replacements]
+    files = {s.file for s in sources if isinstance(s, TensorRef)}
+    configs = {path.with_name("adapter_config.json") for path in files}
+    return {path.name: file_id(path) for path in sorted(files | configs) if path.is_file()}
 
 
 def checkpoint_id(checkpoint: Checkpoint) -> dict[str, Any]:
