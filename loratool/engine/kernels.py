@@ -1,7 +1,8 @@
 """op -> kernel.  ``copy`` moves bytes and needs none."""
 
 from loratool.engine.comparing import Compare, CompareBytes
-from loratool.engine.factoring import Difference, SubtractAndFactor
+from loratool.engine.difference import Difference
+from loratool.engine.factoring import SubtractAndFactor
 from loratool.engine.kernel import Kernel
 from loratool.engine.merging import AddDeltas
 

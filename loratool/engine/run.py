@@ -36,6 +36,7 @@ class RunOptions:
         chunk_bytes: bytes per piece of input; None = the device's default.
         sample: only a few blocks of each changed tensor, nothing written (``--dry-run``).
         progress: called with (bytes done, bytes in all).
+        on_result: called with each finished step and its result, in any order, by any worker.
     """
 
     device: torch.device = _CPU
@@ -43,6 +44,7 @@ class RunOptions:
     chunk_bytes: int | None = None
     sample: bool = False
     progress: Progress | None = None
+    on_result: Callable[[Step, Any], None] | None = None
 
     @property
     def elements(self) -> int:
@@ -162,9 +164,9 @@ class _Run:
             cut = grid.blocks(step.view, 1 << 16)
             return grid.chunks(cut, self.options.chunk)
         widest = max(DTYPES[s.dtype].bits // 8 for s in (*step.inputs, step.output))
-        return grid.chunks(
-            grid.blocks(step.view, self.options.elements), self.options.chunk // widest
-        )
+        # several pairs in one step share the buffer of one
+        room = self.options.chunk // widest // max(1, len(step.inputs) // 2)
+        return grid.chunks(grid.blocks(step.view, self.options.elements), room)
 
     def _work(self) -> None:
         torch.set_num_threads(1)
@@ -198,6 +200,8 @@ class _Run:
         result = job.kernel.finish() if job.kernel is not None else None
         job.kernel = None
         if result is not None:
+            if self.options.on_result is not None:
+                self.options.on_result(job.step, result)
             with self._lock:
                 self.results[job.index] = result
         if self.sink is not None and not self.options.sample:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from loratool import archs
@@ -20,11 +20,12 @@ class Outcome:
 
     Attributes:
         pair: the tensors.
-        fate: ``factored``, ``kept``, ``left_out`` or ``identical``.
+        fate: ``factored``, ``kept``, ``left_out``, ``dropped`` (its rank came out as 0) or
+            ``identical``.
         delta_square: Σ(tuned - base)².
         residual_square: Σ(Δ - what the adapter reproduces)².
         weight_square: Σ base².
-        rank: of the factors.
+        found: a `DifferenceResult` where the pair was to be factored, and differs.
     """
 
     pair: Pair
@@ -32,7 +33,7 @@ class Outcome:
     delta_square: float
     residual_square: float
     weight_square: float
-    rank: int = 0
+    found: Any = None
 
 
 def assemble(
@@ -53,35 +54,30 @@ def assemble(
         base_model: what the adapter names as its base.
 
     Raises:
-        MismatchError: the checkpoints are identical.
+        MismatchError: the checkpoints are identical, or nothing is left to write.
     """
     specs: list[DeltaSpec] = []
     outcomes: list[Outcome] = []
-    changed: list[Pair] = []
-    for pair, step, result in zip(extract.pairs, extract.plan.steps, results, strict=True):
-        equal = result.differing == 0 if hasattr(result, "differing") else result.is_equal
-        delta = result.delta_square
-        weight = getattr(result, "weight_square", 0.0)
-        if equal:
-            outcomes.append(Outcome(pair, "identical", 0.0, 0.0, weight))
-        elif pair.is_factored:
-            specs.append(_make_spec(pair, step, result.factors, extract, base))
-            outcomes.append(
-                Outcome(pair, "factored", delta, result.residual_square, weight, specs[-1].rank)
-            )
-        else:
-            changed.append(pair)
-            outcomes.append(Outcome(pair, "left_out", delta, delta, weight))
-    changed.extend(extract.created)
+    for pair, step, found in zip(extract.pairs, extract.plan.steps, results, strict=True):
+        outcome = _outcome(pair, found)
+        outcomes.append(outcome)
+        if outcome.fate == "factored":
+            specs.append(_make_spec(pair, step, found.factors, extract, base))
     outcomes.extend(Outcome(p, "left_out", 0.0, 0.0, 0.0) for p in extract.created)
-    if not specs and not changed:
+    if all(o.fate == "identical" for o in outcomes):
         raise MismatchError("LT-483", "the fine-tune equals the base: nothing to extract")
-    specs = _complete_mha(specs, extract, base)
-    kept = _keepable(changed, keep)
-    replacements = _replacements(kept, extract)
+    specs = _match_mha_ranks(_complete_mha(specs, extract, base))
+    kept = _keepable([o.pair for o in outcomes if o.fate == "left_out"], keep)
+    if not specs and not kept:
+        raise MismatchError(
+            "LT-484",
+            "no change is left to write",
+            got=", ".join(sorted({o.fate.replace("_", " ") for o in outcomes})),
+            hint="--rank 1 or a larger --size; --keep all stores what is left out",
+        )
     held = {p.name for p in kept}
     outcomes = [
-        Outcome(o.pair, "kept", o.delta_square, 0.0, o.weight_square)
+        replace(o, fate="kept", residual_square=0.0)
         if o.fate == "left_out" and o.pair.name in held
         else o
         for o in outcomes
@@ -90,10 +86,22 @@ def assemble(
         extract.pairs[0].tuned.file.parent,
         "peft",
         tuple(specs),
-        tuple(replacements),
+        tuple(_replacements(kept, extract)),
         base_model,
     )
     return adapter, outcomes
+
+
+def _outcome(pair: Pair, found: Any) -> Outcome:
+    is_equal = found.differing == 0 if hasattr(found, "differing") else found.is_equal
+    delta, weight = found.delta_square, getattr(found, "weight_square", 0.0)
+    if is_equal:
+        return Outcome(pair, "identical", 0.0, 0.0, weight)
+    if not pair.is_factored:
+        return Outcome(pair, "left_out", delta, delta, weight)
+    if found.factors is None:
+        return Outcome(pair, "dropped", delta, delta, weight, found)
+    return Outcome(pair, "factored", delta, found.residual_squares[-1], weight, found)
 
 
 def _make_spec(
@@ -151,6 +159,52 @@ def _complete_mha(
             )
             out.append(_make_spec(pair, step, (zeros[0], zeros[1]), extract, base))
     return out
+
+
+def mha_groups(extract: ExtractPlan) -> list[list[int]]:
+    """Positions of factored steps, those together that PEFT gives one rank."""
+    at = {p.name: i for i, p in enumerate(extract.pairs) if p.is_factored}
+    groups = []
+    for name, index in at.items():
+        if not extract.plan.steps[index].args.get("gain"):
+            output = at.get(f"{extract.pairs[index].module}.out_proj.weight")
+            is_joined = extract.pairs[index].role == "in_proj" and output is not None
+            groups.append([index, output] if is_joined and output is not None else [index])
+        elif f"{extract.pairs[index].module.removesuffix('.out_proj')}.in_proj_weight" not in at:
+            groups.append([index])
+    return groups
+
+
+def _match_mha_ranks(specs: list[DeltaSpec]) -> list[DeltaSpec]:
+    """PEFT gives both projections of an attention module one rank: zeros fill up the lower one."""
+    ranks = {s.module: s.rank for s in specs if s.parameter == "in_proj_weight"}
+    outputs = {s.module: s.rank for s in specs if s.module.endswith("out_proj")}
+    out = []
+    for spec in specs:
+        module = spec.module
+        other = 0
+        if spec.parameter == "in_proj_weight":
+            other = outputs.get(f"{module}.out_proj", 0)
+        elif module.endswith("out_proj") and spec.parameter == "weight":
+            other = ranks.get(module.removesuffix("out_proj").rstrip("."), 0)
+        out.append(_pad(spec, other) if other > spec.rank else spec)
+    return out
+
+
+def _pad(spec: DeltaSpec, rank: int) -> DeltaSpec:
+    lora_A, lora_B = spec.fields["lora_A"], spec.fields["lora_B"]
+    assert isinstance(lora_A, TensorData) and isinstance(lora_B, TensorData)
+    cols, rows, more = lora_A.shape[1], lora_B.shape[0], rank - spec.rank
+    old, width = memoryview(lora_B.data).cast("B"), 4 * spec.rank
+    padded_A = b"".join((lora_A.data, bytes(4 * more * cols)))
+    padded_B = b"".join(
+        b for r in range(rows) for b in (old[r * width : (r + 1) * width], bytes(4 * more))
+    )
+    fields = {
+        "lora_A": replace(lora_A, shape=(rank, cols), data=padded_A),
+        "lora_B": replace(lora_B, shape=(rows, rank), data=padded_B),
+    }
+    return replace(spec, fields=fields, rank=rank, alpha=float(rank))
 
 
 def _keepable(changed: Sequence[Pair], keep: Sequence[str]) -> list[Pair]:
