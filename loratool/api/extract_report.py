@@ -46,6 +46,7 @@ def written_report(
         output=str(target),
         tuned=tuned.resolved.label,
         base=base.resolved.label,
+        rank=asked["rank"],
         asked={k: v for k, v in asked.items() if v is not None},
         modules=tuple(_module(plan, o) for o in factored),
         kept=tuple((o.pair.name, o.pair.tuned.nbytes) for o in outcomes if o.fate == "kept"),

@@ -44,10 +44,10 @@ SYNONYMS = {
 
 LATER_OPTIONS = frozenset(
     (
-        "--base", "--blocks", "--checksum", "--csv", "--dequantize", "--energy", "--error",
-        "--exact", "--for", "--from", "--max-rank", "--method", "--module-weights", "--param",
-        "--plot", "--rank", "--requant", "--residual", "--risk", "--rounding", "--save-residual",
-        "--save-undo", "--seed", "--simulate-quant", "--size", "--spectrum", "--to",
+        "--base", "--blocks", "--checksum", "--csv", "--dequantize",
+        "--for", "--from", "--method", "--module-weights", "--param",
+        "--plot", "--rank", "--requant", "--risk",
+        "--save-undo", "--simulate-quant", "--spectrum", "--to",
     )
 )  # fmt: skip
 """Options of the plan; a command that does not know one says "not in this version"."""
@@ -57,7 +57,7 @@ EXAMPLES = (
     "loratool merge ./style --base ./model -o ./merged        # into the model",
     "loratool merge ./style:0.8 ./sql:0.5 --base auto -o out  # several, one rounding",
     "loratool verify ./merged --base ./model --adapter ./style",
-    "loratool extract ./my-sft --base ./model --rank 8 -o ./lora",
+    "loratool extract ./my-sft --base ./model -o ./lora",
 )
 
 

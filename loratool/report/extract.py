@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from loratool.report.base import Loads, Report, plain_json
@@ -105,7 +105,8 @@ class ExtractReport(Report):
         output: what was (or would be) written.
         tuned: the fine-tune as a user knows it.
         base: the base as a user knows it.
-        asked: criteria for the rank, as asked for.
+        rank: asked for, or ``auto``; None where other criteria alone decide.
+        asked: all criteria for the rank, as asked for.
         modules: what was factored.
         kept: (tensor, bytes) of those kept whole.
         left_out: (tensor, shape, bytes, relative change) of those that changed and are not in
@@ -134,28 +135,29 @@ class ExtractReport(Report):
     output: str
     tuned: str
     base: str
-    asked: Mapping[str, Any]
+    rank: int | str | None
     modules: tuple[ExtractedModule, ...]
     kept: tuple[tuple[str, int], ...]
     left_out: tuple[tuple[str, tuple[int, ...], int, float], ...]
-    dropped: tuple[tuple[str, float], ...]
     identical: int
     buffers: tuple[str, ...]
     captured_energy: float
     relative_error: float
     total_relative_error: float
-    float16_relative_error: float
-    float16_bytes: int
     output_bytes: int
-    device: str
-    device_reason: str
-    peak_memory_bytes: int
-    residual: SavedResidual | None
     seconds: float
     loads_in: tuple[Loads, ...] = ()
     warnings: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     dry_run: bool = False
+    asked: Mapping[str, Any] = field(default_factory=dict)
+    dropped: tuple[tuple[str, float], ...] = ()
+    float16_relative_error: float = 0.0
+    float16_bytes: int = 0
+    residual: SavedResidual | None = None
+    device: str = "cpu"
+    device_reason: str = ""
+    peak_memory_bytes: int = 0
 
     @property
     def families(self) -> tuple[ExtractedFamily, ...]:
