@@ -144,16 +144,38 @@ def extract(
         "base": checkpoint_id(base_opened.checkpoint),
     }
     record = provenance_of("extract", options=options, inputs=inputs)
+    if save_residual is not None:
+        _check_residual_path(Path(save_residual), target, force)
     staged = _stage(plan, record, target, tuned_opened, base_opened, force, restart)
     with staged:
         results = _run(plan, resources, staged)
         outcomes, files = _assemble(plan, results, keep, base, base_opened, limit)
         written = _write(files, staged, record if provenance else {})
     residual = None
+    if save_residual is not None:
+        from loratool.api.residual import save_residual as save
+
+        residual = save(
+            Path(save_residual), adapter=target, base=base, tuned=tuned_opened, access=access,
+            threads=threads, max_memory=max_memory, force=force, provenance=provenance,
+            progress=progress,
+        )  # fmt: skip
     return written_report(
         plan, outcomes, open_adapter(target), tuned_opened, base_opened, target, asked,
         resources, written, residual, time.monotonic() - started,
     )  # fmt: skip
+
+
+def _check_residual_path(path: Path, target: Path, force: bool) -> None:
+    """Refuse before the work what would be refused after it."""
+    from loratool.store.writer import check_output
+
+    if path.suffix != ".safetensors" or target in (path, *path.parents):
+        raise UsageError(
+            "LT-235", "a residual is a .safetensors file outside of the adapter",
+            got=str(path), hint="--save-residual residual.safetensors",
+        )  # fmt: skip
+    check_output(path, is_folder=False, force=force)
 
 
 def _stage(

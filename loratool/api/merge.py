@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from loratool.adapter import ReadOptions
 from loratool.api.common import Resources, parse_dtype, parse_size, plan_resources, rounding_args
+from loratool.api.open_residual import check_partner, open_residual
 from loratool.api.merge_job import MergeJob, NameOptions, Operation, prepare_merge
 from loratool.ops.bind import BindOptions
 from loratool.ops.inputs import Access
@@ -35,6 +36,7 @@ def merge(
     exact: bool = False,
     rounding: str = "nearest",
     seed: int | None = None,
+    residual: str | Path | None = None,
     untie: bool = False,
     keep_tied: bool = False,
     rename: Sequence[str] = (),
@@ -72,6 +74,7 @@ def merge(
         exact: the correctly rounded result, the same bytes on any machine and device.
         rounding: ``nearest``, or ``stochastic``: small changes survive on average.
         seed: of stochastic rounding; None = 0.
+        residual: file of ``extract --save-residual``: the result is the fine-tune, bit for bit.
         untie: give the output head weights of its own.
         keep_tied: change the shared tensor.
         rename: ``s/a/b/`` expressions on module names.
@@ -106,6 +109,9 @@ def merge(
         ),
         ReadOptions(alpha, rank_from, mha_out_proj, moe_layout, experts_b_order),
     )  # fmt: skip
+    rest = None
+    if residual is not None:
+        rest, names = open_residual(residual, adapters, names, dtype, rounding)
     job = prepare_merge(
         adapters,
         base=base,
@@ -117,9 +123,12 @@ def merge(
         shard_bytes=parse_size(shard_size),
         output=Path(output),
         with_provenance=provenance,
-        rounding=rounding_args(exact, rounding, seed),
+        rounding=rounding_args(exact or rest is not None, rounding, seed),
         operation=operation,
+        residual=rest,
     )
+    if rest is not None:
+        check_partner(rest, job.adapters[0])
     resources = plan_resources(
         job.merge.plan,
         device=device,
@@ -184,6 +193,9 @@ def _report(
     loss = total.predicted_loss if dry_run else total.loss
     warnings = [_loss_warning(total, modules, dry_run)] if loss > WARN_LOSS else []
     notes = [*job.merge.notes, *job.sidecar_notes, *_cast_note(results), *_exact_note(results)]
+    checked = sum(s.op.startswith("patched_") for s in plan.steps)
+    if checked:
+        notes.append(f"{checked} tensors are the fine-tune's, bit for bit (checked)")
     if job.base.resolved.note:
         notes.insert(0, job.base.resolved.note)
     tokenizer = next((s.origin for s in job.sidecars if s.name == "tokenizer.json"), None)

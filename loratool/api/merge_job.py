@@ -22,11 +22,13 @@ from loratool.ops.inputs import (
     open_base,
 )
 from loratool.ops.merge import MergePlan, WeightedAdapter, plan_merge
+from loratool.ops.residual import patch_merge
 from loratool.ops.verify import merged_dtype
 from loratool.store.checkpoint import Checkpoint
 from loratool.store.provenance import adapter_id, checkpoint_id, provenance_of
 
 if TYPE_CHECKING:
+    from loratool.store.residual_file import Residual
     from loratool.store.sidecar import Sidecar
 
 
@@ -95,11 +97,13 @@ def prepare_merge(
     with_provenance: bool,
     rounding: Mapping[str, Any] | None = None,
     operation: Operation | None = None,
+    residual: Residual | None = None,
     like: Checkpoint | None = None,
 ) -> MergeJob:
     """Open, bind and plan; nothing is written.
 
     ``like`` is a finished merge: the plan then casts as it did, whatever ``dtype`` says.
+    ``residual`` turns the plan into one that gives a fine-tune back, bit for bit.
     """
     kind = operation or Operation()
     opened = open_adapters(texts, weights=weights, mean=mean, read=names.read, access=access)
@@ -127,6 +131,8 @@ def prepare_merge(
         bound, checkpoint, dtype=dtype, shard_bytes=shard_bytes, file_metadata=metadata,
         rounding=rounding,
     )  # fmt: skip
+    if residual is not None:
+        planned = patch_merge(planned, checkpoint, residual)
     sidecars, notes = _sidecars(opened, opened_base.checkpoint, planned)
     plan = replace(planned.plan, options=options, inputs=record["inputs"])
     if output is not None and not opened_base.checkpoint.is_folder:

@@ -5,6 +5,7 @@ from loratool.engine.difference import Difference
 from loratool.engine.factoring import SubtractAndFactor
 from loratool.engine.kernel import Kernel
 from loratool.engine.merging import AddDeltas
+from loratool.engine.residual import PatchedCopy, PatchedSum, ResidualOfCopy, ResidualOfSum
 
 KERNELS: dict[str, type[Kernel]] = {
     "add_deltas": AddDeltas,
@@ -12,5 +13,9 @@ KERNELS: dict[str, type[Kernel]] = {
     "compare": Compare,
     "compare_bytes": CompareBytes,
     "difference": Difference,
+    "patched_copy": PatchedCopy,
+    "patched_sum": PatchedSum,
+    "residual_of_copy": ResidualOfCopy,
+    "residual_of_sum": ResidualOfSum,
     "subtract_and_factor": SubtractAndFactor,
 }

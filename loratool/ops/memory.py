@@ -100,6 +100,8 @@ def step_bytes(step: Step) -> int:
             total += part.source.numel * 12
     if step.op == "subtract_and_factor":
         total += _factoring_bytes(step)
+    if step.op in ("residual_of_sum", "residual_of_copy"):
+        total += step.output.numel + step.output.nbytes  # its patch, should nothing compress
     return total
 
 
