@@ -259,9 +259,7 @@ def _file_bytes(files: AdapterFiles) -> int:
     return len(header) + sum(s.nbytes for _, s in files.tensors)
 
 
-def _spend(
-    plan: ExtractPlan, results: list[Any], files: AdapterFiles, limit: int
-) -> list[Any]:
+def _spend(plan: ExtractPlan, results: list[Any], files: AdapterFiles, limit: int) -> list[Any]:
     """Cut every module to what a size budget leaves it; ``files`` holds them uncut."""
     from loratool.engine.slicing import cut, spend
 

@@ -120,7 +120,7 @@ def _module(plan: ExtractPlan, outcome: Outcome) -> ExtractedModule:
 
 
 def share(part: float, whole: float) -> float:
-    """part ÷ whole, 0 of nothing."""
+    """Part ÷ whole, 0 of nothing."""
     return part / whole if whole > 0 else 0.0
 
 

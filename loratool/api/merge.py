@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from loratool.adapter import ReadOptions
 from loratool.api.common import Resources, parse_dtype, parse_size, plan_resources, rounding_args
-from loratool.api.open_residual import check_partner, open_residual
 from loratool.api.merge_job import MergeJob, NameOptions, Operation, prepare_merge
+from loratool.api.open_residual import check_partner, open_residual
 from loratool.ops.bind import BindOptions
 from loratool.ops.inputs import Access
 from loratool.ops.merge import index_files

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
 from loratool.api.merge_job import NameOptions
 from loratool.errors import UsageError
 from loratool.ops.inputs import OpenedAdapter
-from loratool.ops.residual import check_adapter
+from loratool.ops.residual import bind_options, check_adapter
 from loratool.store.provenance import adapter_id
 from loratool.store.residual_file import Residual, read_residual
 
@@ -35,7 +34,7 @@ def open_residual(
             hint="leave --dtype and --rounding out",
         )  # fmt: skip
     found = read_residual(Path(path))
-    return found, NameOptions(replace(names.bind, **found.bind), names.read)
+    return found, NameOptions(bind_options(names.bind, found.bind), names.read)
 
 
 def check_partner(residual: Residual, adapter: OpenedAdapter) -> None:

@@ -13,7 +13,7 @@ from loratool.api.merge_job import NameOptions, prepare_merge
 from loratool.dialects import open_adapter
 from loratool.ops.bind import BindOptions
 from loratool.ops.inputs import Access, OpenedBase
-from loratool.ops.residual import config_of, plan_residual
+from loratool.ops.residual import bind_options, config_of, plan_residual
 from loratool.report import SavedResidual
 from loratool.store.checkpoint import Checkpoint
 from loratool.store.provenance import adapter_id, checkpoint_id, provenance_of
@@ -58,7 +58,7 @@ def save_residual(
 
     checkpoint = open_base(str(base), [], access).checkpoint
     bind = _bind_options(tuned.checkpoint, checkpoint)
-    names = NameOptions(replace(BindOptions(), **bind), ReadOptions())
+    names = NameOptions(bind_options(BindOptions(), bind), ReadOptions())
     job = prepare_merge(
         [str(adapter)], base=base, weights=[1.0], mean=False, names=names, access=access,
         dtype=None, shard_bytes=None, output=None, with_provenance=False,

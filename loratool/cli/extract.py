@@ -52,7 +52,7 @@ if TYPE_CHECKING:
 @opt.option("--size", metavar="SIZE", section="Input",
             help="Whole weights file at most, such as 50MB, spent where it counts.")  # fmt: skip
 @opt.option("--max-rank", type=opt.WholeNumber("R"), metavar="R", section="Input",
-            help="Cap. Default: 256 for auto and --size. Of all criteria the least wins.")  # fmt: skip
+            help="Cap; 256 for auto and --size by default. The least criterion wins.")  # fmt: skip
 @opt.option("--keep", multiple=True, metavar="embeddings|all|none|REGEX", section="Input",
             help="Store these whole; none = not even biases and norms. Repeatable.")  # fmt: skip
 @opt.option("--include", multiple=True, metavar="REGEX", section="Input",
@@ -76,7 +76,8 @@ if TYPE_CHECKING:
 def command(tuned: str, base: str, output: str, **options: Any) -> None:
     """Extract TUNED − BASE as a low-rank adapter: the best one of its rank, module by module.
 
-    The rank follows from the checkpoints' own rounding noise unless you say otherwise. Says how much of the change it holds. Small tensors (biases, norms) are kept whole where the
+    The rank follows from the checkpoints' own rounding noise unless you say otherwise. Says how
+    much of the change the adapter holds. Small tensors (biases, norms) are kept whole where the
     adapter can hold them; embeddings and other large ones are left out unless --keep names them.
     """
     from loratool import api
@@ -172,7 +173,7 @@ def _modules(report: ExtractReport) -> list[str]:
         )
         for m in report.modules
     ]  # fmt: skip
-    head = ("module", "shape", "rank", "‖ΔW‖", "energy", "rel. error")
+    head: tuple[str, ...] = ("module", "shape", "rank", "‖ΔW‖", "energy", "rel. error")
     if any(m.noise_rank is not None for m in report.modules):
         head = (*head, "noise", "noise rank", "99 % rank")
     return table(rows, head, right=tuple(range(2, len(head))))

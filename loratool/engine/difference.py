@@ -52,7 +52,7 @@ class DifferenceResult:
 
 
 class Difference(Kernel):
-    """tuned - base: its size only.  Inputs are pairs: tuned, base, tuned, base …"""
+    """tuned - base: its size only.  Inputs come in pairs (tuned, base)."""
 
     def __init__(self, step: Step, env: Env) -> None:
         super().__init__(step, env)
@@ -98,9 +98,7 @@ class Difference(Kernel):
             parts = [sums[i] for i in sorted(sums)]
             delta, weight = (math.fsum(p[i] for p in parts) for i in (1, 2))
             if not math.isfinite(delta):
-                raise NumericError(
-                    "LT-803", "tuned or base tensor holds NaN or infinity", key=name
-                )
+                raise NumericError("LT-803", "tuned or base tensor holds NaN or infinity", key=name)
             found.append(DifferenceResult(name, not any(p[0] for p in parts), delta, weight))
         return found
 

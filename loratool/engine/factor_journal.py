@@ -74,6 +74,8 @@ def _from_json(values: dict[str, Any], data: memoryview) -> tuple[DifferenceResu
         factors.append(dataclasses.replace(one, data=data[start : start + one.nbytes]))
         start += one.nbytes
     lists: Sequence[str] = ("residual_squares", "spectrum")
-    plain = {k: tuple(v) if k in lists else v for k, v in values.items() if k != "factors"}
+    plain: dict[str, Any] = {
+        k: tuple(v) if k in lists else v for k, v in values.items() if k != "factors"
+    }
     pair = (factors[0], factors[1]) if factors else None
     return DifferenceResult(**plain, factors=pair), start

@@ -143,7 +143,7 @@ class _Patch:
         data = bytearray(nbytes)
         self._env.reader.read_into(source.file, source.start + offset, memoryview(data))
         try:
-            return decode_patch(data, numel, dtype)
+            return decode_patch(memoryview(data), numel, dtype)
         except ValueError as error:
             self._refuse(str(error))
 

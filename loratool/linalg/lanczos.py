@@ -175,7 +175,9 @@ def _cholesky_qr(block: torch.Tensor, floor: torch.Tensor) -> torch.Tensor:
     factor, info = torch.linalg.cholesky_ex(scaled)
     least = factor.diagonal(dim1=1, dim2=2).amin(1)
     if bool(((info == 0) & (least > _COLLINEAR)).all()):
-        solved = torch.linalg.solve_triangular(factor.mT, wide * scale[:, None], upper=True, left=False)
+        solved = torch.linalg.solve_triangular(
+            factor.mT, wide * scale[:, None], upper=True, left=False
+        )
         return solved.float()
     values, vectors = torch.linalg.eigh(scaled)
     lengths = values.clamp_min(0).sqrt()
@@ -187,8 +189,8 @@ def _cholesky_qr(block: torch.Tensor, floor: torch.Tensor) -> torch.Tensor:
 def _signs(left: torch.Tensor) -> torch.Tensor:
     """±1 per column that make its largest entry positive."""
     at = left.abs().argmax(1, keepdim=True)
-    return torch.where(left.gather(1, at) < 0, -1.0, 1.0)
+    return 1 - 2 * (left.gather(1, at) < 0).float()
 
 
 def _safe(norms: torch.Tensor) -> torch.Tensor:
-    return torch.where(norms > 0, norms, 1.0)
+    return norms.masked_fill(norms == 0, 1.0)

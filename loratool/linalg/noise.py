@@ -38,9 +38,7 @@ class Grid:
         device: where the tensor's blocks live.
     """
 
-    def __init__(
-        self, shape: tuple[int, int], dtype: torch.dtype, device: torch.device
-    ) -> None:
+    def __init__(self, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> None:
         kind = torch.finfo(dtype)
         self._bits = 2 - math.frexp(kind.eps)[1]  # eps = 2^(1 - p)
         self._min_exponent = math.frexp(kind.tiny)[1] - 1

@@ -1,7 +1,10 @@
 """stub until compress lands."""
+
 from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import dataclass
+
 import torch
 
 
@@ -17,7 +20,13 @@ class RankRule:
     max_rank: int | None = None
 
 
-def choose_rank(sigma: torch.Tensor, rule: RankRule, *, total_square: float | None = None, base_norm: float | None = None) -> int:
+def choose_rank(
+    sigma: torch.Tensor,
+    rule: RankRule,
+    *,
+    total_square: float | None = None,
+    base_norm: float | None = None,
+) -> int:
     k = len(sigma)
     total = total_square if total_square is not None else float(sigma.square().sum())
     for r in (rule.rank, rule.max_rank):
@@ -37,7 +46,9 @@ def choose_rank(sigma: torch.Tensor, rule: RankRule, *, total_square: float | No
 
 def allocate_ranks(squares: Sequence[torch.Tensor], costs: Sequence[int], budget: int) -> list[int]:
     out = [0] * len(squares)
-    items = sorted(((-float(s) / c, i) for i, (sq, c) in enumerate(zip(squares, costs)) for s in sq))
+    items = sorted(
+        ((-float(s) / c, i) for i, (sq, c) in enumerate(zip(squares, costs)) for s in sq)
+    )
     for _, i in items:
         if budget >= costs[i]:
             out[i] += 1

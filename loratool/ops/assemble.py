@@ -165,7 +165,7 @@ def mha_groups(extract: ExtractPlan) -> list[list[int]]:
     """Positions of factored steps, those together that PEFT gives one rank."""
     at = {p.name: i for i, p in enumerate(extract.pairs) if p.is_factored}
     groups = []
-    for name, index in at.items():
+    for index in at.values():
         if not extract.plan.steps[index].args.get("gain"):
             output = at.get(f"{extract.pairs[index].module}.out_proj.weight")
             is_joined = extract.pairs[index].role == "in_proj" and output is not None

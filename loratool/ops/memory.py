@@ -118,7 +118,7 @@ def _factoring_bytes(step: Step) -> int:
     count = len(step.inputs) // 2 * experts
     short, long = sorted((rows // experts, cols))
     rule = step.args["rule"]
-    caps = [c for c in (rule.get("rank"), rule.get("max_rank")) if c]
+    caps: list[int] = [c for c in (rule.get("rank"), rule.get("max_rank")) if c]
     if step.args.get("auto") and not rule.get("max_rank"):
         caps.append(257)
     rank = min([short, *caps])
@@ -128,4 +128,4 @@ def _factoring_bytes(step: Step) -> int:
     space = min(10 * (rank + 8), short)
     lanczos = 24 * space * (short + long) + 40 * space**2
     gram = 40 * short**2 + 24 * rank * (short + long)
-    return total + max(lanczos * count, gram, 20 * short * long if rank >= short else 0)
+    return int(total) + max(lanczos * count, gram, 20 * short * long if rank >= short else 0)

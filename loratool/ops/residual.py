@@ -10,12 +10,12 @@ from loratool.adapter import TensorRef
 from loratool.dtypes import DTYPES
 from loratool.errors import MismatchError
 from loratool.ops.align import align_names
+from loratool.ops.bind_types import BindOptions
 from loratool.ops.merge import MergePlan
 from loratool.plan import Plan, ShardPlan, Step, TensorSpec
 from loratool.store.checkpoint import Checkpoint
-from loratool.store.residual_file import Residual, ResidualTensor
+from loratool.store.residual_file import CONFIG_KEYS, Residual, ResidualTensor
 
-_CONFIG_KEYS = ("dtype", "torch_dtype", "vocab_size", "tie_word_embeddings")
 _ELEMENTWISE = ("F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL")
 
 
@@ -46,7 +46,7 @@ def plan_residual(merge: Plan, base: Checkpoint, tuned: Checkpoint) -> ResidualP
         MismatchError: a tensor whose bits cannot be compared.
     """
     aligned = align_names(tuned, base)
-    merged = {name: step for name, step in zip(full_names(merge, base), merge.steps, strict=True)}
+    merged = dict(zip(full_names(merge, base), merge.steps, strict=True))
     steps: list[Step] = []
     whole: set[str] = set()
     for name, ref in aligned.items():
@@ -96,7 +96,7 @@ def config_of(tuned: Checkpoint, base: Checkpoint) -> dict[str, Any]:
     """What TUNED's ``config.json`` says about its weights and the base's does not."""
     return {
         key: tuned.config[key]
-        for key in _CONFIG_KEYS
+        for key in CONFIG_KEYS
         if key in tuned.config and tuned.config[key] != base.config.get(key)
     }
 
@@ -146,6 +146,16 @@ def _patched(step: Step, entry: ResidualTensor) -> Step:
     op = "patched_copy" if is_copy else "patched_sum"
     how = {} if is_copy else {"rounding": "exact"}
     return replace(step, op=op, output=output, view=view, args={**how, **args})
+
+
+def bind_options(options: BindOptions, needed: Mapping[str, bool]) -> BindOptions:
+    """A user's options and those that a residual needs."""
+    return replace(
+        options,
+        resize_embeddings=options.resize_embeddings or needed.get("resize_embeddings", False),
+        untie=options.untie or needed.get("untie", False),
+        keep_tied=options.keep_tied or needed.get("keep_tied", False),
+    )
 
 
 def check_adapter(residual: Residual, adapter: Mapping[str, str]) -> None:

@@ -167,9 +167,7 @@ class ExtractReport(Report):
     def to_json(self) -> dict[str, Any]:
         """The report as plain JSON types, with ``families``."""
         named = {
-            "modules": [
-                plain_json(m) | {"is_at_noise": m.is_at_noise} for m in self.modules
-            ],
+            "modules": [plain_json(m) | {"is_at_noise": m.is_at_noise} for m in self.modules],
             "dropped": [{"name": name, "norm": norm} for name, norm in self.dropped],
             "families": plain_json(self.families),
             "kept": [{"name": name, "nbytes": nbytes} for name, nbytes in self.kept],

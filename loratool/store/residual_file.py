@@ -32,6 +32,12 @@ VERSION = 1
 PAGES = "|pages"
 _PIECE = 1 << 24
 
+BIND_OPTIONS = ("resize_embeddings", "untie", "keep_tied")
+"""What a merge must allow so that it gives what TUNED is."""
+
+CONFIG_KEYS = ("dtype", "torch_dtype", "vocab_size", "tie_word_embeddings")
+"""What ``config.json`` says about weights."""
+
 
 @dataclass(frozen=True)
 class ResidualTensor:
@@ -89,10 +95,10 @@ def read_residual(path: Path) -> Residual:
                 "LT-397", "residual file of another version", file=path, expected=VERSION,
                 got=record["version"],
             )  # fmt: skip
-        tensors = {
-            name: _tensor(name, entry, refs) for name, entry in record["tensors"].items()
-        }
-        return Residual(path, tensors, record["adapter"], record["bind"], record["config"])
+        tensors = {name: _tensor(name, entry, refs) for name, entry in record["tensors"].items()}
+        bind = {key: bool(record["bind"].get(key, False)) for key in BIND_OPTIONS}
+        config = {k: v for k, v in record["config"].items() if k in CONFIG_KEYS}
+        return Residual(path, tensors, record["adapter"], bind, config)
     except (KeyError, TypeError, ValueError) as error:
         raise BadFileError(
             "LT-398", "this is no residual file", file=path, got=str(error),
@@ -168,9 +174,10 @@ class ResidualWriter:
         Returns:
             Its size.
         """
-        entries, specs = {}, []
+        entries: dict[str, Any] = {}
+        specs: list[tuple[str, str, tuple[int, ...]]] = []
         sources: list[Source | tuple[int, int]] = []
-        for name, (_, nbytes, rows) in self._spooled():
+        for name, (_, _, rows) in self._spooled():
             raw = b"".join(struct.pack("<3q", *row) for row in rows)
             specs.append((name + PAGES, "I64", (len(rows), 3)))
             sources.append(TensorData(name, "I64", (len(rows), 3), raw))
