@@ -188,9 +188,10 @@ def _cholesky_qr(block: torch.Tensor, floor: torch.Tensor) -> torch.Tensor:
 
 def _signs(left: torch.Tensor) -> torch.Tensor:
     """±1 per column that make its largest entry positive."""
-    at = left.abs().argmax(1, keepdim=True)
-    return 1 - 2 * (left.gather(1, at) < 0).float()
+    largest = left.gather(1, left.abs().argmax(1, keepdim=True))
+    ones = torch.ones_like(largest)
+    return torch.where(largest < 0, -ones, ones)
 
 
 def _safe(norms: torch.Tensor) -> torch.Tensor:
-    return norms.masked_fill(norms == 0, 1.0)
+    return torch.where(norms > 0, norms, torch.ones_like(norms))

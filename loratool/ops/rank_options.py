@@ -34,9 +34,12 @@ def factor_options(
         )
     if isinstance(rank, str) and rank != "auto":
         raise UsageError("LT-230", "--rank is a whole number or auto", got=rank)
-    for value, code, name in ((rank, "LT-229", "--rank"), (max_rank, "LT-231", "--max-rank")):
-        if isinstance(value, int) and not 1 <= value <= MAX_RANK:
-            raise UsageError(code, f"{name} out of range", expected=f"1 to {MAX_RANK}", got=value)
+    if isinstance(rank, int) and not 1 <= rank <= MAX_RANK:
+        raise UsageError("LT-229", "--rank out of range", expected=f"1 to {MAX_RANK}", got=rank)
+    if max_rank is not None and not 1 <= max_rank <= MAX_RANK:
+        raise UsageError(
+            "LT-231", "--max-rank out of range", expected=f"1 to {MAX_RANK}", got=max_rank
+        )
     if energy is not None and not (math.isfinite(energy) and 0 < energy <= 1):
         raise UsageError("LT-232", "--energy is a share", expected="above 0, at most 1", got=energy)
     if error is not None and not (math.isfinite(error) and 0 <= error < 1):
