@@ -21,7 +21,7 @@ class DifferenceResult:
 
     Attributes:
         name: tensor.
-        is_equal: no bit differs.
+        is_equal: no bit differs, or none but by the cast to a narrower type.
         delta_square: Σ(tuned - base)².
         weight_square: Σ base².
         factors: (lora_A, lora_B) in PEFT shapes, None if none were asked for, Δ = 0, or rank 0.
@@ -77,8 +77,8 @@ class Difference(Kernel):
         if tuned.dtype == base.dtype and tuned.element_size() in INTEGERS:
             differing = count_differing(tuned, base)
         else:
-            differing = int((delta != 0).sum())
-        square = _square(delta) if differing else 0.0
+            differing = int((_cast(base, tuned.dtype) != tuned).sum())
+        square = _square(delta) if differing or tuned.dtype != base.dtype else 0.0
         self._sums[number][block.index] = (differing, square, _square(wide_base))
         self.keep(number, block, tuned, delta if differing else None)
 
@@ -105,6 +105,12 @@ class Difference(Kernel):
     def finish(self) -> list[DifferenceResult]:
         """One result per pair."""
         return self.sizes()
+
+
+def _cast(base: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The base in the tuned tensor's type, if that is the narrower one: a cast is no change."""
+    is_narrower = dtype.is_floating_point and dtype.itemsize < base.dtype.itemsize
+    return base.to(dtype) if is_narrower else base
 
 
 def _square(block: torch.Tensor) -> float:

@@ -175,15 +175,17 @@ def _cholesky_qr(block: torch.Tensor, floor: torch.Tensor) -> torch.Tensor:
     factor, info = torch.linalg.cholesky_ex(scaled)
     least = factor.diagonal(dim1=1, dim2=2).amin(1)
     if bool(((info == 0) & (least > _COLLINEAR)).all()):
-        solved = torch.linalg.solve_triangular(
-            factor.mT, wide * scale[:, None], upper=True, left=False
+        unit = wide * scale[:, None]
+        solved: torch.Tensor = torch.linalg.solve_triangular(
+            factor.mT, unit, upper=True, left=False
         )
         return solved.float()
     values, vectors = torch.linalg.eigh(scaled)
     lengths = values.clamp_min(0).sqrt()
     # lengths are relative to unit columns, whose own lengths were above the floor
     inverse = torch.where(lengths > _COLLINEAR, 1 / lengths, 0.0)
-    return ((wide * scale[:, None]) @ (vectors * inverse[:, None])).float()
+    turned: torch.Tensor = (wide * scale[:, None]) @ (vectors * inverse[:, None])
+    return turned.float()
 
 
 def _signs(left: torch.Tensor) -> torch.Tensor:

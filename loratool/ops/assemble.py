@@ -96,7 +96,7 @@ def _outcome(pair: Pair, found: Any) -> Outcome:
     is_equal = found.differing == 0 if hasattr(found, "differing") else found.is_equal
     delta, weight = found.delta_square, getattr(found, "weight_square", 0.0)
     if is_equal:
-        return Outcome(pair, "identical", 0.0, 0.0, weight)
+        return Outcome(pair, "identical", delta, delta, weight)  # a cast at most
     if not pair.is_factored:
         return Outcome(pair, "left_out", delta, delta, weight)
     if found.factors is None:
