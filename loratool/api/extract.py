@@ -14,7 +14,7 @@ from loratool.api.common import Resources, option_values, parse_size, plan_resou
 from loratool.api.extract_report import planned_report, written_report
 from loratool.dialects import open_adapter, write_adapter_files
 from loratool.errors import UsageError
-from loratool.ops.assemble import Outcome, assemble, mha_groups
+from loratool.ops.assemble import Outcome, assemble, rank_groups
 from loratool.ops.extract import ExtractPlan, group_steps, plan_extract
 from loratool.ops.inputs import Access, OpenedBase, guard_output, open_base
 from loratool.ops.rank_options import factor_options
@@ -263,7 +263,7 @@ def _spend(plan: ExtractPlan, results: list[Any], files: AdapterFiles, limit: in
     """Cut every module to what a size budget leaves it; ``files`` holds them uncut."""
     from loratool.engine.slicing import cut, spend
 
-    groups = [[i for i in g if results[i].factors] for g in mha_groups(plan)]
+    groups = [[i for i in g if results[i].factors] for g in rank_groups(plan)]
     groups = [g for g in groups if g]
     factors = sum(f.nbytes for g in groups for i in g for f in results[i].factors)
     # header and kept tensors: lower ranks only make the header shorter

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from loratool import archs
 from loratool.adapter import Adapter, DeltaSpec, Replacement, TensorData
+from loratool.archs.experts import parse_expert
 from loratool.errors import MismatchError
 from loratool.ops.extract import KEEP_WORDS, ExtractPlan, Pair, compile_pattern
 from loratool.plan import Step
@@ -67,6 +68,7 @@ def assemble(
     if all(o.fate == "identical" for o in outcomes):
         raise MismatchError("LT-483", "the fine-tune equals the base: nothing to extract")
     specs = _match_mha_ranks(_complete_mha(specs, extract, base))
+    specs = _match_expert_ranks(_complete_experts(specs, extract, base))
     kept = _keepable([o.pair for o in outcomes if o.fate == "left_out"], keep)
     if not specs and not kept:
         raise MismatchError(
@@ -152,27 +154,73 @@ def _complete_mha(
         name = extract.memory_names[pair.name]
         if name not in have and extract.memory_names.get(partner, partner) in have:
             other = next(s for s in specs if s.name == extract.memory_names.get(partner, partner))
-            rows, cols = pair.tuned.shape
-            zeros = tuple(
-                TensorData(f"{name} {role}", "F32", shape, bytes(4 * shape[0] * shape[1]))
-                for role, shape in (("lora_A", (other.rank, cols)), ("lora_B", (rows, other.rank)))
-            )
-            out.append(_make_spec(pair, step, (zeros[0], zeros[1]), extract, base))
+            out.append(_make_spec(pair, step, _zeros(pair, other.rank), extract, base))
     return out
 
 
-def mha_groups(extract: ExtractPlan) -> list[list[int]]:
-    """Positions of factored steps, those together that PEFT gives one rank."""
-    at = {p.name: i for i, p in enumerate(extract.pairs) if p.is_factored}
-    groups = []
-    for index in at.values():
-        if not extract.plan.steps[index].args.get("gain"):
-            output = at.get(f"{extract.pairs[index].module}.out_proj.weight")
-            is_joined = extract.pairs[index].role == "in_proj" and output is not None
-            groups.append([index, output] if is_joined and output is not None else [index])
-        elif f"{extract.pairs[index].module.removesuffix('.out_proj')}.in_proj_weight" not in at:
-            groups.append([index])
-    return groups
+def _zeros(pair: Pair, rank: int) -> tuple[TensorData, TensorData]:
+    rows, cols = pair.tuned.shape
+    return (
+        TensorData(f"{pair.name} lora_A", "F32", (rank, cols), bytes(4 * rank * cols)),
+        TensorData(f"{pair.name} lora_B", "F32", (rows, rank), bytes(4 * rows * rank)),
+    )
+
+
+def rank_groups(extract: ExtractPlan) -> list[list[int]]:
+    """Positions of factored steps, those together that PEFT gives one rank.
+
+    Both projections of a fused attention; all experts that have tensors of their own, with their
+    routers (PEFT stacks them under transformers 5, and takes their rank from ``r``).
+    """
+    groups: dict[str, list[int]] = {}
+    routed = _routed([p.name for p in extract.pairs if p.is_factored])
+    mhas = {p.module for p in extract.pairs if p.is_factored and p.role == "in_proj"}
+    for index, pair in enumerate(extract.pairs):
+        if not pair.is_factored:
+            continue
+        mha = pair.module.removesuffix(".out_proj")
+        if pair.name in routed:
+            key = "experts"
+        elif pair.role == "in_proj" or (extract.plan.steps[index].args.get("gain") and mha in mhas):
+            key = f"mha {mha}"
+        else:
+            key = f"one {pair.name}"
+        groups.setdefault(key, []).append(index)
+    return list(groups.values())
+
+
+def _routed(names: Collection[str]) -> set[str]:
+    """Weights of experts that have tensors of their own, and of the routers before them."""
+    experts = {n for n in names if (e := parse_expert(n)) is not None and e.expert is not None}
+    layers = {found.container.rpartition(".")[0] for n in experts if (found := parse_expert(n))}
+    return experts | {n for n in names if n.removesuffix(".gate.weight") in layers}
+
+
+def _complete_experts(
+    specs: list[DeltaSpec], extract: ExtractPlan, base: Checkpoint
+) -> list[DeltaSpec]:
+    """All experts of a layer or none: zeros for those that did not change."""
+    have = {s.name for s in specs}
+    layers = {
+        found.container
+        for pair in extract.pairs
+        if extract.memory_names[pair.name] in have
+        and (found := parse_expert(pair.name)) is not None
+        and found.expert is not None
+    }
+    out = list(specs)
+    for pair, step in zip(extract.pairs, extract.plan.steps, strict=True):
+        found = parse_expert(pair.name)
+        is_missing = pair.is_factored and extract.memory_names[pair.name] not in have
+        if is_missing and found and found.expert is not None and found.container in layers:
+            out.append(_make_spec(pair, step, _zeros(pair, 1), extract, base))
+    return out
+
+
+def _match_expert_ranks(specs: list[DeltaSpec]) -> list[DeltaSpec]:
+    routed = _routed([s.name for s in specs])
+    rank = max((s.rank for s in specs if s.name in routed), default=0)
+    return [_pad(s, rank) if s.name in routed and s.rank < rank else s for s in specs]
 
 
 def _match_mha_ranks(specs: list[DeltaSpec]) -> list[DeltaSpec]:

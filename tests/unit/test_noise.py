@@ -28,7 +28,9 @@ class Case:
 
         weight = 0.02 * gaussian(size, size)
         if kind == "heavy":
-            weight *= torch.exp(gaussian(size, size) + gaussian(size, 1) / 2 + gaussian(1, size) / 2)
+            weight *= torch.exp(
+                gaussian(size, size) + gaussian(size, 1) / 2 + gaussian(1, size) / 2
+            )
         weight = weight.to(dtype)
         left, right = (torch.linalg.qr(gaussian(size, rank)).Q for _ in range(2))
         self.change = left / torch.arange(1, rank + 1, dtype=torch.float64) @ right.T
@@ -46,14 +48,16 @@ class Case:
 
     def noise_rank(self, **limits: int) -> tuple[int, int]:
         """(rank, noise rank) that extraction chooses."""
-        grid = Grid((self.tuned.shape[0], self.tuned.shape[1]), self.tuned.dtype, torch.device("cpu"))
+        grid = Grid(
+            (self.tuned.shape[0], self.tuned.shape[1]), self.tuned.dtype, torch.device("cpu")
+        )
         grid.take(self.tuned, 0, 0)
         square = [float(self.observed.square().sum())]
         floors = simulate_noise(
             grid.exponents[None], grid.significand_bits, delta_squares=square, seeds=[5]
         )
         how = Fitting(RankRule(**limits), [5], square, floors)
-        (_, choice), = fit(self.observed.float()[None, None], how)
+        ((_, choice),) = fit(self.observed.float()[None, None], how)
         assert choice.noise_rank is not None
         return choice.rank, choice.noise_rank
 
@@ -89,9 +93,7 @@ def test_finer_types_have_less_noise(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(
     ("narrow", "bits"), [(torch.bfloat16, 8), (torch.float16, 11), (torch.float32, 24)]
 )
-def test_values_of_a_narrow_type_in_a_float32_file_are_seen(
-    narrow: torch.dtype, bits: int
-) -> None:
+def test_values_of_a_narrow_type_in_a_float32_file_are_seen(narrow: torch.dtype, bits: int) -> None:
     values = torch.linspace(0.01, 1, 1000).view(20, 50).to(narrow).float()
     grid = Grid((20, 50), torch.float32, torch.device("cpu"))
     for row in range(0, 20, 5):
