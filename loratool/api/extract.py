@@ -218,8 +218,7 @@ def _run(plan: ExtractPlan, resources: Resources, staged: StagedOutput) -> list[
             found |= dict(zip(positions[number], earlier, strict=True))
     rest = replace(grouped, steps=tuple(grouped.steps[n] for n in todo))
     with FileReader() as reader:
-        run = replace(resources.run, on_result=journal.put)
-        results = execute(rest, reader, None, run)
+        results = execute(rest, reader, None, resources.run, journal.put)
         reader.check_unchanged()
     for number, result in zip(todo, results, strict=True):
         each = result if isinstance(result, list) else [result]

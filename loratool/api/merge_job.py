@@ -24,6 +24,7 @@ from loratool.ops.inputs import (
 from loratool.ops.merge import MergePlan, WeightedAdapter, plan_merge
 from loratool.ops.residual import patch_merge
 from loratool.ops.verify import merged_dtype
+from loratool.report import MergeReport
 from loratool.store.checkpoint import Checkpoint
 from loratool.store.provenance import adapter_id, checkpoint_id, provenance_of
 
@@ -47,13 +48,17 @@ class Operation:
     Attributes:
         name: command, as provenance has it.
         signs: +1 or -1 per adapter; empty = all +1.
+        report: class of the report.
         check: called with the bound adapters before anything is planned; refuses what cannot
             be taken out, and may leave out what need not be.
+        replan: called with the finished job; may turn its plan into another one.
     """
 
     name: str = "merge"
     signs: tuple[int, ...] = ()
+    report: type[MergeReport] = MergeReport
     check: Callable[[tuple[WeightedAdapter, ...]], tuple[WeightedAdapter, ...]] | None = None
+    replan: Callable[[MergeJob], MergeJob] | None = None
 
 
 @dataclass(frozen=True)
@@ -70,6 +75,9 @@ class MergeJob:
         sidecar_notes: one sentence each.
         record: provenance; empty if it is not wanted.
         output: final place; None for verification.
+        operation: what the engine is used for.
+        block_elements: block size of the grid; None = the device's.
+        warnings: what the user should not overlook.
     """
 
     adapters: tuple[OpenedAdapter, ...]
@@ -81,6 +89,19 @@ class MergeJob:
     sidecar_notes: tuple[str, ...]
     record: dict[str, Any]
     output: Path | None
+    operation: Operation = Operation()
+    block_elements: int | None = None
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def full_names(self) -> dict[int, str]:
+        """Step index -> checkpoint-wide name (steps carry the name inside their file)."""
+        prefixes = {s.name: s.prefix for s in self.checkpoint.shards}
+        shards = self.merge.plan.shards
+        return {
+            i: prefixes.get(shards[step.shard].name, "") + step.output.name
+            for i, step in enumerate(self.merge.plan.steps)
+        }
 
 
 def prepare_merge(
@@ -98,6 +119,7 @@ def prepare_merge(
     rounding: Mapping[str, Any] | None = None,
     operation: Operation | None = None,
     residual: Residual | None = None,
+    checksum: bool = False,
     like: Checkpoint | None = None,
 ) -> MergeJob:
     """Open, bind and plan; nothing is written.
@@ -123,7 +145,9 @@ def prepare_merge(
     if like is not None:
         dtype = merged_dtype(opened_base.checkpoint, like)
     options = {**_options(names, dtype, shard_bytes), **(rounding or {})}
-    record = provenance_of(kind.name, options=options, inputs=_inputs(opened, opened_base))
+    record = provenance_of(
+        kind.name, options=options, inputs=_inputs(opened, opened_base, checksum)
+    )
     metadata = None
     if not opened_base.checkpoint.is_folder and with_provenance:
         metadata = {"loratool": json.dumps(record)}
@@ -133,12 +157,13 @@ def prepare_merge(
     )  # fmt: skip
     if residual is not None:
         planned = patch_merge(planned, checkpoint, residual)
-    sidecars, notes = _sidecars(opened, opened_base.checkpoint, planned)
+    given = opened if not kind.signs else []  # what is taken out brings no tokenizer along
+    sidecars, notes = _sidecars(given, opened_base.checkpoint, planned)
     plan = replace(planned.plan, options=options, inputs=record["inputs"])
     if output is not None and not opened_base.checkpoint.is_folder:
         shards = (replace(plan.shards[0], name=output.name),)
         plan = replace(plan, shards=shards)
-    return MergeJob(
+    job = MergeJob(
         tuple(opened),
         opened_base,
         checkpoint,
@@ -148,7 +173,9 @@ def prepare_merge(
         tuple(notes),
         record if with_provenance else {},
         output,
+        kind,
     )
+    return job if kind.replan is None else kind.replan(job)
 
 
 def _check_output_form(output: Path, base: OpenedBase) -> None:
@@ -185,17 +212,13 @@ def _sidecars(
     return plan_sidecars(base, adapter_tokenizer=tokenizer, config_changes=planned.config_changes)
 
 
-def _inputs(opened: Sequence[OpenedAdapter], base: OpenedBase) -> dict[str, Any]:
+def _inputs(opened: Sequence[OpenedAdapter], base: OpenedBase, checksum: bool) -> dict[str, Any]:
     inputs: dict[str, Any] = {}
     for one in opened:
-        label = content_label(one.adapter.path, inputs)
+        label = content_label(one.resolved, inputs)
         inputs[label] = {"weight": one.weight, "files": adapter_id(one.adapter)}
-        if one.resolved.commit:
-            inputs[label]["commit"] = one.resolved.commit
-    label = content_label(base.resolved.path, inputs)
-    inputs[label] = {"role": "base", "files": checkpoint_id(base.checkpoint)}
-    if base.resolved.commit:
-        inputs[label]["commit"] = base.resolved.commit
+    label = content_label(base.resolved, inputs)
+    inputs[label] = {"role": "base", "files": checkpoint_id(base.checkpoint, full=checksum)}
     return inputs
 
 

@@ -71,15 +71,15 @@ def save_residual(
     )  # fmt: skip
     with ResidualWriter(path, force=force) as writer, FileReader() as reader:
 
-        def keep(step: Any, result: Any) -> None:
+        def take(result: Any) -> Any:
             if result.pages:
                 writer.put(result.name, result.pages)
-                result.pages = []
+            return replace(result, pages=())
 
-        results = execute(plan.plan, reader, None, replace(resources.run, on_result=keep))
+        results = execute(plan.plan, reader, None, resources.run, take)
         reader.check_unchanged()
         tensors = {
-            result.name: (plan.tensors[result.name], result.checksum, result.name in plan.whole)
+            result.name: (plan.tensors[result.name], result.digest, result.name in plan.whole)
             for result in results
         }
         opened = open_adapter(adapter)

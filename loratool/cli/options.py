@@ -205,6 +205,18 @@ def writing(command: F) -> F:
     return command
 
 
+def checkpoint_writing(command: F) -> F:
+    """``--restart`` and ``--checksum``: commands that write a checkpoint."""
+    for add in (
+        option("--checksum", is_flag=True, section="Advanced",
+               help="Record the sha256 of every input file; reads the base once more."),
+        option("--restart", is_flag=True, section="Advanced",
+               help="Drop an interrupted run instead of going on with it."),
+    ):  # fmt: skip
+        command = add(command)
+    return command
+
+
 def rounding(command: F) -> F:
     """``--exact``, ``--rounding``, ``--seed``."""
     for add in (
@@ -212,7 +224,7 @@ def rounding(command: F) -> F:
                help="Of stochastic rounding. Default: 0."),
         option("--rounding", type=click.Choice(["nearest", "stochastic"]), default="nearest",
                section="Output",
-               help="stochastic: small changes survive on average, at twice the error."),
+               help="stochastic: small changes survive on average, at up to twice the error."),
         option("--exact", is_flag=True, section="Output",
                help="Every element correctly rounded: the same bytes on any machine and device."),
     ):  # fmt: skip

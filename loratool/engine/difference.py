@@ -60,15 +60,8 @@ class Difference(Kernel):
         self._sums: list[dict[int, tuple[int, float, float]]] = [{} for _ in self.names]
 
     def run(self, block: grid.Block, inputs: list[torch.Tensor], out: torch.Tensor | None) -> None:
-        """Measure a block of every pair."""
-        for number in range(len(self.names)):
-            tuned, base = inputs[2 * number : 2 * number + 2]
-            self._measure(number, block, tuned, base)
-
-    def _measure(
-        self, number: int, block: grid.Block, tuned: torch.Tensor, base: torch.Tensor
-    ) -> None:
         """Differences in float32 at least; exact for bfloat16 pairs of near exponents."""
+        tuned, base = inputs
         wide = torch.promote_types(torch.promote_types(tuned.dtype, base.dtype), torch.float32)
         if not tuned.is_floating_point():
             wide = torch.float64
@@ -79,12 +72,10 @@ class Difference(Kernel):
         else:
             differing = int((_cast(base, tuned.dtype) != tuned).sum())
         square = _square(delta) if differing or tuned.dtype != base.dtype else 0.0
-        self._sums[number][block.index] = (differing, square, _square(wide_base))
-        self.keep(number, block, tuned, delta if differing else None)
+        self._sums[block.pair][block.index] = (differing, square, _square(wide_base))
+        self.keep(block, tuned, delta if differing else None)
 
-    def keep(
-        self, number: int, block: grid.Block, tuned: torch.Tensor, delta: torch.Tensor | None
-    ) -> None:
+    def keep(self, block: grid.Block, tuned: torch.Tensor, delta: torch.Tensor | None) -> None:
         """Called with each block; ``delta`` is None where nothing differs."""
 
     def sizes(self) -> list[DifferenceResult]:

@@ -28,19 +28,20 @@ class FactorJournal:
         self._output = output
         self._lock = threading.Lock()
 
-    def put(self, step: Step, results: Any) -> None:
-        """Keep a finished step's results, if it made factors."""
-        if step.op != "subtract_and_factor" or not any(r.factors for r in results):
-            return
+    def put(self, results: Any) -> Any:
+        """Keep a finished step's results, if it made factors; gives them back."""
+        if not isinstance(results, list) or not any(r.factors for r in results):
+            return results
         data = b"".join(f.data for r in results for f in r.factors or ())
-        name = self._name(step)
+        name = self._file_of(results[0].name)
         self._output.write_file(name, data)
         with self._lock:
             self._output.mark_finished(name, len(data), [_to_json(r) for r in results])
+        return results
 
     def take(self, step: Step) -> list[DifferenceResult] | None:
         """Results of a step that an earlier run finished, None if it is still to do."""
-        name = self._name(step)
+        name = self._file_of(step.output.name)
         line = self._output.finished.get(name)
         if line is None:
             return None
@@ -57,8 +58,8 @@ class FactorJournal:
         shutil.rmtree(self._output.staging / _FOLDER, ignore_errors=True)
 
     @staticmethod
-    def _name(step: Step) -> str:
-        return f"{_FOLDER}/{hashlib.sha256(step.output.name.encode()).hexdigest()[:32]}"
+    def _file_of(tensor: str) -> str:
+        return f"{_FOLDER}/{hashlib.sha256(tensor.encode()).hexdigest()[:32]}"
 
 
 def _to_json(result: DifferenceResult) -> dict[str, Any]:

@@ -40,15 +40,13 @@ class SubtractAndFactor(Difference):
             types = [TORCH_DTYPES[s.dtype] for s in self.step.inputs[::2]]
             self._grids = [Grid(view, dtype, device) for dtype in types]
 
-    def keep(
-        self, number: int, block: grid.Block, tuned: torch.Tensor, delta: torch.Tensor | None
-    ) -> None:
+    def keep(self, block: grid.Block, tuned: torch.Tensor, delta: torch.Tensor | None) -> None:
         """Collect the block."""
         assert self._deltas is not None
         if delta is not None:
-            self._deltas[number, block.r0 : block.r1, block.c0 : block.c1] = delta
+            self._deltas[block.pair, block.r0 : block.r1, block.c0 : block.c1] = delta
         if self._grids:
-            self._grids[number].take(tuned, block.r0, block.c0)
+            self._grids[block.pair].take(tuned, block.r0, block.c0)
 
     def finish(self) -> list[DifferenceResult]:
         """Factor what was collected."""

@@ -6,6 +6,7 @@ from loratool.engine.factoring import SubtractAndFactor
 from loratool.engine.kernel import Kernel
 from loratool.engine.merging import AddDeltas
 from loratool.engine.residual import PatchedCopy, PatchedSum, ResidualOfCopy, ResidualOfSum
+from loratool.engine.undoing import MakePatch, Restore
 
 KERNELS: dict[str, type[Kernel]] = {
     "add_deltas": AddDeltas,
@@ -13,9 +14,11 @@ KERNELS: dict[str, type[Kernel]] = {
     "compare": Compare,
     "compare_bytes": CompareBytes,
     "difference": Difference,
+    "make_patch": MakePatch,
     "patched_copy": PatchedCopy,
     "patched_sum": PatchedSum,
     "residual_of_copy": ResidualOfCopy,
     "residual_of_sum": ResidualOfSum,
+    "restore": Restore,
     "subtract_and_factor": SubtractAndFactor,
 }

@@ -2,67 +2,60 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NoReturn
 
-import numpy as np
 import torch
 
 from loratool.engine import grid
-from loratool.engine.kernel import Env, Kernel
+from loratool.engine.kernel import INTEGERS, Env, Kernel
 from loratool.engine.merging import AddDeltas, SumResult
+from loratool.engine.undoing import BlockDigest
 from loratool.errors import BadFileError, NumericError
-from loratool.linalg.checksum import add_checksums, block_checksum
 from loratool.linalg.patch import apply_patch, decode_patch, encode_patch, find_differences
 from loratool.plan import Step
 
-_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
-
-@dataclass
+@dataclass(frozen=True)
 class ResidualResult:
     """One tensor of TUNED against its merge.
 
     Attributes:
         name: tensor.
         elements: those that differ.
-        checksum: of TUNED's bits.
-        pages: (first element, elements, patch) in order of position; taken out once written.
+        digest: of TUNED's bits.
+        pages: (first element, elements, patch) of the blocks that differ, in order.
     """
 
     name: str
     elements: int
-    checksum: int
-    pages: list[tuple[int, int, bytes]] = field(repr=False)
-
-
-def _bits(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.contiguous().view(_BITS[tensor.element_size()])
+    digest: str
+    pages: tuple[tuple[int, int, bytes], ...]
 
 
 class _Pages:
     """Patches of the blocks of one tensor."""
 
     def __init__(self) -> None:
-        self._found: dict[int, tuple[int, int, bytes, int, int]] = {}
+        self._found: dict[int, tuple[int, int, bytes, int]] = {}
+        self._digest = BlockDigest()
 
     def add(self, block: grid.Block, predicted: torch.Tensor, tuned: torch.Tensor) -> None:
-        wanted = _bits(tuned)
-        at, diff = find_differences(
-            _bits(predicted).cpu().numpy().reshape(-1), wanted.cpu().numpy().reshape(-1)
-        )
-        page = encode_patch([(at, diff)], block.numel) if len(at) else b""
-        checksum = block_checksum(wanted, block.start)
-        self._found[block.index] = (block.start, block.numel, page, len(at), checksum)
+        at, diff = find_differences(_bits(predicted).numpy(), _bits(tuned).numpy())
+        self._digest.add(block.index, tuned)
+        if len(at):
+            page = encode_patch([(at, diff)], block.numel)
+            self._found[block.index] = (block.start, block.numel, page, len(at))
 
     def result(self, name: str) -> ResidualResult:
         found = [self._found[i] for i in sorted(self._found)]
-        return ResidualResult(
-            name,
-            sum(f[3] for f in found),
-            add_checksums(*(f[4] for f in found)),
-            [(start, numel, page) for start, numel, page, _, _ in found if page],
-        )
+        pages = tuple((start, numel, page) for start, numel, page, _ in found)
+        return ResidualResult(name, sum(f[3] for f in found), self._digest.value(), pages)
+
+
+def _bits(block: torch.Tensor) -> torch.Tensor:
+    """The block's elements as flat signed integers on the CPU (shared memory if it is there)."""
+    return block.view(INTEGERS.get(block.element_size(), torch.int8)).flatten().cpu()
 
 
 class ResidualOfSum(AddDeltas):
@@ -103,42 +96,40 @@ class ResidualOfCopy(Kernel):
 
 
 class _Patch:
-    """The patch of one tensor, read page by page."""
+    """The patch of one tensor, read block by block."""
 
     def __init__(self, step: Step, env: Env) -> None:
         self._step, self._env = step, env
-        self._pages = np.zeros((0, 4), np.int64)  # first element, elements, bytes, offset
-        self._sums: dict[int, int] = {}
+        self._pages: dict[int, tuple[int, int, int]] = {}  # first element: elements, offset, bytes
+        self._digest = BlockDigest()
 
     def load(self) -> None:
+        """Read where the pages are."""
         source = self._step.args.get("pages")
         if source is None:
             return
-        pages = self._env.load(source).numpy()
-        sizes = pages[:, 2] if pages.ndim == 2 and pages.shape[1] == 3 else np.zeros(0)
-        if not len(sizes) or (pages < 0).any() or sizes.sum() != self._step.args["patch"].nbytes:
+        offset = 0
+        for first, numel, nbytes in self._env.load(source).view(-1, 3).tolist():
+            self._pages[first] = (numel, offset, nbytes)
+            offset += max(0, nbytes)
+        if offset != self._step.args["patch"].nbytes:
             self._refuse("its pages do not fit")
-        offsets = np.cumsum(sizes) - sizes
-        self._pages = np.concatenate([pages, offsets[:, None]], 1)
 
     def apply(self, block: grid.Block, out: torch.Tensor) -> None:
         """Turn a block of the merge into TUNED's."""
-        bits = _bits(out)
-        ends = self._pages[:, 0] + self._pages[:, 1]
-        mine = (self._pages[:, 0] < block.start + block.numel) & (ends > block.start)
-        if mine.any():
-            flat = bits.cpu().numpy().reshape(-1)
-            for page in self._pages[mine]:
-                at, diff = self._read(page, flat.dtype)
-                at = at + (int(page[0]) - block.start)
-                inside = (at >= 0) & (at < block.numel)
-                apply_patch(flat, at[inside], diff[inside])
-            bits = torch.from_numpy(flat).view(bits.shape).to(bits.device)
-            _bits_into(out, bits)
-        self._sums[block.index] = block_checksum(bits, block.start)
+        page = self._pages.get(block.start)
+        if page is not None:
+            bits = _bits(out)
+            flat = bits.numpy()
+            at, diff = self._read(block, *page, flat.dtype)
+            apply_patch(flat, at, diff)
+            if out.device.type != "cpu":
+                out.copy_(bits.view(out.dtype).view(out.shape))
+        self._digest.add(block.index, out)
 
-    def _read(self, page: Any, dtype: Any) -> Any:
-        _start, numel, nbytes, offset = (int(n) for n in page)
+    def _read(self, block: grid.Block, numel: int, offset: int, nbytes: int, dtype: Any) -> Any:
+        if numel != block.numel or nbytes < 0:
+            self._refuse("its pages do not fit")
         source = self._step.args["patch"]
         data = bytearray(nbytes)
         self._env.reader.read_into(source.file, source.start + offset, memoryview(data))
@@ -147,7 +138,7 @@ class _Patch:
         except ValueError as error:
             self._refuse(str(error))
 
-    def _refuse(self, why: str) -> None:
+    def _refuse(self, why: str) -> NoReturn:
         raise BadFileError(
             "LT-399", "the residual file is damaged", key=self._step.output.name, got=why
         )
@@ -158,7 +149,7 @@ class _Patch:
         Raises:
             NumericError: it is not.
         """
-        if add_checksums(*self._sums.values()) != self._step.args["checksum"]:
+        if self._digest.value() != self._step.args["digest"]:
             raise NumericError(
                 "LT-804",
                 "the merge with its residual is not the fine-tune it was made from",
@@ -205,7 +196,7 @@ class PatchedCopy(Kernel):
     def run(self, block: grid.Block, inputs: list[torch.Tensor], out: torch.Tensor | None) -> None:
         """Copy, then patch."""
         if out is not None:
-            _bits_into(out, inputs[0])
+            _copy_bits(out, inputs[0])
             self._patch.apply(block, out)
 
     def finish(self) -> None:
@@ -213,6 +204,6 @@ class PatchedCopy(Kernel):
         self._patch.check()
 
 
-def _bits_into(out: torch.Tensor, source: torch.Tensor) -> None:
-    kind = _BITS[out.element_size()]
+def _copy_bits(out: torch.Tensor, source: torch.Tensor) -> None:
+    kind = INTEGERS.get(out.element_size(), torch.int8)
     out.view(kind).copy_(source.view(kind))  # as integers: NaN payloads stay

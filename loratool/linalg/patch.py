@@ -115,7 +115,7 @@ def _from_gap_bytes(raw: bytes) -> Indices:
 
 
 def _planes(diff: Bits) -> bytes:
-    """Zigzag (0, -1, 1, -2 … → 0, 1, 2, 3 …), then all lowest bytes, all second ones …"""
+    """Zigzag (0, -1, 1, -2 become 0, 1, 2, 3), then all lowest bytes, all second ones and so on."""
     bits = diff.dtype.itemsize * 8
     zigzag = (diff << 1) ^ (diff >> (bits - 1))
     return zigzag.view(np.uint8).reshape(len(diff), diff.dtype.itemsize).T.tobytes()

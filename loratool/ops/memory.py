@@ -78,7 +78,7 @@ def _worker_bytes(step: Step, chunk: int, elements: int) -> int:
         return chunk * len(step.inputs)
     block = grid.largest_block(step.view, elements)
     wide = max(DTYPES[s.dtype].bits // 8 for s in (*step.inputs, step.output))
-    piece = max(chunk // max(1, len(step.inputs) // 2), block * wide)
+    piece = max(chunk, block * wide)
     if step.args.get("rounding"):  # sum, bound, both ends and what rounding them takes
         return piece * (len(step.inputs) + 1) + block * (9 * 8 + 3 * wide)
     accumulator = 4 if step.output.dtype == "BF16" else 8

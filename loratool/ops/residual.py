@@ -132,7 +132,7 @@ def patch_merge(merge: MergePlan, checkpoint: Checkpoint, residual: Residual) ->
 
 def _patched(step: Step, entry: ResidualTensor) -> Step:
     output = TensorSpec(step.output.name, entry.dtype, entry.shape)
-    args: dict[str, Any] = {"checksum": entry.checksum}
+    args: dict[str, Any] = {"digest": entry.digest}
     if entry.patch is not None:
         args |= {"patch": entry.patch, "pages": entry.pages}
     if entry.whole is not None:
@@ -161,7 +161,7 @@ def bind_options(options: BindOptions, needed: Mapping[str, bool]) -> BindOption
 def check_adapter(residual: Residual, adapter: Mapping[str, str]) -> None:
     """Refuse another adapter than the one of the extraction, before any work.
 
-    The base shows in the checksums: it may be sharded otherwise by now.
+    The base shows in the digests: it may be sharded otherwise by now.
 
     Args:
         residual: the file.

@@ -22,7 +22,14 @@ from loratool.report.inspect import (
     TargetFamily,
     TensorRow,
 )
-from loratool.report.merge import MergeReport, ModuleLoss, TensorDifference, VerifyReport
+from loratool.report.merge import (
+    MergeReport,
+    ModuleLoss,
+    SubtractReport,
+    SwapReport,
+    TensorDifference,
+    VerifyReport,
+)
 
 __all__ = [
     "SCHEMA",
@@ -39,6 +46,8 @@ __all__ = [
     "ReplacedTensor",
     "Report",
     "SavedResidual",
+    "SubtractReport",
+    "SwapReport",
     "TargetFamily",
     "TensorDifference",
     "TensorRow",

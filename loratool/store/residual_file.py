@@ -46,7 +46,7 @@ class ResidualTensor:
     Attributes:
         dtype: of TUNED.
         shape: of TUNED.
-        checksum: of TUNED's bits, see `loratool.linalg.checksum`.
+        digest: of TUNED's bits, block by block.
         whole: its bytes, if it is stored as it is.
         patch: pages of its patch, if the merge gets some elements otherwise.
         pages: where they are.
@@ -54,7 +54,7 @@ class ResidualTensor:
 
     dtype: str
     shape: tuple[int, ...]
-    checksum: int
+    digest: str
     whole: TensorRef | None = None
     patch: TensorRef | None = None
     pages: TensorRef | None = None
@@ -113,7 +113,7 @@ def _tensor(name: str, entry: Mapping[str, Any], refs: Mapping[str, TensorRef]) 
         raise ValueError(name)
     is_patched = form == "patched"
     return ResidualTensor(
-        str(entry["dtype"]), shape, int(entry["checksum"]), whole,
+        str(entry["dtype"]), shape, str(entry["digest"]), whole,
         refs[name] if is_patched else None, refs[name + PAGES] if is_patched else None,
     )  # fmt: skip
 
@@ -160,14 +160,14 @@ class ResidualWriter:
 
     def finish(
         self,
-        tensors: Mapping[str, tuple[TensorRef, int, bool]],
+        tensors: Mapping[str, tuple[TensorRef, str, bool]],
         reader: FileReader,
         record: Mapping[str, Any],
     ) -> int:
         """Write the file and make it appear.
 
         Args:
-            tensors: name -> (TUNED's tensor, checksum, stored whole).
+            tensors: name -> (TUNED's tensor, digest, stored whole).
             reader: TUNED's files.
             record: provenance, and what `Residual` has beside the tensors.
 
@@ -184,10 +184,10 @@ class ResidualWriter:
         for name, (start, nbytes, _) in self._spooled():
             specs.append((name, "U8", (nbytes,)))
             sources.append((start, nbytes))
-        for name, (ref, checksum, is_whole) in tensors.items():
+        for name, (ref, digest, is_whole) in tensors.items():
             form = "whole" if is_whole else "patched" if name in self._patches else "equal"
             entries[name] = {
-                "dtype": ref.dtype, "shape": list(ref.shape), "checksum": checksum, "form": form,
+                "dtype": ref.dtype, "shape": list(ref.shape), "digest": digest, "form": form,
             }  # fmt: skip
             if is_whole:
                 specs.append((name, ref.dtype, ref.shape))

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 import loratool as lt
 from loratool.engine.buffers import to_bytes
+from loratool.engine.grid import CPU_ELEMENTS
 from loratool.engine.rounders import Exact
 from loratool.linalg import rounding
 from tests.make import exact_round, randn, random_factors, save_adapter, save_checkpoint
@@ -165,14 +166,16 @@ def test_what_is_no_sum_is_refused(tmp_path: Path) -> None:
 
 
 def test_zeros_keep_and_get_their_signs(tmp_path: Path) -> None:
-    """-0 + 0 is -0 (the base's bits stay), x - x is +0, a tiny negative sum is -0."""
-    W = torch.tensor([[-0.0, 0.0, -1.5, -0.0]])
-    A = torch.tensor([[0.0, 0.0, 1.5, -(2.0**-120)]])
+    """-0 + 0 is -0 (the base's bits stay), x - x is +0; what is too small keeps its own sign."""
+    W = torch.tensor([[-0.0, 0.0, -1.5, -0.0, 0.0]])
+    # the last column is 1 - 1 - 2^-200: nothing of it is left in float64
+    A = torch.tensor([[0, 0, 1.5, -(2.0**-120), 1], [0, 0, 0, 0, -1], [0, 0, 0, 0, -(2.0**-100)]])
+    B = torch.tensor([[1, 1, 2.0**-100]])
     base = save_checkpoint(tmp_path / "base", {"a.weight": W})
-    adapter = save_adapter(tmp_path / "a", {"a": (A, torch.tensor([[2.0**-60]]))}, alpha=2.0**60)
+    adapter = save_adapter(tmp_path / "a", {"a": (A, B)}, alpha=3)
     got = merged(base, [str(adapter)], tmp_path / "out", exact=True)
     signs = [math.copysign(1, v) for v in got[0].tolist()]
-    assert got[0].tolist() == [0.0, 0.0, 0.0, -(2.0**-120)] and signs == [-1, 1, 1, -1]
+    assert got[0].tolist() == [0.0, 0.0, 0.0, -(2.0**-120), 0.0] and signs == [-1, 1, 1, -1, -1]
 
 
 # --------------------------------------------------------------------- stochastic rounding
@@ -195,6 +198,18 @@ def test_stochastic_rounding_keeps_the_mean(tmp_path: Path) -> None:
     for axis, count in ((0, 400), (1, 256)):
         spread = moved.mean(1 - axis)
         assert float(spread.std()) < 1.5 * math.sqrt(0.3 * 0.7 / count)
+
+
+def test_no_block_repeats_the_numbers_of_another(tmp_path: Path) -> None:
+    """Equal weights in two blocks of the grid: equal draws would show as equal patterns."""
+    W = torch.ones(1100, 1000).bfloat16()
+    base = save_checkpoint(tmp_path / "base", {"a.weight": W})
+    factors = (torch.full((1, 1000), 2.0**-7), torch.full((1100, 1), 0.5))
+    adapter = save_adapter(tmp_path / "a", {"a": factors}, alpha=1)
+    got = merged(base, [str(adapter)], tmp_path / "out", rounding="stochastic") != W
+    height = CPU_ELEMENTS // 1000
+    same = float((got[:height] == got[height : 2 * height]).double().mean())
+    assert abs(same - 0.5) < 5 * math.sqrt(0.25 / (height * 1000))
 
 
 def test_stochastic_rounding_depends_on_seed_and_place_alone(tmp_path: Path) -> None:
