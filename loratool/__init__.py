@@ -16,17 +16,31 @@ _EXPORTS = {
     "inspect": "loratool.api",
     "merge": "loratool.api",
     "open": "loratool.api",
+    "subtract": "loratool.api",
+    "swap": "loratool.api",
     "verify": "loratool.api",
     "LoratoolError": "loratool.errors",
 }
 
-__all__ = ["LoratoolError", "__version__", "demo", "extract", "inspect", "merge", "open", "verify"]
+__all__ = [
+    "LoratoolError",
+    "__version__",
+    "demo",
+    "extract",
+    "inspect",
+    "merge",
+    "open",
+    "subtract",
+    "swap",
+    "verify",
+]
 
 if TYPE_CHECKING:
     from loratool.api.demo import demo
     from loratool.api.extract import extract
     from loratool.api.inspect import inspect, open
     from loratool.api.merge import merge
+    from loratool.api.subtract import subtract, swap
     from loratool.api.verify import verify
     from loratool.errors import LoratoolError
 

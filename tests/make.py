@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from fractions import Fraction
 from pathlib import Path
 
 import torch
@@ -89,3 +90,16 @@ def random_factors(
         )
         for i, (name, (out, inner)) in enumerate(shapes.items())
     }
+
+
+def exact_round(value: Fraction, bits: int, min_exponent: int) -> Fraction:
+    """Round to nearest, ties to even, by the definition."""
+    if value == 0:
+        return Fraction(0)
+    exponent = min_exponent
+    while abs(value) >= Fraction(2) ** (exponent + 1):
+        exponent += 1
+    while exponent > min_exponent and abs(value) < Fraction(2) ** exponent:
+        exponent -= 1
+    unit = Fraction(2) ** (exponent - bits + 1)
+    return round(value / unit) * unit  # Python's round of a Fraction is half-to-even

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loratool.adapter import ReadOptions
-from loratool.api.common import Resources, parse_dtype, parse_size, plan_resources
-from loratool.api.merge_job import MergeJob, NameOptions, prepare_merge
+from loratool.api.common import Resources, parse_dtype, parse_size, plan_resources, rounding_args
+from loratool.api.merge_job import MergeJob, NameOptions, Operation, prepare_merge
+from loratool.api.open_residual import check_partner, open_residual
+from loratool.api.undo import check_undo, plan_identity, save_undo_file
+from loratool.engine.grid import CPU_ELEMENTS
 from loratool.ops.bind import BindOptions
 from loratool.ops.inputs import Access
 from loratool.ops.merge import index_files
-from loratool.report import MergeReport, ModuleLoss
+from loratool.report import MergeReport, ModuleLoss, SubtractReport
 
 if TYPE_CHECKING:
     from loratool.engine.run import Progress
@@ -32,24 +36,31 @@ def merge(
     threads: int | None = None,
     max_memory: str | int | None = None,
     chunk_bytes: int | None = None,
+    exact: bool = False,
+    rounding: str = "nearest",
+    seed: int | None = None,
+    residual: str | Path | None = None,
     untie: bool = False,
     keep_tied: bool = False,
     rename: Sequence[str] = (),
     skip: Sequence[str] = (),
     allow_unmatched: bool = False,
     resize_embeddings: bool = False,
+    save_undo: str | Path | None = None,
     force: bool = False,
     dry_run: bool = False,
     restart: bool = False,
     offline: bool = False,
     yes: bool = False,
     provenance: bool = True,
+    checksum: bool = False,
     alpha: float | None = None,
     rank_from: str | None = None,
     mha_out_proj: str | None = None,
     moe_layout: str | None = None,
     experts_b_order: str = "rank-major",
     progress: Progress | None = None,
+    operation: Operation | None = None,
 ) -> MergeReport:
     """Merge adapters into base weights: W' = round(W + Σ weight·ΔW), all in one pass.
 
@@ -65,24 +76,31 @@ def merge(
         threads: workers; None = twice the cores, at most 8.
         max_memory: limit for the planned peak, such as ``"2GB"``; None = what is free.
         chunk_bytes: bytes read in one piece (never changes the result).
+        exact: the correctly rounded result, the same bytes on any machine and device.
+        rounding: ``nearest``, or ``stochastic``: small changes survive on average.
+        seed: of stochastic rounding; None = 0.
+        residual: file of ``extract --save-residual``: the result is the fine-tune, bit for bit.
         untie: give the output head weights of its own.
         keep_tied: change the shared tensor.
         rename: ``s/a/b/`` expressions on module names.
         skip: components or regular expressions to leave out.
         allow_unmatched: leave out and report what has no target.
         resize_embeddings: replaced embeddings may change the vocabulary size.
+        save_undo: file to write from which `subtract` gives the base back bit for bit.
         force: replace an earlier loratool output.
         dry_run: plan and predict, write nothing.
         restart: drop an interrupted run with other options.
         offline: never touch the network.
         yes: agree to large downloads.
         provenance: record inputs and options in the output.
+        checksum: record the sha256 of every base file too (reads all of it once more).
         alpha: lora_alpha for files without a configuration.
         rank_from: ``file`` or ``config`` where they contradict.
         mha_out_proj: ``once`` or ``twice``; None = what the trained model computed.
         moe_layout: ``eoi`` or ``eio`` for square experts of unknown origin.
         experts_b_order: ``rank-major`` (PEFT) or ``expert-major``.
         progress: called with (bytes done, bytes in all).
+        operation: what `subtract` and `swap` do with the same engine.
 
     Returns:
         What changed, what rounding lost, what was skipped.
@@ -98,6 +116,9 @@ def merge(
         ),
         ReadOptions(alpha, rank_from, mha_out_proj, moe_layout, experts_b_order),
     )  # fmt: skip
+    rest = None
+    if residual is not None:
+        rest, names = open_residual(residual, adapters, names, dtype, rounding)
     job = prepare_merge(
         adapters,
         base=base,
@@ -109,9 +130,20 @@ def merge(
         shard_bytes=parse_size(shard_size),
         output=Path(output),
         with_provenance=provenance,
+        rounding=rounding_args(exact or rest is not None, rounding, seed),
+        operation=operation,
+        checksum=checksum,
+        residual=rest,
     )
+    if rest is not None:
+        check_partner(rest, job.adapters[0])
+        job = replace(job, block_elements=CPU_ELEMENTS)
+    undo = None if save_undo is None else Path(save_undo)
+    if undo is not None:
+        check_undo(job, undo, dtype=dtype, force=force)
     resources = plan_resources(
         job.merge.plan,
+        block_elements=job.block_elements,
         device=device,
         threads=threads,
         max_memory=max_memory,
@@ -119,8 +151,14 @@ def merge(
         sample=dry_run,
         progress=progress,
     )
-    results = _predict(job, resources) if dry_run else _write(job, resources, force, restart)
-    return _report(job, resources, results, dry_run=dry_run, started=started)
+    if dry_run:
+        results = _predict(job, resources)
+    else:
+        results = _write(job, resources, undo=undo, force=force, restart=restart)
+    report = _report(job, resources, results, dry_run=dry_run, started=started)
+    if undo is None or dry_run:
+        return report
+    return replace(report, undo=str(undo), undo_bytes=undo.stat().st_size)
 
 
 def _predict(job: MergeJob, resources: Resources) -> list[Any]:
@@ -131,7 +169,9 @@ def _predict(job: MergeJob, resources: Resources) -> list[Any]:
         return execute(job.merge.plan, reader, None, resources.run)
 
 
-def _write(job: MergeJob, resources: Resources, force: bool, restart: bool) -> list[Any]:
+def _write(
+    job: MergeJob, resources: Resources, *, undo: Path | None, force: bool, restart: bool
+) -> list[Any]:
     from loratool.engine.run import execute
     from loratool.engine.sink import CheckpointSink
     from loratool.store.jsonfile import dump_json
@@ -144,13 +184,16 @@ def _write(job: MergeJob, resources: Resources, force: bool, restart: bool) -> l
     output = StagedOutput(
         job.output,
         is_folder=is_folder,
-        plan_id=f"{plan.plan_id()} {resources.device.partition(':')[0]}",
+        plan_id=plan_identity(job, resources),
         force=force,
         restart=restart,
     )
     with output, FileReader() as reader:
-        results = execute(plan, reader, CheckpointSink(plan, output), resources.run)
+        sink = CheckpointSink(plan, output)
+        results = execute(plan, reader, sink, resources.run)
         reader.check_unchanged()
+        if undo is not None:  # before the output appears, so that it never lacks its undo file
+            save_undo_file(job, resources, sink, undo, force=force)
         if is_folder:
             for sidecar in job.sidecars:
                 output.write_file(sidecar.name, sidecar.read())
@@ -169,15 +212,23 @@ def _report(
 
     plan = job.merge.plan
     sizes = {s.output.name: s.output.numel for s in plan.steps}
-    summed = [r for r in results if _of(r, "delta_square") > 0]
+    results = [plain_result(r) for r in results]
+    sums = [r for r in results if "delta_square" in r]
+    summed = [r for r in sums if r["delta_square"] > 0]
     modules, total = module_losses(summed, sizes)
     loss = total.predicted_loss if dry_run else total.loss
-    warnings = [_loss_warning(total, modules, dry_run)] if loss > WARN_LOSS else []
-    notes = [*job.merge.notes, *job.sidecar_notes, *_cast_note(results)]
+    warnings = list(job.warnings)
+    if loss > WARN_LOSS:
+        warnings.append(_loss_warning(total, modules, dry_run))
+    notes = [*job.merge.notes, *job.sidecar_notes, *_cast_note(sums), *_exact_note(sums)]
+    checked = sum(s.op.startswith("patched_") for s in plan.steps)
+    if checked:
+        notes.append(f"{checked} tensors are the fine-tune's, bit for bit (checked)")
     if job.base.resolved.note:
         notes.insert(0, job.base.resolved.note)
     tokenizer = next((s.origin for s in job.sidecars if s.name == "tokenizer.json"), None)
-    return MergeReport(
+    extra: dict[str, Any] = _restored(results) if job.operation.report is SubtractReport else {}
+    return job.operation.report(
         output=str(job.output),
         adapters=tuple({"label": a.resolved.label, "weight": a.weight} for a in job.adapters),
         base=str(job.base.resolved.path),
@@ -203,11 +254,18 @@ def _report(
         tokenizer=tokenizer,
         dry_run=dry_run,
         plan=plan.to_json() if dry_run else None,
+        **extra,
     )  # fmt: skip
 
 
-def _of(result: Any, key: str) -> float:
-    return float(result[key] if isinstance(result, dict) else getattr(result, key))
+def plain_result(result: Any) -> dict[str, Any]:
+    """A kernel's result as the journal has it."""
+    return result if isinstance(result, dict) else dict(vars(result))
+
+
+def _restored(results: Sequence[dict[str, Any]]) -> dict[str, int]:
+    counts = [r["count"] for r in results if "count" in r]
+    return {"restored": len(counts), "corrected": sum(counts)}
 
 
 def _loss_warning(total: ModuleLoss, modules: Sequence[ModuleLoss], dry_run: bool) -> str:
@@ -221,10 +279,15 @@ def _loss_warning(total: ModuleLoss, modules: Sequence[ModuleLoss], dry_run: boo
     )
 
 
-def _cast_note(results: Sequence[Any]) -> list[str]:
-    cast = [r for r in results if _of(r, "delta_square") == 0 and _of(r, "error_square") > 0]
-    weight = sum(_of(r, "weight_square") for r in cast)
-    error = sum(_of(r, "error_square") for r in cast)
+def _cast_note(results: Sequence[dict[str, Any]]) -> list[str]:
+    cast = [r for r in results if r["delta_square"] == 0 and r["error_square"] > 0]
+    weight = sum(r["weight_square"] for r in cast)
+    error = sum(r["error_square"] for r in cast)
     if not weight:
         return []
     return [f"the cast of {len(cast)} other tensors moves them by {(error / weight) ** 0.5:.1e}"]
+
+
+def _exact_note(results: Sequence[dict[str, Any]]) -> list[str]:
+    count = sum(r["settled"] for r in results)
+    return [f"{count:,} elements needed exact sums"] if count else []

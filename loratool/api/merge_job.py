@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,11 +22,14 @@ from loratool.ops.inputs import (
     open_base,
 )
 from loratool.ops.merge import MergePlan, WeightedAdapter, plan_merge
+from loratool.ops.residual import patch_merge
 from loratool.ops.verify import merged_dtype
+from loratool.report import MergeReport
 from loratool.store.checkpoint import Checkpoint
 from loratool.store.provenance import adapter_id, checkpoint_id, provenance_of
 
 if TYPE_CHECKING:
+    from loratool.store.residual_file import Residual
     from loratool.store.sidecar import Sidecar
 
 
@@ -36,6 +39,26 @@ class NameOptions:
 
     bind: BindOptions
     read: ReadOptions
+
+
+@dataclass(frozen=True)
+class Operation:
+    """What the one engine is used for: putting adapters in, or taking some out.
+
+    Attributes:
+        name: command, as provenance has it.
+        signs: +1 or -1 per adapter; empty = all +1.
+        report: class of the report.
+        check: called with the bound adapters before anything is planned; refuses what cannot
+            be taken out, and may leave out what need not be.
+        replan: called with the finished job; may turn its plan into another one.
+    """
+
+    name: str = "merge"
+    signs: tuple[int, ...] = ()
+    report: type[MergeReport] = MergeReport
+    check: Callable[[tuple[WeightedAdapter, ...]], tuple[WeightedAdapter, ...]] | None = None
+    replan: Callable[[MergeJob], MergeJob] | None = None
 
 
 @dataclass(frozen=True)
@@ -52,6 +75,9 @@ class MergeJob:
         sidecar_notes: one sentence each.
         record: provenance; empty if it is not wanted.
         output: final place; None for verification.
+        operation: what the engine is used for.
+        block_elements: block size of the grid; None = the device's.
+        warnings: what the user should not overlook.
     """
 
     adapters: tuple[OpenedAdapter, ...]
@@ -63,6 +89,19 @@ class MergeJob:
     sidecar_notes: tuple[str, ...]
     record: dict[str, Any]
     output: Path | None
+    operation: Operation = Operation()
+    block_elements: int | None = None
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def full_names(self) -> dict[int, str]:
+        """Step index -> checkpoint-wide name (steps carry the name inside their file)."""
+        prefixes = {s.name: s.prefix for s in self.checkpoint.shards}
+        shards = self.merge.plan.shards
+        return {
+            i: prefixes.get(shards[step.shard].name, "") + step.output.name
+            for i, step in enumerate(self.merge.plan.steps)
+        }
 
 
 def prepare_merge(
@@ -77,13 +116,21 @@ def prepare_merge(
     shard_bytes: int | None,
     output: Path | None,
     with_provenance: bool,
+    rounding: Mapping[str, Any] | None = None,
+    operation: Operation | None = None,
+    residual: Residual | None = None,
+    checksum: bool = False,
     like: Checkpoint | None = None,
 ) -> MergeJob:
     """Open, bind and plan; nothing is written.
 
     ``like`` is a finished merge: the plan then casts as it did, whatever ``dtype`` says.
+    ``residual`` turns the plan into one that gives a fine-tune back, bit for bit.
     """
+    kind = operation or Operation()
     opened = open_adapters(texts, weights=weights, mean=mean, read=names.read, access=access)
+    if kind.signs:
+        opened = [replace(o, weight=o.weight * s) for o, s in zip(opened, kind.signs, strict=True)]
     opened_base = open_base(str(base), opened, access)
     if output is not None:
         _check_output_form(output, opened_base)
@@ -92,22 +139,31 @@ def prepare_merge(
         WeightedAdapter(o.adapter, o.weight, bind(o.adapter, opened_base.checkpoint, names.bind))
         for o in opened
     )
+    if kind.check is not None:
+        bound = kind.check(bound)
     checkpoint = _one_checkpoint(bound, opened_base.checkpoint)
     if like is not None:
         dtype = merged_dtype(opened_base.checkpoint, like)
-    record = _record(opened, opened_base, names, dtype, shard_bytes) if with_provenance else {}
-    metadata = None
-    if not opened_base.checkpoint.is_folder and record:
-        metadata = {"loratool": json.dumps(record, sort_keys=True)}
-    planned = plan_merge(
-        bound, checkpoint, dtype=dtype, shard_bytes=shard_bytes, file_metadata=metadata
+    options = {**_options(names, dtype, shard_bytes), **(rounding or {})}
+    record = provenance_of(
+        kind.name, options=options, inputs=_inputs(opened, opened_base, checksum)
     )
-    sidecars, notes = _sidecars(opened, opened_base.checkpoint, planned)
-    plan = replace(planned.plan, options=record.get("options", {}), inputs=record.get("inputs", {}))
+    metadata = None
+    if not opened_base.checkpoint.is_folder and with_provenance:
+        metadata = {"loratool": json.dumps(record)}
+    planned = plan_merge(
+        bound, checkpoint, dtype=dtype, shard_bytes=shard_bytes, file_metadata=metadata,
+        rounding=rounding,
+    )  # fmt: skip
+    if residual is not None:
+        planned = patch_merge(planned, checkpoint, residual)
+    given = opened if not kind.signs else []  # what is taken out brings no tokenizer along
+    sidecars, notes = _sidecars(given, opened_base.checkpoint, planned)
+    plan = replace(planned.plan, options=options, inputs=record["inputs"])
     if output is not None and not opened_base.checkpoint.is_folder:
         shards = (replace(plan.shards[0], name=output.name),)
         plan = replace(plan, shards=shards)
-    return MergeJob(
+    job = MergeJob(
         tuple(opened),
         opened_base,
         checkpoint,
@@ -115,9 +171,11 @@ def prepare_merge(
         bound,
         tuple(sidecars),
         tuple(notes),
-        record,
+        record if with_provenance else {},
         output,
+        kind,
     )
+    return job if kind.replan is None else kind.replan(job)
 
 
 def _check_output_form(output: Path, base: OpenedBase) -> None:
@@ -154,27 +212,19 @@ def _sidecars(
     return plan_sidecars(base, adapter_tokenizer=tokenizer, config_changes=planned.config_changes)
 
 
-def _record(
-    opened: Sequence[OpenedAdapter],
-    base: OpenedBase,
-    names: NameOptions,
-    dtype: str | None,
-    shard_bytes: int | None,
-) -> dict[str, Any]:
+def _inputs(opened: Sequence[OpenedAdapter], base: OpenedBase, checksum: bool) -> dict[str, Any]:
     inputs: dict[str, Any] = {}
     for one in opened:
-        files = sorted({s.file for spec in one.adapter.specs for s in spec.fields.values()
-                        if hasattr(s, "file")})  # fmt: skip
-        config = files[0].with_name("adapter_config.json") if files else None
-        extra = [config] if config is not None and config.is_file() else []
-        label = content_label(one.adapter.path, inputs)
-        inputs[label] = {"weight": one.weight, "files": adapter_id([*files, *extra])}
-    label = content_label(base.resolved.path, inputs)
-    inputs[label] = {"role": "base", "files": checkpoint_id(base.checkpoint)}
-    if base.resolved.commit:
-        inputs[label]["commit"] = base.resolved.commit
+        label = content_label(one.resolved, inputs)
+        inputs[label] = {"weight": one.weight, "files": adapter_id(one.adapter)}
+    label = content_label(base.resolved, inputs)
+    inputs[label] = {"role": "base", "files": checkpoint_id(base.checkpoint, full=checksum)}
+    return inputs
+
+
+def _options(names: NameOptions, dtype: str | None, shard_bytes: int | None) -> dict[str, Any]:
     b, r = names.bind, names.read
-    options = option_values(
+    return option_values(
         dtype=DTYPES[dtype].word if dtype else None,
         shard_bytes=shard_bytes,
         rename=list(b.rename),
@@ -189,4 +239,3 @@ def _record(
         moe_layout=r.moe_layout,
         experts_b_order=None if r.experts_b_order == "rank-major" else r.experts_b_order,
     )
-    return provenance_of("merge", options=options, inputs=inputs)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ from loratool.api.common import plan_resources
 from loratool.api.merge_job import MergeJob, NameOptions, prepare_merge
 from loratool.ops.bind import BindOptions
 from loratool.ops.inputs import Access
+from loratool.ops.replay import find_replay, recorded_options
 from loratool.ops.verify import VerifyPlan, plan_verify
 from loratool.report import TensorDifference, VerifyReport
 from loratool.store.checkpoint import open_checkpoint
@@ -25,8 +27,8 @@ if TYPE_CHECKING:
 def verify(
     merged: str | Path,
     *,
-    base: str | Path,
-    adapters: Sequence[str],
+    base: str | Path | None = None,
+    adapters: Sequence[str] = (),
     weights: Sequence[float] | None = None,
     mean: bool = False,
     device: str = "auto",
@@ -50,12 +52,15 @@ def verify(
     """Recompute W + Σ weight·ΔW and compare it with a merged checkpoint, tensor by tensor.
 
     The verdict is ``identical`` (every bit), ``rounding`` (no element further away than another
-    order of rounding explains: ulp(W') + ulp(Δ)/2) or ``differs``.
+    order of rounding explains: ulp(W') + ulp(Δ)/2) or ``differs``.  How sums were rounded is
+    taken from the checkpoint's provenance; so is whatever is not given.
 
     Args:
         merged: the checkpoint under test.
-        base: what it was merged from, or ``auto``.
-        adapters: what was merged, with weights.
+        base: what it was merged from, or ``auto``; None = by its provenance, looked for beside
+            it and in the working folder.
+        adapters: what was merged, with weights; empty = by its provenance, as is all that
+            follows down to ``experts_b_order``.
         weights: see `merge`, as all further arguments.
         mean: divide by the number of adapters.
         device: ``auto``, ``cpu`` or ``cuda[:n]``.
@@ -86,6 +91,15 @@ def verify(
     )  # fmt: skip
     resolved = resolve(str(merged), kind="base", offline=offline, yes=yes)
     found = open_checkpoint(resolved.path)
+    options = recorded_options(found)
+    if not adapters or base is None:
+        roots = (resolved.path.absolute().parent, Path.cwd())
+        given = None if base is None else str(base)
+        replay = find_replay(found, base=given, roots=tuple(dict.fromkeys(roots)))
+        base = replay.base
+        if not adapters:
+            adapters, weights, mean = replay.adapters, replay.weights, False
+            names = _recorded_names(options)
     job = prepare_merge(
         adapters,
         base=base,
@@ -97,9 +111,10 @@ def verify(
         shard_bytes=None,
         output=None,
         with_provenance=False,
+        rounding={k: options[k] for k in ("rounding", "seed") if k in options},
         like=found,
     )
-    plan = plan_verify(job.merge.plan, _full_names(job), found)
+    plan = plan_verify(job.merge.plan, job.full_names, found)
     resources = plan_resources(
         plan.plan,
         device=device,
@@ -118,14 +133,14 @@ def verify(
     return _report(job, resolved.label, plan, results, started)
 
 
-def _full_names(job: MergeJob) -> dict[int, str]:
-    """Step index -> checkpoint-wide name (steps carry the name inside their file)."""
-    prefixes = {s.name: s.prefix for s in job.checkpoint.shards}
-    shards = job.merge.plan.shards
-    return {
-        i: prefixes.get(shards[step.shard].name, "") + step.output.name
-        for i, step in enumerate(job.merge.plan.steps)
-    }
+def _recorded_names(options: Mapping[str, Any]) -> NameOptions:
+    """Options of names and reading, as `loratool.api.merge_job` recorded them."""
+
+    def part(kind: type[BindOptions] | type[ReadOptions]) -> dict[str, Any]:
+        found = {f.name: options[f.name] for f in fields(kind) if f.name in options}
+        return {k: tuple(v) if isinstance(v, list) else v for k, v in found.items()}
+
+    return NameOptions(BindOptions(**part(BindOptions)), ReadOptions(**part(ReadOptions)))
 
 
 def _report(

@@ -18,6 +18,8 @@ COMMANDS = {
     "inspect": "What a file holds: method, base, ranks, cost. Headers only.",
     "merge": "Put adapters into base weights, rounded once, loss shown.",
     "extract": "Make a low-rank adapter from a full fine-tune.",
+    "subtract": "Take adapters out of merged weights, bit for bit with an undo file.",
+    "swap": "Exchange one merged adapter for another, in one rounding.",
     "verify": "Recompute a merge and compare, bit by bit.",
     "demo": "A tour on a small built-in model, offline.",
     "completion": "Print the completion script for a shell.",
@@ -25,7 +27,7 @@ COMMANDS = {
 """Command -> what it does in one line; the module of the same name holds it."""
 
 LATER = (
-    "check", "compare", "compress", "convert", "pull", "push", "rescale", "run", "subtract", "swap",
+    "check", "compare", "compress", "convert", "pull", "push", "rescale", "run",
 )  # fmt: skip
 """Commands of the plan that this version does not have."""
 
@@ -44,10 +46,9 @@ SYNONYMS = {
 
 LATER_OPTIONS = frozenset(
     (
-        "--base", "--blocks", "--checksum", "--csv", "--dequantize", "--energy", "--error",
-        "--exact", "--for", "--from", "--max-rank", "--method", "--module-weights", "--param",
-        "--plot", "--rank", "--requant", "--residual", "--risk", "--rounding", "--save-residual",
-        "--save-undo", "--seed", "--simulate-quant", "--size", "--spectrum", "--to",
+        "--base", "--blocks", "--csv", "--dequantize", "--for", "--method", "--module-weights",
+        "--param", "--plot", "--rank", "--requant", "--risk", "--simulate-quant", "--spectrum",
+        "--to",
     )
 )  # fmt: skip
 """Options of the plan; a command that does not know one says "not in this version"."""
@@ -57,7 +58,7 @@ EXAMPLES = (
     "loratool merge ./style --base ./model -o ./merged        # into the model",
     "loratool merge ./style:0.8 ./sql:0.5 --base auto -o out  # several, one rounding",
     "loratool verify ./merged --base ./model --adapter ./style",
-    "loratool extract ./my-sft --base ./model --rank 8 -o ./lora",
+    "loratool extract ./my-sft --base ./model -o ./lora",
 )
 
 

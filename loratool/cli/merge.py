@@ -55,16 +55,20 @@ _MENTION_FLOAT32 = 0.01
 @opt.option("--dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
             default="auto", section="Output",
             help="Cast every float tensor. Default: each keeps its type.")  # fmt: skip
+@opt.option("--residual", metavar="FILE", section="Output",
+            help="Of extract --save-residual: gives the fine-tune back, bit for bit.")  # fmt: skip
+@opt.rounding
 @opt.option("--shard-size", metavar="SIZE", section="Output",
             help="Largest weight file, such as 5GB. Default: the base's shards.")  # fmt: skip
+@opt.option("--save-undo", metavar="FILE", section="Output",
+            help="Also write what `subtract --undo` needs to restore every bit.")  # fmt: skip
 @opt.writing
 @opt.names
 @opt.resources
 @opt.network
 @opt.general
 @opt.reading
-@opt.option("--restart", is_flag=True, section="Advanced",
-            help="Drop an interrupted run instead of going on with it.")  # fmt: skip
+@opt.checkpoint_writing
 def command(adapters: tuple[str, ...], base: str | None, output: str, **options: Any) -> None:
     """Merge adapters into base weights: W' = W + Σ weight·ΔW, rounded once.
 
@@ -90,20 +94,27 @@ def command(adapters: tuple[str, ...], base: str | None, output: str, **options:
 
 def headline(adapters: Sequence[str], weights: Sequence[float] | None, mean: bool) -> str:
     """``Merging 2 adapters INTO base weights: 0.8·style + 1·sql, one rounding``."""
+    return (
+        f"Merging {plural(len(adapters), 'adapter')} INTO base weights: "
+        f"{terms(adapters, weights, mean)}, one rounding"
+    )
+
+
+def terms(adapters: Sequence[str], weights: Sequence[float] | None, mean: bool) -> str:
+    """``0.8·style + 1·sql``."""
     from loratool.store.source import parse_adapter
 
     parsed = [parse_adapter(text) for text in adapters]
     given = weights or [p.weight for p in parsed]
     names = [safe(Path(p.path_text).name or p.path_text, cap=60) for p in parsed]
-    terms = [f"{format_number(w)}·{name}" for w, name in zip(given, names, strict=False)]
-    total = " + ".join(terms[:8]) + (f" + {len(terms) - 8} more" if len(terms) > 8 else "")
-    share = f"({total}) / {len(terms)}" if mean else total
-    return f"Merging {plural(len(adapters), 'adapter')} INTO base weights: {share}, one rounding"
+    each = [f"{format_number(w)}·{name}" for w, name in zip(given, names, strict=False)]
+    total = " + ".join(each[:8]) + (f" + {len(each) - 8} more" if len(each) > 8 else "")
+    return f"({total}) / {len(each)}" if mean else total
 
 
-def render(report: MergeReport, voice: Voice, check: str) -> Iterator[str]:
-    """The report, line by line."""
-    yield line("base", _base(report), _rule(report.rule))
+def render(report: MergeReport, voice: Voice, check: str = "") -> Iterator[str]:
+    """The report, line by line; ``check`` is a command line to go on with."""
+    yield line("base" if report.command == "merge" else "from", _base(report), _rule(report.rule))
     yield from note_lines(report.notes, voice)
     yield line("plan", ", ".join(_counts(report)))
     yield line("", f"memory ≤ {format_bytes(report.peak_memory_bytes)}", _disk(report),
@@ -113,7 +124,8 @@ def render(report: MergeReport, voice: Voice, check: str) -> Iterator[str]:
                    tone="warn")  # fmt: skip
     if report.dry_run and report.plan is not None:
         yield from render_plan(report.plan, voice)
-    yield line("loss", *_loss(report))
+    if report.modules or report.command == "merge":
+        yield line("loss", *_loss(report))
     yield from warning_lines(report.warnings)
     if voice.verbose:
         yield from render_losses(report)
@@ -123,7 +135,12 @@ def render(report: MergeReport, voice: Voice, check: str) -> Iterator[str]:
     shards = plural(report.shards, "weight file")
     yield line("wrote", f"{safe(report.output)} · {format_bytes(report.output_bytes)} in {shards}",
                *_sidecars(report), format_seconds(report.seconds), tone="good")  # fmt: skip
-    yield line("check", safe(check, cap=2000), tone="dim")
+    if report.undo is not None:
+        share = format_share(report.undo_bytes / max(1, report.output_bytes))
+        yield line("undo", safe(report.undo), f"{format_bytes(report.undo_bytes)}, {share} of the "
+                   "model", tone="good")  # fmt: skip
+    if check:
+        yield line("check", safe(check, cap=2000), tone="dim")
 
 
 def _base(report: MergeReport) -> str:

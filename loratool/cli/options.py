@@ -117,20 +117,41 @@ class WholeNumber(click.ParamType[int]):
         return f"{text!r} is not a whole number above 0"
 
 
-class RankNumber(WholeNumber):
-    """A rank; a fraction is probably meant as a share of energy."""
+class RankNumber(click.ParamType[int | str]):
+    """A rank or ``auto``; a fraction is probably meant as a share of energy."""
 
-    def __init__(self) -> None:
-        super().__init__("R")
+    name = "R|auto"
 
-    def explain(self, text: str) -> str:
-        """Why ``text`` is refused, and what this version lacks."""
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> int | str:
+        """Parse, or say why not."""
+        text = str(value)
         if text == "auto":
-            return "choosing the rank by itself is not in this version: give a number"
-        why = super().explain(text)
+            return text
+        if text.isascii() and text.isdigit() and int(text) > 0:
+            return int(text)
+        why = f"{text!r} is neither a whole number above 0 nor auto"
         if _WEIGHT.fullmatch(text):
-            why += "; choosing a rank by energy (--energy) is not in this version"
-        return why
+            why += "; a share of the energy is --energy"
+        raise click.BadParameter(why, ctx=ctx, param=param)
+
+
+class Share(click.ParamType[float]):
+    """A number between 0 and 1, such as 0.99."""
+
+    name = "SHARE"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        """Parse, or say why not."""
+        text = str(value)
+        if not (_WEIGHT.fullmatch(text) and 0 <= float(text) <= 1):
+            raise click.BadParameter(
+                f"{text!r} is not a number from 0 to 1, such as 0.99", ctx=ctx, param=param
+            )
+        return float(text)
 
 
 def general(command: F) -> F:
@@ -162,7 +183,7 @@ def resources(command: F) -> F:
         option("--max-memory", metavar="SIZE", section="Resources",
                help="Limit for the planned peak, such as 2GB. Default: what is free."),
         option("--threads", type=WholeNumber("N"), section="Resources",
-               help="Workers. Default: the cores, at most 4. Never changes a result."),
+               help="Workers. Default: twice the cores, at most 8. Never changes a result."),
         option("--device", default="auto", metavar="auto|cpu|cuda[:N]", section="Resources",
                help="Where to compute. Default: auto."),
     ):  # fmt: skip
@@ -179,6 +200,33 @@ def writing(command: F) -> F:
                help="Print the plan and what it would cost; write nothing."),
         option("--force", is_flag=True, section="Output",
                help="Replace an earlier output of loratool, never anything else."),
+    ):  # fmt: skip
+        command = add(command)
+    return command
+
+
+def checkpoint_writing(command: F) -> F:
+    """``--restart`` and ``--checksum``: commands that write a checkpoint."""
+    for add in (
+        option("--checksum", is_flag=True, section="Advanced",
+               help="Record the sha256 of every input file; reads the base once more."),
+        option("--restart", is_flag=True, section="Advanced",
+               help="Drop an interrupted run instead of going on with it."),
+    ):  # fmt: skip
+        command = add(command)
+    return command
+
+
+def rounding(command: F) -> F:
+    """``--exact``, ``--rounding``, ``--seed``."""
+    for add in (
+        option("--seed", type=int, metavar="N", section="Output",
+               help="Of stochastic rounding. Default: 0."),
+        option("--rounding", type=click.Choice(["nearest", "stochastic"]), default="nearest",
+               section="Output",
+               help="stochastic: small changes survive on average, at up to twice the error."),
+        option("--exact", is_flag=True, section="Output",
+               help="Every element correctly rounded: the same bytes on any machine and device."),
     ):  # fmt: skip
         command = add(command)
     return command

@@ -24,31 +24,36 @@ EXIT_DIFFERS = 10
     name="verify",
     short_help="Recompute a merge and compare, bit by bit.",
     examples=(
+        "loratool verify ./merged  # by its own record; inputs are found by name and checked",
         "loratool verify ./merged --base ./model --adapter ./style",
         "loratool verify ./merged --base ./model --adapter ./style:0.8 --adapter ./sql:0.5",
     ),
 )
 @click.argument("merged", metavar="MERGED")
-@opt.option("--base", required=True, metavar="BASE|auto", section="Input",
-            help="What it was merged from; auto = what the adapters name.")  # fmt: skip
-@opt.option("--adapter", "adapters", multiple=True, required=True, metavar="ADAPTER[:W]",
-            section="Input", help="What was merged into it. Repeatable.")  # fmt: skip
+@opt.option("--base", metavar="BASE|auto", section="Input",
+            help="What it was merged from; auto = what the adapters name. "
+                 "Default: what MERGED says.")  # fmt: skip
+@opt.option("--adapter", "adapters", multiple=True, metavar="ADAPTER[:W]", section="Input",
+            help="What was merged into it. Repeatable. Default: what MERGED says.")  # fmt: skip
 @opt.mixing
 @opt.names
 @opt.resources
 @opt.network
 @opt.general
 @opt.reading
-def command(merged: str, base: str, adapters: tuple[str, ...], **options: Any) -> int:
+def command(merged: str, base: str | None, adapters: tuple[str, ...], **options: Any) -> int:
     """Recompute the merge of ADAPTERs into BASE and compare it with MERGED.
 
     Every tensor is compared. Exit code 0: identical, or equal up to rounding; 10: something else.
-    Works on merges made by any program.
+    Works on merges made by any program. A merge made by loratool says itself what went into it:
+    the inputs are looked for beside it, and their content is checked.
     """
     from loratool import api
 
     voice = Voice.take(options)
-    voice.announce(f"Verifying {safe(merged)} = {safe(base)} + {plural(len(adapters), 'adapter')}")
+    source = "its base" if base is None else safe(base)
+    count = plural(len(adapters), "adapter") if adapters else "what it says was merged"
+    voice.announce(f"Verifying {safe(merged)} = {source} + {count}")
     with show_progress(quiet=voice.quiet) as progress:
         report = api.verify(merged, base=base, adapters=adapters, progress=progress, **options)
     voice.show(report, render(report, voice), result=[report.verdict])

@@ -17,10 +17,12 @@ class Delta(ABC):
     Attributes:
         shape: (rows, cols).
         is_additive: `add_to` ignores ``base``.
+        roundings: how often one element's sum is rounded on its way through `add_to`.
     """
 
     shape: tuple[int, int]
     is_additive: bool = True
+    roundings: int = 0
 
     @abstractmethod
     def add_to(
@@ -36,6 +38,34 @@ class Delta(ABC):
             c0: first column.
             c1: one past the last column.
         """
+
+    def add_size(
+        self, acc: torch.Tensor, base: torch.Tensor, r0: int, r1: int, c0: int, c1: int
+    ) -> None:
+        """Add an upper bound of Σ|terms| to ``acc``, for the error bound of `add_to`.
+
+        Args: as `add_to`; float64.
+
+        Raises:
+            TypeError: the change is no sum of products.
+        """
+        raise TypeError(f"{type(self).__name__} is no sum of products")
+
+    def terms(self, rows: torch.Tensor, cols: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
+        """Numbers whose exact sum is the exact change of single elements.
+
+        Args:
+            rows: (n,) int64 row numbers.
+            cols: (n,) int64 column numbers.
+            base: (n,) float64, W at these places.
+
+        Returns:
+            (n, k) float64 on the CPU.
+
+        Raises:
+            TypeError: the change is no sum of products.
+        """
+        raise TypeError(f"{type(self).__name__} is no sum of products")
 
     @abstractmethod
     def scaled(self, factor: float) -> Delta:

@@ -3,36 +3,61 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 
 import torch
 
 from loratool.delta.base import Delta
+from loratool.linalg.exact import product_terms
 from loratool.plan import DeltaPart
 
 
 class LowRank(Delta):
-    """ΔW = left @ right.
+    """ΔW = coefficient · left @ right.
 
     Args:
-        left: (rows, r) float32 or float64, every coefficient folded in.
+        left: (rows, r) float32 or float64.
         right: (r, cols) same dtype and device.
+        coefficient: 1 where it is folded into ``left``.
     """
 
-    def __init__(self, left: torch.Tensor, right: torch.Tensor) -> None:
+    def __init__(self, left: torch.Tensor, right: torch.Tensor, coefficient: float = 1.0) -> None:
         self.left = left
         self.right = right
+        self.coefficient = coefficient
         self.shape = (left.shape[0], right.shape[1])
+        self.roundings = left.shape[1] + 3
 
     def add_to(
         self, acc: torch.Tensor, base: torch.Tensor, r0: int, r1: int, c0: int, c1: int
     ) -> None:
         """One product of a (r1 - r0, r) and an (r, c1 - c0) matrix, added in place."""
         left = self.left[r0:r1].to(acc.dtype)
-        acc.addmm_(left, self.right[:, c0:c1].to(acc.dtype))
+        acc.addmm_(left, self.right[:, c0:c1].to(acc.dtype), alpha=self.coefficient)
+
+    @cached_property
+    def _lengths(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.linalg.vector_norm(self.left, dim=1), torch.linalg.vector_norm(
+            self.right, dim=0
+        )
+
+    def add_size(
+        self, acc: torch.Tensor, base: torch.Tensor, r0: int, r1: int, c0: int, c1: int
+    ) -> None:
+        """Cauchy–Schwarz: Σ|b a| is at most the product of the row's and the column's length."""
+        rows, cols = self._lengths
+        acc.addr_(rows[r0:r1], cols[c0:c1], alpha=abs(self.coefficient))
+
+    def terms(self, rows: torch.Tensor, cols: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
+        """The r products, coefficient · b · a."""
+        left = self.left[rows.to(self.left.device)].cpu()
+        right = self.right[:, cols.to(self.right.device)].T.cpu()
+        factor = torch.full((1, 1), self.coefficient, dtype=torch.float64)
+        return product_terms(left, right, factor)
 
     def scaled(self, factor: float) -> LowRank:
-        """Multiplies the left factor."""
-        return LowRank(self.left * factor, self.right)
+        """Multiplies the coefficient."""
+        return LowRank(self.left, self.right, self.coefficient * factor)
 
 
 def build(
@@ -41,6 +66,7 @@ def build(
     *,
     coefficient: float,
     dtype: torch.dtype,
+    fold: bool = True,
 ) -> LowRank:
     """Make the delta of a ``lowrank`` spec.
 
@@ -49,14 +75,15 @@ def build(
         part: the spec with orientation and expert.
         coefficient: weight · scaling, float64, folded into lora_B before rounding to ``dtype``.
         dtype: float32 or float64, the type of the accumulator.
+        fold: False keeps the factors as stored and the coefficient apart.
     """
     lora_A, lora_B = oriented_factors(fields, part)
     if "diag" in fields:
         lora_B = lora_B * fields["diag"].double()
-    scaled_B = (lora_B * coefficient).to(dtype)
-    if part.transposed:
-        return LowRank(lora_A.T.to(dtype).contiguous(), scaled_B.T.contiguous())
-    return LowRank(scaled_B.contiguous(), lora_A.to(dtype).contiguous())
+    if fold:
+        lora_B, coefficient = lora_B * coefficient, 1.0
+    left, right = (lora_A.T, lora_B.T) if part.transposed else (lora_B, lora_A)
+    return LowRank(left.to(dtype).contiguous(), right.to(dtype).contiguous(), coefficient)
 
 
 def oriented_factors(

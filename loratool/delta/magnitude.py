@@ -75,6 +75,7 @@ def build(
     *,
     coefficient: float,
     dtype: torch.dtype,
+    fold: bool = True,
 ) -> Magnitude:
     """Make the delta of a ``dora`` spec; the user's weight acts outside the norm.
 
@@ -83,6 +84,7 @@ def build(
         part: the spec with orientation and region.
         coefficient: weight · scaling.
         dtype: type of the accumulator.
+        fold: no choice here: a length is no sum of products.
     """
     inner = build_lowrank(fields, part, coefficient=part.spec.scaling, dtype=dtype)
     magnitude = fields["magnitude"].flatten().to(dtype)

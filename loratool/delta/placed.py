@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from loratool.delta.base import Delta
@@ -24,6 +26,7 @@ class Placed(Delta):
         self.inner = inner
         self.shape = shape
         self.is_additive = inner.is_additive
+        self.roundings = inner.roundings
         self._region = region
         self._device = device
         self._rows = _Axis(region.rows, shape[0], device)
@@ -45,17 +48,44 @@ class Placed(Delta):
         self, acc: torch.Tensor, base: torch.Tensor, r0: int, r1: int, c0: int, c1: int
     ) -> None:
         """Adds to the part of the block that lies in the region."""
+        self._inside(self.inner.add_to, acc, base, r0, r1, c0, c1)
+
+    def add_size(
+        self, acc: torch.Tensor, base: torch.Tensor, r0: int, r1: int, c0: int, c1: int
+    ) -> None:
+        """Adds to the part of the block that lies in the region."""
+        self._inside(self.inner.add_size, acc, base, r0, r1, c0, c1)
+
+    def _inside(
+        self,
+        add: Callable[[torch.Tensor, torch.Tensor, int, int, int, int], None],
+        acc: torch.Tensor,
+        base: torch.Tensor,
+        r0: int,
+        r1: int,
+        c0: int,
+        c1: int,
+    ) -> None:
         rows, cols = self._rows.cut(r0, r1), self._cols.cut(c0, c1)
         if rows is None or cols is None:
             return
         place = (rows.start, rows.stop, cols.start, cols.stop)
         if isinstance(rows.select, slice) and isinstance(cols.select, slice):
             part = acc[rows.select, cols.select]
-            self.inner.add_to(part, base[rows.select, cols.select], *place)
+            add(part, base[rows.select, cols.select], *place)
             return
         part = acc[rows.select][:, cols.select].contiguous()
-        self.inner.add_to(part, base[rows.select][:, cols.select], *place)
+        add(part, base[rows.select][:, cols.select], *place)
         acc[_index(rows, r0, r1, self._device)[:, None], _index(cols, c0, c1, self._device)] = part
+
+    def terms(self, rows: torch.Tensor, cols: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
+        """Those of the inner delta at the places inside the region, zeros outside."""
+        row, col = self._rows.find(rows), self._cols.find(cols)
+        inside = (row >= 0) & (col >= 0)
+        found = self.inner.terms(row[inside], col[inside], base[inside])
+        out = torch.zeros(len(rows), found.shape[1], dtype=torch.float64)
+        out[inside] = found
+        return out
 
     def scaled(self, factor: float) -> Placed:
         """Scales the inner delta."""
@@ -87,6 +117,16 @@ class _Axis:
             if bool((self.positions[1:] <= self.positions[:-1]).any()):
                 raise ValueError("spans of a region must ascend")
             self.on_device = self.positions.to(device)
+
+    def find(self, positions: torch.Tensor) -> torch.Tensor:
+        """Index in the delta of each position of the target, -1 outside of the region."""
+        if self.plain:
+            span = self.spans[0]
+            inside = (positions >= span.start) & (positions < span.stop)
+            return torch.where(inside, positions - span.start, -1)
+        last = len(self.positions) - 1
+        index = torch.searchsorted(self.positions, positions).clamp_max(last)
+        return torch.where(self.positions[index] == positions, index, -1)
 
     def cut(self, start: int, stop: int) -> _Cut | None:
         if self.plain:

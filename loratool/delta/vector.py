@@ -7,29 +7,46 @@ from collections.abc import Mapping
 import torch
 
 from loratool.delta.base import Delta
+from loratool.linalg.exact import product_terms
 from loratool.plan import DeltaPart
 
 
 class Vector(Delta):
-    """A row vector added to a (1, n) view.
+    """A row vector, times a coefficient, added to a (1, n) view.
 
     Args:
-        values: (n,) float32 or float64, every coefficient folded in.
+        values: (n,) float32 or float64.
+        coefficient: 1 where it is folded into ``values``.
     """
 
-    def __init__(self, values: torch.Tensor) -> None:
+    roundings = 3
+
+    def __init__(self, values: torch.Tensor, coefficient: float = 1.0) -> None:
         self.values = values
+        self.coefficient = coefficient
         self.shape = (1, values.shape[0])
 
     def add_to(
         self, acc: torch.Tensor, base: torch.Tensor, r0: int, r1: int, c0: int, c1: int
     ) -> None:
         """Plain addition."""
-        acc.add_(self.values[None, c0:c1].to(acc.dtype))
+        acc.add_(self.values[None, c0:c1].to(acc.dtype), alpha=self.coefficient)
+
+    def add_size(
+        self, acc: torch.Tensor, base: torch.Tensor, r0: int, r1: int, c0: int, c1: int
+    ) -> None:
+        """|coefficient · value|."""
+        acc.add_(self.values[None, c0:c1].abs(), alpha=abs(self.coefficient))
+
+    def terms(self, rows: torch.Tensor, cols: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
+        """One product, coefficient · value."""
+        values = self.values[cols.to(self.values.device)].cpu()
+        factor = torch.full((1, 1), self.coefficient, dtype=torch.float64)
+        return product_terms(values[:, None], factor)
 
     def scaled(self, factor: float) -> Vector:
-        """Multiplies the values."""
-        return Vector(self.values * factor)
+        """Multiplies the coefficient."""
+        return Vector(self.values, self.coefficient * factor)
 
 
 class Rows(Delta):
@@ -45,6 +62,7 @@ class Rows(Delta):
     """
 
     is_additive = False
+    roundings = 3
 
     def __init__(
         self,
@@ -74,6 +92,25 @@ class Rows(Delta):
         else:
             acc[rows] += (new - base[rows]) * self.weight
 
+    def add_size(
+        self, acc: torch.Tensor, base: torch.Tensor, r0: int, r1: int, c0: int, c1: int
+    ) -> None:
+        """|weight| · (|new| + |W|) in the rows inside the block."""
+        inside = torch.nonzero((self.index >= r0) & (self.index < r1)).flatten()
+        rows = self.index[inside] - r0
+        new = self.values[inside, c0:c1].to(acc.dtype)
+        acc[rows] += (new.abs() + base[rows].abs()) * abs(self.weight)
+
+    def terms(self, rows: torch.Tensor, cols: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
+        """Two products, weight · new - weight · W; zeros in other rows."""
+        index, values = self.index.cpu(), self.values.double().cpu()
+        position = torch.full((self.shape[0],), -1, dtype=torch.int64)
+        position[index] = torch.arange(len(index))
+        found = position[rows]
+        pair = torch.stack([values[found.clamp_min(0), cols], -base], dim=1)
+        pair[found < 0] = 0
+        return product_terms(pair, torch.full((1, 1), self.weight, dtype=torch.float64))
+
     def scaled(self, factor: float) -> Rows:
         """Multiplies the weight."""
         return Rows(self.shape, self.index, self.values, self.weight * factor, self.exact)
@@ -85,6 +122,7 @@ def build(
     *,
     coefficient: float,
     dtype: torch.dtype,
+    fold: bool = True,
 ) -> Vector:
     """Make the delta of a ``vector`` spec.
 
@@ -93,9 +131,12 @@ def build(
         part: the spec with its region.
         coefficient: weight · scaling.
         dtype: type of the accumulator.
+        fold: False keeps the values as stored and the coefficient apart.
     """
     values = fields["delta"].double().flatten()
     source = part.region.source_cols or part.region.source_rows
     if source is not None:
         values = values[source[0] : source[1]]
-    return Vector((values * coefficient).to(dtype))
+    if fold:
+        values, coefficient = values * coefficient, 1.0
+    return Vector(values.to(dtype), coefficient)

@@ -18,6 +18,7 @@ from loratool.delta.vector import Rows
 from loratool.engine import grid
 from loratool.engine.buffers import TORCH_DTYPES
 from loratool.engine.kernel import INTEGERS, Env, Kernel
+from loratool.engine.rounders import Exact, make_rounder
 from loratool.errors import NumericError
 from loratool.linalg import rounding, svd
 from loratool.plan import DeltaPart, ReplacePart, Step
@@ -43,6 +44,7 @@ class SumResult:
         changed: elements whose bits differ from the base's.
         expected_loss: predicted Σ(rounding error)² / ΣΔ², from a sample.
         expected_share: predicted share of elements that change.
+        settled: elements that needed an exact sum (``--exact``).
     """
 
     name: str
@@ -54,6 +56,7 @@ class SumResult:
     changed: int
     expected_loss: float
     expected_share: float
+    settled: int = 0
 
 
 class AddDeltas(Kernel):
@@ -62,7 +65,8 @@ class AddDeltas(Kernel):
     def __init__(self, step: Step, env: Env) -> None:
         super().__init__(step, env)
         self.target = TORCH_DTYPES[step.output.dtype]
-        self.dtype = rounding.accumulation_dtype(self.target)
+        self.rounder = make_rounder(step.args, self.target, env, step.output.name)
+        self.dtype = self.rounder.dtype
         self.deltas: list[Delta] = []
         self.dense: list[tuple[int, float]] = []  # (input position, weight) of whole replacements
         self._sums: dict[int, tuple[torch.Tensor, int, int]] = {}
@@ -83,6 +87,8 @@ class AddDeltas(Kernel):
         for part in self.step.parts:
             if isinstance(part, DeltaPart):
                 self.deltas.extend(self._build(part))
+        if isinstance(self.rounder, Exact):
+            self.rounder.deltas, self.rounder.dense = self.deltas, self.dense
         wanting = [d for d in self.deltas if d.needs_measure]
         if wanting:
             for block, base in self.env.stream(self.step.inputs[0], self.step.view):
@@ -101,7 +107,8 @@ class AddDeltas(Kernel):
         build: Callable[..., Delta] = getattr(import_module(module), name)
         fields = {role: self.env.load(source) for role, source in part.spec.fields.items()}
         coefficient = part.weight * part.spec.scaling
-        delta = build(fields, part, coefficient=coefficient, dtype=self.dtype)
+        fold = not isinstance(self.rounder, Exact)
+        delta = build(fields, part, coefficient=coefficient, dtype=self.dtype, fold=fold)
         made = [delta]
         if part.spec.base_change:
             made.append(self._base_change(part))
@@ -142,9 +149,7 @@ class AddDeltas(Kernel):
             acc.add_(inputs[position].to(self.dtype).sub_(weight), alpha=factor)
         for delta in self.deltas:
             delta.add_to(acc, weight, block.r0, block.r1, block.c0, block.c1)
-        rounding.round_into(out, acc)
-        if out.dtype == base.dtype:
-            _keep_zero_signs(out, base, acc)
+        self.rounder.round(block, inputs, acc, out)
         self._limits[block.index] = torch.stack(torch.aminmax(acc))
         rows = slice(-block.r0 % self._stride, None, self._stride)
         if block.index % self._block_stride == 0 and rows.start < shape[0]:
@@ -205,7 +210,10 @@ class AddDeltas(Kernel):
         weight, delta, error = (math.fsum(p[i] for p in parts) for i in range(3))
         name, dtype = self.step.output.name, self.step.output.dtype
         changed, numel = sum(c for _, c, _ in ordered), sum(n for _, _, n in ordered)
-        return SumResult(name, dtype, numel, weight, delta, error, changed, *self._expected())
+        settled = sum(self.rounder.settled.values())
+        return SumResult(
+            name, dtype, numel, weight, delta, error, changed, *self._expected(), settled
+        )
 
     def _refuse_overflow(self) -> None:
         largest = torch.finfo(self.target).max
@@ -239,11 +247,3 @@ def count_differing(one: torch.Tensor, other: torch.Tensor) -> int:
 def _dot(matrix: torch.Tensor) -> torch.Tensor:
     flat = matrix.flatten()
     return torch.dot(flat, flat)
-
-
-def _keep_zero_signs(out: torch.Tensor, base: torch.Tensor, acc: torch.Tensor) -> None:
-    """Where the sum equals the base the base's bits stay; only -0 could have lost its sign."""
-    bits = INTEGERS[base.element_size()]
-    lowest = torch.iinfo(bits).min  # the bits of -0
-    if int(base.view(bits).min()) == lowest:
-        out.masked_fill_((base.view(bits) == lowest) & (acc == 0), -0.0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -36,6 +36,8 @@ class RunOptions:
         chunk_bytes: bytes per piece of input; None = the device's default.
         sample: only a few blocks of each changed tensor, nothing written (``--dry-run``).
         progress: called with (bytes done, bytes in all).
+        block_elements: block size of the grid; None = the device's.  Only digests and sums that
+            are not exact depend on it.
     """
 
     device: torch.device = _CPU
@@ -43,10 +45,13 @@ class RunOptions:
     chunk_bytes: int | None = None
     sample: bool = False
     progress: Progress | None = None
+    block_elements: int | None = None
 
     @property
     def elements(self) -> int:
         """Block size of the grid."""
+        if self.block_elements is not None:
+            return self.block_elements
         return grid.CUDA_ELEMENTS if self.device.type == "cuda" else grid.CPU_ELEMENTS
 
     @property
@@ -57,7 +62,11 @@ class RunOptions:
 
 
 def execute(
-    plan: Plan, reader: FileReader, sink: CheckpointSink | None, options: RunOptions
+    plan: Plan,
+    reader: FileReader,
+    sink: CheckpointSink | None,
+    options: RunOptions,
+    take: Callable[[Any], Any] | None = None,
 ) -> list[Any]:
     """Run every step of a plan.
 
@@ -66,12 +75,13 @@ def execute(
         reader: input files.
         sink: where streamed tensors go; None for plans that only measure or fill an adapter.
         options: how.
+        take: called with each result, from any thread; what it returns is kept instead.
 
     Returns:
         Results of the steps that have one, in plan order (results of shards that an earlier run
         completed come as the dictionaries in its journal).
     """
-    run = _Run(plan, reader, sink, options)
+    run = _Run(plan, reader, sink, options, take)
     with exact_arithmetic():
         return run.execute()
 
@@ -90,8 +100,14 @@ class _Job:
 
 class _Run:
     def __init__(
-        self, plan: Plan, reader: FileReader, sink: CheckpointSink | None, options: RunOptions
+        self,
+        plan: Plan,
+        reader: FileReader,
+        sink: CheckpointSink | None,
+        options: RunOptions,
+        take: Callable[[Any], Any] | None,
     ) -> None:
+        self.take = take
         self.plan = plan
         self.sink = sink
         self.options = options
@@ -162,9 +178,13 @@ class _Run:
             cut = grid.blocks(step.view, 1 << 16)
             return grid.chunks(cut, self.options.chunk)
         widest = max(DTYPES[s.dtype].bits // 8 for s in (*step.inputs, step.output))
-        return grid.chunks(
-            grid.blocks(step.view, self.options.elements), self.options.chunk // widest
-        )
+        cut = grid.blocks(step.view, self.options.elements)
+        pairs = len(step.args["names"]) if "names" in step.args else 1
+        return [
+            [replace(block, pair=pair) for block in piece]
+            for pair in range(pairs)
+            for piece in grid.chunks(cut, self.options.chunk // widest)
+        ]
 
     def _work(self) -> None:
         torch.set_num_threads(1)
@@ -197,6 +217,8 @@ class _Run:
     def _finish(self, job: _Job) -> None:
         result = job.kernel.finish() if job.kernel is not None else None
         job.kernel = None
+        if result is not None and self.take is not None:
+            result = self.take(result)
         if result is not None:
             with self._lock:
                 self.results[job.index] = result
@@ -258,7 +280,10 @@ class _Worker:
     def _compute(self, job: _Job, kernel: Kernel, piece: list[grid.Block]) -> None:
         step = job.step
         first, count = piece[0].start, sum(b.numel for b in piece)
-        inputs = [self._read(i, s, step, first, count) for i, s in enumerate(step.inputs)]
+        sources = step.inputs
+        if "names" in step.args:  # pairs, one after the other through the same buffers
+            sources = sources[2 * piece[0].pair : 2 * piece[0].pair + 2]
+        inputs = [self._read(i, s, step, first, count) for i, s in enumerate(sources)]
         writes = self._run.sink is not None and not self._run.options.sample
         outs: torch.Tensor | None = None
         if writes:

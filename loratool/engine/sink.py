@@ -6,6 +6,7 @@ import dataclasses
 import threading
 from typing import Any
 
+from loratool.adapter import TensorRef
 from loratool.plan import Plan, Step
 from loratool.store.header import build_header
 from loratool.store.shard_writer import PAGE, ShardWriter, clone_file
@@ -62,6 +63,14 @@ class CheckpointSink:
     def offset(self, step: Step) -> int:
         """Where the step's tensor starts in its file."""
         return self._layouts[step.shard][1][step.output.name]
+
+    def written(self, step: Step) -> TensorRef:
+        """Where a finished step's tensor lies in the staging area."""
+        name = self._plan.shards[step.shard].name
+        out = step.output
+        return TensorRef(
+            self._output.create(name), out.name, out.dtype, out.shape, self.offset(step), out.nbytes
+        )
 
     def put(self, step: Step, offset: int, data: memoryview, aligned: bool) -> None:
         """Write a piece of the step's tensor at an absolute file offset."""

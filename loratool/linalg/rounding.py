@@ -91,3 +91,37 @@ def expected_rounding(
     square = torch.where(t < 0.1, t**2, square)
     changed = torch.erfc(1 / (2 * math.sqrt(2) * t))
     return float((square * spacing**2).mean()), float(changed.mean())
+
+
+def stochastic_into(out: torch.Tensor, value: torch.Tensor, *, key: int, start: int) -> None:
+    """Round ``value`` to one of its two neighbours, each as likely as the other is far away.
+
+    The random number of an element depends on the key and on its position alone, so that the
+    result does not depend on blocks, threads or device.
+
+    Args:
+        out: (m, n) bfloat16, float16 or float32.
+        value: (m, n) float32 or float64, consecutive elements of a tensor.
+        key: 64-bit key of the tensor, as a signed integer.
+        start: position of the first element in the tensor.
+    """
+    wide = value.double()
+    spacing = ulp(wide, out.dtype)
+    steps = wide.abs() / spacing  # exact: spacing is a power of two
+    down = steps.floor()
+    position = torch.arange(start, start + value.numel(), device=value.device).view(value.shape)
+    up = _uniform(position, key) < steps - down
+    out.copy_(torch.copysign((down + up) * spacing, wide))
+
+
+def _uniform(position: torch.Tensor, key: int) -> torch.Tensor:
+    """Numbers in [0, 1) by splitmix64 (Steele, Lea & Flood 2014), counter-based; float64."""
+    z = position * -7046029254386353131 + key  # 0x9E3779B97F4A7C15, wrapping
+    z = (z ^ _shift(z, 30)) * -4658895280553007687  # 0xBF58476D1CE4E5B9
+    z = (z ^ _shift(z, 27)) * -7723592293110705685  # 0x94D049BB133111EB
+    return _shift(z ^ _shift(z, 31), 11).double() * 2.0**-53
+
+
+def _shift(z: torch.Tensor, count: int) -> torch.Tensor:
+    """Logical shift to the right; torch's own keeps the sign."""
+    return (z >> count) & ((1 << (64 - count)) - 1)

@@ -79,6 +79,8 @@ def _worker_bytes(step: Step, chunk: int, elements: int) -> int:
     block = grid.largest_block(step.view, elements)
     wide = max(DTYPES[s.dtype].bits // 8 for s in (*step.inputs, step.output))
     piece = max(chunk, block * wide)
+    if step.args.get("rounding"):  # sum, bound, both ends and what rounding them takes
+        return piece * (len(step.inputs) + 1) + block * (9 * 8 + 3 * wide)
     accumulator = 4 if step.output.dtype == "BF16" else 8
     return piece * (len(step.inputs) + 1) + block * (3 * accumulator + 2 * wide)
 
@@ -97,8 +99,33 @@ def step_bytes(step: Step) -> int:
         elif part.rows is not None:
             total += part.source.numel * 12
     if step.op == "subtract_and_factor":
-        rows, cols = step.view
-        experts = max(1, int(step.args.get("experts", 0)))
-        short = min(rows // experts, cols)
-        total += rows * cols * 8 + 40 * short**2 + 24 * (rows + cols) * int(step.args["rank"])
+        total += _factoring_bytes(step)
+    if step.op in ("residual_of_sum", "residual_of_copy"):
+        total += step.output.numel + step.output.nbytes  # its patch, should nothing compress
     return total
+
+
+def _factoring_bytes(step: Step) -> int:
+    """The difference in float32, and the larger of the ways to factor it.
+
+    With s the short side, l the long one and k the largest rank: 4·rows·cols for Δ; 2·rows·cols
+    for the exponents and 10·rows·cols of one matrix for the noise if the rank is ``auto``;
+    Lanczos 24·L·(s + l) + 40·L² with L = min(10·(k + 8), s), the Gram matrix 40·s² + 24·k·(s + l),
+    or the matrix itself times the identity 20·s·l.
+    """
+    rows, cols = step.view
+    experts = max(1, int(step.args.get("experts", 0)))
+    count = len(step.inputs) // 2 * experts
+    short, long = sorted((rows // experts, cols))
+    rule = step.args["rule"]
+    caps: list[int] = [c for c in (rule.get("rank"), rule.get("max_rank")) if c]
+    if step.args.get("auto") and not rule.get("max_rank"):
+        caps.append(257)
+    rank = min([short, *caps])
+    total = 4 * rows * cols * len(step.inputs) // 2
+    if step.args.get("auto"):
+        total += rows * cols * len(step.inputs) + 10 * short * long
+    space = min(10 * (rank + 8), short)
+    lanczos = 24 * space * (short + long) + 40 * space**2
+    gram = 40 * short**2 + 24 * rank * (short + long)
+    return int(total) + max(lanczos * count, gram, 20 * short * long if rank >= short else 0)

@@ -10,7 +10,7 @@ from typing import Any
 
 from loratool.adapter import Adapter, Replacement, Source, TensorRef
 from loratool.dtypes import DTYPES, numel
-from loratool.errors import MismatchError
+from loratool.errors import MismatchError, list_some
 from loratool.ops.bind import Bindings
 from loratool.plan import DeltaPart, Part, Plan, ReplacePart, ShardPlan, Step, TensorSpec
 from loratool.store.checkpoint import Checkpoint, Shard
@@ -61,6 +61,7 @@ def plan_merge(
     dtype: str | None = None,
     shard_bytes: int | None = None,
     file_metadata: Mapping[str, str] | None = None,
+    rounding: Mapping[str, Any] | None = None,
 ) -> MergePlan:
     """Plan W' = round(W + Σ weight·change) for every tensor of a checkpoint.
 
@@ -70,17 +71,24 @@ def plan_merge(
         dtype: safetensors name that every float tensor is cast to; None keeps each type.
         shard_bytes: largest shard; None keeps the base's shards.
         file_metadata: metadata added to the header of a single-file output.
+        rounding: how sums are rounded, as `loratool.engine.rounders` reads it; empty = nearest.
 
     Raises:
-        MismatchError: two adapters want different things of one tensor.
+        MismatchError: two adapters want different things of one tensor, or exact rounding of a
+            change that is no sum of products.
     """
+    how = dict(rounding or {})
+    if how.get("rounding") == "exact":
+        _require_sums(adapters)
     new_tensors, config_changes = _agreed(adapters)
     parts = _collect_parts(adapters, new_tensors)
     steps: dict[str, Step] = {}
     for name, ref in checkpoint.tensors.items():
-        steps[name] = _make_step(_file_name(name, ref, checkpoint), ref, parts.pop(name, []), dtype)
+        steps[name] = _make_step(
+            _file_name(name, ref, checkpoint), ref, parts.pop(name, []), dtype, how
+        )
     for name, source in new_tensors.items():
-        steps[name] = _make_step(name, checkpoint.tensors[source], parts.pop(name, []), dtype)
+        steps[name] = _make_step(name, checkpoint.tensors[source], parts.pop(name, []), dtype, how)
     if parts:
         raise AssertionError(f"parts without a tensor: {sorted(parts)}")
     if dtype is not None:
@@ -173,7 +181,24 @@ def _has_effect(part: Part) -> bool:
     return part.weight * part.spec.scaling != 0
 
 
-def _make_step(name: str, ref: TensorRef, parts: list[Part], dtype: str | None) -> Step:
+def _require_sums(adapters: Sequence[WeightedAdapter]) -> None:
+    """DoRA has a square root in it, PiSSA and its kin a decomposition of the base."""
+    other = [
+        f"{a.adapter.label}: {b.spec.name} ({b.spec.base_change or b.spec.kind})"
+        for a in adapters
+        for b in a.bindings.deltas
+        if not b.spec.is_additive
+    ]
+    if other:
+        raise MismatchError(
+            "LT-477", "exact rounding is for sums of products, and this change is none",
+            key=list_some(other), hint="leave --exact out",
+        )  # fmt: skip
+
+
+def _make_step(
+    name: str, ref: TensorRef, parts: list[Part], dtype: str | None, how: Mapping[str, Any]
+) -> Step:
     base: Source = ref
     target = dtype if dtype is not None and DTYPES[ref.dtype].is_mergeable else ref.dtype
     whole = [p for p in parts if isinstance(p, ReplacePart) and p.rows is None]
@@ -192,10 +217,13 @@ def _make_step(name: str, ref: TensorRef, parts: list[Part], dtype: str | None) 
             )
     if parts:
         inputs = (base, *(p.source for p in whole))
-        return Step("add_deltas", output, inputs, _view(base.shape, parts), tuple(parts))
+        view = _view(base.shape, parts)
+        return Step("add_deltas", output, inputs, view, tuple(parts), args=how)
     if base.dtype == target:
         return Step("copy", output, (base,), (1, base.nbytes))
-    return Step("cast", output, (base,), _view(base.shape, ()))
+    # A cast alone is never left to chance: only changes have something to lose.
+    exact = how if how.get("rounding") == "exact" else {}
+    return Step("cast", output, (base,), _view(base.shape, ()), args=exact)
 
 
 def _view(shape: tuple[int, ...], parts: Sequence[Part]) -> tuple[int, int]:

@@ -6,7 +6,13 @@ Shares and errors are fractions of 1, sizes are bytes, times are seconds.
 """
 
 from loratool.report.base import SCHEMA, Loads, Report, plain_json
-from loratool.report.extract import ExtractedFamily, ExtractedModule, ExtractReport, group_families
+from loratool.report.extract import (
+    ExtractedFamily,
+    ExtractedModule,
+    ExtractReport,
+    SavedResidual,
+    group_families,
+)
 from loratool.report.inspect import (
     AdapterSummary,
     CheckpointSummary,
@@ -16,7 +22,14 @@ from loratool.report.inspect import (
     TargetFamily,
     TensorRow,
 )
-from loratool.report.merge import MergeReport, ModuleLoss, TensorDifference, VerifyReport
+from loratool.report.merge import (
+    MergeReport,
+    ModuleLoss,
+    SubtractReport,
+    SwapReport,
+    TensorDifference,
+    VerifyReport,
+)
 
 __all__ = [
     "SCHEMA",
@@ -32,6 +45,9 @@ __all__ = [
     "ModuleLoss",
     "ReplacedTensor",
     "Report",
+    "SavedResidual",
+    "SubtractReport",
+    "SwapReport",
     "TargetFamily",
     "TensorDifference",
     "TensorRow",

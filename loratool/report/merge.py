@@ -62,6 +62,8 @@ class MergeReport(Report):
         tokenizer: where the tokenizer came from, None if there is none.
         dry_run: nothing was written.
         plan: the plan, with ``dry_run``.
+        undo: the undo file written along, None if none was asked for.
+        undo_bytes: its size.
     """
 
     command: ClassVar[str] = "merge"
@@ -90,6 +92,29 @@ class MergeReport(Report):
     tokenizer: str | None = None
     dry_run: bool = False
     plan: Mapping[str, Any] | None = None
+    undo: str | None = None
+    undo_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class SubtractReport(MergeReport):
+    """Result of `loratool.subtract`: as that of a merge, ``base`` being the merged weights.
+
+    Attributes:
+        restored: tensors that are the base's again, bit for bit (with an undo file).
+        corrected: elements of theirs that the undo file set right.
+    """
+
+    command: ClassVar[str] = "subtract"
+    restored: int = 0
+    corrected: int = 0
+
+
+@dataclass(frozen=True)
+class SwapReport(MergeReport):
+    """Result of `loratool.swap`: as that of a merge, ``base`` being the merged weights."""
+
+    command: ClassVar[str] = "swap"
 
 
 @dataclass(frozen=True)

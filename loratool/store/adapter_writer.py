@@ -17,7 +17,12 @@ from loratool.store.writer import MARKER, StagedOutput
 
 
 def write_adapter(
-    files: AdapterFiles, target: Path, *, record: Mapping[str, Any], force: bool = False
+    files: AdapterFiles,
+    target: Path,
+    *,
+    record: Mapping[str, Any],
+    force: bool = False,
+    output: StagedOutput | None = None,
 ) -> int:
     """Write an adapter folder, whole or not at all.
 
@@ -26,6 +31,7 @@ def write_adapter(
         target: folder to create.
         record: provenance, written as ``loratool.json``.
         force: replace an earlier loratool output.
+        output: staging area of ``target`` that the caller has opened; None = one of its own.
 
     Returns:
         Size of the tensor file in bytes.
@@ -35,7 +41,8 @@ def write_adapter(
     )
     size = len(header) + sum(s.nbytes for _, s in files.tensors)
     plan_id = hashlib.sha256(header + os.urandom(16)).hexdigest()  # never resumed
-    output = StagedOutput(target, is_folder=True, plan_id=plan_id, force=force, restart=True)
+    if output is None:
+        output = StagedOutput(target, is_folder=True, plan_id=plan_id, force=force, restart=True)
     with output, FileReader() as reader:
         writer = ShardWriter(output.create(files.tensor_file), header, size)
         try:

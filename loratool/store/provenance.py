@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+import json
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from loratool import __version__
+from loratool.adapter import Adapter, TensorRef
+from loratool.errors import LoratoolError
 from loratool.store.checkpoint import Checkpoint
+from loratool.store.jsonfile import load_json
 
 
 def file_id(path: Path) -> str:
@@ -17,20 +22,46 @@ def file_id(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def adapter_id(files: Sequence[Path]) -> dict[str, str]:
-    """sha256 of each of an adapter's files, by name."""
-    return {path.name: file_id(path) for path in files}
+def adapter_id(adapter: Adapter) -> dict[str, str]:
+    """sha256 of each of an adapter's files, by name: its tensors and its configuration."""
+    sources = [s for spec in adapter.specs for s in spec.fields.values()]
+    sources += [r.source for r in adapter.replacements]
+    files = {s.file for s in sources if isinstance(s, TensorRef)}
+    configs = {path.with_name("adapter_config.json") for path in files}
+    return {path.name: file_id(path) for path in sorted(files | configs) if path.is_file()}
 
 
-def checkpoint_id(checkpoint: Checkpoint) -> dict[str, Any]:
-    """sha256 of each shard's header and its size: what names, types and shapes it holds."""
-    return {
-        shard.name: {
+def checkpoint_id(checkpoint: Checkpoint, *, full: bool = False) -> dict[str, Any]:
+    """What tells each shard of a checkpoint apart from others, by name.
+
+    sha256 of the header (what names, types and shapes it holds) and the size; the content's
+    sha256 where the Hub's cache knows it (``lfs_oid``) or where ``full`` asks for reading it all.
+    """
+    found: dict[str, Any] = {}
+    for shard in checkpoint.shards:
+        row: dict[str, Any] = {
             "header_sha256": hashlib.sha256(shard.header).hexdigest(),
             "bytes": shard.path.stat().st_size,
         }
-        for shard in checkpoint.shards
-    }
+        blob = shard.path.resolve().name
+        if shard.path.is_symlink() and re.fullmatch(r"[0-9a-f]{64}", blob):
+            row["lfs_oid"] = blob
+        if full:
+            row["sha256"] = file_id(shard.path)
+        found[shard.name] = row
+    return found
+
+
+def read_record(checkpoint: Checkpoint) -> dict[str, Any] | None:
+    """The provenance that loratool left in a checkpoint, None if there is none to be read."""
+    try:
+        if checkpoint.is_folder:
+            path = checkpoint.path / "loratool.json"
+            return load_json(path) if path.is_file() else None
+        record = json.loads(checkpoint.shards[0].metadata["loratool"])
+    except (LoratoolError, KeyError, ValueError, RecursionError):
+        return None
+    return record if isinstance(record, dict) else None
 
 
 def provenance_of(

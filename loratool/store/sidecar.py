@@ -204,7 +204,7 @@ def _check_inside(path: Path, root: Path) -> None:
 
 def _left_behind(names: list[str]) -> list[str]:
     code = [n for n in names if n.endswith(".py")]
-    rest = [n for n in names if n not in code]
+    rest = [n for n in names if n not in code and n != "loratool.json"]  # each output has its own
     notes = []
     if code:
         notes.append(f"custom code is not copied: {list_some(code, 50)}")

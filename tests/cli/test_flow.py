@@ -18,7 +18,7 @@ MERGE_KEYS = {
     "schema", "command", "ok", "output", "adapters", "base", "base_label", "changed", "copied",
     "cast", "created", "skipped", "rule", "device", "device_reason", "dtype", "shards",
     "output_bytes", "peak_memory_bytes", "seconds", "modules", "total", "warnings", "notes",
-    "sidecars", "tokenizer", "dry_run", "plan",
+    "sidecars", "tokenizer", "dry_run", "plan", "undo", "undo_bytes",
 }  # fmt: skip
 
 
@@ -46,6 +46,21 @@ def test_merge_verify_extract(toy: Path, run: Run) -> None:
     done = run("extract", "tuned", "--base", "base", "--rank", "4", "-o", "lora")
     assert done.code == 0 and "energy" in done.out and "left out" in done.out
     assert run("inspect", "lora").code == 0
+
+
+def test_undo_subtract_swap(toy: Path, run: Run) -> None:
+    done = run("merge", "style:0.8", "--base", "base", "-o", "m", "--save-undo", "u.safetensors")
+    assert done.code == 0 and "undo      u.safetensors" in done.out, done.err
+    back = run("subtract", "style:0.8", "--from", "m", "--undo", "u.safetensors", "-o", "b")
+    assert back.code == 0 and "OUT OF merged weights: 0.8·style" in back.out
+    assert "14 tensors equal to the base in every bit" in back.out and "loss" not in back.out
+    plain = run("subtract", "style", "--from", "m", "-o", "p", "--json").json
+    assert plain["command"] == "subtract" and plain["restored"] == 0
+    assert plain["warnings"] == ["style was merged at weight 0.8, not 1"]
+    swapped = run("swap", "style:0.8", "sql:0.5", "--in", "m", "-o", "s", "--exact")
+    assert swapped.code == 0 and "0.8·style out, 0.5·sql in" in swapped.out
+    lacking = run("subtract", "style", "sql", "-o", "x")
+    assert lacking.code == 2 and "--from MERGED" in lacking.err
 
 
 def test_json_of_every_command(toy: Path, run: Run) -> None:

@@ -187,3 +187,35 @@ def test_vector_and_rows() -> None:
     assert torch.equal(out[1:5], W[1:5]) and torch.equal(out[6:], W[6:])
     half = vector.Rows((ROWS, COLS), index, values, 0.5)
     assert torch.allclose(by_blocks(half, W, 3, 5)[5], (W[5] + values[0]) / 2)
+
+
+def sums() -> dict[str, Delta]:
+    """Every kind that is a sum of products, coefficients kept apart."""
+
+    def low(m: int, n: int) -> Delta:
+        fields = {"lora_A": randn(RANK, n, seed=9).double(), "lora_B": randn(m, RANK, seed=10)}
+        part = DeltaPart(spec(), 0.7)
+        return lowrank.build(fields, part, coefficient=0.7, dtype=torch.float64, fold=False)
+
+    found: dict[str, Delta] = {"lowrank": low(ROWS, COLS)}
+    for name, (region, rows, cols) in REGIONS.items():
+        inner = low(*W[rows][:, cols].shape)
+        found[name] = Placed(inner, region, (ROWS, COLS), torch.device("cpu"))
+    index, values = torch.tensor([5, 0]), randn(2, COLS, seed=11).double()
+    found["token rows"] = vector.Rows((ROWS, COLS), index, values, 0.3)
+    return found
+
+
+@pytest.mark.parametrize("name", sums())
+def test_terms_add_up_to_the_change(name: str) -> None:
+    """What `--exact` sums, and its bound, against what `add_to` adds."""
+    delta = sums()[name]
+    rows, cols = (i.flatten() for i in torch.meshgrid(
+        torch.arange(ROWS), torch.arange(COLS), indexing="ij"))  # fmt: skip
+    change = delta.apply_to(W) - W
+    terms = delta.terms(rows, cols, W.flatten())
+    assert torch.allclose(terms.sum(1).view(ROWS, COLS), change, atol=1e-12)
+    size = torch.zeros(ROWS, COLS, dtype=torch.float64)
+    delta.add_size(size, W, 0, ROWS, 0, COLS)
+    assert bool((size >= terms.abs().sum(1).view(ROWS, COLS) * (1 - 1e-12)).all())
+    assert bool((size[change == 0] == 0).all())  # outside of a region nothing is in doubt

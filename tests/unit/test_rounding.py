@@ -4,22 +4,9 @@ import pytest
 import torch
 
 from loratool.linalg import rounding
-from tests.make import randn
+from tests.make import exact_round, randn
 
 TYPES = {torch.float16: (11, -14), torch.bfloat16: (8, -126)}
-
-
-def exact_round(value: Fraction, bits: int, min_exponent: int) -> Fraction:
-    """Round to nearest, ties to even, by the definition."""
-    if value == 0:
-        return Fraction(0)
-    exponent = min_exponent
-    while abs(value) >= Fraction(2) ** (exponent + 1):
-        exponent += 1
-    while exponent > min_exponent and abs(value) < Fraction(2) ** exponent:
-        exponent -= 1
-    unit = Fraction(2) ** (exponent - bits + 1)
-    return round(value / unit) * unit  # Python's round of a Fraction is half-to-even
 
 
 @pytest.mark.parametrize("target", TYPES)

@@ -116,8 +116,10 @@ def test_what_goes_along(base: Path) -> None:
         assert sidecar.source == base / name
         assert sidecar.origin == "base"
         assert sidecar.read() == (base / name).read_bytes()
-    for name in {*LEFT, "runs/"} - {"adapter_model.safetensors", "modeling_x.py", "config.py"}:
+    unsaid = {"adapter_model.safetensors", "modeling_x.py", "config.py", "loratool.json"}
+    for name in {*LEFT, "runs/"} - unsaid:
         assert name in notes
+    assert "loratool.json" not in notes  # the output has its own
     assert "custom code is not copied: config.py, modeling_x.py" in notes
     assert ".gitattributes" not in notes
 

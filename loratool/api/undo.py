@@ -1,0 +1,128 @@
+"""Undo files of a merge: written beside it, applied by `subtract`."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from loratool.api.common import Resources
+from loratool.api.merge_job import MergeJob
+from loratool.errors import MismatchError, UsageError
+from loratool.ops.inputs import guard_output
+from loratool.ops.undo import check_adapters, plan_patches, plan_restore, undo_table
+from loratool.store.provenance import file_id
+from loratool.store.sidecar import REMOVE, plan_sidecars
+from loratool.store.undo import Undo, plan_of
+
+
+def plan_identity(job: MergeJob, resources: Resources) -> str:
+    """What makes two runs write the same bytes: the plan and the kind of device."""
+    return f"{job.merge.plan.plan_id()} {resources.device.partition(':')[0]}"
+
+
+def check_undo(job: MergeJob, path: Path, *, dtype: str, force: bool) -> None:
+    """Refuse an undo file that could not be written, before the work.
+
+    Raises:
+        UsageError: the output has another type, or the name is not one of a file.
+        MismatchError: the merge replicates layers.
+        OutputError: the place is taken or lies in an input.
+        DiskError: the folder is missing or not writable.
+    """
+    from loratool.store.writer import check_output
+
+    if path.suffix != ".safetensors":
+        raise UsageError("LT-219", "an undo file is a .safetensors file", got=str(path),
+                         hint=f"--save-undo {path.with_suffix('.safetensors')}")  # fmt: skip
+    if dtype != "auto":
+        raise UsageError(
+            "LT-250", "--save-undo with --dtype would be as large as the base",
+            hint="keep the base itself",
+        )  # fmt: skip
+    if job.checkpoint is not job.base.checkpoint:
+        raise MismatchError("LT-454", "--save-undo does not apply where layers are replicated",
+                            file=job.base.checkpoint.path, hint="keep the base itself")  # fmt: skip
+    assert job.output is not None
+    sources = [job.base.resolved.path, *(a.resolved.path for a in job.adapters), job.output]
+    guard_output(path, sources)
+    check_output(path, is_folder=False, force=force or plan_of(path) is not None)
+
+
+def save_undo_file(
+    job: MergeJob, resources: Resources, sink: Any, path: Path, *, force: bool
+) -> None:
+    """Write the undo file of a merge whose shards are complete but not yet in place.
+
+    Args:
+        job: the merge.
+        resources: as the merge ran.
+        sink: its `loratool.engine.sink.CheckpointSink`.
+        path: file to write.
+        force: replace an earlier loratool output.
+    """
+    from loratool.engine.run import execute
+    from loratool.store.reader import FileReader
+    from loratool.store.undo import PatchSpool
+    from loratool.store.writer import StagedOutput
+
+    identity = plan_identity(job, resources)
+    merge, checkpoint = job.merge.plan, job.base.checkpoint
+    written = {i: sink.written(step) for i, step in enumerate(merge.steps)}
+    plan, created = plan_patches(merge, job.full_names, checkpoint, written)
+    # An undo file of this very merge is what an interrupted run left: it is made again.
+    replaces = force or plan_of(path) == identity
+    output = StagedOutput(path, is_folder=False, plan_id=identity, force=replaces, restart=True)
+    with output, FileReader() as reader:
+        spool = PatchSpool(output)
+        try:
+
+            def take(result: Any) -> Any:
+                spool.add(result.name, result.payload)
+                return replace(result, payload=b"")
+
+            results = execute(plan, reader, None, resources.run, take)
+            table = undo_table(
+                plan, identity, created, {r.name: r for r in results}, resources.run.elements,
+                [(a.adapter, a.weight) for a in job.adapters], _base_config(job),
+            )  # fmt: skip
+            spool.write(table, [s.output.name for s in plan.steps])
+        finally:
+            spool.close()
+        output.commit()
+
+
+def _base_config(job: MergeJob) -> dict[str, Any]:
+    """What the configuration said before the merge, by the keys that it changes."""
+    found: dict[str, Any] = {}
+    for key in job.merge.config_changes:
+        value: Any = job.base.checkpoint.config
+        for part in key.split("."):
+            value = value.get(part) if isinstance(value, dict) else None
+        found[key] = value
+    return found
+
+
+def restore_job(job: MergeJob, undo: Undo) -> MergeJob:
+    """Turn a subtraction into the exact restoration that an undo file allows.
+
+    Raises:
+        MismatchError: the undo file is for other adapters or other merged weights.
+        BadFileError: it is damaged.
+    """
+    check_adapters(undo, [(a.adapter, -a.weight) for a in job.adapters])
+    checkpoint = job.base.checkpoint
+    plan = plan_restore(job.merge.plan, job.full_names, checkpoint, undo)
+    config = {k: REMOVE if v is None else v for k, v in undo.table["config"].items()}
+    sidecars, notes = plan_sidecars(checkpoint, config_changes=config)
+    restored = tuple(s.output.name for s in plan.steps if s.op == "restore")
+    copied = tuple(s.output.name for s in plan.steps if s.op == "copy")
+    merge = replace(job.merge, plan=plan, changed=restored, copied=copied, cast=())
+    return replace(
+        job,
+        merge=merge,
+        record={**job.record, "options": {"undo": file_id(undo.path)}} if job.record else {},
+        sidecars=tuple(sidecars),
+        sidecar_notes=tuple(notes),
+        block_elements=int(undo.table["block_elements"]),
+    )

@@ -1,0 +1,53 @@
+"""``loratool swap``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from loratool.cli import merge as merging
+from loratool.cli import options as opt
+from loratool.cli.progress import show_progress
+from loratool.cli.render import safe
+from loratool.cli.voice import Voice, warning_lines
+
+
+@click.command(
+    cls=opt.Command,
+    name="swap",
+    short_help="Exchange one merged adapter for another, in one rounding.",
+    examples=("loratool swap ./style ./sql:0.8 --in ./merged -o ./switched",),
+)
+@click.argument("old", metavar="OLD[:W]")
+@click.argument("new", metavar="NEW[:W]")
+@opt.option("--in", "merged", required=True, metavar="MERGED", section="Input",
+            help="Weights that OLD was merged into.")  # fmt: skip
+@opt.option("-o", "--output", required=True, metavar="OUT", section="Output",
+            help="Folder to create (a .safetensors file if MERGED is one).")  # fmt: skip
+@opt.rounding
+@opt.writing
+@opt.names
+@opt.resources
+@opt.network
+@opt.general
+@opt.reading
+@opt.checkpoint_writing
+def command(old: str, new: str, merged: str, output: str, **options: Any) -> None:
+    """Take OLD out of MERGED and put NEW in: W'' = W' - ΔW_old + ΔW_new, rounded once.
+
+    Task switching (LoRA paper, section 4) in one pass over the weights.
+    """
+    from loratool import api
+
+    voice = Voice.take(options)
+    out, into = merging.terms([old], None, False), merging.terms([new], None, False)
+    voice.announce(f"Swapping IN merged weights: {out} out, {into} in, one rounding")
+    with show_progress(quiet=voice.quiet) as progress:
+        report = api.swap(old, new, merged=merged, output=output, progress=progress, **options)
+    result = [] if report.dry_run else [safe(report.output)]
+    voice.show(
+        report,
+        merging.render(report, voice),
+        result=[*warning_lines(report.warnings), *result],
+    )

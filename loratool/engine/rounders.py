@@ -1,0 +1,165 @@
+"""How the sum of a block becomes the output: nearest, exact or stochastic."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from loratool.delta.base import Delta
+from loratool.engine import grid
+from loratool.engine.kernel import INTEGERS, Env
+from loratool.linalg import rounding
+from loratool.linalg.exact import UNIT, product_terms, round_sums, round_where_decided
+
+_AT_ONCE = 1 << 14  # elements summed exactly in one go: bounds the memory of their terms
+
+
+class Nearest:
+    """Round the sum as it is.
+
+    Args:
+        target: type of the output.
+        env: the run's.
+
+    Attributes:
+        settled: block -> elements that needed an exact sum.
+    """
+
+    def __init__(self, target: torch.dtype, env: Env) -> None:
+        self.target = target
+        self.env = env
+        self.settled: dict[int, int] = {}
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type sums are formed in."""
+        return rounding.accumulation_dtype(self.target)
+
+    def round(
+        self, block: grid.Block, inputs: Sequence[torch.Tensor], acc: torch.Tensor,
+        out: torch.Tensor,
+    ) -> None:  # fmt: skip
+        """Fill ``out`` from the sum ``acc``; ``inputs`` are the block's inputs, base first."""
+        rounding.round_into(out, acc)
+        keep_zero_signs(out, inputs[0], acc)
+
+
+class Stochastic(Nearest):
+    """Round up or down by chance: small changes survive on average.
+
+    Args:
+        seed: of the whole run.
+        name: the tensor's; with the seed it makes the key.
+    """
+
+    def __init__(self, target: torch.dtype, env: Env, *, seed: int, name: str) -> None:
+        super().__init__(target, env)
+        digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
+        self._key = int.from_bytes(digest, "little", signed=True)
+
+    def round(
+        self, block: grid.Block, inputs: Sequence[torch.Tensor], acc: torch.Tensor,
+        out: torch.Tensor,
+    ) -> None:  # fmt: skip
+        """Fill ``out``."""
+        rounding.stochastic_into(out, acc, key=self._key, start=block.start)
+        keep_zero_signs(out, inputs[0], acc)
+
+
+class Exact(Nearest):
+    """The correctly rounded result: float64 where its error bound decides, else exact sums.
+
+    Attributes:
+        deltas: set before the first block; additive.
+        dense: (input position, weight) of whole replacements.
+    """
+
+    def __init__(self, target: torch.dtype, env: Env) -> None:
+        super().__init__(target, env)
+        self.deltas: Sequence[Delta] = ()
+        self.dense: Sequence[tuple[int, float]] = ()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Always float64."""
+        return torch.float64
+
+    def round(
+        self, block: grid.Block, inputs: Sequence[torch.Tensor], acc: torch.Tensor,
+        out: torch.Tensor,
+    ) -> None:  # fmt: skip
+        """Fill ``out``."""
+        take, shape, device = self.env.scratch.take, (acc.shape[0], acc.shape[1]), acc.device
+        error = take("error", shape, torch.float64, device)
+        lower = take("lower", shape, torch.float64, device)
+        other = take("other", shape, self.target, device)
+        self.bound(block, inputs, error, lower)
+        open_ = round_where_decided(out, acc, error, lower, other)
+        keep_zero_signs(out, inputs[0], acc)  # right where the bound is 0; the rest is open
+        open_ &= acc.isfinite()  # what is not finite is refused at the end
+        if bool(open_.any()):
+            self._settle(block, inputs, out, torch.nonzero(open_))
+
+    def bound(
+        self, block: grid.Block, inputs: Sequence[torch.Tensor], error: torch.Tensor,
+        work: torch.Tensor,
+    ) -> None:  # fmt: skip
+        """Fill ``error`` with a bound of |acc - exact sum|, ``work`` being scratch.
+
+        Every rounding on the way moves a partial sum by at most 2⁻⁵³ of Σ|terms|; 4 more are
+        for the interval's own ends, 1 % for second-order terms and the bound's own rounding.
+        """
+        count = 4
+        base = work.copy_(inputs[0])
+        torch.abs(base, out=error)
+        for position, weight in self.dense:
+            count += 3
+            error.add_((inputs[position].double().abs() + base.abs()) * abs(weight))
+        for delta in self.deltas:
+            count += delta.roundings + 1
+            delta.add_size(error, base, block.r0, block.r1, block.c0, block.c1)
+        error.mul_(1.01 * count * UNIT)
+
+    def _settle(
+        self, block: grid.Block, inputs: Sequence[torch.Tensor], out: torch.Tensor,
+        places: torch.Tensor,
+    ) -> None:  # fmt: skip
+        """Sum the elements at ``places`` (n, 2) of the block exactly."""
+        self.settled[block.index] = len(places)
+        for first in range(0, len(places), _AT_ONCE):
+            rows, cols = places[first : first + _AT_ONCE].T
+            values = [one[rows, cols].double().cpu() for one in inputs]
+            base = values[0]
+            at = (rows.cpu() + block.r0, cols.cpu() + block.c0)
+            terms = [base[:, None]]
+            for position, weight in self.dense:
+                pair = torch.stack([values[position], -base], dim=1)
+                terms.append(product_terms(pair, torch.full((1, 1), weight, dtype=torch.float64)))
+            terms += [delta.terms(*at, base) for delta in self.deltas]
+            sums, is_zero = round_sums(torch.cat(terms, dim=1), self.target)
+            keep = is_zero & (base == 0)  # a zero that stays zero keeps its sign
+            sums = torch.where(keep, base.to(self.target), sums)
+            out[rows, cols] = sums.to(out.device)
+
+
+def make_rounder(args: Mapping[str, Any], target: torch.dtype, env: Env, name: str) -> Nearest:
+    """The rounder that a step's ``args`` ask for: ``rounding`` (and ``seed``)."""
+    how = args.get("rounding", "nearest")
+    if how == "exact":
+        return Exact(target, env)
+    if how == "stochastic":
+        return Stochastic(target, env, seed=int(args["seed"]), name=name)
+    return Nearest(target, env)
+
+
+def keep_zero_signs(out: torch.Tensor, base: torch.Tensor, acc: torch.Tensor) -> None:
+    """Where the sum equals the base the base's bits stay; only -0 could have lost its sign."""
+    if out.dtype != base.dtype:
+        return
+    bits = INTEGERS[base.element_size()]
+    lowest = torch.iinfo(bits).min  # the bits of -0
+    if int(base.view(bits).min()) == lowest:
+        out.masked_fill_((base.view(bits) == lowest) & (acc == 0), -0.0)

@@ -1,0 +1,128 @@
+"""Sums that are rounded correctly: in float64 where its error bound decides, else exactly."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from loratool.errors import NumericError
+from loratool.linalg.rounding import round_into
+
+UNIT = 2.0**-53
+"""Largest relative error of one float64 operation."""
+
+_SPLITTER = 2.0**27 + 1  # Veltkamp: halves of at most 26 bits, whose products are exact
+_SMALLEST, _LARGEST = 2.0**-300, 2.0**300  # three such factors leave room for the split product
+_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def round_where_decided(
+    out: torch.Tensor,
+    approx: torch.Tensor,
+    error: torch.Tensor,
+    lower: torch.Tensor,
+    other: torch.Tensor,
+) -> torch.Tensor:
+    """Round sums that are known up to an error, and say where that is not enough.
+
+    Rounding is monotonic: if both ends of an interval round to the same number, so does all of it.
+
+    Args:
+        out: (m, n) of the target type; becomes RN(approx - error).
+        approx: (m, n) float64.
+        error: (m, n) float64, |exact - approx| < error; overwritten.  Must leave room for the
+            rounding of approx ± error, 2⁻⁵²·|approx|.
+        lower: (m, n) float64, scratch.
+        other: (m, n) like ``out``, scratch.
+
+    Returns:
+        (m, n) bool, True where the two ends round to different bits.
+    """
+    torch.sub(approx, error, out=lower)
+    round_into(out, lower)
+    round_into(other, error.add_(approx))
+    bits = _INTEGERS[out.element_size()]
+    return out.view(bits) != other.view(bits)
+
+
+def product_terms(*factors: torch.Tensor) -> torch.Tensor:
+    """Numbers whose exact sum is the exact product of the factors, element by element.
+
+    Args:
+        factors: broadcastable to (n, k), float64, at most three.
+
+    Returns:
+        (n, k') float64, k' <= 4k; terms that are all zero are left out.
+
+    Raises:
+        NumericError: a factor is outside of 2^±300, where a split product could underflow.
+
+    References:
+        Dekker 1971, "A floating-point technique for extending the available precision".
+    """
+    for factor in factors:
+        size = factor.abs()
+        if bool(((size > 0) & (size < _SMALLEST) | (size > _LARGEST)).any()):
+            raise NumericError(
+                "LT-820", "a factor is too large or too small for an exact product",
+                expected="0, or a size from 2^-300 to 2^300",
+            )  # fmt: skip
+    parts = [factors[0]]
+    for factor in factors[1:]:
+        parts = [term for part in parts for term in _two_product(part, factor)]
+        parts = [p for p in parts if bool(p.any())]
+    if not parts:
+        return torch.zeros(len(factors[0]), 0, dtype=torch.float64)
+    rows = max(len(p) for p in parts)
+    return torch.cat([p.expand(rows, -1) for p in parts], dim=1)
+
+
+def _two_product(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    product = a * b
+    a_high, a_low = _split(a)
+    b_high, b_low = _split(b)
+    rest = a_high * b_high - product
+    rest = rest + a_high * b_low + a_low * b_high + a_low * b_low
+    return product, rest
+
+
+def _split(a: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    scaled = _SPLITTER * a
+    high = scaled - (scaled - a)
+    return high, a - high
+
+
+def round_sums(terms: torch.Tensor, target: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Correctly rounded sums of each row, to nearest, ties to even.
+
+    Args:
+        terms: (n, k) float64, finite.
+        target: bfloat16, float16, float32 or float64.
+
+    Returns:
+        (n,) of the target type, and (n,) bool: the exact sum is zero.
+
+    Notes:
+        `math.fsum` is the exact sum rounded to float64; a second one gives the sign of what that
+        rounding left.  Rounded to odd, the float64 number rounds on correctly (53 >= 2·24 + 2).
+        About 0.1 µs per term.
+    """
+    sums = torch.empty(len(terms), dtype=torch.float64)
+    for i, row in enumerate(terms.tolist()):
+        nearest = math.fsum(row)
+        if target != torch.float64 and nearest:
+            row.append(-nearest)
+            nearest = _to_odd(nearest, math.fsum(row))
+        sums[i] = nearest
+    out = torch.empty(len(terms), dtype=target)
+    round_into(out, sums)
+    return out, sums == 0
+
+
+def _to_odd(nearest: float, rest: float) -> float:
+    """The odd neighbour of nearest + rest, where |rest| is at most half a step."""
+    mantissa = int(math.ldexp(math.frexp(nearest)[0], 53))
+    if rest == 0 or mantissa % 2:
+        return nearest
+    return math.nextafter(nearest, math.copysign(math.inf, rest))

@@ -1,0 +1,126 @@
+"""What a finished output says it was made from, found again on this machine."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from loratool.errors import LoratoolError, MismatchError, UsageError
+from loratool.store.checkpoint import Checkpoint
+from loratool.store.header import read_header
+from loratool.store.provenance import file_id, read_record
+
+_OPERATIONS = ("merge", "subtract", "swap")
+
+
+@dataclass(frozen=True)
+class Replay:
+    """An operation to repeat.
+
+    Attributes:
+        base: where the base is.
+        adapters: where the adapters are, in order.
+        weights: their coefficients, signs included.
+        options: resolved options that changed bytes, by their names in provenance.
+    """
+
+    base: str
+    adapters: tuple[str, ...]
+    weights: tuple[float, ...]
+    options: Mapping[str, Any]
+
+
+def recorded_options(output: Checkpoint) -> dict[str, Any]:
+    """Options that an output was made with; empty if it does not say."""
+    record = read_record(output)
+    if record is None or record.get("operation") not in _OPERATIONS:
+        return {}
+    options = record.get("options")
+    return dict(options) if isinstance(options, dict) else {}
+
+
+def find_replay(output: Checkpoint, *, base: str | None, roots: Sequence[Path]) -> Replay:
+    """Read an output's provenance and find its inputs, checked by content.
+
+    Args:
+        output: the output.
+        base: where the base is, None to look for it.
+        roots: folders to look in for inputs by their name.
+
+    Raises:
+        UsageError: there is no provenance to replay, or an input is not found.
+        MismatchError: what lies there is not what was used, or an undo file was.
+    """
+    record = read_record(output)
+    if record is None or record.get("operation") not in _OPERATIONS:
+        raise UsageError(
+            "LT-253", "this checkpoint does not say what it was made from", file=output.path,
+            expected="loratool.json of a merge", hint="name its inputs: --base and --adapter",
+        )  # fmt: skip
+    try:
+        rows = dict(record["inputs"])
+        options = dict(record["options"])
+        bases = {k: v for k, v in rows.items() if v.get("role") == "base"}
+        adapters = {k: v for k, v in rows.items() if k not in bases}
+        weights = tuple(float(v["weight"]) for v in adapters.values())
+        (base_name, base_row), *_ = bases.items()
+        if "undo" in options:
+            raise MismatchError(
+                "LT-457", "this was made with an undo file, which checked every tensor itself",
+                file=output.path, hint="subtract --undo again gives the same bytes",
+            )  # fmt: skip
+        found = tuple(_find(k, v, roots, "--adapter") for k, v in adapters.items())
+        return Replay(base or _find(base_name, base_row, roots, "--base"), found, weights, options)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise MismatchError(
+            "LT-458", "the provenance of this checkpoint is damaged", file=output.path,
+            got=f"{type(error).__name__}: {error}", hint="name its inputs: --base and --adapter",
+        ) from error  # fmt: skip
+
+
+def _find(name: str, row: Mapping[str, Any], roots: Sequence[Path], option: str) -> str:
+    if name.startswith("hf://"):
+        return name
+    plain = name.partition("#")[0]
+    if plain in ("", ".", "..") or "/" in plain or "\\" in plain:
+        raise ValueError("an input's name is a path")
+    places = [root / plain for root in roots if (root / plain).exists()]
+    others = []
+    for place in places:
+        wrong = _differing(place, row["files"])
+        if wrong is None:
+            return str(place)
+        others.append(f"{place} ({wrong})")
+    if others:
+        raise MismatchError(
+            "LT-459", f"{plain} is not what was used", file=others[0].partition(" (")[0],
+            got=others[0].partition(" (")[2].rstrip(")"), hint=f"{option} PATH names another",
+        )  # fmt: skip
+    raise UsageError(
+        "LT-254", f"cannot find {plain}, which this checkpoint was made from",
+        expected=f"{plain} in " + " or ".join(str(r) for r in roots), hint=f"{option} PATH",
+    )  # fmt: skip
+
+
+def _differing(place: Path, files: Mapping[str, Any]) -> str | None:
+    """The first file whose content is not the recorded one, None if all agree."""
+    for name, want in files.items():
+        path = place / name if place.is_dir() else place
+        if not path.is_file():
+            return f"no {name}"
+        try:
+            if isinstance(want, str):
+                same = file_id(path) == want
+            else:
+                head = hashlib.sha256(read_header(path).raw).hexdigest()
+                same = (head, path.stat().st_size) == (want["header_sha256"], want["bytes"])
+                if same and "sha256" in want:
+                    same = file_id(path) == want["sha256"]
+        except LoratoolError as error:
+            return error.what
+        if not same:
+            return f"{name} has another content"
+    return None

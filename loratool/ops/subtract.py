@@ -1,0 +1,107 @@
+"""What can be taken out of merged weights without the base, and what cannot."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from loratool.adapter import Adapter
+from loratool.errors import MismatchError, list_some
+from loratool.ops.merge import WeightedAdapter
+from loratool.store.provenance import adapter_id
+
+_WAY_OUT = "subtract --undo FILE (from merge --save-undo), or merge the others into the base again"
+
+
+def require_reversible(adapters: Sequence[WeightedAdapter]) -> tuple[WeightedAdapter, ...]:
+    """Adapters whose whole change can be subtracted.
+
+    Raises:
+        MismatchError: a change depends on the base, or replaced what the base had.
+    """
+    for one in adapters:
+        _require_sums(one)
+        lost = [b.target for b in one.bindings.replacements]
+        if lost:
+            raise MismatchError(
+                "LT-456", "what a replacement tensor replaced is not in the merged weights",
+                file=one.adapter.path, key=list_some(lost), hint=_WAY_OUT,
+            )  # fmt: skip
+    return tuple(adapters)
+
+
+def require_swappable(adapters: Sequence[WeightedAdapter]) -> tuple[WeightedAdapter, ...]:
+    """(old, new): what old replaced must be replaced by new, whole; old's part then falls away.
+
+    Raises:
+        MismatchError: a change depends on the base, or a tensor would stay the old adapter's.
+    """
+    old, new = adapters
+    _require_sums(old)
+    _require_sums(new)
+    whole = {b.target for b in new.bindings.replacements
+             if b.replacement.rows is None and new.weight == 1}  # fmt: skip
+    lost = [b.target for b in old.bindings.replacements if b.target not in whole]
+    if lost:
+        raise MismatchError(
+            "LT-456", "what a replacement tensor replaced is not in the merged weights",
+            file=old.adapter.path, key=list_some(lost), hint=_WAY_OUT,
+        )  # fmt: skip
+    return without_replacements([old])[0], new
+
+
+def without_replacements(adapters: Sequence[WeightedAdapter]) -> tuple[WeightedAdapter, ...]:
+    """The same adapters, their replacement tensors left out."""
+    return tuple(replace(a, bindings=replace(a.bindings, replacements=())) for a in adapters)
+
+
+def _require_sums(one: WeightedAdapter) -> None:
+    other = [f"{b.spec.name} ({b.spec.base_change or b.spec.kind})"
+             for b in one.bindings.deltas if not b.spec.is_additive]  # fmt: skip
+    if other:
+        raise MismatchError(
+            "LT-455", "this change depends on the base, which the merged weights no longer show",
+            file=one.adapter.path, key=list_some(other), hint=_WAY_OUT,
+        )  # fmt: skip
+
+
+def compare_with_record(
+    record: Mapping[str, Any] | None, adapters: Iterable[tuple[Adapter, float]]
+) -> tuple[list[str], list[str]]:
+    """What the merged weights' provenance says about taking adapters out.
+
+    Args:
+        record: provenance, None if there is none.
+        adapters: taken out, with the weights at which they were put in.
+
+    Returns:
+        Warnings and notes.
+    """
+    inputs = (record or {}).get("inputs")
+    if record is None or record.get("operation") != "merge" or not isinstance(inputs, dict):
+        return [], ["the merged weights do not say what was merged into them"]
+    rows = {label: row for label, row in inputs.items() if isinstance(row, dict)}
+    warnings, listed = [], set()
+    for adapter, weight in adapters:
+        mine = {v for k, v in adapter_id(adapter).items() if k.endswith(".safetensors")}
+        label = next((k for k, row in rows.items() if mine & _files(row)), None)
+        if label is None:
+            warnings.append(f"{adapter.label} is not among what was merged: {list_some(rows)}")
+            continue
+        listed.add(label)
+        merged = rows[label].get("weight")
+        if merged != weight:
+            warnings.append(f"{label} was merged at weight {merged}, not {weight:g}")
+    base = next((k for k, row in rows.items() if row.get("role") == "base"), None)
+    notes = []
+    if base is not None and not warnings:
+        others = [k for k in rows if k not in listed and k != base]
+        way = f"merging {list_some(others)} into {base}" if others else f"{base} itself"
+        notes.append(f"{way} is exact; this leaves the rounding of the merge in")
+    return warnings, notes
+
+
+def _files(row: Mapping[str, Any]) -> set[str]:
+    files = row.get("files")
+    return {v for v in files.values() if isinstance(v, str)} if isinstance(files, dict) else set()

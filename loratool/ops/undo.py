@@ -1,0 +1,211 @@
+"""Plan undo patches: what to predict each base tensor from, and how to put it back.
+
+The table of an undo file::
+
+    plan            identity of the merge's plan
+    block_elements  block size of the digests' grid
+    adapters        [{"weight", "files": name -> sha256}] in order
+    config          dotted key of config.json -> value in the base, null = absent
+    tensors         name -> {"from", "dtype", "shape", "view", "base", "merged"}
+    created         tensors that the base has not
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from loratool.adapter import Adapter, TensorRef
+from loratool.errors import BadFileError, MismatchError
+from loratool.plan import DeltaPart, Part, Plan, ShardPlan, Step, TensorSpec
+from loratool.store.checkpoint import Checkpoint
+from loratool.store.provenance import adapter_id
+from loratool.store.undo import Undo
+
+_ARGS = {"rounding": "exact"}
+
+
+def plan_patches(
+    merge: Plan, names: Mapping[int, str], base: Checkpoint, merged: Mapping[int, TensorRef]
+) -> tuple[Plan, tuple[str, ...]]:
+    """Plan the patches of a merge: one step per base tensor that it changes.
+
+    Args:
+        merge: the merge's plan.
+        names: position of a step -> checkpoint-wide name of its tensor.
+        base: the base.
+        merged: position of a step -> where its output lies.
+
+    Returns:
+        The plan, and the tensors that the merge creates.
+    """
+    steps: list[Step] = []
+    created: list[str] = []
+    for index, step in enumerate(merge.steps):
+        name = names[index]
+        ref = base.tensors.get(name)
+        if ref is None:
+            created.append(name)
+        elif step.op != "copy" or step.inputs[0] != ref:
+            steps.append(_patch_step(step, name, ref, merged[index]))
+    return Plan("save-undo", tuple(steps)), tuple(created)
+
+
+def _patch_step(step: Step, name: str, base: TensorRef, merged: TensorRef) -> Step:
+    output = TensorSpec(name, base.dtype, base.shape)
+    alike = (merged.dtype, merged.shape) == (base.dtype, base.shape)
+    if alike and step.inputs == (base,) and all(_is_sum(p) for p in step.parts):
+        parts = _taken_out(step.parts)
+        return Step("make_patch", output, (merged, base), step.view, parts, -1,
+                    {**_ARGS, "from": "sum"})  # fmt: skip
+    view = (1, base.numel)
+    if alike:
+        return Step("make_patch", output, (merged, base), view, args={"from": "same"})
+    return Step("make_patch", output, (base,), view, args={"from": "nothing"})
+
+
+def _is_sum(part: Part) -> bool:
+    return isinstance(part, DeltaPart) and part.spec.is_additive
+
+
+def _taken_out(parts: Sequence[Part]) -> tuple[Part, ...]:
+    return tuple(replace(p, weight=-p.weight) for p in parts)
+
+
+def undo_table(
+    plan: Plan, merge_id: str, created: Sequence[str], results: Mapping[str, Any], elements: int,
+    adapters: Sequence[tuple[Adapter, float]], config: Mapping[str, Any],
+) -> dict[str, Any]:  # fmt: skip
+    """The table of an undo file (see the module).
+
+    Args:
+        plan: of `plan_patches`.
+        merge_id: identity of the merge's plan.
+        created: tensors that the base has not.
+        results: tensor -> `loratool.engine.undoing.PatchResult`.
+        elements: block size of the grid that the digests were taken on.
+        adapters: merged, with weights.
+        config: dotted key -> value in the base's config.json, None = absent.
+    """
+    return {
+        "plan": merge_id,
+        "block_elements": elements,
+        "adapters": [{"weight": w, "files": adapter_id(a)} for a, w in adapters],
+        "config": dict(config),
+        "created": sorted(created),
+        "tensors": {
+            s.output.name: {
+                "from": s.args["from"],
+                "dtype": s.output.dtype,
+                "shape": list(s.output.shape),
+                "view": list(s.view),
+                "base": results[s.output.name].base,
+                "merged": results[s.output.name].merged,
+            }
+            for s in plan.steps
+        },
+    }
+
+
+def check_adapters(undo: Undo, adapters: Sequence[tuple[Adapter, float]]) -> None:
+    """Refuse other adapters or weights than those that were merged.
+
+    Raises:
+        MismatchError: they differ.
+    """
+
+    def identity(files: Mapping[str, str], weight: float) -> tuple[Any, ...]:
+        return (*sorted(v for k, v in files.items() if k.endswith(".safetensors")), weight)
+
+    want = sorted(identity(a["files"], a["weight"]) for a in undo.table["adapters"])
+    given = sorted(identity(adapter_id(a), w) for a, w in adapters)
+    if want != given:
+        raise MismatchError(
+            "LT-452", "the undo file was made for other adapters or weights", file=undo.path,
+            expected=", ".join(_words(w) for w in want), got=", ".join(_words(g) for g in given),
+        )  # fmt: skip
+
+
+def _words(identity: tuple[Any, ...]) -> str:
+    *files, weight = identity
+    return "+".join(f[:12] for f in files) + f":{weight:g}"
+
+
+def plan_restore(subtract: Plan, names: Mapping[int, str], merged: Checkpoint, undo: Undo) -> Plan:
+    """Turn a plan that takes adapters out into one that gives the base back bit for bit.
+
+    Args:
+        subtract: plan of the subtraction; its steps know the deltas of each tensor.
+        names: position of a step -> checkpoint-wide name of its tensor.
+        merged: what it reads.
+        undo: patches and table.
+
+    Raises:
+        MismatchError: the undo file is for other tensors.
+        BadFileError: its table is damaged.
+    """
+    table: Mapping[str, Mapping[str, Any]] = undo.table["tensors"]
+    created = set(undo.table["created"])
+    missing = sorted(set(table) - set(names.values()))
+    if missing:
+        raise MismatchError(
+            "LT-453", "the merged checkpoint lacks tensors that the undo file restores",
+            file=merged.path, key=missing[0], got=f"{len(missing)} missing",
+        )  # fmt: skip
+    steps = []
+    for index, step in enumerate(subtract.steps):
+        name = names[index]
+        if name in created:
+            continue
+        row = table.get(name)
+        if row is not None:
+            steps.append(_restore_step(step, merged.tensors[name], row, undo, name))
+        elif step.op == "copy":
+            steps.append(step)
+        else:
+            raise MismatchError(
+                "LT-453", "the undo file has no patch for a tensor that the adapters change",
+                file=undo.path, key=name,
+            )  # fmt: skip
+    left = {(s.shard, s.output.name) for s in steps}
+    outputs = {(s.shard, s.output.name): s.output for s in steps}
+    shards = tuple(_reshape(s, i, left, outputs) for i, s in enumerate(subtract.shards))
+    return replace(subtract, steps=tuple(steps), shards=shards)
+
+
+def _restore_step(
+    step: Step, merged: TensorRef, row: Mapping[str, Any], undo: Undo, name: str
+) -> Step:
+    try:
+        how, dtype, shape = row["from"], row["dtype"], tuple(row["shape"])
+        view = (int(row["view"][0]), int(row["view"][1]))
+        args = {"from": how, "patch": undo.patches[name], "base": row["base"],
+                "merged": row["merged"]}  # fmt: skip
+        output = TensorSpec(step.output.name, dtype, shape)
+        sound = view[0] * view[1] == output.numel and how in ("sum", "same", "nothing")
+    except (KeyError, TypeError, ValueError, IndexError) as error:
+        raise BadFileError("LT-328", "damaged undo file", file=undo.path, key=name) from error
+    if how != "nothing":
+        sound &= (merged.dtype, merged.shape) == (dtype, shape)
+    if how == "sum":
+        sound &= view == step.view and step.inputs == (merged,)
+    if not sound:
+        raise MismatchError(
+            "LT-453", "the undo file is for a tensor of another form", file=undo.path, key=name,
+            expected=f"{row['dtype']} {row['shape']}", got=f"{merged.dtype} {list(merged.shape)}",
+        )  # fmt: skip
+    if how == "sum":
+        return replace(step, op="restore", output=output, args={**_ARGS, **args})
+    inputs = () if how == "nothing" else (merged,)
+    return Step("restore", output, inputs, view, shard=step.shard, args=args)
+
+
+def _reshape(
+    shard: ShardPlan, index: int, left: set[tuple[int, str]],
+    outputs: Mapping[tuple[int, str], TensorSpec],
+) -> ShardPlan:  # fmt: skip
+    tensors = tuple(outputs[index, t.name] for t in shard.tensors if (index, t.name) in left)
+    if tensors == shard.tensors:
+        return shard
+    return replace(shard, tensors=tensors, header=None, twin=None)

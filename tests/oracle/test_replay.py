@@ -1,0 +1,135 @@
+"""`verify OUT`: an output is checked by what its own provenance says."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+import loratool as lt
+from tests.make import randn, random_factors, save_adapter, save_checkpoint
+
+SHAPES = {"a.q": (300, 200), "a.up": (64, 300)}
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with base, style and sql; the working folder is another one."""
+    tensors = {f"{n}.weight": randn(*s, seed=i, scale=0.02).bfloat16()
+               for i, (n, s) in enumerate(SHAPES.items())}  # fmt: skip
+    save_checkpoint(tmp_path / "base", tensors, shards=2)
+    for k, name in enumerate(("style", "sql")):
+        save_adapter(tmp_path / name, random_factors(SHAPES, rank=4, seed=k, scale=0.05))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    return tmp_path
+
+
+def merge(place: Path, **options: object) -> Path:
+    texts = [f"{place / 'style'}:0.8", str(place / "sql")]
+    lt.merge(texts, base=place / "base", output=place / "m", **options)  # type: ignore[arg-type]
+    return place / "m"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"exact": True},
+        {"rounding": "stochastic", "seed": 11},
+        {"dtype": "float16"},
+        {"mean": True},
+        {"skip": ["q"]},
+        {"shard_size": "50KB"},
+        {"checksum": True},
+    ],
+    ids=str,
+)
+def test_everything_that_changed_bytes_is_repeated(options: dict, place: Path) -> None:  # type: ignore[type-arg]
+    report = lt.verify(merge(place, **options))
+    assert report.verdict == "identical" and report.tensors == 2
+
+
+def test_rounding_is_taken_from_the_record_when_inputs_are_named(place: Path) -> None:
+    out = merge(place, rounding="stochastic", seed=3)
+    texts = [f"{place / 'style'}:0.8", str(place / "sql")]
+    assert lt.verify(out, base=place / "base", adapters=texts).verdict == "identical"
+    (out / "loratool.json").write_text("{}")
+    assert lt.verify(out, base=place / "base", adapters=texts).verdict != "identical"
+
+
+def test_subtractions_and_swaps_too(place: Path) -> None:
+    out = merge(place)
+    lt.subtract([f"{place / 'style'}:0.8"], merged=out, output=place / "s")
+    lt.swap(f"{place / 'style'}:0.8", str(place / "sql"), merged=out, output=place / "w")
+    assert lt.verify(place / "s").verdict == lt.verify(place / "w").verdict == "identical"
+
+
+def refused(code: int, call: Path, **options: object) -> lt.LoratoolError:
+    with pytest.raises(lt.LoratoolError) as caught:
+        lt.verify(call, **options)  # type: ignore[arg-type]
+    assert caught.value.exit_code == code, caught.value
+    return caught.value
+
+
+def test_inputs_are_checked_by_content(place: Path) -> None:
+    out = merge(place, checksum=True)
+    shutil.move(place / "sql", place / "kept")
+    assert "sql" in refused(2, out).what
+    shutil.copytree(place / "style", place / "sql")
+    assert "adapter_model.safetensors" in str(refused(4, out).got)
+    shutil.rmtree(place / "sql")
+    shutil.move(place / "kept", place / "sql")
+    shard = min((place / "base").glob("*.safetensors"))
+    data = bytearray(shard.read_bytes())
+    data[-1] ^= 1
+    shard.write_bytes(bytes(data))
+    assert shard.name in str(refused(4, out).got)
+
+
+def test_no_record_nothing_to_replay(place: Path) -> None:
+    out = merge(place, provenance=False)
+    assert "--base" in str(refused(2, out).hint)
+    assert "--base" in str(refused(2, place / "base").hint)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"operation": "merge"}',
+        '{"operation": "merge", "inputs": [], "options": {}}',
+        '{"operation": "merge", "inputs": {"../x": {"weight": 1, "files": {}}}, "options": {}}',
+        '{"operation": "merge", "inputs": {"style": 3}, "options": {}}',
+    ],
+)
+def test_a_damaged_record_is_named(text: str, place: Path) -> None:
+    out = merge(place)
+    (out / "loratool.json").write_text(text)
+    refused(4, out)
+
+
+def test_names_in_a_record_are_no_paths(place: Path) -> None:
+    out = merge(place)
+    path = out / "loratool.json"
+    record = json.loads(path.read_text())
+    record["inputs"]["../" + place.name + "/style"] = record["inputs"].pop("style")
+    path.write_text(json.dumps(record))
+    refused(4, out)
+
+
+def test_records_hold_no_paths_dates_or_threads(place: Path) -> None:
+    out = merge(place, threads=3)
+    text = (out / "loratool.json").read_text()
+    assert str(place) not in text and "threads" not in text and "202" not in json.dumps(
+        {k: v for k, v in json.loads(text).items() if k != "inputs"}
+    )  # fmt: skip
+
+
+def test_restored_weights_are_not_replayed(place: Path) -> None:
+    style = f"{place / 'style'}:0.8"
+    lt.merge([style], base=place / "base", output=place / "m",
+             save_undo=place / "u.safetensors")  # fmt: skip
+    lt.subtract([style], merged=place / "m", output=place / "b", undo=place / "u.safetensors")
+    assert "undo" in refused(4, place / "b").what
