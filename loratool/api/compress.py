@@ -13,7 +13,7 @@ from loratool.adapter import Adapter, AdapterFiles, ReadOptions
 from loratool.api.common import Resources, option_values, parse_size, plan_resources
 from loratool.dialects import open_adapter, write_adapter_files
 from loratool.errors import UsageError
-from loratool.ops.compress import CompressPlan, at_full_rank, names_of, plan_compress, rebuild
+from loratool.ops.compress import CompressPlan, at_ranks, names_of, plan_compress, rebuild
 from loratool.ops.compress_options import rank_rule
 from loratool.ops.inputs import guard_output
 from loratool.ops.loads import judge_loads
@@ -29,7 +29,7 @@ from loratool.store.source import Resolved, find_adapter, resolve
 from loratool.store.writer import check_output
 
 if TYPE_CHECKING:
-    from loratool.engine.compressing import Factored
+    from loratool.engine.compressing import Factored, Spectrum
     from loratool.engine.run import Progress
 
 
@@ -237,7 +237,7 @@ def _ranks(
     dtypes: Sequence[str],
 ) -> list[int]:
     """One rank per spec: what the rule asks of any module of its group, then the budget."""
-    from loratool.engine.compressing import choose_group_ranks, spend
+    from loratool.engine.compressing import choose_group_ranks
 
     floors = [g.floor for g in plan.groups]
     if all(float(s.sigma.sum()) == 0 for s in spectra):
@@ -245,22 +245,65 @@ def _ranks(
     groups = [[spectra[i] for i in g.specs] for g in plan.groups]
     chosen = choose_group_ranks(groups, rule, floors)
     if limit is not None:
-        factors = sum(s.nbytes for spec in plan.specs for s in spec.fields.values())
-        whole = write_adapter_files(at_full_rank(plan), "peft", base_tensors=names_of(plan.adapter))
-        fixed = file_bytes(whole) - factors
-        costs = [sum(plan.bytes_per_rank(i, dtypes) for i in g.specs) for g in plan.groups]
-        least = fixed + sum(c * f for c, f in zip(costs, floors, strict=True))
-        if least > limit:
-            raise UsageError(
-                "LT-248", "--size is less than what is stored whole", file=plan.adapter.path,
-                expected=f"{least} bytes or more", got=limit,
-            )  # fmt: skip
-        chosen = spend(groups, costs, limit - fixed, chosen, floors)
-    ranks = [0] * len(plan.specs)
-    for group, rank in zip(plan.groups, chosen, strict=True):
+        chosen = _within(plan, groups, limit, chosen, floors, dtypes)
+    return _per_spec(plan, chosen)
+
+
+def _within(
+    plan: CompressPlan,
+    groups: Sequence[Sequence[Spectrum]],
+    limit: int,
+    caps: Sequence[int],
+    floors: Sequence[int],
+    dtypes: Sequence[str],
+) -> list[int]:
+    """Ranks of the groups whose file fits the limit and keeps the most energy.
+
+    A header's length depends on the ranks in it: the budget starts as if the header were the
+    shortest one and shrinks by what the file is too large.
+    """
+    from loratool.engine.compressing import kept_energy, spend
+
+    def size_at(ranks: Sequence[int]) -> int:
+        adapter = at_ranks(plan, _per_spec(plan, ranks), dtypes)
+        files = write_adapter_files(adapter, "peft", base_tensors=names_of(plan.adapter))
+        return file_bytes(files)
+
+    costs = [sum(plan.bytes_per_rank(i, dtypes) for i in g.specs) for g in plan.groups]
+    least = size_at(_one_at_least(floors))
+    if least > limit:
+        raise UsageError(
+            "LT-248", "--size is less than what is stored whole", file=plan.adapter.path,
+            expected=f"{least} bytes or more", got=limit,
+        )  # fmt: skip
+    budget = limit - least + sum(c * f for c, f in zip(costs, _one_at_least(floors), strict=True))
+    while True:
+        found = _one_at_least(spend(groups, costs, budget, caps, floors))
+        excess = size_at(found) - limit
+        if excess <= 0:
+            break
+        budget -= excess
+    even = [found]
+    for rank in range(1, max(caps) + 1):  # equal ranks may have the shorter header
+        ranks = [max(f, min(rank, c)) for c, f in zip(caps, floors, strict=True)]
+        if size_at(ranks) > limit:
+            break
+        even = [found, ranks]
+    return max(even, key=lambda ranks: kept_energy(groups, ranks))
+
+
+def _one_at_least(ranks: Sequence[int]) -> list[int]:
+    """PEFT needs one module at least."""
+    return list(ranks) if any(ranks) else [1, *ranks[1:]]
+
+
+def _per_spec(plan: CompressPlan, ranks: Sequence[int]) -> list[int]:
+    """Ranks of the groups -> ranks of their members."""
+    found = [0] * len(plan.specs)
+    for group, rank in zip(plan.groups, ranks, strict=True):
         for i in group.specs:
-            ranks[i] = rank
-    return ranks
+            found[i] = rank
+    return found
 
 
 def file_bytes(files: AdapterFiles) -> int:

@@ -19,9 +19,9 @@ from loratool.linalg.rounding import round_into
 from loratool.plan import DeltaPart, Step
 
 _LARGEST_FP16 = 65504.0
-_COARSE = 4.0
-"""Rounding errors of this many times a type's eps mean that values fell into its subnormals:
-one rounding of each factor gives 2·eps/2 at most, see docs/exactness.md."""
+_ROUNDED = 1.01 * 2.0**-10
+"""Relative error of a product whose factors were rounded to normal float16 numbers: 2u + u² at
+most, u = 2⁻¹¹ (docs/exactness.md).  More means that values fell below 2⁻¹⁴ and lost digits."""
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,7 @@ def _store(
         moved += gain**2 * step[0]
         kept += float(svd.S[:rank].square().sum())
         out.append(rounded)
-    if target == torch.float16 and moved > (_COARSE * 2.0**-11) ** 2 * kept:
+    if target == torch.float16 and moved > _ROUNDED**2 * kept:
         return None, 0.0
     return out, max(0.0, residual)
 
@@ -274,3 +274,12 @@ def spend(
     budget -= sum(c * f for c, f in zip(costs, floors, strict=True))
     more = allocate_ranks(squares, costs, budget)
     return [f + k for f, k in zip(floors, more, strict=True)]
+
+
+def kept_energy(groups: Sequence[Sequence[Spectrum]], ranks: Sequence[int]) -> float:
+    """Σσ² that ranks keep, over all members of all groups."""
+    return sum(
+        float(one.sigma[:, :rank].square().sum())
+        for group, rank in zip(groups, ranks, strict=True)
+        for one in group
+    )

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from loratool.adapter import Adapter, DeltaSpec
+from loratool.adapter import Adapter, DeltaSpec, Source, TensorData
 from loratool.dialects import unmergeable_reason
-from loratool.dtypes import DTYPES
+from loratool.dtypes import tensor_bytes
 from loratool.errors import MismatchError, list_some
 from loratool.ops.assemble import routed_weights
 from loratool.plan import DeltaPart, Plan, Step, TensorSpec
@@ -55,11 +55,18 @@ class CompressPlan:
         """Some ranks depend on more than one delta, or have a floor."""
         return any(len(g.specs) > 1 or g.floor for g in self.groups)
 
-    def bytes_per_rank(self, index: int, dtypes: Sequence[str] | None = None) -> int:
-        """What one rank of a delta takes in the file."""
+    def factor_shapes(self, index: int, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Shapes of lora_A and lora_B at a rank; block-diagonal factors are written out."""
         spec = self.specs[index]
-        elements = sum(_dense_elements(spec, role) for role in ("lora_A", "lora_B"))
-        return elements * DTYPES[(dtypes or self.dtypes)[index]].bits // 8
+        lora_A, lora_B = spec.fields["lora_A"].shape, spec.fields["lora_B"].shape
+        inner, rows = lora_A[1], rank * max(1, spec.experts)
+        if spec.blocks is not None and spec.blocks[1] == "A":
+            inner *= spec.blocks[0]
+        return (rows, inner, *lora_A[2:]), (lora_B[0], rows, *lora_B[2:])
+
+    def bytes_per_rank(self, index: int, dtypes: Sequence[str]) -> int:
+        """What one rank of a delta takes in the file."""
+        return sum(tensor_bytes(dtypes[index], s) for s in self.factor_shapes(index, 1))
 
     def steps(self, op: str, args: Sequence[Mapping[str, Any]]) -> Plan:
         """One step per delta; ``args[i]`` are those of ``specs[i]``."""
@@ -149,16 +156,27 @@ def rebuild(plan: CompressPlan, results: Sequence[Any]) -> tuple[Adapter, list[s
     return dataclasses.replace(plan.adapter, specs=specs, unclaimed=()), dropped
 
 
-def at_full_rank(plan: CompressPlan) -> Adapter:
-    """An adapter that is written anew with a header no shorter than that of any lower ranks."""
-    gains = dict(zip((s.name for s in plan.specs), plan.gains, strict=True))
-    specs = tuple(
-        dataclasses.replace(
-            s, alpha=None, scaling=gains.get(s.name, 1.0), blocks=None, b_order="rank-major"
-        )
-        for s in plan.adapter.specs
-    )
-    return dataclasses.replace(plan.adapter, specs=specs, dialect="new")
+def at_ranks(plan: CompressPlan, ranks: Sequence[int], dtypes: Sequence[str]) -> Adapter:
+    """The adapter at these ranks without its bytes: to see how large its file would be."""
+    blank = []
+    for index, (spec, rank) in enumerate(zip(plan.specs, ranks, strict=True)):
+        if rank == 0 or (rank >= spec.rank and not plan.factor_args(index)["must_rewrite"]):
+            blank.append(_Blank(min(rank, spec.rank), None))
+            continue
+        shapes = plan.factor_shapes(index, rank)
+        lora_A, lora_B = (TensorData(spec.name, dtypes[index], shape, b"") for shape in shapes)
+        bias = plan.biases.get(spec.module)
+        blank.append(_Blank(rank, (lora_A, lora_B), bias.fields["delta"] if bias else None))
+    return rebuild(plan, blank)[0]
+
+
+@dataclass(frozen=True)
+class _Blank:
+    """The parts of a `Factored` that `rebuild` looks at."""
+
+    rank: int
+    factors: tuple[TensorData, TensorData] | None
+    bias: Source | None = None
 
 
 def names_of(adapter: Adapter) -> list[str]:
@@ -219,10 +237,3 @@ def _storage_dtype(spec: DeltaSpec) -> str:
         (only,) = dtypes
         return only if only in ("BF16", "F16", "F32", "F64") else "F32"
     return "F64" if "F64" in dtypes else "F32"
-
-
-def _dense_elements(spec: DeltaSpec, role: str) -> int:
-    """Elements of one rank of a factor; blocks of a block-diagonal one are written out."""
-    source = spec.fields[role]
-    count = source.numel // spec.rank
-    return count * spec.blocks[0] if spec.blocks and spec.blocks[1] == role[-1] else count
