@@ -47,8 +47,8 @@ SYNONYMS = {
 
 LATER_OPTIONS = frozenset(
     (
-        "--base", "--blocks", "--csv", "--dequantize", "--for", "--method", "--module-weights",
-        "--param", "--plot", "--rank", "--requant", "--risk", "--simulate-quant", "--spectrum",
+        "--base", "--blocks", "--dequantize", "--for", "--method", "--module-weights",
+        "--param", "--rank", "--requant", "--risk", "--simulate-quant",
         "--to",
     )
 )  # fmt: skip

@@ -37,9 +37,11 @@ from loratool.report.merge import (
     TensorDifference,
     VerifyReport,
 )
+from loratool.report.spectrum import AdapterSpectrum, FamilySpectrum, ModuleSpectrum
 
 __all__ = [
     "SCHEMA",
+    "AdapterSpectrum",
     "AdapterSummary",
     "CheckpointSummary",
     "CompressReport",
@@ -49,11 +51,13 @@ __all__ = [
     "ExtractReport",
     "ExtractedFamily",
     "ExtractedModule",
+    "FamilySpectrum",
     "FolderRow",
     "InspectReport",
     "Loads",
     "MergeReport",
     "ModuleLoss",
+    "ModuleSpectrum",
     "ReplacedTensor",
     "Report",
     "SavedResidual",
