@@ -103,7 +103,10 @@ def naive(folder: Path, rank: int) -> None:
 
     factors = {}
     for shard in sorted((folder / "base").glob("*.safetensors")):
-        with safe_open(shard, "pt") as base, safe_open(folder / "tuned" / shard.name, "pt") as tuned:
+        with (
+            safe_open(shard, "pt") as base,
+            safe_open(folder / "tuned" / shard.name, "pt") as tuned,
+        ):
             for name in base.keys():  # noqa: SIM118
                 delta = tuned.get_tensor(name).float() - base.get_tensor(name).float()
                 if delta.dim() == 2 and delta.any():
@@ -153,7 +156,10 @@ def error_of(folder: Path, method: str) -> float:
     factors = load_file(str(folder / method / "adapter_model.safetensors"))
     lost = whole = 0.0
     for shard in sorted((folder / "base").glob("*.safetensors")):
-        with safe_open(shard, "pt") as base, safe_open(folder / "tuned" / shard.name, "pt") as tuned:
+        with (
+            safe_open(shard, "pt") as base,
+            safe_open(folder / "tuned" / shard.name, "pt") as tuned,
+        ):
             for name in base.keys():  # noqa: SIM118
                 key = f"base_model.model.{name.removesuffix('.weight')}"
                 if f"{key}.lora_A.weight" in factors and "proj" in name:
@@ -222,7 +228,9 @@ def on_gpu(args: argparse.Namespace, folder: Path) -> None:
     make_pair(folder, SHAPES[args.shape], args.layers, args.device)
     files = [f for n in ("base", "tuned") for f in sorted((folder / n).glob("*.safetensors"))]
     size = sum(f.stat().st_size for f in files)
-    print(f"{args.shape}, {args.layers} layers: {size / 1e9:.1f} GB in both checkpoints", flush=True)
+    print(
+        f"{args.shape}, {args.layers} layers: {size / 1e9:.1f} GB in both checkpoints", flush=True
+    )
     torch.linalg.eigh(torch.eye(8, device=args.device))  # loads the solvers
     jobs: dict[str, list[float]] = {"read": [], "rank": [], "auto": []}
     for rep in range(args.reps):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,7 @@ from loratool.adapter import ReadOptions
 from loratool.api.common import Resources, parse_dtype, parse_size, plan_resources, rounding_args
 from loratool.api.merge_job import MergeJob, NameOptions, Operation, prepare_merge
 from loratool.api.open_residual import check_partner, open_residual
-from loratool.api.undo import check_undo, plan_identity, save_undo_file
+from loratool.api.undo import check_undo, foresee_patches, plan_identity, save_undo_file
 from loratool.engine.grid import CPU_ELEMENTS
 from loratool.ops.bind import BindOptions
 from loratool.ops.inputs import Access
@@ -21,6 +22,7 @@ from loratool.report import MergeReport, ModuleLoss, SubtractReport
 
 if TYPE_CHECKING:
     from loratool.engine.run import Progress
+    from loratool.engine.sink import CheckpointSink
 
 
 def merge(
@@ -141,24 +143,33 @@ def merge(
     undo = None if save_undo is None else Path(save_undo)
     if undo is not None:
         check_undo(job, undo, dtype=dtype, force=force)
-    resources = plan_resources(
-        job.merge.plan,
-        block_elements=job.block_elements,
-        device=device,
-        threads=threads,
-        max_memory=max_memory,
-        chunk_bytes=chunk_bytes,
-        sample=dry_run,
-        progress=progress,
-    )
+    resources, patching = (
+        None if plan is None else plan_resources(
+            plan,
+            block_elements=job.block_elements,
+            device=device,
+            threads=threads,
+            max_memory=max_memory,
+            chunk_bytes=chunk_bytes,
+            sample=dry_run,
+            progress=progress,
+        )
+        for plan in (job.merge.plan, None if undo is None else foresee_patches(job))
+    )  # fmt: skip
+    assert resources is not None
     if dry_run:
         results = _predict(job, resources)
     else:
-        results = _write(job, resources, undo=undo, force=force, restart=restart)
+        after = None
+        if undo is not None and patching is not None:
+            after = partial(save_undo_file, job, resources, patching, path=undo, force=force)
+        results = _write(job, resources, after, force=force, restart=restart)
     report = _report(job, resources, results, dry_run=dry_run, started=started)
-    if undo is None or dry_run:
+    if undo is None or patching is None:
         return report
-    return replace(report, undo=str(undo), undo_bytes=undo.stat().st_size)
+    peak = max(report.peak_memory_bytes, patching.memory.peak_bytes)
+    size = 0 if dry_run else undo.stat().st_size
+    return replace(report, undo=str(undo), undo_bytes=size, peak_memory_bytes=peak)
 
 
 def _predict(job: MergeJob, resources: Resources) -> list[Any]:
@@ -170,7 +181,12 @@ def _predict(job: MergeJob, resources: Resources) -> list[Any]:
 
 
 def _write(
-    job: MergeJob, resources: Resources, *, undo: Path | None, force: bool, restart: bool
+    job: MergeJob,
+    resources: Resources,
+    before_commit: Callable[[CheckpointSink], None] | None,
+    *,
+    force: bool,
+    restart: bool,
 ) -> list[Any]:
     from loratool.engine.run import execute
     from loratool.engine.sink import CheckpointSink
@@ -192,8 +208,8 @@ def _write(
         sink = CheckpointSink(plan, output)
         results = execute(plan, reader, sink, resources.run)
         reader.check_unchanged()
-        if undo is not None:  # before the output appears, so that it never lacks its undo file
-            save_undo_file(job, resources, sink, undo, force=force)
+        if before_commit is not None:  # so that no output ever lacks its undo file
+            before_commit(sink)
         if is_folder:
             for sidecar in job.sidecars:
                 output.write_file(sidecar.name, sidecar.read())

@@ -6,11 +6,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from loratool.adapter import TensorRef
 from loratool.api.common import Resources
 from loratool.api.merge_job import MergeJob
 from loratool.errors import MismatchError, UsageError
 from loratool.ops.inputs import guard_output
 from loratool.ops.undo import check_adapters, plan_patches, plan_restore, undo_table
+from loratool.plan import Plan
 from loratool.store.provenance import file_id
 from loratool.store.sidecar import REMOVE, plan_sidecars
 from loratool.store.undo import Undo, plan_of
@@ -49,15 +51,24 @@ def check_undo(job: MergeJob, path: Path, *, dtype: str, force: bool) -> None:
     check_output(path, is_folder=False, force=force or plan_of(path) is not None)
 
 
+def foresee_patches(job: MergeJob) -> Plan:
+    """The plan of the patches before the merge is written: what memory they will take."""
+    outputs = [s.output for s in job.merge.plan.steps]
+    places = {i: TensorRef(Path(o.name), o.name, o.dtype, o.shape, 0, o.nbytes)
+              for i, o in enumerate(outputs)}  # fmt: skip
+    return plan_patches(job.merge.plan, job.full_names, job.base.checkpoint, places)[0]
+
+
 def save_undo_file(
-    job: MergeJob, resources: Resources, sink: Any, path: Path, *, force: bool
+    job: MergeJob, merged: Resources, resources: Resources, sink: Any, path: Path, *, force: bool
 ) -> None:
     """Write the undo file of a merge whose shards are complete but not yet in place.
 
     Args:
         job: the merge.
-        resources: as the merge ran.
-        sink: its `loratool.engine.sink.CheckpointSink`.
+        merged: as the merge ran.
+        resources: for the patches.
+        sink: the merge's `loratool.engine.sink.CheckpointSink`.
         path: file to write.
         force: replace an earlier loratool output.
     """
@@ -66,7 +77,7 @@ def save_undo_file(
     from loratool.store.undo import PatchSpool
     from loratool.store.writer import StagedOutput
 
-    identity = plan_identity(job, resources)
+    identity = plan_identity(job, merged)
     merge, checkpoint = job.merge.plan, job.base.checkpoint
     written = {i: sink.written(step) for i, step in enumerate(merge.steps)}
     plan, created = plan_patches(merge, job.full_names, checkpoint, written)

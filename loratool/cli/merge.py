@@ -135,7 +135,7 @@ def render(report: MergeReport, voice: Voice, check: str = "") -> Iterator[str]:
     shards = plural(report.shards, "weight file")
     yield line("wrote", f"{safe(report.output)} · {format_bytes(report.output_bytes)} in {shards}",
                *_sidecars(report), format_seconds(report.seconds), tone="good")  # fmt: skip
-    if report.undo is not None:
+    if report.undo is not None and not report.dry_run:
         share = format_share(report.undo_bytes / max(1, report.output_bytes))
         yield line("undo", safe(report.undo), f"{format_bytes(report.undo_bytes)}, {share} of the "
                    "model", tone="good")  # fmt: skip

@@ -140,7 +140,7 @@ class AddDeltas(Kernel):
         acc = self.env.scratch.take("acc", shape, self.dtype, self.env.device)
         if out is None:
             out = self.env.scratch.take("out", shape, self.target, self.env.device)
-        acc.copy_(base)
+        rounding.widen_into(acc, base)
         weight = acc
         if self.dense or not all(d.is_additive for d in self.deltas):
             weight = self.env.scratch.take("weight", shape, self.dtype, self.env.device)

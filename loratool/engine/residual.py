@@ -44,7 +44,7 @@ class _Pages:
         at, diff = find_differences(_bits(predicted).numpy(), _bits(tuned).numpy())
         self._digest.add(block.index, tuned)
         if len(at):
-            page = encode_patch([(at, diff)], block.numel)
+            page = encode_patch(at, diff, block.numel)
             self._found[block.index] = (block.start, block.numel, page, len(at))
 
     def result(self, name: str) -> ResidualResult:

@@ -182,8 +182,8 @@ def test_a_patch_that_forgets_an_element_is_noticed(
     base, style = setup(tmp_path, torch.bfloat16, 0.03)
     undo, encode = tmp_path / "undo.safetensors", patch.encode_patch
     with monkeypatch.context() as change:
-        change.setattr(patch, "encode_patch", lambda parts, n: encode(
-            [(at[1:], diff[1:]) for at, diff in parts], n))  # fmt: skip
+        change.setattr(patch, "encode_patch", lambda at, diff, n: encode(
+            at[1:], diff[1:], n))  # fmt: skip
         lt.merge([str(style)], base=base, output=tmp_path / "m", save_undo=undo)
     with pytest.raises(lt.LoratoolError) as caught:
         lt.subtract([str(style)], merged=tmp_path / "m", output=tmp_path / "back", undo=undo)
