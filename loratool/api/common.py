@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 from loratool.dtypes import BY_WORD
 from loratool.errors import UsageError
 from loratool.ops.memory import MemoryPlan, plan_memory
+from loratool.store.header import HARD_HEADER_BYTES, MAX_HEADER_BYTES
+from loratool.store.rules import FileRules
 
 if TYPE_CHECKING:
     from loratool.engine.run import Progress, RunOptions
@@ -33,6 +35,21 @@ def parse_size(text: str | int | None) -> int | None:
         raise UsageError("LT-213", "not a size", expected="such as 5GB or 512MiB", got=text)
     unit = found[2].lower()
     return int(float(found[1]) * (_BINARY[unit] if found[3] else _UNITS[unit]))
+
+
+def file_rules(max_header: str | int | None, allow_pickle: bool) -> FileRules:
+    """Rules for reading files, from ``--max-header`` and ``--allow-pickle``.
+
+    Raises:
+        UsageError: not a size, or more than any reader of safetensors accepts.
+    """
+    size = parse_size(max_header)
+    if size is not None and not 0 < size <= HARD_HEADER_BYTES:
+        raise UsageError(
+            "LT-290", "--max-header out of range", expected=f"1 to {HARD_HEADER_BYTES} bytes",
+            got=size,
+        )  # fmt: skip
+    return FileRules(MAX_HEADER_BYTES if size is None else size, allow_pickle)
 
 
 def parse_dtype(text: str) -> str | None:
@@ -77,6 +94,7 @@ def plan_resources(
     chunk_bytes: int | None,
     sample: bool,
     progress: Progress | None,
+    allow_nonfinite: bool = False,
 ) -> Resources:
     """Decide device, threads and buffers for a plan.
 
@@ -99,7 +117,7 @@ def plan_resources(
         chunk_bytes=chunk_bytes,
         limit=limit if limit is not None else available_memory(),
     )
-    run = RunOptions(where, memory.threads, memory.chunk_bytes, sample, progress)
+    run = RunOptions(where, memory.threads, memory.chunk_bytes, sample, progress, allow_nonfinite)
     return Resources(run, memory, str(where), reason)
 
 

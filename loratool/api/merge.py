@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loratool.adapter import ReadOptions
-from loratool.api.common import Resources, parse_dtype, parse_size, plan_resources
+from loratool.api.common import Resources, file_rules, parse_dtype, parse_size, plan_resources
 from loratool.api.merge_job import MergeJob, NameOptions, prepare_merge
 from loratool.ops.bind import BindOptions
 from loratool.ops.inputs import Access
+from loratool.ops.input_notes import base_notes, input_warnings, nonfinite_warning
 from loratool.ops.merge import index_files
 from loratool.report import MergeReport, ModuleLoss
 
@@ -49,6 +50,9 @@ def merge(
     mha_out_proj: str | None = None,
     moe_layout: str | None = None,
     experts_b_order: str = "rank-major",
+    allow_nonfinite: bool = False,
+    max_header: str | int | None = None,
+    allow_pickle: bool = False,
     progress: Progress | None = None,
 ) -> MergeReport:
     """Merge adapters into base weights: W' = round(W + Σ weight·ΔW), all in one pass.
@@ -82,6 +86,9 @@ def merge(
         mha_out_proj: ``once`` or ``twice``; None = what the trained model computed.
         moe_layout: ``eoi`` or ``eio`` for square experts of unknown origin.
         experts_b_order: ``rank-major`` (PEFT) or ``expert-major``.
+        allow_nonfinite: let NaN and infinity of the inputs pass; they are counted.
+        max_header: largest safetensors header accepted, such as ``"64MB"``.
+        allow_pickle: convert pickles first, in a locked process.
         progress: called with (bytes done, bytes in all).
 
     Returns:
@@ -104,7 +111,7 @@ def merge(
         weights=weights,
         mean=mean,
         names=names,
-        access=Access(offline, yes),
+        access=Access(offline, yes, file_rules(max_header, allow_pickle)),
         dtype=parse_dtype(dtype),
         shard_bytes=parse_size(shard_size),
         output=Path(output),
@@ -118,6 +125,7 @@ def merge(
         chunk_bytes=chunk_bytes,
         sample=dry_run,
         progress=progress,
+        allow_nonfinite=allow_nonfinite,
     )
     results = _predict(job, resources) if dry_run else _write(job, resources, force, restart)
     return _report(job, resources, results, dry_run=dry_run, started=started)
@@ -173,14 +181,20 @@ def _report(
     modules, total = module_losses(summed, sizes)
     loss = total.predicted_loss if dry_run else total.loss
     warnings = [_loss_warning(total, modules, dry_run)] if loss > WARN_LOSS else []
-    notes = [*job.merge.notes, *job.sidecar_notes, *_cast_note(results)]
+    warnings += [*input_warnings(job.adapters), *nonfinite_warning(results)]
+    notes = [
+        *base_notes(job.adapters, job.base),
+        *job.merge.notes,
+        *job.sidecar_notes,
+        *_cast_note(results),
+    ]
     if job.base.resolved.note:
         notes.insert(0, job.base.resolved.note)
     tokenizer = next((s.origin for s in job.sidecars if s.name == "tokenizer.json"), None)
     return MergeReport(
         output=str(job.output),
         adapters=tuple({"label": a.resolved.label, "weight": a.weight} for a in job.adapters),
-        base=str(job.base.resolved.path),
+        base=str(job.base.resolved.named),
         base_label=job.base.resolved.label,
         changed=len(job.merge.changed),
         copied=len(job.merge.copied),

@@ -12,8 +12,8 @@ from typing import Any, Protocol, cast
 
 from loratool.adapter import Adapter, AdapterFiles, ReadOptions
 from loratool.errors import BadFileError, DiskError, UnsafeContentError, list_some
-from loratool.store.foreign import open_regular
-from loratool.store.header import Header, read_header
+from loratool.store.foreign import PICKLE_HINT, open_regular
+from loratool.store.header import MAX_HEADER_BYTES, Header, read_header
 from loratool.store.jsonfile import load_json
 from loratool.store.layout import is_pickle_name
 
@@ -61,6 +61,7 @@ class Candidate:
         config_path: where it was read from.
         weights: the safetensors file, None if there is none.
         head: first bytes of a file in another format.
+        max_header: largest header accepted, in bytes.
     """
 
     path: Path
@@ -70,11 +71,12 @@ class Candidate:
     config_path: Path | None = None
     weights: Path | None = None
     head: bytes = b""
+    max_header: int = MAX_HEADER_BYTES
 
     @cached_property
     def header(self) -> Header | None:
         """Header of `weights`, read when the configuration alone does not tell the dialect."""
-        return None if self.weights is None else read_header(self.weights)
+        return self.weights and read_header(self.weights, max_bytes=self.max_header)
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -120,17 +122,21 @@ class Dialect:
         return cast(Writer, _resolve(self.write))
 
 
-def examine(path: Path) -> Candidate:
+def examine(path: Path, *, max_header: int = MAX_HEADER_BYTES) -> Candidate:
     """Look at a path: a folder with an adapter in it, or one file.
 
     A file named ``adapter_model.safetensors`` belongs to the configuration beside it.
+
+    Args:
+        path: folder or file.
+        max_header: largest safetensors header accepted, in bytes.
 
     Raises:
         BadFileError: nothing there, damaged, or no weights (LT-360).
         UnsafeContentError: only pickles (LT-920); they are not opened.
     """
     if path.is_dir():
-        return _examine_folder(path)
+        return _examine_folder(path, max_header)
     names = (path.name,)
     if path.suffix == ".gguf":
         with open_regular(path) as file:
@@ -141,8 +147,9 @@ def examine(path: Path) -> Candidate:
         _refuse_pickle(path, names)
     beside = path.with_name(CONFIG_NAME)
     if path.name == _WEIGHT_NAMES[0] and beside.is_file():
-        return Candidate(path, path.parent, names, load_json(beside), beside, path)
-    return Candidate(path, None, names, weights=path)
+        config = load_json(beside)
+        return Candidate(path, path.parent, names, config, beside, path, max_header=max_header)
+    return Candidate(path, None, names, weights=path, max_header=max_header)
 
 
 def list_folder(folder: Path) -> list[Path]:
@@ -157,7 +164,7 @@ def list_folder(folder: Path) -> list[Path]:
         raise DiskError("LT-601", "cannot read", file=folder, got=error.strerror) from error
 
 
-def _examine_folder(folder: Path) -> Candidate:
+def _examine_folder(folder: Path, max_header: int) -> Candidate:
     names = tuple(path.name for path in list_folder(folder) if path.is_file())
     config_path = folder / CONFIG_NAME if CONFIG_NAME in names else None
     config = None if config_path is None else load_json(config_path)
@@ -169,7 +176,9 @@ def _examine_folder(folder: Path) -> Candidate:
         known = others
     if known:
         found = examine(folder / known[0])
-        return Candidate(folder, folder, names, config, config_path, found.weights, found.head)
+        return Candidate(
+            folder, folder, names, config, config_path, found.weights, found.head, max_header
+        )
     if _LITGPT in names:
         return Candidate(folder, folder, names, config, config_path)
     pickles = [n for n in names if is_pickle_name(n) and not _NO_WEIGHTS.match(n)]
@@ -186,7 +195,7 @@ def _refuse_pickle(path: Path, names: tuple[str, ...] | list[str]) -> None:
     raise UnsafeContentError(
         "LT-920", "the weights are a pickle, which can run code: not opened", file=path,
         expected="safetensors", got=list_some(names),
-        hint="get the safetensors file, or convert it in a place you trust",
+        hint=PICKLE_HINT,
     )  # fmt: skip
 
 

@@ -36,6 +36,7 @@ class RunOptions:
         chunk_bytes: bytes per piece of input; None = the device's default.
         sample: only a few blocks of each changed tensor, nothing written (``--dry-run``).
         progress: called with (bytes done, bytes in all).
+        allow_nonfinite: NaN and infinity in inputs pass and are counted.
     """
 
     device: torch.device = _CPU
@@ -43,6 +44,7 @@ class RunOptions:
     chunk_bytes: int | None = None
     sample: bool = False
     progress: Progress | None = None
+    allow_nonfinite: bool = False
 
     @property
     def elements(self) -> int:
@@ -95,7 +97,7 @@ class _Run:
         self.plan = plan
         self.sink = sink
         self.options = options
-        self.env = Env(reader, options.device, options.elements, Scratch())
+        self.env = Env(reader, options.device, options.elements, Scratch(), options.allow_nonfinite)
         self.results: dict[int, Any] = {}
         self.carried: list[Any] = []
         self._tasks: Iterator[tuple[_Job, list[grid.Block]]] = iter(())

@@ -10,6 +10,7 @@ from typing import BinaryIO
 
 from loratool.errors import BadFileError, DiskError, UnsafeContentError
 
+PICKLE_HINT = "get the safetensors file; --allow-pickle converts this one in a locked process"
 _FETCH_LFS = "git lfs pull (or hf download) brings the real file"
 _FOREIGN: tuple[tuple[re.Pattern[bytes], str, str], ...] = (
     (re.compile(rb"version https://git-lfs|# xet version"), "a Git LFS pointer", _FETCH_LFS),
@@ -49,7 +50,7 @@ def refuse_foreign(file: BinaryIO, head: bytes, shown: object, size: int) -> Non
         raise UnsafeContentError(
             "LT-900", "pickle is not opened: it can run code", file=shown,
             expected="safetensors", got="a pickle (torch.save) file",
-            hint="get the .safetensors file, or convert it in a place you trust",
+            hint=PICKLE_HINT,
         )  # fmt: skip
     for pattern, kind, hint in _FOREIGN:
         if pattern.match(head):

@@ -27,6 +27,7 @@ HARD_HEADER_BYTES = 100_000_000  # the safetensors library refuses more
 MAX_TENSORS = 200_000
 MAX_NAME = 1024  # characters
 MAX_DIMS = 8
+MAX_METADATA = 1_000_000  # characters of one metadata value
 
 _STRING = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
 # A tensor entry has one object, two lists and at most twelve commas; the slack is for metadata.
@@ -265,6 +266,12 @@ def _check_metadata(value: object, shown: object) -> Mapping[str, str]:
                 "LT-316", "metadata value is not a string", file=shown,
                 key=f"__metadata__.{short_name(key)}", expected="a string of Unicode characters",
                 got="half a surrogate pair" if isinstance(item, str) else type(item).__name__,
+            )  # fmt: skip
+        if len(item) > MAX_METADATA:
+            raise BadFileError(
+                "LT-346", "metadata value is too long", file=shown,
+                key=f"__metadata__.{short_name(key)}",
+                expected=f"at most {MAX_METADATA} characters", got=f"{len(item)} characters",
             )  # fmt: skip
     return value
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from loratool.errors import BadFileError, MismatchError, UnsafeContentError, list_some
+from loratool.store.foreign import PICKLE_HINT
 from loratool.store.jsonfile import load_json
 
 PLAIN_STEMS = ("model", "diffusion_pytorch_model")
@@ -97,6 +98,11 @@ def has_weights(folder: Path) -> bool:
 def is_pickle_name(name: str) -> bool:
     """True for file names that torch.save and pickle use."""
     return bool(_PICKLE_FILE.match(name))
+
+
+def is_state_name(name: str) -> bool:
+    """True for pickles that trainers leave beside weights: optimizers, schedulers, arguments."""
+    return bool(_NO_WEIGHTS.match(name))
 
 
 def check_shard_name(name: object, index: Path) -> str:
@@ -233,7 +239,7 @@ def _refuse_empty(folder: Path, names: list[str]) -> None:
         raise UnsafeContentError(
             "LT-903", "the only weights here are pickles, which can run code", file=folder,
             expected="safetensors", got=list_some(pickles),
-            hint="get the safetensors files, or convert them in a place you trust",
+            hint=PICKLE_HINT,
         )  # fmt: skip
     inside = [
         n for n in names

@@ -125,7 +125,7 @@ def plan_sidecars(
         leaf = name.rpartition("/")[2]
         if _is_carried(leaf) or _is_template(name) or (leaf and _WEIGHTS.search(name)):
             path = checkpoint.path / name
-            _check_inside(path, checkpoint.path)
+            check_inside(path, checkpoint.path)
             found[name] = Sidecar(name, path)
         else:
             left.append(name)
@@ -183,7 +183,7 @@ def _is_template(name: str) -> bool:
     return f"/{name}".find(f"/{_TEMPLATES}/") >= 0 and name.endswith(".jinja")
 
 
-def _check_inside(path: Path, root: Path) -> None:
+def check_inside(path: Path, root: Path) -> None:
     """A link may only lead to a file of the same folder or of its Hub cache."""
     if not path.is_file():
         what = "a broken link" if path.is_symlink() and not path.exists() else "no regular file"
@@ -235,7 +235,7 @@ def _take_tokenizer(
     for name in stale - set(own):
         del found[name]
     for name in own:
-        _check_inside(adapter_dir / name, adapter_dir)
+        check_inside(adapter_dir / name, adapter_dir)
         found[name] = Sidecar(name, adapter_dir / name, origin="adapter")
     return ["the tokenizer is the adapter's, because it has added tokens"]
 

@@ -65,12 +65,19 @@ class Resolved:
         label: short name for tables.
         commit: commit of a Hub repository, None for a path.
         note: what the first line of output says about a guess, or None.
+        origin: what `path` was converted from (``--allow-pickle``), None if it is the source.
     """
 
     path: Path
     label: str
     commit: str | None = None
     note: str | None = None
+    origin: Path | None = None
+
+    @property
+    def named(self) -> Path:
+        """The place that the user means, where `path` is a temporary copy."""
+        return self.origin or self.path
 
 
 @dataclass(frozen=True)
