@@ -11,8 +11,8 @@ from loratool.adapter import ReadOptions
 from loratool.api.common import Resources, file_rules, parse_dtype, parse_size, plan_resources
 from loratool.api.merge_job import MergeJob, NameOptions, prepare_merge
 from loratool.ops.bind import BindOptions
-from loratool.ops.inputs import Access
 from loratool.ops.input_notes import base_notes, input_warnings, nonfinite_warning
+from loratool.ops.inputs import Access
 from loratool.ops.merge import index_files
 from loratool.report import MergeReport, ModuleLoss
 

@@ -230,8 +230,11 @@ def trust(command: F) -> F:
 
 def nonfinite(command: F) -> F:
     """``--allow-nonfinite``: `merge` and `verify`."""
-    return option("--allow-nonfinite", is_flag=True, section="Advanced",
-                  help="Let NaN and infinity of the inputs pass; they are counted.")(command)  # fmt: skip
+    add = option(
+        "--allow-nonfinite", is_flag=True, section="Advanced",
+        help="Let NaN and infinity of the inputs pass; they are counted.",
+    )  # fmt: skip
+    return add(command)
 
 
 def reading(command: F) -> F:

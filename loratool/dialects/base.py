@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -76,7 +77,9 @@ class Candidate:
     @cached_property
     def header(self) -> Header | None:
         """Header of `weights`, read when the configuration alone does not tell the dialect."""
-        return self.weights and read_header(self.weights, max_bytes=self.max_header)
+        if self.weights is None:
+            return None
+        return read_header(self.weights, max_bytes=self.max_header)
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -137,6 +140,10 @@ def examine(path: Path, *, max_header: int = MAX_HEADER_BYTES) -> Candidate:
     """
     if path.is_dir():
         return _examine_folder(path, max_header)
+    return _examine_file(path, max_header)
+
+
+def _examine_file(path: Path, max_header: int) -> Candidate:
     names = (path.name,)
     if path.suffix == ".gguf":
         with open_regular(path) as file:
@@ -146,7 +153,7 @@ def examine(path: Path, *, max_header: int = MAX_HEADER_BYTES) -> Candidate:
     if is_pickle_name(path.name) and path.is_file():
         _refuse_pickle(path, names)
     beside = path.with_name(CONFIG_NAME)
-    if path.name == _WEIGHT_NAMES[0] and beside.is_file():
+    if path.name == _WEIGHT_NAMES[0] and os.path.lexists(beside):
         config = load_json(beside)
         return Candidate(path, path.parent, names, config, beside, path, max_header=max_header)
     return Candidate(path, None, names, weights=path, max_header=max_header)
@@ -165,7 +172,9 @@ def list_folder(folder: Path) -> list[Path]:
 
 
 def _examine_folder(folder: Path, max_header: int) -> Candidate:
-    names = tuple(path.name for path in list_folder(folder) if path.is_file())
+    # What has a name of ours and is no file must be refused, not overlooked.
+    ours = (CONFIG_NAME, *_WEIGHT_NAMES)
+    names = tuple(p.name for p in list_folder(folder) if p.name in ours or p.is_file())
     config_path = folder / CONFIG_NAME if CONFIG_NAME in names else None
     config = None if config_path is None else load_json(config_path)
     known = [n for n in _WEIGHT_NAMES if n in names]
@@ -175,7 +184,7 @@ def _examine_folder(folder: Path, max_header: int) -> Candidate:
     if not known and config is None and len(others) == 1:
         known = others
     if known:
-        found = examine(folder / known[0])
+        found = _examine_file(folder / known[0], max_header)
         return Candidate(
             folder, folder, names, config, config_path, found.weights, found.head, max_header
         )

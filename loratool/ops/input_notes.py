@@ -28,9 +28,12 @@ def input_warnings(adapters: Iterable[OpenedAdapter]) -> list[str]:
 
 
 def base_notes(adapters: Iterable[OpenedAdapter], base: OpenedBase) -> list[str]:
-    """Adapters that name another base; names rarely match, so that is no more than a note."""
+    """What is odd about the base, and adapters that name another one.
+
+    Names rarely match (local paths, quantised twins), so a difference is no more than a note.
+    """
     here = {_tail(str(base.resolved.named)), _tail(base.resolved.label.partition("@")[0])}
-    return [
+    return list(base.checkpoint.notes) + [
         f"{one.adapter.label} names {one.adapter.base_model} as its base, not "
         f"{base.resolved.label}: the names differ, the shapes fit"
         for one in adapters

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from loratool.adapter import Adapter, ReadOptions
@@ -29,7 +29,7 @@ class Access:
 
     offline: bool = False
     yes: bool = False
-    rules: FileRules = FileRules()
+    rules: FileRules = field(default_factory=FileRules)
 
 
 def locate(text: str, *, kind: str, access: Access) -> Resolved:

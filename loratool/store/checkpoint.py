@@ -6,6 +6,7 @@ file name goes wrong here.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -285,7 +286,7 @@ def _check_total(index: Mapping[str, Any], tensors: Mapping[str, TensorRef]) -> 
 
 def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
-    return load_json(path) if path.is_file() or path.is_symlink() else {}
+    return load_json(path) if os.path.lexists(path) else {}
 
 
 def _quantization(

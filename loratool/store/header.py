@@ -84,7 +84,9 @@ def read_header(
     except OSError as error:
         raise DiskError("LT-601", "cannot read", file=shown, got=error.strerror) from error
     entries = _parse(raw, shown)
-    metadata = _check_metadata(entries.pop("__metadata__", {}), shown)
+    # Who raises the limit of the header knows that the file is unusual.
+    longest = MAX_METADATA if max_bytes <= MAX_HEADER_BYTES else max_bytes
+    metadata = _check_metadata(entries.pop("__metadata__", {}), shown, longest)
     if len(entries) > MAX_TENSORS:
         _refuse_count(shown, len(entries))
     tensors = [_tensor(path, shown, name, entry, len(raw)) for name, entry in entries.items()]
@@ -252,7 +254,7 @@ def _is_clean(text: str) -> bool:
     return True
 
 
-def _check_metadata(value: object, shown: object) -> Mapping[str, str]:
+def _check_metadata(value: object, shown: object, longest: int) -> Mapping[str, str]:
     if value is None:  # mlx writes null, and safetensors reads it as "none"
         return {}
     if not isinstance(value, dict):
@@ -267,11 +269,12 @@ def _check_metadata(value: object, shown: object) -> Mapping[str, str]:
                 key=f"__metadata__.{short_name(key)}", expected="a string of Unicode characters",
                 got="half a surrogate pair" if isinstance(item, str) else type(item).__name__,
             )  # fmt: skip
-        if len(item) > MAX_METADATA:
+        if len(item) > longest:
             raise BadFileError(
                 "LT-346", "metadata value is too long", file=shown,
                 key=f"__metadata__.{short_name(key)}",
-                expected=f"at most {MAX_METADATA} characters", got=f"{len(item)} characters",
+                expected=f"at most {longest} characters", got=f"{len(item)} characters",
+                hint="--max-header 64MB lifts this limit too",
             )  # fmt: skip
     return value
 

@@ -181,7 +181,8 @@ def _explain(source: Path, code: int, errors: bytes) -> NoReturn:
     if kind == "torch":
         raise UnsafeContentError(
             "LT-906", "this torch has known holes in its reading of pickles", file=source,
-            expected=f"torch {found.get('expected')} or newer", got=got, hint="pip install -U torch",
+            expected=f"torch {found.get('expected')} or newer", got=got,
+            hint="pip install -U torch",
         )  # fmt: skip
     raise BadFileError(
         "LT-347", "not a pickle of tensors", file=source,

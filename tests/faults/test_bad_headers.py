@@ -285,8 +285,14 @@ def test_structure_is_counted_before_it_is_parsed(file: Path, filler: bytes) -> 
 
 
 def test_commas_and_braces_in_metadata_are_text(file: Path) -> None:
-    header = {"__metadata__": {"tags": '{"a": [1, 2]}, \\" ' * 250_000}}
+    header = {"__metadata__": {f"tags{i}": '{"a": [1, 2]}, \\" ' * 50_000 for i in range(5)}}
     assert read_header(craft(file, header)).metadata == header["__metadata__"]
+
+
+def test_a_raised_limit_lifts_the_one_on_metadata(file: Path) -> None:
+    craft(file, {"__metadata__": {"a": "x" * 1_000_001}})
+    refuse(file, "LT-346", "__metadata__.a", "1000000 characters")
+    assert len(read_header(file, max_bytes=MAX_HEADER_BYTES + 1).metadata["a"]) == 1_000_001
 
 
 @pytest.mark.parametrize(

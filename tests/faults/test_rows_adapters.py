@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import pickle
 import shutil
 import struct
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +23,6 @@ from tests.faults.world import (
     adapter_tensors,
     base_tensors,
     factors,
-    save,
     values,
     zeros,
 )

@@ -223,8 +223,8 @@ def test_the_process_is_locked(tmp_path: Path, row: str) -> None:
 def test_limits_hold_without_the_audit_hook(tmp_path: Path, row: str) -> None:
     """The system's own limits, should the interpreter be overrun."""
     marker = tmp_path / "ran"
-    code = LOCKED.replace("unpickle._lock_down(1000)",
-                          "unpickle._forbid = lambda *_: None\nunpickle._lock_down(1000)")  # fmt: skip
+    lock = "unpickle._lock_down(1000)"
+    code = LOCKED.replace(lock, f"unpickle._forbid = lambda *_: None\n{lock}")
     done = subprocess.run([sys.executable, "-c", code, str(marker)], capture_output=True, text=True)
     failed = {line.split()[0] for line in done.stdout.splitlines()}
     assert {"0", "1", "3", "4", "5", "6"} <= failed, done.stdout

@@ -199,7 +199,7 @@ class World:
         return error
 
     def leftovers(self) -> list[str]:
-        return sorted(os.listdir(self.out.parent))
+        return sorted(p.name for p in self.out.parent.iterdir())
 
 
 def fingerprint(folder: Path) -> dict[str, str]:
@@ -208,7 +208,7 @@ def fingerprint(folder: Path) -> dict[str, str]:
     for path in sorted(folder.rglob("*")):
         name = os.fsencode(path.relative_to(folder)).hex()
         if path.is_symlink():
-            found[name] = f"link {os.readlink(path)!r}"
+            found[name] = f"link {str(path.readlink())!r}"
         elif path.is_file():
             found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
         else:
