@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loratool.dtypes import BY_WORD
-from loratool.errors import UsageError
+from loratool.errors import UsageError, redact
 from loratool.ops.memory import MemoryPlan, plan_memory
 from loratool.store.header import HARD_HEADER_BYTES, MAX_HEADER_BYTES
 from loratool.store.rules import FileRules
@@ -126,10 +126,19 @@ def option_values(**options: Any) -> dict[str, Any]:
     return {k: v for k, v in options.items() if v not in (None, False, (), [], "auto")}
 
 
+def recorded_name(path: Path) -> str:
+    """The last part of a path, fit for a file that is published.
+
+    Without secrets; and what is no UTF-8 is escaped, since JSON readers would refuse it.
+    """
+    return redact(path.name.encode("utf-8", "backslashreplace").decode())
+
+
 def content_label(path: Path, used: Mapping[str, Any]) -> str:
     """A name for an input in provenance: its last path part, numbered if already used."""
-    label, number = path.name or "input", 1
+    name = recorded_name(path) or "input"
+    label, number = name, 1
     while label in used:
         number += 1
-        label = f"{path.name}#{number}"
+        label = f"{name}#{number}"
     return label

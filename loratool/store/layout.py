@@ -16,7 +16,7 @@ PLAIN_STEMS = ("model", "diffusion_pytorch_model")
 _SHARD_NUMBER = re.compile(r"-(\d{5,6})-of-(\d{5,6})")
 _INDEX = re.compile(r"\.safetensors\.index(\.\w+)?\.json$")
 _ADAPTER_FILE = re.compile(r"^(adapter_model|adapters|\d+_adapters|pytorch_lora_weights)[.\-].*")
-_PICKLE_FILE = re.compile(r".*\.(bin|pt|pth|ckpt|pkl)$", re.IGNORECASE)
+_PICKLE_FILE = re.compile(r".*\.(bin|pt|pth|ckpt|pkl)$", re.IGNORECASE | re.DOTALL)
 _NO_WEIGHTS = re.compile(r"^(training_args|optimizer|scheduler|scaler|rng_state|random_states)")
 
 

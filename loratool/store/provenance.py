@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from loratool import __version__
+from loratool.errors import redact
 from loratool.store.checkpoint import Checkpoint
 
 
@@ -40,6 +41,15 @@ def provenance_of(
     return {
         "loratool": __version__,
         "operation": operation,
-        "options": dict(options),
-        "inputs": dict(inputs),
+        "options": _redacted(options),
+        "inputs": _redacted(inputs),
     }
+
+
+def _redacted(value: Any) -> Any:
+    """The same without secrets: names and options are published with the output."""
+    if isinstance(value, str):
+        return redact(value)
+    if isinstance(value, Mapping):
+        return {redact(k): _redacted(v) for k, v in value.items()}
+    return [_redacted(v) for v in value] if isinstance(value, list) else value

@@ -104,8 +104,13 @@ def test_one_key_in_two_shards(world: World, row: str) -> None:
     world.shard()
     path = world.base / "model-00002-of-00002.safetensors"
     save(path, base_tensors())
-    world.refuses(world.merge_words(), "LT-324", file=str(world.base),
-                  got="model-00001-of-00002.safetensors and model-00002-of", key="model.")  # fmt: skip
+    world.refuses(
+        world.merge_words(),
+        "LT-324",
+        file=str(world.base),
+        got="model-00001-of-00002.safetensors and model-00002-of",
+        key="model.",
+    )
 
 
 OUTSIDE = ("../../etc/passwd", "/etc/passwd", "C:\\x.safetensors", "a/../../b.safetensors",
