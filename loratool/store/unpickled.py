@@ -20,10 +20,9 @@ from pathlib import Path
 from typing import NoReturn
 
 from loratool.errors import BadFileError, DiskError, UnsafeContentError
-from loratool.store.foreign import open_regular
+from loratool.store.foreign import check_inside, open_regular
 from loratool.store.jsonfile import dump_json, load_json
 from loratool.store.layout import check_shard_name, is_pickle_name, is_state_name
-from loratool.store.sidecar import check_inside
 from loratool.store.source import Resolved
 
 _PROGRAM = "loratool.engine.unpickle"
