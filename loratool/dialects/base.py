@@ -81,15 +81,14 @@ class Candidate:
             return None
         return read_header(self.weights, max_bytes=self.max_header)
 
-    @property
+    @cached_property
     def keys(self) -> tuple[str, ...]:
         """Tensor names, in file order."""
         return () if self.header is None else tuple(ref.name for ref in self.header.tensors)
 
     def has_key(self, pattern: str) -> bool:
         """True if a regular expression is found in a tensor name."""
-        compiled = re.compile(pattern)
-        return any(compiled.search(key) for key in self.keys)
+        return any(map(re.compile(pattern).search, self.keys))
 
 
 @dataclass(frozen=True)

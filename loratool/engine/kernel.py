@@ -10,7 +10,13 @@ import torch
 
 from loratool.adapter import Source, TensorData
 from loratool.engine import grid
-from loratool.engine.buffers import TORCH_DTYPES, ByteBuffer, Scratch, from_bytes
+from loratool.engine.buffers import (
+    TORCH_DTYPES,
+    WIDENED_DTYPES,
+    ByteBuffer,
+    Scratch,
+    from_bytes,
+)
 from loratool.errors import BadFileError, NumericError
 from loratool.plan import Step
 from loratool.store.reader import FileReader
@@ -38,7 +44,7 @@ class Env:
     allow_nonfinite: bool = False
 
     def load(self, source: Source, *, must_be_finite: bool = False) -> torch.Tensor:
-        """A whole tensor on the CPU, in its stored type.
+        """A whole tensor on the CPU, in its stored type (8-bit floats as float32).
 
         Args:
             source: which.
@@ -48,7 +54,7 @@ class Env:
             NumericError: a float tensor holds NaN or infinity.
             BadFileError: not a type that can be computed with.
         """
-        if source.dtype not in TORCH_DTYPES:
+        if source.dtype not in TORCH_DTYPES and source.dtype not in WIDENED_DTYPES:
             raise BadFileError(
                 "LT-333", "tensor of this type cannot be computed with", key=source.name,
                 expected="a float type", got=source.dtype,
@@ -59,6 +65,8 @@ class Env:
             raw = torch.empty(source.nbytes, dtype=torch.uint8)
             self.reader.read_into(source.file, source.start, memoryview(raw.numpy()))  # type: ignore[arg-type]
         tensor = from_bytes(raw, source.dtype, source.shape)
+        if source.dtype in WIDENED_DTYPES:
+            tensor = tensor.float()
         if tensor.is_floating_point() and (must_be_finite or not self.allow_nonfinite):
             _refuse_nonfinite(tensor, source)
         return tensor

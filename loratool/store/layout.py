@@ -17,6 +17,7 @@ _SHARD_NUMBER = re.compile(r"-(\d{5,6})-of-(\d{5,6})")
 _INDEX = re.compile(r"\.safetensors\.index(\.\w+)?\.json$")
 _ADAPTER_FILE = re.compile(r"^(adapter_model|adapters|\d+_adapters|pytorch_lora_weights)[.\-].*")
 _PICKLE_FILE = re.compile(r".*\.(bin|pt|pth|ckpt|pkl)$", re.IGNORECASE | re.DOTALL)
+_LONGEST_NAME = 255  # bytes, on every file system in use
 _NO_WEIGHTS = re.compile(r"^(training_args|optimizer|scheduler|scaler|rng_state|random_states)")
 
 
@@ -110,7 +111,7 @@ def check_shard_name(name: object, index: Path) -> str:
 
     Raises:
         UnsafeContentError: absolute, with ``..``, a drive letter, a backslash or a NUL.
-        BadFileError: not a string.
+        BadFileError: not a string, or longer than any file system allows.
     """
     if not isinstance(name, str):
         raise BadFileError(
@@ -125,6 +126,11 @@ def check_shard_name(name: object, index: Path) -> str:
         raise UnsafeContentError(
             "LT-902", "index names a file outside its folder", file=index,
             expected="a plain file name", got=ascii(name[:200]),
+        )  # fmt: skip
+    if any(len(part.encode()) > _LONGEST_NAME for part in parts):
+        raise BadFileError(
+            "LT-325", "index maps a tensor to an impossible file name", file=index,
+            expected=f"at most {_LONGEST_NAME} bytes", got=ascii(name[:80]),
         )  # fmt: skip
     return name
 

@@ -191,6 +191,12 @@ ROWS = (
     Row("49-vocabulary-grew", tensors({PREFIX + "lm_head.weight": values(20, 8)},
                                       modules_to_save=["lm_head"]), "LT-442", "base",
         key="lm_head.weight", expected="(16, 8)", got="(20, 8)", hint="--resize-embeddings"),
+    Row("50-replacement-type", tensors({PREFIX + "lm_head.weight": zeros("I64", 16, 8)},
+                                       modules_to_save=["lm_head"]), "LT-493", "base",
+        key="lm_head.weight", expected="BF16", got="I64"),
+    Row("50-replacement-shape", tensors({PREFIX + "lm_head.weight": values(16, 9)},
+                                        modules_to_save=["lm_head"]), "LT-445", "base",
+        key="lm_head.weight", expected="(16, 8)", got="(16, 9)"),
     *(Row(f"52-{name}", method(name), "LT-402", CONFIG, key="peft_type", expected="LORA",
           got=name.partition("_")[0].upper())
       for name in ("loha", "lokr", "oft", "vera", "boft", "ia3", "adalora", "hra", "vblora")),
@@ -374,6 +380,17 @@ def test_stored_values_are_used_exactly(world: World, row: str) -> None:
     a, b = (np.float64((np.uint32(int(np.float32(v).view("<u4")) >> 16) << 16).view("<f4"))
             for v in (0.1, 0.3))  # fmt: skip
     want = (load(world.model, TARGET) + 2.0 * (2 * a * b)).astype(np.float32)
+    assert same(merged(world)[TARGET], want)
+
+
+@pytest.mark.parametrize("row", ["42-factors-in-fp8"])
+def test_factors_in_eight_bits(world: World, row: str) -> None:
+    """0x38 is 1.0 and 0x3A is 1.25 in E4M3: exact values of a narrow type."""
+    world.write_adapter(
+        adapter_tensors()
+        | {KEY_A: ("F8_E4M3", (2, 8), b"\x38" * 16), KEY_B: ("F8_E4M3", (12, 2), b"\x3a" * 24)}
+    )
+    want = (load(world.model, TARGET).astype(np.float64) + 2 * (2 * 1.25)).astype(np.float32)
     assert same(merged(world)[TARGET], want)
 
 

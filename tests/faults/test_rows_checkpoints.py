@@ -125,6 +125,15 @@ def test_index_leads_out(world: World, row: str, name: str) -> None:
                   got=ascii(name)[1:-1])  # fmt: skip
 
 
+@pytest.mark.parametrize("row", ["61-long-name"])
+def test_index_names_an_impossible_file(world: World, row: str) -> None:
+    name = "é" * 128 + ".safetensors"
+    index = index_of(world, lambda index: index["weight_map"].update({TARGET: name}))
+    world.refuses(
+        world.merge_words(), "LT-325", file=str(index), expected="255 bytes", got="\\xe9\\xe9"
+    )
+
+
 @pytest.mark.parametrize("value", [None, 3, ["x"], {"a": "b"}], ids=str)
 @pytest.mark.parametrize("row", ["61-no-name"])
 def test_index_maps_to_no_name(world: World, row: str, value: object) -> None:
