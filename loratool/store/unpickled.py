@@ -77,8 +77,6 @@ def _mirror(path: Path, pickles: list[Path], top: Path) -> Path:
     is_folder = path.is_dir()
     folder = top / (path.name or "model") if is_folder else top
     folder.mkdir(exist_ok=True)
-    for one in pickles:
-        _convert(one, folder / _new_name(one.name))
     root = path if is_folder else path.parent
     others = sorted(root.iterdir()) if is_folder else [root / name for name in _CONFIGS]
     for entry in others:
@@ -88,6 +86,8 @@ def _mirror(path: Path, pickles: list[Path], top: Path) -> Path:
             _convert_index(entry, folder)
         elif not is_pickle_name(entry.name):
             _carry(entry, folder / entry.name, root)
+    for one in pickles:  # last: what is wrong with the rest is seen before any of them is opened
+        _convert(one, folder / _new_name(one.name))
     return folder if is_folder else folder / _new_name(path.name)
 
 

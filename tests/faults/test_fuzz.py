@@ -90,7 +90,8 @@ def test_the_runner_finds_what_is_wrong(tmp_path: Path) -> None:
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20)
     | st.sampled_from(mutate.NUMBERS) | st.sampled_from(mutate.STRINGS),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=12), inner, max_size=4),
+    lambda inner: st.lists(inner, max_size=4)
+    | st.dictionaries(st.text(max_size=12), inner, max_size=4),
     max_leaves=12,
 )  # fmt: skip
 SIZE = st.integers(-1, 5) | st.sampled_from(mutate.NUMBERS)
@@ -163,10 +164,9 @@ def test_what_we_write_is_read_back(
     tmp_path: Path, tensors: dict[str, tuple[str, list[int]]], metadata: dict[str, str]
 ) -> None:
     specs = [(n, d, tuple(s)) for n, (d, s) in tensors.items() if d != "F4"]
-    sizes = {d: b for d, b in mutate.DTYPES.items()}
     total = 0
     for _, dtype, shape in specs:
-        count = sizes[dtype] // 8
+        count = mutate.DTYPES[dtype] // 8
         for side in shape:
             count *= side
         total += count

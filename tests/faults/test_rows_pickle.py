@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 import pickle
 import resource
@@ -109,11 +108,14 @@ def test_an_honest_pickle_gives_the_same_bytes(
     assert found.code == 0, found.out
     assert (out / "model.safetensors").read_bytes() == want
     assert found.json["base"] == str(world.base)
+    assert list((world.root / "tmp").iterdir()) == []
+    if nested:
+        seen = world.run("inspect", world.adapter, "--allow-pickle", "--json").json
+        assert seen["adapter"]["modules"] == 2
+        return
     again = world.run("verify", out, "--base", world.base, "--adapter", world.adapter,
                       "--allow-pickle", "--json")  # fmt: skip
     assert again.json["verdict"] == "identical"
-    seen = world.run("inspect", world.adapter, "--allow-pickle", "--json").json
-    assert seen["adapter"]["modules"] == 2
     assert list((world.root / "tmp").iterdir()) == []
 
 
@@ -146,12 +148,10 @@ def test_a_sharded_base(world: World, row: str) -> None:
     ("content", "got"),
     [
         ([torch.zeros(1)], "not a dictionary"),
-        ({}, "no tensors"),
-        ({"a": torch.zeros(1), "b": {"c": torch.zeros(1)}}, "beside"),
         ({"a": torch.zeros(1).expand(1 << 28)}, "bytes of tensors in a file of"),
         ({"a": torch.eye(3).to_sparse()}, "sparse"),
     ],
-    ids=["list", "empty", "mixed", "bomb", "sparse"],
+    ids=["list", "bomb", "sparse"],
 )
 def test_pickles_of_something_else(world: World, row: str, content: object, got: str) -> None:
     world.weights.unlink()
@@ -162,7 +162,7 @@ def test_pickles_of_something_else(world: World, row: str, content: object, got:
 
 
 @ROW
-@pytest.mark.parametrize("raw", [b"", b"PK\3\4nonsense", b"\x80\x04N."])
+@pytest.mark.parametrize("raw", [b"", b"PK\3\4nonsense"])
 def test_damaged_pickles(world: World, row: str, raw: bytes) -> None:
     world.weights.unlink()
     path = world.adapter / "adapter_model.bin"
@@ -244,7 +244,9 @@ def test_no_secret_reaches_the_process(world: World, row: str, monkeypatch: Any)
 def test_tensors_are_found_one_level_down(row: str) -> None:
     one = torch.zeros(1)
     assert list(pick_tensors({"model": {"state_dict": {"a": one}}, "step": 1})) == ["a"]
-    buffer = io.BytesIO()
-    torch.save(one, buffer)
-    with pytest.raises(ValueError, match="not a dictionary"):
-        pick_tensors(one)
+    for content, why in (
+        (one, "not a dictionary"), ({}, "no tensors"), ({"a": one, "b": {"c": one}}, "beside"),
+        ({"a": {"b": one}, "c": {"d": one}}, "2 dictionaries"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=why):
+            pick_tensors(content)

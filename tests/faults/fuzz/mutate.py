@@ -12,28 +12,33 @@ NUMBERS: tuple[Any, ...] = (
     (1 << 64) - 1, 1 << 64, 10**30, -(10**30), 0.0, -0.0, 0.5, 8.0, 1e30, 1e308, 5e-324,
 )  # fmt: skip
 STRINGS = (
-    "", " ", ".", "..", "../x", "/etc/passwd", "C:\\x", "a\0b", "\n", "\x1b[31m", "\u202e", "[/bold]",
-    "\ud800", "\udcff", "weight", "F32", "BF16", "F4", "I64", "base_model.model.", "lora_A.weight",
-    "x" * 300, "x" * 1025, "x" * 5000, "(" * 50, "(a+)+b", ".*" * 20, "[", "\\", "a{9999}", "NaN",
-    "__metadata__", "LORA", "true", "0", "8", "model-00001-of-99999.safetensors", "é模🙂", "s/a/b/",
+    "", " ", ".", "..", "../x", "/etc/passwd", "C:\\x", "a\0b", "\n", "\x1b[31m", "\u202e",
+    "[/bold]", "\ud800", "\udcff", "weight", "F32", "BF16", "F4", "I64", "base_model.model.",
+    "lora_A.weight", "x" * 300, "x" * 1025, "x" * 5000, "(" * 50, "(a+)+b", ".*" * 20, "[", "\\",
+    "a{9999}", "NaN", "__metadata__", "LORA", "true", "0", "8",
+    "model-00001-of-99999.safetensors", "é模🙂", "s/a/b/",
 )  # fmt: skip
 ODD: tuple[Any, ...] = (
-    None, True, False, [], {}, [[]], [None], {"": None}, [0] * 50, [1, 2], ["q_proj"], [[0, 2], [1, 3]],
-    {"q_proj": 4}, {"a": {"b": {"c": 1}}}, {"x": [1, 2]}, list(range(300)),
+    None, True, False, [], {}, [[]], [None], {"": None}, [0] * 50, [1, 2], ["q_proj"],
+    [[0, 2], [1, 3]], {"q_proj": 4}, {"a": {"b": {"c": 1}}}, {"x": [1, 2]}, list(range(300)),
 )  # fmt: skip
 # Not values of Python's json: put into the text.
-RAW = ("NaN", "Infinity", "-Infinity", "1e400", "-0", "01", "+1", "0x10", "1_0", "'a'", "tru", "{", "]",
-       '"\\ud800"', '"\\u0000"', "9" * 400, "[" * 100, "[" * 20_000, '{"a":' * 80, "\ufeff", "//", ",")  # fmt: skip
+RAW = (
+    "NaN", "Infinity", "-Infinity", "1e400", "-0", "01", "+1", "0x10", "1_0", "'a'", "tru", "{",
+    "]", '"\\ud800"', '"\\u0000"', "9" * 400, "[" * 100, "[" * 20_000, '{"a":' * 80, "\ufeff",
+    "//", ",",
+)  # fmt: skip
 
 FIELDS = (
     "r", "lora_alpha", "rank_pattern", "alpha_pattern", "target_modules", "exclude_modules",
     "modules_to_save", "layers_to_transform", "layers_pattern", "layer_replication", "use_rslora",
     "use_dora", "bias", "lora_bias", "fan_in_fan_out", "init_lora_weights", "peft_type",
     "peft_version", "task_type", "base_model_name_or_path", "target_parameters", "use_bdlora",
-    "kasa_config", "trainable_token_indices", "token_indices", "ensure_weight_tying", "auto_mapping",
-    "megatron_config", "megatron_core", "alora_invocation_tokens", "arrow_config", "use_qalora",
-    "model_type", "architectures", "num_hidden_layers", "num_attention_heads", "hidden_size",
-    "num_key_value_heads", "head_dim", "vocab_size", "tie_word_embeddings", "text_config",
+    "kasa_config", "trainable_token_indices", "token_indices", "ensure_weight_tying",
+    "auto_mapping", "megatron_config", "megatron_core", "alora_invocation_tokens", "arrow_config",
+    "use_qalora", "model_type", "architectures", "num_hidden_layers", "num_attention_heads",
+    "hidden_size", "num_key_value_heads", "head_dim", "vocab_size", "tie_word_embeddings",
+    "text_config",
     "vision_config", "quantization_config", "quantization", "compression_config", "torch_dtype",
     "dtype", "num_local_experts", "num_experts", "layer_types", "weight_map", "metadata",
     "total_size", "lora_parameters", "fine_tune_type", "is_encoder_decoder",
@@ -76,8 +81,8 @@ def mutate_bytes(data: bytes, rng: random.Random) -> bytes:
 def mutate_length(data: bytes, rng: random.Random) -> bytes:
     """A file whose length prefix lies."""
     true = int.from_bytes(data[:8], "little")
-    lie = rng.choice((true + 1, true - 1, true + 8, 0, 1, 1 << rng.randrange(64), rng.getrandbits(64),
-                      len(data), len(data) - 8, 100_000_000, 1 << 25))  # fmt: skip
+    lie = rng.choice((true + 1, true - 1, true + 8, 0, 1, 1 << rng.randrange(64),
+                      rng.getrandbits(64), len(data), len(data) - 8, 10**8, 1 << 25))  # fmt: skip
     return (lie % (1 << 64)).to_bytes(8, "little") + data[8:]
 
 
@@ -148,7 +153,8 @@ DTYPES = {"F32": 32, "BF16": 16, "F16": 16, "F64": 64, "I64": 64, "U8": 8, "BOOL
 PARTS = ("lora_A", "lora_B", "lora_embedding_A", "lora_magnitude_vector", "lora_diag", "default",
          "modules_to_save", "base_layer", "original_module", "token_adapter", "weight", "bias", "0",
          "trainable_tokens_delta", "layers", "experts", "out_proj", "lora_down", "lora_up", "alpha",
-         "hada_w1_a", "lokr_w1", "base_model", "model", "lora_E", "ia3_l", "a1", "_orig_mod")  # fmt: skip
+         "hada_w1_a", "lokr_w1", "base_model", "model", "lora_E", "ia3_l", "a1",
+         "_orig_mod")  # fmt: skip
 
 
 def mutate_tensors(data: bytes, rng: random.Random) -> bytes:

@@ -37,6 +37,8 @@ from tests.faults.fuzz.mutate import mutate_json, mutate_safetensors
 LIMIT_S = 5.0
 LIMIT_BYTES = 300_000_000
 DATA = Path(__file__).parents[2] / "data" / "llm"
+SAMPLES = ("lora_linear", "lora_dora", "lora_gpt2_conv1d", "lora_modules_to_save",
+           "lora_target_params_mixtral", "lora_trainable_tokens")  # fmt: skip
 Case = tuple[str, Callable[[], object]]
 
 
@@ -147,8 +149,7 @@ def fuzz(headers: int, configs: int, seed: int, keep: Path | None) -> dict[str, 
     started = time.perf_counter()
     runner = Runner(keep)
     with tempfile.TemporaryDirectory() as root:
-        folders = [Folder(Path(root), s) for s in ("lora_linear", "lora_dora", "lora_gpt2_conv1d",
-                   "lora_modules_to_save", "lora_target_params_mixtral", "lora_trainable_tokens")]  # fmt: skip
+        folders = [Folder(Path(root), sample) for sample in SAMPLES]
         loose = Path(root) / "loose.safetensors"
         weights = [d for f in folders for p, d in f.files.items() if p.suffix == ".safetensors"]
         for number in range(headers):
