@@ -102,6 +102,26 @@ def test_nan_in_an_untouched_tensor_is_copied(world: World, row: str) -> None:
     assert payload in (world.out / "model.safetensors").read_bytes()
 
 
+@pytest.mark.parametrize("row", ["34-extract"])
+def test_equal_infinities_are_no_difference(world: World, row: str) -> None:
+    """Attention masks hold -inf, in the base and in the fine-tune alike."""
+    name = "model.layers.0.mask"
+    mask = ("F32", (4, 4), struct.pack("<16f", *[0.0, -np.inf, -np.inf, 0.0] * 4))
+    tuned = World(world.root / "in" / "tuned")
+    world.write_base(base_tensors() | {name: mask})
+    changed = values(12, 8, seed=99)
+    tuned.write_base(base_tensors() | {name: mask, TARGET: changed})
+    words = ["extract", tuned.base, "--base", world.base, "--rank", "8", "-o", world.out, "--json"]
+    found = world.run(*words)
+    assert found.code == 0, found.out
+    (module,) = found.json["modules"]
+    assert TARGET.startswith(module["name"])
+    other = ("F32", (4, 4), struct.pack("<16f", *[0.0, -np.inf, np.inf, 0.0] * 4))
+    tuned.write_base(base_tensors() | {name: other, TARGET: changed})
+    shutil.rmtree(world.out)
+    world.refuses([str(w) for w in words[:-1]], "LT-803", key=name, expected="finite")
+
+
 @pytest.mark.parametrize("row", ["34-nan-in-target"])
 def test_nan_in_a_target(world: World, row: str) -> None:
     bad = np.frombuffer(base_tensors()[TARGET][2], "<f4").copy()

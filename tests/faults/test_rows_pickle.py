@@ -58,7 +58,12 @@ class Opener:
 @ROW
 @pytest.mark.parametrize(
     ("container", "bomb"),
-    [("pickle", Bomb), ("torch-zip", Bomb), ("torch-zip", Opener), ("torch-legacy", Bomb)],
+    [
+        ("pickle", Bomb),
+        ("torch-zip", Bomb),
+        ("torch-zip", Opener),
+        pytest.param("torch-legacy", Bomb, marks=pytest.mark.slow),
+    ],
 )
 def test_code_in_a_pickle_never_runs(
     world: World, row: str, bomb: Callable[[Path], object], container: str
@@ -86,7 +91,10 @@ def test_code_in_a_pickle_never_runs(
 
 
 @ROW
-@pytest.mark.parametrize(("is_zip", "nested"), [(True, True), (False, False)])
+@pytest.mark.parametrize(
+    ("is_zip", "nested"),
+    [(True, True), pytest.param(False, False, marks=pytest.mark.slow)],
+)
 def test_an_honest_pickle_gives_the_same_bytes(
     world: World, row: str, is_zip: bool, nested: bool
 ) -> None:
@@ -120,6 +128,7 @@ def test_an_honest_pickle_gives_the_same_bytes(
 
 
 @ROW
+@pytest.mark.slow
 def test_a_sharded_base(world: World, row: str) -> None:
     assert world.merge("--json").code == 0
     want = {r.name: r.nbytes for r in read_header(world.out / "model.safetensors").tensors}
@@ -147,11 +156,10 @@ def test_a_sharded_base(world: World, row: str) -> None:
 @pytest.mark.parametrize(
     ("content", "got"),
     [
-        ([torch.zeros(1)], "not a dictionary"),
         ({"a": torch.zeros(1).expand(1 << 28)}, "bytes of tensors in a file of"),
-        ({"a": torch.eye(3).to_sparse()}, "sparse"),
+        pytest.param({"a": torch.eye(3).to_sparse()}, "sparse", marks=pytest.mark.slow),
     ],
-    ids=["list", "bomb", "sparse"],
+    ids=["bomb", "sparse"],
 )
 def test_pickles_of_something_else(world: World, row: str, content: object, got: str) -> None:
     world.weights.unlink()
@@ -162,7 +170,7 @@ def test_pickles_of_something_else(world: World, row: str, content: object, got:
 
 
 @ROW
-@pytest.mark.parametrize("raw", [b"", b"PK\3\4nonsense"])
+@pytest.mark.parametrize("raw", [b"PK\3\4nonsense"])
 def test_damaged_pickles(world: World, row: str, raw: bytes) -> None:
     world.weights.unlink()
     path = world.adapter / "adapter_model.bin"
