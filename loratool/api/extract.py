@@ -9,7 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loratool.adapter import Adapter
-from loratool.api.common import Resources, option_values, plan_resources
+from loratool.api.common import (
+    Resources,
+    file_rules,
+    option_values,
+    plan_resources,
+    recorded_name,
+)
 from loratool.dialects import open_adapter, write_adapter_files
 from loratool.errors import UsageError
 from loratool.ops.assemble import Outcome, assemble
@@ -42,6 +48,8 @@ def extract(
     offline: bool = False,
     yes: bool = False,
     provenance: bool = True,
+    max_header: str | int | None = None,
+    allow_pickle: bool = False,
     progress: Progress | None = None,
 ) -> ExtractReport:
     """Best rank-R approximation of tuned - base, module by module, as a PEFT adapter.
@@ -64,6 +72,8 @@ def extract(
         offline: never touch the network.
         yes: agree to large downloads.
         provenance: record inputs and options in the output.
+        max_header: largest safetensors header accepted, such as ``"64MB"``.
+        allow_pickle: convert pickles first, in a locked process.
         progress: called with (bytes done, bytes in all).
 
     Returns:
@@ -76,14 +86,14 @@ def extract(
     _check_rank(rank)
     if names not in ("v4", "v5"):
         raise UsageError("LT-226", "unknown --names", expected="v4 or v5", got=names)
-    access, target = Access(offline, yes), Path(output)
-    if target.suffix:
+    access, target = Access(offline, yes, file_rules(max_header, allow_pickle)), Path(output)
+    if target.suffix in (".safetensors", ".gguf", ".bin", ".pt"):  # "qwen2.5-lora" is a folder
         raise UsageError(
             "LT-227", "a PEFT adapter is a folder", expected="a folder for -o", got=str(output)
         )
     tuned_opened = open_base(str(tuned), [], access)
     base_opened = open_base(str(base), [], access)
-    guard_output(target, [tuned_opened.resolved.path, base_opened.resolved.path])
+    guard_output(target, [tuned_opened.resolved.named, base_opened.resolved.named])
     plan = plan_extract(
         tuned_opened.checkpoint,
         base_opened.checkpoint,
@@ -106,7 +116,7 @@ def extract(
         return _planned(plan, tuned_opened, base_opened, target, rank, started)
     check_output(target, is_folder=True, force=force)  # before the work, not after it
     results = _run(plan, resources)
-    label = str(base) if base_opened.resolved.commit else base_opened.resolved.path.name
+    label = str(base) if base_opened.resolved.commit else recorded_name(base_opened.resolved.path)
     adapter, outcomes = assemble(
         plan, results, keep=keep, base=base_opened.checkpoint, base_model=label
     )

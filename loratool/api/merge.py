@@ -10,10 +10,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loratool.adapter import ReadOptions
-from loratool.api.common import Resources, parse_dtype, parse_size, plan_resources, rounding_args
+from loratool.api.common import (
+    Resources,
+    file_rules,
+    parse_dtype,
+    parse_size,
+    plan_resources,
+    rounding_args,
+)
 from loratool.api.merge_job import MergeJob, NameOptions, Operation, prepare_merge
 from loratool.api.undo import check_undo, foresee_patches, plan_identity, save_undo_file
 from loratool.ops.bind import BindOptions
+from loratool.ops.input_notes import base_notes, input_warnings, nonfinite_warning
 from loratool.ops.inputs import Access
 from loratool.ops.merge import index_files
 from loratool.report import MergeReport, ModuleLoss, SubtractReport
@@ -58,6 +66,9 @@ def merge(
     mha_out_proj: str | None = None,
     moe_layout: str | None = None,
     experts_b_order: str = "rank-major",
+    allow_nonfinite: bool = False,
+    max_header: str | int | None = None,
+    allow_pickle: bool = False,
     progress: Progress | None = None,
     operation: Operation | None = None,
 ) -> MergeReport:
@@ -97,6 +108,9 @@ def merge(
         mha_out_proj: ``once`` or ``twice``; None = what the trained model computed.
         moe_layout: ``eoi`` or ``eio`` for square experts of unknown origin.
         experts_b_order: ``rank-major`` (PEFT) or ``expert-major``.
+        allow_nonfinite: let NaN and infinity of the inputs pass; they are counted.
+        max_header: largest safetensors header accepted, such as ``"64MB"``.
+        allow_pickle: convert pickles first, in a locked process.
         progress: called with (bytes done, bytes in all).
         operation: what `subtract` and `swap` do with the same engine.
 
@@ -120,7 +134,7 @@ def merge(
         weights=weights,
         mean=mean,
         names=names,
-        access=Access(offline, yes),
+        access=Access(offline, yes, file_rules(max_header, allow_pickle)),
         dtype=parse_dtype(dtype),
         shard_bytes=parse_size(shard_size),
         output=Path(output),
@@ -142,6 +156,7 @@ def merge(
             chunk_bytes=chunk_bytes,
             sample=dry_run,
             progress=progress,
+            allow_nonfinite=allow_nonfinite,
         )
         for plan in (job.merge.plan, None if undo is None else foresee_patches(job))
     )  # fmt: skip
@@ -225,7 +240,14 @@ def _report(
     warnings = list(job.warnings)
     if loss > WARN_LOSS:
         warnings.append(_loss_warning(total, modules, dry_run))
-    notes = [*job.merge.notes, *job.sidecar_notes, *_cast_note(sums), *_exact_note(sums)]
+    warnings += [*input_warnings(job.adapters), *nonfinite_warning(sums)]
+    notes = [
+        *base_notes(() if job.operation.signs else job.adapters, job.base),
+        *job.merge.notes,
+        *job.sidecar_notes,
+        *_cast_note(sums),
+        *_exact_note(sums),
+    ]
     if job.base.resolved.note:
         notes.insert(0, job.base.resolved.note)
     tokenizer = next((s.origin for s in job.sidecars if s.name == "tokenizer.json"), None)
@@ -233,7 +255,7 @@ def _report(
     return job.operation.report(
         output=str(job.output),
         adapters=tuple({"label": a.resolved.label, "weight": a.weight} for a in job.adapters),
-        base=str(job.base.resolved.path),
+        base=str(job.base.resolved.named),
         base_label=job.base.resolved.label,
         changed=len(job.merge.changed),
         copied=len(job.merge.copied),

@@ -130,7 +130,7 @@ def prepare_merge(
     opened_base = open_base(str(base), opened, access)
     if output is not None:
         _check_output_form(output, opened_base)
-        guard_output(output, [opened_base.resolved.path, *(a.resolved.path for a in opened)])
+        guard_output(output, [opened_base.resolved.named, *(a.resolved.named for a in opened)])
     bound = tuple(
         WeightedAdapter(o.adapter, o.weight, bind(o.adapter, opened_base.checkpoint, names.bind))
         for o in opened

@@ -44,6 +44,7 @@ def run(args: list[str]) -> int:
 
     options = args[: args.index("--")] if "--" in args else args
     try:
+        _refuse_secrets(args)
         code = _invoke(args)
         sys.stdout.flush()
         return code
@@ -62,6 +63,17 @@ def run(args: list[str]) -> int:
         return _report_error(_out_of_memory(), options)
     except Exception as error:
         return _report_bug(error, options)
+
+
+def _refuse_secrets(args: list[str]) -> None:
+    """No argument may hold an access token: process lists and shell histories keep it."""
+    from loratool.errors import TOKEN
+
+    for word in args:
+        if TOKEN.search(word) and not os.path.lexists(word.rpartition(":")[0] or word):
+            from loratool.store.source import refuse_token
+
+            refuse_token(word)
 
 
 def _invoke(args: list[str]) -> int:

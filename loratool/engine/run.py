@@ -38,6 +38,7 @@ class RunOptions:
         progress: called with (bytes done, bytes in all).
         block_elements: block size of the grid; None = the device's.  Only digests and sums that
             are not exact depend on it.
+        allow_nonfinite: NaN and infinity in inputs pass and are counted.
     """
 
     device: torch.device = _CPU
@@ -46,6 +47,7 @@ class RunOptions:
     sample: bool = False
     progress: Progress | None = None
     block_elements: int | None = None
+    allow_nonfinite: bool = False
 
     @property
     def elements(self) -> int:
@@ -111,7 +113,7 @@ class _Run:
         self.plan = plan
         self.sink = sink
         self.options = options
-        self.env = Env(reader, options.device, options.elements, Scratch())
+        self.env = Env(reader, options.device, options.elements, Scratch(), options.allow_nonfinite)
         self.results: dict[int, Any] = {}
         self.carried: list[Any] = []
         self._tasks: Iterator[tuple[_Job, list[grid.Block]]] = iter(())
