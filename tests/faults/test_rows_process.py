@@ -62,7 +62,8 @@ def test_as_a_process(tmp_path: Path, row: str, spoil: Spoil, exit_code: int, co
     world = World(tmp_path)
     spoil(world)
     before = fingerprint(tmp_path / "in")
-    words = [sys.executable, "-m", "loratool", *world.merge_words()]
+    # -q: on a slow machine a line of progress would come first
+    words = [sys.executable, "-m", "loratool", *world.merge_words(), "-q"]
     plain = subprocess.run(words, capture_output=True, text=True, timeout=60)
     assert plain.returncode == exit_code, plain
     (line,) = plain.stderr.splitlines()
