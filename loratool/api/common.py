@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from loratool import __version__
 from loratool.dtypes import BY_WORD
 from loratool.errors import UsageError, redact
 from loratool.ops.memory import MemoryPlan, plan_memory
@@ -141,6 +144,19 @@ def plan_resources(
         where, memory.threads, memory.chunk_bytes, sample, progress, block_elements, allow_nonfinite
     )
     return Resources(run, memory, str(where), reason)
+
+
+def run_id(plan: Plan, device: str) -> str:
+    """Identity of everything that decides the bytes written: what a rerun may go on with.
+
+    Args:
+        plan: what is done, with the content of its inputs.
+        device: ``cpu`` or ``cuda:0``; which of several does not matter.
+    """
+    from loratool.engine.device import torch_build
+
+    build = (plan.plan_id(), __version__, torch_build(), device.partition(":")[0])
+    return hashlib.sha256(json.dumps(build, sort_keys=True).encode()).hexdigest()
 
 
 def option_values(**options: Any) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,8 +23,9 @@ from loratool.ops.extract import ExtractPlan, plan_extract
 from loratool.ops.inputs import Access, OpenedBase, guard_output, open_base
 from loratool.ops.loads import judge_loads
 from loratool.report import ExtractedModule, ExtractReport
+from loratool.store.adapter_writer import fill_adapter, stage_adapter
+from loratool.store.output_path import check_output
 from loratool.store.provenance import checkpoint_id, provenance_of
-from loratool.store.writer import check_output
 
 if TYPE_CHECKING:
     from loratool.engine.run import Progress
@@ -87,6 +88,9 @@ def extract(
     if names not in ("v4", "v5"):
         raise UsageError("LT-226", "unknown --names", expected="v4 or v5", got=names)
     access, target = Access(offline, yes, file_rules(max_header, allow_pickle)), Path(output)
+    if not dry_run:  # before a long download, not after it
+        guard_output(target, [p for p in map(Path, (tuned, base)) if p.exists()])
+        check_output(target, is_folder=True, force=force)
     if target.suffix in (".safetensors", ".gguf", ".bin", ".pt"):  # "qwen2.5-lora" is a folder
         raise UsageError(
             "LT-227", "a PEFT adapter is a folder", expected="a folder for -o", got=str(output)
@@ -114,12 +118,7 @@ def extract(
     )
     if dry_run:
         return _planned(plan, tuned_opened, base_opened, target, rank, started)
-    check_output(target, is_folder=True, force=force)  # before the work, not after it
-    results = _run(plan, resources)
     label = str(base) if base_opened.resolved.commit else recorded_name(base_opened.resolved.path)
-    adapter, outcomes = assemble(
-        plan, results, keep=keep, base=base_opened.checkpoint, base_model=label
-    )
     record: dict[str, Any] = {}
     if provenance:
         options = option_values(
@@ -131,7 +130,18 @@ def extract(
             "base": checkpoint_id(base_opened.checkpoint),
         }
         record = provenance_of("extract", options=options, inputs=inputs)
-    size = _write(adapter, target, record, base_opened, plan.memory_names.values(), force)
+    with stage_adapter(target, force=force) as staged:  # refusals before the work, not after it
+        results = _run(plan, resources)
+        adapter, outcomes = assemble(
+            plan, results, keep=keep, base=base_opened.checkpoint, base_model=label
+        )
+        files = write_adapter_files(
+            adapter,
+            "peft",
+            base_config=base_opened.checkpoint.config,
+            base_tensors=plan.memory_names.values(),
+        )
+        size = fill_adapter(staged, files, record=record)
     written = open_adapter(target)  # our own loader must find what was written
     return _report(plan, outcomes, written, tuned_opened, base_opened, target, rank, size, started)
 
@@ -146,28 +156,12 @@ def _check_rank(rank: int) -> None:
 def _run(plan: ExtractPlan, resources: Resources) -> list[Any]:
     from loratool.engine.run import execute
     from loratool.store.reader import FileReader
+    from loratool.store.stamps import take_stamps
 
-    with FileReader() as reader:
+    with FileReader(take_stamps(plan.plan.refs())) as reader:
         results = execute(plan.plan, reader, None, resources.run)
         reader.check_unchanged()
     return results
-
-
-def _write(
-    adapter: Adapter,
-    target: Path,
-    record: dict[str, Any],
-    base: OpenedBase,
-    base_tensors: Iterable[str],
-    force: bool,
-) -> int:
-    """Write the adapter's files; returns the size of its tensor file."""
-    from loratool.store.adapter_writer import write_adapter
-
-    files = write_adapter_files(
-        adapter, "peft", base_config=base.checkpoint.config, base_tensors=base_tensors
-    )
-    return write_adapter(files, target, record=record, force=force)
 
 
 def _report(

@@ -11,6 +11,7 @@ from loratool.adapter import Adapter, ReadOptions
 from loratool.dialects import open_adapter, unmergeable_reason
 from loratool.errors import MismatchError, OutputError, UsageError
 from loratool.store.checkpoint import Checkpoint, open_checkpoint
+from loratool.store.output_path import old_path, staging_path
 from loratool.store.rules import FileRules
 from loratool.store.source import Resolved, find_adapter, parse_adapter, resolve
 
@@ -142,20 +143,21 @@ def open_base(text: str, adapters: Sequence[OpenedAdapter], access: Access) -> O
 
 
 def guard_output(output: Path, inputs: Sequence[Path]) -> None:
-    """Refuse an output that is, holds, or lies in an input.
+    """Refuse an output that is, holds, or lies in an input, or whose staging folder does.
 
     Raises:
         OutputError: it would overwrite what is being read.
     """
-    real = Path(os.path.realpath(output))
     for path in inputs:
         source = Path(os.path.realpath(path))
-        same = output.exists() and source.exists() and output.samefile(source)
-        if same or real == source or source in real.parents or real in source.parents:
-            raise OutputError(
-                "LT-506",
-                "the output would overwrite an input",
-                file=output,
-                got=f"input {path}",
-                hint="choose another -o",
-            )
+        for place in (output, staging_path(output), old_path(output)):
+            real = Path(os.path.realpath(place))
+            same = place.exists() and source.exists() and place.samefile(source)
+            if same or real == source or source in real.parents or real in source.parents:
+                raise OutputError(
+                    "LT-506",
+                    "the output would overwrite an input",
+                    file=output,
+                    got=f"input {path}",
+                    hint="choose another -o",
+                )
