@@ -128,7 +128,7 @@ def command(method: str, folder: Path, rank: int, peer: str | None) -> list[str]
         return [sys.executable, __file__, "--one", "naive", "--dir", str(folder), "--rank",
                 str(rank)]  # fmt: skip
     return [str(peer), "-m", "mergekit.scripts.extract_lora", "--model", tuned, "--base-model",
-            base, "--out-path", out, "--max-rank", str(rank), "--embed-lora"]  # fmt: skip
+            base, "--out-path", out, "--max-rank", str(rank)]  # fmt: skip
 
 
 def run(method: str, folder: Path, rank: int, peer: str | None) -> float:

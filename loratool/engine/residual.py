@@ -151,7 +151,7 @@ class _Patch:
         """
         if self._digest.value() != self._step.args["digest"]:
             raise NumericError(
-                "LT-804",
+                "LT-805",
                 "the merge with its residual is not the fine-tune it was made from",
                 key=self._step.output.name,
                 hint="base, adapter and residual must be those of the extraction",
