@@ -37,8 +37,6 @@ if TYPE_CHECKING:
     from loratool.engine.run import Progress
     from loratool.store.reader import Stamp
 
-_BATCH_BYTES = 1 << 30  # of float32 differences that a GPU factors together
-
 
 def extract(
     tuned: str | Path,
@@ -206,13 +204,13 @@ def _run(
     plan: ExtractPlan, resources: Resources, staged: StagedOutput, stamps: Mapping[Path, Stamp]
 ) -> list[Any]:
     """One result per step; modules that an earlier run finished are taken from its journal."""
+    from loratool.engine.device import batch_bytes
     from loratool.engine.factor_journal import FactorJournal
     from loratool.engine.run import execute
     from loratool.store.reader import FileReader
 
     journal = FactorJournal(staged)
-    is_cuda = resources.run.device.type == "cuda"
-    grouped, positions = group_steps(plan.plan, _BATCH_BYTES if is_cuda else 0)
+    grouped, positions = group_steps(plan.plan, batch_bytes(resources.run.device))
     found: dict[int, Any] = {}
     todo: list[int] = []
     for number, step in enumerate(grouped.steps):

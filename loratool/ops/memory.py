@@ -72,7 +72,8 @@ def plan_memory(
 def _peak(plan: Plan, device: str, threads: int, chunk: int) -> int:
     elements = grid.CUDA_ELEMENTS if device == "cuda" else grid.CPU_ELEMENTS
     workers = sorted((_worker_bytes(s, chunk, elements) for s in plan.steps), reverse=True)
-    steps = sorted((step_bytes(s) for s in plan.steps), reverse=True)
+    on_host = [s for s in plan.steps if device == "cpu" or s.op != "subtract_and_factor"]
+    steps = sorted((step_bytes(s) for s in on_host), reverse=True)
     return TORCH_BYTES[device] + sum(workers[:1]) * threads + sum(steps[: threads + 1])
 
 
