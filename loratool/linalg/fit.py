@@ -155,8 +155,8 @@ def fit(modules: torch.Tensor, how: Fitting) -> list[tuple[Factors, Choice]]:
     rule = how.rule
     limit = min(short, rule.rank or short, rule.max_rank or short)
     cap = min(short, rule.max_rank or AUTO_CAP)
-    if how.floors is not None:
-        limit = min(limit, cap + 1)  # one more tells whether the cap bites
+    if how.floors is not None:  # one more tells whether the cap bites
+        limit = min(short, rule.rank or short, cap + 1)
     done: dict[int, tuple[Factors, Choice]] = {}
     stage = limit if how.exact or not how.needs_spectrum else min(limit, _FIRST_STAGE)
     if stage == short and not how.needs_spectrum and not how.is_sliceable:
