@@ -175,6 +175,6 @@ def test_demo(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert list(tmp_path.iterdir()) == []
     assert run("demo", "-o", "tour", "-q").code == 0
     assert (tmp_path / "tour" / "merged").is_dir()
-    assert run("demo", "-o", "tour").code == 6
+    assert run("demo", "-o", "tour").code == 5
     assert run("demo", "--json").code == 2
     assert run("demo", "-o", "other", "--json").json["command"] == "demo"
