@@ -46,10 +46,9 @@ SYNONYMS = {
 
 LATER_OPTIONS = frozenset(
     (
-        "--base", "--blocks", "--csv", "--dequantize", "--energy", "--error",
-        "--for", "--max-rank", "--method", "--module-weights", "--param",
-        "--plot", "--rank", "--requant", "--residual", "--risk", "--save-residual",
-        "--simulate-quant", "--size", "--spectrum", "--to",
+        "--base", "--blocks", "--csv", "--dequantize", "--for", "--method", "--module-weights",
+        "--param", "--plot", "--rank", "--requant", "--risk", "--simulate-quant", "--spectrum",
+        "--to",
     )
 )  # fmt: skip
 """Options of the plan; a command that does not know one says "not in this version"."""
@@ -59,7 +58,7 @@ EXAMPLES = (
     "loratool merge ./style --base ./model -o ./merged        # into the model",
     "loratool merge ./style:0.8 ./sql:0.5 --base auto -o out  # several, one rounding",
     "loratool verify ./merged --base ./model --adapter ./style",
-    "loratool extract ./my-sft --base ./model --rank 8 -o ./lora",
+    "loratool extract ./my-sft --base ./model -o ./lora",
 )
 
 

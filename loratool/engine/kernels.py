@@ -1,9 +1,11 @@
 """op -> kernel.  ``copy`` moves bytes and needs none."""
 
 from loratool.engine.comparing import Compare, CompareBytes
-from loratool.engine.factoring import Difference, SubtractAndFactor
+from loratool.engine.difference import Difference
+from loratool.engine.factoring import SubtractAndFactor
 from loratool.engine.kernel import Kernel
 from loratool.engine.merging import AddDeltas
+from loratool.engine.residual import PatchedCopy, PatchedSum, ResidualOfCopy, ResidualOfSum
 from loratool.engine.undoing import MakePatch, Restore
 
 KERNELS: dict[str, type[Kernel]] = {
@@ -13,6 +15,10 @@ KERNELS: dict[str, type[Kernel]] = {
     "compare_bytes": CompareBytes,
     "difference": Difference,
     "make_patch": MakePatch,
+    "patched_copy": PatchedCopy,
+    "patched_sum": PatchedSum,
+    "residual_of_copy": ResidualOfCopy,
+    "residual_of_sum": ResidualOfSum,
     "restore": Restore,
     "subtract_and_factor": SubtractAndFactor,
 }

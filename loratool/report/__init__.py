@@ -6,7 +6,13 @@ Shares and errors are fractions of 1, sizes are bytes, times are seconds.
 """
 
 from loratool.report.base import SCHEMA, Loads, Report, plain_json
-from loratool.report.extract import ExtractedFamily, ExtractedModule, ExtractReport, group_families
+from loratool.report.extract import (
+    ExtractedFamily,
+    ExtractedModule,
+    ExtractReport,
+    SavedResidual,
+    group_families,
+)
 from loratool.report.inspect import (
     AdapterSummary,
     CheckpointSummary,
@@ -39,6 +45,7 @@ __all__ = [
     "ModuleLoss",
     "ReplacedTensor",
     "Report",
+    "SavedResidual",
     "SubtractReport",
     "SwapReport",
     "TargetFamily",
