@@ -18,6 +18,7 @@ COMMANDS = {
     "inspect": "What a file holds: method, base, ranks, cost. Headers only.",
     "merge": "Put adapters into base weights, rounded once, loss shown.",
     "extract": "Make a low-rank adapter from a full fine-tune.",
+    "compress": "Fewer ranks, the best ones, loss shown. No base needed.",
     "subtract": "Take adapters out of merged weights, bit for bit with an undo file.",
     "swap": "Exchange one merged adapter for another, in one rounding.",
     "verify": "Recompute a merge and compare, bit by bit.",
@@ -27,7 +28,7 @@ COMMANDS = {
 """Command -> what it does in one line; the module of the same name holds it."""
 
 LATER = (
-    "check", "compare", "compress", "convert", "pull", "push", "rescale", "run",
+    "check", "compare", "convert", "pull", "push", "rescale", "run",
 )  # fmt: skip
 """Commands of the plan that this version does not have."""
 
@@ -59,6 +60,7 @@ EXAMPLES = (
     "loratool merge ./style:0.8 ./sql:0.5 --base auto -o out  # several, one rounding",
     "loratool verify ./merged --base ./model --adapter ./style",
     "loratool extract ./my-sft --base ./model -o ./lora",
+    "loratool compress ./r64 --energy 0.99 -o ./small",
 )
 
 

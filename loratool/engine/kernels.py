@@ -1,6 +1,7 @@
 """op -> kernel.  ``copy`` moves bytes and needs none."""
 
 from loratool.engine.comparing import Compare, CompareBytes
+from loratool.engine.compressing import Factor, MeasureSpectrum
 from loratool.engine.difference import Difference
 from loratool.engine.factoring import SubtractAndFactor
 from loratool.engine.kernel import Kernel
@@ -14,11 +15,13 @@ KERNELS: dict[str, type[Kernel]] = {
     "compare": Compare,
     "compare_bytes": CompareBytes,
     "difference": Difference,
+    "factor": Factor,
     "make_patch": MakePatch,
     "patched_copy": PatchedCopy,
     "patched_sum": PatchedSum,
     "residual_of_copy": ResidualOfCopy,
     "residual_of_sum": ResidualOfSum,
     "restore": Restore,
+    "spectrum": MeasureSpectrum,
     "subtract_and_factor": SubtractAndFactor,
 }

@@ -173,7 +173,7 @@ def rank_groups(extract: ExtractPlan) -> list[list[int]]:
     routers (PEFT stacks them under transformers 5, and takes their rank from ``r``).
     """
     groups: dict[str, list[int]] = {}
-    routed = _routed([p.name for p in extract.pairs if p.is_factored])
+    routed = routed_weights([p.name for p in extract.pairs if p.is_factored])
     mhas = {p.module for p in extract.pairs if p.is_factored and p.role == "in_proj"}
     for index, pair in enumerate(extract.pairs):
         if not pair.is_factored:
@@ -189,7 +189,7 @@ def rank_groups(extract: ExtractPlan) -> list[list[int]]:
     return list(groups.values())
 
 
-def _routed(names: Collection[str]) -> set[str]:
+def routed_weights(names: Collection[str]) -> set[str]:
     """Weights of experts that have tensors of their own, and of the routers before them."""
     experts = {n for n in names if (e := parse_expert(n)) is not None and e.expert is not None}
     layers = {found.container.rpartition(".")[0] for n in experts if (found := parse_expert(n))}
@@ -218,7 +218,7 @@ def _complete_experts(
 
 
 def _match_expert_ranks(specs: list[DeltaSpec]) -> list[DeltaSpec]:
-    routed = _routed([s.name for s in specs])
+    routed = routed_weights([s.name for s in specs])
     rank = max((s.rank for s in specs if s.name in routed), default=0)
     return [_pad(s, rank) if s.name in routed and s.rank < rank else s for s in specs]
 

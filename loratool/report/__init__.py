@@ -6,6 +6,13 @@ Shares and errors are fractions of 1, sizes are bytes, times are seconds.
 """
 
 from loratool.report.base import SCHEMA, Loads, Report, plain_json
+from loratool.report.compress import (
+    CompressedAdapter,
+    CompressedFamily,
+    CompressedModule,
+    CompressReport,
+    energy_and_error,
+)
 from loratool.report.extract import (
     ExtractedFamily,
     ExtractedModule,
@@ -35,6 +42,10 @@ __all__ = [
     "SCHEMA",
     "AdapterSummary",
     "CheckpointSummary",
+    "CompressReport",
+    "CompressedAdapter",
+    "CompressedFamily",
+    "CompressedModule",
     "ExtractReport",
     "ExtractedFamily",
     "ExtractedModule",
@@ -52,6 +63,7 @@ __all__ = [
     "TensorDifference",
     "TensorRow",
     "VerifyReport",
+    "energy_and_error",
     "group_families",
     "plain_json",
 ]
