@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -113,7 +113,7 @@ def plan_compress(adapter: Adapter) -> CompressPlan:
     return CompressPlan(
         adapter,
         specs,
-        tuple(_groups(specs, biases, mhas)),
+        tuple(_groups(specs, biases, mhas, _tied(adapter, specs))),
         tuple(_storage_dtype(s) for s in specs),
         tuple(2.0 if _mha_of(s) in mhas else 1.0 for s in specs),
         biases,
@@ -212,17 +212,37 @@ def _check(adapter: Adapter) -> None:
 
 
 def _groups(
-    specs: Sequence[DeltaSpec], biases: Mapping[str, DeltaSpec], mhas: set[str]
+    specs: Sequence[DeltaSpec],
+    biases: Mapping[str, DeltaSpec],
+    mhas: set[str],
+    tied: Collection[str],
 ) -> list[Group]:
     routed = routed_weights([s.name for s in specs])
     found: dict[str, list[int]] = {}
     for index, spec in enumerate(specs):
         mha = spec.module if spec.module in mhas else _mha_of(spec)
-        key = "routed" if spec.name in routed else mha if mha in mhas else f"one {spec.name}"
+        key = (
+            "routed"
+            if spec.name in routed
+            else "tied"
+            if spec.name in tied
+            else mha
+            if mha in mhas
+            else f"one {spec.name}"
+        )
         found.setdefault(key, []).append(index)
     return [
         Group(tuple(g), int(len(g) > 1 or specs[g[0]].module in biases)) for g in found.values()
     ]
+
+
+def _tied(adapter: Adapter, specs: Sequence[DeltaSpec]) -> set[str]:
+    """Embedding and head that ``ensure_weight_tying`` gives one change: one is the other turned."""
+    if adapter.config.get("ensure_weight_tying") is not True:
+        return set()
+    sizes = {s.name: (s.fields["lora_B"].shape[0], s.fields["lora_A"].shape[1]) for s in specs}
+    turned = {sizes[s.name][::-1] for s in specs if s.layout == "embedding"}
+    return {s.name for s in specs if s.layout == "embedding" or sizes[s.name] in turned}
 
 
 def _mha_of(spec: DeltaSpec) -> str | None:
