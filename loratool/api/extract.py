@@ -162,6 +162,8 @@ def extract(
     record = provenance_of("extract", options=options, inputs=inputs)
     if save_residual is not None:
         _check_residual_path(Path(save_residual), target, force)
+        inputs_at = [tuned_opened.resolved.path, base_opened.resolved.path]
+        guard_output(Path(save_residual), inputs_at)
     plan = replace(
         plan, plan=replace(plan.plan, options=record["options"], inputs=record["inputs"])
     )
