@@ -202,9 +202,6 @@ def _compress(
                 for i in group.specs:
                     args[i] |= {"rank": ranks[i], "is_free": len(group.specs) == 1}
         results = _run(plan, "factor", args, resources)
-        if spectra is None and not any(r.rank for r in results):
-            spectra = _run(plan, "spectrum", [{}] * len(plan.specs), resources)
-            continue  # all are zero, and PEFT needs one module at least
         widened = [i for i, r in enumerate(results) if r.is_widened and dtypes[i] != "F32"]
         if limit is None or not widened:
             break
@@ -326,14 +323,10 @@ def _copied(plan: CompressPlan, results: Sequence[Factored]) -> list[Factored]:
 
 def _write(job: _Job, files: AdapterFiles, record: dict[str, Any], force: bool) -> None:
     """The adapter's files, with tokenizer and licence beside them."""
-    from loratool.store.adapter_writer import fill_adapter, stage_adapter
+    from loratool.store.adapter_writer import write_adapter
 
-    with stage_adapter(job.target, force=force) as staged:
-        for extra in job.plan.adapter.extras:
-            for path in sorted(extra.rglob("*")) if extra.is_dir() else [extra]:
-                if path.is_file():
-                    staged.write_file(str(path.relative_to(extra.parent)), path.read_bytes())
-        fill_adapter(staged, files, record=record)
+    extras = job.plan.adapter.extras
+    write_adapter(files, job.target, record=record, extras=extras, force=force)
 
 
 def _report(job: _Job, made: _Made, dry_run: bool) -> CompressedAdapter:
