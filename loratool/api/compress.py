@@ -202,6 +202,9 @@ def _compress(
                 for i in group.specs:
                     args[i] |= {"rank": ranks[i], "is_free": len(group.specs) == 1}
         results = _run(plan, "factor", args, resources)
+        if spectra is None and not any(r.rank for r in results):
+            spectra = _run(plan, "spectrum", [{}] * len(plan.specs), resources)
+            continue  # all are zero, and PEFT needs one module at least
         widened = [i for i, r in enumerate(results) if r.is_widened and dtypes[i] != "F32"]
         if limit is None or not widened:
             break
