@@ -128,7 +128,7 @@ def command(method: str, folder: Path, rank: int, peer: str | None) -> list[str]
         return [sys.executable, __file__, "--one", "naive", "--dir", str(folder), "--rank",
                 str(rank)]  # fmt: skip
     return [str(peer), "-m", "mergekit.scripts.extract_lora", "--model", tuned, "--base-model",
-            base, "--out-path", out, "--max-rank", str(rank), "--embed-lora"]  # fmt: skip
+            base, "--out-path", out, "--max-rank", str(rank)]  # fmt: skip
 
 
 def run(method: str, folder: Path, rank: int, peer: str | None) -> float:
@@ -219,6 +219,15 @@ def read_all(files: list[Path], threads: int) -> float:
     return seconds
 
 
+def forget(files: list[Path], cold: bool) -> None:
+    """Drop the files from the page cache, so that the next read is the disk's."""
+    for file in files if cold else ():
+        handle = os.open(file, os.O_RDONLY)
+        os.fsync(handle)
+        os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(handle)
+
+
 def on_gpu(args: argparse.Namespace, folder: Path) -> None:
     import torch
 
@@ -234,10 +243,16 @@ def on_gpu(args: argparse.Namespace, folder: Path) -> None:
     torch.linalg.eigh(torch.eye(8, device=args.device))  # loads the solvers
     jobs: dict[str, list[float]] = {"read": [], "rank": [], "auto": []}
     for rep in range(args.reps):
-        reads = {t: read_all(files, t) for t in (1, 2, 4, 8, 16)}
+        reads = {}
+        for threads in (1, 2, 4, 8, 16) if not args.cold else (4, 16):
+            forget(files, args.cold)
+            reads[threads] = read_all(files, threads)
         jobs["read"].append(min(reads.values()))
         for name, rank in (("rank", args.rank), ("auto", "auto")):
+            if name in args.skip:
+                continue
             shutil.rmtree(folder / name, ignore_errors=True)
+            forget(files, args.cold)
             start = time.perf_counter()
             report = lt.extract(
                 folder / "tuned", base=folder / "base", output=folder / name, rank=rank,
@@ -245,10 +260,11 @@ def on_gpu(args: argparse.Namespace, folder: Path) -> None:
             )  # fmt: skip
             jobs[name].append(time.perf_counter() - start)
         print(
-            f"round {rep + 1}: read {reads}, rank {args.rank} {jobs['rank'][-1]:.2f} s, "
-            f"auto {jobs['auto'][-1]:.2f} s, error {report.relative_error:.4f}", flush=True,
+            f"round {rep + 1}: read {reads}, "
+            + ", ".join(f"{n} {jobs[n][-1]:.2f} s" for n in jobs if jobs[n])
+            + f", error {report.relative_error:.4f}", flush=True,
         )  # fmt: skip
-    for name in ("rank", "auto"):
+    for name in (n for n in ("rank", "auto") if jobs[n]):
         ratios = [a / b for a, b in zip(jobs[name], jobs["read"], strict=True)]
         print(
             f"{name}: median {statistics.median(jobs[name]):.2f} s, ours / best read "
@@ -267,6 +283,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int)
     parser.add_argument("--dir", type=Path)
     parser.add_argument("--peer-python")
+    parser.add_argument("--cold", action="store_true", help="read from the disk, not its cache")
     parser.add_argument("--skip", action="append", default=[])
     parser.add_argument("--one")
     args = parser.parse_args()

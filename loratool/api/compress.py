@@ -326,19 +326,10 @@ def _copied(plan: CompressPlan, results: Sequence[Factored]) -> list[Factored]:
 
 def _write(job: _Job, files: AdapterFiles, record: dict[str, Any], force: bool) -> None:
     """The adapter's files, with tokenizer and licence beside them."""
-    import os
-
     from loratool.store.adapter_writer import write_adapter
-    from loratool.store.writer import StagedOutput
 
-    staged = StagedOutput(
-        job.target, is_folder=True, plan_id=os.urandom(16).hex(), force=force, restart=True
-    )
-    for extra in job.plan.adapter.extras:
-        for path in sorted(extra.rglob("*")) if extra.is_dir() else [extra]:
-            if path.is_file():
-                staged.write_file(str(path.relative_to(extra.parent)), path.read_bytes())
-    write_adapter(files, job.target, record=record, output=staged)
+    extras = job.plan.adapter.extras
+    write_adapter(files, job.target, record=record, extras=extras, force=force)
 
 
 def _report(job: _Job, made: _Made, dry_run: bool) -> CompressedAdapter:

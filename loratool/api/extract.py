@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loratool.adapter import AdapterFiles
-from loratool.api.common import Resources, option_values, parse_size, plan_resources
+from loratool.api.common import (
+    Resources,
+    file_rules,
+    option_values,
+    parse_size,
+    plan_resources,
+    recorded_name,
+    run_id,
+)
 from loratool.api.extract_report import planned_report, written_report
 from loratool.dialects import open_adapter, write_adapter_files
 from loratool.errors import UsageError
@@ -19,14 +26,16 @@ from loratool.ops.extract import ExtractPlan, group_steps, plan_extract
 from loratool.ops.inputs import Access, OpenedBase, guard_output, open_base
 from loratool.ops.rank_options import factor_options
 from loratool.report import ExtractReport
+from loratool.store.adapter_writer import fill_adapter
 from loratool.store.header import build_header
+from loratool.store.output_path import check_output
 from loratool.store.provenance import checkpoint_id, provenance_of
+from loratool.store.stamps import take_stamps
+from loratool.store.writer import StagedOutput
 
 if TYPE_CHECKING:
     from loratool.engine.run import Progress
-    from loratool.store.writer import StagedOutput
-
-_BATCH_BYTES = 1 << 30  # of float32 differences that a GPU factors together
+    from loratool.store.reader import Stamp
 
 
 def extract(
@@ -54,6 +63,8 @@ def extract(
     offline: bool = False,
     yes: bool = False,
     provenance: bool = True,
+    max_header: str | int | None = None,
+    allow_pickle: bool = False,
     progress: Progress | None = None,
 ) -> ExtractReport:
     """The best low-rank approximation of tuned - base, module by module, as a PEFT adapter.
@@ -86,6 +97,8 @@ def extract(
         offline: never touch the network.
         yes: agree to large downloads.
         provenance: record inputs and options in the output.
+        max_header: largest header accepted.
+        allow_pickle: pickles may be opened.
         progress: called with (bytes done, bytes in all).
 
     Returns:
@@ -101,8 +114,11 @@ def extract(
     )
     if names not in ("v4", "v5"):
         raise UsageError("LT-226", "unknown --names", expected="v4 or v5", got=names)
-    access, target = Access(offline, yes), Path(output)
-    if target.suffix:
+    access, target = Access(offline, yes, file_rules(max_header, allow_pickle)), Path(output)
+    if not dry_run:  # before a long download, not after it
+        guard_output(target, [p for p in map(Path, (tuned, base)) if p.exists()])
+        check_output(target, is_folder=True, force=force)
+    if target.suffix in (".safetensors", ".gguf", ".bin", ".pt"):  # "qwen2.5-lora" is a folder
         raise UsageError(
             "LT-227", "a PEFT adapter is a folder", expected="a folder for -o", got=str(output)
         )
@@ -146,11 +162,20 @@ def extract(
     record = provenance_of("extract", options=options, inputs=inputs)
     if save_residual is not None:
         _check_residual_path(Path(save_residual), target, force)
-    staged = _stage(plan, record, target, tuned_opened, base_opened, force, restart)
-    with staged:
-        results = _run(plan, resources, staged)
+        inputs_at = [tuned_opened.resolved.path, base_opened.resolved.path]
+        guard_output(Path(save_residual), inputs_at)
+    plan = replace(
+        plan, plan=replace(plan.plan, options=record["options"], inputs=record["inputs"])
+    )
+    stamps = take_stamps(plan.plan.refs())
+    with StagedOutput(
+        target, is_folder=True, plan_id=run_id(plan.plan, resources.device), force=force,
+        restart=restart, inputs=stamps,
+    ) as staged:  # fmt: skip
+        results = _run(plan, resources, staged, stamps)
         outcomes, files = _assemble(plan, results, keep, base, base_opened, limit)
-        written = _write(files, staged, record if provenance else {})
+        run_notes = tuple(staged.notes)
+        written = fill_adapter(staged, files, record=record if provenance else {})
     residual = None
     if save_residual is not None:
         from loratool.api.residual import save_residual as save
@@ -160,6 +185,7 @@ def extract(
             threads=threads, max_memory=max_memory, force=force, provenance=provenance,
             progress=progress,
         )  # fmt: skip
+    plan = replace(plan, notes=(*run_notes, *plan.notes))
     return written_report(
         plan, outcomes, open_adapter(target), tuned_opened, base_opened, target, asked,
         resources, written, residual, time.monotonic() - started,
@@ -168,8 +194,6 @@ def extract(
 
 def _check_residual_path(path: Path, target: Path, force: bool) -> None:
     """Refuse before the work what would be refused after it."""
-    from loratool.store.writer import check_output
-
     if path.suffix != ".safetensors" or target in (path, *path.parents):
         raise UsageError(
             "LT-235", "a residual is a .safetensors file outside of the adapter",
@@ -178,36 +202,17 @@ def _check_residual_path(path: Path, target: Path, force: bool) -> None:
     check_output(path, is_folder=False, force=force)
 
 
-def _stage(
-    plan: ExtractPlan,
-    record: dict[str, Any],
-    target: Path,
-    tuned: OpenedBase,
-    base: OpenedBase,
-    force: bool,
-    restart: bool,
-) -> StagedOutput:
-    """The staging area; a run with the same inputs and options goes on from what lies there."""
-    from loratool.store.writer import StagedOutput
-
-    shards = [s.path.stat() for o in (tuned, base) for s in o.checkpoint.shards]
-    identity = [
-        replace(plan.plan, options=record["options"], inputs=record["inputs"]).plan_id(),
-        *(f"{s.st_size} {s.st_mtime_ns}" for s in shards),
-    ]
-    plan_id = hashlib.sha256("\n".join(identity).encode()).hexdigest()
-    return StagedOutput(target, is_folder=True, plan_id=plan_id, force=force, restart=restart)
-
-
-def _run(plan: ExtractPlan, resources: Resources, staged: StagedOutput) -> list[Any]:
+def _run(
+    plan: ExtractPlan, resources: Resources, staged: StagedOutput, stamps: Mapping[Path, Stamp]
+) -> list[Any]:
     """One result per step; modules that an earlier run finished are taken from its journal."""
+    from loratool.engine.device import batch_bytes
     from loratool.engine.factor_journal import FactorJournal
     from loratool.engine.run import execute
     from loratool.store.reader import FileReader
 
     journal = FactorJournal(staged)
-    is_cuda = resources.run.device.type == "cuda"
-    grouped, positions = group_steps(plan.plan, _BATCH_BYTES if is_cuda else 0)
+    grouped, positions = group_steps(plan.plan, batch_bytes(resources.run.device))
     found: dict[int, Any] = {}
     todo: list[int] = []
     for number, step in enumerate(grouped.steps):
@@ -217,7 +222,7 @@ def _run(plan: ExtractPlan, resources: Resources, staged: StagedOutput) -> list[
         else:
             found |= dict(zip(positions[number], earlier, strict=True))
     rest = replace(grouped, steps=tuple(grouped.steps[n] for n in todo))
-    with FileReader() as reader:
+    with FileReader(stamps) as reader:
         results = execute(rest, reader, None, resources.run, journal.put)
         reader.check_unchanged()
     for number, result in zip(todo, results, strict=True):
@@ -235,7 +240,7 @@ def _assemble(
     base_opened: OpenedBase,
     limit: int | None,
 ) -> tuple[list[Outcome], AdapterFiles]:
-    label = str(base) if base_opened.resolved.commit else base_opened.resolved.path.name
+    label = str(base) if base_opened.resolved.commit else recorded_name(base_opened.resolved.path)
 
     def build(found: list[Any]) -> tuple[list[Outcome], AdapterFiles]:
         adapter, outcomes = assemble(
@@ -278,10 +283,3 @@ def _spend(plan: ExtractPlan, results: list[Any], files: AdapterFiles, limit: in
         for i in group:
             out[i] = cut(results[i], plan.plan.steps[i].args, rank)
     return out
-
-
-def _write(files: AdapterFiles, staged: StagedOutput, record: dict[str, Any]) -> int:
-    """Write the adapter's files; returns the size of its tensor file."""
-    from loratool.store.adapter_writer import write_adapter
-
-    return write_adapter(files, staged.path, record=record, output=staged)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loratool.adapter import ReadOptions
+from loratool.api.common import file_rules
 from loratool.report import InspectReport
 
 if TYPE_CHECKING:
@@ -41,6 +42,8 @@ def inspect(
     alpha: float | None = None,
     threads: int | None = None,
     offline: bool = False,
+    max_header: str | int | None = None,
+    allow_pickle: bool = False,
 ) -> InspectReport:
     """Say what an adapter, a checkpoint or a folder of adapters holds, from headers alone.
 
@@ -53,14 +56,18 @@ def inspect(
         alpha: lora_alpha for files without a configuration.
         threads: workers for ``spectrum``.
         offline: never touch the network.
+        max_header: largest safetensors header accepted, such as ``"64MB"``.
+        allow_pickle: convert pickles first, in a locked process.
     """
+    from loratool.ops.inputs import Access, locate
     from loratool.ops.summary import summarize
-    from loratool.store.source import resolve
 
-    resolved = resolve(str(source), kind="adapter", offline=offline, yes=False)
+    access = Access(offline, rules=file_rules(max_header, allow_pickle))
+    resolved = locate(str(source), kind="adapter", access=access)
     report = summarize(
-        resolved.path, tensors=tensors, alpha=alpha, source=str(source), label=resolved.label
-    )
+        resolved.path, tensors=tensors, alpha=alpha, source=str(source), label=resolved.label,
+        max_header=access.rules.max_header,
+    )  # fmt: skip
     if resolved.note is not None:
         report = replace(report, notes=(resolved.note, *report.notes))
     if spectrum or csv is not None or plot is not None:

@@ -67,6 +67,7 @@ if TYPE_CHECKING:
 @opt.resources
 @opt.network
 @opt.general
+@opt.trust
 @opt.option("--names", type=click.Choice(["v5", "v4"]), default="v5", section="Advanced",
             help="Module names of transformers 5 in memory, or of 4.")  # fmt: skip
 @opt.option("--exact", is_flag=True, section="Advanced",
@@ -117,6 +118,8 @@ def render(report: ExtractReport, voice: Voice, merge: str) -> Iterator[str]:
     yield from _rest(report)
     yield from warning_lines(report.warnings)
     if report.dry_run:
+        yield line("plan", f"memory ≤ {format_bytes(report.peak_memory_bytes)}",
+                   f"{report.device}: {report.device_reason}")  # fmt: skip
         yield line("dry run", "nothing was written")
         return
     yield line("wrote", f"{safe(report.output)} · {format_bytes(report.output_bytes)} float32",

@@ -72,7 +72,13 @@ class Difference(Kernel):
         else:
             differing = int((_cast(base, tuned.dtype) != tuned).sum())
         square = _square(delta) if differing or tuned.dtype != base.dtype else 0.0
-        self._sums[block.pair][block.index] = (differing, square, _square(wide_base))
+        if not math.isfinite(square):  # the same infinity on both sides is no difference
+            delta = delta.masked_fill(tuned.to(wide) == wide_base, 0.0)
+            square = _square(delta)
+        weight = _square(wide_base)
+        if not math.isfinite(weight):
+            weight = _square(wide_base.masked_fill(~torch.isfinite(wide_base), 0.0))
+        self._sums[block.pair][block.index] = (differing, square, weight)
         self.keep(block, tuned, delta if differing else None)
 
     def keep(self, block: grid.Block, tuned: torch.Tensor, delta: torch.Tensor | None) -> None:
@@ -89,7 +95,10 @@ class Difference(Kernel):
             parts = [sums[i] for i in sorted(sums)]
             delta, weight = (math.fsum(p[i] for p in parts) for i in (1, 2))
             if not math.isfinite(delta):
-                raise NumericError("LT-803", "tuned or base tensor holds NaN or infinity", key=name)
+                raise NumericError(
+                    "LT-803", "tuned or base tensor holds NaN or infinity", key=name,
+                    expected="finite differences", hint="--exclude leaves a module out",
+                )  # fmt: skip
             found.append(DifferenceResult(name, not any(p[0] for p in parts), delta, weight))
         return found
 

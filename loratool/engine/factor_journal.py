@@ -12,6 +12,7 @@ from typing import Any
 from loratool.adapter import TensorData
 from loratool.engine.difference import DifferenceResult
 from loratool.plan import Step
+from loratool.store.disk import refusals_as, write_synced
 from loratool.store.writer import StagedOutput
 
 _FOLDER = "factors"
@@ -34,7 +35,9 @@ class FactorJournal:
             return results
         data = b"".join(f.data for r in results for f in r.factors or ())
         name = self._file_of(results[0].name)
-        self._output.write_file(name, data)
+        path = self._output.create(name)
+        with refusals_as("cannot write", path):
+            write_synced(path, data)
         with self._lock:
             self._output.mark_finished(name, len(data), [_to_json(r) for r in results])
         return results
@@ -45,7 +48,7 @@ class FactorJournal:
         line = self._output.finished.get(name)
         if line is None:
             return None
-        data = memoryview((self._output.staging / name).read_bytes())
+        data = memoryview(self._output.finished_path(name).read_bytes())
         results, start = [], 0
         for values in line["results"]:
             result, size = _from_json(values, data[start:])

@@ -44,7 +44,7 @@ class _Pages:
         at, diff = find_differences(_bits(predicted).numpy(), _bits(tuned).numpy())
         self._digest.add(block.index, tuned)
         if len(at):
-            page = encode_patch([(at, diff)], block.numel)
+            page = encode_patch(at, diff, block.numel)
             self._found[block.index] = (block.start, block.numel, page, len(at))
 
     def result(self, name: str) -> ResidualResult:
@@ -151,7 +151,7 @@ class _Patch:
         """
         if self._digest.value() != self._step.args["digest"]:
             raise NumericError(
-                "LT-804",
+                "LT-805",
                 "the merge with its residual is not the fine-tune it was made from",
                 key=self._step.output.name,
                 hint="base, adapter and residual must be those of the extraction",

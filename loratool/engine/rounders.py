@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from loratool.linalg import rounding
 from loratool.linalg.exact import UNIT, product_terms, round_sums, round_where_decided
 
 _AT_ONCE = 1 << 14  # elements summed exactly in one go: bounds the memory of their terms
+_PIECE = 1 << 16  # elements whose interval is rounded in one go: a dozen arrays stay in the cache
 
 
 class Nearest:
@@ -43,7 +44,9 @@ class Nearest:
         out: torch.Tensor,
     ) -> None:  # fmt: skip
         """Fill ``out`` from the sum ``acc``; ``inputs`` are the block's inputs, base first."""
-        rounding.round_into(out, acc)
+        for piece in _pieces(block):
+            at = _inside(piece, block)
+            rounding.round_into(out[at], acc[at])
         keep_zero_signs(out, inputs[0], acc)
 
 
@@ -65,7 +68,9 @@ class Stochastic(Nearest):
         out: torch.Tensor,
     ) -> None:  # fmt: skip
         """Fill ``out``."""
-        rounding.stochastic_into(out, acc, key=self._key, start=block.start)
+        for piece in _pieces(block):
+            at = _inside(piece, block)
+            rounding.stochastic_into(out[at], acc[at], key=self._key, start=piece.start)
         keep_zero_signs(out, inputs[0], acc)
 
 
@@ -92,16 +97,25 @@ class Exact(Nearest):
         out: torch.Tensor,
     ) -> None:  # fmt: skip
         """Fill ``out``."""
+        for piece in _pieces(block):
+            at = _inside(piece, block)
+            parts = [one[at] for one in inputs]
+            open_ = self._round_piece(piece, parts, acc[at], out[at])
+            keep_zero_signs(out[at], parts[0], acc[at])  # where nothing is in doubt
+            if len(open_):
+                self._settle(piece, parts, out[at], open_)
+
+    def _round_piece(
+        self, piece: grid.Block, inputs: Sequence[torch.Tensor], acc: torch.Tensor,
+        out: torch.Tensor,
+    ) -> torch.Tensor:  # fmt: skip
+        """Fill ``out``; returns the places (n, 2) of elements that the bound leaves open."""
         take, shape, device = self.env.scratch.take, (acc.shape[0], acc.shape[1]), acc.device
         error = take("error", shape, torch.float64, device)
         lower = take("lower", shape, torch.float64, device)
-        other = take("other", shape, self.target, device)
-        self.bound(block, inputs, error, lower)
-        open_ = round_where_decided(out, acc, error, lower, other)
-        keep_zero_signs(out, inputs[0], acc)  # right where the bound is 0; the rest is open
-        open_ &= acc.isfinite()  # what is not finite is refused at the end
-        if bool(open_.any()):
-            self._settle(block, inputs, out, torch.nonzero(open_))
+        upper = take("upper", shape, torch.float64, device)
+        self.bound(piece, inputs, error, lower)
+        return round_where_decided(out, acc, error, lower, upper)
 
     def bound(
         self, block: grid.Block, inputs: Sequence[torch.Tensor], error: torch.Tensor,
@@ -113,7 +127,8 @@ class Exact(Nearest):
         for the interval's own ends, 1 % for second-order terms and the bound's own rounding.
         """
         count = 4
-        base = work.copy_(inputs[0])
+        base = work
+        rounding.widen_into(base, inputs[0])
         torch.abs(base, out=error)
         for position, weight in self.dense:
             count += 3
@@ -128,7 +143,7 @@ class Exact(Nearest):
         places: torch.Tensor,
     ) -> None:  # fmt: skip
         """Sum the elements at ``places`` (n, 2) of the block exactly."""
-        self.settled[block.index] = len(places)
+        self.settled[block.index] = self.settled.get(block.index, 0) + len(places)
         for first in range(0, len(places), _AT_ONCE):
             rows, cols = places[first : first + _AT_ONCE].T
             values = [one[rows, cols].double().cpu() for one in inputs]
@@ -143,6 +158,26 @@ class Exact(Nearest):
             keep = is_zero & (base == 0)  # a zero that stays zero keeps its sign
             sums = torch.where(keep, base.to(self.target), sums)
             out[rows, cols] = sums.to(out.device)
+
+
+def _pieces(block: grid.Block) -> Iterator[grid.Block]:
+    """Cut a block (whole rows, or part of one row) into smaller ones."""
+    cols = block.c1 - block.c0
+    width = min(cols, _PIECE)
+    height = max(1, _PIECE // max(1, width))
+    for r in range(block.r0, block.r1, height):
+        for c in range(block.c0, block.c1, width):
+            start = block.start + (r - block.r0) * cols + c - block.c0
+            yield grid.Block(
+                block.index, r, min(r + height, block.r1), c, min(c + width, block.c1), start
+            )
+
+
+def _inside(piece: grid.Block, block: grid.Block) -> tuple[slice, slice]:
+    return (
+        slice(piece.r0 - block.r0, piece.r1 - block.r0),
+        slice(piece.c0 - block.c0, piece.c1 - block.c0),
+    )
 
 
 def make_rounder(args: Mapping[str, Any], target: torch.dtype, env: Env, name: str) -> Nearest:

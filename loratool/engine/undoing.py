@@ -9,13 +9,11 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
-import numpy as np
 import torch
 
 from loratool.adapter import TensorRef
-from loratool.dtypes import DTYPES
 from loratool.engine import grid
 from loratool.engine.buffers import to_bytes
 from loratool.engine.kernel import INTEGERS, Env, Kernel
@@ -99,7 +97,7 @@ class MakePatch(_Predict):
 
     def __init__(self, step: Step, env: Env) -> None:
         super().__init__(step, env)
-        self._parts: dict[int, tuple[patch.Indices, patch.Bits]] = {}
+        self._pages: dict[int, tuple[int, bytes]] = {}
         self._base, self._merged = BlockDigest(), BlockDigest()
 
     def run(self, block: grid.Block, inputs: list[torch.Tensor], out: torch.Tensor | None) -> None:
@@ -110,19 +108,19 @@ class MakePatch(_Predict):
         guess = self.env.scratch.take("guess", shape, base.dtype, self.env.device)
         self.predict(block, merged, guess)
         at, diff = patch.find_differences(_bits(guess), _bits(base))
-        self._parts[block.index] = (at + block.start, diff)
+        page = patch.encode_patch(at, diff, block.numel) if len(at) else b""
+        self._pages[block.index] = (len(at), page)
         self._base.add(block.index, base)
         if merged is not None:
             self._merged.add(block.index, merged)
 
     def finish(self) -> PatchResult:
         """Pack the patch."""
-        parts = [self._parts[i] for i in sorted(self._parts)]
-        payload = patch.encode_patch(parts, self.step.output.numel)
+        pages = [self._pages[i] for i in sorted(self._pages)]
         return PatchResult(
             self.step.output.name,
-            sum(len(p[0]) for p in parts),
-            payload,
+            sum(count for count, _ in pages),
+            patch.pack_pages([page for _, page in pages]),
             self._base.value(),
             "" if self.how == "nothing" else self._merged.value(),
         )
@@ -134,21 +132,25 @@ class Restore(_Predict):
     def __init__(self, step: Step, env: Env) -> None:
         super().__init__(step, env)
         self._base, self._merged = BlockDigest(), BlockDigest()
-        self._at: Any = None
-        self._diff: Any = None
+        self._pages: list[memoryview] = []
+        self._counts: dict[int, int] = {}
 
     def prepare(self) -> None:
         """Load the factors and the patch."""
         super().prepare()
         source: TensorRef = self.step.args["patch"]
-        data = to_bytes(self.env.load(source))
-        kind = np.dtype(f"i{DTYPES[self.step.output.dtype].bits // 8}")
         try:
-            self._at, self._diff = patch.decode_patch(data, self.step.output.numel, kind)
+            self._pages = patch.unpack_pages(to_bytes(self.env.load(source)))
+            if len(self._pages) != len(grid.blocks(self.step.view, self.env.elements)):
+                raise ValueError("patch has another number of pages")
         except ValueError as error:
-            raise BadFileError(
-                "LT-328", "damaged undo file", file=source.file, key=source.name, got=error
-            ) from error
+            self._refuse(error)
+
+    def _refuse(self, error: ValueError) -> NoReturn:
+        source: TensorRef = self.step.args["patch"]
+        raise BadFileError(
+            "LT-328", "damaged undo file", file=source.file, key=source.name, got=error
+        ) from error
 
     def run(self, block: grid.Block, inputs: list[torch.Tensor], out: torch.Tensor | None) -> None:
         """Predict, patch, take both digests."""
@@ -156,11 +158,8 @@ class Restore(_Predict):
         if out is None:
             return
         self.predict(block, merged, out)
-        first, last = np.searchsorted(self._at, (block.start, block.start + block.numel))
-        bits = _bits(out)
-        patch.apply_patch(bits, self._at[first:last] - block.start, self._diff[first:last])
-        if out.device.type != "cpu":
-            out.copy_(torch.from_numpy(bits).view(out.dtype).view(out.shape))
+        if page := self._pages[block.index]:
+            self._set_right(block, page, out)
         self._base.add(block.index, out)
         if merged is not None:
             self._merged.add(block.index, merged)
@@ -182,7 +181,18 @@ class Restore(_Predict):
                 "LT-451", "taking the adapters out does not give the base back", key=name,
                 hint="the undo file is for other adapters, or damaged",
             )  # fmt: skip
-        return RestoreResult(name, len(self._at))
+        return RestoreResult(name, sum(self._counts.values()))
+
+    def _set_right(self, block: grid.Block, page: memoryview, out: torch.Tensor) -> None:
+        bits = _bits(out)
+        try:
+            at, diff = patch.decode_patch(page, block.numel, bits.dtype)
+        except ValueError as error:
+            self._refuse(error)
+        patch.apply_patch(bits, at, diff)
+        self._counts[block.index] = len(at)
+        if out.device.type != "cpu":
+            out.copy_(torch.from_numpy(bits).view(out.dtype).view(out.shape))
 
 
 def _bits(block: torch.Tensor) -> Any:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from loratool.linalg import svd
-from loratool.linalg.lanczos import block_lanczos, is_worthwhile
+from loratool.linalg.lanczos import TOLERANCE, block_lanczos, is_worthwhile
 from loratool.linalg.noise import NoiseFloor
 from loratool.linalg.rank import RankRule, choose_rank
 
@@ -18,7 +18,8 @@ AUTO_CAP = 256
 AUTO_ENERGY = 0.99
 """Share of what lies above the noise that is kept where the cap bites."""
 
-_FIRST_STAGE, _STAGE_GROWTH = 16, 4
+_FIRST_STAGE, _LAST_FAST_STAGE = 16, 64  # looked at ranks: 16, 64, 128, 256 …
+_LOOSE = 1e-3  # tolerance where what comes last is noise, and is cut off
 _BLOCK_ROWS = 1024  # of residuals: bounds the scratch
 
 
@@ -74,6 +75,7 @@ def truncate(
     seeds: Sequence[int],
     squares: Sequence[float],
     exact: bool = False,
+    tolerance: float = TOLERANCE,
 ) -> Factors:
     """The leading components of every matrix of a stack.
 
@@ -86,6 +88,7 @@ def truncate(
         seeds: one per matrix.
         squares: ‖D‖_F² of each.
         exact: no iteration, no randomness.
+        tolerance: as in `block_lanczos`.
     """
     rank = min(rank, *stack.shape[1:])
     if exact or not is_worthwhile(stack.shape, rank):
@@ -95,7 +98,7 @@ def truncate(
             torch.stack([f.lora_A.float() for f in fits]),
             torch.stack([f.singular_values for f in fits]),
         )
-    found = block_lanczos(stack, rank, seeds=seeds, squares=squares)
+    found = block_lanczos(stack, rank, seeds=seeds, squares=squares, tolerance=tolerance)
     root = found.singular_values.sqrt()[:, None]  # (b, 1, k)
     inverse = torch.where(root > 0, 1 / root, 0.0)
     lora_B = (found.left.double() * root).float()
@@ -152,8 +155,8 @@ def fit(modules: torch.Tensor, how: Fitting) -> list[tuple[Factors, Choice]]:
     rule = how.rule
     limit = min(short, rule.rank or short, rule.max_rank or short)
     cap = min(short, rule.max_rank or AUTO_CAP)
-    if how.floors is not None:
-        limit = min(limit, cap + 1)  # one more tells whether the cap bites
+    if how.floors is not None:  # one more tells whether the cap bites
+        limit = min(short, rule.rank or short, cap + 1)
     done: dict[int, tuple[Factors, Choice]] = {}
     stage = limit if how.exact or not how.needs_spectrum else min(limit, _FIRST_STAGE)
     if stage == short and not how.needs_spectrum and not how.is_sliceable:
@@ -169,6 +172,7 @@ def fit(modules: torch.Tensor, how: Fitting) -> list[tuple[Factors, Choice]]:
             seeds=[how.seeds[j] for j in at],
             squares=[how.squares[j] for j in at],
             exact=how.exact,
+            tolerance=TOLERANCE if how.floors is None else _LOOSE,
         )
         for position, i in enumerate(open_):
             one = found.part(position * each, each)
@@ -177,7 +181,7 @@ def fit(modules: torch.Tensor, how: Fitting) -> list[tuple[Factors, Choice]]:
                 done[i] = (_whole(modules[i]), choice)
             elif stage == limit or choice.rank < stage:
                 done[i] = (one.cut(choice.rank), choice)
-        stage = min(limit, _STAGE_GROWTH * stage)
+        stage = min(limit, stage * (4 if stage < _LAST_FAST_STAGE else 2))
     return [done[i] for i in range(count)]
 
 

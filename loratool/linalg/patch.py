@@ -7,6 +7,9 @@ NaN payloads too, comes back bit for bit.
     dense   b"D", zlib(byte planes of zigzag differences of all elements)
 
 Gaps between patched positions are bytes; 255 means "255, and it goes on".
+
+The patch of a large tensor is a pack of pages, one per block: their number, their sizes, and the
+pages one after another (an empty page patches nothing).
 """
 
 from __future__ import annotations
@@ -39,15 +42,14 @@ def find_differences(predicted: Bits, wanted: Bits) -> tuple[Indices, Bits]:
         return at, wanted[at] - predicted[at]
 
 
-def encode_patch(parts: Sequence[tuple[Indices, Bits]], numel: int) -> bytes:
+def encode_patch(at: Indices, diff: Bits, numel: int) -> bytes:
     """Pack differences.
 
     Args:
-        parts: (ascending positions, differences), the parts in order of position.
+        at: (k,) ascending positions.
+        diff: (k,) what to add there.
         numel: elements of the tensor.
     """
-    at = np.concatenate([p[0] for p in parts]) if parts else np.zeros(0, np.int64)
-    diff = np.concatenate([p[1] for p in parts]) if parts else np.zeros(0, np.int16)
     if len(at) > _DENSE_SHARE * numel:
         whole = np.zeros(numel, diff.dtype)
         whole[at] = diff
@@ -97,6 +99,28 @@ def apply_patch(predicted: Bits, at: Indices, diff: Bits) -> None:
     """Turn predictions into what was wanted, in place."""
     with np.errstate(over="ignore"):
         predicted[at] += diff
+
+
+def pack_pages(pages: Sequence[bytes]) -> bytes:
+    """One run of bytes from many patches."""
+    sizes = np.array([len(pages), *map(len, pages)], np.uint64)
+    return sizes.tobytes() + b"".join(pages)
+
+
+def unpack_pages(data: memoryview) -> list[memoryview]:
+    """The patches of a run, without copying.
+
+    Raises:
+        ValueError: damaged.
+    """
+    count = int.from_bytes(data[:8], "little")
+    if len(data) < 8 * (count + 1):
+        raise ValueError("patch is too short")
+    sizes = np.frombuffer(data[8 : 8 * (count + 1)], np.uint64)
+    ends = 8 * (count + 1) + np.cumsum(sizes)
+    if int(sizes.astype(float).sum()) + 8 * (count + 1) != len(data):
+        raise ValueError("patch has another length than it says")
+    return [data[int(end - size) : int(end)] for size, end in zip(sizes, ends, strict=True)]
 
 
 def _gap_bytes(at: Indices) -> bytes:

@@ -12,6 +12,9 @@ from loratool.plan import DeltaPart, Plan, Step
 TORCH_BYTES = {"cpu": 260_000_000, "cuda": 1_200_000_000}
 """Resident size of an interpreter with torch (CPU build; with a CUDA context)."""
 
+ROUNDING_BYTES = (1 << 16) * 16 * 8
+"""What exact and stochastic rounding take per worker: sixteen float64 arrays of one piece."""
+
 MIN_CHUNK = 1 << 20
 
 
@@ -69,7 +72,8 @@ def plan_memory(
 def _peak(plan: Plan, device: str, threads: int, chunk: int) -> int:
     elements = grid.CUDA_ELEMENTS if device == "cuda" else grid.CPU_ELEMENTS
     workers = sorted((_worker_bytes(s, chunk, elements) for s in plan.steps), reverse=True)
-    steps = sorted((step_bytes(s) for s in plan.steps), reverse=True)
+    on_host = [s for s in plan.steps if device == "cpu" or s.op != "subtract_and_factor"]
+    steps = sorted((step_bytes(s) for s in on_host), reverse=True)
     kept = sum(
         source.nbytes
         for step in plan.steps
@@ -87,10 +91,10 @@ def _worker_bytes(step: Step, chunk: int, elements: int) -> int:
     block = grid.largest_block(step.view, elements)
     wide = max(DTYPES[s.dtype].bits // 8 for s in (*step.inputs, step.output))
     piece = max(chunk, block * wide)
-    if step.args.get("rounding"):  # sum, bound, both ends and what rounding them takes
-        return piece * (len(step.inputs) + 1) + block * (9 * 8 + 3 * wide)
-    accumulator = 4 if step.output.dtype == "BF16" else 8
-    return piece * (len(step.inputs) + 1) + block * (3 * accumulator + 2 * wide)
+    exact = step.args.get("rounding") == "exact"
+    accumulator = 4 if step.output.dtype == "BF16" and not exact else 8
+    rounding = ROUNDING_BYTES if step.args.get("rounding") else 0
+    return piece * (len(step.inputs) + 1) + block * (3 * accumulator + 2 * wide) + rounding
 
 
 def step_bytes(step: Step) -> int:
@@ -108,6 +112,8 @@ def step_bytes(step: Step) -> int:
             total += part.source.numel * 12
     if step.op in ("factor", "spectrum"):
         total *= 4  # both factors as stored, in float64, as reflections, turned, and what is cut
+    if step.op in ("make_patch", "restore"):  # the packed patch, as large as the tensor at worst
+        total += step.output.nbytes // (1 if step.args["from"] != "sum" else 8)
     if step.op == "subtract_and_factor":
         total += _factoring_bytes(step)
     if step.op in ("residual_of_sum", "residual_of_copy"):

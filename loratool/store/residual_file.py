@@ -12,7 +12,6 @@ A page is a `loratool.linalg.patch` against what the correctly rounded merge giv
 from __future__ import annotations
 
 import json
-import os
 import struct
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,9 +22,10 @@ from typing import Any
 from loratool.adapter import Source, TensorData, TensorRef
 from loratool.dtypes import tensor_bytes
 from loratool.errors import BadFileError
+from loratool.store.disk import disk_error
 from loratool.store.header import build_header, read_header
 from loratool.store.reader import FileReader
-from loratool.store.shard_writer import ShardWriter, disk_error
+from loratool.store.shard_writer import ShardWriter
 from loratool.store.writer import StagedOutput
 
 VERSION = 1
@@ -130,10 +130,7 @@ class ResidualWriter:
 
     def __init__(self, path: Path, *, force: bool = False) -> None:
         self.path = path
-        plan_id = os.urandom(16).hex()  # never resumed
-        self._output = StagedOutput(
-            path, is_folder=False, plan_id=plan_id, force=force, restart=True
-        )
+        self._output = StagedOutput(path, is_folder=False, plan_id=None, force=force)
         self._spool_path = self._output.create(".spool")
         self._spool = self._spool_path.open("w+b")
         self._lock = threading.Lock()
@@ -196,7 +193,7 @@ class ResidualWriter:
         metadata = {"loratool": json.dumps({**record, "residual": residual})}
         header, starts = build_header(specs, metadata)
         size = len(header) + sum(tensor_bytes(dtype, shape) for _, dtype, shape in specs)
-        writer = ShardWriter(self._output.create(self.path.name), header, size)
+        writer = ShardWriter(self._output.create(""), header, size)
         try:
             for source, start in zip(sources, starts, strict=True):
                 for offset, data in self._pieces(source, reader):
@@ -206,6 +203,7 @@ class ResidualWriter:
             writer.close()
         self._spool.close()
         self._spool_path.unlink()
+        self._output.place("")
         self._output.commit()
         return size
 

@@ -10,15 +10,15 @@ from pathlib import Path
 
 import pytest
 
-from tests.make import random_factors, save_adapter
+from tests.make import randn, random_factors, save_adapter, save_checkpoint
 
 LIMIT = 400_000_000  # plus the adapter in float32
 SCRIPT = r"""
-import re, sys
+import json, re, sys
 from pathlib import Path
 import loratool as lt
-base, adapter, out = sys.argv[1:]
-report = lt.merge([adapter], base=base, output=out)
+base, adapter, out, options = sys.argv[1:]
+report = lt.merge([adapter], base=base, output=out, **json.loads(options))
 # VmHWM belongs to this program; ru_maxrss would start at the size of the process that forked it
 peak = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
 print(int(peak[1]) * 1024, report.peak_memory_bytes)
@@ -52,13 +52,30 @@ def sparse_model(folder: Path, *, layers: int, size: int, shards: int) -> list[s
     return modules
 
 
-def measure(tmp_path: Path, *, layers: int, size: int, shards: int) -> tuple[int, int, int]:
+def random_model(folder: Path, *, layers: int, size: int) -> list[str]:
+    """A bfloat16 model of random weights in one shard."""
+    modules = [f"model.layers.{i}.mlp.proj" for i in range(layers)]
+    save_checkpoint(
+        folder,
+        {f"{m}.weight": randn(size, size, seed=i, scale=0.02).bfloat16()
+         for i, m in enumerate(modules)},
+    )  # fmt: skip
+    return modules
+
+
+def measure(
+    tmp_path: Path, *, layers: int, size: int, shards: int, **options: object
+) -> tuple[int, int, int]:
     """(peak resident bytes, planned peak, adapter bytes in float32) of a merge."""
-    modules = sparse_model(tmp_path / "base", layers=layers, size=size, shards=shards)
+    if shards:
+        modules = sparse_model(tmp_path / "base", layers=layers, size=size, shards=shards)
+    else:
+        modules = random_model(tmp_path / "base", layers=layers, size=size)
     factors = random_factors(dict.fromkeys(modules, (size, size)), rank=16, seed=0)
     save_adapter(tmp_path / "adapter", factors)
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, *(str(tmp_path / n) for n in ("base", "adapter", "out"))],
+        [sys.executable, "-c", SCRIPT, *(str(tmp_path / n) for n in ("base", "adapter", "out")),
+         json.dumps(options)],
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -72,6 +89,14 @@ def test_one_gib_in_one_shard(tmp_path: Path) -> None:
         f"peak {peak / 1e6:.0f} MB, planned {planned / 1e6:.0f} MB, adapter {adapter / 1e6:.0f} MB"
     )
     assert peak <= LIMIT + adapter
+    assert peak <= planned * 1.1
+
+
+@pytest.mark.parametrize("what", ["exact", "undo"])
+def test_exact_sums_and_undo_files_keep_to_their_plan(what: str, tmp_path: Path) -> None:
+    options = {"exact": True} if what == "exact" else {"save_undo": str(tmp_path / "u.safetensors")}
+    peak, planned, _ = measure(tmp_path, layers=3, size=4096, shards=0, **options)
+    print(f"peak {peak / 1e6:.0f} MB, planned {planned / 1e6:.0f} MB, {what}")
     assert peak <= planned * 1.1
 
 

@@ -188,7 +188,7 @@ def test_other_inputs_are_refused(tmp_path: Path) -> None:
     wrong = tensors_of(base)
     wrong["layers.1.q_proj.weight"][599, 999] *= 2
     save_checkpoint(tmp_path / "wrong", wrong)
-    refused("LT-804", [lora], base=tmp_path / "wrong", output=out, residual=rest)
+    refused("LT-805", [lora], base=tmp_path / "wrong", output=out, residual=rest)
     assert not out.exists()
 
 
@@ -203,7 +203,7 @@ def test_a_flipped_bit_in_the_residual_shows(where: float, tmp_path: Path) -> No
     rest.write_bytes(data)
     with pytest.raises(lt.LoratoolError) as caught:
         lt.merge([str(tmp_path / "lora")], base=base, output=tmp_path / "out", residual=rest)
-    assert caught.value.code in ("LT-399", "LT-804") and not (tmp_path / "out").exists()
+    assert caught.value.code in ("LT-399", "LT-805") and not (tmp_path / "out").exists()
 
 
 def test_a_dry_run_says_so_and_a_bad_path_is_refused_first(tmp_path: Path) -> None:

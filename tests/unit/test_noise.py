@@ -147,3 +147,25 @@ def test_where_the_cap_bites_the_energy_decides() -> None:
     capped = Fitting(RankRule(max_rank=20), [2], square, floors)
     ((_, choice),) = fit(observed[None, None], capped)
     assert choice.rank == 20 and choice.is_capped
+
+
+def test_the_energy_rank_leaves_the_noise_out() -> None:
+    """Noise holds a seventh of the energy: 99 % of the whole is out of reach, 99 % above it not."""
+    generator = torch.Generator().manual_seed(6)
+    left, right = (
+        torch.linalg.qr(torch.randn(300, 40, generator=generator, dtype=torch.float64)).Q
+        for _ in range(2)
+    )
+    sigma = 0.8 ** torch.arange(40, dtype=torch.float64)
+    noise = (torch.rand(300, 300, generator=generator, dtype=torch.float64) - 0.5) * 2.0**-7
+    observed = (left * sigma @ right.T + noise).float()
+    exponents = torch.zeros(1, 300, 300, dtype=torch.int16)  # weights of 1 … 2 in bfloat16
+    square = [float(observed.double().square().sum())]
+    floors = simulate_noise(exponents, 8, delta_squares=square, seeds=[3])
+    assert floors[0].square == pytest.approx(float(noise.square().sum()), rel=0.02)
+    cumulative = torch.linalg.svdvals(observed.double()).square().cumsum(0)
+    want = int((cumulative >= 0.99 * (square[0] - floors[0].square)).nonzero()[0]) + 1
+    how = Fitting(RankRule(max_rank=11), [3], square, floors)
+    ((_, choice),) = fit(observed[None, None], how)
+    assert choice.is_capped and choice.noise_rank == 12
+    assert choice.energy_rank == want == choice.rank < 12

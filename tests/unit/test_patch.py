@@ -10,14 +10,8 @@ from hypothesis import strategies as st
 from loratool.linalg import patch
 
 
-def make(predicted: np.ndarray, wanted: np.ndarray, cut: int) -> bytes:
-    parts = []
-    for start in range(0, len(wanted), cut):
-        at, diff = patch.find_differences(
-            predicted[start : start + cut], wanted[start : start + cut]
-        )
-        parts.append((at + start, diff))
-    return patch.encode_patch(parts, len(wanted))
+def make(predicted: np.ndarray, wanted: np.ndarray) -> bytes:
+    return patch.encode_patch(*patch.find_differences(predicted, wanted), len(wanted))
 
 
 @given(st.integers(0, 3), st.integers(0, 2**32), st.floats(0, 1), st.integers(1, 5000))
@@ -29,7 +23,7 @@ def test_round_trip(width: int, seed: int, density: float, size: int) -> None:
     wanted = predicted.copy()
     touched = rng.random(size) < density**3
     wanted[touched] = rng.integers(info.min, info.max, int(touched.sum()), kind, endpoint=True)
-    data = make(predicted, wanted, 700)
+    data = make(predicted, wanted)
     at, diff = patch.decode_patch(data, size, kind)
     assert np.array_equal(at, np.flatnonzero(predicted != wanted))
     patch.apply_patch(predicted, at, diff)
@@ -40,7 +34,7 @@ def test_one_step_in_thirty_costs_about_a_byte_each() -> None:
     rng = np.random.default_rng(1)
     predicted = rng.integers(-30000, 30000, 300_000, np.int16)
     wanted = predicted + (rng.random(300_000) < 1 / 30) * rng.choice([-1, 1], 300_000)
-    data = make(predicted, wanted.astype(np.int16), 1 << 16)
+    data = make(predicted, wanted.astype(np.int16))
     # entropy: log2(30 e) bits for a position, one for the sign; zlib comes within a fifth
     bound = (np.log2(30 * np.e) + 1) / 8 * 10_000 * 1.2
     assert 0.8 * bound < len(data) < bound
@@ -49,7 +43,7 @@ def test_one_step_in_thirty_costs_about_a_byte_each() -> None:
 def test_a_lone_difference_far_away() -> None:
     wanted = np.zeros(3_000_000, np.int16)
     wanted[2_999_999] = -5
-    data = make(np.zeros_like(wanted), wanted, 1 << 20)
+    data = make(np.zeros_like(wanted), wanted)
     assert len(data) < 200
     at, diff = patch.decode_patch(data, len(wanted), np.int16)
     assert at.tolist() == [2_999_999] and diff.tolist() == [-5]
@@ -59,7 +53,7 @@ def test_a_lone_difference_far_away() -> None:
 def test_damage_is_an_error_or_changes_nothing_but_values(place: int, value: int) -> None:
     rng = np.random.default_rng(3)
     wanted = (rng.random(2000) < 0.05).astype(np.int32)
-    data = bytearray(make(np.zeros(2000, np.int32), wanted, 2000))
+    data = bytearray(make(np.zeros(2000, np.int32), wanted))
     data[place % len(data)] = value
     try:
         at, diff = patch.decode_patch(bytes(data), 2000, np.int32)
@@ -69,7 +63,16 @@ def test_damage_is_an_error_or_changes_nothing_but_values(place: int, value: int
 
 
 def test_another_tensor_is_noticed() -> None:
-    data = make(np.zeros(100, np.int16), np.ones(100, np.int16), 100)
+    data = make(np.zeros(100, np.int16), np.ones(100, np.int16))
     for numel, kind in ((99, np.int16), (100, np.int32)):
         with pytest.raises(ValueError):
             patch.decode_patch(data, numel, kind)
+
+
+@given(st.lists(st.binary(max_size=20), max_size=12))
+def test_pages(pages: list[bytes]) -> None:
+    data = patch.pack_pages(pages)
+    assert [bytes(p) for p in patch.unpack_pages(memoryview(data))] == pages
+    for broken in (data[:-1], data + b"x", data[:4]):
+        with pytest.raises(ValueError):
+            patch.unpack_pages(memoryview(broken))
