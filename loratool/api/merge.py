@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from loratool.adapter import ReadOptions
 from loratool.api.common import (
     Resources,
+    file_rules,
     parse_dtype,
     parse_size,
     plan_resources,
@@ -19,8 +20,11 @@ from loratool.api.common import (
     run_id,
 )
 from loratool.api.merge_job import MergeJob, NameOptions, Operation, prepare_merge
-from loratool.api.undo import check_undo, foresee_patches, save_undo_file
+from loratool.api.open_residual import check_partner, open_residual
+from loratool.api.undo import plan_undo, write_undo
+from loratool.engine.grid import CPU_ELEMENTS
 from loratool.ops.bind import BindOptions
+from loratool.ops.input_notes import base_notes, input_warnings, nonfinite_warning
 from loratool.ops.inputs import Access, guard_output
 from loratool.ops.merge import index_files
 from loratool.report import MergeReport, ModuleLoss, SubtractReport
@@ -47,6 +51,7 @@ def merge(
     exact: bool = False,
     rounding: str = "nearest",
     seed: int | None = None,
+    residual: str | Path | None = None,
     untie: bool = False,
     keep_tied: bool = False,
     rename: Sequence[str] = (),
@@ -66,6 +71,9 @@ def merge(
     mha_out_proj: str | None = None,
     moe_layout: str | None = None,
     experts_b_order: str = "rank-major",
+    allow_nonfinite: bool = False,
+    max_header: str | int | None = None,
+    allow_pickle: bool = False,
     progress: Progress | None = None,
     operation: Operation | None = None,
 ) -> MergeReport:
@@ -86,6 +94,7 @@ def merge(
         exact: the correctly rounded result, the same bytes on any machine and device.
         rounding: ``nearest``, or ``stochastic``: small changes survive on average.
         seed: of stochastic rounding; None = 0.
+        residual: file of ``extract --save-residual``: the result is the fine-tune, bit for bit.
         untie: give the output head weights of its own.
         keep_tied: change the shared tensor.
         rename: ``s/a/b/`` expressions on module names.
@@ -105,6 +114,9 @@ def merge(
         mha_out_proj: ``once`` or ``twice``; None = what the trained model computed.
         moe_layout: ``eoi`` or ``eio`` for square experts of unknown origin.
         experts_b_order: ``rank-major`` (PEFT) or ``expert-major``.
+        allow_nonfinite: let NaN and infinity of the inputs pass; they are counted.
+        max_header: largest safetensors header accepted, such as ``"64MB"``.
+        allow_pickle: convert pickles first, in a locked process.
         progress: called with (bytes done, bytes in all).
         operation: what `subtract` and `swap` do with the same engine.
 
@@ -126,52 +138,57 @@ def merge(
         ),
         ReadOptions(alpha, rank_from, mha_out_proj, moe_layout, experts_b_order),
     )  # fmt: skip
+    rest = None
+    if residual is not None:
+        rest, names = open_residual(residual, adapters, names, dtype, rounding)
     job = prepare_merge(
         adapters,
         base=base,
         weights=weights,
         mean=mean,
         names=names,
-        access=Access(offline, yes),
+        access=Access(offline, yes, file_rules(max_header, allow_pickle)),
         dtype=parse_dtype(dtype),
         shard_bytes=parse_size(shard_size),
         output=Path(output),
         with_provenance=provenance,
-        rounding=rounding_args(exact, rounding, seed),
+        rounding=rounding_args(exact or rest is not None, rounding, seed),
         operation=operation,
         checksum=checksum,
+        residual=rest,
     )
-    undo = None if save_undo is None else Path(save_undo)
-    if undo is not None:
-        check_undo(job, undo, dtype=dtype, force=force)
-    resources, patching = (
-        None if plan is None else plan_resources(
-            plan,
-            block_elements=job.block_elements,
-            device=device,
-            threads=threads,
-            max_memory=max_memory,
-            chunk_bytes=chunk_bytes,
-            sample=dry_run,
-            progress=progress,
-        )
-        for plan in (job.merge.plan, None if undo is None else foresee_patches(job))
-    )  # fmt: skip
-    assert resources is not None
+    if rest is not None:
+        check_partner(rest, job.adapters[0])
+        job = replace(job, block_elements=CPU_ELEMENTS)
+    resources_for = partial(
+        plan_resources,
+        block_elements=job.block_elements,
+        device=device,
+        threads=threads,
+        max_memory=max_memory,
+        chunk_bytes=chunk_bytes,
+        sample=dry_run,
+        progress=progress,
+        allow_nonfinite=allow_nonfinite,
+    )
+    resources = resources_for(job.merge.plan)
+    undo, before_commit, peak = None, None, resources.memory.peak_bytes
+    if save_undo is not None:
+        identity = run_id(job.merge.plan, resources.device)
+        undo = plan_undo(job, Path(save_undo), identity, dtype=dtype, force=force)
+        patching = resources_for(undo.plan)
+        before_commit = partial(write_undo, job, undo, patching)
+        peak = max(peak, patching.memory.peak_bytes)
     run_notes: list[str] = []
     if dry_run:
         results = _predict(job, resources)
     else:
-        after = None
-        if undo is not None and patching is not None:
-            after = partial(save_undo_file, job, resources, patching, path=undo, force=force)
-        results, run_notes = _write(job, resources, after, force=force, restart=restart)
+        results, run_notes = _write(job, resources, before_commit, force=force, restart=restart)
     report = _report(job, resources, results, run_notes, dry_run=dry_run, started=started)
-    if undo is None or patching is None:
+    if undo is None:
         return report
-    peak = max(report.peak_memory_bytes, patching.memory.peak_bytes)
-    size = 0 if dry_run else undo.stat().st_size
-    return replace(report, undo=str(undo), undo_bytes=size, peak_memory_bytes=peak)
+    size = 0 if dry_run else undo.path.stat().st_size
+    return replace(report, undo=str(undo.path), undo_bytes=size, peak_memory_bytes=peak)
 
 
 def _predict(job: MergeJob, resources: Resources) -> list[Any]:
@@ -249,13 +266,18 @@ def _report(
     warnings = list(job.warnings)
     if loss > WARN_LOSS:
         warnings.append(_loss_warning(total, modules, dry_run))
+    warnings += [*input_warnings(job.adapters), *nonfinite_warning(sums)]
     notes = [
         *run_notes,
+        *base_notes(() if job.operation.signs else job.adapters, job.base),
         *job.merge.notes,
         *job.sidecar_notes,
         *_cast_note(sums),
         *_exact_note(sums),
     ]
+    checked = sum(s.op.startswith("patched_") for s in plan.steps)
+    if checked:
+        notes.append(f"{checked} tensors are the fine-tune's, bit for bit (checked)")
     if job.base.resolved.note:
         notes.insert(0, job.base.resolved.note)
     tokenizer = next((s.origin for s in job.sidecars if s.name == "tokenizer.json"), None)
@@ -263,7 +285,7 @@ def _report(
     return job.operation.report(
         output=str(job.output),
         adapters=tuple({"label": a.resolved.label, "weight": a.weight} for a in job.adapters),
-        base=str(job.base.resolved.path),
+        base=str(job.base.resolved.named),
         base_label=job.base.resolved.label,
         changed=len(job.merge.changed),
         copied=len(job.merge.copied),

@@ -51,6 +51,7 @@ def run(args: list[str]) -> int:
 
     options = args[: args.index("--")] if "--" in args else args
     try:
+        _refuse_secrets(args)
         code = _invoke(args)
         sys.stdout.flush()
         return code
@@ -66,11 +67,22 @@ def run(args: list[str]) -> int:
             return _SIGPIPE_EXIT
         if isinstance(error, MemoryError):
             return _report_error(_out_of_memory(), options)
-        if isinstance(error, OSError):  # most likely our own output, redirected to a full disk
+        if isinstance(error, OSError):  # such as a report that goes to a full disk
             return _report_error(_refused(error), options)
         if isinstance(error, Exception):
             return _report_bug(error, options)
         raise
+
+
+def _refuse_secrets(args: list[str]) -> None:
+    """No argument may hold an access token: process lists and shell histories keep it."""
+    from loratool.errors import TOKEN
+
+    for word in args:
+        if TOKEN.search(word) and not os.path.lexists(word.rpartition(":")[0] or word):
+            from loratool.store.source import refuse_token
+
+            refuse_token(word)
 
 
 def _invoke(args: list[str]) -> int:
@@ -160,6 +172,15 @@ def _usage_error(error: Any) -> LoratoolError:
     elif close := difflib.get_close_matches(name, getattr(error, "possibilities", None) or (), n=1):
         return UsageError("LT-204", f"no option {name}", hint=f"did you mean {close[0]}?")
     return UsageError("LT-204", what[:1].lower() + what[1:], hint=f"{path} --help")
+
+
+def _refused(error: OSError) -> LoratoolError:
+    from loratool.errors import DiskError
+
+    return DiskError(
+        "LT-609", "the system refused to read or write", file=error.filename,
+        got=error.strerror or str(error),
+    )  # fmt: skip
 
 
 def _out_of_memory() -> LoratoolError:

@@ -72,7 +72,12 @@ class CheckpointSink:
         name = self._plan.shards[step.shard].name
         out = step.output
         return TensorRef(
-            self._output.inside(name), out.name, out.dtype, out.shape, self.offset(step), out.nbytes
+            self._output.finished_path(name),
+            out.name,
+            out.dtype,
+            out.shape,
+            self.offset(step),
+            out.nbytes,
         )
 
     def put(self, step: Step, offset: int, data: memoryview, aligned: bool) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from loratool.adapter import AdapterFiles, TensorData
 from loratool.store.disk import check_space
+from loratool.store.foreign import open_regular
 from loratool.store.header import build_header
 from loratool.store.jsonfile import dump_json
 from loratool.store.reader import FileReader
@@ -17,7 +18,12 @@ from loratool.store.writer import MARKER, StagedOutput
 
 
 def write_adapter(
-    files: AdapterFiles, target: Path, *, record: Mapping[str, Any], force: bool = False
+    files: AdapterFiles,
+    target: Path,
+    *,
+    record: Mapping[str, Any],
+    extras: Iterable[Path] = (),
+    force: bool = False,
 ) -> int:
     """Write an adapter folder, whole or not at all.
 
@@ -25,13 +31,24 @@ def write_adapter(
         files: tensors and JSON files.
         target: folder to create.
         record: provenance, written as ``loratool.json``.
+        extras: files and folders to copy along (tokenizer, licence).
         force: replace an earlier loratool output.
 
     Returns:
         Size of the tensor file in bytes.
     """
     with stage_adapter(target, force=force) as output:
+        for extra in extras:
+            for path in sorted(extra.rglob("*")) if extra.is_dir() else [extra]:
+                if path.is_file():
+                    output.write_file(path.relative_to(extra.parent).as_posix(), read_whole(path))
         return fill_adapter(output, files, record=record)
+
+
+def read_whole(path: Path) -> bytes:
+    """The bytes of a small regular file."""
+    with open_regular(path) as file:
+        return file.read()
 
 
 def stage_adapter(target: Path, *, force: bool = False) -> StagedOutput:

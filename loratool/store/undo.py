@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 
 from loratool.adapter import TensorRef
 from loratool.errors import BadFileError
-from loratool.store.disk import disk_error, refusals_as
+from loratool.store.disk import disk_error
 from loratool.store.header import build_header, read_header
 from loratool.store.shard_writer import ShardWriter
 from loratool.store.writer import StagedOutput
@@ -111,8 +111,8 @@ class PatchSpool:
             writer.close()
         self._output.place("")
         self.close()
-        with refusals_as("cannot remove", self._path):
-            self._path.unlink()
+        self._path.unlink()
+        self._output.place("")
         return size
 
     def _copy(self, writer: ShardWriter, at: int, size: int, start: int) -> None:

@@ -168,6 +168,10 @@ class StagedOutput:
             sync_folder(target.parent)
         return target
 
+    def finished_path(self, name: str) -> Path:
+        """Where a file lies that has its name, until `commit`."""
+        return self._inside(name)
+
     def mark_finished(
         self, name: str, size: int, results: Any = None, sums: Sequence[Piece] | None = None
     ) -> None:
