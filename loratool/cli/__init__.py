@@ -191,17 +191,6 @@ def _out_of_memory() -> LoratoolError:
     )
 
 
-def _refused(error: OSError) -> LoratoolError:
-    from loratool.errors import DiskError
-
-    try:
-        sys.stdout.flush()
-    except (OSError, ValueError):
-        _silence_stdout()
-    got = error.strerror or str(error)
-    return DiskError("LT-616", "cannot read or write", file=error.filename, got=got)
-
-
 def _interrupted(error: BaseException, options: Sequence[str]) -> int:
     """Report a signal, whatever error it surfaced as; notes say what became of the output."""
     code = 143 if isinstance(error, Terminated) or _received[:1] == [_TERMINATE] else 130

@@ -109,7 +109,6 @@ class PatchSpool:
             writer.finish()
         finally:
             writer.close()
-        self._output.place("")
         self.close()
         self._path.unlink()
         self._output.place("")

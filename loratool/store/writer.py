@@ -145,14 +145,10 @@ class StagedOutput:
         if self.finished:
             self.notes.append(f"{len(self.finished)} files taken over from an interrupted run")
 
-    def inside(self, name: str) -> Path:
-        """Where a file that has its name lies until the output appears."""
-        return self.staging / (name or self.path.name)
-
     def create(self, name: str) -> Path:
         """Where to write a new file, until `place` or `mark_finished` gives it its name."""
         self._check_open()
-        target = self.inside(name)
+        target = self._inside(name)
         temporary = target.with_name(target.name + ".tmp")
         with refusals_as("cannot create", temporary):
             self._make_folder(target.parent)
@@ -162,7 +158,7 @@ class StagedOutput:
     def place(self, name: str) -> Path:
         """Give a written and synced file its name."""
         self._check_open()
-        target = self.inside(name)
+        target = self._inside(name)
         with refusals_as("cannot complete", target):
             target.with_name(target.name + ".tmp").rename(target)
             sync_folder(target.parent)
@@ -206,7 +202,7 @@ class StagedOutput:
             DiskError: the system refuses.
         """
         self._journal.close()
-        made = self.staging if self.is_folder else self.inside("")
+        made = self.staging if self.is_folder else self._inside("")
         try:
             self._made = made.stat()
             (self.staging / JOURNAL).unlink()
@@ -305,6 +301,9 @@ class StagedOutput:
         """A worker that an interrupted run left behind must not touch a later run's files."""
         if not self._is_open:
             raise RuntimeError("this output is closed")
+
+    def _inside(self, name: str) -> Path:
+        return self.staging / (name or self.path.name)
 
     def _make_folder(self, folder: Path) -> None:
         if not folder.is_dir():
