@@ -18,7 +18,7 @@ COMMANDS = {
     "inspect": "What a file holds: method, base, ranks, cost. Headers only.",
     "merge": "Put adapters into base weights, rounded once, loss shown.",
     "extract": "Make a low-rank adapter from a full fine-tune.",
-    "subtract": "Take adapters out of merged weights, bit for bit with an undo file.",
+    "subtract": "Take adapters out of merged weights (bit for bit with an undo file), or of others.",
     "swap": "Exchange one merged adapter for another, in one rounding.",
     "verify": "Recompute a merge and compare, bit by bit.",
     "demo": "A tour on a small built-in model, offline.",

@@ -5,6 +5,13 @@ after ``schema``, ``command`` and ``ok``; they are stable within one schema numb
 Shares and errors are fractions of 1, sizes are bytes, times are seconds.
 """
 
+from loratool.report.algebra import (
+    DifferenceReport,
+    RescaledAdapter,
+    RescaleReport,
+    SumModuleReport,
+    share_of,
+)
 from loratool.report.base import SCHEMA, Loads, Report, plain_json
 from loratool.report.extract import ExtractedFamily, ExtractedModule, ExtractReport, group_families
 from loratool.report.inspect import (
@@ -29,6 +36,7 @@ __all__ = [
     "SCHEMA",
     "AdapterSummary",
     "CheckpointSummary",
+    "DifferenceReport",
     "ExtractReport",
     "ExtractedFamily",
     "ExtractedModule",
@@ -39,7 +47,10 @@ __all__ = [
     "ModuleLoss",
     "ReplacedTensor",
     "Report",
+    "RescaleReport",
+    "RescaledAdapter",
     "SubtractReport",
+    "SumModuleReport",
     "SwapReport",
     "TargetFamily",
     "TensorDifference",
@@ -47,4 +58,5 @@ __all__ = [
     "VerifyReport",
     "group_families",
     "plain_json",
+    "share_of",
 ]

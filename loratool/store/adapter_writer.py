@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,12 @@ from loratool.store.writer import MARKER, StagedOutput
 
 
 def write_adapter(
-    files: AdapterFiles, target: Path, *, record: Mapping[str, Any], force: bool = False
+    files: AdapterFiles,
+    target: Path,
+    *,
+    record: Mapping[str, Any],
+    force: bool = False,
+    extras: Iterable[Path] = (),
 ) -> int:
     """Write an adapter folder, whole or not at all.
 
@@ -26,6 +31,7 @@ def write_adapter(
         target: folder to create.
         record: provenance, written as ``loratool.json``.
         force: replace an earlier loratool output.
+        extras: small files and folders of them (tokenizer, licence) copied along.
 
     Returns:
         Size of the tensor file in bytes.
@@ -51,6 +57,10 @@ def write_adapter(
             writer.close()
         for name, value in files.json_files.items():
             output.write_file(name, dump_json(value))
+        for path in extras:
+            for one in sorted(path.rglob("*")) if path.is_dir() else [path]:
+                if one.is_file():
+                    output.write_file(str(one.relative_to(path.parent)), one.read_bytes())
         output.write_file(MARKER, dump_json(dict(record) or {"loratool": True}))
         output.commit()
     return size
