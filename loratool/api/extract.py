@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loratool.adapter import Adapter
-from loratool.api.common import Resources, option_values, plan_resources
+from loratool.api.common import (
+    Resources,
+    file_rules,
+    option_values,
+    plan_resources,
+    recorded_name,
+)
 from loratool.dialects import open_adapter, write_adapter_files
 from loratool.errors import UsageError
 from loratool.ops.assemble import Outcome, assemble
@@ -17,8 +23,9 @@ from loratool.ops.extract import ExtractPlan, plan_extract
 from loratool.ops.inputs import Access, OpenedBase, guard_output, open_base
 from loratool.ops.loads import judge_loads
 from loratool.report import ExtractedModule, ExtractReport
+from loratool.store.adapter_writer import fill_adapter, stage_adapter
+from loratool.store.output_path import check_output
 from loratool.store.provenance import checkpoint_id, provenance_of
-from loratool.store.writer import check_output
 
 if TYPE_CHECKING:
     from loratool.engine.run import Progress
@@ -42,6 +49,8 @@ def extract(
     offline: bool = False,
     yes: bool = False,
     provenance: bool = True,
+    max_header: str | int | None = None,
+    allow_pickle: bool = False,
     progress: Progress | None = None,
 ) -> ExtractReport:
     """Best rank-R approximation of tuned - base, module by module, as a PEFT adapter.
@@ -64,6 +73,8 @@ def extract(
         offline: never touch the network.
         yes: agree to large downloads.
         provenance: record inputs and options in the output.
+        max_header: largest safetensors header accepted, such as ``"64MB"``.
+        allow_pickle: convert pickles first, in a locked process.
         progress: called with (bytes done, bytes in all).
 
     Returns:
@@ -76,14 +87,17 @@ def extract(
     _check_rank(rank)
     if names not in ("v4", "v5"):
         raise UsageError("LT-226", "unknown --names", expected="v4 or v5", got=names)
-    access, target = Access(offline, yes), Path(output)
-    if target.suffix:
+    access, target = Access(offline, yes, file_rules(max_header, allow_pickle)), Path(output)
+    if not dry_run:  # before a long download, not after it
+        guard_output(target, [p for p in map(Path, (tuned, base)) if p.exists()])
+        check_output(target, is_folder=True, force=force)
+    if target.suffix in (".safetensors", ".gguf", ".bin", ".pt"):  # "qwen2.5-lora" is a folder
         raise UsageError(
             "LT-227", "a PEFT adapter is a folder", expected="a folder for -o", got=str(output)
         )
     tuned_opened = open_base(str(tuned), [], access)
     base_opened = open_base(str(base), [], access)
-    guard_output(target, [tuned_opened.resolved.path, base_opened.resolved.path])
+    guard_output(target, [tuned_opened.resolved.named, base_opened.resolved.named])
     plan = plan_extract(
         tuned_opened.checkpoint,
         base_opened.checkpoint,
@@ -104,12 +118,7 @@ def extract(
     )
     if dry_run:
         return _planned(plan, tuned_opened, base_opened, target, rank, started)
-    check_output(target, is_folder=True, force=force)  # before the work, not after it
-    results = _run(plan, resources)
-    label = str(base) if base_opened.resolved.commit else base_opened.resolved.path.name
-    adapter, outcomes = assemble(
-        plan, results, keep=keep, base=base_opened.checkpoint, base_model=label
-    )
+    label = str(base) if base_opened.resolved.commit else recorded_name(base_opened.resolved.path)
     record: dict[str, Any] = {}
     if provenance:
         options = option_values(
@@ -121,7 +130,18 @@ def extract(
             "base": checkpoint_id(base_opened.checkpoint),
         }
         record = provenance_of("extract", options=options, inputs=inputs)
-    size = _write(adapter, target, record, base_opened, plan.memory_names.values(), force)
+    with stage_adapter(target, force=force) as staged:  # refusals before the work, not after it
+        results = _run(plan, resources)
+        adapter, outcomes = assemble(
+            plan, results, keep=keep, base=base_opened.checkpoint, base_model=label
+        )
+        files = write_adapter_files(
+            adapter,
+            "peft",
+            base_config=base_opened.checkpoint.config,
+            base_tensors=plan.memory_names.values(),
+        )
+        size = fill_adapter(staged, files, record=record)
     written = open_adapter(target)  # our own loader must find what was written
     return _report(plan, outcomes, written, tuned_opened, base_opened, target, rank, size, started)
 
@@ -136,28 +156,12 @@ def _check_rank(rank: int) -> None:
 def _run(plan: ExtractPlan, resources: Resources) -> list[Any]:
     from loratool.engine.run import execute
     from loratool.store.reader import FileReader
+    from loratool.store.stamps import take_stamps
 
-    with FileReader() as reader:
+    with FileReader(take_stamps(plan.plan.refs())) as reader:
         results = execute(plan.plan, reader, None, resources.run)
         reader.check_unchanged()
     return results
-
-
-def _write(
-    adapter: Adapter,
-    target: Path,
-    record: dict[str, Any],
-    base: OpenedBase,
-    base_tensors: Iterable[str],
-    force: bool,
-) -> int:
-    """Write the adapter's files; returns the size of its tensor file."""
-    from loratool.store.adapter_writer import write_adapter
-
-    files = write_adapter_files(
-        adapter, "peft", base_config=base.checkpoint.config, base_tensors=base_tensors
-    )
-    return write_adapter(files, target, record=record, force=force)
 
 
 def _report(

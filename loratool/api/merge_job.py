@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loratool.adapter import ReadOptions
+from loratool.adapter import ReadOptions, TensorRef
 from loratool.api.common import content_label, option_values
 from loratool.dtypes import DTYPES
 from loratool.errors import MismatchError, UsageError
@@ -130,7 +130,8 @@ def prepare_merge(
     opened_base = open_base(str(base), opened, access)
     if output is not None:
         _check_output_form(output, opened_base)
-        guard_output(output, [opened_base.resolved.path, *(a.resolved.path for a in opened)])
+        guard_output(output, [opened_base.resolved.named, *(a.resolved.named for a in opened)])
+        guard_output(output, _files(opened, opened_base))
     bound = tuple(
         WeightedAdapter(o.adapter, o.weight, bind(o.adapter, opened_base.checkpoint, names.bind))
         for o in opened
@@ -170,6 +171,13 @@ def prepare_merge(
         kind,
     )
     return job if kind.replan is None else kind.replan(job)
+
+
+def _files(opened: Sequence[OpenedAdapter], base: OpenedBase) -> list[Path]:
+    """The input files themselves: links may lead to other folders than the ones named."""
+    sources = [s for o in opened for spec in o.adapter.specs for s in spec.fields.values()]
+    adapters = {s.file for s in sources if isinstance(s, TensorRef)}
+    return [*sorted(adapters), *(shard.path for shard in base.checkpoint.shards)]
 
 
 def _check_output_form(output: Path, base: OpenedBase) -> None:

@@ -55,6 +55,7 @@ if TYPE_CHECKING:
 @opt.resources
 @opt.network
 @opt.general
+@opt.trust
 @opt.option("--names", type=click.Choice(["v5", "v4"]), default="v5", section="Advanced",
             help="Module names of transformers 5 in memory, or of 4.")  # fmt: skip
 def command(tuned: str, base: str, output: str, **options: Any) -> None:

@@ -48,6 +48,7 @@ _DEAR_SHARE = 0.02
 @opt.option("--tensors", is_flag=True, section="Output", help="List every tensor.")
 @opt.option("--offline", is_flag=True, section="General", help="Never touch the network.")
 @opt.general
+@opt.trust
 @opt.option("--alpha", type=float, metavar="A", section="Advanced",
             help="lora_alpha of files that have no configuration.")  # fmt: skip
 def command(sources: tuple[str, ...], **options: Any) -> int:

@@ -251,6 +251,27 @@ def names(command: F) -> F:
     return command
 
 
+def trust(command: F) -> F:
+    """How far input files are trusted."""
+    for add in (
+        option("--allow-pickle", is_flag=True, section="Advanced",
+               help="Convert .bin and .pt files first, in a process that can do nothing else."),
+        option("--max-header", metavar="SIZE", section="Advanced",
+               help="Largest safetensors header accepted. Default: 32MiB."),
+    ):  # fmt: skip
+        command = add(command)
+    return command
+
+
+def nonfinite(command: F) -> F:
+    """``--allow-nonfinite``: `merge` and `verify`."""
+    add = option(
+        "--allow-nonfinite", is_flag=True, section="Advanced",
+        help="Let NaN and infinity of the inputs pass; they are counted.",
+    )  # fmt: skip
+    return add(command)
+
+
 def reading(command: F) -> F:
     """What adapter files do not say."""
     for add in (

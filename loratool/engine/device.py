@@ -94,3 +94,8 @@ def exact_arithmetic() -> Iterator[None]:
     finally:
         torch.set_num_threads(threads)
         torch.backends.cuda.matmul.allow_tf32 = tf32
+
+
+def torch_build() -> str:
+    """Version and build of torch: other ones may round a product differently."""
+    return str(torch.__version__)

@@ -63,7 +63,11 @@ class Difference(Kernel):
         else:
             differing = int((delta != 0).sum())
         square = float(delta.double().square().sum())
-        self._sums[block.index] = (differing, square, float(base.double().square().sum()))
+        if not math.isfinite(square):  # the same infinity on both sides is no difference
+            delta = delta.masked_fill(tuned.to(wide) == base.to(wide), 0.0)
+            square = float(delta.double().square().sum())
+        weight = float(torch.where(torch.isfinite(base), base, 0).double().square().sum())
+        self._sums[block.index] = (differing, square, weight)
         if differing:
             self.keep(block, delta)
 
@@ -80,8 +84,9 @@ class Difference(Kernel):
         delta = math.fsum(s[1] for s in sums)
         if not math.isfinite(delta):
             raise NumericError(
-                "LT-803", "tuned or base tensor holds NaN or infinity", key=self.step.output.name
-            )
+                "LT-803", "tuned or base tensor holds NaN or infinity", key=self.step.output.name,
+                expected="finite differences", hint="--exclude leaves a module out",
+            )  # fmt: skip
         return DifferenceResult(
             self.step.output.name,
             not any(s[0] for s in sums),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,7 @@ from loratool.store.reader import FileReader
 from loratool.store.shard_writer import PAGE
 
 _CPU = torch.device("cpu")
+_GRACE_S = 1.0  # after an interrupt: pieces take milliseconds, factorisations may take minutes
 
 Progress = Callable[[int, int], None]
 
@@ -38,6 +40,7 @@ class RunOptions:
         progress: called with (bytes done, bytes in all).
         block_elements: block size of the grid; None = the device's.  Only digests and sums that
             are not exact depend on it.
+        allow_nonfinite: NaN and infinity in inputs pass and are counted.
     """
 
     device: torch.device = _CPU
@@ -46,6 +49,7 @@ class RunOptions:
     sample: bool = False
     progress: Progress | None = None
     block_elements: int | None = None
+    allow_nonfinite: bool = False
 
     @property
     def elements(self) -> int:
@@ -111,7 +115,7 @@ class _Run:
         self.plan = plan
         self.sink = sink
         self.options = options
-        self.env = Env(reader, options.device, options.elements, Scratch())
+        self.env = Env(reader, options.device, options.elements, Scratch(), options.allow_nonfinite)
         self.results: dict[int, Any] = {}
         self.carried: list[Any] = []
         self._tasks: Iterator[tuple[_Job, list[grid.Block]]] = iter(())
@@ -131,13 +135,14 @@ class _Run:
             for worker in workers:
                 while worker.is_alive():
                     worker.join(0.1)
-        except BaseException:
-            self._stop.set()
-            for worker in workers:
-                worker.join()
-            raise
         finally:
-            if self.sink is not None:
+            self._stop.set()
+            deadline = time.monotonic() + _GRACE_S
+            for worker in workers:
+                worker.join(max(0.0, deadline - time.monotonic()))
+            # A worker deep in a factorisation is left behind, and with it the open files: a
+            # descriptor closed under its hands could be another file's by the time it writes.
+            if self.sink is not None and not any(w.is_alive() for w in workers):
                 self.sink.close()
         if self._failure is not None:
             raise self._failure

@@ -114,10 +114,10 @@ def _on_separate(item: Item, spec: DeltaSpec, expert: ExpertName, ctx: Context) 
     deltas: list[BoundDelta] = []
     for e, row in enumerate(slots):
         start = 0
-        for slot in row:
+        for slot, first in zip(row, found, strict=False):  # all experts have the first's shapes
             assert slot is not None
             problem = unmergeable(item, slot.target, ctx)
-            if problem is not None or slot.shape[1] not in widths or len(widths) > 1:
+            if problem is not None or slot.shape != first.shape or len(widths) > 1:
                 return problem or misfit(item, "LT-437", f"{whole}", f"{slot.shape}", slot.target)
             source = (start, start + slot.shape[0]) if len(row) > 1 else None
             region = Region(rows=slot.rows, cols=slot.cols, source_rows=source)

@@ -144,6 +144,8 @@ def place_replacement(item: Item, name: str, ctx: Context) -> Placement:
         problem = unmergeable(item, target, ctx)
         if problem is not None:
             return problem
+        if not DTYPES[source.dtype].is_mergeable:
+            return misfit(item, "LT-493", "F64, F32, F16 or BF16", source.dtype, target)
     found = Found(item, replacement=BoundReplacement(replacement, target), alias=alias)
     if replacement.rows is not None:
         return found  # rows are checked when the final vocabulary size is known

@@ -51,6 +51,10 @@ _WHAT: Mapping[str, tuple[str, str]] = {
         "{count} replacement tensors have another shape than the base's",
         "the adapter was made for another base",
     ),
+    "LT-493": (
+        "{count} replacement tensors are of a type that cannot be converted",
+        "save the adapter with ordinary float types",
+    ),
 }
 _TITLES = {"te": "text encoder", "unet": "UNet", "transformer": "transformer", "vae": "VAE"}
 _PACKED = ("qweight", "weight_packed", "weight_blocks", "weight.absmax")

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from loratool.adapter import AdapterFiles, TensorData
+from loratool.store.disk import check_space
 from loratool.store.header import build_header
 from loratool.store.jsonfile import dump_json
 from loratool.store.reader import FileReader
 from loratool.store.shard_writer import ShardWriter
+from loratool.store.stamps import take_stamps
 from loratool.store.writer import MARKER, StagedOutput
 
 
@@ -36,13 +36,29 @@ def write_adapter(
     Returns:
         Size of the tensor file in bytes.
     """
+    with stage_adapter(target, force=force) as output:
+        return fill_adapter(output, files, record=record)
+
+
+def stage_adapter(target: Path, *, force: bool = False) -> StagedOutput:
+    """Claim the place of an adapter before the long work on it.
+
+    Raises:
+        OutputError: the place is taken, or an interrupted run of another command holds it.
+        DiskError: it cannot be written to.
+    """
+    return StagedOutput(target, is_folder=True, plan_id=None, force=force)
+
+
+def fill_adapter(output: StagedOutput, files: AdapterFiles, *, record: Mapping[str, Any]) -> int:
+    """Write the files of an adapter and make them appear; arguments as in `write_adapter`."""
     header, starts = build_header(
         [(name, s.dtype, s.shape) for name, s in files.tensors], files.metadata
     )
     size = len(header) + sum(s.nbytes for _, s in files.tensors)
-    plan_id = hashlib.sha256(header + os.urandom(16)).hexdigest()  # never resumed
-    output = StagedOutput(target, is_folder=True, plan_id=plan_id, force=force, restart=True)
-    with output, FileReader() as reader:
+    check_space(output.staging, size)
+    stamps = take_stamps(s for _, s in files.tensors if not isinstance(s, TensorData))
+    with FileReader(stamps) as reader:
         writer = ShardWriter(output.create(files.tensor_file), header, size)
         try:
             for (_, source), start in zip(files.tensors, starts, strict=True):
@@ -55,6 +71,7 @@ def write_adapter(
             writer.finish()
         finally:
             writer.close()
+        output.place(files.tensor_file)
         for name, value in files.json_files.items():
             output.write_file(name, dump_json(value))
         for path in extras:
@@ -62,5 +79,6 @@ def write_adapter(
                 if one.is_file():
                     output.write_file(str(one.relative_to(path.parent)), one.read_bytes())
         output.write_file(MARKER, dump_json(dict(record) or {"loratool": True}))
-        output.commit()
+        reader.check_unchanged()
+    output.commit()
     return size
