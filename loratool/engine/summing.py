@@ -18,8 +18,8 @@ from loratool.engine.factors import (
     round_once,
 )
 from loratool.engine.kernel import Env
-from loratool.linalg.concat import concat_factors
-from loratool.linalg.product import product_norm, split_factors, svd_of_factors
+from loratool.linalg.concat import concat_factors, product_norm
+from loratool.linalg.product import product_svd, split_factors
 from loratool.plan import DeltaPart
 
 
@@ -72,8 +72,7 @@ def sum_factors(
     ]  # exact up to float64, one per expert
     total = whole[0][1].shape[0]
     if rank is not None and rank < total:
-        made = [split_factors(svd_of_factors(*pair), rank) for pair in whole]
-        made = [(lora_B / gain, lora_A) for lora_B, lora_A in made]
+        made = [_truncate(pair, rank, gain) for pair in whole]
         new_rank, scaling, new_alpha = rank, gain, float(rank)
     else:
         new_rank, new_alpha = total, float(total if alpha is None else alpha)
@@ -115,6 +114,14 @@ def sum_vectors(
     spec = replace(like, fields={"delta": data}, alpha=alpha, scaling=scaling)
     norm = float(torch.linalg.vector_norm(total))
     return SummedModule(spec, norm**2, error**2, overflows(total / scaling, dtype))
+
+
+def _truncate(pair: Pair, rank: int, gain: float) -> Pair:
+    """The best approximation; zero columns where the matrix is smaller than the rank."""
+    lora_B, lora_A = split_factors(*product_svd(*pair), rank)
+    more = rank - lora_B.shape[1]
+    pad = torch.nn.functional.pad
+    return pad(lora_B / gain, (0, more)), pad(lora_A, (0, 0, 0, more))
 
 
 def _error(exact: Pair, made: Pair, scaling: float, dtype: str) -> float:

@@ -1,4 +1,4 @@
-"""Sums of products of thin matrices, as one product."""
+"""Sums of products of thin matrices as one product, and its size."""
 
 from __future__ import annotations
 
@@ -25,3 +25,10 @@ def concat_factors(
     """
     lora_B = torch.cat([one if c == 1 else one * c for one, _, c in terms], dim=1)
     return lora_B, torch.cat([one for _, one, _ in terms], dim=0)
+
+
+def product_norm(lora_B: torch.Tensor, lora_A: torch.Tensor) -> float:
+    """‖lora_B @ lora_A‖_F from triangular factors: a trace of Gram matrices would cancel."""
+    R_B = torch.linalg.qr(lora_B, mode="r").R
+    R_A = torch.linalg.qr(lora_A.T, mode="r").R
+    return float(torch.linalg.matrix_norm(R_B @ R_A.T))

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from loratool.adapter import Adapter, DeltaSpec, Replacement
+from loratool.dialects.peft_version import square_experts_rule
 from loratool.errors import MismatchError, list_some
 from loratool.ops.additive import (
     factor_dtype,
@@ -15,6 +16,7 @@ from loratool.ops.additive import (
     require_factors,
 )
 from loratool.plan import DeltaPart
+from loratool.store.reader import have_same_bytes
 
 
 @dataclass(frozen=True)
@@ -81,13 +83,14 @@ def plan_sum(adapters: Sequence[tuple[Adapter, float]], *, verb: str) -> SumPlan
         verb: past participle for messages, such as ``subtracted``.
 
     Raises:
-        MismatchError: LT-460 … LT-464, changes that have no sum without the base, modules of
+        MismatchError: LT-460 … LT-465, changes that have no sum without the base, modules of
             different shapes, replaced tensors that contradict each other.
     """
     for adapter, _ in adapters:
         require_additive(adapter, verb)
         require_factors(adapter, verb)
     _check_layers([a for a, _ in adapters])
+    _check_experts([a for a, _ in adapters])
     groups: dict[str, list[DeltaPart]] = {}
     for number, (adapter, weight) in enumerate(adapters):
         for spec in adapter.specs:
@@ -96,7 +99,7 @@ def plan_sum(adapters: Sequence[tuple[Adapter, float]], *, verb: str) -> SumPlan
     outputs = mha_outputs([s for a, _ in adapters for s in a.specs])
     modules = [_module(name, terms, outputs, adapters) for name, terms in groups.items()]
     modules.sort(key=lambda m: m.is_bias)
-    replacements, notes = _replacements(adapters, groups, verb)
+    replacements, notes = _replacements(adapters, verb)
     bases = {a.base_model for a, _ in adapters if a.base_model}
     if len(bases) > 1:
         notes.append(f"the adapters name different bases: {list_some(sorted(bases))}")
@@ -156,29 +159,59 @@ def _check_layers(adapters: Sequence[Adapter]) -> None:
 
 
 def _replacements(
-    adapters: Sequence[tuple[Adapter, float]], groups: dict[str, list[DeltaPart]], verb: str
+    adapters: Sequence[tuple[Adapter, float]], verb: str
 ) -> tuple[tuple[Replacement, ...], list[str]]:
-    """Replacements of the first adapter, if no other adapter touches the same tensor.
+    """Replaced tensors that the result has.
 
-    W + (T - W) = T needs no base; any other sum with a replaced tensor does.
+    Σ c·(T - W) needs no base where all that replace a tensor hold the same bytes T, and their
+    weights sum up to 1 (W becomes T) or to 0 (W stays).
     """
-    (first, weight), *others = adapters
-    mine = {r.name: r for r in first.replacements}
-    theirs = [r.name for a, _ in others for r in a.replacements]
-    touched = sorted({n for n in mine if any(t.adapter for t in groups.get(n, ()))})
-    conflicts = sorted({*theirs, *touched, *(mine if weight != 1 else ())})
+    groups: dict[tuple[str, bool], list[tuple[Replacement, float]]] = {}
+    for adapter, weight in adapters:
+        for one in adapter.replacements:
+            groups.setdefault((one.name, one.rows is None), []).append((one, weight))
+    kept, gone, conflicts = [], [], []
+    for (name, _), found in groups.items():
+        first, total = found[0][0], sum(weight for _, weight in found)
+        is_same = all(one.rows == first.rows for one, _ in found) and (
+            len(found) == 1 or have_same_bytes([one.source for one, _ in found])
+        )
+        if is_same and total == 1:
+            kept.append(first)
+        elif is_same and total == 0:
+            gone.append(name)
+        else:
+            conflicts.append(name)
     if conflicts:
-        where = next((a.path for a, _ in others if a.replacements), first.path)
         raise MismatchError(
             "LT-464", f"replaced tensors cannot be {verb}: their change depends on the base",
-            file=where, key=list_some(conflicts),
+            file=adapters[0][0].path, key=list_some(conflicts),
             hint="with the base it works: merge A and B into BASE each, then "
             "loratool extract MERGED_A --base MERGED_B --rank R -o OUT",
         )  # fmt: skip
     notes = []
-    if mine:
-        notes.append(f"{len(mine)} replaced tensors of {first.label} are kept: {_few(mine)}")
-    return tuple(mine.values()), notes
+    if kept:
+        notes.append(f"{len(kept)} replaced tensors are kept: {_few(r.name for r in kept)}")
+    if gone:
+        notes.append(f"{len(gone)} replaced tensors are the base's own again: {_few(gone)}")
+    return tuple(kept), notes
+
+
+def _check_experts(adapters: Sequence[Adapter]) -> None:
+    """How PEFT reads square experts depends on its version: it must be one for all."""
+    rules = {}
+    for adapter in adapters:
+        if any(s.experts and len(set(matrix_shape(s))) == 1 for s in adapter.specs):
+            version = adapter.config.get("peft_version")
+            rules[square_experts_rule(version if isinstance(version, str) else "")] = adapter
+    if len(rules) > 1:
+        raise MismatchError(
+            "LT-465", "PEFT versions that read square experts differently",
+            file=list(rules.values())[1].path, key="peft_version",
+            expected=adapters[0].config.get("peft_version"),
+            got=list(rules.values())[1].config.get("peft_version"),
+            hint="merge them into the base, which knows its layout",
+        )  # fmt: skip
 
 
 def _few(names: Iterable[str]) -> str:

@@ -37,7 +37,7 @@ def write_adapter(
         Size of the tensor file in bytes.
     """
     with stage_adapter(target, force=force) as output:
-        return fill_adapter(output, files, record=record)
+        return fill_adapter(output, files, record=record, extras=extras)
 
 
 def stage_adapter(target: Path, *, force: bool = False) -> StagedOutput:
@@ -50,7 +50,13 @@ def stage_adapter(target: Path, *, force: bool = False) -> StagedOutput:
     return StagedOutput(target, is_folder=True, plan_id=None, force=force)
 
 
-def fill_adapter(output: StagedOutput, files: AdapterFiles, *, record: Mapping[str, Any]) -> int:
+def fill_adapter(
+    output: StagedOutput,
+    files: AdapterFiles,
+    *,
+    record: Mapping[str, Any],
+    extras: Iterable[Path] = (),
+) -> int:
     """Write the files of an adapter and make them appear; arguments as in `write_adapter`."""
     header, starts = build_header(
         [(name, s.dtype, s.shape) for name, s in files.tensors], files.metadata
