@@ -11,12 +11,19 @@ from loratool.errors import MismatchError, list_some
 _MHA_PARAMETER = "in_proj_weight"
 
 
-def require_additive(adapter: Adapter, verb: str) -> None:
+_EXTRACT = (
+    "merge it into its base and extract it again: loratool merge ADAPTER --base BASE -o TUNED, "
+    "then loratool extract TUNED --base BASE --rank R -o PLAIN"
+)
+
+
+def require_additive(adapter: Adapter, verb: str, *, hint: str = _EXTRACT) -> None:
     """Refuse changes that depend on the base.
 
     Args:
         adapter: opened.
         verb: past participle for the message, such as ``subtracted``.
+        hint: the way out.
 
     Raises:
         MismatchError: LT-460, DoRA, PiSSA and their kin.
@@ -25,9 +32,7 @@ def require_additive(adapter: Adapter, verb: str) -> None:
     if other:
         raise MismatchError(
             "LT-460", f"a change that depends on the base weights cannot be {verb} without them",
-            file=adapter.path, key=list_some(other, 3),
-            hint="merge it into its base and extract it again: loratool merge ADAPTER --base BASE "
-            "-o TUNED, then loratool extract TUNED --base BASE --rank R -o PLAIN",
+            file=adapter.path, key=list_some(other, 3), hint=hint,
         )  # fmt: skip
 
 

@@ -61,9 +61,7 @@ class Base:
 
 def base_of(name: str) -> Tensors:
     folder = LLM / name
-    found = closed_form.in_memory(
-        folder, closed_form.read(folder / "base" / "model.safetensors")
-    )
+    found = closed_form.in_memory(folder, closed_form.read(folder / "base" / "model.safetensors"))
     return {k: v.clone() for k, v in found.items()}
 
 
