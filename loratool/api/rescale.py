@@ -156,7 +156,7 @@ def _files(plan: RescalePlan, tensors: Mapping[str, Source]) -> AdapterFiles:
         return replace(
             again,
             tensors=tuple((key, tensors.get(source.name, source)) for key, source in again.tensors),
-            json_files={name: plan.config for name in again.json_files},
+            json_files=dict.fromkeys(again.json_files, plan.config),
         )
     return write_adapter_files(_with_tensors(adapter, tensors))
 

@@ -21,6 +21,7 @@ COMMANDS = {
     "subtract": "Take adapters out of merged weights (bit for bit with an undo file), or of others.",
     "swap": "Exchange one merged adapter for another, in one rounding.",
     "rescale": "Multiply what an adapter changes, exactly where numbers allow it.",
+    "compare": "How alike adapters are: cosine, subspaces, signs, configuration.",
     "verify": "Recompute a merge and compare, bit by bit.",
     "demo": "A tour on a small built-in model, offline.",
     "completion": "Print the completion script for a shell.",
@@ -28,7 +29,7 @@ COMMANDS = {
 """Command -> what it does in one line; the module of the same name holds it."""
 
 LATER = (
-    "check", "compare", "compress", "convert", "pull", "push", "run",
+    "check", "compress", "convert", "pull", "push", "run",
 )  # fmt: skip
 """Commands of the plan that this version does not have."""
 
@@ -41,7 +42,7 @@ SYNONYMS = {
     "scale": "rescale",
     "show": "inspect",
     "unmerge": "subtract",
-    "upload": "push", "run",
+    "upload": "push",
 }
 """What people type by instinct -> what it is called here."""
 

@@ -22,7 +22,6 @@ from loratool.linalg.concat import concat_factors, product_norm
 from loratool.linalg.product import product_svd, split_factors
 from loratool.plan import DeltaPart
 
-
 _CANCELLED = 1e-14  # of the terms' size: what is left of a sum that cancels in float64
 
 

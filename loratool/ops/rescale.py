@@ -152,7 +152,7 @@ def _scaled_config(
 
 
 def _whole(alpha: Any, factor: float) -> int | None:
-    """alpha · factor if it is a whole number; 0.1 · 30 is 3 although floats say otherwise."""
+    """Alpha · factor if it is a whole number; 0.1 · 30 is 3 although floats say otherwise."""
     if alpha is None:
         alpha = _DEFAULT_ALPHA
     value = alpha * factor

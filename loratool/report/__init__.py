@@ -13,6 +13,13 @@ from loratool.report.algebra import (
     share_of,
 )
 from loratool.report.base import SCHEMA, Loads, Report, plain_json
+from loratool.report.compare import (
+    ComparedFamily,
+    ComparedModule,
+    ComparedReplacement,
+    CompareReport,
+    Difference,
+)
 from loratool.report.extract import ExtractedFamily, ExtractedModule, ExtractReport, group_families
 from loratool.report.inspect import (
     AdapterSummary,
@@ -36,6 +43,11 @@ __all__ = [
     "SCHEMA",
     "AdapterSummary",
     "CheckpointSummary",
+    "CompareReport",
+    "ComparedFamily",
+    "ComparedModule",
+    "ComparedReplacement",
+    "Difference",
     "DifferenceReport",
     "ExtractReport",
     "ExtractedFamily",

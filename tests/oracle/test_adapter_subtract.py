@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 import loratool as lt
 from loratool.errors import LoratoolError
-from tests.make import random_factors, randn, save_adapter
+from tests.make import randn, random_factors, save_adapter
 from tests.oracle.adapter_algebra import (
     EPS,
     LLM,
@@ -103,8 +103,8 @@ def test_two_replaced_tensors_conflict_by_name(name: str, tmp_path: Path) -> Non
         lt.subtract([str(LLM / name), str(twin(name, tmp_path / "b", 1, replaced=True))],
                     output=tmp_path / "out")  # fmt: skip
     assert (
-        caught.value.code == "LT-464"
-        and ".weight" in str(caught.value)
+        (caught.value.code == "LT-464"
+        and ".weight" in str(caught.value))
         or "bias" in str(caught.value)
     )
 

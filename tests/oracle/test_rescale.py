@@ -151,7 +151,7 @@ def test_only_and_blocks(tmp_path: Path) -> None:
 def test_unet_presets_name_blocks_of_diffusers(tmp_path: Path) -> None:
     names = ["down_blocks.0.attentions.0.proj_in", "mid_block.attentions.0.proj_in",
              "up_blocks.3.attentions.2.proj_in", "text_model.encoder.layers.0.q_proj"]  # fmt: skip
-    save_adapter(tmp_path / "a", random_factors({n: (4, 4) for n in names}, rank=2, seed=1))
+    save_adapter(tmp_path / "a", random_factors(dict.fromkeys(names, (4, 4)), rank=2, seed=1))
     lt.rescale([str(tmp_path / "a")], 1, output=tmp_path / "out", blocks="outall")
     after = lt.open(tmp_path / "out")
     assert [m.norm() > 0 for m in after] == [False, False, True, True]
