@@ -18,6 +18,7 @@ _EXPORTS = {
     "merge": "loratool.api",
     "open": "loratool.api",
     "rescale": "loratool.api",
+    "run": "loratool.api",
     "subtract": "loratool.api",
     "swap": "loratool.api",
     "verify": "loratool.api",
@@ -34,6 +35,7 @@ __all__ = [
     "merge",
     "open",
     "rescale",
+    "run",
     "subtract",
     "swap",
     "verify",
@@ -46,6 +48,7 @@ if TYPE_CHECKING:
     from loratool.api.inspect import inspect, open
     from loratool.api.merge import merge
     from loratool.api.rescale import rescale
+    from loratool.api.run import run
     from loratool.api.subtract import subtract, swap
     from loratool.api.verify import verify
     from loratool.errors import LoratoolError

@@ -38,6 +38,7 @@ from loratool.report.merge import (
     TensorDifference,
     VerifyReport,
 )
+from loratool.report.run import RunReport, StepReport
 
 __all__ = [
     "SCHEMA",
@@ -61,6 +62,8 @@ __all__ = [
     "Report",
     "RescaleReport",
     "RescaledAdapter",
+    "RunReport",
+    "StepReport",
     "SubtractReport",
     "SumModuleReport",
     "SwapReport",

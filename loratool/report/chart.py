@@ -61,7 +61,7 @@ def _save(path: Path, draw: Callable[[Any], Any]) -> str:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    style = {
+    style: Any = {
         "font.size": 9, "font.family": "DejaVu Sans", "text.color": _INK, "axes.labelcolor": _INK,
         "xtick.color": _INK, "ytick.color": _INK, "axes.edgecolor": _FAINT,
         "axes.titlesize": 10, "axes.titleweight": "bold", "axes.titlelocation": "left",

@@ -102,10 +102,8 @@ def test_two_replaced_tensors_conflict_by_name(name: str, tmp_path: Path) -> Non
     with pytest.raises(LoratoolError) as caught:
         lt.subtract([str(LLM / name), str(twin(name, tmp_path / "b", 1, replaced=True))],
                     output=tmp_path / "out")  # fmt: skip
-    assert (
-        (caught.value.code == "LT-464"
-        and ".weight" in str(caught.value))
-        or "bias" in str(caught.value)
+    assert (caught.value.code == "LT-464" and ".weight" in str(caught.value)) or "bias" in str(
+        caught.value
     )
 
 
