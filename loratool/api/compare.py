@@ -21,9 +21,10 @@ from loratool.ops.compare import (
     has_same_factors,
     layer_of,
 )
+from loratool.ops.inputs import Access, locate
 from loratool.report import ComparedModule, CompareReport
 from loratool.report.chart import check_chart, refuse_existing
-from loratool.store.source import find_adapter, resolve
+from loratool.store.source import find_adapter
 
 if TYPE_CHECKING:
     from loratool.engine.comparison import PairResult
@@ -72,7 +73,7 @@ def compare(
     check_chart(plot)
     if csv is not None:
         refuse_existing(Path(csv))
-    found = [resolve(a, kind="adapter", offline=offline, yes=yes) for a in adapters]
+    found = [locate(a, kind="adapter", access=Access(offline, yes)) for a in adapters]
     opened = [open_adapter(find_adapter(r.path), ReadOptions(alpha=alpha)) for r in found]
     labels = _labels([r.label for r in found])
     aligned = align(opened)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from loratool.adapter import ReadOptions
 from loratool.api.common import file_rules
+from loratool.errors import UsageError
 from loratool.report import InspectReport
 
 if TYPE_CHECKING:
@@ -36,6 +37,8 @@ def inspect(
     source: str | Path,
     *,
     tensors: bool = False,
+    risk: bool = False,
+    base: str | Path | None = None,
     alpha: float | None = None,
     offline: bool = False,
     max_header: str | int | None = None,
@@ -46,6 +49,8 @@ def inspect(
     Args:
         source: path or Hub reference.
         tensors: list every tensor.
+        risk: also load an adapter's factors and give statistics of every ΔW.
+        base: with ``risk``: look for intruder dimensions in this checkpoint.
         alpha: lora_alpha for files without a configuration.
         offline: never touch the network.
         max_header: largest safetensors header accepted, such as ``"64MB"``.
@@ -60,6 +65,19 @@ def inspect(
         resolved.path, tensors=tensors, alpha=alpha, source=str(source), label=resolved.label,
         max_header=access.rules.max_header,
     )  # fmt: skip
-    return (
-        report if resolved.note is None else replace(report, notes=(resolved.note, *report.notes))
-    )
+    if resolved.note is not None:
+        report = replace(report, notes=(resolved.note, *report.notes))
+    if not risk:
+        if base is not None:
+            raise UsageError("LT-289", "--base goes with --risk", hint="--risk --base BASE")
+        return report
+    if report.what != "adapter":
+        raise UsageError("LT-289", "--risk looks at one adapter", got=f"a {report.what}")
+    from loratool.api.risk import measure_risk
+    from loratool.dialects import open_adapter
+    from loratool.ops.inputs import open_base
+    from loratool.store.source import find_adapter
+
+    opened = None if base is None else open_base(str(base), [], access)
+    adapter = open_adapter(find_adapter(resolved.path), ReadOptions(alpha=alpha))
+    return replace(report, risk=measure_risk(adapter, opened))

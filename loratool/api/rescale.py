@@ -14,14 +14,14 @@ from loratool.api.common import content_label, option_values, parse_dtype
 from loratool.dialects import open_adapter, write_adapter_files
 from loratool.errors import UsageError
 from loratool.ops.adapter_summary import dtype_word
-from loratool.ops.additive import factor_dtype
+from loratool.ops.additive import factor_dtype, require_additive
 from loratool.ops.batch import is_batch, place_outputs
-from loratool.ops.inputs import Access, guard_output
+from loratool.ops.inputs import Access, OpenedBase, guard_output, locate, open_base
 from loratool.ops.loads import judge_loads
 from loratool.ops.rescale import RescalePlan, parse_only, plan_rescale
 from loratool.report import RescaledAdapter, RescaleReport, share_of
-from loratool.store.provenance import adapter_id, provenance_of
-from loratool.store.source import Resolved, find_adapter, resolve
+from loratool.store.provenance import adapter_id, checkpoint_id, provenance_of
+from loratool.store.source import Resolved, find_adapter
 from loratool.store.writer import check_output
 
 if TYPE_CHECKING:
@@ -45,6 +45,8 @@ def rescale(
     output: str | Path,
     only: Sequence[str] = (),
     blocks: str | None = None,
+    intruders: float | None = None,
+    base: str | Path | None = None,
     dtype: str = "auto",
     alpha: float | None = None,
     force: bool = False,
@@ -65,6 +67,9 @@ def rescale(
         output: folder to create; for several adapters the folder to put them into.
         only: ``REGEX=FACTOR`` on module names; the last that matches counts.
         blocks: a preset or one number per block, times ``factor``.
+        intruders: λ, what the singular values of intruder dimensions of W + ΔW are multiplied
+            with (PEFT's default is 0.75); needs ``base`` and factor 1; keeps the rank.
+        base: what the adapter was trained on.
         dtype: of the factors; ``auto`` = as they are.
         alpha: lora_alpha for files without a configuration.
         force: replace earlier loratool outputs.
@@ -85,11 +90,13 @@ def rescale(
         raise UsageError("LT-262", "not a factor", got=factor, expected="a plain decimal number")
     wanted, patterns = parse_dtype(dtype), parse_only(only)
     access = Access(offline, yes)
-    found = [resolve(a, kind="adapter", offline=access.offline, yes=access.yes) for a in adapters]
+    found = [locate(a, kind="adapter", access=access) for a in adapters]
     opened = [open_adapter(find_adapter(r.path), ReadOptions(alpha=alpha)) for r in found]
     targets = place_outputs([_name(r) for r in found], output)
     for target in targets:
         guard_output(target, [r.path for r in found])
+    weak = _check_intruders(factor, intruders, base, bool(only or blocks or wanted))
+    opened_base = None if base is None or weak is None else open_base(str(base), [], access)
     jobs = [
         _Job(text, r, plan_rescale(adapter, factor, only=patterns, blocks=blocks), target)
         for text, r, adapter, target in zip(adapters, found, opened, targets, strict=True)
@@ -101,8 +108,11 @@ def rescale(
             Path(output).mkdir(exist_ok=True)
         for job in jobs:
             check_output(job.target, is_folder=True, force=force)
-        options = option_values(factor=factor, only=list(only), blocks=blocks, dtype=dtype)
-        rows = [_run(job, wanted, options if provenance else None, force) for job in jobs]
+        options = option_values(
+            factor=factor, only=list(only), blocks=blocks, dtype=dtype, intruders=intruders
+        )
+        treated = None if opened_base is None or weak is None else (opened_base, weak)
+        rows = [_run(job, wanted, options if provenance else None, force, treated) for job in jobs]
     return RescaleReport(str(output), factor, tuple(rows), time.monotonic() - started, dry_run)
 
 
@@ -112,12 +122,40 @@ def _name(found: Resolved) -> str:
     return name.removesuffix(".safetensors") or found.path.resolve().name
 
 
+def _check_intruders(
+    factor: float, intruders: float | None, base: str | Path | None, others: bool
+) -> float | None:
+    """λ, or None if intruders stay.
+
+    Raises:
+        UsageError: LT-294, LT-293, options that do not go together, or a λ out of range.
+    """
+    if intruders is None:
+        if base is not None:
+            raise UsageError("LT-294", "--base goes with --intruders")
+        return None
+    if base is None or factor != 1 or others:
+        raise UsageError(
+            "LT-294", "--intruders looks at the adapter as it was trained",
+            expected="FACTOR 1, --base BASE, no --only, --blocks, --dtype",
+        )  # fmt: skip
+    if not 0 <= intruders <= 1:
+        raise UsageError("LT-293", "--intruders out of range", expected="0 to 1", got=intruders)
+    return intruders
+
+
 def _run(
-    job: _Job, dtype: str | None, options: Mapping[str, Any] | None, force: bool
+    job: _Job,
+    dtype: str | None,
+    options: Mapping[str, Any] | None,
+    force: bool,
+    treated: tuple[OpenedBase, float] | None,
 ) -> RescaledAdapter:
     from loratool.store.adapter_writer import write_adapter
 
     adapter = job.plan.adapter
+    if treated is not None:
+        return _mitigate(job, *treated, options, force)
     scaled = _scale(job.plan, dtype)
     record: dict[str, Any] = {}
     if options is not None:
@@ -126,6 +164,38 @@ def _run(
     files = _files(job.plan, {} if scaled is None else scaled.tensors)
     size = write_adapter(files, job.target, record=record, force=force, extras=adapter.extras)
     return _row(job, scaled, dtype, size, open_adapter(job.target))
+
+
+def _mitigate(
+    job: _Job, base: OpenedBase, factor: float, options: Mapping[str, Any] | None, force: bool
+) -> RescaledAdapter:
+    """Weaken intruder dimensions; rank, alpha and configuration stay."""
+    from loratool.api.risk import mitigate
+    from loratool.store.adapter_writer import write_adapter
+
+    adapter = job.plan.adapter
+    require_additive(adapter, "treated")
+    found = mitigate(adapter, base, factor)
+    record: dict[str, Any] = {}
+    if options is not None:
+        inputs = {
+            content_label(job.resolved, {}): adapter_id(adapter),
+            "base": checkpoint_id(base.checkpoint),
+        }
+        record = provenance_of("rescale", options=options, inputs=inputs)
+    files = _files(job.plan, found.tensors)
+    size = write_adapter(files, job.target, record=record, force=force, extras=adapter.extras)
+    row = _row(job, None, None, size, open_adapter(job.target))
+    notes = list(row.notes)
+    if found.intruders:
+        notes.append(
+            f"{found.modules} modules changed by {found.moved:.3g} of their ΔW; what rank "
+            f"{max(s.rank for s in adapter.specs)} cannot hold of that is {found.relative_error:.3g}"
+        )
+    if found.skipped:
+        notes.append(f"{len(found.skipped)} modules on parts of tensors are left as they were")
+    return replace(row, how="intruders", intruders=found.intruders, notes=tuple(notes),
+                   relative_error=found.relative_error)  # fmt: skip
 
 
 def _scale(plan: RescalePlan, dtype: str | None) -> ScaledTensors | None:

@@ -20,8 +20,9 @@ from loratool.cli.render import (
     some,
     table,
 )
+from loratool.cli.risk import risk_lines
 from loratool.cli.voice import Voice, note_lines, warning_lines
-from loratool.errors import LoratoolError
+from loratool.errors import LoratoolError, UsageError
 
 if TYPE_CHECKING:
     from loratool.report import AdapterSummary, CheckpointSummary, FolderRow, InspectReport
@@ -41,10 +42,15 @@ _DEAR_SHARE = 0.02
         "loratool inspect ./style",
         "loratool inspect loras/              # one row per file",
         "loratool inspect ./style --tensors",
+        "loratool inspect ./style --risk --base ./model   # statistics, intruder dimensions",
         "loratool inspect ./model --json",
     ),
 )
 @click.argument("sources", nargs=-1, required=True, metavar="SOURCE…")
+@opt.option("--base", metavar="BASE", section="Input",
+            help="With --risk: look for intruder dimensions in this checkpoint.")  # fmt: skip
+@opt.option("--risk", is_flag=True, section="Output",
+            help="Statistics of every ΔW that people look at before they trust a file.")  # fmt: skip
 @opt.option("--tensors", is_flag=True, section="Output", help="List every tensor.")
 @opt.option("--offline", is_flag=True, section="General", help="Never touch the network.")
 @opt.general
@@ -64,6 +70,8 @@ def command(sources: tuple[str, ...], **options: Any) -> int:
         report = api.inspect(sources[0], **options)
         voice.show(report, render(report, voice))
         return 0
+    if options["risk"] or options["base"]:
+        raise UsageError("LT-289", "--risk looks at one adapter", got=f"{len(sources)} sources")
     report, code = _inspect_each(sources, options)
     voice.show(report, render(report, voice))
     return code
@@ -78,7 +86,7 @@ def _inspect_each(sources: Sequence[str], options: Mapping[str, Any]) -> tuple[I
     code = 0
     for source in sources:
         try:
-            one = api.inspect(source, **{**options, "tensors": False})
+            one = api.inspect(source, **{**options, "tensors": False, "risk": False, "base": None})
         except LoratoolError as error:
             rows.append(FolderRow(source, error=error.to_json()))
             code = code or error.exit_code
@@ -98,7 +106,9 @@ def render(report: InspectReport, voice: Voice) -> Iterator[str]:
         yield from _folder(report.rows)
         return
     if report.adapter is not None:
-        yield from _adapter(report.adapter, voice)
+        yield from _adapter(report.adapter, voice, read="" if report.risk else "headers only")
+    if report.risk is not None:
+        yield from risk_lines(report.risk, voice)
     if report.checkpoint is not None:
         yield from _checkpoint(report.checkpoint)
     yield from note_lines(report.notes, voice)
@@ -116,7 +126,7 @@ def render(report: InspectReport, voice: Voice) -> Iterator[str]:
 # --------------------------------------------------------------------------------- adapters
 
 
-def _adapter(one: AdapterSummary, voice: Voice) -> Iterator[str]:
+def _adapter(one: AdapterSummary, voice: Voice, *, read: str) -> Iterator[str]:
     parameters = format_count(one.factor_parameters)
     if one.replaced_parameters:
         parameters += f" + {format_count(one.replaced_parameters)}"
@@ -126,7 +136,7 @@ def _adapter(one: AdapterSummary, voice: Voice) -> Iterator[str]:
         plural(one.modules, "module"),
         f"{parameters} params",
         f"{format_bytes(one.nbytes)} {_types(one.dtypes)}",
-        "headers only",
+        read,
     )
     yield line("base", safe(one.base_model) if one.base_model else "not named")
     if one.ranks:

@@ -21,6 +21,7 @@ _HOW = {
     "alpha": "in lora_alpha: tensors copied byte for byte",
     "alpha and sign": "size in lora_alpha, sign in lora_B: exact",
     "factors": "baked into lora_B",
+    "intruders": "intruder dimensions weakened, rank kept",
 }
 
 
@@ -42,6 +43,10 @@ _HOW = {
 @opt.option("--blocks", metavar="PRESET|W,W,…", section="Input",
             help="A factor per block, times FACTOR: ALL, INS, IND, INALL, MIDD, OUTD, OUTS, "
             "OUTALL for Stable Diffusion, or one number per block or layer.")  # fmt: skip
+@opt.option("--intruders", type=float, metavar="LAMBDA", section="Input",
+            help="With FACTOR 1: weaken intruder dimensions of W + ΔW to this share (0.75).")  # fmt: skip
+@opt.option("--base", metavar="BASE", section="Input",
+            help="With --intruders: what the adapter was trained on.")  # fmt: skip
 @opt.option("-o", "--output", required=True, metavar="OUT", section="Output",
             help="Folder to create; DIR/ puts results into it under their names.")  # fmt: skip
 @opt.factor_dtype
@@ -115,9 +120,12 @@ def render(report: RescaleReport, voice: Voice) -> Iterator[str]:
 
 
 def _one(row: RescaledAdapter, report: RescaleReport, voice: Voice) -> Iterator[str]:
-    yield line("factor", _factors(row), _HOW[row.how])
+    if row.intruders is not None:
+        yield line("intruders", f"{row.intruders} found", _HOW[row.how] if row.intruders else "")
+    else:
+        yield line("factor", _factors(row), _HOW[row.how])
     yield from note_lines(row.notes, voice)
-    if not report.dry_run:
+    if not report.dry_run and row.intruders is None:
         yield line("loss", _loss(row))
     yield from warning_lines(row.warnings)
     if report.dry_run:

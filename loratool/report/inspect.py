@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from loratool.report.base import Loads, Report
+from loratool.report.base import Loads, Report, plain_json
+from loratool.report.risk import RiskStatistics
 
 
 @dataclass(frozen=True)
@@ -157,6 +158,7 @@ class InspectReport(Report):
         warnings: what will go wrong.
         notes: what is good to know.
         next: a command line to go on with.
+        risk: statistics of an adapter's deltas, if asked for.
     """
 
     command: ClassVar[str] = "inspect"
@@ -169,3 +171,11 @@ class InspectReport(Report):
     warnings: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     next: str | None = None
+    risk: RiskStatistics | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """The report as plain JSON types; ``families`` of the statistics with it."""
+        found = super().to_json()
+        if self.risk is not None:
+            found["risk"]["families"] = plain_json(self.risk.families)
+        return found
