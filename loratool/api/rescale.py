@@ -189,8 +189,8 @@ def _mitigate(
     notes = list(row.notes)
     if found.intruders:
         notes.append(
-            f"{found.modules} modules changed by {found.moved:.3g} of their ΔW; what rank "
-            f"{max(s.rank for s in adapter.specs)} cannot hold of that is {found.relative_error:.3g}"
+            f"{found.modules} modules change by {found.moved:.3g} of their ΔW; their rank "
+            f"cannot hold {found.relative_error:.3g} of the result"
         )
     if found.skipped:
         notes.append(f"{len(found.skipped)} modules on parts of tensors are left as they were")

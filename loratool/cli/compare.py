@@ -79,8 +79,9 @@ def _pair(report: CompareReport, voice: Voice) -> Iterator[str]:
     yield line("norms", f"{one} {report.norms[0]:.4g}", f"{two} {report.norms[1]:.4g}",
                f"ratio {_number(_ratio(report.norms), '.3g')}")  # fmt: skip
     facts = [f"{report.shared} shared"]
-    facts += [f"{len(names)} only in {safe(label, cap=40)}: {some(names, 2)}"
-              for names, label in zip(report.only, report.adapters, strict=True) if names]  # fmt: skip
+    for names, label in zip(report.only, report.adapters, strict=True):
+        if names:
+            facts.append(f"{len(names)} only in {safe(label, cap=40)}: {some(names, 2)}")
     yield line("modules", *facts)
     if report.elements:
         how = ("of all" if report.sampled == report.elements

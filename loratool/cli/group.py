@@ -52,9 +52,8 @@ SYNONYMS = {
 
 LATER_OPTIONS = frozenset(
     (
-        "--base", "--blocks", "--csv", "--dequantize", "--energy", "--error",
-        "--for", "--max-rank", "--method", "--module-weights", "--param",
-        "--plot", "--rank", "--requant", "--residual", "--risk", "--save-residual",
+        "--base", "--dequantize", "--energy", "--error", "--for", "--max-rank", "--method",
+        "--module-weights", "--param", "--rank", "--requant", "--residual", "--save-residual",
         "--simulate-quant", "--size", "--spectrum", "--to",
     )
 )  # fmt: skip

@@ -50,7 +50,7 @@ _DEAR_SHARE = 0.02
 @opt.option("--base", metavar="BASE", section="Input",
             help="With --risk: look for intruder dimensions in this checkpoint.")  # fmt: skip
 @opt.option("--risk", is_flag=True, section="Output",
-            help="Statistics of every ΔW that people look at before they trust a file.")  # fmt: skip
+            help="Statistics of every ΔW, to look at before trusting a file.")  # fmt: skip
 @opt.option("--tensors", is_flag=True, section="Output", help="List every tensor.")
 @opt.option("--offline", is_flag=True, section="General", help="Never touch the network.")
 @opt.general

@@ -39,12 +39,12 @@ _HOW = {
 )
 @click.argument("adapters", nargs=-1, required=True, metavar="ADAPTER… FACTOR")
 @opt.option("--only", multiple=True, metavar="REGEX=FACTOR", section="Input",
-            help="Another factor for modules that match; the last match counts. Repeatable.")  # fmt: skip
+            help="Another factor for modules that match; the last counts. Repeatable.")  # fmt: skip
 @opt.option("--blocks", metavar="PRESET|W,W,…", section="Input",
             help="A factor per block, times FACTOR: ALL, INS, IND, INALL, MIDD, OUTD, OUTS, "
             "OUTALL for Stable Diffusion, or one number per block or layer.")  # fmt: skip
 @opt.option("--intruders", type=float, metavar="LAMBDA", section="Input",
-            help="With FACTOR 1: weaken intruder dimensions of W + ΔW to this share (0.75).")  # fmt: skip
+            help="With FACTOR 1: weaken intruder dimensions to this share, 0.75.")  # fmt: skip
 @opt.option("--base", metavar="BASE", section="Input",
             help="With --intruders: what the adapter was trained on.")  # fmt: skip
 @opt.option("-o", "--output", required=True, metavar="OUT", section="Output",

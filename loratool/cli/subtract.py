@@ -43,7 +43,7 @@ if TYPE_CHECKING:
             help="Weights that the adapters were merged into. Without it: the first "
             "adapter less the others.")  # fmt: skip
 @opt.option("--rank", type=opt.RankNumber(), section="Input",
-            help="Adapters only: best approximation of this rank. Default: exact, ranks add.")  # fmt: skip
+            help="Adapters only: best of this rank. Default: exact, ranks add.")  # fmt: skip
 @opt.option("--undo", metavar="FILE", section="Input",
             help="Undo file of the merge: restores every bit, and checks it.")  # fmt: skip
 @opt.mixing

@@ -44,8 +44,12 @@ class RiskModule:
 
 @dataclass(frozen=True)
 class RiskFamily:
-    """Medians over the modules of one family; ``spread`` is the standard deviation of norms
-    divided by their mean, ``intruders`` a sum."""
+    """Medians over the modules of one family.
+
+    Attributes:
+        spread: standard deviation of the norms over their mean.
+        intruders: of all its modules.
+    """
 
     family: str
     modules: int

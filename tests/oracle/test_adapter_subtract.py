@@ -63,8 +63,8 @@ def weights_of_base(name: str) -> dict[str, torch.Tensor]:
     base = base_of(name)
     if name != "lora_layer_replication":
         return base | {k: v for k, v in weights_of(name, LLM / name).items() if k not in base}
-    empty = {k: torch.zeros_like(v)
-             for k, v in load_file(str(LLM / name / "adapter_model.safetensors")).items()}  # fmt: skip
+    stored = load_file(str(LLM / name / "adapter_model.safetensors"))
+    empty = {k: torch.zeros_like(v) for k, v in stored.items()}
     from tests.oracle import closed_form
 
     closed_form.replicated(LLM / name, base, {k: v.double() for k, v in empty.items()})
@@ -90,7 +90,7 @@ def test_peft_loads_it_with_no_key_missing_or_left(
 
 @pytest.mark.parametrize("name", non_additive_samples())
 def test_what_depends_on_the_base_is_refused_with_the_way_out(name: str, tmp_path: Path) -> None:
-    with pytest.raises(LoratoolError, match="LT-460|extract") as caught:
+    with pytest.raises(LoratoolError, match="extract") as caught:
         lt.subtract([str(LLM / name), str(LLM / name)], output=tmp_path / "out")
     assert caught.value.code == "LT-460" and caught.value.exit_code == 4
     assert not (tmp_path / "out").exists()
@@ -199,8 +199,8 @@ def test_rank_gives_the_best_approximation(rank: int, tmp_path: Path) -> None:
 
 def test_storage_type_stays_and_float16_grows_when_it_must(tmp_path: Path) -> None:
     def half(seed: int, scale: float) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-        return {k: (a.half(), b.half()) for k, (a, b) in
-                random_factors({"m.q": (6, 5)}, rank=2, seed=seed, scale=scale).items()}  # fmt: skip
+        made = random_factors({"m.q": (6, 5)}, rank=2, seed=seed, scale=scale)
+        return {k: (a.half(), b.half()) for k, (a, b) in made.items()}
 
     save_adapter(tmp_path / "a", half(1, 1), alpha=2)
     save_adapter(tmp_path / "b", half(2, 1000), alpha=2)

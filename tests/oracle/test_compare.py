@@ -228,7 +228,7 @@ def test_refused(texts: list[str], code: str) -> None:
 def test_other_shapes_are_refused(tmp_path: Path) -> None:
     save_adapter(tmp_path / "a", random_factors({"m": (6, 5)}, rank=2, seed=1))
     save_adapter(tmp_path / "b", random_factors({"m": (6, 4)}, rank=2, seed=1))
-    with pytest.raises(LoratoolError, match="6×5.*6×4") as caught:
+    with pytest.raises(LoratoolError, match=r"6×5.*6×4") as caught:
         lt.compare([str(tmp_path / "a"), str(tmp_path / "b")])
     assert caught.value.code == "LT-469"
 

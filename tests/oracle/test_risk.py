@@ -17,7 +17,7 @@ from loratool.errors import LoratoolError
 from loratool.linalg.intruders import find_intruders, weakened
 from loratool.report import InspectReport
 from loratool.report.risk import RiskStatistics
-from tests.make import random_factors, randn, save_adapter, save_checkpoint
+from tests.make import randn, random_factors, save_adapter, save_checkpoint
 from tests.oracle.adapter_algebra import EPS, LLM, additive_samples
 
 
