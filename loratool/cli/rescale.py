@@ -121,7 +121,7 @@ def render(report: RescaleReport, voice: Voice) -> Iterator[str]:
 
 def _one(row: RescaledAdapter, report: RescaleReport, voice: Voice) -> Iterator[str]:
     if row.intruders is not None:
-        yield line("intruders", f"{row.intruders} found", _HOW[row.how] if row.intruders else "")
+        yield line("intruder", f"{row.intruders} found", _HOW[row.how] if row.intruders else "")
     else:
         yield line("factor", _factors(row), _HOW[row.how])
     yield from note_lines(row.notes, voice)

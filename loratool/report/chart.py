@@ -15,7 +15,6 @@ if TYPE_CHECKING:
 
 SUFFIXES = (".png", ".svg", ".pdf")
 _INK, _FAINT = "#24292f", "#d0d7de"
-_EVERY = 40  # labels on an axis before some are left out
 
 
 def check_chart(path: str | Path | None) -> None:
@@ -102,7 +101,7 @@ def _draw_pair(plt: Any, report: CompareReport) -> Any:
     )  # fmt: skip
     image = axes[0].imshow(cosines, cmap="RdBu_r", vmin=-1, vmax=1, aspect="auto")
     axes[0].set_title("cosine of ΔW")
-    _ticks(axes[0].yaxis, [_short(f, 24) for f in families])
+    _ticks(axes[0].yaxis, [_short(f, 24) for f in families], 40)
     _ticks(axes[0].xaxis, ["" if layer is None else str(layer) for layer in rows])
     axes[0].set_xlabel("layer" if layers else "")
     figure.colorbar(image, ax=axes[0], shrink=0.8, pad=0.02).outline.set_visible(False)
@@ -114,12 +113,11 @@ def _draw_pair(plt: Any, report: CompareReport) -> Any:
         image = axis.imshow(table or [[math.nan]], cmap="viridis", vmin=0, vmax=1,
                             origin="lower", aspect="equal")  # fmt: skip
         axis.set_title(f"φ(i, j), {side}")
-        axis.set_xlabel(f"j   leading directions of {_short(second, 20)}")
+        axis.set_xlabel(f"j   leading directions of {_short(second, 20)}\n"
+                        f"random subspaces: {chance:.3f}")  # fmt: skip
         axis.set_ylabel(f"i   of {_short(first, 24)}")
-        _ticks(axis.xaxis, [str(j + 1) for j in range(len(table[0]) if table else 0)])
-        _ticks(axis.yaxis, [str(i + 1) for i in range(len(table))])
-        axis.text(0, -0.24, f"random subspaces of rank r: {chance:.3f}", fontsize=8,
-                  transform=axis.transAxes)  # fmt: skip
+        _ticks(axis.xaxis, [str(j + 1) for j in range(len(table[0]) if table else 0)], 12)
+        _ticks(axis.yaxis, [str(i + 1) for i in range(len(table))], 12)
         bar = figure.colorbar(image, ax=axis, shrink=0.8, pad=0.02)
         bar.outline.set_visible(False)
         if not math.isnan(chance):
@@ -135,8 +133,8 @@ def _draw_matrix(plt: Any, report: CompareReport) -> Any:
     image = axis.imshow(report.matrix, cmap="RdBu_r", vmin=-1, vmax=1)
     axis.set_title("cosine of ΔW over all modules")
     names = [_short(name, 28) for name in report.adapters]
-    _ticks(axis.yaxis, names)
-    _ticks(axis.xaxis, names)
+    _ticks(axis.yaxis, names, 40)
+    _ticks(axis.xaxis, names, 40)
     axis.tick_params(axis="x", labelrotation=45)
     for label in axis.get_xticklabels():
         label.set_horizontalalignment("right")
@@ -158,10 +156,9 @@ def _clean(axes: Any) -> None:
             spine.set_visible(False)
 
 
-def _ticks(axis: Any, labels: Sequence[str]) -> None:
-    """Every label, or every n-th where they would touch."""
-    step = max(1, -(-len(labels) // _EVERY)) if len(labels) > 12 else 1
-    step = max(step, -(-len(labels) // 20))
+def _ticks(axis: Any, labels: Sequence[str], most: int = 20) -> None:
+    """Every label, or every n-th where there are more than fit."""
+    step = max(1, -(-len(labels) // most))
     axis.set_ticks(range(0, len(labels), step), labels[::step])
 
 

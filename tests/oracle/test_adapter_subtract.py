@@ -197,6 +197,27 @@ def test_rank_gives_the_best_approximation(rank: int, tmp_path: Path) -> None:
     assert float(config["lora_alpha"]).is_integer()
 
 
+def test_attention_stays_in_step_when_scaling_is_baked(tmp_path: Path) -> None:
+    """PEFT doubles out_proj and gives both projections one alpha: whatever alpha comes out."""
+    other = twin("lora_mha", tmp_path / "b", 4)
+    odd = twin("lora_mha", tmp_path / "c", 5)
+    config = json.loads((odd / "adapter_config.json").read_text())
+    (odd / "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": 1.7}))
+    for first, rank in ((LLM / "lora_mha", 2), (odd, None), (odd, 3)):
+        out = tmp_path / f"{first.name}-{rank}"
+        report = lt.subtract([str(first), str(other)], output=out, rank=rank)
+        one, two, got = lt.open(first), lt.open(other), lt.open(out)
+        for module in one:
+            dense = module.delta() - two[module.name].delta()
+            sigma = torch.linalg.svdvals(dense)
+            tail = float(sigma[rank:].norm()) if rank else 0.0
+            error = float((got[module.name].delta() - dense).norm())
+            assert error == pytest.approx(tail, abs=8 * EPS * float(sigma.norm()))
+        assert report.loads_in[0].verdict == "yes"
+        alpha = json.loads((out / "adapter_config.json").read_text())["lora_alpha"]
+        assert float(alpha).is_integer()
+
+
 def test_storage_type_stays_and_float16_grows_when_it_must(tmp_path: Path) -> None:
     def half(seed: int, scale: float) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
         made = random_factors({"m.q": (6, 5)}, rank=2, seed=seed, scale=scale)
