@@ -45,8 +45,7 @@ test-gpu: $(VENV)/.tested
 
 # Mutated headers, configurations and whole merges; tests/faults/fuzz/atheris_target.py goes further.
 fuzz: $(VENV)/.tested
-	$(BIN)/python -m tests.faults.fuzz.run --headers 20000 --configs 2000
-	$(TEST_ENV) $(BIN)/python -m pytest -m slow tests/faults/test_fuzz.py
+	$(TEST_ENV) $(BIN)/python -m pytest -m slow -s tests/faults/test_fuzz.py
 
 # Every crash point and 200 random kills, under strace.
 faults: $(VENV)/.tested

@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 
 _EXPORTS = {
     "compare": "loratool.api",
+    "compress": "loratool.api",
     "demo": "loratool.api",
     "extract": "loratool.api",
     "inspect": "loratool.api",
@@ -29,6 +30,7 @@ __all__ = [
     "LoratoolError",
     "__version__",
     "compare",
+    "compress",
     "demo",
     "extract",
     "inspect",
@@ -43,6 +45,7 @@ __all__ = [
 
 if TYPE_CHECKING:
     from loratool.api.compare import compare
+    from loratool.api.compress import compress
     from loratool.api.demo import demo
     from loratool.api.extract import extract
     from loratool.api.inspect import inspect, open

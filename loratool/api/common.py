@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from loratool.plan import Plan
     from loratool.store.source import Resolved
 
+_CUDA_FACTORING_CHUNK = 32 << 20  # page-locked memory is slow to get, and the run takes seconds
+
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _BINARY = {"k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
 
@@ -132,6 +134,8 @@ def plan_resources(
         raise UsageError("LT-215", "number of threads", expected="1 or more", got=threads)
     factors = any(step.op == "subtract_and_factor" for step in plan.steps)
     where, reason = resolve_device(device, is_arithmetic=factors)
+    if where.type == "cuda" and factors and chunk_bytes is None:
+        chunk_bytes = _CUDA_FACTORING_CHUNK
     limit = parse_size(max_memory)
     memory = plan_memory(
         plan,

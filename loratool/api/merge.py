@@ -20,7 +20,9 @@ from loratool.api.common import (
     run_id,
 )
 from loratool.api.merge_job import MergeJob, NameOptions, Operation, prepare_merge
+from loratool.api.open_residual import check_partner, open_residual
 from loratool.api.undo import plan_undo, write_undo
+from loratool.engine.grid import CPU_ELEMENTS
 from loratool.ops.bind import BindOptions
 from loratool.ops.input_notes import base_notes, input_warnings, nonfinite_warning
 from loratool.ops.inputs import Access, guard_output
@@ -49,6 +51,7 @@ def merge(
     exact: bool = False,
     rounding: str = "nearest",
     seed: int | None = None,
+    residual: str | Path | None = None,
     untie: bool = False,
     keep_tied: bool = False,
     rename: Sequence[str] = (),
@@ -91,6 +94,7 @@ def merge(
         exact: the correctly rounded result, the same bytes on any machine and device.
         rounding: ``nearest``, or ``stochastic``: small changes survive on average.
         seed: of stochastic rounding; None = 0.
+        residual: file of ``extract --save-residual``: the result is the fine-tune, bit for bit.
         untie: give the output head weights of its own.
         keep_tied: change the shared tensor.
         rename: ``s/a/b/`` expressions on module names.
@@ -134,6 +138,9 @@ def merge(
         ),
         ReadOptions(alpha, rank_from, mha_out_proj, moe_layout, experts_b_order),
     )  # fmt: skip
+    rest = None
+    if residual is not None:
+        rest, names = open_residual(residual, adapters, names, dtype, rounding)
     job = prepare_merge(
         adapters,
         base=base,
@@ -145,10 +152,14 @@ def merge(
         shard_bytes=parse_size(shard_size),
         output=Path(output),
         with_provenance=provenance,
-        rounding=rounding_args(exact, rounding, seed),
+        rounding=rounding_args(exact or rest is not None, rounding, seed),
         operation=operation,
         checksum=checksum,
+        residual=rest,
     )
+    if rest is not None:
+        check_partner(rest, job.adapters[0])
+        job = replace(job, block_elements=CPU_ELEMENTS)
     resources_for = partial(
         plan_resources,
         block_elements=job.block_elements,
@@ -264,6 +275,9 @@ def _report(
         *_cast_note(sums),
         *_exact_note(sums),
     ]
+    checked = sum(s.op.startswith("patched_") for s in plan.steps)
+    if checked:
+        notes.append(f"{checked} tensors are the fine-tune's, bit for bit (checked)")
     if job.base.resolved.note:
         notes.insert(0, job.base.resolved.note)
     tokenizer = next((s.origin for s in job.sidecars if s.name == "tokenizer.json"), None)

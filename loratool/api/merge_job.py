@@ -22,12 +22,14 @@ from loratool.ops.inputs import (
     open_base,
 )
 from loratool.ops.merge import MergePlan, WeightedAdapter, plan_merge
+from loratool.ops.residual import patch_merge
 from loratool.ops.verify import merged_dtype
 from loratool.report import MergeReport
 from loratool.store.checkpoint import Checkpoint
 from loratool.store.provenance import adapter_id, checkpoint_id, provenance_of
 
 if TYPE_CHECKING:
+    from loratool.store.residual_file import Residual
     from loratool.store.sidecar import Sidecar
 
 
@@ -116,12 +118,14 @@ def prepare_merge(
     with_provenance: bool,
     rounding: Mapping[str, Any] | None = None,
     operation: Operation | None = None,
+    residual: Residual | None = None,
     checksum: bool = False,
     like: Checkpoint | None = None,
 ) -> MergeJob:
     """Open, bind and plan; nothing is written.
 
     ``like`` is a finished merge: the plan then casts as it did, whatever ``dtype`` says.
+    ``residual`` turns the plan into one that gives a fine-tune back, bit for bit.
     """
     kind = operation or Operation()
     opened = open_adapters(texts, weights=weights, mean=mean, read=names.read, access=access)
@@ -152,6 +156,8 @@ def prepare_merge(
         bound, checkpoint, dtype=dtype, shard_bytes=shard_bytes, file_metadata=metadata,
         rounding=rounding,
     )  # fmt: skip
+    if residual is not None:
+        planned = patch_merge(planned, checkpoint, residual)
     given = opened if not kind.signs else []  # what is taken out brings no tokenizer along
     sidecars, notes = _sidecars(given, opened_base.checkpoint, planned)
     plan = replace(planned.plan, options=options, inputs=record["inputs"])

@@ -67,6 +67,8 @@ def run(args: list[str]) -> int:
             return _SIGPIPE_EXIT
         if isinstance(error, MemoryError):
             return _report_error(_out_of_memory(), options)
+        if isinstance(error, OSError):  # such as a report that goes to a full disk
+            return _report_error(_refused(error), options)
         if isinstance(error, Exception):
             return _report_bug(error, options)
         raise
@@ -170,6 +172,15 @@ def _usage_error(error: Any) -> LoratoolError:
     elif close := difflib.get_close_matches(name, getattr(error, "possibilities", None) or (), n=1):
         return UsageError("LT-204", f"no option {name}", hint=f"did you mean {close[0]}?")
     return UsageError("LT-204", what[:1].lower() + what[1:], hint=f"{path} --help")
+
+
+def _refused(error: OSError) -> LoratoolError:
+    from loratool.errors import DiskError
+
+    return DiskError(
+        "LT-609", "the system refused to read or write", file=error.filename,
+        got=error.strerror or str(error),
+    )  # fmt: skip
 
 
 def _out_of_memory() -> LoratoolError:

@@ -19,6 +19,7 @@ COMMANDS = {
     "merge": "Put adapters into base weights, rounded once, loss shown.",
     "extract": "Make a low-rank adapter from a full fine-tune.",
     "subtract": "Take adapters out of merged weights, or of another adapter.",
+    "compress": "Fewer ranks, the best ones, loss shown. No base needed.",
     "swap": "Exchange one merged adapter for another, in one rounding.",
     "rescale": "Multiply what an adapter changes, exactly where numbers allow it.",
     "compare": "How alike adapters are: cosine, subspaces, signs, configuration.",
@@ -33,7 +34,7 @@ MODULES = {"run": "recipe"}
 """Command -> its module where that has another name (`loratool.cli.run` is a function)."""
 
 LATER = (
-    "check", "compress", "convert", "pull", "push",
+    "check", "convert", "pull", "push",
 )  # fmt: skip
 """Commands of the plan that this version does not have."""
 
@@ -52,9 +53,8 @@ SYNONYMS = {
 
 LATER_OPTIONS = frozenset(
     (
-        "--base", "--dequantize", "--energy", "--error", "--for", "--max-rank", "--method",
-        "--module-weights", "--param", "--rank", "--requant", "--residual", "--save-residual",
-        "--simulate-quant", "--size", "--spectrum", "--to",
+        "--base", "--dequantize", "--for", "--method", "--module-weights", "--param", "--rank",
+        "--requant", "--simulate-quant", "--spectrum", "--to",
     )
 )  # fmt: skip
 """Options of the plan; a command that does not know one says "not in this version"."""
@@ -64,7 +64,8 @@ EXAMPLES = (
     "loratool merge ./style --base ./model -o ./merged        # into the model",
     "loratool merge ./style:0.8 ./sql:0.5 --base auto -o out  # several, one rounding",
     "loratool verify ./merged --base ./model --adapter ./style",
-    "loratool extract ./my-sft --base ./model --rank 8 -o ./lora",
+    "loratool extract ./my-sft --base ./model -o ./lora",
+    "loratool compress ./r64 --energy 0.99 -o ./small",
 )
 
 

@@ -55,6 +55,8 @@ _MENTION_FLOAT32 = 0.01
 @opt.option("--dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
             default="auto", section="Output",
             help="Cast every float tensor. Default: each keeps its type.")  # fmt: skip
+@opt.option("--residual", metavar="FILE", section="Output",
+            help="Of extract --save-residual: gives the fine-tune back, bit for bit.")  # fmt: skip
 @opt.rounding
 @opt.option("--shard-size", metavar="SIZE", section="Output",
             help="Largest weight file, such as 5GB. Default: the base's shards.")  # fmt: skip

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -183,9 +183,13 @@ class _Run:
             cut = grid.blocks(step.view, 1 << 16)
             return grid.chunks(cut, self.options.chunk)
         widest = max(DTYPES[s.dtype].bits // 8 for s in (*step.inputs, step.output))
-        return grid.chunks(
-            grid.blocks(step.view, self.options.elements), self.options.chunk // widest
-        )
+        cut = grid.blocks(step.view, self.options.elements)
+        pairs = len(step.args["names"]) if "names" in step.args else 1
+        return [
+            [replace(block, pair=pair) for block in piece]
+            for pair in range(pairs)
+            for piece in grid.chunks(cut, self.options.chunk // widest)
+        ]
 
     def _work(self) -> None:
         torch.set_num_threads(1)
@@ -281,7 +285,10 @@ class _Worker:
     def _compute(self, job: _Job, kernel: Kernel, piece: list[grid.Block]) -> None:
         step = job.step
         first, count = piece[0].start, sum(b.numel for b in piece)
-        inputs = [self._read(i, s, step, first, count) for i, s in enumerate(step.inputs)]
+        sources = step.inputs
+        if "names" in step.args:  # pairs, one after the other through the same buffers
+            sources = sources[2 * piece[0].pair : 2 * piece[0].pair + 2]
+        inputs = [self._read(i, s, step, first, count) for i, s in enumerate(sources)]
         writes = self._run.sink is not None and not self._run.options.sample
         outs: torch.Tensor | None = None
         if writes:

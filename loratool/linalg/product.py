@@ -83,7 +83,8 @@ def product_spectrum(lora_B: torch.Tensor, lora_A: torch.Tensor) -> torch.Tensor
     """The singular values of lora_B @ lora_A alone: (p,) float64, descending."""
     left = torch.linalg.qr(lora_B.double(), mode="r").R
     right = torch.linalg.qr(lora_A.double().T, mode="r").R
-    return torch.linalg.svdvals(left @ right.T)
+    values: torch.Tensor = torch.linalg.svdvals(left @ right.T)
+    return values
 
 
 def split_factors(

@@ -79,6 +79,10 @@ def place_on(item: Item, spec: DeltaSpec, target: str, alias: str, ctx: Context)
         return problem
     shape = ctx.shape(target)
     out, inner = factor_sizes(spec)
+    width = spec.fields["lora_B"].shape[1]
+    if spec.layout == "conv" and width != spec.rank:
+        got = f"{width} columns of lora_B"
+        return misfit(item, "LT-434", f"rank {spec.rank}", got, target)
     magnitude = spec.fields.get("magnitude")
     if magnitude is not None and magnitude.numel != out:
         return misfit(item, "LT-432", f"{out} magnitudes", str(magnitude.numel), target)

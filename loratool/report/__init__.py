@@ -20,7 +20,20 @@ from loratool.report.compare import (
     CompareReport,
     Difference,
 )
-from loratool.report.extract import ExtractedFamily, ExtractedModule, ExtractReport, group_families
+from loratool.report.compress import (
+    CompressedAdapter,
+    CompressedFamily,
+    CompressedModule,
+    CompressReport,
+    energy_and_error,
+)
+from loratool.report.extract import (
+    ExtractedFamily,
+    ExtractedModule,
+    ExtractReport,
+    SavedResidual,
+    group_families,
+)
 from loratool.report.inspect import (
     AdapterSummary,
     CheckpointSummary,
@@ -48,6 +61,10 @@ __all__ = [
     "ComparedFamily",
     "ComparedModule",
     "ComparedReplacement",
+    "CompressReport",
+    "CompressedAdapter",
+    "CompressedFamily",
+    "CompressedModule",
     "Difference",
     "DifferenceReport",
     "ExtractReport",
@@ -63,6 +80,7 @@ __all__ = [
     "RescaleReport",
     "RescaledAdapter",
     "RunReport",
+    "SavedResidual",
     "StepReport",
     "SubtractReport",
     "SumModuleReport",
@@ -71,6 +89,7 @@ __all__ = [
     "TensorDifference",
     "TensorRow",
     "VerifyReport",
+    "energy_and_error",
     "group_families",
     "plain_json",
     "share_of",

@@ -8,6 +8,7 @@ from typing import Any
 
 from loratool.adapter import AdapterFiles, TensorData
 from loratool.store.disk import check_space
+from loratool.store.foreign import open_regular
 from loratool.store.header import build_header
 from loratool.store.jsonfile import dump_json
 from loratool.store.reader import FileReader
@@ -21,8 +22,8 @@ def write_adapter(
     target: Path,
     *,
     record: Mapping[str, Any],
-    force: bool = False,
     extras: Iterable[Path] = (),
+    force: bool = False,
 ) -> int:
     """Write an adapter folder, whole or not at all.
 
@@ -30,14 +31,24 @@ def write_adapter(
         files: tensors and JSON files.
         target: folder to create.
         record: provenance, written as ``loratool.json``.
+        extras: files and folders to copy along (tokenizer, licence).
         force: replace an earlier loratool output.
-        extras: small files and folders of them (tokenizer, licence) copied along.
 
     Returns:
         Size of the tensor file in bytes.
     """
     with stage_adapter(target, force=force) as output:
-        return fill_adapter(output, files, record=record, extras=extras)
+        for extra in extras:
+            for path in sorted(extra.rglob("*")) if extra.is_dir() else [extra]:
+                if path.is_file():
+                    output.write_file(path.relative_to(extra.parent).as_posix(), read_whole(path))
+        return fill_adapter(output, files, record=record)
+
+
+def read_whole(path: Path) -> bytes:
+    """The bytes of a small regular file."""
+    with open_regular(path) as file:
+        return file.read()
 
 
 def stage_adapter(target: Path, *, force: bool = False) -> StagedOutput:
@@ -50,13 +61,7 @@ def stage_adapter(target: Path, *, force: bool = False) -> StagedOutput:
     return StagedOutput(target, is_folder=True, plan_id=None, force=force)
 
 
-def fill_adapter(
-    output: StagedOutput,
-    files: AdapterFiles,
-    *,
-    record: Mapping[str, Any],
-    extras: Iterable[Path] = (),
-) -> int:
+def fill_adapter(output: StagedOutput, files: AdapterFiles, *, record: Mapping[str, Any]) -> int:
     """Write the files of an adapter and make them appear; arguments as in `write_adapter`."""
     header, starts = build_header(
         [(name, s.dtype, s.shape) for name, s in files.tensors], files.metadata
@@ -80,10 +85,6 @@ def fill_adapter(
         output.place(files.tensor_file)
         for name, value in files.json_files.items():
             output.write_file(name, dump_json(value))
-        for path in extras:
-            for one in sorted(path.rglob("*")) if path.is_dir() else [path]:
-                if one.is_file():
-                    output.write_file(str(one.relative_to(path.parent)), one.read_bytes())
         output.write_file(MARKER, dump_json(dict(record) or {"loratool": True}))
         reader.check_unchanged()
     output.commit()

@@ -129,8 +129,8 @@ def hostile(world: World, canary: Path) -> list[tuple[list[str], int]]:
     one = fresh("link-adapter-config")
     (one.adapter / "adapter_config.json").unlink()
     (one.adapter / "adapter_config.json").symlink_to(canary / "secret.json")
-    cases += [(["inspect", str(one.adapter)], 9),
-              (["merge", str(one.adapter), "--base", str(one.base), "-o", "o"], 9)]  # fmt: skip
+    merge = ["merge", str(one.adapter), "--base", str(one.base), "-o", str(world.out)]
+    cases += [(["inspect", str(one.adapter)], 9), (merge, 9)]
     for name in ("tokenizer.json", "LICENSE", "generation_config.json", "modules.json"):
         one = fresh(f"sidecar-{name}")
         (one.base / name).symlink_to(canary / "secret.json")

@@ -11,6 +11,7 @@ import random
 import shutil
 import subprocess
 import sys
+import time
 from collections import Counter
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -27,7 +28,7 @@ from loratool.store.header import Header, build_header, read_header
 from loratool.store.jsonfile import load_json
 from tests.faults.fuzz import mutate
 from tests.faults.fuzz.run import DATA, Folder
-from tests.faults.world import adapter_tensors, craft, save
+from tests.faults.world import World, adapter_tensors, craft, factors, save
 
 LIMIT_BYTES = 300_000_000
 
@@ -297,3 +298,20 @@ def test_whole_merges_of_mutated_inputs(
         shutil.rmtree(out.parent)
     print(codes)
     assert min(codes[0], codes[3], codes[4]) > count // 50
+
+
+def hostile_names(world: World, kind: str) -> None:
+    """Names that make proposals for a fix dear: many parts, or many letters."""
+    one = {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]}
+    stem = {"parts": "a." * 505, "letters": "q" * 1000}[kind]
+    craft(world.model, {f"{stem}{i:06d}.weight": one for i in range(10_000)})
+    world.write_adapter(factors("a." * 200 + "q"))
+
+
+@pytest.mark.parametrize("kind", ["parts", "letters"])
+def test_hints_take_no_minutes(tmp_path: Path, kind: str) -> None:
+    world = World(tmp_path)
+    hostile_names(world, kind)
+    started = time.process_time()
+    world.refuses(world.merge_words(), "LT-430", what="1 of 1 modules")
+    assert time.process_time() - started < 5

@@ -60,6 +60,8 @@ ROWS = (
         expected=f"{Q.format(0)}.lora_A.weight"),
     Row("36-ranks-differ", tensors({KEY_B: values(12, 3)}), "LT-363", key=Q.format(0),
         expected="(r, in)", got="[2, 8] and [12, 3]"),
+    Row("36-grouped-convolution", tensors({KEY_A: values(2, 8, 1, 1), KEY_B: values(12, 1, 1, 1)}),
+        "LT-434", "base", key=TARGET, expected="rank 2", got="1 columns of lora_B"),
     Row("37-rank-of-config", config(r=4), "LT-405", key=KEY_A, expected="r = 4", got="r = 2",
         hint="--rank-from"),
     Row("37-rank-pattern", config(rank_pattern={"q_proj": 4}), "LT-405", key=KEY_A,

@@ -222,6 +222,16 @@ def test_the_output_of_attention_counts_twice_and_that_is_said(
         assert same(got, (base + count * 2 * (B @ A)).astype(np.float32))
 
 
+@pytest.mark.parametrize("row", ["57-odd-version"])
+def test_a_version_of_endless_digits_is_unknown(world: World, row: str) -> None:
+    square_experts(world)
+    content = json.loads((world.adapter / "adapter_config.json").read_text())
+    (world.adapter / "adapter_config.json").write_text(
+        json.dumps(content | {"peft_version": "9" * 5000 + ".1.1"})
+    )
+    world.refuses(world.merge_words(), "LT-436", hint="--moe-layout")
+
+
 @pytest.mark.parametrize("row", ["57-unequal-experts"])
 def test_experts_of_unequal_shapes(world: World, row: str) -> None:
     """Experts stored one by one must all have the shape of the first."""
