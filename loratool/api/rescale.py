@@ -15,7 +15,7 @@ from loratool.dialects import open_adapter, write_adapter_files
 from loratool.errors import UsageError
 from loratool.ops.adapter_summary import dtype_word
 from loratool.ops.additive import factor_dtype, require_additive
-from loratool.ops.batch import is_batch, place_outputs
+from loratool.ops.batch import is_batch, name_of, place_outputs
 from loratool.ops.inputs import Access, OpenedBase, guard_output, locate, open_base
 from loratool.ops.loads import judge_loads
 from loratool.ops.rescale import RescalePlan, parse_only, plan_rescale
@@ -92,7 +92,7 @@ def rescale(
     access = Access(offline, yes)
     found = [locate(a, kind="adapter", access=access) for a in adapters]
     opened = [open_adapter(find_adapter(r.path), ReadOptions(alpha=alpha)) for r in found]
-    targets = place_outputs([_name(r) for r in found], output)
+    targets = place_outputs([name_of(r) for r in found], output)
     for target in targets:
         guard_output(target, [r.path for r in found])
     weak = _check_intruders(factor, intruders, base, bool(only or blocks or wanted))
@@ -114,12 +114,6 @@ def rescale(
         treated = None if opened_base is None or weak is None else (opened_base, weak)
         rows = [_run(job, wanted, options if provenance else None, force, treated) for job in jobs]
     return RescaleReport(str(output), factor, tuple(rows), time.monotonic() - started, dry_run)
-
-
-def _name(found: Resolved) -> str:
-    """Last part of the path, of the repository for a Hub snapshot; a file without its suffix."""
-    name = found.label.split("@")[0].rpartition("/")[2] if found.commit else found.path.name
-    return name.removesuffix(".safetensors") or found.path.resolve().name
 
 
 def _check_intruders(

@@ -8,6 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from loratool.errors import UsageError, list_some
+from loratool.store.source import Resolved
+
+_FILES = (".safetensors", ".gguf", ".bin", ".pt", ".json")
 
 
 def output_folder(output: str | Path) -> Path:
@@ -17,7 +20,7 @@ def output_folder(output: str | Path) -> Path:
         UsageError: LT-227, it looks like a file.
     """
     target = Path(output)
-    if target.suffix in (".safetensors", ".gguf", ".json", ".bin"):
+    if target.suffix.lower() in _FILES:  # style-v1.5 is a fine name for a folder
         raise UsageError(
             "LT-227", "a PEFT adapter is a folder", expected="a folder for -o", got=str(output)
         )
@@ -32,7 +35,7 @@ def place_outputs(names: Sequence[str], output: str | Path) -> list[Path]:
         output: as typed.
 
     Raises:
-        UsageError: LT-227; LT-296, two inputs have one name.
+        UsageError: LT-227; LT-247, two inputs have one name.
 
     Example:
         >>> [p.as_posix() for p in place_outputs(["a", "b"], "small/")]
@@ -44,8 +47,8 @@ def place_outputs(names: Sequence[str], output: str | Path) -> list[Path]:
     twice = [name for name, count in Counter(names).items() if count > 1]
     if twice:
         raise UsageError(
-            "LT-296", "inputs of one name would overwrite each other", key=list_some(twice),
-            hint="rename one, or run them one by one",
+            "LT-247", "two adapters have the same name", key=list_some(twice),
+            hint="take them one by one",
         )  # fmt: skip
     return [target / name for name in names]
 
@@ -53,3 +56,13 @@ def place_outputs(names: Sequence[str], output: str | Path) -> list[Path]:
 def is_batch(output: str | Path) -> bool:
     """True if what was typed ends in a slash: a folder to put results into."""
     return str(output).endswith(("/", os.sep))
+
+
+def name_of(found: Resolved) -> str:
+    """The name that a result keeps: the last part of the path, a file's without its suffix.
+
+    A Hub snapshot lies in a folder named by its commit: its label tells the repository.
+    """
+    if found.commit:
+        return found.label.split("@")[0].rpartition("/")[2]
+    return found.path.resolve().name.removesuffix(".safetensors")

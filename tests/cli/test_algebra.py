@@ -145,3 +145,14 @@ def test_risk_end_to_end(run: Run, tmp_path: Path) -> None:
     assert tamed.code == 0 and f"{count} found" in tamed.out
     record = json.loads((out / "loratool.json").read_text())
     assert record["options"]["intruders"] == 0.75 and "base" in record["inputs"]
+
+
+def test_a_version_in_a_folder_name_is_no_suffix(run: Run, tmp_path: Path) -> None:
+    assert run("rescale", LLM / "lora_linear", "2", "-o", tmp_path / "style-v1.5").code == 0
+    assert run("rescale", LLM / "lora_linear", "2", "-o", tmp_path / "no" / "such").code == 6
+
+
+def test_compress_puts_one_adapter_into_a_folder_too(run: Run, tmp_path: Path) -> None:
+    found = run("compress", LLM / "lora_linear", "--rank", "2", "-o", f"{tmp_path}/small/")
+    assert found.code == 0, found.err
+    assert (tmp_path / "small" / "lora_linear" / "adapter_config.json").is_file()

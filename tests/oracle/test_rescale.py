@@ -197,7 +197,7 @@ def test_many_adapters_keep_their_names(tmp_path: Path) -> None:
     with pytest.raises(LoratoolError) as caught:
         lt.rescale([str(LLM / "lora_linear"), f"{tmp_path}/all/lora_linear"], 2,
                    output=f"{tmp_path}/new/")  # fmt: skip
-    assert caught.value.code == "LT-296" and not (tmp_path / "new").exists()
+    assert caught.value.code == "LT-247" and not (tmp_path / "new").exists()
 
 
 def test_a_batch_with_a_bad_one_writes_nothing(tmp_path: Path) -> None:
