@@ -11,12 +11,15 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _EXPORTS = {
+    "compare": "loratool.api",
     "compress": "loratool.api",
     "demo": "loratool.api",
     "extract": "loratool.api",
     "inspect": "loratool.api",
     "merge": "loratool.api",
     "open": "loratool.api",
+    "rescale": "loratool.api",
+    "run": "loratool.api",
     "subtract": "loratool.api",
     "swap": "loratool.api",
     "verify": "loratool.api",
@@ -26,23 +29,29 @@ _EXPORTS = {
 __all__ = [
     "LoratoolError",
     "__version__",
+    "compare",
     "compress",
     "demo",
     "extract",
     "inspect",
     "merge",
     "open",
+    "rescale",
+    "run",
     "subtract",
     "swap",
     "verify",
 ]
 
 if TYPE_CHECKING:
+    from loratool.api.compare import compare
     from loratool.api.compress import compress
     from loratool.api.demo import demo
     from loratool.api.extract import extract
     from loratool.api.inspect import inspect, open
     from loratool.api.merge import merge
+    from loratool.api.rescale import rescale
+    from loratool.api.run import run
     from loratool.api.subtract import subtract, swap
     from loratool.api.verify import verify
     from loratool.errors import LoratoolError

@@ -217,16 +217,16 @@ def _make_step(
             )
     if parts:
         inputs = (base, *(p.source for p in whole))
-        view = _view(base.shape, parts)
+        view = matrix_view(base.shape, parts)
         return Step("add_deltas", output, inputs, view, tuple(parts), args=how)
     if base.dtype == target:
         return Step("copy", output, (base,), (1, base.nbytes))
     # A cast alone is never left to chance: only changes have something to lose.
     exact = how if how.get("rounding") == "exact" else {}
-    return Step("cast", output, (base,), _view(base.shape, ()), args=exact)
+    return Step("cast", output, (base,), matrix_view(base.shape, ()), args=exact)
 
 
-def _view(shape: tuple[int, ...], parts: Sequence[Part]) -> tuple[int, int]:
+def matrix_view(shape: tuple[int, ...], parts: Sequence[Part]) -> tuple[int, int]:
     """The (rows, cols) matrix that deltas act on: see `loratool.plan.Region`."""
     if len(shape) < 2:
         return (1, numel(shape))
