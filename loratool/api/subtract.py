@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from loratool.adapter import ReadOptions
+from loratool.api.common import file_rules
 from loratool.api.difference import subtract_adapters
 from loratool.api.merge import merge
 from loratool.api.merge_job import MergeJob, Operation
@@ -90,9 +91,11 @@ def _subtract_adapters(
         )  # fmt: skip
     if rank is not None and not 1 <= rank <= 8192:
         raise UsageError("LT-229", "--rank out of range", expected="1 to 8192", got=rank)
-    mine = {"force", "dry_run", "provenance", "offline", "yes", "weights", "dtype",
-            "alpha", "rank_from", "mha_out_proj", "moe_layout", "experts_b_order",
-            "device", "threads", "max_memory", "progress", "chunk_bytes"}  # fmt: skip
+    mine = {
+        "force", "dry_run", "provenance", "offline", "yes", "weights", "dtype", "alpha",
+        "rank_from", "mha_out_proj", "moe_layout", "experts_b_order", "device", "threads",
+        "max_memory", "progress", "chunk_bytes", "max_header", "allow_pickle",
+    }  # fmt: skip
     idle = (None, False, (), "auto", "nearest")
     other = [k for k, v in {**options, "undo": undo}.items() if k not in mine and v not in idle]
     if other:
@@ -110,7 +113,11 @@ def _subtract_adapters(
             options.get("alpha"), options.get("rank_from"), options.get("mha_out_proj"),
             options.get("moe_layout"), options.get("experts_b_order") or "rank-major",
         ),
-        access=Access(bool(options.get("offline")), bool(options.get("yes"))),
+        access=Access(
+            bool(options.get("offline")),
+            bool(options.get("yes")),
+            file_rules(options.get("max_header"), bool(options.get("allow_pickle"))),
+        ),
         force=bool(options.get("force")),
         dry_run=bool(options.get("dry_run")),
         provenance=bool(options.get("provenance", True)),

@@ -38,7 +38,8 @@ def risk_lines(risk: RiskStatistics, voice: Voice) -> Iterator[str]:
     if risk.base is not None:
         count = sum(m.intruders or 0 for m in risk.modules)
         where = sum(bool(m.intruders) for m in risk.modules)
-        yield line("intruder", f"{count} in {plural(where, 'module')}", "leading directions of "
+        found = f"{count} in {plural(where, 'module')}" if count else "none"
+        yield line("intruder", found, "leading directions of "
                    "W + ΔW (10 per module) with no |cosine| ≥ 0.5 in W")  # fmt: skip
         if count:
             yield line("", "related to forgetting (arXiv 2410.21228); loratool rescale ADAPTER 1 "

@@ -270,3 +270,10 @@ def test_options_of_the_other_subtract_are_refused(tmp_path: Path) -> None:
     with pytest.raises(LoratoolError) as caught:
         lt.subtract([one], merged=tmp_path, output=tmp_path / "out", rank=2)
     assert caught.value.code == "LT-298"
+
+
+def test_reading_options_reach_the_files(tmp_path: Path) -> None:
+    texts = [str(LLM / "lora_linear"), str(LLM / "lora_rslora")]
+    lt.subtract(texts, output=tmp_path / "out", max_header="1MB")
+    with pytest.raises(LoratoolError, match="header"):
+        lt.subtract(texts, output=tmp_path / "no", max_header=100)
