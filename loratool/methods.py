@@ -227,7 +227,9 @@ def parse_params(method: Method, given: Mapping[str, Any]) -> dict[str, Any]:
                 "LT-256", f"{method.name} has no parameter of this name", got=name,
                 expected=", ".join(known) or "none",
             )  # fmt: skip
-    values = {n: p.parse(given[n]) if n in given else p.default for n, p in known.items()}
+    values: dict[str, Any] = {
+        n: p.parse(given[n]) if n in given else p.default for n, p in known.items()
+    }
     if "epsilon" in values:
         low, high = (values["density"] - values["epsilon"], values["density"] + values["epsilon"])
         if low <= 0 or high > 1:
@@ -247,7 +249,9 @@ def split_params(texts: Sequence[str]) -> dict[str, str]:
     for text in texts:
         name, mark, value = text.partition("=")
         if not mark or not name or name in found:
-            raise UsageError("LT-258", "bad --param", got=text,
-                             expected="name=value, each name once, such as density=0.2")  # fmt: skip
+            raise UsageError(
+                "LT-258", "bad --param", got=text,
+                expected="name=value, each name once, such as density=0.2",
+            )  # fmt: skip
         found[name] = value
     return found

@@ -127,7 +127,8 @@ def prepare_merge(
     """Open, bind and plan; nothing is written.
 
     ``like`` is a finished merge: the plan then casts as it did, whatever ``dtype`` says.
-    ``module_weights`` multiply the changes of single modules.  ``residual`` turns the plan into one that gives a fine-tune back, bit for bit.
+    ``module_weights`` multiply the changes of single modules.
+    ``residual`` turns the plan into one that gives a fine-tune back, bit for bit.
     """
     kind = operation or Operation()
     opened = open_adapters(texts, weights=weights, mean=mean, read=names.read, access=access)

@@ -57,7 +57,7 @@ _MENTION_FLOAT32 = 0.01
             section="Input", help="How changes are combined: " + ", ".join(BY_NAME)
             + ". Default: their sum.")  # fmt: skip
 @opt.option("--rank", type=opt.RankNumber(), section="Input",
-            help="Without --base: the best adapter of this rank. Default: exact, ranks add.")  # fmt: skip
+            help="Without --base: best of this rank. Default: exact, ranks add.")  # fmt: skip
 @opt.option("--param", "params", multiple=True, metavar="NAME=VALUE", section="Input",
             help="Of the method, such as density=0.2. Repeatable.")  # fmt: skip
 @opt.option("--module-weights", metavar="FILE", section="Input",
@@ -86,8 +86,10 @@ _MENTION_FLOAT32 = 0.01
 def command(adapters: tuple[str, ...], base: str | None, output: str, **options: Any) -> None:
     """Merge adapters into base weights (--base), or with each other into one adapter.
 
-    With --base W' = W + Σ weight·ΔW, rounded once.  Streams the checkpoint in a few hundred MB of memory, keeps its files, and carries its
-    configuration and tokenizer over. ADAPTER:0.7 gives an adapter a weight; 1 is as trained.
+    With --base W' = W + Σ weight·ΔW, rounded once: streams the checkpoint in a few hundred MB of
+    memory, keeps its files, and carries its configuration and tokenizer over. Without it the
+    result is an adapter: exact, ranks add, or what --method and --rank say. ADAPTER:0.7 gives an
+    adapter a weight; 1 is as trained.
     """
     from loratool import api
     from loratool.report import MergeReport

@@ -248,7 +248,8 @@ def _block_pair(pairs: Sequence[Pair]) -> Pair:
     """Experts as one block-diagonal product."""
     if len(pairs) == 1:
         return pairs[0]
-    return torch.block_diag(*(B for B, _ in pairs)), torch.block_diag(*(A for _, A in pairs))
+    left = torch.block_diag(*(B for B, _ in pairs))  # type: ignore[no-untyped-call]
+    return left, torch.block_diag(*(A for _, A in pairs))  # type: ignore[no-untyped-call]
 
 
 def _filled(factor: torch.Tensor, rank: int, axis: int) -> torch.Tensor:

@@ -38,7 +38,9 @@ def core_space(pairs: Sequence[Pair]) -> tuple[torch.Tensor, torch.Tensor, torch
     V, right = _basis(torch.cat([A for _, A in pairs], 0).T)
     cores = [
         one @ other.T
-        for one, other in zip(left.split(ranks, 1), right.split(ranks, 1), strict=True)
+        for one, other in zip(
+            torch.split(left, ranks, 1), torch.split(right, ranks, 1), strict=True
+        )
     ]
     return U, V, torch.stack(cores)
 
@@ -84,7 +86,8 @@ def tsv(
     left = U[:, :, :count].transpose(0, 1).flatten(1)[:, real]  # (p, K)
     right = Vh[:, :count].flatten(0, 1)[real]  # (K, q)
     middle = scaled.flatten()[real]
-    return _polar(left) * middle @ _polar(right.T).T * float(params["alpha"])
+    made: torch.Tensor = _polar(left) * middle @ _polar(right.T).T
+    return made * float(params["alpha"])
 
 
 def iso_c(
@@ -100,7 +103,8 @@ def iso_c(
     real = _NEGLIGIBLE * S[:1] < S
     if not bool(real.any()):
         return torch.zeros_like(cores[0])
-    return U[:, real] @ Vh[real] * (S[real].mean() * float(params["scaling"]))
+    made: torch.Tensor = U[:, real] @ Vh[real]
+    return made * (S[real].mean() * float(params["scaling"]))
 
 
 def iso_cts(
@@ -176,4 +180,5 @@ def _polar(columns: torch.Tensor) -> torch.Tensor:
     """The nearest orthonormal columns; on their span alone where they depend on each other."""
     P, S, Qh = torch.linalg.svd(columns, full_matrices=False)
     real = 1e-9 * S[:1] < S
-    return P[:, real] @ Qh[real]
+    nearest: torch.Tensor = P[:, real] @ Qh[real]
+    return nearest

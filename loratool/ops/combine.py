@@ -51,8 +51,10 @@ def arc_weights(weights: Sequence[float]) -> tuple[float, float]:
                          hint="--method cat or ties take any number")  # fmt: skip
     one, other = weights
     if min(weights) < 0 or one + other == 0:
-        raise UsageError("LT-259", "slerp goes from one adapter to the other",
-                         expected="weights of 0 or more, not both 0", got=f"{one:g}, {other:g}")  # fmt: skip
+        raise UsageError(
+            "LT-259", "slerp goes from one adapter to the other", got=f"{one:g}, {other:g}",
+            expected="weights of 0 or more, not both 0",
+        )  # fmt: skip
     share = other / (one + other)
     return 1 - share, share
 
@@ -97,7 +99,7 @@ def read_module_weights(path: Path, count: int) -> tuple[Rule, ...]:
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise bad("cannot be read", str(error).partition("\n")[0]) from error
     if not isinstance(node, yaml.MappingNode):
-        raise bad("no mapping", "nothing" if node is None else node.id)
+        raise bad("no mapping", "nothing" if node is None else node.tag)
     rules: list[Rule] = []
     seen: set[str] = set()
     for key, value in node.value:
@@ -226,8 +228,10 @@ def combination_args(
         UsageError: LT-286, a method that makes an adapter, or an option that does.
     """
     if rank is not None:
-        raise UsageError("LT-286", "these options are for merging adapters with each other",
-                         got="--rank", hint="leave --base out, then merge the result into it")  # fmt: skip
+        raise UsageError(
+            "LT-286", "--rank is for merging adapters with each other", got="--base and --rank",
+            hint="leave --base out, then merge the result into it",
+        )  # fmt: skip
     row = find_method(method or "cat")
     values = parse_params(row, params or {})
     if row.name == "cat":
