@@ -87,9 +87,7 @@ def _sum_all(
     threads: int | None,
     progress: Progress | None,
 ) -> tuple[SummedModule, ...]:
-    import torch
-
-    from loratool.engine.combining import combine_factors, combine_vectors
+    from loratool.engine.combining import combine_factors, combine_vectors, use_one_thread
     from loratool.engine.device import default_threads, exact_arithmetic
     from loratool.engine.summing import SummedModule
 
@@ -105,10 +103,9 @@ def _sum_all(
         )  # fmt: skip
 
     found: list[SummedModule] = []
-    one_thread = partial(torch.set_num_threads, 1)
     with (
         exact_arithmetic(),
-        ThreadPoolExecutor(threads or default_threads(), initializer=one_thread) as pool,
+        ThreadPoolExecutor(threads or default_threads(), initializer=use_one_thread) as pool,
     ):
         for number, one in enumerate(pool.map(work, weights), 1):
             found.append(one)
