@@ -13,6 +13,7 @@ from loratool.report import InspectReport
 
 if TYPE_CHECKING:
     from loratool.engine.opened import OpenAdapter
+    from loratool.ops.inputs import Access
 
 
 def open(path: str | Path, *, alpha: float | None = None) -> OpenAdapter:
@@ -39,7 +40,11 @@ def inspect(
     tensors: bool = False,
     risk: bool = False,
     base: str | Path | None = None,
+    spectrum: bool = False,
+    csv: str | Path | None = None,
+    plot: str | Path | None = None,
     alpha: float | None = None,
+    threads: int | None = None,
     offline: bool = False,
     max_header: str | int | None = None,
     allow_pickle: bool = False,
@@ -51,7 +56,11 @@ def inspect(
         tensors: list every tensor.
         risk: also load an adapter's factors and give statistics of every ΔW.
         base: with ``risk``: look for intruder dimensions in this checkpoint.
+        spectrum: also load an adapter's factors and measure the singular values of every delta.
+        csv: file to write them to, one row per module; implies ``spectrum``.
+        plot: ``.png`` or ``.svg`` to draw them in; implies ``spectrum``.
         alpha: lora_alpha for files without a configuration.
+        threads: workers for ``spectrum``.
         offline: never touch the network.
         max_header: largest safetensors header accepted, such as ``"64MB"``.
         allow_pickle: convert pickles first, in a locked process.
@@ -67,17 +76,60 @@ def inspect(
     )  # fmt: skip
     if resolved.note is not None:
         report = replace(report, notes=(resolved.note, *report.notes))
-    if not risk:
-        if base is not None:
-            raise UsageError("LT-289", "--base goes with --risk", hint="--risk --base BASE")
-        return report
-    if report.what != "adapter":
-        raise UsageError("LT-289", "--risk looks at one adapter", got=f"a {report.what}")
+    if risk or base is not None:
+        report = _with_risk(report, resolved.path, base, risk, alpha, access)
+    if spectrum or csv is not None or plot is not None:
+        report = _with_spectrum(report, resolved.path, csv, plot, alpha, threads)
+    return report
+
+
+def _with_risk(
+    report: InspectReport,
+    path: Path,
+    base: str | Path | None,
+    risk: bool,
+    alpha: float | None,
+    access: Access,
+) -> InspectReport:
     from loratool.api.risk import measure_risk
     from loratool.dialects import open_adapter
     from loratool.ops.inputs import open_base
     from loratool.store.source import find_adapter
 
+    if not risk:
+        raise UsageError("LT-289", "--base goes with --risk", hint="--risk --base BASE")
+    if report.adapter is None:
+        raise UsageError("LT-289", "--risk looks at one adapter", got=f"a {report.what}")
     opened = None if base is None else open_base(str(base), [], access)
-    adapter = open_adapter(find_adapter(resolved.path), ReadOptions(alpha=alpha))
+    adapter = open_adapter(find_adapter(path), ReadOptions(alpha=alpha))
     return replace(report, risk=measure_risk(adapter, opened))
+
+
+def _with_spectrum(
+    report: InspectReport,
+    path: Path,
+    csv: str | Path | None,
+    plot: str | Path | None,
+    alpha: float | None,
+    threads: int | None,
+) -> InspectReport:
+    from loratool.api.spectrum import check_files, measure_spectrum, write_csv
+    from loratool.dialects import open_adapter
+    from loratool.store.source import find_adapter
+
+    if report.adapter is None:
+        raise UsageError(
+            "LT-208", "a spectrum is that of one adapter", file=path, got=f"a {report.what}"
+        )
+    csv_path, plot_path = (None if p is None else Path(p) for p in (csv, plot))
+    check_files(csv_path, plot_path)
+    adapter = open_adapter(find_adapter(path), ReadOptions(alpha=alpha))
+    found = measure_spectrum(adapter, threads=threads)
+    if csv_path is not None:
+        write_csv(found, csv_path)
+    if plot_path is not None:
+        from loratool.api.plot import draw_spectrum
+
+        title = f"{report.adapter.label} · {len(found.modules)} modules"
+        draw_spectrum(found, plot_path, title=title)
+    return replace(report, spectrum=found)

@@ -133,7 +133,7 @@ def assemble_sum(plan: SumPlan, summed: Summed, first: Adapter) -> Adapter:
         tuple(m.spec for m in summed.modules),
         (*plan.replacements, *summed.mixed),
         plan.base_model,
-        first.config,
+        plan.config,
         layer_order=plan.layer_order,
     )
 

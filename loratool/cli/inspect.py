@@ -21,6 +21,7 @@ from loratool.cli.render import (
     table,
 )
 from loratool.cli.risk import risk_lines
+from loratool.cli.spectrum import spectrum_lines
 from loratool.cli.voice import Voice, note_lines, warning_lines
 from loratool.errors import LoratoolError, UsageError
 
@@ -43,6 +44,7 @@ _DEAR_SHARE = 0.02
         "loratool inspect loras/              # one row per file",
         "loratool inspect ./style --tensors",
         "loratool inspect ./style --risk --base ./model   # statistics, intruder dimensions",
+        "loratool inspect ./style --spectrum --plot style.png",
         "loratool inspect ./model --json",
     ),
 )
@@ -51,6 +53,12 @@ _DEAR_SHARE = 0.02
             help="With --risk: look for intruder dimensions in this checkpoint.")  # fmt: skip
 @opt.option("--risk", is_flag=True, section="Output",
             help="Statistics of every ΔW, to look at before trusting a file.")  # fmt: skip
+@opt.option("--spectrum", is_flag=True, section="Output",
+            help="Singular values of every delta; loads the factors.")  # fmt: skip
+@opt.option("--csv", metavar="FILE", section="Output",
+            help="Write them to FILE, one row per module; implies --spectrum.")  # fmt: skip
+@opt.option("--plot", metavar="FILE.png|.svg", section="Output",
+            help="Draw them; implies --spectrum. Needs matplotlib.")  # fmt: skip
 @opt.option("--tensors", is_flag=True, section="Output", help="List every tensor.")
 @opt.option("--offline", is_flag=True, section="General", help="Never touch the network.")
 @opt.general
@@ -72,6 +80,10 @@ def command(sources: tuple[str, ...], **options: Any) -> int:
         return 0
     if options["risk"] or options["base"]:
         raise UsageError("LT-289", "--risk looks at one adapter", got=f"{len(sources)} sources")
+    if any(options[name] for name in ("spectrum", "csv", "plot")):
+        raise UsageError(
+            "LT-208", "a spectrum is that of one adapter", got=f"{len(sources)} sources"
+        )
     report, code = _inspect_each(sources, options)
     voice.show(report, render(report, voice))
     return code
@@ -106,9 +118,12 @@ def render(report: InspectReport, voice: Voice) -> Iterator[str]:
         yield from _folder(report.rows)
         return
     if report.adapter is not None:
-        yield from _adapter(report.adapter, voice, read="" if report.risk else "headers only")
+        is_read = report.risk is not None or report.spectrum is not None
+        yield from _adapter(report.adapter, voice, read="" if is_read else "headers only")
     if report.risk is not None:
         yield from risk_lines(report.risk, voice)
+    if report.spectrum is not None:
+        yield from spectrum_lines(report.spectrum, voice)
     if report.checkpoint is not None:
         yield from _checkpoint(report.checkpoint)
     yield from note_lines(report.notes, voice)

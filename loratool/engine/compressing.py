@@ -13,6 +13,7 @@ from loratool.delta.lowrank import oriented_factors
 from loratool.engine import grid
 from loratool.engine.buffers import TORCH_DTYPES, to_bytes
 from loratool.engine.kernel import Env, Kernel
+from loratool.errors import NumericError
 from loratool.linalg.product import ProductSVD, factor_product, product_spectrum, split_factors
 from loratool.linalg.rank import RankRule, allocate_ranks, choose_rank
 from loratool.linalg.rounding import round_into
@@ -74,7 +75,15 @@ class MeasureSpectrum(Kernel):
         """Nothing: a step is one block, done in `finish`."""
 
     def finish(self) -> Spectrum:
-        """One row per expert."""
+        """One row per expert; NaN for factors that are not finite if ``keep_going``."""
+        try:
+            return self._measure()
+        except NumericError:
+            if not self.step.args.get("keep_going"):
+                raise
+            return Spectrum(self.step.output.name, torch.full((1, 1), torch.nan))
+
+    def _measure(self) -> Spectrum:
         rows = [product_spectrum(B, A) for B, A in scaled_factors(_spec(self.step), self.env)]
         return Spectrum(self.step.output.name, torch.stack(rows))
 

@@ -103,7 +103,7 @@ def plan_compress(adapter: Adapter) -> CompressPlan:
     """Look at what is in an adapter and refuse what truncation would get wrong.
 
     Raises:
-        MismatchError: LT-449 DoRA, LT-460 a delta on a changed base, LT-461 anything else that
+        MismatchError: LT-449 DoRA, LT-497 a delta on a changed base, LT-498 anything else that
             is not a fixed product of two factors.
     """
     _check(adapter)
@@ -195,19 +195,19 @@ def _check(adapter: Adapter) -> None:
     refuse("LT-449", "DoRA rescales the sum of base and delta: no ΔW of its own to truncate", dora)
     moved = [s for s in adapter.specs if s.base_change]
     kinds = list_some({s.base_change for s in moved})
-    refuse("LT-460", f"{kinds} starts from a changed base: its ΔW is not lora_B @ lora_A", moved)
+    refuse("LT-497", f"{kinds} starts from a changed base: its ΔW is not lora_B @ lora_A", moved)
     grouped = [s for s in adapter.specs if s.layout == "conv"
                and s.fields["lora_B"].shape[1] != s.rank]  # fmt: skip
-    refuse("LT-461", "factors of a grouped convolution are not multiplied as matrices", grouped,
+    refuse("LT-498", "factors of a grouped convolution are not multiplied as matrices", grouped,
            "leave these modules out of the adapter")  # fmt: skip
     reason = unmergeable_reason(adapter)
     if reason is not None:
         raise MismatchError(
-            "LT-461", "this adapter cannot be compressed", file=adapter.path, got=reason
+            "LT-498", "this adapter cannot be compressed", file=adapter.path, got=reason
         )
     if not any(s.kind == "lowrank" for s in adapter.specs):
         raise MismatchError(
-            "LT-461", "the adapter holds no LoRA factors: nothing to compress", file=adapter.path
+            "LT-498", "the adapter holds no LoRA factors: nothing to compress", file=adapter.path
         )
 
 

@@ -74,7 +74,15 @@ def _peak(plan: Plan, device: str, threads: int, chunk: int) -> int:
     workers = sorted((_worker_bytes(s, chunk, elements) for s in plan.steps), reverse=True)
     on_host = [s for s in plan.steps if device == "cpu" or s.op != "subtract_and_factor"]
     steps = sorted((step_bytes(s) for s in on_host), reverse=True)
-    return TORCH_BYTES[device] + sum(workers[:1]) * threads + sum(steps[: threads + 1])
+    kept = sum(
+        source.nbytes
+        for step in plan.steps
+        if step.op == "factor"
+        for part in step.parts
+        if isinstance(part, DeltaPart)
+        for source in part.spec.fields.values()
+    )  # new factors stay in memory until they are written, none larger than the old ones
+    return TORCH_BYTES[device] + sum(workers[:1]) * threads + sum(steps[: threads + 1]) + kept
 
 
 def _worker_bytes(step: Step, chunk: int, elements: int) -> int:
@@ -105,6 +113,8 @@ def step_bytes(step: Step) -> int:
                 total += step.view[0] * step.view[1] * 24 + 32 * min(step.view) ** 2
         elif part.rows is not None:
             total += part.source.numel * 12
+    if step.op in ("factor", "spectrum"):
+        total *= 4  # both factors as stored, in float64, as reflections, turned, and what is cut
     if step.op in ("make_patch", "restore"):  # the packed patch, as large as the tensor at worst
         total += step.output.nbytes // (1 if step.args["from"] != "sum" else 8)
     if step.op == "subtract_and_factor":

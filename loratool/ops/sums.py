@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from loratool.adapter import Adapter, DeltaSpec, Replacement
 from loratool.dialects.peft_version import square_experts_rule
@@ -24,6 +25,7 @@ _WAYS_OUT = {
     "loratool extract MERGED_A --base MERGED_B --rank R -o OUT",
     "merged": "weights that add up to 1 average them (--mean), and --base BASE merges anything",
 }
+_TIES = "ensure_weight_tying"  # PEFT: one change for the input embedding and the output head
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,7 @@ class SumPlan:
         replacements: carried over as they are.
         mixed: replaced tensors whose values are averaged: (replacement, weight) of each adapter.
         base_model: that of the first adapter.
+        config: of the first adapter; ``ensure_weight_tying`` only if all have it.
         layer_order: layer_replication of all adapters.
         dtype: of the factors.
         notes: one sentence each.
@@ -79,6 +82,7 @@ class SumPlan:
     replacements: tuple[Replacement, ...]
     mixed: tuple[tuple[tuple[Replacement, float], ...], ...]
     base_model: str | None
+    config: Mapping[str, Any]
     layer_order: tuple[int, ...] | None
     dtype: str
     notes: tuple[str, ...]
@@ -119,6 +123,7 @@ def plan_sum(adapters: Sequence[tuple[Adapter, float]], *, verb: str) -> SumPlan
         replacements,
         mixed,
         next((a.base_model for a, _ in adapters if a.base_model), None),
+        _config([a for a, _ in adapters]),
         adapters[0][0].layer_order,
         factor_dtype([a for a, _ in adapters]),
         tuple(dict.fromkeys((*(n for a, _ in adapters for n in a.notes), *notes))),
@@ -157,6 +162,14 @@ def _form(spec: DeltaSpec) -> str:
     if spec.experts:
         words.append(f"{spec.experts} experts")
     return " ".join(words)
+
+
+def _config(adapters: Sequence[Adapter]) -> dict[str, Any]:
+    """A sum of tied changes is tied; one that is not makes the sum another."""
+    first = dict(adapters[0].config)
+    if not all(a.config.get(_TIES) is True for a in adapters):
+        first.pop(_TIES, None)
+    return first
 
 
 def _check_layers(adapters: Sequence[Adapter]) -> None:

@@ -53,9 +53,11 @@ from loratool.report.merge import (
     VerifyReport,
 )
 from loratool.report.run import RunReport, StepReport
+from loratool.report.spectrum import AdapterSpectrum, FamilySpectrum, ModuleSpectrum
 
 __all__ = [
     "SCHEMA",
+    "AdapterSpectrum",
     "AdapterSummary",
     "CheckpointSummary",
     "CombineReport",
@@ -72,11 +74,13 @@ __all__ = [
     "ExtractReport",
     "ExtractedFamily",
     "ExtractedModule",
+    "FamilySpectrum",
     "FolderRow",
     "InspectReport",
     "Loads",
     "MergeReport",
     "ModuleLoss",
+    "ModuleSpectrum",
     "ReplacedTensor",
     "Report",
     "RescaleReport",

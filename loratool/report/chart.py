@@ -21,16 +21,16 @@ def check_chart(path: str | Path | None) -> None:
     """Refuse a picture that cannot be drawn, before the work.
 
     Raises:
-        UsageError: LT-285 a suffix that is no picture, LT-286 matplotlib is not installed.
-        OutputError: LT-501, the file exists.
+        UsageError: LT-249, a suffix that is no picture's, or no matplotlib.
+        OutputError: LT-508, the file exists.
     """
     if path is None:
         return
     if Path(path).suffix.lower() not in SUFFIXES:
-        raise UsageError("LT-285", "not a picture that --plot can write", got=str(path),
+        raise UsageError("LT-249", "cannot draw this kind of file", got=str(path),
                          expected=", ".join(SUFFIXES))  # fmt: skip
     if find_spec("matplotlib") is None:
-        raise UsageError("LT-286", "--plot needs matplotlib", hint="pip install 'loratool[plot]'")
+        raise UsageError("LT-249", "--plot needs matplotlib", hint="pip install 'loratool[plot]'")
     refuse_existing(Path(path))
 
 
@@ -38,11 +38,11 @@ def refuse_existing(path: Path) -> None:
     """Refuse to write over a file.
 
     Raises:
-        OutputError: LT-501.
+        OutputError: LT-508.
         DiskError: LT-602, its folder does not exist.
     """
     if path.exists():
-        raise OutputError("LT-501", "the output exists", file=path, hint="choose another name")
+        raise OutputError("LT-508", "the file exists", file=path, hint="choose another name")
     if not path.absolute().parent.is_dir():
         raise DiskError("LT-602", "the output's folder does not exist", file=path.parent)
 

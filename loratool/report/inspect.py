@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 from loratool.report.base import Loads, Report, plain_json
 from loratool.report.risk import RiskStatistics
+from loratool.report.spectrum import AdapterSpectrum
 
 
 @dataclass(frozen=True)
@@ -159,6 +160,7 @@ class InspectReport(Report):
         notes: what is good to know.
         next: a command line to go on with.
         risk: statistics of an adapter's deltas, if asked for.
+        spectrum: of ``--spectrum``.
     """
 
     command: ClassVar[str] = "inspect"
@@ -172,10 +174,17 @@ class InspectReport(Report):
     notes: tuple[str, ...] = ()
     next: str | None = None
     risk: RiskStatistics | None = None
+    spectrum: AdapterSpectrum | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """The report as plain JSON types; ``families`` of the statistics with it."""
+        """The report as plain JSON types; statistics and spectrum with what sums them up."""
         found = super().to_json()
+        for key in ("risk", "spectrum"):
+            if getattr(self, key) is None:
+                del found[key]
         if self.risk is not None:
             found["risk"]["families"] = plain_json(self.risk.families)
+        if self.spectrum is not None:
+            found["spectrum"]["families"] = plain_json(self.spectrum.families)
+            found["spectrum"]["total"] = plain_json(self.spectrum.total)
         return found

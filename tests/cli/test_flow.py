@@ -59,8 +59,10 @@ def test_undo_subtract_swap(toy: Path, run: Run) -> None:
     assert plain["warnings"] == ["style was merged at weight 0.8, not 1"]
     swapped = run("swap", "style:0.8", "sql:0.5", "--in", "m", "-o", "s", "--exact")
     assert swapped.code == 0 and "0.8·style out, 0.5·sql in" in swapped.out
-    lacking = run("subtract", "style", "sql", "-o", "x")
+    lacking = run("subtract", "style", "-o", "x")
     assert lacking.code == 2 and "--from MERGED" in lacking.err
+    rest = run("subtract", "style", "sql", "-o", "x")
+    assert rest.code == 0 and rest.out.startswith("Subtracting adapters, no base: style − 1·sql")
 
 
 def test_json_of_every_command(toy: Path, run: Run) -> None:

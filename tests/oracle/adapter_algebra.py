@@ -80,6 +80,8 @@ def twin(name: str, folder: Path, seed: int, *, replaced: bool = False) -> Path:
     save_file(tensors, str(folder / "adapter_model.safetensors"), {"format": "pt"})
     config = json.loads((source / "adapter_config.json").read_text())
     if not replaced:
+        # random factors of the head are not those of the embedding
+        config |= {"ensure_weight_tying": False}
         config |= {"modules_to_save": None, "bias": "none", "trainable_token_indices": None}
     (folder / "adapter_config.json").write_text(json.dumps(config))
     return folder

@@ -218,6 +218,22 @@ def test_attention_stays_in_step_when_scaling_is_baked(tmp_path: Path) -> None:
         assert float(alpha).is_integer()
 
 
+def test_tied_changes_stay_tied_only_among_their_like(tmp_path: Path) -> None:
+    name = "lora_embed_tied_ensure"
+    lt.rescale([str(LLM / name)], 2, output=tmp_path / "two")
+    source = lt.open(LLM / name).adapter.replacements
+    assert source  # copies of the base's own embedding, the same bytes in both
+    lt.subtract([str(LLM / name), str(tmp_path / "two")], output=tmp_path / "tied")
+    config = json.loads((tmp_path / "tied" / "adapter_config.json").read_text())
+    assert config["ensure_weight_tying"] is True
+    for module in lt.open(tmp_path / "tied"):
+        want = -lt.open(LLM / name)[module.name].delta()
+        assert torch.allclose(module.delta(), want, rtol=0, atol=1e-6)
+    lt.subtract([str(LLM / name), str(twin(name, tmp_path / "b", 1))], output=tmp_path / "free")
+    config = json.loads((tmp_path / "free" / "adapter_config.json").read_text())
+    assert not config.get("ensure_weight_tying")
+
+
 def test_storage_type_stays_and_float16_grows_when_it_must(tmp_path: Path) -> None:
     def half(seed: int, scale: float) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
         made = random_factors({"m.q": (6, 5)}, rank=2, seed=seed, scale=scale)

@@ -238,7 +238,7 @@ def test_pictures_are_refused_before_the_work(
 ) -> None:
     texts = [str(LLM / "lora_linear")] * 2
     (tmp_path / "there.png").write_bytes(b"mine")
-    for plot, code in (("x.txt", "LT-285"), ("there.png", "LT-501"), ("no/x.png", "LT-602")):
+    for plot, code in (("x.txt", "LT-249"), ("there.png", "LT-508"), ("no/x.png", "LT-602")):
         with pytest.raises(LoratoolError) as caught:
             lt.compare(texts, plot=tmp_path / plot)
         assert caught.value.code == code
@@ -246,7 +246,7 @@ def test_pictures_are_refused_before_the_work(
     monkeypatch.setattr("loratool.report.chart.find_spec", lambda name: None)
     with pytest.raises(LoratoolError, match=r"loratool\[plot\]") as caught:
         lt.compare(texts, plot=tmp_path / "x.png")
-    assert caught.value.code == "LT-286"
+    assert caught.value.code == "LT-249"
 
 
 PEAK = """

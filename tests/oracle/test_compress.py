@@ -23,10 +23,10 @@ transformers = pytest.importorskip("transformers")
 
 LLM = Path(__file__).parents[1] / "data" / "llm"
 REFUSED = {
-    "lora_alora": "LT-461", "lora_conv_dora": "LT-449", "lora_conv_grouped": "LT-461",
+    "lora_alora": "LT-498", "lora_conv_dora": "LT-449", "lora_conv_grouped": "LT-498",
     "lora_dora": "LT-449", "lora_embed_dora": "LT-449", "lora_gpt2_dora": "LT-449",
-    "lora_kasa": "LT-460", "lora_linear_bin": "LT-920", "lora_olora": "LT-460",
-    "lora_pissa": "LT-460",
+    "lora_kasa": "LT-497", "lora_linear_bin": "LT-920", "lora_olora": "LT-497",
+    "lora_pissa": "LT-497",
 }  # fmt: skip
 SAMPLES = sorted(
     p.name for p in LLM.iterdir()
