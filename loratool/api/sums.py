@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
-from loratool.adapter import Adapter, DeltaSpec, TensorData
-from loratool.dtypes import tensor_bytes
-from loratool.ops.sums import SumPlan
+from loratool.adapter import Adapter, DeltaSpec, Replacement, TensorData
+from loratool.dtypes import tensor_bytes, widest
+from loratool.methods import Method, find_method
+from loratool.ops.combine import rank_of
+from loratool.ops.sums import SumModule, SumPlan
 
 if TYPE_CHECKING:
+    from loratool.engine.combining import Recipe
     from loratool.engine.kernel import Env
+    from loratool.engine.run import Progress
     from loratool.engine.summing import SummedModule
 
 _FP16 = "F16"
@@ -23,47 +30,93 @@ class Summed:
     Attributes:
         modules: in the order of the plan, then zero biases where others have one.
         dtype: safetensors name.
+        mixed: averaged replacements.
     """
 
     modules: tuple[SummedModule, ...]
     dtype: str
+    mixed: tuple[Replacement, ...] = ()
 
 
-def run_sum(plan: SumPlan, rank: int | None) -> Summed:
-    """Compute every module; float16 that overflows becomes float32 for all of them."""
+def run_sum(
+    plan: SumPlan,
+    rank: int | None,
+    *,
+    method: Method | None = None,
+    params: Mapping[str, Any] | None = None,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> Summed:
+    """Compute every module; float16 that overflows becomes float32 for all of them.
+
+    Args:
+        plan: what goes where.
+        rank: asked for; None = the method's own.
+        method: how modules are combined; None = their sum.
+        params: of the method.
+        threads: workers, each on modules of its own with one arithmetic thread.
+        progress: called with (modules done, modules in all).
+    """
+    from loratool.engine.combining import Recipe, mix_replacements
     from loratool.engine.factors import make_env
     from loratool.store.reader import FileReader
 
     with FileReader() as reader:
         env = make_env(reader)
-        found = Summed(_sum_all(plan, rank, plan.dtype, env), plan.dtype)
-        if plan.dtype == _FP16 and any(m.overflow for m in found.modules):
-            found = Summed(_sum_all(plan, rank, "F32", env), "F32")
+        how = Recipe(method or find_method("cat"), params or {}, rank)
+        run = partial(_sum_all, plan, how, env=env, threads=threads, progress=progress)
+        dtype = plan.dtype
+        modules = run(dtype)
+        if dtype == _FP16 and any(m.overflow for m in modules):
+            dtype = "F32"
+            modules = run(dtype)
+        mixed = tuple(
+            mix_replacements(found, env, widest([one.source.dtype for one, _ in found]))
+            for found in plan.mixed
+        )
         reader.check_unchanged()
-    return found
+    return Summed(modules, dtype, mixed)
 
 
-def _sum_all(plan: SumPlan, rank: int | None, dtype: str, env: Env) -> tuple[SummedModule, ...]:
-    from loratool.engine.summing import SummedModule, sum_factors, sum_vectors
+def _sum_all(
+    plan: SumPlan,
+    how: Recipe,
+    dtype: str,
+    *,
+    env: Env,
+    threads: int | None,
+    progress: Progress | None,
+) -> tuple[SummedModule, ...]:
+    from loratool.engine.combining import combine_factors, combine_vectors, use_one_thread
+    from loratool.engine.device import default_threads, exact_arithmetic
+    from loratool.engine.summing import SummedModule
 
     alphas = _alphas(plan)
-    made: dict[str, DeltaSpec] = {}
-    found: list[SummedModule] = []
+    weights = [m for m in plan.modules if not m.is_bias]
     biases = [m for m in plan.modules if m.is_bias]
-    for module in plan.modules:
-        if module.is_bias:
-            continue
-        one = sum_factors(
-            module.spec, module.terms, env, gain=module.gain,
-            alpha=alphas[module.spec.name], rank=rank, dtype=dtype,
+
+    def work(module: SumModule) -> SummedModule:
+        return combine_factors(
+            module.spec, module.terms, env, how, gain=module.gain,
+            rank=rank_of(module, how.method, how.rank), alpha=alphas[module.spec.name],
+            dtype=dtype,
         )  # fmt: skip
-        made[one.spec.module] = one.spec
-        found.append(one)
+
+    found: list[SummedModule] = []
+    with (
+        exact_arithmetic(),
+        ThreadPoolExecutor(threads or default_threads(), initializer=use_one_thread) as pool,
+    ):
+        for number, one in enumerate(pool.map(work, weights), 1):
+            found.append(one)
+            if progress is not None:
+                progress(number, len(weights))
+    made = {one.spec.module: one.spec for one in found}
     for module in biases:
         owner = made[module.spec.module]
         found.append(
-            sum_vectors(module.spec, module.terms, env, scaling=owner.scaling,
-                        alpha=owner.alpha, dtype=dtype)
+            combine_vectors(module.spec, module.terms, env, how, scaling=owner.scaling,
+                            alpha=owner.alpha, dtype=dtype)
         )  # fmt: skip
     if biases:
         have = {m.spec.module for m in biases}
@@ -78,7 +131,7 @@ def assemble_sum(plan: SumPlan, summed: Summed, first: Adapter) -> Adapter:
         first.path,
         first.dialect,
         tuple(m.spec for m in summed.modules),
-        plan.replacements,
+        (*plan.replacements, *summed.mixed),
         plan.base_model,
         plan.config,
         layer_order=plan.layer_order,

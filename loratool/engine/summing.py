@@ -11,8 +11,6 @@ from loratool.adapter import DeltaSpec
 from loratool.engine.factors import (
     Pair,
     load_pairs,
-    load_vector,
-    make_data,
     overflows,
     pack_pairs,
     round_once,
@@ -93,26 +91,6 @@ def sum_factors(
         scaling=scaling, blocks=None, b_order="rank-major",
     )  # fmt: skip
     return SummedModule(spec, square, error, any(overflows(t, dtype) for p in made for t in p))
-
-
-def sum_vectors(
-    like: DeltaSpec, terms: Sequence[DeltaPart], env: Env, *, scaling: float, alpha: float | None,
-    dtype: str,
-) -> SummedModule:  # fmt: skip
-    """Σ weight · scaling · bias, to be read with the scaling of its module's factors.
-
-    Without terms the result is zero: ``lora_bias`` is one switch for all modules.
-    """
-    size = like.fields["delta"].shape
-    total = torch.zeros(size, dtype=torch.float64)
-    for term in terms:
-        total += load_vector(term.spec, env) * (term.weight * term.spec.scaling)
-    stored = round_once(total / scaling, dtype)
-    error = float(torch.linalg.vector_norm(stored.double() * scaling - total))
-    data = make_data(f"{like.name} delta", total / scaling, dtype)
-    spec = replace(like, fields={"delta": data}, alpha=alpha, scaling=scaling)
-    norm = float(torch.linalg.vector_norm(total))
-    return SummedModule(spec, norm**2, error**2, overflows(total / scaling, dtype))
 
 
 def _truncate(pair: Pair, rank: int, gain: float) -> Pair:

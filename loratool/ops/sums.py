@@ -19,6 +19,12 @@ from loratool.ops.additive import (
 from loratool.plan import DeltaPart
 from loratool.store.reader import have_same_bytes
 
+_ONE = 1e-12
+_WAYS_OUT = {
+    "subtracted": "with the base it works: merge A and B into BASE each, then "
+    "loratool extract MERGED_A --base MERGED_B --rank R -o OUT",
+    "merged": "weights that add up to 1 average them (--mean), and --base BASE merges anything",
+}
 _TIES = "ensure_weight_tying"  # PEFT: one change for the input embedding and the output head
 
 
@@ -64,6 +70,7 @@ class SumPlan:
     Attributes:
         modules: low-rank modules first, then bias deltas of the same modules.
         replacements: carried over as they are.
+        mixed: replaced tensors whose values are averaged: (replacement, weight) of each adapter.
         base_model: that of the first adapter.
         config: of the first adapter; ``ensure_weight_tying`` only if all have it.
         layer_order: layer_replication of all adapters.
@@ -73,6 +80,7 @@ class SumPlan:
 
     modules: tuple[SumModule, ...]
     replacements: tuple[Replacement, ...]
+    mixed: tuple[tuple[tuple[Replacement, float], ...], ...]
     base_model: str | None
     config: Mapping[str, Any]
     layer_order: tuple[int, ...] | None
@@ -104,7 +112,7 @@ def plan_sum(adapters: Sequence[tuple[Adapter, float]], *, verb: str) -> SumPlan
     outputs = mha_outputs([s for a, _ in adapters for s in a.specs])
     modules = [_module(name, terms, outputs, adapters) for name, terms in groups.items()]
     modules.sort(key=lambda m: m.is_bias)
-    replacements, notes = _replacements(adapters, verb)
+    replacements, mixed, notes = _replacements(adapters, verb)
     bases = {a.base_model for a, _ in adapters if a.base_model}
     if len(bases) > 1:
         notes.append(f"the adapters name different bases: {list_some(sorted(bases))}")
@@ -113,6 +121,7 @@ def plan_sum(adapters: Sequence[tuple[Adapter, float]], *, verb: str) -> SumPlan
     return SumPlan(
         tuple(modules),
         replacements,
+        mixed,
         next((a.base_model for a, _ in adapters if a.base_model), None),
         _config([a for a, _ in adapters]),
         adapters[0][0].layer_order,
@@ -174,24 +183,30 @@ def _check_layers(adapters: Sequence[Adapter]) -> None:
 
 def _replacements(
     adapters: Sequence[tuple[Adapter, float]], verb: str
-) -> tuple[tuple[Replacement, ...], list[str]]:
-    """Replaced tensors that the result has.
+) -> tuple[tuple[Replacement, ...], tuple[tuple[tuple[Replacement, float], ...], ...], list[str]]:
+    """Replaced tensors that the result has: as they are, averaged, and what to say.
 
-    Σ c·(T - W) needs no base where all that replace a tensor hold the same bytes T, and their
-    weights sum up to 1 (W becomes T) or to 0 (W stays).
+    W + Σ c·(T - W) needs no base where the weights of those that replace a tensor sum up to 1: it
+    is Σ c·T.  Where they sum up to 0 and hold the same bytes, W stays.  When adapters are merged
+    and every one of them has the same bytes, those are taken.
     """
     groups: dict[tuple[str, bool], list[tuple[Replacement, float]]] = {}
     for adapter, weight in adapters:
         for one in adapter.replacements:
             groups.setdefault((one.name, one.rows is None), []).append((one, weight))
-    kept, gone, conflicts = [], [], []
+    kept, mixed, gone, conflicts = [], [], [], []
     for (name, _), found in groups.items():
         first, total = found[0][0], sum(weight for _, weight in found)
         is_same = all(one.rows == first.rows for one, _ in found) and (
             len(found) == 1 or have_same_bytes([one.source for one, _ in found])
         )
-        if is_same and total == 1:
+        is_agreed = verb == "merged" and len(found) == len(adapters) > 1
+        if is_same and (is_agreed or abs(total - 1) <= _ONE):
             kept.append(first)
+        elif abs(total - 1) <= _ONE and all(
+            (one.rows, one.source.shape) == (first.rows, first.source.shape) for one, _ in found
+        ):
+            mixed.append(tuple(found))
         elif is_same and total == 0:
             gone.append(name)
         else:
@@ -200,15 +215,17 @@ def _replacements(
         raise MismatchError(
             "LT-464", f"replaced tensors cannot be {verb}: their change depends on the base",
             file=adapters[0][0].path, key=list_some(conflicts),
-            hint="with the base it works: merge A and B into BASE each, then "
-            "loratool extract MERGED_A --base MERGED_B --rank R -o OUT",
+            hint=_WAYS_OUT[verb],
         )  # fmt: skip
     notes = []
     if kept:
         notes.append(f"{len(kept)} replaced tensors are kept: {_few(r.name for r in kept)}")
     if gone:
         notes.append(f"{len(gone)} replaced tensors are the base's own again: {_few(gone)}")
-    return tuple(kept), notes
+    if mixed:
+        names = _few(found[0][0].name for found in mixed)
+        notes.append(f"{len(mixed)} replaced tensors are averaged: {names}")
+    return tuple(kept), tuple(mixed), notes
 
 
 def _check_experts(adapters: Sequence[Adapter]) -> None:

@@ -13,6 +13,7 @@ from loratool.report.algebra import (
     share_of,
 )
 from loratool.report.base import SCHEMA, Loads, Report, plain_json
+from loratool.report.combine import CombineReport
 from loratool.report.compare import (
     ComparedFamily,
     ComparedModule,
@@ -59,6 +60,7 @@ __all__ = [
     "AdapterSpectrum",
     "AdapterSummary",
     "CheckpointSummary",
+    "CombineReport",
     "CompareReport",
     "ComparedFamily",
     "ComparedModule",
