@@ -99,7 +99,7 @@ def command(adapters: tuple[str, ...], base: str | None, output: str, **options:
     if base is None:
         _with_each_other(adapters, output, options, voice)
         return
-    voice.announce(headline(adapters, options["weights"], options["mean"]))
+    voice.announce(headline(adapters, options["weights"], options["mean"], options["method"]))
     with show_progress(quiet=voice.quiet) as progress:
         report = api.merge(adapters, base=base, output=output, progress=progress, **options)
     assert isinstance(report, MergeReport)
@@ -132,11 +132,17 @@ def _with_each_other(
                result=[*warning_lines(report.warnings), *result])  # fmt: skip
 
 
-def headline(adapters: Sequence[str], weights: Sequence[float] | None, mean: bool) -> str:
+def headline(
+    adapters: Sequence[str],
+    weights: Sequence[float] | None,
+    mean: bool,
+    method: str | None = None,
+) -> str:
     """``Merging 2 adapters INTO base weights: 0.8·style + 1·sql, one rounding``."""
+    how = f"by {safe(method)}, one rounding" if method else "one rounding"
     return (
         f"Merging {plural(len(adapters), 'adapter')} INTO base weights: "
-        f"{terms(adapters, weights, mean)}, one rounding"
+        f"{terms(adapters, weights, mean)}, {how}"
     )
 
 

@@ -130,9 +130,10 @@ class _Run:
         self._tasks = self._make_tasks()
         count = self.options.threads or default_threads()
         self._at_work = count
+        workers = [threading.Thread(target=self._work, daemon=True) for _ in range(count)]
         try:
-            for _ in range(count):
-                threading.Thread(target=self._work, daemon=True).start()
+            for worker in workers:
+                worker.start()
             while not self._idle.wait(0.1):
                 pass
         finally:
@@ -140,8 +141,13 @@ class _Run:
             # A worker deep in a factorisation is left behind, and with it the open files: a
             # descriptor closed under its hands could be another file's by the time it writes.
             # (Thread.is_alive will not do: a join that is interrupted makes it say False.)
-            if self._idle.wait(_GRACE_S) and self.sink is not None:
-                self.sink.close()
+            if self._idle.wait(_GRACE_S):
+                if self.sink is not None:
+                    self.sink.close()
+                # Their work is done, not yet their end: torch aborts a process that exits first.
+                for worker in workers:
+                    if worker.ident is not None:
+                        worker.join(_GRACE_S)
         if self._failure is not None:
             raise self._failure
         return self.carried + [self.results[i] for i in sorted(self.results)]

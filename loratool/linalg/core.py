@@ -104,7 +104,8 @@ def iso_c(
     if not bool(real.any()):
         return torch.zeros_like(cores[0])
     made: torch.Tensor = U[:, real] @ Vh[real]
-    return made * (S[real].mean() * float(params["scaling"]))
+    size: torch.Tensor = S[real].mean() * float(params["scaling"])
+    return made * size
 
 
 def iso_cts(

@@ -180,3 +180,12 @@ def test_demo(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert run("demo", "-o", "tour").code == 5
     assert run("demo", "--json").code == 2
     assert run("demo", "-o", "other", "--json").json["command"] == "demo"
+
+
+def test_processes_end_in_order(toy: Path, run: Run) -> None:
+    """Workers are over before the interpreter is: else torch aborts the process, now and then."""
+    assert run("merge", "style", "--base", "base", "-o", "m").code == 0
+    words = [sys.executable, "-m", "loratool", "verify", "m", "-q", "--threads", "8"]
+    for _ in range(4):
+        done = subprocess.run(words, capture_output=True, text=True, env={**os.environ})
+        assert (done.returncode, done.stdout) == (0, "identical\n"), done.stderr
