@@ -104,7 +104,7 @@ def iso_c(
     if not bool(real.any()):
         return torch.zeros_like(cores[0])
     made: torch.Tensor = U[:, real] @ Vh[real]
-    return made * (S[real].mean() * float(params["scaling"]))
+    return made * (float(S[real].mean()) * float(params["scaling"]))
 
 
 def iso_cts(
