@@ -53,8 +53,7 @@ SYNONYMS = {
 
 LATER_OPTIONS = frozenset(
     (
-        "--base", "--dequantize", "--for", "--method", "--module-weights", "--param", "--rank",
-        "--requant", "--simulate-quant", "--to",
+        "--base", "--dequantize", "--for", "--rank", "--requant", "--simulate-quant", "--to",
     )
 )  # fmt: skip
 """Options of the plan; a command that does not know one says "not in this version"."""
