@@ -12,6 +12,7 @@ from loratool.report import InspectReport
 
 if TYPE_CHECKING:
     from loratool.engine.opened import OpenAdapter
+    from loratool.ops.inputs import Access
 
 
 def open(path: str | Path, *, alpha: float | None = None) -> OpenAdapter:
@@ -37,9 +38,11 @@ def inspect(
     *,
     tensors: bool = False,
     spectrum: bool = False,
+    base: str | Path | None = None,
     csv: str | Path | None = None,
     plot: str | Path | None = None,
     alpha: float | None = None,
+    device: str = "auto",
     threads: int | None = None,
     offline: bool = False,
     max_header: str | int | None = None,
@@ -51,10 +54,12 @@ def inspect(
         source: path or Hub reference.
         tensors: list every tensor.
         spectrum: also load an adapter's factors and measure the singular values of every delta.
-        csv: file to write them to, one row per module; implies ``spectrum``.
+        base: checkpoint to set an adapter beside: how strong, what a merge would swallow.
+        csv: file to write them to, one row per module; implies ``spectrum`` without ``base``.
         plot: ``.png`` or ``.svg`` to draw them in; implies ``spectrum``.
         alpha: lora_alpha for files without a configuration.
-        threads: workers for ``spectrum``.
+        device: ``auto``, ``cpu`` or ``cuda[:n]``, for ``base``.
+        threads: workers for ``spectrum`` and ``base``.
         offline: never touch the network.
         max_header: largest safetensors header accepted, such as ``"64MB"``.
         allow_pickle: convert pickles first, in a locked process.
@@ -70,9 +75,47 @@ def inspect(
     )  # fmt: skip
     if resolved.note is not None:
         report = replace(report, notes=(resolved.note, *report.notes))
-    if spectrum or csv is not None or plot is not None:
-        report = _with_spectrum(report, resolved.path, csv, plot, alpha, threads)
+    if spectrum or (csv is not None and base is None) or plot is not None:
+        report = _with_spectrum(
+            report, resolved.path, csv if base is None else None, plot, alpha, threads,
+            access.rules.max_header,
+        )  # fmt: skip
+    if base is not None:
+        report = _with_base(report, resolved.path, base, csv, alpha, access, device, threads)
     return report
+
+
+def _with_base(
+    report: InspectReport,
+    path: Path,
+    base: str | Path,
+    csv: str | Path | None,
+    alpha: float | None,
+    access: Access,
+    device: str,
+    threads: int | None,
+) -> InspectReport:
+    from loratool.api.look import look_at_base, write_csv
+    from loratool.api.spectrum import check_files
+    from loratool.errors import UsageError
+    from loratool.ops.loss import WARN_LOSS
+
+    if report.adapter is None:
+        raise UsageError("LT-208", "--base is for one adapter", file=path, got=f"a {report.what}")
+    csv_path = None if csv is None else Path(csv)
+    check_files(csv_path, None)
+    found = look_at_base(
+        path, base, read=ReadOptions(alpha=alpha), access=access, device=device, threads=threads
+    )
+    if csv_path is not None:
+        write_csv(found, csv_path)
+    warnings = report.warnings
+    if found.total.loss > WARN_LOSS:
+        warnings += (
+            f"a merge into {found.total.dtype} would swallow {found.total.loss:.0%} of the change: "
+            "--dtype float32 keeps it",
+        )
+    return replace(report, look=found, warnings=warnings)
 
 
 def _with_spectrum(
@@ -82,6 +125,7 @@ def _with_spectrum(
     plot: str | Path | None,
     alpha: float | None,
     threads: int | None,
+    max_header: int,
 ) -> InspectReport:
     from loratool.api.spectrum import check_files, measure_spectrum, write_csv
     from loratool.dialects import open_adapter
@@ -94,7 +138,7 @@ def _with_spectrum(
         )
     csv_path, plot_path = (None if p is None else Path(p) for p in (csv, plot))
     check_files(csv_path, plot_path)
-    adapter = open_adapter(find_adapter(path), ReadOptions(alpha=alpha))
+    adapter = open_adapter(find_adapter(path), ReadOptions(alpha=alpha), max_header=max_header)
     found = measure_spectrum(adapter, threads=threads)
     if csv_path is not None:
         write_csv(found, csv_path)

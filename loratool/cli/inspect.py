@@ -9,6 +9,7 @@ import click
 
 from loratool.cli import options as opt
 from loratool.cli.loads import loads_line
+from loratool.cli.look import look_lines
 from loratool.cli.render import (
     format_bytes,
     format_count,
@@ -43,14 +44,17 @@ _DEAR_SHARE = 0.02
         "loratool inspect loras/              # one row per file",
         "loratool inspect ./style --tensors",
         "loratool inspect ./style --spectrum --plot style.png",
+        "loratool inspect ./style --base ./model",
         "loratool inspect ./model --json",
     ),
 )
 @click.argument("sources", nargs=-1, required=True, metavar="SOURCE…")
 @opt.option("--spectrum", is_flag=True, section="Output",
             help="Singular values of every delta; loads the factors.")  # fmt: skip
+@opt.option("--base", metavar="BASE", section="Output",
+            help="How strong beside BASE, and what a merge would swallow; reads both.")  # fmt: skip
 @opt.option("--csv", metavar="FILE", section="Output",
-            help="Write them to FILE, one row per module; implies --spectrum.")  # fmt: skip
+            help="Write them to FILE, one row per module; without --base implies --spectrum.")  # fmt: skip
 @opt.option("--plot", metavar="FILE.png|.svg", section="Output",
             help="Draw them; implies --spectrum. Needs matplotlib.")  # fmt: skip
 @opt.option("--tensors", is_flag=True, section="Output", help="List every tensor.")
@@ -72,7 +76,7 @@ def command(sources: tuple[str, ...], **options: Any) -> int:
         report = api.inspect(sources[0], **options)
         voice.show(report, render(report, voice))
         return 0
-    if any(options[name] for name in ("spectrum", "csv", "plot")):
+    if any(options[name] for name in ("spectrum", "base", "csv", "plot")):
         raise UsageError(
             "LT-208", "a spectrum is that of one adapter", got=f"{len(sources)} sources"
         )
@@ -110,9 +114,11 @@ def render(report: InspectReport, voice: Voice) -> Iterator[str]:
         yield from _folder(report.rows)
         return
     if report.adapter is not None:
-        yield from _adapter(report.adapter, voice, has_spectrum=report.spectrum is not None)
+        yield from _adapter(report.adapter, voice, has_spectrum=bool(report.spectrum or report.look))
     if report.spectrum is not None:
         yield from spectrum_lines(report.spectrum, voice)
+    if report.look is not None:
+        yield from look_lines(report.look, voice)
     if report.checkpoint is not None:
         yield from _checkpoint(report.checkpoint)
     yield from note_lines(report.notes, voice)

@@ -94,6 +94,8 @@ def _worker_bytes(step: Step, chunk: int, elements: int) -> int:
     exact = step.args.get("rounding") == "exact"
     accumulator = 4 if step.output.dtype == "BF16" and not exact else 8
     rounding = ROUNDING_BYTES if step.args.get("rounding") else 0
+    if step.op == "look_at_base":  # W and the spacings in float64, with their temporaries
+        return piece * (len(step.inputs) + 1) + block * 8 * 6
     return piece * (len(step.inputs) + 1) + block * (3 * accumulator + 2 * wide) + rounding
 
 
@@ -105,6 +107,8 @@ def step_bytes(step: Step) -> int:
             held = sum(s.numel for s in part.spec.fields.values())
             if part.expert is not None:
                 held //= part.spec.experts
+            if step.op == "look_at_base":
+                total += held * 48  # its QR, singular vectors and one more copy, float64
             total += held * 16  # accumulator type, and a float64 copy while it is made
             if part.spec.base_change:
                 total += step.view[0] * step.view[1] * 24 + 32 * min(step.view) ** 2

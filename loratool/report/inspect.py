@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from loratool.report.base import Loads, Report, plain_json
+from loratool.report.look import AdapterLook
 from loratool.report.spectrum import AdapterSpectrum
 
 
@@ -159,6 +160,7 @@ class InspectReport(Report):
         notes: what is good to know.
         next: a command line to go on with.
         spectrum: of ``--spectrum``.
+        look: of ``--base``.
     """
 
     command: ClassVar[str] = "inspect"
@@ -172,10 +174,13 @@ class InspectReport(Report):
     notes: tuple[str, ...] = ()
     next: str | None = None
     spectrum: AdapterSpectrum | None = None
+    look: AdapterLook | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The report as plain JSON types; the spectrum with ``families`` and ``total``."""
         found = super().to_json()
+        if self.look is None:
+            del found["look"]
         if self.spectrum is None:
             return {k: v for k, v in found.items() if k != "spectrum"}
         summed = {
