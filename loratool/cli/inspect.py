@@ -114,7 +114,9 @@ def render(report: InspectReport, voice: Voice) -> Iterator[str]:
         yield from _folder(report.rows)
         return
     if report.adapter is not None:
-        yield from _adapter(report.adapter, voice, has_spectrum=bool(report.spectrum or report.look))
+        yield from _adapter(
+            report.adapter, voice, has_spectrum=bool(report.spectrum or report.look)
+        )
     if report.spectrum is not None:
         yield from spectrum_lines(report.spectrum, voice)
     if report.look is not None:

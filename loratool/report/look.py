@@ -17,6 +17,7 @@ class ModuleLook:
         family: last part of the module path.
         dtype: of the base's tensor; ``mixed`` where they differ.
         rank: of the factors.
+        delta_norm: ‖ΔW‖_F.
         rho: ‖ΔW‖_F / ‖W‖_F over the elements that the delta covers.
         amplification: ‖ΔW‖_F / ‖Uᵀ W V‖_F, U and V the singular vectors of ΔW; None where the
             change is no product of two factors, or W has nothing in these directions.
@@ -30,6 +31,7 @@ class ModuleLook:
     family: str
     dtype: str
     rank: float
+    delta_norm: float
     rho: float
     amplification: float | None
     noise_rank: float | None
@@ -94,6 +96,7 @@ def combine(name: str, family: str, rows: Sequence[Sums]) -> ModuleLook:
     return ModuleLook(
         name, family, kinds.pop() if len(kinds) == 1 else "mixed",
         statistics.median(r.rank for r in rows) if rows else 0,
+        math.sqrt(delta),
         math.sqrt(delta / weight) if weight else 0.0,
         math.sqrt(inside / core) if core > 0 else None,
         statistics.median(noise) if noise else None,
