@@ -77,7 +77,10 @@ def _summed(label: str, found: Sequence[Look], ranks: dict[str, int]) -> Adapter
     for name, rows in groups.items():
         made = combine(name, rows[0].family, rows)
         known = [r.noise_rank for r in rows if r.noise_rank is not None]
-        modules.append(replace(made, noise_rank=max(known) if known else None))
+        tops = [one.noise_top for one in found if one.name == name and one.noise_top is not None]
+        modules.append(replace(
+            made, noise_rank=max(known, default=None), noise_top=max(tops, default=None)
+        ))  # fmt: skip
     flat = [r for rows in groups.values() for r in rows]
     families = tuple(
         combine(f, f, [r for r in flat if r.family == f])

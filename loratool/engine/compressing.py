@@ -91,7 +91,8 @@ class MeasureSpectrum(Kernel):
 class Factor(Kernel):
     """The truncated SVD of a delta, split into balanced factors of its storage type.
 
-    ``args``: ``rule`` (fields of a `RankRule`) and ``cap``, or ``rank``; ``dtype``; ``gain``, the scaling
+    ``args``: ``rule`` (fields of a `RankRule`) and ``cap``, or ``rank``;
+    ``dtype``; ``gain``, the scaling
     that the stored factors will have; ``bias``, the spec of the module's bias delta; ``is_free``,
     False where other modules must have the same rank.  The old factors stay where the new ones
     would not be smaller.

@@ -95,7 +95,7 @@ class _View:
             self.factors = inner
             found = factor_product(inner.left * inner.coefficient, inner.right)
             self.sigma = found.S
-            live = int((found.S > found.S[:1] * 2.0**-40).sum()) if len(found.S) else 0
+            live = int((found.S[:1] * 2.0**-40 < found.S).sum()) if len(found.S) else 0
             self.U, self.Vh = found.vectors(live)
             gram = inner.right @ inner.right.T  # (r, r)
             left = inner.left * inner.coefficient
@@ -147,7 +147,7 @@ class _View:
         words = ordered[0].forecast if ordered else {}
         core_square = sigma = top = None
         if self.factors is not None:
-            core = sum((s.core for s in ordered), torch.zeros(()))  # type: ignore[arg-type]
+            core = sum((s.core for s in ordered), torch.zeros(()))
             core_square = float(core.square().sum())
             sigma = tuple(self.sigma.tolist())
             top = self._noise_top(ordered)

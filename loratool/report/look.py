@@ -25,6 +25,7 @@ class ModuleLook:
             the base's type adds; the largest of all tensors that one delta goes to.
         swallowed: format -> √(Σ(rounding error)² / ΣΔW²) expected of a merge into it.
         changed: format -> share of elements expected to change.
+        noise_top: that largest singular value, of a single module's loudest tensor.
     """
 
     name: str
@@ -37,6 +38,7 @@ class ModuleLook:
     noise_rank: float | None
     swallowed: Mapping[str, float]
     changed: Mapping[str, float]
+    noise_top: float | None = None
 
     @property
     def loss(self) -> float:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import loratool as lt
-from loratool.errors import UsageError
+from loratool.errors import LoratoolError, UsageError
 from loratool.linalg import noise
 
 LLM = Path(__file__).parents[1] / "data" / "llm"
@@ -44,6 +48,19 @@ def make(
         {"peft_type": "LORA", "r": r, "lora_alpha": r, "target_modules": ["q_proj"]}
     ))  # fmt: skip
     return base, adapter
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    files = sorted(folder.glob("*.safetensors"))
+    return {k: v.double() for f in files for k, v in load_file(f).items()}
+
+
+def command(*words: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "loratool", *map(str, words)],
+        capture_output=True, text=True, check=False, encoding="utf-8",
+        env={**os.environ, "PYTHONIOENCODING": "utf-8"},
+    )  # fmt: skip
 
 
 def dense(base: Path, adapter: Path) -> tuple[torch.Tensor, torch.Tensor]:
@@ -96,6 +113,9 @@ def test_noise_rank_counts_what_stands_above_the_simulated_noise(tmp_path: Path)
     assert 0 < oracle < 8
     (found,) = lt.inspect(adapter, base=base).look.modules
     assert found.noise_rank == oracle
+    # Row sums of squared spacings scatter by 1.2/√640, the largest of 1280 by 3.3 times that:
+    # 8 % in the root of rows and columns together at most, and 2 % for a finite matrix's edge.
+    assert 0.98 <= found.noise_top / floor.top <= 1.10
     made = lt.compress(adapter, base=base, rank="auto", output=tmp_path / "auto")
     assert [m.rank for m in made.adapters[0].modules] == [oracle]
     capped = lt.compress(adapter, base=base, rank="auto", max_rank=2, output=tmp_path / "two")
@@ -108,8 +128,7 @@ def test_noise_rank_counts_what_stands_above_the_simulated_noise(tmp_path: Path)
 def test_sample_has_the_size_that_a_float32_merge_has(name: str, tmp_path: Path) -> None:
     base = LLM / name / "base"
     done = lt.merge([str(LLM / name)], base=base, output=tmp_path / "out", dtype="float32")
-    before, after = ({k: v.double() for f in sorted(folder.glob("*.safetensors"))
-                      for k, v in load_file(f).items()} for folder in (base, tmp_path / "out"))  # fmt: skip
+    before, after = tensors(base), tensors(tmp_path / "out")
     change = sum(float((after[k] - before[k]).square().sum()) for k in before)
     found = lt.inspect(LLM / name, base=base).look
     assert done.total.rho > 0 and found.modules
@@ -123,3 +142,26 @@ def test_base_and_auto_go_together(tmp_path: Path) -> None:
         with pytest.raises(UsageError) as caught:
             lt.compress(LLM / "lora_linear", output=tmp_path / "o", **options)
         assert caught.value.code == "LT-230"
+
+
+def test_header_limit_holds_for_spectrum_and_compress(tmp_path: Path) -> None:
+    for run in (
+        lambda: lt.inspect(LLM / "lora_linear", spectrum=True, max_header=64),
+        lambda: lt.compress(LLM / "lora_linear", rank=2, output=tmp_path / "o", max_header=64),
+    ):
+        with pytest.raises(LoratoolError, match="header"):
+            run()
+
+
+def test_command_line_shows_the_forecast_and_writes_csv(tmp_path: Path) -> None:
+    base, adapter = make(tmp_path, torch.bfloat16, 0.0003)
+    table = tmp_path / "look.csv"
+    done = command("inspect", adapter, "--base", base, "--csv", table)
+    assert done.returncode == 0, done.stderr
+    assert "bfloat16 would swallow" in done.stdout
+    assert "--dtype float32" in done.stdout + done.stderr
+    (row,) = csv.DictReader(table.open(encoding="utf-8"))
+    found = lt.inspect(adapter, base=base).look.modules[0]
+    assert float(row["swallowed_bfloat16"]) == found.loss > 0.25
+    done = command("inspect", adapter, "--base", base, "--json")
+    assert json.loads(done.stdout)["look"]["total"]["rho"] == found.rho
