@@ -94,13 +94,14 @@ def write_csv(found: AdapterLook, path: Path) -> None:
     words = list(found.total.swallowed)
     with path.open("x", newline="", encoding="utf-8") as file:
         rows = csv.writer(file)
-        rows.writerow(["module", "family", "dtype", "rank", "rho", "amplification", "noise_rank",
-                       *(f"swallowed_{w}" for w in words), *(f"changed_{w}" for w in words)])  # fmt: skip
+        head = ["module", "family", "dtype", "rank", "rho", "amplification", "noise_rank"]
+        head += [f"{what}_{w}" for what in ("swallowed", "changed") for w in words]
+        rows.writerow(head)
         for m in found.modules:
-            numbers = [m.rho, m.amplification, m.noise_rank,
-                       *(m.swallowed.get(w) for w in words), *(m.changed.get(w) for w in words)]  # fmt: skip
-            rows.writerow([m.name, m.family, m.dtype, m.rank,
-                           *("" if n is None else repr(n) for n in numbers)])  # fmt: skip
+            numbers = [m.rho, m.amplification, m.noise_rank]
+            numbers += [table.get(w) for table in (m.swallowed, m.changed) for w in words]
+            shown = ("" if n is None else repr(n) for n in numbers)
+            rows.writerow([m.name, m.family, m.dtype, m.rank, *shown])
 
 
 def _family(name: str) -> str:

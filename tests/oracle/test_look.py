@@ -160,7 +160,7 @@ def test_command_line_shows_the_forecast_and_writes_csv(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "bfloat16 would swallow" in done.stdout
     assert "--dtype float32" in done.stdout + done.stderr
-    (row,) = csv.DictReader(table.open(encoding="utf-8"))
+    (row,) = csv.DictReader(table.read_text(encoding="utf-8").splitlines())
     found = lt.inspect(adapter, base=base).look.modules[0]
     assert float(row["swallowed_bfloat16"]) == found.loss > 0.25
     done = command("inspect", adapter, "--base", base, "--json")
