@@ -54,7 +54,7 @@ _DEAR_SHARE = 0.02
 @opt.option("--base", metavar="BASE", section="Output",
             help="How strong beside BASE, and what a merge would swallow; reads both.")  # fmt: skip
 @opt.option("--csv", metavar="FILE", section="Output",
-            help="Write them to FILE, one row per module; without --base implies --spectrum.")  # fmt: skip
+            help="Write them to FILE, one row per module; alone implies --spectrum.")  # fmt: skip
 @opt.option("--plot", metavar="FILE.png|.svg", section="Output",
             help="Draw them; implies --spectrum. Needs matplotlib.")  # fmt: skip
 @opt.option("--tensors", is_flag=True, section="Output", help="List every tensor.")
