@@ -16,7 +16,7 @@ from loratool.errors import UsageError
 
 COMMANDS = {
     "inspect": "What a file holds: method, base, ranks, cost. Headers only.",
-    "merge": "Put adapters into base weights, rounded once, loss shown.",
+    "merge": "Put adapters into base weights, or with each other; loss shown.",
     "extract": "Make a low-rank adapter from a full fine-tune.",
     "subtract": "Take adapters out of merged weights, or of another adapter.",
     "compress": "Fewer ranks, the best ones, loss shown. No base needed.",

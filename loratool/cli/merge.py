@@ -40,7 +40,7 @@ _MENTION_FLOAT32 = 0.01
 @click.command(
     cls=opt.Command,
     name="merge",
-    short_help="Put adapters into base weights, rounded once, loss shown.",
+    short_help="Put adapters into base weights, or with each other; loss shown.",
     examples=(
         "loratool merge ./style --base ./model -o ./merged",
         "loratool merge ./style:0.8 ./sql:0.5 --base auto -o ./merged  # base from the adapters",
