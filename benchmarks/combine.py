@@ -21,9 +21,10 @@ RANK = 16
 
 
 class Net(torch.nn.Module):
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, modules: int) -> None:
         super().__init__()
-        self.q_proj = torch.nn.Linear(size, size, bias=False)
+        for i in range(modules):
+            setattr(self, f"m{i}", torch.nn.Linear(size, size, bias=False))
 
 
 def timed(work: Callable[[], object]) -> float:
@@ -32,16 +33,19 @@ def timed(work: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
-def beside_peft(folder: Path, size: int, count: int, repeats: int) -> None:
-    """Times of the arithmetic and of the whole command; PEFT's has no reading and writing."""
+def beside_peft(
+    folder: Path, size: int, count: int, repeats: int, modules: int, methods: list[str]
+) -> None:
+    """Times of our whole command and of PEFT's arithmetic, without reading and writing."""
     import peft
 
-    shapes = {"q_proj": (size, size)}
+    shapes = {f"m{i}": (size, size) for i in range(modules)}
     paths = [
         save_adapter(folder / f"a{i}", random_factors(shapes, rank=RANK, seed=9 * i))
         for i in range(count)
     ]
-    model = peft.PeftModel.from_pretrained(Net(size), str(paths[0]), adapter_name="a0")
+    net = Net(size, modules)
+    model = peft.PeftModel.from_pretrained(net, str(paths[0]), adapter_name="a0")
     for i, path in enumerate(paths[1:], 1):
         model.load_adapter(str(path), adapter_name=f"a{i}")
     names, weights = [f"a{i}" for i in range(count)], [0.1] * count
@@ -49,6 +53,8 @@ def beside_peft(folder: Path, size: int, count: int, repeats: int) -> None:
         ("svd", "svd", {}),
         ("ties-peft", "ties_svd", {"density": 0.2}),
     ):
+        if ours not in methods:
+            continue
         mine, peers = [], []
         for turn in range(repeats):
             out = folder / f"{ours}{turn}"
@@ -97,6 +103,8 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--cuda", action="store_true")
     parser.add_argument("--size", type=int, default=4096)
+    parser.add_argument("--modules", type=int, default=1)
+    parser.add_argument("--methods", nargs="+", default=["svd", "ties-peft"])
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--dir", type=Path, default=None, help="where files go, such as /dev/shm")
@@ -105,4 +113,4 @@ if __name__ == "__main__":
         if args.cuda:
             into_base(Path(temporary), args.layers, 8)
         else:
-            beside_peft(Path(temporary), args.size, 10, args.repeats)
+            beside_peft(Path(temporary), args.size, 10, args.repeats, args.modules, args.methods)
