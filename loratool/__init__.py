@@ -16,6 +16,7 @@ _EXPORTS = {
     "inspect": "loratool.api",
     "merge": "loratool.api",
     "open": "loratool.api",
+    "pull": "loratool.api",
     "subtract": "loratool.api",
     "swap": "loratool.api",
     "verify": "loratool.api",
@@ -30,6 +31,7 @@ __all__ = [
     "inspect",
     "merge",
     "open",
+    "pull",
     "subtract",
     "swap",
     "verify",
@@ -40,6 +42,7 @@ if TYPE_CHECKING:
     from loratool.api.extract import extract
     from loratool.api.inspect import inspect, open
     from loratool.api.merge import merge
+    from loratool.api.pull import pull
     from loratool.api.subtract import subtract, swap
     from loratool.api.verify import verify
     from loratool.errors import LoratoolError

@@ -7,7 +7,8 @@ from loratool.api.demo import demo
 from loratool.api.extract import extract
 from loratool.api.inspect import inspect, open
 from loratool.api.merge import merge
+from loratool.api.pull import pull
 from loratool.api.subtract import subtract, swap
 from loratool.api.verify import verify
 
-__all__ = ["demo", "extract", "inspect", "merge", "open", "subtract", "swap", "verify"]
+__all__ = ["demo", "extract", "inspect", "merge", "open", "pull", "subtract", "swap", "verify"]

@@ -21,13 +21,14 @@ COMMANDS = {
     "subtract": "Take adapters out of merged weights, bit for bit with an undo file.",
     "swap": "Exchange one merged adapter for another, in one rounding.",
     "verify": "Recompute a merge and compare, bit by bit.",
+    "pull": "Fetch an adapter from the Hub, every byte verified.",
     "demo": "A tour on a small built-in model, offline.",
     "completion": "Print the completion script for a shell.",
 }
 """Command -> what it does in one line; the module of the same name holds it."""
 
 LATER = (
-    "check", "compare", "compress", "convert", "pull", "push", "rescale", "run",
+    "check", "compare", "compress", "convert", "push", "rescale", "run",
 )  # fmt: skip
 """Commands of the plan that this version does not have."""
 

@@ -160,6 +160,18 @@ def parse_hub(text: str) -> HubReference | None:
     return HubReference(match["repo"], unquote(revision) if revision else None, sub)
 
 
+def parse_reference(text: str) -> HubReference:
+    """A repository where only the Hub can be meant: ``hf://…`` or ``owner/name[@revision]``.
+
+    Raises:
+        UsageError: LT-263 malformed, LT-264 a token.
+    """
+    _refuse_token(text)
+    reference = parse_hub(text if text.startswith("hf://") else f"hf://{text}")
+    assert reference is not None
+    return reference
+
+
 def resolve(text: str, *, kind: str, offline: bool = False, yes: bool = False) -> Resolved:
     """Find a source on this machine, fetching it from the Hub if need be.
 

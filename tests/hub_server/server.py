@@ -39,7 +39,7 @@ ROUTES = [
 ]
 
 
-class Refused(Exception):
+class RefusedError(Exception):
     """An error answer."""
 
     def __init__(self, status: int, message: str, code: str | None = None, **more: Any) -> None:
@@ -76,8 +76,8 @@ class Handler(BaseHTTPRequestHandler):
                         answer = (self.fault.status, b"{}", self.fault.headers)
                     self.send(*answer)
                     return
-            raise Refused(404, "no such route")
-        except Refused as error:
+            raise RefusedError(404, "no such route")
+        except RefusedError as error:
             headers = {"X-Error-Message": str(error.body["error"])}
             if error.code:
                 headers["X-Error-Code"] = error.code
@@ -120,24 +120,24 @@ class Handler(BaseHTTPRequestHandler):
             return None
         name = self.state.users.get(auth.removeprefix("Bearer "))
         if name is None:
-            raise Refused(401, "Invalid credentials in Authorization header")
+            raise RefusedError(401, "Invalid credentials in Authorization header")
         return name
 
     def repo(self, name: str, *, write: bool = False, files: bool = False) -> Repo:
         user, repo = self.user(), self.state.repos.get(name)
         own = user == name.split("/")[0]
         if repo is None or (repo.private and not own):
-            raise Refused(404 if user else 401, "Repository not found", "RepoNotFound")
+            raise RefusedError(404 if user else 401, "Repository not found", "RepoNotFound")
         if files and repo.gated and not own:
-            raise Refused(403 if user else 401, "Access is restricted", "GatedRepo")
+            raise RefusedError(403 if user else 401, "Access is restricted", "GatedRepo")
         if write and not own:
-            raise Refused(403 if user else 401, "You don't have the rights")
+            raise RefusedError(403 if user else 401, "You don't have the rights")
         return repo
 
     def sha(self, repo: Repo, revision: str | None) -> str:
         sha = repo.resolve(revision or "main")
         if sha is None:
-            raise Refused(404, "Invalid rev id", "RevisionNotFound")
+            raise RefusedError(404, "Invalid rev id", "RevisionNotFound")
         return sha
 
     # --------------------------------------------------------------------------- reads
@@ -145,7 +145,7 @@ class Handler(BaseHTTPRequestHandler):
     def do_whoami(self) -> Any:
         user = self.user()
         if user is None:
-            raise Refused(401, "Invalid username or password.")
+            raise RefusedError(401, "Invalid username or password.")
         auth = {"type": "access_token", "accessToken": {"displayName": "t", "role": "write"}}
         return 200, {"type": "user", "id": "1", "name": user, "fullname": user, "isPro": False,
                      "orgs": [], "auth": auth}  # fmt: skip
@@ -194,7 +194,7 @@ class Handler(BaseHTTPRequestHandler):
         data = repo.commits[sha].get(file)
         head = {"X-Repo-Commit": sha}
         if data is None:
-            raise Refused(404, "Entry not found", "EntryNotFound")
+            raise RefusedError(404, "Entry not found", "EntryNotFound")
         if not is_lfs(file, len(data)):
             return self.ranged(data, {**head, "ETag": f'"{git_sha(data)}"'})
         self.state.objects[sha256(data)] = data
@@ -226,9 +226,9 @@ class Handler(BaseHTTPRequestHandler):
         name = f"{owner}/{ask['name']}"
         url = f"{self.origin}/{name}"
         if user is None or owner != user:
-            raise Refused(403 if user else 401, "You don't have the rights")
+            raise RefusedError(403 if user else 401, "You don't have the rights")
         if name in self.state.repos:
-            raise Refused(409, "You already created this model repo", url=url)
+            raise RefusedError(409, "You already created this model repo", url=url)
         is_private = ask.get("visibility") == "private" or ask.get("private") is True
         self.state.add_repo(name, private=is_private)
         return 200, {"url": url, "name": name, "id": "1"}
@@ -277,7 +277,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_verify(self, oid: str) -> Any:
         if sha256(self.state.objects.get(oid, b"")) != oid:
-            raise Refused(400, "the object's sha256 is another")
+            raise RefusedError(400, "the object's sha256 is another")
         return 200, {}
 
     def do_commit(self, id: str, rev: str) -> Any:
@@ -287,7 +287,7 @@ class Handler(BaseHTTPRequestHandler):
         lines = [json.loads(line) for line in self.body.splitlines() if line]
         header = lines[0]["value"]
         if header.get("parentCommit") not in (None, parent):
-            raise Refused(412, "A commit has happened since. Please refresh and try again.")
+            raise RefusedError(412, "A commit has happened since. Please refresh and try again.")
         tree = dict(repo.commits[parent])
         for line in lines[1:]:
             value = line["value"]
@@ -311,7 +311,7 @@ class Handler(BaseHTTPRequestHandler):
     def do_branch(self, id: str, rev: str) -> Any:
         repo = self.repo(id, write=True)
         if rev in repo.branches:
-            raise Refused(409, "Reference already exists")
+            raise RefusedError(409, "Reference already exists")
         start = json.loads(self.body or b"{}").get("startingPoint")
         repo.branches[rev] = self.sha(repo, start)
         return 200, {}
