@@ -72,10 +72,11 @@ def _remember(listing: Listing) -> None:
     from huggingface_hub import constants
     from huggingface_hub.file_download import repo_folder_name
 
-    if listing.revision == listing.commit:
+    revision = listing.revision or "main"
+    if revision == listing.commit or ".." in revision.split("/") or revision.startswith("/"):
         return
     folder = repo_folder_name(repo_id=listing.repo_id, repo_type="model")
-    ref = Path(constants.HF_HUB_CACHE, folder, "refs", listing.revision or "main")
+    ref = Path(constants.HF_HUB_CACHE, folder, "refs", revision)
     with plain_errors(listing.repo_id, listing.revision):
         ref.parent.mkdir(parents=True, exist_ok=True)
         ref.write_text(listing.commit)
