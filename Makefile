@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 TEST_ENV := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive HF_HUB_OFFLINE=1
 WORKERS ?= 2
 
-.PHONY: demo test test-hub-old lint types test-slow test-gpu bench clean
+.PHONY: demo test test-hub-old lint types test-slow test-gpu faults fuzz bench clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -42,6 +42,14 @@ test-slow: $(VENV)/.tested
 
 test-gpu: $(VENV)/.tested
 	$(BIN)/python -m pytest -m "gpu"
+
+# Mutated headers, configurations and whole merges; tests/faults/fuzz/atheris_target.py goes further.
+fuzz: $(VENV)/.tested
+	$(TEST_ENV) $(BIN)/python -m pytest -m slow -s tests/faults/test_fuzz.py
+
+# Every crash point and 200 random kills, under strace.
+faults: $(VENV)/.tested
+	$(TEST_ENV) $(BIN)/python -m pytest -s -n 0 tests/faults -k "crash or kill or signal"
 
 bench: $(VENV)/.tested
 	$(BIN)/python benchmarks/merge.py

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _EXPORTS = {
+    "compress": "loratool.api",
     "demo": "loratool.api",
     "extract": "loratool.api",
     "inspect": "loratool.api",
@@ -26,6 +27,7 @@ _EXPORTS = {
 __all__ = [
     "LoratoolError",
     "__version__",
+    "compress",
     "demo",
     "extract",
     "inspect",
@@ -38,6 +40,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from loratool.api.compress import compress
     from loratool.api.demo import demo
     from loratool.api.extract import extract
     from loratool.api.inspect import inspect, open

@@ -10,8 +10,26 @@ lists every number; a test checks it against the raise sites.
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Iterable
 from typing import Any, ClassVar
+
+TOKEN = re.compile(r"hf_[A-Za-z0-9]{20,}")
+"""What access tokens of the Hub look like."""
+
+_LOGIN = re.compile(r"(?<=://)[^/\s@]+@")
+_SECRET_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
+_SHORTEST_SECRET = 8  # shorter values would blank out ordinary words
+
+
+def redact(text: str) -> str:
+    """Blank out Hub tokens, also those of the environment, and ``user:password@`` in URLs."""
+    for name in _SECRET_VARIABLES:
+        secret = os.environ.get(name, "").strip()
+        if len(secret) >= _SHORTEST_SECRET:
+            text = text.replace(secret, "***")
+    return _LOGIN.sub("***@", TOKEN.sub("hf_***", text))
 
 
 class LoratoolError(Exception):
@@ -41,12 +59,12 @@ class LoratoolError(Exception):
         hint: str | None = None,
     ) -> None:
         self.code = code
-        self.what = what
-        self.file = None if file is None else str(file)
-        self.key = None if key is None else str(key)
-        self.expected = None if expected is None else str(expected)
-        self.got = None if got is None else str(got)
-        self.hint = hint
+        self.what = redact(what)
+        self.file = None if file is None else redact(str(file))
+        self.key = None if key is None else redact(str(key))
+        self.expected = None if expected is None else redact(str(expected))
+        self.got = None if got is None else redact(str(got))
+        self.hint = None if hint is None else redact(hint)
         super().__init__(self.message())
 
     def message(self) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -186,6 +186,17 @@ class Plan:
     def read_bytes(self) -> int:
         """Bytes of input tensor data that will be read at least once."""
         return sum(i.nbytes for s in self.steps for i in s.inputs)
+
+    def refs(self) -> Iterator[TensorRef]:
+        """Every tensor of a file that the steps read."""
+        for step in self.steps:
+            sources = list(step.inputs)
+            for part in step.parts:
+                if isinstance(part, DeltaPart):
+                    sources += part.spec.fields.values()
+                else:
+                    sources.append(part.source)
+            yield from (s for s in sources if isinstance(s, TensorRef))
 
     def to_json(self) -> dict[str, Any]:
         """The plan as plain JSON types; bytes become their sha256, paths their last part."""

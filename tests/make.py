@@ -96,10 +96,9 @@ def exact_round(value: Fraction, bits: int, min_exponent: int) -> Fraction:
     """Round to nearest, ties to even, by the definition."""
     if value == 0:
         return Fraction(0)
-    exponent = min_exponent
-    while abs(value) >= Fraction(2) ** (exponent + 1):
-        exponent += 1
-    while exponent > min_exponent and abs(value) < Fraction(2) ** exponent:
+    exponent = value.numerator.bit_length() - value.denominator.bit_length()  # or one more
+    if abs(value) < Fraction(2) ** exponent:
         exponent -= 1
+    exponent = max(exponent, min_exponent)
     unit = Fraction(2) ** (exponent - bits + 1)
     return round(value / unit) * unit  # Python's round of a Fraction is half-to-even

@@ -3,6 +3,7 @@
 Every function returns the report that ``--json`` prints.
 """
 
+from loratool.api.compress import compress
 from loratool.api.demo import demo
 from loratool.api.extract import extract
 from loratool.api.inspect import inspect, open
@@ -11,4 +12,15 @@ from loratool.api.pull import pull
 from loratool.api.subtract import subtract, swap
 from loratool.api.verify import verify
 
-__all__ = ["demo", "extract", "inspect", "merge", "open", "pull", "subtract", "swap", "verify"]
+__all__ = [
+    "compress",
+    "demo",
+    "extract",
+    "inspect",
+    "merge",
+    "open",
+    "pull",
+    "subtract",
+    "swap",
+    "verify",
+]

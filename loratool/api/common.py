@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from loratool import __version__
 from loratool.dtypes import BY_WORD
-from loratool.errors import UsageError
+from loratool.errors import UsageError, redact
 from loratool.ops.memory import MemoryPlan, plan_memory
+from loratool.store.header import HARD_HEADER_BYTES, MAX_HEADER_BYTES
+from loratool.store.rules import FileRules
 
 if TYPE_CHECKING:
     from loratool.engine.run import Progress, RunOptions
     from loratool.plan import Plan
     from loratool.store.source import Resolved
+
+_CUDA_FACTORING_CHUNK = 32 << 20  # page-locked memory is slow to get, and the run takes seconds
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _BINARY = {"k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
@@ -33,6 +41,21 @@ def parse_size(text: str | int | None) -> int | None:
         raise UsageError("LT-213", "not a size", expected="such as 5GB or 512MiB", got=text)
     unit = found[2].lower()
     return int(float(found[1]) * (_BINARY[unit] if found[3] else _UNITS[unit]))
+
+
+def file_rules(max_header: str | int | None, allow_pickle: bool) -> FileRules:
+    """Rules for reading files, from ``--max-header`` and ``--allow-pickle``.
+
+    Raises:
+        UsageError: not a size, or more than any reader of safetensors accepts.
+    """
+    size = parse_size(max_header)
+    if size is not None and not 0 < size <= HARD_HEADER_BYTES:
+        raise UsageError(
+            "LT-290", "--max-header out of range", expected=f"1 to {HARD_HEADER_BYTES} bytes",
+            got=size,
+        )  # fmt: skip
+    return FileRules(MAX_HEADER_BYTES if size is None else size, allow_pickle)
 
 
 def parse_dtype(text: str) -> str | None:
@@ -96,6 +119,7 @@ def plan_resources(
     sample: bool,
     progress: Progress | None,
     block_elements: int | None = None,
+    allow_nonfinite: bool = False,
 ) -> Resources:
     """Decide device, threads and buffers for a plan.
 
@@ -110,6 +134,8 @@ def plan_resources(
         raise UsageError("LT-215", "number of threads", expected="1 or more", got=threads)
     factors = any(step.op == "subtract_and_factor" for step in plan.steps)
     where, reason = resolve_device(device, is_arithmetic=factors)
+    if where.type == "cuda" and factors and chunk_bytes is None:
+        chunk_bytes = _CUDA_FACTORING_CHUNK
     limit = parse_size(max_memory)
     memory = plan_memory(
         plan,
@@ -118,8 +144,23 @@ def plan_resources(
         chunk_bytes=chunk_bytes,
         limit=limit if limit is not None else available_memory(),
     )
-    run = RunOptions(where, memory.threads, memory.chunk_bytes, sample, progress, block_elements)
+    run = RunOptions(
+        where, memory.threads, memory.chunk_bytes, sample, progress, block_elements, allow_nonfinite
+    )
     return Resources(run, memory, str(where), reason)
+
+
+def run_id(plan: Plan, device: str) -> str:
+    """Identity of everything that decides the bytes written: what a rerun may go on with.
+
+    Args:
+        plan: what is done, with the content of its inputs.
+        device: ``cpu`` or ``cuda:0``; which of several does not matter.
+    """
+    from loratool.engine.device import torch_build
+
+    build = (plan.plan_id(), __version__, torch_build(), device.partition(":")[0])
+    return hashlib.sha256(json.dumps(build, sort_keys=True).encode()).hexdigest()
 
 
 def option_values(**options: Any) -> dict[str, Any]:
@@ -127,12 +168,20 @@ def option_values(**options: Any) -> dict[str, Any]:
     return {k: v for k, v in options.items() if v not in (None, False, (), [], "auto")}
 
 
+def recorded_name(path: Path) -> str:
+    """The last part of a path, fit for a file that is published.
+
+    Without secrets; and what is no UTF-8 is escaped, since JSON readers would refuse it.
+    """
+    return redact(path.name.encode("utf-8", "backslashreplace").decode())
+
+
 def content_label(source: Resolved, used: Mapping[str, Any]) -> str:
     """A name for an input in provenance, numbered if already used.
 
     A Hub source has its full reference, ``hf://owner/name@commit/sub``; a path its last part.
     """
-    name = source.path.name or "input"
+    name = recorded_name(source.path) or "input"
     if source.commit:
         name = "hf://" + source.label.replace(f"@{source.commit[:7]}", f"@{source.commit}", 1)
     label, number = name, 1

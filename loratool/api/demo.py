@@ -44,15 +44,16 @@ def demo(folder: str | Path) -> DemoReport:
     def at(name: str) -> str:
         return str(path / name)
 
+    both = (f"{at('style')}:0.8", at("sql"))
     return DemoReport(
         str(path),
         (
             ("inspect", at("style")),
-            ("merge", f"{at('style')}:0.8", at("sql"), "--base", at("base"), "-o", at("merged")),
-            (
-                "verify", at("merged"), "--base", at("base"),
-                "--adapter", f"{at('style')}:0.8", "--adapter", at("sql"),
-            ),
+            ("merge", *both, "--base", at("base"), "-o", at("merged"), "--save-undo",
+             at("undo.safetensors")),
+            ("verify", at("merged")),
+            ("subtract", *both, "--from", at("merged"), "--undo", at("undo.safetensors"), "-o",
+             at("restored")),
             ("extract", at("tuned"), "--base", at("base"), "--rank", "8", "-o", at("lora")),
             ("inspect", at("lora")),
         ),

@@ -2,26 +2,40 @@
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loratool.adapter import Adapter
-from loratool.api.common import Resources, option_values, plan_resources
+from loratool.adapter import AdapterFiles
+from loratool.api.common import (
+    Resources,
+    file_rules,
+    option_values,
+    parse_size,
+    plan_resources,
+    recorded_name,
+    run_id,
+)
+from loratool.api.extract_report import planned_report, written_report
 from loratool.dialects import open_adapter, write_adapter_files
 from loratool.errors import UsageError
-from loratool.ops.assemble import Outcome, assemble
-from loratool.ops.extract import ExtractPlan, plan_extract
+from loratool.ops.assemble import Outcome, assemble, rank_groups
+from loratool.ops.extract import ExtractPlan, group_steps, plan_extract
 from loratool.ops.inputs import Access, OpenedBase, guard_output, open_base
-from loratool.ops.loads import judge_loads
-from loratool.report import ExtractedModule, ExtractReport
+from loratool.ops.rank_options import factor_options
+from loratool.report import ExtractReport
+from loratool.store.adapter_writer import fill_adapter
+from loratool.store.header import build_header
+from loratool.store.output_path import check_output
 from loratool.store.provenance import checkpoint_id, provenance_of
-from loratool.store.writer import check_output
+from loratool.store.stamps import take_stamps
+from loratool.store.writer import StagedOutput
 
 if TYPE_CHECKING:
     from loratool.engine.run import Progress
+    from loratool.store.reader import Stamp
 
 
 def extract(
@@ -29,41 +43,62 @@ def extract(
     *,
     base: str | Path,
     output: str | Path,
-    rank: int,
+    rank: int | str | None = None,
+    energy: float | None = None,
+    error: float | None = None,
+    size: str | int | None = None,
+    max_rank: int | None = None,
     keep: Sequence[str] = (),
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
+    exact: bool = False,
+    save_residual: str | Path | None = None,
     names: str = "v5",
     device: str = "auto",
     threads: int | None = None,
     max_memory: str | int | None = None,
     force: bool = False,
     dry_run: bool = False,
+    restart: bool = False,
     offline: bool = False,
     yes: bool = False,
     provenance: bool = True,
+    max_header: str | int | None = None,
+    allow_pickle: bool = False,
     progress: Progress | None = None,
 ) -> ExtractReport:
-    """Best rank-R approximation of tuned - base, module by module, as a PEFT adapter.
+    """The best low-rank approximation of tuned - base, module by module, as a PEFT adapter.
+
+    Criteria combine: the smallest rank wins.  Without any, the rank is ``auto``.
 
     Args:
         tuned: the fine-tuned checkpoint.
         base: what it was tuned from.
         output: folder to create.
-        rank: rank of every module (cut to its short side).
+        rank: of every module (cut to its short side), or ``auto``: the singular values above the
+            rounding noise of the fine-tune, at most 256.
+        energy: share of Σσ² that every module keeps at least.
+        error: relative Frobenius error that every module has at most.
+        size: bytes of the weights file at most, spent where it captures the most.
+        max_rank: cap.
         keep: ``embeddings``, ``all``, ``none`` or regular expressions: tensors stored whole.
             Small ones (biases, norms) are unless ``none``.
         include: regular expressions; only modules that match are factored, embeddings too.
         exclude: regular expressions of modules that are not factored.
+        exact: singular vectors by a float64 eigendecomposition instead of block Lanczos.
+        save_residual: file to create: with it ``merge --residual`` gives TUNED bit for bit.
         names: ``v5`` (names of transformers 5 in memory) or ``v4`` (names on disk).
         device: ``auto``, ``cpu`` or ``cuda[:n]``.
         threads: workers; None = twice the cores, at most 8.
         max_memory: limit for the planned peak.
         force: replace an earlier loratool output.
         dry_run: plan, write nothing.
+        restart: drop an interrupted run with other options.
         offline: never touch the network.
         yes: agree to large downloads.
         provenance: record inputs and options in the output.
+        max_header: largest header accepted.
+        allow_pickle: pickles may be opened.
         progress: called with (bytes done, bytes in all).
 
     Returns:
@@ -73,11 +108,17 @@ def extract(
         LoratoolError: see ``docs/errors.md``.
     """
     started = time.monotonic()
-    _check_rank(rank)
+    limit = parse_size(size)
+    how = factor_options(
+        rank=rank, energy=energy, error=error, size=limit, max_rank=max_rank, exact=exact
+    )
     if names not in ("v4", "v5"):
         raise UsageError("LT-226", "unknown --names", expected="v4 or v5", got=names)
-    access, target = Access(offline, yes), Path(output)
-    if target.suffix:
+    access, target = Access(offline, yes, file_rules(max_header, allow_pickle)), Path(output)
+    if not dry_run:  # before a long download, not after it
+        guard_output(target, [p for p in map(Path, (tuned, base)) if p.exists()])
+        check_output(target, is_folder=True, force=force)
+    if target.suffix in (".safetensors", ".gguf", ".bin", ".pt"):  # "qwen2.5-lora" is a folder
         raise UsageError(
             "LT-227", "a PEFT adapter is a folder", expected="a folder for -o", got=str(output)
         )
@@ -87,7 +128,7 @@ def extract(
     plan = plan_extract(
         tuned_opened.checkpoint,
         base_opened.checkpoint,
-        rank=rank,
+        how=how,
         include=include,
         exclude=exclude,
         keep=keep,
@@ -102,142 +143,143 @@ def extract(
         sample=dry_run,
         progress=progress,
     )
+    asked = {
+        "rank": "auto" if how.auto else rank, "energy": energy, "error": error, "size": limit,
+        "max_rank": max_rank,
+    }  # fmt: skip
     if dry_run:
-        return _planned(plan, tuned_opened, base_opened, target, rank, started)
-    check_output(target, is_folder=True, force=force)  # before the work, not after it
-    results = _run(plan, resources)
-    label = str(base) if base_opened.resolved.commit else base_opened.resolved.path.name
-    adapter, outcomes = assemble(
-        plan, results, keep=keep, base=base_opened.checkpoint, base_model=label
-    )
-    record: dict[str, Any] = {}
-    if provenance:
-        options = option_values(
-            rank=rank, keep=list(keep), include=list(include), exclude=list(exclude),
-            names=None if names == "v5" else names, device=resources.run.device.type,
-        )  # fmt: skip
-        inputs = {
-            "tuned": checkpoint_id(tuned_opened.checkpoint),
-            "base": checkpoint_id(base_opened.checkpoint),
-        }
-        record = provenance_of("extract", options=options, inputs=inputs)
-    size = _write(adapter, target, record, base_opened, plan.memory_names.values(), force)
-    written = open_adapter(target)  # our own loader must find what was written
-    return _report(plan, outcomes, written, tuned_opened, base_opened, target, rank, size, started)
-
-
-def _check_rank(rank: int) -> None:
-    if isinstance(rank, float):
-        raise UsageError("LT-228", "--rank is a whole number", got=rank, hint="--rank 8")
-    if not 1 <= rank <= 8192:
-        raise UsageError("LT-229", "--rank out of range", expected="1 to 8192", got=rank)
-
-
-def _run(plan: ExtractPlan, resources: Resources) -> list[Any]:
-    from loratool.engine.run import execute
-    from loratool.store.reader import FileReader
-
-    with FileReader() as reader:
-        results = execute(plan.plan, reader, None, resources.run)
-        reader.check_unchanged()
-    return results
-
-
-def _write(
-    adapter: Adapter,
-    target: Path,
-    record: dict[str, Any],
-    base: OpenedBase,
-    base_tensors: Iterable[str],
-    force: bool,
-) -> int:
-    """Write the adapter's files; returns the size of its tensor file."""
-    from loratool.store.adapter_writer import write_adapter
-
-    files = write_adapter_files(
-        adapter, "peft", base_config=base.checkpoint.config, base_tensors=base_tensors
-    )
-    return write_adapter(files, target, record=record, force=force)
-
-
-def _report(
-    plan: ExtractPlan,
-    outcomes: Sequence[Outcome],
-    adapter: Adapter | None,
-    tuned: OpenedBase,
-    base: OpenedBase,
-    target: Path,
-    rank: int,
-    size: int,
-    started: float,
-) -> ExtractReport:
-    factored = [o for o in outcomes if o.fate == "factored"]
-    left = [o for o in outcomes if o.fate == "left_out"]
-    modules = tuple(
-        ExtractedModule(
-            name=plan.memory_names[o.pair.name],
-            family=_family(plan.memory_names[o.pair.name], o.pair.role),
-            shape=o.pair.tuned.shape,
-            rank=o.rank,
-            norm=math.sqrt(o.delta_square),
-            captured_energy=1 - _share(o.residual_square, o.delta_square),
-            relative_error=math.sqrt(_share(o.residual_square, o.delta_square)),
+        return planned_report(
+            plan, tuned_opened, base_opened, target, asked, resources, time.monotonic() - started
         )
-        for o in factored
+    options = option_values(
+        **asked, exact=exact, keep=list(keep), include=list(include), exclude=list(exclude),
+        names=None if names == "v5" else names, device=resources.run.device.type,
+    )  # fmt: skip
+    inputs = {
+        "tuned": checkpoint_id(tuned_opened.checkpoint),
+        "base": checkpoint_id(base_opened.checkpoint),
+    }
+    record = provenance_of("extract", options=options, inputs=inputs)
+    if save_residual is not None:
+        _check_residual_path(Path(save_residual), target, force)
+        inputs_at = [tuned_opened.resolved.path, base_opened.resolved.path]
+        guard_output(Path(save_residual), inputs_at)
+    plan = replace(
+        plan, plan=replace(plan.plan, options=record["options"], inputs=record["inputs"])
     )
-    delta = math.fsum(o.delta_square for o in outcomes)
-    residual = math.fsum(o.residual_square for o in outcomes)
-    low_delta = math.fsum(o.delta_square for o in factored)
-    low_residual = math.fsum(o.residual_square for o in factored)
-    buffers = tuple(
-        o.pair.name for o in outcomes if o.pair.role == "buffer" and o.fate == "left_out"
-    )
-    return ExtractReport(
-        output=str(target),
-        tuned=tuned.resolved.label,
-        base=base.resolved.label,
-        rank=rank,
-        modules=modules,
-        kept=tuple((o.pair.name, o.pair.tuned.nbytes) for o in outcomes if o.fate == "kept"),
-        left_out=tuple(
-            (o.pair.name, o.pair.tuned.shape, o.pair.tuned.nbytes,
-             math.sqrt(_share(o.delta_square, o.weight_square)))
-            for o in left if o.pair.name not in buffers
-        ),
-        identical=sum(o.fate == "identical" for o in outcomes),
-        buffers=buffers,
-        captured_energy=1 - _share(low_residual, low_delta),
-        relative_error=math.sqrt(_share(low_residual, low_delta)),
-        total_relative_error=math.sqrt(_share(residual, delta)),
-        output_bytes=size,
-        seconds=time.monotonic() - started,
-        loads_in=judge_loads(adapter) if adapter is not None else (),
-        warnings=(),
-        notes=plan.notes,
-        dry_run=False,
+    stamps = take_stamps(plan.plan.refs())
+    with StagedOutput(
+        target, is_folder=True, plan_id=run_id(plan.plan, resources.device), force=force,
+        restart=restart, inputs=stamps,
+    ) as staged:  # fmt: skip
+        results = _run(plan, resources, staged, stamps)
+        outcomes, files = _assemble(plan, results, keep, base, base_opened, limit)
+        run_notes = tuple(staged.notes)
+        written = fill_adapter(staged, files, record=record if provenance else {})
+    residual = None
+    if save_residual is not None:
+        from loratool.api.residual import save_residual as save
+
+        residual = save(
+            Path(save_residual), adapter=target, base=base, tuned=tuned_opened, access=access,
+            threads=threads, max_memory=max_memory, force=force, provenance=provenance,
+            progress=progress,
+        )  # fmt: skip
+    plan = replace(plan, notes=(*run_notes, *plan.notes))
+    return written_report(
+        plan, outcomes, open_adapter(target), tuned_opened, base_opened, target, asked,
+        resources, written, residual, time.monotonic() - started,
     )  # fmt: skip
 
 
-def _share(part: float, whole: float) -> float:
-    return part / whole if whole > 0 else 0.0
+def _check_residual_path(path: Path, target: Path, force: bool) -> None:
+    """Refuse before the work what would be refused after it."""
+    if path.suffix != ".safetensors" or target in (path, *path.parents):
+        raise UsageError(
+            "LT-235", "a residual is a .safetensors file outside of the adapter",
+            got=str(path), hint="--save-residual residual.safetensors",
+        )  # fmt: skip
+    check_output(path, is_folder=False, force=force)
 
 
-def _family(name: str, role: str) -> str:
-    return name.rpartition(".")[2] if role == "experts" else name.split(".")[-2]
+def _run(
+    plan: ExtractPlan, resources: Resources, staged: StagedOutput, stamps: Mapping[Path, Stamp]
+) -> list[Any]:
+    """One result per step; modules that an earlier run finished are taken from its journal."""
+    from loratool.engine.device import batch_bytes
+    from loratool.engine.factor_journal import FactorJournal
+    from loratool.engine.run import execute
+    from loratool.store.reader import FileReader
+
+    journal = FactorJournal(staged)
+    grouped, positions = group_steps(plan.plan, batch_bytes(resources.run.device))
+    found: dict[int, Any] = {}
+    todo: list[int] = []
+    for number, step in enumerate(grouped.steps):
+        earlier = journal.take(step)
+        if earlier is None:
+            todo.append(number)
+        else:
+            found |= dict(zip(positions[number], earlier, strict=True))
+    rest = replace(grouped, steps=tuple(grouped.steps[n] for n in todo))
+    with FileReader(stamps) as reader:
+        results = execute(rest, reader, None, resources.run, journal.put)
+        reader.check_unchanged()
+    for number, result in zip(todo, results, strict=True):
+        each = result if isinstance(result, list) else [result]
+        found |= dict(zip(positions[number], each, strict=True))
+    journal.clear()
+    return [found[i] for i in range(len(plan.plan.steps))]
 
 
-def _planned(
+def _assemble(
     plan: ExtractPlan,
-    tuned: OpenedBase,
-    base: OpenedBase,
-    target: Path,
-    rank: int,
-    started: float,
-) -> ExtractReport:
-    outcomes = [
-        Outcome(p, "factored" if p.is_factored else "left_out", 0.0, 0.0, 0.0) for p in plan.pairs
-    ]
-    report = _report(plan, outcomes, None, tuned, base, target, rank, 0, started)
-    from dataclasses import replace
+    results: list[Any],
+    keep: Sequence[str],
+    base: str | Path,
+    base_opened: OpenedBase,
+    limit: int | None,
+) -> tuple[list[Outcome], AdapterFiles]:
+    label = str(base) if base_opened.resolved.commit else recorded_name(base_opened.resolved.path)
 
-    return replace(report, dry_run=True)
+    def build(found: list[Any]) -> tuple[list[Outcome], AdapterFiles]:
+        adapter, outcomes = assemble(
+            plan, found, keep=keep, base=base_opened.checkpoint, base_model=label
+        )
+        files = write_adapter_files(
+            adapter, "peft", base_config=base_opened.checkpoint.config,
+            base_tensors=plan.memory_names.values(),
+        )  # fmt: skip
+        return outcomes, files
+
+    built = build(results)
+    if limit is None or _file_bytes(built[1]) <= limit:
+        return built
+    return build(_spend(plan, results, built[1], limit))
+
+
+def _file_bytes(files: AdapterFiles) -> int:
+    header, _ = build_header([(n, s.dtype, s.shape) for n, s in files.tensors], files.metadata)
+    return len(header) + sum(s.nbytes for _, s in files.tensors)
+
+
+def _spend(plan: ExtractPlan, results: list[Any], files: AdapterFiles, limit: int) -> list[Any]:
+    """Cut every module to what a size budget leaves it; ``files`` holds them uncut."""
+    from loratool.engine.slicing import cut, spend
+
+    groups = [[i for i in g if results[i].factors] for g in rank_groups(plan)]
+    groups = [g for g in groups if g]
+    factors = sum(f.nbytes for g in groups for i in g for f in results[i].factors)
+    # header and kept tensors: lower ranks only make the header shorter
+    fixed = _file_bytes(files) - factors
+    if fixed > limit:
+        raise UsageError(
+            "LT-234", "--size is less than what is stored whole", expected=f"{fixed} bytes or more",
+            got=limit, hint="a larger --size, or --keep none",
+        )  # fmt: skip
+    ranks = spend([[results[i] for i in g] for g in groups], limit - fixed)
+    out = list(results)
+    for group, rank in zip(groups, ranks, strict=True):
+        for i in group:
+            out[i] = cut(results[i], plan.plan.steps[i].args, rank)
+    return out

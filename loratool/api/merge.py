@@ -10,13 +10,25 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loratool.adapter import ReadOptions
-from loratool.api.common import Resources, parse_dtype, parse_size, plan_resources, rounding_args
+from loratool.api.common import (
+    Resources,
+    file_rules,
+    parse_dtype,
+    parse_size,
+    plan_resources,
+    rounding_args,
+    run_id,
+)
 from loratool.api.merge_job import MergeJob, NameOptions, Operation, prepare_merge
-from loratool.api.undo import check_undo, foresee_patches, plan_identity, save_undo_file
+from loratool.api.open_residual import check_partner, open_residual
+from loratool.api.undo import plan_undo, write_undo
+from loratool.engine.grid import CPU_ELEMENTS
 from loratool.ops.bind import BindOptions
-from loratool.ops.inputs import Access
+from loratool.ops.input_notes import base_notes, input_warnings, nonfinite_warning
+from loratool.ops.inputs import Access, guard_output
 from loratool.ops.merge import index_files
 from loratool.report import MergeReport, ModuleLoss, SubtractReport
+from loratool.store.output_path import check_output
 
 if TYPE_CHECKING:
     from loratool.engine.run import Progress
@@ -39,6 +51,7 @@ def merge(
     exact: bool = False,
     rounding: str = "nearest",
     seed: int | None = None,
+    residual: str | Path | None = None,
     untie: bool = False,
     keep_tied: bool = False,
     rename: Sequence[str] = (),
@@ -58,6 +71,9 @@ def merge(
     mha_out_proj: str | None = None,
     moe_layout: str | None = None,
     experts_b_order: str = "rank-major",
+    allow_nonfinite: bool = False,
+    max_header: str | int | None = None,
+    allow_pickle: bool = False,
     progress: Progress | None = None,
     operation: Operation | None = None,
 ) -> MergeReport:
@@ -78,6 +94,7 @@ def merge(
         exact: the correctly rounded result, the same bytes on any machine and device.
         rounding: ``nearest``, or ``stochastic``: small changes survive on average.
         seed: of stochastic rounding; None = 0.
+        residual: file of ``extract --save-residual``: the result is the fine-tune, bit for bit.
         untie: give the output head weights of its own.
         keep_tied: change the shared tensor.
         rename: ``s/a/b/`` expressions on module names.
@@ -97,6 +114,9 @@ def merge(
         mha_out_proj: ``once`` or ``twice``; None = what the trained model computed.
         moe_layout: ``eoi`` or ``eio`` for square experts of unknown origin.
         experts_b_order: ``rank-major`` (PEFT) or ``expert-major``.
+        allow_nonfinite: let NaN and infinity of the inputs pass; they are counted.
+        max_header: largest safetensors header accepted, such as ``"64MB"``.
+        allow_pickle: convert pickles first, in a locked process.
         progress: called with (bytes done, bytes in all).
         operation: what `subtract` and `swap` do with the same engine.
 
@@ -107,6 +127,10 @@ def merge(
         LoratoolError: see ``docs/errors.md``.
     """
     started = time.monotonic()
+    if not dry_run:  # before a long download, not after it
+        target = Path(output)
+        guard_output(target, [p for p in map(Path, (*adapters, base)) if p.exists()])
+        check_output(target, is_folder=target.suffix != ".safetensors", force=force)
     names = NameOptions(
         BindOptions(
             tuple(rename), tuple(skip), allow_unmatched, untie, keep_tied,
@@ -114,51 +138,57 @@ def merge(
         ),
         ReadOptions(alpha, rank_from, mha_out_proj, moe_layout, experts_b_order),
     )  # fmt: skip
+    rest = None
+    if residual is not None:
+        rest, names = open_residual(residual, adapters, names, dtype, rounding)
     job = prepare_merge(
         adapters,
         base=base,
         weights=weights,
         mean=mean,
         names=names,
-        access=Access(offline, yes),
+        access=Access(offline, yes, file_rules(max_header, allow_pickle)),
         dtype=parse_dtype(dtype),
         shard_bytes=parse_size(shard_size),
         output=Path(output),
         with_provenance=provenance,
-        rounding=rounding_args(exact, rounding, seed),
+        rounding=rounding_args(exact or rest is not None, rounding, seed),
         operation=operation,
         checksum=checksum,
+        residual=rest,
     )
-    undo = None if save_undo is None else Path(save_undo)
-    if undo is not None:
-        check_undo(job, undo, dtype=dtype, force=force)
-    resources, patching = (
-        None if plan is None else plan_resources(
-            plan,
-            block_elements=job.block_elements,
-            device=device,
-            threads=threads,
-            max_memory=max_memory,
-            chunk_bytes=chunk_bytes,
-            sample=dry_run,
-            progress=progress,
-        )
-        for plan in (job.merge.plan, None if undo is None else foresee_patches(job))
-    )  # fmt: skip
-    assert resources is not None
+    if rest is not None:
+        check_partner(rest, job.adapters[0])
+        job = replace(job, block_elements=CPU_ELEMENTS)
+    resources_for = partial(
+        plan_resources,
+        block_elements=job.block_elements,
+        device=device,
+        threads=threads,
+        max_memory=max_memory,
+        chunk_bytes=chunk_bytes,
+        sample=dry_run,
+        progress=progress,
+        allow_nonfinite=allow_nonfinite,
+    )
+    resources = resources_for(job.merge.plan)
+    undo, before_commit, peak = None, None, resources.memory.peak_bytes
+    if save_undo is not None:
+        identity = run_id(job.merge.plan, resources.device)
+        undo = plan_undo(job, Path(save_undo), identity, dtype=dtype, force=force)
+        patching = resources_for(undo.plan)
+        before_commit = partial(write_undo, job, undo, patching)
+        peak = max(peak, patching.memory.peak_bytes)
+    run_notes: list[str] = []
     if dry_run:
         results = _predict(job, resources)
     else:
-        after = None
-        if undo is not None and patching is not None:
-            after = partial(save_undo_file, job, resources, patching, path=undo, force=force)
-        results = _write(job, resources, after, force=force, restart=restart)
-    report = _report(job, resources, results, dry_run=dry_run, started=started)
-    if undo is None or patching is None:
+        results, run_notes = _write(job, resources, before_commit, force=force, restart=restart)
+    report = _report(job, resources, results, run_notes, dry_run=dry_run, started=started)
+    if undo is None:
         return report
-    peak = max(report.peak_memory_bytes, patching.memory.peak_bytes)
-    size = 0 if dry_run else undo.stat().st_size
-    return replace(report, undo=str(undo), undo_bytes=size, peak_memory_bytes=peak)
+    size = 0 if dry_run else undo.path.stat().st_size
+    return replace(report, undo=str(undo.path), undo_bytes=size, peak_memory_bytes=peak)
 
 
 def _predict(job: MergeJob, resources: Resources) -> list[Any]:
@@ -176,24 +206,29 @@ def _write(
     *,
     force: bool,
     restart: bool,
-) -> list[Any]:
+) -> tuple[list[Any], list[str]]:
+    """Write the output; returns the steps' results and notes about an interrupted run."""
     from loratool.engine.run import execute
     from loratool.engine.sink import CheckpointSink
     from loratool.store.jsonfile import dump_json
     from loratool.store.reader import FileReader
+    from loratool.store.stamps import take_stamps
     from loratool.store.writer import MARKER, StagedOutput
 
     assert job.output is not None
     plan = job.merge.plan
     is_folder = job.base.checkpoint.is_folder
+    stamps = take_stamps(plan.refs())
     output = StagedOutput(
         job.output,
         is_folder=is_folder,
-        plan_id=plan_identity(job, resources),
+        plan_id=run_id(plan, resources.device),
         force=force,
         restart=restart,
+        inputs=stamps,
+        need_bytes=plan.output_bytes + sum(len(s.read()) for s in job.sidecars),
     )
-    with output, FileReader() as reader:
+    with output, FileReader(stamps) as reader:
         sink = CheckpointSink(plan, output)
         results = execute(plan, reader, sink, resources.run)
         reader.check_unchanged()
@@ -207,11 +242,17 @@ def _write(
             for name, index in index_files(plan, job.checkpoint).items():
                 output.write_file(name, dump_json(index))
         output.commit()
-    return results
+    return results, output.notes
 
 
 def _report(
-    job: MergeJob, resources: Resources, results: Sequence[Any], *, dry_run: bool, started: float
+    job: MergeJob,
+    resources: Resources,
+    results: Sequence[Any],
+    run_notes: Sequence[str],
+    *,
+    dry_run: bool,
+    started: float,
 ) -> MergeReport:
     from loratool.ops.loss import WARN_LOSS, module_losses
 
@@ -225,7 +266,18 @@ def _report(
     warnings = list(job.warnings)
     if loss > WARN_LOSS:
         warnings.append(_loss_warning(total, modules, dry_run))
-    notes = [*job.merge.notes, *job.sidecar_notes, *_cast_note(sums), *_exact_note(sums)]
+    warnings += [*input_warnings(job.adapters), *nonfinite_warning(sums)]
+    notes = [
+        *run_notes,
+        *base_notes(() if job.operation.signs else job.adapters, job.base),
+        *job.merge.notes,
+        *job.sidecar_notes,
+        *_cast_note(sums),
+        *_exact_note(sums),
+    ]
+    checked = sum(s.op.startswith("patched_") for s in plan.steps)
+    if checked:
+        notes.append(f"{checked} tensors are the fine-tune's, bit for bit (checked)")
     if job.base.resolved.note:
         notes.insert(0, job.base.resolved.note)
     tokenizer = next((s.origin for s in job.sidecars if s.name == "tokenizer.json"), None)
@@ -233,7 +285,7 @@ def _report(
     return job.operation.report(
         output=str(job.output),
         adapters=tuple({"label": a.resolved.label, "weight": a.weight} for a in job.adapters),
-        base=str(job.base.resolved.path),
+        base=str(job.base.resolved.named),
         base_label=job.base.resolved.label,
         changed=len(job.merge.changed),
         copied=len(job.merge.copied),

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loratool.adapter import ReadOptions
+from loratool.adapter import ReadOptions, TensorRef
 from loratool.api.common import content_label, option_values
 from loratool.dtypes import DTYPES
 from loratool.errors import MismatchError, UsageError
@@ -22,12 +22,14 @@ from loratool.ops.inputs import (
     open_base,
 )
 from loratool.ops.merge import MergePlan, WeightedAdapter, plan_merge
+from loratool.ops.residual import patch_merge
 from loratool.ops.verify import merged_dtype
 from loratool.report import MergeReport
 from loratool.store.checkpoint import Checkpoint
 from loratool.store.provenance import adapter_id, checkpoint_id, provenance_of
 
 if TYPE_CHECKING:
+    from loratool.store.residual_file import Residual
     from loratool.store.sidecar import Sidecar
 
 
@@ -116,12 +118,14 @@ def prepare_merge(
     with_provenance: bool,
     rounding: Mapping[str, Any] | None = None,
     operation: Operation | None = None,
+    residual: Residual | None = None,
     checksum: bool = False,
     like: Checkpoint | None = None,
 ) -> MergeJob:
     """Open, bind and plan; nothing is written.
 
     ``like`` is a finished merge: the plan then casts as it did, whatever ``dtype`` says.
+    ``residual`` turns the plan into one that gives a fine-tune back, bit for bit.
     """
     kind = operation or Operation()
     opened = open_adapters(texts, weights=weights, mean=mean, read=names.read, access=access)
@@ -130,7 +134,8 @@ def prepare_merge(
     opened_base = open_base(str(base), opened, access)
     if output is not None:
         _check_output_form(output, opened_base)
-        guard_output(output, [opened_base.resolved.path, *(a.resolved.path for a in opened)])
+        guard_output(output, [opened_base.resolved.named, *(a.resolved.named for a in opened)])
+        guard_output(output, _files(opened, opened_base))
     bound = tuple(
         WeightedAdapter(o.adapter, o.weight, bind(o.adapter, opened_base.checkpoint, names.bind))
         for o in opened
@@ -151,6 +156,8 @@ def prepare_merge(
         bound, checkpoint, dtype=dtype, shard_bytes=shard_bytes, file_metadata=metadata,
         rounding=rounding,
     )  # fmt: skip
+    if residual is not None:
+        planned = patch_merge(planned, checkpoint, residual)
     given = opened if not kind.signs else []  # what is taken out brings no tokenizer along
     sidecars, notes = _sidecars(given, opened_base.checkpoint, planned)
     plan = replace(planned.plan, options=options, inputs=record["inputs"])
@@ -170,6 +177,13 @@ def prepare_merge(
         kind,
     )
     return job if kind.replan is None else kind.replan(job)
+
+
+def _files(opened: Sequence[OpenedAdapter], base: OpenedBase) -> list[Path]:
+    """The input files themselves: links may lead to other folders than the ones named."""
+    sources = [s for o in opened for spec in o.adapter.specs for s in spec.fields.values()]
+    adapters = {s.file for s in sources if isinstance(s, TensorRef)}
+    return [*sorted(adapters), *(shard.path for shard in base.checkpoint.shards)]
 
 
 def _check_output_form(output: Path, base: OpenedBase) -> None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from loratool.adapter import TensorRef
 from loratool.api.common import Resources
@@ -17,14 +17,36 @@ from loratool.store.provenance import file_id
 from loratool.store.sidecar import REMOVE, plan_sidecars
 from loratool.store.undo import Undo, plan_of
 
-
-def plan_identity(job: MergeJob, resources: Resources) -> str:
-    """What makes two runs write the same bytes: the plan and the kind of device."""
-    return f"{job.merge.plan.plan_id()} {resources.device.partition(':')[0]}"
+if TYPE_CHECKING:
+    from loratool.engine.sink import CheckpointSink
 
 
-def check_undo(job: MergeJob, path: Path, *, dtype: str, force: bool) -> None:
-    """Refuse an undo file that could not be written, before the work.
+@dataclass(frozen=True)
+class UndoJob:
+    """An undo file to be written.
+
+    Attributes:
+        path: where.
+        identity: of the merge's run.
+        replaces: an existing file may go.
+        plan: of the patches, before the merge is written: what memory they will take.
+    """
+
+    path: Path
+    identity: str
+    replaces: bool
+    plan: Plan
+
+
+def plan_undo(job: MergeJob, path: Path, identity: str, *, dtype: str, force: bool) -> UndoJob:
+    """Plan an undo file, or refuse one that could not be written, before the work.
+
+    Args:
+        job: the merge.
+        path: file to write.
+        identity: of the merge's run.
+        dtype: type of the output that was asked for.
+        force: replace an earlier loratool output.
 
     Raises:
         UsageError: the output has another type, or the name is not one of a file.
@@ -32,7 +54,7 @@ def check_undo(job: MergeJob, path: Path, *, dtype: str, force: bool) -> None:
         OutputError: the place is taken or lies in an input.
         DiskError: the folder is missing or not writable.
     """
-    from loratool.store.writer import check_output
+    from loratool.store.output_path import check_output
 
     if path.suffix != ".safetensors":
         raise UsageError("LT-219", "an undo file is a .safetensors file", got=str(path),
@@ -48,42 +70,34 @@ def check_undo(job: MergeJob, path: Path, *, dtype: str, force: bool) -> None:
     assert job.output is not None
     sources = [job.base.resolved.path, *(a.resolved.path for a in job.adapters), job.output]
     guard_output(path, sources)
-    check_output(path, is_folder=False, force=force or plan_of(path) is not None)
-
-
-def foresee_patches(job: MergeJob) -> Plan:
-    """The plan of the patches before the merge is written: what memory they will take."""
+    # An undo file of this very merge is what an interrupted run left: it is made again.
+    replaces = force or plan_of(path) == identity
+    check_output(path, is_folder=False, force=replaces)
     outputs = [s.output for s in job.merge.plan.steps]
     places = {i: TensorRef(Path(o.name), o.name, o.dtype, o.shape, 0, o.nbytes)
               for i, o in enumerate(outputs)}  # fmt: skip
-    return plan_patches(job.merge.plan, job.full_names, job.base.checkpoint, places)[0]
+    plan, _ = plan_patches(job.merge.plan, job.full_names, job.base.checkpoint, places)
+    return UndoJob(path, identity, replaces, plan)
 
 
-def save_undo_file(
-    job: MergeJob, merged: Resources, resources: Resources, sink: Any, path: Path, *, force: bool
-) -> None:
+def write_undo(job: MergeJob, undo: UndoJob, resources: Resources, sink: CheckpointSink) -> None:
     """Write the undo file of a merge whose shards are complete but not yet in place.
 
     Args:
         job: the merge.
-        merged: as the merge ran.
+        undo: of `plan_undo`.
         resources: for the patches.
-        sink: the merge's `loratool.engine.sink.CheckpointSink`.
-        path: file to write.
-        force: replace an earlier loratool output.
+        sink: where the merge has written.
     """
     from loratool.engine.run import execute
     from loratool.store.reader import FileReader
     from loratool.store.undo import PatchSpool
     from loratool.store.writer import StagedOutput
 
-    identity = plan_identity(job, merged)
     merge, checkpoint = job.merge.plan, job.base.checkpoint
     written = {i: sink.written(step) for i, step in enumerate(merge.steps)}
     plan, created = plan_patches(merge, job.full_names, checkpoint, written)
-    # An undo file of this very merge is what an interrupted run left: it is made again.
-    replaces = force or plan_of(path) == identity
-    output = StagedOutput(path, is_folder=False, plan_id=identity, force=replaces, restart=True)
+    output = StagedOutput(undo.path, is_folder=False, plan_id=None, force=undo.replaces)
     with output, FileReader() as reader:
         spool = PatchSpool(output)
         try:
@@ -93,8 +107,9 @@ def save_undo_file(
                 return replace(result, payload=b"")
 
             results = execute(plan, reader, None, resources.run, take)
+            reader.check_unchanged()
             table = undo_table(
-                plan, identity, created, {r.name: r for r in results}, resources.run.elements,
+                plan, undo.identity, created, {r.name: r for r in results}, resources.run.elements,
                 [(a.adapter, a.weight) for a in job.adapters], _base_config(job),
             )  # fmt: skip
             spool.write(table, [s.output.name for s in plan.steps])

@@ -10,15 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loratool.adapter import ReadOptions
-from loratool.api.common import plan_resources
+from loratool.api.common import file_rules, plan_resources
 from loratool.api.merge_job import MergeJob, NameOptions, prepare_merge
 from loratool.ops.bind import BindOptions
-from loratool.ops.inputs import Access
+from loratool.ops.inputs import Access, locate
 from loratool.ops.replay import find_replay, recorded_options
 from loratool.ops.verify import VerifyPlan, plan_verify
 from loratool.report import TensorDifference, VerifyReport
 from loratool.store.checkpoint import open_checkpoint
-from loratool.store.source import resolve
 
 if TYPE_CHECKING:
     from loratool.engine.run import Progress
@@ -47,6 +46,9 @@ def verify(
     mha_out_proj: str | None = None,
     moe_layout: str | None = None,
     experts_b_order: str = "rank-major",
+    allow_nonfinite: bool = False,
+    max_header: str | int | None = None,
+    allow_pickle: bool = False,
     progress: Progress | None = None,
 ) -> VerifyReport:
     """Recompute W + Σ weight·ΔW and compare it with a merged checkpoint, tensor by tensor.
@@ -79,6 +81,9 @@ def verify(
         mha_out_proj: as given to the merge.
         moe_layout: as given to the merge.
         experts_b_order: as given to the merge.
+        allow_nonfinite: as given to the merge.
+        max_header: as given to the merge.
+        allow_pickle: as given to the merge.
         progress: called with (bytes done, bytes in all).
     """
     started = time.monotonic()
@@ -89,8 +94,9 @@ def verify(
         ),
         ReadOptions(alpha, rank_from, mha_out_proj, moe_layout, experts_b_order),
     )  # fmt: skip
-    resolved = resolve(str(merged), kind="base", offline=offline, yes=yes)
-    found = open_checkpoint(resolved.path)
+    access = Access(offline, yes, file_rules(max_header, allow_pickle))
+    resolved = locate(str(merged), kind="base", access=access)
+    found = open_checkpoint(resolved.path, max_header=access.rules.max_header)
     options = recorded_options(found)
     if not adapters or base is None:
         roots = (resolved.path.absolute().parent, Path.cwd())
@@ -106,7 +112,7 @@ def verify(
         weights=weights,
         mean=mean,
         names=names,
-        access=Access(offline, yes),
+        access=access,
         dtype=None,
         shard_bytes=None,
         output=None,
@@ -123,6 +129,7 @@ def verify(
         chunk_bytes=None,
         sample=False,
         progress=progress,
+        allow_nonfinite=allow_nonfinite,
     )
     from loratool.engine.run import execute
     from loratool.store.reader import FileReader

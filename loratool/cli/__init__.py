@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from loratool.errors import LoratoolError
 
 _SIGPIPE_EXIT = 141
+_INTERRUPT, _TERMINATE = "interrupt", "terminate"
+_received: list[str] = []  # the signal of this process, if one came
 
 
 class Terminated(BaseException):
@@ -33,7 +35,12 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     args = list(sys.argv[1:] if argv is None else argv)
     _prepare_streams()
     _catch_signals()
-    sys.exit(run(args))
+    code = run(args)
+    if _received:  # a thread that an interrupted run left behind must not hold the exit up
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def run(args: list[str]) -> int:
@@ -44,24 +51,38 @@ def run(args: list[str]) -> int:
 
     options = args[: args.index("--")] if "--" in args else args
     try:
+        _refuse_secrets(args)
         code = _invoke(args)
         sys.stdout.flush()
         return code
-    except LoratoolError as error:
-        return _report_error(error, options)
-    except click.ClickException as error:
-        return _report_error(_usage_error(error), options)
-    except (KeyboardInterrupt, click.Abort):
-        return _interrupted(130, options)
-    except Terminated:
-        return _interrupted(143, options)
-    except BrokenPipeError:
-        _silence_stdout()
-        return _SIGPIPE_EXIT
-    except MemoryError:
-        return _report_error(_out_of_memory(), options)
-    except Exception as error:
-        return _report_bug(error, options)
+    except BaseException as error:
+        if _received or isinstance(error, (KeyboardInterrupt, Terminated, click.Abort)):
+            return _interrupted(error, options)
+        if isinstance(error, LoratoolError):
+            return _report_error(error, options)
+        if isinstance(error, click.ClickException):
+            return _report_error(_usage_error(error), options)
+        if isinstance(error, BrokenPipeError):
+            _silence_stdout()
+            return _SIGPIPE_EXIT
+        if isinstance(error, MemoryError):
+            return _report_error(_out_of_memory(), options)
+        if isinstance(error, OSError):  # such as a report that goes to a full disk
+            return _report_error(_refused(error), options)
+        if isinstance(error, Exception):
+            return _report_bug(error, options)
+        raise
+
+
+def _refuse_secrets(args: list[str]) -> None:
+    """No argument may hold an access token: process lists and shell histories keep it."""
+    from loratool.errors import TOKEN
+
+    for word in args:
+        if TOKEN.search(word) and not os.path.lexists(word.rpartition(":")[0] or word):
+            from loratool.store.source import refuse_token
+
+            refuse_token(word)
 
 
 def _invoke(args: list[str]) -> int:
@@ -153,6 +174,15 @@ def _usage_error(error: Any) -> LoratoolError:
     return UsageError("LT-204", what[:1].lower() + what[1:], hint=f"{path} --help")
 
 
+def _refused(error: OSError) -> LoratoolError:
+    from loratool.errors import DiskError
+
+    return DiskError(
+        "LT-609", "the system refused to read or write", file=error.filename,
+        got=error.strerror or str(error),
+    )  # fmt: skip
+
+
 def _out_of_memory() -> LoratoolError:
     from loratool.errors import DiskError
 
@@ -161,12 +191,18 @@ def _out_of_memory() -> LoratoolError:
     )
 
 
-def _interrupted(code: int, options: Sequence[str]) -> int:
+def _interrupted(error: BaseException, options: Sequence[str]) -> int:
+    """Report a signal, whatever error it surfaced as; notes say what became of the output."""
+    code = 143 if isinstance(error, Terminated) or _received[:1] == [_TERMINATE] else 130
+    notes = getattr(error, "__notes__", [])
     if "--json" in options:
         what = {"code": "LT-000", "exit_code": code, "what": "interrupted"}
-        _print_json_error(options, what)
+        _print_json_error(options, what | ({"hint": "; ".join(notes)} if notes else {}))
     else:
-        print("interrupted · inputs are unchanged, no output appeared", file=sys.stderr)
+        from loratool.cli.render import safe
+
+        text = " · ".join(["interrupted", "inputs are unchanged", *notes])
+        print(safe(text, cap=4000), file=sys.stderr)
     return code
 
 
@@ -202,18 +238,19 @@ def _silence_stdout() -> None:
 
 def _catch_signals() -> None:
     """The first signal ends the run in order; the second one kills."""
-    signal.signal(signal.SIGINT, _on_interrupt)
-    for name in ("SIGTERM", "SIGHUP"):
-        number = getattr(signal, name, None)
-        if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, _on_terminate)
+    for number in _signals():
+        if number == signal.SIGINT or signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, _on_signal)
 
 
-def _on_interrupt(number: int, _frame: FrameType | None) -> None:
-    signal.signal(number, signal.SIG_DFL)
-    raise KeyboardInterrupt
+def _signals() -> list[int]:
+    names = ("SIGINT", "SIGTERM", "SIGHUP")
+    return [int(getattr(signal, name)) for name in names if hasattr(signal, name)]
 
 
-def _on_terminate(number: int, _frame: FrameType | None) -> None:
-    signal.signal(number, signal.SIG_DFL)
-    raise Terminated
+def _on_signal(number: int, _frame: FrameType | None) -> None:
+    for other in _signals():
+        if signal.getsignal(other) is _on_signal:
+            signal.signal(other, signal.SIG_DFL)
+    _received.append(_INTERRUPT if number == signal.SIGINT else _TERMINATE)
+    raise KeyboardInterrupt if number == signal.SIGINT else Terminated

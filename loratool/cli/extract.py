@@ -26,7 +26,7 @@ from loratool.cli.render import (
 from loratool.cli.voice import Voice, note_lines, warning_lines
 
 if TYPE_CHECKING:
-    from loratool.report import ExtractReport
+    from loratool.report import ExtractedModule, ExtractReport
 
 
 @click.command(
@@ -34,15 +34,25 @@ if TYPE_CHECKING:
     name="extract",
     short_help="Make a low-rank adapter from a full fine-tune.",
     examples=(
-        "loratool extract ./my-sft --base ./model --rank 8 -o ./lora",
+        "loratool extract ./my-sft --base ./model -o ./lora",
+        "loratool extract ./my-sft --base ./model --size 50MB -o ./lora",
         "loratool extract ./my-sft --base ./model --rank 16 --keep embeddings -o ./lora",
+        "loratool extract ./my-sft --base ./model --save-residual ./rest.safetensors -o ./lora",
     ),
 )
 @click.argument("tuned", metavar="TUNED")
 @opt.option("--base", required=True, metavar="BASE", section="Input",
             help="What TUNED was trained from.")  # fmt: skip
-@opt.option("--rank", required=True, type=opt.RankNumber(), section="Input",
-            help="Rank of every module (less where a side is shorter).")  # fmt: skip
+@opt.option("--rank", type=opt.RankNumber(), metavar="R|auto", section="Input",
+            help="Of every module. auto (default): what lies above rounding noise.")  # fmt: skip
+@opt.option("--energy", type=opt.Share(), metavar="E", section="Input",
+            help="Least rank that keeps this share of the energy, per module.")  # fmt: skip
+@opt.option("--error", type=opt.Share(), metavar="E", section="Input",
+            help="Least rank with at most this relative error, per module.")  # fmt: skip
+@opt.option("--size", metavar="SIZE", section="Input",
+            help="Whole weights file at most, such as 50MB, spent where it counts.")  # fmt: skip
+@opt.option("--max-rank", type=opt.WholeNumber("R"), metavar="R", section="Input",
+            help="Cap; 256 for auto and --size by default. The least criterion wins.")  # fmt: skip
 @opt.option("--keep", multiple=True, metavar="embeddings|all|none|REGEX", section="Input",
             help="Store these whole; none = not even biases and norms. Repeatable.")  # fmt: skip
 @opt.option("--include", multiple=True, metavar="REGEX", section="Input",
@@ -51,22 +61,30 @@ if TYPE_CHECKING:
             help="Do not factor modules that match. Repeatable.")  # fmt: skip
 @opt.option("-o", "--output", required=True, metavar="OUT", section="Output",
             help="Folder to create (PEFT).")  # fmt: skip
+@opt.option("--save-residual", metavar="FILE", section="Output",
+            help="What merge --residual needs to give TUNED back, bit for bit.")  # fmt: skip
 @opt.writing
 @opt.resources
 @opt.network
 @opt.general
+@opt.trust
 @opt.option("--names", type=click.Choice(["v5", "v4"]), default="v5", section="Advanced",
             help="Module names of transformers 5 in memory, or of 4.")  # fmt: skip
+@opt.option("--exact", is_flag=True, section="Advanced",
+            help="Float64 eigendecompositions instead of block Lanczos: much slower.")  # fmt: skip
+@opt.option("--restart", is_flag=True, section="Advanced",
+            help="Drop an interrupted run with other options.")  # fmt: skip
 def command(tuned: str, base: str, output: str, **options: Any) -> None:
     """Extract TUNED − BASE as a low-rank adapter: the best one of its rank, module by module.
 
-    Says how much of the change it holds. Small tensors (biases, norms) are kept whole where the
+    The rank follows from the checkpoints' own rounding noise unless you say otherwise. Says how
+    much of the change the adapter holds. Small tensors (biases, norms) are kept whole where the
     adapter can hold them; embeddings and other large ones are left out unless --keep names them.
     """
     from loratool import api
 
     voice = Voice.take(options)
-    voice.announce(f"Extracting {safe(tuned)} − {safe(base)} at rank {options['rank']}")
+    voice.announce(f"Extracting {safe(tuned)} − {safe(base)} at {_criteria(options)}")
     with show_progress(quiet=voice.quiet) as progress:
         report = api.extract(tuned, base=base, output=output, progress=progress, **options)
     result = [] if report.dry_run else [safe(report.output)]
@@ -78,6 +96,13 @@ def command(tuned: str, base: str, output: str, **options: Any) -> None:
     )
 
 
+def _criteria(options: dict[str, Any]) -> str:
+    named = {k: options[k] for k in ("rank", "energy", "error", "size") if options[k] is not None}
+    if not named:
+        named = {"rank": "auto"}
+    return ", ".join(f"{name} {safe(str(value))}" for name, value in named.items())
+
+
 def render(report: ExtractReport, voice: Voice, merge: str) -> Iterator[str]:
     """The report, line by line."""
     yield from note_lines(report.notes, voice)
@@ -87,15 +112,26 @@ def render(report: ExtractReport, voice: Voice, merge: str) -> Iterator[str]:
     yield line("found", *found)
     if report.modules and not report.dry_run:
         yield from _families(report)
+        yield from _noise(report)
     if voice.verbose:
         yield from _modules(report)
     yield from _rest(report)
     yield from warning_lines(report.warnings)
     if report.dry_run:
+        yield line("plan", f"memory ≤ {format_bytes(report.peak_memory_bytes)}",
+                   f"{report.device}: {report.device_reason}")  # fmt: skip
         yield line("dry run", "nothing was written")
         return
     yield line("wrote", f"{safe(report.output)} · {format_bytes(report.output_bytes)} float32",
                format_seconds(report.seconds), tone="good")  # fmt: skip
+    if report.modules:
+        yield line("float16", f"would be {format_bytes(report.float16_bytes)}, relative error "
+                   f"{report.float16_relative_error:.4g} instead of {report.relative_error:.4g}",
+                   tone="dim")  # fmt: skip
+    if report.residual is not None:
+        rest = report.residual
+        yield line("residual", f"{safe(rest.path)} · {format_bytes(rest.nbytes)}: "
+                   f"{rest.elements:,} elements of {plural(rest.patched, 'tensor')}")  # fmt: skip
     if report.loads_in:
         yield loads_line(report.loads_in)
     yield line("next", safe(merge, cap=2000), tone="dim")
@@ -115,16 +151,43 @@ def _families(report: ExtractReport) -> list[str]:
     return table([*rows, total], head, right=(1, 2, 3, 4))
 
 
+def _noise(report: ExtractReport) -> Iterator[str]:
+    """Is what was left out anything but rounding noise?"""
+    judged = [m for m in report.modules if m.is_at_noise is not None]
+    if not judged:
+        return
+    above = [m for m in judged if not m.is_at_noise]
+    if not above:
+        yield line("noise", "what is left out of these matrices is rounding noise")
+        return
+    yield line(
+        "noise",
+        f"{plural(len(above), 'matrix', 'matrices')} of {len(judged)} hold more above the rounding"
+        " noise than was kept; a larger --max-rank keeps it",
+    )
+
+
 def _modules(report: ExtractReport) -> list[str]:
     rows = [
         (
             safe(m.name), format_shape(m.shape), str(m.rank), f"{m.norm:.3g}",
             format_share(m.captured_energy, aligned=True), f"{m.relative_error:.3f}",
+            *_noise_columns(m),
         )
         for m in report.modules
     ]  # fmt: skip
-    head = ("module", "shape", "rank", "‖ΔW‖", "energy", "rel. error")
-    return table(rows, head, right=(2, 3, 4, 5))
+    head: tuple[str, ...] = ("module", "shape", "rank", "‖ΔW‖", "energy", "rel. error")
+    if any(m.noise_rank is not None for m in report.modules):
+        head = (*head, "noise", "noise rank", "99 % rank")
+    return table(rows, head, right=tuple(range(2, len(head))))
+
+
+def _noise_columns(module: ExtractedModule) -> tuple[str, ...]:
+    if module.noise_rank is None or module.noise is None:
+        return ()
+    least = "≥ " if module.noise_rank_is_least else ""
+    energy = "" if module.energy_rank is None else str(module.energy_rank)
+    return (f"{module.noise:.3f}", f"{least}{module.noise_rank}", energy)
 
 
 def _rest(report: ExtractReport) -> Iterator[str]:
@@ -136,6 +199,10 @@ def _rest(report: ExtractReport) -> Iterator[str]:
         size = format_bytes(sum(nbytes for _, _, nbytes, _ in report.left_out))
         names = some([name for name, *_ in report.left_out])
         yield line("left out", f"{names} ({size}; --keep all stores them)", tone="warn")
+    if report.dropped:
+        names = some([name for name, _ in report.dropped])
+        yield line("dropped", f"{names} (rank 0: the change is no more than rounding noise, or"
+                   " too dear for --size)", tone="warn")  # fmt: skip
     if report.buffers:
         yield line("left out", f"buffers that differ: {some(report.buffers)}", tone="warn")
     if report.total_relative_error > report.relative_error * 1.001:

@@ -18,6 +18,7 @@ COMMANDS = {
     "inspect": "What a file holds: method, base, ranks, cost. Headers only.",
     "merge": "Put adapters into base weights, rounded once, loss shown.",
     "extract": "Make a low-rank adapter from a full fine-tune.",
+    "compress": "Fewer ranks, the best ones, loss shown. No base needed.",
     "subtract": "Take adapters out of merged weights, bit for bit with an undo file.",
     "swap": "Exchange one merged adapter for another, in one rounding.",
     "verify": "Recompute a merge and compare, bit by bit.",
@@ -28,7 +29,7 @@ COMMANDS = {
 """Command -> what it does in one line; the module of the same name holds it."""
 
 LATER = (
-    "check", "compare", "compress", "convert", "push", "rescale", "run",
+    "check", "compare", "convert", "push", "rescale", "run",
 )  # fmt: skip
 """Commands of the plan that this version does not have."""
 
@@ -47,10 +48,9 @@ SYNONYMS = {
 
 LATER_OPTIONS = frozenset(
     (
-        "--base", "--blocks", "--csv", "--dequantize", "--energy", "--error",
-        "--for", "--max-rank", "--method", "--module-weights", "--param",
-        "--plot", "--rank", "--requant", "--residual", "--risk", "--save-residual",
-        "--simulate-quant", "--size", "--spectrum", "--to",
+        "--base", "--blocks", "--dequantize", "--for", "--method", "--module-weights",
+        "--param", "--rank", "--requant", "--risk", "--simulate-quant",
+        "--to",
     )
 )  # fmt: skip
 """Options of the plan; a command that does not know one says "not in this version"."""
@@ -60,7 +60,8 @@ EXAMPLES = (
     "loratool merge ./style --base ./model -o ./merged        # into the model",
     "loratool merge ./style:0.8 ./sql:0.5 --base auto -o out  # several, one rounding",
     "loratool verify ./merged --base ./model --adapter ./style",
-    "loratool extract ./my-sft --base ./model --rank 8 -o ./lora",
+    "loratool extract ./my-sft --base ./model -o ./lora",
+    "loratool compress ./r64 --energy 0.99 -o ./small",
 )
 
 

@@ -20,8 +20,9 @@ from loratool.cli.render import (
     some,
     table,
 )
+from loratool.cli.spectrum import spectrum_lines
 from loratool.cli.voice import Voice, note_lines, warning_lines
-from loratool.errors import LoratoolError
+from loratool.errors import LoratoolError, UsageError
 
 if TYPE_CHECKING:
     from loratool.report import AdapterSummary, CheckpointSummary, FolderRow, InspectReport
@@ -41,13 +42,21 @@ _DEAR_SHARE = 0.02
         "loratool inspect ./style",
         "loratool inspect loras/              # one row per file",
         "loratool inspect ./style --tensors",
+        "loratool inspect ./style --spectrum --plot style.png",
         "loratool inspect ./model --json",
     ),
 )
 @click.argument("sources", nargs=-1, required=True, metavar="SOURCE…")
+@opt.option("--spectrum", is_flag=True, section="Output",
+            help="Singular values of every delta; loads the factors.")  # fmt: skip
+@opt.option("--csv", metavar="FILE", section="Output",
+            help="Write them to FILE, one row per module; implies --spectrum.")  # fmt: skip
+@opt.option("--plot", metavar="FILE.png|.svg", section="Output",
+            help="Draw them; implies --spectrum. Needs matplotlib.")  # fmt: skip
 @opt.option("--tensors", is_flag=True, section="Output", help="List every tensor.")
 @opt.option("--offline", is_flag=True, section="General", help="Never touch the network.")
 @opt.general
+@opt.trust
 @opt.option("--alpha", type=float, metavar="A", section="Advanced",
             help="lora_alpha of files that have no configuration.")  # fmt: skip
 def command(sources: tuple[str, ...], **options: Any) -> int:
@@ -63,6 +72,10 @@ def command(sources: tuple[str, ...], **options: Any) -> int:
         report = api.inspect(sources[0], **options)
         voice.show(report, render(report, voice))
         return 0
+    if any(options[name] for name in ("spectrum", "csv", "plot")):
+        raise UsageError(
+            "LT-208", "a spectrum is that of one adapter", got=f"{len(sources)} sources"
+        )
     report, code = _inspect_each(sources, options)
     voice.show(report, render(report, voice))
     return code
@@ -97,7 +110,9 @@ def render(report: InspectReport, voice: Voice) -> Iterator[str]:
         yield from _folder(report.rows)
         return
     if report.adapter is not None:
-        yield from _adapter(report.adapter, voice)
+        yield from _adapter(report.adapter, voice, has_spectrum=report.spectrum is not None)
+    if report.spectrum is not None:
+        yield from spectrum_lines(report.spectrum, voice)
     if report.checkpoint is not None:
         yield from _checkpoint(report.checkpoint)
     yield from note_lines(report.notes, voice)
@@ -115,7 +130,7 @@ def render(report: InspectReport, voice: Voice) -> Iterator[str]:
 # --------------------------------------------------------------------------------- adapters
 
 
-def _adapter(one: AdapterSummary, voice: Voice) -> Iterator[str]:
+def _adapter(one: AdapterSummary, voice: Voice, *, has_spectrum: bool) -> Iterator[str]:
     parameters = format_count(one.factor_parameters)
     if one.replaced_parameters:
         parameters += f" + {format_count(one.replaced_parameters)}"
@@ -125,7 +140,7 @@ def _adapter(one: AdapterSummary, voice: Voice) -> Iterator[str]:
         plural(one.modules, "module"),
         f"{parameters} params",
         f"{format_bytes(one.nbytes)} {_types(one.dtypes)}",
-        "headers only",
+        "" if has_spectrum else "headers only",
     )
     yield line("base", safe(one.base_model) if one.base_model else "not named")
     if one.ranks:

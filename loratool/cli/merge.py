@@ -55,6 +55,8 @@ _MENTION_FLOAT32 = 0.01
 @opt.option("--dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
             default="auto", section="Output",
             help="Cast every float tensor. Default: each keeps its type.")  # fmt: skip
+@opt.option("--residual", metavar="FILE", section="Output",
+            help="Of extract --save-residual: gives the fine-tune back, bit for bit.")  # fmt: skip
 @opt.rounding
 @opt.option("--shard-size", metavar="SIZE", section="Output",
             help="Largest weight file, such as 5GB. Default: the base's shards.")  # fmt: skip
@@ -67,6 +69,8 @@ _MENTION_FLOAT32 = 0.01
 @opt.general
 @opt.reading
 @opt.checkpoint_writing
+@opt.trust
+@opt.nonfinite
 def command(adapters: tuple[str, ...], base: str | None, output: str, **options: Any) -> None:
     """Merge adapters into base weights: W' = W + Σ weight·ΔW, rounded once.
 
@@ -276,12 +280,14 @@ def _again(adapters: Sequence[str], options: Mapping[str, Any]) -> list[str]:
     words = [word for adapter in adapters for word in ("--adapter", adapter)]
     if options["weights"]:
         words += ["--weights", ",".join(format_number(w) for w in options["weights"])]
-    for flag in ("mean", "untie", "keep_tied", "allow_unmatched", "resize_embeddings"):
+    for flag in ("mean", "untie", "keep_tied", "allow_unmatched", "resize_embeddings",
+                 "allow_nonfinite", "allow_pickle"):  # fmt: skip
         if options[flag]:
             words.append("--" + flag.replace("_", "-"))
     for key in ("skip", "rename"):
         words += [word for value in options[key] for word in (f"--{key}", value)]
-    for key in ("alpha", "rank_from", "mha_out_proj", "moe_layout", "experts_b_order"):
+    for key in ("alpha", "rank_from", "mha_out_proj", "moe_layout", "experts_b_order",
+                "max_header"):  # fmt: skip
         if options[key] not in (None, "rank-major"):
             words += [f"--{key.replace('_', '-')}", str(options[key])]
     return words

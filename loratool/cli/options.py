@@ -117,20 +117,41 @@ class WholeNumber(click.ParamType[int]):
         return f"{text!r} is not a whole number above 0"
 
 
-class RankNumber(WholeNumber):
-    """A rank; a fraction is probably meant as a share of energy."""
+class RankNumber(click.ParamType[int | str]):
+    """A rank or ``auto``; a fraction is probably meant as a share of energy."""
 
-    def __init__(self) -> None:
-        super().__init__("R")
+    name = "R|auto"
 
-    def explain(self, text: str) -> str:
-        """Why ``text`` is refused, and what this version lacks."""
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> int | str:
+        """Parse, or say why not."""
+        text = str(value)
         if text == "auto":
-            return "choosing the rank by itself is not in this version: give a number"
-        why = super().explain(text)
+            return text
+        if text.isascii() and text.isdigit() and int(text) > 0:
+            return int(text)
+        why = f"{text!r} is neither a whole number above 0 nor auto"
         if _WEIGHT.fullmatch(text):
-            why += "; choosing a rank by energy (--energy) is not in this version"
-        return why
+            why += "; a share of the energy is --energy"
+        raise click.BadParameter(why, ctx=ctx, param=param)
+
+
+class Share(click.ParamType[float]):
+    """A number between 0 and 1, such as 0.99."""
+
+    name = "SHARE"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        """Parse, or say why not."""
+        text = str(value)
+        if not (_WEIGHT.fullmatch(text) and 0 <= float(text) <= 1):
+            raise click.BadParameter(
+                f"{text!r} is not a number from 0 to 1, such as 0.99", ctx=ctx, param=param
+            )
+        return float(text)
 
 
 def general(command: F) -> F:
@@ -241,6 +262,27 @@ def names(command: F) -> F:
     ):  # fmt: skip
         command = add(command)
     return command
+
+
+def trust(command: F) -> F:
+    """How far input files are trusted."""
+    for add in (
+        option("--allow-pickle", is_flag=True, section="Advanced",
+               help="Convert .bin and .pt files first, in a process that can do nothing else."),
+        option("--max-header", metavar="SIZE", section="Advanced",
+               help="Largest safetensors header accepted. Default: 32MiB."),
+    ):  # fmt: skip
+        command = add(command)
+    return command
+
+
+def nonfinite(command: F) -> F:
+    """``--allow-nonfinite``: `merge` and `verify`."""
+    add = option(
+        "--allow-nonfinite", is_flag=True, section="Advanced",
+        help="Let NaN and infinity of the inputs pass; they are counted.",
+    )  # fmt: skip
+    return add(command)
 
 
 def reading(command: F) -> F:

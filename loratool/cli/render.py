@@ -7,7 +7,6 @@ a file must not be able to move the cursor, hide text or speak in our name.
 from __future__ import annotations
 
 import json
-import re
 import shutil
 import sys
 import unicodedata
@@ -16,14 +15,14 @@ from typing import Any
 
 import click
 
+from loratool.errors import redact
+
 FIELD_CAP = 200
 """Longest piece of foreign text shown, in characters."""
 
 _HIDDEN_CATEGORIES = frozenset({"Cc", "Cf", "Cs", "Co", "Zl", "Zp"})
 _FILLERS = frozenset("\u034f\u115f\u1160\u17b4\u17b5\u3164\uffa0")
 _SHORT = {"\n": "\\n", "\r": "\\r", "\t": "\\t"}
-_TOKEN = re.compile(r"hf_[A-Za-z0-9]{20,}")
-_LOGIN = re.compile(r"(?<=://)[^/\s@]+@")
 _LABEL_WIDTH = 10
 
 
@@ -45,11 +44,6 @@ def safe(text: object, *, cap: int = FIELD_CAP) -> str:
         found = found[: 4 * cap]  # no need to escape a megabyte; room for redaction to shorten it
     found = "".join(_escape(c) if _is_hidden(c) else c for c in redact(found))
     return found if len(found) <= cap else found[: cap - 1] + "…"
-
-
-def redact(text: str) -> str:
-    """Blank out Hub tokens and ``user:password@`` in URLs."""
-    return _LOGIN.sub("***@", _TOKEN.sub("hf_***", text))
 
 
 def _is_hidden(char: str) -> bool:

@@ -43,6 +43,8 @@ if TYPE_CHECKING:
 @opt.general
 @opt.reading
 @opt.checkpoint_writing
+@opt.trust
+@opt.nonfinite
 def command(adapters: tuple[str, ...], merged: str | None, output: str, **options: Any) -> None:
     """Take ADAPTERs out of MERGED: W = W' - Σ weight·ΔW, rounded once.
 

@@ -33,6 +33,8 @@ from loratool.cli.voice import Voice, warning_lines
 @opt.general
 @opt.reading
 @opt.checkpoint_writing
+@opt.trust
+@opt.nonfinite
 def command(old: str, new: str, merged: str, output: str, **options: Any) -> None:
     """Take OLD out of MERGED and put NEW in: W'' = W' - ΔW_old + ΔW_new, rounded once.
 

@@ -41,6 +41,8 @@ EXIT_DIFFERS = 10
 @opt.network
 @opt.general
 @opt.reading
+@opt.trust
+@opt.nonfinite
 def command(merged: str, base: str | None, adapters: tuple[str, ...], **options: Any) -> int:
     """Recompute the merge of ADAPTERs into BASE and compare it with MERGED.
 

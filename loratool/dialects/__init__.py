@@ -17,6 +17,7 @@ from loratool.dialects.base import Candidate, Dialect, examine
 from loratool.dialects.peft import unmergeable_reason
 from loratool.dialects.peft_new import task_type_of
 from loratool.errors import MismatchError, UsageError
+from loratool.store.header import MAX_HEADER_BYTES
 
 __all__ = [
     "BY_NAME",
@@ -59,13 +60,16 @@ DIALECTS: tuple[Dialect, ...] = (
 BY_NAME: dict[str, Dialect] = {row.name: row for row in DIALECTS}
 
 
-def open_adapter(path: Path, options: ReadOptions | None = None) -> Adapter:
+def open_adapter(
+    path: Path, options: ReadOptions | None = None, *, max_header: int = MAX_HEADER_BYTES
+) -> Adapter:
     """Read an adapter into the neutral form: headers and configuration, no tensor bytes.
 
     Args:
         path: adapter folder or tensor file.  A file named ``adapter_model.safetensors`` takes
             the ``adapter_config.json`` beside it.
         options: what the files do not say.
+        max_header: largest safetensors header accepted, in bytes.
 
     Raises:
         BadFileError: LT-3nn, a damaged or contradictory file.
@@ -77,7 +81,7 @@ def open_adapter(path: Path, options: ReadOptions | None = None) -> Adapter:
         >>> open_adapter(Path("style")).specs[0].name  # doctest: +SKIP
         'model.layers.0.self_attn.q_proj.weight'
     """
-    candidate = examine(path)
+    candidate = examine(path, max_header=max_header)
     row = detect(candidate)
     if not row.read:
         kind = f"{row.title} {looks.gguf_kind(candidate)}" if row.name == "gguf" else row.title

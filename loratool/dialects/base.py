@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -12,8 +13,8 @@ from typing import Any, Protocol, cast
 
 from loratool.adapter import Adapter, AdapterFiles, ReadOptions
 from loratool.errors import BadFileError, DiskError, UnsafeContentError, list_some
-from loratool.store.foreign import open_regular
-from loratool.store.header import Header, read_header
+from loratool.store.foreign import PICKLE_HINT, open_regular
+from loratool.store.header import MAX_HEADER_BYTES, Header, read_header
 from loratool.store.jsonfile import load_json
 from loratool.store.layout import is_pickle_name
 
@@ -61,6 +62,7 @@ class Candidate:
         config_path: where it was read from.
         weights: the safetensors file, None if there is none.
         head: first bytes of a file in another format.
+        max_header: largest header accepted, in bytes.
     """
 
     path: Path
@@ -70,21 +72,23 @@ class Candidate:
     config_path: Path | None = None
     weights: Path | None = None
     head: bytes = b""
+    max_header: int = MAX_HEADER_BYTES
 
     @cached_property
     def header(self) -> Header | None:
         """Header of `weights`, read when the configuration alone does not tell the dialect."""
-        return None if self.weights is None else read_header(self.weights)
+        if self.weights is None:
+            return None
+        return read_header(self.weights, max_bytes=self.max_header)
 
-    @property
+    @cached_property
     def keys(self) -> tuple[str, ...]:
         """Tensor names, in file order."""
         return () if self.header is None else tuple(ref.name for ref in self.header.tensors)
 
     def has_key(self, pattern: str) -> bool:
         """True if a regular expression is found in a tensor name."""
-        compiled = re.compile(pattern)
-        return any(compiled.search(key) for key in self.keys)
+        return any(map(re.compile(pattern).search, self.keys))
 
 
 @dataclass(frozen=True)
@@ -120,17 +124,25 @@ class Dialect:
         return cast(Writer, _resolve(self.write))
 
 
-def examine(path: Path) -> Candidate:
+def examine(path: Path, *, max_header: int = MAX_HEADER_BYTES) -> Candidate:
     """Look at a path: a folder with an adapter in it, or one file.
 
     A file named ``adapter_model.safetensors`` belongs to the configuration beside it.
+
+    Args:
+        path: folder or file.
+        max_header: largest safetensors header accepted, in bytes.
 
     Raises:
         BadFileError: nothing there, damaged, or no weights (LT-360).
         UnsafeContentError: only pickles (LT-920); they are not opened.
     """
     if path.is_dir():
-        return _examine_folder(path)
+        return _examine_folder(path, max_header)
+    return _examine_file(path, max_header)
+
+
+def _examine_file(path: Path, max_header: int) -> Candidate:
     names = (path.name,)
     if path.suffix == ".gguf":
         with open_regular(path) as file:
@@ -140,9 +152,10 @@ def examine(path: Path) -> Candidate:
     if is_pickle_name(path.name) and path.is_file():
         _refuse_pickle(path, names)
     beside = path.with_name(CONFIG_NAME)
-    if path.name == _WEIGHT_NAMES[0] and beside.is_file():
-        return Candidate(path, path.parent, names, load_json(beside), beside, path)
-    return Candidate(path, None, names, weights=path)
+    if path.name == _WEIGHT_NAMES[0] and os.path.lexists(beside):
+        config = load_json(beside)
+        return Candidate(path, path.parent, names, config, beside, path, max_header=max_header)
+    return Candidate(path, None, names, weights=path, max_header=max_header)
 
 
 def list_folder(folder: Path) -> list[Path]:
@@ -157,8 +170,10 @@ def list_folder(folder: Path) -> list[Path]:
         raise DiskError("LT-601", "cannot read", file=folder, got=error.strerror) from error
 
 
-def _examine_folder(folder: Path) -> Candidate:
-    names = tuple(path.name for path in list_folder(folder) if path.is_file())
+def _examine_folder(folder: Path, max_header: int) -> Candidate:
+    # What has a name of ours and is no file must be refused, not overlooked.
+    ours = (CONFIG_NAME, *_WEIGHT_NAMES)
+    names = tuple(p.name for p in list_folder(folder) if p.name in ours or p.is_file())
     config_path = folder / CONFIG_NAME if CONFIG_NAME in names else None
     config = None if config_path is None else load_json(config_path)
     known = [n for n in _WEIGHT_NAMES if n in names]
@@ -168,8 +183,10 @@ def _examine_folder(folder: Path) -> Candidate:
     if not known and config is None and len(others) == 1:
         known = others
     if known:
-        found = examine(folder / known[0])
-        return Candidate(folder, folder, names, config, config_path, found.weights, found.head)
+        found = _examine_file(folder / known[0], max_header)
+        return Candidate(
+            folder, folder, names, config, config_path, found.weights, found.head, max_header
+        )
     if _LITGPT in names:
         return Candidate(folder, folder, names, config, config_path)
     pickles = [n for n in names if is_pickle_name(n) and not _NO_WEIGHTS.match(n)]
@@ -186,7 +203,7 @@ def _refuse_pickle(path: Path, names: tuple[str, ...] | list[str]) -> None:
     raise UnsafeContentError(
         "LT-920", "the weights are a pickle, which can run code: not opened", file=path,
         expected="safetensors", got=list_some(names),
-        hint="get the safetensors file, or convert it in a place you trust",
+        hint=PICKLE_HINT,
     )  # fmt: skip
 
 

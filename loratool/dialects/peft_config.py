@@ -13,7 +13,7 @@ from loratool.dialects.peft_patterns import Patterns
 from loratool.errors import BadFileError, MismatchError
 
 DEFAULT_RANK = 8  # of peft.LoraConfig, for r and lora_alpha alike
-MAX_RANK = 1 << 24  # more columns than any layer has
+MAX_RANK = 8192  # of one module or expert; no method that is known goes so far
 MAX_ALPHA = 1e30  # far from overflow when it is multiplied with float32 factors
 MAX_LAYERS = 10_000
 # Initialisations that leave the base as it is.

@@ -16,7 +16,7 @@ _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 _MODULE = r"(?:(?P<module>.+)\.)?"
 _NAME = r"(?:\.(?P<name>(?!weight$|bias$)[^.]+))?"
 _ROLES: tuple[tuple[str, re.Pattern[str]], ...] = tuple(
-    (role, re.compile(_MODULE + pattern))
+    (role, re.compile(_MODULE + pattern, re.DOTALL))
     for role, pattern in (
         ("lora_A", rf"lora_A{_NAME}\.weight"),
         ("lora_B", rf"lora_B{_NAME}\.weight"),
@@ -34,7 +34,7 @@ _TRAINING = re.compile(
     r"(?:\.|$)"
 )
 _ORIGINAL = re.compile(r"(?:^|\.)original_module\.")
-_SAVED = re.compile(_MODULE + r"modules_to_save\.(?P<rest>.+)")
+_SAVED = re.compile(_MODULE + r"modules_to_save\.(?P<rest>.+)", re.DOTALL)
 _UNKNOWN_LORA = re.compile(r"(?:^|\.)lora_[A-Za-z_]+(?:\.[^.]+)?(?:\.weight|\.bias)?$")
 _INFIX = re.compile(r"(?:^|(?<=\.))(?:base_layer|token_adapter)\.")
 

@@ -12,7 +12,7 @@ from loratool.dialects.peft_new_keys import NewLayout, endings
 
 PEFT_VERSION = "0.21.2"  # whose reading the files were tested with
 # What a changed adapter keeps of its old configuration: fields that say nothing about numbers.
-_KEPT = ("auto_mapping", "revision", "lora_dropout")
+_KEPT = ("auto_mapping", "revision", "lora_dropout", "ensure_weight_tying")
 _TASKS = (
     ("ForCausalLM", "CAUSAL_LM"),
     ("LMHeadModel", "CAUSAL_LM"),
@@ -72,6 +72,9 @@ def new_config(
     }
     if layout.parameters:
         config["target_parameters"] = [s.name for ss in layout.parameters.values() for s in ss]
+        # Older versions packed experts the other way round, and readers go by the version.
+        if adapter.dialect == "peft" and not layout.outputs:
+            config["peft_version"] = adapter.config.get("peft_version", PEFT_VERSION)
     if layout.excluded:
         config["exclude_modules"] = "|".join(re.escape(m) for m in layout.excluded)
     if layout.tokens:

@@ -59,6 +59,8 @@ class Patterns:
         Raises:
             BadFileError: LT-368, matching could take too long.
         """
+        if not self._keys:
+            return default
         # "." and "$" treat line breaks specially: names that have one go the plain way.
         is_odd = "\n" in name
         first = len(self._keys) if is_odd else self._first_literal(name)

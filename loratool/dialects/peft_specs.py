@@ -14,7 +14,7 @@ from loratool.dialects.peft_checks import (
     check_magnitude,
     refuse_rank,
 )
-from loratool.dialects.peft_config import PeftConfig
+from loratool.dialects.peft_config import MAX_RANK, PeftConfig
 from loratool.dialects.peft_experts import Parameter, find_parameters
 from loratool.dialects.peft_version import applies_mha_output_twice
 from loratool.errors import BadFileError, MismatchError
@@ -117,6 +117,11 @@ class SpecReader:
         pattern_name: str,
     ) -> DeltaSpec:
         rank = lora_A.shape[0]
+        if rank > MAX_RANK:
+            raise BadFileError(
+                "LT-348", "the rank is too large", file=lora_A.file, key=lora_A.name,
+                expected=f"at most {MAX_RANK}", got=f"{rank} from the shape {list(lora_A.shape)}",
+            )  # fmt: skip
         alpha = self.config.alphas.get(pattern_name, self.config.alpha)
         divisor = self._divisor(pattern_name, rank, lora_A)
         return DeltaSpec(

@@ -22,6 +22,12 @@ TORCH_DTYPES: dict[str, torch.dtype] = {
 }
 """safetensors name -> torch type, for the types that kernels compute with."""
 
+WIDENED_DTYPES: dict[str, torch.dtype] = {
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+"""Types that factors may be stored in, widened to float32 when they are loaded."""
+
 SAFETENSORS_NAMES = {v: k for k, v in TORCH_DTYPES.items()}
 
 
@@ -73,7 +79,7 @@ class Scratch(threading.local):
 
 def from_bytes(data: torch.Tensor, dtype: str, shape: tuple[int, ...]) -> torch.Tensor:
     """View a uint8 tensor as the elements that it holds."""
-    return data.view(TORCH_DTYPES[dtype]).view(shape)
+    return data.view(TORCH_DTYPES.get(dtype) or WIDENED_DTYPES[dtype]).view(shape)
 
 
 def to_bytes(tensor: torch.Tensor) -> memoryview:

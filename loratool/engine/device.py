@@ -50,6 +50,16 @@ def resolve_device(text: str, *, is_arithmetic: bool) -> tuple[torch.device, str
     return torch.device("cuda", index), "factoring is arithmetic" if is_arithmetic else "asked for"
 
 
+def batch_bytes(device: torch.device) -> int:
+    """Float32 matrices of one shape that are factored together: 1/64 of a GPU, none on the CPU.
+
+    Of the memory it has, not of what is free: the batches, and so the bytes, are the same again.
+    """
+    if device.type != "cuda":
+        return 0
+    return min(1 << 30, torch.cuda.get_device_properties(device).total_memory // 64)
+
+
 def default_threads() -> int:
     """Twice the usable cores, at most 8: while one worker waits for the disk another computes."""
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -94,3 +104,8 @@ def exact_arithmetic() -> Iterator[None]:
     finally:
         torch.set_num_threads(threads)
         torch.backends.cuda.matmul.allow_tf32 = tf32
+
+
+def torch_build() -> str:
+    """Version and build of torch: other ones may round a product differently."""
+    return str(torch.__version__)

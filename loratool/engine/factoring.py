@@ -1,141 +1,139 @@
-"""tuned - base, and its best low-rank factors."""
+"""tuned - base as low-rank factors, of a rank that the spectrum decides."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from loratool.adapter import TensorData
 from loratool.engine import grid
-from loratool.engine.buffers import to_bytes
-from loratool.engine.kernel import INTEGERS, Env, Kernel
-from loratool.engine.merging import count_differing
-from loratool.errors import NumericError
-from loratool.linalg import svd
+from loratool.engine.buffers import TORCH_DTYPES, to_bytes
+from loratool.engine.difference import Difference, DifferenceResult
+from loratool.engine.kernel import Env
+from loratool.linalg import fit
+from loratool.linalg.noise import Grid, simulate_noise
+from loratool.linalg.rank import RankRule
 from loratool.plan import Step
 
 
-@dataclass(frozen=True)
-class DifferenceResult:
-    """How a tuned tensor differs from the base's, and its low-rank factors if asked for.
+class SubtractAndFactor(Difference):
+    """Low-rank factors of tuned - base (one pair per expert for 3-D weights).
 
-    Attributes:
-        name: tensor.
-        is_equal: no bit differs.
-        delta_square: Σ(tuned - base)².
-        weight_square: Σ base².
-        captured: share of ΣΔ² that the factors hold, as written.
-        residual_square: Σ(Δ - lora_B @ lora_A)², as written.
-        factors: (lora_A, lora_B) in PEFT shapes, None if none were asked for or Δ = 0.
-        singular_values: those kept; one tuple per expert.
+    ``args``: ``rule`` (fields of a `RankRule`), ``auto`` (the noise rank joins it), ``exact``,
+    ``slices`` (keep the error at every rank), ``transposed``, ``experts``, ``kernel``, ``gain``.
     """
 
-    name: str
-    is_equal: bool
-    delta_square: float
-    weight_square: float
-    captured: float = 0.0
-    residual_square: float = 0.0
-    factors: tuple[TensorData, TensorData] | None = None
-    singular_values: tuple[tuple[float, ...], ...] = ()
-
-
-class Difference(Kernel):
-    """tuned - base: its size only."""
-
     def __init__(self, step: Step, env: Env) -> None:
         super().__init__(step, env)
-        self._sums: dict[int, tuple[int, float, float]] = {}
-
-    def run(self, block: grid.Block, inputs: list[torch.Tensor], out: torch.Tensor | None) -> None:
-        """Differences in float32 at least; exact for bfloat16 pairs of near exponents."""
-        tuned, base = inputs
-        wide = torch.promote_types(torch.promote_types(tuned.dtype, base.dtype), torch.float32)
-        if not tuned.is_floating_point():
-            wide = torch.float64
-        delta = tuned.to(wide) - base.to(wide)
-        if tuned.dtype == base.dtype and tuned.element_size() in INTEGERS:
-            differing = count_differing(tuned, base)
-        else:
-            differing = int((delta != 0).sum())
-        square = float(delta.double().square().sum())
-        self._sums[block.index] = (differing, square, float(base.double().square().sum()))
-        if differing:
-            self.keep(block, delta)
-
-    def keep(self, block: grid.Block, delta: torch.Tensor) -> None:
-        """Called with each block that differs."""
-
-    def finish(self) -> DifferenceResult:
-        """Add the blocks up.
-
-        Raises:
-            NumericError: one of the tensors holds NaN or infinity.
-        """
-        sums = [self._sums[i] for i in sorted(self._sums)]
-        delta = math.fsum(s[1] for s in sums)
-        if not math.isfinite(delta):
-            raise NumericError(
-                "LT-803", "tuned or base tensor holds NaN or infinity", key=self.step.output.name
-            )
-        return DifferenceResult(
-            self.step.output.name,
-            not any(s[0] for s in sums),
-            delta,
-            math.fsum(s[2] for s in sums),
-        )
-
-
-class SubtractAndFactor(Difference):
-    """tuned - base and its best low-rank factors (one pair per expert for 3-D weights)."""
-
-    def __init__(self, step: Step, env: Env) -> None:
-        super().__init__(step, env)
-        self._delta: torch.Tensor | None = None
+        self._deltas: torch.Tensor | None = None  # (pairs, rows, cols) float32
+        self._grids: list[Grid] = []
 
     def prepare(self) -> None:
-        """Make room for the whole difference."""
-        self._delta = torch.zeros(self.step.view, dtype=torch.float32, device=self.env.device)
+        """Make room for the whole differences."""
+        device, view = self.env.device, self.step.view
+        self._deltas = torch.zeros(len(self.names), *view, dtype=torch.float32, device=device)
+        if self.step.args.get("auto"):
+            types = [TORCH_DTYPES[s.dtype] for s in self.step.inputs[::2]]
+            self._grids = [Grid(view, dtype, device) for dtype in types]
 
-    def keep(self, block: grid.Block, delta: torch.Tensor) -> None:
+    def keep(self, block: grid.Block, tuned: torch.Tensor, delta: torch.Tensor | None) -> None:
         """Collect the block."""
-        assert self._delta is not None
-        self._delta[block.r0 : block.r1, block.c0 : block.c1] = delta
+        assert self._deltas is not None
+        if delta is not None:
+            self._deltas[block.pair, block.r0 : block.r1, block.c0 : block.c1] = delta
+        if self._grids:
+            self._grids[block.pair].take(tuned, block.r0, block.c0)
 
-    def finish(self) -> DifferenceResult:
+    def finish(self) -> list[DifferenceResult]:
         """Factor what was collected."""
-        found = super().finish()
-        delta, self._delta = self._delta, None
-        if found.is_equal or delta is None:
+        found = self.sizes()
+        deltas, self._deltas = self._deltas, None
+        at = [i for i, one in enumerate(found) if not one.is_equal]
+        if not at or deltas is None:
             return found
         args = self.step.args
-        experts = int(args.get("experts", 0))
-        slabs = delta.view(experts, -1, delta.shape[1]) if experts else delta[None]
-        turned = [s.T if args["transposed"] else s for s in slabs]
-        rank = int(args["rank"])
-        is_full = rank >= min(turned[0].shape)
-        fits = [svd.whole(t) if is_full else svd.best_rank(t, rank) for t in turned]
-        gain = float(args.get("gain", 1.0))
-        lora_A = torch.stack([f.lora_A for f in fits]).float()  # (E, r, in)
-        lora_B = torch.stack([f.lora_B * gain for f in fits]).float()  # (E, out, r)
-        residual = 0.0
-        for slab, one_A, one_B in zip(slabs, lora_A, lora_B, strict=True):
-            made = (one_B.double() / gain) @ one_A.double()
-            residual += float((slab - (made.T if args["transposed"] else made)).square().sum())
-        return replace(
-            found,
-            captured=1 - residual / found.delta_square,
-            residual_square=residual,
-            factors=_as_stored(lora_A, lora_B, args, found.name),
-            singular_values=tuple(tuple(f.singular_values.tolist()) for f in fits),
-        )
+        each = max(1, int(args.get("experts", 0)))
+        modules = deltas if len(at) == len(found) else deltas[at]
+        modules = modules.view(len(at), each, -1, deltas.shape[2])  # (pairs, E, rows, cols)
+        how = self._how(modules, at, [found[i].weight_square for i in at])
+        turned = modules.mT if args["transposed"] else modules
+        for i, stack, (factors, choice) in zip(at, turned, fit.fit(turned, how), strict=True):
+            found[i] = replace(
+                found[i],
+                rank=choice.rank,
+                noise_rank=choice.noise_rank,
+                is_capped=choice.is_capped,
+                energy_rank=choice.energy_rank,
+                noise_square=_floor_square(how, at.index(i), each),
+                **self._measure_factors(stack, factors, found[i]),
+            )
+        return found
+
+    def _how(
+        self, modules: torch.Tensor, at: Sequence[int], weights: Sequence[float]
+    ) -> fit.Fitting:
+        """What the fit goes by; sizes are those of the float32 differences."""
+        each = modules.shape[1]
+        seeds = [_seed(f"{self.names[i]}[{e}]") for i in at for e in range(each)]
+        norms = [torch.linalg.vector_norm(m, dtype=torch.float64) for m in modules.flatten(0, 1)]
+        squares = [float(n) ** 2 for n in norms]
+        floors = None
+        if self._grids:
+            floors = []
+            for n, i in enumerate(at):
+                mine = slice(n * each, (n + 1) * each)
+                kept = self._grids[i]
+                floors += simulate_noise(
+                    kept.exponents.view(each, -1, modules.shape[3]),
+                    kept.significand_bits,
+                    delta_squares=squares[mine],
+                    seeds=seeds[mine],
+                )
+            self._grids = []
+        args = self.step.args
+        return fit.Fitting(
+            RankRule(**args["rule"]), seeds, squares, floors, [w**0.5 for w in weights],
+            exact=bool(args.get("exact")), is_sliceable=bool(args.get("slices")),
+        )  # fmt: skip
+
+    def _measure_factors(
+        self, stack: torch.Tensor, factors: fit.Factors, found: DifferenceResult
+    ) -> dict[str, Any]:
+        """The factors as stored, and what they leave out as written."""
+        if factors.lora_A.shape[1] == 0:
+            return {"residual_squares": (found.delta_square,)}
+        pairs = list(zip(stack, factors.lora_B, factors.lora_A, strict=True))
+        if self.step.args.get("slices"):
+            curve = sum(fit.residual_squares(*pair) for pair in pairs)
+            assert isinstance(curve, torch.Tensor)
+            residuals = tuple(curve.clamp_min(0).tolist())
+        else:
+            residuals = (sum(fit.residual_square(*pair) for pair in pairs),)
+        gain = float(self.step.args.get("gain", 1.0))
+        return {
+            "residual_squares": residuals,
+            "cast_square": sum(fit.cast_square(B, A, torch.float16) for _, B, A in pairs),
+            "spectrum": tuple(factors.singular_values.square().sum(0).tolist()),
+            "factors": as_stored(factors.lora_A, factors.lora_B * gain, self.step.args, found.name),
+        }
 
 
-def _as_stored(
+def _floor_square(how: fit.Fitting, module: int, each: int) -> float:
+    if how.floors is None:
+        return 0.0
+    return sum(f.square for f in how.floors[module * each : (module + 1) * each])
+
+
+def _seed(name: str) -> int:
+    """A seed that depends on the name alone: order and company do not matter."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:6], "little")
+
+
+def as_stored(
     lora_A: torch.Tensor, lora_B: torch.Tensor, args: Mapping[str, Any], name: str
 ) -> tuple[TensorData, TensorData]:
     """Stacked factors (E, r, in), (E, out, r) in the shapes and packing that PEFT stores."""
@@ -148,7 +146,8 @@ def _as_stored(
         if kernel:
             lora_A = lora_A.reshape(lora_A.shape[0], -1, *kernel)
             lora_B = lora_B.reshape(*lora_B.shape, *(1 for _ in kernel))
-    return tuple(  # type: ignore[return-value]
+    made = [
         TensorData(f"{name} {role}", "F32", tuple(t.shape), bytes(to_bytes(t)))
         for role, t in (("lora_A", lora_A), ("lora_B", lora_B))
-    )
+    ]
+    return made[0], made[1]

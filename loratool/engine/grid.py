@@ -38,6 +38,7 @@ class Block:
         c0: first column.
         c1: one past the last column.
         start: flat index of the first element.
+        pair: which pair of inputs, in a step that compares several.
     """
 
     index: int
@@ -46,6 +47,7 @@ class Block:
     c0: int
     c1: int
     start: int
+    pair: int = 0
 
     @property
     def numel(self) -> int:

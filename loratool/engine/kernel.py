@@ -10,7 +10,13 @@ import torch
 
 from loratool.adapter import Source, TensorData
 from loratool.engine import grid
-from loratool.engine.buffers import TORCH_DTYPES, ByteBuffer, Scratch, from_bytes
+from loratool.engine.buffers import (
+    TORCH_DTYPES,
+    WIDENED_DTYPES,
+    ByteBuffer,
+    Scratch,
+    from_bytes,
+)
 from loratool.errors import BadFileError, NumericError
 from loratool.plan import Step
 from loratool.store.reader import FileReader
@@ -28,21 +34,27 @@ class Env:
         device: where blocks live.
         elements: block size of the grid on that device.
         scratch: per-thread memory.
+        allow_nonfinite: NaN and infinity in inputs pass.
     """
 
     reader: FileReader
     device: torch.device
     elements: int
     scratch: Scratch
+    allow_nonfinite: bool = False
 
-    def load(self, source: Source) -> torch.Tensor:
-        """A whole tensor on the CPU, in its stored type.
+    def load(self, source: Source, *, must_be_finite: bool = False) -> torch.Tensor:
+        """A whole tensor on the CPU, in its stored type (8-bit floats as float32).
+
+        Args:
+            source: which.
+            must_be_finite: refuse NaN and infinity whatever the user allows.
 
         Raises:
             NumericError: a float tensor holds NaN or infinity.
             BadFileError: not a type that can be computed with.
         """
-        if source.dtype not in TORCH_DTYPES:
+        if source.dtype not in TORCH_DTYPES and source.dtype not in WIDENED_DTYPES:
             raise BadFileError(
                 "LT-333", "tensor of this type cannot be computed with", key=source.name,
                 expected="a float type", got=source.dtype,
@@ -53,7 +65,9 @@ class Env:
             raw = torch.empty(source.nbytes, dtype=torch.uint8)
             self.reader.read_into(source.file, source.start, memoryview(raw.numpy()))  # type: ignore[arg-type]
         tensor = from_bytes(raw, source.dtype, source.shape)
-        if tensor.is_floating_point():
+        if source.dtype in WIDENED_DTYPES:
+            tensor = tensor.float()
+        if tensor.is_floating_point() and (must_be_finite or not self.allow_nonfinite):
             _refuse_nonfinite(tensor, source)
         return tensor
 
@@ -114,5 +128,6 @@ def _refuse_nonfinite(tensor: torch.Tensor, source: Source) -> None:
             file=getattr(source, "file", None),
             key=source.name,
             expected="finite values",
-            got=f"{count} bad values, the first at {first}",
+            got=f"{count} bad {'value' if count == 1 else 'values'}, the first at {first}",
+            hint="--allow-nonfinite lets them pass, where a command has it",
         )

@@ -17,9 +17,9 @@ from loratool.delta.placed import Placed
 from loratool.delta.vector import Rows
 from loratool.engine import grid
 from loratool.engine.buffers import TORCH_DTYPES
+from loratool.engine.gate import Gate
 from loratool.engine.kernel import INTEGERS, Env, Kernel
 from loratool.engine.rounders import Exact, make_rounder
-from loratool.errors import NumericError
 from loratool.linalg import rounding, svd
 from loratool.plan import DeltaPart, ReplacePart, Step
 
@@ -45,6 +45,7 @@ class SumResult:
         expected_loss: predicted Σ(rounding error)² / ΣΔ², from a sample.
         expected_share: predicted share of elements that change.
         settled: elements that needed an exact sum (``--exact``).
+        nonfinite: values that are NaN or infinity (``--allow-nonfinite``).
     """
 
     name: str
@@ -57,6 +58,7 @@ class SumResult:
     expected_loss: float
     expected_share: float
     settled: int = 0
+    nonfinite: int = 0
 
 
 class AddDeltas(Kernel):
@@ -70,7 +72,9 @@ class AddDeltas(Kernel):
         self.deltas: list[Delta] = []
         self.dense: list[tuple[int, float]] = []  # (input position, weight) of whole replacements
         self._sums: dict[int, tuple[torch.Tensor, int, int]] = {}
-        self._limits: dict[int, torch.Tensor] = {}
+        self._gate = Gate(
+            step.output.name, step.output.dtype, self.target, allow_nonfinite=env.allow_nonfinite
+        )
         is_large = step.view[0] * step.view[1] > _MEASURE_WHOLE
         self._stride, self._block_stride = (_STRIDE, _BLOCK_STRIDE) if is_large else (1, 1)
         self._picked: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
@@ -116,7 +120,7 @@ class AddDeltas(Kernel):
 
     def _base_change(self, part: DeltaPart) -> Delta:
         """What loading such an adapter first takes away from the base, as a low-rank delta."""
-        weight = self.env.load(self.step.inputs[0]).view(self.step.view)
+        weight = self.env.load(self.step.inputs[0], must_be_finite=True).view(self.step.view)
         rank = part.spec.rank
         if part.spec.base_change == "pissa":
             left, right = svd.top_part(weight, rank)
@@ -140,7 +144,7 @@ class AddDeltas(Kernel):
         acc = self.env.scratch.take("acc", shape, self.dtype, self.env.device)
         if out is None:
             out = self.env.scratch.take("out", shape, self.target, self.env.device)
-        acc.copy_(base)
+        rounding.widen_into(acc, base)
         weight = acc
         if self.dense or not all(d.is_additive for d in self.deltas):
             weight = self.env.scratch.take("weight", shape, self.dtype, self.env.device)
@@ -150,10 +154,11 @@ class AddDeltas(Kernel):
         for delta in self.deltas:
             delta.add_to(acc, weight, block.r0, block.r1, block.c0, block.c1)
         self.rounder.round(block, inputs, acc, out)
-        self._limits[block.index] = torch.stack(torch.aminmax(acc))
+        bad = self._gate.see(block.index, block.start, acc)
         rows = slice(-block.r0 % self._stride, None, self._stride)
         if block.index % self._block_stride == 0 and rows.start < shape[0]:
-            self._measure(block, base[rows], acc[rows], out[rows])
+            finite = [x if bad is None else x.masked_fill(bad, 0.0) for x in (base, acc, out)]
+            self._measure(block, *(x[rows] for x in finite))
 
     def _measure(
         self, block: grid.Block, base: torch.Tensor, acc: torch.Tensor, out: torch.Tensor
@@ -204,27 +209,17 @@ class AddDeltas(Kernel):
         Raises:
             NumericError: the result overflows the output type or is not a number.
         """
-        self._refuse_overflow()
+        nonfinite = self._gate.finish()
         ordered = [self._sums[i] for i in sorted(self._sums)]
         parts = [sums.tolist() for sums, _, _ in ordered]
         weight, delta, error = (math.fsum(p[i] for p in parts) for i in range(3))
         name, dtype = self.step.output.name, self.step.output.dtype
         changed, numel = sum(c for _, c, _ in ordered), sum(n for _, _, n in ordered)
         settled = sum(self.rounder.settled.values())
+        expected, share = self._expected()
         return SumResult(
-            name, dtype, numel, weight, delta, error, changed, *self._expected(), settled
+            name, dtype, numel, weight, delta, error, changed, expected, share, settled, nonfinite
         )
-
-    def _refuse_overflow(self) -> None:
-        largest = torch.finfo(self.target).max
-        for index in sorted(self._limits):
-            low, high = self._limits[index].tolist()
-            if not (-largest <= low and high <= largest):  # also true for NaN
-                raise NumericError(
-                    "LT-802", "the merged tensor is out of range or not a number",
-                    key=self.step.output.name, expected=f"{self.step.output.dtype} values",
-                    got=f"from {low:g} to {high:g}", hint="try --dtype float32 or bfloat16",
-                )  # fmt: skip
 
 
 def move_to(delta: Delta, device: torch.device) -> None:

@@ -44,7 +44,9 @@ class Nearest:
         out: torch.Tensor,
     ) -> None:  # fmt: skip
         """Fill ``out`` from the sum ``acc``; ``inputs`` are the block's inputs, base first."""
-        rounding.round_into(out, acc)
+        for piece in _pieces(block):
+            at = _inside(piece, block)
+            rounding.round_into(out[at], acc[at])
         keep_zero_signs(out, inputs[0], acc)
 
 
@@ -111,11 +113,9 @@ class Exact(Nearest):
         take, shape, device = self.env.scratch.take, (acc.shape[0], acc.shape[1]), acc.device
         error = take("error", shape, torch.float64, device)
         lower = take("lower", shape, torch.float64, device)
-        other = take("other", shape, self.target, device)
+        upper = take("upper", shape, torch.float64, device)
         self.bound(piece, inputs, error, lower)
-        open_ = round_where_decided(out, acc, error, lower, other)
-        open_ &= acc.isfinite()  # what is not finite is refused at the end
-        return torch.nonzero(open_)
+        return round_where_decided(out, acc, error, lower, upper)
 
     def bound(
         self, block: grid.Block, inputs: Sequence[torch.Tensor], error: torch.Tensor,
@@ -127,7 +127,8 @@ class Exact(Nearest):
         for the interval's own ends, 1 % for second-order terms and the bound's own rounding.
         """
         count = 4
-        base = work.copy_(inputs[0])
+        base = work
+        rounding.widen_into(base, inputs[0])
         torch.abs(base, out=error)
         for position, weight in self.dense:
             count += 3

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from loratool.store.reader import FileReader
 from loratool.store.shard_writer import PAGE
 
 _CPU = torch.device("cpu")
+_GRACE_S = 1.0  # after an interrupt: pieces take milliseconds, factorisations may take minutes
 
 Progress = Callable[[int, int], None]
 
@@ -38,6 +40,7 @@ class RunOptions:
         progress: called with (bytes done, bytes in all).
         block_elements: block size of the grid; None = the device's.  Only digests and sums that
             are not exact depend on it.
+        allow_nonfinite: NaN and infinity in inputs pass and are counted.
     """
 
     device: torch.device = _CPU
@@ -46,6 +49,7 @@ class RunOptions:
     sample: bool = False
     progress: Progress | None = None
     block_elements: int | None = None
+    allow_nonfinite: bool = False
 
     @property
     def elements(self) -> int:
@@ -111,7 +115,7 @@ class _Run:
         self.plan = plan
         self.sink = sink
         self.options = options
-        self.env = Env(reader, options.device, options.elements, Scratch())
+        self.env = Env(reader, options.device, options.elements, Scratch(), options.allow_nonfinite)
         self.results: dict[int, Any] = {}
         self.carried: list[Any] = []
         self._tasks: Iterator[tuple[_Job, list[grid.Block]]] = iter(())
@@ -131,13 +135,14 @@ class _Run:
             for worker in workers:
                 while worker.is_alive():
                     worker.join(0.1)
-        except BaseException:
-            self._stop.set()
-            for worker in workers:
-                worker.join()
-            raise
         finally:
-            if self.sink is not None:
+            self._stop.set()
+            deadline = time.monotonic() + _GRACE_S
+            for worker in workers:
+                worker.join(max(0.0, deadline - time.monotonic()))
+            # A worker deep in a factorisation is left behind, and with it the open files: a
+            # descriptor closed under its hands could be another file's by the time it writes.
+            if self.sink is not None and not any(w.is_alive() for w in workers):
                 self.sink.close()
         if self._failure is not None:
             raise self._failure
@@ -178,9 +183,13 @@ class _Run:
             cut = grid.blocks(step.view, 1 << 16)
             return grid.chunks(cut, self.options.chunk)
         widest = max(DTYPES[s.dtype].bits // 8 for s in (*step.inputs, step.output))
-        return grid.chunks(
-            grid.blocks(step.view, self.options.elements), self.options.chunk // widest
-        )
+        cut = grid.blocks(step.view, self.options.elements)
+        pairs = len(step.args["names"]) if "names" in step.args else 1
+        return [
+            [replace(block, pair=pair) for block in piece]
+            for pair in range(pairs)
+            for piece in grid.chunks(cut, self.options.chunk // widest)
+        ]
 
     def _work(self) -> None:
         torch.set_num_threads(1)
@@ -276,7 +285,10 @@ class _Worker:
     def _compute(self, job: _Job, kernel: Kernel, piece: list[grid.Block]) -> None:
         step = job.step
         first, count = piece[0].start, sum(b.numel for b in piece)
-        inputs = [self._read(i, s, step, first, count) for i, s in enumerate(step.inputs)]
+        sources = step.inputs
+        if "names" in step.args:  # pairs, one after the other through the same buffers
+            sources = sources[2 * piece[0].pair : 2 * piece[0].pair + 2]
+        inputs = [self._read(i, s, step, first, count) for i, s in enumerate(sources)]
         writes = self._run.sink is not None and not self._run.options.sample
         outs: torch.Tensor | None = None
         if writes:

@@ -8,6 +8,7 @@ from typing import Any
 
 from loratool.adapter import TensorRef
 from loratool.plan import Plan, Step
+from loratool.store.disk import refusals_as
 from loratool.store.header import build_header
 from loratool.store.shard_writer import PAGE, ShardWriter, clone_file
 from loratool.store.writer import StagedOutput
@@ -54,11 +55,13 @@ class CheckpointSink:
         twin = self._plan.shards[shard].twin
         if twin is None:
             return False
-        path = self._output.create(self._plan.shards[shard].name)
-        if not clone_file(twin, path):
-            return False
-        self._output.mark_finished(self._plan.shards[shard].name, path.stat().st_size, [])
-        return True
+        name = self._plan.shards[shard].name
+        path = self._output.create(name)
+        with refusals_as("cannot clone", path):
+            is_cloned = clone_file(twin, path)
+        if is_cloned:
+            self._output.place(name)  # no journal: a rerun clones as fast as it would check
+        return is_cloned
 
     def offset(self, step: Step) -> int:
         """Where the step's tensor starts in its file."""
@@ -69,7 +72,12 @@ class CheckpointSink:
         name = self._plan.shards[step.shard].name
         out = step.output
         return TensorRef(
-            self._output.create(name), out.name, out.dtype, out.shape, self.offset(step), out.nbytes
+            self._output.finished_path(name),
+            out.name,
+            out.dtype,
+            out.shape,
+            self.offset(step),
+            out.nbytes,
         )
 
     def put(self, step: Step, offset: int, data: memoryview, aligned: bool) -> None:
@@ -97,11 +105,11 @@ class CheckpointSink:
         writer.finish()
         with self._lock:
             del self._writers[step.shard]
-            name = self._plan.shards[step.shard].name
-            self._output.mark_finished(name, writer.size, self._results[step.shard])
+        name = self._plan.shards[step.shard].name
+        self._output.mark_finished(name, writer.size, self._results[step.shard], writer.pieces())
 
     def close(self) -> None:
-        """Let go of open files (after an error)."""
+        """Let go of open files (after an error; no worker may be writing)."""
         with self._lock:
             for writer in self._writers.values():
                 writer.close()

@@ -7,7 +7,11 @@ import math
 import torch
 
 from loratool.errors import NumericError
-from loratool.linalg.rounding import round_into
+from loratool.linalg.rounding import (
+    dropped_bits,
+    round_into,
+    smallest_normal,
+)
 
 UNIT = 2.0**-53
 """Largest relative error of one float64 operation."""
@@ -22,28 +26,57 @@ def round_where_decided(
     approx: torch.Tensor,
     error: torch.Tensor,
     lower: torch.Tensor,
-    other: torch.Tensor,
+    upper: torch.Tensor,
 ) -> torch.Tensor:
     """Round sums that are known up to an error, and say where that is not enough.
 
     Rounding is monotonic: if both ends of an interval round to the same number, so does all of it.
 
     Args:
-        out: (m, n) of the target type; becomes RN(approx - error).
+        out: (m, n) of the target type, filled.
         approx: (m, n) float64.
-        error: (m, n) float64, |exact - approx| < error; overwritten.  Must leave room for the
-            rounding of approx ± error, 2⁻⁵²·|approx|.
-        lower: (m, n) float64, scratch.
-        other: (m, n) like ``out``, scratch.
+        error: (m, n) float64, |exact - approx| < error, or exact = approx and error = 0.  Must
+            leave room for the rounding of approx ± error, 2⁻⁵²·|approx|.
+        lower: (m, n) float64, contiguous, scratch.
+        upper: (m, n) float64, contiguous, scratch.
 
     Returns:
-        (m, n) bool, True where the two ends round to different bits.
+        (k, 2) int64 places whose two ends round to different bits.  What is not finite is copied.
+
+    Notes:
+        Normal numbers are rounded on their bits: half a step is added to the size, the rest cut
+        off.  Ties need no care, since the exact sum lies strictly inside the interval.
+        Comparisons are avoided: they cost several times as much as integer arithmetic.
     """
     torch.sub(approx, error, out=lower)
-    round_into(out, lower)
-    round_into(other, error.add_(approx))
-    bits = _INTEGERS[out.element_size()]
-    return out.view(bits) != other.view(bits)
+    torch.add(approx, error, out=upper)
+    if out.dtype == torch.float64:
+        out.copy_(approx)
+        return torch.nonzero((lower != upper) & approx.isfinite())
+    dropped = dropped_bits(out.dtype)
+    low, high = lower.view(torch.int64), upper.view(torch.int64)
+    for bits in (low, high):
+        bits.add_(1 << (dropped - 1)).bitwise_and_(-1 << dropped)
+    out.copy_(lower)
+    high.bitwise_xor_(low)
+    # subnormals of the target have fewer bits: negative here, and looked at below
+    limit = torch.tensor(2 * smallest_normal(out.dtype), dtype=torch.float64).view(torch.int64)
+    torch.abs(approx, out=lower)
+    high.bitwise_or_(low.sub_(int(limit)).bitwise_right_shift_(63))
+    places = torch.nonzero(high)
+    if len(places):
+        at = places.unbind(1)
+        middle, half = approx[at], error[at]
+        ends = torch.stack([middle - half, middle + half])
+        rounded = torch.empty(ends.shape, dtype=out.dtype, device=out.device)
+        round_into(rounded, ends)
+        out[at] = rounded[0]
+        bits = rounded.view(_INTEGERS[out.element_size()])
+        places = places[(bits[0] != bits[1]) & middle.isfinite()]
+    if not bool(approx.sum().isfinite()):
+        wild = ~approx.isfinite()
+        out[wild] = approx[wild].to(out.dtype)
+    return places
 
 
 def product_terms(*factors: torch.Tensor) -> torch.Tensor:

@@ -14,6 +14,7 @@ _FORMATS = {
     torch.bfloat16: (8, -126),
 }
 
+_LOW = (1 << 29) - 1  # the significand bits that float64 has and float32 has not
 _FOURIER_TERMS = 12  # below t = 0.1 t² takes its place; above, later terms are < 1e-12
 
 
@@ -30,17 +31,32 @@ def round_into(out: torch.Tensor, value: torch.Tensor) -> None:
         value: same shape; float32 or float64, same device.
 
     Notes:
-        float64 -> float16 or bfloat16 goes through float32 rounded to odd, since torch rounds
-        twice on that way; 24 >= 2·11 + 2 bits make the second rounding right
+        torch's own float64 -> float16 or bfloat16 rounds twice.  Here the value is rounded to
+        odd in float32 first; 24 >= 2·11 + 2 bits make the second rounding right, subnormals too
         (Boldo & Melquiond 2008, "Emulation of FMA and correctly rounded sums").
     """
-    if value.dtype == torch.float64 and out.dtype in (torch.float16, torch.bfloat16):
+    if value.dtype == torch.float64 and out.dtype == torch.float16:
+        out.copy_(_cut_to_odd(value))
+    elif value.dtype == torch.float64 and out.dtype == torch.bfloat16:
         out.copy_(_round_to_odd(value))
     else:
         out.copy_(value)
 
 
+def _cut_to_odd(value: torch.Tensor) -> torch.Tensor:
+    """float64 -> float32 rounded to odd by integer operations, which are much the fastest.
+
+    Right for what float16 can tell apart: float32's own subnormals are far below its smallest.
+    """
+    bits = value.clamp(-1e30, 1e30).view(torch.int64)  # infinity in float16, finite in float32
+    sticky = bits.bitwise_and(_LOW).add_(_LOW).bitwise_right_shift_(29)  # 1 if anything is cut
+    cut = bits.bitwise_and_(~_LOW).view(torch.float64).float()
+    cut.view(torch.int32).bitwise_or_(sticky.int())
+    return cut
+
+
 def _round_to_odd(value: torch.Tensor) -> torch.Tensor:
+    """float64 -> float32 rounded to odd, over the whole range."""
     nearest = value.float()
     back = nearest.double()
     bits = nearest.view(torch.int32)
@@ -48,6 +64,22 @@ def _round_to_odd(value: torch.Tensor) -> torch.Tensor:
     inexact = nearest.double() != value
     bits |= inexact.int()
     return nearest
+
+
+def dropped_bits(target: torch.dtype) -> int:
+    """How many of float64's significand bits a normal number of ``target`` has not."""
+    return 53 - _FORMATS[target][0]
+
+
+def smallest_normal(target: torch.dtype) -> float:
+    """The smallest normal number of a type."""
+    return float(2.0 ** _FORMATS[target][1])
+
+
+def widen_into(out: torch.Tensor, value: torch.Tensor) -> None:
+    """Copy to a wider type; torch's own float16 -> float64 is slow."""
+    is_slow = value.dtype == torch.float16 and out.dtype == torch.float64
+    out.copy_(value.float() if is_slow else value)
 
 
 def ulp(value: torch.Tensor, target: torch.dtype) -> torch.Tensor:

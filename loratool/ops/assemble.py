@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from loratool import archs
 from loratool.adapter import Adapter, DeltaSpec, Replacement, TensorData
+from loratool.archs.experts import parse_expert
 from loratool.errors import MismatchError
 from loratool.ops.extract import KEEP_WORDS, ExtractPlan, Pair, compile_pattern
 from loratool.plan import Step
@@ -20,11 +21,12 @@ class Outcome:
 
     Attributes:
         pair: the tensors.
-        fate: ``factored``, ``kept``, ``left_out`` or ``identical``.
+        fate: ``factored``, ``kept``, ``left_out``, ``dropped`` (its rank came out as 0) or
+            ``identical``.
         delta_square: Σ(tuned - base)².
         residual_square: Σ(Δ - what the adapter reproduces)².
         weight_square: Σ base².
-        rank: of the factors.
+        found: a `DifferenceResult` where the pair was to be factored, and differs.
     """
 
     pair: Pair
@@ -32,7 +34,7 @@ class Outcome:
     delta_square: float
     residual_square: float
     weight_square: float
-    rank: int = 0
+    found: Any = None
 
 
 def assemble(
@@ -53,35 +55,31 @@ def assemble(
         base_model: what the adapter names as its base.
 
     Raises:
-        MismatchError: the checkpoints are identical.
+        MismatchError: the checkpoints are identical, or nothing is left to write.
     """
     specs: list[DeltaSpec] = []
     outcomes: list[Outcome] = []
-    changed: list[Pair] = []
-    for pair, step, result in zip(extract.pairs, extract.plan.steps, results, strict=True):
-        equal = result.differing == 0 if hasattr(result, "differing") else result.is_equal
-        delta = result.delta_square
-        weight = getattr(result, "weight_square", 0.0)
-        if equal:
-            outcomes.append(Outcome(pair, "identical", 0.0, 0.0, weight))
-        elif pair.is_factored:
-            specs.append(_make_spec(pair, step, result.factors, extract, base))
-            outcomes.append(
-                Outcome(pair, "factored", delta, result.residual_square, weight, specs[-1].rank)
-            )
-        else:
-            changed.append(pair)
-            outcomes.append(Outcome(pair, "left_out", delta, delta, weight))
-    changed.extend(extract.created)
+    for pair, step, found in zip(extract.pairs, extract.plan.steps, results, strict=True):
+        outcome = _outcome(pair, found)
+        outcomes.append(outcome)
+        if outcome.fate == "factored":
+            specs.append(_make_spec(pair, step, found.factors, extract, base))
     outcomes.extend(Outcome(p, "left_out", 0.0, 0.0, 0.0) for p in extract.created)
-    if not specs and not changed:
+    if all(o.fate == "identical" for o in outcomes):
         raise MismatchError("LT-483", "the fine-tune equals the base: nothing to extract")
-    specs = _complete_mha(specs, extract, base)
-    kept = _keepable(changed, keep)
-    replacements = _replacements(kept, extract)
+    specs = _match_mha_ranks(_complete_mha(specs, extract, base))
+    specs = _match_expert_ranks(_complete_experts(specs, extract, base))
+    kept = _keepable([o.pair for o in outcomes if o.fate == "left_out"], keep)
+    if not specs and not kept:
+        raise MismatchError(
+            "LT-484",
+            "no change is left to write",
+            got=", ".join(sorted({o.fate.replace("_", " ") for o in outcomes})),
+            hint="--rank 1 or a larger --size; --keep all stores what is left out",
+        )
     held = {p.name for p in kept}
     outcomes = [
-        Outcome(o.pair, "kept", o.delta_square, 0.0, o.weight_square)
+        replace(o, fate="kept", residual_square=0.0)
         if o.fate == "left_out" and o.pair.name in held
         else o
         for o in outcomes
@@ -90,10 +88,22 @@ def assemble(
         extract.pairs[0].tuned.file.parent,
         "peft",
         tuple(specs),
-        tuple(replacements),
+        tuple(_replacements(kept, extract)),
         base_model,
     )
     return adapter, outcomes
+
+
+def _outcome(pair: Pair, found: Any) -> Outcome:
+    is_equal = found.differing == 0 if hasattr(found, "differing") else found.is_equal
+    delta, weight = found.delta_square, getattr(found, "weight_square", 0.0)
+    if is_equal:
+        return Outcome(pair, "identical", delta, delta, weight)  # a cast at most
+    if not pair.is_factored:
+        return Outcome(pair, "left_out", delta, delta, weight)
+    if found.factors is None:
+        return Outcome(pair, "dropped", delta, delta, weight, found)
+    return Outcome(pair, "factored", delta, found.residual_squares[-1], weight, found)
 
 
 def _make_spec(
@@ -144,13 +154,105 @@ def _complete_mha(
         name = extract.memory_names[pair.name]
         if name not in have and extract.memory_names.get(partner, partner) in have:
             other = next(s for s in specs if s.name == extract.memory_names.get(partner, partner))
-            rows, cols = pair.tuned.shape
-            zeros = tuple(
-                TensorData(f"{name} {role}", "F32", shape, bytes(4 * shape[0] * shape[1]))
-                for role, shape in (("lora_A", (other.rank, cols)), ("lora_B", (rows, other.rank)))
-            )
-            out.append(_make_spec(pair, step, (zeros[0], zeros[1]), extract, base))
+            out.append(_make_spec(pair, step, _zeros(pair, other.rank), extract, base))
     return out
+
+
+def _zeros(pair: Pair, rank: int) -> tuple[TensorData, TensorData]:
+    rows, cols = pair.tuned.shape
+    return (
+        TensorData(f"{pair.name} lora_A", "F32", (rank, cols), bytes(4 * rank * cols)),
+        TensorData(f"{pair.name} lora_B", "F32", (rows, rank), bytes(4 * rows * rank)),
+    )
+
+
+def rank_groups(extract: ExtractPlan) -> list[list[int]]:
+    """Positions of factored steps, those together that PEFT gives one rank.
+
+    Both projections of a fused attention; all experts that have tensors of their own, with their
+    routers (PEFT stacks them under transformers 5, and takes their rank from ``r``).
+    """
+    groups: dict[str, list[int]] = {}
+    routed = routed_weights([p.name for p in extract.pairs if p.is_factored])
+    mhas = {p.module for p in extract.pairs if p.is_factored and p.role == "in_proj"}
+    for index, pair in enumerate(extract.pairs):
+        if not pair.is_factored:
+            continue
+        mha = pair.module.removesuffix(".out_proj")
+        if pair.name in routed:
+            key = "experts"
+        elif pair.role == "in_proj" or (extract.plan.steps[index].args.get("gain") and mha in mhas):
+            key = f"mha {mha}"
+        else:
+            key = f"one {pair.name}"
+        groups.setdefault(key, []).append(index)
+    return list(groups.values())
+
+
+def routed_weights(names: Collection[str]) -> set[str]:
+    """Weights of experts that have tensors of their own, and of the routers before them."""
+    experts = {n for n in names if (e := parse_expert(n)) is not None and e.expert is not None}
+    layers = {found.container.rpartition(".")[0] for n in experts if (found := parse_expert(n))}
+    return experts | {n for n in names if n.removesuffix(".gate.weight") in layers}
+
+
+def _complete_experts(
+    specs: list[DeltaSpec], extract: ExtractPlan, base: Checkpoint
+) -> list[DeltaSpec]:
+    """All experts of a layer or none: zeros for those that did not change."""
+    have = {s.name for s in specs}
+    layers = {
+        found.container
+        for pair in extract.pairs
+        if extract.memory_names[pair.name] in have
+        and (found := parse_expert(pair.name)) is not None
+        and found.expert is not None
+    }
+    out = list(specs)
+    for pair, step in zip(extract.pairs, extract.plan.steps, strict=True):
+        found = parse_expert(pair.name)
+        is_missing = pair.is_factored and extract.memory_names[pair.name] not in have
+        if is_missing and found and found.expert is not None and found.container in layers:
+            out.append(_make_spec(pair, step, _zeros(pair, 1), extract, base))
+    return out
+
+
+def _match_expert_ranks(specs: list[DeltaSpec]) -> list[DeltaSpec]:
+    routed = routed_weights([s.name for s in specs])
+    rank = max((s.rank for s in specs if s.name in routed), default=0)
+    return [_pad(s, rank) if s.name in routed and s.rank < rank else s for s in specs]
+
+
+def _match_mha_ranks(specs: list[DeltaSpec]) -> list[DeltaSpec]:
+    """PEFT gives both projections of an attention module one rank: zeros fill up the lower one."""
+    ranks = {s.module: s.rank for s in specs if s.parameter == "in_proj_weight"}
+    outputs = {s.module: s.rank for s in specs if s.module.endswith("out_proj")}
+    out = []
+    for spec in specs:
+        module = spec.module
+        other = 0
+        if spec.parameter == "in_proj_weight":
+            other = outputs.get(f"{module}.out_proj", 0)
+        elif module.endswith("out_proj") and spec.parameter == "weight":
+            other = ranks.get(module.removesuffix("out_proj").rstrip("."), 0)
+        out.append(_pad(spec, other) if other > spec.rank else spec)
+    return out
+
+
+def _pad(spec: DeltaSpec, rank: int) -> DeltaSpec:
+    lora_A, lora_B = spec.fields["lora_A"], spec.fields["lora_B"]
+    assert isinstance(lora_A, TensorData) and isinstance(lora_B, TensorData)
+    cols, rows, more = lora_A.shape[1], lora_B.shape[0], rank - spec.rank
+    old, width = memoryview(lora_B.data).cast("B"), 4 * spec.rank
+    padded_A = b"".join((lora_A.data, bytes(4 * more * cols)))
+    padded_B = b"".join(
+        b for r in range(rows) for b in (old[r * width : (r + 1) * width], bytes(4 * more))
+    )
+    fields = {
+        "lora_A": replace(lora_A, shape=(rank, cols), data=padded_A),
+        "lora_B": replace(lora_B, shape=(rows, rank), data=padded_B),
+    }
+    return replace(spec, fields=fields, rank=rank, alpha=float(rank))
 
 
 def _keepable(changed: Sequence[Pair], keep: Sequence[str]) -> list[Pair]:

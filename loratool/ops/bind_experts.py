@@ -7,7 +7,6 @@ d1 == d2 the PEFT version does.
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 
 from loratool.adapter import DeltaSpec
@@ -17,6 +16,7 @@ from loratool.archs.layers import (
     has_interleaved_experts,
     has_transposed_experts,
 )
+from loratool.dialects.peft_version import parse_version
 from loratool.ops.bind_place import Context, Placement, factor_sizes, misfit, unmergeable
 from loratool.ops.bind_types import BoundDelta, Found, Item, Misfit
 from loratool.plan import Region, Span
@@ -114,10 +114,10 @@ def _on_separate(item: Item, spec: DeltaSpec, expert: ExpertName, ctx: Context) 
     deltas: list[BoundDelta] = []
     for e, row in enumerate(slots):
         start = 0
-        for slot in row:
+        for slot, first in zip(row, found, strict=False):  # all experts have the first's shapes
             assert slot is not None
             problem = unmergeable(item, slot.target, ctx)
-            if problem is not None or slot.shape[1] not in widths or len(widths) > 1:
+            if problem is not None or slot.shape != first.shape or len(widths) > 1:
                 return problem or misfit(item, "LT-437", f"{whole}", f"{slot.shape}", slot.target)
             source = (start, start + slot.shape[0]) if len(row) > 1 else None
             region = Region(rows=slot.rows, cols=slot.cols, source_rows=source)
@@ -150,10 +150,9 @@ def _layout(
 
 def _square_layout(ctx: Context) -> str | None:
     """Layout by PEFT version where the shape says nothing (see dialects_llm §2.4)."""
-    version = re.match(r"(\d+)\.(\d+)\.(\d+)", ctx.peft_version)
-    if version is None or has_flipped_experts(ctx.config):
+    number = parse_version(ctx.peft_version)
+    if number is None or has_flipped_experts(ctx.config):
         return None
-    number = tuple(int(n) for n in version.groups())
     turned = has_transposed_experts(ctx.config)
     if number < (0, 19, 0):
         return "eio"

@@ -50,6 +50,8 @@ def _slice_of(item: Item, part: str, fused: FusedLeaf, target: str, ctx: Context
     shape = ctx.shape(target)
     if spec.layout == "vector":
         size, turned = spec.fields["delta"].numel, True  # a bias lies along the columns
+        if len(shape) != 1:
+            return misfit(item, "LT-432", f"{shape}", f"({size},)", target)
     else:
         size, inner = factor_sizes(spec)
         turned = bool(stores_transposed(ctx.config, target.rpartition(".")[0]))
@@ -83,15 +85,16 @@ def _spread(item: Item, fused: FusedLeaf, targets: Mapping[str, str], ctx: Conte
     assert spec is not None
     is_vector = spec.layout == "vector"
     total = spec.fields["delta"].numel if is_vector else factor_sizes(spec)[0]
+    for target in targets.values():
+        problem = _part_problem(item, target, ctx)
+        if problem is not None:
+            return problem
     sizes = {part: ctx.shape(target)[0] for part, target in targets.items()}
     spans = part_spans(fused, item.module, ctx.config, total, sizes)
     if spans is None:
         return misfit(item, "LT-432", f"{sum(sizes.values())} rows", f"{total} rows", "")
     deltas: list[BoundDelta] = []
     for part, target in targets.items():
-        problem = _part_problem(item, target, ctx)
-        if problem is not None:
-            return problem
         offset = 0
         for span in spans[part]:
             whole = len(spans[part]) == 1
@@ -111,10 +114,12 @@ def _part_problem(item: Item, target: str, ctx: Context) -> Misfit | None:
     spec = item.spec
     assert spec is not None
     problem = unmergeable(item, target, ctx)
-    if problem is not None or spec.layout == "vector":
+    if problem is not None:
         return problem
-    _, inner = factor_sizes(spec)
     shape = ctx.shape(target)
+    if spec.layout == "vector":
+        return None if len(shape) == 1 else misfit(item, "LT-432", f"{shape}", "a vector", target)
+    _, inner = factor_sizes(spec)
     if stores_transposed(ctx.config, target.rpartition(".")[0]) or shape[1:] != inner:
         return misfit(item, "LT-432", f"{shape}", f"(…, {inner[0]})", target)
     return None

@@ -12,7 +12,7 @@ from loratool.archs.layers import LAYER_COUNTS
 from loratool.errors import MismatchError
 from loratool.store.checkpoint import Checkpoint, Shard
 
-_LAYER = re.compile(r"((?:.*?\.)?(?:layers|layer|h|blocks|block))\.(\d+)\.(.+)")
+_LAYER = re.compile(r"((?:.*?\.)?(?:layers|layer|h|blocks|block))\.(\d+)\.(.+)", re.DOTALL)
 
 
 def replicate_layers(checkpoint: Checkpoint, order: Sequence[int]) -> Checkpoint:

@@ -79,6 +79,10 @@ def place_on(item: Item, spec: DeltaSpec, target: str, alias: str, ctx: Context)
         return problem
     shape = ctx.shape(target)
     out, inner = factor_sizes(spec)
+    width = spec.fields["lora_B"].shape[1]
+    if spec.layout == "conv" and width != spec.rank:
+        got = f"{width} columns of lora_B"
+        return misfit(item, "LT-434", f"rank {spec.rank}", got, target)
     magnitude = spec.fields.get("magnitude")
     if magnitude is not None and magnitude.numel != out:
         return misfit(item, "LT-432", f"{out} magnitudes", str(magnitude.numel), target)
@@ -144,6 +148,8 @@ def place_replacement(item: Item, name: str, ctx: Context) -> Placement:
         problem = unmergeable(item, target, ctx)
         if problem is not None:
             return problem
+        if not DTYPES[source.dtype].is_mergeable:
+            return misfit(item, "LT-493", "F64, F32, F16 or BF16", source.dtype, target)
     found = Found(item, replacement=BoundReplacement(replacement, target), alias=alias)
     if replacement.rows is not None:
         return found  # rows are checked when the final vocabulary size is known

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from loratool.errors import MismatchError, list_some
 from loratool.ops.bind_rules import COMPONENTS
@@ -51,8 +51,18 @@ _WHAT: Mapping[str, tuple[str, str]] = {
         "{count} replacement tensors have another shape than the base's",
         "the adapter was made for another base",
     ),
+    "LT-493": (
+        "{count} replacement tensors are of a type that cannot be converted",
+        "save the adapter with ordinary float types",
+    ),
 }
 _TITLES = {"te": "text encoder", "unet": "UNet", "transformer": "transformer", "vae": "VAE"}
+# Names come from strangers: what is proposed must not take minutes or gigabytes to find.
+_LONGEST = 200  # characters of a name that is compared letter by letter
+_POOL = 500
+_VOTERS = 500
+_MOST_HEADS = 50
+_DEEPEST = 12  # parts of a prefix
 _PACKED = ("qweight", "weight_packed", "weight_blocks", "weight.absmax")
 
 
@@ -156,39 +166,55 @@ def _first(expected: str, target: str, count: int) -> str | None:
 def _nearest(misfits: Sequence[Misfit], checkpoint: Checkpoint) -> str | None:
     """The base names most like the first misfits."""
     found: list[str] = []
+    short = [n for n in checkpoint.tensors if len(n) <= _LONGEST]
     for misfit in sorted(misfits, key=lambda m: m.item.name)[:3]:
         name = misfit.item.name
-        leaf = name.split(".")[-2:]
-        pool = [n for n in checkpoint.tensors if n.split(".")[-2:] == leaf]
-        close = difflib.get_close_matches(name, (pool or list(checkpoint.tensors))[:2000], n=1)
+        if len(name) > _LONGEST:
+            continue
+        leaf = tuple(name.rsplit(".", 2)[-2:])
+        pool = [n for n in short if tuple(n.rsplit(".", 2)[-2:]) == leaf]
+        close = difflib.get_close_matches(name, (pool or short)[:_POOL], n=1)
         found.extend(c for c in close if c not in found)
     return f"names like {', '.join(found)}" if found else None
 
 
 def _rename_hint(misfits: Sequence[Misfit], checkpoint: Checkpoint) -> str | None:
-    """The prefix change that would give most misfits a target."""
-    suffixes: dict[str, list[str]] = {}
+    """The change of prefix that would give most misfits a target.
+
+    A sample of them votes: each for the heads of the base names with which it shares the longest
+    tail of three parts or more.  The winner is then tried on all.
+    """
+    names = [m.item.name for m in misfits]
+    sample = names[:: max(1, len(names) // _VOTERS)]
+    wanted: dict[str, list[str]] = {tail: [] for name in sample for _, tail in _cuts(name, 3)}
     for name in checkpoint.tensors:
-        parts = name.split(".")
-        for cut in range(len(parts) - 1):
-            suffixes.setdefault(".".join(parts[cut:]), []).append(".".join(parts[:cut]))
+        for head, tail in _cuts(name, 3):
+            heads = wanted.get(tail)
+            if heads is not None and len(heads) < _MOST_HEADS:
+                heads.append(head)
     votes: Counter[tuple[str, str]] = Counter()
-    for misfit in misfits:
-        parts = misfit.item.name.split(".")
-        for cut in range(len(parts) - 2):
-            heads = suffixes.get(".".join(parts[cut:]))
-            if heads:
-                old = ".".join(parts[:cut])
-                votes.update((old, new) for new in dict.fromkeys(heads) if new != old)
+    for name in sample:
+        for old, tail in _cuts(name, 3):
+            if wanted[tail]:
+                votes.update((old, new) for new in dict.fromkeys(wanted[tail]) if new != old)
                 break
     if not votes:
         return None
-    (old, new), count = max(votes.items(), key=lambda v: (v[1], v[0]))
-    if count * 2 < len(misfits):
+    old, new = max(votes.items(), key=lambda v: (v[1], v[0]))[0]
+    count = sum(n.startswith(old) and new + n[len(old) :] in checkpoint.tensors for n in names)
+    if count * 2 < len(names):
         return None
-    pattern = "^" + re.escape(old + "." if old else "").replace("/", r"\/")
-    target = (new + "." if new else "").replace("/", r"\/")
-    return f"--rename 's/{pattern}/{target}/' would match {count} of {len(misfits)}"
+    pattern = "^" + re.escape(old).replace("/", r"\/")
+    target = new.replace("/", r"\/")
+    return f"--rename 's/{pattern}/{target}/' would match {count} of {len(names)}"
+
+
+def _cuts(name: str, least: int) -> Iterator[tuple[str, str]]:
+    """(head with its dot, tail) of a name, the longest tail first; tails have ``least`` parts."""
+    at = 0
+    for _ in range(min(name.count(".") + 2 - least, _DEEPEST)):
+        yield name[:at], name[at:]
+        at = name.index(".", at) + 1
 
 
 def _skip_hint(modules: Sequence[str]) -> str:

@@ -96,6 +96,7 @@ def _settle_tie(
             "LT-440",
             f"the adapter changes {changed} only, but the base ties it to "
             f"{tie.missing if own else tie.stored}",
+            file=ctx.checkpoint.path,
             key=changed,
             hint="--untie writes both tensors (what the adapter was trained as in PEFT); "
             "--keep-tied changes the shared one",

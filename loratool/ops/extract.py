@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from loratool import archs
 from loratool.adapter import TensorRef
 from loratool.dtypes import DTYPES
 from loratool.errors import MismatchError, UsageError, list_some
+from loratool.ops.align import align_names, renamed
 from loratool.plan import Plan, Step, TensorSpec
 from loratool.store.checkpoint import Checkpoint
 
@@ -31,7 +32,7 @@ class Pair:
     """One tensor of both checkpoints.
 
     Attributes:
-        name: on-disk name.
+        name: on-disk name in the base.
         base: None if the base has no such tensor.
         tuned: the fine-tuned one.
         role: ``linear``, ``conv``, ``embedding``, ``head``, ``experts``, ``in_proj``, ``bias``,
@@ -43,7 +44,7 @@ class Pair:
     base: TensorRef | None
     tuned: TensorRef
     role: str
-    is_factored: bool
+    is_factored: bool = False
 
     @property
     def module(self) -> str:
@@ -75,11 +76,33 @@ class ExtractPlan:
     notes: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class FactorOptions:
+    """How ranks are chosen, as plain data.
+
+    Attributes:
+        rule: fields of a `loratool.linalg.rank.RankRule`.
+        auto: the noise rank joins the rule.
+        exact: no iterative factorisation.
+        slices: ranks are cut afterwards (``--size``): keep the error at every rank.
+    """
+
+    rule: Mapping[str, Any] = field(default_factory=dict)
+    auto: bool = False
+    exact: bool = False
+    slices: bool = False
+
+    def to_args(self) -> dict[str, Any]:
+        """Arguments of a step; what is off is left out."""
+        flags = {"auto": self.auto, "exact": self.exact, "slices": self.slices}
+        return {"rule": dict(self.rule), **{k: True for k, on in flags.items() if on}}
+
+
 def plan_extract(
     tuned: Checkpoint,
     base: Checkpoint,
     *,
-    rank: int,
+    how: FactorOptions,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     keep: Sequence[str] = (),
@@ -90,7 +113,7 @@ def plan_extract(
     Args:
         tuned: the fine-tuned checkpoint.
         base: what it was tuned from.
-        rank: rank of every module (cut to the module's short side).
+        how: how ranks are chosen.
         include: regular expressions; only modules that match are factored, embeddings too.
         exclude: modules that are not factored.
         keep: as in `assemble`; tensors kept by a regular expression are not factored.
@@ -114,9 +137,9 @@ def plan_extract(
     mhas = {p.module for p in factored if p.role == "in_proj"}
     pairs, steps = [], []
     for pair in matched:
-        one = Pair(pair.name, pair.base, pair.tuned, pair.role, pair in factored)
+        one = replace(pair, is_factored=pair in factored)
         pairs.append(one)
-        steps.append(_make_step(one, base, rank, _is_mha_output(one, mhas)))
+        steps.append(_make_step(one, base, how, _is_mha_output(one, mhas)))
     memory = {p.name: archs.to_memory(base.model_type, p.name, names) for p in (*matched, *created)}
     return ExtractPlan(
         Plan("extract", tuple(steps)), tuple(pairs), tuple(created), memory, tuple(notes)
@@ -130,22 +153,25 @@ def _match(tuned: Checkpoint, base: Checkpoint) -> tuple[list[Pair], list[Pair],
     created: list[Pair] = []
     notes: list[str] = []
     shapes: list[str] = []
-    for name, ref in tuned.tensors.items():
+    aligned = align_names(tuned, base)
+    if renamed(aligned):
+        notes.append(f"{renamed(aligned)} tensors go by other names in the fine-tune")
+    for name, ref in aligned.items():
         other = base.tensors.get(name)
         if other is None and name in aliases:
             other = base.tensors[aliases[name]]
             notes.append(f"{name} is tied in the base: compared with {aliases[name]}")
         role = _role(name, ref, tuned)
         if other is None:
-            created.append(Pair(name, None, ref, role, False))
+            created.append(Pair(name, None, ref, role))
         elif other.shape == ref.shape:
-            matched.append(Pair(name, other, ref, role, False))
+            matched.append(Pair(name, other, ref, role))
         elif role in ("embedding", "head") and other.shape[1:] == ref.shape[1:]:
-            created.append(Pair(name, other, ref, role, False))
+            created.append(Pair(name, other, ref, role))
             notes.append(f"{name} has {ref.shape[0] - other.shape[0]:+d} rows")
         else:
             shapes.append(f"{name} {list(other.shape)} → {list(ref.shape)}")
-    missing = [n for n in base.tensors if n not in tuned.tensors and n not in tuned_aliases]
+    missing = [n for n in base.tensors if n not in aligned and n not in tuned_aliases]
     if missing:
         raise MismatchError(
             "LT-481",
@@ -212,7 +238,7 @@ def _is_mha_output(pair: Pair, mhas: set[str]) -> bool:
     return bool(found and found["mha"].rstrip(".") in mhas)
 
 
-def _make_step(pair: Pair, base: Checkpoint, rank: int, is_mha_output: bool) -> Step:
+def _make_step(pair: Pair, base: Checkpoint, how: FactorOptions, is_mha_output: bool) -> Step:
     assert pair.base is not None
     shape, inputs = pair.tuned.shape, (pair.tuned, pair.base)
     label = TensorSpec(pair.name, "F32", shape)
@@ -221,7 +247,7 @@ def _make_step(pair: Pair, base: Checkpoint, rank: int, is_mha_output: bool) -> 
         if DTYPES[pair.tuned.dtype].name not in _COMPARABLE or pair.base.dtype not in _COMPARABLE:
             return Step("compare_bytes", label, inputs, (1, pair.tuned.nbytes))
         return Step("difference", label, inputs, (1, flat) if len(shape) < 2 else _flat(shape))
-    args: dict[str, Any] = {"rank": rank, "transposed": False}
+    args: dict[str, Any] = {**how.to_args(), "transposed": False}
     view = _flat(shape)
     if pair.role == "conv":
         view = (shape[0], pair.tuned.numel // shape[0])
@@ -244,3 +270,38 @@ def _flat(shape: tuple[int, ...]) -> tuple[int, int]:
     for size in shape[:-1]:
         rows *= size
     return (rows, shape[-1])
+
+
+def group_steps(plan: Plan, max_bytes: int) -> tuple[Plan, list[list[int]]]:
+    """Put small factoring steps of one shape together: a GPU does a batch in the time of one.
+
+    Args:
+        plan: one pair per step.
+        max_bytes: largest batch, as float32 differences.
+
+    Returns:
+        (plan, positions of the original steps that each step stands for).
+    """
+    groups: list[list[int]] = []
+    open_: dict[tuple[Any, ...], list[int]] = {}
+    for index, step in enumerate(plan.steps):
+        key = (step.op, step.view, repr(step.args), tuple(i.dtype for i in step.inputs))
+        group = open_.get(key)
+        size = 4 * step.view[0] * step.view[1]
+        is_single = step.op != "subtract_and_factor" or step.args.get("experts")
+        if is_single or group is None or (len(group) + 1) * size > max_bytes:
+            groups.append([index])
+            if not is_single:
+                open_[key] = groups[-1]
+        else:
+            group.append(index)
+    groups.sort(key=lambda g: g[0])
+    return replace(plan, steps=tuple(_join([plan.steps[i] for i in g]) for g in groups)), groups
+
+
+def _join(steps: Sequence[Step]) -> Step:
+    if len(steps) == 1:
+        return steps[0]
+    names = [s.output.name for s in steps]
+    inputs = tuple(i for s in steps for i in s.inputs)
+    return replace(steps[0], inputs=inputs, args={**steps[0].args, "names": names})

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from loratool.adapter import Adapter, ReadOptions
 from loratool.dialects import open_adapter, unmergeable_reason
 from loratool.errors import MismatchError, OutputError, UsageError
 from loratool.store.checkpoint import Checkpoint, open_checkpoint
+from loratool.store.output_path import old_path, staging_path
+from loratool.store.rules import FileRules
 from loratool.store.source import Resolved, find_adapter, parse_adapter, resolve
+
+MAX_ADAPTERS = 256
 
 
 @dataclass(frozen=True)
@@ -21,10 +25,27 @@ class Access:
     Attributes:
         offline: never touch the network.
         yes: large downloads are agreed to.
+        rules: how far files are trusted.
     """
 
     offline: bool = False
     yes: bool = False
+    rules: FileRules = field(default_factory=FileRules)
+
+
+def locate(text: str, *, kind: str, access: Access) -> Resolved:
+    """Find a source; pickles in it are converted first where that is allowed.
+
+    Raises:
+        LoratoolError: see `loratool.store.source.resolve` and
+            `loratool.store.unpickled.convert_pickles`.
+    """
+    resolved = resolve(text, kind=kind, offline=access.offline, yes=access.yes)
+    if not access.rules.allow_pickle:
+        return resolved
+    from loratool.store.unpickled import convert_pickles
+
+    return convert_pickles(resolved)
 
 
 @dataclass(frozen=True)
@@ -67,6 +88,11 @@ def open_adapters(
     """
     if not texts:
         raise UsageError("LT-221", "no adapter given")
+    if len(texts) > MAX_ADAPTERS:
+        raise UsageError(
+            "LT-291", "too many adapters at once", expected=f"at most {MAX_ADAPTERS}",
+            got=len(texts), hint="merge them in groups",
+        )  # fmt: skip
     if weights is not None and len(weights) != len(texts):
         raise UsageError("LT-222", "number of --weights", expected=len(texts), got=len(weights))
     opened = []
@@ -82,10 +108,10 @@ def open_adapters(
         if weights is not None and argument.weight != 1.0:
             raise UsageError("LT-224", "a weight in the name and --weights too", key=text)
         weight = argument.weight if weights is None else float(weights[number])
-        resolved = resolve(
-            argument.path_text, kind="adapter", offline=access.offline, yes=access.yes
+        resolved = locate(argument.path_text, kind="adapter", access=access)
+        adapter = open_adapter(
+            find_adapter(resolved.path), read, max_header=access.rules.max_header
         )
-        adapter = open_adapter(find_adapter(resolved.path), read)
         reason = unmergeable_reason(adapter)
         if reason is not None:
             raise MismatchError(
@@ -111,25 +137,27 @@ def open_base(text: str, adapters: Sequence[OpenedAdapter], access: Access) -> O
                 hint="--base PATH",
             )
         text = named.pop()
-    resolved = resolve(text, kind="base", offline=access.offline, yes=access.yes)
-    return OpenedBase(open_checkpoint(resolved.path), resolved)
+    resolved = locate(text, kind="base", access=access)
+    checkpoint = open_checkpoint(resolved.path, max_header=access.rules.max_header)
+    return OpenedBase(checkpoint, resolved)
 
 
 def guard_output(output: Path, inputs: Sequence[Path]) -> None:
-    """Refuse an output that is, holds, or lies in an input.
+    """Refuse an output that is, holds, or lies in an input, or whose staging folder does.
 
     Raises:
         OutputError: it would overwrite what is being read.
     """
-    real = Path(os.path.realpath(output))
     for path in inputs:
         source = Path(os.path.realpath(path))
-        same = output.exists() and source.exists() and output.samefile(source)
-        if same or real == source or source in real.parents or real in source.parents:
-            raise OutputError(
-                "LT-506",
-                "the output would overwrite an input",
-                file=output,
-                got=f"input {path}",
-                hint="choose another -o",
-            )
+        for place in (output, staging_path(output), old_path(output)):
+            real = Path(os.path.realpath(place))
+            same = place.exists() and source.exists() and place.samefile(source)
+            if same or real == source or source in real.parents or real in source.parents:
+                raise OutputError(
+                    "LT-506",
+                    "the output would overwrite an input",
+                    file=output,
+                    got=f"input {path}",
+                    hint="choose another -o",
+                )

@@ -72,8 +72,17 @@ def plan_memory(
 def _peak(plan: Plan, device: str, threads: int, chunk: int) -> int:
     elements = grid.CUDA_ELEMENTS if device == "cuda" else grid.CPU_ELEMENTS
     workers = sorted((_worker_bytes(s, chunk, elements) for s in plan.steps), reverse=True)
-    steps = sorted((step_bytes(s) for s in plan.steps), reverse=True)
-    return TORCH_BYTES[device] + sum(workers[:1]) * threads + sum(steps[: threads + 1])
+    on_host = [s for s in plan.steps if device == "cpu" or s.op != "subtract_and_factor"]
+    steps = sorted((step_bytes(s) for s in on_host), reverse=True)
+    kept = sum(
+        source.nbytes
+        for step in plan.steps
+        if step.op == "factor"
+        for part in step.parts
+        if isinstance(part, DeltaPart)
+        for source in part.spec.fields.values()
+    )  # new factors stay in memory until they are written, none larger than the old ones
+    return TORCH_BYTES[device] + sum(workers[:1]) * threads + sum(steps[: threads + 1]) + kept
 
 
 def _worker_bytes(step: Step, chunk: int, elements: int) -> int:
@@ -101,11 +110,38 @@ def step_bytes(step: Step) -> int:
                 total += step.view[0] * step.view[1] * 24 + 32 * min(step.view) ** 2
         elif part.rows is not None:
             total += part.source.numel * 12
+    if step.op in ("factor", "spectrum"):
+        total *= 4  # both factors as stored, in float64, as reflections, turned, and what is cut
     if step.op in ("make_patch", "restore"):  # the packed patch, as large as the tensor at worst
         total += step.output.nbytes // (1 if step.args["from"] != "sum" else 8)
     if step.op == "subtract_and_factor":
-        rows, cols = step.view
-        experts = max(1, int(step.args.get("experts", 0)))
-        short = min(rows // experts, cols)
-        total += rows * cols * 8 + 40 * short**2 + 24 * (rows + cols) * int(step.args["rank"])
+        total += _factoring_bytes(step)
+    if step.op in ("residual_of_sum", "residual_of_copy"):
+        total += step.output.numel + step.output.nbytes  # its patch, should nothing compress
     return total
+
+
+def _factoring_bytes(step: Step) -> int:
+    """The difference in float32, and the larger of the ways to factor it.
+
+    With s the short side, l the long one and k the largest rank: 4·rows·cols for Δ; 2·rows·cols
+    for the exponents and 10·rows·cols of one matrix for the noise if the rank is ``auto``;
+    Lanczos 24·L·(s + l) + 40·L² with L = min(10·(k + 8), s), the Gram matrix 40·s² + 24·k·(s + l),
+    or the matrix itself times the identity 20·s·l.
+    """
+    rows, cols = step.view
+    experts = max(1, int(step.args.get("experts", 0)))
+    count = len(step.inputs) // 2 * experts
+    short, long = sorted((rows // experts, cols))
+    rule = step.args["rule"]
+    caps: list[int] = [c for c in (rule.get("rank"), rule.get("max_rank")) if c]
+    if step.args.get("auto") and not rule.get("max_rank"):
+        caps.append(257)
+    rank = min([short, *caps])
+    total = 4 * rows * cols * len(step.inputs) // 2
+    if step.args.get("auto"):
+        total += rows * cols * len(step.inputs) + 10 * short * long
+    space = min(10 * (rank + 8), short)
+    lanczos = 24 * space * (short + long) + 40 * space**2
+    gram = 40 * short**2 + 24 * rank * (short + long)
+    return int(total) + max(lanczos * count, gram, 20 * short * long if rank >= short else 0)

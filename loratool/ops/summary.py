@@ -13,6 +13,7 @@ from loratool.dialects import open_adapter, unmergeable_reason
 from loratool.dtypes import DTYPES
 from loratool.errors import BadFileError, DiskError, LoratoolError, MismatchError
 from loratool.ops.adapter_summary import dtype_bytes, dtype_word, summarize_adapter
+from loratool.ops.input_notes import scaling_warnings
 from loratool.report import (
     CheckpointSummary,
     FolderRow,
@@ -20,6 +21,7 @@ from loratool.report import (
     TensorRow,
 )
 from loratool.store.checkpoint import Checkpoint, open_checkpoint
+from loratool.store.header import MAX_HEADER_BYTES
 from loratool.store.source import find_adapter
 
 NO_ADAPTER = "LT-400"
@@ -42,6 +44,7 @@ def summarize(
     alpha: float | None = None,
     source: str | None = None,
     label: str | None = None,
+    max_header: int = MAX_HEADER_BYTES,
 ) -> InspectReport:
     """Describe what lies at a path, from headers alone.
 
@@ -51,6 +54,7 @@ def summarize(
         alpha: lora_alpha for files without a configuration.
         source: how the user named it; None = the path.
         label: short name; None = the last part of the path.
+        max_header: largest safetensors header accepted, in bytes.
 
     Raises:
         BadFileError: nothing that can be described is there, or it is damaged.
@@ -63,15 +67,15 @@ def summarize(
     label = label or path.name or path.resolve().name
     what = _what(path)
     if what == "folder":
-        return InspectReport(source=named, what=what, rows=tuple(_rows(path, alpha)))
+        return InspectReport(source=named, what=what, rows=tuple(_rows(path, alpha, max_header)))
     if what == "checkpoint":
-        return _describe_checkpoint(path, named, label, tensors)
+        return _describe_checkpoint(path, named, label, tensors, max_header)
     try:
-        return _describe_adapter(path, named, label, tensors, alpha)
+        return _describe_adapter(path, named, label, tensors, alpha, max_header)
     except MismatchError as error:
         if what == "adapter" or error.code != NO_ADAPTER:
             raise
-    return _describe_checkpoint(path, named, label, tensors)
+    return _describe_checkpoint(path, named, label, tensors, max_header)
 
 
 def _what(path: Path) -> str:
@@ -92,9 +96,9 @@ def _what(path: Path) -> str:
 
 
 def _describe_adapter(
-    path: Path, named: str, label: str, tensors: bool, alpha: float | None
+    path: Path, named: str, label: str, tensors: bool, alpha: float | None, max_header: int
 ) -> InspectReport:
-    adapter = open_adapter(find_adapter(path), ReadOptions(alpha=alpha))
+    adapter = open_adapter(find_adapter(path), ReadOptions(alpha=alpha), max_header=max_header)
     return InspectReport(
         source=named,
         what="adapter",
@@ -110,12 +114,7 @@ def _warnings(adapter: Adapter) -> list[str]:
     found = []
     if reason := unmergeable_reason(adapter):
         found.append(f"cannot be merged: {reason}")
-    zero = [spec for spec in adapter.specs if spec.rank and spec.scaling == 0]
-    if zero:
-        found.append(f"alpha 0: {len(zero)} of {len(adapter.specs)} modules have no effect")
-    negative = [spec for spec in adapter.specs if spec.rank and spec.scaling < 0]
-    if negative:
-        found.append(f"negative alpha in {len(negative)} modules: they subtract")
+    found += scaling_warnings(adapter)
     if adapter.unclaimed:
         found.append(f"{len(adapter.unclaimed)} tensors mean nothing for merging and are not used")
     if adapter.base_model and _QUANTISED_NAME.search(adapter.base_model):
@@ -155,8 +154,10 @@ def _adapter_tensors(adapter: Adapter) -> list[TensorRow]:
 # ------------------------------------------------------------------------------ checkpoints
 
 
-def _describe_checkpoint(path: Path, named: str, label: str, tensors: bool) -> InspectReport:
-    checkpoint = open_checkpoint(path)
+def _describe_checkpoint(
+    path: Path, named: str, label: str, tensors: bool, max_header: int
+) -> InspectReport:
+    checkpoint = open_checkpoint(path, max_header=max_header)
     warnings = []
     if checkpoint.is_folder and (path / "adapter_config.json").exists():
         warnings.append("adapter_config.json inside: transformers would apply that adapter on top")
@@ -195,7 +196,7 @@ def summarize_checkpoint(checkpoint: Checkpoint) -> CheckpointSummary:
 # ---------------------------------------------------------------------------------- folders
 
 
-def _rows(folder: Path, alpha: float | None) -> Iterable[FolderRow]:
+def _rows(folder: Path, alpha: float | None, max_header: int) -> Iterable[FolderRow]:
     """One row per weight file and per sub-folder that is an adapter or a checkpoint.
 
     Raises:
@@ -208,9 +209,9 @@ def _rows(folder: Path, alpha: float | None) -> Iterable[FolderRow]:
             continue
         if entry.is_dir():
             if _what(entry) != "folder":
-                rows.append(summarize_row(entry, entry.name, alpha))
+                rows.append(summarize_row(entry, entry.name, alpha, max_header))
         elif entry.suffix in (".safetensors", ".gguf"):
-            rows.append(summarize_row(entry, entry.name, alpha))
+            rows.append(summarize_row(entry, entry.name, alpha, max_header))
     if not rows:
         raise BadFileError(
             "LT-350", "no adapter and no checkpoint here", file=folder,
@@ -227,10 +228,12 @@ def _entries(folder: Path) -> list[Path]:
         raise DiskError("LT-601", "cannot read", file=folder, got=error.strerror) from error
 
 
-def summarize_row(path: Path, name: str, alpha: float | None = None) -> FolderRow:
+def summarize_row(
+    path: Path, name: str, alpha: float | None = None, max_header: int = MAX_HEADER_BYTES
+) -> FolderRow:
     """One row; what cannot be read becomes a row with its error."""
     try:
-        report = summarize(path, alpha=alpha)
+        report = summarize(path, alpha=alpha, max_header=max_header)
     except LoratoolError as error:
         return FolderRow(name, error=error.to_json())
     return FolderRow(name, report.adapter, report.checkpoint)

@@ -6,7 +6,20 @@ Shares and errors are fractions of 1, sizes are bytes, times are seconds.
 """
 
 from loratool.report.base import SCHEMA, Loads, Report, plain_json
-from loratool.report.extract import ExtractedFamily, ExtractedModule, ExtractReport, group_families
+from loratool.report.compress import (
+    CompressedAdapter,
+    CompressedFamily,
+    CompressedModule,
+    CompressReport,
+    energy_and_error,
+)
+from loratool.report.extract import (
+    ExtractedFamily,
+    ExtractedModule,
+    ExtractReport,
+    SavedResidual,
+    group_families,
+)
 from loratool.report.inspect import (
     AdapterSummary,
     CheckpointSummary,
@@ -24,27 +37,37 @@ from loratool.report.merge import (
     TensorDifference,
     VerifyReport,
 )
+from loratool.report.spectrum import AdapterSpectrum, FamilySpectrum, ModuleSpectrum
 
 __all__ = [
     "SCHEMA",
+    "AdapterSpectrum",
     "AdapterSummary",
     "CheckpointSummary",
+    "CompressReport",
+    "CompressedAdapter",
+    "CompressedFamily",
+    "CompressedModule",
     "ExtractReport",
     "ExtractedFamily",
     "ExtractedModule",
+    "FamilySpectrum",
     "FolderRow",
     "InspectReport",
     "Loads",
     "MergeReport",
     "ModuleLoss",
+    "ModuleSpectrum",
     "ReplacedTensor",
     "Report",
+    "SavedResidual",
     "SubtractReport",
     "SwapReport",
     "TargetFamily",
     "TensorDifference",
     "TensorRow",
     "VerifyReport",
+    "energy_and_error",
     "group_families",
     "plain_json",
 ]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from loratool.report.base import Loads, Report, plain_json
@@ -22,7 +22,12 @@ class ExtractedModule:
         rank: kept.
         norm: ‖ΔW‖_F of the whole change.
         captured_energy: Σσ²kept ÷ Σσ².
-        relative_error: ‖ΔW − ΔW'‖_F ÷ ‖ΔW‖_F.
+        relative_error: ‖ΔW − ΔW'‖_F ÷ ‖ΔW‖_F, of the factors as written.
+        noise_rank: singular values above the rounding noise of the fine-tune, None if that was
+            not asked for.
+        noise_rank_is_least: there may be more; it was not looked further.
+        energy_rank: least rank with 99 % of the energy above the noise, None if not known.
+        noise: expected norm of the rounding noise ÷ ‖ΔW‖_F.
     """
 
     name: str
@@ -32,6 +37,17 @@ class ExtractedModule:
     norm: float
     captured_energy: float
     relative_error: float
+    noise_rank: int | None = None
+    noise_rank_is_least: bool = False
+    energy_rank: int | None = None
+    noise: float | None = None
+
+    @property
+    def is_at_noise(self) -> bool | None:
+        """What is left out is rounding noise alone; None if that was not asked for."""
+        if self.noise_rank is None:
+            return None
+        return self.rank >= self.noise_rank and not self.noise_rank_is_least
 
 
 @dataclass(frozen=True)
@@ -63,6 +79,25 @@ def _family(name: str, members: Sequence[ExtractedModule]) -> ExtractedFamily:
 
 
 @dataclass(frozen=True)
+class SavedResidual:
+    """The file that gives TUNED back, bit for bit.
+
+    Attributes:
+        path: the file.
+        nbytes: its size.
+        patched: tensors with at least one element that the merge gets otherwise.
+        elements: such elements in all.
+        whole: tensors stored as they are.
+    """
+
+    path: str
+    nbytes: int
+    patched: int
+    elements: int
+    whole: int
+
+
+@dataclass(frozen=True)
 class ExtractReport(Report):
     """Result of `loratool.extract`.
 
@@ -70,17 +105,25 @@ class ExtractReport(Report):
         output: what was (or would be) written.
         tuned: the fine-tune as a user knows it.
         base: the base as a user knows it.
-        rank: asked for.
+        rank: asked for, or ``auto``; None where other criteria alone decide.
+        asked: all criteria for the rank, as asked for.
         modules: what was factored.
         kept: (tensor, bytes) of those kept whole.
         left_out: (tensor, shape, bytes, relative change) of those that changed and are not in
             the adapter.
+        dropped: (module, ‖ΔW‖_F) of those whose rank came out as 0.
         identical: tensors equal in both checkpoints.
         buffers: non-float tensors that differ and are left out.
         captured_energy: over all factored modules.
-        relative_error: over all factored modules.
+        relative_error: over all factored modules, as written.
         total_relative_error: over all tensors that changed.
+        float16_relative_error: ``relative_error`` if the factors were stored as float16.
+        float16_bytes: size of the tensor file then.
         output_bytes: size of the tensor file.
+        device: where it was computed.
+        device_reason: why there.
+        peak_memory_bytes: planned peak.
+        residual: the residual file, None if none was asked for.
         seconds: wall time.
         loads_in: which programs load the adapter.
         warnings: what the user should not overlook.
@@ -92,7 +135,7 @@ class ExtractReport(Report):
     output: str
     tuned: str
     base: str
-    rank: int
+    rank: int | str | None
     modules: tuple[ExtractedModule, ...]
     kept: tuple[tuple[str, int], ...]
     left_out: tuple[tuple[str, tuple[int, ...], int, float], ...]
@@ -107,6 +150,14 @@ class ExtractReport(Report):
     warnings: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     dry_run: bool = False
+    asked: Mapping[str, Any] = field(default_factory=dict)
+    dropped: tuple[tuple[str, float], ...] = ()
+    float16_relative_error: float = 0.0
+    float16_bytes: int = 0
+    residual: SavedResidual | None = None
+    device: str = "cpu"
+    device_reason: str = ""
+    peak_memory_bytes: int = 0
 
     @property
     def families(self) -> tuple[ExtractedFamily, ...]:
@@ -116,6 +167,8 @@ class ExtractReport(Report):
     def to_json(self) -> dict[str, Any]:
         """The report as plain JSON types, with ``families``."""
         named = {
+            "modules": [plain_json(m) | {"is_at_noise": m.is_at_noise} for m in self.modules],
+            "dropped": [{"name": name, "norm": norm} for name, norm in self.dropped],
             "families": plain_json(self.families),
             "kept": [{"name": name, "nbytes": nbytes} for name, nbytes in self.kept],
             "left_out": [

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from loratool.report.base import Loads, Report
+from loratool.report.base import Loads, Report, plain_json
+from loratool.report.spectrum import AdapterSpectrum
 
 
 @dataclass(frozen=True)
@@ -157,6 +158,7 @@ class InspectReport(Report):
         warnings: what will go wrong.
         notes: what is good to know.
         next: a command line to go on with.
+        spectrum: of ``--spectrum``.
     """
 
     command: ClassVar[str] = "inspect"
@@ -169,3 +171,15 @@ class InspectReport(Report):
     warnings: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     next: str | None = None
+    spectrum: AdapterSpectrum | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """The report as plain JSON types; the spectrum with ``families`` and ``total``."""
+        found = super().to_json()
+        if self.spectrum is None:
+            return {k: v for k, v in found.items() if k != "spectrum"}
+        summed = {
+            "families": plain_json(self.spectrum.families),
+            "total": plain_json(self.spectrum.total),
+        }
+        return found | {"spectrum": found["spectrum"] | summed}

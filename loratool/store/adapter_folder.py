@@ -12,6 +12,7 @@ from loratool.errors import (
     UnsafeContentError,
     list_some,
 )
+from loratool.store.foreign import PICKLE_HINT
 from loratool.store.layout import PLAIN_STEMS, is_pickle_name
 
 _SHARD = re.compile(r"-\d{5,6}-of-\d{5,6}")
@@ -86,7 +87,7 @@ def _refuse(path: Path, names: list[str]) -> None:
         raise UnsafeContentError(
             "LT-903", "the only weights here are pickles, which can run code", file=path,
             expected="safetensors", got=list_some(pickles),
-            hint="get the safetensors file, or convert it in a place you trust",
+            hint=PICKLE_HINT,
         )  # fmt: skip
     raise BadFileError(
         "LT-327", "no adapter here", file=path, got=list_some(names) or "an empty folder",

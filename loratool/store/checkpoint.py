@@ -6,6 +6,7 @@ file name goes wrong here.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from loratool.errors import (
     UnsafeContentError,
     list_some,
 )
+from loratool.store.foreign import PICKLE_HINT
 from loratool.store.header import MAX_HEADER_BYTES, read_header, short_name
 from loratool.store.jsonfile import load_json
 from loratool.store.layout import PLAIN_STEMS, Layout, find_layout, has_weights, is_pickle_name
@@ -131,7 +133,7 @@ def _open_file(path: Path, max_header: int) -> Checkpoint:
     if is_pickle_name(path.name) and path.is_file():
         raise UnsafeContentError(
             "LT-900", "pickle is not opened: it can run code", file=path, expected="safetensors",
-            hint="get the .safetensors file, or convert it in a place you trust",
+            hint=PICKLE_HINT,
         )  # fmt: skip
     shard = _read_shard(path, path.name, "", max_header)
     tensors = _collect([shard], path)
@@ -284,7 +286,7 @@ def _check_total(index: Mapping[str, Any], tensors: Mapping[str, TensorRef]) -> 
 
 def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
-    return load_json(path) if path.is_file() or path.is_symlink() else {}
+    return load_json(path) if os.path.lexists(path) else {}
 
 
 def _quantization(

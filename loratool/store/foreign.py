@@ -10,6 +10,7 @@ from typing import BinaryIO
 
 from loratool.errors import BadFileError, DiskError, UnsafeContentError
 
+PICKLE_HINT = "get the safetensors file; --allow-pickle converts this one in a locked process"
 _FETCH_LFS = "git lfs pull (or hf download) brings the real file"
 _FOREIGN: tuple[tuple[re.Pattern[bytes], str, str], ...] = (
     (re.compile(rb"version https://git-lfs|# xet version"), "a Git LFS pointer", _FETCH_LFS),
@@ -49,7 +50,7 @@ def refuse_foreign(file: BinaryIO, head: bytes, shown: object, size: int) -> Non
         raise UnsafeContentError(
             "LT-900", "pickle is not opened: it can run code", file=shown,
             expected="safetensors", got="a pickle (torch.save) file",
-            hint="get the .safetensors file, or convert it in a place you trust",
+            hint=PICKLE_HINT,
         )  # fmt: skip
     for pattern, kind, hint in _FOREIGN:
         if pattern.match(head):
@@ -85,6 +86,46 @@ def open_regular(path: Path, *, shown: object | None = None) -> BinaryIO:
         file.close()
         raise
     return file
+
+
+def check_inside(path: Path, root: Path) -> None:
+    """A link may only lead to a file of the same folder or of its Hub cache.
+
+    Raises:
+        UnsafeContentError: LT-901 no regular file, LT-904 it leads elsewhere.
+    """
+    if not path.is_file():
+        what = "a broken link" if path.is_symlink() and not path.exists() else "no regular file"
+        raise UnsafeContentError(
+            "LT-901", "not a regular file", file=path, expected="a file", got=what
+        )
+    real, top = path.resolve(), root.resolve()
+    allowed = [top]
+    for parent in (top, *top.parents):  # models--owner--name/snapshots/<commit>[/sub]
+        if parent.parent.name == "snapshots":
+            allowed.append(parent.parent.parent / "blobs")
+    if not any(real.is_relative_to(folder) for folder in allowed):
+        raise UnsafeContentError(
+            "LT-904", "a link leads out of its folder, so the file is not used", file=path,
+            got=real, hint="replace the link by the file if you trust it",
+        )  # fmt: skip
+
+
+def open_inside(path: Path, folder: Path | None = None) -> BinaryIO:
+    """`open_regular` for small files, whose content may be copied or shown: see `check_inside`.
+
+    Args:
+        path: the file.
+        folder: what a link must stay in; None = the file's own folder.
+
+    Raises:
+        BadFileError: there is no such file, or the link is broken.
+        UnsafeContentError: no regular file, or a link that leads elsewhere.
+        DiskError: no permission, or an input/output error.
+    """
+    if path.is_symlink() and path.exists():
+        check_inside(path, folder or path.parent)
+    return open_regular(path)
 
 
 def _require_regular(mode: int, shown: object) -> None:

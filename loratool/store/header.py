@@ -7,10 +7,12 @@ keys, no nameless tensors, limits on counts and lengths.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
@@ -27,12 +29,16 @@ HARD_HEADER_BYTES = 100_000_000  # the safetensors library refuses more
 MAX_TENSORS = 200_000
 MAX_NAME = 1024  # characters
 MAX_DIMS = 8
+MAX_METADATA = 1_000_000  # characters of one metadata value
 
 _STRING = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
-# A tensor entry has one object, two lists and at most twelve commas; the slack is for metadata.
+_TOKENS = re.compile(rb'(?:[^"]++|"[^"\\]*+(?:\\.[^"\\]*+)*+")*+', re.DOTALL)
+_WINDOW = 1 << 20  # bytes
+MAX_ENTRIES = 10_000  # of metadata
+# A tensor has one object, two lists, at most twelve commas and few fields; the rest is metadata.
 _MAX_OBJECTS = MAX_TENSORS + 2
 _MAX_LISTS = 2 * MAX_TENSORS
-_MAX_COMMAS = 13 * MAX_TENSORS
+_MAX_COMMAS, _MAX_COLONS = 12, 6  # per object, and one per entry of metadata
 
 
 @dataclass(frozen=True)
@@ -82,8 +88,27 @@ def read_header(
             raw = _read_raw(file, shown, size, min(max_bytes, HARD_HEADER_BYTES))
     except OSError as error:
         raise DiskError("LT-601", "cannot read", file=shown, got=error.strerror) from error
+    with _no_collection():
+        return _checked(path, raw, size, shown, max_bytes)
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Pause the search for reference cycles: a header makes none, only a million small objects."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
+def _checked(path: Path, raw: bytes, size: int, shown: object, max_bytes: int) -> Header:
     entries = _parse(raw, shown)
-    metadata = _check_metadata(entries.pop("__metadata__", {}), shown)
+    # Who raises the limit of the header knows that the file is unusual.
+    longest = MAX_METADATA if max_bytes <= MAX_HEADER_BYTES else max_bytes
+    metadata = _check_metadata(entries.pop("__metadata__", {}), shown, longest)
     if len(entries) > MAX_TENSORS:
         _refuse_count(shown, len(entries))
     tensors = [_tensor(path, shown, name, entry, len(raw)) for name, entry in entries.items()]
@@ -174,7 +199,8 @@ def _read_raw(file: BinaryIO, shown: object, size: int, limit: int) -> bytes:
         )  # fmt: skip
     if len(head) >= length + 8:
         return head[: length + 8]
-    return head + _read_exactly(file, length + 8 - len(head), shown)
+    file.seek(0)
+    return _read_exactly(file, length + 8, shown)
 
 
 def _whole(text: str) -> int | float:
@@ -183,24 +209,23 @@ def _whole(text: str) -> int | float:
 
 
 def _read_exactly(file: BinaryIO, count: int, shown: object) -> bytes:
-    parts: list[bytes] = []
-    left = count
-    while left:
-        part = file.read(left)
+    """Mostly one read and no copy: headers may be large."""
+    data = file.read(count)
+    while len(data) < count:
+        part = file.read(count - len(data))
         if not part:
             raise BadFileError(
                 "LT-303", "file ended while its header was read", file=shown,
-                expected=f"{count} bytes", got=f"{count - left} bytes",
+                expected=f"{count} bytes", got=f"{len(data)} bytes",
             )  # fmt: skip
-        parts.append(part)
-        left -= len(part)
-    return b"".join(parts)
+        data += part
+    return data
 
 
 def _parse(raw: bytes, shown: object) -> dict[str, Any]:
     _check_counts(raw, shown)
     try:
-        text = raw[8:].decode("utf-8")
+        text = str(memoryview(raw)[8:], "utf-8")
         entries = json.loads(
             text, object_pairs_hook=unique_pairs, parse_int=_whole, parse_constant=refuse_constant
         )
@@ -227,13 +252,37 @@ def _parse(raw: bytes, shown: object) -> dict[str, Any]:
 
 def _check_counts(raw: bytes, shown: object) -> None:
     """Bound what parsing can allocate: structure outside strings is counted first."""
-    if raw.count(b",") <= MAX_TENSORS and raw.count(b"{") + raw.count(b"[") <= MAX_TENSORS:
+    few = min(MAX_TENSORS, MAX_ENTRIES)
+    if max(raw.count(mark) for mark in (b",", b":", b"{", b"[")) <= few:
         return
-    bare = _STRING.sub(b"", raw[8:])
-    if bare.count(b"{") > _MAX_OBJECTS or bare.count(b"[") > _MAX_LISTS:
-        _refuse_count(shown, max(bare.count(b"{") - 1, bare.count(b"[") // 2))
-    if bare.count(b",") > _MAX_COMMAS:
-        _refuse_count(shown, bare.count(b",") // 13)
+    marks = _count_marks(raw)
+    objects, lists = marks[b"{"], marks[b"["]
+    if objects > _MAX_OBJECTS or lists > _MAX_LISTS:
+        _refuse_count(shown, max(objects - 1, lists // 2))
+    for mark, most in ((b",", _MAX_COMMAS), (b":", _MAX_COLONS)):
+        if marks[mark] > most * objects + MAX_ENTRIES:
+            raise BadFileError(
+                "LT-349", "header has too many values for its tensors", file=shown,
+                expected=f"at most {MAX_ENTRIES} entries of metadata",
+                got=f"{marks[mark]} times {mark.decode()!r} for {objects} objects",
+            )  # fmt: skip
+
+
+def _count_marks(raw: bytes) -> dict[bytes, int]:
+    """How often each mark of structure stands outside of strings; in windows, for memory's sake."""
+    marks = dict.fromkeys((b"{", b"[", b",", b":"), 0)
+    at = 8
+    while at < len(raw):
+        whole = _TOKENS.match(raw, at, at + _WINDOW)
+        end = whole.end() if whole else at
+        if end == at:  # a string longer than the window, or one without an end
+            long = _STRING.match(raw, at)
+            end = long.end() if long else len(raw)
+        bare = _STRING.sub(b"", raw[at:end])
+        for mark in marks:
+            marks[mark] += bare.count(mark)
+        at = end
+    return marks
 
 
 def _refuse_count(shown: object, count: int) -> NoReturn:
@@ -251,7 +300,7 @@ def _is_clean(text: str) -> bool:
     return True
 
 
-def _check_metadata(value: object, shown: object) -> Mapping[str, str]:
+def _check_metadata(value: object, shown: object, longest: int) -> Mapping[str, str]:
     if value is None:  # mlx writes null, and safetensors reads it as "none"
         return {}
     if not isinstance(value, dict):
@@ -259,12 +308,30 @@ def _check_metadata(value: object, shown: object) -> Mapping[str, str]:
             "LT-316", "metadata is not an object", file=shown, key="__metadata__",
             expected="an object of strings", got=type(value).__name__,
         )  # fmt: skip
+    if len(value) > MAX_ENTRIES:
+        raise BadFileError(
+            "LT-349", "too many entries of metadata", file=shown, key="__metadata__",
+            expected=f"at most {MAX_ENTRIES}", got=len(value),
+        )  # fmt: skip
     for key, item in value.items():
+        if len(key) > MAX_NAME:
+            raise BadFileError(
+                "LT-346", "metadata key is too long", file=shown,
+                key=f"__metadata__.{short_name(key)}", expected=f"at most {MAX_NAME} characters",
+                got=f"{len(key)} characters",
+            )  # fmt: skip
         if not isinstance(item, str) or not _is_clean(key) or not _is_clean(item):
             raise BadFileError(
                 "LT-316", "metadata value is not a string", file=shown,
                 key=f"__metadata__.{short_name(key)}", expected="a string of Unicode characters",
                 got="half a surrogate pair" if isinstance(item, str) else type(item).__name__,
+            )  # fmt: skip
+        if len(item) > longest:
+            raise BadFileError(
+                "LT-346", "metadata value is too long", file=shown,
+                key=f"__metadata__.{short_name(key)}",
+                expected=f"at most {longest} characters", got=f"{len(item)} characters",
+                hint="--max-header 64MB lifts this limit too",
             )  # fmt: skip
     return value
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from loratool.errors import BadFileError, DiskError
-from loratool.store.foreign import open_regular
+from loratool.store.foreign import open_inside
 
 MAX_JSON_BYTES = 16_000_000
 MAX_DEPTH = 64
@@ -112,7 +112,7 @@ def _finite(text: str) -> float:
 
 def _read(path: Path, max_bytes: int) -> bytes:
     try:
-        with open_regular(path) as file:
+        with open_inside(path) as file:
             parts: list[bytes] = []
             left = max_bytes + 1
             while left and (part := file.read(min(left, 1 << 20))):

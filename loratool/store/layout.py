@@ -9,13 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from loratool.errors import BadFileError, MismatchError, UnsafeContentError, list_some
+from loratool.store.foreign import PICKLE_HINT
 from loratool.store.jsonfile import load_json
 
 PLAIN_STEMS = ("model", "diffusion_pytorch_model")
 _SHARD_NUMBER = re.compile(r"-(\d{5,6})-of-(\d{5,6})")
 _INDEX = re.compile(r"\.safetensors\.index(\.\w+)?\.json$")
 _ADAPTER_FILE = re.compile(r"^(adapter_model|adapters|\d+_adapters|pytorch_lora_weights)[.\-].*")
-_PICKLE_FILE = re.compile(r".*\.(bin|pt|pth|ckpt|pkl)$", re.IGNORECASE)
+_PICKLE_FILE = re.compile(r".*\.(bin|pt|pth|ckpt|pkl)$", re.IGNORECASE | re.DOTALL)
+_LONGEST_NAME = 255  # bytes, on every file system in use
 _NO_WEIGHTS = re.compile(r"^(training_args|optimizer|scheduler|scaler|rng_state|random_states)")
 
 
@@ -99,12 +101,17 @@ def is_pickle_name(name: str) -> bool:
     return bool(_PICKLE_FILE.match(name))
 
 
+def is_state_name(name: str) -> bool:
+    """True for pickles that trainers leave beside weights: optimizers, schedulers, arguments."""
+    return bool(_NO_WEIGHTS.match(name))
+
+
 def check_shard_name(name: object, index: Path) -> str:
     """A file name from an index, if it cannot lead out of the index's folder.
 
     Raises:
         UnsafeContentError: absolute, with ``..``, a drive letter, a backslash or a NUL.
-        BadFileError: not a string.
+        BadFileError: not a string, or longer than any file system allows.
     """
     if not isinstance(name, str):
         raise BadFileError(
@@ -119,6 +126,11 @@ def check_shard_name(name: object, index: Path) -> str:
         raise UnsafeContentError(
             "LT-902", "index names a file outside its folder", file=index,
             expected="a plain file name", got=ascii(name[:200]),
+        )  # fmt: skip
+    if any(len(part.encode()) > _LONGEST_NAME for part in parts):
+        raise BadFileError(
+            "LT-325", "index maps a tensor to an impossible file name", file=index,
+            expected=f"at most {_LONGEST_NAME} bytes", got=ascii(name[:80]),
         )  # fmt: skip
     return name
 
@@ -233,7 +245,7 @@ def _refuse_empty(folder: Path, names: list[str]) -> None:
         raise UnsafeContentError(
             "LT-903", "the only weights here are pickles, which can run code", file=folder,
             expected="safetensors", got=list_some(pickles),
-            hint="get the safetensors files, or convert them in a place you trust",
+            hint=PICKLE_HINT,
         )  # fmt: skip
     inside = [
         n for n in names

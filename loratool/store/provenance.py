@@ -11,7 +11,7 @@ from typing import Any
 
 from loratool import __version__
 from loratool.adapter import Adapter, TensorRef
-from loratool.errors import LoratoolError
+from loratool.errors import LoratoolError, redact
 from loratool.store.checkpoint import Checkpoint
 from loratool.store.jsonfile import load_json
 
@@ -71,6 +71,15 @@ def provenance_of(
     return {
         "loratool": __version__,
         "operation": operation,
-        "options": dict(options),
-        "inputs": dict(inputs),
+        "options": _redacted(options),
+        "inputs": _redacted(inputs),
     }
+
+
+def _redacted(value: Any) -> Any:
+    """The same without secrets: names and options are published with the output."""
+    if isinstance(value, str):
+        return redact(value)
+    if isinstance(value, Mapping):
+        return {redact(k): _redacted(v) for k, v in value.items()}
+    return [_redacted(v) for v in value] if isinstance(value, list) else value

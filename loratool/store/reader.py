@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Mapping
 from pathlib import Path
 from typing import BinaryIO
 
 from loratool.errors import BadFileError, DiskError
 
-_Stamp = tuple[int, int, int, int]
+Stamp = tuple[int, int, int, int]
+"""(device, inode, size, modification time in ns): differs if a file changed or was replaced."""
 
 
 def plain_io() -> bool:
@@ -23,11 +25,15 @@ def plain_io() -> bool:
 class FileReader:
     """Positioned reads from any number of files, safe for several threads.
 
-    Files are opened on first use and stay open; `close` checks that none of them changed.
+    Files are opened on first use and stay open.
+
+    Args:
+        stamps: what files were when their headers were read; they must still be that.
     """
 
-    def __init__(self) -> None:
-        self._files: dict[Path, tuple[BinaryIO, _Stamp]] = {}
+    def __init__(self, stamps: Mapping[Path, Stamp] | None = None) -> None:
+        self._stamps = dict(stamps or {})
+        self._files: dict[Path, tuple[BinaryIO, Stamp]] = {}
         self._lock = threading.Lock()
         self._plain = plain_io()
 
@@ -73,12 +79,14 @@ class FileReader:
         """
         with self._lock:
             for path, (file, stamp) in self._files.items():
-                if _stamp_of(os.fstat(file.fileno())) != stamp or _stamp_of(path.stat()) != stamp:
-                    raise BadFileError(
-                        "LT-332", "input changed during the run", file=path, hint="run it again"
-                    )
+                if _stamp_of(os.fstat(file.fileno())) != stamp:
+                    raise _changed(path)
+            opened = {path: stamp for path, (_file, stamp) in self._files.items()}
+            for path, stamp in (opened | self._stamps).items():
+                if stamp_of(path) != stamp:
+                    raise _changed(path)
 
-    def _open(self, path: Path) -> tuple[BinaryIO, _Stamp]:
+    def _open(self, path: Path) -> tuple[BinaryIO, Stamp]:
         with self._lock:
             entry = self._files.get(path)
             if entry is None:
@@ -88,9 +96,13 @@ class FileReader:
                     raise DiskError(
                         "LT-601", "cannot read", file=path, got=error.strerror
                     ) from error
+                stamp = _stamp_of(os.fstat(file.fileno()))
+                if self._stamps.get(path, stamp) != stamp:
+                    file.close()
+                    raise _changed(path)
                 if hasattr(os, "posix_fadvise"):
                     os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
-                entry = (file, _stamp_of(os.fstat(file.fileno())))
+                entry = (file, stamp)
                 self._files[path] = entry
             return entry
 
@@ -102,5 +114,22 @@ class FileReader:
             return file.readinto(buffer) or 0  # type: ignore[attr-defined]
 
 
-def _stamp_of(stat: os.stat_result) -> _Stamp:
+def stamp_of(path: Path) -> Stamp | None:
+    """What a file is now; None if it cannot be found."""
+    try:
+        return _stamp_of(path.stat())
+    except OSError:
+        return None
+
+
+def _changed(path: Path) -> BadFileError:
+    return BadFileError(
+        "LT-332",
+        "input changed during the run",
+        file=path,
+        hint="run it again when nothing writes to it",
+    )
+
+
+def _stamp_of(stat: os.stat_result) -> Stamp:
     return (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns)

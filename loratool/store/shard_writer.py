@@ -6,7 +6,8 @@ import errno
 import os
 from pathlib import Path
 
-from loratool.errors import DiskError
+from loratool.store.checksum import Piece, PieceSums
+from loratool.store.disk import create_new, disk_error, progress, refusals_as
 from loratool.store.reader import plain_io
 
 try:
@@ -35,13 +36,16 @@ class ShardWriter:
         self.path = path
         self.size = size
         self._plain = plain_io()
+        self._sums = PieceSums()
+        self._fd = self._direct = -1
+        self._direct_works = True
         try:
-            flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | getattr(os, "O_NOFOLLOW", 0)
-            self._fd = os.open(path, flags | getattr(os, "O_BINARY", 0), 0o666)
+            self._fd = create_new(path, os.O_RDWR)
             self._direct = -1 if self._plain else self._open_direct()
             self._reserve()
-            self._write_all(memoryview(header), 0)
+            self.put(0, memoryview(header))
         except OSError as error:
+            self.close()
             raise disk_error("cannot create", path, error) from error
 
     def _open_direct(self) -> int:
@@ -69,8 +73,9 @@ class ShardWriter:
             aligned: the address of ``data`` and ``offset`` agree modulo the page size, so that
                 the middle may be written directly.
         """
+        self._sums.add(offset, data)
         try:
-            if aligned and self._direct >= 0 and len(data) >= _DIRECT_MIN:
+            if aligned and self._direct >= 0 and self._direct_works and len(data) >= _DIRECT_MIN:
                 head = -offset % PAGE
                 tail = (offset + len(data)) % PAGE
                 if self._write_direct(data[head : len(data) - tail], offset + head):
@@ -89,9 +94,9 @@ class ShardWriter:
             except OSError as error:
                 if error.errno != errno.EINVAL:
                     raise
-                self._direct = -1  # the file system took O_DIRECT and then did not mean it
+                self._direct_works = False  # the file system took O_DIRECT and then did not mean it
                 return False
-            done += wrote
+            done += progress(wrote)
             if wrote % PAGE and done < len(data):
                 self._write_all(data[done:], offset + done)
                 return True
@@ -101,17 +106,20 @@ class ShardWriter:
         done = 0
         while done < len(data):
             if hasattr(os, "pwrite"):
-                done += os.pwrite(self._fd, data[done:], offset + done)
+                done += progress(os.pwrite(self._fd, data[done:], offset + done))
             else:  # one writer thread on such systems: see engine.run
                 os.lseek(self._fd, offset + done, os.SEEK_SET)
-                done += os.write(self._fd, data[done:])
+                done += progress(os.write(self._fd, data[done:]))
+
+    def pieces(self) -> list[Piece]:
+        """Checksums of what was put, in file order."""
+        return self._sums.pieces()
 
     def finish(self) -> None:
         """Sync and close."""
         try:
-            os.fsync(self._fd)
-        except OSError as error:
-            raise disk_error("cannot sync", self.path, error) from error
+            with refusals_as("cannot sync", self.path):
+                os.fsync(self._fd)
         finally:
             self.close()
 
@@ -128,15 +136,14 @@ def clone_file(source: Path, target: Path) -> bool:
     if fcntl is None or plain_io():
         return False
     ficlone = 0x40049409  # <linux/fs.h>
-    with source.open("rb") as src, target.open("wb") as dst:
+    with source.open("rb") as src:
+        fd = create_new(target)
         try:
-            fcntl.ioctl(dst, ficlone, src.fileno())
-            os.fsync(dst.fileno())
+            fcntl.ioctl(fd, ficlone, src.fileno())
+            os.fsync(fd)
         except OSError:
+            target.unlink()
             return False
+        finally:
+            os.close(fd)
     return True
-
-
-def disk_error(what: str, path: Path, error: OSError) -> DiskError:
-    """A refusal of the system, in our words."""
-    return DiskError("LT-604", what, file=path, got=error.strerror or str(error))

@@ -10,9 +10,9 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from loratool.errors import MismatchError, UnsafeContentError, list_some
+from loratool.errors import MismatchError, list_some
 from loratool.store.checkpoint import Checkpoint
-from loratool.store.foreign import open_regular
+from loratool.store.foreign import check_inside, open_inside, open_regular
 from loratool.store.jsonfile import dump_json, load_json
 from loratool.store.tokens import TOKENIZER_FILES, TOKENIZER_STATE, adapter_adds_tokens
 
@@ -125,7 +125,7 @@ def plan_sidecars(
         leaf = name.rpartition("/")[2]
         if _is_carried(leaf) or _is_template(name) or (leaf and _WEIGHTS.search(name)):
             path = checkpoint.path / name
-            _check_inside(path, checkpoint.path)
+            check_inside(path, checkpoint.path)
             found[name] = Sidecar(name, path)
         else:
             left.append(name)
@@ -164,7 +164,8 @@ def _sentence_modules(folder: Path) -> set[str]:
     if not path.is_file() or path.stat().st_size > 1_000_000:
         return set()
     try:
-        modules = json.loads(path.read_bytes())
+        with open_inside(path, folder) as file:
+            modules = json.loads(file.read(1_000_000))
     except (ValueError, RecursionError):
         return set()
     paths = (
@@ -181,25 +182,6 @@ def _is_carried(name: str) -> bool:
 
 def _is_template(name: str) -> bool:
     return f"/{name}".find(f"/{_TEMPLATES}/") >= 0 and name.endswith(".jinja")
-
-
-def _check_inside(path: Path, root: Path) -> None:
-    """A link may only lead to a file of the same folder or of its Hub cache."""
-    if not path.is_file():
-        what = "a broken link" if path.is_symlink() and not path.exists() else "no regular file"
-        raise UnsafeContentError(
-            "LT-901", "not a regular file", file=path, expected="a file", got=what
-        )
-    real, top = path.resolve(), root.resolve()
-    allowed = [top]
-    for parent in (top, *top.parents):  # models--owner--name/snapshots/<commit>[/sub]
-        if parent.parent.name == "snapshots":
-            allowed.append(parent.parent.parent / "blobs")
-    if not any(real.is_relative_to(folder) for folder in allowed):
-        raise UnsafeContentError(
-            "LT-904", "a link leads out of its folder, so the file is not copied", file=path,
-            got=real, hint="replace the link by the file if you trust it",
-        )  # fmt: skip
 
 
 def _left_behind(names: list[str]) -> list[str]:
@@ -235,7 +217,7 @@ def _take_tokenizer(
     for name in stale - set(own):
         del found[name]
     for name in own:
-        _check_inside(adapter_dir / name, adapter_dir)
+        check_inside(adapter_dir / name, adapter_dir)
         found[name] = Sidecar(name, adapter_dir / name, origin="adapter")
     return ["the tokenizer is the adapter's, because it has added tokens"]
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import unquote
 
-from loratool.errors import BadFileError, HubError, UsageError
+from loratool.errors import TOKEN, BadFileError, HubError, UsageError
 from loratool.store import hub
 from loratool.store.adapter_folder import find_adapter, list_adapters
 from loratool.store.hub_files import adapter_files, base_files
@@ -30,7 +30,7 @@ ASK_BYTES = 1_000_000_000  # a larger download of a base needs consent
 
 _DECIMAL = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)")
 _COMPONENT = re.compile(r"[A-Za-z][A-Za-z0-9_.]*")
-_TOKEN = re.compile(r"hf_[A-Za-z0-9]{20,}")
+_LOGIN = re.compile(r"https?://[^/\s@]+@")
 _NAME = r"[A-Za-z0-9][\w.\-]*"
 _HUB = re.compile(
     rf"hf://(?P<repo>{_NAME}/[\w.\-]+)(@(?P<rev>refs/pr/[0-9]+|[^/@]+))?(/(?P<sub>.*))?", re.DOTALL
@@ -65,12 +65,19 @@ class Resolved:
         label: short name for tables.
         commit: commit of a Hub repository, None for a path.
         note: what the first line of output says about a guess, or None.
+        origin: what `path` was converted from (``--allow-pickle``), None if it is the source.
     """
 
     path: Path
     label: str
     commit: str | None = None
     note: str | None = None
+    origin: Path | None = None
+
+    @property
+    def named(self) -> Path:
+        """The place that the user means, where `path` is a temporary copy."""
+        return self.origin or self.path
 
 
 @dataclass(frozen=True)
@@ -148,7 +155,7 @@ def parse_hub(text: str) -> HubReference | None:
     """
     if not text.startswith("hf://"):
         return None
-    _refuse_token(text)
+    refuse_token(text)
     match = _HUB.fullmatch(text)
     sub = (match["sub"] or "").rstrip("/") if match else ""
     if match is None or any(p in ("", ".", "..") for p in sub.split("/") if sub):
@@ -198,6 +205,7 @@ def resolve(text: str, *, kind: str, offline: bool = False, yes: bool = False) -
             pass
     if text and _exists(str(path)):
         return Resolved(path, path.name or path.resolve().name)
+    refuse_token(text)
     match = _BARE.fullmatch(text)
     may_be_hub = match is not None and not _FILE_SUFFIX.search(match["repo"])
     if match is None or not may_be_hub or Path(match["owner"]).is_dir():
@@ -205,7 +213,6 @@ def resolve(text: str, *, kind: str, offline: bool = False, yes: bool = False) -
         if match is not None and may_be_hub:
             hint = f"the folder {match['owner']} exists, so a path is meant; else write hf://{text}"
         raise BadFileError("LT-300", "no such file or folder", file=text, hint=hint)
-    _refuse_token(text)
     revision = match["rev"]
     reference = HubReference(match["repo"], unquote(revision) if revision else None)
     return _from_hub(reference, kind, offline, yes, "no such local path")
@@ -218,8 +225,13 @@ def _exists(text: str) -> bool:
         return False
 
 
-def _refuse_token(text: str) -> None:
-    if _TOKEN.search(text):
+def refuse_token(text: str) -> None:
+    """Refuse an argument with an access token, or a URL with a login: both end up in logs.
+
+    Raises:
+        UsageError: LT-264.
+    """
+    if TOKEN.search(text) or _LOGIN.search(text):
         raise UsageError(
             "LT-264", "this looks like an access token, which does not belong on a command line",
             hint="hf auth login, or HF_TOKEN in the environment; and revoke this token",

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from loratool.errors import BadFileError
-from loratool.store.foreign import open_regular
+from loratool.store.foreign import open_inside
 
 # Everything that belongs to a tokenizer or processor of text; patterns for file names.
 TOKENIZER_FILES = (
@@ -141,5 +141,5 @@ def _load(path: Path) -> dict[str, Any]:
 
 
 def _read(path: Path) -> bytes:
-    with open_regular(path) as file:
+    with open_inside(path) as file:
         return file.read(_MAX_BYTES)

@@ -16,8 +16,9 @@ from typing import Any, BinaryIO
 
 from loratool.adapter import TensorRef
 from loratool.errors import BadFileError
+from loratool.store.disk import disk_error
 from loratool.store.header import build_header, read_header
-from loratool.store.shard_writer import ShardWriter, disk_error
+from loratool.store.shard_writer import ShardWriter
 from loratool.store.writer import StagedOutput
 
 TABLE = "loratool.undo"
@@ -110,6 +111,7 @@ class PatchSpool:
             writer.close()
         self.close()
         self._path.unlink()
+        self._output.place("")
         return size
 
     def _copy(self, writer: ShardWriter, at: int, size: int, start: int) -> None:

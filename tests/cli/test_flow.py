@@ -171,7 +171,7 @@ def test_demo(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.chdir(tmp_path)
     found = run("demo")
     assert found.code == 0, found.err
-    assert found.out.count("\n$ loratool ") == 5 and "identical, bit for bit" in found.out
+    assert found.out.count("\n$ loratool ") == 6 and "identical, bit for bit" in found.out
     assert list(tmp_path.iterdir()) == []
     assert run("demo", "-o", "tour", "-q").code == 0
     assert (tmp_path / "tour" / "merged").is_dir()

@@ -101,7 +101,7 @@ def test_mistyped_option(run: Run) -> None:
 
 @pytest.mark.parametrize(
     ("rank", "says"),
-    [("0.5", "energy"), ("auto", "not in this version"), ("0", "above 0"), ("-1", "above 0"),
+    [("0.5", "energy"), ("Auto", "nor auto"), ("0", "above 0"), ("-1", "above 0"),
      ("8.0", "energy"), ("1e3", "whole number"), ("٣", "whole number")],
 )  # fmt: skip
 def test_rank_is_a_whole_number(run: Run, rank: str, says: str) -> None:

@@ -279,14 +279,31 @@ def test_too_many_tensors(file: Path) -> None:
     refuse(craft(file, text), "LT-309", "200001", "at most 200000")
 
 
-@pytest.mark.parametrize("filler", [b"[],", b"{},", b"0,"])
-def test_structure_is_counted_before_it_is_parsed(file: Path, filler: bytes) -> None:
-    refuse(craft(file, b'{"w":[' + filler * 4_000_000 + b"0]}"), "LT-309")
+@pytest.mark.parametrize(
+    ("filler", "code"), [(b"[],", "LT-309"), (b"{},", "LT-309"), (b"0,", "LT-349")]
+)
+def test_structure_is_counted_before_it_is_parsed(file: Path, filler: bytes, code: str) -> None:
+    refuse(craft(file, b'{"w":[' + filler * 4_000_000 + b"0]}"), code)
+
+
+def test_metadata_without_end(file: Path) -> None:
+    many = b",".join(b'"%x":""' % i for i in range(2_000_000))
+    refuse(craft(file, b'{"__metadata__":{' + many + b"}}"), "LT-349", "10000")
+    refuse(craft(file, {"__metadata__": dict.fromkeys(map(str, range(10_001)), "")}), "LT-349")
+    header = {"__metadata__": dict.fromkeys(map(str, range(10_000)), "")}
+    assert len(read_header(craft(file, header)).metadata) == 10_000
+    refuse(craft(file, {"__metadata__": {"k" * 1025: ""}}), "LT-346", "(1025 characters)")
 
 
 def test_commas_and_braces_in_metadata_are_text(file: Path) -> None:
-    header = {"__metadata__": {"tags": '{"a": [1, 2]}, \\" ' * 250_000}}
+    header = {"__metadata__": {f"tags{i}": '{"a": [1, 2]}, \\" ' * 50_000 for i in range(5)}}
     assert read_header(craft(file, header)).metadata == header["__metadata__"]
+
+
+def test_a_raised_limit_lifts_the_one_on_metadata(file: Path) -> None:
+    craft(file, {"__metadata__": {"a": "x" * 1_000_001}})
+    refuse(file, "LT-346", "__metadata__.a", "1000000 characters")
+    assert len(read_header(file, max_bytes=MAX_HEADER_BYTES + 1).metadata["a"]) == 1_000_001
 
 
 @pytest.mark.parametrize(

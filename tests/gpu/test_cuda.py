@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 import loratool as lt
+from loratool.linalg.fit import residual_square, truncate
 from tests.make import randn, random_factors, save_adapter, save_checkpoint
+from tests.spectra import SPECTRA, known_matrix
 
 pytestmark = [
     pytest.mark.gpu,
@@ -148,3 +151,58 @@ def test_stochastic_rounding_draws_the_same_numbers(dtype: str, tmp_path: Path) 
     for name, tensor in cpu.items():
         # sums differ in their last bits, so that a draw falls the other way about once in 2^14
         assert float((tensor != cuda[name]).double().mean()) < 1e-3, name
+
+
+@pytest.mark.parametrize("options", [{"rank": 8}, {"rank": "auto"}, {"size": 400_000}])
+def test_extract_on_cuda_is_deterministic(options: dict[str, Any], tmp_path: Path) -> None:
+    """Batches of one shape are planned, not met by chance: the same bytes for any threads."""
+    base, adapter = setup(tmp_path, torch.bfloat16)
+    lt.merge([str(adapter)], base=base, output=tmp_path / "tuned")
+    seen = set()
+    for threads in (1, 4, 4):
+        out = tmp_path / f"lora{len(seen)}{threads}"
+        lt.extract(
+            tmp_path / "tuned", base=base, output=out, device="cuda", threads=threads, force=True,
+            **options,
+        )  # fmt: skip
+        seen.add((out / "adapter_model.safetensors").read_bytes())
+    assert len(seen) == 1
+
+
+@pytest.mark.parametrize("kind", SPECTRA)
+def test_lanczos_on_cuda_reaches_the_optimum_at_real_shapes(kind: str) -> None:
+    """A batch of two at the shapes of an 8B model; the optimum by a float64 Gram matrix."""
+    for rows, cols in ((1024, 4096), (4096, 4096), (14336, 4096)):
+        made = [known_matrix(kind, rows // 4, cols // 4, seed=s) for s in (1, 2)]
+        grown = [torch.kron(m.cuda(), torch.full((4, 4), 0.25, device="cuda")) for m, _ in made]
+        stack = torch.stack(grown) + 1e-4 * torch.randn(2, rows, cols, device="cuda",
+                            generator=torch.Generator("cuda").manual_seed(3)) / rows  # fmt: skip
+        squares = [float(torch.linalg.vector_norm(m, dtype=torch.float64)) ** 2 for m in stack]
+        for rank in (8, 32, 64):
+            found = truncate(stack, rank, seeds=[1, 2], squares=squares)
+            kept = found.singular_values.square().sum(1).tolist()
+            for matrix, lora_B, lora_A, square, energy_kept in zip(
+                stack, found.lora_B, found.lora_A, squares, kept, strict=True
+            ):
+                wide = matrix.double()
+                gram = wide.T @ wide if rows >= cols else wide @ wide.T
+                energy = float(torch.linalg.eigvalsh(gram)[-rank:].sum())
+                optimum = max(0.0, square - energy) ** 0.5
+                residual = residual_square(matrix, lora_B, lora_A) ** 0.5
+                limit = 1e-3 if rank >= made[0][1] else 1e-4
+                floor = 2.0**-24 * (2 + rows**0.5) * square**0.5
+                assert residual <= optimum * (1 + limit) + floor
+                # the certificate: what it says is left is what is left
+                assert abs(square - energy_kept - residual**2) <= 1e-5 * square
+
+
+def test_residual_goes_from_one_device_to_the_other(tmp_path: Path) -> None:
+    base, adapter = setup(tmp_path, torch.bfloat16)
+    lt.merge([str(adapter)], base=base, output=tmp_path / "tuned")
+    lt.extract(tmp_path / "tuned", base=base, output=tmp_path / "lora", rank=4, device="cuda",
+               save_residual=tmp_path / "rest.safetensors")  # fmt: skip
+    for device in ("cpu", "cuda"):
+        lt.merge([str(tmp_path / "lora")], base=base, output=tmp_path / device, device=device,
+                 residual=tmp_path / "rest.safetensors")  # fmt: skip
+        want, got = tensors_of(tmp_path / "tuned"), tensors_of(tmp_path / device)
+        assert all(torch.equal(want[n].view(torch.uint8), got[n].view(torch.uint8)) for n in want)

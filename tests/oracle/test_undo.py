@@ -13,6 +13,7 @@ import loratool as lt
 from loratool.engine.buffers import to_bytes
 from loratool.engine.grid import CUDA_ELEMENTS
 from loratool.linalg import patch
+from loratool.store.writer import StagedOutput
 from tests.make import randn, random_factors, save_adapter, save_checkpoint
 from tests.oracle.test_lora_family import CHOICES, LLM, VARIANTS
 
@@ -174,6 +175,33 @@ def test_a_damaged_undo_file_never_gives_wrong_weights(place: float, tmp_path: P
         lt.subtract([str(style)], merged=merged, output=tmp_path / "back", undo=undo)
     assert caught.value.exit_code in (3, 4)
     assert not (tmp_path / "back").exists()
+
+
+def test_a_run_that_died_between_undo_file_and_model_is_repeated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, style = setup(tmp_path, torch.bfloat16, 0.03)
+    undo, merged = tmp_path / "undo.safetensors", tmp_path / "merged"
+    commit = StagedOutput.commit
+
+    def die(self: StagedOutput) -> None:
+        if self.path == merged:
+            raise KeyboardInterrupt
+        commit(self)
+
+    where = {"base": base, "output": merged, "save_undo": undo}
+    with monkeypatch.context() as change:
+        change.setattr(StagedOutput, "commit", die)
+        with pytest.raises(KeyboardInterrupt):
+            lt.merge([str(style)], **where)  # type: ignore[arg-type]
+    assert undo.exists() and not merged.exists()
+    first = undo.read_bytes()
+    other = [f"{style}:0.5"]
+    refused(5, tmp_path, lt.merge, adapters=other, **where)  # the file is another merge's
+    lt.merge([str(style)], **where)  # type: ignore[arg-type]
+    assert undo.read_bytes() == first
+    lt.subtract([str(style)], merged=merged, output=tmp_path / "back", undo=undo)
+    assert same(tensors_of(tmp_path / "back"), tensors_of(base))
 
 
 def test_a_patch_that_forgets_an_element_is_noticed(

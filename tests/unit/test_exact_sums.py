@@ -81,11 +81,27 @@ def test_factors_out_of_range_are_refused_not_rounded(size: float) -> None:
 def test_what_counts_as_decided_is_right_for_the_whole_interval(target: torch.dtype) -> None:
     bits, low = TARGETS[target]
     approx = randn(60, 50, seed=5).double()
+    approx[1:5] *= 2.0 ** (low - 1)  # subnormals, and the edge to them
     approx[0] = (approx[0].to(target).double()) + rounding.ulp(approx[0], target) / 2
     error = approx.abs() * 2.0 ** -(bits + 6)
-    out, other = torch.empty(60, 50, dtype=target), torch.empty(60, 50, dtype=target)
-    open_ = exact.round_where_decided(out, approx, error.clone(), torch.empty_like(approx), other)
+    out = torch.empty(60, 50, dtype=target)
+    scratch = torch.empty_like(approx), torch.empty_like(approx)
+    places = exact.round_where_decided(out, approx, error, *scratch)
+    open_ = torch.zeros(60, 50, dtype=torch.bool)
+    open_[places.unbind(1)] = True
     assert open_[0].all() and not open_.all()
     for end in (approx - error, approx, approx + error):
         values = zip(end[~open_].tolist(), out[~open_].double().tolist(), strict=True)
         assert all(exact_round(Fraction(v), bits, low) == Fraction(got) for v, got in values)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_what_is_not_finite_is_copied(target: torch.dtype) -> None:
+    payload = torch.tensor([0x7FFFFFFFFFFFFFFF, -1], dtype=torch.int64).view(torch.float64)
+    wild = torch.tensor([math.inf, -math.inf, math.nan, 1.0], dtype=torch.float64)
+    approx = torch.cat([wild, payload])[None]
+    out = torch.empty(1, 6, dtype=target)
+    scratch = torch.empty_like(approx), torch.empty_like(approx)
+    places = exact.round_where_decided(out, approx, torch.zeros_like(approx), *scratch)
+    assert out[0, :2].tolist() == [math.inf, -math.inf] and out[0, 3] == 1
+    assert out[0, [2, 4, 5]].isnan().all() and len(places) == 0

@@ -68,3 +68,20 @@ def test_prediction_within_two_points(rho: float, target: torch.dtype, heavy: bo
     square, predicted_share = rounding.expected_rounding(weight, torch.tensor(sigma), target)
     assert abs(predicted_share - share) < 0.02
     assert abs(square**0.5 / sigma - loss) < 0.02
+
+
+@pytest.mark.parametrize("target", TYPES)
+def test_the_whole_range_is_rounded_once(target: torch.dtype) -> None:
+    """Subnormals, underflow and overflow too."""
+    bits, low = TYPES[target]
+    values = torch.cat([randn(300, seed=e).double() * 2.0**e for e in (low - bits, low - 2, low)])
+    out = torch.empty(values.shape, dtype=target)
+    rounding.round_into(out, values)
+    for got, value in zip(out.double().tolist(), values.tolist(), strict=True):
+        assert Fraction(got) == exact_round(Fraction(value), bits, low)
+    huge = torch.tensor([1e5, -1e39, 1e300, float("nan"), -float("inf")], dtype=torch.float64)
+    out = torch.empty(5, dtype=target)
+    rounding.round_into(out, huge)
+    assert out[3].isnan() and torch.equal(out[[1, 2, 4]].float(), huge[[1, 2, 4]].sign() / 0)
+    rounding.round_into(out[:1], torch.tensor([-(2.0**-1000)], dtype=torch.float64))
+    assert out[0] == 0 and torch.signbit(out[0])

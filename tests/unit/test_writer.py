@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import stat
+import zlib
 from pathlib import Path
 
 import pytest
@@ -227,7 +228,9 @@ def test_changed_source_is_noticed(tmp_path: Path, io_path: str) -> None:
 
 def test_journal_is_json_lines(tmp_path: Path) -> None:
     with staged(tmp_path / "out", "id") as output:
+        output.create("s").write_bytes(b"123")
         output.mark_finished("s", 3, [])
         lines = (output.staging / ".journal").read_text().splitlines()
     assert json.loads(lines[0])["plan"] == "id"
-    assert json.loads(lines[1]) == {"file": "s", "size": 3, "results": []}
+    sums = [[0, 3, zlib.crc32(b"123")]]
+    assert json.loads(lines[1]) == {"file": "s", "size": 3, "results": [], "crc32": sums}

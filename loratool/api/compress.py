@@ -1,0 +1,378 @@
+"""`compress`: fewer ranks for adapters, the best ones."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from loratool.adapter import Adapter, AdapterFiles, ReadOptions
+from loratool.api.common import Resources, option_values, parse_size, plan_resources
+from loratool.dialects import open_adapter, write_adapter_files
+from loratool.errors import UsageError
+from loratool.ops.compress import CompressPlan, at_ranks, names_of, plan_compress, rebuild
+from loratool.ops.compress_options import rank_rule
+from loratool.ops.inputs import guard_output
+from loratool.ops.loads import judge_loads
+from loratool.report import (
+    CompressedAdapter,
+    CompressedModule,
+    CompressReport,
+    energy_and_error,
+)
+from loratool.store.header import build_header
+from loratool.store.provenance import adapter_id, provenance_of
+from loratool.store.source import Resolved, find_adapter, resolve
+from loratool.store.writer import check_output
+
+if TYPE_CHECKING:
+    from loratool.engine.compressing import Factored, Spectrum
+    from loratool.engine.run import Progress
+
+
+def compress(
+    adapters: str | Path | Sequence[str | Path],
+    *,
+    output: str | Path,
+    rank: int | None = None,
+    energy: float | None = None,
+    error: float | None = None,
+    size: str | int | None = None,
+    sv_ratio: float | None = None,
+    max_rank: int | None = None,
+    threads: int | None = None,
+    max_memory: str | int | None = None,
+    force: bool = False,
+    dry_run: bool = False,
+    offline: bool = False,
+    provenance: bool = True,
+    read: ReadOptions | None = None,
+    progress: Progress | None = None,
+) -> CompressReport:
+    """Truncate the SVD of every delta of one or more adapters; ΔW is never formed.
+
+    Criteria combine: the smallest rank wins.  A module never gets larger: where fewer ranks
+    would not save bytes its factors are copied.
+
+    Args:
+        adapters: one, or several that keep their names inside of ``output``.
+        output: folder to create; for several adapters the folder that holds theirs.
+        rank: of every module.
+        energy: least rank that keeps this share of Σσ², per module.
+        error: least rank with at most this relative error, per module.
+        size: whole tensor file at most, in bytes or as ``20MB``, spent where it keeps most.
+        sv_ratio: keep σ ≥ σ₁ / sv_ratio, per module.
+        max_rank: cap for all criteria.
+        threads: workers; None = twice the cores, at most 8.
+        max_memory: limit for the planned peak.
+        force: replace earlier loratool outputs.
+        dry_run: compute everything, write nothing.
+        offline: never touch the network.
+        provenance: record inputs and options in the output.
+        read: what the files do not say.
+        progress: called with (bytes done, bytes in all).
+
+    Returns:
+        Ranks, energy and error per module and in all, as stored.
+
+    Raises:
+        LoratoolError: see ``docs/errors.md``.
+
+    Example:
+        >>> lt.compress("r64", output="r16", energy=0.99, max_rank=16)  # doctest: +SKIP
+    """
+    started = time.monotonic()
+    limit = parse_size(size)
+    rule = rank_rule(
+        rank=rank, energy=energy, error=error, sv_ratio=sv_ratio, max_rank=max_rank, size=limit
+    )
+    options = option_values(**rule, size=limit)
+    jobs = _open(adapters, Path(output), read or ReadOptions(), offline, force)
+    total = sum(s.nbytes for j in jobs for spec in j.plan.specs for s in spec.fields.values())
+    done = 0
+
+    def advance(nbytes: int) -> None:
+        nonlocal done
+        done += nbytes
+        if progress is not None:
+            progress(min(done, total), max(1, total))
+
+    if len(jobs) > 1 and not dry_run:
+        Path(output).mkdir(exist_ok=True)
+    reports = []
+    for job in jobs:
+        resources = plan_resources(
+            job.plan.steps("factor", [{}] * len(job.plan.specs)), device="cpu", threads=threads,
+            max_memory=max_memory, chunk_bytes=None, sample=False, progress=None,
+        )  # fmt: skip
+        made = _compress(job, rule, limit, resources, advance)
+        record = {}
+        if provenance:
+            inputs = {"adapter": adapter_id(job.plan.adapter)}
+            record = provenance_of("compress", options=options, inputs=inputs)
+        if not dry_run:
+            _write(job, made.files, record, force)
+        reports.append(_report(job, made, dry_run))
+    return CompressReport(
+        tuple(reports), options, time.monotonic() - started, dry_run,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One adapter on its way."""
+
+    resolved: Resolved
+    plan: CompressPlan
+    target: Path
+
+    @property
+    def original(self) -> AdapterFiles:
+        """The input as it would be written again."""
+        return write_adapter_files(self.plan.adapter, "peft")
+
+
+@dataclass(frozen=True)
+class _Made:
+    """What became of one adapter."""
+
+    files: AdapterFiles
+    results: Sequence[Factored]
+    adapter: Adapter
+    dropped: Sequence[str]
+    is_unchanged: bool
+
+
+def _open(
+    adapters: str | Path | Sequence[str | Path],
+    output: Path,
+    read: ReadOptions,
+    offline: bool,
+    force: bool,
+) -> list[_Job]:
+    """Open every input and check every output before any work is done."""
+    texts = [adapters] if isinstance(adapters, (str, Path)) else list(adapters)
+    if not texts:
+        raise UsageError("LT-221", "no adapter given")
+    if output.suffix:
+        raise UsageError(
+            "LT-227", "a PEFT adapter is a folder", expected="a folder for -o", got=str(output)
+        )
+    jobs: list[_Job] = []
+    for text in texts:
+        resolved = resolve(str(text), kind="adapter", offline=offline)
+        adapter = open_adapter(find_adapter(resolved.path), read)
+        name = resolved.path.resolve().name.removesuffix(".safetensors")
+        target = output / name if len(texts) > 1 else output
+        if any(j.target == target for j in jobs):
+            raise UsageError(
+                "LT-247", "two adapters have the same name", key=name,
+                hint="compress them one by one",
+            )  # fmt: skip
+        guard_output(target, [resolved.path])
+        if len(texts) == 1 or output.exists():
+            check_output(target, is_folder=True, force=force)
+        jobs.append(_Job(resolved, plan_compress(adapter), target))
+    return jobs
+
+
+def _compress(
+    job: _Job,
+    rule: dict[str, Any],
+    limit: int | None,
+    resources: Resources,
+    advance: Callable[[int], None],
+) -> _Made:
+    """New factors for every module, within the limit if there is one."""
+    plan = job.plan
+    dtypes = list(plan.dtypes)
+    original = job.original
+    before = file_bytes(original)
+    spectra = None
+    if plan.is_grouped or limit is not None:
+        spectra = _run(plan, "spectrum", [{}] * len(plan.specs), resources)
+    while True:
+        args = [plan.factor_args(i) | {"rule": rule, "dtype": d} for i, d in enumerate(dtypes)]
+        if spectra is not None:
+            ranks = _ranks(plan, spectra, rule, limit, dtypes)
+            for group in plan.groups:
+                for i in group.specs:
+                    args[i] |= {"rank": ranks[i], "is_free": len(group.specs) == 1}
+        results = _run(plan, "factor", args, resources)
+        if spectra is None and not any(r.rank for r in results):
+            spectra = _run(plan, "spectrum", [{}] * len(plan.specs), resources)
+            continue  # all are zero, and PEFT needs one module at least
+        widened = [i for i, r in enumerate(results) if r.is_widened and dtypes[i] != "F32"]
+        if limit is None or not widened:
+            break
+        for i in widened:  # their factors cost more: share the budget out again
+            dtypes[i] = "F32"
+    advance(sum(s.nbytes for spec in plan.specs for s in spec.fields.values()))
+    adapter, dropped = rebuild(plan, results)
+    if adapter is plan.adapter:
+        return _Made(original, results, adapter, [], True)
+    files = write_adapter_files(adapter, "peft", base_tensors=names_of(plan.adapter))
+    if file_bytes(files) >= before:  # such as block-diagonal factors that had to be written out
+        return _Made(original, _copied(plan, results), plan.adapter, [], True)
+    return _Made(files, results, adapter, dropped, False)
+
+
+def _run(
+    plan: CompressPlan, op: str, args: Sequence[dict[str, Any]], resources: Resources
+) -> list[Any]:
+    from loratool.engine.run import execute
+    from loratool.store.reader import FileReader
+
+    with FileReader() as reader:
+        results = execute(plan.steps(op, args), reader, None, resources.run)
+        reader.check_unchanged()
+    return results
+
+
+def _ranks(
+    plan: CompressPlan,
+    spectra: Sequence[Any],
+    rule: dict[str, Any],
+    limit: int | None,
+    dtypes: Sequence[str],
+) -> list[int]:
+    """One rank per spec: what the rule asks of any module of its group, then the budget."""
+    from loratool.engine.compressing import choose_group_ranks
+
+    floors = [g.floor for g in plan.groups]
+    if all(float(s.sigma.sum()) == 0 for s in spectra):
+        floors[0] = 1  # PEFT needs one module at least
+    groups = [[spectra[i] for i in g.specs] for g in plan.groups]
+    chosen = choose_group_ranks(groups, rule, floors)
+    if limit is not None:
+        chosen = _within(plan, groups, limit, chosen, floors, dtypes)
+    return _per_spec(plan, chosen)
+
+
+def _within(
+    plan: CompressPlan,
+    groups: Sequence[Sequence[Spectrum]],
+    limit: int,
+    caps: Sequence[int],
+    floors: Sequence[int],
+    dtypes: Sequence[str],
+) -> list[int]:
+    """Ranks of the groups whose file fits the limit and keeps the most energy.
+
+    A header's length depends on the ranks in it: the budget starts as if the header were the
+    shortest one and shrinks by what the file is too large.
+    """
+    from loratool.engine.compressing import kept_energy, spend
+
+    def size_at(ranks: Sequence[int]) -> int:
+        adapter = at_ranks(plan, _per_spec(plan, ranks), dtypes)
+        files = write_adapter_files(adapter, "peft", base_tensors=names_of(plan.adapter))
+        return file_bytes(files)
+
+    costs = [sum(plan.bytes_per_rank(i, dtypes) for i in g.specs) for g in plan.groups]
+    least = size_at(_one_at_least(floors))
+    if least > limit:
+        raise UsageError(
+            "LT-248", "--size is less than what is stored whole", file=plan.adapter.path,
+            expected=f"{least} bytes or more", got=limit,
+        )  # fmt: skip
+    budget = limit - least + sum(c * f for c, f in zip(costs, _one_at_least(floors), strict=True))
+    while True:
+        found = _one_at_least(spend(groups, costs, budget, caps, floors))
+        excess = size_at(found) - limit
+        if excess <= 0:
+            break
+        budget -= excess
+    even = [found]
+    for rank in range(1, max(caps) + 1):  # equal ranks may have the shorter header
+        ranks = [max(f, min(rank, c)) for c, f in zip(caps, floors, strict=True)]
+        if size_at(ranks) > limit:
+            break
+        even = [found, ranks]
+    return max(even, key=lambda ranks: kept_energy(groups, ranks))
+
+
+def _one_at_least(ranks: Sequence[int]) -> list[int]:
+    """PEFT needs one module at least."""
+    return list(ranks) if any(ranks) else [1, *ranks[1:]]
+
+
+def _per_spec(plan: CompressPlan, ranks: Sequence[int]) -> list[int]:
+    """Ranks of the groups -> ranks of their members."""
+    found = [0] * len(plan.specs)
+    for group, rank in zip(plan.groups, ranks, strict=True):
+        for i in group.specs:
+            found[i] = rank
+    return found
+
+
+def file_bytes(files: AdapterFiles) -> int:
+    """Size of the tensor file that would be written."""
+    header, _ = build_header([(n, s.dtype, s.shape) for n, s in files.tensors], files.metadata)
+    return len(header) + sum(s.nbytes for _, s in files.tensors)
+
+
+def _copied(plan: CompressPlan, results: Sequence[Factored]) -> list[Factored]:
+    from dataclasses import replace
+
+    return [
+        replace(r, rank=s.rank, kept_square=r.square, residual_square=0.0, factors=None)
+        for s, r in zip(plan.specs, results, strict=True)
+    ]
+
+
+def _write(job: _Job, files: AdapterFiles, record: dict[str, Any], force: bool) -> None:
+    """The adapter's files, with tokenizer and licence beside them."""
+    from loratool.store.adapter_writer import write_adapter
+
+    extras = job.plan.adapter.extras
+    write_adapter(files, job.target, record=record, extras=extras, force=force)
+
+
+def _report(job: _Job, made: _Made, dry_run: bool) -> CompressedAdapter:
+    modules = tuple(
+        CompressedModule(
+            name=spec.name,
+            family=_family(spec.name, spec.layout),
+            rank_before=spec.rank,
+            rank=result.rank,
+            norm=math.sqrt(result.square),
+            captured_energy=result.kept_square / result.square if result.square else 1.0,
+            relative_error=math.sqrt(result.residual_square / result.square)
+            if result.square
+            else 0.0,
+            is_copied=result.factors is None and result.rank > 0,
+        )
+        for spec, result in zip(job.plan.specs, made.results, strict=True)
+    )
+    energy, error = energy_and_error(modules)
+    notes = list(job.plan.adapter.notes)
+    if job.resolved.note:
+        notes.insert(0, job.resolved.note)
+    if job.plan.adapter.unclaimed and not made.is_unchanged:
+        notes.append(f"{len(job.plan.adapter.unclaimed)} tensors that nothing uses are left out")
+    written = made.adapter if dry_run else open_adapter(job.target)
+    return CompressedAdapter(
+        source=job.resolved.label,
+        output=str(job.target),
+        modules=modules,
+        bytes_before=file_bytes(job.original),
+        bytes_after=file_bytes(made.files),
+        captured_energy=energy,
+        relative_error=error,
+        dropped=tuple(made.dropped),
+        widened=tuple(
+            s.name for s, r in zip(job.plan.specs, made.results, strict=True) if r.is_widened
+        ),
+        is_unchanged=made.is_unchanged,
+        loads_in=judge_loads(written),
+        notes=tuple(notes),
+    )
+
+
+def _family(name: str, layout: str) -> str:
+    parts = name.split(".")
+    return parts[-1] if layout == "experts" or len(parts) < 2 else parts[-2]

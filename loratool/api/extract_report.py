@@ -1,0 +1,128 @@
+"""What `extract` found, as a report."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from loratool.adapter import Adapter
+from loratool.api.common import Resources
+from loratool.ops.assemble import Outcome
+from loratool.ops.extract import ExtractPlan
+from loratool.ops.inputs import OpenedBase
+from loratool.ops.loads import judge_loads
+from loratool.report import ExtractedModule, ExtractReport, SavedResidual
+
+
+def written_report(
+    plan: ExtractPlan,
+    outcomes: Sequence[Outcome],
+    adapter: Adapter | None,
+    tuned: OpenedBase,
+    base: OpenedBase,
+    target: Path,
+    asked: Mapping[str, Any],
+    resources: Resources,
+    output_bytes: int,
+    residual: SavedResidual | None,
+    seconds: float,
+) -> ExtractReport:
+    """The report of a finished run."""
+    factored = [o for o in outcomes if o.fate == "factored"]
+    buffers = tuple(
+        o.pair.name for o in outcomes if o.pair.role == "buffer" and o.fate == "left_out"
+    )
+    low_delta = math.fsum(o.delta_square for o in factored)
+    low_residual = math.fsum(o.residual_square for o in factored)
+    cast = math.fsum(o.found.cast_square for o in factored if o.found)
+    delta = math.fsum(o.delta_square for o in outcomes)
+    left = math.fsum(o.residual_square for o in outcomes)
+    factors = sum(
+        s.nbytes for spec in (adapter.specs if adapter else ()) for s in spec.fields.values()
+    )
+    return ExtractReport(
+        output=str(target),
+        tuned=tuned.resolved.label,
+        base=base.resolved.label,
+        rank=asked["rank"],
+        asked={k: v for k, v in asked.items() if v is not None},
+        modules=tuple(_module(plan, o) for o in factored),
+        kept=tuple((o.pair.name, o.pair.tuned.nbytes) for o in outcomes if o.fate == "kept"),
+        left_out=tuple(
+            (o.pair.name, o.pair.tuned.shape, o.pair.tuned.nbytes,
+             math.sqrt(share(o.delta_square, o.weight_square)))
+            for o in outcomes if o.fate == "left_out" and o.pair.name not in buffers
+        ),
+        dropped=tuple(
+            (plan.memory_names[o.pair.name], math.sqrt(o.delta_square))
+            for o in outcomes if o.fate == "dropped"
+        ),
+        identical=sum(o.fate == "identical" for o in outcomes),
+        buffers=buffers,
+        captured_energy=1 - share(low_residual, low_delta),
+        relative_error=math.sqrt(share(low_residual, low_delta)),
+        total_relative_error=math.sqrt(share(left, delta)),
+        float16_relative_error=math.sqrt(share(low_residual + cast, low_delta)),
+        float16_bytes=output_bytes - factors // 2,
+        output_bytes=output_bytes,
+        device=resources.device,
+        device_reason=resources.reason,
+        peak_memory_bytes=resources.memory.peak_bytes,
+        residual=residual,
+        seconds=seconds,
+        loads_in=judge_loads(adapter) if adapter is not None else (),
+        warnings=(),
+        notes=plan.notes,
+        dry_run=False,
+    )  # fmt: skip
+
+
+def planned_report(
+    plan: ExtractPlan,
+    tuned: OpenedBase,
+    base: OpenedBase,
+    target: Path,
+    asked: Mapping[str, Any],
+    resources: Resources,
+    seconds: float,
+) -> ExtractReport:
+    """What a run would look at; nothing is measured."""
+    from dataclasses import replace
+
+    outcomes = [
+        Outcome(p, "factored" if p.is_factored else "left_out", 0.0, 0.0, 0.0) for p in plan.pairs
+    ]
+    report = written_report(
+        plan, outcomes, None, tuned, base, target, asked, resources, 0, None, seconds
+    )
+    return replace(report, dry_run=True)
+
+
+def _module(plan: ExtractPlan, outcome: Outcome) -> ExtractedModule:
+    name, found = plan.memory_names[outcome.pair.name], outcome.found
+    left = share(outcome.residual_square, outcome.delta_square)
+    is_noisy = found is not None and found.noise_rank is not None
+    return ExtractedModule(
+        name=name,
+        family=_family(name, outcome.pair.role),
+        shape=outcome.pair.tuned.shape,
+        rank=found.rank if found else 0,
+        norm=math.sqrt(outcome.delta_square),
+        captured_energy=1 - left,
+        relative_error=math.sqrt(left),
+        noise_rank=found.noise_rank if is_noisy else None,
+        noise_rank_is_least=is_noisy and found.is_capped,
+        energy_rank=found.energy_rank if is_noisy else None,
+        noise=math.sqrt(share(found.noise_square, outcome.delta_square)) if is_noisy else None,
+    )
+
+
+def share(part: float, whole: float) -> float:
+    """Part ÷ whole, 0 of nothing."""
+    return part / whole if whole > 0 else 0.0
+
+
+def _family(name: str, role: str) -> str:
+    return name.rpartition(".")[2] if role == "experts" else name.split(".")[-2]

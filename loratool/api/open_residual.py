@@ -1,0 +1,55 @@
+"""Open the residual that a merge is asked to put in."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from loratool.api.merge_job import NameOptions
+from loratool.errors import UsageError
+from loratool.ops.inputs import OpenedAdapter
+from loratool.ops.residual import bind_options, check_adapter
+from loratool.store.provenance import adapter_id
+from loratool.store.residual_file import Residual, read_residual
+
+
+def open_residual(
+    path: str | Path,
+    adapters: Sequence[str],
+    names: NameOptions,
+    dtype: str,
+    rounding: str,
+) -> tuple[Residual, NameOptions]:
+    """The residual, and the names' options with what it needs of them.
+
+    Raises:
+        UsageError: options that would give something else than the fine-tune.
+    """
+    if len(adapters) != 1:
+        _refuse(", ".join(adapters))
+    if dtype != "auto" or rounding != "nearest":
+        raise UsageError(
+            "LT-237", "--residual gives the fine-tune in its own types, correctly rounded",
+            hint="leave --dtype and --rounding out",
+        )  # fmt: skip
+    found = read_residual(Path(path))
+    return found, NameOptions(bind_options(names.bind, found.bind), names.read)
+
+
+def check_partner(residual: Residual, adapter: OpenedAdapter) -> None:
+    """Refuse another adapter than the residual's, or another weight than 1.
+
+    Raises:
+        UsageError: the weight.
+        MismatchError: the adapter.
+    """
+    if adapter.weight != 1:
+        _refuse(f"weight {adapter.weight:g}")
+    check_adapter(residual, adapter_id(adapter.adapter))
+
+
+def _refuse(got: str) -> NoReturn:
+    raise UsageError(
+        "LT-236", "--residual goes with the one adapter it was made for, at weight 1", got=got
+    )

@@ -1,0 +1,110 @@
+"""Save what the correctly rounded merge of an extracted adapter lacks of TUNED."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from loratool import archs
+from loratool.adapter import ReadOptions
+from loratool.api.common import plan_resources
+from loratool.api.merge_job import NameOptions, prepare_merge
+from loratool.dialects import open_adapter
+from loratool.ops.bind import BindOptions
+from loratool.ops.inputs import Access, OpenedBase
+from loratool.ops.residual import bind_options, config_of, plan_residual
+from loratool.report import SavedResidual
+from loratool.store.checkpoint import Checkpoint
+from loratool.store.provenance import adapter_id, checkpoint_id, provenance_of
+
+if TYPE_CHECKING:
+    from loratool.engine.run import Progress
+
+
+def save_residual(
+    path: Path,
+    *,
+    adapter: Path,
+    base: str | Path,
+    tuned: OpenedBase,
+    access: Access,
+    threads: int | None,
+    max_memory: str | int | None,
+    force: bool,
+    provenance: bool,
+    progress: Progress | None,
+) -> SavedResidual:
+    """Write the residual file of a finished extraction.
+
+    Always on the CPU, whose block grid the patches lie on: the same bytes everywhere.
+
+    Args:
+        path: file to create.
+        adapter: the extracted adapter.
+        base: as typed.
+        tuned: the fine-tune.
+        access: network rules.
+        threads: workers.
+        max_memory: limit for the planned peak.
+        force: replace an earlier loratool output.
+        provenance: record inputs in the file.
+        progress: called with (bytes done, bytes in all).
+    """
+    from loratool.engine.run import execute
+    from loratool.ops.inputs import open_base
+    from loratool.store.reader import FileReader
+    from loratool.store.residual_file import ResidualWriter
+
+    checkpoint = open_base(str(base), [], access).checkpoint
+    bind = _bind_options(tuned.checkpoint, checkpoint)
+    names = NameOptions(bind_options(BindOptions(), bind), ReadOptions())
+    job = prepare_merge(
+        [str(adapter)], base=base, weights=[1.0], mean=False, names=names, access=access,
+        dtype=None, shard_bytes=None, output=None, with_provenance=False,
+        rounding={"rounding": "exact"},
+    )  # fmt: skip
+    plan = plan_residual(job.merge.plan, job.checkpoint, tuned.checkpoint)
+    resources = plan_resources(
+        plan.plan, device="cpu", threads=threads, max_memory=max_memory, chunk_bytes=None,
+        sample=False, progress=progress,
+    )  # fmt: skip
+    with ResidualWriter(path, force=force) as writer, FileReader() as reader:
+
+        def take(result: Any) -> Any:
+            if result.pages:
+                writer.put(result.name, result.pages)
+            return replace(result, pages=())
+
+        results = execute(plan.plan, reader, None, resources.run, take)
+        reader.check_unchanged()
+        tensors = {
+            result.name: (plan.tensors[result.name], result.digest, result.name in plan.whole)
+            for result in results
+        }
+        opened = open_adapter(adapter)
+        record: dict[str, Any] = {
+            "residual": {
+                "adapter": adapter_id(opened),
+                "bind": bind,
+                "config": config_of(tuned.checkpoint, checkpoint),
+            }
+        }
+        if provenance:
+            inputs = {
+                "tuned": checkpoint_id(tuned.checkpoint), "base": checkpoint_id(checkpoint),
+            }  # fmt: skip
+            record |= provenance_of("residual", options={}, inputs=inputs)
+        size = writer.finish(tensors, reader, record)
+    patched = [r for r in results if r.elements and r.name not in plan.whole]
+    return SavedResidual(
+        str(path), size, len(patched), sum(r.elements for r in patched), len(plan.whole)
+    )
+
+
+def _bind_options(tuned: Checkpoint, base: Checkpoint) -> dict[str, bool]:
+    """Options under which the adapter merges into what TUNED is."""
+    options = {"resize_embeddings": True}
+    if archs.tied_tensors(base):
+        options["keep_tied" if archs.tied_tensors(tuned) else "untie"] = True
+    return options

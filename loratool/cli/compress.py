@@ -1,0 +1,192 @@
+"""``loratool compress``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from loratool.cli import options as opt
+from loratool.cli.loads import loads_line
+from loratool.cli.progress import show_progress
+from loratool.cli.render import (
+    format_bytes,
+    format_number,
+    format_seconds,
+    format_share,
+    line,
+    plural,
+    safe,
+    some,
+    table,
+)
+from loratool.cli.voice import Voice, note_lines, warning_lines
+
+if TYPE_CHECKING:
+    from loratool.report import CompressedAdapter, CompressReport
+
+_WORDS = {"rank": "rank", "energy": "energy", "error": "error", "sv_ratio": "σ ratio",
+          "max_rank": "rank at most", "size": "size"}  # fmt: skip
+
+
+class Ratio(click.ParamType[float]):
+    """A number of 1 or more."""
+
+    name = "X"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        """Parse, or say why not."""
+        try:
+            found = float(value)
+        except ValueError:
+            found = 0.0
+        if not 1 <= found < float("inf"):
+            raise click.BadParameter(
+                f"{str(value)!r} is not a number of 1 or more", ctx=ctx, param=param
+            )
+        return found
+
+
+@click.command(
+    cls=opt.Command,
+    name="compress",
+    short_help="Fewer ranks, the best ones, loss shown. No base needed.",
+    examples=(
+        "loratool compress ./r64 --rank 16 -o ./r16",
+        "loratool compress ./r64 --energy 0.99 --max-rank 16 -o ./small",
+        "loratool compress ./r64 --size 20MB -o ./small       # spent where it counts",
+        "loratool compress loras/* --error 0.05 -o small/     # many, names kept",
+    ),
+)
+@click.argument("adapters", nargs=-1, required=True, metavar="ADAPTER…")
+@opt.option("--rank", type=opt.RankNumber(), metavar="R", section="Input",
+            help="Of every module.")  # fmt: skip
+@opt.option("--energy", type=opt.Share(), metavar="E", section="Input",
+            help="Least rank that keeps this share of the energy, per module.")  # fmt: skip
+@opt.option("--error", type=opt.Share(), metavar="E", section="Input",
+            help="Least rank with at most this relative error, per module.")  # fmt: skip
+@opt.option("--size", metavar="SIZE", section="Input",
+            help="Whole weights file at most, such as 20MB, spent where it counts.")  # fmt: skip
+@opt.option("--sv-ratio", type=Ratio(), metavar="X", section="Input",
+            help="Keep singular values of at least the first one over X, per module.")  # fmt: skip
+@opt.option("--max-rank", type=opt.WholeNumber("R"), metavar="R", section="Input",
+            help="Cap. The least of all criteria wins.")  # fmt: skip
+@opt.option("-o", "--output", required=True, metavar="OUT", section="Output",
+            help="Folder to create; for many adapters the folder of theirs.")  # fmt: skip
+@opt.writing
+@opt.option("--max-memory", metavar="SIZE", section="Resources",
+            help="Limit for the planned peak, such as 2GB. Default: what is free.")  # fmt: skip
+@opt.option("--threads", type=opt.WholeNumber("N"), section="Resources",
+            help="Workers. Never changes a result.")  # fmt: skip
+@opt.option("--offline", is_flag=True, section="General", help="Never touch the network.")
+@opt.general
+@opt.reading
+def command(adapters: tuple[str, ...], output: str, **options: Any) -> None:
+    """Compress adapters: the best approximation of lower rank, module by module.
+
+    Works on the factors alone: exact singular values, no base model, no ΔW in memory. A module
+    that would not get smaller keeps its bytes; one that needs no rank at all is left out.
+    """
+    from loratool import api
+    from loratool.adapter import ReadOptions
+
+    voice = Voice.take(options)
+    names = ("alpha", "rank_from", "mha_out_proj", "moe_layout", "experts_b_order")
+    read = ReadOptions(**{name: options.pop(name) for name in names})
+    asked = [f"{_WORDS[k]} {options[k]}" for k in _WORDS if options[k] is not None]
+    what = safe(adapters[0]) if len(adapters) == 1 else plural(len(adapters), "adapter")
+    voice.announce(f"Compressing {what} to {', '.join(asked) or 'nothing'}")
+    with show_progress(quiet=voice.quiet) as progress:
+        report = api.compress(adapters, output=output, read=read, progress=progress, **options)
+    result = [] if report.dry_run else [safe(one.output) for one in report.adapters]
+    voice.show(report, render(report, voice), result=[*warning_lines(report.warnings), *result])
+
+
+def render(report: CompressReport, voice: Voice) -> Iterator[str]:
+    """The report, line by line."""
+    if len(report.adapters) > 1:
+        yield from _many(report.adapters)
+    for one in report.adapters:
+        if len(report.adapters) == 1:
+            yield from _one(one, voice, report.dry_run)
+        elif voice.verbose:
+            yield line("", safe(one.source))
+            yield from _modules(one)
+    yield from warning_lines(report.warnings)
+    if report.dry_run:
+        yield line("dry run", "nothing was written")
+        return
+    before = sum(one.bytes_before for one in report.adapters)
+    after = sum(one.bytes_after for one in report.adapters)
+    where = report.adapters[0].output if len(report.adapters) == 1 else "all"
+    yield line("wrote", safe(where), f"{format_bytes(after)} of {format_bytes(before)}",
+               format_seconds(report.seconds), tone="good")  # fmt: skip
+    if len(report.adapters) == 1 and report.adapters[0].loads_in:
+        yield loads_line(report.adapters[0].loads_in)
+
+
+def _one(one: CompressedAdapter, voice: Voice, dry_run: bool) -> Iterator[str]:
+    yield from note_lines(one.notes, voice)
+    yield from _families(one)
+    if voice.verbose:
+        yield from _modules(one)
+    if one.is_unchanged:
+        yield line("same", "nothing would get smaller: the output is the input", tone="warn")
+    if one.dropped:
+        yield line("dropped", f"{plural(len(one.dropped), 'module')} of rank 0: "
+                   f"{some(one.dropped, 3)}", tone="warn")  # fmt: skip
+    if one.widened:
+        yield line("float32", f"float16 cannot hold {some(one.widened, 3)}", tone="warn")
+    if dry_run:
+        yield line("size", f"{format_bytes(one.bytes_after)} of {format_bytes(one.bytes_before)}")
+
+
+def _many(adapters: Sequence[CompressedAdapter]) -> list[str]:
+    rows = [
+        (
+            safe(a.source, cap=60), str(len(a.modules)), _span([m.rank_before for m in a.modules]),
+            _span([m.rank for m in a.modules]), format_share(a.captured_energy, aligned=True),
+            f"{a.relative_error:.3g}", format_bytes(a.bytes_before), format_bytes(a.bytes_after),
+        )
+        for a in adapters
+    ]  # fmt: skip
+    head = ("adapter", "modules", "rank", "new rank", "energy", "rel. error", "before", "after")
+    return table(rows, head, right=(1, 2, 3, 4, 5, 6, 7))
+
+
+def _families(one: CompressedAdapter) -> list[str]:
+    rows = [
+        (
+            safe(f.family), str(f.modules), format_number(f.rank_before), format_number(f.rank),
+            format_share(f.captured_energy, aligned=True), f"{f.relative_error:.3g}",
+        )
+        for f in one.families
+    ]  # fmt: skip
+    rows.append((
+        "total", str(len(one.modules)), _span([m.rank_before for m in one.modules]),
+        _span([m.rank for m in one.modules]), format_share(one.captured_energy, aligned=True),
+        f"{one.relative_error:.3g}",
+    ))  # fmt: skip
+    head = ("family", "modules", "rank", "new rank", "energy", "rel. error")
+    return table(rows, head, right=(1, 2, 3, 4, 5))
+
+
+def _modules(one: CompressedAdapter) -> list[str]:
+    rows = [
+        (
+            safe(m.name), str(m.rank_before), str(m.rank), f"{m.norm:.3g}",
+            format_share(m.captured_energy, aligned=True), f"{m.relative_error:.3g}",
+            "copied" if m.is_copied else "",
+        )
+        for m in one.modules
+    ]  # fmt: skip
+    head = ("module", "rank", "new rank", "‖ΔW‖", "energy", "rel. error", "")
+    return table(rows, head, right=(1, 2, 3, 4, 5))
+
+
+def _span(ranks: Sequence[int]) -> str:
+    low, high = min(ranks), max(ranks)
+    return str(low) if low == high else f"{low}–{high}"

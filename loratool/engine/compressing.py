@@ -1,0 +1,294 @@
+"""Singular values of a delta, and its truncated factors as they will be stored."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from loratool.adapter import DeltaSpec, TensorData
+from loratool.delta.lowrank import oriented_factors
+from loratool.engine import grid
+from loratool.engine.buffers import TORCH_DTYPES, to_bytes
+from loratool.engine.kernel import Env, Kernel
+from loratool.errors import NumericError
+from loratool.linalg.product import ProductSVD, factor_product, product_spectrum, split_factors
+from loratool.linalg.rank import RankRule, allocate_ranks, choose_rank
+from loratool.linalg.rounding import round_into
+from loratool.plan import DeltaPart, Step
+
+_LARGEST_FP16 = 65504.0
+_ROUNDED = 1.01 * 2.0**-10
+"""Relative error of a product whose factors were rounded to normal float16 numbers: 2u + u² at
+most, u = 2⁻¹¹ (docs/exactness.md).  More means that values fell below 2⁻¹⁴ and lost digits."""
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """Singular values of one delta, scaling included.
+
+    Attributes:
+        name: parameter.
+        sigma: one descending row per expert, one row for anything else.
+    """
+
+    name: str
+    sigma: torch.Tensor
+
+    @property
+    def joint(self) -> torch.Tensor:
+        """√Σ_experts σᵢ²: what rank i of the whole parameter is worth."""
+        return self.sigma.square().sum(0).sqrt()
+
+
+@dataclass(frozen=True)
+class Factored:
+    """A delta at its new rank.
+
+    Attributes:
+        name: parameter.
+        rank: kept.
+        square: ‖ΔW‖_F².
+        kept_square: Σσ² kept, before rounding.
+        residual_square: ‖ΔW − lora_B lora_A‖_F² of what is stored.
+        factors: (lora_A, lora_B) in PEFT's shapes; None at rank 0, or where the old ones stay.
+        is_widened: stored in float32 since float16 could not hold the values.
+        bias: the module's bias delta with the old scaling folded in.
+    """
+
+    name: str
+    rank: int
+    square: float
+    kept_square: float
+    residual_square: float
+    factors: tuple[TensorData, TensorData] | None = None
+    is_widened: bool = False
+    bias: TensorData | None = None
+
+
+class MeasureSpectrum(Kernel):
+    """Singular values by QR of both factors."""
+
+    def run(self, block: grid.Block, inputs: list[torch.Tensor], out: torch.Tensor | None) -> None:
+        """Nothing: a step is one block, done in `finish`."""
+
+    def finish(self) -> Spectrum:
+        """One row per expert; NaN for factors that are not finite if ``keep_going``."""
+        try:
+            return self._measure()
+        except NumericError:
+            if not self.step.args.get("keep_going"):
+                raise
+            return Spectrum(self.step.output.name, torch.full((1, 1), torch.nan))
+
+    def _measure(self) -> Spectrum:
+        rows = [product_spectrum(B, A) for B, A in scaled_factors(_spec(self.step), self.env)]
+        return Spectrum(self.step.output.name, torch.stack(rows))
+
+
+class Factor(Kernel):
+    """The truncated SVD of a delta, split into balanced factors of its storage type.
+
+    ``args``: ``rule`` (fields of a `RankRule`) or ``rank``; ``dtype``; ``gain``, the scaling
+    that the stored factors will have; ``bias``, the spec of the module's bias delta; ``is_free``,
+    False where other modules must have the same rank.  The old factors stay where the new ones
+    would not be smaller.
+    """
+
+    def run(self, block: grid.Block, inputs: list[torch.Tensor], out: torch.Tensor | None) -> None:
+        """Nothing: a step is one block, done in `finish`."""
+
+    def finish(self) -> Factored:
+        """Choose the rank if it is not given, truncate, round, measure what is stored."""
+        spec, args = _spec(self.step), self.step.args
+        pairs = list(scaled_factors(spec, self.env))
+        found = [factor_product(B, A) for B, A in pairs]
+        squares = torch.stack([f.S for f in found]).square().sum(0)
+        rank = args.get("rank")
+        if rank is None:
+            rank = choose_rank(squares.sqrt(), RankRule(**args["rule"]))
+        name, square = self.step.output.name, float(squares.sum())
+        kept = float(squares[:rank].sum())
+        if rank == 0:
+            return Factored(name, 0, square, 0.0, square)
+        may_stay = not args.get("must_rewrite")
+        if rank >= spec.rank and may_stay:
+            return Factored(name, spec.rank, square, square, 0.0)
+        gain = float(args.get("gain", 1.0))
+        stored, residual = _store(found, pairs, rank, args["dtype"], gain)
+        wide = False
+        if stored is None:
+            stored, residual = _store(found, pairs, rank, "F32", gain)
+            wide = True
+        assert stored is not None
+        factors = _packed(stored, spec, name)
+        before = sum(source.nbytes for source in spec.fields.values())
+        if sum(f.nbytes for f in factors) >= before and args.get("is_free", True) and may_stay:
+            return Factored(name, spec.rank, square, square, 0.0)
+        bias = _scaled_bias(args.get("bias"), self.env)
+        return Factored(name, rank, square, kept, residual, factors, wide, bias)
+
+
+def scaled_factors(spec: DeltaSpec, env: Env) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """(scaling · lora_B (out, r), lora_A (r, in)) in float64, one pair per expert."""
+    fields = {role: env.load(source) for role, source in spec.fields.items()}
+    for expert in range(spec.experts) if spec.experts else (None,):
+        lora_A, lora_B = oriented_factors(fields, DeltaPart(spec, 1.0, expert=expert))
+        if "diag" in fields:
+            lora_B = lora_B * fields["diag"].double()
+        yield lora_B * spec.scaling, lora_A
+
+
+def _store(
+    found: Sequence[ProductSVD],
+    pairs: Sequence[tuple[torch.Tensor, torch.Tensor]],
+    rank: int,
+    dtype: str,
+    gain: float,
+) -> tuple[list[tuple[torch.Tensor, torch.Tensor]] | None, float]:
+    """Rounded (lora_B, lora_A) of every expert and the squared error of all.
+
+    None where float16 cannot hold them: values past its range, or so small that it loses digits.
+    """
+    target = TORCH_DTYPES[dtype]
+    out, residual, moved, kept = [], 0.0, 0.0, 0.0
+    for svd, (B, A) in zip(found, pairs, strict=True):
+        U, Vh = svd.vectors(rank)
+        left, right = split_factors(U, svd.S / gain, Vh, rank)  # (out, k), (k, in)
+        left, right = _padded(left, rank, 1), _padded(right, rank, 0)
+        rounded = _round(left, target), _round(right, target)
+        if target == torch.float16 and max(float(f.abs().max()) for f in (left, right)) >= (
+            _LARGEST_FP16
+        ):
+            return None, 0.0
+        step = _stored_error(left, right, rounded, B / gain, A)
+        tail = float(svd.S[rank:].square().sum())
+        residual += tail + gain**2 * (step[0] + step[1])
+        moved += gain**2 * step[0]
+        kept += float(svd.S[:rank].square().sum())
+        out.append(rounded)
+    if target == torch.float16 and moved > _ROUNDED**2 * kept:
+        return None, 0.0
+    return out, max(0.0, residual)
+
+
+def _stored_error(
+    left: torch.Tensor,
+    right: torch.Tensor,
+    rounded: tuple[torch.Tensor, torch.Tensor],
+    B: torch.Tensor,
+    A: torch.Tensor,
+) -> tuple[float, float]:
+    """What rounding the factors adds to the squared error, from k×k products.
+
+    With δB, δA the roundings, R = B' A' - left right = δB A' + left δA, and the tail
+    T = B A - left right is orthogonal to all of R but δB δA.
+
+    Returns:
+        ‖R‖_F² and -2⟨T, R⟩.
+    """
+    new_B, new_A = rounded[0].double(), rounded[1].double()
+    dB, dA = new_B - left, new_A - right
+    square = ((dB.T @ dB) * (new_A @ new_A.T)).sum()
+    square += ((left.T @ left) * (dA @ dA.T)).sum()
+    square += 2 * ((dB.T @ left) * (new_A @ dA.T)).sum()
+    cross = ((B.T @ dB) * (A @ dA.T)).sum() - ((left.T @ dB) * (right @ dA.T)).sum()
+    return max(0.0, float(square)), -2 * float(cross)
+
+
+def _round(factor: torch.Tensor, target: torch.dtype) -> torch.Tensor:
+    out = torch.empty_like(factor, dtype=target, memory_format=torch.contiguous_format)
+    round_into(out, factor.contiguous())
+    return out
+
+
+def _padded(factor: torch.Tensor, rank: int, axis: int) -> torch.Tensor:
+    """With zeros up to ``rank``: one rank may have to serve matrices of several shapes."""
+    missing = rank - factor.shape[axis]
+    if missing <= 0:
+        return factor
+    shape = list(factor.shape)
+    shape[axis] = missing
+    return torch.cat([factor, factor.new_zeros(shape)], axis)
+
+
+def _packed(
+    stored: Sequence[tuple[torch.Tensor, torch.Tensor]], spec: DeltaSpec, name: str
+) -> tuple[TensorData, TensorData]:
+    """Factors of all experts in the shapes and packing that PEFT stores."""
+    if spec.experts:
+        lora_A = torch.cat([A for _, A in stored])  # (E·k, in)
+        lora_B = torch.stack([B for B, _ in stored], -1).flatten(1)  # (out, k·E)
+    else:
+        lora_B, lora_A = stored[0]
+        lora_A = lora_A.reshape(lora_A.shape[0], -1, *spec.fields["lora_A"].shape[2:])
+        lora_B = lora_B.reshape(*lora_B.shape, *spec.fields["lora_B"].shape[2:])
+    return _data(lora_A, f"{name} lora_A"), _data(lora_B, f"{name} lora_B")
+
+
+def _scaled_bias(bias: DeltaSpec | None, env: Env) -> TensorData | None:
+    if bias is None:
+        return None
+    delta = env.load(bias.fields["delta"])
+    scaled = _round(delta.double() * bias.scaling, delta.dtype)
+    if not torch.isfinite(scaled).all():
+        scaled = (delta.double() * bias.scaling).float()
+    return _data(scaled, f"{bias.name} delta")
+
+
+def _data(tensor: torch.Tensor, name: str) -> TensorData:
+    names = {v: k for k, v in TORCH_DTYPES.items()}
+    return TensorData(name, names[tensor.dtype], tuple(tensor.shape), bytes(to_bytes(tensor)))
+
+
+def _spec(step: Step) -> DeltaSpec:
+    part: Any = step.parts[0]
+    assert isinstance(part, DeltaPart)
+    return part.spec
+
+
+def choose_group_ranks(
+    groups: Sequence[Sequence[Spectrum]], rule: Mapping[str, Any], floors: Sequence[int]
+) -> list[int]:
+    """One rank per group: the largest that the rule asks for any of its members.
+
+    Args:
+        groups: spectra of deltas that must have one rank.
+        rule: fields of a `RankRule`.
+        floors: smallest rank of each group.
+    """
+    made = RankRule(**rule)
+    return [
+        max(floor, *(choose_rank(one.joint, made) for one in group))
+        for group, floor in zip(groups, floors, strict=True)
+    ]
+
+
+def spend(
+    groups: Sequence[Sequence[Spectrum]],
+    costs: Sequence[int],
+    budget: int,
+    caps: Sequence[int],
+    floors: Sequence[int],
+) -> list[int]:
+    """The ranks between floors and caps that keep the most energy within a budget of bytes."""
+    squares = []
+    for group, cap, floor in zip(groups, caps, floors, strict=True):
+        joint = torch.zeros(max(cap, *(one.sigma.shape[1] for one in group)), dtype=torch.float64)
+        for one in group:
+            joint[: one.sigma.shape[1]] += one.joint.square()
+        squares.append(joint[floor:cap])
+    budget -= sum(c * f for c, f in zip(costs, floors, strict=True))
+    more = allocate_ranks(squares, costs, budget)
+    return [f + k for f, k in zip(floors, more, strict=True)]
+
+
+def kept_energy(groups: Sequence[Sequence[Spectrum]], ranks: Sequence[int]) -> float:
+    """Σσ² that ranks keep, over all members of all groups."""
+    return sum(
+        float(one.sigma[:, :rank].square().sum())
+        for group, rank in zip(groups, ranks, strict=True)
+        for one in group
+    )

@@ -1,0 +1,117 @@
+"""tuned - base: how large it is, tensor by tensor."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from loratool.adapter import TensorData
+from loratool.engine import grid
+from loratool.engine.kernel import INTEGERS, Env, Kernel
+from loratool.engine.merging import count_differing
+from loratool.errors import NumericError
+from loratool.plan import Step
+
+
+@dataclass(frozen=True)
+class DifferenceResult:
+    """How a tuned tensor differs from the base's, and its low-rank factors if asked for.
+
+    Attributes:
+        name: tensor.
+        is_equal: no bit differs, or none but by the cast to a narrower type.
+        delta_square: Σ(tuned - base)².
+        weight_square: Σ base².
+        factors: (lora_A, lora_B) in PEFT shapes, None if none were asked for, Δ = 0, or rank 0.
+        rank: of the factors (per expert).
+        residual_squares: Σ(Δ - lora_B @ lora_A)² as written; with more than one entry, that at
+            rank 0, 1, 2 …
+        cast_square: how far storing the factors as float16 would move lora_B @ lora_A, squared.
+        spectrum: squared singular values, of all experts together.
+        noise_rank: singular values above the rounding noise, None where it was not asked for.
+        is_capped: there may be more of them.
+        energy_rank: least rank with 99 % of the energy above the noise, None if not known.
+        noise_square: expected ‖rounding noise‖².
+    """
+
+    name: str
+    is_equal: bool
+    delta_square: float
+    weight_square: float
+    factors: tuple[TensorData, TensorData] | None = None
+    rank: int = 0
+    residual_squares: tuple[float, ...] = ()
+    cast_square: float = 0.0
+    spectrum: tuple[float, ...] = ()
+    noise_rank: int | None = None
+    is_capped: bool = False
+    energy_rank: int | None = None
+    noise_square: float = 0.0
+
+
+class Difference(Kernel):
+    """tuned - base: its size only.  Inputs come in pairs (tuned, base)."""
+
+    def __init__(self, step: Step, env: Env) -> None:
+        super().__init__(step, env)
+        self.names: list[str] = list(step.args.get("names", [step.output.name]))
+        self._sums: list[dict[int, tuple[int, float, float]]] = [{} for _ in self.names]
+
+    def run(self, block: grid.Block, inputs: list[torch.Tensor], out: torch.Tensor | None) -> None:
+        """Differences in float32 at least; exact for bfloat16 pairs of near exponents."""
+        tuned, base = inputs
+        wide = torch.promote_types(torch.promote_types(tuned.dtype, base.dtype), torch.float32)
+        if not tuned.is_floating_point():
+            wide = torch.float64
+        wide_base = base.to(wide)
+        delta = tuned.to(wide) - wide_base
+        if tuned.dtype == base.dtype and tuned.element_size() in INTEGERS:
+            differing = count_differing(tuned, base)
+        else:
+            differing = int((_cast(base, tuned.dtype) != tuned).sum())
+        square = _square(delta) if differing or tuned.dtype != base.dtype else 0.0
+        if not math.isfinite(square):  # the same infinity on both sides is no difference
+            delta = delta.masked_fill(tuned.to(wide) == wide_base, 0.0)
+            square = _square(delta)
+        weight = _square(wide_base)
+        if not math.isfinite(weight):
+            weight = _square(wide_base.masked_fill(~torch.isfinite(wide_base), 0.0))
+        self._sums[block.pair][block.index] = (differing, square, weight)
+        self.keep(block, tuned, delta if differing else None)
+
+    def keep(self, block: grid.Block, tuned: torch.Tensor, delta: torch.Tensor | None) -> None:
+        """Called with each block; ``delta`` is None where nothing differs."""
+
+    def sizes(self) -> list[DifferenceResult]:
+        """Add the blocks up, per pair.
+
+        Raises:
+            NumericError: one of the tensors holds NaN or infinity.
+        """
+        found = []
+        for name, sums in zip(self.names, self._sums, strict=True):
+            parts = [sums[i] for i in sorted(sums)]
+            delta, weight = (math.fsum(p[i] for p in parts) for i in (1, 2))
+            if not math.isfinite(delta):
+                raise NumericError(
+                    "LT-803", "tuned or base tensor holds NaN or infinity", key=name,
+                    expected="finite differences", hint="--exclude leaves a module out",
+                )  # fmt: skip
+            found.append(DifferenceResult(name, not any(p[0] for p in parts), delta, weight))
+        return found
+
+    def finish(self) -> list[DifferenceResult]:
+        """One result per pair."""
+        return self.sizes()
+
+
+def _cast(base: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The base in the tuned tensor's type, if that is the narrower one: a cast is no change."""
+    is_narrower = dtype.is_floating_point and dtype.itemsize < base.dtype.itemsize
+    return base.to(dtype) if is_narrower else base
+
+
+def _square(block: torch.Tensor) -> float:
+    return float(torch.linalg.vector_norm(block, dtype=torch.float64)) ** 2

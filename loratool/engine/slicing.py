@@ -1,0 +1,83 @@
+"""Ranks that a size budget decides: spend it over all modules, then cut their factors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from loratool.adapter import TensorData
+from loratool.engine.buffers import from_bytes
+from loratool.engine.difference import DifferenceResult
+from loratool.engine.factoring import as_stored
+from loratool.linalg.fit import cast_square
+from loratool.linalg.rank import allocate_ranks
+
+
+def spend(groups: Sequence[Sequence[DifferenceResult]], budget: int) -> list[int]:
+    """The ranks that leave out the least energy within a budget of bytes.
+
+    Args:
+        groups: modules that must have one rank lie in one group.
+        budget: bytes for all factors.
+    """
+    squares, costs = [], []
+    for group in groups:
+        longest = max(len(r.spectrum) for r in group)
+        joint = torch.zeros(longest, dtype=torch.float64)
+        for one in group:
+            joint[: len(one.spectrum)] += torch.tensor(one.spectrum, dtype=torch.float64)
+        squares.append(joint)
+        costs.append(sum(bytes_per_rank(one) for one in group))
+    return allocate_ranks(squares, costs, budget)
+
+
+def bytes_per_rank(result: DifferenceResult) -> int:
+    """What one more rank of a module takes in the file."""
+    assert result.factors is not None
+    return sum(f.nbytes for f in result.factors) // result.rank
+
+
+def cut(result: DifferenceResult, args: Mapping[str, Any], rank: int) -> DifferenceResult:
+    """A module's result at a lower rank.
+
+    Args:
+        result: with the error at every rank.
+        args: of its step.
+        rank: 0 drops the factors.
+    """
+    assert result.factors is not None
+    rank = min(rank, result.rank)
+    residual = (result.residual_squares[rank],)
+    if rank == 0:
+        return replace(result, rank=0, factors=None, residual_squares=residual, cast_square=0.0)
+    lora_A, lora_B = _unpack(result.factors, args, result.rank)
+    lora_A, lora_B = lora_A[:, :rank], lora_B[:, :, :rank]
+    gain = float(args.get("gain", 1.0))
+    moved = sum(
+        cast_square(B / gain, A, torch.float16) for B, A in zip(lora_B, lora_A, strict=True)
+    )
+    return replace(
+        result,
+        rank=rank,
+        residual_squares=residual,
+        cast_square=moved,
+        spectrum=result.spectrum[:rank],
+        factors=as_stored(lora_A, lora_B, args, result.name),
+    )
+
+
+def _unpack(
+    factors: tuple[TensorData, TensorData], args: Mapping[str, Any], rank: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(E, r, in) and (E, out, r) of what `as_stored` packed."""
+    experts = max(1, int(args.get("experts", 0)))
+    stored_A, stored_B = (
+        from_bytes(torch.frombuffer(bytearray(f.data), dtype=torch.uint8), "F32", f.shape)
+        for f in factors
+    )
+    lora_A = stored_A.reshape(experts, rank, -1)
+    lora_B = stored_B.reshape(stored_B.shape[0], rank, experts).permute(2, 0, 1)
+    return lora_A, lora_B

@@ -1,0 +1,280 @@
+"""Low-rank factors of dense differences, of a rank that the spectrum decides."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from loratool.linalg import svd
+from loratool.linalg.lanczos import TOLERANCE, block_lanczos, is_worthwhile
+from loratool.linalg.noise import NoiseFloor
+from loratool.linalg.rank import RankRule, choose_rank
+
+AUTO_CAP = 256
+"""Largest rank that ``auto`` gives unless told otherwise."""
+
+AUTO_ENERGY = 0.99
+"""Share of what lies above the noise that is kept where the cap bites."""
+
+_FIRST_STAGE, _LAST_FAST_STAGE = 16, 64  # looked at ranks: 16, 64, 128, 256 …
+_LOOSE = 1e-3  # tolerance where what comes last is noise, and is cut off
+_BLOCK_ROWS = 1024  # of residuals: bounds the scratch
+
+
+@dataclass(frozen=True)
+class Factors:
+    """Balanced factors of a stack of b matrices (m, n); leading columns are best at any rank.
+
+    Attributes:
+        lora_B: (b, m, k) float32.
+        lora_A: (b, k, n) float32.
+        singular_values: (b, k) float64, descending; (b, 0) for the matrix itself times identity.
+    """
+
+    lora_B: torch.Tensor
+    lora_A: torch.Tensor
+    singular_values: torch.Tensor
+
+    def part(self, first: int, count: int) -> Factors:
+        """Some matrices of the stack."""
+        at = slice(first, first + count)
+        return Factors(self.lora_B[at], self.lora_A[at], self.singular_values[at])
+
+    def cut(self, rank: int) -> Factors:
+        """The leading ``rank`` components."""
+        return Factors(
+            self.lora_B[:, :, :rank], self.lora_A[:, :rank], self.singular_values[:, :rank]
+        )
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Why a rank was chosen.
+
+    Attributes:
+        rank: common to the stack.
+        noise_rank: singular values above the simulated rounding noise (the most of any matrix of
+            the stack), None where noise was not asked for.
+        is_capped: there may be more of them; ``noise_rank`` is as far as was looked.
+        energy_rank: least rank that holds 99 % of the energy above the noise, None if it lies
+            beyond what was looked at.
+    """
+
+    rank: int
+    noise_rank: int | None = None
+    is_capped: bool = False
+    energy_rank: int | None = None
+
+
+def truncate(
+    stack: torch.Tensor,
+    rank: int,
+    *,
+    seeds: Sequence[int],
+    squares: Sequence[float],
+    exact: bool = False,
+    tolerance: float = TOLERANCE,
+) -> Factors:
+    """The leading components of every matrix of a stack.
+
+    Block Lanczos where it is cheaper than the float64 Gram matrix of the short side; with
+    ``exact`` always the latter.
+
+    Args:
+        stack: (b, m, n) float32, any device; views are fine.
+        rank: k >= 1, cut to min(m, n).
+        seeds: one per matrix.
+        squares: ‖D‖_F² of each.
+        exact: no iteration, no randomness.
+        tolerance: as in `block_lanczos`.
+    """
+    rank = min(rank, *stack.shape[1:])
+    if exact or not is_worthwhile(stack.shape, rank):
+        fits = [svd.best_rank(one, rank) for one in stack]
+        return Factors(
+            torch.stack([f.lora_B.float() for f in fits]),
+            torch.stack([f.lora_A.float() for f in fits]),
+            torch.stack([f.singular_values for f in fits]),
+        )
+    found = block_lanczos(stack, rank, seeds=seeds, squares=squares, tolerance=tolerance)
+    root = found.singular_values.sqrt()[:, None]  # (b, 1, k)
+    inverse = torch.where(root > 0, 1 / root, 0.0)
+    lora_B = (found.left.double() * root).float()
+    lora_A = (found.image.double() * inverse).float().mT.contiguous()
+    return Factors(lora_B, lora_A, found.singular_values)
+
+
+@dataclass(frozen=True)
+class Fitting:
+    """What `fit` goes by.
+
+    Attributes:
+        rule: criteria; ``rank`` and ``max_rank`` are caps as well.
+        seeds: one per matrix.
+        squares: ‖D‖_F² of each.
+        floors: rounding noise of each: the noise rank joins the rule.  None = it does not.
+        base_norms: per module ‖W‖, which ``base_ratio`` refers to.
+        exact: as in `truncate`.
+        is_sliceable: factors will be cut to lower ranks later, so that even full-rank ones must
+            be ordered.
+    """
+
+    rule: RankRule
+    seeds: Sequence[int]
+    squares: Sequence[float]
+    floors: Sequence[NoiseFloor] | None = None
+    base_norms: Sequence[float | None] = ()
+    exact: bool = False
+    is_sliceable: bool = False
+
+    @property
+    def needs_spectrum(self) -> bool:
+        """The rank depends on singular values."""
+        criteria = replace(self.rule, rank=None, max_rank=None)
+        return self.floors is not None or criteria != RankRule()
+
+
+def fit(modules: torch.Tensor, how: Fitting) -> list[tuple[Factors, Choice]]:
+    """Factors of the least rank that a rule allows, module by module.
+
+    The matrices of one module (the experts of a layer) have one rank: energies and errors are
+    those of the module as a whole, whose k-th singular value counts as the root of the sum of
+    squares.
+
+    Args:
+        modules: (modules, e, m, n) float32.
+        how: the rule and what it needs.
+
+    Returns:
+        (factors of a stack of e, choice) per module.  At full rank the factors return the
+        matrices bit for bit.
+    """
+    count, each, short = modules.shape[0], modules.shape[1], min(modules.shape[2:])
+    rule = how.rule
+    limit = min(short, rule.rank or short, rule.max_rank or short)
+    cap = min(short, rule.max_rank or AUTO_CAP)
+    if how.floors is not None:  # one more tells whether the cap bites
+        limit = min(short, rule.rank or short, cap + 1)
+    done: dict[int, tuple[Factors, Choice]] = {}
+    stage = limit if how.exact or not how.needs_spectrum else min(limit, _FIRST_STAGE)
+    if stage == short and not how.needs_spectrum and not how.is_sliceable:
+        return [(_whole(one), Choice(short)) for one in modules]
+    while len(done) < count:
+        if not is_worthwhile(modules.shape, stage):
+            stage = limit
+        open_ = [i for i in range(count) if i not in done]
+        at = [i * each + e for i in open_ for e in range(each)]
+        found = truncate(
+            modules[open_].flatten(0, 1) if len(open_) < count else modules.flatten(0, 1),
+            stage,
+            seeds=[how.seeds[j] for j in at],
+            squares=[how.squares[j] for j in at],
+            exact=how.exact,
+            tolerance=TOLERANCE if how.floors is None else _LOOSE,
+        )
+        for position, i in enumerate(open_):
+            one = found.part(position * each, each)
+            choice = _choose(one.singular_values, how, i, each, cap, short)
+            if choice.rank >= short and not how.is_sliceable:
+                done[i] = (_whole(modules[i]), choice)
+            elif stage == limit or choice.rank < stage:
+                done[i] = (one.cut(choice.rank), choice)
+        stage = min(limit, stage * (4 if stage < _LAST_FAST_STAGE else 2))
+    return [done[i] for i in range(count)]
+
+
+def _whole(stack: torch.Tensor) -> Factors:
+    fits = [svd.whole(one) for one in stack]
+    return Factors(
+        torch.stack([f.lora_B.float() for f in fits]),
+        torch.stack([f.lora_A.float() for f in fits]),
+        torch.stack([f.singular_values for f in fits]),
+    )
+
+
+def _choose(
+    sigma: torch.Tensor, how: Fitting, module: int, each: int, cap: int, short: int
+) -> Choice:
+    """Decide on the spectrum known so far; a rank that fills it asks for more."""
+    sigma, rule = sigma.cpu(), how.rule
+    joint = sigma.square().sum(0).sqrt()  # (k,)
+    mine = slice(module * each, (module + 1) * each)
+    total = sum(how.squares[mine])
+    base_norm = how.base_norms[module] if how.base_norms else None
+    if how.floors is None:
+        return Choice(choose_rank(joint, rule, total_square=total, base_norm=base_norm))
+    floors = how.floors[mine]
+    noise_rank = max(int((one > f.top).sum()) for one, f in zip(sigma, floors, strict=True))
+    above = max(0.0, total - sum(f.square for f in floors))
+    reached = torch.cumsum(joint.square(), 0) >= AUTO_ENERGY * above
+    energy_rank = int(reached.nonzero()[0]) + 1 if bool(reached.any()) else None
+    wanted = min(cap, energy_rank or cap) if noise_rank > cap else noise_rank
+    if wanted:
+        ruled = replace(rule, rank=min(wanted, rule.rank or wanted))
+        wanted = choose_rank(joint, ruled, total_square=total, base_norm=base_norm)
+    return Choice(wanted, noise_rank, noise_rank == len(joint) < short, energy_rank)
+
+
+def residual_square(matrix: torch.Tensor, lora_B: torch.Tensor, lora_A: torch.Tensor) -> float:
+    """‖D - lora_B lora_A‖_F² of the float32 factors as they are, in float32 products.
+
+    Args:
+        matrix: (m, n) float32.
+        lora_B: (m, k) float32.
+        lora_A: (k, n) float32.
+
+    Notes:
+        Elements are off by eps(float32)·(|D| + √k·|lora_B||lora_A|) at most, the sum by 1e-7 of
+        itself.
+    """
+    total = 0.0
+    for row in range(0, matrix.shape[0], _BLOCK_ROWS):
+        rows = slice(row, row + _BLOCK_ROWS)
+        rest = torch.addmm(matrix[rows], lora_B[rows], lora_A, alpha=-1)
+        total += float(torch.linalg.vector_norm(rest, dtype=torch.float64)) ** 2
+    return total
+
+
+def residual_squares(
+    matrix: torch.Tensor, lora_B: torch.Tensor, lora_A: torch.Tensor
+) -> torch.Tensor:
+    """‖D - B_j A_j‖_F² for the leading j = 0 … k columns and rows, in float64.
+
+    ‖D‖² - 2⟨D, B_j A_j⟩ + ‖B_j A_j‖², each from sums over the leading components; exact to 1e-13
+    of ‖D‖².
+
+    Args:
+        matrix: (m, n) float32.
+        lora_B: (m, k) float32.
+        lora_A: (k, n) float32.
+
+    Returns:
+        (k + 1,) float64 on the CPU.
+    """
+    left, right = lora_B.double(), lora_A.double()
+    cross = torch.zeros(left.shape[1], dtype=torch.float64, device=matrix.device)
+    norm = 0.0
+    for row in range(0, matrix.shape[0], _BLOCK_ROWS):
+        block = matrix[row : row + _BLOCK_ROWS].double()
+        norm += float(torch.linalg.vector_norm(block)) ** 2
+        cross += ((block @ right.T) * left[row : row + _BLOCK_ROWS]).sum(0)
+    squares = ((left.T @ left) * (right @ right.T)).cumsum(0).cumsum(1).diagonal()
+    start = torch.zeros(1, dtype=torch.float64)
+    return norm - torch.cat([start, (2 * cross.cumsum(0) - squares).cpu()])
+
+
+def cast_square(lora_B: torch.Tensor, lora_A: torch.Tensor, dtype: torch.dtype) -> float:
+    """‖B A - B' A'‖_F² where B' and A' are the factors stored as ``dtype``.
+
+    Args:
+        lora_B: (m, k) float32.
+        lora_A: (k, n) float32.
+        dtype: storage type.
+    """
+    left, right = lora_B.double(), lora_A.double()
+    left_cast, right_cast = lora_B.to(dtype).double(), lora_A.to(dtype).double()
+    tall = torch.cat([left_cast - left, left_cast], 1)  # B'A' - BA = dB A + B' dA
+    wide = torch.cat([right, right_cast - right])
+    return max(0.0, float(((tall.T @ tall) * (wide @ wide.T)).sum()))

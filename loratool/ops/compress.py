@@ -1,0 +1,259 @@
+"""Plan the compression of an adapter: which deltas, in which groups, stored how."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from loratool.adapter import Adapter, DeltaSpec, Source, TensorData
+from loratool.dialects import unmergeable_reason
+from loratool.dtypes import tensor_bytes
+from loratool.errors import MismatchError, list_some
+from loratool.ops.assemble import routed_weights
+from loratool.plan import DeltaPart, Plan, Step, TensorSpec
+
+_WAY_OUT = "merge it into its base, then extract a LoRA from the result"
+
+
+@dataclass(frozen=True)
+class Group:
+    """Deltas that must have one rank.
+
+    Attributes:
+        specs: their positions in `CompressPlan.specs`.
+        floor: smallest rank: 1 where PEFT cannot leave the module out.
+    """
+
+    specs: tuple[int, ...]
+    floor: int = 0
+
+
+@dataclass(frozen=True)
+class CompressPlan:
+    """What there is to compress in one adapter.
+
+    Attributes:
+        adapter: as read.
+        specs: its low-rank deltas, in file order.
+        groups: those that share a rank, together.
+        dtypes: storage type of the new factors of each spec.
+        gains: scaling that goes with the new factors of each spec.
+        biases: module -> its bias delta, stored with the module's scaling.
+    """
+
+    adapter: Adapter
+    specs: tuple[DeltaSpec, ...]
+    groups: tuple[Group, ...]
+    dtypes: tuple[str, ...]
+    gains: tuple[float, ...]
+    biases: Mapping[str, DeltaSpec]
+
+    @property
+    def is_grouped(self) -> bool:
+        """Some ranks depend on more than one delta, or have a floor."""
+        return any(len(g.specs) > 1 or g.floor for g in self.groups)
+
+    def factor_shapes(self, index: int, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Shapes of lora_A and lora_B at a rank; block-diagonal factors are written out."""
+        spec = self.specs[index]
+        lora_A, lora_B = spec.fields["lora_A"].shape, spec.fields["lora_B"].shape
+        inner, rows = lora_A[1], rank * max(1, spec.experts)
+        if spec.blocks is not None and spec.blocks[1] == "A":
+            inner *= spec.blocks[0]
+        return (rows, inner, *lora_A[2:]), (lora_B[0], rows, *lora_B[2:])
+
+    def bytes_per_rank(self, index: int, dtypes: Sequence[str]) -> int:
+        """What one rank of a delta takes in the file."""
+        return sum(tensor_bytes(dtypes[index], s) for s in self.factor_shapes(index, 1))
+
+    def steps(self, op: str, args: Sequence[Mapping[str, Any]]) -> Plan:
+        """One step per delta; ``args[i]`` are those of ``specs[i]``."""
+        made = [
+            Step(op, TensorSpec(s.name, "F32", (1, 1)), (), (1, 1), (DeltaPart(s, 1.0),), args=a)
+            for s, a in zip(self.specs, args, strict=True)
+        ]
+        return Plan("compress", tuple(made))
+
+    def factor_args(self, index: int) -> dict[str, Any]:
+        """Arguments of a ``factor`` step, but for its rank."""
+        spec = self.specs[index]
+        bias = self.biases.get(spec.module) if spec.parameter == "weight" else None
+        gain = self.gains[index]
+        return {
+            "dtype": self.dtypes[index], "gain": gain, "bias": bias,
+            "must_rewrite": spec.blocks is not None or self._is_uneven(spec, gain),
+        }  # fmt: skip
+
+    def _is_uneven(self, spec: DeltaSpec, gain: float) -> bool:
+        """An attention module whose out_proj has not twice the scaling that PEFT would give it."""
+        if spec.parameter != "in_proj_weight" and gain == 1.0:
+            return False
+        mha = spec.module if gain == 1.0 else spec.module.rpartition(".")[0]
+        scalings = [
+            s.scaling / g
+            for s, g in zip(self.specs, self.gains, strict=True)
+            if s.module in (mha, f"{mha}.out_proj")
+        ]
+        return len(set(scalings)) > 1
+
+
+def plan_compress(adapter: Adapter) -> CompressPlan:
+    """Look at what is in an adapter and refuse what truncation would get wrong.
+
+    Raises:
+        MismatchError: LT-449 DoRA, LT-497 a delta on a changed base, LT-498 anything else that
+            is not a fixed product of two factors.
+    """
+    _check(adapter)
+    specs = tuple(s for s in adapter.specs if s.kind == "lowrank")
+    biases = {s.module: s for s in adapter.specs if s.kind == "vector"}
+    mhas = {s.module for s in specs if s.parameter == "in_proj_weight"}
+    return CompressPlan(
+        adapter,
+        specs,
+        tuple(_groups(specs, biases, mhas, _tied(adapter, specs))),
+        tuple(_storage_dtype(s) for s in specs),
+        tuple(2.0 if _mha_of(s) in mhas else 1.0 for s in specs),
+        biases,
+    )
+
+
+def rebuild(plan: CompressPlan, results: Sequence[Any]) -> tuple[Adapter, list[str]]:
+    """The adapter with its new factors, and the names of the modules that were dropped.
+
+    Args:
+        plan: of the adapter.
+        results: a `Factored` per spec.
+    """
+    made: dict[str, DeltaSpec | None] = {}
+    biases: dict[str, DeltaSpec] = {}
+    for spec, result, gain in zip(plan.specs, results, plan.gains, strict=True):
+        if result.rank == 0:
+            made[spec.name] = None
+        elif result.factors is None:
+            made[spec.name] = spec
+        else:
+            lora_A, lora_B = result.factors
+            made[spec.name] = dataclasses.replace(
+                spec, fields={"lora_A": lora_A, "lora_B": lora_B}, rank=result.rank,
+                alpha=gain * result.rank, scaling=gain, blocks=None, b_order="rank-major",
+            )  # fmt: skip
+            bias = plan.factor_args(plan.specs.index(spec))["bias"]
+            if bias is not None:
+                biases[bias.name] = dataclasses.replace(
+                    bias, fields={"delta": result.bias}, alpha=gain * result.rank, scaling=gain
+                )
+    dropped = [name for name, spec in made.items() if spec is None]
+    specs = tuple(
+        new
+        for old in plan.adapter.specs
+        if (new := made.get(old.name, biases.get(old.name, old))) is not None
+    )
+    if specs == plan.adapter.specs:
+        return plan.adapter, []
+    return dataclasses.replace(plan.adapter, specs=specs, unclaimed=()), dropped
+
+
+def at_ranks(plan: CompressPlan, ranks: Sequence[int], dtypes: Sequence[str]) -> Adapter:
+    """The adapter at these ranks without its bytes: to see how large its file would be."""
+    blank = []
+    for index, (spec, rank) in enumerate(zip(plan.specs, ranks, strict=True)):
+        if rank == 0 or (rank >= spec.rank and not plan.factor_args(index)["must_rewrite"]):
+            blank.append(_Blank(min(rank, spec.rank), None))
+            continue
+        shapes = plan.factor_shapes(index, rank)
+        lora_A, lora_B = (TensorData(spec.name, dtypes[index], shape, b"") for shape in shapes)
+        bias = plan.biases.get(spec.module)
+        blank.append(_Blank(rank, (lora_A, lora_B), bias.fields["delta"] if bias else None))
+    return rebuild(plan, blank)[0]
+
+
+@dataclass(frozen=True)
+class _Blank:
+    """The parts of a `Factored` that `rebuild` looks at."""
+
+    rank: int
+    factors: tuple[TensorData, TensorData] | None
+    bias: Source | None = None
+
+
+def names_of(adapter: Adapter) -> list[str]:
+    """Every parameter that the adapter touches: what a new configuration must tell apart."""
+    return [*(s.name for s in adapter.specs), *(r.name for r in adapter.replacements)]
+
+
+def _check(adapter: Adapter) -> None:
+    def refuse(code: str, what: str, specs: Sequence[DeltaSpec], hint: str = _WAY_OUT) -> None:
+        if specs:
+            raise MismatchError(
+                code, what, file=adapter.path, key=list_some([s.name for s in specs], 3), hint=hint
+            )
+
+    dora = [s for s in adapter.specs if s.kind == "dora"]
+    refuse("LT-449", "DoRA rescales the sum of base and delta: no ΔW of its own to truncate", dora)
+    moved = [s for s in adapter.specs if s.base_change]
+    kinds = list_some({s.base_change for s in moved})
+    refuse("LT-497", f"{kinds} starts from a changed base: its ΔW is not lora_B @ lora_A", moved)
+    grouped = [s for s in adapter.specs if s.layout == "conv"
+               and s.fields["lora_B"].shape[1] != s.rank]  # fmt: skip
+    refuse("LT-498", "factors of a grouped convolution are not multiplied as matrices", grouped,
+           "leave these modules out of the adapter")  # fmt: skip
+    reason = unmergeable_reason(adapter)
+    if reason is not None:
+        raise MismatchError(
+            "LT-498", "this adapter cannot be compressed", file=adapter.path, got=reason
+        )
+    if not any(s.kind == "lowrank" for s in adapter.specs):
+        raise MismatchError(
+            "LT-498", "the adapter holds no LoRA factors: nothing to compress", file=adapter.path
+        )
+
+
+def _groups(
+    specs: Sequence[DeltaSpec],
+    biases: Mapping[str, DeltaSpec],
+    mhas: set[str],
+    tied: Collection[str],
+) -> list[Group]:
+    routed = routed_weights([s.name for s in specs])
+    found: dict[str, list[int]] = {}
+    for index, spec in enumerate(specs):
+        mha = spec.module if spec.module in mhas else _mha_of(spec)
+        key = (
+            "routed"
+            if spec.name in routed
+            else "tied"
+            if spec.name in tied
+            else mha
+            if mha in mhas
+            else f"one {spec.name}"
+        )
+        found.setdefault(key, []).append(index)
+    return [
+        Group(tuple(g), int(len(g) > 1 or specs[g[0]].module in biases)) for g in found.values()
+    ]
+
+
+def _tied(adapter: Adapter, specs: Sequence[DeltaSpec]) -> set[str]:
+    """Embedding and head that ``ensure_weight_tying`` gives one change: one is the other turned."""
+    if adapter.config.get("ensure_weight_tying") is not True:
+        return set()
+    sizes = {s.name: (s.fields["lora_B"].shape[0], s.fields["lora_A"].shape[1]) for s in specs}
+    turned = {sizes[s.name][::-1] for s in specs if s.layout == "embedding"}
+    return {s.name for s in specs if s.layout == "embedding" or sizes[s.name] in turned}
+
+
+def _mha_of(spec: DeltaSpec) -> str | None:
+    is_output = spec.module.endswith("out_proj") and spec.parameter == "weight"
+    return spec.module.rpartition(".")[0] if is_output else None
+
+
+def _storage_dtype(spec: DeltaSpec) -> str:
+    """The type of both factors; float32 for two of which neither holds the other's values."""
+    dtypes = {spec.fields[role].dtype for role in ("lora_A", "lora_B")}
+    if len(dtypes) == 1:
+        (only,) = dtypes
+        return only if only in ("BF16", "F16", "F32", "F64") else "F32"
+    return "F64" if "F64" in dtypes else "F32"

@@ -1,0 +1,20 @@
+"""How far files from strangers are trusted."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from loratool.store.header import MAX_HEADER_BYTES
+
+
+@dataclass(frozen=True)
+class FileRules:
+    """What the user allows beyond the defaults.
+
+    Attributes:
+        max_header: largest safetensors header accepted, in bytes.
+        allow_pickle: pickles are converted in a process of their own (`loratool.store.unpickled`).
+    """
+
+    max_header: int = MAX_HEADER_BYTES
+    allow_pickle: bool = False

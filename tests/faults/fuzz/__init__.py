@@ -1,0 +1,1 @@
+"""Mutated headers and configurations: mutations, a runner that measures, an atheris target."""

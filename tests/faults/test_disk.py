@@ -1,0 +1,322 @@
+"""Full disks, limits, signals, second writers, damaged and changed files."""
+
+from __future__ import annotations
+
+import os
+import pty
+import resource
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.budget.test_memory import sparse_model
+from tests.faults import strace
+from tests.faults.scene import Scene, fingerprint, write_model
+from tests.faults.test_crash import make_scene
+from tests.make import random_factors, save_adapter
+
+
+def interrupt_copy(scene: Scene, after: int) -> Path:
+    """Kill a slow copy once ``after`` shards are finished; returns its staging folder."""
+    staging = scene.work / f"{scene.name}.loratool-partial"
+    with strace.start([*scene.words, "--pause", "0.03"]) as child:
+        while not (staging / ".journal").is_file() or (
+            len((staging / ".journal").read_text().splitlines()) <= after
+        ):
+            assert child.poll() is None
+            time.sleep(0.005)
+        child.kill()
+        child.communicate()
+    return staging
+
+
+@pytest.fixture
+def scene(tmp_path: Path) -> Scene:
+    return make_scene("folder", tmp_path)
+
+
+def test_a_finished_shard_is_not_made_again(scene: Scene) -> None:
+    staging = interrupt_copy(scene, 1)
+    inode = (staging / "model-00001-of-00003.safetensors").stat().st_ino
+    done = strace.run(scene.words)
+    assert done.returncode == 0 and "taken over" in done.stdout
+    assert (scene.output / "model-00001-of-00003.safetensors").stat().st_ino == inode
+    assert fingerprint(scene.output) == scene.expected
+
+
+@pytest.mark.parametrize("position", [0, 5000, 69_631])
+def test_a_damaged_shard_is_made_again(scene: Scene, position: int) -> None:
+    shard = interrupt_copy(scene, 1) / "model-00001-of-00003.safetensors"
+    data = bytearray(shard.read_bytes())
+    data[position] ^= 1
+    shard.write_bytes(data)
+    done = strace.run(scene.words)
+    assert done.returncode == 0 and "damaged" in done.stdout
+    assert fingerprint(scene.output) == scene.expected
+
+
+def test_a_shard_of_another_input_is_made_again(scene: Scene) -> None:
+    interrupt_copy(scene, 1)
+    base = scene.inputs / "base" / "model-00001-of-00003.safetensors"
+    data = bytearray(base.read_bytes())
+    data[-1] ^= 1  # the same header, other weights
+    base.write_bytes(data)
+    done = strace.run(scene.words)
+    assert done.returncode == 0 and "inputs changed" in done.stdout
+    made = (scene.output / base.name).read_bytes()
+    assert made[-1] == data[-1]
+
+
+def test_another_plan_needs_restart(scene: Scene) -> None:
+    staging = interrupt_copy(scene, 1)
+    other = write_model(scene.inputs / "other" / "base", seed=3)
+    entry = (other / "model-00001-of-00003.safetensors").read_bytes()
+    renamed = entry.replace(b"layers.0.proj", b"layers.9.proj")
+    (other / "model-00001-of-00003.safetensors").write_bytes(renamed)
+    index = other / "model.safetensors.index.json"
+    index.write_text(index.read_text().replace("layers.0.proj", "layers.9.proj"))
+    before = fingerprint(staging)
+    words = [*strace.COPY, other, scene.output]
+    done = strace.run(words)
+    assert done.returncode == 5 and "LT-504" in done.stderr and "--restart" in done.stderr
+    assert fingerprint(staging) == before
+    assert strace.run([*words, "--restart"]).returncode == 0
+    assert scene.output.is_dir() and not staging.exists()
+
+
+def test_two_writers_of_one_output(scene: Scene) -> None:
+    with strace.start([*scene.words, "--pause", "0.05"]) as one:
+        while not scene.output.with_name("out.loratool-partial").exists():
+            time.sleep(0.005)
+        started = time.monotonic()
+        other = strace.run(scene.words)
+        assert other.returncode == 5 and "LT-503" in other.stderr
+        assert time.monotonic() - started < 2
+        assert one.wait(timeout=20) == 0
+        one.communicate()
+    assert fingerprint(scene.output) == scene.expected
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_many_writers_at_once(tmp_path: Path, force: bool) -> None:
+    """Starts that fall into another run's last moments: one whole output, no debris."""
+    scene = make_scene("force" if force else "folder", tmp_path)
+    for _ in range(2):
+        scene.reset()
+        children = []
+        for _ in range(8):
+            children.append(strace.start(scene.words))
+            time.sleep(0.02)
+        errors = []
+        for child in children:
+            with child:
+                _, err = child.communicate(timeout=60)
+            errors.append((child.returncode, err))
+        assert {code for code, _ in errors} <= {0, 5}, errors
+        assert [code for code, _ in errors].count(0) >= 1
+        assert fingerprint(scene.output) == scene.expected
+        assert [p.name for p in scene.work.iterdir()] == ["out"]
+
+
+# ------------------------------------------------------------------------------ disk and limits
+
+
+def test_a_small_disk_is_refused_before_the_work(scene: Scene) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("mounting needs root")
+    disk = scene.work / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=128k", "tmpfs", str(disk)]
+    if subprocess.run(mount, check=False, capture_output=True).returncode != 0:
+        pytest.skip("no mounting in this container")
+    try:
+        done = strace.run([*strace.COPY, scene.inputs / "base", disk / "out"])
+        assert done.returncode == 6 and "LT-610" in done.stderr
+        need = 3 * (64 << 10) * 51 // 50
+        free = (128 << 10) - 4096  # the journal has a page
+        assert f"{need:,} bytes" in done.stderr and f"{free:,} bytes free" in done.stderr
+        assert list(disk.iterdir()) == []
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_the_disk_fills_up_after_a_shard(scene: Scene, tmp_path: Path) -> None:
+    """The third file cannot be reserved: two shards stay, and the message says so."""
+    log = tmp_path / "log"
+    done = strace.run_hit(scene.words, "fallocate", 3, "error=ENOSPC", log)
+    assert done.returncode == 6 and "LT-611" in done.stderr
+    assert "goes on (2 files are finished)" in done.stderr
+    staging = scene.work / "out.loratool-partial"
+    assert sorted(p.name for p in staging.iterdir() if p.suffix) == [
+        f"model-{i:05d}-of-00003.safetensors" for i in (1, 2)
+    ]
+    done = strace.run(scene.words)
+    assert "2 files taken over" in done.stdout
+    assert fingerprint(scene.output) == scene.expected
+
+
+@pytest.mark.parametrize(("errno", "code"), [("EDQUOT", "LT-612"), ("EIO", "LT-614")])
+def test_quota_and_broken_disk(scene: Scene, tmp_path: Path, errno: str, code: str) -> None:
+    done = strace.run_hit(scene.words, "pwrite64", 2, f"error={errno}", tmp_path / "log")
+    assert done.returncode == 6 and code in done.stderr
+    assert list(scene.work.iterdir()) == []
+
+
+def test_a_limit_on_the_size_of_files(scene: Scene) -> None:
+    limit = (40_000, 40_000)
+    done = strace.run(
+        scene.words, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    )
+    assert done.returncode == 6 and "LT-613" in done.stderr and "--shard-size" in done.stderr
+    assert list(scene.work.iterdir()) == []
+
+
+# ----------------------------------------------------------------------- inputs that change
+
+
+@pytest.mark.parametrize("how", ["rewritten", "replaced", "removed", "cut"])
+def test_an_input_that_changes_under_a_run(scene: Scene, how: str) -> None:
+    base = scene.inputs / "base" / "model-00001-of-00003.safetensors"
+    with strace.start([*scene.words, "--pause", "0.05"]) as child:
+        while not list(scene.work.rglob("model-00001*")):
+            time.sleep(0.005)
+        if how == "rewritten":
+            base.write_bytes(base.read_bytes())
+        elif how == "replaced":
+            shutil.copy(base, base.with_suffix(".new"))
+            base.with_suffix(".new").replace(base)
+        elif how == "removed":
+            base.unlink()
+        else:
+            os.truncate(base, 9000)
+        _, err = child.communicate(timeout=30)
+    assert child.returncode == 3 and ("LT-332" in err or "LT-331" in err), err
+    assert list(scene.work.iterdir()) == []
+
+
+# --------------------------------------------------------------------------------- signals
+
+
+@pytest.fixture(scope="module")
+def big_merge(tmp_path_factory: pytest.TempPathFactory) -> list[object]:
+    """Two shards, the second with one tensor that takes seconds."""
+    root = tmp_path_factory.mktemp("big")
+    modules = sparse_model(root / "base", layers=2, size=16_384, shards=2)
+    factors = random_factors(dict.fromkeys(modules[1:], (16_384, 16_384)), rank=64, seed=0)
+    save_adapter(root / "adapter", factors)
+    return [*strace.MERGE, root / "adapter", "--base", root / "base", "--threads", 1]
+
+
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [
+        (signal.SIGINT, 130),
+        pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow),
+        pytest.param(signal.SIGHUP, 143, marks=pytest.mark.slow),
+    ],
+)
+def test_a_signal_in_a_big_tensor(
+    number: signal.Signals, code: int, big_merge: list[object], tmp_path: Path
+) -> None:
+    """On a terminal; half of the work is finished and stays."""
+    controller, terminal = pty.openpty()
+    words = [str(w) for w in (*big_merge, "-o", tmp_path / "out")]
+    child = subprocess.Popen(
+        words, env=strace.environment(), stdin=terminal, stdout=terminal, stderr=terminal,
+        start_new_session=True,
+    )  # fmt: skip
+    os.close(terminal)
+    journal = tmp_path / "out.loratool-partial" / ".journal"
+    while not journal.is_file() or len(journal.read_text().splitlines()) < 2:
+        assert child.poll() is None
+        drain(controller, 0.05)
+    drain(controller, 0.3)
+    started = time.monotonic()
+    child.send_signal(number)
+    text = drain(controller, 5.0)
+    assert child.wait(timeout=10) == code
+    took = time.monotonic() - started
+    print(f"\n{number.name}: exit {code} after {took:.2f} s")
+    os.close(controller)
+    assert took < 2
+    assert "interrupted" in text and "goes on (1 files are finished)" in text.replace("\r\n", "")
+    assert "Traceback" not in text
+    assert not (tmp_path / "out").exists()
+    left = sorted(p.name for p in (tmp_path / "out.loratool-partial").iterdir())
+    assert left == [".journal", "model-00001-of-00002.safetensors"]
+
+
+HUNG = """
+import sys, time
+from loratool import cli
+from loratool.engine import run
+
+def hang(*_):
+    print("hung", flush=True)
+    time.sleep(60)
+
+run._Run._run_task = hang
+cli.main(sys.argv[1:])
+"""
+
+
+def test_a_signal_while_a_worker_cannot_stop(scene: Scene) -> None:
+    """A long factorisation: the worker is left behind, and holds nothing up."""
+    module = {"layers.2.proj": (64, 128)}
+    adapter = save_adapter(scene.inputs / "a", random_factors(module, rank=2, seed=0))
+    words = ["merge", adapter, "--base", scene.inputs / "base", "-o", scene.work / "new"]
+    with strace.start([sys.executable, "-c", HUNG, *words]) as child:
+        assert child.stdout is not None
+        while child.stdout.readline() != "hung\n":
+            assert child.poll() is None
+        started = time.monotonic()
+        child.send_signal(signal.SIGINT)
+        assert child.wait(timeout=10) == 130
+        took = time.monotonic() - started
+        _, err = child.communicate()
+    print(f"\nSIGINT with a hung worker: exit {child.returncode} after {took:.2f} s")
+    assert took < 2 and "interrupted" in err and "Traceback" not in err
+    assert list(scene.work.iterdir()) == []
+
+
+def test_a_second_signal_kills(scene: Scene) -> None:
+    """Between the first signal and the end of a run that hangs."""
+    code = (
+        "import threading, loratool.cli as c\n"
+        "def run(args):\n"
+        "    try: print('ready', flush=True); threading.Event().wait(60)\n"
+        "    except BaseException: print('first', flush=True); threading.Event().wait(60)\n"
+        "c.run = run\n"
+        "c.main([])\n"
+    )
+    for second in (signal.SIGINT, signal.SIGTERM):
+        with strace.start([sys.executable, "-c", code]) as child:
+            assert child.stdout is not None
+            assert child.stdout.readline() == "ready\n"
+            child.send_signal(signal.SIGINT)
+            assert child.stdout.readline() == "first\n"
+            child.send_signal(second)
+            assert child.wait(timeout=2) == -second
+            child.communicate()
+
+
+def drain(controller: int, longest_s: float) -> str:
+    """What the terminal shows, until it is closed or the time is over."""
+    parts, end = [], time.monotonic() + longest_s
+    while (left := end - time.monotonic()) > 0:
+        if not select.select([controller], [], [], left)[0]:
+            break
+        try:
+            data = os.read(controller, 4096)
+        except OSError:  # the other side is closed
+            break
+        if not data:
+            break
+        parts.append(data)
+    return b"".join(parts).decode()

@@ -1,0 +1,218 @@
+"""extract --save-residual and merge --residual: TUNED again, bit for bit."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import loratool as lt
+from tests.make import randn, save_checkpoint
+from tests.oracle.test_extract import MODELS, pair
+from tests.oracle.test_extract_ranks import halve
+
+DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
+
+
+def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
+    out: dict[str, torch.Tensor] = {}
+    for shard in sorted(folder.glob("*.safetensors")):
+        out |= load_file(str(shard))
+    return out
+
+
+def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
+    if (one.dtype, one.shape) != (other.dtype, other.shape):
+        return False
+    return torch.equal(one.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8))
+
+
+def restore(tmp_path: Path, base: Path, tuned: Path, **options: Any) -> lt.api.extract:  # type: ignore[name-defined]
+    """Extract with a residual, merge with it, compare every tensor's bits with TUNED's."""
+    report = lt.extract(
+        tuned, base=base, output=tmp_path / "lora",
+        save_residual=tmp_path / "rest.safetensors", **options,
+    )  # fmt: skip
+    lt.merge(
+        [str(tmp_path / "lora")], base=base, output=tmp_path / "again",
+        residual=tmp_path / "rest.safetensors",
+    )  # fmt: skip
+    want, got = tensors_of(tuned), tensors_of(tmp_path / "again")
+    assert set(want) == set(got)
+    for name, tensor in want.items():
+        assert same_bits(tensor, got[name]), name
+    return report
+
+
+@pytest.mark.parametrize("rank", [1, 16])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", MODELS)
+def test_every_architecture_rank_and_type(name: str, dtype: str, rank: int, tmp_path: Path) -> None:
+    """Everything changes: linears, experts, embeddings, biases, norms, routers."""
+    pair(MODELS[name], tmp_path, only_matrices=False)
+    for folder in ("base", "tuned"):
+        halve(tmp_path / folder, DTYPES[dtype])
+    restore(tmp_path, tmp_path / "base", tmp_path / "tuned", rank=rank)
+
+
+@pytest.mark.parametrize("keep", ["none", "embeddings", "all"])
+def test_whatever_is_kept(keep: str, tmp_path: Path) -> None:
+    pair(MODELS["llama"], tmp_path, only_matrices=False)
+    restore(tmp_path, tmp_path / "base", tmp_path / "tuned", keep=[keep])
+
+
+def test_mixed_types_and_shards(tmp_path: Path) -> None:
+    """A float32 base in one file; TUNED in two types and three files."""
+    base = {f"layers.{i}.q_proj.weight": randn(70, 50, seed=i) for i in range(4)}
+    base["norm.weight"] = randn(70, seed=9)
+    base["steps"] = torch.arange(5)
+    tuned = {k: v + randn(*v.shape, seed=20, scale=0.01) if v.is_floating_point() else v * 7
+             for k, v in base.items()}  # fmt: skip
+    tuned["layers.0.q_proj.weight"] = tuned["layers.0.q_proj.weight"].bfloat16()
+    tuned["layers.1.q_proj.weight"] = tuned["layers.1.q_proj.weight"].half()
+    save_checkpoint(tmp_path / "base", base)
+    save_checkpoint(tmp_path / "tuned", tuned, shards=3)
+    restore(tmp_path, tmp_path / "base", tmp_path / "tuned", rank=2)
+
+
+def test_special_values_come_back(tmp_path: Path) -> None:
+    """NaN payloads, infinities, -0 and subnormals in tensors that the adapter does not touch."""
+    weight = randn(40, 30, seed=1)
+    odd = torch.tensor([0x7FC00123, -0x80000000, 0x7F800000, 1, -1], dtype=torch.int32)
+    base = {"layers.0.q_proj.weight": weight, "table": torch.zeros(5)}
+    tuned = {"layers.0.q_proj.weight": weight + randn(40, 1, seed=2) @ randn(1, 30, seed=3),
+             "table": torch.zeros(5)}  # fmt: skip
+    save_checkpoint(tmp_path / "base", base)
+    save_checkpoint(tmp_path / "tuned", tuned)
+    base["table"] = tuned["table"] = odd.view(torch.float32)
+    save_checkpoint(tmp_path / "base2", base)
+    save_checkpoint(tmp_path / "tuned2", tuned)
+    restore(tmp_path, tmp_path / "base2", tmp_path / "tuned2", rank=1)
+
+
+@pytest.mark.parametrize("keep", ["none", "embeddings"])
+def test_a_grown_vocabulary(keep: str, tmp_path: Path) -> None:
+    """New tokens: rows more than the base has, tied head, config.json follows."""
+    config = {"model_type": "llama", "vocab_size": 50, "tie_word_embeddings": True}
+    base = {"model.embed_tokens.weight": randn(50, 24, seed=1),
+            "model.layers.0.self_attn.q_proj.weight": randn(24, 24, seed=2)}  # fmt: skip
+    tuned = {k: v + randn(*v.shape, seed=5, scale=0.01) for k, v in base.items()}
+    rows = [tuned["model.embed_tokens.weight"], randn(3, 24, seed=3)]
+    tuned["model.embed_tokens.weight"] = torch.cat(rows)
+    save_checkpoint(tmp_path / "base", base, config=config)
+    save_checkpoint(tmp_path / "tuned", tuned, config=config | {"vocab_size": 53})
+    report = restore(tmp_path, tmp_path / "base", tmp_path / "tuned", rank=4, keep=[keep])
+    assert any("+3 rows" in note for note in report.notes)
+    written = json.loads((tmp_path / "again" / "config.json").read_text())
+    assert written["vocab_size"] == 53
+
+
+def test_a_tune_that_unties_its_head(tmp_path: Path) -> None:
+    config = {"model_type": "llama", "vocab_size": 50, "tie_word_embeddings": True}
+    base = {"model.embed_tokens.weight": randn(50, 24, seed=1),
+            "model.layers.0.self_attn.q_proj.weight": randn(24, 24, seed=2)}  # fmt: skip
+    tuned = {k: v + randn(*v.shape, seed=5, scale=0.01) for k, v in base.items()}
+    tuned["lm_head.weight"] = base["model.embed_tokens.weight"] + randn(50, 24, seed=7)
+    save_checkpoint(tmp_path / "base", base, config=config)
+    save_checkpoint(tmp_path / "tuned", tuned, config=config | {"tie_word_embeddings": False})
+    restore(tmp_path, tmp_path / "base", tmp_path / "tuned", rank=4)
+    written = json.loads((tmp_path / "again" / "config.json").read_text())
+    assert written["tie_word_embeddings"] is False
+
+
+def small_pair(tmp_path: Path) -> tuple[Path, Path]:
+    base = {f"layers.{i}.q_proj.weight": randn(600, 1000, seed=i).bfloat16() for i in range(2)}
+    tuned = {k: (v.float() + randn(*v.shape, seed=5, scale=0.01)).bfloat16()
+             for k, v in base.items()}  # fmt: skip
+    return save_checkpoint(tmp_path / "base", base), save_checkpoint(tmp_path / "tuned", tuned)
+
+
+def test_another_sharding_of_the_base_will_do(tmp_path: Path) -> None:
+    base, tuned = small_pair(tmp_path)
+    restore(tmp_path, base, tuned, rank=4)
+    cut = save_checkpoint(tmp_path / "cut", tensors_of(base), shards=2)
+    lt.merge([str(tmp_path / "lora")], base=cut, output=tmp_path / "third",
+             residual=tmp_path / "rest.safetensors", threads=3, chunk_bytes=1 << 20)  # fmt: skip
+    want, got = tensors_of(tuned), tensors_of(tmp_path / "third")
+    assert all(same_bits(want[name], got[name]) for name in want)
+
+
+def test_same_bytes_for_any_threads(tmp_path: Path) -> None:
+    base, tuned = small_pair(tmp_path)
+    for threads in (1, 4):
+        lt.extract(tuned, base=base, output=tmp_path / f"l{threads}", rank=4, threads=threads,
+                   save_residual=tmp_path / f"r{threads}.safetensors")  # fmt: skip
+    files = [(tmp_path / f"r{t}.safetensors").read_bytes() for t in (1, 4)]
+    assert files[0] == files[1]
+
+
+def test_the_residual_shrinks_with_the_rank(tmp_path: Path) -> None:
+    weight = randn(300, 200, seed=1, scale=0.02).bfloat16()
+    change = randn(300, 8, seed=2) @ randn(8, 200, seed=3) * 1e-3
+    base = save_checkpoint(tmp_path / "base", {"layers.0.q_proj.weight": weight})
+    tuned = save_checkpoint(
+        tmp_path / "tuned", {"layers.0.q_proj.weight": (weight.float() + change).bfloat16()}
+    )
+    elements = []
+    for rank in (1, 4, 8, 200):
+        report = lt.extract(tuned, base=base, output=tmp_path / f"l{rank}", rank=rank,
+                            save_residual=tmp_path / f"r{rank}.safetensors")  # fmt: skip
+        assert report.residual is not None
+        elements.append(report.residual.elements)
+    assert elements == sorted(elements, reverse=True)
+    assert elements[-1] == 0  # full rank is exact by itself
+    assert elements[2] < elements[0] / 4
+
+
+def refused(code: str, *args: Any, **options: Any) -> None:
+    with pytest.raises(lt.LoratoolError) as caught:
+        lt.merge(*args, **options)
+    assert caught.value.code == code
+
+
+def test_other_inputs_are_refused(tmp_path: Path) -> None:
+    base, tuned = small_pair(tmp_path)
+    restore(tmp_path, base, tuned, rank=4)
+    rest, out = tmp_path / "rest.safetensors", tmp_path / "out"
+    lt.extract(tuned, base=base, output=tmp_path / "other", rank=3)
+    lora = str(tmp_path / "lora")
+    refused("LT-486", [str(tmp_path / "other")], base=base, output=out, residual=rest)
+    refused("LT-236", [f"{lora}:0.5"], base=base, output=out, residual=rest)
+    refused("LT-236", [lora, lora], base=base, output=out, residual=rest)
+    refused("LT-237", [lora], base=base, output=out, residual=rest, dtype="float32")
+    refused("LT-398", [lora], base=base, output=out, residual=base / "model.safetensors")
+    wrong = tensors_of(base)
+    wrong["layers.1.q_proj.weight"][599, 999] *= 2
+    save_checkpoint(tmp_path / "wrong", wrong)
+    refused("LT-805", [lora], base=tmp_path / "wrong", output=out, residual=rest)
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("where", [0.3, 0.6, 0.9, 0.999])
+def test_a_flipped_bit_in_the_residual_shows(where: float, tmp_path: Path) -> None:
+    base, tuned = small_pair(tmp_path)
+    restore(tmp_path, base, tuned, rank=4)
+    rest = tmp_path / "rest.safetensors"
+    data = bytearray(rest.read_bytes())
+    start = 8 + int.from_bytes(data[:8], "little")
+    data[start + int(where * (len(data) - start))] ^= 0x10
+    rest.write_bytes(data)
+    with pytest.raises(lt.LoratoolError) as caught:
+        lt.merge([str(tmp_path / "lora")], base=base, output=tmp_path / "out", residual=rest)
+    assert caught.value.code in ("LT-399", "LT-805") and not (tmp_path / "out").exists()
+
+
+def test_a_dry_run_says_so_and_a_bad_path_is_refused_first(tmp_path: Path) -> None:
+    base, tuned = small_pair(tmp_path)
+    with pytest.raises(lt.LoratoolError) as caught:
+        lt.extract(tuned, base=base, output=tmp_path / "lora", save_residual=tmp_path / "rest")
+    assert caught.value.code == "LT-235" and not (tmp_path / "lora").exists()
+    taken = tmp_path / "taken.safetensors"
+    save_file({"x": torch.zeros(1)}, str(taken))
+    with pytest.raises(lt.LoratoolError) as caught:
+        lt.extract(tuned, base=base, output=tmp_path / "lora", save_residual=taken)
+    assert caught.value.code == "LT-501" and not (tmp_path / "lora").exists()
