@@ -173,7 +173,7 @@ def parse_reference(text: str) -> HubReference:
     Raises:
         UsageError: LT-263 malformed, LT-264 a token.
     """
-    _refuse_token(text)
+    refuse_token(text)
     reference = parse_hub(text if text.startswith("hf://") else f"hf://{text}")
     assert reference is not None
     return reference
