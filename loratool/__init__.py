@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _EXPORTS = {
+    "compare": "loratool.api",
     "compress": "loratool.api",
     "demo": "loratool.api",
     "extract": "loratool.api",
@@ -18,6 +19,8 @@ _EXPORTS = {
     "merge": "loratool.api",
     "open": "loratool.api",
     "pull": "loratool.api",
+    "rescale": "loratool.api",
+    "run": "loratool.api",
     "subtract": "loratool.api",
     "swap": "loratool.api",
     "verify": "loratool.api",
@@ -27,6 +30,7 @@ _EXPORTS = {
 __all__ = [
     "LoratoolError",
     "__version__",
+    "compare",
     "compress",
     "demo",
     "extract",
@@ -34,18 +38,23 @@ __all__ = [
     "merge",
     "open",
     "pull",
+    "rescale",
+    "run",
     "subtract",
     "swap",
     "verify",
 ]
 
 if TYPE_CHECKING:
+    from loratool.api.compare import compare
     from loratool.api.compress import compress
     from loratool.api.demo import demo
     from loratool.api.extract import extract
     from loratool.api.inspect import inspect, open
     from loratool.api.merge import merge
     from loratool.api.pull import pull
+    from loratool.api.rescale import rescale
+    from loratool.api.run import run
     from loratool.api.subtract import subtract, swap
     from loratool.api.verify import verify
     from loratool.errors import LoratoolError

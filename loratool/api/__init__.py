@@ -3,16 +3,20 @@
 Every function returns the report that ``--json`` prints.
 """
 
+from loratool.api.compare import compare
 from loratool.api.compress import compress
 from loratool.api.demo import demo
 from loratool.api.extract import extract
 from loratool.api.inspect import inspect, open
 from loratool.api.merge import merge
 from loratool.api.pull import pull
+from loratool.api.rescale import rescale
+from loratool.api.run import run
 from loratool.api.subtract import subtract, swap
 from loratool.api.verify import verify
 
 __all__ = [
+    "compare",
     "compress",
     "demo",
     "extract",
@@ -20,6 +24,8 @@ __all__ = [
     "merge",
     "open",
     "pull",
+    "rescale",
+    "run",
     "subtract",
     "swap",
     "verify",

@@ -13,6 +13,7 @@ from loratool.adapter import Adapter, AdapterFiles, ReadOptions
 from loratool.api.common import Resources, option_values, parse_size, plan_resources
 from loratool.dialects import open_adapter, write_adapter_files
 from loratool.errors import UsageError
+from loratool.ops.batch import is_batch, name_of, place_outputs
 from loratool.ops.compress import CompressPlan, at_ranks, names_of, plan_compress, rebuild
 from loratool.ops.compress_options import rank_rule
 from loratool.ops.inputs import guard_output
@@ -90,7 +91,7 @@ def compress(
         rank=rank, energy=energy, error=error, sv_ratio=sv_ratio, max_rank=max_rank, size=limit
     )
     options = option_values(**rule, size=limit)
-    jobs = _open(adapters, Path(output), read or ReadOptions(), offline, force)
+    jobs = _open(adapters, output, read or ReadOptions(), offline, force)
     total = sum(s.nbytes for j in jobs for spec in j.plan.specs for s in spec.fields.values())
     done = 0
 
@@ -100,7 +101,7 @@ def compress(
         if progress is not None:
             progress(min(done, total), max(1, total))
 
-    if len(jobs) > 1 and not dry_run:
+    if (len(jobs) > 1 or is_batch(output)) and not dry_run:
         Path(output).mkdir(exist_ok=True)
     reports = []
     for job in jobs:
@@ -148,7 +149,7 @@ class _Made:
 
 def _open(
     adapters: str | Path | Sequence[str | Path],
-    output: Path,
+    output: str | Path,
     read: ReadOptions,
     offline: bool,
     force: bool,
@@ -157,23 +158,13 @@ def _open(
     texts = [adapters] if isinstance(adapters, (str, Path)) else list(adapters)
     if not texts:
         raise UsageError("LT-221", "no adapter given")
-    if output.suffix:
-        raise UsageError(
-            "LT-227", "a PEFT adapter is a folder", expected="a folder for -o", got=str(output)
-        )
+    found = [resolve(str(text), kind="adapter", offline=offline) for text in texts]
+    targets = place_outputs([name_of(one) for one in found], output)
     jobs: list[_Job] = []
-    for text in texts:
-        resolved = resolve(str(text), kind="adapter", offline=offline)
+    for resolved, target in zip(found, targets, strict=True):
         adapter = open_adapter(find_adapter(resolved.path), read)
-        name = resolved.path.resolve().name.removesuffix(".safetensors")
-        target = output / name if len(texts) > 1 else output
-        if any(j.target == target for j in jobs):
-            raise UsageError(
-                "LT-247", "two adapters have the same name", key=name,
-                hint="compress them one by one",
-            )  # fmt: skip
-        guard_output(target, [resolved.path])
-        if len(texts) == 1 or output.exists():
+        guard_output(target, [one.path for one in found])
+        if target == Path(output) or target.parent.exists():
             check_output(target, is_folder=True, force=force)
         jobs.append(_Job(resolved, plan_compress(adapter), target))
     return jobs

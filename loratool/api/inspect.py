@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING
 
 from loratool.adapter import ReadOptions
 from loratool.api.common import file_rules
+from loratool.errors import UsageError
 from loratool.report import InspectReport
 
 if TYPE_CHECKING:
     from loratool.engine.opened import OpenAdapter
+    from loratool.ops.inputs import Access
 
 
 def open(path: str | Path, *, alpha: float | None = None) -> OpenAdapter:
@@ -36,6 +38,8 @@ def inspect(
     source: str | Path,
     *,
     tensors: bool = False,
+    risk: bool = False,
+    base: str | Path | None = None,
     spectrum: bool = False,
     csv: str | Path | None = None,
     plot: str | Path | None = None,
@@ -50,6 +54,8 @@ def inspect(
     Args:
         source: path or Hub reference.
         tensors: list every tensor.
+        risk: also load an adapter's factors and give statistics of every ΔW.
+        base: with ``risk``: look for intruder dimensions in this checkpoint.
         spectrum: also load an adapter's factors and measure the singular values of every delta.
         csv: file to write them to, one row per module; implies ``spectrum``.
         plot: ``.png`` or ``.svg`` to draw them in; implies ``spectrum``.
@@ -70,9 +76,33 @@ def inspect(
     )  # fmt: skip
     if resolved.note is not None:
         report = replace(report, notes=(resolved.note, *report.notes))
+    if risk or base is not None:
+        report = _with_risk(report, resolved.path, base, risk, alpha, access)
     if spectrum or csv is not None or plot is not None:
         report = _with_spectrum(report, resolved.path, csv, plot, alpha, threads)
     return report
+
+
+def _with_risk(
+    report: InspectReport,
+    path: Path,
+    base: str | Path | None,
+    risk: bool,
+    alpha: float | None,
+    access: Access,
+) -> InspectReport:
+    from loratool.api.risk import measure_risk
+    from loratool.dialects import open_adapter
+    from loratool.ops.inputs import open_base
+    from loratool.store.source import find_adapter
+
+    if not risk:
+        raise UsageError("LT-289", "--base goes with --risk", hint="--risk --base BASE")
+    if report.adapter is None:
+        raise UsageError("LT-289", "--risk looks at one adapter", got=f"a {report.what}")
+    opened = None if base is None else open_base(str(base), [], access)
+    adapter = open_adapter(find_adapter(path), ReadOptions(alpha=alpha))
+    return replace(report, risk=measure_risk(adapter, opened))
 
 
 def _with_spectrum(
@@ -85,7 +115,6 @@ def _with_spectrum(
 ) -> InspectReport:
     from loratool.api.spectrum import check_files, measure_spectrum, write_csv
     from loratool.dialects import open_adapter
-    from loratool.errors import UsageError
     from loratool.store.source import find_adapter
 
     if report.adapter is None:

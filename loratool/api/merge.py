@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loratool.adapter import ReadOptions
+from loratool.api.combine import combine
 from loratool.api.common import (
     Resources,
     file_rules,
@@ -24,10 +25,11 @@ from loratool.api.open_residual import check_partner, open_residual
 from loratool.api.undo import plan_undo, write_undo
 from loratool.engine.grid import CPU_ELEMENTS
 from loratool.ops.bind import BindOptions
+from loratool.ops.combine import check_options, combination_args, read_module_weights
 from loratool.ops.input_notes import base_notes, input_warnings, nonfinite_warning
 from loratool.ops.inputs import Access, guard_output
 from loratool.ops.merge import index_files
-from loratool.report import MergeReport, ModuleLoss, SubtractReport
+from loratool.report import CombineReport, MergeReport, ModuleLoss, SubtractReport
 from loratool.store.output_path import check_output
 
 if TYPE_CHECKING:
@@ -38,8 +40,12 @@ if TYPE_CHECKING:
 def merge(
     adapters: Sequence[str],
     *,
-    base: str | Path,
+    base: str | Path | None = None,
     output: str | Path,
+    method: str | None = None,
+    rank: int | None = None,
+    params: Mapping[str, Any] | None = None,
+    module_weights: str | Path | None = None,
     weights: Sequence[float] | None = None,
     mean: bool = False,
     device: str = "auto",
@@ -76,13 +82,21 @@ def merge(
     allow_pickle: bool = False,
     progress: Progress | None = None,
     operation: Operation | None = None,
-) -> MergeReport:
-    """Merge adapters into base weights: W' = round(W + Σ weight·ΔW), all in one pass.
+) -> MergeReport | CombineReport:
+    """Merge adapters into base weights, or with each other if there is no base.
+
+    With a base W' = round(W + Σ weight·ΔW), all in one pass.  Without one the result is an adapter
+    whose ΔW is Σ weight·ΔW, or what ``method`` makes of them.
 
     Args:
         adapters: paths or Hub references, each with an optional weight (``style:0.7``).
-        base: checkpoint, Hub reference, or ``auto`` for the one the adapters name.
+        base: checkpoint, Hub reference, or ``auto`` for the one the adapters name;
+            None = merge the adapters with each other.
         output: folder (or ``.safetensors`` file for a single-file base) to create.
+        method: how changes are combined, a row of `loratool.methods`; None = summed.
+        rank: of the resulting adapter; without a base only.
+        params: of the method.
+        module_weights: YAML file, regular expression -> weight of the modules that match.
         weights: coefficients in order, instead of those in the names.
         mean: divide by the number of adapters.
         device: ``auto``, ``cpu`` or ``cuda[:n]``.
@@ -127,6 +141,25 @@ def merge(
         LoratoolError: see ``docs/errors.md``.
     """
     started = time.monotonic()
+    read = ReadOptions(alpha, rank_from, mha_out_proj, moe_layout, experts_b_order)
+    access = Access(offline, yes, file_rules(max_header, allow_pickle))
+    if base is None:
+        check_options({
+            "device": device, "shard_size": shard_size, "exact": exact, "seed": seed,
+            "rounding": "auto" if rounding == "nearest" else rounding, "residual": residual,
+            "untie": untie, "keep_tied": keep_tied, "rename": tuple(rename), "skip": tuple(skip),
+            "allow_unmatched": allow_unmatched, "resize_embeddings": resize_embeddings,
+            "save_undo": save_undo, "restart": restart, "checksum": checksum,
+            "allow_nonfinite": allow_nonfinite,
+        })  # fmt: skip
+        return combine(
+            adapters, output=output, method=method, rank=rank, params=params,
+            module_weights=module_weights, weights=weights, mean=mean, dtype=dtype,
+            threads=threads, max_memory=max_memory, read=read, access=access, force=force,
+            dry_run=dry_run, provenance=provenance, progress=progress,
+        )  # fmt: skip
+    how = combination_args(method, params, rank=rank, exact=exact)
+    rules = read_module_weights(Path(module_weights), len(adapters)) if module_weights else ()
     if not dry_run:  # before a long download, not after it
         target = Path(output)
         guard_output(target, [p for p in map(Path, (*adapters, base)) if p.exists()])
@@ -136,7 +169,7 @@ def merge(
             tuple(rename), tuple(skip), allow_unmatched, untie, keep_tied,
             resize_embeddings, moe_layout,
         ),
-        ReadOptions(alpha, rank_from, mha_out_proj, moe_layout, experts_b_order),
+        read,
     )  # fmt: skip
     rest = None
     if residual is not None:
@@ -147,12 +180,13 @@ def merge(
         weights=weights,
         mean=mean,
         names=names,
-        access=Access(offline, yes, file_rules(max_header, allow_pickle)),
+        access=access,
+        module_weights=rules,
         dtype=parse_dtype(dtype),
         shard_bytes=parse_size(shard_size),
         output=Path(output),
         with_provenance=provenance,
-        rounding=rounding_args(exact or rest is not None, rounding, seed),
+        rounding={**rounding_args(exact or rest is not None, rounding, seed), **how},
         operation=operation,
         checksum=checksum,
         residual=rest,

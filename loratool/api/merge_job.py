@@ -13,6 +13,7 @@ from loratool.api.common import content_label, option_values
 from loratool.dtypes import DTYPES
 from loratool.errors import MismatchError, UsageError
 from loratool.ops.bind import BindOptions, bind
+from loratool.ops.combine import Rule, rules_json, weigh_modules
 from loratool.ops.inputs import (
     Access,
     OpenedAdapter,
@@ -120,15 +121,21 @@ def prepare_merge(
     operation: Operation | None = None,
     residual: Residual | None = None,
     checksum: bool = False,
+    module_weights: Sequence[Rule] = (),
     like: Checkpoint | None = None,
 ) -> MergeJob:
     """Open, bind and plan; nothing is written.
 
     ``like`` is a finished merge: the plan then casts as it did, whatever ``dtype`` says.
+    ``module_weights`` multiply the changes of single modules.
     ``residual`` turns the plan into one that gives a fine-tune back, bit for bit.
     """
     kind = operation or Operation()
     opened = open_adapters(texts, weights=weights, mean=mean, read=names.read, access=access)
+    opened = [
+        replace(o, adapter=weigh_modules(o.adapter, module_weights, number))
+        for number, o in enumerate(opened)
+    ]
     if kind.signs:
         opened = [replace(o, weight=o.weight * s) for o, s in zip(opened, kind.signs, strict=True)]
     opened_base = open_base(str(base), opened, access)
@@ -146,6 +153,8 @@ def prepare_merge(
     if like is not None:
         dtype = merged_dtype(opened_base.checkpoint, like)
     options = {**_options(names, dtype, shard_bytes), **(rounding or {})}
+    if module_weights:
+        options["module_weights"] = rules_json(module_weights)
     record = provenance_of(
         kind.name, options=options, inputs=_inputs(opened, opened_base, checksum)
     )

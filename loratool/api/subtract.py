@@ -1,23 +1,27 @@
-"""`subtract` and `swap`: adapters out of merged weights, and others in."""
+"""`subtract` and `swap`: adapters out of merged weights or of each other, and others in."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from loratool.adapter import ReadOptions
+from loratool.api.common import file_rules
+from loratool.api.difference import subtract_adapters
 from loratool.api.merge import merge
 from loratool.api.merge_job import MergeJob, Operation
 from loratool.api.undo import restore_job
 from loratool.errors import UsageError
+from loratool.ops.inputs import Access
 from loratool.ops.subtract import (
     compare_with_record,
     require_reversible,
     require_swappable,
     without_replacements,
 )
-from loratool.report import SubtractReport, SwapReport
+from loratool.report import DifferenceReport, SubtractReport, SwapReport
 from loratool.store.provenance import read_record
 from loratool.store.undo import read_undo
 
@@ -25,26 +29,37 @@ from loratool.store.undo import read_undo
 def subtract(
     adapters: Sequence[str],
     *,
-    merged: str | Path,
+    merged: str | Path | None = None,
     output: str | Path,
     undo: str | Path | None = None,
+    rank: int | None = None,
     **options: Any,
-) -> SubtractReport:
-    """Take adapters out of merged weights: W = round(W' - Σ weight·ΔW).
+) -> SubtractReport | DifferenceReport:
+    """Take adapters out of merged weights, W = round(W' - Σ weight·ΔW), or out of an adapter.
+
+    Without ``merged`` the result is an adapter, the first one less the others: factors side by
+    side, exact in ΔW up to their storage type, or the best approximation of a ``rank``.
 
     Rounding cannot be undone by arithmetic: a few per cent of the elements end one step off the
     base.  With the undo file of the merge every bit comes back, which is checked.
 
     Args:
         adapters: paths or Hub references, with the weights at which they were merged.
-        merged: the merged checkpoint.
+        merged: the merged checkpoint; None = adapters only.
         output: folder (or file) to create.
         undo: the file that ``merge(save_undo=…)`` wrote.
+        rank: of the resulting adapter; None = the sum of the ranks.
         options: as `merge`, less those about the base's form.
 
     Raises:
         LoratoolError: see ``docs/errors.md``.
     """
+    if merged is None:
+        return _subtract_adapters(adapters, output, undo, rank, options)
+    if rank is not None or options.get("dtype", "auto") != "auto":
+        raise UsageError(
+            "LT-298", "--rank and --dtype are for adapter − adapter, without --from"
+        )  # fmt: skip
     if undo is not None and any(options.get(o) for o in ("exact", "seed", "shard_size")):
         raise UsageError("LT-251", "--undo is exact by itself and keeps the shards")
     opened = None if undo is None else read_undo(Path(undo))
@@ -58,6 +73,55 @@ def subtract(
     report = merge(adapters, base=merged, output=output, operation=operation, **options)
     assert isinstance(report, SubtractReport)
     return report
+
+
+def _subtract_adapters(
+    adapters: Sequence[str],
+    output: str | Path,
+    undo: str | Path | None,
+    rank: int | None,
+    options: Mapping[str, Any],
+) -> DifferenceReport:
+    """The options that make sense without merged weights; all others must be at their default."""
+    if len(adapters) < 2:
+        raise UsageError(
+            "LT-252", "one adapter alone: subtract it from what?",
+            expected="--from MERGED, or a second adapter", got=" ".join(adapters),
+            hint=f"loratool subtract {' '.join(adapters)} --from MERGED -o {output}",
+        )  # fmt: skip
+    if rank is not None and not 1 <= rank <= 8192:
+        raise UsageError("LT-229", "--rank out of range", expected="1 to 8192", got=rank)
+    mine = {
+        "force", "dry_run", "provenance", "offline", "yes", "weights", "dtype", "alpha",
+        "rank_from", "mha_out_proj", "moe_layout", "experts_b_order", "device", "threads",
+        "max_memory", "progress", "chunk_bytes", "max_header", "allow_pickle",
+    }  # fmt: skip
+    idle = (None, False, (), "auto", "nearest")
+    other = [k for k, v in {**options, "undo": undo}.items() if k not in mine and v not in idle]
+    if other:
+        raise UsageError(
+            "LT-299", "these options are for merged weights", got=", ".join(
+                "--" + name.replace("_", "-") for name in other), expected="--from MERGED",
+        )  # fmt: skip
+    return subtract_adapters(
+        adapters,
+        output=output,
+        weights=options.get("weights"),
+        rank=rank,
+        dtype=options.get("dtype") or "auto",
+        read=ReadOptions(
+            options.get("alpha"), options.get("rank_from"), options.get("mha_out_proj"),
+            options.get("moe_layout"), options.get("experts_b_order") or "rank-major",
+        ),
+        access=Access(
+            bool(options.get("offline")),
+            bool(options.get("yes")),
+            file_rules(options.get("max_header"), bool(options.get("allow_pickle"))),
+        ),
+        force=bool(options.get("force")),
+        dry_run=bool(options.get("dry_run")),
+        provenance=bool(options.get("provenance", True)),
+    )  # fmt: skip
 
 
 def swap(

@@ -13,6 +13,7 @@ from loratool.adapter import ReadOptions
 from loratool.api.common import file_rules, plan_resources
 from loratool.api.merge_job import MergeJob, NameOptions, prepare_merge
 from loratool.ops.bind import BindOptions
+from loratool.ops.combine import rules_from
 from loratool.ops.inputs import Access, locate
 from loratool.ops.replay import find_replay, recorded_options
 from loratool.ops.verify import VerifyPlan, plan_verify
@@ -117,7 +118,8 @@ def verify(
         shard_bytes=None,
         output=None,
         with_provenance=False,
-        rounding={k: options[k] for k in ("rounding", "seed") if k in options},
+        rounding={k: options[k] for k in _HOW if k in options},
+        module_weights=rules_from(options.get("module_weights", ())),
         like=found,
     )
     plan = plan_verify(job.merge.plan, job.full_names, found)
@@ -138,6 +140,10 @@ def verify(
         results = execute(plan.plan, reader, None, resources.run)
         reader.check_unchanged()
     return _report(job, resolved.label, plan, results, started)
+
+
+_HOW = ("rounding", "seed", "method", "params")
+"""Recorded options that say how sums are formed."""
 
 
 def _recorded_names(options: Mapping[str, Any]) -> NameOptions:

@@ -18,9 +18,12 @@ COMMANDS = {
     "inspect": "What a file holds: method, base, ranks, cost. Headers only.",
     "merge": "Put adapters into base weights, rounded once, loss shown.",
     "extract": "Make a low-rank adapter from a full fine-tune.",
+    "subtract": "Take adapters out of merged weights, or of another adapter.",
     "compress": "Fewer ranks, the best ones, loss shown. No base needed.",
-    "subtract": "Take adapters out of merged weights, bit for bit with an undo file.",
     "swap": "Exchange one merged adapter for another, in one rounding.",
+    "rescale": "Multiply what an adapter changes, exactly where numbers allow it.",
+    "compare": "How alike adapters are: cosine, subspaces, signs, configuration.",
+    "run": "Several steps from one strict recipe file.",
     "verify": "Recompute a merge and compare, bit by bit.",
     "pull": "Fetch an adapter from the Hub, every byte verified.",
     "demo": "A tour on a small built-in model, offline.",
@@ -28,8 +31,11 @@ COMMANDS = {
 }
 """Command -> what it does in one line; the module of the same name holds it."""
 
+MODULES = {"run": "recipe"}
+"""Command -> its module where that has another name (`loratool.cli.run` is a function)."""
+
 LATER = (
-    "check", "compare", "convert", "push", "rescale", "run",
+    "check", "convert", "push",
 )  # fmt: skip
 """Commands of the plan that this version does not have."""
 
@@ -48,9 +54,7 @@ SYNONYMS = {
 
 LATER_OPTIONS = frozenset(
     (
-        "--base", "--blocks", "--dequantize", "--for", "--method", "--module-weights",
-        "--param", "--rank", "--requant", "--risk", "--simulate-quant",
-        "--to",
+        "--base", "--dequantize", "--for", "--rank", "--requant", "--simulate-quant", "--to",
     )
 )  # fmt: skip
 """Options of the plan; a command that does not know one says "not in this version"."""
@@ -76,7 +80,7 @@ class LazyGroup(click.Group):
         """The command, or None."""
         if cmd_name not in COMMANDS:
             return None
-        command = import_module(f"loratool.cli.{cmd_name}").command
+        command = import_module(f"loratool.cli.{MODULES.get(cmd_name, cmd_name)}").command
         assert isinstance(command, click.Command)
         return command
 

@@ -20,6 +20,7 @@ from loratool.cli.render import (
     some,
     table,
 )
+from loratool.cli.risk import risk_lines
 from loratool.cli.spectrum import spectrum_lines
 from loratool.cli.voice import Voice, note_lines, warning_lines
 from loratool.errors import LoratoolError, UsageError
@@ -42,11 +43,16 @@ _DEAR_SHARE = 0.02
         "loratool inspect ./style",
         "loratool inspect loras/              # one row per file",
         "loratool inspect ./style --tensors",
+        "loratool inspect ./style --risk --base ./model   # statistics, intruder dimensions",
         "loratool inspect ./style --spectrum --plot style.png",
         "loratool inspect ./model --json",
     ),
 )
 @click.argument("sources", nargs=-1, required=True, metavar="SOURCE…")
+@opt.option("--base", metavar="BASE", section="Input",
+            help="With --risk: look for intruder dimensions in this checkpoint.")  # fmt: skip
+@opt.option("--risk", is_flag=True, section="Output",
+            help="Statistics of every ΔW, to look at before trusting a file.")  # fmt: skip
 @opt.option("--spectrum", is_flag=True, section="Output",
             help="Singular values of every delta; loads the factors.")  # fmt: skip
 @opt.option("--csv", metavar="FILE", section="Output",
@@ -72,6 +78,8 @@ def command(sources: tuple[str, ...], **options: Any) -> int:
         report = api.inspect(sources[0], **options)
         voice.show(report, render(report, voice))
         return 0
+    if options["risk"] or options["base"]:
+        raise UsageError("LT-289", "--risk looks at one adapter", got=f"{len(sources)} sources")
     if any(options[name] for name in ("spectrum", "csv", "plot")):
         raise UsageError(
             "LT-208", "a spectrum is that of one adapter", got=f"{len(sources)} sources"
@@ -90,7 +98,7 @@ def _inspect_each(sources: Sequence[str], options: Mapping[str, Any]) -> tuple[I
     code = 0
     for source in sources:
         try:
-            one = api.inspect(source, **{**options, "tensors": False})
+            one = api.inspect(source, **{**options, "tensors": False, "risk": False, "base": None})
         except LoratoolError as error:
             rows.append(FolderRow(source, error=error.to_json()))
             code = code or error.exit_code
@@ -110,7 +118,10 @@ def render(report: InspectReport, voice: Voice) -> Iterator[str]:
         yield from _folder(report.rows)
         return
     if report.adapter is not None:
-        yield from _adapter(report.adapter, voice, has_spectrum=report.spectrum is not None)
+        is_read = report.risk is not None or report.spectrum is not None
+        yield from _adapter(report.adapter, voice, read="" if is_read else "headers only")
+    if report.risk is not None:
+        yield from risk_lines(report.risk, voice)
     if report.spectrum is not None:
         yield from spectrum_lines(report.spectrum, voice)
     if report.checkpoint is not None:
@@ -130,7 +141,7 @@ def render(report: InspectReport, voice: Voice) -> Iterator[str]:
 # --------------------------------------------------------------------------------- adapters
 
 
-def _adapter(one: AdapterSummary, voice: Voice, *, has_spectrum: bool) -> Iterator[str]:
+def _adapter(one: AdapterSummary, voice: Voice, *, read: str) -> Iterator[str]:
     parameters = format_count(one.factor_parameters)
     if one.replaced_parameters:
         parameters += f" + {format_count(one.replaced_parameters)}"
@@ -140,7 +151,7 @@ def _adapter(one: AdapterSummary, voice: Voice, *, has_spectrum: bool) -> Iterat
         plural(one.modules, "module"),
         f"{parameters} params",
         f"{format_bytes(one.nbytes)} {_types(one.dtypes)}",
-        "" if has_spectrum else "headers only",
+        read,
     )
     yield line("base", safe(one.base_model) if one.base_model else "not named")
     if one.ranks:

@@ -28,6 +28,7 @@ from loratool.cli.render import (
 from loratool.cli.voice import Voice, note_lines, warning_lines
 from loratool.dtypes import DTYPES
 from loratool.errors import UsageError
+from loratool.methods import BY_NAME, METHODS, split_params
 
 if TYPE_CHECKING:
     from loratool.report import MergeReport
@@ -43,6 +44,8 @@ _MENTION_FLOAT32 = 0.01
     examples=(
         "loratool merge ./style --base ./model -o ./merged",
         "loratool merge ./style:0.8 ./sql:0.5 --base auto -o ./merged  # base from the adapters",
+        "loratool merge ./style:0.8 ./sql -o ./both              # one adapter, exact, no base",
+        "loratool merge ./a ./b ./c --method ties --rank 16 -o ./one",
         "loratool merge ./style --base ./model -o ./merged --dry-run   # plan, memory, loss",
     ),
 )
@@ -50,6 +53,15 @@ _MENTION_FLOAT32 = 0.01
 @opt.option("--base", metavar="BASE|auto", section="Input",
             help="Checkpoint to merge into; auto = the one that the adapters name.")  # fmt: skip
 @opt.mixing
+@opt.option("--method", type=click.Choice([m.name for m in METHODS]), metavar="METHOD",
+            section="Input", help="How changes are combined: " + ", ".join(BY_NAME)
+            + ". Default: their sum.")  # fmt: skip
+@opt.option("--rank", type=opt.RankNumber(), section="Input",
+            help="Without --base: best of this rank. Default: exact, ranks add.")  # fmt: skip
+@opt.option("--param", "params", multiple=True, metavar="NAME=VALUE", section="Input",
+            help="Of the method, such as density=0.2. Repeatable.")  # fmt: skip
+@opt.option("--module-weights", metavar="FILE", section="Input",
+            help="YAML: regular expression of module names -> weight.")  # fmt: skip
 @opt.option("-o", "--output", required=True, metavar="OUT", section="Output",
             help="Folder to create (a .safetensors file if BASE is one).")  # fmt: skip
 @opt.option("--dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
@@ -72,19 +84,25 @@ _MENTION_FLOAT32 = 0.01
 @opt.trust
 @opt.nonfinite
 def command(adapters: tuple[str, ...], base: str | None, output: str, **options: Any) -> None:
-    """Merge adapters into base weights: W' = W + Σ weight·ΔW, rounded once.
+    """Merge adapters into base weights (--base), or with each other into one adapter.
 
-    Streams the checkpoint in a few hundred MB of memory, keeps its files, and carries its
-    configuration and tokenizer over. ADAPTER:0.7 gives an adapter a weight; 1 is as trained.
+    With --base W' = W + Σ weight·ΔW, rounded once: streams the checkpoint in a few hundred MB of
+    memory, keeps its files, and carries its configuration and tokenizer over. Without it the
+    result is an adapter: exact, ranks add, or what --method and --rank say. ADAPTER:0.7 gives an
+    adapter a weight; 1 is as trained.
     """
     from loratool import api
+    from loratool.report import MergeReport
 
     voice = Voice.take(options)
+    options["params"] = split_params(options["params"])
     if base is None:
-        raise _no_base(adapters, output)
-    voice.announce(headline(adapters, options["weights"], options["mean"]))
+        _with_each_other(adapters, output, options, voice)
+        return
+    voice.announce(headline(adapters, options["weights"], options["mean"], options["method"]))
     with show_progress(quiet=voice.quiet) as progress:
         report = api.merge(adapters, base=base, output=output, progress=progress, **options)
+    assert isinstance(report, MergeReport)
     check = shlex.join(["loratool", "verify", output, "--base", base, *_again(adapters, options)])
     result = [] if report.dry_run else [safe(report.output)]
     voice.show(
@@ -94,11 +112,37 @@ def command(adapters: tuple[str, ...], base: str | None, output: str, **options:
     )
 
 
-def headline(adapters: Sequence[str], weights: Sequence[float] | None, mean: bool) -> str:
+def _with_each_other(
+    adapters: tuple[str, ...], output: str, options: dict[str, Any], voice: Voice
+) -> None:
+    from loratool import api
+    from loratool.cli import combine
+    from loratool.report import CombineReport
+
+    method, rank = options["method"], options["rank"]
+    if len(adapters) == 1 and method is None and rank is None:
+        raise _no_base(adapters, output)
+    words = terms(adapters, options["weights"], options["mean"])
+    voice.announce(combine.headline(len(adapters), words, method, rank))
+    with show_progress(quiet=voice.quiet) as progress:
+        report = api.merge(adapters, output=output, progress=progress, **options)
+    assert isinstance(report, CombineReport)
+    result = [] if report.dry_run else [safe(report.output)]
+    voice.show(report, combine.render(report, voice, adapters),
+               result=[*warning_lines(report.warnings), *result])  # fmt: skip
+
+
+def headline(
+    adapters: Sequence[str],
+    weights: Sequence[float] | None,
+    mean: bool,
+    method: str | None = None,
+) -> str:
     """``Merging 2 adapters INTO base weights: 0.8·style + 1·sql, one rounding``."""
+    how = f"by {safe(method)}, one rounding" if method else "one rounding"
     return (
         f"Merging {plural(len(adapters), 'adapter')} INTO base weights: "
-        f"{terms(adapters, weights, mean)}, one rounding"
+        f"{terms(adapters, weights, mean)}, {how}"
     )
 
 
@@ -245,12 +289,6 @@ def _action(step: Mapping[str, Any]) -> str:
 
 def _no_base(adapters: Sequence[str], output: str) -> UsageError:
     """`merge ./a -o ./m`: say what was probably meant, with the base that the adapter names."""
-    if len(adapters) > 1:
-        return UsageError(
-            "LT-206",
-            "merging adapters with each other is not in this version; into a base it is",
-            hint=_command(adapters, "BASE", output),
-        )
     named = _named_base(adapters[0])
     return UsageError(
         "LT-205",

@@ -205,6 +205,14 @@ def writing(command: F) -> F:
     return command
 
 
+def factor_dtype(command: F) -> F:
+    """``--dtype`` of commands that write an adapter."""
+    return option(
+        "--dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]), default="auto",
+        section="Output", help="Of the factors. Default: that of the inputs.",
+    )(command)  # fmt: skip
+
+
 def checkpoint_writing(command: F) -> F:
     """``--restart`` and ``--checksum``: commands that write a checkpoint."""
     for add in (

@@ -3,38 +3,53 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from loratool.cli import merge as merging
 from loratool.cli import options as opt
+from loratool.cli.loads import loads_line
 from loratool.cli.progress import show_progress
-from loratool.cli.render import line, plural, safe
-from loratool.cli.voice import Voice, warning_lines
-from loratool.errors import UsageError
+from loratool.cli.render import (
+    format_bytes,
+    format_seconds,
+    format_shape,
+    line,
+    plural,
+    safe,
+    some,
+    table,
+)
+from loratool.cli.voice import Voice, note_lines, warning_lines
 
 if TYPE_CHECKING:
-    from loratool.report import SubtractReport
+    from loratool.report import DifferenceReport, SubtractReport
 
 
 @click.command(
     cls=opt.Command,
     name="subtract",
-    short_help="Take adapters out of merged weights.",
+    short_help="Take adapters out of merged weights, or of another adapter.",
     examples=(
+        "loratool subtract ./style ./base-style:0.5 -o ./rest          # adapter − 0.5·adapter",
         "loratool subtract ./style --from ./merged -o ./model",
         "loratool subtract ./style:0.8 --from ./merged --undo undo.safetensors -o ./model",
     ),
 )
 @click.argument("adapters", nargs=-1, required=True, metavar="ADAPTER[:W]…")
 @opt.option("--from", "merged", metavar="MERGED", section="Input",
-            help="Weights that the adapters were merged into.")  # fmt: skip
+            help="Weights that the adapters were merged into. Without it: the first "
+            "adapter less the others.")  # fmt: skip
+@opt.option("--rank", type=opt.RankNumber(), section="Input",
+            help="Adapters only: best of this rank. Default: exact, ranks add.")  # fmt: skip
 @opt.option("--undo", metavar="FILE", section="Input",
             help="Undo file of the merge: restores every bit, and checks it.")  # fmt: skip
 @opt.mixing
 @opt.option("-o", "--output", required=True, metavar="OUT", section="Output",
             help="Folder to create (a .safetensors file if MERGED is one).")  # fmt: skip
+@opt.factor_dtype
 @opt.rounding
 @opt.writing
 @opt.names
@@ -51,16 +66,17 @@ def command(adapters: tuple[str, ...], merged: str | None, output: str, **option
     Give the weights at which they were merged. Arithmetic cannot see through the rounding of the
     merge: a few per cent of the elements end one step off the base. The undo file of
     `merge --save-undo` brings every bit back.
+
+    Without --from the result is an adapter: the first one less the others times their weights,
+    exact in ΔW because the factors are put side by side. No base is needed.
     """
     from loratool import api
+    from loratool.report import SubtractReport
 
     voice = Voice.take(options)
     if merged is None:
-        raise UsageError(
-            "LT-252", "subtract takes adapters out of merged weights: --from is missing",
-            expected="--from MERGED", got=" ".join(adapters),
-            hint=f"loratool subtract {' '.join(adapters)} --from MERGED -o {output}",
-        )  # fmt: skip
+        _subtract_adapters(adapters, output, options, voice)
+        return
     terms = merging.terms(adapters, options["weights"], options["mean"])
     how = "every bit by the undo file" if options["undo"] else "one rounding"
     voice.announce(
@@ -68,6 +84,7 @@ def command(adapters: tuple[str, ...], merged: str | None, output: str, **option
     )
     with show_progress(quiet=voice.quiet) as progress:
         report = api.subtract(adapters, merged=merged, output=output, progress=progress, **options)
+    assert isinstance(report, SubtractReport)
     result = [] if report.dry_run else [safe(report.output)]
     voice.show(report, render(report, voice), result=[*warning_lines(report.warnings), *result])
 
@@ -78,3 +95,63 @@ def render(report: SubtractReport, voice: Voice) -> Iterator[str]:
     if report.restored:
         words = f"{plural(report.restored, 'tensor')} equal to the base in every bit, checked"
         yield line("same", words, f"{report.corrected:,} elements set right", tone="good")
+
+
+# ------------------------------------------------------------------------ adapter − adapter
+
+
+def _subtract_adapters(
+    adapters: tuple[str, ...], output: str, options: dict[str, Any], voice: Voice
+) -> None:
+    from loratool import api
+    from loratool.report import DifferenceReport
+
+    if len(adapters) > 1:
+        how = f"rank {options['rank']}" if options["rank"] else "exact: ranks add"
+        first = safe(Path(adapters[0]).name or adapters[0], cap=60)
+        weights = options["weights"]
+        minus = [t.strip() for t in merging.terms(adapters[1:], weights, False).split(" + ")]
+        voice.announce(f"Subtracting adapters, no base: {first} − {' − '.join(minus)}, {how}")
+    report = api.subtract(adapters, output=output, **options)
+    assert isinstance(report, DifferenceReport)
+    result = [] if report.dry_run else [safe(report.output)]
+    voice.show(report, render_difference(report, voice),
+               result=[*warning_lines(report.warnings), *result])  # fmt: skip
+
+
+def render_difference(report: DifferenceReport, voice: Voice) -> Iterator[str]:
+    """The report of adapter − adapter, line by line."""
+    yield from note_lines(report.notes, voice)
+    shared = sum(len(m.sources) > 1 for m in report.modules)
+    alone = [
+        f"{sum(m.sources == (i,) for m in report.modules)} only in {safe(a['label'], cap=40)}"
+        for i, a in enumerate(report.adapters)
+        if any(m.sources == (i,) for m in report.modules)
+    ]
+    ranks = sorted({m.rank for m in report.modules if len(m.shape) > 1})
+    span = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]}-{ranks[-1]}"
+    yield line("modules", f"{shared} shared", *alone, span if ranks else "")
+    if report.kept:
+        yield line("kept", f"{plural(len(report.kept), 'replaced tensor')}: {some(report.kept)}")
+    if voice.verbose:
+        yield from _difference_modules(report)
+    if not report.dry_run:
+        lost = "nothing" if report.relative_error < 1e-12 else f"{report.relative_error:.1e} of ΔW"
+        why = "truncation and " if report.rank else ""
+        yield line("loss", f"{why}{report.dtype} storage lost {lost}", f"‖ΔW‖ {report.norm:.4g}")
+    yield from warning_lines(report.warnings)
+    if report.dry_run:
+        yield line("dry run", "nothing was written")
+        return
+    yield line("wrote", f"{safe(report.output)} · {format_bytes(report.output_bytes)} "
+               f"{report.dtype}", format_seconds(report.seconds), tone="good")  # fmt: skip
+    yield loads_line(report.loads_in)
+
+
+def _difference_modules(report: DifferenceReport) -> list[str]:
+    rows = [
+        (safe(m.name), format_shape(m.shape), str(m.rank), f"{m.norm:.3g}",
+         f"{m.relative_error:.1e}")
+        for m in report.modules
+    ]  # fmt: skip
+    return table(rows, ("module", "shape", "rank", "‖ΔW‖", "rel. error"), right=(2, 3, 4))

@@ -80,11 +80,27 @@ class Delta(ABC):
         """True if every block of W must pass through `measure` first (column or row norms)."""
         return False
 
+    @property
+    def wants_survey(self) -> bool:
+        """True if the change itself must be seen whole, once more, before the first `add_to`."""
+        return False
+
+    def survey(self, like: torch.Tensor, r0: int, r1: int, c0: int, c1: int) -> None:
+        """One block of a pass over the change; ``like`` has its type and device."""
+        raise NotImplementedError
+
+    def end_survey(self) -> None:
+        """After the last block of a pass."""
+        raise NotImplementedError
+
     def apply_to(self, weight: torch.Tensor) -> torch.Tensor:
         """W' for a whole matrix (rows, cols), in its dtype (float32 or float64)."""
         rows, cols = self.shape
         if self.needs_measure:
             self.measure(weight, 0, rows, 0, cols)
+        while self.wants_survey:
+            self.survey(weight, 0, rows, 0, cols)
+            self.end_survey()
         out = weight.clone()
         self.add_to(out, weight, 0, rows, 0, cols)
         return out

@@ -44,6 +44,21 @@ class Placed(Delta):
             block = base[rows.select][:, cols.select]
             self.inner.measure(block, rows.start, rows.stop, cols.start, cols.stop)
 
+    @property
+    def wants_survey(self) -> bool:
+        """As the inner delta."""
+        return self.inner.wants_survey
+
+    def survey(self, like: torch.Tensor, r0: int, r1: int, c0: int, c1: int) -> None:
+        """Passes on the part of the block that lies in the region."""
+        rows, cols = self._rows.cut(r0, r1), self._cols.cut(c0, c1)
+        if rows is not None and cols is not None:
+            self.inner.survey(like, rows.start, rows.stop, cols.start, cols.stop)
+
+    def end_survey(self) -> None:
+        """As the inner delta."""
+        self.inner.end_survey()
+
     def add_to(
         self, acc: torch.Tensor, base: torch.Tensor, r0: int, r1: int, c0: int, c1: int
     ) -> None:

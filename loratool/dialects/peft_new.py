@@ -54,7 +54,7 @@ def new_config(
         "peft_type": "LORA",
         "task_type": _task(adapter, layout, base_config),
         "base_model_name_or_path": adapter.base_model,
-        "peft_version": PEFT_VERSION,
+        "peft_version": _version(adapter),
         "inference_mode": True,
         "r": rank,
         "lora_alpha": alpha,
@@ -85,6 +85,16 @@ def new_config(
         config["layer_replication"] = _replication(adapter.layer_order)
     old = adapter.config if adapter.dialect == "peft" and not layout.parameters else {}
     return config | {key: old[key] for key in _KEPT if old.get(key) is not None}
+
+
+def _version(adapter: Adapter) -> str:
+    """The version whose reading counts: square experts keep the one that they were packed for."""
+    old = adapter.config.get("peft_version") if adapter.dialect == "peft" else None
+    square = any(
+        s.experts and s.fields["lora_A"].shape[1] == s.fields["lora_B"].shape[0]
+        for s in adapter.specs
+    )
+    return old if square and isinstance(old, str) else PEFT_VERSION
 
 
 def alpha_of(spec: DeltaSpec) -> int | float:

@@ -20,3 +20,14 @@ def applies_mha_output_twice(version: str) -> bool:
     """
     found = parse_version(version)
     return found is None or found <= MHA_FAULT_UP_TO
+
+
+def square_experts_rule(version: str) -> str:
+    """Which rule that PEFT has for (E, d, d) parameters; versions with one rule read alike.
+
+    Before 0.19.0 (E, in, out); from then on it asks the model, in 0.19.0 the wrong way round.
+    """
+    found = parse_version(version)
+    if found is None:
+        return "unknown"
+    return "old" if found < (0, 19, 0) else "0.19.0" if found == (0, 19, 0) else "new"

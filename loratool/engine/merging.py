@@ -12,15 +12,19 @@ import torch
 
 from loratool import kinds
 from loratool.delta.base import Delta
+from loratool.delta.combined import Combined
 from loratool.delta.lowrank import LowRank
 from loratool.delta.placed import Placed
 from loratool.delta.vector import Rows
 from loratool.engine import grid
 from loratool.engine.buffers import TORCH_DTYPES
+from loratool.engine.combining import random_keys
 from loratool.engine.gate import Gate
 from loratool.engine.kernel import INTEGERS, Env, Kernel
 from loratool.engine.rounders import Exact, make_rounder
 from loratool.linalg import rounding, svd
+from loratool.linalg.dense import DenseCombiner
+from loratool.methods import find_method
 from loratool.plan import DeltaPart, ReplacePart, Step
 
 # Measuring every element would cost more than the merge: in tensors over 2²⁰ elements every
@@ -88,9 +92,12 @@ class AddDeltas(Kernel):
         self.dense = [(1 + i, part.weight) for i, part in enumerate(whole)]
         rows = [p for p in self.step.parts if isinstance(p, ReplacePart) and p.rows is not None]
         self.deltas = [self._rows(part, exact=len(rows) == 1 and not whole) for part in rows]
-        for part in self.step.parts:
-            if isinstance(part, DeltaPart):
-                self.deltas.extend(self._build(part))
+        changes = [p for p in self.step.parts if isinstance(p, DeltaPart)]
+        if "method" in self.step.args:
+            self.deltas.extend(self._combined(group) for group in _by_target(changes))
+            self._survey([d for d in self.deltas if d.wants_survey])
+        else:
+            self.deltas.extend(d for part in changes for d in self._build(part))
         if isinstance(self.rounder, Exact):
             self.rounder.deltas, self.rounder.dense = self.deltas, self.dense
         wanting = [d for d in self.deltas if d.needs_measure]
@@ -106,14 +113,40 @@ class AddDeltas(Kernel):
         index = torch.tensor(part.rows, dtype=torch.int64, device=self.env.device)
         return Rows(self.step.view, index, values, part.weight, exact)
 
-    def _build(self, part: DeltaPart) -> list[Delta]:
+    def _combined(self, parts: list[DeltaPart]) -> Delta:
+        """What an element-wise method makes of the same region of several adapters."""
+        first, params = parts[0], self.step.args["params"]
+        deltas = [self._make(p, p.spec.scaling) for p in parts]
+        for delta in deltas:
+            move_to(delta, self.env.device)
+        total = deltas[0].shape[0] * deltas[0].shape[1]
+        combiner = DenseCombiner(
+            find_method(self.step.args["method"]), params, [p.weight for p in parts], total,
+            random_keys(params, first.spec.name, parts),
+        )  # fmt: skip
+        offset = (first.expert or 0) * total
+        return self._place(Combined(deltas, combiner, first.transposed, offset), first)
+
+    def _survey(self, wanting: list[Delta]) -> None:
+        """Passes over the changes alone, on the blocks that the sums are formed on."""
+        like = torch.empty(0, dtype=self.dtype, device=self.env.device)
+        while wanting:
+            for block in grid.blocks(self.step.view, self.env.elements):
+                for delta in wanting:
+                    delta.survey(like, block.r0, block.r1, block.c0, block.c1)
+            for delta in wanting:
+                delta.end_survey()
+            wanting = [d for d in wanting if d.wants_survey]
+
+    def _make(self, part: DeltaPart, coefficient: float) -> Delta:
         module, _, name = kinds.BY_NAME[part.spec.kind].implementation.partition(":")
         build: Callable[..., Delta] = getattr(import_module(module), name)
         fields = {role: self.env.load(source) for role, source in part.spec.fields.items()}
-        coefficient = part.weight * part.spec.scaling
         fold = not isinstance(self.rounder, Exact)
-        delta = build(fields, part, coefficient=coefficient, dtype=self.dtype, fold=fold)
-        made = [delta]
+        return build(fields, part, coefficient=coefficient, dtype=self.dtype, fold=fold)
+
+    def _build(self, part: DeltaPart) -> list[Delta]:
+        made = [self._make(part, part.weight * part.spec.scaling)]
         if part.spec.base_change:
             made.append(self._base_change(part))
         return [self._place(d, part) for d in made]
@@ -220,6 +253,15 @@ class AddDeltas(Kernel):
         return SumResult(
             name, dtype, numel, weight, delta, error, changed, expected, share, settled, nonfinite
         )
+
+
+def _by_target(parts: list[DeltaPart]) -> list[list[DeltaPart]]:
+    """Parts of several adapters that change the same elements, together."""
+    groups: dict[tuple[object, ...], list[DeltaPart]] = {}
+    for part in parts:
+        key = (part.spec.name, part.region, part.expert, part.transposed)
+        groups.setdefault(key, []).append(part)
+    return list(groups.values())
 
 
 def move_to(delta: Delta, device: torch.device) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -122,28 +121,33 @@ class _Run:
         self._lock = threading.RLock()  # tasks are made, and may finish, under it
         self._failure: BaseException | None = None
         self._stop = threading.Event()
+        self._idle = threading.Event()  # no worker is at work any more
+        self._at_work = 0
         self._done_bytes = 0
         self._total_bytes = max(1, plan.read_bytes)
 
     def execute(self) -> list[Any]:
         self._tasks = self._make_tasks()
         count = self.options.threads or default_threads()
+        self._at_work = count
         workers = [threading.Thread(target=self._work, daemon=True) for _ in range(count)]
-        for worker in workers:
-            worker.start()
         try:
             for worker in workers:
-                while worker.is_alive():
-                    worker.join(0.1)
+                worker.start()
+            while not self._idle.wait(0.1):
+                pass
         finally:
             self._stop.set()
-            deadline = time.monotonic() + _GRACE_S
-            for worker in workers:
-                worker.join(max(0.0, deadline - time.monotonic()))
             # A worker deep in a factorisation is left behind, and with it the open files: a
             # descriptor closed under its hands could be another file's by the time it writes.
-            if self.sink is not None and not any(w.is_alive() for w in workers):
-                self.sink.close()
+            # (Thread.is_alive will not do: a join that is interrupted makes it say False.)
+            if self._idle.wait(_GRACE_S):
+                if self.sink is not None:
+                    self.sink.close()
+                # Their work is done, not yet their end: torch aborts a process that exits first.
+                for worker in workers:
+                    if worker.ident is not None:
+                        worker.join(_GRACE_S)
         if self._failure is not None:
             raise self._failure
         return self.carried + [self.results[i] for i in sorted(self.results)]
@@ -192,9 +196,9 @@ class _Run:
         ]
 
     def _work(self) -> None:
-        torch.set_num_threads(1)
-        worker = _Worker(self)
         try:
+            torch.set_num_threads(1)
+            worker = _Worker(self)
             while not self._stop.is_set():
                 with self._lock:
                     task = next(self._tasks, None)
@@ -206,6 +210,11 @@ class _Run:
                 if self._failure is None:
                     self._failure = error
             self._stop.set()
+        finally:
+            with self._lock:
+                self._at_work -= 1
+                if not self._at_work:
+                    self._idle.set()
 
     def _run_task(self, worker: _Worker, job: _Job, piece: list[grid.Block]) -> None:
         with job.lock:

@@ -142,12 +142,17 @@ def stochastic_into(out: torch.Tensor, value: torch.Tensor, *, key: int, start: 
     steps = wide.abs() / spacing  # exact: spacing is a power of two
     down = steps.floor()
     position = torch.arange(start, start + value.numel(), device=value.device).view(value.shape)
-    up = _uniform(position, key) < steps - down
+    up = uniform(position, key) < steps - down
     out.copy_(torch.copysign((down + up) * spacing, wide))
 
 
-def _uniform(position: torch.Tensor, key: int) -> torch.Tensor:
-    """Numbers in [0, 1) by splitmix64 (Steele, Lea & Flood 2014), counter-based; float64."""
+def uniform(position: torch.Tensor, key: int) -> torch.Tensor:
+    """Numbers in [0, 1) by splitmix64 (Steele, Lea & Flood 2014), counter-based; float64.
+
+    Args:
+        position: int64, any shape.
+        key: 64-bit key of the stream, as a signed integer.
+    """
     z = position * -7046029254386353131 + key  # 0x9E3779B97F4A7C15, wrapping
     z = (z ^ _shift(z, 30)) * -4658895280553007687  # 0xBF58476D1CE4E5B9
     z = (z ^ _shift(z, 27)) * -7723592293110705685  # 0x94D049BB133111EB

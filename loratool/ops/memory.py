@@ -94,6 +94,9 @@ def _worker_bytes(step: Step, chunk: int, elements: int) -> int:
     exact = step.args.get("rounding") == "exact"
     accumulator = 4 if step.output.dtype == "BF16" and not exact else 8
     rounding = ROUNDING_BYTES if step.args.get("rounding") else 0
+    if "method" in step.args:  # a block of each delta, weighted, with signs and masks
+        block_bytes = block * len(step.parts) * (4 * accumulator + 12)
+        return piece * (len(step.inputs) + 1) + block_bytes + block * 5 * accumulator
     return piece * (len(step.inputs) + 1) + block * (3 * accumulator + 2 * wide) + rounding
 
 

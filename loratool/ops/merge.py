@@ -72,6 +72,7 @@ def plan_merge(
         shard_bytes: largest shard; None keeps the base's shards.
         file_metadata: metadata added to the header of a single-file output.
         rounding: how sums are rounded, as `loratool.engine.rounders` reads it; empty = nearest.
+            ``method`` and ``params``: how the changes of one tensor are combined; empty = summed.
 
     Raises:
         MismatchError: two adapters want different things of one tensor, or exact rounding of a
@@ -80,8 +81,10 @@ def plan_merge(
     how = dict(rounding or {})
     if how.get("rounding") == "exact":
         _require_sums(adapters)
+    if "method" in how:
+        _require_additive(adapters, str(how["method"]))
     new_tensors, config_changes = _agreed(adapters)
-    parts = _collect_parts(adapters, new_tensors)
+    parts = _collect_parts(adapters, new_tensors, keep_all="method" in how)
     steps: dict[str, Step] = {}
     for name, ref in checkpoint.tensors.items():
         steps[name] = _make_step(
@@ -142,9 +145,12 @@ def _agreed(adapters: Sequence[WeightedAdapter]) -> tuple[dict[str, str], dict[s
 
 
 def _collect_parts(
-    adapters: Sequence[WeightedAdapter], new_tensors: Mapping[str, str]
+    adapters: Sequence[WeightedAdapter], new_tensors: Mapping[str, str], *, keep_all: bool
 ) -> dict[str, list[Part]]:
-    """Parts by target; a tensor split off a tied one inherits what others do to the original."""
+    """Parts by target; a tensor split off a tied one inherits what others do to the original.
+
+    ``keep_all`` keeps deltas of weight 0 too: with some methods they vote.
+    """
     parts: dict[str, list[Part]] = {}
     for number, one in enumerate(adapters):
         inherits = {
@@ -164,7 +170,7 @@ def _collect_parts(
             for b in one.bindings.deltas
         ]
         for target, part in found:
-            if _has_effect(part):
+            if _has_effect(part) or (keep_all and isinstance(part, DeltaPart)):
                 parts.setdefault(target, []).append(part)
                 if target in inherits:
                     parts.setdefault(inherits[target], []).append(part)
@@ -179,6 +185,20 @@ def _has_effect(part: Part) -> bool:
     if isinstance(part, ReplacePart) or not part.spec.is_additive:
         return part.weight != 0
     return part.weight * part.spec.scaling != 0
+
+
+def _require_additive(adapters: Sequence[WeightedAdapter], method: str) -> None:
+    other = [
+        f"{a.adapter.label}: {b.spec.name} ({b.spec.base_change or b.spec.kind})"
+        for a in adapters
+        for b in a.bindings.deltas
+        if not b.spec.is_additive
+    ]
+    if other:
+        raise MismatchError(
+            "LT-418", f"{method} works on changes that do not depend on the base",
+            key=list_some(other, 3), hint="leave --method out: their sum is defined",
+        )  # fmt: skip
 
 
 def _require_sums(adapters: Sequence[WeightedAdapter]) -> None:
@@ -217,16 +237,16 @@ def _make_step(
             )
     if parts:
         inputs = (base, *(p.source for p in whole))
-        view = _view(base.shape, parts)
+        view = matrix_view(base.shape, parts)
         return Step("add_deltas", output, inputs, view, tuple(parts), args=how)
     if base.dtype == target:
         return Step("copy", output, (base,), (1, base.nbytes))
     # A cast alone is never left to chance: only changes have something to lose.
     exact = how if how.get("rounding") == "exact" else {}
-    return Step("cast", output, (base,), _view(base.shape, ()), args=exact)
+    return Step("cast", output, (base,), matrix_view(base.shape, ()), args=exact)
 
 
-def _view(shape: tuple[int, ...], parts: Sequence[Part]) -> tuple[int, int]:
+def matrix_view(shape: tuple[int, ...], parts: Sequence[Part]) -> tuple[int, int]:
     """The (rows, cols) matrix that deltas act on: see `loratool.plan.Region`."""
     if len(shape) < 2:
         return (1, numel(shape))

@@ -5,7 +5,22 @@ after ``schema``, ``command`` and ``ok``; they are stable within one schema numb
 Shares and errors are fractions of 1, sizes are bytes, times are seconds.
 """
 
+from loratool.report.algebra import (
+    DifferenceReport,
+    RescaledAdapter,
+    RescaleReport,
+    SumModuleReport,
+    share_of,
+)
 from loratool.report.base import SCHEMA, Loads, Report, plain_json
+from loratool.report.combine import CombineReport
+from loratool.report.compare import (
+    ComparedFamily,
+    ComparedModule,
+    ComparedReplacement,
+    CompareReport,
+    Difference,
+)
 from loratool.report.compress import (
     CompressedAdapter,
     CompressedFamily,
@@ -37,6 +52,7 @@ from loratool.report.merge import (
     TensorDifference,
     VerifyReport,
 )
+from loratool.report.run import RunReport, StepReport
 from loratool.report.spectrum import AdapterSpectrum, FamilySpectrum, ModuleSpectrum
 
 __all__ = [
@@ -44,10 +60,17 @@ __all__ = [
     "AdapterSpectrum",
     "AdapterSummary",
     "CheckpointSummary",
+    "CombineReport",
+    "CompareReport",
+    "ComparedFamily",
+    "ComparedModule",
+    "ComparedReplacement",
     "CompressReport",
     "CompressedAdapter",
     "CompressedFamily",
     "CompressedModule",
+    "Difference",
+    "DifferenceReport",
     "ExtractReport",
     "ExtractedFamily",
     "ExtractedModule",
@@ -60,8 +83,13 @@ __all__ = [
     "ModuleSpectrum",
     "ReplacedTensor",
     "Report",
+    "RescaleReport",
+    "RescaledAdapter",
+    "RunReport",
     "SavedResidual",
+    "StepReport",
     "SubtractReport",
+    "SumModuleReport",
     "SwapReport",
     "TargetFamily",
     "TensorDifference",
@@ -70,4 +98,5 @@ __all__ = [
     "energy_and_error",
     "group_families",
     "plain_json",
+    "share_of",
 ]

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from loratool.report.base import Loads, Report, plain_json
+from loratool.report.risk import RiskStatistics
 from loratool.report.spectrum import AdapterSpectrum
 
 
@@ -158,6 +159,7 @@ class InspectReport(Report):
         warnings: what will go wrong.
         notes: what is good to know.
         next: a command line to go on with.
+        risk: statistics of an adapter's deltas, if asked for.
         spectrum: of ``--spectrum``.
     """
 
@@ -171,15 +173,18 @@ class InspectReport(Report):
     warnings: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     next: str | None = None
+    risk: RiskStatistics | None = None
     spectrum: AdapterSpectrum | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """The report as plain JSON types; the spectrum with ``families`` and ``total``."""
+        """The report as plain JSON types; statistics and spectrum with what sums them up."""
         found = super().to_json()
-        if self.spectrum is None:
-            return {k: v for k, v in found.items() if k != "spectrum"}
-        summed = {
-            "families": plain_json(self.spectrum.families),
-            "total": plain_json(self.spectrum.total),
-        }
-        return found | {"spectrum": found["spectrum"] | summed}
+        for key in ("risk", "spectrum"):
+            if getattr(self, key) is None:
+                del found[key]
+        if self.risk is not None:
+            found["risk"]["families"] = plain_json(self.risk.families)
+        if self.spectrum is not None:
+            found["spectrum"]["families"] = plain_json(self.spectrum.families)
+            found["spectrum"]["total"] = plain_json(self.spectrum.total)
+        return found

@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
+from loratool.adapter import Source, TensorData, TensorRef
 from loratool.errors import BadFileError, DiskError
+
+_PIECE = 1 << 22  # bytes compared at a time
 
 Stamp = tuple[int, int, int, int]
 """(device, inode, size, modification time in ns): differs if a file changed or was replaced."""
@@ -129,6 +132,26 @@ def _changed(path: Path) -> BadFileError:
         file=path,
         hint="run it again when nothing writes to it",
     )
+
+
+def have_same_bytes(sources: Sequence[Source]) -> bool:
+    """True if tensors agree in type, shape and every bit; read piece by piece."""
+    first = sources[0]
+    if any((s.dtype, s.shape) != (first.dtype, first.shape) for s in sources):
+        return False
+    refs = [s for s in sources if isinstance(s, TensorRef)]
+    if len(refs) < len(sources):
+        return all(isinstance(s, TensorData) and s == first for s in sources)
+    with FileReader() as reader:
+        for start in range(0, first.nbytes, _PIECE):
+            pieces = []
+            for ref in refs:
+                piece = bytearray(min(_PIECE, ref.nbytes - start))
+                reader.read_into(ref.file, ref.start + start, memoryview(piece))
+                pieces.append(piece)
+            if any(piece != pieces[0] for piece in pieces):
+                return False
+    return True
 
 
 def _stamp_of(stat: os.stat_result) -> Stamp:

@@ -59,8 +59,10 @@ def test_undo_subtract_swap(toy: Path, run: Run) -> None:
     assert plain["warnings"] == ["style was merged at weight 0.8, not 1"]
     swapped = run("swap", "style:0.8", "sql:0.5", "--in", "m", "-o", "s", "--exact")
     assert swapped.code == 0 and "0.8·style out, 0.5·sql in" in swapped.out
-    lacking = run("subtract", "style", "sql", "-o", "x")
+    lacking = run("subtract", "style", "-o", "x")
     assert lacking.code == 2 and "--from MERGED" in lacking.err
+    rest = run("subtract", "style", "sql", "-o", "x")
+    assert rest.code == 0 and rest.out.startswith("Subtracting adapters, no base: style − 1·sql")
 
 
 def test_json_of_every_command(toy: Path, run: Run) -> None:
@@ -116,7 +118,7 @@ def test_one_adapter_without_base_names_what_it_was_trained_on(toy: Path, run: R
 
 def test_several_adapters_without_base(toy: Path, run: Run) -> None:
     found = run("merge", "style", "sql", "-o", "merged")
-    assert found.code == 2 and "not in this version" in found.err and "--base BASE" in found.err
+    assert found.code == 0 and found.out.startswith("Merging 2 adapters WITH EACH OTHER, no base")
 
 
 def test_inspect_many_goes_on_after_a_failure(toy: Path, run: Run) -> None:
@@ -178,3 +180,12 @@ def test_demo(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert run("demo", "-o", "tour").code == 5
     assert run("demo", "--json").code == 2
     assert run("demo", "-o", "other", "--json").json["command"] == "demo"
+
+
+def test_processes_end_in_order(toy: Path, run: Run) -> None:
+    """Workers are over before the interpreter is: else torch aborts the process, now and then."""
+    assert run("merge", "style", "--base", "base", "-o", "m").code == 0
+    words = [sys.executable, "-m", "loratool", "verify", "m", "-q", "--threads", "8"]
+    for _ in range(4):
+        done = subprocess.run(words, capture_output=True, text=True, env={**os.environ})
+        assert (done.returncode, done.stdout) == (0, "identical\n"), done.stderr

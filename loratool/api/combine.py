@@ -1,0 +1,260 @@
+"""`merge` without a base: several adapters as one."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from loratool.adapter import Adapter, ReadOptions
+from loratool.api.common import content_label, option_values, parse_dtype, parse_size
+from loratool.api.sums import Summed, assemble_sum, run_sum
+from loratool.dialects import open_adapter, write_adapter_files
+from loratool.errors import DiskError, UsageError
+from loratool.methods import Method, find_method, parse_params
+from loratool.ops.adapter_summary import dtype_word
+from loratool.ops.batch import output_folder
+from loratool.ops.combine import (
+    arc_weights,
+    dense_bytes,
+    plan_combine,
+    rank_of,
+    read_module_weights,
+    rules_json,
+    unused_rules,
+    weigh_modules,
+)
+from loratool.ops.inputs import Access, OpenedAdapter, guard_output, open_adapters
+from loratool.ops.loads import judge_loads
+from loratool.ops.memory import TORCH_BYTES
+from loratool.ops.rank_options import MAX_RANK
+from loratool.ops.sums import SumPlan
+from loratool.report import CombineReport, Loads, SumModuleReport, share_of
+from loratool.store.provenance import adapter_id, provenance_of
+from loratool.store.writer import check_output
+
+if TYPE_CHECKING:
+    from loratool.engine.run import Progress
+
+
+def combine(
+    adapters: Sequence[str],
+    *,
+    output: str | Path,
+    method: str | None = None,
+    rank: int | None = None,
+    params: Mapping[str, Any] | None = None,
+    module_weights: str | Path | None = None,
+    weights: Sequence[float] | None = None,
+    mean: bool = False,
+    dtype: str = "auto",
+    threads: int | None = None,
+    max_memory: str | int | None = None,
+    read: ReadOptions | None = None,
+    access: Access | None = None,
+    force: bool = False,
+    dry_run: bool = False,
+    provenance: bool = True,
+    progress: Progress | None = None,
+) -> CombineReport:
+    """Make several adapters one, without a base.
+
+    Args:
+        adapters: as typed, each with an optional weight.
+        output: folder to create.
+        method: a row of `loratool.methods`; None = ``cat``, or ``svd`` if there is a rank.
+        rank: of the result.
+        params: of the method.
+        module_weights: file of weights per module.
+        weights: coefficients in order, instead of those in the names.
+        mean: divide by the number of adapters.
+        dtype: ``auto`` = the inputs' own, the widest if they are mixed.
+        threads: workers; None = twice the cores, at most 8.
+        max_memory: limit for the planned peak.
+        read: what the files do not say.
+        access: network rules.
+        force: replace an earlier output.
+        dry_run: plan only.
+        provenance: record inputs and options.
+        progress: called with (modules done, modules in all).
+
+    Raises:
+        LoratoolError: see ``docs/errors.md``.
+    """
+    started = time.monotonic()
+    row = find_method(method or ("svd" if rank is not None else "cat"))
+    if row.name == "cat" and rank is not None:
+        row = find_method("svd")
+    values = parse_params(row, params or {})
+    _check_rank(rank)
+    opened = open_adapters(
+        adapters, weights=weights, mean=mean, read=read or ReadOptions(),
+        access=access or Access(),
+    )  # fmt: skip
+    if row.name == "slerp":
+        arc = arc_weights([o.weight for o in opened])
+        opened = [replace(o, weight=w) for o, w in zip(opened, arc, strict=True)]
+    rules = read_module_weights(Path(module_weights), len(opened)) if module_weights else ()
+    weighed = [
+        (weigh_modules(o.adapter, rules, number), o.weight) for number, o in enumerate(opened)
+    ]
+    if row.name == "svd" and rank is None:
+        rank = max((s.rank for a, _ in weighed for s in a.specs), default=1)
+    target = output_folder(output)
+    guard_output(target, [o.resolved.named for o in opened])
+    plan = plan_combine(weighed, row, rank)
+    if unused := unused_rules([o.adapter for o in opened], rules):
+        note = f"no module matches {', '.join(unused)} of {module_weights}"
+        plan = replace(plan, notes=(*plan.notes, note))
+    if wanted := parse_dtype(dtype):
+        plan = replace(plan, dtype=wanted)
+    workers, peak = _plan_memory(plan, row, rank, threads, parse_size(max_memory))
+    labels = tuple({"label": o.resolved.label, "weight": o.weight} for o in opened)
+    job = _Job(row, values, rank, plan, labels, target, peak, started)
+    if dry_run:
+        return job.report(None, 0, ())
+    check_output(target, is_folder=True, force=force)
+    is_same = row.name == "cat" and len(weighed) == 1 and weighed[0][1] == 1 and not rules
+    if is_same and not wanted:
+        adapter, summed = weighed[0][0], None
+    else:
+        summed = run_sum(plan, rank, method=row, params=values, threads=workers, progress=progress)
+        adapter = assemble_sum(plan, summed, weighed[0][0])
+    record: dict[str, Any] = {}
+    if provenance:
+        options = option_values(
+            method=row.name, params=dict(values), rank=rank, dtype=dtype,
+            module_weights=rules_json(rules),
+        )  # fmt: skip
+        record = provenance_of("merge adapters", options=options, inputs=_inputs(opened))
+    size = _write(adapter, target, record, opened, force)
+    loads = judge_loads(open_adapter(target))
+    if summed is None:
+        return replace(job.report(None, size, loads), dry_run=False, relative_error=0.0)
+    return job.report(summed, size, loads)
+
+
+def _check_rank(rank: int | None) -> None:
+    if rank is None:
+        return
+    if isinstance(rank, bool) or not isinstance(rank, int):
+        raise UsageError("LT-228", "--rank is a whole number", got=rank, hint="--rank 8")
+    if not 1 <= rank <= MAX_RANK:
+        raise UsageError("LT-229", "--rank out of range", expected=f"1 to {MAX_RANK}", got=rank)
+
+
+def _plan_memory(
+    plan: SumPlan, method: Method, rank: int | None, threads: int | None, limit: int | None
+) -> tuple[int, int]:
+    """Workers, and the peak with so many of the largest modules at once."""
+    from loratool.engine.device import available_memory, default_threads
+
+    sizes = sorted(
+        (dense_bytes(m, rank_of(m, method, rank), method) for m in plan.modules if not m.is_bias),
+        reverse=True,
+    )
+    made = sum(8 * rank_of(m, method, rank) * sum(m.shape) for m in plan.modules if not m.is_bias)
+    limit = limit if limit is not None else available_memory()
+    workers = threads or default_threads()
+    peak = TORCH_BYTES["cpu"] + made + sum(sizes[:workers])
+    while limit is not None and peak > limit and workers > 1:
+        workers -= 1
+        peak = TORCH_BYTES["cpu"] + made + sum(sizes[:workers])
+    if limit is not None and peak > limit:
+        raise DiskError(
+            "LT-605", "the plan needs more memory than there is", expected=f"{peak / 1e6:.0f} MB",
+            got=f"{limit / 1e6:.0f} MB", hint="raise --max-memory, or --method cat, svd or core",
+        )  # fmt: skip
+    return workers, peak
+
+
+def _inputs(opened: Sequence[OpenedAdapter]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for one in opened:
+        label = content_label(one.resolved, found)
+        found[label] = {"weight": one.weight, "files": adapter_id(one.adapter)}
+    return found
+
+
+def _write(
+    adapter: Adapter,
+    target: Path,
+    record: dict[str, Any],
+    opened: Sequence[OpenedAdapter],
+    force: bool,
+) -> int:
+    from loratool.store.adapter_writer import write_adapter
+
+    extras = next((o.adapter.extras for o in opened if o.adapter.extras), ())
+    files = write_adapter_files(adapter)
+    return write_adapter(files, target, record=record, force=force, extras=extras)
+
+
+class _Job:
+    """What the report says whatever happens."""
+
+    def __init__(
+        self,
+        method: Method,
+        params: Mapping[str, Any],
+        rank: int | None,
+        plan: SumPlan,
+        labels: tuple[dict[str, Any], ...],
+        target: Path,
+        peak: int,
+        started: float,
+    ) -> None:
+        self.method, self.params, self.rank, self.plan = method, params, rank, plan
+        self.labels, self.target, self.peak, self.started = labels, target, peak, started
+
+    def report(self, summed: Summed | None, size: int, loads: Sequence[Loads]) -> CombineReport:
+        """From the results, or from the plan alone."""
+        plan = self.plan
+        by_name = {m.spec.name: m for m in summed.modules} if summed else {}
+        modules = []
+        for module in plan.modules:
+            done = by_name.get(module.spec.name)
+            planned = module.rank
+            if not module.is_bias and self.method.name not in ("cat", "slerp"):
+                planned = min(module.rank, rank_of(module, self.method, self.rank))
+            modules.append(
+                SumModuleReport(
+                    name=module.spec.name,
+                    shape=module.shape,
+                    rank=done.spec.rank if done else planned,
+                    sources=tuple(t.adapter for t in module.terms),
+                    norm=math.sqrt(done.square) if done else math.nan,
+                    relative_error=share_of(done.error_square, done.square) if done else math.nan,
+                )
+            )
+        square = math.fsum(m.square for m in summed.modules) if summed else math.nan
+        error = math.fsum(m.error_square for m in summed.modules) if summed else math.nan
+        dtype = summed.dtype if summed else plan.dtype
+        warnings = []
+        if dtype != plan.dtype:
+            warnings.append("float16 cannot hold the largest factor: written as float32")
+        if summed and square == 0 and plan.modules:
+            warnings.append("the result is zero")
+        mixed = tuple(found[0][0].name for found in plan.mixed)
+        return CombineReport(
+            output=str(self.target),
+            adapters=self.labels,
+            method=self.method.name,
+            params=dict(self.params),
+            rank=self.rank,
+            modules=tuple(modules),
+            norm=math.sqrt(square),
+            relative_error=share_of(error, square),
+            dtype=dtype_word(dtype),
+            kept=(*(r.name for r in plan.replacements), *mixed),
+            peak_memory_bytes=self.peak,
+            output_bytes=size,
+            seconds=time.monotonic() - self.started,
+            loads_in=tuple(loads),
+            warnings=tuple(warnings),
+            notes=plan.notes,
+            dry_run=summed is None,
+        )

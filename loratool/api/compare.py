@@ -1,0 +1,291 @@
+"""`compare`: how alike adapters are."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from loratool.adapter import Adapter, ReadOptions
+from loratool.dialects import open_adapter
+from loratool.dtypes import DTYPES
+from loratool.errors import UsageError
+from loratool.ops.compare import (
+    Aligned,
+    align,
+    family_of,
+    find_differences,
+    find_replacements,
+    has_same_factors,
+    layer_of,
+)
+from loratool.ops.inputs import Access, locate
+from loratool.report import ComparedModule, CompareReport
+from loratool.report.chart import check_chart, refuse_existing
+from loratool.store.source import find_adapter
+
+if TYPE_CHECKING:
+    from loratool.engine.comparison import PairResult
+    from loratool.engine.kernel import Env
+
+_SHOWN_PHI = 16  # directions per module in the report
+_SAME = 16.0
+"""‖ΔW₁ − ΔW₂‖ below so many roundings of the storage type is no difference: another gauge of the
+same product, B·R and R⁻¹·A, is stored with a rounding per element times the condition of R."""
+_MOST_ROUNDING = 0.01
+
+
+def compare(
+    adapters: Sequence[str],
+    *,
+    plot: str | Path | None = None,
+    csv: str | Path | None = None,
+    alpha: float | None = None,
+    offline: bool = False,
+    yes: bool = False,
+) -> CompareReport:
+    """Compare what adapters change: two in detail, more as a matrix of cosines.
+
+    Everything is computed from the factors in float64; ΔW is never formed.  Only signs and the
+    overlap of the largest elements need elements: whole rows, sampled evenly in large modules.
+
+    Args:
+        adapters: two or more paths or Hub references.
+        plot: a ``.png``, ``.svg`` or ``.pdf`` to draw (needs ``pip install loratool[plot]``).
+        csv: a table to write: a row per module, or the matrix.
+        alpha: lora_alpha for files without a configuration.
+        offline: never touch the network.
+        yes: agree to large downloads.
+
+    Raises:
+        LoratoolError: see ``docs/errors.md``.
+
+    Example:
+        >>> compare(["style", "other"]).matrix[0][1]  # doctest: +SKIP
+        0.031
+    """
+    started = time.monotonic()
+    if len(adapters) < 2:
+        raise UsageError("LT-284", "compare takes two adapters or more", got=" ".join(adapters),
+                         hint="loratool inspect looks at one")  # fmt: skip
+    check_chart(plot)
+    if csv is not None:
+        refuse_existing(Path(csv))
+    found = [locate(a, kind="adapter", access=Access(offline, yes)) for a in adapters]
+    opened = [open_adapter(find_adapter(r.path), ReadOptions(alpha=alpha)) for r in found]
+    labels = _labels([r.label for r in found])
+    aligned = align(opened)
+    from loratool.engine.factors import make_env
+    from loratool.store.reader import FileReader
+
+    with FileReader() as reader:
+        env = make_env(reader)
+        if len(opened) == 2:
+            report = _compare_two(opened, labels, aligned, env, started)
+        else:
+            report = _compare_many(opened, labels, aligned, env, started)
+        reader.check_unchanged()
+    return _with_files(report, plot, csv)
+
+
+def _compare_two(
+    adapters: Sequence[Adapter],
+    labels: Sequence[str],
+    aligned: Aligned,
+    env: Env,
+    started: float,
+) -> CompareReport:
+    from loratool.engine.comparison import MeanTable, compare_module, gram
+
+    modules: list[ComparedModule] = []
+    mean_A, mean_B = MeanTable(), MeanTable()
+    inner, squares, difference = [], ([], []), []  # type: ignore[var-annotated]
+    opposite = both = 0
+    for name, specs in aligned.groups.items():
+        if len(specs) == 1:
+            ((number, _),) = specs.items()
+            square = gram(specs, env)[number, number]
+            squares[number].append(square)
+            difference.append(square)
+            continue
+        found = compare_module(specs[0], specs[1], env)
+        inner.append(found.inner)
+        squares[0].append(found.square_one)
+        squares[1].append(found.square_two)
+        difference.append(found.difference)
+        mean_A.add(found.phi_A)
+        mean_B.add(found.phi_B)
+        opposite, both = opposite + found.signs.opposite, both + found.signs.both
+        ranks = (specs[0].rank, specs[1].rank)
+        modules.append(_module(name, family_of(specs[0]), ranks, found))
+    norms = tuple(math.sqrt(math.fsum(s)) for s in squares)
+    cosine = _cosine(math.fsum(inner), norms[0] * norms[1])
+    apart = _ratio(math.sqrt(math.fsum(difference)), max(norms))
+    replaced = find_replacements(*adapters)
+    same_rest = all(r.where == "both" and r.identical for r in replaced)
+    limit = min(_MOST_ROUNDING, _SAME * max(_half_step(a) for a in adapters))
+    verdict = "different"
+    if same_rest and has_same_factors(aligned):
+        verdict = "equal"
+    elif same_rest and not math.isnan(apart) and apart <= limit:
+        verdict = "same change"
+    elements = sum(m.elements for m in modules)
+    return CompareReport(
+        adapters=tuple(labels),
+        norms=norms,
+        matrix=((1.0, cosine), (cosine, 1.0)),
+        verdict=verdict,
+        relative_difference=apart,
+        modules=tuple(modules),
+        only=aligned.only,
+        shared=len(aligned.shared),
+        replacements=tuple(replaced),
+        differences=tuple(find_differences(*adapters)),
+        phi_A=tuple(map(tuple, mean_A.table())),
+        phi_B=tuple(map(tuple, mean_B.table())),
+        sign_conflict=_ratio(opposite, both),
+        sampled=sum(m.sampled for m in modules),
+        elements=elements,
+        files=(),
+        seconds=time.monotonic() - started,
+        warnings=_warnings(aligned),
+    )
+
+
+def _module(
+    name: str, family: str, ranks: tuple[int, int], found: PairResult
+) -> ComparedModule:  # fmt: skip
+    one, two = math.sqrt(found.square_one), math.sqrt(found.square_two)
+    out, inner = found.sides
+    signs = found.signs
+    phi_A, phi_B = (
+        ([] if t is None else t.tolist()) for t in (found.phi_A, found.phi_B)
+    )  # fmt: skip
+    rank = min(len(phi_A), len(phi_A[0])) if phi_A and phi_A[0] else 0
+    larger = max(len(phi_A), len(phi_A[0])) if rank else 0
+    return ComparedModule(
+        name=name,
+        family=family,
+        layer=layer_of(name),
+        shape=found.sides,
+        ranks=ranks,
+        norms=(one, two),
+        cosine=_cosine(found.inner, one * two),
+        norm_ratio=_ratio(two, one),
+        relative_difference=_ratio(math.sqrt(found.difference), max(one, two)),
+        similarity_A=phi_A[-1][-1] if rank else math.nan,
+        similarity_B=phi_B[-1][-1] if rank else math.nan,
+        random_A=min(1.0, larger / inner) if rank else math.nan,
+        random_B=min(1.0, larger / out) if rank else math.nan,
+        angles_A=_spread(found.angles_A.tolist()),
+        angles_B=_spread(found.angles_B.tolist()),
+        sign_conflict=_ratio(signs.opposite, signs.both),
+        top_overlap=_ratio(signs.shared_top, signs.top),
+        sampled=signs.seen,
+        elements=signs.total,
+        phi_A=tuple(tuple(row[:_SHOWN_PHI]) for row in phi_A[:_SHOWN_PHI]),
+        phi_B=tuple(tuple(row[:_SHOWN_PHI]) for row in phi_B[:_SHOWN_PHI]),
+    )
+
+
+def _compare_many(
+    adapters: Sequence[Adapter],
+    labels: Sequence[str],
+    aligned: Aligned,
+    env: Env,
+    started: float,
+) -> CompareReport:
+    from loratool.engine.comparison import gram
+
+    count = len(adapters)
+    sums: dict[tuple[int, int], list[float]] = {
+        (s, t): [] for s in range(count) for t in range(s, count)
+    }
+    for specs in aligned.groups.values():
+        for pair, value in gram(specs, env).items():
+            sums[pair].append(value)
+    total = {pair: math.fsum(values) for pair, values in sums.items()}
+    norms = tuple(math.sqrt(total[i, i]) for i in range(count))
+
+    def cosine(s: int, t: int) -> float:
+        if s == t:
+            return 1.0 if norms[s] > 0 else math.nan
+        return _cosine(total[min(s, t), max(s, t)], norms[s] * norms[t])
+
+    nothing: tuple[()] = ()
+    return CompareReport(
+        adapters=tuple(labels),
+        norms=norms,
+        matrix=tuple(tuple(cosine(s, t) for t in range(count)) for s in range(count)),
+        verdict="",
+        relative_difference=math.nan,
+        modules=nothing,
+        only=aligned.only,
+        shared=len(aligned.shared),
+        replacements=nothing,
+        differences=nothing,
+        phi_A=nothing,
+        phi_B=nothing,
+        sign_conflict=math.nan,
+        sampled=0,
+        elements=0,
+        files=(),
+        seconds=time.monotonic() - started,
+        warnings=_warnings(aligned),
+    )
+
+
+def _with_files(
+    report: CompareReport, plot: str | Path | None, csv: str | Path | None
+) -> CompareReport:
+    from dataclasses import replace
+
+    from loratool.report.chart import draw_comparison
+    from loratool.report.csvfile import write_comparison
+
+    files = []
+    if csv is not None:
+        files.append(write_comparison(report, Path(csv)))
+    if plot is not None:
+        files.append(draw_comparison(report, Path(plot)))
+    return replace(report, files=tuple(files))
+
+
+def _labels(names: Sequence[str]) -> list[str]:
+    """Short names; equal ones are numbered."""
+    found: list[str] = []
+    for name in names:
+        number = sum(f == name or f.startswith(f"{name}#") for f in found)
+        found.append(f"{name}#{number + 1}" if number else name)
+    return found
+
+
+def _half_step(adapter: Adapter) -> float:
+    """Largest relative rounding of the factors' storage types, 2⁻ᵖ."""
+    types = {f.dtype for s in adapter.specs for f in s.fields.values()}
+    return max((2.0 ** -DTYPES[t].precision for t in types), default=0.0)
+
+
+def _spread(angles: Sequence[float]) -> tuple[float, ...]:
+    """Smallest, median and largest, in degrees."""
+    if not angles:
+        return ()
+    ordered = [math.degrees(a) for a in angles]
+    return ordered[0], ordered[len(ordered) // 2], ordered[-1]
+
+
+def _warnings(aligned: Aligned) -> tuple[str, ...]:
+    if aligned.shared:
+        return ()
+    return ("the adapters have no module in common: different names, or different bases",)
+
+
+def _ratio(part: float, whole: float) -> float:
+    return part / whole if whole > 0 else math.nan
+
+
+def _cosine(inner: float, norms: float) -> float:
+    """In [-1, 1]: the last bit of a sum may lie outside."""
+    return max(-1.0, min(1.0, inner / norms)) if norms > 0 else math.nan

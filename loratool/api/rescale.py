@@ -1,0 +1,266 @@
+"""`rescale`: factor · ΔW."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from loratool.adapter import Adapter, AdapterFiles, ReadOptions, Source, TensorRef
+from loratool.api.common import content_label, option_values, parse_dtype
+from loratool.dialects import open_adapter, write_adapter_files
+from loratool.errors import UsageError
+from loratool.ops.adapter_summary import dtype_word
+from loratool.ops.additive import factor_dtype, require_additive
+from loratool.ops.batch import is_batch, name_of, place_outputs
+from loratool.ops.inputs import Access, OpenedBase, guard_output, locate, open_base
+from loratool.ops.loads import judge_loads
+from loratool.ops.rescale import RescalePlan, parse_only, plan_rescale
+from loratool.report import RescaledAdapter, RescaleReport, share_of
+from loratool.store.provenance import adapter_id, checkpoint_id, provenance_of
+from loratool.store.source import Resolved, find_adapter
+from loratool.store.writer import check_output
+
+if TYPE_CHECKING:
+    from loratool.engine.rescaling import ScaledTensors
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One adapter with its plan and its place."""
+
+    text: str
+    resolved: Resolved
+    plan: RescalePlan
+    target: Path
+
+
+def rescale(
+    adapters: Sequence[str],
+    factor: float,
+    *,
+    output: str | Path,
+    only: Sequence[str] = (),
+    blocks: str | None = None,
+    intruders: float | None = None,
+    base: str | Path | None = None,
+    dtype: str = "auto",
+    alpha: float | None = None,
+    force: bool = False,
+    dry_run: bool = False,
+    offline: bool = False,
+    yes: bool = False,
+    provenance: bool = True,
+) -> RescaleReport:
+    """Multiply ΔW of adapters.
+
+    The factor goes into the configuration's alpha where every alpha stays a whole number (all
+    tensors are copied byte for byte then), else into lora_B, rounded once; powers of two are
+    exact either way.  Replaced tensors do not scale; the report names them.
+
+    Args:
+        adapters: paths or Hub references.
+        factor: of every module that no ``only`` matches; may be negative.
+        output: folder to create; for several adapters the folder to put them into.
+        only: ``REGEX=FACTOR`` on module names; the last that matches counts.
+        blocks: a preset or one number per block, times ``factor``.
+        intruders: λ, what the singular values of intruder dimensions of W + ΔW are multiplied
+            with (PEFT's default is 0.75); needs ``base`` and factor 1; keeps the rank.
+        base: what the adapter was trained on.
+        dtype: of the factors; ``auto`` = as they are.
+        alpha: lora_alpha for files without a configuration.
+        force: replace earlier loratool outputs.
+        dry_run: plan, write nothing.
+        offline: never touch the network.
+        yes: agree to large downloads.
+        provenance: record inputs and options in the output.
+
+    Raises:
+        LoratoolError: see ``docs/errors.md``.
+
+    Example:
+        >>> rescale(["style"], 0.5, output="softer").adapters[0].how  # doctest: +SKIP
+        'alpha'
+    """
+    started = time.monotonic()
+    if not math.isfinite(factor):
+        raise UsageError("LT-262", "not a factor", got=factor, expected="a plain decimal number")
+    wanted, patterns = parse_dtype(dtype), parse_only(only)
+    access = Access(offline, yes)
+    found = [locate(a, kind="adapter", access=access) for a in adapters]
+    opened = [open_adapter(find_adapter(r.path), ReadOptions(alpha=alpha)) for r in found]
+    targets = place_outputs([name_of(r) for r in found], output)
+    for target in targets:
+        guard_output(target, [r.path for r in found])
+    weak = _check_intruders(factor, intruders, base, bool(only or blocks or wanted))
+    opened_base = None if base is None or weak is None else open_base(str(base), [], access)
+    jobs = [
+        _Job(text, r, plan_rescale(adapter, factor, only=patterns, blocks=blocks), target)
+        for text, r, adapter, target in zip(adapters, found, opened, targets, strict=True)
+    ]
+    if dry_run:
+        rows = [_row(job, None, wanted, 0, None) for job in jobs]
+    else:
+        if is_batch(output) or len(jobs) > 1:
+            Path(output).mkdir(exist_ok=True)
+        for job in jobs:
+            check_output(job.target, is_folder=True, force=force)
+        options = option_values(
+            factor=factor, only=list(only), blocks=blocks, dtype=dtype, intruders=intruders
+        )
+        treated = None if opened_base is None or weak is None else (opened_base, weak)
+        rows = [_run(job, wanted, options if provenance else None, force, treated) for job in jobs]
+    return RescaleReport(str(output), factor, tuple(rows), time.monotonic() - started, dry_run)
+
+
+def _check_intruders(
+    factor: float, intruders: float | None, base: str | Path | None, others: bool
+) -> float | None:
+    """λ, or None if intruders stay.
+
+    Raises:
+        UsageError: LT-294, LT-293, options that do not go together, or a λ out of range.
+    """
+    if intruders is None:
+        if base is not None:
+            raise UsageError("LT-294", "--base goes with --intruders")
+        return None
+    if base is None or factor != 1 or others:
+        raise UsageError(
+            "LT-294", "--intruders looks at the adapter as it was trained",
+            expected="FACTOR 1, --base BASE, no --only, --blocks, --dtype",
+        )  # fmt: skip
+    if not 0 <= intruders <= 1:
+        raise UsageError("LT-293", "--intruders out of range", expected="0 to 1", got=intruders)
+    return intruders
+
+
+def _run(
+    job: _Job,
+    dtype: str | None,
+    options: Mapping[str, Any] | None,
+    force: bool,
+    treated: tuple[OpenedBase, float] | None,
+) -> RescaledAdapter:
+    from loratool.store.adapter_writer import write_adapter
+
+    adapter = job.plan.adapter
+    if treated is not None:
+        return _mitigate(job, *treated, options, force)
+    scaled = _scale(job.plan, dtype)
+    record: dict[str, Any] = {}
+    if options is not None:
+        inputs = {content_label(job.resolved, {}): adapter_id(adapter)}
+        record = provenance_of("rescale", options=options, inputs=inputs)
+    files = _files(job.plan, {} if scaled is None else scaled.tensors)
+    size = write_adapter(files, job.target, record=record, force=force, extras=adapter.extras)
+    return _row(job, scaled, dtype, size, open_adapter(job.target))
+
+
+def _mitigate(
+    job: _Job, base: OpenedBase, factor: float, options: Mapping[str, Any] | None, force: bool
+) -> RescaledAdapter:
+    """Weaken intruder dimensions; rank, alpha and configuration stay."""
+    from loratool.api.risk import mitigate
+    from loratool.store.adapter_writer import write_adapter
+
+    adapter = job.plan.adapter
+    require_additive(adapter, "treated")
+    found = mitigate(adapter, base, factor)
+    record: dict[str, Any] = {}
+    if options is not None:
+        inputs = {
+            content_label(job.resolved, {}): adapter_id(adapter),
+            "base": checkpoint_id(base.checkpoint),
+        }
+        record = provenance_of("rescale", options=options, inputs=inputs)
+    files = _files(job.plan, found.tensors)
+    size = write_adapter(files, job.target, record=record, force=force, extras=adapter.extras)
+    row = _row(job, None, None, size, open_adapter(job.target))
+    notes = list(row.notes)
+    if found.intruders:
+        notes.append(
+            f"{found.modules} modules change by {found.moved:.3g} of their ΔW; their rank "
+            f"cannot hold {found.relative_error:.3g} of the result"
+        )
+    if found.skipped:
+        notes.append(f"{len(found.skipped)} modules on parts of tensors are left as they were")
+    return replace(row, how="intruders", intruders=found.intruders, notes=tuple(notes),
+                   relative_error=found.relative_error)  # fmt: skip
+
+
+def _scale(plan: RescalePlan, dtype: str | None) -> ScaledTensors | None:
+    """New tensors; None if all of them are copied."""
+    changes_type = dtype is not None and any(
+        f.dtype != dtype for s in plan.adapter.specs for f in s.fields.values()
+    )
+    if not plan.baked and not changes_type:
+        return None
+    from loratool.engine.factors import make_env
+    from loratool.engine.rescaling import scale_tensors
+    from loratool.store.reader import FileReader
+
+    with FileReader() as reader:
+        env = make_env(reader)
+        scaled = scale_tensors(plan.adapter, plan.baked, env, dtype)
+        if scaled.overflow:
+            scaled = scale_tensors(plan.adapter, plan.baked, env, "F32")
+        reader.check_unchanged()
+    return scaled
+
+
+def _files(plan: RescalePlan, tensors: Mapping[str, Source]) -> AdapterFiles:
+    """The input's files with these tensors and this configuration instead of its own."""
+    adapter = plan.adapter
+    if adapter.config:
+        again = write_adapter_files(adapter, adapter.dialect)
+        return replace(
+            again,
+            tensors=tuple((key, tensors.get(source.name, source)) for key, source in again.tensors),
+            json_files=dict.fromkeys(again.json_files, plan.config),
+        )
+    return write_adapter_files(_with_tensors(adapter, tensors))
+
+
+def _with_tensors(adapter: Adapter, tensors: Mapping[str, Source]) -> Adapter:
+    """The adapter in memory with some of its tensors exchanged."""
+
+    def swap(source: Source) -> Source:
+        return tensors.get(source.name, source) if isinstance(source, TensorRef) else source
+
+    specs = tuple(
+        replace(s, fields={role: swap(f) for role, f in s.fields.items()}) for s in adapter.specs
+    )
+    return replace(adapter, specs=specs)
+
+
+def _row(
+    job: _Job, scaled: ScaledTensors | None, dtype: str | None, size: int, written: Adapter | None
+) -> RescaledAdapter:
+    adapter, plan = job.plan.adapter, job.plan
+    counts: dict[str, int] = {}
+    for spec in adapter.specs:
+        text = f"{plan.factors[spec.name]:.6g}"
+        counts[text] = counts.get(text, 0) + (spec.kind != "vector")
+    before = dtype or factor_dtype([adapter])
+    after = before if written is None else factor_dtype([written])
+    warnings = []
+    if after != before:
+        warnings.append(f"{dtype_word(before)} cannot hold the largest factor: written as float32")
+    lost = 0.0 if scaled is None else share_of(scaled.error_square, scaled.square)
+    return RescaledAdapter(
+        source=job.text,
+        output=str(job.target),
+        how=plan.how,
+        factors=counts,
+        relative_error=lost if written is not None else math.nan,
+        dtype=dtype_word(after),
+        kept=tuple(r.name for r in adapter.replacements),
+        output_bytes=size,
+        loads_in=() if written is None else judge_loads(written),
+        warnings=tuple(warnings),
+        notes=plan.notes,
+    )

@@ -1,0 +1,190 @@
+"""Statistics for `inspect --risk`, intruder dimensions, and their mitigation."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from loratool.adapter import Adapter, DeltaSpec, Source, TensorRef
+from loratool.errors import MismatchError
+from loratool.ops.additive import is_grouped
+from loratool.ops.bind import BoundDelta, bind
+from loratool.ops.compare import family_of, layer_of
+from loratool.ops.inputs import OpenedBase
+from loratool.ops.merge import matrix_view
+from loratool.plan import DeltaPart
+from loratool.report.risk import RiskModule, RiskStatistics, relative_norms
+
+if TYPE_CHECKING:
+    from loratool.engine.kernel import Env
+    from loratool.engine.risk import IntruderResult
+
+_OUTLIER = 3.0  # standard deviations above the family's mean
+_MIN_FAMILY = 4  # modules, fewer have no deviation worth a name
+
+
+def measure_risk(adapter: Adapter, base: OpenedBase | None = None) -> RiskStatistics:
+    """Statistics of every additive module; intruder dimensions if there is a base.
+
+    Raises:
+        MismatchError: the adapter does not belong to the base.
+        NumericError: NaN or infinity.
+    """
+    from loratool.engine.factors import make_env
+    from loratool.engine.risk import measure_module
+    from loratool.store.reader import FileReader
+
+    specs = [s for s in adapter.specs if _has_numbers(s)]
+    with FileReader() as reader:
+        env = make_env(reader)
+        intruders = {} if base is None else _all_intruders(adapter, base, env)
+        rows = []
+        for spec in specs:
+            m = measure_module(spec, env)
+            found = intruders.get(spec.name)
+            rows.append(RiskModule(
+                spec.name, family_of(spec), layer_of(spec.name), m.norm, m.sigma_1,
+                m.concentration, m.entropy, m.kurtosis, m.sampled,
+                intruders=None if found is None else sum(len(f.index) for f in found),
+                cosines=() if found is None else tuple(c for f in found for c in f.cosine),
+            ))  # fmt: skip
+        reader.check_unchanged()
+    relative = relative_norms([(r.family, r.norm) for r in rows])
+    rows = [replace(r, relative_norm=x) for r, x in zip(rows, relative, strict=True)]
+    known = [x for x in relative if not math.isnan(x)]
+    spread = statistics.pstdev(known) if known else math.nan
+    sizes = {r.family: sum(o.family == r.family for o in rows) for r in rows}
+    return RiskStatistics(
+        tuple(rows),
+        spread,
+        tuple(r.name for r in rows if sizes[r.family] >= _MIN_FAMILY
+              and r.relative_norm > 1 + _OUTLIER * spread),
+        tuple(_embeddings(adapter)),
+        tuple(s.name for s in adapter.specs if not _has_numbers(s)),
+        None if base is None else base.resolved.label,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Mitigated:
+    """New factors, and what they are.
+
+    Attributes:
+        tensors: key -> new tensor.
+        intruders: found in all.
+        modules: that have some.
+        moved: ‖ΔW' − ΔW‖ / ‖ΔW'‖ over those modules.
+        relative_error: what the rank of the adapter could not hold, over those modules.
+        skipped: modules that cannot be treated one by one.
+    """
+
+    tensors: Mapping[str, Source]
+    intruders: int
+    modules: int
+    moved: float
+    relative_error: float
+    skipped: tuple[str, ...]
+
+
+def mitigate(adapter: Adapter, base: OpenedBase, factor: float) -> Mitigated:
+    """Multiply the singular values of intruders in W + ΔW by a factor, at the adapter's rank."""
+    from loratool.engine.factors import make_env
+    from loratool.engine.risk import repack
+    from loratool.store.reader import FileReader
+
+    tensors: dict[str, Source] = {}
+    skipped: list[str] = []
+    count = modules = 0
+    moved = error = square = 0.0
+    with FileReader() as reader:
+        env = make_env(reader)
+        found = _all_intruders(adapter, base, env, factor, skipped)
+        for spec in adapter.specs:
+            results = found.get(spec.name, [])
+            if not any(r.index for r in results):
+                continue
+            count += sum(len(r.index) for r in results)
+            modules += 1
+            square += sum(r.square for r in results)
+            moved += sum(r.moved_square for r in results)
+            error += sum(r.error_square for r in results)
+            packed = repack(spec, [r.pair for r in results if r.pair is not None])
+            for role, source in packed.items():
+                ref = spec.fields[role]
+                assert isinstance(ref, TensorRef)
+                tensors[ref.name] = source
+        reader.check_unchanged()
+    return Mitigated(
+        tensors, count, modules, _share(moved, square), _share(error, square), tuple(skipped)
+    )
+
+
+def _all_intruders(
+    adapter: Adapter,
+    base: OpenedBase,
+    env: Env,
+    factor: float | None = None,
+    skipped: list[str] | None = None,
+) -> dict[str, list[IntruderResult]]:
+    """Spec name -> one result per matrix, in the order of the experts."""
+    from loratool.engine.risk import look_for_intruders
+
+    if base.checkpoint.quantization is not None:
+        raise MismatchError(
+            "LT-480", "a quantised checkpoint has no plain weights to look at",
+            file=base.checkpoint.path, got=base.checkpoint.quantization,
+            hint="use the 16-bit checkpoint",
+        )  # fmt: skip
+    bindings = bind(adapter, base.checkpoint)
+    checkpoint = bindings.checkpoint or base.checkpoint
+    own = {b.target: b.replacement.source for b in bindings.replacements
+           if b.replacement.rows is None}  # fmt: skip
+    by_spec: dict[str, list[BoundDelta]] = {}
+    for bound in bindings.deltas:
+        if bound.spec.kind == "lowrank" and _has_numbers(bound.spec):
+            by_spec.setdefault(bound.spec.name, []).append(bound)
+    found: dict[str, list[IntruderResult]] = {}
+    for name, places in by_spec.items():
+        if factor is not None and not _is_whole(places):
+            (skipped if skipped is not None else []).append(name)
+            continue
+        places.sort(key=lambda b: b.expert or 0)
+        results = []
+        for bound in places:
+            target = bindings.new_tensors.get(bound.target, bound.target)
+            ref = own.get(target, checkpoint.tensors[target])
+            part = DeltaPart(bound.spec, 1.0, bound.region, bound.expert, bound.transposed)
+            view = matrix_view(ref.shape, [part])
+            results.append(look_for_intruders(part, ref, view, env, factor))
+        found[name] = results
+    return found
+
+
+def _is_whole(places: list[BoundDelta]) -> bool:
+    """True if every matrix of the spec has one place, so that its factors can be exchanged."""
+    spec = places[0].spec
+    cut = any(b.region.source_rows or b.region.source_cols for b in places)
+    return len(places) == max(1, spec.experts) and not cut and spec.blocks is None
+
+
+def _has_numbers(spec: DeltaSpec) -> bool:
+    return spec.is_additive and not is_grouped(spec)
+
+
+def _embeddings(adapter: Adapter) -> list[str]:
+    """Changed input embeddings and output heads: they act on single tokens."""
+    words = ("embed", "wte", "wpe", "lm_head", "embed_out", "shared.weight")
+    found = [f"{s.name} (LoRA)" for s in adapter.specs if any(w in s.name for w in words)]
+    found += [
+        f"{r.name} ({'replaced' if r.rows is None else f'{len(r.rows)} rows replaced'})"
+        for r in adapter.replacements
+        if any(w in r.name for w in words)
+    ]
+    return found
+
+
+def _share(part: float, whole: float) -> float:
+    return math.sqrt(part / whole) if whole > 0 else 0.0

@@ -1,0 +1,93 @@
+"""`run`: several commands from one recipe."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import FunctionType
+
+from loratool.errors import DifferencesError, LoratoolError
+from loratool.ops.recipe import RecipeStep, read_recipe, takes
+from loratool.report import Report
+from loratool.report.run import RunReport, StepReport
+
+_NO_STEPS = {"demo", "open", "run"}
+
+OnStep = Callable[[RecipeStep, StepReport | None], None]
+"""Called before (None) and after each step."""
+
+
+def run(
+    recipe: str | Path,
+    *,
+    dry_run: bool = False,
+    offline: bool = False,
+    yes: bool = False,
+    on_step: OnStep | None = None,
+) -> RunReport:
+    """Run the steps of a recipe in order; the first error stops it.
+
+    Relative paths are relative to the recipe's folder: the working directory is that one while
+    the steps run.  The whole file is checked before the first step.
+
+    Args:
+        recipe: YAML file, ``steps:`` with a list of ``command: {option: value}``.
+        dry_run: plan every step and write nothing; a step that reads the output of an earlier one
+            is checked for its options only.
+        offline: never touch the network.
+        yes: agree to large downloads.
+        on_step: called before and after each step.
+
+    Raises:
+        UsageError: LT-287, LT-288, with the line.
+        DifferencesError: LT-110, a step ran to its end and its answer is no (``verify``).
+        LoratoolError: what the step raised, with its number and line.
+    """
+    started = time.monotonic()
+    path = Path(recipe)
+    commands = step_commands()
+    steps = read_recipe(path, commands)
+    done: list[StepReport] = []
+    say = on_step or (lambda step, report: None)
+    with contextlib.chdir(path.absolute().parent):
+        for step in steps:
+            say(step, None)
+            waits = step.needs(steps[: step.number - 1]) if dry_run else ()
+            begun = time.monotonic()
+            common = {"dry_run": dry_run, "offline": offline, "yes": yes}
+            report = None if waits else _call(step, len(steps), commands[step.command], common)
+            one = StepReport(
+                step.number, step.command, step.line, step.output, report, waits,
+                time.monotonic() - begun,
+            )  # fmt: skip
+            done.append(one)
+            say(step, one)
+    return RunReport(str(path), tuple(done), time.monotonic() - started, dry_run)
+
+
+def step_commands() -> dict[str, FunctionType]:
+    """Name -> function of every command that a recipe may call."""
+    from loratool import api
+
+    return {name: getattr(api, name) for name in api.__all__ if name not in _NO_STEPS}
+
+
+def _call(
+    step: RecipeStep, count: int, function: FunctionType, common: Mapping[str, bool]
+) -> Report:
+    options = {k: v for k, v in common.items() if takes(function, k)}
+    where = f"step {step.number} of {count} ({step.command}, line {step.line})"
+    try:
+        report = function(**step.options, **options)
+    except LoratoolError as error:
+        raise type(error)(
+            error.code, f"{where}: {error.what}", file=error.file, key=error.key,
+            expected=error.expected, got=error.got, hint=error.hint,
+        ) from error  # fmt: skip
+    assert isinstance(report, Report)
+    if not report.ok:
+        verdict = getattr(report, "verdict", "")
+        raise DifferencesError("LT-110", f"{where}: found differences", got=verdict or None)
+    return report

@@ -1,0 +1,73 @@
+"""What ``loratool merge`` says when there is no base: adapters with each other."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from loratool.cli.loads import loads_line
+from loratool.cli.render import (
+    format_bytes,
+    format_number,
+    format_seconds,
+    format_shape,
+    line,
+    plural,
+    safe,
+    some,
+    table,
+)
+from loratool.cli.voice import Voice, note_lines, warning_lines
+from loratool.methods import BY_NAME
+
+if TYPE_CHECKING:
+    from loratool.report import CombineReport
+
+
+def headline(count: int, terms: str, method: str | None, rank: int | None) -> str:
+    """``Merging 2 adapters WITH EACH OTHER, no base: 0.8·a + 1·b, cat: exact, ranks add``."""
+    name = method or ("svd" if rank is not None else "cat")
+    row = BY_NAME.get(name)
+    how = f"{name}: {row.title}" if row else safe(name)
+    return f"Merging {plural(count, 'adapter')} WITH EACH OTHER, no base: {terms}; {how}"
+
+
+def render(report: CombineReport, voice: Voice, adapters: Sequence[str]) -> Iterator[str]:
+    """The report, line by line."""
+    yield from note_lines(report.notes, voice)
+    if report.params:
+        yield line("method", report.method, *(f"{k}={_value(v)}" for k, v in report.params.items()))
+    count = len(report.adapters)
+    shared = sum(len(m.sources) == count for m in report.modules)
+    ranks = sorted({m.rank for m in report.modules if len(m.shape) > 1})
+    span = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]}-{ranks[-1]}"
+    where = [f"{shared} in all of them"] if count > 1 else []
+    yield line("modules", plural(len(report.modules), "module"), *where, span if ranks else "")
+    yield line("", f"memory ≤ {format_bytes(report.peak_memory_bytes)}")
+    if report.kept:
+        yield line("kept", f"{plural(len(report.kept), 'replaced tensor')}: {some(report.kept)}")
+    if voice.verbose:
+        rows = [
+            (safe(m.name), format_shape(m.shape), str(m.rank), f"{m.norm:.3g}",
+             f"{m.relative_error:.1e}")
+            for m in report.modules
+        ]  # fmt: skip
+        yield from table(rows, ("module", "shape", "rank", "‖ΔW‖", "rel. error"), right=(2, 3, 4))
+    if not report.dry_run:
+        lost = "nothing" if report.relative_error < 1e-12 else f"{report.relative_error:.1e} of ΔW"
+        what = "storage" if report.method in ("cat", "slerp") else "the rank and storage"
+        yield line("loss", f"{what} ({report.dtype}) lost {lost}")
+    yield from warning_lines(report.warnings)
+    if report.dry_run:
+        yield line("dry run", "nothing was written")
+        return
+    yield line("wrote", f"{safe(report.output)} · {format_bytes(report.output_bytes)} "
+               f"{report.dtype}", format_seconds(report.seconds), tone="good")  # fmt: skip
+    yield loads_line(report.loads_in)
+    into = shlex.join(["loratool", "merge", report.output, "--base", "BASE", "-o", "MERGED"])
+    yield line("next", safe(into, cap=2000), tone="dim")
+
+
+def _value(value: Any) -> str:
+    return format_number(value) if isinstance(value, float) else safe(str(value))

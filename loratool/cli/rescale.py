@@ -1,0 +1,153 @@
+"""``loratool rescale``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from loratool.cli import options as opt
+from loratool.cli.loads import loads_line
+from loratool.cli.render import format_bytes, format_seconds, line, plural, safe, table
+from loratool.cli.voice import Voice, note_lines, warning_lines
+from loratool.errors import UsageError
+
+if TYPE_CHECKING:
+    from loratool.report import RescaledAdapter, RescaleReport
+
+_HOW = {
+    "copied": "factor 1: every byte copied",
+    "alpha": "in lora_alpha: tensors copied byte for byte",
+    "alpha and sign": "size in lora_alpha, sign in lora_B: exact",
+    "factors": "baked into lora_B",
+    "intruders": "intruder dimensions weakened, rank kept",
+}
+
+
+@click.command(
+    cls=opt.Command,
+    name="rescale",
+    short_help="Multiply what an adapter changes.",
+    context_settings={**opt.HELP_SETTINGS, "ignore_unknown_options": True},
+    examples=(
+        "loratool rescale ./style 0.5 -o ./softer",
+        "loratool rescale ./style -1 -o ./opposite",
+        "loratool rescale ./style 1 --only 'mlp=0.5' --only 'layers\\.0\\.=0' -o ./tamed",
+        "loratool rescale loras/* 0.8 -o softer/          # many: names are kept",
+    ),
+)
+@click.argument("adapters", nargs=-1, required=True, metavar="ADAPTER… FACTOR")
+@opt.option("--only", multiple=True, metavar="REGEX=FACTOR", section="Input",
+            help="Another factor for modules that match; the last counts. Repeatable.")  # fmt: skip
+@opt.option("--blocks", metavar="PRESET|W,W,…", section="Input",
+            help="A factor per block, times FACTOR: ALL, INS, IND, INALL, MIDD, OUTD, OUTS, "
+            "OUTALL for Stable Diffusion, or one number per block or layer.")  # fmt: skip
+@opt.option("--intruders", type=float, metavar="LAMBDA", section="Input",
+            help="With FACTOR 1: weaken intruder dimensions to this share, 0.75.")  # fmt: skip
+@opt.option("--base", metavar="BASE", section="Input",
+            help="With --intruders: what the adapter was trained on.")  # fmt: skip
+@opt.option("-o", "--output", required=True, metavar="OUT", section="Output",
+            help="Folder to create; DIR/ puts results into it under their names.")  # fmt: skip
+@opt.factor_dtype
+@opt.writing
+@opt.network
+@opt.general
+@opt.option("--alpha", type=float, metavar="A", section="Advanced",
+            help="lora_alpha of files that have no configuration.")  # fmt: skip
+def command(adapters: tuple[str, ...], output: str, **options: Any) -> None:
+    """Multiply ΔW of ADAPTERs by FACTOR, exactly where numbers allow it.
+
+    A factor that leaves every alpha a whole number goes into the configuration and no tensor
+    changes. Any other one is baked into lora_B (many programs read alpha as an integer), rounded
+    once; powers of two stay exact. Replaced tensors do not scale and are reported.
+    """
+    from loratool import api
+
+    voice = Voice.take(options)
+    sources, factor = split_factor(adapters)
+    voice.announce(f"Rescaling {plural(len(sources), 'adapter')} by {factor:g}")
+    report = api.rescale(sources, factor, output=output, **options)
+    result = [] if report.dry_run else [safe(r.output) for r in report.adapters]
+    warnings = [w for r in report.adapters for w in r.warnings]
+    voice.show(report, render(report, voice), result=[*warning_lines(warnings), *result])
+
+
+def split_factor(words: tuple[str, ...]) -> tuple[tuple[str, ...], float]:
+    """ADAPTER… FACTOR as typed.
+
+    Raises:
+        UsageError: LT-283, the last word is no number, or nothing comes before it.
+    """
+    from loratool.store.source import parse_weight
+
+    *sources, last = words
+    odd = [word for word in words[:-1] if word.startswith("-")]
+    if odd:
+        raise UsageError("LT-204", f"no option {odd[0]}", hint="loratool rescale --help")
+    try:
+        factor = parse_weight(last)
+    except UsageError:
+        raise UsageError(
+            "LT-283", "the factor comes last", expected="ADAPTER… FACTOR", got=safe(last),
+            hint=f"loratool rescale {safe(' '.join(words))} 0.5 -o OUT",
+        ) from None  # fmt: skip
+    if not sources:
+        raise UsageError("LT-221", "no adapter given")
+    return tuple(sources), factor
+
+
+def render(report: RescaleReport, voice: Voice) -> Iterator[str]:
+    """The report, line by line."""
+    if len(report.adapters) == 1:
+        yield from _one(report.adapters[0], report, voice)
+        return
+    rows = [
+        (safe(r.source, cap=60), _factors(r), r.how, _loss(r, short=True), r.dtype,
+         format_bytes(r.output_bytes) if r.output_bytes else "-", safe(r.output, cap=60))
+        for r in report.adapters
+    ]  # fmt: skip
+    yield from table(rows, ("adapter", "factor", "how", "lost", "type", "size", "written to"),
+                     right=(5,))  # fmt: skip
+    for row in report.adapters:
+        yield from warning_lines(f"{row.source}: {w}" for w in row.warnings)
+        yield from note_lines((f"{row.source}: {n}" for n in row.notes), voice)
+    if report.dry_run:
+        yield line("dry run", "nothing was written")
+    else:
+        yield line("wrote", f"{plural(len(report.adapters), 'adapter')} to {safe(report.output)}",
+                   format_seconds(report.seconds), tone="good")  # fmt: skip
+
+
+def _one(row: RescaledAdapter, report: RescaleReport, voice: Voice) -> Iterator[str]:
+    if row.intruders is not None:
+        yield line("intruder", f"{row.intruders} found", _HOW[row.how] if row.intruders else "")
+    else:
+        yield line("factor", _factors(row), _HOW[row.how])
+    yield from note_lines(row.notes, voice)
+    if not report.dry_run and row.intruders is None:
+        yield line("loss", _loss(row))
+    yield from warning_lines(row.warnings)
+    if report.dry_run:
+        yield line("dry run", "nothing was written")
+        return
+    yield line("wrote", f"{safe(row.output)} · {format_bytes(row.output_bytes)} {row.dtype}",
+               format_seconds(report.seconds), tone="good")  # fmt: skip
+    yield loads_line(row.loads_in)
+
+
+def _factors(row: RescaledAdapter) -> str:
+    if len(row.factors) == 1:
+        return next(iter(row.factors))
+    return ", ".join(f"{f} in {plural(n, 'module')}" for f, n in row.factors.items())
+
+
+def _loss(row: RescaledAdapter, *, short: bool = False) -> str:
+    if row.relative_error != row.relative_error:
+        return "-"
+    if row.relative_error == 0:
+        return "nothing"
+    if short:
+        return f"{row.relative_error:.1e}"
+    hint = "; --dtype float32 keeps it" if row.dtype != "float32" else ""
+    return f"{row.relative_error:.1e} of ΔW to {row.dtype}{hint}"

@@ -1,0 +1,84 @@
+"""Several deltas of one matrix made into one change by an element-wise method."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from loratool.delta.base import Delta
+from loratool.linalg.dense import DenseCombiner
+from loratool.linalg.select import Place
+
+
+class Combined(Delta):
+    """ΔW = method(ΔW_1, …, ΔW_T), never whole in memory.
+
+    Args:
+        deltas: of the same shape, additive, as trained; the combiner has the weights.
+        combiner: method, weights and selectors.
+        transposed: the deltas are laid out (in, out); the method sees (out, in).
+        offset: position of this matrix in a stack of experts.
+    """
+
+    def __init__(
+        self, deltas: Sequence[Delta], combiner: DenseCombiner, transposed: bool, offset: int
+    ) -> None:
+        self.deltas = tuple(deltas)
+        self.combiner = combiner
+        self.transposed = transposed
+        self.offset = offset
+        self.shape = deltas[0].shape
+        self.roundings = max(d.roundings for d in deltas) + 2
+
+    @property
+    def wants_survey(self) -> bool:
+        """True while thresholds are not known."""
+        return self.combiner.wants_pass
+
+    def survey(self, like: torch.Tensor, r0: int, r1: int, c0: int, c1: int) -> None:
+        """See the block of every ΔW_t."""
+        self.combiner.see(self._place(r0, c0), self._stack(like, r0, r1, c0, c1))
+
+    def end_survey(self) -> None:
+        """Narrow the thresholds down."""
+        self.combiner.end_pass()
+
+    def add_to(
+        self, acc: torch.Tensor, base: torch.Tensor, r0: int, r1: int, c0: int, c1: int
+    ) -> None:
+        """Combine the blocks; the method of a row sees all of the row."""
+        if not self.combiner.needs_rows:
+            stack = self._stack(acc, r0, r1, c0, c1)
+            acc.add_(self._turn(self.combiner.combine(self._place(r0, c0), stack)))
+            return
+        rows, cols = self.shape
+        if self.transposed:
+            stack = self._stack(acc, 0, rows, c0, c1)
+            found = self._turn(self.combiner.combine(self._place(0, c0), stack))[r0:r1]
+        else:
+            stack = self._stack(acc, r0, r1, 0, cols)
+            found = self.combiner.combine(self._place(r0, 0), stack)[:, c0:c1]
+        acc.add_(found)
+
+    def scaled(self, factor: float) -> Combined:
+        """Multiplies every delta."""
+        deltas = [d.scaled(factor) for d in self.deltas]
+        return Combined(deltas, self.combiner, self.transposed, self.offset)
+
+    def _stack(self, like: torch.Tensor, r0: int, r1: int, c0: int, c1: int) -> torch.Tensor:
+        """(T, m, n) of the method's orientation."""
+        shape = (len(self.deltas), r1 - r0, c1 - c0)
+        stack = torch.zeros(shape, dtype=like.dtype, device=like.device)
+        for part, delta in zip(stack, self.deltas, strict=True):
+            delta.add_to(part, part, r0, r1, c0, c1)
+        return stack.mT if self.transposed else stack
+
+    def _turn(self, block: torch.Tensor) -> torch.Tensor:
+        return block.T if self.transposed else block
+
+    def _place(self, r0: int, c0: int) -> Place:
+        index = r0 * self.shape[1] + c0  # blocks in the order of their bytes
+        if self.transposed:
+            return Place(index, c0, r0, self.shape[0], self.offset)
+        return Place(index, r0, c0, self.shape[1], self.offset)

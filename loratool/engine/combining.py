@@ -1,0 +1,266 @@
+"""One module of several adapters made into one pair of factors, by any method but a plain sum."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from loratool.adapter import DeltaSpec, Replacement
+from loratool.engine import grid
+from loratool.engine.factors import (
+    Pair,
+    load_pairs,
+    load_vector,
+    make_data,
+    overflows,
+    pack_pairs,
+    round_once,
+)
+from loratool.engine.kernel import Env
+from loratool.engine.summing import SummedModule, sum_factors
+from loratool.linalg import core, fit
+from loratool.linalg.concat import concat_factors, product_norm, slerp_weights
+from loratool.linalg.dense import DenseCombiner, combine_whole, resolve
+from loratool.linalg.product import product_svd, split_factors
+from loratool.linalg.select import Place
+from loratool.methods import Method
+from loratool.plan import DeltaPart
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How modules are combined.
+
+    Attributes:
+        method: row of the registry.
+        params: all of its parameters.
+        rank: asked for, None = the method's own.
+    """
+
+    method: Method
+    params: Mapping[str, Any]
+    rank: int | None = None
+
+
+def use_one_thread() -> None:
+    """Arithmetic of the calling thread stays in it: results do not depend on how many there are."""
+    torch.set_num_threads(1)
+
+
+def random_keys(params: Mapping[str, Any], name: str, terms: Sequence[DeltaPart]) -> list[int]:
+    """A 64-bit key per adapter: from the seed, the module and the adapter's position."""
+    seed = params.get("seed", 0)
+    texts = [f"{seed} {term.adapter} {name}" for term in terms]
+    digests = [hashlib.sha256(text.encode()).digest()[:8] for text in texts]
+    return [int.from_bytes(d, "little", signed=True) for d in digests]
+
+
+def combine_factors(
+    like: DeltaSpec,
+    terms: Sequence[DeltaPart],
+    env: Env,
+    how: Recipe,
+    *,
+    gain: float,
+    rank: int,
+    alpha: int | None,
+    dtype: str,
+) -> SummedModule:
+    """New factors of one module.
+
+    Args:
+        like: name, layout and packing of the result.
+        terms: with the weights of the adapters.
+        env: for loading.
+        how: method, parameters.
+        gain: what the reader multiplies the scaling by.
+        rank: of the result; where a matrix has fewer, zeros fill up.
+        alpha: for plain sums, as `sum_factors` takes it.
+        dtype: storage type.
+    """
+    if how.method.space == "cat":
+        if how.method.name == "slerp":
+            terms = _on_the_arc(terms, env)
+        return sum_factors(
+            like, terms, env, gain=gain, alpha=alpha, rank=how.rank and rank, dtype=dtype
+        )
+    per_term = [load_pairs(term.spec, env) for term in terms]
+    keys = random_keys(how.params, like.name, terms)
+    made: list[Pair] = []
+    square = error = 0.0
+    for number, pairs in enumerate(zip(*per_term, strict=True)):
+        found, whole, tail = _combine(pairs, terms, how, keys, rank, number)
+        lora_B, lora_A = (_filled(found[0], rank, 1) / gain, _filled(found[1], rank, 0))
+        rounded = [round_once(t, dtype).double() for t in (lora_B, lora_A)]
+        square += whole
+        error += tail
+        error += (
+            product_norm(*concat_factors([(rounded[0], rounded[1], gain), (lora_B, lora_A, -gain)]))
+            ** 2
+        )
+        made.append((lora_B, lora_A))
+    spec = replace(
+        like, fields=pack_pairs(like, made, dtype), rank=rank, alpha=float(rank), scaling=gain,
+        blocks=None, b_order="rank-major",
+    )  # fmt: skip
+    return SummedModule(spec, square, error, any(overflows(t, dtype) for p in made for t in p))
+
+
+def combine_vectors(
+    like: DeltaSpec,
+    terms: Sequence[DeltaPart],
+    env: Env,
+    how: Recipe,
+    *,
+    scaling: float,
+    alpha: float | None,
+    dtype: str,
+) -> SummedModule:
+    """A bias delta: element-wise methods as on matrices, everything else adds up."""
+    values = torch.stack([load_vector(t.spec, env) * t.spec.scaling for t in terms])
+    weights = [t.weight for t in terms]
+    if how.method.space == "dense":
+        keys = random_keys(how.params, like.name, terms)
+        total = combine_whole(values[:, None], how.method, how.params, weights, keys)[0]
+    else:
+        total = torch.einsum("tn,t->n", values, torch.tensor(weights, dtype=values.dtype))
+    error = float((round_once(total / scaling, dtype).double() * scaling - total).norm())
+    data = make_data(f"{like.name} delta", total / scaling, dtype)
+    spec = replace(like, fields={"delta": data}, alpha=alpha, scaling=scaling)
+    return SummedModule(
+        spec, float(total.square().sum()), error**2, overflows(total / scaling, dtype)
+    )
+
+
+def mix_replacements(
+    found: Sequence[tuple[Replacement, float]], env: Env, dtype: str
+) -> Replacement:
+    """Σ weight·tensor of tensors that take the same place, weights adding up to 1."""
+    first = found[0][0]
+    total = sum(env.load(one.source).double() * weight for one, weight in found)
+    assert isinstance(total, torch.Tensor)
+    return replace(first, source=make_data(first.name, total, dtype))
+
+
+def _combine(
+    pairs: Sequence[Pair],
+    terms: Sequence[DeltaPart],
+    how: Recipe,
+    keys: Sequence[int],
+    rank: int,
+    number: int,
+) -> tuple[Pair, float, float]:
+    """Factors of at most ``rank``, ‖Δ‖² of the exact result, and what the cut left out."""
+    weights = [t.weight for t in terms]
+    scaled = [(B * t.spec.scaling, A) for (B, A), t in zip(pairs, terms, strict=True)]
+    if how.method.space == "dense":
+        return _combine_dense(scaled, weights, how, keys, rank, number)
+    if how.method.space == "factor":
+        found = _combine_apart(pairs, terms, how, keys, number)
+        if how.rank is None:
+            return found, product_norm(*found) ** 2, 0.0
+        U, S, Vh = product_svd(*found)
+    elif how.method.space == "joint":
+        U, S, Vh = product_svd(*resolve(how.method.function)(scaled, weights, keys=keys,
+                                                             **how.params))  # fmt: skip
+    else:
+        left, right, cores = core.core_space(scaled)
+        merged = resolve(how.method.function)(cores, weights, keys=keys, rank=rank, **how.params)
+        u, S, vh = torch.linalg.svd(merged, full_matrices=False)
+        U, Vh = left @ u, vh @ right.T
+    return (
+        split_factors(U, S, Vh, rank), float(S.square().sum()), float(S[rank:].square().sum())
+    )  # fmt: skip
+
+
+def _combine_dense(
+    scaled: Sequence[Pair],
+    weights: Sequence[float],
+    how: Recipe,
+    keys: Sequence[int],
+    rank: int,
+    number: int,
+) -> tuple[Pair, float, float]:
+    """ΔW in float32, block of rows by block of rows; the result is the one whole matrix."""
+    rows, cols = scaled[0][0].shape[0], scaled[0][1].shape[1]
+    factors = [(B.float(), A.float()) for B, A in scaled]
+    combiner = DenseCombiner(how.method, how.params, weights, rows * cols, keys)
+    height = max(1, grid.CPU_ELEMENTS // cols)
+    starts = range(0, rows, height)
+
+    def block(index: int, r0: int) -> tuple[Place, torch.Tensor]:
+        values = torch.stack([B[r0 : r0 + height] @ A for B, A in factors])
+        return Place(index, r0=r0, cols=cols, offset=number * rows * cols), values
+
+    while combiner.wants_pass:
+        for index, r0 in enumerate(starts):
+            combiner.see(*block(index, r0))
+        combiner.end_pass()
+    whole = torch.empty(rows, cols)
+    square = 0.0
+    for index, r0 in enumerate(starts):
+        part = combiner.combine(*block(index, r0))
+        square += float(part.double().square().sum())
+        whole[r0 : r0 + height] = part
+    if square == 0:
+        zero = torch.zeros(rows, rank, dtype=torch.float64), torch.zeros(rank, cols).double()
+        return zero, 0.0, 0.0
+    seed = keys[0] & 0x7FFFFFFF
+    found = fit.truncate(whole[None], rank, seeds=[seed], squares=[square])
+    kept = float(found.singular_values.square().sum())
+    pair = found.lora_B[0].double(), found.lora_A[0].double()
+    return pair, square, max(0.0, square - kept)
+
+
+def _combine_apart(
+    pairs: Sequence[Pair],
+    terms: Sequence[DeltaPart],
+    how: Recipe,
+    keys: Sequence[int],
+    number: int,
+) -> Pair:
+    """PEFT's way: √|weight · scaling| on both factors, the sign on lora_A."""
+    coefficients = [t.weight * t.spec.scaling for t in terms]
+    roots = [abs(c) ** 0.5 for c in coefficients]
+    signed = [r if c >= 0 else -r for r, c in zip(roots, coefficients, strict=True)]
+    made = []
+    for side, weights in ((0, roots), (1, signed)):
+        values = torch.stack([pair[side] for pair in pairs])
+        stream = [key + side for key in keys]
+        offset = number * values[0].numel()
+        made.append(combine_whole(values, how.method, how.params, weights, stream, offset=offset))
+    return made[0], made[1]
+
+
+def _on_the_arc(terms: Sequence[DeltaPart], env: Env) -> list[DeltaPart]:
+    """The two terms with the weights of slerp; the weights they have are 1 - t and t."""
+    if len(terms) < 2:
+        return list(terms)
+    sides = []
+    for term in terms:
+        pairs = load_pairs(term.spec, env)
+        sides.append([(B * term.spec.scaling, A) for B, A in pairs])
+    one, other = (_block_pair(side) for side in sides)
+    found = slerp_weights(one, other, terms[1].weight)
+    return [replace(t, weight=w) for t, w in zip(terms, found, strict=True)]
+
+
+def _block_pair(pairs: Sequence[Pair]) -> Pair:
+    """Experts as one block-diagonal product."""
+    if len(pairs) == 1:
+        return pairs[0]
+    left = torch.block_diag(*(B for B, _ in pairs))  # type: ignore[no-untyped-call]
+    return left, torch.block_diag(*(A for _, A in pairs))  # type: ignore[no-untyped-call]
+
+
+def _filled(factor: torch.Tensor, rank: int, axis: int) -> torch.Tensor:
+    missing = rank - factor.shape[axis]
+    if missing <= 0:
+        return factor
+    shape = list(factor.shape)
+    shape[axis] = missing
+    return torch.cat([factor, factor.new_zeros(shape)], axis)

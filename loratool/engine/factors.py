@@ -1,0 +1,92 @@
+"""Factors of additive modules in and out of their stored form: one pair per matrix, float64."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from loratool.adapter import DeltaSpec, Source, TensorData
+from loratool.delta.lowrank import oriented_factors
+from loratool.engine.buffers import TORCH_DTYPES, Scratch, to_bytes
+from loratool.engine.grid import CPU_ELEMENTS
+from loratool.engine.kernel import Env
+from loratool.linalg.rounding import round_into
+from loratool.plan import DeltaPart
+from loratool.store.reader import FileReader
+
+FP16_MAX = 65504.0
+
+Pair = tuple[torch.Tensor, torch.Tensor]
+"""lora_B (out, r) and lora_A (r, in), float64, scaling left out."""
+
+
+def make_env(reader: FileReader) -> Env:
+    """What loading tensors on the CPU needs."""
+    return Env(reader, torch.device("cpu"), CPU_ELEMENTS, Scratch())
+
+
+def load_pairs(spec: DeltaSpec, env: Env) -> list[Pair]:
+    """The factors of a ``lowrank`` spec: one pair, or one per expert.
+
+    A diagonal between the factors is folded into lora_B, block-diagonal factors are laid out.
+
+    Raises:
+        NumericError: NaN or infinity.
+    """
+    fields = {role: env.load(source) for role, source in spec.fields.items()}
+    pairs = []
+    for expert in range(spec.experts) if spec.experts else [None]:
+        lora_A, lora_B = oriented_factors(fields, DeltaPart(spec, 1.0, expert=expert))
+        if "diag" in fields:
+            lora_B = lora_B * fields["diag"].double()
+        pairs.append((lora_B, lora_A))
+    return pairs
+
+
+def load_vector(spec: DeltaSpec, env: Env) -> torch.Tensor:
+    """A bias delta (n,) in float64, scaling left out."""
+    return env.load(spec.fields["delta"]).double().flatten()
+
+
+def pack_pairs(spec: DeltaSpec, pairs: Sequence[Pair], dtype: str) -> dict[str, Source]:
+    """lora_A and lora_B in the shapes and packing that PEFT stores (`load_pairs` turned round).
+
+    Args:
+        spec: whose layout counts; the kernel of a convolution is that of its lora_A.
+        pairs: one, or one per expert, of equal rank.
+        dtype: safetensors name.
+    """
+    lora_B = torch.stack([one for one, _ in pairs])  # (E, out, r)
+    lora_A = torch.stack([one for _, one in pairs])  # (E, r, in)
+    if spec.layout == "experts":
+        lora_A = lora_A.flatten(0, 1)  # (E·r, in)
+        lora_B = lora_B.permute(1, 2, 0).flatten(1)  # (out, r·E)
+    else:
+        lora_A, lora_B = lora_A[0], lora_B[0]
+    if spec.layout == "conv":
+        kernel = spec.fields["lora_A"].shape[2:]
+        lora_A = lora_A.reshape(lora_A.shape[0], -1, *kernel)
+        lora_B = lora_B.reshape(*lora_B.shape, *(1 for _ in kernel))
+    return {
+        "lora_A": make_data(f"{spec.name} lora_A", lora_A, dtype),
+        "lora_B": make_data(f"{spec.name} lora_B", lora_B, dtype),
+    }
+
+
+def make_data(name: str, tensor: torch.Tensor, dtype: str) -> TensorData:
+    """A tensor rounded to a storage type."""
+    stored = round_once(tensor, dtype)
+    return TensorData(name, dtype, tuple(stored.shape), bytes(to_bytes(stored)))
+
+
+def round_once(tensor: torch.Tensor, dtype: str) -> torch.Tensor:
+    """The values that a storage type keeps, to nearest, ties to even."""
+    out = torch.empty_like(tensor, dtype=TORCH_DTYPES[dtype], memory_format=torch.contiguous_format)
+    round_into(out, tensor)
+    return out
+
+
+def overflows(tensor: torch.Tensor, dtype: str) -> bool:
+    """True if float16 cannot hold the largest element."""
+    return dtype == "F16" and bool(tensor.numel()) and float(tensor.abs().max()) > FP16_MAX

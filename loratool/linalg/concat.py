@@ -1,0 +1,64 @@
+"""Sums of products of thin matrices as one product, and its size."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+
+def concat_factors(
+    terms: Sequence[tuple[torch.Tensor, torch.Tensor, float]],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Σ c_t · B_t A_t as one product: [c_1 B_1 … c_T B_T] · [A_1; …; A_T].
+
+    Exact in ΔW up to one rounding of each element of B; none where c_t is a power of two.
+
+    Args:
+        terms: (lora_B (out, r_t), lora_A (r_t, in), c_t), same dtype and device.
+
+    Returns:
+        lora_B (out, Σr_t) and lora_A (Σr_t, in).
+
+    Notes:
+        Cost O((out + in) Σr_t).
+    """
+    lora_B = torch.cat([one if c == 1 else one * c for one, _, c in terms], dim=1)
+    return lora_B, torch.cat([one for _, one, _ in terms], dim=0)
+
+
+def product_norm(lora_B: torch.Tensor, lora_A: torch.Tensor) -> float:
+    """‖lora_B @ lora_A‖_F from triangular factors: a trace of Gram matrices would cancel."""
+    R_B = torch.linalg.qr(lora_B, mode="r").R
+    R_A = torch.linalg.qr(lora_A.T, mode="r").R
+    return float(torch.linalg.matrix_norm(R_B @ R_A.T))
+
+
+def slerp_weights(
+    one: tuple[torch.Tensor, torch.Tensor], other: tuple[torch.Tensor, torch.Tensor], t: float
+) -> tuple[float, float]:
+    """Coefficients of the point at ``t`` on the arc from one product to another.
+
+    With cos Ω = ⟨Δ₁, Δ₂⟩ / (‖Δ₁‖ ‖Δ₂‖): sin((1-t)Ω)/sin Ω and sin(tΩ)/sin Ω; the straight line,
+    1 - t and t, where sin Ω < 1e-6 or one of them is zero.
+
+    Args:
+        one: (lora_B, lora_A) of Δ₁, float64.
+        other: those of Δ₂.
+        t: 0 gives Δ₁, 1 gives Δ₂.
+
+    Notes:
+        Cost O((out + in) r²): the inner product is Σ (B₁ᵀB₂) ∘ (A₁A₂ᵀ).
+
+    References:
+        Shoemake 1985.
+    """
+    norms = product_norm(*one) * product_norm(*other)
+    if norms == 0:
+        return 1 - t, t
+    inner = float(((one[0].T @ other[0]) * (one[1] @ other[1].T)).sum())
+    omega = math.acos(max(-1.0, min(1.0, inner / norms)))
+    if math.sin(omega) < 1e-6:
+        return 1 - t, t
+    return math.sin((1 - t) * omega) / math.sin(omega), math.sin(t * omega) / math.sin(omega)

@@ -1,0 +1,200 @@
+"""Which elements of a matrix stay: decided block by block, the same for any blocks.
+
+A selector sees every block once per pass, in order, until `wants_pass` is false; then `apply`
+may be called for blocks in any order.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from loratool.linalg.rounding import uniform
+
+_DIGIT = 16
+_BITS = {torch.float32: (torch.int32, 31), torch.float64: (torch.int64, 63)}
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a block lies in its matrix.
+
+    Attributes:
+        index: number of the block, in the order in which passes see them.
+        r0: first row.
+        c0: first column.
+        cols: columns of the whole matrix.
+        offset: position of the matrix in a stack of several.
+    """
+
+    index: int
+    r0: int = 0
+    c0: int = 0
+    cols: int = 0
+    offset: int = 0
+
+    def positions(self, like: torch.Tensor) -> torch.Tensor:
+        """Row-major positions in the matrix: (m, n) int64."""
+        rows, cols = like.shape
+        row = torch.arange(self.r0, self.r0 + rows, device=like.device)
+        col = torch.arange(self.c0, self.c0 + cols, device=like.device)
+        return row[:, None] * self.cols + col + self.offset
+
+
+class Largest:
+    """The ``count`` elements of largest size, exactly; among equals the first ones.
+
+    Radix selection on the bit patterns: two passes for float32, four for float64, and one more
+    if not all elements of the threshold's size stay.  Memory 2^16 counters.
+
+    Args:
+        count: how many stay.
+        total: elements of the matrix.
+    """
+
+    def __init__(self, count: int, total: int) -> None:
+        self.is_all = count >= total
+        self.is_none = count <= 0
+        self._left = count  # of the elements that share the prefix, how many stay
+        self._prefix = 0
+        self._shift = -1
+        self._width = 0
+        self._counts: torch.Tensor | None = None
+        self._ties: dict[int, int] = {}  # block -> elements of the threshold's size
+        self._state = "done" if self.is_all or self.is_none else "digits"
+
+    @property
+    def wants_pass(self) -> bool:
+        """True while the threshold is not known."""
+        return self._state != "done"
+
+    def see(self, place: Place, values: torch.Tensor) -> None:
+        """Count a block."""
+        bits = _magnitude_bits(values)
+        if self._state == "ties":
+            self._ties[place.index] = int((bits == self._prefix).sum())
+            return
+        if self._shift < 0:
+            self._width = _BITS[values.dtype][1] + 1
+            self._shift = self._width - _DIGIT
+        if self._shift < self._width - _DIGIT:
+            bits = bits[(bits >> (self._shift + _DIGIT)) == self._prefix]
+        digits = (bits >> self._shift) & ((1 << _DIGIT) - 1)
+        counts = torch.bincount(digits.flatten(), minlength=1 << _DIGIT)
+        self._counts = counts if self._counts is None else self._counts + counts
+
+    def end_pass(self) -> None:
+        """Narrow the threshold down by one digit."""
+        if self._state == "ties":
+            self._state = "done"
+            return
+        assert self._counts is not None
+        above = self._counts.flip(0).cumsum(0).cpu()  # elements with this digit or a larger one
+        place = int(torch.searchsorted(above, self._left))
+        digit = (1 << _DIGIT) - 1 - place
+        equal = int(self._counts[digit])
+        self._left -= int(above[place]) - equal
+        self._prefix = self._prefix << _DIGIT | digit
+        self._counts = None
+        if self._shift:
+            self._shift -= _DIGIT
+        else:
+            self._state = "ties" if self._left < equal else "done"
+
+    def mask(self, place: Place, values: torch.Tensor) -> torch.Tensor:
+        """True where an element stays."""
+        if self.is_all or self.is_none:
+            return torch.full_like(values, self.is_all, dtype=torch.bool)
+        bits = _magnitude_bits(values)
+        if not self._ties:
+            return bits >= self._prefix
+        before = sum(n for index, n in self._ties.items() if index < place.index)
+        tied = bits == self._prefix
+        order = tied.flatten().cumsum(0).view(values.shape) + before
+        return (bits > self._prefix) | (tied & (order <= self._left))
+
+    def apply(self, place: Place, values: torch.Tensor) -> torch.Tensor:
+        """The elements that stay, zeros elsewhere."""
+        return values if self.is_all else values * self.mask(place, values)
+
+
+class Middle:
+    """All but the ``top`` largest and what lies below the next ``count``."""
+
+    def __init__(self, top: int, count: int, total: int) -> None:
+        top = max(0, min(top, total - count))
+        self._outer, self._inner = Largest(top + count, total), Largest(top, total)
+
+    @property
+    def wants_pass(self) -> bool:
+        """True while a threshold is not known."""
+        return self._outer.wants_pass or self._inner.wants_pass
+
+    def see(self, place: Place, values: torch.Tensor) -> None:
+        """Count a block."""
+        for one in (self._outer, self._inner):
+            if one.wants_pass:
+                one.see(place, values)
+
+    def end_pass(self) -> None:
+        """Go on with both thresholds."""
+        for one in (self._outer, self._inner):
+            if one.wants_pass:
+                one.end_pass()
+
+    def apply(self, place: Place, values: torch.Tensor) -> torch.Tensor:
+        """The elements that stay, zeros elsewhere."""
+        keep = self._outer.mask(place, values) & ~self._inner.mask(place, values)
+        return values * keep
+
+
+class Chance:
+    """Each element stays with a probability p and is divided by it; needs no pass.
+
+    The random number depends on the key and the element's position alone.
+
+    Args:
+        density: p, or its mean over a row.
+        epsilon: p runs from density - epsilon (smallest of a row) to density + epsilon (largest);
+            blocks must then hold whole rows.
+        key: 64-bit key.
+    """
+
+    wants_pass = False
+
+    def __init__(self, density: float, epsilon: float, key: int) -> None:
+        self._density = density
+        self._epsilon = epsilon
+        self._key = key
+
+    def see(self, place: Place, values: torch.Tensor) -> None:
+        """Never called."""
+
+    def end_pass(self) -> None:
+        """Never called."""
+
+    def apply(self, place: Place, values: torch.Tensor) -> torch.Tensor:
+        """The elements that stay, rescaled, zeros elsewhere."""
+        if self._density >= 1:
+            return values
+        chance = torch.full_like(values, self._density)
+        cols = values.shape[1]
+        if self._epsilon and cols > 1:
+            order = values.abs().argsort(dim=1, stable=True).argsort(dim=1)
+            chance += self._epsilon * (2 * order.to(values.dtype) / (cols - 1) - 1)
+        keep = uniform(place.positions(values), self._key) < chance
+        return values / chance * keep
+
+
+Selector = Largest | Middle | Chance
+
+
+def count_kept(density: float, total: int) -> int:
+    """⌊density · total⌋, at least 1: even a matrix of four elements keeps its largest."""
+    return max(1, int(density * total))
+
+
+def _magnitude_bits(values: torch.Tensor) -> torch.Tensor:
+    integer, width = _BITS[values.dtype]
+    return values.contiguous().view(integer) & ((1 << width) - 1)

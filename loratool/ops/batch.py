@@ -1,0 +1,68 @@
+"""Where the results of one or many adapters go: ``-o OUT`` or ``-o DIR/``."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from loratool.errors import UsageError, list_some
+from loratool.store.source import Resolved
+
+_FILES = (".safetensors", ".gguf", ".bin", ".pt", ".json")
+
+
+def output_folder(output: str | Path) -> Path:
+    """The folder that ``-o`` names for a PEFT adapter.
+
+    Raises:
+        UsageError: LT-227, it looks like a file.
+    """
+    target = Path(output)
+    if target.suffix.lower() in _FILES:  # style-v1.5 is a fine name for a folder
+        raise UsageError(
+            "LT-227", "a PEFT adapter is a folder", expected="a folder for -o", got=str(output)
+        )
+    return target
+
+
+def place_outputs(names: Sequence[str], output: str | Path) -> list[Path]:
+    """One place per input: OUT itself for one, DIR/NAME for many or where OUT ends in a slash.
+
+    Args:
+        names: last part of each input's path.
+        output: as typed.
+
+    Raises:
+        UsageError: LT-227; LT-247, two inputs have one name.
+
+    Example:
+        >>> [p.as_posix() for p in place_outputs(["a", "b"], "small/")]
+        ['small/a', 'small/b']
+    """
+    target = output_folder(output)
+    if len(names) == 1 and not is_batch(output):
+        return [target]
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice:
+        raise UsageError(
+            "LT-247", "two adapters have the same name", key=list_some(twice),
+            hint="take them one by one",
+        )  # fmt: skip
+    return [target / name for name in names]
+
+
+def is_batch(output: str | Path) -> bool:
+    """True if what was typed ends in a slash: a folder to put results into."""
+    return str(output).endswith(("/", os.sep))
+
+
+def name_of(found: Resolved) -> str:
+    """The name that a result keeps: the last part of the path, a file's without its suffix.
+
+    A Hub snapshot lies in a folder named by its commit: its label tells the repository.
+    """
+    if found.commit:
+        return found.label.split("@")[0].rpartition("/")[2]
+    return found.path.resolve().name.removesuffix(".safetensors")

@@ -1,0 +1,144 @@
+"""Which modules of adapters belong together, and what else differs (no torch)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from loratool.adapter import Adapter, DeltaSpec
+from loratool.errors import MismatchError
+from loratool.ops.additive import matrix_shape, require_additive, require_factors
+from loratool.report import ComparedReplacement, Difference
+from loratool.store.reader import have_same_bytes
+
+# Fields that say nothing about what the adapter computes, and lists whose order means nothing.
+_QUIET = {"peft_version", "inference_mode", "auto_mapping", "lora_dropout", "loratool"}
+_LAYER = re.compile(r"\.(\d+)(?=\.)")
+_LONG = 120
+
+
+@dataclass(frozen=True)
+class Aligned:
+    """The modules of all adapters.
+
+    Attributes:
+        groups: module name -> position of the adapter -> spec.
+        shared: names that all adapters have.
+        only: per adapter, names that no other one has.
+    """
+
+    groups: Mapping[str, Mapping[int, DeltaSpec]]
+    shared: tuple[str, ...]
+    only: tuple[tuple[str, ...], ...]
+
+
+def align(adapters: Sequence[Adapter]) -> Aligned:
+    """Group deltas by in-memory name.
+
+    Raises:
+        MismatchError: LT-460, LT-461 no matrix of their own; LT-469, one module has different
+            shapes.
+    """
+    groups: dict[str, dict[int, DeltaSpec]] = {}
+    for number, adapter in enumerate(adapters):
+        require_additive(adapter, "compared")
+        require_factors(adapter, "compared")
+        for spec in adapter.specs:
+            groups.setdefault(spec.name, {})[number] = spec
+    for name, found in groups.items():
+        forms = {number: _form(spec) for number, spec in found.items()}
+        if len(set(forms.values())) > 1:
+            first, *rest = forms.values()
+            raise MismatchError(
+                "LT-469", "one module has different shapes: adapters of different bases", key=name,
+                expected=first, got=next(f for f in rest if f != first),
+            )  # fmt: skip
+    return Aligned(
+        groups,
+        tuple(n for n, found in groups.items() if len(found) == len(adapters)),
+        tuple(
+            tuple(n for n, found in groups.items() if set(found) == {i})
+            for i in range(len(adapters))
+        ),
+    )
+
+
+def _form(spec: DeltaSpec) -> str:
+    if spec.kind == "vector":
+        return f"bias {spec.fields['delta'].numel}"
+    out, inner = matrix_shape(spec)
+    return f"{out}×{inner}" + (f", {spec.experts} experts" if spec.experts else "")
+
+
+def layer_of(name: str) -> int | None:
+    """The first number in a module path."""
+    found = _LAYER.search(name)
+    return int(found[1]) if found else None
+
+
+def family_of(spec: DeltaSpec) -> str:
+    """Last part of the module path; the parameter's name for bare parameters and biases."""
+    last = spec.module.rpartition(".")[2]
+    if spec.parameter == "weight":
+        return last
+    return spec.parameter if spec.parameter != "bias" else f"{last}.bias"
+
+
+def find_differences(one: Adapter, two: Adapter) -> list[Difference]:
+    """Configuration keys, dialects and storage types that are not the same."""
+    rows = {
+        "dialect": (one.dialect, two.dialect),
+        "type": (_types(one), _types(two)),
+        "modules": (len(one.specs), len(two.specs)),
+    }
+    found = [Difference(k, str(a), str(b)) for k, (a, b) in rows.items() if a != b]
+    for key in sorted({*one.config, *two.config} - _QUIET):
+        first, second = (_plain(a.config.get(key)) for a in (one, two))
+        if first != second:
+            found.append(Difference(key, first, second))
+    return found
+
+
+def find_replacements(one: Adapter, two: Adapter) -> list[ComparedReplacement]:
+    """Replaced tensors of both, compared byte for byte."""
+    mine = {(r.name, r.rows): r for r in one.replacements}
+    theirs = {(r.name, r.rows): r for r in two.replacements}
+    found = [
+        ComparedReplacement(
+            key[0], "both", have_same_bytes([mine[key].source, theirs[key].source])
+        )
+        for key in mine if key in theirs
+    ]  # fmt: skip
+    found += [ComparedReplacement(key[0], "first") for key in mine if key not in theirs]
+    found += [ComparedReplacement(key[0], "second") for key in theirs if key not in mine]
+    return found
+
+
+def has_same_factors(aligned: Aligned) -> bool:
+    """True if all factors have equal bytes and every scaling is the same."""
+    for found in aligned.groups.values():
+        if len(found) < len(aligned.only):
+            return False
+        first, *others = found.values()
+        for other in others:
+            if other.scaling != first.scaling or set(other.fields) != set(first.fields):
+                return False
+            if not all(have_same_bytes([first.fields[r], other.fields[r]]) for r in first.fields):
+                return False
+    return True
+
+
+def _types(adapter: Adapter) -> str:
+    return " + ".join(sorted({f.dtype for s in adapter.specs for f in s.fields.values()})) or "none"
+
+
+def _plain(value: Any) -> str:
+    """A configuration value as text; nothing, null, false and empty are one."""
+    if value in (None, False, [], {}, ""):
+        return "-"
+    if isinstance(value, list) and all(isinstance(v, str) for v in value):
+        value = sorted(value)
+    text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+    return text if len(text) <= _LONG else text[: _LONG - 1] + "…"

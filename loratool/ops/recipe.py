@@ -1,0 +1,259 @@
+"""Recipes: several commands from one YAML file, read strictly, with line numbers."""
+
+from __future__ import annotations
+
+import inspect
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from loratool.errors import UsageError, list_some
+from loratool.store.foreign import open_regular
+
+MAX_BYTES = 1_000_000
+# Option as typed -> keyword of the function, where they are not the same word.
+_SPELLED = {
+    ("subtract", "from"): "merged",
+    ("swap", "in"): "merged",
+    ("verify", "adapter"): "adapters",
+}
+_WRITTEN = ("output", "save_undo", "save_residual", "csv", "plot")
+_MINE = {"dry_run", "progress", "operation", "offline", "yes"}  # of `run` itself, or of code
+Function = types.FunctionType
+
+
+@dataclass(frozen=True)
+class RecipeStep:
+    """One command.
+
+    Attributes:
+        number: from 1.
+        command: its name.
+        options: keyword -> value, checked against the function.
+        line: in the file, from 1.
+    """
+
+    number: int
+    command: str
+    options: Mapping[str, Any]
+    line: int
+
+    @property
+    def output(self) -> str | None:
+        """What it writes, as written in the recipe."""
+        value = self.options.get("output")
+        return None if value is None else str(value)
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """Every file and folder that it writes."""
+        return tuple(str(self.options[k]) for k in _WRITTEN if self.options.get(k) is not None)
+
+    def needs(self, earlier: Sequence[RecipeStep]) -> tuple[int, ...]:
+        """Numbers of earlier steps whose output this one reads."""
+        texts = [
+            text
+            for key, value in self.options.items()
+            if key not in _WRITTEN
+            for text in (value if isinstance(value, list) else [value])
+            if isinstance(text, str)
+        ]
+        return tuple(
+            step.number
+            for step in earlier
+            if any(_lies_in(text, place) for text in texts for place in step.outputs)
+        )
+
+
+def _lies_in(text: str, output: str) -> bool:
+    home = Path(output)
+    return any(
+        path == home or home in path.parents for path in (Path(text), Path(text.rpartition(":")[0]))
+    )
+
+
+def read_recipe(path: Path, commands: Mapping[str, Function]) -> tuple[RecipeStep, ...]:
+    """Read and check a recipe; nothing runs.
+
+    Args:
+        path: YAML: ``steps:``, a list of ``command: {option: value}``.
+        commands: name -> function whose keywords are the options.
+
+    Raises:
+        UsageError: LT-287, it is no recipe; LT-288, an unknown or doubled key, or a value of the
+            wrong type.  Every message has the line.
+        BadFileError: no such file.
+    """
+    import yaml
+
+    root = _compose(path)
+    if not isinstance(root, yaml.MappingNode):
+        _refuse("LT-287", path, root, "a recipe is a mapping", "steps:")
+    top = _pairs(path, root)
+    unknown = [k for k in top if k != "steps"]
+    if unknown:
+        _refuse("LT-288", path, top[unknown[0]][0], f"unknown key {unknown[0]}", "steps")
+    if "steps" not in top or not isinstance(top["steps"][1], yaml.SequenceNode):
+        _refuse("LT-287", path, root, "a recipe has a list of steps", "steps:")
+    nodes = top["steps"][1].value
+    if not nodes:
+        _refuse("LT-287", path, root, "no steps")
+    return tuple(_step(path, number, node, commands) for number, node in enumerate(nodes, 1))
+
+
+def _compose(path: Path) -> Any:
+    import yaml
+
+    with open_regular(path) as file:
+        raw = file.read(MAX_BYTES + 1)
+    if len(raw) > MAX_BYTES:
+        raise UsageError("LT-287", "not a recipe: too large", file=path, expected="at most 1 MB")
+    try:
+        text = raw.decode("utf-8")
+        for event in yaml.parse(text, Loader=yaml.SafeLoader):
+            if isinstance(event, yaml.AliasEvent):
+                _refuse("LT-287", path, event, "aliases are not used in recipes")
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+    except UnicodeDecodeError as error:
+        raise UsageError("LT-287", "not a recipe: no UTF-8 text", file=path) from error
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" at line {mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or type(error).__name__
+        raise UsageError("LT-287", "not YAML", file=path, got=f"{problem}{where}") from error
+    if root is None:
+        raise UsageError("LT-287", "the recipe is empty", file=path, expected="steps:")
+    return root
+
+
+def _step(path: Path, number: int, node: Any, commands: Mapping[str, Function]) -> RecipeStep:
+    import yaml
+
+    pairs = _pairs(path, node) if isinstance(node, yaml.MappingNode) else {}
+    if len(pairs) != 1:
+        _refuse("LT-287", path, node, f"step {number} is not one command with its options",
+                "- merge: {adapters: [./style], base: ./model, output: ./merged}")  # fmt: skip
+    ((command, (key, value)),) = pairs.items()
+    if command not in commands:
+        _refuse("LT-288", path, key, f"no command {command}", list_some(commands, 20))
+    if not isinstance(value, yaml.MappingNode):
+        _refuse("LT-287", path, value, f"{command} has no options", "option: value")
+    known = _keywords(commands[command], commands["merge"])
+    options: dict[str, Any] = {}
+    for name, (where, item) in _pairs(path, value).items():
+        keyword, plain = _keyword(command, name, known, _plain(path, item))
+        if keyword is None or keyword in options:
+            _refuse("LT-288", path, where, f"{command} has no option {name}"
+                    if keyword is None else f"{name} says {keyword} a second time",
+                    list_some((k.replace("_", "-") for k in known), 40))  # fmt: skip
+        hint = known[keyword].annotation
+        if not _fits(plain, hint):
+            _refuse("LT-288", path, item, f"{command}: {name} is of the wrong type",
+                    _words(hint), repr(plain)[:80])  # fmt: skip
+        options[keyword] = plain
+    missing = [k for k, p in known.items() if p.default is p.empty and k not in options]
+    if missing:
+        _refuse("LT-288", path, key, f"{command} lacks {list_some(missing)}")
+    return RecipeStep(number, command, options, key.start_mark.line + 1)
+
+
+def _keyword(
+    command: str, name: str, known: Mapping[str, inspect.Parameter], value: Any
+) -> tuple[str | None, Any]:
+    """The function's keyword for an option, and the value it takes there."""
+    word = _SPELLED.get((command, name), name.replace("-", "_"))
+    if word.startswith("no_") and word[3:] in known and isinstance(value, bool):
+        return word[3:], not value
+    return (word if word in known else None), value
+
+
+def takes(function: Function, keyword: str) -> bool:
+    """True if a function has the keyword, or hands all keywords on."""
+    parameters = inspect.signature(function).parameters
+    return keyword in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+
+
+def _keywords(function: Function, more: Function) -> dict[str, inspect.Parameter]:
+    """Keywords with resolved types; those of ``more`` where a function hands them on."""
+    found: dict[str, inspect.Parameter] = {}
+    # Callbacks have types that exist for type checkers only: left out before names are looked up.
+    wanted = {k: v for k, v in function.__annotations__.items() if k not in {*_MINE, "return"}}
+    holder = types.SimpleNamespace(__annotations__=wanted)
+    hints = typing.get_type_hints(holder, globalns=function.__globals__)
+    for name, parameter in inspect.signature(function).parameters.items():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            base = {"base", "output", "adapters"}
+            found |= {
+                k: p for k, p in _keywords(more, more).items() if k not in base | found.keys()
+            }
+        elif name not in _MINE:
+            found[name] = parameter.replace(annotation=hints.get(name, Any))
+    return found
+
+
+def _pairs(path: Path, node: Any) -> dict[str, tuple[Any, Any]]:
+    found: dict[str, tuple[Any, Any]] = {}
+    for key, value in node.value:
+        if key.tag != "tag:yaml.org,2002:str":
+            _refuse("LT-288", path, key, "a key is a word", got=str(key.value)[:80])
+        if key.value in found:
+            first = found[key.value][0].start_mark.line + 1
+            _refuse("LT-288", path, key, f"{key.value} is there twice", f"once, as in line {first}")
+        found[key.value] = (key, value)
+    return found
+
+
+def _plain(path: Path, node: Any) -> Any:
+    """The Python value of a scalar or of a list of scalars."""
+    import yaml
+
+    if isinstance(node, yaml.SequenceNode):
+        return [_plain(path, item) for item in node.value]
+    if isinstance(node, yaml.MappingNode):
+        _refuse("LT-288", path, node, "an option is a value or a list")
+    loader = yaml.SafeLoader("")
+    try:
+        return loader.construct_object(node)
+    except (yaml.YAMLError, ValueError, OverflowError):
+        _refuse("LT-288", path, node, "not a value", got=str(node.value)[:80])
+    finally:
+        loader.dispose()
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Strict: true is no number, 1 is no text; a path is a text."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return True
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(value, arg) for arg in args)
+    if origin is not None:  # Sequence[str], Sequence[float]
+        return isinstance(value, list) and all(_fits(v, args[0]) for v in value)
+    if hint is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, str) if hint is Path else type(value) is hint
+
+
+def _words(hint: Any) -> str:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        words = dict.fromkeys(_words(a) for a in args if a is not type(None))
+        return " or ".join(words)
+    if origin is not None:
+        return f"a list, each {_words(args[0])}"
+    names = {str: "a text (quote it)", Path: "a text (quote it)", bool: "true or false",
+             int: "a whole number", float: "a number"}  # fmt: skip
+    return names.get(hint, str(hint))
+
+
+def _refuse(
+    code: str, path: Path, node: Any, what: str, expected: object = None, got: object = None
+) -> NoReturn:
+    raise UsageError(
+        code, what, file=f"{path}, line {node.start_mark.line + 1}", expected=expected, got=got
+    )

@@ -1,0 +1,178 @@
+"""Plan factor · ΔW: in the configuration's alpha where that is exact, else baked into lora_B."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from loratool.adapter import Adapter, DeltaSpec, TensorRef
+from loratool.errors import MismatchError, UsageError, list_some
+from loratool.ops.additive import require_additive
+from loratool.ops.blocks import block_factors
+from loratool.ops.extract import compile_pattern
+
+_DEFAULT_ALPHA = 8  # of PEFT, where the configuration has none
+_SCALED_ROLES = ("lora_B", "delta")
+_NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)")
+
+
+@dataclass(frozen=True)
+class RescalePlan:
+    """What becomes of one adapter.
+
+    Attributes:
+        adapter: as opened.
+        factors: spec name -> factor.
+        how: ``copied``, ``alpha``, ``alpha and sign`` or ``factors``.
+        config: the new configuration.
+        baked: key of a tensor -> what its elements are multiplied with.
+        notes: one sentence each.
+    """
+
+    adapter: Adapter
+    factors: Mapping[str, float]
+    how: str
+    config: Mapping[str, Any]
+    baked: Mapping[str, float]
+    notes: tuple[str, ...]
+
+
+def parse_only(items: Sequence[str]) -> list[tuple[re.Pattern[str], float]]:
+    """``REGEX=FACTOR`` as typed.
+
+    Raises:
+        UsageError: LT-295 no factor, LT-220 no regular expression.
+    """
+    found = []
+    for item in items:
+        regex, equals, number = item.rpartition("=")
+        if not equals or not regex or not _NUMBER.fullmatch(number):
+            raise UsageError(
+                "LT-295", "--only takes a regular expression and a factor", got=item,
+                expected="REGEX=FACTOR, such as mlp=0.5",
+            )  # fmt: skip
+        found.append((compile_pattern(regex), float(number)))
+    return found
+
+
+def plan_rescale(
+    adapter: Adapter,
+    factor: float,
+    *,
+    only: Sequence[tuple[re.Pattern[str], float]] = (),
+    blocks: str | None = None,
+) -> RescalePlan:
+    """Plan factor · ΔW for every module.
+
+    Args:
+        adapter: opened.
+        factor: for modules that no ``only`` matches.
+        only: expression on module names -> factor; the last that matches counts.
+        blocks: see `loratool.ops.blocks`; multiplies ``factor``.
+
+    Raises:
+        MismatchError: LT-460 a change that depends on the base, LT-467 an expression that matches
+            nothing, LT-468 one tensor with two factors.
+        UsageError: LT-238, nothing of the adapter would be left.
+    """
+    factors = _choose(adapter, factor, only, blocks)
+    kept = [r.name for r in adapter.replacements]
+    notes = list(adapter.notes)
+    if all(f == 1 for f in factors.values()):
+        return RescalePlan(adapter, factors, "copied", adapter.config, {}, tuple(notes))
+    require_additive(
+        adapter, "rescaled",
+        hint="give the weight when it is merged: loratool merge ADAPTER:FACTOR --base BASE -o OUT",
+    )  # fmt: skip
+    if not any(factors.values()):
+        raise UsageError(
+            "LT-238", "factor 0 leaves an adapter that does nothing", file=adapter.path,
+            hint="--only REGEX=0 switches parts off",
+        )  # fmt: skip
+    off = [name for name, f in factors.items() if f == 0]
+    if off:
+        notes.append(f"{len(off)} modules are switched off: their lora_B is zero")
+    if kept:
+        notes.append(
+            f"{len(kept)} replaced tensors do not scale without the base, they stay as they are: "
+            f"{list_some(kept, 3)}"
+        )
+    config = _scaled_config(adapter.config, factors)
+    if config is None:
+        baked = _bake(adapter, factors)
+        return RescalePlan(adapter, factors, "factors", adapter.config, baked, tuple(notes))
+    sign = next(iter(factors.values())) < 0
+    signs = _bake(adapter, dict.fromkeys(factors, -1.0)) if sign else {}
+    how = "alpha and sign" if sign else "alpha"
+    return RescalePlan(adapter, factors, how, config, signs, tuple(notes))
+
+
+def _choose(
+    adapter: Adapter,
+    factor: float,
+    only: Sequence[tuple[re.Pattern[str], float]],
+    blocks: str | None,
+) -> dict[str, float]:
+    """Factor of every spec; a bias delta has that of its module's weight."""
+    owners = {s.module: s.name for s in adapter.specs if s.kind != "vector"}
+    names = {s.name: owners.get(s.module, s.name) for s in adapter.specs}
+    by_block = block_factors(names.values(), blocks) if blocks else {}
+    found = {name: factor * by_block.get(owner, 1.0) for name, owner in names.items()}
+    for pattern, value in only:
+        hits = [name for name, owner in names.items() if pattern.search(owner)]
+        if not hits:
+            raise MismatchError(
+                "LT-467", "--only matches no module", file=adapter.path, key=pattern.pattern,
+                got=list_some(names.values(), 3),
+            )  # fmt: skip
+        found |= dict.fromkeys(hits, value)
+    return found
+
+
+def _scaled_config(
+    config: Mapping[str, Any], factors: Mapping[str, float]
+) -> dict[str, Any] | None:
+    """The configuration with every alpha multiplied, None if one is no whole number then.
+
+    Many programs read alpha as an integer.
+    """
+    if len(set(factors.values())) != 1 or not config:
+        return None
+    size = abs(next(iter(factors.values())))
+    alpha = _whole(config.get("lora_alpha", _DEFAULT_ALPHA), size)
+    patterns = {k: _whole(v, size) for k, v in (config.get("alpha_pattern") or {}).items()}
+    if not alpha or not all(patterns.values()):
+        return None
+    changed: dict[str, Any] = {"lora_alpha": alpha}
+    if patterns:
+        changed["alpha_pattern"] = patterns
+    return {**config, **changed}
+
+
+def _whole(alpha: Any, factor: float) -> int | None:
+    """Alpha · factor if it is a whole number; 0.1 · 30 is 3 although floats say otherwise."""
+    if alpha is None:
+        alpha = _DEFAULT_ALPHA
+    value = alpha * factor
+    whole = round(value)
+    return whole if abs(value - whole) <= 1e-12 * abs(whole) else None
+
+
+def _bake(adapter: Adapter, factors: Mapping[str, float]) -> dict[str, float]:
+    baked: dict[str, float] = {}
+    for spec in adapter.specs:
+        key = _scaled_key(spec)
+        if baked.setdefault(key, factors[spec.name]) != factors[spec.name]:
+            raise MismatchError(
+                "LT-468", "two modules share a tensor and have different factors",
+                file=adapter.path, key=key, expected=baked[key], got=factors[spec.name],
+            )  # fmt: skip
+    return {key: f for key, f in baked.items() if f != 1}
+
+
+def _scaled_key(spec: DeltaSpec) -> str:
+    source = next(spec.fields[role] for role in _SCALED_ROLES if role in spec.fields)
+    assert isinstance(source, TensorRef)
+    return source.name

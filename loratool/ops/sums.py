@@ -1,0 +1,253 @@
+"""Plan Σ weight·ΔW of several adapters without a base: which factors go into which module."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from loratool.adapter import Adapter, DeltaSpec, Replacement
+from loratool.dialects.peft_version import square_experts_rule
+from loratool.errors import MismatchError, list_some
+from loratool.ops.additive import (
+    factor_dtype,
+    matrix_shape,
+    mha_outputs,
+    require_additive,
+    require_factors,
+)
+from loratool.plan import DeltaPart
+from loratool.store.reader import have_same_bytes
+
+_ONE = 1e-12
+_WAYS_OUT = {
+    "subtracted": "with the base it works: merge A and B into BASE each, then "
+    "loratool extract MERGED_A --base MERGED_B --rank R -o OUT",
+    "merged": "weights that add up to 1 average them (--mean), and --base BASE merges anything",
+}
+_TIES = "ensure_weight_tying"  # PEFT: one change for the input embedding and the output head
+
+
+@dataclass(frozen=True)
+class SumModule:
+    """One module of the result.
+
+    Attributes:
+        spec: that of the first adapter that has it: name, layout and packing count.
+        terms: in the order of the adapters; a term is weight · scaling · lora_B @ lora_A.
+        gain: 2 where the reader adds the delta twice (nn.MultiheadAttention out_proj), else 1.
+        rank: Σ of the terms' ranks.
+        shape: (out, in) of one matrix; (n,) for a bias.
+    """
+
+    spec: DeltaSpec
+    terms: tuple[DeltaPart, ...]
+    gain: float
+    rank: int
+    shape: tuple[int, ...]
+
+    @property
+    def is_bias(self) -> bool:
+        """True for a bias delta."""
+        return self.spec.kind == "vector"
+
+    @property
+    def shared_alpha(self) -> int | None:
+        """The whole alpha under which the first term's factors stay as they are, None if none.
+
+        Many programs read alpha as an integer, so any other scaling goes into lora_B.
+        """
+        first = self.terms[0]
+        alpha = abs(first.weight * first.spec.scaling) / self.gain * self.rank
+        whole = round(alpha)
+        return whole if whole and abs(alpha - whole) <= 1e-9 * whole else None
+
+
+@dataclass(frozen=True)
+class SumPlan:
+    """What becomes of every tensor of every adapter.
+
+    Attributes:
+        modules: low-rank modules first, then bias deltas of the same modules.
+        replacements: carried over as they are.
+        mixed: replaced tensors whose values are averaged: (replacement, weight) of each adapter.
+        base_model: that of the first adapter.
+        config: of the first adapter; ``ensure_weight_tying`` only if all have it.
+        layer_order: layer_replication of all adapters.
+        dtype: of the factors.
+        notes: one sentence each.
+    """
+
+    modules: tuple[SumModule, ...]
+    replacements: tuple[Replacement, ...]
+    mixed: tuple[tuple[tuple[Replacement, float], ...], ...]
+    base_model: str | None
+    config: Mapping[str, Any]
+    layer_order: tuple[int, ...] | None
+    dtype: str
+    notes: tuple[str, ...]
+
+
+def plan_sum(adapters: Sequence[tuple[Adapter, float]], *, verb: str) -> SumPlan:
+    """Plan Σ weight·ΔW over the union of all modules.
+
+    Args:
+        adapters: with their coefficients.
+        verb: past participle for messages, such as ``subtracted``.
+
+    Raises:
+        MismatchError: LT-460 … LT-465, changes that have no sum without the base, modules of
+            different shapes, replaced tensors that contradict each other.
+    """
+    for adapter, _ in adapters:
+        require_additive(adapter, verb)
+        require_factors(adapter, verb)
+    _check_layers([a for a, _ in adapters])
+    _check_experts([a for a, _ in adapters])
+    groups: dict[str, list[DeltaPart]] = {}
+    for number, (adapter, weight) in enumerate(adapters):
+        for spec in adapter.specs:
+            term = DeltaPart(spec, weight, adapter=number)
+            groups.setdefault(spec.name, []).append(term)
+    outputs = mha_outputs([s for a, _ in adapters for s in a.specs])
+    modules = [_module(name, terms, outputs, adapters) for name, terms in groups.items()]
+    modules.sort(key=lambda m: m.is_bias)
+    replacements, mixed, notes = _replacements(adapters, verb)
+    bases = {a.base_model for a, _ in adapters if a.base_model}
+    if len(bases) > 1:
+        notes.append(f"the adapters name different bases: {list_some(sorted(bases))}")
+    if not _common(groups):
+        notes.append("the adapters have no module in common")
+    return SumPlan(
+        tuple(modules),
+        replacements,
+        mixed,
+        next((a.base_model for a, _ in adapters if a.base_model), None),
+        _config([a for a, _ in adapters]),
+        adapters[0][0].layer_order,
+        factor_dtype([a for a, _ in adapters]),
+        tuple(dict.fromkeys((*(n for a, _ in adapters for n in a.notes), *notes))),
+    )
+
+
+def _module(
+    name: str,
+    terms: Sequence[DeltaPart],
+    outputs: frozenset[str],
+    adapters: Sequence[tuple[Adapter, float]],
+) -> SumModule:
+    first = terms[0].spec
+    for term in terms[1:]:
+        mine, other = _form(first), _form(term.spec)
+        if mine != other:
+            raise MismatchError(
+                "LT-462", "one module has different forms in the adapters", key=name,
+                file=adapters[term.adapter][0].path, expected=mine, got=other,
+            )  # fmt: skip
+    is_bias = first.kind == "vector"
+    shape = first.fields["delta"].shape if is_bias else matrix_shape(first)
+    return SumModule(
+        first, tuple(terms), 2.0 if name in outputs else 1.0,
+        sum(t.spec.rank for t in terms), shape,
+    )  # fmt: skip
+
+
+def _form(spec: DeltaSpec) -> str:
+    """What must agree between the factors of one module, in words."""
+    if spec.kind == "vector":
+        return f"bias {list(spec.fields['delta'].shape)}"
+    words = [spec.layout, "×".join(map(str, matrix_shape(spec)))]
+    if spec.layout == "conv":
+        words.append(f"kernel {'×'.join(map(str, spec.fields['lora_A'].shape[2:]))}")
+    if spec.experts:
+        words.append(f"{spec.experts} experts")
+    return " ".join(words)
+
+
+def _config(adapters: Sequence[Adapter]) -> dict[str, Any]:
+    """A sum of tied changes is tied; one that is not makes the sum another."""
+    first = dict(adapters[0].config)
+    if not all(a.config.get(_TIES) is True for a in adapters):
+        first.pop(_TIES, None)
+    return first
+
+
+def _check_layers(adapters: Sequence[Adapter]) -> None:
+    if len({a.layer_order for a in adapters}) > 1:
+        odd = next(a for a in adapters if a.layer_order != adapters[0].layer_order)
+        raise MismatchError(
+            "LT-463", "the adapters replicate layers differently", file=odd.path,
+            key="layer_replication", expected=adapters[0].layer_order, got=odd.layer_order,
+        )  # fmt: skip
+
+
+def _replacements(
+    adapters: Sequence[tuple[Adapter, float]], verb: str
+) -> tuple[tuple[Replacement, ...], tuple[tuple[tuple[Replacement, float], ...], ...], list[str]]:
+    """Replaced tensors that the result has: as they are, averaged, and what to say.
+
+    W + Σ c·(T - W) needs no base where the weights of those that replace a tensor sum up to 1: it
+    is Σ c·T.  Where they sum up to 0 and hold the same bytes, W stays.  When adapters are merged
+    and every one of them has the same bytes, those are taken.
+    """
+    groups: dict[tuple[str, bool], list[tuple[Replacement, float]]] = {}
+    for adapter, weight in adapters:
+        for one in adapter.replacements:
+            groups.setdefault((one.name, one.rows is None), []).append((one, weight))
+    kept, mixed, gone, conflicts = [], [], [], []
+    for (name, _), found in groups.items():
+        first, total = found[0][0], sum(weight for _, weight in found)
+        is_same = all(one.rows == first.rows for one, _ in found) and (
+            len(found) == 1 or have_same_bytes([one.source for one, _ in found])
+        )
+        is_agreed = verb == "merged" and len(found) == len(adapters) > 1
+        if is_same and (is_agreed or abs(total - 1) <= _ONE):
+            kept.append(first)
+        elif abs(total - 1) <= _ONE and all(
+            (one.rows, one.source.shape) == (first.rows, first.source.shape) for one, _ in found
+        ):
+            mixed.append(tuple(found))
+        elif is_same and total == 0:
+            gone.append(name)
+        else:
+            conflicts.append(name)
+    if conflicts:
+        raise MismatchError(
+            "LT-464", f"replaced tensors cannot be {verb}: their change depends on the base",
+            file=adapters[0][0].path, key=list_some(conflicts),
+            hint=_WAYS_OUT[verb],
+        )  # fmt: skip
+    notes = []
+    if kept:
+        notes.append(f"{len(kept)} replaced tensors are kept: {_few(r.name for r in kept)}")
+    if gone:
+        notes.append(f"{len(gone)} replaced tensors are the base's own again: {_few(gone)}")
+    if mixed:
+        names = _few(found[0][0].name for found in mixed)
+        notes.append(f"{len(mixed)} replaced tensors are averaged: {names}")
+    return tuple(kept), tuple(mixed), notes
+
+
+def _check_experts(adapters: Sequence[Adapter]) -> None:
+    """How PEFT reads square experts depends on its version: it must be one for all."""
+    rules = {}
+    for adapter in adapters:
+        if any(s.experts and len(set(matrix_shape(s))) == 1 for s in adapter.specs):
+            version = adapter.config.get("peft_version")
+            rules[square_experts_rule(version if isinstance(version, str) else "")] = adapter
+    if len(rules) > 1:
+        raise MismatchError(
+            "LT-465", "PEFT versions that read square experts differently",
+            file=list(rules.values())[1].path, key="peft_version",
+            expected=adapters[0].config.get("peft_version"),
+            got=list(rules.values())[1].config.get("peft_version"),
+            hint="merge them into the base, which knows its layout",
+        )  # fmt: skip
+
+
+def _few(names: Iterable[str]) -> str:
+    return list_some(names, 3)
+
+
+def _common(groups: dict[str, list[DeltaPart]]) -> bool:
+    return any(len({t.adapter for t in terms}) > 1 for terms in groups.values())

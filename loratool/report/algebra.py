@@ -1,0 +1,128 @@
+"""What `loratool.rescale` and `loratool.subtract` (adapter − adapter) return."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from loratool.report.base import Loads, Report
+
+
+@dataclass(frozen=True)
+class SumModuleReport:
+    """One module of Σ weight·ΔW.
+
+    Attributes:
+        name: module.
+        shape: (out, in) of one matrix.
+        rank: of the result.
+        sources: positions of the adapters that have it.
+        norm: ‖ΔW‖_F of the exact sum.
+        relative_error: of what is stored, against the exact sum.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    rank: int
+    sources: tuple[int, ...]
+    norm: float
+    relative_error: float
+
+
+@dataclass(frozen=True)
+class DifferenceReport(Report):
+    """Result of `loratool.subtract` without merged weights: adapter − Σ weight·adapter.
+
+    Attributes:
+        output: what was (or would be) written.
+        adapters: ``{"label", "weight"}`` in order, the first with 1.
+        rank: asked for; None = concatenated, exact.
+        modules: every module of the result.
+        norm: ‖ΔW‖_F of the exact result.
+        relative_error: of what is stored, over all modules.
+        dtype: of the factors.
+        kept: replaced tensors carried over.
+        output_bytes: size of the tensor file.
+        seconds: wall time.
+        loads_in: which programs load it.
+        warnings: what the user should not overlook.
+        notes: what is good to know.
+        dry_run: nothing was written or measured.
+    """
+
+    command: ClassVar[str] = "subtract"
+    output: str
+    adapters: tuple[Mapping[str, Any], ...]
+    rank: int | None
+    modules: tuple[SumModuleReport, ...]
+    norm: float
+    relative_error: float
+    dtype: str
+    kept: tuple[str, ...]
+    output_bytes: int
+    seconds: float
+    loads_in: tuple[Loads, ...] = ()
+    warnings: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    dry_run: bool = False
+
+
+@dataclass(frozen=True)
+class RescaledAdapter:
+    """One adapter with its ΔW multiplied.
+
+    Attributes:
+        source: as named.
+        output: what was (or would be) written.
+        how: ``copied`` (factor 1), ``alpha`` (configuration only, tensors copied byte for
+            byte), ``factors`` (baked into lora_B), ``alpha and sign``.
+        factors: factor -> modules.
+        relative_error: ‖stored − exact‖ / ‖exact‖ over all modules.
+        dtype: of the factors.
+        kept: replaced tensors, which do not scale.
+        output_bytes: size of the tensor file.
+        loads_in: which programs load it.
+        warnings: what the user should not overlook.
+        notes: what is good to know.
+        intruders: intruder dimensions weakened; None if that was not asked for.
+    """
+
+    source: str
+    output: str
+    how: str
+    factors: Mapping[str, int]
+    relative_error: float
+    dtype: str
+    kept: tuple[str, ...]
+    output_bytes: int
+    loads_in: tuple[Loads, ...] = ()
+    warnings: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    intruders: int | None = None
+
+
+@dataclass(frozen=True)
+class RescaleReport(Report):
+    """Result of `loratool.rescale`.
+
+    Attributes:
+        output: folder that was (or would be) written, or the folder of several.
+        factor: for modules that no ``only`` matches.
+        adapters: one row per input.
+        seconds: wall time.
+        dry_run: nothing was written or measured.
+    """
+
+    command: ClassVar[str] = "rescale"
+    output: str
+    factor: float
+    adapters: tuple[RescaledAdapter, ...]
+    seconds: float
+    dry_run: bool = False
+
+
+def share_of(part_square: float, whole_square: float) -> float:
+    """√(part/whole), 0 where there is nothing to lose."""
+    return math.sqrt(part_square / whole_square) if whole_square > 0 else 0.0

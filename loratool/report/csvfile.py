@@ -1,0 +1,74 @@
+"""Reports as tables for other programs."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from loratool.errors import DiskError
+
+if TYPE_CHECKING:
+    from loratool.report.compare import CompareReport
+
+_COLUMNS = (
+    "name", "family", "layer", "cosine", "norm_ratio", "relative_difference",
+    "similarity_A", "random_A", "similarity_B", "random_B", "sign_conflict", "top_overlap",
+    "sampled", "elements",
+)  # fmt: skip
+
+
+def write_comparison(report: CompareReport, path: Path) -> str:
+    """A row per shared module for two adapters, the matrix of cosines for more."""
+    if len(report.adapters) > 2:
+        head: list[object] = ["adapter", "norm", *report.adapters]
+        rows: list[list[object]] = [
+            [name, norm, *row]
+            for name, norm, row in zip(report.adapters, report.norms, report.matrix, strict=True)
+        ]
+    else:
+        head = [*_COLUMNS, "out", "in", "rank_1", "rank_2", "norm_1", "norm_2"]
+        head += [f"angle_{side}_{what}" for side in "AB" for what in ("min", "median", "max")]
+        rows = [
+            [*(getattr(m, column) for column in _COLUMNS), *m.shape, *m.ranks, *m.norms,
+             *_three(m.angles_A), *_three(m.angles_B)]
+            for m in report.modules
+        ]  # fmt: skip
+    return write_table(path, head, rows)
+
+
+def write_table(path: Path, head: Sequence[object], rows: Iterable[Sequence[object]]) -> str:
+    """Write a CSV file, whole or not at all; numbers in full, NaN as an empty cell.
+
+    Raises:
+        DiskError: LT-604.
+    """
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow([_cell(value) for value in head])
+    writer.writerows([_cell(value) for value in row] for row in rows)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        temporary.write_text(text.getvalue(), encoding="utf-8", errors="backslashreplace")
+        temporary.replace(path)
+    except OSError as error:
+        raise DiskError("LT-604", "cannot write", file=path, got=error.strerror) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+    return str(path)
+
+
+def _three(values: Sequence[float]) -> Sequence[float]:
+    return values or (math.nan,) * 3
+
+
+def _cell(value: object) -> object:
+    """Names from a file must not become formulas of a spreadsheet."""
+    if value is None or (isinstance(value, float) and not math.isfinite(value)):
+        return ""
+    if isinstance(value, str) and value[:1] in "=+-@\t\r":
+        return "'" + value
+    return repr(value) if isinstance(value, float) else value

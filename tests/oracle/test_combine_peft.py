@@ -1,0 +1,109 @@
+"""Merged adapters in real PEFT: they reload without a missing or unexpected key, and the
+factor-wise methods are PEFT's own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import loratool as lt
+from tests.make import random_factors, save_adapter
+from tests.oracle.test_combine import dense, distance
+from tests.oracle.test_compress import LOADABLE
+from tests.oracle.test_extract import load_in_peft
+from tests.oracle.test_extract_ranks import peft_deltas
+
+transformers = pytest.importorskip("transformers")
+peft = pytest.importorskip("peft")
+
+LLM = Path(__file__).parents[1] / "data" / "llm"
+SHAPES = {"one": (24, 20), "two": (16, 24)}
+PEFT_NAMES = {
+    "factors-linear": "linear", "factors-ties": "ties",
+    "factors-magnitude-prune": "magnitude_prune",
+}  # fmt: skip
+
+
+class Net(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = torch.nn.Linear(20, 24)
+        self.two = torch.nn.Linear(24, 16)
+
+
+@pytest.mark.parametrize("method", ["cat", "svd", "ties", "core"])
+@pytest.mark.parametrize("name", LOADABLE)
+def test_reloads(name: str, method: str, tmp_path: Path) -> None:
+    """Two copies at 0.5: every layout that a sample has, biases and replacements too."""
+    base = LLM / name / "base"
+    source = str(LLM / name)
+    lt.merge([source, source], output=tmp_path / "out", method=method, mean=True)
+    try:
+        model = transformers.AutoModelForCausalLM.from_pretrained(base)
+    except ValueError:
+        pytest.skip("no causal language model")
+    loaded = load_in_peft(model.eval(), tmp_path / "out")
+    want = dense(tmp_path / "out")
+    for key, delta in peft_deltas(loaded).items():
+        if key in want and want[key].shape == delta.shape:
+            size = float(want[key].norm())
+            assert float((delta.double() - want[key]).norm()) <= 1e-5 * size + 1e-12
+
+
+@pytest.mark.parametrize("weights", [(1.0, 1.0), (0.7, -0.4)])
+@pytest.mark.parametrize("method", sorted(PEFT_NAMES))
+def test_factor_methods_equal_peft(
+    method: str, weights: tuple[float, float], tmp_path: Path
+) -> None:
+    """lora_A and lora_B themselves, to float32 rounding of sums of two products."""
+    folders = [
+        save_adapter(tmp_path / f"in{i}", random_factors(SHAPES, rank=6, seed=90 * i), alpha=9 + i)
+        for i in range(2)
+    ]
+    extra: dict[str, Any] = {} if method == "factors-linear" else {"density": 0.4}
+    model = peft.PeftModel.from_pretrained(Net(), str(folders[0]), adapter_name="a")
+    model.load_adapter(str(folders[1]), adapter_name="b")
+    model.add_weighted_adapter(
+        ["a", "b"], list(weights), "mix", combination_type=PEFT_NAMES[method], **extra
+    )
+    lt.merge(
+        [str(f) for f in folders], output=tmp_path / "out", method=method, params=extra,
+        weights=weights,
+    )  # fmt: skip
+    ours = load_file(str(tmp_path / "out" / "adapter_model.safetensors"))
+    for module in SHAPES:
+        layer = getattr(model.base_model.model, module)
+        for side in ("lora_A", "lora_B"):
+            want = getattr(layer, side)["mix"].weight
+            got = ours[f"base_model.model.{module}.{side}.weight"]
+            assert torch.allclose(got, want, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("kind", ["cat", "svd", "ties_svd"])
+def test_exact_methods_equal_peft(kind: str, tmp_path: Path) -> None:
+    """Where PEFT is right: no rsLoRA, no lora_bias."""
+    folders = [
+        save_adapter(tmp_path / f"in{i}", random_factors(SHAPES, rank=4, seed=90 * i))
+        for i in range(2)
+    ]
+    model = peft.PeftModel.from_pretrained(Net(), str(folders[0]), adapter_name="a")
+    model.load_adapter(str(folders[1]), adapter_name="b")
+    extra: dict[str, Any] = {"density": 0.3} if kind == "ties_svd" else {}
+    rank = {} if kind == "cat" else {"svd_rank": 16}
+    model.add_weighted_adapter(
+        ["a", "b"], [0.7, 0.4], "mix", combination_type=kind, **extra, **rank
+    )
+    name = {"ties_svd": "ties-peft"}.get(kind, kind)
+    lt.merge(
+        [f"{folders[0]}:0.7", f"{folders[1]}:0.4"], output=tmp_path / "out", method=name,
+        params=extra, rank=None if kind == "cat" else 16,
+    )  # fmt: skip
+    want = {
+        f"{m}.weight": getattr(model.base_model.model, m).get_delta_weight("mix").double()
+        for m in SHAPES
+    }
+    assert distance(dense(tmp_path / "out"), want) <= 1e-5

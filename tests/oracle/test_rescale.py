@@ -1,0 +1,213 @@
+"""factor · ΔW: every additive sample against the closed form; bytes; PEFT; batch folders."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+import loratool as lt
+from loratool.errors import LoratoolError
+from tests.make import random_factors, save_adapter
+from tests.oracle.adapter_algebra import (
+    EPS,
+    LLM,
+    additive_samples,
+    load_in_peft,
+    merged,
+    non_additive_samples,
+    same,
+    weights_of,
+)
+from tests.oracle.test_adapter_subtract import weights_of_base
+
+WEIGHTS = "adapter_model.safetensors"
+
+
+@pytest.mark.parametrize("name", additive_samples())
+@pytest.mark.parametrize("factor", [0.5, -0.37])
+def test_every_sample_is_scaled_in_delta_w(name: str, factor: float, tmp_path: Path) -> None:
+    """W + f·ΔW for deltas, biases, experts, attention; replaced tensors as they were."""
+    report = lt.rescale([str(LLM / name)], factor, output=tmp_path / "out").adapters[0]
+    base, full = weights_of_base(name), weights_of(name, LLM / name)
+    replaced = set(report.kept)
+    if name == "lora_trainable_tokens_tied":
+        replaced.add("lm_head.weight")  # the same tensor under its other name
+    unscaled = {k: v for k, v in full.items() if k in replaced}
+    want, bound = {}, {}
+    for key, value in full.items():
+        if not value.is_floating_point():
+            want[key] = value
+            continue
+        start = replaced_start(name, key, base) if key in unscaled else base[key]
+        want[key] = start + factor * (value - start)
+        step = 2.0**-8 if "bf16" in name else EPS
+        lossy = 0 if factor == 0.5 else step
+        bound[key] = 8 * lossy * float((value - start).abs().max())
+    same(merged(name, tmp_path / "out", tmp_path / "merged"), want, bound)
+    if factor == 0.5:
+        assert report.relative_error == 0
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert float(config["lora_alpha"]).is_integer()
+
+
+def replaced_start(name: str, key: str, base: dict[str, torch.Tensor]) -> torch.Tensor:
+    """What a delta is laid on where the adapter replaces the tensor: its own copy."""
+    stored = load_file(str(LLM / name / WEIGHTS))
+    module, _, leaf = key.rpartition(".")
+    for form in (
+        f"{module}.{leaf}",
+        f"{module}.base_layer.{leaf}",
+        f"{module}.token_adapter.base_layer.{leaf}",
+    ):
+        found = stored.get(f"base_model.model.{form}")
+        if found is not None:
+            return found.double()
+    return weights_of(name, LLM / name)[key]  # rows replaced: nothing there scales
+
+
+@pytest.mark.parametrize("name", [*additive_samples(), *non_additive_samples()])
+def test_factor_one_copies_every_byte(name: str, tmp_path: Path) -> None:
+    report = lt.rescale([str(LLM / name)], 1, output=tmp_path / "out").adapters[0]
+    assert report.how == "copied" and report.relative_error == 0
+    for file in (WEIGHTS, "adapter_config.json"):
+        old, new = LLM / name / file, tmp_path / "out" / file
+        if file == WEIGHTS:
+            assert old.read_bytes() == new.read_bytes()
+        else:
+            assert json.loads(old.read_text()) == json.loads(new.read_text())
+
+
+@pytest.mark.parametrize("name", non_additive_samples())
+def test_what_depends_on_the_base_is_refused(name: str, tmp_path: Path) -> None:
+    with pytest.raises(LoratoolError) as caught:
+        lt.rescale([str(LLM / name)], 0.5, output=tmp_path / "out")
+    assert caught.value.code == "LT-460" and "merge ADAPTER:FACTOR" in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["lora_linear", "lora_rslora", "lora_rank_alpha_pattern",
+                                  "lora_lora_bias", "lora_target_params_mixtral"])  # fmt: skip
+@pytest.mark.parametrize("factor", [3, -0.7])
+def test_peft_loads_it_with_no_key_missing_or_left(
+    name: str, factor: float, tmp_path: Path
+) -> None:
+    lt.rescale([str(LLM / name)], factor, output=tmp_path / "out")
+    load_in_peft(name, tmp_path / "out")
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@given(alpha=st.integers(1, 64), rank=st.integers(1, 6),
+       factor=st.floats(-8, 8).map(lambda f: round(f, 2)).filter(bool),
+       dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))  # fmt: skip
+def test_alpha_where_whole_else_lora_b(
+    alpha: int, rank: int, factor: float, dtype: torch.dtype,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:  # fmt: skip
+    folder = tmp_path_factory.mktemp("any")
+    ((lora_A, lora_B),) = random_factors({"m": (5, 4)}, rank=rank, seed=alpha).values()
+    lora_A, lora_B = lora_A.to(dtype), lora_B.to(dtype)
+    save_adapter(folder / "a", {"m": (lora_A, lora_B)}, alpha=alpha)
+    report = lt.rescale([str(folder / "a")], factor, output=folder / "out").adapters[0]
+    stored = load_file(str(folder / "out" / WEIGHTS))
+    new_B = stored["base_model.model.m.lora_B.weight"]
+    config = json.loads((folder / "out" / "adapter_config.json").read_text())
+    if abs(alpha * abs(factor) - round(alpha * abs(factor))) < 1e-9:
+        assert torch.equal(new_B, lora_B if factor > 0 else -lora_B)
+        assert config["lora_alpha"] == round(alpha * abs(factor))
+        assert isinstance(config["lora_alpha"], int) and report.relative_error == 0
+    elif factor == 1:
+        assert report.how == "copied"
+    else:
+        assert config["lora_alpha"] == alpha
+        assert torch.equal(new_B.double(), (lora_B.double() * factor).to(dtype).double()) or (
+            torch.allclose(new_B.double(), lora_B.double() * factor, rtol=2.0**-8, atol=1e-7)
+        )
+    want = factor * alpha / rank * lora_B.double() @ lora_A.double()
+    got = lt.open(folder / "out")["m"].delta()
+    error = float((got - want).norm() / want.norm())
+    assert error == pytest.approx(report.relative_error, abs=1e-12)
+    assert error <= {torch.float32: EPS, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-10}[dtype]
+
+
+def test_only_and_blocks(tmp_path: Path) -> None:
+    source = str(LLM / "lora_linear")
+    report = lt.rescale([source], 2, output=tmp_path / "out", blocks="0.5,1",
+                        only=["mlp=0.25", r"down_proj=0"])  # fmt: skip
+    before, after = lt.open(source), lt.open(tmp_path / "out")
+    for module in before:
+        want = 0.25 if "mlp" in module.name else 1.0 if "layers.0" in module.name else 2.0
+        want = 0.0 if "down_proj" in module.name else want
+        assert torch.equal(after[module.name].delta(), want * module.delta()), module.name
+    assert report.adapters[0].relative_error == 0
+    assert report.adapters[0].factors == {"0": 2, "0.25": 4, "1": 4, "2": 4}
+
+
+def test_unet_presets_name_blocks_of_diffusers(tmp_path: Path) -> None:
+    names = ["down_blocks.0.attentions.0.proj_in", "mid_block.attentions.0.proj_in",
+             "up_blocks.3.attentions.2.proj_in", "text_model.encoder.layers.0.q_proj"]  # fmt: skip
+    save_adapter(tmp_path / "a", random_factors(dict.fromkeys(names, (4, 4)), rank=2, seed=1))
+    lt.rescale([str(tmp_path / "a")], 1, output=tmp_path / "out", blocks="outall")
+    after = lt.open(tmp_path / "out")
+    assert [m.norm() > 0 for m in after] == [False, False, True, True]
+
+
+@pytest.mark.parametrize(
+    ("options", "code"),
+    [({"only": ["nothing_like=2"]}, "LT-467"), ({"only": ["mlp"]}, "LT-295"),
+     ({"only": ["(=2"]}, "LT-220"), ({"blocks": "SOMETHING"}, "LT-239"),
+     ({"blocks": "MIDD"}, "LT-466"), ({"blocks": "1,1,1"}, None), ({"blocks": "0.5"}, "LT-239")],
+)  # fmt: skip
+def test_wrong_options(options: dict[str, object], code: str | None, tmp_path: Path) -> None:
+    def call() -> None:
+        lt.rescale([str(LLM / "lora_linear")], 3, output=tmp_path / "o", **options)  # type: ignore[arg-type]
+
+    if code is None:
+        call()
+        return
+    with pytest.raises(LoratoolError) as caught:
+        call()
+    assert caught.value.code == code
+
+
+def test_float16_that_overflows_becomes_float32(tmp_path: Path) -> None:
+    factors = {k: (a.half(), b.half() * 1000) for k, (a, b) in
+               random_factors({"m": (5, 4)}, rank=2, seed=1, scale=10).items()}  # fmt: skip
+    save_adapter(tmp_path / "a", factors, alpha=3)
+    report = lt.rescale([str(tmp_path / "a")], 7.7, output=tmp_path / "out").adapters[0]
+    assert report.dtype == "float32" and "float16" in report.warnings[0]
+    want = 7.7 * lt.open(tmp_path / "a")["m"].delta()
+    assert torch.allclose(lt.open(tmp_path / "out")["m"].delta(), want, rtol=1e-6, atol=0)
+
+
+def test_many_adapters_keep_their_names(tmp_path: Path) -> None:
+    names = ["lora_linear", "lora_rslora", "lora_conv"]
+    report = lt.rescale([str(LLM / n) for n in names], 0.5, output=f"{tmp_path}/all/")
+    assert [Path(r.output).name for r in report.adapters] == names
+    for name in names:
+        lt.rescale([str(LLM / name)], 0.5, output=tmp_path / name)
+        for file in (WEIGHTS, "adapter_config.json", "loratool.json"):
+            one, many = tmp_path / name / file, tmp_path / "all" / name / file
+            assert one.read_bytes() == many.read_bytes()
+    with pytest.raises(LoratoolError) as caught:
+        lt.rescale([str(LLM / "lora_linear"), f"{tmp_path}/all/lora_linear"], 2,
+                   output=f"{tmp_path}/new/")  # fmt: skip
+    assert caught.value.code == "LT-247" and not (tmp_path / "new").exists()
+
+
+def test_a_batch_with_a_bad_one_writes_nothing(tmp_path: Path) -> None:
+    with pytest.raises(LoratoolError):
+        lt.rescale([str(LLM / "lora_linear"), str(LLM / "lora_dora")], 0.5,
+                   output=f"{tmp_path}/all/")  # fmt: skip
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_undone_by_the_inverse_factor(tmp_path: Path) -> None:
+    lt.rescale([str(LLM / "lora_linear")], -0.25, output=tmp_path / "a")
+    lt.rescale([str(tmp_path / "a")], -4, output=tmp_path / "b")
+    assert (tmp_path / "b" / WEIGHTS).read_bytes() == (LLM / "lora_linear" / WEIGHTS).read_bytes()
