@@ -104,12 +104,8 @@ def iso_c(
     if not bool(real.any()):
         return torch.zeros_like(cores[0])
     made: torch.Tensor = U[:, real] @ Vh[real]
-<<<<<<< HEAD
     size: torch.Tensor = S[real].mean() * float(params["scaling"])
     return made * size
-=======
-    return made * (float(S[real].mean()) * float(params["scaling"]))
->>>>>>> algebra
 
 
 def iso_cts(
