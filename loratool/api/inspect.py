@@ -68,8 +68,8 @@ def inspect(
     from loratool.ops.inputs import Access, locate
     from loratool.ops.summary import summarize
 
-    access = Access(offline, rules=file_rules(max_header, allow_pickle))
-    resolved = locate(str(source), kind="adapter", access=access)
+    access = Access(offline, rules=file_rules(max_header, allow_pickle), in_place=True)
+    resolved = locate(str(source), kind="any", access=access)
     report = summarize(
         resolved.path, tensors=tensors, alpha=alpha, source=str(source), label=resolved.label,
         max_header=access.rules.max_header,

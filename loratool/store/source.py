@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import unquote
@@ -13,6 +13,9 @@ from loratool.errors import TOKEN, BadFileError, HubError, UsageError
 from loratool.store import hub
 from loratool.store.adapter_folder import find_adapter, list_adapters
 from loratool.store.hub_files import adapter_files, base_files
+from loratool.store.hub_listing import list_commit
+from loratool.store.look import Looked, look
+from loratool.store.remote_folder import RemoteFolder
 
 __all__ = [
     "AdapterArgument",
@@ -65,6 +68,7 @@ class Resolved:
         label: short name for tables.
         commit: commit of a Hub repository, None for a path.
         note: what the first line of output says about a guess, or None.
+        remote: what keeps the stubs at `path` alive, None if the files are here whole.
         origin: what `path` was converted from (``--allow-pickle``), None if it is the source.
     """
 
@@ -73,6 +77,7 @@ class Resolved:
     commit: str | None = None
     note: str | None = None
     origin: Path | None = None
+    remote: RemoteFolder | None = None
 
     @property
     def named(self) -> Path:
@@ -93,6 +98,13 @@ class HubReference:
     repo_id: str
     revision: str | None
     sub: str = ""
+
+
+@dataclass(frozen=True)
+class _Reach:
+    offline: bool
+    yes: bool
+    in_place: bool
 
 
 def parse_adapter(text: str) -> AdapterArgument:
@@ -179,24 +191,28 @@ def parse_reference(text: str) -> HubReference:
     return reference
 
 
-def resolve(text: str, *, kind: str, offline: bool = False, yes: bool = False) -> Resolved:
+def resolve(
+    text: str, *, kind: str, offline: bool = False, yes: bool = False, in_place: bool = False
+) -> Resolved:
     """Find a source on this machine, fetching it from the Hub if need be.
 
     Args:
         text: a path, ``hf://owner/name[@revision][/sub/path]``, or ``owner/name[@revision]``
             where no local path can be meant.
-        kind: ``"adapter"`` or ``"base"``: which files are fetched.
+        kind: ``"adapter"`` or ``"base"``: which files are fetched; ``"any"`` = what lies there
+            (fetched whole only if it is an adapter).
         offline: make no connection; cached copies serve.
         yes: consent to a large download.
+        in_place: fetch headers alone; tensors are read from the Hub when they are needed.
 
     Raises:
         BadFileError: no such file or folder.
         UsageError: a malformed reference, or a large download without consent.
         HubError: the Hub does not give it.
     """
-    reference = parse_hub(text)
+    reference, reach = parse_hub(text), _Reach(offline, yes, in_place)
     if reference is not None:
-        return _from_hub(reference, kind, offline, yes, None)
+        return _from_hub(reference, kind, reach, None)
     path = Path(text)
     if text.startswith("~") and not _exists(text):
         try:
@@ -215,7 +231,7 @@ def resolve(text: str, *, kind: str, offline: bool = False, yes: bool = False) -
         raise BadFileError("LT-300", "no such file or folder", file=text, hint=hint)
     revision = match["rev"]
     reference = HubReference(match["repo"], unquote(revision) if revision else None)
-    return _from_hub(reference, kind, offline, yes, "no such local path")
+    return _from_hub(reference, kind, reach, "no such local path")
 
 
 def _exists(text: str) -> bool:
@@ -238,10 +254,9 @@ def refuse_token(text: str) -> None:
         )  # fmt: skip
 
 
-def _from_hub(
-    reference: HubReference, kind: str, offline: bool, yes: bool, guess: str | None
-) -> Resolved:
-    folder, commit, problem = _fetch(reference, kind, offline, yes)
+def _from_hub(reference: HubReference, kind: str, reach: _Reach, guess: str | None) -> Resolved:
+    looked, problem = _fetch(reference, kind, reach)
+    folder, commit = looked.path, looked.commit
     path = folder.joinpath(*reference.sub.split("/")) if reference.sub else folder
     name = f"{reference.repo_id}@{commit}"
     if not _exists(str(path)):
@@ -252,29 +267,44 @@ def _from_hub(
     parts = [part for part in (guess, problem) if part]
     note = f"hub {name} ({'; '.join(parts)})" if parts else None
     label = f"{reference.repo_id}@{commit[:7]}"
-    return Resolved(path, f"{label}/{reference.sub}" if reference.sub else label, commit, note)
+    label = f"{label}/{reference.sub}" if reference.sub else label
+    return Resolved(path, label, commit, note, remote=looked.remote)
 
 
-def _fetch(
-    reference: HubReference, kind: str, offline: bool, yes: bool
-) -> tuple[Path, str, str | None]:
-    """Folder, commit, and why a cached copy was taken instead of asking the Hub."""
+def _fetch(reference: HubReference, kind: str, reach: _Reach) -> tuple[Looked, str | None]:
+    """Where the files are, and why a cached copy was taken instead of asking the Hub."""
     repo, revision = reference.repo_id, reference.revision
-    # Whether a cached copy is complete shows when it is opened: only these must be there.
-    marks = ("adapter_config.json", "config.json", "model_index.json")
-    if hub.is_offline(offline):
-        return *hub.snapshot(repo, revision, allow_patterns=marks, offline=True), None
+    if hub.is_offline(reach.offline):
+        return _cached(reference), None
     try:
-        files = hub.list_files(repo, revision, allow_patterns=_patterns(kind, reference.sub))
+        if reach.in_place:
+            listing = list_commit(repo, revision)
+        else:
+            files = hub.list_files(repo, revision, allow_patterns=_patterns(kind, reference.sub))
     except HubError as error:
         if error.code == "LT-703":  # the Hub answered: no such revision
             raise
         try:
-            cached = hub.snapshot(repo, revision, allow_patterns=marks, offline=True)
+            return _cached(reference), f"a cached copy, because {error.what}"
         except HubError:
             raise error from None
-        return *cached, f"a cached copy, because {error.what}"
-    choose = adapter_files if kind == "adapter" else base_files
+    if reach.in_place:
+        return look(listing, kind=kind, sub=reference.sub), None
+    return _download(reference, files, kind, reach.yes), None
+
+
+def _cached(reference: HubReference) -> Looked:
+    """What the Hub's cache holds; whether it is complete shows when it is opened."""
+    marks = ("adapter_config.json", "config.json", "model_index.json")  # only these must be there
+    repo, revision = reference.repo_id, reference.revision
+    return Looked(*hub.snapshot(repo, revision, allow_patterns=marks, offline=True))
+
+
+def _download(
+    reference: HubReference, files: Sequence[hub.RemoteFile], kind: str, yes: bool
+) -> Looked:
+    repo = reference.repo_id
+    choose = base_files if kind == "base" else adapter_files
     wanted = choose([f.name for f in files], reference.sub)
     if not wanted:
         raise HubError(
@@ -288,12 +318,12 @@ def _fetch(
             got=f"{need / 1e9:.1f} GB to download", hint="-y downloads it",
         )  # fmt: skip
     literal = [_literal(name) for name in wanted]
-    return *hub.snapshot(repo, revision, allow_patterns=literal), None
+    return Looked(*hub.snapshot(repo, reference.revision, allow_patterns=literal))
 
 
 def _patterns(kind: str, sub: str) -> list[str]:
     """What may be wanted; the Hub is asked for the size of each such file."""
-    names = (*(hub.ADAPTER_FILES if kind == "adapter" else hub.BASE_FILES), "*.safetensors")
+    names = (*(hub.BASE_FILES if kind == "base" else hub.ADAPTER_FILES), "*.safetensors")
     return [*names, *(f"*/{n}" for n in names), *([_literal(sub)] if sub else [])]
 
 

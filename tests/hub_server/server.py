@@ -12,7 +12,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
-from .state import HubState, Repo, git_sha, is_lfs, sha256
+from .state import HubState, Large, Repo, git_sha, is_lfs, sha256
 
 _ID = r"(?P<id>[^/]+/[^/]+)"
 _REV = r"(?P<rev>[^/]+)"
@@ -150,7 +150,7 @@ class Handler(BaseHTTPRequestHandler):
         return 200, {"type": "user", "id": "1", "name": user, "fullname": user, "isPro": False,
                      "orgs": [], "auth": auth}  # fmt: skip
 
-    def entry(self, name: str, data: bytes) -> dict[str, Any]:
+    def entry(self, name: str, data: bytes | Large) -> dict[str, Any]:
         entry: dict[str, Any] = {"size": len(data), "oid": git_sha(data)}
         if is_lfs(name, len(data)):
             entry["lfs"] = {"oid": sha256(data), "size": len(data), "pointerSize": 130}
@@ -207,12 +207,14 @@ class Handler(BaseHTTPRequestHandler):
         self.state.tokens_on_cdn += "Authorization" in self.headers
         return self.ranged(self.state.objects[oid], {"ETag": f'"{oid}"'})
 
-    def ranged(self, data: bytes, headers: dict[str, str]) -> Any:
+    def ranged(self, data: bytes | Large, headers: dict[str, str]) -> Any:
         headers["Accept-Ranges"] = "bytes"
         match = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "")
-        if match is None:
-            return 200, data, headers
+        if match is None or (self.fault and self.fault.action == "whole"):
+            return 200, data[:], headers
         first, last = int(match[1]), min(int(match[2] or len(data)), len(data) - 1)
+        if self.fault and self.fault.action == "shift":
+            first, last = first + 1, last + 1
         if first >= len(data):
             return 416, b"", {**headers, "Content-Range": f"bytes */{len(data)}"}
         headers["Content-Range"] = f"bytes {first}-{last}/{len(data)}"

@@ -8,7 +8,7 @@ import threading
 from collections import Counter
 from dataclasses import dataclass, field
 
-Tree = dict[str, bytes]
+Tree = dict[str, "bytes | Large"]
 LFS_BYTES = 1000  # files of this size or with these endings are LFS
 LFS_NAMES = (".safetensors", ".bin", ".model")
 
@@ -17,11 +17,32 @@ def is_lfs(name: str, size: int) -> bool:
     return size >= LFS_BYTES or name.endswith(LFS_NAMES)
 
 
-def git_sha(data: bytes) -> str:
+@dataclass(frozen=True)
+class Large:
+    """A large file that is never in memory: its first bytes, then zeros."""
+
+    head: bytes
+    size: int
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, cut: slice) -> bytes:
+        first, last, _ = cut.indices(self.size)
+        part = self.head[first:last]
+        return part + bytes(last - first - len(part))
+
+
+def git_sha(data: bytes | Large) -> str:
+    if isinstance(data, Large):
+        return sha256(data)[:40]
     return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
 
 
-def sha256(data: bytes) -> str:
+def sha256(data: bytes | Large) -> str:
+    """Of a large file a stand-in: a client that does not read it all cannot tell."""
+    if isinstance(data, Large):
+        data = data.head + b"%d" % data.size
     return hashlib.sha256(data).hexdigest()
 
 
@@ -31,7 +52,8 @@ class Fault:
 
     Attributes:
         action: ``status`` (answer it instead), ``cut`` (close after half the body), ``corrupt``
-            (same size, one byte wrong), ``lose`` (do it, then answer ``status``).
+            (same size, one byte wrong), ``lose`` (do it, then answer ``status``), ``whole``
+            (ignore the range asked for), ``shift`` (send another range).
     """
 
     pattern: str
@@ -76,7 +98,7 @@ class HubState:
         self.lock = threading.RLock()
         self.users = {"hf_tokenofmetokenofmetokenofme": "me"}
         self.repos: dict[str, Repo] = {}
-        self.objects: dict[str, bytes] = {}
+        self.objects: dict[str, bytes | Large] = {}
         self.faults: list[Fault] = []
         self.requests: Counter[str] = Counter()
         self.bytes_sent = 0
