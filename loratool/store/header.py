@@ -82,10 +82,10 @@ def read_header(
         >>> read_header(Path("adapter_model.safetensors")).tensors[0].shape  # doctest: +SKIP
         (8, 4096)
     """
-    shown = _shown(path, base_dir)
+    remote = remote_file(path)
+    shown = remote.shown if remote else _shown(path, base_dir)
     try:
         with open_regular(path, shown=shown) as file:
-            remote = remote_file(path)
             size = remote.size if remote else os.fstat(file.fileno()).st_size
             raw = _read_raw(file, shown, size, min(max_bytes, HARD_HEADER_BYTES))
     except OSError as error:

@@ -98,7 +98,7 @@ def files_to_look_at(names: Sequence[str], sub: str = "") -> tuple[list[str], li
         matter: pickles, which are never opened, and all that lies beside.
     """
     folder = sub.rpartition("/")[0] if sub in names else sub
-    inside = _inside(names, folder)
+    inside = [n for n in _inside(names, folder) if not n.startswith(".")]
     here = [n for n in inside if "/" not in n]
     if sub in names and not sub.endswith(".index.json"):
         own = sub.rpartition("/")[2]

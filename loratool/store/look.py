@@ -55,7 +55,7 @@ def look(listing: Listing, *, kind: str, sub: str = "") -> Looked:
             "LT-704", f"the repository holds no {what}" + (" there" if sub else ""),
             file=repo_id, key=sub or None, hint=f"look at hf://{repo_id} with a browser",
         )  # fmt: skip
-    cached = _cached(listing, (*wanted, *named))
+    cached = _cached(listing, wanted)
     if cached is not None:
         return Looked(cached, listing.commit)
     files = describe(listing, wanted)

@@ -1,7 +1,7 @@
 """Files that stay on the Hub: their size and hash are known, their bytes are read by range.
 
-Such a file has a stub on this machine that holds its header alone.  A stub is short, never
-sparse: code that reads tensor bytes past this module fails instead of finding zeros.
+Such a file has a stub on this machine that holds its header and little more.  A stub is short,
+never sparse: code that reads tensor bytes past this module fails instead of finding zeros.
 """
 
 from __future__ import annotations
@@ -55,15 +55,16 @@ class RemoteFile:
                     data += self._ask(start + len(data), count - len(data))
         if len(data) < count:
             raise HubError(
-                "LT-750", "the Hub's answers are cut short", file=self._shown, key=self.name,
+                "LT-750", "the Hub's answers are cut short", file=self.shown,
                 expected=f"{count} bytes at {start}", got=f"{len(data)} bytes",
                 hint="check the network and try again",
             )  # fmt: skip
         return bytes(data)
 
     @property
-    def _shown(self) -> str:
-        return f"{self.repo_id}@{self.commit}"
+    def shown(self) -> str:
+        """Its name for messages."""
+        return f"hf://{self.repo_id}@{self.commit}/{self.name}"
 
     def _ask(self, start: int, count: int) -> bytes:
         """One request; fewer bytes if the connection breaks."""
@@ -101,8 +102,8 @@ class RemoteFile:
         if response.status_code == 200 and start == 0:
             return
         raise HubError(
-            "LT-751", "the server does not send the bytes asked for", file=self._shown,
-            key=self.name, expected=want, got=said or f"HTTP status {response.status_code}",
+            "LT-751", "the server does not send the bytes asked for", file=self.shown,
+            expected=want, got=said or f"HTTP status {response.status_code}",
             hint="check HF_ENDPOINT; loratool pull fetches whole files",
         )  # fmt: skip
 

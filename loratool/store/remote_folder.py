@@ -20,7 +20,8 @@ from loratool.store.remote import RemoteFile, forget, register
 THREADS = 8
 FIRST_BYTES = 100_000
 """Read of a file whose header's length nothing tells; holds that of most adapters."""
-LEAST_BYTES = 4096  # tells what a file is that is no safetensors file
+LEAST_BYTES = 4096
+"""`read_header` begins with so many: they tell what a file is that is no safetensors file."""
 _MOST_BYTES = 1 << 20
 _ENTRY_BYTES = 110
 """Of a tensor in a header, beside its name: dtype, shape, offsets and punctuation."""
@@ -82,8 +83,8 @@ class RemoteFolder:
         got = digest_of(path, file.digest)
         if got != file.digest:
             raise HubError(
-                "LT-752", "the bytes read are not those that the Hub lists", key=file.name,
-                file=f"{file.repo_id}@{file.commit}", expected=file.digest, got=got,
+                "LT-752", "the bytes read are not those that the Hub lists",
+                file=file.shown, expected=file.digest, got=got,
                 hint="a proxy or mirror may be damaging it: try again, or check HF_ENDPOINT",
             )  # fmt: skip
 
@@ -100,7 +101,7 @@ class RemoteFolder:
         if data[8:9] == b"{" and length <= min(file.size, 8 + HARD_HEADER_BYTES):
             if length > len(data):
                 data += file.read(len(data), length - len(data))
-            data = data[:length]
+            data = data[: max(length, LEAST_BYTES)]
         self._write(file, data, is_stub=True)  # what is no safetensors file shows when it is read
 
 

@@ -222,8 +222,9 @@ def test_folder_sub_folder_and_file(served: TestHub, tmp_path: Path, small: Path
     served.state.add_repo("me/many", files)
     here = write(files, tmp_path / "here")
     for sub in ("", "/b", "/a.safetensors", "/b/adapter_model.safetensors"):
-        report = inspect(served, tmp_path, f"hf://me/many{sub}")
-        assert nameless(report) == nameless(inspect(served, tmp_path, f"{here}{sub}")), sub
+        far = inspect(served, tmp_path, f"hf://me/many{sub}", "--alpha", "16")
+        near = inspect(served, tmp_path, f"{here}{sub}", "--alpha", "16")
+        assert nameless(far) == nameless(near), sub
     assert len(inspect(served, tmp_path, "hf://me/many")["rows"]) == 2
     code, _, text = run(served, tmp_path, "inspect", "hf://me/many/nothing")
     assert code == 7 and "LT-704" in text
