@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import unquote
 
 from loratool.errors import TOKEN, BadFileError, HubError, UsageError
-from loratool.store import hub
 from loratool.store.adapter_folder import find_adapter, list_adapters
-from loratool.store.hub_files import adapter_files, base_files
-from loratool.store.hub_listing import list_commit
-from loratool.store.look import Looked, look
+from loratool.store.hub_fetch import HubReference, Reach, fetch
 from loratool.store.remote_folder import RemoteFolder
 
 __all__ = [
@@ -28,8 +25,6 @@ __all__ = [
     "parse_weight",
     "resolve",
 ]
-
-ASK_BYTES = 1_000_000_000  # a larger download of a base needs consent
 
 _DECIMAL = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)")
 _COMPONENT = re.compile(r"[A-Za-z][A-Za-z0-9_.]*")
@@ -83,28 +78,6 @@ class Resolved:
     def named(self) -> Path:
         """The place that the user means, where `path` is a temporary copy."""
         return self.origin or self.path
-
-
-@dataclass(frozen=True)
-class HubReference:
-    """``hf://owner/name[@revision][/sub/path]``, taken apart.
-
-    Attributes:
-        repo_id: ``owner/name``.
-        revision: decoded; None = the default branch.
-        sub: path inside the repository, "" for its root.
-    """
-
-    repo_id: str
-    revision: str | None
-    sub: str = ""
-
-
-@dataclass(frozen=True)
-class _Reach:
-    offline: bool
-    yes: bool
-    in_place: bool
 
 
 def parse_adapter(text: str) -> AdapterArgument:
@@ -210,7 +183,7 @@ def resolve(
         UsageError: a malformed reference, or a large download without consent.
         HubError: the Hub does not give it.
     """
-    reference, reach = parse_hub(text), _Reach(offline, yes, in_place)
+    reference, reach = parse_hub(text), Reach(offline, yes, in_place)
     if reference is not None:
         return _from_hub(reference, kind, reach, None)
     path = Path(text)
@@ -254,8 +227,8 @@ def refuse_token(text: str) -> None:
         )  # fmt: skip
 
 
-def _from_hub(reference: HubReference, kind: str, reach: _Reach, guess: str | None) -> Resolved:
-    looked, problem = _fetch(reference, kind, reach)
+def _from_hub(reference: HubReference, kind: str, reach: Reach, guess: str | None) -> Resolved:
+    looked, problem = fetch(reference, kind, reach)
     folder, commit = looked.path, looked.commit
     path = folder.joinpath(*reference.sub.split("/")) if reference.sub else folder
     name = f"{reference.repo_id}@{commit}"
@@ -269,63 +242,3 @@ def _from_hub(reference: HubReference, kind: str, reach: _Reach, guess: str | No
     label = f"{reference.repo_id}@{commit[:7]}"
     label = f"{label}/{reference.sub}" if reference.sub else label
     return Resolved(path, label, commit, note, remote=looked.remote)
-
-
-def _fetch(reference: HubReference, kind: str, reach: _Reach) -> tuple[Looked, str | None]:
-    """Where the files are, and why a cached copy was taken instead of asking the Hub."""
-    repo, revision = reference.repo_id, reference.revision
-    if hub.is_offline(reach.offline):
-        return _cached(reference), None
-    try:
-        if reach.in_place:
-            listing = list_commit(repo, revision)
-        else:
-            files = hub.list_files(repo, revision, allow_patterns=_patterns(kind, reference.sub))
-    except HubError as error:
-        if error.code == "LT-703":  # the Hub answered: no such revision
-            raise
-        try:
-            return _cached(reference), f"a cached copy, because {error.what}"
-        except HubError:
-            raise error from None
-    if reach.in_place:
-        return look(listing, kind=kind, sub=reference.sub), None
-    return _download(reference, files, kind, reach.yes), None
-
-
-def _cached(reference: HubReference) -> Looked:
-    """What the Hub's cache holds; whether it is complete shows when it is opened."""
-    marks = ("adapter_config.json", "config.json", "model_index.json")  # only these must be there
-    repo, revision = reference.repo_id, reference.revision
-    return Looked(*hub.snapshot(repo, revision, allow_patterns=marks, offline=True))
-
-
-def _download(
-    reference: HubReference, files: Sequence[hub.RemoteFile], kind: str, yes: bool
-) -> Looked:
-    repo = reference.repo_id
-    choose = base_files if kind == "base" else adapter_files
-    wanted = choose([f.name for f in files], reference.sub)
-    if not wanted:
-        raise HubError(
-            "LT-704", f"the repository holds no {kind}" + (" there" if reference.sub else ""),
-            file=repo, key=reference.sub or None, hint=f"look at hf://{repo} with a browser",
-        )  # fmt: skip
-    need = sum(f.size or 0 for f in files if f.name in wanted and not f.is_cached)
-    if kind == "base" and need > ASK_BYTES and not yes:
-        raise UsageError(
-            "LT-265", "a large download needs consent", file=repo,
-            got=f"{need / 1e9:.1f} GB to download", hint="-y downloads it",
-        )  # fmt: skip
-    literal = [_literal(name) for name in wanted]
-    return Looked(*hub.snapshot(repo, reference.revision, allow_patterns=literal))
-
-
-def _patterns(kind: str, sub: str) -> list[str]:
-    """What may be wanted; the Hub is asked for the size of each such file."""
-    names = (*(hub.BASE_FILES if kind == "base" else hub.ADAPTER_FILES), "*.safetensors")
-    return [*names, *(f"*/{n}" for n in names), *([_literal(sub)] if sub else [])]
-
-
-def _literal(name: str) -> str:
-    return re.sub(r"([*?\[])", r"[\1]", name)

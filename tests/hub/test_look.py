@@ -114,10 +114,15 @@ def contents(folder: Path) -> dict[str, bytes | Large]:
 # --- how much moves -----------------------------------------------------------------------------
 
 
-def test_adapter_of_300_mb(served: TestHub, tmp_path: Path) -> None:
+def test_adapter_of_300_mb(
+    served: TestHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     files = large_adapter()
     assert len(files["adapter_model.safetensors"]) > 300 * MB
     served.state.add_repo("me/x", files, private=True)
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    monkeypatch.setenv("TMPDIR", str(scratch))
     report = inspect(served, tmp_path, "hf://me/x", "--tensors")
     assert served.state.bytes_sent < MB
     assert served.state.requests["info"] == 1
@@ -126,6 +131,7 @@ def test_adapter_of_300_mb(served: TestHub, tmp_path: Path) -> None:
     assert nameless(report) == nameless(local)
     assert report["adapter"]["ranks"] == {"64": 252}
     assert not (tmp_path / "hf" / "hub").exists()  # looking leaves no half copy in the cache
+    assert not list(scratch.iterdir())
 
 
 def test_base_of_four_shards(served: TestHub, tmp_path: Path) -> None:
