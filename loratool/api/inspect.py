@@ -100,7 +100,8 @@ def _with_risk(
         raise UsageError("LT-289", "--base goes with --risk", hint="--risk --base BASE")
     if report.adapter is None:
         raise UsageError("LT-289", "--risk looks at one adapter", got=f"a {report.what}")
-    opened = None if base is None else open_base(str(base), [], access)
+    whole = replace(access, in_place=False)  # all of its weights are read: a download, asked for
+    opened = None if base is None else open_base(str(base), [], whole)
     adapter = open_adapter(find_adapter(path), ReadOptions(alpha=alpha))
     return replace(report, risk=measure_risk(adapter, opened))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import subprocess
@@ -13,6 +14,9 @@ from typing import Any
 import pytest
 
 from loratool.store.header import build_header
+from loratool.store.hub_listing import ListedFile, Listing
+from loratool.store.look import look
+from loratool.store.remote import RemoteFile
 from tests.hub_server import Fault, Large, TestHub
 from tests.make import random_factors, save_adapter, save_checkpoint
 
@@ -318,10 +322,20 @@ def test_refusals(served: TestHub, tmp_path: Path) -> None:
         assert exit_code == 7 and code in text, (source, text)
 
 
-def test_names_that_lead_out(served: TestHub, tmp_path: Path, small: Path) -> None:
-    served.state.add_repo("me/x", contents(small) | {"../../../evil.json": b"{}"})
-    inspect(served, tmp_path, "hf://me/x")
-    assert not list(tmp_path.rglob("evil.json"))
+def test_names_that_lead_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def read(file: RemoteFile, start: int, count: int) -> bytes:
+        asked.append(file.name)
+        return b"{}"
+
+    monkeypatch.setattr(RemoteFile, "read", read)
+    names = ("../config.json", "config.json", "model.safetensors", "/tokenizer.json")
+    digest = hashlib.sha256(b"{}").hexdigest()
+    files = tuple(ListedFile(name, 2, digest) for name in names)
+    found = look(Listing("me/x", None, "0" * 40, files), kind="base")
+    assert sorted(asked) == ["config.json", "model.safetensors"]
+    assert sorted(p.name for p in found.path.iterdir()) == sorted(asked)
 
 
 def test_cached_files_are_used(served: TestHub, tmp_path: Path, small: Path) -> None:
