@@ -5,18 +5,25 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loratool.adapter import Adapter, AdapterFiles, ReadOptions
-from loratool.api.common import Resources, option_values, parse_size, plan_resources
+from loratool.api.common import (
+    Resources,
+    file_rules,
+    option_values,
+    parse_size,
+    plan_resources,
+    recorded_name,
+)
 from loratool.dialects import open_adapter, write_adapter_files
 from loratool.errors import UsageError
 from loratool.ops.batch import is_batch, name_of, place_outputs
 from loratool.ops.compress import CompressPlan, at_ranks, names_of, plan_compress, rebuild
 from loratool.ops.compress_options import rank_rule
-from loratool.ops.inputs import guard_output
+from loratool.ops.inputs import Access, guard_output, locate
 from loratool.ops.loads import judge_loads
 from loratool.report import (
     CompressedAdapter,
@@ -26,7 +33,7 @@ from loratool.report import (
 )
 from loratool.store.header import build_header
 from loratool.store.provenance import adapter_id, provenance_of
-from loratool.store.source import Resolved, find_adapter, resolve
+from loratool.store.source import Resolved, find_adapter
 from loratool.store.writer import check_output
 
 if TYPE_CHECKING:
@@ -38,7 +45,8 @@ def compress(
     adapters: str | Path | Sequence[str | Path],
     *,
     output: str | Path,
-    rank: int | None = None,
+    rank: int | str | None = None,
+    base: str | Path | None = None,
     energy: float | None = None,
     error: float | None = None,
     size: str | int | None = None,
@@ -50,6 +58,8 @@ def compress(
     dry_run: bool = False,
     offline: bool = False,
     provenance: bool = True,
+    max_header: str | int | None = None,
+    allow_pickle: bool = False,
     read: ReadOptions | None = None,
     progress: Progress | None = None,
 ) -> CompressReport:
@@ -61,7 +71,8 @@ def compress(
     Args:
         adapters: one, or several that keep their names inside of ``output``.
         output: folder to create; for several adapters the folder that holds theirs.
-        rank: of every module.
+        rank: of every module; ``auto``: what a merge into ``base`` can resolve.
+        base: checkpoint for ``auto``: singular values below the rounding noise of a merge go.
         energy: least rank that keeps this share of Σσ², per module.
         error: least rank with at most this relative error, per module.
         size: whole tensor file at most, in bytes or as ``20MB``, spent where it keeps most.
@@ -73,6 +84,8 @@ def compress(
         dry_run: compute everything, write nothing.
         offline: never touch the network.
         provenance: record inputs and options in the output.
+        max_header: largest safetensors header accepted, such as ``"64MB"``.
+        allow_pickle: convert pickles first, in a locked process.
         read: what the files do not say.
         progress: called with (bytes done, bytes in all).
 
@@ -88,10 +101,24 @@ def compress(
     started = time.monotonic()
     limit = parse_size(size)
     rule = rank_rule(
-        rank=rank, energy=energy, error=error, sv_ratio=sv_ratio, max_rank=max_rank, size=limit
+        rank=rank,
+        energy=energy,
+        error=error,
+        sv_ratio=sv_ratio,
+        max_rank=max_rank,
+        size=limit,
+        has_base=base is not None,
     )
-    options = option_values(**rule, size=limit)
-    jobs = _open(adapters, output, read or ReadOptions(), offline, force)
+    named = None if base is None else recorded_name(Path(base))
+    options = option_values(**rule, size=limit, rank_auto=base is not None, base=named)
+    read = read or ReadOptions()
+    access = Access(offline, rules=file_rules(max_header, allow_pickle))
+    jobs = _open(adapters, output, read, access, force)
+    if base is not None:
+        jobs = [
+            replace(job, caps=_noise_ranks(job, base, read, access, threads, max_memory))
+            for job in jobs
+        ]
     total = sum(s.nbytes for j in jobs for spec in j.plan.specs for s in spec.fields.values())
     done = 0
 
@@ -129,6 +156,8 @@ class _Job:
     resolved: Resolved
     plan: CompressPlan
     target: Path
+    caps: Sequence[int | None] | None = None
+    """Noise rank of each spec, None where it has none; None without ``--rank auto``."""
 
     @property
     def original(self) -> AdapterFiles:
@@ -151,23 +180,45 @@ def _open(
     adapters: str | Path | Sequence[str | Path],
     output: str | Path,
     read: ReadOptions,
-    offline: bool,
+    access: Access,
     force: bool,
 ) -> list[_Job]:
     """Open every input and check every output before any work is done."""
     texts = [adapters] if isinstance(adapters, (str, Path)) else list(adapters)
     if not texts:
         raise UsageError("LT-221", "no adapter given")
-    found = [resolve(str(text), kind="adapter", offline=offline) for text in texts]
+    found = [locate(str(text), kind="adapter", access=access) for text in texts]
     targets = place_outputs([name_of(one) for one in found], output)
     jobs: list[_Job] = []
     for resolved, target in zip(found, targets, strict=True):
-        adapter = open_adapter(find_adapter(resolved.path), read)
+        adapter = open_adapter(
+            find_adapter(resolved.path), read, max_header=access.rules.max_header
+        )
         guard_output(target, [one.path for one in found])
         if target == Path(output) or target.parent.exists():
             check_output(target, is_folder=True, force=force)
         jobs.append(_Job(resolved, plan_compress(adapter), target))
     return jobs
+
+
+def _noise_ranks(
+    job: _Job,
+    base: str | Path,
+    read: ReadOptions,
+    access: Access,
+    threads: int | None,
+    max_memory: str | int | None,
+) -> list[int | None]:
+    """What a merge into the base can resolve, per spec."""
+    from loratool.api.look import look_at_base
+
+    found = look_at_base(
+        job.resolved.path, base, read=read, access=access, device="cpu", threads=threads,
+        max_memory=max_memory,
+    )  # fmt: skip
+    ranks = {m.name: m.noise_rank for m in found.modules}
+    known = [ranks.get(spec.name) for spec in job.plan.specs]
+    return [None if rank is None else int(rank) for rank in known]
 
 
 def _compress(
@@ -187,8 +238,10 @@ def _compress(
         spectra = _run(plan, "spectrum", [{}] * len(plan.specs), resources)
     while True:
         args = [plan.factor_args(i) | {"rule": rule, "dtype": d} for i, d in enumerate(dtypes)]
+        for i, cap in enumerate(job.caps or ()):
+            args[i]["cap"] = cap
         if spectra is not None:
-            ranks = _ranks(plan, spectra, rule, limit, dtypes)
+            ranks = _ranks(plan, spectra, rule, limit, dtypes, job.caps)
             for group in plan.groups:
                 for i in group.specs:
                     args[i] |= {"rank": ranks[i], "is_free": len(group.specs) == 1}
@@ -229,6 +282,7 @@ def _ranks(
     rule: dict[str, Any],
     limit: int | None,
     dtypes: Sequence[str],
+    caps: Sequence[int | None] | None = None,
 ) -> list[int]:
     """One rank per spec: what the rule asks of any module of its group, then the budget."""
     from loratool.engine.compressing import choose_group_ranks
@@ -237,7 +291,10 @@ def _ranks(
     if all(float(s.sigma.sum()) == 0 for s in spectra):
         floors[0] = 1  # PEFT needs one module at least
     groups = [[spectra[i] for i in g.specs] for g in plan.groups]
-    chosen = choose_group_ranks(groups, rule, floors)
+    chosen = choose_group_ranks(
+        groups, rule, floors,
+        None if caps is None else [[caps[i] for i in g.specs] for g in plan.groups],
+    )  # fmt: skip
     if limit is not None:
         chosen = _within(plan, groups, limit, chosen, floors, dtypes)
     return _per_spec(plan, chosen)
@@ -307,8 +364,6 @@ def file_bytes(files: AdapterFiles) -> int:
 
 
 def _copied(plan: CompressPlan, results: Sequence[Factored]) -> list[Factored]:
-    from dataclasses import replace
-
     return [
         replace(r, rank=s.rank, kept_square=r.square, residual_square=0.0, factors=None)
         for s, r in zip(plan.specs, results, strict=True)
@@ -341,6 +396,12 @@ def _report(job: _Job, made: _Made, dry_run: bool) -> CompressedAdapter:
     )
     energy, error = energy_and_error(modules)
     notes = list(job.plan.adapter.notes)
+    if job.caps is not None:
+        without = sum(cap is None for cap in job.caps)
+        notes.append(
+            "rank auto: singular values above the rounding noise of a merge into the base"
+            + (f"; {without} modules have no such rank" if without else "")
+        )
     if job.resolved.note:
         notes.insert(0, job.resolved.note)
     if job.plan.adapter.unclaimed and not made.is_unchanged:

@@ -39,11 +39,12 @@ def inspect(
     *,
     tensors: bool = False,
     risk: bool = False,
-    base: str | Path | None = None,
     spectrum: bool = False,
+    base: str | Path | None = None,
     csv: str | Path | None = None,
     plot: str | Path | None = None,
     alpha: float | None = None,
+    device: str = "auto",
     threads: int | None = None,
     offline: bool = False,
     max_header: str | int | None = None,
@@ -55,12 +56,14 @@ def inspect(
         source: path or Hub reference.
         tensors: list every tensor.
         risk: also load an adapter's factors and give statistics of every ΔW.
-        base: with ``risk``: look for intruder dimensions in this checkpoint.
         spectrum: also load an adapter's factors and measure the singular values of every delta.
-        csv: file to write them to, one row per module; implies ``spectrum``.
+        base: checkpoint to set an adapter beside: how strong, what a merge would swallow; with
+            ``risk`` also intruder dimensions.
+        csv: file to write them to, one row per module; implies ``spectrum`` without ``base``.
         plot: ``.png`` or ``.svg`` to draw them in; implies ``spectrum``.
         alpha: lora_alpha for files without a configuration.
-        threads: workers for ``spectrum``.
+        device: ``auto``, ``cpu`` or ``cuda[:n]``, for ``base``.
+        threads: workers for ``spectrum`` and ``base``.
         offline: never touch the network.
         max_header: largest safetensors header accepted, such as ``"64MB"``.
         allow_pickle: convert pickles first, in a locked process.
@@ -76,10 +79,15 @@ def inspect(
     )  # fmt: skip
     if resolved.note is not None:
         report = replace(report, notes=(resolved.note, *report.notes))
-    if risk or base is not None:
-        report = _with_risk(report, resolved.path, base, risk, alpha, access)
-    if spectrum or csv is not None or plot is not None:
-        report = _with_spectrum(report, resolved.path, csv, plot, alpha, threads)
+    if risk:
+        report = _with_risk(report, resolved.path, base, alpha, access)
+    if spectrum or (csv is not None and base is None) or plot is not None:
+        report = _with_spectrum(
+            report, resolved.path, csv if base is None else None, plot, alpha, threads,
+            access.rules.max_header,
+        )  # fmt: skip
+    if base is not None:
+        report = _with_base(report, resolved.path, base, csv, alpha, access, device, threads)
     return report
 
 
@@ -87,7 +95,6 @@ def _with_risk(
     report: InspectReport,
     path: Path,
     base: str | Path | None,
-    risk: bool,
     alpha: float | None,
     access: Access,
 ) -> InspectReport:
@@ -96,14 +103,45 @@ def _with_risk(
     from loratool.ops.inputs import open_base
     from loratool.store.source import find_adapter
 
-    if not risk:
-        raise UsageError("LT-289", "--base goes with --risk", hint="--risk --base BASE")
     if report.adapter is None:
         raise UsageError("LT-289", "--risk looks at one adapter", got=f"a {report.what}")
     whole = replace(access, in_place=False)  # all of its weights are read: a download, asked for
     opened = None if base is None else open_base(str(base), [], whole)
     adapter = open_adapter(find_adapter(path), ReadOptions(alpha=alpha))
     return replace(report, risk=measure_risk(adapter, opened))
+
+
+def _with_base(
+    report: InspectReport,
+    path: Path,
+    base: str | Path,
+    csv: str | Path | None,
+    alpha: float | None,
+    access: Access,
+    device: str,
+    threads: int | None,
+) -> InspectReport:
+    from loratool.api.look import look_at_base, write_csv
+    from loratool.api.spectrum import check_files
+    from loratool.errors import UsageError
+    from loratool.ops.loss import WARN_LOSS
+
+    if report.adapter is None:
+        raise UsageError("LT-208", "--base is for one adapter", file=path, got=f"a {report.what}")
+    csv_path = None if csv is None else Path(csv)
+    check_files(csv_path, None)
+    found = look_at_base(
+        path, base, read=ReadOptions(alpha=alpha), access=access, device=device, threads=threads
+    )
+    if csv_path is not None:
+        write_csv(found, csv_path)
+    warnings = report.warnings
+    if found.total.loss > WARN_LOSS:
+        warnings += (
+            f"a merge into {found.total.dtype} would swallow {found.total.loss:.0%} of the change: "
+            "--dtype float32 keeps it",
+        )
+    return replace(report, look=found, warnings=warnings)
 
 
 def _with_spectrum(
@@ -113,6 +151,7 @@ def _with_spectrum(
     plot: str | Path | None,
     alpha: float | None,
     threads: int | None,
+    max_header: int,
 ) -> InspectReport:
     from loratool.api.spectrum import check_files, measure_spectrum, write_csv
     from loratool.dialects import open_adapter
@@ -124,7 +163,7 @@ def _with_spectrum(
         )
     csv_path, plot_path = (None if p is None else Path(p) for p in (csv, plot))
     check_files(csv_path, plot_path)
-    adapter = open_adapter(find_adapter(path), ReadOptions(alpha=alpha))
+    adapter = open_adapter(find_adapter(path), ReadOptions(alpha=alpha), max_header=max_header)
     found = measure_spectrum(adapter, threads=threads)
     if csv_path is not None:
         write_csv(found, csv_path)

@@ -62,8 +62,10 @@ class Ratio(click.ParamType[float]):
     ),
 )
 @click.argument("adapters", nargs=-1, required=True, metavar="ADAPTER…")
-@opt.option("--rank", type=opt.RankNumber(), metavar="R", section="Input",
-            help="Of every module.")  # fmt: skip
+@opt.option("--rank", type=opt.RankNumber(), metavar="R|auto", section="Input",
+            help="Of every module; auto: what a merge into --base can resolve.")  # fmt: skip
+@opt.option("--base", metavar="BASE", section="Input",
+            help="Checkpoint for --rank auto.")  # fmt: skip
 @opt.option("--energy", type=opt.Share(), metavar="E", section="Input",
             help="Least rank that keeps this share of the energy, per module.")  # fmt: skip
 @opt.option("--error", type=opt.Share(), metavar="E", section="Input",
@@ -83,6 +85,7 @@ class Ratio(click.ParamType[float]):
             help="Workers. Never changes a result.")  # fmt: skip
 @opt.option("--offline", is_flag=True, section="General", help="Never touch the network.")
 @opt.general
+@opt.trust
 @opt.reading
 def command(adapters: tuple[str, ...], output: str, **options: Any) -> None:
     """Compress adapters: the best approximation of lower rank, module by module.

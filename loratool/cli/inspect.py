@@ -9,6 +9,7 @@ import click
 
 from loratool.cli import options as opt
 from loratool.cli.loads import loads_line
+from loratool.cli.look import look_lines
 from loratool.cli.render import (
     format_bytes,
     format_count,
@@ -45,18 +46,20 @@ _DEAR_SHARE = 0.02
         "loratool inspect ./style --tensors",
         "loratool inspect ./style --risk --base ./model   # statistics, intruder dimensions",
         "loratool inspect ./style --spectrum --plot style.png",
+        "loratool inspect ./style --base ./model",
         "loratool inspect ./model --json",
     ),
 )
 @click.argument("sources", nargs=-1, required=True, metavar="SOURCE…")
-@opt.option("--base", metavar="BASE", section="Input",
-            help="With --risk: look for intruder dimensions in this checkpoint.")  # fmt: skip
 @opt.option("--risk", is_flag=True, section="Output",
             help="Statistics of every ΔW, to look at before trusting a file.")  # fmt: skip
 @opt.option("--spectrum", is_flag=True, section="Output",
             help="Singular values of every delta; loads the factors.")  # fmt: skip
+@opt.option("--base", metavar="BASE", section="Input",
+            help="How strong beside BASE, and what a merge would swallow; reads both. "
+                 "With --risk also intruder dimensions.")  # fmt: skip
 @opt.option("--csv", metavar="FILE", section="Output",
-            help="Write them to FILE, one row per module; implies --spectrum.")  # fmt: skip
+            help="Write them to FILE, one row per module; alone implies --spectrum.")  # fmt: skip
 @opt.option("--plot", metavar="FILE.png|.svg", section="Output",
             help="Draw them; implies --spectrum. Needs matplotlib.")  # fmt: skip
 @opt.option("--tensors", is_flag=True, section="Output", help="List every tensor.")
@@ -78,9 +81,9 @@ def command(sources: tuple[str, ...], **options: Any) -> int:
         report = api.inspect(sources[0], **options)
         voice.show(report, render(report, voice))
         return 0
-    if options["risk"] or options["base"]:
+    if options["risk"]:
         raise UsageError("LT-289", "--risk looks at one adapter", got=f"{len(sources)} sources")
-    if any(options[name] for name in ("spectrum", "csv", "plot")):
+    if any(options[name] for name in ("spectrum", "base", "csv", "plot")):
         raise UsageError(
             "LT-208", "a spectrum is that of one adapter", got=f"{len(sources)} sources"
         )
@@ -118,12 +121,14 @@ def render(report: InspectReport, voice: Voice) -> Iterator[str]:
         yield from _folder(report.rows)
         return
     if report.adapter is not None:
-        is_read = report.risk is not None or report.spectrum is not None
+        is_read = any(x is not None for x in (report.risk, report.spectrum, report.look))
         yield from _adapter(report.adapter, voice, read="" if is_read else "headers only")
     if report.risk is not None:
         yield from risk_lines(report.risk, voice)
     if report.spectrum is not None:
         yield from spectrum_lines(report.spectrum, voice)
+    if report.look is not None:
+        yield from look_lines(report.look, voice)
     if report.checkpoint is not None:
         yield from _checkpoint(report.checkpoint)
     yield from note_lines(report.notes, voice)

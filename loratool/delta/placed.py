@@ -59,6 +59,16 @@ class Placed(Delta):
         """As the inner delta."""
         self.inner.end_survey()
 
+    def within(
+        self, block: torch.Tensor, r0: int, r1: int, c0: int, c1: int
+    ) -> tuple[torch.Tensor, tuple[int, int, int, int]] | None:
+        """The part of a block in the region and its place in the inner delta; None if outside."""
+        rows, cols = self._rows.cut(r0, r1), self._cols.cut(c0, c1)
+        if rows is None or cols is None:
+            return None
+        place = (rows.start, rows.stop, cols.start, cols.stop)
+        return block[rows.select][:, cols.select], place
+
     def add_to(
         self, acc: torch.Tensor, base: torch.Tensor, r0: int, r1: int, c0: int, c1: int
     ) -> None:

@@ -91,7 +91,8 @@ class MeasureSpectrum(Kernel):
 class Factor(Kernel):
     """The truncated SVD of a delta, split into balanced factors of its storage type.
 
-    ``args``: ``rule`` (fields of a `RankRule`) or ``rank``; ``dtype``; ``gain``, the scaling
+    ``args``: ``rule`` (fields of a `RankRule`) and ``cap``, or ``rank``;
+    ``dtype``; ``gain``, the scaling
     that the stored factors will have; ``bias``, the spec of the module's bias delta; ``is_free``,
     False where other modules must have the same rank.  The old factors stay where the new ones
     would not be smaller.
@@ -108,7 +109,7 @@ class Factor(Kernel):
         squares = torch.stack([f.S for f in found]).square().sum(0)
         rank = args.get("rank")
         if rank is None:
-            rank = choose_rank(squares.sqrt(), RankRule(**args["rule"]))
+            rank = _capped(squares.sqrt(), RankRule(**args["rule"]), args.get("cap"))
         name, square = self.step.output.name, float(squares.sum())
         kept = float(squares[:rank].sum())
         if rank == 0:
@@ -250,7 +251,10 @@ def _spec(step: Step) -> DeltaSpec:
 
 
 def choose_group_ranks(
-    groups: Sequence[Sequence[Spectrum]], rule: Mapping[str, Any], floors: Sequence[int]
+    groups: Sequence[Sequence[Spectrum]],
+    rule: Mapping[str, Any],
+    floors: Sequence[int],
+    caps: Sequence[Sequence[int | None]] | None = None,
 ) -> list[int]:
     """One rank per group: the largest that the rule asks for any of its members.
 
@@ -258,12 +262,19 @@ def choose_group_ranks(
         groups: spectra of deltas that must have one rank.
         rule: fields of a `RankRule`.
         floors: smallest rank of each group.
+        caps: largest rank of each member besides the rule; None = no limit.
     """
     made = RankRule(**rule)
+    limits = caps or [[None] * len(group) for group in groups]
     return [
-        max(floor, *(choose_rank(one.joint, made) for one in group))
-        for group, floor in zip(groups, floors, strict=True)
+        max(floor, *(_capped(m.joint, made, c) for m, c in zip(group, cap, strict=True)))
+        for group, floor, cap in zip(groups, floors, limits, strict=True)
     ]
+
+
+def _capped(sigma: torch.Tensor, rule: RankRule, cap: int | None) -> int:
+    rank = choose_rank(sigma, rule)
+    return rank if cap is None else min(rank, cap)
 
 
 def spend(

@@ -5,6 +5,7 @@ from loratool.engine.compressing import Factor, MeasureSpectrum
 from loratool.engine.difference import Difference
 from loratool.engine.factoring import SubtractAndFactor
 from loratool.engine.kernel import Kernel
+from loratool.engine.looking import LookAtBase
 from loratool.engine.merging import AddDeltas
 from loratool.engine.residual import PatchedCopy, PatchedSum, ResidualOfCopy, ResidualOfSum
 from loratool.engine.undoing import MakePatch, Restore
@@ -16,6 +17,7 @@ KERNELS: dict[str, type[Kernel]] = {
     "compare_bytes": CompareBytes,
     "difference": Difference,
     "factor": Factor,
+    "look_at_base": LookAtBase,
     "make_patch": MakePatch,
     "patched_copy": PatchedCopy,
     "patched_sum": PatchedSum,

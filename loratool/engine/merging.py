@@ -100,6 +100,10 @@ class AddDeltas(Kernel):
             self.deltas.extend(d for part in changes for d in self._build(part))
         if isinstance(self.rounder, Exact):
             self.rounder.deltas, self.rounder.dense = self.deltas, self.dense
+        self.measure_norms()
+
+    def measure_norms(self) -> None:
+        """Pass W by the deltas that need its norms."""
         wanting = [d for d in self.deltas if d.needs_measure]
         if wanting:
             for block, base in self.env.stream(self.step.inputs[0], self.step.view):

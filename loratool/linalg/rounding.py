@@ -12,6 +12,7 @@ _FORMATS = {
     torch.float32: (24, -126),
     torch.float16: (11, -14),
     torch.bfloat16: (8, -126),
+    torch.float8_e4m3fn: (4, -126),  # with a scale per tensor, under which nothing underflows
 }
 
 _LOW = (1 << 29) - 1  # the significand bits that float64 has and float32 has not

@@ -11,14 +11,15 @@ from loratool.ops.rank_options import MAX_RANK
 
 def rank_rule(
     *,
-    rank: int | None,
+    rank: int | str | None,
     energy: float | None,
     error: float | None,
     sv_ratio: float | None,
     max_rank: int | None,
     size: int | None,
+    has_base: bool = False,
 ) -> dict[str, Any]:
-    """Fields of a `RankRule`.
+    """Fields of a `RankRule`; ``--rank auto`` is none of them.
 
     Raises:
         UsageError: no criterion, or a number out of its range.
@@ -27,11 +28,16 @@ def rank_rule(
         raise UsageError(
             "LT-228", "--rank is a whole number", got=rank, hint=f"--energy {rank} or --rank 8"
         )
-    if isinstance(rank, str):
+    is_auto = rank == "auto"
+    if isinstance(rank, str) and not is_auto:
+        raise UsageError("LT-230", "--rank is a whole number or auto", got=rank)
+    if is_auto != has_base:
         raise UsageError(
-            "LT-230", "--rank is a whole number", got=rank,
-            hint="a noise floor comes from two checkpoints; an adapter alone has --energy 0.99",
+            "LT-230", "--rank auto and --base go together",
+            got="--base alone" if has_base else "--rank auto alone",
+            hint="--rank auto --base BASE; an adapter alone has --energy 0.99",
         )  # fmt: skip
+    rank = None if isinstance(rank, str) else rank
     for code, name, value in (("LT-229", "--rank", rank), ("LT-231", "--max-rank", max_rank)):
         if value is not None and not 1 <= value <= MAX_RANK:
             raise UsageError(code, f"{name} out of range", expected=f"1 to {MAX_RANK}", got=value)
@@ -45,7 +51,7 @@ def rank_rule(
         "rank": rank, "energy": energy, "error": error, "sv_ratio": sv_ratio, "max_rank": max_rank
     }  # fmt: skip
     rule = {name: value for name, value in found.items() if value is not None}
-    if not rule and size is None:
+    if not rule and size is None and not is_auto:
         raise UsageError(
             "LT-246", "nothing says how far to compress",
             expected="--rank, --energy, --error, --sv-ratio, --size or --max-rank",

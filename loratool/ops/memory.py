@@ -97,6 +97,8 @@ def _worker_bytes(step: Step, chunk: int, elements: int) -> int:
     if "method" in step.args:  # a block of each delta, weighted, with signs and masks
         block_bytes = block * len(step.parts) * (4 * accumulator + 12)
         return piece * (len(step.inputs) + 1) + block_bytes + block * 5 * accumulator
+    if step.op == "look_at_base":  # W and the spacings in float64, with their temporaries
+        return piece * (len(step.inputs) + 1) + block * 8 * 6
     return piece * (len(step.inputs) + 1) + block * (3 * accumulator + 2 * wide) + rounding
 
 
@@ -108,6 +110,8 @@ def step_bytes(step: Step) -> int:
             held = sum(s.numel for s in part.spec.fields.values())
             if part.expert is not None:
                 held //= part.spec.experts
+            if step.op == "look_at_base":
+                total += held * 48  # its QR, singular vectors and one more copy, float64
             total += held * 16  # accumulator type, and a float64 copy while it is made
             if part.spec.base_change:
                 total += step.view[0] * step.view[1] * 24 + 32 * min(step.view) ** 2

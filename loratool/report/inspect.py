@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from loratool.report.base import Loads, Report, plain_json
+from loratool.report.look import AdapterLook
 from loratool.report.risk import RiskStatistics
 from loratool.report.spectrum import AdapterSpectrum
 
@@ -161,6 +162,7 @@ class InspectReport(Report):
         next: a command line to go on with.
         risk: statistics of an adapter's deltas, if asked for.
         spectrum: of ``--spectrum``.
+        look: of ``--base``.
     """
 
     command: ClassVar[str] = "inspect"
@@ -175,11 +177,12 @@ class InspectReport(Report):
     next: str | None = None
     risk: RiskStatistics | None = None
     spectrum: AdapterSpectrum | None = None
+    look: AdapterLook | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The report as plain JSON types; statistics and spectrum with what sums them up."""
         found = super().to_json()
-        for key in ("risk", "spectrum"):
+        for key in ("risk", "spectrum", "look"):
             if getattr(self, key) is None:
                 del found[key]
         if self.risk is not None:

@@ -199,8 +199,5 @@ def test_a_wrong_base_and_wrong_options(tmp_path: Path) -> None:
             lt.rescale([source], factor, output=tmp_path / "out", **options)
         assert caught.value.code == code
     with pytest.raises(LoratoolError) as caught:
-        lt.inspect(source, base=base)
-    assert caught.value.code == "LT-289"
-    with pytest.raises(LoratoolError) as caught:
         lt.inspect(base, risk=True)
     assert caught.value.code == "LT-289"

@@ -1,0 +1,109 @@
+"""`inspect --base`: an adapter beside the base that it would be merged into."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from loratool.adapter import ReadOptions
+from loratool.api.common import plan_resources
+from loratool.api.merge_job import NameOptions, prepare_merge
+from loratool.dtypes import DTYPES
+from loratool.ops.bind import BindOptions
+from loratool.ops.inputs import Access
+from loratool.plan import DeltaPart, Plan
+from loratool.report.look import AdapterLook, Sums, combine
+
+if TYPE_CHECKING:
+    from loratool.engine.looking import Look
+
+
+def look_at_base(
+    path: Path,
+    base: str | Path,
+    *,
+    read: ReadOptions,
+    access: Access,
+    device: str = "auto",
+    threads: int | None = None,
+    max_memory: str | int | None = None,
+) -> AdapterLook:
+    """Measure every delta beside the weights it changes, reading these once, in blocks.
+
+    Raises:
+        LoratoolError: as `merge`: whatever does not bind cannot be looked at.
+    """
+    from loratool.engine.run import execute
+    from loratool.store.reader import FileReader
+
+    job = prepare_merge(
+        [str(path)], base=base, weights=[1.0], mean=False, names=NameOptions(BindOptions(), read),
+        access=access, dtype=None, shard_bytes=None, output=None, with_provenance=False,
+    )  # fmt: skip
+    steps = tuple(
+        replace(step, op="look_at_base", inputs=step.inputs[:1], parts=parts, shard=-1)
+        for step in job.merge.plan.steps
+        if (parts := tuple(p for p in step.parts if isinstance(p, DeltaPart)))
+    )
+    plan = Plan("inspect", steps)
+    resources = plan_resources(
+        plan, device=device, threads=threads, max_memory=max_memory, chunk_bytes=None,
+        sample=False, progress=None,
+    )  # fmt: skip
+    with FileReader() as reader:
+        results = execute(plan, reader, None, resources.run)
+        reader.check_unchanged()
+    found = [one for looks in results for one in looks]
+    order = {spec.name: i for i, spec in enumerate(job.adapters[0].adapter.specs)}
+    ranks = {s.name: s.rank for s in job.adapters[0].adapter.specs}
+    found.sort(key=lambda one: order[one.name])
+    return _summed(job.base.resolved.label, found, ranks)
+
+
+def _summed(label: str, found: Sequence[Look], ranks: dict[str, int]) -> AdapterLook:
+    groups: dict[str, list[Sums]] = {}
+    for one in found:
+        noise = None
+        if one.sigma is not None and one.noise_top is not None:
+            noise = sum(s > one.noise_top for s in one.sigma)
+        groups.setdefault(one.name, []).append(Sums(
+            _family(one.name), DTYPES[one.dtype].word or one.dtype, ranks[one.name], one.numel,
+            one.weight_square, one.delta_square, one.core_square, noise, one.errors, one.changed,
+        ))  # fmt: skip
+    modules = []
+    for name, rows in groups.items():
+        made = combine(name, rows[0].family, rows)
+        known = [r.noise_rank for r in rows if r.noise_rank is not None]
+        tops = [one.noise_top for one in found if one.name == name and one.noise_top is not None]
+        modules.append(replace(
+            made, noise_rank=max(known, default=None), noise_top=max(tops, default=None)
+        ))  # fmt: skip
+    flat = [r for rows in groups.values() for r in rows]
+    families = tuple(
+        combine(f, f, [r for r in flat if r.family == f])
+        for f in dict.fromkeys(r.family for r in flat)
+    )
+    return AdapterLook(label, tuple(modules), families, combine("total", "total", flat))
+
+
+def write_csv(found: AdapterLook, path: Path) -> None:
+    """One row per module."""
+    words = list(found.total.swallowed)
+    with path.open("x", newline="", encoding="utf-8") as file:
+        rows = csv.writer(file)
+        head = ["module", "family", "dtype", "rank", "rho", "amplification", "noise_rank"]
+        head += [f"{what}_{w}" for what in ("swallowed", "changed") for w in words]
+        rows.writerow(head)
+        for m in found.modules:
+            numbers = [m.rho, m.amplification, m.noise_rank]
+            numbers += [table.get(w) for table in (m.swallowed, m.changed) for w in words]
+            shown = ("" if n is None else repr(n) for n in numbers)
+            rows.writerow([m.name, m.family, m.dtype, m.rank, *shown])
+
+
+def _family(name: str) -> str:
+    parts = name.split(".")
+    return parts[-2] if parts[-1] == "weight" and len(parts) > 1 else parts[-1]
