@@ -71,8 +71,9 @@ def inspect(
     from loratool.ops.inputs import Access, locate
     from loratool.ops.summary import summarize
 
-    access = Access(offline, rules=file_rules(max_header, allow_pickle), in_place=True)
-    resolved = locate(str(source), kind="any", access=access)
+    # Of a base most weights are read: that is a download, which is asked for.
+    access = Access(offline, rules=file_rules(max_header, allow_pickle))
+    resolved = locate(str(source), kind="any", access=replace(access, in_place=True))
     report = summarize(
         resolved.path, tensors=tensors, alpha=alpha, source=str(source), label=resolved.label,
         max_header=access.rules.max_header,
@@ -105,8 +106,7 @@ def _with_risk(
 
     if report.adapter is None:
         raise UsageError("LT-289", "--risk looks at one adapter", got=f"a {report.what}")
-    whole = replace(access, in_place=False)  # all of its weights are read: a download, asked for
-    opened = None if base is None else open_base(str(base), [], whole)
+    opened = None if base is None else open_base(str(base), [], access)
     adapter = open_adapter(find_adapter(path), ReadOptions(alpha=alpha))
     return replace(report, risk=measure_risk(adapter, opened))
 
