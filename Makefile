@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 TEST_ENV := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive HF_HUB_OFFLINE=1
 WORKERS ?= 2
 
-.PHONY: demo test lint types test-slow test-gpu faults fuzz bench clean
+.PHONY: demo test test-hub-old lint types test-slow test-gpu faults fuzz bench clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -56,3 +56,10 @@ bench: $(VENV)/.tested
 
 clean:
 	rm -rf $(VENV) demo-out build dist .mypy_cache .ruff_cache .hypothesis
+
+# The last 1.x client, beside the newest: same tests of the Hub.
+test-hub-old: $(VENV)/.tested
+	$(PYTHON) -m venv $(VENV)-hub-old
+	$(VENV)-hub-old/bin/python -m pip --quiet --disable-pip-version-check install -c constraints.txt \
+		huggingface_hub==1.33.0 pytest hypothesis -e .
+	HF_HOME=$(VENV)-hub-old/hf OMP_NUM_THREADS=1 $(VENV)-hub-old/bin/python -m pytest tests/hub

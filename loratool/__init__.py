@@ -18,6 +18,7 @@ _EXPORTS = {
     "inspect": "loratool.api",
     "merge": "loratool.api",
     "open": "loratool.api",
+    "pull": "loratool.api",
     "rescale": "loratool.api",
     "run": "loratool.api",
     "subtract": "loratool.api",
@@ -36,6 +37,7 @@ __all__ = [
     "inspect",
     "merge",
     "open",
+    "pull",
     "rescale",
     "run",
     "subtract",
@@ -50,6 +52,7 @@ if TYPE_CHECKING:
     from loratool.api.extract import extract
     from loratool.api.inspect import inspect, open
     from loratool.api.merge import merge
+    from loratool.api.pull import pull
     from loratool.api.rescale import rescale
     from loratool.api.run import run
     from loratool.api.subtract import subtract, swap

@@ -9,6 +9,7 @@ from loratool.api.demo import demo
 from loratool.api.extract import extract
 from loratool.api.inspect import inspect, open
 from loratool.api.merge import merge
+from loratool.api.pull import pull
 from loratool.api.rescale import rescale
 from loratool.api.run import run
 from loratool.api.subtract import subtract, swap
@@ -22,6 +23,7 @@ __all__ = [
     "inspect",
     "merge",
     "open",
+    "pull",
     "rescale",
     "run",
     "subtract",

@@ -71,8 +71,9 @@ def inspect(
     from loratool.ops.inputs import Access, locate
     from loratool.ops.summary import summarize
 
+    # Of a base most weights are read: that is a download, which is asked for.
     access = Access(offline, rules=file_rules(max_header, allow_pickle))
-    resolved = locate(str(source), kind="adapter", access=access)
+    resolved = locate(str(source), kind="any", access=replace(access, in_place=True))
     report = summarize(
         resolved.path, tensors=tensors, alpha=alpha, source=str(source), label=resolved.label,
         max_header=access.rules.max_header,

@@ -142,7 +142,7 @@ def merge(
     """
     started = time.monotonic()
     read = ReadOptions(alpha, rank_from, mha_out_proj, moe_layout, experts_b_order)
-    access = Access(offline, yes, file_rules(max_header, allow_pickle))
+    access = Access(offline, yes, file_rules(max_header, allow_pickle), in_place=dry_run)
     if base is None:
         check_options({
             "device": device, "shard_size": shard_size, "exact": exact, "seed": seed,

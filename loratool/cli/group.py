@@ -25,6 +25,7 @@ COMMANDS = {
     "compare": "How alike adapters are: cosine, subspaces, signs, configuration.",
     "run": "Several steps from one strict recipe file.",
     "verify": "Recompute a merge and compare, bit by bit.",
+    "pull": "Fetch an adapter from the Hub, every byte verified.",
     "demo": "A tour on a small built-in model, offline.",
     "completion": "Print the completion script for a shell.",
 }
@@ -34,7 +35,7 @@ MODULES = {"run": "recipe"}
 """Command -> its module where that has another name (`loratool.cli.run` is a function)."""
 
 LATER = (
-    "check", "convert", "pull", "push",
+    "check", "convert", "push",
 )  # fmt: skip
 """Commands of the plan that this version does not have."""
 

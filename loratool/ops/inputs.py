@@ -26,11 +26,13 @@ class Access:
         offline: never touch the network.
         yes: large downloads are agreed to.
         rules: how far files are trusted.
+        in_place: files on the Hub are not downloaded but read where they are.
     """
 
     offline: bool = False
     yes: bool = False
     rules: FileRules = field(default_factory=FileRules)
+    in_place: bool = False
 
 
 def locate(text: str, *, kind: str, access: Access) -> Resolved:
@@ -40,7 +42,8 @@ def locate(text: str, *, kind: str, access: Access) -> Resolved:
         LoratoolError: see `loratool.store.source.resolve` and
             `loratool.store.unpickled.convert_pickles`.
     """
-    resolved = resolve(text, kind=kind, offline=access.offline, yes=access.yes)
+    in_place = access.in_place and not access.rules.allow_pickle
+    resolved = resolve(text, kind=kind, offline=access.offline, yes=access.yes, in_place=in_place)
     if not access.rules.allow_pickle:
         return resolved
     from loratool.store.unpickled import convert_pickles

@@ -22,16 +22,12 @@ from loratool.report import (
 )
 from loratool.store.checkpoint import Checkpoint, open_checkpoint
 from loratool.store.header import MAX_HEADER_BYTES
+from loratool.store.layout import what_lies_there
 from loratool.store.source import find_adapter
 
 NO_ADAPTER = "LT-400"
 """Code of "not an adapter that loratool knows": then a file is taken for a checkpoint."""
 
-_ADAPTER_FILE = re.compile(r"(adapter_model|adapters|\d+_adapters|pytorch_lora_weights)[.-].*")
-_MODEL_FILE = re.compile(
-    r"model_index\.json|.*\.index\.json|pytorch_model.*\.bin"
-    r"|(model|diffusion_pytorch_model)[.-].*safetensors"
-)
 _QUANTISED_NAME = re.compile(r"bnb-\dbit|-(GPTQ|AWQ|FP8|int[48])\b|-4bit\b", re.IGNORECASE)
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _PLAIN_NAME = re.compile(r"[\w.~/-]+")
@@ -82,14 +78,7 @@ def _what(path: Path) -> str:
     """``adapter``, ``checkpoint``, ``folder`` or, for a file, ``file`` (its keys decide)."""
     if not path.is_dir():
         return "file"
-    names = {entry.name for entry in _entries(path)}
-    if any(_ADAPTER_FILE.fullmatch(name) for name in names):
-        return "adapter"
-    if any(_MODEL_FILE.fullmatch(name) for name in names):
-        return "checkpoint"
-    if "adapter_config.json" in names:
-        return "adapter"
-    return "checkpoint" if "config.json" in names else "folder"
+    return what_lies_there({entry.name for entry in _entries(path)})
 
 
 # --------------------------------------------------------------------------------- adapters

@@ -23,6 +23,7 @@ from loratool.errors import BadFileError, DiskError, list_some
 from loratool.plan import TensorSpec
 from loratool.store.foreign import open_regular, refuse_foreign
 from loratool.store.jsonfile import DuplicateKeyError, refuse_constant, unique_pairs
+from loratool.store.remote import remote_file
 
 MAX_HEADER_BYTES = 32 << 20  # default; --max-header raises it up to the next line
 HARD_HEADER_BYTES = 100_000_000  # the safetensors library refuses more
@@ -51,7 +52,7 @@ class Header:
         tensors: in offset order; they cover the rest of the file exactly.
         raw: length prefix and JSON as in the file.
         data_start: absolute offset of the first tensor byte.
-        file_size: size of the file in bytes.
+        file_size: size of the file in bytes (of a stub: of the file on the Hub).
     """
 
     path: Path
@@ -81,10 +82,11 @@ def read_header(
         >>> read_header(Path("adapter_model.safetensors")).tensors[0].shape  # doctest: +SKIP
         (8, 4096)
     """
-    shown = _shown(path, base_dir)
+    remote = remote_file(path)
+    shown = remote.shown if remote else _shown(path, base_dir)
     try:
         with open_regular(path, shown=shown) as file:
-            size = os.fstat(file.fileno()).st_size
+            size = remote.size if remote else os.fstat(file.fileno()).st_size
             raw = _read_raw(file, shown, size, min(max_bytes, HARD_HEADER_BYTES))
     except OSError as error:
         raise DiskError("LT-601", "cannot read", file=shown, got=error.strerror) from error

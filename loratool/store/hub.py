@@ -98,7 +98,7 @@ def snapshot(
     """
     from huggingface_hub import snapshot_download
 
-    with _plain_errors(repo_id, revision):
+    with plain_errors(repo_id, revision):
         path = Path(
             snapshot_download(
                 repo_id,
@@ -121,7 +121,7 @@ def list_files(
     """
     from huggingface_hub import errors, snapshot_download
 
-    with _plain_errors(repo_id, revision):
+    with plain_errors(repo_id, revision):
         try:
             found = snapshot_download(
                 repo_id,
@@ -138,7 +138,8 @@ def list_files(
 
 
 @contextmanager
-def _plain_errors(repo_id: str, revision: str | None) -> Iterator[None]:
+def plain_errors(repo_id: str, revision: str | None) -> Iterator[None]:
+    """Turn the client's errors into ours, without their text."""
     try:
         yield
     except Exception as error:

@@ -8,8 +8,9 @@ from fnmatch import fnmatchcase
 
 from loratool.errors import BadFileError, list_some
 from loratool.store.hub import ADAPTER_FILES, BASE_FILES
-from loratool.store.layout import PLAIN_STEMS
+from loratool.store.layout import PLAIN_STEMS, what_lies_there
 
+_CONFIGS = ("adapter_config.json", "config.json", "model_index.json")
 _ADAPTER_WEIGHTS = ("adapter_model*.safetensors", "adapters.safetensors")
 _VARIANT = re.compile(
     rf"^({'|'.join(PLAIN_STEMS)})\.\w+(-\d{{5}}-of-\d{{5}})?\.safetensors(\.index\.json)?$|"
@@ -87,3 +88,31 @@ def _matches(name: str, patterns: Sequence[str]) -> bool:
     return any(
         fnmatchcase(name, p) and (p.count("/") == name.count("/")) for p in patterns
     )  # fmt: skip
+
+
+def files_to_look_at(names: Sequence[str], sub: str = "") -> tuple[list[str], list[str]]:
+    """What tells the contents of a repository, of a folder of it, or of one file.
+
+    Returns:
+        Files that are read (weights, indices and configurations), and files whose names alone
+        matter: pickles, which are never opened, and all that lies beside.
+    """
+    folder = sub.rpartition("/")[0] if sub in names else sub
+    inside = [n for n in _inside(names, folder) if not n.startswith(".")]
+    here = [n for n in inside if "/" not in n]
+    if sub in names and not sub.endswith(".index.json"):
+        own = sub.rpartition("/")[2]
+        chosen = [own, *(n for n in here if n in _CONFIGS)]
+    elif what_lies_there(here) == "folder" or "model_index.json" in here:
+        chosen = [n for n in inside if n.count("/") <= 1 and not n.startswith(_OTHER_RUNTIME)]
+    else:
+        chosen = here
+    read = [n for n in chosen if _is_read(n.rpartition("/")[2])]
+    return (
+        [_join(folder, n) for n in read],
+        [_join(folder, n) for n in chosen if n not in read],
+    )
+
+
+def _is_read(name: str) -> bool:
+    return name in _CONFIGS or name.endswith((".safetensors", ".gguf")) or _is_weight(name)

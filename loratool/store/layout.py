@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,10 @@ _INDEX = re.compile(r"\.safetensors\.index(\.\w+)?\.json$")
 _ADAPTER_FILE = re.compile(r"^(adapter_model|adapters|\d+_adapters|pytorch_lora_weights)[.\-].*")
 _PICKLE_FILE = re.compile(r".*\.(bin|pt|pth|ckpt|pkl)$", re.IGNORECASE | re.DOTALL)
 _LONGEST_NAME = 255  # bytes, on every file system in use
+_MODEL_FILE = re.compile(
+    r"model_index\.json|.*\.index\.json|pytorch_model.*\.bin"
+    r"|(model|diffusion_pytorch_model)[.-].*safetensors"
+)
 _NO_WEIGHTS = re.compile(r"^(training_args|optimizer|scheduler|scaler|rng_state|random_states)")
 
 
@@ -84,6 +88,17 @@ def find_layout(folder: Path, *, index_name: str | None = None) -> Layout:
         )  # fmt: skip
     notes = _notes(chosen, ignored, names, weights)
     return Layout(folder, chosen.files, chosen.index_name, chosen.index, notes)
+
+
+def what_lies_there(names: Collection[str]) -> str:
+    """``adapter``, ``checkpoint`` or ``folder`` (of several), by the file names of a folder."""
+    if any(_ADAPTER_FILE.fullmatch(name) for name in names):
+        return "adapter"
+    if any(_MODEL_FILE.fullmatch(name) for name in names):
+        return "checkpoint"
+    if "adapter_config.json" in names:
+        return "adapter"
+    return "checkpoint" if "config.json" in names else "folder"
 
 
 def has_weights(folder: Path) -> bool:

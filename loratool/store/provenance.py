@@ -14,10 +14,14 @@ from loratool.adapter import Adapter, TensorRef
 from loratool.errors import LoratoolError, redact
 from loratool.store.checkpoint import Checkpoint
 from loratool.store.jsonfile import load_json
+from loratool.store.remote import remote_file
 
 
 def file_id(path: Path) -> str:
-    """sha256 of a file's bytes."""
+    """sha256 of a file's bytes; of a file on the Hub as the Hub lists it."""
+    remote = remote_file(path)
+    if remote is not None:
+        return remote.digest
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -39,12 +43,13 @@ def checkpoint_id(checkpoint: Checkpoint, *, full: bool = False) -> dict[str, An
     """
     found: dict[str, Any] = {}
     for shard in checkpoint.shards:
+        remote = remote_file(shard.path)
         row: dict[str, Any] = {
             "header_sha256": hashlib.sha256(shard.header).hexdigest(),
-            "bytes": shard.path.stat().st_size,
+            "bytes": remote.size if remote else shard.path.stat().st_size,
         }
-        blob = shard.path.resolve().name
-        if shard.path.is_symlink() and re.fullmatch(r"[0-9a-f]{64}", blob):
+        blob = remote.digest if remote else shard.path.resolve().name
+        if (remote or shard.path.is_symlink()) and re.fullmatch(r"[0-9a-f]{64}", blob):
             row["lfs_oid"] = blob
         if full:
             row["sha256"] = file_id(shard.path)

@@ -13,6 +13,7 @@ from typing import BinaryIO
 
 from loratool.adapter import Source, TensorData, TensorRef
 from loratool.errors import BadFileError, DiskError
+from loratool.store.remote import remote_file
 
 _PIECE = 1 << 22  # bytes compared at a time
 
@@ -55,7 +56,12 @@ class FileReader:
         Raises:
             BadFileError: the file ends before the buffer is full.
             DiskError: the system refuses to read.
+            HubError: the file is on the Hub, which does not give the bytes.
         """
+        remote = remote_file(path)
+        if remote is not None:
+            buffer[:] = remote.read(offset, len(buffer)) if len(buffer) else b""
+            return
         file, _stamp = self._open(path)
         done = 0
         try:

@@ -10,9 +10,9 @@ from pathlib import Path
 from urllib.parse import unquote
 
 from loratool.errors import TOKEN, BadFileError, HubError, UsageError
-from loratool.store import hub
 from loratool.store.adapter_folder import find_adapter, list_adapters
-from loratool.store.hub_files import adapter_files, base_files
+from loratool.store.hub_fetch import HubReference, Reach, fetch
+from loratool.store.remote_folder import RemoteFolder
 
 __all__ = [
     "AdapterArgument",
@@ -25,8 +25,6 @@ __all__ = [
     "parse_weight",
     "resolve",
 ]
-
-ASK_BYTES = 1_000_000_000  # a larger download of a base needs consent
 
 _DECIMAL = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)")
 _COMPONENT = re.compile(r"[A-Za-z][A-Za-z0-9_.]*")
@@ -65,6 +63,7 @@ class Resolved:
         label: short name for tables.
         commit: commit of a Hub repository, None for a path.
         note: what the first line of output says about a guess, or None.
+        remote: what keeps the stubs at `path` alive, None if the files are here whole.
         origin: what `path` was converted from (``--allow-pickle``), None if it is the source.
     """
 
@@ -73,26 +72,12 @@ class Resolved:
     commit: str | None = None
     note: str | None = None
     origin: Path | None = None
+    remote: RemoteFolder | None = None
 
     @property
     def named(self) -> Path:
         """The place that the user means, where `path` is a temporary copy."""
         return self.origin or self.path
-
-
-@dataclass(frozen=True)
-class HubReference:
-    """``hf://owner/name[@revision][/sub/path]``, taken apart.
-
-    Attributes:
-        repo_id: ``owner/name``.
-        revision: decoded; None = the default branch.
-        sub: path inside the repository, "" for its root.
-    """
-
-    repo_id: str
-    revision: str | None
-    sub: str = ""
 
 
 def parse_adapter(text: str) -> AdapterArgument:
@@ -167,24 +152,40 @@ def parse_hub(text: str) -> HubReference | None:
     return HubReference(match["repo"], unquote(revision) if revision else None, sub)
 
 
-def resolve(text: str, *, kind: str, offline: bool = False, yes: bool = False) -> Resolved:
+def parse_reference(text: str) -> HubReference:
+    """A repository where only the Hub can be meant: ``hf://…`` or ``owner/name[@revision]``.
+
+    Raises:
+        UsageError: LT-263 malformed, LT-264 a token.
+    """
+    refuse_token(text)
+    reference = parse_hub(text if text.startswith("hf://") else f"hf://{text}")
+    assert reference is not None
+    return reference
+
+
+def resolve(
+    text: str, *, kind: str, offline: bool = False, yes: bool = False, in_place: bool = False
+) -> Resolved:
     """Find a source on this machine, fetching it from the Hub if need be.
 
     Args:
         text: a path, ``hf://owner/name[@revision][/sub/path]``, or ``owner/name[@revision]``
             where no local path can be meant.
-        kind: ``"adapter"`` or ``"base"``: which files are fetched.
+        kind: ``"adapter"`` or ``"base"``: which files are fetched; ``"any"`` = what lies there
+            (fetched whole only if it is an adapter).
         offline: make no connection; cached copies serve.
         yes: consent to a large download.
+        in_place: fetch headers alone; tensors are read from the Hub when they are needed.
 
     Raises:
         BadFileError: no such file or folder.
         UsageError: a malformed reference, or a large download without consent.
         HubError: the Hub does not give it.
     """
-    reference = parse_hub(text)
+    reference, reach = parse_hub(text), Reach(offline, yes, in_place)
     if reference is not None:
-        return _from_hub(reference, kind, offline, yes, None)
+        return _from_hub(reference, kind, reach, None)
     path = Path(text)
     if text.startswith("~") and not _exists(text):
         try:
@@ -203,7 +204,7 @@ def resolve(text: str, *, kind: str, offline: bool = False, yes: bool = False) -
         raise BadFileError("LT-300", "no such file or folder", file=text, hint=hint)
     revision = match["rev"]
     reference = HubReference(match["repo"], unquote(revision) if revision else None)
-    return _from_hub(reference, kind, offline, yes, "no such local path")
+    return _from_hub(reference, kind, reach, "no such local path")
 
 
 def _exists(text: str) -> bool:
@@ -226,10 +227,9 @@ def refuse_token(text: str) -> None:
         )  # fmt: skip
 
 
-def _from_hub(
-    reference: HubReference, kind: str, offline: bool, yes: bool, guess: str | None
-) -> Resolved:
-    folder, commit, problem = _fetch(reference, kind, offline, yes)
+def _from_hub(reference: HubReference, kind: str, reach: Reach, guess: str | None) -> Resolved:
+    looked, problem = fetch(reference, kind, reach)
+    folder, commit = looked.path, looked.commit
     path = folder.joinpath(*reference.sub.split("/")) if reference.sub else folder
     name = f"{reference.repo_id}@{commit}"
     if not _exists(str(path)):
@@ -240,50 +240,5 @@ def _from_hub(
     parts = [part for part in (guess, problem) if part]
     note = f"hub {name} ({'; '.join(parts)})" if parts else None
     label = f"{reference.repo_id}@{commit[:7]}"
-    return Resolved(path, f"{label}/{reference.sub}" if reference.sub else label, commit, note)
-
-
-def _fetch(
-    reference: HubReference, kind: str, offline: bool, yes: bool
-) -> tuple[Path, str, str | None]:
-    """Folder, commit, and why a cached copy was taken instead of asking the Hub."""
-    repo, revision = reference.repo_id, reference.revision
-    # Whether a cached copy is complete shows when it is opened: only these must be there.
-    marks = ("adapter_config.json", "config.json", "model_index.json")
-    if hub.is_offline(offline):
-        return *hub.snapshot(repo, revision, allow_patterns=marks, offline=True), None
-    try:
-        files = hub.list_files(repo, revision, allow_patterns=_patterns(kind, reference.sub))
-    except HubError as error:
-        if error.code == "LT-703":  # the Hub answered: no such revision
-            raise
-        try:
-            cached = hub.snapshot(repo, revision, allow_patterns=marks, offline=True)
-        except HubError:
-            raise error from None
-        return *cached, f"a cached copy, because {error.what}"
-    choose = adapter_files if kind == "adapter" else base_files
-    wanted = choose([f.name for f in files], reference.sub)
-    if not wanted:
-        raise HubError(
-            "LT-704", f"the repository holds no {kind}" + (" there" if reference.sub else ""),
-            file=repo, key=reference.sub or None, hint=f"look at hf://{repo} with a browser",
-        )  # fmt: skip
-    need = sum(f.size or 0 for f in files if f.name in wanted and not f.is_cached)
-    if kind == "base" and need > ASK_BYTES and not yes:
-        raise UsageError(
-            "LT-265", "a large download needs consent", file=repo,
-            got=f"{need / 1e9:.1f} GB to download", hint="-y downloads it",
-        )  # fmt: skip
-    literal = [_literal(name) for name in wanted]
-    return *hub.snapshot(repo, revision, allow_patterns=literal), None
-
-
-def _patterns(kind: str, sub: str) -> list[str]:
-    """What may be wanted; the Hub is asked for the size of each such file."""
-    names = (*(hub.ADAPTER_FILES if kind == "adapter" else hub.BASE_FILES), "*.safetensors")
-    return [*names, *(f"*/{n}" for n in names), *([_literal(sub)] if sub else [])]
-
-
-def _literal(name: str) -> str:
-    return re.sub(r"([*?\[])", r"[\1]", name)
+    label = f"{label}/{reference.sub}" if reference.sub else label
+    return Resolved(path, label, commit, note, remote=looked.remote)

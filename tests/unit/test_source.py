@@ -17,7 +17,9 @@ from hypothesis import strategies as st
 from loratool.errors import HubError, LoratoolError, UsageError
 from loratool.store import hub, source
 from loratool.store.header import build_header
+from loratool.store.hub_fetch import Reach
 from loratool.store.hub_files import adapter_files, base_files
+from loratool.store.look import Looked
 from loratool.store.source import (
     AdapterArgument,
     HubReference,
@@ -214,11 +216,11 @@ def test_home_is_expanded(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("text", ["me/style", "me/style@v2", "Qwen/Qwen2.5-0.5B", "a/b.c"])
 def test_bare_name_means_the_hub(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fake(reference: HubReference, kind: str, offline: bool, yes: bool) -> tuple[Any, ...]:
+    def fake(reference: HubReference, kind: str, reach: Reach) -> tuple[Looked, None]:
         assert reference.repo_id == text.split("@")[0]
-        return Path(), SHA, None
+        return Looked(Path(), SHA), None
 
-    monkeypatch.setattr(source, "_fetch", fake)
+    monkeypatch.setattr(source, "fetch", fake)
     found = resolve(text, kind="adapter")
     repo = text.split("@")[0]
     assert found.note == f"hub {repo}@{SHA} (no such local path)"

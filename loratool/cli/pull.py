@@ -1,0 +1,55 @@
+"""``loratool pull``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import click
+
+from loratool.cli import options as opt
+from loratool.cli.render import format_bytes, line, plural, safe, table
+from loratool.cli.voice import Voice
+from loratool.report.pull import PullReport
+
+
+@click.command(
+    cls=opt.Command,
+    name="pull",
+    short_help="Fetch an adapter from the Hub, every byte verified.",
+    examples=(
+        "loratool pull me/style -o style",
+        "loratool pull me/style@v2                # into the shared cache",
+        "loratool pull hf://me/loras/style -o style",
+    ),
+)
+@click.argument("repo", metavar="REPO[@REV]")
+@opt.option("-o", "--output", metavar="DIR", section="Output",
+            help="Folder to create. Default: the shared cache.")  # fmt: skip
+@opt.option("--all", "everything", is_flag=True, section="Input",
+            help="Every file, not only the adapter's.")  # fmt: skip
+@opt.option("--dry-run", is_flag=True, section="Output", help="List the files; fetch nothing.")
+@opt.general
+def command(**options: Any) -> int:
+    """Fetch an adapter at one commit and check every file against the Hub's hashes.
+
+    The base model is named, not fetched.
+    """
+    from loratool import api
+
+    voice = Voice.take(options)
+    report = api.pull(options.pop("repo"), **options)
+    voice.show(report, _render(report), result=[safe(report.output, cap=4000)])
+    return 0
+
+
+def _render(report: PullReport) -> Iterator[str]:
+    total = format_bytes(sum(f.size for f in report.files))
+    yield line("hub", f"{safe(report.repo)}@{report.commit}", plural(len(report.files), "file"),
+               total, "nothing fetched" if report.dry_run else "verified")  # fmt: skip
+    rows = [(safe(f.name), format_bytes(f.size)) for f in report.files]
+    yield from table(rows, ("file", "size"), right=(1,))
+    if report.base_model:
+        yield line("base", f"{safe(report.base_model)} (not fetched)")
+    if report.output:
+        yield line("wrote", safe(report.output, cap=4000))

@@ -1,0 +1,112 @@
+"""One commit of a repository: its files with sizes and hashes, and fetching them verified."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from loratool.errors import HubError
+from loratool.store.hub import plain_errors
+
+
+@dataclass(frozen=True)
+class ListedFile:
+    """A file as the Hub lists it.
+
+    Attributes:
+        name: path inside the repository.
+        size: bytes.
+        digest: sha256 of the content (LFS), or the git blob id (SHA-1) of a small file.
+    """
+
+    name: str
+    size: int
+    digest: str
+
+
+@dataclass(frozen=True)
+class Listing:
+    """The files of one commit, and the revision that led to it."""
+
+    repo_id: str
+    revision: str | None
+    commit: str
+    files: tuple[ListedFile, ...]
+
+
+def list_commit(repo_id: str, revision: str | None) -> Listing:
+    """Resolve a revision to a commit and list it, in one request.
+
+    Raises:
+        HubError: missing, gated, no access, or not reachable.
+        UsageError: ``repo_id`` cannot be a repository.
+    """
+    from huggingface_hub import HfApi
+
+    with plain_errors(repo_id, revision):
+        info = HfApi().model_info(repo_id, revision=revision, files_metadata=True)
+    files = tuple(
+        ListedFile(s.rfilename, s.size or 0, s.lfs.sha256 if s.lfs else s.blob_id or "")
+        for s in sorted(info.siblings or (), key=lambda s: s.rfilename)
+    )
+    return Listing(repo_id, revision, str(info.sha), files)
+
+
+def fetch_verified(listing: Listing, wanted: Sequence[ListedFile]) -> list[Path]:
+    """Fetch files into the Hub's cache and compare each with its listed hash.
+
+    The client checks sizes only.  A file with other bytes is deleted and fetched once more.
+
+    Raises:
+        HubError: LT-710, the bytes are wrong twice; or the Hub does not give the file.
+    """
+    paths = [_fetch_one(listing, file) for file in wanted]
+    _remember(listing)
+    return paths
+
+
+def _remember(listing: Listing) -> None:
+    """Note in the cache which commit the revision means, so that it is found offline."""
+    from huggingface_hub import constants
+    from huggingface_hub.file_download import repo_folder_name
+
+    revision = listing.revision or "main"
+    if revision == listing.commit or ".." in revision.split("/") or revision.startswith("/"):
+        return
+    folder = repo_folder_name(repo_id=listing.repo_id, repo_type="model")
+    ref = Path(constants.HF_HUB_CACHE, folder, "refs", revision)
+    with plain_errors(listing.repo_id, listing.revision):
+        ref.parent.mkdir(parents=True, exist_ok=True)
+        ref.write_text(listing.commit)
+
+
+def _fetch_one(listing: Listing, file: ListedFile) -> Path:
+    for _attempt in range(2):
+        path = _download(listing, file.name)
+        if digest_of(path, file.digest) == file.digest:
+            return path
+        path.resolve().unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
+    raise HubError(
+        "LT-710", "the downloaded bytes are not those that the Hub lists", key=file.name,
+        file=f"{listing.repo_id}@{listing.commit}", expected=file.digest,
+        hint="a proxy or mirror may be damaging it: try again, or check HF_ENDPOINT",
+    )  # fmt: skip
+
+
+def _download(listing: Listing, name: str) -> Path:
+    from huggingface_hub import hf_hub_download
+
+    with plain_errors(listing.repo_id, listing.commit):
+        return Path(hf_hub_download(listing.repo_id, name, revision=listing.commit))
+
+
+def digest_of(path: Path, like: str) -> str:
+    """Hash of a file in the form of ``like``: sha256 (64 digits) or git blob id (40)."""
+    with path.open("rb") as file:
+        if len(like) == 64:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+        data = file.read()
+    return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()

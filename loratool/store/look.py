@@ -1,0 +1,88 @@
+"""Look at a repository without downloading it: which files, and where they come to lie."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from loratool.errors import HubError
+from loratool.store.hub_files import adapter_files, base_files, files_to_look_at
+from loratool.store.hub_listing import Listing
+from loratool.store.remote import RemoteFile, describe
+from loratool.store.remote_folder import RemoteFolder, is_weight_name
+
+_SHA256_DIGITS = 64
+
+
+@dataclass(frozen=True)
+class Looked:
+    """Where the files of a commit can be read.
+
+    Attributes:
+        path: folder whose paths are those of the repository.
+        commit: full sha.
+        remote: keeps the stubs alive; None if the cache holds the files whole.
+    """
+
+    path: Path
+    commit: str
+    remote: RemoteFolder | None = None
+
+
+def look(listing: Listing, *, kind: str, sub: str = "") -> Looked:
+    """Fetch the headers and small files of a source; tensors are read when they are needed.
+
+    Args:
+        listing: the commit.
+        kind: ``adapter``, ``base``, or ``any`` for whatever lies there: then of small files only
+            the configurations are fetched.
+        sub: path inside the repository.
+
+    Raises:
+        HubError: nothing there, no access, not reachable, or damaged answers.
+    """
+    repo_id = listing.repo_id
+    names = [f.name for f in listing.files if _is_plain(f.name)]
+    if kind == "any":
+        wanted, named = files_to_look_at(names, sub)
+    else:
+        choose = adapter_files if kind == "adapter" else base_files
+        wanted, named = choose(names, sub), []
+    if not any(map(is_weight_name, (*wanted, *named))):
+        what = "adapter and no checkpoint" if kind == "any" else kind
+        raise HubError(
+            "LT-704", f"the repository holds no {what}" + (" there" if sub else ""),
+            file=repo_id, key=sub or None, hint=f"look at hf://{repo_id} with a browser",
+        )  # fmt: skip
+    cached = _cached(listing, wanted)
+    if cached is not None:
+        return Looked(cached, listing.commit)
+    files = describe(listing, wanted)
+    weights = [f for f in files if _stays(f)]
+    folder = RemoteFolder(f"{repo_id}@{listing.commit[:7]}")
+    folder.fill(weights, [f for f in files if not _stays(f)], describe(listing, named))
+    return Looked(folder.path, listing.commit, folder)
+
+
+def _stays(file: RemoteFile) -> bool:
+    """True if a file is read by range.  Its identity must be listed: the sha256 of LFS files."""
+    return is_weight_name(file.name) and len(file.digest) == _SHA256_DIGITS
+
+
+def _is_plain(name: str) -> bool:
+    """True for names that cannot lead out of a folder, whatever a mirror lists."""
+    return "\\" not in name and not {"", ".", ".."} & set(name.split("/"))
+
+
+def _cached(listing: Listing, names: Sequence[str]) -> Path | None:
+    """The snapshot in the Hub's cache, if it holds all these files."""
+    from huggingface_hub import try_to_load_from_cache
+
+    found = ""
+    for name in names:
+        path = try_to_load_from_cache(listing.repo_id, name, revision=listing.commit)
+        if not isinstance(path, str):
+            return None
+        found = path
+    return Path(found).parents[names[-1].count("/")] if found else None

@@ -1,0 +1,142 @@
+"""A folder of stubs for files on the Hub: small files whole, of weight files the header alone."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from loratool.errors import HubError
+from loratool.store.header import HARD_HEADER_BYTES
+from loratool.store.hub_listing import digest_of
+from loratool.store.layout import is_pickle_name
+from loratool.store.remote import RemoteFile, forget, register
+
+THREADS = 8
+FIRST_BYTES = 100_000
+"""Read of a file whose header's length nothing tells; holds that of most adapters."""
+LEAST_BYTES = 4096
+"""`read_header` begins with so many: they tell what a file is that is no safetensors file."""
+_MOST_BYTES = 1 << 20
+_ENTRY_BYTES = 110
+"""Of a tensor in a header, beside its name: dtype, shape, offsets and punctuation."""
+_OWN_BYTES = 1024  # of the metadata
+_GGUF_BYTES = 65_536
+
+
+class RemoteFolder:
+    """Stubs in a temporary folder, which goes away with this object.
+
+    Attributes:
+        path: the folder; paths in it are those in the repository.
+    """
+
+    def __init__(self, name: str) -> None:
+        top = Path(tempfile.mkdtemp(prefix="loratool-hub-")).resolve()
+        self.path = top / name
+        self.path.mkdir(parents=True)
+        self._stubs: dict[Path, RemoteFile] = {}
+        weakref.finalize(self, _remove, top, self._stubs)
+
+    def fill(
+        self,
+        weights: Sequence[RemoteFile],
+        small: Sequence[RemoteFile],
+        named: Iterable[RemoteFile],
+    ) -> None:
+        """Fetch what is needed, several files at a time.
+
+        Args:
+            weights: their headers are fetched.
+            small: fetched whole.
+            named: only their names are of interest; nothing is fetched.
+
+        Raises:
+            HubError: the Hub does not give a file, or gives other bytes than it lists (LT-752).
+        """
+        for file in named:
+            self._write(file, b"", is_stub=True)
+        with ThreadPoolExecutor(THREADS) as pool:
+            _each(pool, self._fetch_whole, small)
+            first = _header_bytes(self.path)
+            _each(pool, lambda f: self._fetch_header(f, first.get(f.name)), weights)
+        register(self._stubs)
+
+    def _write(self, file: RemoteFile, data: bytes, *, is_stub: bool) -> Path:
+        path = self.path.joinpath(*file.name.split("/"))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+        if is_stub:
+            self._stubs[path] = file
+        return path
+
+    def _fetch_whole(self, file: RemoteFile) -> None:
+        self._keep_whole(file, file.read(0, file.size) if file.size else b"")
+
+    def _keep_whole(self, file: RemoteFile, data: bytes) -> None:
+        path = self._write(file, data, is_stub=False)
+        got = digest_of(path, file.digest)
+        if got != file.digest:
+            raise HubError(
+                "LT-752", "the bytes read are not those that the Hub lists",
+                file=file.shown, expected=file.digest, got=got,
+                hint="a proxy or mirror may be damaging it: try again, or check HF_ENDPOINT",
+            )  # fmt: skip
+
+    def _fetch_header(self, file: RemoteFile, expected: int | None) -> None:
+        """In one request where the first guess holds the header, else in two."""
+        if file.name.endswith(".gguf"):
+            expected = _GGUF_BYTES
+        guess = min(max(expected or FIRST_BYTES, LEAST_BYTES), _MOST_BYTES, file.size)
+        data = file.read(0, guess) if guess else b""
+        if len(data) == file.size:
+            self._keep_whole(file, data)
+            return
+        length = 8 + int.from_bytes(data[:8], "little")
+        if data[8:9] == b"{" and length <= min(file.size, 8 + HARD_HEADER_BYTES):
+            if length > len(data):
+                data += file.read(len(data), length - len(data))
+            data = data[: max(length, LEAST_BYTES)]
+        self._write(file, data, is_stub=True)  # what is no safetensors file shows when it is read
+
+
+def is_weight_name(name: str) -> bool:
+    """True for files that hold tensors."""
+    return name.endswith((".safetensors", ".gguf")) or is_pickle_name(name)
+
+
+def _each(
+    pool: ThreadPoolExecutor, fetch: Callable[[RemoteFile], None], files: Sequence[RemoteFile]
+) -> None:
+    """All files, or the first error; what has not begun by then is dropped."""
+    running = [pool.submit(fetch, file) for file in files]
+    try:
+        for one in running:
+            one.result()
+    finally:
+        for one in running:
+            one.cancel()
+
+
+def _header_bytes(folder: Path) -> dict[str, int]:
+    """Repository path of a shard -> bytes that its header takes, judged by the index's names."""
+    found: Counter[str] = Counter()
+    for index in folder.rglob("*.safetensors.index*.json"):
+        try:
+            names = json.loads(index.read_bytes())["weight_map"].items()
+            where = index.parent.relative_to(folder)
+            for tensor, shard in names:
+                found[(where / shard).as_posix()] += len(json.dumps(tensor)) + _ENTRY_BYTES
+        except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
+            continue  # a damaged index is refused, with its reason, when it is read
+    return {name: size + _OWN_BYTES for name, size in found.items()}
+
+
+def _remove(top: Path, stubs: dict[Path, RemoteFile]) -> None:
+    forget(stubs)
+    shutil.rmtree(top, ignore_errors=True)

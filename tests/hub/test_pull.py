@@ -1,0 +1,141 @@
+"""`pull` against the test Hub, in a process of its own: the client reads HF_* at import."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.hub_server import Fault, TestHub
+
+TOKEN = "hf_tokenofmetokenofmetokenofme"
+FILES = {
+    "adapter_config.json": b'{"base_model_name_or_path": "org/base"}',
+    "adapter_model.safetensors": os.urandom(300_000),
+    "optimizer.pt": b"x",
+    "sub/adapter_config.json": b"{}",
+    "sub/adapter_model.safetensors": os.urandom(2000),
+}
+
+
+@pytest.fixture
+def served() -> Iterator[TestHub]:
+    with TestHub() as hub:
+        yield hub
+
+
+def run(hub: TestHub, home: Path, *words: str, token: str = TOKEN) -> tuple[int, str]:
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
+    env = {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(home / "hf"), "HF_TOKEN": token,
+           "HF_HUB_DISABLE_XET": "1", "PYTHONPATH": str(Path(__file__).parents[2])}  # fmt: skip
+    found = subprocess.run(
+        [sys.executable, "-m", "loratool", *words], cwd=home, env=clean | env,
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert token not in found.stdout + found.stderr
+    return found.returncode, found.stdout + found.stderr
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_adapter_files_byte_for_byte(served: TestHub, tmp_path: Path) -> None:
+    served.state.add_repo("me/x", FILES, private=True)
+    code, text = run(served, tmp_path, "pull", "me/x", "-o", "out")
+    assert code == 0 and "org/base (not fetched)" in text
+    names = ["adapter_config.json", "adapter_model.safetensors"]
+    assert tree(tmp_path / "out") == {n: FILES[n] for n in names}
+    assert served.state.tokens_on_cdn == 0
+    code, text = run(served, tmp_path, "pull", "me/x", "-o", "out")
+    assert code == 5 and "LT-501" in text
+
+
+def test_sub_folder_and_everything(served: TestHub, tmp_path: Path) -> None:
+    served.state.add_repo("me/x", FILES)
+    assert run(served, tmp_path, "pull", "hf://me/x/sub", "-o", "sub")[0] == 0
+    assert tree(tmp_path / "sub") == {n[4:]: FILES[n] for n in FILES if n.startswith("sub/")}
+    assert run(served, tmp_path, "pull", "me/x", "--all", "-o", "all")[0] == 0
+    assert tree(tmp_path / "all") == {".gitattributes": b"", **FILES}
+
+
+def test_same_size_wrong_bytes(served: TestHub, tmp_path: Path) -> None:
+    served.state.add_repo("me/x", FILES)
+    served.state.faults = [Fault("GET /cdn/", "corrupt", times=1)]
+    assert run(served, tmp_path, "pull", "me/x", "-o", "once")[0] == 0
+    assert tree(tmp_path / "once")["adapter_model.safetensors"] == FILES[
+        "adapter_model.safetensors"
+    ]  # fmt: skip
+    home = tmp_path / "fresh"
+    home.mkdir()
+    served.state.faults = [Fault("GET /cdn/", "corrupt", times=2)]
+    code, text = run(served, home, "pull", "me/x", "-o", "twice")
+    assert code == 7 and "LT-710" in text and not (home / "twice").exists()
+
+
+def test_cut_connection(served: TestHub, tmp_path: Path) -> None:
+    served.state.add_repo("me/x", FILES)
+    served.state.faults = [Fault("GET /cdn/", "cut")]
+    assert run(served, tmp_path, "pull", "me/x", "-o", "out")[0] == 0
+    assert tree(tmp_path / "out")["adapter_model.safetensors"] == FILES["adapter_model.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("repo", "token", "code", "says"),
+    [
+        ("me/gone", TOKEN, 7, "LT-702"),
+        ("you/private", TOKEN, 7, "LT-702"),
+        ("you/gated", TOKEN, 7, "LT-701"),
+        ("you/open@v9", TOKEN, 7, "LT-703"),
+        ("you/open", "hf_nobodynobodynobodynobody", 7, "LT-707"),
+        ("hf_abcdefghijklmnopqrstuvw/x", TOKEN, 2, "LT-264"),
+        ("you/base", TOKEN, 7, "LT-704"),
+    ],
+)
+def test_refusals(
+    served: TestHub, tmp_path: Path, repo: str, token: str, code: int, says: str
+) -> None:
+    served.state.add_repo("you/private", FILES, private=True)
+    served.state.add_repo("you/gated", FILES, gated=True)
+    served.state.add_repo("you/open", FILES)
+    served.state.add_repo("you/base", {"model.gguf": b"x"})
+    found, text = run(served, tmp_path, "pull", repo, "-o", "out", token=token)
+    assert (found, says in text) == (code, True), text
+    assert not (tmp_path / "out").exists()
+
+
+def test_json_report(served: TestHub, tmp_path: Path) -> None:
+    repo = served.state.add_repo("me/x", FILES)
+    code, text = run(served, tmp_path, "pull", "me/x", "--dry-run", "--json")
+    found = json.loads(text)
+    assert code == 0 and found["commit"] == repo.branches["main"] and found["output"] is None
+    assert served.state.requests["resolve"] == 0
+
+
+@pytest.mark.skipif(shutil.which("strace") is None, reason="strace is not installed")
+@pytest.mark.parametrize("how", ["option", "environment"])
+def test_offline_makes_no_connection(served: TestHub, tmp_path: Path, data: Path, how: str) -> None:
+    source = data / "llm" / "lora_bias_all"
+    names = ("adapter_config.json", "adapter_model.safetensors")
+    served.state.add_repo("me/x", {n: (source / n).read_bytes() for n in names})
+    assert run(served, tmp_path, "pull", "me/x")[0] == 0
+    asked = sum(served.state.requests.values())
+    trace = tmp_path / "trace"
+    words = ["inspect", "hf://me/x", *(["--offline"] if how == "option" else [])]
+    env = {"HF_ENDPOINT": served.endpoint, "HF_HOME": str(tmp_path / "hf"),
+           "PYTHONPATH": str(Path(__file__).parents[2])}  # fmt: skip
+    env |= {"HF_HUB_OFFLINE": "1"} if how == "environment" else {}
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
+    command = ["strace", "-f", "-e", "trace=connect,sendto", "-o", str(trace), sys.executable]
+    found = subprocess.run(
+        [*command, "-m", "loratool", *words], env=clean | env, capture_output=True, text=True
+    )
+    assert found.returncode == 0, found.stderr
+    assert "AF_INET" not in trace.read_text()
+    assert sum(served.state.requests.values()) == asked

@@ -1,0 +1,123 @@
+"""What the test Hub holds: repositories as commits of whole trees, blobs by their sha256."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import threading
+from collections import Counter
+from dataclasses import dataclass, field
+
+Tree = dict[str, "bytes | Large"]
+LFS_BYTES = 1000  # files of this size or with these endings are LFS
+LFS_NAMES = (".safetensors", ".bin", ".model")
+
+
+def is_lfs(name: str, size: int) -> bool:
+    return size >= LFS_BYTES or name.endswith(LFS_NAMES)
+
+
+@dataclass(frozen=True)
+class Large:
+    """A large file that is never in memory: its first bytes, then zeros."""
+
+    head: bytes
+    size: int
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, cut: slice) -> bytes:
+        first, last, _ = cut.indices(self.size)
+        part = self.head[first:last]
+        return part + bytes(last - first - len(part))
+
+
+def git_sha(data: bytes | Large) -> str:
+    if isinstance(data, Large):
+        return sha256(data)[:40]
+    return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+
+
+def sha256(data: bytes | Large) -> str:
+    """Of a large file a stand-in: a client that does not read it all cannot tell."""
+    if isinstance(data, Large):
+        data = data.head + b"%d" % data.size
+    return hashlib.sha256(data).hexdigest()
+
+
+@dataclass
+class Fault:
+    """Done to the next ``times`` requests whose "METHOD path" matches ``pattern``.
+
+    Attributes:
+        action: ``status`` (answer it instead), ``cut`` (close after half the body), ``corrupt``
+            (same size, one byte wrong), ``lose`` (do it, then answer ``status``), ``whole``
+            (ignore the range asked for), ``shift`` (send another range).
+    """
+
+    pattern: str
+    action: str
+    status: int = 503
+    times: int = 1
+    headers: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass
+class Repo:
+    """A repository; every commit is a whole tree."""
+
+    name: str
+    private: bool = False
+    gated: bool = False
+    commits: dict[str, Tree] = field(default_factory=dict)
+    parents: dict[str, str | None] = field(default_factory=dict)
+    titles: dict[str, str] = field(default_factory=dict)
+    branches: dict[str, str] = field(default_factory=dict)
+    tags: dict[str, str] = field(default_factory=dict)
+    pulls: dict[str, str] = field(default_factory=dict)
+
+    def resolve(self, revision: str) -> str | None:
+        """Commit of a branch, tag, pull request or commit."""
+        for refs in (self.branches, self.tags, self.pulls):
+            if revision in refs:
+                return refs[revision]
+        return revision if revision in self.commits else None
+
+    def commit(self, tree: Tree, title: str, parent: str | None) -> str:
+        body = repr((sorted((n, sha256(d)) for n, d in tree.items()), title, parent))
+        sha = hashlib.sha1(body.encode() + str(len(self.commits)).encode()).hexdigest()
+        self.commits[sha], self.parents[sha], self.titles[sha] = dict(tree), parent, title
+        return sha
+
+
+class HubState:
+    """All repositories, users, uploaded objects, counters and faults."""
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        self.users = {"hf_tokenofmetokenofmetokenofme": "me"}
+        self.repos: dict[str, Repo] = {}
+        self.objects: dict[str, bytes | Large] = {}
+        self.faults: list[Fault] = []
+        self.requests: Counter[str] = Counter()
+        self.bytes_sent = 0
+        self.bodies: list[tuple[str, int]] = []
+        self.tokens_on_cdn = 0
+        self.part_bytes: int | None = None  # multipart uploads in parts of this size
+
+    def add_repo(self, name: str, files: Tree | None = None, **kind: bool) -> Repo:
+        with self.lock:
+            repo = self.repos[name] = Repo(name, **kind)
+            sha = repo.commit({".gitattributes": b"", **(files or {})}, "initial commit", None)
+            repo.branches["main"] = sha
+            return repo
+
+    def fault(self, request: str) -> Fault | None:
+        """Take the first fault that fits."""
+        with self.lock:
+            for fault in self.faults:
+                if fault.times > 0 and re.search(fault.pattern, request):
+                    fault.times -= 1
+                    return fault
+        return None
