@@ -29,6 +29,7 @@ from loratool.report.pull import PullReport
 @opt.option("--all", "everything", is_flag=True, section="Input",
             help="Every file, not only the adapter's.")  # fmt: skip
 @opt.option("--dry-run", is_flag=True, section="Output", help="List the files; fetch nothing.")
+@opt.network
 @opt.general
 def command(**options: Any) -> int:
     """Fetch an adapter at one commit and check every file against the Hub's hashes.

@@ -15,6 +15,7 @@ from loratool.errors import DiskError, HubError, UsageError
 
 ADAPTER_FILES = (
     "adapter_config.json",
+    "loratool.json",
     "adapter_model*.safetensors",
     "adapters.safetensors",
     "pytorch_lora_weights*.safetensors",
@@ -176,7 +177,12 @@ def _translate(
             "LT-702", "no such repository, or no access to it", file=name,
             hint="check the name; if it is private: hf auth login",
         )  # fmt: skip
-    if isinstance(error, errors.OfflineModeIsEnabled | errors.LocalEntryNotFoundError):
+    if isinstance(error, errors.LocalEntryNotFoundError):
+        cause = error.__cause__  # the client hides an HTTP error behind "not in the cache"
+        if isinstance(cause, errors.HfHubHTTPError | httpx.HTTPError):
+            return _translate(cause, repo_id, revision)
+        return _not_cached(name)
+    if isinstance(error, errors.OfflineModeIsEnabled):
         return _not_cached(name)
     if isinstance(error, errors.EntryNotFoundError):
         return HubError("LT-704", "the repository has no such file", file=name, hint=f"see {page}")

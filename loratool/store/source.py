@@ -267,7 +267,7 @@ def _fetch(
     try:
         files = hub.list_files(repo, revision, allow_patterns=_patterns(kind, reference.sub))
     except HubError as error:
-        if error.code == "LT-703":  # the Hub answered: no such revision
+        if error.code not in ("LT-705", "LT-709"):  # the Hub answered: a cached copy is no answer
             raise
         try:
             cached = hub.snapshot(repo, revision, allow_patterns=marks, offline=True)
