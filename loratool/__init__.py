@@ -18,6 +18,7 @@ _EXPORTS = {
     "merge": "loratool.api",
     "open": "loratool.api",
     "pull": "loratool.api",
+    "push": "loratool.api",
     "subtract": "loratool.api",
     "swap": "loratool.api",
     "verify": "loratool.api",
@@ -34,6 +35,7 @@ __all__ = [
     "merge",
     "open",
     "pull",
+    "push",
     "subtract",
     "swap",
     "verify",
@@ -46,6 +48,7 @@ if TYPE_CHECKING:
     from loratool.api.inspect import inspect, open
     from loratool.api.merge import merge
     from loratool.api.pull import pull
+    from loratool.api.push import push
     from loratool.api.subtract import subtract, swap
     from loratool.api.verify import verify
     from loratool.errors import LoratoolError

@@ -9,6 +9,7 @@ from loratool.api.extract import extract
 from loratool.api.inspect import inspect, open
 from loratool.api.merge import merge
 from loratool.api.pull import pull
+from loratool.api.push import push
 from loratool.api.subtract import subtract, swap
 from loratool.api.verify import verify
 
@@ -20,6 +21,7 @@ __all__ = [
     "merge",
     "open",
     "pull",
+    "push",
     "subtract",
     "swap",
     "verify",

@@ -23,13 +23,14 @@ COMMANDS = {
     "swap": "Exchange one merged adapter for another, in one rounding.",
     "verify": "Recompute a merge and compare, bit by bit.",
     "pull": "Fetch an adapter from the Hub, every byte verified.",
+    "push": "Publish on the Hub: validated, one commit, with a model card.",
     "demo": "A tour on a small built-in model, offline.",
     "completion": "Print the completion script for a shell.",
 }
 """Command -> what it does in one line; the module of the same name holds it."""
 
 LATER = (
-    "check", "compare", "convert", "push", "rescale", "run",
+    "check", "compare", "convert", "rescale", "run",
 )  # fmt: skip
 """Commands of the plan that this version does not have."""
 

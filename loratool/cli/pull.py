@@ -37,8 +37,10 @@ def command(**options: Any) -> int:
     The base model is named, not fetched.
     """
     from loratool import api
+    from loratool.store.hub_push import hide_progress
 
     voice = Voice.take(options)
+    hide_progress(always=voice.quiet or voice.as_json)
     report = api.pull(options.pop("repo"), **options)
     voice.show(report, _render(report), result=[safe(report.output, cap=4000)])
     return 0

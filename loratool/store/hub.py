@@ -188,6 +188,10 @@ def _translate(
         return HubError("LT-704", "the repository has no such file", file=name, hint=f"see {page}")
     if isinstance(error, errors.HfHubHTTPError):
         return _by_status(error, name)
+    if isinstance(error, ConnectionError) and "xet" in str(error):
+        return HubError(
+            "LT-705", "the Hub has no Xet storage", file=name, hint="set HF_HUB_DISABLE_XET=1"
+        )
     if isinstance(error, httpx.HTTPError | ConnectionError | TimeoutError):
         return HubError(
             "LT-705", "the Hub cannot be reached", file=name, got=type(error).__name__,
