@@ -21,6 +21,7 @@ _EXPORTS = {
     "pull": "loratool.api",
     "rescale": "loratool.api",
     "run": "loratool.api",
+    "push": "loratool.api",
     "subtract": "loratool.api",
     "swap": "loratool.api",
     "verify": "loratool.api",
@@ -38,6 +39,7 @@ __all__ = [
     "merge",
     "open",
     "pull",
+    "push",
     "rescale",
     "run",
     "subtract",
@@ -53,6 +55,7 @@ if TYPE_CHECKING:
     from loratool.api.inspect import inspect, open
     from loratool.api.merge import merge
     from loratool.api.pull import pull
+    from loratool.api.push import push
     from loratool.api.rescale import rescale
     from loratool.api.run import run
     from loratool.api.subtract import subtract, swap

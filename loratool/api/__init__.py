@@ -10,6 +10,7 @@ from loratool.api.extract import extract
 from loratool.api.inspect import inspect, open
 from loratool.api.merge import merge
 from loratool.api.pull import pull
+from loratool.api.push import push
 from loratool.api.rescale import rescale
 from loratool.api.run import run
 from loratool.api.subtract import subtract, swap
@@ -24,6 +25,7 @@ __all__ = [
     "merge",
     "open",
     "pull",
+    "push",
     "rescale",
     "run",
     "subtract",

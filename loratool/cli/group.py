@@ -26,6 +26,7 @@ COMMANDS = {
     "run": "Several steps from one strict recipe file.",
     "verify": "Recompute a merge and compare, bit by bit.",
     "pull": "Fetch an adapter from the Hub, every byte verified.",
+    "push": "Publish on the Hub: validated, one commit, with a model card.",
     "demo": "A tour on a small built-in model, offline.",
     "completion": "Print the completion script for a shell.",
 }
@@ -35,7 +36,7 @@ MODULES = {"run": "recipe"}
 """Command -> its module where that has another name (`loratool.cli.run` is a function)."""
 
 LATER = (
-    "check", "convert", "push",
+    "check", "convert",
 )  # fmt: skip
 """Commands of the plan that this version does not have."""
 

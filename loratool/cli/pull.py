@@ -29,6 +29,7 @@ from loratool.report.pull import PullReport
 @opt.option("--all", "everything", is_flag=True, section="Input",
             help="Every file, not only the adapter's.")  # fmt: skip
 @opt.option("--dry-run", is_flag=True, section="Output", help="List the files; fetch nothing.")
+@opt.network
 @opt.general
 def command(**options: Any) -> int:
     """Fetch an adapter at one commit and check every file against the Hub's hashes.
@@ -36,8 +37,10 @@ def command(**options: Any) -> int:
     The base model is named, not fetched.
     """
     from loratool import api
+    from loratool.store.hub_push import hide_progress
 
     voice = Voice.take(options)
+    hide_progress(always=voice.quiet or voice.as_json)
     report = api.pull(options.pop("repo"), **options)
     voice.show(report, _render(report), result=[safe(report.output, cap=4000)])
     return 0

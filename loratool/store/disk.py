@@ -36,6 +36,14 @@ def write_synced(path: Path, data: bytes) -> None:
         os.close(fd)
 
 
+def copy_synced(source: Path, path: Path) -> None:
+    """Copy into a new file, in pieces, and wait until it is on the disk."""
+    with source.open("rb") as file, os.fdopen(create_new(path), "wb") as copy:
+        shutil.copyfileobj(file, copy, 1 << 20)
+        copy.flush()
+        os.fsync(copy.fileno())
+
+
 def progress(wrote: int) -> int:
     """The count of a write, which must not be none at all (or a loop would never end)."""
     if wrote <= 0:

@@ -15,6 +15,7 @@ from loratool.errors import DiskError, HubError, UsageError
 
 ADAPTER_FILES = (
     "adapter_config.json",
+    "loratool.json",
     "adapter_model*.safetensors",
     "adapters.safetensors",
     "pytorch_lora_weights*.safetensors",
@@ -176,12 +177,21 @@ def _translate(
             "LT-702", "no such repository, or no access to it", file=name,
             hint="check the name; if it is private: hf auth login",
         )  # fmt: skip
-    if isinstance(error, errors.OfflineModeIsEnabled | errors.LocalEntryNotFoundError):
+    if isinstance(error, errors.LocalEntryNotFoundError):
+        cause = error.__cause__  # the client hides an HTTP error behind "not in the cache"
+        if isinstance(cause, errors.HfHubHTTPError | httpx.HTTPError):
+            return _translate(cause, repo_id, revision)
+        return _not_cached(name)
+    if isinstance(error, errors.OfflineModeIsEnabled):
         return _not_cached(name)
     if isinstance(error, errors.EntryNotFoundError):
         return HubError("LT-704", "the repository has no such file", file=name, hint=f"see {page}")
     if isinstance(error, errors.HfHubHTTPError):
         return _by_status(error, name)
+    if isinstance(error, ConnectionError) and "xet" in str(error):
+        return HubError(
+            "LT-705", "the Hub has no Xet storage", file=name, hint="set HF_HUB_DISABLE_XET=1"
+        )
     if isinstance(error, httpx.HTTPError | ConnectionError | TimeoutError):
         return HubError(
             "LT-705", "the Hub cannot be reached", file=name, got=type(error).__name__,

@@ -69,7 +69,7 @@ def fetch(reference: HubReference, kind: str, reach: Reach) -> tuple[Looked, str
         else:
             files = hub.list_files(repo, revision, allow_patterns=_patterns(kind, reference.sub))
     except HubError as error:
-        if error.code == "LT-703":  # the Hub answered: no such revision
+        if error.code not in ("LT-705", "LT-709"):  # the Hub answered: a cached copy is no answer
             raise
         try:
             return _cached(reference), f"a cached copy, because {error.what}"

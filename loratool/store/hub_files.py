@@ -12,6 +12,7 @@ from loratool.store.layout import PLAIN_STEMS, what_lies_there
 
 _CONFIGS = ("adapter_config.json", "config.json", "model_index.json")
 _ADAPTER_WEIGHTS = ("adapter_model*.safetensors", "adapters.safetensors")
+_MARKS = ("adapter_config.json", *_ADAPTER_WEIGHTS)
 _VARIANT = re.compile(
     rf"^({'|'.join(PLAIN_STEMS)})\.\w+(-\d{{5}}-of-\d{{5}})?\.safetensors(\.index\.json)?$|"
     rf"^({'|'.join(PLAIN_STEMS)})-\d{{5}}-of-\d{{5}}\.\w+\.safetensors$|"
@@ -42,6 +43,14 @@ def adapter_files(names: Sequence[str], sub: str = "") -> list[str]:
     if single or "adapter_config.json" in wanted:
         return [_join(sub, n) for n in (*single, *extra)]
     return []
+
+
+def candidates(names: Sequence[str]) -> str:
+    """Where adapters lie in a repository, else its weight files, else its files; for messages."""
+    folders = {n.rpartition("/")[0] for n in names if _matches(n.rpartition("/")[2], _MARKS)}
+    weights = [n for n in names if n.endswith(".safetensors")]
+    found = sorted(f"{f}/" for f in folders if f) or weights or [n for n in names if n[0] != "."]
+    return list_some(found) or "no files"
 
 
 def base_files(names: Sequence[str], sub: str = "") -> list[str]:

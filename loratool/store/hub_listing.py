@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from loratool.errors import HubError
-from loratool.store.hub import plain_errors
+from loratool.store.hub import plain_errors, snapshot
+from loratool.store.hub_retry import retried
+
+_BLOB = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
@@ -28,12 +32,13 @@ class ListedFile:
 
 @dataclass(frozen=True)
 class Listing:
-    """The files of one commit, and the revision that led to it."""
+    """The files of one commit, the revision that led to it, and their folder if cached."""
 
     repo_id: str
     revision: str | None
     commit: str
     files: tuple[ListedFile, ...]
+    cached: Path | None = None
 
 
 def list_commit(repo_id: str, revision: str | None) -> Listing:
@@ -46,12 +51,43 @@ def list_commit(repo_id: str, revision: str | None) -> Listing:
     from huggingface_hub import HfApi
 
     with plain_errors(repo_id, revision):
-        info = HfApi().model_info(repo_id, revision=revision, files_metadata=True)
+        info = retried(lambda: HfApi().model_info(repo_id, revision=revision, files_metadata=True))
     files = tuple(
         ListedFile(s.rfilename, s.size or 0, s.lfs.sha256 if s.lfs else s.blob_id or "")
         for s in sorted(info.siblings or (), key=lambda s: s.rfilename)
     )
     return Listing(repo_id, revision, str(info.sha), files)
+
+
+def list_cached(repo_id: str, revision: str | None) -> Listing:
+    """The same from the Hub's cache alone: no connection is made.
+
+    The cache names its blobs by their hashes, so that these can be verified again.
+
+    Raises:
+        HubError: LT-706, the revision is not in the cache.
+    """
+    marks = ("adapter_config.json", "config.json", "model_index.json")
+    folder, commit = snapshot(repo_id, revision, allow_patterns=marks, offline=True)
+    files = []
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        blob = path.resolve().name
+        digest = blob if _BLOB.fullmatch(blob) else ""
+        files.append(ListedFile(path.relative_to(folder).as_posix(), path.stat().st_size, digest))
+    return Listing(repo_id, revision, commit, tuple(files), folder)
+
+
+def bytes_to_fetch(listing: Listing, wanted: Sequence[ListedFile]) -> int:
+    """How much of ``wanted`` is not in the cache yet."""
+    from huggingface_hub import try_to_load_from_cache
+
+    return sum(
+        file.size
+        for file in wanted
+        if not isinstance(
+            try_to_load_from_cache(listing.repo_id, file.name, revision=listing.commit), str
+        )
+    )
 
 
 def fetch_verified(listing: Listing, wanted: Sequence[ListedFile]) -> list[Path]:
@@ -63,7 +99,8 @@ def fetch_verified(listing: Listing, wanted: Sequence[ListedFile]) -> list[Path]
         HubError: LT-710, the bytes are wrong twice; or the Hub does not give the file.
     """
     paths = [_fetch_one(listing, file) for file in wanted]
-    _remember(listing)
+    if listing.cached is None:
+        _remember(listing)
     return paths
 
 
@@ -84,6 +121,11 @@ def _remember(listing: Listing) -> None:
 
 def _fetch_one(listing: Listing, file: ListedFile) -> Path:
     for _attempt in range(2):
+        if listing.cached is not None:
+            path = listing.cached / file.name
+            if not file.digest or digest_of(path, file.digest) == file.digest:
+                return path
+            break
         path = _download(listing, file.name)
         if digest_of(path, file.digest) == file.digest:
             return path

@@ -23,6 +23,7 @@ from loratool.errors import DiskError, LoratoolError, OutputError
 from loratool.store.checksum import Piece, sum_file
 from loratool.store.disk import (
     check_space,
+    copy_synced,
     disk_error,
     exchange,
     refusals_as,
@@ -192,6 +193,13 @@ class StagedOutput:
         temporary = self.create(name)
         with refusals_as("cannot write", temporary):
             write_synced(temporary, data)
+        self.place(name)
+
+    def copy_file(self, name: str, source: Path) -> None:
+        """Copy a file of any size, in pieces."""
+        temporary = self.create(name)
+        with refusals_as("cannot copy", temporary):
+            copy_synced(source, temporary)
         self.place(name)
 
     def commit(self) -> None:

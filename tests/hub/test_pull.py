@@ -139,3 +139,57 @@ def test_offline_makes_no_connection(served: TestHub, tmp_path: Path, data: Path
     assert found.returncode == 0, found.stderr
     assert "AF_INET" not in trace.read_text()
     assert sum(served.state.requests.values()) == asked
+
+
+def test_offline_pull_verifies_the_cache(served: TestHub, tmp_path: Path) -> None:
+    served.state.add_repo("me/x", FILES)
+    assert run(served, tmp_path, "pull", "me/x")[0] == 0
+    asked = sum(served.state.requests.values())
+    assert run(served, tmp_path, "pull", "me/x", "--offline", "-o", "out")[0] == 0
+    name = "adapter_model.safetensors"
+    assert tree(tmp_path / "out")[name] == FILES[name]
+    code, text = run(served, tmp_path, "pull", "me/y", "--offline", "-o", "y")
+    assert code == 7 and "LT-706" in text
+    assert sum(served.state.requests.values()) == asked
+    blob = next((tmp_path / "hf").rglob(f"snapshots/*/{name}")).resolve()
+    blob.write_bytes(b"x" * len(FILES[name]))
+    code, text = run(served, tmp_path, "pull", "me/x", "--offline", "-o", "bad")
+    assert code == 7 and "LT-710" in text and not (tmp_path / "bad").exists()
+
+
+def test_missing_file_lists_candidates(served: TestHub, tmp_path: Path) -> None:
+    many = {f"{n}/adapter_config.json": b"{}" for n in ("sql", "style")}
+    served.state.add_repo("me/loras", many)
+    for repo in ("me/loras", "hf://me/loras/code"):
+        code, text = run(served, tmp_path, "pull", repo, "-o", "out")
+        assert code == 7 and "LT-704" in text and "sql/, style/" in text
+
+
+@pytest.mark.parametrize("status", [429, 503])
+def test_busy_hub(served: TestHub, tmp_path: Path, status: int) -> None:
+    served.state.add_repo("me/x", FILES)
+    wait = {"Retry-After": "1"} if status == 429 else {}
+    served.state.faults = [Fault("GET /api/models/", "status", status, 1, wait)]
+    assert run(served, tmp_path, "pull", "me/x", "-o", "once")[0] == 0
+    served.state.faults = [Fault("GET /api/models/", "status", status, 99, {"Retry-After": "99"})]
+    code, text = run(served, tmp_path, "pull", "me/x", "-o", "never")
+    assert code == 7 and "LT-709" in text and f"{status}" in text
+    assert not (tmp_path / "never").exists()
+
+
+def test_a_cached_copy_serves_only_if_the_hub_is_out_of_reach(
+    served: TestHub, tmp_path: Path, data: Path
+) -> None:
+    source = data / "llm" / "lora_bias_all"
+    names = ("adapter_config.json", "adapter_model.safetensors")
+    served.state.add_repo("me/x", {n: (source / n).read_bytes() for n in names})
+    assert run(served, tmp_path, "pull", "me/x")[0] == 0
+    served.state.faults = [Fault(".", "status", 503, 99)]
+    code, text = run(served, tmp_path, "inspect", "hf://me/x")
+    assert code == 0 and "a cached copy" in text
+    served.state.faults = []
+    code, text = run(served, tmp_path, "inspect", "hf://me/x", token="hf_nobodynobodynobodynobody")
+    assert code == 7 and "LT-707" in text
+    del served.state.repos["me/x"]
+    code, text = run(served, tmp_path, "inspect", "hf://me/x")
+    assert code == 7 and "LT-702" in text

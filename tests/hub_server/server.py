@@ -67,6 +67,8 @@ class Handler(BaseHTTPRequestHandler):
                 if method == verb and match:
                     with self.state.lock:
                         self.state.requests[name] += 1
+                    if self.fault and self.fault.run:
+                        self.fault.run()
                     if self.fault and self.fault.action == "status":
                         self.send(self.fault.status, b"{}", self.fault.headers)
                         return

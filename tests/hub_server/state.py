@@ -6,6 +6,7 @@ import hashlib
 import re
 import threading
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 Tree = dict[str, "bytes | Large"]
@@ -53,7 +54,8 @@ class Fault:
     Attributes:
         action: ``status`` (answer it instead), ``cut`` (close after half the body), ``corrupt``
             (same size, one byte wrong), ``lose`` (do it, then answer ``status``), ``whole``
-            (ignore the range asked for), ``shift`` (send another range).
+            (ignore the range asked for), ``shift`` (send another range), ``race`` (call ``run``
+            first, as if somebody else had been faster).
     """
 
     pattern: str
@@ -61,6 +63,7 @@ class Fault:
     status: int = 503
     times: int = 1
     headers: dict[str, str] = field(default_factory=dict)
+    run: Callable[[], object] | None = None
 
 
 @dataclass

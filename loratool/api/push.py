@@ -1,0 +1,188 @@
+"""`push`: a validated model in one commit, with a model card."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from loratool.errors import HubError, OutputError, UsageError, list_some
+from loratool.report.push import PushedFile, PushReport
+
+if TYPE_CHECKING:
+    from loratool.ops.push import Publication
+    from loratool.store.hub_listing import Listing
+    from loratool.store.hub_push import Files
+
+_NO_CONTENT = (".gitattributes", "README.md", ".gitignore")
+_CONFIGS = {"adapter": "adapter_config.json", "checkpoint": "config.json"}
+
+
+def push(
+    path: str | Path,
+    repo: str,
+    *,
+    private: bool | None = None,
+    create_pr: bool = False,
+    revision: str | None = None,
+    message: str | None = None,
+    dry_run: bool = False,
+    force: bool = False,
+) -> PushReport:
+    """Publish an adapter or a checkpoint on the Hub in one commit.
+
+    Args:
+        path: adapter or checkpoint, a folder or a file.
+        repo: ``owner/name``; created if it does not exist.
+        private: visibility of a repository that is created, None = private.  That of an
+            existing one is never changed.
+        create_pr: open a pull request instead of committing.
+        revision: branch, created if it does not exist; None = ``main``.
+        message: the commit's title.
+        dry_run: validate and compare; create and send nothing.
+        force: commit into a repository that holds something else.
+
+    Raises:
+        UnsafeContentError: files, secrets or local paths that must not be published.
+        OutputError: LT-520, the repository holds another kind of model, or of another base.
+        HubError: the Hub does not take it; LT-712, somebody changed the same files meanwhile.
+    """
+    from loratool.ops.push import prepare
+    from loratool.store import hub_push
+    from loratool.store.hub import is_offline
+
+    repo_id = _repository(str(path), repo)
+    if is_offline():
+        raise HubError("LT-711", "push needs the network", hint="unset HF_HUB_OFFLINE")
+    publication = prepare(Path(path), repo_id)
+    branch = revision or "main"
+    head, created, new_branch = _look(repo_id, branch)
+    notes = list(publication.notes)
+    if publication.chosen.left_out:
+        notes.append(f"left out: {list_some(publication.chosen.left_out)}")
+    if head is not None:
+        if private is not None:
+            notes.append("the repository exists: its visibility stays as it is")
+        if not (force or create_pr):
+            _refuse_others(publication, head)
+    if not dry_run:
+        if created:
+            hub_push.create_repository(repo_id, private=private is not False)
+        if new_branch:
+            hub_push.create_branch(repo_id, branch)
+        if head is None or new_branch:
+            head = _listed(repo_id, branch)
+    elif head is None:
+        head = _empty(repo_id)
+    made: list[Files] = []
+
+    def build(now: Listing) -> Files:
+        card = _card(publication, now)
+        made.append({**publication.chosen.files, "README.md": card.encode()})
+        return made[-1]
+
+    if dry_run:
+        sent, deleted = hub_push.changes(head, build(head))
+        landed = hub_push.Landed("", sent, deleted)
+    else:
+        title = message or f"Upload {publication.what} with loratool"
+        landed = hub_push.upload(
+            hub_push.Destination(repo_id, branch, create_pr, title), head, build
+        )
+    files = made[-1]
+    rows = tuple(
+        PushedFile(n, c.stat().st_size if isinstance(c, Path) else len(c), n in landed.sent)
+        for n, c in sorted(files.items())
+    )
+    card = files["README.md"]
+    assert isinstance(card, bytes)
+    return PushReport(
+        repo_id, branch, publication.what, landed.commit or None, created,
+        private is not False if created else None, rows, landed.deleted, landed.pull_request,
+        card.decode(), tuple(notes), dry_run,
+    )  # fmt: skip
+
+
+def _repository(path: str, repo: str) -> str:
+    from loratool.store.source import parse_reference
+
+    if not Path(path).exists() and Path(repo).exists():
+        raise UsageError(
+            "LT-268", "the arguments are swapped: what is pushed comes first",
+            got=f"{path} {repo}", hint=f"loratool push {repo} {path}",
+        )  # fmt: skip
+    reference = parse_reference(repo)
+    if reference.sub or reference.revision:
+        raise UsageError(
+            "LT-269", "push takes the name of a repository", got=repo,
+            expected="owner/name", hint="--revision names the branch",
+        )  # fmt: skip
+    return reference.repo_id
+
+
+def _look(repo_id: str, branch: str) -> tuple[Listing | None, bool, bool]:
+    """The head to compare with, whether the repository and whether the branch is missing."""
+    try:
+        return _listed(repo_id, branch), False, False
+    except HubError as error:
+        if error.code == "LT-702":
+            return None, True, branch != "main"
+        if error.code != "LT-703":
+            raise
+    return _listed(repo_id, None), False, True
+
+
+def _listed(repo_id: str, branch: str | None) -> Listing:
+    from loratool.store.hub_listing import list_commit
+
+    return list_commit(repo_id, branch)
+
+
+def _empty(repo_id: str) -> Listing:
+    from loratool.store.hub_listing import Listing
+
+    return Listing(repo_id, None, "", ())
+
+
+def _refuse_others(publication: Publication, head: Listing) -> None:
+    """A repository with another kind of model, or of another base, is left alone."""
+    names = {f.name for f in head.files} - set(_NO_CONTENT)
+    if not names:
+        return
+    own = _CONFIGS[publication.what]
+    is_other = own not in names and not names & set(publication.chosen.files)
+    is_other |= publication.what == "checkpoint" and "adapter_config.json" in names
+    what = f"the repository holds something else than this {publication.what}"
+    got = list_some(names, limit=5)
+    if not is_other and publication.what == "adapter" and own in names:
+        theirs = _remote_base(head)
+        if theirs and publication.base and theirs != publication.base:
+            is_other, got = True, f"an adapter for {theirs}"
+            what = "the repository holds an adapter for another base"
+    if is_other:
+        raise OutputError(
+            "LT-520", what, file=head.repo_id, got=got,
+            hint="push to a new repository, or --create-pr to propose it, or --force",
+        )  # fmt: skip
+
+
+def _remote_base(head: Listing) -> str | None:
+    from loratool.store.hub_listing import fetch_verified
+    from loratool.store.jsonfile import load_json
+
+    wanted = [f for f in head.files if f.name == "adapter_config.json"]
+    value = load_json(fetch_verified(head, wanted)[0]).get("base_model_name_or_path")
+    return value if isinstance(value, str) and value else None
+
+
+def _card(publication: Publication, head: Listing) -> str:
+    """The local card if there is one, else the repository's, else a new one."""
+    from loratool.store.card import make_card
+    from loratool.store.hub_listing import fetch_verified
+
+    local = publication.chosen.files.get("README.md")
+    if local is not None:
+        existing: str | None = local.read_text("utf-8", "replace")
+    else:
+        there = [f for f in head.files if f.name == "README.md"]
+        existing = fetch_verified(head, there)[0].read_text("utf-8", "replace") if there else None
+    return make_card(publication.facts, existing)

@@ -1,0 +1,128 @@
+"""Model cards: front matter for the Hub, text for people."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import yaml
+
+from loratool.errors import HubError
+
+_FRONT = re.compile(r"\A(?:\ufeff)?---[ \t]*\r?\n(.*?)(?:^|\r?\n)---[ \t]*(?:\r?\n|\Z)", re.DOTALL)
+_UNFILLED = "[More Information Needed]"
+_LONGEST = 200  # characters of a name or value that comes from a file
+_MOST_ROWS = 40
+
+
+@dataclass(frozen=True)
+class CardFacts:
+    """What a card says, all of it from headers, configuration and provenance.
+
+    Attributes:
+        repo: ``owner/name``.
+        relation: of the model to its base: ``adapter`` or ``merge``.
+        base: the base's name on the Hub, None if it is not known.
+        base_revision: its commit or branch, None if it is not known.
+        library: ``peft``, ``diffusers`` or ``transformers``.
+        tags: for the Hub's search.
+        pipeline: the Hub's task, None if it is not known.
+        facts: label -> value, shown as a table.
+        modules: (modules, count, ranks), shown as a table.
+        made: how it was made, one sentence; None if nothing says.
+        usage: (heading, language, code).
+    """
+
+    repo: str
+    relation: str
+    base: str | None
+    base_revision: str | None
+    library: str
+    tags: tuple[str, ...] = ()
+    pipeline: str | None = None
+    facts: Mapping[str, str] = field(default_factory=dict)
+    modules: tuple[tuple[str, str, str], ...] = ()
+    made: str | None = None
+    usage: tuple[tuple[str, str, str], ...] = ()
+
+
+def make_card(facts: CardFacts, existing: str | None) -> str:
+    """The card; an existing one keeps its text, and its front matter what it says already.
+
+    The base and its relation follow the weights.  A card that is still its library's unfilled
+    template counts as none.
+
+    Raises:
+        HubError: LT-715, the existing front matter is no YAML mapping.
+    """
+    if existing is not None and existing.count(_UNFILLED) >= 10:
+        front, _text = _split(existing)
+        return _join(_updated(front, facts), _text_of(facts))
+    if existing is None or not existing.strip():
+        return _join(_updated({}, facts), _text_of(facts))
+    front, text = _split(existing)
+    updated = _updated(front, facts)
+    return existing if updated == front else _join(updated, text)
+
+
+def _split(card: str) -> tuple[dict[str, Any], str]:
+    match = _FRONT.match(card)
+    if match is None:
+        return {}, card
+    try:
+        front = yaml.safe_load(match[1]) or {}
+    except yaml.YAMLError:
+        front = None
+    if not isinstance(front, dict):
+        raise HubError(
+            "LT-715", "the front matter of the model card is not YAML, and the Hub would refuse it",
+            file="README.md", hint="correct what is between the two --- lines",
+        )  # fmt: skip
+    return front, card[match.end() :]
+
+
+def _updated(front: Mapping[str, Any], facts: CardFacts) -> dict[str, Any]:
+    updated = dict(front)
+    if facts.base is not None:
+        updated["base_model"] = facts.base[:_LONGEST]
+        updated["base_model_relation"] = facts.relation
+    updated.setdefault("library_name", facts.library)
+    if facts.pipeline is not None:
+        updated.setdefault("pipeline_tag", facts.pipeline)
+    tags = updated.get("tags")
+    had = [tags] if isinstance(tags, str) else tags if isinstance(tags, list) else []
+    updated["tags"] = [*had, *(t[:_LONGEST] for t in facts.tags if t not in had)]
+    return updated
+
+
+def _join(front: Mapping[str, Any], text: str) -> str:
+    # Dumped, never pasted: a name from a file can hold anything, line breaks and --- included.
+    head = yaml.safe_dump(dict(front), sort_keys=False, allow_unicode=True, width=1000)
+    return f"---\n{head}---\n{text}" if text.startswith("\n") else f"---\n{head}---\n\n{text}"
+
+
+def _text_of(facts: CardFacts) -> str:
+    name = facts.repo.rpartition("/")[2]
+    kind = "adapter for" if facts.relation == "adapter" else "merge into"
+    base = f"[{facts.base}](https://huggingface.co/{facts.base})" if facts.base else "a base model"
+    if facts.base and facts.base_revision:
+        base += f" at revision `{_plain(facts.base_revision)}`"
+    parts = [f"# {name}", f"A {_plain(facts.facts.get('method', 'LoRA'))} {kind} {base}."]
+    rows = [f"| {_plain(k)} | {_plain(v)} |" for k, v in facts.facts.items()]
+    parts.append("\n".join(["| | |", "|---|---|", *rows]))
+    if facts.modules:
+        rows = [f"| {' | '.join(_plain(c) for c in r)} |" for r in facts.modules[:_MOST_ROWS]]
+        parts.append("\n".join(["| modules | count | ranks |", "|---|--:|---|", *rows]))
+    for heading, language, code in facts.usage:
+        parts.append(f"## {heading}\n\n```{language}\n{code}\n```")
+    if facts.made:
+        parts.append(f"## How it was made\n\n{_plain(facts.made)}")
+    return "\n\n".join(parts) + "\n"
+
+
+def _plain(value: str) -> str:
+    """One line without markup: nothing from a file becomes a link, an image, HTML or a row."""
+    flat = " ".join(value.split())[:_LONGEST]
+    return re.sub(r"([\\`*\[\]<>|!#])", r"\\\1", flat)

@@ -1,0 +1,235 @@
+"""Uploading in one commit, without losing anybody's work."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from loratool.errors import HubError
+from loratool.store.hub import plain_errors
+from loratool.store.hub_listing import Listing, digest_of, list_commit
+from loratool.store.hub_retry import status_of
+
+ATTEMPTS = 3
+_SHARD = re.compile(
+    r"(?P<stem>.+?)(-\d{5}-of-\d{5})?(?P<tail>\.safetensors)|(?P<index>.+)\.safetensors\.index\.json"
+)
+
+Content = Path | bytes
+Files = Mapping[str, Content]
+
+
+@dataclass(frozen=True)
+class Destination:
+    """Where a commit goes.
+
+    Attributes:
+        repo_id: ``owner/name``.
+        branch: an existing branch.
+        create_pr: open a pull request instead of committing to the branch.
+        message: the commit's title.
+    """
+
+    repo_id: str
+    branch: str
+    create_pr: bool
+    message: str
+
+
+@dataclass(frozen=True)
+class Landed:
+    """A commit that is on the Hub.
+
+    Attributes:
+        commit: its id; the head's if there was nothing to change.
+        sent: names that were changed.
+        deleted: names that were deleted.
+        pull_request: address, None for a commit to the branch.
+    """
+
+    commit: str
+    sent: tuple[str, ...]
+    deleted: tuple[str, ...]
+    pull_request: str | None = None
+
+
+def hide_progress(*, always: bool) -> None:
+    """No progress bars of the client, unless people look at a terminal and want them."""
+    from huggingface_hub.utils.tqdm import disable_progress_bars
+
+    if always or not sys.stderr.isatty():
+        disable_progress_bars()
+
+
+def create_repository(repo_id: str, *, private: bool) -> None:
+    """Create a repository; one that appeared meanwhile is taken as it is.
+
+    Raises:
+        HubError: no permission, or the Hub cannot be reached.
+    """
+    from huggingface_hub import HfApi
+
+    with plain_errors(repo_id, None):
+        HfApi().create_repo(repo_id, private=private, exist_ok=True)
+
+
+def create_branch(repo_id: str, branch: str) -> None:
+    """Create a branch at the head of the default branch.
+
+    Raises:
+        HubError: no permission, or the Hub cannot be reached.
+    """
+    from huggingface_hub import HfApi
+
+    with plain_errors(repo_id, None):
+        HfApi().create_branch(repo_id, branch=branch, exist_ok=True)
+
+
+def upload(place: Destination, start: Listing, build: Callable[[Listing], Files]) -> Landed:
+    """Commit files on top of a head that is checked to be the one that was looked at.
+
+    Args:
+        place: repository, branch and message.
+        start: the head that the caller looked at.
+        build: all files for a given head; called again when the head moved.
+
+    Raises:
+        HubError: LT-712, somebody changed the same files; LT-713, it is not known whether a
+            pull request was opened; LT-714, the Hub lists other bytes; LT-716, it refuses the
+            card; and what it answers.
+    """
+    head = start
+    for attempt in range(ATTEMPTS):
+        files = build(head)
+        sent, deleted = changes(head, files)
+        if not sent and not deleted:
+            return Landed(head.commit, (), ())
+        try:
+            landed = _commit(place, head, files, sent, deleted)
+        except HubError:
+            raise
+        except Exception as error:
+            last = attempt == ATTEMPTS - 1
+            head = _after_failure(place, head, files, deleted, error, last=last)
+            if _holds(head, files, deleted):  # it landed, and only the answer was lost
+                return Landed(head.commit, sent, deleted)
+            continue
+        _check_landed(place, landed, files, deleted)
+        return landed
+    raise AssertionError("the last attempt returns or raises")
+
+
+def changes(head: Listing, files: Files) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Names that differ from a head, and weight files there that the new ones replace."""
+    there = {f.name: f.digest for f in head.files}
+    sent = [n for n, content in files.items() if n not in there or _differs(content, there[n])]
+    stems = {_stem(n) for n in files} - {None}
+    deleted = [n for n in there if n not in files and _stem(n) in stems]
+    return tuple(sorted(sent)), tuple(sorted(deleted))
+
+
+def _stem(name: str) -> str | None:
+    match = _SHARD.fullmatch(name)
+    return None if match is None else match["stem"] or match["index"]
+
+
+def _differs(content: Content, digest: str) -> bool:
+    if isinstance(content, Path):
+        return digest_of(content, digest) != digest
+    if len(digest) == 64:
+        return hashlib.sha256(content).hexdigest() != digest
+    blob = b"blob %d\0" % len(content) + content
+    return hashlib.sha1(blob, usedforsecurity=False).hexdigest() != digest
+
+
+def _holds(head: Listing, files: Files, deleted: tuple[str, ...]) -> bool:
+    there = {f.name: f.digest for f in head.files}
+    complete = all(n in there and not _differs(c, there[n]) for n, c in files.items())
+    return complete and not set(deleted) & set(there)
+
+
+def _commit(
+    place: Destination, head: Listing, files: Files, sent: tuple[str, ...], deleted: tuple[str, ...]
+) -> Landed:
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+
+    added = [CommitOperationAdd(name, files[name]) for name in sent]
+    with plain_errors(place.repo_id, place.branch):
+        try:  # all content first: what fails here has changed nothing, and need not be sent again
+            HfApi().preupload_lfs_files(
+                place.repo_id, added, revision=place.branch, create_pr=place.create_pr
+            )
+        except RuntimeError as error:  # the client's wrapper; its cause has a signed address
+            raise error.__cause__ or error from None
+    operations: list[CommitOperationAdd | CommitOperationDelete] = [
+        *(CommitOperationDelete(name) for name in deleted),
+        *added,
+    ]
+    info = HfApi().create_commit(
+        place.repo_id, operations, commit_message=place.message, revision=place.branch,
+        create_pr=place.create_pr, parent_commit=head.commit,
+    )  # fmt: skip
+    return Landed(info.oid, sent, deleted, info.pr_url)
+
+
+def _after_failure(
+    place: Destination,
+    head: Listing,
+    files: Files,
+    deleted: tuple[str, ...],
+    error: Exception,
+    *,
+    last: bool,
+) -> Listing:
+    """The new head, if trying again (or finding the commit there) makes sense; else raise."""
+    from huggingface_hub.utils import httpx  # type: ignore[attr-defined]  # httpx2 from 2.0 on
+
+    status = status_of(error)
+    if status is None and isinstance(error, ValueError) and "README.md" in str(error):
+        raise HubError(
+            "LT-716", "the Hub refuses the front matter of the model card", file="README.md",
+            hint="loratool push --dry-run -v shows the card",
+        ) from None  # fmt: skip
+    is_lost = status is not None and status >= 500
+    is_lost |= status is None and isinstance(
+        error, httpx.HTTPError | ConnectionError | TimeoutError
+    )
+    if status != 412 and not is_lost:
+        with plain_errors(place.repo_id, place.branch):
+            raise error
+    if is_lost and place.create_pr:
+        raise HubError(
+            "LT-713", "the answer was lost: the pull request may or may not be open",
+            file=place.repo_id, hint="look at the repository's discussions before pushing again",
+        ) from None  # fmt: skip
+    now = list_commit(place.repo_id, place.branch)
+    if _holds(now, files, deleted):
+        return now
+    ours = (set(files) - {"README.md"}) | set(deleted)
+    before, after = ({f.name: f.digest for f in h.files if f.name in ours} for h in (head, now))
+    if before != after:
+        clash = ", ".join(sorted(n for n in ours if before.get(n) != after.get(n)))
+        raise HubError(
+            "LT-712", "somebody else changed the same files meanwhile", file=place.repo_id,
+            got=clash, hint="look at what is there; then push again, or use --create-pr",
+        ) from None  # fmt: skip
+    if last:
+        with plain_errors(place.repo_id, place.branch):
+            raise error
+    return now
+
+
+def _check_landed(
+    place: Destination, landed: Landed, files: Files, deleted: tuple[str, ...]
+) -> None:
+    revision = landed.commit
+    if not _holds(list_commit(place.repo_id, revision), files, deleted):
+        raise HubError(
+            "LT-714", "the Hub lists other files than were sent",
+            file=f"{place.repo_id}@{revision}",
+            hint="a proxy or mirror may be damaging them: try again, or check HF_ENDPOINT",
+        )  # fmt: skip
