@@ -69,11 +69,6 @@ def subspace_similarity(one: torch.Tensor, two: torch.Tensor) -> torch.Tensor:
     return sums / torch.minimum(i, j)
 
 
-def random_similarity(i: int, j: int, n: int) -> float:
-    """Expected φ(i, j) of two random subspaces of ℝⁿ: ij/n ÷ min(i, j) = max(i, j)/n."""
-    return max(i, j) / n
-
-
 def principal_angles(one: torch.Tensor, two: torch.Tensor) -> torch.Tensor:
     """Angles between the spans of two orthonormal sets, ascending, in radians.
 

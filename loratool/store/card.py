@@ -99,7 +99,8 @@ def _updated(front: Mapping[str, Any], facts: CardFacts) -> dict[str, Any]:
 
 def _join(front: Mapping[str, Any], text: str) -> str:
     # Dumped, never pasted: a name from a file can hold anything, line breaks and --- included.
-    head = yaml.safe_dump(dict(front), sort_keys=False, allow_unicode=True, width=1000)
+    # In ASCII: PyYAML writes some Unicode line breaks so that they come back as spaces.
+    head = yaml.safe_dump(dict(front), sort_keys=False, width=1000)
     return f"---\n{head}---\n{text}" if text.startswith("\n") else f"---\n{head}---\n\n{text}"
 
 

@@ -13,7 +13,6 @@ from loratool.store.foreign import open_inside
 from loratool.store.hub import ADAPTER_FILES, BASE_FILES
 from loratool.store.tokens import TOKENIZER_FILES
 
-CARD = "README.md"
 ALLOWED = (*ADAPTER_FILES, *BASE_FILES, *TOKENIZER_FILES)
 # What trainers, the Hub's client and file managers leave beside the weights.
 LEFT_OUT = (

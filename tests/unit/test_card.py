@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import yaml
 from huggingface_hub import ModelCard
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from loratool.errors import HubError
@@ -17,6 +17,8 @@ def facts_of(base: str | None, **more: str) -> CardFacts:
 
 
 @given(st.text(max_size=300))
+@example("\x85")
+@example("a\u2028b")
 def test_names_cannot_inject(name: str) -> None:
     card = make_card(facts_of(name), None)
     front = ModelCard(card).data.to_dict()
