@@ -97,8 +97,8 @@ def _worker_bytes(step: Step, chunk: int, elements: int) -> int:
     if "method" in step.args:  # a block of each delta, weighted, with signs and masks
         block_bytes = block * len(step.parts) * (4 * accumulator + 12)
         return piece * (len(step.inputs) + 1) + block_bytes + block * 5 * accumulator
-    if step.op == "look_at_base":  # W and the spacings in float64, with their temporaries
-        return piece * (len(step.inputs) + 1) + block * 8 * 6
+    if step.op == "look_at_base":  # W, Δ and their merges in float64, with their temporaries
+        return piece * (len(step.inputs) + 1) + block * 8 * 8
     return piece * (len(step.inputs) + 1) + block * (3 * accumulator + 2 * wide) + rounding
 
 
@@ -117,6 +117,9 @@ def step_bytes(step: Step) -> int:
                 total += step.view[0] * step.view[1] * 24 + 32 * min(step.view) ** 2
         elif part.rows is not None:
             total += part.source.numel * 12
+    if step.op == "look_at_base":  # exponents of all sums, and the noise of one delta
+        sizes = [_region_numel(step, p) for p in step.parts if isinstance(p, DeltaPart)]
+        total += 2 * sum(sizes) + 10 * max(sizes)
     if step.op in ("factor", "spectrum"):
         total *= 4  # both factors as stored, in float64, as reflections, turned, and what is cut
     if step.op in ("make_patch", "restore"):  # the packed patch, as large as the tensor at worst
@@ -126,6 +129,13 @@ def step_bytes(step: Step) -> int:
     if step.op in ("residual_of_sum", "residual_of_copy"):
         total += step.output.numel + step.output.nbytes  # its patch, should nothing compress
     return total
+
+
+def _region_numel(step: Step, part: DeltaPart) -> int:
+    """Elements of the tensor that a delta covers."""
+    spans = zip((part.region.rows, part.region.cols), step.view, strict=True)
+    rows, cols = (sum(map(len, axis)) or size for axis, size in spans)
+    return rows * cols
 
 
 def _factoring_bytes(step: Step) -> int:
