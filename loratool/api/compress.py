@@ -129,8 +129,8 @@ def compress(
     reports = []
     for job in jobs:
         resources = plan_resources(
-            job.plan.steps("factor", [{}] * len(job.plan.specs)), device="cpu", threads=threads,
-            max_memory=max_memory, chunk_bytes=None, sample=False, progress=None,
+            job.plan.steps("factor", [{"rule": rule}] * len(job.plan.specs)), device="cpu",
+            threads=threads, max_memory=max_memory, chunk_bytes=None, sample=False, progress=None,
         )  # fmt: skip
         made = _compress(job, rule, limit, resources, advance)
         record = {}

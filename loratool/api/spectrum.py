@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from loratool.adapter import Adapter, DeltaSpec
+from loratool.api.common import plan_resources
 from loratool.plan import DeltaPart, Plan, Step, TensorSpec
 from loratool.report import AdapterSpectrum
 from loratool.report.spectrum import describe
@@ -10,7 +11,7 @@ from loratool.report.spectrum import describe
 
 def measure_spectrum(adapter: Adapter, *, threads: int | None = None) -> AdapterSpectrum:
     """Singular values of every additive low-rank delta; ΔW is never formed."""
-    from loratool.engine.run import RunOptions, execute
+    from loratool.engine.run import execute
     from loratool.store.reader import FileReader
 
     specs = [s for s in adapter.specs if _has_spectrum(s)]
@@ -19,8 +20,13 @@ def measure_spectrum(adapter: Adapter, *, threads: int | None = None) -> Adapter
              args={"keep_going": True})
         for s in specs
     ]  # fmt: skip
+    plan = Plan("inspect", tuple(steps))
+    resources = plan_resources(
+        plan, device="cpu", threads=threads, max_memory=None, chunk_bytes=None, sample=False,
+        progress=None,
+    )  # fmt: skip
     with FileReader() as reader:
-        found = execute(Plan("inspect", tuple(steps)), reader, None, RunOptions(threads=threads))
+        found = execute(plan, reader, None, resources.run)
         reader.check_unchanged()
     modules = tuple(
         describe(spec.name, spec.rank, one.joint.tolist())
