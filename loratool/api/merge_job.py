@@ -30,7 +30,7 @@ from loratool.store.checkpoint import Checkpoint
 from loratool.store.provenance import adapter_id, checkpoint_id, provenance_of
 
 if TYPE_CHECKING:
-    from loratool.store.residual_file import Residual
+    from loratool.ops.residual import Residual
     from loratool.store.sidecar import Sidecar
 
 

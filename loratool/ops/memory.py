@@ -124,12 +124,11 @@ def step_bytes(step: Step) -> int:
         total = total * 3 // 2
     if step.op == "factor":  # as stored, in float64, as reflections; what is cut turned, rounded
         total += total * 3 // 4 + int(total * 2.25 * _kept_share(step))
-    if step.op in ("make_patch", "restore"):  # the packed patch, as large as the tensor at worst
-        total += step.output.nbytes // (1 if step.args["from"] != "sum" else 8)
+    if step.op == "make_patch":  # the packed patch, as large as the tensor at worst
+        is_undo = step.args["from"] == "sum" and not step.args.get("gate")
+        total += step.output.nbytes // (8 if is_undo else 1)
     if step.op == "subtract_and_factor":
         total += _factoring_bytes(step)
-    if step.op in ("residual_of_sum", "residual_of_copy"):
-        total += step.output.numel + step.output.nbytes  # its patch, should nothing compress
     return total
 
 
