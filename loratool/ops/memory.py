@@ -143,12 +143,13 @@ def _factoring_bytes(step: Step) -> int:
     """The differences, and the largest of what their factoring takes one after the other.
 
     With s the short side of a matrix, l the long one, k the largest rank and e matrices in a
-    module: 4·s·l·e for Δ in float32 and 2·s·l·e more for exponents if the rank is ``auto``; then
-    8·s·l for a norm in float64, or 14·s·l for the noise; the factoring; and 32·k·(s + l) + 96·k²
-    for what float16 factors would lose.  Factoring is Lanczos with a space of L = 10·(k + 8)
-    directions, 8·L·(s + l)·e + 32·L²·e; where that would fill a quarter of the short side, or if
-    it must be exact, the Gram matrix, 48·s² + 24·k·(s + l), after Lanczos as far as it goes if
-    the spectrum decides; at full rank the matrix itself times the identity, 24·s·(s + l).
+    module: 4·s·l·e for Δ in float32, and if the rank is ``auto`` 2·s·l·e more for exponents and
+    then 14·s·l for the noise; the factoring; and 32·k·(s + l) + 96·k² for what float16 factors
+    would lose.  Factoring is Lanczos with a space of L = 10·(k + 8) directions (ten steps, of
+    which most data take three), (8·s + 16·l + 32·L)·L·e; where that would fill a quarter of the
+    short side, or if it must be exact, the Gram matrix, 44·s² + 24·k·(s + l), after Lanczos as
+    far as it goes if the spectrum decides; at full rank the matrix itself times the identity,
+    24·s·(s + l).
     """
     rows, cols = step.view
     count = max(1, int(step.args.get("experts", 0)))
@@ -157,12 +158,12 @@ def _factoring_bytes(step: Step) -> int:
     numel, rank = rows * cols * len(step.inputs) // 2, largest_rank(step)
     fast = min(rank, short // 4 - 9)  # the largest that Lanczos is taken for
     is_searched = is_auto or any(v for k, v in rule.items() if k not in ("rank", "max_rank"))
-    ways = [14 * short * long if is_auto else 8 * short * long]
+    ways = [14 * short * long if is_auto else 0]
     if step.args.get("exact") or fast < rank:
-        ways.append(48 * short**2 + 24 * rank * (short + long))
+        ways.append(44 * short**2 + 24 * rank * (short + long))
     if not step.args.get("exact") and fast > 0 and (fast == rank or is_searched):
         space = min(10 * (fast + 8), short)
-        ways.append(count * (8 * space * (short + long) + 32 * space**2))
+        ways.append(count * space * (8 * short + 16 * long + 32 * space))
     if rank >= short:
         ways.append(24 * short * (short + long))
     made = 8 * rank * (short + long) * count
