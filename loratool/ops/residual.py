@@ -200,13 +200,16 @@ def patch_merge(merge: MergePlan, checkpoint: Checkpoint, residual: Residual) ->
         entry = residual.tensors.get(name)
         if entry is not None:
             groups[step.shard].append(_patched(step, entry))
-    last = len(groups) - 1
-    new = Step("copy", TensorSpec("", "U8", ()), (), (1, 1), shard=last)
-    groups[last] += [
-        _patched(replace(new, output=entry.output), entry)
-        for name, entry in residual.tensors.items()
-        if name not in set(names)
-    ]
+    known, last = set(names), len(groups) - 1
+    for name, entry in residual.tensors.items():
+        if name in known:
+            continue
+        if not entry.is_new:
+            raise MismatchError(
+                "LT-486", "the residual changes a tensor that the base has not", key=name,
+                file=residual.path,
+            )  # fmt: skip
+        groups[last].append(_created(entry, name, last))
     filled = [(shard, g) for shard, g in zip(merge.plan.shards, groups, strict=True) if g]
     shards = tuple(
         ShardPlan(shard.name, tuple(s.output for s in g), shard.metadata) for shard, g in filled
@@ -217,17 +220,23 @@ def patch_merge(merge: MergePlan, checkpoint: Checkpoint, residual: Residual) ->
 
 
 def _patched(step: Step, entry: ResidualTensor) -> Step:
+    if entry.is_new:
+        return _created(entry, step.output.name, step.shard)
     output = replace(entry.output, name=step.output.name)
     args: dict[str, Any] = {"wanted": entry.digest, "patch": entry.patch}
-    flat = (1, output.numel)
-    if entry.is_new:
-        return Step("complete", output, (), flat, shard=step.shard, args={**_NEW, **args})
     if step.op == "copy" and step.output.dtype == output.dtype:
         args["from"] = "same"
     else:
         args |= _SUM
-    view = flat if step.op == "copy" else step.view
+    view = (1, output.numel) if step.op == "copy" else step.view
     return replace(step, op="complete", output=output, view=view, args=args)
+
+
+def _created(entry: ResidualTensor, name: str, shard: int) -> Step:
+    """A tensor that is all in the patch."""
+    output = replace(entry.output, name=name)
+    args = {**_NEW, "wanted": entry.digest, "patch": entry.patch}
+    return Step("complete", output, (), (1, output.numel), shard=shard, args=args)
 
 
 def bind_options(options: BindOptions, needed: Mapping[str, bool]) -> BindOptions:

@@ -38,6 +38,9 @@ def read_undo(path: Path) -> PatchFile:
         raise BadFileError(
             "LT-329", "not an undo file", file=path, hint="merge --save-undo FILE writes one"
         )
+    lacking = {"block_elements", "adapters", "config", "created"} - set(found.table)
+    if lacking:
+        raise BadFileError("LT-328", "damaged undo file", file=path, got=f"no {min(lacking)}")
     return found
 
 

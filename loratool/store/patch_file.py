@@ -64,7 +64,10 @@ def read_patches(path: Path, operation: str) -> PatchFile | None:
         table = json.loads(text) if tool.eof else None
     except (zlib.error, ValueError, RecursionError):
         table = None
-    if not isinstance(table, dict) or set(table.get("tensors", ())) < set(refs):
+    if not isinstance(table, dict):
+        table = {}
+    rows = table.get("tensors")
+    if not isinstance(rows, dict) or not refs.keys() <= rows.keys():
         raise BadFileError("LT-328", "damaged patch file", file=path, key=TABLE)
     if table.get("version") != VERSION:
         raise BadFileError("LT-397", "patch file of another version", file=path,

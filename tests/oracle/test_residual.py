@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,8 @@ from safetensors.torch import load_file, save_file
 import loratool as lt
 from loratool.linalg.patch import pack_index
 from loratool.ops.residual import read_residual
-from loratool.store.header import MAX_METADATA
-from loratool.store.patch_file import PatchWriter
+from loratool.store.header import MAX_METADATA, read_header
+from loratool.store.patch_file import TABLE, PatchWriter
 from loratool.store.writer import StagedOutput
 from tests.make import randn, save_checkpoint
 from tests.oracle.test_extract import MODELS, pair
@@ -222,6 +223,46 @@ def test_a_dry_run_says_so_and_a_bad_path_is_refused_first(tmp_path: Path) -> No
     with pytest.raises(lt.LoratoolError) as caught:
         lt.extract(tuned, base=base, output=tmp_path / "lora", save_residual=taken)
     assert caught.value.code == "LT-501" and not (tmp_path / "lora").exists()
+
+
+def rewritten(path: Path, change: Any) -> Path:
+    """A patch file with another table."""
+    tensors = load_file(str(path))
+    table = json.loads(zlib.decompress(tensors[TABLE].numpy().tobytes()))
+    change(table)
+    packed = bytearray(zlib.compress(json.dumps(table).encode()))
+    tensors[TABLE] = torch.frombuffer(packed, dtype=torch.uint8)
+    save_file(tensors, str(path), read_header(path).metadata)
+    return path
+
+
+def test_tables_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    base, tuned = small_pair(tmp_path)
+    lora = str(tmp_path / "lora")
+    changes = {
+        "LT-397": lambda t: t.update(version=2),
+        "LT-328": lambda t: t["tensors"].popitem(),
+        "LT-486": lambda t: t["tensors"].update(x={**t["tensors"].popitem()[1], "from": "same"}),
+        "LT-805": lambda t: t["tensors"]["layers.0.q_proj.weight"].update(digest="0" * 64),
+    }
+    restore(tmp_path, base, tuned, rank=4)
+    whole = (tmp_path / "rest.safetensors").read_bytes()
+    for code, change in changes.items():
+        rest = tmp_path / f"{code}.safetensors"
+        rest.write_bytes(whole)
+        rewritten(rest, change)
+        if code == "LT-486":
+            tensors = load_file(str(rest))
+            tensors["x"] = tensors.pop("layers.1.q_proj.weight")
+            save_file(tensors, str(rest), read_header(rest).metadata)
+        refused(code, [lora], base=base, output=tmp_path / "out", residual=rest)
+    undo = tmp_path / "undo.safetensors"
+    lt.merge([lora], base=base, output=tmp_path / "m", save_undo=undo)
+    refused("LT-398", [lora], base=base, output=tmp_path / "out", residual=undo)
+    rewritten(undo, lambda t: t.pop("created"))
+    with pytest.raises(lt.LoratoolError) as caught:
+        lt.subtract([lora], merged=tmp_path / "m", output=tmp_path / "out", undo=undo)
+    assert caught.value.code == "LT-328" and not (tmp_path / "out").exists()
 
 
 def many(count: int) -> dict[str, torch.Tensor]:
