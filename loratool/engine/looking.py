@@ -130,9 +130,7 @@ class _View:
             sums.core = self.U[r0:r1].T @ (weight @ self.Vh[:, c0:c1].T)  # (r, r)
             self.grid.take((weight + change).to(self.own), r0, c0)
         stride = 1
-        if (
-            self.step.output.numel > _WHOLE
-        ):  # no divisor of a row: every row and column has its share
+        if self.step.output.numel > _WHOLE:  # no divisor of a row: all columns have their share
             stride = next(s for s in _STRIDES if weight.shape[1] % s)
         self._round(weight.flatten()[::stride], change.flatten()[::stride], sums)
         self.sums[block.index] = sums
