@@ -12,6 +12,7 @@ from loratool.adapter import Adapter, Replacement, Source, TensorRef
 from loratool.dtypes import DTYPES, numel
 from loratool.errors import MismatchError, list_some
 from loratool.ops.bind import Bindings
+from loratool.ops.weights import Weight
 from loratool.plan import DeltaPart, Part, Plan, ReplacePart, ShardPlan, Step, TensorSpec
 from loratool.store.checkpoint import Checkpoint, Shard
 
@@ -24,12 +25,12 @@ class WeightedAdapter:
 
     Attributes:
         adapter: the adapter.
-        weight: the user's coefficient.
+        weight: the user's coefficients.
         bindings: its targets in the base.
     """
 
     adapter: Adapter
-    weight: float
+    weight: Weight
     bindings: Bindings
 
 
@@ -159,13 +160,15 @@ def _collect_parts(
             if name not in one.bindings.new_tensors
         }
         found: list[tuple[str, Part]] = [
-            (b.target, _replace_part(b.replacement, one.weight, number))
+            (b.target, _replace_part(b.replacement, one.weight.of(b.replacement.name), number))
             for b in one.bindings.replacements
         ]
         found += [
             (
                 b.target,
-                DeltaPart(b.spec, one.weight, b.region, b.expert, b.transposed, number),
+                DeltaPart(
+                    b.spec, one.weight.of(b.spec.name), b.region, b.expert, b.transposed, number
+                ),
             )
             for b in one.bindings.deltas
         ]
