@@ -11,6 +11,7 @@ from typing import Any
 from loratool.adapter import Adapter, Replacement, Source, TensorRef
 from loratool.dtypes import DTYPES, numel
 from loratool.errors import MismatchError, list_some
+from loratool.ops.align_parts import require_aligned
 from loratool.ops.bind import Bindings
 from loratool.ops.weights import Weight
 from loratool.plan import DeltaPart, Part, Plan, ReplacePart, ShardPlan, Step, TensorSpec
@@ -86,6 +87,9 @@ def plan_merge(
         _require_additive(adapters, str(how["method"]))
     new_tensors, config_changes = _agreed(adapters)
     parts = _collect_parts(adapters, new_tensors, keep_all="method" in how)
+    if "method" in how:
+        for name, found in parts.items():
+            require_aligned(name, [p for p in found if isinstance(p, DeltaPart)], how["method"])
     steps: dict[str, Step] = {}
     for name, ref in checkpoint.tensors.items():
         steps[name] = _make_step(
