@@ -90,7 +90,7 @@ def inspect(
     if resolved.note is not None:
         report = replace(report, notes=(resolved.note, *report.notes))
     if risk:
-        report = _with_risk(report, resolved.path, base, alpha, access)
+        report = _with_risk(report, resolved.path, base, alpha, access, device)
     if spectrum or (csv is not None and base is None) or plot is not None:
         report = _with_spectrum(
             report, resolved.path, csv if base is None else None, plot, alpha, threads,
@@ -107,6 +107,7 @@ def _with_risk(
     base: str | Path | None,
     alpha: float | None,
     access: Access,
+    device: str,
 ) -> InspectReport:
     from loratool.api.risk import measure_risk
     from loratool.dialects import open_adapter
@@ -119,7 +120,7 @@ def _with_risk(
     adapter = open_adapter(
         find_adapter(path), ReadOptions(alpha=alpha), max_header=access.rules.max_header
     )
-    return replace(report, risk=measure_risk(adapter, opened))
+    return replace(report, risk=measure_risk(adapter, opened, device=device))
 
 
 def _with_base(

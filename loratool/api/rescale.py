@@ -115,6 +115,10 @@ def rescale(
             factor=factor, only=list(only), blocks=blocks, dtype=dtype, intruders=intruders
         )
         treated = None if opened_base is None or weak is None else (opened_base, weak)
+        if treated is not None:
+            from loratool.engine.device import resolve_device
+
+            options["device"] = resolve_device("auto", is_arithmetic=True)[0].type
         rows = [_run(job, wanted, options if provenance else None, force, treated) for job in jobs]
     return RescaleReport(str(output), factor, tuple(rows), time.monotonic() - started, dry_run)
 
