@@ -42,17 +42,17 @@ def leading_components(
         return None if turned is None else (turned[2].T, turned[1], turned[0].T)
     rows, width = matrix.shape[0], count + OVERSAMPLING
     start = torch.randn(rows, width, generator=torch.Generator().manual_seed(_SEED))
-    block = torch.linalg.qr(start.to(matrix)).Q
-    basis = block.new_empty(rows, 0)
+    block = torch.linalg.qr(start.to(matrix)).Q.T.contiguous()  # vectors are rows: (width, m)
+    basis = block.new_empty(0, rows)
     size = rows // 2 // width * width
-    projection = block.new_zeros(size, size)  # basisᵀ W Wᵀ basis, block tridiagonal
+    projection = block.new_zeros(size, size)  # of W Wᵀ on the basis, block tridiagonal
     look = 4
     for step in range(1, size // width + 1):
         here = slice((step - 1) * width, step * width)
-        basis = torch.cat([basis, block], 1)
-        block = matrix @ (matrix.T @ block)
-        projection[here, here] = basis[:, here].T @ block
-        block, coupling = _next_block(block, basis)
+        basis = torch.cat([basis, block])
+        after = _apply(matrix, block)
+        projection[here, here] = block @ after.T
+        block, coupling = _next_block(after, basis)
         largest = float(projection.diagonal().amax())
         if step == look or float(coupling.abs().amax()) <= _DONE * largest:
             look = int(step * _MORE) + 1
@@ -60,23 +60,29 @@ def leading_components(
             vectors = vectors[:, -count:].flip(1)
             residual = torch.linalg.vector_norm(coupling @ vectors[-width:], dim=0)
             if bool((residual <= RESIDUAL * values[-1]).all()):
-                U = torch.linalg.qr(basis @ vectors).Q
-                image = matrix.T @ U
-                S = torch.linalg.vector_norm(image, dim=0)
-                return U, S, (image / torch.where(S > 0, S, 1.0)).T
+                U = torch.linalg.qr(basis.T @ vectors).Q
+                image = U.T.contiguous() @ matrix  # (k, n)
+                S = torch.linalg.vector_norm(image, dim=1)
+                return U, S, image / torch.where(S > 0, S, 1.0)[:, None]
         if here.stop < size:
-            after = slice(here.stop, here.stop + width)
-            projection[after, here], projection[here, after] = coupling, coupling.T
+            onward = slice(here.stop, here.stop + width)
+            projection[onward, here], projection[here, onward] = coupling, coupling.T
     return None
 
 
+def _apply(matrix: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
+    """W Wᵀ on vectors that are rows (k, m): with columns some BLAS take ten times as long."""
+    return (vectors @ matrix) @ matrix.T
+
+
 def _next_block(block: torch.Tensor, basis: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Orthonormal columns for what is new in a block, and that part in them."""
+    """Orthonormal rows for what is new in a block, and how it is made of them."""
     for _ in range(2):
-        block = block - basis @ (basis.T @ block)
-    made, coupling = torch.linalg.qr(block)
-    made = made - basis @ (basis.T @ made)  # columns of rounding alone may lean on the basis
-    return torch.linalg.qr(made).Q, coupling
+        block = block - (block @ basis.T) @ basis
+    made = torch.linalg.qr(block.T).Q.T
+    made = made - (made @ basis.T) @ basis  # rows of rounding alone may lean on the basis
+    made = torch.linalg.qr(made.T).Q.T.contiguous()
+    return made, made @ block.T
 
 
 @dataclass(frozen=True)
@@ -119,23 +125,22 @@ def largest_overlaps(matrix: torch.Tensor, vectors: torch.Tensor, limit: float) 
     """
     rows, count = vectors.shape
     steps = min(_MOST_STEPS, rows // 4)
-    room = vectors.new_empty(count, rows, steps)
+    room = vectors.new_empty(count, steps, rows)
     alpha, beta = (vectors.new_zeros(count, steps) for _ in range(2))
-    block, look = vectors, 8
+    block, look = vectors.T.contiguous(), 8  # (k, m)
     for step in range(steps):
-        room[:, :, step] = block.T
-        basis = room[:, :, : step + 1]
-        after = matrix @ (matrix.T @ block)
-        alpha[:, step] = (block * after).sum(0)
-        after = after.T[:, :, None]  # (k, m, 1)
+        room[:, step] = block
+        basis = room[:, : step + 1]
+        after = _apply(matrix, block)
+        alpha[:, step] = (block * after).sum(1)
         for _ in range(2):
-            after = after - basis @ (basis.mT @ after)
-        block = after[:, :, 0].T
-        length = torch.linalg.vector_norm(block, dim=0)
+            part = basis @ after[:, :, None]  # (k, step + 1, 1)
+            after = after - (part.mT @ basis)[:, 0]
+        length = torch.linalg.vector_norm(after, dim=1)
         scale = (alpha[:, : step + 1]).amax()
         length = torch.where(length > _DONE * scale, length, 0.0)
         beta[:, step] = length
-        block = torch.where(length > 0, block / torch.where(length > 0, length, 1.0), 0.0)
+        block = after / torch.where(length > 0, length, torch.inf)[:, None]
         if step + 1 == look or not bool(length.any()):
             look = int(look * _MORE) + 1
             found = _judge(alpha[:, : step + 1], beta[:, : step + 1], limit)
