@@ -103,7 +103,6 @@ def verify(
     found = open_checkpoint(resolved.path, max_header=access.rules.max_header)
     options = recorded_options(found)
     inputs: Sequence[str | AdapterArgument] = adapters
-    rules = rules_from(options.get("module_weights", ()))
     if not adapters or base is None:
         roots = (resolved.path.absolute().parent, Path.cwd())
         given = None if base is None else str(base)
@@ -114,6 +113,9 @@ def verify(
             names = _recorded_names(options)
     if module_weights is not None:
         rules = read_module_weights(Path(module_weights), len(inputs))
+    else:  # of other adapters than those given they say nothing
+        recorded = rules_from(options.get("module_weights", ()))
+        rules = tuple(r for r in recorded if len(r[1]) == len(inputs))
     job = prepare_merge(
         inputs,
         base=base,

@@ -209,6 +209,16 @@ def rules_json(rules: Sequence[Rule]) -> list[Any]:
     return [[p.pattern, *weights] for p, weights in rules]
 
 
-def rules_from(found: Sequence[Any]) -> tuple[Rule, ...]:
-    """Rules as `rules_json` wrote them."""
-    return tuple((re.compile(p), tuple(float(w) for w in weights)) for p, *weights in found)
+def rules_from(found: Any) -> tuple[Rule, ...]:
+    """Rules as `rules_json` wrote them.
+
+    Raises:
+        MismatchError: LT-458, they are damaged.
+    """
+    try:
+        return tuple((re.compile(p), tuple(float(w) for w in weights)) for p, *weights in found)
+    except (TypeError, ValueError, re.error) as error:
+        raise MismatchError(
+            "LT-458", "the provenance of this checkpoint is damaged", key="module_weights",
+            got=f"{type(error).__name__}: {error}", hint="name its inputs and --module-weights",
+        ) from error  # fmt: skip

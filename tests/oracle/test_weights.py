@@ -201,6 +201,14 @@ def test_module_weights_into_a_base(place: Path, rules: str) -> None:
     assert "no module matches \\.q$ of --module-weights" in report.notes
     assert lt.verify("m").verdict == "identical"
     assert lt.verify("m", base="base", adapters=texts).verdict == "identical"
+    assert lt.verify("m", base="base", adapters=[*texts, "sql:0"]).verdict == "differs"
+    record = json.loads((place / "m" / "loratool.json").read_text())
+    for damaged in (7, [7], [["(", 1.0, 1.0]], [["a", "b"]]):
+        record["options"]["module_weights"] = damaged
+        (place / "m" / "loratool.json").write_text(json.dumps(record))
+        with pytest.raises(LoratoolError) as caught:
+            lt.verify("m")
+        assert caught.value.code == "LT-458"
     (place / "m" / "loratool.json").write_text("{}")
     assert lt.verify("m", base="base", adapters=texts).verdict == "differs"
     again = lt.verify("m", base="base", adapters=texts, module_weights=rules)
