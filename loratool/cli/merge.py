@@ -81,7 +81,7 @@ def command(adapters: tuple[str, ...], base: str | None, output: str, **options:
     With --base W' = W + Σ weight·ΔW, rounded once: streams the checkpoint in a few hundred MB of
     memory, keeps its files, and carries its configuration and tokenizer over. Without it the
     result is an adapter: exact, ranks add, or what --method and --rank say. ADAPTER:0.7 gives an
-    adapter a weight; 1 is as trained.
+    adapter a weight, ADAPTER:unet=0.8,te=0.4 one per component; 1 is as trained.
     """
     from loratool import api
     from loratool.report import MergeReport

@@ -8,7 +8,7 @@ from typing import Any
 
 from loratool.adapter import Adapter, DeltaSpec, Replacement
 from loratool.dialects.peft_version import square_experts_rule
-from loratool.errors import MismatchError, list_some
+from loratool.errors import MismatchError, UsageError, list_some
 from loratool.ops.additive import (
     factor_dtype,
     matrix_shape,
@@ -97,6 +97,7 @@ def plan_sum(adapters: Sequence[tuple[Adapter, Weight]], *, verb: str) -> SumPla
         verb: past participle for messages, such as ``subtracted``.
 
     Raises:
+        UsageError: LT-270, nothing is left.
         MismatchError: LT-460 … LT-465, changes that have no sum without the base, modules of
             different shapes, replaced tensors that contradict each other.
     """
@@ -115,6 +116,10 @@ def plan_sum(adapters: Sequence[tuple[Adapter, Weight]], *, verb: str) -> SumPla
     modules = [_module(name, terms, outputs, adapters) for name, terms in groups.items()]
     modules.sort(key=lambda m: m.is_bias)
     replacements, mixed, notes = _replacements(adapters, verb)
+    is_cut = any(0.0 in weight.by_name.values() for _, weight in adapters)
+    if is_cut and not (modules or replacements or mixed):
+        raise UsageError("LT-270", "weights of 0 leave every module out: nothing remains",
+                         got=list_some(a.label for a, _ in adapters))  # fmt: skip
     bases = {a.base_model for a, _ in adapters if a.base_model}
     if len(bases) > 1:
         notes.append(f"the adapters name different bases: {list_some(sorted(bases))}")

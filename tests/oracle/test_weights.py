@@ -126,6 +126,10 @@ def test_weight_zero_leaves_a_component_out(place: Path) -> None:
     lt.merge(["style:te=0"], base="small", output="m")
     style = dense("style")
     near(weights_of(place / "m"), {n: W.double() + style[n] for n, W in small.items()})
+    gone = "style:te=0,unet=0,vision_tower=0"
+    refused("LT-270", adapters=[gone], output="x", method="cat")
+    lt.merge([gone, "sql"], output="y")
+    near(dense("y"), dense("sql"))
     refused("LT-430", adapters=["style:te=0.5"], base="small", output="x")
 
 
