@@ -13,9 +13,12 @@ def add(values: torch.Tensor, weights: torch.Tensor, **_: float) -> torch.Tensor
 
     Args:
         values: (T, m, n) float32 or float64, what selection left of each adapter.
-        weights: (T,) same dtype and device.
+        weights: (T,) same dtype, on the CPU: they are numbers to the arithmetic.
     """
-    return torch.einsum("tmn,t->mn", values, weights)
+    total = torch.zeros_like(values[0])
+    for value, weight in zip(values, weights.tolist(), strict=True):
+        total.add_(value, alpha=weight)
+    return total
 
 
 def elect(values: torch.Tensor, weights: torch.Tensor, **params: float) -> torch.Tensor:
@@ -52,7 +55,7 @@ def elect_sce(
     Args:
         values: (T, m, n) of the positions kept.
         weights: (T,) of the user; they scale the adapters before anything else.
-        energies: (T,) Σ (w_t v_t)² over the whole matrix.
+        energies: (T,) Σ (w_t v_t)² over the whole matrix, on the CPU.
 
     References:
         Wan et al. 2024, arXiv:2408.07990.
