@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -210,10 +211,13 @@ def test_residual_goes_from_one_device_to_the_other(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_look_at_the_base_says_the_same(dtype: str, tmp_path: Path) -> None:
-    """Both round W + ΔW; elements that round otherwise are near ties, with errors of one size.
+    """Large tensors are forecast from every 17th element of a block, and blocks differ.
 
-    The noise is drawn on the device, and so may put a singular value on its other side.
+    A mean of n squares is off by √(2/n) of itself for Gaussian errors, its root by half of that:
+    five times that at n = 2048² / 17.  The noise is drawn on the device, and so may put a singular
+    value on its other side.
     """
+    standard = math.sqrt(2 / (2048**2 / 17)) / 2
     base, adapter = setup(tmp_path, DTYPES[dtype])
     looks = [lt.inspect(adapter, base=base, device=d).look for d in ("cpu", "cuda")]
     for here, there in zip(looks[0].modules, looks[1].modules, strict=True):
@@ -223,4 +227,4 @@ def test_a_look_at_the_base_says_the_same(dtype: str, tmp_path: Path) -> None:
         assert abs(there.noise_rank - here.noise_rank) <= 1
         assert set(there.swallowed) == set(here.swallowed)
         for kind, share in here.swallowed.items():
-            assert there.swallowed[kind] == pytest.approx(share, rel=1e-4)
+            assert there.swallowed[kind] == pytest.approx(share, rel=5 * standard)
