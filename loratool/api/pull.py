@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
-from loratool.errors import HubError, OutputError, UsageError
-from loratool.report.pull import PulledFile, PullReport
+from loratool.errors import OutputError, UsageError
+from loratool.report.pull import PulledAdapter, PulledFile, PullReport
 
 
 def pull(
@@ -19,7 +21,10 @@ def pull(
     offline: bool = False,
     yes: bool = False,
 ) -> PullReport:
-    """Fetch an adapter from the Hub; every file is checked against the Hub's listed hash.
+    """Fetch adapters from the Hub; every file is checked against the Hub's listed hash.
+
+    The adapter at the top of the repository; where there is none, all those in it, in the
+    folders where they lie.
 
     Args:
         repo: ``owner/name[@revision]`` or ``hf://owner/name[@revision][/sub/path]``.
@@ -36,31 +41,32 @@ def pull(
     """
     from loratool.store import hub
     from loratool.store.hub_fetch import ASK_BYTES
-    from loratool.store.hub_files import adapter_files, candidates
+    from loratool.store.hub_files import adapter_folders, all_adapters, nothing_there
     from loratool.store.hub_listing import bytes_to_fetch, fetch_verified, list_cached, list_commit
     from loratool.store.source import parse_reference
 
     reference = parse_reference(repo)
+    sub, prefix = reference.sub, f"{reference.sub}/" if reference.sub else ""
     if output is not None and not dry_run:
         _check_free(Path(output))
     find = list_cached if hub.is_offline(offline) else list_commit
     listing = find(reference.repo_id, reference.revision)
-    prefix = f"{reference.sub}/" if reference.sub else ""
     names = [f.name for f in listing.files]
+    found = all_adapters(names, sub)
+    chosen = {n for files in found.values() for n in files}
     if everything:
-        chosen = [n for n in names if n.startswith(prefix)]
-    else:
-        chosen = adapter_files(names, reference.sub)
+        chosen = {n for n in names if n.startswith(prefix) or n == sub}
     if not chosen:
-        raise HubError(
-            "LT-704", "the repository holds no adapter", file=reference.repo_id,
-            key=reference.sub or None, got=candidates(names),
-            hint="name one: hf://owner/name/PATH; or --all for every file",
-        )  # fmt: skip
+        raise nothing_there(listing.repo_id, names, "adapter", sub)
     wanted = [f for f in listing.files if f.name in chosen]
     files = tuple(PulledFile(f.name, f.size, f.digest) for f in wanted)
+    others = tuple(sorted(f for f in adapter_folders(names) if not _is_in(f, found)))
+    adapters = tuple(PulledAdapter(place) for place in found)
+    report = PullReport(
+        reference.repo_id, listing.commit, None, files, adapters, others, dry_run=dry_run
+    )
     if dry_run:
-        return PullReport(reference.repo_id, listing.commit, None, files, dry_run=True)
+        return report
     need = 0 if listing.cached else bytes_to_fetch(listing, wanted)
     if need > ASK_BYTES and not yes:
         raise UsageError(
@@ -68,16 +74,32 @@ def pull(
             got=f"{need / 1e9:.1f} GB to download", hint="-y downloads it",
         )  # fmt: skip
     paths = fetch_verified(listing, wanted)
-    base = next((_base_of(p) for p in paths if p.name == "adapter_config.json"), None)
     if output is None:
-        folder = paths[0]
-        for _ in Path(wanted[0].name).parts:
-            folder = folder.parent
+        folder = paths[0].parents[wanted[0].name.count("/")]
     else:
         folder = Path(output)
-        local = [Path(n).name if n == reference.sub else n.removeprefix(prefix) for n in chosen]
-        _copy(dict(zip(chosen, local, strict=True)), files, paths, folder, listing.commit)
-    return PullReport(reference.repo_id, listing.commit, str(folder), files, base)
+        local = {f.name: _local(f.name, sub) for f in wanted}
+        _copy(local, files, paths, folder, listing.commit)
+    by_name = {f.name: path for f, path in zip(wanted, paths, strict=True)}
+    adapters = tuple(
+        PulledAdapter(place, _base_of(by_name.get(_config(place, names)))) for place in found
+    )
+    return replace(report, output=str(folder), adapters=adapters)
+
+
+def _local(name: str, sub: str) -> str:
+    """Where a file of the repository comes to lie."""
+    return name.rpartition("/")[2] if name == sub else name.removeprefix(f"{sub}/")
+
+
+def _is_in(folder: str, found: Mapping[str, object]) -> bool:
+    return folder in found or any(place.startswith(f"{folder}/") for place in found)
+
+
+def _config(place: str, names: Sequence[str]) -> str:
+    """The configuration of an adapter, a folder or a file."""
+    folder = place.rpartition("/")[0] if place in names else place
+    return f"{folder}/adapter_config.json".lstrip("/")
 
 
 def _check_free(folder: Path) -> None:
@@ -105,8 +127,8 @@ def _copy(
         staged.commit()
 
 
-def _base_of(path: Path) -> str | None:
+def _base_of(config: Path | None) -> str | None:
     from loratool.store.jsonfile import load_json
 
-    value = load_json(path).get("base_model_name_or_path")
+    value = None if config is None else load_json(config).get("base_model_name_or_path")
     return value if isinstance(value, str) and value else None

@@ -203,11 +203,18 @@ class Handler(BaseHTTPRequestHandler):
         self.state.objects[sha256(data)] = data
         # Another origin, as the Hub's CDN is: the client must not send its token there.
         place = f"{self.origin.replace('127.0.0.1', 'localhost')}/cdn/{sha256(data)}"
+        self.state.signatures += 1
+        place += f"?signature={self.state.signatures}"
         linked = {"X-Linked-Etag": f'"{sha256(data)}"', "X-Linked-Size": str(len(data))}
         return 302, b"", {**head, **linked, "Location": place}
 
     def do_cdn(self, oid: str) -> Any:
         self.state.tokens_on_cdn += "Authorization" in self.headers
+        self.state.signed[self.path] += 1
+        if self.state.cdn_answers is not None and self.state.signed[self.path] > (
+            self.state.cdn_answers
+        ):
+            raise RefusedError(403, "Request has expired")
         return self.ranged(self.state.objects[oid], {"ETag": f'"{oid}"'})
 
     def ranged(self, data: bytes | Large, headers: dict[str, str]) -> Any:
@@ -329,6 +336,12 @@ class Handler(BaseHTTPRequestHandler):
 
 class _Server(ThreadingHTTPServer):
     daemon_threads = True
+    state: HubState
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        with self.state.lock:
+            self.state.connections += 1
+        super().process_request(request, client_address)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         if not isinstance(sys.exception(), ConnectionError):  # a client may hang up
@@ -344,6 +357,7 @@ class TestHub:
         self.state = HubState()
         handler = type("Bound", (Handler,), {"state": self.state})
         self._server = _Server(("127.0.0.1", 0), handler)
+        self._server.state = self.state
         self.endpoint = f"http://127.0.0.1:{self._server.server_address[1]}"
         self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
 

@@ -107,6 +107,10 @@ class HubState:
         self.bytes_sent = 0
         self.bodies: list[tuple[str, int]] = []
         self.tokens_on_cdn = 0
+        self.connections = 0
+        self.cdn_answers: int | None = None  # a signed address is good for so many, None = all
+        self.signatures = 0
+        self.signed: Counter[str] = Counter()
         self.part_bytes: int | None = None  # multipart uploads in parts of this size
 
     def add_repo(self, name: str, files: Tree | None = None, **kind: bool) -> Repo:
