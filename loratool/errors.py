@@ -35,6 +35,17 @@ def redact(text: str) -> str:
     return _LOGIN.sub("***@", TOKEN.sub("hf_***", text))
 
 
+places: dict[str, str] = {}
+"""Folder of stand-ins for files elsewhere -> what the user knows it as."""
+
+
+def _said(value: object) -> str:
+    text = str(value)
+    for folder, name in places.items():
+        text = text.replace(folder, name)
+    return redact(text)
+
+
 class LoratoolError(Exception):
     """Root of all errors that are not bugs.
 
@@ -63,11 +74,11 @@ class LoratoolError(Exception):
     ) -> None:
         self.code = code
         self.what = redact(what)
-        self.file = None if file is None else redact(str(file))
-        self.key = None if key is None else redact(str(key))
-        self.expected = None if expected is None else redact(str(expected))
-        self.got = None if got is None else redact(str(got))
-        self.hint = None if hint is None else redact(hint)
+        self.file = None if file is None else _said(file)
+        self.key = None if key is None else _said(key)
+        self.expected = None if expected is None else _said(expected)
+        self.got = None if got is None else _said(got)
+        self.hint = None if hint is None else _said(hint)
         super().__init__(self.message())
 
     def message(self) -> str:

@@ -40,16 +40,16 @@ def pull(
         OutputError: the output exists.
     """
     from loratool.store import hub
-    from loratool.store.hub_fetch import ASK_BYTES
+    from loratool.store.hub_fetch import ASK_BYTES, find_commit
     from loratool.store.hub_files import adapter_folders, all_adapters, nothing_there
-    from loratool.store.hub_listing import bytes_to_fetch, fetch_verified, list_cached, list_commit
+    from loratool.store.hub_listing import bytes_to_fetch, fetch_verified, list_cached
     from loratool.store.source import parse_reference
 
     reference = parse_reference(repo)
     sub, prefix = reference.sub, f"{reference.sub}/" if reference.sub else ""
     if output is not None and not dry_run:
         _check_free(Path(output))
-    find = list_cached if hub.is_offline(offline) else list_commit
+    find = list_cached if hub.is_offline(offline) else find_commit
     listing = find(reference.repo_id, reference.revision)
     names = [f.name for f in listing.files]
     found = all_adapters(names, sub)

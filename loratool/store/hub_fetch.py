@@ -68,7 +68,7 @@ def fetch(reference: HubReference, kind: str, reach: Reach) -> tuple[Looked, str
     if hub.is_offline(reach.offline):
         return _cached(reference), None
     try:
-        listing = list_commit(repo, revision)
+        listing = find_commit(repo, revision)
     except HubError as error:
         if error.code not in ("LT-705", "LT-709"):  # the Hub answered: a cached copy is no answer
             raise
@@ -79,6 +79,37 @@ def fetch(reference: HubReference, kind: str, reach: Reach) -> tuple[Looked, str
     if reach.in_place:
         return look(listing, kind=kind, sub=reference.sub), None
     return _download(listing, kind, reference.sub, reach.yes), None
+
+
+def find_commit(repo_id: str, revision: str | None) -> Listing:
+    """`list_commit`, and a word about names that are those of something else.
+
+    Raises:
+        HubError: as `list_commit`; LT-730, it is a dataset or a space.
+    """
+    try:
+        return list_commit(repo_id, revision)
+    except HubError as error:
+        kind = _other_kind(repo_id) if error.code == "LT-702" else None
+        if kind is None:
+            raise
+        raise HubError(
+            "LT-730", f"this is a {kind}, not a model", file=repo_id,
+            hint="adapters and checkpoints are in model repositories",
+        ) from None  # fmt: skip
+
+
+def _other_kind(repo_id: str) -> str | None:
+    from huggingface_hub import HfApi
+
+    for kind in ("dataset", "space"):
+        try:
+            with hub.plain_errors(repo_id, None):
+                if HfApi().repo_exists(repo_id, repo_type=kind):
+                    return kind
+        except (HubError, UsageError):
+            return None
+    return None
 
 
 def _cached(reference: HubReference) -> Looked:

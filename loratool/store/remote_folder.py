@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
-from loratool.errors import HubError
+from loratool.errors import HubError, places
 from loratool.store.header import HARD_HEADER_BYTES
 from loratool.store.hub_listing import digest_of
 from loratool.store.remote import RemoteFile, forget, register
@@ -35,6 +35,9 @@ class RemoteFolder:
 
     Attributes:
         path: the folder; paths in it are those in the repository.
+
+    Args:
+        name: ``owner/name@commit``, for messages.
     """
 
     def __init__(self, name: str) -> None:
@@ -43,7 +46,8 @@ class RemoteFolder:
         self.path.mkdir(parents=True)
         self._stubs: dict[Path, RemoteFile] = {}
         self._late: dict[Path, Callable[[], object]] = {}
-        weakref.finalize(self, _remove, top, self._stubs, self._late)
+        places[str(self.path)] = f"hf://{name}"
+        weakref.finalize(self, _remove, self.path, top, self._stubs, self._late)
 
     def fill(
         self,
@@ -146,8 +150,9 @@ def _verify(path: Path, file: RemoteFile) -> None:
 
 
 def _remove(
-    top: Path, stubs: dict[Path, RemoteFile], late: dict[Path, Callable[[], object]]
+    folder: Path, top: Path, stubs: dict[Path, RemoteFile], late: dict[Path, Callable[[], object]]
 ) -> None:
+    places.pop(str(folder), None)
     release(list(stubs.values()))
     forget([*stubs, *late])
     shutil.rmtree(top, ignore_errors=True)

@@ -160,6 +160,11 @@ def parse_hub(text: str) -> HubReference | None:
             "LT-263", "not a Hub reference", got=text,
             expected="hf://owner/name[@revision][/sub/path]",
         )  # fmt: skip
+    if (owner := match["repo"].partition("/")[0]) in ("datasets", "spaces"):
+        raise UsageError(
+            "LT-263", f"this is the name of a {owner[:-1]}, not of a model", got=text,
+            expected="hf://owner/name[@revision][/sub/path] of a model",
+        )  # fmt: skip
     revision = match["rev"]
     return HubReference(match["repo"], unquote(revision) if revision else None, sub)
 

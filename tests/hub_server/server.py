@@ -26,6 +26,7 @@ ROUTES = [
         ("GET", rf"/api/models/{_ID}/tree/{_REV}(/.*)?", "tree"),
         ("GET", rf"/api/models/{_ID}/refs", "refs"),
         ("GET", rf"/api/models/{_ID}(/revision/{_REV})?", "info"),
+        ("GET", rf"/api/(?P<kind>datasets|spaces)/{_ID}", "other"),
         ("POST", rf"/api/models/{_ID}/preupload/{_REV}", "preupload"),
         ("POST", rf"/api/models/{_ID}/commit/{_REV}", "commit"),
         ("POST", rf"/api/models/{_ID}/branch/{_REV}", "branch"),
@@ -176,6 +177,14 @@ class Handler(BaseHTTPRequestHandler):
                      "downloads": 0, "likes": 0, "siblings": siblings,
                      "lastModified": "2026-01-01T00:00:00.000Z"}  # fmt: skip
 
+    def do_other(self, kind: str, id: str) -> Any:
+        user, known = self.user(), {"datasets": self.state.datasets, "spaces": self.state.spaces}
+        if id not in known[kind]:
+            raise RefusedError(404 if user else 401, "Repository not found", "RepoNotFound")
+        return 200, {"_id": "1", "id": id, "sha": "0" * 40, "private": False, "tags": [],
+                     "disabled": False, "gated": False, "downloads": 0, "likes": 0,
+                     "siblings": []}  # fmt: skip
+
     def do_tree(self, id: str, rev: str) -> Any:
         repo = self.repo(id, files=True)
         tree = repo.commits[self.sha(repo, rev)]
@@ -195,6 +204,7 @@ class Handler(BaseHTTPRequestHandler):
         repo = self.repo(id, files=True)
         sha = self.sha(repo, rev)
         data = repo.commits[sha].get(file)
+        self.state.asked.add((id, file))
         head = {"X-Repo-Commit": sha}
         if data is None:
             raise RefusedError(404, "Entry not found", "EntryNotFound")
