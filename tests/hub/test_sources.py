@@ -11,45 +11,14 @@ import loratool as lt
 from loratool.errors import LoratoolError, UsageError
 from loratool.store import hub_fetch
 from loratool.store.hub_files import adapter_files, all_adapters
+from tests.hub.conftest import SHAPES, contents
 from tests.hub_server import Fault, TestHub
-from tests.make import randn, random_factors, save_adapter, save_checkpoint
-
-SHAPES = {"model.layers.0.q_proj": (64, 48), "model.layers.1.q_proj": (64, 48)}
-OTHER: dict[str, bytes] = {
-    "pytorch_model.bin": b"\x80\x02" + b"x" * 2000, "model.gguf": b"GGUF" + b"x" * 2000,
-    "onnx/model.onnx": b"x" * 2000, "original/consolidated.safetensors": b"x" * 2000,
-    "optimizer.pt": b"x" * 2000, "README.md": b"# base\n", "run.py": b"import os\n",
-    "model.fp16.safetensors": b"x" * 2000,
-}  # fmt: skip
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {p.relative_to(folder).as_posix(): p.read_bytes()
-            for p in folder.rglob("*") if p.is_file()}  # fmt: skip
+from tests.make import random_factors, save_adapter
 
 
 def resolved(hub: TestHub, repo: str) -> set[str]:
     """Names of the files of a repository that anybody asked for."""
     return {file for name, file in hub.state.asked if name == repo}
-
-
-@pytest.fixture
-def models(near: TestHub, tmp_path: Path) -> TestHub:
-    tensors = {f"{n}.weight": randn(*s, seed=3).bfloat16() for n, s in SHAPES.items()}
-    tensors["model.norm.weight"] = randn(48, seed=5).bfloat16()
-    factors = random_factors(SHAPES, rank=4, seed=9)
-    moved = {
-        k: (v.float() + factors[k[:-7]][1] @ factors[k[:-7]][0]).bfloat16()
-        if k[:-7] in factors else v
-        for k, v in tensors.items()
-    }  # fmt: skip
-    for name, part in (("base", tensors), ("tuned", moved)):
-        folder = save_checkpoint(tmp_path / name, part, shards=2)
-        (folder / "tokenizer.json").write_text("{}")
-        near.state.add_repo(f"me/{name}", {**contents(folder), **OTHER})
-    style = save_adapter(tmp_path / "style", factors, base_model_name_or_path="me/base")
-    near.state.add_repo("me/style", {**contents(style), "optimizer.pt": b"x", "run.py": b"x"})
-    return near
 
 
 def test_extract_takes_only_what_it_needs(models: TestHub, tmp_path: Path) -> None:
