@@ -111,17 +111,6 @@ def test_a_large_download_is_asked_for(
 # --- several adapters ---------------------------------------------------------------------------
 
 
-@pytest.fixture
-def several(models: TestHub, tmp_path: Path) -> dict[str, bytes]:
-    """Two adapters in folders, one of them deep, and what is none."""
-    style = contents(tmp_path / "style")
-    tree = {f"{place}/{n}": d for place in ("sql", "art/ink") for n, d in style.items()}
-    tree |= {"README.md": b"# all\n", "sql/optimizer.pt": b"x", "notes/x.txt": b"x",
-             "half/adapter_config.json": b"{}"}  # fmt: skip
-    models.state.add_repo("me/loras", dict(tree))
-    return tree
-
-
 def test_pull_takes_all_and_keeps_their_folders(
     models: TestHub, several: dict[str, bytes], tmp_path: Path
 ) -> None:
