@@ -278,6 +278,17 @@ def test_a_plan_between_adapters_reads_headers(near: TestHub, large: Path, tmp_p
     assert {f for _, f in near.state.asked} == {"adapter_config.json", "adapter_model.safetensors"}
 
 
+def test_other_plans_read_headers(near: TestHub, large: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    report = lt.extract("hf://me/large", base="hf://me/large@main", output=out, dry_run=True)
+    assert report.dry_run and len(report.modules) == LAYERS
+    lt.rescale(["hf://me/style"], 0.3, output=out, dry_run=True)
+    lt.subtract(["hf://me/style", str(large)], output=out, dry_run=True)
+    assert near.state.bytes_sent < 4 * 110_000
+    assert not {f for _, f in near.state.asked if f.startswith(("tokenizer", "vocab"))}
+    assert not out.exists() and not (tmp_path / "hf" / "hub").exists()
+
+
 def test_norms_of_a_remote_base_take_reading_it(near: TestHub, large: Path, tmp_path: Path) -> None:
     """DoRA needs the norms of the whole weight: that counts, and comes in few requests."""
     from safetensors.torch import load_file, save_file
