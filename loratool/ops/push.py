@@ -71,7 +71,7 @@ def _checkpoint(path: Path, repo: str) -> Publication:
     from loratool.engine.finite import check_finite
 
     checkpoint = open_checkpoint(path)
-    chosen = choose_files(path, checkpoint.components)
+    chosen = choose_files(path, _sub_folders(checkpoint))
     for file in chosen.files.values():
         if file.name == "config.json":
             refuse_local_base(load_json(file).get("_name_or_path"), file)
@@ -98,6 +98,15 @@ def _checkpoint(path: Path, repo: str) -> Publication:
         facts={k: v for k, v in facts.items() if v}, made=_made(record), usage=usage,
     )  # fmt: skip
     return Publication("checkpoint", chosen, base, card, notes)
+
+
+def _sub_folders(checkpoint: Checkpoint) -> tuple[str, ...]:
+    """All folders of a pipeline: its tokenizer and scheduler hold no weights."""
+    if not checkpoint.components:
+        return ()
+    listed = load_json(checkpoint.path / "model_index.json")
+    inside = sorted(e.name for e in checkpoint.path.iterdir() if e.is_dir())
+    return tuple(name for name in inside if isinstance(listed.get(name), list))
 
 
 def _refs(chosen: Chosen) -> list[TensorRef]:

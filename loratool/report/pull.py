@@ -25,9 +25,10 @@ class PullReport(Report):
         repo: ``owner/name``.
         commit: the commit that all files are of.
         output: folder that holds them, None with ``dry_run``.
-        files: what was fetched.
+        files: what was fetched, or is there.
         base_model: the base that the adapter names; it is not fetched.
         dry_run: nothing was fetched.
+        is_current: the output held exactly these files, and nothing was fetched.
     """
 
     command: ClassVar[str] = "pull"
@@ -37,3 +38,4 @@ class PullReport(Report):
     files: tuple[PulledFile, ...]
     base_model: str | None = None
     dry_run: bool = False
+    is_current: bool = False

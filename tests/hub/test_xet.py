@@ -1,0 +1,82 @@
+"""The Xet path, through a content store in a folder; skipped if the client loses that scheme."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.hub.client import finish, start, tree
+from tests.hub_server import TestHub
+from tests.hub_server.state import sha256
+from tests.make import random_factors, save_adapter
+
+hf_xet = pytest.importorskip("hf_xet")
+WEIGHTS = "adapter_model.safetensors"
+
+
+def read_back(place: str, name: str, path: Path) -> bytes:
+    with hf_xet.XetSession().new_file_download_group(endpoint=place) as group:
+        group.start_download_file(hf_xet.XetFileInfo(name), str(path))
+    return path.read_bytes()
+
+
+@pytest.fixture
+def served(tmp_path: Path) -> Iterator[TestHub]:
+    place = f"local://{tmp_path}/store"
+    probe = tmp_path / "probe"
+    probe.write_bytes(b"x" * 1000)
+    try:
+        with hf_xet.XetSession().new_upload_commit(endpoint=place) as commit:
+            commit.start_upload_file(str(probe), sha256=hf_xet.SKIP_SHA256)
+        name = hf_xet.hash_files([str(probe)])[0].hash
+        assert read_back(place, name, tmp_path / "probe.back") == b"x" * 1000
+    except Exception as error:
+        pytest.skip(f"no content store in a folder: {type(error).__name__}")
+    with TestHub() as hub:
+        hub.state.xet_place = place
+        hub.state.from_xet = lambda name: read_back(place, name, tmp_path / f"{name}.back")
+        yield hub
+
+
+@pytest.fixture
+def style(tmp_path: Path) -> Path:
+    shapes = {f"model.layers.{i}.q_proj": (256, 256) for i in range(4)}
+    factors = random_factors(shapes, rank=32, seed=2)
+    return save_adapter(tmp_path / "style", factors, base_model_name_or_path="org/base")
+
+
+def loratool(hub: TestHub, home: Path, *words: str) -> str:
+    code, text = finish(start(hub.endpoint, home, *words, HF_HUB_DISABLE_XET="0"))
+    assert code == 0, text
+    assert hub.state.xet_token not in text
+    return text
+
+
+def test_push_and_use(served: TestHub, tmp_path: Path, style: Path) -> None:
+    files = tree(style)
+    oid = sha256(files[WEIGHTS])
+    served.state.xet_hashes[oid] = hf_xet.hash_files([str(style / WEIGHTS)])[0].hash
+    loratool(served, tmp_path, "push", "style", "me/style")
+    assert not [path for path, _ in served.state.uploads if path.startswith("/lfs/")]
+    repo = served.state.repos["me/style"]
+    assert repo.commits[repo.branches["main"]][WEIGHTS] == files[WEIGHTS]
+    # A source is fetched by the client, which takes the Xet path as well ...
+    loratool(served, tmp_path, "rescale", "hf://me/style", "1", "-o", "same")
+    assert served.state.requests["xet_token"] >= 2 and served.state.requests["cdn"] == 0
+    assert tree(tmp_path / "same")[WEIGHTS] == files[WEIGHTS]
+    # ... and `pull` by ranges, which can go on where a connection broke.
+    (tmp_path / "hf").rename(tmp_path / "old")
+    loratool(served, tmp_path, "pull", "me/style", "-o", "back")
+    assert served.state.requests["cdn"] == 1
+    back = tree(tmp_path / "back")
+    assert {n: back[n] for n in files} == files
+
+
+def test_a_hub_without_xet(served: TestHub, tmp_path: Path, style: Path) -> None:
+    served.state.xet_place = None
+    words = ("push", "style", "me/style", "-v")
+    code, text = finish(start(served.endpoint, tmp_path, *words, HF_HUB_DISABLE_XET="0"))
+    assert code == 7 and "LT-705" in text and "HF_HUB_DISABLE_XET=1" in text
+    assert finish(start(served.endpoint, tmp_path, *words))[0] == 0
