@@ -13,8 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from loratool.errors import HubError
-from loratool.store.disk import check_space
+from loratool.errors import DiskError, HubError
 from loratool.store.hub import plain_errors
 from loratool.store.hub_retry import is_broken, pause_after
 
@@ -106,12 +105,22 @@ def _complete(listing: Listing, file: ListedFile, partial: Path) -> bool:
     with partial.open("ab") as out:
         if out.tell() > file.size:
             _empty(out)
-        check_space(partial.parent, file.size - out.tell())
+        _check_space(partial.parent, file.size - out.tell())
         _fill(listing, file, out)
     if _is_intact(partial, file):
         return True
     partial.unlink()
     return False
+
+
+def _check_space(folder: Path, need: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < need:
+        raise DiskError(
+            "LT-620", "the Hub's cache has too little space", file=folder,
+            expected=f"{need:,} bytes", got=f"{free:,} bytes free",
+            hint="hf cache prune, or HF_HOME names another place",
+        )  # fmt: skip
 
 
 def _empty(out: BinaryIO) -> None:

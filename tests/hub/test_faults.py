@@ -241,6 +241,7 @@ def test_two_pulls_at_once_fetch_once(served: TestHub, tmp_path: Path) -> None:
         deadline = time.monotonic() + 60
         while served.state.requests["info"] < 2 and time.monotonic() < deadline:
             time.sleep(0.01)
+        time.sleep(1)  # to fetch, if it does not wait for the first
 
     served.state.faults = [Fault("GET /cdn/", "race", run=join)]
     assert call(served, tmp_path, *PULL)[0] == 0
