@@ -72,7 +72,7 @@ def pull(
     def is_own(path: Path) -> bool:
         return is_own_output(path) or is_copy(path, repo_id, top)
 
-    if force and not is_own(folder):
+    if force and folder.exists() and not is_own(folder):
         raise OutputError(
             "LT-521", "--force replaces an earlier output or an unchanged copy of the repository, "
             "and this is neither", file=folder, hint="choose another -o, or remove it yourself",

@@ -18,7 +18,7 @@ def holds_exactly(folder: Path, digests: Mapping[str, str]) -> bool:
     """
     from loratool.store.hub_listing import digest_of
 
-    found = _files(folder)
+    found = _files(folder) if folder.is_dir() else {}
     return found.keys() == digests.keys() and all(
         path is not None and digest_of(path, digests[name]) == digests[name]
         for name, path in found.items()
@@ -33,7 +33,7 @@ def is_copy(folder: Path, repo_id: str, sub: str) -> bool:
         repo_id: the repository whose copy it may be, at whatever commits.
         sub: folder of the repository, "" for its root.
     """
-    return all(
+    return folder.is_dir() and all(
         path is not None
         and any(filecmp.cmp(path, twin, shallow=False) for twin in _cached(repo_id, sub, name))
         for name, path in _files(folder).items()
@@ -42,8 +42,6 @@ def is_copy(folder: Path, repo_id: str, sub: str) -> bool:
 
 def _files(folder: Path) -> dict[str, Path | None]:
     """Path in a folder -> file; None for what is neither a plain file nor a folder."""
-    if not folder.is_dir():
-        return {}
     return {
         path.relative_to(folder).as_posix(): path
         if path.is_file() and not path.is_symlink()
