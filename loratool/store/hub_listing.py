@@ -57,7 +57,7 @@ def list_commit(repo_id: str, revision: str | None) -> Listing:
     with plain_errors(repo_id, revision):
         info = retried(
             lambda: HfApi().model_info(
-                repo_id, revision=revision, files_metadata=True, timeout=SILENCE_S
+                repo_id, revision=revision or "main", files_metadata=True, timeout=SILENCE_S
             )
         )
         files = [_listed(s.rfilename, s) for s in info.siblings or ()]

@@ -157,7 +157,12 @@ def _commit(
                 place.repo_id, added, revision=place.branch, create_pr=place.create_pr
             )
         except RuntimeError as error:  # the client's wrapper; its cause has a signed address
-            raise error.__cause__ or error from None
+            if error.__cause__ is not None:
+                raise error.__cause__ from None
+            raise HubError(
+                "LT-722", "the upload through Xet failed", file=place.repo_id,
+                hint="try again, or set HF_HUB_DISABLE_XET=1: nothing was committed",
+            ) from None  # fmt: skip
     operations: list[CommitOperationAdd | CommitOperationDelete] = [
         *(CommitOperationDelete(name) for name in deleted),
         *added,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,27 +18,41 @@ hf_xet = pytest.importorskip("hf_xet")
 WEIGHTS = "adapter_model.safetensors"
 
 
-def read_back(place: str, name: str, path: Path) -> bytes:
-    with hf_xet.XetSession().new_file_download_group(endpoint=place) as group:
-        group.start_download_file(hf_xet.XetFileInfo(name), str(path))
+XET = {"HF_HUB_DISABLE_XET": "0"}
+READ = """
+import sys, hf_xet
+with hf_xet.XetSession().new_file_download_group(endpoint=sys.argv[1]) as group:
+    group.start_download_file(hf_xet.XetFileInfo(sys.argv[2]), sys.argv[3])
+"""
+PROBE = """
+import sys, hf_xet
+with hf_xet.XetSession().new_upload_commit(endpoint=sys.argv[1]) as commit:
+    commit.start_upload_file(sys.argv[2], sha256=hf_xet.SKIP_SHA256)
+"""
+
+
+def in_a_process(code: str, *words: str) -> None:
+    """A session holds its store as long as its process lives."""
+    subprocess.run([sys.executable, "-c", code, *words], check=True, capture_output=True)
+
+
+def stored(place: str, name: str, path: Path) -> bytes:
+    in_a_process(READ, place, name, str(path))
     return path.read_bytes()
 
 
 @pytest.fixture
 def served(tmp_path: Path) -> Iterator[TestHub]:
-    place = f"local://{tmp_path}/store"
-    probe = tmp_path / "probe"
+    place, probe = f"local://{tmp_path}/store", tmp_path / "probe"
     probe.write_bytes(b"x" * 1000)
     try:
-        with hf_xet.XetSession().new_upload_commit(endpoint=place) as commit:
-            commit.start_upload_file(str(probe), sha256=hf_xet.SKIP_SHA256)
+        in_a_process(PROBE, place, str(probe))
         name = hf_xet.hash_files([str(probe)])[0].hash
-        assert read_back(place, name, tmp_path / "probe.back") == b"x" * 1000
-    except Exception as error:
+        assert stored(place, name, tmp_path / "probe.back") == b"x" * 1000
+    except (subprocess.CalledProcessError, AttributeError) as error:
         pytest.skip(f"no content store in a folder: {type(error).__name__}")
     with TestHub() as hub:
         hub.state.xet_place = place
-        hub.state.from_xet = lambda name: read_back(place, name, tmp_path / f"{name}.back")
         yield hub
 
 
@@ -48,7 +64,7 @@ def style(tmp_path: Path) -> Path:
 
 
 def loratool(hub: TestHub, home: Path, *words: str) -> str:
-    code, text = finish(start(hub.endpoint, home, *words, HF_HUB_DISABLE_XET="0"))
+    code, text = finish(start(hub.endpoint, home, *words, **XET))
     assert code == 0, text
     assert hub.state.xet_token not in text
     return text
@@ -56,10 +72,13 @@ def loratool(hub: TestHub, home: Path, *words: str) -> str:
 
 def test_push_and_use(served: TestHub, tmp_path: Path, style: Path) -> None:
     files = tree(style)
-    oid = sha256(files[WEIGHTS])
-    served.state.xet_hashes[oid] = hf_xet.hash_files([str(style / WEIGHTS)])[0].hash
+    name = hf_xet.hash_files([str(style / WEIGHTS)])[0].hash
+    # The Hub takes the client's word for the content until the store is free to be read.
+    served.state.xet_hashes[sha256(files[WEIGHTS])] = name
+    served.state.from_xet = {name: files[WEIGHTS]}.__getitem__
     loratool(served, tmp_path, "push", "style", "me/style")
     assert not [path for path, _ in served.state.uploads if path.startswith("/lfs/")]
+    assert stored(str(served.state.xet_place), name, tmp_path / "stored") == files[WEIGHTS]
     repo = served.state.repos["me/style"]
     assert repo.commits[repo.branches["main"]][WEIGHTS] == files[WEIGHTS]
     # A source is fetched by the client, which takes the Xet path as well ...
@@ -77,6 +96,21 @@ def test_push_and_use(served: TestHub, tmp_path: Path, style: Path) -> None:
 def test_a_hub_without_xet(served: TestHub, tmp_path: Path, style: Path) -> None:
     served.state.xet_place = None
     words = ("push", "style", "me/style", "-v")
-    code, text = finish(start(served.endpoint, tmp_path, *words, HF_HUB_DISABLE_XET="0"))
+    code, text = finish(start(served.endpoint, tmp_path, *words, **XET))
     assert code == 7 and "LT-705" in text and "HF_HUB_DISABLE_XET=1" in text
     assert finish(start(served.endpoint, tmp_path, *words))[0] == 0
+
+
+def test_a_store_that_fails(served: TestHub, tmp_path: Path, style: Path) -> None:
+    """A session of another process holds this one."""
+    code = f"{PROBE}\nprint('held', flush=True)\nsys.stdin.read()"
+    words = (str(served.state.xet_place), str(tmp_path / "probe"))
+    with subprocess.Popen(
+        [sys.executable, "-c", code, *words], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as holder:
+        assert holder.stdout is not None and holder.stdout.readline() == b"held\n"
+        push = start(served.endpoint, tmp_path, "push", "style", "me/style", "-v", **XET)
+        status, text = finish(push)
+        holder.communicate(b"")
+    assert status == 7 and "LT-722" in text and served.state.xet_token not in text
+    assert len(served.state.repos["me/style"].commits) == 1
