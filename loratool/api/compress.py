@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from loratool.adapter import Adapter, AdapterFiles, ReadOptions
 from loratool.api.common import (
     Resources,
+    content_label,
     file_rules,
     option_values,
     parse_size,
@@ -57,6 +58,7 @@ def compress(
     force: bool = False,
     dry_run: bool = False,
     offline: bool = False,
+    yes: bool = False,
     provenance: bool = True,
     max_header: str | int | None = None,
     allow_pickle: bool = False,
@@ -83,6 +85,7 @@ def compress(
         force: replace earlier loratool outputs.
         dry_run: compute everything, write nothing.
         offline: never touch the network.
+        yes: agree to large downloads.
         provenance: record inputs and options in the output.
         max_header: largest safetensors header accepted, such as ``"64MB"``.
         allow_pickle: convert pickles first, in a locked process.
@@ -112,7 +115,7 @@ def compress(
     named = None if base is None else recorded_name(Path(base))
     options = option_values(**rule, size=limit, rank_auto=base is not None, base=named)
     read = read or ReadOptions()
-    access = Access(offline, rules=file_rules(max_header, allow_pickle))
+    access = Access(offline, yes, file_rules(max_header, allow_pickle))
     jobs = _open(adapters, output, read, access, force)
     if base is not None:
         jobs = [
@@ -139,7 +142,7 @@ def compress(
         made = _compress(job, rule, limit, resources, advance)
         record = {}
         if provenance:
-            inputs = {"adapter": adapter_id(job.plan.adapter)}
+            inputs = {content_label(job.resolved, {}): adapter_id(job.plan.adapter)}
             record = provenance_of("compress", options=options, inputs=inputs)
         if not dry_run:
             _write(job, made.files, record, force)

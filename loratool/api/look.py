@@ -13,6 +13,7 @@ from loratool.api.common import plan_resources
 from loratool.api.merge_job import NameOptions, prepare_merge
 from loratool.dtypes import DTYPES
 from loratool.ops.bind import BindOptions
+from loratool.ops.consent import agree_to_read
 from loratool.ops.inputs import Access
 from loratool.plan import DeltaPart, Plan
 from loratool.report.look import AdapterLook, Sums, combine
@@ -36,6 +37,7 @@ def look_at_base(
     Raises:
         LoratoolError: as `merge`: whatever does not bind cannot be looked at.
     """
+    from loratool.engine.reads import factor_ranges
     from loratool.engine.run import execute
     from loratool.store.reader import FileReader
 
@@ -49,6 +51,7 @@ def look_at_base(
         if (parts := tuple(p for p in step.parts if isinstance(p, DeltaPart)))
     )
     plan = Plan("inspect", steps)
+    agree_to_read(factor_ranges(job.adapters[0].adapter.specs), yes=access.yes)
     resources = plan_resources(
         plan, device=device, threads=threads, max_memory=max_memory, chunk_bytes=None,
         sample=False, progress=None,

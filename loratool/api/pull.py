@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from loratool.errors import HubError, OutputError, UsageError
-from loratool.report.pull import PulledFile, PullReport
+from loratool.errors import OutputError, UsageError
+from loratool.report.pull import PulledAdapter, PulledFile, PullReport
 
 if TYPE_CHECKING:
     from loratool.store.hub_listing import ListedFile, Listing
@@ -23,7 +24,10 @@ def pull(
     offline: bool = False,
     yes: bool = False,
 ) -> PullReport:
-    """Fetch an adapter from the Hub; every file is checked against the Hub's listed hash.
+    """Fetch adapters from the Hub; every file is checked against the Hub's listed hash.
+
+    The adapter at the top of the repository; where there is none, all those in it, in the
+    folders where they lie.
 
     Args:
         repo: ``owner/name[@revision]`` or ``hf://owner/name[@revision][/sub/path]``.
@@ -41,70 +45,68 @@ def pull(
         OutputError: LT-501, the output exists; LT-521, and must not be replaced.
     """
     from loratool.store import hub
-    from loratool.store.hub_copy import holds_exactly, is_copy
-    from loratool.store.hub_listing import list_cached, list_commit
-    from loratool.store.output_path import check_free, check_place, is_own_output
+    from loratool.store.hub_fetch import find_commit
+    from loratool.store.hub_files import adapter_folders, all_adapters, nothing_there
+    from loratool.store.hub_listing import list_cached
+    from loratool.store.output_path import check_free, check_place
     from loratool.store.source import parse_reference
 
     reference = parse_reference(repo)
-    repo_id, sub = reference.repo_id, reference.sub
+    sub, prefix = reference.sub, f"{reference.sub}/" if reference.sub else ""
     if output is not None and not dry_run:
         check_place(Path(output))
         if not force:
             check_free(Path(output), is_folder=True, force=False)
-    find = list_cached if hub.is_offline(offline) else list_commit
-    listing = find(repo_id, reference.revision)
-    wanted = _choose(listing, sub, everything=everything)
+    find = list_cached if hub.is_offline(offline) else find_commit
+    listing = find(reference.repo_id, reference.revision)
+    names = [f.name for f in listing.files]
+    found = all_adapters(names, sub)
+    chosen = {n for files in found.values() for n in files}
+    if everything:
+        chosen = {n for n in names if n.startswith(prefix) or n == sub}
+    if not chosen:
+        raise nothing_there(listing.repo_id, names, "adapter", sub)
+    wanted = [f for f in listing.files if f.name in chosen]
     files = tuple(PulledFile(f.name, f.size, f.digest) for f in wanted)
+    others = tuple(sorted(f for f in adapter_folders(names) if not _is_in(f, found)))
+    adapters = tuple(PulledAdapter(place) for place in found)
+    report = PullReport(
+        reference.repo_id, listing.commit, None, files, adapters, others, dry_run=dry_run
+    )
     if dry_run:
-        return PullReport(repo_id, listing.commit, None, files, dry_run=True)
+        return report
     if output is None:
         paths = _fetch(listing, wanted, yes=yes)
-        snapshot = paths[0].parents[wanted[0].name.count("/")]
-        return PullReport(repo_id, listing.commit, str(snapshot), files, _base_of(paths))
-    folder = Path(output)
-    top = sub.rpartition("/")[0] if any(f.name == sub for f in listing.files) else sub
-    local = [f.name.removeprefix(f"{top}/" if top else "") for f in wanted]
-    if force and holds_exactly(folder, dict(zip(local, (f.digest for f in wanted), strict=True))):
-        base = _base_of(folder / name for name in local)
-        return PullReport(repo_id, listing.commit, str(folder), files, base, is_current=True)
-
-    def is_own(path: Path) -> bool:
-        return is_own_output(path) or is_copy(path, repo_id, top)
-
-    if force and folder.exists() and not is_own(folder):
-        raise OutputError(
-            "LT-521", "--force replaces an earlier output or an unchanged copy of the repository, "
-            "and this is neither", file=folder, hint="choose another -o, or remove it yourself",
-        )  # fmt: skip
-    paths = _fetch(listing, wanted, yes=yes)
-    from loratool.store.writer import StagedOutput
-
-    with StagedOutput(folder, is_folder=True, plan_id=None, force=force, is_own=is_own) as staged:
-        for name, path in zip(local, paths, strict=True):
-            staged.copy_file(name, path)
-        staged.commit()
-    return PullReport(repo_id, listing.commit, str(folder), files, _base_of(paths))
-
-
-def _choose(listing: Listing, sub: str, *, everything: bool) -> list[ListedFile]:
-    from loratool.store.hub_files import adapter_files, candidates
-
-    names = [f.name for f in listing.files]
-    if everything:
-        chosen = [n for n in names if n.startswith(f"{sub}/" if sub else "")]
+        folder, is_current = paths[0].parents[wanted[0].name.count("/")], False
     else:
-        chosen = adapter_files(names, sub)
-    if not chosen:
-        raise HubError(
-            "LT-704", "the repository holds no adapter", file=listing.repo_id,
-            key=sub or None, got=candidates(names),
-            hint="name one: hf://owner/name/PATH; or --all for every file",
-        )  # fmt: skip
-    return [f for f in listing.files if f.name in chosen]
+        folder = Path(output)
+        local = [_local(f.name, sub) for f in wanted]
+        top = sub.rpartition("/")[0] if sub in names else sub
+        is_current = _write(listing, wanted, folder, local, top, force=force, yes=yes)
+        paths = [folder / name for name in local]
+    by_name = {f.name: path for f, path in zip(wanted, paths, strict=True)}
+    adapters = tuple(
+        PulledAdapter(place, _base_of(by_name.get(_config(place, names)))) for place in found
+    )
+    return replace(report, output=str(folder), adapters=adapters, is_current=is_current)
 
 
-def _fetch(listing: Listing, wanted: list[ListedFile], *, yes: bool) -> list[Path]:
+def _local(name: str, sub: str) -> str:
+    """Where a file of the repository comes to lie."""
+    return name.rpartition("/")[2] if name == sub else name.removeprefix(f"{sub}/")
+
+
+def _is_in(folder: str, found: Mapping[str, object]) -> bool:
+    return folder in found or any(place.startswith(f"{folder}/") for place in found)
+
+
+def _config(place: str, names: Sequence[str]) -> str:
+    """The configuration of an adapter, a folder or a file."""
+    folder = place.rpartition("/")[0] if place in names else place
+    return f"{folder}/adapter_config.json".lstrip("/")
+
+
+def _fetch(listing: Listing, wanted: Sequence[ListedFile], *, yes: bool) -> list[Path]:
     from loratool.store.hub_fetch import ASK_BYTES
     from loratool.store.hub_listing import bytes_to_fetch, fetch_verified
 
@@ -117,10 +119,43 @@ def _fetch(listing: Listing, wanted: list[ListedFile], *, yes: bool) -> list[Pat
     return fetch_verified(listing, wanted)
 
 
-def _base_of(paths: Iterable[Path]) -> str | None:
-    """The base that an adapter names."""
+def _write(
+    listing: Listing,
+    wanted: Sequence[ListedFile],
+    folder: Path,
+    local: Sequence[str],
+    top: str,
+    *,
+    force: bool,
+    yes: bool,
+) -> bool:
+    """Fetch files into a folder under their local names; True if it held exactly these."""
+    from loratool.store.hub_copy import holds_exactly, is_copy
+    from loratool.store.output_path import is_own_output
+    from loratool.store.writer import StagedOutput
+
+    def is_own(path: Path) -> bool:
+        return is_own_output(path) or is_copy(path, listing.repo_id, top)
+
+    if force and folder.exists():
+        if holds_exactly(folder, {n: f.digest for n, f in zip(local, wanted, strict=True)}):
+            return True
+        if not is_own(folder):
+            raise OutputError(
+                "LT-521", "--force replaces an earlier output or an unchanged copy of the "
+                "repository, and this is neither", file=folder,
+                hint="choose another -o, or remove it yourself",
+            )  # fmt: skip
+    paths = _fetch(listing, wanted, yes=yes)
+    with StagedOutput(folder, is_folder=True, plan_id=None, force=force, is_own=is_own) as staged:
+        for name, path in zip(local, paths, strict=True):
+            staged.copy_file(name, path)
+        staged.commit()
+    return False
+
+
+def _base_of(config: Path | None) -> str | None:
     from loratool.store.jsonfile import load_json
 
-    config = next((p for p in paths if p.name == "adapter_config.json"), None)
     value = None if config is None else load_json(config).get("base_model_name_or_path")
     return value if isinstance(value, str) and value else None

@@ -83,7 +83,7 @@ class Ratio(click.ParamType[float]):
             help="Limit for the planned peak, such as 2GB. Default: what is free.")  # fmt: skip
 @opt.option("--threads", type=opt.WholeNumber("N"), section="Resources",
             help="Workers. Never changes a result.")  # fmt: skip
-@opt.option("--offline", is_flag=True, section="General", help="Never touch the network.")
+@opt.network
 @opt.general
 @opt.trust
 @opt.reading

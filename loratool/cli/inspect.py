@@ -63,7 +63,7 @@ _DEAR_SHARE = 0.02
 @opt.option("--plot", metavar="FILE.png|.svg", section="Output",
             help="Draw them; implies --spectrum. Needs matplotlib.")  # fmt: skip
 @opt.option("--tensors", is_flag=True, section="Output", help="List every tensor.")
-@opt.option("--offline", is_flag=True, section="General", help="Never touch the network.")
+@opt.network
 @opt.general
 @opt.trust
 @opt.option("--alpha", type=float, metavar="A", section="Advanced",

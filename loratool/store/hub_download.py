@@ -1,7 +1,8 @@
 """One file into the Hub's cache: continued where it ended, and named once its hash is right.
 
 The client begins an interrupted file anew, gives it its name unverified, and waits as long as a
-busy server asks.  What lies in the cache afterwards is the same: a blob and a link to it.
+busy server asks.  What lies in the cache afterwards is the same: a blob and a link to it.  Very
+large files are left to the client where it has Xet.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 _WAITS = (0.5, 1.0, 2.0, 4.0)  # seconds after the attempts that brought next to nothing
 _PROGRESS_BYTES = 1 << 20  # an attempt that brought so much is not counted
+_XET_BYTES = 1_000_000_000  # from here on Xet's many streams are worth more than going on
 
 
 def missing_bytes(listing: Listing, file: ListedFile) -> int:
@@ -49,6 +51,7 @@ def download(listing: Listing, file: ListedFile) -> Path | None:
     """
     from huggingface_hub import constants
     from huggingface_hub.utils import WeakFileLock  # type: ignore[attr-defined]
+    from huggingface_hub.utils._runtime import is_xet_available
 
     pointer, blob, partial = _places(listing, file)
     folder = repo_folder(listing.repo_id).name
@@ -56,6 +59,8 @@ def download(listing: Listing, file: ListedFile) -> Path | None:
     with plain_errors(listing.repo_id, listing.commit):
         if _is_intact(pointer, file):
             return pointer  # nothing is written: such a cache may be read-only
+        if file.size >= _XET_BYTES and is_xet_available():
+            return _through_client(listing, file)
         for place in (blob.parent, pointer.parent, lock.parent):
             place.mkdir(parents=True, exist_ok=True)
         with WeakFileLock(lock):
@@ -90,6 +95,18 @@ def _is_intact(path: Path, file: ListedFile) -> bool:
     from loratool.store.hub_listing import digest_of
 
     return path.is_file() and digest_of(path, file.digest) == file.digest
+
+
+def _through_client(listing: Listing, file: ListedFile) -> Path | None:
+    """What the client names before it is verified does not stay if it is wrong."""
+    from huggingface_hub import hf_hub_download
+
+    path = Path(hf_hub_download(listing.repo_id, file.name, revision=listing.commit))
+    if _is_intact(path, file):
+        return path
+    path.resolve().unlink(missing_ok=True)
+    path.unlink(missing_ok=True)
+    return None
 
 
 def repo_folder(repo_id: str) -> Path:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from loratool.errors import HubError, UsageError
 from loratool.store import hub
-from loratool.store.hub_files import adapter_files, base_files
-from loratool.store.hub_listing import list_commit
+from loratool.store.hub_files import adapter_files, base_files, nothing_there
+from loratool.store.hub_listing import (
+    ListedFile,
+    Listing,
+    bytes_to_fetch,
+    fetch_verified,
+    list_commit,
+)
 from loratool.store.look import Looked, look
 
 ASK_BYTES = 1_000_000_000  # a larger download of a base needs consent
@@ -64,10 +68,7 @@ def fetch(reference: HubReference, kind: str, reach: Reach) -> tuple[Looked, str
     if hub.is_offline(reach.offline):
         return _cached(reference), None
     try:
-        if reach.in_place:
-            listing = list_commit(repo, revision)
-        else:
-            files = hub.list_files(repo, revision, allow_patterns=_patterns(kind, reference.sub))
+        listing = find_commit(repo, revision)
     except HubError as error:
         if error.code not in ("LT-705", "LT-709"):  # the Hub answered: a cached copy is no answer
             raise
@@ -77,7 +78,38 @@ def fetch(reference: HubReference, kind: str, reach: Reach) -> tuple[Looked, str
             raise error from None
     if reach.in_place:
         return look(listing, kind=kind, sub=reference.sub), None
-    return _download(reference, files, kind, reach.yes), None
+    return _download(listing, kind, reference.sub, reach.yes), None
+
+
+def find_commit(repo_id: str, revision: str | None) -> Listing:
+    """`list_commit`, and a word about names that are those of something else.
+
+    Raises:
+        HubError: as `list_commit`; LT-730, it is a dataset or a space.
+    """
+    try:
+        return list_commit(repo_id, revision)
+    except HubError as error:
+        kind = _other_kind(repo_id) if error.code == "LT-702" else None
+        if kind is None:
+            raise
+        raise HubError(
+            "LT-730", f"this is a {kind}, not a model", file=repo_id,
+            hint="adapters and checkpoints are in model repositories",
+        ) from None  # fmt: skip
+
+
+def _other_kind(repo_id: str) -> str | None:
+    from huggingface_hub import HfApi
+
+    for kind in ("dataset", "space"):
+        try:
+            with hub.plain_errors(repo_id, None):
+                if HfApi().repo_exists(repo_id, repo_type=kind):
+                    return kind
+        except (HubError, UsageError):
+            return None
+    return None
 
 
 def _cached(reference: HubReference) -> Looked:
@@ -87,32 +119,28 @@ def _cached(reference: HubReference) -> Looked:
     return Looked(*hub.snapshot(repo, revision, allow_patterns=marks, offline=True))
 
 
-def _download(
-    reference: HubReference, files: Sequence[hub.RemoteFile], kind: str, yes: bool
-) -> Looked:
-    repo = reference.repo_id
-    choose = base_files if kind == "base" else adapter_files
-    wanted = choose([f.name for f in files], reference.sub)
-    if not wanted:
-        raise HubError(
-            "LT-704", f"the repository holds no {kind}" + (" there" if reference.sub else ""),
-            file=repo, key=reference.sub or None, hint=f"look at hf://{repo} with a browser",
-        )  # fmt: skip
-    need = sum(f.size or 0 for f in files if f.name in wanted and not f.is_cached)
-    if kind == "base" and need > ASK_BYTES and not yes:
+def _download(listing: Listing, kind: str, sub: str, yes: bool) -> Looked:
+    """The files of a source, of the commit that was listed, each one verified."""
+    wanted = choose_files(listing, kind, sub)
+    need = bytes_to_fetch(listing, wanted)
+    if need > ASK_BYTES and not yes:
         raise UsageError(
-            "LT-265", "a large download needs consent", file=repo,
+            "LT-265", "a large download needs consent", file=listing.repo_id,
             got=f"{need / 1e9:.1f} GB to download", hint="-y downloads it",
         )  # fmt: skip
-    literal = [_literal(name) for name in wanted]
-    return Looked(*hub.snapshot(repo, reference.revision, allow_patterns=literal))
+    paths = fetch_verified(listing, wanted)
+    return Looked(paths[0].parents[wanted[0].name.count("/")], listing.commit)
 
 
-def _patterns(kind: str, sub: str) -> list[str]:
-    """What may be wanted; the Hub is asked for the size of each such file."""
-    names = (*(hub.BASE_FILES if kind == "base" else hub.ADAPTER_FILES), "*.safetensors")
-    return [*names, *(f"*/{n}" for n in names), *([_literal(sub)] if sub else [])]
+def choose_files(listing: Listing, kind: str, sub: str) -> list[ListedFile]:
+    """The files of an adapter or a base.
 
-
-def _literal(name: str) -> str:
-    return re.sub(r"([*?\[])", r"[\1]", name)
+    Raises:
+        HubError: LT-704, there is none.
+        BadFileError: LT-326, there are several.
+    """
+    names = [f.name for f in listing.files]
+    chosen = set((base_files if kind == "base" else adapter_files)(names, sub))
+    if not chosen:
+        raise nothing_there(listing.repo_id, names, kind, sub)
+    return [f for f in listing.files if f.name in chosen]

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.hub.client import finish, start, tree
+from loratool.store import hub_download
+from tests.hub.client import call, finish, start, tree
 from tests.hub_server import TestHub
 from tests.hub_server.state import sha256
 from tests.make import random_factors, save_adapter
@@ -70,7 +71,9 @@ def loratool(hub: TestHub, home: Path, *words: str) -> str:
     return text
 
 
-def test_push_and_use(served: TestHub, tmp_path: Path, style: Path) -> None:
+def test_push_and_pull(
+    served: TestHub, tmp_path: Path, style: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     files = tree(style)
     name = hf_xet.hash_files([str(style / WEIGHTS)])[0].hash
     # The Hub takes the client's word for the content until the store is free to be read.
@@ -81,16 +84,18 @@ def test_push_and_use(served: TestHub, tmp_path: Path, style: Path) -> None:
     assert stored(str(served.state.xet_place), name, tmp_path / "stored") == files[WEIGHTS]
     repo = served.state.repos["me/style"]
     assert repo.commits[repo.branches["main"]][WEIGHTS] == files[WEIGHTS]
-    # A source is fetched by the client, which takes the Xet path as well ...
-    loratool(served, tmp_path, "rescale", "hf://me/style", "1", "-o", "same")
-    assert served.state.requests["xet_token"] >= 2 and served.state.requests["cdn"] == 0
-    assert tree(tmp_path / "same")[WEIGHTS] == files[WEIGHTS]
-    # ... and `pull` by ranges, which can go on where a connection broke.
-    (tmp_path / "hf").rename(tmp_path / "old")
+    # Down they go by ranges, which can go on where a connection broke ...
     loratool(served, tmp_path, "pull", "me/style", "-o", "back")
     assert served.state.requests["cdn"] == 1
     back = tree(tmp_path / "back")
     assert {n: back[n] for n in files} == files
+    # ... and very large files, such as this one from now on, through Xet.
+    monkeypatch.setattr(hub_download, "_XET_BYTES", len(files[WEIGHTS]))
+    (tmp_path / "hf").rename(tmp_path / "old")
+    words = ("pull", "me/style", "-o", "again")
+    code, text = call(served, tmp_path, *words, HF_HUB_DISABLE_XET=False)
+    assert code == 0 and served.state.requests["cdn"] == 1, text
+    assert tree(tmp_path / "again") == back
 
 
 def test_a_hub_without_xet(served: TestHub, tmp_path: Path, style: Path) -> None:

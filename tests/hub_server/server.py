@@ -28,6 +28,7 @@ ROUTES = [
         ("GET", rf"/api/models/{_ID}/tree/{_REV}(/.*)?", "tree"),
         ("GET", rf"/api/models/{_ID}/refs", "refs"),
         ("GET", rf"/api/models/{_ID}(/revision/{_REV})?", "info"),
+        ("GET", rf"/api/(?P<kind>datasets|spaces)/{_ID}", "other"),
         ("POST", rf"/api/models/{_ID}/preupload/{_REV}", "preupload"),
         ("POST", rf"/api/models/{_ID}/commit/{_REV}", "commit"),
         ("POST", rf"/api/models/{_ID}/branch/{_REV}", "branch"),
@@ -196,6 +197,14 @@ class Handler(BaseHTTPRequestHandler):
                      "downloads": 0, "likes": 0, "siblings": siblings,
                      "lastModified": "2026-01-01T00:00:00.000Z"}  # fmt: skip
 
+    def do_other(self, kind: str, id: str) -> Any:
+        user, known = self.user(), {"datasets": self.state.datasets, "spaces": self.state.spaces}
+        if id not in known[kind]:
+            raise RefusedError(404 if user else 401, "Repository not found", "RepoNotFound")
+        return 200, {"_id": "1", "id": id, "sha": "0" * 40, "private": False, "tags": [],
+                     "disabled": False, "gated": False, "downloads": 0, "likes": 0,
+                     "siblings": []}  # fmt: skip
+
     def do_tree(self, id: str, rev: str) -> Any:
         repo = self.repo(id, files=True)
         tree = repo.commits[self.sha(repo, rev)]
@@ -215,6 +224,7 @@ class Handler(BaseHTTPRequestHandler):
         repo = self.repo(id, files=True)
         sha = self.sha(repo, rev)
         data = repo.commits[sha].get(file)
+        self.state.asked.add((id, file))
         head = {"X-Repo-Commit": sha}
         if data is None:
             raise RefusedError(404, "Entry not found", "EntryNotFound")
@@ -223,6 +233,8 @@ class Handler(BaseHTTPRequestHandler):
         self.state.objects[sha256(data)] = data
         # Another origin, as the Hub's CDN is: the client must not send its token there.
         place = f"{self.origin.replace('127.0.0.1', 'localhost')}/cdn/{sha256(data)}"
+        self.state.signatures += 1
+        place += f"?signature={self.state.signatures}"
         linked = {"X-Linked-Etag": f'"{sha256(data)}"', "X-Linked-Size": str(len(data))}
         if sha256(data) in self.state.xet_hashes:
             token = f"{self.origin}/api/models/{id}/xet-read-token/{sha}"
@@ -232,6 +244,11 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_cdn(self, oid: str) -> Any:
         self.state.tokens_on_cdn += "Authorization" in self.headers
+        self.state.signed[self.path] += 1
+        if self.state.cdn_answers is not None and self.state.signed[self.path] > (
+            self.state.cdn_answers
+        ):
+            raise RefusedError(403, "Request has expired")
         return self.ranged(self.state.objects[oid], {"ETag": f'"{oid}"'})
 
     def ranged(self, data: bytes | Large, headers: dict[str, str]) -> Any:
@@ -362,6 +379,12 @@ class Handler(BaseHTTPRequestHandler):
 
 class _Server(ThreadingHTTPServer):
     daemon_threads = True
+    state: HubState
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        with self.state.lock:
+            self.state.connections += 1
+        super().process_request(request, client_address)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         if not isinstance(sys.exception(), ConnectionError):  # a client may hang up
@@ -377,6 +400,7 @@ class TestHub:
         self.state = HubState()
         handler = type("Bound", (Handler,), {"state": self.state})
         self._server = _Server(("127.0.0.1", 0), handler)
+        self._server.state = self.state
         self.endpoint = f"http://127.0.0.1:{self._server.server_address[1]}"
         self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
 

@@ -105,13 +105,20 @@ class HubState:
         self.lock = threading.RLock()
         self.users = {"hf_tokenofmetokenofmetokenofme": "me"}
         self.repos: dict[str, Repo] = {}
+        self.datasets: set[str] = set()
+        self.spaces: set[str] = set()
         self.objects: dict[str, bytes | Large] = {}
         self.faults: list[Fault] = []
         self.requests: Counter[str] = Counter()
         self.bytes_sent = 0
         self.bodies: list[tuple[str, int]] = []  # path and bytes of each answer
         self.uploads: list[tuple[str, int]] = []  # and of each request's body
+        self.asked: set[tuple[str, str]] = set()  # (repository, file), whatever was sent of it
         self.tokens_on_cdn = 0
+        self.connections = 0
+        self.cdn_answers: int | None = None  # a signed address is good for so many, None = all
+        self.signatures = 0
+        self.signed: Counter[str] = Counter()
         self.part_bytes: int | None = None  # multipart uploads in parts of this size
         self.xet_place: str | None = None  # address of the content store
         self.xet_token = "xet-token-of-this-test-hub"

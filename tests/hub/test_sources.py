@@ -1,0 +1,224 @@
+"""Commands that need whole files: only those files, of one commit, verified."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+import loratool as lt
+from loratool.errors import LoratoolError, UsageError
+from loratool.store import hub_fetch
+from loratool.store.hub_files import adapter_files, all_adapters
+from tests.hub.conftest import SHAPES, contents
+from tests.hub_server import Fault, TestHub
+from tests.make import random_factors, save_adapter
+
+
+def resolved(hub: TestHub, repo: str) -> set[str]:
+    """Names of the files of a repository that anybody asked for."""
+    return {file for name, file in hub.state.asked if name == repo}
+
+
+def test_extract_takes_only_what_it_needs(models: TestHub, tmp_path: Path) -> None:
+    base, tuned = (models.state.repos[f"me/{n}"] for n in ("base", "tuned"))
+    base.tags["v1"] = base.branches["main"]
+    lt.extract("hf://me/tuned", base="me/base@v1", output=tmp_path / "out", rank=4,
+               save_residual=tmp_path / "rest.safetensors")  # fmt: skip
+    # One look at each revision; the residual reads the base once more, at that commit.
+    asked = [p for p, _ in models.state.bodies if p.startswith("/api/models/")]
+    ends = [p.partition("?")[0].removeprefix("/api/models/me/") for p in asked]
+    sha = base.branches["main"]
+    assert ends[:2] == ["tuned", "base/revision/v1"]
+    assert set(ends[2:]) <= {f"base/revision/{sha}"}
+    weights = {f"model-0000{i}-of-00002.safetensors" for i in (1, 2)}
+    small = {"config.json", "model.safetensors.index.json", "tokenizer.json"}
+    for name in ("base", "tuned"):
+        assert resolved(models, f"me/{name}") == weights | small
+    record = json.loads((tmp_path / "out" / "loratool.json").read_text())
+    assert {k: v["role"] for k, v in record["inputs"].items()} == {
+        f"hf://me/tuned@{tuned.branches['main']}": "tuned", f"hf://me/base@{sha}": "base",
+    }  # fmt: skip
+    assert all(row["lfs_oid"] for one in record["inputs"].values() for n, row in
+               one["files"].items())  # fmt: skip
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "me/base" and config["revision"] == sha
+    local = lt.extract(tmp_path / "tuned", base=tmp_path / "base", output=tmp_path / "o2", rank=4)
+    assert local.modules
+    name = "adapter_model.safetensors"
+    assert (tmp_path / "o2" / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
+
+
+def test_a_branch_that_moves_is_read_at_one_commit(models: TestHub, tmp_path: Path) -> None:
+    repo = models.state.repos["me/style"]
+    first = repo.branches["main"]
+    before = repo.commits[first]
+
+    def move() -> None:
+        tree = {n: b"{}" if n.endswith("json") else b"x" for n in before}
+        repo.branches["main"] = repo.commit(tree, "theirs", first)
+
+    models.state.faults = [Fault("/me/style/resolve/", "race", run=move)]
+    lt.rescale(["hf://me/style"], 0.5, output=tmp_path / "half")
+    assert repo.branches["main"] != first
+    record = json.loads((tmp_path / "half" / "loratool.json").read_text())
+    assert list(record["inputs"]) == [f"hf://me/style@{first}"]
+    name = "adapter_model.safetensors"
+    assert (tmp_path / "half" / name).read_bytes() == before[name]  # alpha 16 · 0.5 is whole
+
+
+def test_adapter_files_only(models: TestHub, tmp_path: Path) -> None:
+    lt.compress("hf://me/style", output=tmp_path / "small", rank=2)
+    lt.rescale(["me/style"], 0.3, output=tmp_path / "soft")
+    assert resolved(models, "me/style") == {"adapter_config.json", "adapter_model.safetensors"}
+    assert models.state.requests["info"] == 2
+    sha = models.state.repos["me/style"].branches["main"]
+    for name in ("small", "soft"):
+        record = json.loads((tmp_path / name / "loratool.json").read_text())
+        assert list(record["inputs"]) == [f"hf://me/style@{sha}"]
+
+
+def test_wrong_bytes_never_become_a_source(models: TestHub, tmp_path: Path) -> None:
+    models.state.faults = [Fault("GET /cdn/", "corrupt", times=1)]
+    lt.rescale(["hf://me/style"], 0.5, output=tmp_path / "half")  # fetched again
+    name = "adapter_model.safetensors"
+    assert (tmp_path / "half" / name).read_bytes() == (tmp_path / "style" / name).read_bytes()
+    models.state.faults = [Fault("GET /cdn/", "corrupt", times=99)]
+    with pytest.raises(LoratoolError) as caught:
+        lt.extract("hf://me/tuned", base=tmp_path / "base", output=tmp_path / "out", rank=1)
+    assert caught.value.code == "LT-710" and not (tmp_path / "out").exists()
+
+
+def test_a_large_download_is_asked_for(
+    models: TestHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hub_fetch, "ASK_BYTES", 2000)
+    for run in (
+        lambda yes: lt.extract(
+            "hf://me/tuned", base="hf://me/base", output=tmp_path / "e", rank=1, yes=yes
+        ),
+        lambda yes: lt.compress("hf://me/style", output=tmp_path / "c", rank=1, yes=yes),
+    ):
+        with pytest.raises(UsageError) as caught:
+            run(False)
+        assert caught.value.code == "LT-265"
+        assert run(True)
+    with lt.open(tmp_path / "c") as adapter:
+        assert [module.rank for module in adapter] == [1, 1]
+
+
+# --- several adapters ---------------------------------------------------------------------------
+
+
+@pytest.fixture
+def several(models: TestHub, tmp_path: Path) -> dict[str, bytes]:
+    """Two adapters in folders, one of them deep, and what is none."""
+    style = contents(tmp_path / "style")
+    tree = {f"{place}/{n}": d for place in ("sql", "art/ink") for n, d in style.items()}
+    tree |= {"README.md": b"# all\n", "sql/optimizer.pt": b"x", "notes/x.txt": b"x",
+             "half/adapter_config.json": b"{}"}  # fmt: skip
+    models.state.add_repo("me/loras", dict(tree))
+    return tree
+
+
+def test_pull_takes_all_and_keeps_their_folders(
+    models: TestHub, several: dict[str, bytes], tmp_path: Path
+) -> None:
+    report = lt.pull("me/loras", output=tmp_path / "out")
+    wanted = {n for n in several if n.startswith(("sql/", "art/")) and not n.endswith(".pt")}
+    assert contents(tmp_path / "out") == {n: several[n] for n in (*wanted, "README.md")}
+    assert [(a.place, a.base_model) for a in report.adapters] == [
+        ("art/ink", "me/base"), ("sql", "me/base"),
+    ]  # fmt: skip
+    assert report.base_model == "me/base"
+    assert {f.name for f in report.files} == {*wanted, "README.md"}
+    assert lt.inspect(tmp_path / "out" / "art" / "ink").adapter is not None
+
+
+def test_one_of_several(models: TestHub, several: dict[str, bytes], tmp_path: Path) -> None:
+    report = lt.pull("hf://me/loras/art/ink", output=tmp_path / "ink")
+    assert contents(tmp_path / "ink") == contents(tmp_path / "style")
+    assert [a.place for a in report.adapters] == ["art/ink"] and "sql" in report.others
+    lt.rescale(["hf://me/loras/sql", "hf://me/loras/art/ink"], 0.5, output=f"{tmp_path}/two/")
+    assert {p.name for p in (tmp_path / "two").iterdir()} == {"sql", "ink"}
+    with pytest.raises(LoratoolError) as caught:
+        lt.rescale(["hf://me/loras"], 0.5, output=tmp_path / "x")
+    assert caught.value.code == "LT-326" and "art/ink, sql" in str(caught.value)
+    with pytest.raises(LoratoolError) as caught:
+        lt.compare(["hf://me/loras", "hf://me/style"])
+    assert caught.value.code == "LT-326" and "art/ink, sql" in str(caught.value)
+
+
+def test_which_adapters_there_are() -> None:
+    peft = ("adapter_config.json", "adapter_model.safetensors")
+    top = [*peft, "README.md", *(f"checkpoint-5/{n}" for n in peft)]
+    assert all_adapters(top) == {"": [*peft, "README.md"]}
+    assert all_adapters(top, "checkpoint-5") == {
+        "checkpoint-5": [f"checkpoint-5/{n}" for n in peft]
+    }
+    files = ["a.safetensors", "b.safetensors", "LICENSE", "x.bin"]
+    assert all_adapters(files) == {
+        "a.safetensors": ["a.safetensors", "LICENSE"],
+        "b.safetensors": ["b.safetensors", "LICENSE"],
+    }
+    model = ["config.json", "model.safetensors", "model-00001-of-00002.safetensors"]
+    assert all_adapters(model) == {} and adapter_files(model) == []
+    assert all_adapters([f"onnx/{n}" for n in peft]) == {}
+    one = [f"lora/{n}" for n in peft]
+    assert list(all_adapters(one)) == ["lora"]
+    assert adapter_files(one) == []  # a folder that nobody named
+
+
+# --- what is no adapter and no model ------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("tree", "says"),
+    [
+        ({"a.gguf": b"GGUF"}, ["GGUF", "safetensors"]),
+        ({"pytorch_model.bin": b"x" * 2000}, ["pytorch_model.bin", "refs/pr/1", "--allow-pickle"]),
+        ({"README.md": b"#", "data.csv": b"x"}, ["README.md, data.csv"]),
+        ({"config.json": b"{}"}, ["config.json"]),
+    ],
+)
+def test_repositories_without_safetensors(
+    near: TestHub, tmp_path: Path, tree: dict[str, bytes], says: list[str]
+) -> None:
+    near.state.add_repo("me/x", dict(tree))
+    style = save_adapter(tmp_path / "style", random_factors(SHAPES, rank=1, seed=1))
+    for call in (
+        lambda: lt.merge([str(style)], base="hf://me/x", output=tmp_path / "out"),
+        lambda: lt.merge([str(style)], base="hf://me/x", output=tmp_path / "out", dry_run=True),
+        lambda: lt.compress("hf://me/x", output=tmp_path / "out", rank=1),
+        lambda: lt.pull("me/x", output=tmp_path / "out"),
+    ):
+        with pytest.raises(LoratoolError) as caught:
+            call()
+        assert caught.value.code == "LT-704" and caught.value.exit_code == 7
+        assert all(word in str(caught.value) for word in says), str(caught.value)
+
+
+def test_inspect_says_what_a_repository_holds(near: TestHub, tmp_path: Path) -> None:
+    def refuse(source: str) -> LoratoolError:
+        with pytest.raises(LoratoolError) as caught:
+            lt.inspect(source)
+        return caught.value
+
+    near.state.add_repo("me/bin", {"pytorch_model.bin": b"\x80\x02" + b"x" * 2000})
+    error = refuse("hf://me/bin")
+    assert error.exit_code == 9 and "pytorch_model.bin" in str(error), str(error)
+    repo = near.state.add_repo("me/gguf", {f"{n}.gguf": b"GGUF" * 999 for n in ("a-Q4", "b-Q8")})
+    sha = repo.branches["main"]
+    rows = lt.inspect("hf://me/gguf").rows  # listed, each with what is wrong with it
+    assert [r.name for r in rows] == ["a-Q4.gguf", "b-Q8.gguf"]
+    for row in rows:
+        assert row.error is not None and "GGUF" in row.error["what"]
+        assert row.error["file"] == f"hf://me/gguf@{sha[:7]}/{row.name}"
+    near.state.datasets.add("me/data")
+    near.state.spaces.add("me/app")
+    for name, kind in (("data", "dataset"), ("app", "space")):
+        error = refuse(f"hf://me/{name}")
+        assert error.code == "LT-730" and f"a {kind}" in str(error), str(error)
+        error = refuse(f"hf://{kind}s/me/{name}")
+        assert error.code == "LT-263" and f"a {kind}" in str(error), str(error)
