@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from loratool.errors import OutputError, UsageError
 from loratool.report.pull import PulledAdapter, PulledFile, PullReport
+
+if TYPE_CHECKING:
+    from loratool.store.hub_listing import ListedFile, Listing
 
 
 def pull(
@@ -17,6 +19,7 @@ def pull(
     *,
     output: str | Path | None = None,
     everything: bool = False,
+    force: bool = False,
     dry_run: bool = False,
     offline: bool = False,
     yes: bool = False,
@@ -30,6 +33,8 @@ def pull(
         repo: ``owner/name[@revision]`` or ``hf://owner/name[@revision][/sub/path]``.
         output: folder to create; None = the shared cache.
         everything: all files, not only the adapter's.
+        force: replace an earlier output or an unchanged copy of the repository's files; a copy
+            that is up to date stays.
         dry_run: list, fetch nothing.
         offline: make no connection; the cache's own hashes are checked.
         yes: consent to a download of more than 1 GB.
@@ -37,18 +42,21 @@ def pull(
     Raises:
         UsageError: a large download without consent.
         HubError: the Hub does not give it, or gives other bytes than it lists (LT-710).
-        OutputError: the output exists.
+        OutputError: LT-501, the output exists; LT-521, and must not be replaced.
     """
     from loratool.store import hub
-    from loratool.store.hub_fetch import ASK_BYTES, find_commit
+    from loratool.store.hub_fetch import find_commit
     from loratool.store.hub_files import adapter_folders, all_adapters, nothing_there
-    from loratool.store.hub_listing import bytes_to_fetch, fetch_verified, list_cached
+    from loratool.store.hub_listing import list_cached
+    from loratool.store.output_path import check_free, check_place
     from loratool.store.source import parse_reference
 
     reference = parse_reference(repo)
     sub, prefix = reference.sub, f"{reference.sub}/" if reference.sub else ""
     if output is not None and not dry_run:
-        _check_free(Path(output))
+        check_place(Path(output))
+        if not force:
+            check_free(Path(output), is_folder=True, force=False)
     find = list_cached if hub.is_offline(offline) else find_commit
     listing = find(reference.repo_id, reference.revision)
     names = [f.name for f in listing.files]
@@ -67,24 +75,20 @@ def pull(
     )
     if dry_run:
         return report
-    need = 0 if listing.cached else bytes_to_fetch(listing, wanted)
-    if need > ASK_BYTES and not yes:
-        raise UsageError(
-            "LT-265", "a large download needs consent", file=reference.repo_id,
-            got=f"{need / 1e9:.1f} GB to download", hint="-y downloads it",
-        )  # fmt: skip
-    paths = fetch_verified(listing, wanted)
     if output is None:
-        folder = paths[0].parents[wanted[0].name.count("/")]
+        paths = _fetch(listing, wanted, yes=yes)
+        folder, is_current = paths[0].parents[wanted[0].name.count("/")], False
     else:
         folder = Path(output)
-        local = {f.name: _local(f.name, sub) for f in wanted}
-        _copy(local, files, paths, folder, listing.commit)
+        local = [_local(f.name, sub) for f in wanted]
+        top = sub.rpartition("/")[0] if sub in names else sub
+        is_current = _write(listing, wanted, folder, local, top, force=force, yes=yes)
+        paths = [folder / name for name in local]
     by_name = {f.name: path for f, path in zip(wanted, paths, strict=True)}
     adapters = tuple(
         PulledAdapter(place, _base_of(by_name.get(_config(place, names)))) for place in found
     )
-    return replace(report, output=str(folder), adapters=adapters)
+    return replace(report, output=str(folder), adapters=adapters, is_current=is_current)
 
 
 def _local(name: str, sub: str) -> str:
@@ -102,29 +106,52 @@ def _config(place: str, names: Sequence[str]) -> str:
     return f"{folder}/adapter_config.json".lstrip("/")
 
 
-def _check_free(folder: Path) -> None:
-    """Before anything is fetched; a pulled folder has no marker, so nothing is ever replaced."""
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise OutputError(
-            "LT-501", "the output exists", file=folder, hint="choose another -o, or remove it"
-        )
+def _fetch(listing: Listing, wanted: Sequence[ListedFile], *, yes: bool) -> list[Path]:
+    from loratool.store.hub_fetch import ASK_BYTES
+    from loratool.store.hub_listing import bytes_to_fetch, fetch_verified
+
+    need = 0 if listing.cached else bytes_to_fetch(listing, wanted)
+    if need > ASK_BYTES and not yes:
+        raise UsageError(
+            "LT-265", "a large download needs consent", file=listing.repo_id,
+            got=f"{need / 1e9:.1f} GB to download", hint="-y downloads it",
+        )  # fmt: skip
+    return fetch_verified(listing, wanted)
 
 
-def _copy(
-    local: dict[str, str],
-    files: tuple[PulledFile, ...],
-    paths: list[Path],
+def _write(
+    listing: Listing,
+    wanted: Sequence[ListedFile],
     folder: Path,
-    commit: str,
-) -> None:
+    local: Sequence[str],
+    top: str,
+    *,
+    force: bool,
+    yes: bool,
+) -> bool:
+    """Fetch files into a folder under their local names; True if it held exactly these."""
+    from loratool.store.hub_copy import holds_exactly, is_copy
+    from loratool.store.output_path import is_own_output
     from loratool.store.writer import StagedOutput
 
-    content = json.dumps([commit, *((f.name, f.digest) for f in files)])
-    plan_id = hashlib.sha256(content.encode()).hexdigest()
-    with StagedOutput(folder, is_folder=True, plan_id=plan_id) as staged:
-        for file, path in zip(files, paths, strict=True):
-            staged.copy_file(local[file.name], path)
+    def is_own(path: Path) -> bool:
+        return is_own_output(path) or is_copy(path, listing.repo_id, top)
+
+    if force and folder.exists():
+        if holds_exactly(folder, {n: f.digest for n, f in zip(local, wanted, strict=True)}):
+            return True
+        if not is_own(folder):
+            raise OutputError(
+                "LT-521", "--force replaces an earlier output or an unchanged copy of the "
+                "repository, and this is neither", file=folder,
+                hint="choose another -o, or remove it yourself",
+            )  # fmt: skip
+    paths = _fetch(listing, wanted, yes=yes)
+    with StagedOutput(folder, is_folder=True, plan_id=None, force=force, is_own=is_own) as staged:
+        for name, path in zip(local, paths, strict=True):
+            staged.copy_file(name, path)
         staged.commit()
+    return False
 
 
 def _base_of(config: Path | None) -> str | None:

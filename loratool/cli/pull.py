@@ -29,6 +29,8 @@ from loratool.report.pull import PullReport
             help="Folder to create. Default: the shared cache.")  # fmt: skip
 @opt.option("--all", "everything", is_flag=True, section="Input",
             help="Every file, not only the adapter's.")  # fmt: skip
+@opt.option("--force", is_flag=True, section="Output",
+            help="Replace an earlier output or an unchanged copy of the repository.")  # fmt: skip
 @opt.option("--dry-run", is_flag=True, section="Output", help="List the files; fetch nothing.")
 @opt.network
 @opt.general
@@ -39,10 +41,10 @@ def command(**options: Any) -> int:
     they keep their folders. The base model is named, not fetched.
     """
     from loratool import api
-    from loratool.store.hub_push import hide_progress
+    from loratool.store.hub_client import prepare_client
 
     voice = Voice.take(options)
-    hide_progress(always=voice.quiet or voice.as_json)
+    prepare_client(quiet=voice.quiet or voice.as_json)
     report = api.pull(options.pop("repo"), **options)
     voice.show(report, _render(report), result=[safe(report.output, cap=4000)])
     return 0
@@ -63,4 +65,5 @@ def _render(report: PullReport) -> Iterator[str]:
         one = f"hf://{report.repo}/{report.others[0]}"
         yield line("also there", some(report.others), f"pull {safe(one, cap=400)}")
     if report.output:
-        yield line("wrote", safe(report.output, cap=4000))
+        what = "up to date" if report.is_current else "wrote"
+        yield line(what, safe(report.output, cap=4000))

@@ -12,7 +12,7 @@ from loratool.ops.card_facts import adapter_facts, checkpoint_facts
 from loratool.ops.summary import summarize
 from loratool.store.adapter_folder import find_adapter
 from loratool.store.card import CardFacts
-from loratool.store.checkpoint import open_checkpoint
+from loratool.store.checkpoint import Checkpoint, open_checkpoint
 from loratool.store.header import read_header
 from loratool.store.jsonfile import load_json
 from loratool.store.push_files import Chosen, choose_files, refuse_local_base
@@ -69,13 +69,22 @@ def _checkpoint(path: Path, repo: str) -> Publication:
     from loratool.engine.finite import check_finite
 
     checkpoint = open_checkpoint(path)
-    chosen = choose_files(path, checkpoint.components)
+    chosen = choose_files(path, _sub_folders(checkpoint))
     for file in chosen.files.values():
         if file.name == "config.json":
             refuse_local_base(load_json(file).get("_name_or_path"), file)
     check_finite(_refs(chosen))
     card = checkpoint_facts(checkpoint, repo)
     return Publication("checkpoint", chosen, card.base, card, _notes(card, None))
+
+
+def _sub_folders(checkpoint: Checkpoint) -> tuple[str, ...]:
+    """All folders of a pipeline: its tokenizer and scheduler hold no weights."""
+    if not checkpoint.components:
+        return ()
+    listed = load_json(checkpoint.path / "model_index.json")
+    inside = sorted(e.name for e in checkpoint.path.iterdir() if e.is_dir())
+    return tuple(name for name in inside if isinstance(listed.get(name), list))
 
 
 def _refs(chosen: Chosen) -> list[TensorRef]:

@@ -38,10 +38,11 @@ class PullReport(Report):
         repo: ``owner/name``.
         commit: the commit that all files are of.
         output: folder that holds them, None with ``dry_run``.
-        files: what was fetched.
+        files: what was fetched, or is there.
         adapters: those among the files.
         others: folders of the repository with adapters that were not asked for.
         dry_run: nothing was fetched.
+        is_current: the output held exactly these files, and nothing was fetched.
     """
 
     command: ClassVar[str] = "pull"
@@ -52,6 +53,7 @@ class PullReport(Report):
     adapters: tuple[PulledAdapter, ...] = ()
     others: tuple[str, ...] = ()
     dry_run: bool = False
+    is_current: bool = False
 
     @property
     def base_model(self) -> str | None:

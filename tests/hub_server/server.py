@@ -5,10 +5,12 @@ from __future__ import annotations
 import base64
 import json
 import re
+import select
 import socket
 import sys
 import threading
 from collections.abc import Mapping
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
@@ -31,6 +33,7 @@ ROUTES = [
         ("POST", rf"/api/models/{_ID}/commit/{_REV}", "commit"),
         ("POST", rf"/api/models/{_ID}/branch/{_REV}", "branch"),
         ("POST", rf"/api/models/{_ID}/tag/{_REV}", "tag"),
+        ("GET", rf"/api/models/{_ID}/xet-(read|write)-token/{_REV}", "xet_token"),
         ("POST", rf"/{_ID}\.git/info/lfs/objects/batch", "batch"),
         ("PUT", r"/lfs/(?P<oid>[0-9a-f]{64})(/(?P<part>\d+))?", "put"),
         ("POST", r"/lfs/(?P<oid>[0-9a-f]{64})/complete", "complete"),
@@ -56,12 +59,18 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
     def _serve(self) -> None:
-        size = int(self.headers.get("Content-Length") or 0)
-        self.body = self.rfile.read(size)
         url = urlsplit(self.path)
         self.query = parse_qs(url.query)
         verb = "GET" if self.command == "HEAD" else self.command
         self.fault = self.state.fault(f"{self.command} {url.path}")
+        size = int(self.headers.get("Content-Length") or 0)
+        is_broken = self.fault is not None and self.fault.action.endswith("-request")
+        self.body = self.rfile.read(size // 2 if is_broken else size)
+        with self.state.lock:
+            self.state.uploads.append((url.path, len(self.body)))
+        if is_broken:
+            self.break_off()
+            return
         try:
             for method, pattern, name in ROUTES:
                 match = pattern.fullmatch(url.path)
@@ -101,15 +110,26 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command == "HEAD":
             return
-        if fault == "cut":
+        if fault in ("cut", "hang"):
             data = data[: len(data) // 2]
         self.wfile.write(data)
         with self.state.lock:
             self.state.bytes_sent += len(data)
             self.state.bodies.append((self.path, len(data)))
-        if fault == "cut":
+        if fault in ("cut", "hang"):
             self.wfile.flush()
-            self.close_connection = True
+            self.break_off()
+
+    def break_off(self) -> None:
+        """Close the connection, at once or when the client has had enough of silence."""
+        assert self.fault is not None
+        self.close_connection = True
+        if self.fault.action.startswith("hang"):
+            self.fault.reached.set()
+            wait = select.poll()
+            wait.register(self.connection, select.POLLRDHUP)
+            wait.poll(60_000)
+        with suppress(OSError):  # the client may have closed it
             self.connection.shutdown(socket.SHUT_RDWR)
 
     # ------------------------------------------------------------------------- access
@@ -216,6 +236,10 @@ class Handler(BaseHTTPRequestHandler):
         self.state.signatures += 1
         place += f"?signature={self.state.signatures}"
         linked = {"X-Linked-Etag": f'"{sha256(data)}"', "X-Linked-Size": str(len(data))}
+        if sha256(data) in self.state.xet_hashes:
+            token = f"{self.origin}/api/models/{id}/xet-read-token/{sha}"
+            linked |= {"X-Xet-Hash": self.state.xet_hashes[sha256(data)],
+                       "X-Xet-Refresh-Route": token}  # fmt: skip
         return 302, b"", {**head, **linked, "Location": place}
 
     def do_cdn(self, oid: str) -> Any:
@@ -257,6 +281,15 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_validate(self) -> Any:
         return 200, {"errors": [], "warnings": []}
+
+    def do_xet_token(self, id: str, rev: str) -> Any:
+        self.repo(id)
+        if self.state.xet_place is None:
+            raise RefusedError(404, "no such route")
+        place, token, end = self.state.xet_place, self.state.xet_token, 4_102_444_800
+        return 200, {"casUrl": place, "accessToken": token, "exp": end}, {
+            "X-Xet-Cas-Url": place, "X-Xet-Access-Token": token, "X-Xet-Token-Expiration": str(end),
+        }  # fmt: skip
 
     def do_preupload(self, id: str, rev: str) -> Any:
         repo = self.repo(id, write="create_pr" not in self.query)
@@ -316,7 +349,7 @@ class Handler(BaseHTTPRequestHandler):
             if line["key"] == "file":
                 tree[value["path"]] = base64.b64decode(value["content"])
             elif line["key"] == "lfsFile":
-                tree[value["path"]] = self.state.objects[value["oid"]]
+                tree[value["path"]] = self.state.content(value["oid"])
             elif line["key"] == "deletedFile":
                 del tree[value["path"]]
         sha = repo.commit(tree, header["summary"], parent)
