@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from loratool.errors import HubError, UsageError
 from loratool.store import hub
+from loratool.store.hub_download import repo_folder
 from loratool.store.hub_files import adapter_files, base_files, nothing_there
 from loratool.store.hub_listing import (
     ListedFile,
@@ -120,7 +121,10 @@ def _cached(reference: HubReference) -> Looked:
 
 
 def _download(listing: Listing, kind: str, sub: str, yes: bool) -> Looked:
-    """The files of a source, of the commit that was listed, each one verified."""
+    """The files of a source, of the commit that was listed, each verified when it comes.
+
+    Those of an adapter are verified in the cache, too.
+    """
     wanted = choose_files(listing, kind, sub)
     need = bytes_to_fetch(listing, wanted)
     if need > ASK_BYTES and not yes:
@@ -128,8 +132,16 @@ def _download(listing: Listing, kind: str, sub: str, yes: bool) -> Looked:
             "LT-265", "a large download needs consent", file=listing.repo_id,
             got=f"{need / 1e9:.1f} GB to download", hint="-y downloads it",
         )  # fmt: skip
-    paths = fetch_verified(listing, wanted)
-    return Looked(paths[0].parents[wanted[0].name.count("/")], listing.commit)
+    # Hashing a base of 100 GB again for each command would take longer than many a merge.
+    known = [f for f in wanted if kind == "base" and _is_there(listing, f)]
+    fetch_verified(listing, [f for f in wanted if f not in known])
+    return Looked(repo_folder(listing.repo_id) / "snapshots" / listing.commit, listing.commit)
+
+
+def _is_there(listing: Listing, file: ListedFile) -> bool:
+    """True if the cache names a file of that size; it was verified when it came."""
+    path = repo_folder(listing.repo_id) / "snapshots" / listing.commit / file.name
+    return path.is_file() and path.stat().st_size == file.size
 
 
 def choose_files(listing: Listing, kind: str, sub: str) -> list[ListedFile]:
