@@ -160,6 +160,10 @@ def test_which_adapters_there_are() -> None:
         "a.safetensors": ["a.safetensors", "LICENSE"],
         "b.safetensors": ["b.safetensors", "LICENSE"],
     }
+    assert set(all_adapters(["adapter_config.json", *files])) == set(files[:2])
+    assert all_adapters(["adapter_config.json", files[0]]) == {
+        "": ["adapter_config.json", "a.safetensors"]
+    }
     model = ["config.json", "model.safetensors", "model-00001-of-00002.safetensors"]
     assert all_adapters(model) == {} and adapter_files(model) == []
     assert all_adapters([f"onnx/{n}" for n in peft]) == {}
