@@ -30,7 +30,7 @@ def test_extract_takes_only_what_it_needs(models: TestHub, tmp_path: Path) -> No
     asked = [p for p, _ in models.state.bodies if p.startswith("/api/models/")]
     ends = [p.partition("?")[0].removeprefix("/api/models/me/") for p in asked]
     sha = base.branches["main"]
-    assert ends[:2] == ["tuned", "base/revision/v1"]
+    assert ends[:2] == ["tuned/revision/main", "base/revision/v1"]
     assert set(ends[2:]) <= {f"base/revision/{sha}"}
     weights = {f"model-0000{i}-of-00002.safetensors" for i in (1, 2)}
     small = {"config.json", "model.safetensors.index.json", "tokenizer.json"}
