@@ -92,6 +92,13 @@ def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
     return process.returncode, text
 
 
+def run(hub: TestHub, home: Path, *words: str, token: str = TOKEN) -> tuple[int, str]:
+    """`call` in a process of its own."""
+    code, text = finish(start(hub.endpoint, home, *words, token=token))
+    assert token not in text and hub.state.tokens_on_cdn == 0
+    return code, text
+
+
 def tree(folder: Path) -> dict[str, bytes]:
     """Path in the folder -> content, of all files."""
     return {p.relative_to(folder).as_posix(): p.read_bytes()

@@ -412,3 +412,4 @@ class TestHub:
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
+        self.state.check_no_tokens()

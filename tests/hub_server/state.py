@@ -146,3 +146,10 @@ class HubState:
                     fault.times -= 1
                     return fault
         return None
+
+    def check_no_tokens(self) -> None:
+        """What was uploaded or committed holds nobody's token."""
+        trees = [tree for repo in self.repos.values() for tree in repo.commits.values()]
+        for data in (*self.objects.values(), *(d for tree in trees for d in tree.values())):
+            part = data.head if isinstance(data, Large) else data
+            assert not any(token.encode() in part for token in self.users)
