@@ -7,13 +7,17 @@ import os
 import pty
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import loratool as lt
+from loratool import cli
+from loratool.cli import options
 from loratool.errors import HubError, UsageError
+from loratool.ops import consent
 from loratool.store.header import build_header, read_header
 from loratool.store.remote import RemoteFile
 from loratool.store.remote_spans import GAP_BYTES, SPAN_BYTES, ReadAhead, join
@@ -93,6 +97,15 @@ def test_equal_adapters(near: TestHub, tmp_path: Path) -> None:
         near.state.add_repo(f"me/{name}", tree)
     assert lt.compare(["hf://me/x", "hf://me/same"]).verdict == "equal"
     assert lt.compare(["hf://me/x", "hf://me/other"]).verdict == "undecided"
+    for name in ("same", "other"):  # merging them compares replaced tensors, if it has to
+        plan = partial(lt.merge, ["hf://me/x", f"hf://me/{name}"], output=tmp_path / "out",
+                       dry_run=True)  # fmt: skip
+        if name == "same":
+            plan()
+            continue
+        with pytest.raises(UsageError) as caught:
+            plan()
+        assert caught.value.code == "LT-265" and "400 MB" in str(caught.value)
     assert near.state.bytes_sent < 2 * MB + 4 * 2 * factor_bytes(files)
 
 
@@ -172,6 +185,32 @@ def test_a_terminal_is_asked(served: TestHub, tmp_path: Path) -> None:
     os.close(main)
     assert b"1.0 GB" in said and process.returncode == 2
     assert not (tmp_path / "out").exists() and served.state.requests["cdn"] == 0
+
+
+def test_an_answer_at_a_terminal(
+    near: TestHub,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for i in (0, 1):
+        near.state.add_repo(f"me/x{i}", adapter(tmp_path / f"a{i}", i, rank=4))
+    monkeypatch.setattr(consent, "READ_BYTES", MB)
+    monkeypatch.setattr(options, "_can_ask", lambda ctx: not ctx.params["as_json"])
+    asked: list[str] = []
+
+    def answer(text: str, **_: object) -> bool:
+        asked.append(text)
+        return len(asked) > 1
+
+    monkeypatch.setattr("click.confirm", answer)
+    words = ["compare", "hf://me/x0", "hf://me/x1"]
+    assert cli.run([*words, "--json"]) == 2 and not asked
+    assert cli.run(words) == 2 and "1 MB" in asked[0]
+    capsys.readouterr()
+    assert cli.run(words) == 0 and len(asked) == 2
+    assert "cosine" in capsys.readouterr().out
+    assert cli.run([*words, "-y"]) == 0 and len(asked) == 2
 
 
 # --- spans --------------------------------------------------------------------------------------
