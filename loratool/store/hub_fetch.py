@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from loratool.errors import HubError, UsageError
 from loratool.store import hub
 from loratool.store.hub_download import repo_folder
-from loratool.store.hub_files import adapter_files, base_files, nothing_there
+from loratool.store.hub_files import source_files
 from loratool.store.hub_listing import (
     ListedFile,
     Listing,
@@ -125,7 +125,9 @@ def _download(listing: Listing, kind: str, sub: str, yes: bool) -> Looked:
 
     Those of an adapter are verified in the cache, too.
     """
-    wanted = choose_files(listing, kind, sub)
+    names = [f.name for f in listing.files]
+    chosen = set(source_files(listing.repo_id, names, kind, sub))
+    wanted = [f for f in listing.files if f.name in chosen]
     need = bytes_to_fetch(listing, wanted)
     if need > ASK_BYTES and not yes:
         raise UsageError(
@@ -142,17 +144,3 @@ def _is_there(listing: Listing, file: ListedFile) -> bool:
     """True if the cache names a file of that size; it was verified when it came."""
     path = repo_folder(listing.repo_id) / "snapshots" / listing.commit / file.name
     return path.is_file() and path.stat().st_size == file.size
-
-
-def choose_files(listing: Listing, kind: str, sub: str) -> list[ListedFile]:
-    """The files of an adapter or a base.
-
-    Raises:
-        HubError: LT-704, there is none.
-        BadFileError: LT-326, there are several.
-    """
-    names = [f.name for f in listing.files]
-    chosen = set((base_files if kind == "base" else adapter_files)(names, sub))
-    if not chosen:
-        raise nothing_there(listing.repo_id, names, kind, sub)
-    return [f for f in listing.files if f.name in chosen]

@@ -129,7 +129,7 @@ def test_pull_takes_all_and_keeps_their_folders(
     assert [(a.place, a.base_model) for a in report.adapters] == [
         ("art/ink", "me/base"), ("sql", "me/base"),
     ]  # fmt: skip
-    assert report.base_model == "me/base"
+    assert report.base_model == "me/base" and report.others == ()
     assert {f.name for f in report.files} == {*wanted, "README.md"}
     assert lt.inspect(tmp_path / "out" / "art" / "ink").adapter is not None
 
@@ -137,12 +137,13 @@ def test_pull_takes_all_and_keeps_their_folders(
 def test_one_of_several(models: TestHub, several: dict[str, bytes], tmp_path: Path) -> None:
     report = lt.pull("hf://me/loras/art/ink", output=tmp_path / "ink")
     assert contents(tmp_path / "ink") == contents(tmp_path / "style")
-    assert [a.place for a in report.adapters] == ["art/ink"] and "sql" in report.others
+    assert [a.place for a in report.adapters] == ["art/ink"] and report.others == ("sql",)
     lt.rescale(["hf://me/loras/sql", "hf://me/loras/art/ink"], 0.5, output=f"{tmp_path}/two/")
     assert {p.name for p in (tmp_path / "two").iterdir()} == {"sql", "ink"}
     with pytest.raises(LoratoolError) as caught:
         lt.rescale(["hf://me/loras"], 0.5, output=tmp_path / "x")
     assert caught.value.code == "LT-326" and "art/ink, sql" in str(caught.value)
+    assert "hf://me/loras/art/ink" in str(caught.value)
     with pytest.raises(LoratoolError) as caught:
         lt.compare(["hf://me/loras", "hf://me/style"])
     assert caught.value.code == "LT-326" and "art/ink, sql" in str(caught.value)
