@@ -85,8 +85,10 @@ def test_plain_checkpoint_claims_no_relation(tmp_path: Path) -> None:
     assert "tags" not in front and "How it was made" not in text and "merge" not in text
     front, _ = card_of(folder, "---\nbase_model: org/real\nbase_model_relation: quantized\n---\n")
     assert front["base_model"] == "org/real" and front["base_model_relation"] == "quantized"
-    own = save_checkpoint(tmp_path / "own", tensors, config={"_name_or_path": "me/mine"})
-    assert "base_model" not in card_of(own)[0]
+    for name, note in (("me/mine", "the files name no"), ("a b", "cannot be one of the Hub")):
+        other = save_checkpoint(tmp_path / name, tensors, config={"_name_or_path": name})
+        assert "base_model" not in card_of(other)[0]
+        assert note in prepare(other, "me/mine").notes[0]
 
 
 @pytest.mark.parametrize(
