@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,20 @@ def test_extracted(models: TestHub, tmp_path: Path) -> None:
     front, text = card_of(tmp_path / "small")
     assert front["base_model"] == "me/base" and f"revision `{base}`" in text
     assert "compress with rank 1" in text and "- out" in text
+
+
+def test_rank_by_a_base_of_the_hub(models: TestHub, tmp_path: Path) -> None:
+    """One look at the base's branch serves all adapters, and the record names its commit."""
+    base = models.state.repos["me/base"].branches["main"]
+    shutil.copytree(tmp_path / "style", tmp_path / "other")
+    two = [tmp_path / "style", tmp_path / "other"]
+    lt.compress(two, output=f"{tmp_path}/small/", rank="auto", base="hf://me/base")
+    looks = [p for p, _ in models.state.bodies if p.startswith("/api/models/")]
+    assert [base in p for p in looks] == [False, True, True]
+    for name in ("style", "other"):
+        record = json.loads((tmp_path / "small" / name / "loratool.json").read_text())
+        assert list(record["inputs"]) == [name, f"hf://me/base@{base}"]
+        assert record["options"]["base"] == f"hf://me/base@{base}"
 
 
 def test_merged_into_a_base_of_the_hub(models: TestHub, tmp_path: Path) -> None:
