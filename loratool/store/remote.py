@@ -115,6 +115,11 @@ def remote_file(path: Path) -> RemoteFile | None:
     return _stubs.get(path)
 
 
+def has_stub(file: RemoteFile) -> bool:
+    """True if any stub stands for a file: one opened twice has two."""
+    return file in list(_stubs.values())
+
+
 def has_remote_files() -> bool:
     """True if any file is read by range."""
     return bool(_stubs)

@@ -153,6 +153,6 @@ def _remove(
     folder: Path, top: Path, stubs: dict[Path, RemoteFile], late: dict[Path, Callable[[], object]]
 ) -> None:
     places.pop(str(folder), None)
-    release(list(stubs.values()))
     forget([*stubs, *late])
+    release(list(stubs.values()))
     shutil.rmtree(top, ignore_errors=True)

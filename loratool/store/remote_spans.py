@@ -13,7 +13,7 @@ from collections import OrderedDict
 from collections.abc import Iterable
 from pathlib import Path
 
-from loratool.store.remote import RemoteFile, has_remote_files, remote_file
+from loratool.store.remote import RemoteFile, has_remote_files, has_stub, remote_file
 
 GAP_BYTES = 64 << 10
 """Read over rather than around: about what the way to the Hub and back costs."""
@@ -43,7 +43,7 @@ class ReadAhead:
 
     def __init__(self, kept_bytes: int = KEPT_BYTES) -> None:
         self._most = kept_bytes
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # `forget` may be called by the garbage collector
         self._spans: dict[RemoteFile, list[_Span]] = {}
         self._kept: OrderedDict[_Span, bytes] = OrderedDict()
         self._bytes = 0
@@ -152,8 +152,8 @@ def read(file: RemoteFile, start: int, count: int) -> bytes:
 
 
 def release(files: Iterable[RemoteFile]) -> None:
-    """Nothing more will be read of these."""
-    _ahead.forget(files)
+    """These have one stub less; without any, nothing more will be read of them."""
+    _ahead.forget(file for file in files if not has_stub(file))
 
 
 def remote_bytes(ranges: Iterable[Range]) -> int:

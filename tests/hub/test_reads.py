@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import pty
@@ -18,7 +19,11 @@ from loratool import cli
 from loratool.cli import options
 from loratool.errors import HubError, UsageError
 from loratool.ops import consent
+from loratool.store import remote_spans
 from loratool.store.header import build_header, read_header
+from loratool.store.hub_listing import list_commit
+from loratool.store.look import look
+from loratool.store.reader import FileReader
 from loratool.store.remote import RemoteFile
 from loratool.store.remote_spans import GAP_BYTES, SPAN_BYTES, ReadAhead, join
 from tests.hub.test_look import MB, contents, run, write
@@ -211,6 +216,28 @@ def test_an_answer_at_a_terminal(
     assert cli.run(words) == 0 and len(asked) == 2
     assert "cosine" in capsys.readouterr().out
     assert cli.run([*words, "-y"]) == 0 and len(asked) == 2
+
+
+def test_a_source_opened_twice(near: TestHub, tmp_path: Path) -> None:
+    """One of its two stubs may go while the other is read."""
+    repo = near.state.add_repo("me/x", adapter(tmp_path / "a", 1))
+    listing = list_commit("me/x", None)
+    one, two = look(listing, kind="adapter"), look(listing, kind="adapter")
+    assert one.path != two.path and one.commit == repo.branches["main"]
+    path = two.path / "adapter_model.safetensors"
+    refs = read_header(path).tensors[:-1]
+    with FileReader() as reader:
+        reader.expect((r.file, r.start, r.nbytes) for r in refs)
+        del one
+        gc.collect()
+        near.state.requests.clear()
+        for ref in refs:
+            reader.read_into(ref.file, ref.start, memoryview(bytearray(ref.nbytes)))
+    assert near.state.requests["cdn"] <= 2
+    held = remote_spans._ahead._bytes
+    del two
+    gc.collect()
+    assert remote_spans._ahead._bytes < held
 
 
 # --- spans --------------------------------------------------------------------------------------
