@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from loratool.store import hub_client, hub_listing
-from tests.hub.client import call, finish, start, tree
+from tests.hub.client import call, finish, run, start, tree
 from tests.hub_server import Fault, Repo, TestHub
 from tests.hub_server.state import Tree, git_sha
 from tests.make import random_factors, save_adapter
@@ -385,3 +385,26 @@ def test_a_push_killed_before_it_hears_of_its_commit(
     code, text = call(served, tmp_path, *PUSH)
     assert code == 0 and "0 files sent" in text
     check_pushed(served, tmp_path, "me/style", style)
+
+
+@pytest.mark.parametrize(("after", "code", "waits"), [("2", 0, [2.0]), ("3600", 7, [])])
+def test_a_hub_that_is_too_busy_for_a_commit(
+    served: TestHub, tmp_path: Path, style: dict[str, bytes], naps: list[float], after: str,
+    code: int, waits: list[float],
+) -> None:  # fmt: skip
+    headers = {"Retry-After": after}
+    served.state.faults = [Fault("POST .*/commit/", "status", 429, 1, headers)]
+    found, text = call(served, tmp_path, *PUSH)
+    assert found == code and naps == waits and (code == 0 or "LT-709" in text), text
+    assert len(served.state.repos["me/style"].commits) == (2 if code == 0 else 1)
+
+
+def test_signed_addresses_are_not_shown(
+    served: TestHub, tmp_path: Path, style: dict[str, bytes]
+) -> None:
+    """The client's warnings name the address of an upload; its signature lets anybody write."""
+    served.state.signature = "?X-Amz-Signature=planted"
+    served.state.faults = [Fault("PUT /lfs/", "status")]
+    code, text = run(served, tmp_path, *PUSH, "-v")
+    assert code == 0 and "503" in text and "PUT" in text, text
+    assert "planted" not in text

@@ -311,10 +311,12 @@ class Handler(BaseHTTPRequestHandler):
             row: dict[str, Any] = {"oid": oid, "size": size}
             url = f"{self.origin}/lfs/{oid}"
             if oid not in self.state.objects:
-                upload: dict[str, Any] = {"href": url}
+                upload: dict[str, Any] = {"href": url + self.state.signature}
                 if parts:
                     count = -(-size // parts)
-                    header = {f"{i + 1:05d}": f"{url}/{i + 1}" for i in range(count)}
+                    header = {
+                        f"{i + 1:05d}": f"{url}/{i + 1}{self.state.signature}" for i in range(count)
+                    }
                     header["chunk_size"] = str(parts)
                     upload = {"href": f"{url}/complete", "header": header}
                 row["actions"] = {"upload": upload, "verify": {"href": f"{url}/verify"}}
