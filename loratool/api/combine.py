@@ -27,11 +27,12 @@ from loratool.ops.combine import (
     unused_rules,
     weigh_modules,
 )
+from loratool.ops.consent import agree_to_read
 from loratool.ops.inputs import Access, OpenedAdapter, guard_output, open_adapters
 from loratool.ops.loads import judge_loads
 from loratool.ops.memory import TORCH_BYTES
 from loratool.ops.rank_options import MAX_RANK
-from loratool.ops.sums import SumPlan
+from loratool.ops.sums import SumPlan, compared_ranges
 from loratool.report import CombineReport, Loads, SumModuleReport, share_of
 from loratool.store.provenance import adapter_id, provenance_of
 from loratool.store.writer import check_output
@@ -90,10 +91,10 @@ def combine(
         row = find_method("svd")
     values = parse_params(row, params or {})
     _check_rank(rank)
+    access = access or Access()
     opened = open_adapters(
-        adapters, weights=weights, mean=mean, read=read or ReadOptions(),
-        access=access or Access(),
-    )  # fmt: skip
+        adapters, weights=weights, mean=mean, read=read or ReadOptions(), access=access
+    )
     if row.name == "slerp":
         arc = arc_weights([o.weight for o in opened])
         opened = [replace(o, weight=w) for o, w in zip(opened, arc, strict=True)]
@@ -105,6 +106,7 @@ def combine(
         rank = max((s.rank for a, _ in weighed for s in a.specs), default=1)
     target = output_folder(output)
     guard_output(target, [o.resolved.named for o in opened])
+    agree_to_read(compared_ranges([a for a, _ in weighed]), yes=access.yes)
     plan = plan_combine(weighed, row, rank)
     if unused := unused_rules([o.adapter for o in opened], rules):
         note = f"no module matches {', '.join(unused)} of {module_weights}"

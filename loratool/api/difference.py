@@ -16,9 +16,10 @@ from loratool.dialects import open_adapter, write_adapter_files
 from loratool.errors import UsageError
 from loratool.ops.adapter_summary import dtype_word
 from loratool.ops.batch import output_folder
+from loratool.ops.consent import agree_to_read
 from loratool.ops.inputs import Access, OpenedAdapter, guard_output, open_adapters
 from loratool.ops.loads import judge_loads
-from loratool.ops.sums import SumPlan, plan_sum
+from loratool.ops.sums import SumPlan, compared_ranges, plan_sum
 from loratool.report import DifferenceReport, Loads, SumModuleReport, share_of
 from loratool.store.provenance import adapter_id, provenance_of
 from loratool.store.writer import check_output
@@ -66,6 +67,7 @@ def subtract_adapters(
     signed = [(o.adapter, o.weight if i == 0 else -o.weight) for i, o in enumerate(opened)]
     target = output_folder(output)
     guard_output(target, [o.resolved.path for o in opened])
+    agree_to_read(compared_ranges([a for a, _ in signed]), yes=access.yes)
     plan = plan_sum(signed, verb="subtracted")
     if wanted := parse_dtype(dtype):
         plan = replace(plan, dtype=wanted)

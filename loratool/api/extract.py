@@ -115,7 +115,8 @@ def extract(
     )
     if names not in ("v4", "v5"):
         raise UsageError("LT-226", "unknown --names", expected="v4 or v5", got=names)
-    access, target = Access(offline, yes, file_rules(max_header, allow_pickle)), Path(output)
+    rules, target = file_rules(max_header, allow_pickle), Path(output)
+    access = Access(offline, yes, rules, in_place=dry_run)
     if not dry_run:  # before a long download, not after it
         guard_output(target, [p for p in map(Path, (tuned, base)) if p.exists()])
         check_output(target, is_folder=True, force=force)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -46,7 +46,7 @@ def pull(
     """
     from loratool.store import hub
     from loratool.store.hub_fetch import find_commit
-    from loratool.store.hub_files import adapter_folders, all_adapters, nothing_there
+    from loratool.store.hub_files import all_adapters, nothing_there, other_adapters
     from loratool.store.hub_listing import list_cached
     from loratool.store.output_path import check_free, check_place
     from loratool.store.source import parse_reference
@@ -68,7 +68,7 @@ def pull(
         raise nothing_there(listing.repo_id, names, "adapter", sub)
     wanted = [f for f in listing.files if f.name in chosen]
     files = tuple(PulledFile(f.name, f.size, f.digest) for f in wanted)
-    others = tuple(sorted(f for f in adapter_folders(names) if not _is_in(f, found)))
+    others = other_adapters(names, chosen)
     adapters = tuple(PulledAdapter(place) for place in found)
     report = PullReport(
         reference.repo_id, listing.commit, None, files, adapters, others, dry_run=dry_run
@@ -94,10 +94,6 @@ def pull(
 def _local(name: str, sub: str) -> str:
     """Where a file of the repository comes to lie."""
     return name.rpartition("/")[2] if name == sub else name.removeprefix(f"{sub}/")
-
-
-def _is_in(folder: str, found: Mapping[str, object]) -> bool:
-    return folder in found or any(place.startswith(f"{folder}/") for place in found)
 
 
 def _config(place: str, names: Sequence[str]) -> str:

@@ -89,7 +89,7 @@ def rescale(
     if not math.isfinite(factor):
         raise UsageError("LT-262", "not a factor", got=factor, expected="a plain decimal number")
     wanted, patterns = parse_dtype(dtype), parse_only(only)
-    access = Access(offline, yes)
+    access = Access(offline, yes, in_place=dry_run)
     found = [locate(a, kind="adapter", access=access) for a in adapters]
     opened = [open_adapter(find_adapter(r.path), ReadOptions(alpha=alpha)) for r in found]
     targets = place_outputs([name_of(r) for r in found], output)

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from loratool.errors import HubError, UsageError
 from loratool.store import hub
-from loratool.store.hub_files import adapter_files, base_files, nothing_there
+from loratool.store.hub_download import repo_folder
+from loratool.store.hub_files import source_files
 from loratool.store.hub_listing import (
     ListedFile,
     Listing,
@@ -120,27 +121,26 @@ def _cached(reference: HubReference) -> Looked:
 
 
 def _download(listing: Listing, kind: str, sub: str, yes: bool) -> Looked:
-    """The files of a source, of the commit that was listed, each one verified."""
-    wanted = choose_files(listing, kind, sub)
+    """The files of a source, of the commit that was listed, each verified when it comes.
+
+    Those of an adapter are verified in the cache, too.
+    """
+    names = [f.name for f in listing.files]
+    chosen = set(source_files(listing.repo_id, names, kind, sub))
+    wanted = [f for f in listing.files if f.name in chosen]
     need = bytes_to_fetch(listing, wanted)
     if need > ASK_BYTES and not yes:
         raise UsageError(
             "LT-265", "a large download needs consent", file=listing.repo_id,
             got=f"{need / 1e9:.1f} GB to download", hint="-y downloads it",
         )  # fmt: skip
-    paths = fetch_verified(listing, wanted)
-    return Looked(paths[0].parents[wanted[0].name.count("/")], listing.commit)
+    # Hashing a base of 100 GB again for each command would take longer than many a merge.
+    known = [f for f in wanted if kind == "base" and _is_there(listing, f)]
+    fetch_verified(listing, [f for f in wanted if f not in known])
+    return Looked(repo_folder(listing.repo_id) / "snapshots" / listing.commit, listing.commit)
 
 
-def choose_files(listing: Listing, kind: str, sub: str) -> list[ListedFile]:
-    """The files of an adapter or a base.
-
-    Raises:
-        HubError: LT-704, there is none.
-        BadFileError: LT-326, there are several.
-    """
-    names = [f.name for f in listing.files]
-    chosen = set((base_files if kind == "base" else adapter_files)(names, sub))
-    if not chosen:
-        raise nothing_there(listing.repo_id, names, kind, sub)
-    return [f for f in listing.files if f.name in chosen]
+def _is_there(listing: Listing, file: ListedFile) -> bool:
+    """True if the cache names a file of that size; it was verified when it came."""
+    path = repo_folder(listing.repo_id) / "snapshots" / listing.commit / file.name
+    return path.is_file() and path.stat().st_size == file.size

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 
 from loratool.errors import BadFileError, HubError, list_some
@@ -22,8 +22,27 @@ _VARIANT = re.compile(
 _OTHER_RUNTIME = ("onnx/", "openvino/", "original/", "coreml/", "metal/", "gguf/", "runs/")
 
 
-def adapter_files(names: Sequence[str], sub: str = "") -> list[str]:
+def source_files(repo_id: str, names: Sequence[str], kind: str, sub: str) -> list[str]:
+    """Files of an adapter or a base.
+
+    Raises:
+        HubError: LT-704, there is none.
+        BadFileError: LT-326, there are several.
+    """
+    is_base = kind == "base"
+    found = base_files(names, sub) if is_base else adapter_files(names, sub, repo_id=repo_id)
+    if not any(map(is_weight_name, found)):
+        raise nothing_there(repo_id, names, kind, sub)
+    return found
+
+
+def adapter_files(names: Sequence[str], sub: str = "", *, repo_id: str = "owner/name") -> list[str]:
     """Files of the adapter in a repository, or in a folder of it; one named file.
+
+    Args:
+        names: all files of the repository.
+        sub: folder or file in it, "" for its root.
+        repo_id: its name, for messages.
 
     Raises:
         BadFileError: several adapters and none was named.
@@ -32,7 +51,7 @@ def adapter_files(names: Sequence[str], sub: str = "") -> list[str]:
     if len(found) > 1:
         raise BadFileError(
             "LT-326", "the repository holds several adapters", got=list_some(found),
-            hint=f"name the one you mean: hf://owner/name/{min(found)}",
+            hint=f"name the one you mean: hf://{repo_id}/{min(found)}",
         )  # fmt: skip
     # The only one of a repository is not taken from a folder that was not named.
     return next((files for place, files in found.items() if place in (sub, *names)), [])
@@ -72,6 +91,12 @@ def all_adapters(names: Sequence[str], sub: str = "") -> dict[str, list[str]]:
     return found
 
 
+def other_adapters(names: Sequence[str], chosen: Iterable[str]) -> tuple[str, ...]:
+    """Folders with whole adapters that are not among the files chosen."""
+    weights = {n.rpartition("/")[0] for n in {*names} - {*chosen} if n.endswith(".safetensors")}
+    return tuple(sorted(weights & adapter_folders(names)))
+
+
 def adapter_folders(names: Sequence[str]) -> set[str]:
     """Folders with the files of an adapter, but for the top."""
     return {
@@ -95,16 +120,16 @@ def nothing_there(repo_id: str, names: Sequence[str], kind: str, sub: str) -> Hu
     what = "adapter and no checkpoint" if kind == "any" else kind
     return HubError(
         "LT-704", f"the repository holds no {what}" + (" there" if sub else ""), file=repo_id,
-        key=sub or None, got=candidates(names), hint=_way_out(names),
+        key=sub or None, got=candidates(names), hint=_way_out(names, f"hf://{repo_id}/PATH"),
     )  # fmt: skip
 
 
-def _way_out(names: Sequence[str]) -> str:
+def _way_out(names: Sequence[str], path: str) -> str:
     weights = [n for n in names if is_weight_name(n)]
     if adapter_folders(names):
-        return "name one: hf://owner/name/PATH"
+        return f"name one: {path}"
     if any(n.endswith(".safetensors") for n in weights):
-        return "name the file: hf://owner/name/PATH"
+        return f"name the file: {path}"
     if any(map(is_pickle_name, weights)):
         return (
             "it holds pickles, which can run code: look for safetensors in another revision "

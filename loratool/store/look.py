@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from loratool.store.hub_files import (
-    adapter_files,
-    base_files,
     files_to_look_at,
     is_read,
     is_weight_name,
     nothing_there,
+    source_files,
 )
 from loratool.store.hub_listing import Listing
 from loratool.store.remote import RemoteFile, describe
@@ -52,11 +51,10 @@ def look(listing: Listing, *, kind: str, sub: str = "") -> Looked:
     names = [f.name for f in listing.files if _is_plain(f.name)]
     if kind == "any":
         wanted, named = files_to_look_at(names, sub)
+        if not any(map(is_weight_name, (*wanted, *named))):
+            raise nothing_there(repo_id, names, kind, sub)
     else:
-        choose = adapter_files if kind == "adapter" else base_files
-        wanted, named = choose(names, sub), []
-    if not any(map(is_weight_name, (*wanted, *named))):
-        raise nothing_there(repo_id, names, kind, sub)
+        wanted, named = source_files(repo_id, names, kind, sub), []
     cached = _cached(listing, wanted)
     if cached is not None:
         return Looked(cached, listing.commit)

@@ -17,6 +17,7 @@ from loratool.store import remote_spans
 from loratool.store.remote import remote_file
 
 _PIECE = 1 << 22  # bytes compared at a time
+_FIRST_PIECE = 1 << 16
 
 Stamp = tuple[int, int, int, int]
 """(device, inode, size, modification time in ns): differs if a file changed or was replaced."""
@@ -163,10 +164,12 @@ def have_same_bytes(sources: Sequence[Source]) -> bool:
     if are_of_one_file(refs):
         return True
     with FileReader() as reader:
-        for start in range(0, first.nbytes, _PIECE):
+        # What differs mostly does so at once, and may have to come from the Hub.
+        ends = [min(_FIRST_PIECE, first.nbytes), *range(_PIECE, first.nbytes, _PIECE), first.nbytes]
+        for start, end in zip([0, *ends], ends, strict=False):
             pieces = []
             for ref in refs:
-                piece = bytearray(min(_PIECE, ref.nbytes - start))
+                piece = bytearray(end - start)
                 reader.read_into(ref.file, ref.start + start, memoryview(piece))
                 pieces.append(piece)
             if any(piece != pieces[0] for piece in pieces):

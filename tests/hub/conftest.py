@@ -77,3 +77,14 @@ def models(near: TestHub, tmp_path: Path) -> TestHub:
     style = save_adapter(tmp_path / "style", factors, base_model_name_or_path="me/base")
     near.state.add_repo("me/style", {**contents(style), "optimizer.pt": b"x", "run.py": b"x"})
     return near
+
+
+@pytest.fixture
+def several(models: TestHub, tmp_path: Path) -> dict[str, bytes]:
+    """Two adapters in folders, one of them deep, and what is none."""
+    style = contents(tmp_path / "style")
+    tree = {f"{place}/{n}": d for place in ("sql", "art/ink") for n, d in style.items()}
+    tree |= {"README.md": b"# all\n", "sql/optimizer.pt": b"x", "notes/x.txt": b"x",
+             "half/adapter_config.json": b"{}"}  # fmt: skip
+    models.state.add_repo("me/loras", dict(tree))
+    return tree

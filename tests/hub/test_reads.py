@@ -7,15 +7,21 @@ import os
 import pty
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import loratool as lt
+from loratool import cli
+from loratool.cli import options
+from loratool.errors import HubError, UsageError
+from loratool.ops import consent
 from loratool.store.header import build_header, read_header
 from loratool.store.remote import RemoteFile
 from loratool.store.remote_spans import GAP_BYTES, SPAN_BYTES, ReadAhead, join
-from tests.hub.test_look import MB, contents, large_base, nameless, run, write
+from tests.hub.test_look import MB, contents, run, write
 from tests.hub.test_pull import TOKEN
 from tests.hub_server import Fault, Large, TestHub
 from tests.make import random_factors, save_adapter
@@ -76,7 +82,7 @@ def test_compare_reads_factors_only(served: TestHub, tmp_path: Path) -> None:
     assert not (tmp_path / "hf" / "hub").exists()
 
 
-def test_equal_adapters(served: TestHub, tmp_path: Path) -> None:
+def test_equal_adapters(near: TestHub, tmp_path: Path) -> None:
     """One hash proves replaced tensors equal; else the verdict stays open."""
     files = adapter(tmp_path / "a", 1, rank=4)
     other = dict(files)
@@ -88,42 +94,52 @@ def test_equal_adapters(served: TestHub, tmp_path: Path) -> None:
     rest = large.head[head.data_start :]
     other["adapter_model.safetensors"] = Large(front + rest, len(front) + len(rest) + 200 * MB)
     for name, tree in (("x", files), ("same", files), ("other", other)):
-        served.state.add_repo(f"me/{name}", tree)
-    assert compare(served, tmp_path, "hf://me/x", "hf://me/same")["verdict"] == "equal"
-    found = compare(served, tmp_path, "hf://me/x", "hf://me/other")
-    assert found["verdict"] == "undecided"
-    assert served.state.bytes_sent < 2 * MB + 4 * 2 * factor_bytes(files)
+        near.state.add_repo(f"me/{name}", tree)
+    assert lt.compare(["hf://me/x", "hf://me/same"]).verdict == "equal"
+    assert lt.compare(["hf://me/x", "hf://me/other"]).verdict == "undecided"
+    for name in ("same", "other"):  # merging them compares replaced tensors, if it has to
+        plan = partial(lt.merge, ["hf://me/x", f"hf://me/{name}"], output=tmp_path / "out",
+                       dry_run=True)  # fmt: skip
+        if name == "same":
+            plan()
+            continue
+        with pytest.raises(UsageError) as caught:
+            plan()
+        assert caught.value.code == "LT-265" and "400 MB" in str(caught.value)
+    assert near.state.bytes_sent < 2 * MB + 4 * 2 * factor_bytes(files)
 
 
-def test_expired_addresses_are_resolved_again(served: TestHub, tmp_path: Path) -> None:
-    served.state.add_repo("me/x", adapter(tmp_path / "a", 1))
-    clean = json.loads(run(served, tmp_path, "inspect", "hf://me/x", "--json", "--spectrum")[1])
-    before = served.state.requests["resolve"]
-    served.state.requests.clear()
-    served.state.cdn_answers = 1  # then an address has expired
-    code, text, trouble = run(served, tmp_path, "inspect", "hf://me/x", "--json", "--spectrum")
-    assert code == 0 and nameless(json.loads(text)) == nameless(clean), trouble
-    assert before < served.state.requests["resolve"] <= before + 2
-    served.state.cdn_answers = None
-    served.state.faults = [Fault("GET /cdn/", "status", 403, 99)]
-    code, _, trouble = run(served, tmp_path, "inspect", "hf://me/x", "-v")
-    assert code == 7 and "LT-708" in trouble
-    assert "/cdn/" not in trouble and "signature" not in trouble
+def test_expired_addresses_are_resolved_again(near: TestHub, tmp_path: Path) -> None:
+    repo = near.state.add_repo("me/x", adapter(tmp_path / "a", 1))
+    clean = lt.inspect("hf://me/x", spectrum=True)
+    near.state.requests.clear()
+    near.state.cdn_answers = 2  # the address has been asked twice, so it has expired
+    assert lt.inspect("hf://me/x", spectrum=True).spectrum == clean.spectrum
+    assert near.state.requests["resolve"] == 1
+    near.state.cdn_answers = None
+    near.state.faults = [Fault("GET /cdn/", "status", 403, 99)]
+    with pytest.raises(HubError) as caught:
+        lt.inspect(f"hf://me/x@{repo.branches['main']}", spectrum=True)
+    assert caught.value.code == "LT-708"
+    assert "/cdn/" not in str(caught.value) and caught.value.__cause__ is None
 
 
 def test_signed_addresses_stay_secret(served: TestHub, tmp_path: Path) -> None:
     served.state.add_repo("me/x", adapter(tmp_path / "a", 1))
-    for status in (429, 500, 503):
-        served.state.faults = [Fault("GET /cdn/.*", "status", status, 2, {"Retry-After": "0"})]
-        code, text, trouble = run(served, tmp_path, "inspect", "hf://me/x", "--spectrum", "-v")
-        assert code == 0, trouble
-        assert "/cdn/" not in text + trouble
+    busy = [Fault("GET /cdn/", "status", 503)]  # where the signed address is asked again
+    header = [Fault("GET /cdn/", "race", run=lambda: setattr(served.state, "faults", busy))]
+    config = [Fault("GET /cdn/", "race", run=lambda: setattr(served.state, "faults", header))]
+    served.state.faults = config
+    code, text, trouble = run(served, tmp_path, "inspect", "hf://me/x", "--spectrum", "-v")
+    assert code == 0 and busy[0].times == 0, trouble
+    assert served.state.requests["resolve"] == 3  # one of them anew
+    assert "signature" not in text + trouble
 
 
 # --- consent ------------------------------------------------------------------------------------
 
 
-def test_much_is_asked_for(served: TestHub, tmp_path: Path) -> None:
+def test_much_is_asked_for(near: TestHub) -> None:
     rows = [(f"base_model.model.l.{i}.lora_{s}.weight", "BF16", shape)
             for i in range(60) for s, shape in (("A", (64, 8192)), ("B", (8192, 64)))]  # fmt: skip
     head, _ = build_header(rows, {"format": "pt"})
@@ -131,16 +147,19 @@ def test_much_is_asked_for(served: TestHub, tmp_path: Path) -> None:
     size = len(head) + 60 * 2 * 64 * 8192 * 2
     files = {"adapter_config.json": json.dumps(config).encode(),
              "adapter_model.safetensors": Large(head, size)}  # fmt: skip
-    served.state.add_repo("me/x", files)
-    served.state.add_repo("me/base", large_base(1, 60))
+    near.state.add_repo("me/x", files)
     assert size > 120 * MB
-    assert run(served, tmp_path, "inspect", "hf://me/x")[0] == 0
-    for words in (("inspect", "hf://me/x", "--spectrum"), ("compare", "hf://me/x", "hf://me/x"),
-                  ("inspect", "hf://me/x", "--risk")):  # fmt: skip
-        before = served.state.bytes_sent
-        code, _, text = run(served, tmp_path, *words)
-        assert code == 2 and "LT-265" in text and "126 MB" in text, text
-        assert served.state.bytes_sent - before < MB
+    assert lt.inspect("hf://me/x").adapter is not None
+    for call in (
+        lambda: lt.inspect("hf://me/x", spectrum=True),
+        lambda: lt.inspect("hf://me/x", risk=True),
+        lambda: lt.compare(["hf://me/x", "hf://me/x@main"]),
+    ):
+        before = near.state.bytes_sent
+        with pytest.raises(UsageError) as caught:
+            call()
+        assert caught.value.code == "LT-265" and "126 MB" in str(caught.value)
+        assert near.state.bytes_sent - before < MB
 
 
 def test_a_terminal_is_asked(served: TestHub, tmp_path: Path) -> None:
@@ -166,6 +185,32 @@ def test_a_terminal_is_asked(served: TestHub, tmp_path: Path) -> None:
     os.close(main)
     assert b"1.0 GB" in said and process.returncode == 2
     assert not (tmp_path / "out").exists() and served.state.requests["cdn"] == 0
+
+
+def test_an_answer_at_a_terminal(
+    near: TestHub,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for i in (0, 1):
+        near.state.add_repo(f"me/x{i}", adapter(tmp_path / f"a{i}", i, rank=4))
+    monkeypatch.setattr(consent, "READ_BYTES", MB)
+    monkeypatch.setattr(options, "_can_ask", lambda ctx: not ctx.params["as_json"])
+    asked: list[str] = []
+
+    def answer(text: str, **_: object) -> bool:
+        asked.append(text)
+        return len(asked) > 1
+
+    monkeypatch.setattr("click.confirm", answer)
+    words = ["compare", "hf://me/x0", "hf://me/x1"]
+    assert cli.run([*words, "--json"]) == 2 and not asked
+    assert cli.run(words) == 2 and "1 MB" in asked[0]
+    capsys.readouterr()
+    assert cli.run(words) == 0 and len(asked) == 2
+    assert "cosine" in capsys.readouterr().out
+    assert cli.run([*words, "-y"]) == 0 and len(asked) == 2
 
 
 # --- spans --------------------------------------------------------------------------------------

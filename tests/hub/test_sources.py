@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 
 import loratool as lt
+from loratool.engine.grid import CPU_ELEMENTS
 from loratool.errors import LoratoolError, UsageError
+from loratool.ops import consent
 from loratool.store import hub_fetch
 from loratool.store.hub_files import adapter_files, all_adapters
+from loratool.store.remote_spans import SPAN_BYTES
 from tests.hub.conftest import SHAPES, contents
-from tests.hub_server import Fault, TestHub
+from tests.hub.test_look import MB, synthesise
+from tests.hub_server import Fault, Large, TestHub
 from tests.make import random_factors, save_adapter
 
 
@@ -48,6 +54,9 @@ def test_extract_takes_only_what_it_needs(models: TestHub, tmp_path: Path) -> No
     assert local.modules
     name = "adapter_model.safetensors"
     assert (tmp_path / "o2" / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
+    models.state.asked.clear()
+    lt.extract("hf://me/tuned", base="me/base@v1", output=tmp_path / "o3", rank=1)
+    assert not models.state.asked  # all of it is in the cache
 
 
 def test_a_branch_that_moves_is_read_at_one_commit(models: TestHub, tmp_path: Path) -> None:
@@ -111,17 +120,6 @@ def test_a_large_download_is_asked_for(
 # --- several adapters ---------------------------------------------------------------------------
 
 
-@pytest.fixture
-def several(models: TestHub, tmp_path: Path) -> dict[str, bytes]:
-    """Two adapters in folders, one of them deep, and what is none."""
-    style = contents(tmp_path / "style")
-    tree = {f"{place}/{n}": d for place in ("sql", "art/ink") for n, d in style.items()}
-    tree |= {"README.md": b"# all\n", "sql/optimizer.pt": b"x", "notes/x.txt": b"x",
-             "half/adapter_config.json": b"{}"}  # fmt: skip
-    models.state.add_repo("me/loras", dict(tree))
-    return tree
-
-
 def test_pull_takes_all_and_keeps_their_folders(
     models: TestHub, several: dict[str, bytes], tmp_path: Path
 ) -> None:
@@ -131,7 +129,7 @@ def test_pull_takes_all_and_keeps_their_folders(
     assert [(a.place, a.base_model) for a in report.adapters] == [
         ("art/ink", "me/base"), ("sql", "me/base"),
     ]  # fmt: skip
-    assert report.base_model == "me/base"
+    assert report.base_model == "me/base" and report.others == ()
     assert {f.name for f in report.files} == {*wanted, "README.md"}
     assert lt.inspect(tmp_path / "out" / "art" / "ink").adapter is not None
 
@@ -139,12 +137,13 @@ def test_pull_takes_all_and_keeps_their_folders(
 def test_one_of_several(models: TestHub, several: dict[str, bytes], tmp_path: Path) -> None:
     report = lt.pull("hf://me/loras/art/ink", output=tmp_path / "ink")
     assert contents(tmp_path / "ink") == contents(tmp_path / "style")
-    assert [a.place for a in report.adapters] == ["art/ink"] and "sql" in report.others
+    assert [a.place for a in report.adapters] == ["art/ink"] and report.others == ("sql",)
     lt.rescale(["hf://me/loras/sql", "hf://me/loras/art/ink"], 0.5, output=f"{tmp_path}/two/")
     assert {p.name for p in (tmp_path / "two").iterdir()} == {"sql", "ink"}
     with pytest.raises(LoratoolError) as caught:
         lt.rescale(["hf://me/loras"], 0.5, output=tmp_path / "x")
     assert caught.value.code == "LT-326" and "art/ink, sql" in str(caught.value)
+    assert "hf://me/loras/art/ink" in str(caught.value)
     with pytest.raises(LoratoolError) as caught:
         lt.compare(["hf://me/loras", "hf://me/style"])
     assert caught.value.code == "LT-326" and "art/ink, sql" in str(caught.value)
@@ -161,6 +160,10 @@ def test_which_adapters_there_are() -> None:
     assert all_adapters(files) == {
         "a.safetensors": ["a.safetensors", "LICENSE"],
         "b.safetensors": ["b.safetensors", "LICENSE"],
+    }
+    assert set(all_adapters(["adapter_config.json", *files])) == set(files[:2])
+    assert all_adapters(["adapter_config.json", files[0]]) == {
+        "": ["adapter_config.json", "a.safetensors"]
     }
     model = ["config.json", "model.safetensors", "model-00001-of-00002.safetensors"]
     assert all_adapters(model) == {} and adapter_files(model) == []
@@ -222,3 +225,96 @@ def test_inspect_says_what_a_repository_holds(near: TestHub, tmp_path: Path) -> 
         assert error.code == "LT-730" and f"a {kind}" in str(error), str(error)
         error = refuse(f"hf://{kind}s/me/{name}")
         assert error.code == "LT-263" and f"a {kind}" in str(error), str(error)
+
+
+# --- plans of merges, read in place -------------------------------------------------------------
+
+SIDE, LAYERS = 4096, 4
+KEYS = [f"model.layers.{i}.q_proj" for i in range(LAYERS)]
+
+
+@pytest.fixture
+def large(near: TestHub, tmp_path: Path) -> Path:
+    """An adapter here and at me/style, for a base of 134 MB in two shards at me/large."""
+    files: dict[str, bytes | Large] = {"config.json": b'{"model_type": "x"}'}
+    weight_map = {}
+    for shard in (0, 1):
+        name = f"model-0000{shard + 1}-of-00002.safetensors"
+        keys = [f"{key}.weight" for key in KEYS[2 * shard : 2 * shard + 2]]
+        files[name] = synthesise([(key, "BF16", (SIDE, SIDE)) for key in keys])
+        weight_map |= dict.fromkeys(keys, name)
+    index = {"metadata": {"total_size": LAYERS * 2 * SIDE**2}, "weight_map": weight_map}
+    files["model.safetensors.index.json"] = json.dumps(index).encode()
+    files |= dict.fromkeys(("tokenizer.json", "vocab.json"), b"{}" + b" " * 3 * MB)
+    near.state.add_repo("me/large", files)
+    factors = random_factors(dict.fromkeys(KEYS, (SIDE, SIDE)), rank=8, seed=4)
+    style = save_adapter(tmp_path / "style", factors, base_model_name_or_path="me/large")
+    near.state.add_repo("me/style", {**contents(style), "tokenizer.model": b"x" * 2 * MB})
+    return style
+
+
+@pytest.mark.parametrize("base", ["hf://me/large", "auto"])
+def test_a_plan_reads_factors_and_a_sample(
+    near: TestHub, large: Path, tmp_path: Path, base: str
+) -> None:
+    report = lt.merge(["hf://me/style"], base=base, output=tmp_path / "out", dry_run=True)
+    assert report.changed == LAYERS and report.total.predicted_loss >= 0
+    block = 2 * CPU_ELEMENTS
+    needed = len(contents(large)["adapter_model.safetensors"]) + LAYERS * 3 * block
+    assert needed < near.state.bytes_sent < needed + 300_000  # of 134 MB and 8 MB of tokenizers
+    assert near.state.requests["info"] == 2
+    assert near.state.requests["cdn"] <= 3 + LAYERS * 3 + 1
+    assert not {f for _, f in near.state.asked if f.startswith(("tokenizer", "vocab"))}
+    assert not (tmp_path / "hf" / "hub").exists()
+
+
+def test_a_plan_that_reads_much_is_asked_for(
+    near: TestHub, large: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(consent, "READ_BYTES", 10 * MB)
+    with pytest.raises(UsageError) as caught:
+        lt.merge(["hf://me/style"], base="auto", output=tmp_path / "out", dry_run=True)
+    assert caught.value.code == "LT-265" and "14 MB" in str(caught.value), str(caught.value)
+    assert near.state.bytes_sent < 300_000
+    lt.merge(["hf://me/style"], base="auto", output=tmp_path / "out", dry_run=True, yes=True)
+
+
+def test_a_plan_between_adapters_reads_headers(near: TestHub, large: Path, tmp_path: Path) -> None:
+    two = ["hf://me/style", str(large)]
+    lt.merge(two, output=tmp_path / "out", method="ties", rank=4, dry_run=True)
+    assert near.state.bytes_sent < 110_000
+    assert {f for _, f in near.state.asked} == {"adapter_config.json", "adapter_model.safetensors"}
+
+
+def test_other_plans_read_headers(near: TestHub, large: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    report = lt.extract("hf://me/large", base="hf://me/large@main", output=out, dry_run=True)
+    assert report.dry_run and len(report.modules) == LAYERS
+    lt.rescale(["hf://me/style"], 0.3, output=out, dry_run=True)
+    lt.subtract(["hf://me/style", str(large)], output=out, dry_run=True)
+    assert near.state.bytes_sent < 4 * 110_000
+    assert not {f for _, f in near.state.asked if f.startswith(("tokenizer", "vocab"))}
+    assert not out.exists() and not (tmp_path / "hf" / "hub").exists()
+
+
+def test_norms_of_a_remote_base_take_reading_it(near: TestHub, large: Path, tmp_path: Path) -> None:
+    """DoRA needs the norms of the whole weight: that counts, and comes in few requests."""
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(large / "adapter_model.safetensors")
+    tensors |= {f"base_model.model.{k}.lora_magnitude_vector.weight": torch.ones(SIDE)
+                for k in KEYS}  # fmt: skip
+    save_file(tensors, large / "adapter_model.safetensors")
+    config = json.loads((large / "adapter_config.json").read_text()) | {"use_dora": True}
+    (large / "adapter_config.json").write_text(json.dumps(config))
+    plan = partial(lt.merge, [str(large)], base="hf://me/large", output=tmp_path / "out",
+                   dry_run=True, allow_nonfinite=True)  # fmt: skip
+    with pytest.raises(UsageError) as caught:
+        plan()
+    assert "134 MB" in str(caught.value)
+    plan(yes=True)
+    whole, sampled = LAYERS * 2 * SIDE**2, LAYERS * 3
+    # Spans that had to go before their blocks were looked at: those blocks alone once more.
+    assert whole < near.state.bytes_sent < whole + sampled * 2 * CPU_ELEMENTS + 300_000
+    spans = 2 * -(-(whole // 2) // SPAN_BYTES)
+    assert near.state.requests["cdn"] <= 2 + spans + sampled

@@ -319,7 +319,7 @@ def test_bad_repository_name_offline(here: Path) -> None:
 
 
 @pytest.fixture
-def fake_hub(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+def fake_hub(here: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """A Hub that lists ``files`` (name -> (size, is_cached)) and records what is fetched."""
     state: dict[str, Any] = {"files": {}, "fetched": None}
 
@@ -343,6 +343,8 @@ def fake_hub(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
             raise HubError("LT-706", "not in the cache")
         return Path(), SHA
 
+    (here / "cache" / "snapshots" / SHA).mkdir(parents=True)
+    monkeypatch.setattr(hub_fetch, "repo_folder", lambda _: here / "cache")
     monkeypatch.setattr(hub_fetch, "list_commit", list_commit)
     monkeypatch.setattr(hub_fetch, "bytes_to_fetch", bytes_to_fetch)
     monkeypatch.setattr(hub_fetch, "fetch_verified", fetch_verified)
