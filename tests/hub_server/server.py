@@ -404,7 +404,9 @@ class TestHub:
         self._server = _Server(("127.0.0.1", 0), handler)
         self._server.state = self.state
         self.endpoint = f"http://127.0.0.1:{self._server.server_address[1]}"
-        self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
+        self._thread = threading.Thread(
+            target=self._server.serve_forever, args=(0.01,), daemon=True
+        )
 
     def __enter__(self) -> TestHub:
         self._thread.start()
