@@ -24,7 +24,7 @@ from loratool.errors import UsageError
 from loratool.ops.batch import is_batch, name_of, place_outputs
 from loratool.ops.compress import CompressPlan, at_ranks, names_of, plan_compress, rebuild
 from loratool.ops.compress_options import rank_rule
-from loratool.ops.inputs import Access, guard_output, locate
+from loratool.ops.inputs import Access, guard_output, locate, open_base
 from loratool.ops.loads import judge_loads
 from loratool.report import (
     CompressedAdapter,
@@ -33,7 +33,7 @@ from loratool.report import (
     energy_and_error,
 )
 from loratool.store.header import build_header
-from loratool.store.provenance import adapter_id, provenance_of
+from loratool.store.provenance import adapter_id, checkpoint_id, provenance_of
 from loratool.store.source import Resolved, find_adapter
 from loratool.store.writer import check_output
 
@@ -112,16 +112,21 @@ def compress(
         size=limit,
         has_base=base is not None,
     )
-    named = None if base is None else recorded_name(Path(base))
-    options = option_values(**rule, size=limit, rank_auto=base is not None, base=named)
     read = read or ReadOptions()
     access = Access(offline, yes, file_rules(max_header, allow_pickle))
     jobs = _open(adapters, output, read, access, force)
+    named, base_input = None, {}
     if base is not None:
+        opened = open_base(str(base), [], access)
+        where = opened.resolved.pinned or base  # one commit for all adapters
+        named = opened.resolved.pinned or recorded_name(Path(base))
+        row = {"role": "base", "files": checkpoint_id(opened.checkpoint)}
+        base_input = {content_label(opened.resolved, {}): row}
         jobs = [
-            replace(job, caps=_noise_ranks(job, base, read, access, threads, max_memory))
+            replace(job, caps=_noise_ranks(job, where, read, access, threads, max_memory))
             for job in jobs
         ]
+    options = option_values(**rule, size=limit, rank_auto=base is not None, base=named)
     total = sum(s.nbytes for j in jobs for spec in j.plan.specs for s in spec.fields.values())
     done = 0
 
@@ -142,7 +147,8 @@ def compress(
         made = _compress(job, rule, limit, resources, advance)
         record = {}
         if provenance:
-            inputs = {content_label(job.resolved, {}): adapter_id(job.plan.adapter)}
+            label = content_label(job.resolved, base_input)
+            inputs = {label: adapter_id(job.plan.adapter), **base_input}
             record = provenance_of("compress", options=options, inputs=inputs)
         if not dry_run:
             _write(job, made.files, record, force)

@@ -172,10 +172,9 @@ def _mitigate(
     found = mitigate(adapter, base, factor)
     record: dict[str, Any] = {}
     if options is not None:
-        inputs = {
-            content_label(job.resolved, {}): adapter_id(adapter),
-            "base": checkpoint_id(base.checkpoint),
-        }
+        inputs: dict[str, Any] = {content_label(job.resolved, {}): adapter_id(adapter)}
+        label = content_label(base.resolved, inputs)
+        inputs[label] = {"role": "base", "files": checkpoint_id(base.checkpoint)}
         record = provenance_of("rescale", options=options, inputs=inputs)
     files = _files(job.plan, found.tensors)
     size = write_adapter(files, job.target, record=record, force=force, extras=adapter.extras)

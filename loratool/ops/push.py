@@ -75,7 +75,9 @@ def _checkpoint(path: Path, repo: str) -> Publication:
             refuse_local_base(load_json(file).get("_name_or_path"), file)
     check_finite(_refs(chosen))
     card = checkpoint_facts(checkpoint, repo)
-    return Publication("checkpoint", chosen, card.base, card, _notes(card, None))
+    named = checkpoint.config.get("_name_or_path")
+    notes = _notes(card, named if isinstance(named, str) and named not in ("", repo) else None)
+    return Publication("checkpoint", chosen, card.base, card, notes)
 
 
 def _sub_folders(checkpoint: Checkpoint) -> tuple[str, ...]:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from loratool.errors import HubError, UsageError
+from loratool.errors import HubError, UsageError, list_some
 from loratool.store import hub
 from loratool.store.hub_download import repo_folder
-from loratool.store.hub_files import source_files
+from loratool.store.hub_files import all_adapters, source_files
 from loratool.store.hub_listing import (
     ListedFile,
     Listing,
@@ -59,7 +59,8 @@ def fetch(reference: HubReference, kind: str, reach: Reach) -> tuple[Looked, str
         reach: how the Hub may be used.
 
     Returns:
-        Where the files are, and why a cached copy was taken instead of asking the Hub.
+        Where the files are, and what there is to say: why a cached copy was taken instead of
+        asking the Hub, or which adapters lie deeper than a folder is looked into.
 
     Raises:
         HubError: the Hub does not give it, and there is no cached copy.
@@ -78,8 +79,17 @@ def fetch(reference: HubReference, kind: str, reach: Reach) -> tuple[Looked, str
         except HubError:
             raise error from None
     if reach.in_place:
-        return look(listing, kind=kind, sub=reference.sub), None
+        looked = look(listing, kind=kind, sub=reference.sub)
+        return looked, _deeper(listing, reference.sub) if kind == "any" else None
     return _download(listing, kind, reference.sub, reach.yes), None
+
+
+def _deeper(listing: Listing, sub: str) -> str | None:
+    prefix = f"{sub}/" if sub else ""
+    names = [f.name for f in listing.files]
+    inside = [n.removeprefix(prefix) for n in names if n.startswith(prefix)]
+    places = [place for place in all_adapters(inside) if "/" in place]
+    return f"adapters deeper in it: {list_some(places)}" if places else None
 
 
 def find_commit(repo_id: str, revision: str | None) -> Listing:

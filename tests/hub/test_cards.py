@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,20 @@ def test_extracted(models: TestHub, tmp_path: Path) -> None:
     assert "compress with rank 1" in text and "- out" in text
 
 
+def test_rank_by_a_base_of_the_hub(models: TestHub, tmp_path: Path) -> None:
+    """One look at the base's branch serves all adapters, and the record names its commit."""
+    base = models.state.repos["me/base"].branches["main"]
+    shutil.copytree(tmp_path / "style", tmp_path / "other")
+    two = [tmp_path / "style", tmp_path / "other"]
+    lt.compress(two, output=f"{tmp_path}/small/", rank="auto", base="hf://me/base")
+    looks = [p for p, _ in models.state.bodies if p.startswith("/api/models/")]
+    assert [base in p for p in looks] == [False, True, True]
+    for name in ("style", "other"):
+        record = json.loads((tmp_path / "small" / name / "loratool.json").read_text())
+        assert list(record["inputs"]) == [name, f"hf://me/base@{base}"]
+        assert record["options"]["base"] == f"hf://me/base@{base}"
+
+
 def test_merged_into_a_base_of_the_hub(models: TestHub, tmp_path: Path) -> None:
     base, style = (models.state.repos[f"me/{n}"].branches["main"] for n in ("base", "style"))
     lt.merge(["hf://me/style:0.5"], base="auto", output=tmp_path / "merged")
@@ -85,8 +100,10 @@ def test_plain_checkpoint_claims_no_relation(tmp_path: Path) -> None:
     assert "tags" not in front and "How it was made" not in text and "merge" not in text
     front, _ = card_of(folder, "---\nbase_model: org/real\nbase_model_relation: quantized\n---\n")
     assert front["base_model"] == "org/real" and front["base_model_relation"] == "quantized"
-    own = save_checkpoint(tmp_path / "own", tensors, config={"_name_or_path": "me/mine"})
-    assert "base_model" not in card_of(own)[0]
+    for name, note in (("me/mine", "the files name no"), ("a b", "cannot be one of the Hub")):
+        other = save_checkpoint(tmp_path / name, tensors, config={"_name_or_path": name})
+        assert "base_model" not in card_of(other)[0]
+        assert note in prepare(other, "me/mine").notes[0]
 
 
 @pytest.mark.parametrize(

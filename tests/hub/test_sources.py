@@ -140,6 +140,9 @@ def test_one_of_several(models: TestHub, several: dict[str, bytes], tmp_path: Pa
     assert [a.place for a in report.adapters] == ["art/ink"] and report.others == ("sql",)
     lt.rescale(["hf://me/loras/sql", "hf://me/loras/art/ink"], 0.5, output=f"{tmp_path}/two/")
     assert {p.name for p in (tmp_path / "two").iterdir()} == {"sql", "ink"}
+    listed = lt.inspect("hf://me/loras")
+    assert {r.name for r in listed.rows} >= {"sql"} and "deeper in it: art/ink" in listed.notes[0]
+    assert not lt.inspect("hf://me/loras/art").notes
     with pytest.raises(LoratoolError) as caught:
         lt.rescale(["hf://me/loras"], 0.5, output=tmp_path / "x")
     assert caught.value.code == "LT-326" and "art/ink, sql" in str(caught.value)
