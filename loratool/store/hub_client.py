@@ -7,7 +7,8 @@ import re
 import sys
 from typing import Any
 
-from loratool.errors import redact
+from loratool.errors import HubError, redact
+from loratool.store.hub_retry import LONGEST_WAIT_S, seconds_asked
 
 SILENCE_S = 60.0
 """A server that says nothing for so long is gone; by itself the client waits for ever."""
@@ -37,7 +38,21 @@ def _make_client() -> Any:
 
     client = default_client_factory()
     client.timeout = SILENCE_S
+    client.event_hooks["response"].append(_refuse_long_waits)
     return client
+
+
+def _refuse_long_waits(response: Any) -> None:
+    """The client obeys any Retry-After: a command that sleeps for an hour seems to hang."""
+    asked = seconds_asked(response)
+    if response.status_code not in (429, 503) or asked is None or asked <= LONGEST_WAIT_S:
+        return
+    if response.status_code == 503 and "/commit/" in response.request.url.path:
+        return  # the commit may be there: that is looked into first
+    raise HubError(
+        "LT-709", "the Hub asks to slow down", got=f"HTTP status {response.status_code}",
+        expected=f"a pause of {asked:,.0f} s", hint="try again after that",
+    )  # fmt: skip
 
 
 def _without_signatures(record: logging.LogRecord) -> bool:

@@ -101,12 +101,23 @@ def _through_client(listing: Listing, file: ListedFile) -> Path | None:
     """What the client names before it is verified does not stay if it is wrong."""
     from huggingface_hub import hf_hub_download
 
-    path = Path(hf_hub_download(listing.repo_id, file.name, revision=listing.commit))
+    try:
+        path = Path(hf_hub_download(listing.repo_id, file.name, revision=listing.commit))
+    except RuntimeError:  # hf_xet's own, whose text can hold addresses
+        raise xet_error(listing.repo_id) from None
     if _is_intact(path, file):
         return path
     path.resolve().unlink(missing_ok=True)
     path.unlink(missing_ok=True)
     return None
+
+
+def xet_error(repo_id: str) -> HubError:
+    """A failure inside hf_xet, which says nothing that helps."""
+    return HubError(
+        "LT-722", "the transfer through Xet failed", file=repo_id,
+        hint="try again, or set HF_HUB_DISABLE_XET=1 for plain HTTP",
+    )  # fmt: skip
 
 
 def repo_folder(repo_id: str) -> Path:

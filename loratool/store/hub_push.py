@@ -11,6 +11,7 @@ from pathlib import Path
 
 from loratool.errors import HubError
 from loratool.store.hub import plain_errors
+from loratool.store.hub_download import xet_error
 from loratool.store.hub_listing import Listing, digest_of, list_commit
 from loratool.store.hub_retry import pause_after, status_of
 
@@ -157,12 +158,7 @@ def _commit(
                 place.repo_id, added, revision=place.branch, create_pr=place.create_pr
             )
         except RuntimeError as error:  # the client's wrapper; its cause has a signed address
-            if error.__cause__ is not None:
-                raise error.__cause__ from None
-            raise HubError(
-                "LT-722", "the upload through Xet failed", file=place.repo_id,
-                hint="try again, or set HF_HUB_DISABLE_XET=1: nothing was committed",
-            ) from None  # fmt: skip
+            raise error.__cause__ or xet_error(place.repo_id) from None
     operations: list[CommitOperationAdd | CommitOperationDelete] = [
         *(CommitOperationDelete(name) for name in deleted),
         *added,

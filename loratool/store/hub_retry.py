@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 T = TypeVar("T")
 
+LONGEST_WAIT_S = 30.0
+"""A Retry-After beyond this is reported, not obeyed."""
+
 _WAITS = (0.5, 2.0)  # seconds before the second and the third attempt
-_LONGEST_WAIT = 30.0  # a Retry-After beyond this is reported, not obeyed
 _BUSY = (429, 500, 502, 503, 504)
 
 
@@ -39,9 +41,15 @@ def pause_after(error: BaseException, wait: float) -> float | None:
         return wait
     if status_of(error) not in _BUSY:
         return None
-    asked = str(error.response.headers.get("Retry-After", ""))  # type: ignore[attr-defined]
-    pause = float(asked) if asked.isascii() and asked.isdigit() else wait
-    return pause if pause <= _LONGEST_WAIT else None
+    asked = seconds_asked(error.response)  # type: ignore[attr-defined]
+    pause = wait if asked is None else asked
+    return pause if pause <= LONGEST_WAIT_S else None
+
+
+def seconds_asked(response: Any) -> float | None:
+    """What the Hub asks to wait, None if it does not say so in seconds."""
+    asked = str(response.headers.get("Retry-After", ""))
+    return float(asked) if asked.isascii() and asked.isdigit() else None
 
 
 def retried(call: Callable[[], T]) -> T:

@@ -33,10 +33,18 @@ def call(
         home: working folder; the client's cache is ``hf`` in it.
         settings: other constants of the client.
     """
-    text = io.StringIO()
-    handler = logging.StreamHandler(text)
+    code, out, trouble = call_apart(hub, home, *words, token=token, **settings)
+    return code, out + trouble
+
+
+def call_apart(
+    hub: TestHub, home: Path, *words: str, token: str = TOKEN, **settings: object
+) -> tuple[int, str, str]:
+    """`call` with stdout and stderr apart."""
+    out, trouble = io.StringIO(), io.StringIO()
+    handler = logging.StreamHandler(trouble)
     client = hub_logging.get_logger()
-    with pytest.MonkeyPatch.context() as patch, redirect_stdout(text), redirect_stderr(text):
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(trouble):
         _clean_environment(patch)
         patch.setenv("HF_TOKEN", token)
         patch.chdir(home)
@@ -48,9 +56,9 @@ def call(
         finally:
             client.removeHandler(handler)
             close_session()  # its time limits are this run's
-    assert token not in text.getvalue()
+    assert token not in out.getvalue() + trouble.getvalue()
     assert hub.state.tokens_on_cdn == 0
-    return code, text.getvalue()
+    return code, out.getvalue(), trouble.getvalue()
 
 
 def _clean_environment(patch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from loratool.store import hub_client, hub_listing
-from tests.hub.client import call, finish, start, tree
+from tests.hub.client import call, finish, run, start, tree
 from tests.hub_server import Fault, Repo, TestHub
 from tests.hub_server.state import Tree, git_sha
 from tests.make import random_factors, save_adapter
@@ -214,7 +214,10 @@ def test_a_cached_file_that_is_damaged(served: TestHub, tmp_path: Path) -> None:
         shutil.rmtree(tmp_path / "out")
 
 
-def test_a_killed_pull_goes_on(served: TestHub, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130)]
+)
+def test_a_killed_pull_goes_on(served: TestHub, tmp_path: Path, number: int, status: int) -> None:
     fault = cut(1, "hang")
     served.state.faults = [fault]
     with watched(tmp_path):
@@ -224,8 +227,9 @@ def test_a_killed_pull_goes_on(served: TestHub, tmp_path: Path) -> None:
         while not (unnamed(tmp_path) and unnamed(tmp_path)[0].stat().st_size == SIZE // 2):
             assert time.monotonic() < deadline
             time.sleep(0.01)
-        process.send_signal(signal.SIGKILL)
-        assert finish(process)[0] == -signal.SIGKILL
+        process.send_signal(number)
+        code, text = finish(process)
+        assert code == status and "Traceback" not in text
     assert not (tmp_path / "out").exists()
     code, text = finish(start(served.endpoint, tmp_path, *PULL))
     assert code == 0, text
@@ -385,3 +389,51 @@ def test_a_push_killed_before_it_hears_of_its_commit(
     code, text = call(served, tmp_path, *PUSH)
     assert code == 0 and "0 files sent" in text
     check_pushed(served, tmp_path, "me/style", style)
+
+
+@pytest.mark.parametrize(("after", "code", "waits"), [("2", 0, [2.0]), ("3600", 7, [])])
+def test_a_hub_that_is_too_busy_for_a_commit(
+    served: TestHub, tmp_path: Path, style: dict[str, bytes], naps: list[float], after: str,
+    code: int, waits: list[float],
+) -> None:  # fmt: skip
+    headers = {"Retry-After": after}
+    served.state.faults = [Fault("POST .*/commit/", "status", 429, 1, headers)]
+    found, text = call(served, tmp_path, *PUSH)
+    assert found == code and naps == waits and (code == 0 or "LT-709" in text), text
+    assert len(served.state.repos["me/style"].commits) == (2 if code == 0 else 1)
+
+
+@pytest.mark.parametrize(("after", "code", "waits"), [("10", 0, [11.0]), ("3600", 7, [])])
+@pytest.mark.parametrize("route", ["PUT /lfs/", "POST .*/preupload/", "POST .*/verify"])
+def test_a_hub_that_is_too_busy_for_an_upload(
+    served: TestHub, tmp_path: Path, style: dict[str, bytes], naps: list[float], route: str,
+    after: str, code: int, waits: list[float],
+) -> None:  # fmt: skip
+    """The client waits as long as it is asked to (and a second), but not for ever."""
+    served.state.faults = [Fault(route, "status", 429, 1, {"Retry-After": after})]
+    found, text = call(served, tmp_path, *PUSH)
+    assert found == code and naps == waits, text
+    if code:
+        assert "LT-709" in text and "3,600 s" in text
+        assert not head_of(served.state.repos["me/style"])
+
+
+def test_a_commit_that_landed_before_the_hub_got_busy(
+    served: TestHub, tmp_path: Path, style: dict[str, bytes], naps: list[float]
+) -> None:
+    headers = {"Retry-After": "3600"}
+    served.state.faults = [Fault("POST .*/commit/", "lose", 503, 1, headers)]
+    code, text = call(served, tmp_path, *PUSH)
+    assert code == 0 and naps == [], text
+    check_pushed(served, tmp_path, "me/style", style)
+
+
+def test_signed_addresses_are_not_shown(
+    served: TestHub, tmp_path: Path, style: dict[str, bytes]
+) -> None:
+    """The client's warnings name the address of an upload; its signature lets anybody write."""
+    served.state.signature = "?X-Amz-Signature=planted"
+    served.state.faults = [Fault("PUT /lfs/", "status")]
+    code, text = run(served, tmp_path, *PUSH, "-v")
+    assert code == 0 and "503" in text and "PUT" in text, text
+    assert "planted" not in text

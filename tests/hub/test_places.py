@@ -81,6 +81,22 @@ def test_a_cache_that_is_a_file(served: TestHub, tmp_path: Path) -> None:
     assert code == 6 and "LT-607" in text and not (tmp_path / "out").exists()
 
 
+def test_a_system_without_links(
+    served: TestHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(1, "Operation not permitted")
+
+    monkeypatch.setattr(Path, "symlink_to", refuse)
+    assert call(served, tmp_path, *PULL)[0] == 0
+    assert tree(tmp_path / "out") == FILES
+    (copy,) = (tmp_path / "hf").rglob(f"snapshots/*/{WEIGHTS}")
+    assert not copy.is_symlink() and copy.read_bytes() == FILES[WEIGHTS]
+    copy.write_bytes(b"x" * len(FILES[WEIGHTS]))  # damaged: made anew from the blob
+    assert call(served, tmp_path, "pull", "me/x", "-o", "again")[0] == 0
+    assert tree(tmp_path / "again") == FILES and served.state.requests["cdn"] == 1
+
+
 def test_a_disk_that_is_too_small(served: TestHub, tmp_path: Path) -> None:
     (tmp_path / "hf").mkdir()
     with mounted(tmp_path / "hf", "-t", "tmpfs", "-o", "size=128k", "tmpfs"):

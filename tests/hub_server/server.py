@@ -311,10 +311,12 @@ class Handler(BaseHTTPRequestHandler):
             row: dict[str, Any] = {"oid": oid, "size": size}
             url = f"{self.origin}/lfs/{oid}"
             if oid not in self.state.objects:
-                upload: dict[str, Any] = {"href": url}
+                upload: dict[str, Any] = {"href": url + self.state.signature}
                 if parts:
                     count = -(-size // parts)
-                    header = {f"{i + 1:05d}": f"{url}/{i + 1}" for i in range(count)}
+                    header = {
+                        f"{i + 1:05d}": f"{url}/{i + 1}{self.state.signature}" for i in range(count)
+                    }
                     header["chunk_size"] = str(parts)
                     upload = {"href": f"{url}/complete", "header": header}
                 row["actions"] = {"upload": upload, "verify": {"href": f"{url}/verify"}}
@@ -402,7 +404,9 @@ class TestHub:
         self._server = _Server(("127.0.0.1", 0), handler)
         self._server.state = self.state
         self.endpoint = f"http://127.0.0.1:{self._server.server_address[1]}"
-        self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
+        self._thread = threading.Thread(
+            target=self._server.serve_forever, args=(0.01,), daemon=True
+        )
 
     def __enter__(self) -> TestHub:
         self._thread.start()

@@ -120,6 +120,7 @@ class HubState:
         self.signatures = 0
         self.signed: Counter[str] = Counter()
         self.part_bytes: int | None = None  # multipart uploads in parts of this size
+        self.signature = ""  # of the addresses of uploads
         self.xet_place: str | None = None  # address of the content store
         self.xet_token = "xet-token-of-this-test-hub"
         self.xet_hashes: dict[str, str] = {}  # sha256 -> name in that store
