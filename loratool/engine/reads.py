@@ -44,9 +44,10 @@ def planned_ranges(plan: Plan, *, elements: int, sample: bool) -> Iterator[Range
         if sample and not blocks:
             continue
         for part in step.parts:
-            yield from (
-                factor_ranges([part.spec]) if isinstance(part, DeltaPart) else _whole([part.source])
-            )
+            if isinstance(part, DeltaPart):
+                yield from factor_ranges([part.spec])
+            elif part.rows is not None:  # a whole tensor's replacement is one of the inputs
+                yield from _whole([part.source])
         if not sample or _sees_whole_base(step):
             yield from _whole(step.inputs)
             continue

@@ -17,6 +17,7 @@ import pytest
 import loratool as lt
 from loratool import cli
 from loratool.cli import options
+from loratool.engine import grid
 from loratool.errors import HubError, UsageError
 from loratool.ops import consent
 from loratool.store import remote_spans
@@ -112,6 +113,24 @@ def test_equal_adapters(near: TestHub, tmp_path: Path) -> None:
             plan()
         assert caught.value.code == "LT-265" and "400 MB" in str(caught.value)
     assert near.state.bytes_sent < 2 * MB + 4 * 2 * factor_bytes(files)
+
+
+def test_a_plan_samples_replaced_tensors(near: TestHub, tmp_path: Path) -> None:
+    """Blocks of both, of 200 MB each; all of the factors."""
+    files = adapter(tmp_path / "a", 1)
+    rows = [(f"{name}.weight", "F32", shape) for name, shape in SHAPES.items()]
+    front, _ = build_header([*rows, ("lm_head.weight", "F32", (100_000, 500))], {})
+    small = sum(4 * out * inner for out, inner in SHAPES.values())
+    base = Large(front, len(front) + small + 200 * MB)
+    near.state.add_repo("me/x", files)
+    near.state.add_repo("me/base", {"config.json": b"{}", "model.safetensors": base})
+    plan = partial(lt.merge, base="hf://me/base", output=tmp_path / "out", dry_run=True)
+    assert plan(["hf://me/x:0.5"]).changed == MODULES + 1
+    cut = grid.blocks((100_000, 500))
+    blocks = 2 * 4 * sum(cut[i].numel for i in (0, len(cut) // 2, -1))
+    tokenizer = 2 * MB  # the adapter's, looked at for new tokens
+    needed = factor_bytes(files) + small + blocks + tokenizer
+    assert needed < near.state.bytes_sent < needed + 300_000
 
 
 def test_expired_addresses_are_resolved_again(near: TestHub, tmp_path: Path) -> None:
