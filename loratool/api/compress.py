@@ -24,7 +24,7 @@ from loratool.errors import UsageError
 from loratool.ops.batch import is_batch, name_of, place_outputs
 from loratool.ops.compress import CompressPlan, at_ranks, names_of, plan_compress, rebuild
 from loratool.ops.compress_options import rank_rule
-from loratool.ops.inputs import Access, guard_output, locate, open_base
+from loratool.ops.inputs import Access, guard_output, open_base, open_one
 from loratool.ops.loads import judge_loads
 from loratool.report import (
     CompressedAdapter,
@@ -34,7 +34,7 @@ from loratool.report import (
 )
 from loratool.store.header import build_header
 from loratool.store.provenance import adapter_id, checkpoint_id, provenance_of
-from loratool.store.source import Resolved, find_adapter
+from loratool.store.source import Resolved
 from loratool.store.writer import check_output
 
 if TYPE_CHECKING:
@@ -196,14 +196,11 @@ def _open(
     texts = [adapters] if isinstance(adapters, (str, Path)) else list(adapters)
     if not texts:
         raise UsageError("LT-221", "no adapter given")
-    found = [locate(str(text), kind="adapter", access=access) for text in texts]
-    targets = place_outputs([name_of(one) for one in found], output)
+    found = [open_one(str(text), read=read, access=access) for text in texts]
+    targets = place_outputs([name_of(one) for one, _ in found], output)
     jobs: list[_Job] = []
-    for resolved, target in zip(found, targets, strict=True):
-        adapter = open_adapter(
-            find_adapter(resolved.path), read, max_header=access.rules.max_header
-        )
-        guard_output(target, [one.path for one in found])
+    for (resolved, adapter), target in zip(found, targets, strict=True):
+        guard_output(target, [one.named for one, _ in found])
         if target == Path(output) or target.parent.exists():
             check_output(target, is_folder=True, force=force)
         jobs.append(_Job(resolved, plan_compress(adapter), target))

@@ -16,22 +16,31 @@ if TYPE_CHECKING:
     from loratool.ops.inputs import Access
 
 
-def open(path: str | Path, *, alpha: float | None = None) -> OpenAdapter:
+def open(
+    path: str | Path,
+    *,
+    alpha: float | None = None,
+    max_header: str | int | None = None,
+    allow_pickle: bool = False,
+) -> OpenAdapter:
     """Open an adapter to look at its tensors.
 
     Args:
         path: adapter folder or file.
         alpha: lora_alpha for files without a configuration.
+        max_header: largest safetensors header accepted, such as ``"64MB"``.
+        allow_pickle: convert pickles first, in a locked process.
 
     Example:
         >>> for module in lt.open("style"):
         ...     print(module.name, module.rank, module.norm())
     """
-    from loratool.dialects import open_adapter
     from loratool.engine.opened import OpenAdapter
-    from loratool.store.source import find_adapter
+    from loratool.ops.inputs import Access, open_one
 
-    return OpenAdapter(open_adapter(find_adapter(Path(path)), ReadOptions(alpha=alpha)))
+    access = Access(offline=True, rules=file_rules(max_header, allow_pickle))
+    resolved, adapter = open_one(str(path), read=ReadOptions(alpha), access=access)
+    return OpenAdapter(adapter, keep=resolved)
 
 
 def inspect(
@@ -83,7 +92,7 @@ def inspect(
     if resolved.note is not None:
         report = replace(report, notes=(resolved.note, *report.notes))
     if risk:
-        report = _with_risk(report, resolved.path, base, alpha, access)
+        report = _with_risk(report, resolved.path, base, alpha, access, device)
     if spectrum or (csv is not None and base is None) or plot is not None:
         report = _with_spectrum(
             report, resolved.path, csv if base is None else None, plot, alpha, threads, access
@@ -99,6 +108,7 @@ def _with_risk(
     base: str | Path | None,
     alpha: float | None,
     access: Access,
+    device: str,
 ) -> InspectReport:
     from loratool.api.risk import measure_risk
     from loratool.dialects import open_adapter
@@ -108,8 +118,11 @@ def _with_risk(
     if report.adapter is None:
         raise UsageError("LT-289", "--risk looks at one adapter", got=f"a {report.what}")
     opened = None if base is None else open_base(str(base), [], access)
-    adapter = open_adapter(find_adapter(path), ReadOptions(alpha=alpha))
-    return replace(report, risk=measure_risk(adapter, opened, yes=access.yes))
+    adapter = open_adapter(
+        find_adapter(path), ReadOptions(alpha=alpha), max_header=access.rules.max_header
+    )
+    found = measure_risk(adapter, opened, device=device, yes=access.yes)
+    return replace(report, risk=found)
 
 
 def _with_base(

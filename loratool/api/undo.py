@@ -136,7 +136,7 @@ def restore_job(job: MergeJob, undo: Undo) -> MergeJob:
         MismatchError: the undo file is for other adapters or other merged weights.
         BadFileError: it is damaged.
     """
-    check_adapters(undo, [(a.adapter, -a.weight) for a in job.adapters])
+    check_adapters(undo, [(a.adapter, a.weight.times(-1)) for a in job.adapters])
     checkpoint = job.base.checkpoint
     plan = plan_restore(job.merge.plan, job.full_names, checkpoint, undo)
     config = {k: REMOVE if v is None else v for k, v in undo.table["config"].items()}

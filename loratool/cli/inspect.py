@@ -66,8 +66,7 @@ _DEAR_SHARE = 0.02
 @opt.network
 @opt.general
 @opt.trust
-@opt.option("--alpha", type=float, metavar="A", section="Advanced",
-            help="lora_alpha of files that have no configuration.")  # fmt: skip
+@opt.alpha
 def command(sources: tuple[str, ...], **options: Any) -> int:
     """Say what adapters and checkpoints hold, from their headers alone: nothing is loaded.
 

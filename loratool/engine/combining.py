@@ -191,9 +191,12 @@ def _combine_dense(
     combiner = DenseCombiner(how.method, how.params, weights, rows * cols, keys)
     height = max(1, grid.CPU_ELEMENTS // cols)
     starts = range(0, rows, height)
+    room = torch.empty(len(factors), min(height, rows), cols)  # one block at a time
 
     def block(index: int, r0: int) -> tuple[Place, torch.Tensor]:
-        values = torch.stack([B[r0 : r0 + height] @ A for B, A in factors])
+        values = room[:, : rows - r0]
+        for out, (B, A) in zip(values, factors, strict=True):
+            torch.mm(B[r0 : r0 + height], A, out=out)
         return Place(index, r0=r0, cols=cols, offset=number * rows * cols), values
 
     while combiner.wants_pass:

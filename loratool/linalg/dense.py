@@ -116,12 +116,12 @@ class DenseCombiner:
 
     def combine(self, place: Place, values: torch.Tensor) -> torch.Tensor:
         """The combined block (m, n); ``values`` as in `see`."""
-        weights = torch.tensor(self.weights, dtype=values.dtype, device=values.device)
+        weights = torch.tensor(self.weights, dtype=values.dtype)
         params: dict[str, Any] = dict(self._params)
         if self._shared is not None:
             assert self._energies is not None
             values = values * self._shared.mask(place, self._variance(values))
-            params["energies"] = self._energies.to(values.device)
+            params["energies"] = self._energies
         elif self._selectors:
             pairs = zip(self._selectors, values, strict=True)
             values = torch.stack([s.apply(place, v) for s, v in pairs])
@@ -132,7 +132,9 @@ class DenseCombiner:
         return values * weights[:, None, None]
 
     def _variance(self, values: torch.Tensor) -> torch.Tensor:
-        return self._weighted(values).var(0, correction=0)
+        """Between the adapters; of a module that one of them has alone, against no change."""
+        weighted = self._weighted(values)
+        return weighted[0].square() if len(weighted) == 1 else weighted.var(0, correction=0)
 
 
 def combine_whole(

@@ -4,7 +4,8 @@ The table of an undo file::
 
     plan            identity of the merge's plan
     block_elements  block size of the digests' grid
-    adapters        [{"weight", "files": name -> sha256}] in order
+    adapters        [{"weight", "files": name -> sha256, "modules": digest of weights per module,
+                    where there are some}] in order
     config          dotted key of config.json -> value in the base, null = absent
     tensors         name -> {"from", "dtype", "shape", "view", "base", "merged"}
     created         tensors that the base has not
@@ -12,12 +13,15 @@ The table of an undo file::
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from loratool.adapter import Adapter, TensorRef
 from loratool.errors import BadFileError, MismatchError
+from loratool.ops.weights import Weight
 from loratool.plan import DeltaPart, Part, Plan, ShardPlan, Step, TensorSpec
 from loratool.store.checkpoint import Checkpoint
 from loratool.store.provenance import adapter_id
@@ -75,7 +79,7 @@ def _taken_out(parts: Sequence[Part]) -> tuple[Part, ...]:
 
 def undo_table(
     plan: Plan, merge_id: str, created: Sequence[str], results: Mapping[str, Any], elements: int,
-    adapters: Sequence[tuple[Adapter, float]], config: Mapping[str, Any],
+    adapters: Sequence[tuple[Adapter, Weight]], config: Mapping[str, Any],
 ) -> dict[str, Any]:  # fmt: skip
     """The table of an undo file (see the module).
 
@@ -91,7 +95,7 @@ def undo_table(
     return {
         "plan": merge_id,
         "block_elements": elements,
-        "adapters": [{"weight": w, "files": adapter_id(a)} for a, w in adapters],
+        "adapters": [_row(a, w) for a, w in adapters],
         "config": dict(config),
         "created": sorted(created),
         "tensors": {
@@ -108,18 +112,14 @@ def undo_table(
     }
 
 
-def check_adapters(undo: Undo, adapters: Sequence[tuple[Adapter, float]]) -> None:
+def check_adapters(undo: Undo, adapters: Sequence[tuple[Adapter, Weight]]) -> None:
     """Refuse other adapters or weights than those that were merged.
 
     Raises:
         MismatchError: they differ.
     """
-
-    def identity(files: Mapping[str, str], weight: float) -> tuple[Any, ...]:
-        return (*sorted(v for k, v in files.items() if k.endswith(".safetensors")), weight)
-
-    want = sorted(identity(a["files"], a["weight"]) for a in undo.table["adapters"])
-    given = sorted(identity(adapter_id(a), w) for a, w in adapters)
+    want = sorted(_identity(row) for row in undo.table["adapters"])
+    given = sorted(_identity(_row(a, w)) for a, w in adapters)
     if want != given:
         raise MismatchError(
             "LT-452", "the undo file was made for other adapters or weights", file=undo.path,
@@ -127,9 +127,23 @@ def check_adapters(undo: Undo, adapters: Sequence[tuple[Adapter, float]]) -> Non
         )  # fmt: skip
 
 
+def _row(adapter: Adapter, weight: Weight) -> dict[str, Any]:
+    row = {**weight.to_json(), "files": adapter_id(adapter)}
+    if weight.by_name:
+        text = json.dumps(sorted(weight.by_name.items()))
+        row["modules"] = hashlib.sha256(text.encode()).hexdigest()[:16]
+    return row
+
+
+def _identity(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    files = sorted(v for k, v in row["files"].items() if k.endswith(".safetensors"))
+    return (*files, row["weight"], row.get("modules", ""))
+
+
 def _words(identity: tuple[Any, ...]) -> str:
-    *files, weight = identity
-    return "+".join(f[:12] for f in files) + f":{weight:g}"
+    *files, weight, modules = identity
+    own = f" with weights {modules[:6]} per module" if modules else ""
+    return "+".join(f[:12] for f in files) + f":{weight:g}{own}"
 
 
 def plan_restore(subtract: Plan, names: Mapping[int, str], merged: Checkpoint, undo: Undo) -> Plan:
