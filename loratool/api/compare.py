@@ -257,7 +257,7 @@ def _with_files(
 ) -> CompareReport:
     from dataclasses import replace
 
-    from loratool.report.chart import draw_comparison
+    from loratool.report.compare_chart import draw_comparison
     from loratool.report.csvfile import write_comparison
 
     files = []

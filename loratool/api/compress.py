@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,14 +17,13 @@ from loratool.api.common import (
     option_values,
     parse_size,
     plan_resources,
-    recorded_name,
 )
 from loratool.dialects import open_adapter, write_adapter_files
 from loratool.errors import UsageError
 from loratool.ops.batch import is_batch, name_of, place_outputs
 from loratool.ops.compress import CompressPlan, at_ranks, names_of, plan_compress, rebuild
 from loratool.ops.compress_options import rank_rule
-from loratool.ops.inputs import Access, guard_output, open_base, open_one
+from loratool.ops.inputs import Access, guard_output, open_one
 from loratool.ops.loads import judge_loads
 from loratool.report import (
     CompressedAdapter,
@@ -112,21 +111,12 @@ def compress(
         size=limit,
         has_base=base is not None,
     )
+    options = option_values(**rule, size=limit, rank_auto=base is not None)
     read = read or ReadOptions()
     access = Access(offline, yes, file_rules(max_header, allow_pickle))
     jobs = _open(adapters, output, read, access, force)
-    named, base_input = None, {}
     if base is not None:
-        opened = open_base(str(base), [], access)
-        where = opened.resolved.pinned or base  # one commit for all adapters
-        named = opened.resolved.pinned or recorded_name(Path(base))
-        row = {"role": "base", "files": checkpoint_id(opened.checkpoint)}
-        base_input = {content_label(opened.resolved, {}): row}
-        jobs = [
-            replace(job, caps=_noise_ranks(job, where, read, access, threads, max_memory))
-            for job in jobs
-        ]
-    options = option_values(**rule, size=limit, rank_auto=base is not None, base=named)
+        jobs = _cap_all(jobs, base, read, access, threads, max_memory)
     total = sum(s.nbytes for j in jobs for spec in j.plan.specs for s in spec.fields.values())
     done = 0
 
@@ -141,14 +131,14 @@ def compress(
     reports = []
     for job in jobs:
         resources = plan_resources(
-            job.plan.steps("factor", [{}] * len(job.plan.specs)), device="cpu", threads=threads,
-            max_memory=max_memory, chunk_bytes=None, sample=False, progress=None,
+            job.plan.steps("factor", [{"rule": rule}] * len(job.plan.specs)), device="cpu",
+            threads=threads, max_memory=max_memory, chunk_bytes=None, sample=False, progress=None,
         )  # fmt: skip
         made = _compress(job, rule, limit, resources, advance)
         record = {}
         if provenance:
-            label = content_label(job.resolved, base_input)
-            inputs = {label: adapter_id(job.plan.adapter), **base_input}
+            inputs = {content_label(job.resolved, job.base): adapter_id(job.plan.adapter)}
+            inputs |= job.base
             record = provenance_of("compress", options=options, inputs=inputs)
         if not dry_run:
             _write(job, made.files, record, force)
@@ -167,6 +157,8 @@ class _Job:
     target: Path
     caps: Sequence[int | None] | None = None
     """Noise rank of each spec, None where it has none; None without ``--rank auto``."""
+    base: Mapping[str, Any] = field(default_factory=dict)
+    """The base of ``--rank auto`` by name and content, as provenance records it."""
 
     @property
     def original(self) -> AdapterFiles:
@@ -207,24 +199,46 @@ def _open(
     return jobs
 
 
-def _noise_ranks(
+def _cap_all(
+    jobs: Sequence[_Job],
+    base: str | Path,
+    read: ReadOptions,
+    access: Access,
+    threads: int | None,
+    max_memory: str | int | None,
+) -> list[_Job]:
+    """`_capped_by_noise` for every adapter, by one commit of the base that was named."""
+    capped: list[_Job] = []
+    for job in jobs:
+        capped.append(_capped_by_noise(job, base, read, access, threads, max_memory))
+        name = capped[-1].base["base"]["name"]
+        if name.startswith("hf://") and str(base) != "auto":
+            base = name
+    return capped
+
+
+def _capped_by_noise(
     job: _Job,
     base: str | Path,
     read: ReadOptions,
     access: Access,
     threads: int | None,
     max_memory: str | int | None,
-) -> list[int | None]:
-    """What a merge into the base can resolve, per spec."""
+) -> _Job:
+    """With what a merge into the base can resolve as the largest rank of each spec."""
     from loratool.api.look import look_at_base
 
-    found = look_at_base(
+    found, opened = look_at_base(
         job.resolved.path, base, read=read, access=access, device="cpu", threads=threads,
         max_memory=max_memory,
     )  # fmt: skip
     ranks = {m.name: m.noise_rank for m in found.modules}
     known = [ranks.get(spec.name) for spec in job.plan.specs]
-    return [None if rank is None else int(rank) for rank in known]
+    label = content_label(opened.resolved, {})
+    return replace(
+        job, caps=[None if rank is None else int(rank) for rank in known],
+        base={"base": {"name": label, "files": checkpoint_id(opened.checkpoint)}},
+    )  # fmt: skip
 
 
 def _compress(

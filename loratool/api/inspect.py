@@ -135,20 +135,20 @@ def _with_base(
     device: str,
     threads: int | None,
 ) -> InspectReport:
-    from loratool.api.look import look_at_base, write_csv
-    from loratool.api.spectrum import check_files
-    from loratool.errors import UsageError
+    from loratool.api.look import look_at_base
     from loratool.ops.loss import WARN_LOSS
+    from loratool.report.chart import refuse_existing
+    from loratool.report.csvfile import write_look
 
     if report.adapter is None:
         raise UsageError("LT-208", "--base is for one adapter", file=path, got=f"a {report.what}")
-    csv_path = None if csv is None else Path(csv)
-    check_files(csv_path, None)
-    found = look_at_base(
+    if csv is not None:
+        refuse_existing(Path(csv))
+    found, _ = look_at_base(
         path, base, read=ReadOptions(alpha=alpha), access=access, device=device, threads=threads
     )
-    if csv_path is not None:
-        write_csv(found, csv_path)
+    if csv is not None:
+        write_look(found, Path(csv))
     warnings = report.warnings
     if found.total.loss > WARN_LOSS:
         warnings += (
@@ -167,25 +167,28 @@ def _with_spectrum(
     threads: int | None,
     access: Access,
 ) -> InspectReport:
-    from loratool.api.spectrum import check_files, measure_spectrum, write_csv
+    from loratool.api.spectrum import measure_spectrum
     from loratool.dialects import open_adapter
+    from loratool.report.chart import check_chart, refuse_existing
+    from loratool.report.csvfile import write_spectrum
     from loratool.store.source import find_adapter
 
     if report.adapter is None:
         raise UsageError(
             "LT-208", "a spectrum is that of one adapter", file=path, got=f"a {report.what}"
         )
-    csv_path, plot_path = (None if p is None else Path(p) for p in (csv, plot))
-    check_files(csv_path, plot_path)
+    check_chart(plot)
+    if csv is not None:
+        refuse_existing(Path(csv))
     adapter = open_adapter(
         find_adapter(path), ReadOptions(alpha=alpha), max_header=access.rules.max_header
     )
     found = measure_spectrum(adapter, threads=threads, yes=access.yes)
-    if csv_path is not None:
-        write_csv(found, csv_path)
-    if plot_path is not None:
-        from loratool.api.plot import draw_spectrum
+    if csv is not None:
+        write_spectrum(found, Path(csv))
+    if plot is not None:
+        from loratool.report.spectrum_chart import draw_spectrum
 
         title = f"{report.adapter.label} · {len(found.modules)} modules"
-        draw_spectrum(found, plot_path, title=title)
+        draw_spectrum(found, Path(plot), title=title)
     return replace(report, spectrum=found)

@@ -315,7 +315,7 @@ def _report(
         *_cast_note(sums),
         *_exact_note(sums),
     ]
-    checked = sum(s.op.startswith("patched_") for s in plan.steps)
+    checked = sum(s.op == "complete" for s in plan.steps)
     if checked:
         notes.append(f"{checked} tensors are the fine-tune's, bit for bit (checked)")
     if job.base.resolved.note:

@@ -31,7 +31,7 @@ from loratool.store.provenance import adapter_id, checkpoint_id, provenance_of
 from loratool.store.source import AdapterArgument
 
 if TYPE_CHECKING:
-    from loratool.store.residual_file import Residual
+    from loratool.ops.residual import Residual
     from loratool.store.sidecar import Sidecar
 
 

@@ -9,10 +9,9 @@ from typing import NoReturn
 from loratool.api.merge_job import NameOptions
 from loratool.errors import UsageError
 from loratool.ops.inputs import OpenedAdapter
-from loratool.ops.residual import bind_options, check_adapter
+from loratool.ops.residual import Residual, bind_options, check_adapter, read_residual
 from loratool.ops.weights import Weight
 from loratool.store.provenance import adapter_id
-from loratool.store.residual_file import Residual, read_residual
 
 
 def open_residual(

@@ -21,9 +21,9 @@ from loratool.ops.subtract import (
     require_swappable,
     without_replacements,
 )
+from loratool.ops.undo import read_undo
 from loratool.report import DifferenceReport, SubtractReport, SwapReport
 from loratool.store.provenance import read_record
-from loratool.store.undo import read_undo
 
 
 def subtract(

@@ -66,6 +66,10 @@ def read_origin(record: Mapping[str, Any]) -> Origin:
         {k: v for k, v in part.items() if isinstance(k, str)} if isinstance(part, Mapping) else {}
         for part in (record.get("inputs"), record.get("options"))
     )
+    row = inputs.get("base")  # of a command whose output is no merge into it
+    if isinstance(row, Mapping) and isinstance(row.get("name"), str):
+        inputs = {k: v for k, v in inputs.items() if k != "base"}
+        inputs[row["name"]] = {"role": "base"}
     bases = [k for k, v in inputs.items() if isinstance(v, Mapping) and v.get("role") == "base"]
     pinned = _PINNED.fullmatch(bases[0]) if bases else None
     shown = ", ".join(

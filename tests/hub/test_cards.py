@@ -64,11 +64,12 @@ def test_rank_by_a_base_of_the_hub(models: TestHub, tmp_path: Path) -> None:
     two = [tmp_path / "style", tmp_path / "other"]
     lt.compress(two, output=f"{tmp_path}/small/", rank="auto", base="hf://me/base")
     looks = [p for p, _ in models.state.bodies if p.startswith("/api/models/")]
-    assert [base in p for p in looks] == [False, True, True]
+    assert [base in p for p in looks] == [False, True]
     for name in ("style", "other"):
         record = json.loads((tmp_path / "small" / name / "loratool.json").read_text())
-        assert list(record["inputs"]) == [name, f"hf://me/base@{base}"]
-        assert record["options"]["base"] == f"hf://me/base@{base}"
+        assert list(record["inputs"]) == [name, "base"]
+        assert record["inputs"]["base"]["name"] == f"hf://me/base@{base}"
+        assert f"- hf://me/base@{base} (base)" in card_of(tmp_path / "small" / name)[1]
 
 
 def test_merged_into_a_base_of_the_hub(models: TestHub, tmp_path: Path) -> None:
