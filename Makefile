@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 TEST_ENV := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive HF_HUB_OFFLINE=1
 WORKERS ?= 2
 
-.PHONY: demo test test-hub-old lint types test-slow test-gpu faults fuzz bench clean
+.PHONY: demo test test-hub-old test-olah lint types test-slow test-gpu faults fuzz bench clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -63,3 +63,9 @@ test-hub-old: $(VENV)/.tested
 	$(VENV)-hub-old/bin/python -m pip --quiet --disable-pip-version-check install -c constraints.txt \
 		huggingface_hub==1.33.0 pytest hypothesis -e .
 	HF_HOME=$(VENV)-hub-old/hf OMP_NUM_THREADS=1 $(VENV)-hub-old/bin/python -m pytest tests/hub
+
+# `pull` from a mirror that nobody here wrote.
+test-olah: $(VENV)/.tested
+	$(PYTHON) -m venv $(VENV)-olah
+	$(VENV)-olah/bin/python -m pip --quiet --disable-pip-version-check install olah
+	PATH="$(VENV)-olah/bin:$$PATH" $(TEST_ENV) $(BIN)/python -m pytest -n 0 -rs tests/hub/test_olah.py

@@ -18,6 +18,9 @@ from typing import Any, ClassVar
 TOKEN = re.compile(r"hf_[A-Za-z0-9]{20,}")
 """What access tokens of the Hub look like."""
 
+NEEDS_CONSENT = "LT-265"
+"""Of the usage error about a download that nobody has agreed to."""
+
 _LOGIN = re.compile(r"(?<=://)[^/\s@]+@")
 _SECRET_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 _SHORTEST_SECRET = 8  # shorter values would blank out ordinary words
@@ -30,6 +33,17 @@ def redact(text: str) -> str:
         if len(secret) >= _SHORTEST_SECRET:
             text = text.replace(secret, "***")
     return _LOGIN.sub("***@", TOKEN.sub("hf_***", text))
+
+
+places: dict[str, str] = {}
+"""Folder of stand-ins for files elsewhere -> what the user knows it as."""
+
+
+def _said(value: object) -> str:
+    text = str(value)
+    for folder, name in places.items():
+        text = text.replace(folder, name)
+    return redact(text)
 
 
 class LoratoolError(Exception):
@@ -60,11 +74,11 @@ class LoratoolError(Exception):
     ) -> None:
         self.code = code
         self.what = redact(what)
-        self.file = None if file is None else redact(str(file))
-        self.key = None if key is None else redact(str(key))
-        self.expected = None if expected is None else redact(str(expected))
-        self.got = None if got is None else redact(str(got))
-        self.hint = None if hint is None else redact(hint)
+        self.file = None if file is None else _said(file)
+        self.key = None if key is None else _said(key)
+        self.expected = None if expected is None else _said(expected)
+        self.got = None if got is None else _said(got)
+        self.hint = None if hint is None else _said(hint)
         super().__init__(self.message())
 
     def message(self) -> str:

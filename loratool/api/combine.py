@@ -18,11 +18,12 @@ from loratool.methods import Method, find_method, parse_params
 from loratool.ops.adapter_summary import dtype_word
 from loratool.ops.batch import output_folder
 from loratool.ops.combine import arc_weights, dense_bytes, plan_combine, rank_of
+from loratool.ops.consent import agree_to_read
 from loratool.ops.inputs import Access, OpenedAdapter, guard_output, open_adapters
 from loratool.ops.loads import judge_loads
 from loratool.ops.memory import TORCH_BYTES
 from loratool.ops.rank_options import MAX_RANK
-from loratool.ops.sums import SumPlan
+from loratool.ops.sums import SumPlan, compared_ranges
 from loratool.ops.weights import Weight, read_module_weights, rules_json, unused_rules
 from loratool.report import CombineReport, DifferenceReport, Loads, SumModuleReport, share_of
 from loratool.store.provenance import adapter_id, provenance_of
@@ -85,12 +86,13 @@ def combine(
         row = find_method("svd")
     values = parse_params(row, params or {})
     _check_rank(rank)
+    access = access or Access()
     rules = read_module_weights(Path(module_weights), len(adapters)) if module_weights else ()
     if minus and weights is not None and len(weights) == len(adapters) - 1:
         weights = (1.0, *weights)
     opened = open_adapters(
-        adapters, weights=weights, mean=mean, read=read or ReadOptions(),
-        access=access or Access(), rules=rules,
+        adapters, weights=weights, mean=mean, read=read or ReadOptions(), access=access,
+        rules=rules,
     )  # fmt: skip
     if minus:
         opened = _less_the_others(opened)
@@ -102,6 +104,7 @@ def combine(
         rank = max((s.rank for a, _ in weighed for s in a.specs), default=1)
     target = output_folder(output)
     guard_output(target, [o.resolved.named for o in opened])
+    agree_to_read(compared_ranges([a for a, _ in weighed]), yes=access.yes)
     plan = plan_combine(weighed, row, verb="subtracted" if minus else "merged")
     plan = replace(plan, notes=(*plan.notes, *unused_rules([o.adapter for o in opened], rules)))
     if wanted := parse_dtype(dtype):

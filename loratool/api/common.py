@@ -182,9 +182,7 @@ def content_label(source: Resolved, used: Mapping[str, Any]) -> str:
 
     A Hub source has its full reference, ``hf://owner/name@commit/sub``; a path its last part.
     """
-    name = recorded_name(source.path) or "input"
-    if source.commit:
-        name = "hf://" + source.label.replace(f"@{source.commit[:7]}", f"@{source.commit}", 1)
+    name = source.pinned or recorded_name(source.path) or "input"
     label, number = name, 1
     while label in used:
         number += 1

@@ -21,6 +21,7 @@ from loratool.ops.compare import (
     has_same_factors,
     layer_of,
 )
+from loratool.ops.consent import agree_to_read
 from loratool.ops.inputs import Access, open_one
 from loratool.report import ComparedModule, CompareReport
 from loratool.report.chart import check_chart, refuse_existing
@@ -34,6 +35,7 @@ _SAME = 16.0
 """‖ΔW₁ − ΔW₂‖ below so many roundings of the storage type is no difference: another gauge of the
 same product, B·R and R⁻¹·A, is stored with a rounding per element times the condition of R."""
 _MOST_ROUNDING = 0.01
+_COMPUTED = 1e-6  # what ‖ΔW − ΔW‖ may come out as, of factors in float64
 
 
 def compare(
@@ -58,7 +60,7 @@ def compare(
         csv: a table to write: a row per module, or the matrix.
         alpha: lora_alpha for files without a configuration.
         offline: never touch the network.
-        yes: agree to large downloads.
+        yes: agree to read more than 100 MB of factors from the Hub.
         max_header: largest safetensors header accepted, such as ``"64MB"``.
         allow_pickle: convert pickles first, in a locked process.
 
@@ -76,15 +78,20 @@ def compare(
     check_chart(plot)
     if csv is not None:
         refuse_existing(Path(csv))
-    access, read = Access(offline, yes, file_rules(max_header, allow_pickle)), ReadOptions(alpha)
+    access = Access(offline, yes, file_rules(max_header, allow_pickle), in_place=True)
+    read = ReadOptions(alpha)
     found = [open_one(text, read=read, access=access) for text in adapters]
     opened = [adapter for _, adapter in found]
     labels = _labels([resolved.label for resolved, _ in found])
     aligned = align(opened)
     from loratool.engine.factors import make_env
+    from loratool.engine.reads import factor_ranges
     from loratool.store.reader import FileReader
 
+    ranges = [r for adapter in opened for r in factor_ranges(adapter.specs)]
+    agree_to_read(ranges, yes=yes)
     with FileReader() as reader:
+        reader.expect(ranges)
         env = make_env(reader)
         if len(opened) == 2:
             report = _compare_two(opened, labels, aligned, env, started)
@@ -128,13 +135,17 @@ def _compare_two(
     cosine = _cosine(math.fsum(inner), norms[0] * norms[1])
     apart = _ratio(math.sqrt(math.fsum(difference)), max(norms))
     replaced = find_replacements(*adapters)
-    same_rest = all(r.where == "both" and r.identical for r in replaced)
     limit = min(_MOST_ROUNDING, _SAME * max(_half_step(a) for a in adapters))
+    # Only then are bytes compared, which takes reading all factors once more.
+    is_close = math.isnan(apart) or apart <= max(limit, _COMPUTED)
     verdict = "different"
-    if same_rest and has_same_factors(aligned):
-        verdict = "equal"
-    elif same_rest and not math.isnan(apart) and apart <= limit:
-        verdict = "same change"
+    if is_close and all(r.where == "both" and r.identical is not False for r in replaced):
+        if has_same_factors(aligned):
+            verdict = "equal"
+        elif apart <= limit:
+            verdict = "same change"
+        if verdict != "different" and any(r.identical is None for r in replaced):
+            verdict = "undecided"
     elements = sum(m.elements for m in modules)
     return CompareReport(
         adapters=tuple(labels),

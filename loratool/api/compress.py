@@ -57,6 +57,7 @@ def compress(
     force: bool = False,
     dry_run: bool = False,
     offline: bool = False,
+    yes: bool = False,
     provenance: bool = True,
     max_header: str | int | None = None,
     allow_pickle: bool = False,
@@ -83,6 +84,7 @@ def compress(
         force: replace earlier loratool outputs.
         dry_run: compute everything, write nothing.
         offline: never touch the network.
+        yes: agree to large downloads.
         provenance: record inputs and options in the output.
         max_header: largest safetensors header accepted, such as ``"64MB"``.
         allow_pickle: convert pickles first, in a locked process.
@@ -111,10 +113,10 @@ def compress(
     )
     options = option_values(**rule, size=limit, rank_auto=base is not None)
     read = read or ReadOptions()
-    access = Access(offline, rules=file_rules(max_header, allow_pickle))
+    access = Access(offline, yes, file_rules(max_header, allow_pickle))
     jobs = _open(adapters, output, read, access, force)
     if base is not None:
-        jobs = [_capped_by_noise(job, base, read, access, threads, max_memory) for job in jobs]
+        jobs = _cap_all(jobs, base, read, access, threads, max_memory)
     total = sum(s.nbytes for j in jobs for spec in j.plan.specs for s in spec.fields.values())
     done = 0
 
@@ -135,7 +137,8 @@ def compress(
         made = _compress(job, rule, limit, resources, advance)
         record = {}
         if provenance:
-            inputs = {"adapter": adapter_id(job.plan.adapter), **job.base}
+            inputs = {content_label(job.resolved, job.base): adapter_id(job.plan.adapter)}
+            inputs |= job.base
             record = provenance_of("compress", options=options, inputs=inputs)
         if not dry_run:
             _write(job, made.files, record, force)
@@ -194,6 +197,24 @@ def _open(
             check_output(target, is_folder=True, force=force)
         jobs.append(_Job(resolved, plan_compress(adapter), target))
     return jobs
+
+
+def _cap_all(
+    jobs: Sequence[_Job],
+    base: str | Path,
+    read: ReadOptions,
+    access: Access,
+    threads: int | None,
+    max_memory: str | int | None,
+) -> list[_Job]:
+    """`_capped_by_noise` for every adapter, by one commit of the base that was named."""
+    capped: list[_Job] = []
+    for job in jobs:
+        capped.append(_capped_by_noise(job, base, read, access, threads, max_memory))
+        name = capped[-1].base["base"]["name"]
+        if name.startswith("hf://") and str(base) != "auto":
+            base = name
+    return capped
 
 
 def _capped_by_noise(

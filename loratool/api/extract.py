@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from loratool.adapter import AdapterFiles
 from loratool.api.common import (
     Resources,
+    content_label,
     file_rules,
     option_values,
     parse_size,
@@ -114,7 +115,8 @@ def extract(
     )
     if names not in ("v4", "v5"):
         raise UsageError("LT-226", "unknown --names", expected="v4 or v5", got=names)
-    access, target = Access(offline, yes, file_rules(max_header, allow_pickle)), Path(output)
+    rules, target = file_rules(max_header, allow_pickle), Path(output)
+    access = Access(offline, yes, rules, in_place=dry_run)
     if not dry_run:  # before a long download, not after it
         guard_output(target, [p for p in map(Path, (tuned, base)) if p.exists()])
         check_output(target, is_folder=True, force=force)
@@ -155,10 +157,10 @@ def extract(
         **asked, exact=exact, keep=list(keep), include=list(include), exclude=list(exclude),
         names=None if names == "v5" else names, device=resources.run.device.type,
     )  # fmt: skip
-    inputs = {
-        "tuned": checkpoint_id(tuned_opened.checkpoint),
-        "base": checkpoint_id(base_opened.checkpoint),
-    }
+    inputs: dict[str, Any] = {}
+    for role, opened in (("tuned", tuned_opened), ("base", base_opened)):
+        label = content_label(opened.resolved, inputs)
+        inputs[label] = {"role": role, "files": checkpoint_id(opened.checkpoint)}
     record = provenance_of("extract", options=options, inputs=inputs)
     if save_residual is not None:
         _check_residual_path(Path(save_residual), target, force)
@@ -173,7 +175,7 @@ def extract(
         restart=restart, inputs=stamps,
     ) as staged:  # fmt: skip
         results = _run(plan, resources, staged, stamps)
-        outcomes, files = _assemble(plan, results, keep, base, base_opened, limit)
+        outcomes, files = _assemble(plan, results, keep, base_opened, limit)
         run_notes = tuple(staged.notes)
         written = fill_adapter(staged, files, record=record if provenance else {})
     residual = None
@@ -181,9 +183,9 @@ def extract(
         from loratool.api.residual import save_residual as save
 
         residual = save(
-            Path(save_residual), adapter=target, base=base, tuned=tuned_opened, access=access,
-            threads=threads, max_memory=max_memory, force=force, provenance=provenance,
-            progress=progress,
+            Path(save_residual), adapter=target, base=base_opened.resolved.pinned or base,
+            tuned=tuned_opened, access=access, threads=threads, max_memory=max_memory,
+            force=force, provenance=provenance, progress=progress,
         )  # fmt: skip
     plan = replace(plan, notes=(*run_notes, *plan.notes))
     return written_report(
@@ -236,11 +238,11 @@ def _assemble(
     plan: ExtractPlan,
     results: list[Any],
     keep: Sequence[str],
-    base: str | Path,
     base_opened: OpenedBase,
     limit: int | None,
 ) -> tuple[list[Outcome], AdapterFiles]:
-    label = str(base) if base_opened.resolved.commit else recorded_name(base_opened.resolved.path)
+    resolved = base_opened.resolved
+    label = resolved.repo_id or recorded_name(resolved.path)
 
     def build(found: list[Any]) -> tuple[list[Outcome], AdapterFiles]:
         adapter, outcomes = assemble(
@@ -250,12 +252,20 @@ def _assemble(
             adapter, "peft", base_config=base_opened.checkpoint.config,
             base_tensors=plan.memory_names.values(),
         )  # fmt: skip
+        if resolved.commit:  # where PEFT looks for the base's revision
+            files = with_config(files, revision=resolved.commit)
         return outcomes, files
 
     built = build(results)
     if limit is None or _file_bytes(built[1]) <= limit:
         return built
     return build(_spend(plan, results, built[1], limit))
+
+
+def with_config(files: AdapterFiles, **more: Any) -> AdapterFiles:
+    """The same files with more keys in the configuration."""
+    changed = {name: {**config, **more} for name, config in files.json_files.items()}
+    return replace(files, json_files=changed)
 
 
 def _file_bytes(files: AdapterFiles) -> int:

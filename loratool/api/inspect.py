@@ -56,6 +56,7 @@ def inspect(
     device: str = "auto",
     threads: int | None = None,
     offline: bool = False,
+    yes: bool = False,
     max_header: str | int | None = None,
     allow_pickle: bool = False,
 ) -> InspectReport:
@@ -74,6 +75,7 @@ def inspect(
         device: ``auto``, ``cpu`` or ``cuda[:n]``, for ``base``.
         threads: workers for ``spectrum`` and ``base``.
         offline: never touch the network.
+        yes: agree to large downloads, and to read more than 100 MB of factors from the Hub.
         max_header: largest safetensors header accepted, such as ``"64MB"``.
         allow_pickle: convert pickles first, in a locked process.
     """
@@ -81,7 +83,7 @@ def inspect(
     from loratool.ops.summary import summarize
 
     # Of a base most weights are read: that is a download, which is asked for.
-    access = Access(offline, rules=file_rules(max_header, allow_pickle))
+    access = Access(offline, yes, file_rules(max_header, allow_pickle))
     resolved = locate(str(source), kind="any", access=replace(access, in_place=True))
     report = summarize(
         resolved.path, tensors=tensors, alpha=alpha, source=str(source), label=resolved.label,
@@ -93,8 +95,7 @@ def inspect(
         report = _with_risk(report, resolved.path, base, alpha, access, device)
     if spectrum or (csv is not None and base is None) or plot is not None:
         report = _with_spectrum(
-            report, resolved.path, csv if base is None else None, plot, alpha, threads,
-            access.rules.max_header,
+            report, resolved.path, csv if base is None else None, plot, alpha, threads, access
         )  # fmt: skip
     if base is not None:
         report = _with_base(report, resolved.path, base, csv, alpha, access, device, threads)
@@ -120,7 +121,8 @@ def _with_risk(
     adapter = open_adapter(
         find_adapter(path), ReadOptions(alpha=alpha), max_header=access.rules.max_header
     )
-    return replace(report, risk=measure_risk(adapter, opened, device=device))
+    found = measure_risk(adapter, opened, device=device, yes=access.yes)
+    return replace(report, risk=found)
 
 
 def _with_base(
@@ -163,7 +165,7 @@ def _with_spectrum(
     plot: str | Path | None,
     alpha: float | None,
     threads: int | None,
-    max_header: int,
+    access: Access,
 ) -> InspectReport:
     from loratool.api.spectrum import measure_spectrum
     from loratool.dialects import open_adapter
@@ -178,8 +180,10 @@ def _with_spectrum(
     check_chart(plot)
     if csv is not None:
         refuse_existing(Path(csv))
-    adapter = open_adapter(find_adapter(path), ReadOptions(alpha=alpha), max_header=max_header)
-    found = measure_spectrum(adapter, threads=threads)
+    adapter = open_adapter(
+        find_adapter(path), ReadOptions(alpha=alpha), max_header=access.rules.max_header
+    )
+    found = measure_spectrum(adapter, threads=threads, yes=access.yes)
     if csv is not None:
         write_spectrum(found, Path(csv))
     if plot is not None:

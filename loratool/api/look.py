@@ -12,6 +12,7 @@ from loratool.api.common import plan_resources
 from loratool.api.merge_job import NameOptions, prepare_merge
 from loratool.dtypes import DTYPES
 from loratool.ops.bind import BindOptions
+from loratool.ops.consent import agree_to_read
 from loratool.ops.inputs import Access, OpenedBase
 from loratool.plan import DeltaPart, Plan
 from loratool.report.look import AdapterLook, Sums, combine
@@ -38,6 +39,7 @@ def look_at_base(
     Raises:
         LoratoolError: as `merge`: whatever does not bind cannot be looked at.
     """
+    from loratool.engine.reads import factor_ranges
     from loratool.engine.run import execute
     from loratool.store.reader import FileReader
 
@@ -46,6 +48,7 @@ def look_at_base(
         access=access, dtype=None, shard_bytes=None, output=None, with_provenance=False,
     )  # fmt: skip
     plan = plan_look(job.merge.plan)
+    agree_to_read(factor_ranges(job.adapters[0].adapter.specs), yes=access.yes)
     resources = plan_resources(
         plan, device=device, threads=threads, max_memory=max_memory, chunk_bytes=None,
         sample=False, progress=None,

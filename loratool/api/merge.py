@@ -26,6 +26,7 @@ from loratool.api.undo import plan_undo, write_undo
 from loratool.engine.grid import CPU_ELEMENTS
 from loratool.ops.bind import BindOptions
 from loratool.ops.combine import check_options, combination_args
+from loratool.ops.consent import agree_to_read
 from loratool.ops.input_notes import base_notes, input_warnings, nonfinite_warning
 from loratool.ops.inputs import Access, guard_output
 from loratool.ops.merge import index_files
@@ -216,6 +217,10 @@ def merge(
         peak = max(peak, patching.memory.peak_bytes)
     run_notes: list[str] = []
     if dry_run:
+        from loratool.engine.reads import planned_ranges
+
+        block = resources.run.elements
+        agree_to_read(planned_ranges(job.merge.plan, elements=block, sample=True), yes=yes)
         results = _predict(job, resources)
     else:
         results, run_notes = _write(job, resources, before_commit, force=force, restart=restart)

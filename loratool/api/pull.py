@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from loratool.errors import HubError, OutputError, UsageError
-from loratool.report.pull import PulledFile, PullReport
+from loratool.errors import OutputError, UsageError
+from loratool.report.pull import PulledAdapter, PulledFile, PullReport
+
+if TYPE_CHECKING:
+    from loratool.store.hub_listing import ListedFile, Listing
 
 
 def pull(
@@ -15,16 +19,22 @@ def pull(
     *,
     output: str | Path | None = None,
     everything: bool = False,
+    force: bool = False,
     dry_run: bool = False,
     offline: bool = False,
     yes: bool = False,
 ) -> PullReport:
-    """Fetch an adapter from the Hub; every file is checked against the Hub's listed hash.
+    """Fetch adapters from the Hub; every file is checked against the Hub's listed hash.
+
+    The adapter at the top of the repository; where there is none, all those in it, in the
+    folders where they lie.
 
     Args:
         repo: ``owner/name[@revision]`` or ``hf://owner/name[@revision][/sub/path]``.
         output: folder to create; None = the shared cache.
         everything: all files, not only the adapter's.
+        force: replace an earlier output or an unchanged copy of the repository's files; a copy
+            that is up to date stays.
         dry_run: list, fetch nothing.
         offline: make no connection; the cache's own hashes are checked.
         yes: consent to a download of more than 1 GB.
@@ -32,81 +42,116 @@ def pull(
     Raises:
         UsageError: a large download without consent.
         HubError: the Hub does not give it, or gives other bytes than it lists (LT-710).
-        OutputError: the output exists.
+        OutputError: LT-501, the output exists; LT-521, and must not be replaced.
     """
     from loratool.store import hub
-    from loratool.store.hub_fetch import ASK_BYTES
-    from loratool.store.hub_files import adapter_files, candidates
-    from loratool.store.hub_listing import bytes_to_fetch, fetch_verified, list_cached, list_commit
+    from loratool.store.hub_fetch import find_commit
+    from loratool.store.hub_files import all_adapters, nothing_there, other_adapters
+    from loratool.store.hub_listing import list_cached
+    from loratool.store.output_path import check_free, check_place
     from loratool.store.source import parse_reference
 
     reference = parse_reference(repo)
+    sub, prefix = reference.sub, f"{reference.sub}/" if reference.sub else ""
     if output is not None and not dry_run:
-        _check_free(Path(output))
-    find = list_cached if hub.is_offline(offline) else list_commit
+        check_place(Path(output))
+        if not force:
+            check_free(Path(output), is_folder=True, force=False)
+    find = list_cached if hub.is_offline(offline) else find_commit
     listing = find(reference.repo_id, reference.revision)
-    prefix = f"{reference.sub}/" if reference.sub else ""
     names = [f.name for f in listing.files]
+    found = all_adapters(names, sub)
+    chosen = {n for files in found.values() for n in files}
     if everything:
-        chosen = [n for n in names if n.startswith(prefix)]
-    else:
-        chosen = adapter_files(names, reference.sub)
+        chosen = {n for n in names if n.startswith(prefix) or n == sub}
     if not chosen:
-        raise HubError(
-            "LT-704", "the repository holds no adapter", file=reference.repo_id,
-            key=reference.sub or None, got=candidates(names),
-            hint="name one: hf://owner/name/PATH; or --all for every file",
-        )  # fmt: skip
+        raise nothing_there(listing.repo_id, names, "adapter", sub)
     wanted = [f for f in listing.files if f.name in chosen]
     files = tuple(PulledFile(f.name, f.size, f.digest) for f in wanted)
+    others = other_adapters(names, chosen)
+    adapters = tuple(PulledAdapter(place) for place in found)
+    report = PullReport(
+        reference.repo_id, listing.commit, None, files, adapters, others, dry_run=dry_run
+    )
     if dry_run:
-        return PullReport(reference.repo_id, listing.commit, None, files, dry_run=True)
+        return report
+    if output is None:
+        paths = _fetch(listing, wanted, yes=yes)
+        folder, is_current = paths[0].parents[wanted[0].name.count("/")], False
+    else:
+        folder = Path(output)
+        local = [_local(f.name, sub) for f in wanted]
+        top = sub.rpartition("/")[0] if sub in names else sub
+        is_current = _write(listing, wanted, folder, local, top, force=force, yes=yes)
+        paths = [folder / name for name in local]
+    by_name = {f.name: path for f, path in zip(wanted, paths, strict=True)}
+    adapters = tuple(
+        PulledAdapter(place, _base_of(by_name.get(_config(place, names)))) for place in found
+    )
+    return replace(report, output=str(folder), adapters=adapters, is_current=is_current)
+
+
+def _local(name: str, sub: str) -> str:
+    """Where a file of the repository comes to lie."""
+    return name.rpartition("/")[2] if name == sub else name.removeprefix(f"{sub}/")
+
+
+def _config(place: str, names: Sequence[str]) -> str:
+    """The configuration of an adapter, a folder or a file."""
+    folder = place.rpartition("/")[0] if place in names else place
+    return f"{folder}/adapter_config.json".lstrip("/")
+
+
+def _fetch(listing: Listing, wanted: Sequence[ListedFile], *, yes: bool) -> list[Path]:
+    from loratool.store.hub_fetch import ASK_BYTES
+    from loratool.store.hub_listing import bytes_to_fetch, fetch_verified
+
     need = 0 if listing.cached else bytes_to_fetch(listing, wanted)
     if need > ASK_BYTES and not yes:
         raise UsageError(
-            "LT-265", "a large download needs consent", file=reference.repo_id,
+            "LT-265", "a large download needs consent", file=listing.repo_id,
             got=f"{need / 1e9:.1f} GB to download", hint="-y downloads it",
         )  # fmt: skip
-    paths = fetch_verified(listing, wanted)
-    base = next((_base_of(p) for p in paths if p.name == "adapter_config.json"), None)
-    if output is None:
-        folder = paths[0]
-        for _ in Path(wanted[0].name).parts:
-            folder = folder.parent
-    else:
-        folder = Path(output)
-        local = [Path(n).name if n == reference.sub else n.removeprefix(prefix) for n in chosen]
-        _copy(dict(zip(chosen, local, strict=True)), files, paths, folder, listing.commit)
-    return PullReport(reference.repo_id, listing.commit, str(folder), files, base)
+    return fetch_verified(listing, wanted)
 
 
-def _check_free(folder: Path) -> None:
-    """Before anything is fetched; a pulled folder has no marker, so nothing is ever replaced."""
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise OutputError(
-            "LT-501", "the output exists", file=folder, hint="choose another -o, or remove it"
-        )
-
-
-def _copy(
-    local: dict[str, str],
-    files: tuple[PulledFile, ...],
-    paths: list[Path],
+def _write(
+    listing: Listing,
+    wanted: Sequence[ListedFile],
     folder: Path,
-    commit: str,
-) -> None:
+    local: Sequence[str],
+    top: str,
+    *,
+    force: bool,
+    yes: bool,
+) -> bool:
+    """Fetch files into a folder under their local names; True if it held exactly these."""
+    from loratool.store.hub_copy import holds_exactly, is_copy
+    from loratool.store.output_path import is_own_output
     from loratool.store.writer import StagedOutput
 
-    content = json.dumps([commit, *((f.name, f.digest) for f in files)])
-    plan_id = hashlib.sha256(content.encode()).hexdigest()
-    with StagedOutput(folder, is_folder=True, plan_id=plan_id) as staged:
-        for file, path in zip(files, paths, strict=True):
-            staged.copy_file(local[file.name], path)
+    def is_own(path: Path) -> bool:
+        return is_own_output(path) or is_copy(path, listing.repo_id, top)
+
+    if force and folder.exists():
+        if holds_exactly(folder, {n: f.digest for n, f in zip(local, wanted, strict=True)}):
+            return True
+        if not is_own(folder):
+            raise OutputError(
+                "LT-521", "--force replaces an earlier output or an unchanged copy of the "
+                "repository, and this is neither", file=folder,
+                hint="choose another -o, or remove it yourself",
+            )  # fmt: skip
+    paths = _fetch(listing, wanted, yes=yes)
+    with StagedOutput(folder, is_folder=True, plan_id=None, force=force, is_own=is_own) as staged:
+        for name, path in zip(local, paths, strict=True):
+            staged.copy_file(name, path)
         staged.commit()
+    return False
 
 
-def _base_of(path: Path) -> str | None:
+def _base_of(config: Path | None) -> str | None:
     from loratool.store.jsonfile import load_json
 
-    value = load_json(path).get("base_model_name_or_path")
+    value = None if config is None else load_json(config).get("base_model_name_or_path")
     return value if isinstance(value, str) and value else None

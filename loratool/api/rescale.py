@@ -93,7 +93,8 @@ def rescale(
     if not math.isfinite(factor):
         raise UsageError("LT-262", "not a factor", got=factor, expected="a plain decimal number")
     wanted, patterns = parse_dtype(dtype), parse_only(only)
-    access, read = Access(offline, yes, file_rules(max_header, allow_pickle)), ReadOptions(alpha)
+    access = Access(offline, yes, file_rules(max_header, allow_pickle), in_place=dry_run)
+    read = ReadOptions(alpha)
     found = [open_one(text, read=read, access=access) for text in adapters]
     targets = place_outputs([name_of(resolved) for resolved, _ in found], output)
     for target in targets:
@@ -179,10 +180,9 @@ def _mitigate(
     found = mitigate(adapter, base, factor)
     record: dict[str, Any] = {}
     if options is not None:
-        inputs = {
-            content_label(job.resolved, {}): adapter_id(adapter),
-            "base": checkpoint_id(base.checkpoint),
-        }
+        inputs: dict[str, Any] = {content_label(job.resolved, {}): adapter_id(adapter)}
+        label = content_label(base.resolved, inputs)
+        inputs[label] = {"role": "base", "files": checkpoint_id(base.checkpoint)}
         record = provenance_of("rescale", options=options, inputs=inputs)
     files = _files(job.plan, found.tensors)
     size = write_adapter(files, job.target, record=record, force=force, extras=adapter.extras)

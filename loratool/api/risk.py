@@ -13,6 +13,7 @@ from loratool.errors import MismatchError
 from loratool.ops.additive import is_grouped
 from loratool.ops.bind import BoundDelta, bind
 from loratool.ops.compare import family_of, layer_of
+from loratool.ops.consent import agree_to_read
 from loratool.ops.inputs import OpenedBase
 from loratool.ops.merge import matrix_view
 from loratool.plan import DeltaPart
@@ -27,7 +28,11 @@ _MIN_FAMILY = 4  # modules, fewer have no deviation worth a name
 
 
 def measure_risk(
-    adapter: Adapter, base: OpenedBase | None = None, *, device: str = "auto"
+    adapter: Adapter,
+    base: OpenedBase | None = None,
+    *,
+    device: str = "auto",
+    yes: bool = False,
 ) -> RiskStatistics:
     """Statistics of every additive module; intruder dimensions if there is a base.
 
@@ -35,17 +40,23 @@ def measure_risk(
         adapter: opened.
         base: what it was trained on.
         device: for intruder dimensions; ``auto`` takes a GPU if there is one.
+        yes: consent to reading much from the Hub.
 
     Raises:
         MismatchError: the adapter does not belong to the base.
         NumericError: NaN or infinity.
+        UsageError: LT-265, much would be read from the Hub without consent.
     """
     from loratool.engine.factors import make_env
+    from loratool.engine.reads import factor_ranges
     from loratool.engine.risk import measure_module
     from loratool.store.reader import FileReader
 
     specs = [s for s in adapter.specs if _has_numbers(s)]
+    ranges = list(factor_ranges(specs))
+    agree_to_read(ranges, yes=yes)
     with FileReader() as reader:
+        reader.expect(ranges)
         env = make_env(reader)
         intruders = {} if base is None else _all_intruders(adapter, base, _on(device, env))
         rows = []

@@ -4,17 +4,27 @@ from __future__ import annotations
 
 from loratool.adapter import Adapter, DeltaSpec
 from loratool.api.common import plan_resources
+from loratool.ops.consent import agree_to_read
 from loratool.plan import DeltaPart, Plan, Step, TensorSpec
 from loratool.report import AdapterSpectrum
 from loratool.report.spectrum import describe
 
 
-def measure_spectrum(adapter: Adapter, *, threads: int | None = None) -> AdapterSpectrum:
-    """Singular values of every additive low-rank delta; ΔW is never formed."""
+def measure_spectrum(
+    adapter: Adapter, *, threads: int | None = None, yes: bool = False
+) -> AdapterSpectrum:
+    """Singular values of every additive low-rank delta; ΔW is never formed.
+
+    Raises:
+        UsageError: LT-265, much would be read from the Hub without consent.
+        NumericError: NaN or infinity.
+    """
+    from loratool.engine.reads import factor_ranges
     from loratool.engine.run import execute
     from loratool.store.reader import FileReader
 
     specs = [s for s in adapter.specs if _has_spectrum(s)]
+    agree_to_read(factor_ranges(specs), yes=yes)
     steps = [
         Step("spectrum", TensorSpec(s.name, "F32", (1, 1)), (), (1, 1), (DeltaPart(s, 1.0),),
              args={"keep_going": True})

@@ -118,6 +118,7 @@ def _subtract_adapters(
             bool(options.get("offline")),
             bool(options.get("yes")),
             file_rules(options.get("max_header"), bool(options.get("allow_pickle"))),
+            in_place=bool(options.get("dry_run")),
         ),
         force=bool(options.get("force")),
         dry_run=bool(options.get("dry_run")),

@@ -70,6 +70,7 @@ def _pair(report: CompareReport, voice: Voice) -> Iterator[str]:
     verdict = {
         "equal": ("equal", "the same factors, bit for bit", "good"),
         "same change": ("the same change", f"other factors, ΔW differs by {apart:.1e}", "good"),
+        "undecided": ("undecided", "the same change, but for replaced tensors not read", "warn"),
     }.get(report.verdict)
     cosine = report.matrix[0][1]
     if verdict:
@@ -93,8 +94,9 @@ def _pair(report: CompareReport, voice: Voice) -> Iterator[str]:
         yield from _modules(report) if voice.verbose else _families(report)
         yield ""
     for row in report.replacements:
+        both = {True: "the same bytes", False: "different", None: "not read: on the Hub"}
         words = {"first": f"only in {one}", "second": f"only in {two}"}.get(
-            row.where, "in both, the same bytes" if row.identical else "in both, different"
+            row.where, f"in both, {both[row.identical]}"
         )
         yield line("replaced", f"{safe(row.name)} {words}")
     rows = [(safe(d.key), safe(d.first, cap=60), safe(d.second, cap=60))

@@ -80,7 +80,7 @@ class Ratio(click.ParamType[float]):
             help="Folder to create; for many adapters the folder of theirs.")  # fmt: skip
 @opt.writing
 @opt.workers
-@opt.offline
+@opt.network
 @opt.general
 @opt.trust
 @opt.reading

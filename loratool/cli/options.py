@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import click
+
+from loratool.cli.render import safe
+from loratool.errors import NEEDS_CONSENT, UsageError
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -40,6 +44,18 @@ class Command(click.Command):
         super().__init__(*args, **kwargs)
         self.examples = examples
 
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run; at a terminal a large download is asked for, elsewhere ``-y`` agrees."""
+        try:
+            return super().invoke(ctx)
+        except UsageError as error:
+            if error.code != NEEDS_CONSENT or not _can_ask(ctx):
+                raise
+            if not click.confirm(f"{safe(error.what)}: {safe(error.got)}. Go on?", err=True):
+                raise
+        ctx.params["yes"] = True
+        return super().invoke(ctx)
+
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the options, section by section."""
         for section in SECTIONS:
@@ -57,6 +73,12 @@ class Command(click.Command):
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the examples."""
         write_examples(formatter, self.examples)
+
+
+def _can_ask(ctx: click.Context) -> bool:
+    """True if somebody is there to answer."""
+    is_watched = sys.stdin is not None and sys.stdin.isatty() and sys.stderr.isatty()
+    return is_watched and not ctx.params.get("as_json") and not ctx.params.get("yes", True)
 
 
 HELP_SETTINGS: dict[str, Any] = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
@@ -166,17 +188,14 @@ def general(command: F) -> F:
     return command
 
 
-def offline(command: F) -> F:
-    """``--offline``."""
-    return option(
-        "--offline", is_flag=True, section="General", help="Never touch the network."
-    )(command)  # fmt: skip
-
-
 def network(command: F) -> F:
     """``--offline`` and ``-y``."""
-    add = option("-y", "--yes", is_flag=True, section="General", help="Agree to large downloads.")
-    return offline(add(command))
+    for add in (
+        option("-y", "--yes", is_flag=True, section="General", help="Agree to large downloads."),
+        option("--offline", is_flag=True, section="General", help="Never touch the network."),
+    ):  # fmt: skip
+        command = add(command)
+    return command
 
 
 def workers(command: F) -> F:

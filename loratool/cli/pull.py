@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from loratool.cli import options as opt
-from loratool.cli.render import format_bytes, line, plural, safe, table
+from loratool.cli.render import format_bytes, line, plural, safe, some, table
 from loratool.cli.voice import Voice
 from loratool.report.pull import PullReport
 
@@ -20,6 +20,7 @@ from loratool.report.pull import PullReport
     examples=(
         "loratool pull me/style -o style",
         "loratool pull me/style@v2                # into the shared cache",
+        "loratool pull me/loras -o loras          # all adapters of the repository",
         "loratool pull hf://me/loras/style -o style",
     ),
 )
@@ -28,19 +29,22 @@ from loratool.report.pull import PullReport
             help="Folder to create. Default: the shared cache.")  # fmt: skip
 @opt.option("--all", "everything", is_flag=True, section="Input",
             help="Every file, not only the adapter's.")  # fmt: skip
+@opt.option("--force", is_flag=True, section="Output",
+            help="Replace an earlier output or an unchanged copy of the repository.")  # fmt: skip
 @opt.option("--dry-run", is_flag=True, section="Output", help="List the files; fetch nothing.")
 @opt.network
 @opt.general
 def command(**options: Any) -> int:
     """Fetch an adapter at one commit and check every file against the Hub's hashes.
 
-    The base model is named, not fetched.
+    The adapter at the top of the repository is taken; where there is none, all those in it, and
+    they keep their folders. The base model is named, not fetched.
     """
     from loratool import api
-    from loratool.store.hub_push import hide_progress
+    from loratool.store.hub_client import prepare_client
 
     voice = Voice.take(options)
-    hide_progress(always=voice.quiet or voice.as_json)
+    prepare_client(quiet=voice.quiet or voice.as_json)
     report = api.pull(options.pop("repo"), **options)
     voice.show(report, _render(report), result=[safe(report.output, cap=4000)])
     return 0
@@ -52,7 +56,14 @@ def _render(report: PullReport) -> Iterator[str]:
                total, "nothing fetched" if report.dry_run else "verified")  # fmt: skip
     rows = [(safe(f.name), format_bytes(f.size)) for f in report.files]
     yield from table(rows, ("file", "size"), right=(1,))
-    if report.base_model:
-        yield line("base", f"{safe(report.base_model)} (not fetched)")
+    if len(report.adapters) > 1:
+        yield line("adapters", str(len(report.adapters)), some([a.place for a in report.adapters]))
+    bases = sorted({a.base_model for a in report.adapters if a.base_model})
+    if bases:
+        yield line("base", f"{some(bases)} (not fetched)")
+    if report.others:
+        one = f"hf://{report.repo}/{report.others[0]}"
+        yield line("also there", some(report.others), f"pull {safe(one, cap=400)}")
     if report.output:
-        yield line("wrote", safe(report.output, cap=4000))
+        what = "up to date" if report.is_current else "wrote"
+        yield line(what, safe(report.output, cap=4000))

@@ -44,10 +44,10 @@ def command(**options: Any) -> int:
     set on creation only. The login is that of `hf auth login` or HF_TOKEN.
     """
     from loratool import api
-    from loratool.store.hub_push import hide_progress
+    from loratool.store.hub_client import prepare_client
 
     voice = Voice.take(options)
-    hide_progress(always=voice.quiet or voice.as_json)
+    prepare_client(quiet=voice.quiet or voice.as_json)
     report = api.push(options.pop("path"), options.pop("repo"), **options)
     voice.show(report, _render(report, voice), result=[report.pull_request or report.commit or ""])
     return 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from loratool.engine.buffers import ByteBuffer, Scratch, from_bytes
 from loratool.engine.device import default_threads, exact_arithmetic
 from loratool.engine.kernel import Env, Kernel
 from loratool.engine.kernels import KERNELS
+from loratool.engine.reads import cut_step, planned_ranges
 from loratool.engine.sink import CheckpointSink
 from loratool.plan import Plan, Step
 from loratool.store.reader import FileReader
@@ -84,6 +85,7 @@ def execute(
         Results of the steps that have one, in plan order (results of shards that an earlier run
         completed come as the dictionaries in its journal).
     """
+    reader.expect(planned_ranges(plan, elements=options.elements, sample=options.sample))
     run = _Run(plan, reader, sink, options, take)
     with exact_arithmetic():
         return run.execute()
@@ -161,12 +163,12 @@ class _Run:
                 if skipped[step.shard]:
                     self._advance(sum(i.nbytes for i in step.inputs))
                     continue
-            pieces = self._pieces(step)
-            if self.options.sample:
-                if step.op != "add_deltas" or not pieces:
-                    continue
-                whole = [b for p in pieces for b in p]
-                pieces = [[whole[i]] for i in sorted({0, len(whole) // 2, len(whole) - 1})]
+            pieces = cut_step(
+                step, elements=self.options.elements, chunk=self.options.chunk,
+                sample=self.options.sample,
+            )  # fmt: skip
+            if self.options.sample and not pieces:
+                continue
             maker = KERNELS.get(step.op)
             job = _Job(index, step, maker(step, self.env) if maker else None, len(pieces))
             if not pieces:
@@ -181,19 +183,6 @@ class _Run:
             self.carried.extend(earlier)
             return True
         return self.sink.clone(shard)
-
-    def _pieces(self, step: Step) -> list[list[grid.Block]]:
-        if step.op in ("copy", "compare_bytes"):
-            cut = grid.blocks(step.view, 1 << 16)
-            return grid.chunks(cut, self.options.chunk)
-        widest = max(DTYPES[s.dtype].bits // 8 for s in (*step.inputs, step.output))
-        cut = grid.blocks(step.view, self.options.elements)
-        pairs = len(step.args["names"]) if "names" in step.args else 1
-        return [
-            [replace(block, pair=pair) for block in piece]
-            for pair in range(pairs)
-            for piece in grid.chunks(cut, self.options.chunk // widest)
-        ]
 
     def _work(self) -> None:
         try:

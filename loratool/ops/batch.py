@@ -64,5 +64,7 @@ def name_of(found: Resolved) -> str:
     A Hub snapshot lies in a folder named by its commit: its label tells the repository.
     """
     if found.commit:
-        return found.label.split("@")[0].rpartition("/")[2]
+        repo, _, place = found.label.partition("@")
+        inside = place.partition("/")[2]
+        return (inside or repo).rpartition("/")[2].removesuffix(".safetensors")
     return found.path.resolve().name.removesuffix(".safetensors")

@@ -7,11 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from loratool.adapter import Adapter, DeltaSpec
+from loratool.adapter import Adapter, DeltaSpec, Source, TensorRef
 from loratool.errors import MismatchError
 from loratool.ops.additive import matrix_shape, require_additive, require_factors
 from loratool.report import ComparedReplacement, Difference
-from loratool.store.reader import have_same_bytes
+from loratool.store.reader import are_of_one_file, have_same_bytes
+from loratool.store.remote import remote_file
 
 # Fields that say nothing about what the adapter computes, and lists whose order means nothing.
 _QUIET = {"peft_version", "inference_mode", "auto_mapping", "lora_dropout", "loratool"}
@@ -102,18 +103,26 @@ def find_differences(one: Adapter, two: Adapter) -> list[Difference]:
 
 
 def find_replacements(one: Adapter, two: Adapter) -> list[ComparedReplacement]:
-    """Replaced tensors of both, compared byte for byte."""
+    """Replaced tensors of both, compared byte for byte where they are on this machine."""
     mine = {(r.name, r.rows): r for r in one.replacements}
     theirs = {(r.name, r.rows): r for r in two.replacements}
     found = [
-        ComparedReplacement(
-            key[0], "both", have_same_bytes([mine[key].source, theirs[key].source])
-        )
+        ComparedReplacement(key[0], "both", _are_same(mine[key].source, theirs[key].source))
         for key in mine if key in theirs
     ]  # fmt: skip
     found += [ComparedReplacement(key[0], "first") for key in mine if key not in theirs]
     found += [ComparedReplacement(key[0], "second") for key in theirs if key not in mine]
     return found
+
+
+def _are_same(one: Source, two: Source) -> bool | None:
+    """None if it would take reading from the Hub: these tensors can be as large as a model."""
+    if (one.dtype, one.shape) != (two.dtype, two.shape):
+        return False
+    sources = [s for s in (one, two) if isinstance(s, TensorRef)]
+    if not any(remote_file(s.file) for s in sources) or are_of_one_file(sources):
+        return have_same_bytes([one, two])
+    return None
 
 
 def has_same_factors(aligned: Aligned) -> bool:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from loratool.adapter import Adapter, DeltaSpec, Replacement
+from loratool.adapter import Adapter, DeltaSpec, Replacement, TensorRef
 from loratool.dialects.peft_version import square_experts_rule
 from loratool.errors import MismatchError, UsageError, list_some
 from loratool.ops.additive import (
@@ -18,7 +18,8 @@ from loratool.ops.additive import (
 )
 from loratool.ops.weights import Weight
 from loratool.plan import DeltaPart
-from loratool.store.reader import have_same_bytes
+from loratool.store.reader import are_of_one_file, have_same_bytes
+from loratool.store.remote_spans import Range
 
 _ONE = 1e-12
 _WAYS_OUT = {
@@ -233,6 +234,18 @@ def _replacements(
         names = _few(found[0][0].name for found in mixed)
         notes.append(f"{len(mixed)} replaced tensors are averaged: {names}")
     return tuple(kept), tuple(mixed), notes
+
+
+def compared_ranges(adapters: Sequence[Adapter]) -> Iterator[Range]:
+    """Replaced tensors that several adapters have: planning a sum compares their bytes."""
+    found: dict[str, list[TensorRef]] = {}
+    for adapter in adapters:
+        for one in adapter.replacements:
+            if isinstance(one.source, TensorRef):
+                found.setdefault(one.name, []).append(one.source)
+    for refs in found.values():
+        if len(refs) > 1 and not are_of_one_file(refs):
+            yield from ((ref.file, ref.start, ref.nbytes) for ref in refs)
 
 
 def _check_experts(adapters: Sequence[Adapter]) -> None:

@@ -96,12 +96,13 @@ class ComparedReplacement:
     Attributes:
         name: tensor.
         where: ``both``, ``first`` or ``second``.
-        identical: every byte equal (``both`` only).
+        identical: every byte equal (``both`` only); None if they were not read, because they
+            are on the Hub.
     """
 
     name: str
     where: str
-    identical: bool = False
+    identical: bool | None = False
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,8 @@ class CompareReport(Report):
         norms: ‖ΔW‖_F of each, over all its modules.
         matrix: pairwise cosines over all modules (a module that one lacks counts as zero).
         verdict: two adapters: ``equal`` (every byte that counts), ``same change`` (equal up to
-            the rounding of their storage type) or ``different``; "" for more.
+            the rounding of their storage type), ``different``, or ``undecided`` (one of the
+            first two, but for replaced tensors that were not read); "" for more.
         relative_difference: two: ‖ΔW₁ − ΔW₂‖ / max(‖ΔW₁‖, ‖ΔW₂‖) over all modules.
         modules: two: every shared module.
         only: modules of one adapter alone, per adapter.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from loratool.report.base import Report
 
@@ -18,6 +18,19 @@ class PulledFile:
 
 
 @dataclass(frozen=True)
+class PulledAdapter:
+    """An adapter of the repository.
+
+    Attributes:
+        place: its folder or file in the repository, "" for the top.
+        base_model: the base that its configuration names; it is not fetched.
+    """
+
+    place: str
+    base_model: str | None = None
+
+
+@dataclass(frozen=True)
 class PullReport(Report):
     """Result of `loratool.pull`.
 
@@ -25,9 +38,11 @@ class PullReport(Report):
         repo: ``owner/name``.
         commit: the commit that all files are of.
         output: folder that holds them, None with ``dry_run``.
-        files: what was fetched.
-        base_model: the base that the adapter names; it is not fetched.
+        files: what was fetched, or is there.
+        adapters: those among the files.
+        others: folders of the repository with adapters that were not asked for.
         dry_run: nothing was fetched.
+        is_current: the output held exactly these files, and nothing was fetched.
     """
 
     command: ClassVar[str] = "pull"
@@ -35,5 +50,17 @@ class PullReport(Report):
     commit: str
     output: str | None
     files: tuple[PulledFile, ...]
-    base_model: str | None = None
+    adapters: tuple[PulledAdapter, ...] = ()
+    others: tuple[str, ...] = ()
     dry_run: bool = False
+    is_current: bool = False
+
+    @property
+    def base_model(self) -> str | None:
+        """The base that all adapters name, None if they differ or name none."""
+        named = {a.base_model for a in self.adapters}
+        return named.pop() if len(named) == 1 else None
+
+    def to_json(self) -> dict[str, Any]:
+        """The report as plain JSON types, with ``base_model``."""
+        return super().to_json() | {"base_model": self.base_model}

@@ -34,7 +34,7 @@ def list_adapters(folder: Path) -> list[Path]:
     return [
         folder / name
         for name in _names(folder)
-        if (name.endswith(".safetensors") and not _is_model_file(name))
+        if (name.endswith(".safetensors") and not is_model_file(name))
         or name.endswith(".gguf")
         or ((folder / name).is_dir() and is_adapter_folder(folder / name))
     ]
@@ -54,7 +54,7 @@ def find_adapter(path: Path) -> Path:
         return path
     names = _names(path)
     own = [n for n in names if _OWN_FILE.fullmatch(n)]
-    files = [n for n in names if n.endswith(".safetensors") and not _is_model_file(n)]
+    files = [n for n in names if n.endswith(".safetensors") and not is_model_file(n)]
     if "adapter_config.json" in names and (files or not any(map(is_pickle_name, names))):
         return path
     if len(own) == 1:
@@ -74,10 +74,10 @@ def find_adapter(path: Path) -> Path:
 
 
 def _refuse(path: Path, names: list[str]) -> None:
-    if any(_is_model_file(n) for n in names):
+    if any(is_model_file(n) for n in names):
         raise MismatchError(
             "LT-491", "this is a base model, not an adapter", file=path,
-            got=list_some(n for n in names if _is_model_file(n)),
+            got=list_some(n for n in names if is_model_file(n)),
             hint="--base names the base model",
         )  # fmt: skip
     pickles = [n for n in names if _OWN_PICKLE.fullmatch(n)] or [
@@ -95,7 +95,8 @@ def _refuse(path: Path, names: list[str]) -> None:
     )  # fmt: skip
 
 
-def _is_model_file(name: str) -> bool:
+def is_model_file(name: str) -> bool:
+    """True for the fixed names of base models' weights: ``model.safetensors``, shards, indices."""
     if name.endswith(".safetensors.index.json"):
         return not name.startswith("adapter")
     stem = _SHARD.sub("", name.removesuffix(".safetensors"))

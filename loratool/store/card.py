@@ -23,28 +23,31 @@ class CardFacts:
 
     Attributes:
         repo: ``owner/name``.
-        relation: of the model to its base: ``adapter`` or ``merge``.
+        relation: of the model to its base: ``adapter`` or ``merge``; None = not known, and the
+            card claims none.
         base: the base's name on the Hub, None if it is not known.
         base_revision: its commit or branch, None if it is not known.
-        library: ``peft``, ``diffusers`` or ``transformers``.
+        library: ``peft``, ``diffusers`` or ``transformers``; None if none loads it as it is.
         tags: for the Hub's search.
         pipeline: the Hub's task, None if it is not known.
         facts: label -> value, shown as a table.
         modules: (modules, count, ranks), shown as a table.
         made: how it was made, one sentence; None if nothing says.
+        inputs: from what, a line each.
         usage: (heading, language, code).
     """
 
     repo: str
-    relation: str
+    relation: str | None
     base: str | None
     base_revision: str | None
-    library: str
+    library: str | None
     tags: tuple[str, ...] = ()
     pipeline: str | None = None
     facts: Mapping[str, str] = field(default_factory=dict)
     modules: tuple[tuple[str, str, str], ...] = ()
     made: str | None = None
+    inputs: tuple[str, ...] = ()
     usage: tuple[tuple[str, str, str], ...] = ()
 
 
@@ -85,15 +88,19 @@ def _split(card: str) -> tuple[dict[str, Any], str]:
 
 def _updated(front: Mapping[str, Any], facts: CardFacts) -> dict[str, Any]:
     updated = dict(front)
-    if facts.base is not None:
+    if facts.base is not None and facts.relation is None:
+        updated.setdefault("base_model", facts.base[:_LONGEST])  # a name in config.json: a hint
+    elif facts.base is not None:
         updated["base_model"] = facts.base[:_LONGEST]
         updated["base_model_relation"] = facts.relation
-    updated.setdefault("library_name", facts.library)
+    if facts.library is not None:
+        updated.setdefault("library_name", facts.library)
     if facts.pipeline is not None:
         updated.setdefault("pipeline_tag", facts.pipeline)
     tags = updated.get("tags")
     had = [tags] if isinstance(tags, str) else tags if isinstance(tags, list) else []
-    updated["tags"] = [*had, *(t[:_LONGEST] for t in facts.tags if t not in had)]
+    if "tags" in updated or facts.tags:
+        updated["tags"] = [*had, *(t[:_LONGEST] for t in facts.tags if t not in had)]
     return updated
 
 
@@ -106,11 +113,7 @@ def _join(front: Mapping[str, Any], text: str) -> str:
 
 def _text_of(facts: CardFacts) -> str:
     name = facts.repo.rpartition("/")[2]
-    kind = "adapter for" if facts.relation == "adapter" else "merge into"
-    base = f"[{facts.base}](https://huggingface.co/{facts.base})" if facts.base else "a base model"
-    if facts.base and facts.base_revision:
-        base += f" at revision `{_plain(facts.base_revision)}`"
-    parts = [f"# {name}", f"A {_plain(facts.facts.get('method', 'LoRA'))} {kind} {base}."]
+    parts = [f"# {name}", _subject(facts)]
     rows = [f"| {_plain(k)} | {_plain(v)} |" for k, v in facts.facts.items()]
     parts.append("\n".join(["| | |", "|---|---|", *rows]))
     if facts.modules:
@@ -119,8 +122,24 @@ def _text_of(facts: CardFacts) -> str:
     for heading, language, code in facts.usage:
         parts.append(f"## {heading}\n\n```{language}\n{code}\n```")
     if facts.made:
-        parts.append(f"## How it was made\n\n{_plain(facts.made)}")
+        rows = [f"- {_plain(name)}" for name in facts.inputs[:_MOST_ROWS]]
+        parts.append(f"## How it was made\n\n{_plain(facts.made)}" + (", from" if rows else ""))
+        if rows:
+            parts.append("\n".join(rows))
     return "\n\n".join(parts) + "\n"
+
+
+def _subject(facts: CardFacts) -> str:
+    """What it is, in one sentence."""
+    base = f"[{facts.base}](https://huggingface.co/{facts.base})" if facts.base else ""
+    if facts.base and facts.base_revision:
+        base += f" at revision `{_plain(facts.base_revision)}`"
+    method = _plain(facts.facts.get("method", "LoRA"))
+    if facts.relation == "adapter":
+        return f"A {method} adapter for {base or 'a base model'}."
+    if facts.relation == "merge":
+        return f"{base or 'A base model'} with adapters merged into its weights."
+    return f"A {method} based on {base}." if base else f"A {method}."
 
 
 def _plain(value: str) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from loratool.errors import BadFileError, DiskError, UnsafeContentError
+from loratool.store.remote import bring
 
 PICKLE_HINT = "get the safetensors file; --allow-pickle converts this one in a locked process"
 _FETCH_LFS = "git lfs pull (or hf download) brings the real file"
@@ -67,8 +68,10 @@ def open_regular(path: Path, *, shown: object | None = None) -> BinaryIO:
         BadFileError: there is no such file.
         UnsafeContentError: a folder, FIFO, socket or device.
         DiskError: no permission, or an input/output error.
+        HubError: it is a small file on the Hub, which does not give it.
     """
     shown = path if shown is None else shown
+    bring(path)
     try:
         _require_regular(path.stat().st_mode, shown)
         # O_NONBLOCK: if the file is exchanged for a FIFO right now, opening must not hang.

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 from loratool.errors import DiskError, HubError, UsageError
@@ -46,21 +45,6 @@ BASE_FILES = (
     "COPYING*",
     "USE_POLICY*",
 )
-
-
-@dataclass(frozen=True)
-class RemoteFile:
-    """A file of a repository.
-
-    Attributes:
-        name: path inside the repository.
-        size: bytes, None if the Hub does not say.
-        is_cached: already on this machine.
-    """
-
-    name: str
-    size: int | None
-    is_cached: bool
 
 
 def is_offline(offline: bool = False) -> bool:
@@ -109,33 +93,6 @@ def snapshot(
             )
         )
     return path, path.name
-
-
-def list_files(
-    repo_id: str, revision: str | None, *, allow_patterns: Sequence[str] | None = None
-) -> tuple[RemoteFile, ...]:
-    """Files of a repository with their sizes, sorted by name, without fetching any.
-
-    Raises:
-        HubError: missing, gated, no access, or not reachable (a cached copy may still serve).
-        UsageError: ``repo_id`` cannot be a repository.
-    """
-    from huggingface_hub import errors, snapshot_download
-
-    with plain_errors(repo_id, revision):
-        try:
-            found = snapshot_download(
-                repo_id,
-                revision=revision,
-                allow_patterns=None if allow_patterns is None else list(allow_patterns),
-                dry_run=True,
-            )
-        except errors.DryRunError as error:
-            if isinstance(error.__cause__, Exception):
-                raise error.__cause__ from None
-            raise errors.LocalEntryNotFoundError("no listing") from error
-    files = (RemoteFile(f.filename, f.file_size, f.is_cached) for f in found)
-    return tuple(sorted(files, key=lambda f: f.name))
 
 
 @contextmanager

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-from loratool.errors import HubError, UsageError
+from loratool.errors import HubError, UsageError, list_some
 from loratool.store import hub
-from loratool.store.hub_files import adapter_files, base_files
-from loratool.store.hub_listing import list_commit
+from loratool.store.hub_download import repo_folder
+from loratool.store.hub_files import all_adapters, source_files
+from loratool.store.hub_listing import (
+    ListedFile,
+    Listing,
+    bytes_to_fetch,
+    fetch_verified,
+    list_commit,
+)
 from loratool.store.look import Looked, look
 
 ASK_BYTES = 1_000_000_000  # a larger download of a base needs consent
@@ -54,7 +59,8 @@ def fetch(reference: HubReference, kind: str, reach: Reach) -> tuple[Looked, str
         reach: how the Hub may be used.
 
     Returns:
-        Where the files are, and why a cached copy was taken instead of asking the Hub.
+        Where the files are, and what there is to say: why a cached copy was taken instead of
+        asking the Hub, or which adapters lie deeper than a folder is looked into.
 
     Raises:
         HubError: the Hub does not give it, and there is no cached copy.
@@ -64,10 +70,7 @@ def fetch(reference: HubReference, kind: str, reach: Reach) -> tuple[Looked, str
     if hub.is_offline(reach.offline):
         return _cached(reference), None
     try:
-        if reach.in_place:
-            listing = list_commit(repo, revision)
-        else:
-            files = hub.list_files(repo, revision, allow_patterns=_patterns(kind, reference.sub))
+        listing = find_commit(repo, revision)
     except HubError as error:
         if error.code not in ("LT-705", "LT-709"):  # the Hub answered: a cached copy is no answer
             raise
@@ -76,8 +79,48 @@ def fetch(reference: HubReference, kind: str, reach: Reach) -> tuple[Looked, str
         except HubError:
             raise error from None
     if reach.in_place:
-        return look(listing, kind=kind, sub=reference.sub), None
-    return _download(reference, files, kind, reach.yes), None
+        looked = look(listing, kind=kind, sub=reference.sub)
+        return looked, _deeper(listing, reference.sub) if kind == "any" else None
+    return _download(listing, kind, reference.sub, reach.yes), None
+
+
+def _deeper(listing: Listing, sub: str) -> str | None:
+    prefix = f"{sub}/" if sub else ""
+    names = [f.name for f in listing.files]
+    inside = [n.removeprefix(prefix) for n in names if n.startswith(prefix)]
+    places = [place for place in all_adapters(inside) if "/" in place]
+    return f"adapters deeper in it: {list_some(places)}" if places else None
+
+
+def find_commit(repo_id: str, revision: str | None) -> Listing:
+    """`list_commit`, and a word about names that are those of something else.
+
+    Raises:
+        HubError: as `list_commit`; LT-730, it is a dataset or a space.
+    """
+    try:
+        return list_commit(repo_id, revision)
+    except HubError as error:
+        kind = _other_kind(repo_id) if error.code == "LT-702" else None
+        if kind is None:
+            raise
+        raise HubError(
+            "LT-730", f"this is a {kind}, not a model", file=repo_id,
+            hint="adapters and checkpoints are in model repositories",
+        ) from None  # fmt: skip
+
+
+def _other_kind(repo_id: str) -> str | None:
+    from huggingface_hub import HfApi
+
+    for kind in ("dataset", "space"):
+        try:
+            with hub.plain_errors(repo_id, None):
+                if HfApi().repo_exists(repo_id, repo_type=kind):
+                    return kind
+        except (HubError, UsageError):
+            return None
+    return None
 
 
 def _cached(reference: HubReference) -> Looked:
@@ -87,32 +130,27 @@ def _cached(reference: HubReference) -> Looked:
     return Looked(*hub.snapshot(repo, revision, allow_patterns=marks, offline=True))
 
 
-def _download(
-    reference: HubReference, files: Sequence[hub.RemoteFile], kind: str, yes: bool
-) -> Looked:
-    repo = reference.repo_id
-    choose = base_files if kind == "base" else adapter_files
-    wanted = choose([f.name for f in files], reference.sub)
-    if not wanted:
-        raise HubError(
-            "LT-704", f"the repository holds no {kind}" + (" there" if reference.sub else ""),
-            file=repo, key=reference.sub or None, hint=f"look at hf://{repo} with a browser",
-        )  # fmt: skip
-    need = sum(f.size or 0 for f in files if f.name in wanted and not f.is_cached)
-    if kind == "base" and need > ASK_BYTES and not yes:
+def _download(listing: Listing, kind: str, sub: str, yes: bool) -> Looked:
+    """The files of a source, of the commit that was listed, each verified when it comes.
+
+    Those of an adapter are verified in the cache, too.
+    """
+    names = [f.name for f in listing.files]
+    chosen = set(source_files(listing.repo_id, names, kind, sub))
+    wanted = [f for f in listing.files if f.name in chosen]
+    need = bytes_to_fetch(listing, wanted)
+    if need > ASK_BYTES and not yes:
         raise UsageError(
-            "LT-265", "a large download needs consent", file=repo,
+            "LT-265", "a large download needs consent", file=listing.repo_id,
             got=f"{need / 1e9:.1f} GB to download", hint="-y downloads it",
         )  # fmt: skip
-    literal = [_literal(name) for name in wanted]
-    return Looked(*hub.snapshot(repo, reference.revision, allow_patterns=literal))
+    # Hashing a base of 100 GB again for each command would take longer than many a merge.
+    known = [f for f in wanted if kind == "base" and _is_there(listing, f)]
+    fetch_verified(listing, [f for f in wanted if f not in known])
+    return Looked(repo_folder(listing.repo_id) / "snapshots" / listing.commit, listing.commit)
 
 
-def _patterns(kind: str, sub: str) -> list[str]:
-    """What may be wanted; the Hub is asked for the size of each such file."""
-    names = (*(hub.BASE_FILES if kind == "base" else hub.ADAPTER_FILES), "*.safetensors")
-    return [*names, *(f"*/{n}" for n in names), *([_literal(sub)] if sub else [])]
-
-
-def _literal(name: str) -> str:
-    return re.sub(r"([*?\[])", r"[\1]", name)
+def _is_there(listing: Listing, file: ListedFile) -> bool:
+    """True if the cache names a file of that size; it was verified when it came."""
+    path = repo_folder(listing.repo_id) / "snapshots" / listing.commit / file.name
+    return path.is_file() and path.stat().st_size == file.size

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 
-from loratool.errors import BadFileError, list_some
+from loratool.errors import BadFileError, HubError, list_some
+from loratool.store.adapter_folder import is_model_file
 from loratool.store.hub import ADAPTER_FILES, BASE_FILES
-from loratool.store.layout import PLAIN_STEMS, what_lies_there
+from loratool.store.layout import PLAIN_STEMS, is_pickle_name, what_lies_there
 
 _CONFIGS = ("adapter_config.json", "config.json", "model_index.json")
 _ADAPTER_WEIGHTS = ("adapter_model*.safetensors", "adapters.safetensors")
-_MARKS = ("adapter_config.json", *_ADAPTER_WEIGHTS)
+_MARKS = ("adapter_config.json", *_ADAPTER_WEIGHTS, "pytorch_lora_weights*.safetensors")
 _VARIANT = re.compile(
     rf"^({'|'.join(PLAIN_STEMS)})\.\w+(-\d{{5}}-of-\d{{5}})?\.safetensors(\.index\.json)?$|"
     rf"^({'|'.join(PLAIN_STEMS)})-\d{{5}}-of-\d{{5}}\.\w+\.safetensors$|"
@@ -21,36 +22,127 @@ _VARIANT = re.compile(
 _OTHER_RUNTIME = ("onnx/", "openvino/", "original/", "coreml/", "metal/", "gguf/", "runs/")
 
 
-def adapter_files(names: Sequence[str], sub: str = "") -> list[str]:
-    """Files of the adapter in a repository, or in a folder of it; one named file.
+def source_files(repo_id: str, names: Sequence[str], kind: str, sub: str) -> list[str]:
+    """Files of an adapter or a base.
 
     Raises:
-        BadFileError: several single-file adapters and none was named.
+        HubError: LT-704, there is none.
+        BadFileError: LT-326, there are several.
+    """
+    is_base = kind == "base"
+    found = base_files(names, sub) if is_base else adapter_files(names, sub, repo_id=repo_id)
+    if not any(map(is_weight_name, found)):
+        raise nothing_there(repo_id, names, kind, sub)
+    return found
+
+
+def adapter_files(names: Sequence[str], sub: str = "", *, repo_id: str = "owner/name") -> list[str]:
+    """Files of the adapter in a repository, or in a folder of it; one named file.
+
+    Args:
+        names: all files of the repository.
+        sub: folder or file in it, "" for its root.
+        repo_id: its name, for messages.
+
+    Raises:
+        BadFileError: several adapters and none was named.
+    """
+    found = all_adapters(names, sub)
+    if len(found) > 1:
+        raise BadFileError(
+            "LT-326", "the repository holds several adapters", got=list_some(found),
+            hint=f"name the one you mean: hf://{repo_id}/{min(found)}",
+        )  # fmt: skip
+    # The only one of a repository is not taken from a folder that was not named.
+    return next((files for place, files in found.items() if place in (sub, *names)), [])
+
+
+def all_adapters(names: Sequence[str], sub: str = "") -> dict[str, list[str]]:
+    """Every adapter in a repository, or in a folder of it.
+
+    An adapter at the top is the only one: what lies below it are its checkpoints.  Else these are
+    the single files at the top, else the folders that are adapters.
+
+    Returns:
+        Place (a folder, or a file) -> its files, with what lies beside it.
     """
     if sub in names:
-        return [sub]
+        return {sub: [sub]}
     inside = _inside(names, sub)
-    wanted = [n for n in inside if _matches(n, ADAPTER_FILES)]
-    if any(_matches(n, _ADAPTER_WEIGHTS) for n in wanted):
-        return [_join(sub, n) for n in wanted]
+
+    def listed(*chosen: str) -> list[str]:
+        return [_join(sub, n) for n in inside if n in chosen]
+
+    small = [n for n in inside if _matches(n, ADAPTER_FILES) and not n.endswith(".safetensors")]
+    own = [n for n in inside if _matches(n, _ADAPTER_WEIGHTS)]
     single = [n for n in inside if n.endswith(".safetensors") and "/" not in n]
-    if len(single) > 1:
-        raise BadFileError(
-            "LT-326", "the repository holds several adapters", got=list_some(single),
-            hint="name the one you mean: hf://owner/name/FILE",
-        )  # fmt: skip
-    extra = [n for n in wanted if n not in single]
-    if single or "adapter_config.json" in wanted:
-        return [_join(sub, n) for n in (*single, *extra)]
-    return []
+    single = [n for n in single if n not in own and not is_model_file(n)]
+    has_config = "adapter_config.json" in small
+    if own or (has_config and len(single) <= 1):
+        return {sub: listed(*(own or single), *small)}
+    if single:
+        return {_join(sub, n): listed(n, *small) for n in single}
+    found = {}
+    shared = [n for n in small if _matches(n, ("README.md", "LICENSE*"))]
+    for folder in sorted(adapter_folders(inside)):
+        files = all_adapters(inside, folder).get(folder, [])
+        if any(n.endswith(".safetensors") for n in files):
+            found[_join(sub, folder)] = listed(*files, *shared)
+    return found
+
+
+def other_adapters(names: Sequence[str], chosen: Iterable[str]) -> tuple[str, ...]:
+    """Folders with whole adapters that are not among the files chosen."""
+    weights = {n.rpartition("/")[0] for n in {*names} - {*chosen} if n.endswith(".safetensors")}
+    return tuple(sorted(weights & adapter_folders(names)))
+
+
+def adapter_folders(names: Sequence[str]) -> set[str]:
+    """Folders with the files of an adapter, but for the top."""
+    return {
+        folder
+        for n in names
+        for folder, _, leaf in [n.rpartition("/")]
+        if folder and _matches(leaf, _MARKS) and not n.startswith(_OTHER_RUNTIME)
+    }
 
 
 def candidates(names: Sequence[str]) -> str:
     """Where adapters lie in a repository, else its weight files, else its files; for messages."""
-    folders = {n.rpartition("/")[0] for n in names if _matches(n.rpartition("/")[2], _MARKS)}
     weights = [n for n in names if n.endswith(".safetensors")]
-    found = sorted(f"{f}/" for f in folders if f) or weights or [n for n in names if n[0] != "."]
-    return list_some(found) or "no files"
+    folders = [f"{f}/" for f in sorted(adapter_folders(names))]
+    found = folders or weights or [n for n in names if is_weight_name(n)]
+    return list_some(found or [n for n in names if n[0] != "."]) or "no files"
+
+
+def nothing_there(repo_id: str, names: Sequence[str], kind: str, sub: str) -> HubError:
+    """The error of a repository that lacks what was asked for, with what it holds instead."""
+    what = "adapter and no checkpoint" if kind == "any" else kind
+    return HubError(
+        "LT-704", f"the repository holds no {what}" + (" there" if sub else ""), file=repo_id,
+        key=sub or None, got=candidates(names), hint=_way_out(names, f"hf://{repo_id}/PATH"),
+    )  # fmt: skip
+
+
+def _way_out(names: Sequence[str], path: str) -> str:
+    weights = [n for n in names if is_weight_name(n)]
+    if adapter_folders(names):
+        return f"name one: {path}"
+    if any(n.endswith(".safetensors") for n in weights):
+        return f"name the file: {path}"
+    if any(map(is_pickle_name, weights)):
+        return (
+            "it holds pickles, which can run code: look for safetensors in another revision "
+            "(often @refs/pr/1), or hf download it and use --allow-pickle"
+        )
+    if weights:
+        return "it holds GGUF files only: name the repository with the safetensors"
+    return "check the name; loratool reads safetensors"
+
+
+def is_weight_name(name: str) -> bool:
+    """True for files that hold tensors."""
+    return name.endswith((".safetensors", ".gguf")) or is_pickle_name(name)
 
 
 def base_files(names: Sequence[str], sub: str = "") -> list[str]:
@@ -116,12 +208,13 @@ def files_to_look_at(names: Sequence[str], sub: str = "") -> tuple[list[str], li
         chosen = [n for n in inside if n.count("/") <= 1 and not n.startswith(_OTHER_RUNTIME)]
     else:
         chosen = here
-    read = [n for n in chosen if _is_read(n.rpartition("/")[2])]
+    read = [n for n in chosen if is_read(n.rpartition("/")[2])]
     return (
         [_join(folder, n) for n in read],
         [_join(folder, n) for n in chosen if n not in read],
     )
 
 
-def _is_read(name: str) -> bool:
+def is_read(name: str) -> bool:
+    """True if a file tells what a source is: weights, indices and configurations."""
     return name in _CONFIGS or name.endswith((".safetensors", ".gguf")) or _is_weight(name)

@@ -5,11 +5,15 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from loratool.errors import HubError
 from loratool.store.hub import plain_errors, snapshot
+from loratool.store.hub_client import SILENCE_S
+from loratool.store.hub_download import download, missing_bytes, repo_folder
 from loratool.store.hub_retry import retried
 
 _BLOB = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
@@ -42,21 +46,31 @@ class Listing:
 
 
 def list_commit(repo_id: str, revision: str | None) -> Listing:
-    """Resolve a revision to a commit and list it, in one request.
+    """Resolve a revision to a commit and list it, in one request (two of a bare mirror).
 
     Raises:
         HubError: missing, gated, no access, or not reachable.
         UsageError: ``repo_id`` cannot be a repository.
     """
-    from huggingface_hub import HfApi
+    from huggingface_hub import HfApi, RepoFile
 
     with plain_errors(repo_id, revision):
-        info = retried(lambda: HfApi().model_info(repo_id, revision=revision, files_metadata=True))
-    files = tuple(
-        ListedFile(s.rfilename, s.size or 0, s.lfs.sha256 if s.lfs else s.blob_id or "")
-        for s in sorted(info.siblings or (), key=lambda s: s.rfilename)
-    )
-    return Listing(repo_id, revision, str(info.sha), files)
+        info = retried(
+            lambda: HfApi().model_info(
+                repo_id, revision=revision or "main", files_metadata=True, timeout=SILENCE_S
+            )
+        )
+        files = [_listed(s.rfilename, s) for s in info.siblings or ()]
+        if not all(f.digest for f in files):  # mirrors may give hashes in the tree alone
+            tree = retried(
+                lambda: list(HfApi().list_repo_tree(repo_id, revision=info.sha, recursive=True))
+            )
+            files = [_listed(entry.path, entry) for entry in tree if isinstance(entry, RepoFile)]
+    return Listing(repo_id, revision, str(info.sha), tuple(sorted(files, key=lambda f: f.name)))
+
+
+def _listed(name: str, entry: Any) -> ListedFile:
+    return ListedFile(name, entry.size or 0, entry.lfs.sha256 if entry.lfs else entry.blob_id or "")
 
 
 def list_cached(repo_id: str, revision: str | None) -> Listing:
@@ -79,21 +93,13 @@ def list_cached(repo_id: str, revision: str | None) -> Listing:
 
 def bytes_to_fetch(listing: Listing, wanted: Sequence[ListedFile]) -> int:
     """How much of ``wanted`` is not in the cache yet."""
-    from huggingface_hub import try_to_load_from_cache
-
-    return sum(
-        file.size
-        for file in wanted
-        if not isinstance(
-            try_to_load_from_cache(listing.repo_id, file.name, revision=listing.commit), str
-        )
-    )
+    return sum(missing_bytes(listing, file) for file in wanted)
 
 
 def fetch_verified(listing: Listing, wanted: Sequence[ListedFile]) -> list[Path]:
-    """Fetch files into the Hub's cache and compare each with its listed hash.
+    """Fetch files into the Hub's cache, each compared with its listed hash.
 
-    The client checks sizes only.  A file with other bytes is deleted and fetched once more.
+    A file with other bytes, in the cache too, is deleted and fetched once more.
 
     Raises:
         HubError: LT-710, the bytes are wrong twice; or the Hub does not give the file.
@@ -105,44 +111,30 @@ def fetch_verified(listing: Listing, wanted: Sequence[ListedFile]) -> list[Path]
 
 
 def _remember(listing: Listing) -> None:
-    """Note in the cache which commit the revision means, so that it is found offline."""
-    from huggingface_hub import constants
-    from huggingface_hub.file_download import repo_folder_name
-
+    """Note in the cache, if it can be written, what the revision means: for use offline."""
     revision = listing.revision or "main"
     if revision == listing.commit or ".." in revision.split("/") or revision.startswith("/"):
         return
-    folder = repo_folder_name(repo_id=listing.repo_id, repo_type="model")
-    ref = Path(constants.HF_HUB_CACHE, folder, "refs", revision)
-    with plain_errors(listing.repo_id, listing.revision):
+    ref = repo_folder(listing.repo_id) / "refs" / revision
+    with suppress(OSError):
         ref.parent.mkdir(parents=True, exist_ok=True)
         ref.write_text(listing.commit)
 
 
 def _fetch_one(listing: Listing, file: ListedFile) -> Path:
-    for _attempt in range(2):
-        if listing.cached is not None:
-            path = listing.cached / file.name
-            if not file.digest or digest_of(path, file.digest) == file.digest:
-                return path
-            break
-        path = _download(listing, file.name)
-        if digest_of(path, file.digest) == file.digest:
+    if listing.cached is not None:
+        path = listing.cached / file.name
+        if not file.digest or digest_of(path, file.digest) == file.digest:
             return path
-        path.resolve().unlink(missing_ok=True)
-        path.unlink(missing_ok=True)
+    else:
+        for _attempt in range(2):
+            if found := download(listing, file):
+                return found
     raise HubError(
         "LT-710", "the downloaded bytes are not those that the Hub lists", key=file.name,
         file=f"{listing.repo_id}@{listing.commit}", expected=file.digest,
         hint="a proxy or mirror may be damaging it: try again, or check HF_ENDPOINT",
     )  # fmt: skip
-
-
-def _download(listing: Listing, name: str) -> Path:
-    from huggingface_hub import hf_hub_download
-
-    with plain_errors(listing.repo_id, listing.commit):
-        return Path(hf_hub_download(listing.repo_id, name, revision=listing.commit))
 
 
 def digest_of(path: Path, like: str) -> str:

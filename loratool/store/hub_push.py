@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import re
-import sys
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from loratool.errors import HubError
 from loratool.store.hub import plain_errors
+from loratool.store.hub_download import xet_error
 from loratool.store.hub_listing import Listing, digest_of, list_commit
-from loratool.store.hub_retry import status_of
+from loratool.store.hub_retry import pause_after, status_of
 
 ATTEMPTS = 3
+_WAIT_S = 0.5  # before the second attempt, and twice that before the third
 _SHARD = re.compile(
     r"(?P<stem>.+?)(-\d{5}-of-\d{5})?(?P<tail>\.safetensors)|(?P<index>.+)\.safetensors\.index\.json"
 )
@@ -55,14 +57,6 @@ class Landed:
     sent: tuple[str, ...]
     deleted: tuple[str, ...]
     pull_request: str | None = None
-
-
-def hide_progress(*, always: bool) -> None:
-    """No progress bars of the client, unless people look at a terminal and want them."""
-    from huggingface_hub.utils.tqdm import disable_progress_bars
-
-    if always or not sys.stderr.isatty():
-        disable_progress_bars()
 
 
 def create_repository(repo_id: str, *, private: bool) -> None:
@@ -113,8 +107,8 @@ def upload(place: Destination, start: Listing, build: Callable[[Listing], Files]
         except HubError:
             raise
         except Exception as error:
-            last = attempt == ATTEMPTS - 1
-            head = _after_failure(place, head, files, deleted, error, last=last)
+            wait = None if attempt == ATTEMPTS - 1 else _WAIT_S * 2**attempt
+            head = _after_failure(place, head, files, deleted, error, wait=wait)
             if _holds(head, files, deleted):  # it landed, and only the answer was lost
                 return Landed(head.commit, sent, deleted)
             continue
@@ -164,7 +158,7 @@ def _commit(
                 place.repo_id, added, revision=place.branch, create_pr=place.create_pr
             )
         except RuntimeError as error:  # the client's wrapper; its cause has a signed address
-            raise error.__cause__ or error from None
+            raise error.__cause__ or xet_error(place.repo_id) from None
     operations: list[CommitOperationAdd | CommitOperationDelete] = [
         *(CommitOperationDelete(name) for name in deleted),
         *added,
@@ -183,9 +177,12 @@ def _after_failure(
     deleted: tuple[str, ...],
     error: Exception,
     *,
-    last: bool,
+    wait: float | None,
 ) -> Listing:
-    """The new head, if trying again (or finding the commit there) makes sense; else raise."""
+    """The new head, if trying again (or finding the commit there) makes sense; else raise.
+
+    ``wait`` are the seconds before trying again; None = that was the last attempt.
+    """
     from huggingface_hub.utils import httpx  # type: ignore[attr-defined]  # httpx2 from 2.0 on
 
     status = status_of(error)
@@ -198,6 +195,10 @@ def _after_failure(
     is_lost |= status is None and isinstance(
         error, httpx.HTTPError | ConnectionError | TimeoutError
     )
+    pause = None if wait is None else pause_after(error, wait)
+    if status == 429 and pause is not None:  # nothing has happened
+        time.sleep(pause)
+        return head
     if status != 412 and not is_lost:
         with plain_errors(place.repo_id, place.branch):
             raise error
@@ -217,9 +218,10 @@ def _after_failure(
             "LT-712", "somebody else changed the same files meanwhile", file=place.repo_id,
             got=clash, hint="look at what is there; then push again, or use --create-pr",
         ) from None  # fmt: skip
-    if last:
+    if wait is None:
         with plain_errors(place.repo_id, place.branch):
             raise error
+    time.sleep(pause or 0.0)
     return now
 
 

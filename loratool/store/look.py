@@ -6,11 +6,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from loratool.errors import HubError
-from loratool.store.hub_files import adapter_files, base_files, files_to_look_at
+from loratool.store.hub_files import (
+    files_to_look_at,
+    is_read,
+    is_weight_name,
+    nothing_there,
+    source_files,
+)
 from loratool.store.hub_listing import Listing
 from loratool.store.remote import RemoteFile, describe
-from loratool.store.remote_folder import RemoteFolder, is_weight_name
+from loratool.store.remote_folder import RemoteFolder
 
 _SHA256_DIGITS = 64
 
@@ -31,12 +36,12 @@ class Looked:
 
 
 def look(listing: Listing, *, kind: str, sub: str = "") -> Looked:
-    """Fetch the headers and small files of a source; tensors are read when they are needed.
+    """Fetch the headers and configurations of a source; the rest is read when it is needed.
 
     Args:
         listing: the commit.
-        kind: ``adapter``, ``base``, or ``any`` for whatever lies there: then of small files only
-            the configurations are fetched.
+        kind: ``adapter``, ``base``, or ``any`` for whatever lies there: then small files beside
+            the configurations are only named.
         sub: path inside the repository.
 
     Raises:
@@ -46,22 +51,19 @@ def look(listing: Listing, *, kind: str, sub: str = "") -> Looked:
     names = [f.name for f in listing.files if _is_plain(f.name)]
     if kind == "any":
         wanted, named = files_to_look_at(names, sub)
+        if not any(map(is_weight_name, (*wanted, *named))):
+            raise nothing_there(repo_id, names, kind, sub)
     else:
-        choose = adapter_files if kind == "adapter" else base_files
-        wanted, named = choose(names, sub), []
-    if not any(map(is_weight_name, (*wanted, *named))):
-        what = "adapter and no checkpoint" if kind == "any" else kind
-        raise HubError(
-            "LT-704", f"the repository holds no {what}" + (" there" if sub else ""),
-            file=repo_id, key=sub or None, hint=f"look at hf://{repo_id} with a browser",
-        )  # fmt: skip
+        wanted, named = source_files(repo_id, names, kind, sub), []
     cached = _cached(listing, wanted)
     if cached is not None:
         return Looked(cached, listing.commit)
     files = describe(listing, wanted)
     weights = [f for f in files if _stays(f)]
+    rest = [f for f in files if not _stays(f)]
+    small = [f for f in rest if is_read(f.name.rpartition("/")[2])]
     folder = RemoteFolder(f"{repo_id}@{listing.commit[:7]}")
-    folder.fill(weights, [f for f in files if not _stays(f)], describe(listing, named))
+    folder.fill(weights, small, [f for f in rest if f not in small], describe(listing, named))
     return Looked(folder.path, listing.commit, folder)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from loratool.errors import DiskError, LoratoolError, OutputError
@@ -59,8 +60,16 @@ def check_place(path: Path) -> None:
         raise disk_error("cannot look at the output's place", path, error) from error
 
 
-def check_free(path: Path, *, is_folder: bool, force: bool) -> None:
+def check_free(
+    path: Path, *, is_folder: bool, force: bool, is_own: Callable[[Path], bool] | None = None
+) -> None:
     """The part of `check_output` that leaves no trace.
+
+    Args:
+        path: the output.
+        is_folder: False for a single file.
+        force: an earlier output may be replaced.
+        is_own: tells one; None = by its marker.
 
     Raises:
         OutputError: the place is taken by anything but (with ``force``) an earlier output.
@@ -76,7 +85,7 @@ def check_free(path: Path, *, is_folder: bool, force: bool) -> None:
             file=path,
             hint="choose another -o, or --force to replace an earlier loratool output",
         )
-    if path.is_dir() != is_folder or not is_own_output(path):
+    if path.is_dir() != is_folder or not (is_own or is_own_output)(path):
         raise OutputError(
             "LT-505",
             "--force replaces earlier loratool outputs only, and this is none",

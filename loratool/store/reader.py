@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
 from loratool.adapter import Source, TensorData, TensorRef
 from loratool.errors import BadFileError, DiskError
+from loratool.store import remote_spans
 from loratool.store.remote import remote_file
 
 _PIECE = 1 << 22  # bytes compared at a time
+_FIRST_PIECE = 1 << 16
 
 Stamp = tuple[int, int, int, int]
 """(device, inode, size, modification time in ns): differs if a file changed or was replaced."""
@@ -60,7 +62,7 @@ class FileReader:
         """
         remote = remote_file(path)
         if remote is not None:
-            buffer[:] = remote.read(offset, len(buffer)) if len(buffer) else b""
+            buffer[:] = remote_spans.read(remote, offset, len(buffer))
             return
         file, _stamp = self._open(path)
         done = 0
@@ -79,6 +81,11 @@ class FileReader:
                 done += got
         except OSError as error:
             raise DiskError("LT-601", "cannot read", file=path, got=error.strerror) from error
+
+    @staticmethod
+    def expect(ranges: Iterable[remote_spans.Range]) -> None:
+        """Say what will be read: of files on the Hub neighbours then come in one request."""
+        remote_spans.expect(ranges)
 
     def check_unchanged(self) -> None:
         """Compare every open file with what it was when it was opened.
@@ -140,6 +147,12 @@ def _changed(path: Path) -> BadFileError:
     )
 
 
+def are_of_one_file(refs: Sequence[TensorRef]) -> bool:
+    """True for the same bytes of files on the Hub that have one hash: no need to read them."""
+    places = {(f.digest, r.start) if (f := remote_file(r.file)) else None for r in refs}
+    return len(places) == 1 and None not in places
+
+
 def have_same_bytes(sources: Sequence[Source]) -> bool:
     """True if tensors agree in type, shape and every bit; read piece by piece."""
     first = sources[0]
@@ -148,11 +161,15 @@ def have_same_bytes(sources: Sequence[Source]) -> bool:
     refs = [s for s in sources if isinstance(s, TensorRef)]
     if len(refs) < len(sources):
         return all(isinstance(s, TensorData) and s == first for s in sources)
+    if are_of_one_file(refs):
+        return True
     with FileReader() as reader:
-        for start in range(0, first.nbytes, _PIECE):
+        # What differs mostly does so at once, and may have to come from the Hub.
+        ends = [min(_FIRST_PIECE, first.nbytes), *range(_PIECE, first.nbytes, _PIECE), first.nbytes]
+        for start, end in zip([0, *ends], ends, strict=False):
             pieces = []
             for ref in refs:
-                piece = bytearray(min(_PIECE, ref.nbytes - start))
+                piece = bytearray(end - start)
                 reader.read_into(ref.file, ref.start + start, memoryview(piece))
                 pieces.append(piece)
             if any(piece != pieces[0] for piece in pieces):

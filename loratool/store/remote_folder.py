@@ -9,13 +9,14 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
-from loratool.errors import HubError
+from loratool.errors import HubError, places
 from loratool.store.header import HARD_HEADER_BYTES
 from loratool.store.hub_listing import digest_of
-from loratool.store.layout import is_pickle_name
 from loratool.store.remote import RemoteFile, forget, register
+from loratool.store.remote_spans import release
 
 THREADS = 8
 FIRST_BYTES = 100_000
@@ -34,6 +35,9 @@ class RemoteFolder:
 
     Attributes:
         path: the folder; paths in it are those in the repository.
+
+    Args:
+        name: ``owner/name@commit``, for messages.
     """
 
     def __init__(self, name: str) -> None:
@@ -41,19 +45,23 @@ class RemoteFolder:
         self.path = top / name
         self.path.mkdir(parents=True)
         self._stubs: dict[Path, RemoteFile] = {}
-        weakref.finalize(self, _remove, top, self._stubs)
+        self._late: dict[Path, Callable[[], object]] = {}
+        places[str(self.path)] = f"hf://{name}"
+        weakref.finalize(self, _remove, self.path, top, self._stubs, self._late)
 
     def fill(
         self,
         weights: Sequence[RemoteFile],
         small: Sequence[RemoteFile],
-        named: Iterable[RemoteFile],
+        late: Iterable[RemoteFile] = (),
+        named: Iterable[RemoteFile] = (),
     ) -> None:
         """Fetch what is needed, several files at a time.
 
         Args:
             weights: their headers are fetched.
             small: fetched whole.
+            late: fetched whole if they are opened.
             named: only their names are of interest; nothing is fetched.
 
         Raises:
@@ -61,32 +69,26 @@ class RemoteFolder:
         """
         for file in named:
             self._write(file, b"", is_stub=True)
+        for file in late:
+            path = self._write(file, b"")
+            self._late[path] = partial(_fetch_whole, file, path)
         with ThreadPoolExecutor(THREADS) as pool:
-            _each(pool, self._fetch_whole, small)
+            _each(pool, lambda f: _fetch_whole(f, self._place(f)), small)
             first = _header_bytes(self.path)
             _each(pool, lambda f: self._fetch_header(f, first.get(f.name)), weights)
-        register(self._stubs)
+        register(self._stubs, self._late)
 
-    def _write(self, file: RemoteFile, data: bytes, *, is_stub: bool) -> Path:
+    def _place(self, file: RemoteFile) -> Path:
         path = self.path.joinpath(*file.name.split("/"))
         path.parent.mkdir(parents=True, exist_ok=True)
+        return path
+
+    def _write(self, file: RemoteFile, data: bytes, *, is_stub: bool = False) -> Path:
+        path = self._place(file)
         path.write_bytes(data)
         if is_stub:
             self._stubs[path] = file
         return path
-
-    def _fetch_whole(self, file: RemoteFile) -> None:
-        self._keep_whole(file, file.read(0, file.size) if file.size else b"")
-
-    def _keep_whole(self, file: RemoteFile, data: bytes) -> None:
-        path = self._write(file, data, is_stub=False)
-        got = digest_of(path, file.digest)
-        if got != file.digest:
-            raise HubError(
-                "LT-752", "the bytes read are not those that the Hub lists",
-                file=file.shown, expected=file.digest, got=got,
-                hint="a proxy or mirror may be damaging it: try again, or check HF_ENDPOINT",
-            )  # fmt: skip
 
     def _fetch_header(self, file: RemoteFile, expected: int | None) -> None:
         """In one request where the first guess holds the header, else in two."""
@@ -95,7 +97,7 @@ class RemoteFolder:
         guess = min(max(expected or FIRST_BYTES, LEAST_BYTES), _MOST_BYTES, file.size)
         data = file.read(0, guess) if guess else b""
         if len(data) == file.size:
-            self._keep_whole(file, data)
+            _verify(self._write(file, data), file)
             return
         length = 8 + int.from_bytes(data[:8], "little")
         if data[8:9] == b"{" and length <= min(file.size, 8 + HARD_HEADER_BYTES):
@@ -103,11 +105,6 @@ class RemoteFolder:
                 data += file.read(len(data), length - len(data))
             data = data[: max(length, LEAST_BYTES)]
         self._write(file, data, is_stub=True)  # what is no safetensors file shows when it is read
-
-
-def is_weight_name(name: str) -> bool:
-    """True for files that hold tensors."""
-    return name.endswith((".safetensors", ".gguf")) or is_pickle_name(name)
 
 
 def _each(
@@ -137,6 +134,25 @@ def _header_bytes(folder: Path) -> dict[str, int]:
     return {name: size + _OWN_BYTES for name, size in found.items()}
 
 
-def _remove(top: Path, stubs: dict[Path, RemoteFile]) -> None:
-    forget(stubs)
+def _fetch_whole(file: RemoteFile, path: Path) -> None:
+    path.write_bytes(file.read(0, file.size) if file.size else b"")
+    _verify(path, file)
+
+
+def _verify(path: Path, file: RemoteFile) -> None:
+    got = digest_of(path, file.digest)
+    if got != file.digest:
+        raise HubError(
+            "LT-752", "the bytes read are not those that the Hub lists",
+            file=file.shown, expected=file.digest, got=got,
+            hint="a proxy or mirror may be damaging it: try again, or check HF_ENDPOINT",
+        )  # fmt: skip
+
+
+def _remove(
+    folder: Path, top: Path, stubs: dict[Path, RemoteFile], late: dict[Path, Callable[[], object]]
+) -> None:
+    places.pop(str(folder), None)
+    forget([*stubs, *late])
+    release(list(stubs.values()))
     shutil.rmtree(top, ignore_errors=True)

@@ -79,6 +79,18 @@ class Resolved:
         """The place that the user means, where `path` is a temporary copy."""
         return self.origin or self.path
 
+    @property
+    def repo_id(self) -> str | None:
+        """``owner/name`` of a Hub repository, None for a path."""
+        return self.label.partition("@")[0] if self.commit else None
+
+    @property
+    def pinned(self) -> str | None:
+        """A reference that always means this commit, None for a path."""
+        if self.commit is None:
+            return None
+        return "hf://" + self.label.replace(f"@{self.commit[:7]}", f"@{self.commit}", 1)
+
 
 def parse_adapter(text: str) -> AdapterArgument:
     """Split ``style:0.7`` or ``style:unet=0.8,te=0.4`` into a name and its weights.
@@ -152,6 +164,11 @@ def parse_hub(text: str) -> HubReference | None:
         raise UsageError(
             "LT-263", "not a Hub reference", got=text,
             expected="hf://owner/name[@revision][/sub/path]",
+        )  # fmt: skip
+    if (owner := match["repo"].partition("/")[0]) in ("datasets", "spaces"):
+        raise UsageError(
+            "LT-263", f"this is the name of a {owner[:-1]}, not of a model", got=text,
+            expected="hf://owner/name[@revision][/sub/path] of a model",
         )  # fmt: skip
     revision = match["rev"]
     return HubReference(match["repo"], unquote(revision) if revision else None, sub)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +61,7 @@ class StagedOutput:
         inputs: what the input files are now; finished files of a run that saw other ones are
             not trusted.
         need_bytes: size of the whole output.
+        is_own: tells an earlier output that may be replaced; None = by its marker.
 
     Attributes:
         finished: name -> journal line of the files that are complete.
@@ -81,6 +82,7 @@ class StagedOutput:
         restart: bool = False,
         inputs: Mapping[Path, Stamp] | None = None,
         need_bytes: int = 0,
+        is_own: Callable[[Path], bool] | None = None,
     ) -> None:
         self.path = path
         self.is_folder = is_folder
@@ -88,6 +90,7 @@ class StagedOutput:
         self.finished: dict[str, Line] = {}
         self.notes: list[str] = []
         self._force = force
+        self._is_own = is_own
         self._guard = threading.Lock()
         self._is_open = True
         self._made: os.stat_result | None = None
@@ -95,7 +98,7 @@ class StagedOutput:
         self._lock = FolderLock.make(self.staging, path)
         try:
             recover(path)
-            check_free(path, is_folder=is_folder, force=force)
+            check_free(path, is_folder=is_folder, force=force, is_own=is_own)
             stamps = {str(file): list(stamp) for file, stamp in (inputs or {}).items()}
             self._find_finished(plan_id, stamps, restart)
             head = {"plan": plan_id, "loratool": __version__, "inputs": stamps}
@@ -215,7 +218,7 @@ class StagedOutput:
             self._made = made.stat()
             (self.staging / JOURNAL).unlink()
             sync_folder(self.staging)
-            check_free(self.path, is_folder=self.is_folder, force=self._force)
+            check_free(self.path, is_folder=self.is_folder, force=self._force, is_own=self._is_own)
             if self.is_folder:
                 self._commit_folder()
             else:

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +14,8 @@ from loratool.store.header import build_header
 from loratool.store.hub_listing import ListedFile, Listing
 from loratool.store.look import look
 from loratool.store.remote import RemoteFile
+from tests.hub.client import call_apart as run
+from tests.hub.client import finish, start
 from tests.hub_server import Fault, Large, TestHub
 from tests.make import random_factors, save_adapter, save_checkpoint
 
@@ -33,19 +32,6 @@ Rows = Sequence[tuple[str, str, tuple[int, ...]]]
 def served() -> Iterator[TestHub]:
     with TestHub() as hub:
         yield hub
-
-
-def run(hub: TestHub, home: Path, *words: str, **variables: str) -> tuple[int, str, str]:
-    clean = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
-    env = {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(home / "hf"), "HF_TOKEN": TOKEN,
-           "HF_HUB_DISABLE_XET": "1", "PYTHONPATH": str(Path(__file__).parents[2])}  # fmt: skip
-    found = subprocess.run(
-        [sys.executable, "-m", "loratool", *words], cwd=home, env=clean | env | variables,
-        capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
-    assert TOKEN not in found.stdout + found.stderr
-    assert hub.state.tokens_on_cdn == 0
-    return found.returncode, found.stdout, found.stderr
 
 
 def inspect(hub: TestHub, home: Path, source: str, *words: str) -> dict[str, Any]:
@@ -127,7 +113,10 @@ def test_adapter_of_300_mb(
     scratch = tmp_path / "scratch"
     scratch.mkdir()
     monkeypatch.setenv("TMPDIR", str(scratch))
-    report = inspect(served, tmp_path, "hf://me/x", "--tensors")
+    words = ("inspect", "hf://me/x", "--tensors", "--json")
+    code, text = finish(start(served.endpoint, tmp_path, *words))  # whose stubs go at its end
+    assert code == 0, text
+    report = json.loads(text)
     assert served.state.bytes_sent < MB
     assert served.state.requests["info"] == 1
     assert served.state.requests["cdn"] <= 2  # the header is a little longer than the first guess
@@ -346,7 +335,7 @@ def test_cached_files_are_used(served: TestHub, tmp_path: Path, small: Path) -> 
     assert dict(served.state.requests) == {"info": 1}
     served.state.requests.clear()
     code, text, _ = run(
-        served, tmp_path, "inspect", "hf://me/x", "--json", "--spectrum", HF_HUB_OFFLINE="1"
+        served, tmp_path, "inspect", "hf://me/x", "--json", "--spectrum", HF_HUB_OFFLINE=True
     )
     assert code == 0 and nameless(json.loads(text))["adapter"] == nameless(report)["adapter"]
     code, _, text = run(served, tmp_path, "inspect", "hf://me/y", "--offline")

@@ -1,4 +1,4 @@
-"""`pull` against the test Hub, in a process of its own: the client reads HF_* at import."""
+"""`pull` against the test Hub."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.hub.client import TOKEN, call, run, tree
 from tests.hub_server import Fault, TestHub
 
-TOKEN = "hf_tokenofmetokenofmetokenofme"
 FILES = {
     "adapter_config.json": b'{"base_model_name_or_path": "org/base"}',
     "adapter_model.safetensors": os.urandom(300_000),
@@ -30,22 +30,6 @@ def served() -> Iterator[TestHub]:
         yield hub
 
 
-def run(hub: TestHub, home: Path, *words: str, token: str = TOKEN) -> tuple[int, str]:
-    clean = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
-    env = {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(home / "hf"), "HF_TOKEN": token,
-           "HF_HUB_DISABLE_XET": "1", "PYTHONPATH": str(Path(__file__).parents[2])}  # fmt: skip
-    found = subprocess.run(
-        [sys.executable, "-m", "loratool", *words], cwd=home, env=clean | env,
-        capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
-    assert token not in found.stdout + found.stderr
-    return found.returncode, found.stdout + found.stderr
-
-
-def tree(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-
-
 def test_adapter_files_byte_for_byte(served: TestHub, tmp_path: Path) -> None:
     served.state.add_repo("me/x", FILES, private=True)
     code, text = run(served, tmp_path, "pull", "me/x", "-o", "out")
@@ -59,30 +43,30 @@ def test_adapter_files_byte_for_byte(served: TestHub, tmp_path: Path) -> None:
 
 def test_sub_folder_and_everything(served: TestHub, tmp_path: Path) -> None:
     served.state.add_repo("me/x", FILES)
-    assert run(served, tmp_path, "pull", "hf://me/x/sub", "-o", "sub")[0] == 0
+    assert call(served, tmp_path, "pull", "hf://me/x/sub", "-o", "sub")[0] == 0
     assert tree(tmp_path / "sub") == {n[4:]: FILES[n] for n in FILES if n.startswith("sub/")}
-    assert run(served, tmp_path, "pull", "me/x", "--all", "-o", "all")[0] == 0
+    assert call(served, tmp_path, "pull", "me/x", "--all", "-o", "all")[0] == 0
     assert tree(tmp_path / "all") == {".gitattributes": b"", **FILES}
 
 
 def test_same_size_wrong_bytes(served: TestHub, tmp_path: Path) -> None:
     served.state.add_repo("me/x", FILES)
     served.state.faults = [Fault("GET /cdn/", "corrupt", times=1)]
-    assert run(served, tmp_path, "pull", "me/x", "-o", "once")[0] == 0
+    assert call(served, tmp_path, "pull", "me/x", "-o", "once")[0] == 0
     assert tree(tmp_path / "once")["adapter_model.safetensors"] == FILES[
         "adapter_model.safetensors"
     ]  # fmt: skip
     home = tmp_path / "fresh"
     home.mkdir()
     served.state.faults = [Fault("GET /cdn/", "corrupt", times=2)]
-    code, text = run(served, home, "pull", "me/x", "-o", "twice")
+    code, text = call(served, home, "pull", "me/x", "-o", "twice")
     assert code == 7 and "LT-710" in text and not (home / "twice").exists()
 
 
 def test_cut_connection(served: TestHub, tmp_path: Path) -> None:
     served.state.add_repo("me/x", FILES)
     served.state.faults = [Fault("GET /cdn/", "cut")]
-    assert run(served, tmp_path, "pull", "me/x", "-o", "out")[0] == 0
+    assert call(served, tmp_path, "pull", "me/x", "-o", "out")[0] == 0
     assert tree(tmp_path / "out")["adapter_model.safetensors"] == FILES["adapter_model.safetensors"]
 
 
@@ -105,14 +89,14 @@ def test_refusals(
     served.state.add_repo("you/gated", FILES, gated=True)
     served.state.add_repo("you/open", FILES)
     served.state.add_repo("you/base", {"model.gguf": b"x"})
-    found, text = run(served, tmp_path, "pull", repo, "-o", "out", token=token)
+    found, text = call(served, tmp_path, "pull", repo, "-o", "out", token=token)
     assert (found, says in text) == (code, True), text
     assert not (tmp_path / "out").exists()
 
 
 def test_json_report(served: TestHub, tmp_path: Path) -> None:
     repo = served.state.add_repo("me/x", FILES)
-    code, text = run(served, tmp_path, "pull", "me/x", "--dry-run", "--json")
+    code, text = call(served, tmp_path, "pull", "me/x", "--dry-run", "--json")
     found = json.loads(text)
     assert code == 0 and found["commit"] == repo.branches["main"] and found["output"] is None
     assert served.state.requests["resolve"] == 0
@@ -124,7 +108,7 @@ def test_offline_makes_no_connection(served: TestHub, tmp_path: Path, data: Path
     source = data / "llm" / "lora_bias_all"
     names = ("adapter_config.json", "adapter_model.safetensors")
     served.state.add_repo("me/x", {n: (source / n).read_bytes() for n in names})
-    assert run(served, tmp_path, "pull", "me/x")[0] == 0
+    assert call(served, tmp_path, "pull", "me/x")[0] == 0
     asked = sum(served.state.requests.values())
     trace = tmp_path / "trace"
     words = ["inspect", "hf://me/x", *(["--offline"] if how == "option" else [])]
@@ -143,17 +127,17 @@ def test_offline_makes_no_connection(served: TestHub, tmp_path: Path, data: Path
 
 def test_offline_pull_verifies_the_cache(served: TestHub, tmp_path: Path) -> None:
     served.state.add_repo("me/x", FILES)
-    assert run(served, tmp_path, "pull", "me/x")[0] == 0
+    assert call(served, tmp_path, "pull", "me/x")[0] == 0
     asked = sum(served.state.requests.values())
-    assert run(served, tmp_path, "pull", "me/x", "--offline", "-o", "out")[0] == 0
+    assert call(served, tmp_path, "pull", "me/x", "--offline", "-o", "out")[0] == 0
     name = "adapter_model.safetensors"
     assert tree(tmp_path / "out")[name] == FILES[name]
-    code, text = run(served, tmp_path, "pull", "me/y", "--offline", "-o", "y")
+    code, text = call(served, tmp_path, "pull", "me/y", "--offline", "-o", "y")
     assert code == 7 and "LT-706" in text
     assert sum(served.state.requests.values()) == asked
     blob = next((tmp_path / "hf").rglob(f"snapshots/*/{name}")).resolve()
     blob.write_bytes(b"x" * len(FILES[name]))
-    code, text = run(served, tmp_path, "pull", "me/x", "--offline", "-o", "bad")
+    code, text = call(served, tmp_path, "pull", "me/x", "--offline", "-o", "bad")
     assert code == 7 and "LT-710" in text and not (tmp_path / "bad").exists()
 
 
@@ -161,7 +145,7 @@ def test_missing_file_lists_candidates(served: TestHub, tmp_path: Path) -> None:
     many = {f"{n}/adapter_config.json": b"{}" for n in ("sql", "style")}
     served.state.add_repo("me/loras", many)
     for repo in ("me/loras", "hf://me/loras/code"):
-        code, text = run(served, tmp_path, "pull", repo, "-o", "out")
+        code, text = call(served, tmp_path, "pull", repo, "-o", "out")
         assert code == 7 and "LT-704" in text and "sql/, style/" in text
 
 
@@ -170,9 +154,9 @@ def test_busy_hub(served: TestHub, tmp_path: Path, status: int) -> None:
     served.state.add_repo("me/x", FILES)
     wait = {"Retry-After": "1"} if status == 429 else {}
     served.state.faults = [Fault("GET /api/models/", "status", status, 1, wait)]
-    assert run(served, tmp_path, "pull", "me/x", "-o", "once")[0] == 0
+    assert call(served, tmp_path, "pull", "me/x", "-o", "once")[0] == 0
     served.state.faults = [Fault("GET /api/models/", "status", status, 99, {"Retry-After": "99"})]
-    code, text = run(served, tmp_path, "pull", "me/x", "-o", "never")
+    code, text = call(served, tmp_path, "pull", "me/x", "-o", "never")
     assert code == 7 and "LT-709" in text and f"{status}" in text
     assert not (tmp_path / "never").exists()
 
@@ -183,13 +167,13 @@ def test_a_cached_copy_serves_only_if_the_hub_is_out_of_reach(
     source = data / "llm" / "lora_bias_all"
     names = ("adapter_config.json", "adapter_model.safetensors")
     served.state.add_repo("me/x", {n: (source / n).read_bytes() for n in names})
-    assert run(served, tmp_path, "pull", "me/x")[0] == 0
+    assert call(served, tmp_path, "pull", "me/x")[0] == 0
     served.state.faults = [Fault(".", "status", 503, 99)]
-    code, text = run(served, tmp_path, "inspect", "hf://me/x")
+    code, text = call(served, tmp_path, "inspect", "hf://me/x")
     assert code == 0 and "a cached copy" in text
     served.state.faults = []
-    code, text = run(served, tmp_path, "inspect", "hf://me/x", token="hf_nobodynobodynobodynobody")
+    code, text = call(served, tmp_path, "inspect", "hf://me/x", token="hf_nobodynobodynobodynobody")
     assert code == 7 and "LT-707" in text
     del served.state.repos["me/x"]
-    code, text = run(served, tmp_path, "inspect", "hf://me/x")
+    code, text = call(served, tmp_path, "inspect", "hf://me/x")
     assert code == 7 and "LT-702" in text

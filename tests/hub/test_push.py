@@ -1,4 +1,4 @@
-"""`push` against the test Hub, in a process of its own."""
+"""`push` against the test Hub."""
 
 from __future__ import annotations
 
@@ -6,13 +6,12 @@ import json
 import shutil
 import struct
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from huggingface_hub import ModelCard
 
-from tests.hub.test_pull import TOKEN, run, tree
+from tests.hub.client import TOKEN, call, run, tree
 from tests.hub_server import Fault, Repo, TestHub
 from tests.hub_server.state import Tree
 
@@ -72,7 +71,7 @@ def test_push_then_pull_is_byte_identical(served: TestHub, tmp_path: Path, style
 
 
 def test_dry_run_sends_nothing(served: TestHub, tmp_path: Path, style: Path) -> None:
-    code, text = run(served, tmp_path, "push", "style", "me/new", "--dry-run", "--json")
+    code, text = call(served, tmp_path, "push", "style", "me/new", "--dry-run", "--json")
     found = json.loads(text)
     assert code == 0 and found["created"] and found["private"] and found["commit"] is None
     assert [f["name"] for f in found["files"]] == [
@@ -83,7 +82,7 @@ def test_dry_run_sends_nothing(served: TestHub, tmp_path: Path, style: Path) -> 
 
 def test_public_branch_and_message(served: TestHub, tmp_path: Path, style: Path) -> None:
     words = ("push", "style", "me/x", "--public", "--revision", "exp/a", "--message", "Try it")
-    code, text = run(served, tmp_path, *words)
+    code, text = call(served, tmp_path, *words)
     repo = served.state.repos["me/x"]
     assert code == 0 and not repo.private, text
     assert repo.titles[repo.branches["exp/a"]] == "Try it"
@@ -92,11 +91,11 @@ def test_public_branch_and_message(served: TestHub, tmp_path: Path, style: Path)
 
 def test_pull_request_to_somebody_else(served: TestHub, tmp_path: Path, style: Path) -> None:
     repo = served.state.add_repo("you/x", {"model.gguf": b"x"})
-    code, text = run(served, tmp_path, "push", "style", "you/x", "--create-pr")
+    code, text = call(served, tmp_path, "push", "style", "you/x", "--create-pr")
     assert code == 0 and "/you/x/discussions/1" in text
     assert "adapter_config.json" in repo.commits[repo.pulls["refs/pr/1"]]
     assert set(head_of(repo)) == {".gitattributes", "model.gguf"}
-    code, text = run(served, tmp_path, "push", "style", "you/x", "--force")
+    code, text = call(served, tmp_path, "push", "style", "you/x", "--force")
     assert code == 7 and "LT-708" in text
 
 
@@ -107,7 +106,7 @@ def test_pull_request_to_somebody_else(served: TestHub, tmp_path: Path, style: P
 def test_names_that_are_refused(served: TestHub, tmp_path: Path, style: Path, name: str) -> None:
     (style / name).parent.mkdir(exist_ok=True)
     (style / name).write_text("{}")
-    code, text = run(served, tmp_path, "push", "style", "me/x")
+    code, text = call(served, tmp_path, "push", "style", "me/x")
     assert code == 9 and "LT-930" in text and name.partition("/")[0] in text
     assert not served.state.requests
 
@@ -125,7 +124,7 @@ def test_secrets_are_refused(
     served: TestHub, tmp_path: Path, style: Path, name: str, secret: str
 ) -> None:
     (style / name).write_text(json.dumps({"x": secret}))
-    code, text = run(served, tmp_path, "push", "style", "me/x", "-v")
+    code, text = call(served, tmp_path, "push", "style", "me/x", "-v")
     assert code == 9 and "LT-931" in text and name in text and secret not in text
     assert not served.state.requests
 
@@ -134,24 +133,24 @@ def test_contents_that_are_refused(served: TestHub, tmp_path: Path, style: Path)
     config = style / "adapter_config.json"
     for base in ("/home/me/base", "../base", "C:\\base", "~/base"):
         set_base(style, config, base)
-        code, text = run(served, tmp_path, "push", "style", "me/x")
+        code, text = call(served, tmp_path, "push", "style", "me/x")
         assert code == 9 and "LT-932" in text
     set_base(style, config, "org/base")
     wrong = json.loads(config.read_text()) | {"r": 3}
     config.write_text(json.dumps(wrong))
-    code, text = run(served, tmp_path, "push", "style", "me/x")
+    code, text = call(served, tmp_path, "push", "style", "me/x")
     assert code == 4 and "LT-4" in text
     write_checkpoint(tmp_path / "bad.safetensors", [1.0, float("nan")])
-    code, text = run(served, tmp_path, "push", "bad.safetensors", "me/x")
+    code, text = call(served, tmp_path, "push", "bad.safetensors", "me/x")
     assert code == 8 and "LT-801" in text
-    code, text = run(served, tmp_path, "push", "me/x", "style")
+    code, text = call(served, tmp_path, "push", "me/x", "style")
     assert code == 2 and "LT-268" in text
     assert not served.state.requests
 
 
 def test_training_leftovers_stay_behind(served: TestHub, tmp_path: Path, style: Path) -> None:
     (style / "optimizer.pt").write_bytes(b"x")
-    code, text = run(served, tmp_path, "push", "style", "me/x")
+    code, text = call(served, tmp_path, "push", "style", "me/x")
     assert code == 0 and "left out: optimizer.pt" in text
     assert "optimizer.pt" not in head_of(served.state.repos["me/x"])
 
@@ -162,10 +161,10 @@ def test_other_contents_are_not_overwritten(served: TestHub, tmp_path: Path, sty
     other = b'{"base_model_name_or_path": "org/other"}'
     served.state.add_repo("me/other", {"adapter_config.json": other})
     for repo in ("me/gguf", "me/model", "me/other"):
-        code, text = run(served, tmp_path, "push", "style", repo)
+        code, text = call(served, tmp_path, "push", "style", repo)
         assert code == 5 and "LT-520" in text and "--create-pr" in text
         assert len(served.state.repos[repo].commits) == 1
-    assert run(served, tmp_path, "push", "style", "me/other", "--force")[0] == 0
+    assert call(served, tmp_path, "push", "style", "me/other", "--force")[0] == 0
 
 
 def test_head_moves_elsewhere(served: TestHub, tmp_path: Path, style: Path) -> None:
@@ -180,7 +179,7 @@ def test_head_moves_elsewhere(served: TestHub, tmp_path: Path, style: Path) -> N
         repo.branches["main"] = repo.commit(new, "theirs", repo.branches["main"])
 
     served.state.faults = [Fault("POST .*/commit/", "race", run=add)]
-    code, text = run(served, tmp_path, "push", "style", "me/x")
+    code, text = call(served, tmp_path, "push", "style", "me/x")
     assert code == 0, text
     files = head_of(repo)
     assert files["notes.txt"] == b"hi" and len(repo.commits) == 3
@@ -197,7 +196,7 @@ def test_head_moves_under_the_same_files(served: TestHub, tmp_path: Path, style:
         repo.branches["main"] = repo.commit(new, "theirs", repo.branches["main"])
 
     served.state.faults = [Fault("POST .*/commit/", "race", run=add)]
-    code, text = run(served, tmp_path, "push", "style", "me/x")
+    code, text = call(served, tmp_path, "push", "style", "me/x")
     assert code == 7 and "LT-712" in text and "adapter_model.safetensors" in text
     assert head_of(repo)["adapter_model.safetensors"] == b"theirs"
 
@@ -207,7 +206,7 @@ def test_retries_end(served: TestHub, tmp_path: Path, style: Path) -> None:
     for status, code in ((412, "LT-709"), (503, "LT-709")):
         served.state.requests.clear()
         served.state.faults = [Fault("POST .*/commit/", "status", status, 99)]
-        found, text = run(served, tmp_path, "push", "style", "me/x", "-v")
+        found, text = call(served, tmp_path, "push", "style", "me/x", "-v")
         assert found == 7 and code in text and str(status) in text
         assert served.state.requests["commit"] == 3
 
@@ -218,7 +217,7 @@ def test_commit_whose_answer_is_lost(
 ) -> None:
     repo = served.state.add_repo("me/x")
     served.state.faults = [Fault("POST .*/commit/", action, 500)]
-    code, text = run(served, tmp_path, "push", "style", "me/x", "-q")
+    code, text = call(served, tmp_path, "push", "style", "me/x", "-q")
     assert code == 0 and text.strip() == repo.branches["main"], text
     assert len(repo.commits) == 2 and served.state.requests["commit"] == 1
 
@@ -228,7 +227,7 @@ def test_lost_pull_request_is_not_opened_twice(
 ) -> None:
     repo = served.state.add_repo("you/x")
     served.state.faults = [Fault("POST .*/commit/", "lose", 500)]
-    code, text = run(served, tmp_path, "push", "style", "you/x", "--create-pr")
+    code, text = call(served, tmp_path, "push", "style", "you/x", "--create-pr")
     assert code == 7 and "LT-713" in text and len(repo.pulls) == 1
 
 
@@ -237,26 +236,14 @@ def test_interrupted_upload_completes(
     served: TestHub, tmp_path: Path, style: Path, route: str
 ) -> None:
     served.state.faults = [Fault(route, "status", 403, 99)]
-    code, text = run(served, tmp_path, "push", "style", "me/x", "-v")
+    code, text = call(served, tmp_path, "push", "style", "me/x", "-v")
     assert code == 7, text
     repo = served.state.repos["me/x"]
     assert set(head_of(repo)) == {".gitattributes"}
     served.state.faults = []
-    assert run(served, tmp_path, "push", "style", "me/x")[0] == 0
+    assert call(served, tmp_path, "push", "style", "me/x")[0] == 0
     name = "adapter_model.safetensors"
     assert head_of(repo)[name] == (style / name).read_bytes()
-
-
-def test_concurrent_pushes_lose_nothing(served: TestHub, tmp_path: Path) -> None:
-    repo = served.state.add_repo("me/x")
-    files = [write_checkpoint(tmp_path / f"{n}.safetensors", [float(ord(n))]) for n in "abc"]
-    with ThreadPoolExecutor(3) as pool:
-        found = list(pool.map(
-            lambda f: run(served, tmp_path, "push", f.name, "me/x", "--force"), files
-        ))  # fmt: skip
-    assert [code for code, _ in found] == [0, 0, 0], found
-    there = head_of(repo)
-    assert all(there[f.name] == f.read_bytes() for f in files)
 
 
 def test_stale_shards_go_in_the_same_commit(served: TestHub, tmp_path: Path) -> None:
@@ -273,7 +260,7 @@ def test_stale_shards_go_in_the_same_commit(served: TestHub, tmp_path: Path) -> 
         path.rename(model / name)
     index = {"metadata": {"total_size": 8}, "weight_map": weights}
     (model / "model.safetensors.index.json").write_text(json.dumps(index))
-    code, text = run(served, tmp_path, "push", "model", "me/m")
+    code, text = call(served, tmp_path, "push", "model", "me/m")
     assert code == 0, text
     names = set(head_of(repo)) - {".gitattributes", "README.md"}
     assert names == {"config.json", "other.safetensors", "model.safetensors.index.json",

@@ -5,10 +5,12 @@ from __future__ import annotations
 import base64
 import json
 import re
+import select
 import socket
 import sys
 import threading
 from collections.abc import Mapping
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
@@ -26,10 +28,12 @@ ROUTES = [
         ("GET", rf"/api/models/{_ID}/tree/{_REV}(/.*)?", "tree"),
         ("GET", rf"/api/models/{_ID}/refs", "refs"),
         ("GET", rf"/api/models/{_ID}(/revision/{_REV})?", "info"),
+        ("GET", rf"/api/(?P<kind>datasets|spaces)/{_ID}", "other"),
         ("POST", rf"/api/models/{_ID}/preupload/{_REV}", "preupload"),
         ("POST", rf"/api/models/{_ID}/commit/{_REV}", "commit"),
         ("POST", rf"/api/models/{_ID}/branch/{_REV}", "branch"),
         ("POST", rf"/api/models/{_ID}/tag/{_REV}", "tag"),
+        ("GET", rf"/api/models/{_ID}/xet-(read|write)-token/{_REV}", "xet_token"),
         ("POST", rf"/{_ID}\.git/info/lfs/objects/batch", "batch"),
         ("PUT", r"/lfs/(?P<oid>[0-9a-f]{64})(/(?P<part>\d+))?", "put"),
         ("POST", r"/lfs/(?P<oid>[0-9a-f]{64})/complete", "complete"),
@@ -55,12 +59,18 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
     def _serve(self) -> None:
-        size = int(self.headers.get("Content-Length") or 0)
-        self.body = self.rfile.read(size)
         url = urlsplit(self.path)
         self.query = parse_qs(url.query)
         verb = "GET" if self.command == "HEAD" else self.command
         self.fault = self.state.fault(f"{self.command} {url.path}")
+        size = int(self.headers.get("Content-Length") or 0)
+        is_broken = self.fault is not None and self.fault.action.endswith("-request")
+        self.body = self.rfile.read(size // 2 if is_broken else size)
+        with self.state.lock:
+            self.state.uploads.append((url.path, len(self.body)))
+        if is_broken:
+            self.break_off()
+            return
         try:
             for method, pattern, name in ROUTES:
                 match = pattern.fullmatch(url.path)
@@ -100,15 +110,26 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command == "HEAD":
             return
-        if fault == "cut":
+        if fault in ("cut", "hang"):
             data = data[: len(data) // 2]
         self.wfile.write(data)
         with self.state.lock:
             self.state.bytes_sent += len(data)
             self.state.bodies.append((self.path, len(data)))
-        if fault == "cut":
+        if fault in ("cut", "hang"):
             self.wfile.flush()
-            self.close_connection = True
+            self.break_off()
+
+    def break_off(self) -> None:
+        """Close the connection, at once or when the client has had enough of silence."""
+        assert self.fault is not None
+        self.close_connection = True
+        if self.fault.action.startswith("hang"):
+            self.fault.reached.set()
+            wait = select.poll()
+            wait.register(self.connection, select.POLLRDHUP)
+            wait.poll(60_000)
+        with suppress(OSError):  # the client may have closed it
             self.connection.shutdown(socket.SHUT_RDWR)
 
     # ------------------------------------------------------------------------- access
@@ -176,6 +197,14 @@ class Handler(BaseHTTPRequestHandler):
                      "downloads": 0, "likes": 0, "siblings": siblings,
                      "lastModified": "2026-01-01T00:00:00.000Z"}  # fmt: skip
 
+    def do_other(self, kind: str, id: str) -> Any:
+        user, known = self.user(), {"datasets": self.state.datasets, "spaces": self.state.spaces}
+        if id not in known[kind]:
+            raise RefusedError(404 if user else 401, "Repository not found", "RepoNotFound")
+        return 200, {"_id": "1", "id": id, "sha": "0" * 40, "private": False, "tags": [],
+                     "disabled": False, "gated": False, "downloads": 0, "likes": 0,
+                     "siblings": []}  # fmt: skip
+
     def do_tree(self, id: str, rev: str) -> Any:
         repo = self.repo(id, files=True)
         tree = repo.commits[self.sha(repo, rev)]
@@ -195,6 +224,7 @@ class Handler(BaseHTTPRequestHandler):
         repo = self.repo(id, files=True)
         sha = self.sha(repo, rev)
         data = repo.commits[sha].get(file)
+        self.state.asked.add((id, file))
         head = {"X-Repo-Commit": sha}
         if data is None:
             raise RefusedError(404, "Entry not found", "EntryNotFound")
@@ -203,11 +233,22 @@ class Handler(BaseHTTPRequestHandler):
         self.state.objects[sha256(data)] = data
         # Another origin, as the Hub's CDN is: the client must not send its token there.
         place = f"{self.origin.replace('127.0.0.1', 'localhost')}/cdn/{sha256(data)}"
+        self.state.signatures += 1
+        place += f"?signature={self.state.signatures}"
         linked = {"X-Linked-Etag": f'"{sha256(data)}"', "X-Linked-Size": str(len(data))}
+        if sha256(data) in self.state.xet_hashes:
+            token = f"{self.origin}/api/models/{id}/xet-read-token/{sha}"
+            linked |= {"X-Xet-Hash": self.state.xet_hashes[sha256(data)],
+                       "X-Xet-Refresh-Route": token}  # fmt: skip
         return 302, b"", {**head, **linked, "Location": place}
 
     def do_cdn(self, oid: str) -> Any:
         self.state.tokens_on_cdn += "Authorization" in self.headers
+        self.state.signed[self.path] += 1
+        if self.state.cdn_answers is not None and self.state.signed[self.path] > (
+            self.state.cdn_answers
+        ):
+            raise RefusedError(403, "Request has expired")
         return self.ranged(self.state.objects[oid], {"ETag": f'"{oid}"'})
 
     def ranged(self, data: bytes | Large, headers: dict[str, str]) -> Any:
@@ -241,6 +282,15 @@ class Handler(BaseHTTPRequestHandler):
     def do_validate(self) -> Any:
         return 200, {"errors": [], "warnings": []}
 
+    def do_xet_token(self, id: str, rev: str) -> Any:
+        self.repo(id)
+        if self.state.xet_place is None:
+            raise RefusedError(404, "no such route")
+        place, token, end = self.state.xet_place, self.state.xet_token, 4_102_444_800
+        return 200, {"casUrl": place, "accessToken": token, "exp": end}, {
+            "X-Xet-Cas-Url": place, "X-Xet-Access-Token": token, "X-Xet-Token-Expiration": str(end),
+        }  # fmt: skip
+
     def do_preupload(self, id: str, rev: str) -> Any:
         repo = self.repo(id, write="create_pr" not in self.query)
         sha = self.sha(repo, rev)
@@ -261,10 +311,12 @@ class Handler(BaseHTTPRequestHandler):
             row: dict[str, Any] = {"oid": oid, "size": size}
             url = f"{self.origin}/lfs/{oid}"
             if oid not in self.state.objects:
-                upload: dict[str, Any] = {"href": url}
+                upload: dict[str, Any] = {"href": url + self.state.signature}
                 if parts:
                     count = -(-size // parts)
-                    header = {f"{i + 1:05d}": f"{url}/{i + 1}" for i in range(count)}
+                    header = {
+                        f"{i + 1:05d}": f"{url}/{i + 1}{self.state.signature}" for i in range(count)
+                    }
                     header["chunk_size"] = str(parts)
                     upload = {"href": f"{url}/complete", "header": header}
                 row["actions"] = {"upload": upload, "verify": {"href": f"{url}/verify"}}
@@ -299,7 +351,7 @@ class Handler(BaseHTTPRequestHandler):
             if line["key"] == "file":
                 tree[value["path"]] = base64.b64decode(value["content"])
             elif line["key"] == "lfsFile":
-                tree[value["path"]] = self.state.objects[value["oid"]]
+                tree[value["path"]] = self.state.content(value["oid"])
             elif line["key"] == "deletedFile":
                 del tree[value["path"]]
         sha = repo.commit(tree, header["summary"], parent)
@@ -329,6 +381,12 @@ class Handler(BaseHTTPRequestHandler):
 
 class _Server(ThreadingHTTPServer):
     daemon_threads = True
+    state: HubState
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        with self.state.lock:
+            self.state.connections += 1
+        super().process_request(request, client_address)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         if not isinstance(sys.exception(), ConnectionError):  # a client may hang up
@@ -344,8 +402,11 @@ class TestHub:
         self.state = HubState()
         handler = type("Bound", (Handler,), {"state": self.state})
         self._server = _Server(("127.0.0.1", 0), handler)
+        self._server.state = self.state
         self.endpoint = f"http://127.0.0.1:{self._server.server_address[1]}"
-        self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
+        self._thread = threading.Thread(
+            target=self._server.serve_forever, args=(0.01,), daemon=True
+        )
 
     def __enter__(self) -> TestHub:
         self._thread.start()
@@ -355,3 +416,4 @@ class TestHub:
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
+        self.state.check_no_tokens()

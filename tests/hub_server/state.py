@@ -52,10 +52,13 @@ class Fault:
     """Done to the next ``times`` requests whose "METHOD path" matches ``pattern``.
 
     Attributes:
-        action: ``status`` (answer it instead), ``cut`` (close after half the body), ``corrupt``
-            (same size, one byte wrong), ``lose`` (do it, then answer ``status``), ``whole``
-            (ignore the range asked for), ``shift`` (send another range), ``race`` (call ``run``
-            first, as if somebody else had been faster).
+        action: ``status`` (answer it instead), ``cut`` (close after half the body), ``hang``
+            (say nothing more after half the body), ``cut-request``, ``hang-request`` (the same
+            while half of the request's body is read), ``corrupt`` (same size, one byte wrong),
+            ``lose`` (do it, then answer ``status``), ``whole`` (ignore the range asked for),
+            ``shift`` (send another range), ``race`` (call ``run`` first, as if somebody else had
+            been faster).
+        reached: set when a ``hang`` has begun; it lasts until the client goes away.
     """
 
     pattern: str
@@ -64,6 +67,7 @@ class Fault:
     times: int = 1
     headers: dict[str, str] = field(default_factory=dict)
     run: Callable[[], object] | None = None
+    reached: threading.Event = field(default_factory=threading.Event)
 
 
 @dataclass
@@ -101,13 +105,26 @@ class HubState:
         self.lock = threading.RLock()
         self.users = {"hf_tokenofmetokenofmetokenofme": "me"}
         self.repos: dict[str, Repo] = {}
+        self.datasets: set[str] = set()
+        self.spaces: set[str] = set()
         self.objects: dict[str, bytes | Large] = {}
         self.faults: list[Fault] = []
         self.requests: Counter[str] = Counter()
         self.bytes_sent = 0
-        self.bodies: list[tuple[str, int]] = []
+        self.bodies: list[tuple[str, int]] = []  # path and bytes of each answer
+        self.uploads: list[tuple[str, int]] = []  # and of each request's body
+        self.asked: set[tuple[str, str]] = set()  # (repository, file), whatever was sent of it
         self.tokens_on_cdn = 0
+        self.connections = 0
+        self.cdn_answers: int | None = None  # a signed address is good for so many, None = all
+        self.signatures = 0
+        self.signed: Counter[str] = Counter()
         self.part_bytes: int | None = None  # multipart uploads in parts of this size
+        self.signature = ""  # of the addresses of uploads
+        self.xet_place: str | None = None  # address of the content store
+        self.xet_token = "xet-token-of-this-test-hub"
+        self.xet_hashes: dict[str, str] = {}  # sha256 -> name in that store
+        self.from_xet: Callable[[str], bytes] | None = None  # reads by that name
 
     def add_repo(self, name: str, files: Tree | None = None, **kind: bool) -> Repo:
         with self.lock:
@@ -115,6 +132,12 @@ class HubState:
             sha = repo.commit({".gitattributes": b"", **(files or {})}, "initial commit", None)
             repo.branches["main"] = sha
             return repo
+
+    def content(self, oid: str) -> bytes | Large:
+        """An uploaded object, wherever it went."""
+        if oid not in self.objects and self.from_xet and oid in self.xet_hashes:
+            self.objects[oid] = self.from_xet(self.xet_hashes[oid])
+        return self.objects[oid]
 
     def fault(self, request: str) -> Fault | None:
         """Take the first fault that fits."""
@@ -124,3 +147,10 @@ class HubState:
                     fault.times -= 1
                     return fault
         return None
+
+    def check_no_tokens(self) -> None:
+        """What was uploaded or committed holds nobody's token."""
+        trees = [tree for repo in self.repos.values() for tree in repo.commits.values()]
+        for data in (*self.objects.values(), *(d for tree in trees for d in tree.values())):
+            part = data.head if isinstance(data, Large) else data
+            assert not any(token.encode() in part for token in self.users)

@@ -5,20 +5,21 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from huggingface_hub.utils import filter_repo_objects
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loratool.errors import HubError, LoratoolError, UsageError
-from loratool.store import hub, source
+from loratool.store import hub, hub_fetch, source
 from loratool.store.header import build_header
 from loratool.store.hub_fetch import Reach
 from loratool.store.hub_files import adapter_files, base_files
+from loratool.store.hub_listing import ListedFile, Listing, list_commit
 from loratool.store.look import Looked
 from loratool.store.source import (
     AdapterArgument,
@@ -318,27 +319,35 @@ def test_bad_repository_name_offline(here: Path) -> None:
 
 
 @pytest.fixture
-def fake_hub(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+def fake_hub(here: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """A Hub that lists ``files`` (name -> (size, is_cached)) and records what is fetched."""
     state: dict[str, Any] = {"files": {}, "fetched": None}
 
-    def list_files(
-        repo: str, revision: str | None, *, allow_patterns: list[str]
-    ) -> tuple[hub.RemoteFile, ...]:
+    def list_commit(repo: str, revision: str | None) -> Listing:
         if isinstance(state["files"], Exception):
             raise state["files"]
-        found = filter_repo_objects(state["files"], allow_patterns=allow_patterns)
-        return tuple(hub.RemoteFile(n, *state["files"][n]) for n in found)
+        files = (ListedFile(n, size, "0" * 64) for n, (size, _) in state["files"].items())
+        return Listing(repo, revision, SHA, tuple(files))
+
+    def bytes_to_fetch(listing: Listing, wanted: list[ListedFile]) -> int:
+        return sum(f.size for f in wanted if not state["files"][f.name][1])
+
+    def fetch_verified(listing: Listing, wanted: list[ListedFile]) -> list[Path]:
+        state["fetched"] = [f.name for f in wanted]
+        return [Path(f.name) for f in wanted]
 
     def snapshot(
         repo: str, revision: str | None, *, allow_patterns: list[str], offline: bool = False
     ) -> tuple[Path, str]:
-        if offline and not state.get("cached"):
+        if not state.get("cached"):
             raise HubError("LT-706", "not in the cache")
-        state["fetched"] = None if offline else allow_patterns
         return Path(), SHA
 
-    monkeypatch.setattr(hub, "list_files", list_files)
+    (here / "cache" / "snapshots" / SHA).mkdir(parents=True)
+    monkeypatch.setattr(hub_fetch, "repo_folder", lambda _: here / "cache")
+    monkeypatch.setattr(hub_fetch, "list_commit", list_commit)
+    monkeypatch.setattr(hub_fetch, "bytes_to_fetch", bytes_to_fetch)
+    monkeypatch.setattr(hub_fetch, "fetch_verified", fetch_verified)
     monkeypatch.setattr(hub, "snapshot", snapshot)
     monkeypatch.setattr(hub, "is_offline", lambda offline: offline)
     return state
@@ -382,16 +391,16 @@ def test_only_what_may_be_wanted_is_asked_for(fake_hub: dict[str, Any]) -> None:
     assert sorted(fake_hub["fetched"]) == sorted(names[:5])
     names = ["sub/adapter_config.json", "sub/adapter_model.safetensors", "sub/optimizer.pt"]
     fake_hub["files"] = dict.fromkeys(names, (1, False))
-    with pytest.raises(HubError):  # the fake snapshot holds no such folder
+    with pytest.raises(HubError):  # nothing is really fetched
         resolve("hf://me/x/sub", kind="adapter")
     assert sorted(fake_hub["fetched"]) == names[:2]
 
 
 def test_names_are_fetched_literally(fake_hub: dict[str, Any]) -> None:
     fake_hub["files"] = {"a[1]*?.safetensors": (1, False), "a1.json": (1, False)}
-    with pytest.raises(HubError):  # the fake snapshot holds no such file
+    with pytest.raises(HubError):  # nothing is really fetched
         resolve("hf://me/x/a[1]*?.safetensors", kind="adapter")
-    assert fake_hub["fetched"] == ["a[[]1][*][?].safetensors"]
+    assert fake_hub["fetched"] == ["a[1]*?.safetensors"]
 
 
 def test_adapter_files() -> None:
@@ -489,26 +498,25 @@ def _plain(kind: str) -> Exception:
         (lambda: _plain("disk"), "LT-607", 6, ["Permission denied", "HF_HOME"]),
     ],
 )  # fmt: skip
-@pytest.mark.parametrize("is_dry", [False, True])
+@pytest.mark.parametrize("is_listing", [False, True])
 def test_errors_in_plain_words(
     monkeypatch: pytest.MonkeyPatch,
     make: Callable[[], Exception],
     code: str,
     exit_code: int,
     words: list[str],
-    is_dry: bool,
+    is_listing: bool,
 ) -> None:
     import huggingface_hub
-    from huggingface_hub import errors
 
-    def fail(*_: object, **options: object) -> None:
-        if options.get("dry_run"):  # the library hides the reason of a failed listing
-            raise errors.DryRunError("no") from make()
+    def fail(*_: object, **__: object) -> None:
         raise make()
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
-    if is_dry:
-        error = refuse(lambda: hub.list_files("me/x", "v1"), code, *words, exit_code=exit_code)
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", fail)
+    monkeypatch.setattr(time, "sleep", lambda _: None)
+    if is_listing:
+        error = refuse(lambda: list_commit("me/x", "v1"), code, *words, exit_code=exit_code)
     else:
         error = refuse(
             lambda: hub.snapshot("me/x", "v1", allow_patterns=None), code, *words,

@@ -1,0 +1,223 @@
+"""What a model card says, from headers, configurations and provenance."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from loratool.adapter import Adapter
+from loratool.errors import LoratoolError
+from loratool.ops.adapter_summary import summarize_adapter
+from loratool.ops.summary import summarize_checkpoint
+from loratool.store.card import CardFacts
+from loratool.store.checkpoint import Checkpoint
+from loratool.store.jsonfile import load_json
+from loratool.store.provenance import read_record
+from loratool.store.push_files import is_hub_name
+
+_PINNED = re.compile(r"hf://(?P<repo>[^/@]+/[^/@]+)@(?P<commit>[0-9a-f]{40})(/.*)?")
+_PLAIN = re.compile(r"[\w.\-/]{1,100}", re.ASCII)
+"""What can stand in code: nothing that closes a string or a line."""
+
+_MERGES = ("merge", "swap")  # operations after which adapters are in the weights
+_TASKS = {
+    "CAUSAL_LM": ("AutoModelForCausalLM", "text-generation"),
+    "SEQ_2_SEQ_LM": ("AutoModelForSeq2SeqLM", None),
+    "SEQ_CLS": ("AutoModelForSequenceClassification", "text-classification"),
+    "TOKEN_CLS": ("AutoModelForTokenClassification", "token-classification"),
+    "QUESTION_ANS": ("AutoModelForQuestionAnswering", "question-answering"),
+}
+"""PEFT's task -> class of transformers, and the Hub's task."""
+
+_DIFFUSERS = ("diffusers", "kohya")  # dialects that its load_lora_weights reads
+_VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+
+Usage = tuple[str, str, str]
+"""Heading, language and code."""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What an output's own provenance says.
+
+    Attributes:
+        operation: command that made it, "" if nothing says.
+        base: the base's name on the Hub, None if it was a local folder or is not recorded.
+        revision: its commit.
+        made: how it was made, one sentence; None if nothing says.
+        inputs: from what.
+    """
+
+    operation: str = ""
+    base: str | None = None
+    revision: str | None = None
+    made: str | None = None
+    inputs: tuple[str, ...] = ()
+
+
+def read_origin(record: Mapping[str, Any]) -> Origin:
+    """Take ``loratool.json`` apart; whatever is not as loratool writes it is left out."""
+    operation, version = record.get("operation"), record.get("loratool")
+    if not isinstance(operation, str) or not isinstance(version, str):
+        return Origin()
+    inputs, options = (
+        {k: v for k, v in part.items() if isinstance(k, str)} if isinstance(part, Mapping) else {}
+        for part in (record.get("inputs"), record.get("options"))
+    )
+    row = inputs.get("base")  # of a command whose output is no merge into it
+    if isinstance(row, Mapping) and isinstance(row.get("name"), str):
+        inputs = {k: v for k, v in inputs.items() if k != "base"}
+        inputs[row["name"]] = {"role": "base"}
+    bases = [k for k, v in inputs.items() if isinstance(v, Mapping) and v.get("role") == "base"]
+    pinned = _PINNED.fullmatch(bases[0]) if bases else None
+    shown = ", ".join(
+        f"{k} {v}" for k, v in options.items()
+        if isinstance(v, str | int | float) and not isinstance(v, bool)
+    )  # fmt: skip
+    made = f"loratool {version} {operation}" + (f" with {shown}" if shown else "")
+    return Origin(
+        operation, pinned["repo"] if pinned else None, pinned["commit"] if pinned else None, made,
+        tuple(_input(k, v) for k, v in inputs.items()),
+    )  # fmt: skip
+
+
+def _input(label: str, row: object) -> str:
+    """An input with its role or weight."""
+    facts = row if isinstance(row, Mapping) else {}
+    role, weight = facts.get("role"), facts.get("weight")
+    if isinstance(role, str):
+        return f"{label} ({role})"
+    return f"{label} (weight {weight:g})" if isinstance(weight, int | float) else label
+
+
+def checkpoint_facts(checkpoint: Checkpoint, repo: str) -> CardFacts:
+    """The card of a checkpoint; one that loratool merged says so, any other claims nothing."""
+    origin = read_origin(read_record(checkpoint) or {})
+    named = checkpoint.config.get("_name_or_path")
+    base = origin.base or _hub_name(named)
+    base = None if base == repo else base
+    is_merge = origin.operation in _MERGES
+    summary = summarize_checkpoint(checkpoint)
+    is_causal = _is_causal(checkpoint)
+    facts = {
+        "method": "merged model" if is_merge else "model",
+        "parameters": f"{summary.parameters:,}",
+        "types": ", ".join(summary.dtypes),
+        "shards": str(summary.shards),
+    }
+    usage: tuple[Usage, ...] = ()
+    if checkpoint.components:
+        usage = (("Use with diffusers", "python", _load("diffusers", "DiffusionPipeline", repo)),)
+    elif is_causal:
+        code = _load("transformers", "AutoModelForCausalLM", repo)
+        usage = (("Use with transformers", "python", code),)
+    return CardFacts(
+        repo, "merge" if is_merge else None, base, origin.revision if base == origin.base else None,
+        "diffusers" if checkpoint.components else "transformers",
+        tags=("merge", "loratool") if is_merge else (),
+        pipeline="text-generation" if is_causal else None,
+        facts={k: v for k, v in facts.items() if v}, made=origin.made, inputs=origin.inputs,
+        usage=usage,
+    )  # fmt: skip
+
+
+def _is_causal(checkpoint: Checkpoint) -> bool:
+    names = checkpoint.config.get("architectures")
+    return isinstance(names, list) and any(str(n).endswith("ForCausalLM") for n in names)
+
+
+def _load(library: str, kind: str, name: str) -> str:
+    variable = "pipe" if library == "diffusers" else "model"
+    return f'from {library} import {kind}\n\n{variable} = {kind}.from_pretrained("{name}")'
+
+
+def adapter_facts(adapter: Adapter, repo: str) -> CardFacts:
+    """The card of an adapter: base and revision by its configuration, else by its provenance."""
+    origin = read_origin(_record_of(adapter))
+    base = _hub_name(adapter.base_model) or origin.base
+    revision = adapter.config.get("revision") if base == adapter.base_model else None
+    if not isinstance(revision, str) or not _PLAIN.fullmatch(revision):
+        revision = origin.revision if base == origin.base else None
+    summary = summarize_adapter(adapter)
+    rows = {
+        "method": summary.method,
+        "modules": f"{summary.modules}",
+        "ranks": _listed(summary.ranks),
+        "scaling": ", ".join(summary.scalings),
+        "parameters": f"{summary.parameters:,}",
+        "types": ", ".join(summary.dtypes),
+        "replaced tensors": str(len(summary.replaced)) if summary.replaced else "",
+    }
+    library = _library(adapter)
+    task = str(adapter.config.get("task_type"))
+    tags = [
+        *([f"base_model:adapter:{base}"] if base else []),
+        "lora",
+        *([library] if library == "peft" else []),
+    ]
+    return CardFacts(
+        repo, "adapter", base, revision, library, tags=tuple(tags),
+        pipeline=_TASKS.get(task, (None, None))[1], facts={k: v for k, v in rows.items() if v},
+        modules=tuple((f.name, str(f.modules), _listed(f.ranks)) for f in summary.families),
+        made=origin.made, inputs=origin.inputs, usage=tuple(_usage(adapter, repo, base, revision)),
+    )  # fmt: skip
+
+
+def _library(adapter: Adapter) -> str | None:
+    """What loads the files as they are; None for a file that is in want of its configuration."""
+    if adapter.dialect == "peft":
+        return "peft" if adapter.config else None
+    return "diffusers" if adapter.dialect in _DIFFUSERS else None
+
+
+def _usage(adapter: Adapter, repo: str, base: str | None, revision: str | None) -> list[Usage]:
+    """How to use it in the programs that load it as it is, and how to merge it."""
+    shown, pin = base or "BASE", f', revision="{revision}"' if revision else ""
+    found: list[Usage] = []
+    library = _library(adapter)
+    if library == "diffusers":
+        code = _load("diffusers", "DiffusionPipeline", shown).replace('")', f'"{pin})')
+        is_named = adapter.path.is_file() and _PLAIN.fullmatch(adapter.path.name)
+        file = f', weight_name="{adapter.path.name}"' if is_named else ""
+        code += f'\npipe.load_lora_weights("{repo}"{file})'
+        found.append(("Use with diffusers", "python", code))
+    task = str(adapter.config.get("task_type"))
+    if library == "peft":
+        kind = _TASKS.get(task, ("AutoModel", None))[0]
+        code = (
+            f"from peft import PeftModel\nfrom transformers import {kind}\n\n"
+            f'base = {kind}.from_pretrained("{shown}"{pin})\n'
+            f'model = PeftModel.from_pretrained(base, "{repo}")'
+        )
+        found.append(("Use with PEFT", "python", code))
+    verdicts = {row.program: row.verdict for row in summarize_adapter(adapter).loads}
+    if base and task == "CAUSAL_LM" and verdicts.get("vLLM") == "yes":
+        rank = max((spec.rank for spec in adapter.specs), default=1)
+        limit = next((r for r in _VLLM_RANKS if r >= rank), rank)
+        code = (
+            f"vllm serve {base} {f'--revision {revision} ' if revision else ''}--enable-lora "
+            f"--max-lora-rank {limit} --lora-modules {repo.rpartition('/')[2]}={repo}"
+        )
+        found.append(("Use with vLLM", "console", code))
+    pinned = f"{shown}@{revision}" if base and revision else shown
+    merge = f"loratool merge {repo} --base {pinned} -o merged"
+    return [*found, ("Merge into the base", "console", merge)]
+
+
+def _hub_name(name: object) -> str | None:
+    return name if isinstance(name, str) and name and is_hub_name(name) else None
+
+
+def _listed(counts: Mapping[int, int]) -> str:
+    few = sorted(counts)
+    return ", ".join(map(str, few)) if len(few) <= 6 else f"{few[0]} to {few[-1]}"
+
+
+def _record_of(adapter: Adapter) -> dict[str, Any]:
+    folder = adapter.path if adapter.path.is_dir() else adapter.path.parent
+    try:
+        return load_json(folder / "loratool.json")
+    except LoratoolError:
+        return {}

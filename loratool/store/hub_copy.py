@@ -1,0 +1,59 @@
+"""Folders that hold nothing but unchanged files of a repository."""
+
+from __future__ import annotations
+
+import filecmp
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from loratool.store.hub_download import repo_folder
+
+
+def holds_exactly(folder: Path, digests: Mapping[str, str]) -> bool:
+    """True if a folder holds these files and nothing else.
+
+    Args:
+        folder: on this machine.
+        digests: path in it -> the hash that the Hub lists.
+    """
+    from loratool.store.hub_listing import digest_of
+
+    found = _files(folder) if folder.is_dir() else {}
+    return found.keys() == digests.keys() and all(
+        path is not None and digest_of(path, digests[name]) == digests[name]
+        for name, path in found.items()
+    )
+
+
+def is_copy(folder: Path, repo_id: str, sub: str) -> bool:
+    """True if the Hub's cache holds all that a folder holds: replacing it loses nothing.
+
+    Args:
+        folder: on this machine.
+        repo_id: the repository whose copy it may be, at whatever commits.
+        sub: folder of the repository, "" for its root.
+    """
+    return folder.is_dir() and all(
+        path is not None
+        and any(filecmp.cmp(path, twin, shallow=False) for twin in _cached(repo_id, sub, name))
+        for name, path in _files(folder).items()
+    )
+
+
+def _files(folder: Path) -> dict[str, Path | None]:
+    """Path in a folder -> file; None for what is neither a plain file nor a folder."""
+    return {
+        path.relative_to(folder).as_posix(): path
+        if path.is_file() and not path.is_symlink()
+        else None
+        for path in folder.rglob("*")
+        if path.is_symlink() or not path.is_dir()
+    }
+
+
+def _cached(repo_id: str, sub: str, name: str) -> Iterator[Path]:
+    """A file as it is at every commit that is in the cache."""
+    for snapshot in (repo_folder(repo_id) / "snapshots").glob("*"):
+        path = snapshot / sub / name
+        if path.is_file():
+            yield path

@@ -1,0 +1,108 @@
+"""Byte ranges over HTTP, one request each, on connections that stay open.
+
+A file's address on the Hub leads to a signed one at its storage, which is asked directly from
+then on.  The signed address is a secret: it is never shown, nor logged.  It expires; then the Hub
+is asked for a new one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+_WAIT_S = 30.0
+_PART_BYTES = 64 << 10
+
+_signed: dict[str, str] = {}
+"""Address on the Hub -> where it led to on another host."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a server sent.
+
+    Attributes:
+        status: 206, or 200 from a server that knows no ranges.
+        content_range: that header, "" without.
+        data: the bytes that came before the connection broke, at most those asked for.
+    """
+
+    status: int
+    content_range: str
+    data: bytes
+
+
+def ask(url: str, start: int, count: int) -> Answer:
+    """Ask for bytes of a file.
+
+    Args:
+        url: on the Hub.
+        start: first byte.
+        count: how many, 1 or more.
+
+    Raises:
+        HfHubHTTPError, HTTPError: of the client; see `loratool.store.hub.plain_errors`.
+    """
+    wanted = {"Range": f"bytes={start}-{start + count - 1}", "Accept-Encoding": "identity"}
+    signed = _signed.get(url)
+    if signed is not None:
+        answer = _ask_storage(signed, wanted, count)
+        if answer is not None:
+            return answer
+        _signed.pop(url, None)
+    return _ask_hub(url, wanted, count)
+
+
+def _ask_storage(url: str, wanted: dict[str, str], count: int) -> Answer | None:
+    """None if the address has expired, or the storage is busy or out of reach."""
+    from huggingface_hub.utils import (  # type: ignore[attr-defined]
+        build_hf_headers,
+        get_session,
+        httpx,
+    )
+
+    headers = {**build_hf_headers(token=False), **wanted}
+    try:
+        # Not the client's own retries: they log the address.
+        with get_session().stream("GET", url, headers=headers, timeout=_WAIT_S) as response:
+            return None if response.is_error else _answer(response, count)
+    except httpx.TransportError:
+        return None
+
+
+def _ask_hub(url: str, wanted: dict[str, str], count: int) -> Answer:
+    from huggingface_hub.utils import (  # type: ignore[attr-defined]
+        build_hf_headers,
+        hf_raise_for_status,
+        http_stream_backoff,
+    )
+
+    # The token is for the Hub: the client drops it when a redirect leads to another origin.
+    headers = {**build_hf_headers(), **wanted}
+    with http_stream_backoff(
+        "GET", url, headers=headers, follow_redirects=True, timeout=_WAIT_S, max_retries=2
+    ) as response:
+        if response.is_error:
+            hf_raise_for_status(response)
+        if response.history and response.url.netloc != response.history[0].url.netloc:
+            _signed[url] = str(response.url)
+        return _answer(response, count)
+
+
+def _answer(response: Any, count: int) -> Answer:
+    said = response.headers.get("Content-Range", "")
+    return Answer(response.status_code, said, _body(response, count))
+
+
+def _body(response: Any, count: int) -> bytes:
+    from huggingface_hub.utils import httpx  # type: ignore[attr-defined]  # httpx2 from 2.0 on
+
+    data = bytearray()
+    try:
+        for part in response.iter_bytes(_PART_BYTES):
+            data += part
+            if len(data) > count:  # a whole file instead of a range: hang up
+                break
+    except httpx.TransportError:
+        pass  # the caller asks for the rest
+    return bytes(data[:count])

@@ -1,0 +1,172 @@
+"""Reading ahead: what lies close together in a file on the Hub comes in one request.
+
+Who is going to read tensors says so first.  Their byte ranges are joined over small gaps and cut
+into spans of bounded size; a span is fetched whole when its first byte is needed, and kept while
+there is room.  A span that had to go is not fetched again: then each read asks for its own bytes.
+"""
+
+from __future__ import annotations
+
+import threading
+from bisect import bisect_right
+from collections import OrderedDict
+from collections.abc import Iterable
+from pathlib import Path
+
+from loratool.store.remote import RemoteFile, has_remote_files, has_stub, remote_file
+
+GAP_BYTES = 64 << 10
+"""Read over rather than around: about what the way to the Hub and back costs."""
+SPAN_BYTES = 8 << 20
+KEPT_BYTES = 64 << 20
+"""Memory for spans, whatever is read."""
+
+Range = tuple[Path, int, int]
+"""File, first byte, number of bytes."""
+
+
+class _Span:
+    """Bytes of a file that come in one request."""
+
+    def __init__(self, start: int, stop: int) -> None:
+        self.start, self.stop = start, stop
+        self.lock = threading.Lock()
+        self.was_fetched = False
+
+
+class ReadAhead:
+    """Spans of any number of files, safe for several threads.
+
+    Args:
+        kept_bytes: of fetched spans at most.
+    """
+
+    def __init__(self, kept_bytes: int = KEPT_BYTES) -> None:
+        self._most = kept_bytes
+        self._lock = threading.RLock()  # `forget` may be called by the garbage collector
+        self._spans: dict[RemoteFile, list[_Span]] = {}
+        self._kept: OrderedDict[_Span, bytes] = OrderedDict()
+        self._bytes = 0
+
+    def expect(self, file: RemoteFile, ranges: Iterable[tuple[int, int]]) -> None:
+        """Say what will be read of a file: (start, stop) ranges, in any order.
+
+        It takes the place of what was said before; spans that stay the same stay in memory.
+        """
+        made = [_Span(*cut) for cut in join(ranges)]
+        with self._lock:
+            old = {(s.start, s.stop): s for s in self._spans.get(file, ())}
+            kept = [old.pop((s.start, s.stop), s) for s in made]
+            for span in kept:
+                span.was_fetched = span in self._kept
+            self._spans[file] = kept
+            self._drop(old.values())
+
+    def forget(self, files: Iterable[RemoteFile]) -> None:
+        """Nothing more will be read of these."""
+        with self._lock:
+            for file in files:
+                self._drop(self._spans.pop(file, ()))
+
+    def read(self, file: RemoteFile, start: int, count: int) -> bytes:
+        """Bytes of a file.
+
+        Raises:
+            HubError: see `RemoteFile.read`.
+        """
+        parts: list[bytes] = []
+        at, stop = start, start + count
+        while at < stop:
+            span, until = self._find(file, at)
+            until = min(until, stop)
+            if span is None:
+                parts.append(file.read(at, until - at))
+            else:
+                parts.append(self._from(span, file, at, until))
+            at = until
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def _find(self, file: RemoteFile, at: int) -> tuple[_Span | None, int]:
+        """The span at a position and its end; without one, where the next begins."""
+        with self._lock:
+            spans = self._spans.get(file, [])
+        i = bisect_right(spans, at, key=lambda s: s.start)
+        if i and at < spans[i - 1].stop:
+            return spans[i - 1], spans[i - 1].stop
+        return None, spans[i].start if i < len(spans) else file.size
+
+    def _from(self, span: _Span, file: RemoteFile, at: int, until: int) -> bytes:
+        with span.lock:  # the others wait for the one that fetches
+            with self._lock:
+                data = self._kept.get(span)
+                if data is not None:
+                    self._kept.move_to_end(span)
+            if data is None and not span.was_fetched:
+                data = file.read(span.start, span.stop - span.start)
+                span.was_fetched = True
+                self._keep(span, data)
+        if data is None:
+            return file.read(at, until - at)
+        return data[at - span.start : until - span.start]
+
+    def _keep(self, span: _Span, data: bytes) -> None:
+        with self._lock:
+            self._kept[span] = data
+            self._bytes += len(data)
+            while self._bytes > self._most:
+                _, gone = self._kept.popitem(last=False)
+                self._bytes -= len(gone)
+
+    def _drop(self, spans: Iterable[_Span]) -> None:
+        for span in spans:
+            self._bytes -= len(self._kept.pop(span, b""))
+
+
+def join(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Ranges joined over gaps of at most `GAP_BYTES`, then cut into at most `SPAN_BYTES`."""
+    joined: list[tuple[int, int]] = []
+    for start, stop in sorted(r for r in ranges if r[0] < r[1]):
+        if joined and start - joined[-1][1] <= GAP_BYTES:
+            joined[-1] = (joined[-1][0], max(joined[-1][1], stop))
+        else:
+            joined.append((start, stop))
+    return [
+        (at, min(at + SPAN_BYTES, stop))
+        for start, stop in joined
+        for at in range(start, stop, SPAN_BYTES)
+    ]
+
+
+_ahead = ReadAhead()
+
+
+def expect(ranges: Iterable[Range]) -> None:
+    """Say what will be read; only files on the Hub matter."""
+    for file, parts in _by_file(ranges).items():
+        _ahead.expect(file, parts)
+
+
+def read(file: RemoteFile, start: int, count: int) -> bytes:
+    """Bytes of a file on the Hub, see `ReadAhead.read`."""
+    return _ahead.read(file, start, count)
+
+
+def release(files: Iterable[RemoteFile]) -> None:
+    """These have one stub less; without any, nothing more will be read of them."""
+    _ahead.forget(file for file in files if not has_stub(file))
+
+
+def remote_bytes(ranges: Iterable[Range]) -> int:
+    """How much of these comes from the Hub; what overlaps counts once."""
+    return sum(stop - start for parts in _by_file(ranges).values() for start, stop in join(parts))
+
+
+def _by_file(ranges: Iterable[Range]) -> dict[RemoteFile, list[tuple[int, int]]]:
+    """The ranges of files on the Hub."""
+    found: dict[RemoteFile, list[tuple[int, int]]] = {}
+    if has_remote_files():  # else the ranges need not even be made
+        for path, start, count in ranges:
+            file = remote_file(path)
+            if file is not None:
+                found.setdefault(file, []).append((start, start + count))
+    return found
