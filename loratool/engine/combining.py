@@ -24,9 +24,8 @@ from loratool.engine.kernel import Env
 from loratool.engine.summing import SummedModule, sum_factors
 from loratool.linalg import core, fit
 from loratool.linalg.concat import concat_factors, product_norm, slerp_weights
-from loratool.linalg.dense import DenseCombiner, combine_whole, resolve
+from loratool.linalg.dense import DenseCombiner, combine_rows, combine_whole, resolve
 from loratool.linalg.product import product_svd, split_factors
-from loratool.linalg.select import Place
 from loratool.methods import Method
 from loratool.plan import DeltaPart
 
@@ -190,22 +189,12 @@ def _combine_dense(
     factors = [(B.float(), A.float()) for B, A in scaled]
     combiner = DenseCombiner(how.method, how.params, weights, rows * cols, keys)
     height = max(1, grid.CPU_ELEMENTS // cols)
-    starts = range(0, rows, height)
 
-    def block(index: int, r0: int) -> tuple[Place, torch.Tensor]:
-        values = torch.stack([B[r0 : r0 + height] @ A for B, A in factors])
-        return Place(index, r0=r0, cols=cols, offset=number * rows * cols), values
+    def block(r0: int, r1: int) -> torch.Tensor:
+        return torch.stack([B[r0:r1] @ A for B, A in factors])
 
-    while combiner.wants_pass:
-        for index, r0 in enumerate(starts):
-            combiner.see(*block(index, r0))
-        combiner.end_pass()
-    whole = torch.empty(rows, cols)
-    square = 0.0
-    for index, r0 in enumerate(starts):
-        part = combiner.combine(*block(index, r0))
-        square += float(part.double().square().sum())
-        whole[r0 : r0 + height] = part
+    whole = combine_rows(combiner, (rows, cols), block, height=height, offset=number * rows * cols)
+    square = float(torch.linalg.vector_norm(whole, dtype=torch.float64)) ** 2
     if square == 0:
         zero = torch.zeros(rows, rank, dtype=torch.float64), torch.zeros(rank, cols).double()
         return zero, 0.0, 0.0

@@ -1,0 +1,109 @@
+"""Memory of merging adapters with each other: no out×in matrix in core space, and plans that hold.
+
+Every measurement is of a fresh process: VmHWM at its end, minus VmHWM after a merge of tiny
+adapters in the same process, which is the interpreter with everything loaded.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from loratool.methods import METHODS
+from loratool.ops.memory import TORCH_BYTES
+from tests.make import random_factors, save_adapter
+
+SCRIPT = r"""
+import json, re, sys
+from pathlib import Path
+import loratool as lt
+
+def high():
+    return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+
+folder = Path(sys.argv[1])
+jobs = json.loads(sys.argv[2])
+sources = lambda name, count: [str(folder / f"{name}{i}") for i in range(count)]
+for method in dict.fromkeys(job["method"] for job in jobs):
+    lt.merge(sources("tiny", 2), output=folder / f"warm-{method}", method=method, weights=[.5, .5])
+start, planned = high(), 0
+for number, job in enumerate(jobs):
+    count = job.pop("count")
+    report = lt.merge(sources("in", count), output=folder / f"out{number}",
+                      weights=[1 / count] * count, **job)
+    planned = max(planned, report.peak_memory_bytes)
+print(start, high(), planned)
+"""
+CORE = [m.name for m in METHODS if m.space in ("core", "joint")]
+DENSE_BYTES = 8192 * 8192 * 4
+"""One out×in matrix of float32: 268 MB.  Methods on ΔW would need one per adapter, 2.1 GB."""
+
+
+def make(folder: Path, shapes: dict[str, tuple[int, int]], *, rank: int, count: int) -> None:
+    for number in range(count):
+        save_adapter(folder / f"in{number}", random_factors(shapes, rank=rank, seed=50 * number))
+    for number in range(2):
+        save_adapter(folder / f"tiny{number}", random_factors({"m": (9, 8)}, rank=2, seed=number))
+
+
+def measure(folder: Path, *jobs: dict[str, Any]) -> tuple[int, int]:
+    """(bytes beyond the interpreter, planned bytes beyond the interpreter)."""
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, str(folder), json.dumps(jobs)],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    start, peak, planned = map(int, done.stdout.split())
+    taken, plan = peak - start, planned - TORCH_BYTES["cpu"]
+    print(f"start {start / 1e6:.0f} MB, took {taken / 1e6:.0f} MB, planned {plan / 1e6:.0f} MB")
+    return taken, plan
+
+
+def core_bound(size: int, rank: int, count: int) -> int:
+    """What methods in core space may take, from the sizes of the factors alone.
+
+    F = 8·R·(out + in) bytes hold all factors in float64, R = T·r.
+    """
+    total = rank * count
+    factors = 8 * total * 2 * size
+    cores = 8 * total**2 * (count + 12)
+    return 6 * factors + cores
+
+
+@pytest.mark.parametrize("method", CORE)
+@pytest.mark.slow
+def test_core_space_needs_no_dense_matrix(method: str, tmp_path: Path) -> None:
+    """8192×8192, r = 64, T = 8."""
+    make(tmp_path, {"m": (8192, 8192)}, rank=64, count=8)
+    taken, planned = measure(tmp_path, {"method": method, "count": 8})
+    assert taken <= core_bound(8192, 64, 8)
+    assert taken <= planned
+
+
+def test_all_of_core_space_at_a_lower_rank(tmp_path: Path) -> None:
+    """8192×8192, r = 16, T = 8, one method after the other in one process."""
+    make(tmp_path, {"m": (8192, 8192)}, rank=16, count=8)
+    taken, planned = measure(tmp_path, *({"method": m, "count": 8} for m in CORE))
+    assert taken <= core_bound(8192, 16, 8)
+    assert taken <= planned
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [("ties", {}), ("dare", {}), ("svd", {}), ("core", {}), ("ties", {"rank": 300}),
+     ("cat", {}), ("della", {}), ("sce", {})],
+)  # fmt: skip
+def test_plans_hold(method: str, options: dict[str, Any], threads: int, tmp_path: Path) -> None:
+    """What is planned beyond the interpreter is not less than what is taken beyond it."""
+    shapes = {f"m{i}": (1024, 1536) for i in range(3)}
+    make(tmp_path, shapes, rank=16, count=4)
+    taken, planned = measure(
+        tmp_path, {"method": method, "count": 4, "threads": threads, **options}
+    )
+    assert taken <= planned
