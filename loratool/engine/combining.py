@@ -23,7 +23,7 @@ from loratool.engine.factors import (
 from loratool.engine.kernel import Env
 from loratool.engine.summing import SummedModule, sum_factors
 from loratool.linalg import core, fit
-from loratool.linalg.concat import concat_factors, product_norm, slerp_weights
+from loratool.linalg.concat import difference_square, product_norm, slerp_weights
 from loratool.linalg.dense import DenseCombiner, combine_rows, combine_whole, resolve
 from loratool.linalg.product import product_svd, split_factors
 from loratool.methods import Method
@@ -87,20 +87,19 @@ def combine_factors(
         return sum_factors(
             like, terms, env, gain=gain, alpha=alpha, rank=how.rank and rank, dtype=dtype
         )
-    per_term = [load_pairs(term.spec, env) for term in terms]
+    matrices = list(zip(*(load_pairs(term.spec, env) for term in terms), strict=True))
     keys = random_keys(how.params, like.name, terms)
     made: list[Pair] = []
     square = error = 0.0
-    for number, pairs in enumerate(zip(*per_term, strict=True)):
-        found, whole, tail = _combine(pairs, terms, how, keys, rank, number)
+    for number in range(len(matrices)):
+        found, whole, tail = _combine(matrices.pop(0), terms, how, keys, rank, number)
         lora_B, lora_A = (_filled(found[0], rank, 1) / gain, _filled(found[1], rank, 0))
-        rounded = [round_once(t, dtype).double() for t in (lora_B, lora_A)]
+        del found
         square += whole
         error += tail
-        error += (
-            product_norm(*concat_factors([(rounded[0], rounded[1], gain), (lora_B, lora_A, -gain)]))
-            ** 2
-        )
+        rounded = round_once(lora_B, dtype).double(), round_once(lora_A, dtype).double()
+        error += gain**2 * difference_square(rounded, (lora_B, lora_A))
+        del rounded
         made.append((lora_B, lora_A))
     spec = replace(
         like, fields=pack_pairs(like, made, dtype), rank=rank, alpha=float(rank), scaling=gain,
@@ -164,13 +163,17 @@ def _combine(
             return found, product_norm(*found) ** 2, 0.0
         U, S, Vh = product_svd(*found)
     elif how.method.space == "joint":
-        U, S, Vh = product_svd(*resolve(how.method.function)(scaled, weights, keys=keys,
-                                                             **how.params))  # fmt: skip
+        joint = resolve(how.method.function)(scaled, weights, keys=keys, **how.params)
+        del scaled, pairs
+        U, S, Vh = product_svd(*joint)
+        del joint
     else:
         left, right, cores = core.core_space(scaled)
+        del scaled, pairs
         merged = resolve(how.method.function)(cores, weights, keys=keys, rank=rank, **how.params)
         u, S, vh = torch.linalg.svd(merged, full_matrices=False)
         U, Vh = left @ u, vh @ right.T
+        del left, right
     return (
         split_factors(U, S, Vh, rank), float(S.square().sum()), float(S[rank:].square().sum())
     )  # fmt: skip

@@ -17,7 +17,7 @@ from loratool.linalg.dense import DenseCombiner, combine_rows, combine_whole
 from loratool.methods import find_method
 
 _NEGLIGIBLE = 1e-13  # of the largest singular value or element: what rounding made
-_BLOCK_ELEMENTS = 1 << 19  # of one adapter, in blocks of rows
+_BLOCK_ELEMENTS = 1 << 18  # of all adapters together, in blocks of rows
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 
@@ -52,10 +52,11 @@ def _basis(stack: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     Q, R = torch.linalg.qr(stack)
     U, S, Vh = torch.linalg.svd(R, full_matrices=False)
     count = max(1, int((_NEGLIGIBLE * S[:1] < S).sum()))
+    del stack
     basis = Q @ U[:, :count]
     top = basis.gather(0, basis.abs().argmax(0, keepdim=True))
-    sign = torch.where(top < 0, -1.0, 1.0).to(stack.dtype)
-    return basis * sign, (S[:count, None] * Vh[:count]) * sign.T
+    sign = torch.where(top < 0, -1.0, 1.0).to(basis.dtype)
+    return basis.mul_(sign), (S[:count, None] * Vh[:count]) * sign.T
 
 
 def inner(
@@ -181,7 +182,7 @@ def knots(
     # What perturbs ΔW by eps·σ₁ turns the i-th singular vector by eps·σ₁/σ_i
     noise = _NEGLIGIBLE * (S[:1] / S[:count])[:, None] if float(S[0]) else None
     combiner = DenseCombiner(find_method("ties"), params, weights, count * cols, keys)
-    height = max(1, _BLOCK_ELEMENTS // cols)
+    height = max(1, _BLOCK_ELEMENTS // (cols * len(pairs)))
     merged = combine_rows(combiner, (count, cols), make, height=height, noise=noise)
     return Q @ (U[:, :count] * S[:count]), merged
 

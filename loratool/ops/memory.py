@@ -15,6 +15,9 @@ TORCH_BYTES = {"cpu": 260_000_000, "cuda": 1_200_000_000}
 ROUNDING_BYTES = (1 << 16) * 16 * 8
 """What exact and stochastic rounding take per worker: sixteen float64 arrays of one piece."""
 
+WORKER_BYTES = 4 << 20
+"""What a thread takes that multiplies and decomposes small matrices: stack, arena, BLAS buffers."""
+
 MIN_CHUNK = 1 << 20
 
 
@@ -126,6 +129,24 @@ def step_bytes(step: Step) -> int:
     if step.op in ("residual_of_sum", "residual_of_copy"):
         total += step.output.numel + step.output.nbytes  # its patch, should nothing compress
     return total
+
+
+def is_iterative(short: int, rank: int) -> bool:
+    """True where a truncation runs Lanczos and not the Gram matrix (`lanczos.is_worthwhile`)."""
+    return 4 * (rank + 8) < short
+
+
+def truncation_bytes(rows: int, cols: int, rank: int) -> int:
+    """What the best approximation of a (rows, cols) matrix takes, beyond the matrix itself.
+
+    With s the short side and l the long one: 24·L·(s + l) for a Krylov space of
+    L = min(10·(rank + 8), s), or 40·s² for the Gram matrix, its eigenvectors and LAPACK's work
+    space, and 24·rank·(s + l) for the factors.
+    """
+    short, long = sorted((rows, cols))
+    if is_iterative(short, rank):
+        return 24 * min(10 * (rank + 8), short) * (short + long)
+    return 40 * short**2 + 24 * min(rank, short) * (short + long)
 
 
 def _factoring_bytes(step: Step) -> int:
