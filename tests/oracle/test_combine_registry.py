@@ -10,13 +10,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import loratool as lt
 from loratool.engine import grid
 from loratool.linalg.dense import resolve
 from loratool.methods import BY_NAME, DENSE_INNER, METHODS, Method, parse_params
-from tests.make import save_adapter
+from tests.make import randn, save_adapter, save_checkpoint
 from tests.oracle import method_oracles
+from tests.oracle.adapter_algebra import LLM, twin
 from tests.oracle.method_oracles import INNER, ORACLES, Array, Mix, size_of
 from tests.oracle.mixing import CASES, Case, cases, library, normal, whole
 
@@ -215,3 +217,68 @@ def test_row_from_files_to_files(row: Method, tmp_path: Path) -> None:
         stored = 4 * EPS * size_of(mix) * min(out, inner) ** 0.25  # factors are float32
         bound = tolerance(mix, row) + stored
         assert np.linalg.norm(got[f"{module}.weight"] - want) <= bound, module
+
+
+DENSE_ROWS = [pytest.param(m, id=m.name) for m in METHODS if m.space == "dense"]
+
+
+@pytest.mark.parametrize("row", DENSE_ROWS)
+def test_row_into_a_base(row: Method, tmp_path: Path) -> None:
+    """W + what the oracle gives, rounded to float32 once; sharded, one module missing."""
+    shapes = {"a.q_proj": (14, 11), "b.up_proj": (9, 12)}
+    held = [
+        {m: whole(60 * i + j, *s[:1], 3, *s[1:]) for j, (m, s) in enumerate(shapes.items())}
+        for i in range(3)
+    ]
+    del held[1]["b.up_proj"]
+    adapters = []
+    for i, made in enumerate(held):
+        factors = {m: tuple(torch.from_numpy(x).float() for x in (A, B))
+                   for m, (B, A) in made.items()}  # fmt: skip
+        adapters.append(str(save_adapter(tmp_path / str(i), factors, alpha=3 * 2**i)))  # type: ignore[arg-type]
+    weights = {f"{m}.weight": randn(*s, seed=5) for m, s in shapes.items()}
+    base = save_checkpoint(tmp_path / "base", weights, shards=2)
+    coefficients, params = (0.5, 0.75, -1.25), PARAMS[row.name][0]
+    lt.merge(adapters, base=base, output=tmp_path / "out", method=row.name, params=params,
+             weights=coefficients)  # fmt: skip
+    got = {k: v for f in (tmp_path / "out").glob("*.safetensors")
+           for k, v in load_file(str(f)).items()}  # fmt: skip
+    for module in shapes:
+        places = tuple(i for i, made in enumerate(held) if module in made)
+        mix = Mix(
+            tuple(held[i][module] for i in places), tuple(2.0**i for i in places),
+            tuple(coefficients[i] for i in places), parse_params(row, params), 1,
+            f"{module}.weight", places,
+        )  # fmt: skip
+        want = weights[f"{module}.weight"].double().numpy() + ORACLES[row.name](mix)
+        error = np.abs(got[f"{module}.weight"].double().numpy() - want)
+        assert (error <= EPS * np.abs(want) + 1e-12).all(), module
+
+
+@pytest.mark.parametrize("method", ["ties", "dare", "della", "sce"])
+@pytest.mark.parametrize("name", ["lora_linear", "lora_gpt2_conv1d", "lora_target_params_gptoss"])
+def test_into_a_base_is_with_each_other_into_it(name: str, method: str, tmp_path: Path) -> None:
+    """Plain, stored (in, out), experts: both ways of the same method give one model.
+
+    (Mixtral keeps apart on disk what is one parameter in memory: there the base decides.)
+    """
+    other = twin(name, tmp_path / "other", 3)
+    texts, base = [str(LLM / name), str(other)], LLM / name / "base"
+    lt.merge(texts, output=tmp_path / "mix", method=method, weights=[0.5, 0.75], rank=64)
+    found = []
+    for place, sources, more in (
+        ("straight", texts, {"method": method, "weights": [0.5, 0.75]}),
+        ("twice", [str(tmp_path / "mix")], {}),
+    ):
+        lt.merge(sources, base=base, output=tmp_path / place, **more)  # type: ignore[arg-type]
+        found.append(load_file(str(tmp_path / place / "model.safetensors")))
+    changed = 0
+    start = load_file(str(base / "model.safetensors"))
+    for key, one in found[0].items():
+        size = float((one.double() - start[key].double()).norm())
+        changed += size > 0
+        apart = float((one.double() - found[1][key].double()).norm())
+        # factors in float32, ΔW in float32 on one way and float64 on the other, W' rounded twice
+        bound = 64 * EPS * size + 2 * EPS * float(one.double().norm())
+        assert apart <= bound, (key, apart, bound)
+    assert changed > 1
