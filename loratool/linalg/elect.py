@@ -37,7 +37,7 @@ def elect(
     weighted = values * weights[:, None, None]
     total = weighted.sum(0)
     sign = total.sign() * (total.abs() > noise * weights.abs().sum())
-    agrees = (weighted.sign() == sign) & (sign != 0)
+    agrees = weighted.sign() == sign  # zeros, where no sign wins
     mean = (weighted * agrees).sum(0) / agrees.sum(0).clamp_min(1)
     return mean * params.get("lambda", 1.0)
 

@@ -31,6 +31,19 @@ NOISE = 1e-13
 
 
 @dataclass(frozen=True)
+class Key:
+    """A stream of random numbers, and which of the matrices in a row they are for."""
+
+    value: int
+    matrix: int = 0
+
+    def draw(self, like: Array) -> Array:
+        """One number in [0, 1) per element."""
+        start = self.matrix * like.size
+        return splitmix64(self.value, start + like.size)[start:].reshape(like.shape)
+
+
+@dataclass(frozen=True)
 class Mix:
     """One module of several adapters, and how they are mixed.
 
@@ -42,6 +55,7 @@ class Mix:
         rank: of the result, as the method is told.
         name: full name of the parameter.
         positions: of the adapters on the command line.
+        expert: which matrix of a stack of experts; random choices go on from one to the next.
     """
 
     factors: tuple[tuple[Array, Array], ...]
@@ -51,6 +65,7 @@ class Mix:
     rank: int = 1
     name: str = "m.weight"
     positions: tuple[int, ...] = ()
+    expert: int = 0
 
     @property
     def deltas(self) -> list[Array]:
@@ -58,11 +73,11 @@ class Mix:
         return [s * (B @ A) for s, (B, A) in zip(self.scalings, self.factors, strict=True)]
 
     @property
-    def keys(self) -> list[int]:
+    def keys(self) -> list[Key]:
         """Keys of the random choices."""
         seed = self.params.get("seed", 0)
         places = self.positions or range(len(self.factors))
-        return [key_of(seed, place, self.name) for place in places]
+        return [Key(key_of(seed, place, self.name), self.expert) for place in places]
 
 
 # ------------------------------------------------------------------------------ random masks
@@ -70,7 +85,7 @@ class Mix:
 
 def key_of(seed: int, position: int, name: str) -> int:
     digest = hashlib.sha256(f"{seed} {position} {name}".encode()).digest()
-    return int.from_bytes(digest[:8], "little")
+    return int.from_bytes(digest[:8], "little", signed=True)
 
 
 def splitmix64(key: int, count: int) -> Array:
@@ -112,7 +127,7 @@ def ask_peft(
     values: Sequence[Array],
     weights: Sequence[float],
     params: Mapping[str, Any],
-    keys: Sequence[int],
+    keys: Sequence[Key],
 ) -> Array:
     """A function of `peft.utils.merge_utils` in float64."""
     tensors = [torch.from_numpy(np.ascontiguousarray(v)) for v in values]
@@ -123,7 +138,7 @@ def ask_peft(
     density = params["density"]
     masks: list[Array] = []
     if name.startswith("dare") and density < 1:
-        masks = [splitmix64(k, v.size) < density for k, v in zip(keys, values, strict=True)]
+        masks = [k.draw(v) < density for k, v in zip(keys, values, strict=True)]
     with injected(masks):
         made = getattr(merge_utils, name)(tensors, given, density)
     return np.asarray(made.numpy())
@@ -148,12 +163,11 @@ def trimmed(values: Sequence[Array], density: float) -> list[Array]:
     return [v * largest(v, count_of(density, v)) for v in values]
 
 
-def dropped(values: Sequence[Array], density: float, keys: Sequence[int]) -> list[Array]:
+def dropped(values: Sequence[Array], density: float, keys: Sequence[Key]) -> list[Array]:
     if density >= 1:
         return list(values)
     return [
-        np.where(splitmix64(k, v.size).reshape(v.shape) < density, v / density, 0.0)
-        for k, v in zip(keys, values, strict=True)
+        np.where(k.draw(v) < density, v / density, 0.0) for k, v in zip(keys, values, strict=True)
     ]
 
 
@@ -260,7 +274,7 @@ def della(values: list[Array], weights: Sequence[float], p: Params, keys: Any) -
         for row in range(rows if cols > 1 else 0):
             for j, col in enumerate(np.argsort(np.abs(value[row]), kind="stable")):
                 chance[row, col] = p["density"] - p["epsilon"] + 2 * p["epsilon"] * j / (cols - 1)
-        stays = splitmix64(key, value.size).reshape(value.shape) < chance
+        stays = key.draw(value) < chance
         kept.append(np.where(stays, value / chance, 0.0))
     if p["density"] >= 1:
         kept = values
@@ -420,7 +434,7 @@ def apart(name: str) -> Callable[[Mix], Array]:
         signed = [math.copysign(r, c) for r, c in zip(roots, both, strict=True)]
         sides = [
             ask_peft(name, [f[side] for f in mix.factors], weights, mix.params,
-                     [k + side for k in mix.keys])
+                     [Key(k.value + side, k.matrix) for k in mix.keys])
             for side, weights in ((0, roots), (1, signed))
         ]  # fmt: skip
         return np.asarray(sides[0] @ sides[1])

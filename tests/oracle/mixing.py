@@ -31,6 +31,16 @@ def array_of(data: Any) -> Array:
     return np.asarray(raw.view(data.shape).double().numpy())
 
 
+def experts_spec(pairs: Sequence[tuple[Array, Array]], scaling: float) -> DeltaSpec:
+    """One parameter of several experts, packed as PEFT does: lora_B's columns rank by rank."""
+    rank = len(pairs[0][1])
+    A = np.vstack([A for _, A in pairs])  # (E·r, in)
+    B = np.stack([B for B, _ in pairs], axis=2)  # (out, r, E)
+    fields = {"lora_A": data_of(A, "F64"), "lora_B": data_of(B.reshape(len(B), -1), "F64")}
+    return DeltaSpec("lowrank", "m", "gate_up", fields, "experts", rank, scaling * rank, scaling,
+                     experts=len(pairs))  # fmt: skip
+
+
 def adapter_of(modules: Mapping[str, Factors], dtype: str, number: int) -> Adapter:
     specs = []
     for name, (B, A, scaling) in modules.items():

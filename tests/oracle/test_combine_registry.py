@@ -13,14 +13,28 @@ import torch
 from safetensors.torch import load_file
 
 import loratool as lt
+from loratool.adapter import Adapter
+from loratool.api.sums import run_sum
 from loratool.engine import grid
 from loratool.linalg.dense import resolve
 from loratool.methods import BY_NAME, DENSE_INNER, METHODS, Method, parse_params
+from loratool.ops.combine import plan_combine
 from tests.make import randn, save_adapter, save_checkpoint
 from tests.oracle import method_oracles
 from tests.oracle.adapter_algebra import LLM, twin
 from tests.oracle.method_oracles import INNER, ORACLES, Array, Mix, size_of
-from tests.oracle.mixing import CASES, Case, cases, library, normal, whole
+from tests.oracle.mixing import (
+    CASES,
+    Case,
+    adapter_of,
+    array_of,
+    cases,
+    data_of,
+    experts_spec,
+    library,
+    normal,
+    whole,
+)
 
 # Random methods take dyadic densities: then what cancels in real numbers cancels in float32.
 PARAMS: dict[str, tuple[dict[str, Any], ...]] = {
@@ -155,7 +169,9 @@ def test_core_on_exact_cores(params: dict[str, Any], name: str) -> None:
     row = BY_NAME["core"]
     mix, _ = mix_of(cases(whole)[name], row, params)
     cores = torch.stack([torch.from_numpy(D) for D in mix.deltas])
-    got = resolve(row.function)(cores, mix.weights, keys=mix.keys, rank=1, **mix.params)
+    got = resolve(row.function)(
+        cores, mix.weights, keys=[k.value for k in mix.keys], rank=1, **mix.params
+    )
     want = INNER[params["inner"]](mix.deltas, mix.weights, mix.params, mix.keys)
     assert np.abs(got.numpy() - want).max() <= 1e-14 * max(1.0, np.abs(want).max())
 
@@ -282,3 +298,81 @@ def test_into_a_base_is_with_each_other_into_it(name: str, method: str, tmp_path
         bound = 64 * EPS * size + 2 * EPS * float(one.double().norm())
         assert apart <= bound, (key, apart, bound)
     assert changed > 1
+
+
+RANDOM_ROWS = [m for m in METHODS if any(p.name == "seed" for p in m.params)]
+
+
+@pytest.mark.parametrize("row", RANDOM_ROWS, ids=lambda r: r.name)
+def test_experts_draw_from_one_stream(row: Method) -> None:
+    """Three experts of one parameter: the second goes on where the first one stopped."""
+    pairs = [[whole(9 * i + e, 8, 2, 7) for e in range(3)] for i in range(2)]
+    params = {"density": 0.5, "seed": 4} | ({"inner": "dare"} if row.name == "core" else {})
+    adapters = [Adapter(Path(str(i)), "peft", (experts_spec(p, 2.0),)) for i, p in enumerate(pairs)]
+    plan = plan_combine(list(zip(adapters, (0.5, -1.25), strict=True)), row, None)
+    rank = 7 if row.space == "dense" else None
+    full = parse_params(row, params)
+    (made,) = run_sum(plan, rank, method=row, params=full, threads=1).modules
+    got_A, got_B = (array_of(made.spec.fields[k]) for k in ("lora_A", "lora_B"))
+    for e in range(3):
+        B = got_B.reshape(8, made.spec.rank, 3)[:, :, e]
+        A = got_A.reshape(3, made.spec.rank, 7)[e]
+        # the cores of an expert are a space of their own: their streams start anew
+        expert = 0 if row.name == "core" else e
+        mix = Mix(tuple(p[e] for p in pairs), (2.0, 2.0), (0.5, -1.25), full, 7, "m.gate_up",
+                  expert=expert)  # fmt: skip
+        got = made.spec.scaling * B @ A
+        assert np.linalg.norm(got - ORACLES[row.name](mix)) <= tolerance(mix, row), e
+
+
+@pytest.mark.parametrize("name", ["rounded", "cut"])
+@pytest.mark.parametrize("row", METHODS, ids=lambda r: r.name)
+def test_the_report_tells_the_loss(row: Method, name: str) -> None:
+    """‖ΔW' − ΔW‖ as reported is what float64 finds, for bfloat16 storage or a rank of 2."""
+    case = fitted(cases(normal)["identical" if row.space == "factor" else "ordinary"], row)
+    if row.name == "cat" and name == "cut":
+        return  # it has no rank
+    dtype = "BF16" if name == "rounded" else "F64"
+    stored = tuple(
+        (array_of(data_of(B, dtype)), array_of(data_of(A, dtype))) for B, A in case.factors
+    )
+    scalings, rank = (2.0, 0.5, 1.0)[: len(stored)], min(sum(len(A) for _, A in stored), 10)
+    params = parse_params(row, PARAMS[row.name][0])
+    asked = 2 if name == "cut" else (10 if row.space == "dense" or row.name == "svd" else None)
+    mix = Mix(stored, scalings, case.weights, params, asked or rank)
+    adapters = [
+        (adapter_of({"m": (B, A, s)}, dtype, i), w)
+        for i, ((B, A), s, w) in enumerate(zip(stored, scalings, case.weights, strict=True))
+    ]
+    plan = plan_combine(adapters, row, asked)
+    (made,) = run_sum(plan, asked, method=row, params=params, threads=1).modules
+    got = made.spec.scaling * array_of(made.spec.fields["lora_B"]) @ array_of(
+        made.spec.fields["lora_A"])  # fmt: skip
+    want = ORACLES[row.name](mix)
+    assert math.sqrt(made.square) == pytest.approx(float(np.linalg.norm(want)), rel=1e-6)
+    lost = float(np.linalg.norm(got - want))
+    assert lost > 1e-4 * np.linalg.norm(want)
+    assert math.sqrt(made.error_square) == pytest.approx(lost, rel=1e-4)
+
+
+@pytest.mark.parametrize("row", METHODS, ids=lambda r: r.name)
+def test_bias_deltas(row: Method, tmp_path: Path) -> None:
+    """Element-wise methods see a bias as a matrix of one row; all others add up."""
+    held = [whole(70 + i, 6, 2, 5) for i in range(2)]
+    biases = [whole(80 + i, 1, 1, 6, top=5)[1] for i in range(2)]
+    folders = [
+        str(save_adapter(tmp_path / str(i), {"m": (torch.from_numpy(A).float(),
+            torch.from_numpy(B).float())}, alpha=2 + 2 * i, lora_bias=True,
+            extra={"m.lora_B.bias": torch.from_numpy(biases[i][0]).float()}))
+        for i, (B, A) in enumerate(held)
+    ]  # fmt: skip
+    weights = (0.25, 0.75) if row.name == "slerp" else (0.5, -0.75)
+    params = PARAMS[row.name][0]
+    lt.merge(folders, output=tmp_path / "out", method=row.name, weights=weights, params=params)
+    with lt.open(tmp_path / "out") as made:
+        got = made["m.bias"].delta().numpy()
+    one = np.ones((1, 1))
+    mix = Mix(tuple((one, b) for b in biases), (1.0, 2.0), weights, parse_params(row, params), 1,
+              "m.bias")  # fmt: skip
+    oracle = ORACLES[row.name if row.space == "dense" else "cat"]
+    assert np.abs(got - oracle(mix)[0]).max() <= 8 * EPS * size_of(mix)
