@@ -133,7 +133,9 @@ class DenseCombiner:
         return values * weights[:, None, None]
 
     def _variance(self, values: torch.Tensor) -> torch.Tensor:
-        return self._weighted(values).var(0, correction=0)
+        """Between the adapters; of a module that one of them has alone, against no change."""
+        weighted = self._weighted(values)
+        return weighted[0].square() if len(weighted) == 1 else weighted.var(0, correction=0)
 
 
 def combine_rows(

@@ -296,6 +296,8 @@ def sce(values: list[Array], weights: Sequence[float], p: Params, _: Any) -> Arr
     weighted = [w * v for w, v in zip(weights, values, strict=True)]
     mean = sum(weighted) / len(weighted)
     variance = np.asarray(sum((v - mean) ** 2 for v in weighted) / len(weighted))
+    if len(weighted) == 1:
+        variance = weighted[0] ** 2  # against no change
     keep = largest(variance, count_of(p["density"], variance))
     kept = [v * keep for v in weighted]
     energy = [float((v**2).sum()) for v in kept]

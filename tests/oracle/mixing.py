@@ -158,6 +158,7 @@ def cases(make: Any) -> dict[str, Case]:
         "almost cancels": case((one, _times(two, 2.0**-12), _times(one, -1)), 1, 1, 1),
         "tiny": case(tiny, 1, 0.5, 0.75),
         "one element": case([make(s, 1, 1, 1) for s in (3, 4)], 1, 0.5),
+        "alone": case((one,), 0.75),
         "identical": case((one, one, one), 0.25, 0.5, 1),
         "a zero adapter": case((_zero(two), one, _zero(one), two), 1, 0.5, 2, 1),
         "all zero": case((_zero(one), _zero(two)), 1, 0.5),

@@ -88,7 +88,7 @@ def fitted(case: Case, row: Method) -> Case:
     """What a row takes: two adapters, or factors of one rank."""
     factors, weights = case.factors, case.weights
     if row.name == "slerp":
-        factors, weights = factors[:2], tuple(map(abs, weights[:2]))
+        factors, weights = (factors * 2)[:2], tuple(map(abs, (weights * 2)[:2]))
         weights = tuple(w / sum(weights) for w in weights)
     if row.space == "factor":
         most = max(len(A) for _, A in factors)
@@ -274,10 +274,7 @@ def test_row_into_a_base(row: Method, tmp_path: Path) -> None:
 @pytest.mark.parametrize("method", ["ties", "dare", "della", "sce"])
 @pytest.mark.parametrize("name", ["lora_linear", "lora_gpt2_conv1d", "lora_target_params_gptoss"])
 def test_into_a_base_is_with_each_other_into_it(name: str, method: str, tmp_path: Path) -> None:
-    """Plain, stored (in, out), experts: both ways of the same method give one model.
-
-    (Mixtral keeps apart on disk what is one parameter in memory: there the base decides.)
-    """
+    """Plain, stored (in, out), experts: both ways of the same method give one model."""
     other = twin(name, tmp_path / "other", 3)
     texts, base = [str(LLM / name), str(other)], LLM / name / "base"
     lt.merge(texts, output=tmp_path / "mix", method=method, weights=[0.5, 0.75], rank=64)
