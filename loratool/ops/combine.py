@@ -194,8 +194,8 @@ def dense_bytes(module: SumModule, rank: int, method: Method) -> int:
     F = 8·R·(out + in) bytes are all factors in float64.  At most 6 F are there at once: loaded,
     scaled, stacked, orthogonal, and the result as computed and as stored; and the R×R cores.
     Element-wise methods have ΔW in float32 and, one after the other, blocks of E elements (values,
-    weighted values, signs and masks of T adapters, 40 bytes each; positions and random numbers of
-    one, 90) and the truncation.  ``knots-ties`` has such blocks of float64.
+    weighted values, signs and masks of T adapters, 48 bytes each; positions and random numbers of
+    one, 110) and the truncation.  ``knots-ties`` has such blocks of float64.
     """
     if module.is_bias:
         return 64 * module.shape[0] * len(module.terms)
@@ -205,7 +205,7 @@ def dense_bytes(module: SumModule, rank: int, method: Method) -> int:
         return total + max(1 << 18, cols * count) * 90
     if method.space != "dense":
         return total
-    blocks = max(1 << 19, cols) * (40 * count + 90)
+    blocks = max(1 << 19, cols) * (48 * count + 110)
     return total + 4 * rows * cols + max(blocks, truncation_bytes(rows, cols, rank))
 
 

@@ -14,10 +14,11 @@ from typing import Any
 
 import pytest
 
+from loratool.engine.buffers import TORCH_DTYPES
 from loratool.linalg.lanczos import is_worthwhile
 from loratool.methods import METHODS
 from loratool.ops.memory import TORCH_BYTES, is_iterative
-from tests.make import random_factors, save_adapter
+from tests.make import randn, random_factors, save_adapter, save_checkpoint
 
 SCRIPT = r"""
 import json, re, sys
@@ -33,6 +34,9 @@ sources = lambda name, count: [str(folder / f"{name}{i}") for i in range(count)]
 for method in dict.fromkeys(job["method"] for job in jobs):
     lt.merge(sources("tiny", 2), output=folder / f"warm-{method}", method=method, weights=[.5, .5],
              force=True)
+    if base := jobs[0].get("base"):
+        lt.merge(sources("tiny", 2), output=folder / f"warm-base-{method}", method=method,
+                 base=folder / "tiny-base", force=True)
 start, planned = high(), 0
 for number, job in enumerate(jobs):
     count = job.pop("count")
@@ -126,5 +130,30 @@ def test_plans_hold(method: str, options: dict[str, Any], threads: int, tmp_path
     make(tmp_path, shapes, rank=16, count=4)
     taken, planned = measure(
         tmp_path, {"method": method, "count": 4, "threads": threads, **options}
+    )
+    assert taken <= planned
+
+
+def base_plans() -> list[Any]:
+    found = [pytest.param("ties", "BF16", 2, id="ties")]
+    for method in ("ties", "ties-peft", "dare", "della", "sce"):
+        for dtype in ("BF16", "F32"):
+            found.append(pytest.param(method, dtype, 1, marks=pytest.mark.slow,
+                                      id=f"{method}-{dtype}"))  # fmt: skip
+    return found
+
+
+@pytest.mark.parametrize(("method", "dtype", "threads"), base_plans())
+def test_plans_into_a_base_hold(method: str, dtype: str, threads: int, tmp_path: Path) -> None:
+    shapes = {f"m{i}": (2048, 2048) for i in range(2)}
+    make(tmp_path, shapes, rank=16, count=4)
+    kind = TORCH_DTYPES[dtype]
+    save_checkpoint(tmp_path / "tiny-base", {"m.weight": randn(9, 8, seed=1).to(kind)})
+    save_checkpoint(
+        tmp_path / "base", {f"{m}.weight": randn(*s, seed=2).to(kind) for m, s in shapes.items()}
+    )
+    taken, planned = measure(
+        tmp_path,
+        {"method": method, "count": 4, "threads": threads, "base": str(tmp_path / "base")},
     )
     assert taken <= planned
