@@ -134,8 +134,9 @@ def plan_resources(
         raise UsageError("LT-215", "number of threads", expected="1 or more", got=threads)
     factors = any(step.op == "subtract_and_factor" for step in plan.steps)
     where, reason = resolve_device(device, is_arithmetic=factors)
-    if where.type == "cuda" and factors and chunk_bytes is None:
-        chunk_bytes = _CUDA_FACTORING_CHUNK
+    if where.type == "cuda" and factors:
+        chunk_bytes = chunk_bytes or _CUDA_FACTORING_CHUNK
+        block_elements = block_elements or _CUDA_FACTORING_CHUNK // 2
     limit = parse_size(max_memory)
     memory = plan_memory(
         plan,

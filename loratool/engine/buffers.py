@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 
 import torch
@@ -75,6 +76,36 @@ class Scratch(threading.local):
             held = torch.empty(need, dtype=dtype, device=device)
             self._tensors[key] = held
         return held[:need].view(shape)
+
+
+class Pool:
+    """Whole float32 tensors that a finished step hands on to the next one.
+
+    On a CPU, memory fresh from the system costs more than a subtraction into it; a GPU's
+    allocator keeps its own.
+    """
+
+    def __init__(self) -> None:
+        self._spare: list[torch.Tensor] = []
+        self._lock = threading.Lock()
+
+    def take(self, shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
+        """An uninitialised tensor; a spare one that is too small is let go."""
+        need = math.prod(shape)
+        with self._lock:
+            held = self._spare.pop() if self._spare else None
+        if held is None or held.numel() < need:
+            held = None  # before the next one is made
+            held = torch.empty(need, dtype=torch.float32, device=device)
+        return held[:need].view(shape)
+
+    def give(self, tensor: torch.Tensor) -> None:
+        """Take back what `take` returned, once nothing reads it any more."""
+        if tensor.device.type == "cpu":
+            whole = tensor.untyped_storage()
+            spare = torch.empty(0, dtype=torch.float32).set_(whole)
+            with self._lock:
+                self._spare.append(spare)
 
 
 def from_bytes(data: torch.Tensor, dtype: str, shape: tuple[int, ...]) -> torch.Tensor:

@@ -12,6 +12,7 @@ from loratool.engine import grid
 from loratool.engine.kernel import INTEGERS, Env, Kernel
 from loratool.engine.merging import count_differing
 from loratool.errors import NumericError
+from loratool.linalg.norms import sum_of_squares
 from loratool.plan import Step
 
 
@@ -65,19 +66,21 @@ class Difference(Kernel):
         wide = torch.promote_types(torch.promote_types(tuned.dtype, base.dtype), torch.float32)
         if not tuned.is_floating_point():
             wide = torch.float64
-        wide_base = base.to(wide)
-        delta = tuned.to(wide) - wide_base
+        shape = (block.r1 - block.r0, block.c1 - block.c0)
+        take = self.env.scratch.take
+        wide_base = take("base", shape, wide, self.env.device).copy_(base)
+        delta = take("delta", shape, wide, self.env.device).copy_(tuned).sub_(wide_base)
         if tuned.dtype == base.dtype and tuned.element_size() in INTEGERS:
             differing = count_differing(tuned, base)
         else:
             differing = int((_cast(base, tuned.dtype) != tuned).sum())
-        square = _square(delta) if differing or tuned.dtype != base.dtype else 0.0
+        square = sum_of_squares(delta) if differing or tuned.dtype != base.dtype else 0.0
         if not math.isfinite(square):  # the same infinity on both sides is no difference
             delta = delta.masked_fill(tuned.to(wide) == wide_base, 0.0)
-            square = _square(delta)
-        weight = _square(wide_base)
+            square = sum_of_squares(delta)
+        weight = sum_of_squares(wide_base)
         if not math.isfinite(weight):
-            weight = _square(wide_base.masked_fill(~torch.isfinite(wide_base), 0.0))
+            weight = sum_of_squares(wide_base.masked_fill(~torch.isfinite(wide_base), 0.0))
         self._sums[block.pair][block.index] = (differing, square, weight)
         self.keep(block, tuned, delta if differing else None)
 
@@ -111,7 +114,3 @@ def _cast(base: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """The base in the tuned tensor's type, if that is the narrower one: a cast is no change."""
     is_narrower = dtype.is_floating_point and dtype.itemsize < base.dtype.itemsize
     return base.to(dtype) if is_narrower else base
-
-
-def _square(block: torch.Tensor) -> float:
-    return float(torch.linalg.vector_norm(block, dtype=torch.float64)) ** 2

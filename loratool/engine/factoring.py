@@ -16,6 +16,7 @@ from loratool.engine.difference import Difference, DifferenceResult
 from loratool.engine.kernel import Env
 from loratool.linalg import fit
 from loratool.linalg.noise import Grid, simulate_noise
+from loratool.linalg.norms import sum_of_squares
 from loratool.linalg.rank import RankRule
 from loratool.plan import Step
 
@@ -35,7 +36,7 @@ class SubtractAndFactor(Difference):
     def prepare(self) -> None:
         """Make room for the whole differences."""
         device, view = self.env.device, self.step.view
-        self._deltas = torch.zeros(len(self.names), *view, dtype=torch.float32, device=device)
+        self._deltas = self.env.pool.take((len(self.names), *view), device)
         if self.step.args.get("auto"):
             types = [TORCH_DTYPES[s.dtype] for s in self.step.inputs[::2]]
             self._grids = [Grid(view, dtype, device) for dtype in types]
@@ -43,17 +44,24 @@ class SubtractAndFactor(Difference):
     def keep(self, block: grid.Block, tuned: torch.Tensor, delta: torch.Tensor | None) -> None:
         """Collect the block."""
         assert self._deltas is not None
-        if delta is not None:
-            self._deltas[block.pair, block.r0 : block.r1, block.c0 : block.c1] = delta
+        room = self._deltas[block.pair, block.r0 : block.r1, block.c0 : block.c1]
+        room.zero_() if delta is None else room.copy_(delta)
         if self._grids:
             self._grids[block.pair].take(tuned, block.r0, block.c0)
 
     def finish(self) -> list[DifferenceResult]:
         """Factor what was collected."""
-        found = self.sizes()
         deltas, self._deltas = self._deltas, None
+        assert deltas is not None
+        found = self._factor(deltas, self.sizes())
+        self.env.pool.give(deltas)
+        return found
+
+    def _factor(
+        self, deltas: torch.Tensor, found: list[DifferenceResult]
+    ) -> list[DifferenceResult]:
         at = [i for i, one in enumerate(found) if not one.is_equal]
-        if not at or deltas is None:
+        if not at:
             return found
         args = self.step.args
         each = max(1, int(args.get("experts", 0)))
@@ -79,8 +87,7 @@ class SubtractAndFactor(Difference):
         """What the fit goes by; sizes are those of the float32 differences."""
         each = modules.shape[1]
         seeds = [_seed(f"{self.names[i]}[{e}]") for i in at for e in range(each)]
-        norms = [torch.linalg.vector_norm(m, dtype=torch.float64) for m in modules.flatten(0, 1)]
-        squares = [float(n) ** 2 for n in norms]
+        squares = [sum_of_squares(m) for m in modules.flatten(0, 1)]
         floors = None
         if self._grids:
             floors = []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from loratool.engine.buffers import (
     TORCH_DTYPES,
     WIDENED_DTYPES,
     ByteBuffer,
+    Pool,
     Scratch,
     from_bytes,
 )
@@ -35,6 +36,7 @@ class Env:
         elements: block size of the grid on that device.
         scratch: per-thread memory.
         allow_nonfinite: NaN and infinity in inputs pass.
+        pool: whole tensors, handed from step to step.
     """
 
     reader: FileReader
@@ -42,6 +44,7 @@ class Env:
     elements: int
     scratch: Scratch
     allow_nonfinite: bool = False
+    pool: Pool = field(default_factory=Pool)
 
     def load(self, source: Source, *, must_be_finite: bool = False) -> torch.Tensor:
         """A whole tensor on the CPU, in its stored type (8-bit floats as float32).

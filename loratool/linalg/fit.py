@@ -10,6 +10,7 @@ import torch
 from loratool.linalg import svd
 from loratool.linalg.lanczos import TOLERANCE, block_lanczos, is_worthwhile
 from loratool.linalg.noise import NoiseFloor
+from loratool.linalg.norms import sum_of_squares
 from loratool.linalg.rank import RankRule, choose_rank
 
 AUTO_CAP = 256
@@ -21,6 +22,7 @@ AUTO_ENERGY = 0.99
 _FIRST_STAGE, _LAST_FAST_STAGE = 16, 64  # looked at ranks: 16, 64, 128, 256 …
 _LOOSE = 1e-3  # tolerance where what comes last is noise, and is cut off
 _BLOCK_ROWS = 1024  # of residuals: bounds the scratch
+_BLOCK_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 25}  # the same: a core's cache, a GPU's launches
 
 
 @dataclass(frozen=True)
@@ -229,11 +231,14 @@ def residual_square(matrix: torch.Tensor, lora_B: torch.Tensor, lora_A: torch.Te
         Elements are off by eps(float32)·(|D| + √k·|lora_B||lora_A|) at most, the sum by 1e-7 of
         itself.
     """
-    total = 0.0
-    for row in range(0, matrix.shape[0], _BLOCK_ROWS):
-        rows = slice(row, row + _BLOCK_ROWS)
-        rest = torch.addmm(matrix[rows], lora_B[rows], lora_A, alpha=-1)
-        total += float(torch.linalg.vector_norm(rest, dtype=torch.float64)) ** 2
+    total, elements = 0.0, _BLOCK_ELEMENTS[matrix.device.type]
+    height = max(1, elements // matrix.shape[1])
+    scratch = matrix.new_empty(min(height, matrix.shape[0]), matrix.shape[1])
+    for row in range(0, matrix.shape[0], height):
+        block = matrix[row : row + height]
+        rest = scratch[: len(block)]
+        torch.addmm(block, lora_B[row : row + height], lora_A, alpha=-1, out=rest)
+        total += sum_of_squares(rest)
     return total
 
 

@@ -16,6 +16,7 @@ TOLERANCE = 3e-4
 """Stop once a step gains less than this share of the energy still missing."""
 
 _NEGLIGIBLE = 1e-7  # directions below this share of ‖D‖_F are float32 rounding
+_SMALL = 256  # sides of symmetric matrices that are not worth a GPU's while
 _COLLINEAR = 1e-5  # least diagonal of a Cholesky factor that orthonormalises well in float64
 
 
@@ -26,7 +27,8 @@ class Truncation:
     Attributes:
         left: (b, m, k) float32 with orthonormal columns; zero columns where D has no more
             directions.
-        image: (b, n, k) float32, Dᵀ left: the right singular vectors times their values.
+        image: (b, n, k) float32, Dᵀ left to rounding: the right singular vectors times their
+            values.
         singular_values: (b, k) float64, descending.
         steps: Lanczos steps taken.
     """
@@ -103,20 +105,21 @@ def _lanczos(
     total = torch.tensor(squares, dtype=torch.float64, device=stack.device)  # (b,)
     floor = _NEGLIGIBLE * total.sqrt()
     basis = stack.new_empty(len(stack), stack.shape[1], 0)  # Q (b, m, L)
-    images = stack.new_empty(len(stack), stack.shape[2], 0)  # W = Dᵀ Q (b, n, L)
+    images = total.new_empty(len(stack), stack.shape[2], 0)  # W = Dᵀ Q (b, n, L), float64
     gram = total.new_zeros(len(stack), 0, 0)  # Wᵀ W
     block = _start(stack, width, seeds)
     before = torch.zeros_like(total)
     steps = 0
     while True:
-        block = orthonormalise(stack @ block, basis, floor)
-        image = stack.mT @ block
-        gram = _grow(gram, images, image)
-        basis, images = torch.cat([basis, block], 2), torch.cat([images, image], 2)
+        block = orthonormalise(_times(stack, block), basis, floor)
+        image = _times(stack.mT, block)
+        wide = image.double()
+        gram = _grow(gram, images, wide)
+        basis, images = torch.cat([basis, block], 2), torch.cat([images, wide], 2)
         steps += 1
         is_full = basis.shape[2] + width > stack.shape[1]
         if steps >= min_steps - 1 or is_full:
-            values, vectors = torch.linalg.eigh(gram)
+            values, vectors = _eigh(gram)
             energy = values[:, -rank:].clamp_min(0).sum(1)
             gain, missing = energy - before, (total - energy).clamp_min(0)
             is_settled = steps >= min_steps and bool((gain <= tolerance * missing).all())
@@ -126,10 +129,24 @@ def _lanczos(
         block = image / _safe(torch.linalg.vector_norm(image, dim=1, keepdim=True))
     kept = vectors[:, :, -rank:].flip(2)
     left = (basis @ kept.float()).contiguous()
-    left = left * _signs(left)
-    image = stack.mT @ left
-    norms = torch.linalg.vector_norm(image.double(), dim=1)
-    return Truncation(left, image, norms, steps)
+    signs = _signs(left)
+    image = images @ kept * signs
+    norms = torch.linalg.vector_norm(image, dim=1)
+    return Truncation(left * signs, image.float(), norms, steps)
+
+
+def _times(stack: torch.Tensor, block: torch.Tensor) -> torch.Tensor:
+    """Product of both; for transposed ones (blockᵀ D)ᵀ takes a fifth less time than Dᵀ block."""
+    return stack @ block if stack.is_contiguous() else (block.mT @ stack.mT).mT
+
+
+def _eigh(gram: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Eigenvalues, ascending, and vectors; small matrices take a GPU longer than a core."""
+    if gram.device.type == "cpu" or gram.shape[-1] > _SMALL:
+        values, vectors = torch.linalg.eigh(gram)
+        return values, vectors
+    values, vectors = torch.linalg.eigh(gram.cpu())
+    return values.to(gram.device), vectors.to(gram.device)
 
 
 def _start(stack: torch.Tensor, width: int, seeds: Sequence[int]) -> torch.Tensor:
@@ -141,12 +158,11 @@ def _start(stack: torch.Tensor, width: int, seeds: Sequence[int]) -> torch.Tenso
 
 
 def _grow(gram: torch.Tensor, images: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
-    """WᵀW with the new block's rows and columns, in float64."""
-    wide = image.double()
-    corner = wide.mT @ wide
+    """WᵀW with the new block's rows and columns; all float64."""
+    corner = image.mT @ image
     if not images.shape[2]:
         return corner
-    side = images.double().mT @ wide
+    side = images.mT @ image
     return torch.cat([torch.cat([gram, side], 2), torch.cat([side.mT, corner], 2)], 1)
 
 
