@@ -137,7 +137,7 @@ def iso_cts(
         own = weight * core
         own = own - left[0] @ (left[0].T @ own)
         u, s, vh = torch.linalg.svd(own, full_matrices=False)
-        keep = int((s[:each] > _NEGLIGIBLE * S[0]).sum())
+        keep = int((_negligible(core[None], [weight]) < s[:each]).sum())
         left.append(u[:, :keep])
         right.append(vh[:keep].T)
         sigma.append(s[:keep])

@@ -338,10 +338,10 @@ def support(sigma: Array, size: float) -> int:
 
 
 def polar(columns: Array) -> Array:
-    """M (MᵀM)^(-1/2), on the span alone."""
-    values, vectors = np.linalg.eigh(columns.T @ columns)
-    inverse = np.where(values > 1e-12 * max(values.max(initial=0), 1e-300), values, np.inf) ** -0.5
-    return np.asarray(columns @ (vectors * inverse) @ vectors.T)
+    """Nearest orthonormal columns, on their span alone."""
+    P, S, Qh = np.linalg.svd(columns, full_matrices=False)
+    k = int((S > 1e-9 * max(S.max(initial=0), 1e-300)).sum())
+    return np.asarray(P[:, :k] @ Qh[:k])
 
 
 def size_of(mix: Mix) -> float:

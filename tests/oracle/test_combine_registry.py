@@ -373,3 +373,13 @@ def test_bias_deltas(row: Method, tmp_path: Path) -> None:
               "m.bias")  # fmt: skip
     oracle = ORACLES[row.name if row.space == "dense" else "cat"]
     assert np.abs(got - oracle(mix)[0]).max() <= 8 * EPS * size_of(mix)
+
+
+def test_directions_of_a_term_that_cancels_are_its_own() -> None:
+    """A of rank 1 and -A + 2⁻²⁰ C: four directions are asked of each, A has one."""
+    one, other = normal(1, 12, 1, 10), normal(2, 12, 10, 10)
+    second = np.hstack([-one[0], 2.0**-20 * other[0]]), np.vstack([one[1], other[1]])
+    params = parse_params(BY_NAME["iso-cts"], {"common": 0.2})
+    mix = Mix((one, second), (1.0, 1.0), (1.0, 1.0), params, 10)
+    got = library(mix, "iso-cts", None)
+    assert np.linalg.norm(got - ORACLES["iso-cts"](mix)) <= 1e-8 * size_of(mix)  # eps·2²⁰·√out
