@@ -340,7 +340,7 @@ def support(sigma: Array, size: float) -> int:
 def polar(columns: Array) -> Array:
     """Nearest orthonormal columns, on their span alone."""
     P, S, Qh = np.linalg.svd(columns, full_matrices=False)
-    k = int((S > 1e-9 * max(S.max(initial=0), 1e-300)).sum())
+    k = int((1e-9 * max(S.max(initial=0), 1e-300) < S).sum())
     return np.asarray(P[:, :k] @ Qh[:k])
 
 

@@ -383,3 +383,14 @@ def test_directions_of_a_term_that_cancels_are_its_own() -> None:
     mix = Mix((one, second), (1.0, 1.0), (1.0, 1.0), params, 10)
     got = library(mix, "iso-cts", None)
     assert np.linalg.norm(got - ORACLES["iso-cts"](mix)) <= 1e-8 * size_of(mix)  # eps·2²⁰·√out
+
+
+def test_small_directions_of_knots_have_larger_noise() -> None:
+    """The second adapter has nothing along a direction of 2⁻¹⁴: its zeros there are no votes."""
+    b, a = (np.linalg.qr(normal(s, n, 2, 1)[0])[0] for s, n in ((1, 12), (2, 10)))
+    one = b * [1.0, 2.0**-14], a.T
+    other = b[:, :1], normal(4, 1, 1, 10)[1]
+    params = parse_params(BY_NAME["knots-ties"], {"density": 1.0})
+    mix = Mix((one, other), (1.0, 1.0), (1.0, 0.75), params, 3)
+    got = library(mix, "knots-ties", None)
+    assert np.linalg.norm(got - ORACLES["knots-ties"](mix)) <= 1e-9 * size_of(mix)
