@@ -394,3 +394,15 @@ def test_small_directions_of_knots_have_larger_noise() -> None:
     mix = Mix((one, other), (1.0, 1.0), (1.0, 0.75), params, 3)
     got = library(mix, "knots-ties", None)
     assert np.linalg.norm(got - ORACLES["knots-ties"](mix)) <= 1e-9 * size_of(mix)
+
+
+@pytest.mark.parametrize(
+    ("method", "params", "rank"), [("tsv", {}, 6), ("iso-cts", {"common": 0.3}, 6)]
+)
+def test_directions_that_two_adapters_share(method: str, params: dict[str, Any], rank: int) -> None:
+    """Columns that depend on each other, in a space that has room for more of them."""
+    one, other = normal(1, 12, 3, 10), normal(2, 12, 3, 10)
+    mix = Mix((one, one, other), (1.0, 2.0, 1.0), (1.0, -0.75, 0.75),
+              parse_params(BY_NAME[method], params), rank)  # fmt: skip
+    got = library(mix, method, rank)
+    assert np.linalg.norm(got - ORACLES[method](mix)) <= 1e-11 * size_of(mix)
