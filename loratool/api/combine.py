@@ -1,4 +1,4 @@
-"""`merge` without a base: several adapters as one."""
+"""`merge` without a base, several adapters as one, and `subtract`, one less the others."""
 
 from __future__ import annotations
 
@@ -17,22 +17,14 @@ from loratool.errors import DiskError, UsageError
 from loratool.methods import Method, find_method, parse_params
 from loratool.ops.adapter_summary import dtype_word
 from loratool.ops.batch import output_folder
-from loratool.ops.combine import (
-    arc_weights,
-    dense_bytes,
-    plan_combine,
-    rank_of,
-    read_module_weights,
-    rules_json,
-    unused_rules,
-    weigh_modules,
-)
+from loratool.ops.combine import arc_weights, dense_bytes, plan_combine, rank_of
 from loratool.ops.inputs import Access, OpenedAdapter, guard_output, open_adapters
 from loratool.ops.loads import judge_loads
 from loratool.ops.memory import TORCH_BYTES
 from loratool.ops.rank_options import MAX_RANK
 from loratool.ops.sums import SumPlan
-from loratool.report import CombineReport, Loads, SumModuleReport, share_of
+from loratool.ops.weights import Weight, read_module_weights, rules_json, unused_rules
+from loratool.report import CombineReport, DifferenceReport, Loads, SumModuleReport, share_of
 from loratool.store.provenance import adapter_id, provenance_of
 from loratool.store.writer import check_output
 
@@ -59,6 +51,7 @@ def combine(
     dry_run: bool = False,
     provenance: bool = True,
     progress: Progress | None = None,
+    minus: bool = False,
 ) -> CombineReport:
     """Make several adapters one, without a base.
 
@@ -69,7 +62,8 @@ def combine(
         rank: of the result.
         params: of the method.
         module_weights: file of weights per module.
-        weights: coefficients in order, instead of those in the names.
+        weights: coefficients in order, instead of those in the names; with ``minus`` that of the
+            first adapter, which is 1, may be left out.
         mean: divide by the number of adapters.
         dtype: ``auto`` = the inputs' own, the widest if they are mixed.
         threads: workers; None = twice the cores, at most 8.
@@ -80,6 +74,7 @@ def combine(
         dry_run: plan only.
         provenance: record inputs and options.
         progress: called with (modules done, modules in all).
+        minus: the first adapter less the others.
 
     Raises:
         LoratoolError: see ``docs/errors.md``.
@@ -90,51 +85,67 @@ def combine(
         row = find_method("svd")
     values = parse_params(row, params or {})
     _check_rank(rank)
+    rules = read_module_weights(Path(module_weights), len(adapters)) if module_weights else ()
+    if minus and weights is not None and len(weights) == len(adapters) - 1:
+        weights = (1.0, *weights)
     opened = open_adapters(
         adapters, weights=weights, mean=mean, read=read or ReadOptions(),
-        access=access or Access(),
+        access=access or Access(), rules=rules,
     )  # fmt: skip
+    if minus:
+        opened = _less_the_others(opened)
     if row.name == "slerp":
         arc = arc_weights([o.weight for o in opened])
         opened = [replace(o, weight=w) for o, w in zip(opened, arc, strict=True)]
-    rules = read_module_weights(Path(module_weights), len(opened)) if module_weights else ()
-    weighed = [
-        (weigh_modules(o.adapter, rules, number), o.weight) for number, o in enumerate(opened)
-    ]
+    weighed = [(o.adapter, o.weight) for o in opened]
     if row.name == "svd" and rank is None:
         rank = max((s.rank for a, _ in weighed for s in a.specs), default=1)
     target = output_folder(output)
     guard_output(target, [o.resolved.named for o in opened])
-    plan = plan_combine(weighed, row, rank)
-    if unused := unused_rules([o.adapter for o in opened], rules):
-        note = f"no module matches {', '.join(unused)} of {module_weights}"
-        plan = replace(plan, notes=(*plan.notes, note))
+    plan = plan_combine(weighed, row, verb="subtracted" if minus else "merged")
+    plan = replace(plan, notes=(*plan.notes, *unused_rules([o.adapter for o in opened], rules)))
     if wanted := parse_dtype(dtype):
         plan = replace(plan, dtype=wanted)
     workers, peak = _plan_memory(plan, row, rank, threads, parse_size(max_memory))
-    labels = tuple({"label": o.resolved.label, "weight": o.weight} for o in opened)
-    job = _Job(row, values, rank, plan, labels, target, peak, started)
+    labels = tuple({"label": o.resolved.label, **o.weight.to_json()} for o in opened)
+    kind = DifferenceReport if minus else CombineReport
+    job = _Job(kind, row, values, rank, plan, labels, target, peak, started)
     if dry_run:
         return job.report(None, 0, ())
     check_output(target, is_folder=True, force=force)
-    is_same = row.name == "cat" and len(weighed) == 1 and weighed[0][1] == 1 and not rules
-    if is_same and not wanted:
-        adapter, summed = weighed[0][0], None
+    if row.name == "cat" and not wanted and [w for _, w in weighed] == [Weight()]:
+        adapter, summed = opened[0].adapter, None
     else:
         summed = run_sum(plan, rank, method=row, params=values, threads=workers, progress=progress)
-        adapter = assemble_sum(plan, summed, weighed[0][0])
+        adapter = assemble_sum(plan, summed, opened[0].adapter)
     record: dict[str, Any] = {}
     if provenance:
         options = option_values(
             method=row.name, params=dict(values), rank=rank, dtype=dtype,
             module_weights=rules_json(rules),
         )  # fmt: skip
-        record = provenance_of("merge adapters", options=options, inputs=_inputs(opened))
+        name = "subtract" if minus else "merge adapters"
+        record = provenance_of(name, options=options, inputs=_inputs(opened))
     size = _write(adapter, target, record, opened, force)
     loads = judge_loads(open_adapter(target))
     if summed is None:
         return replace(job.report(None, size, loads), dry_run=False, relative_error=0.0)
     return job.report(summed, size, loads)
+
+
+def _less_the_others(opened: Sequence[OpenedAdapter]) -> list[OpenedAdapter]:
+    """The first as it is, the others with their signs turned.
+
+    Raises:
+        UsageError: LT-297, the first has a weight.
+    """
+    first, *others = opened
+    if first.weight.value != 1 or first.weight.components:
+        raise UsageError(
+            "LT-297", "subtract takes the first adapter as it is", key=first.resolved.label,
+            got=f"weight {first.weight}", hint="loratool rescale multiplies an adapter",
+        )  # fmt: skip
+    return [first, *(replace(o, weight=o.weight.times(-1)) for o in others)]
 
 
 def _check_rank(rank: int | None) -> None:
@@ -175,7 +186,7 @@ def _inputs(opened: Sequence[OpenedAdapter]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for one in opened:
         label = content_label(one.resolved, found)
-        found[label] = {"weight": one.weight, "files": adapter_id(one.adapter)}
+        found[label] = {**one.weight.to_json(), "files": adapter_id(one.adapter)}
     return found
 
 
@@ -198,6 +209,7 @@ class _Job:
 
     def __init__(
         self,
+        kind: type[CombineReport],
         method: Method,
         params: Mapping[str, Any],
         rank: int | None,
@@ -207,7 +219,7 @@ class _Job:
         peak: int,
         started: float,
     ) -> None:
-        self.method, self.params, self.rank, self.plan = method, params, rank, plan
+        self.kind, self.method, self.params, self.rank, self.plan = kind, method, params, rank, plan
         self.labels, self.target, self.peak, self.started = labels, target, peak, started
 
     def report(self, summed: Summed | None, size: int, loads: Sequence[Loads]) -> CombineReport:
@@ -237,9 +249,10 @@ class _Job:
         if dtype != plan.dtype:
             warnings.append("float16 cannot hold the largest factor: written as float32")
         if summed and square == 0 and plan.modules:
-            warnings.append("the result is zero")
+            equal = ": the adapters are equal" if self.kind is DifferenceReport else ""
+            warnings.append(f"the result is zero{equal}")
         mixed = tuple(found[0][0].name for found in plan.mixed)
-        return CombineReport(
+        return self.kind(
             output=str(self.target),
             adapters=self.labels,
             method=self.method.name,

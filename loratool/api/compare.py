@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loratool.adapter import Adapter, ReadOptions
-from loratool.dialects import open_adapter
+from loratool.api.common import file_rules
 from loratool.dtypes import DTYPES
 from loratool.errors import UsageError
 from loratool.ops.compare import (
@@ -21,10 +21,9 @@ from loratool.ops.compare import (
     has_same_factors,
     layer_of,
 )
-from loratool.ops.inputs import Access, locate
+from loratool.ops.inputs import Access, open_one
 from loratool.report import ComparedModule, CompareReport
 from loratool.report.chart import check_chart, refuse_existing
-from loratool.store.source import find_adapter
 
 if TYPE_CHECKING:
     from loratool.engine.comparison import PairResult
@@ -45,6 +44,8 @@ def compare(
     alpha: float | None = None,
     offline: bool = False,
     yes: bool = False,
+    max_header: str | int | None = None,
+    allow_pickle: bool = False,
 ) -> CompareReport:
     """Compare what adapters change: two in detail, more as a matrix of cosines.
 
@@ -58,6 +59,8 @@ def compare(
         alpha: lora_alpha for files without a configuration.
         offline: never touch the network.
         yes: agree to large downloads.
+        max_header: largest safetensors header accepted, such as ``"64MB"``.
+        allow_pickle: convert pickles first, in a locked process.
 
     Raises:
         LoratoolError: see ``docs/errors.md``.
@@ -73,9 +76,10 @@ def compare(
     check_chart(plot)
     if csv is not None:
         refuse_existing(Path(csv))
-    found = [locate(a, kind="adapter", access=Access(offline, yes)) for a in adapters]
-    opened = [open_adapter(find_adapter(r.path), ReadOptions(alpha=alpha)) for r in found]
-    labels = _labels([r.label for r in found])
+    access, read = Access(offline, yes, file_rules(max_header, allow_pickle)), ReadOptions(alpha)
+    found = [open_one(text, read=read, access=access) for text in adapters]
+    opened = [adapter for _, adapter in found]
+    labels = _labels([resolved.label for resolved, _ in found])
     aligned = align(opened)
     from loratool.engine.factors import make_env
     from loratool.store.reader import FileReader
@@ -242,7 +246,7 @@ def _with_files(
 ) -> CompareReport:
     from dataclasses import replace
 
-    from loratool.report.chart import draw_comparison
+    from loratool.report.compare_chart import draw_comparison
     from loratool.report.csvfile import write_comparison
 
     files = []

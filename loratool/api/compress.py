@@ -4,26 +4,26 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loratool.adapter import Adapter, AdapterFiles, ReadOptions
 from loratool.api.common import (
     Resources,
+    content_label,
     file_rules,
     option_values,
     parse_size,
     plan_resources,
-    recorded_name,
 )
 from loratool.dialects import open_adapter, write_adapter_files
 from loratool.errors import UsageError
 from loratool.ops.batch import is_batch, name_of, place_outputs
 from loratool.ops.compress import CompressPlan, at_ranks, names_of, plan_compress, rebuild
 from loratool.ops.compress_options import rank_rule
-from loratool.ops.inputs import Access, guard_output, locate
+from loratool.ops.inputs import Access, guard_output, open_one
 from loratool.ops.loads import judge_loads
 from loratool.report import (
     CompressedAdapter,
@@ -32,8 +32,8 @@ from loratool.report import (
     energy_and_error,
 )
 from loratool.store.header import build_header
-from loratool.store.provenance import adapter_id, provenance_of
-from loratool.store.source import Resolved, find_adapter
+from loratool.store.provenance import adapter_id, checkpoint_id, provenance_of
+from loratool.store.source import Resolved
 from loratool.store.writer import check_output
 
 if TYPE_CHECKING:
@@ -109,16 +109,12 @@ def compress(
         size=limit,
         has_base=base is not None,
     )
-    named = None if base is None else recorded_name(Path(base))
-    options = option_values(**rule, size=limit, rank_auto=base is not None, base=named)
+    options = option_values(**rule, size=limit, rank_auto=base is not None)
     read = read or ReadOptions()
     access = Access(offline, rules=file_rules(max_header, allow_pickle))
     jobs = _open(adapters, output, read, access, force)
     if base is not None:
-        jobs = [
-            replace(job, caps=_noise_ranks(job, base, read, access, threads, max_memory))
-            for job in jobs
-        ]
+        jobs = [_capped_by_noise(job, base, read, access, threads, max_memory) for job in jobs]
     total = sum(s.nbytes for j in jobs for spec in j.plan.specs for s in spec.fields.values())
     done = 0
 
@@ -133,13 +129,13 @@ def compress(
     reports = []
     for job in jobs:
         resources = plan_resources(
-            job.plan.steps("factor", [{}] * len(job.plan.specs)), device="cpu", threads=threads,
-            max_memory=max_memory, chunk_bytes=None, sample=False, progress=None,
+            job.plan.steps("factor", [{"rule": rule}] * len(job.plan.specs)), device="cpu",
+            threads=threads, max_memory=max_memory, chunk_bytes=None, sample=False, progress=None,
         )  # fmt: skip
         made = _compress(job, rule, limit, resources, advance)
         record = {}
         if provenance:
-            inputs = {"adapter": adapter_id(job.plan.adapter)}
+            inputs = {"adapter": adapter_id(job.plan.adapter), **job.base}
             record = provenance_of("compress", options=options, inputs=inputs)
         if not dry_run:
             _write(job, made.files, record, force)
@@ -158,6 +154,8 @@ class _Job:
     target: Path
     caps: Sequence[int | None] | None = None
     """Noise rank of each spec, None where it has none; None without ``--rank auto``."""
+    base: Mapping[str, Any] = field(default_factory=dict)
+    """The base of ``--rank auto`` by name and content, as provenance records it."""
 
     @property
     def original(self) -> AdapterFiles:
@@ -187,38 +185,39 @@ def _open(
     texts = [adapters] if isinstance(adapters, (str, Path)) else list(adapters)
     if not texts:
         raise UsageError("LT-221", "no adapter given")
-    found = [locate(str(text), kind="adapter", access=access) for text in texts]
-    targets = place_outputs([name_of(one) for one in found], output)
+    found = [open_one(str(text), read=read, access=access) for text in texts]
+    targets = place_outputs([name_of(one) for one, _ in found], output)
     jobs: list[_Job] = []
-    for resolved, target in zip(found, targets, strict=True):
-        adapter = open_adapter(
-            find_adapter(resolved.path), read, max_header=access.rules.max_header
-        )
-        guard_output(target, [one.path for one in found])
+    for (resolved, adapter), target in zip(found, targets, strict=True):
+        guard_output(target, [one.named for one, _ in found])
         if target == Path(output) or target.parent.exists():
             check_output(target, is_folder=True, force=force)
         jobs.append(_Job(resolved, plan_compress(adapter), target))
     return jobs
 
 
-def _noise_ranks(
+def _capped_by_noise(
     job: _Job,
     base: str | Path,
     read: ReadOptions,
     access: Access,
     threads: int | None,
     max_memory: str | int | None,
-) -> list[int | None]:
-    """What a merge into the base can resolve, per spec."""
+) -> _Job:
+    """With what a merge into the base can resolve as the largest rank of each spec."""
     from loratool.api.look import look_at_base
 
-    found = look_at_base(
+    found, opened = look_at_base(
         job.resolved.path, base, read=read, access=access, device="cpu", threads=threads,
         max_memory=max_memory,
     )  # fmt: skip
     ranks = {m.name: m.noise_rank for m in found.modules}
     known = [ranks.get(spec.name) for spec in job.plan.specs]
-    return [None if rank is None else int(rank) for rank in known]
+    label = content_label(opened.resolved, {})
+    return replace(
+        job, caps=[None if rank is None else int(rank) for rank in known],
+        base={"base": {"name": label, "files": checkpoint_id(opened.checkpoint)}},
+    )  # fmt: skip
 
 
 def _compress(

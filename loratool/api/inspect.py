@@ -16,22 +16,31 @@ if TYPE_CHECKING:
     from loratool.ops.inputs import Access
 
 
-def open(path: str | Path, *, alpha: float | None = None) -> OpenAdapter:
+def open(
+    path: str | Path,
+    *,
+    alpha: float | None = None,
+    max_header: str | int | None = None,
+    allow_pickle: bool = False,
+) -> OpenAdapter:
     """Open an adapter to look at its tensors.
 
     Args:
         path: adapter folder or file.
         alpha: lora_alpha for files without a configuration.
+        max_header: largest safetensors header accepted, such as ``"64MB"``.
+        allow_pickle: convert pickles first, in a locked process.
 
     Example:
         >>> for module in lt.open("style"):
         ...     print(module.name, module.rank, module.norm())
     """
-    from loratool.dialects import open_adapter
     from loratool.engine.opened import OpenAdapter
-    from loratool.store.source import find_adapter
+    from loratool.ops.inputs import Access, open_one
 
-    return OpenAdapter(open_adapter(find_adapter(Path(path)), ReadOptions(alpha=alpha)))
+    access = Access(offline=True, rules=file_rules(max_header, allow_pickle))
+    resolved, adapter = open_one(str(path), read=ReadOptions(alpha), access=access)
+    return OpenAdapter(adapter, keep=resolved)
 
 
 def inspect(
@@ -81,7 +90,7 @@ def inspect(
     if resolved.note is not None:
         report = replace(report, notes=(resolved.note, *report.notes))
     if risk:
-        report = _with_risk(report, resolved.path, base, alpha, access)
+        report = _with_risk(report, resolved.path, base, alpha, access, device)
     if spectrum or (csv is not None and base is None) or plot is not None:
         report = _with_spectrum(
             report, resolved.path, csv if base is None else None, plot, alpha, threads,
@@ -98,6 +107,7 @@ def _with_risk(
     base: str | Path | None,
     alpha: float | None,
     access: Access,
+    device: str,
 ) -> InspectReport:
     from loratool.api.risk import measure_risk
     from loratool.dialects import open_adapter
@@ -107,8 +117,10 @@ def _with_risk(
     if report.adapter is None:
         raise UsageError("LT-289", "--risk looks at one adapter", got=f"a {report.what}")
     opened = None if base is None else open_base(str(base), [], access)
-    adapter = open_adapter(find_adapter(path), ReadOptions(alpha=alpha))
-    return replace(report, risk=measure_risk(adapter, opened))
+    adapter = open_adapter(
+        find_adapter(path), ReadOptions(alpha=alpha), max_header=access.rules.max_header
+    )
+    return replace(report, risk=measure_risk(adapter, opened, device=device))
 
 
 def _with_base(
@@ -121,20 +133,20 @@ def _with_base(
     device: str,
     threads: int | None,
 ) -> InspectReport:
-    from loratool.api.look import look_at_base, write_csv
-    from loratool.api.spectrum import check_files
-    from loratool.errors import UsageError
+    from loratool.api.look import look_at_base
     from loratool.ops.loss import WARN_LOSS
+    from loratool.report.chart import refuse_existing
+    from loratool.report.csvfile import write_look
 
     if report.adapter is None:
         raise UsageError("LT-208", "--base is for one adapter", file=path, got=f"a {report.what}")
-    csv_path = None if csv is None else Path(csv)
-    check_files(csv_path, None)
-    found = look_at_base(
+    if csv is not None:
+        refuse_existing(Path(csv))
+    found, _ = look_at_base(
         path, base, read=ReadOptions(alpha=alpha), access=access, device=device, threads=threads
     )
-    if csv_path is not None:
-        write_csv(found, csv_path)
+    if csv is not None:
+        write_look(found, Path(csv))
     warnings = report.warnings
     if found.total.loss > WARN_LOSS:
         warnings += (
@@ -153,23 +165,26 @@ def _with_spectrum(
     threads: int | None,
     max_header: int,
 ) -> InspectReport:
-    from loratool.api.spectrum import check_files, measure_spectrum, write_csv
+    from loratool.api.spectrum import measure_spectrum
     from loratool.dialects import open_adapter
+    from loratool.report.chart import check_chart, refuse_existing
+    from loratool.report.csvfile import write_spectrum
     from loratool.store.source import find_adapter
 
     if report.adapter is None:
         raise UsageError(
             "LT-208", "a spectrum is that of one adapter", file=path, got=f"a {report.what}"
         )
-    csv_path, plot_path = (None if p is None else Path(p) for p in (csv, plot))
-    check_files(csv_path, plot_path)
+    check_chart(plot)
+    if csv is not None:
+        refuse_existing(Path(csv))
     adapter = open_adapter(find_adapter(path), ReadOptions(alpha=alpha), max_header=max_header)
     found = measure_spectrum(adapter, threads=threads)
-    if csv_path is not None:
-        write_csv(found, csv_path)
-    if plot_path is not None:
-        from loratool.api.plot import draw_spectrum
+    if csv is not None:
+        write_spectrum(found, Path(csv))
+    if plot is not None:
+        from loratool.report.spectrum_chart import draw_spectrum
 
         title = f"{report.adapter.label} · {len(found.modules)} modules"
-        draw_spectrum(found, plot_path, title=title)
+        draw_spectrum(found, Path(plot), title=title)
     return replace(report, spectrum=found)

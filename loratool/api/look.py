@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +12,7 @@ from loratool.api.common import plan_resources
 from loratool.api.merge_job import NameOptions, prepare_merge
 from loratool.dtypes import DTYPES
 from loratool.ops.bind import BindOptions
-from loratool.ops.inputs import Access
+from loratool.ops.inputs import Access, OpenedBase
 from loratool.plan import DeltaPart, Plan
 from loratool.report.look import AdapterLook, Sums, combine
 
@@ -30,8 +29,11 @@ def look_at_base(
     device: str = "auto",
     threads: int | None = None,
     max_memory: str | int | None = None,
-) -> AdapterLook:
+) -> tuple[AdapterLook, OpenedBase]:
     """Measure every delta beside the weights it changes, reading these once, in blocks.
+
+    Returns:
+        What was found, and the base: ``auto`` may have stood for any.
 
     Raises:
         LoratoolError: as `merge`: whatever does not bind cannot be looked at.
@@ -43,12 +45,7 @@ def look_at_base(
         [str(path)], base=base, weights=[1.0], mean=False, names=NameOptions(BindOptions(), read),
         access=access, dtype=None, shard_bytes=None, output=None, with_provenance=False,
     )  # fmt: skip
-    steps = tuple(
-        replace(step, op="look_at_base", inputs=step.inputs[:1], parts=parts, shard=-1)
-        for step in job.merge.plan.steps
-        if (parts := tuple(p for p in step.parts if isinstance(p, DeltaPart)))
-    )
-    plan = Plan("inspect", steps)
+    plan = plan_look(job.merge.plan)
     resources = plan_resources(
         plan, device=device, threads=threads, max_memory=max_memory, chunk_bytes=None,
         sample=False, progress=None,
@@ -60,18 +57,26 @@ def look_at_base(
     order = {spec.name: i for i, spec in enumerate(job.adapters[0].adapter.specs)}
     ranks = {s.name: s.rank for s in job.adapters[0].adapter.specs}
     found.sort(key=lambda one: order[one.name])
-    return _summed(job.base.resolved.label, found, ranks)
+    return _summed(job.base.resolved.label, found, ranks), job.base
+
+
+def plan_look(merge: Plan) -> Plan:
+    """Look at the deltas of a merge's steps instead of adding them."""
+    steps = tuple(
+        replace(step, op="look_at_base", inputs=step.inputs[:1], parts=parts, shard=-1)
+        for step in merge.steps
+        if (parts := tuple(p for p in step.parts if isinstance(p, DeltaPart)))
+    )
+    return Plan("inspect", steps)
 
 
 def _summed(label: str, found: Sequence[Look], ranks: dict[str, int]) -> AdapterLook:
     groups: dict[str, list[Sums]] = {}
     for one in found:
-        noise = None
-        if one.sigma is not None and one.noise_top is not None:
-            noise = sum(s > one.noise_top for s in one.sigma)
         groups.setdefault(one.name, []).append(Sums(
             _family(one.name), DTYPES[one.dtype].word or one.dtype, ranks[one.name], one.numel,
-            one.weight_square, one.delta_square, one.core_square, noise, one.errors, one.changed,
+            one.weight_square, one.delta_square, one.core_square, one.noise_rank, one.errors,
+            one.changed,
         ))  # fmt: skip
     modules = []
     for name, rows in groups.items():
@@ -87,21 +92,6 @@ def _summed(label: str, found: Sequence[Look], ranks: dict[str, int]) -> Adapter
         for f in dict.fromkeys(r.family for r in flat)
     )
     return AdapterLook(label, tuple(modules), families, combine("total", "total", flat))
-
-
-def write_csv(found: AdapterLook, path: Path) -> None:
-    """One row per module."""
-    words = list(found.total.swallowed)
-    with path.open("x", newline="", encoding="utf-8") as file:
-        rows = csv.writer(file)
-        head = ["module", "family", "dtype", "rank", "rho", "amplification", "noise_rank"]
-        head += [f"{what}_{w}" for what in ("swallowed", "changed") for w in words]
-        rows.writerow(head)
-        for m in found.modules:
-            numbers = [m.rho, m.amplification, m.noise_rank]
-            numbers += [table.get(w) for table in (m.swallowed, m.changed) for w in words]
-            shown = ("" if n is None else repr(n) for n in numbers)
-            rows.writerow([m.name, m.family, m.dtype, m.rank, *shown])
 
 
 def _family(name: str) -> str:

@@ -25,10 +25,11 @@ from loratool.api.open_residual import check_partner, open_residual
 from loratool.api.undo import plan_undo, write_undo
 from loratool.engine.grid import CPU_ELEMENTS
 from loratool.ops.bind import BindOptions
-from loratool.ops.combine import check_options, combination_args, read_module_weights
+from loratool.ops.combine import check_options, combination_args
 from loratool.ops.input_notes import base_notes, input_warnings, nonfinite_warning
 from loratool.ops.inputs import Access, guard_output
 from loratool.ops.merge import index_files
+from loratool.ops.weights import read_module_weights
 from loratool.report import CombineReport, MergeReport, ModuleLoss, SubtractReport
 from loratool.store.output_path import check_output
 
@@ -309,7 +310,7 @@ def _report(
         *_cast_note(sums),
         *_exact_note(sums),
     ]
-    checked = sum(s.op.startswith("patched_") for s in plan.steps)
+    checked = sum(s.op == "complete" for s in plan.steps)
     if checked:
         notes.append(f"{checked} tensors are the fine-tune's, bit for bit (checked)")
     if job.base.resolved.note:
@@ -318,7 +319,7 @@ def _report(
     extra: dict[str, Any] = _restored(results) if job.operation.report is SubtractReport else {}
     return job.operation.report(
         output=str(job.output),
-        adapters=tuple({"label": a.resolved.label, "weight": a.weight} for a in job.adapters),
+        adapters=tuple({"label": a.resolved.label, **a.weight.to_json()} for a in job.adapters),
         base=str(job.base.resolved.named),
         base_label=job.base.resolved.label,
         changed=len(job.merge.changed),

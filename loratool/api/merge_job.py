@@ -13,7 +13,6 @@ from loratool.api.common import content_label, option_values
 from loratool.dtypes import DTYPES
 from loratool.errors import MismatchError, UsageError
 from loratool.ops.bind import BindOptions, bind
-from loratool.ops.combine import Rule, rules_json, weigh_modules
 from loratool.ops.inputs import (
     Access,
     OpenedAdapter,
@@ -25,12 +24,14 @@ from loratool.ops.inputs import (
 from loratool.ops.merge import MergePlan, WeightedAdapter, plan_merge
 from loratool.ops.residual import patch_merge
 from loratool.ops.verify import merged_dtype
+from loratool.ops.weights import Rule, rules_json, unused_rules
 from loratool.report import MergeReport
 from loratool.store.checkpoint import Checkpoint
 from loratool.store.provenance import adapter_id, checkpoint_id, provenance_of
+from loratool.store.source import AdapterArgument
 
 if TYPE_CHECKING:
-    from loratool.store.residual_file import Residual
+    from loratool.ops.residual import Residual
     from loratool.store.sidecar import Sidecar
 
 
@@ -106,7 +107,7 @@ class MergeJob:
 
 
 def prepare_merge(
-    texts: Sequence[str],
+    texts: Sequence[str | AdapterArgument],
     *,
     base: str | Path,
     weights: Sequence[float] | None,
@@ -131,21 +132,22 @@ def prepare_merge(
     ``residual`` turns the plan into one that gives a fine-tune back, bit for bit.
     """
     kind = operation or Operation()
-    opened = open_adapters(texts, weights=weights, mean=mean, read=names.read, access=access)
-    opened = [
-        replace(o, adapter=weigh_modules(o.adapter, module_weights, number))
-        for number, o in enumerate(opened)
-    ]
+    opened = open_adapters(
+        texts, weights=weights, mean=mean, read=names.read, access=access, rules=module_weights
+    )
     if kind.signs:
-        opened = [replace(o, weight=o.weight * s) for o, s in zip(opened, kind.signs, strict=True)]
+        opened = [
+            replace(o, weight=o.weight.times(s)) for o, s in zip(opened, kind.signs, strict=True)
+        ]
     opened_base = open_base(str(base), opened, access)
     if output is not None:
         _check_output_form(output, opened_base)
         guard_output(output, [opened_base.resolved.named, *(a.resolved.named for a in opened)])
         guard_output(output, _files(opened, opened_base))
+    kept = [o.weight.kept(o.adapter) for o in opened]
     bound = tuple(
-        WeightedAdapter(o.adapter, o.weight, bind(o.adapter, opened_base.checkpoint, names.bind))
-        for o in opened
+        WeightedAdapter(adapter, o.weight, bind(adapter, opened_base.checkpoint, names.bind))
+        for o, adapter in zip(opened, kept, strict=True)
     )
     if kind.check is not None:
         bound = kind.check(bound)
@@ -180,7 +182,7 @@ def prepare_merge(
         replace(planned, plan=plan),
         bound,
         tuple(sidecars),
-        tuple(notes),
+        (*notes, *unused_rules([o.adapter for o in opened], module_weights)),
         record if with_provenance else {},
         output,
         kind,
@@ -233,7 +235,7 @@ def _inputs(opened: Sequence[OpenedAdapter], base: OpenedBase, checksum: bool) -
     inputs: dict[str, Any] = {}
     for one in opened:
         label = content_label(one.resolved, inputs)
-        inputs[label] = {"weight": one.weight, "files": adapter_id(one.adapter)}
+        inputs[label] = {**one.weight.to_json(), "files": adapter_id(one.adapter)}
     label = content_label(base.resolved, inputs)
     inputs[label] = {"role": "base", "files": checkpoint_id(base.checkpoint, full=checksum)}
     return inputs

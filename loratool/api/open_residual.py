@@ -9,9 +9,9 @@ from typing import NoReturn
 from loratool.api.merge_job import NameOptions
 from loratool.errors import UsageError
 from loratool.ops.inputs import OpenedAdapter
-from loratool.ops.residual import bind_options, check_adapter
+from loratool.ops.residual import Residual, bind_options, check_adapter, read_residual
+from loratool.ops.weights import Weight
 from loratool.store.provenance import adapter_id
-from loratool.store.residual_file import Residual, read_residual
 
 
 def open_residual(
@@ -44,8 +44,8 @@ def check_partner(residual: Residual, adapter: OpenedAdapter) -> None:
         UsageError: the weight.
         MismatchError: the adapter.
     """
-    if adapter.weight != 1:
-        _refuse(f"weight {adapter.weight:g}")
+    if adapter.weight != Weight():
+        _refuse(f"weight {adapter.weight}" + (" and others" if adapter.weight.by_name else ""))
     check_adapter(residual, adapter_id(adapter.adapter))
 
 

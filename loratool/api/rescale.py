@@ -10,18 +10,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loratool.adapter import Adapter, AdapterFiles, ReadOptions, Source, TensorRef
-from loratool.api.common import content_label, option_values, parse_dtype
+from loratool.api.common import content_label, file_rules, option_values, parse_dtype
 from loratool.dialects import open_adapter, write_adapter_files
 from loratool.errors import UsageError
 from loratool.ops.adapter_summary import dtype_word
 from loratool.ops.additive import factor_dtype, require_additive
 from loratool.ops.batch import is_batch, name_of, place_outputs
-from loratool.ops.inputs import Access, OpenedBase, guard_output, locate, open_base
+from loratool.ops.inputs import Access, OpenedBase, guard_output, open_base, open_one
 from loratool.ops.loads import judge_loads
 from loratool.ops.rescale import RescalePlan, parse_only, plan_rescale
 from loratool.report import RescaledAdapter, RescaleReport, share_of
 from loratool.store.provenance import adapter_id, checkpoint_id, provenance_of
-from loratool.store.source import Resolved, find_adapter
+from loratool.store.source import Resolved
 from loratool.store.writer import check_output
 
 if TYPE_CHECKING:
@@ -54,6 +54,8 @@ def rescale(
     offline: bool = False,
     yes: bool = False,
     provenance: bool = True,
+    max_header: str | int | None = None,
+    allow_pickle: bool = False,
 ) -> RescaleReport:
     """Multiply ΔW of adapters.
 
@@ -77,6 +79,8 @@ def rescale(
         offline: never touch the network.
         yes: agree to large downloads.
         provenance: record inputs and options in the output.
+        max_header: largest safetensors header accepted, such as ``"64MB"``.
+        allow_pickle: convert pickles first, in a locked process.
 
     Raises:
         LoratoolError: see ``docs/errors.md``.
@@ -89,17 +93,16 @@ def rescale(
     if not math.isfinite(factor):
         raise UsageError("LT-262", "not a factor", got=factor, expected="a plain decimal number")
     wanted, patterns = parse_dtype(dtype), parse_only(only)
-    access = Access(offline, yes)
-    found = [locate(a, kind="adapter", access=access) for a in adapters]
-    opened = [open_adapter(find_adapter(r.path), ReadOptions(alpha=alpha)) for r in found]
-    targets = place_outputs([name_of(r) for r in found], output)
+    access, read = Access(offline, yes, file_rules(max_header, allow_pickle)), ReadOptions(alpha)
+    found = [open_one(text, read=read, access=access) for text in adapters]
+    targets = place_outputs([name_of(resolved) for resolved, _ in found], output)
     for target in targets:
-        guard_output(target, [r.path for r in found])
+        guard_output(target, [resolved.named for resolved, _ in found])
     weak = _check_intruders(factor, intruders, base, bool(only or blocks or wanted))
     opened_base = None if base is None or weak is None else open_base(str(base), [], access)
     jobs = [
         _Job(text, r, plan_rescale(adapter, factor, only=patterns, blocks=blocks), target)
-        for text, r, adapter, target in zip(adapters, found, opened, targets, strict=True)
+        for text, (r, adapter), target in zip(adapters, found, targets, strict=True)
     ]
     if dry_run:
         rows = [_row(job, None, wanted, 0, None) for job in jobs]
@@ -112,6 +115,10 @@ def rescale(
             factor=factor, only=list(only), blocks=blocks, dtype=dtype, intruders=intruders
         )
         treated = None if opened_base is None or weak is None else (opened_base, weak)
+        if treated is not None:
+            from loratool.engine.device import resolve_device
+
+            options["device"] = resolve_device("auto", is_arithmetic=True)[0].type
         rows = [_run(job, wanted, options if provenance else None, force, treated) for job in jobs]
     return RescaleReport(str(output), factor, tuple(rows), time.monotonic() - started, dry_run)
 

@@ -13,7 +13,7 @@ from loratool.api.merge_job import NameOptions, prepare_merge
 from loratool.dialects import open_adapter
 from loratool.ops.bind import BindOptions
 from loratool.ops.inputs import Access, OpenedBase
-from loratool.ops.residual import bind_options, config_of, plan_residual
+from loratool.ops.residual import bind_options, config_of, plan_residual, residual_table
 from loratool.report import SavedResidual
 from loratool.store.checkpoint import Checkpoint
 from loratool.store.provenance import adapter_id, checkpoint_id, provenance_of
@@ -53,8 +53,9 @@ def save_residual(
     """
     from loratool.engine.run import execute
     from loratool.ops.inputs import open_base
+    from loratool.store.patch_file import PatchWriter
     from loratool.store.reader import FileReader
-    from loratool.store.residual_file import ResidualWriter
+    from loratool.store.writer import StagedOutput
 
     checkpoint = open_base(str(base), [], access).checkpoint
     bind = _bind_options(tuned.checkpoint, checkpoint)
@@ -66,40 +67,33 @@ def save_residual(
     )  # fmt: skip
     plan = plan_residual(job.merge.plan, job.checkpoint, tuned.checkpoint)
     resources = plan_resources(
-        plan.plan, device="cpu", threads=threads, max_memory=max_memory, chunk_bytes=None,
+        plan, device="cpu", threads=threads, max_memory=max_memory, chunk_bytes=None,
         sample=False, progress=progress,
     )  # fmt: skip
-    with ResidualWriter(path, force=force) as writer, FileReader() as reader:
+    output = StagedOutput(path, is_folder=False, plan_id=None, force=force)
+    with output, FileReader() as reader, PatchWriter(output) as writer:
 
         def take(result: Any) -> Any:
-            if result.pages:
-                writer.put(result.name, result.pages)
-            return replace(result, pages=())
+            writer.add(result.name, result.pieces)
+            return replace(result, pieces=())
 
-        results = execute(plan.plan, reader, None, resources.run, take)
+        results = execute(plan, reader, None, resources.run, take)
         reader.check_unchanged()
-        tensors = {
-            result.name: (plan.tensors[result.name], result.digest, result.name in plan.whole)
-            for result in results
-        }
-        opened = open_adapter(adapter)
-        record: dict[str, Any] = {
-            "residual": {
-                "adapter": adapter_id(opened),
-                "bind": bind,
-                "config": config_of(tuned.checkpoint, checkpoint),
-            }
-        }
+        table = residual_table(
+            plan, {r.name: r for r in results}, adapter=adapter_id(open_adapter(adapter)),
+            bind=bind, config=config_of(tuned.checkpoint, checkpoint),
+        )  # fmt: skip
+        record: dict[str, Any] = {"operation": "residual"}
         if provenance:
             inputs = {
                 "tuned": checkpoint_id(tuned.checkpoint), "base": checkpoint_id(checkpoint),
             }  # fmt: skip
-            record |= provenance_of("residual", options={}, inputs=inputs)
-        size = writer.finish(tensors, reader, record)
-    patched = [r for r in results if r.elements and r.name not in plan.whole]
-    return SavedResidual(
-        str(path), size, len(patched), sum(r.elements for r in patched), len(plan.whole)
-    )
+            record = provenance_of("residual", options={}, inputs=inputs)
+        size = writer.write(table, record)
+        output.commit()
+    new = {s.output.name for s in plan.steps if s.args["from"] == "nothing"}
+    patched = [r for r in results if r.count and r.name not in new]
+    return SavedResidual(str(path), size, len(patched), sum(r.count for r in patched), len(new))
 
 
 def _bind_options(tuned: Checkpoint, base: Checkpoint) -> dict[str, bool]:

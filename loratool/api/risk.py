@@ -26,8 +26,15 @@ _OUTLIER = 3.0  # standard deviations above the family's mean
 _MIN_FAMILY = 4  # modules, fewer have no deviation worth a name
 
 
-def measure_risk(adapter: Adapter, base: OpenedBase | None = None) -> RiskStatistics:
+def measure_risk(
+    adapter: Adapter, base: OpenedBase | None = None, *, device: str = "auto"
+) -> RiskStatistics:
     """Statistics of every additive module; intruder dimensions if there is a base.
+
+    Args:
+        adapter: opened.
+        base: what it was trained on.
+        device: for intruder dimensions; ``auto`` takes a GPU if there is one.
 
     Raises:
         MismatchError: the adapter does not belong to the base.
@@ -40,7 +47,7 @@ def measure_risk(adapter: Adapter, base: OpenedBase | None = None) -> RiskStatis
     specs = [s for s in adapter.specs if _has_numbers(s)]
     with FileReader() as reader:
         env = make_env(reader)
-        intruders = {} if base is None else _all_intruders(adapter, base, env)
+        intruders = {} if base is None else _all_intruders(adapter, base, _on(device, env))
         rows = []
         for spec in specs:
             m = measure_module(spec, env)
@@ -101,7 +108,7 @@ def mitigate(adapter: Adapter, base: OpenedBase, factor: float) -> Mitigated:
     moved = error = square = 0.0
     with FileReader() as reader:
         env = make_env(reader)
-        found = _all_intruders(adapter, base, env, factor, skipped)
+        found = _all_intruders(adapter, base, _on("auto", env), factor, skipped)
         for spec in adapter.specs:
             results = found.get(spec.name, [])
             if not any(r.index for r in results):
@@ -120,6 +127,13 @@ def mitigate(adapter: Adapter, base: OpenedBase, factor: float) -> Mitigated:
     return Mitigated(
         tensors, count, modules, _share(moved, square), _share(error, square), tuple(skipped)
     )
+
+
+def _on(device: str, env: Env) -> Env:
+    """The same with the device for products of whole weights."""
+    from loratool.engine.device import resolve_device
+
+    return replace(env, device=resolve_device(device, is_arithmetic=True)[0])
 
 
 def _all_intruders(

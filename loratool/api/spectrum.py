@@ -1,22 +1,17 @@
-"""`inspect --spectrum`: singular values of every delta, as numbers, CSV and a picture."""
+"""`inspect --spectrum`: singular values of every delta."""
 
 from __future__ import annotations
 
-import csv
-from pathlib import Path
-
 from loratool.adapter import Adapter, DeltaSpec
-from loratool.errors import OutputError, UsageError
+from loratool.api.common import plan_resources
 from loratool.plan import DeltaPart, Plan, Step, TensorSpec
 from loratool.report import AdapterSpectrum
 from loratool.report.spectrum import describe
 
-PLOT_SUFFIXES = (".png", ".svg")
-
 
 def measure_spectrum(adapter: Adapter, *, threads: int | None = None) -> AdapterSpectrum:
     """Singular values of every additive low-rank delta; ΔW is never formed."""
-    from loratool.engine.run import RunOptions, execute
+    from loratool.engine.run import execute
     from loratool.store.reader import FileReader
 
     specs = [s for s in adapter.specs if _has_spectrum(s)]
@@ -25,8 +20,13 @@ def measure_spectrum(adapter: Adapter, *, threads: int | None = None) -> Adapter
              args={"keep_going": True})
         for s in specs
     ]  # fmt: skip
+    plan = Plan("inspect", tuple(steps))
+    resources = plan_resources(
+        plan, device="cpu", threads=threads, max_memory=None, chunk_bytes=None, sample=False,
+        progress=None,
+    )  # fmt: skip
     with FileReader() as reader:
-        found = execute(Plan("inspect", tuple(steps)), reader, None, RunOptions(threads=threads))
+        found = execute(plan, reader, None, resources.run)
         reader.check_unchanged()
     modules = tuple(
         describe(spec.name, spec.rank, one.joint.tolist())
@@ -34,46 +34,6 @@ def measure_spectrum(adapter: Adapter, *, threads: int | None = None) -> Adapter
     )
     left_out = tuple(s.name for s in adapter.specs if not _has_spectrum(s))
     return AdapterSpectrum(modules, left_out)
-
-
-def check_files(csv_path: Path | None, plot_path: Path | None) -> None:
-    """Refuse before the work what would be refused after it.
-
-    Raises:
-        UsageError: LT-249 a suffix that is no picture's, or matplotlib is missing.
-        OutputError: LT-508 the file exists.
-    """
-    if plot_path is not None:
-        if plot_path.suffix.lower() not in PLOT_SUFFIXES:
-            raise UsageError(
-                "LT-249", "cannot draw this kind of file", expected=" or ".join(PLOT_SUFFIXES),
-                got=plot_path.name,
-            )  # fmt: skip
-        from importlib.util import find_spec
-
-        if find_spec("matplotlib") is None:
-            raise UsageError(
-                "LT-249", "--plot needs matplotlib", hint="pip install 'loratool[plot]'"
-            )
-    for path in (csv_path, plot_path):
-        if path is not None and path.exists():
-            raise OutputError("LT-508", "the file exists", file=path, hint="choose another name")
-
-
-def write_csv(spectrum: AdapterSpectrum, path: Path) -> None:
-    """One row per module, its singular values in the last columns."""
-    longest = max((len(m.sigma) for m in spectrum.modules), default=0)
-    head = ["module", "family", "layer", "rank", "norm", "sigma_1", "stable_rank", "entropy_rank",
-            "rank_90", "rank_99", "dead", "finite"]  # fmt: skip
-    with path.open("x", newline="", encoding="utf-8") as file:
-        rows = csv.writer(file)
-        rows.writerow([*head, *(f"s{i}" for i in range(1, longest + 1))])
-        for m in spectrum.modules:
-            rows.writerow([
-                m.name, m.family, "" if m.layer is None else m.layer, m.rank, repr(m.norm),
-                repr(m.sigma_1), repr(m.stable_rank), repr(m.entropy_rank), m.rank_90, m.rank_99,
-                int(m.is_dead), int(m.is_finite), *map(repr, m.sigma),
-            ])  # fmt: skip
 
 
 def _has_spectrum(spec: DeltaSpec) -> bool:

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from loratool.adapter import ReadOptions
+from loratool.api.combine import combine
 from loratool.api.common import file_rules
-from loratool.api.difference import subtract_adapters
 from loratool.api.merge import merge
 from loratool.api.merge_job import MergeJob, Operation
 from loratool.api.undo import restore_job
@@ -21,9 +21,9 @@ from loratool.ops.subtract import (
     require_swappable,
     without_replacements,
 )
+from loratool.ops.undo import read_undo
 from loratool.report import DifferenceReport, SubtractReport, SwapReport
 from loratool.store.provenance import read_record
-from loratool.store.undo import read_undo
 
 
 def subtract(
@@ -89,12 +89,10 @@ def _subtract_adapters(
             expected="--from MERGED, or a second adapter", got=" ".join(adapters),
             hint=f"loratool subtract {' '.join(adapters)} --from MERGED -o {output}",
         )  # fmt: skip
-    if rank is not None and not 1 <= rank <= 8192:
-        raise UsageError("LT-229", "--rank out of range", expected="1 to 8192", got=rank)
     mine = {
         "force", "dry_run", "provenance", "offline", "yes", "weights", "dtype", "alpha",
         "rank_from", "mha_out_proj", "moe_layout", "experts_b_order", "device", "threads",
-        "max_memory", "progress", "chunk_bytes", "max_header", "allow_pickle",
+        "max_memory", "progress", "chunk_bytes", "max_header", "allow_pickle", "module_weights",
     }  # fmt: skip
     idle = (None, False, (), "auto", "nearest")
     other = [k for k, v in {**options, "undo": undo}.items() if k not in mine and v not in idle]
@@ -103,12 +101,15 @@ def _subtract_adapters(
             "LT-299", "these options are for merged weights", got=", ".join(
                 "--" + name.replace("_", "-") for name in other), expected="--from MERGED",
         )  # fmt: skip
-    return subtract_adapters(
+    report = combine(
         adapters,
         output=output,
-        weights=options.get("weights"),
         rank=rank,
+        module_weights=options.get("module_weights"),
+        weights=options.get("weights"),
         dtype=options.get("dtype") or "auto",
+        threads=options.get("threads"),
+        max_memory=options.get("max_memory"),
         read=ReadOptions(
             options.get("alpha"), options.get("rank_from"), options.get("mha_out_proj"),
             options.get("moe_layout"), options.get("experts_b_order") or "rank-major",
@@ -121,7 +122,11 @@ def _subtract_adapters(
         force=bool(options.get("force")),
         dry_run=bool(options.get("dry_run")),
         provenance=bool(options.get("provenance", True)),
+        progress=options.get("progress"),
+        minus=True,
     )  # fmt: skip
+    assert isinstance(report, DifferenceReport)
+    return report
 
 
 def swap(
@@ -147,7 +152,7 @@ def swap(
 
 def _with_record(job: MergeJob) -> MergeJob:
     """Compare what is taken out with the merged weights' provenance."""
-    out = [(a.adapter, -a.weight) for a, sign in zip(job.adapters, job.operation.signs, strict=True)
-           if sign < 0]  # fmt: skip
+    signed = zip(job.adapters, job.operation.signs, strict=True)
+    out = [(a.adapter, a.weight.times(-1)) for a, sign in signed if sign < 0]
     warnings, notes = compare_with_record(read_record(job.base.checkpoint), out)
     return replace(job, sidecar_notes=(*job.sidecar_notes, *notes), warnings=tuple(warnings))

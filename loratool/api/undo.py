@@ -13,9 +13,9 @@ from loratool.errors import MismatchError, UsageError
 from loratool.ops.inputs import guard_output
 from loratool.ops.undo import check_adapters, plan_patches, plan_restore, undo_table
 from loratool.plan import Plan
+from loratool.store.patch_file import PatchFile, plan_of
 from loratool.store.provenance import file_id
 from loratool.store.sidecar import REMOVE, plan_sidecars
-from loratool.store.undo import Undo, plan_of
 
 if TYPE_CHECKING:
     from loratool.engine.sink import CheckpointSink
@@ -90,8 +90,8 @@ def write_undo(job: MergeJob, undo: UndoJob, resources: Resources, sink: Checkpo
         sink: where the merge has written.
     """
     from loratool.engine.run import execute
+    from loratool.store.patch_file import PatchWriter
     from loratool.store.reader import FileReader
-    from loratool.store.undo import PatchSpool
     from loratool.store.writer import StagedOutput
 
     merge, checkpoint = job.merge.plan, job.base.checkpoint
@@ -99,12 +99,11 @@ def write_undo(job: MergeJob, undo: UndoJob, resources: Resources, sink: Checkpo
     plan, created = plan_patches(merge, job.full_names, checkpoint, written)
     output = StagedOutput(undo.path, is_folder=False, plan_id=None, force=undo.replaces)
     with output, FileReader() as reader:
-        spool = PatchSpool(output)
-        try:
+        with PatchWriter(output) as writer:
 
             def take(result: Any) -> Any:
-                spool.add(result.name, result.payload)
-                return replace(result, payload=b"")
+                writer.add(result.name, result.pieces)
+                return replace(result, pieces=())
 
             results = execute(plan, reader, None, resources.run, take)
             reader.check_unchanged()
@@ -112,9 +111,7 @@ def write_undo(job: MergeJob, undo: UndoJob, resources: Resources, sink: Checkpo
                 plan, undo.identity, created, {r.name: r for r in results}, resources.run.elements,
                 [(a.adapter, a.weight) for a in job.adapters], _base_config(job),
             )  # fmt: skip
-            spool.write(table, [s.output.name for s in plan.steps])
-        finally:
-            spool.close()
+            writer.write(table, {"operation": "undo", "plan": undo.identity})
         output.commit()
 
 
@@ -129,14 +126,14 @@ def _base_config(job: MergeJob) -> dict[str, Any]:
     return found
 
 
-def restore_job(job: MergeJob, undo: Undo) -> MergeJob:
+def restore_job(job: MergeJob, undo: PatchFile) -> MergeJob:
     """Turn a subtraction into the exact restoration that an undo file allows.
 
     Raises:
         MismatchError: the undo file is for other adapters or other merged weights.
         BadFileError: it is damaged.
     """
-    check_adapters(undo, [(a.adapter, -a.weight) for a in job.adapters])
+    check_adapters(undo, [(a.adapter, a.weight.times(-1)) for a in job.adapters])
     checkpoint = job.base.checkpoint
     plan = plan_restore(job.merge.plan, job.full_names, checkpoint, undo)
     config = {k: REMOVE if v is None else v for k, v in undo.table["config"].items()}

@@ -13,12 +13,13 @@ from loratool.adapter import ReadOptions
 from loratool.api.common import file_rules, plan_resources
 from loratool.api.merge_job import MergeJob, NameOptions, prepare_merge
 from loratool.ops.bind import BindOptions
-from loratool.ops.combine import rules_from
 from loratool.ops.inputs import Access, locate
 from loratool.ops.replay import find_replay, recorded_options
 from loratool.ops.verify import VerifyPlan, plan_verify
+from loratool.ops.weights import read_module_weights, rules_from
 from loratool.report import TensorDifference, VerifyReport
 from loratool.store.checkpoint import open_checkpoint
+from loratool.store.source import AdapterArgument
 
 if TYPE_CHECKING:
     from loratool.engine.run import Progress
@@ -31,6 +32,7 @@ def verify(
     adapters: Sequence[str] = (),
     weights: Sequence[float] | None = None,
     mean: bool = False,
+    module_weights: str | Path | None = None,
     device: str = "auto",
     threads: int | None = None,
     max_memory: str | int | None = None,
@@ -66,6 +68,7 @@ def verify(
             follows down to ``experts_b_order``.
         weights: see `merge`, as all further arguments.
         mean: divide by the number of adapters.
+        module_weights: as given to the merge; None = by the provenance.
         device: ``auto``, ``cpu`` or ``cuda[:n]``.
         threads: workers.
         max_memory: limit for the planned peak.
@@ -99,16 +102,22 @@ def verify(
     resolved = locate(str(merged), kind="base", access=access)
     found = open_checkpoint(resolved.path, max_header=access.rules.max_header)
     options = recorded_options(found)
+    inputs: Sequence[str | AdapterArgument] = adapters
     if not adapters or base is None:
         roots = (resolved.path.absolute().parent, Path.cwd())
         given = None if base is None else str(base)
         replay = find_replay(found, base=given, roots=tuple(dict.fromkeys(roots)))
         base = replay.base
         if not adapters:
-            adapters, weights, mean = replay.adapters, replay.weights, False
+            inputs, weights, mean = replay.adapters, None, False
             names = _recorded_names(options)
+    if module_weights is not None:
+        rules = read_module_weights(Path(module_weights), len(inputs))
+    else:  # of other adapters than those given they say nothing
+        recorded = rules_from(options.get("module_weights", ()))
+        rules = tuple(r for r in recorded if len(r[1]) == len(inputs))
     job = prepare_merge(
-        adapters,
+        inputs,
         base=base,
         weights=weights,
         mean=mean,
@@ -119,7 +128,7 @@ def verify(
         output=None,
         with_provenance=False,
         rounding={k: options[k] for k in _HOW if k in options},
-        module_weights=rules_from(options.get("module_weights", ())),
+        module_weights=rules,
         like=found,
     )
     plan = plan_verify(job.merge.plan, job.full_names, found)

@@ -1,9 +1,10 @@
-"""What ``loratool merge`` says when there is no base: adapters with each other."""
+"""What ``loratool merge`` and ``subtract`` say when there is no base: adapters alone."""
 
 from __future__ import annotations
 
+import math
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from loratool.cli.loads import loads_line
@@ -33,17 +34,14 @@ def headline(count: int, terms: str, method: str | None, rank: int | None) -> st
     return f"Merging {plural(count, 'adapter')} WITH EACH OTHER, no base: {terms}; {how}"
 
 
-def render(report: CombineReport, voice: Voice, adapters: Sequence[str]) -> Iterator[str]:
+def render(report: CombineReport, voice: Voice) -> Iterator[str]:
     """The report, line by line."""
     yield from note_lines(report.notes, voice)
     if report.params:
         yield line("method", report.method, *(f"{k}={_value(v)}" for k, v in report.params.items()))
-    count = len(report.adapters)
-    shared = sum(len(m.sources) == count for m in report.modules)
     ranks = sorted({m.rank for m in report.modules if len(m.shape) > 1})
     span = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]}-{ranks[-1]}"
-    where = [f"{shared} in all of them"] if count > 1 else []
-    yield line("modules", plural(len(report.modules), "module"), *where, span if ranks else "")
+    yield line("modules", *_shared(report), span if ranks else "")
     yield line("", f"memory ≤ {format_bytes(report.peak_memory_bytes)}")
     if report.kept:
         yield line("kept", f"{plural(len(report.kept), 'replaced tensor')}: {some(report.kept)}")
@@ -57,7 +55,8 @@ def render(report: CombineReport, voice: Voice, adapters: Sequence[str]) -> Iter
     if not report.dry_run:
         lost = "nothing" if report.relative_error < 1e-12 else f"{report.relative_error:.1e} of ΔW"
         what = "storage" if report.method in ("cat", "slerp") else "the rank and storage"
-        yield line("loss", f"{what} ({report.dtype}) lost {lost}")
+        size = "" if math.isnan(report.norm) else f"‖ΔW‖ {report.norm:.4g}"
+        yield line("loss", f"{what} ({report.dtype}) lost {lost}", size)
     yield from warning_lines(report.warnings)
     if report.dry_run:
         yield line("dry run", "nothing was written")
@@ -67,6 +66,21 @@ def render(report: CombineReport, voice: Voice, adapters: Sequence[str]) -> Iter
     yield loads_line(report.loads_in)
     into = shlex.join(["loratool", "merge", report.output, "--base", "BASE", "-o", "MERGED"])
     yield line("next", safe(into, cap=2000), tone="dim")
+
+
+def _shared(report: CombineReport) -> list[str]:
+    """How many modules the adapters have in common."""
+    count = len(report.adapters)
+    if report.command == "subtract" or count == 2:
+        alone = [sum(m.sources == (i,) for m in report.modules) for i in range(count)]
+        labels = [safe(a["label"], cap=40) for a in report.adapters]
+        return [
+            f"{sum(len(m.sources) > 1 for m in report.modules)} shared",
+            *(f"{n} only in {label}" for n, label in zip(alone, labels, strict=True) if n),
+        ]
+    shared = sum(len(m.sources) == count for m in report.modules)
+    where = [f"{shared} in all of them"] if count > 1 else []
+    return [plural(len(report.modules), "module"), *where]
 
 
 def _value(value: Any) -> str:

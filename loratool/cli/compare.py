@@ -36,8 +36,8 @@ _KEYS = "abcdefghijklmnopqrstuvwxyz"
             help="A row per module; for more than two adapters the matrix.")  # fmt: skip
 @opt.network
 @opt.general
-@opt.option("--alpha", type=float, metavar="A", section="Advanced",
-            help="lora_alpha of files that have no configuration.")  # fmt: skip
+@opt.alpha
+@opt.trust
 def command(adapters: tuple[str, ...], **options: Any) -> None:
     """Compare what ADAPTERs change, without a base and without forming ΔW.
 

@@ -79,11 +79,8 @@ class Ratio(click.ParamType[float]):
 @opt.option("-o", "--output", required=True, metavar="OUT", section="Output",
             help="Folder to create; for many adapters the folder of theirs.")  # fmt: skip
 @opt.writing
-@opt.option("--max-memory", metavar="SIZE", section="Resources",
-            help="Limit for the planned peak, such as 2GB. Default: what is free.")  # fmt: skip
-@opt.option("--threads", type=opt.WholeNumber("N"), section="Resources",
-            help="Workers. Never changes a result.")  # fmt: skip
-@opt.option("--offline", is_flag=True, section="General", help="Never touch the network.")
+@opt.workers
+@opt.offline
 @opt.general
 @opt.trust
 @opt.reading

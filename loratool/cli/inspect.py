@@ -63,11 +63,10 @@ _DEAR_SHARE = 0.02
 @opt.option("--plot", metavar="FILE.png|.svg", section="Output",
             help="Draw them; implies --spectrum. Needs matplotlib.")  # fmt: skip
 @opt.option("--tensors", is_flag=True, section="Output", help="List every tensor.")
-@opt.option("--offline", is_flag=True, section="General", help="Never touch the network.")
+@opt.offline
 @opt.general
 @opt.trust
-@opt.option("--alpha", type=float, metavar="A", section="Advanced",
-            help="lora_alpha of files that have no configuration.")  # fmt: skip
+@opt.alpha
 def command(sources: tuple[str, ...], **options: Any) -> int:
     """Say what adapters and checkpoints hold, from their headers alone: nothing is loaded.
 

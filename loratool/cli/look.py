@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -27,17 +28,21 @@ def look_lines(found: AdapterLook, voice: Voice) -> Iterator[str]:
     assert worst is not None
     if len(found.modules) > 1 and worst.loss > 0:
         ranked = sorted(found.modules, key=lambda m: -m.loss)[:_WORST]
-        yield line("worst", *(f"{safe(m.name)} {format_share(m.loss)}" for m in ranked))
+        yield line("worst", *(f"{safe(m.name)} {_share(m.loss)}" for m in ranked))
     first = ""
     if total.dtype in total.swallowed:
-        first = (f"{total.dtype} would swallow {format_share(total.loss)} of the change "
-                 f"(worst {format_share(worst.loss)})")  # fmt: skip
-    rest = [f"{w} {format_share(s)}" for w, s in total.swallowed.items() if w != total.dtype]
+        first = (f"{total.dtype} would swallow {_share(total.loss)} of the change "
+                 f"(worst {_share(worst.loss)})")  # fmt: skip
+    rest = [f"{w} {_share(s)}" for w, s in total.swallowed.items() if w != total.dtype]
     yield line("merge", *([first] if first else []), *rest)
+
+
+def _share(loss: float) -> str:
+    return format_share(loss) if math.isfinite(loss) else "overflows"
 
 
 def _row(one: ModuleLook) -> tuple[str, ...]:
     amplified = "–" if one.amplification is None else f"{one.amplification:.3g}"
     noise = "–" if one.noise_rank is None else format_number(one.noise_rank)
-    own = format_share(one.loss) if one.dtype in one.swallowed else "–"
+    own = _share(one.loss) if one.dtype in one.swallowed else "–"
     return (safe(one.name), f"{one.rho:.2e}", amplified, format_number(one.rank), noise, own)

@@ -60,8 +60,6 @@ _MENTION_FLOAT32 = 0.01
             help="Without --base: best of this rank. Default: exact, ranks add.")  # fmt: skip
 @opt.option("--param", "params", multiple=True, metavar="NAME=VALUE", section="Input",
             help="Of the method, such as density=0.2. Repeatable.")  # fmt: skip
-@opt.option("--module-weights", metavar="FILE", section="Input",
-            help="YAML: regular expression of module names -> weight.")  # fmt: skip
 @opt.option("-o", "--output", required=True, metavar="OUT", section="Output",
             help="Folder to create (a .safetensors file if BASE is one).")  # fmt: skip
 @opt.option("--dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
@@ -75,21 +73,15 @@ _MENTION_FLOAT32 = 0.01
 @opt.option("--save-undo", metavar="FILE", section="Output",
             help="Also write what `subtract --undo` needs to restore every bit.")  # fmt: skip
 @opt.writing
-@opt.names
-@opt.resources
-@opt.network
-@opt.general
-@opt.reading
+@opt.onto_base
 @opt.checkpoint_writing
-@opt.trust
-@opt.nonfinite
 def command(adapters: tuple[str, ...], base: str | None, output: str, **options: Any) -> None:
     """Merge adapters into base weights (--base), or with each other into one adapter.
 
     With --base W' = W + Σ weight·ΔW, rounded once: streams the checkpoint in a few hundred MB of
     memory, keeps its files, and carries its configuration and tokenizer over. Without it the
     result is an adapter: exact, ranks add, or what --method and --rank say. ADAPTER:0.7 gives an
-    adapter a weight; 1 is as trained.
+    adapter a weight, ADAPTER:unet=0.8,te=0.4 one per component; 1 is as trained.
     """
     from loratool import api
     from loratool.report import MergeReport
@@ -128,7 +120,7 @@ def _with_each_other(
         report = api.merge(adapters, output=output, progress=progress, **options)
     assert isinstance(report, CombineReport)
     result = [] if report.dry_run else [safe(report.output)]
-    voice.show(report, combine.render(report, voice, adapters),
+    voice.show(report, combine.render(report, voice),
                result=[*warning_lines(report.warnings), *result])  # fmt: skip
 
 
@@ -148,14 +140,23 @@ def headline(
 
 def terms(adapters: Sequence[str], weights: Sequence[float] | None, mean: bool) -> str:
     """``0.8·style + 1·sql``."""
+    each = weighted(adapters, weights)
+    total = " + ".join(each[:8]) + (f" + {len(each) - 8} more" if len(each) > 8 else "")
+    return f"({total}) / {len(each)}" if mean else total
+
+
+def weighted(adapters: Sequence[str], weights: Sequence[float] | None) -> list[str]:
+    """``0.8·style``, ``style(unet 0.8, te 0.4)`` for each adapter."""
     from loratool.store.source import parse_adapter
 
     parsed = [parse_adapter(text) for text in adapters]
     given = weights or [p.weight for p in parsed]
-    names = [safe(Path(p.path_text).name or p.path_text, cap=60) for p in parsed]
-    each = [f"{format_number(w)}·{name}" for w, name in zip(given, names, strict=False)]
-    total = " + ".join(each[:8]) + (f" + {len(each) - 8} more" if len(each) > 8 else "")
-    return f"({total}) / {len(each)}" if mean else total
+    found = []
+    for weight, one in zip(given, parsed, strict=False):
+        name = safe(Path(one.path_text).name or one.path_text, cap=60)
+        parts = ", ".join(f"{safe(k)} {format_number(v)}" for k, v in one.components.items())
+        found.append(f"{name}({parts})" if parts else f"{format_number(weight)}·{name}")
+    return found
 
 
 def render(report: MergeReport, voice: Voice, check: str = "") -> Iterator[str]:
@@ -318,6 +319,8 @@ def _again(adapters: Sequence[str], options: Mapping[str, Any]) -> list[str]:
     words = [word for adapter in adapters for word in ("--adapter", adapter)]
     if options["weights"]:
         words += ["--weights", ",".join(format_number(w) for w in options["weights"])]
+    if options["module_weights"]:
+        words += ["--module-weights", options["module_weights"]]
     for flag in ("mean", "untie", "keep_tied", "allow_unmatched", "resize_embeddings",
                  "allow_nonfinite", "allow_pickle"):  # fmt: skip
         if options[flag]:

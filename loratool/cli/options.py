@@ -166,12 +166,26 @@ def general(command: F) -> F:
     return command
 
 
+def offline(command: F) -> F:
+    """``--offline``."""
+    return option(
+        "--offline", is_flag=True, section="General", help="Never touch the network."
+    )(command)  # fmt: skip
+
+
 def network(command: F) -> F:
     """``--offline`` and ``-y``."""
+    add = option("-y", "--yes", is_flag=True, section="General", help="Agree to large downloads.")
+    return offline(add(command))
+
+
+def workers(command: F) -> F:
+    """``--threads`` and ``--max-memory``."""
     for add in (
-        option("-y", "--yes", is_flag=True, section="General",
-               help="Agree to large downloads."),
-        option("--offline", is_flag=True, section="General", help="Never touch the network."),
+        option("--max-memory", metavar="SIZE", section="Resources",
+               help="Limit for the planned peak, such as 2GB. Default: what is free."),
+        option("--threads", type=WholeNumber("N"), section="Resources",
+               help="Workers. Default: twice the cores, at most 8. Never changes a result."),
     ):  # fmt: skip
         command = add(command)
     return command
@@ -179,16 +193,11 @@ def network(command: F) -> F:
 
 def resources(command: F) -> F:
     """``--device``, ``--threads``, ``--max-memory``."""
-    for add in (
-        option("--max-memory", metavar="SIZE", section="Resources",
-               help="Limit for the planned peak, such as 2GB. Default: what is free."),
-        option("--threads", type=WholeNumber("N"), section="Resources",
-               help="Workers. Default: twice the cores, at most 8. Never changes a result."),
-        option("--device", default="auto", metavar="auto|cpu|cuda[:N]", section="Resources",
-               help="Where to compute. Default: auto."),
-    ):  # fmt: skip
-        command = add(command)
-    return command
+    add = option(
+        "--device", default="auto", metavar="auto|cpu|cuda[:N]", section="Resources",
+        help="Where to compute. Default: auto.",
+    )  # fmt: skip
+    return add(workers(command))
 
 
 def writing(command: F) -> F:
@@ -240,9 +249,18 @@ def rounding(command: F) -> F:
     return command
 
 
+def module_weights(command: F) -> F:
+    """``--module-weights``."""
+    return option(
+        "--module-weights", metavar="FILE", section="Input",
+        help="YAML: regular expression of module names -> weight, or one per adapter.",
+    )(command)  # fmt: skip
+
+
 def mixing(command: F) -> F:
-    """Adapters with weights onto a base: `merge` and `verify`."""
+    """Coefficients of several adapters: `merge`, `subtract` and `verify`."""
     for add in (
+        module_weights,
         option("--mean", is_flag=True, section="Input",
                help="Divide by the number of adapters."),
         option("--weights", type=WeightList(), section="Input",
@@ -293,6 +311,14 @@ def nonfinite(command: F) -> F:
     return add(command)
 
 
+def alpha(command: F) -> F:
+    """``--alpha``."""
+    return option(
+        "--alpha", type=float, metavar="A", section="Advanced",
+        help="lora_alpha of files that have no configuration.",
+    )(command)  # fmt: skip
+
+
 def reading(command: F) -> F:
     """What adapter files do not say."""
     for add in (
@@ -305,8 +331,14 @@ def reading(command: F) -> F:
                help="nn.MultiheadAttention out_proj. Default: what was trained."),
         option("--rank-from", type=click.Choice(["file", "config"]), section="Advanced",
                help="Which rank counts where they contradict."),
-        option("--alpha", type=float, metavar="A", section="Advanced",
-               help="lora_alpha of files that have no configuration."),
+        alpha,
     ):  # fmt: skip
+        command = add(command)
+    return command
+
+
+def onto_base(command: F) -> F:
+    """What `merge`, `subtract`, `swap` and `verify` share: adapters beside a checkpoint."""
+    for add in (nonfinite, trust, reading, general, network, resources, names):
         command = add(command)
     return command

@@ -53,8 +53,8 @@ _HOW = {
 @opt.writing
 @opt.network
 @opt.general
-@opt.option("--alpha", type=float, metavar="A", section="Advanced",
-            help="lora_alpha of files that have no configuration.")  # fmt: skip
+@opt.alpha
+@opt.trust
 def command(adapters: tuple[str, ...], output: str, **options: Any) -> None:
     """Multiply ΔW of ADAPTERs by FACTOR, exactly where numbers allow it.
 

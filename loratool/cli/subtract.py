@@ -3,29 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from loratool.cli import combine
 from loratool.cli import merge as merging
 from loratool.cli import options as opt
-from loratool.cli.loads import loads_line
 from loratool.cli.progress import show_progress
-from loratool.cli.render import (
-    format_bytes,
-    format_seconds,
-    format_shape,
-    line,
-    plural,
-    safe,
-    some,
-    table,
-)
-from loratool.cli.voice import Voice, note_lines, warning_lines
+from loratool.cli.render import line, plural, safe
+from loratool.cli.voice import Voice, warning_lines
 
 if TYPE_CHECKING:
-    from loratool.report import DifferenceReport, SubtractReport
+    from loratool.report import SubtractReport
 
 
 @click.command(
@@ -52,14 +42,8 @@ if TYPE_CHECKING:
 @opt.factor_dtype
 @opt.rounding
 @opt.writing
-@opt.names
-@opt.resources
-@opt.network
-@opt.general
-@opt.reading
+@opt.onto_base
 @opt.checkpoint_writing
-@opt.trust
-@opt.nonfinite
 def command(adapters: tuple[str, ...], merged: str | None, output: str, **options: Any) -> None:
     """Take ADAPTERs out of MERGED: W = W' - Σ weight·ΔW, rounded once.
 
@@ -108,50 +92,11 @@ def _subtract_adapters(
 
     if len(adapters) > 1:
         how = f"rank {options['rank']}" if options["rank"] else "exact: ranks add"
-        first = safe(Path(adapters[0]).name or adapters[0], cap=60)
-        weights = options["weights"]
-        minus = [t.strip() for t in merging.terms(adapters[1:], weights, False).split(" + ")]
-        voice.announce(f"Subtracting adapters, no base: {first} − {' − '.join(minus)}, {how}")
+        first = merging.weighted(adapters[:1], None)[0].removeprefix("1·")
+        minus = " − ".join(merging.weighted(adapters[1:], options["weights"]))
+        voice.announce(f"Subtracting adapters, no base: {first} − {minus}, {how}")
     report = api.subtract(adapters, output=output, **options)
     assert isinstance(report, DifferenceReport)
     result = [] if report.dry_run else [safe(report.output)]
-    voice.show(report, render_difference(report, voice),
+    voice.show(report, combine.render(report, voice),
                result=[*warning_lines(report.warnings), *result])  # fmt: skip
-
-
-def render_difference(report: DifferenceReport, voice: Voice) -> Iterator[str]:
-    """The report of adapter − adapter, line by line."""
-    yield from note_lines(report.notes, voice)
-    shared = sum(len(m.sources) > 1 for m in report.modules)
-    alone = [
-        f"{sum(m.sources == (i,) for m in report.modules)} only in {safe(a['label'], cap=40)}"
-        for i, a in enumerate(report.adapters)
-        if any(m.sources == (i,) for m in report.modules)
-    ]
-    ranks = sorted({m.rank for m in report.modules if len(m.shape) > 1})
-    span = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]}-{ranks[-1]}"
-    yield line("modules", f"{shared} shared", *alone, span if ranks else "")
-    if report.kept:
-        yield line("kept", f"{plural(len(report.kept), 'replaced tensor')}: {some(report.kept)}")
-    if voice.verbose:
-        yield from _difference_modules(report)
-    if not report.dry_run:
-        lost = "nothing" if report.relative_error < 1e-12 else f"{report.relative_error:.1e} of ΔW"
-        why = "truncation and " if report.rank else ""
-        yield line("loss", f"{why}{report.dtype} storage lost {lost}", f"‖ΔW‖ {report.norm:.4g}")
-    yield from warning_lines(report.warnings)
-    if report.dry_run:
-        yield line("dry run", "nothing was written")
-        return
-    yield line("wrote", f"{safe(report.output)} · {format_bytes(report.output_bytes)} "
-               f"{report.dtype}", format_seconds(report.seconds), tone="good")  # fmt: skip
-    yield loads_line(report.loads_in)
-
-
-def _difference_modules(report: DifferenceReport) -> list[str]:
-    rows = [
-        (safe(m.name), format_shape(m.shape), str(m.rank), f"{m.norm:.3g}",
-         f"{m.relative_error:.1e}")
-        for m in report.modules
-    ]  # fmt: skip
-    return table(rows, ("module", "shape", "rank", "‖ΔW‖", "rel. error"), right=(2, 3, 4))

@@ -25,16 +25,11 @@ from loratool.cli.voice import Voice, warning_lines
             help="Weights that OLD was merged into.")  # fmt: skip
 @opt.option("-o", "--output", required=True, metavar="OUT", section="Output",
             help="Folder to create (a .safetensors file if MERGED is one).")  # fmt: skip
+@opt.module_weights
 @opt.rounding
 @opt.writing
-@opt.names
-@opt.resources
-@opt.network
-@opt.general
-@opt.reading
+@opt.onto_base
 @opt.checkpoint_writing
-@opt.trust
-@opt.nonfinite
 def command(old: str, new: str, merged: str, output: str, **options: Any) -> None:
     """Take OLD out of MERGED and put NEW in: W'' = W' - ΔW_old + ΔW_new, rounded once.
 

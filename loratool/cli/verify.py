@@ -36,13 +36,7 @@ EXIT_DIFFERS = 10
 @opt.option("--adapter", "adapters", multiple=True, metavar="ADAPTER[:W]", section="Input",
             help="What was merged into it. Repeatable. Default: what MERGED says.")  # fmt: skip
 @opt.mixing
-@opt.names
-@opt.resources
-@opt.network
-@opt.general
-@opt.reading
-@opt.trust
-@opt.nonfinite
+@opt.onto_base
 def command(merged: str, base: str | None, adapters: tuple[str, ...], **options: Any) -> int:
     """Recompute the merge of ADAPTERs into BASE and compare it with MERGED.
 

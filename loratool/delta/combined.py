@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
 from loratool.delta.base import Delta
 from loratool.linalg.dense import DenseCombiner
 from loratool.linalg.select import Place
+
+_PASS_ELEMENTS = 1 << 18  # of a block that only passes see
 
 
 class Combined(Delta):
@@ -82,3 +84,68 @@ class Combined(Delta):
         if self.transposed:
             return Place(index, c0, r0, self.shape[0], self.offset)
         return Place(index, r0, c0, self.shape[1], self.offset)
+
+
+class Cut(Delta):
+    """Some rows and columns of a combined change whose other parts lie in other tensors.
+
+    What a method keeps depends on the whole matrix, as it was trained: passes see all of it, the
+    part on the blocks that sums are formed on, the rest in blocks of its own.
+
+    Args:
+        inner: the whole change.
+        rows: (start, stop) of the part, None = all.
+        cols: (start, stop) of the part, None = all.
+    """
+
+    def __init__(
+        self, inner: Combined, rows: tuple[int, int] | None, cols: tuple[int, int] | None
+    ) -> None:
+        self.inner = inner
+        self.rows, self.cols = rows, cols
+        self._top, self._bottom = rows or (0, inner.shape[0])
+        self._left, self._right = cols or (0, inner.shape[1])
+        self.shape = (self._bottom - self._top, self._right - self._left)
+        self.roundings = inner.roundings
+        self._like = torch.empty(0)
+
+    @property
+    def wants_survey(self) -> bool:
+        """As the whole."""
+        return self.inner.wants_survey
+
+    def survey(self, like: torch.Tensor, r0: int, r1: int, c0: int, c1: int) -> None:
+        """See a block of the part."""
+        self._like = like
+        self.inner.survey(like, *self._inside(r0, r1, c0, c1))
+
+    def end_survey(self) -> None:
+        """See the rest."""
+        for block in self._rest():
+            self.inner.survey(self._like, *block)
+        self.inner.end_survey()
+
+    def add_to(
+        self, acc: torch.Tensor, base: torch.Tensor, r0: int, r1: int, c0: int, c1: int
+    ) -> None:
+        """Adds the block of the whole."""
+        self.inner.add_to(acc, base, *self._inside(r0, r1, c0, c1))
+
+    def scaled(self, factor: float) -> Cut:
+        """Scales the whole."""
+        return Cut(self.inner.scaled(factor), self.rows, self.cols)
+
+    def _inside(self, r0: int, r1: int, c0: int, c1: int) -> tuple[int, int, int, int]:
+        return r0 + self._top, r1 + self._top, c0 + self._left, c1 + self._left
+
+    def _rest(self) -> Iterator[tuple[int, int, int, int]]:
+        rows, cols = self.inner.shape
+        top, bottom, left, right = self._top, self._bottom, self._left, self._right
+        for r0, r1, c0, c1 in (
+            (0, top, 0, cols), (bottom, rows, 0, cols), (top, bottom, 0, left),
+            (top, bottom, right, cols),
+        ):  # fmt: skip
+            height = max(1, _PASS_ELEMENTS // max(1, c1 - c0))
+            if c0 < c1:
+                for start in range(r0, r1, height):
+                    yield start, min(start + height, r1), c0, c1

@@ -192,9 +192,13 @@ def _combine_dense(
     factors = [(B.float(), A.float()) for B, A in scaled]
     combiner = DenseCombiner(how.method, how.params, weights, rows * cols, keys)
     height = max(1, grid.CPU_ELEMENTS // cols)
+    room = torch.empty(len(factors), min(height, rows), cols)  # one block at a time
 
     def block(r0: int, r1: int) -> torch.Tensor:
-        return torch.stack([B[r0:r1] @ A for B, A in factors])
+        values = room[:, : r1 - r0]
+        for out, (B, A) in zip(values, factors, strict=True):
+            torch.mm(B[r0:r1], A, out=out)
+        return values
 
     whole = combine_rows(combiner, (rows, cols), block, height=height, offset=number * rows * cols)
     square = float(torch.linalg.vector_norm(whole, dtype=torch.float64)) ** 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import zlib
 from dataclasses import dataclass
 
 import torch
@@ -11,16 +12,25 @@ from loratool.delta.base import Delta
 from loratool.delta.lowrank import LowRank
 from loratool.delta.placed import Placed
 from loratool.engine import grid
+from loratool.engine.buffers import TORCH_DTYPES
 from loratool.engine.kernel import Env
 from loratool.engine.merging import AddDeltas
-from loratool.linalg import rounding
+from loratool.errors import NumericError
+from loratool.linalg.noise import Grid, resolvable, simulate_noise
 from loratool.linalg.product import factor_product
+from loratool.linalg.rounding import rounded
 from loratool.plan import DeltaPart, Step
 
-FORMATS = {"bfloat16": torch.bfloat16, "float16": torch.float16, "fp8": torch.float8_e4m3fn}
-"""Word in reports -> type whose spacing a merge would round to."""
+FORMATS = {
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "fp8": torch.float8_e4m3fn,
+    "fp8_e5m2": torch.float8_e5m2,
+}
+"""Word in reports -> type that a merge would round to."""
 
-_SAMPLE = 8192  # elements of a block that the rounding forecast looks at
+_WHOLE = 1 << 20  # elements of a tensor that are all rounded; of larger ones about every 17th is
+_STRIDES = (17, 19, 23, 29, 31)
 
 
 @dataclass(frozen=True)
@@ -34,10 +44,10 @@ class Look:
         weight_square: ΣW².
         delta_square: ΣΔ².
         core_square: ‖Uᵀ W V‖_F²; None for a change that is no product of two factors.
-        sigma: singular values of Δ, descending; None likewise.
-        noise_top: largest singular value of the rounding noise; None likewise.
-        errors: format -> expected Σ(rounding error)² of a merge into it.
-        changed: format -> expected number of elements that change.
+        noise_top: largest singular value of the rounding noise, simulated; None likewise.
+        noise_rank: singular values of Δ that a merge resolves beside it; None likewise.
+        errors: format -> Σ(rounding error)² of a merge into it; infinite if it overflows.
+        changed: format -> number of elements that change.
     """
 
     name: str
@@ -46,8 +56,8 @@ class Look:
     weight_square: float
     delta_square: float
     core_square: float | None
-    sigma: tuple[float, ...] | None
     noise_top: float | None
+    noise_rank: int | None
     errors: dict[str, float]
     changed: dict[str, float]
 
@@ -75,7 +85,11 @@ class LookAtBase(AddDeltas):
             view.take(block, weight)
 
     def finish(self) -> list[Look]:  # type: ignore[override]
-        """One `Look` per delta."""
+        """One `Look` per delta.
+
+        Raises:
+            NumericError: the base holds NaN or infinity where a delta goes.
+        """
         return [view.finish() for view in self._views]
 
 
@@ -83,102 +97,103 @@ class _View:
     """One delta's sums, kept per block and added in the order of the blocks."""
 
     def __init__(self, part: DeltaPart, deltas: list[Delta], kernel: LookAtBase) -> None:
-        self.name, self.deltas = part.spec.name, deltas
-        self.dtype, self.target = kernel.step.output.dtype, kernel.target
+        self.name, self.deltas = part.spec.name, [_inner(d) for d in deltas]
+        self.step, self.own = kernel.step, TORCH_DTYPES[kernel.step.output.dtype]
+        self.placed = deltas[0] if isinstance(deltas[0], Placed) else None
         self.sums: dict[int, _Sums] = {}
-        only = deltas[0]
-        self.placed = only if isinstance(only, Placed) else None
-        inner = only.inner if isinstance(only, Placed) else only
-        self.shape = inner.shape
+        self.kinds = dict(FORMATS)
+        if self.own == torch.float32:
+            self.kinds["float32"] = torch.float32
         self.factors: LowRank | None = None
-        if len(deltas) == 1 and isinstance(inner, LowRank):
-            self.factors = inner
-            found = factor_product(inner.left * inner.coefficient, inner.right)
+        only = self.deltas[0]
+        if len(deltas) == 1 and isinstance(only, LowRank):
+            self.factors = only
+            found = factor_product(only.left * only.coefficient, only.right)
             self.sigma = found.S
             live = int((found.S[:1] * 2.0**-40 < found.S).sum()) if len(found.S) else 0
             self.U, self.Vh = found.vectors(live)
-            gram = inner.right @ inner.right.T  # (r, r)
-            left = inner.left * inner.coefficient
-            self.row_square = ((left @ gram) * left).sum(1).clamp_min(0) / self.shape[1]
-            self.spread = math.sqrt(12 * float(found.S.square().sum()) / math.prod(self.shape))
+            self.grid = Grid(only.shape, self.own, only.left.device)
 
     def take(self, block: grid.Block, weight: torch.Tensor) -> None:
         place = (block.r0, block.r1, block.c0, block.c1)
-        inside = weight
         if self.placed is not None:
             cut = self.placed.within(weight, *place)
             if cut is None:
                 return
-            inside, place = cut
-        r0, r1, c0, c1 = place
-        sums = _Sums(inside.numel(), float(inside.square().sum()))
+            weight, place = cut
+        change = torch.zeros_like(weight)
+        for delta in self.deltas:
+            delta.add_to(change, weight, *place)
+        sums = _Sums(weight.numel(), _square(weight), _square(change))
         if self.factors is not None:
-            mean_square = self.row_square[r0:r1]
-            sums.delta_square = float(mean_square.sum()) * (c1 - c0)
-            sums.core = self.U[r0:r1].T @ (inside @ self.Vh[:, c0:c1].T)  # (r, r)
-            noise = rounding.ulp(inside, self.target).clamp_max(self.spread).square() / 12
-            sums.rows, sums.cols, sums.place = noise.sum(1), noise.sum(0), place
-        else:
-            change = torch.zeros_like(weight)
-            for delta in self.deltas:
-                delta.add_to(change, weight, block.r0, block.r1, block.c0, block.c1)
-            if self.placed is not None:
-                found = self.placed.within(change, block.r0, block.r1, block.c0, block.c1)
-                assert found is not None
-                change = found[0]
-            mean_square = change.square().mean(1)
-            sums.delta_square = float(change.square().sum())
-        self._forecast(inside, mean_square, sums)
+            r0, r1, c0, c1 = place
+            sums.core = self.U[r0:r1].T @ (weight @ self.Vh[:, c0:c1].T)  # (r, r)
+            self.grid.take((weight + change).to(self.own), r0, c0)
+        stride = 1
+        if self.step.output.numel > _WHOLE:  # no divisor of a row: all columns have their share
+            stride = next(s for s in _STRIDES if weight.shape[1] % s)
+        self._round(weight.flatten()[::stride], change.flatten()[::stride], sums)
         self.sums[block.index] = sums
 
-    def _forecast(self, inside: torch.Tensor, mean_square: torch.Tensor, sums: _Sums) -> None:
-        values = inside[:, :: max(1, inside.numel() // _SAMPLE)]
-        sigma = mean_square.sqrt()[:, None].expand_as(values)
-        kinds = dict(FORMATS)
-        if self.dtype == "F32":
-            kinds["float32"] = torch.float32
-        for word, kind in kinds.items():
-            held = values if kind == torch.float8_e4m3fn else values.to(kind).double()
-            error, share = rounding.expected_rounding(held, sigma, kind)
-            sums.forecast[word] = (error * inside.numel(), share * inside.numel())
+    def _round(self, weight: torch.Tensor, change: torch.Tensor, sums: _Sums) -> None:
+        """Merge a sample of the block into every format."""
+        sums.picked, sums.picked_square = len(weight), _square(change)
+        for word, kind in self.kinds.items():
+            held = weight if kind == self.own else rounded(weight, kind)
+            total = held + change
+            merged = rounded(total, kind)
+            error = _square(merged - total) if bool(merged.isfinite().all()) else math.inf
+            sums.merged[word] = (error, int((merged != held).sum()))
 
     def finish(self) -> Look:
         ordered = [self.sums[i] for i in sorted(self.sums)]
-        words = ordered[0].forecast if ordered else {}
-        core_square = sigma = top = None
+        weight = math.fsum(s.weight_square for s in ordered)
+        delta = math.fsum(s.delta_square for s in ordered)
+        if not math.isfinite(weight) or not math.isfinite(delta):
+            raise NumericError(
+                "LT-806", "the base holds NaN or infinity where the adapter goes",
+                file=getattr(self.step.inputs[0], "file", None), key=self.step.output.name,
+                expected="finite values",
+            )  # fmt: skip
+        core_square = top = rank = None
         if self.factors is not None:
             core = sum((s.core for s in ordered), torch.zeros(()))
             core_square = float(core.square().sum())
-            sigma = tuple(self.sigma.tolist())
-            top = self._noise_top(ordered)
+            top = self._noise_top(delta)
+            rank = int((self.sigma > resolvable(top, self.factors.shape)).sum())
+        numel = sum(s.numel for s in ordered)
+        picked = math.fsum(s.picked_square for s in ordered)
+        larger = delta / picked if picked else 1.0
+        wider = numel / max(1, sum(s.picked for s in ordered))
         return Look(
-            self.name, self.dtype, sum(s.numel for s in ordered),
-            math.fsum(s.weight_square for s in ordered),
-            math.fsum(s.delta_square for s in ordered), core_square, sigma, top,
-            {w: math.fsum(s.forecast[w][0] for s in ordered) for w in words},
-            {w: math.fsum(s.forecast[w][1] for s in ordered) for w in words},
+            self.name, self.step.output.dtype, numel, weight, delta, core_square, top, rank,
+            {w: math.fsum(s.merged[w][0] for s in ordered) * larger for w in self.kinds},
+            {w: sum(s.merged[w][1] for s in ordered) * wider for w in self.kinds},
         )  # fmt: skip
 
-    def _noise_top(self, ordered: list[_Sums]) -> float:
-        """Largest singular value of independent noise: its longest row plus its longest column.
-
-        Exact in the limit where all variances are equal, σ(√m + √n), an upper bound where they
-        are not (Bandeira & van Handel 2016), and it needs W only once.
-        """
-        rows = torch.zeros(self.shape[0], dtype=torch.float64, device=self.U.device)
-        cols = torch.zeros(self.shape[1], dtype=torch.float64, device=self.U.device)
-        for one in ordered:
-            r0, r1, c0, c1 = one.place
-            rows[r0:r1] += one.rows
-            cols[c0:c1] += one.cols
-        return float(rows.max().sqrt() + cols.max().sqrt()) if len(ordered) else 0.0
+    def _noise_top(self, delta_square: float) -> float:
+        """As `extract --rank auto` simulates it for the merged tensor."""
+        (floor,) = simulate_noise(
+            self.grid.exponents[None], self.grid.significand_bits,
+            delta_squares=[delta_square], seeds=[zlib.crc32(self.name.encode())],
+        )  # fmt: skip
+        del self.grid
+        return floor.top
 
 
 class _Sums:
     """What one block adds."""
 
-    def __init__(self, numel: int, weight_square: float) -> None:
-        self.numel, self.weight_square, self.delta_square = numel, weight_square, 0.0
-        self.core = self.rows = self.cols = torch.zeros(())
-        self.place = (0, 0, 0, 0)
-        self.forecast: dict[str, tuple[float, float]] = {}
+    def __init__(self, numel: int, weight_square: float, delta_square: float) -> None:
+        self.numel, self.weight_square, self.delta_square = numel, weight_square, delta_square
+        self.core = torch.zeros(())
+        self.picked, self.picked_square = 0, 0.0
+        self.merged: dict[str, tuple[float, int]] = {}
+
+
+def _inner(delta: Delta) -> Delta:
+    return delta.inner if isinstance(delta, Placed) else delta
+
+
+def _square(values: torch.Tensor) -> float:
+    return float(torch.linalg.vector_norm(values)) ** 2

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 
 import numpy as np
@@ -12,7 +12,7 @@ import torch
 
 from loratool import kinds
 from loratool.delta.base import Delta
-from loratool.delta.combined import Combined
+from loratool.delta.combined import Combined, Cut
 from loratool.delta.lowrank import LowRank
 from loratool.delta.placed import Placed
 from loratool.delta.vector import Rows
@@ -25,7 +25,7 @@ from loratool.engine.rounders import Exact, make_rounder
 from loratool.linalg import rounding, svd
 from loratool.linalg.dense import DenseCombiner
 from loratool.methods import find_method
-from loratool.plan import DeltaPart, ReplacePart, Step
+from loratool.plan import DeltaPart, ReplacePart, Span, Step
 
 # Measuring every element would cost more than the merge: in tensors over 2²⁰ elements every
 # eighth row of every second block stands for the rest.
@@ -119,7 +119,10 @@ class AddDeltas(Kernel):
 
     def _combined(self, parts: list[DeltaPart]) -> Delta:
         """What an element-wise method makes of the same region of several adapters."""
-        first, params = parts[0], self.step.args["params"]
+        region, params = parts[0].region, self.step.args["params"]
+        whole = replace(region, source_rows=None, source_cols=None)
+        parts = [replace(p, region=whole) for p in parts]
+        first = parts[0]
         deltas = [self._make(p, p.spec.scaling) for p in parts]
         for delta in deltas:
             move_to(delta, self.env.device)
@@ -129,7 +132,10 @@ class AddDeltas(Kernel):
             random_keys(params, first.spec.name, parts),
         )  # fmt: skip
         offset = (first.expert or 0) * total
-        return self._place(Combined(deltas, combiner, first.transposed, offset), first)
+        made = Combined(deltas, combiner, first.transposed, offset)
+        if region == whole:
+            return self._place(made, first)
+        return self._place(Cut(made, region.source_rows, region.source_cols), first)
 
     def _survey(self, wanting: list[Delta]) -> None:
         """Passes over the changes alone, on the blocks that the sums are formed on."""
@@ -261,10 +267,9 @@ class AddDeltas(Kernel):
 
 def _by_target(parts: list[DeltaPart]) -> list[list[DeltaPart]]:
     """Parts of several adapters that change the same elements, together."""
-    groups: dict[tuple[object, ...], list[DeltaPart]] = {}
+    groups: dict[tuple[tuple[Span, ...], tuple[Span, ...]], list[DeltaPart]] = {}
     for part in parts:
-        key = (part.spec.name, part.region, part.expert, part.transposed)
-        groups.setdefault(key, []).append(part)
+        groups.setdefault((part.region.rows, part.region.cols), []).append(part)
     return list(groups.values())
 
 

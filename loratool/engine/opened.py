@@ -101,10 +101,15 @@ class OpenAdapter:
     """An adapter to iterate: ``for module in lt.open("style"): print(module.norm())``.
 
     Modules are found by their in-memory path, with or without ``.weight``.
+
+    Args:
+        adapter: what is read.
+        keep: what keeps its files in place, alive as long as this.
     """
 
-    def __init__(self, adapter: Adapter) -> None:
+    def __init__(self, adapter: Adapter, *, keep: object = None) -> None:
         self.adapter = adapter
+        self._keep = keep
         self._reader = FileReader()
         env = Env(self._reader, torch.device("cpu"), CPU_ELEMENTS, Scratch())
         self.modules = {spec.name: OpenModule(spec, env) for spec in adapter.specs}

@@ -84,6 +84,9 @@ def _kurtosis(parts: Sequence[torch.Tensor]) -> float:
 # ------------------------------------------------------------------------------- intruders
 
 
+_COPIES = 6  # float64 matrices of a weight's size that looking for intruders takes at most
+
+
 @dataclass(frozen=True)
 class IntruderResult:
     """Intruders of one matrix, and the change without part of them if that was asked for.
@@ -114,18 +117,28 @@ def look_for_intruders(
         part: the delta with its region and orientation.
         base: the weight, or what the adapter replaces it with.
         view: its 2-D view.
-        env: for loading.
+        env: for loading, and the device to compute on where the weight fits there.
         weaken: λ; None = only look.
     """
     weight = env.load(base).view(view)
-    weight = _cut(_cut(weight, part.region.rows, 0), part.region.cols, 1).double()
+    weight = _cut(_cut(weight, part.region.rows, 0), part.region.cols, 1)
     fields = {role: env.load(source) for role, source in part.spec.fields.items()}
     delta = build_lowrank(fields, part, coefficient=part.spec.scaling, dtype=torch.float64)
-    found = find_intruders(weight, delta.left @ delta.right)
+    weight = weight.to(_place_for(weight, env.device)).double()
+    found = find_intruders(weight, delta.left.to(weight) @ delta.right.to(weight)).cpu()
     result = IntruderResult(tuple(found.cosine.tolist()), found.index)
     if weaken is None:
         return result
     return _weaken(result, delta, found, weaken, part)
+
+
+def _place_for(weight: torch.Tensor, device: torch.device) -> torch.device:
+    """The device, or the CPU for a weight that would fill more than half of it."""
+    if device.type == "cuda":
+        need = _COPIES * 8 * weight.numel()
+        if 2 * need > torch.cuda.get_device_properties(device).total_memory:
+            return torch.device("cpu")
+    return device
 
 
 def _weaken(

@@ -117,12 +117,12 @@ class DenseCombiner:
 
     def combine(self, place: Place, values: torch.Tensor, noise: Noise = 0.0) -> torch.Tensor:
         """The combined block (m, n); ``values`` as in `see`, ``noise`` as in `elect`."""
-        weights = torch.tensor(self.weights, dtype=values.dtype, device=values.device)
+        weights = torch.tensor(self.weights, dtype=values.dtype)
         params: dict[str, Any] = dict(self._params)
         if self._shared is not None:
             assert self._energies is not None
             values = values * self._shared.mask(place, self._variance(values))
-            params["energies"] = self._energies.to(values.device)
+            params["energies"] = self._energies
         elif self._selectors:
             pairs = zip(self._selectors, values, strict=True)
             values = torch.stack([s.apply(place, v) for s, v in pairs])

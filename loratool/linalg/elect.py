@@ -6,6 +6,8 @@ floating point.  ``noise``, a number or (m, 1), says what size of a value means 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,9 +20,12 @@ def add(values: torch.Tensor, weights: torch.Tensor, **_: Any) -> torch.Tensor:
 
     Args:
         values: (T, m, n) float32 or float64, what selection left of each adapter.
-        weights: (T,) same dtype and device.
+        weights: (T,) same dtype, on the CPU: they are numbers to the arithmetic.
     """
-    return torch.einsum("tmn,t->mn", values, weights)
+    total = torch.zeros_like(values[0])
+    for value, weight in zip(values, weights.tolist(), strict=True):
+        total.add_(value, alpha=weight)
+    return total
 
 
 def elect(
@@ -34,34 +39,27 @@ def elect(
     References:
         Yadav et al. 2023, arXiv:2306.01708, algorithm 1.
     """
-    weighted = values * weights[:, None, None]
-    total = weighted.sum(0)
-    sign = total.sign() * (total.abs() > noise * weights.abs().sum())
-    agrees = weighted.sign() == sign  # zeros, where no sign wins
-    mean = (weighted * agrees).sum(0) / agrees.sum(0).clamp_min(1)
-    return mean * params.get("lambda", 1.0)
+    found = _sides(values, weights.tolist(), 1.0, 1.0)
+    mean = found.of_sign(found.total, least=1.0)
+    is_zero = found.total.abs() <= noise * float(weights.abs().sum())
+    return mean.mul_(params.get("lambda", 1.0)).masked_fill_(is_zero, 0.0)
 
 
 def elect_peft(
     values: torch.Tensor, weights: torch.Tensor, *, noise: Noise = 0.0, **_: float
 ) -> torch.Tensor:
     """TIES of PEFT 0.21.2: signs elected before weighting, 0 counts as +; mean by count."""
-    sign = torch.where(values.sum(0) >= -noise * len(values), 1.0, -1.0)
-    agrees = values.sign() == sign
-    weighted = values * weights[:, None, None]
-    return (weighted * agrees).sum(0) / agrees.sum(0).clamp_min(1)
+    found = _sides(values, 1.0, weights.tolist(), 1.0)
+    return found.of_sign(found.total + noise * len(values), least=1.0)
 
 
 def elect_mergekit(
     values: torch.Tensor, weights: torch.Tensor, *, noise: Noise = 0.0, **params: float
 ) -> torch.Tensor:
     """TIES of mergekit: weights first, 0 counts as +; divided by the sum of agreeing weights."""
-    weighted = values * weights[:, None, None]
-    sign = torch.where(weighted.sum(0) >= -noise * weights.abs().sum(), 1.0, -1.0)
-    agrees = weighted.sign() == sign
-    divisor = (agrees * weights[:, None, None]).sum(0)
-    divisor = torch.where(divisor.abs() < 1e-8, 1.0, divisor)
-    return (weighted * agrees).sum(0) / divisor * params.get("lambda", 1.0)
+    found = _sides(values, weights.tolist(), 1.0, weights.tolist())
+    sign = found.total + noise * float(weights.abs().sum())
+    return found.of_sign(sign, least=1e-8).mul_(params.get("lambda", 1.0))
 
 
 def elect_sce(
@@ -72,15 +70,58 @@ def elect_sce(
     Args:
         values: (T, m, n) of the positions kept.
         weights: (T,) of the user; they scale the adapters before anything else.
-        energies: (T,) Σ (w_t v_t)² over the whole matrix.
+        energies: (T,) Σ (w_t v_t)² over the whole matrix, on the CPU.
 
     References:
         Wan et al. 2024, arXiv:2408.07990.
     """
-    weighted = values * weights[:, None, None]
     total = energies.sum()
     share = energies / total if float(total) > 0 else torch.full_like(energies, 1 / len(energies))
-    sign = torch.where(weighted.sum(0) >= 0, 1.0, -1.0)
-    kept = (weighted.sign() == sign) * share[:, None, None].to(values.dtype)
-    whole = kept.sum(0)
-    return (weighted * kept).sum(0) / torch.where(whole > 0, whole, 1.0)
+    found = _sides(values, weights.tolist(), share.tolist(), share.tolist())
+    return found.of_sign(found.total, least=0.0)
+
+
+@dataclass(frozen=True)
+class _Sides:
+    """Sums over the adapters, (m, n) each, of what is positive and of what is negative.
+
+    Attributes:
+        total: Σ x_t.
+        positive: Σ gain_t x_t over x_t > 0, and
+        negative: over x_t < 0.
+        votes_positive: Σ vote_t over x_t > 0, and
+        votes_negative: over x_t < 0.
+    """
+
+    total: torch.Tensor
+    positive: torch.Tensor
+    negative: torch.Tensor
+    votes_positive: torch.Tensor
+    votes_negative: torch.Tensor
+
+    def of_sign(self, sign: torch.Tensor, *, least: float) -> torch.Tensor:
+        """Sum over votes on the side of the sign, + for 0; votes up to ``least`` count as 1."""
+        wins = sign >= 0
+        votes = torch.where(wins, self.votes_positive, self.votes_negative)
+        votes = votes.masked_fill_(votes.abs() <= least, 1.0)
+        return torch.where(wins, self.positive, self.negative).div_(votes)
+
+
+def _sides(
+    values: torch.Tensor,
+    scale: Sequence[float] | float,
+    gain: Sequence[float] | float,
+    vote: Sequence[float] | float,
+) -> _Sides:
+    """Sums by sign of x_t = scale_t v_t, one adapter at a time: blocks stay in the cache."""
+    found = _Sides(*(torch.zeros_like(values[0]) for _ in range(5)))
+    for t, value in enumerate(values):
+        s, g, v = (f if isinstance(f, float) else f[t] for f in (scale, gain, vote))
+        x = value if s == 1 else value * s
+        found.total.add_(x)
+        up, down = x.clamp_min(0), x.clamp_max(0)
+        found.positive.add_(up, alpha=g)
+        found.negative.add_(down, alpha=g)
+        found.votes_positive.add_(up.sign_(), alpha=v)
+        found.votes_negative.sub_(down.sign_(), alpha=v)
+    return found

@@ -10,9 +10,14 @@ from dataclasses import dataclass
 
 import torch
 
+from loratool.linalg.krylov import largest_overlaps, leading_components
+
 TOP_K = 10  # leading directions looked at
 EPSILON = 0.5  # a direction is an intruder below this cosine
 LAMBDA = 0.75  # what an intruder's singular value is multiplied with
+
+_LARGE = 768  # shorter side from which a decomposition costs more than the bounds
+_NOTHING = 1e-7  # of the largest singular value: what a Gram matrix in float64 cannot resolve
 
 
 @dataclass(frozen=True)
@@ -20,7 +25,8 @@ class Intruders:
     """The leading directions of one W + ΔW.
 
     Attributes:
-        cosine: (k,) float64, max_j |u_i(W + ΔW) · u_j(W)|, by descending singular value.
+        cosine: (k,) float64, max_j |u_i(W + ΔW) · u_j(W)|, by descending singular value; for
+            intruders in large matrices an upper bound, below the limit all the same.
         index: which of them are intruders.
         U: (m, k), their left singular vectors.
         S: (k,) singular values.
@@ -33,6 +39,11 @@ class Intruders:
     S: torch.Tensor
     Vh: torch.Tensor
 
+    def cpu(self) -> Intruders:
+        """The same on the CPU."""
+        tensors = (self.U.cpu(), self.S.cpu(), self.Vh.cpu())
+        return Intruders(self.cosine.cpu(), self.index, *tensors)
+
 
 def find_intruders(
     weight: torch.Tensor,
@@ -44,20 +55,44 @@ def find_intruders(
     """Compare the leading left singular vectors of W + ΔW with all of W's.
 
     Args:
-        weight: (m, n) float64.
-        delta: (m, n) float64.
+        weight: (m, n) float64, any device.
+        delta: (m, n) float64, same device.
         top_k: leading directions looked at.
         epsilon: largest cosine of an intruder.
 
     Notes:
-        Two dense decompositions: O(m n min(m, n)) time, about 6 m n float64 of memory.
+        Small matrices are decomposed.  Of large ones the leading vectors of W + ΔW are computed,
+        and W is asked by matrix products alone how much of each can lie along one of its singular
+        vectors: bounds that decide, see `largest_overlaps`.  Where they cannot (values too close
+        to each other) the Gram matrix is decomposed.  About 4 m n float64 of memory.
     """
-    before = torch.linalg.svd(weight, full_matrices=False).U
-    U, S, Vh = torch.linalg.svd(weight + delta, full_matrices=False)
-    k = min(top_k, len(S))
-    cosine = (U[:, :k].T @ before).abs().amax(dim=1)
+    k = min(top_k, *weight.shape)
+    if min(weight.shape) < _LARGE:
+        before = torch.linalg.svd(weight, full_matrices=False).U
+        U, S, Vh = torch.linalg.svd(weight + delta, full_matrices=False)
+        found, cosine = (U[:, :k], S[:k], Vh[:k]), (U[:, :k].T @ before).abs().amax(dim=1)
+    else:
+        changed = weight + delta
+        found = leading_components(changed, k) or _decompose(changed, k)
+        overlaps = largest_overlaps(weight, found[0], epsilon)
+        if overlaps is None:
+            before = _decompose(weight, min(weight.shape))[0]
+            cosine = (found[0].T @ before).abs().amax(dim=1)
+        else:
+            cosine = overlaps.cosine
     index = tuple(torch.nonzero(cosine < epsilon).flatten().tolist())
-    return Intruders(cosine, index, U[:, :k], S[:k], Vh[:k])
+    return Intruders(cosine, index, *found)
+
+
+def _decompose(matrix: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Leading singular triplets by the Gram matrix of the shorter side."""
+    if matrix.shape[0] > matrix.shape[1]:
+        V, S, Uh = _decompose(matrix.T, count)
+        return Uh.T, S, V.T
+    U = torch.linalg.eigh(matrix @ matrix.T).eigenvectors[:, -count:].flip(1)
+    image = matrix.T @ U
+    S = torch.linalg.vector_norm(image, dim=0)
+    return U, S, (image / torch.where(_NOTHING * S[0] < S, S, torch.inf)).T
 
 
 def weakened(

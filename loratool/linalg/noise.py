@@ -62,6 +62,26 @@ class Grid:
         return self._bits - max((n for n, holds in self._zeros.items() if holds), default=0)
 
 
+def resolvable(top: float, shape: tuple[int, int]) -> float:
+    """Least singular value of a change that is worth more in the rounded sum than its noise.
+
+    Noise of size 1 per row of the longer side spreads a value θ to √((θ²+1)(θ²+β))/θ, β the sides'
+    ratio; whoever takes the change from the rounded weights comes nearer to the true one by keeping
+    it iff that is above Gavish & Donoho's threshold, which is θ² > (1+β + √(1+14β+β²))/2.  The
+    noise's own largest value is 1+√β, so that this is 0.87 (square) to 1 (long) times ``top``.
+
+    Args:
+        top: largest singular value of the noise.
+        shape: (m, n).
+
+    References:
+        Gavish & Donoho 2014, "The optimal hard threshold for singular values is 4/√3".
+    """
+    ratio = min(shape) / max(shape)
+    least = math.sqrt((1 + ratio + math.sqrt(1 + 14 * ratio + ratio**2)) / 2)
+    return top * least / (1 + math.sqrt(ratio))
+
+
 def simulate_noise(
     exponents: torch.Tensor,
     significand_bits: int,

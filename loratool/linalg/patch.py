@@ -14,6 +14,7 @@ pages one after another (an empty page patches nothing).
 
 from __future__ import annotations
 
+import itertools
 import struct
 import zlib
 from collections.abc import Sequence
@@ -101,26 +102,33 @@ def apply_patch(predicted: Bits, at: Indices, diff: Bits) -> None:
         predicted[at] += diff
 
 
-def pack_pages(pages: Sequence[bytes]) -> bytes:
-    """One run of bytes from many patches."""
-    sizes = np.array([len(pages), *map(len, pages)], np.uint64)
-    return sizes.tobytes() + b"".join(pages)
+def pack_index(pages: Sequence[bytes]) -> bytes:
+    """What comes before the pages in a pack: their number and sizes."""
+    return np.array([len(pages), *map(len, pages)], np.uint64).tobytes()
 
 
-def unpack_pages(data: memoryview) -> list[memoryview]:
-    """The patches of a run, without copying.
+def index_bytes(count: int) -> int:
+    """Size of the index of so many pages."""
+    return 8 * (count + 1)
+
+
+def unpack_index(index: bytes | memoryview, total: int) -> list[int]:
+    """Where the pages of a pack lie: the first byte of each, and one past the last one's.
+
+    Args:
+        index: as many bytes as the index must have.
+        total: bytes of the whole pack.
 
     Raises:
-        ValueError: damaged.
+        ValueError: damaged, or another number of pages.
     """
-    count = int.from_bytes(data[:8], "little")
-    if len(data) < 8 * (count + 1):
-        raise ValueError("patch is too short")
-    sizes = np.frombuffer(data[8 : 8 * (count + 1)], np.uint64)
-    ends = 8 * (count + 1) + np.cumsum(sizes)
-    if int(sizes.astype(float).sum()) + 8 * (count + 1) != len(data):
+    count, *sizes = np.frombuffer(index, np.uint64).tolist()
+    if count != len(sizes):
+        raise ValueError("patch has another number of pages")
+    offsets = list(itertools.accumulate(sizes, initial=len(index)))
+    if offsets[-1] != total:
         raise ValueError("patch has another length than it says")
-    return [data[int(end - size) : int(end)] for size, end in zip(sizes, ends, strict=True)]
+    return offsets
 
 
 def _gap_bytes(at: Indices) -> bytes:

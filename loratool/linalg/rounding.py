@@ -13,6 +13,7 @@ _FORMATS = {
     torch.float16: (11, -14),
     torch.bfloat16: (8, -126),
     torch.float8_e4m3fn: (4, -126),  # with a scale per tensor, under which nothing underflows
+    torch.float8_e5m2: (3, -126),  # likewise
 }
 
 _LOW = (1 << 29) - 1  # the significand bits that float64 has and float32 has not
@@ -65,6 +66,24 @@ def _round_to_odd(value: torch.Tensor) -> torch.Tensor:
     inexact = nearest.double() != value
     bits |= inexact.int()
     return nearest
+
+
+def rounded(value: torch.Tensor, target: torch.dtype) -> torch.Tensor:
+    """The nearest numbers of a type, ties to even, as float64.
+
+    Args:
+        value: any shape, float64.
+        target: storage type; 8-bit ones are taken to have a scale, a power of two, under which
+            nothing leaves their range.
+    """
+    if target.itemsize > 1:
+        out = torch.empty_like(value, dtype=target)
+        round_into(out, value)
+        return out.double()
+    cut = dropped_bits(target)
+    bits = value.view(torch.int64)
+    half = ((bits >> cut) & 1) + ((1 << (cut - 1)) - 1)  # a tie goes up from an odd number only
+    return ((bits + half) >> cut << cut).view(torch.float64)
 
 
 def dropped_bits(target: torch.dtype) -> int:

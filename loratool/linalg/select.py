@@ -116,7 +116,10 @@ class Largest:
 
     def apply(self, place: Place, values: torch.Tensor) -> torch.Tensor:
         """The elements that stay, zeros elsewhere."""
-        return values if self.is_all else values * self.mask(place, values)
+        if self.is_all or self.is_none or self._ties or not self._prefix:
+            return values if self.is_all else values * self.mask(place, values)
+        below = torch.tensor(self._prefix - 1, dtype=_BITS[values.dtype][0]).view(values.dtype)
+        return torch.nn.functional.hardshrink(values, float(below))  # |v| > below, in one pass
 
 
 class Middle:

@@ -174,9 +174,19 @@ def parse_skip(text: str) -> re.Pattern[str]:
     Raises:
         UsageError: LT-242.
     """
-    if text in COMPONENTS:
-        return re.compile(rf"^{COMPONENTS[text]}[._]")
-    return _compile(text, "--skip")
+    return component_pattern(text) if text in COMPONENTS else _compile(text, "--skip")
+
+
+def component_pattern(word: str) -> re.Pattern[str]:
+    """What the names of a component begin with; a word not known is a part of their path.
+
+    Example:
+        >>> bool(component_pattern("vision_tower").search("model.vision_tower.layers.0.q.weight"))
+        True
+    """
+    if word in COMPONENTS:
+        return re.compile(rf"^{COMPONENTS[word]}[._]")
+    return re.compile(rf"(?:^|\.){re.escape(word)}\.")
 
 
 def _compile(pattern: str, option: str) -> re.Pattern[str]:

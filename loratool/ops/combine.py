@@ -1,24 +1,21 @@
-"""Plan the combination of adapters without a base: method, ranks, weights per module."""
+"""Plan the combination of adapters without a base: method, ranks, weights."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-from loratool.adapter import Adapter, DeltaSpec
+from loratool.adapter import Adapter
 from loratool.errors import MismatchError, UsageError, list_some
 from loratool.methods import METHODS, Method, find_method, parse_params
 from loratool.ops.memory import WORKER_BYTES, truncation_bytes
 from loratool.ops.sums import SumModule, SumPlan, plan_sum
-
-Rule = tuple[re.Pattern[str], tuple[float, ...]]
+from loratool.ops.weights import Weight
 
 
 def plan_combine(
-    adapters: Sequence[tuple[Adapter, float]], method: Method, rank: int | None
+    adapters: Sequence[tuple[Adapter, Weight]], method: Method, *, verb: str = "merged"
 ) -> SumPlan:
     """Which factors of which adapters go into which module.
 
@@ -27,7 +24,7 @@ def plan_combine(
         MismatchError: LT-416, factors of different ranks for a factor-wise method; and those of
             `plan_sum`.
     """
-    plan = plan_sum(adapters, verb="merged")
+    plan = plan_sum(adapters, verb=verb)
     if method.space == "factor":
         uneven = [
             m.spec.name for m in plan.modules
@@ -41,8 +38,8 @@ def plan_combine(
     return plan
 
 
-def arc_weights(weights: Sequence[float]) -> tuple[float, float]:
-    """1 - t and t of slerp, t = w_B / (w_A + w_B).
+def arc_weights(weights: Sequence[Weight]) -> list[Weight]:
+    """1 - t and t of slerp, t = w_B / (w_A + w_B), in every module.
 
     Raises:
         UsageError: LT-259, not two adapters, or weights between which there is no arc.
@@ -50,8 +47,17 @@ def arc_weights(weights: Sequence[float]) -> tuple[float, float]:
     if len(weights) != 2:
         raise UsageError("LT-259", "slerp takes two adapters", got=len(weights),
                          hint="--method cat or ties take any number")  # fmt: skip
-    one, other = weights
-    if min(weights) < 0 or one + other == 0:
+    shares = _arc(*(w.value for w in weights))
+    names = weights[0].by_name.keys() | weights[1].by_name.keys()
+    by_name = {name: _arc(*(w.of(name) for w in weights)) for name in sorted(names)}
+    return [
+        replace(w, value=shares[i], by_name={n: pair[i] for n, pair in by_name.items()})
+        for i, w in enumerate(weights)
+    ]
+
+
+def _arc(one: float, other: float) -> tuple[float, float]:
+    if min(one, other) < 0 or one + other == 0:
         raise UsageError(
             "LT-259", "slerp goes from one adapter to the other", got=f"{one:g}, {other:g}",
             expected="weights of 0 or more, not both 0",
@@ -72,120 +78,6 @@ def rank_of(module: SumModule, method: Method, rank: int | None) -> int:
     if method.space in ("core", "joint"):
         return min(module.rank, *module.shape)
     return largest
-
-
-# ------------------------------------------------------------------------ weights per module
-
-
-def read_module_weights(path: Path, count: int) -> tuple[Rule, ...]:
-    """Rules of a ``--module-weights`` file: YAML, regular expression -> weight or list of them.
-
-    A list has one weight per adapter.  The first expression that is found in a module's name
-    counts; modules that no expression matches keep the adapters' weights.
-
-    Raises:
-        UsageError: LT-285, not such a file.
-    """
-    import yaml
-
-    def bad(what: str, got: object, line: int | None = None) -> UsageError:
-        return UsageError(
-            "LT-285", f"bad --module-weights file: {what}", file=path,
-            key=None if line is None else f"line {line}", got=got,
-            expected="a YAML mapping from regular expressions to weights",
-        )  # fmt: skip
-
-    try:
-        node = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise bad("cannot be read", str(error).partition("\n")[0]) from error
-    if not isinstance(node, yaml.MappingNode):
-        raise bad("no mapping", "nothing" if node is None else node.tag)
-    rules: list[Rule] = []
-    seen: set[str] = set()
-    for key, value in node.value:
-        line = key.start_mark.line + 1
-        text = key.value
-        if not isinstance(text, str) or text in seen:
-            raise bad("one expression twice" if text in seen else "no expression", text, line)
-        seen.add(text)
-        try:
-            pattern = re.compile(text)
-        except re.error as error:
-            raise bad(f"no regular expression ({error})", text, line) from error
-        items = value.value if isinstance(value, yaml.SequenceNode) else [value]
-        weights = [_number(item.value) for item in items]
-        if isinstance(value, yaml.SequenceNode) and len(weights) != count:
-            raise bad(f"{len(weights)} weights for {count} adapters", text, line)
-        numbers = tuple(w for w in weights if w is not None)
-        if len(numbers) != len(weights) or not numbers:
-            raise bad("no plain decimal number", str([i.value for i in items])[:80], line)
-        rules.append((pattern, numbers if len(numbers) > 1 else numbers * count))
-    return tuple(rules)
-
-
-def weigh_modules(adapter: Adapter, rules: Sequence[Rule], position: int) -> Adapter:
-    """The adapter with its scalings multiplied by the weights of its modules.
-
-    Raises:
-        MismatchError: LT-417, a weight other than 0 or 1 for a whole tensor, or for a change
-            that is not proportional to its scaling.
-    """
-    if not rules:
-        return adapter
-    odd = [
-        s.name for s in adapter.specs
-        if not s.is_additive and _weight_of(s.name, rules, position) not in (0.0, 1.0)
-    ]  # fmt: skip
-    odd += [
-        r.name for r in adapter.replacements
-        if _weight_of(r.name, rules, position) not in (0.0, 1.0)
-    ]  # fmt: skip
-    if odd:
-        raise MismatchError(
-            "LT-417", "a weight per module is for low-rank changes: these can only be left out",
-            file=adapter.path, key=list_some(odd, 3), expected="0 or 1",
-            hint="leave them to the adapter's own weight",
-        )  # fmt: skip
-    specs = [_scaled(s, _weight_of(s.name, rules, position)) for s in adapter.specs]
-    kept = [r for r in adapter.replacements if _weight_of(r.name, rules, position) == 1.0]
-    return replace(
-        adapter, specs=tuple(s for s in specs if s is not None), replacements=tuple(kept)
-    )
-
-
-def unused_rules(adapters: Sequence[Adapter], rules: Sequence[Rule]) -> list[str]:
-    """Expressions that no module matches: probably a slip."""
-    names = [s.name for a in adapters for s in a.specs]
-    names += [r.name for a in adapters for r in a.replacements]
-    return [p.pattern for p, _ in rules if not any(p.search(n) for n in names)]
-
-
-def rules_json(rules: Sequence[Rule]) -> list[Any]:
-    """Rules for provenance."""
-    return [[p.pattern, *weights] for p, weights in rules]
-
-
-def rules_from(found: Sequence[Any]) -> tuple[Rule, ...]:
-    """Rules as `rules_json` wrote them."""
-    return tuple((re.compile(p), tuple(float(w) for w in weights)) for p, *weights in found)
-
-
-def _weight_of(name: str, rules: Sequence[Rule], position: int) -> float:
-    return next((w[position] for p, w in rules if p.search(name)), 1.0)
-
-
-def _scaled(spec: DeltaSpec, factor: float) -> DeltaSpec | None:
-    if factor == 0:
-        return None
-    if factor == 1:
-        return spec
-    return replace(spec, scaling=spec.scaling * factor, alpha=None)
-
-
-def _number(text: object) -> float | None:
-    is_plain = isinstance(text, str) and re.fullmatch(r"[+-]?(\d+(\.\d*)?|\.\d+)", text)
-    return float(str(text)) if is_plain else None
 
 
 def dense_bytes(module: SumModule, rank: int, method: Method) -> int:

@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from loratool.adapter import Adapter, ReadOptions
 from loratool.dialects import open_adapter, unmergeable_reason
 from loratool.errors import MismatchError, OutputError, UsageError
+from loratool.ops.weights import Rule, Weight, weigh
 from loratool.store.checkpoint import Checkpoint, open_checkpoint
 from loratool.store.output_path import old_path, staging_path
 from loratool.store.rules import FileRules
-from loratool.store.source import Resolved, find_adapter, parse_adapter, resolve
+from loratool.store.source import (
+    AdapterArgument,
+    Resolved,
+    find_adapter,
+    parse_adapter,
+    resolve,
+)
 
 MAX_ADAPTERS = 256
 
@@ -51,12 +58,23 @@ def locate(text: str, *, kind: str, access: Access) -> Resolved:
     return convert_pickles(resolved)
 
 
+def open_one(text: str, *, read: ReadOptions, access: Access) -> tuple[Resolved, Adapter]:
+    """Find an adapter and read what it says; it can be read while the first of the two lives.
+
+    Raises:
+        LoratoolError: there is none, or it cannot be read.
+    """
+    resolved = locate(text, kind="adapter", access=access)
+    path = find_adapter(resolved.path)
+    return resolved, open_adapter(path, read, max_header=access.rules.max_header)
+
+
 @dataclass(frozen=True)
 class OpenedAdapter:
-    """An adapter, its coefficient, and where it came from."""
+    """An adapter, its coefficients, and where it came from."""
 
     adapter: Adapter
-    weight: float
+    weight: Weight
     resolved: Resolved
 
 
@@ -69,25 +87,27 @@ class OpenedBase:
 
 
 def open_adapters(
-    texts: Sequence[str],
+    texts: Sequence[str | AdapterArgument],
     *,
     weights: Sequence[float] | None,
     mean: bool,
     read: ReadOptions,
     access: Access,
+    rules: Sequence[Rule] = (),
 ) -> list[OpenedAdapter]:
     """Open adapters with their coefficients.
 
     Args:
-        texts: as typed, ``style:0.7``.
+        texts: as typed, ``style:0.7`` or ``style:unet=0.8,te=0.4``, or already taken apart.
         weights: coefficients in order instead of those in ``texts``.
         mean: divide every coefficient by the number of adapters.
         read: what the files do not say.
         access: network rules.
+        rules: weights per module.
 
     Raises:
         UsageError: no adapter, or weights that do not fit.
-        MismatchError: an adapter cannot be merged at all.
+        MismatchError: an adapter cannot be merged at all, or lacks a component that has a weight.
     """
     if not texts:
         raise UsageError("LT-221", "no adapter given")
@@ -100,27 +120,20 @@ def open_adapters(
         raise UsageError("LT-222", "number of --weights", expected=len(texts), got=len(weights))
     opened = []
     for number, text in enumerate(texts):
-        argument = parse_adapter(text)
-        if argument.components:
-            raise UsageError(
-                "LT-223",
-                "weights per component apply to adapters that have components",
-                key=text,
-                hint="give one weight, such as style:0.7",
-            )
-        if weights is not None and argument.weight != 1.0:
-            raise UsageError("LT-224", "a weight in the name and --weights too", key=text)
-        weight = argument.weight if weights is None else float(weights[number])
-        resolved = locate(argument.path_text, kind="adapter", access=access)
-        adapter = open_adapter(
-            find_adapter(resolved.path), read, max_header=access.rules.max_header
-        )
+        argument = text if isinstance(text, AdapterArgument) else parse_adapter(text)
+        if weights is not None:
+            if argument.weight != 1.0 or argument.components:
+                raise UsageError("LT-224", "a weight in the name and --weights too", key=text)
+            argument = replace(argument, weight=float(weights[number]))
+        if mean:
+            argument = replace(argument, weight=argument.weight / len(texts))
+        resolved, adapter = open_one(argument.path_text, read=read, access=access)
         reason = unmergeable_reason(adapter)
         if reason is not None:
             raise MismatchError(
                 "LT-473", "this adapter cannot be merged", file=adapter.path, got=reason
             )
-        opened.append(OpenedAdapter(adapter, weight / (len(texts) if mean else 1), resolved))
+        opened.append(OpenedAdapter(adapter, weigh(adapter, argument, rules, number), resolved))
     return opened
 
 

@@ -20,6 +20,11 @@ WORKER_BYTES = 4 << 20
 
 MIN_CHUNK = 1 << 20
 
+_UNKNOWN_RANK = 256
+
+_KEPT_FREE = 1.2
+"""The allocator keeps some of what was freed: 5 to 18 % of the rest, measured."""
+
 
 @dataclass(frozen=True)
 class MemoryPlan:
@@ -77,15 +82,10 @@ def _peak(plan: Plan, device: str, threads: int, chunk: int) -> int:
     workers = sorted((_worker_bytes(s, chunk, elements) for s in plan.steps), reverse=True)
     on_host = [s for s in plan.steps if device == "cpu" or s.op != "subtract_and_factor"]
     steps = sorted((step_bytes(s) for s in on_host), reverse=True)
-    kept = sum(
-        source.nbytes
-        for step in plan.steps
-        if step.op == "factor"
-        for part in step.parts
-        if isinstance(part, DeltaPart)
-        for source in part.spec.fields.values()
-    )  # new factors stay in memory until they are written, none larger than the old ones
-    return TORCH_BYTES[device] + sum(workers[:1]) * threads + sum(steps[: threads + 1]) + kept
+    kept = sum(map(_made_bytes, plan.steps))
+    # A worker finishes a step before it begins another one.
+    used = sum(workers[:1]) * threads + sum(steps[:threads])
+    return TORCH_BYTES[device] + int(used * _KEPT_FREE) + kept
 
 
 def _worker_bytes(step: Step, chunk: int, elements: int) -> int:
@@ -99,12 +99,11 @@ def _worker_bytes(step: Step, chunk: int, elements: int) -> int:
     rounding = ROUNDING_BYTES if step.args.get("rounding") else 0
     if "method" in step.args:
         # of each delta a block, selected, weighted, with signs and masks; of one delta at a time
-        # positions and random numbers, or ranks within rows; half as much again for what the
-        # allocator keeps: tests/budget/test_combine_memory.py
-        block_bytes = block * (len(step.parts) * 12 * (accumulator + 1) + 8 * accumulator + 110)
+        # positions and random numbers, or ranks within rows: tests/budget/test_combine_memory.py
+        block_bytes = block * (len(step.parts) * 8 * (accumulator + 1) + 8 * accumulator + 110)
         return piece * (len(step.inputs) + 1) + block_bytes
-    if step.op == "look_at_base":  # W and the spacings in float64, with their temporaries
-        return piece * (len(step.inputs) + 1) + block * 8 * 6
+    if step.op == "look_at_base":  # W, Δ and their merges in float64, with their temporaries
+        return piece * (len(step.inputs) + 1) + block * 8 * 12
     return piece * (len(step.inputs) + 1) + block * (3 * accumulator + 2 * wide) + rounding
 
 
@@ -123,14 +122,18 @@ def step_bytes(step: Step) -> int:
                 total += step.view[0] * step.view[1] * 24 + 32 * min(step.view) ** 2
         elif part.rows is not None:
             total += part.source.numel * 12
-    if step.op in ("factor", "spectrum"):
-        total *= 4  # both factors as stored, in float64, as reflections, turned, and what is cut
-    if step.op in ("make_patch", "restore"):  # the packed patch, as large as the tensor at worst
-        total += step.output.nbytes // (1 if step.args["from"] != "sum" else 8)
+    if step.op == "look_at_base":  # exponents of all sums, and the noise of one delta
+        sizes = [_region_numel(step, p) for p in step.parts if isinstance(p, DeltaPart)]
+        total += 2 * sum(sizes) + 10 * max(sizes)
+    if step.op == "spectrum":  # both factors as stored, in float64, and their triangles
+        total = total * 3 // 2
+    if step.op == "factor":  # as stored, in float64, as reflections; what is cut turned, rounded
+        total += total * 3 // 4 + int(total * 2.25 * _kept_share(step))
+    if step.op == "make_patch":  # the packed patch, as large as the tensor at worst
+        is_undo = step.args["from"] == "sum" and not step.args.get("gate")
+        total += step.output.nbytes // (8 if is_undo else 1)
     if step.op == "subtract_and_factor":
         total += _factoring_bytes(step)
-    if step.op in ("residual_of_sum", "residual_of_copy"):
-        total += step.output.numel + step.output.nbytes  # its patch, should nothing compress
     return total
 
 
@@ -142,37 +145,81 @@ def is_iterative(short: int, rank: int) -> bool:
 def truncation_bytes(rows: int, cols: int, rank: int) -> int:
     """What the best approximation of a (rows, cols) matrix takes, beyond the matrix itself.
 
-    With s the short side and l the long one: 24·L·(s + l) for a Krylov space of
-    L = min(10·(rank + 8), s), or 40·s² for the Gram matrix, its eigenvectors and LAPACK's work
+    With s the short side and l the long one: (8·s + 16·l + 32·L)·L for a Krylov space of
+    L = min(10·(rank + 8), s), or 44·s² for the Gram matrix, its eigenvectors and LAPACK's work
     space, and 24·rank·(s + l) for the factors.
     """
     short, long = sorted((rows, cols))
     if is_iterative(short, rank):
-        return 24 * min(10 * (rank + 8), short) * (short + long)
-    return 40 * short**2 + 24 * min(rank, short) * (short + long)
+        space = min(10 * (rank + 8), short)
+        return space * (8 * short + 16 * long + 32 * space)
+    return 44 * short**2 + 24 * min(rank, short) * (short + long)
+
+
+def _region_numel(step: Step, part: DeltaPart) -> int:
+    """Elements of the tensor that a delta covers."""
+    spans = zip((part.region.rows, part.region.cols), step.view, strict=True)
+    rows, cols = (sum(map(len, axis)) or size for axis, size in spans)
+    return rows * cols
 
 
 def _factoring_bytes(step: Step) -> int:
-    """The difference in float32, and the larger of the ways to factor it.
+    """The differences, and the largest of what their factoring takes one after the other.
 
-    With s the short side, l the long one and k the largest rank: 4·rows·cols for Δ; 2·rows·cols
-    for the exponents and 10·rows·cols of one matrix for the noise if the rank is ``auto``;
-    Lanczos 24·L·(s + l) + 40·L² with L = min(10·(k + 8), s), the Gram matrix 40·s² + 24·k·(s + l),
-    or the matrix itself times the identity 20·s·l.
+    With s the short side of a matrix, l the long one, k the largest rank and e matrices in a
+    module: 4·s·l·e for Δ in float32, and if the rank is ``auto`` 2·s·l·e more for exponents and
+    then 14·s·l for the noise; the factoring; and 32·k·(s + l) + 96·k² for what float16 factors
+    would lose.  Factoring is Lanczos with a space of L = 10·(k + 8) directions (ten steps, of
+    which most data take three), (8·s + 16·l + 32·L)·L·e; where that would fill a quarter of the
+    short side, or if it must be exact, the Gram matrix, 44·s² + 24·k·(s + l), after Lanczos as
+    far as it goes if the spectrum decides; at full rank the matrix itself times the identity,
+    24·s·(s + l).
     """
     rows, cols = step.view
-    experts = max(1, int(step.args.get("experts", 0)))
-    count = len(step.inputs) // 2 * experts
-    short, long = sorted((rows // experts, cols))
+    count = max(1, int(step.args.get("experts", 0)))
+    short, long = sorted((rows // count, cols))
+    is_auto, rule = bool(step.args.get("auto")), step.args["rule"]
+    numel, rank = rows * cols * len(step.inputs) // 2, largest_rank(step)
+    fast = min(rank, short // 4 - 9)  # the largest that Lanczos is taken for
+    is_searched = is_auto or any(v for k, v in rule.items() if k not in ("rank", "max_rank"))
+    ways = [14 * short * long if is_auto else 0]
+    if step.args.get("exact") or fast < rank:
+        ways.append(44 * short**2 + 24 * rank * (short + long))
+    if not step.args.get("exact") and fast > 0 and (fast == rank or is_searched):
+        space = min(10 * (fast + 8), short)
+        ways.append(count * space * (8 * short + 16 * long + 32 * space))
+    if rank >= short:
+        ways.append(24 * short * (short + long))
+    made = 8 * rank * (short + long) * count
+    ways.append(made + 32 * rank * (short + long) + 96 * rank**2)
+    return (6 if is_auto else 4) * numel + max(ways)
+
+
+def largest_rank(step: Step) -> int:
+    """The rank that a factoring step gives at most; 256 is taken where only data can tell."""
+    count = max(1, int(step.args.get("experts", 0)))
     rule = step.args["rule"]
-    caps: list[int] = [c for c in (rule.get("rank"), rule.get("max_rank")) if c]
-    if step.args.get("auto") and not rule.get("max_rank"):
-        caps.append(257)
-    rank = min([short, *caps])
-    total = 4 * rows * cols * len(step.inputs) // 2
-    if step.args.get("auto"):
-        total += rows * cols * len(step.inputs) + 10 * short * long
-    space = min(10 * (rank + 8), short)
-    lanczos = 24 * space * (short + long) + 40 * space**2
-    gram = 40 * short**2 + 24 * rank * (short + long)
-    return int(total) + max(lanczos * count, gram, 20 * short * long if rank >= short else 0)
+    caps = [c for c in (rule.get("rank"), rule.get("max_rank")) if c]
+    return int(min([step.view[0] // count, step.view[1], *(caps or [_UNKNOWN_RANK])]))
+
+
+def _kept_share(step: Step) -> float:
+    """Ranks that truncation leaves of a delta's at most, as a share."""
+    rule = step.args.get("rule", {})
+    caps = [c for c in (rule.get("rank"), rule.get("max_rank")) if c]
+    ranks = [p.spec.rank for p in step.parts if isinstance(p, DeltaPart)]
+    shares = [float(c) / max(1, r) for c in caps for r in ranks]
+    return min([1.0, *shares])
+
+
+def _made_bytes(step: Step) -> int:
+    """Factors of a step, which stay in memory until they are written."""
+    if step.op == "factor":
+        parts = [p for p in step.parts if isinstance(p, DeltaPart)]
+        before = sum(source.nbytes for p in parts for source in p.spec.fields.values())
+        return int(before * _kept_share(step))
+    if step.op != "subtract_and_factor":
+        return 0
+    count = max(1, int(step.args.get("experts", 0)))
+    sides = step.view[0] // count + step.view[1]
+    return 4 * largest_rank(step) * sides * count * len(step.inputs) // 2

@@ -11,7 +11,9 @@ from typing import Any
 from loratool.adapter import Adapter, Replacement, Source, TensorRef
 from loratool.dtypes import DTYPES, numel
 from loratool.errors import MismatchError, list_some
+from loratool.ops.align_parts import require_aligned
 from loratool.ops.bind import Bindings
+from loratool.ops.weights import Weight
 from loratool.plan import DeltaPart, Part, Plan, ReplacePart, ShardPlan, Step, TensorSpec
 from loratool.store.checkpoint import Checkpoint, Shard
 
@@ -24,12 +26,12 @@ class WeightedAdapter:
 
     Attributes:
         adapter: the adapter.
-        weight: the user's coefficient.
+        weight: the user's coefficients.
         bindings: its targets in the base.
     """
 
     adapter: Adapter
-    weight: float
+    weight: Weight
     bindings: Bindings
 
 
@@ -85,6 +87,9 @@ def plan_merge(
         _require_additive(adapters, str(how["method"]))
     new_tensors, config_changes = _agreed(adapters)
     parts = _collect_parts(adapters, new_tensors, keep_all="method" in how)
+    if "method" in how:
+        for name, found in parts.items():
+            require_aligned(name, [p for p in found if isinstance(p, DeltaPart)], how["method"])
     steps: dict[str, Step] = {}
     for name, ref in checkpoint.tensors.items():
         steps[name] = _make_step(
@@ -159,13 +164,15 @@ def _collect_parts(
             if name not in one.bindings.new_tensors
         }
         found: list[tuple[str, Part]] = [
-            (b.target, _replace_part(b.replacement, one.weight, number))
+            (b.target, _replace_part(b.replacement, one.weight.of(b.replacement.name), number))
             for b in one.bindings.replacements
         ]
         found += [
             (
                 b.target,
-                DeltaPart(b.spec, one.weight, b.region, b.expert, b.transposed, number),
+                DeltaPart(
+                    b.spec, one.weight.of(b.spec.name), b.region, b.expert, b.transposed, number
+                ),
             )
             for b in one.bindings.deltas
         ]

@@ -12,6 +12,7 @@ from loratool.errors import LoratoolError, MismatchError, UsageError
 from loratool.store.checkpoint import Checkpoint
 from loratool.store.header import read_header
 from loratool.store.provenance import file_id, read_record
+from loratool.store.source import AdapterArgument
 
 _OPERATIONS = ("merge", "subtract", "swap")
 
@@ -22,14 +23,12 @@ class Replay:
 
     Attributes:
         base: where the base is.
-        adapters: where the adapters are, in order.
-        weights: their coefficients, signs included.
+        adapters: where the adapters are, in order, with their coefficients, signs included.
         options: resolved options that changed bytes, by their names in provenance.
     """
 
     base: str
-    adapters: tuple[str, ...]
-    weights: tuple[float, ...]
+    adapters: tuple[AdapterArgument, ...]
     options: Mapping[str, Any]
 
 
@@ -65,20 +64,32 @@ def find_replay(output: Checkpoint, *, base: str | None, roots: Sequence[Path]) 
         options = dict(record["options"])
         bases = {k: v for k, v in rows.items() if v.get("role") == "base"}
         adapters = {k: v for k, v in rows.items() if k not in bases}
-        weights = tuple(float(v["weight"]) for v in adapters.values())
         (base_name, base_row), *_ = bases.items()
         if "undo" in options:
             raise MismatchError(
                 "LT-457", "this was made with an undo file, which checked every tensor itself",
                 file=output.path, hint="subtract --undo again gives the same bytes",
             )  # fmt: skip
-        found = tuple(_find(k, v, roots, "--adapter") for k, v in adapters.items())
-        return Replay(base or _find(base_name, base_row, roots, "--base"), found, weights, options)
+        found = tuple(
+            AdapterArgument(_find(k, v, roots, "--adapter"), *recorded_weight(v))
+            for k, v in adapters.items()
+        )
+        return Replay(base or _find(base_name, base_row, roots, "--base"), found, options)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise MismatchError(
             "LT-458", "the provenance of this checkpoint is damaged", file=output.path,
             got=f"{type(error).__name__}: {error}", hint="name its inputs: --base and --adapter",
         ) from error  # fmt: skip
+
+
+def recorded_weight(row: Mapping[str, Any]) -> tuple[float, dict[str, float]]:
+    """Coefficient and factors per component of an adapter in provenance.
+
+    Raises:
+        KeyError, TypeError, ValueError, AttributeError: it is damaged.
+    """
+    parts = row.get("components", {})
+    return float(row["weight"]), {str(k): float(v) for k, v in parts.items()}
 
 
 def _find(name: str, row: Mapping[str, Any], roots: Sequence[Path], option: str) -> str:

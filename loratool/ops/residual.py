@@ -1,41 +1,128 @@
-"""Plans around a residual: what TUNED has that a merge lacks, and putting it in again."""
+"""Plans around a residual: what TUNED has that a merge lacks, and putting it in again.
+
+The table of a residual file::
+
+    adapter   sha256 by file name of the adapter that it goes with
+    bind      options that the merge needs: ``resize_embeddings``, ``untie``, ``keep_tied``
+    config    values of TUNED's ``config.json`` that differ from the base's and follow the weights
+    tensors   base-style checkpoint-wide name, in TUNED's order -> {"from", "dtype", "shape",
+              "digest"}; from ``nothing``: the merge has no such tensor
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from loratool.adapter import TensorRef
 from loratool.dtypes import DTYPES
-from loratool.errors import MismatchError
+from loratool.errors import BadFileError, MismatchError
 from loratool.ops.align import align_names
 from loratool.ops.bind_types import BindOptions
 from loratool.ops.merge import MergePlan
 from loratool.plan import Plan, ShardPlan, Step, TensorSpec
 from loratool.store.checkpoint import Checkpoint
-from loratool.store.residual_file import CONFIG_KEYS, Residual, ResidualTensor
+from loratool.store.patch_file import read_patches
 
+BIND_OPTIONS = ("resize_embeddings", "untie", "keep_tied")
+"""What a merge must allow so that it gives what TUNED is."""
+
+CONFIG_KEYS = ("dtype", "torch_dtype", "vocab_size", "tie_word_embeddings")
+"""What ``config.json`` says about weights."""
+
+_NEW = {"from": "nothing"}
+_SUM = {"from": "sum", "rounding": "exact"}
 _ELEMENTWISE = ("F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL")
 
 
 @dataclass(frozen=True)
-class ResidualPlan:
-    """Steps that compare a merge with TUNED.
+class ResidualTensor:
+    """What a residual file says of one tensor of TUNED.
 
     Attributes:
-        plan: one step per tensor of TUNED.
-        tensors: its tensors under the base's names, in the order of the steps.
-        whole: those that the merge has no counterpart of: stored as they are.
+        output: its name in the checkpoint, type and shape.
+        is_new: the merge has no such tensor, or one of another shape.
+        digest: of its bits, block by block.
+        patch: what the merge lacks of it, if anything.
     """
 
-    plan: Plan
-    tensors: Mapping[str, TensorRef]
-    whole: frozenset[str]
+    output: TensorSpec
+    is_new: bool
+    digest: str
+    patch: TensorRef | None
 
 
-def plan_residual(merge: Plan, base: Checkpoint, tuned: Checkpoint) -> ResidualPlan:
-    """Compare what a merge gives, cast to TUNED's types, with TUNED.
+@dataclass(frozen=True)
+class Residual:
+    """A residual file, opened (no patches yet); see the table.
+
+    Attributes:
+        path: the file.
+        tensors: name -> what TUNED has there.
+        adapter: files that it goes with.
+        bind: options.
+        config: values.
+    """
+
+    path: Path
+    tensors: Mapping[str, ResidualTensor]
+    adapter: Mapping[str, str]
+    bind: Mapping[str, bool] = field(default_factory=dict)
+    config: Mapping[str, Any] = field(default_factory=dict)
+
+
+def read_residual(path: Path) -> Residual:
+    """Open a residual file.
+
+    Raises:
+        BadFileError: not a residual file, of another version, or damaged.
+    """
+    found = read_patches(path, "residual")
+    if found is None:
+        raise BadFileError(
+            "LT-398", "this is no residual file", file=path,
+            hint="extract --save-residual writes one",
+        )  # fmt: skip
+    table = found.table
+    try:
+        tensors = {
+            name: ResidualTensor(
+                TensorSpec(name, DTYPES[row["dtype"]].name, tuple(map(int, row["shape"]))),
+                row["from"] == "nothing", str(row["digest"]), found.patches.get(name),
+            )
+            for name, row in table["tensors"].items()
+        }  # fmt: skip
+        bind = {key: bool(table["bind"].get(key, False)) for key in BIND_OPTIONS}
+        config = {k: v for k, v in table["config"].items() if k in CONFIG_KEYS}
+        return Residual(path, tensors, dict(table["adapter"]), bind, config)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise BadFileError("LT-328", "damaged patch file", file=path, got=str(error)) from error
+
+
+def residual_table(
+    plan: Plan, results: Mapping[str, Any], **rest: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The table of a residual file (see the module).
+
+    Args:
+        plan: of `plan_residual`.
+        results: tensor -> `loratool.engine.patching.PatchResult`.
+        rest: ``adapter``, ``bind`` and ``config``.
+    """
+    tensors = {
+        s.output.name: {
+            "from": s.args["from"], "dtype": s.output.dtype, "shape": list(s.output.shape),
+            "digest": results[s.output.name].wanted,
+        }
+        for s in plan.steps
+    }  # fmt: skip
+    return {**rest, "tensors": tensors}
+
+
+def plan_residual(merge: Plan, base: Checkpoint, tuned: Checkpoint) -> Plan:
+    """Compare what a merge gives, cast to TUNED's types, with TUNED: one step per tensor of it.
 
     Args:
         merge: the correctly rounded merge of the adapter into ``base``.
@@ -45,11 +132,9 @@ def plan_residual(merge: Plan, base: Checkpoint, tuned: Checkpoint) -> ResidualP
     Raises:
         MismatchError: a tensor whose bits cannot be compared.
     """
-    aligned = align_names(tuned, base)
     merged = dict(zip(full_names(merge, base), merge.steps, strict=True))
     steps: list[Step] = []
-    whole: set[str] = set()
-    for name, ref in aligned.items():
+    for name, ref in align_names(tuned, base).items():
         if ref.dtype not in _ELEMENTWISE:
             raise MismatchError(
                 "LT-485", "a residual cannot hold tensors of this type", file=tuned.path,
@@ -58,10 +143,9 @@ def plan_residual(merge: Plan, base: Checkpoint, tuned: Checkpoint) -> ResidualP
         step = merged.get(name)
         found = None if step is None else _compare(step, name, ref)
         if found is None:
-            whole.add(name)
-            found = Step("residual_of_copy", _spec(name, ref), (ref, ref), (1, ref.numel))
+            found = Step("make_patch", _spec(name, ref), (ref,), (1, ref.numel), args=_NEW)
         steps.append(found)
-    return ResidualPlan(Plan("residual", tuple(steps)), aligned, frozenset(whole))
+    return Plan("residual", tuple(steps))
 
 
 def _spec(name: str, ref: TensorRef) -> TensorSpec:
@@ -74,13 +158,14 @@ def _compare(step: Step, name: str, tuned: TensorRef) -> Step | None:
         return None
     if step.op == "copy" and step.output.dtype == tuned.dtype:
         view = (1, tuned.numel)
-        return Step("residual_of_copy", _spec(name, tuned), (*step.inputs, tuned), view)
+        return Step("make_patch", _spec(name, tuned), (*step.inputs, tuned), view,
+                    args={"from": "same"})  # fmt: skip
     if not all(DTYPES[d].is_mergeable for d in (step.inputs[0].dtype, tuned.dtype)):
         return None
     view = (1, tuned.numel) if step.op == "copy" else step.view
     return replace(
-        step, op="residual_of_sum", output=_spec(name, tuned), inputs=(*step.inputs, tuned),
-        view=view, shard=-1, args={"rounding": "exact"},
+        step, op="make_patch", output=_spec(name, tuned), inputs=(*step.inputs, tuned),
+        view=view, shard=-1, args={**_SUM, "gate": True},
     )  # fmt: skip
 
 
@@ -115,12 +200,16 @@ def patch_merge(merge: MergePlan, checkpoint: Checkpoint, residual: Residual) ->
         entry = residual.tensors.get(name)
         if entry is not None:
             groups[step.shard].append(_patched(step, entry))
-    for name in [n for n in residual.tensors if n not in set(names)]:
-        entry = residual.tensors[name]
-        assert entry.whole is not None
-        spec = TensorSpec(name, entry.dtype, entry.shape)
-        step = Step("copy", spec, (entry.whole,), (1, entry.whole.numel), shard=len(groups) - 1)
-        groups[-1].append(_patched(step, entry))
+    known, last = set(names), len(groups) - 1
+    for name, entry in residual.tensors.items():
+        if name in known:
+            continue
+        if not entry.is_new:
+            raise MismatchError(
+                "LT-486", "the residual changes a tensor that the base has not", key=name,
+                file=residual.path,
+            )  # fmt: skip
+        groups[last].append(_created(entry, name, last))
     filled = [(shard, g) for shard, g in zip(merge.plan.shards, groups, strict=True) if g]
     shards = tuple(
         ShardPlan(shard.name, tuple(s.output for s in g), shard.metadata) for shard, g in filled
@@ -131,21 +220,23 @@ def patch_merge(merge: MergePlan, checkpoint: Checkpoint, residual: Residual) ->
 
 
 def _patched(step: Step, entry: ResidualTensor) -> Step:
-    output = TensorSpec(step.output.name, entry.dtype, entry.shape)
-    args: dict[str, Any] = {"digest": entry.digest}
-    if entry.patch is not None:
-        args |= {"patch": entry.patch, "pages": entry.pages}
-    if entry.whole is not None:
-        flat = (1, entry.whole.numel)
-        return replace(
-            step, op="patched_copy", output=output, inputs=(entry.whole,), view=flat, parts=(),
-            args=args,
-        )  # fmt: skip
-    is_copy = step.op == "copy" and step.output.dtype == entry.dtype
+    if entry.is_new:
+        return _created(entry, step.output.name, step.shard)
+    output = replace(entry.output, name=step.output.name)
+    args: dict[str, Any] = {"wanted": entry.digest, "patch": entry.patch}
+    if step.op == "copy" and step.output.dtype == output.dtype:
+        args["from"] = "same"
+    else:
+        args |= _SUM
     view = (1, output.numel) if step.op == "copy" else step.view
-    op = "patched_copy" if is_copy else "patched_sum"
-    how = {} if is_copy else {"rounding": "exact"}
-    return replace(step, op=op, output=output, view=view, args={**how, **args})
+    return replace(step, op="complete", output=output, view=view, args=args)
+
+
+def _created(entry: ResidualTensor, name: str, shard: int) -> Step:
+    """A tensor that is all in the patch."""
+    output = replace(entry.output, name=name)
+    args = {**_NEW, "wanted": entry.digest, "patch": entry.patch}
+    return Step("complete", output, (), (1, output.numel), shard=shard, args=args)
 
 
 def bind_options(options: BindOptions, needed: Mapping[str, bool]) -> BindOptions:

@@ -7,9 +7,12 @@ from dataclasses import replace
 from typing import Any
 
 from loratool.adapter import Adapter
-from loratool.errors import MismatchError, list_some
+from loratool.errors import LoratoolError, MismatchError, list_some
 from loratool.ops.merge import WeightedAdapter
+from loratool.ops.replay import recorded_weight
+from loratool.ops.weights import Weight, names_of, rules_from, weigh
 from loratool.store.provenance import adapter_id
+from loratool.store.source import AdapterArgument
 
 _WAY_OUT = "subtract --undo FILE (from merge --save-undo), or merge the others into the base again"
 
@@ -41,7 +44,7 @@ def require_swappable(adapters: Sequence[WeightedAdapter]) -> tuple[WeightedAdap
     _require_sums(old)
     _require_sums(new)
     whole = {b.target for b in new.bindings.replacements
-             if b.replacement.rows is None and new.weight == 1}  # fmt: skip
+             if b.replacement.rows is None and new.weight.of(b.replacement.name) == 1}  # fmt: skip
     lost = [b.target for b in old.bindings.replacements if b.target not in whole]
     if lost:
         raise MismatchError(
@@ -67,7 +70,7 @@ def _require_sums(one: WeightedAdapter) -> None:
 
 
 def compare_with_record(
-    record: Mapping[str, Any] | None, adapters: Iterable[tuple[Adapter, float]]
+    record: Mapping[str, Any] | None, adapters: Iterable[tuple[Adapter, Weight]]
 ) -> tuple[list[str], list[str]]:
     """What the merged weights' provenance says about taking adapters out.
 
@@ -82,24 +85,40 @@ def compare_with_record(
     if record is None or record.get("operation") != "merge" or not isinstance(inputs, dict):
         return [], ["the merged weights do not say what was merged into them"]
     rows = {label: row for label, row in inputs.items() if isinstance(row, dict)}
+    base = next((k for k, row in rows.items() if row.get("role") == "base"), None)
+    order = [k for k in rows if k != base]
     warnings, listed = [], set()
     for adapter, weight in adapters:
         mine = {v for k, v in adapter_id(adapter).items() if k.endswith(".safetensors")}
-        label = next((k for k, row in rows.items() if mine & _files(row)), None)
+        label = next((k for k in order if mine & _files(rows[k])), None)
         if label is None:
             warnings.append(f"{adapter.label} is not among what was merged: {list_some(rows)}")
             continue
         listed.add(label)
-        merged = rows[label].get("weight")
-        if merged != weight:
-            warnings.append(f"{label} was merged at weight {merged}, not {weight:g}")
-    base = next((k for k, row in rows.items() if row.get("role") == "base"), None)
+        merged = _recorded(record, rows[label], adapter, order.index(label))
+        if merged is None or merged.value != weight.value:
+            got = merged or rows[label].get("weight")
+            warnings.append(f"{label} was merged at weight {got}, not {weight}")
+        elif any(merged.of(name) != weight.of(name) for name in names_of(adapter)):
+            warnings.append(f"{label} was merged with other weights per component or module")
     notes = []
     if base is not None and not warnings:
-        others = [k for k in rows if k not in listed and k != base]
+        others = [k for k in order if k not in listed]
         way = f"merging {list_some(others)} into {base}" if others else f"{base} itself"
         notes.append(f"{way} is exact; this leaves the rounding of the merge in")
     return warnings, notes
+
+
+def _recorded(
+    record: Mapping[str, Any], row: Mapping[str, Any], adapter: Adapter, position: int
+) -> Weight | None:
+    """The coefficients at which an adapter was merged; None if the record is damaged."""
+    try:
+        typed = AdapterArgument("", *recorded_weight(row))
+        rules = rules_from(record.get("options", {}).get("module_weights", ()))
+        return weigh(adapter, typed, rules, position)
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, LoratoolError):
+        return None
 
 
 def _files(row: Mapping[str, Any]) -> set[str]:

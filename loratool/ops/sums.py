@@ -8,7 +8,7 @@ from typing import Any
 
 from loratool.adapter import Adapter, DeltaSpec, Replacement
 from loratool.dialects.peft_version import square_experts_rule
-from loratool.errors import MismatchError, list_some
+from loratool.errors import MismatchError, UsageError, list_some
 from loratool.ops.additive import (
     factor_dtype,
     matrix_shape,
@@ -16,6 +16,7 @@ from loratool.ops.additive import (
     require_additive,
     require_factors,
 )
+from loratool.ops.weights import Weight
 from loratool.plan import DeltaPart
 from loratool.store.reader import have_same_bytes
 
@@ -88,7 +89,7 @@ class SumPlan:
     notes: tuple[str, ...]
 
 
-def plan_sum(adapters: Sequence[tuple[Adapter, float]], *, verb: str) -> SumPlan:
+def plan_sum(adapters: Sequence[tuple[Adapter, Weight]], *, verb: str) -> SumPlan:
     """Plan Σ weight·ΔW over the union of all modules.
 
     Args:
@@ -96,9 +97,11 @@ def plan_sum(adapters: Sequence[tuple[Adapter, float]], *, verb: str) -> SumPlan
         verb: past participle for messages, such as ``subtracted``.
 
     Raises:
+        UsageError: LT-270, nothing is left.
         MismatchError: LT-460 … LT-465, changes that have no sum without the base, modules of
             different shapes, replaced tensors that contradict each other.
     """
+    adapters = [(weight.kept(adapter), weight) for adapter, weight in adapters]
     for adapter, _ in adapters:
         require_additive(adapter, verb)
         require_factors(adapter, verb)
@@ -107,12 +110,16 @@ def plan_sum(adapters: Sequence[tuple[Adapter, float]], *, verb: str) -> SumPlan
     groups: dict[str, list[DeltaPart]] = {}
     for number, (adapter, weight) in enumerate(adapters):
         for spec in adapter.specs:
-            term = DeltaPart(spec, weight, adapter=number)
+            term = DeltaPart(spec, weight.of(spec.name), adapter=number)
             groups.setdefault(spec.name, []).append(term)
     outputs = mha_outputs([s for a, _ in adapters for s in a.specs])
     modules = [_module(name, terms, outputs, adapters) for name, terms in groups.items()]
     modules.sort(key=lambda m: m.is_bias)
     replacements, mixed, notes = _replacements(adapters, verb)
+    is_cut = any(0.0 in weight.by_name.values() for _, weight in adapters)
+    if is_cut and not (modules or replacements or mixed):
+        raise UsageError("LT-270", "weights of 0 leave every module out: nothing remains",
+                         got=list_some(a.label for a, _ in adapters))  # fmt: skip
     bases = {a.base_model for a, _ in adapters if a.base_model}
     if len(bases) > 1:
         notes.append(f"the adapters name different bases: {list_some(sorted(bases))}")
@@ -134,7 +141,7 @@ def _module(
     name: str,
     terms: Sequence[DeltaPart],
     outputs: frozenset[str],
-    adapters: Sequence[tuple[Adapter, float]],
+    adapters: Sequence[tuple[Adapter, Weight]],
 ) -> SumModule:
     first = terms[0].spec
     for term in terms[1:]:
@@ -182,7 +189,7 @@ def _check_layers(adapters: Sequence[Adapter]) -> None:
 
 
 def _replacements(
-    adapters: Sequence[tuple[Adapter, float]], verb: str
+    adapters: Sequence[tuple[Adapter, Weight]], verb: str
 ) -> tuple[tuple[Replacement, ...], tuple[tuple[tuple[Replacement, float], ...], ...], list[str]]:
     """Replaced tensors that the result has: as they are, averaged, and what to say.
 
@@ -193,7 +200,7 @@ def _replacements(
     groups: dict[tuple[str, bool], list[tuple[Replacement, float]]] = {}
     for adapter, weight in adapters:
         for one in adapter.replacements:
-            groups.setdefault((one.name, one.rows is None), []).append((one, weight))
+            groups.setdefault((one.name, one.rows is None), []).append((one, weight.of(one.name)))
     kept, mixed, gone, conflicts = [], [], [], []
     for (name, _), found in groups.items():
         first, total = found[0][0], sum(weight for _, weight in found)

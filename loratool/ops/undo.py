@@ -4,7 +4,8 @@ The table of an undo file::
 
     plan            identity of the merge's plan
     block_elements  block size of the digests' grid
-    adapters        [{"weight", "files": name -> sha256}] in order
+    adapters        [{"weight", "files": name -> sha256, "modules": digest of weights per module,
+                    where there are some}] in order
     config          dotted key of config.json -> value in the base, null = absent
     tensors         name -> {"from", "dtype", "shape", "view", "base", "merged"}
     created         tensors that the base has not
@@ -12,18 +13,39 @@ The table of an undo file::
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from loratool.adapter import Adapter, TensorRef
 from loratool.errors import BadFileError, MismatchError
+from loratool.ops.weights import Weight
 from loratool.plan import DeltaPart, Part, Plan, ShardPlan, Step, TensorSpec
 from loratool.store.checkpoint import Checkpoint
+from loratool.store.patch_file import PatchFile, read_patches
 from loratool.store.provenance import adapter_id
-from loratool.store.undo import Undo
 
 _ARGS = {"rounding": "exact"}
+
+
+def read_undo(path: Path) -> PatchFile:
+    """Open an undo file.
+
+    Raises:
+        BadFileError: damaged, or not an undo file.
+    """
+    found = read_patches(path, "undo")
+    if found is None:
+        raise BadFileError(
+            "LT-329", "not an undo file", file=path, hint="merge --save-undo FILE writes one"
+        )
+    lacking = {"block_elements", "adapters", "config", "created"} - set(found.table)
+    if lacking:
+        raise BadFileError("LT-328", "damaged undo file", file=path, got=f"no {min(lacking)}")
+    return found
 
 
 def plan_patches(
@@ -58,10 +80,11 @@ def _patch_step(step: Step, name: str, base: TensorRef, merged: TensorRef) -> St
     if alike and step.inputs == (base,) and all(_is_sum(p) for p in step.parts):
         parts = _taken_out(step.parts)
         return Step("make_patch", output, (merged, base), step.view, parts, -1,
-                    {**_ARGS, "from": "sum"})  # fmt: skip
+                    {**_ARGS, "from": "sum", "source": True})  # fmt: skip
     view = (1, base.numel)
     if alike:
-        return Step("make_patch", output, (merged, base), view, args={"from": "same"})
+        args = {"from": "same", "source": True}
+        return Step("make_patch", output, (merged, base), view, args=args)
     return Step("make_patch", output, (base,), view, args={"from": "nothing"})
 
 
@@ -75,7 +98,7 @@ def _taken_out(parts: Sequence[Part]) -> tuple[Part, ...]:
 
 def undo_table(
     plan: Plan, merge_id: str, created: Sequence[str], results: Mapping[str, Any], elements: int,
-    adapters: Sequence[tuple[Adapter, float]], config: Mapping[str, Any],
+    adapters: Sequence[tuple[Adapter, Weight]], config: Mapping[str, Any],
 ) -> dict[str, Any]:  # fmt: skip
     """The table of an undo file (see the module).
 
@@ -83,7 +106,7 @@ def undo_table(
         plan: of `plan_patches`.
         merge_id: identity of the merge's plan.
         created: tensors that the base has not.
-        results: tensor -> `loratool.engine.undoing.PatchResult`.
+        results: tensor -> `loratool.engine.patching.PatchResult`.
         elements: block size of the grid that the digests were taken on.
         adapters: merged, with weights.
         config: dotted key -> value in the base's config.json, None = absent.
@@ -91,7 +114,7 @@ def undo_table(
     return {
         "plan": merge_id,
         "block_elements": elements,
-        "adapters": [{"weight": w, "files": adapter_id(a)} for a, w in adapters],
+        "adapters": [_row(a, w) for a, w in adapters],
         "config": dict(config),
         "created": sorted(created),
         "tensors": {
@@ -100,26 +123,22 @@ def undo_table(
                 "dtype": s.output.dtype,
                 "shape": list(s.output.shape),
                 "view": list(s.view),
-                "base": results[s.output.name].base,
-                "merged": results[s.output.name].merged,
+                "base": results[s.output.name].wanted,
+                "merged": results[s.output.name].source,
             }
             for s in plan.steps
         },
     }
 
 
-def check_adapters(undo: Undo, adapters: Sequence[tuple[Adapter, float]]) -> None:
+def check_adapters(undo: PatchFile, adapters: Sequence[tuple[Adapter, Weight]]) -> None:
     """Refuse other adapters or weights than those that were merged.
 
     Raises:
         MismatchError: they differ.
     """
-
-    def identity(files: Mapping[str, str], weight: float) -> tuple[Any, ...]:
-        return (*sorted(v for k, v in files.items() if k.endswith(".safetensors")), weight)
-
-    want = sorted(identity(a["files"], a["weight"]) for a in undo.table["adapters"])
-    given = sorted(identity(adapter_id(a), w) for a, w in adapters)
+    want = sorted(_identity(row) for row in undo.table["adapters"])
+    given = sorted(_identity(_row(a, w)) for a, w in adapters)
     if want != given:
         raise MismatchError(
             "LT-452", "the undo file was made for other adapters or weights", file=undo.path,
@@ -127,12 +146,28 @@ def check_adapters(undo: Undo, adapters: Sequence[tuple[Adapter, float]]) -> Non
         )  # fmt: skip
 
 
+def _row(adapter: Adapter, weight: Weight) -> dict[str, Any]:
+    row = {**weight.to_json(), "files": adapter_id(adapter)}
+    if weight.by_name:
+        text = json.dumps(sorted(weight.by_name.items()))
+        row["modules"] = hashlib.sha256(text.encode()).hexdigest()[:16]
+    return row
+
+
+def _identity(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    files = sorted(v for k, v in row["files"].items() if k.endswith(".safetensors"))
+    return (*files, row["weight"], row.get("modules", ""))
+
+
 def _words(identity: tuple[Any, ...]) -> str:
-    *files, weight = identity
-    return "+".join(f[:12] for f in files) + f":{weight:g}"
+    *files, weight, modules = identity
+    own = f" with weights {modules[:6]} per module" if modules else ""
+    return "+".join(f[:12] for f in files) + f":{weight:g}{own}"
 
 
-def plan_restore(subtract: Plan, names: Mapping[int, str], merged: Checkpoint, undo: Undo) -> Plan:
+def plan_restore(
+    subtract: Plan, names: Mapping[int, str], merged: Checkpoint, undo: PatchFile
+) -> Plan:
     """Turn a plan that takes adapters out into one that gives the base back bit for bit.
 
     Args:
@@ -175,13 +210,13 @@ def plan_restore(subtract: Plan, names: Mapping[int, str], merged: Checkpoint, u
 
 
 def _restore_step(
-    step: Step, merged: TensorRef, row: Mapping[str, Any], undo: Undo, name: str
+    step: Step, merged: TensorRef, row: Mapping[str, Any], undo: PatchFile, name: str
 ) -> Step:
     try:
         how, dtype, shape = row["from"], row["dtype"], tuple(row["shape"])
         view = (int(row["view"][0]), int(row["view"][1]))
-        args = {"from": how, "patch": undo.patches[name], "base": row["base"],
-                "merged": row["merged"]}  # fmt: skip
+        args = {"from": how, "patch": undo.patches.get(name), "wanted": row["base"],
+                "source": row["merged"]}  # fmt: skip
         output = TensorSpec(step.output.name, dtype, shape)
         sound = view[0] * view[1] == output.numel and how in ("sum", "same", "nothing")
     except (KeyError, TypeError, ValueError, IndexError) as error:

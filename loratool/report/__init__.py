@@ -6,14 +6,13 @@ Shares and errors are fractions of 1, sizes are bytes, times are seconds.
 """
 
 from loratool.report.algebra import (
-    DifferenceReport,
     RescaledAdapter,
     RescaleReport,
     SumModuleReport,
     share_of,
 )
 from loratool.report.base import SCHEMA, Loads, Report, plain_json
-from loratool.report.combine import CombineReport
+from loratool.report.combine import CombineReport, DifferenceReport
 from loratool.report.compare import (
     ComparedFamily,
     ComparedModule,

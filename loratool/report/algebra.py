@@ -1,11 +1,11 @@
-"""What `loratool.rescale` and `loratool.subtract` (adapter − adapter) return."""
+"""What `loratool.rescale` returns, and what reports on sums of adapters share."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from loratool.report.base import Loads, Report
 
@@ -29,44 +29,6 @@ class SumModuleReport:
     sources: tuple[int, ...]
     norm: float
     relative_error: float
-
-
-@dataclass(frozen=True)
-class DifferenceReport(Report):
-    """Result of `loratool.subtract` without merged weights: adapter − Σ weight·adapter.
-
-    Attributes:
-        output: what was (or would be) written.
-        adapters: ``{"label", "weight"}`` in order, the first with 1.
-        rank: asked for; None = concatenated, exact.
-        modules: every module of the result.
-        norm: ‖ΔW‖_F of the exact result.
-        relative_error: of what is stored, over all modules.
-        dtype: of the factors.
-        kept: replaced tensors carried over.
-        output_bytes: size of the tensor file.
-        seconds: wall time.
-        loads_in: which programs load it.
-        warnings: what the user should not overlook.
-        notes: what is good to know.
-        dry_run: nothing was written or measured.
-    """
-
-    command: ClassVar[str] = "subtract"
-    output: str
-    adapters: tuple[Mapping[str, Any], ...]
-    rank: int | None
-    modules: tuple[SumModuleReport, ...]
-    norm: float
-    relative_error: float
-    dtype: str
-    kept: tuple[str, ...]
-    output_bytes: int
-    seconds: float
-    loads_in: tuple[Loads, ...] = ()
-    warnings: tuple[str, ...] = ()
-    notes: tuple[str, ...] = ()
-    dry_run: bool = False
 
 
 @dataclass(frozen=True)

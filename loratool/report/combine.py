@@ -1,4 +1,4 @@
-"""What `loratool.merge` returns without a base: several adapters as one."""
+"""What `loratool.merge` and `loratool.subtract` return without a base: adapters as one."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class CombineReport(Report):
 
     Attributes:
         output: what was (or would be) written.
-        adapters: ``{"label", "weight"}`` in order.
+        adapters: ``{"label", "weight"}`` in order, and ``"components"`` where they have weights.
         method: how they were combined.
         params: of the method, all of them.
         rank: asked for; None = the method's own.
@@ -52,3 +52,13 @@ class CombineReport(Report):
     warnings: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     dry_run: bool = False
+
+
+@dataclass(frozen=True)
+class DifferenceReport(CombineReport):
+    """Result of `loratool.subtract` without merged weights: adapter − Σ weight·adapter.
+
+    The weights of all adapters but the first have their signs turned.
+    """
+
+    command: ClassVar[str] = "subtract"

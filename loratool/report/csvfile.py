@@ -13,6 +13,8 @@ from loratool.errors import DiskError
 
 if TYPE_CHECKING:
     from loratool.report.compare import CompareReport
+    from loratool.report.look import AdapterLook
+    from loratool.report.spectrum import AdapterSpectrum
 
 _COLUMNS = (
     "name", "family", "layer", "cosine", "norm_ratio", "relative_difference",
@@ -37,6 +39,32 @@ def write_comparison(report: CompareReport, path: Path) -> str:
              *_three(m.angles_A), *_three(m.angles_B)]
             for m in report.modules
         ]  # fmt: skip
+    return write_table(path, head, rows)
+
+
+def write_spectrum(spectrum: AdapterSpectrum, path: Path) -> str:
+    """A row per module, its singular values in the last columns."""
+    longest = max((len(m.sigma) for m in spectrum.modules), default=0)
+    columns = ("family", "layer", "rank", "norm", "sigma_1", "stable_rank", "entropy_rank",
+               "rank_90", "rank_99")  # fmt: skip
+    head = ["module", *columns, "dead", "finite", *(f"s{i}" for i in range(1, longest + 1))]
+    rows = [
+        [m.name, *(getattr(m, c) for c in columns), int(m.is_dead), int(m.is_finite), *m.sigma]
+        for m in spectrum.modules
+    ]
+    return write_table(path, head, rows)
+
+
+def write_look(found: AdapterLook, path: Path) -> str:
+    """A row per module."""
+    words = list(found.total.swallowed)
+    columns = ("family", "dtype", "rank", "rho", "amplification", "noise_rank")
+    head = ["module", *columns, *(f"{w}_{f}" for w in ("swallowed", "changed") for f in words)]
+    rows = [
+        [m.name, *(getattr(m, c) for c in columns),
+         *(table.get(f) for table in (m.swallowed, m.changed) for f in words)]
+        for m in found.modules
+    ]  # fmt: skip
     return write_table(path, head, rows)
 
 

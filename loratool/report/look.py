@@ -21,11 +21,12 @@ class ModuleLook:
         rho: ‖ΔW‖_F / ‖W‖_F over the elements that the delta covers.
         amplification: ‖ΔW‖_F / ‖Uᵀ W V‖_F, U and V the singular vectors of ΔW; None where the
             change is no product of two factors, or W has nothing in these directions.
-        noise_rank: singular values above the largest one of the rounding noise that a merge into
-            the base's type adds; the largest of all tensors that one delta goes to.
-        swallowed: format -> √(Σ(rounding error)² / ΣΔW²) expected of a merge into it.
-        changed: format -> share of elements expected to change.
-        noise_top: that largest singular value, of a single module's loudest tensor.
+        noise_rank: singular values that stand out of the rounding noise of a merge into the base's
+            type, which is simulated; the largest of all tensors that one delta goes to.
+        swallowed: format -> √(Σ(rounding error)² / ΣΔW²) of a merge into it; infinite if it
+            overflows.
+        changed: format -> share of elements that would change.
+        noise_top: largest singular value of that noise, of a single module's loudest tensor.
     """
 
     name: str

@@ -25,7 +25,8 @@ class RiskModule:
         relative_norm: ‖ΔW‖ over the mean of its family.
         intruders: with a base: how many of the ten leading directions of W + ΔW have no
             counterpart in W (largest cosine below 0.5); None without a base.
-        cosines: those largest cosines, leading direction first; experts one after the other.
+        cosines: those largest cosines, leading direction first; experts one after the other.  Of
+            an intruder in a large matrix it may be an upper bound, itself below 0.5.
     """
 
     name: str

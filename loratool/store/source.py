@@ -123,13 +123,18 @@ def parse_weight(text: str, *, of: str | None = None) -> float:
     Raises:
         UsageError: anything else.
     """
-    value = float(text) if _DECIMAL.fullmatch(text) else math.nan
+    value = float(text) if is_weight(text) else math.nan
     if not math.isfinite(value):
         raise UsageError(
             "LT-262", "not a weight", key=of, got=repr(text)[:80],
             expected="a plain decimal number, such as 0.7 or -0.3",
         )  # fmt: skip
     return value
+
+
+def is_weight(text: object) -> bool:
+    """True for a plain decimal number as text."""
+    return isinstance(text, str) and _DECIMAL.fullmatch(text) is not None
 
 
 def parse_hub(text: str) -> HubReference | None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from loratool.ops.memory import TORCH_BYTES
 from tests.make import randn, random_factors, save_adapter, save_checkpoint
 
 LIMIT = 400_000_000  # plus the adapter in float32
@@ -108,3 +109,83 @@ def test_ten_times_larger(tmp_path: Path) -> None:
     )
     assert peak <= LIMIT + adapter
     assert peak <= planned * 1.1
+
+
+_INTERPRETERS = 10e6  # bytes by which they differ
+PLANNED = r"""
+import json, re, sys
+from pathlib import Path
+import loratool as lt
+from loratool.api import common
+plans = []
+plan_memory = common.plan_memory
+def note(*args, **options):
+    plans.append(plan_memory(*args, **options))
+    return plans[-1]
+common.plan_memory = note
+command, sources, options = sys.argv[1:]
+getattr(lt, command)(*json.loads(sources), threads=1, **json.loads(options))
+peak = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+print(int(peak[1]) * 1024, max(plan.peak_bytes for plan in plans))
+"""
+
+
+def plan_of(command: str, *sources: Path, **options: object) -> tuple[float, float]:
+    """(measured, planned) bytes beyond an interpreter with torch, of a fresh process."""
+    done = subprocess.run(
+        [sys.executable, "-c", PLANNED, command, json.dumps(list(map(str, sources))),
+         json.dumps(options, default=str)],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    peak, planned = (int(n) - TORCH_BYTES["cpu"] for n in done.stdout.split())
+    print(f"{command}: {peak / 1e6:.0f} MB of {planned / 1e6:.0f} planned")
+    return peak, planned
+
+
+@pytest.mark.parametrize(
+    ("size", "options", "most"),
+    [
+        (2048, {"rank": 16}, 2.5),  # Lanczos takes three of the ten steps that it may
+        (1536, {"rank": 16, "exact": True}, 1.5),
+        (1024, {"rank": 1024}, 1.5),
+        (1536, {"rank": "auto"}, 4),  # the data may ask for rank 256 and ten steps of Lanczos
+    ],
+)
+def test_extract_keeps_to_its_plan(
+    size: int, options: dict[str, object], most: float, tmp_path: Path
+) -> None:
+    names = [f"layers.{i}.proj.weight" for i in range(2)]
+    base = {n: randn(size, size, seed=i, scale=0.02).bfloat16() for i, n in enumerate(names)}
+    save_checkpoint(tmp_path / "base", base)
+    save_checkpoint(tmp_path / "tuned", {
+        n: (w + randn(size, 8, seed=5) @ randn(8, size, seed=6) * 1e-4).bfloat16()
+        for n, w in base.items()
+    })  # fmt: skip
+    peak, planned = plan_of("extract", tmp_path / "tuned", base=tmp_path / "base",
+                            output=tmp_path / "out", **options)  # fmt: skip
+    assert peak <= planned <= most * peak + _INTERPRETERS
+
+
+@pytest.mark.parametrize(
+    ("command", "options"),
+    [
+        ("compress", {"rank": 32}),
+        ("compress", {"rank": "auto", "base": True}),
+        ("inspect", {"spectrum": True}),
+        ("inspect", {"spectrum": True, "base": True}),
+    ],
+)
+def test_compress_and_inspect_keep_to_their_plans(
+    command: str, options: dict[str, object], tmp_path: Path
+) -> None:
+    modules = random_model(tmp_path / "base", layers=3, size=2048)
+    factors = random_factors(dict.fromkeys(modules, (2048, 2048)), rank=128, seed=0)
+    adapter = save_adapter(tmp_path / "adapter", factors)
+    if "base" in options:
+        options = options | {"base": tmp_path / "base"}
+    if command == "compress":
+        options = options | {"output": tmp_path / "out"}
+    peak, planned = plan_of(command, adapter, **options)
+    assert peak <= planned
+    assert planned <= 1.5 * peak + _INTERPRETERS

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from loratool.delta.toy import write_toy
+from tests.make import randn, random_factors, save_adapter, save_checkpoint
 
 from .conftest import Run
 
@@ -58,3 +59,30 @@ def test_refusals(words: list[str], code: str, run: Run, toy: Path, tmp_path: Pa
 def test_a_lone_adapter_gets_a_hint(run: Run, toy: Path, tmp_path: Path) -> None:
     done = run("merge", str(toy / "style"), "-o", str(tmp_path / "x"))
     assert done.code == 2 and "LT-205" in done.err and "--base" in done.err
+
+
+def test_weights_per_component_are_said_and_repeated(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The headline, the note, the line to go on with, and the same words for swap."""
+    monkeypatch.chdir(tmp_path)
+    shapes = {"unet.q": (8, 6), "text_encoder.q": (6, 6)}
+    save_checkpoint(
+        tmp_path / "base", {f"{n}.weight": randn(*s, seed=1) for n, s in shapes.items()}
+    )
+    for seed, name in enumerate(("style", "sql")):
+        save_adapter(tmp_path / name, random_factors(shapes, rank=2, seed=seed))
+    (tmp_path / "w.yaml").write_text("'unet': 0.5\n")
+    words = ("style:te=0.4", "sql:2", "--base", "base", "-o", "m", "--module-weights", "w.yaml")
+    done = run("merge", *words)
+    assert done.code == 0, done.err
+    assert "INTO base weights: style(te 0.4) + 2·sql, one rounding" in done.out
+    assert "weights of style's tensors: te 0.4 (1 of 2), everything else 1" in done.out
+    again = "--adapter style:te=0.4 --adapter sql:2 --module-weights w.yaml"
+    assert again in done.out
+    check = run("verify", "m", "--base", "base", *again.split())
+    assert check.code == 0 and "identical, bit for bit" in check.out
+    swapped = run("swap", "style:te=0.4", "sql:te=3", "--in", "m", "-o", "s",
+                  "--module-weights", "w.yaml", "--json").json  # fmt: skip
+    assert [a.get("components") for a in swapped["adapters"]] == [{"te": 0.4}, {"te": 3.0}]
+    assert swapped["warnings"] == []

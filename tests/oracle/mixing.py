@@ -15,6 +15,7 @@ from loratool.api.sums import run_sum
 from loratool.engine.buffers import TORCH_DTYPES, to_bytes
 from loratool.methods import Method, find_method, parse_params
 from loratool.ops.combine import arc_weights, plan_combine
+from loratool.ops.weights import Weight
 from tests.oracle.method_oracles import Array, Mix
 
 Factors = tuple[Array, Array, float]
@@ -62,13 +63,15 @@ def combine(
 ) -> dict[str, Array]:
     """ΔW of every module of the result; factors are stored as ``dtype`` before and after."""
     row = find_method(method) if isinstance(method, str) else method
+    given = [Weight(w) for w in weights]
     if row.name == "slerp":
-        weights = arc_weights(weights)
-    opened = [(adapter_of(a, dtype, i), w) for i, (a, w) in enumerate(zip(adapters, weights,
-                                                                         strict=True))]  # fmt: skip
+        given = arc_weights(given)
+    opened = [
+        (adapter_of(a, dtype, i), w) for i, (a, w) in enumerate(zip(adapters, given, strict=True))
+    ]
     if row.name == "svd" and rank is None:
         rank = max(s.rank for a, _ in opened for s in a.specs)
-    plan = plan_combine(opened, row, rank)
+    plan = plan_combine(opened, row)
     done = run_sum(plan, rank, method=row, params=parse_params(row, params or {}), threads=1)
     return {
         m.spec.name: m.spec.scaling

@@ -476,3 +476,22 @@ def test_bad_module_weights(text: str, tmp_path: Path) -> None:
     with pytest.raises(LoratoolError) as caught:
         lt.merge(folders, output=tmp_path / "out", module_weights=tmp_path / "w.yaml")
     assert caught.value.code == "LT-285"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_what_is_kept_is_what_the_mask_says(dtype: torch.dtype) -> None:
+    """One pass or a mask: the same elements, down to the smallest numbers there are."""
+    from loratool.linalg.select import Largest, Place
+
+    g = torch.Generator().manual_seed(1)
+    tiny = torch.finfo(dtype).smallest_normal
+    for scale in (1.0, tiny, tiny * torch.finfo(dtype).eps):
+        values = torch.randn(30, 40, generator=g, dtype=dtype) * scale
+        for count in (1, 7, 600, 1199):
+            chosen = Largest(count, 1200)
+            while chosen.wants_pass:
+                chosen.see(Place(0, cols=40), values)
+                chosen.end_pass()
+            kept = chosen.apply(Place(0, cols=40), values)
+            assert torch.equal(kept, values * chosen.mask(Place(0, cols=40), values))
+            assert int((kept != 0).sum()) <= count

@@ -19,6 +19,7 @@ from loratool.engine import grid
 from loratool.linalg.dense import resolve
 from loratool.methods import BY_NAME, DENSE_INNER, METHODS, Method, parse_params
 from loratool.ops.combine import plan_combine
+from loratool.ops.weights import Weight
 from tests.make import randn, save_adapter, save_checkpoint
 from tests.oracle import method_oracles
 from tests.oracle.adapter_algebra import LLM, twin
@@ -306,7 +307,7 @@ def test_experts_draw_from_one_stream(row: Method) -> None:
     pairs = [[whole(9 * i + e, 8, 2, 7) for e in range(3)] for i in range(2)]
     params = {"density": 0.5, "seed": 4} | ({"inner": "dare"} if row.name == "core" else {})
     adapters = [Adapter(Path(str(i)), "peft", (experts_spec(p, 2.0),)) for i, p in enumerate(pairs)]
-    plan = plan_combine(list(zip(adapters, (0.5, -1.25), strict=True)), row, None)
+    plan = plan_combine([(a, Weight(w)) for a, w in zip(adapters, (0.5, -1.25), strict=True)], row)
     rank = 7 if row.space == "dense" else None
     full = parse_params(row, params)
     (made,) = run_sum(plan, rank, method=row, params=full, threads=1).modules
@@ -338,10 +339,10 @@ def test_the_report_tells_the_loss(row: Method, name: str) -> None:
     asked = 2 if name == "cut" else (10 if row.space == "dense" or row.name == "svd" else None)
     mix = Mix(stored, scalings, case.weights, params, asked or rank)
     adapters = [
-        (adapter_of({"m": (B, A, s)}, dtype, i), w)
+        (adapter_of({"m": (B, A, s)}, dtype, i), Weight(w))
         for i, ((B, A), s, w) in enumerate(zip(stored, scalings, case.weights, strict=True))
     ]
-    plan = plan_combine(adapters, row, asked)
+    plan = plan_combine(adapters, row)
     (made,) = run_sum(plan, asked, method=row, params=params, threads=1).modules
     got = made.spec.scaling * array_of(made.spec.fields["lora_B"]) @ array_of(
         made.spec.fields["lora_A"])  # fmt: skip

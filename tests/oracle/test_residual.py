@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import loratool as lt
+from loratool.linalg.patch import pack_index
+from loratool.ops.residual import read_residual
+from loratool.store.header import MAX_METADATA, read_header
+from loratool.store.patch_file import TABLE, PatchWriter
+from loratool.store.writer import StagedOutput
 from tests.make import randn, save_checkpoint
 from tests.oracle.test_extract import MODELS, pair
 from tests.oracle.test_extract_ranks import halve
@@ -216,3 +223,87 @@ def test_a_dry_run_says_so_and_a_bad_path_is_refused_first(tmp_path: Path) -> No
     with pytest.raises(lt.LoratoolError) as caught:
         lt.extract(tuned, base=base, output=tmp_path / "lora", save_residual=taken)
     assert caught.value.code == "LT-501" and not (tmp_path / "lora").exists()
+
+
+def rewritten(path: Path, change: Any) -> Path:
+    """A patch file with another table."""
+    tensors = load_file(str(path))
+    table = json.loads(zlib.decompress(tensors[TABLE].numpy().tobytes()))
+    change(table)
+    packed = bytearray(zlib.compress(json.dumps(table).encode()))
+    tensors[TABLE] = torch.frombuffer(packed, dtype=torch.uint8)
+    save_file(tensors, str(path), read_header(path).metadata)
+    return path
+
+
+def test_tables_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    base, tuned = small_pair(tmp_path)
+    lora = str(tmp_path / "lora")
+    changes = {
+        "LT-397": lambda t: t.update(version=2),
+        "LT-328": lambda t: t["tensors"].popitem(),
+        "LT-486": lambda t: t["tensors"].update(x={**t["tensors"].popitem()[1], "from": "same"}),
+        "LT-805": lambda t: t["tensors"]["layers.0.q_proj.weight"].update(digest="0" * 64),
+    }
+    restore(tmp_path, base, tuned, rank=4)
+    whole = (tmp_path / "rest.safetensors").read_bytes()
+    for code, change in changes.items():
+        rest = tmp_path / f"{code}.safetensors"
+        rest.write_bytes(whole)
+        rewritten(rest, change)
+        if code == "LT-486":
+            tensors = load_file(str(rest))
+            tensors["x"] = tensors.pop("layers.1.q_proj.weight")
+            save_file(tensors, str(rest), read_header(rest).metadata)
+        refused(code, [lora], base=base, output=tmp_path / "out", residual=rest)
+    undo = tmp_path / "undo.safetensors"
+    lt.merge([lora], base=base, output=tmp_path / "m", save_undo=undo)
+    refused("LT-398", [lora], base=base, output=tmp_path / "out", residual=undo)
+    rewritten(undo, lambda t: t.pop("created"))
+    with pytest.raises(lt.LoratoolError) as caught:
+        lt.subtract([lora], merged=tmp_path / "m", output=tmp_path / "out", undo=undo)
+    assert caught.value.code == "LT-328" and not (tmp_path / "out").exists()
+
+
+def many(count: int) -> dict[str, torch.Tensor]:
+    """One matrix, and many expert biases with names as long as they come."""
+    tensors = {f"model.layers.{i // 512}.block_sparse_moe.experts.{i % 512}.w1.bias":
+               torch.full((2,), float(i)) for i in range(count)}  # fmt: skip
+    return tensors | {"model.layers.0.self_attn.q_proj.weight": randn(16, 16, seed=1)}
+
+
+def test_a_table_of_more_tensors_than_metadata_hold(tmp_path: Path) -> None:
+    """60,000 of them: 13 MB of JSON, of which 1 MB is all that metadata may have."""
+    names = list(many(60_000))
+    row = {"from": "same", "dtype": "BF16", "shape": [2], "digest": ""}
+    table = {"adapter": {}, "bind": {}, "config": {}, "tensors": {
+        name: row | {"digest": hashlib.sha256(name.encode()).hexdigest()} for name in names
+    }}  # fmt: skip
+    path = tmp_path / "rest.safetensors"
+    output = StagedOutput(path, is_folder=False, plan_id=None)
+    with output, PatchWriter(output) as writer:
+        for name in names[::2]:
+            writer.add(name, (pack_index([b"page"]), b"page"))
+        writer.write(table, {"operation": "residual"})
+        output.commit()
+    assert len(json.dumps(table)) > 10 * MAX_METADATA
+    found = read_residual(path)
+    assert list(found.tensors) == names
+    for number, (name, entry) in enumerate(found.tensors.items()):
+        assert entry.digest == table["tensors"][name]["digest"]
+        assert (entry.patch is not None) == (number % 2 == 0)
+
+
+@pytest.mark.slow
+def test_thousands_of_tensors_come_back(tmp_path: Path) -> None:
+    base = many(6000)
+    tuned = {k: v + (0.01 if i % 3 != 1 else 0.0) for i, (k, v) in enumerate(base.items())}
+    save_checkpoint(tmp_path / "base", base)
+    save_checkpoint(tmp_path / "tuned", tuned)
+    restore(tmp_path, tmp_path / "base", tmp_path / "tuned", rank=2, keep=["none"])
+    undo = tmp_path / "undo.safetensors"
+    lora = str(tmp_path / "lora")
+    lt.merge([lora], base=tmp_path / "base", output=tmp_path / "m", save_undo=undo)
+    lt.subtract([lora], merged=tmp_path / "m", output=tmp_path / "back", undo=undo)
+    back = tensors_of(tmp_path / "back")
+    assert all(same_bits(back[name], tensor) for name, tensor in base.items())

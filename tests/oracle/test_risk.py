@@ -129,6 +129,8 @@ def test_intruders_and_mitigation_are_those_of_peft(name: str, tmp_path: Path) -
         want = layer.get_delta_weight("intruder_reduced")
         assert got.shape == want.shape
         assert float((got - want).abs().max()) <= 8 * EPS * float(want.norm())
+    record = json.loads((tmp_path / "out" / "loratool.json").read_text())
+    assert record["options"]["device"] in ("cpu", "cuda")
     config = (tmp_path / "out" / "adapter_config.json").read_text()
     assert json.loads(config) == json.loads((LLM / name / "adapter_config.json").read_text())
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -69,10 +71,15 @@ def test_another_tensor_is_noticed() -> None:
             patch.decode_patch(data, numel, kind)
 
 
-@given(st.lists(st.binary(max_size=20), max_size=12))
-def test_pages(pages: list[bytes]) -> None:
-    data = patch.pack_pages(pages)
-    assert [bytes(p) for p in patch.unpack_pages(memoryview(data))] == pages
-    for broken in (data[:-1], data + b"x", data[:4]):
+@given(st.lists(st.binary(max_size=20), max_size=12), st.integers(0, 1000), st.integers(1, 255))
+def test_pages(pages: list[bytes], place: int, flip: int) -> None:
+    index = patch.pack_index(pages)
+    data = index + b"".join(pages)
+    assert len(index) == patch.index_bytes(len(pages))
+    offsets = patch.unpack_index(index, len(data))
+    assert [data[a:b] for a, b in itertools.pairwise(offsets)] == pages
+    broken = bytearray(index)
+    broken[place % len(index)] ^= flip  # a size or the number of pages
+    for head, total in ((index, len(data) - 1), (index, len(data) + 1), (broken, len(data))):
         with pytest.raises(ValueError):
-            patch.unpack_pages(memoryview(broken))
+            patch.unpack_index(bytes(head), total)

@@ -1,0 +1,224 @@
+"""Coefficients of adapters: one number, one per component, one per module."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from loratool.adapter import Adapter
+from loratool.errors import MismatchError, UsageError, list_some
+from loratool.ops.bind_rules import COMPONENTS, component_pattern
+from loratool.store.source import AdapterArgument, is_weight
+
+Rule = tuple[re.Pattern[str], tuple[float, ...]]
+"""Modules, and the factor that each adapter has in them."""
+
+
+@dataclass(frozen=True)
+class Weight:
+    """The coefficient of an adapter's changes; 1 is as trained.
+
+    Attributes:
+        value: of every change that ``by_name`` does not hold.
+        components: component -> factor, as typed, for reports and provenance.
+        by_name: parameter name -> coefficient.  0 leaves the change out: it takes part in nothing,
+            while a change of ``value`` 0 still votes where a method lets changes vote.
+    """
+
+    value: float = 1.0
+    components: Mapping[str, float] = field(default_factory=dict)
+    by_name: Mapping[str, float] = field(default_factory=dict)
+
+    def of(self, name: str) -> float:
+        """Of the change of one parameter."""
+        return self.by_name.get(name, self.value)
+
+    def times(self, factor: float) -> Weight:
+        """Multiplied as a whole."""
+        by_name = {name: value * factor for name, value in self.by_name.items()}
+        return replace(self, value=self.value * factor, by_name=by_name)
+
+    def kept(self, adapter: Adapter) -> Adapter:
+        """The adapter without what is left out, with a note about its components."""
+        out = {name for name, value in self.by_name.items() if value == 0}
+        return replace(
+            adapter,
+            specs=tuple(s for s in adapter.specs if s.name not in out),
+            replacements=tuple(r for r in adapter.replacements if r.name not in out),
+            notes=(*adapter.notes, *_component_note(adapter, self.components)),
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """For reports and provenance."""
+        parts = {"components": dict(self.components)} if self.components else {}
+        return {"weight": self.value, **parts}
+
+    def __str__(self) -> str:
+        parts = ",".join(f"{k}={v:g}" for k, v in self.components.items())
+        if not parts:
+            return f"{self.value:g}"
+        return parts if self.value == 1 else f"{self.value:g}·({parts})"
+
+
+def weigh(adapter: Adapter, typed: AdapterArgument, rules: Sequence[Rule], position: int) -> Weight:
+    """The coefficient of every change of an adapter.
+
+    Factors multiply: that of the whole, that of the component, that of the first rule that matches.
+
+    Args:
+        adapter: opened.
+        typed: its weight, whole or per component.
+        rules: of ``--module-weights``.
+        position: of the adapter in them.
+
+    Raises:
+        MismatchError: LT-478, a component that the adapter does not have; LT-479, a change that
+            lies in two of those named.
+    """
+    names = names_of(adapter)
+    places = _places(adapter, names, typed.components)
+    factors = {}
+    for name in names:
+        factor = next((w[position] for pattern, w in rules if pattern.search(name)), 1.0)
+        if name in places:
+            factor *= typed.components[places[name]]
+        if factor != 1 and (typed.weight or not factor):  # a whole weight of 0 leaves nothing out
+            factors[name] = factor * typed.weight
+    return Weight(typed.weight, typed.components, factors)
+
+
+def names_of(adapter: Adapter) -> list[str]:
+    """Names of the parameters that an adapter changes or replaces."""
+    return [*(s.name for s in adapter.specs), *(r.name for r in adapter.replacements)]
+
+
+def _places(
+    adapter: Adapter, names: Sequence[str], components: Mapping[str, float]
+) -> dict[str, str]:
+    """Name -> the component that it lies in."""
+    found: dict[str, str] = {}
+    for word in components:
+        pattern = component_pattern(word)
+        inside = [name for name in names if pattern.search(name)]
+        if not inside:
+            raise MismatchError(
+                "LT-478", "the adapter has no such component", file=adapter.path, got=word,
+                expected=list_some(components_of(names)) or "one weight, such as style:0.7",
+            )  # fmt: skip
+        twice = [name for name in inside if name in found]
+        if twice:
+            raise MismatchError(
+                "LT-479", "two components with weights hold the same modules", file=adapter.path,
+                key=list_some(twice, 3), got=f"{found[twice[0]]} and {word}",
+            )  # fmt: skip
+        found |= dict.fromkeys(inside, word)
+    return found
+
+
+def components_of(names: Iterable[str]) -> list[str]:
+    """Components of a model as the paths of its parameters tell them.
+
+    Example:
+        >>> components_of(["model.vision_tower.q.weight", "model.language_model.q.weight"])
+        ['vision_tower', 'language_model']
+    """
+    paths = [name.split(".") for name in names]
+    while len({path[0] for path in paths}) == 1 and all(len(path) > 2 for path in paths):
+        words = [w for w in COMPONENTS if component_pattern(w).search(".".join(paths[0]))]
+        if words:
+            return words[:1]
+        paths = [path[1:] for path in paths]
+    heads = dict.fromkeys(path[0] for path in paths if len(path) > 2)
+    return [head for head in heads if not head.isdecimal()] if len(heads) > 1 else []
+
+
+def _component_note(adapter: Adapter, components: Mapping[str, float]) -> list[str]:
+    if not components:
+        return []
+    names = names_of(adapter)
+    places = _places(adapter, names, components)
+    parts = [
+        f"{word} {factor:g} ({sum(place == word for place in places.values())} of {len(names)})"
+        for word, factor in components.items()
+    ]
+    rest = ", everything else 1" if len(places) < len(names) else ""
+    return [f"weights of {adapter.label}'s tensors: {', '.join(parts)}{rest}"]
+
+
+# ------------------------------------------------------------------------- rules in a file
+
+
+def read_module_weights(path: Path, count: int) -> tuple[Rule, ...]:
+    """Rules of a ``--module-weights`` file: YAML, regular expression -> weight or list of them.
+
+    A list has one weight per adapter.  The first expression that is found in a module's name
+    counts and multiplies the adapter's weight; all other modules keep that.
+
+    Raises:
+        UsageError: LT-285, not such a file.
+    """
+    import yaml
+
+    def bad(what: str, got: object, line: int | None = None) -> UsageError:
+        return UsageError(
+            "LT-285", f"bad --module-weights file: {what}", file=path,
+            key=None if line is None else f"line {line}", got=got,
+            expected="a YAML mapping from regular expressions to weights",
+        )  # fmt: skip
+
+    try:
+        node = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise bad("cannot be read", str(error).partition("\n")[0]) from error
+    if not isinstance(node, yaml.MappingNode):
+        raise bad("no mapping", "nothing" if node is None else node.tag)
+    rules: list[Rule] = []
+    seen: set[str] = set()
+    for key, value in node.value:
+        line = key.start_mark.line + 1
+        text = key.value
+        if not isinstance(text, str) or text in seen:
+            raise bad("one expression twice" if text in seen else "no expression", text, line)
+        seen.add(text)
+        try:
+            pattern = re.compile(text)
+        except re.error as error:
+            raise bad(f"no regular expression ({error})", text, line) from error
+        items = value.value if isinstance(value, yaml.SequenceNode) else [value]
+        if isinstance(value, yaml.SequenceNode) and len(items) != count:
+            raise bad(f"{len(items)} weights for {count} adapters", text, line)
+        if not items or not all(is_weight(item.value) for item in items):
+            raise bad("no plain decimal number", str([i.value for i in items])[:80], line)
+        weights = tuple(float(item.value) for item in items)
+        rules.append((pattern, weights if len(weights) > 1 else weights * count))
+    return tuple(rules)
+
+
+def unused_rules(adapters: Sequence[Adapter], rules: Sequence[Rule]) -> list[str]:
+    """A note about expressions that no module matches: probably a slip."""
+    names = [name for a in adapters for name in names_of(a)]
+    unused = [p.pattern for p, _ in rules if not any(p.search(n) for n in names)]
+    return [f"no module matches {list_some(unused)} of --module-weights"] if unused else []
+
+
+def rules_json(rules: Sequence[Rule]) -> list[Any]:
+    """Rules for provenance."""
+    return [[p.pattern, *weights] for p, weights in rules]
+
+
+def rules_from(found: Any) -> tuple[Rule, ...]:
+    """Rules as `rules_json` wrote them.
+
+    Raises:
+        MismatchError: LT-458, they are damaged.
+    """
+    try:
+        return tuple((re.compile(p), tuple(float(w) for w in weights)) for p, *weights in found)
+    except (TypeError, ValueError, re.error) as error:
+        raise MismatchError(
+            "LT-458", "the provenance of this checkpoint is damaged", key="module_weights",
+            got=f"{type(error).__name__}: {error}", hint="name its inputs and --module-weights",
+        ) from error  # fmt: skip
