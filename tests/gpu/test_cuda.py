@@ -206,3 +206,21 @@ def test_residual_goes_from_one_device_to_the_other(tmp_path: Path) -> None:
                  residual=tmp_path / "rest.safetensors")  # fmt: skip
         want, got = tensors_of(tmp_path / "tuned"), tensors_of(tmp_path / device)
         assert all(torch.equal(want[n].view(torch.uint8), got[n].view(torch.uint8)) for n in want)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_look_at_the_base_says_the_same(dtype: str, tmp_path: Path) -> None:
+    """Both round W + ΔW; elements that round otherwise are near ties, with errors of one size.
+
+    The noise is drawn on the device, and so may put a singular value on its other side.
+    """
+    base, adapter = setup(tmp_path, DTYPES[dtype])
+    looks = [lt.inspect(adapter, base=base, device=d).look for d in ("cpu", "cuda")]
+    for here, there in zip(looks[0].modules, looks[1].modules, strict=True):
+        assert there.name == here.name
+        assert there.rho == pytest.approx(here.rho, rel=1e-6)
+        assert there.amplification == pytest.approx(here.amplification, rel=1e-5)
+        assert abs(there.noise_rank - here.noise_rank) <= 1
+        assert set(there.swallowed) == set(here.swallowed)
+        for kind, share in here.swallowed.items():
+            assert there.swallowed[kind] == pytest.approx(share, rel=1e-4)
