@@ -23,10 +23,9 @@ from loratool.engine.factors import (
 from loratool.engine.kernel import Env
 from loratool.engine.summing import SummedModule, sum_factors
 from loratool.linalg import core, fit
-from loratool.linalg.concat import concat_factors, product_norm, slerp_weights
-from loratool.linalg.dense import DenseCombiner, combine_whole, resolve
+from loratool.linalg.concat import difference_square, product_norm, slerp_weights
+from loratool.linalg.dense import DenseCombiner, combine_rows, combine_whole, resolve
 from loratool.linalg.product import product_svd, split_factors
-from loratool.linalg.select import Place
 from loratool.methods import Method
 from loratool.plan import DeltaPart
 
@@ -88,20 +87,19 @@ def combine_factors(
         return sum_factors(
             like, terms, env, gain=gain, alpha=alpha, rank=how.rank and rank, dtype=dtype
         )
-    per_term = [load_pairs(term.spec, env) for term in terms]
+    matrices = list(zip(*(load_pairs(term.spec, env) for term in terms), strict=True))
     keys = random_keys(how.params, like.name, terms)
     made: list[Pair] = []
     square = error = 0.0
-    for number, pairs in enumerate(zip(*per_term, strict=True)):
-        found, whole, tail = _combine(pairs, terms, how, keys, rank, number)
+    for number in range(len(matrices)):
+        found, whole, tail = _combine(matrices.pop(0), terms, how, keys, rank, number)
         lora_B, lora_A = (_filled(found[0], rank, 1) / gain, _filled(found[1], rank, 0))
-        rounded = [round_once(t, dtype).double() for t in (lora_B, lora_A)]
+        del found
         square += whole
         error += tail
-        error += (
-            product_norm(*concat_factors([(rounded[0], rounded[1], gain), (lora_B, lora_A, -gain)]))
-            ** 2
-        )
+        rounded = round_once(lora_B, dtype).double(), round_once(lora_A, dtype).double()
+        error += gain**2 * difference_square(rounded, (lora_B, lora_A))
+        del rounded
         made.append((lora_B, lora_A))
     spec = replace(
         like, fields=pack_pairs(like, made, dtype), rank=rank, alpha=float(rank), scaling=gain,
@@ -165,13 +163,17 @@ def _combine(
             return found, product_norm(*found) ** 2, 0.0
         U, S, Vh = product_svd(*found)
     elif how.method.space == "joint":
-        U, S, Vh = product_svd(*resolve(how.method.function)(scaled, weights, keys=keys,
-                                                             **how.params))  # fmt: skip
+        joint = resolve(how.method.function)(scaled, weights, keys=keys, **how.params)
+        del scaled, pairs
+        U, S, Vh = product_svd(*joint)
+        del joint
     else:
         left, right, cores = core.core_space(scaled)
+        del scaled, pairs
         merged = resolve(how.method.function)(cores, weights, keys=keys, rank=rank, **how.params)
         u, S, vh = torch.linalg.svd(merged, full_matrices=False)
         U, Vh = left @ u, vh @ right.T
+        del left, right
     return (
         split_factors(U, S, Vh, rank), float(S.square().sum()), float(S[rank:].square().sum())
     )  # fmt: skip
@@ -190,25 +192,16 @@ def _combine_dense(
     factors = [(B.float(), A.float()) for B, A in scaled]
     combiner = DenseCombiner(how.method, how.params, weights, rows * cols, keys)
     height = max(1, grid.CPU_ELEMENTS // cols)
-    starts = range(0, rows, height)
     room = torch.empty(len(factors), min(height, rows), cols)  # one block at a time
 
-    def block(index: int, r0: int) -> tuple[Place, torch.Tensor]:
-        values = room[:, : rows - r0]
+    def block(r0: int, r1: int) -> torch.Tensor:
+        values = room[:, : r1 - r0]
         for out, (B, A) in zip(values, factors, strict=True):
-            torch.mm(B[r0 : r0 + height], A, out=out)
-        return Place(index, r0=r0, cols=cols, offset=number * rows * cols), values
+            torch.mm(B[r0:r1], A, out=out)
+        return values
 
-    while combiner.wants_pass:
-        for index, r0 in enumerate(starts):
-            combiner.see(*block(index, r0))
-        combiner.end_pass()
-    whole = torch.empty(rows, cols)
-    square = 0.0
-    for index, r0 in enumerate(starts):
-        part = combiner.combine(*block(index, r0))
-        square += float(part.double().square().sum())
-        whole[r0 : r0 + height] = part
+    whole = combine_rows(combiner, (rows, cols), block, height=height, offset=number * rows * cols)
+    square = float(torch.linalg.vector_norm(whole, dtype=torch.float64)) ** 2
     if square == 0:
         zero = torch.zeros(rows, rank, dtype=torch.float64), torch.zeros(rank, cols).double()
         return zero, 0.0, 0.0

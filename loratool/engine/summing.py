@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -16,7 +17,7 @@ from loratool.engine.factors import (
     round_once,
 )
 from loratool.engine.kernel import Env
-from loratool.linalg.concat import concat_factors, product_norm
+from loratool.linalg.concat import concat_factors, difference_square, product_norm
 from loratool.linalg.product import product_svd, split_factors
 from loratool.plan import DeltaPart
 
@@ -104,4 +105,6 @@ def _truncate(pair: Pair, rank: int, gain: float) -> Pair:
 def _error(exact: Pair, made: Pair, scaling: float, dtype: str) -> float:
     """‖scaling · round(B') round(A') − B A‖_F."""
     lora_B, lora_A = (round_once(t, dtype).double() for t in made)
+    if lora_A.shape == exact[1].shape:
+        return math.sqrt(difference_square((lora_B.mul_(scaling), lora_A), exact))
     return product_norm(*concat_factors([(lora_B, lora_A, scaling), (*exact, -1.0)]))

@@ -35,6 +35,27 @@ def product_norm(lora_B: torch.Tensor, lora_A: torch.Tensor) -> float:
     return float(torch.linalg.matrix_norm(R_B @ R_A.T))
 
 
+def difference_square(
+    one: tuple[torch.Tensor, torch.Tensor], other: tuple[torch.Tensor, torch.Tensor]
+) -> float:
+    """‖B'A' - BA‖_F² of factors of the same shapes that are nearly the same.
+
+    With dB = B' - B and dA = A' - A the difference is dB A' + B dA, whose Gram matrices do not
+    cancel as those of the products would.
+
+    Args:
+        one: B' (out, r) and A' (r, in), float64.
+        other: B and A.
+
+    Notes:
+        Cost O((out + in) r²), memory one more copy of the factors.
+    """
+    (B_one, A_one), (B_other, A_other) = one, other
+    d_B, d_A = B_one - B_other, A_one - A_other
+    left = (d_B.T @ d_B) * (A_one @ A_one.T) + 2 * (d_B.T @ B_other) * (A_one @ d_A.T)
+    return max(0.0, float((left + (B_other.T @ B_other) * (d_A @ d_A.T)).sum()))
+
+
 def slerp_weights(
     one: tuple[torch.Tensor, torch.Tensor], other: tuple[torch.Tensor, torch.Tensor], t: float
 ) -> tuple[float, float]:

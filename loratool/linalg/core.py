@@ -13,9 +13,11 @@ from typing import Any
 
 import torch
 
-from loratool.linalg.dense import combine_whole
+from loratool.linalg.dense import DenseCombiner, combine_rows, combine_whole
+from loratool.methods import find_method
 
-_NEGLIGIBLE = 1e-13  # of the largest singular value: directions that rounding made
+_NEGLIGIBLE = 1e-13  # of the largest singular value or element: what rounding made
+_BLOCK_ELEMENTS = 1 << 18  # of all adapters together, in blocks of rows
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 
@@ -50,16 +52,19 @@ def _basis(stack: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     Q, R = torch.linalg.qr(stack)
     U, S, Vh = torch.linalg.svd(R, full_matrices=False)
     count = max(1, int((_NEGLIGIBLE * S[:1] < S).sum()))
+    del stack
     basis = Q @ U[:, :count]
     top = basis.gather(0, basis.abs().argmax(0, keepdim=True))
-    sign = torch.where(top < 0, -1.0, 1.0).to(stack.dtype)
-    return basis * sign, (S[:count, None] * Vh[:count]) * sign.T
+    sign = torch.where(top < 0, -1.0, 1.0).to(basis.dtype)
+    return basis.mul_(sign), (S[:count, None] * Vh[:count]) * sign.T
 
 
 def inner(
     cores: torch.Tensor, weights: Sequence[float], *, keys: Sequence[int], rank: int, **params: Any
 ) -> torch.Tensor:
     """An element-wise method on the cores.
+
+    Zeros and sums that cancel are rounding errors in a core; they count as what they stand for.
 
     Args:
         cores: (T, p, q).
@@ -68,7 +73,8 @@ def inner(
         rank: Σ r_t or what the user asks for (not used here).
         params: ``inner`` and those of the method inside.
     """
-    return combine_whole(cores, params["inner"], params, weights, keys)
+    noise = _NEGLIGIBLE * float(cores.abs().max())
+    return combine_whole(cores, params["inner"], params, weights, keys, noise=noise)
 
 
 def tsv(
@@ -100,7 +106,7 @@ def iso_c(
         all of them zero for low-rank changes.
     """
     U, S, Vh = torch.linalg.svd(_total(cores, weights), full_matrices=False)
-    real = _NEGLIGIBLE * S[:1] < S
+    real = _negligible(cores, weights) < S
     if not bool(real.any()):
         return torch.zeros_like(cores[0])
     made: torch.Tensor = U[:, real] @ Vh[real]
@@ -121,7 +127,7 @@ def iso_cts(
         Marczak et al. 2025, arXiv:2502.04959.
     """
     U, S, Vh = torch.linalg.svd(_total(cores, weights), full_matrices=False)
-    size = int((_NEGLIGIBLE * S[:1] < S).sum())
+    size = int((_negligible(cores, weights) < S).sum())
     if not size:
         return torch.zeros_like(cores[0])
     common = max(1, round(float(params["common"]) * size))
@@ -131,7 +137,7 @@ def iso_cts(
         own = weight * core
         own = own - left[0] @ (left[0].T @ own)
         u, s, vh = torch.linalg.svd(own, full_matrices=False)
-        keep = int((s[:each] > _NEGLIGIBLE * S[0]).sum())
+        keep = int((_negligible(core[None], [weight]) < s[:each]).sum())
         left.append(u[:, :keep])
         right.append(vh[:keep].T)
         sigma.append(s[:keep])
@@ -154,7 +160,8 @@ def knots(
         lora_B = U Σ (out, p) and lora_A = the merged V (p, in).
 
     Notes:
-        TIES is odd, so that the signs of the singular vectors cancel.  Cost O((out + in) R²).
+        TIES is odd, so that the signs of the singular vectors cancel.  Cost O((out + in) R²) per
+        pass; the V_t, which would be T R×in matrices, are made a block of rows at a time.
 
     References:
         Stoica et al. 2024, arXiv:2410.19735.
@@ -166,15 +173,28 @@ def knots(
     U, S, Vh = torch.linalg.svd(core, full_matrices=False)
     count = max(1, int((_NEGLIGIBLE * S[:1] < S).sum()))
     widths = [R.shape[0] for _, R in right]
-    rows = [
-        part @ basis.T for part, (basis, _) in zip(Vh[:count].split(widths, 1), right, strict=True)
-    ]
-    merged = combine_whole(torch.stack(rows), "ties", params, weights, keys)
+    parts = list(zip(Vh[:count].split(widths, 1), (basis for basis, _ in right), strict=True))
+
+    def make(r0: int, r1: int) -> torch.Tensor:
+        return torch.stack([part[r0:r1] @ basis.T for part, basis in parts])
+
+    cols = pairs[0][1].shape[1]
+    # What perturbs ΔW by eps·σ₁ turns the i-th singular vector by eps·σ₁/σ_i
+    noise = _NEGLIGIBLE * (S[:1] / S[:count])[:, None] if float(S[0]) else None
+    combiner = DenseCombiner(find_method("ties"), params, weights, count * cols, keys)
+    height = max(1, _BLOCK_ELEMENTS // (cols * len(pairs)))
+    merged = combine_rows(combiner, (count, cols), make, height=height, noise=noise)
     return Q @ (U[:, :count] * S[:count]), merged
 
 
 def _total(cores: torch.Tensor, weights: Sequence[float]) -> torch.Tensor:
     return torch.einsum("tpq,t->pq", cores, torch.tensor(weights, dtype=cores.dtype))
+
+
+def _negligible(cores: torch.Tensor, weights: Sequence[float]) -> float:
+    """Singular values of the sum that rounding made: by the size of the terms, which may cancel."""
+    norms: list[float] = torch.linalg.matrix_norm(cores).tolist()
+    return _NEGLIGIBLE * sum(abs(w) * n for w, n in zip(weights, norms, strict=True))
 
 
 def _polar(columns: torch.Tensor) -> torch.Tensor:

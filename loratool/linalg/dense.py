@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from loratool.linalg.elect import Noise
 from loratool.linalg.select import Chance, Largest, Middle, Place, Selector, count_kept
 from loratool.methods import Method, find_method
 
@@ -114,8 +115,8 @@ class DenseCombiner:
             if one.wants_pass:
                 one.end_pass()
 
-    def combine(self, place: Place, values: torch.Tensor) -> torch.Tensor:
-        """The combined block (m, n); ``values`` as in `see`."""
+    def combine(self, place: Place, values: torch.Tensor, noise: Noise = 0.0) -> torch.Tensor:
+        """The combined block (m, n); ``values`` as in `see`, ``noise`` as in `elect`."""
         weights = torch.tensor(self.weights, dtype=values.dtype)
         params: dict[str, Any] = dict(self._params)
         if self._shared is not None:
@@ -125,7 +126,7 @@ class DenseCombiner:
         elif self._selectors:
             pairs = zip(self._selectors, values, strict=True)
             values = torch.stack([s.apply(place, v) for s, v in pairs])
-        return self._function(values, weights, **params)
+        return self._function(values, weights, noise=noise, **params)
 
     def _weighted(self, values: torch.Tensor) -> torch.Tensor:
         weights = torch.tensor(self.weights, dtype=values.dtype, device=values.device)
@@ -137,6 +138,51 @@ class DenseCombiner:
         return weighted[0].square() if len(weighted) == 1 else weighted.var(0, correction=0)
 
 
+def combine_rows(
+    combiner: DenseCombiner,
+    shape: tuple[int, int],
+    make: Callable[[int, int], torch.Tensor],
+    *,
+    height: int,
+    offset: int = 0,
+    noise: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """An element-wise method on matrices that are made a block of rows at a time.
+
+    Args:
+        combiner: fresh.
+        shape: (m, n) of the matrices.
+        make: (first row, end) -> their (T, rows, n), the same every time.
+        height: rows per block.
+        offset: position of these matrices in a longer stack, for random choices.
+        noise: (m, 1), size of a value that means nothing, row by row; None = every value counts.
+
+    Returns:
+        (m, n).  Beside it T blocks are in memory, whatever m is.
+    """
+    rows, cols = shape
+    starts = range(0, rows, height)
+
+    def block(index: int, r0: int) -> tuple[Place, torch.Tensor]:
+        values = make(r0, min(r0 + height, rows))
+        if noise is not None:
+            values = values * (values.abs() > noise[r0 : r0 + height])
+        return Place(index, r0=r0, cols=cols, offset=offset), values
+
+    while combiner.wants_pass:
+        for index, r0 in enumerate(starts):
+            combiner.see(*block(index, r0))
+        combiner.end_pass()
+    whole: torch.Tensor | None = None
+    for index, r0 in enumerate(starts):
+        level = 0.0 if noise is None else noise[r0 : r0 + height]
+        part = combiner.combine(*block(index, r0), level)
+        whole = part.new_empty(shape) if whole is None else whole
+        whole[r0 : r0 + height] = part
+    assert whole is not None
+    return whole
+
+
 def combine_whole(
     values: torch.Tensor,
     method: Method | str,
@@ -145,6 +191,7 @@ def combine_whole(
     keys: Sequence[int],
     *,
     offset: int = 0,
+    noise: float = 0.0,
 ) -> torch.Tensor:
     """An element-wise method on matrices that fit into memory.
 
@@ -155,14 +202,16 @@ def combine_whole(
         weights: of the adapters.
         keys: as in `DenseCombiner`.
         offset: position of these matrices in a longer stack, for random choices.
+        noise: size of a value that means nothing.
     """
     if method == "sum":
         method = find_method("magnitude")
         params = {"density": 1.0}
     row = find_method(method) if isinstance(method, str) else method
-    combiner = DenseCombiner(row, params, weights, values[0].numel(), keys)
-    place = Place(0, cols=values.shape[2], offset=offset)
-    while combiner.wants_pass:
-        combiner.see(place, values)
-        combiner.end_pass()
-    return combiner.combine(place, values)
+    rows, cols = values.shape[1:]
+    combiner = DenseCombiner(row, params, weights, rows * cols, keys)
+    level = values.new_full((rows, 1), noise) if noise else None
+    return combine_rows(
+        combiner, (rows, cols), lambda r0, r1: values[:, r0:r1], height=rows, offset=offset,
+        noise=level,
+    )  # fmt: skip

@@ -1,14 +1,21 @@
-"""Element-wise combinations of several matrices, after selection.  Pure functions of blocks."""
+"""Element-wise combinations of several matrices, after selection.  Pure functions of blocks.
+
+Where values come out of a decomposition, a sum that is zero in real numbers is not zero in
+floating point.  ``noise``, a number or (m, 1), says what size of a value means nothing.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
+Noise = float | torch.Tensor
 
-def add(values: torch.Tensor, weights: torch.Tensor, **_: float) -> torch.Tensor:
+
+def add(values: torch.Tensor, weights: torch.Tensor, **_: Any) -> torch.Tensor:
     """Σ w_t v_t.
 
     Args:
@@ -21,7 +28,9 @@ def add(values: torch.Tensor, weights: torch.Tensor, **_: float) -> torch.Tensor
     return total
 
 
-def elect(values: torch.Tensor, weights: torch.Tensor, **params: float) -> torch.Tensor:
+def elect(
+    values: torch.Tensor, weights: torch.Tensor, *, noise: Noise = 0.0, **params: float
+) -> torch.Tensor:
     """TIES of the paper: elect γ = sgn Σ w_t v_t, then λ · mean of the w_t v_t of sign γ.
 
     Where the sum is 0 no sign wins and the result is 0, so that a change of all signs changes
@@ -32,23 +41,29 @@ def elect(values: torch.Tensor, weights: torch.Tensor, **params: float) -> torch
     """
     found = _sides(values, weights.tolist(), 1.0, 1.0)
     mean = found.of_sign(found.total, least=1.0)
-    return mean.mul_(params.get("lambda", 1.0)).masked_fill_(found.total == 0, 0.0)
+    is_zero = found.total.abs() <= noise * float(weights.abs().sum())
+    return mean.mul_(params.get("lambda", 1.0)).masked_fill_(is_zero, 0.0)
 
 
-def elect_peft(values: torch.Tensor, weights: torch.Tensor, **_: float) -> torch.Tensor:
+def elect_peft(
+    values: torch.Tensor, weights: torch.Tensor, *, noise: Noise = 0.0, **_: float
+) -> torch.Tensor:
     """TIES of PEFT 0.21.2: signs elected before weighting, 0 counts as +; mean by count."""
     found = _sides(values, 1.0, weights.tolist(), 1.0)
-    return found.of_sign(found.total, least=1.0)
+    return found.of_sign(found.total + noise * len(values), least=1.0)
 
 
-def elect_mergekit(values: torch.Tensor, weights: torch.Tensor, **params: float) -> torch.Tensor:
+def elect_mergekit(
+    values: torch.Tensor, weights: torch.Tensor, *, noise: Noise = 0.0, **params: float
+) -> torch.Tensor:
     """TIES of mergekit: weights first, 0 counts as +; divided by the sum of agreeing weights."""
     found = _sides(values, weights.tolist(), 1.0, weights.tolist())
-    return found.of_sign(found.total, least=1e-8).mul_(params.get("lambda", 1.0))
+    sign = found.total + noise * float(weights.abs().sum())
+    return found.of_sign(sign, least=1e-8).mul_(params.get("lambda", 1.0))
 
 
 def elect_sce(
-    values: torch.Tensor, weights: torch.Tensor, *, energies: torch.Tensor, **_: float
+    values: torch.Tensor, weights: torch.Tensor, *, energies: torch.Tensor, **_: Any
 ) -> torch.Tensor:
     """SCE: weights proportional to the energy of each adapter, minority signs erased.
 

@@ -9,6 +9,7 @@ from typing import Any
 from loratool.adapter import Adapter
 from loratool.errors import MismatchError, UsageError, list_some
 from loratool.methods import METHODS, Method, find_method, parse_params
+from loratool.ops.memory import WORKER_BYTES, truncation_bytes
 from loratool.ops.sums import SumModule, SumPlan, plan_sum
 from loratool.ops.weights import Weight
 
@@ -80,21 +81,24 @@ def rank_of(module: SumModule, method: Method, rank: int | None) -> int:
 
 
 def dense_bytes(module: SumModule, rank: int, method: Method) -> int:
-    """Memory that one module takes at work.
+    """Memory that one module takes at work, measured in tests/budget/test_combine_memory.py.
 
-    Factors in float64, stacked and as bases (6 copies); for element-wise methods the result in
-    float32, its singular vectors, and T blocks of rows with masks.
+    F = 8·R·(out + in) bytes are all factors in float64.  At most 6 F are there at once: loaded,
+    scaled, stacked, orthogonal, and the result as computed and as stored; and the R×R cores.
+    Element-wise methods have ΔW in float32 and, one after the other, blocks of E elements (values,
+    weighted values, signs and masks of T adapters, 48 bytes each; positions and random numbers of
+    one, 110) and the truncation.  ``knots-ties`` has such blocks of float64.
     """
     if module.is_bias:
         return 64 * module.shape[0] * len(module.terms)
-    rows, cols = module.shape
-    stacked = module.rank * (rows + cols) * 8 * 6 + 32 * module.rank**2 * (len(module.terms) + 4)
+    (rows, cols), count = module.shape, len(module.terms)
+    total = WORKER_BYTES + module.rank * (rows + cols) * 8 * 6 + 32 * module.rank**2 * (count + 4)
+    if method.space == "joint":
+        return total + max(1 << 18, cols * count) * 90
     if method.space != "dense":
-        return stacked
-    short, long = sorted((rows, cols))
-    block = max(1 << 19, cols) * len(module.terms) * 24
-    lanczos = 24 * min(10 * (rank + 8), short) * (short + long)
-    return stacked + 4 * rows * cols + block + max(lanczos, 40 * short**2)
+        return total
+    blocks = max(1 << 19, cols) * (48 * count + 110)
+    return total + 4 * rows * cols + max(blocks, truncation_bytes(rows, cols, rank))
 
 
 def check_options(given: Mapping[str, Any]) -> None:

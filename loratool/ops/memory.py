@@ -15,6 +15,9 @@ TORCH_BYTES = {"cpu": 260_000_000, "cuda": 1_200_000_000}
 ROUNDING_BYTES = (1 << 16) * 16 * 8
 """What exact and stochastic rounding take per worker: sixteen float64 arrays of one piece."""
 
+WORKER_BYTES = 4 << 20
+"""What a thread takes that multiplies and decomposes small matrices: stack, arena, BLAS buffers."""
+
 MIN_CHUNK = 1 << 20
 
 _UNKNOWN_RANK = 256
@@ -94,9 +97,11 @@ def _worker_bytes(step: Step, chunk: int, elements: int) -> int:
     exact = step.args.get("rounding") == "exact"
     accumulator = 4 if step.output.dtype == "BF16" and not exact else 8
     rounding = ROUNDING_BYTES if step.args.get("rounding") else 0
-    if "method" in step.args:  # a block of each delta, weighted, with signs and masks
-        block_bytes = block * len(step.parts) * (4 * accumulator + 12)
-        return piece * (len(step.inputs) + 1) + block_bytes + block * 5 * accumulator
+    if "method" in step.args:
+        # of each delta a block, selected, weighted, with signs and masks; of one delta at a time
+        # positions and random numbers, or ranks within rows: tests/budget/test_combine_memory.py
+        block_bytes = block * (len(step.parts) * 8 * (accumulator + 1) + 8 * accumulator + 110)
+        return piece * (len(step.inputs) + 1) + block_bytes
     if step.op == "look_at_base":  # W, Δ and their merges in float64, with their temporaries
         return piece * (len(step.inputs) + 1) + block * 8 * 12
     return piece * (len(step.inputs) + 1) + block * (3 * accumulator + 2 * wide) + rounding
@@ -130,6 +135,25 @@ def step_bytes(step: Step) -> int:
     if step.op == "subtract_and_factor":
         total += _factoring_bytes(step)
     return total
+
+
+def is_iterative(short: int, rank: int) -> bool:
+    """True where a truncation runs Lanczos and not the Gram matrix (`lanczos.is_worthwhile`)."""
+    return 4 * (rank + 8) < short
+
+
+def truncation_bytes(rows: int, cols: int, rank: int) -> int:
+    """What the best approximation of a (rows, cols) matrix takes, beyond the matrix itself.
+
+    With s the short side and l the long one: (8·s + 16·l + 32·L)·L for a Krylov space of
+    L = min(10·(rank + 8), s), or 44·s² for the Gram matrix, its eigenvectors and LAPACK's work
+    space, and 24·rank·(s + l) for the factors.
+    """
+    short, long = sorted((rows, cols))
+    if is_iterative(short, rank):
+        space = min(10 * (rank + 8), short)
+        return space * (8 * short + 16 * long + 32 * space)
+    return 44 * short**2 + 24 * min(rank, short) * (short + long)
 
 
 def _region_numel(step: Step, part: DeltaPart) -> int:

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 import loratool as lt
 from tests.make import random_factors, save_adapter
+from tests.oracle.method_oracles import injected, key_of, splitmix64
 from tests.oracle.test_combine import dense, distance
 from tests.oracle.test_compress import LOADABLE
 from tests.oracle.test_extract import load_in_peft
@@ -24,7 +25,8 @@ LLM = Path(__file__).parents[1] / "data" / "llm"
 SHAPES = {"one": (24, 20), "two": (16, 24)}
 PEFT_NAMES = {
     "factors-linear": "linear", "factors-ties": "ties",
-    "factors-magnitude-prune": "magnitude_prune",
+    "factors-magnitude-prune": "magnitude_prune", "factors-dare-linear": "dare_linear",
+    "factors-dare-ties": "dare_ties",
 }  # fmt: skip
 
 
@@ -59,7 +61,10 @@ def test_reloads(name: str, method: str, tmp_path: Path) -> None:
 def test_factor_methods_equal_peft(
     method: str, weights: tuple[float, float], tmp_path: Path
 ) -> None:
-    """lora_A and lora_B themselves, to float32 rounding of sums of two products."""
+    """lora_A and lora_B themselves, to float32 rounding of sums of two products.
+
+    Where PEFT draws a mask it gets ours: of both adapters for lora_A, then for lora_B.
+    """
     folders = [
         save_adapter(tmp_path / f"in{i}", random_factors(SHAPES, rank=6, seed=90 * i), alpha=9 + i)
         for i in range(2)
@@ -67,9 +72,15 @@ def test_factor_methods_equal_peft(
     extra: dict[str, Any] = {} if method == "factors-linear" else {"density": 0.4}
     model = peft.PeftModel.from_pretrained(Net(), str(folders[0]), adapter_name="a")
     model.load_adapter(str(folders[1]), adapter_name="b")
-    model.add_weighted_adapter(
-        ["a", "b"], list(weights), "mix", combination_type=PEFT_NAMES[method], **extra
-    )
+    masks = [
+        splitmix64(key_of(0, i, f"{module}.weight") + side, size) < extra["density"]
+        for module, (out, inner) in SHAPES.items() if "dare" in method
+        for side, size in ((1, 6 * inner), (0, 6 * out)) for i in range(2)
+    ]  # fmt: skip
+    with injected(masks):
+        model.add_weighted_adapter(
+            ["a", "b"], list(weights), "mix", combination_type=PEFT_NAMES[method], **extra
+        )
     lt.merge(
         [str(f) for f in folders], output=tmp_path / "out", method=method, params=extra,
         weights=weights,
