@@ -35,7 +35,10 @@ def missing_bytes(listing: Listing, file: ListedFile) -> int:
     pointer, blob, partial = _places(listing, file)
     if pointer.exists() or blob.exists():
         return 0
-    return max(0, file.size - (partial.stat().st_size if partial.exists() else 0))
+    try:
+        return max(0, file.size - partial.stat().st_size)
+    except FileNotFoundError:  # or another process has just named it
+        return file.size
 
 
 def download(listing: Listing, file: ListedFile) -> Path | None:
@@ -219,6 +222,8 @@ def _receive(listing: Listing, file: ListedFile, out: BinaryIO, bar: Any) -> Non
 
 def _link(blob: Path, pointer: Path) -> None:
     """Give a blob its name in the snapshot."""
+    if pointer.exists() and pointer.samefile(blob):
+        return  # another process was first, and may be reading by that name
     pointer.unlink(missing_ok=True)  # a link to a blob that was gone, or a damaged copy
     try:
         with suppress(FileExistsError):  # another process made the same one

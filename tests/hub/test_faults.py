@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from loratool.store import hub_client, hub_listing
+from loratool.store import hub_client, hub_download, hub_listing
 from tests.hub.client import call, finish, run, start, tree
 from tests.hub_server import Fault, Repo, TestHub
 from tests.hub_server.state import Tree, git_sha
@@ -248,11 +248,26 @@ def test_two_pulls_at_once_fetch_once(served: TestHub, tmp_path: Path) -> None:
         time.sleep(1)  # to fetch, if it does not wait for the first
 
     served.state.faults = [Fault("GET /cdn/", "race", run=join)]
-    assert call(served, tmp_path, *PULL)[0] == 0
+    code, text = call(served, tmp_path, *PULL)
+    assert code == 0, text
     code, text = finish(others[0])
     assert code == 0, text
     assert tree(tmp_path / "out") == tree(tmp_path / "other") == FILES
     assert sent(served) == SIZE
+
+
+def test_a_name_that_another_process_gave_stays(tmp_path: Path) -> None:
+    """It is being read by that name: not for a moment may it be gone."""
+    blob, name = tmp_path / "blob", tmp_path / "name"
+    blob.write_bytes(b"x")
+    name.symlink_to(blob)
+    before = name.lstat()
+    hub_download._link(blob, name)
+    assert (name.lstat().st_ino, name.lstat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+    name.unlink()
+    name.write_bytes(b"damaged")
+    hub_download._link(blob, name)
+    assert name.samefile(blob)
 
 
 @pytest.mark.parametrize("name", ["../../../../evil.json", "a/../../b.json", "C:\\evil.json"])
