@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -211,20 +210,19 @@ def test_residual_goes_from_one_device_to_the_other(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_look_at_the_base_says_the_same(dtype: str, tmp_path: Path) -> None:
-    """Large tensors are forecast from every 17th element of a block, and blocks differ.
+    """Both round W + ΔW; elements that round otherwise are near ties, with errors of one size.
 
-    A mean of n squares is off by √(2/n) of itself for Gaussian errors, its root by half of that:
-    five times that at n = 2048² / 17.  The noise is drawn on the device, and so may put a singular
-    value on its other side.
+    Of a tensor this small every element counts; larger ones are sampled, by other blocks on each
+    device.  The noise is drawn on the device, and so may put a singular value on its other side.
     """
-    standard = math.sqrt(2 / (2048**2 / 17)) / 2
-    base, adapter = setup(tmp_path, DTYPES[dtype])
+    tensors = {"layers.0.q_proj.weight": randn(900, 1100, seed=0, scale=0.02).to(DTYPES[dtype])}
+    base = save_checkpoint(tmp_path / "base", tensors)
+    factors = random_factors({"layers.0.q_proj": (900, 1100)}, rank=16, seed=7, scale=0.01)
+    adapter = save_adapter(tmp_path / "adapter", factors, alpha=32)
     looks = [lt.inspect(adapter, base=base, device=d).look for d in ("cpu", "cuda")]
-    for here, there in zip(looks[0].modules, looks[1].modules, strict=True):
-        assert there.name == here.name
-        assert there.rho == pytest.approx(here.rho, rel=1e-6)
-        assert there.amplification == pytest.approx(here.amplification, rel=1e-5)
-        assert abs(there.noise_rank - here.noise_rank) <= 1
-        assert set(there.swallowed) == set(here.swallowed)
-        for kind, share in here.swallowed.items():
-            assert there.swallowed[kind] == pytest.approx(share, rel=5 * standard)
+    (here,), (there,) = (look.modules for look in looks if look is not None)
+    assert there.rho == pytest.approx(here.rho, rel=1e-6)
+    assert there.amplification == pytest.approx(here.amplification, rel=1e-5)
+    assert here.noise_rank is not None and there.noise_rank is not None
+    assert abs(there.noise_rank - here.noise_rank) <= 1
+    assert there.swallowed == pytest.approx(dict(here.swallowed), rel=1e-4)
