@@ -37,7 +37,7 @@ def missing_bytes(listing: Listing, file: ListedFile) -> int:
         return 0
     try:
         return max(0, file.size - partial.stat().st_size)
-    except FileNotFoundError:  # or another process has just named it
+    except (FileNotFoundError, NotADirectoryError):  # or another process has just named it
         return file.size
 
 

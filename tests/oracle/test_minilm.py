@@ -50,17 +50,36 @@ def halved(source: Path, target: Path) -> Path:
     return target
 
 
-def test_full_rank_and_keep_all_return_the_tune_bit_for_bit(
-    base: Path, tuned: Path, tmp_path: Path
-) -> None:
+def test_full_rank_and_keep_all_return_the_tune(base: Path, tuned: Path, tmp_path: Path) -> None:
+    """Bit for bit where the change is a float32 number; a residual gives the others back.
+
+    A weight that the tune moved to within 2^-16 of itself from zero leaves a difference of more
+    than 24 bits: a few of 10.6 million elements, each off by a rounding of the difference.
+    """
     small_base, small_tuned = halved(base, tmp_path / "base"), halved(tuned, tmp_path / "tuned")
-    lt.extract(small_tuned, base=small_base, output=tmp_path / "lora", rank=1536, keep=["all"])
+    residual = tmp_path / "residual.safetensors"
+    lt.extract(
+        small_tuned, base=small_base, output=tmp_path / "lora", rank=1536, keep=["all"],
+        save_residual=residual,
+    )  # fmt: skip
     lt.merge([str(tmp_path / "lora")], base=small_base, output=tmp_path / "merged")
-    want = load_file(str(small_tuned / "model.safetensors"))
-    got = load_file(str(tmp_path / "merged" / "model.safetensors"))
-    assert set(want) == set(got)
+    lt.merge([str(tmp_path / "lora")], base=small_base, output=tmp_path / "same", residual=residual)
+    before, want, got, same = (
+        load_file(str(folder / "model.safetensors"))
+        for folder in (small_base, small_tuned, tmp_path / "merged", tmp_path / "same")
+    )
+    assert set(want) == set(got) == set(same)
+    others = 0
     for name, tensor in want.items():
-        assert torch.equal(got[name], tensor), name
+        assert torch.equal(same[name], tensor), name
+        change = tensor.double() - before[name].double()
+        is_exact = change == change.float().double()
+        assert torch.equal(got[name][is_exact], tensor[is_exact]), name
+        off = (got[name].double() - tensor.double()).abs()[~is_exact]
+        near = tensor.double().abs()[~is_exact]  # and the sum is rounded to bfloat16 once more
+        assert (off <= 2**-24 * change.abs()[~is_exact] + 2**-8 * near).all(), name
+        others += int(off.count_nonzero())
+    assert others < 20
 
 
 def embeddings(model: Path) -> torch.Tensor:
