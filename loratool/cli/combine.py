@@ -16,7 +16,6 @@ from loratool.cli.render import (
     line,
     plural,
     safe,
-    some,
     table,
 )
 from loratool.cli.voice import Voice, note_lines, warning_lines
@@ -43,8 +42,6 @@ def render(report: CombineReport, voice: Voice) -> Iterator[str]:
     span = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]}-{ranks[-1]}"
     yield line("modules", *_shared(report), span if ranks else "")
     yield line("", f"memory ≤ {format_bytes(report.peak_memory_bytes)}")
-    if report.kept:
-        yield line("kept", f"{plural(len(report.kept), 'replaced tensor')}: {some(report.kept)}")
     if voice.verbose:
         rows = [
             (safe(m.name), format_shape(m.shape), str(m.rank), f"{m.norm:.3g}",

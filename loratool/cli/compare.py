@@ -93,16 +93,26 @@ def _pair(report: CompareReport, voice: Voice) -> Iterator[str]:
         yield ""
         yield from _modules(report) if voice.verbose else _families(report)
         yield ""
-    for row in report.replacements:
-        both = {True: "the same bytes", False: "different", None: "not read: on the Hub"}
-        words = {"first": f"only in {one}", "second": f"only in {two}"}.get(
-            row.where, f"in both, {both[row.identical]}"
-        )
-        yield line("replaced", f"{safe(row.name)} {words}")
+    yield from _replacements(report, one, two, voice)
     rows = [(safe(d.key), safe(d.first, cap=60), safe(d.second, cap=60))
             for d in report.differences]  # fmt: skip
     if rows:
         yield from table(rows, ("differs", one, two))
+
+
+def _replacements(report: CompareReport, one: str, two: str, voice: Voice) -> Iterator[str]:
+    """What each adapter replaces whole: a line for all of which the same is to be said."""
+    both = {True: "the same bytes", False: "different", None: "not read: on the Hub"}
+    groups: dict[str, list[str]] = {}
+    for row in report.replacements:
+        words = {"first": f"only in {one}", "second": f"only in {two}"}.get(
+            row.where, f"in both, {both[row.identical]}"
+        )
+        groups.setdefault(words, []).append(row.name)
+    for words, names in groups.items():
+        many = f"{plural(len(names), 'tensor')} " if len(names) > 1 else ""
+        shown = some(names, len(names) if voice.verbose else 3)
+        yield line("replaced", f"{many}{words}: {shown}")
 
 
 def _families(report: CompareReport) -> list[str]:

@@ -124,6 +124,17 @@ def test_compare_many_gives_a_matrix(run: Run, tmp_path: Path, suffix: str) -> N
     assert report["matrix"][0][1] == report["matrix"][1][0]
 
 
+def test_compare_groups_what_is_replaced(run: Run) -> None:
+    """Fourteen biases in one line, each by name with -v."""
+    words = ("compare", LLM / "lora_bias_all", LLM / "lora_linear")
+    lines = [one for one in run(*words).out.splitlines() if one.startswith("replaced")]
+    assert len(lines) == 1 and "14 tensors only in lora_bias_all: " in lines[0]
+    assert lines[0].endswith(" and 11 more")
+    whole = run(*words, "-v")
+    names = {row["name"] for row in run(*words, "--json").json["replacements"]}
+    assert len(names) == 14 and all(name in whole.out for name in names)
+
+
 def test_compare_of_the_same_says_so(run: Run, tmp_path: Path) -> None:
     assert "equal · the same factors" in run("compare", SENTIMENT, SENTIMENT).out
     run("rescale", SENTIMENT, "2", "-o", tmp_path / "two")
