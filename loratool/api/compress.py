@@ -18,10 +18,11 @@ from loratool.api.common import (
     parse_size,
     plan_resources,
 )
+from loratool.api.compress_ranks import choose_ranks
 from loratool.dialects import open_adapter, write_adapter_files
 from loratool.errors import UsageError
 from loratool.ops.batch import is_batch, name_of, place_outputs
-from loratool.ops.compress import CompressPlan, at_ranks, names_of, plan_compress, rebuild
+from loratool.ops.compress import CompressPlan, names_of, plan_compress, rebuild
 from loratool.ops.compress_options import rank_rule
 from loratool.ops.inputs import Access, guard_output, open_one
 from loratool.ops.loads import judge_loads
@@ -31,13 +32,13 @@ from loratool.report import (
     CompressReport,
     energy_and_error,
 )
-from loratool.store.header import build_header
+from loratool.store.adapter_writer import file_bytes
 from loratool.store.provenance import adapter_id, checkpoint_id, provenance_of
 from loratool.store.source import Resolved
 from loratool.store.writer import check_output
 
 if TYPE_CHECKING:
-    from loratool.engine.compressing import Factored, Spectrum
+    from loratool.engine.compressing import Factored
     from loratool.engine.run import Progress
 
 
@@ -261,7 +262,7 @@ def _compress(
         for i, cap in enumerate(job.caps or ()):
             args[i]["cap"] = cap
         if spectra is not None:
-            ranks = _ranks(plan, spectra, rule, limit, dtypes, job.caps)
+            ranks = choose_ranks(plan, spectra, rule, limit, dtypes, job.caps)
             for group in plan.groups:
                 for i in group.specs:
                     args[i] |= {"rank": ranks[i], "is_free": len(group.specs) == 1}
@@ -294,93 +295,6 @@ def _run(
         results = execute(plan.steps(op, args), reader, None, resources.run)
         reader.check_unchanged()
     return results
-
-
-def _ranks(
-    plan: CompressPlan,
-    spectra: Sequence[Any],
-    rule: dict[str, Any],
-    limit: int | None,
-    dtypes: Sequence[str],
-    caps: Sequence[int | None] | None = None,
-) -> list[int]:
-    """One rank per spec: what the rule asks of any module of its group, then the budget."""
-    from loratool.engine.compressing import choose_group_ranks
-
-    floors = [g.floor for g in plan.groups]
-    if all(float(s.sigma.sum()) == 0 for s in spectra):
-        floors[0] = 1  # PEFT needs one module at least
-    groups = [[spectra[i] for i in g.specs] for g in plan.groups]
-    chosen = choose_group_ranks(
-        groups, rule, floors,
-        None if caps is None else [[caps[i] for i in g.specs] for g in plan.groups],
-    )  # fmt: skip
-    if limit is not None:
-        chosen = _within(plan, groups, limit, chosen, floors, dtypes)
-    return _per_spec(plan, chosen)
-
-
-def _within(
-    plan: CompressPlan,
-    groups: Sequence[Sequence[Spectrum]],
-    limit: int,
-    caps: Sequence[int],
-    floors: Sequence[int],
-    dtypes: Sequence[str],
-) -> list[int]:
-    """Ranks of the groups whose file fits the limit and keeps the most energy.
-
-    A header's length depends on the ranks in it: the budget starts as if the header were the
-    shortest one and shrinks by what the file is too large.
-    """
-    from loratool.engine.compressing import kept_energy, spend
-
-    def size_at(ranks: Sequence[int]) -> int:
-        adapter = at_ranks(plan, _per_spec(plan, ranks), dtypes)
-        files = write_adapter_files(adapter, "peft", base_tensors=names_of(plan.adapter))
-        return file_bytes(files)
-
-    costs = [sum(plan.bytes_per_rank(i, dtypes) for i in g.specs) for g in plan.groups]
-    least = size_at(_one_at_least(floors))
-    if least > limit:
-        raise UsageError(
-            "LT-248", "--size is less than what is stored whole", file=plan.adapter.path,
-            expected=f"{least} bytes or more", got=limit,
-        )  # fmt: skip
-    budget = limit - least + sum(c * f for c, f in zip(costs, _one_at_least(floors), strict=True))
-    while True:
-        found = _one_at_least(spend(groups, costs, budget, caps, floors))
-        excess = size_at(found) - limit
-        if excess <= 0:
-            break
-        budget -= excess
-    even = [found]
-    for rank in range(1, max(caps) + 1):  # equal ranks may have the shorter header
-        ranks = [max(f, min(rank, c)) for c, f in zip(caps, floors, strict=True)]
-        if size_at(ranks) > limit:
-            break
-        even = [found, ranks]
-    return max(even, key=lambda ranks: kept_energy(groups, ranks))
-
-
-def _one_at_least(ranks: Sequence[int]) -> list[int]:
-    """PEFT needs one module at least."""
-    return list(ranks) if any(ranks) else [1, *ranks[1:]]
-
-
-def _per_spec(plan: CompressPlan, ranks: Sequence[int]) -> list[int]:
-    """Ranks of the groups -> ranks of their members."""
-    found = [0] * len(plan.specs)
-    for group, rank in zip(plan.groups, ranks, strict=True):
-        for i in group.specs:
-            found[i] = rank
-    return found
-
-
-def file_bytes(files: AdapterFiles) -> int:
-    """Size of the tensor file that would be written."""
-    header, _ = build_header([(n, s.dtype, s.shape) for n, s in files.tensors], files.metadata)
-    return len(header) + sum(s.nbytes for _, s in files.tensors)
 
 
 def _copied(plan: CompressPlan, results: Sequence[Factored]) -> list[Factored]:

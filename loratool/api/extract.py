@@ -27,8 +27,7 @@ from loratool.ops.extract import ExtractPlan, group_steps, plan_extract
 from loratool.ops.inputs import Access, OpenedBase, guard_output, open_base
 from loratool.ops.rank_options import factor_options
 from loratool.report import ExtractReport
-from loratool.store.adapter_writer import fill_adapter
-from loratool.store.header import build_header
+from loratool.store.adapter_writer import file_bytes, fill_adapter
 from loratool.store.output_path import check_output
 from loratool.store.provenance import checkpoint_id, provenance_of
 from loratool.store.stamps import take_stamps
@@ -257,7 +256,7 @@ def _assemble(
         return outcomes, files
 
     built = build(results)
-    if limit is None or _file_bytes(built[1]) <= limit:
+    if limit is None or file_bytes(built[1]) <= limit:
         return built
     return build(_spend(plan, results, built[1], limit))
 
@@ -268,11 +267,6 @@ def with_config(files: AdapterFiles, **more: Any) -> AdapterFiles:
     return replace(files, json_files=changed)
 
 
-def _file_bytes(files: AdapterFiles) -> int:
-    header, _ = build_header([(n, s.dtype, s.shape) for n, s in files.tensors], files.metadata)
-    return len(header) + sum(s.nbytes for _, s in files.tensors)
-
-
 def _spend(plan: ExtractPlan, results: list[Any], files: AdapterFiles, limit: int) -> list[Any]:
     """Cut every module to what a size budget leaves it; ``files`` holds them uncut."""
     from loratool.engine.slicing import cut, spend
@@ -281,7 +275,7 @@ def _spend(plan: ExtractPlan, results: list[Any], files: AdapterFiles, limit: in
     groups = [g for g in groups if g]
     factors = sum(f.nbytes for g in groups for i in g for f in results[i].factors)
     # header and kept tensors: lower ranks only make the header shorter
-    fixed = _file_bytes(files) - factors
+    fixed = file_bytes(files) - factors
     if fixed > limit:
         raise UsageError(
             "LT-234", "--size is less than what is stored whole", expected=f"{fixed} bytes or more",

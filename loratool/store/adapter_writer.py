@@ -45,6 +45,12 @@ def write_adapter(
         return fill_adapter(output, files, record=record)
 
 
+def file_bytes(files: AdapterFiles) -> int:
+    """Size of the tensor file that would be written."""
+    header, _ = build_header([(n, s.dtype, s.shape) for n, s in files.tensors], files.metadata)
+    return len(header) + sum(s.nbytes for _, s in files.tensors)
+
+
 def read_whole(path: Path) -> bytes:
     """The bytes of a small regular file."""
     with open_regular(path) as file:
