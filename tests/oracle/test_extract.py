@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import loratool as lt
-from tests.make import randn
+from tests.make import randn, save_checkpoint
 
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
@@ -247,3 +247,27 @@ def test_config_says_scaling_one_and_literal_paths(tmp_path: Path) -> None:
     assert set(config["rank_pattern"].values()) == {16}
     assert "model.layers.0.self_attn.q_proj" in config["target_modules"]
     assert config["task_type"] == "CAUSAL_LM"
+
+
+def test_rows_that_did_not_change(tmp_path: Path) -> None:
+    """Memory goes from module to module: rows equal to the base's hold nothing of the last one.
+
+    Four products of 1200 terms in float32 are each off by √1200 · 2^-24 of their size.
+    """
+    shape = (1200, 1000)  # three blocks
+    base = {f"m{i}.weight": randn(*shape, seed=i) for i in range(2)}
+    change = randn(shape[0], 2, seed=7) @ randn(2, shape[1], seed=8)
+    tuned = {name: weight + change for name, weight in base.items()}
+    tuned["m1.weight"][300:] = base["m1.weight"][300:]
+    for folder, tensors in (("base", base), ("tuned", tuned)):
+        save_checkpoint(tmp_path / folder, tensors)
+    lt.extract(
+        tmp_path / "tuned", base=tmp_path / "base", output=tmp_path / "lora", rank=2, threads=1
+    )
+    found = load_file(str(tmp_path / "lora" / "adapter_model.safetensors"))
+    for name, weight in base.items():
+        key = f"base_model.model.{name.removesuffix('.weight')}"
+        exact = tuned[name].double() - weight.double()
+        product = found[f"{key}.lora_B.weight"].double() @ found[f"{key}.lora_A.weight"].double()
+        off = torch.linalg.matrix_norm(product - exact)
+        assert off <= 4 * 1200**0.5 * 2**-24 * torch.linalg.matrix_norm(exact), name
