@@ -18,6 +18,7 @@ from loratool.engine.factors import (
     make_data,
     overflows,
     pack_pairs,
+    padded,
     round_once,
 )
 from loratool.engine.kernel import Env
@@ -25,6 +26,7 @@ from loratool.engine.summing import SummedModule, sum_factors
 from loratool.linalg import core, fit
 from loratool.linalg.concat import difference_square, product_norm, slerp_weights
 from loratool.linalg.dense import DenseCombiner, combine_rows, combine_whole, resolve
+from loratool.linalg.norms import sum_of_squares
 from loratool.linalg.product import product_svd, split_factors
 from loratool.methods import Method
 from loratool.plan import DeltaPart
@@ -93,7 +95,7 @@ def combine_factors(
     square = error = 0.0
     for number in range(len(matrices)):
         found, whole, tail = _combine(matrices.pop(0), terms, how, keys, rank, number)
-        lora_B, lora_A = (_filled(found[0], rank, 1) / gain, _filled(found[1], rank, 0))
+        lora_B, lora_A = (padded(found[0], rank, 1) / gain, padded(found[1], rank, 0))
         del found
         square += whole
         error += tail
@@ -201,7 +203,7 @@ def _combine_dense(
         return values
 
     whole = combine_rows(combiner, (rows, cols), block, height=height, offset=number * rows * cols)
-    square = float(torch.linalg.vector_norm(whole, dtype=torch.float64)) ** 2
+    square = sum_of_squares(whole)
     if square == 0:
         zero = torch.zeros(rows, rank, dtype=torch.float64), torch.zeros(rank, cols).double()
         return zero, 0.0, 0.0
@@ -251,12 +253,3 @@ def _block_pair(pairs: Sequence[Pair]) -> Pair:
         return pairs[0]
     left = torch.block_diag(*(B for B, _ in pairs))  # type: ignore[no-untyped-call]
     return left, torch.block_diag(*(A for _, A in pairs))  # type: ignore[no-untyped-call]
-
-
-def _filled(factor: torch.Tensor, rank: int, axis: int) -> torch.Tensor:
-    missing = rank - factor.shape[axis]
-    if missing <= 0:
-        return factor
-    shape = list(factor.shape)
-    shape[axis] = missing
-    return torch.cat([factor, factor.new_zeros(shape)], axis)

@@ -11,12 +11,12 @@ import torch
 from loratool.adapter import DeltaSpec, TensorData
 from loratool.delta.lowrank import oriented_factors
 from loratool.engine import grid
-from loratool.engine.buffers import TORCH_DTYPES, to_bytes
+from loratool.engine.buffers import SAFETENSORS_NAMES, TORCH_DTYPES, to_bytes
+from loratool.engine.factors import padded, round_once
 from loratool.engine.kernel import Env, Kernel
 from loratool.errors import NumericError
 from loratool.linalg.product import ProductSVD, factor_product, product_spectrum, split_factors
 from loratool.linalg.rank import RankRule, allocate_ranks, choose_rank
-from loratool.linalg.rounding import round_into
 from loratool.plan import DeltaPart, Step
 
 _LARGEST_FP16 = 65504.0
@@ -158,8 +158,8 @@ def _store(
     for svd, (B, A) in zip(found, pairs, strict=True):
         U, Vh = svd.vectors(rank)
         left, right = split_factors(U, svd.S / gain, Vh, rank)  # (out, k), (k, in)
-        left, right = _padded(left, rank, 1), _padded(right, rank, 0)
-        rounded = _round(left, target), _round(right, target)
+        left, right = padded(left, rank, 1), padded(right, rank, 0)
+        rounded = round_once(left, dtype), round_once(right, dtype)
         if target == torch.float16 and max(float(f.abs().max()) for f in (left, right)) >= (
             _LARGEST_FP16
         ):
@@ -199,22 +199,6 @@ def _stored_error(
     return max(0.0, float(square)), -2 * float(cross)
 
 
-def _round(factor: torch.Tensor, target: torch.dtype) -> torch.Tensor:
-    out = torch.empty_like(factor, dtype=target, memory_format=torch.contiguous_format)
-    round_into(out, factor.contiguous())
-    return out
-
-
-def _padded(factor: torch.Tensor, rank: int, axis: int) -> torch.Tensor:
-    """With zeros up to ``rank``: one rank may have to serve matrices of several shapes."""
-    missing = rank - factor.shape[axis]
-    if missing <= 0:
-        return factor
-    shape = list(factor.shape)
-    shape[axis] = missing
-    return torch.cat([factor, factor.new_zeros(shape)], axis)
-
-
 def _packed(
     stored: Sequence[tuple[torch.Tensor, torch.Tensor]], spec: DeltaSpec, name: str
 ) -> tuple[TensorData, TensorData]:
@@ -233,15 +217,15 @@ def _scaled_bias(bias: DeltaSpec | None, env: Env) -> TensorData | None:
     if bias is None:
         return None
     delta = env.load(bias.fields["delta"])
-    scaled = _round(delta.double() * bias.scaling, delta.dtype)
+    scaled = round_once(delta.double() * bias.scaling, SAFETENSORS_NAMES[delta.dtype])
     if not torch.isfinite(scaled).all():
         scaled = (delta.double() * bias.scaling).float()
     return _data(scaled, f"{bias.name} delta")
 
 
 def _data(tensor: torch.Tensor, name: str) -> TensorData:
-    names = {v: k for k, v in TORCH_DTYPES.items()}
-    return TensorData(name, names[tensor.dtype], tuple(tensor.shape), bytes(to_bytes(tensor)))
+    dtype = SAFETENSORS_NAMES[tensor.dtype]
+    return TensorData(name, dtype, tuple(tensor.shape), bytes(to_bytes(tensor)))
 
 
 def _spec(step: Step) -> DeltaSpec:

@@ -49,6 +49,16 @@ def load_vector(spec: DeltaSpec, env: Env) -> torch.Tensor:
     return env.load(spec.fields["delta"]).double().flatten()
 
 
+def padded(factor: torch.Tensor, rank: int, axis: int) -> torch.Tensor:
+    """With zeros up to ``rank``: one rank may have to serve matrices of several shapes."""
+    missing = rank - factor.shape[axis]
+    if missing <= 0:
+        return factor
+    shape = list(factor.shape)
+    shape[axis] = missing
+    return torch.cat([factor, factor.new_zeros(shape)], axis)
+
+
 def pack_pairs(spec: DeltaSpec, pairs: Sequence[Pair], dtype: str) -> dict[str, Source]:
     """lora_A and lora_B in the shapes and packing that PEFT stores (`load_pairs` turned round).
 
@@ -83,7 +93,7 @@ def make_data(name: str, tensor: torch.Tensor, dtype: str) -> TensorData:
 def round_once(tensor: torch.Tensor, dtype: str) -> torch.Tensor:
     """The values that a storage type keeps, to nearest, ties to even."""
     out = torch.empty_like(tensor, dtype=TORCH_DTYPES[dtype], memory_format=torch.contiguous_format)
-    round_into(out, tensor)
+    round_into(out, tensor.contiguous())
     return out
 
 

@@ -73,7 +73,7 @@ def block_lanczos(
 
     Notes:
         Cost 4 j m n (k + 8) flops per matrix for j = 3 … 10 steps, memory
-        2 j (k + 8)(m + n) float32.
+        j (k + 8)(8 m + 16 n) bytes, n the longer side, whose images are float64.
         Products in float32 (TF32 must be off), Gram matrices and eigenvalues in float64.
 
     References:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from loratool.linalg.lanczos import block_lanczos, is_worthwhile
+from loratool.linalg.norms import sum_of_squares
 
 # Eight leading directions in six steps: the largest singular value of flat noise within 0.2 %.
 _DIRECTIONS, _STEPS = 8, 6
@@ -125,7 +126,7 @@ def _simulate(
     noise = torch.exp2(exponents.float())
     del exponents
     noise.clamp_max_(math.ldexp(widest, -shift))
-    square = float(torch.linalg.vector_norm(noise, dtype=torch.float64)) ** 2 / 12
+    square = sum_of_squares(noise) / 12
     generator = torch.Generator(noise.device).manual_seed(seed)
     noise.mul_(torch.rand(noise.shape, generator=generator, device=noise.device).sub_(0.5))
     top = _largest_singular_value(noise, seed)
@@ -135,7 +136,7 @@ def _simulate(
 def _largest_singular_value(matrix: torch.Tensor, seed: int) -> float:
     if not is_worthwhile(matrix.shape, _DIRECTIONS):
         return float(torch.linalg.matrix_norm(matrix.double(), 2))
-    square = float(torch.linalg.vector_norm(matrix, dtype=torch.float64)) ** 2
+    square = sum_of_squares(matrix)
     found = block_lanczos(
         matrix[None], _DIRECTIONS, seeds=[seed], squares=[square], tolerance=1.0, min_steps=_STEPS
     )

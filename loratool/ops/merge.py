@@ -194,14 +194,18 @@ def _has_effect(part: Part) -> bool:
     return part.weight * part.spec.scaling != 0
 
 
-def _require_additive(adapters: Sequence[WeightedAdapter], method: str) -> None:
-    other = [
+def _not_additive(adapters: Sequence[WeightedAdapter]) -> list[str]:
+    """Changes that depend on the base, in words."""
+    return [
         f"{a.adapter.label}: {b.spec.name} ({b.spec.base_change or b.spec.kind})"
         for a in adapters
         for b in a.bindings.deltas
         if not b.spec.is_additive
     ]
-    if other:
+
+
+def _require_additive(adapters: Sequence[WeightedAdapter], method: str) -> None:
+    if other := _not_additive(adapters):
         raise MismatchError(
             "LT-418", f"{method} works on changes that do not depend on the base",
             key=list_some(other, 3), hint="leave --method out: their sum is defined",
@@ -210,13 +214,7 @@ def _require_additive(adapters: Sequence[WeightedAdapter], method: str) -> None:
 
 def _require_sums(adapters: Sequence[WeightedAdapter]) -> None:
     """DoRA has a square root in it, PiSSA and its kin a decomposition of the base."""
-    other = [
-        f"{a.adapter.label}: {b.spec.name} ({b.spec.base_change or b.spec.kind})"
-        for a in adapters
-        for b in a.bindings.deltas
-        if not b.spec.is_additive
-    ]
-    if other:
+    if other := _not_additive(adapters):
         raise MismatchError(
             "LT-477", "exact rounding is for sums of products, and this change is none",
             key=list_some(other), hint="leave --exact out",
