@@ -13,7 +13,7 @@ import loratool
 ROOT = Path(loratool.__file__).parent
 
 LAYERS = (
-    {"dtypes", "errors", "adapter", "kinds", "methods", "plan", "report", "__init__"},
+    {"dtypes", "errors", "shapes", "adapter", "kinds", "methods", "plan", "report", "__init__"},
     {"store"},
     {"linalg", "delta"},
     {"dialects", "archs"},
