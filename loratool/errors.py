@@ -124,6 +124,10 @@ class OutputError(LoratoolError):
     exit_code = 5
 
 
+class AlreadyMadeError(OutputError):
+    """The output exists, and this very command made it."""
+
+
 class DiskError(LoratoolError):
     """Disk full, no permission, memory limit, input/output error."""
 

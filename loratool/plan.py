@@ -200,7 +200,7 @@ class Plan:
 
     def to_json(self) -> dict[str, Any]:
         """The plan as plain JSON types; bytes become their sha256, paths their last part."""
-        out = _plain(self)
+        out = plain(self)
         assert isinstance(out, dict)
         return out
 
@@ -210,17 +210,18 @@ class Plan:
         return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """A value in JSON's types, the same for equal content wherever its files lie."""
     if isinstance(value, TensorRef):
         return [value.file.name, value.name, value.dtype, list(value.shape), value.start]
     if isinstance(value, TensorData):
         return [value.name, value.dtype, list(value.shape), hashlib.sha256(value.data).hexdigest()]
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, Mapping):
-        return {str(k): _plain(v) for k, v in value.items()}
+        return {str(k): plain(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(v) for v in value]
+        return [plain(v) for v in value]
     if isinstance(value, (bytes, memoryview)):
         return hashlib.sha256(value).hexdigest()
     if isinstance(value, Path):

@@ -103,7 +103,7 @@ def combine(
     if row.name == "svd" and rank is None:
         rank = max((s.rank for a, _ in weighed for s in a.specs), default=1)
     target = output_folder(output)
-    guard_output(target, [o.resolved.named for o in opened])
+    guard_output(target, [*(o.resolved.named for o in opened), module_weights])
     agree_to_read(compared_ranges([a for a, _ in weighed]), yes=access.yes)
     plan = plan_combine(weighed, row, verb="subtracted" if minus else "merged")
     plan = replace(plan, notes=(*plan.notes, *unused_rules([o.adapter for o in opened], rules)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +22,7 @@ from loratool.api.common import (
 from loratool.api.compress_ranks import choose_ranks
 from loratool.dialects import open_adapter, write_adapter_files
 from loratool.errors import UsageError
-from loratool.ops.batch import is_batch, name_of, place_outputs
+from loratool.ops.batch import is_batch, many_outputs, name_of, place_outputs
 from loratool.ops.compress import CompressPlan, names_of, plan_compress, rebuild
 from loratool.ops.compress_options import rank_rule
 from loratool.ops.inputs import Access, guard_output, open_one
@@ -115,9 +116,32 @@ def compress(
     options = option_values(**rule, size=limit, rank_auto=base is not None)
     read = read or ReadOptions()
     access = Access(offline, yes, file_rules(max_header, allow_pickle))
-    jobs = _open(adapters, output, read, access, force)
-    if base is not None:
-        jobs = _cap_all(jobs, base, read, access, threads, max_memory)
+    texts = [str(a) for a in ([adapters] if isinstance(adapters, (str, Path)) else adapters)]
+    if not texts:
+        raise UsageError("LT-221", "no adapter given")
+    with nullcontext() if dry_run else many_outputs(output, len(texts)):
+        jobs = _open(texts, base, output, read, access, force)
+        if base is not None:
+            jobs = _cap_all(jobs, base, read, access, threads, max_memory)
+        if (len(jobs) > 1 or is_batch(output)) and not dry_run:
+            Path(output).mkdir(exist_ok=True)
+        advance = _advance_of(jobs, progress)
+        reports = []
+        for job in jobs:
+            resources = plan_resources(
+                job.plan.steps("factor", [{"rule": rule}] * len(job.plan.specs)), device="cpu",
+                threads=threads, max_memory=max_memory, chunk_bytes=None, sample=False,
+                progress=None,
+            )  # fmt: skip
+            made = _compress(job, rule, limit, resources, advance)
+            if not dry_run:
+                _write(job, made.files, _record(job, options) if provenance else {}, force)
+            reports.append(_report(job, made, dry_run))
+    return CompressReport(tuple(reports), options, time.monotonic() - started, dry_run)
+
+
+def _advance_of(jobs: Sequence[_Job], progress: Progress | None) -> Callable[[int], None]:
+    """Counts the bytes of finished adapters."""
     total = sum(s.nbytes for j in jobs for spec in j.plan.specs for s in spec.fields.values())
     done = 0
 
@@ -127,26 +151,12 @@ def compress(
         if progress is not None:
             progress(min(done, total), max(1, total))
 
-    if (len(jobs) > 1 or is_batch(output)) and not dry_run:
-        Path(output).mkdir(exist_ok=True)
-    reports = []
-    for job in jobs:
-        resources = plan_resources(
-            job.plan.steps("factor", [{"rule": rule}] * len(job.plan.specs)), device="cpu",
-            threads=threads, max_memory=max_memory, chunk_bytes=None, sample=False, progress=None,
-        )  # fmt: skip
-        made = _compress(job, rule, limit, resources, advance)
-        record = {}
-        if provenance:
-            inputs = {content_label(job.resolved, job.base): adapter_id(job.plan.adapter)}
-            inputs |= job.base
-            record = provenance_of("compress", options=options, inputs=inputs)
-        if not dry_run:
-            _write(job, made.files, record, force)
-        reports.append(_report(job, made, dry_run))
-    return CompressReport(
-        tuple(reports), options, time.monotonic() - started, dry_run,
-    )  # fmt: skip
+    return advance
+
+
+def _record(job: _Job, options: Mapping[str, Any]) -> dict[str, Any]:
+    inputs = {content_label(job.resolved, job.base): adapter_id(job.plan.adapter)}
+    return provenance_of("compress", options=options, inputs={**inputs, **job.base})
 
 
 @dataclass(frozen=True)
@@ -179,21 +189,19 @@ class _Made:
 
 
 def _open(
-    adapters: str | Path | Sequence[str | Path],
+    texts: Sequence[str],
+    base: str | Path | None,
     output: str | Path,
     read: ReadOptions,
     access: Access,
     force: bool,
 ) -> list[_Job]:
     """Open every input and check every output before any work is done."""
-    texts = [adapters] if isinstance(adapters, (str, Path)) else list(adapters)
-    if not texts:
-        raise UsageError("LT-221", "no adapter given")
-    found = [open_one(str(text), read=read, access=access) for text in texts]
+    found = [open_one(text, read=read, access=access) for text in texts]
     targets = place_outputs([name_of(one) for one, _ in found], output)
     jobs: list[_Job] = []
     for (resolved, adapter), target in zip(found, targets, strict=True):
-        guard_output(target, [one.named for one, _ in found])
+        guard_output(target, [base, *(one.named for one, _ in found)])
         if target == Path(output) or target.parent.exists():
             check_output(target, is_folder=True, force=force)
         jobs.append(_Job(resolved, plan_compress(adapter), target))

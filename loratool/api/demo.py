@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import ClassVar
 
-from loratool.errors import OutputError
 from loratool.report import Report
 
 
@@ -34,12 +34,17 @@ def demo(folder: str | Path) -> DemoReport:
         OutputError: the folder holds something.
     """
     from loratool.delta.toy import write_toy
+    from loratool.store.writer import StagedOutput, check_output
 
     path = Path(folder)
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise OutputError("LT-507", "the demo folder is not empty", file=path)
-    path.mkdir(exist_ok=True)
-    write_toy(path)
+    check_output(path, is_folder=True, force=False)
+    with TemporaryDirectory(prefix="loratool-demo-") as made:
+        write_toy(Path(made))
+        with StagedOutput(path, is_folder=True, plan_id="demo") as output:
+            for file in sorted(Path(made).rglob("*")):
+                if file.is_file():
+                    output.copy_file(file.relative_to(made).as_posix(), file)
+            output.commit({})
 
     def at(name: str) -> str:
         return str(path / name)

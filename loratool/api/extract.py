@@ -117,7 +117,7 @@ def extract(
     rules, target = file_rules(max_header, allow_pickle), Path(output)
     access = Access(offline, yes, rules, in_place=dry_run)
     if not dry_run:  # before a long download, not after it
-        guard_output(target, [p for p in map(Path, (tuned, base)) if p.exists()])
+        guard_output(target, [tuned, base])
         check_output(target, is_folder=True, force=force)
     if target.suffix in (".safetensors", ".gguf", ".bin", ".pt"):  # "qwen2.5-lora" is a folder
         raise UsageError(
@@ -161,31 +161,37 @@ def extract(
         label = content_label(opened.resolved, inputs)
         inputs[label] = {"role": role, "files": checkpoint_id(opened.checkpoint)}
     record = provenance_of("extract", options=options, inputs=inputs)
-    if save_residual is not None:
-        _check_residual_path(Path(save_residual), target, force)
-        inputs_at = [tuned_opened.resolved.path, base_opened.resolved.path]
-        guard_output(Path(save_residual), inputs_at)
     plan = replace(
         plan, plan=replace(plan.plan, options=record["options"], inputs=record["inputs"])
     )
+    identity = run_id(plan.plan, resources.device)
+    if save_residual is not None:
+        inputs_at = [tuned_opened.resolved.path, base_opened.resolved.path]
+        replaces = _check_residual_path(Path(save_residual), target, identity, force)
+        guard_output(Path(save_residual), inputs_at)
     stamps = take_stamps(plan.plan.refs())
+    residual = None
+    from loratool.engine.factor_journal import drop_factors
+
     with StagedOutput(
-        target, is_folder=True, plan_id=run_id(plan.plan, resources.device), force=force,
+        target, is_folder=True, plan_id=identity, force=force,
         restart=restart, inputs=stamps,
     ) as staged:  # fmt: skip
         results = _run(plan, resources, staged, stamps)
         outcomes, files = _assemble(plan, results, keep, base_opened, limit)
-        run_notes = tuple(staged.notes)
-        written = fill_adapter(staged, files, record=record if provenance else {})
-    residual = None
-    if save_residual is not None:
-        from loratool.api.residual import save_residual as save
+        written = fill_adapter(staged, files)
+        if save_residual is not None:  # so that no output ever lacks its residual file
+            from loratool.api.residual import save_residual as save
 
-        residual = save(
-            Path(save_residual), adapter=target, base=base_opened.resolved.pinned or base,
-            tuned=tuned_opened, access=access, threads=threads, max_memory=max_memory,
-            force=force, provenance=provenance, progress=progress,
-        )  # fmt: skip
+            residual = save(
+                Path(save_residual), adapter=staged.staging, identity=identity,
+                base=base_opened.resolved.pinned or base, tuned=tuned_opened, access=access,
+                threads=threads, max_memory=max_memory, force=replaces, provenance=provenance,
+                progress=progress,
+            )  # fmt: skip
+        drop_factors(staged)
+        staged.commit(record if provenance else {})
+    run_notes = tuple(staged.notes)
     plan = replace(plan, notes=(*run_notes, *plan.notes))
     return written_report(
         plan, outcomes, open_adapter(target), tuned_opened, base_opened, target, asked,
@@ -193,14 +199,20 @@ def extract(
     )  # fmt: skip
 
 
-def _check_residual_path(path: Path, target: Path, force: bool) -> None:
-    """Refuse before the work what would be refused after it."""
+def _check_residual_path(path: Path, target: Path, identity: str, force: bool) -> bool:
+    """Refuse before the work what would be refused after it; True if a file may be replaced."""
+    from loratool.store.marker import read_marker
+
     if path.suffix != ".safetensors" or target in (path, *path.parents):
         raise UsageError(
             "LT-235", "a residual is a .safetensors file outside of the adapter",
             got=str(path), hint="--save-residual residual.safetensors",
         )  # fmt: skip
-    check_output(path, is_folder=False, force=force)
+    # A residual of this very extraction is what an interrupted run left: it is made again.
+    made = read_marker(path)
+    replaces = force or (made is not None and made.plan == identity)
+    check_output(path, is_folder=False, force=replaces)
+    return replaces
 
 
 def _run(
@@ -229,7 +241,6 @@ def _run(
     for number, result in zip(todo, results, strict=True):
         each = result if isinstance(result, list) else [result]
         found |= dict(zip(positions[number], each, strict=True))
-    journal.clear()
     return [found[i] for i in range(len(plan.plan.steps))]
 
 

@@ -162,9 +162,10 @@ def merge(
         )  # fmt: skip
     how = combination_args(method, params, rank=rank, exact=exact)
     rules = read_module_weights(Path(module_weights), len(adapters)) if module_weights else ()
+    others = [residual, module_weights, *(operation.inputs if operation else ())]
     if not dry_run:  # before a long download, not after it
         target = Path(output)
-        guard_output(target, [p for p in map(Path, (*adapters, base)) if p.exists()])
+        guard_output(target, (*adapters, base, *others))
         check_output(target, is_folder=target.suffix != ".safetensors", force=force)
     names = NameOptions(
         BindOptions(
@@ -211,6 +212,7 @@ def merge(
     undo, before_commit, peak = None, None, resources.memory.peak_bytes
     if save_undo is not None:
         identity = run_id(job.merge.plan, resources.device)
+        guard_output(Path(save_undo), others)
         undo = plan_undo(job, Path(save_undo), identity, dtype=dtype, force=force)
         patching = resources_for(undo.plan)
         before_commit = partial(write_undo, job, undo, patching)
@@ -259,10 +261,13 @@ def _write(
     plan = job.merge.plan
     is_folder = job.base.checkpoint.is_folder
     stamps = take_stamps(plan.refs())
+    indices = index_files(plan, job.checkpoint) if is_folder else {}
+    names = [*(s.name for s in plan.shards), *(s.name for s in job.sidecars), *indices]
     output = StagedOutput(
         job.output,
         is_folder=is_folder,
         plan_id=run_id(plan, resources.device),
+        names=[*names, MARKER] if is_folder else names,
         force=force,
         restart=restart,
         inputs=stamps,
@@ -277,11 +282,10 @@ def _write(
         if is_folder:
             for sidecar in job.sidecars:
                 output.write_file(sidecar.name, sidecar.read())
-            record = {**job.record, "device": resources.device.partition(":")[0]}
-            output.write_file(MARKER, dump_json(record if job.record else {"loratool": True}))
-            for name, index in index_files(plan, job.checkpoint).items():
+            for name, index in indices.items():
                 output.write_file(name, dump_json(index))
-        output.commit()
+        record = {**job.record, "device": resources.device.partition(":")[0]}
+        output.commit(record if job.record else {})
     return results, output.notes
 
 

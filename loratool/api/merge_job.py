@@ -54,6 +54,7 @@ class Operation:
         check: called with the bound adapters before anything is planned; refuses what cannot
             be taken out, and may leave out what need not be.
         replan: called with the finished job; may turn its plan into another one.
+        inputs: files that it reads beside adapters and base.
     """
 
     name: str = "merge"
@@ -61,6 +62,7 @@ class Operation:
     report: type[MergeReport] = MergeReport
     check: Callable[[tuple[WeightedAdapter, ...]], tuple[WeightedAdapter, ...]] | None = None
     replan: Callable[[MergeJob], MergeJob] | None = None
+    inputs: tuple[str | Path, ...] = ()
 
 
 @dataclass(frozen=True)

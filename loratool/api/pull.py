@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from loratool.errors import OutputError, UsageError
+from loratool.errors import OutputError, UsageError, list_some
 from loratool.report.pull import PulledAdapter, PulledFile, PullReport
 
 if TYPE_CHECKING:
@@ -49,13 +51,14 @@ def pull(
     from loratool.store.hub_files import all_adapters, nothing_there, other_adapters
     from loratool.store.hub_listing import list_cached
     from loratool.store.output_path import check_free, check_place
+    from loratool.store.series import may_be_made
     from loratool.store.source import parse_reference
 
     reference = parse_reference(repo)
     sub, prefix = reference.sub, f"{reference.sub}/" if reference.sub else ""
     if output is not None and not dry_run:
         check_place(Path(output))
-        if not force:
+        if not force and not may_be_made(Path(output)):
             check_free(Path(output), is_folder=True, force=False)
     find = list_cached if hub.is_offline(offline) else find_commit
     listing = find(reference.repo_id, reference.revision)
@@ -126,28 +129,40 @@ def _write(
     yes: bool,
 ) -> bool:
     """Fetch files into a folder under their local names; True if it held exactly these."""
-    from loratool.store.hub_copy import holds_exactly, is_copy
-    from loratool.store.output_path import is_own_output
+    from loratool.store.hub_copy import holds_exactly, prove_copy
+    from loratool.store.marker import Proof, prove
+    from loratool.store.series import may_be_made
     from loratool.store.writer import StagedOutput
 
-    def is_own(path: Path) -> bool:
-        return is_own_output(path) or is_copy(path, listing.repo_id, top)
+    def prove_either(path: Path) -> Proof:
+        by_marker = prove(path)
+        return prove_copy(path, listing.repo_id, top) if by_marker.strangers else by_marker
 
-    if force and folder.exists():
+    if (force or may_be_made(folder)) and folder.exists():
         if holds_exactly(folder, {n: f.digest for n, f in zip(local, wanted, strict=True)}):
             return True
-        if not is_own(folder):
+        strangers = prove_either(folder).strangers if force else ()
+        if strangers:
             raise OutputError(
                 "LT-521", "--force replaces an earlier output or an unchanged copy of the "
-                "repository, and this is neither", file=folder,
+                "repository, and this is neither", file=folder, got=list_some(strangers),
                 hint="choose another -o, or remove it yourself",
             )  # fmt: skip
     paths = _fetch(listing, wanted, yes=yes)
-    with StagedOutput(folder, is_folder=True, plan_id=None, force=force, is_own=is_own) as staged:
+    with StagedOutput(
+        folder, is_folder=True, plan_id=_identity(listing, local), names=local, force=force,
+        prove=prove_either,
+    ) as staged:  # fmt: skip
         for name, path in zip(local, paths, strict=True):
             staged.copy_file(name, path)
         staged.commit()
     return False
+
+
+def _identity(listing: Listing, names: Sequence[str]) -> str:
+    """What tells this pull from others."""
+    text = json.dumps([listing.repo_id, listing.commit, list(names)])
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _base_of(config: Path | None) -> str | None:

@@ -15,7 +15,7 @@ from loratool.dialects import open_adapter, write_adapter_files
 from loratool.errors import UsageError
 from loratool.ops.adapter_summary import dtype_word
 from loratool.ops.additive import factor_dtype, require_additive
-from loratool.ops.batch import is_batch, name_of, place_outputs
+from loratool.ops.batch import is_batch, many_outputs, name_of, place_outputs
 from loratool.ops.inputs import Access, OpenedBase, guard_output, open_base, open_one
 from loratool.ops.loads import judge_loads
 from loratool.ops.rescale import RescalePlan, parse_only, plan_rescale
@@ -98,7 +98,7 @@ def rescale(
     found = [open_one(text, read=read, access=access) for text in adapters]
     targets = place_outputs([name_of(resolved) for resolved, _ in found], output)
     for target in targets:
-        guard_output(target, [resolved.named for resolved, _ in found])
+        guard_output(target, [base, *(resolved.named for resolved, _ in found)])
     weak = _check_intruders(factor, intruders, base, bool(only or blocks or wanted))
     opened_base = None if base is None or weak is None else open_base(str(base), [], access)
     jobs = [
@@ -108,10 +108,6 @@ def rescale(
     if dry_run:
         rows = [_row(job, None, wanted, 0, None) for job in jobs]
     else:
-        if is_batch(output) or len(jobs) > 1:
-            Path(output).mkdir(exist_ok=True)
-        for job in jobs:
-            check_output(job.target, is_folder=True, force=force)
         options = option_values(
             factor=factor, only=list(only), blocks=blocks, dtype=dtype, intruders=intruders
         )
@@ -120,7 +116,13 @@ def rescale(
             from loratool.engine.device import resolve_device
 
             options["device"] = resolve_device("auto", is_arithmetic=True)[0].type
-        rows = [_run(job, wanted, options if provenance else None, force, treated) for job in jobs]
+        with many_outputs(output, len(jobs)):
+            if is_batch(output) or len(jobs) > 1:
+                Path(output).mkdir(exist_ok=True)
+            for job in jobs:
+                check_output(job.target, is_folder=True, force=force)
+            said = options if provenance else None
+            rows = [_run(job, wanted, said, force, treated) for job in jobs]
     return RescaleReport(str(output), factor, tuple(rows), time.monotonic() - started, dry_run)
 
 

@@ -26,6 +26,7 @@ def save_residual(
     path: Path,
     *,
     adapter: Path,
+    identity: str,
     base: str | Path,
     tuned: OpenedBase,
     access: Access,
@@ -35,13 +36,14 @@ def save_residual(
     provenance: bool,
     progress: Progress | None,
 ) -> SavedResidual:
-    """Write the residual file of a finished extraction.
+    """Write the residual file of an extraction whose adapter is complete but not yet in place.
 
     Always on the CPU, whose block grid the patches lie on: the same bytes everywhere.
 
     Args:
         path: file to create.
         adapter: the extracted adapter.
+        identity: of the extraction's run.
         base: as typed.
         tuned: the fine-tune.
         access: network rules.
@@ -83,12 +85,12 @@ def save_residual(
             plan, {r.name: r for r in results}, adapter=adapter_id(open_adapter(adapter)),
             bind=bind, config=config_of(tuned.checkpoint, checkpoint),
         )  # fmt: skip
-        record: dict[str, Any] = {"operation": "residual"}
+        record: dict[str, Any] = {"operation": "residual", "plan": identity}
         if provenance:
             inputs = {
                 "tuned": checkpoint_id(tuned.checkpoint), "base": checkpoint_id(checkpoint),
             }  # fmt: skip
-            record = provenance_of("residual", options={}, inputs=inputs)
+            record |= provenance_of("residual", options={}, inputs=inputs)
         size = writer.write(table, record)
         output.commit()
     new = {s.output.name for s in plan.steps if s.args["from"] == "nothing"}

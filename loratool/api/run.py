@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import FunctionType
 
-from loratool.errors import DifferencesError, LoratoolError
+from loratool.errors import AlreadyMadeError, DifferencesError, LoratoolError
+from loratool.ops.inputs import guard_output
 from loratool.ops.recipe import RecipeStep, read_recipe, takes
 from loratool.report import Report
 from loratool.report.run import RunReport, StepReport
+from loratool.store.series import series
 
 _NO_STEPS = {"demo", "open", "run"}
 
@@ -51,20 +53,36 @@ def run(
     steps = read_recipe(path, commands)
     done: list[StepReport] = []
     say = on_step or (lambda step, report: None)
-    with contextlib.chdir(path.absolute().parent):
+    real = path.resolve()
+    with contextlib.chdir(path.absolute().parent), _series(steps, dry_run):
+        for place in (place for step in steps for place in step.outputs):
+            guard_output(Path(place), [real])
         for step in steps:
             say(step, None)
             waits = step.needs(steps[: step.number - 1]) if dry_run else ()
             begun = time.monotonic()
             common = {"dry_run": dry_run, "offline": offline, "yes": yes}
-            report = None if waits else _call(step, len(steps), commands[step.command], common)
+            report, was_made = None, False
+            try:
+                report = None if waits else _call(step, len(steps), commands[step.command], common)
+            except AlreadyMadeError:
+                was_made = True
             one = StepReport(
                 step.number, step.command, step.line, step.output, report, waits,
-                time.monotonic() - begun,
+                time.monotonic() - begun, was_made,
             )  # fmt: skip
             done.append(one)
             say(step, one)
     return RunReport(str(path), tuple(done), time.monotonic() - started, dry_run)
+
+
+def _series(steps: Sequence[RecipeStep], dry_run: bool) -> contextlib.AbstractContextManager[None]:
+    """Where notes for a rerun are kept: beside the first output."""
+    outputs = [step.output for step in steps if step.output]
+    if dry_run or not outputs:
+        return contextlib.nullcontext()
+    first = Path(outputs[0])
+    return series(first.with_name(f"{first.name}.loratool-run"))
 
 
 def step_commands() -> dict[str, FunctionType]:

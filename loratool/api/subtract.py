@@ -69,7 +69,8 @@ def subtract(
 
     check = require_reversible if opened is None else without_replacements
     signs = (-1,) * len(adapters)
-    operation = Operation("subtract", signs, SubtractReport, check, replan)
+    inputs = () if undo is None else (undo,)
+    operation = Operation("subtract", signs, SubtractReport, check, replan, inputs)
     report = merge(adapters, base=merged, output=output, operation=operation, **options)
     assert isinstance(report, SubtractReport)
     return report

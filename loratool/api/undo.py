@@ -13,7 +13,7 @@ from loratool.errors import MismatchError, UsageError
 from loratool.ops.inputs import guard_output
 from loratool.ops.undo import check_adapters, plan_patches, plan_restore, undo_table
 from loratool.plan import Plan
-from loratool.store.patch_file import PatchFile, plan_of
+from loratool.store.patch_file import PatchFile
 from loratool.store.provenance import file_id
 from loratool.store.sidecar import REMOVE, plan_sidecars
 
@@ -54,6 +54,7 @@ def plan_undo(job: MergeJob, path: Path, identity: str, *, dtype: str, force: bo
         OutputError: the place is taken or lies in an input.
         DiskError: the folder is missing or not writable.
     """
+    from loratool.store.marker import read_marker
     from loratool.store.output_path import check_output
 
     if path.suffix != ".safetensors":
@@ -71,7 +72,8 @@ def plan_undo(job: MergeJob, path: Path, identity: str, *, dtype: str, force: bo
     sources = [job.base.resolved.path, *(a.resolved.path for a in job.adapters), job.output]
     guard_output(path, sources)
     # An undo file of this very merge is what an interrupted run left: it is made again.
-    replaces = force or plan_of(path) == identity
+    made = read_marker(path)
+    replaces = force or (made is not None and made.plan == identity)
     check_output(path, is_folder=False, force=replaces)
     outputs = [s.output for s in job.merge.plan.steps]
     places = {i: TensorRef(Path(o.name), o.name, o.dtype, o.shape, 0, o.nbytes)

@@ -64,6 +64,8 @@ def _step(step: StepReport, dry_run: bool, voice: Voice) -> Iterator[str]:
         after = " and ".join(map(str, step.waits_for))
         word = "step" if len(step.waits_for) == 1 else "steps"
         facts.append(f"options checked; the rest is planned after {word} {after}")
+    if step.was_made:
+        facts.append("made by the interrupted run")
     facts += list(_figures(step))
     facts.append("" if dry_run else format_seconds(step.seconds))
     yield line(f"{step.number}  {step.command}", *facts, tone=None if dry_run else "good")

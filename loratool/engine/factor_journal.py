@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import shutil
 import threading
 from collections.abc import Sequence
 from typing import Any
@@ -56,13 +55,14 @@ class FactorJournal:
             start += size
         return results
 
-    def clear(self) -> None:
-        """Remove the kept factors: the adapter is complete."""
-        shutil.rmtree(self._output.staging / _FOLDER, ignore_errors=True)
-
     @staticmethod
     def _file_of(tensor: str) -> str:
         return f"{_FOLDER}/{hashlib.sha256(tensor.encode()).hexdigest()[:32]}"
+
+
+def drop_factors(output: StagedOutput) -> None:
+    """Remove the kept factors: the adapter is complete."""
+    output.drop(n for n in list(output.finished) if n.startswith(f"{_FOLDER}/"))
 
 
 def _to_json(result: DifferenceResult) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from loratool.adapter import TensorRef
 from loratool.plan import Plan, Step
 from loratool.store.disk import refusals_as
 from loratool.store.header import build_header
+from loratool.store.marker import Content, content_of, file_metadata
 from loratool.store.shard_writer import PAGE, ShardWriter, clone_file
 from loratool.store.writer import StagedOutput
 
@@ -35,15 +36,22 @@ class CheckpointSink:
 
     def _layout(self, index: int) -> tuple[bytes, dict[str, int], int]:
         shard = self._plan.shards[index]
-        header, starts = build_header(
-            [(t.name, t.dtype, t.shape) for t in shard.tensors], shard.metadata, align=PAGE
-        )
+        header, starts = self._header(index, content_of(sum(t.nbytes for t in shard.tensors), 0))
         if shard.header is not None:
             shift = len(shard.header) - len(header)
             header, starts = shard.header, tuple(s + shift for s in starts)
         offsets = dict(zip((t.name for t in shard.tensors), starts, strict=True))
         size = len(header) + sum(t.nbytes for t in shard.tensors)
         return header, offsets, size
+
+    def _header(self, index: int, data: Content) -> tuple[bytes, tuple[int, ...]]:
+        """Header and starts of a shard; the only file of an output says what it holds."""
+        shard = self._plan.shards[index]
+        metadata = shard.metadata
+        if not self._output.is_folder:
+            metadata = file_metadata(metadata or {}, data, self._output.plan_id)
+        tensors = [(t.name, t.dtype, t.shape) for t in shard.tensors]
+        return build_header(tensors, metadata, align=PAGE)
 
     def finished_results(self, shard: int) -> list[Any] | None:
         """Results of a shard that an earlier run completed, None if it is still to do."""
@@ -102,6 +110,8 @@ class CheckpointSink:
             if self._left[step.shard]:
                 return
         writer = self._writer(step.shard)  # also creates a shard without any bytes
+        if not self._output.is_folder:
+            writer.rewrite_header(self._header(step.shard, content_of(*writer.data_sum()))[0])
         writer.finish()
         with self._lock:
             del self._writers[step.shard]

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from loratool.errors import UsageError, list_some
+from loratool.store.output_path import check_place
+from loratool.store.series import series
 from loratool.store.source import Resolved
 
 _FILES = (".safetensors", ".gguf", ".bin", ".pt", ".json")
@@ -51,6 +54,23 @@ def place_outputs(names: Sequence[str], output: str | Path) -> list[Path]:
             hint="take them one by one",
         )  # fmt: skip
     return [target / name for name in names]
+
+
+@contextmanager
+def many_outputs(output: str | Path, count: int) -> Iterator[None]:
+    """The block that makes the outputs of ``count`` inputs; a killed one goes on.
+
+    Args:
+        output: as typed.
+        count: of inputs.
+    """
+    if count == 1 and not is_batch(output):
+        yield
+        return
+    folder = Path(output)
+    check_place(folder)
+    with series(folder / ".loratool-series"):
+        yield
 
 
 def is_batch(output: str | Path) -> bool:

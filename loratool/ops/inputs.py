@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+import stat
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -12,7 +13,8 @@ from loratool.dialects import open_adapter, unmergeable_reason
 from loratool.errors import MismatchError, OutputError, UsageError
 from loratool.ops.weights import Rule, Weight, weigh
 from loratool.store.checkpoint import Checkpoint, open_checkpoint
-from loratool.store.output_path import old_path, staging_path
+from loratool.store.output_path import check_name
+from loratool.store.places import old_path, staging_path
 from loratool.store.rules import FileRules
 from loratool.store.source import (
     AdapterArgument,
@@ -158,22 +160,41 @@ def open_base(text: str, adapters: Sequence[OpenedAdapter], access: Access) -> O
     return OpenedBase(checkpoint, resolved)
 
 
-def guard_output(output: Path, inputs: Sequence[Path]) -> None:
+def guard_output(output: Path, inputs: Iterable[str | Path | None]) -> None:
     """Refuse an output that is, holds, or lies in an input, or whose staging folder does.
 
+    Links and hard links are seen through: what is to be replaced must share no file with an input.
+
+    Args:
+        output: the place.
+        inputs: files and folders that are read, of any kind, and texts that may name some.
+
     Raises:
-        OutputError: it would overwrite what is being read.
+        OutputError: it would overwrite what is being read, or can be no output at all.
     """
+    check_name(output)
+    places = (output, staging_path(output), old_path(output))
+    real = [Path(os.path.realpath(place)) for place in places]
+    taken = {identity for place in places for identity in _identities(place)}
     for path in inputs:
+        if path is None or (isinstance(path, str) and not os.path.lexists(path)):
+            continue  # such as a reference to the Hub
         source = Path(os.path.realpath(path))
-        for place in (output, staging_path(output), old_path(output)):
-            real = Path(os.path.realpath(place))
-            same = place.exists() and source.exists() and place.samefile(source)
-            if same or real == source or source in real.parents or real in source.parents:
-                raise OutputError(
-                    "LT-506",
-                    "the output would overwrite an input",
-                    file=output,
-                    got=f"input {path}",
-                    hint="choose another -o",
-                )
+        nested = any(p == source or source in p.parents or p in source.parents for p in real)
+        if nested or (taken and not taken.isdisjoint(_identities(source))):
+            raise OutputError(
+                "LT-506", "the output would overwrite an input", file=output,
+                got=f"input {path}", hint="choose another -o",
+            )  # fmt: skip
+
+
+def _identities(place: Path) -> Iterator[tuple[int, int]]:
+    """(device, inode) of every file of a place, through links to files."""
+    files = [Path(folder, n) for folder, _, names in os.walk(place) for n in names] or [place]
+    for path in files:
+        try:
+            found = path.stat()
+        except OSError:  # a broken link
+            continue
+        if stat.S_ISREG(found.st_mode):
+            yield found.st_dev, found.st_ino

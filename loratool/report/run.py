@@ -20,6 +20,7 @@ class StepReport:
         report: its own report; None if it was not planned because an input is still missing.
         waits_for: with ``dry_run``, steps whose output it reads.
         seconds: wall time.
+        was_made: an interrupted run of the recipe had made its output; nothing ran.
     """
 
     number: int
@@ -29,6 +30,7 @@ class StepReport:
     report: Report | None
     waits_for: tuple[int, ...] = ()
     seconds: float = 0.0
+    was_made: bool = False
 
 
 @dataclass(frozen=True)

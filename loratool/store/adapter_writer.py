@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from loratool.adapter import AdapterFiles, TensorData
+from loratool import __version__
+from loratool.adapter import AdapterFiles, TensorData, TensorRef
+from loratool.errors import AlreadyMadeError
+from loratool.plan import plain
 from loratool.store.disk import check_space
-from loratool.store.foreign import open_regular
 from loratool.store.header import build_header
 from loratool.store.jsonfile import dump_json
-from loratool.store.reader import FileReader
+from loratool.store.reader import FileReader, stamp_of
 from loratool.store.shard_writer import ShardWriter
 from loratool.store.stamps import take_stamps
 from loratool.store.writer import MARKER, StagedOutput
@@ -37,12 +41,39 @@ def write_adapter(
     Returns:
         Size of the tensor file in bytes.
     """
-    with stage_adapter(target, force=force) as output:
-        for extra in extras:
-            for path in sorted(extra.rglob("*")) if extra.is_dir() else [extra]:
-                if path.is_file():
-                    output.write_file(path.relative_to(extra.parent).as_posix(), read_whole(path))
-        return fill_adapter(output, files, record=record)
+    stamps = take_stamps(s for _, s in files.tensors if isinstance(s, TensorRef))
+    others = dict(_extra_files(extras))
+    stamps |= {path: stamp for path in others.values() if (stamp := stamp_of(path))}
+    try:
+        with StagedOutput(
+            target, is_folder=True, plan_id=_identity(files, record), force=force, inputs=stamps,
+            names=[*others, *adapter_names(files)],
+        ) as output:  # fmt: skip
+            for name, path in others.items():
+                output.copy_file(name, path)
+            size = fill_adapter(output, files)
+            output.commit(record)
+            return size
+    except AlreadyMadeError:
+        return file_bytes(files)
+
+
+def adapter_names(files: AdapterFiles) -> list[str]:
+    """Names of the files that an adapter becomes."""
+    return [files.tensor_file, *files.json_files, MARKER]
+
+
+def _identity(files: AdapterFiles, record: Mapping[str, Any]) -> str:
+    """What tells an adapter to be written from others, with the stamps of its inputs."""
+    text = json.dumps([plain(files), dict(record), __version__], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _extra_files(extras: Iterable[Path]) -> Iterator[tuple[str, Path]]:
+    for extra in extras:
+        for path in sorted(extra.rglob("*")) if extra.is_dir() else [extra]:
+            if path.is_file():
+                yield path.relative_to(extra.parent).as_posix(), path
 
 
 def file_bytes(files: AdapterFiles) -> int:
@@ -51,24 +82,8 @@ def file_bytes(files: AdapterFiles) -> int:
     return len(header) + sum(s.nbytes for _, s in files.tensors)
 
 
-def read_whole(path: Path) -> bytes:
-    """The bytes of a small regular file."""
-    with open_regular(path) as file:
-        return file.read()
-
-
-def stage_adapter(target: Path, *, force: bool = False) -> StagedOutput:
-    """Claim the place of an adapter before the long work on it.
-
-    Raises:
-        OutputError: the place is taken, or an interrupted run of another command holds it.
-        DiskError: it cannot be written to.
-    """
-    return StagedOutput(target, is_folder=True, plan_id=None, force=force)
-
-
-def fill_adapter(output: StagedOutput, files: AdapterFiles, *, record: Mapping[str, Any]) -> int:
-    """Write the files of an adapter and make them appear; arguments as in `write_adapter`."""
+def fill_adapter(output: StagedOutput, files: AdapterFiles) -> int:
+    """Write the files of an adapter; returns the size of the tensor file in bytes."""
     header, starts = build_header(
         [(name, s.dtype, s.shape) for name, s in files.tensors], files.metadata
     )
@@ -88,10 +103,8 @@ def fill_adapter(output: StagedOutput, files: AdapterFiles, *, record: Mapping[s
             writer.finish()
         finally:
             writer.close()
-        output.place(files.tensor_file)
+        output.place(files.tensor_file, writer.pieces())
         for name, value in files.json_files.items():
             output.write_file(name, dump_json(value))
-        output.write_file(MARKER, dump_json(dict(record) or {"loratool": True}))
         reader.check_unchanged()
-    output.commit()
     return size

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TypeVar
 
 _READ_BYTES = 4 << 20
+_CHECKERS = 4  # one thread's crc32 is no faster than the disk
+_POLYNOMIAL = 0xEDB88320  # of crc32, bits reversed
+
+T = TypeVar("T")
 
 Piece = tuple[int, int, int]
 """(offset, length, crc32)"""
@@ -24,15 +31,67 @@ class PieceSums:
         if data:
             self._pieces.append((offset, len(data), zlib.crc32(data)))
 
+    def drop_first(self) -> None:
+        """Forget the piece at the beginning of the file: it will be written again."""
+        self._pieces.remove(min(self._pieces))
+
     def pieces(self) -> list[Piece]:
         """All of them, in file order."""
         return sorted(self._pieces)
 
 
 def sum_file(path: Path) -> list[Piece]:
-    """The sum of a finished small file, as one piece."""
-    data = path.read_bytes()
-    return [(0, len(data), zlib.crc32(data))] if data else []
+    """The sums of a finished file, read back in pieces."""
+    sums, at = PieceSums(), 0
+    with path.open("rb", buffering=0) as file:
+        while data := file.read(_READ_BYTES):
+            sums.add(at, memoryview(data))
+            at += len(data)
+    return sums.pieces()
+
+
+def sum_whole(pieces: Iterable[Piece]) -> tuple[int, int]:
+    """(size, crc32) of a whole file from the sums of its pieces, in file order."""
+    size = crc = 0
+    for _offset, length, part in pieces:
+        crc = _times(_shift(length), crc) ^ part
+        size += length
+    return size, crc
+
+
+@functools.lru_cache(maxsize=4096)
+def _shift(length: int) -> int:
+    """X to the power of 8·length modulo the polynomial: what so many bytes do to a crc before."""
+    power, factor = 1 << 30, 1 << 31  # x, 1
+    bits = 8 * length
+    while bits:
+        if bits & 1:
+            factor = _times(power, factor)
+        power = _times(power, power)
+        bits >>= 1
+    return factor
+
+
+def _times(one: int, other: int) -> int:
+    """Product of two polynomials over GF(2) modulo that of crc32; bit 31 is the constant term."""
+    product = 0
+    for _ in range(32):
+        if one & 0x80000000:
+            product ^= other
+        one = one << 1 & 0xFFFFFFFF
+        other = other >> 1 ^ (_POLYNOMIAL if other & 1 else 0)
+    return product
+
+
+def check_all(items: Sequence[T], is_good: Callable[[T, threading.Event], bool]) -> list[bool]:
+    """``is_good`` of every item, several at a time; its event is set when nobody waits any more."""
+    stop = threading.Event()
+    with ThreadPoolExecutor(_CHECKERS) as pool:
+        try:
+            return list(pool.map(lambda item: is_good(item, stop), items))
+        finally:
+            stop.set()  # after Ctrl-C nobody waits for the rest
+            pool.shutdown(cancel_futures=True)
 
 
 def is_intact(path: Path, size: int, pieces: Sequence[Piece], stop: threading.Event) -> bool:

@@ -7,6 +7,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from loratool.store.hub_download import repo_folder
+from loratool.store.marker import Proof
+from loratool.store.reader import Stamp, stamp_of
 
 
 def holds_exactly(folder: Path, digests: Mapping[str, str]) -> bool:
@@ -25,19 +27,25 @@ def holds_exactly(folder: Path, digests: Mapping[str, str]) -> bool:
     )
 
 
-def is_copy(folder: Path, repo_id: str, sub: str) -> bool:
-    """True if the Hub's cache holds all that a folder holds: replacing it loses nothing.
+def prove_copy(folder: Path, repo_id: str, sub: str) -> Proof:
+    """Tell what of a folder the Hub's cache holds too: replacing that loses nothing.
 
     Args:
         folder: on this machine.
         repo_id: the repository whose copy it may be, at whatever commits.
         sub: folder of the repository, "" for its root.
     """
-    return folder.is_dir() and all(
-        path is not None
-        and any(filecmp.cmp(path, twin, shallow=False) for twin in _cached(repo_id, sub, name))
-        for name, path in _files(folder).items()
-    )
+    stamps: dict[str, Stamp] = {}
+    strangers = [] if folder.is_dir() else [folder.name]
+    for name, path in (_files(folder) if folder.is_dir() else {}).items():
+        stamp = None if path is None else stamp_of(path)
+        if path is None or stamp is None or not any(
+            filecmp.cmp(path, twin, shallow=False) for twin in _cached(repo_id, sub, name)
+        ):  # fmt: skip
+            strangers.append(name)
+        else:
+            stamps[name] = stamp
+    return Proof(stamps, strangers)
 
 
 def _files(folder: Path) -> dict[str, Path | None]:

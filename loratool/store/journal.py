@@ -1,7 +1,9 @@
-"""What an interrupted run has finished: one JSON object a line, each on the disk before the next.
+"""What an interrupted run has begun and finished: one JSON object a line.
 
-The first line names the plan and the inputs as they were; every other line names a file of the
-output that is complete, its size and the checksums of its pieces.
+The first line names the plan and the inputs as they were.  A line with ``names`` says which files
+the run is about to make: nothing else in the folder is its own.  A line with ``file`` names one
+that is complete, its size and the checksums of its pieces, and is on the disk before the next.
+Every line begins with its own crc32: one that is torn or damaged does not count.
 """
 
 from __future__ import annotations
@@ -9,18 +11,61 @@ from __future__ import annotations
 import json
 import os
 import threading
-from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import zlib
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple, NoReturn, TypedDict, TypeVar
 
-from loratool.store.checksum import is_intact
+from loratool.shapes import checked
+from loratool.store.checksum import check_all, is_intact
 from loratool.store.disk import sync_folder, write_synced
 
+T = TypeVar("T")
+
 NAME = ".journal"
+TEMPORARY = f"{NAME}.tmp"
 Line = Mapping[str, Any]
 
-_CHECKERS = 4  # one thread's crc32 is no faster than the disk
+
+class Head(TypedDict):
+    """The first line."""
+
+    loratool: str
+    plan: str | None
+    inputs: dict[str, list[int]]
+
+
+class Names(TypedDict):
+    """Files that are about to be made."""
+
+    names: list[str]
+
+
+class Finished(TypedDict):
+    """A complete file."""
+
+    file: str
+    size: int
+    crc32: list[tuple[int, int, int]]
+    results: Any
+
+
+class Earlier(NamedTuple):
+    """What the journal of an earlier run says.
+
+    Attributes:
+        exists: there is one: what it names in its folder is loratool's.
+        plan: identity of what that run makes; None if it cannot be gone on with.
+        inputs: the stamps of its inputs.
+        names: every file that it has made or was about to make.
+        finished: file -> line of those that are complete.
+    """
+
+    exists: bool
+    plan: str | None
+    inputs: Mapping[str, list[int]]
+    names: frozenset[str]
+    finished: Mapping[str, Finished]
 
 
 class Journal:
@@ -28,14 +73,14 @@ class Journal:
 
     Args:
         folder: the staging folder.
-        lines: what it starts with: the head, then the files that are complete already.
+        lines: what it starts with: the head, then names and the files that are complete already.
     """
 
     def __init__(self, folder: Path, lines: Iterable[Line]) -> None:
         self._lock = threading.Lock()
-        path, new = folder / NAME, folder / f"{NAME}.tmp"
+        path, new = folder / NAME, folder / TEMPORARY
         new.unlink(missing_ok=True)
-        write_synced(new, b"".join(_encode(line) for line in lines))
+        write_synced(new, b"".join(encode(line) for line in lines))
         new.replace(path)
         sync_folder(folder)
         self._file: BinaryIO = path.open("ab", buffering=0)
@@ -43,7 +88,7 @@ class Journal:
     def append(self, line: Line) -> None:
         """Add a line and wait until it is on the disk."""
         with self._lock:
-            self._file.write(_encode(line))
+            self._file.write(encode(line))
             os.fsync(self._file.fileno())
 
     def close(self) -> None:
@@ -51,43 +96,86 @@ class Journal:
         self._file.close()
 
 
-def read_journal(folder: Path) -> list[dict[str, Any]]:
-    """The lines of a journal; a torn or damaged line and what follows it do not count."""
+def read_journal(folder: Path) -> Earlier:
+    """Read a staging folder's journal, as far as it is undamaged."""
+    heads: list[Head] = []
+    names: set[str] = set()
+    finished: dict[str, Finished] = {}
+    for line in read_lines(folder / NAME):
+        if "file" in line:
+            one = shaped(line, Finished)
+            if one is not None and is_plain_name(one["file"]):
+                finished[one["file"]] = one
+        elif "names" in line:
+            names.update(filter(is_plain_name, (shaped(line, Names) or {"names": []})["names"]))
+        else:
+            head = shaped(line, Head)
+            heads += [] if head is None else [head]
+    exists = bool(heads or names or finished)
+    plan = heads[0]["plan"] if heads else None
+    inputs = heads[0]["inputs"] if heads else {}
+    return Earlier(exists, plan, inputs, frozenset(names | finished.keys()), finished)
+
+
+def intact_files(folder: Path, lines: Mapping[str, Finished]) -> dict[str, Finished]:
+    """File -> line of the files whose bytes are still what the journal says."""
+    found = check_all(
+        list(lines.items()),
+        lambda item, stop: (
+            not (folder / item[0]).is_symlink()
+            and is_intact(folder / item[0], item[1]["size"], item[1]["crc32"], stop)
+        ),
+    )
+    return {name: line for (name, line), good in zip(lines.items(), found, strict=True) if good}
+
+
+def is_plain_name(name: str) -> bool:
+    """True for a path with forward slashes that stays in the folder it is relative to."""
+    return "\0" not in name and not {"", ".", ".."} & set(name.split("/"))
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The undamaged lines of a file; none if there is no such file, or only a link."""
     try:
-        raw = (folder / NAME).read_bytes()
+        raw = path.read_bytes() if path.is_file() and not path.is_symlink() else b""
     except FileNotFoundError:
         return []
-    lines: list[dict[str, Any]] = []
-    for text in raw.split(b"\n")[:-1]:  # a torn last line has no newline
+    found = []
+    for text in raw.split(b"\n"):
+        crc, _, body = text.partition(b" ")
+        if crc != _sum(body):
+            continue
         try:
-            value = json.loads(text)
-        except ValueError:
-            break
-        if not isinstance(value, dict):
-            break
-        lines.append(value)
-    return lines
+            value = json.loads(body)
+        except (ValueError, RecursionError):
+            continue
+        found += [value] if isinstance(value, dict) else []
+    return found
 
 
-def intact_files(folder: Path, lines: Sequence[Line]) -> dict[str, Line]:
-    """Name -> line of the files whose bytes are still what the journal says."""
-    stop = threading.Event()
-    with ThreadPoolExecutor(_CHECKERS) as pool:
-        try:
-            good = list(pool.map(lambda line: _is_intact(folder, line, stop), lines))
-        finally:
-            stop.set()  # after Ctrl-C nobody waits for the rest
-            pool.shutdown(cancel_futures=True)
-    return {str(line["file"]): line for line, ok in zip(lines, good, strict=True) if ok}
+def shaped(line: Line, shape: type[T]) -> T | None:
+    """A line as what it should be, None if it is something else."""
+
+    def refuse(*_: object) -> NoReturn:
+        raise ValueError
+
+    try:
+        return checked(line, shape, refuse)
+    except ValueError:
+        return None
 
 
-def _is_intact(folder: Path, line: Line, stop: threading.Event) -> bool:
-    name, size, pieces = line.get("file"), line.get("size"), line.get("crc32")
-    if not isinstance(name, str) or not isinstance(size, int) or not isinstance(pieces, list):
-        return False
-    path = folder / name
-    return not path.is_symlink() and is_intact(path, size, pieces, stop)
+def encode(line: Line) -> bytes:
+    """A line as it is written."""
+    body = json.dumps(line, sort_keys=True).encode()
+    return _sum(body) + b" " + body + b"\n"
 
 
-def _encode(line: Line) -> bytes:
-    return json.dumps(line, sort_keys=True).encode() + b"\n"
+def is_torn_start(raw: bytes) -> bool:
+    """True for what a kill can leave of a journal's first line."""
+    crc, rest = raw[:8], raw[8:20]
+    return not crc.strip(b"0123456789abcdef") and b' {"inputs": '.startswith(rest)
+
+
+def _sum(body: bytes) -> bytes:
+    return b"%08x" % zlib.crc32(body)

@@ -5,20 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from loratool.errors import DiskError, LoratoolError, OutputError
+from loratool.errors import DiskError, OutputError, list_some
 from loratool.store.disk import disk_error
+from loratool.store.marker import Proof, prove
+from loratool.store.places import is_mount, staging_path
+from loratool.store.series import may_be_made
 
-MARKER = "loratool.json"
-
-
-def staging_path(path: Path) -> Path:
-    """Where an output grows."""
-    return path.with_name(path.name + ".loratool-partial")
-
-
-def old_path(path: Path) -> Path:
-    """Where a replaced output waits for its end, on systems that cannot swap two names."""
-    return path.with_name(path.name + ".loratool-old")
+Prove = Callable[[Path], Proof]
 
 
 def check_output(path: Path, *, is_folder: bool, force: bool) -> None:
@@ -30,7 +23,9 @@ def check_output(path: Path, *, is_folder: bool, force: bool) -> None:
         OutputError: the place is taken by anything but (with ``force``) an earlier output.
         DiskError: the parent folder is missing or not writable, or the name is too long.
     """
-    check_free(path, is_folder=is_folder, force=force)
+    if may_be_made(path) and not force:
+        return  # whether an interrupted run made it is known once this one is planned
+    check_free(path, is_folder=is_folder, force=force, prove=lambda path: prove(path, deep=False))
     staging = staging_path(path)
     try:
         staging.mkdir()
@@ -45,11 +40,10 @@ def check_place(path: Path) -> None:
     """Refuse a place where no output can ever be.
 
     Raises:
-        OutputError: no name, or a symbolic link.
+        OutputError: no name, a symbolic link, or the current folder.
         DiskError: the parent folder is missing or cannot be looked into.
     """
-    if path.name in ("", ".."):
-        raise OutputError("LT-510", "the output needs a name of its own", file=path)
+    check_name(path)
     try:
         if not path.parent.is_dir():
             raise DiskError("LT-602", "the output's folder does not exist", file=path.parent)
@@ -60,48 +54,77 @@ def check_place(path: Path) -> None:
         raise disk_error("cannot look at the output's place", path, error) from error
 
 
-def check_free(
-    path: Path, *, is_folder: bool, force: bool, is_own: Callable[[Path], bool] | None = None
-) -> None:
+def check_name(path: Path) -> None:
+    """The part of `check_place` that needs no folder for the output.
+
+    Raises:
+        OutputError: no name, or the current folder.
+        DiskError: it cannot be looked at.
+    """
+    if path.name in ("", ".."):
+        raise OutputError(
+            "LT-510", "the output needs a name of its own", file=path, got=repr(str(path)),
+            hint="-o NAME, a folder that does not exist yet",
+        )  # fmt: skip
+    try:
+        is_here = path.is_dir() and _is_current(path)
+    except OSError as error:
+        raise disk_error("cannot look at the output's place", path, error) from error
+    if is_here:
+        raise OutputError(
+            "LT-512", "the output is the folder that you are in", file=path,
+            hint="choose another -o, or leave the folder first: cd ..",
+        )  # fmt: skip
+
+
+def _is_current(path: Path) -> bool:
+    """True for the working folder and what it lies in: it would go away under the user's feet."""
+    try:
+        here = Path.cwd()
+    except OSError:  # it is gone already
+        return False
+    return any(folder.samefile(path) for folder in (here, *here.parents))
+
+
+def check_free(path: Path, *, is_folder: bool, force: bool, prove: Prove = prove) -> Proof | None:
     """The part of `check_output` that leaves no trace.
 
     Args:
         path: the output.
         is_folder: False for a single file.
         force: an earlier output may be replaced.
-        is_own: tells one; None = by its marker.
+        prove: tells what of a place is one.
+
+    Returns:
+        What will be replaced; None if the place is free.
 
     Raises:
         OutputError: the place is taken by anything but (with ``force``) an earlier output.
         DiskError: the parent folder is missing or cannot be looked into.
     """
     check_place(path)
-    if not path.exists() or (is_folder and path.is_dir() and not any(path.iterdir())):
-        return
-    if not force:
-        raise OutputError(
-            "LT-501",
-            "the output exists",
-            file=path,
-            hint="choose another -o, or --force to replace an earlier loratool output",
-        )
-    if path.is_dir() != is_folder or not (is_own or is_own_output)(path):
-        raise OutputError(
-            "LT-505",
-            "--force replaces earlier loratool outputs only, and this is none",
-            file=path,
-            expected=f"a {MARKER} marker" if is_folder else "loratool metadata",
-            hint="remove it yourself if you mean it",
-        )
-
-
-def is_own_output(path: Path) -> bool:
-    """True if loratool wrote this folder or file (its own marker says so)."""
-    if path.is_dir():
-        return (path / MARKER).is_file()
-    from loratool.store.header import read_header
-
     try:
-        return "loratool" in read_header(path).metadata
-    except LoratoolError:
-        return False
+        if not path.exists() or (is_folder and path.is_dir() and is_free_folder(path)):
+            return None
+        if not force:
+            raise OutputError(
+                "LT-501", "the output exists", file=path,
+                hint="choose another -o, or --force to replace an earlier loratool output",
+            )  # fmt: skip
+        proof = prove(path) if path.is_dir() == is_folder else Proof({}, [path.name])
+    except OSError as error:
+        raise disk_error("cannot look at the output's place", path, error) from error
+    if proof.strangers:
+        raise OutputError(
+            "LT-505", "--force replaces what an earlier run wrote and nothing else, "
+            "and here is more", file=path, got=list_some(proof.strangers),
+            expected="the files of an earlier output, unchanged",
+            hint="choose another -o, or move these away yourself",
+        )  # fmt: skip
+    return proof
+
+
+def is_free_folder(path: Path) -> bool:
+    """True for a folder without anything that an output would touch."""
+    own = staging_path(path) if is_mount(path) else None
+    return all(entry == own for entry in path.iterdir())

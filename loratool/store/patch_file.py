@@ -20,6 +20,7 @@ from loratool.adapter import TensorRef
 from loratool.errors import BadFileError
 from loratool.store.disk import disk_error
 from loratool.store.header import build_header, read_header
+from loratool.store.marker import content_of, file_metadata
 from loratool.store.shard_writer import ShardWriter
 from loratool.store.writer import StagedOutput
 
@@ -75,15 +76,6 @@ def read_patches(path: Path, operation: str) -> PatchFile | None:
     return PatchFile(path, table, refs)
 
 
-def plan_of(path: Path) -> str | None:
-    """The plan that an existing undo file belongs to, None if it is none or damaged."""
-    try:
-        plan = _record(read_header(path).metadata).get("plan")
-    except BadFileError:
-        return None
-    return None if plan is None else str(plan)
-
-
 def _record(metadata: Mapping[str, str]) -> Mapping[str, Any]:
     try:
         record = json.loads(metadata.get("loratool", "{}"))
@@ -136,21 +128,22 @@ class PatchWriter:
         names = [name for name in table["tensors"] if name in self._places]
         places = [self._places[name] for name in names]
         sizes = [len(packed), *(size for _, size in places)]
-        header, starts = build_header(
-            [(n, "U8", (s,)) for n, s in zip([TABLE, *names], sizes, strict=True)],
-            {"loratool": json.dumps(record)},
-        )
+        tensors = [(n, "U8", (s,)) for n, s in zip([TABLE, *names], sizes, strict=True)]
+        said = {"loratool": json.dumps(record)}
+        header, starts = build_header(tensors, file_metadata(said, content_of(sum(sizes), 0)))
         writer = ShardWriter(self._output.create(""), header, starts[-1] + sizes[-1])
         try:
             writer.put(starts[0], memoryview(packed))
             for place, start in zip(places, starts[1:], strict=True):
                 self._copy(writer, *place, start)
+            whole = file_metadata(said, content_of(*writer.data_sum()))
+            writer.rewrite_header(build_header(tensors, whole)[0])
             writer.finish()
         finally:
             writer.close()
         self._file.close()
         self._path.unlink()
-        self._output.place("")
+        self._output.place("", writer.pieces())
         return writer.size
 
     def _copy(self, writer: ShardWriter, at: int, size: int, start: int) -> None:

@@ -6,7 +6,7 @@ import errno
 import os
 from pathlib import Path
 
-from loratool.store.checksum import Piece, PieceSums
+from loratool.store.checksum import Piece, PieceSums, sum_whole
 from loratool.store.disk import create_new, disk_error, progress, refusals_as
 from loratool.store.reader import plain_io
 
@@ -110,6 +110,15 @@ class ShardWriter:
             else:  # one writer thread on such systems: see engine.run
                 os.lseek(self._fd, offset + done, os.SEEK_SET)
                 done += progress(os.write(self._fd, data[done:]))
+
+    def data_sum(self) -> tuple[int, int]:
+        """(size, crc32) of everything after the header."""
+        return sum_whole(self._sums.pieces()[1:])
+
+    def rewrite_header(self, header: bytes) -> None:
+        """Write the header again, now that it can say what the file holds; of the same length."""
+        self._sums.drop_first()
+        self.put(0, memoryview(header))
 
     def pieces(self) -> list[Piece]:
         """Checksums of what was put, in file order."""

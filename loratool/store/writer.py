@@ -1,10 +1,12 @@
 """Output that appears whole or not at all.
 
-Everything is written into ``OUT.loratool-partial`` beside the output.  A file there is written
-as ``X.tmp``, synced, renamed to ``X``; then the folder is synced, and then a line in the journal
-(`loratool.store.journal`) says that ``X`` is complete, with checksums.  At the end the journal is
-deleted and one rename makes the output appear.  A rerun of the same plan goes on from the files
-whose bytes are still what the journal says.
+Everything is written into a staging folder, ``OUT.loratool-partial`` beside the output (inside of
+it where OUT is a mount point).  A file there is written as ``X.tmp``, synced, renamed to ``X``;
+then the folder is synced, and then a line in the journal (`loratool.store.journal`) says that
+``X`` is complete, with checksums.  At the end one rename makes the output appear.  A rerun of the
+same plan goes on from the files whose bytes are still what the journal says.
+
+Nothing is deleted but what a journal or a marker (`loratool.store.marker`) names as loratool's.
 
 The lock is on the staging folder itself, not on a file in it: it goes with the folder through
 the final rename, so nobody can ever take a folder that is just becoming the output.
@@ -14,36 +16,47 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Mapping, Sequence
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from loratool import __version__
-from loratool.errors import DiskError, LoratoolError, OutputError
-from loratool.store.checksum import Piece, sum_file
+from loratool.errors import AlreadyMadeError, DiskError, LoratoolError, OutputError, list_some
+from loratool.store.checksum import Piece, sum_file, sum_whole
 from loratool.store.disk import (
     check_space,
     copy_synced,
     disk_error,
     exchange,
     refusals_as,
-    remove,
     rename_new,
     sync_folder,
     write_synced,
 )
 from loratool.store.journal import NAME as JOURNAL
-from loratool.store.journal import Journal, Line, intact_files, read_journal
+from loratool.store.journal import Finished, Journal, intact_files, read_journal
+from loratool.store.jsonfile import dump_json
+from loratool.store.leftovers import Leftovers, put_back
 from loratool.store.lock import FolderLock
-from loratool.store.output_path import (
+from loratool.store.marker import (
     MARKER,
-    check_free,
-    check_output,
-    check_place,
-    old_path,
-    staging_path,
+    REPLACED,
+    Content,
+    Proof,
+    content_of,
+    folder_marker,
+    is_whole,
+    parents_of,
+    prove,
+    remove_empty,
+    remove_files,
+    walk,
 )
+from loratool.store.output_path import Prove, check_free, check_output, check_place
+from loratool.store.places import old_path, staging_path
 from loratool.store.reader import Stamp
+from loratool.store.series import current
 
 __all__ = ["MARKER", "StagedOutput", "check_output"]
 
@@ -54,21 +67,24 @@ class StagedOutput:
     Args:
         path: the final place.
         is_folder: False for a single file.
-        plan_id: identity of the plan; a staging folder of another plan is refused.  None for
-            work that is never resumed.
+        plan_id: identity of what is made: an interrupted run of the same goes on, one of another
+            plan is refused.  None for work that has none.
+        names: files that will be made, as far as they are known; ``create`` adds others.
         force: an earlier loratool output may be replaced.
         restart: drop an interrupted run of another plan.
         inputs: what the input files are now; finished files of a run that saw other ones are
             not trusted.
         need_bytes: size of the whole output.
-        is_own: tells an earlier output that may be replaced; None = by its marker.
+        prove: tells what of an existing place is an earlier output; by its marker if not given.
 
     Attributes:
         finished: name -> journal line of the files that are complete.
         notes: what the user should know about an interrupted run that this one goes on with.
 
     Raises:
-        OutputError: the output exists, another run holds it, or another plan is under way.
+        OutputError: the output exists, another run holds it, another plan is under way, or
+            something else lies where it would be made.
+        AlreadyMadeError: the series that this is part of made it before it was interrupted.
         DiskError: the parent is missing or not writable, or the disk is too full.
     """
 
@@ -78,99 +94,152 @@ class StagedOutput:
         *,
         is_folder: bool,
         plan_id: str | None,
+        names: Iterable[str] = (),
         force: bool = False,
         restart: bool = False,
         inputs: Mapping[Path, Stamp] | None = None,
         need_bytes: int = 0,
-        is_own: Callable[[Path], bool] | None = None,
+        prove: Prove = prove,
     ) -> None:
         self.path = path
         self.is_folder = is_folder
+        self.plan_id = plan_id
         self.staging = staging_path(path)
-        self.finished: dict[str, Line] = {}
+        self.finished: dict[str, Finished] = {}
         self.notes: list[str] = []
         self._force = force
-        self._is_own = is_own
+        self._prove = prove
         self._guard = threading.Lock()
         self._is_open = True
         self._made: os.stat_result | None = None
+        self._contents: dict[str, Content] = {}  # of complete files
         check_place(path)
         self._lock = FolderLock.make(self.staging, path)
+        self._left = Leftovers(self.staging)
         try:
-            recover(path)
-            check_free(path, is_folder=is_folder, force=force, is_own=is_own)
+            put_back(path)
+            self._is_inside = self.staging.parent == path
+            self._left.settle({self._real(n) for n in names}, prove)
+            self._take_back()
             stamps = {str(file): list(stamp) for file, stamp in (inputs or {}).items()}
-            self._find_finished(plan_id, stamps, restart)
+            self._replaces = self._check_free(stamps)
+            self._find_finished(stamps, restart)
             head = {"plan": plan_id, "loratool": __version__, "inputs": stamps}
-            self._journal = Journal(self.staging, [head, *self.finished.values()])
-            self._clean()
-            sync_folder(path.parent)
+            known = {"names": sorted(self._left.names)}
+            self._journal = Journal(self.staging, [head, known, *self.finished.values()])
+            self._left.clear(keep=self.finished)
+            sync_folder(self.staging.parent)
             check_space(self.staging, need_bytes - sum(f["size"] for f in self.finished.values()))
         except BaseException as error:
-            if not self._holds_work(plan_id):
-                remove(self.staging)
+            if not self._holds_work():
+                self._left.drop()
             self._lock.release()
             if isinstance(error, OSError):
                 raise disk_error("cannot prepare the output", self.staging, error) from error
             raise
 
-    def _holds_work(self, plan_id: str | None) -> bool:
-        """True if files are finished here, or another plan is under way."""
-        lines = read_journal(self.staging)
-        return bool(lines) and (len(lines) > 1 or lines[0].get("plan") != plan_id)
+    # ------------------------------------------------------------------- an interrupted run
 
-    def _find_finished(
-        self, plan_id: str | None, inputs: Mapping[str, list[int]], restart: bool
-    ) -> None:
-        """Fill `finished` from an interrupted run of the same plan."""
-        lines = read_journal(self.staging)
-        if not lines or (before := lines[0].get("plan")) is None:
+    def _take_back(self) -> None:
+        """Go on with a run that died while it gave its files their final names one by one."""
+        if self.is_folder and not self._is_inside:
             return
-        if before != plan_id:
+        earlier, home = self._left.earlier, self.path if self._is_inside else self.path.parent
+        moved = intact_files(home, earlier.finished)
+        if moved.keys() == earlier.finished.keys():
+            self._left.forget()
+        elif earlier.plan == self.plan_id:
+            for name in moved:
+                self._make_folder(self._at(name).parent)
+                (home / name).rename(self._at(name))
+
+    def _check_free(self, stamps: Mapping[str, list[int]]) -> Proof | None:
+        series, plan = current(), self.plan_id
+        try:
+            proof = check_free(
+                self.path, is_folder=self.is_folder, force=self._force, prove=self._prove
+            )
+        except OutputError as error:
+            if series is None or plan is None or error.code != "LT-501":
+                raise
+            if series.is_same(self.path, plan, stamps) and is_whole(self.path, plan):
+                raise AlreadyMadeError(
+                    "LT-513", "the interrupted run has made this output already", file=self.path
+                ) from None
+            raise
+        if series is not None and plan is not None:
+            series.begin(self.path, plan, stamps)
+        return proof
+
+    def _find_finished(self, inputs: Mapping[str, list[int]], restart: bool) -> None:
+        """Fill `finished` from an interrupted run of the same plan."""
+        earlier = self._left.earlier
+        if not earlier.finished or earlier.plan is None:
+            return
+        if earlier.plan != self.plan_id:
             if restart:
                 return
             raise OutputError(
-                "LT-504",
-                "an interrupted run with other inputs or options left its work here",
-                file=self.staging,
-                hint="--restart drops it; so does removing that folder",
-            )
-        if len(lines) == 1:
-            return
-        if lines[0].get("inputs") != inputs:
+                "LT-504", "an interrupted run with other inputs or options left its work here",
+                file=self.staging, hint="--restart drops it; so does removing that folder",
+            )  # fmt: skip
+        if earlier.inputs != inputs:
             self.notes.append(
                 "inputs changed since the interrupted run: what it had finished is made anew"
             )
             return
-        self.finished = intact_files(self.staging, lines[1:])
-        bad = sorted({str(line.get("file")) for line in lines[1:]} - set(self.finished))
+        self.finished = dict(intact_files(self.staging, earlier.finished))
+        for name, line in self.finished.items():
+            self._contents[name] = content_of(*sum_whole(line["crc32"]))
+        bad = sorted(earlier.finished.keys() - self.finished.keys())
         if bad:
-            self.notes.append(f"damaged since the interrupted run, made anew: {', '.join(bad)}")
+            self.notes.append(f"damaged since the interrupted run, made anew: {list_some(bad)}")
         if self.finished:
             self.notes.append(f"{len(self.finished)} files taken over from an interrupted run")
+
+    def _holds_work(self) -> bool:
+        """True if files are finished here."""
+        return bool(read_journal(self.staging).finished)
+
+    # ----------------------------------------------------------------------------- writing
 
     def create(self, name: str) -> Path:
         """Where to write a new file, until `place` or `mark_finished` gives it its name."""
         self._check_open()
-        target = self._inside(name)
+        target = self._at(name)
         temporary = target.with_name(target.name + ".tmp")
         with refusals_as("cannot create", temporary):
+            with self._guard:
+                if self._real(name) not in self._left.names:
+                    self._journal.append({"names": [self._real(name)]})
+                    self._left.names.add(self._real(name))
             self._make_folder(target.parent)
             temporary.unlink(missing_ok=True)
         return temporary
 
-    def place(self, name: str) -> Path:
-        """Give a written and synced file its name."""
+    def place(self, name: str, sums: Sequence[Piece] | None = None) -> list[Piece]:
+        """Give a written and synced file its name.
+
+        Args:
+            name: as given to `create`.
+            sums: checksums of its pieces; None = read it back.
+
+        Returns:
+            The checksums.
+        """
         self._check_open()
-        target = self._inside(name)
+        target = self._at(name)
         with refusals_as("cannot complete", target):
             target.with_name(target.name + ".tmp").rename(target)
             sync_folder(target.parent)
-        return target
+            pieces = sum_file(target) if sums is None else list(sums)
+        with self._guard:
+            self._contents[self._real(name)] = content_of(*sum_whole(pieces))
+        return pieces
 
     def finished_path(self, name: str) -> Path:
         """Where a file lies that has its name, until `commit`."""
-        return self._inside(name)
+        return self._at(name)
 
     def mark_finished(
         self, name: str, size: int, results: Any = None, sums: Sequence[Piece] | None = None
@@ -181,22 +250,22 @@ class StagedOutput:
             name: as given to `create`.
             size: in bytes.
             results: anything JSON that a rerun needs instead of making the file again.
-            sums: checksums of its pieces; None = read a small file back.
+            sums: checksums of its pieces; None = read it back.
         """
-        target = self.place(name)
-        with refusals_as("cannot complete", target):
-            pieces = sum_file(target) if sums is None else sums
-            line = {"file": name, "size": size, "crc32": pieces, "results": results}
+        pieces = self.place(name, sums)
+        real = self._real(name)
+        line: Finished = {"file": real, "size": size, "crc32": pieces, "results": results}
+        with refusals_as("cannot complete", self._at(name)):
             self._journal.append(line)
         with self._guard:
-            self.finished[name] = line
+            self.finished[real] = line
 
     def write_file(self, name: str, data: bytes) -> None:
         """Write a small file."""
         temporary = self.create(name)
         with refusals_as("cannot write", temporary):
             write_synced(temporary, data)
-        self.place(name)
+        self.place(name, [(0, len(data), zlib.crc32(data))] if data else [])
 
     def copy_file(self, name: str, source: Path) -> None:
         """Copy a file of any size, in pieces."""
@@ -205,24 +274,46 @@ class StagedOutput:
             copy_synced(source, temporary)
         self.place(name)
 
-    def commit(self) -> None:
+    def drop(self, names: Iterable[str]) -> None:
+        """Delete files that are not part of the output."""
+        names = set(names)
+        with self._guard:
+            for name in names:
+                self._contents.pop(name, None)
+                self.finished.pop(name, None)
+        with refusals_as("cannot delete", self.staging):
+            remove_files(self.staging, names)
+
+    # -------------------------------------------------------------------------------- the end
+
+    def commit(self, record: Mapping[str, Any] | None = None) -> None:
         """Make the output appear, in one rename.
 
+        Args:
+            record: provenance for the marker of a folder, empty for a marker alone; None = no
+                marker: the output cannot be told from somebody else's afterwards.
+
         Raises:
-            OutputError: something appeared under the final name meanwhile.
+            OutputError: something appeared under the final name or among the files meanwhile.
             DiskError: the system refuses.
         """
-        self._journal.close()
-        made = self.staging if self.is_folder else self._inside("")
+        if record is not None and self.is_folder:
+            marker = folder_marker(record, self._contents, self.plan_id)
+            self.write_file(MARKER, dump_json(marker))
+        own = {JOURNAL, *self._contents}
+        if others := walk(self.staging).keys() - own - parents_of(own):
+            raise OutputError(
+                "LT-511", "something else lies where the output is made", file=self.staging,
+                got=list_some(others), hint="move it away",
+            )  # fmt: skip
         try:
-            self._made = made.stat()
-            (self.staging / JOURNAL).unlink()
-            sync_folder(self.staging)
-            check_free(self.path, is_folder=self.is_folder, force=self._force, is_own=self._is_own)
+            if self._is_inside:
+                self._commit_inside()
+                return
             if self.is_folder:
                 self._commit_folder()
             else:
-                self._commit_file(made)
+                self._commit_file()
         except FileExistsError as error:
             raise OutputError(
                 "LT-501", "the output exists", file=self.path, got="it appeared during the run"
@@ -230,17 +321,38 @@ class StagedOutput:
         except OSError as error:
             raise disk_error("cannot put the output in place", self.path, error) from error
 
-    def _commit_file(self, made: Path) -> None:
-        if self._force:
+    def _check_still_free(self) -> None:
+        if self._replaces is None or not self.path.exists():
+            check_free(self.path, is_folder=self.is_folder, force=False)
+        elif not self._replaces.still_holds(self.path):
+            raise OutputError(
+                "LT-505", "what is to be replaced was changed during the run", file=self.path,
+                hint="choose another -o, or give the command again",
+            )  # fmt: skip
+
+    def _commit_file(self) -> None:
+        self._check_still_free()
+        made = self._at("")
+        self._made = made.stat()
+        if self._replaces is not None:
             made.replace(self.path)
         else:
             rename_new(made, self.path)
         sync_folder(self.path.parent)
-        self.staging.rmdir()
+        self._end_journal()
+        remove_empty(self.staging)
+
+    def _end_journal(self) -> None:
+        self._journal.close()
+        (self.staging / JOURNAL).unlink()
+        sync_folder(self.staging)
 
     def _commit_folder(self) -> None:
         """A plain rename of a folder replaces nothing but an empty folder."""
-        if not (self.path.exists() and any(self.path.iterdir())):
+        self._made = self.staging.stat()
+        self._end_journal()
+        self._check_still_free()
+        if self._replaces is None:
             self.staging.rename(self.path)
             sync_folder(self.path.parent)
             return
@@ -249,11 +361,35 @@ class StagedOutput:
             if exchange(self.staging, self.path):
                 replaced = self.staging
             else:
+                write_synced(self.path / REPLACED, b"")
                 replaced = old_path(self.path)
                 self.path.rename(replaced)
                 self.staging.rename(self.path)
             sync_folder(self.path.parent)
-            remove(replaced)
+            remove_files(replaced, {*self._replaces.stamps, REPLACED})
+            if not remove_empty(replaced):
+                self.notes.append(f"something appeared in the replaced output: see {replaced}")
+
+    def _commit_inside(self) -> None:
+        """Move the files into a mount point, one by one; the journal tells a rerun which."""
+        for name in self._contents.keys() - self.finished.keys():
+            size, crc = self._contents[name]["bytes"], int(self._contents[name]["crc32"], 16)
+            pieces = [(0, size, crc)] if size else []
+            self._journal.append({"file": name, "size": size, "crc32": pieces, "results": None})
+        self._check_still_free()
+        if self._replaces is not None:
+            remove_files(self.path, self._replaces.stamps)
+        names = sorted(self._contents, key=lambda name: (name == MARKER, name))
+        self._made = self._at(names[-1]).stat()
+        for name in names:
+            target = self.path / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            rename_new(self._at(name), target)
+            sync_folder(target.parent)
+        self._left.clear(())
+        self._end_journal()
+        remove_empty(self.staging)
+        sync_folder(self.path)
 
     def __enter__(self) -> StagedOutput:
         return self
@@ -269,7 +405,7 @@ class StagedOutput:
                 error.add_note(f"the output is complete: {self.path}")
             return
         is_final = isinstance(error, LoratoolError) and not isinstance(error, DiskError)
-        keep = bool(read_journal(self.staging)[1:]) and not is_final
+        keep = self._holds_work() and not is_final
         self._leave(keep=keep)
         if keep and error is not None:
             _say_kept(error, f"the same command goes on ({len(self.finished)} files are finished)")
@@ -277,34 +413,24 @@ class StagedOutput:
     def _leave(self, *, keep: bool) -> None:
         with self._guard:
             self._is_open = False
-        if hasattr(self, "_journal"):
-            self._journal.close()
+        self._journal.close()
         try:
             if keep:
-                self._clean()
+                self._left.clear(self.finished)
             else:
-                remove(self.staging)
+                self._left.drop()
         except OSError:
             pass  # the next run cleans up; what is under way already is the error to report
         finally:
             self._lock.release()
 
-    def _clean(self) -> None:
-        """Delete what no journal line vouches for."""
-        keep = {self.staging / JOURNAL, *(self.staging / name for name in self.finished)}
-        for path in sorted(self.staging.rglob("*"), reverse=True):
-            if path in keep:
-                continue
-            if path.is_dir() and not path.is_symlink():
-                if not any(path.iterdir()):
-                    path.rmdir()
-            else:
-                path.unlink(missing_ok=True)
-
     def _is_committed(self) -> bool:
         """True if what was made lies under the final name, whatever happened since."""
+        place = self.path
+        if self._is_inside and self._contents:
+            place = self.path / max(self._contents, key=lambda name: (name == MARKER, name))
         try:
-            return self._made is not None and os.path.samestat(self._made, self.path.lstat())
+            return self._made is not None and os.path.samestat(self._made, place.lstat())
         except OSError:
             return False
 
@@ -313,24 +439,17 @@ class StagedOutput:
         if not self._is_open:
             raise RuntimeError("this output is closed")
 
-    def _inside(self, name: str) -> Path:
-        return self.staging / (name or self.path.name)
+    def _real(self, name: str) -> str:
+        return name or self.path.name
+
+    def _at(self, name: str) -> Path:
+        return self.staging / self._real(name)
 
     def _make_folder(self, folder: Path) -> None:
         if not folder.is_dir():
             self._make_folder(folder.parent)
             folder.mkdir(exist_ok=True)
             sync_folder(folder.parent)
-
-
-def recover(path: Path) -> None:
-    """Put an old output back if a run died between the two renames of a replacement."""
-    old = old_path(path)
-    if old.exists():
-        if path.exists():
-            remove(old)
-        else:
-            old.rename(path)
 
 
 def _say_kept(error: BaseException, text: str) -> None:

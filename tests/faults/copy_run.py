@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import sys
 import time
 from pathlib import Path
@@ -45,8 +44,10 @@ def run(base_path: Path, output: Path, options: argparse.Namespace) -> None:
     base = open_checkpoint(base_path)
     plan = plan_copy(base, output)
     stamps = take_stamps(plan.refs())
+    names = [*(s.name for s in plan.shards), "config.json", MARKER, "model.safetensors.index.json"]
     staged = StagedOutput(
         output, is_folder=base.is_folder, plan_id=plan.plan_id(), force=options.force,
+        names=names if base.is_folder else [output.name],
         restart=options.restart, inputs=stamps, need_bytes=plan.output_bytes,
     )  # fmt: skip
     with staged, FileReader(stamps) as reader:
@@ -60,10 +61,9 @@ def run(base_path: Path, output: Path, options: argparse.Namespace) -> None:
         reader.check_unchanged()
         if base.is_folder:
             staged.write_file("config.json", (base_path / "config.json").read_bytes())
-            staged.write_file(MARKER, json.dumps({"loratool": "test"}).encode())
             index = base_path / "model.safetensors.index.json"
             staged.write_file(index.name, index.read_bytes())
-        staged.commit()
+        staged.commit({"loratool": "test"})
     for note in staged.notes:
         print(note)
 

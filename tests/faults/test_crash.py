@@ -36,8 +36,9 @@ def make_scene(kind: str, root: Path, *options: str) -> Scene:
     command = [*strace.COPY, base, *options]
     if kind == "folder":
         return Scene(command, root / "in", root / "work", "out")
-    earlier = write_model(root / "earlier", seed=5)
-    (earlier / "loratool.json").write_text("{}")
+    earlier = root / "earlier"
+    done = strace.run([*strace.COPY, write_model(root / "other", seed=5), earlier])
+    assert done.returncode == 0, done.stderr
     return Scene(command, root / "in", root / "work", "out", ("--force",), earlier)
 
 

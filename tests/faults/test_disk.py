@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from loratool.store.journal import read_journal
 from tests.budget.test_memory import sparse_model
 from tests.faults import strace
 from tests.faults.scene import Scene, fingerprint, write_model
@@ -26,9 +27,7 @@ def interrupt_copy(scene: Scene, after: int) -> Path:
     """Kill a slow copy once ``after`` shards are finished; returns its staging folder."""
     staging = scene.work / f"{scene.name}.loratool-partial"
     with strace.start([*scene.words, "--pause", "0.03"]) as child:
-        while not (staging / ".journal").is_file() or (
-            len((staging / ".journal").read_text().splitlines()) <= after
-        ):
+        while len(read_journal(staging).finished) < after:
             assert child.poll() is None
             time.sleep(0.005)
         child.kill()
@@ -232,8 +231,7 @@ def test_a_signal_in_a_big_tensor(
         start_new_session=True,
     )  # fmt: skip
     os.close(terminal)
-    journal = tmp_path / "out.loratool-partial" / ".journal"
-    while not journal.is_file() or len(journal.read_text().splitlines()) < 2:
+    while not read_journal(tmp_path / "out.loratool-partial").finished:
         assert child.poll() is None
         drain(controller, 0.05)
     drain(controller, 0.3)

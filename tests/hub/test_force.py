@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from loratool.store.writer import StagedOutput
 from tests.hub.client import call, tree
 from tests.hub_server import TestHub
 from tests.hub_server.state import Tree
@@ -106,8 +107,9 @@ def test_anything_else_is_left_alone(
 
 
 def test_the_output_of_another_command_is_replaced(served: TestHub, tmp_path: Path) -> None:
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "loratool.json").write_text("{}")
+    with StagedOutput(tmp_path / "out", is_folder=True, plan_id="other") as other:
+        other.write_file("adapter_config.json", b"{}")
+        other.commit({})
     assert call(served, tmp_path, "pull", "me/x", "-o", "out", "--force")[0] == 0
     assert tree(tmp_path / "out") == expected(OLD, "me/x")
 

@@ -184,10 +184,10 @@ def test_a_run_that_died_between_undo_file_and_model_is_repeated(
     undo, merged = tmp_path / "undo.safetensors", tmp_path / "merged"
     commit = StagedOutput.commit
 
-    def die(self: StagedOutput) -> None:
+    def die(self: StagedOutput, record: object = None) -> None:
         if self.path == merged:
             raise KeyboardInterrupt
-        commit(self)
+        commit(self, record)  # type: ignore[arg-type]
 
     where = {"base": base, "output": merged, "save_undo": undo}
     with monkeypatch.context() as change:

@@ -88,6 +88,8 @@ def test_something_else_under_the_staging_name(tmp_path: Path, kind: str) -> Non
         (".", "base"),
         ("hard", "base/w"),
         ("soft", "base/w"),
+        ("twin", "base"),
+        ("twin", "linked"),
         ("out", "out.loratool-partial"),
         ("out", "out.loratool-old/w"),
     ],
@@ -97,6 +99,13 @@ def test_an_output_that_would_hit_an_input(tmp_path: Path, output: str, source: 
     (tmp_path / "base" / "w").write_text("x")
     os.link(tmp_path / "base" / "w", tmp_path / "hard")
     (tmp_path / "soft").symlink_to(tmp_path / "base" / "w")
+    (tmp_path / "twin").mkdir()
+    os.link(tmp_path / "base" / "w", tmp_path / "twin" / "v")
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked" / "w").symlink_to(tmp_path / "twin" / "v")
+    (tmp_path / source).parent.mkdir(exist_ok=True)
+    if not (tmp_path / source).exists():
+        (tmp_path / source).write_text("y")
     with pytest.raises(OutputError) as caught:
         guard_output(tmp_path / output, [tmp_path / source])
     assert caught.value.code == "LT-506"
@@ -148,9 +157,9 @@ def test_replacing_with_and_without_exchange(
     target = tmp_path / "out"
     for text in (b"one", b"two", b"three"):
         with StagedOutput(target, is_folder=True, plan_id="p", force=True) as output:
-            output.write_file("loratool.json", text)
-            output.commit()
-        assert (target / "loratool.json").read_bytes() == text
+            output.write_file("a", text)
+            output.commit({})
+        assert (target / "a").read_bytes() == text
         assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 

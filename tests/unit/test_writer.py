@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
+import shutil
 import stat
 import zlib
 from pathlib import Path
@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 from loratool.errors import BadFileError, DiskError, OutputError
+from loratool.store.journal import encode, read_lines
+from loratool.store.marker import REPLACED
 from loratool.store.reader import FileReader
 from loratool.store.shard_writer import PAGE, ShardWriter, clone_file
 from loratool.store.writer import MARKER, StagedOutput
@@ -29,8 +31,7 @@ def staged(path: Path, plan: str = "p", **more: bool) -> StagedOutput:
 def finish(path: Path, text: bytes = b"x", **more: bool) -> None:
     with staged(path, **more) as output:
         output.write_file("a", text)
-        output.write_file(MARKER, b"{}")
-        output.commit()
+        output.commit({})
 
 
 @pytest.mark.parametrize("offset", [0, 8, 4095, 4096, 5000])
@@ -121,18 +122,84 @@ def test_another_plan_does_not_resume(tmp_path: Path) -> None:
         assert output.finished == {} and not (output.staging / "s").exists()
 
 
-def test_torn_journal_line_and_wrong_size_are_redone(tmp_path: Path) -> None:
-    target = tmp_path / "out"
+def interrupted(target: Path, *names: str) -> Path:
+    """A run that stopped after these files; returns its journal."""
     with pytest.raises(RuntimeError), staged(target) as output:
-        for name in ("s", "t", "u"):
+        for name in names:
             output.create(name).write_bytes(b"12345")
             output.mark_finished(name, 5)
         raise RuntimeError
-    journal = target.with_name("out.loratool-partial") / ".journal"
+    return target.with_name("out.loratool-partial") / ".journal"
+
+
+def test_torn_journal_line_and_wrong_size_are_redone(tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    journal = interrupted(target, "s", "t", "u")
     journal.write_bytes(journal.read_bytes()[:-9])
     (journal.parent / "s").write_bytes(b"123")
     with staged(target) as output:
         assert set(output.finished) == {"t"}
+
+
+def test_any_damaged_byte_of_a_journal_takes_one_line(tmp_path: Path) -> None:
+    """The rest counts: the rerun makes one file anew, or all if the plan cannot be read."""
+    target = tmp_path / "out"
+    journal = interrupted(target, "s", "t", "u")
+    whole = journal.read_bytes()
+    folder = tmp_path / "kept"
+    journal.parent.rename(folder)
+    for position in range(0, len(whole), 7):
+        shutil.rmtree(journal.parent, ignore_errors=True)
+        shutil.copytree(folder, journal.parent)
+        damaged = bytearray(whole)
+        damaged[position] ^= 0x11
+        journal.write_bytes(damaged)
+        with StagedOutput(target, is_folder=True, plan_id="p", names=["s", "t", "u"]) as output:
+            lost = {"s", "t", "u"} - set(output.finished)
+        is_head = b"\n" not in whole[:position]
+        assert is_head or len(lost) <= 1 + (whole[position] == ord("\n"))
+
+
+def test_what_others_put_beside_the_work_stays(tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    journal = interrupted(target, "s")
+    (journal.parent / "notes.txt").write_text("mine")
+    before = {p.name: p.read_bytes() for p in journal.parent.iterdir()}
+    for plan, restart in (("p", False), ("p", True), ("q", False), ("q", True)):
+        with pytest.raises(OutputError, match=r"notes\.txt") as caught:
+            staged(target, plan, restart=restart)
+        assert caught.value.code == "LT-511"
+        assert {p.name: p.read_bytes() for p in journal.parent.iterdir()} == before
+
+
+@pytest.mark.parametrize("name", ["precious", ".journal", ".journal.tmp", "loratool.json", "a/b"])
+def test_a_folder_of_somebody_under_the_staging_name_stays(tmp_path: Path, name: str) -> None:
+    theirs = tmp_path / "out.loratool-partial" / name
+    theirs.parent.mkdir(parents=True)
+    theirs.write_text('{"plan": "p"}\n')
+    with pytest.raises(OutputError) as caught:
+        StagedOutput(tmp_path / "out", is_folder=True, plan_id="p", names=[name])
+    assert caught.value.code == "LT-511" and theirs.read_text() == '{"plan": "p"}\n'
+
+
+def test_a_forged_journal_cannot_reach_out(tmp_path: Path) -> None:
+    victim = tmp_path / "thesis"
+    victim.write_text("x")
+    journal = interrupted(tmp_path / "out", "s")
+    forged = [{"names": ["../thesis", str(victim), "s"]}, {"file": "../thesis", "size": 1,
+              "crc32": [], "results": None}]  # fmt: skip
+    journal.write_bytes(journal.read_bytes() + b"".join(map(encode, forged)))
+    with staged(tmp_path / "out") as output:
+        output.commit({})
+    assert victim.read_text() == "x"
+
+
+def test_a_stranger_that_appears_during_the_run_is_not_published(tmp_path: Path) -> None:
+    with pytest.raises(OutputError) as caught, staged(tmp_path / "out") as output:
+        (output.staging / "notes.txt").write_text("mine")
+        output.commit({})
+    assert caught.value.code == "LT-511" and not (tmp_path / "out").exists()
+    assert (output.staging / "notes.txt").read_text() == "mine"
 
 
 def test_second_writer_is_refused(tmp_path: Path) -> None:
@@ -161,13 +228,81 @@ def test_force_replaces_an_earlier_output(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
+SPOILT = {
+    "another file": lambda out: (out / "thesis").write_text("x"),
+    "another folder": lambda out: (out / "new").mkdir(),
+    "a link": lambda out: (out / "link").symlink_to("a"),
+    "a changed file": lambda out: (out / "a").write_bytes(b"OLD"),
+    "a file that is a folder": lambda out: ((out / "a").unlink(), (out / "a").mkdir()),
+    "no marker": lambda out: (out / MARKER).unlink(),
+    "an empty marker": lambda out: (out / MARKER).write_bytes(b""),
+    "a foreign marker": lambda out: (out / MARKER).write_text("{}"),
+    "an edited marker": lambda out: (out / MARKER).write_text(
+        (out / MARKER).read_text().replace('"loratool": true', '"loratool": false')
+    ),
+    "a linked marker": lambda out: (
+        (out / MARKER).rename(out.parent / "m"), (out / MARKER).symlink_to(out.parent / "m"),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("how", SPOILT)
+def test_force_replaces_what_loratool_wrote_and_nothing_more(tmp_path: Path, how: str) -> None:
+    target = tmp_path / "out"
+    finish(target, b"old")
+    SPOILT[how](target)
+    before = {p: p.lstat() for p in tmp_path.rglob("*")}
+    with pytest.raises(OutputError) as caught:
+        staged(target, force=True)
+    assert caught.value.code == "LT-505"
+    assert {p: p.lstat() for p in tmp_path.rglob("*")} == before
+
+
+def test_what_appears_in_the_old_output_during_the_run_stays(tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    finish(target, b"old")
+    with pytest.raises(OutputError) as caught, staged(target, force=True) as output:
+        output.write_file("a", b"new")
+        (target / "thesis").write_text("x")
+        output.commit({})
+    assert caught.value.code == "LT-505"
+    assert (target / "a").read_bytes() == b"old" and (target / "thesis").read_text() == "x"
+
+
 def test_death_between_the_two_renames_is_undone(tmp_path: Path) -> None:
     target = tmp_path / "out"
     finish(target, b"old")
+    (target / REPLACED).write_bytes(b"")
     target.rename(tmp_path / "out.loratool-old")
     with pytest.raises(OutputError):
         staged(target)  # recovered first, then refused: it exists
     assert (target / "a").read_bytes() == b"old"
+    assert sorted(p.name for p in target.iterdir()) == ["a", MARKER]
+
+
+@pytest.mark.parametrize("is_output", [False, True])
+@pytest.mark.parametrize("exists", [False, True])
+def test_a_copy_that_somebody_named_like_an_old_output_stays(
+    tmp_path: Path, is_output: bool, exists: bool
+) -> None:
+    target, old = tmp_path / "out", tmp_path / "out.loratool-old"
+    finish(target, b"mine")
+    target.rename(old)
+    if not is_output:
+        (old / MARKER).unlink()
+    if exists:
+        finish(target)
+    finish(target, b"new", force=exists)
+    assert (old / "a").read_bytes() == b"mine" and (target / "a").read_bytes() == b"new"
+
+
+def test_a_replaced_output_half_deleted_is_cleared_away(tmp_path: Path) -> None:
+    target, left = tmp_path / "out", tmp_path / "out.loratool-partial"
+    finish(target, b"old")
+    target.rename(left)
+    (left / "a").unlink()
+    finish(target, b"new")
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
 def test_symlink_and_missing_parent(tmp_path: Path) -> None:
@@ -230,7 +365,7 @@ def test_journal_is_json_lines(tmp_path: Path) -> None:
     with staged(tmp_path / "out", "id") as output:
         output.create("s").write_bytes(b"123")
         output.mark_finished("s", 3, [])
-        lines = (output.staging / ".journal").read_text().splitlines()
-    assert json.loads(lines[0])["plan"] == "id"
+        head, _names, more, line = read_lines(output.staging / ".journal")
+    assert head["plan"] == "id" and more == {"names": ["s"]}
     sums = [[0, 3, zlib.crc32(b"123")]]
-    assert json.loads(lines[1]) == {"file": "s", "size": 3, "results": [], "crc32": sums}
+    assert line == {"file": "s", "size": 3, "results": [], "crc32": sums}

@@ -1,0 +1,122 @@
+"""What earlier runs left where an output is made, and whose it is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from loratool.errors import OutputError, list_some
+from loratool.store.disk import refusals_as, sync_folder
+from loratool.store.journal import NAME as JOURNAL
+from loratool.store.journal import TEMPORARY, Earlier, is_torn_start, read_journal
+from loratool.store.marker import (
+    REPLACED,
+    Proof,
+    parents_of,
+    prove,
+    remove_empty,
+    remove_files,
+    walk,
+)
+from loratool.store.output_path import Prove
+from loratool.store.places import old_path
+
+_NOTHING = Earlier(False, None, {}, frozenset(), {})
+
+
+class Leftovers:
+    """The files of a staging folder that are loratool's.
+
+    Attributes:
+        earlier: what the journal of an interrupted run says.
+        names: of files that may be deleted; none before `settle`.
+    """
+
+    def __init__(self, staging: Path) -> None:
+        self._staging = staging
+        self.earlier = _NOTHING
+        self.names: set[str] = set()
+
+    def settle(self, names: Iterable[str], prove: Prove) -> None:
+        """Make sure that nothing lies here but what loratool left.
+
+        Args:
+            names: files that the run will make: where there is a journal, an earlier one made them.
+            prove: tells a replaced output that a kill left half deleted, and a finished one that
+                it left just before its last rename.
+
+        Raises:
+            OutputError: LT-511, there is something else; nothing is touched then.
+        """
+        earlier, entries = read_journal(self._staging), walk(self._staging)
+        if not earlier.exists and entries:
+            torn = self._staging / TEMPORARY
+            if entries.keys() == {TEMPORARY} and entries[TEMPORARY]:
+                proof = Proof({}, () if is_torn_start(torn.read_bytes()) else (TEMPORARY,))
+                remains = [TEMPORARY]
+            else:
+                proof, remains = self._prove(entries, prove)
+            self._refuse(proof.strangers)
+            remove_files(self._staging, remains)
+        self.earlier, self.names = earlier, {*earlier.names, *names}
+        self._refuse(self.strangers())
+
+    def _prove(self, entries: Iterable[str], prove: Prove) -> tuple[Proof, list[str]]:
+        names = list(entries)
+        if len(names) == 1 and (self._staging / names[0]).is_file():
+            proof = prove(self._staging / names[0])
+            if not proof.strangers:
+                return proof, names
+        proof = prove(self._staging)
+        return proof, list(proof.stamps)
+
+    def _refuse(self, strangers: Iterable[str]) -> None:
+        if strangers := list(strangers):
+            self.names = set()
+            raise OutputError(
+                "LT-511", "something else lies where the output would be made",
+                file=self._staging, got=list_some(strangers), hint="move it away",
+            )  # fmt: skip
+
+    def strangers(self) -> list[str]:
+        """What lies in the folder and is not loratool's."""
+        own = {JOURNAL, TEMPORARY, *self.names, *(f"{n}.tmp" for n in self.names)}
+        return sorted(walk(self._staging).keys() - own - parents_of(own))
+
+    def clear(self, keep: Iterable[str]) -> None:
+        """Delete every file of loratool's but these and the journal."""
+        gone = {n for name in self.names - set(keep) for n in (name, f"{name}.tmp")}
+        remove_files(self._staging, gone)
+
+    def drop(self) -> None:
+        """Delete everything of loratool's, and the folder if nothing else is in it."""
+        if self.names:
+            self.clear(())
+            remove_files(self._staging, [JOURNAL, TEMPORARY])
+        remove_empty(self._staging)
+
+    def forget(self) -> None:
+        """The interrupted run had put everything in its place: only its journal was left."""
+        (self._staging / JOURNAL).unlink(missing_ok=True)
+        self.earlier = _NOTHING
+
+
+def put_back(path: Path) -> None:
+    """Put an old output back if a run died between the two renames of a replacement."""
+    old = old_path(path)
+    if old.is_symlink() or not (old / REPLACED).is_file():  # nobody was about to replace it
+        with refusals_as("cannot clean up", path):
+            if not path.is_symlink() and path.is_dir():
+                (path / REPLACED).unlink(missing_ok=True)
+        return
+    proof = prove(old)
+    if proof.strangers:
+        return
+    with refusals_as("cannot clean up", old):
+        if path.exists():
+            remove_files(old, proof.stamps)
+            remove_empty(old)
+        else:
+            old.rename(path)
+            sync_folder(path.parent)
+            (path / REPLACED).unlink(missing_ok=True)

@@ -1,0 +1,120 @@
+"""Several outputs of one command, made one after the other: a killed series goes on.
+
+Before an output is made, a line says so: where, what makes it, and the inputs as they are.  When
+the same command is given again and finds that output complete and the inputs unchanged, it is one
+that the killed series made, and stays.  The file with these lines goes away with the series' end.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from pathlib import Path
+from typing import TypedDict
+
+from loratool.errors import OutputError
+from loratool.store.disk import refusals_as, sync_folder
+from loratool.store.journal import encode, read_lines, shaped
+
+Stamps = Mapping[str, list[int]]
+
+
+class Begun(TypedDict):
+    """An output that is about to be made."""
+
+    output: str
+    plan: str
+    inputs: dict[str, list[int]]
+
+
+class Series:
+    """The outputs of one command.
+
+    Args:
+        journal: where the lines are kept.
+
+    Raises:
+        OutputError: LT-511, something else lies there.
+    """
+
+    def __init__(self, journal: Path) -> None:
+        self._journal = journal
+        lines = [line for raw in read_lines(journal) if (line := shaped(raw, Begun))]
+        if not lines and os.path.lexists(journal) and (
+            journal.is_symlink() or not journal.is_file() or journal.stat().st_size
+        ):  # fmt: skip
+            raise OutputError(
+                "LT-511", "something else lies where notes about this run would be kept",
+                file=journal, hint="move it away",
+            )  # fmt: skip
+        self._begun = {line["output"]: line for line in lines}
+
+    def was_begun(self, path: Path) -> bool:
+        """True if a run before this one was about to make this output."""
+        return str(path.absolute()) in self._begun
+
+    def is_same(self, path: Path, plan: str, inputs: Stamps) -> bool:
+        """True if the run before was about to make exactly this."""
+        line = self._begun.get(str(path.absolute()))
+        return line is not None and (line["plan"], line["inputs"]) == (plan, inputs)
+
+    def begin(self, path: Path, plan: str, inputs: Stamps) -> None:
+        """Say that an output is about to be made, at a place that is free.
+
+        Where nothing may be written, nothing is: such a run begins anew.
+        """
+        line: Begun = {"output": str(path.absolute()), "plan": plan, "inputs": dict(inputs)}
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
+        with refusals_as("cannot write", self._journal):
+            try:
+                fd = os.open(self._journal, flags, 0o666)
+            except OSError as error:
+                if error.errno in (errno.EACCES, errno.EROFS):
+                    return
+                raise
+            try:
+                os.write(fd, b"\n" + encode(line))  # after a torn line, a whole one
+                os.fsync(fd)
+            finally:
+                os.close(fd)
+            sync_folder(self._journal.parent)
+
+    def end(self) -> None:
+        """Everything is made."""
+        self._journal.unlink(missing_ok=True)
+
+
+_current: ContextVar[Series | None] = ContextVar("series", default=None)
+
+
+def current() -> Series | None:
+    """The series that is under way."""
+    return _current.get()
+
+
+@contextmanager
+def series(journal: Path) -> Iterator[None]:
+    """Outputs made in this block are a series, unless it lies within another one.
+
+    After an error the lines stay: the same command goes on.
+    """
+    if _current.get() is not None:
+        yield
+        return
+    token = _current.set(Series(journal))
+    try:
+        yield
+        found = _current.get()
+        if found is not None:
+            found.end()
+    finally:
+        _current.reset(token)
+
+
+def may_be_made(path: Path) -> bool:
+    """True if an interrupted run of the series under way may have made an output."""
+    found = _current.get()
+    return found is not None and found.was_begun(path)
