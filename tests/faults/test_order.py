@@ -61,7 +61,10 @@ def check_order(calls: Sequence[Call], output: Path) -> None:
     assert max(inside) < first(calls, max(inside), synced(staging)) < final
     gone = [i for i, c in enumerate(calls) if c.strings[:1] == [f"{staging}/.journal"]
             and c.name == "unlink"]  # fmt: skip
-    assert gone and gone[-1] < first(calls, gone[-1], synced(staging)) < final
+    if source == staging:
+        assert gone and gone[-1] < first(calls, gone[-1], synced(staging)) < final
+    else:  # a file: until its name is durable the journal vouches for it
+        assert gone and final < first(calls, final, synced(str(output.parent))) < gone[-1]
 
 
 def check_contained(calls: Sequence[Call], scene: Scene) -> None:
