@@ -57,8 +57,8 @@ def verify(
     """Recompute W + Σ weight·ΔW and compare it with a merged checkpoint, tensor by tensor.
 
     The verdict is ``identical`` (every bit), ``rounding`` (no element further away than another
-    order of rounding explains: ulp(W') + ulp(Δ)/2) or ``differs``.  How sums were rounded is
-    taken from the checkpoint's provenance; so is whatever is not given.
+    order of the same arithmetic explains, see ``docs/exactness.md``) or ``differs``.  How sums
+    were rounded is taken from the checkpoint's provenance; so is whatever is not given.
 
     Args:
         merged: the checkpoint under test.
