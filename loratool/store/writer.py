@@ -28,9 +28,7 @@ from loratool.store.disk import (
     check_space,
     copy_synced,
     disk_error,
-    exchange,
     refusals_as,
-    rename_new,
     sync_folder,
     write_synced,
 )
@@ -41,7 +39,6 @@ from loratool.store.leftovers import Leftovers, put_back
 from loratool.store.lock import FolderLock
 from loratool.store.marker import (
     MARKER,
-    REPLACED,
     Content,
     Proof,
     content_of,
@@ -54,7 +51,8 @@ from loratool.store.marker import (
     walk,
 )
 from loratool.store.output_path import Prove, check_free, check_output, check_place
-from loratool.store.places import old_path, staging_path
+from loratool.store.places import staging_path
+from loratool.store.putting import in_order, put_file, put_folder, put_inside
 from loratool.store.reader import Stamp
 from loratool.store.series import current
 
@@ -308,12 +306,11 @@ class StagedOutput:
             )  # fmt: skip
         try:
             if self._is_inside:
-                self._commit_inside()
-                return
-            if self.is_folder:
-                self._commit_folder()
+                self._put_inside()
+            elif self.is_folder:
+                self._put_folder()
             else:
-                self._commit_file()
+                self._put_file()
         except FileExistsError as error:
             raise OutputError(
                 "LT-501", "the output exists", file=self.path, got="it appeared during the run"
@@ -321,75 +318,35 @@ class StagedOutput:
         except OSError as error:
             raise disk_error("cannot put the output in place", self.path, error) from error
 
-    def _check_still_free(self) -> None:
-        if self._replaces is None or not self.path.exists():
-            check_free(self.path, is_folder=self.is_folder, force=False)
-        elif not self._replaces.still_holds(self.path):
-            raise OutputError(
-                "LT-505", "what is to be replaced was changed during the run", file=self.path,
-                hint="choose another -o, or give the command again",
-            )  # fmt: skip
-
-    def _commit_file(self) -> None:
-        self._check_still_free()
+    def _put_file(self) -> None:
         made = self._at("")
         self._made = made.stat()
-        if self._replaces is not None:
-            made.replace(self.path)
-        else:
-            rename_new(made, self.path)
-        sync_folder(self.path.parent)
+        put_file(made, self.path, self._replaces)
         self._end_journal()
         remove_empty(self.staging)
+
+    def _put_folder(self) -> None:
+        self._made = self.staging.stat()
+        self._end_journal()
+        if rest := put_folder(self.staging, self.path, self._replaces):
+            self.notes.append(f"something appeared in the replaced output: see {rest}")
+
+    def _put_inside(self) -> None:
+        for name in self._contents.keys() - self.finished.keys():
+            size, crc = self._contents[name]["bytes"], int(self._contents[name]["crc32"], 16)
+            pieces = [(0, size, crc)] if size else []
+            self._journal.append({"file": name, "size": size, "crc32": pieces, "results": None})
+        self._made = self._at(in_order(self._contents)[-1]).stat()
+        put_inside(self.staging, self._contents, self.path, self._replaces)
+        self._left.clear(())
+        self._end_journal()
+        remove_empty(self.staging)
+        sync_folder(self.path)
 
     def _end_journal(self) -> None:
         self._journal.close()
         (self.staging / JOURNAL).unlink()
         sync_folder(self.staging)
-
-    def _commit_folder(self) -> None:
-        """A plain rename of a folder replaces nothing but an empty folder."""
-        self._made = self.staging.stat()
-        self._end_journal()
-        self._check_still_free()
-        if self._replaces is None:
-            self.staging.rename(self.path)
-            sync_folder(self.path.parent)
-            return
-        # The old output gets a lock too: for a moment it lies under the staging name.
-        with FolderLock.take(self.path, self.path):
-            if exchange(self.staging, self.path):
-                replaced = self.staging
-            else:
-                write_synced(self.path / REPLACED, b"")
-                replaced = old_path(self.path)
-                self.path.rename(replaced)
-                self.staging.rename(self.path)
-            sync_folder(self.path.parent)
-            remove_files(replaced, {*self._replaces.stamps, REPLACED})
-            if not remove_empty(replaced):
-                self.notes.append(f"something appeared in the replaced output: see {replaced}")
-
-    def _commit_inside(self) -> None:
-        """Move the files into a mount point, one by one; the journal tells a rerun which."""
-        for name in self._contents.keys() - self.finished.keys():
-            size, crc = self._contents[name]["bytes"], int(self._contents[name]["crc32"], 16)
-            pieces = [(0, size, crc)] if size else []
-            self._journal.append({"file": name, "size": size, "crc32": pieces, "results": None})
-        self._check_still_free()
-        if self._replaces is not None:
-            remove_files(self.path, self._replaces.stamps)
-        names = sorted(self._contents, key=lambda name: (name == MARKER, name))
-        self._made = self._at(names[-1]).stat()
-        for name in names:
-            target = self.path / name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            rename_new(self._at(name), target)
-            sync_folder(target.parent)
-        self._left.clear(())
-        self._end_journal()
-        remove_empty(self.staging)
-        sync_folder(self.path)
 
     def __enter__(self) -> StagedOutput:
         return self
@@ -428,7 +385,7 @@ class StagedOutput:
         """True if what was made lies under the final name, whatever happened since."""
         place = self.path
         if self._is_inside and self._contents:
-            place = self.path / max(self._contents, key=lambda name: (name == MARKER, name))
+            place = self.path / in_order(self._contents)[-1]
         try:
             return self._made is not None and os.path.samestat(self._made, place.lstat())
         except OSError:
