@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from loratool.errors import OutputError, list_some
+from loratool.errors import DiskError, OutputError, list_some
 from loratool.store.disk import refusals_as, sync_folder
 from loratool.store.journal import NAME as JOURNAL
-from loratool.store.journal import TEMPORARY, Earlier, is_torn_start, read_journal
+from loratool.store.journal import (
+    TEMPORARY,
+    Earlier,
+    intact_files,
+    is_torn_start,
+    read_journal,
+)
+from loratool.store.lock import FolderLock
 from loratool.store.marker import (
     REPLACED,
     Proof,
+    Prove,
     parents_of,
-    prove,
     remove_empty,
     remove_files,
     walk,
 )
-from loratool.store.output_path import Prove
-from loratool.store.places import old_path
+from loratool.store.places import old_path, staging_path
 
 _NOTHING = Earlier(False, None, {}, frozenset(), {})
 
@@ -58,6 +65,9 @@ class Leftovers:
                 proof, remains = self._prove(entries, prove)
             self._refuse(proof.strangers)
             remove_files(self._staging, remains)
+            for name in sorted(entries, key=len, reverse=True):
+                if not entries[name]:
+                    remove_empty(self._staging / name)
         self.earlier, self.names = earlier, {*earlier.names, *names}
         self._refuse(self.strangers())
 
@@ -95,26 +105,72 @@ class Leftovers:
             remove_files(self._staging, [JOURNAL, TEMPORARY])
         remove_empty(self._staging)
 
-    def forget(self) -> None:
-        """The interrupted run had put everything in its place: only its journal was left."""
-        (self._staging / JOURNAL).unlink(missing_ok=True)
-        self.earlier = _NOTHING
+    def take_back(self, path: Path) -> None:
+        """Go on after a run that died while it gave its files their final names one by one.
+
+        Args:
+            path: the output, a single file or a mount point; nothing is done for other folders.
+        """
+        is_inside = self._staging.parent == path
+        if path.is_dir() and not is_inside:
+            return
+        home, finished = path if is_inside else path.parent, self.earlier.finished
+        gone = {n: line for n, line in finished.items() if self._has_gone(n, home)}
+        moved = intact_files(home, gone)
+        if moved.keys() == finished.keys():  # all is in its place: only the journal was left
+            (self._staging / JOURNAL).unlink(missing_ok=True)
+            self.earlier = _NOTHING
+        elif is_inside:
+            for name in moved:
+                (self._staging / name).parent.mkdir(parents=True, exist_ok=True)
+                (home / name).replace(self._staging / name)
+            remove_files(home, moved)
+
+    def _has_gone(self, name: str, home: Path) -> bool:
+        """True for a file that has its final name, and perhaps its old one still."""
+        try:
+            return (home / name).samefile(self._staging / name)
+        except OSError:
+            return not os.path.lexists(self._staging / name)
 
 
-def put_back(path: Path) -> None:
+def clear_away(path: Path, prove: Prove) -> None:
+    """Delete what earlier runs left of an output, but not work that can be gone on with.
+
+    Args:
+        path: the output.
+        prove: see `Leftovers.settle`.
+    """
+    staging = staging_path(path)
+    if not os.path.lexists(staging) and not os.path.lexists(old_path(path)):
+        return
+    try:
+        with FolderLock.make(staging, path):
+            put_back(path, prove)
+            left = Leftovers(staging)
+            left.settle((), prove)
+            left.take_back(path)
+            if not left.earlier.finished:
+                left.drop()
+    except (OutputError, DiskError, OSError):
+        pass  # somebody else's, or under way: `StagedOutput` finds out
+
+
+def put_back(path: Path, prove: Prove) -> None:
     """Put an old output back if a run died between the two renames of a replacement."""
     old = old_path(path)
     if old.is_symlink() or not (old / REPLACED).is_file():  # nobody was about to replace it
         with refusals_as("cannot clean up", path):
-            if not path.is_symlink() and path.is_dir():
-                (path / REPLACED).unlink(missing_ok=True)
+            mark = path / REPLACED
+            if not path.is_symlink() and mark.is_file() and not mark.lstat().st_size:
+                mark.unlink()
         return
     proof = prove(old)
-    if proof.strangers:
+    if set(proof.strangers) - {REPLACED}:
         return
     with refusals_as("cannot clean up", old):
         if path.exists():
-            remove_files(old, proof.stamps)
+            remove_files(old, {*proof.stamps, REPLACED})
             remove_empty(old)
         else:
             old.rename(path)

@@ -61,13 +61,21 @@ def put_folder(made: Path, path: Path, replaces: Proof | None) -> Path | None:
         if exchange(made, path):
             replaced = made
         else:
-            write_synced(path / REPLACED, b"")
             replaced = old_path(path)
-            path.rename(replaced)
+            _set_aside(path, replaced)
             made.rename(path)
         sync_folder(path.parent)
         remove_files(replaced, {*replaces.stamps, REPLACED})
         return None if remove_empty(replaced) else replaced
+
+
+def _set_aside(path: Path, replaced: Path) -> None:
+    try:
+        write_synced(path / REPLACED, b"")
+        path.rename(replaced)
+    except OSError:
+        (path / REPLACED).unlink(missing_ok=True)
+        raise
 
 
 def put_inside(made: Path, names: Iterable[str], path: Path, replaces: Proof | None) -> None:

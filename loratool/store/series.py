@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TypedDict
 
 from loratool.errors import OutputError
-from loratool.store.disk import refusals_as, sync_folder
+from loratool.store.disk import refusals_as, sync_folder, write_all
 from loratool.store.journal import encode, read_lines, shaped
 
 Stamps = Mapping[str, list[int]]
@@ -76,7 +76,7 @@ class Series:
                     return
                 raise
             try:
-                os.write(fd, b"\n" + encode(line))  # after a torn line, a whole one
+                write_all(fd, b"\n" + encode(line))  # after a torn line, a whole one
                 os.fsync(fd)
             finally:
                 os.close(fd)

@@ -41,6 +41,7 @@ from loratool.store.marker import (
     MARKER,
     Content,
     Proof,
+    Prove,
     content_of,
     folder_marker,
     is_whole,
@@ -50,7 +51,7 @@ from loratool.store.marker import (
     remove_files,
     walk,
 )
-from loratool.store.output_path import Prove, check_free, check_output, check_place
+from loratool.store.output_path import check_free, check_output, check_place
 from loratool.store.places import staging_path
 from loratool.store.putting import in_order, put_file, put_folder, put_inside
 from loratool.store.reader import Stamp
@@ -115,10 +116,10 @@ class StagedOutput:
         self._lock = FolderLock.make(self.staging, path)
         self._left = Leftovers(self.staging)
         try:
-            put_back(path)
+            put_back(path, prove)
             self._is_inside = self.staging.parent == path
             self._left.settle({self._real(n) for n in names}, prove)
-            self._take_back()
+            self._left.take_back(path)
             stamps = {str(file): list(stamp) for file, stamp in (inputs or {}).items()}
             self._replaces = self._check_free(stamps)
             self._find_finished(stamps, restart)
@@ -137,19 +138,6 @@ class StagedOutput:
             raise
 
     # ------------------------------------------------------------------- an interrupted run
-
-    def _take_back(self) -> None:
-        """Go on with a run that died while it gave its files their final names one by one."""
-        if self.is_folder and not self._is_inside:
-            return
-        earlier, home = self._left.earlier, self.path if self._is_inside else self.path.parent
-        moved = intact_files(home, earlier.finished)
-        if moved.keys() == earlier.finished.keys():
-            self._left.forget()
-        elif earlier.plan == self.plan_id:
-            for name in moved:
-                self._make_folder(self._at(name).parent)
-                (home / name).rename(self._at(name))
 
     def _check_free(self, stamps: Mapping[str, list[int]]) -> Proof | None:
         series, plan = current(), self.plan_id
@@ -359,13 +347,13 @@ class StagedOutput:
             self._is_open = False
             self._lock.release()
             if error is not None:
-                error.add_note(f"the output is complete: {self.path}")
+                _say(error, f"the output is complete: {self.path}")
             return
         is_final = isinstance(error, LoratoolError) and not isinstance(error, DiskError)
         keep = self._holds_work() and not is_final
         self._leave(keep=keep)
         if keep and error is not None:
-            _say_kept(error, f"the same command goes on ({len(self.finished)} files are finished)")
+            _say(error, f"the same command goes on ({len(self.finished)} files are finished)")
 
     def _leave(self, *, keep: bool) -> None:
         with self._guard:
@@ -409,8 +397,8 @@ class StagedOutput:
             sync_folder(folder.parent)
 
 
-def _say_kept(error: BaseException, text: str) -> None:
+def _say(error: BaseException, text: str) -> None:
     if isinstance(error, LoratoolError):
-        error.hint = f"{error.hint}; then {text}" if error.hint else text
+        error.hint = f"{error.hint}; {text}" if error.hint else text
     else:
         error.add_note(text)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from loratool.delta.toy import write_toy
+from loratool.delta.toy import toy_files
 from tests.make import randn, random_factors, save_adapter, save_checkpoint
 
 from .conftest import Run
@@ -15,7 +15,9 @@ from .conftest import Run
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("toy")
-    write_toy(folder)
+    for name, data in toy_files():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(data)
     return folder
 
 
