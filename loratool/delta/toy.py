@@ -24,9 +24,9 @@ _CONFIG = {
 
 
 def toy_files() -> Iterator[tuple[str, bytes]]:
-    """Name and content of the files of ``base/`` (two shards), ``style/``, ``sql/``, ``tuned/``.
+    """Name and bytes of each file of ``base/`` (two shards), ``style/``, ``sql/`` and ``tuned/``.
 
-    They are the same every time.
+    The same every time.
     """
     generator = torch.Generator().manual_seed(0)
     weights = _weights(generator)

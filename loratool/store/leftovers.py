@@ -64,10 +64,7 @@ class Leftovers:
             else:
                 proof, remains = self._prove(entries, prove)
             self._refuse(proof.strangers)
-            remove_files(self._staging, remains)
-            for name in sorted(entries, key=len, reverse=True):
-                if not entries[name]:
-                    remove_empty(self._staging / name)
+            remove_files(self._staging, remains, proof.folders)
         self.earlier, self.names = earlier, {*earlier.names, *names}
         self._refuse(self.strangers())
 
@@ -117,14 +114,16 @@ class Leftovers:
         home, finished = path if is_inside else path.parent, self.earlier.finished
         gone = {n: line for n, line in finished.items() if self._has_gone(n, home)}
         moved = intact_files(home, gone)
-        if moved.keys() == finished.keys():  # all is in its place: only the journal was left
+        if (
+            moved and moved.keys() == finished.keys()
+        ):  # all is in its place: only the journal was left
             (self._staging / JOURNAL).unlink(missing_ok=True)
             self.earlier = _NOTHING
         elif is_inside:
             for name in moved:
                 (self._staging / name).parent.mkdir(parents=True, exist_ok=True)
                 (home / name).replace(self._staging / name)
-            remove_files(home, moved)
+            remove_files(home, moved, parents_of(finished))
 
     def _has_gone(self, name: str, home: Path) -> bool:
         """True for a file that has its final name, and perhaps its old one still."""
@@ -142,7 +141,7 @@ def clear_away(path: Path, prove: Prove) -> None:
         prove: see `Leftovers.settle`.
     """
     staging = staging_path(path)
-    if not os.path.lexists(staging) and not os.path.lexists(old_path(path)):
+    if not any(map(os.path.lexists, (staging, old_path(path), path / REPLACED))):
         return
     try:
         with FolderLock.make(staging, path):
@@ -170,7 +169,7 @@ def put_back(path: Path, prove: Prove) -> None:
         return
     with refusals_as("cannot clean up", old):
         if path.exists():
-            remove_files(old, {*proof.stamps, REPLACED})
+            remove_files(old, {*proof.stamps, REPLACED}, proof.folders)
             remove_empty(old)
         else:
             old.rename(path)

@@ -16,7 +16,7 @@ import re
 import stat
 import threading
 import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn, TypedDict
@@ -69,15 +69,17 @@ class Proof:
     Attributes:
         stamps: file -> what it was when it was found to be one; "" -> a single file.
         strangers: what else is there, or was changed since.
+        folders: those that hold or held files of the output.
     """
 
     stamps: Mapping[str, Stamp]
     strangers: Sequence[str] = ()
+    folders: Collection[str] = ()
 
     def still_holds(self, path: Path) -> bool:
         """True if nothing was added or changed since."""
         found = walk(path) if path.is_dir() else {"": True}
-        return found.keys() - self.stamps.keys() <= parents_of(self.stamps) and all(
+        return found.keys() - self.stamps.keys() <= set(self.folders) and all(
             stamp_of(path / name if name else path) in (stamp, None)
             for name, stamp in self.stamps.items()
         )
@@ -158,7 +160,7 @@ def prove(path: Path, *, deep: bool = True) -> Proof:
     if marker is not None and (stamp := stamp_of(path / MARKER)):
         stamps[MARKER] = stamp
     folders = {n for n in parents_of(files) if stat.S_ISDIR(_mode(path / n))}
-    return Proof(stamps, sorted(entries.keys() - stamps.keys() - folders))
+    return Proof(stamps, sorted(entries.keys() - stamps.keys() - folders), folders)
 
 
 def _mode(path: Path) -> int:
@@ -168,12 +170,18 @@ def _mode(path: Path) -> int:
         return 0
 
 
-def remove_files(folder: Path, names: Iterable[str]) -> None:
-    """Delete files of a folder and the folders that become empty, and last what proves them."""
+def remove_files(folder: Path, names: Iterable[str], folders: Iterable[str] = ()) -> None:
+    """Delete files of a folder and last what proves them, and every folder that becomes empty.
+
+    Args:
+        folder: that they lie in.
+        names: relative to it; what is gone is fine.
+        folders: more of them to delete if they are empty.
+    """
     names, last = set(names), (MARKER, REPLACED)
     for name in sorted(names.difference(last)):
         (folder / name).unlink(missing_ok=True)
-    for name in sorted(parents_of(names), key=len, reverse=True):
+    for name in sorted(parents_of(names).union(folders), key=len, reverse=True):
         remove_empty(folder / name)
     for name in last:
         if name in names:

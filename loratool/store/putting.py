@@ -65,7 +65,7 @@ def put_folder(made: Path, path: Path, replaces: Proof | None) -> Path | None:
             _set_aside(path, replaced)
             made.rename(path)
         sync_folder(path.parent)
-        remove_files(replaced, {*replaces.stamps, REPLACED})
+        remove_files(replaced, {*replaces.stamps, REPLACED}, replaces.folders)
         return None if remove_empty(replaced) else replaced
 
 
@@ -73,7 +73,7 @@ def _set_aside(path: Path, replaced: Path) -> None:
     try:
         write_synced(path / REPLACED, b"")
         path.rename(replaced)
-    except OSError:
+    except BaseException:
         (path / REPLACED).unlink(missing_ok=True)
         raise
 
@@ -93,7 +93,7 @@ def put_inside(made: Path, names: Iterable[str], path: Path, replaces: Proof | N
     """
     _check_still_free(path, replaces, is_folder=True)
     if replaces is not None:
-        remove_files(path, replaces.stamps)
+        remove_files(path, replaces.stamps, replaces.folders)
     for name in in_order(names):
         target = path / name
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -240,11 +240,13 @@ class StagedOutput:
         """
         pieces = self.place(name, sums)
         real = self._real(name)
-        line: Finished = {"file": real, "size": size, "crc32": pieces, "results": results}
         with refusals_as("cannot complete", self._at(name)):
-            self._journal.append(line)
+            self._finish({"file": real, "size": size, "crc32": pieces, "results": results})
+
+    def _finish(self, line: Finished) -> None:
+        self._journal.append(line)
         with self._guard:
-            self.finished[real] = line
+            self.finished[line["file"]] = line
 
     def write_file(self, name: str, data: bytes) -> None:
         """Write a small file."""
@@ -323,7 +325,7 @@ class StagedOutput:
         for name in self._contents.keys() - self.finished.keys():
             size, crc = self._contents[name]["bytes"], int(self._contents[name]["crc32"], 16)
             pieces = [(0, size, crc)] if size else []
-            self._journal.append({"file": name, "size": size, "crc32": pieces, "results": None})
+            self._finish({"file": name, "size": size, "crc32": pieces, "results": None})
         self._made = self._at(in_order(self._contents)[-1]).stat()
         put_inside(self.staging, self._contents, self.path, self._replaces)
         self._left.clear(())

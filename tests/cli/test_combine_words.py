@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from loratool.delta.toy import toy_files
+import loratool as lt
 from tests.make import randn, random_factors, save_adapter, save_checkpoint
 
 from .conftest import Run
@@ -15,9 +15,7 @@ from .conftest import Run
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("toy")
-    for name, data in toy_files():
-        (folder / name).parent.mkdir(exist_ok=True)
-        (folder / name).write_bytes(data)
+    lt.demo(folder)
     return folder
 
 

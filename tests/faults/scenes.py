@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -117,9 +119,22 @@ SCENES = [
     Scene("run-plain", _RUN.command, _RUN.outputs, env=PLAIN),
     _PULL,
     also("pull-force", _PULL, "pull me/style@v1 --offline -o work/out"),
+    also("pull-force-plain", _PULL, "pull me/style@v1 --offline -o work/out", env=PLAIN),
+    also("pull-many-force", Scene("", "pull me/loras --offline -o work/out"),
+         "pull me/loras@v1 --offline -o work/out"),
+    Scene("templates", "rescale in/chat 0.3 -o work/out"),
+    also("templates-force", Scene("", "rescale in/chat 0.3 -o work/out"),
+         "compress in/chat --rank 1 -o work/out"),
+    also("templates-force-plain", Scene("", "rescale in/chat 0.3 -o work/out"),
+         "compress in/chat --rank 1 -o work/out", env=PLAIN),
     Scene("demo", "demo -o work/out", tuple(f"work/out/{name}" for name in DEMO)),
     Scene("mount", MERGE, mount="work/out"),
+    Scene("mount-plain", MERGE, mount="work/out", env=PLAIN),
+    Scene("mount-templates", "rescale in/chat 0.3 -o work/out", mount="work/out"),
     also("mount-force", Scene("", MERGE), OTHER, mount="work/out"),
+    also("mount-force-same", Scene("", MERGE), MERGE, mount="work/out"),
+    also("mount-templates-force", Scene("", "rescale in/chat 0.3 -o work/out"),
+         "compress in/chat --rank 1 -o work/out", mount="work/out"),
     Scene("mount-rescale", "rescale in/style 0.3 -o work/out", mount="work/out"),
 ]  # fmt: skip
 
@@ -148,6 +163,10 @@ def write_inputs(root: Path) -> None:
     for shard in (folder / "tuned").glob("model-*"):
         shard.unlink()
     save(folder / "tuned" / "model.safetensors", tuned, {"format": "pt"})
+    shutil.copytree(folder / "style", folder / "chat")
+    templates = folder / "chat" / "additional_chat_templates"
+    templates.mkdir()
+    (templates / "tools.jinja").write_text("{{ tools }}")
     (folder / "recipe.yaml").write_text(RECIPE)
     (folder / "thesis.txt").write_text("years of work")
 
@@ -178,20 +197,25 @@ def write_foreign(work: Path) -> None:
 
 
 def write_cache(home: Path, adapter: Path) -> None:
-    """A Hub cache that holds ``me/style`` at two commits, as the Hub's client lays it out."""
-    repo = home / "hub" / "models--me--style"
+    """A Hub cache with two commits of two repositories, as the Hub's client lays it out."""
+    for name, folders in (("style", ("",)), ("loras", ("ink/", "sql/"))):
+        write_repo(home / "hub" / f"models--me--{name}", adapter, folders)
+
+
+def write_repo(repo: Path, adapter: Path, folders: Sequence[str]) -> None:
     for number, revision in enumerate(("v1", "main")):
         commit = str(number + 1) * 40
         ref = repo / "refs" / revision
         ref.parent.mkdir(parents=True, exist_ok=True)
         ref.write_text(commit)
         snapshot = repo / "snapshots" / commit
-        snapshot.mkdir(parents=True)
-        for path in sorted(adapter.iterdir()):
+        for place, path in product(folders, sorted(adapter.iterdir())):
+            link = snapshot / place / path.name
+            link.parent.mkdir(parents=True, exist_ok=True)
             data = path.read_bytes()
             if path.suffix == ".json":  # another commit has another configuration
                 data = json.dumps(json.loads(data) | {"lora_alpha": 4 + number}).encode()
             blob = repo / "blobs" / hashlib.sha256(data).hexdigest()
             blob.parent.mkdir(exist_ok=True)
             blob.write_bytes(data)
-            (snapshot / path.name).symlink_to(Path("../../blobs") / blob.name)
+            link.symlink_to(os.path.relpath(blob, link.parent))

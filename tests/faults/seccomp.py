@@ -17,6 +17,7 @@ import select
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 
@@ -97,7 +98,7 @@ class Call:
         """The files that it is about."""
         if CALLS[self.name].paths:
             return [self._text(self.args[i]) for i in CALLS[self.name].paths]
-        return [os.readlink(f"/proc/{self.thread}/fd/{self.args[0]}")]
+        return [str(Path(f"/proc/{self.thread}/fd/{self.args[0]}").readlink())]
 
     def _text(self, address: int) -> str:
         return os.fsdecode(self._memory(address, 4096).partition(b"\0")[0])

@@ -27,12 +27,14 @@ from tests.faults import seccomp
 ROOT = Path(__file__).parents[2]
 LIMIT_S = 60.0
 
-KINDS = ("kill", "EIO", "ENOSPC", "full", "short")
-"""Killed before a call; the call fails; from this call on nothing fits; half is written."""
-
 
 class Fault(NamedTuple):
-    """What happens at a moment of a run, counted from 1."""
+    """What happens at a moment of a run, counted from 1.
+
+    ``kill``: killed before the call.  ``INT``: interrupted, as by Ctrl-C.  ``EIO``, ``ENOSPC``: the
+    call fails.  ``full``: from here on every call that needs space fails.  ``short``: only half is
+    written.
+    """
 
     kind: str
     at: int
@@ -48,7 +50,7 @@ class Moment(NamedTuple):
     @property
     def kinds(self) -> list[str]:
         """The faults that can happen here."""
-        found = ["kill", "EIO"]
+        found = ["kill", "INT", "EIO"]
         if seccomp.CALLS[self.name].needs_space:
             found += ["ENOSPC", "full"]
         if self.name in seccomp.WRITES and self.size > 1:
@@ -78,7 +80,7 @@ class Server:
 
     def __init__(self, **env: str) -> None:
         more = {"PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1",
-                "HF_HUB_OFFLINE": "1", "NO_COLOR": "1", "COLUMNS": "100"}  # fmt: skip
+                "HF_HUB_OFFLINE": "1", "NO_COLOR": "1", "PYTHONHASHSEED": "0"}  # fmt: skip
         self._process = subprocess.Popen(
             [sys.executable, "-m", "tests.faults.server"], stdin=subprocess.PIPE,
             stdout=subprocess.PIPE, env=os.environ | more | env, text=True, cwd=ROOT,
@@ -219,6 +221,9 @@ def kind_at(fault: Fault, count: int, call: seccomp.Call) -> str | None:
 def answer(asked: seccomp.Asked, call: seccomp.Call, kind: str | None, pidfd: int) -> None:
     if kind == "kill":
         signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+    elif kind == "INT":
+        signal.pidfd_send_signal(pidfd, signal.SIGINT)
+        asked.let(call)
     elif kind == "short" and call.name in seccomp.WRITES:
         asked.answer(call, call.write_part(pidfd))
     elif kind in ("EIO", "ENOSPC"):
