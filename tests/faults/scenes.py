@@ -214,7 +214,7 @@ def write_repo(repo: Path, adapter: Path, folders: Sequence[str]) -> None:
             link.parent.mkdir(parents=True, exist_ok=True)
             data = path.read_bytes()
             if path.suffix == ".json":  # another commit has another configuration
-                data = json.dumps(json.loads(data) | {"lora_alpha": 4 + number}).encode()
+                data = json.dumps(json.loads(data) | {"lora_alpha": 5 + number}).encode()
             blob = repo / "blobs" / hashlib.sha256(data).hexdigest()
             blob.parent.mkdir(exist_ok=True)
             blob.write_bytes(data)

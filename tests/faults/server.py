@@ -103,10 +103,11 @@ class Server:
         env: Mapping[str, str] | None = None,
         fault: Fault | None = None,
         trace: bool = False,
+        is_root: bool = True,
     ) -> Result:
-        """Run ``loratool WORDS``."""
+        """Run ``loratool WORDS``, if wanted without root's right to write everywhere."""
         job = {"words": [str(w) for w in words], "cwd": str(cwd), "env": dict(env or {}),
-               "fault": fault, "trace": trace}  # fmt: skip
+               "fault": fault, "trace": trace, "is_root": is_root}  # fmt: skip
         assert self._process.stdin is not None and self._process.stdout is not None
         print(json.dumps(job), file=self._process.stdin, flush=True)
         line = self._process.stdout.readline()
@@ -170,6 +171,8 @@ def become(job: Mapping[str, Any], there: socket.socket, streams: Sequence[int])
         os.dup2(streams[0], 1)
         os.dup2(streams[1], 2)
         os.environ.update(job["env"])
+        if not job["is_root"]:
+            seccomp.drop_rights()
         os.chdir(job["cwd"])
         if job["fault"] or job["trace"]:
             fd = seccomp.install()
