@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 
+from tests.faults.scenes import SCENES, Scene
 from tests.faults.server import Server
+from tests.faults.sweep import Stage, mounted
 
 COUNTED = "points"
 
@@ -22,6 +25,22 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def server(home: Path) -> Iterator[Server]:
     with Server(HF_HOME=str(home)) as started:
         yield started
+
+
+@pytest.fixture(scope="session", params=SCENES, ids=lambda scene: scene.name)
+def stage(
+    request: pytest.FixtureRequest,
+    tmp_path_factory: pytest.TempPathFactory,
+    server: Server,
+    home: Path,
+) -> Iterator[Stage]:
+    """Every scene, once for all tests of it."""
+    scene: Scene = request.param
+    root = tmp_path_factory.mktemp(scene.name)
+    with mounted(root / scene.mount) if scene.mount else nullcontext(True) as is_mounted:
+        if not is_mounted:
+            pytest.skip("no mounting here")
+        yield Stage(scene, root, server, home)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -84,6 +84,7 @@ _FILE_BEFORE = FILE.replace("in/style", "in/sql")
 
 SCENES = [
     Scene("merge", MERGE),
+    Scene("merge-part", f"{MERGE} --skip layers.1"),
     also("merge-force", Scene("", MERGE), OTHER),
     also("merge-force-plain", Scene("", MERGE), OTHER, env=PLAIN),
     also("merge-force-other", Scene("", MERGE), "rescale in/style 2 -o work/out"),

@@ -101,9 +101,11 @@ class Call:
         return not (self.name == "write" and self.args[0] in (1, 2))
 
     def paths(self) -> list[str]:
-        """The files that it is about."""
+        """The files that it is about, from the root."""
         if CALLS[self.name].paths:
-            return [self._text(self.args[i]) for i in CALLS[self.name].paths]
+            cwd = Path(f"/proc/{self.thread}/cwd").readlink()
+            names = [self._text(self.args[i]) for i in CALLS[self.name].paths]
+            return [os.path.normpath(cwd / name) for name in names]
         return [str(Path(f"/proc/{self.thread}/fd/{self.args[0]}").readlink())]
 
     def _text(self, address: int) -> str:

@@ -6,6 +6,7 @@ which moments there are.
 
 from __future__ import annotations
 
+import errno
 import gc
 import importlib
 import json
@@ -18,7 +19,6 @@ import sys
 import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from errno import EIO, ENOSPC
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,9 +31,9 @@ LIMIT_S = 60.0
 class Fault(NamedTuple):
     """What happens at a moment of a run, counted from 1.
 
-    ``kill``: killed before the call.  ``INT``: interrupted, as by Ctrl-C.  ``EIO``, ``ENOSPC``: the
-    call fails.  ``full``: from here on every call that needs space fails.  ``short``: only half is
-    written.
+    ``kill``: killed before the call.  ``INT``: interrupted, as by Ctrl-C.  ``EIO`` or another name
+    of an error: the call fails.  ``full``: from here on every call that needs space fails.
+    ``short``: only half is written.
     """
 
     kind: str
@@ -229,10 +229,10 @@ def answer(asked: seccomp.Asked, call: seccomp.Call, kind: str | None, pidfd: in
         asked.let(call)
     elif kind == "short" and call.name in seccomp.WRITES:
         asked.answer(call, call.write_part(pidfd))
-    elif kind in ("EIO", "ENOSPC"):
-        asked.refuse(call, EIO if kind == "EIO" else ENOSPC)
-    else:
+    elif kind in (None, "short"):
         asked.let(call)
+    else:
+        asked.refuse(call, getattr(errno, kind))
 
 
 def wait(pid: int) -> int | None:

@@ -38,26 +38,28 @@ class Stage:
     """A scene on the disk.
 
     Attributes:
+        work: where the outputs are.
         moments: of an undisturbed run.
         end: ``work/`` after it.
     """
 
     def __init__(self, scene: Scene, root: Path, server: Server, home: Path) -> None:
-        self.scene, self._root, self._server = scene, root, server
-        self._work, self._template = root / "work", root / "template"
+        self.scene, self.root, self._server = scene, root, server
+        self.work, self._template = root / "work", root / "template"
         write_inputs(root)
         if not home.exists():
             write_cache(home, root / "in" / "style")
-        write_foreign(self._work)
+        write_foreign(self.work)
         for command in (*scene.prepare, *scene.before):
             done = server.run(command.split(), cwd=root)
             assert done.code == 0, done.err
-        shutil.copytree(self._work, self._template, symlinks=True)
-        self._inputs, self._before = tree(root / "in"), tree(self._work)
+        shutil.copytree(self.work, self._template, symlinks=True)
+        self._inputs, self._before = tree(root / "in"), tree(self.work)
         self.reset()
         done = server.run(scene.words, cwd=root, env=scene.env, trace=True)
         assert done.code == 0, done.err
-        self.moments, self.end = done.moments, tree(self._work)
+        self.moments, self.end = done.moments, tree(self.work)
+        self.reset()
         new = self.end.keys() - self._before.keys()
         own = {n for place in scene.outputs for n in part(self.end, place)}
         old = {n for place in scene.outputs for n in part(self._before, place)}
@@ -68,11 +70,11 @@ class Stage:
     def reset(self) -> None:
         """``work/`` as it is before the command."""
         if self.scene.mount:
-            empty(self._work / Path(self.scene.mount).name)
-        for path in self._work.iterdir():
+            empty(self.work / Path(self.scene.mount).name)
+        for path in self.work.iterdir():
             if not path.is_mount():
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
-        shutil.copytree(self._template, self._work, symlinks=True, dirs_exist_ok=True)
+        shutil.copytree(self._template, self.work, symlinks=True, dirs_exist_ok=True)
 
     def points(self) -> list[Fault]:
         """Every fault at every moment, and the end of an undisturbed run."""
@@ -85,12 +87,12 @@ class Stage:
         wrong, where, left = [], "", self._before
         for fault in faults:
             may_refuse = self._may_refuse(left)
-            done = self._run(fault)
-            left = tree(self._work)
+            done = self.run(fault)
+            left = tree(self.work)
             where += self._say(fault, done)
             found = [*self._check_exit(fault, done, may_refuse), *self._check_left(left, done)]
             wrong += [f"{where}: {text}" for text in found]
-        again = self._run(None)
+        again = self.run(None)
         return wrong + [f"{where}: {text}" for text in self._check_end(left, again)]
 
     def _may_refuse(self, left: Tree) -> bool:
@@ -98,12 +100,14 @@ class Stage:
         is_whole = all(self._own(left, p) == part(self.end, p) for p in self.scene.outputs)
         return is_whole and not self.scene.replaces
 
-    def _run(self, fault: Fault | None) -> Result:
-        return self._server.run(self.scene.words, cwd=self._root, env=self.scene.env, fault=fault)
+    def run(self, fault: Fault | None) -> Result:
+        """Run the command."""
+        return self._server.run(self.scene.words, cwd=self.root, env=self.scene.env, fault=fault)
 
     def _say(self, fault: Fault, done: Result) -> str:
         moment = self.moments[fault.at - 1] if fault.at <= len(self.moments) else None
         what = "at the end" if moment is None else f"{moment.name} {' '.join(moment.paths)}"
+        what = what.replace(f"{self.root}/", "")
         return f"{self.scene.name}: {fault.kind} {fault.at} ({what}), exit {done.code} {done.err} "
 
     def _check_exit(self, fault: Fault, done: Result, may_refuse: bool) -> Iterator[str]:
@@ -115,7 +119,7 @@ class Stage:
 
     def _check_left(self, left: Tree, done: Result) -> Iterator[str]:
         """Nothing, the old output or the complete new one; all else as it was."""
-        if tree(self._root / "in") != self._inputs:
+        if tree(self.root / "in") != self._inputs:
             yield "an input changed"
         if gone := [n for n, what in self._foreign.items() if left.get(n) != what]:
             yield f"foreign files changed: {gone}"
@@ -150,7 +154,7 @@ class Stage:
         return {f"{place}/.loratool-replaced": nothing} if self.scene.env else {}
 
     def _check_end(self, left: Tree, again: Result) -> Iterator[str]:
-        found = tree(self._work)
+        found = tree(self.work)
         may_refuse = self._may_refuse(left) and "LT-501" in again.err
         if again.code not in (0, 5 if may_refuse else 0):
             yield f"the same command again: exit {again.code} {again.err}"
@@ -159,7 +163,7 @@ class Stage:
             other = {n for n in found.keys() & self.end.keys() if found[n] != self.end[n]}
             yield (f"the same command again, exit {again.code}: left behind {sorted(more)}, "
                    f"missing {sorted(less)}, other bytes {sorted(other)}")  # fmt: skip
-        if tree(self._root / "in") != self._inputs:
+        if tree(self.root / "in") != self._inputs:
             yield "the same command again changed an input"
 
 
