@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from loratool.errors import DiskError, OutputError, list_some
@@ -12,6 +12,7 @@ from loratool.store.journal import NAME as JOURNAL
 from loratool.store.journal import (
     TEMPORARY,
     Earlier,
+    Finished,
     intact_files,
     is_torn_start,
     read_journal,
@@ -106,17 +107,15 @@ class Leftovers:
         """Go on after a run that died while it gave its files their final names one by one.
 
         Args:
-            path: the output, a single file or a mount point; nothing is done for other folders.
+            path: the output; nothing is done for folders that get their name in one rename.
         """
-        is_inside = self._staging.parent == path
-        if path.is_dir() and not is_inside:
+        is_inside, finished = self._staging.parent == path, self.earlier.finished
+        if not is_inside and finished.keys() != {path.name}:
             return
-        home, finished = path if is_inside else path.parent, self.earlier.finished
+        home = path if is_inside else path.parent
         gone = {n: line for n, line in finished.items() if self._has_gone(n, home)}
         moved = intact_files(home, gone)
-        if (
-            moved and moved.keys() == finished.keys()
-        ):  # all is in its place: only the journal was left
+        if moved and moved.keys() == finished.keys():  # only the journal was left
             (self._staging / JOURNAL).unlink(missing_ok=True)
             self.earlier = _NOTHING
         elif is_inside:
@@ -124,6 +123,37 @@ class Leftovers:
                 (self._staging / name).parent.mkdir(parents=True, exist_ok=True)
                 (home / name).replace(self._staging / name)
             remove_files(home, moved, parents_of(finished))
+
+    def go_on(
+        self, plan: str | None, inputs: Mapping[str, list[int]], *, restart: bool
+    ) -> tuple[dict[str, Finished], list[str]]:
+        """What need not be made again, and what the user should know about it.
+
+        Args:
+            plan: identity of what is made now.
+            inputs: stamps of the inputs.
+            restart: drop what another plan has left.
+
+        Raises:
+            OutputError: LT-504, it is another plan's.
+        """
+        earlier = self.earlier
+        if not earlier.finished or earlier.plan is None or (restart and earlier.plan != plan):
+            return {}, []
+        if earlier.plan != plan:
+            raise OutputError(
+                "LT-504", "an interrupted run with other inputs or options left its work here",
+                file=self._staging, hint="--restart drops it; so does removing that folder",
+            )  # fmt: skip
+        if earlier.inputs != inputs:
+            changed = "inputs changed since the interrupted run: what it had finished is made anew"
+            return {}, [changed]
+        found, notes = intact_files(self._staging, earlier.finished), []
+        if bad := sorted(earlier.finished.keys() - found.keys()):
+            notes.append(f"damaged since the interrupted run, made anew: {list_some(bad)}")
+        if found:
+            notes.append(f"{len(found)} files taken over from an interrupted run")
+        return found, notes
 
     def _has_gone(self, name: str, home: Path) -> bool:
         """True for a file that has its final name, and perhaps its old one still."""
@@ -158,11 +188,10 @@ def clear_away(path: Path, prove: Prove) -> None:
 def put_back(path: Path, prove: Prove) -> None:
     """Put an old output back if a run died between the two renames of a replacement."""
     old = old_path(path)
-    if old.is_symlink() or not (old / REPLACED).is_file():  # nobody was about to replace it
+    if not _is_marked(old):  # nobody was about to replace it
         with refusals_as("cannot clean up", path):
-            mark = path / REPLACED
-            if not path.is_symlink() and mark.is_file() and not mark.lstat().st_size:
-                mark.unlink()
+            if _is_marked(path):
+                (path / REPLACED).unlink()
         return
     proof = prove(old)
     if set(proof.strangers) - {REPLACED}:
@@ -175,3 +204,10 @@ def put_back(path: Path, prove: Prove) -> None:
             old.rename(path)
             sync_folder(path.parent)
             (path / REPLACED).unlink(missing_ok=True)
+
+
+def _is_marked(folder: Path) -> bool:
+    """True for an output that says that it is about to be replaced."""
+    mark = folder / REPLACED
+    is_file = not folder.is_symlink() and not mark.is_symlink() and mark.is_file()
+    return is_file and not mark.stat().st_size

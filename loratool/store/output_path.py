@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
-from loratool.errors import DiskError, OutputError, list_some
+from loratool.errors import AlreadyMadeError, DiskError, OutputError, list_some
 from loratool.store.disk import disk_error
 from loratool.store.leftovers import clear_away
-from loratool.store.marker import Proof, Prove, prove
+from loratool.store.marker import Proof, Prove, is_whole, prove
 from loratool.store.places import check_name, is_mount, staging_path
-from loratool.store.series import may_be_made
+from loratool.store.series import current, may_be_made
 
 
 def check_output(path: Path, *, is_folder: bool, force: bool) -> None:
@@ -89,6 +90,45 @@ def check_free(path: Path, *, is_folder: bool, force: bool, prove: Prove = prove
             expected="the files of an earlier output, unchanged",
             hint="choose another -o, or move these away yourself",
         )  # fmt: skip
+    return proof
+
+
+def take_place(
+    path: Path,
+    *,
+    is_folder: bool,
+    force: bool,
+    prove: Prove,
+    plan: str | None,
+    inputs: Mapping[str, list[int]],
+) -> Proof | None:
+    """`check_free` for a run that begins now, as one of a series if there is one.
+
+    Args:
+        path: the output.
+        is_folder: False for a single file.
+        force: an earlier output may be replaced.
+        prove: tells what of a place is one.
+        plan: identity of what is made.
+        inputs: stamps of the inputs.
+
+    Raises:
+        AlreadyMadeError: LT-513, a run of this very series made it before it was interrupted.
+        LoratoolError: see `check_free`.
+    """
+    series = None if plan is None else current()
+    if series is None or plan is None:
+        return check_free(path, is_folder=is_folder, force=force, prove=prove)
+    try:
+        proof = check_free(path, is_folder=is_folder, force=force, prove=prove)
+    except OutputError as error:
+        is_same = error.code == "LT-501" and series.is_same(path, plan, inputs)
+        if is_same and is_whole(path, plan):
+            raise AlreadyMadeError(
+                "LT-513", "the interrupted run has made this output already", file=path
+            ) from None
+        raise
+    series.begin(path, plan, inputs)
     return proof
 
 

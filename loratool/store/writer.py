@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from loratool import __version__
-from loratool.errors import AlreadyMadeError, DiskError, LoratoolError, OutputError, list_some
+from loratool.errors import DiskError, LoratoolError, OutputError, list_some
 from loratool.store.checksum import Piece, sum_file, sum_whole
 from loratool.store.disk import (
     check_space,
@@ -33,29 +33,26 @@ from loratool.store.disk import (
     write_synced,
 )
 from loratool.store.journal import NAME as JOURNAL
-from loratool.store.journal import Finished, Journal, intact_files, read_journal
+from loratool.store.journal import Finished, Journal, read_journal
 from loratool.store.jsonfile import dump_json
 from loratool.store.leftovers import Leftovers, put_back
 from loratool.store.lock import FolderLock
 from loratool.store.marker import (
     MARKER,
     Content,
-    Proof,
     Prove,
     content_of,
     folder_marker,
-    is_whole,
     parents_of,
     prove,
     remove_empty,
     remove_files,
     walk,
 )
-from loratool.store.output_path import check_free, check_output, check_place
+from loratool.store.output_path import check_output, check_place, take_place
 from loratool.store.places import staging_path
 from loratool.store.putting import in_order, put_file, put_folder, put_inside
 from loratool.store.reader import Stamp
-from loratool.store.series import current
 
 __all__ = ["MARKER", "StagedOutput", "check_output"]
 
@@ -106,8 +103,6 @@ class StagedOutput:
         self.staging = staging_path(path)
         self.finished: dict[str, Finished] = {}
         self.notes: list[str] = []
-        self._force = force
-        self._prove = prove
         self._guard = threading.Lock()
         self._is_open = True
         self._made: os.stat_result | None = None
@@ -121,8 +116,12 @@ class StagedOutput:
             self._left.settle({self._real(n) for n in names}, prove)
             self._left.take_back(path)
             stamps = {str(file): list(stamp) for file, stamp in (inputs or {}).items()}
-            self._replaces = self._check_free(stamps)
-            self._find_finished(stamps, restart)
+            self._replaces = take_place(
+                path, is_folder=is_folder, force=force, prove=prove, plan=plan_id, inputs=stamps
+            )
+            self.finished, self.notes = self._left.go_on(plan_id, stamps, restart=restart)
+            for name, line in self.finished.items():
+                self._contents[name] = content_of(*sum_whole(line["crc32"]))
             head = {"plan": plan_id, "loratool": __version__, "inputs": stamps}
             known = {"names": sorted(self._left.names)}
             self._journal = Journal(self.staging, [head, known, *self.finished.values()])
@@ -136,52 +135,6 @@ class StagedOutput:
             if isinstance(error, OSError):
                 raise disk_error("cannot prepare the output", self.staging, error) from error
             raise
-
-    # ------------------------------------------------------------------- an interrupted run
-
-    def _check_free(self, stamps: Mapping[str, list[int]]) -> Proof | None:
-        series, plan = current(), self.plan_id
-        try:
-            proof = check_free(
-                self.path, is_folder=self.is_folder, force=self._force, prove=self._prove
-            )
-        except OutputError as error:
-            if series is None or plan is None or error.code != "LT-501":
-                raise
-            if series.is_same(self.path, plan, stamps) and is_whole(self.path, plan):
-                raise AlreadyMadeError(
-                    "LT-513", "the interrupted run has made this output already", file=self.path
-                ) from None
-            raise
-        if series is not None and plan is not None:
-            series.begin(self.path, plan, stamps)
-        return proof
-
-    def _find_finished(self, inputs: Mapping[str, list[int]], restart: bool) -> None:
-        """Fill `finished` from an interrupted run of the same plan."""
-        earlier = self._left.earlier
-        if not earlier.finished or earlier.plan is None:
-            return
-        if earlier.plan != self.plan_id:
-            if restart:
-                return
-            raise OutputError(
-                "LT-504", "an interrupted run with other inputs or options left its work here",
-                file=self.staging, hint="--restart drops it; so does removing that folder",
-            )  # fmt: skip
-        if earlier.inputs != inputs:
-            self.notes.append(
-                "inputs changed since the interrupted run: what it had finished is made anew"
-            )
-            return
-        self.finished = dict(intact_files(self.staging, earlier.finished))
-        for name, line in self.finished.items():
-            self._contents[name] = content_of(*sum_whole(line["crc32"]))
-        bad = sorted(earlier.finished.keys() - self.finished.keys())
-        if bad:
-            self.notes.append(f"damaged since the interrupted run, made anew: {list_some(bad)}")
-        if self.finished:
-            self.notes.append(f"{len(self.finished)} files taken over from an interrupted run")
 
     def _holds_work(self) -> bool:
         """True if files are finished here."""

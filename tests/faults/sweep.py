@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import random
 import shutil
 import subprocess
 from collections.abc import Iterator, Mapping
@@ -95,6 +96,25 @@ class Stage:
         again = self.run(None)
         return wrong + [f"{where}: {text}" for text in self._check_end(left, again)]
 
+    def hit_and_damage(self, fault: Fault, rng: random.Random) -> list[str]:
+        """What is wrong after a fault, a damage to what it noted, and the same command again."""
+        self.reset()
+        where = self._say(fault, self.run(fault))
+        notes = [p for p in sorted(self.work.rglob(".*")) + sorted(self.work.glob("*.loratool-run"))
+                 if p.name.endswith((".journal", ".loratool-run", ".loratool-series"))]  # fmt: skip
+        if not notes:
+            return []
+        path = rng.choice(notes)
+        damage(path, rng)
+        again = self.run(None)
+        left = tree(self.work)
+        found = [*self._check_left(left, again)]
+        if again.code == 0:
+            found += self._check_end(left, again)
+        elif again.code != 5:
+            found.append(f"exit code {again.code} {again.err}")
+        return [f"{where}, {path.name} damaged: {text}" for text in found]
+
     def _may_refuse(self, left: Tree) -> bool:
         """True if all is there already, so that the same command again may say just that."""
         is_whole = all(self._own(left, p) == part(self.end, p) for p in self.scene.outputs)
@@ -165,6 +185,18 @@ class Stage:
                    f"missing {sorted(less)}, other bytes {sorted(other)}")  # fmt: skip
         if tree(self.root / "in") != self._inputs:
             yield "the same command again changed an input"
+
+
+def damage(path: Path, rng: random.Random) -> None:
+    """One bit is wrong, or the end is missing, or is only zeros."""
+    data = bytearray(path.read_bytes() or b"x")
+    at = rng.randrange(len(data))
+    how = rng.choice(("bit", "cut", "zeros"))
+    if how == "bit":
+        data[at] ^= 1 << rng.randrange(8)
+    else:
+        data[at:] = bytes(len(data) - at) if how == "zeros" else b""
+    path.write_bytes(data)
 
 
 def empty(folder: Path) -> None:

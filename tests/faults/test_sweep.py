@@ -20,8 +20,7 @@ from tests.faults.sweep import Stage
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="seccomp is for Linux")
 
-SAMPLE, LATE, PAIRS = 6, 4, 1
-MANY_PAIRS = 40
+SAMPLE, LATE, PAIRS, MANY = 6, 4, 1, 40
 Count = Callable[[int, list[str]], None]
 
 
@@ -46,7 +45,8 @@ def test_some_moments(stage: Stage, count: Count) -> None:
     late = [p for p in points if p.at > len(stage.moments) * 3 // 4]
     chosen = {*rng.sample(points, SAMPLE), *rng.sample(late, LATE), points[-1]}
     hits = [*((p,) for p in sorted(chosen)), *pairs(stage, rng, PAIRS)]
-    count(len(hits), [text for faults in hits for text in stage.hit(*faults)])
+    wrong = [text for faults in hits for text in stage.hit(*faults)]
+    count(len(hits) + 1, wrong + stage.hit_and_damage(rng.choice(points), rng))
 
 
 @pytest.mark.slow
@@ -57,8 +57,16 @@ def test_every_moment(stage: Stage, count: Count) -> None:
 
 @pytest.mark.slow
 def test_many_pairs_of_moments(stage: Stage, count: Count) -> None:
-    hits = pairs(stage, random.Random(stage.scene.name), MANY_PAIRS)
+    hits = pairs(stage, random.Random(stage.scene.name), MANY)
     count(len(hits), [text for faults in hits for text in stage.hit(*faults)])
+
+
+@pytest.mark.slow
+def test_damaged_notes(stage: Stage, count: Count) -> None:
+    """What a run notes for the next one may be damaged too: by a disk, or by a power cut."""
+    rng = random.Random(stage.scene.name)
+    points = rng.choices(stage.points(), k=MANY)
+    count(MANY, [text for point in points for text in stage.hit_and_damage(point, rng)])
 
 
 # ------------------------------------------------------------------------- the check itself
@@ -97,8 +105,8 @@ def test_the_check_sees_what_is_wrong(merge: Stage, tmp_path: Path) -> None:
 
     def spoil(change: Callable[[], object]) -> list[str]:
         with pytest.MonkeyPatch.context() as patch:
-            run = merge._run
-            patch.setattr(merge, "_run", lambda fault: (run(fault), change())[0])
+            run = merge.run
+            patch.setattr(merge, "run", lambda fault: (run(fault), change())[0])
             return merge.hit(fault)
 
     assert merge.hit(fault) == []
