@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -13,6 +13,8 @@ from tests.faults.server import Server
 from tests.faults.sweep import Stage, mounted
 
 COUNTED = "points"
+Count = Callable[[int, list[str]], None]
+"""Takes how many points were met and what was wrong, and fails if anything was."""
 
 
 @pytest.fixture(scope="session")
@@ -41,6 +43,15 @@ def stage(
         if not is_mounted:
             pytest.skip("no mounting here")
         yield Stage(scene, root, server, home)
+
+
+@pytest.fixture
+def count(record_property: Callable[[str, object], None]) -> Count:
+    def check(points: int, wrong: list[str]) -> None:
+        record_property(COUNTED, (points, len(wrong)))
+        assert not wrong, "\n".join(wrong[:10])
+
+    return check
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -142,10 +142,10 @@ def make_scene(kind: str, root: Path, *options: str) -> Scene:
 
 
 def make_merge(root: Path) -> Scene:
-    """A real merge, one worker, so that the k-th call is always the same one."""
+    """A real merge, several workers."""
     base = write_model(root / "in" / "base")
     module, size = "layers.2.proj", (64, 128)
     factors = {module: (torch.ones(2, size[1]), torch.full((size[0], 2), 0.01))}
     adapter = save_adapter(root / "in" / "adapter", factors)
-    command = [*process.MERGE, adapter, "--base", base, "--threads", 1]
+    command = [*process.MERGE, adapter, "--base", base, "--threads", 4]
     return Scene(command, root / "in", root / "work", "out")

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from tests.faults import process
+from tests.faults.conftest import Count
 from tests.faults.scene import Scene, fingerprint, make_merge, make_scene
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL")
@@ -60,21 +61,15 @@ def test_a_few_random_kills(tmp_path: Path, rng: random.Random) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "kills"), [("folder", 110), ("force", 40), ("file", 20)])
-def test_many_random_kills(kind: str, kills: int, tmp_path: Path, rng: random.Random) -> None:
-    scene = make_scene(kind, tmp_path, "--pause", "0.005")
-    longest, hits, trials = duration(scene), 0, 0
+@pytest.mark.parametrize(
+    ("kind", "kills"), [("folder", 110), ("force", 40), ("file", 20), ("merge", 30)]
+)
+def test_many_random_kills(
+    kind: str, kills: int, tmp_path: Path, rng: random.Random, count: Count
+) -> None:
+    is_merge = kind == "merge"
+    scene = make_merge(tmp_path) if is_merge else make_scene(kind, tmp_path, "--pause", "0.005")
+    longest, hits = duration(scene), 0
     while hits < kills:
         hits += kill_at_random(scene, rng, longest)
-        trials += 1
-    print(f"\n{kind}: {hits} kills in {trials} trials, 0 violations, all byte-equal at the end")
-
-
-@pytest.mark.slow
-def test_random_kills_of_a_merge(tmp_path: Path, rng: random.Random) -> None:
-    scene = make_merge(tmp_path)
-    longest, hits, trials = duration(scene), 0, 0
-    while hits < 30:
-        hits += kill_at_random(scene, rng, longest)
-        trials += 1
-    print(f"\nmerge: {hits} kills in {trials} trials, 0 violations, all byte-equal at the end")
+    count(hits, [])

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.conftest import COUNTED
+from tests.faults.conftest import Count
 from tests.faults.scenes import SCENES
 from tests.faults.server import Fault, Moment, Server
 from tests.faults.sweep import Stage
@@ -21,16 +21,6 @@ from tests.faults.sweep import Stage
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="seccomp is for Linux")
 
 SAMPLE, LATE, PAIRS, MANY = 6, 4, 1, 40
-Count = Callable[[int, list[str]], None]
-
-
-@pytest.fixture
-def count(record_property: Callable[[str, object], None]) -> Count:
-    def check(points: int, wrong: list[str]) -> None:
-        record_property(COUNTED, (points, len(wrong)))
-        assert not wrong, "\n".join(wrong[:10])
-
-    return check
 
 
 def pairs(stage: Stage, rng: random.Random, number: int) -> list[tuple[Fault, Fault]]:
