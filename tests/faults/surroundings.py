@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -73,6 +74,20 @@ def plans() -> st.SearchStrategy[Plan]:
     )
 
 
+def alone(command: str, options: tuple[str, ...]) -> list[Plan]:
+    """Plans with one thing out of the ordinary each."""
+    plan = Plan(command, options)
+    return [
+        *(replace(plan, at=(kind, "absent")) for kind in PLACES),
+        *(replace(plan, at=("absent", kind)) for kind in PLACES),
+        *(replace(plan, at=("same", "same"), changes=(kind,)) for kind in CHANGES),
+        *(replace(plan, partial=kind) for kind in BESIDE),
+        *(replace(plan, old=kind) for kind in BESIDE),
+        *(replace(plan, notes=kind) for kind in NOTES),
+        *(replace(plan, layout=kind) for kind in LAYOUTS),
+    ]
+
+
 def build(plan: Plan, root: Path, library: Library) -> Site:
     """A plan on a disk."""
     site = Site(COMMANDS[plan.command], root, library)
@@ -118,6 +133,12 @@ def run(plan: Plan, site: Site) -> Result:
     return site.library.run(
         words, site.where, cwd=cwd if cwd.is_dir() else site.root, is_root=site.is_root
     )  # fmt: skip
+
+
+def inputs(site: Site) -> list[Path]:
+    """What the command reads: nothing may appear in it either."""
+    names = set(re.findall(r"{(\w+)}", site.command.words)) - {"out", "second", "recipe"}
+    return [real(Path(str(site.where[name]))) for name in sorted(names)]
 
 
 def must_work(plan: Plan, site: Site) -> bool:

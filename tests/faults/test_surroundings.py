@@ -10,6 +10,7 @@ import hashlib
 import shutil
 import stat
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,8 +18,8 @@ from hypothesis import HealthCheck, Phase, given, settings
 
 from tests.faults.conftest import Count
 from tests.faults.server import Server
-from tests.faults.site import Library
-from tests.faults.surroundings import Plan, build, must_work, plans, run
+from tests.faults.site import BOTH, COMMANDS, Library
+from tests.faults.surroundings import Plan, alone, build, inputs, must_work, plans, run
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the server needs seccomp")
 
@@ -70,10 +71,13 @@ def check(plan: Plan, library: Library, ground: Path) -> None:
         before = snapshot(root)
         done = run(plan, site)
         after = snapshot(root)
-        said = f"exit {done.code} {done.err}"
+        said = f"exit {done.code} {done.err} {plan}"
         lost = [str(p.relative_to(root)) for p, what in before.items()
                 if p not in site.own and after.get(p) != what]  # fmt: skip
         assert not lost, f"not loratool's and not there any more: {lost}, {said}"
+        new = after.keys() - before.keys()
+        inside = [p for p in new if any(p.is_relative_to(place) for place in inputs(site))]
+        assert not inside, f"new in an input: {inside}, {said}"
         assert done.code in CODES and "Traceback" not in done.err, said
         assert "LT-001" not in done.err, said
         if done.code == 0 and Path(str(site.where["style"])).name == "style":  # provenance has it
@@ -81,7 +85,6 @@ def check(plan: Plan, library: Library, ground: Path) -> None:
                 assert files(place) == files(site.same(place)), f"{place}, {said}"
         elif done.code not in (0, 6) and plan.command not in ("run", "demo"):
             # 6 keeps finished work, and the first steps of those may have worked
-            new = after.keys() - before.keys()
             assert not new or plan.old == "marked", f"a refusal left {new}, {said}"
         if must_work(plan, site):
             assert done.code == 0, said
@@ -95,6 +98,26 @@ def check(plan: Plan, library: Library, ground: Path) -> None:
 @given(plan=plans())
 def test_what_is_not_ours_stays(plan: Plan, library: Library, ground: Path) -> None:
     check(plan, library, ground)
+
+
+def test_one_thing_at_a_time(library: Library, ground: Path) -> None:
+    """Everything that a world is made of, each with some command that replaces."""
+    able = [name for name, command in sorted(COMMANDS.items()) if command.options]
+    for number, plan in enumerate(alone("", BOTH[:1])):
+        check(replace(plan, command=able[number % len(able)]), library, ground)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", COMMANDS)
+def test_one_thing_at_a_time_for_every_command(
+    command: str, library: Library, ground: Path, count: Count
+) -> None:
+    found = alone(command, ())
+    if COMMANDS[command].options:
+        found += alone(command, BOTH[:1])
+    for plan in found:
+        check(plan, library, ground)
+    count(len(found), [])
 
 
 @pytest.mark.slow
