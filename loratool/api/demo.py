@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
+from loratool.errors import AlreadyMadeError
 from loratool.report import Report
 
 
@@ -33,12 +35,16 @@ def demo(folder: str | Path) -> DemoReport:
         OutputError: the folder holds something.
     """
     from loratool.delta.toy import toy_files
-    from loratool.store.writer import StagedOutput, check_output
+    from loratool.store.writer import MARKER, StagedOutput, check_output
 
     path = Path(folder)
     check_output(path, is_folder=True, force=False)
-    with StagedOutput(path, is_folder=True, plan_id="demo") as output:
-        for name, data in toy_files():
+    files = dict(toy_files())
+    with (
+        suppress(AlreadyMadeError),
+        StagedOutput(path, is_folder=True, plan_id="demo", names=[*files, MARKER]) as output,
+    ):
+        for name, data in files.items():
             output.write_file(name, data)
         output.commit({})
 

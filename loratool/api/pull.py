@@ -130,6 +130,7 @@ def _write(
 ) -> bool:
     """Fetch files into a folder under their local names; True if it held exactly these."""
     from loratool.store.hub_copy import holds_exactly, prove_copy
+    from loratool.store.leftovers import clear_away
     from loratool.store.marker import Proof, prove
     from loratool.store.series import may_be_made
     from loratool.store.writer import StagedOutput
@@ -138,6 +139,7 @@ def _write(
         by_marker = prove(path)
         return prove_copy(path, listing.repo_id, top) if by_marker.strangers else by_marker
 
+    clear_away(folder, prove_either)
     if (force or may_be_made(folder)) and folder.exists():
         if holds_exactly(folder, {n: f.digest for n, f in zip(local, wanted, strict=True)}):
             return True

@@ -47,7 +47,8 @@ def run(args: list[str]) -> int:
     """Run the command line; returns the exit code."""
     import click
 
-    from loratool.errors import LoratoolError
+    from loratool.cli.render import safe
+    from loratool.errors import AlreadyMadeError, LoratoolError
 
     options = args[: args.index("--")] if "--" in args else args
     try:
@@ -58,6 +59,9 @@ def run(args: list[str]) -> int:
     except BaseException as error:
         if _received or isinstance(error, (KeyboardInterrupt, Terminated, click.Abort)):
             return _interrupted(error, options)
+        if isinstance(error, AlreadyMadeError):
+            click.echo(f"made by the interrupted run: {safe(str(error.file))}")
+            return 0
         if isinstance(error, LoratoolError):
             return _report_error(error, options)
         if isinstance(error, click.ClickException):

@@ -28,12 +28,17 @@ def write_synced(path: Path, data: bytes) -> None:
     """Write a new file and wait until it is on the disk."""
     fd = create_new(path)
     try:
-        view = memoryview(data)
-        while view:
-            view = view[progress(os.write(fd, view)) :]
+        write_all(fd, data)
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+def write_all(fd: int, data: bytes) -> None:
+    """Write all of the data, however little the system takes at a time."""
+    view = memoryview(data)
+    while view:
+        view = view[progress(os.write(fd, view)) :]
 
 
 def copy_synced(source: Path, path: Path) -> None:

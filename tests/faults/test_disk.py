@@ -17,16 +17,18 @@ import pytest
 
 from loratool.store.journal import read_journal
 from tests.budget.test_memory import sparse_model
-from tests.faults import strace
-from tests.faults.scene import Scene, fingerprint, write_model
-from tests.faults.test_crash import make_scene
+from tests.faults import process
+from tests.faults.scene import Scene, fingerprint, make_scene, write_model
+from tests.faults.scenes import SCENES
+from tests.faults.server import Fault, Server
+from tests.faults.sweep import Stage, tree
 from tests.make import random_factors, save_adapter
 
 
 def interrupt_copy(scene: Scene, after: int) -> Path:
     """Kill a slow copy once ``after`` shards are finished; returns its staging folder."""
     staging = scene.work / f"{scene.name}.loratool-partial"
-    with strace.start([*scene.words, "--pause", "0.03"]) as child:
+    with process.start([*scene.words, "--pause", "0.03"]) as child:
         while len(read_journal(staging).finished) < after:
             assert child.poll() is None
             time.sleep(0.005)
@@ -43,7 +45,7 @@ def scene(tmp_path: Path) -> Scene:
 def test_a_finished_shard_is_not_made_again(scene: Scene) -> None:
     staging = interrupt_copy(scene, 1)
     inode = (staging / "model-00001-of-00003.safetensors").stat().st_ino
-    done = strace.run(scene.words)
+    done = process.run(scene.words)
     assert done.returncode == 0 and "taken over" in done.stdout
     assert (scene.output / "model-00001-of-00003.safetensors").stat().st_ino == inode
     assert fingerprint(scene.output) == scene.expected
@@ -55,7 +57,7 @@ def test_a_damaged_shard_is_made_again(scene: Scene, position: int) -> None:
     data = bytearray(shard.read_bytes())
     data[position] ^= 1
     shard.write_bytes(data)
-    done = strace.run(scene.words)
+    done = process.run(scene.words)
     assert done.returncode == 0 and "damaged" in done.stdout
     assert fingerprint(scene.output) == scene.expected
 
@@ -66,7 +68,7 @@ def test_a_shard_of_another_input_is_made_again(scene: Scene) -> None:
     data = bytearray(base.read_bytes())
     data[-1] ^= 1  # the same header, other weights
     base.write_bytes(data)
-    done = strace.run(scene.words)
+    done = process.run(scene.words)
     assert done.returncode == 0 and "inputs changed" in done.stdout
     made = (scene.output / base.name).read_bytes()
     assert made[-1] == data[-1]
@@ -81,22 +83,22 @@ def test_another_plan_needs_restart(scene: Scene) -> None:
     index = other / "model.safetensors.index.json"
     index.write_text(index.read_text().replace("layers.0.proj", "layers.9.proj"))
     before = fingerprint(staging)
-    words = [*strace.COPY, other, scene.output]
-    done = strace.run(words)
+    words = [*process.COPY, other, scene.output]
+    done = process.run(words)
     assert done.returncode == 5 and "LT-504" in done.stderr and "--restart" in done.stderr
     assert fingerprint(staging) == before
-    assert strace.run([*words, "--restart"]).returncode == 0
+    assert process.run([*words, "--restart"]).returncode == 0
     assert scene.output.is_dir() and not staging.exists()
 
 
 def test_two_writers_of_one_output(scene: Scene) -> None:
-    with strace.start([*scene.words, "--pause", "0.05"]) as one:
-        while not scene.output.with_name("out.loratool-partial").exists():
+    with process.start([*scene.words, "--pause", "0.05"]) as one:
+        while not scene.output.with_name("out.loratool-partial").joinpath(".journal").exists():
             time.sleep(0.005)
-        started = time.monotonic()
-        other = strace.run(scene.words)
+        one.send_signal(signal.SIGSTOP)
+        other = process.run(scene.words)
         assert other.returncode == 5 and "LT-503" in other.stderr
-        assert time.monotonic() - started < 2
+        one.send_signal(signal.SIGCONT)
         assert one.wait(timeout=20) == 0
         one.communicate()
     assert fingerprint(scene.output) == scene.expected
@@ -110,7 +112,7 @@ def test_many_writers_at_once(tmp_path: Path, force: bool) -> None:
         scene.reset()
         children = []
         for _ in range(8):
-            children.append(strace.start(scene.words))
+            children.append(process.start(scene.words))
             time.sleep(0.02)
         errors = []
         for child in children:
@@ -135,7 +137,7 @@ def test_a_small_disk_is_refused_before_the_work(scene: Scene) -> None:
     if subprocess.run(mount, check=False, capture_output=True).returncode != 0:
         pytest.skip("no mounting in this container")
     try:
-        done = strace.run([*strace.COPY, scene.inputs / "base", disk / "out"])
+        done = process.run([*process.COPY, scene.inputs / "base", disk / "out"])
         assert done.returncode == 6 and "LT-610" in done.stderr
         need = 3 * (64 << 10) * 51 // 50
         free = (128 << 10) - 4096  # the journal has a page
@@ -145,31 +147,35 @@ def test_a_small_disk_is_refused_before_the_work(scene: Scene) -> None:
         subprocess.run(["umount", str(disk)], check=True)
 
 
-def test_the_disk_fills_up_after_a_shard(scene: Scene, tmp_path: Path) -> None:
-    """The third file cannot be reserved: two shards stay, and the message says so."""
-    log = tmp_path / "log"
-    done = strace.run_hit(scene.words, "fallocate", 3, "error=ENOSPC", log)
-    assert done.returncode == 6 and "LT-611" in done.stderr
-    assert "goes on (2 files are finished)" in done.stderr
-    staging = scene.work / "out.loratool-partial"
-    assert sorted(p.name for p in staging.iterdir() if p.suffix) == [
-        f"model-{i:05d}-of-00003.safetensors" for i in (1, 2)
-    ]
-    done = strace.run(scene.words)
-    assert "2 files taken over" in done.stdout
-    assert fingerprint(scene.output) == scene.expected
+@pytest.fixture
+def merge(tmp_path: Path, server: Server, home: Path) -> Stage:
+    return Stage(next(s for s in SCENES if s.name == "merge"), tmp_path, server, home)
+
+
+def test_the_disk_fills_up_after_a_shard(merge: Stage) -> None:
+    """The second file cannot be reserved: the first stays, and the message says so."""
+    last = max(n for n, moment in enumerate(merge.moments, 1) if moment.name == "fallocate")
+    done = merge.run(Fault("ENOSPC", last))
+    assert done.code == 6 and "LT-611" in done.err
+    assert "goes on (1 files are finished)" in done.err
+    staging = merge.work / "out.loratool-partial"
+    assert [p.name for p in staging.iterdir() if p.suffix] == ["model-00001-of-00002.safetensors"]
+    assert "1 files taken over" in merge.run(None).out
+    assert tree(merge.work) == merge.end
 
 
 @pytest.mark.parametrize(("errno", "code"), [("EDQUOT", "LT-612"), ("EIO", "LT-614")])
-def test_quota_and_broken_disk(scene: Scene, tmp_path: Path, errno: str, code: str) -> None:
-    done = strace.run_hit(scene.words, "pwrite64", 2, f"error={errno}", tmp_path / "log")
-    assert done.returncode == 6 and code in done.stderr
-    assert list(scene.work.iterdir()) == []
+def test_quota_and_broken_disk(merge: Stage, errno: str, code: str) -> None:
+    second = [n for n, m in enumerate(merge.moments, 1) if m.name == "pwrite64"][1]
+    before = tree(merge.work)
+    done = merge.run(Fault(errno, second))
+    assert done.code == 6 and code in done.err
+    assert tree(merge.work) == before
 
 
 def test_a_limit_on_the_size_of_files(scene: Scene) -> None:
     limit = (40_000, 40_000)
-    done = strace.run(
+    done = process.run(
         scene.words, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     )
     assert done.returncode == 6 and "LT-613" in done.stderr and "--shard-size" in done.stderr
@@ -182,7 +188,7 @@ def test_a_limit_on_the_size_of_files(scene: Scene) -> None:
 @pytest.mark.parametrize("how", ["rewritten", "replaced", "removed", "cut"])
 def test_an_input_that_changes_under_a_run(scene: Scene, how: str) -> None:
     base = scene.inputs / "base" / "model-00001-of-00003.safetensors"
-    with strace.start([*scene.words, "--pause", "0.05"]) as child:
+    with process.start([*scene.words, "--pause", "0.05"]) as child:
         while not list(scene.work.rglob("model-00001*")):
             time.sleep(0.005)
         if how == "rewritten":
@@ -209,7 +215,7 @@ def big_merge(tmp_path_factory: pytest.TempPathFactory) -> list[object]:
     modules = sparse_model(root / "base", layers=2, size=16_384, shards=2)
     factors = random_factors(dict.fromkeys(modules[1:], (16_384, 16_384)), rank=64, seed=0)
     save_adapter(root / "adapter", factors)
-    return [*strace.MERGE, root / "adapter", "--base", root / "base", "--threads", 1]
+    return [*process.MERGE, root / "adapter", "--base", root / "base", "--threads", 1]
 
 
 @pytest.mark.parametrize(
@@ -227,7 +233,7 @@ def test_a_signal_in_a_big_tensor(
     controller, terminal = pty.openpty()
     words = [str(w) for w in (*big_merge, "-o", tmp_path / "out")]
     child = subprocess.Popen(
-        words, env=strace.environment(), stdin=terminal, stdout=terminal, stderr=terminal,
+        words, env=process.environment(), stdin=terminal, stdout=terminal, stderr=terminal,
         start_new_session=True,
     )  # fmt: skip
     os.close(terminal)
@@ -270,7 +276,7 @@ def test_a_signal_while_a_worker_cannot_stop(scene: Scene) -> None:
     adapter = save_adapter(scene.inputs / "a", random_factors(module, rank=2, seed=0))
     words = ["merge", adapter, "--base", scene.inputs / "base", "-o", scene.work / "new"]
     words += ["--threads", 1]
-    with strace.start([sys.executable, "-c", HUNG, *words]) as child:
+    with process.start([sys.executable, "-c", HUNG, *words]) as child:
         assert child.stdout is not None
         while (line := child.stdout.readline()) != "hung\n":
             assert line, "it ended"
@@ -296,7 +302,7 @@ def test_a_second_signal_kills(scene: Scene) -> None:
         "c.main([])\n"
     )
     for second in (signal.SIGINT, signal.SIGTERM):
-        with strace.start([sys.executable, "-c", code]) as child:
+        with process.start([sys.executable, "-c", code]) as child:
             assert child.stdout is not None
             assert child.stdout.readline() == "ready\n"
             child.send_signal(signal.SIGINT)

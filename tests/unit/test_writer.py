@@ -14,8 +14,9 @@ from loratool.errors import BadFileError, DiskError, OutputError
 from loratool.store.journal import encode, read_lines
 from loratool.store.marker import REPLACED
 from loratool.store.reader import FileReader
+from loratool.store.series import series
 from loratool.store.shard_writer import PAGE, ShardWriter, clone_file
-from loratool.store.writer import MARKER, StagedOutput
+from loratool.store.writer import MARKER, StagedOutput, check_output
 
 
 @pytest.fixture(params=["tuned", "plain"])
@@ -251,11 +252,11 @@ def test_force_replaces_what_loratool_wrote_and_nothing_more(tmp_path: Path, how
     target = tmp_path / "out"
     finish(target, b"old")
     SPOILT[how](target)
-    before = {p: p.lstat() for p in tmp_path.rglob("*")}
+    before = {p: p.lstat()[:7] for p in tmp_path.rglob("*")}  # all but times: reading sets one
     with pytest.raises(OutputError) as caught:
         staged(target, force=True)
     assert caught.value.code == "LT-505"
-    assert {p: p.lstat() for p in tmp_path.rglob("*")} == before
+    assert {p: p.lstat()[:7] for p in tmp_path.rglob("*")} == before
 
 
 def test_what_appears_in_the_old_output_during_the_run_stays(tmp_path: Path) -> None:
@@ -369,3 +370,39 @@ def test_journal_is_json_lines(tmp_path: Path) -> None:
     assert head["plan"] == "id" and more == {"names": ["s"]}
     sums = [[0, 3, zlib.crc32(b"123")]]
     assert line == {"file": "s", "size": 3, "results": [], "crc32": sums}
+
+
+def test_a_journal_line_is_written_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However little the system takes at a time."""
+    write = os.write
+    monkeypatch.setattr(os, "write", lambda fd, data: write(fd, bytes(data)[:7]))
+    interrupted(tmp_path / "out", "s", "t")
+    monkeypatch.undo()
+    with staged(tmp_path / "out") as output:
+        assert set(output.finished) == {"s", "t"}
+
+
+def test_a_file_that_still_has_its_old_name_too(tmp_path: Path) -> None:
+    """A kill between the two steps of a rename by link: the output is complete."""
+    target = tmp_path / "out.safetensors"
+    with (
+        pytest.raises(RuntimeError),
+        StagedOutput(target, is_folder=False, plan_id="p", names=[""]) as output,
+    ):
+        output.create("").write_bytes(b"12345")
+        output.mark_finished("", 5)
+        raise RuntimeError
+    os.link(output.staging / target.name, target)
+    with pytest.raises(OutputError) as caught:
+        check_output(target, is_folder=False, force=False)
+    assert caught.value.code == "LT-501"
+    assert list(tmp_path.iterdir()) == [target] and target.read_bytes() == b"12345"
+
+
+def test_notes_that_are_somebody_elses_file_too(tmp_path: Path) -> None:
+    theirs, notes = tmp_path / "empty.txt", tmp_path / "out.loratool-run"
+    theirs.touch()
+    os.link(theirs, notes)
+    with pytest.raises(OutputError, match="something else"), series(notes):
+        pass
+    assert notes.samefile(theirs) and not theirs.read_bytes()
