@@ -266,7 +266,7 @@ def _write(
         force=force,
         restart=restart,
         inputs=stamps,
-        need_bytes=plan.output_bytes + sum(len(s.read()) for s in job.sidecars),
+        need_bytes=plan.output_bytes + sum(s.nbytes for s in job.sidecars),
     )
     with output, FileReader(stamps) as reader:
         sink = CheckpointSink(plan, output)
@@ -276,7 +276,7 @@ def _write(
             before_commit(sink)
         if is_folder:
             for sidecar in job.sidecars:
-                output.write_file(sidecar.name, sidecar.read())
+                sidecar.write_to(output)
             record = {**job.record, "device": resources.device.partition(":")[0]}
             output.write_file(MARKER, dump_json(record if job.record else {"loratool": True}))
             for name, index in index_files(plan, job.checkpoint).items():

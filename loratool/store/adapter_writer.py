@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from loratool.adapter import AdapterFiles, TensorData
-from loratool.store.disk import check_space
-from loratool.store.foreign import open_regular
+from loratool.adapter import AdapterFiles, TensorData, TensorRef
+from loratool.store.disk import check_space, refusals_as
 from loratool.store.header import build_header
 from loratool.store.jsonfile import dump_json
 from loratool.store.reader import FileReader
@@ -16,13 +15,15 @@ from loratool.store.shard_writer import ShardWriter
 from loratool.store.stamps import take_stamps
 from loratool.store.writer import MARKER, StagedOutput
 
+_PIECE = 8 << 20  # bytes copied at a time
+
 
 def write_adapter(
     files: AdapterFiles,
     target: Path,
     *,
     record: Mapping[str, Any],
-    extras: Iterable[Path] = (),
+    extras: Mapping[str, Path] | None = None,
     force: bool = False,
 ) -> int:
     """Write an adapter folder, whole or not at all.
@@ -31,17 +32,17 @@ def write_adapter(
         files: tensors and JSON files.
         target: folder to create.
         record: provenance, written as ``loratool.json``.
-        extras: files and folders to copy along (tokenizer, licence).
+        extras: name in the folder -> file to copy along (tokenizer, licence).
         force: replace an earlier loratool output.
 
     Returns:
         Size of the tensor file in bytes.
     """
+    extras = extras or {}
     with stage_adapter(target, force=force) as output:
-        for extra in extras:
-            for path in sorted(extra.rglob("*")) if extra.is_dir() else [extra]:
-                if path.is_file():
-                    output.write_file(path.relative_to(extra.parent).as_posix(), read_whole(path))
+        check_space(output.staging, file_bytes(files) + sum(_size(p) for p in extras.values()))
+        for name, path in extras.items():
+            output.copy_file(name, path)
         return fill_adapter(output, files, record=record)
 
 
@@ -51,10 +52,9 @@ def file_bytes(files: AdapterFiles) -> int:
     return len(header) + sum(s.nbytes for _, s in files.tensors)
 
 
-def read_whole(path: Path) -> bytes:
-    """The bytes of a small regular file."""
-    with open_regular(path) as file:
-        return file.read()
+def _size(path: Path) -> int:
+    with refusals_as("cannot copy", path):
+        return path.stat().st_size
 
 
 def stage_adapter(target: Path, *, force: bool = False) -> StagedOutput:
@@ -82,9 +82,7 @@ def fill_adapter(output: StagedOutput, files: AdapterFiles, *, record: Mapping[s
                 if isinstance(source, TensorData):
                     writer.put(start, memoryview(source.data).cast("B"))
                 else:
-                    buffer = memoryview(bytearray(source.nbytes))
-                    reader.read_into(source.file, source.start, buffer)
-                    writer.put(start, buffer)
+                    _copy(reader, source, writer, start)
             writer.finish()
         finally:
             writer.close()
@@ -95,3 +93,11 @@ def fill_adapter(output: StagedOutput, files: AdapterFiles, *, record: Mapping[s
         reader.check_unchanged()
     output.commit()
     return size
+
+
+def _copy(reader: FileReader, source: TensorRef, writer: ShardWriter, start: int) -> None:
+    buffer = memoryview(bytearray(min(_PIECE, source.nbytes)))
+    for done in range(0, source.nbytes, _PIECE):
+        piece = buffer[: min(_PIECE, source.nbytes - done)]
+        reader.read_into(source, done, piece)
+        writer.put(start + done, piece)

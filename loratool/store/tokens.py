@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import json
+import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from loratool.errors import BadFileError
-from loratool.store.foreign import open_inside
+from loratool.store.contained import open_inside
 
 # Everything that belongs to a tokenizer or processor of text; patterns for file names.
 TOKENIZER_FILES = (
@@ -35,7 +38,22 @@ TOKENIZER_STATE = (
     "special_tokens_map.json",
     "added_tokens.json",
 )
-_MAX_BYTES = 200_000_000  # tokenizer.json of large vocabularies is tens of MB
+_MAX_BYTES = 100_000_000  # the largest tokenizer.json in use take 30 to 60 MB
+_MAX_PIECES_BYTES = 16_000_000  # of a sentencepiece model; the largest in use take 5 MB
+_MAX_ENTRIES = 1_000_000
+_STRING = re.compile(rb'"((?:[^"\\]|\\.)*)"', re.DOTALL)
+# An escape in JSON text that is half of a surrogate pair, or any other escape.
+_ESCAPE = re.compile(
+    rb"\\(?:u[dD][89abAB]\w{2}\\u[dD][c-fC-F]\w{2}|(?P<half>u[dD][89a-fA-F]\w{2})|.)", re.DOTALL
+)
+T = TypeVar("T")
+
+
+@dataclass(slots=True)
+class _Token:
+    """An added token."""
+
+    content: str | None = None
 
 
 def adapter_adds_tokens(adapter_dir: Path, base_dir: Path) -> bool:
@@ -55,39 +73,47 @@ def adapter_adds_tokens(adapter_dir: Path, base_dir: Path) -> bool:
     added = _added_tokens(adapter_dir)
     if not added or not base_dir.is_dir():
         return False
-    return not added <= (_added_tokens(base_dir) | _vocabulary(base_dir))
+    missing = added - _added_tokens(base_dir)
+    missing.difference_update(_vocabulary(base_dir))
+    return bool(missing)
 
 
 def _added_tokens(folder: Path) -> set[str]:
-    found: set[str] = set()
-    found |= set(_load(folder / "added_tokens.json"))
-    listed = _load(folder / "tokenizer.json").get("added_tokens")
-    decoder = _load(folder / "tokenizer_config.json").get("added_tokens_decoder")
-    for entries in (
-        listed if isinstance(listed, list) else [],
-        decoder.values() if isinstance(decoder, dict) else [],
-    ):
-        for entry in entries:
-            content = entry.get("content") if isinstance(entry, dict) else entry
-            if isinstance(content, str):
-                found.add(content)
-    return found
+    found = set(_members(folder / "added_tokens.json"))
+    listed = _members(folder / "tokenizer.json").get("added_tokens")
+    decoder = _members(folder / "tokenizer_config.json").get("added_tokens_decoder")
+    tokens = [*_decode(listed, list[_Token], []), *_decode(decoder, dict[str, _Token], {}).values()]
+    return found | {token.content for token in tokens if token.content is not None}
 
 
-def _vocabulary(folder: Path) -> set[str]:
-    found: set[str] = set(_load(folder / "vocab.json"))
-    model = _load(folder / "tokenizer.json").get("model")
-    vocab = model.get("vocab") if isinstance(model, dict) else None
-    if isinstance(vocab, dict):
-        found |= set(vocab)
-    elif isinstance(vocab, list):  # Unigram: [piece, score] pairs
-        found |= {v[0] for v in vocab if isinstance(v, list) and v and isinstance(v[0], str)}
+def _vocabulary(folder: Path) -> Iterator[str]:
+    """Every piece of a base's vocabulary; one after the other, for memory's sake."""
+    import msgspec
+
+    if (folder / "vocab.json").is_file():
+        yield from _strings(_read(folder / "vocab.json"))
+    model = _members(folder / "tokenizer.json").get("model")
+    vocab = _decode(model, dict[str, msgspec.Raw], {}).get("vocab")
+    if vocab is not None:  # {piece: number}, or [piece, score] pairs
+        yield from _strings(vocab)
     if (folder / "vocab.txt").is_file():
-        found |= set(_read(folder / "vocab.txt").decode("utf-8", "replace").splitlines())
+        yield from (line.decode("utf-8", "replace") for line in _lines(folder / "vocab.txt"))
     for name in ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model"):
         if (folder / name).is_file():
-            found |= set(_pieces(_read(folder / name)))
-    return found
+            yield from _pieces(_read(folder / name, _MAX_PIECES_BYTES))
+
+
+def _strings(text: Any) -> Iterator[str]:
+    """Every string in a JSON text."""
+    for match in _STRING.finditer(text):
+        try:
+            yield json.loads(match[0]) if b"\\" in match[1] else match[1].decode()
+        except ValueError:  # no UTF-8, or no escape of JSON
+            continue
+
+
+def _lines(path: Path) -> Iterator[bytes]:
+    return (line.rstrip(b"\r\n") for line in io.BytesIO(_read(path)))
 
 
 def _pieces(data: bytes) -> Iterator[str]:
@@ -104,12 +130,14 @@ def _fields(data: bytes) -> Iterator[tuple[int, bytes]]:
     at = 0
     while at < len(data):
         tag, at = _varint(data, at)
-        kind = tag & 7
+        number, kind = tag >> 3, tag & 7
+        if number == 0:
+            return
         if kind == 0:
             _, at = _varint(data, at)
         elif kind == 2:
             size, at = _varint(data, at)
-            yield tag >> 3, data[at : at + size]
+            yield number, data[at : at + size]
             at += size
         elif kind in (1, 5):
             at += 8 if kind == 1 else 4
@@ -128,18 +156,50 @@ def _varint(data: bytes, at: int) -> tuple[int, int]:
     return value, at
 
 
-def _load(path: Path) -> dict[str, Any]:
-    # Only looked at, and vocabularies in use hold duplicate keys and halves of surrogate pairs:
-    # so the strict reader of `loratool.store.jsonfile` would refuse too much here.
+def _members(path: Path) -> dict[str, Any]:
+    """Key -> text of the value in a JSON object; empty if there is no such file or object.
+
+    Vocabularies in use hold duplicate keys and halves of surrogate pairs: the strict reader of
+    `loratool.store.jsonfile` would refuse too much here, and build much that nobody looks at.
+
+    Raises:
+        BadFileError: LT-342, it is not JSON; LT-340, it is too large.
+    """
+    import msgspec
+
     if not path.is_file():
         return {}
+    raw = _read(path).removeprefix(b"\xef\xbb\xbf")
+    if raw.count(b":") + raw.count(b"{") > _MAX_ENTRIES:
+        raise _too_large(path, f"{_MAX_ENTRIES} entries")
+    if rb"\ud" in raw or rb"\uD" in raw:
+        raw = _ESCAPE.sub(lambda m: rb"\ufffd" if m["half"] else m[0], raw)
     try:
-        value = json.loads(_read(path))
-    except (ValueError, RecursionError) as error:
+        return _decode(raw, dict[str, msgspec.Raw], {})
+    except (msgspec.DecodeError, RecursionError) as error:
         raise BadFileError("LT-342", "file is not JSON", file=path) from error
-    return value if isinstance(value, dict) else {}
 
 
-def _read(path: Path) -> bytes:
+def _decode(text: Any, shape: type[T], default: T) -> T:
+    """JSON of a shape; the default if there is none, or it has another one."""
+    import msgspec
+
+    try:
+        return default if text is None else msgspec.json.decode(text, type=shape)
+    except msgspec.ValidationError:
+        return default
+
+
+def _read(path: Path, limit: int = _MAX_BYTES) -> bytes:
     with open_inside(path) as file:
-        return file.read(_MAX_BYTES)
+        raw = file.read(limit + 1)
+    if len(raw) > limit:
+        raise _too_large(path, f"{limit} bytes")
+    return raw
+
+
+def _too_large(path: Path, most: str) -> BadFileError:
+    return BadFileError(
+        "LT-340", "tokenizer file is too large to be compared", file=path,
+        expected=f"at most {most}",
+    )  # fmt: skip
