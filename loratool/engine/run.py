@@ -19,7 +19,7 @@ from loratool.engine.kernels import KERNELS
 from loratool.engine.reads import cut_step, planned_ranges
 from loratool.engine.sink import CheckpointSink
 from loratool.plan import Plan, Step
-from loratool.store.reader import FileReader
+from loratool.store.reader import FileReader, most_open_files
 from loratool.store.shard_writer import PAGE
 
 _CPU = torch.device("cpu")
@@ -130,7 +130,8 @@ class _Run:
 
     def execute(self) -> list[Any]:
         self._tasks = self._make_tasks()
-        count = self.options.threads or default_threads()
+        # Each worker writes one shard, which takes two descriptors, and more to complete it.
+        count = min(self.options.threads or default_threads(), max(1, most_open_files() // 2))
         self._at_work = count
         workers = [threading.Thread(target=self._work, daemon=True) for _ in range(count)]
         try:

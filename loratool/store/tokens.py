@@ -38,13 +38,14 @@ TOKENIZER_STATE = (
     "special_tokens_map.json",
     "added_tokens.json",
 )
-_MAX_BYTES = 100_000_000  # the largest tokenizer.json in use take 30 to 60 MB
-_MAX_PIECES_BYTES = 16_000_000  # of a sentencepiece model; the largest in use take 5 MB
+_MAX_BYTES = 100_000_000  # tokenizer.json of large vocabularies is tens of MB
+_MAX_LIST_BYTES = 20_000_000  # of a sentencepiece model or vocab.txt; most take 1 to 5 MB
+_MAX_PIECE = 10_000  # bytes; what is longer is no token
+_MAX_STRINGS = 4_000_000  # each with two quotes; and as many escapes
 _MAX_ENTRIES = 1_000_000
-_STRING = re.compile(rb'"((?:[^"\\]|\\.)*)"', re.DOTALL)
-# An escape in JSON text that is half of a surrogate pair, or any other escape.
+# An escape in JSON text; it may be half of a surrogate pair.
 _ESCAPE = re.compile(
-    rb"\\(?:u[dD][89abAB]\w{2}\\u[dD][c-fC-F]\w{2}|(?P<half>u[dD][89a-fA-F]\w{2})|.)", re.DOTALL
+    rb"\\(?:u[dD][89abAB]\w\w\\u[dD][c-fC-F]\w\w|(?P<half>u[dD][89a-fA-F]\w\w)|.)", re.DOTALL
 )
 T = TypeVar("T")
 
@@ -91,29 +92,42 @@ def _vocabulary(folder: Path) -> Iterator[str]:
     import msgspec
 
     if (folder / "vocab.json").is_file():
-        yield from _strings(_read(folder / "vocab.json"))
+        yield from _strings(_read_json(folder / "vocab.json"))
     model = _members(folder / "tokenizer.json").get("model")
     vocab = _decode(model, dict[str, msgspec.Raw], {}).get("vocab")
     if vocab is not None:  # {piece: number}, or [piece, score] pairs
-        yield from _strings(vocab)
+        yield from _strings(bytes(vocab))
     if (folder / "vocab.txt").is_file():
-        yield from (line.decode("utf-8", "replace") for line in _lines(folder / "vocab.txt"))
+        lines = io.BytesIO(_read(folder / "vocab.txt", _MAX_LIST_BYTES))
+        yield from (line.rstrip(b"\r\n").decode("utf-8", "replace") for line in lines)
     for name in ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model"):
         if (folder / name).is_file():
-            yield from _pieces(_read(folder / name, _MAX_PIECES_BYTES))
+            yield from _pieces(_read(folder / name, _MAX_LIST_BYTES))
 
 
-def _strings(text: Any) -> Iterator[str]:
-    """Every string in a JSON text."""
-    for match in _STRING.finditer(text):
+def _strings(text: bytes | bytearray) -> Iterator[str]:
+    """Every string in a JSON text that may be a token; no escape is kept in memory."""
+    end = -1
+    while (start := text.find(b'"', end + 1)) >= 0:
+        end = text.find(b'"', start + 1)
+        while end >= 0 and _is_escaped(text, end):
+            end = text.find(b'"', end + 1)
+        if end < 0:
+            return
+        if end - start > _MAX_PIECE:
+            continue
+        piece = text[start : end + 1]
         try:
-            yield json.loads(match[0]) if b"\\" in match[1] else match[1].decode()
+            yield json.loads(piece) if b"\\" in piece else piece[1:-1].decode()
         except ValueError:  # no UTF-8, or no escape of JSON
             continue
 
 
-def _lines(path: Path) -> Iterator[bytes]:
-    return (line.rstrip(b"\r\n") for line in io.BytesIO(_read(path)))
+def _is_escaped(text: bytes | bytearray, at: int) -> bool:
+    first = at
+    while text[first - 1] == ord("\\"):
+        first -= 1
+    return (at - first) % 2 == 1
 
 
 def _pieces(data: bytes) -> Iterator[str]:
@@ -169,13 +183,14 @@ def _members(path: Path) -> dict[str, Any]:
 
     if not path.is_file():
         return {}
-    raw = _read(path).removeprefix(b"\xef\xbb\xbf")
-    if raw.count(b":") + raw.count(b"{") > _MAX_ENTRIES:
-        raise _too_large(path, f"{_MAX_ENTRIES} entries")
+    text = raw = _read_json(path)
     if rb"\ud" in raw or rb"\uD" in raw:
-        raw = _ESCAPE.sub(lambda m: rb"\ufffd" if m["half"] else m[0], raw)
+        text = bytearray(raw)
+        for match in _ESCAPE.finditer(raw):
+            if match["half"]:
+                text[match.start() : match.end()] = rb"\ufffd"
     try:
-        return _decode(raw, dict[str, msgspec.Raw], {})
+        return _decode(text, dict[str, msgspec.Raw], {})
     except (msgspec.DecodeError, RecursionError) as error:
         raise BadFileError("LT-342", "file is not JSON", file=path) from error
 
@@ -190,7 +205,17 @@ def _decode(text: Any, shape: type[T], default: T) -> T:
         return default
 
 
-def _read(path: Path, limit: int = _MAX_BYTES) -> bytes:
+def _read_json(path: Path) -> bytes | bytearray:
+    """JSON text from which nothing endless can be built."""
+    raw = _read(path, _MAX_BYTES).removeprefix(b"\xef\xbb\xbf")
+    if max(raw.count(b'"'), raw.count(b"\\")) > 2 * _MAX_STRINGS:
+        raise _too_large(path, f"{_MAX_STRINGS} strings")
+    if sum(raw.count(mark) for mark in (b":", b"{", rb"\ud", rb"\uD")) > _MAX_ENTRIES:
+        raise _too_large(path, f"{_MAX_ENTRIES} entries")
+    return raw
+
+
+def _read(path: Path, limit: int) -> bytes:
     with open_inside(path) as file:
         raw = file.read(limit + 1)
     if len(raw) > limit:
