@@ -29,6 +29,7 @@ from loratool.store.stamps import stamp_from
 _READ = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
 _NO_LINK = getattr(os, "O_NOFOLLOW", 0)
 _FOLDER = getattr(os, "O_PATH", os.O_RDONLY) | getattr(os, "O_DIRECTORY", 0)
+_MOST_LINKS = 40  # as systems follow in a row
 _IN_STEPS = {os.open, os.stat} <= os.supports_dir_fd
 _KINDS = {
     stat.S_IFDIR: "a folder", stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket",
@@ -116,9 +117,11 @@ def typed(path: Path) -> Path:
 
     So the neighbours that count, such as its configuration, are those of the real file.
     """
-    if not path.is_symlink() or path.is_dir() or is_inside(path, path.parent):
-        return path
-    return Path(os.path.realpath(path))
+    for _ in range(_MOST_LINKS):
+        if not path.is_symlink() or path.is_dir() or is_inside(path, path.parent):
+            break
+        path = path.parent / path.readlink()
+    return path
 
 
 def check_name(name: str, source: Path, what: str) -> str:

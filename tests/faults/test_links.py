@@ -242,3 +242,29 @@ def test_links_inside_are_followed(make: Callable[[], LinkWorld], row: Row) -> N
             else:
                 assert found.code == plain.code, where
             assert not any(p.is_symlink() for p in world.out.parent.rglob("*")), where
+
+
+def test_a_typed_link_stands_for_its_file(make: Callable[[], LinkWorld]) -> None:
+    """Also through a link of the Hub's cache: the configuration beside that one counts."""
+    world = make()
+    snapshot = world.move_into_cache(world.adapter)
+    for steps in (1, 2):
+        target = snapshot / "adapter_model.safetensors"
+        for number in range(steps):
+            link = world.root / f"typed-{steps}" / str(number)
+            link.parent.mkdir(exist_ok=True)
+            link.symlink_to(target)
+            target = link
+        found = world.run("inspect", target, "--json")
+        assert found.code == 0 and found.json["adapter"]["dialect"] == "peft", found
+
+
+def test_a_typed_link_to_itself(make: Callable[[], LinkWorld]) -> None:
+    world = make()
+    one, other = world.root / "a" / "x", world.root / "b" / "x"
+    for link, target in ((one, other), (other, one)):
+        link.parent.mkdir()
+        link.symlink_to(target)
+    merge = ["merge", world.adapter, "--base", world.base, "-o", world.out]
+    for words in (["inspect", one], [*merge, "--residual", one], [*merge, "--module-weights", one]):
+        assert world.run(*words).code in (3, 6, 9), words
