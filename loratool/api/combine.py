@@ -202,7 +202,7 @@ def _write(
 ) -> int:
     from loratool.store.adapter_writer import write_adapter
 
-    extras = next((o.adapter.extras for o in opened if o.adapter.extras), ())
+    extras = next((o.adapter.extras for o in opened if o.adapter.extras), {})
     files = write_adapter_files(adapter)
     return write_adapter(files, target, record=record, force=force, extras=extras)
 

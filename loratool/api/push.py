@@ -177,11 +177,13 @@ def _remote_base(head: Listing) -> str | None:
 def _card(publication: Publication, head: Listing) -> str:
     """The local card if there is one, else the repository's, else a new one."""
     from loratool.store.card import make_card
+    from loratool.store.contained import open_inside
     from loratool.store.hub_listing import fetch_verified
 
     local = publication.chosen.files.get("README.md")
     if local is not None:
-        existing: str | None = local.read_text("utf-8", "replace")
+        with open_inside(local) as file:
+            existing: str | None = file.read().decode("utf-8", "replace")
     else:
         there = [f for f in head.files if f.name == "README.md"]
         existing = fetch_verified(head, there)[0].read_text("utf-8", "replace") if there else None

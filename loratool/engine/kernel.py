@@ -66,7 +66,7 @@ class Env:
             raw = torch.frombuffer(bytearray(source.data), dtype=torch.uint8)
         else:
             raw = torch.empty(source.nbytes, dtype=torch.uint8)
-            self.reader.read_into(source.file, source.start, memoryview(raw.numpy()))  # type: ignore[arg-type]
+            self.reader.read_into(source, 0, memoryview(raw.numpy()))  # type: ignore[arg-type]
         tensor = from_bytes(raw, source.dtype, source.shape)
         if source.dtype in WIDENED_DTYPES:
             tensor = tensor.float()
@@ -86,7 +86,7 @@ class Env:
                 continue
             size = TORCH_DTYPES[source.dtype].itemsize
             bytes_, raw = buffer.take(block.numel * size)
-            self.reader.read_into(source.file, source.start + block.start * size, bytes_)
+            self.reader.read_into(source, block.start * size, bytes_)
             yield block, from_bytes(raw, source.dtype, shape).to(self.device)
 
 

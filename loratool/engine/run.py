@@ -19,7 +19,7 @@ from loratool.engine.kernels import KERNELS
 from loratool.engine.reads import cut_step, planned_ranges
 from loratool.engine.sink import CheckpointSink
 from loratool.plan import Plan, Step
-from loratool.store.reader import FileReader
+from loratool.store.reader import FileReader, most_open_files
 from loratool.store.shard_writer import PAGE
 
 _CPU = torch.device("cpu")
@@ -130,7 +130,8 @@ class _Run:
 
     def execute(self) -> list[Any]:
         self._tasks = self._make_tasks()
-        count = self.options.threads or default_threads()
+        # Each worker writes one shard, which takes two descriptors, and more to complete it.
+        count = min(self.options.threads or default_threads(), max(1, most_open_files() // 2))
         self._at_work = count
         workers = [threading.Thread(target=self._work, daemon=True) for _ in range(count)]
         try:
@@ -159,7 +160,7 @@ class _Run:
         for index, step in enumerate(self.plan.steps):
             if self.sink is not None and not self.options.sample:
                 if step.shard not in skipped:
-                    skipped[step.shard] = self._take_over(step.shard)
+                    skipped[step.shard] = self._take_over(step)
                 if skipped[step.shard]:
                     self._advance(sum(i.nbytes for i in step.inputs))
                     continue
@@ -176,13 +177,13 @@ class _Run:
             for piece in pieces:
                 yield job, piece
 
-    def _take_over(self, shard: int) -> bool:
+    def _take_over(self, step: Step) -> bool:
         assert self.sink is not None
-        earlier = self.sink.finished_results(shard)
+        earlier = self.sink.finished_results(step.shard)
         if earlier is not None:
             self.carried.extend(earlier)
             return True
-        return self.sink.clone(shard)
+        return self.sink.clone(step, self.env.reader)
 
     def _work(self) -> None:
         try:
@@ -275,7 +276,7 @@ class _Worker:
         if isinstance(source, TensorData):
             data[:] = memoryview(source.data).cast("B")[piece[0].start : piece[0].start + size]
         else:
-            self._run.env.reader.read_into(source.file, source.start + piece[0].start, data)
+            self._run.env.reader.read_into(source, piece[0].start, data)
         assert self._run.sink is not None
         self._run.sink.put(step, target, data, aligned=True)
         self._run.advance(size)
@@ -326,6 +327,6 @@ class _Worker:
         if isinstance(source, TensorData):
             data[:] = memoryview(source.data).cast("B")[first * size : (first + count) * size]
         else:
-            self._run.env.reader.read_into(source.file, source.start + first * size, data)
+            self._run.env.reader.read_into(source, first * size, data)
         host = from_bytes(raw, dtype, (count,))
         return host.to(self._device, non_blocking=True) if self._is_cuda else host

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from loratool.errors import UsageError, list_some
-from loratool.store.foreign import open_regular
+from loratool.store.contained import open_inside, typed
 
 MAX_BYTES = 1_000_000
 # Option as typed -> keyword of the function, where they are not the same word.
@@ -107,7 +107,7 @@ def read_recipe(path: Path, commands: Mapping[str, Function]) -> tuple[RecipeSte
 def _compose(path: Path) -> Any:
     import yaml
 
-    with open_regular(path) as file:
+    with open_inside(typed(path)) as file:
         raw = file.read(MAX_BYTES + 1)
     if len(raw) > MAX_BYTES:
         raise UsageError("LT-287", "not a recipe: too large", file=path, expected="at most 1 MB")

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from loratool.errors import LoratoolError, MismatchError, UsageError
+from loratool.errors import LoratoolError, MismatchError, UnsafeContentError, UsageError
 from loratool.store.checkpoint import Checkpoint
+from loratool.store.contained import check_name, is_inside
 from loratool.store.header import read_header
 from loratool.store.provenance import file_id, read_record
 from loratool.store.source import AdapterArgument
@@ -52,6 +56,7 @@ def find_replay(output: Checkpoint, *, base: str | None, roots: Sequence[Path]) 
     Raises:
         UsageError: there is no provenance to replay, or an input is not found.
         MismatchError: what lies there is not what was used, or an undo file was.
+        UnsafeContentError: the record leads out of these folders.
     """
     record = read_record(output)
     if record is None or record.get("operation") not in _OPERATIONS:
@@ -70,11 +75,14 @@ def find_replay(output: Checkpoint, *, base: str | None, roots: Sequence[Path]) 
                 "LT-457", "this was made with an undo file, which checked every tensor itself",
                 file=output.path, hint="subtract --undo again gives the same bytes",
             )  # fmt: skip
+        find = partial(_find, output=output.path, roots=roots)
         found = tuple(
-            AdapterArgument(_find(k, v, roots, "--adapter"), *recorded_weight(v))
+            AdapterArgument(find(k, v["files"], option="--adapter"), *recorded_weight(v))
             for k, v in adapters.items()
         )
-        return Replay(base or _find(base_name, base_row, roots, "--base"), found, options)
+        if base is None:
+            base = find(base_name, base_row["files"], option="--base")
+        return Replay(base, found, options)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise MismatchError(
             "LT-458", "the provenance of this checkpoint is damaged", file=output.path,
@@ -92,16 +100,20 @@ def recorded_weight(row: Mapping[str, Any]) -> tuple[float, dict[str, float]]:
     return float(row["weight"]), {str(k): float(v) for k, v in parts.items()}
 
 
-def _find(name: str, row: Mapping[str, Any], roots: Sequence[Path], option: str) -> str:
+def _find(
+    name: str, files: Mapping[str, Any], *, output: Path, roots: Sequence[Path], option: str
+) -> str:
     if name.startswith("hf://"):
         return name
     plain = name.partition("#")[0]
-    if plain in ("", ".", "..") or "/" in plain or "\\" in plain:
+    if "/" in plain:
         raise ValueError("an input's name is a path")
-    places = [root / plain for root in roots if (root / plain).exists()]
+    for one in (plain, *files):
+        check_name(one, output, "record")
     others = []
-    for place in places:
-        wrong = _differing(place, row["files"])
+    for place in (root / plain for root in roots if (root / plain).exists()):
+        _check_place(place, option)
+        wrong = _differing(place, files)
         if wrong is None:
             return str(place)
         others.append(f"{place} ({wrong})")
@@ -116,20 +128,34 @@ def _find(name: str, row: Mapping[str, Any], roots: Sequence[Path], option: str)
     )  # fmt: skip
 
 
+def _check_place(place: Path, option: str) -> None:
+    """A record must not lead through a link out of the folder that is searched."""
+    if not is_inside(place, place.parent):
+        real = os.path.realpath(place)
+        raise UnsafeContentError(
+            "LT-904", "the record names a link that leads elsewhere, so it is not followed",
+            file=place, got=real, hint=f"{option} {shlex.quote(real)}, if that was used",
+        )  # fmt: skip
+
+
 def _differing(place: Path, files: Mapping[str, Any]) -> str | None:
     """The first file whose content is not the recorded one, None if all agree."""
+    folder = place if place.is_dir() else place.parent
     for name, want in files.items():
         path = place / name if place.is_dir() else place
         if not path.is_file():
             return f"no {name}"
         try:
             if isinstance(want, str):
-                same = file_id(path) == want
+                same = file_id(path, folder) == want
             else:
-                head = hashlib.sha256(read_header(path).raw).hexdigest()
-                same = (head, path.stat().st_size) == (want["header_sha256"], want["bytes"])
+                header = read_header(path, folder=folder)
+                head = hashlib.sha256(header.raw).hexdigest()
+                same = (head, header.file_size) == (want["header_sha256"], want["bytes"])
                 if same and "sha256" in want:
-                    same = file_id(path) == want["sha256"]
+                    same = file_id(path, folder) == want["sha256"]
+        except UnsafeContentError:
+            raise
         except LoratoolError as error:
             return error.what
         if not same:

@@ -11,6 +11,7 @@ from typing import Any
 from loratool.adapter import Adapter
 from loratool.errors import MismatchError, UsageError, list_some
 from loratool.ops.bind_rules import COMPONENTS, component_pattern
+from loratool.store.contained import open_inside, typed
 from loratool.store.source import AdapterArgument, is_weight
 
 Rule = tuple[re.Pattern[str], tuple[float, ...]]
@@ -159,6 +160,7 @@ def read_module_weights(path: Path, count: int) -> tuple[Rule, ...]:
 
     Raises:
         UsageError: LT-285, not such a file.
+        BadFileError: LT-300, no such file.
     """
     import yaml
 
@@ -170,8 +172,9 @@ def read_module_weights(path: Path, count: int) -> tuple[Rule, ...]:
         )  # fmt: skip
 
     try:
-        node = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        with open_inside(typed(path)) as file:
+            node = yaml.compose(file.read().decode("utf-8"), Loader=yaml.SafeLoader)
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
         raise bad("cannot be read", str(error).partition("\n")[0]) from error
     if not isinstance(node, yaml.MappingNode):
         raise bad("no mapping", "nothing" if node is None else node.tag)

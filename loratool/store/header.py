@@ -17,13 +17,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
-from loratool.adapter import TensorRef
+from loratool.adapter import Stamp, TensorRef
 from loratool.dtypes import DTYPES, tensor_bytes
 from loratool.errors import BadFileError, DiskError, list_some
 from loratool.plan import TensorSpec
-from loratool.store.foreign import open_regular, refuse_foreign
+from loratool.store.contained import open_inside
+from loratool.store.foreign import refuse_foreign
 from loratool.store.jsonfile import DuplicateKeyError, refuse_constant, unique_pairs
 from loratool.store.remote import remote_file
+from loratool.store.stamps import stamp_from
 
 MAX_HEADER_BYTES = 32 << 20  # default; --max-header raises it up to the next line
 HARD_HEADER_BYTES = 100_000_000  # the safetensors library refuses more
@@ -64,18 +66,18 @@ class Header:
 
 
 def read_header(
-    path: Path, *, max_bytes: int = MAX_HEADER_BYTES, base_dir: Path | None = None
+    path: Path, *, max_bytes: int = MAX_HEADER_BYTES, folder: Path | None = None
 ) -> Header:
     """Read and check the header of a safetensors file.
 
     Args:
-        path: the file; a symbolic link to a regular file is followed.
+        path: the file.
         max_bytes: largest header accepted (never more than 100 MB).
-        base_dir: folder that the file belongs to: messages then name the file relative to it.
+        folder: what it belongs to (`loratool.store.contained`); None = the folder it lies in.
 
     Raises:
         BadFileError: missing, damaged, truncated or another kind of file.
-        UnsafeContentError: pickle, or not a regular file (a FIFO is never opened).
+        UnsafeContentError: pickle, not a regular file, or a link that leads out of the folder.
         DiskError: the system refuses to read it.
 
     Example:
@@ -83,15 +85,16 @@ def read_header(
         (8, 4096)
     """
     remote = remote_file(path)
-    shown = remote.shown if remote else _shown(path, base_dir)
+    shown = remote.shown if remote else path
     try:
-        with open_regular(path, shown=shown) as file:
-            size = remote.size if remote else os.fstat(file.fileno()).st_size
+        with open_inside(path, folder, shown=shown) as file:
+            stamp = stamp_from(os.fstat(file.fileno()))
+            size = remote.size if remote else stamp[2]
             raw = _read_raw(file, shown, size, min(max_bytes, HARD_HEADER_BYTES))
     except OSError as error:
         raise DiskError("LT-601", "cannot read", file=shown, got=error.strerror) from error
     with _no_collection():
-        return _checked(path, raw, size, shown, max_bytes)
+        return _checked(path, raw, size, stamp, shown, max_bytes)
 
 
 @contextmanager
@@ -106,14 +109,18 @@ def _no_collection() -> Iterator[None]:
             gc.enable()
 
 
-def _checked(path: Path, raw: bytes, size: int, shown: object, max_bytes: int) -> Header:
+def _checked(
+    path: Path, raw: bytes, size: int, stamp: Stamp, shown: object, max_bytes: int
+) -> Header:
     entries = _parse(raw, shown)
     # Who raises the limit of the header knows that the file is unusual.
     longest = MAX_METADATA if max_bytes <= MAX_HEADER_BYTES else max_bytes
     metadata = _check_metadata(entries.pop("__metadata__", {}), shown, longest)
     if len(entries) > MAX_TENSORS:
         _refuse_count(shown, len(entries))
-    tensors = [_tensor(path, shown, name, entry, len(raw)) for name, entry in entries.items()]
+    tensors = [
+        _tensor(path, stamp, shown, name, entry, len(raw)) for name, entry in entries.items()
+    ]
     tensors.sort(key=lambda ref: (ref.start, ref.nbytes))
     _check_cover(tensors, shown, len(raw), size)
     return Header(path, metadata, tuple(tensors), raw, len(raw), size)
@@ -156,12 +163,6 @@ def build_header(
         )  # fmt: skip
     header = len(text).to_bytes(8, "little") + text
     return header, tuple(len(header) + start for start in starts)
-
-
-def _shown(path: Path, base_dir: Path | None) -> Path:
-    if base_dir is not None and path.is_relative_to(base_dir):
-        return path.relative_to(base_dir)
-    return path
 
 
 def short_name(name: str, limit: int = 100) -> str:
@@ -338,7 +339,9 @@ def _check_metadata(value: object, shown: object, longest: int) -> Mapping[str, 
     return value
 
 
-def _tensor(path: Path, shown: object, name: str, entry: object, data_start: int) -> TensorRef:
+def _tensor(
+    path: Path, stamp: Stamp, shown: object, name: str, entry: object, data_start: int
+) -> TensorRef:
     def refuse(code: str, what: str, expected: object = None, got: object = None) -> NoReturn:
         raise BadFileError(code, what, file=shown, key=short_name(name), expected=expected, got=got)
 
@@ -378,7 +381,7 @@ def _tensor(path: Path, shown: object, name: str, entry: object, data_start: int
     if end - begin != nbytes:
         refuse("LT-311", "byte range does not fit shape and dtype",
                f"{nbytes} bytes ({dtype} {shape})", f"{end - begin} bytes")  # fmt: skip
-    return TensorRef(path, name, dtype, tuple(shape), data_start + begin, nbytes)
+    return TensorRef(path, name, dtype, tuple(shape), data_start + begin, nbytes, stamp)
 
 
 def _check_cover(tensors: list[TensorRef], shown: object, start: int, size: int) -> None:

@@ -6,9 +6,10 @@ import filecmp
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from loratool.adapter import Stamp
 from loratool.store.hub_download import repo_folder
 from loratool.store.marker import Proof, walk
-from loratool.store.reader import Stamp, stamp_of
+from loratool.store.stamps import stamp_of
 
 
 def holds_exactly(folder: Path, digests: Mapping[str, str]) -> bool:

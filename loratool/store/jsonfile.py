@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from loratool.errors import BadFileError, DiskError
-from loratool.store.foreign import open_inside
+from loratool.store.contained import open_inside
 
 MAX_JSON_BYTES = 16_000_000
 MAX_DEPTH = 64
@@ -24,22 +24,27 @@ class DuplicateKeyError(ValueError):
 
 
 def load_json(
-    path: Path, *, max_bytes: int = MAX_JSON_BYTES, max_depth: int = MAX_DEPTH
+    path: Path,
+    *,
+    folder: Path | None = None,
+    max_bytes: int = MAX_JSON_BYTES,
+    max_depth: int = MAX_DEPTH,
 ) -> dict[str, Any]:
     """Read a JSON file that holds one object.
 
     Args:
         path: the file.
+        folder: what it belongs to (`loratool.store.contained`); None = the folder it lies in.
         max_bytes: largest file accepted.
         max_depth: deepest nesting accepted.
 
     Raises:
         BadFileError: missing, too large, not UTF-8, not JSON, not an object, nested too deeply,
             a key twice in one object, or a number that is NaN or infinite.
-        UnsafeContentError: not a regular file.
+        UnsafeContentError: not a regular file, or a link that leads out of the folder.
         DiskError: the system refuses to read it.
     """
-    raw = _read(path, max_bytes)
+    raw = _read(path, folder, max_bytes)
     _check_depth(raw, path, max_depth)
     try:
         text = raw.decode("utf-8")
@@ -110,9 +115,9 @@ def _finite(text: str) -> float:
     return number
 
 
-def _read(path: Path, max_bytes: int) -> bytes:
+def _read(path: Path, folder: Path | None, max_bytes: int) -> bytes:
     try:
-        with open_inside(path) as file:
+        with open_inside(path, folder) as file:
             parts: list[bytes] = []
             left = max_bytes + 1
             while left and (part := file.read(min(left, 1 << 20))):

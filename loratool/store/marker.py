@@ -21,12 +21,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn, TypedDict
 
+from loratool.adapter import Stamp
 from loratool.errors import LoratoolError
 from loratool.shapes import checked
 from loratool.store.checksum import check_all, is_intact
 from loratool.store.journal import is_plain_name
 from loratool.store.places import INSIDE, is_mount
-from loratool.store.reader import Stamp, stamp_of
+from loratool.store.stamps import stamp_of
 
 MARKER = "loratool.json"
 REPLACED = ".loratool-replaced"

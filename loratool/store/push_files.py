@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from loratool.errors import DiskError, UnsafeContentError, list_some, redact
-from loratool.store.foreign import open_inside
+from loratool.errors import UnsafeContentError, list_some, redact
+from loratool.store.contained import list_folder, open_inside
 from loratool.store.hub import ADAPTER_FILES, BASE_FILES
 from loratool.store.tokens import TOKENIZER_FILES
 
@@ -42,19 +42,17 @@ def choose_files(path: Path, components: tuple[str, ...] = ()) -> Chosen:
         components: sub-folders of a pipeline.
 
     Raises:
-        UnsafeContentError: LT-930, a name that is not on the list; LT-931, a secret inside.
+        UnsafeContentError: LT-930, a name that is not on the list; LT-931, a secret inside;
+            LT-901, LT-904, something else than a file of this folder.
         DiskError: the folder cannot be read.
     """
     if not path.is_dir():
-        chosen = Chosen({path.name: path})
+        root, chosen = path.parent, Chosen({path.name: path})
     else:
+        root = path
         files, refused, left_out = {}, [], []
         for folder in (path, *(path / c for c in components)):
-            try:
-                entries = sorted(folder.iterdir())
-            except OSError as error:
-                raise DiskError("LT-601", "cannot read", file=folder, got=error.strerror) from error
-            for entry in entries:
+            for entry in list_folder(folder, path):
                 name = entry.relative_to(path).as_posix()
                 if name in components:
                     continue
@@ -71,7 +69,7 @@ def choose_files(path: Path, components: tuple[str, ...] = ()) -> Chosen:
             )  # fmt: skip
         chosen = Chosen(files, tuple(left_out))
     for name, file in chosen.files.items():
-        _refuse_secrets(name, file)
+        _refuse_secrets(name, file, root)
     return chosen
 
 
@@ -110,15 +108,15 @@ def _fits(name: str, patterns: tuple[str, ...]) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
-def _refuse_secrets(name: str, path: Path) -> None:
+def _refuse_secrets(name: str, path: Path, root: Path) -> None:
     """Of weights the header is searched, of everything else the whole file."""
     if name.endswith(".safetensors"):
         from loratool.store.header import read_header
 
-        text = json.dumps(dict(read_header(path).metadata), ensure_ascii=False)
+        text = json.dumps(dict(read_header(path, folder=root).metadata), ensure_ascii=False)
         raw = text.encode("utf-8", "replace")
     else:
-        with open_inside(path) as file:
+        with open_inside(path, root) as file:
             raw = file.read(_MAX_TEXT)
         text = raw.decode("utf-8", "replace")
     if _PRIVATE_KEY.search(raw) or redact(text) != text:

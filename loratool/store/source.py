@@ -11,6 +11,7 @@ from urllib.parse import unquote
 
 from loratool.errors import TOKEN, BadFileError, HubError, UsageError
 from loratool.store.adapter_folder import find_adapter, list_adapters
+from loratool.store.contained import typed
 from loratool.store.hub_fetch import HubReference, Reach, fetch
 from loratool.store.remote_folder import RemoteFolder
 
@@ -64,7 +65,8 @@ class Resolved:
         commit: commit of a Hub repository, None for a path.
         note: what the first line of output says about a guess, or None.
         remote: what keeps the stubs at `path` alive, None if the files are here whole.
-        origin: what `path` was converted from (``--allow-pickle``), None if it is the source.
+        origin: what `path` was converted from (``--allow-pickle``), or the link that was typed;
+            None if it is the source as typed.
     """
 
     path: Path
@@ -76,7 +78,7 @@ class Resolved:
 
     @property
     def named(self) -> Path:
-        """The place that the user means, where `path` is a temporary copy."""
+        """The place that the user means, where `path` is a copy or what a link leads to."""
         return self.origin or self.path
 
     @property
@@ -215,7 +217,9 @@ def resolve(
         except RuntimeError:  # no such user
             pass
     if text and _exists(str(path)):
-        return Resolved(path, path.name or path.resolve().name)
+        real = typed(path)
+        origin = None if real == path else path
+        return Resolved(real, path.name or path.resolve().name, origin=origin)
     refuse_token(text)
     match = _BARE.fullmatch(text)
     may_be_hub = match is not None and not _FILE_SUFFIX.search(match["repo"])

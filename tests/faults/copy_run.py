@@ -72,7 +72,7 @@ def copy(step: Step, sink: CheckpointSink, reader: FileReader, pause: float) -> 
     ref = step.inputs[0]
     for start in range(0, ref.nbytes, PIECE):
         data = memoryview(bytearray(min(PIECE, ref.nbytes - start)))
-        reader.read_into(ref.file, ref.start + start, data)
+        reader.read_into(ref, start, data)
         sink.put(step, sink.offset(step) + start, data, aligned=False)
         time.sleep(pause)
     sink.step_done(step, None)

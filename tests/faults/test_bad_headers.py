@@ -378,10 +378,3 @@ def test_folder_and_device(file: Path) -> None:
 def test_broken_link(file: Path) -> None:
     file.symlink_to("gone")
     refuse(file, "LT-300", "broken symbolic link")
-
-
-def test_base_dir_shortens_the_name(file: Path) -> None:
-    file.write_bytes(b"")
-    with pytest.raises(BadFileError) as caught:
-        read_header(file, base_dir=file.parent)
-    assert caught.value.file == file.name
