@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from loratool import __version__, api, cli
+from loratool import __version__, api
+from loratool.cli import signals
 from loratool.cli.group import COMMANDS, LATER, LATER_OPTIONS, MODULES, SYNONYMS
 from loratool.errors import NumericError
 
@@ -167,7 +168,7 @@ def test_a_bug_says_so(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_interrupts(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    for error, code in ((KeyboardInterrupt(), 130), (cli.Terminated(), 143)):
+    for error, code in ((KeyboardInterrupt(), 130), (signals.Terminated(), 143)):
         monkeypatch.setattr(api, "inspect", _raise(error))
         assert run("inspect", "x").code == code
 
