@@ -48,9 +48,13 @@ def run(args: list[str]) -> int:
 
 
 def _report(args: list[str], error: BaseException) -> int:
-    from loratool.cli.failures import report
+    try:
+        from loratool.cli.failures import report
 
-    return report(error, args)
+        return report(error, args)
+    except MemoryError:  # not enough for a sentence of its own
+        os.write(2, b"error[LT-608]: out of memory\n")
+        return 6
 
 
 def _refuse_secrets(args: list[str]) -> None:

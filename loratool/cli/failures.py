@@ -19,8 +19,8 @@ from loratool.errors import DiskError, LoratoolError, UsageError
 from loratool.report import SCHEMA
 
 _NO_MEMORY = re.compile(
-    "out of memory|(can't|cannot) allocate memory|not enough memory|ALLOC_FAILED"
-    "|can't start new thread", re.IGNORECASE,
+    "out of memory|(can't|cannot) allocate memory|not enough memory|bad_alloc|ALLOC_FAILED"
+    "|can't start new thread|failed to map segment", re.IGNORECASE,
 )  # fmt: skip
 """What torch, CUDA's libraries, the loader and Python say where `MemoryError` would be right."""
 

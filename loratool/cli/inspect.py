@@ -63,6 +63,7 @@ _DEAR_SHARE = 0.02
 @opt.option("--plot", metavar="FILE.png|.svg", section="Output",
             help="Draw them; implies --spectrum. Needs matplotlib.")  # fmt: skip
 @opt.option("--tensors", is_flag=True, section="Output", help="List every tensor.")
+@opt.workers
 @opt.network
 @opt.general
 @opt.trust

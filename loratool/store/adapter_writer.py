@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from loratool.adapter import AdapterFiles, TensorData
+from loratool.adapter import AdapterFiles, TensorData, TensorRef
 from loratool.store.disk import check_space
 from loratool.store.foreign import open_regular
 from loratool.store.header import build_header
@@ -15,6 +15,8 @@ from loratool.store.reader import FileReader
 from loratool.store.shard_writer import ShardWriter
 from loratool.store.stamps import take_stamps
 from loratool.store.writer import MARKER, StagedOutput
+
+_PIECE = 4 << 20  # bytes copied at a time
 
 
 def write_adapter(
@@ -82,9 +84,7 @@ def fill_adapter(output: StagedOutput, files: AdapterFiles, *, record: Mapping[s
                 if isinstance(source, TensorData):
                     writer.put(start, memoryview(source.data).cast("B"))
                 else:
-                    buffer = memoryview(bytearray(source.nbytes))
-                    reader.read_into(source.file, source.start, buffer)
-                    writer.put(start, buffer)
+                    _copy(source, reader, writer, start)
             writer.finish()
         finally:
             writer.close()
@@ -95,3 +95,11 @@ def fill_adapter(output: StagedOutput, files: AdapterFiles, *, record: Mapping[s
         reader.check_unchanged()
     output.commit()
     return size
+
+
+def _copy(source: TensorRef, reader: FileReader, writer: ShardWriter, start: int) -> None:
+    buffer = memoryview(bytearray(min(source.nbytes, _PIECE)))
+    for done in range(0, source.nbytes, _PIECE):
+        piece = buffer[: source.nbytes - done]
+        reader.read_into(source.file, source.start + done, piece)
+        writer.put(start + done, piece)
