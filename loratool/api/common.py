@@ -15,7 +15,9 @@ from loratool import __version__
 from loratool.dtypes import BY_WORD
 from loratool.errors import UsageError, redact
 from loratool.ops.memory import MemoryPlan, plan_memory, plan_modules
+from loratool.report.chart import check_chart
 from loratool.store.header import HARD_HEADER_BYTES, MAX_HEADER_BYTES
+from loratool.store.new_file import check_new_files
 from loratool.store.rules import FileRules
 
 if TYPE_CHECKING:
@@ -57,6 +59,19 @@ def file_rules(max_header: str | int | None, allow_pickle: bool) -> FileRules:
             got=size,
         )  # fmt: skip
     return FileRules(MAX_HEADER_BYTES if size is None else size, allow_pickle)
+
+
+def check_files(csv: str | Path | None, plot: str | Path | None) -> None:
+    """Refuse a table or a picture that cannot be written, before the work.
+
+    Raises:
+        UsageError: LT-249, no picture can be drawn.
+        OutputError: LT-508, a name that is taken.
+        DiskError: LT-602, no folder.
+    """
+    if plot is not None:
+        check_chart(Path(plot))
+    check_new_files([Path(p) for p in (csv, plot) if p is not None])
 
 
 def parse_dtype(text: str) -> str | None:

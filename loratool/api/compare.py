@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loratool.adapter import Adapter, DeltaSpec, ReadOptions
-from loratool.api.common import Limits, file_rules
+from loratool.api.common import Limits, check_files, file_rules
 from loratool.dtypes import DTYPES
 from loratool.errors import UsageError
 from loratool.ops.compare import (
@@ -25,7 +25,7 @@ from loratool.ops.consent import agree_to_read
 from loratool.ops.inputs import Access, open_one
 from loratool.ops.memory_formulas import compared_bytes
 from loratool.report import ComparedModule, CompareReport
-from loratool.report.chart import check_chart, refuse_existing
+from loratool.store.new_file import write_new_file
 
 if TYPE_CHECKING:
     from loratool.engine.comparison import PairResult
@@ -80,9 +80,7 @@ def compare(
     if len(adapters) < 2:
         raise UsageError("LT-284", "compare takes two adapters or more", got=" ".join(adapters),
                          hint="loratool inspect looks at one")  # fmt: skip
-    check_chart(plot)
-    if csv is not None:
-        refuse_existing(Path(csv))
+    check_files(csv, plot)
     access = Access(offline, yes, file_rules(max_header, allow_pickle), in_place=True)
     read = ReadOptions(alpha)
     found = [open_one(text, read=read, access=access) for text in adapters]
@@ -273,13 +271,14 @@ def _with_files(
     from dataclasses import replace
 
     from loratool.report.compare_chart import draw_comparison
-    from loratool.report.csvfile import write_comparison
+    from loratool.report.csvfile import comparison_table
 
     files = []
     if csv is not None:
-        files.append(write_comparison(report, Path(csv)))
+        files.append(write_new_file(Path(csv), comparison_table(report)))
     if plot is not None:
-        files.append(draw_comparison(report, Path(plot)))
+        picture = draw_comparison(report, Path(plot).suffix)
+        files.append(write_new_file(Path(plot), picture))
     return replace(report, files=tuple(files))
 
 

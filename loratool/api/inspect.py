@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loratool.adapter import ReadOptions
-from loratool.api.common import Limits, file_rules
+from loratool.api.common import Limits, check_files, file_rules
 from loratool.errors import UsageError
 from loratool.report import InspectReport
 
@@ -84,6 +84,7 @@ def inspect(
     from loratool.ops.inputs import Access, locate
     from loratool.ops.summary import summarize
 
+    check_files(csv, plot)
     # Of a base most weights are read: that is a download, which is asked for.
     access = Access(offline, yes, file_rules(max_header, allow_pickle))
     resolved = locate(str(source), kind="any", access=replace(access, in_place=True))
@@ -141,19 +142,17 @@ def _with_base(
 ) -> InspectReport:
     from loratool.api.look import look_at_base
     from loratool.ops.loss import WARN_LOSS
-    from loratool.report.chart import refuse_existing
-    from loratool.report.csvfile import write_look
+    from loratool.report.csvfile import look_table
+    from loratool.store.new_file import write_new_file
 
     if report.adapter is None:
         raise UsageError("LT-208", "--base is for one adapter", file=path, got=f"a {report.what}")
-    if csv is not None:
-        refuse_existing(Path(csv))
     found, _ = look_at_base(
         path, base, read=ReadOptions(alpha=alpha), access=access, device=device,
         threads=limits.threads, max_memory=limits.max_memory,
     )  # fmt: skip
     if csv is not None:
-        write_look(found, Path(csv))
+        write_new_file(Path(csv), look_table(found))
     warnings = report.warnings
     if found.total.loss > WARN_LOSS:
         warnings += (
@@ -174,26 +173,23 @@ def _with_spectrum(
 ) -> InspectReport:
     from loratool.api.spectrum import measure_spectrum
     from loratool.dialects import open_adapter
-    from loratool.report.chart import check_chart, refuse_existing
-    from loratool.report.csvfile import write_spectrum
+    from loratool.report.csvfile import spectrum_table
+    from loratool.store.new_file import write_new_file
     from loratool.store.source import find_adapter
 
     if report.adapter is None:
         raise UsageError(
             "LT-208", "a spectrum is that of one adapter", file=path, got=f"a {report.what}"
         )
-    check_chart(plot)
-    if csv is not None:
-        refuse_existing(Path(csv))
     adapter = open_adapter(
         find_adapter(path), ReadOptions(alpha=alpha), max_header=access.rules.max_header
     )
     found = measure_spectrum(adapter, limits, yes=access.yes)
     if csv is not None:
-        write_spectrum(found, Path(csv))
+        write_new_file(Path(csv), spectrum_table(found))
     if plot is not None:
         from loratool.report.spectrum_chart import draw_spectrum
 
         title = f"{report.adapter.label} · {len(found.modules)} modules"
-        draw_spectrum(found, Path(plot), title=title)
+        write_new_file(Path(plot), draw_spectrum(found, Path(plot).suffix, title=title))
     return replace(report, spectrum=found)
