@@ -455,9 +455,7 @@ def test_signed_addresses_are_not_shown(
 
 
 @pytest.mark.parametrize("fault", ["GET /cdn/", "GET /me/x/resolve"])
-def test_a_signal_while_the_hub_is_silent(
-    served: TestHub, tmp_path: Path, fault: str
-) -> None:
+def test_a_signal_while_the_hub_is_silent(served: TestHub, tmp_path: Path, fault: str) -> None:
     """Headers come in threads: none of them holds the end of the run up."""
     silence = Fault(fault, "hang", times=9)
     served.state.faults = [silence]
