@@ -25,6 +25,8 @@ from loratool.store.reader import FileReader
 INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 """Element size -> integer type of the same bits."""
 
+_PIECE = 1 << 20
+
 
 @dataclass
 class Env:
@@ -121,10 +123,11 @@ class Kernel:
 
 
 def _refuse_nonfinite(tensor: torch.Tensor, source: Source) -> None:
-    bad = ~torch.isfinite(tensor)
-    count = int(bad.sum())
+    flat = tensor.view(-1)
+    pieces = [~torch.isfinite(flat[i : i + _PIECE]) for i in range(0, len(flat), _PIECE)]
+    count = sum(int(bad.sum()) for bad in pieces)
     if count:
-        first = torch.nonzero(bad)[0].tolist()
+        first = torch.nonzero(torch.cat(pieces).view(tensor.shape))[0].tolist()
         raise NumericError(
             "LT-801",
             "tensor holds NaN or infinity",

@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from loratool.adapter import Adapter, DeltaSpec, TensorRef
+from loratool.dtypes import DTYPES
 from loratool.errors import MismatchError, UsageError, list_some
 from loratool.ops.additive import require_additive
 from loratool.ops.blocks import block_factors
 from loratool.ops.extract import compile_pattern
+from loratool.ops.memory_formulas import rescaled_bytes
 
 _DEFAULT_ALPHA = 8  # of PEFT, where the configuration has none
 _SCALED_ROLES = ("lora_B", "delta")
@@ -107,6 +109,24 @@ def plan_rescale(
     signs = _bake(adapter, dict.fromkeys(factors, -1.0)) if sign else {}
     how = "alpha and sign" if sign else "alpha"
     return RescalePlan(adapter, factors, how, config, signs, tuple(notes))
+
+
+def memory_needs(plan: RescalePlan, dtype: str | None) -> tuple[list[int], int]:
+    """Bytes that each module with a new tensor takes at work, and those of all new tensors."""
+    needs, kept = [], 0
+    for spec in plan.adapter.specs:
+        new = [
+            source for source in spec.fields.values()
+            if source.name in plan.baked or dtype not in (None, source.dtype)
+        ]  # fmt: skip
+        if new:
+            needs.append(rescaled_bytes(spec))
+        for source in new:
+            # float16 that overflows is made again in float32, and both are there for a while
+            target = dtype or source.dtype
+            each = DTYPES[target].bits // 8 + (4 if target == "F16" else 0)
+            kept += each * source.numel
+    return needs, kept
 
 
 def _choose(

@@ -15,6 +15,7 @@ from pathlib import Path
 from loratool.errors import HubError, places
 from loratool.store.header import HARD_HEADER_BYTES
 from loratool.store.hub_listing import digest_of
+from loratool.store.pool import waiting_threads
 from loratool.store.remote import RemoteFile, forget, register
 from loratool.store.remote_spans import release
 
@@ -72,7 +73,7 @@ class RemoteFolder:
         for file in late:
             path = self._write(file, b"")
             self._late[path] = partial(_fetch_whole, file, path)
-        with ThreadPoolExecutor(THREADS) as pool:
+        with waiting_threads(THREADS) as pool:
             _each(pool, lambda f: _fetch_whole(f, self._place(f)), small)
             first = _header_bytes(self.path)
             _each(pool, lambda f: self._fetch_header(f, first.get(f.name)), weights)

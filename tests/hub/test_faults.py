@@ -452,3 +452,17 @@ def test_signed_addresses_are_not_shown(
     code, text = run(served, tmp_path, *PUSH, "-v")
     assert code == 0 and "503" in text and "PUT" in text, text
     assert "planted" not in text
+
+
+@pytest.mark.parametrize("fault", ["GET /cdn/", "GET /me/x/resolve"])
+def test_a_signal_while_the_hub_is_silent(served: TestHub, tmp_path: Path, fault: str) -> None:
+    """Headers come in threads: none of them holds the end of the run up."""
+    silence = Fault(fault, "hang", times=9)
+    served.state.faults = [silence]
+    process = start(served.endpoint, tmp_path, "inspect", "hf://me/x")
+    assert silence.reached.wait(60)
+    started = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    code, text = finish(process)
+    assert code == 130 and "Traceback" not in text, text
+    assert time.monotonic() - started < hub_client.SILENCE_S / 2
