@@ -3,8 +3,9 @@
 What belongs to a folder lies in it.  A link, or a name in a record, an index or a configuration,
 that leads out of the folder is refused: it could bring any file of this machine into an output.
 Only the layout of the Hub's cache is known, ``models--owner--name/snapshots/<commit>/file ->
-../../blobs/<hash>``, and of it the blobs of the same repository.  A link that the user typed is
-the user's: see `typed`.
+../../blobs/<hash>``, and of it the blobs of the same repository; such a blob may in turn be a link
+into the store that repositories share, ``blobs/<hash[:2]>/<hash>`` beside them.  A link that the
+user typed is the user's: see `typed`.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ _READ = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
 _NO_LINK = getattr(os, "O_NOFOLLOW", 0)
 _FOLDER = getattr(os, "O_PATH", os.O_RDONLY) | getattr(os, "O_DIRECTORY", 0)
 _MOST_LINKS = 40  # as systems follow in a row
+_BLOB = re.compile(r"[0-9a-f]{64}")
 _IN_STEPS = {os.open, os.stat} <= os.supports_dir_fd
 _KINDS = {
     stat.S_IFDIR: "a folder", stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket",
@@ -108,8 +110,8 @@ def list_folder(folder: Path, root: Path | None = None) -> list[Path]:
 
 def is_inside(path: Path, folder: Path) -> bool:
     """True if a file or folder belongs to a folder, wherever links on the way lead."""
-    real, top = Path(os.path.realpath(path)), Path(os.path.realpath(folder))
-    return real == top or _home_of(real, top) is not None
+    top = Path(os.path.realpath(folder))
+    return Path(os.path.realpath(path)) == top or _home_of(path, top) is not None
 
 
 def typed(path: Path) -> Path:
@@ -146,22 +148,32 @@ def check_name(name: str, source: Path, what: str) -> str:
 def _place(path: Path, folder: Path, shown: object) -> tuple[Path, tuple[str, ...]]:
     """A folder without links, and the way from it to the file, without links too."""
     _require_regular(path.stat().st_mode, shown)
-    real, top = Path(os.path.realpath(path)), Path(os.path.realpath(folder))
-    home = _home_of(real, top)
+    real = Path(os.path.realpath(path))
+    home = _home_of(path, Path(os.path.realpath(folder)))
     if home is None:
         _refuse_link(shown, real, folder)
     return home, real.relative_to(home).parts
 
 
-def _home_of(real: Path, top: Path) -> Path | None:
-    """The folder that vouches for a file: the one it belongs to, or its repository's blobs."""
+def _home_of(path: Path, top: Path) -> Path | None:
+    """The folder that vouches for a file: the one it belongs to, or one of the Hub's cache."""
+    real = Path(os.path.realpath(path))
     if real != top and real.is_relative_to(top):
         return top
     for commit in (top, *top.parents):
         snapshots, repo = commit.parent, commit.parent.parent
         if snapshots.name == "snapshots" and repo.name.startswith("models--"):
-            return repo / "blobs" if real.parent == repo / "blobs" else None
+            blobs, store = repo / "blobs", repo.parent / "blobs" / real.name[:2]
+            is_shared = real.parent == store and _BLOB.fullmatch(real.name) is not None
+            if real.parent == blobs or (is_shared and link_target(path).parent == blobs):
+                return real.parent
     return None
+
+
+def link_target(path: Path) -> Path:
+    """Where a link leads in one step, in a folder without links; of a file the file itself."""
+    target = path.parent / path.readlink() if path.is_symlink() else path
+    return Path(os.path.realpath(target.parent)) / target.name
 
 
 def _open_below(top: Path, inner: tuple[str, ...], shown: object) -> FileIO:

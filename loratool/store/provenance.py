@@ -13,7 +13,7 @@ from loratool import __version__
 from loratool.adapter import Adapter, TensorRef
 from loratool.errors import LoratoolError, redact
 from loratool.store.checkpoint import Checkpoint
-from loratool.store.contained import open_inside
+from loratool.store.contained import link_target, open_inside
 from loratool.store.jsonfile import load_json
 from loratool.store.remote import remote_file
 
@@ -55,7 +55,7 @@ def checkpoint_id(checkpoint: Checkpoint, *, full: bool = False) -> dict[str, An
             "header_sha256": hashlib.sha256(shard.header).hexdigest(),
             "bytes": remote.size if remote else shard.path.stat().st_size,
         }
-        blob = remote.digest if remote else shard.path.resolve().name
+        blob = remote.digest if remote else link_target(shard.path).name
         if (remote or shard.path.is_symlink()) and re.fullmatch(r"[0-9a-f]{64}", blob):
             row["lfs_oid"] = blob
         if full:

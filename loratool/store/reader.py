@@ -18,9 +18,9 @@ from loratool.errors import BadFileError, DiskError, UnsafeContentError
 from loratool.store import remote_spans
 from loratool.store.contained import open_again
 from loratool.store.remote import remote_file
-from loratool.store.stamps import changed, check_stamp, stamp_from
+from loratool.store.stamps import changed, check_stamp, stamp_from, stamp_of
 
-__all__ = ["FileReader", "Stamp", "are_of_one_file", "have_same_bytes", "plain_io"]
+__all__ = ["FileReader", "Stamp", "are_of_one_file", "have_same_bytes", "plain_io", "stamp_of"]
 
 _PIECE = 1 << 22  # bytes compared at a time
 _FIRST_PIECE = 1 << 16

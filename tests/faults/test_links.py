@@ -28,9 +28,9 @@ CHECKPOINT = ("config.json", "model.safetensors", "tokenizer.json", "LICENSE", T
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "LICENSE",
            TEMPLATES)  # fmt: skip
 WEIGHTS = ("config.json", "model.safetensors")
-OUT = ("absolute", "relative", "chain", "folder on the way", "other blob")
+OUT = ("absolute", "relative", "chain", "folder on the way", "other blob", "stolen blob")
 ODD = ("broken", "loop")
-INSIDE = ("sibling", "parent of a folder", "own blob")
+INSIDE = ("sibling", "parent of a folder", "own blob", "shared blob")
 
 
 @dataclass(frozen=True)
@@ -131,17 +131,27 @@ class LinkWorld(World):
             os.chdir(here)
 
 
+def move_blob(world: LinkWorld, kind: str, path: Path, number: int) -> None:
+    """Move what a link of the cache leads to into the store that repositories share, or away."""
+    blob, there = path.resolve(), world.outside / "blobs" / "ab" / f"ab{number:062d}"
+    if kind == "other blob":
+        there = world.outside / "models--me--other" / "blobs" / ("1" * 64)
+    there.parent.mkdir(parents=True, exist_ok=True)
+    blob.rename(there)
+    link = blob if kind == "shared blob" else path  # a repository's own blob vouches for it
+    link.unlink(missing_ok=True)
+    link.symlink_to(os.path.relpath(there, link.parent))
+
+
 def plant(world: LinkWorld, kind: str, folder: Path, name: str) -> None:
     """Make a file or a folder of templates a link."""
     if kind.endswith("blob"):
         folder = world.move_into_cache(folder)
-        if kind == "other blob":
+        if kind != "own blob":
             path = folder / name / "a.jinja" if name == TEMPLATES else folder / name
-            blob = world.outside / "models--me--other" / "blobs" / ("1" * 64)
-            blob.parent.mkdir(parents=True)
-            path.resolve().rename(blob)
-            path.unlink()
-            path.symlink_to(os.path.relpath(blob, path.parent))
+            links = [path] if kind != "shared blob" else list(folder.glob("**/*.*"))
+            for number, link in enumerate(links):
+                move_blob(world, kind, link, number)
         return
     path, there = folder / name, world.outside / name
     if kind == "sibling":
@@ -230,14 +240,14 @@ def test_links_inside_are_followed(make: Callable[[], LinkWorld], row: Row) -> N
     """And what is written holds no link."""
     plain = make().call(row)
     for kind in INSIDE:
-        for name in files_of(row) if kind != "own blob" else ("",):
+        for name in files_of(row) if not kind.endswith("blob") else ("",):
             world = make()
             plant(world, kind, world.root / "in" / row.folder, name)
             found = world.call(row)
             where = f"{kind} {name}: {found}"
-            if row.name.startswith("push") and kind != "own blob":
+            if row.name.startswith("push") and not kind.endswith("blob"):
                 assert found.code == 9 and "LT-930" in found.err, where  # the link's target
-            elif row.name == "verify-record" and kind == "own blob":
+            elif row.name == "verify-record" and kind.endswith("blob"):
                 assert found.code == 9 and "--adapter" in found.err, where  # the folder is a link
             else:
                 assert found.code == plain.code, where
@@ -268,3 +278,14 @@ def test_a_typed_link_to_itself(make: Callable[[], LinkWorld]) -> None:
     merge = ["merge", world.adapter, "--base", world.base, "-o", world.out]
     for words in (["inspect", one], [*merge, "--residual", one], [*merge, "--module-weights", one]):
         assert world.run(*words).code in (3, 6, 9), words
+
+
+def test_the_identity_of_a_shared_blob_is_its_repositorys(make: Callable[[], LinkWorld]) -> None:
+    """The store that repositories share names its files by another hash."""
+    world = make()
+    plant(world, "shared blob", world.base, "")
+    blob = (world.base / "model.safetensors").readlink().name
+    assert world.merge().code == 0
+    record = json.loads((world.out / "loratool.json").read_text())
+    (files,) = (row["files"] for row in record["inputs"].values() if row.get("role") == "base")
+    assert files["model.safetensors"]["lfs_oid"] == blob
