@@ -18,6 +18,7 @@ import pytest
 import torch
 
 from loratool import api
+from tests.faults.strace import environment
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
 
@@ -58,20 +59,17 @@ cli.main(["inspect", "x"])
 """
 
 
-def start(code: str, *words: object, **more: object) -> subprocess.CompletedProcess[str]:
-    root = str(Path(__file__).parents[2])
-    env = os.environ | {"PYTHONPATH": root, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+def start(code: str, *words: object, **variables: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-c", code, *map(str, words)], capture_output=True, text=True, timeout=120,
-        env=env | {k.upper(): str(v) for k, v in more.items() if k == "tmpdir"},
-        cwd=more.get("cwd"), check=False,
-    )  # type: ignore[call-overload,no-any-return]  # fmt: skip
+        env=environment() | {k.upper(): str(v) for k, v in variables.items()}, check=False,
+    )  # fmt: skip
 
 
 def hit(
-    number: int, module: str, words: Sequence[object], **more: object
+    number: int, module: str, words: Sequence[object], **variables: object
 ) -> subprocess.CompletedProcess[str]:
-    return start(AT_IMPORT, number, module, "", *words, **more)
+    return start(AT_IMPORT, number, module, "", *words, **variables)
 
 
 def imported(words: Sequence[object], log: Path) -> list[str]:
@@ -150,6 +148,17 @@ def test_after_the_work(number: int, _code: int, tmp_path: Path) -> None:
     body += "cli.run = lambda args: print('all of it') or 5"
     done = start(CALLED.format(body=body), number)
     assert (done.returncode, done.stdout, done.stderr) == (5, "all of it\n", "")
+
+
+def test_nohup_stays_in_force() -> None:
+    body = "api.inspect = lambda *_, **__: send() or print('still here', flush=True) or exit(0)"
+    code = CALLED.format(body=body)
+    words = [sys.executable, "-c", code, str(signal.SIGHUP.value)]
+    done = subprocess.run(
+        words, capture_output=True, text=True, timeout=120, env=environment(),
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN),
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (0, "still here\n"), done
 
 
 # ------------------------------------------------------------------------------- places

@@ -20,6 +20,7 @@ import pytest
 
 from loratool import api
 from tests.faults.scene import fingerprint
+from tests.faults.strace import environment
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="/dev/full")
 
@@ -68,11 +69,6 @@ def write_world(folder: Path) -> Path:
     api.merge([str(folder / "style")], base=folder / "base", output=folder / "merged")
     (folder / "recipe.yaml").write_text(RECIPE)
     return folder
-
-
-def environment() -> dict[str, str]:
-    root = str(Path(__file__).parents[2])
-    return os.environ | {"PYTHONPATH": root, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 
 def run_all(folder: Path, names: Sequence[str]) -> list[dict[str, Any]]:
