@@ -8,6 +8,7 @@ from loratool.errors import HubError, UsageError, list_some
 from loratool.store import hub
 from loratool.store.hub_download import repo_folder
 from loratool.store.hub_files import all_adapters, source_files
+from loratool.store.hub_http import get
 from loratool.store.hub_listing import (
     ListedFile,
     Listing,
@@ -17,6 +18,7 @@ from loratool.store.hub_listing import (
 )
 from loratool.store.look import Looked, look
 
+_OUT_OF_REACH = ("LT-705", "LT-709", "LT-726")
 ASK_BYTES = 1_000_000_000  # a larger download of a base needs consent
 
 
@@ -72,14 +74,14 @@ def fetch(reference: HubReference, kind: str, reach: Reach) -> tuple[Looked, str
     try:
         listing = find_commit(repo, revision)
     except HubError as error:
-        if error.code not in ("LT-705", "LT-709"):  # the Hub answered: a cached copy is no answer
+        if error.code not in _OUT_OF_REACH:  # the Hub answered: a cached copy is no answer
             raise
         try:
             return _cached(reference), f"a cached copy, because {error.what}"
         except HubError:
             raise error from None
     if reach.in_place:
-        looked = look(listing, kind=kind, sub=reference.sub)
+        looked = look(listing, kind=kind, sub=reference.sub, yes=reach.yes)
         return looked, _deeper(listing, reference.sub) if kind == "any" else None
     return _download(listing, kind, reference.sub, reach.yes), None
 
@@ -111,12 +113,16 @@ def find_commit(repo_id: str, revision: str | None) -> Listing:
 
 
 def _other_kind(repo_id: str) -> str | None:
-    from huggingface_hub import HfApi
+    from huggingface_hub import constants
 
     for kind in ("dataset", "space"):
         try:
-            with hub.plain_errors(repo_id, None):
-                if HfApi().repo_exists(repo_id, repo_type=kind):
+            with (
+                hub.plain_errors(repo_id, None),
+                get(f"{constants.ENDPOINT}/api/{kind}s/{repo_id}") as answer,
+            ):
+                is_gated = answer.headers.get("X-Error-Code") == "GatedRepo"
+                if answer.status_code == 200 or is_gated:
                     return kind
         except (HubError, UsageError):
             return None
