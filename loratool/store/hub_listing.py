@@ -22,7 +22,7 @@ from loratool.store.hub_retry import retried
 MOST_FILES = 100_000
 """In a repository."""
 
-_PAGE = 1_000  # files on a page of the Hub's
+_MOST_PAGES = 1_000
 _MOST_SIZE = 1 << 50
 _HASH = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 
@@ -113,12 +113,13 @@ def list_commit(repo_id: str, revision: str | None) -> Listing:
 def _tree(url: str) -> Iterator[ListedFile]:
     """The files of a commit, page by page."""
     following: str | None = url
-    count = 0
+    count, seen = 0, set[str]()
     while following is not None:
+        seen.add(following)
         page, following = retried(partial(get_json, following, list[_Entry]))
-        count += len(page) or _PAGE  # pages without anything come to an end, too
-        if count > MOST_FILES:
-            raise strange(f"{count:,} files", expected=f"at most {MOST_FILES:,}")
+        count += len(page)
+        if count > MOST_FILES or len(seen) > _MOST_PAGES or following in seen:
+            raise strange(f"{count:,} on {len(seen):,} pages", expected=f"at most {MOST_FILES:,}")
         if following is not None and urlsplit(following)[:2] != urlsplit(url)[:2]:
             raise strange("a page of another host", expected="the next page")
         yield from (
@@ -129,11 +130,11 @@ def _tree(url: str) -> Iterator[ListedFile]:
 
 def _identity(row: _Sibling | _Entry, blob: str | None) -> tuple[int, str]:
     """Size and hash of a file, as far as they are listed."""
-    digest = (blob if row.lfs is None else row.lfs.sha256 or row.lfs.oid) or ""
-    size = row.size or 0
-    if not 0 <= size < _MOST_SIZE or (digest and not is_hash(digest)):
-        raise strange(ascii((size, digest))[:200], expected="a size and a hash")
-    return size, digest
+    lfs = row.lfs and (row.lfs.sha256 or row.lfs.oid)
+    size, hashes = row.size or 0, [found for found in (blob, lfs) if found]
+    if not 0 <= size < _MOST_SIZE or not all(map(is_hash, hashes)):
+        raise strange(ascii((size, *hashes))[:200], expected="a size and a hash")
+    return size, (blob if row.lfs is None else lfs) or ""
 
 
 def list_cached(repo_id: str, revision: str | None) -> Listing:

@@ -14,7 +14,7 @@ from loratool.store.hub_download import xet_error
 from loratool.store.hub_http import strange
 from loratool.store.hub_listing import Listing, hash_like, is_hash, list_commit
 from loratool.store.hub_retry import pause_after, status_of
-from loratool.store.known_file import KnownFile, changed
+from loratool.store.known_file import SHA256, KnownFile, changed
 from loratool.store.push_files import Content
 
 if TYPE_CHECKING:
@@ -202,7 +202,7 @@ def _sources(files: Files, sent: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
 def _check_sent(one: CommitOperationAdd, content: Content) -> None:
     """Before the commit: what is there now is what was checked."""
     if isinstance(content, KnownFile) and isinstance(one.path_or_fileobj, str):
-        if one.upload_info.sha256.hex() != content.digest("0" * 64):
+        if one.upload_info.sha256.hex() != content.digest(SHA256):
             raise changed(content.path)
         content.check_unchanged()
     if one._upload_mode == "regular" and one.upload_info.size > _MOST_REGULAR:

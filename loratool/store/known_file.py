@@ -10,9 +10,19 @@ from pathlib import Path
 from loratool.errors import BadFileError
 from loratool.store.foreign import open_inside
 from loratool.store.hub_listing import hash_like
-from loratool.store.reader import stamp_of
 
 _BLOCK = 4 << 20
+SHA256 = "0" * 64
+"""Something that looks like one."""
+
+
+def identity(path: Path) -> tuple[int, ...] | None:
+    """What the system says about a file, its change time included; None if it is gone."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
 def changed(path: Path) -> BadFileError:
@@ -41,7 +51,7 @@ class KnownFile(io.BufferedIOBase):
         self.path, self._folder = path, folder
         with open_inside(path, folder) as file:
             self.size = os.fstat(file.fileno()).st_size
-        self._stamp = stamp_of(path)
+        self._identity = identity(path)
         self._digests: dict[int, str] = {}  # digits -> hash of the whole
         self._hashes: list[bytes] = []  # of the blocks
         self._block: tuple[int, bytes] | None = None  # the one that was read last
@@ -68,7 +78,7 @@ class KnownFile(io.BufferedIOBase):
         Raises:
             BadFileError: LT-332.
         """
-        if self._stamp is None or stamp_of(self.path) != self._stamp:
+        if self._identity is None or identity(self.path) != self._identity:
             raise changed(self.path)
 
     def _read_block(self, number: int) -> bytes:
@@ -113,7 +123,7 @@ class KnownFile(io.BufferedIOBase):
         Raises:
             BadFileError: LT-332, they are others.
         """
-        self.digest("0" * 64)
+        self.digest(SHA256)
         stop = self.size if count is None or count < 0 else min(self._at + count, self.size)
         found = bytearray()
         while self._at < stop:

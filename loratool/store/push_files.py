@@ -17,8 +17,7 @@ from typing import Any, NoReturn
 from loratool.errors import DiskError, UnsafeContentError, UsageError, list_some
 from loratool.store.file_kinds import Kind, kind_of
 from loratool.store.foreign import open_inside
-from loratool.store.known_file import KnownFile, changed
-from loratool.store.reader import Stamp, stamp_of
+from loratool.store.known_file import SHA256, KnownFile, changed, identity
 from loratool.store.secrets import Finding, Pairs, find_in_bytes, find_in_json
 
 # What trainers, the Hub's client and file managers leave beside the weights.
@@ -49,23 +48,23 @@ class Chosen:
 
     files: dict[str, Content]
     left_out: tuple[str, ...] = ()
-    _stamps: dict[Path, Stamp | None] = field(default_factory=dict)
+    _identities: dict[Path, tuple[int, ...] | None] = field(default_factory=dict)
 
     def weights(self) -> list[Path]:
         """The weight files."""
         return [c.path for c in self.files.values() if isinstance(c, KnownFile)]
 
     def check_unchanged(self) -> None:
-        """After all other checks: they saw what was chosen, and what will be sent.
+        """After all other checks: they saw what was chosen; from now on its bytes are known.
 
         Raises:
             BadFileError: LT-332.
         """
         for content in self.files.values():
             if isinstance(content, KnownFile):
-                content.check_unchanged()
-        for path, stamp in self._stamps.items():
-            if stamp is None or stamp_of(path) != stamp:
+                content.digest(SHA256)
+        for path, known in self._identities.items():
+            if known is None or identity(path) != known:
                 raise changed(path)
 
 
@@ -94,9 +93,9 @@ def choose_files(path: Path, components: Sequence[str] = (), skip: Iterable[str]
             got=list_some(refused), hint=f"--skip {min(refused).rstrip('/')} leaves one out",
         )  # fmt: skip
     folder = path if path.is_dir() else path.parent
-    stamps = {p: stamp_of(p) for n, p in wanted.items() if not n.endswith(".safetensors")}
+    identities = {path: identity(path) for path in wanted.values()}
     files = {n: _checked(n, p, folder) for n, p in wanted.items()}
-    return Chosen(files, tuple(sorted(left)), stamps)
+    return Chosen(files, tuple(sorted(left)), identities)
 
 
 def _entries(path: Path, components: Sequence[str]) -> Iterator[tuple[str, Path]]:
