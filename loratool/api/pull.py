@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from loratool.errors import OutputError, UsageError
+from loratool.errors import OutputError
 from loratool.report.pull import PulledAdapter, PulledFile, PullReport
 
 if TYPE_CHECKING:
@@ -121,15 +121,10 @@ def _config(place: str, names: Container[str]) -> str:
 
 
 def _fetch(listing: Listing, wanted: Sequence[ListedFile], *, yes: bool) -> list[Path]:
-    from loratool.store.hub_fetch import ASK_BYTES
-    from loratool.store.hub_listing import bytes_to_fetch, fetch_verified
+    from loratool.store.hub_fetch import agree_to_download
+    from loratool.store.hub_listing import fetch_verified
 
-    need = 0 if listing.cached else bytes_to_fetch(listing, wanted)
-    if need > ASK_BYTES and not yes:
-        raise UsageError(
-            "LT-265", "a large download needs consent", file=listing.repo_id,
-            got=f"{need / 1e9:.1f} GB to download", hint="-y downloads it",
-        )  # fmt: skip
+    agree_to_download(listing, wanted, yes=yes)
     return fetch_verified(listing, wanted)
 
 

@@ -57,7 +57,7 @@ def _guard(client: Any) -> Any:
 
     def send_in_time(request: Any, **how: Any) -> Any:
         size = request.headers.get("Content-Length", "0")
-        wait = 2 * hub_http.SILENCE_S + int(size) / hub_http.SLOWEST
+        wait = 2 * hub_http.SILENCE_S + int(size) / hub_http.SLOWEST  # what is sent counts, too
         return hub_http.in_time(lambda: send(request, **how), wait)
 
     client.send = send_in_time

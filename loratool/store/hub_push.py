@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -157,7 +158,7 @@ def _commit(
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
     added = [CommitOperationAdd(name, source) for name, source in _sources(files, sent)]
-    with plain_errors(place.repo_id, place.branch, client=True):
+    with plain_errors(place.repo_id, place.branch, client=True), _progress(added):
         try:  # all content first: what fails here has changed nothing, and need not be sent again
             HfApi().preupload_lfs_files(
                 place.repo_id, added, revision=place.branch, create_pr=place.create_pr
@@ -197,6 +198,21 @@ def _sources(files: Files, sent: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
             yield name, content.path
         else:
             yield name, content
+
+
+@contextmanager
+def _progress(added: list[CommitOperationAdd]) -> Iterator[None]:
+    """A bar over the files that the client itself shows none for."""
+    from huggingface_hub.utils.tqdm import tqdm
+
+    files = [one.path_or_fileobj for one in added if isinstance(one.path_or_fileobj, KnownFile)]
+    total = sum(file.size for file in files)
+    with tqdm(  # type: ignore[no-untyped-call]
+        total=total, desc="upload", unit="B", unit_scale=True, disable=None if files else True
+    ) as bar:  # fmt: skip
+        for file in files:
+            file.moved = bar.update
+        yield
 
 
 def _check_sent(one: CommitOperationAdd, content: Content) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 from loratool.errors import BadFileError
@@ -45,6 +46,7 @@ class KnownFile(io.BufferedIOBase):
     Attributes:
         path: the file.
         size: bytes.
+        moved: told how far the position moved, for progress bars.
     """
 
     def __init__(self, path: Path, folder: Path) -> None:
@@ -56,6 +58,7 @@ class KnownFile(io.BufferedIOBase):
         self._hashes: list[bytes] = []  # of the blocks
         self._block: tuple[int, bytes] | None = None  # the one that was read last
         self._at = 0
+        self.moved: Callable[[int], object] | None = None
 
     def digest(self, like: str) -> str:
         """Hash of the whole in the form of ``like``, see `digest_of`.
@@ -114,8 +117,14 @@ class KnownFile(io.BufferedIOBase):
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
         """Go to a position."""
         start = {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self.size}[whence]
-        self._at, self._block = max(0, start + offset), None
+        self._block = None
+        self._go(max(0, start + offset))
         return self._at
+
+    def _go(self, position: int) -> None:
+        if self.moved is not None:
+            self.moved(position - self._at)
+        self._at = position
 
     def read(self, count: int | None = -1, /) -> bytes:
         """The next bytes, each compared with what is known.
@@ -134,5 +143,5 @@ class KnownFile(io.BufferedIOBase):
             if not part:
                 raise changed(self.path)
             found += part
-            self._at += len(part)
+            self._go(self._at + len(part))
         return bytes(found)

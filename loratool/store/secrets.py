@@ -18,44 +18,44 @@ from typing import Any
 from loratool.errors import own_secrets
 
 KEYS = {
-    "hf_": r"[A-Za-z0-9]{20,}",
-    "api_org_": r"[A-Za-z0-9]{20,}",
+    "hf_": r"[A-Za-z0-9]{20}",
+    "api_org_": r"[A-Za-z0-9]{20}",
     "-----BEGIN ": r"[A-Z0-9 ]{0,40}PRIVATE KEY",
     "---- BEGIN ": r"[A-Z0-9 ]{0,40}PRIVATE KEY",
     "PuTTY-User-Key-File-": r"\d",
-    "AGE-SECRET-KEY-1": r"[A-Z0-9]{20,}",
+    "AGE-SECRET-KEY-1": r"[A-Z0-9]{20}",
     "AKIA": r"[A-Z0-9]{16}",  # AWS
     "ASIA": r"[A-Z0-9]{16}",
     "AIza": r"[\w-]{35}",  # Google
-    "ya29.": r"[\w-]{20,}",
-    "GOCSPX-": r"[\w-]{20,}",
-    "AccountKey=": r"[A-Za-z0-9+/]{60,}",  # Azure
+    "ya29.": r"[\w-]{20}",
+    "GOCSPX-": r"[\w-]{20}",
+    "AccountKey=": r"[A-Za-z0-9+/]{60}",  # Azure
     "sk-": (  # OpenAI, Anthropic and many others, with or without a kind and a version
-        r"([A-Za-z0-9]{1,12}[-_]){0,3}([A-Za-z0-9]{32,}|(?=[A-Za-z]{0,40}\d)[A-Za-z0-9]{20,}|"
-        r"(?=[A-Za-z_-]{0,60}\d)[\w-]{40,})"
+        r"([A-Za-z0-9]{1,12}[-_]){0,3}([A-Za-z0-9]{32}|(?=[A-Za-z]{0,40}\d)[A-Za-z0-9]{20}|"
+        r"(?=[A-Za-z_-]{0,60}\d)[\w-]{40})"
     ),
-    "gsk_": r"[A-Za-z0-9]{40,}",
-    "xai-": r"[A-Za-z0-9]{60,}",
-    "nvapi-": r"[\w-]{40,}",
-    "pplx-": r"[A-Za-z0-9]{40,}",
-    "r8_": r"[A-Za-z0-9]{30,}",
-    "gh": r"[pousr]_[A-Za-z0-9]{30,}",  # GitHub
-    "github_pat_": r"\w{22,}",
-    "glpat-": r"[\w-]{20,}",
-    "xox": r"[abeoprs]-[A-Za-z0-9-]{10,}",  # Slack
-    "xapp-": r"\d-[A-Za-z0-9-]{10,}",
-    "hooks.slack.com/services/": r"[A-Za-z0-9/]{20,}",
-    "wandb_v1_": r"\w{20,}",
+    "gsk_": r"[A-Za-z0-9]{40}",
+    "xai-": r"[A-Za-z0-9]{60}",
+    "nvapi-": r"[\w-]{40}",
+    "pplx-": r"[A-Za-z0-9]{40}",
+    "r8_": r"[A-Za-z0-9]{30}",
+    "gh": r"[pousr]_[A-Za-z0-9]{30}",  # GitHub
+    "github_pat_": r"\w{22}",
+    "glpat-": r"[\w-]{20}",
+    "xox": r"[abeoprs]-[A-Za-z0-9-]{10}",  # Slack
+    "xapp-": r"\d-[A-Za-z0-9-]{10}",
+    "hooks.slack.com/services/": r"[A-Za-z0-9/]{20}",
+    "wandb_v1_": r"\w{20}",
     "npm_": r"[A-Za-z0-9]{36}",
-    "pypi-": r"[\w-]{50,}",
-    "sk_": r"(live|test)_[A-Za-z0-9]{20,}",
-    "rk_": r"(live|test)_[A-Za-z0-9]{20,}",
-    "SG.": r"[\w-]{16,}\.[\w-]{16,}",
+    "pypi-": r"[\w-]{50}",
+    "sk_": r"(live|test)_[A-Za-z0-9]{20}",
+    "rk_": r"(live|test)_[A-Za-z0-9]{20}",
+    "SG.": r"[\w-]{16,100}\.[\w-]{16}",
     "dapi": r"[0-9a-f]{32}",
     "dop_v1_": r"[0-9a-f]{64}",
     "lsv2_": r"[a-z]{2}_[0-9a-f]{32}",
-    "eyJ": r"[\w-]{10,}\.eyJ[\w-]{10,}\.[\w-]{10,}",  # signed tokens
-    "machine ": r"\S+\s+login \S+\s+password \S+",  # .netrc
+    "eyJ": r"(?<![\w-]eyJ)[\w-]{10,200}\.eyJ[\w-]{10}",  # signed tokens
+    "machine ": r"\S{1,99}\s{1,9}login \S{1,99}\s{1,9}password \S",  # .netrc
     "://": r"[^\s/:@\"'<>{}$]{1,100}:[^\s/@\"'<>{}$]{1,100}@",
 }
 """How keys begin -> how they go on."""
@@ -73,7 +73,7 @@ _SAMPLE = (
 )
 """What instructions put in the place of a secret."""
 _SETTING = re.compile(
-    rf"(?m)^[ \t>#$]*(?:export |set |setx |env |-e )?(?:[A-Z0-9_]*?{_NAME}|"
+    rf"(?m)^[ \t>#$]{{0,20}}(?:export |set |setx |env |-e )?(?:[A-Z0-9_]{{0,60}}?{_NAME}|"
     rf"(?i:aws_secret_access_key|aws_session_token)) ?[=:] ?[\"'`]?(?!{_SAMPLE})[^\s\"'`]"
 )
 _SECRET_KEY = re.compile(rf"(?i:\w*?{_NAME})")
@@ -81,14 +81,14 @@ _NO_SECRET = re.compile(rf"{_SAMPLE}|\Z")
 
 _ANYBODY = r"(?!(?:user(?:name)?|you|your[-_]?name|me|name|someone|runner|ubuntu|jovyan)\b)"
 _HOMES = (
-    re.compile(rf"/(?:mnt/[a-z]/)?(?:home|Users)/{_ANYBODY}\w[^\s/\\:*?\"'<>|,;)]*[/\\]"),
-    re.compile(rf":[\\/]+(?i:Users)[\\/]+{_ANYBODY}\w[^\\/:*?\"<>|\n]*[\\/]"),
-    re.compile(r"file:///?(?!path|your)[^\s/<>\"']+/"),
+    re.compile(rf"/(?:mnt/[a-z]/)?(?:home|Users)/{_ANYBODY}\w[^\s/\\:*?\"'<>|,;)]{{0,60}}[/\\]"),
+    re.compile(rf":[\\/]{{1,4}}(?i:Users)[\\/]{{1,4}}{_ANYBODY}\w[^\\/:*?\"<>|\n]{{0,60}}[\\/]"),
+    re.compile(r"file:///?(?!path|your)[^\s/<>\"']{1,99}/"),
 )
 """Folders of people with names: anywhere in a text they tell of somebody's machine."""
 _PLACE = re.compile(r"file:/|~[/\\]|/[^/\s]+/\S|[A-Za-z]:[\\/]|\\\\[^\\\s]+\\")
 """How a value begins that as a whole is a path on a machine."""
-_PIECES = ("vocab", "merges", "content", "token_str")
+_PIECES = ("vocab", "merges", "content", "token_str", "additional_special_tokens")
 """Keys of a tokenizer for text that is the model's own."""
 _MARKS = "\ufeff\udcff\udcfe"  # of byte orders
 _DEEPEST = 3  # JSON in a string in JSON
@@ -167,7 +167,7 @@ def _search(text: str) -> tuple[int, bool] | None:
 
 
 def _strings(value: Any) -> Iterator[tuple[str, str, bool]]:
-    """(key, string, whether it is all that the key has) for every string, the keys among them."""
+    """(key, string, whether it is a value of that key) for every string, the keys among them."""
     todo = [("", value, False)]
     while todo:
         key, value, is_whole = todo.pop()
@@ -178,4 +178,4 @@ def _strings(value: Any) -> Iterator[tuple[str, str, bool]]:
                 yield name, name, False
                 todo.append((name, inner, True))
         elif isinstance(value, list):
-            todo.extend((key, inner, False) for inner in value)
+            todo.extend((key, inner, is_whole) for inner in value)

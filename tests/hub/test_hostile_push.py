@@ -55,7 +55,7 @@ BODIES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("status", [200, 400, 403, 500])
+@pytest.mark.parametrize("status", [200, 400])
 @pytest.mark.parametrize("body", BODIES.values(), ids=BODIES)
 @pytest.mark.parametrize("route", ROUTES)
 def test_answers_of_strange_forms(
