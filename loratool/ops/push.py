@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,12 +39,18 @@ class Publication:
     notes: tuple[str, ...] = ()
 
 
-def prepare(path: Path, repo: str) -> Publication:
+def prepare(path: Path, repo: str, skip: Iterable[str] = ()) -> Publication:
     """Validate an adapter or a checkpoint for publication; reads every value.
+
+    Args:
+        path: adapter or checkpoint.
+        repo: ``owner/name``.
+        skip: names of files that are left out.
 
     Raises:
         LoratoolError: it cannot be opened, its configuration contradicts its tensors, a value is
-            not finite (LT-801), or a file must not be published (LT-930, LT-931, LT-932).
+            not finite (LT-801), a file must not be published (LT-930 to LT-933), or one changed
+            meanwhile (LT-332).
     """
     path = typed(path)
     what = summarize(path).what
@@ -52,14 +59,17 @@ def prepare(path: Path, repo: str) -> Publication:
             "LT-491", "this folder is neither an adapter nor a checkpoint itself", file=path,
             hint="push one of the models in it",
         )  # fmt: skip
-    return _adapter(path, repo) if what == "adapter" else _checkpoint(path, repo)
+    make = _adapter if what == "adapter" else _checkpoint
+    publication = make(path, repo, tuple(skip))
+    publication.chosen.check_unchanged()
+    return publication
 
 
-def _adapter(path: Path, repo: str) -> Publication:
+def _adapter(path: Path, repo: str, skip: tuple[str, ...]) -> Publication:
     from loratool.engine.finite import check_finite
 
+    chosen = choose_files(path, skip=skip)
     adapter = open_adapter(find_adapter(path))
-    chosen = choose_files(path)
     refuse_local_base(adapter.base_model, path / "adapter_config.json")
     check_finite(_refs(chosen, path))
     card = adapter_facts(adapter, repo)
@@ -67,12 +77,12 @@ def _adapter(path: Path, repo: str) -> Publication:
     return Publication("adapter", chosen, adapter.base_model or card.base, card, notes)
 
 
-def _checkpoint(path: Path, repo: str) -> Publication:
+def _checkpoint(path: Path, repo: str, skip: tuple[str, ...]) -> Publication:
     from loratool.engine.finite import check_finite
 
     checkpoint = open_checkpoint(path)
-    chosen = choose_files(path, _sub_folders(checkpoint))
-    for file in chosen.files.values():
+    chosen = choose_files(path, _sub_folders(checkpoint), skip)
+    for file in (path / name for name in chosen.files):
         if file.name == "config.json":
             config = load_json(file, folder=checkpoint.path)
             refuse_local_base(config.get("_name_or_path"), file)
@@ -94,8 +104,7 @@ def _sub_folders(checkpoint: Checkpoint) -> tuple[str, ...]:
 
 def _refs(chosen: Chosen, path: Path) -> list[TensorRef]:
     root = path if path.is_dir() else path.parent
-    weights = [p for n, p in chosen.files.items() if n.endswith(".safetensors")]
-    return [ref for file in weights for ref in read_header(file, folder=root).tensors]
+    return [ref for file in chosen.weights() for ref in read_header(file, folder=root).tensors]
 
 
 def _notes(card: CardFacts, named: str | None) -> tuple[str, ...]:

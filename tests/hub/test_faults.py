@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from loratool.store import hub_client, hub_download, hub_listing
+from loratool.store import hub_download, hub_http
 from tests.hub.client import call, finish, run, start, tree
 from tests.hub_server import Fault, Repo, TestHub
 from tests.hub_server.state import Tree, git_sha
@@ -49,8 +49,7 @@ def naps(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 @pytest.fixture
 def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
     """Half a second of silence is long enough."""
-    monkeypatch.setattr(hub_client, "SILENCE_S", 0.5)
-    monkeypatch.setattr(hub_listing, "SILENCE_S", 0.5)
+    monkeypatch.setattr(hub_http, "SILENCE_S", 0.5)
 
 
 def sent(hub: TestHub, path: str = "/cdn/") -> int:
@@ -465,4 +464,4 @@ def test_a_signal_while_the_hub_is_silent(served: TestHub, tmp_path: Path, fault
     process.send_signal(signal.SIGINT)
     code, text = finish(process)
     assert code == 130 and "Traceback" not in text, text
-    assert time.monotonic() - started < hub_client.SILENCE_S / 2
+    assert time.monotonic() - started < hub_http.SILENCE_S / 2
