@@ -15,8 +15,9 @@ from loratool.store.hub_download import xet_error
 from loratool.store.hub_http import strange
 from loratool.store.hub_listing import Listing, hash_like, is_hash, list_commit
 from loratool.store.hub_retry import pause_after, status_of
-from loratool.store.known_file import SHA256, KnownFile, changed
+from loratool.store.known_file import SHA256, KnownFile
 from loratool.store.push_files import Content
+from loratool.store.stamps import changed
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd

@@ -14,6 +14,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, NoReturn
 
+from loratool.adapter import Stamp
 from loratool.errors import UnsafeContentError, UsageError, list_some
 from loratool.store.contained import list_folder, open_inside
 from loratool.store.file_kinds import Kind, kind_of
@@ -49,7 +50,7 @@ class Chosen:
 
     files: dict[str, Content]
     left_out: tuple[str, ...] = ()
-    _identities: dict[Path, tuple[int, ...] | None] = field(default_factory=dict)
+    _stamps: dict[Path, Stamp | None] = field(default_factory=dict)
 
     def weights(self) -> list[Path]:
         """The weight files."""
@@ -64,7 +65,7 @@ class Chosen:
         for content in self.files.values():
             if isinstance(content, KnownFile):
                 content.digest(SHA256)
-        for path, known in self._identities.items():
+        for path, known in self._stamps.items():
             if known is None or stamp_of(path) != known:
                 raise changed(path)
 
@@ -94,9 +95,9 @@ def choose_files(path: Path, components: Sequence[str] = (), skip: Iterable[str]
             got=list_some(refused), hint=f"--skip {min(refused).rstrip('/')} leaves one out",
         )  # fmt: skip
     folder = path if path.is_dir() else path.parent
-    identities = {path: stamp_of(path) for path in wanted.values()}
+    stamps = {path: stamp_of(path) for path in wanted.values()}
     files = {n: _checked(n, p, folder) for n, p in wanted.items()}
-    return Chosen(files, tuple(sorted(left)), identities)
+    return Chosen(files, tuple(sorted(left)), stamps)
 
 
 def _entries(path: Path, components: Sequence[str]) -> Iterator[tuple[str, Path]]:
