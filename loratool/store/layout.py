@@ -17,6 +17,8 @@ _SHARD_NUMBER = re.compile(r"-(\d{5,6})-of-(\d{5,6})")
 _INDEX = re.compile(r"\.safetensors\.index(\.\w+)?\.json$")
 _ADAPTER_FILE = re.compile(r"^(adapter_model|adapters|\d+_adapters|pytorch_lora_weights)[.\-].*")
 _PICKLE_FILE = re.compile(r".*\.(bin|pt|pth|ckpt|pkl)$", re.IGNORECASE | re.DOTALL)
+_MAX_INDEX = 40_000_000  # bytes
+_MAX_INDEX_VALUES = 1_000_000  # two for each tensor
 _LONGEST_NAME = 255  # bytes, on every file system in use
 _MODEL_FILE = re.compile(
     r"model_index\.json|.*\.index\.json|pytorch_model.*\.bin"
@@ -121,6 +123,15 @@ def is_state_name(name: str) -> bool:
     return bool(_NO_WEIGHTS.match(name))
 
 
+def is_path(name: str) -> bool:
+    """True for what is no plain name of a file or of a file in sub-folders: it may lead out."""
+    return (
+        any(part in ("", ".", "..") for part in name.split("/"))
+        or any(c in name for c in "\\\0")
+        or re.match(r"[A-Za-z]:", name) is not None
+    )
+
+
 def check_shard_name(name: object, index: Path) -> str:
     """A file name from an index, if it cannot lead out of the index's folder.
 
@@ -132,17 +143,12 @@ def check_shard_name(name: object, index: Path) -> str:
         raise BadFileError(
             "LT-325", "index maps a tensor to no file name", file=index, got=repr(name)[:80]
         )
-    parts = name.split("/")
-    if (
-        any(part in ("", ".", "..") for part in parts)
-        or any(c in name for c in "\\\0")
-        or re.match(r"[A-Za-z]:", name)
-    ):
+    if is_path(name):
         raise UnsafeContentError(
             "LT-902", "index names a file outside its folder", file=index,
             expected="a plain file name", got=ascii(name[:200]),
         )  # fmt: skip
-    if any(len(part.encode()) > _LONGEST_NAME for part in parts):
+    if any(len(part.encode()) > _LONGEST_NAME for part in name.split("/")):
         raise BadFileError(
             "LT-325", "index maps a tensor to an impossible file name", file=index,
             expected=f"at most {_LONGEST_NAME} bytes", got=ascii(name[:80]),
@@ -154,7 +160,7 @@ def _candidates(folder: Path, weights: list[str], indices: list[str]) -> list[_C
     found: list[_Candidate] = []
     taken: set[str] = set()
     for index_name in indices:
-        index = load_json(folder / index_name, max_bytes=100_000_000)
+        index = load_json(folder / index_name, max_bytes=_MAX_INDEX, max_values=_MAX_INDEX_VALUES)
         files = _index_files(index, folder / index_name)
         taken.update(files)
         variant = _INDEX.search(index_name)
