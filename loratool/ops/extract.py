@@ -10,8 +10,9 @@ from typing import Any
 from loratool import archs
 from loratool.adapter import TensorRef
 from loratool.dtypes import DTYPES
-from loratool.errors import MismatchError, UsageError, list_some
+from loratool.errors import MismatchError, list_some
 from loratool.ops.align import align_names, renamed
+from loratool.patterns import find, typed_pattern
 from loratool.plan import Plan, Step, TensorSpec
 from loratool.store.checkpoint import Checkpoint
 
@@ -66,6 +67,7 @@ class ExtractPlan:
         pairs: step index -> pair.
         created: tensors that only TUNED has.
         memory_names: on-disk name -> name that the adapter uses.
+        kept: names of tensors that a regular expression of ``--keep`` finds.
         notes: one sentence each.
     """
 
@@ -73,6 +75,7 @@ class ExtractPlan:
     pairs: tuple[Pair, ...]
     created: tuple[Pair, ...]
     memory_names: Mapping[str, str]
+    kept: frozenset[str] = frozenset()
     notes: tuple[str, ...] = ()
 
 
@@ -133,7 +136,8 @@ def plan_extract(
             )
     matched, created, notes = _match(tuned, base)
     whole = [k for k in keep if k not in KEEP_WORDS]
-    factored = _choose(matched, include, [*exclude, *whole])
+    kept = _found(whole, "--keep", [p.name for p in (*matched, *created)])
+    factored = _choose(matched, include, exclude, kept)
     mhas = {p.module for p in factored if p.role == "in_proj"}
     pairs, steps = [], []
     for pair in matched:
@@ -142,7 +146,7 @@ def plan_extract(
         steps.append(_make_step(one, base, how, _is_mha_output(one, mhas)))
     memory = {p.name: archs.to_memory(base.model_type, p.name, names) for p in (*matched, *created)}
     return ExtractPlan(
-        Plan("extract", tuple(steps)), tuple(pairs), tuple(created), memory, tuple(notes)
+        Plan("extract", tuple(steps)), tuple(pairs), tuple(created), memory, kept, tuple(notes)
     )
 
 
@@ -206,31 +210,21 @@ def _role(name: str, ref: TensorRef, checkpoint: Checkpoint) -> str:
     return "conv"
 
 
-def _choose(pairs: Sequence[Pair], include: Sequence[str], exclude: Sequence[str]) -> set[Pair]:
-    wanted = [compile_pattern(i) for i in include]
-    unwanted = [compile_pattern(e) for e in exclude]
+def _choose(
+    pairs: Sequence[Pair], include: Sequence[str], exclude: Sequence[str], kept: frozenset[str]
+) -> set[Pair]:
+    names = [pair.name for pair in pairs]
     able = {"linear", "conv", "experts", "in_proj"}
-    if wanted:
+    if include:
         able |= {"embedding", "head"}
-    chosen = set()
-    for pair in pairs:
-        if pair.role not in able or any(u.search(pair.name) for u in unwanted):
-            continue
-        if not wanted or any(w.search(pair.name) for w in wanted):
-            chosen.add(pair)
-    return chosen
+    wanted = _found(include, "--include", names) if include else frozenset(names)
+    wanted -= _found(exclude, "--exclude", names) | kept
+    return {pair for pair in pairs if pair.role in able and pair.name in wanted}
 
 
-def compile_pattern(text: str) -> re.Pattern[str]:
-    """A regular expression that a user typed.
-
-    Raises:
-        UsageError: it is none.
-    """
-    try:
-        return re.compile(text)
-    except re.error as error:
-        raise UsageError("LT-220", "not a regular expression", key=text, got=str(error)) from error
+def _found(texts: Sequence[str], option: str, names: Sequence[str]) -> frozenset[str]:
+    """The names in which any of the expressions is found."""
+    return frozenset().union(*find([typed_pattern(text, option) for text in texts], names))
 
 
 def _is_mha_output(pair: Pair, mhas: set[str]) -> bool:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import gc
 import json
 import os
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -23,7 +22,15 @@ from loratool.errors import BadFileError, DiskError, list_some
 from loratool.plan import TensorSpec
 from loratool.store.contained import open_inside
 from loratool.store.foreign import refuse_foreign
-from loratool.store.jsonfile import DuplicateKeyError, refuse_constant, unique_pairs
+from loratool.store.jsonfile import (
+    MARKS,
+    MAX_TEXT_BYTES,
+    DuplicateKeyError,
+    count_marks,
+    refuse_constant,
+    text_bytes,
+    unique_pairs,
+)
 from loratool.store.remote import remote_file
 from loratool.store.stamps import stamp_from
 
@@ -34,9 +41,6 @@ MAX_NAME = 1024  # characters
 MAX_DIMS = 8
 MAX_METADATA = 1_000_000  # characters of one metadata value
 
-_STRING = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
-_TOKENS = re.compile(rb'(?:[^"]++|"[^"\\]*+(?:\\.[^"\\]*+)*+")*+', re.DOTALL)
-_WINDOW = 1 << 20  # bytes
 MAX_ENTRIES = 10_000  # of metadata
 # A tensor has one object, two lists, at most twelve commas and few fields; the rest is metadata.
 _MAX_OBJECTS = MAX_TENSORS + 2
@@ -112,6 +116,11 @@ def _no_collection() -> Iterator[None]:
 def _checked(
     path: Path, raw: bytes, size: int, stamp: Stamp, shown: object, max_bytes: int
 ) -> Header:
+    if max_bytes <= MAX_HEADER_BYTES and text_bytes(raw) > MAX_TEXT_BYTES:
+        raise BadFileError(
+            "LT-304", "header is too large", file=shown, got=f"{text_bytes(raw)} bytes",
+            expected=f"at most {MAX_TEXT_BYTES} bytes of memory", hint="--max-header 64MB",
+        )  # fmt: skip
     entries = _parse(raw, shown)
     # Who raises the limit of the header knows that the file is unusual.
     longest = MAX_METADATA if max_bytes <= MAX_HEADER_BYTES else max_bytes
@@ -256,9 +265,9 @@ def _parse(raw: bytes, shown: object) -> dict[str, Any]:
 def _check_counts(raw: bytes, shown: object) -> None:
     """Bound what parsing can allocate: structure outside strings is counted first."""
     few = min(MAX_TENSORS, MAX_ENTRIES)
-    if max(raw.count(mark) for mark in (b",", b":", b"{", b"[")) <= few:
+    if max(map(raw.count, MARKS)) <= few:
         return
-    marks = _count_marks(raw)
+    marks = count_marks(raw, 8)
     objects, lists = marks[b"{"], marks[b"["]
     if objects > _MAX_OBJECTS or lists > _MAX_LISTS:
         _refuse_count(shown, max(objects - 1, lists // 2))
@@ -269,23 +278,6 @@ def _check_counts(raw: bytes, shown: object) -> None:
                 expected=f"at most {MAX_ENTRIES} entries of metadata",
                 got=f"{marks[mark]} times {mark.decode()!r} for {objects} objects",
             )  # fmt: skip
-
-
-def _count_marks(raw: bytes) -> dict[bytes, int]:
-    """How often each mark of structure stands outside of strings; in windows, for memory's sake."""
-    marks = dict.fromkeys((b"{", b"[", b",", b":"), 0)
-    at = 8
-    while at < len(raw):
-        whole = _TOKENS.match(raw, at, at + _WINDOW)
-        end = whole.end() if whole else at
-        if end == at:  # a string longer than the window, or one without an end
-            long = _STRING.match(raw, at)
-            end = long.end() if long else len(raw)
-        bare = _STRING.sub(b"", raw[at:end])
-        for mark in marks:
-            marks[mark] += bare.count(mark)
-        at = end
-    return marks
 
 
 def _refuse_count(shown: object, count: int) -> NoReturn:

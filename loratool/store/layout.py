@@ -18,6 +18,8 @@ _SHARD_NUMBER = re.compile(r"-(\d{5,6})-of-(\d{5,6})")
 _INDEX = re.compile(r"\.safetensors\.index(\.\w+)?\.json$")
 _ADAPTER_FILE = re.compile(r"^(adapter_model|adapters|\d+_adapters|pytorch_lora_weights)[.\-].*")
 _PICKLE_FILE = re.compile(r".*\.(bin|pt|pth|ckpt|pkl)$", re.IGNORECASE | re.DOTALL)
+_MAX_INDEX = 40_000_000  # bytes
+_MAX_INDEX_VALUES = 1_000_000  # two for each tensor
 _LONGEST_NAME = 255  # bytes, on every file system in use
 _MODEL_FILE = re.compile(
     r"model_index\.json|.*\.index\.json|pytorch_model.*\.bin"
@@ -150,7 +152,9 @@ def _candidates(
     found: list[_Candidate] = []
     taken: set[str] = set()
     for index_name in indices:
-        index = load_json(folder / index_name, folder=root, max_bytes=100_000_000)
+        index = load_json(
+            folder / index_name, folder=root, max_bytes=_MAX_INDEX, max_values=_MAX_INDEX_VALUES
+        )
         files = _index_files(index, folder / index_name)
         taken.update(files)
         variant = _INDEX.search(index_name)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -27,6 +26,7 @@ __all__ = [
     "resolve",
 ]
 
+MAX_WEIGHT = 1e30  # far from overflow when it is multiplied with float32 factors
 _DECIMAL = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)")
 _COMPONENT = re.compile(r"[A-Za-z][A-Za-z0-9_.]*")
 _LOGIN = re.compile(r"https?://[^/\s@]+@")
@@ -128,7 +128,7 @@ def parse_adapter(text: str) -> AdapterArgument:
 
 
 def parse_weight(text: str, *, of: str | None = None) -> float:
-    """A plain finite decimal; no exponent, underscore, inf or nan.
+    """A plain decimal; no exponent, underscore, inf or nan.
 
     Args:
         text: the number.
@@ -137,18 +137,18 @@ def parse_weight(text: str, *, of: str | None = None) -> float:
     Raises:
         UsageError: anything else.
     """
-    value = float(text) if is_weight(text) else math.nan
-    if not math.isfinite(value):
+    if not is_weight(text):
         raise UsageError(
-            "LT-262", "not a weight", key=of, got=repr(text)[:80],
-            expected="a plain decimal number, such as 0.7 or -0.3",
+            "LT-262", "not a weight", key=None if of is None else of[:200], got=repr(text)[:80],
+            expected=f"a plain decimal number of at most {MAX_WEIGHT:g}, such as 0.7 or -0.3",
         )  # fmt: skip
-    return value
+    return float(text)
 
 
 def is_weight(text: object) -> bool:
-    """True for a plain decimal number as text."""
-    return isinstance(text, str) and _DECIMAL.fullmatch(text) is not None
+    """True for a plain decimal number as text, within the limits."""
+    is_decimal = isinstance(text, str) and _DECIMAL.fullmatch(text) is not None
+    return is_decimal and abs(float(str(text))) <= MAX_WEIGHT
 
 
 def parse_hub(text: str) -> HubReference | None:
