@@ -14,6 +14,7 @@ from tests.faults.scenes import Scene, write_cache, write_foreign, write_inputs
 from tests.faults.server import Fault, Result, Server
 
 Tree = dict[str, str]
+MOUNT = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs"]
 
 
 def tree(folder: Path) -> Tree:
@@ -208,8 +209,7 @@ def empty(folder: Path) -> None:
 def mounted(folder: Path) -> Iterator[bool]:
     """A file system of its own in a folder; False where that is not allowed."""
     folder.mkdir(parents=True)
-    command = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(folder)]
-    if subprocess.run(command, check=False, capture_output=True).returncode:
+    if subprocess.run([*MOUNT, str(folder)], check=False, capture_output=True).returncode:
         yield False
         return
     try:
