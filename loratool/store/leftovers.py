@@ -198,7 +198,7 @@ def put_back(path: Path, prove: Prove) -> None:
         return
     with refusals_as("cannot clean up", old):
         if path.exists():
-            remove_files(old, {*proof.stamps, REPLACED}, proof.folders)
+            proof.remove(old, REPLACED)
             remove_empty(old)
         else:
             old.rename(path)

@@ -85,6 +85,16 @@ class Proof:
             for name, stamp in self.stamps.items()
         )
 
+    def remove(self, path: Path, *more: str) -> None:
+        """Delete the files that are still what they were, and folders that become empty.
+
+        Args:
+            path: the folder, wherever it lies now.
+            more: other files of it.
+        """
+        same = {name for name, stamp in self.stamps.items() if stamp_of(path / name) == stamp}
+        remove_files(path, {*same, *more}, self.folders)
+
 
 Prove = Callable[[Path], Proof]
 """Tells what of a place is an earlier output."""

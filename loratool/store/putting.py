@@ -11,7 +11,7 @@ from pathlib import Path
 from loratool.errors import OutputError
 from loratool.store.disk import exchange, rename_new, sync_folder, write_synced
 from loratool.store.lock import FolderLock
-from loratool.store.marker import MARKER, REPLACED, Proof, remove_empty, remove_files
+from loratool.store.marker import MARKER, REPLACED, Proof, remove_empty
 from loratool.store.output_path import check_free
 from loratool.store.places import old_path
 
@@ -52,7 +52,7 @@ def put_folder(made: Path, path: Path, replaces: Proof | None) -> Path | None:
         OSError: the system refuses.
     """
     _check_still_free(path, replaces, is_folder=True)
-    if replaces is None:
+    if replaces is None or not path.exists():
         made.rename(path)
         sync_folder(path.parent)
         return None
@@ -65,7 +65,7 @@ def put_folder(made: Path, path: Path, replaces: Proof | None) -> Path | None:
             _set_aside(path, replaced)
             made.rename(path)
         sync_folder(path.parent)
-        remove_files(replaced, {*replaces.stamps, REPLACED}, replaces.folders)
+        replaces.remove(replaced, REPLACED)
         return None if remove_empty(replaced) else replaced
 
 
@@ -93,7 +93,7 @@ def put_inside(made: Path, names: Iterable[str], path: Path, replaces: Proof | N
     """
     _check_still_free(path, replaces, is_folder=True)
     if replaces is not None:
-        remove_files(path, replaces.stamps, replaces.folders)
+        replaces.remove(path)
     for name in in_order(names):
         target = path / name
         target.parent.mkdir(parents=True, exist_ok=True)

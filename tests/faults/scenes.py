@@ -47,6 +47,8 @@ class Scene:
         before: commands that make what lies in ``work/`` before.
         env: more variables.
         mount: a file system of its own, with what ``before`` makes already in it.
+        is_steady: the same calls in the same order every time.
+        replaces: it may be given again when all is there.
     """
 
     name: str
@@ -56,19 +58,18 @@ class Scene:
     before: tuple[str, ...] = ()
     env: Mapping[str, str] = field(default_factory=dict)
     mount: str | None = None
+    is_steady: bool = True
+    replaces: bool = False
 
     @property
     def words(self) -> list[str]:
         return self.command.split()
 
-    @property
-    def replaces(self) -> bool:
-        return "--force" in self.command
-
 
 def also(name: str, scene: Scene, *before: str, **changes: object) -> Scene:
     """A scene with ``--force`` over what other commands have made."""
-    more = {"name": name, "command": f"{scene.command} --force", "before": before} | changes
+    more = {"name": name, "command": f"{scene.command} --force", "before": before}
+    more |= {"replaces": True} | changes
     return Scene(**{**vars(scene), **more})  # type: ignore[arg-type]
 
 
@@ -118,6 +119,10 @@ SCENES = [
          RESIDUAL.replace("--rank 2", "--rank 1")),
     _RUN,
     Scene("run-plain", _RUN.command, _RUN.outputs, env=PLAIN),
+    Scene("run-undo", "run in/undo.yaml", ("work/undo.safetensors", "work/merged", "work/back")),
+    Scene("run-force", "run in/force.yaml", ("work/soft", "work/merged"),
+          before=("rescale in/sql 2 -o work/soft", OTHER.replace("out", "merged")),
+          replaces=True),
     _PULL,
     also("pull-force", _PULL, "pull me/style@v1 --offline -o work/out"),
     also("pull-force-plain", _PULL, "pull me/style@v1 --offline -o work/out", env=PLAIN),
@@ -128,7 +133,8 @@ SCENES = [
          "compress in/chat --rank 1 -o work/out"),
     also("templates-force-plain", Scene("", "rescale in/chat 0.3 -o work/out"),
          "compress in/chat --rank 1 -o work/out", env=PLAIN),
-    Scene("demo", "demo -o work/out", tuple(f"work/out/{name}" for name in DEMO)),
+    Scene("demo", "demo -o work/out", tuple(f"work/out/{name}" for name in DEMO),
+          is_steady=False),  # its commands take all cores
     Scene("mount", MERGE, mount="work/out"),
     Scene("mount-plain", MERGE, mount="work/out", env=PLAIN),
     Scene("mount-templates", "rescale in/chat 0.3 -o work/out", mount="work/out"),
@@ -139,12 +145,26 @@ SCENES = [
     Scene("mount-rescale", "rescale in/style 0.3 -o work/out", mount="work/out"),
 ]  # fmt: skip
 
-RECIPE = """\
+RECIPES = {
+    "recipe": """\
 steps:
   - rescale: {adapters: [style], factor: 0.5, output: ../work/soft}
   - merge: {adapters: [../work/soft], base: base, output: ../work/merged, threads: 1}
   - extract: {tuned: ../work/merged, base: base, rank: 2, output: ../work/lora, threads: 1}
-"""
+""",
+    "undo": """\
+steps:
+  - merge: {adapters: [style], base: base, output: ../work/merged, threads: 1,
+            save-undo: ../work/undo.safetensors}
+  - subtract: {adapters: [style], from: ../work/merged, output: ../work/back, threads: 1,
+               undo: ../work/undo.safetensors}
+""",
+    "force": """\
+steps:
+  - rescale: {adapters: [style], factor: 0.5, output: ../work/soft, force: true}
+  - merge: {adapters: [../work/soft], base: base, output: ../work/merged, threads: 1, force: true}
+""",
+}
 
 
 def write_inputs(root: Path) -> None:
@@ -168,7 +188,8 @@ def write_inputs(root: Path) -> None:
     templates = folder / "chat" / "additional_chat_templates"
     templates.mkdir()
     (templates / "tools.jinja").write_text("{{ tools }}")
-    (folder / "recipe.yaml").write_text(RECIPE)
+    for name, text in RECIPES.items():
+        (folder / f"{name}.yaml").write_text(text)
     (folder / "thesis.txt").write_text("years of work")
 
 

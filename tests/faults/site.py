@@ -180,7 +180,7 @@ class Site:
             shutil.copy(source, place)
             self.own.add(real(place))
             return
-        shutil.copytree(source, place, symlinks=True)
+        shutil.copytree(source, place, symlinks=True, dirs_exist_ok=True)
         self.own |= {real(path) for path in place.rglob("*") if path.is_file()}
 
     def spoil(self, place: Path) -> None:

@@ -10,6 +10,7 @@ import json
 import os
 import re
 import shutil
+import subprocess
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -18,8 +19,10 @@ from pathlib import Path
 from hypothesis import strategies as st
 
 from loratool.store.marker import REPLACED
+from loratool.store.places import staging_path
 from tests.faults.server import Result
 from tests.faults.site import BOTH, COMMANDS, Library, Site, is_folder, real
+from tests.faults.sweep import MOUNT
 
 MARKER = "loratool.json"
 Piece = Callable[[Site, Path], object]
@@ -95,21 +98,24 @@ def build(plan: Plan, root: Path, library: Library) -> Site:
     before(site)
     for kind, place in zip(plan.at, site.places, strict=False):
         place.parent.mkdir(parents=True, exist_ok=True)
-        put(PLACES[kind], site, place)
+        if not place.is_mount() or kind in FILLING:
+            put(PLACES[kind], site, place)
     first = site.places[0]
     if plan.at[0] in ("same", "other") and plan.layout != "is-input":
         for change in plan.changes:
             CHANGES[change](site, first)
-    put(BESIDE[plan.partial], site, first.with_name(f"{first.name}.loratool-partial"))
+    put(BESIDE[plan.partial], site, staging_path(first))
     put(BESIDE[plan.old], site, first.with_name(f"{first.name}.loratool-old"))
     notes = Path(f"{site.out}{site.command.notes}")
     if notes.parent.is_dir():
         put(NOTES[plan.notes], site, notes)
     after(site)
+    left = {path for path in site.own if staging_path(first) in path.parents}
     if "--force" not in options(plan):
         for place, kind in zip(site.places, plan.at, strict=False):
             if not (is_beside(site, place) and kind == "same"):
                 site.disown(place)
+    site.own |= left
     return site
 
 
@@ -119,7 +125,7 @@ def is_beside(site: Site, place: Path) -> bool:
 
 
 def put(piece: Piece, site: Site, place: Path) -> None:
-    if not os.path.lexists(place):
+    if not os.path.lexists(place) or place.is_mount():
         piece(site, place)
 
 
@@ -149,7 +155,7 @@ def must_work(plan: Plan, site: Site) -> bool:
         or (kind in ("same", "other") and may_replace)
         for kind, place in zip(plan.at, site.places, strict=False)
     )  # fmt: skip
-    is_quiet = plan.layout in ("plain", "door") and plan.old == "absent"
+    is_quiet = plan.layout in ("plain", "door", "mount") and plan.old == "absent"
     is_quiet &= plan.partial in ("absent", "empty", "early", "late") and plan.notes == "absent"
     is_here = plan.cwd == "out"
     return is_free and is_quiet and not site.is_spoilt and not is_here
@@ -212,6 +218,10 @@ PLACES: dict[str, Piece] = {
     "marker-copied": _copied_marker,
     **FOREIGN,
 }
+
+
+FILLING = ("same", "other", "folder", *(kind for kind in PLACES if kind.startswith("marker")))
+"""What may lie in a mount point, which exists whatever lies there."""
 
 
 def _with_stranger(piece: Piece, site: Site, place: Path) -> None:
@@ -352,6 +362,14 @@ def _door(site: Site) -> None:
     site.move_outputs(site.work / "door")
 
 
+def _mount(site: Site) -> None:
+    """The output is a file system of its own, if the user may mount one."""
+    if not is_folder(site.out):
+        return
+    site.out.mkdir()
+    subprocess.run([*MOUNT, str(site.out)], check=False, capture_output=True)
+
+
 def _is_input(site: Site) -> None:
     file = site.root / "in" / ("style" if is_folder(site.out) else "one.safetensors")
     site.where["out"] = file.parent if site.command.inside else file
@@ -389,6 +407,7 @@ def _read_only(site: Site) -> None:
 LAYOUTS: dict[str, tuple[Callable[[Site], object], Callable[[Site], object]]] = {
     "plain": (_nothing, _nothing),
     "door": (_door, _nothing),
+    "mount": (_mount, _nothing),
     "in-input": (lambda s: s.move_outputs(s.root / "in/style"), _nothing),
     "in-base": (lambda s: s.move_outputs(s.root / "in/base"), _nothing),
     "is-input": (_is_input, _nothing),

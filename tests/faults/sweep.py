@@ -14,6 +14,7 @@ from tests.faults.scenes import Scene, write_cache, write_foreign, write_inputs
 from tests.faults.server import Fault, Result, Server
 
 Tree = dict[str, str]
+MOUNT = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs"]
 
 
 def tree(folder: Path) -> Tree:
@@ -87,11 +88,14 @@ class Stage:
         self.reset()
         wrong, where, left = [], "", self._before
         for fault in faults:
+            is_first = left is self._before
             may_refuse = self._may_refuse(left)
             done = self.run(fault)
             left = tree(self.work)
             where += self._say(fault, done)
             found = [*self._check_exit(fault, done, may_refuse), *self._check_left(left, done)]
+            if is_first and self.scene.is_steady and self._must_kill(fault) and done.code == 0:
+                found.append("this moment did not come")
             wrong += [f"{where}: {text}" for text in found]
         again = self.run(None)
         return wrong + [f"{where}: {text}" for text in self._check_end(left, again)]
@@ -114,6 +118,9 @@ class Stage:
         elif again.code != 5:
             found.append(f"exit code {again.code} {again.err}")
         return [f"{where}, {path.name} damaged: {text}" for text in found]
+
+    def _must_kill(self, fault: Fault) -> bool:
+        return fault.kind == "kill" and fault.at <= len(self.moments)
 
     def _may_refuse(self, left: Tree) -> bool:
         """True if all is there already, so that the same command again may say just that."""
@@ -164,7 +171,7 @@ class Stage:
             return found in ({}, old, new) or found == old | self._mark(place)
         # Files come and go one by one: complete is what holds all that its marker lists.
         marker = f"{place}/loratool.json"
-        if found.get(marker) == new[marker]:
+        if found.get(marker) == new[marker] != old.get(marker):
             return found == new
         return found.items() <= old.items() | new.items()
 
@@ -208,8 +215,7 @@ def empty(folder: Path) -> None:
 def mounted(folder: Path) -> Iterator[bool]:
     """A file system of its own in a folder; False where that is not allowed."""
     folder.mkdir(parents=True)
-    command = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(folder)]
-    if subprocess.run(command, check=False, capture_output=True).returncode:
+    if subprocess.run([*MOUNT, str(folder)], check=False, capture_output=True).returncode:
         yield False
         return
     try:

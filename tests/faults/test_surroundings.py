@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 import stat
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -91,6 +92,8 @@ def check(plan: Plan, library: Library, ground: Path) -> None:
     finally:
         for folder in filter(Path.is_dir, root.rglob("*")):
             folder.chmod(0o755)
+            if folder.is_mount():
+                subprocess.run(["umount", str(folder)], check=True)
         shutil.rmtree(root)
 
 

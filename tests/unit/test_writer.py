@@ -13,7 +13,7 @@ import pytest
 from loratool.adapter import TensorRef
 from loratool.errors import BadFileError, DiskError, OutputError
 from loratool.store.journal import encode, read_lines
-from loratool.store.marker import REPLACED
+from loratool.store.marker import REPLACED, prove
 from loratool.store.reader import FileReader
 from loratool.store.series import series
 from loratool.store.shard_writer import PAGE, ShardWriter, clone_file
@@ -414,3 +414,22 @@ def test_notes_that_are_somebody_elses_file_too(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="something else"), series(notes):
         pass
     assert notes.samefile(theirs) and not theirs.read_bytes()
+
+
+def test_an_old_output_that_is_gone_by_the_end(tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    finish(target, b"old")
+    with staged(target, force=True) as output:
+        shutil.rmtree(target)
+        output.write_file("a", b"new")
+        output.commit({})
+    assert (target / "a").read_bytes() == b"new" and list(tmp_path.iterdir()) == [target]
+
+
+def test_what_changed_since_it_was_proven_is_not_deleted(tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    finish(target, b"old")
+    found = prove(target)
+    (target / "a").write_bytes(b"mine")
+    found.remove(target)
+    assert [p.name for p in target.iterdir()] == ["a"]
