@@ -20,7 +20,7 @@ import pytest
 
 from loratool import api
 from tests.faults.scene import fingerprint
-from tests.faults.strace import environment
+from tests.faults.process import environment
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="/dev/full")
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
-from tests.faults.strace import environment
+from tests.faults.process import environment
 
 from loratool import api
 from loratool.cli.failures import report
