@@ -12,6 +12,7 @@ from loratool.dialects.detect import peft_method
 from loratool.dialects.peft_config import PeftConfig, parse_config, without_config
 from loratool.dialects.peft_keys import sort_tensors
 from loratool.dialects.peft_methods import refuse_method
+from loratool.dialects.peft_patterns import is_named
 from loratool.dialects.peft_replacements import read_replacements
 from loratool.dialects.peft_specs import SpecReader
 from loratool.errors import BadFileError, UsageError, list_some
@@ -165,9 +166,7 @@ def _untargeted(specs: list[DeltaSpec], config: PeftConfig) -> list[str]:
         return []
     inside = {f"{s.module}.out_proj" for s in specs if s.parameter == "in_proj_weight"}
     modules = {s.module for s in specs} - inside
-    return [
-        m for m in modules if m not in targets and not m.endswith(tuple(f".{t}" for t in targets))
-    ]
+    return [m for m in modules if not is_named(m, targets)]
 
 
 def _find_extras(candidate: Candidate) -> dict[str, Path]:

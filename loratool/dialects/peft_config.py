@@ -16,6 +16,8 @@ DEFAULT_RANK = 8  # of peft.LoraConfig, for r and lora_alpha alike
 MAX_RANK = 8192  # of one module or expert; no method that is known goes so far
 MAX_ALPHA = 1e30  # far from overflow when it is multiplied with float32 factors
 MAX_LAYERS = 10_000
+MAX_ENTRIES = 100_000  # of a list or table: one for each module that a file can hold
+MAX_PARTS = 256  # of a list each of whose entries is looked for in every name
 # Initialisations that leave the base as it is.
 _PLAIN_INITS = ("gaussian", "eva", "orthogonal", "mica")
 _NEEDS_DATA = {
@@ -85,7 +87,7 @@ class PeftConfig:
     base_change: str = ""
     init: str = "true"
     modules_to_save: tuple[str, ...] = ()
-    targets: tuple[str, ...] | None = None
+    targets: frozenset[str] | None = None
     has_target_pattern: bool = False
     parameters: tuple[str, ...] = ()
     token_indices: tuple[int, ...] | Mapping[str, tuple[int, ...]] | None = None
@@ -120,6 +122,7 @@ def parse_config(config: Mapping[str, Any], file: Path | None) -> PeftConfig:
     is_lora = config.get("peft_type") == "LORA"
     notes = [f"{k} is missing: {DEFAULT_RANK}, as in PEFT" for k in missing if is_lora]
     is_pattern = isinstance(config.get("target_modules"), str)
+    targets = None if is_pattern else fields.texts("target_modules")
     indices = fields.indices("trainable_token_indices" if is_lora else "token_indices")
     bias = fields.text("bias", "none")
     if bias not in ("none", "all", "lora_only"):
@@ -138,7 +141,7 @@ def parse_config(config: Mapping[str, Any], file: Path | None) -> PeftConfig:
         base_change=base_change,
         init=init,
         modules_to_save=fields.texts("modules_to_save") or (),
-        targets=None if is_pattern else fields.texts("target_modules"),
+        targets=None if targets is None else frozenset(targets),
         has_target_pattern=is_pattern,
         parameters=fields.texts("target_parameters") or (),
         token_indices=indices,
@@ -161,7 +164,7 @@ class _Fields:
     def refuse(self, key: str, expected: object, got: object) -> NoReturn:
         raise BadFileError(
             "LT-361", "wrong value in the configuration", file=self.file, key=key,
-            expected=expected, got=repr(got)[:100],
+            expected=expected, got=_shown(got),
         )  # fmt: skip
 
     def flag(self, key: str, default: bool = False) -> bool:
@@ -176,12 +179,14 @@ class _Fields:
             return default
         return value if isinstance(value, str) else self.refuse(key, "a text", value)
 
-    def texts(self, key: str) -> tuple[str, ...] | None:
+    def texts(self, key: str, most: int = MAX_ENTRIES) -> tuple[str, ...] | None:
         value = self.config.get(key)
         if value is None:
             return None
         if not isinstance(value, list) or any(not isinstance(v, str) or not v for v in value):
             self.refuse(key, "a list of texts", value)
+        if len(value) > most:
+            self.refuse(key, f"at most {most} entries", len(value))
         return tuple(value)
 
     def count(self, key: str, default: int, value: Any = None) -> int:
@@ -206,6 +211,8 @@ class _Fields:
             return {}
         if not isinstance(value, dict):
             self.refuse(key, "an object", value)
+        if len(value) > MAX_ENTRIES:
+            self.refuse(key, f"at most {MAX_ENTRIES} entries", len(value))
         for name, item in value.items():
             if item is None:
                 self.refuse(f"{key}.{name}", "a number", item)
@@ -222,6 +229,8 @@ class _Fields:
         if value is None:
             return None
         if isinstance(value, dict):
+            if len(value) > MAX_ENTRIES:
+                self.refuse(key, f"at most {MAX_ENTRIES} entries", len(value))
             return {name: self._rows(f"{key}.{name}", rows) for name, rows in value.items()}
         return self._rows(key, value)
 
@@ -231,6 +240,13 @@ class _Fields:
         if len(set(rows)) != len(rows):
             self.refuse(key, "token numbers that differ", rows)
         return tuple(rows)
+
+
+def _shown(value: object) -> str:
+    """The beginning of a value, however large it is."""
+    if isinstance(value, (list, dict)) and len(value) > 20:
+        return f"{type(value).__name__} of {len(value)}"
+    return repr(value)[:100]
 
 
 def _read_init(fields: _Fields) -> tuple[str, str]:
@@ -282,7 +298,7 @@ def _read_blocks(fields: _Fields) -> BlockRule | None:
     inner = _Fields(part, fields.file)
     return BlockRule(
         inner.count("nblocks", 1),
-        inner.texts("target_modules_bd_a") or (),
-        inner.texts("target_modules_bd_b") or (),
+        inner.texts("target_modules_bd_a", MAX_PARTS) or (),
+        inner.texts("target_modules_bd_b", MAX_PARTS) or (),
         inner.flag("match_strict", default=True),
     )
