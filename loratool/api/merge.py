@@ -78,7 +78,7 @@ def merge(
     rank_from: str | None = None,
     mha_out_proj: str | None = None,
     moe_layout: str | None = None,
-    experts_b_order: str = "rank-major",
+    experts_b_order: str | None = None,
     allow_nonfinite: bool = False,
     max_header: str | int | None = None,
     allow_pickle: bool = False,
@@ -129,7 +129,8 @@ def merge(
         rank_from: ``file`` or ``config`` where they contradict.
         mha_out_proj: ``once`` or ``twice``; None = what the trained model computed.
         moe_layout: ``eoi`` or ``eio`` for square experts of unknown origin.
-        experts_b_order: ``rank-major`` (PEFT) or ``expert-major``.
+        experts_b_order: ``rank-major`` (PEFT) or ``expert-major``; None = as the configuration
+            says, then rank-major.
         allow_nonfinite: let NaN and infinity of the inputs pass; they are counted.
         max_header: largest safetensors header accepted, such as ``"64MB"``.
         allow_pickle: convert pickles first, in a locked process.

@@ -258,5 +258,5 @@ def _options(names: NameOptions, dtype: str | None, shard_bytes: int | None) -> 
         rank_from=r.rank_from,
         mha_out_proj=r.mha_out_proj,
         moe_layout=r.moe_layout,
-        experts_b_order=None if r.experts_b_order == "rank-major" else r.experts_b_order,
+        experts_b_order=r.experts_b_order,
     )

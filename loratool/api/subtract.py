@@ -113,7 +113,7 @@ def _subtract_adapters(
         max_memory=options.get("max_memory"),
         read=ReadOptions(
             options.get("alpha"), options.get("rank_from"), options.get("mha_out_proj"),
-            options.get("moe_layout"), options.get("experts_b_order") or "rank-major",
+            options.get("moe_layout"), options.get("experts_b_order"),
         ),
         access=Access(
             bool(options.get("offline")),

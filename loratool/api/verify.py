@@ -51,7 +51,7 @@ def verify(
     rank_from: str | None = None,
     mha_out_proj: str | None = None,
     moe_layout: str | None = None,
-    experts_b_order: str = "rank-major",
+    experts_b_order: str | None = None,
     allow_nonfinite: bool = False,
     max_header: str | int | None = None,
     allow_pickle: bool = False,

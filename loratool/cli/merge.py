@@ -329,6 +329,6 @@ def _again(adapters: Sequence[str], options: Mapping[str, Any]) -> list[str]:
         words += [word for value in options[key] for word in (f"--{key}", value)]
     for key in ("alpha", "rank_from", "mha_out_proj", "moe_layout", "experts_b_order",
                 "max_header"):  # fmt: skip
-        if options[key] not in (None, "rank-major"):
+        if options[key] is not None:
             words += [f"--{key.replace('_', '-')}", str(options[key])]
     return words

@@ -9,6 +9,7 @@ from pathlib import Path
 from loratool.adapter import Adapter, DeltaSpec, ReadOptions, TensorRef
 from loratool.dialects.base import Candidate
 from loratool.dialects.detect import peft_method
+from loratool.dialects.peft_beside import read_beside
 from loratool.dialects.peft_config import PeftConfig, parse_config, without_config
 from loratool.dialects.peft_keys import sort_tensors
 from loratool.dialects.peft_methods import refuse_method
@@ -25,7 +26,7 @@ _TEMPLATES = "additional_chat_templates"
 _CHOICES: Mapping[str, tuple[str | None, ...]] = {
     "rank_from": (None, "file", "config"),
     "mha_out_proj": (None, "once", "twice"),
-    "experts_b_order": ("rank-major", "expert-major"),
+    "experts_b_order": (None, "rank-major", "expert-major"),
 }
 
 
@@ -47,7 +48,8 @@ def read(candidate: Candidate, options: ReadOptions) -> Adapter:
         raise BadFileError("LT-360", "no adapter weights in this folder", file=candidate.path)
     config = _read_config(candidate, options)
     parts = read_tensors(header.tensors, config, options)
-    notes = [*config.notes, *parts.notes]
+    beside = read_beside(candidate, config, {r.name for r in parts.replacements})
+    notes = [*config.notes, *parts.notes, *beside.notes]
     if not header.tensors:
         notes.append("the file holds no tensors")
     base_model = (candidate.config or {}).get("base_model_name_or_path")
@@ -55,7 +57,7 @@ def read(candidate: Candidate, options: ReadOptions) -> Adapter:
         path=candidate.path,
         dialect="peft",
         specs=parts.specs,
-        replacements=parts.replacements,
+        replacements=(*parts.replacements, *beside.replacements),
         base_model=base_model if isinstance(base_model, str) and base_model else None,
         config=candidate.config or {},
         metadata=header.metadata,
@@ -63,7 +65,9 @@ def read(candidate: Candidate, options: ReadOptions) -> Adapter:
         unclaimed=parts.unclaimed,
         layer_order=config.layer_order,
         notes=tuple(notes),
-        extras=_find_extras(candidate),
+        extras={**_find_extras(candidate), **beside.carried},
+        beside=tuple(beside.unused),
+        warnings=_warnings(config),
     )
 
 
@@ -157,6 +161,15 @@ def _notes(specs: list[DeltaSpec], config: PeftConfig) -> list[str]:
             f"{list_some(ignored, 3)}"
         )
     return notes
+
+
+def _warnings(config: PeftConfig) -> tuple[str, ...]:
+    if not config.unknown:
+        return ()
+    return (
+        f"unknown in the configuration, not used: {list_some(config.unknown, 5)}; "
+        "if one of them changes what the factors mean, the numbers are not the trained model's",
+    )
 
 
 def _untargeted(specs: list[DeltaSpec], config: PeftConfig) -> list[str]:
