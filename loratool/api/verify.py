@@ -32,7 +32,7 @@ def verify(
     merged: str | Path,
     *,
     base: str | Path | None = None,
-    adapters: Sequence[str] = (),
+    adapters: Sequence[str | Path] = (),
     weights: Sequence[float] | None = None,
     mean: bool = False,
     module_weights: str | Path | None = None,
@@ -107,7 +107,7 @@ def verify(
     record = merge_record(found)
     options: RecordedOptions = {} if record is None else record.options
     refuse = partial(refuse_record, found)
-    inputs: Sequence[str | AdapterArgument] = adapters
+    inputs: Sequence[str | Path | AdapterArgument] = adapters
     if not adapters or base is None:
         roots = (resolved.path.absolute().parent, Path.cwd())
         given = None if base is None else str(base)

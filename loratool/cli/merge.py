@@ -70,6 +70,9 @@ _MENTION_FLOAT32 = 0.01
 @opt.rounding
 @opt.option("--shard-size", metavar="SIZE", section="Output",
             help="Largest weight file, such as 5GB. Default: the base's shards.")  # fmt: skip
+@opt.option("--tokenizer", type=click.Choice(["base", "adapter"]), section="Output",
+            help="Whose tokenizer, chat template and generation settings go along where they "
+            "differ. Default: the adapter's.")  # fmt: skip
 @opt.option("--save-undo", metavar="FILE", section="Output",
             help="Also write what `subtract --undo` needs to restore every bit.")  # fmt: skip
 @opt.writing

@@ -17,12 +17,11 @@ from loratool.dialects.peft_replacements import read_replacements
 from loratool.dialects.peft_specs import SpecReader
 from loratool.errors import BadFileError, UsageError, list_some
 from loratool.store.contained import find_inside, list_folder
-from loratool.store.tokens import TOKENIZER_FILES
+from loratool.store.own_settings import SETTINGS_FILES
+from loratool.store.sidecar import TEMPLATES
 
 SUPPORTED = ("LORA", "TRAINABLE_TOKENS")
-_EXTRAS = (*TOKENIZER_FILES, "preprocessor_config.json", "processor_config.json",
-           "*_preprocessor_config.json", "LICENSE*", "NOTICE*")  # fmt: skip
-_TEMPLATES = "additional_chat_templates"
+_EXTRAS = (*SETTINGS_FILES, "LICENSE*", "NOTICE*")
 _CHOICES: Mapping[str, tuple[str | None, ...]] = {
     "rank_from": (None, "file", "config"),
     "mha_out_proj": (None, "once", "twice"),
@@ -191,6 +190,6 @@ def _find_extras(candidate: Candidate) -> dict[str, Path]:
         entry for entry in list_folder(folder)
         if entry.is_file() and any(fnmatch.fnmatch(entry.name, p) for p in _EXTRAS)
     ]  # fmt: skip
-    if (folder / _TEMPLATES).is_dir():
-        found += [t for t in list_folder(folder / _TEMPLATES, folder) if not t.is_dir()]
+    if (folder / TEMPLATES).is_dir():
+        found += [t for t in list_folder(folder / TEMPLATES, folder) if not t.is_dir()]
     return {p.relative_to(folder).as_posix(): find_inside(p, folder)[0] for p in found}

@@ -25,10 +25,9 @@ from loratool.store.header import Header, read_header
 from loratool.store.layout import is_beside_name, is_pickle_name, is_state_name
 
 _VALUE_HEAD = "value_head.safetensors"  # read by trainers beside merged weights
+_NEW_ROWS = "new_embeddings.safetensors"
 _OWN = re.compile(r"adapter_model.*")
 _FACTORS = re.compile(r"(^|[._])lora_(A|B|a|b|up|down)([._]|$)|\.lora\.(up|down)\.|hada_w1|lokr_w1")
-_PICKLED = "a pickle, which can run code"
-_UNKNOWN = "no known file of a trainer"
 
 
 @dataclass
@@ -58,7 +57,7 @@ def read_beside(candidate: Candidate, config: PeftConfig, own: set[str]) -> Besi
     taken: dict[str, str] = {}
     for path in _files(candidate):
         if is_pickle_name(path.name):
-            _judge_pickle(path, candidate, found)
+            _judge_pickle(path, found)
         elif path.name == _VALUE_HEAD:
             found.carried[path.name] = find_inside(path, path.parent)[0]
             found.notes.append(f"{path.name} goes along with the weights, where trainers look")
@@ -117,28 +116,33 @@ def _take_whole(
         )
 
 
-def _judge_pickle(path: Path, candidate: Candidate, found: Beside) -> None:
+def _judge_pickle(path: Path, found: Beside) -> None:
     name = path.name
     twin = f"{name.rpartition('.')[0]}.safetensors"
-    if _OWN.fullmatch(name) or (path.parent / twin).is_file():
-        other = candidate.weights.name if _OWN.fullmatch(name) and candidate.weights else twin
-        found.notes.append(f"{name} is not read: {other} is there")
+    if (path.parent / twin).is_file():
+        found.notes.append(f"{name} is not read: {twin} is there")
     elif is_beside_name(name):
-        found.unused.append(BesideFile(name, _PICKLED, "--allow-pickle to use it"))
+        found.unused.append(
+            BesideFile(name, "a pickle, which can run code", "--allow-pickle to use it")
+        )
     else:
-        found.unused.append(BesideFile(name, f"{_PICKLED}, and {_UNKNOWN}"))
+        found.notes.append(f"{name} is not read: a pickle, and no file that trainers are known for")
 
 
 def _judge(path: Path, candidate: Candidate, found: Beside) -> None:
     name = path.name
-    if _OWN.fullmatch(name):
+    if name == _NEW_ROWS:
+        found.unused.append(
+            BesideFile(name, "rows for new tokens, which only old versions of vLLM put in place")
+        )
+    elif _OWN.fullmatch(name):
         found.notes.append(f"{name} is not read: PEFT takes adapter_model.safetensors")
     elif is_model_file(name):
         found.notes.append(f"{name} is not read: it is named like a model of its own")
     elif _is_adapter(path, candidate):
         found.notes.append(f"{name} is not read: it is an adapter of its own")
     else:
-        found.unused.append(BesideFile(name, _UNKNOWN))
+        found.notes.append(f"{name} is not read: no file that trainers are known for")
 
 
 def _is_adapter(path: Path, candidate: Candidate) -> bool:

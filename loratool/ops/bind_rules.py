@@ -143,7 +143,8 @@ def _skip_files(adapter: Adapter, skips: Sequence[Pattern]) -> frozenset[str]:
         MismatchError: LT-425, there are others that cannot be used.
     """
     used = {name for r in adapter.replacements if (name := _file_of(r))}
-    names = [*sorted(used - {_main_file(adapter)}), *(b.name for b in adapter.beside)]
+    carried = {name for name in adapter.extras if name.endswith(".safetensors")}
+    names = [*sorted({*used, *carried} - {_main_file(adapter)}), *(b.name for b in adapter.beside)]
     # A pickle that was converted goes by both names.
     spellings = {s: n for n in names for s in (n, n.replace(".safetensors", ".bin"))}
     skipped = frozenset(spellings[s] for s in frozenset().union(*find(skips, list(spellings))))

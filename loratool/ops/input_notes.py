@@ -16,7 +16,7 @@ _PIECE = 1 << 16
 
 def adapter_warnings(adapter: Adapter) -> list[str]:
     """What is accepted and rarely meant: unused weights and settings, odd scalings, no effect."""
-    found = list(adapter.warnings)
+    found = unused_warnings(adapter)
     zero = [spec for spec in adapter.specs if spec.rank and spec.scaling == 0]
     if zero:
         found.append(f"alpha 0: {len(zero)} of {len(adapter.specs)} modules have no effect")
@@ -31,21 +31,18 @@ def adapter_warnings(adapter: Adapter) -> list[str]:
     return found
 
 
-def beside_warnings(adapter: Adapter) -> list[str]:
-    """Trained weights in the adapter's folder that no command here uses."""
-    return [
+def unused_warnings(adapter: Adapter) -> list[str]:
+    """Settings and trained weights of the adapter's folder that no command here uses."""
+    beside = [
         f"{b.name} is not used: {b.reason}" + (f" ({b.hint})" if b.hint else "")
         for b in adapter.beside
     ]
+    return [*adapter.warnings, *beside]
 
 
 def input_warnings(adapters: Iterable[OpenedAdapter]) -> list[str]:
-    """`adapter_warnings` and `beside_warnings` of several adapters, each with its name."""
-    return [
-        f"{a.adapter.label}: {w}"
-        for a in adapters
-        for w in (*adapter_warnings(a.adapter), *beside_warnings(a.adapter))
-    ]
+    """`adapter_warnings` of several adapters, each with its name."""
+    return [f"{a.adapter.label}: {w}" for a in adapters for w in adapter_warnings(a.adapter)]
 
 
 def _is_zero(adapter: Adapter) -> bool:
