@@ -15,6 +15,7 @@ from loratool.dialects.peft_keys import sort_tensors
 from loratool.dialects.peft_methods import refuse_method
 from loratool.dialects.peft_replacements import read_replacements
 from loratool.dialects.peft_specs import SpecReader
+from loratool.dialects.peft_spellings import unify_spellings
 from loratool.errors import BadFileError, UsageError, list_some
 from loratool.store.contained import find_inside, list_folder
 from loratool.store.own_settings import SETTINGS_FILES
@@ -72,7 +73,7 @@ def read(candidate: Candidate, options: ReadOptions) -> Adapter:
 
 def read_tensors(refs: Iterable[TensorRef], config: PeftConfig, options: ReadOptions) -> Adapter:
     """Specs, replacements, unclaimed tensors and notes of a file; paths and names stay empty."""
-    found = sort_tensors(refs)
+    found = unify_spellings(sort_tensors(refs))
     reader = SpecReader(config, options, found.modules)
     specs = reader.read()
     if specs and config.method != "LORA":
