@@ -27,6 +27,30 @@ _NEEDS_DATA = {
 }
 
 
+# Unsloth's name for how experts share the columns of lora_B -> ours.
+_B_ORDERS = {"rank_major": "rank-major", "grouped_by_expert": "expert-major"}
+# Fields that say nothing about the numbers of a finished adapter; those read here stand beside
+# them in `_READ`.  The second group was written by trainers, the third by old versions of PEFT.
+_SILENT = frozenset({
+    "auto_mapping", "base_model_name_or_path", "corda_config", "eva_config", "exclude_modules",
+    "inference_mode", "layers_pattern", "layers_to_transform", "loftq_config", "lora_dropout",
+    "lora_ga_config", "megatron_config", "megatron_core", "monteclora_config", "peft_type",
+    "qalora_group_size", "revision", "runtime_config", "task_type", "velora_config",
+
+    "base_model_class", "lora_dtype", "lora_target_modules", "lorap_emb_lr", "lorap_lr_ratio",
+    "model_key_mapping", "parent_library", "swift_type", "unsloth_fixed", "use_lorap",
+
+    "init_weights", "merge_weights",
+})  # fmt: skip
+_READ = frozenset({
+    "alora_invocation_tokens", "arrow_config", "use_qalora",  # refused by name
+    "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "lora_bias",
+    "fan_in_fan_out", "bias", "init_lora_weights", "kasa_config", "modules_to_save",
+    "target_modules", "target_parameters", "token_indices", "trainable_token_indices",
+    "layer_replication", "use_bdlora", "ensure_weight_tying", "peft_version", "lora_B_layout",
+})  # fmt: skip
+
+
 @dataclass(frozen=True)
 class BlockRule:
     """``use_bdlora``: which modules have block-diagonal factors.
@@ -70,6 +94,8 @@ class PeftConfig:
         blocks: ``use_bdlora``.
         ties: ``ensure_weight_tying``.
         peft_version: "" if missing.
+        b_order: of `loratool.adapter.DeltaSpec`, from ``lora_B_layout``.
+        unknown: fields that nobody here knows, with a value that says something.
         file: where it was read from; None = there is no configuration.
         notes: defaults that were used.
     """
@@ -95,6 +121,8 @@ class PeftConfig:
     blocks: BlockRule | None = None
     ties: bool = False
     peft_version: str = ""
+    b_order: str = "rank-major"
+    unknown: tuple[str, ...] = ()
     file: Path | None = None
     notes: tuple[str, ...] = ()
 
@@ -149,6 +177,12 @@ def parse_config(config: Mapping[str, Any], file: Path | None) -> PeftConfig:
         blocks=_read_blocks(fields),
         ties=fields.flag("ensure_weight_tying"),
         peft_version=fields.text("peft_version", ""),
+        b_order=_read_b_order(fields),
+        unknown=tuple(
+            key
+            for key, value in config.items()
+            if key not in _READ | _SILENT and value not in (None, False, "", [], {})
+        ),
         file=file,
         notes=tuple(notes),
     )
@@ -273,6 +307,13 @@ def _read_init(fields: _Fields) -> tuple[str, str]:
             expected=", ".join((*_PLAIN_INITS, "pissa", "olora", "true")),
         )  # fmt: skip
     return change, name
+
+
+def _read_b_order(fields: _Fields) -> str:
+    word = fields.text("lora_B_layout", "rank_major")
+    if word not in _B_ORDERS:
+        fields.refuse("lora_B_layout", " or ".join(_B_ORDERS), word)
+    return _B_ORDERS[word]
 
 
 def _read_layers(fields: _Fields) -> tuple[int, ...] | None:

@@ -88,7 +88,7 @@ class OpenedBase:
 
 
 def open_adapters(
-    texts: Sequence[str | AdapterArgument],
+    texts: Sequence[str | Path | AdapterArgument],
     *,
     weights: Sequence[float] | None,
     mean: bool,
