@@ -21,7 +21,8 @@ from loratool.api.common import (
 )
 from loratool.api.extract_report import planned_report, written_report
 from loratool.dialects import open_adapter, write_adapter_files
-from loratool.errors import UsageError
+from loratool.errors import MismatchError, UsageError
+from loratool.ops.align import same_form
 from loratool.ops.assemble import Outcome, assemble, rank_groups
 from loratool.ops.extract import ExtractPlan, group_steps, plan_extract
 from loratool.ops.inputs import Access, OpenedBase, guard_output, open_base
@@ -54,6 +55,7 @@ def extract(
     exact: bool = False,
     save_residual: str | Path | None = None,
     names: str = "v5",
+    rename: Sequence[str] = (),
     device: str = "auto",
     threads: int | None = None,
     max_memory: str | int | None = None,
@@ -88,6 +90,7 @@ def extract(
         exact: singular vectors by a float64 eigendecomposition instead of block Lanczos.
         save_residual: file to create: with it ``merge --residual`` gives TUNED bit for bit.
         names: ``v5`` (names of transformers 5 in memory) or ``v4`` (names on disk).
+        rename: ``s/a/b/`` expressions on the fine-tune's tensor names.
         device: ``auto``, ``cpu`` or ``cuda[:n]``.
         threads: workers; None = twice the cores, at most 8.
         max_memory: limit for the planned peak.
@@ -126,15 +129,26 @@ def extract(
     tuned_opened = open_base(str(tuned), [], access)
     base_opened = open_base(str(base), [], access)
     guard_output(target, [tuned_opened.resolved.path, base_opened.resolved.path])
+    tuned_form, base_form, form_notes = same_form(
+        tuned_opened.checkpoint, base_opened.checkpoint, rename
+    )
+    has_form = base_form.tensors.keys() == base_opened.checkpoint.tensors.keys()
+    if save_residual is not None and not has_form:
+        raise MismatchError(
+            "LT-427", "a residual needs a base in the form of the fine-tune",
+            file=base_opened.checkpoint.path, got="; ".join(form_notes),
+            hint="leave --save-residual out",
+        )  # fmt: skip
     plan = plan_extract(
-        tuned_opened.checkpoint,
-        base_opened.checkpoint,
+        tuned_form,
+        base_form,
         how=how,
         include=include,
         exclude=exclude,
         keep=keep,
         names=names,
     )
+    plan = replace(plan, notes=(*form_notes, *plan.notes))
     resources = plan_resources(
         plan.plan,
         device=device,
@@ -154,7 +168,8 @@ def extract(
         )
     options = option_values(
         **asked, exact=exact, keep=list(keep), include=list(include), exclude=list(exclude),
-        names=None if names == "v5" else names, device=resources.run.device.type,
+        names=None if names == "v5" else names, rename=list(rename),
+        device=resources.run.device.type,
     )  # fmt: skip
     inputs: dict[str, Any] = {}
     for role, opened in (("tuned", tuned_opened), ("base", base_opened)):

@@ -68,6 +68,7 @@ if TYPE_CHECKING:
 @opt.network
 @opt.general
 @opt.trust
+@opt.rename
 @opt.option("--names", type=click.Choice(["v5", "v4"]), default="v5", section="Advanced",
             help="Module names of transformers 5 in memory, or of 4.")  # fmt: skip
 @opt.option("--exact", is_flag=True, section="Advanced",

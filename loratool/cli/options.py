@@ -289,6 +289,14 @@ def mixing(command: F) -> F:
     return command
 
 
+def rename(command: F) -> F:
+    """``--rename``."""
+    return option(
+        "--rename", multiple=True, metavar="s/A/B/", section="Names",
+        help="Rewrite module names. Repeatable.",
+    )(command)  # fmt: skip
+
+
 def names(command: F) -> F:
     """How modules find their targets."""
     for add in (
@@ -302,8 +310,7 @@ def names(command: F) -> F:
                help="Leave out and report what has no target."),
         option("--skip", multiple=True, metavar="PART|REGEX", section="Names",
                help="Leave out a component (te) or modules. Repeatable."),
-        option("--rename", multiple=True, metavar="s/A/B/", section="Names",
-               help="Rewrite module names. Repeatable."),
+        rename,
     ):  # fmt: skip
         command = add(command)
     return command
