@@ -112,7 +112,7 @@ KINDS = {
     "pickle": Kind(("pickle/adapter_model.bin",), change.pickle_file, (
         "inspect pickle --allow-pickle", f"merge pickle --base in/base --allow-pickle {OUT}",
         f"rescale pickle 2 --allow-pickle {OUT}"[:-len(OUT)] + "-o work/out")),
-    "arguments": Kind((), lambda data, _: data, (), codes=(1, 2, 5, *CODES)),
+    "arguments": Kind((), lambda data, _: data, (), codes=(2, 5, 10, *CODES)),
 }  # fmt: skip
 
 
