@@ -14,6 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from loratool.dtypes import numel, tensor_bytes
+from loratool.errors import UsageError
+
+MAX_ALPHA = 1e30  # far from overflow when it is multiplied with float32 factors
 
 Stamp = tuple[int, int, int, int, int]
 """(device, inode, size, mtime, ctime in ns) of a file: differs if it changed or was replaced."""
@@ -227,6 +230,11 @@ class ReadOptions:
     mha_out_proj: str | None = None
     moe_layout: str | None = None
     experts_b_order: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.alpha is not None and not abs(self.alpha) <= MAX_ALPHA:
+            raise UsageError("LT-271", "alpha out of range", got=self.alpha,
+                             expected=f"a number of at most {MAX_ALPHA:g}")  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,7 @@ _HOW = {
 @opt.option("--blocks", metavar="PRESET|W,W,…", section="Input",
             help="A factor per block, times FACTOR: ALL, INS, IND, INALL, MIDD, OUTD, OUTS, "
             "OUTALL for Stable Diffusion, or one number per block or layer.")  # fmt: skip
-@opt.option("--intruders", type=float, metavar="LAMBDA", section="Input",
+@opt.option("--intruders", type=opt.Number("LAMBDA"), metavar="LAMBDA", section="Input",
             help="With FACTOR 1: weaken intruder dimensions to this share, 0.75.")  # fmt: skip
 @opt.option("--base", metavar="BASE", section="Input",
             help="With --intruders: what the adapter was trained on.")  # fmt: skip

@@ -7,9 +7,10 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from loratool.adapter import Adapter, DeltaSpec
+from loratool.adapter import MAX_ALPHA, Adapter, DeltaSpec
 from loratool.dialects.peft_new_keys import NewLayout
 from loratool.dialects.peft_patterns import endings
+from loratool.errors import MismatchError
 
 PEFT_VERSION = "0.21.2"  # whose reading the files were tested with
 # What a changed adapter keeps of its old configuration: fields that say nothing about numbers.
@@ -50,6 +51,13 @@ def new_config(
     rows += [(s.name, s) for specs in layout.parameters.values() for s in specs]
     ranks = {name: spec.rank for name, spec in rows}
     alphas = {name: alpha_of(spec) for name, spec in rows}
+    for name, value in alphas.items():
+        if not abs(value) <= MAX_ALPHA:
+            raise MismatchError(
+                "LT-413", "an alpha is too large for a configuration", file=adapter.path, key=name,
+                expected=f"at most {MAX_ALPHA:g}", got=f"{value:g}",
+                hint="smaller weights",
+            )  # fmt: skip
     rank, alpha = _commonest(list(ranks.values())), _commonest(list(alphas.values()))
     config: dict[str, Any] = {
         "peft_type": "LORA",

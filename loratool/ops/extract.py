@@ -195,6 +195,8 @@ def _role(name: str, ref: TensorRef, checkpoint: Checkpoint) -> str:
     if _BUFFER.search(name) or not DTYPES[ref.dtype].is_mergeable:
         return "buffer"
     dims = len(ref.shape)
+    if dims > 1 and 0 in ref.shape:
+        return "bare"
     if dims <= 1:
         return "bias" if name.endswith("bias") else "small"
     if name.endswith("in_proj_weight") and dims == 2:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from loratool.adapter import Adapter, DeltaSpec, TensorRef
+from loratool.adapter import MAX_ALPHA, Adapter, DeltaSpec, TensorRef
 from loratool.dtypes import DTYPES
 from loratool.errors import MismatchError, UsageError, list_some
 from loratool.ops.additive import require_additive
@@ -155,7 +155,7 @@ def _choose(
 def _scaled_config(
     config: Mapping[str, Any], factors: Mapping[str, float]
 ) -> dict[str, Any] | None:
-    """The configuration with every alpha multiplied, None if one is no whole number then.
+    """The configuration with every alpha multiplied, None if one is no usable number then.
 
     Many programs read alpha as an integer.
     """
@@ -173,10 +173,12 @@ def _scaled_config(
 
 
 def _whole(alpha: Any, factor: float) -> int | None:
-    """Alpha · factor if it is a whole number; 0.1 · 30 is 3 although floats say otherwise."""
+    """Alpha · factor if it is a whole number in the limits; 0.1 · 30 is 3, floats say otherwise."""
     if alpha is None:
         alpha = _DEFAULT_ALPHA
     value = alpha * factor
+    if abs(value) > MAX_ALPHA:
+        return None
     whole = round(value)
     return whole if abs(value - whole) <= 1e-12 * abs(whole) else None
 

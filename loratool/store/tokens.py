@@ -91,7 +91,9 @@ def _added_tokens(folder: Path) -> set[str]:
     found = set(_members(folder / "added_tokens.json"))
     listed = _members(folder / "tokenizer.json").get("added_tokens")
     decoder = _members(folder / "tokenizer_config.json").get("added_tokens_decoder")
-    tokens = [*_decode(listed, list[_Token], []), *_decode(decoder, dict[str, _Token], {}).values()]
+    tokens = _decode(listed, list[_Token], [], folder / "tokenizer.json")
+    more = _decode(decoder, dict[str, _Token], {}, folder / "tokenizer_config.json")
+    tokens += more.values()
     return found | {token.content for token in tokens if token.content is not None}
 
 
@@ -101,8 +103,8 @@ def _vocabulary(folder: Path) -> Iterator[str]:
 
     if (folder / "vocab.json").is_file():
         yield from _strings(_read_json(folder / "vocab.json"))
-    model = _members(folder / "tokenizer.json").get("model")
-    vocab = _decode(model, dict[str, msgspec.Raw], {}).get("vocab")
+    file = folder / "tokenizer.json"
+    vocab = _decode(_members(file).get("model"), dict[str, msgspec.Raw], {}, file).get("vocab")
     if vocab is not None:  # {piece: number}, or [piece, score] pairs
         yield from _strings(bytes(vocab))
     if (folder / "vocab.txt").is_file():
@@ -197,20 +199,23 @@ def _members(path: Path) -> dict[str, Any]:
         for match in _ESCAPE.finditer(raw):
             if match["half"]:
                 text[match.start() : match.end()] = rb"\ufffd"
-    try:
-        return _decode(text, dict[str, msgspec.Raw], {})
-    except (msgspec.DecodeError, RecursionError) as error:
-        raise BadFileError("LT-342", "file is not JSON", file=path) from error
+    return _decode(text, dict[str, msgspec.Raw], {}, path)
 
 
-def _decode(text: Any, shape: type[T], default: T) -> T:
-    """JSON of a shape; the default if there is none, or it has another one."""
+def _decode(text: Any, shape: type[T], default: T, path: Path) -> T:
+    """JSON of a shape; the default if there is none, or it has another one.
+
+    Raises:
+        BadFileError: LT-342, it is not JSON.
+    """
     import msgspec
 
     try:
         return default if text is None else msgspec.json.decode(text, type=shape)
     except msgspec.ValidationError:
         return default
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise BadFileError("LT-342", "file is not JSON", file=path) from error
 
 
 def _read_json(path: Path) -> bytes | bytearray:
