@@ -97,6 +97,8 @@ class DeltaSpec:
         base_change: what loading does to the base first: ``pissa``, ``olora``, ``kasa``, or "".
         blocks: (n, side) for block-diagonal factors, side ``A`` or ``B``; None otherwise.
         b_order: packing of the experts axis of lora_B, ``rank-major`` (PEFT) or ``expert-major``.
+        is_bare: the parameter itself is adapted, whatever class its module has (PEFT's
+            ``target_parameters``): lora_B @ lora_A lies on it as it is stored.
     """
 
     kind: str
@@ -113,6 +115,7 @@ class DeltaSpec:
     base_change: str = ""
     blocks: tuple[int, str] | None = None
     b_order: str = "rank-major"
+    is_bare: bool = False
 
     @property
     def name(self) -> str:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from loratool.adapter import TensorRef
 from loratool.errors import BadFileError, MismatchError, list_some
@@ -98,6 +98,8 @@ def sort_tensors(refs: Iterable[TensorRef]) -> Sorted:
         )  # fmt: skip
     if adapters:
         found.notes.append(f"adapter name {list_some(adapters)!r} was left in the tensor names")
+    adapted = {key.module for key in keys if key.role in ("lora_A", "embedding_A")}
+    keys = [_own_module(key, adapted) for key in keys]
     unknown = [key.ref.name for key in keys if key.role == "unknown"]
     if unknown:
         raise MismatchError(
@@ -160,6 +162,15 @@ def parse_key(ref: TensorRef, path: str) -> Key:
     if _UNKNOWN_LORA.search(path):
         return Key(ref, path, "unknown", path)
     return Key(ref, path, "plain", _INFIX.sub("", path))
+
+
+def _own_module(key: Key, adapted: Collection[str]) -> Key:
+    """A model may call a module of its own ``lora_…``: what lies beside no factors is none."""
+    owner, _, rest = key.path.rpartition("lora_")
+    is_module = rest.endswith((".weight", ".bias")) and owner.rstrip(".") not in adapted
+    if key.role != "unknown" or not is_module:
+        return key
+    return replace(key, role="plain", module=_INFIX.sub("", key.path))
 
 
 def _strip_parallel(names: list[str]) -> tuple[list[str], bool]:

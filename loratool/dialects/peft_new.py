@@ -13,6 +13,8 @@ from loratool.dialects.peft_new_keys import NewLayout, endings
 PEFT_VERSION = "0.21.2"  # whose reading the files were tested with
 # What a changed adapter keeps of its old configuration: fields that say nothing about numbers.
 _KEPT = ("auto_mapping", "revision", "lora_dropout", "ensure_weight_tying")
+# What PEFT takes for an adapter of whole tensors alone.
+_NO_TARGETS = "dummy-target-modules"
 _TASKS = (
     ("ForCausalLM", "CAUSAL_LM"),
     ("LMHeadModel", "CAUSAL_LM"),
@@ -21,7 +23,7 @@ _TASKS = (
     ("ForTokenClassification", "TOKEN_CLS"),
     ("ForQuestionAnswering", "QUESTION_ANS"),
 )
-# Heads that PEFT adds to modules_to_save by itself for these tasks.
+# Ends of heads that PEFT adds to modules_to_save by itself for these tasks.
 _HEADS = {
     "SEQ_CLS": ("classifier", "score"),
     "TOKEN_CLS": ("classifier", "score"),
@@ -60,9 +62,9 @@ def new_config(
         "lora_alpha": alpha,
         "rank_pattern": _pattern(ranks, rank),
         "alpha_pattern": _pattern(alphas, alpha),
-        "target_modules": sorted(layout.targets),
-        "modules_to_save": sorted(layout.saved) or None,
-        "bias": "all" if layout.has_biases else "none",
+        "target_modules": sorted(layout.targets) if layout.is_targeted else _NO_TARGETS,
+        "modules_to_save": layout.modules_to_save or None,
+        "bias": layout.bias,
         "lora_bias": bool(layout.biases),
         "use_dora": any(s.kind == "dora" for s in adapter.specs),
         "use_rslora": False,
@@ -126,15 +128,23 @@ def task_type_of(config: Mapping[str, Any]) -> str | None:
     return None
 
 
+def heads_of(adapter: Adapter, base_config: Mapping[str, Any] | None) -> tuple[str, ...]:
+    """Ends of modules that PEFT saves whole for the task of an adapter."""
+    return _HEADS.get(_old_task(adapter) or task_type_of(base_config or {}) or "", ())
+
+
 def _task(adapter: Adapter, layout: NewLayout, base_config: Mapping[str, Any] | None) -> str | None:
+    kept, heads = _old_task(adapter), heads_of(adapter, base_config)
+    has_head = any(module.endswith(heads) for module in layout.saved)
+    if not heads or has_head:
+        return kept or task_type_of(base_config or {})
+    # PEFT fails on a file without such a head, if the model has one.
+    return kept if kept and not any(m.endswith(heads) for m in layout.modules) else None
+
+
+def _old_task(adapter: Adapter) -> str | None:
     kept = adapter.config.get("task_type") if adapter.dialect == "peft" else None
-    if isinstance(kept, str):
-        return kept
-    task = task_type_of(base_config or {})
-    heads = _HEADS.get(task or "", ())
-    # PEFT fails on a file that does not hold such a head.
-    has_head = not heads or any(module.endswith(heads) for module in layout.saved)
-    return task if has_head else None
+    return kept if isinstance(kept, str) else None
 
 
 def _commonest(values: Sequence[Any]) -> Any:

@@ -8,7 +8,7 @@ from typing import Any
 from loratool.adapter import Adapter, AdapterFiles, ReadOptions, Source, TensorRef
 from loratool.dialects.peft import read_tensors
 from loratool.dialects.peft_config import parse_config
-from loratool.dialects.peft_new import new_config
+from loratool.dialects.peft_new import heads_of, new_config
 from loratool.dialects.peft_new_keys import NewLayout, new_tensors
 from loratool.dtypes import DTYPES
 
@@ -42,7 +42,7 @@ def write(
         return AdapterFiles(
             unchanged, dict(adapter.metadata), WEIGHTS_NAME, {CONFIG_NAME: adapter.config}
         )
-    layout = NewLayout(adapter, base_tensors)
+    layout = NewLayout(adapter, base_tensors, heads_of(adapter, base_config))
     tensors = new_tensors(layout)
     # The order in which the safetensors library lays tensors out: wide types first, then by name.
     tensors.sort(key=lambda item: (-DTYPES[item[1].dtype].bits, item[0]))
