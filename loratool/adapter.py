@@ -123,6 +123,11 @@ class DeltaSpec:
         return f"{self.module}.{self.parameter}" if self.module else self.parameter
 
     @property
+    def matrix(self) -> tuple[int, int]:
+        """Rows of lora_B and columns of lora_A, as stored."""
+        return self.fields["lora_B"].shape[0], self.fields["lora_A"].shape[1]
+
+    @property
     def is_additive(self) -> bool:
         """True if W' - W does not depend on W, so that deltas may be added and scaled."""
         return self.kind != "dora" and not self.base_change
@@ -179,6 +184,20 @@ class Adapter:
     layer_order: tuple[int, ...] | None = None
     notes: tuple[str, ...] = ()
     extras: tuple[Path, ...] = ()
+
+    @property
+    def tied_pairs(self) -> tuple[tuple[DeltaSpec, DeltaSpec], ...]:
+        """Embedding and head that ``ensure_weight_tying`` gives one change, turned round."""
+        if self.config.get("ensure_weight_tying") is not True:
+            return ()
+        plain = [s for s in self.specs if s.kind == "lowrank" and s.layout == "linear"]
+        return tuple(
+            (one, other)
+            for one in self.specs
+            if one.layout == "embedding"
+            for other in plain
+            if other.matrix == one.matrix[::-1]
+        )
 
     @property
     def label(self) -> str:

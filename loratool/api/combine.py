@@ -20,8 +20,8 @@ from loratool.ops.batch import output_folder
 from loratool.ops.combine import arc_weights, dense_bytes, plan_combine, rank_of
 from loratool.ops.consent import agree_to_read
 from loratool.ops.inputs import Access, OpenedAdapter, guard_output, open_adapters
-from loratool.ops.loads import judge_loads
 from loratool.ops.memory import TORCH_BYTES
+from loratool.ops.programs import judge_loads
 from loratool.ops.rank_options import MAX_RANK
 from loratool.ops.sums import SumPlan, compared_ranges
 from loratool.ops.weights import Weight, read_module_weights, rules_json, unused_rules

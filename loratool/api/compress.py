@@ -26,7 +26,7 @@ from loratool.ops.batch import is_batch, many_outputs, name_of, place_outputs
 from loratool.ops.compress import CompressPlan, names_of, plan_compress, rebuild
 from loratool.ops.compress_options import rank_rule
 from loratool.ops.inputs import Access, guard_output, open_one
-from loratool.ops.loads import judge_loads
+from loratool.ops.programs import judge_loads
 from loratool.report import (
     CompressedAdapter,
     CompressedModule,
@@ -258,6 +258,8 @@ def _compress(
     advance: Callable[[int], None],
 ) -> _Made:
     """New factors for every module, within the limit if there is one."""
+    from loratool.engine.tying import tie_factors
+
     plan = job.plan
     dtypes = list(plan.dtypes)
     original = job.original
@@ -287,6 +289,7 @@ def _compress(
     adapter, dropped = rebuild(plan, results)
     if adapter is plan.adapter:
         return _Made(original, results, adapter, [], True)
+    adapter = tie_factors(adapter)
     files = write_adapter_files(adapter, "peft", base_tensors=names_of(plan.adapter))
     if file_bytes(files) >= before:  # such as block-diagonal factors that had to be written out
         return _Made(original, _copied(plan, results), plan.adapter, [], True)

@@ -17,7 +17,7 @@ from loratool.ops.adapter_summary import dtype_word
 from loratool.ops.additive import factor_dtype, require_additive
 from loratool.ops.batch import is_batch, many_outputs, name_of, place_outputs
 from loratool.ops.inputs import Access, OpenedBase, guard_output, open_base, open_one
-from loratool.ops.loads import judge_loads
+from loratool.ops.programs import judge_loads
 from loratool.ops.rescale import RescalePlan, parse_only, plan_rescale
 from loratool.report import RescaledAdapter, RescaleReport, share_of
 from loratool.store.provenance import adapter_id, checkpoint_id, provenance_of

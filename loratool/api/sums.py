@@ -127,14 +127,18 @@ def _sum_all(
 
 def assemble_sum(plan: SumPlan, summed: Summed, first: Adapter) -> Adapter:
     """The adapter that holds the result; it keeps what the first one says about its base."""
-    return Adapter(
-        first.path,
-        first.dialect,
-        tuple(m.spec for m in summed.modules),
-        (*plan.replacements, *summed.mixed),
-        plan.base_model,
-        plan.config,
-        layer_order=plan.layer_order,
+    from loratool.engine.tying import tie_factors
+
+    return tie_factors(
+        Adapter(
+            first.path,
+            first.dialect,
+            tuple(m.spec for m in summed.modules),
+            (*plan.replacements, *summed.mixed),
+            plan.base_model,
+            plan.config,
+            layer_order=plan.layer_order,
+        )
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -141,6 +142,33 @@ def strip_names(names: Sequence[str]) -> tuple[list[str], list[str]]:
     if outside:
         notes.append(f"{outside} tensor names have {PREFIX!r} in their middle: it was removed")
     return stripped, notes
+
+
+def living_names(names: Sequence[str]) -> list[str]:
+    """The names under which PEFT itself would have saved these tensors.
+
+    Wrappers, adapter names and missing prefixes make PEFT pass a tensor by in silence.  Copies that
+    PEFT itself writes (a saved module's bias, with ``bias="all"``) keep their names.
+
+    Example:
+        >>> living_names(["model.q_proj.lora_A.first.weight"])
+        ['base_model.model.model.q_proj.lora_A.weight']
+    """
+    found = [PREFIX + _without_adapter(path) for path in strip_names(names)[0]]
+    count = Counter(found)
+    return [new if count[new] == 1 else old for new, old in zip(found, names, strict=True)]
+
+
+def _without_adapter(path: str) -> str:
+    for role, pattern in _ROLES:
+        if match := pattern.fullmatch(path):
+            if match["name"]:
+                path = f"{path[: match.start('name') - 1]}{path[match.end('name') :]}"
+            return path.removesuffix(".weight") if role.startswith("embedding") else path
+    if (match := _SAVED.fullmatch(path)) and not _ORIGINAL.search(path):
+        leaf = match["rest"].rpartition(".")[2]
+        return f"{match['module']}.{leaf}" if match["module"] else leaf
+    return path
 
 
 def parse_key(ref: TensorRef, path: str) -> Key:

@@ -9,12 +9,11 @@ from typing import Any
 
 from loratool.adapter import Adapter, DeltaSpec
 from loratool.dialects.peft_new_keys import NewLayout, endings
+from loratool.dialects.peft_targets import NO_TARGETS
 
 PEFT_VERSION = "0.21.2"  # whose reading the files were tested with
 # What a changed adapter keeps of its old configuration: fields that say nothing about numbers.
 _KEPT = ("auto_mapping", "revision", "lora_dropout", "ensure_weight_tying")
-# What PEFT takes for an adapter of whole tensors alone.
-_NO_TARGETS = "dummy-target-modules"
 _TASKS = (
     ("ForCausalLM", "CAUSAL_LM"),
     ("LMHeadModel", "CAUSAL_LM"),
@@ -62,7 +61,7 @@ def new_config(
         "lora_alpha": alpha,
         "rank_pattern": _pattern(ranks, rank),
         "alpha_pattern": _pattern(alphas, alpha),
-        "target_modules": sorted(layout.targets) if layout.is_targeted else _NO_TARGETS,
+        "target_modules": sorted(layout.targets) if layout.is_targeted else NO_TARGETS,
         "modules_to_save": layout.modules_to_save or None,
         "bias": layout.bias,
         "lora_bias": bool(layout.biases),
@@ -85,8 +84,9 @@ def new_config(
         }
     if adapter.layer_order is not None:
         config["layer_replication"] = _replication(adapter.layer_order)
-    old = adapter.config if adapter.dialect == "peft" and not layout.parameters else {}
-    return config | {key: old[key] for key in _KEPT if old.get(key) is not None}
+    old = adapter.config if adapter.dialect == "peft" else {}
+    kept = [k for k in _KEPT if k != "lora_dropout" or not layout.parameters]  # PEFT has not both
+    return config | {key: old[key] for key in kept if old.get(key) is not None}
 
 
 def _version(adapter: Adapter) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 from loratool.adapter import Adapter, AdapterFiles, ReadOptions, Source, TensorRef
 from loratool.dialects.peft import read_tensors
 from loratool.dialects.peft_config import parse_config
+from loratool.dialects.peft_keys import living_names
 from loratool.dialects.peft_new import heads_of, new_config
 from loratool.dialects.peft_new_keys import NewLayout, new_tensors
 from loratool.dtypes import DTYPES
@@ -25,8 +26,8 @@ def write(
     """The files of an adapter in PEFT's form.
 
     An adapter that was read from PEFT and is unchanged gives its own tensors, metadata and
-    configuration back.  Any other one gets a configuration that PEFT 0.21.2 loads without missing
-    or unexpected keys.
+    configuration back, under names that PEFT finds.  Any other one gets a configuration that
+    PEFT 0.21.2 loads without missing or unexpected keys.
 
     Args:
         adapter: read or made.
@@ -74,7 +75,9 @@ def _unchanged_tensors(adapter: Adapter) -> tuple[tuple[str, Source], ...] | Non
         and again.replacements == adapter.replacements
         and config.layer_order == adapter.layer_order
     )
-    return tuple((ref.name, ref) for ref in ordered) if same else None
+    if not same:
+        return None
+    return tuple(zip(living_names(adapter.key_order), ordered, strict=True))
 
 
 def _sources(adapter: Adapter) -> Iterator[Source]:

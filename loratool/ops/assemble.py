@@ -261,8 +261,9 @@ def _keepable(changed: Sequence[Pair], keep: Sequence[str]) -> list[Pair]:
     for pair in changed:
         if pair.role == "bare":
             continue  # PEFT holds whole modules and biases, not bare parameters
+        is_held = pair.base is not None  # a module that the base lacks takes no tensor
         wanted = (
-            (pair.role in ("bias", "small") and "none" not in keep)
+            (pair.role in ("bias", "small") and is_held and "none" not in keep)
             or "all" in keep
             or ("embeddings" in keep and pair.role in ("embedding", "head"))
             or any(p.search(pair.name) for p in patterns)

@@ -113,7 +113,7 @@ def plan_compress(adapter: Adapter) -> CompressPlan:
     return CompressPlan(
         adapter,
         specs,
-        tuple(_groups(specs, biases, mhas, _tied(adapter, specs))),
+        tuple(_groups(specs, biases, mhas, {s.name for pair in adapter.tied_pairs for s in pair})),
         tuple(_storage_dtype(s) for s in specs),
         tuple(2.0 if _mha_of(s) in mhas else 1.0 for s in specs),
         biases,
@@ -234,15 +234,6 @@ def _groups(
     return [
         Group(tuple(g), int(len(g) > 1 or specs[g[0]].module in biases)) for g in found.values()
     ]
-
-
-def _tied(adapter: Adapter, specs: Sequence[DeltaSpec]) -> set[str]:
-    """Embedding and head that ``ensure_weight_tying`` gives one change: one is the other turned."""
-    if adapter.config.get("ensure_weight_tying") is not True:
-        return set()
-    sizes = {s.name: (s.fields["lora_B"].shape[0], s.fields["lora_A"].shape[1]) for s in specs}
-    turned = {sizes[s.name][::-1] for s in specs if s.layout == "embedding"}
-    return {s.name for s in specs if s.layout == "embedding" or sizes[s.name] in turned}
 
 
 def _mha_of(spec: DeltaSpec) -> str | None:

@@ -46,15 +46,15 @@ def save_base(model: Any, folder: Path) -> Path:
     return folder
 
 
-def load_strict(model: Any, folder: Path) -> Any:
-    """PeftModel in float64 in which every tensor of the file has arrived.
+def load_strict(model: Any, folder: Path, *, dtype: torch.dtype = torch.float64) -> Any:
+    """PeftModel in which every tensor of the file has arrived.
 
     Raises:
         NotLoadedError: a tensor did not arrive, or PEFT missed one.
     """
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        loaded = peft.PeftModel.from_pretrained(copy.deepcopy(model).double(), str(folder))
+        loaded = peft.PeftModel.from_pretrained(copy.deepcopy(model).to(dtype), str(folder))
     said = [str(w.message) for w in caught if "missing adapter keys" in str(w.message)]
     stored = load_file(str(folder / "adapter_model.safetensors"))
     have = loaded.state_dict() | dict(peft.get_peft_model_state_dict(loaded))
@@ -64,7 +64,7 @@ def load_strict(model: Any, folder: Path) -> Any:
     ]
     if said or absent or moved:
         raise NotLoadedError(f"{said[:1]} absent {absent[:3]} other values {moved[:3]}")
-    return loaded.double().eval()
+    return loaded.to(dtype).eval()
 
 
 def merged(loaded: Any) -> Tensors:

@@ -80,7 +80,9 @@ PARAMETERS: dict[str, tuple[Callable[[], Any], Any]] = {
     ),
     "beside modules": (
         lambda: Own("weight"),
-        lora(target_parameters=["lin.weight"], target_modules=["plain"], alpha_pattern={"plain": 3}),
+        lora(
+            target_parameters=["lin.weight"], target_modules=["plain"], alpha_pattern={"plain": 3}
+        ),
     ),
 }  # fmt: skip
 
