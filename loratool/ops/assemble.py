@@ -10,7 +10,8 @@ from loratool import archs
 from loratool.adapter import Adapter, DeltaSpec, Replacement, TensorData
 from loratool.archs.experts import parse_expert
 from loratool.errors import MismatchError
-from loratool.ops.extract import KEEP_WORDS, ExtractPlan, Pair, compile_pattern
+from loratool.ops.extract import KEEP_WORDS, ExtractPlan, compile_pattern
+from loratool.ops.extract_pairs import Pair
 from loratool.plan import Step
 from loratool.store.checkpoint import Checkpoint
 
@@ -116,11 +117,10 @@ def _make_spec(
     lora_A, lora_B = factors
     name = extract.memory_names[pair.name]
     module, _, parameter = name.rpartition(".")
-    experts = pair.tuned.shape[0] if pair.role == "experts" else 0
+    experts = pair.tuned.shape[0] if pair.holder == "experts" else 0
     rank = lora_A.shape[0] // max(1, experts)
-    layout = {"conv": "conv", "embedding": "embedding", "experts": "experts"}.get(
-        pair.role, "linear"
-    )
+    is_bare = pair.holder in ("parameter", "experts")
+    layout = "linear" if pair.holder == "parameter" else pair.holder
     return DeltaSpec(
         "lowrank",
         module,
@@ -130,8 +130,9 @@ def _make_spec(
         rank,
         float(rank),
         1.0 / step.args.get("gain", 1.0),
-        transposed=layout == "linear" and archs.is_conv1d(base.model_type, pair.module),
+        transposed=pair.holder == "linear" and archs.is_conv1d(base.model_type, pair.module),
         experts=experts,
+        is_bare=is_bare,
     )
 
 
