@@ -40,8 +40,6 @@ def look_at_base(
         LoratoolError: as `merge`: whatever does not bind cannot be looked at.
     """
     from loratool.engine.reads import factor_ranges
-    from loratool.engine.run import execute
-    from loratool.store.reader import FileReader
 
     job = prepare_merge(
         [str(path)], base=base, weights=[1.0], mean=False, names=NameOptions(BindOptions(), read),
@@ -53,6 +51,9 @@ def look_at_base(
         plan, device=device, threads=threads, max_memory=max_memory, chunk_bytes=None,
         sample=False, progress=None,
     )  # fmt: skip
+    from loratool.engine.run import execute
+    from loratool.store.reader import FileReader
+
     with FileReader() as reader:
         results = execute(plan, reader, None, resources.run)
         reader.check_unchanged()

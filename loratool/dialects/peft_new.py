@@ -46,11 +46,12 @@ def new_config(
         layout: how they lie in a PEFT model.
         base_config: the base's ``config.json``, for ``task_type``.
     """
-    rows = [(module, spec) for module, spec in layout.targets.items()]
-    rows += [(s.name, s) for specs in layout.parameters.values() for s in specs]
-    ranks = {name: spec.rank for name, spec in rows}
-    alphas = {name: alpha_of(spec) for name, spec in rows}
-    rank, alpha = _commonest(list(ranks.values())), _commonest(list(alphas.values()))
+    bare = {s.name: s for specs in layout.parameters.values() for s in specs}
+    rows = {**layout.targets, **bare}
+    ranks = {name: spec.rank for name, spec in rows.items()}
+    alphas = {name: alpha_of(spec) for name, spec in rows.items()}
+    # PEFT follows patterns of parameters, and warns that it does not: better have none.
+    rank, alpha = (_commonest([values[n] for n in bare or rows]) for values in (ranks, alphas))
     config: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": _task(adapter, layout, base_config),

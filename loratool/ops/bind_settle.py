@@ -6,13 +6,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from loratool.adapter import Adapter, Source, TensorData, TensorRef
+from loratool.adapter import Adapter
 from loratool.archs.ties import Tie, is_vocabulary, stored_twins, untied_config
 from loratool.errors import MismatchError
 from loratool.ops.bind_place import Context
 from loratool.ops.bind_types import Bindings, BoundDelta, BoundReplacement, Found
-
-_CHUNK = 1 << 20
+from loratool.store.reader import have_same_bytes
 
 
 def settle(found: Sequence[Found], ctx: Context, adapter: Adapter) -> Bindings:
@@ -149,28 +148,7 @@ def _is_one_change(own: Sequence[Found], other: Sequence[Found], adapter: Adapte
     first, second = own[0].replacement, other[0].replacement
     if first is None or second is None:
         return False
-    return _same_bytes(first.replacement.source, second.replacement.source)
-
-
-def _same_bytes(first: Source, second: Source) -> bool:
-    if (first.dtype, first.shape) != (second.dtype, second.shape):
-        return False
-    return all(a == b for a, b in zip(_chunks(first), _chunks(second), strict=True))
-
-
-def _chunks(source: Source) -> Iterator[bytes]:
-    if isinstance(source, TensorData):
-        data = bytes(source.data)
-        yield from (data[i : i + _CHUNK] for i in range(0, len(data), _CHUNK))
-        return
-    assert isinstance(source, TensorRef)
-    with source.file.open("rb") as stream:
-        stream.seek(source.start)
-        left = source.nbytes
-        while left:
-            piece = stream.read(min(left, _CHUNK))
-            left -= len(piece) or left
-            yield piece
+    return have_same_bytes([first.replacement.source, second.replacement.source])
 
 
 def _vocabulary_changes(

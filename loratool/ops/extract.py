@@ -8,8 +8,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from loratool import archs
+from loratool.adapter import TensorRef
 from loratool.dtypes import DTYPES
-from loratool.errors import MismatchError, UsageError, list_some
+from loratool.errors import MismatchError, list_some
 from loratool.ops.align import align_names, renamed
 from loratool.ops.extract_pairs import (
     Pair,
@@ -18,6 +19,7 @@ from loratool.ops.extract_pairs import (
     join_experts,
     settle_holders,
 )
+from loratool.patterns import find, typed_pattern
 from loratool.plan import Plan, Step, TensorSpec
 from loratool.store.checkpoint import Checkpoint
 
@@ -36,6 +38,7 @@ class ExtractPlan:
         pairs: step index -> pair.
         created: tensors that only TUNED has.
         memory_names: on-disk name -> name that the adapter uses.
+        kept: names of tensors that a regular expression of ``--keep`` finds.
         notes: one sentence each.
     """
 
@@ -43,6 +46,7 @@ class ExtractPlan:
     pairs: tuple[Pair, ...]
     created: tuple[Pair, ...]
     memory_names: Mapping[str, str]
+    kept: frozenset[str] = frozenset()
     notes: tuple[str, ...] = ()
 
 
@@ -103,14 +107,15 @@ def plan_extract(
             )
     matched, created, notes = _match(tuned, base, names)
     whole = [k for k in keep if k not in KEEP_WORDS]
-    factored = _choose(matched, include, [*exclude, *whole])
+    kept = _found(whole, "--keep", [p.name for p in (*matched, *created)])
+    factored = _choose(matched, include, exclude, kept)
     chosen = [replace(pair, is_factored=pair in factored) for pair in matched]
     pairs = settle_holders(join_experts(chosen, base, names), base.config)
     mhas = {p.module for p in pairs if p.is_factored and p.role == "in_proj"}
     steps = [_make_step(p, base, how, _is_mha_output(p, mhas)) for p in pairs]
     memory = {p.name: archs.to_memory(base.model_type, p.name, names) for p in (*pairs, *created)}
     return ExtractPlan(
-        Plan("extract", tuple(steps)), tuple(pairs), tuple(created), memory, tuple(notes)
+        Plan("extract", tuple(steps)), tuple(pairs), tuple(created), memory, kept, tuple(notes)
     )
 
 
@@ -158,31 +163,21 @@ def _match(
     return matched, created, notes
 
 
-def _choose(pairs: Sequence[Pair], include: Sequence[str], exclude: Sequence[str]) -> set[Pair]:
-    wanted = [compile_pattern(i) for i in include]
-    unwanted = [compile_pattern(e) for e in exclude]
+def _choose(
+    pairs: Sequence[Pair], include: Sequence[str], exclude: Sequence[str], kept: frozenset[str]
+) -> set[Pair]:
+    names = [pair.name for pair in pairs]
     able = {"linear", "conv", "experts", "in_proj"}
-    if wanted:
+    if include:
         able |= {"embedding", "head"}
-    chosen = set()
-    for pair in pairs:
-        if pair.role not in able or any(u.search(pair.name) for u in unwanted):
-            continue
-        if not wanted or any(w.search(pair.name) for w in wanted):
-            chosen.add(pair)
-    return chosen
+    wanted = _found(include, "--include", names) if include else frozenset(names)
+    wanted -= _found(exclude, "--exclude", names) | kept
+    return {pair for pair in pairs if pair.role in able and pair.name in wanted}
 
 
-def compile_pattern(text: str) -> re.Pattern[str]:
-    """A regular expression that a user typed.
-
-    Raises:
-        UsageError: it is none.
-    """
-    try:
-        return re.compile(text)
-    except re.error as error:
-        raise UsageError("LT-220", "not a regular expression", key=text, got=str(error)) from error
+def _found(texts: Sequence[str], option: str, names: Sequence[str]) -> frozenset[str]:
+    """The names in which any of the expressions is found."""
+    return frozenset().union(*find([typed_pattern(text, option) for text in texts], names))
 
 
 def _is_mha_output(pair: Pair, mhas: set[str]) -> bool:

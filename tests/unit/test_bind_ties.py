@@ -11,8 +11,8 @@ import pytest
 from loratool.adapter import DeltaSpec, Replacement, TensorRef
 from loratool.archs import tied_tensors
 from loratool.errors import MismatchError
-from loratool.ops import bind_settle
 from loratool.ops.bind import BindOptions, bind, replicate_layers
+from loratool.store import reader
 from loratool.store.checkpoint import Checkpoint
 from tests.unit.test_bind import LLAMA, adapter, base, error, lora, tensor
 
@@ -75,7 +75,8 @@ def test_the_same_change_on_both_stays_tied() -> None:
 
 
 def test_equal_bytes_in_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bind_settle, "_CHUNK", 500)
+    monkeypatch.setattr(reader, "_FIRST_PIECE", 100)
+    monkeypatch.setattr(reader, "_PIECE", 500)
     data = hashlib.sha256(b"x").digest() * 64
     path = tmp_path / "a.bin"
     path.write_bytes(data + data + data[:-1] + b"!")
