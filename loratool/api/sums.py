@@ -139,7 +139,8 @@ def assemble_sum(plan: SumPlan, summed: Summed, first: Adapter) -> Adapter:
 
 def _alphas(plan: SumPlan) -> dict[str, int | None]:
     """Alpha by module; out_proj of nn.MultiheadAttention has that of its in_proj (PEFT)."""
-    found = {m.spec.name: m.shared_alpha for m in plan.modules if not m.is_bias}
+    weights = [m for m in plan.modules if not m.is_bias]
+    found = {m.spec.name: None if plan.is_even else m.shared_alpha for m in weights}
     for module in plan.modules:
         if module.gain != 1:
             mha = module.spec.module.removesuffix(".out_proj")

@@ -78,6 +78,7 @@ class Ratio(click.ParamType[float]):
             help="Cap. The least of all criteria wins.")  # fmt: skip
 @opt.option("-o", "--output", required=True, metavar="OUT", section="Output",
             help="Folder to create; for many adapters the folder of theirs.")  # fmt: skip
+@opt.program
 @opt.writing
 @opt.workers
 @opt.network

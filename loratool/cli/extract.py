@@ -63,6 +63,7 @@ if TYPE_CHECKING:
             help="Folder to create (PEFT).")  # fmt: skip
 @opt.option("--save-residual", metavar="FILE", section="Output",
             help="What merge --residual needs to give TUNED back, bit for bit.")  # fmt: skip
+@opt.program
 @opt.writing
 @opt.resources
 @opt.network

@@ -21,6 +21,7 @@ _HOW = {
     "alpha": "in lora_alpha: tensors copied byte for byte",
     "alpha and sign": "size in lora_alpha, sign in lora_B: exact",
     "factors": "baked into lora_B",
+    "form": "in the form that the program loads",
     "intruders": "intruder dimensions weakened, rank kept",
 }
 
@@ -50,6 +51,7 @@ _HOW = {
 @opt.option("-o", "--output", required=True, metavar="OUT", section="Output",
             help="Folder to create; DIR/ puts results into it under their names.")  # fmt: skip
 @opt.factor_dtype
+@opt.program
 @opt.writing
 @opt.workers
 @opt.network

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from loratool.adapter import Adapter, AdapterFiles, ReadOptions, Source, TensorRef
@@ -53,6 +55,20 @@ def write(
         WEIGHTS_NAME,
         {CONFIG_NAME: new_config(adapter, layout, base_config=base_config)},
     )
+
+
+def read_back(files: AdapterFiles, path: Path) -> Adapter:
+    """The adapter that these files hold, read from their names and configuration."""
+    refs = [
+        TensorRef(path / files.tensor_file, name, source.dtype, source.shape, 0, source.nbytes)
+        for name, source in files.tensors
+    ]
+    json = files.json_files[CONFIG_NAME]
+    config = parse_config(json, None)
+    return replace(
+        read_tensors(refs, config, ReadOptions()), path=path, config=json,
+        key_order=tuple(ref.name for ref in refs), layer_order=config.layer_order,
+    )  # fmt: skip
 
 
 def _unchanged_tensors(adapter: Adapter) -> tuple[tuple[str, Source], ...] | None:

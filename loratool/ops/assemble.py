@@ -96,6 +96,17 @@ def assemble(
     return adapter, outcomes
 
 
+def outline(extract: ExtractPlan, base: Checkpoint) -> Adapter:
+    """The adapter as far as the plan tells: what lies where, in factors of one element."""
+    blank = TensorData("", "F32", (1, 1), b""), TensorData("", "F32", (1, 1), b"")
+    specs = [
+        _make_spec(pair, step, blank, extract, base)
+        for pair, step in zip(extract.pairs, extract.plan.steps, strict=True)
+        if pair.is_factored
+    ]
+    return Adapter(base.path, "peft", tuple(specs))
+
+
 def _outcome(pair: Pair, found: Any) -> Outcome:
     is_equal = found.differing == 0 if hasattr(found, "differing") else found.is_equal
     delta, weight = found.delta_square, getattr(found, "weight_square", 0.0)

@@ -99,8 +99,12 @@ class CompressPlan:
         return len(set(scalings)) > 1
 
 
-def plan_compress(adapter: Adapter) -> CompressPlan:
+def plan_compress(adapter: Adapter, *, one_rank: bool = False) -> CompressPlan:
     """Look at what is in an adapter and refuse what truncation would get wrong.
+
+    Args:
+        adapter: opened.
+        one_rank: of all modules together.
 
     Raises:
         MismatchError: LT-449 DoRA, LT-497 a delta on a changed base, LT-498 anything else that
@@ -110,10 +114,12 @@ def plan_compress(adapter: Adapter) -> CompressPlan:
     specs = tuple(s for s in adapter.specs if s.kind == "lowrank")
     biases = {s.module: s for s in adapter.specs if s.kind == "vector"}
     mhas = {s.module for s in specs if s.parameter == "in_proj_weight"}
+    tied = {s.name for pair in adapter.tied_pairs for s in pair}
+    groups = [Group(tuple(range(len(specs))), 1)] if one_rank else None
     return CompressPlan(
         adapter,
         specs,
-        tuple(_groups(specs, biases, mhas, {s.name for pair in adapter.tied_pairs for s in pair})),
+        tuple(groups or _groups(specs, biases, mhas, tied)),
         tuple(_storage_dtype(s) for s in specs),
         tuple(2.0 if _mha_of(s) in mhas else 1.0 for s in specs),
         biases,

@@ -78,6 +78,7 @@ class SumPlan:
         layer_order: layer_replication of all adapters.
         dtype: of the factors.
         notes: one sentence each.
+        is_even: every module gets the same scaling, 1.
     """
 
     modules: tuple[SumModule, ...]
@@ -88,6 +89,7 @@ class SumPlan:
     layer_order: tuple[int, ...] | None
     dtype: str
     notes: tuple[str, ...]
+    is_even: bool = False
 
 
 def plan_sum(adapters: Sequence[tuple[Adapter, Weight]], *, verb: str) -> SumPlan:

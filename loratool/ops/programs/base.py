@@ -21,10 +21,12 @@ class Rule:
     Attributes:
         verdict: ``no`` (it stops), ``wrong`` (it goes on and computes something else), ``unsure``.
         reason: says whether and why.
+        is_mended: ``--for`` writes the same change in a form in which the rule does not apply.
     """
 
     verdict: str
     reason: Test
+    is_mended: bool = False
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,11 @@ class Program:
         """The worst verdict that a rule gives, with all of its reasons."""
         verdict, reasons = self._verdict(adapter)
         return Loads(self.title, verdict, reasons, self.version, self.source)
+
+    def obstacles(self, adapter: Adapter) -> tuple[str, ...]:
+        """Why it would load the change of an adapter in no form."""
+        rules = [r for r in self.rules if not r.is_mended and r.verdict in ("no", "wrong")]
+        return tuple(why for rule in rules if (why := rule.reason(adapter)))
 
     def room(self, rank: int) -> int | None:
         """The smallest rank that it has room for and that holds this one; None if there is none."""
