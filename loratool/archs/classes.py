@@ -80,5 +80,7 @@ def _stack_or_conv(config: Mapping[str, Any], path: str, shape: Sequence[int]) -
             return "whole"
     elif len(shape) == 3 and shape[2] >= shape[1]:
         return "experts"  # a kernel is shorter than its channels are many
+    if len(shape) > 3 and set(shape[:3]) == {1}:
+        return "whole"  # a vector that is spread over images, such as a norm's
     # One input channel is nearly always one per group, and PEFT merges no groups.
     return "whole" if shape[1] == 1 and shape[0] > 1 else "conv"
