@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from loratool.cli import options as opt
-from loratool.cli.loads import loads_line
+from loratool.cli.loads import loads_lines
 from loratool.cli.progress import show_progress
 from loratool.cli.render import (
     format_bytes,
@@ -63,6 +63,7 @@ if TYPE_CHECKING:
             help="Folder to create (PEFT).")  # fmt: skip
 @opt.option("--save-residual", metavar="FILE", section="Output",
             help="What merge --residual needs to give TUNED back, bit for bit.")  # fmt: skip
+@opt.program
 @opt.writing
 @opt.resources
 @opt.network
@@ -134,7 +135,7 @@ def render(report: ExtractReport, voice: Voice, merge: str) -> Iterator[str]:
         yield line("residual", f"{safe(rest.path)} · {format_bytes(rest.nbytes)}: "
                    f"{rest.elements:,} elements of {plural(rest.patched, 'tensor')}")  # fmt: skip
     if report.loads_in:
-        yield loads_line(report.loads_in)
+        yield from loads_lines(report.loads_in, voice)
     yield line("next", safe(merge, cap=2000), tone="dim")
 
 

@@ -272,6 +272,14 @@ def factor_dtype(command: F) -> F:
     )(command)  # fmt: skip
 
 
+def program(command: F) -> F:
+    """``--for``: commands that write an adapter."""
+    return option(
+        "--for", "program", metavar="peft|vllm|llama.cpp", section="Output",
+        help="As that program loads it: one rank, one alpha/r, nothing that it cannot hold.",
+    )(command)  # fmt: skip
+
+
 def checkpoint_writing(command: F) -> F:
     """``--restart`` and ``--checksum``: commands that write a checkpoint."""
     for add in (

@@ -12,6 +12,13 @@ from loratool.adapter import TensorRef
 from loratool.dtypes import DTYPES
 from loratool.errors import MismatchError, list_some
 from loratool.ops.align import align_names, renamed
+from loratool.ops.extract_pairs import (
+    Pair,
+    Roles,
+    experts_are_turned,
+    join_experts,
+    settle_holders,
+)
 from loratool.patterns import find, typed_pattern
 from loratool.plan import Plan, Step, TensorSpec
 from loratool.store.checkpoint import Checkpoint
@@ -19,43 +26,7 @@ from loratool.store.checkpoint import Checkpoint
 KEEP_WORDS = ("embeddings", "all", "none")
 """Values of ``--keep`` that are no regular expressions."""
 
-_EMBEDDING = re.compile(
-    r"(^|[._])(embed\w*|embeddings?|wte|wpe|shared|embed_(in|out|tokens))\.weight$"
-)
-_HEAD = re.compile(r"(^|\.)(lm_head|embed_out|output_projection)\.weight$")
-_ROUTER = re.compile(r"\.router\.weight$")  # a module class of its own: PEFT cannot target it
-_BUFFER = re.compile(r"\.(running_mean|running_var|num_batches_tracked|position_ids)$")
 _MHA_OUT = re.compile(r"^(?P<mha>.*\.|)out_proj\.weight$")
-
-
-@dataclass(frozen=True)
-class Pair:
-    """One tensor of both checkpoints.
-
-    Attributes:
-        name: on-disk name in the base.
-        base: None if the base has no such tensor.
-        tuned: the fine-tuned one.
-        role: ``linear``, ``conv``, ``embedding``, ``head``, ``experts``, ``in_proj``, ``bias``,
-            ``small``, ``router``, ``buffer`` or ``bare``.
-        is_factored: it becomes a pair of factors.
-    """
-
-    name: str
-    base: TensorRef | None
-    tuned: TensorRef
-    role: str
-    is_factored: bool = False
-
-    @property
-    def module(self) -> str:
-        """On-disk module path."""
-        return self.name.rpartition(".")[0]
-
-    @property
-    def parameter(self) -> str:
-        """Parameter name."""
-        return self.name.rpartition(".")[2]
 
 
 @dataclass(frozen=True)
@@ -134,23 +105,24 @@ def plan_extract(
                 got=checkpoint.quantization,
                 hint="use the 16-bit checkpoints",
             )
-    matched, created, notes = _match(tuned, base)
+    matched, created, notes = _match(tuned, base, names)
     whole = [k for k in keep if k not in KEEP_WORDS]
     kept = _found(whole, "--keep", [p.name for p in (*matched, *created)])
     factored = _choose(matched, include, exclude, kept)
-    mhas = {p.module for p in factored if p.role == "in_proj"}
-    pairs, steps = [], []
-    for pair in matched:
-        one = replace(pair, is_factored=pair in factored)
-        pairs.append(one)
-        steps.append(_make_step(one, base, how, _is_mha_output(one, mhas)))
-    memory = {p.name: archs.to_memory(base.model_type, p.name, names) for p in (*matched, *created)}
+    chosen = [replace(pair, is_factored=pair in factored) for pair in matched]
+    pairs = settle_holders(join_experts(chosen, base, names), base.config)
+    mhas = {p.module for p in pairs if p.is_factored and p.role == "in_proj"}
+    steps = [_make_step(p, base, how, _is_mha_output(p, mhas)) for p in pairs]
+    memory = {p.name: archs.to_memory(base.model_type, p.name, names) for p in (*pairs, *created)}
     return ExtractPlan(
         Plan("extract", tuple(steps)), tuple(pairs), tuple(created), memory, kept, tuple(notes)
     )
 
 
-def _match(tuned: Checkpoint, base: Checkpoint) -> tuple[list[Pair], list[Pair], list[str]]:
+def _match(
+    tuned: Checkpoint, base: Checkpoint, names: str
+) -> tuple[list[Pair], list[Pair], list[str]]:
+    roles = Roles(base, names)
     aliases = archs.tied_tensors(base)
     tuned_aliases = archs.tied_tensors(tuned)
     matched: list[Pair] = []
@@ -165,11 +137,11 @@ def _match(tuned: Checkpoint, base: Checkpoint) -> tuple[list[Pair], list[Pair],
         if other is None and name in aliases:
             other = base.tensors[aliases[name]]
             notes.append(f"{name} is tied in the base: compared with {aliases[name]}")
-        role = _role(name, ref, tuned)
+        role, holder = roles.of(name, ref)
         if other is None:
             created.append(Pair(name, None, ref, role))
         elif other.shape == ref.shape:
-            matched.append(Pair(name, other, ref, role))
+            matched.append(Pair(name, other, ref, role, holder))
         elif role in ("embedding", "head") and other.shape[1:] == ref.shape[1:]:
             created.append(Pair(name, other, ref, role))
             notes.append(f"{name} has {ref.shape[0] - other.shape[0]:+d} rows")
@@ -189,27 +161,6 @@ def _match(tuned: Checkpoint, base: Checkpoint) -> tuple[list[Pair], list[Pair],
             "LT-482", "tensors have different shapes", file=tuned.path, key=list_some(shapes)
         )
     return matched, created, notes
-
-
-def _role(name: str, ref: TensorRef, checkpoint: Checkpoint) -> str:
-    if _BUFFER.search(name) or not DTYPES[ref.dtype].is_mergeable:
-        return "buffer"
-    dims = len(ref.shape)
-    if dims > 1 and 0 in ref.shape:
-        return "bare"
-    if dims <= 1:
-        return "bias" if name.endswith("bias") else "small"
-    if name.endswith("in_proj_weight") and dims == 2:
-        return "in_proj"
-    if not name.endswith(".weight"):
-        return "experts" if dims == 3 and ".experts." in name and "bias" not in name else "bare"
-    if _HEAD.search(name):
-        return "head"
-    if _ROUTER.search(name):
-        return "router"
-    if dims == 2:
-        return "embedding" if _EMBEDDING.search(name) else "linear"
-    return "conv"
 
 
 def _choose(
@@ -236,7 +187,8 @@ def _is_mha_output(pair: Pair, mhas: set[str]) -> bool:
 
 def _make_step(pair: Pair, base: Checkpoint, how: FactorOptions, is_mha_output: bool) -> Step:
     assert pair.base is not None
-    shape, inputs = pair.tuned.shape, (pair.tuned, pair.base)
+    shape = pair.tuned.shape
+    inputs: tuple[TensorRef, ...] = (pair.tuned, pair.base)
     label = TensorSpec(pair.name, "F32", shape)
     if not pair.is_factored:
         flat = pair.tuned.numel
@@ -245,13 +197,19 @@ def _make_step(pair: Pair, base: Checkpoint, how: FactorOptions, is_mha_output: 
         return Step("difference", label, inputs, (1, flat) if len(shape) < 2 else _flat(shape))
     args: dict[str, Any] = {**how.to_args(), "transposed": False}
     view = _flat(shape)
-    if pair.role == "conv":
+    if pair.parts:
+        inputs = tuple(ref for part in pair.parts for ref in (part.tuned, part.base) if ref)
+        args |= {"experts": shape[0], "names": [part.name for part in pair.parts]}
+        view = _flat(pair.parts[0].tuned.shape)
+    elif pair.role == "conv":
         view = (shape[0], pair.tuned.numel // shape[0])
         args["kernel"] = list(shape[2:])
     elif pair.role == "experts":
         args["experts"] = shape[0]
-        args["transposed"] = archs.experts_are_transposed(base.model_type)
-    elif pair.role == "embedding" or archs.is_conv1d(base.model_type, pair.module):
+        args["transposed"] = experts_are_turned(base.config)
+    elif pair.holder == "embedding" or (
+        pair.holder == "linear" and archs.is_conv1d(base.model_type, pair.module)
+    ):
         args["transposed"] = True
     if is_mha_output:
         args["gain"] = 0.5  # PEFT applies this delta twice

@@ -185,8 +185,16 @@ def _whole(alpha: Any, factor: float) -> int | None:
 
 def _bake(adapter: Adapter, factors: Mapping[str, float]) -> dict[str, float]:
     baked: dict[str, float] = {}
+    for embedding, head in adapter.tied_pairs:
+        if factors[embedding.name] != factors[head.name]:
+            raise MismatchError(
+                "LT-468", "ensure_weight_tying: embedding and head have one change",
+                file=adapter.path, key=head.name, expected=factors[embedding.name],
+                got=factors[head.name],
+            )  # fmt: skip
+    turned = {head.name for _, head in adapter.tied_pairs}  # its lora_A is the other's lora_B
     for spec in adapter.specs:
-        key = _scaled_key(spec)
+        key = _scaled_key(spec, ("lora_A",) if spec.name in turned else _SCALED_ROLES)
         if baked.setdefault(key, factors[spec.name]) != factors[spec.name]:
             raise MismatchError(
                 "LT-468", "two modules share a tensor and have different factors",
@@ -195,7 +203,7 @@ def _bake(adapter: Adapter, factors: Mapping[str, float]) -> dict[str, float]:
     return {key: f for key, f in baked.items() if f != 1}
 
 
-def _scaled_key(spec: DeltaSpec) -> str:
-    source = next(spec.fields[role] for role in _SCALED_ROLES if role in spec.fields)
+def _scaled_key(spec: DeltaSpec, roles: Sequence[str]) -> str:
+    source = next(spec.fields[role] for role in roles if role in spec.fields)
     assert isinstance(source, TensorRef)
     return source.name
