@@ -342,7 +342,7 @@ def _make_shard(
 ) -> ShardPlan:
     tensors = tuple(s.output for s in steps)
     kept = {k: v for k, v in shard.metadata.items() if k != "loratool"}  # it speaks of the input
-    metadata = kept | (file_metadata or {})
+    metadata = {**kept, **(file_metadata or {})}
     own = [s.inputs[0] for s in steps if isinstance(s.inputs[0], TensorRef)]
     is_same = (
         not file_metadata
