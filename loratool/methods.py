@@ -13,6 +13,8 @@ from typing import Any
 
 from loratool.errors import UsageError
 
+_LARGEST = 1e30  # of any number
+
 
 @dataclass(frozen=True)
 class Param:
@@ -65,7 +67,7 @@ class Param:
                 number = math.nan
             below = number <= self.low if self.is_open else number < self.low
             wrong = isinstance(value, bool) or below or not number <= self.high
-            if wrong or not math.isfinite(number):
+            if wrong or not abs(number) <= _LARGEST:
                 made = None
             elif isinstance(self.default, int):
                 made = int(number) if number.is_integer() else None

@@ -108,6 +108,10 @@ def rounding_args(exact: bool, rounding: str, seed: int | None) -> dict[str, Any
         raise UsageError("LT-217", "--exact rounds to nearest, --rounding stochastic by chance")
     if seed is not None and rounding != "stochastic":
         raise UsageError("LT-218", "--seed is for --rounding stochastic")
+    if seed is not None and not abs(seed) < 1 << 63:
+        raise UsageError(
+            "LT-272", "--seed out of range", expected="64 bits", got=str(abs(seed))[:20] + "…"
+        )
     if rounding == "stochastic":
         return {"rounding": "stochastic", "seed": seed or 0}
     return {"rounding": "exact"} if exact else {}

@@ -6,8 +6,8 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 
 from loratool.errors import MismatchError, UsageError
+from loratool.store.source import is_weight
 
-_NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)")
 _LAYER = re.compile(r"(?:^|\.)(?:layers?|h|blocks?|transformer_blocks|encoder\.layer)\.(\d+)\.")
 _UNET = re.compile(r"(down|up)_blocks\.(\d+)\.(?:attentions|resnets)\.(\d+)\.|mid_block\.")
 _TEXT = re.compile(r"(^|\.)(text_encoder|text_model|te\d?)(\.|$)")
@@ -84,7 +84,7 @@ def _parse(text: str) -> Sequence[float]:
     if preset is not None:
         return [float(digit) for digit in preset]
     parts = [part.strip() for part in text.split(",")]
-    if len(parts) < 2 or not all(_NUMBER.fullmatch(part) for part in parts):
+    if len(parts) < 2 or not all(map(is_weight, parts)):
         raise UsageError(
             "LT-239", "unknown --blocks", got=text,
             expected=f"{', '.join(PRESETS)}, or one number per block such as 1,0.5,0",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,10 +13,10 @@ from loratool.ops.additive import require_additive
 from loratool.ops.blocks import block_factors
 from loratool.ops.memory_formulas import rescaled_bytes
 from loratool.patterns import Pattern, find, typed_pattern
+from loratool.store.source import is_weight
 
 _DEFAULT_ALPHA = 8  # of PEFT, where the configuration has none
 _SCALED_ROLES = ("lora_B", "delta")
-_NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)")
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,7 @@ def parse_only(items: Sequence[str]) -> list[tuple[Pattern, float]]:
     found = []
     for item in items:
         regex, equals, number = item.rpartition("=")
-        if not equals or not regex or not _NUMBER.fullmatch(number):
+        if not equals or not regex or not is_weight(number):
             raise UsageError(
                 "LT-295", "--only takes a regular expression and a factor", got=item,
                 expected="REGEX=FACTOR, such as mlp=0.5",
