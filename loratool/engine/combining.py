@@ -84,8 +84,12 @@ def combine_factors(
         return sum_factors(
             like, terms, env, gain=gain, alpha=alpha, rank=how.rank and rank, dtype=dtype
         )
-    matrices = list(zip(*(load_pairs(term.spec, env) for term in terms), strict=True))
     keys = random_keys(how.params, like.name, terms)
+    if how.method.space == "factor":
+        apart = _combine_apart(like, terms, env, how, keys, gain)
+        matrices = [(pair,) for pair in load_pairs(apart, env)]
+    else:
+        matrices = list(zip(*(load_pairs(term.spec, env) for term in terms), strict=True))
     made: list[Pair] = []
     square = error = 0.0
     for number in range(len(matrices)):
@@ -151,11 +155,14 @@ def _combine(
 ) -> tuple[Pair, float, float]:
     """Factors of at most ``rank``, ‖Δ‖² of the exact result, and what the cut left out."""
     weights = [t.weight for t in terms]
-    scaled = [(B * t.spec.scaling, A) for (B, A), t in zip(pairs, terms, strict=True)]
+    if how.method.space == "factor":  # combined already, and scaled
+        scaled = list(pairs)
+    else:
+        scaled = [(B * t.spec.scaling, A) for (B, A), t in zip(pairs, terms, strict=True)]
     if how.method.space == "dense":
         return _combine_dense(scaled, weights, how, keys, rank, number)
     if how.method.space == "factor":
-        found = _combine_apart(pairs, terms, how, keys, number)
+        (found,) = scaled
         if how.rank is None:
             return found, product_norm(*found) ** 2, 0.0
         U, S, Vh = product_svd(*found)
@@ -210,23 +217,53 @@ def _combine_dense(
 
 
 def _combine_apart(
-    pairs: Sequence[Pair],
+    like: DeltaSpec,
     terms: Sequence[DeltaPart],
+    env: Env,
     how: Recipe,
     keys: Sequence[int],
-    number: int,
-) -> Pair:
-    """PEFT's way: √|weight · scaling| on both factors, the sign on lora_A."""
-    coefficients = [t.weight * t.spec.scaling for t in terms]
+    gain: float,
+) -> DeltaSpec:
+    """PEFT's way: √|weight · α/r| on both factors as they are stored, the sign on lora_A.
+
+    What is chosen among elements is chosen among all of a tensor: of all experts, and without the
+    zeros around blocks.
+    """
+    specs = [t.spec for t in terms]
+    if len({s.blocks for s in specs}) > 1:
+        specs = [_laid_out(s, env) for s in specs]
+        like = _laid_out(like, env)
+    coefficients = [t.weight * t.spec.scaling / gain for t in terms]
     roots = [abs(c) ** 0.5 for c in coefficients]
     signed = [r if c >= 0 else -r for r, c in zip(roots, coefficients, strict=True)]
-    made = []
-    for side, weights in ((0, roots), (1, signed)):
-        values = torch.stack([pair[side] for pair in pairs])
+    fields = {}
+    for side, role, weights in ((0, "lora_B", roots), (1, "lora_A", signed)):
+        sheets = [_one_below_another(s, role, env) for s in specs]
         stream = [key + side for key in keys]
-        offset = number * values[0].numel()
-        made.append(combine_whole(values, how.method, how.params, weights, stream, offset=offset))
-    return made[0], made[1]
+        made = combine_whole(torch.stack(sheets), how.method, how.params, weights, stream)
+        if side == 0:
+            made *= gain
+            if like.experts:  # PEFT's order of columns
+                made = made.view(like.experts, -1, like.rank).permute(1, 2, 0)
+        shape = like.fields[role].shape
+        fields[role] = make_data(f"{like.name} {role}", made.reshape(shape), "F64")
+    return replace(like, fields=fields, b_order="rank-major")
+
+
+def _laid_out(spec: DeltaSpec, env: Env) -> DeltaSpec:
+    """With the zeros around blocks."""
+    fields = pack_pairs(spec, load_pairs(spec, env), "F64")
+    return replace(spec, fields=fields, blocks=None)
+
+
+def _one_below_another(spec: DeltaSpec, role: str, env: Env) -> torch.Tensor:
+    """A factor as it is stored; lora_B of experts one expert after the other."""
+    tensor = env.load(spec.fields[role]).double().flatten(1)
+    if role == "lora_A" or not spec.experts:
+        return tensor
+    if spec.b_order == "expert-major":
+        return tensor.view(len(tensor), spec.experts, -1).transpose(0, 1).flatten(0, 1)
+    return tensor.view(len(tensor), -1, spec.experts).permute(2, 0, 1).flatten(0, 1)
 
 
 def _on_the_arc(terms: Sequence[DeltaPart], env: Env) -> list[DeltaPart]:

@@ -3,6 +3,7 @@ factor-wise methods are PEFT's own."""
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from safetensors.torch import load_file
 
 import loratool as lt
 from tests.make import random_factors, save_adapter
+from tests.oracle.in_peft import make
 from tests.oracle.method_oracles import injected, key_of, splitmix64
 from tests.oracle.test_combine import dense, distance
 from tests.oracle.test_compress import LOADABLE
@@ -118,3 +120,84 @@ def test_exact_methods_equal_peft(kind: str, tmp_path: Path) -> None:
         for m in SHAPES
     }
     assert distance(dense(tmp_path / "out"), want) <= 1e-5
+
+
+class Layers(torch.nn.Module):
+    """Every layer whose factors PEFT stores in a form of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.emb = torch.nn.Embedding(20, 8)
+        self.conv = torch.nn.Conv2d(4, 6, 3)
+        self.mha = torch.nn.MultiheadAttention(8, 2, batch_first=True)
+        self.first = torch.nn.Linear(8, 12)
+        self.second = torch.nn.Linear(8, 12)
+
+
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "embedding": {"target_modules": ["emb"]},
+    "convolution": {"target_modules": ["conv"]},
+    "attention": {"target_modules": ["mha"]},
+    "rank-stabilised": {"target_modules": ["first"], "use_rslora": True},
+    "blocks": {"target_modules": ["first", "second"], "use_bdlora": {
+        "target_modules_bd_a": ["first"], "target_modules_bd_b": ["second"], "nblocks": 2}},
+}  # fmt: skip
+
+
+def blocks_of(stored: torch.Tensor, made: torch.Tensor) -> torch.Tensor:
+    """The stored blocks of a factor that was written with the zeros around them."""
+    if stored.shape == made.shape:
+        return made
+    rows, cols = (m // s for m, s in zip(made.shape, stored.shape, strict=True))
+    count = max(rows, cols)
+    parts = [row.chunk(count, 1)[i] for i, row in enumerate(made.chunk(count, 0))]
+    assert torch.equal(torch.block_diag(*parts), made)  # type: ignore[no-untyped-call]
+    return torch.cat(parts)
+
+
+@pytest.mark.parametrize("method", [m for m in sorted(PEFT_NAMES) if "dare" not in m])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_factor_methods_take_tensors_as_they_are_stored(
+    layout: str, method: str, tmp_path: Path
+) -> None:
+    """Shares of elements are of what PEFT has in its tensors, not of zeros around blocks."""
+    settings = dict(LAYOUTS[layout])
+    if "use_bdlora" in settings:
+        settings["use_bdlora"] = peft.tuners.lora.config.BdLoraConfig(**settings["use_bdlora"])
+    torch.manual_seed(0)
+    net = Layers()
+    config = peft.LoraConfig(r=4, lora_alpha=6, **settings)
+    a, b = (make(net, tmp_path / str(seed), config, seed) for seed in (1, 2))
+    extra: dict[str, Any] = {} if method == "factors-linear" else {"density": 0.4}
+    model = peft.PeftModel.from_pretrained(copy.deepcopy(net), str(a), adapter_name="a")
+    model.load_adapter(str(b), adapter_name="b")
+    model.add_weighted_adapter(
+        ["a", "b"], [0.7, -0.4], "mix", combination_type=PEFT_NAMES[method], **extra
+    )
+    model.save_pretrained(str(tmp_path / "peft"), selected_adapters=["mix"])
+    lt.merge(
+        [str(a), str(b)], weights=[0.7, -0.4], method=method, params=extra, output=tmp_path / "out"
+    )
+    want = load_file(str(tmp_path / "peft" / "mix" / "adapter_model.safetensors"))
+    ours = load_file(str(tmp_path / "out" / "adapter_model.safetensors"))
+    for key, value in want.items():
+        assert torch.allclose(blocks_of(value, ours[key]), value, rtol=1e-6, atol=1e-7), key
+
+
+@pytest.mark.parametrize("method", ["factors-linear", "factors-ties", "factors-magnitude-prune"])
+def test_factor_methods_on_packed_experts(method: str, tmp_path: Path) -> None:
+    """PEFT refuses these; its functions on the stored tensors are what there is to follow."""
+    names = [str(LLM / "lora_target_params_qwen3moe")] * 2
+    extra: dict[str, Any] = {} if method == "factors-linear" else {"density": 0.4}
+    lt.merge(names, weights=[0.7, 0.4], method=method, params=extra, output=tmp_path / "out")
+    one = load_file(str(LLM / "lora_target_params_qwen3moe" / "adapter_model.safetensors"))
+    ours = load_file(str(tmp_path / "out" / "adapter_model.safetensors"))
+    with lt.open(names[0]) as adapter:
+        scaling = {m.spec.scaling for m in adapter}.pop()
+    kind = {"factors-linear": "task_arithmetic"}.get(method, PEFT_NAMES[method])
+    function = getattr(peft.utils.merge_utils, kind)
+    roots = torch.tensor([(0.7 * scaling) ** 0.5, (0.4 * scaling) ** 0.5])
+    assert any("experts" in key for key in one)
+    for key, value in one.items():
+        want = function([value, value], roots, *extra.values())
+        assert torch.allclose(ours[key], want, rtol=1e-5, atol=1e-7), key
