@@ -189,7 +189,10 @@ def guard_output(output: Path, inputs: Iterable[str | Path | None]) -> None:
 
 def _identities(place: Path) -> Iterator[tuple[int, int]]:
     """(device, inode) of every file of a place, through links to files in it; none of a link."""
-    if os.path.islink(place):  # refused as an output; where it leads is nobody's business
+    try:
+        if place.is_symlink():  # refused as an output; where it leads is nobody's business
+            return
+    except OSError:  # a name that the system refuses
         return
     files = [Path(folder, n) for folder, _, names in os.walk(place) for n in names] or [place]
     for path in files:

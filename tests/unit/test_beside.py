@@ -54,7 +54,10 @@ def beside(world: Path, name: str, tensors: Mapping[str, torch.Tensor]) -> torch
 @pytest.mark.parametrize("prefix", ["base_model.model.", ""])
 def test_whole_tensors_of_trainers_replace(world: Path, stem: str, prefix: str) -> None:
     want = beside(world, f"{stem}.safetensors", {prefix + PROJECTOR: randn(8, 8, seed=9)})
-    assert PROJECTOR in " ".join(lt.inspect(world / "adapter").notes)
+    seen = lt.inspect(world / "adapter")
+    assert PROJECTOR in " ".join(seen.notes) and seen.adapter is not None
+    peft = seen.adapter.loads[0]
+    assert (peft.verdict, peft.reasons) == ("wrong", (f"without {stem}.safetensors",))
     got, report = merge(world)
     assert torch.equal(got[PROJECTOR], want)
     assert any(f"{stem}.safetensors" in note for note in report.notes)
@@ -245,3 +248,10 @@ def test_an_adapter_that_changes_nothing_says_so(world: Path) -> None:
 def test_weights_of_zero_say_so(world: Path) -> None:
     report = lt.merge([f"{world / 'adapter'}:0"], base=world / "base", output=world / "out")
     assert any("nothing changes" in w for w in report.warnings)
+
+
+def test_no_program_loads_an_adapter_without_tensors(world: Path) -> None:
+    save_file({}, world / "adapter" / "adapter_model.safetensors")
+    seen = lt.inspect(world / "adapter").adapter
+    assert seen is not None
+    assert {(p.verdict, p.reasons) for p in seen.loads} == {("no", ("no tensors",))}

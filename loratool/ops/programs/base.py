@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from loratool.adapter import Adapter
+from loratool.adapter import Adapter, TensorRef
 from loratool.report import Loads
 
 Test = Callable[[Adapter], str]
@@ -27,6 +27,17 @@ class Rule:
     verdict: str
     reason: Test
     is_mended: bool = False
+
+
+def _files_beside(adapter: Adapter) -> list[str]:
+    """Files of trained weights that only loratool and the trainer's own code look for."""
+    own = {
+        ref.file for s in adapter.specs for ref in s.fields.values() if isinstance(ref, TensorRef)
+    }
+    refs = [r.source for r in adapter.replacements if isinstance(r.source, TensorRef)]
+    others = {ref.file.name for ref in refs if ref.file not in own} if own else set()
+    carried = {name for name in adapter.extras if name.endswith(".safetensors")}
+    return sorted(others | carried | {b.name for b in adapter.beside})
 
 
 @dataclass(frozen=True)
@@ -78,7 +89,10 @@ class Program:
             return "no", (f"{adapter.dialect} file",)
         if not adapter.config or adapter.dialect == "peft-file":
             return "no", ("no adapter_config.json",)
+        if not adapter.specs and not adapter.replacements:
+            return "no", ("no tensors",)
         found = [(rule.verdict, why) for rule in self.rules if (why := rule.reason(adapter))]
+        found += [("wrong", f"without {name}") for name in _files_beside(adapter)]
         for verdict in _WORST_FIRST:
             reasons = tuple(dict.fromkeys(why for v, why in found if v == verdict))
             if reasons:
