@@ -108,6 +108,8 @@ KINDS = {
                    "left", (5, *CODES)),
     "card": Kind(("card/README.md",), change.card, ("push card me/card --dry-run",),
                  codes=(0, 7, 9)),
+    "pushed": Kind(("card/*.json", "card/*.safetensors"), change.pushed, (
+        "push card me/card --dry-run",), codes=(0, 3, 4, 7, 9)),
     "tokenizer": Kind(("tok/adapter/*.json", "tok/adapter/*.model", "tok/base/*.json",
                        "tok/base/*.model", "tok/base/vocab.txt"), change.tokenizer, (
         f"merge tok/adapter --base tok/base {OUT}", "rescale tok/adapter 2 -o work/out")),
@@ -161,7 +163,7 @@ def meet(name: str, start: int, count: int, site: str, **env: str) -> dict[str, 
     os.environ.update(env)
     if name == "pickle":
         change.open_pickles_in_forks()
-    if name == "card":
+    if name in ("card", "pushed"):
         change.use_hub(env["HF_ENDPOINT"])
     found = Found()
     top = Path(tempfile.mkdtemp(prefix="loratool-mutations-"))
