@@ -21,6 +21,7 @@ from loratool.store.file_kinds import Kind, kind_of
 from loratool.store.jsonfile import check_json_size
 from loratool.store.known_file import SHA256, KnownFile
 from loratool.store.secrets import Finding, Pairs, find_in_bytes, find_in_json
+from loratool.store.source import exists
 from loratool.store.stamps import changed, stamp_of
 
 # What trainers, the Hub's client and file managers leave beside the weights.
@@ -218,7 +219,8 @@ def is_local_path(name: str) -> bool:
     """True if a base model's name is a path on somebody's machine."""
     return (
         name.startswith(("/", "~", "./", "../", "file:")) or "\\" in name or name.count("/") > 1
-        or re.match(r"[A-Za-z]:", name) is not None or ("/" not in name and Path(name).is_dir())
+        or re.match(r"[A-Za-z]:", name) is not None
+        or ("/" not in name and exists(name) and Path(name).is_dir())
     )  # fmt: skip
 
 
