@@ -118,9 +118,9 @@ def _publish(
 
 
 def _repository(path: str, repo: str) -> str:
-    from loratool.store.source import parse_reference
+    from loratool.store.source import exists, parse_reference
 
-    if not Path(path).exists() and Path(repo).exists():
+    if not exists(str(path)) and exists(repo):
         raise UsageError(
             "LT-268", "the arguments are swapped: what is pushed comes first",
             got=f"{path} {repo}", hint=f"loratool push {repo} {path}",

@@ -24,7 +24,7 @@ from loratool.store.checkpoint import Checkpoint, open_checkpoint
 from loratool.store.contained import list_folder
 from loratool.store.header import MAX_HEADER_BYTES
 from loratool.store.layout import what_lies_there
-from loratool.store.source import find_adapter
+from loratool.store.source import exists, find_adapter
 
 NO_ADAPTER = "LT-400"
 """Code of "not an adapter that loratool knows": then a file is taken for a checkpoint."""
@@ -132,7 +132,7 @@ def _can_be_base(name: str) -> bool:
     """True for a Hub name, or a harmless path that is there."""
     if _HUB_NAME.fullmatch(name):
         return True
-    return bool(_PLAIN_NAME.fullmatch(name)) and Path(name).exists()
+    return bool(_PLAIN_NAME.fullmatch(name)) and exists(name)
 
 
 def _adapter_tensors(adapter: Adapter) -> list[TensorRow]:

@@ -18,8 +18,10 @@ from loratool.adapter import Stamp
 from loratool.errors import UnsafeContentError, UsageError, list_some
 from loratool.store.contained import list_folder, open_inside
 from loratool.store.file_kinds import Kind, kind_of
+from loratool.store.jsonfile import check_json_size
 from loratool.store.known_file import SHA256, KnownFile
 from loratool.store.secrets import Finding, Pairs, find_in_bytes, find_in_json
+from loratool.store.source import exists
 from loratool.store.stamps import changed, stamp_of
 
 # What trainers, the Hub's client and file managers leave beside the weights.
@@ -30,6 +32,7 @@ LEFT_OUT = (
 )  # fmt: skip
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[\w.-]{1,96})?")
 _PIECES = re.compile(rb"\n|[A-Za-z0-9+/=]+ \d+\s")  # of sentencepiece, of tiktoken
+_MAX_VALUES = 4_000_000  # of a JSON file; large tokenizers have 2.6 million
 _MARKS = {
     b"\xff\xfe\0\0": "utf-32", b"\0\0\xfe\xff": "utf-32", b"\xff\xfe": "utf-16",
     b"\xfe\xff": "utf-16",
@@ -159,6 +162,7 @@ def _read(path: Path, folder: Path, kind: Kind) -> bytes:
 
 
 def _parsed(data: bytes, path: Path) -> Any:
+    check_json_size(data, path, None, _MAX_VALUES)
     try:
         return json.loads(data, object_pairs_hook=Pairs)
     except (ValueError, RecursionError):
@@ -215,7 +219,8 @@ def is_local_path(name: str) -> bool:
     """True if a base model's name is a path on somebody's machine."""
     return (
         name.startswith(("/", "~", "./", "../", "file:")) or "\\" in name or name.count("/") > 1
-        or re.match(r"[A-Za-z]:", name) is not None or ("/" not in name and Path(name).is_dir())
+        or re.match(r"[A-Za-z]:", name) is not None
+        or ("/" not in name and exists(name) and Path(name).is_dir())
     )  # fmt: skip
 
 

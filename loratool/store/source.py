@@ -109,7 +109,7 @@ def parse_adapter(text: str | Path) -> AdapterArgument:
     if isinstance(text, Path):
         return AdapterArgument(str(text))
     head, colon, tail = text.rpartition(":")
-    if not colon or _exists(text):
+    if not colon or exists(text):
         return AdapterArgument(text)
     if "/" in tail or "\\" in tail:  # hf://…, C:\…
         return AdapterArgument(text)
@@ -213,12 +213,12 @@ def resolve(
     if reference is not None:
         return _from_hub(reference, kind, reach, None)
     path = Path(text)
-    if text.startswith("~") and not _exists(text):
+    if text.startswith("~") and not exists(text):
         try:
             path = path.expanduser()
         except RuntimeError:  # no such user
             pass
-    if text and _exists(str(path)):
+    if text and exists(str(path)):
         real = typed(path)
         origin = None if real == path else path
         return Resolved(real, path.name or path.resolve().name, origin=origin)
@@ -235,7 +235,8 @@ def resolve(
     return _from_hub(reference, kind, reach, "no such local path")
 
 
-def _exists(text: str) -> bool:
+def exists(text: str) -> bool:
+    """True for a path that is there; texts that can be no path are fine."""
     try:
         return Path(text).exists()
     except (OSError, ValueError):  # too long for a name, a NUL
@@ -260,7 +261,7 @@ def _from_hub(reference: HubReference, kind: str, reach: Reach, guess: str | Non
     folder, commit = looked.path, looked.commit
     path = folder.joinpath(*reference.sub.split("/")) if reference.sub else folder
     name = f"{reference.repo_id}@{commit}"
-    if not _exists(str(path)):
+    if not exists(str(path)):
         raise HubError(
             "LT-704", "the repository has no such file", file=name, key=reference.sub,
             hint="check the path after the repository's name",

@@ -34,7 +34,7 @@ from tests.faults.site_of_kinds import make_site
 
 CPU_S = 5.0
 PEAK_BYTES = 300_000_000
-CODES = (0, 3, 4, 6, 8, 9)
+CODES = (0, 3, 4, 8, 9)
 Change = Callable[[bytes, random.Random], bytes]
 
 
@@ -90,11 +90,13 @@ KINDS = {
         f"{GOES_ON} --module-weights in/weights.yaml",
         f"merge in/style in/sql {OUT} --module-weights in/weights.yaml"), codes=(2, *CODES)),
     "recipe": Kind(("in/recipe.yaml",), change.yaml_file, (
-        "run in/recipe.yaml --dry-run", "run in/recipe.yaml"), codes=(2, 5, *CODES)),
+        "run in/recipe.yaml --dry-run", "run in/recipe.yaml"), codes=(2, 5, 6, *CODES)),
     "undo": Kind(("in/undo.safetensors",), change.patch_file, (
-        f"subtract in/style --from in/merged --undo in/undo.safetensors {OUT}",)),
+        f"subtract in/style --from in/merged --undo in/undo.safetensors {OUT}",),
+        codes=(6, *CODES)),
     "residual": Kind(("in/rest.safetensors",), change.patch_file, (
-        f"merge in/lora --base in/base --residual in/rest.safetensors {OUT}",)),
+        f"merge in/lora --base in/base --residual in/rest.safetensors {OUT}",),
+        codes=(6, *CODES)),
     "record": Kind(("work/out/loratool.json",), change.record, MADE, "made", (2, 5, *CODES)),
     "record-in-file": Kind(("work/out.safetensors",), change.record_in_file, (
         f"{ONE} --force", ONE, f"verify work/out.safetensors {T}", "inspect work/out.safetensors",
@@ -108,13 +110,15 @@ KINDS = {
                    "left", (5, *CODES)),
     "card": Kind(("card/README.md",), change.card, ("push card me/card --dry-run",),
                  codes=(0, 7, 9)),
+    "pushed": Kind(("card/*.json", "card/*.safetensors"), change.pushed, (
+        "push card me/card --dry-run",), codes=(0, 3, 4, 7, 9)),
     "tokenizer": Kind(("tok/adapter/*.json", "tok/adapter/*.model", "tok/base/*.json",
                        "tok/base/*.model", "tok/base/vocab.txt"), change.tokenizer, (
         f"merge tok/adapter --base tok/base {OUT}", "rescale tok/adapter 2 -o work/out")),
     "pickle": Kind(("pickle/adapter_model.bin",), change.pickle_file, (
         "inspect pickle --allow-pickle", f"merge pickle --base in/base --allow-pickle {OUT}",
         f"rescale pickle 2 --allow-pickle {OUT}"[:-len(OUT)] + "-o work/out")),
-    "arguments": Kind((), lambda data, _: data, (), codes=(2, 5, 10, *CODES)),
+    "arguments": Kind((), lambda data, _: data, (), codes=(2, 5, 6, 10, *CODES)),
 }  # fmt: skip
 
 
@@ -161,7 +165,7 @@ def meet(name: str, start: int, count: int, site: str, **env: str) -> dict[str, 
     os.environ.update(env)
     if name == "pickle":
         change.open_pickles_in_forks()
-    if name == "card":
+    if name in ("card", "pushed"):
         change.use_hub(env["HF_ENDPOINT"])
     found = Found()
     top = Path(tempfile.mkdtemp(prefix="loratool-mutations-"))

@@ -63,6 +63,7 @@ def make_site(root: str, samples: Sequence[str] | None = LIKE_OURS) -> None:
     (here / "work").rename("left")
     shutil.copytree("in/style", "card")
     (here / "card" / "README.md").write_text(CARD)
+    (here / "card" / "tokenizer.json").write_text(json.dumps(TOKENIZER))
     write_tokenizers(here / "tok")
     write_pickle(here / "pickle")
 

@@ -247,6 +247,15 @@ def test_tables_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     }
     restore(tmp_path, base, tuned, rank=4)
     whole = (tmp_path / "rest.safetensors").read_bytes()
+    for number, change in enumerate((
+        lambda row: row.update(shape=[row["shape"][0]]), lambda row: row.update(dtype="F4"),
+        lambda row: row.update(shape=[3, *row["shape"][1:]]), lambda row: row.update(dtype="I64"),
+    )):  # fmt: skip
+        rest = tmp_path / f"form-{number}.safetensors"
+        rest.write_bytes(whole)
+        rewritten(rest, lambda t, f=change: f(t["tensors"]["layers.0.q_proj.weight"]))
+        code = "LT-328" if number == 1 else "LT-486"
+        refused(code, [lora], base=base, output=tmp_path / "out", residual=rest)
     for code, change in changes.items():
         rest = tmp_path / f"{code}.safetensors"
         rest.write_bytes(whole)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from pathlib import Path
 
 import pytest
@@ -212,3 +213,36 @@ def test_untargeted_modules_are_noted_because_peft_ignores_them(tmp_path: Path) 
     adapter = read(tmp_path, pair("l.q") | pair("l.k"), target_modules=["q"])
     assert any("PEFT would ignore 1 modules" in n and "l.k" in n for n in adapter.notes)
     assert len(adapter.specs) == 2
+
+
+MANY = [f"m{number}" for number in range(110_000)]
+FLOODS = {
+    "rank_pattern": (dict.fromkeys(MANY, 4), "LT-361"),
+    "alpha_pattern": (dict.fromkeys(MANY, 4), "LT-361"),
+    "target_modules": (MANY, "LT-361"),
+    "modules_to_save": (MANY, "LT-361"),
+    "target_parameters": (MANY[:90_000], "LT-361"),
+    "trainable_token_indices": ({name: [1] for name in MANY}, "LT-361"),
+    "use_bdlora": ({"nblocks": 2, "target_modules_bd_a": MANY[:1000]}, "LT-361"),
+    "loftq_config": ([{}] * 300_000, "LT-351"),
+}
+
+
+@pytest.mark.parametrize("field", FLOODS)
+def test_what_a_configuration_makes_us_build_has_limits(tmp_path: Path, field: str) -> None:
+    value, code = FLOODS[field]
+    started = time.process_time()
+    with pytest.raises(BadFileError) as caught:
+        read(tmp_path, pair("q"), **{field: value})
+    assert caught.value.code == code and time.process_time() - started < 5
+    assert len(str(caught.value)) < 1000
+
+
+def test_large_lists_that_are_accepted_take_no_square_of_time(tmp_path: Path) -> None:
+    names = [f"model.layers.{number}.q" for number in range(300)]
+    tensors = {key: shape for name in names for key, shape in pair(name).items()}
+    full = [f"model.layers.{number}.q" for number in range(90_000)]
+    started = time.process_time()
+    read(tmp_path, tensors, target_modules=full, target_parameters=[f"{n}.w" for n in full],
+         rank_pattern=dict.fromkeys(full, 4), modules_to_save=full)  # fmt: skip
+    assert time.process_time() - started < 10

@@ -167,6 +167,11 @@ def tokenizer(data: bytes, rng: random.Random) -> bytes:
     return mutate.mutate_json(data, rng)
 
 
+def pushed(data: bytes, rng: random.Random) -> bytes:
+    """A file of an adapter that is published."""
+    return mutate.mutate_json(data, rng) if data[:1] == b"{" else safetensors(data, rng)
+
+
 # ------------------------------------------------------------------------------- pickles
 
 
