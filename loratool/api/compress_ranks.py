@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from loratool.adapter import AdapterFiles
 from loratool.dialects import write_adapter_files
 from loratool.errors import UsageError
 from loratool.ops.compress import CompressPlan, at_ranks, names_of
-from loratool.store.adapter_writer import file_bytes
+from loratool.store.adapter_writer import entry_bytes, file_bytes
 
 if TYPE_CHECKING:
     from loratool.engine.compressing import Spectrum
@@ -60,15 +61,17 @@ def _within(
 ) -> list[int]:
     """Ranks of the groups whose file fits the limit and keeps the most energy.
 
-    A header's length depends on the ranks in it: the budget starts as if the header were the
-    shortest one and shrinks by what the file is too large.
+    A header's length depends on the ranks in it: the budget starts as if the header were that of
+    rank 1 and shrinks by what the file is too large.
     """
     from loratool.engine.compressing import kept_energy, spend
 
-    def size_at(ranks: Sequence[int]) -> int:
+    def files_at(ranks: Sequence[int]) -> AdapterFiles:
         adapter = at_ranks(plan, _per_spec(plan, ranks), dtypes)
-        files = write_adapter_files(adapter, "peft", base_tensors=names_of(plan.adapter))
-        return file_bytes(files)
+        return write_adapter_files(adapter, "peft", base_tensors=names_of(plan.adapter))
+
+    def size_at(ranks: Sequence[int]) -> int:
+        return file_bytes(files_at(ranks))
 
     costs = [sum(plan.bytes_per_rank(i, dtypes) for i in g.specs) for g in plan.groups]
     least = size_at(_one_at_least(floors))
@@ -77,9 +80,11 @@ def _within(
             "LT-248", "--size is less than what is stored whole", file=plan.adapter.path,
             expected=f"{least} bytes or more", got=limit,
         )  # fmt: skip
-    budget = limit - least + sum(c * f for c, f in zip(costs, _one_at_least(floors), strict=True))
+    every = files_at([1] * len(groups))
+    shares = _shares(plan, every, limit)
+    budget = limit - file_bytes(every) + sum(costs) + sum(shares)
     while True:
-        found = _one_at_least(spend(groups, costs, budget, caps, floors))
+        found = _one_at_least(spend(groups, costs, shares, budget, caps, floors))
         excess = size_at(found) - limit
         if excess <= 0:
             break
@@ -91,6 +96,18 @@ def _within(
             break
         even = [found, ranks]
     return max(even, key=lambda ranks: kept_energy(groups, ranks))
+
+
+def _shares(plan: CompressPlan, files: AdapterFiles, size: int) -> list[int]:
+    """What each group takes in the header of a file that holds all of them."""
+    names = {s.name: spec.name for spec in plan.specs for s in spec.fields.values()}
+    owner = {plan.specs[i].name: number for number, g in enumerate(plan.groups) for i in g.specs}
+    shares = [0] * len(plan.groups)
+    for key, source in files.tensors:
+        number = owner.get(names.get(source.name, source.name))
+        if number is not None:
+            shares[number] += entry_bytes(key, source, size)
+    return shares
 
 
 def _one_at_least(ranks: Sequence[int]) -> list[int]:

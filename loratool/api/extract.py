@@ -32,7 +32,7 @@ from loratool.ops.inputs import Access, OpenedBase, guard_output, open_base
 from loratool.ops.programs import Program, find_program
 from loratool.ops.rank_options import factor_options
 from loratool.report import ExtractReport
-from loratool.store.adapter_writer import file_bytes, fill_adapter
+from loratool.store.adapter_writer import entry_bytes, file_bytes, fill_adapter
 from loratool.store.output_path import check_output
 from loratool.store.provenance import checkpoint_id, provenance_of
 from loratool.store.stamps import take_stamps
@@ -294,13 +294,13 @@ class _Made:
     """An adapter in its form, its files, and what became of every pair.
 
     Attributes:
-        plain_bytes: size of its file without that form.
+        plain: its files without that form.
     """
 
     outcomes: list[Outcome]
     files: AdapterFiles
     fitted: Fitted
-    plain_bytes: int
+    plain: AdapterFiles
 
 
 @dataclass(frozen=True)
@@ -325,7 +325,7 @@ class _Assembly:
         check_files(files, adapter, self.program)
         if resolved.commit:  # where PEFT looks for the base's revision
             files = with_config(files, revision=resolved.commit)
-        return _Made(outcomes, files, fitted, file_bytes(plain))
+        return _Made(outcomes, files, fitted, plain)
 
     def _files(self, adapter: Adapter) -> AdapterFiles:
         return write_adapter_files(
@@ -336,7 +336,7 @@ class _Assembly:
     def build_within(self, results: list[Any], limit: int | None) -> _Made:
         """The same within a number of bytes; zeros that fill up ranks count too."""
         made = self.build(results)
-        plain, budget = made.plain_bytes, limit or 0
+        plain, budget = made.plain, limit or 0
         while limit is not None and file_bytes(made.files) > limit:
             one_rank = self.program is not None
             made = self.build(_spend(self.plan, results, plain, budget, one_rank))
@@ -351,9 +351,9 @@ def with_config(files: AdapterFiles, **more: Any) -> AdapterFiles:
 
 
 def _spend(
-    plan: ExtractPlan, results: list[Any], size: int, limit: int, one_rank: bool
+    plan: ExtractPlan, results: list[Any], files: AdapterFiles, limit: int, one_rank: bool
 ) -> list[Any]:
-    """Cut every module to what a size budget leaves it; ``size`` is that of all uncut."""
+    """Cut every module to what a size budget leaves it; ``files`` holds them uncut."""
     from loratool.engine.slicing import cut, spend
 
     groups = [[i for i in g if results[i].factors] for g in rank_groups(plan)]
@@ -361,14 +361,21 @@ def _spend(
     if one_rank:
         groups = [[i for g in groups for i in g]]
     factors = sum(f.nbytes for g in groups for i in g for f in results[i].factors)
-    # header and kept tensors: lower ranks only make the header shorter
-    fixed = size - factors
+    owner = {
+        id(f): number for number, g in enumerate(groups) for i in g for f in results[i].factors
+    }
+    shares = [0] * len(groups)
+    for key, source in files.tensors:
+        if id(source) in owner:
+            shares[owner[id(source)]] += entry_bytes(key, source, limit)
+    # kept tensors, and their part of the header: lower ranks only make the rest shorter
+    fixed = file_bytes(files) - factors - sum(shares)
     if fixed > limit:
         raise UsageError(
             "LT-234", "--size is less than what is stored whole", expected=f"{fixed} bytes or more",
             got=limit, hint="a larger --size, or --keep none",
         )  # fmt: skip
-    ranks = spend([[results[i] for i in g] for g in groups], limit - fixed)
+    ranks = spend([[results[i] for i in g] for g in groups], shares, limit - fixed)
     out = list(results)
     for group, rank in zip(groups, ranks, strict=True):
         for i in group:

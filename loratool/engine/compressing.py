@@ -16,7 +16,8 @@ from loratool.engine.factors import padded, round_once
 from loratool.engine.kernel import Env, Kernel
 from loratool.errors import NumericError
 from loratool.linalg.product import ProductSVD, factor_product, product_spectrum, split_factors
-from loratool.linalg.rank import RankRule, allocate_ranks, choose_rank
+from loratool.linalg.rank import RankRule, choose_rank
+from loratool.linalg.shares import allocate_with_shares
 from loratool.plan import DeltaPart, Step
 
 _LARGEST_FP16 = 65504.0
@@ -264,19 +265,30 @@ def _capped(sigma: torch.Tensor, rule: RankRule, cap: int | None) -> int:
 def spend(
     groups: Sequence[Sequence[Spectrum]],
     costs: Sequence[int],
+    shares: Sequence[int],
     budget: int,
     caps: Sequence[int],
     floors: Sequence[int],
 ) -> list[int]:
-    """The ranks between floors and caps that keep the most energy within a budget of bytes."""
+    """The ranks between floors and caps that keep the most energy within a budget of bytes.
+
+    Args:
+        groups: spectra of those that have one rank.
+        costs: bytes of one rank of each group.
+        shares: bytes of each group's part of the header.
+        budget: bytes for all of these.
+        caps: largest rank of each group.
+        floors: smallest rank of each group.
+    """
     squares = []
     for group, cap, floor in zip(groups, caps, floors, strict=True):
         joint = torch.zeros(max(cap, *(one.sigma.shape[1] for one in group)), dtype=torch.float64)
         for one in group:
             joint[: one.sigma.shape[1]] += one.joint.square()
         squares.append(joint[floor:cap])
-    budget -= sum(c * f for c, f in zip(costs, floors, strict=True))
-    more = allocate_ranks(squares, costs, budget)
+    there = [c * f + h * (f > 0) for c, f, h in zip(costs, floors, shares, strict=True)]
+    free = [0 if f else h for f, h in zip(floors, shares, strict=True)]
+    more = allocate_with_shares(squares, costs, free, budget - sum(there))
     return [f + k for f, k in zip(floors, more, strict=True)]
 
 

@@ -13,15 +13,18 @@ from loratool.engine.buffers import from_bytes
 from loratool.engine.difference import DifferenceResult
 from loratool.engine.factoring import as_stored
 from loratool.linalg.fit import cast_square
-from loratool.linalg.rank import allocate_ranks
+from loratool.linalg.shares import allocate_with_shares
 
 
-def spend(groups: Sequence[Sequence[DifferenceResult]], budget: int) -> list[int]:
+def spend(
+    groups: Sequence[Sequence[DifferenceResult]], shares: Sequence[int], budget: int
+) -> list[int]:
     """The ranks that leave out the least energy within a budget of bytes.
 
     Args:
         groups: modules that must have one rank lie in one group.
-        budget: bytes for all factors.
+        shares: bytes of each group's part of the header.
+        budget: bytes for all factors, and their part of the header.
     """
     squares, costs = [], []
     for group in groups:
@@ -31,7 +34,7 @@ def spend(groups: Sequence[Sequence[DifferenceResult]], budget: int) -> list[int
             joint[: len(one.spectrum)] += torch.tensor(one.spectrum, dtype=torch.float64)
         squares.append(joint)
         costs.append(sum(bytes_per_rank(one) for one in group))
-    return allocate_ranks(squares, costs, budget)
+    return allocate_with_shares(squares, costs, shares, budget)
 
 
 def bytes_per_rank(result: DifferenceResult) -> int:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from loratool import __version__
-from loratool.adapter import AdapterFiles, TensorData, TensorRef
+from loratool.adapter import AdapterFiles, Source, TensorData, TensorRef
 from loratool.errors import AlreadyMadeError
 from loratool.plan import plain
 from loratool.store.disk import check_space, refusals_as
@@ -76,6 +76,13 @@ def file_bytes(files: AdapterFiles) -> int:
     """Size of the tensor file that would be written."""
     header, _ = build_header([(n, s.dtype, s.shape) for n, s in files.tensors], files.metadata)
     return len(header) + sum(s.nbytes for _, s in files.tensors)
+
+
+def entry_bytes(name: str, source: Source, size: int) -> int:
+    """What a tensor takes in the header of a file of about this size."""
+    header, _ = build_header([(name, source.dtype, source.shape)], {}, align=1)
+    known = len(str(source.nbytes)) + 1  # digits of its offsets where it is the only one
+    return len(header) - 9 - known + 2 * len(str(size))
 
 
 def _size(path: Path) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 import shutil
@@ -14,8 +15,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import loratool as lt
+from loratool.dialects import open_adapter, write_adapter_files
 from loratool.errors import LoratoolError
+from loratool.ops.compress import at_ranks, names_of, plan_compress
 from loratool.report import CompressedAdapter, CompressReport
+from loratool.store.adapter_writer import file_bytes
+from tests.make import random_factors, save_adapter
 from tests.oracle.test_extract import load_in_peft
 from tests.oracle.test_extract_ranks import peft_deltas
 
@@ -359,3 +364,36 @@ def test_report_adds_up_and_dry_run_writes_nothing(tmp_path: Path) -> None:
     lost = math.sqrt(sum(float((old[n] - new[n]).norm()) ** 2 for n in old))
     whole = math.sqrt(sum(float(d.norm()) ** 2 for d in old.values()))
     assert only(wet).relative_error == pytest.approx(lost / whole, rel=1e-6)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_tight_size_is_spent_as_well_as_it_can_be(seed: int, tmp_path: Path) -> None:
+    """Against every choice of ranks: a module that goes gives its part of the header back."""
+    shapes = {f"model.layers.{i}.a_rather_long_name_of_a_module": (6 + 3 * i, 8) for i in range(4)}
+    factors = random_factors(shapes, rank=3, seed=seed)
+    factors = {
+        name: (A, B * 3.0 ** -((i * (seed + 1)) % 4))
+        for i, (name, (A, B)) in enumerate(factors.items())
+    }
+    folder = save_adapter(tmp_path / "in", factors, alpha=3)
+    plan = plan_compress(open_adapter(folder))
+    sigma = {n: torch.linalg.svdvals(B.double() @ A.double()) for n, (A, B) in factors.items()}
+    names = names_of(plan.adapter)
+    sizes: dict[tuple[int, ...], int] = {}
+    for ranks in itertools.product(range(4), repeat=4):
+        if any(ranks):
+            made = at_ranks(plan, ranks, plan.dtypes)
+            sizes[ranks] = file_bytes(write_adapter_files(made, base_tensors=names))
+    kept = {
+        ranks: sum(float(sigma[s.module][:k].square().sum())
+                   for s, k in zip(plan.specs, ranks, strict=True))
+        for ranks in sizes
+    }  # fmt: skip
+    smallest, largest = min(sizes.values()), max(sizes.values())
+    for number in range(12):
+        limit = smallest + (largest - smallest) * number // 12
+        report = only(lt.compress(folder, output=tmp_path / f"out{number}", size=limit))
+        found = {m.name: m.rank for m in report.modules}
+        ranks = tuple(found[s.name] for s in plan.specs)
+        best = max(value for r, value in kept.items() if sizes[r] <= limit)
+        assert sizes[ranks] <= limit and kept[ranks] >= best * (1 - 1e-9), (limit, ranks)

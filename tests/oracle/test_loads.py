@@ -372,3 +372,21 @@ def test_llama_cpp_itself(name: str, llama_cpp: Path, tmp_path: Path) -> None:
         assert total(got) == pytest.approx(total(want), rel=1e-5)
     if said.verdict == "no" and works:  # it writes a file that its loader refuses, or half of one
         assert set(said.reasons) & {"Conv1D", "BD-LoRA", "layer_replication"}, said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [n for n in SAMPLES if (LLM / n / "base/config.json").exists()])
+def test_llama_cpp_takes_what_is_written_for_it(name: str, llama_cpp: Path, tmp_path: Path) -> None:
+    """``--for llama.cpp``: its converter takes every file of which no doubt is said."""
+    out = tmp_path / "out"
+    try:
+        lt.rescale([str(LLM / name)], 1, output=out, program="llama.cpp")
+    except LoratoolError:
+        return
+    works = convert(llama_cpp, out, LLM / name / "base", tmp_path / "out.gguf")
+    assert works or verdict(out, "llama.cpp").verdict == "unsure"
+    if works:
+        with lt.open(out) as opened:
+            want = sum(float(m.norm()) ** 2 for m in opened)
+        got = sum(n**2 for n in sizes(llama_cpp, tmp_path / "out.gguf"))
+        assert got == pytest.approx(want, rel=1e-5)

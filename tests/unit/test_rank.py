@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import random
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from loratool.linalg.rank import RankRule, allocate_ranks, choose_rank
+from loratool.linalg.shares import allocate_with_shares
 
 
 def _sigma(*values: float) -> torch.Tensor:
@@ -153,3 +155,31 @@ def test_budget_of_a_thousand_modules(kind: str) -> None:
     assert time.process_time() - start < 5
     spent = sum(k * c for k, c in zip(ranks, costs, strict=True))
     assert budget - min(costs) < spent <= budget
+
+
+def _cost(costs: list[int], shares: list[int], ranks: tuple[int, ...] | list[int]) -> int:
+    return sum(k * c + (h if k else 0) for k, c, h in zip(ranks, costs, shares, strict=True))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_budget_with_shares_equals_brute_force(seed: int) -> None:
+    """What is there at all costs something: dropping a matrix competes with lower ranks."""
+    rng = random.Random(seed)
+    for _ in range(100):
+        squares, costs, shares = [], [], []
+        for _ in range(rng.randint(1, 5)):
+            values = sorted((rng.random() ** 3 for _ in range(rng.randint(0, 4))), reverse=True)
+            squares.append(torch.tensor(values, dtype=torch.float64))
+            costs.append(rng.choice((1, 2, 3, 5, 7, 11)))
+            shares.append(rng.randint(0, 9))
+
+        cost = functools.partial(_cost, costs, shares)
+        budget = rng.randint(0, cost([len(s) for s in squares]) + 2)
+        best = max(
+            _energy(squares, ranks)
+            for ranks in itertools.product(*(range(len(s) + 1) for s in squares))
+            if cost(ranks) <= budget
+        )
+        ranks = allocate_with_shares(squares, costs, shares, budget)
+        assert cost(ranks) <= budget
+        assert _energy(squares, ranks) == pytest.approx(best, rel=1e-14, abs=0)
