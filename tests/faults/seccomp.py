@@ -99,7 +99,9 @@ class Call:
         """False for files opened to be read, and for what is said on the standard streams."""
         if self.name == "openat":
             return bool(self.args[2] & os.O_CREAT)
-        return not (self.name == "write" and self.args[0] in (1, 2))
+        if self.name == "write":  # to a file, not to a pipe, a socket or an event
+            return self.args[0] not in (1, 2) and self.paths()[0].startswith("/")
+        return True
 
     def paths(self) -> list[str]:
         """The files that it is about, from the root."""
