@@ -158,7 +158,7 @@ def _qkv_rows(total: int, sizes: Mapping[str, int], heads: Heads) -> list[int]:
 
 def _grouped(groups: int, share: int, total: int) -> dict[str, tuple[Span, ...]] | None:
     """Per group: ``share`` query heads, one key head, one value head."""
-    if not groups or not share or total % (groups * (share + 2)):
+    if groups < 1 or share < 1 or total % (groups * (share + 2)):
         return None
     dim = total // (groups * (share + 2))
     width = (share + 2) * dim

@@ -10,7 +10,7 @@ from typing import Any
 from loratool.adapter import Adapter, AdapterFiles, ReadOptions, Source, TensorRef
 from loratool.dialects.peft import read_tensors
 from loratool.dialects.peft_config import parse_config
-from loratool.dialects.peft_keys import living_names
+from loratool.dialects.peft_keys import living_names, sort_tensors
 from loratool.dialects.peft_new import heads_of, new_config
 from loratool.dialects.peft_new_keys import NewLayout, new_tensors
 from loratool.dtypes import DTYPES
@@ -49,12 +49,17 @@ def write(
     tensors = new_tensors(layout)
     # The order in which the safetensors library lays tensors out: wide types first, then by name.
     tensors.sort(key=lambda item: (-DTYPES[item[1].dtype].bits, item[0]))
-    return AdapterFiles(
-        tuple(tensors),
-        {"format": "pt"},
-        WEIGHTS_NAME,
-        {CONFIG_NAME: new_config(adapter, layout, base_config=base_config)},
-    )
+    config = new_config(adapter, layout, base_config=base_config)
+    _check_readable(adapter, tensors, config)
+    return AdapterFiles(tuple(tensors), {"format": "pt"}, WEIGHTS_NAME, {CONFIG_NAME: config})
+
+
+def _check_readable(
+    adapter: Adapter, tensors: Iterable[tuple[str, Source]], config: Mapping[str, Any]
+) -> None:
+    """Nothing is written that the reader of this very dialect would refuse by name or value."""
+    parse_config(config, adapter.path)
+    sort_tensors(TensorRef(adapter.path, key, s.dtype, s.shape, 0, s.nbytes) for key, s in tensors)
 
 
 def read_back(files: AdapterFiles, path: Path) -> Adapter:

@@ -209,7 +209,7 @@ def _place_conv(item: Item, spec: DeltaSpec, target: str, ctx: Context) -> Place
         conv = spec if spec.layout == "conv" else dataclasses.replace(spec, layout="conv")
         return _found(item, BoundDelta(conv, target), "")
     same_kernel = out == shape[0] and filled[1:] == shape[2:]
-    if same_kernel and filled[0] > shape[1] and filled[0] % shape[1] == 0:
+    if same_kernel and 0 < shape[1] < filled[0] and filled[0] % shape[1] == 0:
         return misfit(item, "LT-434", _words(shape), _words((out, *filled)), target)
     return misfit(item, "LT-432", _words(shape), _words((out, *filled)), target)
 

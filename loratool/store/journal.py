@@ -129,6 +129,10 @@ def intact_files(folder: Path, lines: Mapping[str, Finished]) -> dict[str, Finis
 
 def is_plain_name(name: str) -> bool:
     """True for a path with forward slashes that stays in the folder it is relative to."""
+    try:
+        os.fsencode(name)
+    except UnicodeEncodeError:  # half of a surrogate pair that stands for no byte
+        return False
     return "\0" not in name and not {"", ".", ".."} & set(name.split("/"))
 
 

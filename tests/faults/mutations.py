@@ -259,7 +259,7 @@ def main() -> int:
     parser.add_argument("--keep", action="store_true", help="keep the files")
     options = parser.parse_args()
     root = Path(tempfile.mkdtemp(prefix="loratool-site-"))
-    make_site(str(root))
+    make_site(str(root), None)
     os.chdir(root)
     os.environ["LORATOOL_DEBUG"] = "1"
     found = Found()
