@@ -83,7 +83,7 @@ def _read_tokens(
         ref = roles.get("tokens")
         if ref is None:
             continue
-        rows = _rows_of(module, config)
+        rows = _rows_of(module, ref, config)
         if rows is None or len(ref.shape) != 2 or ref.shape[0] != len(rows):
             field = "token_indices" if config.method != "LORA" else "trainable_token_indices"
             raise BadFileError(
@@ -94,9 +94,13 @@ def _read_tokens(
         yield Replacement(f"{module}.weight", ref, "trainable_tokens", rows)
 
 
-def _rows_of(module: str, config: PeftConfig) -> tuple[int, ...] | None:
+def _rows_of(module: str, ref: TensorRef, config: PeftConfig) -> tuple[int, ...] | None:
+    """The row numbers of a module; a tied one that is not named has those of its embedding."""
     indices = config.token_indices
     if indices is None or isinstance(indices, tuple):
         return indices
     fitting = [k for k in indices if module == k or module.endswith(f".{k}")]
-    return indices[max(fitting, key=len)] if fitting else None
+    if fitting:
+        return indices[max(fitting, key=len)]
+    others = {rows for rows in indices.values() if ref.shape and len(rows) == ref.shape[0]}
+    return others.pop() if len(others) == 1 else None

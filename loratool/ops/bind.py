@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from loratool.adapter import Adapter
-from loratool.archs.ties import Tie, find_tie
+from loratool.archs.ties import Tie, find_ties
 from loratool.errors import MismatchError, UsageError
 from loratool.ops.bind_experts import place_flat, place_single
 from loratool.ops.bind_fused import place_fused
@@ -136,26 +136,27 @@ def _choose(
     items: Sequence[Item], adapter: Adapter, checkpoint: Checkpoint, options: BindOptions
 ) -> _Outcome:
     """The first rule, by rank, that places everything; else the error that says most."""
-    tie = find_tie(checkpoint, is_stated=options.untie or options.keep_tied)
+    ties = find_ties(checkpoint, is_stated=options.untie or options.keep_tied)
+    absent = [name for tie in ties for name in tie.missing]
     sample = items[:: max(1, len(items) // _SAMPLE)]
     tried: list[_Outcome] = []
     complete: list[_Outcome] = []
     partial: list[NameRule] = []
-    for rule in name_rules(checkpoint, (i.name for i in items)):
+    for rule in name_rules(checkpoint, (i.name for i in items), absent):
         if complete and rule.rank > complete[0].rule.rank:
             break
         if tried:  # the exact rule is always tried in full, for the report
-            unnamed = len(_try(rule, sample, adapter, checkpoint, options, tie).unnamed)
+            unnamed = len(_try(rule, sample, adapter, checkpoint, options, ties).unnamed)
             if unnamed:
                 partial.extend([rule] if unnamed < len(sample) else [])
                 continue
-        outcome = _try(rule, items, adapter, checkpoint, options, tie)
+        outcome = _try(rule, items, adapter, checkpoint, options, ties)
         tried.append(outcome)
         if not outcome.misfits and _collision(outcome) is None:
             complete.append(outcome)
     if complete:
         return _only_one(complete, checkpoint)
-    tried.extend(_try(rule, items, adapter, checkpoint, options, tie) for rule in partial)
+    tried.extend(_try(rule, items, adapter, checkpoint, options, ties) for rule in partial)
     return _best_effort(tried, items, checkpoint, options)
 
 
@@ -202,11 +203,11 @@ def _try(
     adapter: Adapter,
     checkpoint: Checkpoint,
     options: BindOptions,
-    tie: Tie | None,
+    ties: tuple[Tie, ...],
 ) -> _Outcome:
     version = adapter.config.get("peft_version")
     peft_version = version if isinstance(version, str) else ""
-    context = Context(checkpoint, options, rule.view, tie, peft_version)
+    context = Context(checkpoint, options, rule.view, ties, peft_version)
     context.flag_is_ignored = any(_flag_fails(item, rule, context) for item in items)
     found: list[Found] = []
     misfits: list[Misfit] = []

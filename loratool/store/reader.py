@@ -177,5 +177,19 @@ def have_same_bytes(sources: Sequence[Source]) -> bool:
     return True
 
 
+def read_bytes(source: Source) -> bytes | memoryview:
+    """All bytes of a tensor that is small enough to be held.
+
+    Raises:
+        BadFileError, DiskError, HubError: as `FileReader.read_into`.
+    """
+    if isinstance(source, TensorData):
+        return source.data
+    held = bytearray(source.nbytes)
+    with FileReader() as reader:
+        reader.read_into(source.file, source.start, memoryview(held))
+    return memoryview(held)
+
+
 def _stamp_of(stat: os.stat_result) -> Stamp:
     return (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns)
