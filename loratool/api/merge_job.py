@@ -13,6 +13,7 @@ from loratool.api.common import content_label, option_values
 from loratool.dtypes import DTYPES
 from loratool.errors import MismatchError, UsageError
 from loratool.ops.bind import BindOptions, bind
+from loratool.ops.heads import take_heads
 from loratool.ops.inputs import (
     Access,
     OpenedAdapter,
@@ -82,6 +83,7 @@ class MergeJob:
         operation: what the engine is used for.
         block_elements: block size of the grid; None = the device's.
         warnings: what the user should not overlook.
+        created: tensors of a head that an adapter brings.
     """
 
     adapters: tuple[OpenedAdapter, ...]
@@ -96,6 +98,7 @@ class MergeJob:
     operation: Operation = Operation()
     block_elements: int | None = None
     warnings: tuple[str, ...] = ()
+    created: tuple[str, ...] = ()
 
     @property
     def full_names(self) -> dict[int, str]:
@@ -147,15 +150,17 @@ def prepare_merge(
         guard_output(output, [opened_base.resolved.named, *(a.resolved.named for a in opened)])
         guard_output(output, _files(opened, opened_base))
     kept = [o.weight.kept(o.adapter) for o in opened]
+    acting = [a for a, o in zip(kept, opened, strict=True) if o.weight.value]
+    headed = take_heads(acting, opened_base.checkpoint, names.bind.skip)
     bound = tuple(
-        WeightedAdapter(adapter, o.weight, bind(adapter, opened_base.checkpoint, names.bind))
+        WeightedAdapter(adapter, o.weight, bind(adapter, headed.checkpoint, names.bind))
         for o, adapter in zip(opened, kept, strict=True)
     )
     if kind.check is not None:
         bound = kind.check(bound)
-    checkpoint = _one_checkpoint(bound, opened_base.checkpoint)
+    checkpoint = _one_checkpoint(bound, headed.checkpoint)
     if like is not None:
-        dtype = merged_dtype(opened_base.checkpoint, like)
+        dtype = merged_dtype(checkpoint, like)
     options = {**_options(names, dtype, shard_bytes), **(rounding or {})}
     if module_weights:
         options["module_weights"] = rules_json(module_weights)
@@ -169,6 +174,11 @@ def prepare_merge(
         bound, checkpoint, dtype=dtype, shard_bytes=shard_bytes, file_metadata=metadata,
         rounding=rounding,
     )  # fmt: skip
+    planned = replace(
+        planned,
+        config_changes={**headed.config_changes, **planned.config_changes},
+        notes=(*headed.notes, *planned.notes),
+    )
     if residual is not None:
         planned = patch_merge(planned, checkpoint, residual)
     given = opened if not kind.signs else []  # what is taken out brings no tokenizer along
@@ -188,6 +198,8 @@ def prepare_merge(
         record if with_provenance else {},
         output,
         kind,
+        warnings=headed.warnings,
+        created=headed.created,
     )
     return job if kind.replan is None else kind.replan(job)
 

@@ -157,4 +157,8 @@ def _with_record(job: MergeJob) -> MergeJob:
     signed = zip(job.adapters, job.operation.signs, strict=True)
     out = [(a.adapter, a.weight.times(-1)) for a, sign in signed if sign < 0]
     warnings, notes = compare_with_record(read_record(job.base.checkpoint), out)
-    return replace(job, sidecar_notes=(*job.sidecar_notes, *notes), warnings=tuple(warnings))
+    return replace(
+        job,
+        sidecar_notes=(*job.sidecar_notes, *notes),
+        warnings=(*job.warnings, *warnings),
+    )

@@ -12,6 +12,7 @@ from functools import cache
 from typing import Any
 
 from loratool.archs.base import Table, load_data
+from loratool.archs.heads import class_of, is_language_model
 from loratool.archs.layers import alias_rules, model_types
 from loratool.archs.names import tables_for, to_disk
 from loratool.store.checkpoint import Checkpoint
@@ -63,7 +64,7 @@ def find_ties(checkpoint: Checkpoint, *, is_stated: bool = False) -> tuple[Tie, 
     config = checkpoint.config
     if checkpoint.components:
         return ()
-    row = _row(_class_of(config))
+    row = _row(class_of(config))
     if row is None:
         return _guess(checkpoint, is_stated=is_stated)
     flag = _flag(config)
@@ -163,16 +164,9 @@ def _rows() -> Mapping[str, Mapping[str, Any]]:
 def _row(name: str) -> Mapping[str, Any] | None:
     """What is tied in a class, None if that is not known; nothing where there is no LM head."""
     known = _rows().get(name)
-    has_head = name.endswith(tuple(load_data("facts")["head_classes"]))
-    if known is None and not has_head and ("For" in name or name.endswith("Model")):
+    if known is None and not is_language_model(name) and ("For" in name or name.endswith("Model")):
         return {"default": False, "ties": {}}
     return known
-
-
-def _class_of(config: Mapping[str, Any]) -> str:
-    classes = config.get("architectures")
-    first = classes[0] if isinstance(classes, list) and classes else ""
-    return first if isinstance(first, str) else ""
 
 
 def _flag(config: Mapping[str, Any]) -> bool | None:
@@ -213,7 +207,7 @@ def _guess(checkpoint: Checkpoint, *, is_stated: bool) -> tuple[Tie, ...]:
     heads = _stored_as(checkpoint, tuple(facts["heads"]))
     flag = _flag(checkpoint.config)
     if flag is None:  # old configurations leave it out: a language model lacks its tied head
-        has_class = bool(_class_of(checkpoint.config))
+        has_class = bool(class_of(checkpoint.config))
         flag = has_class and bool(embeddings) != bool(heads)
     if not (is_stated or flag) or not (embeddings or heads):
         return ()

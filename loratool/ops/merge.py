@@ -297,7 +297,7 @@ def _group(
     last = checkpoint.shards[-1].path
     for name in steps:
         ref = checkpoint.tensors.get(name)
-        home[ref.file if ref is not None else last].append(name)
+        home[ref.file if ref is not None and ref.file in home else last].append(name)
     if shard_bytes is None:
         return [(s, s.name, home[s.path]) for s in checkpoint.shards]
     if checkpoint.components:
