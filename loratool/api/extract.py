@@ -20,6 +20,7 @@ from loratool.api.common import (
     run_id,
 )
 from loratool.api.extract_report import planned_report, written_report
+from loratool.archs.heads import is_other_head, task_of
 from loratool.dialects import open_adapter, write_adapter_files
 from loratool.errors import UsageError
 from loratool.ops.assemble import Outcome, assemble, rank_groups
@@ -28,6 +29,7 @@ from loratool.ops.inputs import Access, OpenedBase, guard_output, open_base
 from loratool.ops.rank_options import factor_options
 from loratool.report import ExtractReport
 from loratool.store.adapter_writer import file_bytes, fill_adapter
+from loratool.store.checkpoint import Checkpoint
 from loratool.store.output_path import check_output
 from loratool.store.provenance import checkpoint_id, provenance_of
 from loratool.store.stamps import take_stamps
@@ -178,7 +180,9 @@ def extract(
         restart=restart, inputs=stamps,
     ) as staged:  # fmt: skip
         results = _run(plan, resources, staged, stamps)
-        outcomes, files = _assemble(plan, results, keep, base_opened, limit)
+        outcomes, files = _assemble(
+            plan, results, keep, base_opened, tuned_opened.checkpoint, limit
+        )
         written = fill_adapter(staged, files)
         if save_residual is not None:  # so that no output ever lacks its residual file
             from loratool.api.residual import save_residual as save
@@ -249,6 +253,7 @@ def _assemble(
     results: list[Any],
     keep: Sequence[str],
     base_opened: OpenedBase,
+    tuned: Checkpoint,
     limit: int | None,
 ) -> tuple[list[Outcome], AdapterFiles]:
     resolved = base_opened.resolved
@@ -258,13 +263,20 @@ def _assemble(
         adapter, outcomes = assemble(
             plan, found, keep=keep, base=base_opened.checkpoint, base_model=label
         )
+        task = task_of(tuned.config) if any(is_other_head(r.name) for r in
+                                            adapter.replacements) else ""  # fmt: skip
+        config = base_opened.checkpoint.config
+        names = [n for p in (*plan.pairs, *plan.created) for n in plan.names_of(p)]
         files = write_adapter_files(
-            adapter, "peft", base_config=base_opened.checkpoint.config,
-            base_tensors=plan.memory_names.values(),
+            adapter, "peft", base_tensors=names,
+            base_config={**config, "architectures": [task]} if task else config,
         )  # fmt: skip
+        more: dict[str, Any] = {}
+        if task and files.json_files["adapter_config.json"].get("task_type") is None:
+            more["auto_mapping"] = {"base_model_class": task, "parent_library": "transformers"}
         if resolved.commit:  # where PEFT looks for the base's revision
-            files = with_config(files, revision=resolved.commit)
-        return outcomes, files
+            more["revision"] = resolved.commit
+        return outcomes, with_config(files, **more) if more else files
 
     built = build(results)
     if limit is None or file_bytes(built[1]) <= limit:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from loratool.adapter import ReadOptions, TensorRef
 from loratool.api.common import content_label, option_values
+from loratool.archs.ties import is_embedding
 from loratool.dtypes import DTYPES
 from loratool.errors import MismatchError, UsageError
 from loratool.ops.bind import BindOptions, bind
@@ -26,6 +27,7 @@ from loratool.ops.merge import MergePlan, WeightedAdapter, plan_merge
 from loratool.ops.residual import patch_merge
 from loratool.ops.verify import merged_dtype
 from loratool.ops.weights import Rule, rules_json, unused_rules
+from loratool.plan import Plan
 from loratool.report import MergeReport
 from loratool.store.checkpoint import Checkpoint
 from loratool.store.provenance import adapter_id, checkpoint_id, provenance_of
@@ -162,6 +164,8 @@ def prepare_merge(
     if like is not None:
         dtype = merged_dtype(checkpoint, like)
     options = {**_options(names, dtype, shard_bytes), **(rounding or {})}
+    if scaled := sorted({name for b in bound for name in b.bindings.scales}):
+        options["scaled"] = scaled
     if module_weights:
         options["module_weights"] = rules_json(module_weights)
     record = provenance_of(
@@ -198,7 +202,7 @@ def prepare_merge(
         record if with_provenance else {},
         output,
         kind,
-        warnings=headed.warnings,
+        warnings=(*headed.warnings, *_token_warnings(sidecars, plan) if output else ()),
         created=headed.created,
     )
     return job if kind.replan is None else kind.replan(job)
@@ -243,6 +247,21 @@ def _sidecars(
         if adapter_adds_tokens(folder, base.path):
             tokenizer = folder
     return plan_sidecars(base, adapter_tokenizer=tokenizer, config_changes=planned.config_changes)
+
+
+def _token_warnings(sidecars: Sequence[Sidecar], plan: Plan) -> list[str]:
+    """Ids that the tokenizer may give and the embedding has no row for."""
+    from loratool.store.token_ids import highest_id
+
+    rows = [s.output.shape[0] for s in plan.steps
+            if len(s.output.shape) == 2 and is_embedding(s.output.name)]  # fmt: skip
+    highest = highest_id({s.name: s.read for s in sidecars}) if rows else None
+    if highest is None or highest[0] < min(rows):
+        return []
+    return [
+        f"the tokenizer gives ids up to {highest[0]} ({highest[1]}), the embedding has "
+        f"{min(rows)} rows: such tokens cannot be used"
+    ]
 
 
 def _inputs(opened: Sequence[OpenedAdapter], base: OpenedBase, checksum: bool) -> dict[str, Any]:

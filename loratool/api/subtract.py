@@ -19,6 +19,7 @@ from loratool.ops.subtract import (
     compare_with_record,
     require_reversible,
     require_swappable,
+    require_unscaled,
     without_replacements,
 )
 from loratool.ops.undo import read_undo
@@ -154,9 +155,11 @@ def swap(
 
 def _with_record(job: MergeJob) -> MergeJob:
     """Compare what is taken out with the merged weights' provenance."""
+    record = read_record(job.base.checkpoint)
+    require_unscaled(record, job.bound)
     signed = zip(job.adapters, job.operation.signs, strict=True)
     out = [(a.adapter, a.weight.times(-1)) for a, sign in signed if sign < 0]
-    warnings, notes = compare_with_record(read_record(job.base.checkpoint), out)
+    warnings, notes = compare_with_record(record, out)
     return replace(
         job,
         sidecar_notes=(*job.sidecar_notes, *notes),

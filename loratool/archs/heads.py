@@ -42,7 +42,7 @@ def task_class(adapter: Mapping[str, Any], base: Mapping[str, Any]) -> str:
     auto = adapter.get("auto_mapping")
     named = auto.get("base_model_class") if isinstance(auto, Mapping) else None
     if isinstance(named, str) and _TASK.search(named):
-        return "" if is_language_model(named) else named
+        return task_of({"architectures": [named]})
     ending = load_data("heads")["tasks"].get(adapter.get("task_type"))
     own = class_of(base)
     if not ending or not own:
@@ -51,6 +51,12 @@ def task_class(adapter: Mapping[str, Any], base: Mapping[str, Any]) -> str:
     if str(base.get("model_type", "")).endswith("_text") and not stem.endswith("Text"):
         stem += "Text"  # the text part of a family whose own name is the whole
     return stem + ending
+
+
+def task_of(config: Mapping[str, Any]) -> str:
+    """The class of a checkpoint with a task's head, "" for language models and bare bodies."""
+    name = class_of(config)
+    return name if _TASK.search(name) and not is_language_model(name) else ""
 
 
 def is_other_head(name: str) -> bool:
@@ -89,7 +95,9 @@ def label_count(class_name: str, heads: Mapping[str, tuple[int, ...]]) -> int | 
     return rows.pop() if len(rows) == 1 else None
 
 
-def label_config(config: Mapping[str, Any], count: int, names: Iterable[Any] = ()) -> dict[str, Any]:
+def label_config(
+    config: Mapping[str, Any], count: int, names: Iterable[Any] = ()
+) -> dict[str, Any]:
     """Changes that give a configuration ``count`` labels; none where it has as many.
 
     Args:

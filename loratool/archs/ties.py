@@ -59,7 +59,8 @@ def find_ties(checkpoint: Checkpoint, *, is_stated: bool = False) -> tuple[Tie, 
 
     Args:
         checkpoint: the base.
-        is_stated: the user says that embedding and head are tied.
+        is_stated: the user says that embedding and head are tied; a configuration that says
+            otherwise wins.
     """
     config = checkpoint.config
     if checkpoint.components:
@@ -69,7 +70,7 @@ def find_ties(checkpoint: Checkpoint, *, is_stated: bool = False) -> tuple[Tie, 
         return _guess(checkpoint, is_stated=is_stated)
     flag = _flag(config)
     pairs = row["ties"]
-    if not (is_stated or (row["default"] if flag is None else flag)):
+    if not ((is_stated or row["default"]) if flag is None else flag):
         always = load_data("facts")["always_tied"]
         known = any(t in always for t in model_types(config))
         pairs = {a: b for a, b in pairs.items() if known and not is_head(a)}
@@ -114,7 +115,8 @@ def untied_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def is_head(name: str) -> bool:
     """True for the weight or bias of an output layer over the vocabulary."""
-    return _ends_with(name.rpartition(".")[0], tuple(load_data("facts")["heads"]))
+    module, facts = name.rpartition(".")[0], load_data("facts")
+    return module in facts["outer_heads"] or _ends_with(module, tuple(facts["heads"]))
 
 
 def is_embedding(name: str) -> bool:
@@ -208,8 +210,8 @@ def _guess(checkpoint: Checkpoint, *, is_stated: bool) -> tuple[Tie, ...]:
     flag = _flag(checkpoint.config)
     if flag is None:  # old configurations leave it out: a language model lacks its tied head
         has_class = bool(class_of(checkpoint.config))
-        flag = has_class and bool(embeddings) != bool(heads)
-    if not (is_stated or flag) or not (embeddings or heads):
+        flag = is_stated or (has_class and bool(embeddings) != bool(heads))
+    if not flag or not (embeddings or heads):
         return ()
     source = embeddings[0] if embeddings else _embedding_name(checkpoint)
     head = heads[0] if heads else _head_name(checkpoint)

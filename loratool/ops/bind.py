@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from loratool.adapter import Adapter
-from loratool.archs.ties import Tie, find_ties
+from loratool.archs.ties import Tie, find_ties, follows_vocabulary
 from loratool.errors import MismatchError, UsageError
 from loratool.ops.bind_experts import place_flat, place_single
 from loratool.ops.bind_fused import place_fused
@@ -42,6 +42,7 @@ from loratool.ops.bind_types import (
     Item,
     Misfit,
 )
+from loratool.ops.heads import take_heads
 from loratool.store.checkpoint import Checkpoint
 
 __all__ = [
@@ -50,6 +51,7 @@ __all__ = [
     "BoundDelta",
     "BoundReplacement",
     "bind",
+    "options_needed",
     "replicate_layers",
 ]
 
@@ -121,6 +123,26 @@ def bind(adapter: Adapter, checkpoint: Checkpoint, options: BindOptions | None =
         notes=(*notes, *bindings.notes),
         checkpoint=checkpoint,
     )
+
+
+def options_needed(adapter: Adapter, checkpoint: Checkpoint) -> tuple[str, ...]:
+    """What ``merge`` asks for on top of its defaults to make of a base what PEFT makes of it."""
+    options, flags = BindOptions(), []
+    names = [s.name for s in adapter.specs] + [r.name for r in adapter.replacements]
+    while any(follows_vocabulary(name) for name in names):
+        try:
+            bind(adapter, take_heads([adapter], checkpoint).checkpoint, options)
+            break
+        except MismatchError as error:
+            if error.code == "LT-442" and not options.resize_embeddings:
+                options = replace(options, resize_embeddings=True)
+                flags.append("--resize-embeddings")
+            elif error.code == "LT-440" and not options.untie:
+                options = replace(options, untie=True)
+                flags.append("--untie")
+            else:
+                break
+    return tuple(flags)
 
 
 def _check_options(options: BindOptions) -> None:

@@ -6,11 +6,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from loratool.adapter import Adapter
-from loratool.archs.ties import stored_twins
+from loratool.archs.ties import is_head, stored_twins
 from loratool.ops.bind_place import Context
 from loratool.ops.bind_ties import settle_ties
 from loratool.ops.bind_types import Bindings, BoundDelta, BoundReplacement, Found
 from loratool.ops.bind_vocabulary import follow_vocabulary
+
 
 def settle(found: Sequence[Found], ctx: Context, adapter: Adapter) -> Bindings:
     """Turn placed items into bindings; decide about tied tensors and vocabulary sizes.
@@ -18,7 +19,7 @@ def settle(found: Sequence[Found], ctx: Context, adapter: Adapter) -> Bindings:
     Raises:
         MismatchError: LT-420, LT-421, LT-440, LT-441, LT-443.
     """
-    notes: list[str] = list(_mha_notes(found, ctx))
+    notes: list[str] = [*_mha_notes(found, ctx), *_bias_notes(found, ctx)]
     settled = settle_ties(found, ctx, adapter)
     resized = follow_vocabulary(settled, ctx)
     bindings = Bindings(
@@ -68,3 +69,13 @@ def _mha_notes(found: Sequence[Found], ctx: Context) -> Iterator[str]:
                     f"{item.item.module} lies inside a MultiheadAttention whose in_proj the "
                     "adapter leaves alone: PEFT's forward ignores it, merging adds it"
                 )
+
+
+def _bias_notes(found: Sequence[Found], ctx: Context) -> Iterator[str]:
+    """PEFT's forward leaves the bias of a head out while rows of it are trained."""
+    names = {t for f in found if f.item.is_tokens for t in (f.alias, *f.targets) if t}
+    names |= {n for tie in ctx.ties for n in tie.names if names & set(tie.names)}
+    for bias in sorted(n.removesuffix("weight") + "bias" for n in names if is_head(n)):
+        tied = next((t.stored[0] for t in ctx.ties if bias in t.names), bias)
+        if tied in ctx.checkpoint.tensors:
+            yield f"{bias}: PEFT's forward leaves it out while rows are trained, merged it counts"

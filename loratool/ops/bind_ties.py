@@ -91,11 +91,14 @@ class _Group:
     def _share(self, one: Found, own: Mapping[str, Sequence[Found]]) -> None:
         """Lay a change of the one parameter on every name that has no such change itself."""
         alike = {name: [i for i in items if _kind(i) == _kind(one)] for name, items in own.items()}
-        if _kind(one) == "rows" and len({_numbers(i) for items in alike.values() for i in items}) > 1:
+        if (
+            _kind(one) == "rows"
+            and len({_numbers(i) for items in alike.values() for i in items}) > 1
+        ):
             return  # PEFT ties rows only where all names train the same ones
-        for name, items in alike.items():
-            if not items:
-                self.items[name].append(one)
+        for name, items in self.items.items():
+            if not any(_kind(i) == _kind(one) for i in items):
+                items.append(one)
 
     def main(self, name: str) -> list[Found]:
         """Changes of a name, without trained rows and copies of the base."""
@@ -130,7 +133,8 @@ class _Group:
         """The changes, once, on every stored name."""
         order = [*self.tie.live, *self.tie.names]
         parts = [self._first(order, part) for part in (self._copies, self.main, self.rows)]
-        return [_moved(f, name) for name in self.tie.stored for part in parts for f in part]
+        chosen = _effective([f for part in parts for f in part])
+        return [_moved(f, name) for name in self.tie.stored for f in chosen]
 
     def split(self) -> list[Found]:
         """Every change on its own name; a name that is not read follows the first that is."""
@@ -140,7 +144,7 @@ class _Group:
             if name not in self.tie.live and not items:
                 leader = next((n for n in self.tie.live if not is_head(n)), self.tie.live[0])
                 items = self.items[leader]
-            out += [_moved(f, name) for f in items]
+            out += [_moved(f, name) for f in _effective(items)]
         return out
 
     def note(self, options: BindOptions) -> str:
@@ -168,6 +172,12 @@ def _kind(found: Found) -> str:
     if found.replacement is None:
         return "delta"
     return "copy" if found.replacement.replacement.origin == "base_layer" else "whole"
+
+
+def _effective(items: Sequence[Found]) -> list[Found]:
+    """Without copies of the base where a trained tensor takes their place."""
+    has_whole = any(_kind(f) == "whole" for f in items)
+    return [f for f in items if not (has_whole and _kind(f) == "copy")]
 
 
 def _numbers(found: Found) -> tuple[int, ...] | None:
@@ -212,7 +222,8 @@ def _reason_to_split(group: _Group, ctx: Context) -> str:
         _require_one(group, apart, ctx)
         return ""
     off = "tie_word_embeddings is switched off"
-    written = f"{list_some(tie.missing, 4)} is written, {off}" if tie.missing else off
+    verb = "is" if len(tie.missing) == 1 else "are"
+    written = f"{list_some(tie.missing, 4)} {verb} written, {off}" if tie.missing else off
     if options.untie:
         return f"{written}, as asked"
     if apart:

@@ -66,7 +66,7 @@ def follow_vocabulary(settled: Settled, ctx: Context) -> Resized:
         )
     size = next(iter(given.values()))
     biases = {name: ref for name, ref in followers.items() if is_vocabulary_bias(name)}
-    keys = {key: size for key in _size_keys(ctx.config, old)}
+    keys = dict.fromkeys(_size_keys(ctx.config, old), size)
     before, after = max(old), size
     how = "filled up with zeros" if after > before else "cut"
     return Resized(
@@ -95,19 +95,19 @@ def _resize(name: str, ref: TensorRef, size: int) -> BoundReplacement:
 
 
 def _size_keys(config: Mapping[str, Any], old: set[int]) -> Iterator[str]:
-    """Every place of ``config.json`` that states the size, or leaves it to a default."""
+    """Every place of ``config.json`` that states the size, and the one where it is a default."""
     text = config.get("text_config")
     if isinstance(text, Mapping):
         yield f"text_config.{_SIZE}"
     if _SIZE in config or not isinstance(text, Mapping):
         yield _SIZE
-    for path, part in _nested(config, ""):
-        if path != "text_config" and part.get(_SIZE) in old:
-            yield f"{path}.{_SIZE}"
+    yield from (key for key, value in _sizes(config, "") if value in old)
 
 
-def _nested(config: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+def _sizes(config: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, int]]:
+    """Dotted keys such as ``decoder_vocab_size``, at any depth."""
     for key, value in config.items():
         if isinstance(value, Mapping):
+            yield from _sizes(value, f"{prefix}{key}.")
+        elif type(value) is int and (key == _SIZE or key.endswith(f"_{_SIZE}")):
             yield prefix + key, value
-            yield from _nested(value, f"{prefix}{key}.")

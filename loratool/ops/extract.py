@@ -8,53 +8,16 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from loratool import archs
-from loratool.adapter import TensorRef
 from loratool.dtypes import DTYPES
-from loratool.errors import MismatchError, UsageError, list_some
-from loratool.ops.align import align_names, renamed
+from loratool.errors import MismatchError, UsageError
+from loratool.ops.pairing import Pair, pair_tensors
 from loratool.plan import Plan, Step, TensorSpec
 from loratool.store.checkpoint import Checkpoint
 
 KEEP_WORDS = ("embeddings", "all", "none")
 """Values of ``--keep`` that are no regular expressions."""
 
-_EMBEDDING = re.compile(
-    r"(^|[._])(embed\w*|embeddings?|wte|wpe|shared|embed_(in|out|tokens))\.weight$"
-)
-_HEAD = re.compile(r"(^|\.)(lm_head|embed_out|output_projection)\.weight$")
-_ROUTER = re.compile(r"\.router\.weight$")  # a module class of its own: PEFT cannot target it
-_BUFFER = re.compile(r"\.(running_mean|running_var|num_batches_tracked|position_ids)$")
 _MHA_OUT = re.compile(r"^(?P<mha>.*\.|)out_proj\.weight$")
-
-
-@dataclass(frozen=True)
-class Pair:
-    """One tensor of both checkpoints.
-
-    Attributes:
-        name: on-disk name in the base.
-        base: None if the base has no such tensor.
-        tuned: the fine-tuned one.
-        role: ``linear``, ``conv``, ``embedding``, ``head``, ``experts``, ``in_proj``, ``bias``,
-            ``small``, ``router``, ``buffer`` or ``bare``.
-        is_factored: it becomes a pair of factors.
-    """
-
-    name: str
-    base: TensorRef | None
-    tuned: TensorRef
-    role: str
-    is_factored: bool = False
-
-    @property
-    def module(self) -> str:
-        """On-disk module path."""
-        return self.name.rpartition(".")[0]
-
-    @property
-    def parameter(self) -> str:
-        """Parameter name."""
-        return self.name.rpartition(".")[2]
 
 
 @dataclass(frozen=True)
@@ -66,6 +29,9 @@ class ExtractPlan:
         pairs: step index -> pair.
         created: tensors that only TUNED has.
         memory_names: on-disk name -> name that the adapter uses.
+        places: on-disk name -> all names that the adapter uses, where there are several: the
+            modules of a tied tensor.
+        absent: heads of the base that TUNED lacks.
         notes: one sentence each.
     """
 
@@ -73,7 +39,13 @@ class ExtractPlan:
     pairs: tuple[Pair, ...]
     created: tuple[Pair, ...]
     memory_names: Mapping[str, str]
+    places: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    absent: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+
+    def names_of(self, pair: Pair) -> tuple[str, ...]:
+        """Every name under which the adapter holds a tensor."""
+        return self.places.get(pair.name) or (self.memory_names[pair.name],)
 
 
 @dataclass(frozen=True)
@@ -131,79 +103,28 @@ def plan_extract(
                 got=checkpoint.quantization,
                 hint="use the 16-bit checkpoints",
             )
-    matched, created, notes = _match(tuned, base)
+    paired = pair_tensors(tuned, base)
     whole = [k for k in keep if k not in KEEP_WORDS]
-    factored = _choose(matched, include, [*exclude, *whole])
+    factored = _choose(paired.matched, include, [*exclude, *whole])
     mhas = {p.module for p in factored if p.role == "in_proj"}
     pairs, steps = [], []
-    for pair in matched:
+    for pair in paired.matched:
         one = replace(pair, is_factored=pair in factored)
         pairs.append(one)
         steps.append(_make_step(one, base, how, _is_mha_output(one, mhas)))
-    memory = {p.name: archs.to_memory(base.model_type, p.name, names) for p in (*matched, *created)}
+    places = {
+        p.name: tuple(archs.to_memory(base.model_type, n, names) for n in paired.places[p.name])
+        for p in (*paired.matched, *paired.created)
+        if p.name in paired.places
+    }
+    memory = {
+        p.name: places.get(p.name, (archs.to_memory(base.model_type, p.name, names),))[0]
+        for p in (*paired.matched, *paired.created)
+    }
+    plan = Plan("extract", tuple(steps))
     return ExtractPlan(
-        Plan("extract", tuple(steps)), tuple(pairs), tuple(created), memory, tuple(notes)
+        plan, tuple(pairs), paired.created, memory, places, paired.absent, paired.notes
     )
-
-
-def _match(tuned: Checkpoint, base: Checkpoint) -> tuple[list[Pair], list[Pair], list[str]]:
-    aliases = archs.tied_tensors(base)
-    tuned_aliases = archs.tied_tensors(tuned)
-    matched: list[Pair] = []
-    created: list[Pair] = []
-    notes: list[str] = []
-    shapes: list[str] = []
-    aligned = align_names(tuned, base)
-    if renamed(aligned):
-        notes.append(f"{renamed(aligned)} tensors go by other names in the fine-tune")
-    for name, ref in aligned.items():
-        other = base.tensors.get(name)
-        if other is None and name in aliases:
-            other = base.tensors[aliases[name]]
-            notes.append(f"{name} is tied in the base: compared with {aliases[name]}")
-        role = _role(name, ref, tuned)
-        if other is None:
-            created.append(Pair(name, None, ref, role))
-        elif other.shape == ref.shape:
-            matched.append(Pair(name, other, ref, role))
-        elif role in ("embedding", "head") and other.shape[1:] == ref.shape[1:]:
-            created.append(Pair(name, other, ref, role))
-            notes.append(f"{name} has {ref.shape[0] - other.shape[0]:+d} rows")
-        else:
-            shapes.append(f"{name} {list(other.shape)} → {list(ref.shape)}")
-    missing = [n for n in base.tensors if n not in aligned and n not in tuned_aliases]
-    if missing:
-        raise MismatchError(
-            "LT-481",
-            f"{len(missing)} tensors of the base are missing from the fine-tune",
-            file=tuned.path,
-            key=list_some(missing),
-            hint="are these checkpoints of one model?",
-        )
-    if shapes:
-        raise MismatchError(
-            "LT-482", "tensors have different shapes", file=tuned.path, key=list_some(shapes)
-        )
-    return matched, created, notes
-
-
-def _role(name: str, ref: TensorRef, checkpoint: Checkpoint) -> str:
-    if _BUFFER.search(name) or not DTYPES[ref.dtype].is_mergeable:
-        return "buffer"
-    dims = len(ref.shape)
-    if dims <= 1:
-        return "bias" if name.endswith("bias") else "small"
-    if name.endswith("in_proj_weight") and dims == 2:
-        return "in_proj"
-    if not name.endswith(".weight"):
-        return "experts" if dims == 3 and ".experts." in name and "bias" not in name else "bare"
-    if _HEAD.search(name):
-        return "head"
-    if _ROUTER.search(name):
-        return "router"
-    if dims == 2:
-        return "embedding" if _EMBEDDING.search(name) else "linear"
-    return "conv"
 
 
 def _choose(pairs: Sequence[Pair], include: Sequence[str], exclude: Sequence[str]) -> set[Pair]:

@@ -15,7 +15,6 @@ from typing import Any
 from loratool.adapter import Adapter, Source, TensorRef
 from loratool.archs import to_disk, to_memory
 from loratool.archs.heads import (
-    class_of,
     has_pooler,
     is_other_head,
     is_pooler,
@@ -184,10 +183,4 @@ def _said(name: str, head: Collection[str], left: Sequence[str], count: int | No
     labels = f" with {count} label{'s' * (count != 1)}" if count is not None else ""
     parts = sorted({n.partition(".")[0] for n in head})
     said = f"the head of the adapter ({', '.join(parts)}) makes the output a {name}{labels}"
-    return f"{said}; {list_some(left, 3)} of the base is left out" if left else said
-
-
-def other_class(config: Mapping[str, Any]) -> str:
-    """The class of a checkpoint with a task's head, "" for language models and bare bodies."""
-    name = class_of(config)
-    return name if task_class({"auto_mapping": {"base_model_class": name}}, config) else ""
+    return f"{said}; left out of the base: {list_some(left, 3)}" if left else said

@@ -69,6 +69,23 @@ def _require_sums(one: WeightedAdapter) -> None:
         )  # fmt: skip
 
 
+def require_unscaled(record: Mapping[str, Any] | None, adapters: Iterable[WeightedAdapter]) -> None:
+    """Refuse to subtract from a sum that a merge multiplied afterwards (an untied T5 head).
+
+    Raises:
+        MismatchError: an adapter changes such a tensor.
+    """
+    options = (record or {}).get("options")
+    scaled = options.get("scaled") if isinstance(options, dict) else None
+    for one in adapters:
+        lost = [b.target for b in one.bindings.deltas if b.target in (scaled or ())]
+        if lost:
+            raise MismatchError(
+                "LT-422", "the merge multiplied this sum: the change is not in it as it was",
+                file=one.adapter.path, key=list_some(lost), hint=_WAY_OUT,
+            )  # fmt: skip
+
+
 def compare_with_record(
     record: Mapping[str, Any] | None, adapters: Iterable[tuple[Adapter, Weight]]
 ) -> tuple[list[str], list[str]]:
