@@ -4,9 +4,9 @@ Public names are resolved on first use, so that importing the package costs noth
 pulls in torch.
 """
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING, Any
+TYPE_CHECKING = False  # typing takes ten times as long to import as this package
+if TYPE_CHECKING:
+    from typing import Any
 
 __version__ = "0.1.0"
 
@@ -63,7 +63,7 @@ if TYPE_CHECKING:
     from loratool.errors import LoratoolError
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> "Any":
     if name in _EXPORTS:
         from importlib import import_module
 

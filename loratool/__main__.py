@@ -1,6 +1,9 @@
 """``python -m loratool``."""
 
-from loratool.cli import main
-
 if __name__ == "__main__":
-    main()
+    try:
+        from loratool.cli import main
+
+        main()
+    except KeyboardInterrupt:  # before `main` has caught it: nothing has begun
+        raise SystemExit(130) from None

@@ -15,6 +15,9 @@ from typing import Any
 
 from loratool.dtypes import numel, tensor_bytes
 
+Stamp = tuple[int, int, int, int, int]
+"""(device, inode, size, mtime, ctime in ns) of a file: differs if it changed or was replaced."""
+
 
 @dataclass(frozen=True)
 class TensorRef:
@@ -27,6 +30,7 @@ class TensorRef:
         shape: as stored.
         start: absolute offset of the first byte in the file.
         nbytes: length in bytes.
+        stamp: of the file when its header was read; None for a file that loratool is writing.
     """
 
     file: Path
@@ -35,6 +39,7 @@ class TensorRef:
     shape: tuple[int, ...]
     start: int
     nbytes: int
+    stamp: Stamp | None = field(default=None, compare=False, repr=False)
 
     @property
     def numel(self) -> int:
@@ -161,7 +166,8 @@ class Adapter:
             (training-only state); reported, never dropped in silence.
         layer_order: layer_replication: base layer index for each layer of the adapter's model.
         notes: facts about the reading that a user should know, one sentence each.
-        extras: other files that belong to it (tokenizer, chat template), by path.
+        extras: other files that belong to it (tokenizer, chat template): name in its folder ->
+            where the file really lies.
     """
 
     path: Path
@@ -175,7 +181,7 @@ class Adapter:
     unclaimed: tuple[TensorRef, ...] = ()
     layer_order: tuple[int, ...] | None = None
     notes: tuple[str, ...] = ()
-    extras: tuple[Path, ...] = ()
+    extras: Mapping[str, Path] = field(default_factory=dict)
 
     @property
     def label(self) -> str:

@@ -28,11 +28,15 @@ _SHORTEST_SECRET = 8  # shorter values would blank out ordinary words
 
 def redact(text: str) -> str:
     """Blank out Hub tokens, also those of the environment, and ``user:password@`` in URLs."""
-    for name in _SECRET_VARIABLES:
-        secret = os.environ.get(name, "").strip()
-        if len(secret) >= _SHORTEST_SECRET:
-            text = text.replace(secret, "***")
+    for secret in own_secrets():
+        text = text.replace(secret, "***")
     return _LOGIN.sub("***@", TOKEN.sub("hf_***", text))
+
+
+def own_secrets() -> list[str]:
+    """Tokens in the environment."""
+    found = (os.environ.get(name, "").strip() for name in _SECRET_VARIABLES)
+    return [secret for secret in found if len(secret) >= _SHORTEST_SECRET]
 
 
 places: dict[str, str] = {}

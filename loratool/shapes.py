@@ -38,8 +38,31 @@ def checked(
     """
     import msgspec
 
+    return _refused(lambda: msgspec.convert(value, shape), refuse)
+
+
+def checked_json(
+    data: bytes, shape: type[T], refuse: Callable[[str | None, str, str | None], NoReturn]
+) -> T:
+    """`checked` for JSON text; what the shape does not name is not even built.
+
+    Args:
+        data: in UTF-8.
+        shape: what is accepted.
+        refuse: see `checked`.
+    """
+    import msgspec
+
+    return _refused(lambda: msgspec.json.decode(data, type=shape), refuse)
+
+
+def _refused(
+    build: Callable[[], T], refuse: Callable[[str | None, str, str | None], NoReturn]
+) -> T:
+    import msgspec
+
     try:
-        return msgspec.convert(value, shape)
+        return build()
     except msgspec.ValidationError as error:
         found = _MESSAGE.fullmatch(str(error))
         if found is None:  # "Object missing required field `a`", an invalid value
@@ -49,6 +72,8 @@ def checked(
             _place(found["key"] or ""), found["expected"].replace("`", ""),
             found["got"] and found["got"].replace("`", ""),
         )  # fmt: skip
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        refuse(None, "JSON", "other text")
     except RecursionError:
         refuse(None, "data that is nested less deeply", None)
 

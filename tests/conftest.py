@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 
 import pytest
 
 DATA = Path(__file__).parent / "data"
+
+for _name in ("SIGINT", "SIGHUP"):
+    # A suite that nohup or a shell's `&` started would pass "ignored" on to every program it runs;
+    # a signal that is handled here has its default there.
+    _number = getattr(signal, _name, None)
+    if _number is not None and signal.getsignal(_number) is signal.SIG_IGN:
+        signal.signal(_number, lambda *_: None)
 
 
 @pytest.fixture

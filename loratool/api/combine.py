@@ -10,18 +10,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loratool.adapter import Adapter, ReadOptions
-from loratool.api.common import content_label, option_values, parse_dtype, parse_size
+from loratool.api.common import Limits, content_label, option_values, parse_dtype
 from loratool.api.sums import Summed, assemble_sum, run_sum
 from loratool.dialects import open_adapter, write_adapter_files
-from loratool.errors import DiskError, UsageError
+from loratool.errors import UsageError
 from loratool.methods import Method, find_method, parse_params
 from loratool.ops.adapter_summary import dtype_word
 from loratool.ops.batch import output_folder
-from loratool.ops.combine import arc_weights, dense_bytes, plan_combine, rank_of
+from loratool.ops.combine import arc_weights, memory_needs, plan_combine, rank_of
 from loratool.ops.consent import agree_to_read
 from loratool.ops.inputs import Access, OpenedAdapter, guard_output, open_adapters
 from loratool.ops.loads import judge_loads
-from loratool.ops.memory import TORCH_BYTES
 from loratool.ops.rank_options import MAX_RANK
 from loratool.ops.sums import SumPlan, compared_ranges
 from loratool.ops.weights import Weight, read_module_weights, rules_json, unused_rules
@@ -109,17 +108,23 @@ def combine(
     plan = replace(plan, notes=(*plan.notes, *unused_rules([o.adapter for o in opened], rules)))
     if wanted := parse_dtype(dtype):
         plan = replace(plan, dtype=wanted)
-    workers, peak = _plan_memory(plan, row, rank, threads, parse_size(max_memory))
+    needs, kept = memory_needs(plan, row, rank)
+    memory = Limits(threads, max_memory).plan(
+        needs, kept=kept,
+        hint="--method cat, svd or core" if row.space in ("dense", "joint") else "",
+    )  # fmt: skip
     labels = tuple({"label": o.resolved.label, **o.weight.to_json()} for o in opened)
     kind = DifferenceReport if minus else CombineReport
-    job = _Job(kind, row, values, rank, plan, labels, target, peak, started)
+    job = _Job(kind, row, values, rank, plan, labels, target, memory.peak_bytes, started)
     if dry_run:
         return job.report(None, 0, ())
     check_output(target, is_folder=True, force=force)
     if row.name == "cat" and not wanted and [w for _, w in weighed] == [Weight()]:
         adapter, summed = opened[0].adapter, None
     else:
-        summed = run_sum(plan, rank, method=row, params=values, threads=workers, progress=progress)
+        summed = run_sum(
+            plan, rank, method=row, params=values, threads=memory.threads, progress=progress
+        )
         adapter = assemble_sum(plan, summed, opened[0].adapter)
     record: dict[str, Any] = {}
     if provenance:
@@ -160,31 +165,6 @@ def _check_rank(rank: int | None) -> None:
         raise UsageError("LT-229", "--rank out of range", expected=f"1 to {MAX_RANK}", got=rank)
 
 
-def _plan_memory(
-    plan: SumPlan, method: Method, rank: int | None, threads: int | None, limit: int | None
-) -> tuple[int, int]:
-    """Workers, and the peak with so many of the largest modules at once."""
-    from loratool.engine.device import available_memory, default_threads
-
-    sizes = sorted(
-        (dense_bytes(m, rank_of(m, method, rank), method) for m in plan.modules if not m.is_bias),
-        reverse=True,
-    )
-    made = sum(8 * rank_of(m, method, rank) * sum(m.shape) for m in plan.modules if not m.is_bias)
-    limit = limit if limit is not None else available_memory()
-    workers = threads or default_threads()
-    peak = TORCH_BYTES["cpu"] + made + sum(sizes[:workers])
-    while limit is not None and peak > limit and workers > 1:
-        workers -= 1
-        peak = TORCH_BYTES["cpu"] + made + sum(sizes[:workers])
-    if limit is not None and peak > limit:
-        raise DiskError(
-            "LT-605", "the plan needs more memory than there is", expected=f"{peak / 1e6:.0f} MB",
-            got=f"{limit / 1e6:.0f} MB", hint="raise --max-memory, or --method cat, svd or core",
-        )  # fmt: skip
-    return workers, peak
-
-
 def _inputs(opened: Sequence[OpenedAdapter]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for one in opened:
@@ -202,7 +182,7 @@ def _write(
 ) -> int:
     from loratool.store.adapter_writer import write_adapter
 
-    extras = next((o.adapter.extras for o in opened if o.adapter.extras), ())
+    extras = next((o.adapter.extras for o in opened if o.adapter.extras), {})
     files = write_adapter_files(adapter)
     return write_adapter(files, target, record=record, force=force, extras=extras)
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,8 +14,10 @@ from typing import TYPE_CHECKING, Any
 from loratool import __version__
 from loratool.dtypes import BY_WORD
 from loratool.errors import UsageError, redact
-from loratool.ops.memory import MemoryPlan, plan_memory
+from loratool.ops.memory import MemoryPlan, plan_memory, plan_modules
+from loratool.report.chart import check_chart
 from loratool.store.header import HARD_HEADER_BYTES, MAX_HEADER_BYTES
+from loratool.store.new_file import check_new_files
 from loratool.store.rules import FileRules
 
 if TYPE_CHECKING:
@@ -56,6 +59,19 @@ def file_rules(max_header: str | int | None, allow_pickle: bool) -> FileRules:
             got=size,
         )  # fmt: skip
     return FileRules(MAX_HEADER_BYTES if size is None else size, allow_pickle)
+
+
+def check_files(csv: str | Path | None, plot: str | Path | None) -> None:
+    """Refuse a table or a picture that cannot be written, before the work.
+
+    Raises:
+        UsageError: LT-249, no picture can be drawn.
+        OutputError: LT-508, a name that is taken.
+        DiskError: LT-602, no folder.
+    """
+    if plot is not None:
+        check_chart(Path(plot))
+    check_new_files([Path(p) for p in (csv, plot) if p is not None])
 
 
 def parse_dtype(text: str) -> str | None:
@@ -127,28 +143,77 @@ def plan_resources(
         UsageError: no such device, or a nonsensical number of threads.
         DiskError: more memory would be needed than there is.
     """
-    from loratool.engine.device import available_memory, default_threads, resolve_device
+    limits = Limits(threads, max_memory)
+    limits.check_torch()
+    from loratool.engine.device import resolve_device
     from loratool.engine.run import RunOptions
 
-    if threads is not None and threads < 1:
-        raise UsageError("LT-215", "number of threads", expected="1 or more", got=threads)
     factors = any(step.op == "subtract_and_factor" for step in plan.steps)
     where, reason = resolve_device(device, is_arithmetic=factors)
     if where.type == "cuda" and factors:
         chunk_bytes = chunk_bytes or _CUDA_FACTORING_CHUNK
         block_elements = block_elements or _CUDA_FACTORING_CHUNK // 2
-    limit = parse_size(max_memory)
     memory = plan_memory(
         plan,
         device=where.type,
-        threads=threads or default_threads(),
+        threads=limits.workers,
         chunk_bytes=chunk_bytes,
-        limit=limit if limit is not None else available_memory(),
+        limit=limits.memory,
     )
     run = RunOptions(
         where, memory.threads, memory.chunk_bytes, sample, progress, block_elements, allow_nonfinite
     )
     return Resources(run, memory, str(where), reason)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the user allows.
+
+    Attributes:
+        threads: workers; None = twice the cores, at most 8.
+        max_memory: for the planned peak; None = what is free.
+    """
+
+    threads: int | None = None
+    max_memory: str | int | None = None
+
+    def plan(self, needs: Iterable[int], *, kept: int = 0, hint: str = "") -> MemoryPlan:
+        """Decide the workers of a command that takes one module after the other, on the CPU.
+
+        Arguments as of `plan_modules`; raises as `plan_resources`.
+        """
+        return plan_modules(needs, kept=kept, threads=self.workers, limit=self.memory, hint=hint)
+
+    def check_torch(self) -> None:
+        """Refuse work, before torch is loaded, that could not even load it.
+
+        Raises:
+            DiskError: LT-605.
+        """
+        if "torch" not in sys.modules:
+            plan_modules((), kept=0, threads=1, limit=self.memory)
+
+    @property
+    def workers(self) -> int:
+        """Threads wished for.
+
+        Raises:
+            UsageError: LT-215.
+        """
+        from loratool.engine.machine import default_threads
+
+        if self.threads is not None and self.threads < 1:
+            raise UsageError("LT-215", "number of threads", expected="1 or more", got=self.threads)
+        return self.threads or default_threads()
+
+    @property
+    def memory(self) -> int | None:
+        """Bytes; None if no limit is known."""
+        from loratool.engine.machine import available_memory
+
+        limit = parse_size(self.max_memory)
+        return available_memory() if limit is None else limit
 
 
 def run_id(plan: Plan, device: str) -> str:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from loratool.adapter import Adapter, ReadOptions
-from loratool.api.common import file_rules
+from loratool.adapter import Adapter, DeltaSpec, ReadOptions
+from loratool.api.common import Limits, check_files, file_rules
 from loratool.dtypes import DTYPES
 from loratool.errors import UsageError
 from loratool.ops.compare import (
@@ -23,8 +23,9 @@ from loratool.ops.compare import (
 )
 from loratool.ops.consent import agree_to_read
 from loratool.ops.inputs import Access, open_one
+from loratool.ops.memory_formulas import compared_bytes
 from loratool.report import ComparedModule, CompareReport
-from loratool.report.chart import check_chart, refuse_existing
+from loratool.store.new_file import write_new_file
 
 if TYPE_CHECKING:
     from loratool.engine.comparison import PairResult
@@ -44,6 +45,8 @@ def compare(
     plot: str | Path | None = None,
     csv: str | Path | None = None,
     alpha: float | None = None,
+    threads: int | None = None,
+    max_memory: str | int | None = None,
     offline: bool = False,
     yes: bool = False,
     max_header: str | int | None = None,
@@ -59,6 +62,8 @@ def compare(
         plot: a ``.png``, ``.svg`` or ``.pdf`` to draw (needs ``pip install loratool[plot]``).
         csv: a table to write: a row per module, or the matrix.
         alpha: lora_alpha for files without a configuration.
+        threads: workers; None = twice the cores, at most 8.
+        max_memory: limit for the planned peak, such as ``"2GB"``; None = what is free.
         offline: never touch the network.
         yes: agree to read more than 100 MB of factors from the Hub.
         max_header: largest safetensors header accepted, such as ``"64MB"``.
@@ -75,15 +80,16 @@ def compare(
     if len(adapters) < 2:
         raise UsageError("LT-284", "compare takes two adapters or more", got=" ".join(adapters),
                          hint="loratool inspect looks at one")  # fmt: skip
-    check_chart(plot)
-    if csv is not None:
-        refuse_existing(Path(csv))
+    check_files(csv, plot)
     access = Access(offline, yes, file_rules(max_header, allow_pickle), in_place=True)
     read = ReadOptions(alpha)
     found = [open_one(text, read=read, access=access) for text in adapters]
     opened = [adapter for _, adapter in found]
     labels = _labels([resolved.label for resolved, _ in found])
     aligned = align(opened)
+    memory = Limits(threads, max_memory).plan(
+        compared_bytes(list(specs.values())) for specs in aligned.groups.values()
+    )
     from loratool.engine.factors import make_env
     from loratool.engine.reads import factor_ranges
     from loratool.store.reader import FileReader
@@ -93,10 +99,8 @@ def compare(
     with FileReader() as reader:
         reader.expect(ranges)
         env = make_env(reader)
-        if len(opened) == 2:
-            report = _compare_two(opened, labels, aligned, env, started)
-        else:
-            report = _compare_many(opened, labels, aligned, env, started)
+        look = _compare_two if len(opened) == 2 else _compare_many
+        report = look(opened, labels, aligned, env, memory.threads, started)
         reader.check_unchanged()
     return _with_files(report, plot, csv)
 
@@ -106,22 +110,28 @@ def _compare_two(
     labels: Sequence[str],
     aligned: Aligned,
     env: Env,
+    threads: int,
     started: float,
 ) -> CompareReport:
     from loratool.engine.comparison import MeanTable, compare_module, gram
+    from loratool.engine.workers import map_in_workers
+
+    def measure(specs: Mapping[int, DeltaSpec]) -> PairResult | float:
+        if len(specs) == 2:
+            return compare_module(specs[0], specs[1], env)
+        (number,) = specs
+        return gram(specs, env)[number, number]
 
     modules: list[ComparedModule] = []
     mean_A, mean_B = MeanTable(), MeanTable()
     inner, squares, difference = [], ([], []), []  # type: ignore[var-annotated]
     opposite = both = 0
-    for name, specs in aligned.groups.items():
-        if len(specs) == 1:
-            ((number, _),) = specs.items()
-            square = gram(specs, env)[number, number]
-            squares[number].append(square)
-            difference.append(square)
+    results = map_in_workers(measure, list(aligned.groups.values()), threads)
+    for (name, specs), found in zip(aligned.groups.items(), results, strict=True):
+        if isinstance(found, float):
+            squares[next(iter(specs))].append(found)
+            difference.append(found)
             continue
-        found = compare_module(specs[0], specs[1], env)
         inner.append(found.inner)
         squares[0].append(found.square_one)
         squares[1].append(found.square_two)
@@ -210,16 +220,19 @@ def _compare_many(
     labels: Sequence[str],
     aligned: Aligned,
     env: Env,
+    threads: int,
     started: float,
 ) -> CompareReport:
     from loratool.engine.comparison import gram
+    from loratool.engine.workers import map_in_workers
 
     count = len(adapters)
     sums: dict[tuple[int, int], list[float]] = {
         (s, t): [] for s in range(count) for t in range(s, count)
     }
-    for specs in aligned.groups.values():
-        for pair, value in gram(specs, env).items():
+    groups = list(aligned.groups.values())
+    for found in map_in_workers(lambda specs: gram(specs, env), groups, threads):
+        for pair, value in found.items():
             sums[pair].append(value)
     total = {pair: math.fsum(values) for pair, values in sums.items()}
     norms = tuple(math.sqrt(total[i, i]) for i in range(count))
@@ -258,13 +271,14 @@ def _with_files(
     from dataclasses import replace
 
     from loratool.report.compare_chart import draw_comparison
-    from loratool.report.csvfile import write_comparison
+    from loratool.report.csvfile import comparison_table
 
     files = []
     if csv is not None:
-        files.append(write_comparison(report, Path(csv)))
+        files.append(write_new_file(Path(csv), comparison_table(report)))
     if plot is not None:
-        files.append(draw_comparison(report, Path(plot)))
+        picture = draw_comparison(report, Path(plot).suffix)
+        files.append(write_new_file(Path(plot), picture))
     return replace(report, files=tuple(files))
 
 

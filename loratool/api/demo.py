@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import ClassVar
 
+from loratool.errors import AlreadyMadeError
 from loratool.report import Report
 
 
@@ -33,18 +34,19 @@ def demo(folder: str | Path) -> DemoReport:
     Raises:
         OutputError: the folder holds something.
     """
-    from loratool.delta.toy import write_toy
-    from loratool.store.writer import StagedOutput, check_output
+    from loratool.delta.toy import toy_files
+    from loratool.store.writer import MARKER, StagedOutput, check_output
 
     path = Path(folder)
     check_output(path, is_folder=True, force=False)
-    with TemporaryDirectory(prefix="loratool-demo-") as made:
-        write_toy(Path(made))
-        with StagedOutput(path, is_folder=True, plan_id="demo") as output:
-            for file in sorted(Path(made).rglob("*")):
-                if file.is_file():
-                    output.copy_file(file.relative_to(made).as_posix(), file)
-            output.commit({})
+    files = dict(toy_files())
+    with (
+        suppress(AlreadyMadeError),
+        StagedOutput(path, is_folder=True, plan_id="demo", names=[*files, MARKER]) as output,
+    ):
+        for name, data in files.items():
+            output.write_file(name, data)
+        output.commit({})
 
     def at(name: str) -> str:
         return str(path / name)

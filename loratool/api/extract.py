@@ -33,7 +33,7 @@ from loratool.store.checkpoint import Checkpoint
 from loratool.store.output_path import check_output
 from loratool.store.provenance import checkpoint_id, provenance_of
 from loratool.store.stamps import take_stamps
-from loratool.store.writer import StagedOutput
+from loratool.store.writer import MARKER, StagedOutput
 
 if TYPE_CHECKING:
     from loratool.engine.run import Progress
@@ -173,11 +173,12 @@ def extract(
         guard_output(Path(save_residual), inputs_at)
     stamps = take_stamps(plan.plan.refs())
     residual = None
-    from loratool.engine.factor_journal import drop_factors
+    from loratool.engine.factor_journal import drop_factors, factor_file
 
     with StagedOutput(
         target, is_folder=True, plan_id=identity, force=force,
         restart=restart, inputs=stamps,
+        names=[*(factor_file(step.output.name) for step in plan.plan.steps), MARKER],
     ) as staged:  # fmt: skip
         results = _run(plan, resources, staged, stamps)
         outcomes, files = _assemble(

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loratool.adapter import ReadOptions
-from loratool.api.common import file_rules
+from loratool.api.common import Limits, check_files, file_rules
 from loratool.errors import UsageError
 from loratool.report import InspectReport
 
@@ -55,6 +55,7 @@ def inspect(
     alpha: float | None = None,
     device: str = "auto",
     threads: int | None = None,
+    max_memory: str | int | None = None,
     offline: bool = False,
     yes: bool = False,
     max_header: str | int | None = None,
@@ -73,7 +74,8 @@ def inspect(
         plot: ``.png`` or ``.svg`` to draw them in; implies ``spectrum``.
         alpha: lora_alpha for files without a configuration.
         device: ``auto``, ``cpu`` or ``cuda[:n]``, for ``base``.
-        threads: workers for ``spectrum`` and ``base``.
+        threads: workers for ``spectrum``, ``risk`` and ``base``.
+        max_memory: limit for their planned peak, such as ``"2GB"``; None = what is free.
         offline: never touch the network.
         yes: agree to large downloads, and to read more than 100 MB of factors from the Hub.
         max_header: largest safetensors header accepted, such as ``"64MB"``.
@@ -82,6 +84,7 @@ def inspect(
     from loratool.ops.inputs import Access, locate
     from loratool.ops.summary import summarize
 
+    check_files(csv, plot)
     # Of a base most weights are read: that is a download, which is asked for.
     access = Access(offline, yes, file_rules(max_header, allow_pickle))
     resolved = locate(str(source), kind="any", access=replace(access, in_place=True))
@@ -91,14 +94,15 @@ def inspect(
     )  # fmt: skip
     if resolved.note is not None:
         report = replace(report, notes=(resolved.note, *report.notes))
+    limits = Limits(threads, max_memory)
     if risk:
-        report = _with_risk(report, resolved.path, base, alpha, access, device)
+        report = _with_risk(report, resolved.path, base, alpha, access, device, limits)
     if spectrum or (csv is not None and base is None) or plot is not None:
         report = _with_spectrum(
-            report, resolved.path, csv if base is None else None, plot, alpha, threads, access
+            report, resolved.path, csv if base is None else None, plot, alpha, limits, access
         )  # fmt: skip
     if base is not None:
-        report = _with_base(report, resolved.path, base, csv, alpha, access, device, threads)
+        report = _with_base(report, resolved.path, base, csv, alpha, access, device, limits)
     return report
 
 
@@ -109,6 +113,7 @@ def _with_risk(
     alpha: float | None,
     access: Access,
     device: str,
+    limits: Limits,
 ) -> InspectReport:
     from loratool.api.risk import measure_risk
     from loratool.dialects import open_adapter
@@ -121,7 +126,7 @@ def _with_risk(
     adapter = open_adapter(
         find_adapter(path), ReadOptions(alpha=alpha), max_header=access.rules.max_header
     )
-    found = measure_risk(adapter, opened, device=device, yes=access.yes)
+    found = measure_risk(adapter, opened, device=device, limits=limits, yes=access.yes)
     return replace(report, risk=found)
 
 
@@ -133,22 +138,21 @@ def _with_base(
     alpha: float | None,
     access: Access,
     device: str,
-    threads: int | None,
+    limits: Limits,
 ) -> InspectReport:
     from loratool.api.look import look_at_base
     from loratool.ops.loss import WARN_LOSS
-    from loratool.report.chart import refuse_existing
-    from loratool.report.csvfile import write_look
+    from loratool.report.csvfile import look_table
+    from loratool.store.new_file import write_new_file
 
     if report.adapter is None:
         raise UsageError("LT-208", "--base is for one adapter", file=path, got=f"a {report.what}")
-    if csv is not None:
-        refuse_existing(Path(csv))
     found, _ = look_at_base(
-        path, base, read=ReadOptions(alpha=alpha), access=access, device=device, threads=threads
-    )
+        path, base, read=ReadOptions(alpha=alpha), access=access, device=device,
+        threads=limits.threads, max_memory=limits.max_memory,
+    )  # fmt: skip
     if csv is not None:
-        write_look(found, Path(csv))
+        write_new_file(Path(csv), look_table(found))
     warnings = report.warnings
     if found.total.loss > WARN_LOSS:
         warnings += (
@@ -164,31 +168,28 @@ def _with_spectrum(
     csv: str | Path | None,
     plot: str | Path | None,
     alpha: float | None,
-    threads: int | None,
+    limits: Limits,
     access: Access,
 ) -> InspectReport:
     from loratool.api.spectrum import measure_spectrum
     from loratool.dialects import open_adapter
-    from loratool.report.chart import check_chart, refuse_existing
-    from loratool.report.csvfile import write_spectrum
+    from loratool.report.csvfile import spectrum_table
+    from loratool.store.new_file import write_new_file
     from loratool.store.source import find_adapter
 
     if report.adapter is None:
         raise UsageError(
             "LT-208", "a spectrum is that of one adapter", file=path, got=f"a {report.what}"
         )
-    check_chart(plot)
-    if csv is not None:
-        refuse_existing(Path(csv))
     adapter = open_adapter(
         find_adapter(path), ReadOptions(alpha=alpha), max_header=access.rules.max_header
     )
-    found = measure_spectrum(adapter, threads=threads, yes=access.yes)
+    found = measure_spectrum(adapter, limits, yes=access.yes)
     if csv is not None:
-        write_spectrum(found, Path(csv))
+        write_new_file(Path(csv), spectrum_table(found))
     if plot is not None:
         from loratool.report.spectrum_chart import draw_spectrum
 
         title = f"{report.adapter.label} · {len(found.modules)} modules"
-        draw_spectrum(found, Path(plot), title=title)
+        write_new_file(Path(plot), draw_spectrum(found, Path(plot).suffix, title=title))
     return replace(report, spectrum=found)

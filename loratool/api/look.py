@@ -40,8 +40,6 @@ def look_at_base(
         LoratoolError: as `merge`: whatever does not bind cannot be looked at.
     """
     from loratool.engine.reads import factor_ranges
-    from loratool.engine.run import execute
-    from loratool.store.reader import FileReader
 
     names = NameOptions(BindOptions(untie=True), read)  # each tensor beside its own change
     job = prepare_merge(
@@ -54,6 +52,9 @@ def look_at_base(
         plan, device=device, threads=threads, max_memory=max_memory, chunk_bytes=None,
         sample=False, progress=None,
     )  # fmt: skip
+    from loratool.engine.run import execute
+    from loratool.store.reader import FileReader
+
     with FileReader() as reader:
         results = execute(plan, reader, None, resources.run)
         reader.check_unchanged()

@@ -271,7 +271,7 @@ def _write(
         force=force,
         restart=restart,
         inputs=stamps,
-        need_bytes=plan.output_bytes + sum(len(s.read()) for s in job.sidecars),
+        need_bytes=plan.output_bytes + sum(s.nbytes for s in job.sidecars),
     )
     with output, FileReader(stamps) as reader:
         sink = CheckpointSink(plan, output)
@@ -281,7 +281,7 @@ def _write(
             before_commit(sink)
         if is_folder:
             for sidecar in job.sidecars:
-                output.write_file(sidecar.name, sidecar.read())
+                sidecar.write_to(output)
             for name, index in indices.items():
                 output.write_file(name, dump_json(index))
         record = {**job.record, "device": resources.device.partition(":")[0]}

@@ -202,7 +202,7 @@ def prepare_merge(
         record if with_provenance else {},
         output,
         kind,
-        warnings=(*headed.warnings, *_token_warnings(sidecars, plan) if output else ()),
+        warnings=(*headed.warnings, *(_token_warnings(sidecars, plan) if output else ())),
         created=headed.created,
     )
     return job if kind.replan is None else kind.replan(job)
@@ -251,11 +251,11 @@ def _sidecars(
 
 def _token_warnings(sidecars: Sequence[Sidecar], plan: Plan) -> list[str]:
     """Ids that the tokenizer may give and the embedding has no row for."""
-    from loratool.store.token_ids import highest_id
+    from loratool.store.tokens import highest_id
 
     rows = [s.output.shape[0] for s in plan.steps
             if len(s.output.shape) == 2 and is_embedding(s.output.name)]  # fmt: skip
-    highest = highest_id({s.name: s.read for s in sidecars}) if rows else None
+    highest = highest_id({s.name: s.source for s in sidecars if s.source}) if rows else None
     if highest is None or highest[0] < min(rows):
         return []
     return [

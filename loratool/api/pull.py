@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from loratool.errors import OutputError, UsageError, list_some
+from loratool.errors import OutputError, list_some
 from loratool.report.pull import PulledAdapter, PulledFile, PullReport
 
 if TYPE_CHECKING:
@@ -67,6 +67,8 @@ def pull(
     chosen = {n for files in found.values() for n in files}
     if everything:
         chosen = {n for n in names if n.startswith(prefix) or n == sub}
+    if listing.cached is not None:
+        _refuse_incomplete(listing, names, chosen, prefix)
     if not chosen:
         raise nothing_there(listing.repo_id, names, "adapter", sub)
     wanted = [f for f in listing.files if f.name in chosen]
@@ -88,10 +90,26 @@ def pull(
         is_current = _write(listing, wanted, folder, local, top, force=force, yes=yes)
         paths = [folder / name for name in local]
     by_name = {f.name: path for f, path in zip(wanted, paths, strict=True)}
+    known = set(names)
     adapters = tuple(
-        PulledAdapter(place, _base_of(by_name.get(_config(place, names)))) for place in found
+        PulledAdapter(place, _base_of(by_name.get(_config(place, known)))) for place in found
     )
     return replace(report, output=str(folder), adapters=adapters, is_current=is_current)
+
+
+def _refuse_incomplete(
+    listing: Listing, names: Sequence[str], chosen: Iterable[str], prefix: str
+) -> None:
+    """A cached copy without weights is what is left of an adapter, or of a look at it."""
+    from loratool.store.hub import not_cached
+    from loratool.store.hub_files import is_weight_name
+
+    config = "adapter_config.json"
+    whole = {n.rpartition("/")[0] for n in chosen if is_weight_name(n)}
+    begun = {n.rpartition("/")[0] for n in names if n.startswith(prefix) and n.endswith(config)}
+    # The checkpoints below an adapter at the top were not asked for.
+    if not whole or (prefix.rstrip("/") not in whole and begun - whole):
+        raise not_cached(f"{listing.repo_id}@{listing.commit}", "the weights")
 
 
 def _local(name: str, sub: str) -> str:
@@ -99,22 +117,17 @@ def _local(name: str, sub: str) -> str:
     return name.rpartition("/")[2] if name == sub else name.removeprefix(f"{sub}/")
 
 
-def _config(place: str, names: Sequence[str]) -> str:
+def _config(place: str, names: Container[str]) -> str:
     """The configuration of an adapter, a folder or a file."""
     folder = place.rpartition("/")[0] if place in names else place
     return f"{folder}/adapter_config.json".lstrip("/")
 
 
 def _fetch(listing: Listing, wanted: Sequence[ListedFile], *, yes: bool) -> list[Path]:
-    from loratool.store.hub_fetch import ASK_BYTES
-    from loratool.store.hub_listing import bytes_to_fetch, fetch_verified
+    from loratool.store.hub_fetch import agree_to_download
+    from loratool.store.hub_listing import fetch_verified
 
-    need = 0 if listing.cached else bytes_to_fetch(listing, wanted)
-    if need > ASK_BYTES and not yes:
-        raise UsageError(
-            "LT-265", "a large download needs consent", file=listing.repo_id,
-            got=f"{need / 1e9:.1f} GB to download", hint="-y downloads it",
-        )  # fmt: skip
+    agree_to_download(listing, wanted, yes=yes)
     return fetch_verified(listing, wanted)
 
 
@@ -130,6 +143,7 @@ def _write(
 ) -> bool:
     """Fetch files into a folder under their local names; True if it held exactly these."""
     from loratool.store.hub_copy import holds_exactly, prove_copy
+    from loratool.store.leftovers import clear_away
     from loratool.store.marker import Proof, prove
     from loratool.store.series import may_be_made
     from loratool.store.writer import StagedOutput
@@ -138,6 +152,7 @@ def _write(
         by_marker = prove(path)
         return prove_copy(path, listing.repo_id, top) if by_marker.strangers else by_marker
 
+    clear_away(folder, prove_either)
     if (force or may_be_made(folder)) and folder.exists():
         if holds_exactly(folder, {n: f.digest for n, f in zip(local, wanted, strict=True)}):
             return True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,7 +12,7 @@ from loratool.report.push import PushedFile, PushReport
 if TYPE_CHECKING:
     from loratool.ops.push import Publication
     from loratool.store.hub_listing import Listing
-    from loratool.store.hub_push import Files
+    from loratool.store.hub_push import Destination, Files
 
 _NO_CONTENT = (".gitattributes", "README.md", ".gitignore")
 _CONFIGS = {"adapter": "adapter_config.json", "checkpoint": "config.json"}
@@ -25,6 +26,7 @@ def push(
     create_pr: bool = False,
     revision: str | None = None,
     message: str | None = None,
+    skip: Sequence[str] = (),
     dry_run: bool = False,
     force: bool = False,
 ) -> PushReport:
@@ -38,41 +40,50 @@ def push(
         create_pr: open a pull request instead of committing.
         revision: branch, created if it does not exist; None = ``main``.
         message: the commit's title.
+        skip: names of files and folders in ``path`` that are left out.
         dry_run: validate and compare; create and send nothing.
         force: commit into a repository that holds something else.
 
     Raises:
         UnsafeContentError: files, secrets or local paths that must not be published.
+        BadFileError: LT-332, a file changed after it was checked.
         OutputError: LT-520, the repository holds another kind of model, or of another base.
         HubError: the Hub does not take it; LT-712, somebody changed the same files meanwhile.
     """
     from loratool.ops.push import prepare
-    from loratool.store import hub_push
     from loratool.store.hub import is_offline
+    from loratool.store.hub_client import guarded_client
+    from loratool.store.hub_push import Destination
 
     repo_id = _repository(str(path), repo)
     if is_offline():
         raise HubError("LT-711", "push needs the network", hint="unset HF_HUB_OFFLINE")
-    publication = prepare(Path(path), repo_id)
-    branch = revision or "main"
-    head, created, new_branch = _look(repo_id, branch)
+    publication = prepare(Path(path), repo_id, skip)
+    title = message or f"Upload {publication.what} with loratool"
+    place = Destination(repo_id, revision or "main", create_pr, title)
+    with guarded_client():
+        return _publish(publication, place, private, dry_run=dry_run, force=force)
+
+
+def _publish(
+    publication: Publication,
+    place: Destination,
+    private: bool | None,
+    *,
+    dry_run: bool,
+    force: bool,
+) -> PushReport:
+    from loratool.store import hub_push
+
+    head, created, new_branch = _look(place.repo_id, place.branch)
     notes = list(publication.notes)
     if publication.chosen.left_out:
         notes.append(f"left out: {list_some(publication.chosen.left_out)}")
     if head is not None:
         if private is not None:
             notes.append("the repository exists: its visibility stays as it is")
-        if not (force or create_pr):
+        if not (force or place.create_pr):
             _refuse_others(publication, head)
-    if not dry_run:
-        if created:
-            hub_push.create_repository(repo_id, private=private is not False)
-        if new_branch:
-            hub_push.create_branch(repo_id, branch)
-        if head is None or new_branch:
-            head = _listed(repo_id, branch)
-    elif head is None:
-        head = _empty(repo_id)
     made: list[Files] = []
 
     def build(now: Listing) -> Files:
@@ -81,22 +92,26 @@ def push(
         return made[-1]
 
     if dry_run:
-        sent, deleted = hub_push.changes(head, build(head))
+        now = _empty(place.repo_id) if head is None else head
+        sent, deleted = hub_push.changes(now, build(now))
         landed = hub_push.Landed("", sent, deleted)
     else:
-        title = message or f"Upload {publication.what} with loratool"
-        landed = hub_push.upload(
-            hub_push.Destination(repo_id, branch, create_pr, title), head, build
-        )
+        if created:
+            hub_push.create_repository(place.repo_id, private=private is not False)
+        if new_branch:
+            hub_push.create_branch(place.repo_id, place.branch)
+        if head is None or new_branch:
+            head = _listed(place.repo_id, place.branch)
+        landed = hub_push.upload(place, head, build)
     files = made[-1]
     rows = tuple(
-        PushedFile(n, c.stat().st_size if isinstance(c, Path) else len(c), n in landed.sent)
+        PushedFile(n, len(c) if isinstance(c, bytes) else c.size, n in landed.sent)
         for n, c in sorted(files.items())
     )
     card = files["README.md"]
     assert isinstance(card, bytes)
     return PushReport(
-        repo_id, branch, publication.what, landed.commit or None, created,
+        place.repo_id, place.branch, publication.what, landed.commit or None, created,
         private is not False if created else None, rows, landed.deleted, landed.pull_request,
         card.decode(), tuple(notes), dry_run,
     )  # fmt: skip
@@ -178,11 +193,15 @@ def _card(publication: Publication, head: Listing) -> str:
     """The local card if there is one, else the repository's, else a new one."""
     from loratool.store.card import make_card
     from loratool.store.hub_listing import fetch_verified
+    from loratool.store.push_files import check_card
 
     local = publication.chosen.files.get("README.md")
-    if local is not None:
-        existing: str | None = local.read_text("utf-8", "replace")
-    else:
-        there = [f for f in head.files if f.name == "README.md"]
-        existing = fetch_verified(head, there)[0].read_text("utf-8", "replace") if there else None
-    return make_card(publication.facts, existing)
+    there = [f for f in head.files if f.name == "README.md"]
+    if isinstance(local, bytes):
+        return make_card(publication.facts, local.decode("utf-8", "replace"))
+    if there:  # what it says is public already
+        theirs = fetch_verified(head, there)[0].read_text("utf-8", "replace")
+        return make_card(publication.facts, theirs)
+    card = make_card(publication.facts, None)
+    check_card(card, "README.md")
+    return card

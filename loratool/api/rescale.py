@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loratool.adapter import Adapter, AdapterFiles, ReadOptions, Source, TensorRef
-from loratool.api.common import content_label, file_rules, option_values, parse_dtype
+from loratool.api.common import Limits, content_label, file_rules, option_values, parse_dtype
 from loratool.dialects import open_adapter, write_adapter_files
 from loratool.errors import UsageError
 from loratool.ops.adapter_summary import dtype_word
@@ -18,7 +18,7 @@ from loratool.ops.additive import factor_dtype, require_additive
 from loratool.ops.batch import is_batch, many_outputs, name_of, place_outputs
 from loratool.ops.inputs import Access, OpenedBase, guard_output, open_base, open_one
 from loratool.ops.loads import judge_loads
-from loratool.ops.rescale import RescalePlan, parse_only, plan_rescale
+from loratool.ops.rescale import RescalePlan, memory_needs, parse_only, plan_rescale
 from loratool.report import RescaledAdapter, RescaleReport, share_of
 from loratool.store.provenance import adapter_id, checkpoint_id, provenance_of
 from loratool.store.source import Resolved
@@ -36,6 +36,16 @@ class _Job:
     resolved: Resolved
     plan: RescalePlan
     target: Path
+    limits: Limits
+
+    def workers(self, dtype: str | None) -> int:
+        """How many fit into memory.
+
+        Raises:
+            DiskError: LT-605, not one.
+        """
+        needs, kept = memory_needs(self.plan, dtype)
+        return self.limits.plan(needs, kept=kept).threads
 
 
 def rescale(
@@ -49,6 +59,8 @@ def rescale(
     base: str | Path | None = None,
     dtype: str = "auto",
     alpha: float | None = None,
+    threads: int | None = None,
+    max_memory: str | int | None = None,
     force: bool = False,
     dry_run: bool = False,
     offline: bool = False,
@@ -74,6 +86,8 @@ def rescale(
         base: what the adapter was trained on.
         dtype: of the factors; ``auto`` = as they are.
         alpha: lora_alpha for files without a configuration.
+        threads: workers; None = twice the cores, at most 8.
+        max_memory: limit for the planned peak, such as ``"2GB"``; None = what is free.
         force: replace earlier loratool outputs.
         dry_run: plan, write nothing.
         offline: never touch the network.
@@ -101,10 +115,13 @@ def rescale(
         guard_output(target, [base, *(resolved.named for resolved, _ in found)])
     weak = _check_intruders(factor, intruders, base, bool(only or blocks or wanted))
     opened_base = None if base is None or weak is None else open_base(str(base), [], access)
+    limits = Limits(threads, max_memory)
     jobs = [
-        _Job(text, r, plan_rescale(adapter, factor, only=patterns, blocks=blocks), target)
+        _Job(text, r, plan_rescale(adapter, factor, only=patterns, blocks=blocks), target, limits)
         for text, (r, adapter), target in zip(adapters, found, targets, strict=True)
     ]
+    for job in jobs:
+        job.workers(wanted)
     if dry_run:
         rows = [_row(job, None, wanted, 0, None) for job in jobs]
     else:
@@ -160,7 +177,7 @@ def _run(
     adapter = job.plan.adapter
     if treated is not None:
         return _mitigate(job, *treated, options, force)
-    scaled = _scale(job.plan, dtype)
+    scaled = _scale(job, dtype)
     record: dict[str, Any] = {}
     if options is not None:
         inputs = {content_label(job.resolved, {}): adapter_id(adapter)}
@@ -179,7 +196,7 @@ def _mitigate(
 
     adapter = job.plan.adapter
     require_additive(adapter, "treated")
-    found = mitigate(adapter, base, factor)
+    found = mitigate(adapter, base, factor, job.limits)
     record: dict[str, Any] = {}
     if options is not None:
         inputs: dict[str, Any] = {content_label(job.resolved, {}): adapter_id(adapter)}
@@ -201,8 +218,9 @@ def _mitigate(
                    relative_error=found.relative_error)  # fmt: skip
 
 
-def _scale(plan: RescalePlan, dtype: str | None) -> ScaledTensors | None:
+def _scale(job: _Job, dtype: str | None) -> ScaledTensors | None:
     """New tensors; None if all of them are copied."""
+    plan = job.plan
     changes_type = dtype is not None and any(
         f.dtype != dtype for s in plan.adapter.specs for f in s.fields.values()
     )
@@ -212,11 +230,12 @@ def _scale(plan: RescalePlan, dtype: str | None) -> ScaledTensors | None:
     from loratool.engine.rescaling import scale_tensors
     from loratool.store.reader import FileReader
 
+    workers = job.workers(dtype)
     with FileReader() as reader:
         env = make_env(reader)
-        scaled = scale_tensors(plan.adapter, plan.baked, env, dtype)
+        scaled = scale_tensors(plan.adapter, plan.baked, env, dtype, workers)
         if scaled.overflow:
-            scaled = scale_tensors(plan.adapter, plan.baked, env, "F32")
+            scaled = scale_tensors(plan.adapter, plan.baked, env, "F32", workers)
         reader.check_unchanged()
     return scaled
 

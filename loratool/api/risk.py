@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from loratool.adapter import Adapter, DeltaSpec, Source, TensorRef
+from loratool.api.common import Limits
 from loratool.errors import MismatchError
 from loratool.ops.additive import is_grouped
 from loratool.ops.bind import BindOptions, BoundDelta, bind
@@ -16,6 +17,7 @@ from loratool.ops.compare import family_of, layer_of
 from loratool.ops.consent import agree_to_read
 from loratool.ops.heads import take_heads
 from loratool.ops.inputs import OpenedBase
+from loratool.ops.memory_formulas import factor_bytes, intruder_bytes, measured_bytes
 from loratool.ops.merge import matrix_view
 from loratool.plan import DeltaPart
 from loratool.report.risk import RiskModule, RiskStatistics, relative_norms
@@ -33,6 +35,7 @@ def measure_risk(
     base: OpenedBase | None = None,
     *,
     device: str = "auto",
+    limits: Limits | None = None,
     yes: bool = False,
 ) -> RiskStatistics:
     """Statistics of every additive module; intruder dimensions if there is a base.
@@ -41,6 +44,7 @@ def measure_risk(
         adapter: opened.
         base: what it was trained on.
         device: for intruder dimensions; ``auto`` takes a GPU if there is one.
+        limits: workers and memory.
         yes: consent to reading much from the Hub.
 
     Raises:
@@ -48,21 +52,24 @@ def measure_risk(
         NumericError: NaN or infinity.
         UsageError: LT-265, much would be read from the Hub without consent.
     """
+    limits = limits or Limits()
+    specs = [s for s in adapter.specs if _has_numbers(s)]
+    memory = limits.plan(map(measured_bytes, specs))
     from loratool.engine.factors import make_env
     from loratool.engine.reads import factor_ranges
     from loratool.engine.risk import measure_module
+    from loratool.engine.workers import map_in_workers
     from loratool.store.reader import FileReader
 
-    specs = [s for s in adapter.specs if _has_numbers(s)]
     ranges = list(factor_ranges(specs))
     agree_to_read(ranges, yes=yes)
     with FileReader() as reader:
         reader.expect(ranges)
         env = make_env(reader)
-        intruders = {} if base is None else _all_intruders(adapter, base, _on(device, env))
+        intruders = {} if base is None else _all_intruders(adapter, base, _on(device, env), limits)
         rows = []
-        for spec in specs:
-            m = measure_module(spec, env)
+        measured = map_in_workers(lambda s: measure_module(s, env), specs, memory.threads)
+        for spec, m in zip(specs, measured, strict=True):
             found = intruders.get(spec.name)
             rows.append(RiskModule(
                 spec.name, family_of(spec), layer_of(spec.name), m.norm, m.sigma_1,
@@ -108,7 +115,7 @@ class Mitigated:
     skipped: tuple[str, ...]
 
 
-def mitigate(adapter: Adapter, base: OpenedBase, factor: float) -> Mitigated:
+def mitigate(adapter: Adapter, base: OpenedBase, factor: float, limits: Limits) -> Mitigated:
     """Multiply the singular values of intruders in W + ΔW by a factor, at the adapter's rank."""
     from loratool.engine.factors import make_env
     from loratool.engine.risk import repack
@@ -120,7 +127,7 @@ def mitigate(adapter: Adapter, base: OpenedBase, factor: float) -> Mitigated:
     moved = error = square = 0.0
     with FileReader() as reader:
         env = make_env(reader)
-        found = _all_intruders(adapter, base, _on("auto", env), factor, skipped)
+        found = _all_intruders(adapter, base, _on("auto", env), limits, factor, skipped)
         for spec in adapter.specs:
             results = found.get(spec.name, [])
             if not any(r.index for r in results):
@@ -152,11 +159,13 @@ def _all_intruders(
     adapter: Adapter,
     base: OpenedBase,
     env: Env,
+    limits: Limits,
     factor: float | None = None,
     skipped: list[str] | None = None,
 ) -> dict[str, list[IntruderResult]]:
     """Spec name -> one result per matrix, in the order of the experts."""
     from loratool.engine.risk import look_for_intruders
+    from loratool.engine.workers import map_in_workers
 
     if base.checkpoint.quantization is not None:
         raise MismatchError(
@@ -173,20 +182,25 @@ def _all_intruders(
     for bound in bindings.deltas:
         if bound.spec.kind == "lowrank" and _has_numbers(bound.spec):
             by_spec.setdefault(bound.spec.name, []).append(bound)
-    found: dict[str, list[IntruderResult]] = {}
+    tasks: list[tuple[DeltaPart, Source, tuple[int, int]]] = []
     for name, places in by_spec.items():
         if factor is not None and not _is_whole(places):
             (skipped if skipped is not None else []).append(name)
             continue
-        places.sort(key=lambda b: b.expert or 0)
-        results = []
-        for bound in places:
+        for bound in sorted(places, key=lambda b: b.expert or 0):
             target = bindings.new_tensors.get(bound.target, bound.target)
             ref = own.get(target, checkpoint.tensors[target])
             part = DeltaPart(bound.spec, 1.0, bound.region, bound.expert, bound.transposed)
-            view = matrix_view(ref.shape, [part])
-            results.append(look_for_intruders(part, ref, view, env, factor))
-        found[name] = results
+            tasks.append((part, ref, matrix_view(ref.shape, [part])))
+    kept = 0 if factor is None else 2 * sum(factor_bytes(s) for s in adapter.specs)
+    memory = limits.plan((intruder_bytes(p, ref) for p, ref, _ in tasks), kept=kept)
+    results = map_in_workers(
+        lambda task: look_for_intruders(*task, env, factor), tasks,
+        1 if env.device.type == "cuda" else memory.threads,
+    )  # fmt: skip
+    found: dict[str, list[IntruderResult]] = {}
+    for (part, _, _), result in zip(tasks, results, strict=True):
+        found.setdefault(part.spec.name, []).append(result)
     return found
 
 

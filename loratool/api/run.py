@@ -13,6 +13,7 @@ from loratool.ops.inputs import guard_output
 from loratool.ops.recipe import RecipeStep, read_recipe, takes
 from loratool.report import Report
 from loratool.report.run import RunReport, StepReport
+from loratool.store.places import notes_path
 from loratool.store.series import series
 
 _NO_STEPS = {"demo", "open", "run"}
@@ -81,8 +82,7 @@ def _series(steps: Sequence[RecipeStep], dry_run: bool) -> contextlib.AbstractCo
     outputs = [step.output for step in steps if step.output]
     if dry_run or not outputs:
         return contextlib.nullcontext()
-    first = Path(outputs[0])
-    return series(first.with_name(f"{first.name}.loratool-run"))
+    return series(notes_path(Path(outputs[0])))
 
 
 def step_commands() -> dict[str, FunctionType]:

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from loratool.adapter import Adapter, DeltaSpec
-from loratool.api.common import plan_resources
+from loratool.api.common import Limits, plan_resources
 from loratool.ops.consent import agree_to_read
 from loratool.plan import DeltaPart, Plan, Step, TensorSpec
 from loratool.report import AdapterSpectrum
 from loratool.report.spectrum import describe
 
 
-def measure_spectrum(
-    adapter: Adapter, *, threads: int | None = None, yes: bool = False
-) -> AdapterSpectrum:
+def measure_spectrum(adapter: Adapter, limits: Limits, *, yes: bool = False) -> AdapterSpectrum:
     """Singular values of every additive low-rank delta; ΔW is never formed.
 
     Raises:
@@ -20,8 +18,6 @@ def measure_spectrum(
         NumericError: NaN or infinity.
     """
     from loratool.engine.reads import factor_ranges
-    from loratool.engine.run import execute
-    from loratool.store.reader import FileReader
 
     specs = [s for s in adapter.specs if _has_spectrum(s)]
     agree_to_read(factor_ranges(specs), yes=yes)
@@ -32,9 +28,12 @@ def measure_spectrum(
     ]  # fmt: skip
     plan = Plan("inspect", tuple(steps))
     resources = plan_resources(
-        plan, device="cpu", threads=threads, max_memory=None, chunk_bytes=None, sample=False,
-        progress=None,
+        plan, device="cpu", threads=limits.threads, max_memory=limits.max_memory,
+        chunk_bytes=None, sample=False, progress=None,
     )  # fmt: skip
+    from loratool.engine.run import execute
+    from loratool.store.reader import FileReader
+
     with FileReader() as reader:
         found = execute(plan, reader, None, resources.run)
         reader.check_unchanged()

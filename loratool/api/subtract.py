@@ -13,8 +13,9 @@ from loratool.api.common import file_rules
 from loratool.api.merge import merge
 from loratool.api.merge_job import MergeJob, Operation
 from loratool.api.undo import restore_job
-from loratool.errors import UsageError
+from loratool.errors import MismatchError, UsageError
 from loratool.ops.inputs import Access
+from loratool.ops.replay import merge_record
 from loratool.ops.subtract import (
     compare_with_record,
     require_reversible,
@@ -24,7 +25,6 @@ from loratool.ops.subtract import (
 )
 from loratool.ops.undo import read_undo
 from loratool.report import DifferenceReport, SubtractReport, SwapReport
-from loratool.store.provenance import read_record
 
 
 def subtract(
@@ -155,7 +155,10 @@ def swap(
 
 def _with_record(job: MergeJob) -> MergeJob:
     """Compare what is taken out with the merged weights' provenance."""
-    record = read_record(job.base.checkpoint)
+    try:
+        record = merge_record(job.base.checkpoint)
+    except MismatchError:  # taking out needs no record
+        record = None
     require_unscaled(record, job.bound)
     signed = zip(job.adapters, job.operation.signs, strict=True)
     out = [(a.adapter, a.weight.times(-1)) for a, sign in signed if sign < 0]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -44,7 +43,7 @@ def run_sum(
     *,
     method: Method | None = None,
     params: Mapping[str, Any] | None = None,
-    threads: int | None = None,
+    threads: int,
     progress: Progress | None = None,
 ) -> Summed:
     """Compute every module; float16 that overflows becomes float32 for all of them.
@@ -84,12 +83,12 @@ def _sum_all(
     dtype: str,
     *,
     env: Env,
-    threads: int | None,
+    threads: int,
     progress: Progress | None,
 ) -> tuple[SummedModule, ...]:
-    from loratool.engine.combining import combine_factors, combine_vectors, use_one_thread
-    from loratool.engine.device import default_threads, exact_arithmetic
+    from loratool.engine.combining import combine_factors, combine_vectors
     from loratool.engine.summing import SummedModule
+    from loratool.engine.workers import map_in_workers
 
     alphas = _alphas(plan)
     weights = [m for m in plan.modules if not m.is_bias]
@@ -102,15 +101,11 @@ def _sum_all(
             dtype=dtype,
         )  # fmt: skip
 
-    found: list[SummedModule] = []
-    with (
-        exact_arithmetic(),
-        ThreadPoolExecutor(threads or default_threads(), initializer=use_one_thread) as pool,
-    ):
-        for number, one in enumerate(pool.map(work, weights), 1):
-            found.append(one)
-            if progress is not None:
-                progress(number, len(weights))
+    def advance(count: int) -> None:
+        if progress is not None:
+            progress(count, len(weights))
+
+    found = map_in_workers(work, weights, threads, advance)
     made = {one.spec.module: one.spec for one in found}
     for module in biases:
         owner = made[module.spec.module]

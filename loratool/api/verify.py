@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loratool.adapter import ReadOptions
-from loratool.api.common import file_rules, plan_resources
+from loratool.api.common import file_rules, plan_resources, rounding_args
 from loratool.api.merge_job import MergeJob, NameOptions, prepare_merge
+from loratool.errors import UsageError
 from loratool.ops.bind import BindOptions
+from loratool.ops.combine import combination_args
 from loratool.ops.inputs import Access, locate
-from loratool.ops.replay import find_replay, recorded_options
+from loratool.ops.replay import RecordedOptions, find_replay, merge_record, refuse_record
 from loratool.ops.verify import VerifyPlan, plan_verify
 from loratool.ops.weights import read_module_weights, rules_from
 from loratool.report import TensorDifference, VerifyReport
@@ -57,8 +60,8 @@ def verify(
     """Recompute W + Σ weight·ΔW and compare it with a merged checkpoint, tensor by tensor.
 
     The verdict is ``identical`` (every bit), ``rounding`` (no element further away than another
-    order of rounding explains: ulp(W') + ulp(Δ)/2) or ``differs``.  How sums were rounded is
-    taken from the checkpoint's provenance; so is whatever is not given.
+    order of the same arithmetic explains, see ``docs/exactness.md``) or ``differs``.  How sums
+    were rounded is taken from the checkpoint's provenance; so is whatever is not given.
 
     Args:
         merged: the checkpoint under test.
@@ -101,12 +104,14 @@ def verify(
     access = Access(offline, yes, file_rules(max_header, allow_pickle))
     resolved = locate(str(merged), kind="base", access=access)
     found = open_checkpoint(resolved.path, max_header=access.rules.max_header)
-    options = recorded_options(found)
+    record = merge_record(found)
+    options: RecordedOptions = {} if record is None else record.options
+    refuse = partial(refuse_record, found)
     inputs: Sequence[str | AdapterArgument] = adapters
     if not adapters or base is None:
         roots = (resolved.path.absolute().parent, Path.cwd())
         given = None if base is None else str(base)
-        replay = find_replay(found, base=given, roots=tuple(dict.fromkeys(roots)))
+        replay = find_replay(record, found, base=given, roots=tuple(dict.fromkeys(roots)))
         base = replay.base
         if not adapters:
             inputs, weights, mean = replay.adapters, None, False
@@ -114,23 +119,28 @@ def verify(
     if module_weights is not None:
         rules = read_module_weights(Path(module_weights), len(inputs))
     else:  # of other adapters than those given they say nothing
-        recorded = rules_from(options.get("module_weights", ()))
+        recorded = rules_from(options.get("module_weights", ()), refuse)
         rules = tuple(r for r in recorded if len(r[1]) == len(inputs))
-    job = prepare_merge(
-        inputs,
-        base=base,
-        weights=weights,
-        mean=mean,
-        names=names,
-        access=access,
-        dtype=None,
-        shard_bytes=None,
-        output=None,
-        with_provenance=False,
-        rounding={k: options[k] for k in _HOW if k in options},
-        module_weights=rules,
-        like=found,
-    )
+    try:
+        job = prepare_merge(
+            inputs,
+            base=base,
+            weights=weights,
+            mean=mean,
+            names=names,
+            access=access,
+            dtype=None,
+            shard_bytes=None,
+            output=None,
+            with_provenance=False,
+            rounding=_rounding(options),
+            module_weights=rules,
+            like=found,
+        )
+    except UsageError as error:
+        if error.code in _OF_RECORDS and (not adapters or error.code in _OF_ROUNDING):
+            refuse(error.message())
+        raise
     plan = plan_verify(job.merge.plan, job.full_names, found)
     resources = plan_resources(
         plan.plan,
@@ -151,16 +161,27 @@ def verify(
     return _report(job, resolved.label, plan, results, started)
 
 
-_HOW = ("rounding", "seed", "method", "params")
-"""Recorded options that say how sums are formed."""
+_OF_ROUNDING = ("LT-217", "LT-218", "LT-255", "LT-256", "LT-257", "LT-286")
+_OF_RECORDS = ("LT-240", "LT-241", "LT-242", "LT-243", "LT-244", "LT-281", *_OF_ROUNDING)
+"""Usage errors that a record can make: it is damaged then."""
 
 
-def _recorded_names(options: Mapping[str, Any]) -> NameOptions:
+def _rounding(options: RecordedOptions) -> dict[str, Any]:
+    """How sums were formed."""
+    how, seed = options.get("rounding", "nearest"), options.get("seed")
+    is_exact = how == "exact"
+    return {
+        **rounding_args(is_exact, "nearest" if is_exact else how, seed),
+        **combination_args(options.get("method"), options.get("params"), rank=None, exact=is_exact),
+    }
+
+
+def _recorded_names(options: RecordedOptions) -> NameOptions:
     """Options of names and reading, as `loratool.api.merge_job` recorded them."""
 
     def part(kind: type[BindOptions] | type[ReadOptions]) -> dict[str, Any]:
-        found = {f.name: options[f.name] for f in fields(kind) if f.name in options}
-        return {k: tuple(v) if isinstance(v, list) else v for k, v in found.items()}
+        known = {f.name for f in fields(kind)}
+        return {k: v for k, v in options.items() if k in known}
 
     return NameOptions(BindOptions(**part(BindOptions)), ReadOptions(**part(ReadOptions)))
 

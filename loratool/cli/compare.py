@@ -34,6 +34,7 @@ _KEYS = "abcdefghijklmnopqrstuvwxyz"
             help="Draw heat maps (pip install 'loratool[plot]').")  # fmt: skip
 @opt.option("--csv", metavar="FILE", section="Output",
             help="A row per module; for more than two adapters the matrix.")  # fmt: skip
+@opt.workers
 @opt.network
 @opt.general
 @opt.alpha

@@ -6,6 +6,7 @@ import shlex
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import chdir, contextmanager
+from pathlib import Path
 from typing import Any
 
 import click
@@ -28,6 +29,8 @@ from loratool.errors import UsageError
 def command(output: str | None, **options: Any) -> int:
     """Write a tiny model, two adapters and a fine-tune, and run the main commands on them."""
     from loratool import api
+    from loratool.store.places import notes_path
+    from loratool.store.series import series
 
     voice = Voice.take(options)
     if voice.as_json:
@@ -35,14 +38,13 @@ def command(output: str | None, **options: Any) -> int:
             raise UsageError("LT-207", "demo --json writes files: say where", hint="-o DIR")
         voice.show(api.demo(output), ())
         return 0
-    with _folder(output) as folder:
+    with _folder(output) as folder, series(notes_path(Path(folder))):
         report = api.demo(folder)
         voice.announce("A tour on a model small enough to build in a moment")
-        code = _run_all(report.commands)
-    if code == 0:
-        kept = f"the files are in {safe(output)}" if output else "with -o DIR the files are kept"
-        click.echo("\n" + line("done", kept, tone="good"))
-    return code
+        _run_all(report.commands)
+    kept = f"the files are in {safe(output)}" if output else "with -o DIR the files are kept"
+    click.echo("\n" + line("done", kept, tone="good"))
+    return 0
 
 
 @contextmanager
@@ -55,14 +57,12 @@ def _folder(output: str | None) -> Iterator[str]:
         yield "demo"
 
 
-def _run_all(commands: Sequence[Sequence[str]]) -> int:
+def _run_all(commands: Sequence[Sequence[str]]) -> None:
     """Run command lines as if they were typed; the first that fails ends the tour."""
     from loratool.cli import run
 
     for words in commands:
         typed = safe(shlex.join(["loratool", *words]), cap=1000)
         click.echo("\n" + click.style("$ ", dim=True) + click.style(typed, bold=True))
-        code = run(list(words))
-        if code:
-            return code
-    return 0
+        if code := run(list(words)):
+            raise click.exceptions.Exit(code)

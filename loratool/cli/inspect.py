@@ -59,10 +59,11 @@ _DEAR_SHARE = 0.02
             help="How strong beside BASE, and what a merge would swallow; reads both. "
                  "With --risk also intruder dimensions.")  # fmt: skip
 @opt.option("--csv", metavar="FILE", section="Output",
-            help="Write them to FILE, one row per module; alone implies --spectrum.")  # fmt: skip
+            help="Write them to a new FILE, a row per module; implies --spectrum.")  # fmt: skip
 @opt.option("--plot", metavar="FILE.png|.svg", section="Output",
-            help="Draw them; implies --spectrum. Needs matplotlib.")  # fmt: skip
+            help="Draw them into a new file; implies --spectrum. Needs matplotlib.")  # fmt: skip
 @opt.option("--tensors", is_flag=True, section="Output", help="List every tensor.")
+@opt.workers
 @opt.network
 @opt.general
 @opt.trust

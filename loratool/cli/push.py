@@ -32,6 +32,8 @@ from loratool.report.push import PushReport
 @opt.option("--revision", metavar="BRANCH", section="Output",
             help="Branch, created if need be. Default: main.")  # fmt: skip
 @opt.option("--message", metavar="TEXT", section="Output", help="Title of the commit.")
+@opt.option("--skip", multiple=True, metavar="NAME", section="Input",
+            help="File or folder of PATH to leave out. Repeatable.")  # fmt: skip
 @opt.option("--dry-run", is_flag=True, section="Output",
             help="Validate and compare; create and send nothing.")  # fmt: skip
 @opt.option("--force", is_flag=True, section="Output",

@@ -51,6 +51,7 @@ _HOW = {
             help="Folder to create; DIR/ puts results into it under their names.")  # fmt: skip
 @opt.factor_dtype
 @opt.writing
+@opt.workers
 @opt.network
 @opt.general
 @opt.alpha

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -35,6 +36,8 @@ class Magnitude(Delta):
         self.axis = axis
         self.weight = weight
         self.shape = inner.shape
+        # the product; squares summed in pairs, root, quotient; scaling, difference, weight
+        self.roundings = inner.roundings + math.ceil(math.log2(inner.shape[1 - axis])) + 6
         self._squares = torch.zeros(inner.shape[axis], dtype=torch.float64, device=magnitude.device)
 
     @property
@@ -54,14 +57,27 @@ class Magnitude(Delta):
         self, acc: torch.Tensor, base: torch.Tensor, r0: int, r1: int, c0: int, c1: int
     ) -> None:
         """Add weight · (m/‖V‖ · V - W)."""
-        gain = (self.magnitude.double() / self._squares.sqrt()).to(acc.dtype)
-        gain = gain[r0:r1, None] if self.axis == 0 else gain[None, c0:c1]
+        gain = self._gain(acc.dtype, r0, r1, c0, c1)
         change = self._direction(base, r0, r1, c0, c1).mul_(gain).sub_(base)
         acc.add_(change, alpha=self.weight)
+
+    def add_size(
+        self, acc: torch.Tensor, base: torch.Tensor, r0: int, r1: int, c0: int, c1: int
+    ) -> None:
+        """|weight| · (|m|/‖V‖ · Σ|terms of V| + |W|)."""
+        size = base.abs()
+        self.inner.add_size(size, base, r0, r1, c0, c1)
+        gain = self._gain(acc.dtype, r0, r1, c0, c1).abs_()
+        acc.add_(size.mul_(gain).add_(base.abs()), alpha=abs(self.weight))
 
     def scaled(self, factor: float) -> Magnitude:
         """Interpolates towards W."""
         return Magnitude(self.inner, self.magnitude, self.axis, self.weight * factor)
+
+    def _gain(self, dtype: torch.dtype, r0: int, r1: int, c0: int, c1: int) -> torch.Tensor:
+        """Lengths over norms, m / ‖V‖, of the block's rows or columns, broadcastable to it."""
+        gain = (self.magnitude.double() / self._squares.sqrt()).to(dtype)
+        return gain[r0:r1, None] if self.axis == 0 else gain[None, c0:c1]
 
     def _direction(self, base: torch.Tensor, r0: int, r1: int, c0: int, c1: int) -> torch.Tensor:
         direction = base.clone()

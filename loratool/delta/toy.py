@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
+from collections.abc import Iterator
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 _HIDDEN, _INNER, _VOCAB, _LAYERS, _RANK = 64, 160, 256, 2, 8
 _CONFIG = {
@@ -23,23 +23,22 @@ _CONFIG = {
 }
 
 
-def write_toy(folder: Path) -> None:
-    """Fill ``folder`` with ``base/`` (two shards), ``style/``, ``sql/`` and ``tuned/``.
+def toy_files() -> Iterator[tuple[str, bytes]]:
+    """Name and bytes of each file of ``base/`` (two shards), ``style/``, ``sql/`` and ``tuned/``.
 
-    Args:
-        folder: an existing folder; the same bytes every time.
+    The same every time.
     """
     generator = torch.Generator().manual_seed(0)
     weights = _weights(generator)
-    _save_model(folder / "base", weights)
+    yield from _model("base", weights)
     for name in ("style", "sql"):
-        _save_adapter(folder / name, weights, generator)
+        yield from _adapter(name, weights, generator)
     tuned = dict(weights)
     for name, weight in weights.items():
         if weight.dim() == 2:
             change = _low_rank(weight.shape, 12, generator) * 0.003
             tuned[name] = (weight.float() + change).bfloat16()
-    _save_model(folder / "tuned", tuned)
+    yield from _model("tuned", tuned)
 
 
 def _weights(generator: torch.Generator) -> dict[str, torch.Tensor]:
@@ -67,25 +66,23 @@ def _low_rank(shape: torch.Size, rank: int, generator: torch.Generator) -> torch
     return left @ torch.randn(rank, shape[1], generator=generator)
 
 
-def _save_model(folder: Path, weights: dict[str, torch.Tensor]) -> None:
-    folder.mkdir()
+def _model(folder: str, weights: dict[str, torch.Tensor]) -> Iterator[tuple[str, bytes]]:
     names = list(weights)
     half = len(names) // 2
     weight_map: dict[str, str] = {}
     for i, part in enumerate((names[:half], names[half:]), 1):
         file = f"model-{i:05d}-of-00002.safetensors"
-        save_file({n: weights[n] for n in part}, str(folder / file), {"format": "pt"})
+        yield f"{folder}/{file}", save({n: weights[n] for n in part}, {"format": "pt"})
         weight_map |= dict.fromkeys(part, file)
     size = sum(w.numel() * w.element_size() for w in weights.values())
     index = {"metadata": {"total_size": size}, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
-    (folder / "config.json").write_text(json.dumps(_CONFIG, indent=2))
+    yield f"{folder}/model.safetensors.index.json", json.dumps(index, indent=2).encode()
+    yield f"{folder}/config.json", json.dumps(_CONFIG, indent=2).encode()
 
 
-def _save_adapter(
-    folder: Path, weights: dict[str, torch.Tensor], generator: torch.Generator
-) -> None:
-    folder.mkdir()
+def _adapter(
+    folder: str, weights: dict[str, torch.Tensor], generator: torch.Generator
+) -> Iterator[tuple[str, bytes]]:
     tensors = {}
     for name, weight in weights.items():
         if "_proj" in name:
@@ -95,7 +92,7 @@ def _save_adapter(
             tensors[f"{module}.lora_B.weight"] = (
                 torch.randn(rows, _RANK, generator=generator) * 0.01
             )
-    save_file(tensors, str(folder / "adapter_model.safetensors"), {"format": "pt"})
+    yield f"{folder}/adapter_model.safetensors", save(tensors, {"format": "pt"})
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -106,4 +103,4 @@ def _save_adapter(
         "inference_mode": True,
         "peft_version": "0.21.2",
     }
-    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2))
+    yield f"{folder}/adapter_config.json", json.dumps(config, indent=2).encode()

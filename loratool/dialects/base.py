@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any, Protocol, cast
 
 from loratool.adapter import Adapter, AdapterFiles, ReadOptions
-from loratool.errors import BadFileError, DiskError, UnsafeContentError, list_some
-from loratool.store.foreign import PICKLE_HINT, open_regular
+from loratool.errors import BadFileError, UnsafeContentError, list_some
+from loratool.store.contained import list_folder, open_inside
+from loratool.store.foreign import PICKLE_HINT
 from loratool.store.header import MAX_HEADER_BYTES, Header, read_header
 from loratool.store.jsonfile import load_json
 from loratool.store.layout import is_pickle_name
@@ -145,7 +146,7 @@ def examine(path: Path, *, max_header: int = MAX_HEADER_BYTES) -> Candidate:
 def _examine_file(path: Path, max_header: int) -> Candidate:
     names = (path.name,)
     if path.suffix == ".gguf":
-        with open_regular(path) as file:
+        with open_inside(path) as file:
             return Candidate(path, None, names, head=file.read(_GGUF_HEAD))
     if path.name == _LITGPT and path.is_file():
         return Candidate(path, None, names)
@@ -156,18 +157,6 @@ def _examine_file(path: Path, max_header: int) -> Candidate:
         config = load_json(beside)
         return Candidate(path, path.parent, names, config, beside, path, max_header=max_header)
     return Candidate(path, None, names, weights=path, max_header=max_header)
-
-
-def list_folder(folder: Path) -> list[Path]:
-    """What lies in a folder, sorted.
-
-    Raises:
-        DiskError: LT-601, the system refuses to list it.
-    """
-    try:
-        return sorted(folder.iterdir())
-    except OSError as error:
-        raise DiskError("LT-601", "cannot read", file=folder, got=error.strerror) from error
 
 
 def _examine_folder(folder: Path, max_header: int) -> Candidate:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from loratool.adapter import Adapter, DeltaSpec, ReadOptions, TensorRef
-from loratool.dialects.base import Candidate, list_folder
+from loratool.dialects.base import Candidate
 from loratool.dialects.detect import peft_method
 from loratool.dialects.peft_config import PeftConfig, parse_config, without_config
 from loratool.dialects.peft_keys import sort_tensors
@@ -15,11 +15,13 @@ from loratool.dialects.peft_methods import refuse_method
 from loratool.dialects.peft_replacements import read_replacements
 from loratool.dialects.peft_specs import SpecReader
 from loratool.errors import BadFileError, UsageError, list_some
+from loratool.store.contained import find_inside, list_folder
 from loratool.store.tokens import TOKENIZER_FILES
 
 SUPPORTED = ("LORA", "TRAINABLE_TOKENS")
 _EXTRAS = (*TOKENIZER_FILES, "preprocessor_config.json", "processor_config.json",
            "*_preprocessor_config.json", "LICENSE*", "NOTICE*")  # fmt: skip
+_TEMPLATES = "additional_chat_templates"
 _CHOICES: Mapping[str, tuple[str | None, ...]] = {
     "rank_from": (None, "file", "config"),
     "mha_out_proj": (None, "once", "twice"),
@@ -61,7 +63,7 @@ def read(candidate: Candidate, options: ReadOptions) -> Adapter:
         unclaimed=parts.unclaimed,
         layer_order=config.layer_order,
         notes=tuple(notes),
-        extras=tuple(_find_extras(candidate)),
+        extras=_find_extras(candidate),
     )
 
 
@@ -168,11 +170,14 @@ def _untargeted(specs: list[DeltaSpec], config: PeftConfig) -> list[str]:
     ]
 
 
-def _find_extras(candidate: Candidate) -> Iterable[Path]:
-    if candidate.folder is None:
-        return
-    for entry in list_folder(candidate.folder):
-        name = entry.name
-        is_ours = any(fnmatch.fnmatch(name, pattern) for pattern in _EXTRAS)
-        if (entry.is_file() and is_ours) or name == "additional_chat_templates":
-            yield entry
+def _find_extras(candidate: Candidate) -> dict[str, Path]:
+    folder = candidate.folder
+    if folder is None:
+        return {}
+    found = [
+        entry for entry in list_folder(folder)
+        if entry.is_file() and any(fnmatch.fnmatch(entry.name, p) for p in _EXTRAS)
+    ]  # fmt: skip
+    if (folder / _TEMPLATES).is_dir():
+        found += [t for t in list_folder(folder / _TEMPLATES, folder) if not t.is_dir()]
+    return {p.relative_to(folder).as_posix(): find_inside(p, folder)[0] for p in found}

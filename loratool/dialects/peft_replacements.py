@@ -79,11 +79,12 @@ def _is_saved(module: str, config: PeftConfig) -> bool:
 def _read_tokens(
     modules: Mapping[str, Mapping[str, TensorRef]], config: PeftConfig
 ) -> Iterator[Replacement]:
-    for module, roles in modules.items():
-        ref = roles.get("tokens")
-        if ref is None:
-            continue
-        rows = _rows_of(module, ref, config)
+    trained = {module: roles["tokens"] for module, roles in modules.items() if "tokens" in roles}
+    named = {module: rows for module in trained if (rows := _rows_of(module, config)) is not None}
+    for module, ref in trained.items():
+        rows = named.get(module)
+        if rows is None and len(set(named.values())) == 1:  # a head tied to the embedding named
+            (rows,) = set(named.values())
         if rows is None or len(ref.shape) != 2 or ref.shape[0] != len(rows):
             field = "token_indices" if config.method != "LORA" else "trainable_token_indices"
             raise BadFileError(
@@ -94,13 +95,9 @@ def _read_tokens(
         yield Replacement(f"{module}.weight", ref, "trainable_tokens", rows)
 
 
-def _rows_of(module: str, ref: TensorRef, config: PeftConfig) -> tuple[int, ...] | None:
-    """The row numbers of a module; a tied one that is not named has those of its embedding."""
+def _rows_of(module: str, config: PeftConfig) -> tuple[int, ...] | None:
     indices = config.token_indices
     if indices is None or isinstance(indices, tuple):
         return indices
     fitting = [k for k in indices if module == k or module.endswith(f".{k}")]
-    if fitting:
-        return indices[max(fitting, key=len)]
-    others = {rows for rows in indices.values() if ref.shape and len(rows) == ref.shape[0]}
-    return others.pop() if len(others) == 1 else None
+    return indices[max(fitting, key=len)] if fitting else None

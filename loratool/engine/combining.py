@@ -47,11 +47,6 @@ class Recipe:
     rank: int | None = None
 
 
-def use_one_thread() -> None:
-    """Arithmetic of the calling thread stays in it: results do not depend on how many there are."""
-    torch.set_num_threads(1)
-
-
 def random_keys(params: Mapping[str, Any], name: str, terms: Sequence[DeltaPart]) -> list[int]:
     """A 64-bit key per adapter: from the seed, the module and the adapter's position."""
     seed = params.get("seed", 0)

@@ -8,10 +8,13 @@ from dataclasses import dataclass
 import torch
 
 from loratool.engine import grid
+from loratool.engine.buffers import TORCH_DTYPES
 from loratool.engine.kernel import INTEGERS, Env, Kernel
 from loratool.engine.merging import AddDeltas
 from loratool.linalg import rounding
-from loratool.plan import Step
+from loratool.plan import DeltaPart, Step
+
+_UNIT = 2.0**-24  # of float32, to nearest
 
 
 @dataclass(frozen=True)
@@ -22,7 +25,7 @@ class CompareResult:
         name: tensor.
         numel: elements.
         differing: elements whose bits differ.
-        outside: elements further apart than a rounding explains: |M - W'| > ulp(W') + ulp(Δ)/2.
+        outside: elements further apart than another order of rounding explains, see `Compare`.
         max_ulp: largest distance in ulp(W').
         delta_square: ΣΔ².
         residual_square: Σ(M - W')².
@@ -38,11 +41,24 @@ class CompareResult:
 
 
 class Compare(AddDeltas):
-    """Recompute a merge and compare it with the tensor at hand (the last input)."""
+    """Recompute a merge and compare it with the tensor at hand (the last input).
+
+    Another program may round the result once per adapter, ΔW to the type of the factors, and every
+    product and partial sum to float32.  With k such roundings on the way the distance is at most
+
+        ulp(W')·max(1, adapters/2) + ulp(Δ) + k·2⁻²⁴·Σ|terms|,
+
+    where the second ulp is that of the coarsest type of the target and the factors.  The last term
+    decides where the sum of large terms is small.
+    """
 
     def __init__(self, step: Step, env: Env) -> None:
         super().__init__(step, env)
         self._found: dict[int, torch.Tensor] = {}
+        changes = [p for p in step.parts if isinstance(p, DeltaPart)]
+        self._roundings = max(1.0, len({p.adapter for p in step.parts}) / 2)
+        stored = [TORCH_DTYPES.get(f.dtype) for p in changes for f in p.spec.fields.values()]
+        self._coarsest = max([self.target, *filter(None, stored)], key=lambda t: torch.finfo(t).eps)
 
     def run(self, block: grid.Block, inputs: list[torch.Tensor], out: torch.Tensor | None) -> None:
         """Recompute the block, then measure the distance."""
@@ -60,11 +76,22 @@ class Compare(AddDeltas):
         delta = expected - inputs[0][differs].double()
         distance = (found - expected).abs()
         spacing = rounding.ulp(expected, self.target)
-        allowed = spacing + rounding.ulp(delta, self.target) / 2
+        allowed = spacing * self._roundings + rounding.ulp(delta, self._coarsest)
+        allowed += self._size(block, inputs[0])[differs]
         outside = (~(distance <= allowed)).sum()
         self._found[block.index] = torch.stack(
             [count.double(), outside.double(), (distance / spacing).max(), distance.square().sum()]
         ).cpu()
+
+    def _size(self, block: grid.Block, base: torch.Tensor) -> torch.Tensor:
+        """A bound of what roundings to float32 of terms and partial sums may add up to."""
+        wide = base.double()
+        size = wide.abs()
+        if "method" in self.step.args:  # its steps have one order
+            return size.zero_()
+        for delta in self.deltas:
+            delta.add_size(size, wide, block.r0, block.r1, block.c0, block.c1)
+        return size.mul_(_UNIT * sum(d.roundings + 1 for d in self.deltas))
 
     def finish(self) -> CompareResult:  # type: ignore[override]
         """Add the blocks up, in their order."""

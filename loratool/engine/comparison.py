@@ -9,6 +9,7 @@ import torch
 
 from loratool.adapter import DeltaSpec
 from loratool.engine.factors import Pair, load_pairs, load_vector
+from loratool.engine.grid import SAMPLE_ELEMENTS
 from loratool.engine.kernel import Env
 from loratool.linalg.subspaces import (
     Spectral,
@@ -19,9 +20,6 @@ from loratool.linalg.subspaces import (
     subspace_similarity,
 )
 
-SAMPLE_ELEMENTS = 1 << 21
-"""Elements of a module up to which signs are counted one by one; of larger ones, whole rows
-evenly spread over the matrix that hold about as many."""
 TOP_SHARE = 0.2  # of the largest elements, whose overlap is counted (the density of TIES)
 MAX_DIRECTIONS = 64  # φ is kept for this many leading directions
 

@@ -1,11 +1,9 @@
-"""Where the arithmetic happens, and how much memory there is for it."""
+"""Where the arithmetic happens."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 
@@ -58,35 +56,6 @@ def batch_bytes(device: torch.device) -> int:
     if device.type != "cuda":
         return 0
     return min(1 << 30, torch.cuda.get_device_properties(device).total_memory // 64)
-
-
-def default_threads() -> int:
-    """Twice the usable cores, at most 8: while one worker waits for the disk another computes."""
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return min(8, 2 * (usable or 1))
-
-
-def available_memory() -> int | None:
-    """Bytes this process may still take: the cgroup's limit or the machine's, None if unknown."""
-    found = []
-    for limit, used in (
-        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-        (
-            "/sys/fs/cgroup/memory/memory.limit_in_bytes",
-            "/sys/fs/cgroup/memory/memory.usage_in_bytes",
-        ),
-    ):
-        try:
-            found.append(int(Path(limit).read_text()) - int(Path(used).read_text()))
-        except (OSError, ValueError):
-            continue
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                found.append(int(line.split()[1]) * 1024)
-    except OSError:
-        pass
-    return min(found) if found else None
 
 
 @contextmanager

@@ -33,7 +33,7 @@ class FactorJournal:
         if not isinstance(results, list) or not any(r.factors for r in results):
             return results
         data = b"".join(f.data for r in results for f in r.factors or ())
-        name = self._file_of(results[0].name)
+        name = factor_file(results[0].name)
         path = self._output.create(name)
         with refusals_as("cannot write", path):
             write_synced(path, data)
@@ -43,7 +43,7 @@ class FactorJournal:
 
     def take(self, step: Step) -> list[DifferenceResult] | None:
         """Results of a step that an earlier run finished, None if it is still to do."""
-        name = self._file_of(step.output.name)
+        name = factor_file(step.output.name)
         line = self._output.finished.get(name)
         if line is None:
             return None
@@ -55,9 +55,10 @@ class FactorJournal:
             start += size
         return results
 
-    @staticmethod
-    def _file_of(tensor: str) -> str:
-        return f"{_FOLDER}/{hashlib.sha256(tensor.encode()).hexdigest()[:32]}"
+
+def factor_file(tensor: str) -> str:
+    """Name of the file that keeps the factors of a step's output."""
+    return f"{_FOLDER}/{hashlib.sha256(tensor.encode()).hexdigest()[:32]}"
 
 
 def drop_factors(output: StagedOutput) -> None:

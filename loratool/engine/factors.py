@@ -17,6 +17,8 @@ from loratool.store.reader import FileReader
 
 FP16_MAX = 65504.0
 
+_PIECE = 1 << 18
+
 Pair = tuple[torch.Tensor, torch.Tensor]
 """lora_B (out, r) and lora_A (r, in), float64, scaling left out."""
 
@@ -93,10 +95,15 @@ def make_data(name: str, tensor: torch.Tensor, dtype: str) -> TensorData:
 def round_once(tensor: torch.Tensor, dtype: str) -> torch.Tensor:
     """The values that a storage type keeps, to nearest, ties to even."""
     out = torch.empty_like(tensor, dtype=TORCH_DTYPES[dtype], memory_format=torch.contiguous_format)
-    round_into(out, tensor.contiguous())
+    flat, values = out.view(-1), tensor.contiguous().view(-1)
+    for start in range(0, len(flat), _PIECE):  # each takes temporaries of its size
+        round_into(flat[start : start + _PIECE], values[start : start + _PIECE])
     return out
 
 
 def overflows(tensor: torch.Tensor, dtype: str) -> bool:
     """True if float16 cannot hold the largest element."""
-    return dtype == "F16" and bool(tensor.numel()) and float(tensor.abs().max()) > FP16_MAX
+    if dtype != "F16" or not tensor.numel():
+        return False
+    low, high = tensor.aminmax()
+    return max(-float(low), float(high)) > FP16_MAX

@@ -38,7 +38,7 @@ def check_finite(refs: Iterable[TensorRef]) -> None:
             mask = np.array(ones, dtype=code)
             for at in range(0, ref.nbytes, _PIECE):
                 size = min(_PIECE, ref.nbytes - at)
-                reader.read_into(ref.file, ref.start + at, view[:size])
+                reader.read_into(ref, at, view[:size])
                 bits = np.frombuffer(view[:size], dtype=code)
                 if bool(((bits & mask) == mask).any()):
                     raise NumericError(

@@ -26,6 +26,10 @@ CPU_CHUNK_BYTES = 4 << 20
 CUDA_CHUNK_BYTES = 64 << 20
 """The same with a GPU, where a piece must outweigh a copy's latency."""
 
+SAMPLE_ELEMENTS = 1 << 21
+"""Elements of a module up to which `compare` and `inspect --risk` look at every one; of larger ones
+they take whole rows, evenly spread over the matrix, that hold about as many."""
+
 
 @dataclass(frozen=True)
 class Block:

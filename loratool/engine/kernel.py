@@ -25,6 +25,8 @@ from loratool.store.reader import FileReader
 INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 """Element size -> integer type of the same bits."""
 
+_PIECE = 1 << 20
+
 
 @dataclass
 class Env:
@@ -66,7 +68,7 @@ class Env:
             raw = torch.frombuffer(bytearray(source.data), dtype=torch.uint8)
         else:
             raw = torch.empty(source.nbytes, dtype=torch.uint8)
-            self.reader.read_into(source.file, source.start, memoryview(raw.numpy()))  # type: ignore[arg-type]
+            self.reader.read_into(source, 0, memoryview(raw.numpy()))  # type: ignore[arg-type]
         tensor = from_bytes(raw, source.dtype, source.shape)
         if source.dtype in WIDENED_DTYPES:
             tensor = tensor.float()
@@ -86,7 +88,7 @@ class Env:
                 continue
             size = TORCH_DTYPES[source.dtype].itemsize
             bytes_, raw = buffer.take(block.numel * size)
-            self.reader.read_into(source.file, source.start + block.start * size, bytes_)
+            self.reader.read_into(source, block.start * size, bytes_)
             yield block, from_bytes(raw, source.dtype, shape).to(self.device)
 
 
@@ -121,10 +123,11 @@ class Kernel:
 
 
 def _refuse_nonfinite(tensor: torch.Tensor, source: Source) -> None:
-    bad = ~torch.isfinite(tensor)
-    count = int(bad.sum())
+    flat = tensor.view(-1)
+    pieces = [~torch.isfinite(flat[i : i + _PIECE]) for i in range(0, len(flat), _PIECE)]
+    count = sum(int(bad.sum()) for bad in pieces)
     if count:
-        first = torch.nonzero(bad)[0].tolist()
+        first = torch.nonzero(torch.cat(pieces).view(tensor.shape))[0].tolist()
         raise NumericError(
             "LT-801",
             "tensor holds NaN or infinity",

@@ -173,7 +173,9 @@ class AddDeltas(Kernel):
         else:
             left, right = svd.leading_qr(weight, rank)
             left = left * part.spec.scaling
-        return LowRank((left * -part.weight).to(self.dtype), right.to(self.dtype))
+        made = LowRank((left * -part.weight).to(self.dtype), right.to(self.dtype))
+        made.roundings += sum(self.step.view)  # of the decomposition, which is backward stable
+        return made
 
     def _place(self, delta: Delta, part: DeltaPart) -> Delta:
         move_to(delta, self.env.device)

@@ -18,6 +18,13 @@ from loratool.plan import DeltaPart
 from loratool.store.reader import FileReader
 
 
+class _Reader(FileReader):
+    """Closes its files when neither the adapter nor a module of it is in use any more."""
+
+    def __del__(self) -> None:
+        self.__exit__()
+
+
 class OpenModule:
     """One module's change.
 
@@ -110,7 +117,7 @@ class OpenAdapter:
     def __init__(self, adapter: Adapter, *, keep: object = None) -> None:
         self.adapter = adapter
         self._keep = keep
-        self._reader = FileReader()
+        self._reader = _Reader()
         env = Env(self._reader, torch.device("cpu"), CPU_ELEMENTS, Scratch())
         self.modules = {spec.name: OpenModule(spec, env) for spec in adapter.specs}
 

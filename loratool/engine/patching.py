@@ -188,7 +188,7 @@ class _ApplyPatch(_Predict):
 
     def _read(self, source: TensorRef, start: int, size: int) -> memoryview:
         data = memoryview(bytearray(size))
-        self.env.reader.read_into(source.file, source.start + start, data)
+        self.env.reader.read_into(source, start, data)
         return data
 
     def _damaged(self, source: TensorRef, error: ValueError) -> BadFileError:

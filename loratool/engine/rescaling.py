@@ -11,7 +11,8 @@ from loratool.adapter import Adapter, DeltaSpec, Source, TensorRef
 from loratool.delta.lowrank import oriented_factors
 from loratool.engine.factors import make_data, overflows, round_once
 from loratool.engine.kernel import Env
-from loratool.linalg.concat import concat_factors, product_norm
+from loratool.engine.workers import map_in_workers
+from loratool.linalg.concat import difference_square, product_norm
 from loratool.plan import DeltaPart
 
 
@@ -33,7 +34,7 @@ class ScaledTensors:
 
 
 def scale_tensors(
-    adapter: Adapter, baked: Mapping[str, float], env: Env, dtype: str | None
+    adapter: Adapter, baked: Mapping[str, float], env: Env, dtype: str | None, threads: int
 ) -> ScaledTensors:
     """Multiply tensors in float64 and round them once.
 
@@ -42,24 +43,36 @@ def scale_tensors(
         baked: key -> factor.
         env: for loading.
         dtype: storage type of every factor; None = each keeps its own.
+        threads: workers, each with one module at a time.
     """
+    parts = map_in_workers(
+        lambda spec: _scale_module(spec, baked, env, dtype), adapter.specs, threads
+    )
+    return ScaledTensors(
+        {key: source for part in parts for key, source in part.tensors.items()},
+        sum(part.square for part in parts),
+        sum(part.error_square for part in parts),
+        any(part.overflow for part in parts),
+    )
+
+
+def _scale_module(
+    spec: DeltaSpec, baked: Mapping[str, float], env: Env, dtype: str | None
+) -> ScaledTensors:
     made: dict[str, Source] = {}
-    square = error = 0.0
+    exact, stored = {}, {}
     overflow = False
-    for spec in adapter.specs:
-        exact, stored = {}, {}
-        for role, source in spec.fields.items():
-            assert isinstance(source, TensorRef)
-            target = dtype or source.dtype
-            wide = env.load(source).double()
-            exact[role] = wide * baked.get(source.name, 1.0)
-            if source.name in baked or target != source.dtype:
-                made[source.name] = make_data(source.name, exact[role], target)
-                overflow = overflow or overflows(exact[role], target)
+    for role, source in spec.fields.items():
+        assert isinstance(source, TensorRef)
+        target, factor = dtype or source.dtype, baked.get(source.name)
+        exact[role] = stored[role] = env.load(source).double()
+        if factor is not None:
+            exact[role] *= factor
+        if factor is not None or target != source.dtype:
+            made[source.name] = make_data(source.name, exact[role], target)
+            overflow = overflow or overflows(exact[role], target)
             stored[role] = round_once(exact[role], target).double()
-        if any(s.name in made for s in spec.fields.values()):
-            one, lost = _sizes(spec, exact, stored)
-            square, error = square + one, error + lost
+    square, error = _sizes(spec, exact, stored) if made else (0.0, 0.0)
     return ScaledTensors(made, square, error, overflow)
 
 
@@ -81,9 +94,8 @@ def _sizes(
     for expert in range(spec.experts) if spec.experts else [None]:
         part = DeltaPart(spec, 1.0, expert=expert)
         lora_A, lora_B = oriented_factors(exact, part)
-        new_A, new_B = oriented_factors(stored, part)
         total += product_norm(lora_B, lora_A) ** 2
-        if is_exact:
-            continue
-        lost += product_norm(*concat_factors([(new_B, new_A, 1.0), (lora_B, lora_A, -1.0)])) ** 2
+        if not is_exact:
+            new_A, new_B = oriented_factors(stored, part)
+            lost += difference_square((new_B, new_A), (lora_B, lora_A))
     return scaling * total, scaling * lost

@@ -11,8 +11,9 @@ import torch
 from loratool.adapter import DeltaSpec, Source
 from loratool.delta.lowrank import LowRank
 from loratool.delta.lowrank import build as build_lowrank
-from loratool.engine.comparison import SAMPLE_ELEMENTS, scaled_pairs
+from loratool.engine.comparison import scaled_pairs
 from loratool.engine.factors import load_vector, pack_pairs
+from loratool.engine.grid import SAMPLE_ELEMENTS
 from loratool.engine.kernel import Env
 from loratool.linalg.concat import concat_factors, product_norm
 from loratool.linalg.intruders import Intruders, find_intruders, weakened

@@ -13,17 +13,17 @@ from loratool.adapter import Source, TensorData
 from loratool.dtypes import DTYPES
 from loratool.engine import grid
 from loratool.engine.buffers import ByteBuffer, Scratch, from_bytes
-from loratool.engine.device import default_threads, exact_arithmetic
 from loratool.engine.kernel import Env, Kernel
 from loratool.engine.kernels import KERNELS
+from loratool.engine.machine import default_threads
 from loratool.engine.reads import cut_step, planned_ranges
 from loratool.engine.sink import CheckpointSink
+from loratool.engine.workers import run_workers
 from loratool.plan import Plan, Step
-from loratool.store.reader import FileReader
+from loratool.store.reader import FileReader, most_open_files
 from loratool.store.shard_writer import PAGE
 
 _CPU = torch.device("cpu")
-_GRACE_S = 1.0  # after an interrupt: pieces take milliseconds, factorisations may take minutes
 
 Progress = Callable[[int, int], None]
 
@@ -86,9 +86,7 @@ def execute(
         completed come as the dictionaries in its journal).
     """
     reader.expect(planned_ranges(plan, elements=options.elements, sample=options.sample))
-    run = _Run(plan, reader, sink, options, take)
-    with exact_arithmetic():
-        return run.execute()
+    return _Run(plan, reader, sink, options, take).execute()
 
 
 class _Job:
@@ -121,37 +119,15 @@ class _Run:
         self.carried: list[Any] = []
         self._tasks: Iterator[tuple[_Job, list[grid.Block]]] = iter(())
         self._lock = threading.RLock()  # tasks are made, and may finish, under it
-        self._failure: BaseException | None = None
-        self._stop = threading.Event()
-        self._idle = threading.Event()  # no worker is at work any more
-        self._at_work = 0
         self._done_bytes = 0
         self._total_bytes = max(1, plan.read_bytes)
 
     def execute(self) -> list[Any]:
         self._tasks = self._make_tasks()
-        count = self.options.threads or default_threads()
-        self._at_work = count
-        workers = [threading.Thread(target=self._work, daemon=True) for _ in range(count)]
-        try:
-            for worker in workers:
-                worker.start()
-            while not self._idle.wait(0.1):
-                pass
-        finally:
-            self._stop.set()
-            # A worker deep in a factorisation is left behind, and with it the open files: a
-            # descriptor closed under its hands could be another file's by the time it writes.
-            # (Thread.is_alive will not do: a join that is interrupted makes it say False.)
-            if self._idle.wait(_GRACE_S):
-                if self.sink is not None:
-                    self.sink.close()
-                # Their work is done, not yet their end: torch aborts a process that exits first.
-                for worker in workers:
-                    if worker.ident is not None:
-                        worker.join(_GRACE_S)
-        if self._failure is not None:
-            raise self._failure
+        release = None if self.sink is None else self.sink.close
+        # Each worker writes one shard, which takes two descriptors, and more to complete it.
+        count = min(self.options.threads or default_threads(), max(1, most_open_files() // 2))
+        run_workers(count, self._work, release)
         return self.carried + [self.results[i] for i in sorted(self.results)]
 
     def _make_tasks(self) -> Iterator[tuple[_Job, list[grid.Block]]]:
@@ -159,7 +135,7 @@ class _Run:
         for index, step in enumerate(self.plan.steps):
             if self.sink is not None and not self.options.sample:
                 if step.shard not in skipped:
-                    skipped[step.shard] = self._take_over(step.shard)
+                    skipped[step.shard] = self._take_over(step)
                 if skipped[step.shard]:
                     self._advance(sum(i.nbytes for i in step.inputs))
                     continue
@@ -176,34 +152,22 @@ class _Run:
             for piece in pieces:
                 yield job, piece
 
-    def _take_over(self, shard: int) -> bool:
+    def _take_over(self, step: Step) -> bool:
         assert self.sink is not None
-        earlier = self.sink.finished_results(shard)
+        earlier = self.sink.finished_results(step.shard)
         if earlier is not None:
             self.carried.extend(earlier)
             return True
-        return self.sink.clone(shard)
+        return self.sink.clone(step, self.env.reader)
 
-    def _work(self) -> None:
-        try:
-            torch.set_num_threads(1)
-            worker = _Worker(self)
-            while not self._stop.is_set():
-                with self._lock:
-                    task = next(self._tasks, None)
-                if task is None:
-                    return
-                self._run_task(worker, *task)
-        except BaseException as error:  # handed to the caller's thread, which raises it
+    def _work(self, stop: threading.Event) -> None:
+        worker = _Worker(self)
+        while not stop.is_set():
             with self._lock:
-                if self._failure is None:
-                    self._failure = error
-            self._stop.set()
-        finally:
-            with self._lock:
-                self._at_work -= 1
-                if not self._at_work:
-                    self._idle.set()
+                task = next(self._tasks, None)
+            if task is None:
+                return
+            self._run_task(worker, *task)
 
     def _run_task(self, worker: _Worker, job: _Job, piece: list[grid.Block]) -> None:
         with job.lock:
@@ -275,7 +239,7 @@ class _Worker:
         if isinstance(source, TensorData):
             data[:] = memoryview(source.data).cast("B")[piece[0].start : piece[0].start + size]
         else:
-            self._run.env.reader.read_into(source.file, source.start + piece[0].start, data)
+            self._run.env.reader.read_into(source, piece[0].start, data)
         assert self._run.sink is not None
         self._run.sink.put(step, target, data, aligned=True)
         self._run.advance(size)
@@ -326,6 +290,6 @@ class _Worker:
         if isinstance(source, TensorData):
             data[:] = memoryview(source.data).cast("B")[first * size : (first + count) * size]
         else:
-            self._run.env.reader.read_into(source.file, source.start + first * size, data)
+            self._run.env.reader.read_into(source, first * size, data)
         host = from_bytes(raw, dtype, (count,))
         return host.to(self._device, non_blocking=True) if self._is_cuda else host

@@ -11,6 +11,7 @@ from loratool.plan import Plan, Step
 from loratool.store.disk import refusals_as
 from loratool.store.header import build_header
 from loratool.store.marker import Content, content_of, file_metadata
+from loratool.store.reader import FileReader
 from loratool.store.shard_writer import PAGE, ShardWriter, clone_file
 from loratool.store.writer import StagedOutput
 
@@ -58,15 +59,21 @@ class CheckpointSink:
         line = self._output.finished.get(self._plan.shards[shard].name)
         return None if line is None else line.get("results", [])
 
-    def clone(self, shard: int) -> bool:
-        """Take an untouched shard over in one piece where the file system shares blocks."""
-        twin = self._plan.shards[shard].twin
+    def clone(self, step: Step, reader: FileReader) -> bool:
+        """Take an untouched shard over in one piece where the file system shares blocks.
+
+        Args:
+            step: one of the shard's, which then copy the tensors of one file.
+            reader: has that file.
+        """
+        name, twin = self._plan.shards[step.shard].name, self._plan.shards[step.shard].twin
         if twin is None:
             return False
-        name = self._plan.shards[shard].name
+        source = step.inputs[0]
+        assert isinstance(source, TensorRef)
         path = self._output.create(name)
-        with refusals_as("cannot clone", path):
-            is_cloned = clone_file(twin, path)
+        with reader.lend(source) as file, refusals_as("cannot clone", path):
+            is_cloned = clone_file(file, path)
         if is_cloned:
             self._output.place(name)  # no journal: a rerun clones as fast as it would check
         return is_cloned

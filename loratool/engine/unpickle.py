@@ -1,14 +1,15 @@
-"""Run as a program: read one pickle of tensors and write it to stdout as safetensors.
+"""Run as a program: read one pickle of tensors on stdin and write it to stdout as safetensors.
 
 The parent (`loratool.store.unpickled`) starts it for ``--allow-pickle``.  PyTorch's restricted
 unpickler builds tensors and plain containers only; should it ever be tricked, this process can
-open no further file or socket, start no other, and write to its two pipes alone.
+open no file or socket, start no other, and write to its two pipes alone.
 """
 
 from __future__ import annotations
 
 import io
 import json
+import os
 import pickle
 import re
 import sys
@@ -28,12 +29,12 @@ _BYTES_PER_CPU_S = 20_000_000
 _FORBIDDEN = ("open", "import", "os.", "subprocess.", "socket.", "shutil.", "ctypes.")
 
 
-def main(path: str) -> None:
-    """Convert the file; a problem is one JSON line on stderr and exit code 1."""
+def main() -> None:
+    """Convert the file on stdin; a problem is one JSON line on stderr and exit code 1."""
     if not is_safe_torch(torch.__version__):
         _fail("torch", expected=".".join(map(str, OLDEST_TORCH)), got=torch.__version__)
-    source = Path(path).open("rb")  # noqa: SIM115 - the last file that this process may open
-    size = Path(path).stat().st_size
+    source = sys.stdin.buffer
+    size = os.fstat(source.fileno()).st_size
     _warm_up()
     _lock_down(size)
     try:
@@ -152,4 +153,4 @@ def _fail(kind: str, **facts: str) -> NoReturn:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main()

@@ -37,7 +37,7 @@ def summarize_adapter(adapter: Adapter) -> AdapterSummary:
         dtypes=dtype_bytes(everything),
         replaced=tuple(sorted(replaced, key=lambda r: -r.nbytes)),
         unclaimed=tuple(ref.name for ref in adapter.unclaimed),
-        extras=tuple(extra.name for extra in adapter.extras),
+        extras=tuple(dict.fromkeys(name.partition("/")[0] for name in adapter.extras)),
         loads=judge_loads(adapter),
         metadata=dict(adapter.metadata),
     )

@@ -10,7 +10,7 @@ from loratool import archs
 from loratool.adapter import Adapter, DeltaSpec, Replacement, TensorData
 from loratool.archs.experts import parse_expert
 from loratool.errors import MismatchError
-from loratool.ops.extract import KEEP_WORDS, ExtractPlan, compile_pattern
+from loratool.ops.extract import ExtractPlan
 from loratool.ops.pairing import Pair
 from loratool.ops.twins import at_every_place
 from loratool.plan import Step
@@ -72,7 +72,8 @@ def assemble(
         raise MismatchError("LT-483", "the fine-tune equals the base: nothing to extract")
     specs = _match_mha_ranks(_complete_mha(specs, extract, base))
     specs = _match_expert_ranks(_complete_experts(specs, extract, base))
-    kept = _keepable([o.pair for o in outcomes if o.fate == "left_out"], keep)
+    left_out = [o.pair for o in outcomes if o.fate == "left_out"]
+    kept = [pair for pair in left_out if _is_kept(pair, keep, extract.kept)]
     if not specs and not kept:
         raise MismatchError(
             "LT-484",
@@ -258,22 +259,16 @@ def _pad(spec: DeltaSpec, rank: int) -> DeltaSpec:
     return replace(spec, fields=fields, rank=rank, alpha=float(rank))
 
 
-def _keepable(changed: Sequence[Pair], keep: Sequence[str]) -> list[Pair]:
-    patterns = [compile_pattern(k) for k in keep if k not in KEEP_WORDS]
-    kept = []
-    for pair in changed:
-        if pair.role == "bare":
-            continue  # PEFT holds whole modules and biases, not bare parameters
-        is_usual = pair.role in ("bias", "small") or pair.is_task_head
-        wanted = (
-            (is_usual and "none" not in keep)
-            or "all" in keep
-            or ("embeddings" in keep and pair.role in ("embedding", "head"))
-            or any(p.search(pair.name) for p in patterns)
-        )
-        if wanted:
-            kept.append(pair)
-    return kept
+def _is_kept(pair: Pair, keep: Sequence[str], by_name: frozenset[str]) -> bool:
+    if pair.role == "bare":
+        return False  # PEFT holds whole modules and biases, not bare parameters
+    is_usual = pair.role in ("bias", "small") or pair.is_task_head
+    return (
+        (is_usual and "none" not in keep)
+        or "all" in keep
+        or ("embeddings" in keep and pair.role in ("embedding", "head"))
+        or pair.name in by_name
+    )
 
 
 def _replacements(kept: Sequence[Pair], extract: ExtractPlan) -> list[Replacement]:

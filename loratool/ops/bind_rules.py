@@ -5,12 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import NoReturn
 
 from loratool.adapter import Adapter
 from loratool.archs.base import Table
 from loratool.archs.names import all_tables, tables_for
 from loratool.errors import UsageError
 from loratool.ops.bind_types import BindOptions, Item
+from loratool.patterns import Pattern, check_replacement, compile_pattern, find, substitute
 from loratool.store.checkpoint import Checkpoint
 
 PREFIXES = (
@@ -45,7 +47,6 @@ COMPONENTS: Mapping[str, str] = {
     "transformer": r"(?:transformer|diffusion_model|model\.diffusion_model)",
     "vae": r"(?:vae|first_stage_model)",
 }
-_REGEX_CAP = 512
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
@@ -126,64 +127,79 @@ def apply_user_names(
     """
     renames = [parse_rename(text) for text in options.rename]
     skips = [parse_skip(text) for text in options.skip]
-    items: list[Item] = []
-    skipped: set[str] = set()
-    hits = [0] * len(renames)
-    for item in _items(adapter):
-        if any(s.search(item.module) for s in skips):
-            skipped.add(item.module)
-            continue
-        module = item.module
-        for position, rename in enumerate(renames):
-            changed = rename(module)
-            hits[position] += changed != module
-            module = changed
-        names = tuple(_moved(n, item.module, module) for n in item.names)
-        items.append(Item(names, item.module, item.spec, item.replacement))
-    notes = tuple(
-        f"--rename {text} changed no module name"
-        for text, count in zip(options.rename, hits, strict=True)
-        if not count
-    )
-    return items, tuple(sorted(skipped)), notes
+    every = list(_items(adapter))
+    skipped = frozenset().union(*find(skips, [item.module for item in every]))
+    kept = [item for item in every if item.module not in skipped]
+    modules = [item.module for item in kept]
+    notes = []
+    for text, rename in zip(options.rename, renames, strict=True):
+        before, modules = modules, rename.apply(modules)
+        if modules == before:
+            notes.append(f"--rename {text} changed no module name")
+    items = [
+        Item(tuple(_moved(n, item.module, module) for n in item.names), item.module, item.spec,
+             item.replacement)
+        for item, module in zip(kept, modules, strict=True)
+    ]  # fmt: skip
+    return items, tuple(sorted(skipped)), tuple(notes)
 
 
-def parse_rename(text: str) -> Callable[[str], str]:
+@dataclass(frozen=True)
+class Rename:
+    """A substitution on module paths: ``count`` times in each, 0 = everywhere."""
+
+    pattern: Pattern
+    replacement: str
+    count: int
+
+    def apply(self, modules: list[str]) -> list[str]:
+        """The new paths."""
+        return substitute(self.pattern, self.replacement, modules, count=self.count)
+
+
+def parse_rename(text: str) -> Rename:
     """Read ``s/pattern/replacement/`` (any delimiter, flag ``g`` for every match).
 
     Raises:
         UsageError: LT-240 for bad syntax, LT-241 for a bad or overlong pattern.
 
     Example:
-        >>> parse_rename("s/^model/base/")("model.layers.0")
-        'base.layers.0'
+        >>> parse_rename("s/^model/base/").apply(["model.layers.0"])
+        ['base.layers.0']
     """
     hint = "write --rename 's/pattern/replacement/'"
     if len(text) < 4 or text[0] != "s" or text[1].isalnum() or text[1] in "\\ ":
-        raise UsageError("LT-240", "--rename is not of the form s/a/b/", got=text, hint=hint)
+        raise UsageError("LT-240", "--rename is not of the form s/a/b/", got=text[:200], hint=hint)
     pieces = re.split(rf"(?<!\\){re.escape(text[1])}", text[2:])
     if len(pieces) != 3 or pieces[2] not in ("", "g") or not pieces[0]:
-        raise UsageError("LT-240", "--rename is not of the form s/a/b/", got=text, hint=hint)
+        raise UsageError("LT-240", "--rename is not of the form s/a/b/", got=text[:200], hint=hint)
     escaped = "\\" + text[1]
     # A delimiter that means something in a regex keeps its backslash: s.a\.b.c. matches "a.b".
     pattern = pieces[0] if text[1] in ".^$*+?{}[]|()" else pieces[0].replace(escaped, text[1])
-    expression = _compile(pattern, "--rename")
+
+    def refuse(why: str) -> NoReturn:
+        raise UsageError("LT-241", "unusable pattern of --rename", key=text[:200], got=why)
+
+    expression = compile_pattern(pattern, refuse)
     replacement = pieces[1].replace(escaped, text[1])
-    count = 0 if pieces[2] == "g" else 1
-    try:
-        expression.sub(replacement, "")
-    except (re.error, IndexError) as error:
-        raise UsageError("LT-241", f"bad replacement in --rename: {error}", got=text) from error
-    return lambda module: expression.sub(replacement, module, count=count)
+    check_replacement(expression, replacement)
+    return Rename(expression, replacement, count=0 if pieces[2] == "g" else 1)
 
 
-def parse_skip(text: str) -> re.Pattern[str]:
+def parse_skip(text: str) -> Pattern:
     """A component word (``te``, ``unet``, …) or a regular expression on module paths.
 
     Raises:
         UsageError: LT-242.
     """
-    return component_pattern(text) if text in COMPONENTS else _compile(text, "--skip")
+
+    def refuse(why: str) -> NoReturn:
+        raise UsageError("LT-242", "unusable pattern of --skip", key=text[:200], got=why)
+
+    if not text:
+        refuse("it is empty")
+    regex = component_pattern(text).pattern if text in COMPONENTS else text
+    return compile_pattern(regex, refuse)
 
 
 def component_pattern(word: str) -> re.Pattern[str]:
@@ -196,21 +212,6 @@ def component_pattern(word: str) -> re.Pattern[str]:
     if word in COMPONENTS:
         return re.compile(rf"^{COMPONENTS[word]}[._]")
     return re.compile(rf"(?:^|\.){re.escape(word)}\.")
-
-
-def _compile(pattern: str, option: str) -> re.Pattern[str]:
-    code = "LT-241" if option == "--rename" else "LT-242"
-    if not pattern or len(pattern) > _REGEX_CAP:
-        raise UsageError(
-            code,
-            f"pattern of {option} is empty or too long",
-            expected=f"1 to {_REGEX_CAP} characters",
-            got=len(pattern),
-        )
-    try:
-        return re.compile(pattern)
-    except re.error as error:
-        raise UsageError(code, f"bad pattern in {option}: {error}", got=pattern) from error
 
 
 def _items(adapter: Adapter) -> Iterator[Item]:

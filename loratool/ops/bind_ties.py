@@ -96,7 +96,7 @@ class _Group:
             and len({_numbers(i) for items in alike.values() for i in items}) > 1
         ):
             return  # PEFT ties rows only where all names train the same ones
-        for name, items in self.items.items():
+        for items in self.items.values():
             if not any(_kind(i) == _kind(one) for i in items):
                 items.append(one)
 

@@ -7,9 +7,10 @@ from dataclasses import replace
 from typing import Any
 
 from loratool.adapter import Adapter
+from loratool.dtypes import DTYPES
 from loratool.errors import MismatchError, UsageError, list_some
 from loratool.methods import METHODS, Method, find_method, parse_params
-from loratool.ops.memory import WORKER_BYTES, truncation_bytes
+from loratool.ops.memory_formulas import combined_bytes, mixed_bytes
 from loratool.ops.sums import SumModule, SumPlan, plan_sum
 from loratool.ops.weights import Weight
 
@@ -80,25 +81,17 @@ def rank_of(module: SumModule, method: Method, rank: int | None) -> int:
     return largest
 
 
-def dense_bytes(module: SumModule, rank: int, method: Method) -> int:
-    """Memory that one module takes at work, measured in tests/budget/test_combine_memory.py.
-
-    F = 8·R·(out + in) bytes are all factors in float64.  At most 6 F are there at once: loaded,
-    scaled, stacked, orthogonal, and the result as computed and as stored; and the R×R cores.
-    Element-wise methods have ΔW in float32 and, one after the other, blocks of E elements (values,
-    weighted values, signs and masks of T adapters, 48 bytes each; positions and random numbers of
-    one, 110) and the truncation.  ``knots-ties`` has such blocks of float64.
-    """
-    if module.is_bias:
-        return 64 * module.shape[0] * len(module.terms)
-    (rows, cols), count = module.shape, len(module.terms)
-    total = WORKER_BYTES + module.rank * (rows + cols) * 8 * 6 + 32 * module.rank**2 * (count + 4)
-    if method.space == "joint":
-        return total + max(1 << 18, cols * count) * 90
-    if method.space != "dense":
-        return total
-    blocks = max(1 << 19, cols) * (48 * count + 110)
-    return total + 4 * rows * cols + max(blocks, truncation_bytes(rows, cols, rank))
+def memory_needs(plan: SumPlan, method: Method, rank: int | None) -> tuple[list[int], int]:
+    """Bytes that each module takes while it is at work, and those of all results."""
+    needs = [combined_bytes(m, rank_of(m, method, rank), method) for m in plan.modules]
+    mixed = [[one.source for one, _ in found] for found in plan.mixed]
+    # float16 that overflows is made again in float32, and both are there for a while
+    each = DTYPES[plan.dtype].bits // 8 + (4 if plan.dtype == "F16" else 0)
+    made = sum(
+        each * rank_of(m, method, rank) * sum(m.shape) * max(1, m.spec.experts)
+        for m in plan.modules if not m.is_bias
+    )  # fmt: skip
+    return needs + [mixed_bytes(s) for s in mixed], made + sum(8 * s[0].numel for s in mixed)
 
 
 def check_options(given: Mapping[str, Any]) -> None:

@@ -9,8 +9,9 @@ from typing import Any
 
 from loratool import archs
 from loratool.dtypes import DTYPES
-from loratool.errors import MismatchError, UsageError
+from loratool.errors import MismatchError
 from loratool.ops.pairing import Pair, pair_tensors
+from loratool.patterns import find, typed_pattern
 from loratool.plan import Plan, Step, TensorSpec
 from loratool.store.checkpoint import Checkpoint
 
@@ -32,6 +33,7 @@ class ExtractPlan:
         places: on-disk name -> all names that the adapter uses, where there are several: the
             modules of a tied tensor.
         absent: heads of the base that TUNED lacks.
+        kept: names of tensors that a regular expression of ``--keep`` finds.
         notes: one sentence each.
     """
 
@@ -41,6 +43,7 @@ class ExtractPlan:
     memory_names: Mapping[str, str]
     places: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     absent: tuple[str, ...] = ()
+    kept: frozenset[str] = frozenset()
     notes: tuple[str, ...] = ()
 
     def names_of(self, pair: Pair) -> tuple[str, ...]:
@@ -105,7 +108,8 @@ def plan_extract(
             )
     paired = pair_tensors(tuned, base)
     whole = [k for k in keep if k not in KEEP_WORDS]
-    factored = _choose(paired.matched, include, [*exclude, *whole])
+    kept = _found(whole, "--keep", [p.name for p in (*paired.matched, *paired.created)])
+    factored = _choose(paired.matched, include, exclude, kept)
     mhas = {p.module for p in factored if p.role == "in_proj"}
     pairs, steps = [], []
     for pair in paired.matched:
@@ -123,35 +127,25 @@ def plan_extract(
     }
     plan = Plan("extract", tuple(steps))
     return ExtractPlan(
-        plan, tuple(pairs), paired.created, memory, places, paired.absent, paired.notes
+        plan, tuple(pairs), paired.created, memory, places, paired.absent, kept, paired.notes
     )
 
 
-def _choose(pairs: Sequence[Pair], include: Sequence[str], exclude: Sequence[str]) -> set[Pair]:
-    wanted = [compile_pattern(i) for i in include]
-    unwanted = [compile_pattern(e) for e in exclude]
+def _choose(
+    pairs: Sequence[Pair], include: Sequence[str], exclude: Sequence[str], kept: frozenset[str]
+) -> set[Pair]:
+    names = [pair.name for pair in pairs]
     able = {"linear", "conv", "experts", "in_proj"}
-    if wanted:
+    if include:
         able |= {"embedding", "head"}
-    chosen = set()
-    for pair in pairs:
-        if pair.role not in able or any(u.search(pair.name) for u in unwanted):
-            continue
-        if not wanted or any(w.search(pair.name) for w in wanted):
-            chosen.add(pair)
-    return chosen
+    wanted = _found(include, "--include", names) if include else frozenset(names)
+    wanted -= _found(exclude, "--exclude", names) | kept
+    return {pair for pair in pairs if pair.role in able and pair.name in wanted}
 
 
-def compile_pattern(text: str) -> re.Pattern[str]:
-    """A regular expression that a user typed.
-
-    Raises:
-        UsageError: it is none.
-    """
-    try:
-        return re.compile(text)
-    except re.error as error:
-        raise UsageError("LT-220", "not a regular expression", key=text, got=str(error)) from error
+def _found(texts: Sequence[str], option: str, names: Sequence[str]) -> frozenset[str]:
+    """The names in which any of the expressions is found."""
+    return frozenset().union(*find([typed_pattern(text, option) for text in texts], names))
 
 
 def _is_mha_output(pair: Pair, mhas: set[str]) -> bool:

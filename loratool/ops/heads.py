@@ -25,6 +25,7 @@ from loratool.archs.heads import (
 from loratool.archs.ties import tied_tensors
 from loratool.errors import MismatchError, list_some
 from loratool.ops.bind_rules import parse_skip
+from loratool.patterns import find
 from loratool.store.checkpoint import Checkpoint
 from loratool.store.jsonfile import load_json
 
@@ -68,10 +69,9 @@ def take_heads(
     patterns = [parse_skip(text) for text in skip]
     for adapter in adapters:
         name = "" if checkpoint.components else task_class(adapter.config, checkpoint.config)
-        head = {
-            r: source for r, source in _head(adapter, checkpoint).items()
-            if not any(p.search(r.rpartition(".")[0]) for p in patterns)
-        } if name else {}  # fmt: skip
+        head = _head(adapter, checkpoint) if name else {}
+        skipped = frozenset().union(*find(patterns, [n.rpartition(".")[0] for n in head]))
+        head = {n: source for n, source in head.items() if n.rpartition(".")[0] not in skipped}
         if not head:
             continue
         for other, (earlier, tensors) in brought.items():

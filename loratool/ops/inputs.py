@@ -13,8 +13,7 @@ from loratool.dialects import open_adapter, unmergeable_reason
 from loratool.errors import MismatchError, OutputError, UsageError
 from loratool.ops.weights import Rule, Weight, weigh
 from loratool.store.checkpoint import Checkpoint, open_checkpoint
-from loratool.store.output_path import check_name
-from loratool.store.places import old_path, staging_path
+from loratool.store.places import check_name, old_path, staging_path
 from loratool.store.rules import FileRules
 from loratool.store.source import (
     AdapterArgument,

@@ -174,7 +174,7 @@ def _places(
 
     Where the fine-tune has a head of its own, names are those of its class.
     """
-    found = {
+    found: dict[str, tuple[str, ...]] = {
         n: (ref.name,) for n, ref in aligned.items() if ref.name != n and task_of(tuned.config)
     }
     for tie in ties:

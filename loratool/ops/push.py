@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from loratool.ops.summary import summarize
 from loratool.store.adapter_folder import find_adapter
 from loratool.store.card import CardFacts
 from loratool.store.checkpoint import Checkpoint, open_checkpoint
+from loratool.store.contained import list_folder, typed
 from loratool.store.header import read_header
 from loratool.store.jsonfile import load_json
 from loratool.store.push_files import Chosen, choose_files, refuse_local_base
@@ -37,43 +39,54 @@ class Publication:
     notes: tuple[str, ...] = ()
 
 
-def prepare(path: Path, repo: str) -> Publication:
+def prepare(path: Path, repo: str, skip: Iterable[str] = ()) -> Publication:
     """Validate an adapter or a checkpoint for publication; reads every value.
+
+    Args:
+        path: adapter or checkpoint.
+        repo: ``owner/name``.
+        skip: names of files that are left out.
 
     Raises:
         LoratoolError: it cannot be opened, its configuration contradicts its tensors, a value is
-            not finite (LT-801), or a file must not be published (LT-930, LT-931, LT-932).
+            not finite (LT-801), a file must not be published (LT-930 to LT-933), or one changed
+            meanwhile (LT-332).
     """
+    path = typed(path)
     what = summarize(path).what
     if what == "folder":
         raise MismatchError(
             "LT-491", "this folder is neither an adapter nor a checkpoint itself", file=path,
             hint="push one of the models in it",
         )  # fmt: skip
-    return _adapter(path, repo) if what == "adapter" else _checkpoint(path, repo)
+    make = _adapter if what == "adapter" else _checkpoint
+    publication = make(path, repo, tuple(skip))
+    publication.chosen.check_unchanged()
+    return publication
 
 
-def _adapter(path: Path, repo: str) -> Publication:
+def _adapter(path: Path, repo: str, skip: tuple[str, ...]) -> Publication:
     from loratool.engine.finite import check_finite
 
+    chosen = choose_files(path, skip=skip)
     adapter = open_adapter(find_adapter(path))
-    chosen = choose_files(path)
     refuse_local_base(adapter.base_model, path / "adapter_config.json")
-    check_finite(_refs(chosen))
+    check_finite(_refs(chosen, path))
     card = adapter_facts(adapter, repo)
     notes = _notes(card, adapter.base_model)
     return Publication("adapter", chosen, adapter.base_model or card.base, card, notes)
 
 
-def _checkpoint(path: Path, repo: str) -> Publication:
+def _checkpoint(path: Path, repo: str, skip: tuple[str, ...]) -> Publication:
     from loratool.engine.finite import check_finite
 
     checkpoint = open_checkpoint(path)
-    chosen = choose_files(path, _sub_folders(checkpoint))
-    for file in chosen.files.values():
+    chosen = choose_files(path, _sub_folders(checkpoint), skip)
+    for file in (path / name for name in chosen.files):
         if file.name == "config.json":
-            refuse_local_base(load_json(file).get("_name_or_path"), file)
-    check_finite(_refs(chosen))
+            config = load_json(file, folder=checkpoint.path)
+            refuse_local_base(config.get("_name_or_path"), file)
+    check_finite(_refs(chosen, path))
     card = checkpoint_facts(checkpoint, repo)
     named = checkpoint.config.get("_name_or_path")
     notes = _notes(card, named if isinstance(named, str) and named not in ("", repo) else None)
@@ -85,13 +98,13 @@ def _sub_folders(checkpoint: Checkpoint) -> tuple[str, ...]:
     if not checkpoint.components:
         return ()
     listed = load_json(checkpoint.path / "model_index.json")
-    inside = sorted(e.name for e in checkpoint.path.iterdir() if e.is_dir())
+    inside = [e.name for e in list_folder(checkpoint.path) if e.is_dir()]
     return tuple(name for name in inside if isinstance(listed.get(name), list))
 
 
-def _refs(chosen: Chosen) -> list[TensorRef]:
-    weights = [p for n, p in chosen.files.items() if n.endswith(".safetensors")]
-    return [ref for path in weights for ref in read_header(path).tensors]
+def _refs(chosen: Chosen, path: Path) -> list[TensorRef]:
+    root = path if path.is_dir() else path.parent
+    return [ref for file in chosen.weights() for ref in read_header(file, folder=root).tensors]
 
 
 def _notes(card: CardFacts, named: str | None) -> tuple[str, ...]:

@@ -11,9 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from loratool.errors import UsageError, list_some
-from loratool.store.foreign import open_regular
 
-MAX_BYTES = 1_000_000
 # Option as typed -> keyword of the function, where they are not the same word.
 _SPELLED = {
     ("subtract", "from"): "merged",
@@ -89,7 +87,15 @@ def read_recipe(path: Path, commands: Mapping[str, Function]) -> tuple[RecipeSte
     """
     import yaml
 
-    root = _compose(path)
+    from loratool.store.yamlfile import read_yaml
+
+    def refuse(what: str, line: int | None) -> NoReturn:
+        where = path if line is None else f"{path}, line {line}"
+        raise UsageError("LT-287", "not YAML that a recipe can be", file=where, got=what)
+
+    root = read_yaml(path, refuse)
+    if root is None:
+        raise UsageError("LT-287", "the recipe is empty", file=path, expected="steps:")
     if not isinstance(root, yaml.MappingNode):
         _refuse("LT-287", path, root, "a recipe is a mapping", "steps:")
     top = _pairs(path, root)
@@ -102,31 +108,6 @@ def read_recipe(path: Path, commands: Mapping[str, Function]) -> tuple[RecipeSte
     if not nodes:
         _refuse("LT-287", path, root, "no steps")
     return tuple(_step(path, number, node, commands) for number, node in enumerate(nodes, 1))
-
-
-def _compose(path: Path) -> Any:
-    import yaml
-
-    with open_regular(path) as file:
-        raw = file.read(MAX_BYTES + 1)
-    if len(raw) > MAX_BYTES:
-        raise UsageError("LT-287", "not a recipe: too large", file=path, expected="at most 1 MB")
-    try:
-        text = raw.decode("utf-8")
-        for event in yaml.parse(text, Loader=yaml.SafeLoader):
-            if isinstance(event, yaml.AliasEvent):
-                _refuse("LT-287", path, event, "aliases are not used in recipes")
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
-    except UnicodeDecodeError as error:
-        raise UsageError("LT-287", "not a recipe: no UTF-8 text", file=path) from error
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f" at line {mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or type(error).__name__
-        raise UsageError("LT-287", "not YAML", file=path, got=f"{problem}{where}") from error
-    if root is None:
-        raise UsageError("LT-287", "the recipe is empty", file=path, expected="steps:")
-    return root
 
 
 def _step(path: Path, number: int, node: Any, commands: Mapping[str, Function]) -> RecipeStep:
@@ -207,20 +188,14 @@ def _pairs(path: Path, node: Any) -> dict[str, tuple[Any, Any]]:
 
 
 def _plain(path: Path, node: Any) -> Any:
-    """The Python value of a scalar or of a list of scalars."""
+    """The Python value of a scalar or of a list."""
     import yaml
 
-    if isinstance(node, yaml.SequenceNode):
-        return [_plain(path, item) for item in node.value]
+    from loratool.store.yamlfile import plain
+
     if isinstance(node, yaml.MappingNode):
         _refuse("LT-288", path, node, "an option is a value or a list")
-    loader = yaml.SafeLoader("")
-    try:
-        return loader.construct_object(node)
-    except (yaml.YAMLError, ValueError, OverflowError):
-        _refuse("LT-288", path, node, "not a value", got=str(node.value)[:80])
-    finally:
-        loader.dispose()
+    return plain(node, lambda what, line: _refuse("LT-288", path, node, "not a value", got=what))
 
 
 def _fits(value: Any, hint: Any) -> bool:

@@ -3,48 +3,138 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Literal, NoReturn, TypedDict
 
-from loratool.errors import LoratoolError, MismatchError, UsageError
+import msgspec
+
+from loratool.errors import LoratoolError, MismatchError, UnsafeContentError, UsageError
+from loratool.shapes import checked
 from loratool.store.checkpoint import Checkpoint
+from loratool.store.contained import check_name, is_inside
 from loratool.store.header import read_header
 from loratool.store.provenance import file_id, read_record
-from loratool.store.source import AdapterArgument
+from loratool.store.source import MAX_WEIGHT, AdapterArgument
 
 _OPERATIONS = ("merge", "subtract", "swap")
+_Weight = Annotated[float, msgspec.Meta(ge=-MAX_WEIGHT, le=MAX_WEIGHT)]
+_Rule = Annotated[list[str | _Weight], msgspec.Meta(min_length=2)]
+
+
+@dataclass(frozen=True)
+class RecordedFile:
+    """A shard of a checkpoint, by its header and size, or by its content too."""
+
+    header_sha256: str
+    bytes: int
+    sha256: str | None = None
+
+
+@dataclass(frozen=True)
+class RecordedInput:
+    """An input; the base has a role, an adapter its weight.
+
+    Attributes:
+        files: name -> sha256 of a whole file, or what tells a shard apart.
+        role: ``base``, or "".
+        weight: of the whole adapter.
+        components: component -> factor.
+    """
+
+    files: dict[str, str | RecordedFile]
+    role: str = ""
+    weight: _Weight | None = None
+    components: dict[str, _Weight] = field(default_factory=dict)
+
+
+class RecordedOptions(TypedDict, total=False):
+    """Options of `merge` that change bytes, by their names in provenance."""
+
+    rename: tuple[str, ...]
+    skip: tuple[str, ...]
+    allow_unmatched: bool
+    untie: bool
+    keep_tied: bool
+    resize_embeddings: bool
+    alpha: _Weight
+    rank_from: Literal["file", "config"]
+    mha_out_proj: Literal["once", "twice"]
+    moe_layout: Literal["eoi", "eio"]
+    experts_b_order: Literal["rank-major", "expert-major"]
+    rounding: Literal["nearest", "exact", "stochastic"]
+    seed: int
+    method: str
+    params: dict[str, float | int | str]
+    module_weights: list[_Rule]
+    scaled: tuple[str, ...]
+    undo: str
+
+
+@dataclass(frozen=True)
+class Record:
+    """The provenance of merged weights, as far as it can be replayed."""
+
+    operation: str
+    inputs: dict[str, RecordedInput]
+    options: RecordedOptions
 
 
 @dataclass(frozen=True)
 class Replay:
-    """An operation to repeat.
+    """Inputs of an operation, found.
 
     Attributes:
         base: where the base is.
         adapters: where the adapters are, in order, with their coefficients, signs included.
-        options: resolved options that changed bytes, by their names in provenance.
     """
 
     base: str
     adapters: tuple[AdapterArgument, ...]
-    options: Mapping[str, Any]
 
 
-def recorded_options(output: Checkpoint) -> dict[str, Any]:
-    """Options that an output was made with; empty if it does not say."""
+def merge_record(output: Checkpoint) -> Record | None:
+    """What an output of `merge`, `subtract` or `swap` says about itself, None if it says nothing.
+
+    Raises:
+        MismatchError: LT-458, it is damaged.
+    """
     record = read_record(output)
     if record is None or record.get("operation") not in _OPERATIONS:
-        return {}
-    options = record.get("options")
-    return dict(options) if isinstance(options, dict) else {}
+        return None
+
+    def refuse(key: str | None, expected: str, got: str | None) -> NoReturn:
+        refuse_record(output, "a value of another type", key=key, expected=expected, found=got)
+
+    return checked(record, Record, refuse)
 
 
-def find_replay(output: Checkpoint, *, base: str | None, roots: Sequence[Path]) -> Replay:
-    """Read an output's provenance and find its inputs, checked by content.
+def refuse_record(
+    output: Checkpoint, got: str, *, key: str | None = None,
+    expected: str | None = None, found: str | None = None,
+) -> NoReturn:  # fmt: skip
+    """Refuse a record that cannot be meant.
+
+    Raises:
+        MismatchError: LT-458.
+    """
+    raise MismatchError(
+        "LT-458", "the provenance of this checkpoint is damaged", file=output.path, key=key,
+        expected=expected, got=found or got,
+    )  # fmt: skip
+
+
+def find_replay(
+    record: Record | None, output: Checkpoint, *, base: str | None, roots: Sequence[Path]
+) -> Replay:
+    """Find the inputs that an output's provenance names, checked by content.
 
     Args:
+        record: of `merge_record`.
         output: the output.
         base: where the base is, None to look for it.
         roots: folders to look in for inputs by their name.
@@ -52,56 +142,47 @@ def find_replay(output: Checkpoint, *, base: str | None, roots: Sequence[Path]) 
     Raises:
         UsageError: there is no provenance to replay, or an input is not found.
         MismatchError: what lies there is not what was used, or an undo file was.
+        UnsafeContentError: the record leads out of these folders.
     """
-    record = read_record(output)
-    if record is None or record.get("operation") not in _OPERATIONS:
+    if record is None:
         raise UsageError(
             "LT-253", "this checkpoint does not say what it was made from", file=output.path,
             expected="loratool.json of a merge", hint="name its inputs: --base and --adapter",
         )  # fmt: skip
-    try:
-        rows = dict(record["inputs"])
-        options = dict(record["options"])
-        bases = {k: v for k, v in rows.items() if v.get("role") == "base"}
-        adapters = {k: v for k, v in rows.items() if k not in bases}
-        (base_name, base_row), *_ = bases.items()
-        if "undo" in options:
-            raise MismatchError(
-                "LT-457", "this was made with an undo file, which checked every tensor itself",
-                file=output.path, hint="subtract --undo again gives the same bytes",
-            )  # fmt: skip
-        found = tuple(
-            AdapterArgument(_find(k, v, roots, "--adapter"), *recorded_weight(v))
-            for k, v in adapters.items()
-        )
-        return Replay(base or _find(base_name, base_row, roots, "--base"), found, options)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    if "undo" in record.options:
         raise MismatchError(
-            "LT-458", "the provenance of this checkpoint is damaged", file=output.path,
-            got=f"{type(error).__name__}: {error}", hint="name its inputs: --base and --adapter",
-        ) from error  # fmt: skip
+            "LT-457", "this was made with an undo file, which checked every tensor itself",
+            file=output.path, hint="subtract --undo again gives the same bytes",
+        )  # fmt: skip
+    find = partial(_find, output=output, roots=roots)
+    adapters, bases = [], []
+    for name, row in record.inputs.items():
+        if row.role == "base":
+            bases.append((name, row))
+        elif row.weight is None:
+            refuse_record(output, "no weight", key=f"inputs.{name}", expected="a weight")
+        else:
+            place = find(name, row, option="--adapter")
+            adapters.append(AdapterArgument(place, row.weight, row.components))
+    if not bases:
+        refuse_record(output, "no base", key="inputs", expected="one with the role base")
+    return Replay(base or find(*bases[0], option="--base"), tuple(adapters))
 
 
-def recorded_weight(row: Mapping[str, Any]) -> tuple[float, dict[str, float]]:
-    """Coefficient and factors per component of an adapter in provenance.
-
-    Raises:
-        KeyError, TypeError, ValueError, AttributeError: it is damaged.
-    """
-    parts = row.get("components", {})
-    return float(row["weight"]), {str(k): float(v) for k, v in parts.items()}
-
-
-def _find(name: str, row: Mapping[str, Any], roots: Sequence[Path], option: str) -> str:
+def _find(
+    name: str, row: RecordedInput, *, output: Checkpoint, roots: Sequence[Path], option: str
+) -> str:
     if name.startswith("hf://"):
         return name
     plain = name.partition("#")[0]
-    if plain in ("", ".", "..") or "/" in plain or "\\" in plain:
-        raise ValueError("an input's name is a path")
-    places = [root / plain for root in roots if (root / plain).exists()]
+    if "/" in plain:
+        refuse_record(output, "a path", key=f"inputs.{name}", expected="plain names")
+    for one in (plain, *row.files):
+        check_name(one, output.path, "record")
     others = []
-    for place in places:
-        wrong = _differing(place, row["files"])
+    for place in (root / plain for root in roots if (root / plain).exists()):
+        _check_place(place, option)
+        wrong = _differing(place, row.files)
         if wrong is None:
             return str(place)
         others.append(f"{place} ({wrong})")
@@ -116,20 +197,34 @@ def _find(name: str, row: Mapping[str, Any], roots: Sequence[Path], option: str)
     )  # fmt: skip
 
 
-def _differing(place: Path, files: Mapping[str, Any]) -> str | None:
+def _check_place(place: Path, option: str) -> None:
+    """A record must not lead through a link out of the folder that is searched."""
+    if not is_inside(place, place.parent):
+        real = os.path.realpath(place)
+        raise UnsafeContentError(
+            "LT-904", "the record names a link that leads elsewhere, so it is not followed",
+            file=place, got=real, hint=f"{option} {shlex.quote(real)}, if that was used",
+        )  # fmt: skip
+
+
+def _differing(place: Path, files: Mapping[str, str | RecordedFile]) -> str | None:
     """The first file whose content is not the recorded one, None if all agree."""
+    folder = place if place.is_dir() else place.parent
     for name, want in files.items():
         path = place / name if place.is_dir() else place
         if not path.is_file():
             return f"no {name}"
         try:
             if isinstance(want, str):
-                same = file_id(path) == want
+                same = file_id(path, folder) == want
             else:
-                head = hashlib.sha256(read_header(path).raw).hexdigest()
-                same = (head, path.stat().st_size) == (want["header_sha256"], want["bytes"])
-                if same and "sha256" in want:
-                    same = file_id(path) == want["sha256"]
+                header = read_header(path, folder=folder)
+                head = hashlib.sha256(header.raw).hexdigest()
+                same = (head, header.file_size) == (want.header_sha256, want.bytes)
+                if same and want.sha256 is not None:
+                    same = file_id(path, folder) == want.sha256
+        except UnsafeContentError:
+            raise
         except LoratoolError as error:
             return error.what
         if not same:

@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from loratool.adapter import Adapter, DeltaSpec, TensorRef
+from loratool.dtypes import DTYPES
 from loratool.errors import MismatchError, UsageError, list_some
 from loratool.ops.additive import require_additive
 from loratool.ops.blocks import block_factors
-from loratool.ops.extract import compile_pattern
+from loratool.ops.memory_formulas import rescaled_bytes
+from loratool.patterns import Pattern, find, typed_pattern
 
 _DEFAULT_ALPHA = 8  # of PEFT, where the configuration has none
 _SCALED_ROLES = ("lora_B", "delta")
@@ -39,7 +41,7 @@ class RescalePlan:
     notes: tuple[str, ...]
 
 
-def parse_only(items: Sequence[str]) -> list[tuple[re.Pattern[str], float]]:
+def parse_only(items: Sequence[str]) -> list[tuple[Pattern, float]]:
     """``REGEX=FACTOR`` as typed.
 
     Raises:
@@ -53,7 +55,7 @@ def parse_only(items: Sequence[str]) -> list[tuple[re.Pattern[str], float]]:
                 "LT-295", "--only takes a regular expression and a factor", got=item,
                 expected="REGEX=FACTOR, such as mlp=0.5",
             )  # fmt: skip
-        found.append((compile_pattern(regex), float(number)))
+        found.append((typed_pattern(regex, "--only"), float(number)))
     return found
 
 
@@ -61,7 +63,7 @@ def plan_rescale(
     adapter: Adapter,
     factor: float,
     *,
-    only: Sequence[tuple[re.Pattern[str], float]] = (),
+    only: Sequence[tuple[Pattern, float]] = (),
     blocks: str | None = None,
 ) -> RescalePlan:
     """Plan factor · ΔW for every module.
@@ -109,10 +111,28 @@ def plan_rescale(
     return RescalePlan(adapter, factors, how, config, signs, tuple(notes))
 
 
+def memory_needs(plan: RescalePlan, dtype: str | None) -> tuple[list[int], int]:
+    """Bytes that each module with a new tensor takes at work, and those of all new tensors."""
+    needs, kept = [], 0
+    for spec in plan.adapter.specs:
+        new = [
+            source for source in spec.fields.values()
+            if source.name in plan.baked or dtype not in (None, source.dtype)
+        ]  # fmt: skip
+        if new:
+            needs.append(rescaled_bytes(spec))
+        for source in new:
+            # float16 that overflows is made again in float32, and both are there for a while
+            target = dtype or source.dtype
+            each = DTYPES[target].bits // 8 + (4 if target == "F16" else 0)
+            kept += each * source.numel
+    return needs, kept
+
+
 def _choose(
     adapter: Adapter,
     factor: float,
-    only: Sequence[tuple[re.Pattern[str], float]],
+    only: Sequence[tuple[Pattern, float]],
     blocks: str | None,
 ) -> dict[str, float]:
     """Factor of every spec; a bias delta has that of its module's weight."""
@@ -120,11 +140,12 @@ def _choose(
     names = {s.name: owners.get(s.module, s.name) for s in adapter.specs}
     by_block = block_factors(names.values(), blocks) if blocks else {}
     found = {name: factor * by_block.get(owner, 1.0) for name, owner in names.items()}
-    for pattern, value in only:
-        hits = [name for name, owner in names.items() if pattern.search(owner)]
+    owned = find([pattern for pattern, _ in only], list(names.values()))
+    for (pattern, value), owned_by in zip(only, owned, strict=True):
+        hits = [name for name, owner in names.items() if owner in owned_by]
         if not hits:
             raise MismatchError(
-                "LT-467", "--only matches no module", file=adapter.path, key=pattern.pattern,
+                "LT-467", "--only matches no module", file=adapter.path, key=pattern.text,
                 got=list_some(names.values(), 3),
             )  # fmt: skip
         found |= dict.fromkeys(hits, value)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Literal
 
 from loratool.adapter import DeltaSpec, Source
 from loratool.ops.bind_types import Found
 from loratool.store.reader import have_same_bytes, read_bytes
 
-_FORMATS = {1: "B", 2: "H", 4: "I", 8: "Q"}  # bytes of an element -> how its bits are compared
+# Bytes of an element -> how its bits are compared.
+_FORMATS: Mapping[int, Literal["B", "H", "I", "Q"]] = {1: "B", 2: "H", 4: "I", 8: "Q"}
 
 
 def are_alike(first: Sequence[Found], second: Sequence[Found]) -> bool:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import NoReturn
 
 from loratool.adapter import Adapter
 from loratool.errors import LoratoolError, MismatchError, list_some
 from loratool.ops.merge import WeightedAdapter
-from loratool.ops.replay import recorded_weight
+from loratool.ops.replay import Record, RecordedInput
 from loratool.ops.weights import Weight, names_of, rules_from, weigh
 from loratool.store.provenance import adapter_id
 from loratool.store.source import AdapterArgument
@@ -69,16 +69,15 @@ def _require_sums(one: WeightedAdapter) -> None:
         )  # fmt: skip
 
 
-def require_unscaled(record: Mapping[str, Any] | None, adapters: Iterable[WeightedAdapter]) -> None:
+def require_unscaled(record: Record | None, adapters: Iterable[WeightedAdapter]) -> None:
     """Refuse to subtract from a sum that a merge multiplied afterwards (an untied T5 head).
 
     Raises:
         MismatchError: an adapter changes such a tensor.
     """
-    options = (record or {}).get("options")
-    scaled = options.get("scaled") if isinstance(options, dict) else None
+    scaled = record.options.get("scaled", ()) if record is not None else ()
     for one in adapters:
-        lost = [b.target for b in one.bindings.deltas if b.target in (scaled or ())]
+        lost = [b.target for b in one.bindings.deltas if b.target in scaled]
         if lost:
             raise MismatchError(
                 "LT-422", "the merge multiplied this sum: the change is not in it as it was",
@@ -87,22 +86,21 @@ def require_unscaled(record: Mapping[str, Any] | None, adapters: Iterable[Weight
 
 
 def compare_with_record(
-    record: Mapping[str, Any] | None, adapters: Iterable[tuple[Adapter, Weight]]
+    record: Record | None, adapters: Iterable[tuple[Adapter, Weight]]
 ) -> tuple[list[str], list[str]]:
     """What the merged weights' provenance says about taking adapters out.
 
     Args:
-        record: provenance, None if there is none.
+        record: provenance, None if there is none that can be used.
         adapters: taken out, with the weights at which they were put in.
 
     Returns:
         Warnings and notes.
     """
-    inputs = (record or {}).get("inputs")
-    if record is None or record.get("operation") != "merge" or not isinstance(inputs, dict):
+    if record is None or record.operation != "merge":
         return [], ["the merged weights do not say what was merged into them"]
-    rows = {label: row for label, row in inputs.items() if isinstance(row, dict)}
-    base = next((k for k, row in rows.items() if row.get("role") == "base"), None)
+    rows = record.inputs
+    base = next((k for k, row in rows.items() if row.role == "base"), None)
     order = [k for k in rows if k != base]
     warnings, listed = [], set()
     for adapter, weight in adapters:
@@ -114,7 +112,7 @@ def compare_with_record(
         listed.add(label)
         merged = _recorded(record, rows[label], adapter, order.index(label))
         if merged is None or merged.value != weight.value:
-            got = merged or rows[label].get("weight")
+            got = merged or rows[label].weight
             warnings.append(f"{label} was merged at weight {got}, not {weight}")
         elif any(merged.of(name) != weight.of(name) for name in names_of(adapter)):
             warnings.append(f"{label} was merged with other weights per component or module")
@@ -126,18 +124,22 @@ def compare_with_record(
     return warnings, notes
 
 
-def _recorded(
-    record: Mapping[str, Any], row: Mapping[str, Any], adapter: Adapter, position: int
-) -> Weight | None:
+def _recorded(record: Record, row: RecordedInput, adapter: Adapter, position: int) -> Weight | None:
     """The coefficients at which an adapter was merged; None if the record is damaged."""
+
+    def refuse(why: str) -> NoReturn:
+        raise MismatchError("LT-458", "the provenance of this checkpoint is damaged", got=why)
+
+    if row.weight is None:
+        return None
     try:
-        typed = AdapterArgument("", *recorded_weight(row))
-        rules = rules_from(record.get("options", {}).get("module_weights", ()))
-        return weigh(adapter, typed, rules, position)
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError, LoratoolError):
+        rules = rules_from(record.options.get("module_weights", ()), refuse)
+        if any(len(weights) <= position for _, weights in rules):
+            return None
+        return weigh(adapter, AdapterArgument("", row.weight, row.components), rules, position)
+    except LoratoolError:
         return None
 
 
-def _files(row: Mapping[str, Any]) -> set[str]:
-    files = row.get("files")
-    return {v for v in files.values() if isinstance(v, str)} if isinstance(files, dict) else set()
+def _files(row: RecordedInput) -> set[str]:
+    return {v for v in row.files.values() if isinstance(v, str)}

@@ -11,7 +11,7 @@ from pathlib import Path
 from loratool.adapter import Adapter, ReadOptions
 from loratool.dialects import open_adapter, unmergeable_reason
 from loratool.dtypes import DTYPES
-from loratool.errors import BadFileError, DiskError, LoratoolError, MismatchError
+from loratool.errors import BadFileError, LoratoolError, MismatchError
 from loratool.ops.adapter_summary import dtype_bytes, dtype_word, summarize_adapter
 from loratool.ops.input_notes import scaling_warnings
 from loratool.report import (
@@ -21,6 +21,7 @@ from loratool.report import (
     TensorRow,
 )
 from loratool.store.checkpoint import Checkpoint, open_checkpoint
+from loratool.store.contained import list_folder
 from loratool.store.header import MAX_HEADER_BYTES
 from loratool.store.layout import what_lies_there
 from loratool.store.source import find_adapter
@@ -74,11 +75,16 @@ def summarize(
     return _describe_checkpoint(path, named, label, tensors, max_header)
 
 
-def _what(path: Path) -> str:
-    """``adapter``, ``checkpoint``, ``folder`` or, for a file, ``file`` (its keys decide)."""
+def _what(path: Path, root: Path | None = None) -> str:
+    """``adapter``, ``checkpoint``, ``folder`` or, for a file, ``file`` (its keys decide).
+
+    Args:
+        path: what lies there.
+        root: the folder that it belongs to; None = the user typed it.
+    """
     if not path.is_dir():
         return "file"
-    return what_lies_there({entry.name for entry in _entries(path)})
+    return what_lies_there({entry.name for entry in list_folder(path, root)})
 
 
 # --------------------------------------------------------------------------------- adapters
@@ -192,12 +198,17 @@ def _rows(folder: Path, alpha: float | None, max_header: int) -> Iterable[Folder
         BadFileError: there is none.
     """
     rows = []
-    entries = _entries(folder)
+    entries = list_folder(folder)
     for entry in entries:
         if entry.name.startswith("."):
             continue
         if entry.is_dir():
-            if _what(entry) != "folder":
+            try:
+                is_one = _what(entry, folder) != "folder"
+            except LoratoolError as error:
+                rows.append(FolderRow(entry.name, error=error.to_json()))
+                continue
+            if is_one:
                 rows.append(summarize_row(entry, entry.name, alpha, max_header))
         elif entry.suffix in (".safetensors", ".gguf"):
             rows.append(summarize_row(entry, entry.name, alpha, max_header))
@@ -208,13 +219,6 @@ def _rows(folder: Path, alpha: float | None, max_header: int) -> Iterable[Folder
             got=f"{len(entries)} other entries",
         )  # fmt: skip
     return rows
-
-
-def _entries(folder: Path) -> list[Path]:
-    try:
-        return sorted(folder.iterdir())
-    except OSError as error:
-        raise DiskError("LT-601", "cannot read", file=folder, got=error.strerror) from error
 
 
 def summarize_row(

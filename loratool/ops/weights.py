@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from loratool.adapter import Adapter
 from loratool.errors import MismatchError, UsageError, list_some
 from loratool.ops.bind_rules import COMPONENTS, component_pattern
-from loratool.store.source import AdapterArgument, is_weight
+from loratool.patterns import Pattern, Refuse, compile_pattern, find
+from loratool.store.source import AdapterArgument, is_weight, parse_weight
 
-Rule = tuple[re.Pattern[str], tuple[float, ...]]
+Rule = tuple[Pattern, tuple[float, ...]]
 """Modules, and the factor that each adapter has in them."""
 
 
@@ -80,9 +81,13 @@ def weigh(adapter: Adapter, typed: AdapterArgument, rules: Sequence[Rule], posit
     """
     names = names_of(adapter)
     places = _places(adapter, names, typed.components)
+    found = find([pattern for pattern, _ in rules], names)
+    by_rule: dict[str, float] = {}
+    for (_, weights), inside in reversed(list(zip(rules, found, strict=True))):
+        by_rule |= dict.fromkeys(inside, weights[position])
     factors = {}
     for name in names:
-        factor = next((w[position] for pattern, w in rules if pattern.search(name)), 1.0)
+        factor = by_rule.get(name, 1.0)
         if name in places:
             factor *= typed.components[places[name]]
         if factor != 1 and (typed.weight or not factor):  # a whole weight of 0 leaves nothing out
@@ -159,66 +164,59 @@ def read_module_weights(path: Path, count: int) -> tuple[Rule, ...]:
 
     Raises:
         UsageError: LT-285, not such a file.
+        BadFileError: LT-300, no such file.
     """
     import yaml
 
-    def bad(what: str, got: object, line: int | None = None) -> UsageError:
-        return UsageError(
+    from loratool.store.yamlfile import line_of, read_yaml
+
+    def refuse(what: str, line: int | None = None, got: object = None) -> NoReturn:
+        raise UsageError(
             "LT-285", f"bad --module-weights file: {what}", file=path,
             key=None if line is None else f"line {line}", got=got,
             expected="a YAML mapping from regular expressions to weights",
         )  # fmt: skip
 
-    try:
-        node = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise bad("cannot be read", str(error).partition("\n")[0]) from error
+    node = read_yaml(path, refuse)
     if not isinstance(node, yaml.MappingNode):
-        raise bad("no mapping", "nothing" if node is None else node.tag)
-    rules: list[Rule] = []
-    seen: set[str] = set()
+        refuse("no mapping", got="nothing" if node is None else node.tag)
+    rules: dict[str, Rule] = {}
     for key, value in node.value:
-        line = key.start_mark.line + 1
-        text = key.value
-        if not isinstance(text, str) or text in seen:
-            raise bad("one expression twice" if text in seen else "no expression", text, line)
-        seen.add(text)
-        try:
-            pattern = re.compile(text)
-        except re.error as error:
-            raise bad(f"no regular expression ({error})", text, line) from error
+        line, text = line_of(key.start_mark), key.value
+        if not isinstance(text, str):
+            refuse("no expression", line)
+        if text in rules:
+            refuse("one expression twice", line, text[:80])
         items = value.value if isinstance(value, yaml.SequenceNode) else [value]
         if isinstance(value, yaml.SequenceNode) and len(items) != count:
-            raise bad(f"{len(items)} weights for {count} adapters", text, line)
+            refuse(f"{len(items)} weights for {count} adapters", line, text[:80])
         if not items or not all(is_weight(item.value) for item in items):
-            raise bad("no plain decimal number", str([i.value for i in items])[:80], line)
-        weights = tuple(float(item.value) for item in items)
-        rules.append((pattern, weights if len(weights) > 1 else weights * count))
-    return tuple(rules)
+            refuse("no plain decimal number", line, str([i.value for i in items])[:80])
+        weights = tuple(parse_weight(item.value) for item in items)
+        pattern = compile_pattern(text, partial(refuse, line=line, got=text[:80]))
+        rules[text] = (pattern, weights if len(weights) > 1 else weights * count)
+    return tuple(rules.values())
 
 
 def unused_rules(adapters: Sequence[Adapter], rules: Sequence[Rule]) -> list[str]:
     """A note about expressions that no module matches: probably a slip."""
     names = [name for a in adapters for name in names_of(a)]
-    unused = [p.pattern for p, _ in rules if not any(p.search(n) for n in names)]
+    found = find([pattern for pattern, _ in rules], names)
+    unused = [rule[0].text for rule, inside in zip(rules, found, strict=True) if not inside]
     return [f"no module matches {list_some(unused)} of --module-weights"] if unused else []
 
 
 def rules_json(rules: Sequence[Rule]) -> list[Any]:
     """Rules for provenance."""
-    return [[p.pattern, *weights] for p, weights in rules]
+    return [[pattern.text, *weights] for pattern, weights in rules]
 
 
-def rules_from(found: Any) -> tuple[Rule, ...]:
-    """Rules as `rules_json` wrote them.
-
-    Raises:
-        MismatchError: LT-458, they are damaged.
-    """
-    try:
-        return tuple((re.compile(p), tuple(float(w) for w in weights)) for p, *weights in found)
-    except (TypeError, ValueError, re.error) as error:
-        raise MismatchError(
-            "LT-458", "the provenance of this checkpoint is damaged", key="module_weights",
-            got=f"{type(error).__name__}: {error}", hint="name its inputs and --module-weights",
-        ) from error  # fmt: skip
+def rules_from(found: Sequence[Sequence[str | float]], refuse: Refuse) -> tuple[Rule, ...]:
+    """Rules as `rules_json` wrote them; ``refuse`` is called with what is damaged."""
+    rules: list[Rule] = []
+    for text, *weights in found:
+        numbers = tuple(w for w in weights if not isinstance(w, str))
+        if not isinstance(text, str) or not weights or len(numbers) < len(weights):
+            refuse("no expression with its weights")
+        rules.append((compile_pattern(text, refuse), numbers))
+    return tuple(rules)

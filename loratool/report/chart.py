@@ -2,53 +2,33 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from loratool.errors import DiskError, OutputError, UsageError
+from loratool.errors import UsageError
 
 SUFFIXES = (".png", ".svg", ".pdf")
 INK, FAINT = "#24292f", "#d0d7de"
 
 
-def check_chart(path: str | Path | None) -> None:
+def check_chart(path: Path) -> None:
     """Refuse a picture that cannot be drawn, before the work.
 
     Raises:
         UsageError: LT-249, a suffix that is no picture's, or no matplotlib.
-        OutputError: LT-508, the file exists.
     """
-    if path is None:
-        return
-    if Path(path).suffix.lower() not in SUFFIXES:
+    if path.suffix.lower() not in SUFFIXES:
         raise UsageError("LT-249", "cannot draw this kind of file", got=str(path),
                          expected=", ".join(SUFFIXES))  # fmt: skip
     if find_spec("matplotlib") is None:
         raise UsageError("LT-249", "--plot needs matplotlib", hint="pip install 'loratool[plot]'")
-    refuse_existing(Path(path))
 
 
-def refuse_existing(path: Path) -> None:
-    """Refuse to write over a file.
-
-    Raises:
-        OutputError: LT-508.
-        DiskError: LT-602, its folder does not exist.
-    """
-    if path.exists():
-        raise OutputError("LT-508", "the file exists", file=path, hint="choose another name")
-    if not path.absolute().parent.is_dir():
-        raise DiskError("LT-602", "the output's folder does not exist", file=path.parent)
-
-
-def save_figure(path: Path, draw: Callable[[Any], Any]) -> str:
-    """Make a figure with matplotlib's ``pyplot`` and write it, whole or not at all.
-
-    Raises:
-        DiskError: LT-604.
-    """
+def draw_figure(suffix: str, draw: Callable[[Any], Any]) -> bytes:
+    """Make a figure with matplotlib's ``pyplot``; returns the file of this kind."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -60,20 +40,17 @@ def save_figure(path: Path, draw: Callable[[Any], Any]) -> str:
         "axes.titlesize": 10, "axes.titleweight": "bold", "axes.titlelocation": "left",
         "svg.hashsalt": "loratool", "svg.fonttype": "none", "text.parse_math": False,
     }  # fmt: skip
+    kind = suffix.lower().removeprefix(".")
+    # No dates or versions in the file: the same report gives the same picture.
+    key = {"png": "Software", "svg": "Date", "pdf": "CreationDate"}[kind]
+    made = io.BytesIO()
     with matplotlib.rc_context(style):
         figure = draw(pyplot)
-        temporary = path.with_name(f".{path.name}.tmp{path.suffix}")
-        # No dates or versions in the file: the same report gives the same picture.
-        key = {".png": "Software", ".svg": "Date", ".pdf": "CreationDate"}[path.suffix.lower()]
         try:
-            figure.savefig(temporary, dpi=160, metadata={key: None}, facecolor="white")
-            temporary.replace(path)
-        except OSError as error:
-            raise DiskError("LT-604", "cannot write", file=path, got=error.strerror) from error
+            figure.savefig(made, format=kind, dpi=160, metadata={key: None}, facecolor="white")
         finally:
-            temporary.unlink(missing_ok=True)
             pyplot.close(figure)
-    return str(path)
+    return made.getvalue()
 
 
 def tidy(axes: Any) -> None:

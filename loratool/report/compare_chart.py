@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loratool.report.chart import INK, save_figure, short, ticks, tidy
+from loratool.report.chart import INK, draw_figure, short, ticks, tidy
 
 if TYPE_CHECKING:
     from loratool.report.compare import CompareReport
 
 
-def draw_comparison(report: CompareReport, path: Path) -> str:
+def draw_comparison(report: CompareReport, suffix: str) -> bytes:
     """Two adapters: cosine per module and φ on both sides; more: the matrix of cosines."""
     if len(report.adapters) > 2:
-        return save_figure(path, lambda plt: _draw_matrix(plt, report))
-    return save_figure(path, lambda plt: _draw_pair(plt, report))
+        return draw_figure(suffix, lambda plt: _draw_matrix(plt, report))
+    return draw_figure(suffix, lambda plt: _draw_pair(plt, report))
 
 
 def _draw_pair(plt: Any, report: CompareReport) -> Any:

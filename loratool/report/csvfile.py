@@ -6,10 +6,7 @@ import csv
 import io
 import math
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
-
-from loratool.errors import DiskError
 
 if TYPE_CHECKING:
     from loratool.report.compare import CompareReport
@@ -23,7 +20,7 @@ _COLUMNS = (
 )  # fmt: skip
 
 
-def write_comparison(report: CompareReport, path: Path) -> str:
+def comparison_table(report: CompareReport) -> bytes:
     """A row per shared module for two adapters, the matrix of cosines for more."""
     if len(report.adapters) > 2:
         head: list[object] = ["adapter", "norm", *report.adapters]
@@ -39,10 +36,10 @@ def write_comparison(report: CompareReport, path: Path) -> str:
              *_three(m.angles_A), *_three(m.angles_B)]
             for m in report.modules
         ]  # fmt: skip
-    return write_table(path, head, rows)
+    return _table(head, rows)
 
 
-def write_spectrum(spectrum: AdapterSpectrum, path: Path) -> str:
+def spectrum_table(spectrum: AdapterSpectrum) -> bytes:
     """A row per module, its singular values in the last columns."""
     longest = max((len(m.sigma) for m in spectrum.modules), default=0)
     columns = ("family", "layer", "rank", "norm", "sigma_1", "stable_rank", "entropy_rank",
@@ -52,10 +49,10 @@ def write_spectrum(spectrum: AdapterSpectrum, path: Path) -> str:
         [m.name, *(getattr(m, c) for c in columns), int(m.is_dead), int(m.is_finite), *m.sigma]
         for m in spectrum.modules
     ]
-    return write_table(path, head, rows)
+    return _table(head, rows)
 
 
-def write_look(found: AdapterLook, path: Path) -> str:
+def look_table(found: AdapterLook) -> bytes:
     """A row per module."""
     words = list(found.total.swallowed)
     columns = ("family", "dtype", "rank", "rho", "amplification", "noise_rank")
@@ -65,28 +62,16 @@ def write_look(found: AdapterLook, path: Path) -> str:
          *(table.get(f) for table in (m.swallowed, m.changed) for f in words)]
         for m in found.modules
     ]  # fmt: skip
-    return write_table(path, head, rows)
+    return _table(head, rows)
 
 
-def write_table(path: Path, head: Sequence[object], rows: Iterable[Sequence[object]]) -> str:
-    """Write a CSV file, whole or not at all; numbers in full, NaN as an empty cell.
-
-    Raises:
-        DiskError: LT-604.
-    """
+def _table(head: Sequence[object], rows: Iterable[Sequence[object]]) -> bytes:
+    """A CSV file; numbers in full, NaN as an empty cell."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow([_cell(value) for value in head])
     writer.writerows([_cell(value) for value in row] for row in rows)
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        temporary.write_text(text.getvalue(), encoding="utf-8", errors="backslashreplace")
-        temporary.replace(path)
-    except OSError as error:
-        raise DiskError("LT-604", "cannot write", file=path, got=error.strerror) from error
-    finally:
-        temporary.unlink(missing_ok=True)
-    return str(path)
+    return text.getvalue().encode("utf-8", "backslashreplace")
 
 
 def _three(values: Sequence[float]) -> Sequence[float]:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loratool.report.chart import FAINT, save_figure, short, ticks, tidy
+from loratool.report.chart import FAINT, draw_figure, short, ticks, tidy
 
 if TYPE_CHECKING:
     from loratool.report.spectrum import AdapterSpectrum
@@ -14,7 +13,7 @@ if TYPE_CHECKING:
 _COLOURS = ("#2a6fbb", "#d1495b", "#2e9c75", "#edae49", "#7a5195", "#00798c", "#b5651d", "#6c757d")
 
 
-def draw_spectrum(spectrum: AdapterSpectrum, path: Path, *, title: str) -> str:
+def draw_spectrum(spectrum: AdapterSpectrum, suffix: str, *, title: str) -> bytes:
     """Spectra by family on the left, ‖ΔW‖_F by layer and family on the right."""
 
     def draw(plt: Any) -> Any:
@@ -27,7 +26,7 @@ def draw_spectrum(spectrum: AdapterSpectrum, path: Path, *, title: str) -> str:
         tidy([left, right])
         return figure
 
-    return save_figure(path, draw)
+    return draw_figure(suffix, draw)
 
 
 def _curves(axes: Any, spectrum: AdapterSpectrum) -> None:

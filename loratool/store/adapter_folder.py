@@ -7,11 +7,11 @@ from pathlib import Path
 
 from loratool.errors import (
     BadFileError,
-    DiskError,
     MismatchError,
     UnsafeContentError,
     list_some,
 )
+from loratool.store.contained import is_inside, list_folder
 from loratool.store.foreign import PICKLE_HINT
 from loratool.store.layout import PLAIN_STEMS, is_pickle_name
 
@@ -36,8 +36,12 @@ def list_adapters(folder: Path) -> list[Path]:
         for name in _names(folder)
         if (name.endswith(".safetensors") and not is_model_file(name))
         or name.endswith(".gguf")
-        or ((folder / name).is_dir() and is_adapter_folder(folder / name))
+        or _is_adapter_inside(folder / name, folder)
     ]
+
+
+def _is_adapter_inside(path: Path, folder: Path) -> bool:
+    return path.is_dir() and is_inside(path, folder) and is_adapter_folder(path)
 
 
 def find_adapter(path: Path) -> Path:
@@ -105,7 +109,4 @@ def is_model_file(name: str) -> bool:
 
 
 def _names(folder: Path) -> list[str]:
-    try:
-        return sorted(e.name for e in folder.iterdir() if not e.name.startswith("."))
-    except OSError as error:
-        raise DiskError("LT-601", "cannot read", file=folder, got=error.strerror) from error
+    return [e.name for e in list_folder(folder) if not e.name.startswith(".")]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +12,15 @@ from loratool import __version__
 from loratool.adapter import AdapterFiles, TensorData, TensorRef
 from loratool.errors import AlreadyMadeError
 from loratool.plan import plain
-from loratool.store.disk import check_space
+from loratool.store.disk import check_space, refusals_as
 from loratool.store.header import build_header
 from loratool.store.jsonfile import dump_json
-from loratool.store.reader import FileReader, stamp_of
+from loratool.store.reader import FileReader
 from loratool.store.shard_writer import ShardWriter
-from loratool.store.stamps import take_stamps
+from loratool.store.stamps import stamp_of, take_stamps
 from loratool.store.writer import MARKER, StagedOutput
+
+_PIECE = 8 << 20  # bytes copied at a time
 
 
 def write_adapter(
@@ -26,7 +28,7 @@ def write_adapter(
     target: Path,
     *,
     record: Mapping[str, Any],
-    extras: Iterable[Path] = (),
+    extras: Mapping[str, Path] | None = None,
     force: bool = False,
 ) -> int:
     """Write an adapter folder, whole or not at all.
@@ -35,21 +37,22 @@ def write_adapter(
         files: tensors and JSON files.
         target: folder to create.
         record: provenance, written as ``loratool.json``.
-        extras: files and folders to copy along (tokenizer, licence).
+        extras: name in the folder -> file to copy along (tokenizer, licence).
         force: replace an earlier loratool output.
 
     Returns:
         Size of the tensor file in bytes.
     """
+    extras = extras or {}
     stamps = take_stamps(s for _, s in files.tensors if isinstance(s, TensorRef))
-    others = dict(_extra_files(extras))
-    stamps |= {path: stamp for path in others.values() if (stamp := stamp_of(path))}
+    stamps |= {path: stamp for path in extras.values() if (stamp := stamp_of(path))}
     try:
         with StagedOutput(
             target, is_folder=True, plan_id=_identity(files, record), force=force, inputs=stamps,
-            names=[*others, *adapter_names(files)],
+            names=[*extras, *adapter_names(files)],
+            need_bytes=file_bytes(files) + sum(_size(p) for p in extras.values()),
         ) as output:  # fmt: skip
-            for name, path in others.items():
+            for name, path in extras.items():
                 output.copy_file(name, path)
             size = fill_adapter(output, files)
             output.commit(record)
@@ -69,17 +72,15 @@ def _identity(files: AdapterFiles, record: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _extra_files(extras: Iterable[Path]) -> Iterator[tuple[str, Path]]:
-    for extra in extras:
-        for path in sorted(extra.rglob("*")) if extra.is_dir() else [extra]:
-            if path.is_file():
-                yield path.relative_to(extra.parent).as_posix(), path
-
-
 def file_bytes(files: AdapterFiles) -> int:
     """Size of the tensor file that would be written."""
     header, _ = build_header([(n, s.dtype, s.shape) for n, s in files.tensors], files.metadata)
     return len(header) + sum(s.nbytes for _, s in files.tensors)
+
+
+def _size(path: Path) -> int:
+    with refusals_as("cannot copy", path):
+        return path.stat().st_size
 
 
 def fill_adapter(output: StagedOutput, files: AdapterFiles) -> int:
@@ -97,9 +98,7 @@ def fill_adapter(output: StagedOutput, files: AdapterFiles) -> int:
                 if isinstance(source, TensorData):
                     writer.put(start, memoryview(source.data).cast("B"))
                 else:
-                    buffer = memoryview(bytearray(source.nbytes))
-                    reader.read_into(source.file, source.start, buffer)
-                    writer.put(start, buffer)
+                    _copy(reader, source, writer, start)
             writer.finish()
         finally:
             writer.close()
@@ -108,3 +107,11 @@ def fill_adapter(output: StagedOutput, files: AdapterFiles) -> int:
             output.write_file(name, dump_json(value))
         reader.check_unchanged()
     return size
+
+
+def _copy(reader: FileReader, source: TensorRef, writer: ShardWriter, start: int) -> None:
+    buffer = memoryview(bytearray(min(_PIECE, source.nbytes)))
+    for done in range(0, source.nbytes, _PIECE):
+        piece = buffer[: min(_PIECE, source.nbytes - done)]
+        reader.read_into(source, done, piece)
+        writer.put(start + done, piece)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 
 from loratool.errors import HubError
+from loratool.store.yamlfile import compose, plain
 
 _FRONT = re.compile(r"\A(?:\ufeff)?---[ \t]*\r?\n(.*?)(?:^|\r?\n)---[ \t]*(?:\r?\n|\Z)", re.DOTALL)
 _UNFILLED = "[More Information Needed]"
@@ -58,7 +59,7 @@ def make_card(facts: CardFacts, existing: str | None) -> str:
     template counts as none.
 
     Raises:
-        HubError: LT-715, the existing front matter is no YAML mapping.
+        HubError: LT-715, the existing front matter is no YAML mapping within the limits.
     """
     if existing is not None and existing.count(_UNFILLED) >= 10:
         front, _text = _split(existing)
@@ -74,16 +75,19 @@ def _split(card: str) -> tuple[dict[str, Any], str]:
     match = _FRONT.match(card)
     if match is None:
         return {}, card
-    try:
-        front = yaml.safe_load(match[1]) or {}
-    except yaml.YAMLError:
-        front = None
+    node = compose(match[1], _refuse)
+    front = {} if node is None else plain(node, _refuse) or {}
     if not isinstance(front, dict):
-        raise HubError(
-            "LT-715", "the front matter of the model card is not YAML, and the Hub would refuse it",
-            file="README.md", hint="correct what is between the two --- lines",
-        )  # fmt: skip
+        _refuse("no mapping", None)
     return front, card[match.end() :]
+
+
+def _refuse(what: str, line: int | None) -> NoReturn:
+    raise HubError(
+        "LT-715", "the front matter of the model card is not YAML that the Hub takes",
+        file="README.md", key=None if line is None else f"line {line + 1}", got=what,
+        hint="correct what is between the two --- lines",
+    )  # fmt: skip
 
 
 def _updated(front: Mapping[str, Any], facts: CardFacts) -> dict[str, Any]:

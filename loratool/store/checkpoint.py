@@ -21,6 +21,7 @@ from loratool.errors import (
     UnsafeContentError,
     list_some,
 )
+from loratool.store.contained import is_inside, list_folder
 from loratool.store.foreign import PICKLE_HINT
 from loratool.store.header import MAX_HEADER_BYTES, read_header, short_name
 from loratool.store.jsonfile import load_json
@@ -135,7 +136,7 @@ def _open_file(path: Path, max_header: int) -> Checkpoint:
             "LT-900", "pickle is not opened: it can run code", file=path, expected="safetensors",
             hint=PICKLE_HINT,
         )  # fmt: skip
-    shard = _read_shard(path, path.name, "", max_header)
+    shard = _read_shard(path, path.name, "", path.parent, max_header)
     tensors = _collect([shard], path)
     _refuse_adapter(tensors, path)
     config: Mapping[str, Any] = {}
@@ -152,7 +153,7 @@ def _open_file(path: Path, max_header: int) -> Checkpoint:
 
 def _open_folder(folder: Path, max_header: int, *, index_name: str | None = None) -> Checkpoint:
     layout = find_layout(folder, index_name=index_name)
-    shards, tensors, notes = _open_layout(layout, "", "", max_header)
+    shards, tensors, notes = _open_layout(layout, "", "", folder, max_header)
     _refuse_adapter(tensors, folder)
     config = _read_config(folder)
     method, more = _quantization(config, tensors)
@@ -169,7 +170,7 @@ def _open_pipeline(folder: Path, max_header: int) -> Checkpoint:
     config: dict[str, Any] = {}
     methods: list[str] = []
     for name in components:
-        part = _open_component(folder / name, name, max_header)
+        part = _open_component(folder, name, max_header)
         shards += part.shards
         tensors |= part.tensors
         config[name] = part.config
@@ -185,8 +186,11 @@ def _find_components(folder: Path) -> tuple[list[str], list[str]]:
     """Sub-folders with weights that ``model_index.json`` lists, and notes about all others."""
     index = load_json(folder / "model_index.json")
     listed = {k for k, v in index.items() if isinstance(v, list) and v and v[0] is not None}
-    inside = sorted(e.name for e in folder.iterdir() if e.is_dir() and e.name[0] != ".")
-    with_weights = [name for name in inside if has_weights(folder / name)]
+    inside = [
+        e.name for e in list_folder(folder)
+        if e.is_dir() and e.name[0] != "." and (e.name in listed or is_inside(e, folder))
+    ]  # fmt: skip
+    with_weights = [name for name in inside if has_weights(folder / name, folder)]
     components = [name for name in with_weights if name in listed]
     if not components:
         raise BadFileError(
@@ -207,13 +211,13 @@ def _find_components(folder: Path) -> tuple[list[str], list[str]]:
     return components, notes
 
 
-def _open_component(folder: Path, name: str, max_header: int) -> Checkpoint:
-    layout = find_layout(folder)
-    shards, tensors, notes = _open_layout(layout, f"{name}/", f"{name}.", max_header)
-    config = _read_config(folder)
+def _open_component(root: Path, name: str, max_header: int) -> Checkpoint:
+    layout = find_layout(root / name, root=root)
+    shards, tensors, notes = _open_layout(layout, f"{name}/", f"{name}.", root, max_header)
+    config = _read_config(root / name, root)
     method, more = _quantization(config, tensors)
     return Checkpoint(
-        folder, True, tuple(shards), tensors, config, quantization=method, notes=notes + more
+        root / name, True, tuple(shards), tensors, config, quantization=method, notes=notes + more
     )
 
 
@@ -221,10 +225,10 @@ _Read = tuple[Shard, tuple[TensorRef, ...]]
 
 
 def _open_layout(
-    layout: Layout, folder_prefix: str, prefix: str, max_header: int
+    layout: Layout, folder_prefix: str, prefix: str, root: Path, max_header: int
 ) -> tuple[list[Shard], dict[str, TensorRef], tuple[str, ...]]:
     read = [
-        _read_shard(layout.folder / name, folder_prefix + name, prefix, max_header)
+        _read_shard(layout.folder / name, folder_prefix + name, prefix, root, max_header)
         for name in layout.files
     ]
     tensors = _collect(read, layout.folder)
@@ -236,8 +240,8 @@ def _open_layout(
     return [shard for shard, _ in read], tensors, notes
 
 
-def _read_shard(path: Path, name: str, prefix: str, max_header: int) -> _Read:
-    header = read_header(path, max_bytes=max_header)
+def _read_shard(path: Path, name: str, prefix: str, root: Path, max_header: int) -> _Read:
+    header = read_header(path, max_bytes=max_header, folder=root)
     keys = tuple(prefix + ref.name for ref in header.tensors)
     return Shard(path, name, prefix, header.metadata, keys, header.raw), header.tensors
 
@@ -284,9 +288,9 @@ def _check_total(index: Mapping[str, Any], tensors: Mapping[str, TensorRef]) -> 
     return (f"the index says total_size {said}, the tensors take {actual} bytes",)
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
+def _read_config(folder: Path, root: Path | None = None) -> dict[str, Any]:
     path = folder / "config.json"
-    return load_json(path) if os.path.lexists(path) else {}
+    return load_json(path, folder=root) if os.path.lexists(path) else {}
 
 
 def _quantization(

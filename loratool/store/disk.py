@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from loratool.errors import DiskError, LoratoolError
+from loratool.store.contained import open_inside
 from loratool.store.reader import plain_io
 
 _AT_FDCWD = -100  # <linux/fcntl.h>: paths are relative to the working folder
@@ -28,17 +29,22 @@ def write_synced(path: Path, data: bytes) -> None:
     """Write a new file and wait until it is on the disk."""
     fd = create_new(path)
     try:
-        view = memoryview(data)
-        while view:
-            view = view[progress(os.write(fd, view)) :]
+        write_all(fd, data)
         os.fsync(fd)
     finally:
         os.close(fd)
 
 
+def write_all(fd: int, data: bytes) -> None:
+    """Write all of the data, however little the system takes at a time."""
+    view = memoryview(data)
+    while view:
+        view = view[progress(os.write(fd, view)) :]
+
+
 def copy_synced(source: Path, path: Path) -> None:
     """Copy into a new file, in pieces, and wait until it is on the disk."""
-    with source.open("rb") as file, os.fdopen(create_new(path), "wb") as copy:
+    with open_inside(source) as file, os.fdopen(create_new(path), "wb") as copy:
         shutil.copyfileobj(file, copy, 1 << 20)
         copy.flush()
         os.fsync(copy.fileno())

@@ -10,20 +10,29 @@ from __future__ import annotations
 import gc
 import json
 import os
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
-from loratool.adapter import TensorRef
+from loratool.adapter import Stamp, TensorRef
 from loratool.dtypes import DTYPES, tensor_bytes
 from loratool.errors import BadFileError, DiskError, list_some
 from loratool.plan import TensorSpec
-from loratool.store.foreign import open_regular, refuse_foreign
-from loratool.store.jsonfile import DuplicateKeyError, refuse_constant, unique_pairs
+from loratool.store.contained import open_inside
+from loratool.store.foreign import refuse_foreign
+from loratool.store.jsonfile import (
+    MARKS,
+    MAX_TEXT_BYTES,
+    DuplicateKeyError,
+    count_marks,
+    refuse_constant,
+    text_bytes,
+    unique_pairs,
+)
 from loratool.store.remote import remote_file
+from loratool.store.stamps import stamp_from
 
 MAX_HEADER_BYTES = 32 << 20  # default; --max-header raises it up to the next line
 HARD_HEADER_BYTES = 100_000_000  # the safetensors library refuses more
@@ -32,9 +41,6 @@ MAX_NAME = 1024  # characters
 MAX_DIMS = 8
 MAX_METADATA = 1_000_000  # characters of one metadata value
 
-_STRING = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
-_TOKENS = re.compile(rb'(?:[^"]++|"[^"\\]*+(?:\\.[^"\\]*+)*+")*+', re.DOTALL)
-_WINDOW = 1 << 20  # bytes
 MAX_ENTRIES = 10_000  # of metadata
 # A tensor has one object, two lists, at most twelve commas and few fields; the rest is metadata.
 _MAX_OBJECTS = MAX_TENSORS + 2
@@ -64,18 +70,18 @@ class Header:
 
 
 def read_header(
-    path: Path, *, max_bytes: int = MAX_HEADER_BYTES, base_dir: Path | None = None
+    path: Path, *, max_bytes: int = MAX_HEADER_BYTES, folder: Path | None = None
 ) -> Header:
     """Read and check the header of a safetensors file.
 
     Args:
-        path: the file; a symbolic link to a regular file is followed.
+        path: the file.
         max_bytes: largest header accepted (never more than 100 MB).
-        base_dir: folder that the file belongs to: messages then name the file relative to it.
+        folder: what it belongs to (`loratool.store.contained`); None = the folder it lies in.
 
     Raises:
         BadFileError: missing, damaged, truncated or another kind of file.
-        UnsafeContentError: pickle, or not a regular file (a FIFO is never opened).
+        UnsafeContentError: pickle, not a regular file, or a link that leads out of the folder.
         DiskError: the system refuses to read it.
 
     Example:
@@ -83,15 +89,16 @@ def read_header(
         (8, 4096)
     """
     remote = remote_file(path)
-    shown = remote.shown if remote else _shown(path, base_dir)
+    shown = remote.shown if remote else path
     try:
-        with open_regular(path, shown=shown) as file:
-            size = remote.size if remote else os.fstat(file.fileno()).st_size
+        with open_inside(path, folder, shown=shown) as file:
+            stamp = stamp_from(os.fstat(file.fileno()))
+            size = remote.size if remote else stamp[2]
             raw = _read_raw(file, shown, size, min(max_bytes, HARD_HEADER_BYTES))
     except OSError as error:
         raise DiskError("LT-601", "cannot read", file=shown, got=error.strerror) from error
     with _no_collection():
-        return _checked(path, raw, size, shown, max_bytes)
+        return _checked(path, raw, size, stamp, shown, max_bytes)
 
 
 @contextmanager
@@ -106,14 +113,23 @@ def _no_collection() -> Iterator[None]:
             gc.enable()
 
 
-def _checked(path: Path, raw: bytes, size: int, shown: object, max_bytes: int) -> Header:
+def _checked(
+    path: Path, raw: bytes, size: int, stamp: Stamp, shown: object, max_bytes: int
+) -> Header:
+    if max_bytes <= MAX_HEADER_BYTES and text_bytes(raw) > MAX_TEXT_BYTES:
+        raise BadFileError(
+            "LT-304", "header is too large", file=shown, got=f"{text_bytes(raw)} bytes",
+            expected=f"at most {MAX_TEXT_BYTES} bytes of memory", hint="--max-header 64MB",
+        )  # fmt: skip
     entries = _parse(raw, shown)
     # Who raises the limit of the header knows that the file is unusual.
     longest = MAX_METADATA if max_bytes <= MAX_HEADER_BYTES else max_bytes
     metadata = _check_metadata(entries.pop("__metadata__", {}), shown, longest)
     if len(entries) > MAX_TENSORS:
         _refuse_count(shown, len(entries))
-    tensors = [_tensor(path, shown, name, entry, len(raw)) for name, entry in entries.items()]
+    tensors = [
+        _tensor(path, stamp, shown, name, entry, len(raw)) for name, entry in entries.items()
+    ]
     tensors.sort(key=lambda ref: (ref.start, ref.nbytes))
     _check_cover(tensors, shown, len(raw), size)
     return Header(path, metadata, tuple(tensors), raw, len(raw), size)
@@ -156,12 +172,6 @@ def build_header(
         )  # fmt: skip
     header = len(text).to_bytes(8, "little") + text
     return header, tuple(len(header) + start for start in starts)
-
-
-def _shown(path: Path, base_dir: Path | None) -> Path:
-    if base_dir is not None and path.is_relative_to(base_dir):
-        return path.relative_to(base_dir)
-    return path
 
 
 def short_name(name: str, limit: int = 100) -> str:
@@ -255,9 +265,9 @@ def _parse(raw: bytes, shown: object) -> dict[str, Any]:
 def _check_counts(raw: bytes, shown: object) -> None:
     """Bound what parsing can allocate: structure outside strings is counted first."""
     few = min(MAX_TENSORS, MAX_ENTRIES)
-    if max(raw.count(mark) for mark in (b",", b":", b"{", b"[")) <= few:
+    if max(map(raw.count, MARKS)) <= few:
         return
-    marks = _count_marks(raw)
+    marks = count_marks(raw, 8)
     objects, lists = marks[b"{"], marks[b"["]
     if objects > _MAX_OBJECTS or lists > _MAX_LISTS:
         _refuse_count(shown, max(objects - 1, lists // 2))
@@ -268,23 +278,6 @@ def _check_counts(raw: bytes, shown: object) -> None:
                 expected=f"at most {MAX_ENTRIES} entries of metadata",
                 got=f"{marks[mark]} times {mark.decode()!r} for {objects} objects",
             )  # fmt: skip
-
-
-def _count_marks(raw: bytes) -> dict[bytes, int]:
-    """How often each mark of structure stands outside of strings; in windows, for memory's sake."""
-    marks = dict.fromkeys((b"{", b"[", b",", b":"), 0)
-    at = 8
-    while at < len(raw):
-        whole = _TOKENS.match(raw, at, at + _WINDOW)
-        end = whole.end() if whole else at
-        if end == at:  # a string longer than the window, or one without an end
-            long = _STRING.match(raw, at)
-            end = long.end() if long else len(raw)
-        bare = _STRING.sub(b"", raw[at:end])
-        for mark in marks:
-            marks[mark] += bare.count(mark)
-        at = end
-    return marks
 
 
 def _refuse_count(shown: object, count: int) -> NoReturn:
@@ -338,7 +331,9 @@ def _check_metadata(value: object, shown: object, longest: int) -> Mapping[str, 
     return value
 
 
-def _tensor(path: Path, shown: object, name: str, entry: object, data_start: int) -> TensorRef:
+def _tensor(
+    path: Path, stamp: Stamp, shown: object, name: str, entry: object, data_start: int
+) -> TensorRef:
     def refuse(code: str, what: str, expected: object = None, got: object = None) -> NoReturn:
         raise BadFileError(code, what, file=shown, key=short_name(name), expected=expected, got=got)
 
@@ -378,7 +373,7 @@ def _tensor(path: Path, shown: object, name: str, entry: object, data_start: int
     if end - begin != nbytes:
         refuse("LT-311", "byte range does not fit shape and dtype",
                f"{nbytes} bytes ({dtype} {shape})", f"{end - begin} bytes")  # fmt: skip
-    return TensorRef(path, name, dtype, tuple(shape), data_start + begin, nbytes)
+    return TensorRef(path, name, dtype, tuple(shape), data_start + begin, nbytes, stamp)
 
 
 def _check_cover(tensors: list[TensorRef], shown: object, start: int, size: int) -> None:

@@ -10,7 +10,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from loratool.errors import DiskError, HubError, UsageError
+from loratool.errors import DiskError, HubError, LoratoolError, UsageError
+from loratool.store.hub_http import SlowError, strange
+
+_STUMBLES = (ValueError, TypeError, LookupError, AttributeError, RuntimeError)
 
 ADAPTER_FILES = (
     "adapter_config.json",
@@ -96,12 +99,22 @@ def snapshot(
 
 
 @contextmanager
-def plain_errors(repo_id: str, revision: str | None) -> Iterator[None]:
-    """Turn the client's errors into ours, without their text."""
+def plain_errors(repo_id: str, revision: str | None, *, client: bool = False) -> Iterator[None]:
+    """Turn the client's errors into ours, without their text.
+
+    Args:
+        repo_id: ``owner/name``.
+        revision: for messages.
+        client: all that is done is the client's: then it stumbles over answers of strange forms.
+    """
     try:
         yield
+    except LoratoolError:
+        raise
     except Exception as error:
         mine = _translate(error, repo_id, revision)
+        if mine is None and client and isinstance(error, _STUMBLES):
+            mine = strange(type(error).__name__)
         if mine is None:
             raise
         # "from None": the original's text can hold request headers and signed addresses.
@@ -138,9 +151,9 @@ def _translate(
         cause = error.__cause__  # the client hides an HTTP error behind "not in the cache"
         if isinstance(cause, errors.HfHubHTTPError | httpx.HTTPError):
             return _translate(cause, repo_id, revision)
-        return _not_cached(name)
+        return not_cached(name)
     if isinstance(error, errors.OfflineModeIsEnabled):
-        return _not_cached(name)
+        return not_cached(name)
     if isinstance(error, errors.EntryNotFoundError):
         return HubError("LT-704", "the repository has no such file", file=name, hint=f"see {page}")
     if isinstance(error, errors.HfHubHTTPError):
@@ -149,7 +162,12 @@ def _translate(
         return HubError(
             "LT-705", "the Hub has no Xet storage", file=name, hint="set HF_HUB_DISABLE_XET=1"
         )
-    if isinstance(error, httpx.HTTPError | ConnectionError | TimeoutError):
+    if isinstance(error, SlowError):
+        return HubError(
+            "LT-726", "the server is too slow", file=name, got=str(error),
+            hint="check the network and HF_ENDPOINT; --offline uses the cache",
+        )  # fmt: skip
+    if isinstance(error, httpx.HTTPError | httpx.InvalidURL | ConnectionError | TimeoutError):
         return HubError(
             "LT-705", "the Hub cannot be reached", file=name, got=type(error).__name__,
             hint=f"check the network and {constants.ENDPOINT}; --offline uses the cache",
@@ -164,12 +182,18 @@ def _translate(
     return None
 
 
-def _not_cached(name: str) -> HubError:
+def not_cached(name: str, what: str = "a complete copy") -> HubError:
+    """The error for what is only on the Hub, while no connection may be made.
+
+    Args:
+        name: of the repository.
+        what: is missing.
+    """
     from huggingface_hub import constants
 
     return HubError(
         "LT-706", "not in the cache of this machine, and the Hub is out of reach or not allowed",
-        file=name, expected=f"a complete copy in {constants.HF_HUB_CACHE}",
+        file=name, expected=f"{what} in {constants.HF_HUB_CACHE}",
         hint="run it once without --offline and HF_HUB_OFFLINE",
     )  # fmt: skip
 

@@ -6,9 +6,10 @@ import filecmp
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from loratool.adapter import Stamp
 from loratool.store.hub_download import repo_folder
-from loratool.store.marker import Proof
-from loratool.store.reader import Stamp, stamp_of
+from loratool.store.marker import Proof, walk
+from loratool.store.stamps import stamp_of
 
 
 def holds_exactly(folder: Path, digests: Mapping[str, str]) -> bool:
@@ -45,7 +46,8 @@ def prove_copy(folder: Path, repo_id: str, sub: str) -> Proof:
             strangers.append(name)
         else:
             stamps[name] = stamp
-    return Proof(stamps, strangers)
+    folders = [n for n, is_file in walk(folder).items() if not is_file] if folder.is_dir() else []
+    return Proof(stamps, strangers, folders)
 
 
 def _files(folder: Path) -> dict[str, Path | None]:

@@ -2,12 +2,13 @@
 
 The client begins an interrupted file anew, gives it its name unverified, and waits as long as a
 busy server asks.  What lies in the cache afterwards is the same: a blob and a link to it.  Very
-large files are left to the client where it has Xet.
+large files come through the client's Xet where the Hub has it.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import time
 from contextlib import suppress
@@ -16,6 +17,9 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from loratool.errors import DiskError, HubError
 from loratool.store.hub import plain_errors
+from loratool.store.hub_client import guarded_client
+from loratool.store.hub_http import check_status, get, own_headers, parts
+from loratool.store.hub_names import astray, refuse_large
 from loratool.store.hub_retry import is_broken, pause_after
 
 if TYPE_CHECKING:
@@ -54,7 +58,6 @@ def download(listing: Listing, file: ListedFile) -> Path | None:
     """
     from huggingface_hub import constants
     from huggingface_hub.utils import WeakFileLock  # type: ignore[attr-defined]
-    from huggingface_hub.utils._runtime import is_xet_available
 
     pointer, blob, partial = _places(listing, file)
     folder = repo_folder(listing.repo_id).name
@@ -62,8 +65,6 @@ def download(listing: Listing, file: ListedFile) -> Path | None:
     with plain_errors(listing.repo_id, listing.commit):
         if _is_intact(pointer, file):
             return pointer  # nothing is written: such a cache may be read-only
-        if file.size >= _XET_BYTES and is_xet_available():
-            return _through_client(listing, file)
         for place in (blob.parent, pointer.parent, lock.parent):
             place.mkdir(parents=True, exist_ok=True)
         with WeakFileLock(lock):
@@ -79,14 +80,11 @@ def download(listing: Listing, file: ListedFile) -> Path | None:
 def _places(listing: Listing, file: ListedFile) -> tuple[Path, Path, Path]:
     """In the cache: the name at this commit, the content, and what there is of it so far."""
     # What a mirror lists becomes file names here.
-    for name in (f"{listing.commit}/{file.name}", file.digest):
-        parts = name.split("/")
-        if {"", ".", ".."} & set(parts) or any("\\" in p or p[1:2] == ":" for p in parts):
-            raise HubError(
-                "LT-721", "the Hub lists a file without a hash, or with a name that leads astray",
-                file=listing.repo_id, key=ascii(file.name), got=ascii(name),
-                hint="check HF_ENDPOINT: a mirror must list what the Hub lists",
-            )  # fmt: skip
+    if not file.digest:
+        raise astray(listing.repo_id, file.name, "its hash")
+    if any("\\" in part or part[1:2] == ":" for part in file.name.split("/")):
+        raise astray(listing.repo_id, file.name, "a name inside the repository")
+    refuse_large(listing.repo_id, file)
     folder = repo_folder(listing.repo_id)
     blob = folder / "blobs" / file.digest
     # The client's own name for such a file, so that its tools know what it is.
@@ -98,21 +96,6 @@ def _is_intact(path: Path, file: ListedFile) -> bool:
     from loratool.store.hub_listing import digest_of
 
     return path.is_file() and digest_of(path, file.digest) == file.digest
-
-
-def _through_client(listing: Listing, file: ListedFile) -> Path | None:
-    """What the client names before it is verified does not stay if it is wrong."""
-    from huggingface_hub import hf_hub_download
-
-    try:
-        path = Path(hf_hub_download(listing.repo_id, file.name, revision=listing.commit))
-    except RuntimeError:  # hf_xet's own, whose text can hold addresses
-        raise xet_error(listing.repo_id) from None
-    if _is_intact(path, file):
-        return path
-    path.resolve().unlink(missing_ok=True)
-    path.unlink(missing_ok=True)
-    return None
 
 
 def xet_error(repo_id: str) -> HubError:
@@ -137,11 +120,54 @@ def _complete(listing: Listing, file: ListedFile, partial: Path) -> bool:
         if out.tell() > file.size:
             _empty(out)
         _check_space(partial.parent, file.size - out.tell())
-        _fill(listing, file, out)
+        xet_hash = _xet_hash(listing, file)
+        if xet_hash is None:
+            _fill(listing, file, out)
+    if xet_hash is not None:
+        _through_xet(listing, file, xet_hash, partial)
     if _is_intact(partial, file):
         return True
     partial.unlink()
     return False
+
+
+def _xet_hash(listing: Listing, file: ListedFile) -> str | None:
+    """What a very large file is called in Xet, None if it comes by plain HTTP."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils._runtime import is_xet_available
+
+    if file.size < _XET_BYTES or not is_xet_available():
+        return None
+    wait = constants.HF_HUB_DOWNLOAD_TIMEOUT
+    with get(_url(listing, file), method="HEAD", wait=wait, hops=0) as answer:
+        if answer.is_error:
+            check_status(answer)
+        found = answer.headers.get(constants.HUGGINGFACE_HEADER_X_XET_HASH, "")
+    return found if re.fullmatch("[0-9a-f]{64}", found) else None
+
+
+def _through_xet(listing: Listing, file: ListedFile, xet_hash: str, partial: Path) -> None:
+    """The client would ask for access, with the token, wherever the answer tells it to."""
+    from huggingface_hub import constants
+    from huggingface_hub.file_download import xet_get
+    from huggingface_hub.utils._xet import XetFileData
+
+    api = f"{constants.ENDPOINT}/api/models/{listing.repo_id}"
+    place = XetFileData(xet_hash, f"{api}/xet-read-token/{listing.commit}")
+    try:
+        with guarded_client():
+            xet_get(
+                incomplete_path=partial, xet_file_data=place, headers=own_headers(),
+                expected_size=file.size, displayed_filename=ascii(file.name)[1:-1],
+            )  # fmt: skip
+    except (RuntimeError, ValueError):  # hf_xet's own, whose text can hold addresses
+        raise xet_error(listing.repo_id) from None
+
+
+def _url(listing: Listing, file: ListedFile) -> str:
+    from huggingface_hub import hf_hub_url
+
+    return hf_hub_url(listing.repo_id, file.name, revision=listing.commit)
 
 
 def _check_space(folder: Path, need: int) -> None:
@@ -165,7 +191,8 @@ def _fill(listing: Listing, file: ListedFile, out: BinaryIO) -> None:
 
     waits = iter(_WAITS)
     with tqdm(  # type: ignore[no-untyped-call]
-        total=file.size, initial=out.tell(), desc=file.name, unit="B", unit_scale=True, disable=None
+        total=file.size, initial=out.tell(), desc=ascii(file.name)[1:-1], unit="B", disable=None,
+        unit_scale=True,
     ) as bar:  # fmt: skip
         while (have := out.tell()) < file.size:
             error: Exception | None = None
@@ -193,27 +220,17 @@ def _fill(listing: Listing, file: ListedFile, out: BinaryIO) -> None:
 
 def _receive(listing: Listing, file: ListedFile, out: BinaryIO, bar: Any) -> None:
     """One request; what came before the connection broke is kept."""
-    from huggingface_hub import constants, hf_hub_url
-    from huggingface_hub.utils import (  # type: ignore[attr-defined]
-        build_hf_headers,
-        get_session,
-        hf_raise_for_status,
-    )
+    from huggingface_hub import constants
 
-    # The token is for the Hub: the client drops it when a redirect leads to another origin.
-    headers = {**build_hf_headers(), "Accept-Encoding": "identity"}
-    if have := out.tell():
-        headers["Range"] = f"bytes={have}-"
-    url = hf_hub_url(listing.repo_id, file.name, revision=listing.commit)
-    with get_session().stream(
-        "GET", url, headers=headers, follow_redirects=True,
-        timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT,
-    ) as response:  # fmt: skip
-        hf_raise_for_status(response)
+    have = out.tell()
+    headers = {"Range": f"bytes={have}-"} if have else {}
+    wait = constants.HF_HUB_DOWNLOAD_TIMEOUT
+    with get(_url(listing, file), headers, wait=wait) as response:
+        check_status(response)
         if have and response.status_code != 206:  # the server knows no ranges
             _empty(out)
             bar.update(-have)
-        for part in response.iter_bytes():
+        for part in parts(response, most=None):
             out.write(part)
             bar.update(len(part))
             if out.tell() > file.size:

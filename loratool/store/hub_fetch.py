@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from loratool.errors import HubError, UsageError, list_some
 from loratool.store import hub
 from loratool.store.hub_download import repo_folder
-from loratool.store.hub_files import all_adapters, source_files
+from loratool.store.hub_files import all_adapters, is_weight_name, source_files
+from loratool.store.hub_http import get
 from loratool.store.hub_listing import (
     ListedFile,
     Listing,
@@ -17,7 +19,9 @@ from loratool.store.hub_listing import (
 )
 from loratool.store.look import Looked, look
 
-ASK_BYTES = 1_000_000_000  # a larger download of a base needs consent
+_OUT_OF_REACH = ("LT-705", "LT-709", "LT-726")
+ASK_BYTES = 1_000_000_000  # a larger download needs consent
+ASK_FILES = 1_000
 
 
 @dataclass(frozen=True)
@@ -72,14 +76,14 @@ def fetch(reference: HubReference, kind: str, reach: Reach) -> tuple[Looked, str
     try:
         listing = find_commit(repo, revision)
     except HubError as error:
-        if error.code not in ("LT-705", "LT-709"):  # the Hub answered: a cached copy is no answer
+        if error.code not in _OUT_OF_REACH:  # the Hub answered: a cached copy is no answer
             raise
         try:
             return _cached(reference), f"a cached copy, because {error.what}"
         except HubError:
             raise error from None
     if reach.in_place:
-        looked = look(listing, kind=kind, sub=reference.sub)
+        looked = look(listing, kind=kind, sub=reference.sub, yes=reach.yes)
         return looked, _deeper(listing, reference.sub) if kind == "any" else None
     return _download(listing, kind, reference.sub, reach.yes), None
 
@@ -111,12 +115,16 @@ def find_commit(repo_id: str, revision: str | None) -> Listing:
 
 
 def _other_kind(repo_id: str) -> str | None:
-    from huggingface_hub import HfApi
+    from huggingface_hub import constants
 
     for kind in ("dataset", "space"):
         try:
-            with hub.plain_errors(repo_id, None):
-                if HfApi().repo_exists(repo_id, repo_type=kind):
+            with (
+                hub.plain_errors(repo_id, None),
+                get(f"{constants.ENDPOINT}/api/{kind}s/{repo_id}") as answer,
+            ):
+                is_gated = answer.headers.get("X-Error-Code") == "GatedRepo"
+                if answer.status_code == 200 or is_gated:
                     return kind
         except (HubError, UsageError):
             return None
@@ -124,10 +132,15 @@ def _other_kind(repo_id: str) -> str | None:
 
 
 def _cached(reference: HubReference) -> Looked:
-    """What the Hub's cache holds; whether it is complete shows when it is opened."""
+    """What the Hub's cache holds, weights at least; what else lacks shows when it is opened."""
     marks = ("adapter_config.json", "config.json", "model_index.json")  # only these must be there
     repo, revision = reference.repo_id, reference.revision
-    return Looked(*hub.snapshot(repo, revision, allow_patterns=marks, offline=True))
+    folder, commit = hub.snapshot(repo, revision, allow_patterns=marks, offline=True)
+    place = folder / reference.sub
+    files = (path for path in (place, *place.rglob("*")) if path.is_file())
+    if not any(is_weight_name(path.name) for path in files):
+        raise hub.not_cached(f"{repo}@{commit}", "the weights")
+    return Looked(folder, commit)
 
 
 def _download(listing: Listing, kind: str, sub: str, yes: bool) -> Looked:
@@ -138,16 +151,25 @@ def _download(listing: Listing, kind: str, sub: str, yes: bool) -> Looked:
     names = [f.name for f in listing.files]
     chosen = set(source_files(listing.repo_id, names, kind, sub))
     wanted = [f for f in listing.files if f.name in chosen]
-    need = bytes_to_fetch(listing, wanted)
-    if need > ASK_BYTES and not yes:
-        raise UsageError(
-            "LT-265", "a large download needs consent", file=listing.repo_id,
-            got=f"{need / 1e9:.1f} GB to download", hint="-y downloads it",
-        )  # fmt: skip
+    agree_to_download(listing, wanted, yes=yes)
     # Hashing a base of 100 GB again for each command would take longer than many a merge.
     known = [f for f in wanted if kind == "base" and _is_there(listing, f)]
     fetch_verified(listing, [f for f in wanted if f not in known])
     return Looked(repo_folder(listing.repo_id) / "snapshots" / listing.commit, listing.commit)
+
+
+def agree_to_download(listing: Listing, wanted: Sequence[ListedFile], *, yes: bool) -> None:
+    """Refuse a large download, or one of very many files, without consent.
+
+    Raises:
+        UsageError: LT-265.
+    """
+    need = 0 if listing.cached else bytes_to_fetch(listing, wanted)
+    if not yes and (need > ASK_BYTES or (need and len(wanted) > ASK_FILES)):
+        raise UsageError(
+            "LT-265", "a large download needs consent", file=listing.repo_id,
+            got=f"{need / 1e9:.1f} GB in {len(wanted):,} files to download", hint="-y downloads it",
+        )  # fmt: skip
 
 
 def _is_there(listing: Listing, file: ListedFile) -> bool:

@@ -61,34 +61,52 @@ def all_adapters(names: Sequence[str], sub: str = "") -> dict[str, list[str]]:
     """Every adapter in a repository, or in a folder of it.
 
     An adapter at the top is the only one: what lies below it are its checkpoints.  Else these are
-    the single files at the top, else the folders that are adapters.
+    the single files at the top, else the folders that are adapters.  None is without weights.
 
     Returns:
         Place (a folder, or a file) -> its files, with what lies beside it.
     """
     if sub in names:
         return {sub: [sub]}
-    inside = _inside(names, sub)
-
-    def listed(*chosen: str) -> list[str]:
-        return [_join(sub, n) for n in inside if n in chosen]
-
-    small = [n for n in inside if _matches(n, ADAPTER_FILES) and not n.endswith(".safetensors")]
-    own = [n for n in inside if _matches(n, _ADAPTER_WEIGHTS)]
-    single = [n for n in inside if n.endswith(".safetensors") and "/" not in n]
-    single = [n for n in single if n not in own and not is_model_file(n)]
-    has_config = "adapter_config.json" in small
-    if own or (has_config and len(single) <= 1):
-        return {sub: listed(*(own or single), *small)}
+    by_folder: dict[str, list[str]] = {"": []}
+    for name in _inside(names, sub):
+        folder, _, leaf = name.rpartition("/")
+        by_folder.setdefault(folder, []).append(leaf)
+    top = by_folder.pop("")
+    small = [n for n in top if _is_small(n)]
+    if whole := _adapter_in(top):
+        return {sub: [_join(sub, n) for n in whole]}
+    single = [n for n in top if n.endswith(".safetensors") and not is_model_file(n)]
     if single:
-        return {_join(sub, n): listed(n, *small) for n in single}
+        at = {n: i for i, n in enumerate(top)}
+        return {
+            _join(sub, n): [_join(sub, m) for m in sorted((n, *small), key=at.__getitem__)]
+            for n in single
+        }
+    shared = [_join(sub, n) for n in small if _matches(n, ("README.md", "LICENSE*"))]
     found = {}
-    shared = [n for n in small if _matches(n, ("README.md", "LICENSE*"))]
-    for folder in sorted(adapter_folders(inside)):
-        files = all_adapters(inside, folder).get(folder, [])
-        if any(n.endswith(".safetensors") for n in files):
-            found[_join(sub, folder)] = listed(*files, *shared)
+    for folder in sorted(by_folder):
+        whole = [] if f"{folder}/".startswith(_OTHER_RUNTIME) else _adapter_in(by_folder[folder])
+        if whole:
+            place = _join(sub, folder)
+            found[place] = [*(f"{place}/{n}" for n in whole), *shared]
     return found
+
+
+def _adapter_in(leaves: Sequence[str]) -> list[str]:
+    """The files of the adapter that a folder is, by the names in it; none if it is none."""
+    small = [n for n in leaves if _is_small(n)]
+    own = [n for n in leaves if _matches(n, _ADAPTER_WEIGHTS)]
+    single = [n for n in leaves if n.endswith(".safetensors") and not is_model_file(n)]
+    single = [n for n in single if n not in own]
+    if not own and not ("adapter_config.json" in small and len(single) == 1):
+        return []
+    chosen = {*(own or single), *small}
+    return [n for n in leaves if n in chosen]
+
+
+def _is_small(name: str) -> bool:
+    return _matches(name, ADAPTER_FILES) and not name.endswith(".safetensors")
 
 
 def other_adapters(names: Sequence[str], chosen: Iterable[str]) -> tuple[str, ...]:

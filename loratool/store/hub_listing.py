@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from urllib.parse import quote, urlsplit
 
 from loratool.errors import HubError
 from loratool.store.hub import plain_errors, snapshot
-from loratool.store.hub_client import SILENCE_S
 from loratool.store.hub_download import download, missing_bytes, repo_folder
+from loratool.store.hub_http import get_json, strange
+from loratool.store.hub_names import check_names
 from loratool.store.hub_retry import retried
 
-_BLOB = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
+MOST_FILES = 100_000
+"""In a repository."""
+
+_MOST_PAGES = 1_000
+_MOST_SIZE = 1 << 50
+_HASH = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
@@ -45,32 +53,88 @@ class Listing:
     cached: Path | None = None
 
 
+@dataclass(frozen=True)
+class _Lfs:
+    sha256: str | None = None
+    oid: str | None = None  # the same hash, in a tree
+
+
+@dataclass(frozen=True)
+class _Sibling:
+    rfilename: str
+    size: int | None = None
+    blobId: str | None = None  # the Hub's spelling
+    lfs: _Lfs | None = None
+
+
+@dataclass(frozen=True)
+class _Info:
+    sha: str
+    siblings: list[_Sibling] | None = None
+
+
+@dataclass(frozen=True)
+class _Entry:
+    type: str
+    path: str
+    size: int | None = None
+    oid: str | None = None
+    lfs: _Lfs | None = None
+
+
 def list_commit(repo_id: str, revision: str | None) -> Listing:
-    """Resolve a revision to a commit and list it, in one request (two of a bare mirror).
+    """Resolve a revision to a commit and list it, in one request (more of a bare mirror).
 
     Raises:
-        HubError: missing, gated, no access, or not reachable.
+        HubError: missing, gated, no access, or not reachable; LT-723, what answers is no Hub;
+            LT-721, a name that cannot be a file's.
         UsageError: ``repo_id`` cannot be a repository.
     """
-    from huggingface_hub import HfApi, RepoFile
+    from huggingface_hub import constants
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
     with plain_errors(repo_id, revision):
-        info = retried(
-            lambda: HfApi().model_info(
-                repo_id, revision=revision or "main", files_metadata=True, timeout=SILENCE_S
-            )
-        )
-        files = [_listed(s.rfilename, s) for s in info.siblings or ()]
+        validate_repo_id(repo_id)
+        api = f"{constants.ENDPOINT}/api/models/{repo_id}"
+        url = f"{api}/revision/{quote(revision or 'main', safe='')}?blobs=true"
+        info, _ = retried(lambda: get_json(url, _Info))
+        if not is_hash(info.sha):
+            raise strange(ascii(info.sha[:80]), key="sha", expected="a commit")
+        rows = info.siblings or []
+        if len(rows) > MOST_FILES:
+            raise strange(f"{len(rows):,} files", expected=f"at most {MOST_FILES:,}")
+        files = [ListedFile(row.rfilename, *_identity(row, row.blobId)) for row in rows]
         if not all(f.digest for f in files):  # mirrors may give hashes in the tree alone
-            tree = retried(
-                lambda: list(HfApi().list_repo_tree(repo_id, revision=info.sha, recursive=True))
-            )
-            files = [_listed(entry.path, entry) for entry in tree if isinstance(entry, RepoFile)]
-    return Listing(repo_id, revision, str(info.sha), tuple(sorted(files, key=lambda f: f.name)))
+            files = list(_tree(f"{api}/tree/{info.sha}?recursive=true"))
+    check_names(repo_id, [f.name for f in files])
+    return Listing(repo_id, revision, info.sha, tuple(sorted(files, key=lambda f: f.name)))
 
 
-def _listed(name: str, entry: Any) -> ListedFile:
-    return ListedFile(name, entry.size or 0, entry.lfs.sha256 if entry.lfs else entry.blob_id or "")
+def _tree(url: str) -> Iterator[ListedFile]:
+    """The files of a commit, page by page."""
+    following: str | None = url
+    count, seen = 0, set[str]()
+    while following is not None:
+        seen.add(following)
+        page, following = retried(partial(get_json, following, list[_Entry]))
+        count += len(page)
+        if count > MOST_FILES or len(seen) > _MOST_PAGES or following in seen:
+            raise strange(f"{count:,} on {len(seen):,} pages", expected=f"at most {MOST_FILES:,}")
+        if following is not None and urlsplit(following)[:2] != urlsplit(url)[:2]:
+            raise strange("a page of another host", expected="the next page")
+        yield from (
+            ListedFile(entry.path, *_identity(entry, entry.oid))
+            for entry in page if entry.type == "file"
+        )  # fmt: skip
+
+
+def _identity(row: _Sibling | _Entry, blob: str | None) -> tuple[int, str]:
+    """Size and hash of a file, as far as they are listed."""
+    lfs = row.lfs and (row.lfs.sha256 or row.lfs.oid)
+    size, hashes = row.size or 0, [found for found in (blob, lfs) if found]
+    if not 0 <= size < _MOST_SIZE or not all(map(is_hash, hashes)):
+        raise strange(ascii((size, *hashes))[:200], expected="a size and a hash")
+    return size, (blob if row.lfs is None else lfs) or ""
 
 
 def list_cached(repo_id: str, revision: str | None) -> Listing:
@@ -86,7 +150,7 @@ def list_cached(repo_id: str, revision: str | None) -> Listing:
     files = []
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         blob = path.resolve().name
-        digest = blob if _BLOB.fullmatch(blob) else ""
+        digest = blob if is_hash(blob) else ""
         files.append(ListedFile(path.relative_to(folder).as_posix(), path.stat().st_size, digest))
     return Listing(repo_id, revision, commit, tuple(files), folder)
 
@@ -137,10 +201,22 @@ def _fetch_one(listing: Listing, file: ListedFile) -> Path:
     )  # fmt: skip
 
 
+def is_hash(text: object) -> bool:
+    """True for a commit, a git blob id or a sha256, in digits."""
+    return isinstance(text, str) and _HASH.fullmatch(text) is not None
+
+
 def digest_of(path: Path, like: str) -> str:
     """Hash of a file in the form of ``like``: sha256 (64 digits) or git blob id (40)."""
     with path.open("rb") as file:
-        if len(like) == 64:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-        data = file.read()
-    return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
+        made = hash_like(like, os.fstat(file.fileno()).st_size)
+        while part := file.read(1 << 20):
+            made.update(part)
+    return made.hexdigest()
+
+
+def hash_like(like: str, size: int) -> hashlib._Hash:
+    """A hash to be fed with ``size`` bytes: sha256 for 64 digits, a git blob id for 40."""
+    if len(like) == 64:
+        return hashlib.sha256()
+    return hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)

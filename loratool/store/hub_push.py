@@ -2,26 +2,34 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from loratool.errors import HubError
+from loratool.errors import HubError, LoratoolError
 from loratool.store.hub import plain_errors
 from loratool.store.hub_download import xet_error
-from loratool.store.hub_listing import Listing, digest_of, list_commit
+from loratool.store.hub_http import strange
+from loratool.store.hub_listing import Listing, hash_like, is_hash, list_commit
 from loratool.store.hub_retry import pause_after, status_of
+from loratool.store.known_file import SHA256, KnownFile
+from loratool.store.push_files import Content
+from loratool.store.stamps import changed
+
+if TYPE_CHECKING:
+    from huggingface_hub import CommitOperationAdd
 
 ATTEMPTS = 3
+_IN_MEMORY = 64 << 20
+_MOST_REGULAR = 20_000_000  # of a file inside a commit; the Hub says 10 MB
 _WAIT_S = 0.5  # before the second attempt, and twice that before the third
 _SHARD = re.compile(
     r"(?P<stem>.+?)(-\d{5}-of-\d{5})?(?P<tail>\.safetensors)|(?P<index>.+)\.safetensors\.index\.json"
 )
 
-Content = Path | bytes
 Files = Mapping[str, Content]
 
 
@@ -67,7 +75,7 @@ def create_repository(repo_id: str, *, private: bool) -> None:
     """
     from huggingface_hub import HfApi
 
-    with plain_errors(repo_id, None):
+    with plain_errors(repo_id, None, client=True):
         HfApi().create_repo(repo_id, private=private, exist_ok=True)
 
 
@@ -79,7 +87,7 @@ def create_branch(repo_id: str, branch: str) -> None:
     """
     from huggingface_hub import HfApi
 
-    with plain_errors(repo_id, None):
+    with plain_errors(repo_id, None, client=True):
         HfApi().create_branch(repo_id, branch=branch, exist_ok=True)
 
 
@@ -104,7 +112,7 @@ def upload(place: Destination, start: Listing, build: Callable[[Listing], Files]
             return Landed(head.commit, (), ())
         try:
             landed = _commit(place, head, files, sent, deleted)
-        except HubError:
+        except LoratoolError:
             raise
         except Exception as error:
             wait = None if attempt == ATTEMPTS - 1 else _WAIT_S * 2**attempt
@@ -132,12 +140,11 @@ def _stem(name: str) -> str | None:
 
 
 def _differs(content: Content, digest: str) -> bool:
-    if isinstance(content, Path):
-        return digest_of(content, digest) != digest
-    if len(digest) == 64:
-        return hashlib.sha256(content).hexdigest() != digest
-    blob = b"blob %d\0" % len(content) + content
-    return hashlib.sha1(blob, usedforsecurity=False).hexdigest() != digest
+    if isinstance(content, KnownFile):
+        return content.digest(digest) != digest
+    made = hash_like(digest, len(content))
+    made.update(content)
+    return made.hexdigest() != digest
 
 
 def _holds(head: Listing, files: Files, deleted: tuple[str, ...]) -> bool:
@@ -151,14 +158,16 @@ def _commit(
 ) -> Landed:
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
-    added = [CommitOperationAdd(name, files[name]) for name in sent]
-    with plain_errors(place.repo_id, place.branch):
+    added = [CommitOperationAdd(name, source) for name, source in _sources(files, sent)]
+    with plain_errors(place.repo_id, place.branch, client=True), _progress(added):
         try:  # all content first: what fails here has changed nothing, and need not be sent again
             HfApi().preupload_lfs_files(
                 place.repo_id, added, revision=place.branch, create_pr=place.create_pr
             )
         except RuntimeError as error:  # the client's wrapper; its cause has a signed address
             raise error.__cause__ or xet_error(place.repo_id) from None
+    for one in added:
+        _check_sent(one, files[one.path_in_repo])
     operations: list[CommitOperationAdd | CommitOperationDelete] = [
         *(CommitOperationDelete(name) for name in deleted),
         *added,
@@ -167,7 +176,54 @@ def _commit(
         place.repo_id, operations, commit_message=place.message, revision=place.branch,
         create_pr=place.create_pr, parent_commit=head.commit,
     )  # fmt: skip
+    if not is_hash(info.oid) or not isinstance(info.pr_url, str | None):
+        raise strange(ascii(info.oid)[:80], key="commitOid", expected="a commit")
     return Landed(info.oid, sent, deleted, info.pr_url)
+
+
+def _sources(files: Files, sent: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
+    """What the client reads: memory as long as there is room, else a file that checks itself.
+
+    Xet reads files by their names alone: what it has sent is compared afterwards.
+    """
+    from huggingface_hub.utils._runtime import is_xet_available
+
+    left = _IN_MEMORY
+    for name in sent:
+        content = files[name]
+        if isinstance(content, KnownFile) and content.size <= left:
+            left -= content.size
+            content.seek(0)
+            yield name, content.read()
+        elif isinstance(content, KnownFile) and is_xet_available():
+            yield name, content.path
+        else:
+            yield name, content
+
+
+@contextmanager
+def _progress(added: list[CommitOperationAdd]) -> Iterator[None]:
+    """A bar over the files that the client itself shows none for."""
+    from huggingface_hub.utils.tqdm import tqdm
+
+    files = [one.path_or_fileobj for one in added if isinstance(one.path_or_fileobj, KnownFile)]
+    total = sum(file.size for file in files)
+    with tqdm(  # type: ignore[no-untyped-call]
+        total=total, desc="upload", unit="B", unit_scale=True, disable=None if files else True
+    ) as bar:  # fmt: skip
+        for file in files:
+            file.moved = bar.update
+        yield
+
+
+def _check_sent(one: CommitOperationAdd, content: Content) -> None:
+    """Before the commit: what is there now is what was checked."""
+    if isinstance(content, KnownFile) and isinstance(one.path_or_fileobj, str):
+        if one.upload_info.sha256.hex() != content.digest(SHA256):
+            raise changed(content.path)
+        content.check_unchanged()
+    if one._upload_mode == "regular" and one.upload_info.size > _MOST_REGULAR:
+        raise strange("a large file asked for in one piece", key="uploadMode")
 
 
 def _after_failure(
@@ -200,7 +256,7 @@ def _after_failure(
         time.sleep(pause)
         return head
     if status != 412 and not is_lost:
-        with plain_errors(place.repo_id, place.branch):
+        with plain_errors(place.repo_id, place.branch, client=True):
             raise error
     if is_lost and place.create_pr:
         raise HubError(

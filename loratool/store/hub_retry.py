@@ -6,6 +6,8 @@ import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+from loratool.store.hub_http import SlowError
+
 T = TypeVar("T")
 
 LONGEST_WAIT_S = 30.0
@@ -22,14 +24,13 @@ def status_of(error: BaseException) -> int | None:
 
 
 def is_broken(error: BaseException) -> bool:
-    """True if a connection stood and then broke or fell silent."""
+    """True if a connection stood and then broke, or fell silent or slow."""
     from huggingface_hub.utils import httpx  # type: ignore[attr-defined]  # httpx2 from 2.0 on
 
     if isinstance(error, httpx.ConnectError | httpx.ConnectTimeout):
         return False  # there is nobody
-    return isinstance(
-        error, httpx.NetworkError | httpx.RemoteProtocolError | httpx.TimeoutException
-    )
+    broken = (httpx.NetworkError, httpx.RemoteProtocolError, httpx.TimeoutException, SlowError)
+    return isinstance(error, broken)
 
 
 def pause_after(error: BaseException, wait: float) -> float | None:
@@ -48,18 +49,26 @@ def pause_after(error: BaseException, wait: float) -> float | None:
 
 def seconds_asked(response: Any) -> float | None:
     """What the Hub asks to wait, None if it does not say so in seconds."""
+    from huggingface_hub.utils import parse_ratelimit_headers  # type: ignore[attr-defined]
+
+    limits = parse_ratelimit_headers(response.headers)
+    if response.status_code == 429 and limits is not None and limits.remaining == 0:
+        return float(limits.reset_in_seconds)  # the client obeys this first
     asked = str(response.headers.get("Retry-After", ""))
     return float(asked) if asked.isascii() and asked.isdigit() else None
 
 
 def retried(call: Callable[[], T]) -> T:
-    """Call up to three times while the Hub is busy; for calls that change nothing."""
+    """Call up to three times while the Hub is busy; for calls that change nothing.
+
+    A Hub that answers too slowly is asked but once.
+    """
     for wait in _WAITS:
         try:
             return call()
         except Exception as error:
             pause = pause_after(error, wait)
-            if pause is None:
+            if pause is None or isinstance(error, SlowError):
                 raise
             time.sleep(pause)
     return call()

@@ -18,7 +18,7 @@ from typing import Any, BinaryIO, NamedTuple, NoReturn, TypedDict, TypeVar
 
 from loratool.shapes import checked
 from loratool.store.checksum import check_all, is_intact
-from loratool.store.disk import sync_folder, write_synced
+from loratool.store.disk import sync_folder, write_all, write_synced
 
 T = TypeVar("T")
 
@@ -88,7 +88,7 @@ class Journal:
     def append(self, line: Line) -> None:
         """Add a line and wait until it is on the disk."""
         with self._lock:
-            self._file.write(encode(line))
+            write_all(self._file.fileno(), encode(line))
             os.fsync(self._file.fileno())
 
     def close(self) -> None:

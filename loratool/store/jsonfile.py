@@ -9,14 +9,24 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
-from loratool.errors import BadFileError, DiskError
-from loratool.store.foreign import open_inside
+from loratool.errors import BadFileError
+from loratool.store.smallfile import read_small
 
 MAX_JSON_BYTES = 16_000_000
 MAX_DEPTH = 64
+MAX_VALUES = 500_000  # brackets, commas and colons: what parsing can allocate follows from them
+MAX_TEXT_BYTES = 80_000_000  # of the text in memory, where one emoji makes every letter four bytes
+MAX_DIGITS = 40  # of a whole number
 
-_TOKEN = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|[\[\]{}]', re.DOTALL)
+# Without backtracking; one that has no end reaches to the end.
+_STRING = rb'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)'
+STRING = re.compile(_STRING, re.DOTALL)
+_TOKEN = re.compile(_STRING + rb"|[\[\]{}]", re.DOTALL)
+_WHOLE_TOKENS = re.compile(rb'(?:[^"]++|"[^"\\]*+(?:\\.[^"\\]*+)*+")*+', re.DOTALL)
+_WINDOW = 1 << 20  # bytes
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+_CONTINUED = bytes(range(0x80, 0xC0))  # all bytes of a UTF-8 character but the first
+MARKS = (b"{", b"[", b",", b":")
 
 
 class DuplicateKeyError(ValueError):
@@ -24,49 +34,135 @@ class DuplicateKeyError(ValueError):
 
 
 def load_json(
-    path: Path, *, max_bytes: int = MAX_JSON_BYTES, max_depth: int = MAX_DEPTH
+    path: Path,
+    *,
+    folder: Path | None = None,
+    max_bytes: int = MAX_JSON_BYTES,
+    max_values: int = MAX_VALUES,
 ) -> dict[str, Any]:
     """Read a JSON file that holds one object.
 
     Args:
         path: the file.
+        folder: what it belongs to (`loratool.store.contained`); None = the folder it lies in.
         max_bytes: largest file accepted.
-        max_depth: deepest nesting accepted.
+        max_values: see `parse_json`.
 
     Raises:
-        BadFileError: missing, too large, not UTF-8, not JSON, not an object, nested too deeply,
-            a key twice in one object, or a number that is NaN or infinite.
-        UnsafeContentError: not a regular file.
+        BadFileError: missing, too large, or see `parse_json`.
+        UnsafeContentError: not a regular file, or a link that leads out of the folder.
         DiskError: the system refuses to read it.
     """
-    raw = _read(path, max_bytes)
-    _check_depth(raw, path, max_depth)
+
+    def too_large() -> NoReturn:
+        raise BadFileError(
+            "LT-340", "JSON file is too large", file=path, expected=f"at most {max_bytes} bytes"
+        )
+
+    return parse_json(read_small(path, max_bytes, too_large, folder), path, max_values=max_values)
+
+
+def parse_json(
+    raw: bytes, file: object, *, key: str | None = None, max_values: int = MAX_VALUES
+) -> dict[str, Any]:
+    """The one object of a JSON text; counted before anything is built.
+
+    Args:
+        raw: the text.
+        file: where it is from, for messages.
+        key: where in the file.
+        max_values: most brackets, commas and colons outside of strings.
+
+    Raises:
+        BadFileError: not UTF-8, not JSON, not an object, nested too deeply, too many values, a key
+            twice in one object, or a number that is NaN, infinite or of too many digits.
+    """
+    _check_size(raw, file, key, max_values)
     try:
-        text = raw.decode("utf-8")
         value = json.loads(
-            text,
+            raw.decode("utf-8"),
             object_pairs_hook=unique_pairs,
             parse_float=_finite,
+            parse_int=_whole,
             parse_constant=refuse_constant,
         )
         if _SURROGATE.search(raw):
             json.dumps(value, ensure_ascii=False).encode()
     except UnicodeError as error:
         where = f"byte {error.start}" if isinstance(error, UnicodeDecodeError) else "half a pair"
-        raise BadFileError("LT-341", "file is not UTF-8 text", file=path, got=where) from error
+        raise BadFileError(
+            "LT-341", "file is not UTF-8 text", file=file, key=key, got=where
+        ) from error
     except DuplicateKeyError as error:
-        raise BadFileError("LT-343", "a key occurs twice", file=path, key=error) from error
+        raise BadFileError("LT-343", "a key occurs twice", file=file, key=error) from error
     except json.JSONDecodeError as error:
         got = f"{error.msg} at line {error.lineno} column {error.colno}"
-        raise BadFileError("LT-342", "file is not JSON", file=path, got=got) from error
+        raise BadFileError("LT-342", "file is not JSON", file=file, key=key, got=got) from error
     except (ValueError, RecursionError) as error:
-        raise BadFileError("LT-342", "file is not JSON", file=path, got=error) from error
+        raise BadFileError("LT-342", "file is not JSON", file=file, key=key, got=error) from error
     if not isinstance(value, dict):
         raise BadFileError(
-            "LT-345", "file holds no JSON object", file=path,
+            "LT-345", "file holds no JSON object", file=file, key=key,
             expected="an object", got=type(value).__name__,
         )  # fmt: skip
     return value
+
+
+def _check_size(raw: bytes, file: object, key: str | None, max_values: int) -> None:
+    if text_bytes(raw) > MAX_TEXT_BYTES:
+        raise BadFileError(
+            "LT-340", "JSON file is too large", file=file, key=key,
+            expected=f"at most {MAX_TEXT_BYTES} bytes of memory", got=text_bytes(raw),
+        )  # fmt: skip
+    if sum(map(raw.count, MARKS)) > max_values:
+        marks = sum(count_marks(raw).values())
+        if marks > max_values:
+            raise BadFileError(
+                "LT-351", "JSON file holds too many values", file=file, key=key,
+                expected=f"at most {max_values} brackets, commas and colons", got=marks,
+            )  # fmt: skip
+    if raw.count(b"[") + raw.count(b"{") > MAX_DEPTH:
+        _check_depth(raw, file, key)
+
+
+def _check_depth(raw: bytes, file: object, key: str | None) -> None:
+    depth = 0
+    for match in _TOKEN.finditer(raw):
+        first = raw[match.start()]
+        if first in b"[{":
+            depth += 1
+            if depth > MAX_DEPTH:
+                raise BadFileError(
+                    "LT-344", "JSON is nested too deeply", file=file, key=key,
+                    expected=f"at most {MAX_DEPTH} levels", got=f"byte {match.start()} is deeper",
+                )  # fmt: skip
+        elif first in b"]}":
+            depth -= 1
+
+
+def text_bytes(raw: bytes) -> int:
+    """What a UTF-8 text takes in memory: 1, 2 or 4 bytes for every character."""
+    if 4 * len(raw) <= MAX_TEXT_BYTES or raw.isascii():
+        return len(raw)
+    length = len(raw.translate(None, _CONTINUED))
+    return length * (4 if re.search(rb"[\xf0-\xff]", raw) else 2)
+
+
+def count_marks(raw: bytes, start: int = 0) -> dict[bytes, int]:
+    """How often each of `MARKS` stands outside of strings; in windows, for memory's sake."""
+    marks = dict.fromkeys(MARKS, 0)
+    at = start
+    while at < len(raw):
+        whole = _WHOLE_TOKENS.match(raw, at, at + _WINDOW)
+        end = whole.end() if whole else at
+        if end == at:  # a string longer than the window, or one without an end
+            long = STRING.match(raw, at)
+            end = long.end() if long else len(raw)
+        bare = STRING.sub(b"", raw[at:end])
+        for mark in marks:
+            marks[mark] += bare.count(mark)
+        at = end
+    return marks
 
 
 def dump_json(value: Mapping[str, Any]) -> bytes:
@@ -110,35 +206,7 @@ def _finite(text: str) -> float:
     return number
 
 
-def _read(path: Path, max_bytes: int) -> bytes:
-    try:
-        with open_inside(path) as file:
-            parts: list[bytes] = []
-            left = max_bytes + 1
-            while left and (part := file.read(min(left, 1 << 20))):
-                parts.append(part)
-                left -= len(part)
-    except OSError as error:
-        raise DiskError("LT-601", "cannot read", file=path, got=error.strerror) from error
-    if not left:
-        raise BadFileError(
-            "LT-340", "JSON file is too large", file=path, expected=f"at most {max_bytes} bytes"
-        )
-    return b"".join(parts)
-
-
-def _check_depth(raw: bytes, path: Path, max_depth: int) -> None:
-    if raw.count(b"[") + raw.count(b"{") <= max_depth:
-        return
-    depth = 0
-    for match in _TOKEN.finditer(raw):
-        first = raw[match.start()]
-        if first in b"[{":
-            depth += 1
-            if depth > max_depth:
-                raise BadFileError(
-                    "LT-344", "JSON is nested too deeply", file=path,
-                    expected=f"at most {max_depth} levels", got=f"byte {match.start()} is deeper",
-                )  # fmt: skip
-        elif first in b"]}":
-            depth -= 1
+def _whole(text: str) -> int:
+    if len(text) > MAX_DIGITS:
+        raise ValueError(f"{text[:40]}… is too long a number")
+    return int(text)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from loratool.errors import BadFileError, MismatchError, UnsafeContentError, list_some
+from loratool.store.contained import check_name, is_inside, list_folder
 from loratool.store.foreign import PICKLE_HINT
 from loratool.store.jsonfile import load_json
 
@@ -17,6 +18,8 @@ _SHARD_NUMBER = re.compile(r"-(\d{5,6})-of-(\d{5,6})")
 _INDEX = re.compile(r"\.safetensors\.index(\.\w+)?\.json$")
 _ADAPTER_FILE = re.compile(r"^(adapter_model|adapters|\d+_adapters|pytorch_lora_weights)[.\-].*")
 _PICKLE_FILE = re.compile(r".*\.(bin|pt|pth|ckpt|pkl)$", re.IGNORECASE | re.DOTALL)
+_MAX_INDEX = 40_000_000  # bytes
+_MAX_INDEX_VALUES = 1_000_000  # two for each tensor
 _LONGEST_NAME = 255  # bytes, on every file system in use
 _MODEL_FILE = re.compile(
     r"model_index\.json|.*\.index\.json|pytorch_model.*\.bin"
@@ -58,23 +61,25 @@ class _Candidate:
         return f"{self.stem}-*.safetensors ({len(self.files)} files)"
 
 
-def find_layout(folder: Path, *, index_name: str | None = None) -> Layout:
+def find_layout(folder: Path, *, root: Path | None = None, index_name: str | None = None) -> Layout:
     """Decide which files of a folder are the checkpoint.
 
     Args:
         folder: where to look; sub-folders are not searched.
+        root: the folder that it belongs to; None = itself.
         index_name: the index that the user named; None = the naming rules decide.
 
     Raises:
         BadFileError: none, or several and no rule that says which; a shard is missing.
         MismatchError: the folder is an adapter.
-        UnsafeContentError: the only weights are pickles, or an index points out of the folder.
+        UnsafeContentError: the only weights are pickles, or an index or a link points out of
+            the folder.
     """
     # Hidden files are skipped: macOS leaves "._model.safetensors" on foreign disks.
-    names = sorted(e.name for e in folder.iterdir() if not e.name.startswith("."))
+    names = [e.name for e in list_folder(folder, root) if not e.name.startswith(".")]
     own = [n for n in names if not _ADAPTER_FILE.match(n)]
     weights = [n for n in own if n.endswith(".safetensors")]
-    candidates = _candidates(folder, weights, [n for n in own if _INDEX.search(n)])
+    candidates = _candidates(folder, root, weights, [n for n in own if _INDEX.search(n)])
     if not candidates:
         _refuse_empty(folder, names)
     named = [c for c in candidates if c.index_name == index_name is not None]
@@ -101,13 +106,13 @@ def what_lies_there(names: Collection[str]) -> str:
     return "checkpoint" if "config.json" in names else "folder"
 
 
-def has_weights(folder: Path) -> bool:
-    """True if a folder directly holds model weights, safetensors or pickle."""
+def has_weights(folder: Path, root: Path) -> bool:
+    """True if a folder inside another one directly holds model weights, safetensors or pickle."""
     return any(
         not _ADAPTER_FILE.match(name)
         if name.endswith(".safetensors")
         else is_pickle_name(name) and not _NO_WEIGHTS.match(name)
-        for name in (e.name for e in folder.iterdir() if not e.name.startswith("."))
+        for name in (e.name for e in list_folder(folder, root) if not e.name.startswith("."))
     )
 
 
@@ -132,17 +137,8 @@ def check_shard_name(name: object, index: Path) -> str:
         raise BadFileError(
             "LT-325", "index maps a tensor to no file name", file=index, got=repr(name)[:80]
         )
-    parts = name.split("/")
-    if (
-        any(part in ("", ".", "..") for part in parts)
-        or any(c in name for c in "\\\0")
-        or re.match(r"[A-Za-z]:", name)
-    ):
-        raise UnsafeContentError(
-            "LT-902", "index names a file outside its folder", file=index,
-            expected="a plain file name", got=ascii(name[:200]),
-        )  # fmt: skip
-    if any(len(part.encode()) > _LONGEST_NAME for part in parts):
+    check_name(name, index, "index")
+    if any(len(part.encode()) > _LONGEST_NAME for part in name.split("/")):
         raise BadFileError(
             "LT-325", "index maps a tensor to an impossible file name", file=index,
             expected=f"at most {_LONGEST_NAME} bytes", got=ascii(name[:80]),
@@ -150,11 +146,15 @@ def check_shard_name(name: object, index: Path) -> str:
     return name
 
 
-def _candidates(folder: Path, weights: list[str], indices: list[str]) -> list[_Candidate]:
+def _candidates(
+    folder: Path, root: Path | None, weights: list[str], indices: list[str]
+) -> list[_Candidate]:
     found: list[_Candidate] = []
     taken: set[str] = set()
     for index_name in indices:
-        index = load_json(folder / index_name, max_bytes=100_000_000)
+        index = load_json(
+            folder / index_name, folder=root, max_bytes=_MAX_INDEX, max_values=_MAX_INDEX_VALUES
+        )
         files = _index_files(index, folder / index_name)
         taken.update(files)
         variant = _INDEX.search(index_name)
@@ -264,8 +264,8 @@ def _refuse_empty(folder: Path, names: list[str]) -> None:
         )  # fmt: skip
     inside = [
         n for n in names
-        if (folder / n).is_dir() and any(
-            e.name.endswith(".safetensors") for e in (folder / n).iterdir()
+        if (folder / n).is_dir() and is_inside(folder / n, folder) and any(
+            e.name.endswith(".safetensors") for e in list_folder(folder / n)
         )
     ]  # fmt: skip
     if inside:

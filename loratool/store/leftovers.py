@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from loratool.errors import OutputError, list_some
+from loratool.errors import DiskError, OutputError, list_some
 from loratool.store.disk import refusals_as, sync_folder
 from loratool.store.journal import NAME as JOURNAL
-from loratool.store.journal import TEMPORARY, Earlier, is_torn_start, read_journal
+from loratool.store.journal import (
+    TEMPORARY,
+    Earlier,
+    Finished,
+    intact_files,
+    is_torn_start,
+    read_journal,
+)
+from loratool.store.lock import FolderLock
 from loratool.store.marker import (
     REPLACED,
     Proof,
+    Prove,
     parents_of,
-    prove,
     remove_empty,
     remove_files,
     walk,
 )
-from loratool.store.output_path import Prove
-from loratool.store.places import old_path
+from loratool.store.places import old_path, staging_path
 
 _NOTHING = Earlier(False, None, {}, frozenset(), {})
 
@@ -57,7 +65,7 @@ class Leftovers:
             else:
                 proof, remains = self._prove(entries, prove)
             self._refuse(proof.strangers)
-            remove_files(self._staging, remains)
+            remove_files(self._staging, remains, proof.folders)
         self.earlier, self.names = earlier, {*earlier.names, *names}
         self._refuse(self.strangers())
 
@@ -95,28 +103,111 @@ class Leftovers:
             remove_files(self._staging, [JOURNAL, TEMPORARY])
         remove_empty(self._staging)
 
-    def forget(self) -> None:
-        """The interrupted run had put everything in its place: only its journal was left."""
-        (self._staging / JOURNAL).unlink(missing_ok=True)
-        self.earlier = _NOTHING
+    def take_back(self, path: Path) -> None:
+        """Go on after a run that died while it gave its files their final names one by one.
+
+        Args:
+            path: the output; nothing is done for folders that get their name in one rename.
+        """
+        is_inside, finished = self._staging.parent == path, self.earlier.finished
+        if not is_inside and finished.keys() != {path.name}:
+            return
+        home = path if is_inside else path.parent
+        gone = {n: line for n, line in finished.items() if self._has_gone(n, home)}
+        moved = intact_files(home, gone)
+        if moved and moved.keys() == finished.keys():  # only the journal was left
+            (self._staging / JOURNAL).unlink(missing_ok=True)
+            self.earlier = _NOTHING
+        elif is_inside:
+            for name in moved:
+                (self._staging / name).parent.mkdir(parents=True, exist_ok=True)
+                (home / name).replace(self._staging / name)
+            remove_files(home, moved, parents_of(finished))
+
+    def go_on(
+        self, plan: str | None, inputs: Mapping[str, list[int]], *, restart: bool
+    ) -> tuple[dict[str, Finished], list[str]]:
+        """What need not be made again, and what the user should know about it.
+
+        Args:
+            plan: identity of what is made now.
+            inputs: stamps of the inputs.
+            restart: drop what another plan has left.
+
+        Raises:
+            OutputError: LT-504, it is another plan's.
+        """
+        earlier = self.earlier
+        if not earlier.finished or earlier.plan is None or (restart and earlier.plan != plan):
+            return {}, []
+        if earlier.plan != plan:
+            raise OutputError(
+                "LT-504", "an interrupted run with other inputs or options left its work here",
+                file=self._staging, hint="--restart drops it; so does removing that folder",
+            )  # fmt: skip
+        if earlier.inputs != inputs:
+            changed = "inputs changed since the interrupted run: what it had finished is made anew"
+            return {}, [changed]
+        found, notes = intact_files(self._staging, earlier.finished), []
+        if bad := sorted(earlier.finished.keys() - found.keys()):
+            notes.append(f"damaged since the interrupted run, made anew: {list_some(bad)}")
+        if found:
+            notes.append(f"{len(found)} files taken over from an interrupted run")
+        return found, notes
+
+    def _has_gone(self, name: str, home: Path) -> bool:
+        """True for a file that has its final name, and perhaps its old one still."""
+        try:
+            return (home / name).samefile(self._staging / name)
+        except OSError:
+            return not os.path.lexists(self._staging / name)
 
 
-def put_back(path: Path) -> None:
+def clear_away(path: Path, prove: Prove) -> None:
+    """Delete what earlier runs left of an output, but not work that can be gone on with.
+
+    Args:
+        path: the output.
+        prove: see `Leftovers.settle`.
+    """
+    staging = staging_path(path)
+    if not any(map(os.path.lexists, (staging, old_path(path), path / REPLACED))):
+        return
+    try:
+        with FolderLock.make(staging, path):
+            put_back(path, prove)
+            left = Leftovers(staging)
+            left.settle((), prove)
+            left.take_back(path)
+            if not left.earlier.finished:
+                left.drop()
+    except (OutputError, DiskError, OSError):
+        pass  # somebody else's, or under way: `StagedOutput` finds out
+
+
+def put_back(path: Path, prove: Prove) -> None:
     """Put an old output back if a run died between the two renames of a replacement."""
     old = old_path(path)
-    if old.is_symlink() or not (old / REPLACED).is_file():  # nobody was about to replace it
+    if not _is_marked(old):  # nobody was about to replace it
         with refusals_as("cannot clean up", path):
-            if not path.is_symlink() and path.is_dir():
-                (path / REPLACED).unlink(missing_ok=True)
+            if _is_marked(path):
+                (path / REPLACED).unlink()
         return
     proof = prove(old)
-    if proof.strangers:
+    if set(proof.strangers) - {REPLACED}:
         return
     with refusals_as("cannot clean up", old):
         if path.exists():
-            remove_files(old, proof.stamps)
+            proof.remove(old, REPLACED)
             remove_empty(old)
         else:
             old.rename(path)
             sync_folder(path.parent)
             (path / REPLACED).unlink(missing_ok=True)
+
+
+def _is_marked(folder: Path) -> bool:
+    """True for an output that says that it is about to be replaced."""
+    mark = folder / REPLACED
+    is_file = not folder.is_symlink() and not mark.is_symlink() and mark.is_file()
+    return is_file and not mark.stat().st_size

@@ -14,8 +14,12 @@ from loratool.store.hub_files import (
     source_files,
 )
 from loratool.store.hub_listing import Listing
+from loratool.store.hub_names import refuse_large
 from loratool.store.remote import RemoteFile, describe
 from loratool.store.remote_folder import RemoteFolder
+
+LOOK_BYTES = 100_000_000
+"""Configurations and headers read without asking."""
 
 _SHA256_DIGITS = 64
 
@@ -35,7 +39,7 @@ class Looked:
     remote: RemoteFolder | None = None
 
 
-def look(listing: Listing, *, kind: str, sub: str = "") -> Looked:
+def look(listing: Listing, *, kind: str, sub: str = "", yes: bool = False) -> Looked:
     """Fetch the headers and configurations of a source; the rest is read when it is needed.
 
     Args:
@@ -43,9 +47,12 @@ def look(listing: Listing, *, kind: str, sub: str = "") -> Looked:
         kind: ``adapter``, ``base``, or ``any`` for whatever lies there: then small files beside
             the configurations are only named.
         sub: path inside the repository.
+        yes: consent to more than `LOOK_BYTES`.
 
     Raises:
-        HubError: nothing there, no access, not reachable, or damaged answers.
+        HubError: nothing there, no access, not reachable, damaged answers, or a small file that
+            is not small.
+        UsageError: LT-265, very many files and no consent.
     """
     repo_id = listing.repo_id
     names = [f.name for f in listing.files if _is_plain(f.name)]
@@ -62,7 +69,9 @@ def look(listing: Listing, *, kind: str, sub: str = "") -> Looked:
     weights = [f for f in files if _stays(f)]
     rest = [f for f in files if not _stays(f)]
     small = [f for f in rest if is_read(f.name.rpartition("/")[2])]
-    folder = RemoteFolder(f"{repo_id}@{listing.commit[:7]}")
+    for file in rest:
+        refuse_large(repo_id, file)
+    folder = RemoteFolder(f"{repo_id}@{listing.commit[:7]}", None if yes else LOOK_BYTES)
     folder.fill(weights, small, [f for f in rest if f not in small], describe(listing, named))
     return Looked(folder.path, listing.commit, folder)
 

@@ -16,17 +16,18 @@ import re
 import stat
 import threading
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn, TypedDict
 
+from loratool.adapter import Stamp
 from loratool.errors import LoratoolError
 from loratool.shapes import checked
 from loratool.store.checksum import check_all, is_intact
 from loratool.store.journal import is_plain_name
 from loratool.store.places import INSIDE, is_mount
-from loratool.store.reader import Stamp, stamp_of
+from loratool.store.stamps import stamp_of
 
 MARKER = "loratool.json"
 REPLACED = ".loratool-replaced"
@@ -69,18 +70,34 @@ class Proof:
     Attributes:
         stamps: file -> what it was when it was found to be one; "" -> a single file.
         strangers: what else is there, or was changed since.
+        folders: those that hold or held files of the output.
     """
 
     stamps: Mapping[str, Stamp]
     strangers: Sequence[str] = ()
+    folders: Collection[str] = ()
 
     def still_holds(self, path: Path) -> bool:
         """True if nothing was added or changed since."""
         found = walk(path) if path.is_dir() else {"": True}
-        return found.keys() - self.stamps.keys() <= parents_of(self.stamps) and all(
+        return found.keys() - self.stamps.keys() <= set(self.folders) and all(
             stamp_of(path / name if name else path) in (stamp, None)
             for name, stamp in self.stamps.items()
         )
+
+    def remove(self, path: Path, *more: str) -> None:
+        """Delete the files that are still what they were, and folders that become empty.
+
+        Args:
+            path: the folder, wherever it lies now.
+            more: other files of it.
+        """
+        same = {name for name, stamp in self.stamps.items() if stamp_of(path / name) == stamp}
+        remove_files(path, {*same, *more}, self.folders)
+
+
+Prove = Callable[[Path], Proof]
+"""Tells what of a place is an earlier output."""
 
 
 def content_of(size: int, crc: int) -> Content:
@@ -92,7 +109,7 @@ def folder_marker(
     record: Mapping[str, Any], files: Mapping[str, Content], plan: str | None
 ) -> dict[str, Any]:
     """The sealed record of a folder: its provenance (if wanted), what made it, its files."""
-    more = {"files": {name: files[name] for name in sorted(files)}}
+    more = {"files": {name: files[name] for name in sorted(files.keys() - {MARKER})}}
     return _sealed({"loratool": True, **record, "plan": plan, **more})
 
 
@@ -151,18 +168,35 @@ def prove(path: Path, *, deep: bool = True) -> Proof:
     before = {name: stamp_of(path / name) for name in own}
     good = check_all(own, lambda name, stop: _is_own(path / name, files[name], deep, stop))
     stamps = {n: s for n, ok in zip(own, good, strict=True) if ok and (s := before[n])}
-    if marker is not None:
-        stamps |= {n: s for n in (MARKER, REPLACED) if n in entries and (s := stamp_of(path / n))}
-    return Proof(stamps, sorted(entries.keys() - stamps.keys() - parents_of(stamps)))
+    if marker is not None and (stamp := stamp_of(path / MARKER)):
+        stamps[MARKER] = stamp
+    folders = {n for n in parents_of(files) if stat.S_ISDIR(_mode(path / n))}
+    return Proof(stamps, sorted(entries.keys() - stamps.keys() - folders), folders)
 
 
-def remove_files(folder: Path, names: Iterable[str]) -> None:
-    """Delete files of a folder, its marker last, and the folders in it that become empty."""
-    names = set(names)
-    for name in sorted(names, key=lambda n: (n in (MARKER, REPLACED), n)):
+def _mode(path: Path) -> int:
+    try:
+        return path.lstat().st_mode
+    except OSError:
+        return 0
+
+
+def remove_files(folder: Path, names: Iterable[str], folders: Iterable[str] = ()) -> None:
+    """Delete files of a folder and last what proves them, and every folder that becomes empty.
+
+    Args:
+        folder: that they lie in.
+        names: relative to it; what is gone is fine.
+        folders: more of them to delete if they are empty.
+    """
+    names, last = set(names), (MARKER, REPLACED)
+    for name in sorted(names.difference(last)):
         (folder / name).unlink(missing_ok=True)
-    for name in sorted(parents_of(names), key=len, reverse=True):
+    for name in sorted(parents_of(names).union(folders), key=len, reverse=True):
         remove_empty(folder / name)
+    for name in last:
+        if name in names:
+            (folder / name).unlink(missing_ok=True)
 
 
 def remove_empty(folder: Path) -> bool:
@@ -183,8 +217,7 @@ def is_whole(path: Path, plan: str) -> bool:
     marker = read_marker(path)
     if marker is None or marker.plan != plan:
         return False
-    proof = prove(path)
-    return not proof.strangers and marker.files.keys() <= proof.stamps.keys()
+    return marker.files.keys() <= prove(path).stamps.keys()
 
 
 def _sealed(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -204,9 +237,7 @@ def _marker(record: Any, key: str) -> Marker | None:
         files = {"": checked(record, _File, refuse)["data"]}
     else:
         files = checked(record, _Folder, refuse)["files"]
-    if any(
-        (n and not is_plain_name(n)) or not _CRC.fullmatch(c["crc32"]) for n, c in files.items()
-    ):
+    if not all(map(_is_row, files.items())):
         return None
     plan = record.get("plan")
     return Marker(files, plan if isinstance(plan, str) else None)

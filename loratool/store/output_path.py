@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping
 from pathlib import Path
 
-from loratool.errors import DiskError, OutputError, list_some
+from loratool.errors import AlreadyMadeError, DiskError, OutputError, list_some
 from loratool.store.disk import disk_error
-from loratool.store.marker import Proof, prove
-from loratool.store.places import is_mount, staging_path
-from loratool.store.series import may_be_made
-
-Prove = Callable[[Path], Proof]
+from loratool.store.leftovers import clear_away
+from loratool.store.marker import Proof, Prove, is_whole, prove
+from loratool.store.places import check_name, is_mount, staging_path
+from loratool.store.series import current, may_be_made
 
 
 def check_output(path: Path, *, is_folder: bool, force: bool) -> None:
@@ -23,6 +22,8 @@ def check_output(path: Path, *, is_folder: bool, force: bool) -> None:
         OutputError: the place is taken by anything but (with ``force``) an earlier output.
         DiskError: the parent folder is missing or not writable, or the name is too long.
     """
+    check_place(path)
+    clear_away(path, prove)
     if may_be_made(path) and not force:
         return  # whether an interrupted run made it is known once this one is planned
     check_free(path, is_folder=is_folder, force=force, prove=lambda path: prove(path, deep=False))
@@ -52,38 +53,6 @@ def check_place(path: Path) -> None:
             raise OutputError("LT-502", "the output is a symbolic link", file=path, got=to)
     except OSError as error:
         raise disk_error("cannot look at the output's place", path, error) from error
-
-
-def check_name(path: Path) -> None:
-    """The part of `check_place` that needs no folder for the output.
-
-    Raises:
-        OutputError: no name, or the current folder.
-        DiskError: it cannot be looked at.
-    """
-    if path.name in ("", ".."):
-        raise OutputError(
-            "LT-510", "the output needs a name of its own", file=path, got=repr(str(path)),
-            hint="-o NAME, a folder that does not exist yet",
-        )  # fmt: skip
-    try:
-        is_here = path.is_dir() and _is_current(path)
-    except OSError as error:
-        raise disk_error("cannot look at the output's place", path, error) from error
-    if is_here:
-        raise OutputError(
-            "LT-512", "the output is the folder that you are in", file=path,
-            hint="choose another -o, or leave the folder first: cd ..",
-        )  # fmt: skip
-
-
-def _is_current(path: Path) -> bool:
-    """True for the working folder and what it lies in: it would go away under the user's feet."""
-    try:
-        here = Path.cwd()
-    except OSError:  # it is gone already
-        return False
-    return any(folder.samefile(path) for folder in (here, *here.parents))
 
 
 def check_free(path: Path, *, is_folder: bool, force: bool, prove: Prove = prove) -> Proof | None:
@@ -121,6 +90,45 @@ def check_free(path: Path, *, is_folder: bool, force: bool, prove: Prove = prove
             expected="the files of an earlier output, unchanged",
             hint="choose another -o, or move these away yourself",
         )  # fmt: skip
+    return proof
+
+
+def take_place(
+    path: Path,
+    *,
+    is_folder: bool,
+    force: bool,
+    prove: Prove,
+    plan: str | None,
+    inputs: Mapping[str, list[int]],
+) -> Proof | None:
+    """`check_free` for a run that begins now, as one of a series if there is one.
+
+    Args:
+        path: the output.
+        is_folder: False for a single file.
+        force: an earlier output may be replaced.
+        prove: tells what of a place is one.
+        plan: identity of what is made.
+        inputs: stamps of the inputs.
+
+    Raises:
+        AlreadyMadeError: LT-513, a run of this very series made it before it was interrupted.
+        LoratoolError: see `check_free`.
+    """
+    series = None if plan is None else current()
+    if series is None or plan is None:
+        return check_free(path, is_folder=is_folder, force=force, prove=prove)
+    try:
+        proof = check_free(path, is_folder=is_folder, force=force, prove=prove)
+    except OutputError as error:
+        is_same = error.code == "LT-501" and series.is_same(path, plan, inputs)
+        if is_same and is_whole(path, plan):
+            raise AlreadyMadeError(
+                "LT-513", "the interrupted run has made this output already", file=path
+            ) from None
+        raise
+    series.begin(path, plan, inputs)
     return proof
 
 

@@ -18,9 +18,11 @@ from typing import Any, BinaryIO
 
 from loratool.adapter import TensorRef
 from loratool.errors import BadFileError
+from loratool.store.contained import typed
 from loratool.store.disk import disk_error
 from loratool.store.header import build_header, read_header
 from loratool.store.marker import content_of, file_metadata
+from loratool.store.reader import FileReader
 from loratool.store.shard_writer import ShardWriter
 from loratool.store.writer import StagedOutput
 
@@ -51,14 +53,15 @@ def read_patches(path: Path, operation: str) -> PatchFile | None:
     Raises:
         BadFileError: damaged.
     """
+    path = typed(path)
     header = read_header(path)
     refs = {ref.name: ref for ref in header.tensors}
     ref = refs.pop(TABLE, None)
     if ref is None or _record(header.metadata).get("operation") != operation:
         return None
-    with path.open("rb") as file:
-        file.seek(ref.start)
-        packed = file.read(ref.nbytes)
+    packed = bytearray(ref.nbytes)
+    with FileReader() as reader:
+        reader.read_into(ref, 0, memoryview(packed))
     try:
         tool = zlib.decompressobj()
         text = tool.decompress(packed, _MAX_TABLE)

@@ -1,4 +1,4 @@
-"""Names beside an output: where it grows, and where a replaced one waits for its end."""
+"""Names of an output and beside it: where it grows, and where a replaced one waits for its end."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ import os
 import re
 import sys
 from pathlib import Path
+
+from loratool.errors import OutputError
+from loratool.store.disk import disk_error
 
 INSIDE = ".loratool-partial"
 _OCTAL = re.compile(rb"\\([0-7]{3})")
@@ -19,6 +22,16 @@ def staging_path(path: Path) -> Path:
 def old_path(path: Path) -> Path:
     """Where a replaced output waits for its end, on systems that cannot swap two names."""
     return path.with_name(path.name + ".loratool-old")
+
+
+def notes_path(path: Path) -> Path:
+    """Where a series of outputs that begins with this one keeps its notes.
+
+    Raises:
+        LoratoolError: see `check_name`.
+    """
+    check_name(path)
+    return path.with_name(f"{path.name}.loratool-run")
 
 
 def is_mount(path: Path) -> bool:
@@ -38,3 +51,35 @@ def _mounts() -> list[bytes]:
         return []
     places = (line.split(b" ")[4] for line in lines if line.count(b" ") > 4)
     return [_OCTAL.sub(lambda m: bytes([int(m[1], 8)]), place) for place in places]
+
+
+def check_name(path: Path) -> None:
+    """Refuse a name that no output can have.
+
+    Raises:
+        OutputError: no name, or the current folder.
+        DiskError: it cannot be looked at.
+    """
+    if path.name in ("", ".."):
+        raise OutputError(
+            "LT-510", "the output needs a name of its own", file=path, got=repr(str(path)),
+            hint="-o NAME, a folder that does not exist yet",
+        )  # fmt: skip
+    try:
+        is_here = path.is_dir() and _is_current(path)
+    except OSError as error:
+        raise disk_error("cannot look at the output's place", path, error) from error
+    if is_here:
+        raise OutputError(
+            "LT-512", "the output is the folder that you are in", file=path,
+            hint="choose another -o, or leave the folder first: cd ..",
+        )  # fmt: skip
+
+
+def _is_current(path: Path) -> bool:
+    """True for the working folder and what it lies in: it would go away under the user's feet."""
+    try:
+        here = Path.cwd()
+    except OSError:  # it is gone already
+        return False
+    return any(folder.samefile(path) for folder in (here, *here.parents))

@@ -13,16 +13,22 @@ from loratool import __version__
 from loratool.adapter import Adapter, TensorRef
 from loratool.errors import LoratoolError, redact
 from loratool.store.checkpoint import Checkpoint
+from loratool.store.contained import link_target, open_inside
 from loratool.store.jsonfile import load_json
 from loratool.store.remote import remote_file
 
 
-def file_id(path: Path) -> str:
-    """sha256 of a file's bytes; of a file on the Hub as the Hub lists it."""
+def file_id(path: Path, folder: Path | None = None) -> str:
+    """sha256 of a file's bytes; of a file on the Hub as the Hub lists it.
+
+    Args:
+        path: the file.
+        folder: what it belongs to (`loratool.store.contained`); None = the folder it lies in.
+    """
     remote = remote_file(path)
     if remote is not None:
         return remote.digest
-    with path.open("rb") as file:
+    with open_inside(path, folder) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -42,17 +48,18 @@ def checkpoint_id(checkpoint: Checkpoint, *, full: bool = False) -> dict[str, An
     sha256 where the Hub's cache knows it (``lfs_oid``) or where ``full`` asks for reading it all.
     """
     found: dict[str, Any] = {}
+    root = checkpoint.path if checkpoint.is_folder else None
     for shard in checkpoint.shards:
         remote = remote_file(shard.path)
         row: dict[str, Any] = {
             "header_sha256": hashlib.sha256(shard.header).hexdigest(),
             "bytes": remote.size if remote else shard.path.stat().st_size,
         }
-        blob = remote.digest if remote else shard.path.resolve().name
+        blob = remote.digest if remote else link_target(shard.path).name
         if (remote or shard.path.is_symlink()) and re.fullmatch(r"[0-9a-f]{64}", blob):
             row["lfs_oid"] = blob
         if full:
-            row["sha256"] = file_id(shard.path)
+            row["sha256"] = file_id(shard.path, root)
         found[shard.name] = row
     return found
 

@@ -1,78 +1,214 @@
-"""Which local files may be published: an allow-list of names, and no secrets inside."""
+"""Which local files may be published: those that a model has, and nothing secret inside.
+
+What is on no list is refused, by name; what trainers, file managers and git leave beside the
+weights stays behind, and so does what the user names.
+"""
 
 from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any, NoReturn
 
-from loratool.errors import DiskError, UnsafeContentError, list_some, redact
-from loratool.store.foreign import open_inside
-from loratool.store.hub import ADAPTER_FILES, BASE_FILES
-from loratool.store.tokens import TOKENIZER_FILES
+from loratool.adapter import Stamp
+from loratool.errors import UnsafeContentError, UsageError, list_some
+from loratool.store.contained import list_folder, open_inside
+from loratool.store.file_kinds import Kind, kind_of
+from loratool.store.known_file import SHA256, KnownFile
+from loratool.store.secrets import Finding, Pairs, find_in_bytes, find_in_json
+from loratool.store.stamps import changed, stamp_of
 
-ALLOWED = (*ADAPTER_FILES, *BASE_FILES, *TOKENIZER_FILES)
 # What trainers, the Hub's client and file managers leave beside the weights.
 LEFT_OUT = (
     "optimizer.*", "scheduler.*", "scaler.*", "rng_state*", "training_args.*", "trainer_state.json",
-    "*.tfevents.*", "checkpoint-*", "runs", ".git", ".gitattributes", ".gitignore", ".cache",
-    ".DS_Store", "__pycache__",
+    "*.tfevents.*", "checkpoint-*", "runs", "wandb", "logs", ".git", ".gitattributes", ".gitignore",
+    ".cache", ".ipynb_checkpoints", ".DS_Store", "Thumbs.db", "desktop.ini", "__pycache__",
 )  # fmt: skip
-_UNSAFE_JSON = ("*credential*", "*secret*", "*token.json", "*service?account*", "*.loratool-*")
-_PRIVATE_KEY = re.compile(rb"-----BEGIN [A-Z ]*PRIVATE KEY-----")
-_MAX_TEXT = 200_000_000
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[\w.-]{1,96})?")
+_PIECES = re.compile(rb"\n|[A-Za-z0-9+/=]+ \d+\s")  # of sentencepiece, of tiktoken
+_MARKS = {
+    b"\xff\xfe\0\0": "utf-32", b"\0\0\xfe\xff": "utf-32", b"\xff\xfe": "utf-16",
+    b"\xfe\xff": "utf-16",
+}  # fmt: skip
+
+Content = KnownFile | bytes
+"""Of a file to publish: weights as a file that must not change, all else in memory."""
 
 
 @dataclass(frozen=True)
 class Chosen:
-    """Files to publish: name in the repository -> path; and names that stay behind."""
+    """Files to publish.
 
-    files: dict[str, Path]
+    Attributes:
+        files: name in the repository -> content.
+        left_out: names that stay behind.
+    """
+
+    files: dict[str, Content]
     left_out: tuple[str, ...] = ()
+    _stamps: dict[Path, Stamp | None] = field(default_factory=dict)
+
+    def weights(self) -> list[Path]:
+        """The weight files."""
+        return [c.path for c in self.files.values() if isinstance(c, KnownFile)]
+
+    def check_unchanged(self) -> None:
+        """After all other checks: they saw what was chosen; from now on its bytes are known.
+
+        Raises:
+            BadFileError: LT-332.
+        """
+        for content in self.files.values():
+            if isinstance(content, KnownFile):
+                content.digest(SHA256)
+        for path, known in self._stamps.items():
+            if known is None or stamp_of(path) != known:
+                raise changed(path)
 
 
-def choose_files(path: Path, components: tuple[str, ...] = ()) -> Chosen:
+def choose_files(path: Path, components: Sequence[str] = (), skip: Iterable[str] = ()) -> Chosen:
     """The files of an adapter or a checkpoint that are published.
 
     Args:
         path: folder, or a single weight file.
         components: sub-folders of a pipeline.
+        skip: names of files and folders to leave out.
 
     Raises:
-        UnsafeContentError: LT-930, a name that is not on the list; LT-931, a secret inside.
+        UnsafeContentError: LT-930, a name that is none of a model's; LT-931, a secret inside;
+            LT-932, a path of this machine; LT-933, not what its name says; LT-901, LT-904, no
+            file of this folder.
+        UsageError: LT-266, nothing of a name to leave out.
         DiskError: the folder cannot be read.
     """
-    if not path.is_dir():
-        chosen = Chosen({path.name: path})
+    found = dict(_entries(path, components)) if path.is_dir() else {path.name: path}
+    left = {n for n in found if _fits(n, LEFT_OUT)} | _skipped(found, skip)
+    wanted = {n: p for n, p in found.items() if n not in left}
+    refused = [f"{n}/" if p.is_dir() else n for n, p in wanted.items() if not _belongs(n, p)]
+    if refused:
+        raise UnsafeContentError(
+            "LT-930", "files that do not belong into a published model", file=path,
+            got=list_some(refused), hint=f"--skip {min(refused).rstrip('/')} leaves one out",
+        )  # fmt: skip
+    folder = path if path.is_dir() else path.parent
+    stamps = {path: stamp_of(path) for path in wanted.values()}
+    files = {n: _checked(n, p, folder) for n, p in wanted.items()}
+    return Chosen(files, tuple(sorted(left)), stamps)
+
+
+def _entries(path: Path, components: Sequence[str]) -> Iterator[tuple[str, Path]]:
+    for folder in (path, *(path / c for c in components)):
+        for entry in list_folder(folder, path):
+            name = entry.relative_to(path).as_posix()
+            if name not in components:
+                yield name, entry
+
+
+def _skipped(found: dict[str, Path], skip: Iterable[str]) -> set[str]:
+    names = {name.rstrip("/") for name in skip}
+    if names - set(found):
+        raise UsageError(
+            "LT-266", "there is nothing of that name to leave out",
+            expected=list_some(found), got=list_some(names - set(found)),
+        )  # fmt: skip
+    return names
+
+
+def _belongs(name: str, path: Path) -> bool:
+    return kind_of(name) is not None and not path.is_dir()
+
+
+def _fits(name: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatchcase(name.rpartition("/")[2], pattern) for pattern in patterns)
+
+
+def _checked(name: str, path: Path, folder: Path) -> Content:
+    """The content of a file, with nothing in its name or inside that must not leave."""
+    kind = kind_of(name)
+    assert kind is not None
+    _refuse(find_in_bytes(name.encode("utf-8", "surrogateescape")), folder)  # in the name
+    if kind.form == "weights":
+        _refuse(_find_in_header(path, folder), path)
+        return KnownFile(path, folder)
+    data = _read(path, folder, kind)
+    if kind.form == "json":
+        _refuse(find_in_json(_parsed(data, path)), path)
     else:
-        files, refused, left_out = {}, [], []
-        for folder in (path, *(path / c for c in components)):
-            try:
-                entries = sorted(folder.iterdir())
-            except OSError as error:
-                raise DiskError("LT-601", "cannot read", file=folder, got=error.strerror) from error
-            for entry in entries:
-                name = entry.relative_to(path).as_posix()
-                if name in components:
-                    continue
-                if _fits(entry.name, LEFT_OUT):
-                    left_out.append(name)
-                elif entry.is_dir() or not _is_allowed(entry.name):
-                    refused.append(f"{name}/" if entry.is_dir() else name)
-                else:
-                    files[name] = entry
-        if refused:
-            raise UnsafeContentError(
-                "LT-930", "files that do not belong into a published model", file=path,
-                got=list_some(refused), hint="move them elsewhere: nothing was uploaded",
-            )  # fmt: skip
-        chosen = Chosen(files, tuple(left_out))
-    for name, file in chosen.files.items():
-        _refuse_secrets(name, file)
-    return chosen
+        _refuse(find_in_bytes(data), path)
+        if kind.form == "pieces" and not _PIECES.match(data):
+            _refuse_form(path, "a vocabulary of sentencepiece or tiktoken")
+        if kind.form == "text" and not _is_text(data):
+            _refuse_form(path, "a text")
+    return data
+
+
+def _read(path: Path, folder: Path, kind: Kind) -> bytes:
+    most = kind.most_bytes or 0
+    with open_inside(path, folder) as file:
+        parts, left = [], most + 1
+        while left and (part := file.read(min(left, 1 << 20))):
+            parts.append(part)
+            left -= len(part)
+    if not left:
+        _refuse_form(path, f"at most {most:,} bytes")
+    return b"".join(parts)
+
+
+def _parsed(data: bytes, path: Path) -> Any:
+    try:
+        return json.loads(data, object_pairs_hook=Pairs)
+    except (ValueError, RecursionError):
+        _refuse_form(path, "JSON")
+
+
+def _is_text(data: bytes) -> bool:
+    encoding = next((code for mark, code in _MARKS.items() if data.startswith(mark)), "utf-8")
+    try:
+        return "\0" not in data.decode(encoding)
+    except UnicodeDecodeError:
+        return encoding == "utf-8" and b"\0" not in data  # an old licence in Latin-1
+
+
+def _find_in_header(path: Path, folder: Path) -> Finding | None:
+    from loratool.store.header import read_header
+
+    header = read_header(path, folder=folder)
+    names = "\n".join(tensor.name for tensor in header.tensors)
+    return find_in_json(dict(header.metadata)) or find_in_bytes(names.encode("utf-8", "replace"))
+
+
+def _refuse(found: Finding | None, path: object) -> None:
+    if found is None:
+        return
+    if found.is_path:
+        raise UnsafeContentError(
+            "LT-932", "a path of this machine is inside", file=path, key=found.key,
+            hint="correct it in the file: nothing was uploaded",
+        )  # fmt: skip
+    raise UnsafeContentError(
+        "LT-931", "an access token, a login or a private key is inside", file=path, key=found.key,
+        hint="remove it from the file, and revoke it: nothing was uploaded",
+    )  # fmt: skip
+
+
+def _refuse_form(path: Path, expected: str) -> NoReturn:
+    raise UnsafeContentError(
+        "LT-933", "a file is not what its name says", file=path, expected=expected,
+        hint=f"--skip {path.name} leaves it out",
+    )  # fmt: skip
+
+
+def check_card(text: str, file: object) -> None:
+    """Refuse a model card with a secret or a local path.
+
+    Raises:
+        UnsafeContentError: LT-931, LT-932.
+    """
+    _refuse(find_in_bytes(text.encode("utf-8", "replace")), file)
 
 
 def is_local_path(name: str) -> bool:
@@ -98,31 +234,4 @@ def refuse_local_base(name: object, file: Path) -> None:
         raise UnsafeContentError(
             "LT-932", "the base model is named by a local path", file=file, got=name[:200],
             expected="a name on the Hub, such as org/model", hint=f"correct it in {file.name}",
-        )  # fmt: skip
-
-
-def _is_allowed(name: str) -> bool:
-    hidden = name.startswith(".") or _fits(name.lower(), _UNSAFE_JSON)
-    return not hidden and not name.endswith(".py") and _fits(name, ALLOWED)
-
-
-def _fits(name: str, patterns: tuple[str, ...]) -> bool:
-    return any(fnmatchcase(name, pattern) for pattern in patterns)
-
-
-def _refuse_secrets(name: str, path: Path) -> None:
-    """Of weights the header is searched, of everything else the whole file."""
-    if name.endswith(".safetensors"):
-        from loratool.store.header import read_header
-
-        text = json.dumps(dict(read_header(path).metadata), ensure_ascii=False)
-        raw = text.encode("utf-8", "replace")
-    else:
-        with open_inside(path) as file:
-            raw = file.read(_MAX_TEXT)
-        text = raw.decode("utf-8", "replace")
-    if _PRIVATE_KEY.search(raw) or redact(text) != text:
-        raise UnsafeContentError(
-            "LT-931", "an access token, a login or a private key is inside", file=path,
-            hint="remove it from the file, and revoke it: nothing was uploaded",
         )  # fmt: skip

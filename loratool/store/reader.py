@@ -7,20 +7,23 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
-from typing import BinaryIO
 
-from loratool.adapter import Source, TensorData, TensorRef
-from loratool.errors import BadFileError, DiskError
+from loratool.adapter import Source, Stamp, TensorData, TensorRef
+from loratool.errors import BadFileError, DiskError, UnsafeContentError
 from loratool.store import remote_spans
+from loratool.store.contained import open_again
 from loratool.store.remote import remote_file
+from loratool.store.stamps import changed, check_stamp, stamp_from, stamp_of
+
+__all__ = ["FileReader", "Stamp", "are_of_one_file", "have_same_bytes", "plain_io", "stamp_of"]
 
 _PIECE = 1 << 22  # bytes compared at a time
 _FIRST_PIECE = 1 << 16
-
-Stamp = tuple[int, int, int, int]
-"""(device, inode, size, modification time in ns): differs if a file changed or was replaced."""
 
 
 def plain_io() -> bool:
@@ -28,18 +31,39 @@ def plain_io() -> bool:
     return os.environ.get("LORATOOL_PLAIN_IO") == "1" or not hasattr(os, "preadv")
 
 
+def most_open_files() -> int:
+    """How many input files stay open: a quarter of what the system allows (``ulimit -n``)."""
+    try:
+        import resource
+
+        allowed = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    except ImportError:  # Windows: the C library's own limit
+        allowed = 512
+    return max(8, min(allowed // 4, 512)) if allowed >= 0 else 512  # -1: no limit
+
+
+@dataclass
+class _Open:
+    """An open file and how many threads are reading it."""
+
+    file: FileIO
+    users: int = 0
+
+
 class FileReader:
     """Positioned reads from any number of files, safe for several threads.
 
-    Files are opened on first use and stay open.
+    Files are opened on first use; of many those used last stay open.  Each is held to what it
+    was when its header was read.
 
     Args:
-        stamps: what files were when their headers were read; they must still be that.
+        stamps: files that must not change even if they are not read.
     """
 
     def __init__(self, stamps: Mapping[Path, Stamp] | None = None) -> None:
         self._stamps = dict(stamps or {})
-        self._files: dict[Path, tuple[BinaryIO, Stamp]] = {}
+        self._files: dict[Path, _Open] = {}  # in the order of their last use
+        self._most = most_open_files()
         self._lock = threading.Lock()
         self._plain = plain_io()
 
@@ -48,39 +72,98 @@ class FileReader:
 
     def __exit__(self, *_: object) -> None:
         with self._lock:
-            for file, _stamp in self._files.values():
-                file.close()
+            for entry in self._files.values():
+                entry.file.close()
             self._files.clear()
 
-    def read_into(self, path: Path, offset: int, buffer: memoryview) -> None:
-        """Fill ``buffer`` with the bytes at ``offset``.
+    def read_into(self, ref: TensorRef, start: int, buffer: memoryview) -> None:
+        """Fill ``buffer`` with bytes of a tensor.
+
+        Args:
+            ref: the tensor.
+            start: offset of the first byte in the tensor.
+            buffer: as many bytes as are wanted.
 
         Raises:
-            BadFileError: the file ends before the buffer is full.
+            BadFileError: the file ends before the buffer is full, or is not what it was.
             DiskError: the system refuses to read.
             HubError: the file is on the Hub, which does not give the bytes.
         """
-        remote = remote_file(path)
+        offset = ref.start + start
+        remote = remote_file(ref.file)
         if remote is not None:
             buffer[:] = remote_spans.read(remote, offset, len(buffer))
             return
-        file, _stamp = self._open(path)
         done = 0
-        try:
+        with self.lend(ref) as file:
             while done < len(buffer):
-                got = self._read(file, offset + done, buffer[done:])
+                try:
+                    got = self._read(file, offset + done, buffer[done:])
+                except OSError as error:
+                    raise DiskError(
+                        "LT-601", "cannot read", file=ref.file, got=error.strerror
+                    ) from error
                 if got == 0:
                     raise BadFileError(
-                        "LT-331",
-                        "file ended while it was read",
-                        file=path,
-                        expected=f"{len(buffer)} bytes at {offset}",
-                        got=f"{done} bytes",
+                        "LT-331", "file ended while it was read", file=ref.file,
+                        expected=f"{len(buffer)} bytes at {offset}", got=f"{done} bytes",
                         hint="the file changed during the run: do not write to inputs",
-                    )
+                    )  # fmt: skip
                 done += got
-        except OSError as error:
-            raise DiskError("LT-601", "cannot read", file=path, got=error.strerror) from error
+
+    @contextmanager
+    def lend(self, ref: TensorRef) -> Iterator[FileIO]:
+        """The file of a tensor, open as long as the block runs.
+
+        Raises:
+            BadFileError: LT-332, it is not what it was.
+            DiskError: the system refuses to open it.
+        """
+        with self._lock:
+            if ref.file not in self._files:
+                self._files[ref.file] = _Open(self._open(ref))
+            if ref.stamp not in (None, self._stamps[ref.file]):
+                raise changed(ref.file)
+            entry = self._files[ref.file] = self._files.pop(ref.file)  # now the last one
+            entry.users += 1
+            self._close_some()
+        try:
+            yield entry.file
+        finally:
+            with self._lock:
+                entry.users -= 1
+
+    def _open(self, ref: TensorRef) -> FileIO:
+        path = ref.file
+        held = ref.stamp or self._stamps.get(path)
+        if held is not None:  # what lies there now is not even opened
+            check_stamp(path, held)
+        try:
+            file = open_again(path)
+        except (BadFileError, UnsafeContentError) as error:
+            raise changed(path) from error
+        stamp = stamp_from(os.fstat(file.fileno()))
+        if stamp != self._stamps.setdefault(path, held or stamp):
+            file.close()
+            raise changed(path)
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
+        return file
+
+    def _close_some(self) -> None:
+        """Close what was not used for longest, but nothing that a thread is reading."""
+        excess = len(self._files) - self._most
+        if excess > 0:
+            unused = [path for path, entry in self._files.items() if not entry.users]
+            for path in unused[:excess]:
+                self._files.pop(path).file.close()
+
+    def _read(self, file: FileIO, offset: int, buffer: memoryview) -> int:
+        if not self._plain:
+            return os.preadv(file.fileno(), [buffer], offset)
+        with self._lock:
+            file.seek(offset)
+            return file.readinto(buffer) or 0
 
     @staticmethod
     def expect(ranges: Iterable[remote_spans.Range]) -> None:
@@ -88,63 +171,15 @@ class FileReader:
         remote_spans.expect(ranges)
 
     def check_unchanged(self) -> None:
-        """Compare every open file with what it was when it was opened.
+        """Compare every file that was read, or given a stamp, with what it was.
 
         Raises:
-            BadFileError: device, inode, size or modification time differ.
+            BadFileError: LT-332, its stamp is another.
         """
         with self._lock:
-            for path, (file, stamp) in self._files.items():
-                if _stamp_of(os.fstat(file.fileno())) != stamp:
-                    raise _changed(path)
-            opened = {path: stamp for path, (_file, stamp) in self._files.items()}
-            for path, stamp in (opened | self._stamps).items():
-                if stamp_of(path) != stamp:
-                    raise _changed(path)
-
-    def _open(self, path: Path) -> tuple[BinaryIO, Stamp]:
-        with self._lock:
-            entry = self._files.get(path)
-            if entry is None:
-                try:
-                    file = path.open("rb", buffering=0)
-                except OSError as error:
-                    raise DiskError(
-                        "LT-601", "cannot read", file=path, got=error.strerror
-                    ) from error
-                stamp = _stamp_of(os.fstat(file.fileno()))
-                if self._stamps.get(path, stamp) != stamp:
-                    file.close()
-                    raise _changed(path)
-                if hasattr(os, "posix_fadvise"):
-                    os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
-                entry = (file, stamp)
-                self._files[path] = entry
-            return entry
-
-    def _read(self, file: BinaryIO, offset: int, buffer: memoryview) -> int:
-        if not self._plain:
-            return os.preadv(file.fileno(), [buffer], offset)
-        with self._lock:
-            file.seek(offset)
-            return file.readinto(buffer) or 0  # type: ignore[attr-defined]
-
-
-def stamp_of(path: Path) -> Stamp | None:
-    """What a file is now; None if it cannot be found."""
-    try:
-        return _stamp_of(path.stat())
-    except OSError:
-        return None
-
-
-def _changed(path: Path) -> BadFileError:
-    return BadFileError(
-        "LT-332",
-        "input changed during the run",
-        file=path,
-        hint="run it again when nothing writes to it",
-    )
+            held = dict(self._stamps)
+        for path, stamp in held.items():
+            check_stamp(path, stamp)
 
 
 def are_of_one_file(refs: Sequence[TensorRef]) -> bool:
@@ -170,7 +205,7 @@ def have_same_bytes(sources: Sequence[Source]) -> bool:
             pieces = []
             for ref in refs:
                 piece = bytearray(end - start)
-                reader.read_into(ref.file, ref.start + start, memoryview(piece))
+                reader.read_into(ref, start, memoryview(piece))
                 pieces.append(piece)
             if any(piece != pieces[0] for piece in pieces):
                 return False
@@ -187,9 +222,5 @@ def read_bytes(source: Source) -> bytes | memoryview:
         return source.data
     held = bytearray(source.nbytes)
     with FileReader() as reader:
-        reader.read_into(source.file, source.start, memoryview(held))
+        reader.read_into(source, 0, memoryview(held))
     return memoryview(held)
-
-
-def _stamp_of(stat: os.stat_result) -> Stamp:
-    return (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns)

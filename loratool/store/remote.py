@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 _ATTEMPTS = 4
 """Answers cut short before giving up; each is continued where it ended."""
+_EMPTY = 2  # of them without any data
 
 
 @dataclass(frozen=True)
@@ -50,14 +51,16 @@ class RemoteFile:
         from huggingface_hub import hf_hub_url
 
         data = bytearray()
+        empty = 0
         with plain_errors(self.repo_id, self.commit):
             url = hf_hub_url(self.repo_id, self.name, revision=self.commit)
             for _attempt in range(_ATTEMPTS):
-                if len(data) < count:
+                if len(data) < count and empty < _EMPTY:
                     first, left = start + len(data), count - len(data)
                     answer = ask(url, first, left)
                     self._check(answer, first, left)
                     data += answer.data
+                    empty += not answer.data
         if len(data) < count:
             raise HubError(
                 "LT-750", "the Hub's answers are cut short", file=self.shown,

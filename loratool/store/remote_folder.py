@@ -11,10 +11,12 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from threading import Lock
 
-from loratool.errors import HubError, places
+from loratool.errors import HubError, UsageError, places
 from loratool.store.header import HARD_HEADER_BYTES
 from loratool.store.hub_listing import digest_of
+from loratool.store.pool import waiting_threads
 from loratool.store.remote import RemoteFile, forget, register
 from loratool.store.remote_spans import release
 
@@ -24,6 +26,7 @@ FIRST_BYTES = 100_000
 LEAST_BYTES = 4096
 """`read_header` begins with so many: they tell what a file is that is no safetensors file."""
 _MOST_BYTES = 1 << 20
+_PIECE = 8 << 20
 _ENTRY_BYTES = 110
 """Of a tensor in a header, beside its name: dtype, shape, offsets and punctuation."""
 _OWN_BYTES = 1024  # of the metadata
@@ -38,9 +41,11 @@ class RemoteFolder:
 
     Args:
         name: ``owner/name@commit``, for messages.
+        most_bytes: of configurations and headers, None = any number.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, most_bytes: int | None = None) -> None:
+        self._left, self._most, self._lock = most_bytes, most_bytes, Lock()
         top = Path(tempfile.mkdtemp(prefix="loratool-hub-")).resolve()
         self.path = top / name
         self.path.mkdir(parents=True)
@@ -66,17 +71,31 @@ class RemoteFolder:
 
         Raises:
             HubError: the Hub does not give a file, or gives other bytes than it lists (LT-752).
+            UsageError: LT-265, it would be more than may be read without consent.
         """
+        self._spend(sum(f.size for f in small) + sum(min(f.size, FIRST_BYTES) for f in weights))
         for file in named:
             self._write(file, b"", is_stub=True)
         for file in late:
             path = self._write(file, b"")
             self._late[path] = partial(_fetch_whole, file, path)
-        with ThreadPoolExecutor(THREADS) as pool:
+        with waiting_threads(THREADS) as pool:
             _each(pool, lambda f: _fetch_whole(f, self._place(f)), small)
             first = _header_bytes(self.path)
             _each(pool, lambda f: self._fetch_header(f, first.get(f.name)), weights)
         register(self._stubs, self._late)
+
+    def _spend(self, count: int) -> None:
+        with self._lock:
+            if self._left is None or self._most is None:
+                return
+            self._left -= count
+            if self._left < 0:
+                raise UsageError(
+                    "LT-265", "looking at so much on the Hub needs consent",
+                    expected=f"at most {self._most / 1e6:.0f} MB without",
+                    got=f"{(self._most - self._left) / 1e6:.0f} MB", hint="-y reads it",
+                )  # fmt: skip
 
     def _place(self, file: RemoteFile) -> Path:
         path = self.path.joinpath(*file.name.split("/"))
@@ -100,11 +119,14 @@ class RemoteFolder:
             _verify(self._write(file, data), file)
             return
         length = 8 + int.from_bytes(data[:8], "little")
-        if data[8:9] == b"{" and length <= min(file.size, 8 + HARD_HEADER_BYTES):
-            if length > len(data):
-                data += file.read(len(data), length - len(data))
+        is_header = data[8:9] == b"{" and length <= min(file.size, 8 + HARD_HEADER_BYTES)
+        if is_header:
             data = data[: max(length, LEAST_BYTES)]
-        self._write(file, data, is_stub=True)  # what is no safetensors file shows when it is read
+        # What is no safetensors file shows when it is read.
+        path = self._write(file, data, is_stub=True)
+        if is_header and length > len(data):
+            self._spend(length - len(data))
+            _append(file, path, length)
 
 
 def _each(
@@ -135,8 +157,16 @@ def _header_bytes(folder: Path) -> dict[str, int]:
 
 
 def _fetch_whole(file: RemoteFile, path: Path) -> None:
-    path.write_bytes(file.read(0, file.size) if file.size else b"")
+    path.write_bytes(b"")
+    _append(file, path, file.size)
     _verify(path, file)
+
+
+def _append(file: RemoteFile, path: Path, stop: int) -> None:
+    """Go on with a file up to a position, never with much of it in memory."""
+    with path.open("ab") as out:
+        for at in range(out.tell(), stop, _PIECE):
+            out.write(file.read(at, min(_PIECE, stop - at)))
 
 
 def _verify(path: Path, file: RemoteFile) -> None:

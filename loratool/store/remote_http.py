@@ -9,9 +9,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import urlsplit
+
+from loratool.store.hub_http import SlowError, check_status, get, parts
+from loratool.store.hub_retry import retried
 
 _WAIT_S = 30.0
-_PART_BYTES = 64 << 10
 
 _signed: dict[str, str] = {}
 """Address on the Hub -> where it led to on another host."""
@@ -43,48 +46,31 @@ def ask(url: str, start: int, count: int) -> Answer:
     Raises:
         HfHubHTTPError, HTTPError: of the client; see `loratool.store.hub.plain_errors`.
     """
-    wanted = {"Range": f"bytes={start}-{start + count - 1}", "Accept-Encoding": "identity"}
+    wanted = {"Range": f"bytes={start}-{start + count - 1}"}
     signed = _signed.get(url)
     if signed is not None:
         answer = _ask_storage(signed, wanted, count)
         if answer is not None:
             return answer
         _signed.pop(url, None)
-    return _ask_hub(url, wanted, count)
+    return retried(lambda: _ask_hub(url, wanted, count))
 
 
 def _ask_storage(url: str, wanted: dict[str, str], count: int) -> Answer | None:
     """None if the address has expired, or the storage is busy or out of reach."""
-    from huggingface_hub.utils import (  # type: ignore[attr-defined]
-        build_hf_headers,
-        get_session,
-        httpx,
-    )
+    from huggingface_hub.utils import httpx  # type: ignore[attr-defined]  # httpx2 from 2.0 on
 
-    headers = {**build_hf_headers(token=False), **wanted}
     try:
-        # Not the client's own retries: they log the address.
-        with get_session().stream("GET", url, headers=headers, timeout=_WAIT_S) as response:
+        with get(url, wanted, token=False, wait=_WAIT_S) as response:
             return None if response.is_error else _answer(response, count)
-    except httpx.TransportError:
+    except (httpx.TransportError, SlowError):
         return None
 
 
 def _ask_hub(url: str, wanted: dict[str, str], count: int) -> Answer:
-    from huggingface_hub.utils import (  # type: ignore[attr-defined]
-        build_hf_headers,
-        hf_raise_for_status,
-        http_stream_backoff,
-    )
-
-    # The token is for the Hub: the client drops it when a redirect leads to another origin.
-    headers = {**build_hf_headers(), **wanted}
-    with http_stream_backoff(
-        "GET", url, headers=headers, follow_redirects=True, timeout=_WAIT_S, max_retries=2
-    ) as response:
-        if response.is_error:
-            hf_raise_for_status(response)
-        if response.history and response.url.netloc != response.history[0].url.netloc:
+    with get(url, wanted, wait=_WAIT_S) as response:
+        check_status(response)
+        if urlsplit(str(response.url)).netloc != urlsplit(url).netloc:
             _signed[url] = str(response.url)
         return _answer(response, count)
 
@@ -99,10 +85,10 @@ def _body(response: Any, count: int) -> bytes:
 
     data = bytearray()
     try:
-        for part in response.iter_bytes(_PART_BYTES):
+        for part in parts(response, most=None):
             data += part
             if len(data) > count:  # a whole file instead of a range: hang up
                 break
-    except httpx.TransportError:
+    except (httpx.TransportError, SlowError):
         pass  # the caller asks for the rest
     return bytes(data[:count])

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import TypedDict
 
 from loratool.errors import OutputError
-from loratool.store.disk import refusals_as, sync_folder
+from loratool.store.disk import refusals_as, sync_folder, write_all
 from loratool.store.journal import encode, read_lines, shaped
 
 Stamps = Mapping[str, list[int]]
@@ -43,9 +44,7 @@ class Series:
     def __init__(self, journal: Path) -> None:
         self._journal = journal
         lines = [line for raw in read_lines(journal) if (line := shaped(raw, Begun))]
-        if not lines and os.path.lexists(journal) and (
-            journal.is_symlink() or not journal.is_file() or journal.stat().st_size
-        ):  # fmt: skip
+        if os.path.lexists(journal) and not _may_be_own(journal, has_lines=bool(lines)):
             raise OutputError(
                 "LT-511", "something else lies where notes about this run would be kept",
                 file=journal, hint="move it away",
@@ -76,7 +75,7 @@ class Series:
                     return
                 raise
             try:
-                os.write(fd, b"\n" + encode(line))  # after a torn line, a whole one
+                write_all(fd, b"\n" + encode(line))  # after a torn line, a whole one
                 os.fsync(fd)
             finally:
                 os.close(fd)
@@ -85,6 +84,12 @@ class Series:
     def end(self) -> None:
         """Everything is made."""
         self._journal.unlink(missing_ok=True)
+
+
+def _may_be_own(journal: Path, *, has_lines: bool) -> bool:
+    """True for a plain file of no other name that holds lines, or nothing yet."""
+    found = journal.lstat()
+    return stat.S_ISREG(found.st_mode) and found.st_nlink == 1 and (has_lines or not found.st_size)
 
 
 _current: ContextVar[Series | None] = ContextVar("series", default=None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+from io import FileIO
 from pathlib import Path
 
 from loratool.store.checksum import Piece, PieceSums, sum_whole
@@ -140,19 +141,18 @@ class ShardWriter:
         self._fd = self._direct = -1
 
 
-def clone_file(source: Path, target: Path) -> bool:
+def clone_file(source: FileIO, target: Path) -> bool:
     """Share the blocks of ``source`` (reflink) where the file system can; False if it cannot."""
     if fcntl is None or plain_io():
         return False
     ficlone = 0x40049409  # <linux/fs.h>
-    with source.open("rb") as src:
-        fd = create_new(target)
-        try:
-            fcntl.ioctl(fd, ficlone, src.fileno())
-            os.fsync(fd)
-        except OSError:
-            target.unlink()
-            return False
-        finally:
-            os.close(fd)
+    fd = create_new(target)
+    try:
+        fcntl.ioctl(fd, ficlone, source.fileno())
+        os.fsync(fd)
+    except OSError:
+        target.unlink()
+        return False
+    finally:
+        os.close(fd)
     return True

@@ -8,13 +8,18 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from loratool.adapter import Stamp
 from loratool.errors import MismatchError, list_some
 from loratool.store.checkpoint import Checkpoint
-from loratool.store.foreign import check_inside, open_inside, open_regular
+from loratool.store.contained import find_inside, list_folder, open_inside
 from loratool.store.jsonfile import dump_json, load_json
+from loratool.store.stamps import check_stamp
 from loratool.store.tokens import TOKENIZER_FILES, TOKENIZER_STATE, adapter_adds_tokens
+
+if TYPE_CHECKING:
+    from loratool.store.writer import StagedOutput
 
 __all__ = ["REMOVE", "Sidecar", "adapter_adds_tokens", "plan_sidecars"]
 
@@ -63,29 +68,36 @@ class Sidecar:
 
     Attributes:
         name: path relative to the output folder, with forward slashes.
-        source: the file to copy, None if ``data`` is given.
-        data: bytes made here, None if ``source`` is given.
+        source: the file to copy, no link; None if ``data`` is given.
+        stamp: of the source when this was planned.
+        data: bytes made here.
         origin: where it is from, ``base`` or ``adapter``.
     """
 
     name: str
     source: Path | None = None
-    data: bytes | None = field(default=None, repr=False)
+    stamp: Stamp | None = None
+    data: bytes = field(default=b"", repr=False)
     origin: str = "base"
 
-    def read(self) -> bytes:
-        """Its bytes.
+    @property
+    def nbytes(self) -> int:
+        """Its size."""
+        return len(self.data) if self.stamp is None else self.stamp[2]
+
+    def write_to(self, output: StagedOutput) -> None:
+        """Write it, or copy it in pieces.
 
         Raises:
-            BadFileError: the source vanished.
-            DiskError: the system refuses to read it.
+            BadFileError: LT-332, the source is not what it was when this was planned.
+            DiskError: the system refuses.
         """
-        if self.data is not None:
-            return self.data
-        if self.source is None:
-            raise ValueError(f"sidecar {self.name} has neither source nor data")
-        with open_regular(self.source) as file:
-            return file.read()
+        if self.source is None or self.stamp is None:
+            output.write_file(self.name, self.data)
+            return
+        check_stamp(self.source, self.stamp)
+        output.copy_file(self.name, self.source)
+        check_stamp(self.source, self.stamp)
 
 
 def plan_sidecars(
@@ -124,9 +136,7 @@ def plan_sidecars(
             continue
         leaf = name.rpartition("/")[2]
         if _is_carried(leaf) or _is_template(name) or (leaf and _WEIGHTS.search(name)):
-            path = checkpoint.path / name
-            check_inside(path, checkpoint.path)
-            found[name] = Sidecar(name, path)
+            found[name] = Sidecar(name, *find_inside(checkpoint.path / name, checkpoint.path))
         else:
             left.append(name)
     notes = _left_behind(left)
@@ -143,7 +153,8 @@ def _walk(checkpoint: Checkpoint) -> Iterator[str]:
     if checkpoint.components and index.is_file():
         wanted |= set(load_json(index))
     wanted |= _sentence_modules(checkpoint.path)
-    for entry in sorted(checkpoint.path.iterdir()):
+    root = checkpoint.path
+    for entry in list_folder(root):
         if entry.name.startswith("."):
             continue
         if not entry.is_dir():
@@ -151,9 +162,10 @@ def _walk(checkpoint: Checkpoint) -> Iterator[str]:
         elif entry.name not in wanted:
             yield f"{entry.name}/"
         else:
-            for inner in sorted(entry.iterdir()):
+            for inner in list_folder(entry, root):
                 if inner.is_dir() and inner.name == _TEMPLATES:
-                    yield from (f"{entry.name}/{_TEMPLATES}/{t.name}" for t in inner.iterdir())
+                    templates = list_folder(inner, root)
+                    yield from (f"{entry.name}/{_TEMPLATES}/{t.name}" for t in templates)
                 elif not inner.name.startswith("."):
                     yield f"{entry.name}/{inner.name}" + ("/" if inner.is_dir() else "")
 
@@ -202,12 +214,12 @@ def _take_tokenizer(
         return ["the adapter's tokenizer is not taken: a pipeline has several"]
     own = sorted(
         entry.name
-        for entry in adapter_dir.iterdir()
+        for entry in list_folder(adapter_dir)
         if not entry.is_dir() and any(fnmatchcase(entry.name, p) for p in TOKENIZER_FILES)
     )
     templates = adapter_dir / _TEMPLATES
     if templates.is_dir():
-        own += [f"{_TEMPLATES}/{t.name}" for t in sorted(templates.iterdir())]
+        own += [f"{_TEMPLATES}/{t.name}" for t in list_folder(templates, adapter_dir)]
     stale = {n for n in found if n in TOKENIZER_STATE}
     config_path = adapter_dir / "tokenizer_config.json"
     if "chat_template.jinja" in own or (
@@ -217,8 +229,8 @@ def _take_tokenizer(
     for name in stale - set(own):
         del found[name]
     for name in own:
-        check_inside(adapter_dir / name, adapter_dir)
-        found[name] = Sidecar(name, adapter_dir / name, origin="adapter")
+        source, stamp = find_inside(adapter_dir / name, adapter_dir)
+        found[name] = Sidecar(name, source, stamp, origin="adapter")
     return ["the tokenizer is the adapter's, because it has added tokens"]
 
 
@@ -238,7 +250,7 @@ def _apply_changes(
             notes.append(f"not recorded, because there is no {name}: {list_some(part)}")
             continue
         path = checkpoint.path / name
-        config = load_json(path)
+        config = load_json(path, folder=checkpoint.path)
         if _change(config, part, path):
             found[name] = Sidecar(name, data=dump_json(config))
     return notes

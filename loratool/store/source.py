@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -11,6 +10,7 @@ from urllib.parse import unquote
 
 from loratool.errors import TOKEN, BadFileError, HubError, UsageError
 from loratool.store.adapter_folder import find_adapter, list_adapters
+from loratool.store.contained import typed
 from loratool.store.hub_fetch import HubReference, Reach, fetch
 from loratool.store.remote_folder import RemoteFolder
 
@@ -26,6 +26,7 @@ __all__ = [
     "resolve",
 ]
 
+MAX_WEIGHT = 1e30  # far from overflow when it is multiplied with float32 factors
 _DECIMAL = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)")
 _COMPONENT = re.compile(r"[A-Za-z][A-Za-z0-9_.]*")
 _LOGIN = re.compile(r"https?://[^/\s@]+@")
@@ -64,7 +65,8 @@ class Resolved:
         commit: commit of a Hub repository, None for a path.
         note: what the first line of output says about a guess, or None.
         remote: what keeps the stubs at `path` alive, None if the files are here whole.
-        origin: what `path` was converted from (``--allow-pickle``), None if it is the source.
+        origin: what `path` was converted from (``--allow-pickle``), or the link that was typed;
+            None if it is the source as typed.
     """
 
     path: Path
@@ -76,7 +78,7 @@ class Resolved:
 
     @property
     def named(self) -> Path:
-        """The place that the user means, where `path` is a temporary copy."""
+        """The place that the user means, where `path` is a copy or what a link leads to."""
         return self.origin or self.path
 
     @property
@@ -126,7 +128,7 @@ def parse_adapter(text: str) -> AdapterArgument:
 
 
 def parse_weight(text: str, *, of: str | None = None) -> float:
-    """A plain finite decimal; no exponent, underscore, inf or nan.
+    """A plain decimal; no exponent, underscore, inf or nan.
 
     Args:
         text: the number.
@@ -135,18 +137,18 @@ def parse_weight(text: str, *, of: str | None = None) -> float:
     Raises:
         UsageError: anything else.
     """
-    value = float(text) if is_weight(text) else math.nan
-    if not math.isfinite(value):
+    if not is_weight(text):
         raise UsageError(
-            "LT-262", "not a weight", key=of, got=repr(text)[:80],
-            expected="a plain decimal number, such as 0.7 or -0.3",
+            "LT-262", "not a weight", key=None if of is None else of[:200], got=repr(text)[:80],
+            expected=f"a plain decimal number of at most {MAX_WEIGHT:g}, such as 0.7 or -0.3",
         )  # fmt: skip
-    return value
+    return float(text)
 
 
 def is_weight(text: object) -> bool:
-    """True for a plain decimal number as text."""
-    return isinstance(text, str) and _DECIMAL.fullmatch(text) is not None
+    """True for a plain decimal number as text, within the limits."""
+    is_decimal = isinstance(text, str) and _DECIMAL.fullmatch(text) is not None
+    return is_decimal and abs(float(str(text))) <= MAX_WEIGHT
 
 
 def parse_hub(text: str) -> HubReference | None:
@@ -215,7 +217,9 @@ def resolve(
         except RuntimeError:  # no such user
             pass
     if text and _exists(str(path)):
-        return Resolved(path, path.name or path.resolve().name)
+        real = typed(path)
+        origin = None if real == path else path
+        return Resolved(real, path.name or path.resolve().name, origin=origin)
     refuse_token(text)
     match = _BARE.fullmatch(text)
     may_be_hub = match is not None and not _FILE_SUFFIX.search(match["repo"])

@@ -1,48 +1,62 @@
-"""What the inputs of a plan are at its start, so that a change of one is never missed."""
+"""What input files are, so that a change of one during a run, or before it goes on, is noticed."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from loratool.adapter import TensorRef
+from loratool.adapter import Stamp, TensorRef
 from loratool.errors import BadFileError
-from loratool.store.header import HARD_HEADER_BYTES, read_header
-from loratool.store.reader import Stamp, stamp_of
+
+
+def stamp_from(found: os.stat_result) -> Stamp:
+    """The stamp in what the system says about a file.
+
+    The times alone would not do: who changes a file can put its mtime back, but not its ctime.
+    """
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+
+
+def stamp_of(path: Path) -> Stamp | None:
+    """What a file is now; None if it cannot be found."""
+    try:
+        return stamp_from(path.stat())
+    except OSError:
+        return None
 
 
 def take_stamps(refs: Iterable[TensorRef]) -> dict[Path, Stamp]:
-    """Stamp every file of a plan, and make sure that the plan still fits it.
-
-    A file may have been replaced between the reading of its header and now; so a safetensors
-    header is read once more, under the stamp that `FileReader` and the journal will hold it to.
+    """The stamps of all files of a plan: what they were when their headers were read.
 
     Raises:
-        BadFileError: a file is gone, or its header is not the one that was planned with.
+        BadFileError: LT-334, a file has changed since, or is gone.
     """
-    planned: dict[Path, list[TensorRef]] = {}
-    for ref in refs:
-        planned.setdefault(ref.file, []).append(ref)
-    stamps: dict[Path, Stamp] = {}
-    for path in sorted(planned):
-        stamp = stamp_of(path)
-        if stamp is None or not _still_fits(path, planned[path]):
+    stamps = {ref.file: ref.stamp for ref in refs}
+    found: dict[Path, Stamp] = {}
+    for path in sorted(stamps):
+        now = stamp_of(path)
+        if now is None or stamps[path] not in (now, None):
             raise BadFileError(
                 "LT-334", "input changed while the run was planned", file=path, hint="run it again"
             )
-        stamps[path] = stamp
-    return stamps
+        found[path] = now
+    return found
 
 
-def _still_fits(path: Path, refs: Iterable[TensorRef]) -> bool:
-    if path.suffix != ".safetensors":
-        return True
-    found = {t.name: t for t in read_header(path, max_bytes=HARD_HEADER_BYTES).tensors}
-    return all(ref.name in found and _holds(found[ref.name], ref) for ref in refs)
+def check_stamp(path: Path, stamp: Stamp) -> None:
+    """Refuse a file that is not what it was.
+
+    Raises:
+        BadFileError: LT-332.
+    """
+    if stamp_of(path) != stamp:
+        raise changed(path)
 
 
-def _holds(whole: TensorRef, ref: TensorRef) -> bool:
-    """True if ``ref`` is ``whole`` or a part of it."""
-    starts_inside = whole.start <= ref.start
-    ends_inside = ref.start + ref.nbytes <= whole.start + whole.nbytes
-    return whole.dtype == ref.dtype and starts_inside and ends_inside
+def changed(path: Path) -> BadFileError:
+    """The error for a file that is not what it was."""
+    return BadFileError(
+        "LT-332", "input changed during the run", file=path,
+        hint="run it again when nothing writes to it, links it or changes its permissions",
+    )  # fmt: skip

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from loratool.errors import BadFileError, DiskError, UnsafeContentError
-from loratool.store.foreign import check_inside, open_regular
+from loratool.store.contained import list_folder, open_inside
 from loratool.store.jsonfile import dump_json, load_json
 from loratool.store.layout import check_shard_name, is_pickle_name, is_state_name
 from loratool.store.source import Resolved
@@ -67,7 +67,7 @@ def _pickles(path: Path) -> Iterator[Path]:
         if is_pickle_name(path.name):
             yield path
         return
-    names = sorted(entry.name for entry in path.iterdir() if not entry.name.startswith("."))
+    names = [entry.name for entry in list_folder(path) if not entry.name.startswith(".")]
     if not any(name.endswith(".safetensors") for name in names):
         yield from (path / n for n in names if is_pickle_name(n) and not is_state_name(n))
 
@@ -78,16 +78,17 @@ def _mirror(path: Path, pickles: list[Path], top: Path) -> Path:
     folder = top / (path.name or "model") if is_folder else top
     folder.mkdir(exist_ok=True)
     root = path if is_folder else path.parent
-    others = sorted(root.iterdir()) if is_folder else [root / name for name in _CONFIGS]
+    others = list_folder(root) if is_folder else [root / name for name in _CONFIGS]
     for entry in others:
         if entry in pickles or entry.suffix == ".py" or not entry.is_file():
             continue
         if entry.name.endswith(_INDEX):
             _convert_index(entry, folder)
         elif not is_pickle_name(entry.name):
-            _carry(entry, folder / entry.name, root)
+            with open_inside(entry, root) as file, (folder / entry.name).open("wb") as copy:
+                shutil.copyfileobj(file, copy)
     for one in pickles:  # last: what is wrong with the rest is seen before any of them is opened
-        _convert(one, folder / _new_name(one.name))
+        _convert(one, root, folder / _new_name(one.name))
     return folder if is_folder else folder / _new_name(path.name)
 
 
@@ -105,26 +106,14 @@ def _convert_index(index: Path, folder: Path) -> None:
     (folder / f"{stem}.safetensors.index.json").write_bytes(dump_json(content))
 
 
-def _carry(source: Path, target: Path, root: Path) -> None:
-    """Copy a small file; a link that leads out stays a link, for the usual rules to refuse."""
-    try:
-        check_inside(source, root)
-    except UnsafeContentError:
-        target.symlink_to(source.resolve())
-        return
-    with open_regular(source) as file, target.open("wb") as copy:
-        shutil.copyfileobj(file, copy)
-
-
-def _convert(source: Path, target: Path) -> None:
-    with open_regular(source) as file:  # refuses FIFOs and devices
+def _convert(source: Path, root: Path, target: Path) -> None:
+    with open_inside(source, root) as file:
         size = os.fstat(file.fileno()).st_size
-    words = [sys.executable, "-P", "-m", _PROGRAM, str(source.absolute())]
+        child = subprocess.Popen(
+            [sys.executable, "-P", "-m", _PROGRAM], stdin=file, stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE, cwd=target.parent, env=_environment(),
+        )  # fmt: skip
     limit = 8 * size + (256 << 20)
-    child = subprocess.Popen(
-        words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        cwd=target.parent, env=_environment(),
-    )  # fmt: skip
     watchdog = threading.Timer(_SECONDS + size / _BYTES_PER_S, child.kill)
     watchdog.start()
     try:

@@ -22,41 +22,37 @@ from pathlib import Path
 from typing import Any
 
 from loratool import __version__
-from loratool.errors import AlreadyMadeError, DiskError, LoratoolError, OutputError, list_some
+from loratool.errors import DiskError, LoratoolError, OutputError, list_some
 from loratool.store.checksum import Piece, sum_file, sum_whole
 from loratool.store.disk import (
     check_space,
     copy_synced,
     disk_error,
-    exchange,
     refusals_as,
-    rename_new,
     sync_folder,
     write_synced,
 )
 from loratool.store.journal import NAME as JOURNAL
-from loratool.store.journal import Finished, Journal, intact_files, read_journal
+from loratool.store.journal import Finished, Journal, read_journal
 from loratool.store.jsonfile import dump_json
 from loratool.store.leftovers import Leftovers, put_back
 from loratool.store.lock import FolderLock
 from loratool.store.marker import (
     MARKER,
-    REPLACED,
     Content,
-    Proof,
+    Prove,
     content_of,
     folder_marker,
-    is_whole,
     parents_of,
     prove,
     remove_empty,
     remove_files,
     walk,
 )
-from loratool.store.output_path import Prove, check_free, check_output, check_place
-from loratool.store.places import old_path, staging_path
+from loratool.store.output_path import check_output, check_place, take_place
+from loratool.store.places import staging_path
+from loratool.store.putting import in_order, put_file, put_folder, put_inside
 from loratool.store.reader import Stamp
-from loratool.store.series import current
 
 __all__ = ["MARKER", "StagedOutput", "check_output"]
 
@@ -107,8 +103,6 @@ class StagedOutput:
         self.staging = staging_path(path)
         self.finished: dict[str, Finished] = {}
         self.notes: list[str] = []
-        self._force = force
-        self._prove = prove
         self._guard = threading.Lock()
         self._is_open = True
         self._made: os.stat_result | None = None
@@ -117,13 +111,17 @@ class StagedOutput:
         self._lock = FolderLock.make(self.staging, path)
         self._left = Leftovers(self.staging)
         try:
-            put_back(path)
+            put_back(path, prove)
             self._is_inside = self.staging.parent == path
             self._left.settle({self._real(n) for n in names}, prove)
-            self._take_back()
+            self._left.take_back(path)
             stamps = {str(file): list(stamp) for file, stamp in (inputs or {}).items()}
-            self._replaces = self._check_free(stamps)
-            self._find_finished(stamps, restart)
+            self._replaces = take_place(
+                path, is_folder=is_folder, force=force, prove=prove, plan=plan_id, inputs=stamps
+            )
+            self.finished, self.notes = self._left.go_on(plan_id, stamps, restart=restart)
+            for name, line in self.finished.items():
+                self._contents[name] = content_of(*sum_whole(line["crc32"]))
             head = {"plan": plan_id, "loratool": __version__, "inputs": stamps}
             known = {"names": sorted(self._left.names)}
             self._journal = Journal(self.staging, [head, known, *self.finished.values()])
@@ -137,65 +135,6 @@ class StagedOutput:
             if isinstance(error, OSError):
                 raise disk_error("cannot prepare the output", self.staging, error) from error
             raise
-
-    # ------------------------------------------------------------------- an interrupted run
-
-    def _take_back(self) -> None:
-        """Go on with a run that died while it gave its files their final names one by one."""
-        if self.is_folder and not self._is_inside:
-            return
-        earlier, home = self._left.earlier, self.path if self._is_inside else self.path.parent
-        moved = intact_files(home, earlier.finished)
-        if moved.keys() == earlier.finished.keys():
-            self._left.forget()
-        elif earlier.plan == self.plan_id:
-            for name in moved:
-                self._make_folder(self._at(name).parent)
-                (home / name).rename(self._at(name))
-
-    def _check_free(self, stamps: Mapping[str, list[int]]) -> Proof | None:
-        series, plan = current(), self.plan_id
-        try:
-            proof = check_free(
-                self.path, is_folder=self.is_folder, force=self._force, prove=self._prove
-            )
-        except OutputError as error:
-            if series is None or plan is None or error.code != "LT-501":
-                raise
-            if series.is_same(self.path, plan, stamps) and is_whole(self.path, plan):
-                raise AlreadyMadeError(
-                    "LT-513", "the interrupted run has made this output already", file=self.path
-                ) from None
-            raise
-        if series is not None and plan is not None:
-            series.begin(self.path, plan, stamps)
-        return proof
-
-    def _find_finished(self, inputs: Mapping[str, list[int]], restart: bool) -> None:
-        """Fill `finished` from an interrupted run of the same plan."""
-        earlier = self._left.earlier
-        if not earlier.finished or earlier.plan is None:
-            return
-        if earlier.plan != self.plan_id:
-            if restart:
-                return
-            raise OutputError(
-                "LT-504", "an interrupted run with other inputs or options left its work here",
-                file=self.staging, hint="--restart drops it; so does removing that folder",
-            )  # fmt: skip
-        if earlier.inputs != inputs:
-            self.notes.append(
-                "inputs changed since the interrupted run: what it had finished is made anew"
-            )
-            return
-        self.finished = dict(intact_files(self.staging, earlier.finished))
-        for name, line in self.finished.items():
-            self._contents[name] = content_of(*sum_whole(line["crc32"]))
-        bad = sorted(earlier.finished.keys() - self.finished.keys())
-        if bad:
-            self.notes.append(f"damaged since the interrupted run, made anew: {list_some(bad)}")
-        if self.finished:
-            self.notes.append(f"{len(self.finished)} files taken over from an interrupted run")
 
     def _holds_work(self) -> bool:
         """True if files are finished here."""
@@ -254,11 +193,13 @@ class StagedOutput:
         """
         pieces = self.place(name, sums)
         real = self._real(name)
-        line: Finished = {"file": real, "size": size, "crc32": pieces, "results": results}
         with refusals_as("cannot complete", self._at(name)):
-            self._journal.append(line)
+            self._finish({"file": real, "size": size, "crc32": pieces, "results": results})
+
+    def _finish(self, line: Finished) -> None:
+        self._journal.append(line)
         with self._guard:
-            self.finished[real] = line
+            self.finished[line["file"]] = line
 
     def write_file(self, name: str, data: bytes) -> None:
         """Write a small file."""
@@ -308,12 +249,11 @@ class StagedOutput:
             )  # fmt: skip
         try:
             if self._is_inside:
-                self._commit_inside()
-                return
-            if self.is_folder:
-                self._commit_folder()
+                self._put_inside()
+            elif self.is_folder:
+                self._put_folder()
             else:
-                self._commit_file()
+                self._put_file()
         except FileExistsError as error:
             raise OutputError(
                 "LT-501", "the output exists", file=self.path, got="it appeared during the run"
@@ -321,75 +261,35 @@ class StagedOutput:
         except OSError as error:
             raise disk_error("cannot put the output in place", self.path, error) from error
 
-    def _check_still_free(self) -> None:
-        if self._replaces is None or not self.path.exists():
-            check_free(self.path, is_folder=self.is_folder, force=False)
-        elif not self._replaces.still_holds(self.path):
-            raise OutputError(
-                "LT-505", "what is to be replaced was changed during the run", file=self.path,
-                hint="choose another -o, or give the command again",
-            )  # fmt: skip
-
-    def _commit_file(self) -> None:
-        self._check_still_free()
+    def _put_file(self) -> None:
         made = self._at("")
         self._made = made.stat()
-        if self._replaces is not None:
-            made.replace(self.path)
-        else:
-            rename_new(made, self.path)
-        sync_folder(self.path.parent)
+        put_file(made, self.path, self._replaces)
         self._end_journal()
         remove_empty(self.staging)
+
+    def _put_folder(self) -> None:
+        self._made = self.staging.stat()
+        self._end_journal()
+        if rest := put_folder(self.staging, self.path, self._replaces):
+            self.notes.append(f"something appeared in the replaced output: see {rest}")
+
+    def _put_inside(self) -> None:
+        for name in self._contents.keys() - self.finished.keys():
+            size, crc = self._contents[name]["bytes"], int(self._contents[name]["crc32"], 16)
+            pieces = [(0, size, crc)] if size else []
+            self._finish({"file": name, "size": size, "crc32": pieces, "results": None})
+        self._made = self._at(in_order(self._contents)[-1]).stat()
+        put_inside(self.staging, self._contents, self.path, self._replaces)
+        self._left.clear(())
+        self._end_journal()
+        remove_empty(self.staging)
+        sync_folder(self.path)
 
     def _end_journal(self) -> None:
         self._journal.close()
         (self.staging / JOURNAL).unlink()
         sync_folder(self.staging)
-
-    def _commit_folder(self) -> None:
-        """A plain rename of a folder replaces nothing but an empty folder."""
-        self._made = self.staging.stat()
-        self._end_journal()
-        self._check_still_free()
-        if self._replaces is None:
-            self.staging.rename(self.path)
-            sync_folder(self.path.parent)
-            return
-        # The old output gets a lock too: for a moment it lies under the staging name.
-        with FolderLock.take(self.path, self.path):
-            if exchange(self.staging, self.path):
-                replaced = self.staging
-            else:
-                write_synced(self.path / REPLACED, b"")
-                replaced = old_path(self.path)
-                self.path.rename(replaced)
-                self.staging.rename(self.path)
-            sync_folder(self.path.parent)
-            remove_files(replaced, {*self._replaces.stamps, REPLACED})
-            if not remove_empty(replaced):
-                self.notes.append(f"something appeared in the replaced output: see {replaced}")
-
-    def _commit_inside(self) -> None:
-        """Move the files into a mount point, one by one; the journal tells a rerun which."""
-        for name in self._contents.keys() - self.finished.keys():
-            size, crc = self._contents[name]["bytes"], int(self._contents[name]["crc32"], 16)
-            pieces = [(0, size, crc)] if size else []
-            self._journal.append({"file": name, "size": size, "crc32": pieces, "results": None})
-        self._check_still_free()
-        if self._replaces is not None:
-            remove_files(self.path, self._replaces.stamps)
-        names = sorted(self._contents, key=lambda name: (name == MARKER, name))
-        self._made = self._at(names[-1]).stat()
-        for name in names:
-            target = self.path / name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            rename_new(self._at(name), target)
-            sync_folder(target.parent)
-        self._left.clear(())
-        self._end_journal()
-        remove_empty(self.staging)
-        sync_folder(self.path)
 
     def __enter__(self) -> StagedOutput:
         return self
@@ -402,13 +302,13 @@ class StagedOutput:
             self._is_open = False
             self._lock.release()
             if error is not None:
-                error.add_note(f"the output is complete: {self.path}")
+                _say(error, f"the output is complete: {self.path}")
             return
         is_final = isinstance(error, LoratoolError) and not isinstance(error, DiskError)
         keep = self._holds_work() and not is_final
         self._leave(keep=keep)
         if keep and error is not None:
-            _say_kept(error, f"the same command goes on ({len(self.finished)} files are finished)")
+            _say(error, f"the same command goes on ({len(self.finished)} files are finished)")
 
     def _leave(self, *, keep: bool) -> None:
         with self._guard:
@@ -428,7 +328,7 @@ class StagedOutput:
         """True if what was made lies under the final name, whatever happened since."""
         place = self.path
         if self._is_inside and self._contents:
-            place = self.path / max(self._contents, key=lambda name: (name == MARKER, name))
+            place = self.path / in_order(self._contents)[-1]
         try:
             return self._made is not None and os.path.samestat(self._made, place.lstat())
         except OSError:
@@ -452,8 +352,8 @@ class StagedOutput:
             sync_folder(folder.parent)
 
 
-def _say_kept(error: BaseException, text: str) -> None:
+def _say(error: BaseException, text: str) -> None:
     if isinstance(error, LoratoolError):
-        error.hint = f"{error.hint}; then {text}" if error.hint else text
+        error.hint = f"{error.hint}; {text}" if error.hint else text
     else:
         error.add_note(text)

@@ -6,9 +6,6 @@ adapters in the same process, which is the interpreter with everything loaded.
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,34 +14,10 @@ import pytest
 from loratool.engine.buffers import TORCH_DTYPES
 from loratool.linalg.lanczos import is_worthwhile
 from loratool.methods import METHODS
-from loratool.ops.memory import TORCH_BYTES, is_iterative
+from loratool.ops.memory_formulas import is_iterative
+from tests.budget import held
 from tests.make import randn, random_factors, save_adapter, save_checkpoint
 
-SCRIPT = r"""
-import json, re, sys
-from pathlib import Path
-import loratool as lt
-
-def high():
-    return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
-
-folder = Path(sys.argv[1])
-jobs = json.loads(sys.argv[2])
-sources = lambda name, count: [str(folder / f"{name}{i}") for i in range(count)]
-for method in dict.fromkeys(job["method"] for job in jobs):
-    lt.merge(sources("tiny", 2), output=folder / f"warm-{method}", method=method, weights=[.5, .5],
-             force=True)
-    if base := jobs[0].get("base"):
-        lt.merge(sources("tiny", 2), output=folder / f"warm-base-{method}", method=method,
-                 base=folder / "tiny-base", force=True)
-start, planned = high(), 0
-for number, job in enumerate(jobs):
-    count = job.pop("count")
-    report = lt.merge(sources("in", count), output=folder / f"out{number}",
-                      weights=[1 / count] * count, force=True, **job)
-    planned = max(planned, report.peak_memory_bytes)
-print(start, high(), planned)
-"""
 CORE = [m.name for m in METHODS if m.space in ("core", "joint")]
 DENSE_BYTES = 8192 * 8192 * 4
 """One out×in matrix of float32: 268 MB."""
@@ -59,15 +32,21 @@ def make(folder: Path, shapes: dict[str, tuple[int, int]], *, rank: int, count: 
 
 def measure(folder: Path, *jobs: dict[str, Any]) -> tuple[int, int]:
     """(bytes beyond the interpreter, planned bytes beyond the interpreter)."""
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, str(folder), json.dumps(jobs)],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    start, peak, planned = map(int, done.stdout.split())
-    taken, plan = peak - start, planned - TORCH_BYTES["cpu"]
-    print(f"start {start / 1e6:.0f} MB, took {taken / 1e6:.0f} MB, planned {plan / 1e6:.0f} MB")
-    return taken, plan
+    warm, calls = [], []
+    for method in dict.fromkeys(job["method"] for job in jobs):
+        tiny = [str(folder / f"tiny{i}") for i in range(2)]
+        options = {"method": method, "weights": [0.5, 0.5], "force": True}
+        warm.append(("merge", [tiny], {"output": folder / f"warm-{method}", **options}))
+        if "base" in jobs[0]:
+            base = {"output": folder / f"warm-base-{method}", "base": folder / "tiny-base"}
+            warm.append(("merge", [tiny], {**base, **options}))
+    for number, job in enumerate(jobs):
+        count = job.pop("count")
+        sources = [str(folder / f"in{i}") for i in range(count)]
+        more = {"output": folder / f"out{number}", "weights": [1 / count] * count, "force": True}
+        calls.append(("merge", [sources], {**more, **job}))
+    found = held.measure(warm, calls)
+    return found.taken, found.planned
 
 
 def test_the_plan_knows_which_truncation_runs() -> None:

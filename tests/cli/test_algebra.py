@@ -104,7 +104,7 @@ def test_compare_two_with_files(run: Run, tmp_path: Path) -> None:
     for word in ("cosine", "norms", "modules", "signs", "φ A", "random", "rank_pattern"):
         assert word in found.out
     assert plot.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" and plot.stat().st_size > 10_000
-    rows = list(csv.DictReader(table.open()))
+    rows = list(csv.DictReader(table.read_text().splitlines()))
     assert len(rows) == 14 and {"cosine", "similarity_A", "random_B"} <= rows[0].keys()
     again = tmp_path / "again.png"
     run("compare", LLM / "lora_linear", LLM / "lora_rank_alpha_pattern", "--plot", again)

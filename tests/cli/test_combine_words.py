@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from loratool.delta.toy import write_toy
+import loratool as lt
 from tests.make import randn, random_factors, save_adapter, save_checkpoint
 
 from .conftest import Run
@@ -15,7 +15,7 @@ from .conftest import Run
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("toy")
-    write_toy(folder)
+    lt.demo(folder)
     return folder
 
 

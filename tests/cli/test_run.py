@@ -155,3 +155,10 @@ def test_the_example_is_a_recipe(run: Run) -> None:
     found = run("run", path, "--dry-run", "--json")
     assert found.code == 0, found.out
     assert len(found.json["steps"]) == 4
+
+
+@pytest.mark.parametrize("name", ["", ".", "/", ".."])
+def test_a_first_output_without_a_name(name: str, folder: Path, run: Run) -> None:
+    text = f"steps:\n  - rescale: {{adapters: [style], factor: 2, output: '{name}'}}\n"
+    found = run("run", recipe(folder, text))
+    assert found.code == 5 and "LT-510" in found.err

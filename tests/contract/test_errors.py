@@ -61,6 +61,10 @@ def catalogue() -> str:
         "or are not supported · 5 output refused · 6 disk, memory or permission · 7 Hub or network",
         "· 8 not a number or out of range · 9 unsafe content refused · 10 differences found ·",
         "130, 143 interrupted.", "",
+        "Streams: what is printed to a closed stdout or stderr is dropped, and the exit code is",
+        "that of the work.  A success whose report finds its disk full is 6; one whose reader left",
+        "(`| head`) is 141, and its output is complete.  An error keeps its code, whatever becomes",
+        "of its message; what happens to stderr never changes one.", "",
         "| number | what |", "|---|---|",
     ]  # fmt: skip
     for code in sorted(found):

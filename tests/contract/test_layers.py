@@ -13,7 +13,18 @@ import loratool
 ROOT = Path(loratool.__file__).parent
 
 LAYERS = (
-    {"dtypes", "errors", "shapes", "adapter", "kinds", "methods", "plan", "report", "__init__"},
+    {
+        "dtypes",
+        "errors",
+        "shapes",
+        "patterns",
+        "adapter",
+        "kinds",
+        "methods",
+        "plan",
+        "report",
+        "__init__",
+    },
     {"store"},
     {"linalg", "delta"},
     {"dialects", "archs"},

@@ -1,9 +1,10 @@
 """A run that copies a checkpoint through the real writing path, without torch: starts in 0.1 s.
 
-python copy_run.py BASE OUT [--force] [--restart] [--pause SECONDS]
+python copy_run.py BASE OUT [--force] [--restart] [--pause SECONDS] [--hold PIECES]
 
-Everything but the loop over the tensors is the product's own code.  Exits as the command line
-does: 0, or the exit code of the error.
+With ``--hold`` it says "held" after so many pieces, and goes on when it gets a line.  Everything
+but the loop over the tensors is the product's own code.  Exits as the command line does: 0, or the
+exit code of the error.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ def run(base_path: Path, output: Path, options: argparse.Namespace) -> None:
         try:
             for step in plan.steps:
                 if sink.finished_results(step.shard) is None:
-                    copy(step, sink, reader, options.pause)
+                    copy(step, sink, reader, options)
         finally:
             sink.close()
         reader.check_unchanged()
@@ -68,13 +69,17 @@ def run(base_path: Path, output: Path, options: argparse.Namespace) -> None:
         print(note)
 
 
-def copy(step: Step, sink: CheckpointSink, reader: FileReader, pause: float) -> None:
+def copy(step: Step, sink: CheckpointSink, reader: FileReader, options: argparse.Namespace) -> None:
     ref = step.inputs[0]
     for start in range(0, ref.nbytes, PIECE):
         data = memoryview(bytearray(min(PIECE, ref.nbytes - start)))
-        reader.read_into(ref.file, ref.start + start, data)
+        reader.read_into(ref, start, data)
         sink.put(step, sink.offset(step) + start, data, aligned=False)
-        time.sleep(pause)
+        time.sleep(options.pause)
+        options.hold -= 1
+        if options.hold == 0:
+            print("held", flush=True)
+            sys.stdin.readline()
     sink.step_done(step, None)
 
 
@@ -85,6 +90,7 @@ def main() -> int:
     parser.add_argument("--force", action="store_true")
     parser.add_argument("--restart", action="store_true")
     parser.add_argument("--pause", type=float, default=0.0)
+    parser.add_argument("--hold", type=int, default=0)
     options = parser.parse_args()
     try:
         run(options.base, options.output, options)

@@ -1,4 +1,4 @@
-"""What every fault test needs: inputs, an undisturbed output, and the check after a fault."""
+"""What tests in real time need: inputs, an undisturbed output, and the check after a kill."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tests.faults import strace
+import torch
+
+from tests.faults import process
+from tests.make import save_adapter
 
 SHARDS, SHARD_BYTES = 3, 64 << 10
 
@@ -77,7 +80,7 @@ class Scene:
     def __post_init__(self) -> None:
         self.inputs_before = fingerprint(self.inputs)
         self.reset()
-        done = strace.run(self.words)
+        done = process.run(self.words)
         assert done.returncode == 0, done.stderr
         self.expected = fingerprint(self.output) or {}
         assert self.expected
@@ -98,12 +101,6 @@ class Scene:
         if self.before is not None:
             shutil.copytree(self.before, self.output)
 
-    def points(self, log: Path) -> list[tuple[str, int]]:
-        """(call, k) of every call of an undisturbed run that touches the work folder."""
-        found = strace.count(strace.trace(self.words, log))
-        self.reset()
-        return [(call, k) for call in strace.CHANGING for k in range(1, found.get(call, 0) + 1)]
-
     def check_visible(self) -> None:
         """Under the final name: nothing, the old output, or the complete new one."""
         allowed = [None, self.expected]
@@ -117,7 +114,7 @@ class Scene:
     def check_rerun(self) -> bool:
         """The same command, undisturbed, ends with the same bytes; True if it had to work."""
         is_done = fingerprint(self.output) == self.expected
-        done = strace.run(self.words)
+        done = process.run(self.words)
         allowed = {5} if is_done and self.before is None else {0}
         assert done.returncode in allowed, (done.returncode, done.stderr)
         assert fingerprint(self.output) == self.expected, "the rerun wrote other bytes"
@@ -125,3 +122,30 @@ class Scene:
         assert left == [self.name], f"left behind: {left}"
         self.check_visible()
         return not is_done
+
+
+def make_scene(kind: str, root: Path, *options: str) -> Scene:
+    """A copy of a small model into a new folder, over an earlier output, or into one file."""
+    base = write_model(root / "in" / "base")
+    if kind == "file":
+        single = root / "in" / "one.safetensors"
+        shutil.copy(base / "model-00001-of-00003.safetensors", single)
+        command = [*process.COPY, single, *options]
+        return Scene(command, root / "in", root / "work", "out.safetensors")
+    command = [*process.COPY, base, *options]
+    if kind == "folder":
+        return Scene(command, root / "in", root / "work", "out")
+    earlier = root / "earlier"
+    done = process.run([*process.COPY, write_model(root / "other", seed=5), earlier])
+    assert done.returncode == 0, done.stderr
+    return Scene(command, root / "in", root / "work", "out", ("--force",), earlier)
+
+
+def make_merge(root: Path) -> Scene:
+    """A real merge, several workers."""
+    base = write_model(root / "in" / "base")
+    module, size = "layers.2.proj", (64, 128)
+    factors = {module: (torch.ones(2, size[1]), torch.full((size[0], 2), 0.01))}
+    adapter = save_adapter(root / "in" / "adapter", factors)
+    command = [*process.MERGE, adapter, "--base", base, "--threads", 4]
+    return Scene(command, root / "in", root / "work", "out")

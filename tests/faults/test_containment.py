@@ -91,10 +91,22 @@ def trace(commands: list[list[str]], folder: Path) -> tuple[str, str]:
     log = folder / "strace.txt"
     words = [strace, "-f", "--seccomp-bpf", "-y", "-xx", "-s", "4096", "-e", f"trace={CALLS}",
              "-o", str(log), sys.executable, "-c", PROGRAM, json.dumps(commands)]  # fmt: skip
-    env = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "HF_HUB_OFFLINE": "1"}
+    (folder / "work" / "out" / "tmp").mkdir()
+    env = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "HF_HUB_OFFLINE": "1",
+           "TMPDIR": str(folder / "work" / "out" / "tmp")}  # fmt: skip
     done = subprocess.run(words, cwd=folder, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return log.read_text(), done.stdout + done.stderr
+
+
+def record_of(world: World, files: dict[str, str]) -> Path:
+    """A merge whose record names other files of its adapter."""
+    merged = world.root / "in" / "merged"
+    loratool.merge([str(world.adapter)], base=world.base, output=merged)
+    record = json.loads((merged / "loratool.json").read_text())
+    record["inputs"]["style"]["files"] = files
+    (merged / "loratool.json").write_text(json.dumps(record))
+    return merged
 
 
 def hostile(world: World, canary: Path) -> list[tuple[list[str], int]]:
@@ -136,6 +148,38 @@ def hostile(world: World, canary: Path) -> list[tuple[list[str], int]]:
         (one.base / name).symlink_to(canary / "secret.json")
         words = ["merge", str(one.adapter), "--base", str(one.base), "-o", str(world.out)]
         cases.append((words, 9))
+    for name in ("adapter_model.safetensors", "tokenizer.json", "additional_chat_templates"):
+        one = fresh(f"adapter-{name}")
+        (one.adapter / name).unlink(missing_ok=True)
+        (one.adapter / name).symlink_to(canary / "model.safetensors")
+        if name.startswith("add"):
+            (one.adapter / name).unlink()
+            (one.adapter / name).symlink_to(canary)
+        out = str(world.out.with_name(f"o{len(cases)}"))
+        cases += [(["inspect", str(one.adapter)], 9),
+                  (["rescale", str(one.adapter), "2", "-o", out], 9)]  # fmt: skip
+    one = fresh("weights")
+    one.model.unlink()
+    one.model.symlink_to(canary / "model.safetensors")
+    add(one, 9)
+    one = fresh("pickled-link")
+    one.weights.unlink()
+    (one.adapter / "adapter_model.bin").symlink_to(canary / "model.safetensors")
+    cases.append((["inspect", str(one.adapter), "--allow-pickle"], 9))
+    one = fresh("component")
+    (one.base / "model_index.json").write_text(json.dumps({"unet": ["a", "b"], "vae": ["a", "b"]}))
+    (one.base / "unet").symlink_to(canary)
+    cases.append((["inspect", str(one.base)], 9))
+    secret = canary / "secret.json"
+    names = (str(secret), os.path.relpath(secret, world.root / "in" / "record" / "in" / "style"))
+    for name in (*names, f"x/../{names[1]}"):
+        one = fresh("record" if name == names[0] else f"record{len(cases)}")
+        cases.append((["verify", str(record_of(one, {name: "x"}))], 9))
+    one = fresh("record-link")
+    merged = record_of(one, {"secret.json": "x"})
+    shutil.rmtree(one.adapter)
+    one.adapter.symlink_to(canary)
+    cases.append((["verify", str(merged)], 9))
     one = fresh("names")  # tensors and modules called like paths
     bad = f"{canary}/../canary/x"
     one.write_base(base_tensors() | {bad: values(4), "../../canary/y": values(4)})
@@ -203,12 +247,11 @@ def test_nothing_outside_is_touched(tmp_path: Path, row: str) -> None:
 
 @pytest.mark.parametrize("row", ["62-R6-trace-works"])
 def test_the_trace_sees_what_it_should(tmp_path: Path, row: str) -> None:
-    """A followed link to weights outside is legal, and the trace must show its opening."""
+    """A link that the user typed is followed, and the trace must show its opening."""
     world = World(tmp_path / "work")
     canary = tmp_path / CANARY
-    canary.mkdir()
-    shutil.move(world.model, canary / "model.safetensors")
-    world.model.symlink_to(canary / "model.safetensors")
+    shutil.move(world.base, canary)
+    world.base.symlink_to(canary)
     direct = ["inspect", str(canary / "model.safetensors")]
     linked = ["inspect", str(world.base)]
     log, text = trace([["--version"], ["--version"], direct, linked], tmp_path)

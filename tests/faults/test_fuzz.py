@@ -71,7 +71,7 @@ def test_the_runner_finds_what_is_wrong(tmp_path: Path) -> None:
         "def bad(path, **_):\n"
         "    if path.stat().st_size % 2: raise KeyError('planted')\n"
         "    time.sleep(9)\n"
-        "run.summarize, run.LIMIT_S = bad, 0.05\n"
+        "run.summarize, run.HANG_S = bad, 0.05\n"
         "sys.argv = ['run', '--headers', '12', '--configs', '0', '--keep', sys.argv[1]]\n"
         "sys.exit(run.main())\n"
     )

@@ -151,12 +151,24 @@ def test_index_without_a_map(world: World, row: str, value: object) -> None:
 
 @POSIX
 @pytest.mark.parametrize("row", ["62-link-to-a-file"])
-def test_a_link_to_weights_is_followed(world: World, row: str) -> None:
+def test_a_link_to_weights_out_of_the_folder(world: World, row: str) -> None:
     elsewhere = world.root / "elsewhere.safetensors"
     shutil.move(world.model, elsewhere)
     world.model.symlink_to(elsewhere)
-    assert world.merge("--json").code == 0
-    assert not (world.out / "model.safetensors").is_symlink()
+    world.refuses(world.merge_words(), "LT-904", file=str(world.model), got=str(elsewhere))
+
+
+@POSIX
+@pytest.mark.parametrize("row", ["62-link-typed"])
+@pytest.mark.parametrize("what", ["file", "folder"])
+def test_a_link_that_the_user_typed(world: World, row: str, what: str) -> None:
+    """It is the user's own: what it leads to is read, and named as it was typed."""
+    link = world.root / ("linked.safetensors" if what == "file" else "linked")
+    link.symlink_to(world.model if what == "file" else world.base)
+    out = world.out.with_suffix(".safetensors") if what == "file" else world.out
+    found = world.run("merge", world.adapter, "--base", link, "-o", out, "--json")
+    assert found.code == 0 and found.json["base"] == str(link)
+    assert not out.is_symlink()
 
 
 @POSIX
@@ -167,7 +179,7 @@ def test_a_link_to_something_else(world: World, row: str) -> None:
     world.model.unlink()
     world.model.symlink_to(secret)
     found = world.merge("--json")
-    assert found.code == 3 and "secret that must" not in found.out + found.err
+    assert found.code == 9 and "secret that must" not in found.out + found.err
 
 
 @POSIX

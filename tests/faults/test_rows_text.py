@@ -54,7 +54,8 @@ def spoil_names(world: World, name: str = EVIL) -> str:
 DRIVER = """
 import json, sys
 from loratool import cli
-cli._prepare_streams()
+from loratool.cli import streams
+streams.prepare()
 for number, words in enumerate(json.loads(sys.argv[1])):
     print(f"=== {number}", flush=True)
     cli.run(words)

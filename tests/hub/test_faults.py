@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from loratool.store import hub_client, hub_download, hub_listing
+from loratool.store import hub_download, hub_http
 from tests.hub.client import call, finish, run, start, tree
 from tests.hub_server import Fault, Repo, TestHub
 from tests.hub_server.state import Tree, git_sha
@@ -49,8 +49,7 @@ def naps(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 @pytest.fixture
 def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
     """Half a second of silence is long enough."""
-    monkeypatch.setattr(hub_client, "SILENCE_S", 0.5)
-    monkeypatch.setattr(hub_listing, "SILENCE_S", 0.5)
+    monkeypatch.setattr(hub_http, "SILENCE_S", 0.5)
 
 
 def sent(hub: TestHub, path: str = "/cdn/") -> int:
@@ -452,3 +451,17 @@ def test_signed_addresses_are_not_shown(
     code, text = run(served, tmp_path, *PUSH, "-v")
     assert code == 0 and "503" in text and "PUT" in text, text
     assert "planted" not in text
+
+
+@pytest.mark.parametrize("fault", ["GET /cdn/", "GET /me/x/resolve"])
+def test_a_signal_while_the_hub_is_silent(served: TestHub, tmp_path: Path, fault: str) -> None:
+    """Headers come in threads: none of them holds the end of the run up."""
+    silence = Fault(fault, "hang", times=9)
+    served.state.faults = [silence]
+    process = start(served.endpoint, tmp_path, "inspect", "hf://me/x")
+    assert silence.reached.wait(60)
+    started = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    code, text = finish(process)
+    assert code == 130 and "Traceback" not in text, text
+    assert time.monotonic() - started < hub_http.SILENCE_S / 2

@@ -141,6 +141,40 @@ def test_offline_pull_verifies_the_cache(served: TestHub, tmp_path: Path) -> Non
     assert code == 7 and "LT-710" in text and not (tmp_path / "bad").exists()
 
 
+@pytest.mark.parametrize("lost", ["adapter_model.safetensors", "sql/adapter_model.safetensors"])
+def test_a_cached_copy_without_weights(served: TestHub, tmp_path: Path, lost: str) -> None:
+    """As after a download of the configuration alone, or with what is missing a broken link."""
+    style = {n: d for n, d in FILES.items() if n.startswith("adapter")}
+    prefix = lost.removesuffix("adapter_model.safetensors")
+    files = {f"{prefix}{n}": d for n, d in style.items()}
+    if prefix:
+        files |= {f"art/{n}": d + b" " for n, d in style.items()}
+    served.state.add_repo("me/x", files)
+    assert call(served, tmp_path, "pull", "me/x")[0] == 0
+    asked = sum(served.state.requests.values())
+    pointer = next((tmp_path / "hf").rglob(f"snapshots/*/{lost}"))
+    for path in (pointer.resolve(), pointer):
+        path.unlink()
+        for words in (
+            ("pull", "me/x", "-o", "out"), ("pull", "me/x", "--all", "-o", "out"),
+            ("inspect", f"hf://me/x/{prefix}".rstrip("/")),
+        ):  # fmt: skip
+            code, text = call(served, tmp_path, *words, "--offline")
+            assert code == 7 and "LT-706" in text and "the weights" in text, text
+            assert not (tmp_path / "out").exists()
+    if prefix:
+        assert call(served, tmp_path, "pull", "hf://me/x/art", "--offline", "-o", "out")[0] == 0
+    assert sum(served.state.requests.values()) == asked
+
+
+def test_very_many_files_need_consent(served: TestHub, tmp_path: Path) -> None:
+    names = ("adapter_config.json", "adapter_model.safetensors")
+    served.state.add_repo("me/x", {f"{i:03}/{n}": b"{}" for i in range(501) for n in names})
+    code, text = call(served, tmp_path, "pull", "me/x", "-o", "out")
+    assert code == 2 and "LT-265" in text and "1,002 files" in text
+    assert not served.state.asked
+
+
 def test_missing_file_lists_candidates(served: TestHub, tmp_path: Path) -> None:
     many = {f"{n}/adapter_config.json": b"{}" for n in ("sql", "style")}
     served.state.add_repo("me/loras", many)

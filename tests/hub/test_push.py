@@ -7,6 +7,7 @@ import shutil
 import struct
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from huggingface_hub import ModelCard
@@ -14,6 +15,8 @@ from huggingface_hub import ModelCard
 from tests.hub.client import TOKEN, call, run, tree
 from tests.hub_server import Fault, Repo, TestHub
 from tests.hub_server.state import Tree
+
+SECRET = "hf_" + "A1b2" * 8
 
 
 @pytest.fixture
@@ -37,10 +40,10 @@ def set_base(folder: Path, source: Path, base: str) -> None:
     (folder / "adapter_config.json").write_text(json.dumps(config))
 
 
-def write_checkpoint(path: Path, values: list[float]) -> Path:
+def write_checkpoint(path: Path, values: list[float], meta: Any = None) -> Path:
     data = struct.pack(f"<{len(values)}f", *values)
     entry = {"dtype": "F32", "shape": [len(values)], "data_offsets": [0, len(data)]}
-    head = json.dumps({f"{path.stem}.weight": entry}).encode()
+    head = json.dumps({"__metadata__": meta or {}, f"{path.stem}.weight": entry}).encode()
     path.write_bytes(struct.pack("<Q", len(head)) + head + data)
     return path
 
@@ -101,7 +104,30 @@ def test_pull_request_to_somebody_else(served: TestHub, tmp_path: Path, style: P
 
 @pytest.mark.parametrize(
     "name",
-    [".env", "train.py", "id_rsa", "server.key", "credentials.json", "x.loratool-partial/a.json"],
+    [
+        ".env",
+        "train.py",
+        "id_rsa",
+        "server.key",
+        "credentials.json",
+        "kaggle.json",
+        "secret_config.json",
+        "x.loratool-partial/a.json",
+        "LICENSE.env",
+        "README.md.env",
+        "tokenizer.env",
+        "vocab.env",
+        "tokenizer.json.bak",
+        "x.safetensors.env",
+        "notes.txt",
+        "model.gguf",
+        "adapter_model.bin",
+        "data/x.json",
+        "a.model.env",
+        "x.ipynb",
+        ".netrc",
+        "core",
+    ],
 )
 def test_names_that_are_refused(served: TestHub, tmp_path: Path, style: Path, name: str) -> None:
     (style / name).parent.mkdir(exist_ok=True)
@@ -148,11 +174,119 @@ def test_contents_that_are_refused(served: TestHub, tmp_path: Path, style: Path)
     assert not served.state.requests
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("LICENSE", ("x " + SECRET).encode("utf-16")),
+        ("LICENSE", SECRET.encode("utf-32-le")),
+        ("README.md", b"-----BEGIN PGP PRIVATE KEY BLOCK-----"),
+        ("NOTICE", b"AWS_SECRET_ACCESS_KEY=x"),
+        ("tokenizer_config.json", b'{"t": "hf_\\u0041' + SECRET[4:].encode() + b'"}'),
+        ("tokenizer_config.json", b'{"hub_token": "abc"}'),
+        ("spiece.model", b"\n" + SECRET.encode()),
+        ("chat_template.jinja", SECRET.encode()),
+        (f"{SECRET}.safetensors", None),
+        ("x.safetensors", {"training": json.dumps({"key": SECRET})}),
+    ],
+)
+def test_secrets_however_they_are_written(
+    served: TestHub, tmp_path: Path, style: Path, name: str, content: Any
+) -> None:
+    put(style / name, content)
+    code, text = call(served, tmp_path, "push", "style", "me/x")
+    assert code == 9 and "LT-931" in text and SECRET not in text
+    assert not served.state.requests
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("tokenizer_config.json", b'{"name_or_path": "/home/alice/secret-project"}'),
+        ("tokenizer_config.json", b'{"special_tokens_map_file": "C:\\\\Users\\\\bob\\\\x"}'),
+        ("training_config.json", b'{"data": {"files": ["file:///data/x"]}}'),
+        ("README.md", b"made in /home/alice/runs/3"),
+        ("LICENSE", "of /Users/bob/x".encode("utf-16")),
+        ("x.safetensors", {"ss_sd_model_name": "/workspace/models/x.safetensors"}),
+    ],
+)
+def test_paths_of_a_machine_are_refused(
+    served: TestHub, tmp_path: Path, style: Path, name: str, content: Any
+) -> None:
+    put(style / name, content)
+    code, text = call(served, tmp_path, "push", "style", "me/x")
+    assert code == 9 and "LT-932" in text and name in text
+    assert not served.state.requests
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("tokenizer.json", b"{"),
+        ("special_tokens_map.json", b"PK\3\4"),
+        ("vocab.json", b""),
+        ("LICENSE", b"\x80\x02c\0os\nsystem"),
+        ("merges.txt", b"\0" * 9),
+        ("x.model", b"\x80\x04."),
+        ("README.md", b"x" * 16_000_001),
+    ],
+)
+def test_files_that_are_not_what_their_names_say(
+    served: TestHub, tmp_path: Path, style: Path, name: str, content: bytes
+) -> None:
+    put(style / name, content)
+    code, text = call(served, tmp_path, "push", "style", "me/x")
+    assert code == 9 and "LT-933" in text and name in text
+    assert not served.state.requests
+    if name != "README.md":
+        assert call(served, tmp_path, "push", "style", "me/x", "--skip", name)[0] == 0
+        assert name not in head_of(served.state.repos["me/x"])
+
+
+def put(path: Path, data: Any) -> None:
+    """Bytes; or weights, with metadata."""
+    if isinstance(data, bytes):
+        path.write_bytes(data)
+    else:
+        write_checkpoint(path, [1.0], data)
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "LICENSE", "adapter_config.json"])
+def test_links_that_lead_out_are_not_followed(
+    served: TestHub, tmp_path: Path, style: Path, name: str
+) -> None:
+    if not (style / name).exists():
+        (style / name).write_text("free")
+    (style / name).rename(tmp_path / "elsewhere")
+    (style / name).symlink_to(tmp_path / "elsewhere")
+    code, text = call(served, tmp_path, "push", "style", "me/x")
+    assert code == 9 and "LT-904" in text
+    assert not served.state.requests
+
+
+def test_what_is_left_out_by_name(served: TestHub, tmp_path: Path, style: Path) -> None:
+    (style / "notes.txt").write_text("x")
+    (style / "figures").mkdir()
+    code, text = call(served, tmp_path, "push", "style", "me/x", "--skip", "notes.txt")
+    assert code == 9 and "figures/" in text and "--skip figures" in text
+    words = ("push", "style", "me/x", "--skip", "notes.txt", "--skip", "figures/")
+    code, text = call(served, tmp_path, *words)
+    assert code == 0 and "left out: figures, notes.txt" in text
+    names = set(head_of(served.state.repos["me/x"])) - {".gitattributes", "README.md"}
+    assert names == {"adapter_config.json", "adapter_model.safetensors"}
+    code, text = call(served, tmp_path, *words, "--skip", "gone")
+    assert code == 2 and "LT-266" in text and "gone" in text
+
+
 def test_training_leftovers_stay_behind(served: TestHub, tmp_path: Path, style: Path) -> None:
     (style / "optimizer.pt").write_bytes(b"x")
+    (style / ".DS_Store").write_bytes(SECRET.encode())
+    for name in ("checkpoint-5", ".git", "runs"):
+        (style / name).mkdir()
+        (style / name / "config").write_text(SECRET)
     code, text = call(served, tmp_path, "push", "style", "me/x")
-    assert code == 0 and "left out: optimizer.pt" in text
-    assert "optimizer.pt" not in head_of(served.state.repos["me/x"])
+    assert code == 0 and "left out: .DS_Store, .git, checkpoint-5, optimizer.pt, runs" in text
+    names = set(head_of(served.state.repos["me/x"])) - {".gitattributes", "README.md"}
+    assert names == {"adapter_config.json", "adapter_model.safetensors"}
 
 
 def test_other_contents_are_not_overwritten(served: TestHub, tmp_path: Path, style: Path) -> None:

@@ -251,7 +251,7 @@ def test_a_source_opened_twice(near: TestHub, tmp_path: Path) -> None:
         gc.collect()
         near.state.requests.clear()
         for ref in refs:
-            reader.read_into(ref.file, ref.start, memoryview(bytearray(ref.nbytes)))
+            reader.read_into(ref, 0, memoryview(bytearray(ref.nbytes)))
     assert near.state.requests["cdn"] <= 2
     held = remote_spans._ahead._bytes
     del two

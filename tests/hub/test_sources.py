@@ -174,6 +174,16 @@ def test_which_adapters_there_are() -> None:
     one = [f"lora/{n}" for n in peft]
     assert list(all_adapters(one)) == ["lora"]
     assert adapter_files(one) == []  # a folder that nobody named
+    below = ["adapter_config.json", *one]  # without weights of its own
+    assert list(all_adapters(below)) == ["lora"] and all_adapters(below[:1]) == {}
+
+
+def test_very_many_folders() -> None:
+    """One look at each name: looking at all of them for each folder would take an hour."""
+    peft = ("adapter_config.json", "adapter_model.safetensors")
+    names = [f"{i}/{n}" for i in range(100_000) for n in peft]
+    found = all_adapters(names)
+    assert len(found) == 100_000 and found["7"] == [f"7/{n}" for n in peft]
 
 
 # --- what is no adapter and no model ------------------------------------------------------------

@@ -71,6 +71,9 @@ class Handler(BaseHTTPRequestHandler):
         if is_broken:
             self.break_off()
             return
+        if len(self.body) < size:  # the client went away
+            self.close_connection = True
+            return
         try:
             for method, pattern, name in ROUTES:
                 match = pattern.fullmatch(url.path)
@@ -80,7 +83,7 @@ class Handler(BaseHTTPRequestHandler):
                     if self.fault and self.fault.run:
                         self.fault.run()
                     if self.fault and self.fault.action == "status":
-                        self.send(self.fault.status, b"{}", self.fault.headers)
+                        self.send(self.fault.status, self.fault.body, self.fault.headers)
                         return
                     args = {k: v if v is None else unquote(v) for k, v in match.groupdict().items()}
                     with self.state.lock:

@@ -52,9 +52,9 @@ class Fault:
     """Done to the next ``times`` requests whose "METHOD path" matches ``pattern``.
 
     Attributes:
-        action: ``status`` (answer it instead), ``cut`` (close after half the body), ``hang``
-            (say nothing more after half the body), ``cut-request``, ``hang-request`` (the same
-            while half of the request's body is read), ``corrupt`` (same size, one byte wrong),
+        action: ``status`` (answer it, and ``body``, instead), ``cut`` (close after half the body),
+            ``hang`` (say nothing more after half the body), ``cut-request``, ``hang-request`` (the
+            same while half of the request's body is read), ``corrupt`` (same size, one byte wrong),
             ``lose`` (do it, then answer ``status``), ``whole`` (ignore the range asked for),
             ``shift`` (send another range), ``race`` (call ``run`` first, as if somebody else had
             been faster).
@@ -66,6 +66,7 @@ class Fault:
     status: int = 503
     times: int = 1
     headers: dict[str, str] = field(default_factory=dict)
+    body: bytes = b"{}"
     run: Callable[[], object] | None = None
     reached: threading.Event = field(default_factory=threading.Event)
 

@@ -201,7 +201,7 @@ def test_many_give_the_matrix_of_the_union(tmp_path: Path) -> None:
             else:
                 want = float(flat[i] @ flat[j] / (flat[i].norm() * flat[j].norm()))
                 assert report.matrix[i][j] == pytest.approx(want, abs=1e-12)
-    rows = list(csv.reader((tmp_path / "matrix.csv").open()))
+    rows = list(csv.reader((tmp_path / "matrix.csv").read_text().splitlines()))
     assert rows[0] == ["adapter", "norm", "0", "1", "2", "3"]
     assert float(rows[1][3]) == report.matrix[0][1] and rows[4][2] == ""
     json.dumps(report.to_json(), allow_nan=False)

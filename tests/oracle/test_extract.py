@@ -89,6 +89,7 @@ def load_in_peft(base: torch.nn.Module, adapter: Path) -> Any:
     complaints = [str(w.message) for w in caught if "missing" in str(w.message).lower()]
     assert not complaints, complaints
     config = peft.PeftConfig.from_pretrained(str(adapter))
+    config.base_model_name_or_path = None  # PEFT warns where the model has another name
     fresh = peft.get_peft_model(
         type(base)(base.config) if hasattr(base, "config") else base, config
     )

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 import loratool as lt
 from loratool.report import VerifyReport
 from tests.make import randn, random_factors, save_adapter, save_checkpoint
+from tests.oracle import closed_form
 
 SHAPES = {"a": (64, 48), "b": (48, 64)}
 
@@ -114,3 +115,26 @@ def test_a_cast_merge_is_recognised(job: Path) -> None:
     shutil.rmtree(job / "merged")
     lt.merge([str(job / "adapter")], base=job / "base", output=job / "merged", dtype="float32")
     assert check(job).verdict == "identical"
+
+
+DATA = Path(__file__).parents[1] / "data" / "llm"
+# What PEFT merges here is not what the adapted model computes (tests/oracle/test_lora_family.py).
+PEFT_FAULTS = {"lora_embed_lmhead_tied", "lora_embed_tied_ensure", "lora_layer_replication"}
+UNDECIDED = {"lora_modules_to_save_tied"}  # asks for --untie or --keep-tied
+
+
+@pytest.mark.parametrize("name", sorted(closed_form.ORACLES.keys() - PEFT_FAULTS - UNDECIDED))
+def test_merges_by_peft_are_equal_up_to_rounding(name: str) -> None:
+    """In float32 and in bfloat16, element by element; sums of large terms nearly cancel in all."""
+    folder = DATA / name
+    report = lt.verify(folder / "merged.safetensors", base=folder / "base", adapters=[str(folder)])
+    assert report.differing == ()
+    assert report.within_rounding + report.identical > 0
+
+
+@pytest.mark.parametrize("name", ["lora_linear", "lora_dora", "lora_linear_bf16"])
+def test_a_strength_that_is_a_little_wrong_is_noticed(name: str) -> None:
+    folder = DATA / name
+    merged = folder / "merged.safetensors"
+    report = lt.verify(merged, base=folder / "base", adapters=[f"{folder}:0.98"])
+    assert report.verdict == "differs" and report.differing

@@ -311,11 +311,11 @@ def test_one_prefix_for_another() -> None:
 
 
 def test_rename_syntax() -> None:
-    assert parse_rename("s/a/b/")("a.a") == "b.a"
-    assert parse_rename("s|a|b|g")("a.a") == "b.b"
-    assert parse_rename(r"s/x\/y/z/")("x/y") == "z"
-    assert parse_rename(r"s/(\d+)/n\1/")("l.3") == "l.n3"
-    assert parse_rename("s/^model//")("model.layers") == ".layers"
+    assert parse_rename("s/a/b/").apply(["a.a"]) == ["b.a"]
+    assert parse_rename("s|a|b|g").apply(["a.a"]) == ["b.b"]
+    assert parse_rename(r"s/x\/y/z/").apply(["x/y"]) == ["z"]
+    assert parse_rename(r"s/(\d+)/n\1/").apply(["l.3"]) == ["l.n3"]
+    assert parse_rename("s/^model//").apply(["model.layers"]) == [".layers"]
 
 
 @pytest.mark.parametrize("text", ["", "s", "a/b/c/", "s/a/b", "s/a/b/i", "s//b/", "sxaxbx"])

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -291,20 +293,28 @@ def test_index_may_name_a_sub_folder(tmp_path: Path) -> None:
     assert open_checkpoint(tmp_path).shards[0].name == "parts/one.safetensors"
 
 
-def test_linked_shard_is_followed(tmp_path: Path) -> None:
-    weights(tmp_path / "blobs" / "abc", "w")
-    (tmp_path / "m").mkdir()
-    (tmp_path / "m" / "model.safetensors").symlink_to("../blobs/abc")
+@pytest.mark.parametrize("target", ["parts/abc", "../m/parts/abc"])
+def test_shard_that_is_a_link_inside_the_folder(tmp_path: Path, target: str) -> None:
+    weights(tmp_path / "m" / "parts" / "abc", "w")
+    (tmp_path / "m" / "model.safetensors").symlink_to(target)
     found = open_checkpoint(tmp_path / "m")
     assert found.tensors["w"].file == tmp_path / "m" / "model.safetensors"
 
 
-def test_linked_secret_is_not_safetensors(tmp_path: Path) -> None:
-    (tmp_path / "secret").write_text("password = 1")
+def test_shard_that_is_a_link_out_of_the_folder(tmp_path: Path) -> None:
+    """Refused whatever it leads to; the hint's command makes a folder that is read."""
+    weights(tmp_path / "disk" / "abc", "w")
     (tmp_path / "m").mkdir()
-    (tmp_path / "m" / "model.safetensors").symlink_to("../secret")
-    error = refuse(tmp_path / "m", "LT-304")
-    assert "password" not in str(error)
+    link = tmp_path / "m" / "model.safetensors"
+    link.symlink_to("../disk/abc")
+    error = refuse(tmp_path / "m", "LT-904", exit_code=9)
+    words = shlex.split(str(error.hint).rpartition(": ")[2])
+    subprocess.run(words, check=True)
+    assert list(open_checkpoint(Path(words[-1])).tensors) == ["w"]
+    link.unlink()
+    (tmp_path / "secret").write_text("password = 1")
+    link.symlink_to("../secret")
+    assert "password" not in str(refuse(tmp_path / "m", "LT-904", exit_code=9))
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no FIFOs here")

@@ -78,7 +78,6 @@ def test_depth(file: Path) -> None:
     file.write_bytes(deep)
     assert load_json(file)
     refuse(file, b'{"a":' + deep + b"}", "LT-344", "64 levels")
-    assert load_json(file, max_depth=65)
     refuse(file, b"[" * 100_000, "LT-344")
     refuse(file, b'{"a":' + b"[" * 100_000, "LT-344")
 

@@ -203,7 +203,7 @@ def test_base_model_metadata_and_extras(tmp_path: Path) -> None:
         (tmp_path / name).write_text("{}")
     adapter = read(tmp_path, pair("q"), base_model_name_or_path="me/base")
     assert adapter.base_model == "me/base" and dict(adapter.metadata) == {"format": "pt"}
-    assert [p.name for p in adapter.extras] == ["chat_template.jinja", "tokenizer.json"]
+    assert list(adapter.extras) == ["chat_template.jinja", "tokenizer.json"]
     assert adapter.config == json.loads((tmp_path / "adapter_config.json").read_text())
     assert adapter.key_order == tuple(s.name for s in adapter.specs[0].fields.values())  # type: ignore[union-attr]
 

@@ -40,6 +40,10 @@ def base(tmp_path: Path) -> Path:
     return put(folder, config__json=CONFIG)
 
 
+def content(sidecar: Sidecar) -> bytes:
+    return sidecar.data if sidecar.source is None else sidecar.source.read_bytes()
+
+
 def plan(folder: Path, **options: Any) -> tuple[dict[str, Sidecar], str]:
     files, notes = plan_sidecars(open_checkpoint(folder), **options)
     names = [f.name for f in files]
@@ -115,7 +119,7 @@ def test_what_goes_along(base: Path) -> None:
     for name, sidecar in found.items():
         assert sidecar.source == base / name
         assert sidecar.origin == "base"
-        assert sidecar.read() == (base / name).read_bytes()
+        assert content(sidecar) == (base / name).read_bytes()
     unsaid = {"adapter_model.safetensors", "modeling_x.py", "config.py", "loratool.json"}
     for name in {*LEFT, "runs/"} - unsaid:
         assert name in notes
@@ -138,7 +142,7 @@ def test_weights_and_index_do_not_go_along(base: Path) -> None:
 def test_templates_folder(base: Path) -> None:
     put(base / "additional_chat_templates", tool__jinja=b"x", evil__py=b"x")
     found, notes = plan(base)
-    assert found["additional_chat_templates/tool.jinja"].read() == b"x"
+    assert content(found["additional_chat_templates/tool.jinja"]) == b"x"
     assert "additional_chat_templates/evil.py" in notes
 
 
@@ -146,8 +150,8 @@ def test_unchanged_config_is_copied_byte_for_byte(base: Path) -> None:
     same = {"dtype": "bfloat16", "text_config.vocab_size": 10, "gone": REMOVE, "b.c": REMOVE}
     for changes in (None, {}, same):
         found, notes = plan(base, config_changes=changes)
-        assert found["config.json"].data is None
-        assert found["config.json"].read() == CONFIG
+        assert found["config.json"].data == b""
+        assert content(found["config.json"]) == CONFIG
         assert notes == ""
 
 
@@ -160,7 +164,7 @@ def test_changed_config_keeps_its_order(base: Path) -> None:
     }
     found, _ = plan(base, config_changes=changes)
     assert found["config.json"].source is None
-    value = json.loads(found["config.json"].read())
+    value = json.loads(content(found["config.json"]))
     assert value == {
         "dtype": "float32",
         "text_config": {"vocab_size": 12},
@@ -176,7 +180,7 @@ def test_changed_config_keeps_its_order(base: Path) -> None:
 )
 def test_any_difference_counts(base: Path, key: str, value: Any) -> None:
     found, _ = plan(base, config_changes={key: value})
-    changed = json.loads(found["config.json"].read())
+    changed = json.loads(content(found["config.json"]))
     assert changed[key] == value
     assert type(changed[key]) is type(value)
 
@@ -224,7 +228,7 @@ def test_linked_config_is_refused_even_when_it_changes(base: Path) -> None:
 def test_link_inside_the_folder(base: Path) -> None:
     put(base, real=b"text")
     (base / "LICENSE").symlink_to("real")
-    assert plan(base)[0]["LICENSE"].read() == b"text"
+    assert content(plan(base)[0]["LICENSE"]) == b"text"
 
 
 def test_linked_template_folder(base: Path) -> None:
@@ -253,7 +257,7 @@ def test_hub_cache(tmp_path: Path) -> None:
         (place / "model.safetensors").symlink_to(f"{up}/blobs/1")
         (place / "config.json").symlink_to(f"{up}/blobs/2")
         found, _ = plan(place)
-        assert found["config.json"].read() == b"{}"
+        assert content(found["config.json"]) == b"{}"
     (root / "refs").write_bytes(b"x")
     (folder / "LICENSE").symlink_to("../../refs")
     refuse(folder, "LT-904")
@@ -279,7 +283,7 @@ def test_pipeline(tmp_path: Path) -> None:
         "tokenizer/merges.txt", "tokenizer/tokenizer_config.json", "tokenizer/vocab.json",
         "unet/config.json",
     }  # fmt: skip
-    assert json.loads(found["unet/config.json"].read()) == {"dtype": "float32"}
+    assert json.loads(content(found["unet/config.json"])) == {"dtype": "float32"}
     assert "custom code is not copied: unet/modeling.py" in notes
     assert "not carried over: assets/" in notes
     assert "a pipeline has several" in notes
@@ -315,8 +319,8 @@ def test_adapter_tokenizer_replaces_the_base_one(base: Path, tmp_path: Path) -> 
         "tokenizer_config.json": "adapter",
         "vocab.json": "base",
     }
-    assert json.loads(found["tokenizer.json"].read()) == {"a": 2}
-    assert found["config.json"].read() == CONFIG
+    assert json.loads(content(found["tokenizer.json"])) == {"a": 2}
+    assert content(found["config.json"]) == CONFIG
     assert "the tokenizer is the adapter's" in notes
 
 
@@ -327,7 +331,7 @@ def test_base_chat_template_stays_if_the_adapter_has_none(base: Path, tmp_path: 
     put(adapter, chat_template__jinja=b"adapter")
     put(adapter / "additional_chat_templates", t__jinja=b"adapter")
     found, _ = plan(base, adapter_tokenizer=adapter)
-    assert found["chat_template.jinja"].read() == b"adapter"
+    assert content(found["chat_template.jinja"]) == b"adapter"
     assert found["additional_chat_templates/t.jinja"].origin == "adapter"
 
 

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loratool.errors import HubError, LoratoolError, UsageError
-from loratool.store import hub, hub_fetch, source
+from loratool.store import hub, hub_fetch, hub_listing, source
 from loratool.store.header import build_header
 from loratool.store.hub_fetch import Reach
 from loratool.store.hub_files import adapter_files, base_files
@@ -513,7 +513,7 @@ def test_errors_in_plain_words(
         raise make()
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
-    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", fail)
+    monkeypatch.setattr(hub_listing, "get_json", fail)
     monkeypatch.setattr(time, "sleep", lambda _: None)
     if is_listing:
         error = refuse(lambda: list_commit("me/x", "v1"), code, *words, exit_code=exit_code)

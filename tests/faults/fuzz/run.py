@@ -34,7 +34,8 @@ from loratool.store.checkpoint import open_checkpoint
 from loratool.store.header import read_header
 from tests.faults.fuzz.mutate import mutate_json, mutate_safetensors
 
-LIMIT_S = 5.0
+HANG_S = 60.0
+"""What is not over by then hangs, on any machine; how slow the slowest was is processor time."""
 LIMIT_BYTES = 300_000_000
 DATA = Path(__file__).parents[2] / "data" / "llm"
 SAMPLES = ("lora_linear", "lora_dora", "lora_gpt2_conv1d", "lora_modules_to_save",
@@ -125,18 +126,18 @@ class Runner:
         """Look at one mutated file in every way."""
         self.cases += 1
         for what, look in looks:
-            started = time.perf_counter()
+            started = time.process_time()
             try:
-                with alarm(LIMIT_S):
+                with alarm(HANG_S):
                     look()
                 self.answers["accepted"] += 1
             except LoratoolError as error:
                 self.answers[error.code] += 1
             except TooSlow:
-                self._fail(name, data, what, f"more than {LIMIT_S} s")
+                self._fail(name, data, what, f"more than {HANG_S} s")
             except Exception:
                 self._fail(name, data, what, traceback.format_exc(limit=-4))
-            self.slowest = max(self.slowest, time.perf_counter() - started)
+            self.slowest = max(self.slowest, time.process_time() - started)
 
     def _fail(self, name: str, data: bytes, what: str, why: str) -> None:
         self.failures.append({"case": name, "look": what, "why": why})

@@ -1,0 +1,31 @@
+"""Run a command as a process of its own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+COPY = [sys.executable, str(Path(__file__).with_name("copy_run.py"))]
+MERGE = [sys.executable, "-m", "loratool", "merge"]
+
+
+def environment() -> dict[str, str]:
+    more = {"PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
+    return os.environ | more | {"HF_HUB_OFFLINE": "1", "NO_COLOR": "1"}
+
+
+def start(words: Sequence[object], **more: object) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [str(w) for w in words], env=environment(), stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, text=True, **more,
+    )  # type: ignore[call-overload,no-any-return]  # fmt: skip
+
+
+def run(words: Sequence[object], **more: object) -> subprocess.CompletedProcess[str]:
+    with start(words, **more) as child:
+        out, err = child.communicate(timeout=120)
+        return subprocess.CompletedProcess([], child.returncode, out, err)
