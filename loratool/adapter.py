@@ -150,6 +150,21 @@ class Replacement:
 
 
 @dataclass(frozen=True)
+class BesideFile:
+    """A file of trained weights in the adapter's folder that is not used.
+
+    Attributes:
+        name: in the folder.
+        reason: why not.
+        hint: what would make it used, "" if nothing does.
+    """
+
+    name: str
+    reason: str
+    hint: str = ""
+
+
+@dataclass(frozen=True)
 class Adapter:
     """An adapter in neutral form.
 
@@ -166,8 +181,10 @@ class Adapter:
             (training-only state); reported, never dropped in silence.
         layer_order: layer_replication: base layer index for each layer of the adapter's model.
         notes: facts about the reading that a user should know, one sentence each.
+        warnings: what may make the numbers other than the trained model's, one sentence each.
         extras: other files that belong to it (tokenizer, chat template): name in its folder ->
             where the file really lies.
+        beside: files of trained weights in its folder that are not used.
     """
 
     path: Path
@@ -181,7 +198,9 @@ class Adapter:
     unclaimed: tuple[TensorRef, ...] = ()
     layer_order: tuple[int, ...] | None = None
     notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
     extras: Mapping[str, Path] = field(default_factory=dict)
+    beside: tuple[BesideFile, ...] = ()
 
     @property
     def label(self) -> str:
@@ -199,14 +218,15 @@ class ReadOptions:
         mha_out_proj: ``once`` or ``twice``; None = what the trained model computed.
         moe_layout: ``eoi`` (parameter stored (E, out, in)) or ``eio``; None = by shape, then
             by PEFT version.
-        experts_b_order: packing of the experts axis of lora_B.
+        experts_b_order: packing of the experts axis of lora_B, ``rank-major`` or
+            ``expert-major``; None = as the configuration says, then rank-major.
     """
 
     alpha: float | None = None
     rank_from: str | None = None
     mha_out_proj: str | None = None
     moe_layout: str | None = None
-    experts_b_order: str = "rank-major"
+    experts_b_order: str | None = None
 
 
 @dataclass(frozen=True)

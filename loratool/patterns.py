@@ -76,19 +76,20 @@ class Pattern:
     refuse: Refuse = field(repr=False, compare=False)
 
 
-def compile_pattern(text: str, refuse: Refuse) -> Pattern:
+def compile_pattern(text: str, refuse: Refuse, *, longest: int = MAX_PATTERN) -> Pattern:
     """Compile an expression; nothing is matched.
 
     Args:
         text: the expression.
         refuse: called with what is wrong.
+        longest: most characters.
 
     Example:
         >>> compile_pattern("layers.0.", print).text
         'layers.0.'
     """
-    if len(text) > MAX_PATTERN:
-        refuse(f"longer than {MAX_PATTERN} characters")
+    if len(text) > longest:
+        refuse(f"longer than {longest} characters")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -12,22 +12,21 @@ from collections.abc import Callable
 from typing import Any, NoReturn, TypeVar
 
 T = TypeVar("T")
+Refuse = Callable[[str | None, str, str | None], NoReturn]
+"""Called with (place such as ``options.rename[2]``, expected, got); it must raise."""
 
 _MESSAGE = re.compile(
     r"Expected (?P<expected>.*?)(, got (?P<got>.*?))?( - at `(?P<key>[^`]*)`.*)?", re.DOTALL
 )
 
 
-def checked(
-    value: Any, shape: type[T], refuse: Callable[[str | None, str, str | None], NoReturn]
-) -> T:
+def checked(value: Any, shape: type[T], refuse: Refuse) -> T:
     """``value`` as ``shape``: nothing is converted but lists to tuples and objects to dataclasses.
 
     Args:
         value: dictionaries, lists, texts, numbers, true, false and null.
         shape: what is accepted.
-        refuse: called with (place such as ``options.rename[2]``, expected, got) if it is not;
-            it must raise.
+        refuse: called if it is not.
 
     Example:
         >>> def refuse(key, expected, got):
@@ -42,7 +41,9 @@ def checked(
 
 
 def checked_json(
-    data: bytes, shape: type[T], refuse: Callable[[str | None, str, str | None], NoReturn]
+    data: bytes | bytearray,
+    shape: type[T],
+    refuse: Callable[[str | None, str, str | None], NoReturn],
 ) -> T:
     """`checked` for JSON text; what the shape does not name is not even built.
 
@@ -56,9 +57,38 @@ def checked_json(
     return _refused(lambda: msgspec.json.decode(data, type=shape), refuse)
 
 
-def _refused(
-    build: Callable[[], T], refuse: Callable[[str | None, str, str | None], NoReturn]
-) -> T:
+def fitting(value: Any, shape: type[T]) -> T | None:
+    """`checked`, with None for what does not fit.
+
+    Example:
+        >>> fitting({"names": ["a", 1]}, dict[str, list[str]]) is None
+        True
+    """
+    return _or_none(lambda: checked(value, shape, _misfit))
+
+
+def fitting_json(text: str | bytes, shape: type[T]) -> T | None:
+    """`checked_json`, with None for what does not fit or is no JSON."""
+    data = text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text
+    return _or_none(lambda: checked_json(data, shape, _misfit))
+
+
+class _MisfitError(Exception):
+    pass
+
+
+def _misfit(*_: object) -> NoReturn:
+    raise _MisfitError
+
+
+def _or_none(build: Callable[[], T]) -> T | None:
+    try:
+        return build()
+    except _MisfitError:
+        return None
+
+
+def _refused(build: Callable[[], T], refuse: Refuse) -> T:
     import msgspec
 
     try:

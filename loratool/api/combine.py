@@ -19,6 +19,7 @@ from loratool.ops.adapter_summary import dtype_word
 from loratool.ops.batch import output_folder
 from loratool.ops.combine import arc_weights, memory_needs, plan_combine, rank_of
 from loratool.ops.consent import agree_to_read
+from loratool.ops.input_notes import unused_warnings
 from loratool.ops.inputs import Access, OpenedAdapter, guard_output, open_adapters
 from loratool.ops.loads import judge_loads
 from loratool.ops.rank_options import MAX_RANK
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 
 
 def combine(
-    adapters: Sequence[str],
+    adapters: Sequence[str | Path],
     *,
     output: str | Path,
     method: str | None = None,
@@ -116,6 +117,7 @@ def combine(
     labels = tuple({"label": o.resolved.label, **o.weight.to_json()} for o in opened)
     kind = DifferenceReport if minus else CombineReport
     job = _Job(kind, row, values, rank, plan, labels, target, memory.peak_bytes, started)
+    job.warnings += [f"{o.resolved.label}: {w}" for o in opened for w in unused_warnings(o.adapter)]
     if dry_run:
         return job.report(None, 0, ())
     check_output(target, is_folder=True, force=force)
@@ -204,6 +206,7 @@ class _Job:
     ) -> None:
         self.kind, self.method, self.params, self.rank, self.plan = kind, method, params, rank, plan
         self.labels, self.target, self.peak, self.started = labels, target, peak, started
+        self.warnings: list[str] = []
 
     def report(self, summed: Summed | None, size: int, loads: Sequence[Loads]) -> CombineReport:
         """From the results, or from the plan alone."""
@@ -228,7 +231,7 @@ class _Job:
         square = math.fsum(m.square for m in summed.modules) if summed else math.nan
         error = math.fsum(m.error_square for m in summed.modules) if summed else math.nan
         dtype = summed.dtype if summed else plan.dtype
-        warnings = []
+        warnings = list(self.warnings)
         if dtype != plan.dtype:
             warnings.append("float16 cannot hold the largest factor: written as float32")
         if summed and square == 0 and plan.modules:

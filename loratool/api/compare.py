@@ -40,7 +40,7 @@ _COMPUTED = 1e-6  # what ‖ΔW − ΔW‖ may come out as, of factors in float6
 
 
 def compare(
-    adapters: Sequence[str],
+    adapters: Sequence[str | Path],
     *,
     plot: str | Path | None = None,
     csv: str | Path | None = None,
@@ -78,12 +78,14 @@ def compare(
     """
     started = time.monotonic()
     if len(adapters) < 2:
-        raise UsageError("LT-284", "compare takes two adapters or more", got=" ".join(adapters),
-                         hint="loratool inspect looks at one")  # fmt: skip
+        raise UsageError(
+            "LT-284", "compare takes two adapters or more", got=" ".join(map(str, adapters)),
+            hint="loratool inspect looks at one",
+        )  # fmt: skip
     check_files(csv, plot)
     access = Access(offline, yes, file_rules(max_header, allow_pickle), in_place=True)
     read = ReadOptions(alpha)
-    found = [open_one(text, read=read, access=access) for text in adapters]
+    found = [open_one(str(text), read=read, access=access) for text in adapters]
     opened = [adapter for _, adapter in found]
     labels = _labels([resolved.label for resolved, _ in found])
     aligned = align(opened)

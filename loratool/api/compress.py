@@ -25,6 +25,7 @@ from loratool.errors import UsageError
 from loratool.ops.batch import is_batch, many_outputs, name_of, place_outputs
 from loratool.ops.compress import CompressPlan, names_of, plan_compress, rebuild
 from loratool.ops.compress_options import rank_rule
+from loratool.ops.input_notes import unused_warnings
 from loratool.ops.inputs import Access, guard_output, open_one
 from loratool.ops.loads import judge_loads
 from loratool.report import (
@@ -137,7 +138,10 @@ def compress(
             if not dry_run:
                 _write(job, made.files, _record(job, options) if provenance else {}, force)
             reports.append(_report(job, made, dry_run))
-    return CompressReport(tuple(reports), options, time.monotonic() - started, dry_run)
+    warnings = [f"{j.resolved.label}: {w}" for j in jobs for w in unused_warnings(j.plan.adapter)]
+    return CompressReport(
+        tuple(reports), options, time.monotonic() - started, dry_run, tuple(warnings)
+    )
 
 
 def _advance_of(jobs: Sequence[_Job], progress: Progress | None) -> Callable[[int], None]:

@@ -24,6 +24,7 @@ from loratool.api.merge_job import MergeJob, NameOptions, Operation, prepare_mer
 from loratool.api.open_residual import check_partner, open_residual
 from loratool.api.undo import plan_undo, write_undo
 from loratool.engine.grid import CPU_ELEMENTS
+from loratool.errors import UsageError
 from loratool.ops.bind import BindOptions
 from loratool.ops.combine import check_options, combination_args
 from loratool.ops.consent import agree_to_read
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
 
 
 def merge(
-    adapters: Sequence[str],
+    adapters: Sequence[str | Path],
     *,
     base: str | Path | None = None,
     output: str | Path,
@@ -66,6 +67,7 @@ def merge(
     skip: Sequence[str] = (),
     allow_unmatched: bool = False,
     resize_embeddings: bool = False,
+    tokenizer: str | None = None,
     save_undo: str | Path | None = None,
     force: bool = False,
     dry_run: bool = False,
@@ -78,7 +80,7 @@ def merge(
     rank_from: str | None = None,
     mha_out_proj: str | None = None,
     moe_layout: str | None = None,
-    experts_b_order: str = "rank-major",
+    experts_b_order: str | None = None,
     allow_nonfinite: bool = False,
     max_header: str | int | None = None,
     allow_pickle: bool = False,
@@ -117,6 +119,8 @@ def merge(
         skip: components or regular expressions to leave out.
         allow_unmatched: leave out and report what has no target.
         resize_embeddings: replaced embeddings may change the vocabulary size.
+        tokenizer: ``base`` or ``adapter``: whose tokenizer, chat template, processor and
+            generation settings go along where they differ; None = the adapter's.
         save_undo: file to write from which `subtract` gives the base back bit for bit.
         force: replace an earlier loratool output.
         dry_run: plan and predict, write nothing.
@@ -129,7 +133,8 @@ def merge(
         rank_from: ``file`` or ``config`` where they contradict.
         mha_out_proj: ``once`` or ``twice``; None = what the trained model computed.
         moe_layout: ``eoi`` or ``eio`` for square experts of unknown origin.
-        experts_b_order: ``rank-major`` (PEFT) or ``expert-major``.
+        experts_b_order: ``rank-major`` (PEFT) or ``expert-major``; None = as the configuration
+            says, then rank-major.
         allow_nonfinite: let NaN and infinity of the inputs pass; they are counted.
         max_header: largest safetensors header accepted, such as ``"64MB"``.
         allow_pickle: convert pickles first, in a locked process.
@@ -152,7 +157,7 @@ def merge(
             "untie": untie, "keep_tied": keep_tied, "rename": tuple(rename), "skip": tuple(skip),
             "allow_unmatched": allow_unmatched, "resize_embeddings": resize_embeddings,
             "save_undo": save_undo, "restart": restart, "checksum": checksum,
-            "allow_nonfinite": allow_nonfinite,
+            "allow_nonfinite": allow_nonfinite, "tokenizer": tokenizer,
         })  # fmt: skip
         return combine(
             adapters, output=output, method=method, rank=rank, params=params,
@@ -160,6 +165,8 @@ def merge(
             threads=threads, max_memory=max_memory, read=read, access=access, force=force,
             dry_run=dry_run, provenance=provenance, progress=progress,
         )  # fmt: skip
+    if tokenizer not in (None, "base", "adapter"):
+        raise UsageError("LT-206", "unknown --tokenizer", expected="base or adapter", got=tokenizer)
     how = combination_args(method, params, rank=rank, exact=exact)
     rules = read_module_weights(Path(module_weights), len(adapters)) if module_weights else ()
     others = [residual, module_weights, *(operation.inputs if operation else ())]
@@ -193,6 +200,7 @@ def merge(
         operation=operation,
         checksum=checksum,
         residual=rest,
+        tokenizer=tokenizer,
     )
     if rest is not None:
         check_partner(rest, job.adapters[0])
@@ -310,6 +318,8 @@ def _report(
     warnings = list(job.warnings)
     if loss > WARN_LOSS:
         warnings.append(_loss_warning(total, modules, dry_run))
+    if not summed and len(job.merge.changed) <= len(sums):
+        warnings.append("nothing changes: every weight or change is 0, or they cancel")
     warnings += [*input_warnings(job.adapters), *nonfinite_warning(sums)]
     notes = [
         *run_notes,
@@ -324,7 +334,9 @@ def _report(
         notes.append(f"{checked} tensors are the fine-tune's, bit for bit (checked)")
     if job.base.resolved.note:
         notes.insert(0, job.base.resolved.note)
-    tokenizer = next((s.origin for s in job.sidecars if s.name == "tokenizer.json"), None)
+    whose = {s.name: s.origin for s in job.sidecars}
+    tokenizer = next((whose[n] for n in ("tokenizer.json", "tokenizer_config.json") if n in whose),
+                     None)  # fmt: skip
     extra: dict[str, Any] = _restored(results) if job.operation.report is SubtractReport else {}
     return job.operation.report(
         output=str(job.output),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -114,7 +115,7 @@ class MergeJob:
 
 
 def prepare_merge(
-    texts: Sequence[str | AdapterArgument],
+    texts: Sequence[str | Path | AdapterArgument],
     *,
     base: str | Path,
     weights: Sequence[float] | None,
@@ -131,11 +132,14 @@ def prepare_merge(
     checksum: bool = False,
     module_weights: Sequence[Rule] = (),
     like: Checkpoint | None = None,
+    tokenizer: str | None = None,
 ) -> MergeJob:
     """Open, bind and plan; nothing is written.
 
     ``like`` is a finished merge: the plan then casts as it did, whatever ``dtype`` says.
     ``module_weights`` multiply the changes of single modules.
+    ``tokenizer`` is ``base`` or ``adapter``: whose tokenizer and settings go along where they
+    differ; None = the adapter's.
     ``residual`` turns the plan into one that gives a fine-tune back, bit for bit.
     """
     kind = operation or Operation()
@@ -186,7 +190,9 @@ def prepare_merge(
     if residual is not None:
         planned = patch_merge(planned, checkpoint, residual)
     given = opened if not kind.signs else []  # what is taken out brings no tokenizer along
-    sidecars, notes = _sidecars(given, opened_base.checkpoint, planned)
+    sidecars, notes = _sidecars(
+        given, bound if given else (), opened_base.checkpoint, planned, tokenizer
+    )
     plan = replace(planned.plan, options=options, inputs=record["inputs"])
     if output is not None and not opened_base.checkpoint.is_folder:
         shards = (replace(plan.shards[0], name=output.name),)
@@ -235,18 +241,42 @@ def _one_checkpoint(bound: Sequence[WeightedAdapter], base: Checkpoint) -> Check
 
 
 def _sidecars(
-    opened: Sequence[OpenedAdapter], base: Checkpoint, planned: MergePlan
+    opened: Sequence[OpenedAdapter],
+    bound: Sequence[WeightedAdapter],
+    base: Checkpoint,
+    planned: MergePlan,
+    tokenizer: str | None,
 ) -> tuple[list[Sidecar], list[str]]:
-    from loratool.store.sidecar import adapter_adds_tokens, plan_sidecars
+    from loratool.store.own_settings import Owner, settle_settings
+    from loratool.store.sidecar import plan_sidecars
 
     if not base.is_folder:
         return [], []
-    tokenizer = None
-    for one in opened:
-        folder = one.adapter.path if one.adapter.path.is_dir() else one.adapter.path.parent
-        if adapter_adds_tokens(folder, base.path):
-            tokenizer = folder
-    return plan_sidecars(base, adapter_tokenizer=tokenizer, config_changes=planned.config_changes)
+    owners = [Owner(one.adapter.label, one.adapter.extras) for one in opened]
+    settle = partial(
+        settle_settings, owners=owners, whose=tokenizer, is_pipeline=bool(base.components)
+    )
+    files, notes = plan_sidecars(base, settle=settle, config_changes=planned.config_changes)
+    return [*files, *_value_heads(bound)], notes
+
+
+def _value_heads(bound: Sequence[WeightedAdapter]) -> list[Sidecar]:
+    """Weights that trainers look for in a file of their own, beside the model's."""
+    from loratool.store.sidecar import Sidecar
+    from loratool.store.stamps import stamp_of
+
+    found: dict[str, Sidecar] = {}
+    for one in bound:
+        for name, path in one.adapter.extras.items():
+            if not name.endswith(".safetensors") or name in one.bindings.skipped:
+                continue
+            if name in found:
+                raise MismatchError(
+                    "LT-426", "two adapters bring a file of the same name", file=one.adapter.path,
+                    key=name, got=str(found[name].source), hint=f"--skip {name} leaves both out",
+                )  # fmt: skip
+            found[name] = Sidecar(name, path, stamp_of(path), origin="adapter")
+    return list(found.values())
 
 
 def _token_warnings(sidecars: Sequence[Sidecar], plan: Plan) -> list[str]:
@@ -289,5 +319,5 @@ def _options(names: NameOptions, dtype: str | None, shard_bytes: int | None) -> 
         rank_from=r.rank_from,
         mha_out_proj=r.mha_out_proj,
         moe_layout=r.moe_layout,
-        experts_b_order=None if r.experts_b_order == "rank-major" else r.experts_b_order,
+        experts_b_order=r.experts_b_order,
     )

@@ -16,7 +16,7 @@ from loratool.store.provenance import adapter_id
 
 def open_residual(
     path: str | Path,
-    adapters: Sequence[str],
+    adapters: Sequence[str | Path],
     names: NameOptions,
     dtype: str,
     rounding: str,
@@ -27,7 +27,7 @@ def open_residual(
         UsageError: options that would give something else than the fine-tune.
     """
     if len(adapters) != 1:
-        _refuse(", ".join(adapters))
+        _refuse(", ".join(map(str, adapters)))
     if dtype != "auto" or rounding != "nearest":
         raise UsageError(
             "LT-237", "--residual gives the fine-tune in its own types, correctly rounded",

@@ -16,6 +16,7 @@ from loratool.errors import UsageError
 from loratool.ops.adapter_summary import dtype_word
 from loratool.ops.additive import factor_dtype, require_additive
 from loratool.ops.batch import is_batch, many_outputs, name_of, place_outputs
+from loratool.ops.input_notes import unused_warnings
 from loratool.ops.inputs import Access, OpenedBase, guard_output, open_base, open_one
 from loratool.ops.loads import judge_loads
 from loratool.ops.rescale import RescalePlan, memory_needs, parse_only, plan_rescale
@@ -49,7 +50,7 @@ class _Job:
 
 
 def rescale(
-    adapters: Sequence[str],
+    adapters: Sequence[str | Path],
     factor: float,
     *,
     output: str | Path,
@@ -109,7 +110,8 @@ def rescale(
     wanted, patterns = parse_dtype(dtype), parse_only(only)
     access = Access(offline, yes, file_rules(max_header, allow_pickle), in_place=dry_run)
     read = ReadOptions(alpha)
-    found = [open_one(text, read=read, access=access) for text in adapters]
+    texts = [str(adapter) for adapter in adapters]
+    found = [open_one(text, read=read, access=access) for text in texts]
     targets = place_outputs([name_of(resolved) for resolved, _ in found], output)
     for target in targets:
         guard_output(target, [base, *(resolved.named for resolved, _ in found)])
@@ -118,7 +120,7 @@ def rescale(
     limits = Limits(threads, max_memory)
     jobs = [
         _Job(text, r, plan_rescale(adapter, factor, only=patterns, blocks=blocks), target, limits)
-        for text, (r, adapter), target in zip(adapters, found, targets, strict=True)
+        for text, (r, adapter), target in zip(texts, found, targets, strict=True)
     ]
     for job in jobs:
         job.workers(wanted)
@@ -275,7 +277,7 @@ def _row(
         counts[text] = counts.get(text, 0) + (spec.kind != "vector")
     before = dtype or factor_dtype([adapter])
     after = before if written is None else factor_dtype([written])
-    warnings = []
+    warnings = unused_warnings(adapter)
     if after != before:
         warnings.append(f"{dtype_word(before)} cannot hold the largest factor: written as float32")
     lost = 0.0 if scaled is None else share_of(scaled.error_square, scaled.square)

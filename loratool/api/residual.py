@@ -55,7 +55,7 @@ def save_residual(
     """
     from loratool.engine.run import execute
     from loratool.ops.inputs import open_base
-    from loratool.store.patch_file import PatchWriter
+    from loratool.store.patch_file import PatchWriter, require_room
     from loratool.store.reader import FileReader
     from loratool.store.writer import StagedOutput
 
@@ -68,6 +68,7 @@ def save_residual(
         rounding={"rounding": "exact"},
     )  # fmt: skip
     plan = plan_residual(job.merge.plan, job.checkpoint, tuned.checkpoint)
+    require_room([step.output.name for step in plan.steps], path)
     resources = plan_resources(
         plan, device="cpu", threads=threads, max_memory=max_memory, chunk_bytes=None,
         sample=False, progress=progress,

@@ -28,7 +28,7 @@ from loratool.report import DifferenceReport, SubtractReport, SwapReport
 
 
 def subtract(
-    adapters: Sequence[str],
+    adapters: Sequence[str | Path],
     *,
     merged: str | Path | None = None,
     output: str | Path,
@@ -78,7 +78,7 @@ def subtract(
 
 
 def _subtract_adapters(
-    adapters: Sequence[str],
+    adapters: Sequence[str | Path],
     output: str | Path,
     undo: str | Path | None,
     rank: int | None,
@@ -86,10 +86,11 @@ def _subtract_adapters(
 ) -> DifferenceReport:
     """The options that make sense without merged weights; all others must be at their default."""
     if len(adapters) < 2:
+        named = " ".join(map(str, adapters))
         raise UsageError(
             "LT-252", "one adapter alone: subtract it from what?",
-            expected="--from MERGED, or a second adapter", got=" ".join(adapters),
-            hint=f"loratool subtract {' '.join(adapters)} --from MERGED -o {output}",
+            expected="--from MERGED, or a second adapter", got=named,
+            hint=f"loratool subtract {named} --from MERGED -o {output}",
         )  # fmt: skip
     mine = {
         "force", "dry_run", "provenance", "offline", "yes", "weights", "dtype", "alpha",
@@ -114,7 +115,7 @@ def _subtract_adapters(
         max_memory=options.get("max_memory"),
         read=ReadOptions(
             options.get("alpha"), options.get("rank_from"), options.get("mha_out_proj"),
-            options.get("moe_layout"), options.get("experts_b_order") or "rank-major",
+            options.get("moe_layout"), options.get("experts_b_order"),
         ),
         access=Access(
             bool(options.get("offline")),

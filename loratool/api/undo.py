@@ -11,9 +11,9 @@ from loratool.api.common import Resources
 from loratool.api.merge_job import MergeJob
 from loratool.errors import MismatchError, UsageError
 from loratool.ops.inputs import guard_output
-from loratool.ops.undo import check_adapters, plan_patches, plan_restore, undo_table
+from loratool.ops.undo import UndoFile, check_adapters, plan_patches, plan_restore, undo_table
 from loratool.plan import Plan
-from loratool.store.patch_file import PatchFile
+from loratool.store.patch_file import require_room
 from loratool.store.provenance import file_id
 from loratool.store.sidecar import REMOVE, plan_sidecars
 
@@ -83,6 +83,7 @@ def plan_undo(job: MergeJob, path: Path, identity: str, *, dtype: str, force: bo
     places = {i: TensorRef(Path(o.name), o.name, o.dtype, o.shape, 0, o.nbytes)
               for i, o in enumerate(outputs)}  # fmt: skip
     plan, _ = plan_patches(job.merge.plan, job.full_names, job.base.checkpoint, places)
+    require_room([step.output.name for step in plan.steps], path)
     return UndoJob(path, identity, replaces, plan)
 
 
@@ -132,7 +133,7 @@ def _base_config(job: MergeJob) -> dict[str, Any]:
     return found
 
 
-def restore_job(job: MergeJob, undo: PatchFile) -> MergeJob:
+def restore_job(job: MergeJob, undo: UndoFile) -> MergeJob:
     """Turn a subtraction into the exact restoration that an undo file allows.
 
     Raises:
@@ -142,7 +143,7 @@ def restore_job(job: MergeJob, undo: PatchFile) -> MergeJob:
     check_adapters(undo, [(a.adapter, a.weight.times(-1)) for a in job.adapters])
     checkpoint = job.base.checkpoint
     plan = plan_restore(job.merge.plan, job.full_names, checkpoint, undo)
-    config = {k: REMOVE if v is None else v for k, v in undo.table["config"].items()}
+    config = {k: REMOVE if v is None else v for k, v in undo.table.config.items()}
     sidecars, notes = plan_sidecars(checkpoint, config_changes=config)
     restored = tuple(s.output.name for s in plan.steps if s.op == "restore")
     copied = tuple(s.output.name for s in plan.steps if s.op == "copy")
@@ -153,5 +154,5 @@ def restore_job(job: MergeJob, undo: PatchFile) -> MergeJob:
         record={**job.record, "options": {"undo": file_id(undo.path)}} if job.record else {},
         sidecars=tuple(sidecars),
         sidecar_notes=tuple(notes),
-        block_elements=int(undo.table["block_elements"]),
+        block_elements=undo.table.block_elements,
     )

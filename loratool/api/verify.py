@@ -32,7 +32,7 @@ def verify(
     merged: str | Path,
     *,
     base: str | Path | None = None,
-    adapters: Sequence[str] = (),
+    adapters: Sequence[str | Path] = (),
     weights: Sequence[float] | None = None,
     mean: bool = False,
     module_weights: str | Path | None = None,
@@ -51,7 +51,7 @@ def verify(
     rank_from: str | None = None,
     mha_out_proj: str | None = None,
     moe_layout: str | None = None,
-    experts_b_order: str = "rank-major",
+    experts_b_order: str | None = None,
     allow_nonfinite: bool = False,
     max_header: str | int | None = None,
     allow_pickle: bool = False,
@@ -107,7 +107,7 @@ def verify(
     record = merge_record(found)
     options: RecordedOptions = {} if record is None else record.options
     refuse = partial(refuse_record, found)
-    inputs: Sequence[str | AdapterArgument] = adapters
+    inputs: Sequence[str | Path | AdapterArgument] = adapters
     if not adapters or base is None:
         roots = (resolved.path.absolute().parent, Path.cwd())
         given = None if base is None else str(base)

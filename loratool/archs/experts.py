@@ -35,11 +35,12 @@ def parse_expert(name: str) -> ExpertName | None:
     if match is None:
         return None
     container, index, leaf, suffix = match.groups()
+    fused = tuple(load_data("experts")["fused"].get(leaf, ()))
     if index is None:
-        parts = load_data("experts")["fused"].get(leaf)
-        return ExpertName(container, None, tuple(parts)) if parts else None
+        return ExpertName(container, None, fused) if fused else None
     part = _part_of_leaf().get(leaf)
-    return ExpertName(container, int(index), (part,)) if part and suffix else None
+    parts = (part,) if part else fused
+    return ExpertName(container, int(index), parts) if parts and suffix else None
 
 
 def expert_names(container: str, expert: int, part: str) -> tuple[str, ...]:

@@ -34,6 +34,8 @@ _FEW_VALUES = 6
 _SHOWN_REPLACED = 5
 _DEAR_SHARE = 0.02
 """A replaced tensor from this share of the file on gets a line of its own."""
+NOTHING_READABLE = 4
+"""Exit code of a folder in which every entry is an error."""
 
 
 @click.command(
@@ -72,7 +74,8 @@ def command(sources: tuple[str, ...], **options: Any) -> int:
     """Say what adapters and checkpoints hold, from their headers alone: nothing is loaded.
 
     Method, base model, modules, ranks, scaling, size, which programs load it, and what to do
-    next. Several SOURCEs, or a folder of files, give one row each.
+    next. Several SOURCEs, or a folder of files, give one row each; exit code 4 if none of a
+    folder can be read.
     """
     from loratool import api
 
@@ -80,7 +83,7 @@ def command(sources: tuple[str, ...], **options: Any) -> int:
     if len(sources) == 1:
         report = api.inspect(sources[0], **options)
         voice.show(report, render(report, voice))
-        return 0
+        return NOTHING_READABLE if report.rows and all(r.error for r in report.rows) else 0
     if options["risk"]:
         raise UsageError("LT-289", "--risk looks at one adapter", got=f"{len(sources)} sources")
     if any(options[name] for name in ("spectrum", "base", "csv", "plot")):

@@ -70,6 +70,9 @@ _MENTION_FLOAT32 = 0.01
 @opt.rounding
 @opt.option("--shard-size", metavar="SIZE", section="Output",
             help="Largest weight file, such as 5GB. Default: the base's shards.")  # fmt: skip
+@opt.option("--tokenizer", type=click.Choice(["base", "adapter"]), section="Output",
+            help="Whose tokenizer, chat template and generation settings go along where they "
+            "differ. Default: the adapter's.")  # fmt: skip
 @opt.option("--save-undo", metavar="FILE", section="Output",
             help="Also write what `subtract --undo` needs to restore every bit.")  # fmt: skip
 @opt.writing
@@ -329,6 +332,6 @@ def _again(adapters: Sequence[str], options: Mapping[str, Any]) -> list[str]:
         words += [word for value in options[key] for word in (f"--{key}", value)]
     for key in ("alpha", "rank_from", "mha_out_proj", "moe_layout", "experts_b_order",
                 "max_header"):  # fmt: skip
-        if options[key] not in (None, "rank-major"):
+        if options[key] is not None:
             words += [f"--{key.replace('_', '-')}", str(options[key])]
     return words

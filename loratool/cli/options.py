@@ -342,8 +342,8 @@ def reading(command: F) -> F:
     """What adapter files do not say."""
     for add in (
         option("--experts-b-order", type=click.Choice(["rank-major", "expert-major"]),
-               default="rank-major", section="Advanced",
-               help="Packing of experts in lora_B. Default: rank-major (PEFT)."),
+               section="Advanced",
+               help="Packing of experts in lora_B. Default: by the file, else rank-major."),
         option("--moe-layout", type=click.Choice(["eoi", "eio"]), section="Advanced",
                help="How square experts are stored: (E, out, in) or (E, in, out)."),
         option("--mha-out-proj", type=click.Choice(["once", "twice"]), section="Advanced",

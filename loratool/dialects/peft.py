@@ -9,23 +9,25 @@ from pathlib import Path
 from loratool.adapter import Adapter, DeltaSpec, ReadOptions, TensorRef
 from loratool.dialects.base import Candidate
 from loratool.dialects.detect import peft_method
+from loratool.dialects.peft_beside import read_beside
 from loratool.dialects.peft_config import PeftConfig, parse_config, without_config
 from loratool.dialects.peft_keys import sort_tensors
 from loratool.dialects.peft_methods import refuse_method
+from loratool.dialects.peft_patterns import is_named
 from loratool.dialects.peft_replacements import read_replacements
 from loratool.dialects.peft_specs import SpecReader
+from loratool.dialects.peft_spellings import unify_spellings
 from loratool.errors import BadFileError, UsageError, list_some
 from loratool.store.contained import find_inside, list_folder
-from loratool.store.tokens import TOKENIZER_FILES
+from loratool.store.own_settings import SETTINGS_FILES
+from loratool.store.sidecar import TEMPLATES
 
 SUPPORTED = ("LORA", "TRAINABLE_TOKENS")
-_EXTRAS = (*TOKENIZER_FILES, "preprocessor_config.json", "processor_config.json",
-           "*_preprocessor_config.json", "LICENSE*", "NOTICE*")  # fmt: skip
-_TEMPLATES = "additional_chat_templates"
+_EXTRAS = (*SETTINGS_FILES, "LICENSE*", "NOTICE*")
 _CHOICES: Mapping[str, tuple[str | None, ...]] = {
     "rank_from": (None, "file", "config"),
     "mha_out_proj": (None, "once", "twice"),
-    "experts_b_order": ("rank-major", "expert-major"),
+    "experts_b_order": (None, "rank-major", "expert-major"),
 }
 
 
@@ -47,7 +49,8 @@ def read(candidate: Candidate, options: ReadOptions) -> Adapter:
         raise BadFileError("LT-360", "no adapter weights in this folder", file=candidate.path)
     config = _read_config(candidate, options)
     parts = read_tensors(header.tensors, config, options)
-    notes = [*config.notes, *parts.notes]
+    beside = read_beside(candidate, config, {r.name for r in parts.replacements})
+    notes = [*config.notes, *parts.notes, *beside.notes]
     if not header.tensors:
         notes.append("the file holds no tensors")
     base_model = (candidate.config or {}).get("base_model_name_or_path")
@@ -55,7 +58,7 @@ def read(candidate: Candidate, options: ReadOptions) -> Adapter:
         path=candidate.path,
         dialect="peft",
         specs=parts.specs,
-        replacements=parts.replacements,
+        replacements=(*parts.replacements, *beside.replacements),
         base_model=base_model if isinstance(base_model, str) and base_model else None,
         config=candidate.config or {},
         metadata=header.metadata,
@@ -63,13 +66,15 @@ def read(candidate: Candidate, options: ReadOptions) -> Adapter:
         unclaimed=parts.unclaimed,
         layer_order=config.layer_order,
         notes=tuple(notes),
-        extras=_find_extras(candidate),
+        extras={**_find_extras(candidate), **beside.carried},
+        beside=tuple(beside.unused),
+        warnings=_warnings(config),
     )
 
 
 def read_tensors(refs: Iterable[TensorRef], config: PeftConfig, options: ReadOptions) -> Adapter:
     """Specs, replacements, unclaimed tensors and notes of a file; paths and names stay empty."""
-    found = sort_tensors(refs)
+    found = unify_spellings(sort_tensors(refs))
     reader = SpecReader(config, options, found.modules)
     specs = reader.read()
     if specs and config.method != "LORA":
@@ -159,15 +164,22 @@ def _notes(specs: list[DeltaSpec], config: PeftConfig) -> list[str]:
     return notes
 
 
+def _warnings(config: PeftConfig) -> tuple[str, ...]:
+    if not config.unknown:
+        return ()
+    return (
+        f"unknown in the configuration, not used: {list_some(config.unknown, 5)}; "
+        "if one of them changes what the factors mean, the numbers are not the trained model's",
+    )
+
+
 def _untargeted(specs: list[DeltaSpec], config: PeftConfig) -> list[str]:
     targets = config.targets
     if not targets or config.ties or config.parameters:
         return []
     inside = {f"{s.module}.out_proj" for s in specs if s.parameter == "in_proj_weight"}
     modules = {s.module for s in specs} - inside
-    return [
-        m for m in modules if m not in targets and not m.endswith(tuple(f".{t}" for t in targets))
-    ]
+    return [m for m in modules if not is_named(m, targets)]
 
 
 def _find_extras(candidate: Candidate) -> dict[str, Path]:
@@ -178,6 +190,6 @@ def _find_extras(candidate: Candidate) -> dict[str, Path]:
         entry for entry in list_folder(folder)
         if entry.is_file() and any(fnmatch.fnmatch(entry.name, p) for p in _EXTRAS)
     ]  # fmt: skip
-    if (folder / _TEMPLATES).is_dir():
-        found += [t for t in list_folder(folder / _TEMPLATES, folder) if not t.is_dir()]
+    if (folder / TEMPLATES).is_dir():
+        found += [t for t in list_folder(folder / TEMPLATES, folder) if not t.is_dir()]
     return {p.relative_to(folder).as_posix(): find_inside(p, folder)[0] for p in found}

@@ -16,6 +16,8 @@ DEFAULT_RANK = 8  # of peft.LoraConfig, for r and lora_alpha alike
 MAX_RANK = 8192  # of one module or expert; no method that is known goes so far
 MAX_ALPHA = 1e30  # far from overflow when it is multiplied with float32 factors
 MAX_LAYERS = 10_000
+MAX_ENTRIES = 100_000  # of a list or table: one for each module that a file can hold
+MAX_PARTS = 256  # of a list each of whose entries is looked for in every name
 # Initialisations that leave the base as it is.
 _PLAIN_INITS = ("gaussian", "eva", "orthogonal", "mica")
 _NEEDS_DATA = {
@@ -23,6 +25,30 @@ _NEEDS_DATA = {
     "lora_ga": "it subtracted a first step made from gradients from the base weights",
     "loftq": "it replaced the base weights by a quantised copy",
 }
+
+
+# Unsloth's name for how experts share the columns of lora_B -> ours.
+_B_ORDERS = {"rank_major": "rank-major", "grouped_by_expert": "expert-major"}
+# Fields that say nothing about the numbers of a finished adapter; those read here stand beside
+# them in `_READ`.  The second group was written by trainers, the third by old versions of PEFT.
+_SILENT = frozenset({
+    "auto_mapping", "base_model_name_or_path", "corda_config", "eva_config", "exclude_modules",
+    "inference_mode", "layers_pattern", "layers_to_transform", "loftq_config", "lora_dropout",
+    "lora_ga_config", "megatron_config", "megatron_core", "monteclora_config", "peft_type",
+    "qalora_group_size", "revision", "runtime_config", "task_type", "velora_config",
+
+    "base_model_class", "lora_dtype", "lora_target_modules", "lorap_emb_lr", "lorap_lr_ratio",
+    "model_key_mapping", "parent_library", "swift_type", "unsloth_fixed", "use_lorap",
+
+    "init_weights", "merge_weights",
+})  # fmt: skip
+_READ = frozenset({
+    "alora_invocation_tokens", "arrow_config", "use_qalora",  # refused by name
+    "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "lora_bias",
+    "fan_in_fan_out", "bias", "init_lora_weights", "kasa_config", "modules_to_save",
+    "target_modules", "target_parameters", "token_indices", "trainable_token_indices",
+    "layer_replication", "use_bdlora", "ensure_weight_tying", "peft_version", "lora_B_layout",
+})  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -68,6 +94,8 @@ class PeftConfig:
         blocks: ``use_bdlora``.
         ties: ``ensure_weight_tying``.
         peft_version: "" if missing.
+        b_order: of `loratool.adapter.DeltaSpec`, from ``lora_B_layout``.
+        unknown: fields that nobody here knows, with a value that says something.
         file: where it was read from; None = there is no configuration.
         notes: defaults that were used.
     """
@@ -85,7 +113,7 @@ class PeftConfig:
     base_change: str = ""
     init: str = "true"
     modules_to_save: tuple[str, ...] = ()
-    targets: tuple[str, ...] | None = None
+    targets: frozenset[str] | None = None
     has_target_pattern: bool = False
     parameters: tuple[str, ...] = ()
     token_indices: tuple[int, ...] | Mapping[str, tuple[int, ...]] | None = None
@@ -93,6 +121,8 @@ class PeftConfig:
     blocks: BlockRule | None = None
     ties: bool = False
     peft_version: str = ""
+    b_order: str = "rank-major"
+    unknown: tuple[str, ...] = ()
     file: Path | None = None
     notes: tuple[str, ...] = ()
 
@@ -120,6 +150,7 @@ def parse_config(config: Mapping[str, Any], file: Path | None) -> PeftConfig:
     is_lora = config.get("peft_type") == "LORA"
     notes = [f"{k} is missing: {DEFAULT_RANK}, as in PEFT" for k in missing if is_lora]
     is_pattern = isinstance(config.get("target_modules"), str)
+    targets = None if is_pattern else fields.texts("target_modules")
     indices = fields.indices("trainable_token_indices" if is_lora else "token_indices")
     bias = fields.text("bias", "none")
     if bias not in ("none", "all", "lora_only"):
@@ -138,7 +169,7 @@ def parse_config(config: Mapping[str, Any], file: Path | None) -> PeftConfig:
         base_change=base_change,
         init=init,
         modules_to_save=fields.texts("modules_to_save") or (),
-        targets=None if is_pattern else fields.texts("target_modules"),
+        targets=None if targets is None else frozenset(targets),
         has_target_pattern=is_pattern,
         parameters=fields.texts("target_parameters") or (),
         token_indices=indices,
@@ -146,6 +177,12 @@ def parse_config(config: Mapping[str, Any], file: Path | None) -> PeftConfig:
         blocks=_read_blocks(fields),
         ties=fields.flag("ensure_weight_tying"),
         peft_version=fields.text("peft_version", ""),
+        b_order=_read_b_order(fields),
+        unknown=tuple(
+            key
+            for key, value in config.items()
+            if key not in _READ | _SILENT and value not in (None, False, "", [], {})
+        ),
         file=file,
         notes=tuple(notes),
     )
@@ -161,7 +198,7 @@ class _Fields:
     def refuse(self, key: str, expected: object, got: object) -> NoReturn:
         raise BadFileError(
             "LT-361", "wrong value in the configuration", file=self.file, key=key,
-            expected=expected, got=repr(got)[:100],
+            expected=expected, got=_shown(got),
         )  # fmt: skip
 
     def flag(self, key: str, default: bool = False) -> bool:
@@ -176,12 +213,14 @@ class _Fields:
             return default
         return value if isinstance(value, str) else self.refuse(key, "a text", value)
 
-    def texts(self, key: str) -> tuple[str, ...] | None:
+    def texts(self, key: str, most: int = MAX_ENTRIES) -> tuple[str, ...] | None:
         value = self.config.get(key)
         if value is None:
             return None
         if not isinstance(value, list) or any(not isinstance(v, str) or not v for v in value):
             self.refuse(key, "a list of texts", value)
+        if len(value) > most:
+            self.refuse(key, f"at most {most} entries", len(value))
         return tuple(value)
 
     def count(self, key: str, default: int, value: Any = None) -> int:
@@ -206,6 +245,8 @@ class _Fields:
             return {}
         if not isinstance(value, dict):
             self.refuse(key, "an object", value)
+        if len(value) > MAX_ENTRIES:
+            self.refuse(key, f"at most {MAX_ENTRIES} entries", len(value))
         for name, item in value.items():
             if item is None:
                 self.refuse(f"{key}.{name}", "a number", item)
@@ -222,6 +263,8 @@ class _Fields:
         if value is None:
             return None
         if isinstance(value, dict):
+            if len(value) > MAX_ENTRIES:
+                self.refuse(key, f"at most {MAX_ENTRIES} entries", len(value))
             return {name: self._rows(f"{key}.{name}", rows) for name, rows in value.items()}
         return self._rows(key, value)
 
@@ -231,6 +274,13 @@ class _Fields:
         if len(set(rows)) != len(rows):
             self.refuse(key, "token numbers that differ", rows)
         return tuple(rows)
+
+
+def _shown(value: object) -> str:
+    """The beginning of a value, however large it is."""
+    if isinstance(value, (list, dict)) and len(value) > 20:
+        return f"{type(value).__name__} of {len(value)}"
+    return repr(value)[:100]
 
 
 def _read_init(fields: _Fields) -> tuple[str, str]:
@@ -259,6 +309,13 @@ def _read_init(fields: _Fields) -> tuple[str, str]:
     return change, name
 
 
+def _read_b_order(fields: _Fields) -> str:
+    word = fields.text("lora_B_layout", "rank_major")
+    if word not in _B_ORDERS:
+        fields.refuse("lora_B_layout", " or ".join(_B_ORDERS), word)
+    return _B_ORDERS[word]
+
+
 def _read_layers(fields: _Fields) -> tuple[int, ...] | None:
     value = fields.config.get("layer_replication")
     if value is None:
@@ -282,7 +339,7 @@ def _read_blocks(fields: _Fields) -> BlockRule | None:
     inner = _Fields(part, fields.file)
     return BlockRule(
         inner.count("nblocks", 1),
-        inner.texts("target_modules_bd_a") or (),
-        inner.texts("target_modules_bd_b") or (),
+        inner.texts("target_modules_bd_a", MAX_PARTS) or (),
+        inner.texts("target_modules_bd_b", MAX_PARTS) or (),
         inner.flag("match_strict", default=True),
     )

@@ -9,11 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 
 from loratool.adapter import TensorRef
 from loratool.dialects.peft_config import PeftConfig
-from loratool.errors import MismatchError, list_some
+from loratool.dialects.peft_patterns import endings, is_named
+from loratool.errors import BadFileError, MismatchError, list_some
 
+_MOST = 256  # parameters of one module
 _WRAP = ".base_layer"
 # Order of registration in every expert class of transformers 5.23 (and DBRX: w1, v1, w2).
 _REGISTERED = (
@@ -65,6 +68,7 @@ def find_parameters(
 
     Raises:
         MismatchError: LT-409, more factors on one module than the configuration has parameters.
+        BadFileError: LT-361, the configuration names more parameters than a module has.
     """
     owners: dict[str, list[str]] = {}
     for path, roles in modules.items():
@@ -113,20 +117,32 @@ def _owner(path: str) -> str:
 
 def _candidates(owner: str, config: PeftConfig) -> list[str]:
     """Names of the owner's parameters that the configuration targets, in order of registration."""
-    names: list[str] = []
-    for target in config.parameters:
-        parent, _, name = target.rpartition(".")
-        fits = not parent or owner == parent or owner.endswith(f".{parent}")
-        if fits and name not in names:
-            names.append(name)
+    by_parent = _by_parent(config.parameters)
+    found = [pair for e in ("", owner, *endings(owner)) for pair in by_parent.get(e, ())]
+    names = list(dict.fromkeys(name for _, name in sorted(found)))
+    if len(names) > _MOST:
+        raise BadFileError(
+            "LT-361", "wrong value in the configuration", file=config.file,
+            key="target_parameters", expected=f"at most {_MOST} parameters of one module",
+            got=f"{len(names)} of {owner}",
+        )  # fmt: skip
     if set(names) <= set(_REGISTERED):
         names.sort(key=_REGISTERED.index)
     return names
+
+
+@lru_cache(maxsize=1)
+def _by_parent(parameters: tuple[str, ...]) -> Mapping[str, list[tuple[int, str]]]:
+    """Path of a module's end -> (place in the list, name) of its parameters."""
+    found: dict[str, list[tuple[int, str]]] = {}
+    for number, target in enumerate(parameters):
+        parent, _, name = target.rpartition(".")
+        found.setdefault(parent, []).append((number, name))
+    return found
 
 
 def _is_plain(owner: str, lora_A: TensorRef, config: PeftConfig) -> bool:
     """True if ``target_modules`` covers the owner, so that its factors belong to its weight."""
     if config.has_target_pattern:  # the pattern may be anything: only flattened experts differ
         return lora_A.shape[:1] == (int(config.ranks.get(owner, config.rank or 0)),)
-    targets = config.targets or ()
-    return owner in targets or any(owner.endswith(f".{t}") for t in targets)
+    return is_named(owner, config.targets or ())

@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from loratool.adapter import Adapter, DeltaSpec
-from loratool.dialects.peft_new_keys import NewLayout, endings
+from loratool.dialects.peft_new_keys import NewLayout
+from loratool.dialects.peft_patterns import endings
 
 PEFT_VERSION = "0.21.2"  # whose reading the files were tested with
 # What a changed adapter keeps of its old configuration: fields that say nothing about numbers.

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NoReturn
 
 from loratool.adapter import Adapter, DeltaSpec, Replacement, Source
 from loratool.dialects.peft_experts import registration_order
 from loratool.dialects.peft_keys import PREFIX
+from loratool.dialects.peft_patterns import endings
 from loratool.errors import MismatchError, list_some
 
 _WRAP = ".base_layer"
@@ -245,14 +246,6 @@ def _factors(key: str, spec: DeltaSpec) -> list[tuple[str, Source]]:
     if "magnitude" in spec.fields:
         found.append((f"{key}.lora_magnitude_vector", spec.fields["magnitude"]))
     return found
-
-
-def endings(path: str) -> Iterator[str]:
-    """The path without its first component, without its first two, and so on."""
-    start = path.find(".") + 1
-    while start:
-        yield path[start:]
-        start = path.find(".", start) + 1
 
 
 def _ancestors(names: Iterable[str]) -> frozenset[str]:

@@ -1,31 +1,46 @@
-"""``rank_pattern`` and ``alpha_pattern``: PEFT's matching, guarded against runaway patterns.
+"""``rank_pattern`` and ``alpha_pattern``: PEFT's matching, in bounded time; names by their endings.
 
-Patterns come from strangers and Python's engine backtracks, so a pattern is refused whose number
-of ways to try could grow out of hand on the names of this adapter.
+Patterns come from strangers and Python's engine backtracks, so a pattern is refused that could
+take too many steps on a name of this adapter, and a table that takes seconds on all of them.
 """
 
 from __future__ import annotations
 
 import re
-
-# The parser of `re` itself: reading repeats off the text would miss escapes and classes.
-import re._parser as _parser  # type: ignore[import-not-found]
-from collections.abc import Mapping
+import time
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from loratool.errors import BadFileError, list_some
+from loratool.patterns import MAX_PATTERN, Pattern, compile_pattern, steps_of
 
-MAX_PATTERN = 512  # characters
 MAX_WAYS = 20_000_000  # bound on backtracking per name; about a second at worst
+MAX_EXPRESSIONS = 1000  # in a table; of keys without operators there may be many more
+MAX_SECONDS = 3  # of this thread, for all names
 
-_REPEATS = ("MAX_REPEAT", "MIN_REPEAT", "POSSESSIVE_REPEAT")
-_REFUSED = {
-    "GROUPREF": "a back reference",
-    "GROUPREF_EXISTS": "a conditional group",
-    "ASSERT": "a look-around",
-    "ASSERT_NOT": "a look-around",
-}
+# Nothing but characters, escaped punctuation, and dots.
+_PLAIN = re.compile(r"\^?(?:\\[^A-Za-z0-9\n]|[^\\^$*+?{}\[\]|()\n])*")
+_ATOM = re.compile(r"\\(.)|(.)")
+Dots = tuple[int, ...]
+
+
+def endings(path: str) -> Iterator[str]:
+    """The path without its first component, without its first two, and so on.
+
+    Example:
+        >>> list(endings("model.layers.0"))
+        ['layers.0', '0']
+    """
+    start = path.find(".") + 1
+    while start:
+        yield path[start:]
+        start = path.find(".", start) + 1
+
+
+def is_named(path: str, entries: Collection[str]) -> bool:
+    """True if one of the entries, quickly looked up, is the path or its last components."""
+    return path in entries or any(ending in entries for ending in endings(path))
 
 
 class Patterns:
@@ -45,11 +60,13 @@ class Patterns:
         self._file = file
         self._used: set[str] = set()
         self._keys = list(table)
-        # Literal keys are looked up, because files with one pattern per module are common.
-        self._whole: dict[str, int] = {}
-        self._endings: dict[str, int] = {}
-        self._all: list[tuple[int, re.Pattern[str], int, int]] = []
-        self._others: list[tuple[int, re.Pattern[str], int, int]] = []
+        self._seconds = 0.0
+        # Keys without operators are looked up, because files with one per module are common:
+        # (tied to the beginning, length) -> where their dots are -> text -> number.
+        self._plain: dict[tuple[bool, int], dict[Dots, dict[str, int]]] = {}
+        self._others: list[int] = []
+        self._compiled: dict[int, Pattern] = {}
+        self._steps: dict[tuple[int, int], float] = {}
         for number, key in enumerate(table):
             self._add(number, key)
 
@@ -61,19 +78,13 @@ class Patterns:
         """
         if not self._keys:
             return default
-        # "." and "$" treat line breaks specially: names that have one go the plain way.
-        is_odd = "\n" in name
-        first = len(self._keys) if is_odd else self._first_literal(name)
-        for number, pattern, choices, repeats in self._all if is_odd else self._others:
-            if number > first:
-                break
-            if choices * (len(name) + 1) ** repeats > MAX_WAYS:
-                self._refuse(self._keys[number], "too many open repeats for such long names")
-            if pattern.match(name):
-                first = number
-                break
+        started = time.thread_time()
+        first = self._first(name)
+        self._seconds += time.thread_time() - started
+        if self._seconds > MAX_SECONDS:
+            self._refuse(None, "takes too long on the names of this adapter")
         # PEFT looks the name itself up when nothing matches.
-        key = self._keys[first] if first < len(self._keys) else name
+        key = name if first is None else self._keys[first]
         if key not in self.table:
             return default
         self._used.add(key)
@@ -85,75 +96,76 @@ class Patterns:
         unused = [key for key in self.table if key not in self._used]
         return f"{self._field} without effect: {list_some(unused)}" if unused else None
 
-    def _first_literal(self, name: str) -> int:
-        """Number of the first literal key that matches, beyond the last key if none does."""
-        none = len(self._keys)
-        found, start = self._whole.get(name, none), 0
-        while True:
-            found = min(found, self._endings.get(name[start:], none))
-            start = name.find(".", start) + 1
-            if not start:
-                return found
-
     def _add(self, number: int, key: str) -> None:
-        if len(key) > MAX_PATTERN:
-            self._refuse(key[:40] + "…", f"longer than {MAX_PATTERN} characters")
-        text = rf"(.*\.)?({key})$"
-        try:
-            pattern = re.compile(text)
-            # The first item is PEFT's own optional prefix.
-            choices, repeats = self._weigh(key, list(_parser.parse(text))[1:], inside=False)
-        except (re.error, RecursionError, OverflowError) as error:
-            self._refuse(key, f"not a regular expression: {error}")
-        self._all.append((number, pattern, choices, repeats))
-        literal = _literal(key)
-        if literal is None:
-            self._others.append(self._all[-1])
-        else:
-            where = self._whole if literal[1] else self._endings
-            where.setdefault(literal[0], number)
+        if len(key) > MAX_PATTERN or not _PLAIN.fullmatch(key):
+            self._others.append(number)
+            if len(self._others) > MAX_EXPRESSIONS:
+                self._refuse(None, f"more than {MAX_EXPRESSIONS} keys with operators")
+            self._pattern(number)
+            return
+        is_tied = key.startswith("^")
+        atoms = _ATOM.findall(key[is_tied:])
+        text = "".join(escaped or char for escaped, char in atoms)
+        dots = tuple(at for at, (_, char) in enumerate(atoms) if char == ".")
+        groups = self._plain.setdefault((is_tied, len(text)), {})
+        groups.setdefault(dots, {}).setdefault(_without(text, dots), number)
 
-    def _weigh(self, key: str, items: Any, *, inside: bool) -> tuple[int, int]:
-        """(alternatives multiplied, open repeats) of a parsed pattern."""
-        choices, repeats = 1, 0
-        for op, value in items:
-            name = str(op)
-            if name in _REFUSED:
-                self._refuse(key, f"{_REFUSED[name]} is not supported")
-            if name in _REPEATS:
-                low, high, body = value
-                if inside and high != low:
-                    self._refuse(key, "a repeat inside a repeat can take forever")
-                more = self._weigh(key, body, inside=inside or int(high) > 1)
-                choices, repeats = choices * more[0], repeats + more[1] + (high != low)
-            elif name == "BRANCH":
-                if inside:
-                    self._refuse(key, "alternatives inside a repeat can take forever")
-                choices *= len(value[1])
-                for branch in value[1]:
-                    more = self._weigh(key, branch, inside=inside)
-                    choices, repeats = choices * more[0], repeats + more[1]
-            elif name in ("SUBPATTERN", "ATOMIC_GROUP"):
-                body = value[-1] if name == "SUBPATTERN" else value
-                more = self._weigh(key, body, inside=inside)
-                choices, repeats = choices * more[0], repeats + more[1]
-        return choices, repeats
+    def _first(self, name: str) -> int | None:
+        """Number of the first key that matches."""
+        # "." and "$" treat line breaks specially: names that have one go the plain way.
+        is_odd = "\n" in name
+        best = None if is_odd else self._first_plain(name)
+        for number in range(len(self._keys)) if is_odd else self._others:
+            if best is not None and number > best:
+                break
+            if self._matches(number, name):
+                return number
+        return best
 
-    def _refuse(self, key: str, why: str) -> NoReturn:
+    def _first_plain(self, name: str) -> int | None:
+        found = list(self._lookups(True, name))
+        for text in (name, *endings(name)):
+            found += self._lookups(False, text)
+        return min(found, default=None)
+
+    def _lookups(self, is_tied: bool, text: str) -> Iterator[int]:
+        for dots, numbers in self._plain.get((is_tied, len(text)), {}).items():
+            number = numbers.get(_without(text, dots))
+            if number is not None:
+                yield number
+
+    def _matches(self, number: int, name: str) -> bool:
+        pattern = self._pattern(number)
+        size = len(name)
+        if (number, size) not in self._steps:
+            self._steps[number, size] = steps_of(pattern.text, size)
+        # PEFT's own optional prefix is the first of the repeats.
+        if self._steps[number, size] > MAX_WAYS * (size + 1):
+            self._refuse(self._keys[number], "too many open repeats for such long names")
+        return pattern.compiled.match(name) is not None
+
+    def _pattern(self, number: int) -> Pattern:
+        if number not in self._compiled:
+            key = self._keys[number]
+
+            def refuse(why: str) -> NoReturn:
+                self._refuse(key, f"not a regular expression: {why}")
+
+            text = rf"(.*\.)?({key})$"
+            longest = MAX_PATTERN + len(text) - len(key)
+            self._compiled[number] = compile_pattern(text, refuse, longest=longest)
+        return self._compiled[number]
+
+    def _refuse(self, key: str | None, why: str) -> NoReturn:
+        place = self._field if key is None else f"{self._field}.{key[:200]}"
         raise BadFileError(
-            "LT-368", "unusable pattern", file=self._file, key=f"{self._field}.{key}", got=why,
+            "LT-368", "unusable pattern", file=self._file, key=place, got=why,
             expected=f"a regular expression of at most {MAX_PATTERN} characters",
         )  # fmt: skip
 
 
-def _literal(key: str) -> tuple[str, bool] | None:
-    """(text, is it tied to the beginning) of a pattern without any operator, else None."""
-    try:
-        items = list(_parser.parse(key))
-    except re.error:  # parentheses that only balance inside PEFT's own group
-        return None
-    is_tied = bool(items) and str(items[0][0]) == "AT" and str(items[0][1]) == "AT_BEGINNING"
-    rest = items[1:] if is_tied else items
-    if any(str(op) != "LITERAL" for op, _ in rest):
-        return None
-    return "".join(chr(value) for _, value in rest), is_tied
+def _without(text: str, dots: Dots) -> str:
+    """The text with dots where any character will do."""
+    ends = (*dots, len(text))
+    starts = (0, *(dot + 1 for dot in dots))
+    return ".".join(text[start:end] for start, end in zip(starts, ends, strict=True))

@@ -7,7 +7,10 @@ from collections.abc import Iterator, Mapping
 from loratool.adapter import Replacement, TensorRef
 from loratool.dialects.peft_config import PeftConfig
 from loratool.dialects.peft_keys import Key, Sorted
+from loratool.dialects.peft_patterns import endings
 from loratool.errors import BadFileError, list_some
+
+MAX_COMPARISONS = 30_000_000  # of entries of modules_to_save with names; two seconds
 
 
 def read_replacements(
@@ -18,11 +21,19 @@ def read_replacements(
     Whole tensors come before trainable rows of the same tensor, because the rows are laid on top.
 
     Raises:
-        BadFileError: LT-367 two tensors for one name, LT-369 token numbers that do not fit.
+        BadFileError: LT-361 too many entries, LT-367 two tensors for one name, LT-369 token numbers
+            that do not fit.
     """
     made = {
         name: Replacement(name, ref, "modules_to_save") for name, ref in found.saved.items()
     }  # in file order among themselves
+    if len(config.modules_to_save) * len(found.plain) > MAX_COMPARISONS:
+        most = MAX_COMPARISONS // len(found.plain)
+        raise BadFileError(
+            "LT-361", "wrong value in the configuration", file=config.file, key="modules_to_save",
+            expected=f"at most {most} entries beside {len(found.plain)} whole tensors",
+            got=len(config.modules_to_save),
+        )  # fmt: skip
     hidden: list[TensorRef] = []
     unlisted: list[str] = []
     for key in found.plain:
@@ -67,13 +78,7 @@ def _origin(key: Key, config: PeftConfig) -> str:
 
 
 def _is_saved(module: str, config: PeftConfig) -> bool:
-    parts = module.split(".")
-    paths = [".".join(parts[:n]) for n in range(1, len(parts) + 1)]
-    return any(
-        path == entry or path.endswith(f".{entry}")
-        for path in paths
-        for entry in config.modules_to_save
-    )
+    return any(f".{entry}." in f".{module}." for entry in config.modules_to_save)
 
 
 def _read_tokens(
@@ -99,5 +104,4 @@ def _rows_of(module: str, config: PeftConfig) -> tuple[int, ...] | None:
     indices = config.token_indices
     if indices is None or isinstance(indices, tuple):
         return indices
-    fitting = [k for k in indices if module == k or module.endswith(f".{k}")]
-    return indices[max(fitting, key=len)] if fitting else None
+    return next((indices[e] for e in (module, *endings(module)) if e in indices), None)

@@ -227,7 +227,8 @@ class SpecReader:
             "lowrank", parameter.module, parameter.name, {"lora_A": lora_A, "lora_B": lora_B},
             "experts" if is_flat else "linear", rank, alpha, self.config.scaling(alpha, rank),
             experts=experts if is_flat else 0, alternatives=parameter.alternatives,
-            b_order=self.options.experts_b_order if is_flat else "rank-major",
+            b_order=(self.options.experts_b_order or self.config.b_order) if is_flat
+            else "rank-major",
         )  # fmt: skip
 
     def _note_mha(self, specs: list[DeltaSpec]) -> None:

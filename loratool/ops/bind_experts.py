@@ -58,8 +58,10 @@ def place_single(item: Item, name: str, ctx: Context) -> Placement | None:
     expert = parse_expert(name)
     if spec is None or expert is None or expert.expert is None or spec.layout != "linear":
         return None
-    part = expert.parts[0]
-    slot = _slot(expert.container, expert.expert, part, ctx)
+    if len(expert.parts) > 1:
+        slot = _whole_slot(expert.container, expert.expert, expert.parts, ctx)
+    else:
+        slot = _slot(expert.container, expert.expert, expert.parts[0], ctx)
     if slot is None:
         return None
     problem = unmergeable(item, slot.target, ctx)
@@ -171,6 +173,15 @@ def _slot(container: str, expert: int, part: str, ctx: Context) -> _Slot | None:
         target = ctx.view.get(name)
         if target is not None and len(ctx.shape(target)) == 3:
             return _fused_slot(target, expert, parts.index(part), len(parts), ctx)
+    return None
+
+
+def _whole_slot(container: str, expert: int, parts: tuple[str, ...], ctx: Context) -> _Slot | None:
+    """All parts of one expert, in the order in which the base's fused tensor holds them."""
+    for name, held in fused_names(container, parts[0]):
+        target = ctx.view.get(name)
+        if target is not None and held == parts and len(ctx.shape(target)) == 3:
+            return _fused_slot(target, expert, 0, 1, ctx)
     return None
 
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
-from loratool.adapter import Adapter
+from loratool.adapter import Adapter, Replacement, TensorRef
 from loratool.archs.base import Table
 from loratool.archs.names import all_tables, tables_for
-from loratool.errors import UsageError
+from loratool.errors import MismatchError, UsageError
 from loratool.ops.bind_types import BindOptions, Item
 from loratool.patterns import Pattern, check_replacement, compile_pattern, find, substitute
 from loratool.store.checkpoint import Checkpoint
@@ -129,7 +129,8 @@ def apply_user_names(
     skips = [parse_skip(text) for text in options.skip]
     every = list(_items(adapter))
     skipped = frozenset().union(*find(skips, [item.module for item in every]))
-    kept = [item for item in every if item.module not in skipped]
+    files = _skip_files(adapter, skips)
+    kept = [i for i in every if i.module not in skipped and _file_of(i.replacement) not in files]
     modules = [item.module for item in kept]
     notes = []
     for text, rename in zip(options.rename, renames, strict=True):
@@ -141,7 +142,41 @@ def apply_user_names(
              item.replacement)
         for item, module in zip(kept, modules, strict=True)
     ]  # fmt: skip
-    return items, tuple(sorted(skipped)), tuple(notes)
+    return items, tuple(sorted({*skipped, *files})), tuple(notes)
+
+
+def _skip_files(adapter: Adapter, skips: Sequence[Pattern]) -> frozenset[str]:
+    """Files of trained weights beside the adapter's own that the user leaves out.
+
+    Raises:
+        MismatchError: LT-425, there are others that cannot be used.
+    """
+    used = {name for r in adapter.replacements if (name := _file_of(r))}
+    carried = {name for name in adapter.extras if name.endswith(".safetensors")}
+    names = [*sorted({*used, *carried} - {_main_file(adapter)}), *(b.name for b in adapter.beside)]
+    # A pickle that was converted goes by both names.
+    spellings = {s: n for n in names for s in (n, n.replace(".safetensors", ".bin"))}
+    skipped = frozenset(spellings[s] for s in frozenset().union(*find(skips, list(spellings))))
+    for one in adapter.beside:
+        if one.name not in skipped:
+            leave = f"--skip {one.name} leaves it out"
+            raise MismatchError(
+                "LT-425", "trained weights beside the adapter would be lost", file=adapter.path,
+                key=one.name, got=one.reason,
+                hint=f"{one.hint}, or {leave}" if one.hint else leave,
+            )  # fmt: skip
+    return skipped
+
+
+def _main_file(adapter: Adapter) -> str:
+    """The file that holds the factors; where there are none, the fixed name."""
+    sources = [f for s in adapter.specs for f in s.fields.values() if isinstance(f, TensorRef)]
+    return sources[0].file.name if sources else "adapter_model.safetensors"
+
+
+def _file_of(replacement: Replacement | None) -> str | None:
+    source = None if replacement is None else replacement.source
+    return source.file.name if isinstance(source, TensorRef) else None
 
 
 @dataclass(frozen=True)

@@ -5,26 +5,59 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from loratool.adapter import Adapter
+from loratool.adapter import Adapter, TensorRef
 from loratool.errors import list_some
 from loratool.ops.inputs import OpenedAdapter, OpenedBase
+from loratool.store.reader import FileReader
+from loratool.store.remote import remote_file
+
+_PIECE = 1 << 16
 
 
-def scaling_warnings(adapter: Adapter) -> list[str]:
-    """Scalings that are allowed and rarely meant."""
-    found = []
+def adapter_warnings(adapter: Adapter) -> list[str]:
+    """What is accepted and rarely meant: unused weights and settings, odd scalings, no effect."""
+    found = unused_warnings(adapter)
     zero = [spec for spec in adapter.specs if spec.rank and spec.scaling == 0]
     if zero:
         found.append(f"alpha 0: {len(zero)} of {len(adapter.specs)} modules have no effect")
     negative = [spec for spec in adapter.specs if spec.rank and spec.scaling < 0]
     if negative:
         found.append(f"negative alpha in {len(negative)} modules: they subtract")
+    if adapter.specs and not adapter.replacements and not len(zero) and _is_zero(adapter):
+        found.append(
+            "it changes nothing: every lora_B is zero, as before training; was it saved too early, "
+            "or from one part of a sharded model?"
+        )
     return found
 
 
+def unused_warnings(adapter: Adapter) -> list[str]:
+    """Settings and trained weights of the adapter's folder that no command here uses."""
+    beside = [
+        f"{b.name} is not used: {b.reason}" + (f" ({b.hint})" if b.hint else "")
+        for b in adapter.beside
+    ]
+    return [*adapter.warnings, *beside]
+
+
 def input_warnings(adapters: Iterable[OpenedAdapter]) -> list[str]:
-    """`scaling_warnings` of several adapters, each with its name."""
-    return [f"{a.adapter.label}: {w}" for a in adapters for w in scaling_warnings(a.adapter)]
+    """`adapter_warnings` of several adapters, each with its name."""
+    return [f"{a.adapter.label}: {w}" for a in adapters for w in adapter_warnings(a.adapter)]
+
+
+def _is_zero(adapter: Adapter) -> bool:
+    """True if all factors of one side are zero bytes; reads until the first that is not."""
+    with FileReader() as reader:
+        for spec in adapter.specs:
+            ref = spec.fields.get("lora_B")
+            if not isinstance(ref, TensorRef) or remote_file(ref.file) or spec.kind != "lowrank":
+                return False
+            for start in range(0, ref.nbytes, _PIECE):
+                piece = bytearray(min(_PIECE, ref.nbytes - start))
+                reader.read_into(ref, start, memoryview(piece))
+                if piece.count(0) < len(piece):
+                    return False
+    return True
 
 
 def base_notes(adapters: Iterable[OpenedAdapter], base: OpenedBase) -> list[str]:

@@ -88,7 +88,7 @@ class OpenedBase:
 
 
 def open_adapters(
-    texts: Sequence[str | AdapterArgument],
+    texts: Sequence[str | Path | AdapterArgument],
     *,
     weights: Sequence[float] | None,
     mean: bool,
@@ -188,7 +188,9 @@ def guard_output(output: Path, inputs: Iterable[str | Path | None]) -> None:
 
 
 def _identities(place: Path) -> Iterator[tuple[int, int]]:
-    """(device, inode) of every file of a place, through links to files."""
+    """(device, inode) of every file of a place, through links to files in it; none of a link."""
+    if place.is_symlink():  # refused as an output; where it leads is nobody's business
+        return
     files = [Path(folder, n) for folder, _, names in os.walk(place) for n in names] or [place]
     for path in files:
         try:

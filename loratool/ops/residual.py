@@ -24,10 +24,7 @@ from loratool.ops.bind_types import BindOptions
 from loratool.ops.merge import MergePlan
 from loratool.plan import Plan, ShardPlan, Step, TensorSpec
 from loratool.store.checkpoint import Checkpoint
-from loratool.store.patch_file import read_patches
-
-BIND_OPTIONS = ("resize_embeddings", "untie", "keep_tied")
-"""What a merge must allow so that it gives what TUNED is."""
+from loratool.store.patch_file import Config, Digest, Row, read_patches
 
 CONFIG_KEYS = ("dtype", "torch_dtype", "vocab_size", "tie_word_embeddings")
 """What ``config.json`` says about weights."""
@@ -35,6 +32,18 @@ CONFIG_KEYS = ("dtype", "torch_dtype", "vocab_size", "tie_word_embeddings")
 _NEW = {"from": "nothing"}
 _SUM = {"from": "sum", "rounding": "exact"}
 _ELEMENTWISE = ("F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL")
+
+
+class _Row(Row, frozen=True):
+    digest: Digest
+
+
+@dataclass(frozen=True)
+class _Table:
+    adapter: dict[str, Digest]
+    bind: dict[str, bool]
+    config: Config
+    tensors: dict[str, _Row]
 
 
 @dataclass(frozen=True)
@@ -79,26 +88,22 @@ def read_residual(path: Path) -> Residual:
     Raises:
         BadFileError: not a residual file, of another version, or damaged.
     """
-    found = read_patches(path, "residual")
+    found = read_patches(path, "residual", _Table)
     if found is None:
         raise BadFileError(
             "LT-398", "this is no residual file", file=path,
             hint="extract --save-residual writes one",
         )  # fmt: skip
     table = found.table
-    try:
-        tensors = {
-            name: ResidualTensor(
-                TensorSpec(name, DTYPES[row["dtype"]].name, tuple(map(int, row["shape"]))),
-                row["from"] == "nothing", str(row["digest"]), found.patches.get(name),
-            )
-            for name, row in table["tensors"].items()
-        }  # fmt: skip
-        bind = {key: bool(table["bind"].get(key, False)) for key in BIND_OPTIONS}
-        config = {k: v for k, v in table["config"].items() if k in CONFIG_KEYS}
-        return Residual(path, tensors, dict(table["adapter"]), bind, config)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise BadFileError("LT-328", "damaged patch file", file=path, got=str(error)) from error
+    tensors = {
+        name: ResidualTensor(
+            TensorSpec(name, row.dtype, row.shape), row.how == "nothing", row.digest,
+            found.patches.get(name),
+        )
+        for name, row in table.tensors.items()
+    }  # fmt: skip
+    config = {k: v for k, v in table.config.items() if k in CONFIG_KEYS}
+    return Residual(path, tensors, table.adapter, table.bind, config)
 
 
 def residual_table(

@@ -13,7 +13,7 @@ from loratool.dialects import open_adapter, unmergeable_reason
 from loratool.dtypes import DTYPES
 from loratool.errors import BadFileError, LoratoolError, MismatchError
 from loratool.ops.adapter_summary import dtype_bytes, dtype_word, summarize_adapter
-from loratool.ops.input_notes import scaling_warnings
+from loratool.ops.input_notes import adapter_warnings
 from loratool.report import (
     CheckpointSummary,
     FolderRow,
@@ -109,7 +109,7 @@ def _warnings(adapter: Adapter) -> list[str]:
     found = []
     if reason := unmergeable_reason(adapter):
         found.append(f"cannot be merged: {reason}")
-    found += scaling_warnings(adapter)
+    found += adapter_warnings(adapter)
     if adapter.unclaimed:
         found.append(f"{len(adapter.unclaimed)} tensors mean nothing for merging and are not used")
     if adapter.base_model and _QUANTISED_NAME.search(adapter.base_model):

@@ -16,35 +16,66 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from msgspec import Meta
 
 from loratool.adapter import Adapter, TensorRef
 from loratool.errors import BadFileError, MismatchError
 from loratool.ops.weights import Weight
 from loratool.plan import DeltaPart, Part, Plan, ShardPlan, Step, TensorSpec
 from loratool.store.checkpoint import Checkpoint
-from loratool.store.patch_file import PatchFile, read_patches
+from loratool.store.patch_file import Config, Digest, PatchFile, Row, read_patches
 from loratool.store.provenance import adapter_id
 
 _ARGS = {"rounding": "exact"}
+_Size = Annotated[int, Meta(ge=0, lt=1 << 56)]
 
 
-def read_undo(path: Path) -> PatchFile:
+class UndoRow(Row, frozen=True):
+    """How a base tensor comes back; the digests are of it and of the merged one."""
+
+    view: tuple[_Size, _Size]
+    base: Digest
+    merged: Digest
+
+
+@dataclass(frozen=True)
+class MergedAdapter:
+    """An adapter that was merged; see the table."""
+
+    files: dict[str, Digest]
+    weight: float
+    modules: Digest = ""
+
+
+@dataclass(frozen=True)
+class UndoTable:
+    """See the module."""
+
+    block_elements: Annotated[int, Meta(ge=1 << 16, le=1 << 26)]
+    adapters: tuple[MergedAdapter, ...]
+    config: Config
+    created: frozenset[str]
+    tensors: dict[str, UndoRow]
+
+
+UndoFile = PatchFile[UndoTable]
+
+
+def read_undo(path: Path) -> UndoFile:
     """Open an undo file.
 
     Raises:
         BadFileError: damaged, or not an undo file.
     """
-    found = read_patches(path, "undo")
+    found = read_patches(path, "undo", UndoTable)
     if found is None:
         raise BadFileError(
             "LT-329", "not an undo file", file=path, hint="merge --save-undo FILE writes one"
         )
-    lacking = {"block_elements", "adapters", "config", "created"} - set(found.table)
-    if lacking:
-        raise BadFileError("LT-328", "damaged undo file", file=path, got=f"no {min(lacking)}")
     return found
 
 
@@ -131,14 +162,14 @@ def undo_table(
     }
 
 
-def check_adapters(undo: PatchFile, adapters: Sequence[tuple[Adapter, Weight]]) -> None:
+def check_adapters(undo: UndoFile, adapters: Sequence[tuple[Adapter, Weight]]) -> None:
     """Refuse other adapters or weights than those that were merged.
 
     Raises:
         MismatchError: they differ.
     """
-    want = sorted(_identity(row) for row in undo.table["adapters"])
-    given = sorted(_identity(_row(a, w)) for a, w in adapters)
+    want = sorted(map(_identity, undo.table.adapters))
+    given = sorted(_identity(_merged(a, w)) for a, w in adapters)
     if want != given:
         raise MismatchError(
             "LT-452", "the undo file was made for other adapters or weights", file=undo.path,
@@ -147,26 +178,30 @@ def check_adapters(undo: PatchFile, adapters: Sequence[tuple[Adapter, Weight]]) 
 
 
 def _row(adapter: Adapter, weight: Weight) -> dict[str, Any]:
-    row = {**weight.to_json(), "files": adapter_id(adapter)}
-    if weight.by_name:
-        text = json.dumps(sorted(weight.by_name.items()))
-        row["modules"] = hashlib.sha256(text.encode()).hexdigest()[:16]
-    return row
+    one = _merged(adapter, weight)
+    modules = {"modules": one.modules} if one.modules else {}
+    return {**weight.to_json(), "files": one.files, **modules}
 
 
-def _identity(row: Mapping[str, Any]) -> tuple[Any, ...]:
-    files = sorted(v for k, v in row["files"].items() if k.endswith(".safetensors"))
-    return (*files, row["weight"], row.get("modules", ""))
+def _merged(adapter: Adapter, weight: Weight) -> MergedAdapter:
+    text = json.dumps(sorted(weight.by_name.items()))
+    modules = hashlib.sha256(text.encode()).hexdigest()[:16] if weight.by_name else ""
+    return MergedAdapter(adapter_id(adapter), weight.to_json()["weight"], modules)
+
+
+def _identity(row: MergedAdapter) -> tuple[Any, ...]:
+    files = sorted(v for k, v in row.files.items() if k.endswith(".safetensors"))
+    return files, row.weight, row.modules
 
 
 def _words(identity: tuple[Any, ...]) -> str:
-    *files, weight, modules = identity
+    files, weight, modules = identity
     own = f" with weights {modules[:6]} per module" if modules else ""
     return "+".join(f[:12] for f in files) + f":{weight:g}{own}"
 
 
 def plan_restore(
-    subtract: Plan, names: Mapping[int, str], merged: Checkpoint, undo: PatchFile
+    subtract: Plan, names: Mapping[int, str], merged: Checkpoint, undo: UndoFile
 ) -> Plan:
     """Turn a plan that takes adapters out into one that gives the base back bit for bit.
 
@@ -178,11 +213,9 @@ def plan_restore(
 
     Raises:
         MismatchError: the undo file is for other tensors.
-        BadFileError: its table is damaged.
     """
-    table: Mapping[str, Mapping[str, Any]] = undo.table["tensors"]
-    created = set(undo.table["created"])
-    missing = sorted(set(table) - set(names.values()))
+    table, created = undo.table.tensors, undo.table.created
+    missing = sorted(table.keys() - set(names.values()))
     if missing:
         raise MismatchError(
             "LT-453", "the merged checkpoint lacks tensors that the undo file restores",
@@ -209,31 +242,24 @@ def plan_restore(
     return replace(subtract, steps=tuple(steps), shards=shards)
 
 
-def _restore_step(
-    step: Step, merged: TensorRef, row: Mapping[str, Any], undo: PatchFile, name: str
-) -> Step:
-    try:
-        how, dtype, shape = row["from"], row["dtype"], tuple(row["shape"])
-        view = (int(row["view"][0]), int(row["view"][1]))
-        args = {"from": how, "patch": undo.patches.get(name), "wanted": row["base"],
-                "source": row["merged"]}  # fmt: skip
-        output = TensorSpec(step.output.name, dtype, shape)
-        sound = view[0] * view[1] == output.numel and how in ("sum", "same", "nothing")
-    except (KeyError, TypeError, ValueError, IndexError) as error:
-        raise BadFileError("LT-328", "damaged undo file", file=undo.path, key=name) from error
-    if how != "nothing":
-        sound &= (merged.dtype, merged.shape) == (dtype, shape)
-    if how == "sum":
-        sound &= view == step.view and step.inputs == (merged,)
+def _restore_step(step: Step, merged: TensorRef, row: UndoRow, undo: UndoFile, name: str) -> Step:
+    output = TensorSpec(step.output.name, row.dtype, row.shape)
+    args = {"from": row.how, "patch": undo.patches.get(name), "wanted": row.base,
+            "source": row.merged}  # fmt: skip
+    sound = row.view[0] * row.view[1] == output.numel
+    if row.how != "nothing":
+        sound &= (merged.dtype, merged.shape) == (row.dtype, row.shape)
+    if row.how == "sum":
+        sound &= row.view == step.view and step.inputs == (merged,)
     if not sound:
         raise MismatchError(
             "LT-453", "the undo file is for a tensor of another form", file=undo.path, key=name,
-            expected=f"{row['dtype']} {row['shape']}", got=f"{merged.dtype} {list(merged.shape)}",
+            expected=f"{row.dtype} {list(row.shape)}", got=f"{merged.dtype} {list(merged.shape)}",
         )  # fmt: skip
-    if how == "sum":
+    if row.how == "sum":
         return replace(step, op="restore", output=output, args={**_ARGS, **args})
-    inputs = () if how == "nothing" else (merged,)
-    return Step("restore", output, inputs, view, shard=step.shard, args=args)
+    inputs = () if row.how == "nothing" else (merged,)
+    return Step("restore", output, inputs, row.view, shard=step.shard, args=args)
 
 
 def _reshape(

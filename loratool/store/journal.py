@@ -14,13 +14,11 @@ import threading
 import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, NoReturn, TypedDict, TypeVar
+from typing import Any, BinaryIO, NamedTuple, TypedDict
 
-from loratool.shapes import checked
+from loratool.shapes import fitting
 from loratool.store.checksum import check_all, is_intact
 from loratool.store.disk import sync_folder, write_all, write_synced
-
-T = TypeVar("T")
 
 NAME = ".journal"
 TEMPORARY = f"{NAME}.tmp"
@@ -103,13 +101,13 @@ def read_journal(folder: Path) -> Earlier:
     finished: dict[str, Finished] = {}
     for line in read_lines(folder / NAME):
         if "file" in line:
-            one = shaped(line, Finished)
+            one = fitting(line, Finished)
             if one is not None and is_plain_name(one["file"]):
                 finished[one["file"]] = one
         elif "names" in line:
-            names.update(filter(is_plain_name, (shaped(line, Names) or {"names": []})["names"]))
+            names.update(filter(is_plain_name, (fitting(line, Names) or {"names": []})["names"]))
         else:
-            head = shaped(line, Head)
+            head = fitting(line, Head)
             heads += [] if head is None else [head]
     exists = bool(heads or names or finished)
     plan = heads[0]["plan"] if heads else None
@@ -151,18 +149,6 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
             continue
         found += [value] if isinstance(value, dict) else []
     return found
-
-
-def shaped(line: Line, shape: type[T]) -> T | None:
-    """A line as what it should be, None if it is something else."""
-
-    def refuse(*_: object) -> NoReturn:
-        raise ValueError
-
-    try:
-        return checked(line, shape, refuse)
-    except ValueError:
-        return None
 
 
 def encode(line: Line) -> bytes:

@@ -77,7 +77,9 @@ def parse_json(
         BadFileError: not UTF-8, not JSON, not an object, nested too deeply, too many values, a key
             twice in one object, or a number that is NaN, infinite or of too many digits.
     """
-    _check_size(raw, file, key, max_values)
+    check_json_size(raw, file, key, max_values)
+    if raw.count(b"[") + raw.count(b"{") > MAX_DEPTH:
+        _check_depth(raw, file, key)
     try:
         value = json.loads(
             raw.decode("utf-8"),
@@ -108,7 +110,12 @@ def parse_json(
     return value
 
 
-def _check_size(raw: bytes, file: object, key: str | None, max_values: int) -> None:
+def check_json_size(raw: bytes | bytearray, file: object, key: str | None, max_values: int) -> None:
+    """Bound what parsing a JSON text can allocate: see `parse_json`, but for the nesting.
+
+    Raises:
+        BadFileError: LT-340 too large in memory, LT-351 too many values.
+    """
     if text_bytes(raw) > MAX_TEXT_BYTES:
         raise BadFileError(
             "LT-340", "JSON file is too large", file=file, key=key,
@@ -121,8 +128,6 @@ def _check_size(raw: bytes, file: object, key: str | None, max_values: int) -> N
                 "LT-351", "JSON file holds too many values", file=file, key=key,
                 expected=f"at most {max_values} brackets, commas and colons", got=marks,
             )  # fmt: skip
-    if raw.count(b"[") + raw.count(b"{") > MAX_DEPTH:
-        _check_depth(raw, file, key)
 
 
 def _check_depth(raw: bytes, file: object, key: str | None) -> None:
@@ -140,7 +145,7 @@ def _check_depth(raw: bytes, file: object, key: str | None) -> None:
             depth -= 1
 
 
-def text_bytes(raw: bytes) -> int:
+def text_bytes(raw: bytes | bytearray) -> int:
     """What a UTF-8 text takes in memory: 1, 2 or 4 bytes for every character."""
     if 4 * len(raw) <= MAX_TEXT_BYTES or raw.isascii():
         return len(raw)
@@ -148,7 +153,7 @@ def text_bytes(raw: bytes) -> int:
     return length * (4 if re.search(rb"[\xf0-\xff]", raw) else 2)
 
 
-def count_marks(raw: bytes, start: int = 0) -> dict[bytes, int]:
+def count_marks(raw: bytes | bytearray, start: int = 0) -> dict[bytes, int]:
     """How often each of `MARKS` stands outside of strings; in windows, for memory's sake."""
     marks = dict.fromkeys(MARKS, 0)
     at = start

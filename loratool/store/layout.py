@@ -28,6 +28,9 @@ _MODEL_FILE = re.compile(
 _NO_WEIGHTS = re.compile(r"^(training_args|optimizer|scheduler|scaler|rng_state|random_states)")
 
 
+_BESIDE = re.compile(r"(non_lora_\w+|mm_projector|value_head)\.(safetensors|bin|pt|pth)")
+
+
 @dataclass(frozen=True)
 class Layout:
     """The weight files of one folder.
@@ -124,6 +127,11 @@ def is_pickle_name(name: str) -> bool:
 def is_state_name(name: str) -> bool:
     """True for pickles that trainers leave beside weights: optimizers, schedulers, arguments."""
     return bool(_NO_WEIGHTS.match(name))
+
+
+def is_beside_name(name: str) -> bool:
+    """True for weights that trainers leave beside an adapter: whole modules, a value head."""
+    return bool(_BESIDE.fullmatch(name))
 
 
 def check_shard_name(name: object, index: Path) -> str:

@@ -11,16 +11,31 @@ from __future__ import annotations
 import json
 import threading
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import (
+    Annotated,
+    Any,
+    BinaryIO,
+    Generic,
+    Literal,
+    NoReturn,
+    Protocol,
+    TypedDict,
+    TypeVar,
+)
+
+from msgspec import Meta, Struct, field
 
 from loratool.adapter import TensorRef
+from loratool.dtypes import DTYPES
 from loratool.errors import BadFileError
+from loratool.shapes import Refuse, checked_json, fitting_json
 from loratool.store.contained import typed
 from loratool.store.disk import disk_error
-from loratool.store.header import build_header, read_header
+from loratool.store.header import MAX_DIMS, MAX_TENSORS, build_header, read_header
+from loratool.store.jsonfile import MAX_TEXT_BYTES, check_json_size
 from loratool.store.marker import content_of, file_metadata
 from loratool.store.reader import FileReader
 from loratool.store.shard_writer import ShardWriter
@@ -28,12 +43,48 @@ from loratool.store.writer import StagedOutput
 
 TABLE = "loratool.patches"
 VERSION = 1
-_MAX_TABLE = 256 << 20  # bytes, unpacked: a million tensors
+MAX_PACKED = 40_000_000  # bytes of the packed table; unpacked `MAX_TEXT_BYTES`
+_MAX_MARKS = 24 * MAX_TENSORS  # of the table's JSON: a tensor has at most so many
+_ROW = 400  # bytes of what a table says of one tensor, at most
 _COPY = 8 << 20
+
+Digest = Annotated[str, Meta(max_length=64)]
+"""sha256, in hexadecimal digits."""
+
+Shape = Annotated[tuple[Annotated[int, Meta(ge=0, lt=1 << 56)], ...], Meta(max_length=MAX_DIMS)]
+"""Of a tensor."""
+
+Config = dict[str, bool | int | float | str | list[str] | None]
+"""Values of a ``config.json``."""
+
+
+class Row(Struct, frozen=True):
+    """What every table says of a tensor.
+
+    Attributes:
+        dtype: of the tensor.
+        shape: of the tensor.
+        how: ``from``, what predicts it: ``sum`` (of the inputs), ``same`` (one) or ``nothing``.
+    """
+
+    dtype: str
+    shape: Shape
+    how: Literal["sum", "same", "nothing"] = field(name="from")
+
+
+class Table(Protocol):
+    """What every table has."""
+
+    @property
+    def tensors(self) -> Mapping[str, Any]:
+        """Name -> row."""
+
+
+T = TypeVar("T", bound=Table)
 
 
 @dataclass(frozen=True)
-class PatchFile:
+class PatchFile(Generic[T]):
     """A patch file, opened.
 
     Attributes:
@@ -43,48 +94,97 @@ class PatchFile:
     """
 
     path: Path
-    table: Mapping[str, Any]
+    table: T
     patches: Mapping[str, TensorRef]
 
 
-def read_patches(path: Path, operation: str) -> PatchFile | None:
+class _Made(TypedDict):
+    operation: str
+
+
+class _Version(TypedDict):
+    version: Any
+
+
+def read_patches(path: Path, operation: str, shape: type[T]) -> PatchFile[T] | None:
     """Open a patch file; None if it is not one of this operation.
 
+    Args:
+        path: the file.
+        operation: that its metadata name.
+        shape: of the table (`loratool.shapes`).
+
     Raises:
-        BadFileError: damaged.
+        BadFileError: LT-328 damaged, LT-397 of another version; see `check_json_size`.
     """
     path = typed(path)
     header = read_header(path)
     refs = {ref.name: ref for ref in header.tensors}
     ref = refs.pop(TABLE, None)
-    if ref is None or _record(header.metadata).get("operation") != operation:
+    made = fitting_json(header.metadata.get("loratool", ""), _Made)
+    if ref is None or made is None or made["operation"] != operation:
         return None
-    packed = bytearray(ref.nbytes)
-    with FileReader() as reader:
-        reader.read_into(ref, 0, memoryview(packed))
-    try:
-        tool = zlib.decompressobj()
-        text = tool.decompress(packed, _MAX_TABLE)
-        table = json.loads(text) if tool.eof else None
-    except (zlib.error, ValueError, RecursionError):
-        table = None
-    if not isinstance(table, dict):
-        table = {}
-    rows = table.get("tensors")
-    if not isinstance(rows, dict) or not refs.keys() <= rows.keys():
-        raise BadFileError("LT-328", "damaged patch file", file=path, key=TABLE)
-    if table.get("version") != VERSION:
+
+    def refuse(key: str | None, expected: str, got: str | None) -> NoReturn:
+        raise BadFileError(
+            "LT-328", "damaged patch file", file=path, key=f"{TABLE}: {key}" if key else TABLE,
+            expected=expected, got=got,
+        )  # fmt: skip
+
+    text = _unpack(ref, refuse)
+    check_json_size(text, path, TABLE, _MAX_MARKS)
+    version = checked_json(text, _Version, refuse)["version"]
+    if version != VERSION:
         raise BadFileError("LT-397", "patch file of another version", file=path,
-                           expected=VERSION, got=table.get("version"))  # fmt: skip
+                           expected=VERSION, got=str(version)[:40])  # fmt: skip
+    table = checked_json(text, shape, refuse)
+    for name, row in table.tensors.items():
+        if row.dtype not in DTYPES:
+            refuse(f"tensors.{name[:100]}.dtype", ", ".join(DTYPES), row.dtype[:40])
+    if not refs.keys() <= table.tensors.keys():
+        refuse(
+            "tensors", "every tensor of the file", f"no {min(refs.keys() - table.tensors.keys())}"
+        )
     return PatchFile(path, table, refs)
 
 
-def _record(metadata: Mapping[str, str]) -> Mapping[str, Any]:
+def _unpack(ref: TensorRef, refuse: Refuse) -> bytearray:
+    """The text of a table, never more than it may be."""
+    if ref.dtype != "U8" or ref.nbytes > MAX_PACKED:
+        refuse(None, f"at most {MAX_PACKED} bytes", f"{ref.dtype}, {ref.nbytes} bytes")
+    packed = bytearray(ref.nbytes)
+    with FileReader() as reader:
+        reader.read_into(ref, 0, memoryview(packed))
+    tool, text, rest = zlib.decompressobj(), bytearray(), bytes(packed)
     try:
-        record = json.loads(metadata.get("loratool", "{}"))
-    except (ValueError, RecursionError):
-        return {}
-    return record if isinstance(record, dict) else {}
+        while not tool.eof and (part := tool.decompress(rest, 1 << 20)):
+            text += part
+            rest = tool.unconsumed_tail
+            if len(text) > MAX_TEXT_BYTES:
+                refuse(None, f"at most {MAX_TEXT_BYTES} bytes, unpacked", "more")
+    except zlib.error:
+        refuse(None, "zlib data", None)
+    if not tool.eof:
+        refuse(None, "zlib data with an end", None)
+    return text
+
+
+def require_room(names: Collection[str], path: Path) -> None:
+    """Refuse, before the work, a table that could not be read again.
+
+    Args:
+        names: of its tensors.
+        path: the file to be.
+
+    Raises:
+        BadFileError: LT-309.
+    """
+    size = sum(map(len, map(json.dumps, names))) + _ROW * len(names)
+    if len(names) > MAX_TENSORS or size > MAX_TEXT_BYTES:
+        raise BadFileError(
+            "LT-309", "too many tensors for a patch file", file=path, got=len(names),
+            expected=f"at most {MAX_TENSORS}, or {MAX_TEXT_BYTES} bytes of what is said of them",
+        )  # fmt: skip
 
 
 class PatchWriter:

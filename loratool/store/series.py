@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import TypedDict
 
 from loratool.errors import OutputError
+from loratool.shapes import fitting
 from loratool.store.disk import refusals_as, sync_folder, write_all
-from loratool.store.journal import encode, read_lines, shaped
+from loratool.store.journal import encode, read_lines
 
 Stamps = Mapping[str, list[int]]
 
@@ -43,7 +44,7 @@ class Series:
 
     def __init__(self, journal: Path) -> None:
         self._journal = journal
-        lines = [line for raw in read_lines(journal) if (line := shaped(raw, Begun))]
+        lines = [line for raw in read_lines(journal) if (line := fitting(raw, Begun))]
         if os.path.lexists(journal) and not _may_be_own(journal, has_lines=bool(lines)):
             raise OutputError(
                 "LT-511", "something else lies where notes about this run would be kept",

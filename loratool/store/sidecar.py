@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -16,12 +16,10 @@ from loratool.store.checkpoint import Checkpoint
 from loratool.store.contained import find_inside, list_folder, open_inside
 from loratool.store.jsonfile import dump_json, load_json
 from loratool.store.stamps import check_stamp
-from loratool.store.tokens import TOKENIZER_FILES, TOKENIZER_STATE, adapter_adds_tokens
+from loratool.store.tokens import TOKENIZER_FILES
 
 if TYPE_CHECKING:
     from loratool.store.writer import StagedOutput
-
-__all__ = ["REMOVE", "Sidecar", "adapter_adds_tokens", "plan_sidecars"]
 
 
 class _Remove:
@@ -59,7 +57,7 @@ _REFUSED = (
     "*.py",
 )
 _WEIGHTS = re.compile(r"\.safetensors$|\.safetensors\.index(\.\w+)?\.json$")
-_TEMPLATES = "additional_chat_templates"
+TEMPLATES = "additional_chat_templates"
 
 
 @dataclass(frozen=True)
@@ -103,14 +101,14 @@ class Sidecar:
 def plan_sidecars(
     checkpoint: Checkpoint,
     *,
-    adapter_tokenizer: Path | None = None,
+    settle: Callable[[dict[str, Sidecar]], list[str]] | None = None,
     config_changes: Mapping[str, Any] | None = None,
 ) -> tuple[list[Sidecar], list[str]]:
     """Decide which small files go along with a merged checkpoint.
 
     Args:
         checkpoint: the base.
-        adapter_tokenizer: the adapter's folder, if its tokenizer is to replace the base's.
+        settle: may put other files in the place of the base's, by name; returns notes.
         config_changes: dotted key of ``config.json`` -> new value, or `REMOVE`; for a pipeline
             the first part of the key names the component.
 
@@ -135,20 +133,20 @@ def plan_sidecars(
         if _WEIGHTS.search(name) and checkpoint.components:
             continue
         leaf = name.rpartition("/")[2]
-        if _is_carried(leaf) or _is_template(name) or (leaf and _WEIGHTS.search(name)):
+        if is_carried(leaf) or _is_template(name) or (leaf and _WEIGHTS.search(name)):
             found[name] = Sidecar(name, *find_inside(checkpoint.path / name, checkpoint.path))
         else:
             left.append(name)
     notes = _left_behind(left)
-    if adapter_tokenizer is not None:
-        notes += _take_tokenizer(found, adapter_tokenizer, checkpoint)
+    if settle is not None:
+        notes += settle(found)
     notes += _apply_changes(found, changes, checkpoint)
     return [found[name] for name in sorted(found)], notes
 
 
 def _walk(checkpoint: Checkpoint) -> Iterator[str]:
     """Names of the files that may matter; a trailing slash marks a folder not looked into."""
-    wanted = {_TEMPLATES}
+    wanted = {TEMPLATES}
     index = checkpoint.path / "model_index.json"
     if checkpoint.components and index.is_file():
         wanted |= set(load_json(index))
@@ -163,9 +161,9 @@ def _walk(checkpoint: Checkpoint) -> Iterator[str]:
             yield f"{entry.name}/"
         else:
             for inner in list_folder(entry, root):
-                if inner.is_dir() and inner.name == _TEMPLATES:
+                if inner.is_dir() and inner.name == TEMPLATES:
                     templates = list_folder(inner, root)
-                    yield from (f"{entry.name}/{_TEMPLATES}/{t.name}" for t in templates)
+                    yield from (f"{entry.name}/{TEMPLATES}/{t.name}" for t in templates)
                 elif not inner.name.startswith("."):
                     yield f"{entry.name}/{inner.name}" + ("/" if inner.is_dir() else "")
 
@@ -186,14 +184,15 @@ def _sentence_modules(folder: Path) -> set[str]:
     return {p for p in paths if isinstance(p, str) and p and "/" not in p and p not in (".", "..")}
 
 
-def _is_carried(name: str) -> bool:
+def is_carried(name: str) -> bool:
+    """True for the names of small files that programs need beside a model's weights."""
     if any(fnmatchcase(name, pattern) for pattern in _REFUSED):
         return False
     return any(fnmatchcase(name, pattern) for pattern in _CARRIED)
 
 
 def _is_template(name: str) -> bool:
-    return f"/{name}".find(f"/{_TEMPLATES}/") >= 0 and name.endswith(".jinja")
+    return f"/{name}".find(f"/{TEMPLATES}/") >= 0 and name.endswith(".jinja")
 
 
 def _left_behind(names: list[str]) -> list[str]:
@@ -205,33 +204,6 @@ def _left_behind(names: list[str]) -> list[str]:
     if rest:
         notes.append(f"not carried over: {list_some(rest, 50)}")
     return notes
-
-
-def _take_tokenizer(
-    found: dict[str, Sidecar], adapter_dir: Path, checkpoint: Checkpoint
-) -> list[str]:
-    if checkpoint.components:
-        return ["the adapter's tokenizer is not taken: a pipeline has several"]
-    own = sorted(
-        entry.name
-        for entry in list_folder(adapter_dir)
-        if not entry.is_dir() and any(fnmatchcase(entry.name, p) for p in TOKENIZER_FILES)
-    )
-    templates = adapter_dir / _TEMPLATES
-    if templates.is_dir():
-        own += [f"{_TEMPLATES}/{t.name}" for t in list_folder(templates, adapter_dir)]
-    stale = {n for n in found if n in TOKENIZER_STATE}
-    config_path = adapter_dir / "tokenizer_config.json"
-    if "chat_template.jinja" in own or (
-        config_path.is_file() and "chat_template" in load_json(config_path)
-    ):  # transformers prefers the template's own file over the configuration
-        stale |= {n for n in found if n.startswith("chat_template") or _is_template(n)}
-    for name in stale - set(own):
-        del found[name]
-    for name in own:
-        source, stamp = find_inside(adapter_dir / name, adapter_dir)
-        found[name] = Sidecar(name, source, stamp, origin="adapter")
-    return ["the tokenizer is the adapter's, because it has added tokens"]
 
 
 def _apply_changes(

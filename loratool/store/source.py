@@ -94,10 +94,10 @@ class Resolved:
         return "hf://" + self.label.replace(f"@{self.commit[:7]}", f"@{self.commit}", 1)
 
 
-def parse_adapter(text: str) -> AdapterArgument:
+def parse_adapter(text: str | Path) -> AdapterArgument:
     """Split ``style:0.7`` or ``style:unet=0.8,te=0.4`` into a name and its weights.
 
-    An existing path of exactly that name wins.
+    An existing path of exactly that name wins; a `Path` is one as it stands.
 
     Raises:
         UsageError: what follows the last colon is no weight.
@@ -106,6 +106,8 @@ def parse_adapter(text: str) -> AdapterArgument:
         >>> parse_adapter("hf://me/style@v2:-0.3").weight
         -0.3
     """
+    if isinstance(text, Path):
+        return AdapterArgument(str(text))
     head, colon, tail = text.rpartition(":")
     if not colon or _exists(text):
         return AdapterArgument(text)

@@ -22,7 +22,12 @@ from typing import NoReturn
 from loratool.errors import BadFileError, DiskError, UnsafeContentError
 from loratool.store.contained import list_folder, open_inside
 from loratool.store.jsonfile import dump_json, load_json
-from loratool.store.layout import check_shard_name, is_pickle_name, is_state_name
+from loratool.store.layout import (
+    check_shard_name,
+    is_beside_name,
+    is_pickle_name,
+    is_state_name,
+)
 from loratool.store.source import Resolved
 
 _PROGRAM = "loratool.engine.unpickle"
@@ -68,8 +73,11 @@ def _pickles(path: Path) -> Iterator[Path]:
             yield path
         return
     names = [entry.name for entry in list_folder(path) if not entry.name.startswith(".")]
-    if not any(name.endswith(".safetensors") for name in names):
-        yield from (path / n for n in names if is_pickle_name(n) and not is_state_name(n))
+    has_own = any(name.endswith(".safetensors") for name in names)
+    for name in names:
+        is_twice = _new_name(name) in names or (has_own and not is_beside_name(name))
+        if is_pickle_name(name) and not is_state_name(name) and not is_twice:
+            yield path / name
 
 
 def _mirror(path: Path, pickles: list[Path], top: Path) -> Path:

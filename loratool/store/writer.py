@@ -125,9 +125,14 @@ class StagedOutput:
             head = {"plan": plan_id, "loratool": __version__, "inputs": stamps}
             known = {"names": sorted(self._left.names)}
             self._journal = Journal(self.staging, [head, known, *self.finished.values()])
-            self._left.clear(keep=self.finished)
-            sync_folder(self.staging.parent)
-            check_space(self.staging, need_bytes - sum(f["size"] for f in self.finished.values()))
+            try:
+                self._left.clear(keep=self.finished)
+                sync_folder(self.staging.parent)
+                done = sum(f["size"] for f in self.finished.values())
+                check_space(self.staging, need_bytes - done)
+            except BaseException:
+                self._journal.close()
+                raise
         except BaseException as error:
             if not self._holds_work():
                 self._left.drop()

@@ -127,6 +127,15 @@ def test_inspect_many_goes_on_after_a_failure(toy: Path, run: Run) -> None:
     assert "gone.safetensors: [LT-300]" in found.out and "sql" in found.out
 
 
+def test_inspect_a_folder_of_nothing_that_can_be_read(run: Run, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.safetensors").write_bytes(b"\0" * 9)
+    found = run("inspect", tmp_path)
+    assert found.code == 4 and found.out.count("error") == 2
+    write_safetensors(tmp_path / "c.safetensors", {"x.weight": (2, 2)})
+    assert run("inspect", tmp_path).code == 0
+
+
 def test_inspect_folder(toy: Path, run: Run) -> None:
     (toy / "bad.safetensors").write_bytes(b"\xff" * 100)
     found = run("inspect", ".")

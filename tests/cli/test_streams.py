@@ -19,8 +19,8 @@ from typing import Any
 import pytest
 
 from loratool import api
+from tests.faults.process import environment
 from tests.faults.scene import fingerprint
-from tests.faults.strace import environment
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="/dev/full")
 

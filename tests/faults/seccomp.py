@@ -11,6 +11,7 @@ import array
 import ctypes
 import errno
 import fcntl
+import mmap
 import os
 import platform
 import select
@@ -120,12 +121,17 @@ class Call:
 
     def write_part(self, pidfd: int) -> int:
         """Write half of what the process wants to write, in its stead; returns how much."""
-        data = self._memory(self.args[1], self.args[2] // 2)
         fd = _checked(_libc.syscall(_PIDFD_GETFD, pidfd, ctypes.c_int(self.args[0]), 0))
+        size = self.args[2] // 2
+        if fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT:  # whole pages, from whole pages
+            size = size // mmap.PAGESIZE * mmap.PAGESIZE or self.args[2]
         try:
-            if self.name == "pwrite64":
-                return os.pwrite(fd, data, self.args[3])
-            return os.write(fd, data)
+            with mmap.mmap(-1, max(1, size)) as page:
+                page[:size] = self._memory(self.args[1], size)
+                with memoryview(page)[:size] as data:
+                    if self.name == "pwrite64":
+                        return os.pwrite(fd, data, self.args[3])
+                    return os.write(fd, data)
         finally:
             os.close(fd)
 

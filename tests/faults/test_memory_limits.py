@@ -12,11 +12,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
-from tests.faults.strace import environment
 
 from loratool import api
 from loratool.cli.failures import report
 from loratool.engine import machine
+from tests.faults.process import environment
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="/proc")
 

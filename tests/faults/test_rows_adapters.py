@@ -149,4 +149,4 @@ def test_rank_over_8192(world: World, row: str) -> None:
 
 @pytest.mark.parametrize("row", ["limit-regex-of-user"])
 def test_runaway_patterns_of_the_command_line(world: World, row: str) -> None:
-    world.refuses(world.merge_words("--skip", "a" * 513), "LT-242", expected="512")
+    world.refuses(world.merge_words("--skip", "a" * 513), "LT-242", got="512")

@@ -21,7 +21,7 @@ from tests.unit.peft_files import pair, read, write_folder
     ("field", "value"),
     [
         ("r", 0), ("r", -1), ("r", "8"), ("r", 8.0), ("r", True), ("r", 1 << 40), ("r", [8]),
-        ("lora_alpha", "16"), ("lora_alpha", True), ("lora_alpha", [1]), ("lora_alpha", 10**400),
+        ("lora_alpha", "16"), ("lora_alpha", True), ("lora_alpha", [1]), ("lora_alpha", 10**39),
         ("use_rslora", "false"), ("use_rslora", 1), ("use_dora", "yes"), ("fan_in_fan_out", 0),
         ("lora_bias", 3) , ("bias", "some"), ("bias", True),
         ("rank_pattern", [1]), ("rank_pattern", {"q": 8.0}), ("rank_pattern", {"q": True}),

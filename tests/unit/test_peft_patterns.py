@@ -77,7 +77,7 @@ def test_first_key_in_file_order_wins() -> None:
 
 @pytest.mark.parametrize(
     "key",
-    ["(a+)+b", "(a*)*", "(a|aa)+b", "(.*a){9}b", "((a+)b?)+", "(?=a)a", r"(a)\1", "(", "x" * 513,
+    ["(a+)+b", "(a*)*", "(a|aa)+b", "(.*a){9}b", "((a+)b?)+", "(", "x" * 513,
      "(?:a?){30}b", "[a-z]+" * 9],
 )  # fmt: skip
 def test_dangerous_or_broken_patterns_are_refused_at_once(key: str) -> None:
@@ -95,8 +95,10 @@ def test_open_repeats_are_bounded_by_the_length_of_the_name() -> None:
 
 
 @pytest.mark.parametrize(
-    "key", [r"model\.layers\.\d+\.q", "(q_proj|k_proj|v_proj)", ".*[.]1[.].*q.*", "x" * 512]
-)
+    "key",
+    [r"model\.layers\.\d+\.q", "(q_proj|k_proj|v_proj)", ".*[.]1[.].*q.*", "x" * 512,
+     "(?=a)a", r"(a)\1", "(q|k)" * 100, "[" + "x" * 510 + "]"],
+)  # fmt: skip
 def test_useful_patterns_are_not_refused(key: str) -> None:
     Patterns({key: 1}, "rank_pattern", None).get("model.layers.1.q_proj", 0)
 
@@ -105,3 +107,28 @@ def test_patterns_without_effect_are_named() -> None:
     patterns = Patterns({"q": 1, "typo": 2, ".*q": 3}, "alpha_pattern", None)
     patterns.get("x.q", 0)
     assert patterns.note == "alpha_pattern without effect: .*q, typo"
+
+
+def test_a_pattern_for_each_of_many_modules_takes_no_square_of_time() -> None:
+    """Dots that are not escaped, as most programs write them."""
+    names = [f"model.layers.{n}.mlp.experts.{n % 7}.up_proj" for n in range(4000)]
+    started = time.thread_time()
+    patterns = Patterns({name: n for n, name in enumerate(names)}, "rank_pattern", None)
+    assert [patterns.get(name, -1) for name in names] == list(range(4000))
+    assert time.thread_time() - started < 5
+
+
+def test_a_table_that_takes_too_long_on_all_names_is_refused() -> None:
+    table = {f"(a|b)*{n}": n for n in range(900)}
+    table |= {f".*x{n}.*y": n for n in range(90)}
+    started = time.thread_time()
+    with pytest.raises(BadFileError) as caught:
+        patterns = Patterns(table, "rank_pattern", Path("c.json"))
+        for n in range(10**6):
+            patterns.get(f"model.layers.{n}.{'xa' * 100}.q", 0)
+    assert caught.value.code == "LT-368" and time.thread_time() - started < 20
+
+
+def test_expressions_are_counted() -> None:
+    with pytest.raises(BadFileError, match="more than 1000 keys with operators"):
+        Patterns({f"a+{n}": n for n in range(1001)}, "rank_pattern", None)

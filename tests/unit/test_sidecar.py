@@ -12,7 +12,8 @@ import pytest
 from loratool.errors import LoratoolError
 from loratool.store.checkpoint import open_checkpoint
 from loratool.store.header import build_header
-from loratool.store.sidecar import REMOVE, Sidecar, adapter_adds_tokens, plan_sidecars
+from loratool.store.sidecar import REMOVE, Sidecar, plan_sidecars
+from loratool.store.tokens import adapter_adds_tokens
 
 CONFIG = b'{"z": 1,\n "dtype" : "bfloat16", "text_config": {"vocab_size": 10}, "a": 1.50}'
 
@@ -277,7 +278,7 @@ def test_pipeline(tmp_path: Path) -> None:
     put(pipe / "scheduler", scheduler_config__json={"a": 1})
     put(pipe / "tokenizer", merges__txt=b"", vocab__json={}, tokenizer_config__json={})
     put(pipe / "assets", picture__png=b"x", config__json={})
-    found, notes = plan(pipe, config_changes={"unet.dtype": "float32"}, adapter_tokenizer=pipe)
+    found, notes = plan(pipe, config_changes={"unet.dtype": "float32"})
     assert set(found) == {
         "LICENSE", "model_index.json", "scheduler/scheduler_config.json",
         "tokenizer/merges.txt", "tokenizer/tokenizer_config.json", "tokenizer/vocab.json",
@@ -286,59 +287,9 @@ def test_pipeline(tmp_path: Path) -> None:
     assert json.loads(content(found["unet/config.json"])) == {"dtype": "float32"}
     assert "custom code is not copied: unet/modeling.py" in notes
     assert "not carried over: assets/" in notes
-    assert "a pipeline has several" in notes
 
 
 # --- tokenizers -------------------------------------------------------------------------------
-
-
-def test_adapter_tokenizer_replaces_the_base_one(base: Path, tmp_path: Path) -> None:
-    put(
-        base,
-        tokenizer__json={"a": 1},
-        special_tokens_map__json={},
-        added_tokens__json={"<x>": 1},
-        vocab__json={"a": 0},
-        chat_template__jinja=b"base",
-        LICENSE=b"base",
-    )
-    adapter = put(
-        tmp_path / "adapter",
-        tokenizer__json={"a": 2},
-        tokenizer_config__json={"chat_template": "adapter"},
-        adapter_config__json={},
-        config__json={},
-        LICENSE=b"adapter",
-        README__md=b"x",
-    )
-    found, notes = plan(base, adapter_tokenizer=adapter)
-    assert {n: f.origin for n, f in found.items()} == {
-        "LICENSE": "base",
-        "config.json": "base",
-        "tokenizer.json": "adapter",
-        "tokenizer_config.json": "adapter",
-        "vocab.json": "base",
-    }
-    assert json.loads(content(found["tokenizer.json"])) == {"a": 2}
-    assert content(found["config.json"]) == CONFIG
-    assert "the tokenizer is the adapter's" in notes
-
-
-def test_base_chat_template_stays_if_the_adapter_has_none(base: Path, tmp_path: Path) -> None:
-    put(base, chat_template__jinja=b"base")
-    adapter = put(tmp_path / "adapter", tokenizer__json={}, tokenizer_config__json={})
-    assert plan(base, adapter_tokenizer=adapter)[0]["chat_template.jinja"].origin == "base"
-    put(adapter, chat_template__jinja=b"adapter")
-    put(adapter / "additional_chat_templates", t__jinja=b"adapter")
-    found, _ = plan(base, adapter_tokenizer=adapter)
-    assert content(found["chat_template.jinja"]) == b"adapter"
-    assert found["additional_chat_templates/t.jinja"].origin == "adapter"
-
-
-def test_adapter_tokenizer_link_out_of_its_folder(base: Path, tmp_path: Path) -> None:
-    adapter = put(tmp_path / "adapter", x=b"")
-    (adapter / "tokenizer.json").symlink_to(base / "config.json")
-    refuse(base, "LT-904", adapter_tokenizer=adapter)
 
 
 def sentencepiece(*pieces: str) -> bytes:

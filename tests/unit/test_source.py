@@ -298,7 +298,7 @@ def test_cached_base_and_sub_folder_offline(here: Path) -> None:
     )
     assert in_new_process(here / "hf", code) == f"{folder}/unet me/base@{SHA[:7]}/unet w x"
     code = "resolve('hf://me/base/nope', kind='base', offline=True)"
-    assert in_new_process(here / "hf", code).startswith("7 LT-704 the repository has no such file")
+    assert in_new_process(here / "hf", code).startswith("7 LT-706 not in the cache")
 
 
 @pytest.mark.parametrize("text", ["hf://me/gone", "hf://me/style@other", f"me/gone@{SHA}"])
@@ -376,6 +376,8 @@ def test_unreachable_hub_falls_back_to_the_cache(fake_hub: dict[str, Any]) -> No
     fake_hub["files"] = HubError("LT-705", "the Hub cannot be reached")
     refuse(lambda: resolve("hf://me/x", kind="base"), "LT-705", exit_code=7)
     fake_hub["cached"] = True
+    refuse(lambda: resolve("hf://me/x", kind="base"), "LT-705", exit_code=7)  # no weights there
+    weights(Path("model.safetensors"), "w")
     note = resolve("me/x", kind="base").note
     assert note is not None
     assert "no such local path; a cached copy, because the Hub cannot be reached" in note
