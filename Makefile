@@ -43,15 +43,16 @@ test-slow: $(VENV)/.tested
 test-gpu: $(VENV)/.tested
 	$(BIN)/python -m pytest -m "gpu"
 
-# Mutated headers, configurations and whole merges; tests/faults/fuzz/atheris_target.py goes further.
+# 20,000 mutations of every kind of file, some hours; tests/faults/fuzz/atheris_target.py goes further.
 fuzz: $(VENV)/.tested
-	$(TEST_ENV) $(BIN)/python -m pytest -m slow -s tests/faults/test_fuzz.py
+	MUTATIONS=20000 $(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) -m slow -rs \
+		tests/faults/test_mutations.py tests/faults/test_fuzz.py tests/faults/test_patch_tables.py
 
-# Every moment of every writing command, 5,000 worlds around an output, 200 kills by the clock:
-# about an hour; the counts are printed at the end.
+# Every moment of every writing command, 5,000 worlds around an output, 200 kills by the clock,
+# 2,000 mutations of every kind of file: more than an hour; the counts are printed at the end.
 faults: $(VENV)/.tested
 	$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) -rs $(addprefix tests/faults/test_,\
-		sweep.py order.py surroundings.py kills.py disk.py)
+		sweep.py order.py surroundings.py kills.py disk.py mutations.py patch_tables.py)
 
 bench: $(VENV)/.tested
 	$(BIN)/python benchmarks/merge.py

@@ -14,6 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from loratool.dtypes import numel, tensor_bytes
+from loratool.errors import UsageError
+
+MAX_ALPHA = 1e30  # far from overflow when it is multiplied with float32 factors
 
 Stamp = tuple[int, int, int, int, int]
 """(device, inode, size, mtime, ctime in ns) of a file: differs if it changed or was replaced."""
@@ -102,6 +105,8 @@ class DeltaSpec:
         base_change: what loading does to the base first: ``pissa``, ``olora``, ``kasa``, or "".
         blocks: (n, side) for block-diagonal factors, side ``A`` or ``B``; None otherwise.
         b_order: packing of the experts axis of lora_B, ``rank-major`` (PEFT) or ``expert-major``.
+        is_bare: the parameter itself is adapted, whatever class its module has (PEFT's
+            ``target_parameters``): lora_B @ lora_A lies on it as it is stored.
     """
 
     kind: str
@@ -118,11 +123,17 @@ class DeltaSpec:
     base_change: str = ""
     blocks: tuple[int, str] | None = None
     b_order: str = "rank-major"
+    is_bare: bool = False
 
     @property
     def name(self) -> str:
         """Full in-memory parameter name."""
         return f"{self.module}.{self.parameter}" if self.module else self.parameter
+
+    @property
+    def matrix(self) -> tuple[int, int]:
+        """Rows of lora_B and columns of lora_A, as stored."""
+        return self.fields["lora_B"].shape[0], self.fields["lora_A"].shape[1]
 
     @property
     def is_additive(self) -> bool:
@@ -203,6 +214,20 @@ class Adapter:
     beside: tuple[BesideFile, ...] = ()
 
     @property
+    def tied_pairs(self) -> tuple[tuple[DeltaSpec, DeltaSpec], ...]:
+        """Embedding and head that ``ensure_weight_tying`` gives one change, turned round."""
+        if self.config.get("ensure_weight_tying") is not True:
+            return ()
+        plain = [s for s in self.specs if s.kind == "lowrank" and s.layout == "linear"]
+        return tuple(
+            (one, other)
+            for one in self.specs
+            if one.layout == "embedding"
+            for other in plain
+            if other.matrix == one.matrix[::-1]
+        )
+
+    @property
     def label(self) -> str:
         """Short name for tables: the last part of the path."""
         return self.path.name or str(self.path)
@@ -227,6 +252,11 @@ class ReadOptions:
     mha_out_proj: str | None = None
     moe_layout: str | None = None
     experts_b_order: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.alpha is not None and not abs(self.alpha) <= MAX_ALPHA:
+            raise UsageError("LT-271", "alpha out of range", got=self.alpha,
+                             expected=f"a number of at most {MAX_ALPHA:g}")  # fmt: skip
 
 
 @dataclass(frozen=True)

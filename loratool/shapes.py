@@ -104,6 +104,8 @@ def _refused(build: Callable[[], T], refuse: Refuse) -> T:
         )  # fmt: skip
     except (msgspec.DecodeError, UnicodeDecodeError):
         refuse(None, "JSON", "other text")
+    except UnicodeEncodeError:
+        refuse(None, "Unicode", "half a surrogate pair")
     except RecursionError:
         refuse(None, "data that is nested less deeply", None)
 

@@ -9,8 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loratool.adapter import Adapter, ReadOptions
+from loratool.adapter import Adapter, AdapterFiles, ReadOptions
 from loratool.api.common import Limits, content_label, option_values, parse_dtype
+from loratool.api.fitting import check_files, fit_for
 from loratool.api.sums import Summed, assemble_sum, run_sum
 from loratool.dialects import open_adapter, write_adapter_files
 from loratool.errors import UsageError
@@ -19,9 +20,10 @@ from loratool.ops.adapter_summary import dtype_word
 from loratool.ops.batch import output_folder
 from loratool.ops.combine import arc_weights, memory_needs, plan_combine, rank_of
 from loratool.ops.consent import agree_to_read
+from loratool.ops.fitting import check_fit, check_rank
 from loratool.ops.input_notes import unused_warnings
 from loratool.ops.inputs import Access, OpenedAdapter, guard_output, open_adapters
-from loratool.ops.loads import judge_loads
+from loratool.ops.programs import Program, find_program, judge_loads
 from loratool.ops.rank_options import MAX_RANK
 from loratool.ops.sums import SumPlan, compared_ranges
 from loratool.ops.weights import Weight, read_module_weights, rules_json, unused_rules
@@ -44,6 +46,7 @@ def combine(
     weights: Sequence[float] | None = None,
     mean: bool = False,
     dtype: str = "auto",
+    program: str | None = None,
     threads: int | None = None,
     max_memory: str | int | None = None,
     read: ReadOptions | None = None,
@@ -67,6 +70,8 @@ def combine(
             first adapter, which is 1, may be left out.
         mean: divide by the number of adapters.
         dtype: ``auto`` = the inputs' own, the widest if they are mixed.
+        program: ``peft``, ``vllm`` or ``llama.cpp``: written as that program loads it, with one
+            rank and one α/r; None = as it is.
         threads: workers; None = twice the cores, at most 8.
         max_memory: limit for the planned peak.
         read: what the files do not say.
@@ -86,6 +91,7 @@ def combine(
         row = find_method("svd")
     values = parse_params(row, params or {})
     _check_rank(rank)
+    reader = None if program is None else find_program(program)
     access = access or Access()
     rules = read_module_weights(Path(module_weights), len(adapters)) if module_weights else ()
     if minus and weights is not None and len(weights) == len(adapters) - 1:
@@ -109,8 +115,12 @@ def combine(
     plan = replace(plan, notes=(*plan.notes, *unused_rules([o.adapter for o in opened], rules)))
     if wanted := parse_dtype(dtype):
         plan = replace(plan, dtype=wanted)
+    if reader is not None:
+        plan = replace(plan, is_even=True)
+        _check_program(reader, plan, row, rank, [a for a, _ in weighed])
     needs, kept = memory_needs(plan, row, rank)
-    memory = Limits(threads, max_memory).plan(
+    limits = Limits(threads, max_memory)
+    memory = limits.plan(
         needs, kept=kept,
         hint="--method cat, svd or core" if row.space in ("dense", "joint") else "",
     )  # fmt: skip
@@ -128,19 +138,33 @@ def combine(
             plan, rank, method=row, params=values, threads=memory.threads, progress=progress
         )
         adapter = assemble_sum(plan, summed, opened[0].adapter)
+    fitted = fit_for(adapter, reader, limits)
     record: dict[str, Any] = {}
     if provenance:
         options = option_values(
             method=row.name, params=dict(values), rank=rank, dtype=dtype,
-            module_weights=rules_json(rules),
+            module_weights=rules_json(rules), **{"for": program},
         )  # fmt: skip
         name = "subtract" if minus else "merge adapters"
         record = provenance_of(name, options=options, inputs=_inputs(opened))
-    size = _write(adapter, target, record, opened, force)
-    loads = judge_loads(open_adapter(target))
+    files = write_adapter_files(fitted.adapter)
+    check_files(files, adapter, reader)
+    size = _write(files, target, record, opened, force)
+    report = job.report(summed, size, judge_loads(open_adapter(target)))
     if summed is None:
-        return replace(job.report(None, size, loads), dry_run=False, relative_error=0.0)
-    return job.report(summed, size, loads)
+        report = replace(report, dry_run=False, relative_error=fitted.relative_error)
+    return replace(report, notes=(*report.notes, *fitted.notes),
+                   warnings=(*report.warnings, *fitted.warnings))  # fmt: skip
+
+
+def _check_program(
+    program: Program, plan: SumPlan, method: Method, rank: int | None, adapters: Sequence[Adapter]
+) -> None:
+    """Refuse, before any work, what the program would not load."""
+    for adapter in adapters:
+        check_fit(adapter, program)
+    ranks = [rank_of(m, method, rank) for m in plan.modules if not m.is_bias]
+    check_rank(max(ranks, default=0), program, adapters[0])
 
 
 def _less_the_others(opened: Sequence[OpenedAdapter]) -> list[OpenedAdapter]:
@@ -176,7 +200,7 @@ def _inputs(opened: Sequence[OpenedAdapter]) -> dict[str, Any]:
 
 
 def _write(
-    adapter: Adapter,
+    files: AdapterFiles,
     target: Path,
     record: dict[str, Any],
     opened: Sequence[OpenedAdapter],
@@ -185,7 +209,6 @@ def _write(
     from loratool.store.adapter_writer import write_adapter
 
     extras = next((o.adapter.extras for o in opened if o.adapter.extras), {})
-    files = write_adapter_files(adapter)
     return write_adapter(files, target, record=record, force=force, extras=extras)
 
 

@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 _CUDA_FACTORING_CHUNK = 32 << 20  # page-locked memory is slow to get, and the run takes seconds
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+_SIZE = re.compile(r"\s*([0-9]{1,40}(?:\.[0-9]{1,40})?)\s*([kmgt]?)(i?)b?\s*", re.IGNORECASE)
+_TOO_LARGE = 2.0**63  # bytes
+_MAX_THREADS = 1024
 _BINARY = {"k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
 
 
@@ -37,13 +40,15 @@ def parse_size(text: str | int | None) -> int | None:
     Raises:
         UsageError: not a size.
     """
-    if text is None or isinstance(text, int):
-        return text
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?\s*", text, re.IGNORECASE)
-    if not found or (found[3] and not found[2]):
-        raise UsageError("LT-213", "not a size", expected="such as 5GB or 512MiB", got=text)
-    unit = found[2].lower()
-    return int(float(found[1]) * (_BINARY[unit] if found[3] else _UNITS[unit]))
+    if text is None:
+        return None
+    found = _SIZE.fullmatch(str(text))
+    if found and not (found[3] and not found[2]):
+        unit = found[2].lower()
+        size = float(found[1]) * (_BINARY[unit] if found[3] else _UNITS[unit])
+        if size < _TOO_LARGE:
+            return int(size)
+    raise UsageError("LT-213", "not a size", expected="such as 5GB or 512MiB", got=str(text)[:80])
 
 
 def file_rules(max_header: str | int | None, allow_pickle: bool) -> FileRules:
@@ -203,8 +208,10 @@ class Limits:
         """
         from loratool.engine.machine import default_threads
 
-        if self.threads is not None and self.threads < 1:
-            raise UsageError("LT-215", "number of threads", expected="1 or more", got=self.threads)
+        if self.threads is not None and not 1 <= self.threads <= _MAX_THREADS:
+            raise UsageError(
+                "LT-215", "number of threads", expected=f"1 to {_MAX_THREADS}", got=self.threads
+            )
         return self.threads or default_threads()
 
     @property

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from loratool.adapter import Adapter, AdapterFiles, ReadOptions
 from loratool.api.common import (
+    Limits,
     Resources,
     content_label,
     file_rules,
@@ -20,14 +21,16 @@ from loratool.api.common import (
     plan_resources,
 )
 from loratool.api.compress_ranks import choose_ranks
+from loratool.api.fitting import check_files, fit_for
 from loratool.dialects import open_adapter, write_adapter_files
 from loratool.errors import UsageError
 from loratool.ops.batch import is_batch, many_outputs, name_of, place_outputs
 from loratool.ops.compress import CompressPlan, names_of, plan_compress, rebuild
 from loratool.ops.compress_options import rank_rule
+from loratool.ops.fitting import check_fit
 from loratool.ops.input_notes import unused_warnings
 from loratool.ops.inputs import Access, guard_output, open_one
-from loratool.ops.loads import judge_loads
+from loratool.ops.programs import Program, find_program, judge_loads
 from loratool.report import (
     CompressedAdapter,
     CompressedModule,
@@ -55,6 +58,7 @@ def compress(
     size: str | int | None = None,
     sv_ratio: float | None = None,
     max_rank: int | None = None,
+    program: str | None = None,
     threads: int | None = None,
     max_memory: str | int | None = None,
     force: bool = False,
@@ -82,6 +86,8 @@ def compress(
         size: whole tensor file at most, in bytes or as ``20MB``, spent where it keeps most.
         sv_ratio: keep σ ≥ σ₁ / sv_ratio, per module.
         max_rank: cap for all criteria.
+        program: ``peft``, ``vllm`` or ``llama.cpp``: written as that program loads it, with one
+            rank and one α/r; None = as it is.
         threads: workers; None = twice the cores, at most 8.
         max_memory: limit for the planned peak.
         force: replace earlier loratool outputs.
@@ -114,34 +120,37 @@ def compress(
         size=limit,
         has_base=base is not None,
     )
-    options = option_values(**rule, size=limit, rank_auto=base is not None)
+    target = None if program is None else find_program(program)
+    options = option_values(**rule, size=limit, rank_auto=base is not None, **{"for": program})
     read = read or ReadOptions()
     access = Access(offline, yes, file_rules(max_header, allow_pickle))
     texts = [str(a) for a in ([adapters] if isinstance(adapters, (str, Path)) else adapters)]
     if not texts:
         raise UsageError("LT-221", "no adapter given")
     with nullcontext() if dry_run else many_outputs(output, len(texts)):
-        jobs = _open(texts, base, output, read, access, force)
+        jobs = _open(texts, base, output, read, access, force, target)
         if base is not None:
             jobs = _cap_all(jobs, base, read, access, threads, max_memory)
         if (len(jobs) > 1 or is_batch(output)) and not dry_run:
             Path(output).mkdir(exist_ok=True)
         advance = _advance_of(jobs, progress)
-        reports = []
+        reports: list[CompressedAdapter] = []
+        warnings: list[str] = []
         for job in jobs:
             resources = plan_resources(
                 job.plan.steps("factor", [{"rule": rule}] * len(job.plan.specs)), device="cpu",
                 threads=threads, max_memory=max_memory, chunk_bytes=None, sample=False,
                 progress=None,
             )  # fmt: skip
-            made = _compress(job, rule, limit, resources, advance)
+            limits = Limits(threads, max_memory)
+            made = _within(job, rule, limit, resources, advance, target, limits)
+            warnings += made.warnings
             if not dry_run:
                 _write(job, made.files, _record(job, options) if provenance else {}, force)
             reports.append(_report(job, made, dry_run))
-    warnings = [f"{j.resolved.label}: {w}" for j in jobs for w in unused_warnings(j.plan.adapter)]
-    return CompressReport(
-        tuple(reports), options, time.monotonic() - started, dry_run, tuple(warnings)
-    )
+    warnings += [f"{j.resolved.label}: {w}" for j in jobs for w in unused_warnings(j.plan.adapter)]
+    seconds = time.monotonic() - started
+    return CompressReport(tuple(reports), options, seconds, dry_run, tuple(warnings))
 
 
 def _advance_of(jobs: Sequence[_Job], progress: Progress | None) -> Callable[[int], None]:
@@ -190,6 +199,8 @@ class _Made:
     adapter: Adapter
     dropped: Sequence[str]
     is_unchanged: bool
+    notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
 
 
 def _open(
@@ -199,6 +210,7 @@ def _open(
     read: ReadOptions,
     access: Access,
     force: bool,
+    program: Program | None,
 ) -> list[_Job]:
     """Open every input and check every output before any work is done."""
     found = [open_one(text, read=read, access=access) for text in texts]
@@ -208,7 +220,10 @@ def _open(
         guard_output(target, [base, *(one.named for one, _ in found)])
         if target == Path(output) or target.parent.exists():
             check_output(target, is_folder=True, force=force)
-        jobs.append(_Job(resolved, plan_compress(adapter), target))
+        if program is not None:
+            check_fit(adapter, program)
+        plan = plan_compress(adapter, one_rank=program is not None)
+        jobs.append(_Job(resolved, plan, target))
     return jobs
 
 
@@ -254,6 +269,36 @@ def _capped_by_noise(
     )  # fmt: skip
 
 
+def _within(
+    job: _Job,
+    rule: dict[str, Any],
+    limit: int | None,
+    resources: Resources,
+    advance: Callable[[int], None],
+    program: Program | None,
+    limits: Limits,
+) -> _Made:
+    """New factors in the form of a program; zeros that fill up ranks count for the limit too."""
+    made = _compress(job, rule, limit, resources, advance)
+    if program is None:
+        return made
+    made, budget = _fitted(job, made, program, limits), limit
+    while limit is not None and budget is not None and (over := file_bytes(made.files) - limit) > 0:
+        budget -= over
+        made = _compress(job, rule, budget, resources, lambda _: None)
+        made = _fitted(job, made, program, limits)
+    return made
+
+
+def _fitted(job: _Job, made: _Made, program: Program, limits: Limits) -> _Made:
+    fitted = fit_for(made.adapter, program, limits)
+    files = write_adapter_files(fitted.adapter, "peft", base_tensors=names_of(job.plan.adapter))
+    check_files(files, made.adapter, program)
+    is_unchanged = made.is_unchanged and fitted.adapter is job.plan.adapter
+    return replace(made, files=files, adapter=fitted.adapter, is_unchanged=is_unchanged,
+                   notes=fitted.notes, warnings=fitted.warnings)  # fmt: skip
+
+
 def _compress(
     job: _Job,
     rule: dict[str, Any],
@@ -262,6 +307,8 @@ def _compress(
     advance: Callable[[int], None],
 ) -> _Made:
     """New factors for every module, within the limit if there is one."""
+    from loratool.engine.tying import tie_factors
+
     plan = job.plan
     dtypes = list(plan.dtypes)
     original = job.original
@@ -291,6 +338,7 @@ def _compress(
     adapter, dropped = rebuild(plan, results)
     if adapter is plan.adapter:
         return _Made(original, results, adapter, [], True)
+    adapter = tie_factors(adapter)
     files = write_adapter_files(adapter, "peft", base_tensors=names_of(plan.adapter))
     if file_bytes(files) >= before:  # such as block-diagonal factors that had to be written out
         return _Made(original, _copied(plan, results), plan.adapter, [], True)
@@ -348,6 +396,7 @@ def _report(job: _Job, made: _Made, dry_run: bool) -> CompressedAdapter:
             "rank auto: singular values above the rounding noise of a merge into the base"
             + (f"; {without} modules have no such rank" if without else "")
         )
+    notes += made.notes
     if job.resolved.note:
         notes.insert(0, job.resolved.note)
     if job.plan.adapter.unclaimed and not made.is_unchanged:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loratool.adapter import AdapterFiles
+from loratool.adapter import Adapter, AdapterFiles
 from loratool.api.common import (
+    Limits,
     Resources,
     content_label,
     file_rules,
@@ -20,12 +21,16 @@ from loratool.api.common import (
     run_id,
 )
 from loratool.api.extract_report import planned_report, written_report
+from loratool.api.fitting import Fitted, check_files, fit_for
 from loratool.archs.heads import is_other_head, task_of
 from loratool.dialects import open_adapter, write_adapter_files
-from loratool.errors import UsageError
-from loratool.ops.assemble import Outcome, assemble, rank_groups
+from loratool.errors import MismatchError, UsageError, list_some
+from loratool.ops.align import same_form
+from loratool.ops.assemble import Outcome, assemble, outline, rank_groups
 from loratool.ops.extract import ExtractPlan, group_steps, plan_extract
+from loratool.ops.fitting import check_fit
 from loratool.ops.inputs import Access, OpenedBase, guard_output, open_base
+from loratool.ops.programs import Program, find_program
 from loratool.ops.rank_options import factor_options
 from loratool.report import ExtractReport
 from loratool.store.adapter_writer import file_bytes, fill_adapter
@@ -56,6 +61,8 @@ def extract(
     exact: bool = False,
     save_residual: str | Path | None = None,
     names: str = "v5",
+    rename: Sequence[str] = (),
+    program: str | None = None,
     device: str = "auto",
     threads: int | None = None,
     max_memory: str | int | None = None,
@@ -89,7 +96,10 @@ def extract(
         exclude: regular expressions of modules that are not factored.
         exact: singular vectors by a float64 eigendecomposition instead of block Lanczos.
         save_residual: file to create: with it ``merge --residual`` gives TUNED bit for bit.
+        program: ``peft``, ``vllm`` or ``llama.cpp``: written as that program loads it, with one
+            rank and one α/r; None = as it is.
         names: ``v5`` (names of transformers 5 in memory) or ``v4`` (names on disk).
+        rename: ``s/a/b/`` expressions on the fine-tune's tensor names.
         device: ``auto``, ``cpu`` or ``cuda[:n]``.
         threads: workers; None = twice the cores, at most 8.
         max_memory: limit for the planned peak.
@@ -116,6 +126,8 @@ def extract(
     )
     if names not in ("v4", "v5"):
         raise UsageError("LT-226", "unknown --names", expected="v4 or v5", got=names)
+    reader = None if program is None else find_program(program)
+    keep = _kept_for(reader, keep)
     rules, target = file_rules(max_header, allow_pickle), Path(output)
     access = Access(offline, yes, rules, in_place=dry_run)
     if not dry_run:  # before a long download, not after it
@@ -128,15 +140,28 @@ def extract(
     tuned_opened = open_base(str(tuned), [], access)
     base_opened = open_base(str(base), [], access)
     guard_output(target, [tuned_opened.resolved.path, base_opened.resolved.path])
+    tuned_form, base_form, form_notes = same_form(
+        tuned_opened.checkpoint, base_opened.checkpoint, rename
+    )
+    has_form = base_form.tensors.keys() == base_opened.checkpoint.tensors.keys()
+    if save_residual is not None and not has_form:
+        raise MismatchError(
+            "LT-427", "a residual needs a base in the form of the fine-tune",
+            file=base_opened.checkpoint.path, got="; ".join(form_notes),
+            hint="leave --save-residual out",
+        )  # fmt: skip
     plan = plan_extract(
-        tuned_opened.checkpoint,
-        base_opened.checkpoint,
+        tuned_form,
+        base_form,
         how=how,
         include=include,
         exclude=exclude,
         keep=keep,
         names=names,
     )
+    plan = replace(plan, notes=(*form_notes, *plan.notes))
+    if reader is not None:
+        check_fit(outline(plan, base_opened.checkpoint), reader)
     resources = plan_resources(
         plan.plan,
         device=device,
@@ -156,7 +181,8 @@ def extract(
         )
     options = option_values(
         **asked, exact=exact, keep=list(keep), include=list(include), exclude=list(exclude),
-        names=None if names == "v5" else names, device=resources.run.device.type,
+        names=None if names == "v5" else names, rename=list(rename),
+        device=resources.run.device.type, **{"for": program},
     )  # fmt: skip
     inputs: dict[str, Any] = {}
     for role, opened in (("tuned", tuned_opened), ("base", base_opened)):
@@ -181,9 +207,10 @@ def extract(
         names=[*(factor_file(step.output.name) for step in plan.plan.steps), MARKER],
     ) as staged:  # fmt: skip
         results = _run(plan, resources, staged, stamps)
-        outcomes, files = _assemble(
-            plan, results, keep, base_opened, tuned_opened.checkpoint, limit
-        )
+        limits = Limits(threads, max_memory)
+        assembly = _Assembly(plan, keep, base_opened, tuned_opened.checkpoint, reader, limits)
+        made = assembly.build_within(results, limit)
+        outcomes, files = made.outcomes, made.files
         written = fill_adapter(staged, files)
         if save_residual is not None:  # so that no output ever lacks its residual file
             from loratool.api.residual import save_residual as save
@@ -197,7 +224,7 @@ def extract(
         drop_factors(staged)
         staged.commit(record if provenance else {})
     run_notes = tuple(staged.notes)
-    plan = replace(plan, notes=(*run_notes, *plan.notes))
+    plan = replace(plan, notes=(*run_notes, *plan.notes, *made.fitted.notes))
     return written_report(
         plan, outcomes, open_adapter(target), tuned_opened, base_opened, target, asked,
         resources, written, residual, time.monotonic() - started,
@@ -249,40 +276,85 @@ def _run(
     return [found[i] for i in range(len(plan.plan.steps))]
 
 
-def _assemble(
-    plan: ExtractPlan,
-    results: list[Any],
-    keep: Sequence[str],
-    base_opened: OpenedBase,
-    tuned: Checkpoint,
-    limit: int | None,
-) -> tuple[list[Outcome], AdapterFiles]:
-    resolved = base_opened.resolved
-    label = resolved.repo_id or recorded_name(resolved.path)
+def _kept_for(program: Program | None, keep: Sequence[str]) -> Sequence[str]:
+    """``--keep``, which is ``none`` for programs that load no whole tensors.
 
-    def build(found: list[Any]) -> tuple[list[Outcome], AdapterFiles]:
+    Raises:
+        UsageError: LT-272, something else was asked for.
+    """
+    if program is None or program.holds_whole_tensors:
+        return keep
+    if set(keep) - {"none"}:
+        raise UsageError(
+            "LT-272", f"{program.title} loads no tensors that are stored whole",
+            expected="no --keep, or --for peft", got=list_some(keep),
+        )  # fmt: skip
+    return ("none",)
+
+
+@dataclass(frozen=True)
+class _Made:
+    """An adapter in its form, its files, and what became of every pair.
+
+    Attributes:
+        plain_bytes: size of its file without that form.
+    """
+
+    outcomes: list[Outcome]
+    files: AdapterFiles
+    fitted: Fitted
+    plain_bytes: int
+
+
+@dataclass(frozen=True)
+class _Assembly:
+    """Everything but the results that decides what is written."""
+
+    plan: ExtractPlan
+    keep: Sequence[str]
+    base: OpenedBase
+    tuned: Checkpoint
+    program: Program | None
+    limits: Limits
+
+    def build(self, results: list[Any]) -> _Made:
+        """The adapter of some results."""
+        resolved = self.base.resolved
+        label = resolved.repo_id or recorded_name(resolved.path)
         adapter, outcomes = assemble(
-            plan, found, keep=keep, base=base_opened.checkpoint, base_model=label
+            self.plan, results, keep=self.keep, base=self.base.checkpoint, base_model=label
         )
-        task = task_of(tuned.config) if any(is_other_head(r.name) for r in
-                                            adapter.replacements) else ""  # fmt: skip
-        config = base_opened.checkpoint.config
-        names = [n for p in (*plan.pairs, *plan.created) for n in plan.names_of(p)]
+        fitted = fit_for(adapter, self.program, self.limits)
+        plain, files = self._files(adapter), self._files(fitted.adapter)
+        check_files(files, adapter, self.program)
+        if resolved.commit:  # where PEFT looks for the base's revision
+            files = with_config(files, revision=resolved.commit)
+        return _Made(outcomes, files, fitted, file_bytes(plain))
+
+    def _files(self, adapter: Adapter) -> AdapterFiles:
+        task = ""
+        if any(is_other_head(r.name) for r in adapter.replacements):
+            task = task_of(self.tuned.config)
+        config = self.base.checkpoint.config
+        pairs = (*self.plan.pairs, *self.plan.created)
         files = write_adapter_files(
-            adapter, "peft", base_tensors=names,
+            adapter, "peft", base_tensors=[n for p in pairs for n in self.plan.names_of(p)],
             base_config={**config, "architectures": [task]} if task else config,
         )  # fmt: skip
-        more: dict[str, Any] = {}
-        if task and files.json_files["adapter_config.json"].get("task_type") is None:
-            more["auto_mapping"] = {"base_model_class": task, "parent_library": "transformers"}
-        if resolved.commit:  # where PEFT looks for the base's revision
-            more["revision"] = resolved.commit
-        return outcomes, with_config(files, **more) if more else files
+        if not task or files.json_files["adapter_config.json"].get("task_type") is not None:
+            return files
+        mapping = {"base_model_class": task, "parent_library": "transformers"}
+        return with_config(files, auto_mapping=mapping)
 
-    built = build(results)
-    if limit is None or file_bytes(built[1]) <= limit:
-        return built
-    return build(_spend(plan, results, built[1], limit))
+    def build_within(self, results: list[Any], limit: int | None) -> _Made:
+        """The same within a number of bytes; zeros that fill up ranks count too."""
+        made = self.build(results)
+        plain, budget = made.plain_bytes, limit or 0
+        while limit is not None and file_bytes(made.files) > limit:
+            one_rank = self.program is not None
+            made = self.build(_spend(self.plan, results, plain, budget, one_rank))
+            budget -= max(0, file_bytes(made.files) - limit)
+        return made
 
 
 def with_config(files: AdapterFiles, **more: Any) -> AdapterFiles:
@@ -291,15 +363,19 @@ def with_config(files: AdapterFiles, **more: Any) -> AdapterFiles:
     return replace(files, json_files=changed)
 
 
-def _spend(plan: ExtractPlan, results: list[Any], files: AdapterFiles, limit: int) -> list[Any]:
-    """Cut every module to what a size budget leaves it; ``files`` holds them uncut."""
+def _spend(
+    plan: ExtractPlan, results: list[Any], size: int, limit: int, one_rank: bool
+) -> list[Any]:
+    """Cut every module to what a size budget leaves it; ``size`` is that of all uncut."""
     from loratool.engine.slicing import cut, spend
 
     groups = [[i for i in g if results[i].factors] for g in rank_groups(plan)]
     groups = [g for g in groups if g]
+    if one_rank:
+        groups = [[i for g in groups for i in g]]
     factors = sum(f.nbytes for g in groups for i in g for f in results[i].factors)
     # header and kept tensors: lower ranks only make the header shorter
-    fixed = file_bytes(files) - factors
+    fixed = size - factors
     if fixed > limit:
         raise UsageError(
             "LT-234", "--size is less than what is stored whole", expected=f"{fixed} bytes or more",

@@ -13,7 +13,7 @@ from loratool.ops.assemble import Outcome
 from loratool.ops.bind import options_needed
 from loratool.ops.extract import ExtractPlan
 from loratool.ops.inputs import OpenedBase
-from loratool.ops.loads import judge_loads
+from loratool.ops.programs import judge_loads
 from loratool.report import ExtractedModule, ExtractReport, SavedResidual
 
 

@@ -48,6 +48,7 @@ def merge(
     method: str | None = None,
     rank: int | None = None,
     params: Mapping[str, Any] | None = None,
+    program: str | None = None,
     module_weights: str | Path | None = None,
     weights: Sequence[float] | None = None,
     mean: bool = False,
@@ -100,6 +101,8 @@ def merge(
         method: how changes are combined, a row of `loratool.methods`; None = summed.
         rank: of the resulting adapter; without a base only.
         params: of the method.
+        program: ``peft``, ``vllm`` or ``llama.cpp``: written as that program loads it, with one
+            rank and one α/r; without a base only.
         module_weights: YAML file, regular expression -> weight of the modules that match.
         weights: coefficients in order, instead of those in the names.
         mean: divide by the number of adapters.
@@ -163,11 +166,11 @@ def merge(
             adapters, output=output, method=method, rank=rank, params=params,
             module_weights=module_weights, weights=weights, mean=mean, dtype=dtype,
             threads=threads, max_memory=max_memory, read=read, access=access, force=force,
-            dry_run=dry_run, provenance=provenance, progress=progress,
+            dry_run=dry_run, provenance=provenance, progress=progress, program=program,
         )  # fmt: skip
     if tokenizer not in (None, "base", "adapter"):
         raise UsageError("LT-206", "unknown --tokenizer", expected="base or adapter", got=tokenizer)
-    how = combination_args(method, params, rank=rank, exact=exact)
+    how = combination_args(method, params, rank=rank, exact=exact, program=program)
     rules = read_module_weights(Path(module_weights), len(adapters)) if module_weights else ()
     others = [residual, module_weights, *(operation.inputs if operation else ())]
     if not dry_run:  # before a long download, not after it

@@ -11,14 +11,16 @@ from typing import TYPE_CHECKING, Any
 
 from loratool.adapter import Adapter, AdapterFiles, ReadOptions, Source, TensorRef
 from loratool.api.common import Limits, content_label, file_rules, option_values, parse_dtype
+from loratool.api.fitting import check_files, fit_for
 from loratool.dialects import open_adapter, write_adapter_files
 from loratool.errors import UsageError
 from loratool.ops.adapter_summary import dtype_word
 from loratool.ops.additive import factor_dtype, require_additive
 from loratool.ops.batch import is_batch, many_outputs, name_of, place_outputs
+from loratool.ops.fitting import check_fit
 from loratool.ops.input_notes import unused_warnings
 from loratool.ops.inputs import Access, OpenedBase, guard_output, open_base, open_one
-from loratool.ops.loads import judge_loads
+from loratool.ops.programs import Program, find_program, judge_loads
 from loratool.ops.rescale import RescalePlan, memory_needs, parse_only, plan_rescale
 from loratool.report import RescaledAdapter, RescaleReport, share_of
 from loratool.store.provenance import adapter_id, checkpoint_id, provenance_of
@@ -38,6 +40,7 @@ class _Job:
     plan: RescalePlan
     target: Path
     limits: Limits
+    program: Program | None = None
 
     def workers(self, dtype: str | None) -> int:
         """How many fit into memory.
@@ -59,6 +62,7 @@ def rescale(
     intruders: float | None = None,
     base: str | Path | None = None,
     dtype: str = "auto",
+    program: str | None = None,
     alpha: float | None = None,
     threads: int | None = None,
     max_memory: str | int | None = None,
@@ -86,6 +90,8 @@ def rescale(
             with (PEFT's default is 0.75); needs ``base`` and factor 1; keeps the rank.
         base: what the adapter was trained on.
         dtype: of the factors; ``auto`` = as they are.
+        program: ``peft``, ``vllm`` or ``llama.cpp``: written as that program loads it, with one
+            rank and one α/r; None = as it is.
         alpha: lora_alpha for files without a configuration.
         threads: workers; None = twice the cores, at most 8.
         max_memory: limit for the planned peak, such as ``"2GB"``; None = what is free.
@@ -115,21 +121,32 @@ def rescale(
     targets = place_outputs([name_of(resolved) for resolved, _ in found], output)
     for target in targets:
         guard_output(target, [base, *(resolved.named for resolved, _ in found)])
-    weak = _check_intruders(factor, intruders, base, bool(only or blocks or wanted))
+    weak = _check_intruders(factor, intruders, base, bool(only or blocks or wanted or program))
     opened_base = None if base is None or weak is None else open_base(str(base), [], access)
     limits = Limits(threads, max_memory)
+    reader = None if program is None else find_program(program)
     jobs = [
-        _Job(text, r, plan_rescale(adapter, factor, only=patterns, blocks=blocks), target, limits)
+        _Job(
+            text,
+            r,
+            plan_rescale(adapter, factor, only=patterns, blocks=blocks),
+            target,
+            limits,
+            reader,
+        )
         for text, (r, adapter), target in zip(texts, found, targets, strict=True)
     ]
     for job in jobs:
         job.workers(wanted)
+        if reader is not None:
+            check_fit(job.plan.adapter, reader)
     if dry_run:
         rows = [_row(job, None, wanted, 0, None) for job in jobs]
     else:
         options = option_values(
-            factor=factor, only=list(only), blocks=blocks, dtype=dtype, intruders=intruders
-        )
+            factor=factor, only=list(only), blocks=blocks, dtype=dtype, intruders=intruders,
+            **{"for": program},
+        )  # fmt: skip
         treated = None if opened_base is None or weak is None else (opened_base, weak)
         if treated is not None:
             from loratool.engine.device import resolve_device
@@ -160,7 +177,7 @@ def _check_intruders(
     if base is None or factor != 1 or others:
         raise UsageError(
             "LT-294", "--intruders looks at the adapter as it was trained",
-            expected="FACTOR 1, --base BASE, no --only, --blocks, --dtype",
+            expected="FACTOR 1, --base BASE, no --only, --blocks, --dtype, --for",
         )  # fmt: skip
     if not 0 <= intruders <= 1:
         raise UsageError("LT-293", "--intruders out of range", expected="0 to 1", got=intruders)
@@ -179,14 +196,44 @@ def _run(
     adapter = job.plan.adapter
     if treated is not None:
         return _mitigate(job, *treated, options, force)
+    if job.program is not None:
+        return _fit(job, job.program, dtype, options, force)
     scaled = _scale(job, dtype)
-    record: dict[str, Any] = {}
-    if options is not None:
-        inputs = {content_label(job.resolved, {}): adapter_id(adapter)}
-        record = provenance_of("rescale", options=options, inputs=inputs)
     files = _files(job.plan, {} if scaled is None else scaled.tensors)
+    record = _record(job, options)
     size = write_adapter(files, job.target, record=record, force=force, extras=adapter.extras)
     return _row(job, scaled, dtype, size, open_adapter(job.target))
+
+
+def _record(job: _Job, options: Mapping[str, Any] | None) -> dict[str, Any]:
+    if options is None:
+        return {}
+    inputs = {content_label(job.resolved, {}): adapter_id(job.plan.adapter)}
+    return provenance_of("rescale", options=options, inputs=inputs)
+
+
+def _fit(
+    job: _Job, program: Program, dtype: str | None, options: Mapping[str, Any] | None, force: bool
+) -> RescaledAdapter:
+    """In the form of a program: factors go into the scalings, which become one."""
+    from loratool.store.adapter_writer import write_adapter
+
+    plan = job.plan
+    cast = _scale(replace(job, plan=replace(plan, baked={})), dtype)
+    adapter = plan.adapter if cast is None else _with_tensors(plan.adapter, cast.tensors)
+    specs = tuple(replace(s, scaling=s.scaling * plan.factors[s.name]) for s in adapter.specs)
+    fitted = fit_for(replace(adapter, specs=specs), program, job.limits)
+    files = write_adapter_files(fitted.adapter)
+    check_files(files, adapter, program)
+    record, extras = _record(job, options), adapter.extras
+    size = write_adapter(files, job.target, record=record, force=force, extras=extras)
+    row = _row(job, cast, dtype, size, open_adapter(job.target))
+    error = math.hypot(row.relative_error, fitted.relative_error)
+    return replace(
+        row, how="form", relative_error=error, notes=(*row.notes, *fitted.notes),
+        warnings=(*row.warnings, *fitted.warnings),
+        kept=tuple(r.name for r in fitted.adapter.replacements),
+    )  # fmt: skip
 
 
 def _mitigate(

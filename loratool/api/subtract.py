@@ -57,9 +57,9 @@ def subtract(
     """
     if merged is None:
         return _subtract_adapters(adapters, output, undo, rank, options)
-    if rank is not None or options.get("dtype", "auto") != "auto":
+    if rank is not None or options.get("dtype", "auto") != "auto" or options.get("program"):
         raise UsageError(
-            "LT-298", "--rank and --dtype are for adapter − adapter, without --from"
+            "LT-298", "--rank, --dtype and --for are for adapter − adapter, without --from"
         )  # fmt: skip
     if undo is not None and any(options.get(o) for o in ("exact", "seed", "shard_size")):
         raise UsageError("LT-251", "--undo is exact by itself and keeps the shards")
@@ -96,6 +96,7 @@ def _subtract_adapters(
         "force", "dry_run", "provenance", "offline", "yes", "weights", "dtype", "alpha",
         "rank_from", "mha_out_proj", "moe_layout", "experts_b_order", "device", "threads",
         "max_memory", "progress", "chunk_bytes", "max_header", "allow_pickle", "module_weights",
+        "program",
     }  # fmt: skip
     idle = (None, False, (), "auto", "nearest")
     other = [k for k, v in {**options, "undo": undo}.items() if k not in mine and v not in idle]
@@ -111,6 +112,7 @@ def _subtract_adapters(
         module_weights=options.get("module_weights"),
         weights=options.get("weights"),
         dtype=options.get("dtype") or "auto",
+        program=options.get("program"),
         threads=options.get("threads"),
         max_memory=options.get("max_memory"),
         read=ReadOptions(

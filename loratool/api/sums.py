@@ -122,20 +122,25 @@ def _sum_all(
 
 def assemble_sum(plan: SumPlan, summed: Summed, first: Adapter) -> Adapter:
     """The adapter that holds the result; it keeps what the first one says about its base."""
-    return Adapter(
-        first.path,
-        first.dialect,
-        tuple(m.spec for m in summed.modules),
-        (*plan.replacements, *summed.mixed),
-        plan.base_model,
-        plan.config,
-        layer_order=plan.layer_order,
+    from loratool.engine.tying import tie_factors
+
+    return tie_factors(
+        Adapter(
+            first.path,
+            first.dialect,
+            tuple(m.spec for m in summed.modules),
+            (*plan.replacements, *summed.mixed),
+            plan.base_model,
+            plan.config,
+            layer_order=plan.layer_order,
+        )
     )
 
 
 def _alphas(plan: SumPlan) -> dict[str, int | None]:
     """Alpha by module; out_proj of nn.MultiheadAttention has that of its in_proj (PEFT)."""
-    found = {m.spec.name: m.shared_alpha for m in plan.modules if not m.is_bias}
+    weights = [m for m in plan.modules if not m.is_bias]
+    found = {m.spec.name: None if plan.is_even else m.shared_alpha for m in weights}
     for module in plan.modules:
         if module.gain != 1:
             mha = module.spec.module.removesuffix(".out_proj")

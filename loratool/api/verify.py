@@ -18,7 +18,7 @@ from loratool.ops.bind import BindOptions
 from loratool.ops.combine import combination_args
 from loratool.ops.inputs import Access, locate
 from loratool.ops.replay import RecordedOptions, find_replay, merge_record, refuse_record
-from loratool.ops.verify import VerifyPlan, plan_verify
+from loratool.ops.verify import VerifyPlan, plan_verify, under_names_of
 from loratool.ops.weights import read_module_weights, rules_from
 from loratool.report import TensorDifference, VerifyReport
 from loratool.store.checkpoint import open_checkpoint
@@ -141,6 +141,7 @@ def verify(
         if error.code in _OF_RECORDS and (not adapters or error.code in _OF_ROUNDING):
             refuse(error.message())
         raise
+    found = under_names_of(found, job.checkpoint)
     plan = plan_verify(job.merge.plan, job.full_names, found)
     resources = plan_resources(
         plan.plan,

@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from loratool.cli.loads import loads_line
+from loratool.cli.loads import loads_lines
 from loratool.cli.render import (
     format_bytes,
     format_number,
@@ -60,7 +60,7 @@ def render(report: CombineReport, voice: Voice) -> Iterator[str]:
         return
     yield line("wrote", f"{safe(report.output)} · {format_bytes(report.output_bytes)} "
                f"{report.dtype}", format_seconds(report.seconds), tone="good")  # fmt: skip
-    yield loads_line(report.loads_in)
+    yield from loads_lines(report.loads_in, voice)
     into = shlex.join(["loratool", "merge", report.output, "--base", "BASE", "-o", "MERGED"])
     yield line("next", safe(into, cap=2000), tone="dim")
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from loratool.cli import options as opt
-from loratool.cli.loads import loads_line
+from loratool.cli.loads import loads_lines
 from loratool.cli.progress import show_progress
 from loratool.cli.render import (
     format_bytes,
@@ -78,6 +78,7 @@ class Ratio(click.ParamType[float]):
             help="Cap. The least of all criteria wins.")  # fmt: skip
 @opt.option("-o", "--output", required=True, metavar="OUT", section="Output",
             help="Folder to create; for many adapters the folder of theirs.")  # fmt: skip
+@opt.program
 @opt.writing
 @opt.workers
 @opt.network
@@ -125,7 +126,7 @@ def render(report: CompressReport, voice: Voice) -> Iterator[str]:
     yield line("wrote", safe(where), f"{format_bytes(after)} of {format_bytes(before)}",
                format_seconds(report.seconds), tone="good")  # fmt: skip
     if len(report.adapters) == 1 and report.adapters[0].loads_in:
-        yield loads_line(report.adapters[0].loads_in)
+        yield from loads_lines(report.adapters[0].loads_in, voice)
 
 
 def _one(one: CompressedAdapter, voice: Voice, dry_run: bool) -> Iterator[str]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from loratool.cli import options as opt
-from loratool.cli.loads import loads_line
+from loratool.cli.loads import loads_lines
 from loratool.cli.progress import show_progress
 from loratool.cli.render import (
     format_bytes,
@@ -63,11 +63,13 @@ if TYPE_CHECKING:
             help="Folder to create (PEFT).")  # fmt: skip
 @opt.option("--save-residual", metavar="FILE", section="Output",
             help="What merge --residual needs to give TUNED back, bit for bit.")  # fmt: skip
+@opt.program
 @opt.writing
 @opt.resources
 @opt.network
 @opt.general
 @opt.trust
+@opt.rename
 @opt.option("--names", type=click.Choice(["v5", "v4"]), default="v5", section="Advanced",
             help="Module names of transformers 5 in memory, or of 4.")  # fmt: skip
 @opt.option("--exact", is_flag=True, section="Advanced",
@@ -135,7 +137,7 @@ def render(report: ExtractReport, voice: Voice, merge: str) -> Iterator[str]:
         yield line("residual", f"{safe(rest.path)} · {format_bytes(rest.nbytes)}: "
                    f"{rest.elements:,} elements of {plural(rest.patched, 'tensor')}")  # fmt: skip
     if report.loads_in:
-        yield loads_line(report.loads_in)
+        yield from loads_lines(report.loads_in, voice)
     yield line("next", safe(merge, cap=2000), tone="dim")
 
 

@@ -55,7 +55,7 @@ SYNONYMS = {
 
 LATER_OPTIONS = frozenset(
     (
-        "--base", "--dequantize", "--for", "--rank", "--requant", "--simulate-quant", "--to",
+        "--base", "--dequantize", "--rank", "--requant", "--simulate-quant", "--to",
     )
 )  # fmt: skip
 """Options of the plan; a command that does not know one says "not in this version"."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from loratool.cli import options as opt
-from loratool.cli.loads import loads_line
+from loratool.cli.loads import loads_lines
 from loratool.cli.look import look_lines
 from loratool.cli.render import (
     format_bytes,
@@ -171,7 +171,7 @@ def _adapter(one: AdapterSummary, voice: Voice, *, read: str) -> Iterator[str]:
                    tone="warn")  # fmt: skip
     if one.extras:
         yield line("extras", some(one.extras))
-    yield loads_line(one.loads)
+    yield from loads_lines(one.loads, voice)
 
 
 def _types(dtypes: Mapping[str, int]) -> str:

@@ -75,6 +75,7 @@ _MENTION_FLOAT32 = 0.01
             "differ. Default: the adapter's.")  # fmt: skip
 @opt.option("--save-undo", metavar="FILE", section="Output",
             help="Also write what `subtract --undo` needs to restore every bit.")  # fmt: skip
+@opt.program
 @opt.writing
 @opt.onto_base
 @opt.checkpoint_writing

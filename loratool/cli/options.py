@@ -111,9 +111,11 @@ class WeightList(click.ParamType[tuple[float, ...]]):
         if isinstance(value, tuple):
             return value
         parts = [part.strip() for part in str(value).split(",")]
+        from loratool.store.source import is_weight
+
         for part in parts:
-            if not _WEIGHT.fullmatch(part):
-                self.fail(f"{part!r} is not a plain decimal number", param, ctx)
+            if not is_weight(part):
+                self.fail(f"{part[:80]!r} is not a plain decimal number", param, ctx)
         return tuple(float(part) for part in parts)
 
 
@@ -130,13 +132,42 @@ class WholeNumber(click.ParamType[int]):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
         """Parse, or say why not."""
         text = str(value)
-        if not (text.isascii() and text.isdigit() and int(text) > 0):
+        if not _is_whole(text):
             raise click.BadParameter(self.explain(text), ctx=ctx, param=param)
         return int(text)
 
     def explain(self, text: str) -> str:
         """Why ``text`` is refused."""
-        return f"{text!r} is not a whole number above 0"
+        return f"{text[:80]!r} is not a whole number above 0"
+
+
+def _is_whole(text: str) -> bool:
+    """True for a whole number above 0 that any option can take."""
+    return text.isascii() and text.isdigit() and len(text) <= 18 and int(text) > 0
+
+
+class Number(click.ParamType[float]):
+    """A plain finite decimal, as weights are.
+
+    Args:
+        name: placeholder in the help page.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        """Parse, or say why not."""
+        from loratool.store.source import MAX_WEIGHT, is_weight
+
+        if not is_weight(str(value)):
+            raise click.BadParameter(
+                f"{str(value)[:80]!r} is not a plain decimal number of at most {MAX_WEIGHT:g}",
+                ctx=ctx, param=param,
+            )  # fmt: skip
+        return float(value)
 
 
 class RankNumber(click.ParamType[int | str]):
@@ -151,9 +182,9 @@ class RankNumber(click.ParamType[int | str]):
         text = str(value)
         if text == "auto":
             return text
-        if text.isascii() and text.isdigit() and int(text) > 0:
+        if _is_whole(text):
             return int(text)
-        why = f"{text!r} is neither a whole number above 0 nor auto"
+        why = f"{text[:80]!r} is neither a whole number above 0 nor auto"
         if _WEIGHT.fullmatch(text):
             why += "; a share of the energy is --energy"
         raise click.BadParameter(why, ctx=ctx, param=param)
@@ -241,6 +272,14 @@ def factor_dtype(command: F) -> F:
     )(command)  # fmt: skip
 
 
+def program(command: F) -> F:
+    """``--for``: commands that write an adapter."""
+    return option(
+        "--for", "program", metavar="peft|vllm|llama.cpp", section="Output",
+        help="As that program loads it: one rank, one alpha/r, nothing that it cannot hold.",
+    )(command)  # fmt: skip
+
+
 def checkpoint_writing(command: F) -> F:
     """``--restart`` and ``--checksum``: commands that write a checkpoint."""
     for add in (
@@ -289,6 +328,14 @@ def mixing(command: F) -> F:
     return command
 
 
+def rename(command: F) -> F:
+    """``--rename``."""
+    return option(
+        "--rename", multiple=True, metavar="s/A/B/", section="Names",
+        help="Rewrite module names. Repeatable.",
+    )(command)  # fmt: skip
+
+
 def names(command: F) -> F:
     """How modules find their targets."""
     for add in (
@@ -302,8 +349,7 @@ def names(command: F) -> F:
                help="Leave out and report what has no target."),
         option("--skip", multiple=True, metavar="PART|REGEX", section="Names",
                help="Leave out a component (te) or modules. Repeatable."),
-        option("--rename", multiple=True, metavar="s/A/B/", section="Names",
-               help="Rewrite module names. Repeatable."),
+        rename,
     ):  # fmt: skip
         command = add(command)
     return command
@@ -333,7 +379,7 @@ def nonfinite(command: F) -> F:
 def alpha(command: F) -> F:
     """``--alpha``."""
     return option(
-        "--alpha", type=float, metavar="A", section="Advanced",
+        "--alpha", type=Number("A"), metavar="A", section="Advanced",
         help="lora_alpha of files that have no configuration.",
     )(command)  # fmt: skip
 

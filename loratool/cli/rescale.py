@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from loratool.cli import options as opt
-from loratool.cli.loads import loads_line
+from loratool.cli.loads import loads_lines
 from loratool.cli.render import format_bytes, format_seconds, line, plural, safe, table
 from loratool.cli.voice import Voice, note_lines, warning_lines
 from loratool.errors import UsageError
@@ -21,6 +21,7 @@ _HOW = {
     "alpha": "in lora_alpha: tensors copied byte for byte",
     "alpha and sign": "size in lora_alpha, sign in lora_B: exact",
     "factors": "baked into lora_B",
+    "form": "in the form that the program loads",
     "intruders": "intruder dimensions weakened, rank kept",
 }
 
@@ -43,13 +44,14 @@ _HOW = {
 @opt.option("--blocks", metavar="PRESET|W,W,…", section="Input",
             help="A factor per block, times FACTOR: ALL, INS, IND, INALL, MIDD, OUTD, OUTS, "
             "OUTALL for Stable Diffusion, or one number per block or layer.")  # fmt: skip
-@opt.option("--intruders", type=float, metavar="LAMBDA", section="Input",
+@opt.option("--intruders", type=opt.Number("LAMBDA"), metavar="LAMBDA", section="Input",
             help="With FACTOR 1: weaken intruder dimensions to this share, 0.75.")  # fmt: skip
 @opt.option("--base", metavar="BASE", section="Input",
             help="With --intruders: what the adapter was trained on.")  # fmt: skip
 @opt.option("-o", "--output", required=True, metavar="OUT", section="Output",
             help="Folder to create; DIR/ puts results into it under their names.")  # fmt: skip
 @opt.factor_dtype
+@opt.program
 @opt.writing
 @opt.workers
 @opt.network
@@ -134,7 +136,7 @@ def _one(row: RescaledAdapter, report: RescaleReport, voice: Voice) -> Iterator[
         return
     yield line("wrote", f"{safe(row.output)} · {format_bytes(row.output_bytes)} {row.dtype}",
                format_seconds(report.seconds), tone="good")  # fmt: skip
-    yield loads_line(row.loads_in)
+    yield from loads_lines(row.loads_in, voice)
 
 
 def _factors(row: RescaledAdapter) -> str:

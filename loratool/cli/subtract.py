@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 @opt.option("-o", "--output", required=True, metavar="OUT", section="Output",
             help="Folder to create (a .safetensors file if MERGED is one).")  # fmt: skip
 @opt.factor_dtype
+@opt.program
 @opt.rounding
 @opt.writing
 @opt.onto_base

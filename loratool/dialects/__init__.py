@@ -27,6 +27,7 @@ __all__ = [
     "detect",
     "examine",
     "open_adapter",
+    "read_back",
     "task_type_of",
     "unmergeable_reason",
     "write_adapter_files",
@@ -136,3 +137,15 @@ def write_adapter_files(
             expected=", ".join(d.name for d in DIALECTS if d.write),
         )  # fmt: skip
     return row.writer()(adapter, base_config=base_config, base_tensors=base_tensors)
+
+
+def read_back(files: AdapterFiles, path: Path) -> Adapter:
+    """What `open_adapter` would read from files that are not written yet.
+
+    Args:
+        files: of `write_adapter_files`.
+        path: where they are to lie, for messages.
+    """
+    from loratool.dialects.peft_write import read_back as read_peft
+
+    return read_peft(files, path)

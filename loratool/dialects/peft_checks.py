@@ -36,7 +36,7 @@ def check_factors(
     for ref in (lora_A, lora_B):
         check_float(ref)
         if len(ref.shape) < 2 or 0 in ref.shape:
-            _refuse_shard(ref)
+            refuse_shard(ref)
     if is_embedding and roles.keys() & {"lora_A", "lora_B"}:
         raise BadFileError(
             "LT-375", "a module has factors of an embedding and of a linear layer",
@@ -137,11 +137,16 @@ def refuse_rank(ref: TensorRef, stated: int, found: int, config: PeftConfig) -> 
     )  # fmt: skip
 
 
-def _refuse_shard(ref: TensorRef) -> NoReturn:
+def refuse_shard(ref: TensorRef) -> NoReturn:
+    """Refuse a tensor that one process of many saved as its part, or as nothing.
+
+    Raises:
+        BadFileError: LT-364.
+    """
     raise BadFileError(
-        "LT-364", "an empty or flattened factor: the adapter was saved from one shard of DeepSpeed "
+        "LT-364", "an empty or flattened tensor: the adapter was saved from one shard of DeepSpeed "
         "ZeRO-3 or FSDP without gathering it", file=ref.file, key=ref.name,
-        expected="a matrix", got=f"shape {list(ref.shape)}",
+        expected="a whole tensor", got=f"shape {list(ref.shape)}",
         hint="gather the parameters and save again (GatheredParameters, summon_full_params)",
     )  # fmt: skip
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from loratool.adapter import TensorRef
 from loratool.errors import BadFileError, MismatchError, list_some
@@ -98,6 +99,8 @@ def sort_tensors(refs: Iterable[TensorRef]) -> Sorted:
         )  # fmt: skip
     if adapters:
         found.notes.append(f"adapter name {list_some(adapters)!r} was left in the tensor names")
+    adapted = {key.module for key in keys if key.role in ("lora_A", "embedding_A")}
+    keys = [_own_module(key, adapted) for key in keys]
     unknown = [key.ref.name for key in keys if key.role == "unknown"]
     if unknown:
         raise MismatchError(
@@ -141,6 +144,33 @@ def strip_names(names: Sequence[str]) -> tuple[list[str], list[str]]:
     return stripped, notes
 
 
+def living_names(names: Sequence[str]) -> list[str]:
+    """The names under which PEFT itself would have saved these tensors.
+
+    Wrappers, adapter names and missing prefixes make PEFT pass a tensor by in silence.  Copies that
+    PEFT itself writes (a saved module's bias, with ``bias="all"``) keep their names.
+
+    Example:
+        >>> living_names(["model.q_proj.lora_A.first.weight"])
+        ['base_model.model.model.q_proj.lora_A.weight']
+    """
+    found = [PREFIX + _without_adapter(path) for path in strip_names(names)[0]]
+    count = Counter(found)
+    return [new if count[new] == 1 else old for new, old in zip(found, names, strict=True)]
+
+
+def _without_adapter(path: str) -> str:
+    for role, pattern in _ROLES:
+        if match := pattern.fullmatch(path):
+            if match["name"]:
+                path = f"{path[: match.start('name') - 1]}{path[match.end('name') :]}"
+            return path.removesuffix(".weight") if role.startswith("embedding") else path
+    if (match := _SAVED.fullmatch(path)) and not _ORIGINAL.search(path):
+        leaf = match["rest"].rpartition(".")[2]
+        return f"{match['module']}.{leaf}" if match["module"] else leaf
+    return path
+
+
 def parse_key(ref: TensorRef, path: str) -> Key:
     """The role of one tensor, from its stripped name."""
     if _ORIGINAL.search(path):
@@ -160,6 +190,15 @@ def parse_key(ref: TensorRef, path: str) -> Key:
     if _UNKNOWN_LORA.search(path):
         return Key(ref, path, "unknown", path)
     return Key(ref, path, "plain", _INFIX.sub("", path))
+
+
+def _own_module(key: Key, adapted: Collection[str]) -> Key:
+    """A model may call a module of its own ``lora_…``: what lies beside no factors is none."""
+    owner, _, rest = key.path.rpartition("lora_")
+    is_module = rest.endswith((".weight", ".bias")) and owner.rstrip(".") not in adapted
+    if key.role != "unknown" or not is_module:
+        return key
+    return replace(key, role="plain", module=_INFIX.sub("", key.path))
 
 
 def _strip_parallel(names: list[str]) -> tuple[list[str], bool]:

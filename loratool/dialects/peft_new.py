@@ -7,9 +7,11 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from loratool.adapter import Adapter, DeltaSpec
+from loratool.adapter import MAX_ALPHA, Adapter, DeltaSpec
 from loratool.dialects.peft_new_keys import NewLayout
 from loratool.dialects.peft_patterns import endings
+from loratool.dialects.peft_targets import NO_TARGETS
+from loratool.errors import MismatchError
 
 PEFT_VERSION = "0.21.2"  # whose reading the files were tested with
 # What a changed adapter keeps of its old configuration: fields that say nothing about numbers.
@@ -22,7 +24,7 @@ _TASKS = (
     ("ForTokenClassification", "TOKEN_CLS"),
     ("ForQuestionAnswering", "QUESTION_ANS"),
 )
-# Heads that PEFT adds to modules_to_save by itself for these tasks.
+# Ends of heads that PEFT adds to modules_to_save by itself for these tasks.
 _HEADS = {
     "SEQ_CLS": ("classifier", "score"),
     "TOKEN_CLS": ("classifier", "score"),
@@ -46,11 +48,19 @@ def new_config(
         layout: how they lie in a PEFT model.
         base_config: the base's ``config.json``, for ``task_type``.
     """
-    rows = [(module, spec) for module, spec in layout.targets.items()]
-    rows += [(s.name, s) for specs in layout.parameters.values() for s in specs]
-    ranks = {name: spec.rank for name, spec in rows}
-    alphas = {name: alpha_of(spec) for name, spec in rows}
-    rank, alpha = _commonest(list(ranks.values())), _commonest(list(alphas.values()))
+    bare = {s.name: s for specs in layout.parameters.values() for s in specs}
+    rows = {**layout.targets, **bare}
+    ranks = {name: spec.rank for name, spec in rows.items()}
+    alphas = {name: alpha_of(spec) for name, spec in rows.items()}
+    for name, value in alphas.items():
+        if not abs(value) <= MAX_ALPHA:
+            raise MismatchError(
+                "LT-413", "an alpha is too large for a configuration", file=adapter.path, key=name,
+                expected=f"at most {MAX_ALPHA:g}", got=f"{value:g}",
+                hint="smaller weights",
+            )  # fmt: skip
+    # PEFT follows patterns of parameters, and warns that it does not: better have none.
+    rank, alpha = (_commonest([values[n] for n in bare or rows]) for values in (ranks, alphas))
     config: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": _task(adapter, layout, base_config),
@@ -61,9 +71,9 @@ def new_config(
         "lora_alpha": alpha,
         "rank_pattern": _pattern(ranks, rank),
         "alpha_pattern": _pattern(alphas, alpha),
-        "target_modules": sorted(layout.targets),
-        "modules_to_save": sorted(layout.saved) or None,
-        "bias": "all" if layout.has_biases else "none",
+        "target_modules": sorted(layout.targets) if layout.is_targeted else NO_TARGETS,
+        "modules_to_save": layout.modules_to_save or None,
+        "bias": layout.bias,
         "lora_bias": bool(layout.biases),
         "use_dora": any(s.kind == "dora" for s in adapter.specs),
         "use_rslora": False,
@@ -84,8 +94,9 @@ def new_config(
         }
     if adapter.layer_order is not None:
         config["layer_replication"] = _replication(adapter.layer_order)
-    old = adapter.config if adapter.dialect == "peft" and not layout.parameters else {}
-    return config | {key: old[key] for key in _KEPT if old.get(key) is not None}
+    old = adapter.config if adapter.dialect == "peft" else {}
+    kept = [k for k in _KEPT if k != "lora_dropout" or not layout.parameters]  # PEFT has not both
+    return config | {key: old[key] for key in kept if old.get(key) is not None}
 
 
 def _version(adapter: Adapter) -> str:
@@ -127,15 +138,23 @@ def task_type_of(config: Mapping[str, Any]) -> str | None:
     return None
 
 
+def heads_of(adapter: Adapter, base_config: Mapping[str, Any] | None) -> tuple[str, ...]:
+    """Ends of modules that PEFT saves whole for the task of an adapter."""
+    return _HEADS.get(_old_task(adapter) or task_type_of(base_config or {}) or "", ())
+
+
 def _task(adapter: Adapter, layout: NewLayout, base_config: Mapping[str, Any] | None) -> str | None:
+    kept, heads = _old_task(adapter), heads_of(adapter, base_config)
+    has_head = any(module.endswith(heads) for module in layout.saved)
+    if not heads or has_head:
+        return kept or task_type_of(base_config or {})
+    # PEFT fails on a file without such a head, if the model has one.
+    return kept if kept and not any(m.endswith(heads) for m in layout.modules) else None
+
+
+def _old_task(adapter: Adapter) -> str | None:
     kept = adapter.config.get("task_type") if adapter.dialect == "peft" else None
-    if isinstance(kept, str):
-        return kept
-    task = task_type_of(base_config or {})
-    heads = _HEADS.get(task or "", ())
-    # PEFT fails on a file that does not hold such a head.
-    has_head = not heads or any(module.endswith(heads) for module in layout.saved)
-    return task if has_head else None
+    return kept if isinstance(kept, str) else None
 
 
 def _commonest(values: Sequence[Any]) -> Any:

@@ -27,19 +27,25 @@ class NewLayout:
         outputs: out_proj of a MultiheadAttention -> spec.
         biases: module -> spec of its bias delta.
         saved: modules saved whole, in file order.
+        entries: module saved whole -> how ``modules_to_save`` names it.
         plain: replacement tensors that load under their own name.
         tokens: module -> replacement of some rows.
 
     Args:
         adapter: the deltas and replacements.
         base_tensors: in-memory names of the base's tensors, if known.
+        heads: ends of modules that PEFT saves whole for the task.
 
     Raises:
         MismatchError: LT-411, LT-412.
     """
 
-    def __init__(self, adapter: Adapter, base_tensors: Iterable[str] = ()) -> None:
+    def __init__(
+        self, adapter: Adapter, base_tensors: Iterable[str] = (), heads: tuple[str, ...] = ()
+    ) -> None:
+        self._heads = heads
         self.path = adapter.path
+        self._old = adapter.config if adapter.dialect == "peft" else {}
         self._base = frozenset(base_tensors)
         names = {*self._base, *(s.name for s in adapter.specs)}
         self.modules = _ancestors({*names, *(r.name for r in adapter.replacements)})
@@ -48,6 +54,7 @@ class NewLayout:
         self.outputs: dict[str, DeltaSpec] = {}
         self.biases: dict[str, DeltaSpec] = {}
         self.saved: dict[str, list[Replacement]] = {}
+        self.entries: dict[str, str] = {}
         self.plain: list[Replacement] = []
         self.tokens: dict[str, Replacement] = {}
         self._check_names(adapter)
@@ -59,13 +66,33 @@ class NewLayout:
         self._check_biases()
         self._check_dora(adapter.specs)
         self._put_replacements(adapter.replacements)
-        for entry in [e for e in self.saved if not self._can_be_saved(e)]:
-            self.plain.extend(self.saved.pop(entry))
+        for module in [m for m in self.saved if not self._can_be_saved(m)]:
+            self.plain.extend(self.saved.pop(module))
 
     @property
-    def has_biases(self) -> bool:
-        """True if whole biases are stored outside of saved modules."""
-        return any(r.name.rpartition(".")[2] == "bias" for r in self.plain)
+    def is_targeted(self) -> bool:
+        """True if any module or parameter has factors."""
+        return bool(self.targets or self.parameters)
+
+    @property
+    def bias(self) -> str:
+        """``bias`` of the configuration: whose biases are stored outside of saved modules."""
+        owners = {r.name.rpartition(".")[0] for r in self.plain if r.name.endswith("bias")}
+        if not owners:
+            return "none"
+        is_old = self._old.get("bias") == "lora_only"
+        return "lora_only" if is_old and all(map(self.wraps, owners)) else "all"
+
+    @property
+    def modules_to_save(self) -> list[str]:
+        """Names of the saved modules; those that the adapter came with stay as they were."""
+        used = {self.entries.get(module, module) for module in self.saved}
+        # An entry that no module ends like stays too: PEFT puts both of its heads on every list.
+        old = [
+            e for e in _texts(self._old.get("modules_to_save"))
+            if e in used or not any(m.endswith(e) for m in self.modules)
+        ]  # fmt: skip
+        return [*dict.fromkeys(old), *sorted(used - set(old))]
 
     def wraps(self, module: str) -> int:
         """How many PEFT layers lie around a module."""
@@ -88,9 +115,9 @@ class NewLayout:
             self.biases[spec.module] = spec
         elif spec.parameter == "in_proj_weight":
             self.targets[spec.module] = spec
-        elif spec.parameter != "weight" or spec.layout == "experts":
+        elif spec.is_bare or spec.parameter != "weight" or spec.layout == "experts":
             self.parameters.setdefault(spec.module, []).append(spec)
-            self.parameters[spec.module].sort(key=lambda s: registration_order(s.parameter))
+            self.parameters[spec.module].sort(key=self._registration)
         elif leaf == "out_proj" and mha in mhas:
             self.outputs[spec.module] = spec
         else:
@@ -109,12 +136,38 @@ class NewLayout:
                 if self.wraps(module) or f"{module}.weight" in whole:
                     self._refuse("LT-411", "rows and the whole of a tensor change", [module])
                 self.tokens[module] = replacement
-            elif f"{module}.weight" in whole and not self._is_wrapped(module):
+            elif self._is_wrapped(module):
+                self.plain.append(replacement)
+            elif outer := self._saved_around(module):
+                self.saved.setdefault(outer, []).append(replacement)
+            elif f"{module}.weight" in whole:
                 self.saved.setdefault(module, []).append(replacement)
             else:
                 self.plain.append(replacement)
         for module in [m for m in self.saved if _outer_of(m, self.saved)]:
             self.saved[_outer_of(module, self.saved)].extend(self.saved.pop(module))
+
+    def _saved_around(self, module: str) -> str:
+        """The outermost module around a tensor that PEFT saves whole, "" if there is none.
+
+        That is one that the adapter came with, or a head that its task adds: PEFT takes every
+        module whose path ends like the entry, dot or not.
+        """
+        entries = _texts(self._old.get("modules_to_save"))
+        parts = module.split(".")
+        for number in range(1, len(parts) + 1):
+            path = ".".join(parts[:number])
+            for entry in (e for e in entries if path.endswith(e)):
+                self.entries[path] = entry
+                return path
+            if path.endswith(self._heads):
+                return path
+        return ""
+
+    def _registration(self, spec: DeltaSpec) -> tuple[int, int]:
+        order = [t.rpartition(".")[2] for t in _texts(self._old.get("target_parameters"))]
+        place = order.index(spec.parameter) if spec.parameter in order else len(order)
+        return registration_order(spec.parameter), place
 
     def _is_wrapped(self, module: str) -> bool:
         """True if the module or one around it is a PEFT layer."""
@@ -179,19 +232,21 @@ class NewLayout:
             odd = [s.name for s in weights if s.kind != "dora"] or dora
             self._refuse("LT-412", "PEFT has DoRA on all modules, or on none", odd)
 
-    def _can_be_saved(self, entry: str) -> bool:
-        """Would an entry of ``modules_to_save`` take exactly the tensors that are there?
+    def _can_be_saved(self, saved: str) -> bool:
+        """Would the entry of a module take exactly the tensors that are there?
 
         PEFT wraps every module whose path ends like the entry, dot or not, and asks for all of
         its tensors.  A module that it cannot list loads as plain tensors all the same.
         """
-        have = {r.name for r in self.saved[entry]}
-        if any(n.startswith(f"{entry}.") and n not in have for n in self._base):
+        have = {r.name for r in self.saved[saved]}
+        if any(n.startswith(f"{saved}.") and n not in have for n in self._base):
             return False
-        if any(m.endswith(entry) and m != entry for m in self.modules):
+        if saved not in self.entries and any(
+            m.endswith(saved) and m != saved for m in self.modules
+        ):
             return False
         adapted = {*self.targets, *self.parameters, *self.outputs, *self.tokens}
-        return not any(f".{entry}." in f".{module}." for module in adapted)
+        return not any(f".{saved}." in f".{module}." for module in adapted)
 
     @property
     def excluded(self) -> list[str]:
@@ -257,6 +312,11 @@ def _ancestors(names: Iterable[str]) -> frozenset[str]:
             found.add(module)
             module = module.rpartition(".")[0]
     return frozenset(found)
+
+
+def _texts(value: object) -> list[str]:
+    """The texts of a list from a configuration."""
+    return [v for v in value if isinstance(v, str)] if isinstance(value, list) else []
 
 
 def _outer_of(module: str, saved: Mapping[str, object]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from loratool.adapter import Replacement, TensorRef
+from loratool.dialects.peft_checks import refuse_shard
 from loratool.dialects.peft_config import PeftConfig
 from loratool.dialects.peft_keys import Key, Sorted
 from loratool.dialects.peft_patterns import endings
@@ -21,9 +22,12 @@ def read_replacements(
     Whole tensors come before trainable rows of the same tensor, because the rows are laid on top.
 
     Raises:
-        BadFileError: LT-361 too many entries, LT-367 two tensors for one name, LT-369 token numbers
-            that do not fit.
+        BadFileError: LT-361 too many entries, LT-364 an empty tensor, LT-367 two tensors for one
+            name, LT-369 token numbers that do not fit.
     """
+    for ref in (*found.saved.values(), *(key.ref for key in found.plain)):
+        if 0 in ref.shape:
+            refuse_shard(ref)
     made = {
         name: Replacement(name, ref, "modules_to_save") for name, ref in found.saved.items()
     }  # in file order among themselves

@@ -228,7 +228,7 @@ class SpecReader:
             "experts" if is_flat else "linear", rank, alpha, self.config.scaling(alpha, rank),
             experts=experts if is_flat else 0, alternatives=parameter.alternatives,
             b_order=(self.options.experts_b_order or self.config.b_order) if is_flat
-            else "rank-major",
+            else "rank-major", is_bare=True,
         )  # fmt: skip
 
     def _note_mha(self, specs: list[DeltaSpec]) -> None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from loratool.adapter import Adapter, AdapterFiles, ReadOptions, Source, TensorRef
 from loratool.dialects.peft import read_tensors
 from loratool.dialects.peft_config import parse_config
-from loratool.dialects.peft_new import new_config
+from loratool.dialects.peft_keys import living_names
+from loratool.dialects.peft_new import heads_of, new_config
 from loratool.dialects.peft_new_keys import NewLayout, new_tensors
 from loratool.dtypes import DTYPES
 
@@ -25,8 +28,8 @@ def write(
     """The files of an adapter in PEFT's form.
 
     An adapter that was read from PEFT and is unchanged gives its own tensors, metadata and
-    configuration back.  Any other one gets a configuration that PEFT 0.21.2 loads without missing
-    or unexpected keys.
+    configuration back, under names that PEFT finds.  Any other one gets a configuration that
+    PEFT 0.21.2 loads without missing or unexpected keys.
 
     Args:
         adapter: read or made.
@@ -42,7 +45,7 @@ def write(
         return AdapterFiles(
             unchanged, dict(adapter.metadata), WEIGHTS_NAME, {CONFIG_NAME: adapter.config}
         )
-    layout = NewLayout(adapter, base_tensors)
+    layout = NewLayout(adapter, base_tensors, heads_of(adapter, base_config))
     tensors = new_tensors(layout)
     # The order in which the safetensors library lays tensors out: wide types first, then by name.
     tensors.sort(key=lambda item: (-DTYPES[item[1].dtype].bits, item[0]))
@@ -52,6 +55,20 @@ def write(
         WEIGHTS_NAME,
         {CONFIG_NAME: new_config(adapter, layout, base_config=base_config)},
     )
+
+
+def read_back(files: AdapterFiles, path: Path) -> Adapter:
+    """The adapter that these files hold, read from their names and configuration."""
+    refs = [
+        TensorRef(path / files.tensor_file, name, source.dtype, source.shape, 0, source.nbytes)
+        for name, source in files.tensors
+    ]
+    json = files.json_files[CONFIG_NAME]
+    config = parse_config(json, None)
+    return replace(
+        read_tensors(refs, config, ReadOptions()), path=path, config=json,
+        key_order=tuple(ref.name for ref in refs), layer_order=config.layer_order,
+    )  # fmt: skip
 
 
 def _unchanged_tensors(adapter: Adapter) -> tuple[tuple[str, Source], ...] | None:
@@ -74,7 +91,9 @@ def _unchanged_tensors(adapter: Adapter) -> tuple[tuple[str, Source], ...] | Non
         and again.replacements == adapter.replacements
         and config.layer_order == adapter.layer_order
     )
-    return tuple((ref.name, ref) for ref in ordered) if same else None
+    if not same:
+        return None
+    return tuple(zip(living_names(adapter.key_order), ordered, strict=True))
 
 
 def _sources(adapter: Adapter) -> Iterator[Source]:

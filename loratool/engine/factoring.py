@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -26,12 +27,14 @@ class SubtractAndFactor(Difference):
 
     ``args``: ``rule`` (fields of a `RankRule`), ``auto`` (the noise rank joins it), ``exact``,
     ``slices`` (keep the error at every rank), ``transposed``, ``experts``, ``kernel``, ``gain``.
+    With ``names`` and ``experts`` the pairs are parts of the experts of one parameter, in order.
     """
 
     def __init__(self, step: Step, env: Env) -> None:
         super().__init__(step, env)
         self._deltas: torch.Tensor | None = None  # (pairs, rows, cols) float32
         self._grids: list[Grid] = []
+        self._is_joined = "names" in step.args and bool(step.args.get("experts"))
 
     def prepare(self) -> None:
         """Make room for the whole differences."""
@@ -39,6 +42,8 @@ class SubtractAndFactor(Difference):
         self._deltas = self.env.pool.take((len(self.names), *view), device)
         if self.step.args.get("auto"):
             types = [TORCH_DTYPES[s.dtype] for s in self.step.inputs[::2]]
+            if self._is_joined:
+                types, view = types[:1], (view[0] * len(self.names), view[1])
             self._grids = [Grid(view, dtype, device) for dtype in types]
 
     def keep(self, block: grid.Block, tuned: torch.Tensor, delta: torch.Tensor | None) -> None:
@@ -46,8 +51,24 @@ class SubtractAndFactor(Difference):
         assert self._deltas is not None
         room = self._deltas[block.pair, block.r0 : block.r1, block.c0 : block.c1]
         room.zero_() if delta is None else room.copy_(delta)
-        if self._grids:
+        if self._grids and self._is_joined:
+            self._grids[0].take(tuned, block.pair * self.step.view[0] + block.r0, block.c0)
+        elif self._grids:
             self._grids[block.pair].take(tuned, block.r0, block.c0)
+
+    def sizes(self) -> list[DifferenceResult]:
+        """Per pair, or of all of them together where they are one parameter."""
+        found = super().sizes()
+        if not self._is_joined:
+            return found
+        return [
+            DifferenceResult(
+                self.step.output.name,
+                all(one.is_equal for one in found),
+                math.fsum(one.delta_square for one in found),
+                math.fsum(one.weight_square for one in found),
+            )
+        ]
 
     def finish(self) -> list[DifferenceResult]:
         """Factor what was collected."""
@@ -86,7 +107,8 @@ class SubtractAndFactor(Difference):
     ) -> fit.Fitting:
         """What the fit goes by; sizes are those of the float32 differences."""
         each = modules.shape[1]
-        seeds = [_seed(f"{self.names[i]}[{e}]") for i in at for e in range(each)]
+        names = [self.step.output.name] if self._is_joined else self.names
+        seeds = [_seed(f"{names[i]}[{e}]") for i in at for e in range(each)]
         squares = [sum_of_squares(m) for m in modules.flatten(0, 1)]
         floors = None
         if self._grids:

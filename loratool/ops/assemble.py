@@ -11,7 +11,7 @@ from loratool.adapter import Adapter, DeltaSpec, Replacement, TensorData
 from loratool.archs.experts import parse_expert
 from loratool.errors import MismatchError
 from loratool.ops.extract import ExtractPlan
-from loratool.ops.pairing import Pair
+from loratool.ops.extract_pairs import Pair
 from loratool.ops.twins import at_every_place
 from loratool.plan import Step
 from loratool.store.checkpoint import Checkpoint
@@ -98,6 +98,17 @@ def assemble(
     return adapter, outcomes
 
 
+def outline(extract: ExtractPlan, base: Checkpoint) -> Adapter:
+    """The adapter as far as the plan tells: what lies where, in factors of one element."""
+    blank = TensorData("", "F32", (1, 1), b""), TensorData("", "F32", (1, 1), b"")
+    specs = [
+        _make_spec(pair, step, blank, extract, base)
+        for pair, step in zip(extract.pairs, extract.plan.steps, strict=True)
+        if pair.is_factored
+    ]
+    return Adapter(base.path, "peft", tuple(specs))
+
+
 def _outcome(pair: Pair, found: Any) -> Outcome:
     is_equal = found.differing == 0 if hasattr(found, "differing") else found.is_equal
     delta, weight = found.delta_square, getattr(found, "weight_square", 0.0)
@@ -120,11 +131,10 @@ def _make_spec(
     lora_A, lora_B = factors
     name = extract.memory_names[pair.name]
     module, _, parameter = name.rpartition(".")
-    experts = pair.tuned.shape[0] if pair.role == "experts" else 0
+    experts = pair.tuned.shape[0] if pair.holder == "experts" else 0
     rank = lora_A.shape[0] // max(1, experts)
-    layout = {"conv": "conv", "embedding": "embedding", "experts": "experts"}.get(
-        pair.role, "linear"
-    )
+    is_bare = pair.holder in ("parameter", "experts")
+    layout = "linear" if pair.holder == "parameter" else pair.holder
     return DeltaSpec(
         "lowrank",
         module,
@@ -134,8 +144,9 @@ def _make_spec(
         rank,
         float(rank),
         1.0 / step.args.get("gain", 1.0),
-        transposed=layout == "linear" and archs.is_conv1d(base.model_type, pair.module),
+        transposed=pair.holder == "linear" and archs.is_conv1d(base.model_type, pair.module),
         experts=experts,
+        is_bare=is_bare,
     )
 
 
@@ -262,7 +273,8 @@ def _pad(spec: DeltaSpec, rank: int) -> DeltaSpec:
 def _is_kept(pair: Pair, keep: Sequence[str], by_name: frozenset[str]) -> bool:
     if pair.role == "bare":
         return False  # PEFT holds whole modules and biases, not bare parameters
-    is_usual = pair.role in ("bias", "small") or pair.is_task_head
+    is_held = pair.base is not None  # a module that the base lacks takes no tensor
+    is_usual = (pair.role in ("bias", "small") and is_held) or pair.is_task_head
     return (
         (is_usual and "none" not in keep)
         or "all" in keep

@@ -279,6 +279,10 @@ def _place_name(item: Item, name: str, context: Context) -> Placement:
     if target is not None:
         if spec.layout == "vector":
             return place_vector(item, spec, target, context)
+        if spec.is_bare and spec.layout == "linear" and len(context.shape(target)) == 3:
+            # One matrix in a stack: its factors do not tell it from a plain one.
+            only = replace(item, spec=replace(spec, layout="experts", experts=1))
+            return place_flat(only, name, context)
         return place_on(item, spec, target, alias, context)
     elsewhere = place_single(item, name, context) or place_fused(item, name, context)
     if elsewhere is not None:

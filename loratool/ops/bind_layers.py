@@ -74,7 +74,8 @@ def _stack(checkpoint: Checkpoint, order: Sequence[int]) -> tuple[str, int]:
             highest[match[1]] = max(highest.get(match[1], -1), int(match[2]))
     config = checkpoint.config
     text = config.get("text_config")
-    wanted = {c.get(k) for c in (config, text) if isinstance(c, Mapping) for k in LAYER_COUNTS}
+    said = [c.get(k) for c in (config, text) if isinstance(c, Mapping) for k in LAYER_COUNTS]
+    wanted = {count for count in said if isinstance(count, int)}
     exact = [s for s in found if highest[s] + 1 in wanted]
     best = max(exact or list(found), key=lambda s: (found[s], s), default="")
     if not best or not order or max(order) > highest[best] or min(order) < 0:

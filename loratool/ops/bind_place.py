@@ -115,6 +115,8 @@ def orientation(item: Item, spec: DeltaSpec, target: str, ctx: Context) -> bool 
     asked = (out, *_squeeze(inner))
     shape = ctx.shape(target)
     direct, turned = asked == shape, asked[::-1] == shape and len(asked) == 2
+    if spec.is_bare and direct:
+        return False
     known = stores_transposed(ctx.config, target.rpartition(".")[0])
     if direct and turned:
         if known is not None:

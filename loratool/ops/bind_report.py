@@ -23,11 +23,11 @@ _WHAT: Mapping[str, tuple[str, str]] = {
     ),
     "LT-434": (
         "grouped convolution cannot be merged ({count} modules)",
-        "keep the adapter separate, or leave the modules out with --skip",
+        "keep the adapter separate, or leave the modules out with --skip REGEX",
     ),
     "LT-435": (
         "{count} targets are quantised and cannot take a delta",
-        "merge into the 16-bit base, or use --dequantize where it is supported",
+        "merge into the 16-bit model that it was quantised from",
     ),
     "LT-436": (
         "the layout of {count} square expert weights is ambiguous",
@@ -36,7 +36,7 @@ _WHAT: Mapping[str, tuple[str, str]] = {
     "LT-437": ("{count} expert weights do not fit the base", "check --moe-layout and the base"),
     "LT-438": (
         "{count} bias deltas have no bias in the base",
-        "lora_bias is not mergeable into a base without biases; --skip leaves modules out",
+        "lora_bias is not mergeable into a base without biases; --skip REGEX leaves modules out",
     ),
     "LT-439": (
         "DoRA cannot be cut along columns ({count} modules)",
@@ -63,6 +63,7 @@ _POOL = 500
 _VOTERS = 500
 _MOST_HEADS = 50
 _DEEPEST = 12  # parts of a prefix
+_VOCABULARY = re.compile(r"(^|\.)(\w*embed\w*|wte|shared|lm_head|output)\.weight$")
 _PACKED = ("qweight", "weight_packed", "weight_blocks", "weight.absmax")
 
 
@@ -72,6 +73,8 @@ def shape_error(misfits: Sequence[Misfit], checkpoint: Checkpoint) -> MismatchEr
     reason = max(sorted(reasons), key=lambda r: reasons[r])
     chosen = sorted((m for m in misfits if m.reason == reason), key=lambda m: m.item.name)
     what, hint = _WHAT[reason]
+    if "LT-442" in reasons and all(_is_resized(m, checkpoint) for m in chosen):
+        hint = _WHAT["LT-442"][1]
     first = chosen[0]
     return MismatchError(
         reason,
@@ -82,6 +85,16 @@ def shape_error(misfits: Sequence[Misfit], checkpoint: Checkpoint) -> MismatchEr
         got=first.got or None,
         hint=hint,
     )
+
+
+def _is_resized(misfit: Misfit, checkpoint: Checkpoint) -> bool:
+    """True for factors of an embedding or a head that fit but for the size of the vocabulary."""
+    spec, target = misfit.item.spec, checkpoint.tensors.get(misfit.target)
+    if spec is None or target is None or len(target.shape) != 2 or spec.kind == "vector":
+        return False
+    inner, out = spec.fields["lora_A"].shape[-1], spec.fields["lora_B"].shape[0]
+    width = out if spec.layout == "embedding" else inner
+    return bool(_VOCABULARY.search(misfit.item.name)) and width == target.shape[1]
 
 
 def unmatched_error(misfits: Sequence[Misfit], total: int, checkpoint: Checkpoint) -> MismatchError:

@@ -10,6 +10,8 @@ from typing import Any
 from loratool.adapter import Adapter
 from loratool.errors import LoratoolError
 from loratool.ops.adapter_summary import summarize_adapter
+from loratool.ops.programs import judge_loads
+from loratool.ops.programs.vllm import VLLM, top_rank
 from loratool.ops.summary import summarize_checkpoint
 from loratool.store.card import CardFacts
 from loratool.store.checkpoint import Checkpoint
@@ -32,7 +34,6 @@ _TASKS = {
 """PEFT's task -> class of transformers, and the Hub's task."""
 
 _DIFFUSERS = ("diffusers", "kohya")  # dialects that its load_lora_weights reads
-_VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 
 Usage = tuple[str, str, str]
 """Heading, language and code."""
@@ -184,7 +185,8 @@ def _usage(adapter: Adapter, repo: str, base: str | None, revision: str | None) 
         code += f'\npipe.load_lora_weights("{repo}"{file})'
         found.append(("Use with diffusers", "python", code))
     task = str(adapter.config.get("task_type"))
-    if library == "peft":
+    verdicts = {row.program: row.verdict for row in judge_loads(adapter)}
+    if library == "peft" and verdicts["PEFT"] != "no":
         kind = _TASKS.get(task, ("AutoModel", None))[0]
         code = (
             f"from peft import PeftModel\nfrom transformers import {kind}\n\n"
@@ -192,13 +194,11 @@ def _usage(adapter: Adapter, repo: str, base: str | None, revision: str | None) 
             f'model = PeftModel.from_pretrained(base, "{repo}")'
         )
         found.append(("Use with PEFT", "python", code))
-    verdicts = {row.program: row.verdict for row in summarize_adapter(adapter).loads}
-    if base and task == "CAUSAL_LM" and verdicts.get("vLLM") == "yes":
-        rank = max((spec.rank for spec in adapter.specs), default=1)
-        limit = next((r for r in _VLLM_RANKS if r >= rank), rank)
+    if base and task == "CAUSAL_LM" and verdicts["vLLM"] == "yes":
         code = (
             f"vllm serve {base} {f'--revision {revision} ' if revision else ''}--enable-lora "
-            f"--max-lora-rank {limit} --lora-modules {repo.rpartition('/')[2]}={repo}"
+            f"--max-lora-rank {VLLM.room(max(8, top_rank(adapter)))} "
+            f"--lora-modules {repo.rpartition('/')[2]}={repo}"
         )
         found.append(("Use with vLLM", "console", code))
     pinned = f"{shown}@{revision}" if base and revision else shown

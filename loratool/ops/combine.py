@@ -109,16 +109,23 @@ def check_options(given: Mapping[str, Any]) -> None:
 
 
 def combination_args(
-    method: str | None, params: Mapping[str, Any] | None, *, rank: int | None, exact: bool
+    method: str | None,
+    params: Mapping[str, Any] | None,
+    *,
+    rank: int | None,
+    exact: bool,
+    program: str | None = None,
 ) -> dict[str, Any]:
     """What ``--method`` means for the steps of a merge into a base; empty for the plain sum.
 
     Raises:
         UsageError: LT-286, a method that makes an adapter, or an option that does.
     """
-    if rank is not None:
+    option = "--rank" if rank is not None else "--for" if program is not None else ""
+    if option:
         raise UsageError(
-            "LT-286", "--rank is for merging adapters with each other", got="--base and --rank",
+            "LT-286", f"{option} is for merging adapters with each other",
+            got=f"--base and {option}",
             hint="leave --base out, then merge the result into it",
         )  # fmt: skip
     row = find_method(method or "cat")

@@ -99,8 +99,12 @@ class CompressPlan:
         return len(set(scalings)) > 1
 
 
-def plan_compress(adapter: Adapter) -> CompressPlan:
+def plan_compress(adapter: Adapter, *, one_rank: bool = False) -> CompressPlan:
     """Look at what is in an adapter and refuse what truncation would get wrong.
+
+    Args:
+        adapter: opened.
+        one_rank: of all modules together.
 
     Raises:
         MismatchError: LT-449 DoRA, LT-497 a delta on a changed base, LT-498 anything else that
@@ -110,10 +114,12 @@ def plan_compress(adapter: Adapter) -> CompressPlan:
     specs = tuple(s for s in adapter.specs if s.kind == "lowrank")
     biases = {s.module: s for s in adapter.specs if s.kind == "vector"}
     mhas = {s.module for s in specs if s.parameter == "in_proj_weight"}
+    tied = {s.name for pair in adapter.tied_pairs for s in pair}
+    groups = [Group(tuple(range(len(specs))), 1)] if one_rank else None
     return CompressPlan(
         adapter,
         specs,
-        tuple(_groups(specs, biases, mhas, _tied(adapter, specs))),
+        tuple(groups or _groups(specs, biases, mhas, tied)),
         tuple(_storage_dtype(s) for s in specs),
         tuple(2.0 if _mha_of(s) in mhas else 1.0 for s in specs),
         biases,
@@ -234,15 +240,6 @@ def _groups(
     return [
         Group(tuple(g), int(len(g) > 1 or specs[g[0]].module in biases)) for g in found.values()
     ]
-
-
-def _tied(adapter: Adapter, specs: Sequence[DeltaSpec]) -> set[str]:
-    """Embedding and head that ``ensure_weight_tying`` gives one change: one is the other turned."""
-    if adapter.config.get("ensure_weight_tying") is not True:
-        return set()
-    sizes = {s.name: (s.fields["lora_B"].shape[0], s.fields["lora_A"].shape[1]) for s in specs}
-    turned = {sizes[s.name][::-1] for s in specs if s.layout == "embedding"}
-    return {s.name for s in specs if s.layout == "embedding" or sizes[s.name] in turned}
 
 
 def _mha_of(spec: DeltaSpec) -> str | None:

@@ -8,9 +8,16 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from loratool import archs
+from loratool.adapter import TensorRef
 from loratool.dtypes import DTYPES
 from loratool.errors import MismatchError
-from loratool.ops.pairing import Pair, pair_tensors
+from loratool.ops.extract_pairs import (
+    Pair,
+    experts_are_turned,
+    join_experts,
+    settle_holders,
+)
+from loratool.ops.pairing import pair_tensors
 from loratool.patterns import find, typed_pattern
 from loratool.plan import Plan, Step, TensorSpec
 from loratool.store.checkpoint import Checkpoint
@@ -106,24 +113,22 @@ def plan_extract(
                 got=checkpoint.quantization,
                 hint="use the 16-bit checkpoints",
             )
-    paired = pair_tensors(tuned, base)
+    paired = pair_tensors(tuned, base, names)
     whole = [k for k in keep if k not in KEEP_WORDS]
     kept = _found(whole, "--keep", [p.name for p in (*paired.matched, *paired.created)])
     factored = _choose(paired.matched, include, exclude, kept)
-    mhas = {p.module for p in factored if p.role == "in_proj"}
-    pairs, steps = [], []
-    for pair in paired.matched:
-        one = replace(pair, is_factored=pair in factored)
-        pairs.append(one)
-        steps.append(_make_step(one, base, how, _is_mha_output(one, mhas)))
+    chosen = [replace(pair, is_factored=pair in factored) for pair in paired.matched]
+    pairs = settle_holders(join_experts(chosen, base, names), base.config)
+    mhas = {p.module for p in pairs if p.is_factored and p.role == "in_proj"}
+    steps = [_make_step(p, base, how, _is_mha_output(p, mhas)) for p in pairs]
+    written = (*pairs, *paired.created)
     places = {
         p.name: tuple(archs.to_memory(base.model_type, n, names) for n in paired.places[p.name])
-        for p in (*paired.matched, *paired.created)
-        if p.name in paired.places
-    }
+        for p in written if p.name in paired.places
+    }  # fmt: skip
     memory = {
         p.name: places.get(p.name, (archs.to_memory(base.model_type, p.name, names),))[0]
-        for p in (*paired.matched, *paired.created)
+        for p in written
     }
     plan = Plan("extract", tuple(steps))
     return ExtractPlan(
@@ -155,7 +160,8 @@ def _is_mha_output(pair: Pair, mhas: set[str]) -> bool:
 
 def _make_step(pair: Pair, base: Checkpoint, how: FactorOptions, is_mha_output: bool) -> Step:
     assert pair.base is not None
-    shape, inputs = pair.tuned.shape, (pair.tuned, pair.base)
+    shape = pair.tuned.shape
+    inputs: tuple[TensorRef, ...] = (pair.tuned, pair.base)
     label = TensorSpec(pair.name, "F32", shape)
     if not pair.is_factored:
         flat = pair.tuned.numel
@@ -164,13 +170,19 @@ def _make_step(pair: Pair, base: Checkpoint, how: FactorOptions, is_mha_output: 
         return Step("difference", label, inputs, (1, flat) if len(shape) < 2 else _flat(shape))
     args: dict[str, Any] = {**how.to_args(), "transposed": False}
     view = _flat(shape)
-    if pair.role == "conv":
+    if pair.parts:
+        inputs = tuple(ref for part in pair.parts for ref in (part.tuned, part.base) if ref)
+        args |= {"experts": shape[0], "names": [part.name for part in pair.parts]}
+        view = _flat(pair.parts[0].tuned.shape)
+    elif pair.role == "conv":
         view = (shape[0], pair.tuned.numel // shape[0])
         args["kernel"] = list(shape[2:])
     elif pair.role == "experts":
         args["experts"] = shape[0]
-        args["transposed"] = archs.experts_are_transposed(base.model_type)
-    elif pair.role == "embedding" or archs.is_conv1d(base.model_type, pair.module):
+        args["transposed"] = experts_are_turned(base.config)
+    elif pair.holder == "embedding" or (
+        pair.holder == "linear" and archs.is_conv1d(base.model_type, pair.module)
+    ):
         args["transposed"] = True
     if is_mha_output:
         args["gain"] = 0.5  # PEFT applies this delta twice

@@ -112,11 +112,11 @@ def _factoring_bytes(step: Step) -> int:
     far as it goes if the spectrum decides; at full rank the matrix itself times the identity,
     24·s·(s + l).
     """
-    rows, cols = step.view
+    rows, cols = _matrix(step)
     count = max(1, int(step.args.get("experts", 0)))
-    short, long = sorted((rows // count, cols))
+    short, long = sorted((rows, cols))
     is_auto, rule = bool(step.args.get("auto")), step.args["rule"]
-    numel, rank = rows * cols * len(step.inputs) // 2, largest_rank(step)
+    numel, rank = step.view[0] * cols * len(step.inputs) // 2, largest_rank(step)
     fast = min(rank, short // 4 - 9)  # the largest that Lanczos is taken for
     is_searched = is_auto or any(v for k, v in rule.items() if k not in ("rank", "max_rank"))
     ways = [14 * short * long if is_auto else 0]
@@ -134,10 +134,16 @@ def _factoring_bytes(step: Step) -> int:
 
 def largest_rank(step: Step) -> int:
     """The rank that a factoring step gives at most; 256 is taken where only data can tell."""
-    count = max(1, int(step.args.get("experts", 0)))
     rule = step.args["rule"]
     caps = [c for c in (rule.get("rank"), rule.get("max_rank")) if c]
-    return int(min([step.view[0] // count, step.view[1], *(caps or [_UNKNOWN_RANK])]))
+    return int(min([*_matrix(step), *(caps or [_UNKNOWN_RANK])]))
+
+
+def _matrix(step: Step) -> tuple[int, int]:
+    """Rows and columns of one matrix that a step factors: of one expert, all its parts together."""
+    experts = int(step.args.get("experts", 0))
+    parts = len(step.args["names"]) if experts and "names" in step.args else 1
+    return step.view[0] * parts // max(1, experts), step.view[1]
 
 
 def _kept_share(step: Step) -> float:
@@ -157,9 +163,8 @@ def made_bytes(step: Step) -> int:
         return int(before * _kept_share(step))
     if step.op != "subtract_and_factor":
         return 0
-    count = max(1, int(step.args.get("experts", 0)))
-    sides = step.view[0] // count + step.view[1]
-    return 4 * largest_rank(step) * sides * count * len(step.inputs) // 2
+    matrices = int(step.args.get("experts", 0)) or len(step.inputs) // 2
+    return 4 * largest_rank(step) * sum(_matrix(step)) * matrices
 
 
 def combined_bytes(module: SumModule, rank: int, method: Method) -> int:

@@ -354,7 +354,8 @@ def _make_shard(
     shard: Shard, name: str, steps: list[Step], file_metadata: Mapping[str, str] | None
 ) -> ShardPlan:
     tensors = tuple(s.output for s in steps)
-    metadata = {**shard.metadata, **(file_metadata or {})}
+    kept = {k: v for k, v in shard.metadata.items() if k != "loratool"}  # it speaks of the input
+    metadata = {**kept, **(file_metadata or {})}
     own = [s.inputs[0] for s in steps if isinstance(s.inputs[0], TensorRef)]
     is_same = (
         not file_metadata

@@ -2,60 +2,16 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from loratool import archs
-from loratool.adapter import TensorRef
 from loratool.archs.heads import is_other_head, is_pooler, task_of
 from loratool.archs.ties import Tie, find_ties, head_scale, is_head
-from loratool.dtypes import DTYPES
 from loratool.errors import MismatchError, list_some
 from loratool.ops.align import align_names, renamed
+from loratool.ops.extract_pairs import Pair, Roles
 from loratool.store.checkpoint import Checkpoint
-
-_EMBEDDING = re.compile(
-    r"(^|[._])(embed\w*|embeddings?|wte|wpe|shared|embed_(in|out|tokens))\.weight$"
-)
-_HEAD = re.compile(r"(^|\.)(lm_head|embed_out|output_projection)\.weight$")
-_ROUTER = re.compile(r"\.router\.weight$")  # a module class of its own: PEFT cannot target it
-_BUFFER = re.compile(r"\.(running_mean|running_var|num_batches_tracked|position_ids)$")
-
-
-@dataclass(frozen=True)
-class Pair:
-    """One tensor of both checkpoints.
-
-    Attributes:
-        name: on-disk name in the base.
-        base: None if the base has no such tensor.
-        tuned: the fine-tuned one.
-        role: ``linear``, ``conv``, ``embedding``, ``head``, ``experts``, ``in_proj``, ``bias``,
-            ``small``, ``router``, ``buffer`` or ``bare``.
-        is_factored: it becomes a pair of factors.
-    """
-
-    name: str
-    base: TensorRef | None
-    tuned: TensorRef
-    role: str
-    is_factored: bool = False
-
-    @property
-    def module(self) -> str:
-        """On-disk module path."""
-        return self.name.rpartition(".")[0]
-
-    @property
-    def parameter(self) -> str:
-        """Parameter name."""
-        return self.name.rpartition(".")[2]
-
-    @property
-    def is_task_head(self) -> bool:
-        """The fine-tune has a head that the base lacks, and it is no language model's."""
-        return self.base is None and is_other_head(self.name) and not is_head(self.name)
 
 
 @dataclass(frozen=True)
@@ -78,12 +34,13 @@ class Pairing:
     notes: tuple[str, ...] = ()
 
 
-def pair_tensors(tuned: Checkpoint, base: Checkpoint) -> Pairing:
+def pair_tensors(tuned: Checkpoint, base: Checkpoint, names: str) -> Pairing:
     """Give every tensor of a fine-tune its partner.
 
     Args:
         tuned: the fine-tune.
         base: what it was tuned from.
+        names: ``v5`` or ``v4``, as the adapter will call them.
 
     Raises:
         MismatchError: LT-481 body tensors are missing, LT-482 shapes differ, LT-487 the scale of
@@ -91,7 +48,9 @@ def pair_tensors(tuned: Checkpoint, base: Checkpoint) -> Pairing:
     """
     ties = find_ties(base)
     _check_scale(ties, tuned, base)
+    roles = Roles(base, names)
     aligned = align_names(tuned, base)
+    called = dict(zip(aligned, tuned.tensors, strict=True))
     notes = [f"{renamed(aligned)} tensors go by other names in the fine-tune"] * (
         renamed(aligned) > 0
     )
@@ -109,11 +68,12 @@ def pair_tensors(tuned: Checkpoint, base: Checkpoint) -> Pairing:
         if other is None and name in ours:
             other = base.tensors[ours[name]]
             notes.append(f"{name} is tied in the base: compared with {ours[name]}")
-        role = "head" if name in heads else role_of(name, ref)
+        role, holder = roles.of(name, ref)
+        role = "head" if name in heads else role
         if other is None:
             created.append(Pair(name, None, ref, role))
         elif other.shape == ref.shape:
-            matched.append(Pair(name, other, ref, role))
+            matched.append(Pair(name, other, ref, role, holder))
         elif role in ("embedding", "head") and other.shape[1:] == ref.shape[1:]:
             created.append(Pair(name, other, ref, role))
             notes.append(f"{name} has {ref.shape[0] - other.shape[0]:+d} rows")
@@ -127,28 +87,8 @@ def pair_tensors(tuned: Checkpoint, base: Checkpoint) -> Pairing:
         raise MismatchError(
             "LT-482", "tensors have different shapes", file=tuned.path, key=list_some(shapes)
         )
-    places = _places(ties, aligned, tuned)
+    places = _places(ties, called, tuned)
     return Pairing(tuple(matched), tuple(created), absent, places, tuple(notes))
-
-
-def role_of(name: str, ref: TensorRef) -> str:
-    """What a tensor is, as far as its name and shape tell: a role of `Pair`."""
-    if _BUFFER.search(name) or not DTYPES[ref.dtype].is_mergeable:
-        return "buffer"
-    dims = len(ref.shape)
-    if dims <= 1:
-        return "bias" if name.endswith("bias") else "small"
-    if name.endswith("in_proj_weight") and dims == 2:
-        return "in_proj"
-    if not name.endswith(".weight"):
-        return "experts" if dims == 3 and ".experts." in name and "bias" not in name else "bare"
-    if _HEAD.search(name):
-        return "head"
-    if _ROUTER.search(name):
-        return "router"
-    if dims == 2:
-        return "embedding" if _EMBEDDING.search(name) else "linear"
-    return "conv"
 
 
 def _absent(missing: list[str], tuned: Checkpoint) -> tuple[str, ...]:
@@ -168,20 +108,21 @@ def _absent(missing: list[str], tuned: Checkpoint) -> tuple[str, ...]:
 
 
 def _places(
-    ties: tuple[Tie, ...], aligned: Mapping[str, TensorRef], tuned: Checkpoint
+    ties: tuple[Tie, ...], called: Mapping[str, str], tuned: Checkpoint
 ) -> dict[str, tuple[str, ...]]:
     """Every living name of a tied tensor that the fine-tune does not store apart.
 
     Where the fine-tune has a head of its own, names are those of its class.
     """
+    task = task_of(tuned.config)
     found: dict[str, tuple[str, ...]] = {
-        n: (ref.name,) for n, ref in aligned.items() if ref.name != n and task_of(tuned.config)
+        name: (own,) for name, own in called.items() if task and own != name
     }
     for tie in ties:
-        stored = next((n for n in tie.stored if n in aligned), None)
+        stored = next((n for n in tie.stored if n in called), None)
         if stored is None:
             continue
-        others = [n for n in tie.live if n == stored or n not in aligned]
+        others = [n for n in tie.live if n == stored or n not in called]
         others.sort(key=lambda n: is_head(n) != is_head(stored))  # as it is factored, then turned
         found[stored] = tuple(_like(n, stored, found) for n in others) or (stored,)
     return found

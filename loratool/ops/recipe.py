@@ -14,6 +14,7 @@ from loratool.errors import UsageError, list_some
 
 # Option as typed -> keyword of the function, where they are not the same word.
 _SPELLED = {
+    **{(c, "for"): "program" for c in ("merge", "subtract", "rescale", "compress", "extract")},
     ("subtract", "from"): "merged",
     ("swap", "in"): "merged",
     ("verify", "adapter"): "adapters",

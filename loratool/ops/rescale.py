@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from loratool.adapter import Adapter, DeltaSpec, TensorRef
+from loratool.adapter import MAX_ALPHA, Adapter, DeltaSpec, TensorRef
 from loratool.dtypes import DTYPES
 from loratool.errors import MismatchError, UsageError, list_some
 from loratool.ops.additive import require_additive
@@ -155,7 +155,7 @@ def _choose(
 def _scaled_config(
     config: Mapping[str, Any], factors: Mapping[str, float]
 ) -> dict[str, Any] | None:
-    """The configuration with every alpha multiplied, None if one is no whole number then.
+    """The configuration with every alpha multiplied, None if one is no usable number then.
 
     Many programs read alpha as an integer.
     """
@@ -173,18 +173,28 @@ def _scaled_config(
 
 
 def _whole(alpha: Any, factor: float) -> int | None:
-    """Alpha · factor if it is a whole number; 0.1 · 30 is 3 although floats say otherwise."""
+    """Alpha · factor if it is a whole number in the limits; 0.1 · 30 is 3, floats say otherwise."""
     if alpha is None:
         alpha = _DEFAULT_ALPHA
     value = alpha * factor
+    if abs(value) > MAX_ALPHA:
+        return None
     whole = round(value)
     return whole if abs(value - whole) <= 1e-12 * abs(whole) else None
 
 
 def _bake(adapter: Adapter, factors: Mapping[str, float]) -> dict[str, float]:
     baked: dict[str, float] = {}
+    for embedding, head in adapter.tied_pairs:
+        if factors[embedding.name] != factors[head.name]:
+            raise MismatchError(
+                "LT-468", "ensure_weight_tying: embedding and head have one change",
+                file=adapter.path, key=head.name, expected=factors[embedding.name],
+                got=factors[head.name],
+            )  # fmt: skip
+    turned = {head.name for _, head in adapter.tied_pairs}  # its lora_A is the other's lora_B
     for spec in adapter.specs:
-        key = _scaled_key(spec)
+        key = _scaled_key(spec, ("lora_A",) if spec.name in turned else _SCALED_ROLES)
         if baked.setdefault(key, factors[spec.name]) != factors[spec.name]:
             raise MismatchError(
                 "LT-468", "two modules share a tensor and have different factors",
@@ -193,7 +203,7 @@ def _bake(adapter: Adapter, factors: Mapping[str, float]) -> dict[str, float]:
     return {key: f for key, f in baked.items() if f != 1}
 
 
-def _scaled_key(spec: DeltaSpec) -> str:
-    source = next(spec.fields[role] for role in _SCALED_ROLES if role in spec.fields)
+def _scaled_key(spec: DeltaSpec, roles: Sequence[str]) -> str:
+    source = next(spec.fields[role] for role in roles if role in spec.fields)
     assert isinstance(source, TensorRef)
     return source.name

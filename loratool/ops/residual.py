@@ -95,6 +95,10 @@ def read_residual(path: Path) -> Residual:
             hint="extract --save-residual writes one",
         )  # fmt: skip
     table = found.table
+    for name, row in table.tensors.items():
+        if row.dtype not in _ELEMENTWISE:
+            raise BadFileError("LT-328", "damaged patch file", file=path, key=name,
+                               expected=", ".join(_ELEMENTWISE), got=row.dtype)  # fmt: skip
     tensors = {
         name: ResidualTensor(
             TensorSpec(name, row.dtype, row.shape), row.how == "nothing", row.digest,
@@ -204,7 +208,7 @@ def patch_merge(merge: MergePlan, checkpoint: Checkpoint, residual: Residual) ->
     for name, step in zip(names, merge.plan.steps, strict=True):
         entry = residual.tensors.get(name)
         if entry is not None:
-            groups[step.shard].append(_patched(step, entry))
+            groups[step.shard].append(_patched(step, entry, name, residual.path))
     known, last = set(names), len(groups) - 1
     for name, entry in residual.tensors.items():
         if name in known:
@@ -224,9 +228,17 @@ def patch_merge(merge: MergePlan, checkpoint: Checkpoint, residual: Residual) ->
     return replace(merge, plan=plan, config_changes={**merge.config_changes, **residual.config})
 
 
-def _patched(step: Step, entry: ResidualTensor) -> Step:
+def _patched(step: Step, entry: ResidualTensor, name: str, file: Path) -> Step:
     if entry.is_new:
         return _created(entry, step.output.name, step.shard)
+    types = (step.output.dtype, entry.output.dtype)
+    is_alike = types[0] == types[1] or all(DTYPES[d].is_mergeable for d in types)
+    if step.output.shape != entry.output.shape or not is_alike:
+        raise MismatchError(
+            "LT-486", "the residual is for a tensor of another form", file=file, key=name,
+            expected=f"{types[0]} {list(step.output.shape)}",
+            got=f"{types[1]} {list(entry.output.shape)}",
+        )  # fmt: skip
     output = replace(entry.output, name=step.output.name)
     args: dict[str, Any] = {"wanted": entry.digest, "patch": entry.patch}
     if step.op == "copy" and step.output.dtype == output.dtype:

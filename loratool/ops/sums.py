@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,6 +78,7 @@ class SumPlan:
         layer_order: layer_replication of all adapters.
         dtype: of the factors.
         notes: one sentence each.
+        is_even: every module gets the same scaling, 1.
     """
 
     modules: tuple[SumModule, ...]
@@ -88,6 +89,7 @@ class SumPlan:
     layer_order: tuple[int, ...] | None
     dtype: str
     notes: tuple[str, ...]
+    is_even: bool = False
 
 
 def plan_sum(adapters: Sequence[tuple[Adapter, Weight]], *, verb: str) -> SumPlan:
@@ -116,7 +118,7 @@ def plan_sum(adapters: Sequence[tuple[Adapter, Weight]], *, verb: str) -> SumPla
     outputs = mha_outputs([s for a, _ in adapters for s in a.specs])
     modules = [_module(name, terms, outputs, adapters) for name, terms in groups.items()]
     modules.sort(key=lambda m: m.is_bias)
-    replacements, mixed, notes = _replacements(adapters, verb)
+    replacements, mixed, gone, notes = _replacements(adapters, verb)
     is_cut = any(0.0 in weight.by_name.values() for _, weight in adapters)
     if is_cut and not (modules or replacements or mixed):
         raise UsageError("LT-270", "weights of 0 leave every module out: nothing remains",
@@ -131,7 +133,7 @@ def plan_sum(adapters: Sequence[tuple[Adapter, Weight]], *, verb: str) -> SumPla
         replacements,
         mixed,
         next((a.base_model for a, _ in adapters if a.base_model), None),
-        _config([a for a, _ in adapters]),
+        _config([a for a, _ in adapters], gone),
         adapters[0][0].layer_order,
         factor_dtype([a for a, _ in adapters]),
         tuple(dict.fromkeys((*(n for a, _ in adapters for n in a.notes), *notes))),
@@ -165,6 +167,8 @@ def _form(spec: DeltaSpec) -> str:
     if spec.kind == "vector":
         return f"bias {list(spec.fields['delta'].shape)}"
     words = [spec.layout, "×".join(map(str, matrix_shape(spec)))]
+    if spec.is_bare and len(set(matrix_shape(spec))) == 1:
+        words.append("as stored")  # a module's may be stored the other way round
     if spec.layout == "conv":
         words.append(f"kernel {'×'.join(map(str, spec.fields['lora_A'].shape[2:]))}")
     if spec.experts:
@@ -172,11 +176,21 @@ def _form(spec: DeltaSpec) -> str:
     return " ".join(words)
 
 
-def _config(adapters: Sequence[Adapter]) -> dict[str, Any]:
-    """A sum of tied changes is tied; one that is not makes the sum another."""
+def _config(adapters: Sequence[Adapter], gone: Collection[str]) -> dict[str, Any]:
+    """That of the first adapter, and what the others save whole.
+
+    A sum of tied changes is tied; one that is not makes the sum another.  A head that is the
+    base's own again is none that PEFT may ask for.
+    """
     first = dict(adapters[0].config)
     if not all(a.config.get(_TIES) is True for a in adapters):
         first.pop(_TIES, None)
+    saved = [e for a in adapters for e in a.config.get("modules_to_save") or ()]
+    first["modules_to_save"] = [
+        e for e in dict.fromkeys(saved) if not any(f"{e}." in name for name in gone)
+    ]
+    tasks = [a.config.get("task_type") for a in adapters]
+    first["task_type"] = None if gone else next((t for t in tasks if t), None)
     return first
 
 
@@ -191,8 +205,10 @@ def _check_layers(adapters: Sequence[Adapter]) -> None:
 
 def _replacements(
     adapters: Sequence[tuple[Adapter, Weight]], verb: str
-) -> tuple[tuple[Replacement, ...], tuple[tuple[tuple[Replacement, float], ...], ...], list[str]]:
-    """Replaced tensors that the result has: as they are, averaged, and what to say.
+) -> tuple[
+    tuple[Replacement, ...], tuple[tuple[tuple[Replacement, float], ...], ...], list[str], list[str]
+]:
+    """Replaced tensors that the result has: as they are, averaged, not at all; and what to say.
 
     W + Σ c·(T - W) needs no base where the weights of those that replace a tensor sum up to 1: it
     is Σ c·T.  Where they sum up to 0 and hold the same bytes, W stays.  When adapters are merged
@@ -233,7 +249,7 @@ def _replacements(
     if mixed:
         names = _few(found[0][0].name for found in mixed)
         notes.append(f"{len(mixed)} replaced tensors are averaged: {names}")
-    return tuple(kept), tuple(mixed), notes
+    return tuple(kept), tuple(mixed), gone, notes
 
 
 def compared_ranges(adapters: Sequence[Adapter]) -> Iterator[Range]:

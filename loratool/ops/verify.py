@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from loratool.errors import MismatchError
+from loratool.ops.align import align_names, same_form
 from loratool.plan import Plan, Step
 from loratool.store.checkpoint import Checkpoint
 
@@ -27,12 +28,21 @@ class VerifyPlan:
     unlike: tuple[tuple[str, str], ...]
 
 
+def under_names_of(merged: Checkpoint, base: Checkpoint) -> Checkpoint:
+    """A merged checkpoint with the names that its base has, and in its form where slices do."""
+    form, base_form, _ = same_form(merged, base)
+    if base_form.tensors.keys() != base.tensors.keys():
+        form = merged  # the base holds together what MERGED holds apart
+    return replace(form, tensors=align_names(form, base))
+
+
 def merged_dtype(base: Checkpoint, merged: Checkpoint) -> str | None:
     """The type that MERGED was cast to, None if it kept the base's types.
 
     Raises:
         MismatchError: its tensors changed to several types.
     """
+    merged = under_names_of(merged, base)
     changed = {
         merged.tensors[name].dtype
         for name, ref in base.tensors.items()

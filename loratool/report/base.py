@@ -50,10 +50,15 @@ class Loads:
 
     Attributes:
         program: ``PEFT``, ``vLLM``, ``llama.cpp``.
-        verdict: ``yes``, ``no``, or ``wrong`` (loads, and computes something else).
-        reasons: why not, in few words each.
+        verdict: ``yes``, ``no``, ``wrong`` (loads, and computes something else), or ``unsure``
+            (not known, or it depends on the base).
+        reasons: why, in few words each.
+        version: of the program, whose source the rules were read from.
+        source: the files.
     """
 
     program: str
     verdict: str
     reasons: tuple[str, ...] = ()
+    version: str = ""
+    source: tuple[str, ...] = ()

@@ -169,8 +169,12 @@ def disk_error(what: str, path: Path, error: OSError) -> LoratoolError:
         return DiskError("LT-614", f"{what}: the disk or its connection failed", file=path,
                          got=got, hint="check the disk before anything else")  # fmt: skip
     if number == errno.ENAMETOOLONG:
-        return DiskError("LT-615", f"{what}: the name is too long", file=path, got=got,
-                         hint="choose a shorter -o")  # fmt: skip
+        shown = str(path)
+        return DiskError(
+            "LT-615", f"{what}: the name is too long", got=f"{len(shown)} characters",
+            file=shown if len(shown) <= 120 else f"{shown[:80]}…{shown[-30:]}",
+            hint="choose a shorter -o",
+        )  # fmt: skip
     if number in (errno.EACCES, errno.EPERM, errno.EROFS):
         return DiskError("LT-603", "no permission to write here", file=path, got=got)
     return DiskError("LT-604", what, file=path, got=got)

@@ -19,11 +19,11 @@ import zlib
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn, TypedDict
+from typing import Any, TypedDict
 
 from loratool.adapter import Stamp
 from loratool.errors import LoratoolError
-from loratool.shapes import checked
+from loratool.shapes import fitting
 from loratool.store.checksum import check_all, is_intact
 from loratool.store.journal import is_plain_name
 from loratool.store.places import INSIDE, is_mount
@@ -133,16 +133,16 @@ def file_metadata(
 def read_marker(path: Path) -> Marker | None:
     """The marker of an output, a folder or a single file; None without a whole one."""
     from loratool.store.header import HARD_HEADER_BYTES, read_header
-    from loratool.store.jsonfile import load_json
+    from loratool.store.jsonfile import load_json, parse_json
 
     try:
         kind = path.lstat().st_mode
         if stat.S_ISREG(kind):
-            metadata = read_header(path, max_bytes=HARD_HEADER_BYTES).metadata
-            return _marker(json.loads(metadata.get("loratool", "")), "data")
+            said = read_header(path, max_bytes=HARD_HEADER_BYTES).metadata.get("loratool", "")
+            return _marker(parse_json(said.encode(), path), "data")
         if stat.S_ISDIR(kind) and stat.S_ISREG((path / MARKER).lstat().st_mode):
             return _marker(load_json(path / MARKER), "files")
-    except (LoratoolError, OSError, ValueError, RecursionError):
+    except (LoratoolError, OSError):
         pass
     return None
 
@@ -227,17 +227,16 @@ def _sealed(record: Mapping[str, Any]) -> dict[str, Any]:
     return {**plain, "seal": hashlib.sha256(text.encode()).hexdigest()}
 
 
-def _marker(record: Any, key: str) -> Marker | None:
-    def refuse(*_: object) -> NoReturn:
-        raise ValueError
-
-    if not isinstance(record, dict) or record.get("seal") != _sealed(record)["seal"]:
+def _marker(record: Mapping[str, Any], key: str) -> Marker | None:
+    if record.get("seal") != _sealed(record)["seal"]:
         return None
     if key == "data":
-        files = {"": checked(record, _File, refuse)["data"]}
+        one = fitting(record, _File)
+        files = one and {"": one["data"]}
     else:
-        files = checked(record, _Folder, refuse)["files"]
-    if not all(map(_is_row, files.items())):
+        several = fitting(record, _Folder)
+        files = several and several["files"]
+    if files is None or not all(map(_is_row, files.items())):
         return None
     plan = record.get("plan")
     return Marker(files, plan if isinstance(plan, str) else None)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,7 +13,7 @@ from loratool.adapter import Adapter, TensorRef
 from loratool.errors import LoratoolError, redact
 from loratool.store.checkpoint import Checkpoint
 from loratool.store.contained import link_target, open_inside
-from loratool.store.jsonfile import load_json
+from loratool.store.jsonfile import load_json, parse_json
 from loratool.store.remote import remote_file
 
 
@@ -67,13 +66,13 @@ def checkpoint_id(checkpoint: Checkpoint, *, full: bool = False) -> dict[str, An
 def read_record(checkpoint: Checkpoint) -> dict[str, Any] | None:
     """The provenance that loratool left in a checkpoint, None if there is none to be read."""
     try:
+        path = checkpoint.path / "loratool.json" if checkpoint.is_folder else checkpoint.path
         if checkpoint.is_folder:
-            path = checkpoint.path / "loratool.json"
             return load_json(path) if path.is_file() else None
-        record = json.loads(checkpoint.shards[0].metadata["loratool"])
-    except (LoratoolError, KeyError, ValueError, RecursionError):
+        said = checkpoint.shards[0].metadata.get("loratool")
+        return None if said is None else parse_json(said.encode(), path, key="loratool")
+    except LoratoolError:
         return None
-    return record if isinstance(record, dict) else None
 
 
 def provenance_of(

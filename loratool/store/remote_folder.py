@@ -12,8 +12,10 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from threading import Lock
+from typing import TypedDict
 
 from loratool.errors import HubError, UsageError, places
+from loratool.shapes import fitting_json
 from loratool.store.header import HARD_HEADER_BYTES
 from loratool.store.hub_listing import digest_of
 from loratool.store.pool import waiting_threads
@@ -142,17 +144,20 @@ def _each(
             one.cancel()
 
 
+class _Index(TypedDict):
+    weight_map: dict[str, str]
+
+
 def _header_bytes(folder: Path) -> dict[str, int]:
     """Repository path of a shard -> bytes that its header takes, judged by the index's names."""
     found: Counter[str] = Counter()
     for index in folder.rglob("*.safetensors.index*.json"):
-        try:
-            names = json.loads(index.read_bytes())["weight_map"].items()
-            where = index.parent.relative_to(folder)
-            for tensor, shard in names:
-                found[(where / shard).as_posix()] += len(json.dumps(tensor)) + _ENTRY_BYTES
-        except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
+        content = fitting_json(index.read_bytes(), _Index)
+        if content is None:
             continue  # a damaged index is refused, with its reason, when it is read
+        where = index.parent.relative_to(folder)
+        for tensor, shard in content["weight_map"].items():
+            found[(where / shard).as_posix()] += len(json.dumps(tensor)) + _ENTRY_BYTES
     return {name: size + _OWN_BYTES for name, size in found.items()}
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from loratool.adapter import Stamp
 from loratool.errors import MismatchError, list_some
+from loratool.shapes import fitting_json
 from loratool.store.checkpoint import Checkpoint
 from loratool.store.contained import find_inside, list_folder, open_inside
 from loratool.store.jsonfile import dump_json, load_json
@@ -30,6 +30,12 @@ class _Remove:
 
 
 REMOVE = _Remove()
+
+
+@dataclass(frozen=True)
+class _Module:
+    path: str = ""
+
 
 _CARRIED = (
     "config.json",
@@ -173,15 +179,9 @@ def _sentence_modules(folder: Path) -> set[str]:
     path = folder / "modules.json"
     if not path.is_file() or path.stat().st_size > 1_000_000:
         return set()
-    try:
-        with open_inside(path, folder) as file:
-            modules = json.loads(file.read(1_000_000))
-    except (ValueError, RecursionError):
-        return set()
-    paths = (
-        [m.get("path") for m in modules if isinstance(m, dict)] if isinstance(modules, list) else []
-    )
-    return {p for p in paths if isinstance(p, str) and p and "/" not in p and p not in (".", "..")}
+    with open_inside(path, folder) as file:
+        modules = fitting_json(file.read(1_000_000), list[_Module]) or []
+    return {m.path for m in modules if "/" not in m.path and m.path not in ("", ".", "..")}
 
 
 def is_carried(name: str) -> bool:

@@ -103,29 +103,30 @@ def highest_id(files: Mapping[str, Path]) -> tuple[int, str] | None:
 def _ids(name: str, path: Path) -> Iterator[tuple[int, str]]:
     try:
         if name in ("vocab.json", "added_tokens.json"):
-            yield from _numbered(bytes(_read_json(path)))
+            yield from _numbered(bytes(_read_json(path)), path)
         elif name == "vocab.txt":
             lines = _read(path, _MAX_LIST_BYTES).decode("utf-8", "replace").splitlines()
             yield from list(enumerate(lines))[-1:]
         elif name == "tokenizer.json":
             members = _members(path)
-            yield from _numbered(_members_of(members.get("model")).get("vocab"))
-            for token in _decode(members.get("added_tokens"), list[_Token], []):
+            yield from _numbered(_inner(members.get("model"), path).get("vocab"), path)
+            for token in _decode(members.get("added_tokens"), list[_Token], [], path):
                 if token.id is not None:
                     yield token.id, str(token.content)
         elif name == "tokenizer_config.json":
-            decoder = _decode(_members(path).get("added_tokens_decoder"), dict[str, _Token], {})
+            listed = _members(path).get("added_tokens_decoder")
+            decoder = _decode(listed, dict[str, _Token], {}, path)
             yield from ((int(n), str(t.content)) for n, t in decoder.items() if n.isdecimal())
-    except (BadFileError, ValueError):  # ValueError: what msgspec says, and int() of many digits
+    except (BadFileError, ValueError):  # int() takes no number of many digits
         return
 
 
-def _numbered(text: Any) -> Iterator[tuple[int, str]]:
+def _numbered(text: Any, path: Path) -> Iterator[tuple[int, str]]:
     """The last of a table token -> id, or of a list whose positions are the ids."""
-    table = _decode(text, dict[str, int], {})
+    table = _decode(text, dict[str, int], {}, path)
     if table:
         yield max((number, token) for token, number in table.items())
-    pieces = [] if table else _decode(text, list[tuple[str, float]], [])
+    pieces = [] if table else _decode(text, list[tuple[str, float]], [], path)
     if pieces:
         yield len(pieces) - 1, pieces[-1][0]
 
@@ -134,7 +135,9 @@ def _added_tokens(folder: Path) -> set[str]:
     found = set(_members(folder / "added_tokens.json"))
     listed = _members(folder / "tokenizer.json").get("added_tokens")
     decoder = _members(folder / "tokenizer_config.json").get("added_tokens_decoder")
-    tokens = [*_decode(listed, list[_Token], []), *_decode(decoder, dict[str, _Token], {}).values()]
+    tokens = _decode(listed, list[_Token], [], folder / "tokenizer.json")
+    more = _decode(decoder, dict[str, _Token], {}, folder / "tokenizer_config.json")
+    tokens += more.values()
     return found | {token.content for token in tokens if token.content is not None}
 
 
@@ -142,8 +145,8 @@ def _vocabulary(folder: Path) -> Iterator[str]:
     """Every piece of a base's vocabulary; one after the other, for memory's sake."""
     if (folder / "vocab.json").is_file():
         yield from _strings(_read_json(folder / "vocab.json"))
-    model = _members(folder / "tokenizer.json").get("model")
-    vocab = _members_of(model).get("vocab")
+    file = folder / "tokenizer.json"
+    vocab = _inner(_members(file).get("model"), file).get("vocab")
     if vocab is not None:  # {piece: number}, or [piece, score] pairs
         yield from _strings(bytes(vocab))
     if (folder / "vocab.txt").is_file():
@@ -238,26 +241,30 @@ def _members(path: Path) -> dict[str, Any]:
         for match in _ESCAPE.finditer(raw):
             if match["half"]:
                 text[match.start() : match.end()] = rb"\ufffd"
-    try:
-        return _decode(text, dict[str, msgspec.Raw], {})
-    except (msgspec.DecodeError, RecursionError) as error:
-        raise BadFileError("LT-342", "file is not JSON", file=path) from error
+    return _decode(text, dict[str, msgspec.Raw], {}, path)
 
 
-def _members_of(text: Any) -> dict[str, Any]:
+def _inner(text: Any, path: Path) -> dict[str, Any]:
+    """As `_members`, of a value in a file."""
     import msgspec
 
-    return _decode(text, dict[str, msgspec.Raw], {})
+    return _decode(text, dict[str, msgspec.Raw], {}, path)
 
 
-def _decode(text: Any, shape: type[T], default: T) -> T:
-    """JSON of a shape; the default if there is none, or it has another one."""
+def _decode(text: Any, shape: type[T], default: T, path: Path) -> T:
+    """JSON of a shape; the default if there is none, or it has another one.
+
+    Raises:
+        BadFileError: LT-342, it is not JSON.
+    """
     import msgspec
 
     try:
         return default if text is None else msgspec.json.decode(text, type=shape)
     except msgspec.ValidationError:
         return default
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise BadFileError("LT-342", "file is not JSON", file=path) from error
 
 
 def _read_json(path: Path) -> bytes | bytearray:

@@ -29,6 +29,7 @@ from typing import Any
 from loratool import cli
 from tests.faults.fuzz import change
 from tests.faults.fuzz.mutate import mutate_json, mutate_tensors
+from tests.faults.process import peak_bytes
 from tests.faults.site_of_kinds import make_site
 
 CPU_S = 5.0
@@ -97,7 +98,8 @@ KINDS = {
     "record": Kind(("work/out/loratool.json",), change.record, MADE, "made", (2, 5, *CODES)),
     "record-in-file": Kind(("work/out.safetensors",), change.record_in_file, (
         f"{ONE} --force", ONE, f"verify work/out.safetensors {T}", "inspect work/out.safetensors",
-        f"subtract in/style --from work/out.safetensors {T} -o work/back.safetensors"),
+        f"subtract in/style --from work/out.safetensors {T} -o work/back.safetensors",
+        f"merge in/sql --base work/out.safetensors --no-provenance {T} -o work/b.safetensors"),
         "made", (2, 5, *CODES)),
     "journal": Kind(("work/out.loratool-partial/.journal",), change.lines, (
         GOES_ON, GOES_ON, f"{GOES_ON} --restart", f"merge in/sql --base in/base {OUT}",
@@ -112,7 +114,7 @@ KINDS = {
     "pickle": Kind(("pickle/adapter_model.bin",), change.pickle_file, (
         "inspect pickle --allow-pickle", f"merge pickle --base in/base --allow-pickle {OUT}",
         f"rescale pickle 2 --allow-pickle {OUT}"[:-len(OUT)] + "-o work/out")),
-    "arguments": Kind((), lambda data, _: data, (), codes=(1, 2, 5, *CODES)),
+    "arguments": Kind((), lambda data, _: data, (), codes=(2, 5, 10, *CODES)),
 }  # fmt: skip
 
 
@@ -166,14 +168,15 @@ def meet(name: str, start: int, count: int, site: str, **env: str) -> dict[str, 
     try:
         os.chdir(shutil.copytree(site, top / "site"))
         for number in range(start, start + count):
-            _meet_one(name, number, found)
+            meet_one(name, number, found)
     finally:
         os.chdir("/")
         shutil.rmtree(top, ignore_errors=True)
     return vars(found)
 
 
-def _meet_one(name: str, number: int, found: Found) -> None:
+def meet_one(name: str, number: int, found: Found) -> None:
+    """Run one case in the working folder, which is a site."""
     kind = KINDS[name]
     case = prepared(name, number)
     old = case.path.read_bytes() if case.path else b""
@@ -245,14 +248,6 @@ def cpu_s() -> float:
     return sum(one.ru_utime + one.ru_stime for one in both)
 
 
-def peak_bytes() -> int:
-    """The most memory that this process ever had."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM"):
-            return int(line.split()[1]) * 1024
-    return 0
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("kind", choices=KINDS)
@@ -266,7 +261,7 @@ def main() -> int:
     found = Found()
     case = prepared(options.kind, options.number)
     print(case.path, case.data[:2000], " ".join(case.words)[:1000], sep="\n")
-    _meet_one(options.kind, options.number, found)
+    meet_one(options.kind, options.number, found)
     print(found)
     if options.keep:
         if case.path:

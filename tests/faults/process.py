@@ -29,3 +29,11 @@ def run(words: Sequence[object], **more: object) -> subprocess.CompletedProcess[
     with start(words, **more) as child:
         out, err = child.communicate(timeout=120)
         return subprocess.CompletedProcess([], child.returncode, out, err)
+
+
+def peak_bytes() -> int:
+    """The most memory that this process ever had."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM"):
+            return int(line.split()[1]) * 1024
+    return 0

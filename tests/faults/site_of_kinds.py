@@ -19,7 +19,7 @@ DATA = Path(__file__).parents[1] / "data" / "llm"
 LIKE_OURS = ("lora_linear", "lora_dora", "lora_gpt2_conv1d", "lora_modules_to_save",
              "lora_mha", "lora_target_params_mixtral", "lora_trainable_tokens", "lora_kasa",
              "lora_rank_alpha_pattern", "lora_layer_replication")  # fmt: skip
-WEIGHTS = "layers.0: 0.5\nlayers.1: {style: 0.25, sql: 2}\n.*q_proj: 1\n"
+WEIGHTS = "layers.0: 0.5\nlayers.1: 2\n.*q_proj: 1\n"
 CARD = """---
 license: mit
 base_model: org/model

@@ -32,7 +32,7 @@ PROGRAM = """
 import sys, time
 from pathlib import Path
 from loratool.errors import LoratoolError
-from tests.faults.fuzz.run import peak_bytes
+from tests.faults.process import peak_bytes
 from tests.faults.test_patch_tables import READERS
 start = time.process_time()
 try:

@@ -45,7 +45,7 @@ def test_links_are_refused_wherever_they_lead(tmp_path: Path, force: bool) -> No
 
 
 def test_a_name_that_is_too_long(tmp_path: Path) -> None:
-    assert code_of(tmp_path / ("x" * 250)) == "LT-615"
+    assert code_of(tmp_path / ("x" * 245)) == code_of(tmp_path / ("x" * 250)) == "LT-615"
     with pytest.raises(DiskError) as caught:
         StagedOutput(tmp_path / ("x" * 250), is_folder=True, plan_id="p")
     assert caught.value.code == "LT-615"

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from loratool.adapter import Adapter, TensorRef
 from loratool.dialects import open_adapter, write_adapter_files
+from loratool.dialects.peft_keys import living_names
 from loratool.errors import LoratoolError
 from tests.unit.peft_files import PREFIX, Tensor, pair, write_folder, zeros
 
@@ -90,7 +91,9 @@ def test_every_tensor_ends_somewhere_exactly_once(
         assert held(adapter) == Counter(PREFIX + name for name in tensors)
         assert set(adapter.key_order) == set(held(adapter))
         files_ = write_adapter_files(adapter)
-        assert [name for name, _ in files_.tensors] == list(adapter.key_order)
+        assert [name for name, _ in files_.tensors] == living_names(adapter.key_order)
+        assert [getattr(s, "name", "") for _, s in files_.tensors] == list(adapter.key_order)
+        assert len({name for name, _ in files_.tensors}) == len(tensors)
         for ref in adapter.unclaimed:
             key = ref.name.removeprefix(PREFIX)
             assert any(key in note for note in adapter.notes) or len(adapter.unclaimed) > 3

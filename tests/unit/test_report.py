@@ -28,7 +28,13 @@ def test_plain_types_only():
     found = _Example(odd).to_json()["value"]
     assert found == {
         "8": [str(Path("a") / "b"), None, None, 0.5],
-        "loads": {"program": "vLLM", "verdict": "no", "reasons": ["DoRA"]},
+        "loads": {
+            "program": "vLLM",
+            "verdict": "no",
+            "reasons": ["DoRA"],
+            "version": "",
+            "source": [],
+        },
     }
     json.dumps(found, allow_nan=False)
 

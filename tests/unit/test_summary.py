@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from loratool.adapter import Adapter, DeltaSpec, Replacement, TensorRef
 from loratool.errors import BadFileError, LoratoolError, MismatchError
 from loratool.ops.adapter_summary import format_ranges, summarize_adapter
-from loratool.ops.loads import judge_loads
+from loratool.ops.programs import judge_loads
 from loratool.ops.summary import summarize
 from tests.make import randn, random_factors, save_adapter, save_checkpoint
 
@@ -30,7 +30,8 @@ def spec(module: str, rank: int = 8, alpha: float = 16, **changes: object) -> De
 
 
 def adapter(*specs: DeltaSpec, **changes: object) -> Adapter:
-    config = {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "task_type": "CAUSAL_LM"}
+    config = {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "task_type": "CAUSAL_LM",
+              "target_modules": ["q_proj", "v_proj"]}  # fmt: skip
     one = Adapter(Path("style"), "peft", specs, config=config)
     return replace(one, **changes)  # type: ignore[arg-type]
 
@@ -107,26 +108,30 @@ def test_rslora() -> None:
 def test_alpha_pattern() -> None:
     specs = (*LAYERS[1:], spec("model.layers.0.self_attn.q_proj", alpha=32))
     found = verdicts(with_config(adapter(*specs), alpha_pattern={"0.self_attn.q_proj": 32}))
-    assert found["vLLM"] == found["llama.cpp"] == ("wrong", ("ignores alpha_pattern",))
+    assert found["llama.cpp"] == ("wrong", ("ignores alpha_pattern",))
+    assert found["vLLM"] == ("wrong", ("ignores alpha_pattern before 0.32",))
 
 
 def test_rank_pattern_is_right_in_llama_cpp_and_wrong_in_vllm() -> None:
     specs = (*LAYERS[1:], spec("model.layers.0.self_attn.q_proj", rank=4))
     found = verdicts(with_config(adapter(*specs), rank_pattern={"0.self_attn.q_proj": 4}))
-    assert found["vLLM"] == ("wrong", ("ignores rank_pattern",))
+    assert found["vLLM"] == ("wrong", ("ignores rank_pattern before 0.32",))
     assert found["llama.cpp"] == ("yes", ())
 
 
-@pytest.mark.parametrize(
-    ("origin", "word"),
-    [("modules_to_save", "modules_to_save"), ("base_layer", "saved embeddings"), ("bias", "bias"),
-     ("trainable_tokens", "trainable_tokens")],
-)  # fmt: skip
-def test_replacements_are_refused(origin: str, word: str) -> None:
+@pytest.mark.parametrize("origin", ["modules_to_save", "bias", "trainable_tokens"])
+def test_replacements_are_refused(origin: str) -> None:
     one = adapter(*LAYERS, replacements=(Replacement("x.weight", ref("x", 4), origin),))
     found = verdicts(one)
     assert found["PEFT"][0] == "yes"
-    assert found["vLLM"] == found["llama.cpp"] == ("no", (word,))
+    assert found["vLLM"] == found["llama.cpp"] == ("no", (origin,))
+
+
+def test_copies_of_embeddings_are_passed_by() -> None:
+    copy = Replacement("model.embed_tokens.weight", ref("x", 4, 4), "base_layer")
+    found = verdicts(adapter(*LAYERS, replacements=(copy,)))
+    assert found["PEFT"][0] == "yes"
+    assert found["vLLM"] == found["llama.cpp"] == ("unsure", ("saved embeddings",))
 
 
 def test_dora_and_mutated_bases() -> None:
@@ -134,7 +139,8 @@ def test_dora_and_mutated_bases() -> None:
     assert verdicts(dora)["vLLM"] == ("no", ("DoRA",))
     assert summarize_adapter(dora).method == "DoRA"
     pissa = adapter(replace(LAYERS[0], base_change="pissa"))
-    assert verdicts(pissa)["vLLM"] == ("wrong", ("pissa changes the base",))
+    assert verdicts(pissa)["llama.cpp"] == ("wrong", ("pissa changes the base",))
+    assert verdicts(pissa)["vLLM"] == ("no", ("pissa changes the base",))
     assert summarize_adapter(pissa).method == "LoRA (pissa)"
 
 

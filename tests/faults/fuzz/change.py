@@ -103,7 +103,7 @@ def lines(data: bytes, rng: random.Random) -> bytes:
         elif rows[at][9:].startswith(b"{"):
             try:
                 tree = mutate_tree(json.loads(rows[at][9:]), rng)
-            except ValueError:
+            except (ValueError, RecursionError):
                 continue
             body = mutate.dump(tree, rng).replace(b"\n", b" ")
             rows[at] = b"%08x " % zlib.crc32(body) + body
@@ -125,8 +125,10 @@ def _yaml_text(tree: Any, rng: random.Random) -> str:
     try:
         text = str(yaml.safe_dump(tree, sort_keys=False, allow_unicode=rng.random() < 0.5,
                                   default_flow_style=rng.choice((None, True, False))))  # fmt: skip
-    except (yaml.YAMLError, ValueError, RecursionError):
-        text = json.dumps(tree)
+    except (yaml.YAMLError, ValueError):
+        text = json.dumps(tree, default=str)
+    except RecursionError:
+        text = "- " * rng.choice((60, 70, 3000))
     if rng.random() < 0.4 and ": " in text:
         at = rng.choice([i for i, c in enumerate(text) if text[i : i + 2] == ": "])
         end = text.find("\n", at)
@@ -272,7 +274,7 @@ _PLACES = (".", "..", "/", "", "./", "../", "//", "/.", "/..", "x" * 245, "x" * 
            "in/style/adapter_model.safetensors",
            "in/style/new", "work/o\n", "work/\udcff", "work/\x1b[31m", "...", " ", "work/ ", "con",
            "work/out.safetensors", "work/out.bin", "work/x.safetensors/", "in/../work/out", "NUL",
-           "hf://me/x", "work/out:2", "work/out/", "in/one.safetensors")  # fmt: skip
+           "work/out:2", "work/out/", "in/one.safetensors")  # fmt: skip
 _NUMBER = (
     "rescale in/style {n}", "rescale in/style 0.5 --only layers.0={n}",
     "rescale in/style 1 --only {n}",

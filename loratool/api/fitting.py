@@ -1,0 +1,72 @@
+"""``--for``: an adapter in the form that a program loads, whichever command made it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from loratool.adapter import Adapter, AdapterFiles
+from loratool.api.common import Limits
+from loratool.dialects import read_back
+from loratool.errors import list_some
+from loratool.ops.fitting import check_written, plan_fit
+from loratool.ops.programs import Program
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """An adapter as a program loads it.
+
+    Attributes:
+        adapter: to be written.
+        notes: what was done.
+        warnings: what could not be kept.
+        relative_error: of the new factors, as stored.
+    """
+
+    adapter: Adapter
+    notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+    relative_error: float = 0.0
+
+
+def fit_for(adapter: Adapter, program: Program | None, limits: Limits) -> Fitted:
+    """Bring an adapter into a program's form: one rank, one α/r, nothing that it cannot hold.
+
+    Args:
+        adapter: as read, or as a command made it.
+        program: None = as it is.
+        limits: of memory and threads.
+
+    Raises:
+        MismatchError: LT-488, LT-489, LT-461: it cannot be brought there.
+        DiskError: LT-605.
+    """
+    if program is None:
+        return Fitted(adapter)
+    fit = plan_fit(adapter, program)
+    left = f"{program.title} cannot hold, left out: {list_some(fit.left_out, 3)}"
+    warnings = (left,) if fit.left_out else ()
+    if not fit.rank:
+        return Fitted(fit.adapter, (), warnings)
+    from loratool.engine.fitting import fit_factors
+
+    needs, kept = fit.memory_needs()
+    changed = fit.changed
+    made, lost = fit_factors(
+        fit.adapter, rank=fit.rank, alpha=fit.alpha, scalings=fit.scalings, changed=changed,
+        threads=limits.plan(needs, kept=kept).threads,
+    )  # fmt: skip
+    notes = [f"for {program.title}: rank {fit.rank} and alpha {fit.alpha:g} in every module"]
+    if lost:
+        notes.append(f"rounding the new factors lost {lost:.1e} of their ΔW")
+    return Fitted(made, tuple(notes), warnings, lost)
+
+
+def check_files(files: AdapterFiles, adapter: Adapter, program: Program | None) -> None:
+    """Refuse, before anything is written, what the program would not load right.
+
+    Raises:
+        MismatchError: LT-488.
+    """
+    if program is not None:
+        check_written(read_back(files, adapter.path), program)

@@ -1,0 +1,102 @@
+"""One rank and one α/r for every module: zeros fill up ranks, scalings go into lora_B."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
+
+import torch
+
+from loratool.adapter import Adapter, DeltaSpec
+from loratool.dtypes import widest
+from loratool.engine.factors import (
+    load_pairs,
+    load_vector,
+    make_data,
+    make_env,
+    overflows,
+    pack_pairs,
+    padded,
+    round_once,
+)
+from loratool.engine.kernel import Env
+from loratool.engine.tying import tie_factors
+from loratool.engine.workers import map_in_workers
+from loratool.linalg.concat import difference_square, product_norm
+from loratool.report import share_of
+from loratool.store.reader import FileReader
+
+
+def fit_factors(
+    adapter: Adapter,
+    *,
+    rank: int,
+    alpha: float,
+    scalings: Mapping[str, float],
+    changed: Collection[str],
+    threads: int,
+) -> tuple[Adapter, float]:
+    """The adapter in its new form, and ‖ΔW' − ΔW‖ / ‖ΔW‖ of what is rounded anew.
+
+    Args:
+        adapter: whose ΔW stays.
+        rank: of every module.
+        alpha: of every module.
+        scalings: spec name -> new scaling.
+        changed: names of the specs whose tensors change.
+        threads: workers, each with one module at a time.
+    """
+    with FileReader() as reader:
+        env = make_env(reader)
+
+        def work(spec: DeltaSpec) -> tuple[DeltaSpec, float, float]:
+            if spec.name not in changed:
+                return spec, 0.0, 0.0
+            fit = _fit_vector if spec.kind == "vector" else _fit_matrix
+            return fit(spec, rank, scalings[spec.name], env)
+
+        made = map_in_workers(work, adapter.specs, threads)
+        reader.check_unchanged()
+    specs = tuple(replace(s, alpha=alpha, scaling=scalings[s.name]) for s, _, _ in made)
+    lost = share_of(sum(e for *_, e in made), sum(s for _, s, _ in made))
+    return tie_factors(replace(adapter, specs=specs)), lost
+
+
+def _fit_vector(
+    spec: DeltaSpec, _: int, scaling: float, env: Env
+) -> tuple[DeltaSpec, float, float]:
+    exact = load_vector(spec, env) * (spec.scaling / scaling)
+    dtype = _holding([exact], spec)
+    stored = round_once(exact, dtype).double()
+    made = make_data(f"{spec.module} delta", exact, dtype)
+    return (
+        replace(spec, fields={"delta": made}),
+        scaling**2 * float(exact.square().sum()),
+        scaling**2 * float((stored - exact).square().sum()),
+    )
+
+
+def _fit_matrix(
+    spec: DeltaSpec, rank: int, scaling: float, env: Env
+) -> tuple[DeltaSpec, float, float]:
+    share = spec.scaling / scaling
+    pairs = [
+        (padded(lora_B * share, rank, 1), padded(lora_A, rank, 0))
+        for lora_B, lora_A in load_pairs(spec, env)
+    ]
+    dtype = _holding([factor for pair in pairs for factor in pair], spec)
+    fields = {**spec.fields, **pack_pairs(spec, pairs, dtype)}
+    fields.pop("diag", None)
+    new = replace(spec, fields=fields, rank=rank, blocks=None, b_order="rank-major")
+    square = error = 0.0
+    for lora_B, lora_A in pairs:
+        stored = round_once(lora_B, dtype).double(), round_once(lora_A, dtype).double()
+        square += product_norm(lora_B, lora_A) ** 2
+        error += difference_square(stored, (lora_B, lora_A))
+    return new, scaling**2 * square, scaling**2 * error
+
+
+def _holding(tensors: Sequence[torch.Tensor], spec: DeltaSpec) -> str:
+    """The storage type of a spec; float32 where float16 overflows."""
+    dtype = widest([f.dtype for f in spec.fields.values()])
+    return "F32" if any(overflows(t, dtype) for t in tensors) else dtype

@@ -1,0 +1,163 @@
+"""``--for``: what has to change in an adapter so that a program loads it (data only)."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from loratool.adapter import Adapter, DeltaSpec
+from loratool.dialects import unmergeable_reason
+from loratool.dtypes import tensor_bytes
+from loratool.errors import MismatchError, list_some
+from loratool.ops.additive import matrix_shape, mha_outputs, require_factors
+from loratool.ops.memory_formulas import rescaled_bytes
+from loratool.ops.programs import Program
+
+_PATTERNS = ("rank_pattern", "alpha_pattern", "use_rslora")
+
+
+@dataclass(frozen=True)
+class Fit:
+    """One rank and one α/r for all modules, and nothing that the program passes by.
+
+    Attributes:
+        adapter: without what is left out.
+        program: that shall load it.
+        rank: of every module; 0 if the adapter stays as it is.
+        alpha: of every module.
+        scalings: spec name -> its scaling; α/r, and for an attention's out_proj twice that.
+        left_out: names of what the program cannot hold.
+    """
+
+    adapter: Adapter
+    program: Program
+    rank: int = 0
+    alpha: float = 0.0
+    scalings: Mapping[str, float] = field(default_factory=dict)
+    left_out: tuple[str, ...] = ()
+
+    @property
+    def changed(self) -> frozenset[str]:
+        """Names of the specs whose tensors change."""
+        return frozenset(s.name for s in self.adapter.specs if self.rank and not self._keeps(s))
+
+    def memory_needs(self) -> tuple[list[int], int]:
+        """Bytes that each module takes at work, and those of all results."""
+        new = [s for s in self.adapter.specs if s.name in self.changed]
+        return [rescaled_bytes(s) for s in new], sum(self._bytes(s) for s in new)
+
+    def _keeps(self, spec: DeltaSpec) -> bool:
+        if spec.kind == "vector":
+            return spec.scaling == self.scalings[spec.name]
+        is_plain = spec.blocks is None and "diag" not in spec.fields
+        return is_plain and (spec.rank, spec.scaling) == (self.rank, self.scalings[spec.name])
+
+    def _bytes(self, spec: DeltaSpec) -> int:
+        if spec.kind == "vector":
+            return 4 * spec.fields["delta"].numel
+        shape = (self.rank * max(1, spec.experts), sum(matrix_shape(spec)))
+        return tensor_bytes(spec.fields["lora_B"].dtype, shape)
+
+
+def plan_fit(adapter: Adapter, program: Program) -> Fit:
+    """Plan the form in which a program loads an adapter.
+
+    Args:
+        adapter: opened, or made.
+        program: a row of `loratool.ops.programs.PROGRAMS`.
+
+    Raises:
+        MismatchError: LT-488 it cannot load such an adapter, LT-489 nothing would be left, or
+            the rank is too large for it; LT-461.
+    """
+    check_fit(adapter, program)
+    if _is_uniform(adapter) and program.judge(adapter).verdict == "yes":
+        return Fit(adapter, program)
+    if reason := unmergeable_reason(adapter):
+        _refuse(program, adapter, [reason])
+    gone: list[str] = []
+    if not program.holds_whole_tensors:
+        gone = [r.name for r in adapter.replacements]
+        gone += [s.name for s in adapter.specs if s.kind == "vector"]
+        specs = tuple(s for s in adapter.specs if s.kind != "vector")
+        adapter = replace(adapter, specs=specs, replacements=())
+    if not (adapter.specs or adapter.replacements):
+        raise MismatchError(
+            "LT-489", f"nothing is left that {program.title} loads", file=adapter.path,
+            key=list_some(gone, 3),
+        )  # fmt: skip
+    # Without its order of keys an adapter gets a configuration of its own.
+    adapter = replace(adapter, key_order=(), unclaimed=())
+    weights = [s for s in adapter.specs if s.kind != "vector"]
+    if not weights:
+        return Fit(adapter, program, left_out=tuple(gone))
+    rank = max(s.rank for s in weights)
+    check_rank(rank, program, adapter)
+    scaling, outputs = _scaling(weights, rank), mha_outputs(weights)
+    scalings = {s.name: scaling * (2.0 if s.name in outputs else 1.0) for s in adapter.specs}
+    fit = Fit(adapter, program, rank, scaling * rank, scalings, tuple(gone))
+    if fit.changed:
+        require_factors(adapter, f"brought into {program.title}'s form")
+    return fit
+
+
+def check_fit(adapter: Adapter, program: Program) -> None:
+    """Refuse, before any work, what no other form of the same change would mend.
+
+    Raises:
+        MismatchError: LT-488.
+    """
+    _refuse(program, adapter, program.obstacles(adapter))
+
+
+def check_written(adapter: Adapter, program: Program) -> None:
+    """Refuse to write what the program would not load right.
+
+    Raises:
+        MismatchError: LT-488.
+    """
+    found = program.judge(adapter)
+    _refuse(program, adapter, found.reasons if found.verdict in ("no", "wrong") else ())
+
+
+def check_rank(rank: int, program: Program, adapter: Adapter) -> None:
+    """Refuse a rank that the program has no room for.
+
+    Raises:
+        MismatchError: LT-489.
+    """
+    if program.room(rank) is None:
+        most = program.ranks[-1]
+        raise MismatchError(
+            "LT-489", f"the rank is too large for {program.title}", file=adapter.path,
+            expected=f"at most {most}", got=rank,
+            hint=f"loratool compress ADAPTER --rank {most} --for {program.name} -o OUT",
+        )  # fmt: skip
+
+
+def _refuse(program: Program, adapter: Adapter, reasons: Sequence[str]) -> None:
+    if reasons:
+        raise MismatchError(
+            "LT-488", f"{program.title} cannot load such an adapter", file=adapter.path,
+            got=list_some(reasons),
+        )  # fmt: skip
+
+
+def _is_uniform(adapter: Adapter) -> bool:
+    is_plain = not any(adapter.config.get(k) for k in _PATTERNS) and not adapter.unclaimed
+    weights = [s for s in adapter.specs if s.kind != "vector"]
+    return is_plain and len({s.rank for s in weights}) == 1 and len(_scalings(weights)) == 1
+
+
+def _scaling(specs: Sequence[DeltaSpec], rank: int) -> float:
+    """The commonest α/r, so that most factors stay; 1 where α would be no whole number."""
+    best = abs(_scalings(specs).most_common(1)[0][0])
+    whole = round(best * rank)
+    return best if whole and abs(best * rank - whole) <= 1e-9 * whole else 1.0
+
+
+def _scalings(specs: Sequence[DeltaSpec]) -> Counter[float]:
+    """How often there is which α/r."""
+    outputs = mha_outputs(specs)
+    return Counter(s.scaling / (2.0 if s.name in outputs else 1.0) for s in specs)

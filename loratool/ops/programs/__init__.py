@@ -1,0 +1,42 @@
+"""Which programs load an adapter, decided from its neutral form and its configuration (no torch).
+
+One file per program: its version, the files that its rules were read from, the rules.  Whether a
+program knows the base model itself is not looked at.
+"""
+
+from __future__ import annotations
+
+from loratool.adapter import Adapter
+from loratool.errors import UsageError
+from loratool.ops.programs.base import Program
+from loratool.ops.programs.llama_cpp import LLAMA_CPP
+from loratool.ops.programs.peft import PEFT
+from loratool.ops.programs.vllm import VLLM
+from loratool.report import Loads
+
+PROGRAMS = (PEFT, VLLM, LLAMA_CPP)
+
+__all__ = ["PROGRAMS", "Program", "find_program", "judge_loads"]
+
+
+def judge_loads(adapter: Adapter) -> tuple[Loads, ...]:
+    """A verdict for each program.
+
+    Example:
+        >>> judge_loads(open_adapter(Path("style"), ReadOptions()))[1].reasons  # doctest: +SKIP
+        ('modules_to_save',)
+    """
+    return tuple(program.judge(adapter) for program in PROGRAMS)
+
+
+def find_program(name: str) -> Program:
+    """The program that ``--for`` names.
+
+    Raises:
+        UsageError: LT-271, no such program.
+    """
+    for program in PROGRAMS:
+        if program.name == name:
+            return program
+    raise UsageError("LT-271", "unknown --for", expected=", ".join(p.name for p in PROGRAMS),
+                     got=name)  # fmt: skip

@@ -1,0 +1,87 @@
+"""What a program makes of an adapter, as a table of rules."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from loratool.adapter import Adapter
+from loratool.report import Loads
+
+Test = Callable[[Adapter], str]
+"""Why a rule applies, in few words; "" where it does not."""
+
+_WORST_FIRST = ("no", "wrong", "unsure")
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One thing that a program does not do.
+
+    Attributes:
+        verdict: ``no`` (it stops), ``wrong`` (it goes on and computes something else), ``unsure``.
+        reason: says whether and why.
+        is_mended: ``--for`` writes the same change in a form in which the rule does not apply.
+    """
+
+    verdict: str
+    reason: Test
+    is_mended: bool = False
+
+
+@dataclass(frozen=True)
+class Program:
+    """One program that loads adapters.
+
+    Attributes:
+        name: what ``--for`` takes.
+        title: as people write it.
+        version: whose source was read.
+        source: the files.
+        rules: what it does not do.
+        advice: said of an adapter that loads.
+        native: a dialect that is its own.
+        ranks: the only ranks that it has room for, ascending; () = any.
+        holds_whole_tensors: it loads replaced tensors and biases.
+    """
+
+    name: str
+    title: str
+    version: str
+    source: tuple[str, ...]
+    rules: tuple[Rule, ...]
+    advice: Test = lambda _: ""
+    native: str = "peft"
+    ranks: tuple[int, ...] = ()
+    holds_whole_tensors: bool = False
+
+    def judge(self, adapter: Adapter) -> Loads:
+        """The worst verdict that a rule gives, with all of its reasons."""
+        verdict, reasons = self._verdict(adapter)
+        return Loads(self.title, verdict, reasons, self.version, self.source)
+
+    def obstacles(self, adapter: Adapter) -> tuple[str, ...]:
+        """Why it would load the change of an adapter in no form."""
+        rules = [r for r in self.rules if not r.is_mended and r.verdict in ("no", "wrong")]
+        return tuple(why for rule in rules if (why := rule.reason(adapter)))
+
+    def room(self, rank: int) -> int | None:
+        """The smallest rank that it has room for and that holds this one; None if there is none."""
+        if not self.ranks:
+            return rank
+        return next((r for r in self.ranks if r >= rank), None)
+
+    def _verdict(self, adapter: Adapter) -> tuple[str, tuple[str, ...]]:
+        if adapter.dialect == self.native != "peft":
+            return "yes", ()
+        if adapter.dialect not in ("peft", "peft-file"):
+            return "no", (f"{adapter.dialect} file",)
+        if not adapter.config or adapter.dialect == "peft-file":
+            return "no", ("no adapter_config.json",)
+        found = [(rule.verdict, why) for rule in self.rules if (why := rule.reason(adapter))]
+        for verdict in _WORST_FIRST:
+            reasons = tuple(dict.fromkeys(why for v, why in found if v == verdict))
+            if reasons:
+                return verdict, reasons
+        advice = self.advice(adapter)
+        return "yes", (advice,) if advice else ()

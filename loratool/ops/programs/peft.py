@@ -1,0 +1,123 @@
+"""PEFT: ``PeftModel.from_pretrained``; *yes* only if every tensor arrives.
+
+PEFT adapts what the configuration names, then looks for each of those tensors under one name; what
+has another name, or lies on a module that is not named, is passed by with a warning at most.
+"""
+
+from __future__ import annotations
+
+from loratool.adapter import Adapter, DeltaSpec
+from loratool.dialects.peft_config import parse_config
+from loratool.dialects.peft_new import heads_of
+from loratool.dialects.peft_targets import ALL_LINEAR, is_guarded, untargeted
+from loratool.dialects.peft_version import parse_version
+from loratool.errors import BadFileError, list_some
+from loratool.ops.programs import traits
+from loratool.ops.programs.base import Program, Rule
+
+_KEPT = ("lora_A.default.weight", "lora_B.default.weight", "lora_magnitude_vector.weight")
+_PACKED_SINCE = (0, 19, 1)
+
+
+def _names(adapter: Adapter) -> str:
+    dead = [
+        n for n, living in traits.dead_names(adapter)
+        if not (n.endswith(_KEPT) and n.replace(".default.", ".") == living)
+    ]  # fmt: skip
+    return "tensor names" if dead else ""
+
+
+def _plain_modules(adapter: Adapter) -> list[tuple[str, str]]:
+    """Modules that target_modules must name; an attention module stands for its out_proj."""
+    mhas = {s.module for s in adapter.specs if s.parameter == "in_proj_weight"}
+    return [
+        (s.module, s.layout)
+        for s in adapter.specs
+        if s.kind != "vector" and not _is_parameter(s)
+        and not (s.module.endswith(".out_proj") and s.module.removesuffix(".out_proj") in mhas)
+    ]  # fmt: skip
+
+
+def _is_parameter(spec: DeltaSpec) -> bool:
+    return spec.is_bare or spec.layout == "experts"
+
+
+def _targets(adapter: Adapter) -> str:
+    modules = _plain_modules(adapter)
+    if not modules or adapter.config.get("ensure_weight_tying") is True:
+        return ""
+    try:
+        missed = untargeted(modules, adapter.config)
+    except BadFileError:
+        return ""
+    return f"target_modules does not name {list_some(missed, 2)}" if missed else ""
+
+
+def _patterns(adapter: Adapter) -> str:
+    targets = adapter.config.get("target_modules")
+    is_pattern = isinstance(targets, str) and targets.lower() != ALL_LINEAR
+    return "the pattern of target_modules" if is_pattern and not is_guarded(str(targets)) else ""
+
+
+def _parameters(adapter: Adapter) -> str:
+    """What PEFT refuses beside ``target_parameters``."""
+    if not adapter.config.get("target_parameters"):
+        return ""
+    keys = ("lora_dropout", "fan_in_fan_out", "lora_bias", "use_dora", "kasa_config")
+    set_ = [k for k in keys if adapter.config.get(k)]
+    return f"{set_[0]} with target_parameters" if set_ else ""
+
+
+def _ranks(adapter: Adapter) -> str:
+    config = parse_config(adapter.config, None)
+    if config.rank is None or config.method != "LORA":
+        return ""
+    plain = {module for module, _ in _plain_modules(adapter)}
+    for spec in adapter.specs:
+        name = spec.name if _is_parameter(spec) else spec.module
+        is_listed = _is_parameter(spec) or (spec.module in plain and spec.kind != "vector")
+        if is_listed and int(config.ranks.get(name, config.rank)) != spec.rank:
+            return f"the configuration has another rank for {spec.name}"
+    return ""
+
+
+def _packing(adapter: Adapter) -> str:
+    if not any(s.layout == "experts" for s in adapter.specs):
+        return ""
+    version = parse_version(str(adapter.config.get("peft_version") or ""))
+    is_old = version is None or version < _PACKED_SINCE
+    return "experts packed by an older PEFT" if is_old else ""
+
+
+def _head(adapter: Adapter) -> str:
+    heads = heads_of(adapter, None)
+    names = [r.name.rpartition(".")[0] for r in adapter.replacements]
+    parts = [".".join(n.split(".")[: i + 1]) for n in names for i in range(n.count(".") + 1)]
+    is_there = not heads or any(p.endswith(heads) for p in parts)
+    return "" if is_there else f"no {' or '.join(heads)} for {adapter.config.get('task_type')}"
+
+
+def _convs(adapter: Adapter) -> str:
+    """Whether a convolution works in groups is not in its weights: PEFT's own files can tell."""
+    is_known = adapter.config.get("auto_mapping") or adapter.config.get("task_type")
+    return "" if is_known else traits.conv(adapter) and "conv, if it works in groups"
+
+
+PEFT = Program(
+    "peft",
+    "PEFT",
+    "0.21.2",
+    ("peft/utils/save_and_load.py", "peft/tuners/tuners_utils.py", "peft/tuners/lora/layer.py"),
+    (
+        Rule("no", _names, is_mended=True),
+        Rule("no", _targets, is_mended=True),
+        Rule("no", _parameters, is_mended=True),
+        Rule("no", _ranks, is_mended=True),
+        Rule("unsure", _patterns),
+        Rule("unsure", _packing),
+        Rule("unsure", traits.numbered_experts),
+        Rule("unsure", _head),
+        Rule("unsure", _convs),
+    ),
+    holds_whole_tensors=True,
+)
