@@ -136,3 +136,53 @@ def test_the_bias_of_a_head_follows_the_vocabulary(tmp_path: Path) -> None:
     merged, info = type(model).from_pretrained(tmp_path / "o", output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
     assert merged.config.vocab_size == 43
+
+
+@pytest.mark.parametrize("option", ["", "untie", "keep_tied"])
+@pytest.mark.parametrize("how", ["modules_to_save", "target_modules"])
+@pytest.mark.parametrize(
+    ("name", "q"), [("BertForSequenceClassification", "query"), ("BertModel", "query"),
+                    ("LlamaForSequenceClassification", "q_proj")],
+)  # fmt: skip
+def test_no_head_is_tied_where_there_is_none(
+    tmp_path: Path, name: str, q: str, how: str, option: str
+) -> None:
+    model = build(name, tie_word_embeddings=True)
+    base = save_base(model, tmp_path / "base")
+    table = "embed_tokens" if name.startswith("Llama") else "word_embeddings"
+    settings = {"target_modules": [q]} | {how: [table, *([q] if how == "target_modules" else [])]}
+    make(model, tmp_path / "a", peft.LoraConfig(r=2, init_lora_weights=False, **settings))
+    adapted = peft.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path / "a").eval()
+    options = {option: True} if option else {}
+    lt.merge([tmp_path / "a"], base=base, output=tmp_path / "o", **options)
+    stored = [set(load_file(f / "model.safetensors")) for f in (base, tmp_path / "o")]
+    assert stored[0] == stored[1]
+    merged, info = type(model).from_pretrained(tmp_path / "o", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    with torch.no_grad():
+        found, wanted = (m(input_ids=IDS)[0] for m in (merged.eval(), adapted))
+    assert torch.allclose(found, wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [[40, 41, 42], {"embed_tokens": [40, 41, 42]}])
+@pytest.mark.parametrize("is_tied", [True, False])
+def test_added_tokens(tmp_path: Path, is_tied: bool, rows: Any) -> None:
+    torch.manual_seed(0)
+    base = save_base(decoder(is_tied), tmp_path / "base")
+    model = transformers.LlamaForCausalLM.from_pretrained(base)  # PEFT asks its base for the size
+    torch.manual_seed(1)
+    model.resize_token_embeddings(43, mean_resizing=False)
+    config = peft.LoraConfig(
+        r=2, target_modules=["q_proj"], trainable_token_indices=rows, init_lora_weights=False,
+    )  # fmt: skip
+    adapted = randomise(peft.get_peft_model(model, config), 1).eval()
+    adapted.save_pretrained(tmp_path / "a")
+    lt.merge([tmp_path / "a"], base=base, output=tmp_path / "o", resize_embeddings=True)
+    merged, info = transformers.LlamaForCausalLM.from_pretrained(
+        tmp_path / "o", output_loading_info=True
+    )
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    ids = torch.tensor([[1, 2, 40, 41, 42, 5]])
+    with torch.no_grad():
+        found, wanted = (m(input_ids=ids).logits for m in (merged.eval(), adapted))
+    assert torch.allclose(found, wanted, atol=1e-5)
