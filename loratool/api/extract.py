@@ -22,6 +22,7 @@ from loratool.api.common import (
 )
 from loratool.api.extract_report import planned_report, written_report
 from loratool.api.fitting import Fitted, check_files, fit_for
+from loratool.archs.heads import is_other_head, task_of
 from loratool.dialects import open_adapter, write_adapter_files
 from loratool.errors import MismatchError, UsageError, list_some
 from loratool.ops.align import same_form
@@ -33,6 +34,7 @@ from loratool.ops.programs import Program, find_program
 from loratool.ops.rank_options import factor_options
 from loratool.report import ExtractReport
 from loratool.store.adapter_writer import entry_bytes, file_bytes, fill_adapter
+from loratool.store.checkpoint import Checkpoint
 from loratool.store.output_path import check_output
 from loratool.store.provenance import checkpoint_id, provenance_of
 from loratool.store.stamps import take_stamps
@@ -206,7 +208,8 @@ def extract(
     ) as staged:  # fmt: skip
         results = _run(plan, resources, staged, stamps)
         limits = Limits(threads, max_memory)
-        made = _Assembly(plan, keep, base_opened, reader, limits).build_within(results, limit)
+        assembly = _Assembly(plan, keep, base_opened, tuned_opened.checkpoint, reader, limits)
+        made = assembly.build_within(results, limit)
         outcomes, files = made.outcomes, made.files
         written = fill_adapter(staged, files)
         if save_residual is not None:  # so that no output ever lacks its residual file
@@ -310,6 +313,7 @@ class _Assembly:
     plan: ExtractPlan
     keep: Sequence[str]
     base: OpenedBase
+    tuned: Checkpoint
     program: Program | None
     limits: Limits
 
@@ -328,10 +332,19 @@ class _Assembly:
         return _Made(outcomes, files, fitted, plain)
 
     def _files(self, adapter: Adapter) -> AdapterFiles:
-        return write_adapter_files(
-            adapter, "peft", base_config=self.base.checkpoint.config,
-            base_tensors=self.plan.memory_names.values(),
+        task = ""
+        if any(is_other_head(r.name) for r in adapter.replacements):
+            task = task_of(self.tuned.config)
+        config = self.base.checkpoint.config
+        pairs = (*self.plan.pairs, *self.plan.created)
+        files = write_adapter_files(
+            adapter, "peft", base_tensors=[n for p in pairs for n in self.plan.names_of(p)],
+            base_config={**config, "architectures": [task]} if task else config,
         )  # fmt: skip
+        if not task or files.json_files["adapter_config.json"].get("task_type") is not None:
+            return files
+        mapping = {"base_model_class": task, "parent_library": "transformers"}
+        return with_config(files, auto_mapping=mapping)
 
     def build_within(self, results: list[Any], limit: int | None) -> _Made:
         """The same within a number of bytes; zeros that fill up ranks count too."""

@@ -10,6 +10,7 @@ from typing import Any
 from loratool.adapter import Adapter
 from loratool.api.common import Resources
 from loratool.ops.assemble import Outcome
+from loratool.ops.bind import options_needed
 from loratool.ops.extract import ExtractPlan
 from loratool.ops.inputs import OpenedBase
 from loratool.ops.programs import judge_loads
@@ -73,6 +74,8 @@ def written_report(
         residual=residual,
         seconds=seconds,
         loads_in=judge_loads(adapter) if adapter is not None else (),
+        absent=plan.absent,
+        merge_options=options_needed(adapter, base.checkpoint) if adapter is not None else (),
         warnings=(),
         notes=plan.notes,
         dry_run=False,

@@ -41,8 +41,9 @@ def look_at_base(
     """
     from loratool.engine.reads import factor_ranges
 
+    names = NameOptions(BindOptions(untie=True), read)  # each tensor beside its own change
     job = prepare_merge(
-        [str(path)], base=base, weights=[1.0], mean=False, names=NameOptions(BindOptions(), read),
+        [str(path)], base=base, weights=[1.0], mean=False, names=names,
         access=access, dtype=None, shard_bytes=None, output=None, with_provenance=False,
     )  # fmt: skip
     plan = plan_look(job.merge.plan)

@@ -349,7 +349,7 @@ def _report(
         changed=len(job.merge.changed),
         copied=len(job.merge.copied),
         cast=len(job.merge.cast),
-        created=len({n for b in job.bound for n in b.bindings.new_tensors}),
+        created=len({*job.created, *(n for b in job.bound for n in b.bindings.new_tensors)}),
         skipped=tuple(sorted({n for b in job.bound for n in b.bindings.skipped})),
         rule=", ".join(dict.fromkeys(b.bindings.rule for b in job.bound)),
         device=resources.device,

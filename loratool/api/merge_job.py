@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 from loratool.adapter import ReadOptions, TensorRef
 from loratool.api.common import content_label, option_values
+from loratool.archs.ties import is_embedding
 from loratool.dtypes import DTYPES
 from loratool.errors import MismatchError, UsageError
 from loratool.ops.bind import BindOptions, bind
+from loratool.ops.heads import take_heads
 from loratool.ops.inputs import (
     Access,
     OpenedAdapter,
@@ -26,6 +28,7 @@ from loratool.ops.merge import MergePlan, WeightedAdapter, plan_merge
 from loratool.ops.residual import patch_merge
 from loratool.ops.verify import merged_dtype
 from loratool.ops.weights import Rule, rules_json, unused_rules
+from loratool.plan import Plan
 from loratool.report import MergeReport
 from loratool.store.checkpoint import Checkpoint
 from loratool.store.provenance import adapter_id, checkpoint_id, provenance_of
@@ -83,6 +86,7 @@ class MergeJob:
         operation: what the engine is used for.
         block_elements: block size of the grid; None = the device's.
         warnings: what the user should not overlook.
+        created: tensors of a head that an adapter brings.
     """
 
     adapters: tuple[OpenedAdapter, ...]
@@ -97,6 +101,7 @@ class MergeJob:
     operation: Operation = Operation()
     block_elements: int | None = None
     warnings: tuple[str, ...] = ()
+    created: tuple[str, ...] = ()
 
     @property
     def full_names(self) -> dict[int, str]:
@@ -151,16 +156,20 @@ def prepare_merge(
         guard_output(output, [opened_base.resolved.named, *(a.resolved.named for a in opened)])
         guard_output(output, _files(opened, opened_base))
     kept = [o.weight.kept(o.adapter) for o in opened]
+    acting = [a for a, o in zip(kept, opened, strict=True) if o.weight.value]
+    headed = take_heads(acting, opened_base.checkpoint, names.bind.skip)
     bound = tuple(
-        WeightedAdapter(adapter, o.weight, bind(adapter, opened_base.checkpoint, names.bind))
+        WeightedAdapter(adapter, o.weight, bind(adapter, headed.checkpoint, names.bind))
         for o, adapter in zip(opened, kept, strict=True)
     )
     if kind.check is not None:
         bound = kind.check(bound)
-    checkpoint = _one_checkpoint(bound, opened_base.checkpoint)
+    checkpoint = _one_checkpoint(bound, headed.checkpoint)
     if like is not None:
-        dtype = merged_dtype(opened_base.checkpoint, like)
+        dtype = merged_dtype(checkpoint, like)
     options = {**_options(names, dtype, shard_bytes), **(rounding or {})}
+    if scaled := sorted({name for b in bound for name in b.bindings.scales}):
+        options["scaled"] = scaled
     if module_weights:
         options["module_weights"] = rules_json(module_weights)
     record = provenance_of(
@@ -173,6 +182,11 @@ def prepare_merge(
         bound, checkpoint, dtype=dtype, shard_bytes=shard_bytes, file_metadata=metadata,
         rounding=rounding,
     )  # fmt: skip
+    planned = replace(
+        planned,
+        config_changes={**headed.config_changes, **planned.config_changes},
+        notes=(*headed.notes, *planned.notes),
+    )
     if residual is not None:
         planned = patch_merge(planned, checkpoint, residual)
     given = opened if not kind.signs else []  # what is taken out brings no tokenizer along
@@ -194,6 +208,8 @@ def prepare_merge(
         record if with_provenance else {},
         output,
         kind,
+        warnings=(*headed.warnings, *(_token_warnings(sidecars, plan) if output else ())),
+        created=headed.created,
     )
     return job if kind.replan is None else kind.replan(job)
 
@@ -261,6 +277,21 @@ def _value_heads(bound: Sequence[WeightedAdapter]) -> list[Sidecar]:
                 )  # fmt: skip
             found[name] = Sidecar(name, path, stamp_of(path), origin="adapter")
     return list(found.values())
+
+
+def _token_warnings(sidecars: Sequence[Sidecar], plan: Plan) -> list[str]:
+    """Ids that the tokenizer may give and the embedding has no row for."""
+    from loratool.store.tokens import highest_id
+
+    rows = [s.output.shape[0] for s in plan.steps
+            if len(s.output.shape) == 2 and is_embedding(s.output.name)]  # fmt: skip
+    highest = highest_id({s.name: s.source for s in sidecars if s.source}) if rows else None
+    if highest is None or highest[0] < min(rows):
+        return []
+    return [
+        f"the tokenizer gives ids up to {highest[0]} ({highest[1]}), the embedding has "
+        f"{min(rows)} rows: such tokens cannot be used"
+    ]
 
 
 def _inputs(opened: Sequence[OpenedAdapter], base: OpenedBase, checksum: bool) -> dict[str, Any]:

@@ -12,9 +12,10 @@ from loratool.adapter import Adapter, DeltaSpec, Source, TensorRef
 from loratool.api.common import Limits
 from loratool.errors import MismatchError
 from loratool.ops.additive import is_grouped
-from loratool.ops.bind import BoundDelta, bind
+from loratool.ops.bind import BindOptions, BoundDelta, bind
 from loratool.ops.compare import family_of, layer_of
 from loratool.ops.consent import agree_to_read
+from loratool.ops.heads import take_heads
 from loratool.ops.inputs import OpenedBase
 from loratool.ops.memory_formulas import factor_bytes, intruder_bytes, measured_bytes
 from loratool.ops.merge import matrix_view
@@ -172,7 +173,8 @@ def _all_intruders(
             file=base.checkpoint.path, got=base.checkpoint.quantization,
             hint="use the 16-bit checkpoint",
         )  # fmt: skip
-    bindings = bind(adapter, base.checkpoint)
+    headed = take_heads([adapter], base.checkpoint).checkpoint
+    bindings = bind(adapter, headed, BindOptions(untie=True))  # each tensor beside its own change
     checkpoint = bindings.checkpoint or base.checkpoint
     own = {b.target: b.replacement.source for b in bindings.replacements
            if b.replacement.rows is None}  # fmt: skip

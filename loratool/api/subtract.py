@@ -20,6 +20,7 @@ from loratool.ops.subtract import (
     compare_with_record,
     require_reversible,
     require_swappable,
+    require_unscaled,
     without_replacements,
 )
 from loratool.ops.undo import read_undo
@@ -157,11 +158,16 @@ def swap(
 
 def _with_record(job: MergeJob) -> MergeJob:
     """Compare what is taken out with the merged weights' provenance."""
-    signed = zip(job.adapters, job.operation.signs, strict=True)
-    out = [(a.adapter, a.weight.times(-1)) for a, sign in signed if sign < 0]
     try:
         record = merge_record(job.base.checkpoint)
     except MismatchError:  # taking out needs no record
         record = None
+    require_unscaled(record, job.bound)
+    signed = zip(job.adapters, job.operation.signs, strict=True)
+    out = [(a.adapter, a.weight.times(-1)) for a, sign in signed if sign < 0]
     warnings, notes = compare_with_record(record, out)
-    return replace(job, sidecar_notes=(*job.sidecar_notes, *notes), warnings=tuple(warnings))
+    return replace(
+        job,
+        sidecar_notes=(*job.sidecar_notes, *notes),
+        warnings=(*job.warnings, *warnings),
+    )

@@ -50,7 +50,7 @@ def plan_undo(job: MergeJob, path: Path, identity: str, *, dtype: str, force: bo
 
     Raises:
         UsageError: the output has another type, or the name is not one of a file.
-        MismatchError: the merge replicates layers.
+        MismatchError: the merge replicates layers, or leaves tensors of the base out.
         OutputError: the place is taken or lies in an input.
         DiskError: the folder is missing or not writable.
     """
@@ -65,9 +65,13 @@ def plan_undo(job: MergeJob, path: Path, identity: str, *, dtype: str, force: bo
             "LT-250", "--save-undo with --dtype would be as large as the base",
             hint="keep the base itself",
         )  # fmt: skip
-    if job.checkpoint is not job.base.checkpoint:
-        raise MismatchError("LT-454", "--save-undo does not apply where layers are replicated",
-                            file=job.base.checkpoint.path, hint="keep the base itself")  # fmt: skip
+    lost = sorted(set(job.base.checkpoint.tensors) - set(job.checkpoint.tensors))
+    if lost or any(a.adapter.layer_order for a in job.adapters):
+        raise MismatchError(
+            "LT-454", "--save-undo needs every tensor of the base in the merged weights",
+            file=job.base.checkpoint.path, key=lost[0] if lost else "layer_replication",
+            hint="keep the base itself",
+        )  # fmt: skip
     assert job.output is not None
     sources = [job.base.resolved.path, *(a.resolved.path for a in job.adapters), job.output]
     guard_output(path, sources)

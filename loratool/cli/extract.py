@@ -90,7 +90,9 @@ def command(tuned: str, base: str, output: str, **options: Any) -> None:
     with show_progress(quiet=voice.quiet) as progress:
         report = api.extract(tuned, base=base, output=output, progress=progress, **options)
     result = [] if report.dry_run else [safe(report.output)]
-    merge = shlex.join(["loratool", "merge", output, "--base", base, "-o", "MERGED"])
+    merge = shlex.join(
+        ["loratool", "merge", output, "--base", base, "-o", "MERGED", *report.merge_options]
+    )
     voice.show(
         report,
         render(report, voice, merge),
@@ -201,6 +203,9 @@ def _rest(report: ExtractReport) -> Iterator[str]:
         size = format_bytes(sum(nbytes for _, _, nbytes, _ in report.left_out))
         names = some([name for name, *_ in report.left_out])
         yield line("left out", f"{names} ({size}; --keep all stores them)", tone="warn")
+    if report.absent:
+        names = some(report.absent)
+        yield line("absent", f"{names}: the fine-tune is of another class, and has no such head")
     if report.dropped:
         names = some([name for name, _ in report.dropped])
         yield line("dropped", f"{names} (rank 0: the change is no more than rounding noise, or"

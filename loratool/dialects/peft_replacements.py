@@ -88,11 +88,12 @@ def _is_saved(module: str, config: PeftConfig) -> bool:
 def _read_tokens(
     modules: Mapping[str, Mapping[str, TensorRef]], config: PeftConfig
 ) -> Iterator[Replacement]:
-    for module, roles in modules.items():
-        ref = roles.get("tokens")
-        if ref is None:
-            continue
-        rows = _rows_of(module, config)
+    trained = {module: roles["tokens"] for module, roles in modules.items() if "tokens" in roles}
+    named = {module: rows for module in trained if (rows := _rows_of(module, config)) is not None}
+    for module, ref in trained.items():
+        rows = named.get(module)
+        if rows is None and len(set(named.values())) == 1:  # a head tied to the embedding named
+            (rows,) = set(named.values())
         if rows is None or len(ref.shape) != 2 or ref.shape[0] != len(rows):
             field = "token_indices" if config.method != "LORA" else "trainable_token_indices"
             raise BadFileError(

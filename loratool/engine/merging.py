@@ -73,6 +73,7 @@ class AddDeltas(Kernel):
         self.target = TORCH_DTYPES[step.output.dtype]
         self.rounder = make_rounder(step.args, self.target, env, step.output.name)
         self.dtype = self.rounder.dtype
+        self.scale = float(step.args.get("scale", 1.0))
         self.deltas: list[Delta] = []
         self.dense: list[tuple[int, float]] = []  # (input position, weight) of whole replacements
         self._sums: dict[int, tuple[torch.Tensor, int, int]] = {}
@@ -198,6 +199,8 @@ class AddDeltas(Kernel):
             acc.add_(inputs[position].to(self.dtype).sub_(weight), alpha=factor)
         for delta in self.deltas:
             delta.add_to(acc, weight, block.r0, block.r1, block.c0, block.c1)
+        if self.scale != 1.0:
+            acc.mul_(self.scale)
         self.rounder.round(block, inputs, acc, out)
         bad = self._gate.see(block.index, block.start, acc)
         rows = slice(-block.r0 % self._stride, None, self._stride)
@@ -212,6 +215,8 @@ class AddDeltas(Kernel):
         shape = (base.shape[0], base.shape[1])
         work = self.env.scratch.take("work", shape, self.dtype, self.env.device)
         work.copy_(base)
+        if self.scale != 1.0:  # the change is measured against the base as it is scaled
+            work.mul_(self.scale)
         weight_square = _dot(work)
         if out.dtype == base.dtype:
             changed = count_differing(out, base)

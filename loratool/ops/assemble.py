@@ -12,6 +12,7 @@ from loratool.archs.experts import parse_expert
 from loratool.errors import MismatchError
 from loratool.ops.extract import ExtractPlan
 from loratool.ops.extract_pairs import Pair
+from loratool.ops.twins import at_every_place
 from loratool.plan import Step
 from loratool.store.checkpoint import Checkpoint
 
@@ -64,7 +65,8 @@ def assemble(
         outcome = _outcome(pair, found)
         outcomes.append(outcome)
         if outcome.fate == "factored":
-            specs.append(_make_spec(pair, step, found.factors, extract, base))
+            spec = _make_spec(pair, step, found.factors, extract, base)
+            specs.extend(at_every_place(spec, extract.names_of(pair)))
     outcomes.extend(Outcome(p, "left_out", 0.0, 0.0, 0.0) for p in extract.created)
     if all(o.fate == "identical" for o in outcomes):
         raise MismatchError("LT-483", "the fine-tune equals the base: nothing to extract")
@@ -272,8 +274,9 @@ def _is_kept(pair: Pair, keep: Sequence[str], by_name: frozenset[str]) -> bool:
     if pair.role == "bare":
         return False  # PEFT holds whole modules and biases, not bare parameters
     is_held = pair.base is not None  # a module that the base lacks takes no tensor
+    is_usual = (pair.role in ("bias", "small") and is_held) or pair.is_task_head
     return (
-        (pair.role in ("bias", "small") and is_held and "none" not in keep)
+        (is_usual and "none" not in keep)
         or "all" in keep
         or ("embeddings" in keep and pair.role in ("embedding", "head"))
         or pair.name in by_name
@@ -283,14 +286,20 @@ def _is_kept(pair: Pair, keep: Sequence[str], by_name: frozenset[str]) -> bool:
 def _replacements(kept: Sequence[Pair], extract: ExtractPlan) -> list[Replacement]:
     """Whole modules to save for everything but biases; every bias once one has changed."""
     everything = {p.name: p for p in (*extract.pairs, *extract.created)}
-    modules = {p.module for p in kept if p.role != "bias"}
+    modules = {_module(n) for p in kept if p.role != "bias" for n in extract.names_of(p)}
     found: dict[str, Replacement] = {}
+    done: set[str] = set()
     for name, pair in everything.items():
-        memory = extract.memory_names[name]
-        if pair.module in modules and not pair.is_factored:
-            found[name] = Replacement(memory, pair.tuned, "modules_to_save")
-    if any(p.role == "bias" and p.name not in found for p in kept):
+        for place in extract.names_of(pair):
+            if _module(place) in modules and not pair.is_factored:
+                found[place] = Replacement(place, pair.tuned, "modules_to_save")
+                done.add(name)
+    if any(p.role == "bias" and p.name not in done for p in kept):
         for name, pair in everything.items():
-            if pair.role == "bias" and name not in found:
+            if pair.role == "bias" and name not in done:
                 found[name] = Replacement(extract.memory_names[name], pair.tuned, "bias")
     return list(found.values())
+
+
+def _module(name: str) -> str:
+    return name.rpartition(".")[0]

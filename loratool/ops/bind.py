@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from loratool.adapter import Adapter
-from loratool.archs.ties import Tie, find_tie
+from loratool.archs.ties import Tie, find_ties, follows_vocabulary
 from loratool.errors import MismatchError, UsageError
 from loratool.ops.bind_experts import place_flat, place_single
 from loratool.ops.bind_fused import place_fused
@@ -42,6 +42,7 @@ from loratool.ops.bind_types import (
     Item,
     Misfit,
 )
+from loratool.ops.heads import take_heads
 from loratool.store.checkpoint import Checkpoint
 
 __all__ = [
@@ -50,6 +51,7 @@ __all__ = [
     "BoundDelta",
     "BoundReplacement",
     "bind",
+    "options_needed",
     "replicate_layers",
 ]
 
@@ -123,6 +125,26 @@ def bind(adapter: Adapter, checkpoint: Checkpoint, options: BindOptions | None =
     )
 
 
+def options_needed(adapter: Adapter, checkpoint: Checkpoint) -> tuple[str, ...]:
+    """What ``merge`` asks for on top of its defaults to make of a base what PEFT makes of it."""
+    options, flags = BindOptions(), []
+    names = [s.name for s in adapter.specs] + [r.name for r in adapter.replacements]
+    while any(follows_vocabulary(name) for name in names):
+        try:
+            bind(adapter, take_heads([adapter], checkpoint).checkpoint, options)
+            break
+        except MismatchError as error:
+            if error.code == "LT-442" and not options.resize_embeddings:
+                options = replace(options, resize_embeddings=True)
+                flags.append("--resize-embeddings")
+            elif error.code == "LT-440" and not options.untie:
+                options = replace(options, untie=True)
+                flags.append("--untie")
+            else:
+                break
+    return tuple(flags)
+
+
 def _check_options(options: BindOptions) -> None:
     if options.untie and options.keep_tied:
         raise UsageError("LT-243", "--untie and --keep-tied exclude each other")
@@ -136,26 +158,27 @@ def _choose(
     items: Sequence[Item], adapter: Adapter, checkpoint: Checkpoint, options: BindOptions
 ) -> _Outcome:
     """The first rule, by rank, that places everything; else the error that says most."""
-    tie = find_tie(checkpoint, is_stated=options.untie or options.keep_tied)
+    ties = find_ties(checkpoint, is_stated=options.untie or options.keep_tied)
+    absent = [name for tie in ties for name in tie.missing]
     sample = items[:: max(1, len(items) // _SAMPLE)]
     tried: list[_Outcome] = []
     complete: list[_Outcome] = []
     partial: list[NameRule] = []
-    for rule in name_rules(checkpoint, (i.name for i in items)):
+    for rule in name_rules(checkpoint, (i.name for i in items), absent):
         if complete and rule.rank > complete[0].rule.rank:
             break
         if tried:  # the exact rule is always tried in full, for the report
-            unnamed = len(_try(rule, sample, adapter, checkpoint, options, tie).unnamed)
+            unnamed = len(_try(rule, sample, adapter, checkpoint, options, ties).unnamed)
             if unnamed:
                 partial.extend([rule] if unnamed < len(sample) else [])
                 continue
-        outcome = _try(rule, items, adapter, checkpoint, options, tie)
+        outcome = _try(rule, items, adapter, checkpoint, options, ties)
         tried.append(outcome)
         if not outcome.misfits and _collision(outcome) is None:
             complete.append(outcome)
     if complete:
         return _only_one(complete, checkpoint)
-    tried.extend(_try(rule, items, adapter, checkpoint, options, tie) for rule in partial)
+    tried.extend(_try(rule, items, adapter, checkpoint, options, ties) for rule in partial)
     return _best_effort(tried, items, checkpoint, options)
 
 
@@ -202,11 +225,11 @@ def _try(
     adapter: Adapter,
     checkpoint: Checkpoint,
     options: BindOptions,
-    tie: Tie | None,
+    ties: tuple[Tie, ...],
 ) -> _Outcome:
     version = adapter.config.get("peft_version")
     peft_version = version if isinstance(version, str) else ""
-    context = Context(checkpoint, options, rule.view, tie, peft_version)
+    context = Context(checkpoint, options, rule.view, ties, peft_version)
     context.flag_is_ignored = any(_flag_fails(item, rule, context) for item in items)
     found: list[Found] = []
     misfits: list[Misfit] = []

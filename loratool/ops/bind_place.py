@@ -9,7 +9,7 @@ from typing import Any
 
 from loratool.adapter import DeltaSpec
 from loratool.archs.layers import stores_transposed
-from loratool.archs.ties import Tie, is_vocabulary, other_name
+from loratool.archs.ties import Tie, follows_vocabulary, is_head, other_name
 from loratool.dtypes import DTYPES
 from loratool.ops.bind_rules import View
 from loratool.ops.bind_types import BindOptions, BoundDelta, BoundReplacement, Found, Item, Misfit
@@ -27,7 +27,7 @@ class Context:
         checkpoint: the base.
         options: the user's.
         view: names of the base under the rule being tried.
-        tie: the tied embedding, None if the base has none.
+        ties: what is tied in the base.
         peft_version: of the adapter, "" if unknown.
         flag_is_ignored: other modules show that ``fan_in_fan_out`` does not hold for this base.
         resized: target -> shape after a replacement that changes the vocabulary.
@@ -36,7 +36,7 @@ class Context:
     checkpoint: Checkpoint
     options: BindOptions
     view: View
-    tie: Tie | None
+    ties: tuple[Tie, ...]
     peft_version: str = ""
     flag_is_ignored: bool = False
     resized: dict[str, tuple[int, ...]] = field(default_factory=dict)
@@ -58,9 +58,19 @@ class Context:
         twin = other_name(self.checkpoint, name)
         if twin is not None:
             return twin, ""
-        if self.tie is not None and self.tie.is_missing(name):
-            return self.tie.stored, name
+        absent = self.view.absent.get(name) or self._absent_head(name)
+        for tie in self.ties:
+            if absent in tie.missing:
+                return tie.stored[0], absent
         return None, ""
+
+    def _absent_head(self, name: str) -> str:
+        """The one tied head that is not stored, where an adapter spells its path otherwise."""
+        if not is_head(name) or not name.endswith(".weight"):
+            return ""
+        heads = [n for tie in self.ties for n in tie.missing if is_head(n)]
+        found = [n for n in heads if n.endswith(".weight")]
+        return found[0] if len(found) == 1 else ""
 
 
 def factor_sizes(spec: DeltaSpec) -> tuple[int, tuple[int, ...]]:
@@ -157,7 +167,7 @@ def place_replacement(item: Item, name: str, ctx: Context) -> Placement:
         return found  # rows are checked when the final vocabulary size is known
     if source.shape == ref.shape:
         return found
-    if source.shape[1:] != ref.shape[1:] or not is_vocabulary(name):
+    if source.shape[1:] != ref.shape[1:] or not follows_vocabulary(name):
         return misfit(item, "LT-445", _words(ref.shape), _words(source.shape), target)
     if not ctx.options.resize_embeddings:
         return misfit(item, "LT-442", _words(ref.shape), _words(source.shape), target)

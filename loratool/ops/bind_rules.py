@@ -57,10 +57,12 @@ class View:
     Attributes:
         words: for messages; "" = the names in the files.
         names: name in this view -> name in the files.
+        absent: the same for names that are not in the files, because they are tied to others.
     """
 
     words: str
     names: Mapping[str, str]
+    absent: Mapping[str, str]
 
     def get(self, name: str) -> str | None:
         """The name in the files, None if the base has no such tensor."""
@@ -84,14 +86,21 @@ class NameRule:
     rename: Callable[[str], str]
 
 
-def name_rules(checkpoint: Checkpoint, names: Iterable[str]) -> Iterator[NameRule]:
+def name_rules(
+    checkpoint: Checkpoint, names: Iterable[str], absent: Iterable[str] = ()
+) -> Iterator[NameRule]:
     """Every rule that changes anything, by rank: exact, renames, one prefix, both together.
 
     Where the base does not tell its model type, every table of renames is a guess: those come
     last, and no prefix is guessed on top of them.
+
+    Args:
+        checkpoint: the base.
+        names: full parameter names of the adapter.
+        absent: names that tied tensors would have in the files.
     """
     asked = tuple(names)
-    plain = View("", {n: n for n in checkpoint.tensors})
+    plain = View("", {n: n for n in checkpoint.tensors}, {n: n for n in absent})
     exact = NameRule(0, "exact", plain, _same)
     yield exact
     is_known = bool(checkpoint.model_type or checkpoint.components)
@@ -272,7 +281,7 @@ def _table_rules(
         if any(forward(name) != name for name in base_forms):
             moved = {forward(name): name for name in checkpoint.tensors}
             if len(moved) == len(checkpoint.tensors):
-                view = View(words, moved)
+                view = View(words, moved, {forward(name): name for name in plain.absent})
                 yield NameRule(rank, f"{words} names", view, _same)
                 if changes_adapter:
                     yield NameRule(rank, f"{words} names on both sides", view, forward)

@@ -19,7 +19,7 @@ class BindOptions:
         rename: ``s/pattern/replacement/`` expressions, applied in order to module names.
         skip: component names (``te``) or regular expressions; matching modules are left out.
         allow_unmatched: leave out and report what has no target.
-        untie: write an own lm_head where it shares the embedding.
+        untie: give every name of a tied tensor values of its own.
         keep_tied: apply a change of one tied tensor to the shared tensor.
         resize_embeddings: let replacement tensors change the vocabulary size.
         moe_layout: ``eoi`` or ``eio``, how the adapter's model stores its 3-D experts; None =
@@ -72,6 +72,7 @@ class Bindings:
         new_tensors: new tensor name -> base tensor whose values it starts from
             (``lm_head.weight`` -> ``model.embed_tokens.weight`` when untied).
         config_changes: changes to ``config.json``: key (dotted for nested) -> value.
+        scales: tensor -> factor of the finished sum; 1 where it is not listed.
         rule: how names were matched, in words (``exact``, ``+ prefix "model."``).
         skipped: modules left out because the user asked for it.
         notes: one sentence each.
@@ -83,6 +84,7 @@ class Bindings:
     replacements: tuple[BoundReplacement, ...] = ()
     new_tensors: Mapping[str, str] = field(default_factory=dict)
     config_changes: Mapping[str, Any] = field(default_factory=dict)
+    scales: Mapping[str, float] = field(default_factory=dict)
     rule: str = "exact"
     skipped: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
@@ -132,8 +134,8 @@ class Found:
         item: what was placed.
         deltas: for a delta, the pieces.
         replacement: for a replacement, the target.
-        alias: name under which the item asked for a tied tensor that is not in the files;
-            "" when it named the stored one.
+        alias: the name of a tied tensor that the files lack, where the item asked for that; "" when
+            it named the stored one.
     """
 
     item: Item

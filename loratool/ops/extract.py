@@ -10,15 +10,14 @@ from typing import Any
 from loratool import archs
 from loratool.adapter import TensorRef
 from loratool.dtypes import DTYPES
-from loratool.errors import MismatchError, list_some
-from loratool.ops.align import align_names, renamed
+from loratool.errors import MismatchError
 from loratool.ops.extract_pairs import (
     Pair,
-    Roles,
     experts_are_turned,
     join_experts,
     settle_holders,
 )
+from loratool.ops.pairing import pair_tensors
 from loratool.patterns import find, typed_pattern
 from loratool.plan import Plan, Step, TensorSpec
 from loratool.store.checkpoint import Checkpoint
@@ -38,6 +37,9 @@ class ExtractPlan:
         pairs: step index -> pair.
         created: tensors that only TUNED has.
         memory_names: on-disk name -> name that the adapter uses.
+        places: on-disk name -> all names that the adapter uses, where there are several: the
+            modules of a tied tensor.
+        absent: heads of the base that TUNED lacks.
         kept: names of tensors that a regular expression of ``--keep`` finds.
         notes: one sentence each.
     """
@@ -46,8 +48,14 @@ class ExtractPlan:
     pairs: tuple[Pair, ...]
     created: tuple[Pair, ...]
     memory_names: Mapping[str, str]
+    places: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    absent: tuple[str, ...] = ()
     kept: frozenset[str] = frozenset()
     notes: tuple[str, ...] = ()
+
+    def names_of(self, pair: Pair) -> tuple[str, ...]:
+        """Every name under which the adapter holds a tensor."""
+        return self.places.get(pair.name) or (self.memory_names[pair.name],)
 
 
 @dataclass(frozen=True)
@@ -105,62 +113,27 @@ def plan_extract(
                 got=checkpoint.quantization,
                 hint="use the 16-bit checkpoints",
             )
-    matched, created, notes = _match(tuned, base, names)
+    paired = pair_tensors(tuned, base, names)
     whole = [k for k in keep if k not in KEEP_WORDS]
-    kept = _found(whole, "--keep", [p.name for p in (*matched, *created)])
-    factored = _choose(matched, include, exclude, kept)
-    chosen = [replace(pair, is_factored=pair in factored) for pair in matched]
+    kept = _found(whole, "--keep", [p.name for p in (*paired.matched, *paired.created)])
+    factored = _choose(paired.matched, include, exclude, kept)
+    chosen = [replace(pair, is_factored=pair in factored) for pair in paired.matched]
     pairs = settle_holders(join_experts(chosen, base, names), base.config)
     mhas = {p.module for p in pairs if p.is_factored and p.role == "in_proj"}
     steps = [_make_step(p, base, how, _is_mha_output(p, mhas)) for p in pairs]
-    memory = {p.name: archs.to_memory(base.model_type, p.name, names) for p in (*pairs, *created)}
+    written = (*pairs, *paired.created)
+    places = {
+        p.name: tuple(archs.to_memory(base.model_type, n, names) for n in paired.places[p.name])
+        for p in written if p.name in paired.places
+    }  # fmt: skip
+    memory = {
+        p.name: places.get(p.name, (archs.to_memory(base.model_type, p.name, names),))[0]
+        for p in written
+    }
+    plan = Plan("extract", tuple(steps))
     return ExtractPlan(
-        Plan("extract", tuple(steps)), tuple(pairs), tuple(created), memory, kept, tuple(notes)
+        plan, tuple(pairs), paired.created, memory, places, paired.absent, kept, paired.notes
     )
-
-
-def _match(
-    tuned: Checkpoint, base: Checkpoint, names: str
-) -> tuple[list[Pair], list[Pair], list[str]]:
-    roles = Roles(base, names)
-    aliases = archs.tied_tensors(base)
-    tuned_aliases = archs.tied_tensors(tuned)
-    matched: list[Pair] = []
-    created: list[Pair] = []
-    notes: list[str] = []
-    shapes: list[str] = []
-    aligned = align_names(tuned, base)
-    if renamed(aligned):
-        notes.append(f"{renamed(aligned)} tensors go by other names in the fine-tune")
-    for name, ref in aligned.items():
-        other = base.tensors.get(name)
-        if other is None and name in aliases:
-            other = base.tensors[aliases[name]]
-            notes.append(f"{name} is tied in the base: compared with {aliases[name]}")
-        role, holder = roles.of(name, ref)
-        if other is None:
-            created.append(Pair(name, None, ref, role))
-        elif other.shape == ref.shape:
-            matched.append(Pair(name, other, ref, role, holder))
-        elif role in ("embedding", "head") and other.shape[1:] == ref.shape[1:]:
-            created.append(Pair(name, other, ref, role))
-            notes.append(f"{name} has {ref.shape[0] - other.shape[0]:+d} rows")
-        else:
-            shapes.append(f"{name} {list(other.shape)} → {list(ref.shape)}")
-    missing = [n for n in base.tensors if n not in aligned and n not in tuned_aliases]
-    if missing:
-        raise MismatchError(
-            "LT-481",
-            f"{len(missing)} tensors of the base are missing from the fine-tune",
-            file=tuned.path,
-            key=list_some(missing),
-            hint="are these checkpoints of one model?",
-        )
-    if shapes:
-        raise MismatchError(
-            "LT-482", "tensors have different shapes", file=tuned.path, key=list_some(shapes)
-        )
-    return matched, created, notes
 
 
 def _choose(

@@ -11,7 +11,9 @@ from loratool import archs
 from loratool.adapter import TensorRef
 from loratool.archs.classes import fuses_experts, holder_of
 from loratool.archs.experts import parse_expert
+from loratool.archs.heads import is_other_head
 from loratool.archs.layers import has_flipped_experts, has_transposed_experts
+from loratool.archs.ties import is_head
 from loratool.dtypes import DTYPES
 from loratool.store.checkpoint import Checkpoint
 
@@ -56,6 +58,11 @@ class Pair:
     def parameter(self) -> str:
         """Parameter name."""
         return self.name.rpartition(".")[2]
+
+    @property
+    def is_task_head(self) -> bool:
+        """The fine-tune has a head that the base lacks, and it is no language model's."""
+        return self.base is None and is_other_head(self.name) and not is_head(self.name)
 
 
 class Roles:

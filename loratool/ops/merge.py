@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -86,17 +86,20 @@ def plan_merge(
     if "method" in how:
         _require_additive(adapters, str(how["method"]))
     new_tensors, config_changes = _agreed(adapters)
+    scales = {name: f for one in adapters for name, f in one.bindings.scales.items()}
     parts = _collect_parts(adapters, new_tensors, keep_all="method" in how)
     if "method" in how:
         for name, found in parts.items():
             require_aligned(name, [p for p in found if isinstance(p, DeltaPart)], how["method"])
     steps: dict[str, Step] = {}
-    for name, ref in checkpoint.tensors.items():
-        steps[name] = _make_step(
-            _file_name(name, ref, checkpoint), ref, parts.pop(name, []), dtype, how
-        )
-    for name, source in new_tensors.items():
-        steps[name] = _make_step(name, checkpoint.tensors[source], parts.pop(name, []), dtype, how)
+    sources = {**checkpoint.tensors, **{n: checkpoint.tensors[s] for n, s in new_tensors.items()}}
+    for name, ref in sources.items():
+        label = name if name in new_tensors else _file_name(name, ref, checkpoint)
+        found = parts.pop(name, [])
+        if name in scales:
+            steps[name] = _make_scaled(label, ref, found, dtype, {**how, "scale": scales[name]})
+        else:
+            steps[name] = _make_step(label, ref, found, dtype, how)
     if parts:
         raise AssertionError(f"parts without a tensor: {sorted(parts)}")
     if dtype is not None:
@@ -213,8 +216,9 @@ def _require_additive(adapters: Sequence[WeightedAdapter], method: str) -> None:
 
 
 def _require_sums(adapters: Sequence[WeightedAdapter]) -> None:
-    """DoRA has a square root in it, PiSSA and its kin a decomposition of the base."""
-    if other := _not_additive(adapters):
+    """DoRA has a square root in it, PiSSA and its kin a decomposition, an untied T5 a factor."""
+    scaled = [f"{name} (scaled)" for one in adapters for name in one.bindings.scales]
+    if other := [*_not_additive(adapters), *scaled]:
         raise MismatchError(
             "LT-477", "exact rounding is for sums of products, and this change is none",
             key=list_some(other), hint="leave --exact out",
@@ -251,6 +255,15 @@ def _make_step(
     return Step("cast", output, (base,), matrix_view(base.shape, ()), args=exact)
 
 
+def _make_scaled(
+    name: str, ref: TensorRef, parts: list[Part], dtype: str | None, how: Mapping[str, Any]
+) -> Step:
+    """A sum that is multiplied before it is rounded; it never is a mere copy."""
+    step = _make_step(name, ref, parts, dtype, how)
+    view = matrix_view(step.output.shape, step.parts)
+    return replace(step, op="add_deltas", view=view, args=how)
+
+
 def matrix_view(shape: tuple[int, ...], parts: Sequence[Part]) -> tuple[int, int]:
     """The (rows, cols) matrix that deltas act on: see `loratool.plan.Region`."""
     if len(shape) < 2:
@@ -284,7 +297,7 @@ def _group(
     last = checkpoint.shards[-1].path
     for name in steps:
         ref = checkpoint.tensors.get(name)
-        home[ref.file if ref is not None else last].append(name)
+        home[ref.file if ref is not None and ref.file in home else last].append(name)
     if shard_bytes is None:
         return [(s, s.name, home[s.path]) for s in checkpoint.shards]
     if checkpoint.components:

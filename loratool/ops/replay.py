@@ -71,6 +71,7 @@ class RecordedOptions(TypedDict, total=False):
     method: str
     params: dict[str, float | int | str]
     module_weights: list[_Rule]
+    scaled: tuple[str, ...]
     undo: str
 
 

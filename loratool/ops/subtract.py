@@ -69,6 +69,22 @@ def _require_sums(one: WeightedAdapter) -> None:
         )  # fmt: skip
 
 
+def require_unscaled(record: Record | None, adapters: Iterable[WeightedAdapter]) -> None:
+    """Refuse to subtract from a sum that a merge multiplied afterwards (an untied T5 head).
+
+    Raises:
+        MismatchError: an adapter changes such a tensor.
+    """
+    scaled = record.options.get("scaled", ()) if record is not None else ()
+    for one in adapters:
+        lost = [b.target for b in one.bindings.deltas if b.target in scaled]
+        if lost:
+            raise MismatchError(
+                "LT-422", "the merge multiplied this sum: the change is not in it as it was",
+                file=one.adapter.path, key=list_some(lost), hint=_WAY_OUT,
+            )  # fmt: skip
+
+
 def compare_with_record(
     record: Record | None, adapters: Iterable[tuple[Adapter, Weight]]
 ) -> tuple[list[str], list[str]]:

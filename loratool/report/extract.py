@@ -114,6 +114,8 @@ class ExtractReport(Report):
         dropped: (module, ‖ΔW‖_F) of those whose rank came out as 0.
         identical: tensors equal in both checkpoints.
         buffers: non-float tensors that differ and are left out.
+        absent: heads of the base that the fine-tune, of another class, has no partner for.
+        merge_options: what ``merge`` needs to take the adapter as it was made.
         captured_energy: over all factored modules.
         relative_error: over all factored modules, as written.
         total_relative_error: over all tensors that changed.
@@ -150,6 +152,8 @@ class ExtractReport(Report):
     warnings: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     dry_run: bool = False
+    absent: tuple[str, ...] = ()
+    merge_options: tuple[str, ...] = ()
     asked: Mapping[str, Any] = field(default_factory=dict)
     dropped: tuple[tuple[str, float], ...] = ()
     float16_relative_error: float = 0.0

@@ -210,3 +210,17 @@ def have_same_bytes(sources: Sequence[Source]) -> bool:
             if any(piece != pieces[0] for piece in pieces):
                 return False
     return True
+
+
+def read_bytes(source: Source) -> bytes | memoryview:
+    """All bytes of a tensor that is small enough to be held.
+
+    Raises:
+        BadFileError, DiskError, HubError: as `FileReader.read_into`.
+    """
+    if isinstance(source, TensorData):
+        return source.data
+    held = bytearray(source.nbytes)
+    with FileReader() as reader:
+        reader.read_into(source, 0, memoryview(held))
+    return memoryview(held)

@@ -1,11 +1,11 @@
-"""Does an adapter bring a tokenizer with tokens that its base does not have?"""
+"""What the files of a tokenizer say: tokens that another one lacks, the highest id."""
 
 from __future__ import annotations
 
 import io
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -63,6 +63,7 @@ class _Token:
     """An added token."""
 
     content: str | None = None
+    id: int | None = None
 
 
 def adapter_adds_tokens(adapter_dir: Path, base_dir: Path) -> bool:
@@ -87,6 +88,49 @@ def adapter_adds_tokens(adapter_dir: Path, base_dir: Path) -> bool:
     return bool(missing)
 
 
+def highest_id(files: Mapping[str, Path]) -> tuple[int, str] | None:
+    """The largest id that a tokenizer's files give a token, and the token; None if they give none.
+
+    Files that cannot be understood give none: they are carried over as they are.
+
+    Args:
+        files: name -> where it lies, of the files that go together.
+    """
+    found = [max(ids) for name, path in files.items() if (ids := list(_ids(name, path)))]
+    return max(found, default=None)
+
+
+def _ids(name: str, path: Path) -> Iterator[tuple[int, str]]:
+    try:
+        if name in ("vocab.json", "added_tokens.json"):
+            yield from _numbered(bytes(_read_json(path)), path)
+        elif name == "vocab.txt":
+            lines = _read(path, _MAX_LIST_BYTES).decode("utf-8", "replace").splitlines()
+            yield from list(enumerate(lines))[-1:]
+        elif name == "tokenizer.json":
+            members = _members(path)
+            yield from _numbered(_inner(members.get("model"), path).get("vocab"), path)
+            for token in _decode(members.get("added_tokens"), list[_Token], [], path):
+                if token.id is not None:
+                    yield token.id, str(token.content)
+        elif name == "tokenizer_config.json":
+            listed = _members(path).get("added_tokens_decoder")
+            decoder = _decode(listed, dict[str, _Token], {}, path)
+            yield from ((int(n), str(t.content)) for n, t in decoder.items() if n.isdecimal())
+    except (BadFileError, ValueError):  # int() takes no number of many digits
+        return
+
+
+def _numbered(text: Any, path: Path) -> Iterator[tuple[int, str]]:
+    """The last of a table token -> id, or of a list whose positions are the ids."""
+    table = _decode(text, dict[str, int], {}, path)
+    if table:
+        yield max((number, token) for token, number in table.items())
+    pieces = [] if table else _decode(text, list[tuple[str, float]], [], path)
+    if pieces:
+        yield len(pieces) - 1, pieces[-1][0]
+
+
 def _added_tokens(folder: Path) -> set[str]:
     found = set(_members(folder / "added_tokens.json"))
     listed = _members(folder / "tokenizer.json").get("added_tokens")
@@ -99,12 +143,10 @@ def _added_tokens(folder: Path) -> set[str]:
 
 def _vocabulary(folder: Path) -> Iterator[str]:
     """Every piece of a base's vocabulary; one after the other, for memory's sake."""
-    import msgspec
-
     if (folder / "vocab.json").is_file():
         yield from _strings(_read_json(folder / "vocab.json"))
     file = folder / "tokenizer.json"
-    vocab = _decode(_members(file).get("model"), dict[str, msgspec.Raw], {}, file).get("vocab")
+    vocab = _inner(_members(file).get("model"), file).get("vocab")
     if vocab is not None:  # {piece: number}, or [piece, score] pairs
         yield from _strings(bytes(vocab))
     if (folder / "vocab.txt").is_file():
@@ -199,6 +241,13 @@ def _members(path: Path) -> dict[str, Any]:
         for match in _ESCAPE.finditer(raw):
             if match["half"]:
                 text[match.start() : match.end()] = rb"\ufffd"
+    return _decode(text, dict[str, msgspec.Raw], {}, path)
+
+
+def _inner(text: Any, path: Path) -> dict[str, Any]:
+    """As `_members`, of a value in a file."""
+    import msgspec
+
     return _decode(text, dict[str, msgspec.Raw], {}, path)
 
 

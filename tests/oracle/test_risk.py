@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -79,7 +80,7 @@ def test_words_are_statistics_and_no_verdict(capsys: pytest.CaptureFixture[str])
     text = capsys.readouterr().out.lower()
     assert "statistics of δw, no verdict" in text and "headers only" not in text
     for word in ("safe", "malicious", "backdoor", "danger", "suspicious", "clean", "poison"):
-        assert word not in text
+        assert not re.search(rf"\b{word}\b", text)  # .safetensors is a name
 
 
 # ------------------------------------------------------------------------------- intruders

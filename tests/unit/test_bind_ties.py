@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import hashlib
+import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from loratool.adapter import DeltaSpec, Replacement, TensorRef
 from loratool.archs import tied_tensors
 from loratool.errors import MismatchError
 from loratool.ops.bind import BindOptions, bind, replicate_layers
 from loratool.store import reader
-from loratool.store.checkpoint import Checkpoint
+from loratool.store.checkpoint import Checkpoint, open_checkpoint
 from tests.unit.test_bind import LLAMA, adapter, base, error, lora, tensor
 
 TIED = {n: s for n, s in LLAMA.items() if n != "lm_head.weight"}
@@ -33,7 +37,9 @@ def embed_lora() -> DeltaSpec:
 
 
 def head_lora() -> DeltaSpec:
-    return lora("lm_head", 32, 16)
+    """Other values than those of `embed_lora`."""
+    spec = lora("lm_head", 32, 16)
+    return replace(spec, fields={**spec.fields, "lora_A": tensor(2, 16, fill=1)})
 
 
 def whole(name: str, *shape: int, fill: int = 0, origin: str = "modules_to_save") -> Replacement:
@@ -62,10 +68,11 @@ def test_base_copies_follow_their_deltas() -> None:
 
 
 def test_the_same_change_on_both_stays_tied() -> None:
-    ensured = adapter(embed_lora(), head_lora(), ensure_weight_tying=True)
-    found = bind(ensured, tied())
+    found = bind(adapter(embed_lora(), lora("lm_head", 32, 16)), tied())
     assert [d.target for d in found.deltas] == [EMBED]
     assert not found.new_tensors and not found.config_changes
+    stated = adapter(embed_lora(), head_lora(), ensure_weight_tying=True)  # values decide
+    assert bind(stated, tied()).new_tensors == {HEAD: EMBED}
     equal = adapter(replacements=[whole(EMBED, fill=1), whole(HEAD, fill=1)])
     found = bind(equal, tied())
     assert [r.target for r in found.replacements] == [EMBED]
@@ -119,16 +126,19 @@ def test_untie_says_so_in_nested_configurations() -> None:
     }
 
 
-def test_untie_without_a_change_of_the_pair_does_nothing() -> None:
+def test_untie_acts_also_without_a_change_of_the_pair() -> None:
     one = adapter(lora("model.layers.0.mlp.up_proj", 24, 16))
-    assert not bind(one, tied(), BindOptions(untie=True)).new_tensors
+    assert bind(one, tied(), BindOptions(untie=True)).new_tensors == {HEAD: EMBED}
+    found = bind(one, untied(), BindOptions(untie=True))
+    assert not found.new_tensors and "nothing is tied" in found.notes[0]
 
 
 def test_trainable_tokens_change_the_shared_tensor() -> None:
     found = bind(adapter(replacements=[tokens()]), tied())
     assert [r.target for r in found.replacements] == [EMBED] and not found.new_tensors
-    head_only = bind(adapter(replacements=[tokens(HEAD)]), tied())
-    assert [r.target for r in head_only.replacements] == [EMBED]
+    error("LT-440", adapter(replacements=[tokens(HEAD)]), tied())  # PEFT leaves the embedding
+    apart = bind(adapter(replacements=[tokens(), tokens(HEAD, (1, 2))]), tied())
+    assert sorted(r.target for r in apart.replacements) == [HEAD, EMBED]
     twice = bind(adapter(replacements=[tokens(), tokens(HEAD)]), tied())
     assert [r.target for r in twice.replacements] == [EMBED]
 
@@ -138,10 +148,21 @@ def test_trainable_tokens_go_to_both_when_untied() -> None:
     assert sorted(r.target for r in found.replacements) == [HEAD, EMBED]
 
 
-def test_flag_that_lies_about_stored_tensors() -> None:
-    stored = base(LLAMA, model_type="llama", tie_word_embeddings=True)
+@pytest.mark.parametrize("is_equal", [True, False])
+def test_tied_tensors_that_are_stored_twice(tmp_path: Path, is_equal: bool) -> None:
+    first, second = (torch.full((32, 16), float(n)) for n in (1, 1 if is_equal else 2))
+    save_file({EMBED: first, HEAD: second}, tmp_path / "model.safetensors")
+    config = {"model_type": "llama", "tie_word_embeddings": True}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    stored = open_checkpoint(tmp_path)
     found = bind(adapter(head_lora()), stored)
     assert [d.target for d in found.deltas] == [HEAD] and not found.new_tensors
+    assert found.config_changes == {"tie_word_embeddings": False}
+    if not is_equal:
+        error("LT-421", adapter(head_lora()), stored, keep_tied=True)
+        return
+    kept = bind(adapter(head_lora()), stored, BindOptions(keep_tied=True))
+    assert [d.target for d in kept.deltas] == [EMBED, HEAD] and not kept.config_changes
 
 
 def test_tie_of_an_old_configuration_without_the_flag() -> None:

@@ -551,6 +551,14 @@ def test_trainable_tokens_replace_rows_in_the_order_of_the_list(
     assert (rows.name, rows.rows, rows.origin) == ("m.e.weight", (7, 3), "trainable_tokens")
 
 
+def test_a_tied_head_that_is_not_named_has_the_numbers_of_its_embedding(tmp_path: Path) -> None:
+    tensors = {f"m.{n}.token_adapter.trainable_tokens_delta": zeros(2, 16) for n in ("e", "head")}
+    adapter = read(tmp_path, tensors, trainable_token_indices={"e": [7, 3]})
+    assert [(r.name, r.rows) for r in adapter.replacements] == [
+        ("m.e.weight", (7, 3)), ("m.head.weight", (7, 3)),
+    ]  # fmt: skip
+
+
 def test_trainable_tokens_method(tmp_path: Path) -> None:
     config = {"peft_type": "TRAINABLE_TOKENS", "token_indices": [1, 5], "target_modules": ["e"]}
     adapter = read(tmp_path, {"e.trainable_tokens_delta": zeros(2, 16)}, config=config)
