@@ -16,11 +16,10 @@ import pytest
 import loratool as lt
 from loratool.adapter import TensorRef
 from loratool.errors import LoratoolError
-from loratool.store import tokens
 from loratool.store.header import read_header
 from loratool.store.reader import FileReader
 from loratool.store.stamps import take_stamps
-from loratool.store.tokens import adapter_adds_tokens
+from loratool.store.tokens import highest_id
 from tests.faults.world import World, base_tensors, save, values
 from tests.make import random_factors, save_adapter
 
@@ -303,19 +302,14 @@ FORMS = {
     "half": ("tokenizer.json", '{"a": "\\ud800%s"}', "a"),
     "quotes": ("vocab.json", '["%s"]', '\\"'),
     "lines": ("vocab.txt", "%s", "\n"),
-    "fields": ("tokenizer.model", "%s", "\x0a\x00"),
     "tokens": ("added_tokens.json", "{%s}", '"a":1'),
     "decoder": ("tokenizer_config.json", '{"added_tokens_decoder": {%s}}', '"1":{"content":"a"}'),
 }
-COMPARE = """
+HIGHEST = """
 import re, sys
 from pathlib import Path
-from loratool.errors import LoratoolError
-from loratool.store.tokens import adapter_adds_tokens
-try:
-    adapter_adds_tokens(Path("adapter"), Path("base"))
-except LoratoolError as error:
-    assert error.code == "LT-340", error
+from loratool.store.tokens import highest_id
+highest_id({sys.argv[1]: Path(sys.argv[1])})
 print(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])
 """
 
@@ -324,15 +318,12 @@ print(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1
 @pytest.mark.parametrize("form", FORMS)
 def test_a_tokenizer_takes_bounded_memory(tmp_path: Path, form: str) -> None:
     name, frame, unit = FORMS[form]
-    joint = "" if form in ("halves", "escapes", "lines", "fields", "one", "half", "quotes") else ","
-    limit = 5_000_000 if form == "fields" else 99_000_000
-    for place in ("adapter", "base"):
-        (tmp_path / place).mkdir()
-    (tmp_path / "adapter" / "added_tokens.json").write_text('{"<new>": 1}')
+    joint = "" if form in ("halves", "escapes", "lines", "one", "half", "quotes") else ","
+    limit = 99_000_000
     count = limit // len(unit + joint)
-    (tmp_path / "base" / name).write_text(frame % joint.join([unit] * count))
+    (tmp_path / name).write_text(frame % joint.join([unit] * count))
     done = subprocess.run(
-        [sys.executable, "-c", COMPARE], cwd=tmp_path, capture_output=True, text=True,
+        [sys.executable, "-c", HIGHEST, name], cwd=tmp_path, capture_output=True, text=True,
         timeout=300, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -342,21 +333,10 @@ def test_a_tokenizer_takes_bounded_memory(tmp_path: Path, form: str) -> None:
 
 @pytest.mark.parametrize("piece", ["\\ud800", "\\\\ud800", "\\ud83d\\ude00", "\\udc00\\ud800", "é"])
 def test_surrogates_in_a_tokenizer(tmp_path: Path, piece: str) -> None:
-    for place in ("adapter", "base"):
-        (tmp_path / place).mkdir()
-    (tmp_path / "adapter" / "added_tokens.json").write_text('{"<new>": 1}')
     vocab = f'{{"model": {{"vocab": {{"{piece}": 1, "<new>": 2}}, "merges": ["{piece}"]}}}}'
-    (tmp_path / "base" / "tokenizer.json").write_text(vocab)
-    assert not adapter_adds_tokens(tmp_path / "adapter", tmp_path / "base")
-
-
-def test_a_tokenizer_that_is_too_large_is_no_guess(
-    world: World, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(tokens, "_MAX_BYTES", 20)
-    (world.adapter / "added_tokens.json").write_text('{"<new>": 1}')
-    (world.base / "vocab.json").write_text('{"<new>": 1, "<old>": 2}')
-    world.refuses(world.merge_words(), "LT-340", file="vocab.json", expected="20 bytes")
+    path = tmp_path / "tokenizer.json"
+    path.write_text(vocab)
+    assert highest_id({path.name: path}) == (2, "<new>")
 
 
 def test_base_is_read_as_it_is(world: World) -> None:

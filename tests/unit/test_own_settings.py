@@ -10,6 +10,7 @@ import pytest
 
 import loratool as lt
 from loratool.errors import LoratoolError
+from loratool.store.tokens import highest_id
 from tests.make import randn, save_adapter, save_checkpoint
 
 QUERY = "model.layers.0.self_attn.q_proj"
@@ -183,3 +184,23 @@ def test_every_vocabulary_file_of_transformers_is_carried() -> None:
                 names |= {n for n in value.values() if isinstance(n, str)}
     assert len(names) > 15
     assert {n for n in names if not is_carried(n) and not n.endswith(".pkl")} == set()
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "want"),
+    [
+        ("tokenizer.json", {"added_tokens": [{"id": 5, "content": "<x>"}]}, (5, "<x>")),
+        ("tokenizer.json", {"model": {"vocab": {"a": 3, "b": 1}}}, (3, "a")),
+        ("tokenizer.json", {"model": {"vocab": [["a", -1.5], ["b", 0]]}}, (1, "b")),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"7": {"content": "<y>"}}}, (7, "<y>")),
+        ("added_tokens.json", {"<new>": 5}, (5, "<new>")),
+        ("vocab.json", '{"a": 1, "a": 2, "<new>": 3, "\\ud800": 0}', (3, "<new>")),
+        ("vocab.txt", "a\nb\n", (1, "b")),
+        ("tokenizer.json", [1], None),
+        ("tokenizer.json", '{"added_tokens": [', None),
+        ("tokenizer.model", "x", None),
+    ],
+)
+def test_the_highest_id(tmp_path: Path, name: str, text: Any, want: tuple[int, str] | None) -> None:
+    put(tmp_path, {name: text})
+    assert highest_id({name: tmp_path / name}) == want

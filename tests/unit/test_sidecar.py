@@ -13,7 +13,6 @@ from loratool.errors import LoratoolError
 from loratool.store.checkpoint import open_checkpoint
 from loratool.store.header import build_header
 from loratool.store.sidecar import REMOVE, Sidecar, plan_sidecars
-from loratool.store.tokens import adapter_adds_tokens
 
 CONFIG = b'{"z": 1,\n "dtype" : "bfloat16", "text_config": {"vocab_size": 10}, "a": 1.50}'
 
@@ -287,86 +286,3 @@ def test_pipeline(tmp_path: Path) -> None:
     assert json.loads(content(found["unet/config.json"])) == {"dtype": "float32"}
     assert "custom code is not copied: unet/modeling.py" in notes
     assert "not carried over: assets/" in notes
-
-
-# --- tokenizers -------------------------------------------------------------------------------
-
-
-def sentencepiece(*pieces: str) -> bytes:
-    out = b""
-    for piece in pieces:
-        text = piece.encode()
-        message = b"\x0a" + bytes([len(text)]) + text + b"\x15\0\0\0\0\x18\x01"
-        out += b"\x0a" + bytes([len(message)]) + message
-    return out + b"\x12\x02\x08\x01"
-
-
-@pytest.mark.parametrize(
-    "own",
-    [
-        {"added_tokens__json": {"<new>": 5}},
-        {"tokenizer__json": {"added_tokens": [{"id": 5, "content": "<new>"}]}},
-        {"tokenizer_config__json": {"added_tokens_decoder": {"5": {"content": "<new>"}}}},
-    ],
-)
-@pytest.mark.parametrize(
-    ("known", "adds"),
-    [
-        ({}, True),
-        ({"added_tokens__json": {"<new>": 5}}, False),
-        ({"added_tokens__json": {"<old>": 5}}, True),
-        ({"tokenizer__json": {"added_tokens": [{"id": 5, "content": "<new>"}]}}, False),
-        ({"tokenizer__json": {"added_tokens": [], "model": {"vocab": {"<new>": 0}}}}, False),
-        ({"tokenizer__json": {"model": {"vocab": [["<new>", -1.5], ["b", 0]]}}}, False),
-        ({"tokenizer__json": {"model": {"vocab": {"b": 0}}}}, True),
-        ({"tokenizer_config__json": {"added_tokens_decoder": {"5": {"content": "<new>"}}}}, False),
-        ({"vocab__json": {"<new>": 0}}, False),
-        ({"vocab__txt": b"a\n<new>\n"}, False),
-        ({"tokenizer__model": sentencepiece("<unk>", "<new>")}, False),
-        ({"tokenizer__model": sentencepiece("<unk>", "new")}, True),
-        ({"spiece__model": b"\xff" * 40}, True),
-    ],
-)
-def test_added_tokens(
-    tmp_path: Path, own: dict[str, Any], known: dict[str, Any], adds: bool
-) -> None:
-    adapter, base = put(tmp_path / "adapter", **own), put(tmp_path / "base", **known)
-    assert adapter_adds_tokens(adapter, base) is adds
-
-
-def test_no_tokenizer_adds_nothing(tmp_path: Path) -> None:
-    adapter, base = put(tmp_path / "adapter"), put(tmp_path / "base")
-    assert not adapter_adds_tokens(adapter, base)
-    assert not adapter_adds_tokens(tmp_path / "gone", base)
-    put(adapter, added_tokens__json={"<new>": 1})
-    assert not adapter_adds_tokens(adapter, put(base, f=b"") / "f")
-
-
-def test_vocabulary_with_duplicates_is_read(tmp_path: Path) -> None:
-    adapter = put(tmp_path / "adapter", added_tokens__json={"<new>": 1})
-    base = put(tmp_path / "base", vocab__json=b'{"a": 1, "a": 2, "<new>": 3, "\\ud800": 4}')
-    assert not adapter_adds_tokens(adapter, base)
-
-
-def test_damaged_tokenizer(tmp_path: Path) -> None:
-    adapter = put(tmp_path / "adapter", tokenizer__json=b'{"added_tokens": [')
-    with pytest.raises(LoratoolError) as caught:
-        adapter_adds_tokens(adapter, tmp_path)
-    assert (caught.value.code, caught.value.exit_code) == ("LT-342", 3)
-    assert not adapter_adds_tokens(put(tmp_path / "b", tokenizer__json=[1]), tmp_path)
-
-
-def test_real_tokenizer_resaved_with_its_base(tmp_path: Path) -> None:
-    """A tokenizer saved again without changes adds nothing; one more token does."""
-    from tokenizers import Tokenizer
-    from tokenizers.models import WordLevel
-    from transformers import PreTrainedTokenizerFast
-
-    plain = Tokenizer(WordLevel({"<unk>": 0, "a": 1}, unk_token="<unk>"))
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=plain, unk_token="<unk>")
-    tokenizer.save_pretrained(tmp_path / "base")
-    tokenizer.save_pretrained(tmp_path / "same")
-    tokenizer.add_tokens(["<new>"])
-    tokenizer.save_pretrained(tmp_path / "more")
-    assert not adapter_adds_tokens(tmp_path / "same", tmp_path / "base")
-    assert adapter_adds_tokens(tmp_path / "more", tmp_path / "base")
