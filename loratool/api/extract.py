@@ -383,12 +383,14 @@ def _spend(
             shares[owner[id(source)]] += entry_bytes(key, source, limit)
     # kept tensors, and their part of the header: lower ranks only make the rest shorter
     fixed = file_bytes(files) - factors - sum(shares)
-    if fixed > limit:
+    ranks = spend([[results[i] for i in g] for g in groups], shares, limit - fixed)
+    is_empty = not any(ranks) and len(owner) == len(files.tensors)
+    if fixed > limit or is_empty:
+        least = fixed + (min(shares) if is_empty else 0)
         raise UsageError(
-            "LT-234", "--size is less than what is stored whole", expected=f"{fixed} bytes or more",
+            "LT-234", "--size is less than what is stored whole", expected=f"{least} bytes or more",
             got=limit, hint="a larger --size, or --keep none",
         )  # fmt: skip
-    ranks = spend([[results[i] for i in g] for g in groups], shares, limit - fixed)
     out = list(results)
     for group, rank in zip(groups, ranks, strict=True):
         for i in group:
