@@ -78,7 +78,7 @@ def highest_id(files: Mapping[str, Path]) -> tuple[int, str] | None:
 def _ids(name: str, path: Path) -> Iterator[tuple[int, str]]:
     try:
         if name in ("vocab.json", "added_tokens.json"):
-            yield from _numbered(bytes(_read_json(path)), path)
+            yield from _numbered(bytes(_whole(path)), path)
         elif name == "vocab.txt":
             lines = _read(path, _MAX_LIST_BYTES).decode("utf-8", "replace").splitlines()
             yield from list(enumerate(lines))[-1:]
@@ -119,13 +119,18 @@ def _members(path: Path) -> dict[str, Any]:
 
     if not path.is_file():
         return {}
+    return _decode(_whole(path), dict[str, msgspec.Raw], {}, path)
+
+
+def _whole(path: Path) -> bytes | bytearray:
+    """JSON text without halves of surrogate pairs, which no reader of JSON takes."""
     text = raw = _read_json(path)
     if rb"\ud" in raw or rb"\uD" in raw:
         text = bytearray(raw)
         for match in _ESCAPE.finditer(raw):
             if match["half"]:
                 text[match.start() : match.end()] = rb"\ufffd"
-    return _decode(text, dict[str, msgspec.Raw], {}, path)
+    return text
 
 
 def _inner(text: Any, path: Path) -> dict[str, Any]:
