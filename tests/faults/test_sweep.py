@@ -20,7 +20,7 @@ from tests.faults.sweep import Stage
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="seccomp is for Linux")
 
-SAMPLE, LATE, PAIRS, MANY = 4, 3, 1, 40
+SAMPLE, LATE, PAIRS, MANY = 2, 2, 1, 40
 
 
 def pairs(stage: Stage, rng: random.Random, number: int) -> list[tuple[Fault, Fault]]:

@@ -128,8 +128,7 @@ def test_a_plan_samples_replaced_tensors(near: TestHub, tmp_path: Path) -> None:
     assert plan(["hf://me/x:0.5"]).changed == MODULES + 1
     cut = grid.blocks((100_000, 500))
     blocks = 2 * 4 * sum(cut[i].numel for i in (0, len(cut) // 2, -1))
-    tokenizer = 2 * MB  # the adapter's, looked at for new tokens
-    needed = factor_bytes(files) + small + blocks + tokenizer
+    needed = factor_bytes(files) + small + blocks  # of a tokenizer that the base lacks, the name
     assert needed < near.state.bytes_sent < needed + 300_000
 
 
