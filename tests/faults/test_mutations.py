@@ -1,6 +1,6 @@
 """No bug from data: every kind of file, mutated, and the commands that read it.
 
-`make test` runs the first 40 cases of each kind, `make faults` 2,000, `make fuzz` 20,000.
+`make test` runs the first 60 cases of each kind, `make faults` 2,000, `make fuzz` 20,000.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from tests.faults.site_of_kinds import LIKE_OURS
 from tests.hub.client import TOKEN
 from tests.hub_server import TestHub
 
-QUICK = 40
+QUICK = 60
 MANY = int(os.environ.get("MUTATIONS", "2000"))
 BATCH = 60
 
