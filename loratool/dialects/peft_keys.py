@@ -115,10 +115,10 @@ def sort_tensors(refs: Iterable[TensorRef]) -> Sorted:
 def strip_names(names: Sequence[str]) -> tuple[list[str], list[str]]:
     """Names without PEFT's prefix and without wrapper infixes, and notes about oddities."""
     notes: list[str] = []
-    out = [".".join(p for p in n.split(".") if p not in _WRAPPERS) for n in names]
+    out = without_wrappers(names)
     if out != list(names):
         notes.append("names of torch.compile or FSDP wrappers were removed from tensor names")
-    out, was_parallel = _strip_parallel(out)
+    out, was_parallel = strip_parallel(out)
     stripped: list[str] = []
     bare = outside = 0
     for name in out:
@@ -131,7 +131,7 @@ def strip_names(names: Sequence[str]) -> tuple[list[str], list[str]]:
         else:
             stripped.append(name)
             bare += 1
-    stripped, was_parallel_inside = _strip_parallel(stripped)
+    stripped, was_parallel_inside = strip_parallel(stripped)
     if was_parallel or was_parallel_inside:
         notes.append("the prefix of a DataParallel wrapper was removed from tensor names")
     if bare:
@@ -201,7 +201,12 @@ def _own_module(key: Key, adapted: Collection[str]) -> Key:
     return replace(key, role="plain", module=_INFIX.sub("", key.path))
 
 
-def _strip_parallel(names: list[str]) -> tuple[list[str], bool]:
+def without_wrappers(names: Iterable[str]) -> list[str]:
+    """Names without what torch.compile, FSDP and activation checkpointing put into them."""
+    return [".".join(p for p in n.split(".") if p not in _WRAPPERS) for n in names]
+
+
+def strip_parallel(names: list[str]) -> tuple[list[str], bool]:
     """Without a leading ``module.``, if every name has it."""
     if names and all(name.startswith("module.") for name in names):
         return [name.removeprefix("module.") for name in names], True

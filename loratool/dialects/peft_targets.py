@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from loratool.dialects.peft_patterns import Patterns
+from loratool.dialects.peft_patterns import Patterns, is_named
 from loratool.errors import BadFileError
 
 ALL_LINEAR = "all-linear"
@@ -47,14 +47,14 @@ def _is_target(path: str, layout: str, targets: Any) -> bool:
         if targets.lower() == ALL_LINEAR:  # all but the output layer
             return layout == "linear" and path.rpartition(".")[2] not in _HEADS
         return _matches_whole(targets, path)
-    return isinstance(targets, list) and _ends(path, targets)
+    return isinstance(targets, list) and is_named(path, targets)
 
 
 def _is_excluded(path: str, config: Mapping[str, Any]) -> bool:
     excluded = config.get("exclude_modules")
     if isinstance(excluded, str) and excluded and _matches_whole(excluded, path):
         return True
-    if isinstance(excluded, list) and _ends(path, excluded):
+    if isinstance(excluded, list) and is_named(path, excluded):
         return True
     saved = config.get("modules_to_save") or ()
     return any(f".{entry}." in f".{path}." for entry in saved)
@@ -72,10 +72,6 @@ def _in_layers(path: str, layers: Any, patterns: Any) -> bool:
         number = found[1] if found else ""
     wanted = layers if isinstance(layers, list) else [layers]
     return number.isdigit() and int(number) in wanted
-
-
-def _ends(path: str, names: Sequence[Any]) -> bool:
-    return any(path == n or path.endswith(f".{n}") for n in names)
 
 
 def _matches_whole(pattern: str, path: str) -> bool:

@@ -14,11 +14,9 @@ from loratool import archs
 from loratool.adapter import TensorRef
 from loratool.archs.experts import expert_names, parse_expert
 from loratool.archs.layers import has_flipped_experts, has_transposed_experts
+from loratool.dialects.peft_keys import strip_parallel, without_wrappers
 from loratool.ops.bind_rules import name_rules, parse_rename
 from loratool.store.checkpoint import Checkpoint
-
-_WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
-_PARALLEL = "module."
 
 
 def same_form(
@@ -102,9 +100,7 @@ def _by_rule(loose: list[str], base: Checkpoint, taken: set[str]) -> dict[str, s
 
 def _without_wrappers(tensors: Mapping[str, TensorRef]) -> dict[str, TensorRef]:
     """Names without what torch.compile, FSDP and DataParallel put into them."""
-    names = [".".join(p for p in n.split(".") if p not in _WRAPPERS) for n in tensors]
-    if names and all(name.startswith(_PARALLEL) for name in names):
-        names = [name.removeprefix(_PARALLEL) for name in names]
+    names, _ = strip_parallel(without_wrappers(tensors))
     if len(set(names)) < len(names):
         return dict(tensors)
     return dict(zip(names, tensors.values(), strict=True))
