@@ -114,6 +114,26 @@ Part = DeltaPart | ReplacePart
 
 
 @dataclass(frozen=True)
+class Place:
+    """A delta, or a slice of one, on a tensor of the base.
+
+    Attributes:
+        part: the delta with its region, expert and orientation, at weight 1.
+        source: the tensor: the base's, or the one that the adapter puts in its place.
+        view: (rows, cols) of it.
+    """
+
+    part: DeltaPart
+    source: Source
+    view: tuple[int, int]
+
+    @property
+    def is_cut(self) -> bool:
+        """Only some rows or columns of the delta lie here."""
+        return bool(self.part.region.source_rows or self.part.region.source_cols)
+
+
+@dataclass(frozen=True)
 class Step:
     """One output tensor (or one module of an adapter) and how to make it.
 

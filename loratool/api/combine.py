@@ -1,4 +1,4 @@
-"""`merge` without a base, several adapters as one, and `subtract`, one less the others."""
+"""`merge` of adapters with each other, and `subtract`, one less the others."""
 
 from __future__ import annotations
 
@@ -11,18 +11,27 @@ from typing import TYPE_CHECKING, Any
 
 from loratool.adapter import Adapter, AdapterFiles, ReadOptions
 from loratool.api.common import Limits, content_label, option_values, parse_dtype
+from loratool.api.detach import Detached, detach
 from loratool.api.fitting import check_files, fit_for
 from loratool.api.sums import Summed, assemble_sum, run_sum
 from loratool.dialects import open_adapter, write_adapter_files
-from loratool.errors import UsageError
+from loratool.errors import MismatchError, UsageError, list_some
 from loratool.methods import Method, find_method, parse_params
 from loratool.ops.adapter_summary import dtype_word
 from loratool.ops.batch import output_folder
 from loratool.ops.combine import arc_weights, memory_needs, plan_combine, rank_of
 from loratool.ops.consent import agree_to_read
+from loratool.ops.detach import plan_detach
 from loratool.ops.fitting import check_fit, check_rank
 from loratool.ops.input_notes import unused_warnings
-from loratool.ops.inputs import Access, OpenedAdapter, guard_output, open_adapters
+from loratool.ops.inputs import (
+    Access,
+    OpenedAdapter,
+    OpenedBase,
+    guard_output,
+    open_adapters,
+    open_base,
+)
 from loratool.ops.programs import Program, find_program, judge_loads
 from loratool.ops.rank_options import MAX_RANK
 from loratool.ops.sums import SumPlan, compared_ranges
@@ -45,6 +54,7 @@ def combine(
     module_weights: str | Path | None = None,
     weights: Sequence[float] | None = None,
     mean: bool = False,
+    base: str | Path | None = None,
     dtype: str = "auto",
     program: str | None = None,
     threads: int | None = None,
@@ -57,7 +67,7 @@ def combine(
     progress: Progress | None = None,
     minus: bool = False,
 ) -> CombineReport:
-    """Make several adapters one, without a base.
+    """Make several adapters one.
 
     Args:
         adapters: as typed, each with an optional weight.
@@ -69,6 +79,7 @@ def combine(
         weights: coefficients in order, instead of those in the names; with ``minus`` that of the
             first adapter, which is 1, may be left out.
         mean: divide by the number of adapters.
+        base: for what depends on it: replaced tensors, DoRA, PiSSA and their kin.
         dtype: ``auto`` = the inputs' own, the widest if they are mixed.
         program: ``peft``, ``vllm`` or ``llama.cpp``: written as that program loads it, with one
             rank and one α/r; None = as it is.
@@ -105,21 +116,28 @@ def combine(
     if row.name == "slerp":
         arc = arc_weights([o.weight for o in opened])
         opened = [replace(o, weight=w) for o, w in zip(opened, arc, strict=True)]
-    weighed = [(o.adapter, o.weight) for o in opened]
+    target = output_folder(output)
+    guard_output(target, [*(o.resolved.named for o in opened), module_weights, base])
+    limits = Limits(threads, max_memory)
+    agree_to_read(compared_ranges([o.adapter for o in opened]), yes=access.yes)
+    detached = None
+    if base is not None:
+        found = open_base(str(base), [o.adapter for o in opened], access)
+        detached = _detach(opened, found, row, limits)
+    weighed = detached.adapters if detached else [(o.adapter, o.weight) for o in opened]
     if row.name == "svd" and rank is None:
         rank = max((s.rank for a, _ in weighed for s in a.specs), default=1)
-    target = output_folder(output)
-    guard_output(target, [*(o.resolved.named for o in opened), module_weights])
-    agree_to_read(compared_ranges([a for a, _ in weighed]), yes=access.yes)
-    plan = plan_combine(weighed, row, verb="subtracted" if minus else "merged")
+    plan = plan_combine(weighed, row, verb="subtracted" if minus else "merged",
+                        base=detached.plan.replaced if detached else None)  # fmt: skip
+    if detached is not None:
+        plan = replace(plan, dtype=detached.plan.dtype, notes=(*plan.notes, *detached.plan.notes()))
     plan = replace(plan, notes=(*plan.notes, *unused_rules([o.adapter for o in opened], rules)))
     if wanted := parse_dtype(dtype):
         plan = replace(plan, dtype=wanted)
     if reader is not None:
         plan = replace(plan, is_even=True)
-        _check_program(reader, plan, row, rank, [a for a, _ in weighed])
+        _check_program(reader, plan, row, rank, [o.adapter for o in opened])
     needs, kept = memory_needs(plan, row, rank)
-    limits = Limits(threads, max_memory)
     memory = limits.plan(
         needs, kept=kept,
         hint="--method cat, svd or core" if row.space in ("dense", "joint") else "",
@@ -131,13 +149,16 @@ def combine(
     if dry_run:
         return job.report(None, 0, ())
     check_output(target, is_folder=True, force=force)
-    if row.name == "cat" and not wanted and [w for _, w in weighed] == [Weight()]:
+    is_copy = row.name == "cat" and not (wanted or detached)
+    if is_copy and [w for _, w in weighed] == [Weight()]:
         adapter, summed = opened[0].adapter, None
     else:
         summed = run_sum(
             plan, rank, method=row, params=values, threads=memory.threads, progress=progress
         )
         adapter = assemble_sum(plan, summed, opened[0].adapter)
+        if detached is not None:
+            adapter = detached.attach(adapter, limits)
     fitted = fit_for(adapter, reader, limits)
     record: dict[str, Any] = {}
     if provenance:
@@ -146,7 +167,10 @@ def combine(
             module_weights=rules_json(rules), **{"for": program},
         )  # fmt: skip
         name = "subtract" if minus else "merge adapters"
-        record = provenance_of(name, options=options, inputs=_inputs(opened))
+        inputs = _inputs(opened)
+        if detached is not None:
+            inputs |= detached.record(inputs)
+        record = provenance_of(name, options=options, inputs=inputs)
     files = write_adapter_files(fitted.adapter)
     check_files(files, adapter, reader)
     size = _write(files, target, record, opened, force)
@@ -155,6 +179,23 @@ def combine(
         report = replace(report, dry_run=False, relative_error=fitted.relative_error)
     return replace(report, notes=(*report.notes, *fitted.notes),
                    warnings=(*report.warnings, *fitted.warnings))  # fmt: skip
+
+
+def _detach(
+    opened: Sequence[OpenedAdapter], base: OpenedBase, method: Method, limits: Limits
+) -> Detached | None:
+    """What depends on the base, taken apart; None if nothing does.
+
+    Raises:
+        MismatchError: LT-418, a method that is no sum has no say in rows of the base.
+    """
+    plan = plan_detach([(o.adapter, o.weight) for o in opened], base.checkpoint)
+    if plan.turned and method.name not in ("cat", "svd"):
+        raise MismatchError(
+            "LT-418", f"{method.name} works on changes that do not depend on the base",
+            key=list_some(sorted(plan.turned), 3), got="DoRA", hint="--method cat or --method svd",
+        )  # fmt: skip
+    return None if plan.is_idle else detach(plan, base, limits)
 
 
 def _check_program(
@@ -260,7 +301,7 @@ class _Job:
         if summed and square == 0 and plan.modules:
             equal = ": the adapters are equal" if self.kind is DifferenceReport else ""
             warnings.append(f"the result is zero{equal}")
-        mixed = tuple(found[0][0].name for found in plan.mixed)
+        mixed = tuple(mix.name for mix in plan.mixed)
         return self.kind(
             output=str(self.target),
             adapters=self.labels,

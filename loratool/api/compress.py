@@ -21,16 +21,19 @@ from loratool.api.common import (
     plan_resources,
 )
 from loratool.api.compress_ranks import choose_ranks
+from loratool.api.detach import Detached, detach
 from loratool.api.fitting import check_files, fit_for
 from loratool.dialects import open_adapter, write_adapter_files
 from loratool.errors import UsageError
 from loratool.ops.batch import is_batch, many_outputs, name_of, place_outputs
 from loratool.ops.compress import CompressPlan, names_of, plan_compress, rebuild
 from loratool.ops.compress_options import rank_rule
+from loratool.ops.detach import plan_detach
 from loratool.ops.fitting import check_fit
 from loratool.ops.input_notes import unused_warnings
-from loratool.ops.inputs import Access, guard_output, open_one
+from loratool.ops.inputs import Access, OpenedBase, guard_output, open_base, open_one
 from loratool.ops.programs import Program, find_program, judge_loads
+from loratool.ops.weights import Weight
 from loratool.report import (
     CompressedAdapter,
     CompressedModule,
@@ -73,14 +76,16 @@ def compress(
 ) -> CompressReport:
     """Truncate the SVD of every delta of one or more adapters; ΔW is never formed.
 
-    Criteria combine: the smallest rank wins.  A module never gets larger: where fewer ranks
-    would not save bytes its factors are copied.
+    Changes that depend on the base are compressed with it: PiSSA and its kin become LoRA, DoRA
+    stays DoRA, its rows' lengths set anew.  Criteria combine: the smallest rank wins.  A module
+    never gets larger: where fewer ranks would not save bytes its factors are copied.
 
     Args:
         adapters: one, or several that keep their names inside of ``output``.
         output: folder to create; for several adapters the folder that holds theirs.
         rank: of every module; ``auto``: what a merge into ``base`` can resolve.
-        base: checkpoint for ``auto``: singular values below the rounding noise of a merge go.
+        base: checkpoint for ``auto``, where singular values below the rounding noise of a merge
+            go, and for changes that depend on it.
         energy: least rank that keeps this share of Σσ², per module.
         error: least rank with at most this relative error, per module.
         size: whole tensor file at most, in bytes or as ``20MB``, spent where it keeps most.
@@ -121,15 +126,16 @@ def compress(
         has_base=base is not None,
     )
     target = None if program is None else find_program(program)
-    options = option_values(**rule, size=limit, rank_auto=base is not None, **{"for": program})
+    options = option_values(**rule, size=limit, rank_auto=rank == "auto", **{"for": program})
     read = read or ReadOptions()
     access = Access(offline, yes, file_rules(max_header, allow_pickle))
     texts = [str(a) for a in ([adapters] if isinstance(adapters, (str, Path)) else adapters)]
     if not texts:
         raise UsageError("LT-221", "no adapter given")
     with nullcontext() if dry_run else many_outputs(output, len(texts)):
-        jobs = _open(texts, base, output, read, access, force, target)
-        if base is not None:
+        limits = Limits(threads, max_memory)
+        jobs = _open(texts, base, output, read, access, force, target, limits)
+        if base is not None and rank == "auto":
             jobs = _cap_all(jobs, base, read, access, threads, max_memory)
         if (len(jobs) > 1 or is_batch(output)) and not dry_run:
             Path(output).mkdir(exist_ok=True)
@@ -142,13 +148,12 @@ def compress(
                 threads=threads, max_memory=max_memory, chunk_bytes=None, sample=False,
                 progress=None,
             )  # fmt: skip
-            limits = Limits(threads, max_memory)
             made = _within(job, rule, limit, resources, advance, target, limits)
             warnings += made.warnings
             if not dry_run:
                 _write(job, made.files, _record(job, options) if provenance else {}, force)
             reports.append(_report(job, made, dry_run))
-    warnings += [f"{j.resolved.label}: {w}" for j in jobs for w in unused_warnings(j.plan.adapter)]
+    warnings += [f"{j.resolved.label}: {w}" for j in jobs for w in unused_warnings(j.source)]
     seconds = time.monotonic() - started
     return CompressReport(tuple(reports), options, seconds, dry_run, tuple(warnings))
 
@@ -168,7 +173,9 @@ def _advance_of(jobs: Sequence[_Job], progress: Progress | None) -> Callable[[in
 
 
 def _record(job: _Job, options: Mapping[str, Any]) -> dict[str, Any]:
-    inputs = {content_label(job.resolved, job.base): adapter_id(job.plan.adapter)}
+    inputs = {content_label(job.resolved, job.base): adapter_id(job.source)}
+    if job.detached is not None and not job.base:
+        inputs |= job.detached.record(inputs)
     return provenance_of("compress", options=options, inputs={**inputs, **job.base})
 
 
@@ -177,8 +184,10 @@ class _Job:
     """One adapter on its way."""
 
     resolved: Resolved
+    source: Adapter
     plan: CompressPlan
     target: Path
+    detached: Detached | None = None
     caps: Sequence[int | None] | None = None
     """Noise rank of each spec, None where it has none; None without ``--rank auto``."""
     base: Mapping[str, Any] = field(default_factory=dict)
@@ -187,7 +196,7 @@ class _Job:
     @property
     def original(self) -> AdapterFiles:
         """The input as it would be written again."""
-        return write_adapter_files(self.plan.adapter, "peft")
+        return write_adapter_files(self.source, "peft")
 
 
 @dataclass(frozen=True)
@@ -211,20 +220,35 @@ def _open(
     access: Access,
     force: bool,
     program: Program | None,
+    limits: Limits,
 ) -> list[_Job]:
     """Open every input and check every output before any work is done."""
     found = [open_one(text, read=read, access=access) for text in texts]
     targets = place_outputs([name_of(one) for one, _ in found], output)
-    jobs: list[_Job] = []
-    for (resolved, adapter), target in zip(found, targets, strict=True):
+    for (_, adapter), target in zip(found, targets, strict=True):
         guard_output(target, [base, *(one.named for one, _ in found)])
         if target == Path(output) or target.parent.exists():
             check_output(target, is_folder=True, force=force)
         if program is not None:
             check_fit(adapter, program)
-        plan = plan_compress(adapter, one_rank=program is not None)
-        jobs.append(_Job(resolved, plan, target))
+    opened = None if base is None else open_base(str(base), [a for _, a in found], access)
+    jobs: list[_Job] = []
+    for (resolved, adapter), target in zip(found, targets, strict=True):
+        detached = None if opened is None else _detach(adapter, opened, limits)
+        plain = adapter if detached is None else detached.adapters[0][0]
+        plan = plan_compress(
+            plain, one_rank=program is not None, original=adapter,
+            turned=frozenset() if detached is None else detached.plan.turned,
+        )  # fmt: skip
+        jobs.append(_Job(resolved, adapter, plan, target, detached))
     return jobs
+
+
+def _detach(adapter: Adapter, base: OpenedBase, limits: Limits) -> Detached | None:
+    """The adapter without its base; None if no change depends on it."""
+    if all(spec.is_additive for spec in adapter.specs):
+        return None
+    return detach(plan_detach([(adapter, Weight())], base.checkpoint), base, limits)
 
 
 def _cap_all(
@@ -279,13 +303,13 @@ def _within(
     limits: Limits,
 ) -> _Made:
     """New factors in the form of a program; zeros that fill up ranks count for the limit too."""
-    made = _compress(job, rule, limit, resources, advance)
+    made = _compress(job, rule, limit, resources, advance, limits)
     if program is None:
         return made
     made, budget = _fitted(job, made, program, limits), limit
     while limit is not None and budget is not None and (over := file_bytes(made.files) - limit) > 0:
         budget -= over
-        made = _compress(job, rule, budget, resources, lambda _: None)
+        made = _compress(job, rule, budget, resources, lambda _: None, limits)
         made = _fitted(job, made, program, limits)
     return made
 
@@ -294,7 +318,7 @@ def _fitted(job: _Job, made: _Made, program: Program, limits: Limits) -> _Made:
     fitted = fit_for(made.adapter, program, limits)
     files = write_adapter_files(fitted.adapter, "peft", base_tensors=names_of(job.plan.adapter))
     check_files(files, made.adapter, program)
-    is_unchanged = made.is_unchanged and fitted.adapter is job.plan.adapter
+    is_unchanged = made.is_unchanged and fitted.adapter is job.source
     return replace(made, files=files, adapter=fitted.adapter, is_unchanged=is_unchanged,
                    notes=fitted.notes, warnings=fitted.warnings)  # fmt: skip
 
@@ -305,6 +329,7 @@ def _compress(
     limit: int | None,
     resources: Resources,
     advance: Callable[[int], None],
+    limits: Limits,
 ) -> _Made:
     """New factors for every module, within the limit if there is one."""
     from loratool.engine.tying import tie_factors
@@ -337,11 +362,13 @@ def _compress(
     advance(sum(s.nbytes for spec in plan.specs for s in spec.fields.values()))
     adapter, dropped = rebuild(plan, results)
     if adapter is plan.adapter:
-        return _Made(original, results, adapter, [], True)
+        return _Made(original, results, job.source, [], True)
     adapter = tie_factors(adapter)
+    if job.detached is not None:
+        adapter = job.detached.attach(adapter, limits)
     files = write_adapter_files(adapter, "peft", base_tensors=names_of(plan.adapter))
     if file_bytes(files) >= before:  # such as block-diagonal factors that had to be written out
-        return _Made(original, _copied(plan, results), plan.adapter, [], True)
+        return _Made(original, _copied(plan, results), job.source, [], True)
     return _Made(files, results, adapter, dropped, False)
 
 
@@ -368,7 +395,7 @@ def _write(job: _Job, files: AdapterFiles, record: dict[str, Any], force: bool) 
     """The adapter's files, with tokenizer and licence beside them."""
     from loratool.store.adapter_writer import write_adapter
 
-    extras = job.plan.adapter.extras
+    extras = job.source.extras
     write_adapter(files, job.target, record=record, extras=extras, force=force)
 
 
@@ -389,7 +416,9 @@ def _report(job: _Job, made: _Made, dry_run: bool) -> CompressedAdapter:
         for spec, result in zip(job.plan.specs, made.results, strict=True)
     )
     energy, error = energy_and_error(modules)
-    notes = list(job.plan.adapter.notes)
+    notes = list(job.source.notes)
+    if job.detached is not None and not made.is_unchanged:
+        notes += job.detached.plan.notes()
     if job.caps is not None:
         without = sum(cap is None for cap in job.caps)
         notes.append(
@@ -399,8 +428,8 @@ def _report(job: _Job, made: _Made, dry_run: bool) -> CompressedAdapter:
     notes += made.notes
     if job.resolved.note:
         notes.insert(0, job.resolved.note)
-    if job.plan.adapter.unclaimed and not made.is_unchanged:
-        notes.append(f"{len(job.plan.adapter.unclaimed)} tensors that nothing uses are left out")
+    if job.source.unclaimed and not made.is_unchanged:
+        notes.append(f"{len(job.source.unclaimed)} tensors that nothing uses are left out")
     written = made.adapter if dry_run else open_adapter(job.target)
     return CompressedAdapter(
         source=job.resolved.label,

@@ -26,7 +26,7 @@ from loratool.api.undo import plan_undo, write_undo
 from loratool.engine.grid import CPU_ELEMENTS
 from loratool.errors import UsageError
 from loratool.ops.bind import BindOptions
-from loratool.ops.combine import check_options, combination_args
+from loratool.ops.combine import check_into, check_options, combination_args
 from loratool.ops.consent import agree_to_read
 from loratool.ops.input_notes import base_notes, input_warnings, nonfinite_warning
 from loratool.ops.inputs import Access, guard_output
@@ -44,6 +44,7 @@ def merge(
     adapters: Sequence[str | Path],
     *,
     base: str | Path | None = None,
+    into: str | None = None,
     output: str | Path,
     method: str | None = None,
     rank: int | None = None,
@@ -97,9 +98,11 @@ def merge(
         adapters: paths or Hub references, each with an optional weight (``style:0.7``).
         base: checkpoint, Hub reference, or ``auto`` for the one the adapters name;
             None = merge the adapters with each other.
+        into: ``base``, or ``adapter``: with each other, ``base`` only for what depends on it
+            (replaced tensors, DoRA, PiSSA and their kin); None = ``base`` if there is one.
         output: folder (or ``.safetensors`` file for a single-file base) to create.
         method: how changes are combined, a row of `loratool.methods`; None = summed.
-        rank: of the resulting adapter; without a base only.
+        rank: of the resulting adapter.
         params: of the method.
         program: ``peft``, ``vllm`` or ``llama.cpp``: written as that program loads it, with one
             rank and one α/r; without a base only.
@@ -153,7 +156,7 @@ def merge(
     started = time.monotonic()
     read = ReadOptions(alpha, rank_from, mha_out_proj, moe_layout, experts_b_order)
     access = Access(offline, yes, file_rules(max_header, allow_pickle), in_place=dry_run)
-    if base is None:
+    if check_into(into, has_base=base is not None) == "adapter":
         check_options({
             "device": device, "shard_size": shard_size, "exact": exact, "seed": seed,
             "rounding": "auto" if rounding == "nearest" else rounding, "residual": residual,
@@ -163,11 +166,12 @@ def merge(
             "allow_nonfinite": allow_nonfinite, "tokenizer": tokenizer,
         })  # fmt: skip
         return combine(
-            adapters, output=output, method=method, rank=rank, params=params,
+            adapters, output=output, base=base, method=method, rank=rank, params=params,
             module_weights=module_weights, weights=weights, mean=mean, dtype=dtype,
             threads=threads, max_memory=max_memory, read=read, access=access, force=force,
             dry_run=dry_run, provenance=provenance, progress=progress, program=program,
         )  # fmt: skip
+    assert base is not None
     if tokenizer not in (None, "base", "adapter"):
         raise UsageError("LT-206", "unknown --tokenizer", expected="base or adapter", got=tokenizer)
     how = combination_args(method, params, rank=rank, exact=exact, program=program)

@@ -150,7 +150,7 @@ def prepare_merge(
         opened = [
             replace(o, weight=o.weight.times(s)) for o, s in zip(opened, kind.signs, strict=True)
         ]
-    opened_base = open_base(str(base), opened, access)
+    opened_base = open_base(str(base), [o.adapter for o in opened], access)
     if output is not None:
         _check_output_form(output, opened_base)
         guard_output(output, [opened_base.resolved.named, *(a.resolved.named for a in opened)])

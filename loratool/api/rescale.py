@@ -11,17 +11,24 @@ from typing import TYPE_CHECKING, Any
 
 from loratool.adapter import Adapter, AdapterFiles, ReadOptions, Source, TensorRef
 from loratool.api.common import Limits, content_label, file_rules, option_values, parse_dtype
+from loratool.api.detach import detach
 from loratool.api.fitting import check_files, fit_for
+from loratool.api.sums import assemble_sum, run_sum
 from loratool.dialects import open_adapter, write_adapter_files
 from loratool.errors import UsageError
+from loratool.methods import find_method
 from loratool.ops.adapter_summary import dtype_word
 from loratool.ops.additive import factor_dtype, require_additive
 from loratool.ops.batch import is_batch, many_outputs, name_of, place_outputs
+from loratool.ops.combine import memory_needs as memory_needs_of_sum
+from loratool.ops.detach import plan_detach
 from loratool.ops.fitting import check_fit
 from loratool.ops.input_notes import unused_warnings
 from loratool.ops.inputs import Access, OpenedBase, guard_output, open_base, open_one
 from loratool.ops.programs import Program, find_program, judge_loads
 from loratool.ops.rescale import RescalePlan, memory_needs, parse_only, plan_rescale
+from loratool.ops.sums import plan_sum
+from loratool.ops.weights import Weight
 from loratool.report import RescaledAdapter, RescaleReport, share_of
 from loratool.store.provenance import adapter_id, checkpoint_id, provenance_of
 from loratool.store.source import Resolved
@@ -41,6 +48,7 @@ class _Job:
     target: Path
     limits: Limits
     program: Program | None = None
+    base: OpenedBase | None = None
 
     def workers(self, dtype: str | None) -> int:
         """How many fit into memory.
@@ -78,7 +86,8 @@ def rescale(
 
     The factor goes into the configuration's alpha where every alpha stays a whole number (all
     tensors are copied byte for byte then), else into lora_B, rounded once; powers of two are
-    exact either way.  Replaced tensors do not scale; the report names them.
+    exact either way.  With the base W + factor·(new - W) takes the place of replaced tensors, and
+    DoRA, PiSSA and their kin scale too; without it the report names what stays as it is.
 
     Args:
         adapters: paths or Hub references.
@@ -88,7 +97,7 @@ def rescale(
         blocks: a preset or one number per block, times ``factor``.
         intruders: λ, what the singular values of intruder dimensions of W + ΔW are multiplied
             with (PEFT's default is 0.75); needs ``base`` and factor 1; keeps the rank.
-        base: what the adapter was trained on.
+        base: what the adapter was trained on, for ``intruders`` and for what depends on it.
         dtype: of the factors; ``auto`` = as they are.
         program: ``peft``, ``vllm`` or ``llama.cpp``: written as that program loads it, with one
             rank and one α/r; None = as it is.
@@ -122,17 +131,18 @@ def rescale(
     for target in targets:
         guard_output(target, [base, *(resolved.named for resolved, _ in found)])
     weak = _check_intruders(factor, intruders, base, bool(only or blocks or wanted or program))
-    opened_base = None if base is None or weak is None else open_base(str(base), [], access)
+    opened_base = None if base is None else open_base(str(base), [a for _, a in found], access)
     limits = Limits(threads, max_memory)
     reader = None if program is None else find_program(program)
     jobs = [
         _Job(
             text,
             r,
-            plan_rescale(adapter, factor, only=patterns, blocks=blocks),
+            plan_rescale(adapter, factor, only=patterns, blocks=blocks, has_base=base is not None),
             target,
             limits,
             reader,
+            opened_base,
         )
         for text, (r, adapter), target in zip(texts, found, targets, strict=True)
     ]
@@ -171,8 +181,6 @@ def _check_intruders(
         UsageError: LT-294, LT-293, options that do not go together, or a λ out of range.
     """
     if intruders is None:
-        if base is not None:
-            raise UsageError("LT-294", "--base goes with --intruders")
         return None
     if base is None or factor != 1 or others:
         raise UsageError(
@@ -196,6 +204,8 @@ def _run(
     adapter = job.plan.adapter
     if treated is not None:
         return _mitigate(job, *treated, options, force)
+    if job.plan.how == "base":
+        return _with_base(job, dtype, options, force)
     if job.program is not None:
         return _fit(job, job.program, dtype, options, force)
     scaled = _scale(job, dtype)
@@ -233,6 +243,40 @@ def _fit(
         row, how="form", relative_error=error, notes=(*row.notes, *fitted.notes),
         warnings=(*row.warnings, *fitted.warnings),
         kept=tuple(r.name for r in fitted.adapter.replacements),
+    )  # fmt: skip
+
+
+def _with_base(
+    job: _Job, dtype: str | None, options: Mapping[str, Any] | None, force: bool
+) -> RescaledAdapter:
+    """A sum of one adapter: what depends on the base is scaled with it."""
+    from loratool.store.adapter_writer import write_adapter
+
+    assert job.base is not None
+    adapter, limits = job.plan.adapter, job.limits
+    weight = Weight(1.0, by_name=job.plan.factors)
+    detached = detach(plan_detach([(adapter, weight)], job.base.checkpoint), job.base, limits)
+    plan = plan_sum(detached.adapters, verb="rescaled", base=detached.plan.replaced)
+    plan = replace(plan, dtype=dtype or detached.plan.dtype, is_even=job.program is not None)
+    needs, kept = memory_needs_of_sum(plan, find_method("cat"), None)
+    summed = run_sum(plan, None, threads=limits.plan(needs, kept=kept).threads)
+    made = detached.attach(assemble_sum(plan, summed, adapter), limits)
+    fitted = fit_for(made, job.program, limits)
+    files = write_adapter_files(fitted.adapter)
+    check_files(files, adapter, job.program)
+    record: dict[str, Any] = {}
+    if options is not None:
+        inputs = {content_label(job.resolved, {}): adapter_id(adapter)}
+        inputs |= detached.record(inputs)
+        record = provenance_of("rescale", options=options, inputs=inputs)
+    size = write_adapter(files, job.target, record=record, force=force, extras=adapter.extras)
+    lost = share_of(math.fsum(m.error_square for m in summed.modules),
+                    math.fsum(m.square for m in summed.modules))  # fmt: skip
+    row = _row(job, None, dtype, size, open_adapter(job.target))
+    return replace(
+        row, relative_error=math.hypot(lost, fitted.relative_error), kept=(),
+        notes=(*plan.notes, *detached.plan.notes(), *fitted.notes),
+        warnings=(*row.warnings, *fitted.warnings),
     )  # fmt: skip
 
 

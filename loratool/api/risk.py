@@ -10,16 +10,13 @@ from typing import TYPE_CHECKING
 
 from loratool.adapter import Adapter, DeltaSpec, Source, TensorRef
 from loratool.api.common import Limits
-from loratool.errors import MismatchError
 from loratool.ops.additive import is_grouped
-from loratool.ops.bind import BindOptions, BoundDelta, bind
 from loratool.ops.compare import family_of, layer_of
 from loratool.ops.consent import agree_to_read
-from loratool.ops.heads import take_heads
+from loratool.ops.in_base import find_in_base, is_whole
 from loratool.ops.inputs import OpenedBase
 from loratool.ops.memory_formulas import factor_bytes, intruder_bytes, measured_bytes
-from loratool.ops.merge import matrix_view
-from loratool.plan import DeltaPart
+from loratool.plan import Place
 from loratool.report.risk import RiskModule, RiskStatistics, relative_norms
 
 if TYPE_CHECKING:
@@ -167,48 +164,25 @@ def _all_intruders(
     from loratool.engine.risk import look_for_intruders
     from loratool.engine.workers import map_in_workers
 
-    if base.checkpoint.quantization is not None:
-        raise MismatchError(
-            "LT-480", "a quantised checkpoint has no plain weights to look at",
-            file=base.checkpoint.path, got=base.checkpoint.quantization,
-            hint="use the 16-bit checkpoint",
-        )  # fmt: skip
-    headed = take_heads([adapter], base.checkpoint).checkpoint
-    bindings = bind(adapter, headed, BindOptions(untie=True))  # each tensor beside its own change
-    checkpoint = bindings.checkpoint or base.checkpoint
-    own = {b.target: b.replacement.source for b in bindings.replacements
-           if b.replacement.rows is None}  # fmt: skip
-    by_spec: dict[str, list[BoundDelta]] = {}
-    for bound in bindings.deltas:
-        if bound.spec.kind == "lowrank" and _has_numbers(bound.spec):
-            by_spec.setdefault(bound.spec.name, []).append(bound)
-    tasks: list[tuple[DeltaPart, Source, tuple[int, int]]] = []
-    for name, places in by_spec.items():
-        if factor is not None and not _is_whole(places):
+    tasks: list[Place] = []
+    for name, places in find_in_base(adapter, base.checkpoint).places.items():
+        spec = places[0].part.spec
+        if spec.kind != "lowrank" or not _has_numbers(spec):
+            continue
+        if factor is not None and not is_whole(spec, places):
             (skipped if skipped is not None else []).append(name)
             continue
-        for bound in sorted(places, key=lambda b: b.expert or 0):
-            target = bindings.new_tensors.get(bound.target, bound.target)
-            ref = own.get(target, checkpoint.tensors[target])
-            part = DeltaPart(bound.spec, 1.0, bound.region, bound.expert, bound.transposed)
-            tasks.append((part, ref, matrix_view(ref.shape, [part])))
+        tasks += places
     kept = 0 if factor is None else 2 * sum(factor_bytes(s) for s in adapter.specs)
-    memory = limits.plan((intruder_bytes(p, ref) for p, ref, _ in tasks), kept=kept)
+    memory = limits.plan((intruder_bytes(p.part, p.source) for p in tasks), kept=kept)
     results = map_in_workers(
-        lambda task: look_for_intruders(*task, env, factor), tasks,
+        lambda place: look_for_intruders(place, env, factor), tasks,
         1 if env.device.type == "cuda" else memory.threads,
     )  # fmt: skip
     found: dict[str, list[IntruderResult]] = {}
-    for (part, _, _), result in zip(tasks, results, strict=True):
-        found.setdefault(part.spec.name, []).append(result)
+    for place, result in zip(tasks, results, strict=True):
+        found.setdefault(place.part.spec.name, []).append(result)
     return found
-
-
-def _is_whole(places: list[BoundDelta]) -> bool:
-    """True if every matrix of the spec has one place, so that its factors can be exchanged."""
-    spec = places[0].spec
-    cut = any(b.region.source_rows or b.region.source_cols for b in places)
-    return len(places) == max(1, spec.experts) and not cut and spec.blocks is None
 
 
 def _has_numbers(spec: DeltaSpec) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -9,22 +10,26 @@ from typing import Any
 
 from loratool.adapter import ReadOptions
 from loratool.api.combine import combine
-from loratool.api.common import file_rules
+from loratool.api.common import content_label, file_rules
 from loratool.api.merge import merge
 from loratool.api.merge_job import MergeJob, Operation
 from loratool.api.undo import restore_job
 from loratool.errors import MismatchError, UsageError
-from loratool.ops.inputs import Access
+from loratool.ops.inputs import Access, open_base
 from loratool.ops.replay import merge_record
 from loratool.ops.subtract import (
+    anchored,
     compare_with_record,
+    depends_on_base,
     require_reversible,
     require_swappable,
     require_unscaled,
+    without_overwritten,
     without_replacements,
 )
 from loratool.ops.undo import read_undo
 from loratool.report import DifferenceReport, SubtractReport, SwapReport
+from loratool.store.provenance import checkpoint_id
 
 
 def subtract(
@@ -33,6 +38,7 @@ def subtract(
     merged: str | Path | None = None,
     output: str | Path,
     undo: str | Path | None = None,
+    base: str | Path | None = None,
     rank: int | None = None,
     **options: Any,
 ) -> SubtractReport | DifferenceReport:
@@ -49,6 +55,8 @@ def subtract(
         merged: the merged checkpoint; None = adapters only.
         output: folder (or file) to create.
         undo: the file that ``merge(save_undo=…)`` wrote.
+        base: what the adapters were trained on, for what depends on it: replaced tensors, DoRA,
+            PiSSA and their kin.
         rank: of the resulting adapter; None = the sum of the ranks.
         options: as `merge`, less those about the base's form.
 
@@ -56,21 +64,25 @@ def subtract(
         LoratoolError: see ``docs/errors.md``.
     """
     if merged is None:
-        return _subtract_adapters(adapters, output, undo, rank, options)
+        return _subtract_adapters(adapters, output, undo, base, rank, options)
     if rank is not None or options.get("dtype", "auto") != "auto" or options.get("program"):
         raise UsageError(
             "LT-298", "--rank, --dtype and --for are for adapter − adapter, without --from"
         )  # fmt: skip
-    if undo is not None and any(options.get(o) for o in ("exact", "seed", "shard_size")):
-        raise UsageError("LT-251", "--undo is exact by itself and keeps the shards")
+    if undo is not None and (base or any(options.get(o) for o in ("exact", "seed", "shard_size"))):
+        raise UsageError("LT-251", "--undo is exact by itself, needs no base and keeps the shards")
     opened = None if undo is None else read_undo(Path(undo))
+    check = require_reversible if opened is None and base is None else None
+    if opened is not None:
+        check = without_replacements
 
     def replan(job: MergeJob) -> MergeJob:
-        return _with_record(job) if opened is None else restore_job(job, opened)
+        if opened is not None:
+            return restore_job(job, opened)
+        return _with_record(job if base is None else _anchor(job, base, options))
 
-    check = require_reversible if opened is None else without_replacements
     signs = (-1,) * len(adapters)
-    inputs = () if undo is None else (undo,)
+    inputs = tuple(path for path in (undo, base) if path is not None)
     operation = Operation("subtract", signs, SubtractReport, check, replan, inputs)
     report = merge(adapters, base=merged, output=output, operation=operation, **options)
     assert isinstance(report, SubtractReport)
@@ -81,6 +93,7 @@ def _subtract_adapters(
     adapters: Sequence[str | Path],
     output: str | Path,
     undo: str | Path | None,
+    base: str | Path | None,
     rank: int | None,
     options: Mapping[str, Any],
 ) -> DifferenceReport:
@@ -108,6 +121,7 @@ def _subtract_adapters(
     report = combine(
         adapters,
         output=output,
+        base=base,
         rank=rank,
         module_weights=options.get("module_weights"),
         weights=options.get("weights"),
@@ -136,7 +150,13 @@ def _subtract_adapters(
 
 
 def swap(
-    old: str, new: str, *, merged: str | Path, output: str | Path, **options: Any
+    old: str,
+    new: str,
+    *,
+    merged: str | Path,
+    output: str | Path,
+    base: str | Path | None = None,
+    **options: Any,
 ) -> SwapReport:
     """Take one adapter out of merged weights and put another in, in one sum and one rounding.
 
@@ -145,15 +165,48 @@ def swap(
         new: adapter to put in its place.
         merged: the merged checkpoint.
         output: folder (or file) to create.
+        base: what the adapters were trained on, for what depends on it.
         options: as `merge`, less those about the base's form.
 
     Raises:
         LoratoolError: see ``docs/errors.md``.
     """
-    operation = Operation("swap", (-1, 1), SwapReport, require_swappable, _with_record)
+
+    def replan(job: MergeJob) -> MergeJob:
+        return _with_record(job if base is None else _anchor(job, base, options))
+
+    check = require_swappable if base is None else without_overwritten
+    inputs = () if base is None else (base,)
+    operation = Operation("swap", (-1, 1), SwapReport, check, replan, inputs)
     report = merge([old, new], base=merged, output=output, operation=operation, **options)
     assert isinstance(report, SwapReport)
     return report
+
+
+def _anchor(job: MergeJob, base: str | Path, options: Mapping[str, Any]) -> MergeJob:
+    """Changes that depend on the base refer to its tensors, not to the merged ones.
+
+    Raises:
+        UsageError: LT-251, with --exact.
+    """
+    plan = job.merge.plan
+    if not any(depends_on_base(step) for step in plan.steps):
+        return job
+    if options.get("exact"):
+        raise UsageError("LT-251", "--exact is for sums of products, --base for all others")
+    rules = file_rules(options.get("max_header"), bool(options.get("allow_pickle")))
+    access = Access(bool(options.get("offline")), bool(options.get("yes")), rules)
+    opened = open_base(str(base), [a.adapter for a in job.adapters], access)
+    label = content_label(opened.resolved, plan.inputs)
+    row = {label: {"role": "original", "files": checkpoint_id(opened.checkpoint)}}
+    plan = anchored(plan, job.full_names, opened.checkpoint)
+    plan = replace(plan, inputs={**plan.inputs, **row})
+    record = {**job.record, "inputs": {**job.record["inputs"], **row}} if job.record else {}
+    if record and not job.base.checkpoint.is_folder:
+        (shard,) = plan.shards
+        metadata = {**shard.metadata, "loratool": json.dumps(record)}
+        plan = replace(plan, shards=(replace(shard, metadata=metadata),))
+    return replace(job, merge=replace(job.merge, plan=plan), record=record)
 
 
 def _with_record(job: MergeJob) -> MergeJob:

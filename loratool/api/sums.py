@@ -8,7 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from loratool.adapter import Adapter, DeltaSpec, Replacement, TensorData
-from loratool.dtypes import tensor_bytes, widest
+from loratool.dtypes import tensor_bytes
 from loratool.methods import Method, find_method
 from loratool.ops.combine import rank_of
 from loratool.ops.sums import SumModule, SumPlan
@@ -57,6 +57,7 @@ def run_sum(
         progress: called with (modules done, modules in all).
     """
     from loratool.engine.combining import Recipe, mix_replacements
+    from loratool.engine.detaching import blend
     from loratool.engine.factors import make_env
     from loratool.store.reader import FileReader
 
@@ -70,8 +71,8 @@ def run_sum(
             dtype = "F32"
             modules = run(dtype)
         mixed = tuple(
-            mix_replacements(found, env, widest([one.source.dtype for one, _ in found]))
-            for found in plan.mixed
+            blend(mix.found, mix.base, env) if mix.base else mix_replacements(mix.found, env)
+            for mix in plan.mixed
         )
         reader.check_unchanged()
     return Summed(modules, dtype, mixed)

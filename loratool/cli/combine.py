@@ -25,12 +25,15 @@ if TYPE_CHECKING:
     from loratool.report import CombineReport
 
 
-def headline(count: int, terms: str, method: str | None, rank: int | None) -> str:
+def headline(
+    count: int, terms: str, method: str | None, rank: int | None, *, has_base: bool = False
+) -> str:
     """``Merging 2 adapters WITH EACH OTHER, no base: 0.8·a + 1·b, cat: exact, ranks add``."""
     name = method or ("svd" if rank is not None else "cat")
     row = BY_NAME.get(name)
     how = f"{name}: {row.title}" if row else safe(name)
-    return f"Merging {plural(count, 'adapter')} WITH EACH OTHER, no base: {terms}; {how}"
+    base = "the base for what depends on it" if has_base else "no base"
+    return f"Merging {plural(count, 'adapter')} WITH EACH OTHER, {base}: {terms}; {how}"
 
 
 def render(report: CombineReport, voice: Voice) -> Iterator[str]:

@@ -65,7 +65,7 @@ class Ratio(click.ParamType[float]):
 @opt.option("--rank", type=opt.RankNumber(), metavar="R|auto", section="Input",
             help="Of every module; auto: what a merge into --base can resolve.")  # fmt: skip
 @opt.option("--base", metavar="BASE", section="Input",
-            help="Checkpoint for --rank auto.")  # fmt: skip
+            help="Checkpoint for --rank auto, and for DoRA, PiSSA and their kin.")  # fmt: skip
 @opt.option("--energy", type=opt.Share(), metavar="E", section="Input",
             help="Least rank that keeps this share of the energy, per module.")  # fmt: skip
 @opt.option("--error", type=opt.Share(), metavar="E", section="Input",

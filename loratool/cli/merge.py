@@ -52,12 +52,15 @@ _MENTION_FLOAT32 = 0.01
 @click.argument("adapters", nargs=-1, required=True, metavar="ADAPTER[:W]…")
 @opt.option("--base", metavar="BASE|auto", section="Input",
             help="Checkpoint to merge into; auto = the one that the adapters name.")  # fmt: skip
+@opt.option("--into", type=click.Choice(["base", "adapter"]), section="Input",
+            help="adapter: with each other, --base only for what depends on it (replaced "
+            "tensors, DoRA, PiSSA). Default: base if there is one.")  # fmt: skip
 @opt.mixing
 @opt.option("--method", type=click.Choice([m.name for m in METHODS]), metavar="METHOD",
             section="Input", help="How changes are combined: " + ", ".join(BY_NAME)
             + ". Default: their sum.")  # fmt: skip
 @opt.option("--rank", type=opt.RankNumber(), section="Input",
-            help="Without --base: best of this rank. Default: exact, ranks add.")  # fmt: skip
+            help="Of an adapter: the best of this rank. Default: exact, ranks add.")  # fmt: skip
 @opt.option("--param", "params", multiple=True, metavar="NAME=VALUE", section="Input",
             help="Of the method, such as density=0.2. Repeatable.")  # fmt: skip
 @opt.option("-o", "--output", required=True, metavar="OUT", section="Output",
@@ -92,8 +95,8 @@ def command(adapters: tuple[str, ...], base: str | None, output: str, **options:
 
     voice = Voice.take(options)
     options["params"] = split_params(options["params"])
-    if base is None:
-        _with_each_other(adapters, output, options, voice)
+    if base is None or options["into"] == "adapter":
+        _with_each_other(adapters, base, output, options, voice)
         return
     voice.announce(headline(adapters, options["weights"], options["mean"], options["method"]))
     with show_progress(quiet=voice.quiet) as progress:
@@ -109,19 +112,19 @@ def command(adapters: tuple[str, ...], base: str | None, output: str, **options:
 
 
 def _with_each_other(
-    adapters: tuple[str, ...], output: str, options: dict[str, Any], voice: Voice
+    adapters: tuple[str, ...], base: str | None, output: str, options: dict[str, Any], voice: Voice
 ) -> None:
     from loratool import api
     from loratool.cli import combine
     from loratool.report import CombineReport
 
     method, rank = options["method"], options["rank"]
-    if len(adapters) == 1 and method is None and rank is None:
+    if base is None and len(adapters) == 1 and method is None and rank is None:
         raise _no_base(adapters, output)
     words = terms(adapters, options["weights"], options["mean"])
-    voice.announce(combine.headline(len(adapters), words, method, rank))
+    voice.announce(combine.headline(len(adapters), words, method, rank, has_base=base is not None))
     with show_progress(quiet=voice.quiet) as progress:
-        report = api.merge(adapters, output=output, progress=progress, **options)
+        report = api.merge(adapters, base=base, output=output, progress=progress, **options)
     assert isinstance(report, CombineReport)
     result = [] if report.dry_run else [safe(report.output)]
     voice.show(report, combine.render(report, voice),

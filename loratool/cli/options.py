@@ -328,6 +328,14 @@ def mixing(command: F) -> F:
     return command
 
 
+def against(command: F) -> F:
+    """``--base`` of `subtract` and `swap`."""
+    return option(
+        "--base", metavar="BASE", section="Input",
+        help="What the adapters were trained on: for replaced tensors, DoRA, PiSSA.",
+    )(command)  # fmt: skip
+
+
 def rename(command: F) -> F:
     """``--rename``."""
     return option(

@@ -22,6 +22,7 @@ _HOW = {
     "alpha and sign": "size in lora_alpha, sign in lora_B: exact",
     "factors": "baked into lora_B",
     "form": "in the form that the program loads",
+    "base": "with the base: replaced tensors, DoRA, PiSSA and their kin too",
     "intruders": "intruder dimensions weakened, rank kept",
 }
 
@@ -47,7 +48,7 @@ _HOW = {
 @opt.option("--intruders", type=opt.Number("LAMBDA"), metavar="LAMBDA", section="Input",
             help="With FACTOR 1: weaken intruder dimensions to this share, 0.75.")  # fmt: skip
 @opt.option("--base", metavar="BASE", section="Input",
-            help="With --intruders: what the adapter was trained on.")  # fmt: skip
+            help="What it was trained on: replaced tensors, DoRA, PiSSA scale too.")  # fmt: skip
 @opt.option("-o", "--output", required=True, metavar="OUT", section="Output",
             help="Folder to create; DIR/ puts results into it under their names.")  # fmt: skip
 @opt.factor_dtype
@@ -63,7 +64,7 @@ def command(adapters: tuple[str, ...], output: str, **options: Any) -> None:
 
     A factor that leaves every alpha a whole number goes into the configuration and no tensor
     changes. Any other one is baked into lora_B (many programs read alpha as an integer), rounded
-    once; powers of two stay exact. Replaced tensors do not scale and are reported.
+    once; powers of two stay exact. Replaced tensors scale with --base, and are reported without it.
     """
     from loratool import api
 

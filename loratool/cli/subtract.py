@@ -36,6 +36,7 @@ if TYPE_CHECKING:
             help="Adapters only: best of this rank. Default: exact, ranks add.")  # fmt: skip
 @opt.option("--undo", metavar="FILE", section="Input",
             help="Undo file of the merge: restores every bit, and checks it.")  # fmt: skip
+@opt.against
 @opt.mixing
 @opt.option("-o", "--output", required=True, metavar="OUT", section="Output",
             help="Folder to create (a .safetensors file if MERGED is one).")  # fmt: skip
@@ -53,7 +54,8 @@ def command(adapters: tuple[str, ...], merged: str | None, output: str, **option
     `merge --save-undo` brings every bit back.
 
     Without --from the result is an adapter: the first one less the others times their weights,
-    exact in ΔW because the factors are put side by side. No base is needed.
+    exact in ΔW because the factors are put side by side. Replaced tensors, DoRA, PiSSA and their
+    kin need the base, --base.
     """
     from loratool import api
     from loratool.report import SubtractReport
@@ -95,7 +97,8 @@ def _subtract_adapters(
         how = f"rank {options['rank']}" if options["rank"] else "exact: ranks add"
         first = merging.weighted(adapters[:1], None)[0].removeprefix("1·")
         minus = " − ".join(merging.weighted(adapters[1:], options["weights"]))
-        voice.announce(f"Subtracting adapters, no base: {first} − {minus}, {how}")
+        base = "the base for what depends on it" if options["base"] else "no base"
+        voice.announce(f"Subtracting adapters, {base}: {first} − {minus}, {how}")
     report = api.subtract(adapters, output=output, **options)
     assert isinstance(report, DifferenceReport)
     result = [] if report.dry_run else [safe(report.output)]

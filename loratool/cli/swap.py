@@ -23,6 +23,7 @@ from loratool.cli.voice import Voice, warning_lines
 @click.argument("new", metavar="NEW[:W]")
 @opt.option("--in", "merged", required=True, metavar="MERGED", section="Input",
             help="Weights that OLD was merged into.")  # fmt: skip
+@opt.against
 @opt.option("-o", "--output", required=True, metavar="OUT", section="Output",
             help="Folder to create (a .safetensors file if MERGED is one).")  # fmt: skip
 @opt.module_weights

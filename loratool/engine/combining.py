@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from loratool.adapter import DeltaSpec, Replacement
+from loratool.dtypes import widest
 from loratool.engine import grid
 from loratool.engine.factors import (
     Pair,
@@ -135,13 +136,12 @@ def combine_vectors(
     )
 
 
-def mix_replacements(
-    found: Sequence[tuple[Replacement, float]], env: Env, dtype: str
-) -> Replacement:
+def mix_replacements(found: Sequence[tuple[Replacement, float]], env: Env) -> Replacement:
     """Σ weight·tensor of tensors that take the same place, weights adding up to 1."""
     first = found[0][0]
     total = sum(env.load(one.source).double() * weight for one, weight in found)
     assert isinstance(total, torch.Tensor)
+    dtype = widest([one.source.dtype for one, _ in found])
     return replace(first, source=make_data(first.name, total, dtype))
 
 

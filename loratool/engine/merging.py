@@ -14,6 +14,7 @@ from loratool import kinds
 from loratool.delta.base import Delta
 from loratool.delta.combined import Combined, Cut
 from loratool.delta.lowrank import LowRank
+from loratool.delta.mutation import removed_part
 from loratool.delta.placed import Placed
 from loratool.delta.vector import Rows
 from loratool.engine import grid
@@ -22,7 +23,7 @@ from loratool.engine.combining import random_keys
 from loratool.engine.gate import Gate
 from loratool.engine.kernel import INTEGERS, Env, Kernel
 from loratool.engine.rounders import Exact, make_rounder
-from loratool.linalg import rounding, svd
+from loratool.linalg import rounding
 from loratool.linalg.dense import DenseCombiner
 from loratool.methods import find_method
 from loratool.plan import DeltaPart, ReplacePart, Span, Step
@@ -74,6 +75,7 @@ class AddDeltas(Kernel):
         self.rounder = make_rounder(step.args, self.target, env, step.output.name)
         self.dtype = self.rounder.dtype
         self.scale = float(step.args.get("scale", 1.0))
+        self.anchor = int(step.args.get("anchor", 0))  # the input that changes refer to as W
         self.deltas: list[Delta] = []
         self.dense: list[tuple[int, float]] = []  # (input position, weight) of whole replacements
         self._sums: dict[int, tuple[torch.Tensor, int, int]] = {}
@@ -107,7 +109,7 @@ class AddDeltas(Kernel):
         """Pass W by the deltas that need its norms."""
         wanting = [d for d in self.deltas if d.needs_measure]
         if wanting:
-            for block, base in self.env.stream(self.step.inputs[0], self.step.view):
+            for block, base in self.env.stream(self.step.inputs[self.anchor], self.step.view):
                 wide = base.to(self.dtype)
                 for delta in wanting:
                     delta.measure(wide, block.r0, block.r1, block.c0, block.c1)
@@ -164,15 +166,9 @@ class AddDeltas(Kernel):
 
     def _base_change(self, part: DeltaPart) -> Delta:
         """What loading such an adapter first takes away from the base, as a low-rank delta."""
-        weight = self.env.load(self.step.inputs[0], must_be_finite=True).view(self.step.view)
-        rank = part.spec.rank
-        if part.spec.base_change == "pissa":
-            left, right = svd.top_part(weight, rank)
-        elif part.spec.base_change == "kasa":
-            left, right = svd.bottom_part(weight, rank)
-        else:
-            left, right = svd.leading_qr(weight, rank)
-            left = left * part.spec.scaling
+        source = self.step.inputs[self.anchor]
+        weight = self.env.load(source, must_be_finite=True).view(self.step.view)
+        left, right = removed_part(part.spec, weight)
         made = LowRank((left * -part.weight).to(self.dtype), right.to(self.dtype))
         made.roundings += sum(self.step.view)  # of the decomposition, which is backward stable
         return made
@@ -194,7 +190,7 @@ class AddDeltas(Kernel):
         weight = acc
         if self.dense or not all(d.is_additive for d in self.deltas):
             weight = self.env.scratch.take("weight", shape, self.dtype, self.env.device)
-            weight.copy_(acc)
+            rounding.widen_into(weight, inputs[self.anchor])
         for position, factor in self.dense:
             acc.add_(inputs[position].to(self.dtype).sub_(weight), alpha=factor)
         for delta in self.deltas:

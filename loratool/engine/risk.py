@@ -12,13 +12,14 @@ from loratool.adapter import DeltaSpec, Source
 from loratool.delta.lowrank import LowRank
 from loratool.delta.lowrank import build as build_lowrank
 from loratool.engine.comparison import scaled_pairs
+from loratool.engine.detaching import load_region
 from loratool.engine.factors import load_vector, pack_pairs
 from loratool.engine.grid import SAMPLE_ELEMENTS
 from loratool.engine.kernel import Env
 from loratool.linalg.concat import concat_factors, product_norm
 from loratool.linalg.intruders import Intruders, find_intruders, weakened
 from loratool.linalg.product import product_spectrum, product_svd, split_factors
-from loratool.plan import DeltaPart, Span
+from loratool.plan import DeltaPart, Place
 
 
 @dataclass(frozen=True)
@@ -109,20 +110,15 @@ class IntruderResult:
     error_square: float = 0.0
 
 
-def look_for_intruders(
-    part: DeltaPart, base: Source, view: tuple[int, int], env: Env, weaken: float | None = None
-) -> IntruderResult:
+def look_for_intruders(place: Place, env: Env, weaken: float | None = None) -> IntruderResult:
     """Intruders of one delta in its place in the base.
 
     Args:
-        part: the delta with its region and orientation.
-        base: the weight, or what the adapter replaces it with.
-        view: its 2-D view.
+        place: the delta on a weight, or on what the adapter replaces that with.
         env: for loading, and the device to compute on where the weight fits there.
         weaken: λ; None = only look.
     """
-    weight = env.load(base).view(view)
-    weight = _cut(_cut(weight, part.region.rows, 0), part.region.cols, 1)
+    weight, part = load_region(place, env), place.part
     fields = {role: env.load(source) for role, source in part.spec.fields.items()}
     delta = build_lowrank(fields, part, coefficient=part.spec.scaling, dtype=torch.float64)
     weight = weight.to(_place_for(weight, env.device)).double()
@@ -173,10 +169,3 @@ def repack(
         pad = torch.nn.functional.pad
         made.append((pad(lora_B * (sign / root), (0, more)), pad(lora_A / root, (0, 0, 0, more))))
     return pack_pairs(spec, made, spec.fields["lora_B"].dtype)
-
-
-def _cut(weight: torch.Tensor, spans: Sequence[Span], axis: int) -> torch.Tensor:
-    if not spans:
-        return weight
-    index = torch.cat([torch.arange(s.start, s.stop, s.step) for s in spans])
-    return weight.index_select(axis, index)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from loratool.adapter import Adapter
+from loratool.adapter import Adapter, TensorRef
 from loratool.dtypes import DTYPES
 from loratool.errors import MismatchError, UsageError, list_some
 from loratool.methods import METHODS, Method, find_method, parse_params
@@ -16,7 +16,11 @@ from loratool.ops.weights import Weight
 
 
 def plan_combine(
-    adapters: Sequence[tuple[Adapter, Weight]], method: Method, *, verb: str = "merged"
+    adapters: Sequence[tuple[Adapter, Weight]],
+    method: Method,
+    *,
+    verb: str = "merged",
+    base: Mapping[str, TensorRef] | None = None,
 ) -> SumPlan:
     """Which factors of which adapters go into which module.
 
@@ -25,7 +29,7 @@ def plan_combine(
         MismatchError: LT-416, factors of different ranks for a factor-wise method; and those of
             `plan_sum`.
     """
-    plan = plan_sum(adapters, verb=verb)
+    plan = plan_sum(adapters, verb=verb, base=base)
     if method.space == "factor":
         uneven = [
             m.spec.name for m in plan.modules
@@ -84,7 +88,7 @@ def rank_of(module: SumModule, method: Method, rank: int | None) -> int:
 def memory_needs(plan: SumPlan, method: Method, rank: int | None) -> tuple[list[int], int]:
     """Bytes that each module takes while it is at work, and those of all results."""
     needs = [combined_bytes(m, rank_of(m, method, rank), method) for m in plan.modules]
-    mixed = [[one.source for one, _ in found] for found in plan.mixed]
+    mixed = [[one.source for one, _ in mix.found] for mix in plan.mixed]
     # float16 that overflows is made again in float32, and both are there for a while
     each = DTYPES[plan.dtype].bits // 8 + (4 if plan.dtype == "F16" else 0)
     made = sum(
@@ -92,6 +96,19 @@ def memory_needs(plan: SumPlan, method: Method, rank: int | None) -> tuple[list[
         for m in plan.modules if not m.is_bias
     )  # fmt: skip
     return needs + [mixed_bytes(s) for s in mixed], made + sum(8 * s[0].numel for s in mixed)
+
+
+def check_into(into: str | None, *, has_base: bool) -> str:
+    """What a merge makes: ``base`` or ``adapter``.
+
+    Raises:
+        UsageError: LT-286, a base is needed and there is none; LT-206, neither of the two.
+    """
+    if into not in (None, "base", "adapter"):
+        raise UsageError("LT-206", "unknown --into", expected="base or adapter", got=into)
+    if into == "base" and not has_base:
+        raise UsageError("LT-286", "--into base needs the base", expected="--base BASE")
+    return into or ("base" if has_base else "adapter")
 
 
 def check_options(given: Mapping[str, Any]) -> None:
@@ -104,7 +121,8 @@ def check_options(given: Mapping[str, Any]) -> None:
     if wrong:
         raise UsageError(
             "LT-286", "these options are for merging into a base",
-            got=", ".join("--" + name.replace("_", "-") for name in wrong), hint="--base BASE",
+            got=", ".join("--" + name.replace("_", "-") for name in wrong),
+            hint="--base BASE without --into adapter",
         )  # fmt: skip
 
 
@@ -126,7 +144,7 @@ def combination_args(
         raise UsageError(
             "LT-286", f"{option} is for merging adapters with each other",
             got=f"--base and {option}",
-            hint="leave --base out, then merge the result into it",
+            hint="--into adapter, then merge the result into the base",
         )  # fmt: skip
     row = find_method(method or "cat")
     values = parse_params(row, params or {})
@@ -138,6 +156,6 @@ def combination_args(
         raise UsageError(
             "LT-286", f"{what}; this does not go together with --base", got=f"--method {row.name}",
             expected="--base alone (the exact sum), or without --exact one of " + dense,
-            hint="merge the adapters with each other first, then the result into the base",
+            hint="--into adapter, then merge the result into the base",
         )  # fmt: skip
     return {"method": row.name, "params": values}

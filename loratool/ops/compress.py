@@ -14,7 +14,7 @@ from loratool.errors import MismatchError, list_some
 from loratool.ops.assemble import routed_weights
 from loratool.plan import DeltaPart, Plan, Step, TensorSpec
 
-_WAY_OUT = "merge it into its base, then extract a LoRA from the result"
+_WAY_OUT = "the base settles it: --base BASE"
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,8 @@ class CompressPlan:
         dtypes: storage type of the new factors of each spec.
         gains: scaling that goes with the new factors of each spec.
         biases: module -> its bias delta, stored with the module's scaling.
+        anew: names of specs that no file holds as they are: always written anew.
+        turned: names of specs that will be DoRA again: rank 1 at least, and a length per row.
     """
 
     adapter: Adapter
@@ -49,6 +51,8 @@ class CompressPlan:
     dtypes: tuple[str, ...]
     gains: tuple[float, ...]
     biases: Mapping[str, DeltaSpec]
+    anew: frozenset[str] = frozenset()
+    turned: frozenset[str] = frozenset()
 
     @property
     def is_grouped(self) -> bool:
@@ -83,7 +87,8 @@ class CompressPlan:
         gain = self.gains[index]
         return {
             "dtype": self.dtypes[index], "gain": gain, "bias": bias,
-            "must_rewrite": spec.blocks is not None or self._is_uneven(spec, gain),
+            "must_rewrite": spec.blocks is not None or spec.name in self.anew
+            or self._is_uneven(spec, gain),
         }  # fmt: skip
 
     def _is_uneven(self, spec: DeltaSpec, gain: float) -> bool:
@@ -99,18 +104,27 @@ class CompressPlan:
         return len(set(scalings)) > 1
 
 
-def plan_compress(adapter: Adapter, *, one_rank: bool = False) -> CompressPlan:
+def plan_compress(
+    adapter: Adapter,
+    *,
+    one_rank: bool = False,
+    original: Adapter | None = None,
+    turned: frozenset[str] = frozenset(),
+) -> CompressPlan:
     """Look at what is in an adapter and refuse what truncation would get wrong.
 
     Args:
         adapter: opened.
         one_rank: of all modules together.
+        original: what it was before the base was taken out of its changes.
+        turned: names of specs that will be DoRA again.
 
     Raises:
         MismatchError: LT-449 DoRA, LT-497 a delta on a changed base, LT-498 anything else that
             is not a fixed product of two factors.
     """
     _check(adapter)
+    stored = {s.name: s for s in (original or adapter).specs}
     specs = tuple(s for s in adapter.specs if s.kind == "lowrank")
     biases = {s.module: s for s in adapter.specs if s.kind == "vector"}
     mhas = {s.module for s in specs if s.parameter == "in_proj_weight"}
@@ -119,11 +133,20 @@ def plan_compress(adapter: Adapter, *, one_rank: bool = False) -> CompressPlan:
     return CompressPlan(
         adapter,
         specs,
-        tuple(groups or _groups(specs, biases, mhas, tied)),
-        tuple(_storage_dtype(s) for s in specs),
+        tuple(groups or _groups(specs, _never_dropped(specs, biases, turned), mhas, tied)),
+        tuple(_storage_dtype(stored[s.name]) for s in specs),
         tuple(2.0 if _mha_of(s) in mhas else 1.0 for s in specs),
         biases,
+        frozenset(s.name for s in specs if s.base_change != stored[s.name].base_change),
+        turned,
     )
+
+
+def _never_dropped(
+    specs: Sequence[DeltaSpec], biases: Mapping[str, DeltaSpec], turned: Collection[str]
+) -> set[str]:
+    """Modules that change something besides their delta."""
+    return {*biases, *(s.module for s in specs if s.name in turned)}
 
 
 def rebuild(plan: CompressPlan, results: Sequence[Any]) -> tuple[Adapter, list[str]]:
@@ -173,7 +196,14 @@ def at_ranks(plan: CompressPlan, ranks: Sequence[int], dtypes: Sequence[str]) ->
         lora_A, lora_B = (TensorData(spec.name, dtypes[index], shape, b"") for shape in shapes)
         bias = plan.biases.get(spec.module)
         blank.append(_Blank(rank, (lora_A, lora_B), bias.fields["delta"] if bias else None))
-    return rebuild(plan, blank)[0]
+    adapter = rebuild(plan, blank)[0]
+    specs = tuple(_with_lengths(s) if s.name in plan.turned else s for s in adapter.specs)
+    return dataclasses.replace(adapter, specs=specs) if plan.turned else adapter
+
+
+def _with_lengths(spec: DeltaSpec) -> DeltaSpec:
+    lengths = TensorData(spec.name, "F32", spec.fields["lora_B"].shape[:1], b"")
+    return dataclasses.replace(spec, kind="dora", fields={**spec.fields, "magnitude": lengths})
 
 
 @dataclass(frozen=True)
@@ -219,7 +249,7 @@ def _check(adapter: Adapter) -> None:
 
 def _groups(
     specs: Sequence[DeltaSpec],
-    biases: Mapping[str, DeltaSpec],
+    never_dropped: Collection[str],
     mhas: set[str],
     tied: Collection[str],
 ) -> list[Group]:
@@ -238,7 +268,8 @@ def _groups(
         )
         found.setdefault(key, []).append(index)
     return [
-        Group(tuple(g), int(len(g) > 1 or specs[g[0]].module in biases)) for g in found.values()
+        Group(tuple(g), int(len(g) > 1 or specs[g[0]].module in never_dropped))
+        for g in found.values()
     ]
 
 

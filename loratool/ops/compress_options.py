@@ -31,10 +31,9 @@ def rank_rule(
     is_auto = rank == "auto"
     if isinstance(rank, str) and not is_auto:
         raise UsageError("LT-230", "--rank is a whole number or auto", got=rank)
-    if is_auto != has_base:
+    if is_auto and not has_base:
         raise UsageError(
-            "LT-230", "--rank auto and --base go together",
-            got="--base alone" if has_base else "--rank auto alone",
+            "LT-230", "--rank auto needs the base", got="no --base",
             hint="--rank auto --base BASE; an adapter alone has --energy 0.99",
         )  # fmt: skip
     rank = None if isinstance(rank, str) else rank

@@ -138,14 +138,14 @@ def open_adapters(
     return opened
 
 
-def open_base(text: str, adapters: Sequence[OpenedAdapter], access: Access) -> OpenedBase:
+def open_base(text: str, adapters: Sequence[Adapter], access: Access) -> OpenedBase:
     """Open the base; ``auto`` takes the one that the adapters name.
 
     Raises:
         MismatchError: ``auto``, and the adapters name none, or different ones.
     """
     if text == "auto":
-        named = {a.adapter.base_model for a in adapters if a.adapter.base_model}
+        named = {a.base_model for a in adapters if a.base_model}
         if len(named) != 1:
             raise MismatchError(
                 "LT-474",

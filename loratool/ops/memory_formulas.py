@@ -9,7 +9,7 @@ from loratool.adapter import DeltaSpec, Source
 from loratool.dtypes import DTYPES
 from loratool.engine import grid
 from loratool.ops.additive import matrix_shape
-from loratool.plan import DeltaPart, Step
+from loratool.plan import DeltaPart, Place, Step
 
 if TYPE_CHECKING:
     from loratool.methods import Method
@@ -231,6 +231,19 @@ def intruder_bytes(part: DeltaPart, base: Source) -> int:
     rows, cols = matrix_shape(part.spec)
     at_work = 72 * rows * cols + 96 * min(rows, cols) ** 2
     return WORKER_BYTES + base.nbytes + at_work + factor_bytes(part.spec)
+
+
+def detached_bytes(places: Sequence[Place]) -> int:
+    """Memory that taking a change apart from its base takes: the weight, its parts, factors.
+
+    For PiSSA and its kin the decomposition of the weight: 24 bytes per element, and 32 of the
+    shorter side squared; else a block of a million elements in float64.
+    """
+    spec = places[0].part.spec
+    rows, cols = matrix_shape(spec)
+    whole = sum(place.source.nbytes for place in places) + 8 * rows * cols
+    at_work = 24 * rows * cols + 32 * min(rows, cols) ** 2 if spec.base_change else 3 << 23
+    return WORKER_BYTES + whole + at_work + 8 * factor_bytes(spec)
 
 
 def sampled_elements(spec: DeltaSpec) -> int:

@@ -25,8 +25,8 @@ class RescalePlan:
 
     Attributes:
         adapter: as opened.
-        factors: spec name -> factor.
-        how: ``copied``, ``alpha``, ``alpha and sign`` or ``factors``.
+        factors: spec name -> factor; with a base replaced tensors have one too.
+        how: ``copied``, ``alpha``, ``alpha and sign``, ``factors`` or ``base``.
         config: the new configuration.
         baked: key of a tensor -> what its elements are multiplied with.
         notes: one sentence each.
@@ -64,6 +64,7 @@ def plan_rescale(
     *,
     only: Sequence[tuple[Pattern, float]] = (),
     blocks: str | None = None,
+    has_base: bool = False,
 ) -> RescalePlan:
     """Plan factor · ΔW for every module.
 
@@ -72,21 +73,25 @@ def plan_rescale(
         factor: for modules that no ``only`` matches.
         only: expression on module names -> factor; the last that matches counts.
         blocks: see `loratool.ops.blocks`; multiplies ``factor``.
+        has_base: what depends on the base will be computed with it.
 
     Raises:
         MismatchError: LT-460 a change that depends on the base, LT-467 an expression that matches
             nothing, LT-468 one tensor with two factors.
         UsageError: LT-238, nothing of the adapter would be left.
     """
-    factors = _choose(adapter, factor, only, blocks)
+    factors = _choose(adapter, factor, only, blocks, has_base)
     kept = [r.name for r in adapter.replacements]
     notes = list(adapter.notes)
     if all(f == 1 for f in factors.values()):
         return RescalePlan(adapter, factors, "copied", adapter.config, {}, tuple(notes))
-    require_additive(
-        adapter, "rescaled",
-        hint="give the weight when it is merged: loratool merge ADAPTER:FACTOR --base BASE -o OUT",
-    )  # fmt: skip
+    needs_base = bool(kept) or not all(s.is_additive for s in adapter.specs)
+    if not has_base:
+        require_additive(
+            adapter, "rescaled",
+            hint="give the base, --base BASE, or the weight when it is merged: "
+            "loratool merge ADAPTER:FACTOR --base BASE -o OUT",
+        )  # fmt: skip
     if not any(factors.values()):
         raise UsageError(
             "LT-238", "factor 0 leaves an adapter that does nothing", file=adapter.path,
@@ -95,10 +100,12 @@ def plan_rescale(
     off = [name for name, f in factors.items() if f == 0]
     if off:
         notes.append(f"{len(off)} modules are switched off: their lora_B is zero")
+    if has_base and needs_base:
+        return RescalePlan(adapter, factors, "base", adapter.config, {}, tuple(notes))
     if kept:
         notes.append(
             f"{len(kept)} replaced tensors do not scale without the base, they stay as they are: "
-            f"{list_some(kept, 3)}"
+            f"{list_some(kept, 3)}; --base BASE scales them"
         )
     config = _scaled_config(adapter.config, factors)
     if config is None:
@@ -133,10 +140,13 @@ def _choose(
     factor: float,
     only: Sequence[tuple[Pattern, float]],
     blocks: str | None,
+    has_base: bool,
 ) -> dict[str, float]:
     """Factor of every spec; a bias delta has that of its module's weight."""
     owners = {s.module: s.name for s in adapter.specs if s.kind != "vector"}
     names = {s.name: owners.get(s.module, s.name) for s in adapter.specs}
+    if has_base:
+        names = {r.name: r.name for r in adapter.replacements} | names
     by_block = block_factors(names.values(), blocks) if blocks else {}
     found = {name: factor * by_block.get(owner, 1.0) for name, owner in names.items()}
     owned = find([pattern for pattern, _ in only], list(names.values()))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import NoReturn
 
@@ -11,10 +11,12 @@ from loratool.errors import LoratoolError, MismatchError, list_some
 from loratool.ops.merge import WeightedAdapter
 from loratool.ops.replay import Record, RecordedInput
 from loratool.ops.weights import Weight, names_of, rules_from, weigh
+from loratool.plan import Plan, ReplacePart, Step
+from loratool.store.checkpoint import Checkpoint
 from loratool.store.provenance import adapter_id
 from loratool.store.source import AdapterArgument
 
-_WAY_OUT = "subtract --undo FILE (from merge --save-undo), or merge the others into the base again"
+_WAY_OUT = "the base settles it: --base BASE; or subtract --undo FILE (from merge --save-undo)"
 
 
 def require_reversible(adapters: Sequence[WeightedAdapter]) -> tuple[WeightedAdapter, ...]:
@@ -40,18 +42,62 @@ def require_swappable(adapters: Sequence[WeightedAdapter]) -> tuple[WeightedAdap
     Raises:
         MismatchError: a change depends on the base, or a tensor would stay the old adapter's.
     """
-    old, new = adapters
+    old, new = without_overwritten(adapters)
     _require_sums(old)
     _require_sums(new)
-    whole = {b.target for b in new.bindings.replacements
-             if b.replacement.rows is None and new.weight.of(b.replacement.name) == 1}  # fmt: skip
-    lost = [b.target for b in old.bindings.replacements if b.target not in whole]
+    lost = [b.target for b in old.bindings.replacements]
     if lost:
         raise MismatchError(
             "LT-456", "what a replacement tensor replaced is not in the merged weights",
             file=old.adapter.path, key=list_some(lost), hint=_WAY_OUT,
         )  # fmt: skip
-    return without_replacements([old])[0], new
+    return old, new
+
+
+def without_overwritten(adapters: Sequence[WeightedAdapter]) -> tuple[WeightedAdapter, ...]:
+    """(old, new): what old did to tensors that new replaces, whole, is gone with them."""
+    old, new = adapters
+    whole = {b.target for b in new.bindings.replacements
+             if b.replacement.rows is None and new.weight.of(b.replacement.name) == 1}  # fmt: skip
+    bindings = replace(
+        old.bindings,
+        deltas=tuple(b for b in old.bindings.deltas if b.target not in whole),
+        replacements=tuple(b for b in old.bindings.replacements if b.target not in whole),
+    )
+    return replace(old, bindings=bindings), new
+
+
+def depends_on_base(step: Step) -> bool:
+    """True if a change in a step is no sum of its own: a replacement, DoRA, PiSSA."""
+    return any(isinstance(p, ReplacePart) or not p.spec.is_additive for p in step.parts)
+
+
+def anchored(plan: Plan, names: Mapping[int, str], base: Checkpoint) -> Plan:
+    """The plan with the base's tensors beside the merged ones, where changes refer to them.
+
+    Args:
+        plan: of taking out of, or putting into, merged weights.
+        names: step index -> checkpoint-wide name.
+        base: what the adapters were trained on.
+
+    Raises:
+        MismatchError: LT-455, the base lacks such a tensor, or has it in another shape.
+    """
+    steps = list(plan.steps)
+    for index, step in enumerate(steps):
+        if not depends_on_base(step):
+            continue
+        ref, merged = base.tensors.get(names[index]), step.inputs[0]
+        if ref is None or ref.shape != merged.shape:
+            raise MismatchError(
+                "LT-455", "this change depends on the base, which has no such tensor",
+                file=base.path, key=names[index], expected=list(merged.shape),
+                got="nothing" if ref is None else list(ref.shape),
+            )  # fmt: skip
+        steps[index] = replace(
+            step, inputs=(*step.inputs, ref), args={**step.args, "anchor": len(step.inputs)}
+        )
+    return replace(plan, steps=tuple(steps))
 
 
 def without_replacements(adapters: Sequence[WeightedAdapter]) -> tuple[WeightedAdapter, ...]:

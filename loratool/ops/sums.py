@@ -22,10 +22,10 @@ from loratool.store.reader import are_of_one_file, have_same_bytes
 from loratool.store.remote_spans import Range
 
 _ONE = 1e-12
-_WAYS_OUT = {
-    "subtracted": "with the base it works: merge A and B into BASE each, then "
-    "loratool extract MERGED_A --base MERGED_B --rank R -o OUT",
-    "merged": "weights that add up to 1 average them (--mean), and --base BASE merges anything",
+_WITH_BASE = {
+    "subtracted": "the base settles it: --base BASE",
+    "merged": "the base settles it: --base BASE --into adapter",
+    "rescaled": "the base settles it: --base BASE",
 }
 _TIES = "ensure_weight_tying"  # PEFT: one change for the input embedding and the output head
 
@@ -66,13 +66,31 @@ class SumModule:
 
 
 @dataclass(frozen=True)
+class Mixed:
+    """Tensors that take the same place, as one.
+
+    Attributes:
+        found: each with its weight; the weights add up to 1 if there is no base.
+        base: what they replace: the result is W + Σ weight·(new - W).
+    """
+
+    found: tuple[tuple[Replacement, float], ...]
+    base: TensorRef | None = None
+
+    @property
+    def name(self) -> str:
+        """Of the tensor."""
+        return self.found[0][0].name
+
+
+@dataclass(frozen=True)
 class SumPlan:
     """What becomes of every tensor of every adapter.
 
     Attributes:
         modules: low-rank modules first, then bias deltas of the same modules.
         replacements: carried over as they are.
-        mixed: replaced tensors whose values are averaged: (replacement, weight) of each adapter.
+        mixed: replaced tensors with new values.
         base_model: that of the first adapter.
         config: of the first adapter; ``ensure_weight_tying`` only if all have it.
         layer_order: layer_replication of all adapters.
@@ -83,7 +101,7 @@ class SumPlan:
 
     modules: tuple[SumModule, ...]
     replacements: tuple[Replacement, ...]
-    mixed: tuple[tuple[tuple[Replacement, float], ...], ...]
+    mixed: tuple[Mixed, ...]
     base_model: str | None
     config: Mapping[str, Any]
     layer_order: tuple[int, ...] | None
@@ -92,12 +110,18 @@ class SumPlan:
     is_even: bool = False
 
 
-def plan_sum(adapters: Sequence[tuple[Adapter, Weight]], *, verb: str) -> SumPlan:
+def plan_sum(
+    adapters: Sequence[tuple[Adapter, Weight]],
+    *,
+    verb: str,
+    base: Mapping[str, TensorRef] | None = None,
+) -> SumPlan:
     """Plan Σ weight·ΔW over the union of all modules.
 
     Args:
         adapters: with their coefficients.
         verb: past participle for messages, such as ``subtracted``.
+        base: name of a replaced tensor -> what the base has there; None = no base.
 
     Raises:
         UsageError: LT-270, nothing is left.
@@ -106,7 +130,7 @@ def plan_sum(adapters: Sequence[tuple[Adapter, Weight]], *, verb: str) -> SumPla
     """
     adapters = [(weight.kept(adapter), weight) for adapter, weight in adapters]
     for adapter, _ in adapters:
-        require_additive(adapter, verb)
+        require_additive(adapter, verb, hint=_WITH_BASE[verb])
         require_factors(adapter, verb)
     _check_layers([a for a, _ in adapters])
     _check_experts([a for a, _ in adapters])
@@ -118,7 +142,7 @@ def plan_sum(adapters: Sequence[tuple[Adapter, Weight]], *, verb: str) -> SumPla
     outputs = mha_outputs([s for a, _ in adapters for s in a.specs])
     modules = [_module(name, terms, outputs, adapters) for name, terms in groups.items()]
     modules.sort(key=lambda m: m.is_bias)
-    replacements, mixed, gone, notes = _replacements(adapters, verb)
+    replacements, mixed, gone, notes = _replacements(adapters, verb, base or {})
     is_cut = any(0.0 in weight.by_name.values() for _, weight in adapters)
     if is_cut and not (modules or replacements or mixed):
         raise UsageError("LT-270", "weights of 0 leave every module out: nothing remains",
@@ -126,7 +150,7 @@ def plan_sum(adapters: Sequence[tuple[Adapter, Weight]], *, verb: str) -> SumPla
     bases = {a.base_model for a, _ in adapters if a.base_model}
     if len(bases) > 1:
         notes.append(f"the adapters name different bases: {list_some(sorted(bases))}")
-    if not _common(groups):
+    if len(adapters) > 1 and not _common(groups):
         notes.append("the adapters have no module in common")
     return SumPlan(
         tuple(modules),
@@ -204,15 +228,13 @@ def _check_layers(adapters: Sequence[Adapter]) -> None:
 
 
 def _replacements(
-    adapters: Sequence[tuple[Adapter, Weight]], verb: str
-) -> tuple[
-    tuple[Replacement, ...], tuple[tuple[tuple[Replacement, float], ...], ...], list[str], list[str]
-]:
+    adapters: Sequence[tuple[Adapter, Weight]], verb: str, base: Mapping[str, TensorRef]
+) -> tuple[tuple[Replacement, ...], tuple[Mixed, ...], list[str], list[str]]:
     """Replaced tensors that the result has: as they are, averaged, not at all; and what to say.
 
     W + Σ c·(T - W) needs no base where the weights of those that replace a tensor sum up to 1: it
     is Σ c·T.  Where they sum up to 0 and hold the same bytes, W stays.  When adapters are merged
-    and every one of them has the same bytes, those are taken.
+    and every one of them has the same bytes, those are taken.  Anything else takes the base.
     """
     groups: dict[tuple[str, bool], list[tuple[Replacement, float]]] = {}
     for adapter, weight in adapters:
@@ -230,26 +252,38 @@ def _replacements(
         elif abs(total - 1) <= _ONE and all(
             (one.rows, one.source.shape) == (first.rows, first.source.shape) for one, _ in found
         ):
-            mixed.append(tuple(found))
+            mixed.append(Mixed(tuple(found)))
         elif is_same and total == 0:
             gone.append(name)
+        elif name in base and all(_lies_on(one, base[name]) for one, _ in found):
+            mixed.append(Mixed(tuple(found), base[name]))
         else:
             conflicts.append(name)
     if conflicts:
         raise MismatchError(
             "LT-464", f"replaced tensors cannot be {verb}: their change depends on the base",
             file=adapters[0][0].path, key=list_some(conflicts),
-            hint=_WAYS_OUT[verb],
+            hint=_WITH_BASE[verb],
         )  # fmt: skip
     notes = []
     if kept:
         notes.append(f"{len(kept)} replaced tensors are kept: {_few(r.name for r in kept)}")
     if gone:
         notes.append(f"{len(gone)} replaced tensors are the base's own again: {_few(gone)}")
-    if mixed:
-        names = _few(found[0][0].name for found in mixed)
-        notes.append(f"{len(mixed)} replaced tensors are averaged: {names}")
+    means = [m.name for m in mixed if m.base is None]
+    if means:
+        notes.append(f"{len(means)} replaced tensors are averaged: {_few(means)}")
+    moved = [m.name for m in mixed if m.base is not None]
+    if moved:
+        notes.append(f"{len(moved)} replaced tensors become W + Σ weight·(new - W): {_few(moved)}")
     return tuple(kept), tuple(mixed), gone, notes
+
+
+def _lies_on(one: Replacement, base: TensorRef) -> bool:
+    """A replacement that changes no sizes."""
+    if one.rows is None:
+        return one.source.shape == base.shape
+    return one.source.shape[1:] == base.shape[1:] and max(one.rows, default=0) < base.shape[0]
 
 
 def compared_ranges(adapters: Sequence[Adapter]) -> Iterator[Range]:

@@ -192,7 +192,7 @@ def test_a_wrong_base_and_wrong_options(tmp_path: Path) -> None:
         lt.inspect(source, risk=True, base=other)
     assert caught.value.exit_code == 4
     calls: list[tuple[dict[str, Any], float, str]] = [
-        ({"intruders": 0.75}, 1, "LT-294"), ({"base": base}, 1, "LT-294"),
+        ({"intruders": 0.75}, 1, "LT-294"),
         ({"intruders": 0.75, "base": base}, 0.5, "LT-294"),
         ({"intruders": 0.75, "base": base, "only": ["q=2"]}, 1, "LT-294"),
         ({"intruders": 1.75, "base": base}, 1, "LT-293"),
