@@ -43,6 +43,7 @@ class Site:
         self.model, self.folder, self.count = case.model, folder, 0
         # PEFT decomposes the base in float32, whatever the type of the model.
         starts_elsewhere = case.config.kasa_config or isinstance(case.config.init_lora_weights, str)
+        self.has_dora = case.config.use_dora
         self.units = 100 if starts_elsewhere else 4
         try:
             self.base = save_base(case.model, folder / "base")
@@ -89,9 +90,9 @@ def merge(site: Site) -> None:
                 raise Wrong(f"{name} is off by {float(off):.1e}")
 
 
-def combine(site: Site) -> None:
+def combine(site: Site, **base: Any) -> None:
     out = site.out()
-    lt.merge([f"{site.first}:0.7", f"{site.second}:-0.3"], output=out)
+    lt.merge([f"{site.first}:0.7", f"{site.second}:-0.3"], output=out, **base)
     site.check(out, {k: 0.7 * v - 0.3 * site.others[k] for k, v in site.changes.items()})
 
 
@@ -102,23 +103,23 @@ def average(site: Site) -> None:
     site.check(out, {k: 0.5 * v + 0.5 * site.others[k] for k, v in site.changes.items()})
 
 
-def subtract(site: Site) -> None:
+def subtract(site: Site, **base: Any) -> None:
     out = site.out()
-    lt.subtract([str(site.first), f"{site.second}:0.5"], output=out)
+    lt.subtract([str(site.first), f"{site.second}:0.5"], output=out, **base)
     site.check(out, {k: v - 0.5 * site.others[k] for k, v in site.changes.items()})
 
 
-def rescale(site: Site) -> None:
+def rescale(site: Site, **base: Any) -> None:
     out = site.out()
-    kept = lt.rescale([str(site.first)], 0.3, output=out).adapters[0].kept
+    kept = lt.rescale([str(site.first)], 0.3, output=out, **base).adapters[0].kept
     whole = {n for n in kept if n in site.changes} | _tied(site.model, kept)
     site.check(out, {k: v if k in whole else 0.3 * v for k, v in site.changes.items()})
 
 
-def compress(site: Site) -> None:
+def compress(site: Site, **base: Any) -> None:
     """PEFT measures the error that the report names, and it is the least there is."""
     out = site.out()
-    report = lt.compress(str(site.first), rank=2, output=out).adapters[0]
+    report = lt.compress(str(site.first), rank=2, output=out, **base).adapters[0]
     found = changes(site.model, out)
     norm = math.sqrt(sum(m.norm**2 for m in report.modules))
     names = {m.name for m in report.modules}
@@ -127,6 +128,8 @@ def compress(site: Site) -> None:
     if inside > report.relative_error * norm * 2 + 1e-5 * norm:  # tied tensors count twice
         raise Wrong(f"PEFT measures {inside:.3g}, told are {report.relative_error * norm:.3g}")
     for name, value in site.changes.items():
+        if site.has_dora:  # what is cut is the product inside of the norm
+            continue
         tail = torch.linalg.svdvals(value.flatten(1))[2:] if value.dim() == 2 else None
         if tail is not None and lost[name] > float(tail.norm()) * (1 + 1e-4) + 1e-5 * norm:
             raise Wrong(f"{name} loses {lost[name]:.3g}, the least is {float(tail.norm()):.3g}")
@@ -143,9 +146,12 @@ def extract(site: Site) -> None:
         if name not in base or name not in found:
             continue
         delta = value.double() - base[name].double()
-        off = float((found[name] - delta).norm())
-        if off > 1e-5 * float(delta.norm()) + 1e-7 * float(base[name].double().norm()):
-            raise Wrong(f"{name} is off by {off:.1e}")
+        # nothing goes through the table that encoder and decoder share but by their names of it
+        places = _tied(site.model, [name]) - {n for n in found if n.endswith("shared.weight")}
+        for place in (places & found.keys()) or {name}:
+            off = float((found[place] - delta).norm())
+            if off > 1e-5 * float(delta.norm()) + 1e-7 * float(base[name].double().norm()):
+                raise Wrong(f"{place} is off by {off:.1e}")
 
 
 def serve(site: Site) -> None:
@@ -167,6 +173,10 @@ def serve(site: Site) -> None:
 COMMANDS: dict[str, Callable[[Site], None]] = {
     "merge": merge, "combine": combine, "average": average, "compress": compress,
     "subtract": subtract, "rescale": rescale, "extract": extract, "--for": serve,
+    "combine --base": lambda site: combine(site, base=site.base, into="adapter"),
+    "subtract --base": lambda site: subtract(site, base=site.base),
+    "rescale --base": lambda site: rescale(site, base=site.base),
+    "compress --base": lambda site: compress(site, base=site.base),
 }  # fmt: skip
 
 
