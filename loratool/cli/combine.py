@@ -42,8 +42,8 @@ def render(report: CombineReport, voice: Voice) -> Iterator[str]:
     if report.params:
         yield line("method", report.method, *(f"{k}={_value(v)}" for k, v in report.params.items()))
     ranks = sorted({m.rank for m in report.modules if len(m.shape) > 1})
-    span = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]}-{ranks[-1]}"
-    yield line("modules", *_shared(report), span if ranks else "")
+    span = f"ranks {ranks[0]}-{ranks[-1]}" if len(ranks) > 1 else ""
+    yield line("modules", *_shared(report), f"rank {ranks[0]}" if len(ranks) == 1 else span)
     yield line("", f"memory ≤ {format_bytes(report.peak_memory_bytes)}")
     if voice.verbose:
         rows = [

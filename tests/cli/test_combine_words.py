@@ -11,6 +11,8 @@ from tests.make import randn, random_factors, save_adapter, save_checkpoint
 
 from .conftest import Run
 
+LLM = Path(__file__).parents[1] / "data" / "llm"
+
 
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -86,3 +88,10 @@ def test_weights_per_component_are_said_and_repeated(
                   "--module-weights", "w.yaml", "--json").json  # fmt: skip
     assert [a.get("components") for a in swapped["adapters"]] == [{"te": 0.4}, {"te": 3.0}]
     assert swapped["warnings"] == []
+
+
+def test_adapters_of_tokens_alone(run: Run, tmp_path: Path) -> None:
+    """They have no module, and so no rank to speak of."""
+    tokens = str(LLM / "trainable_tokens")
+    done = run("merge", f"{tokens}:0.7", f"{tokens}:0.3", "-o", str(tmp_path / "x"))
+    assert done.code == 0 and "0 shared" in done.out

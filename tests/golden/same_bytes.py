@@ -1,157 +1,165 @@
-"""Do all writing commands still write the same bytes?  For before and after a redesign.
+"""The sha256 of everything that every writing command makes of every sample.
 
-    python -m tests.golden.same_bytes record table.json      (before)
-    python -m tests.golden.same_bytes check table.json       (after, on the same machine)
+A redesign must not change a byte.  The table holds for one build of torch on one family of
+processors (`loratool` promises the same bytes there), so this is a tool and not a test:
 
-Every command runs on every sample that it accepts; what it refuses is recorded by its error code.
-A table belongs to one torch build and CPU family: elsewhere only rows of ``--exact`` must agree.
+    python -m tests.golden.same_bytes record     write the table anew
+    python -m tests.golden.same_bytes check      name every output that differs; exit code 1 if any
+
+Exit codes and messages of refusals are outputs too: what was refused stays refused.
 """
 
 from __future__ import annotations
 
-import argparse
 import hashlib
+import io
 import json
-import platform
+import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
-from typing import Any
 
-import torch
+from loratool import cli
 
-import loratool as lt
-
-DATA = Path(__file__).parents[1] / "data" / "llm"
-METHODS = ("svd", "slerp", "ties", "dare", "magnitude", "core", "knots-ties", "tsv", "iso-c",
-           "factors-linear", "factors-ties")  # fmt: skip
-
-
-def hashes(path: Path) -> dict[str, str]:
-    """File -> sha256 of everything that a command wrote."""
-    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
-    return {
-        p.relative_to(path).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in files
-    }
+HERE = Path(__file__).parent
+TABLE = HERE / "same_bytes.json"
+LLM = HERE.parent / "data" / "llm"
+METHODS = ("svd", "ties", "ties-peft", "dare", "dare-ties", "magnitude", "slerp", "core", "sce",
+           "knots-ties", "della", "breadcrumbs", "tsv", "iso-c", "iso-cts", "factors-linear",
+           "factors-ties")  # fmt: skip
 
 
-def commands(sample: Path, work: Path) -> Iterator[tuple[str, Callable[[Path], Any]]]:
-    """Name of a case, and what writes its output."""
-    adapter, base = str(sample), sample / "base"
-    merged, undo, rest = work / "merged", work / "undo.safetensors", work / "rest.safetensors"
-    twin = work / "twin"
-    if base.exists():
-        yield "merge", lambda out: lt.merge([adapter], base=base, output=out)
-        yield "merge 0.3", lambda out: lt.merge([f"{adapter}:0.3"], base=base, output=out)
-        yield "merge exact", lambda out: lt.merge([adapter], base=base, output=out, exact=True)
-        yield "merge bf16", lambda out: lt.merge([adapter], base=base, output=out, dtype="bfloat16")
-        yield (
-            "merge stochastic",
-            lambda out: lt.merge(
-                [adapter], base=base, output=out, dtype="float16", rounding="stochastic", seed=3
-            ),
-        )
-        lt.merge([adapter], base=base, output=merged, save_undo=undo)
-        yield "undo file", lambda out: shutil.copy(undo, out)
-        yield (
-            "subtract --undo",
-            lambda out: lt.subtract([adapter], merged=merged, output=out, undo=undo),
-        )
-        yield "subtract --from", lambda out: lt.subtract([adapter], merged=merged, output=out)
-        yield "extract", lambda out: lt.extract(merged, base=base, output=out, rank=2)
-        yield (
-            "extract all",
-            lambda out: lt.extract(
-                merged, base=base, output=out, keep=["all"], energy=0.9, save_residual=rest
-            ),
-        )
-        yield "residual file", lambda out: shutil.copy(rest, out)
-    yield "rescale", lambda out: lt.rescale([adapter], 0.3, output=out)
-    yield "rescale 2", lambda out: lt.rescale([adapter], 2.0, output=out)
-    yield "compress", lambda out: lt.compress(adapter, output=out, rank=1)
-    yield "compress energy", lambda out: lt.compress(adapter, output=out, energy=0.8)
-    lt.rescale([adapter], -0.7, output=twin)
-    if base.exists():
-        yield "swap", lambda out: lt.swap(adapter, str(twin), merged=merged, output=out)
-        yield (
-            "merge ties",
-            lambda out: lt.merge([adapter, str(twin)], base=base, output=out, method="ties"),
-        )
-    yield "merge A B", lambda out: lt.merge([adapter, str(twin)], output=out)
-    yield "subtract A B", lambda out: lt.subtract([adapter, str(twin)], output=out)
+def cases() -> Iterator[tuple[str, str]]:
+    """(name, command line); ``S`` is the sample, every line writes ``out…``."""
+    for folder in sorted(p for p in LLM.iterdir() if (p / "base").is_dir()):
+        s = folder.name
+        merge = "merge S --base S/base -o out"
+        yield f"{s} merge", merge
+        yield f"{s} merge untied", f"{merge} --untie"
+        yield f"{s} merge bf16", f"{merge} --dtype bfloat16"
+        yield f"{s} merge exact", f"{merge} --exact --dtype float16"
+        yield f"{s} merge stochastic", f"{merge} --dtype bfloat16 --rounding stochastic --seed 7"
+        yield f"{s} merge undo", f"{merge} --save-undo out.undo.safetensors"
+        yield f"{s} merge two", f"{merge} S --weights 0.7,-0.2"
+        yield f"{s} merge ties", f"{merge} S --weights 0.7,0.2 --method ties --param density=0.5"
+        yield f"{s} rescale", "rescale S 0.5 -o out"
+        yield f"{s} rescale baked", "rescale S -0.3 -o out"
+        yield f"{s} rescale base", "rescale S -0.3 -o out --base S/base"
+        yield f"{s} rescale peft", "rescale S 0.7 -o out --for peft"
+        yield f"{s} compress", "compress S --rank 2 -o out"
+        yield f"{s} compress energy", "compress S --energy 0.8 -o out --base S/base"
+        yield f"{s} compress size", "compress S --size 2500 -o out"
+        yield f"{s} combine", "merge S:0.7 S:-0.2 -o out"
+        yield f"{s} combine base", "merge S:0.7 S:-0.2 -o out --base S/base --into adapter"
+        yield f"{s} combine rank", "merge S:0.7 S:0.2 -o out --rank 2"
+        yield f"{s} subtract", "subtract S S:0.4 -o out"
+    yield from _after_a_merge()
     for method in METHODS:
-        yield (
-            f"merge A B {method}",
-            lambda out, method=method: lt.merge(  # type: ignore[misc]
-                [adapter, str(twin)], output=out, method=method
-            ),
+        two = "merge lora_linear:0.6 lora_rslora:0.4 -o out --method"
+        yield f"method {method}", f"{two} {method}"
+        yield f"method {method} rank", f"{two} {method} --rank 3"
+    yield "demo", "demo -o out --json"
+
+
+def _after_a_merge() -> Iterator[tuple[str, str]]:
+    """Commands on merged weights: ``M`` are those of the sample."""
+    for folder in sorted(p for p in LLM.iterdir() if (p / "base").is_dir()):
+        s = folder.name
+        yield f"{s} extract", "extract M --base S/base --rank 2 -o out"
+        yield f"{s} extract auto", "extract M --base S/base -o out --keep all"
+        yield f"{s} extract size", "extract M --base S/base --size 6000 -o out"
+        rest = "--save-residual out.rest.safetensors"
+        yield f"{s} extract residual", f"extract M --base S/base --rank 2 -o out {rest}"
+        yield f"{s} subtract from", "subtract S --from M -o out"
+        yield f"{s} subtract from base", "subtract S --from M --base S/base -o out"
+        yield f"{s} swap", "swap S S:0.3 --in M -o out --base S/base"
+
+
+def run(site: Path, line: str) -> dict[str, str]:
+    """File -> half of its sha256 of what a command line leaves, and why it refused if it did."""
+    for old in site.glob("out*"):
+        shutil.rmtree(old) if old.is_dir() else old.unlink()
+    said = io.StringIO()
+    with redirect_stdout(io.StringIO()), redirect_stderr(said):
+        code = cli.run(line.split())
+    found = {} if code == 0 else {"": f"{code} {said.getvalue().split(' · hint')[0].strip()[:200]}"}
+    for file in sorted(p for top in site.glob("out*") for p in (top, *top.rglob("*"))):
+        if file.is_file():
+            name = file.relative_to(site).as_posix()
+            found[name] = hashlib.sha256(file.read_bytes()).hexdigest()[:16]
+    return found
+
+
+def table() -> dict[str, dict[str, str]]:
+    """Every case, run in a folder of its own."""
+    site = Path(tempfile.mkdtemp(prefix="loratool-bytes-"))
+    before = Path.cwd()
+    made: dict[str, dict[str, str]] = {}
+    try:
+        os.chdir(site)
+        for folder in sorted(LLM.iterdir()):
+            shutil.copytree(folder, site / folder.name)
+        merged = ""
+        for name, line in cases():
+            sample = name.split()[0]
+            if "M" in line.split() and merged != sample:
+                _merge(sample)
+                merged = sample
+            words = [_named(word, sample) for word in line.split()]
+            made[name] = run(site, " ".join(words))
+    finally:
+        os.chdir(before)
+        shutil.rmtree(site)
+    return made
+
+
+def _merge(sample: str) -> None:
+    """Weights that later commands start from."""
+    shutil.rmtree("merged", ignore_errors=True)
+    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+        for option in ("--untie", "--exact"):  # one of them is right for every sample
+            if cli.run(f"merge {sample} --base {sample}/base -o merged {option}".split()) == 0:
+                return
+
+
+def _named(word: str, sample: str) -> str:
+    if word == "M":
+        return "merged"
+    return sample + word[1:] if word.partition("/")[0].partition(":")[0] == "S" else word
+
+
+def environment() -> str:
+    """Whose bytes they are."""
+    import torch
+
+    return f"torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}"
+
+
+def main(word: str) -> int:
+    """``record`` or ``check``."""
+    made = table()
+    if word == "record":
+        TABLE.write_text(
+            json.dumps({"environment": environment(), "outputs": made}, indent=0, sort_keys=True)
         )
-
-
-def one_sample(sample: Path) -> dict[str, Any]:
-    """Case -> hashes of its files, or its error code."""
-    found: dict[str, Any] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        work = Path(folder)
-        cases = commands(sample, work)
-        number = 0
-        while True:
-            try:
-                name, call = next(cases)
-            except StopIteration:
-                return found
-            except lt.LoratoolError as error:  # what the rest builds on is refused
-                found["setting up"] = error.code
-                return found
-            number += 1
-            is_file = name.endswith("file")
-            out = work / (f"{number}.safetensors" if is_file else str(number))
-            try:
-                call(out)
-                found[name] = hashes(out)
-            except lt.LoratoolError as error:
-                found[name] = error.code
-            except FileNotFoundError:
-                found[name] = "none"
-
-
-def table() -> dict[str, Any]:
-    """Everything."""
-    torch.set_num_threads(1)
-    kind = torch.backends.cpu.get_cpu_capability()
-    machine = f"torch {torch.__version__}, {platform.machine()}, {kind}"
-    samples = sorted(p for p in DATA.iterdir() if p.is_dir())
-    return {"machine": machine, "cases": {p.name: one_sample(p) for p in samples}}
-
-
-def differences(before: Any, after: Any, place: str = "") -> Iterator[str]:
-    """Places where two tables differ."""
-    if isinstance(before, dict) and isinstance(after, dict):
-        for key in sorted(before.keys() | after.keys()):
-            yield from differences(before.get(key), after.get(key), f"{place} · {key}".strip(" ·"))
-    elif before != after:
-        yield f"{place}: {str(before)[:12]} -> {str(after)[:12]}"
-
-
-def main() -> int:
-    """Record or check."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("what", choices=("record", "check"))
-    parser.add_argument("file", type=Path)
-    options = parser.parse_args()
-    found = table()
-    count = sum(len(v) for v in found["cases"].values())
-    if options.what == "record":
-        options.file.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n")
-        print(f"{count} cases recorded ({found['machine']})")
+        print(f"{len(made)} cases, {sum(map(len, made.values()))} outputs recorded")
         return 0
-    odd = list(differences(json.loads(options.file.read_text()), found))
-    print("\n".join(odd[:200]))
-    print(f"{count} cases, {len(odd)} differences")
-    return 1 if odd else 0
+    old = json.loads(TABLE.read_text())
+    if old["environment"] != environment():
+        print(f"recorded on {old['environment']}, this is {environment()}: differences may be its")
+    names = {**old["outputs"], **made}
+    differing = [name for name in names if old["outputs"].get(name) != made.get(name)]
+    for name in differing:
+        then, now = old["outputs"].get(name, {}), made.get(name, {})
+        print(name, sorted(k for k in {**then, **now} if then.get(k) != now.get(k)))
+        if then.get("") != now.get(""):
+            print("   ", then.get("", "written"), "->", now.get("", "written"))
+    print(f"{len(made)} cases, {len(differing)} differ")
+    return int(bool(differing))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1]))
