@@ -13,8 +13,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from loratool import kinds
 from loratool.dtypes import numel, tensor_bytes
 from loratool.errors import UsageError
+from loratool.kinds import Kind
 
 MAX_ALPHA = 1e30  # far from overflow when it is multiplied with float32 factors
 
@@ -131,14 +133,34 @@ class DeltaSpec:
         return f"{self.module}.{self.parameter}" if self.module else self.parameter
 
     @property
-    def matrix(self) -> tuple[int, int]:
-        """Rows of lora_B and columns of lora_A, as stored."""
-        return self.fields["lora_B"].shape[0], self.fields["lora_A"].shape[1]
+    def row(self) -> Kind:
+        """What is known of its kind."""
+        return kinds.BY_NAME[self.kind]
+
+    @property
+    def is_matrix(self) -> bool:
+        """True for a change of a weight, False for one of a bias."""
+        return self.row.is_matrix
 
     @property
     def is_additive(self) -> bool:
         """True if W' - W does not depend on W, so that deltas may be added and scaled."""
-        return self.kind != "dora" and not self.base_change
+        return self.row.is_additive and not self.base_change
+
+    @property
+    def has_factors(self) -> bool:
+        """True if the change, as it is, is a product of two thin matrices."""
+        return self.row.has_factors and not self.base_change
+
+    @property
+    def scales_rows(self) -> bool:
+        """True if rows of W are multiplied."""
+        return self.row.scales_rows
+
+    @property
+    def title(self) -> str:
+        """The kind in words."""
+        return self.base_change or self.row.title
 
 
 @dataclass(frozen=True)
@@ -212,20 +234,6 @@ class Adapter:
     warnings: tuple[str, ...] = ()
     extras: Mapping[str, Path] = field(default_factory=dict)
     beside: tuple[BesideFile, ...] = ()
-
-    @property
-    def tied_pairs(self) -> tuple[tuple[DeltaSpec, DeltaSpec], ...]:
-        """Embedding and head that ``ensure_weight_tying`` gives one change, turned round."""
-        if self.config.get("ensure_weight_tying") is not True:
-            return ()
-        plain = [s for s in self.specs if s.kind == "lowrank" and s.layout == "linear"]
-        return tuple(
-            (one, other)
-            for one in self.specs
-            if one.layout == "embedding"
-            for other in plain
-            if other.matrix == one.matrix[::-1]
-        )
 
     @property
     def label(self) -> str:

@@ -97,7 +97,7 @@ def _gains_of(adapter: Adapter, plan: DetachPlan, limits: Limits) -> dict[str, t
 
         return row_gains(spec, plan.places[spec.name], env)
 
-    specs = [s for s in adapter.specs if s.kind == "dora"]
+    specs = [s for s in adapter.specs if s.scales_rows]
     found = _map_specs(gains, specs, plan, limits)
     return {spec.name: one for spec, one in zip(specs, found, strict=True)}
 

@@ -365,7 +365,7 @@ def _row(
     counts: dict[str, int] = {}
     for spec in adapter.specs:
         text = f"{plan.factors[spec.name]:.6g}"
-        counts[text] = counts.get(text, 0) + (spec.kind != "vector")
+        counts[text] = counts.get(text, 0) + spec.is_matrix
     before = dtype or factor_dtype([adapter])
     after = before if written is None else factor_dtype([written])
     warnings = unused_warnings(adapter)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from loratool.adapter import Adapter, DeltaSpec, Source, TensorRef
 from loratool.api.common import Limits
-from loratool.ops.additive import is_grouped
+from loratool.delta.forms import factors_of, is_grouped
 from loratool.ops.compare import family_of, layer_of
 from loratool.ops.consent import agree_to_read
 from loratool.ops.in_base import find_in_base, is_whole
@@ -135,8 +135,7 @@ def mitigate(adapter: Adapter, base: OpenedBase, factor: float, limits: Limits) 
             moved += sum(r.moved_square for r in results)
             error += sum(r.error_square for r in results)
             packed = repack(spec, [r.pair for r in results if r.pair is not None])
-            for role, source in packed.items():
-                ref = spec.fields[role]
+            for ref, source in zip(factors_of(spec), factors_of(packed), strict=True):
                 assert isinstance(ref, TensorRef)
                 tensors[ref.name] = source
         reader.check_unchanged()
@@ -167,7 +166,7 @@ def _all_intruders(
     tasks: list[Place] = []
     for name, places in find_in_base(adapter, base.checkpoint).places.items():
         spec = places[0].part.spec
-        if spec.kind != "lowrank" or not _has_numbers(spec):
+        if not spec.has_factors or not _has_numbers(spec):
             continue
         if factor is not None and not is_whole(spec, places):
             (skipped if skipped is not None else []).append(name)

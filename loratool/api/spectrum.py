@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from loratool.adapter import Adapter, DeltaSpec
 from loratool.api.common import Limits, plan_resources
+from loratool.delta.forms import is_grouped
 from loratool.ops.consent import agree_to_read
 from loratool.plan import DeltaPart, Plan, Step, TensorSpec
 from loratool.report import AdapterSpectrum
@@ -46,5 +47,4 @@ def measure_spectrum(adapter: Adapter, limits: Limits, *, yes: bool = False) -> 
 
 
 def _has_spectrum(spec: DeltaSpec) -> bool:
-    is_grouped = spec.layout == "conv" and spec.fields["lora_B"].shape[1] != spec.rank
-    return spec.kind == "lowrank" and not spec.base_change and not is_grouped
+    return spec.has_factors and not is_grouped(spec)

@@ -8,6 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from loratool.adapter import Adapter, DeltaSpec, Replacement, TensorData
+from loratool.delta.forms import new_vector, shape_of
 from loratool.dtypes import tensor_bytes
 from loratool.methods import Method, find_method
 from loratool.ops.combine import rank_of
@@ -151,7 +152,6 @@ def _alphas(plan: SumPlan) -> dict[str, int | None]:
 
 def _zero_bias(spec: DeltaSpec, dtype: str) -> DeltaSpec:
     """PEFT's ``lora_bias`` is one switch: every module has a bias delta, or none."""
-    shape = spec.fields["lora_B"].shape[:1]
+    shape = shape_of(spec)[:1]
     data = TensorData(f"{spec.module} delta", dtype, shape, bytes(tensor_bytes(dtype, shape)))
-    return DeltaSpec("vector", spec.module, "bias", {"delta": data}, "vector", 0,
-                     spec.alpha, spec.scaling)  # fmt: skip
+    return new_vector(spec, data)

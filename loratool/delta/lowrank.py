@@ -7,6 +7,7 @@ from functools import cached_property
 
 import torch
 
+from loratool.adapter import DeltaSpec
 from loratool.delta.base import Delta
 from loratool.linalg.exact import product_terms
 from loratool.plan import DeltaPart
@@ -131,3 +132,49 @@ def _block_diagonal(blocks: Sequence[torch.Tensor]) -> torch.Tensor:
     for i, block in enumerate(blocks):
         out[i * rows : (i + 1) * rows, i * cols : (i + 1) * cols] = block
     return out
+
+
+Pair = tuple[torch.Tensor, torch.Tensor]
+"""lora_B (out, r) and lora_A (r, in)."""
+
+
+def pairs_of(fields: Mapping[str, torch.Tensor], spec: DeltaSpec) -> list[Pair]:
+    """One pair in float64 for a matrix, or one per expert; scaling left out.
+
+    A diagonal between the factors is folded into lora_B, block-diagonal factors are laid out.
+    """
+    pairs = []
+    for expert in range(spec.experts) if spec.experts else [None]:
+        lora_A, lora_B = oriented_factors(fields, DeltaPart(spec, 1.0, expert=expert))
+        if "diag" in fields:
+            lora_B = lora_B * fields["diag"].double()
+        pairs.append((lora_B, lora_A))
+    return pairs
+
+
+def packed(
+    lora_B: torch.Tensor, lora_A: torch.Tensor, *, experts: int, kernel: Sequence[int] = ()
+) -> Pair:
+    """Stacked factors (E, out, r), (E, r, in) in the shapes and packing that PEFT stores.
+
+    Args:
+        lora_B: of all experts, or of the one matrix.
+        lora_A: the same.
+        experts: 0 for one matrix.
+        kernel: of a convolution.
+    """
+    if experts:
+        return lora_B.permute(1, 2, 0).flatten(1), lora_A.flatten(0, 1)  # (out, r·E), (E·r, in)
+    left, right = lora_B[0], lora_A[0]
+    if kernel:
+        right = right.reshape(right.shape[0], -1, *kernel)
+        left = left.reshape(*left.shape, *(1 for _ in kernel))
+    return left, right
+
+
+def unpacked(lora_B: torch.Tensor, lora_A: torch.Tensor, *, experts: int) -> Pair:
+    """`packed` turned round: (E, out, r) and (E, r, in)."""
+    count = max(1, experts)
+    rank = lora_A.shape[0] // count
+    lora_B = lora_B.reshape(lora_B.shape[0], rank, count).permute(2, 0, 1)
+    return lora_B, lora_A.reshape(count, rank, -1)

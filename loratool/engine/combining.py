@@ -10,10 +10,11 @@ from typing import Any
 import torch
 
 from loratool.adapter import DeltaSpec, Replacement
+from loratool.delta.forms import factors_of, with_factors, with_values
+from loratool.delta.lowrank import Pair
 from loratool.dtypes import widest
 from loratool.engine import grid
 from loratool.engine.factors import (
-    Pair,
     load_pairs,
     load_vector,
     make_data,
@@ -103,10 +104,7 @@ def combine_factors(
         error += gain**2 * difference_square(rounded, (lora_B, lora_A))
         del rounded
         made.append((lora_B, lora_A))
-    spec = replace(
-        like, fields=pack_pairs(like, made, dtype), rank=rank, alpha=float(rank), scaling=gain,
-        blocks=None, b_order="rank-major",
-    )  # fmt: skip
+    spec = pack_pairs(like, made, dtype, rank=rank, alpha=float(rank), scaling=gain)
     return SummedModule(spec, square, error, any(overflows(t, dtype) for p in made for t in p))
 
 
@@ -130,7 +128,7 @@ def combine_vectors(
         total = torch.einsum("tn,t->n", values, torch.tensor(weights, dtype=values.dtype))
     error = float((round_once(total / scaling, dtype).double() * scaling - total).norm())
     data = make_data(f"{like.name} delta", total / scaling, dtype)
-    spec = replace(like, fields={"delta": data}, alpha=alpha, scaling=scaling)
+    spec = with_values(like, data, alpha=alpha, scaling=scaling)
     return SummedModule(
         spec, float(total.square().sum()), error**2, overflows(total / scaling, dtype)
     )
@@ -236,30 +234,29 @@ def _combine_apart(
     coefficients = [t.weight * t.spec.scaling / gain for t in terms]
     roots = [abs(c) ** 0.5 for c in coefficients]
     signed = [r if c >= 0 else -r for r, c in zip(roots, coefficients, strict=True)]
-    fields = {}
-    for side, role, weights in ((0, "lora_B", roots), (1, "lora_A", signed)):
-        sheets = [_one_below_another(s, role, env) for s in specs]
+    stored = []
+    for side, weights in enumerate((roots, signed)):
+        sheets = [_one_below_another(s, side, env) for s in specs]
         stream = [key + side for key in keys]
         made = combine_whole(torch.stack(sheets), how.method, how.params, weights, stream)
         if side == 0:
             made *= gain
             if like.experts:  # PEFT's order of columns
                 made = made.view(like.experts, -1, like.rank).permute(1, 2, 0)
-        shape = like.fields[role].shape
-        fields[role] = make_data(f"{like.name} {role}", made.reshape(shape), "F64")
-    return replace(like, fields=fields, b_order="rank-major")
+        shape = factors_of(like)[side].shape
+        stored.append(make_data(f"{like.name} factor", made.reshape(shape), "F64"))
+    return with_factors(like, *stored, blocks=like.blocks)
 
 
 def _laid_out(spec: DeltaSpec, env: Env) -> DeltaSpec:
     """With the zeros around blocks."""
-    fields = pack_pairs(spec, load_pairs(spec, env), "F64")
-    return replace(spec, fields=fields, blocks=None)
+    return pack_pairs(spec, load_pairs(spec, env), "F64")
 
 
-def _one_below_another(spec: DeltaSpec, role: str, env: Env) -> torch.Tensor:
-    """A factor as it is stored; lora_B of experts one expert after the other."""
-    tensor = env.load(spec.fields[role]).double().flatten(1)
-    if role == "lora_A" or not spec.experts:
+def _one_below_another(spec: DeltaSpec, side: int, env: Env) -> torch.Tensor:
+    """A factor as it is stored; the left one (side 0) of experts one expert after the other."""
+    tensor = env.load(factors_of(spec)[side]).double().flatten(1)
+    if side or not spec.experts:
         return tensor
     if spec.b_order == "expert-major":
         return tensor.view(len(tensor), spec.experts, -1).transpose(0, 1).flatten(0, 1)

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 
 from loratool.adapter import DeltaSpec
-from loratool.engine.factors import Pair, load_pairs, load_vector
+from loratool.delta.lowrank import Pair
+from loratool.engine.factors import load_pairs, load_vector
 from loratool.engine.grid import SAMPLE_ELEMENTS
 from loratool.engine.kernel import Env
 from loratool.linalg.subspaces import (
@@ -81,7 +82,7 @@ def scaled_pairs(spec: DeltaSpec, env: Env) -> list[Pair]:
 
 def compare_module(one: DeltaSpec, two: DeltaSpec, env: Env) -> PairResult:
     """Everything about one module that both adapters change."""
-    if one.kind == "vector":
+    if not one.is_matrix:
         return _compare_vectors(one, two, env)
     pairs = list(zip(scaled_pairs(one, env), scaled_pairs(two, env), strict=True))
     spectra = [(spectral(*p), spectral(*q)) for p, q in pairs]
@@ -106,7 +107,7 @@ def compare_module(one: DeltaSpec, two: DeltaSpec, env: Env) -> PairResult:
 def gram(specs: Mapping[int, DeltaSpec], env: Env) -> dict[tuple[int, int], float]:
     """⟨ΔW_s, ΔW_t⟩ of one module for all adapters that have it, s <= t."""
     numbers = sorted(specs)
-    if specs[numbers[0]].kind == "vector":
+    if not specs[numbers[0]].is_matrix:
         vectors = {n: load_vector(specs[n], env) * specs[n].scaling for n in numbers}
         return {(s, t): float(vectors[s] @ vectors[t]) for s in numbers for t in numbers if s <= t}
     spectra: dict[int, list[Spectral]] = {

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 
 from loratool.adapter import DeltaSpec, TensorData
-from loratool.delta.lowrank import oriented_factors
+from loratool.delta.forms import kernel_of, values_of
+from loratool.delta.lowrank import packed
 from loratool.engine import grid
 from loratool.engine.buffers import SAFETENSORS_NAMES, TORCH_DTYPES, to_bytes
-from loratool.engine.factors import padded, round_once
+from loratool.engine.factors import load_pairs, padded, round_once
 from loratool.engine.kernel import Env, Kernel
 from loratool.errors import NumericError
 from loratool.linalg.product import ProductSVD, factor_product, product_spectrum, split_factors
@@ -135,12 +136,7 @@ class Factor(Kernel):
 
 def scaled_factors(spec: DeltaSpec, env: Env) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """(scaling · lora_B (out, r), lora_A (r, in)) in float64, one pair per expert."""
-    fields = {role: env.load(source) for role, source in spec.fields.items()}
-    for expert in range(spec.experts) if spec.experts else (None,):
-        lora_A, lora_B = oriented_factors(fields, DeltaPart(spec, 1.0, expert=expert))
-        if "diag" in fields:
-            lora_B = lora_B * fields["diag"].double()
-        yield lora_B * spec.scaling, lora_A
+    return ((lora_B * spec.scaling, lora_A) for lora_B, lora_A in load_pairs(spec, env))
 
 
 def _store(
@@ -204,20 +200,16 @@ def _packed(
     stored: Sequence[tuple[torch.Tensor, torch.Tensor]], spec: DeltaSpec, name: str
 ) -> tuple[TensorData, TensorData]:
     """Factors of all experts in the shapes and packing that PEFT stores."""
-    if spec.experts:
-        lora_A = torch.cat([A for _, A in stored])  # (E·k, in)
-        lora_B = torch.stack([B for B, _ in stored], -1).flatten(1)  # (out, k·E)
-    else:
-        lora_B, lora_A = stored[0]
-        lora_A = lora_A.reshape(lora_A.shape[0], -1, *spec.fields["lora_A"].shape[2:])
-        lora_B = lora_B.reshape(*lora_B.shape, *spec.fields["lora_B"].shape[2:])
-    return _data(lora_A, f"{name} lora_A"), _data(lora_B, f"{name} lora_B")
+    lora_B, lora_A = (torch.stack([pair[side] for pair in stored]) for side in (0, 1))
+    kernel = kernel_of(spec) if spec.layout == "conv" else ()
+    left, right = packed(lora_B, lora_A, experts=spec.experts, kernel=kernel)
+    return _data(right, f"{name} lora_A"), _data(left, f"{name} lora_B")
 
 
 def _scaled_bias(bias: DeltaSpec | None, env: Env) -> TensorData | None:
     if bias is None:
         return None
-    delta = env.load(bias.fields["delta"])
+    delta = env.load(values_of(bias))
     scaled = round_once(delta.double() * bias.scaling, SAFETENSORS_NAMES[delta.dtype])
     if not torch.isfinite(scaled).all():
         scaled = (delta.double() * bias.scaling).float()

@@ -14,9 +14,11 @@ from dataclasses import replace
 import torch
 
 from loratool.adapter import DeltaSpec, Replacement, TensorRef
+from loratool.delta.forms import kernel_of, lengths_of, with_lengths, without_lengths
+from loratool.delta.lowrank import Pair
 from loratool.delta.mutation import removed_part
 from loratool.dtypes import widest
-from loratool.engine.factors import Pair, load_pairs, make_data, pack_pairs
+from loratool.engine.factors import load_pairs, make_data, pack_pairs
 from loratool.engine.kernel import Env
 from loratool.errors import NumericError
 from loratool.linalg.concat import concat_factors
@@ -74,10 +76,9 @@ def without_base_change(spec: DeltaSpec, places: Sequence[Place], env: Env) -> D
 
 def _with_pairs(spec: DeltaSpec, pairs: Sequence[Pair], scaling: float) -> DeltaSpec:
     rank = pairs[0][1].shape[0]
-    return replace(
-        spec, kind="lowrank", fields=pack_pairs(spec, pairs, "F64"), rank=rank,
-        alpha=rank * scaling, scaling=scaling, blocks=None, b_order="rank-major",
-    )  # fmt: skip
+    return pack_pairs(
+        without_lengths(spec), pairs, "F64", rank=rank, alpha=rank * scaling, scaling=scaling
+    )
 
 
 def row_gains(spec: DeltaSpec, places: Sequence[Place], env: Env) -> torch.Tensor:
@@ -93,7 +94,9 @@ def row_gains(spec: DeltaSpec, places: Sequence[Place], env: Env) -> torch.Tenso
             "LT-806", "a row of W + ΔW is zero, and DoRA divides by its length", key=spec.name,
             got=f"row {int(zero[0])}",
         )  # fmt: skip
-    return env.load(spec.fields["magnitude"]).double().flatten() / lengths
+    magnitude = lengths_of(spec)
+    assert magnitude is not None
+    return env.load(magnitude).double().flatten() / lengths
 
 
 def row_lengths(spec: DeltaSpec, places: Sequence[Place], env: Env) -> torch.Tensor:
@@ -116,8 +119,7 @@ def _row_blocks(rows: int, cols: int) -> Iterator[slice]:
 def with_rows_scaled(spec: DeltaSpec, factors: torch.Tensor, env: Env) -> DeltaSpec:
     """The low-rank part alone, row i of lora_B times ``factors[i]``; as stored where all are 1."""
     if bool((factors == 1).all()):
-        fields = {role: f for role, f in spec.fields.items() if role != "magnitude"}
-        return replace(spec, kind="lowrank", fields=fields)
+        return without_lengths(spec)
     pairs = [(lora_B * factors[:, None], lora_A) for lora_B, lora_A in load_pairs(spec, env)]
     return _with_pairs(spec, pairs, spec.scaling)
 
@@ -132,10 +134,10 @@ def with_magnitude(
     lengths = row_lengths(spec, places, env)
     if gains is not None:
         lengths *= gains
-    kernel = spec.fields["lora_A"].shape[2:]
+    kernel = kernel_of(spec)
     shape = (1, -1, *(1 for _ in kernel)) if spec.layout == "conv" else (-1,)
     data = make_data(f"{spec.name} magnitude", lengths.view(shape), "F32")
-    return replace(spec, kind="dora", fields={**spec.fields, "magnitude": data})
+    return with_lengths(spec, data)
 
 
 def blend(found: Sequence[tuple[Replacement, float]], base: TensorRef, env: Env) -> Replacement:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from loratool.adapter import TensorData
+from loratool.delta.lowrank import packed
 from loratool.engine import grid
 from loratool.engine.buffers import TORCH_DTYPES, to_bytes
 from loratool.engine.difference import Difference, DifferenceResult
@@ -166,17 +167,11 @@ def as_stored(
     lora_A: torch.Tensor, lora_B: torch.Tensor, args: Mapping[str, Any], name: str
 ) -> tuple[TensorData, TensorData]:
     """Stacked factors (E, r, in), (E, out, r) in the shapes and packing that PEFT stores."""
-    if int(args.get("experts", 0)):
-        lora_A = lora_A.flatten(0, 1)  # (E·r, in)
-        lora_B = lora_B.permute(1, 2, 0).flatten(1)  # (out, r·E)
-    else:
-        lora_A, lora_B = lora_A[0], lora_B[0]
-        kernel = tuple(args.get("kernel", ()))
-        if kernel:
-            lora_A = lora_A.reshape(lora_A.shape[0], -1, *kernel)
-            lora_B = lora_B.reshape(*lora_B.shape, *(1 for _ in kernel))
+    left, right = packed(
+        lora_B, lora_A, experts=int(args.get("experts", 0)), kernel=args.get("kernel", ())
+    )
     made = [
-        TensorData(f"{name} {role}", "F32", tuple(t.shape), bytes(to_bytes(t)))
-        for role, t in (("lora_A", lora_A), ("lora_B", lora_B))
+        TensorData(f"{name} {side}", "F32", tuple(t.shape), bytes(to_bytes(t)))
+        for side, t in (("lora_A", right), ("lora_B", left))
     ]
     return made[0], made[1]

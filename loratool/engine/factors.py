@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
-from loratool.adapter import DeltaSpec, Source, TensorData
-from loratool.delta.lowrank import oriented_factors
+from loratool.adapter import DeltaSpec, TensorData
+from loratool.delta.forms import kernel_of, values_of, with_factors
+from loratool.delta.lowrank import Pair, packed, pairs_of
 from loratool.engine.buffers import TORCH_DTYPES, Scratch, to_bytes
 from loratool.engine.grid import CPU_ELEMENTS
 from loratool.engine.kernel import Env
 from loratool.linalg.rounding import round_into
-from loratool.plan import DeltaPart
 from loratool.store.reader import FileReader
 
 FP16_MAX = 65504.0
 
 _PIECE = 1 << 18
-
-Pair = tuple[torch.Tensor, torch.Tensor]
-"""lora_B (out, r) and lora_A (r, in), float64, scaling left out."""
 
 
 def make_env(reader: FileReader) -> Env:
@@ -36,19 +34,12 @@ def load_pairs(spec: DeltaSpec, env: Env) -> list[Pair]:
     Raises:
         NumericError: NaN or infinity.
     """
-    fields = {role: env.load(source) for role, source in spec.fields.items()}
-    pairs = []
-    for expert in range(spec.experts) if spec.experts else [None]:
-        lora_A, lora_B = oriented_factors(fields, DeltaPart(spec, 1.0, expert=expert))
-        if "diag" in fields:
-            lora_B = lora_B * fields["diag"].double()
-        pairs.append((lora_B, lora_A))
-    return pairs
+    return pairs_of({role: env.load(source) for role, source in spec.fields.items()}, spec)
 
 
 def load_vector(spec: DeltaSpec, env: Env) -> torch.Tensor:
     """A bias delta (n,) in float64, scaling left out."""
-    return env.load(spec.fields["delta"]).double().flatten()
+    return env.load(values_of(spec)).double().flatten()
 
 
 def padded(factor: torch.Tensor, rank: int, axis: int) -> torch.Tensor:
@@ -61,29 +52,23 @@ def padded(factor: torch.Tensor, rank: int, axis: int) -> torch.Tensor:
     return torch.cat([factor, factor.new_zeros(shape)], axis)
 
 
-def pack_pairs(spec: DeltaSpec, pairs: Sequence[Pair], dtype: str) -> dict[str, Source]:
-    """lora_A and lora_B in the shapes and packing that PEFT stores (`load_pairs` turned round).
+def pack_pairs(spec: DeltaSpec, pairs: Sequence[Pair], dtype: str, **changes: Any) -> DeltaSpec:
+    """The change with these factors instead of its own (`load_pairs` turned round).
 
     Args:
-        spec: whose layout counts; the kernel of a convolution is that of its lora_A.
+        spec: whose layout, packing and kernel count.
         pairs: one, or one per expert, of equal rank.
         dtype: safetensors name.
+        changes: other fields of the spec, such as rank and scaling.
     """
     lora_B = torch.stack([one for one, _ in pairs])  # (E, out, r)
     lora_A = torch.stack([one for _, one in pairs])  # (E, r, in)
-    if spec.layout == "experts":
-        lora_A = lora_A.flatten(0, 1)  # (E·r, in)
-        lora_B = lora_B.permute(1, 2, 0).flatten(1)  # (out, r·E)
-    else:
-        lora_A, lora_B = lora_A[0], lora_B[0]
-    if spec.layout == "conv":
-        kernel = spec.fields["lora_A"].shape[2:]
-        lora_A = lora_A.reshape(lora_A.shape[0], -1, *kernel)
-        lora_B = lora_B.reshape(*lora_B.shape, *(1 for _ in kernel))
-    return {
-        "lora_A": make_data(f"{spec.name} lora_A", lora_A, dtype),
-        "lora_B": make_data(f"{spec.name} lora_B", lora_B, dtype),
-    }
+    kernel = kernel_of(spec) if spec.layout == "conv" else ()
+    left, right = packed(lora_B, lora_A, experts=spec.experts, kernel=kernel)
+    return with_factors(
+        spec, make_data(f"{spec.name} lora_B", left, dtype),
+        make_data(f"{spec.name} lora_A", right, dtype), **changes,
+    )  # fmt: skip
 
 
 def make_data(name: str, tensor: torch.Tensor, dtype: str) -> TensorData:

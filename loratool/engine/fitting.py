@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 
 from loratool.adapter import Adapter, DeltaSpec
+from loratool.delta.forms import with_values
 from loratool.dtypes import widest
 from loratool.engine.factors import (
     load_pairs,
@@ -52,7 +53,7 @@ def fit_factors(
         def work(spec: DeltaSpec) -> tuple[DeltaSpec, float, float]:
             if spec.name not in changed:
                 return spec, 0.0, 0.0
-            fit = _fit_vector if spec.kind == "vector" else _fit_matrix
+            fit = _fit_matrix if spec.is_matrix else _fit_vector
             return fit(spec, rank, scalings[spec.name], env)
 
         made = map_in_workers(work, adapter.specs, threads)
@@ -70,7 +71,7 @@ def _fit_vector(
     stored = round_once(exact, dtype).double()
     made = make_data(f"{spec.module} delta", exact, dtype)
     return (
-        replace(spec, fields={"delta": made}),
+        with_values(spec, made),
         scaling**2 * float(exact.square().sum()),
         scaling**2 * float((stored - exact).square().sum()),
     )
@@ -85,9 +86,7 @@ def _fit_matrix(
         for lora_B, lora_A in load_pairs(spec, env)
     ]
     dtype = _holding([factor for pair in pairs for factor in pair], spec)
-    fields = {**spec.fields, **pack_pairs(spec, pairs, dtype)}
-    fields.pop("diag", None)
-    new = replace(spec, fields=fields, rank=rank, blocks=None, b_order="rank-major")
+    new = pack_pairs(spec, pairs, dtype, rank=rank)
     square = error = 0.0
     for lora_B, lora_A in pairs:
         stored = round_once(lora_B, dtype).double(), round_once(lora_A, dtype).double()

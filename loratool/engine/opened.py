@@ -10,6 +10,7 @@ import torch
 from loratool import kinds
 from loratool.adapter import Adapter, DeltaSpec
 from loratool.delta.base import Delta
+from loratool.delta.forms import factors_of, left_of
 from loratool.delta.lowrank import LowRank
 from loratool.engine.buffers import Scratch
 from loratool.engine.grid import CPU_ELEMENTS
@@ -48,12 +49,12 @@ class OpenModule:
     @property
     def A(self) -> torch.Tensor:  # noqa: N802
         """lora_A (r, in…) as stored."""
-        return self._env.load(self.spec.fields["lora_A"])
+        return self._env.load(factors_of(self.spec)[1])
 
     @property
     def B(self) -> torch.Tensor:  # noqa: N802
         """lora_B (out, r…) as stored."""
-        return self._env.load(self.spec.fields["lora_B"])
+        return self._env.load(left_of(self.spec))
 
     def _delta(self, expert: int | None = None) -> Delta:
         transposed = self.spec.layout == "embedding" or self.spec.transposed
@@ -85,8 +86,8 @@ class OpenModule:
 
         Computed from QR of both factors; ΔW is never formed.
         """
-        if self.spec.kind != "lowrank" or self.spec.base_change:
-            raise TypeError(f"{self.spec.kind} has no spectrum of its own without the base")
+        if not self.spec.has_factors:
+            raise TypeError(f"{self.spec.title} has no spectrum of its own without the base")
         experts = range(self.spec.experts) if self.spec.experts else [None]
         found = []
         for expert in experts:
@@ -99,7 +100,7 @@ class OpenModule:
 
     def norm(self) -> float:
         """‖ΔW‖_F."""
-        if self.spec.kind == "vector":
+        if not self.spec.is_matrix:
             return float(torch.linalg.vector_norm(self.delta()))
         return float(torch.linalg.vector_norm(self.svd()))
 

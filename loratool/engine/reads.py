@@ -73,6 +73,6 @@ def _whole(sources: Iterable[Source]) -> Iterator[Range]:
 def _sees_whole_base(step: Step) -> bool:
     """True if a delta needs norms or singular vectors of the weight that it changes."""
     return any(
-        isinstance(part, DeltaPart) and (part.spec.base_change or part.spec.kind == "dora")
+        isinstance(part, DeltaPart) and (part.spec.base_change or part.spec.scales_rows)
         for part in step.parts
     )

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from loratool.adapter import Adapter, DeltaSpec, Source, TensorRef
+from loratool.delta.forms import LEFT, VALUES, is_grouped
 from loratool.delta.lowrank import oriented_factors
 from loratool.engine.factors import make_data, overflows, round_once
 from loratool.engine.kernel import Env
@@ -82,14 +83,11 @@ def _sizes(
     """(‖ΔW‖², ‖ΔW' − ΔW‖²); of lora_B alone for a convolution in groups."""
     scaling = spec.scaling**2
     is_exact = all(torch.equal(stored[role], exact[role]) for role in exact)
-    if "delta" in exact:
-        difference = stored["delta"] - exact["delta"]
-        return scaling * float(exact["delta"].square().sum()), scaling * float(
-            difference.square().sum()
-        )
-    if exact["lora_A"].shape[0] != exact["lora_B"].shape[1] and spec.blocks is None:
-        lora_B = exact["lora_B"]
-        return float(lora_B.square().sum()), float((stored["lora_B"] - lora_B).square().sum())
+    if not spec.is_matrix or is_grouped(spec):  # of the left factor alone
+        role = LEFT if spec.is_matrix else VALUES
+        size = 1.0 if spec.is_matrix else scaling
+        difference = stored[role] - exact[role]
+        return size * float(exact[role].square().sum()), size * float(difference.square().sum())
     total = lost = 0.0
     for expert in range(spec.experts) if spec.experts else [None]:
         part = DeltaPart(spec, 1.0, expert=expert)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
-from loratool.adapter import DeltaSpec, Source
+from loratool.adapter import DeltaSpec
+from loratool.delta.forms import left_of
 from loratool.delta.lowrank import LowRank
 from loratool.delta.lowrank import build as build_lowrank
 from loratool.engine.comparison import scaled_pairs
@@ -45,7 +46,7 @@ class ModuleStatistics:
 
 def measure_module(spec: DeltaSpec, env: Env) -> ModuleStatistics:
     """Statistics of one module; spectra from the factors, the kurtosis from whole rows."""
-    if spec.kind == "vector":
+    if not spec.is_matrix:
         values = load_vector(spec, env) * spec.scaling
         norm = float(torch.linalg.vector_norm(values))
         return ModuleStatistics(norm, norm, float(norm > 0), 0.0, _kurtosis([values]), len(values))
@@ -154,9 +155,7 @@ def _weaken(
     )  # fmt: skip
 
 
-def repack(
-    spec: DeltaSpec, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]
-) -> Mapping[str, Source]:
+def repack(spec: DeltaSpec, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> DeltaSpec:
     """Factors with scaling 1 in the spec's stored form: √|scaling| is taken from both sides.
 
     Fewer directions than the rank are filled up with zeros.
@@ -168,4 +167,4 @@ def repack(
         more = spec.rank - lora_A.shape[0]
         pad = torch.nn.functional.pad
         made.append((pad(lora_B * (sign / root), (0, more)), pad(lora_A / root, (0, 0, 0, more))))
-    return pack_pairs(spec, made, spec.fields["lora_B"].dtype)
+    return pack_pairs(spec, made, left_of(spec).dtype)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from loratool.adapter import TensorData
+from loratool.delta.lowrank import unpacked
 from loratool.engine.buffers import from_bytes
 from loratool.engine.difference import DifferenceResult
 from loratool.engine.factoring import as_stored
@@ -56,7 +57,7 @@ def cut(result: DifferenceResult, args: Mapping[str, Any], rank: int) -> Differe
     residual = (result.residual_squares[rank],)
     if rank == 0:
         return replace(result, rank=0, factors=None, residual_squares=residual, cast_square=0.0)
-    lora_A, lora_B = _unpack(result.factors, args, result.rank)
+    lora_A, lora_B = _unpack(result.factors, args)
     lora_A, lora_B = lora_A[:, :rank], lora_B[:, :, :rank]
     gain = float(args.get("gain", 1.0))
     moved = sum(
@@ -73,14 +74,12 @@ def cut(result: DifferenceResult, args: Mapping[str, Any], rank: int) -> Differe
 
 
 def _unpack(
-    factors: tuple[TensorData, TensorData], args: Mapping[str, Any], rank: int
+    factors: tuple[TensorData, TensorData], args: Mapping[str, Any]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(E, r, in) and (E, out, r) of what `as_stored` packed."""
-    experts = max(1, int(args.get("experts", 0)))
     stored_A, stored_B = (
         from_bytes(torch.frombuffer(bytearray(f.data), dtype=torch.uint8), "F32", f.shape)
         for f in factors
     )
-    lora_A = stored_A.reshape(experts, rank, -1)
-    lora_B = stored_B.reshape(stored_B.shape[0], rank, experts).permute(2, 0, 1)
+    lora_B, lora_A = unpacked(stored_B, stored_A, experts=int(args.get("experts", 0)))
     return lora_A, lora_B

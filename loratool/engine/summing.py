@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
 from loratool.adapter import DeltaSpec
+from loratool.delta.lowrank import Pair
 from loratool.engine.factors import (
-    Pair,
     load_pairs,
     overflows,
     pack_pairs,
@@ -87,10 +87,7 @@ def sum_factors(
         if norm > _CANCELLED * size:
             square += norm**2
             error += _error(exact, new, scaling, dtype) ** 2
-    spec = replace(
-        like, fields=pack_pairs(like, made, dtype), rank=new_rank, alpha=new_alpha,
-        scaling=scaling, blocks=None, b_order="rank-major",
-    )  # fmt: skip
+    spec = pack_pairs(like, made, dtype, rank=new_rank, alpha=new_alpha, scaling=scaling)
     return SummedModule(spec, square, error, any(overflows(t, dtype) for p in made for t in p))
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from loratool.adapter import Adapter, DeltaSpec, Source, TensorData
+from loratool.delta.forms import turned_round
+from loratool.dialects.rules import tied_pairs
 from loratool.engine.buffers import to_bytes
 from loratool.engine.factors import make_env
 from loratool.store.reader import FileReader
@@ -12,7 +14,7 @@ from loratool.store.reader import FileReader
 
 def tie_factors(adapter: Adapter) -> Adapter:
     """The adapter with the embedding's new factors, turned round, in the place of the head's."""
-    pairs = adapter.tied_pairs
+    pairs = tied_pairs(adapter)
     changed = {
         head.name: embedding
         for embedding, head in pairs
@@ -32,10 +34,5 @@ def _turned(head: DeltaSpec, embedding: DeltaSpec) -> DeltaSpec:
             tensor = env.load(source).T.contiguous()
             return TensorData(head.name, source.dtype, tuple(tensor.shape), bytes(to_bytes(tensor)))
 
-        fields = {
-            "lora_A": turn(embedding.fields["lora_B"]),
-            "lora_B": turn(embedding.fields["lora_A"]),
-        }
-    return replace(
-        head, fields=fields, rank=embedding.rank, alpha=embedding.alpha, scaling=embedding.scaling
-    )
+        turned = turned_round(embedding, head, turn)
+    return replace(turned, rank=embedding.rank, alpha=embedding.alpha, scaling=embedding.scaling)

@@ -47,7 +47,7 @@ def _method(adapter: Adapter) -> str:
     config = adapter.config
     name = str(config.get("peft_type", "LORA"))
     method = {"LORA": "LoRA", "ADALORA": "AdaLoRA", "VERA": "VeRA"}.get(name, name)
-    if any(spec.kind == "dora" for spec in adapter.specs):
+    if any(spec.scales_rows for spec in adapter.specs):
         method = "DoRA"
     extra = [spec.base_change for spec in adapter.specs if spec.base_change][:1]
     extra += ["rsLoRA scaling"] if config.get("use_rslora") else []

@@ -9,6 +9,7 @@ from typing import Any
 from loratool import archs
 from loratool.adapter import Adapter, DeltaSpec, Replacement, TensorData
 from loratool.archs.experts import parse_expert
+from loratool.delta.forms import factors_of, new_low_rank, with_factors
 from loratool.errors import MismatchError
 from loratool.ops.extract import ExtractPlan
 from loratool.ops.extract_pairs import Pair
@@ -135,15 +136,15 @@ def _make_spec(
     rank = lora_A.shape[0] // max(1, experts)
     is_bare = pair.holder in ("parameter", "experts")
     layout = "linear" if pair.holder == "parameter" else pair.holder
-    return DeltaSpec(
-        "lowrank",
+    return new_low_rank(
         module,
         parameter,
-        {"lora_A": lora_A, "lora_B": lora_B},
-        layout,
-        rank,
-        float(rank),
-        1.0 / step.args.get("gain", 1.0),
+        lora_B,
+        lora_A,
+        layout=layout,
+        rank=rank,
+        alpha=float(rank),
+        scaling=1.0 / step.args.get("gain", 1.0),
         transposed=pair.holder == "linear" and archs.is_conv1d(base.model_type, pair.module),
         experts=experts,
         is_bare=is_bare,
@@ -255,7 +256,7 @@ def _match_mha_ranks(specs: list[DeltaSpec]) -> list[DeltaSpec]:
 
 
 def _pad(spec: DeltaSpec, rank: int) -> DeltaSpec:
-    lora_A, lora_B = spec.fields["lora_A"], spec.fields["lora_B"]
+    lora_B, lora_A = factors_of(spec)
     assert isinstance(lora_A, TensorData) and isinstance(lora_B, TensorData)
     cols, rows, more = lora_A.shape[1], lora_B.shape[0], rank - spec.rank
     old, width = memoryview(lora_B.data).cast("B"), 4 * spec.rank
@@ -263,11 +264,9 @@ def _pad(spec: DeltaSpec, rank: int) -> DeltaSpec:
     padded_B = b"".join(
         b for r in range(rows) for b in (old[r * width : (r + 1) * width], bytes(4 * more))
     )
-    fields = {
-        "lora_A": replace(lora_A, shape=(rank, cols), data=padded_A),
-        "lora_B": replace(lora_B, shape=(rows, rank), data=padded_B),
-    }
-    return replace(spec, fields=fields, rank=rank, alpha=float(rank))
+    left = replace(lora_B, shape=(rows, rank), data=padded_B)
+    right = replace(lora_A, shape=(rank, cols), data=padded_A)
+    return with_factors(spec, left, right, rank=rank, alpha=float(rank))
 
 
 def _is_kept(pair: Pair, keep: Sequence[str], by_name: frozenset[str]) -> bool:

@@ -277,7 +277,7 @@ def _place_name(item: Item, name: str, context: Context) -> Placement:
         return place_flat(item, name, context)
     target, alias = context.lookup(name)
     if target is not None:
-        if spec.layout == "vector":
+        if not spec.is_matrix:
             return place_vector(item, spec, target, context)
         if spec.is_bare and spec.layout == "linear" and len(context.shape(target)) == 3:
             # One matrix in a stack: its factors do not tell it from a plain one.
@@ -287,7 +287,7 @@ def _place_name(item: Item, name: str, context: Context) -> Placement:
     elsewhere = place_single(item, name, context) or place_fused(item, name, context)
     if elsewhere is not None:
         return elsewhere
-    if spec.layout == "vector" and context.view.get(f"{name.rpartition('.')[0]}.weight"):
+    if not spec.is_matrix and context.view.get(f"{name.rpartition('.')[0]}.weight"):
         return Misfit(item, "LT-438", expected=name, got="no such tensor")
     return Misfit(item, "name")
 

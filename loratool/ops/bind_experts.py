@@ -16,8 +16,9 @@ from loratool.archs.layers import (
     has_interleaved_experts,
     has_transposed_experts,
 )
+from loratool.delta.forms import side_sizes
 from loratool.dialects.peft_version import parse_version
-from loratool.ops.bind_place import Context, Placement, factor_sizes, misfit, unmergeable
+from loratool.ops.bind_place import Context, Placement, misfit, unmergeable
 from loratool.ops.bind_types import BoundDelta, Found, Item, Misfit
 from loratool.plan import Region, Span
 
@@ -67,11 +68,11 @@ def place_single(item: Item, name: str, ctx: Context) -> Placement | None:
     problem = unmergeable(item, slot.target, ctx)
     if problem is not None:
         return problem
-    out, inner = factor_sizes(spec)
+    out, inner = side_sizes(spec)
     turned = _is_stored_turned(slot, (out, *inner), ctx)
     if turned is None:
         return misfit(item, "LT-437", f"{slot.shape}", f"{(out, *inner)}", slot.target)
-    if turned and spec.kind == "dora":
+    if turned and spec.scales_rows:
         return misfit(item, "LT-439", "slices of rows", "slices of columns", slot.target)
     region = Region(rows=slot.rows, cols=slot.cols)
     return Found(item, (BoundDelta(spec, slot.target, region, transposed=turned),))
@@ -133,7 +134,7 @@ def _layout(
 ) -> bool | Misfit:
     """False for ``eoi``, True for ``eio``, or why neither fits."""
     count, d1, d2 = shape
-    out, inner = factor_sizes(spec)
+    out, inner = side_sizes(spec)
     got = f"{spec.experts} experts, ({out}, {', '.join(map(str, inner))})"
     expected = f"{count} experts, ({d1}, {d2})"
     fits = {"eoi": (out, *inner) == (d1, d2), "eio": (*inner, out) == (d1, d2)}

@@ -13,7 +13,8 @@ from loratool.archs.fused import (
     part_spans,
 )
 from loratool.archs.layers import model_types, stores_transposed
-from loratool.ops.bind_place import Context, Placement, factor_sizes, misfit, unmergeable
+from loratool.delta.forms import shape_of, side_sizes
+from loratool.ops.bind_place import Context, Placement, misfit, unmergeable
 from loratool.ops.bind_types import BoundDelta, Found, Item, Misfit
 from loratool.plan import Region, Span
 
@@ -48,16 +49,16 @@ def _slice_of(item: Item, part: str, fused: FusedLeaf, target: str, ctx: Context
     if problem is not None:
         return problem
     shape = ctx.shape(target)
-    if spec.layout == "vector":
-        size, turned = spec.fields["delta"].numel, True  # a bias lies along the columns
+    if not spec.is_matrix:
+        size, turned = shape_of(spec)[0], True  # a bias lies along the columns
         if len(shape) != 1:
             return misfit(item, "LT-432", f"{shape}", f"({size},)", target)
     else:
-        size, inner = factor_sizes(spec)
+        size, inner = side_sizes(spec)
         turned = bool(stores_transposed(ctx.config, target.rpartition(".")[0]))
         if len(shape) != 2 or inner != (shape[0 if turned else 1],):
             return misfit(item, "LT-432", f"{shape}", f"{(size, *inner)}", target)
-        if turned and spec.kind == "dora":
+        if turned and spec.scales_rows:
             return misfit(item, "LT-439", "slices of rows", "slices of columns", target)
     total = shape[-1] if turned else shape[0]
     spans = part_spans(fused, item.module, ctx.config, total, {part: size})
@@ -83,8 +84,8 @@ def _onto_parts(item: Item, name: str, ctx: Context) -> Placement | None:
 def _spread(item: Item, fused: FusedLeaf, targets: Mapping[str, str], ctx: Context) -> Placement:
     spec = item.spec
     assert spec is not None
-    is_vector = spec.layout == "vector"
-    total = spec.fields["delta"].numel if is_vector else factor_sizes(spec)[0]
+    is_vector = not spec.is_matrix
+    total = shape_of(spec)[0]
     for target in targets.values():
         problem = _part_problem(item, target, ctx)
         if problem is not None:
@@ -117,9 +118,9 @@ def _part_problem(item: Item, target: str, ctx: Context) -> Misfit | None:
     if problem is not None:
         return problem
     shape = ctx.shape(target)
-    if spec.layout == "vector":
+    if not spec.is_matrix:
         return None if len(shape) == 1 else misfit(item, "LT-432", f"{shape}", "a vector", target)
-    _, inner = factor_sizes(spec)
+    _, inner = side_sizes(spec)
     if stores_transposed(ctx.config, target.rpartition(".")[0]) or shape[1:] != inner:
         return misfit(item, "LT-432", f"{shape}", f"(…, {inner[0]})", target)
     return None
@@ -135,7 +136,7 @@ def _part_target(parent: str, part: str, kind: str, ctx: Context) -> str | None:
 
 def _is_turned(item: Item, turned: bool) -> bool:
     assert item.spec is not None
-    return turned and item.spec.layout != "vector"
+    return turned and item.spec.is_matrix
 
 
 def _split(name: str) -> tuple[str, str, str]:

@@ -10,6 +10,7 @@ from typing import Any
 from loratool.adapter import DeltaSpec
 from loratool.archs.layers import stores_transposed
 from loratool.archs.ties import Tie, follows_vocabulary, is_head, other_name
+from loratool.delta.forms import is_grouped, lengths_of, shape_of, side_sizes, width_of
 from loratool.dtypes import DTYPES
 from loratool.ops.bind_rules import View
 from loratool.ops.bind_types import BindOptions, BoundDelta, BoundReplacement, Found, Item, Misfit
@@ -73,27 +74,17 @@ class Context:
         return found[0] if len(found) == 1 else ""
 
 
-def factor_sizes(spec: DeltaSpec) -> tuple[int, tuple[int, ...]]:
-    """(out, in…) of the weight that the factors make."""
-    lora_A, lora_B = spec.fields["lora_A"].shape, spec.fields["lora_B"].shape
-    inner = lora_A[1:]
-    if spec.blocks is not None and spec.blocks[1] == "A":
-        inner = (lora_A[1] * spec.blocks[0], *lora_A[2:])
-    return lora_B[0], inner
-
-
 def place_on(item: Item, spec: DeltaSpec, target: str, alias: str, ctx: Context) -> Placement:
     """A low-rank delta that covers a whole tensor."""
     problem = unmergeable(item, target, ctx)
     if problem is not None:
         return problem
     shape = ctx.shape(target)
-    out, inner = factor_sizes(spec)
-    width = spec.fields["lora_B"].shape[1]
-    if spec.layout == "conv" and width != spec.rank:
-        got = f"{width} columns of lora_B"
+    out, inner = side_sizes(spec)
+    if is_grouped(spec):
+        got = f"{width_of(spec)} columns of lora_B"
         return misfit(item, "LT-434", f"rank {spec.rank}", got, target)
-    magnitude = spec.fields.get("magnitude")
+    magnitude = lengths_of(spec)
     if magnitude is not None and magnitude.numel != out:
         return misfit(item, "LT-432", f"{out} magnitudes", str(magnitude.numel), target)
     if spec.layout == "embedding":
@@ -111,7 +102,7 @@ def place_on(item: Item, spec: DeltaSpec, target: str, alias: str, ctx: Context)
 
 def orientation(item: Item, spec: DeltaSpec, target: str, ctx: Context) -> bool | Misfit:
     """Is the target stored (in, out)?  Never guessed from the shape alone."""
-    out, inner = factor_sizes(spec)
+    out, inner = side_sizes(spec)
     asked = (out, *_squeeze(inner))
     shape = ctx.shape(target)
     direct, turned = asked == shape, asked[::-1] == shape and len(asked) == 2
@@ -133,7 +124,7 @@ def shows_flag_is_ignored(spec: DeltaSpec, shape: tuple[int, ...]) -> bool:
     """True for a non-square weight stored (out, in) although the config says ``fan_in_fan_out``."""
     if not spec.transposed or spec.layout != "linear" or len(shape) != 2:
         return False
-    out, inner = factor_sizes(spec)
+    out, inner = side_sizes(spec)
     return shape[0] != shape[1] and (out, *inner) == shape
 
 
@@ -142,7 +133,7 @@ def place_vector(item: Item, spec: DeltaSpec, target: str, ctx: Context) -> Plac
     problem = unmergeable(item, target, ctx)
     if problem is not None:
         return problem
-    size = spec.fields["delta"].numel
+    (size,) = shape_of(spec)
     if ctx.shape(target) != (size,):
         return misfit(item, "LT-432", _words(ctx.shape(target)), _words((size,)), target)
     return _found(item, BoundDelta(spec, target), "")
@@ -212,7 +203,7 @@ def region_delta(spec: DeltaSpec, target: str, region: Region, *, turned: bool) 
 
 def _place_conv(item: Item, spec: DeltaSpec, target: str, ctx: Context) -> Placement:
     shape = ctx.shape(target)
-    out, inner = factor_sizes(spec)
+    out, inner = side_sizes(spec)
     # A 1×1 convolution and a linear layer are the same matrix; trainers swap them freely.
     filled = inner if len(inner) > 1 else (*inner, *(1 for _ in shape[2:]))
     if (out, *filled) == shape:

@@ -7,6 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
+from loratool.delta.forms import matrix_shape
 from loratool.errors import MismatchError, list_some
 from loratool.ops.bind_rules import COMPONENTS
 from loratool.ops.bind_types import Item, Misfit
@@ -90,9 +91,9 @@ def shape_error(misfits: Sequence[Misfit], checkpoint: Checkpoint) -> MismatchEr
 def _is_resized(misfit: Misfit, checkpoint: Checkpoint) -> bool:
     """True for factors of an embedding or a head that fit but for the size of the vocabulary."""
     spec, target = misfit.item.spec, checkpoint.tensors.get(misfit.target)
-    if spec is None or target is None or len(target.shape) != 2 or spec.kind == "vector":
+    if spec is None or target is None or len(target.shape) != 2 or not spec.is_matrix:
         return False
-    inner, out = spec.fields["lora_A"].shape[-1], spec.fields["lora_B"].shape[0]
+    out, inner = matrix_shape(spec)
     width = out if spec.layout == "embedding" else inner
     return bool(_VOCABULARY.search(misfit.item.name)) and width == target.shape[1]
 

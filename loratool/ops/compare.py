@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from loratool.adapter import Adapter, DeltaSpec, Source, TensorRef
+from loratool.delta.forms import matrix_shape, shape_of
 from loratool.errors import MismatchError
-from loratool.ops.additive import matrix_shape, require_additive, require_factors
+from loratool.ops.additive import require_additive, require_factors
 from loratool.report import ComparedReplacement, Difference
 from loratool.store.reader import are_of_one_file, have_same_bytes
 from loratool.store.remote import remote_file
@@ -67,8 +68,8 @@ def align(adapters: Sequence[Adapter]) -> Aligned:
 
 
 def _form(spec: DeltaSpec) -> str:
-    if spec.kind == "vector":
-        return f"bias {spec.fields['delta'].numel}"
+    if not spec.is_matrix:
+        return f"bias {shape_of(spec)[0]}"
     out, inner = matrix_shape(spec)
     return f"{out}×{inner}" + (f", {spec.experts} experts" if spec.experts else "")
 

@@ -8,7 +8,18 @@ from dataclasses import dataclass
 from typing import Any
 
 from loratool.adapter import Adapter, DeltaSpec, Source, TensorData
+from loratool.delta.forms import (
+    factors_of,
+    is_grouped,
+    shape_of,
+    side_sizes,
+    values_of,
+    with_factors,
+    with_lengths,
+    with_values,
+)
 from loratool.dialects import unmergeable_reason
+from loratool.dialects.rules import tied_pairs
 from loratool.dtypes import tensor_bytes
 from loratool.errors import MismatchError, list_some
 from loratool.ops.assemble import routed_weights
@@ -62,11 +73,8 @@ class CompressPlan:
     def factor_shapes(self, index: int, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Shapes of lora_A and lora_B at a rank; block-diagonal factors are written out."""
         spec = self.specs[index]
-        lora_A, lora_B = spec.fields["lora_A"].shape, spec.fields["lora_B"].shape
-        inner, rows = lora_A[1], rank * max(1, spec.experts)
-        if spec.blocks is not None and spec.blocks[1] == "A":
-            inner *= spec.blocks[0]
-        return (rows, inner, *lora_A[2:]), (lora_B[0], rows, *lora_B[2:])
+        (out, inner), rows = side_sizes(spec), rank * max(1, spec.experts)
+        return (rows, *inner), (out, rows, *(1 for _ in inner[1:]))
 
     def bytes_per_rank(self, index: int, dtypes: Sequence[str]) -> int:
         """What one rank of a delta takes in the file."""
@@ -125,10 +133,10 @@ def plan_compress(
     """
     _check(adapter)
     stored = {s.name: s for s in (original or adapter).specs}
-    specs = tuple(s for s in adapter.specs if s.kind == "lowrank")
-    biases = {s.module: s for s in adapter.specs if s.kind == "vector"}
+    specs = tuple(s for s in adapter.specs if s.has_factors)
+    biases = {s.module: s for s in adapter.specs if not s.is_matrix}
     mhas = {s.module for s in specs if s.parameter == "in_proj_weight"}
-    tied = {s.name for pair in adapter.tied_pairs for s in pair}
+    tied = {s.name for pair in tied_pairs(adapter) for s in pair}
     groups = [Group(tuple(range(len(specs))), 1)] if one_rank else None
     return CompressPlan(
         adapter,
@@ -165,14 +173,13 @@ def rebuild(plan: CompressPlan, results: Sequence[Any]) -> tuple[Adapter, list[s
             made[spec.name] = spec
         else:
             lora_A, lora_B = result.factors
-            made[spec.name] = dataclasses.replace(
-                spec, fields={"lora_A": lora_A, "lora_B": lora_B}, rank=result.rank,
-                alpha=gain * result.rank, scaling=gain, blocks=None, b_order="rank-major",
-            )  # fmt: skip
+            made[spec.name] = with_factors(
+                spec, lora_B, lora_A, rank=result.rank, alpha=gain * result.rank, scaling=gain
+            )
             bias = plan.factor_args(plan.specs.index(spec))["bias"]
             if bias is not None:
-                biases[bias.name] = dataclasses.replace(
-                    bias, fields={"delta": result.bias}, alpha=gain * result.rank, scaling=gain
+                biases[bias.name] = with_values(
+                    bias, result.bias, alpha=gain * result.rank, scaling=gain
                 )
     dropped = [name for name, spec in made.items() if spec is None]
     specs = tuple(
@@ -195,15 +202,14 @@ def at_ranks(plan: CompressPlan, ranks: Sequence[int], dtypes: Sequence[str]) ->
         shapes = plan.factor_shapes(index, rank)
         lora_A, lora_B = (TensorData(spec.name, dtypes[index], shape, b"") for shape in shapes)
         bias = plan.biases.get(spec.module)
-        blank.append(_Blank(rank, (lora_A, lora_B), bias.fields["delta"] if bias else None))
+        blank.append(_Blank(rank, (lora_A, lora_B), values_of(bias) if bias else None))
     adapter = rebuild(plan, blank)[0]
     specs = tuple(_with_lengths(s) if s.name in plan.turned else s for s in adapter.specs)
     return dataclasses.replace(adapter, specs=specs) if plan.turned else adapter
 
 
 def _with_lengths(spec: DeltaSpec) -> DeltaSpec:
-    lengths = TensorData(spec.name, "F32", spec.fields["lora_B"].shape[:1], b"")
-    return dataclasses.replace(spec, kind="dora", fields={**spec.fields, "magnitude": lengths})
+    return with_lengths(spec, TensorData(spec.name, "F32", shape_of(spec)[:1], b""))
 
 
 @dataclass(frozen=True)
@@ -227,13 +233,12 @@ def _check(adapter: Adapter) -> None:
                 code, what, file=adapter.path, key=list_some([s.name for s in specs], 3), hint=hint
             )
 
-    dora = [s for s in adapter.specs if s.kind == "dora"]
+    dora = [s for s in adapter.specs if s.scales_rows]
     refuse("LT-449", "DoRA rescales the sum of base and delta: no ΔW of its own to truncate", dora)
     moved = [s for s in adapter.specs if s.base_change]
     kinds = list_some({s.base_change for s in moved})
     refuse("LT-497", f"{kinds} starts from a changed base: its ΔW is not lora_B @ lora_A", moved)
-    grouped = [s for s in adapter.specs if s.layout == "conv"
-               and s.fields["lora_B"].shape[1] != s.rank]  # fmt: skip
+    grouped = [s for s in adapter.specs if is_grouped(s)]
     refuse("LT-498", "factors of a grouped convolution are not multiplied as matrices", grouped,
            "leave these modules out of the adapter")  # fmt: skip
     reason = unmergeable_reason(adapter)
@@ -241,7 +246,7 @@ def _check(adapter: Adapter) -> None:
         raise MismatchError(
             "LT-498", "this adapter cannot be compressed", file=adapter.path, got=reason
         )
-    if not any(s.kind == "lowrank" for s in adapter.specs):
+    if not any(s.has_factors for s in adapter.specs):
         raise MismatchError(
             "LT-498", "the adapter holds no LoRA factors: nothing to compress", file=adapter.path
         )
@@ -280,7 +285,7 @@ def _mha_of(spec: DeltaSpec) -> str | None:
 
 def _storage_dtype(spec: DeltaSpec) -> str:
     """The type of both factors; float32 for two of which neither holds the other's values."""
-    dtypes = {spec.fields[role].dtype for role in ("lora_A", "lora_B")}
+    dtypes = {source.dtype for source in factors_of(spec)}
     if len(dtypes) == 1:
         (only,) = dtypes
         return only if only in ("BF16", "F16", "F32", "F64") else "F32"

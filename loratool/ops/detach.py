@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from loratool.adapter import Adapter, DeltaSpec, Replacement, TensorRef
+from loratool.delta.forms import is_grouped
 from loratool.errors import MismatchError, list_some
-from loratool.ops.additive import factor_dtype, is_grouped
+from loratool.ops.additive import factor_dtype
 from loratool.ops.in_base import InBase, find_in_base
 from loratool.ops.memory_formulas import detached_bytes
 from loratool.ops.weights import Weight
@@ -69,7 +70,7 @@ def plan_detach(adapters: Sequence[Weighed], base: Checkpoint) -> DetachPlan:
     """
     adapters = [(weight.kept(adapter), weight) for adapter, weight in adapters]
     specs = [s for a, _ in adapters for s in a.specs]
-    turned = frozenset(s.name for s in specs if s.kind == "dora")
+    turned = frozenset(s.name for s in specs if s.scales_rows)
     found = [find_in_base(a, base) if _must_look(a, bool(turned)) else InBase({}, {})
              for a, _ in adapters]  # fmt: skip
     places: dict[str, tuple[Place, ...]] = {}
@@ -95,7 +96,7 @@ def _check(adapter: Adapter, needed: Sequence[DeltaSpec], there: InBase) -> None
     }  # fmt: skip
     reasons: dict[str, Callable[[DeltaSpec], bool]] = {
         "on a module that has no DoRA in PEFT": lambda s: s.is_bare or bool(s.experts)
-        or s.kind == "vector" or s.parameter == "in_proj_weight",
+        or not s.is_matrix or s.parameter == "in_proj_weight",
         "of a grouped convolution": is_grouped,
         "on a tensor that is replaced too": lambda s: s.name in own,
         "that has no place in it": lambda s: s.name not in there.places,

@@ -7,10 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from loratool.adapter import Adapter, DeltaSpec
+from loratool.delta.forms import has_diagonal, left_of, matrix_shape, shape_of
 from loratool.dialects import unmergeable_reason
+from loratool.dialects.rules import mha_outputs
 from loratool.dtypes import tensor_bytes
 from loratool.errors import MismatchError, list_some
-from loratool.ops.additive import matrix_shape, mha_outputs, require_factors
+from loratool.ops.additive import require_factors
 from loratool.ops.memory_formulas import rescaled_bytes
 from loratool.ops.programs import Program
 
@@ -48,16 +50,16 @@ class Fit:
         return [rescaled_bytes(s) for s in new], sum(self._bytes(s) for s in new)
 
     def _keeps(self, spec: DeltaSpec) -> bool:
-        if spec.kind == "vector":
+        if not spec.is_matrix:
             return spec.scaling == self.scalings[spec.name]
-        is_plain = spec.blocks is None and "diag" not in spec.fields
+        is_plain = spec.blocks is None and not has_diagonal(spec)
         return is_plain and (spec.rank, spec.scaling) == (self.rank, self.scalings[spec.name])
 
     def _bytes(self, spec: DeltaSpec) -> int:
-        if spec.kind == "vector":
-            return 4 * spec.fields["delta"].numel
+        if not spec.is_matrix:
+            return 4 * shape_of(spec)[0]
         shape = (self.rank * max(1, spec.experts), sum(matrix_shape(spec)))
-        return tensor_bytes(spec.fields["lora_B"].dtype, shape)
+        return tensor_bytes(left_of(spec).dtype, shape)
 
 
 def plan_fit(adapter: Adapter, program: Program) -> Fit:
@@ -79,8 +81,8 @@ def plan_fit(adapter: Adapter, program: Program) -> Fit:
     gone: list[str] = []
     if not program.holds_whole_tensors:
         gone = [r.name for r in adapter.replacements]
-        gone += [s.name for s in adapter.specs if s.kind == "vector"]
-        specs = tuple(s for s in adapter.specs if s.kind != "vector")
+        gone += [s.name for s in adapter.specs if not s.is_matrix]
+        specs = tuple(s for s in adapter.specs if s.is_matrix)
         adapter = replace(adapter, specs=specs, replacements=())
     if not (adapter.specs or adapter.replacements):
         raise MismatchError(
@@ -89,7 +91,7 @@ def plan_fit(adapter: Adapter, program: Program) -> Fit:
         )  # fmt: skip
     # Without its order of keys an adapter gets a configuration of its own.
     adapter = replace(adapter, key_order=(), unclaimed=())
-    weights = [s for s in adapter.specs if s.kind != "vector"]
+    weights = [s for s in adapter.specs if s.is_matrix]
     if not weights:
         return Fit(adapter, program, left_out=tuple(gone))
     rank = max(s.rank for s in weights)
@@ -146,7 +148,7 @@ def _refuse(program: Program, adapter: Adapter, reasons: Sequence[str]) -> None:
 
 def _is_uniform(adapter: Adapter) -> bool:
     is_plain = not any(adapter.config.get(k) for k in _PATTERNS) and not adapter.unclaimed
-    weights = [s for s in adapter.specs if s.kind != "vector"]
+    weights = [s for s in adapter.specs if s.is_matrix]
     return is_plain and len({s.rank for s in weights}) == 1 and len(_scalings(weights)) == 1
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from loratool.adapter import Adapter, TensorRef
+from loratool.delta.forms import left_of
 from loratool.errors import list_some
 from loratool.ops.inputs import OpenedAdapter, OpenedBase
 from loratool.store.reader import FileReader
@@ -49,8 +50,8 @@ def _is_zero(adapter: Adapter) -> bool:
     """True if all factors of one side are zero bytes; reads until the first that is not."""
     with FileReader() as reader:
         for spec in adapter.specs:
-            ref = spec.fields.get("lora_B")
-            if not isinstance(ref, TensorRef) or remote_file(ref.file) or spec.kind != "lowrank":
+            ref = left_of(spec) if spec.row.has_factors else None
+            if not isinstance(ref, TensorRef) or remote_file(ref.file):
                 return False
             for start in range(0, ref.nbytes, _PIECE):
                 piece = bytearray(min(_PIECE, ref.nbytes - start))

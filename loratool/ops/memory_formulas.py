@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from loratool.adapter import DeltaSpec, Source
+from loratool.delta.forms import matrix_shape, shape_of
 from loratool.dtypes import DTYPES
 from loratool.engine import grid
-from loratool.ops.additive import matrix_shape
 from loratool.plan import DeltaPart, Place, Step
 
 if TYPE_CHECKING:
@@ -197,8 +197,8 @@ def mixed_bytes(sources: Sequence[Source]) -> int:
 
 def factor_bytes(spec: DeltaSpec) -> int:
     """Both factors of all experts in float64, block-diagonal ones laid out; or a bias."""
-    if spec.kind == "vector":
-        return 8 * spec.fields["delta"].numel
+    if not spec.is_matrix:
+        return 8 * shape_of(spec)[0]
     return 8 * spec.rank * sum(matrix_shape(spec)) * max(1, spec.experts)
 
 
@@ -248,8 +248,8 @@ def detached_bytes(places: Sequence[Place]) -> int:
 
 def sampled_elements(spec: DeltaSpec) -> int:
     """Elements of a module that are looked at one by one (whole rows, one at least)."""
-    if spec.kind == "vector":
-        return spec.fields["delta"].numel
+    if not spec.is_matrix:
+        return shape_of(spec)[0]
     rows, cols = matrix_shape(spec)
     matrices = max(1, spec.experts)
     return matrices * min(rows * cols, max(cols, grid.SAMPLE_ELEMENTS // matrices))

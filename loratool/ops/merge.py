@@ -200,7 +200,7 @@ def _has_effect(part: Part) -> bool:
 def _not_additive(adapters: Sequence[WeightedAdapter]) -> list[str]:
     """Changes that depend on the base, in words."""
     return [
-        f"{a.adapter.label}: {b.spec.name} ({b.spec.base_change or b.spec.kind})"
+        f"{a.adapter.label}: {b.spec.name} ({b.spec.title})"
         for a in adapters
         for b in a.bindings.deltas
         if not b.spec.is_additive

@@ -6,7 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from loratool.adapter import MAX_ALPHA, Adapter, DeltaSpec, TensorRef
+from loratool.adapter import MAX_ALPHA, Adapter, Source, TensorRef
+from loratool.delta.forms import scaled_source
+from loratool.dialects.rules import tied_pairs
 from loratool.dtypes import DTYPES
 from loratool.errors import MismatchError, UsageError, list_some
 from loratool.ops.additive import require_additive
@@ -16,7 +18,6 @@ from loratool.patterns import Pattern, find, typed_pattern
 from loratool.store.source import is_weight
 
 _DEFAULT_ALPHA = 8  # of PEFT, where the configuration has none
-_SCALED_ROLES = ("lora_B", "delta")
 
 
 @dataclass(frozen=True)
@@ -143,7 +144,7 @@ def _choose(
     has_base: bool,
 ) -> dict[str, float]:
     """Factor of every spec; a bias delta has that of its module's weight."""
-    owners = {s.module: s.name for s in adapter.specs if s.kind != "vector"}
+    owners = {s.module: s.name for s in adapter.specs if s.is_matrix}
     names = {s.name: owners.get(s.module, s.name) for s in adapter.specs}
     if has_base:
         names = {r.name: r.name for r in adapter.replacements} | names
@@ -194,16 +195,17 @@ def _whole(alpha: Any, factor: float) -> int | None:
 
 def _bake(adapter: Adapter, factors: Mapping[str, float]) -> dict[str, float]:
     baked: dict[str, float] = {}
-    for embedding, head in adapter.tied_pairs:
+    pairs = tied_pairs(adapter)
+    for embedding, head in pairs:
         if factors[embedding.name] != factors[head.name]:
             raise MismatchError(
                 "LT-468", "ensure_weight_tying: embedding and head have one change",
                 file=adapter.path, key=head.name, expected=factors[embedding.name],
                 got=factors[head.name],
             )  # fmt: skip
-    turned = {head.name for _, head in adapter.tied_pairs}  # its lora_A is the other's lora_B
+    turned = {head.name for _, head in pairs}  # its lora_A is the other's lora_B
     for spec in adapter.specs:
-        key = _scaled_key(spec, ("lora_A",) if spec.name in turned else _SCALED_ROLES)
+        key = _key(scaled_source(spec, turned=spec.name in turned))
         if baked.setdefault(key, factors[spec.name]) != factors[spec.name]:
             raise MismatchError(
                 "LT-468", "two modules share a tensor and have different factors",
@@ -212,7 +214,6 @@ def _bake(adapter: Adapter, factors: Mapping[str, float]) -> dict[str, float]:
     return {key: f for key, f in baked.items() if f != 1}
 
 
-def _scaled_key(spec: DeltaSpec, roles: Sequence[str]) -> str:
-    source = next(spec.fields[role] for role in roles if role in spec.fields)
+def _key(source: Source) -> str:
     assert isinstance(source, TensorRef)
     return source.name

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from loratool.adapter import DeltaSpec, Source
+from loratool.delta.forms import is_transposed
 from loratool.ops.bind_types import Found
 from loratool.store.reader import have_same_bytes, read_bytes
 
@@ -31,16 +32,13 @@ def _is_same(first: Found, second: Found) -> bool:
 def _is_same_delta(first: DeltaSpec, second: DeltaSpec) -> bool:
     """Factors of an embedding make the transpose of what those of a linear layer make."""
     kinds = {(s.kind, s.scaling, s.base_change, s.blocks) for s in (first, second)}
-    if len(kinds) > 1 or first.kind != "lowrank" or set(first.fields) != set(second.fields):
+    if len(kinds) > 1 or not first.row.has_factors or set(first.fields) != set(second.fields):
         return False
     if first.layout == second.layout:
         return all(have_same_bytes([first.fields[r], second.fields[r]]) for r in first.fields)
-    if {first.layout, second.layout} != {"embedding", "linear"} or len(first.fields) > 2:
+    if {first.layout, second.layout} != {"embedding", "linear"}:
         return False
-    return all(
-        _is_transpose(first.fields[role], second.fields[other])
-        for role, other in (("lora_A", "lora_B"), ("lora_B", "lora_A"))
-    )
+    return is_transposed(first, second, _is_transpose)
 
 
 def _is_transpose(first: Source, second: Source) -> bool:

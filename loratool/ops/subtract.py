@@ -106,7 +106,7 @@ def without_replacements(adapters: Sequence[WeightedAdapter]) -> tuple[WeightedA
 
 
 def _require_sums(one: WeightedAdapter) -> None:
-    other = [f"{b.spec.name} ({b.spec.base_change or b.spec.kind})"
+    other = [f"{b.spec.name} ({b.spec.title})"
              for b in one.bindings.deltas if not b.spec.is_additive]  # fmt: skip
     if other:
         raise MismatchError(

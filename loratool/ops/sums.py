@@ -7,15 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from loratool.adapter import Adapter, DeltaSpec, Replacement, TensorRef
+from loratool.delta.forms import kernel_of, matrix_shape, shape_of
 from loratool.dialects.peft_version import square_experts_rule
+from loratool.dialects.rules import mha_outputs
 from loratool.errors import MismatchError, UsageError, list_some
-from loratool.ops.additive import (
-    factor_dtype,
-    matrix_shape,
-    mha_outputs,
-    require_additive,
-    require_factors,
-)
+from loratool.ops.additive import factor_dtype, require_additive, require_factors
 from loratool.ops.weights import Weight
 from loratool.plan import DeltaPart
 from loratool.store.reader import are_of_one_file, have_same_bytes
@@ -51,7 +47,7 @@ class SumModule:
     @property
     def is_bias(self) -> bool:
         """True for a bias delta."""
-        return self.spec.kind == "vector"
+        return not self.spec.is_matrix
 
     @property
     def shared_alpha(self) -> int | None:
@@ -178,23 +174,21 @@ def _module(
                 "LT-462", "one module has different forms in the adapters", key=name,
                 file=adapters[term.adapter][0].path, expected=mine, got=other,
             )  # fmt: skip
-    is_bias = first.kind == "vector"
-    shape = first.fields["delta"].shape if is_bias else matrix_shape(first)
     return SumModule(
         first, tuple(terms), 2.0 if name in outputs else 1.0,
-        sum(t.spec.rank for t in terms), shape,
+        sum(t.spec.rank for t in terms), shape_of(first),
     )  # fmt: skip
 
 
 def _form(spec: DeltaSpec) -> str:
     """What must agree between the factors of one module, in words."""
-    if spec.kind == "vector":
-        return f"bias {list(spec.fields['delta'].shape)}"
+    if not spec.is_matrix:
+        return f"bias {list(shape_of(spec))}"
     words = [spec.layout, "×".join(map(str, matrix_shape(spec)))]
     if spec.is_bare and len(set(matrix_shape(spec))) == 1:
         words.append("as stored")  # a module's may be stored the other way round
     if spec.layout == "conv":
-        words.append(f"kernel {'×'.join(map(str, spec.fields['lora_A'].shape[2:]))}")
+        words.append(f"kernel {'×'.join(map(str, kernel_of(spec)))}")
     if spec.experts:
         words.append(f"{spec.experts} experts")
     return " ".join(words)

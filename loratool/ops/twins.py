@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from loratool.adapter import DeltaSpec, Source, TensorData
 from loratool.archs.ties import is_head
+from loratool.delta.forms import turned_round
 
 
 def at_every_place(spec: DeltaSpec, names: Sequence[str]) -> Iterator[DeltaSpec]:
@@ -22,9 +23,7 @@ def at_every_place(spec: DeltaSpec, names: Sequence[str]) -> Iterator[DeltaSpec]
         other = replace(spec, module=module, parameter=parameter)
         layout = "linear" if is_head(name) else "embedding"
         if spec.layout in ("linear", "embedding") and layout != spec.layout:
-            lora_A, lora_B = spec.fields["lora_A"], spec.fields["lora_B"]
-            fields = {"lora_A": _turned(lora_B), "lora_B": _turned(lora_A)}
-            other = replace(other, layout=layout, fields=fields)
+            other = turned_round(spec, replace(other, layout=layout), _turned)
         yield other
 
 

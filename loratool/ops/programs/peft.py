@@ -33,7 +33,7 @@ def _plain_modules(adapter: Adapter) -> list[tuple[str, str]]:
     return [
         (s.module, s.layout)
         for s in adapter.specs
-        if s.kind != "vector" and not _is_parameter(s)
+        if s.is_matrix and not _is_parameter(s)
         and not (s.module.endswith(".out_proj") and s.module.removesuffix(".out_proj") in mhas)
     ]  # fmt: skip
 
@@ -75,7 +75,7 @@ def _ranks(adapter: Adapter) -> str:
     plain = {module for module, _ in _plain_modules(adapter)}
     for spec in adapter.specs:
         name = spec.name if _is_parameter(spec) else spec.module
-        is_listed = _is_parameter(spec) or (spec.module in plain and spec.kind != "vector")
+        is_listed = _is_parameter(spec) or (spec.module in plain and spec.is_matrix)
         if is_listed and int(config.ranks.get(name, config.rank)) != spec.rank:
             return f"the configuration has another rank for {spec.name}"
     return ""

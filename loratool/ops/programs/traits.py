@@ -8,6 +8,7 @@ from typing import Any
 
 from loratool.adapter import Adapter, DeltaSpec
 from loratool.archs.experts import parse_expert
+from loratool.delta.forms import has_diagonal
 from loratool.dialects.peft_keys import living_names
 from loratool.errors import list_some
 
@@ -32,9 +33,9 @@ def option(key: str, words: str) -> Callable[[Adapter], str]:
     return lambda adapter: words if adapter.config.get(key) not in (None, False, [], {}, "") else ""
 
 
-dora = has("DoRA", lambda s: s.kind == "dora")
-lora_bias = has("bias", lambda s: s.kind == "vector")
-diagonal = has("KaSA", lambda s: "diag" in s.fields)
+dora = has("DoRA", lambda s: s.scales_rows)
+lora_bias = has("bias", lambda s: not s.is_matrix)
+diagonal = has("KaSA", has_diagonal)
 blocks = has("BD-LoRA", lambda s: s.blocks is not None)
 conv = has("conv", lambda s: s.layout == "conv")
 attention = has("nn.MultiheadAttention", lambda s: s.parameter == "in_proj_weight")
@@ -123,7 +124,7 @@ def uneven_scaling(
     """
 
     def test(adapter: Adapter) -> str:
-        specs = [s for s in adapter.specs if s.kind == "lowrank" and s.rank]
+        specs = [s for s in adapter.specs if s.row.has_factors and s.rank]
         if all(math.isclose(s.scaling, scaling_of(adapter, s.rank), rel_tol=1e-6) for s in specs):
             return ""
         found = [word for key, word in ignored if adapter.config.get(key)]

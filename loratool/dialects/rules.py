@@ -1,0 +1,42 @@
+"""What commands must know of the programs that an adapter was written for (no torch)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from loratool.adapter import Adapter, DeltaSpec
+from loratool.delta.forms import side_sizes
+
+_MHA_PARAMETER = "in_proj_weight"
+
+
+def tied_pairs(adapter: Adapter) -> tuple[tuple[DeltaSpec, DeltaSpec], ...]:
+    """Embedding and head that have one change, turned round (PEFT's ``ensure_weight_tying``)."""
+    if adapter.config.get("ensure_weight_tying") is not True:
+        return ()
+    plain = [s for s in adapter.specs if s.has_factors and s.layout == "linear"]
+    return tuple(
+        (one, other)
+        for one in adapter.specs
+        if one.layout == "embedding"
+        for other in plain
+        if _sides(other) == _sides(one)[::-1]
+    )
+
+
+def _sides(spec: DeltaSpec) -> tuple[int, ...]:
+    out, inner = side_sizes(spec)
+    return out, inner[0]
+
+
+def mha_outputs(specs: Sequence[DeltaSpec]) -> frozenset[str]:
+    """Names of the out_proj weights of nn.MultiheadAttention modules.
+
+    PEFT up to 0.21.2 adds their delta twice, which the spec's scaling holds.
+    """
+    mhas = {s.module for s in specs if s.parameter == _MHA_PARAMETER}
+    return frozenset(
+        s.name
+        for s in specs
+        if s.module.endswith(".out_proj") and s.module.removesuffix(".out_proj") in mhas
+    )
