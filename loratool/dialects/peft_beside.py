@@ -92,6 +92,7 @@ def _take_whole(
     sorted_tensors = sort_tensors(header.tensors)
     plain = replace(config, ties=True)  # nothing here needs to be listed by the configuration
     replacements, _, _ = read_replacements(sorted_tensors, plain)
+    replacements = _without_wrapper(replacements)
     if any("lora_A" in roles for roles in sorted_tensors.modules.values()):
         found.unused.append(BesideFile(path.name, "it holds factors beside whole tensors"))
         return
@@ -114,6 +115,13 @@ def _take_whole(
         found.notes.append(
             f"{len(new)} whole tensors come from {path.name}: {list_some((r.name for r in new), 3)}"
         )
+
+
+def _without_wrapper(found: list[Replacement]) -> list[Replacement]:
+    """LLaVA's loader takes one ``model.`` off all names where some have two."""
+    if not any(r.name.startswith("model.model.") for r in found):
+        return found
+    return [replace(r, name=r.name.removeprefix("model.")) for r in found]
 
 
 def _judge_pickle(path: Path, found: Beside) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from loratool.adapter import Adapter
+from loratool.adapter import Adapter, TensorRef
 from loratool.archs.ties import Tie, find_ties, follows_vocabulary
 from loratool.errors import MismatchError, UsageError
 from loratool.ops.bind_experts import place_flat, place_single
@@ -117,12 +117,20 @@ def bind(adapter: Adapter, checkpoint: Checkpoint, options: BindOptions | None =
     bindings = settle(outcome.found, outcome.context, adapter)
     return replace(
         bindings,
+        created={f.created: created for f in outcome.found if (created := _created(f))},
         config_changes={**config_changes, **bindings.config_changes},
         rule=outcome.rule.words,
         skipped=tuple(sorted({*skipped, *left_out})),
         notes=(*notes, *bindings.notes),
         checkpoint=checkpoint,
     )
+
+
+def _created(found: Found) -> tuple[str, TensorRef] | None:
+    replacement = found.item.replacement
+    if not found.created or replacement is None or not isinstance(replacement.source, TensorRef):
+        return None
+    return replacement.name, replacement.source
 
 
 def options_needed(adapter: Adapter, checkpoint: Checkpoint) -> tuple[str, ...]:
@@ -308,8 +316,9 @@ def _collision(outcome: _Outcome) -> tuple[str, tuple[str, ...]] | None:
 
 
 def _places(found: Found) -> list[tuple[str, object, bool]]:
-    if found.replacement is not None:
-        return [(found.replacement.target, "whole", True)]
+    if found.created or found.replacement is not None:
+        target = found.created or found.targets[0]
+        return [(target, "whole", True)]
     return [
         (d.target, (d.region.rows, d.region.cols), not d.region.rows and not d.region.cols)
         for d in found.deltas

@@ -13,6 +13,7 @@ from loratool.archs.ties import Tie, follows_vocabulary, is_head, other_name
 from loratool.dtypes import DTYPES
 from loratool.ops.bind_rules import View
 from loratool.ops.bind_types import BindOptions, BoundDelta, BoundReplacement, Found, Item, Misfit
+from loratool.ops.new_parts import is_part
 from loratool.plan import Region
 from loratool.store.checkpoint import Checkpoint
 
@@ -154,7 +155,7 @@ def place_replacement(item: Item, name: str, ctx: Context) -> Placement:
     assert replacement is not None
     target, alias = ctx.lookup(name)
     if target is None:
-        return Misfit(item, "name")
+        return _place_part(item, name, ctx)
     ref, source = ctx.checkpoint.tensors[target], replacement.source
     if ref.dtype != source.dtype:
         problem = unmergeable(item, target, ctx)
@@ -174,6 +175,15 @@ def place_replacement(item: Item, name: str, ctx: Context) -> Placement:
     if not alias:
         ctx.resized[target] = source.shape
     return found
+
+
+def _place_part(item: Item, name: str, ctx: Context) -> Placement:
+    """What the base lacks may be a part of its own."""
+    may_be_new = is_part(item.replacement) and not ctx.checkpoint.components
+    if may_be_new and not ctx.options.allow_unmatched and item.replacement is not None:
+        if ctx.view.known.are_unlike(name, item.replacement.source.shape):
+            return Found(item, created=name)
+    return Misfit(item, "name")
 
 
 def check_rows(item: Item, target: str, ctx: Context) -> Misfit | None:

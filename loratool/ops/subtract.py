@@ -56,7 +56,9 @@ def require_swappable(adapters: Sequence[WeightedAdapter]) -> tuple[WeightedAdap
 
 def without_replacements(adapters: Sequence[WeightedAdapter]) -> tuple[WeightedAdapter, ...]:
     """The same adapters, their replacement tensors left out."""
-    return tuple(replace(a, bindings=replace(a.bindings, replacements=())) for a in adapters)
+    return tuple(
+        replace(a, bindings=replace(a.bindings, replacements=(), created={})) for a in adapters
+    )
 
 
 def _require_sums(one: WeightedAdapter) -> None:
