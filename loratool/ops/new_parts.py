@@ -71,7 +71,8 @@ class KnownNames:
         if len(parts) > _DEEPEST or name in self._shapes:
             return False
         depth = self._shared(name)
-        if depth == len(parts) or any(".".join(parts[:n]) in self._layers for n in range(1, depth + 1)):
+        parents = [".".join(parts[:n]) for n in range(1, depth + 1)]
+        if depth == len(parts) or not self._layers.isdisjoint(parents):
             return False  # a module, or something inside a layer
         return not (
             self._is_misspelt(parts[:depth], parts[depth])
@@ -107,9 +108,8 @@ class KnownNames:
     def _is_other_place(self, parts: Sequence[str], depth: int, shape: tuple[int, ...]) -> bool:
         """The base has a tensor of this name with more, less or something else before it."""
         name = ".".join(parts)
-        if any(".".join(parts[n:]) in self._shapes for n in range(1, len(parts))):
-            return True
-        if next(self._ending(f".{name}"), None):
+        below = {".".join(parts[depth:]), ".".join(parts[depth + 1 :])} - {name}
+        if not below.isdisjoint(self._shapes) or next(self._ending(f".{name}"), None):
             return True
         tail = parts[depth + 1 :]
         same = self._ending("".join(f".{p}" for p in tail)) if len(tail) > 2 else ()

@@ -251,6 +251,9 @@ def test_verify_dry_run_and_cast(world: Path) -> None:
     got, report = merge(world)
     assert report.output_bytes == planned.output_bytes
     assert lt.verify(world / "out", allow_pickle=True).verdict == "identical"
+    with pytest.raises(LoratoolError) as caught:
+        lt.verify(world / "out")
+    assert caught.value.code == "LT-459" and "--allow-pickle" in str(caught.value.got)
     got, _ = merge(world, dtype="bfloat16", output=world / "half")
     assert all(torch.equal(got[n], t.bfloat16()) for n, t in want.items())
     assert lt.verify(world / "half", allow_pickle=True).verdict == "identical"
@@ -292,10 +295,23 @@ def test_extract_finds_adapter_and_parts_again(world: Path) -> None:
     merge(world)
     report = lt.extract(world / "out", base=world / "base", output=world / "x", rank=2)
     found = load_file(world / "x/adapter_model.safetensors")
-    assert sum("lora_A" in k for k in found) == 2
-    kept = {n for n in want if any(n in k for k in found)}
-    left = " ".join([*report.notes, *report.warnings])
-    assert all(n in kept or n.rpartition(".")[0] in left for n in want), (kept, left)
+    assert sum("lora_A" in k for k in found) == len(found) / 2 == 2
+    assert {row[0] for row in report.left_out} == set(want)
+    both = lt.compare([world / "adapter", world / "x"], allow_pickle=True)
+    assert both.relative_difference < 1e-6
+    assert {r.name for r in both.replacements if r.where == "first"} == set(want)
+
+
+def test_a_residual_gives_the_fine_tune_back(world: Path) -> None:
+    beside(world)
+    tuned, _ = merge(world)
+    lt.extract(world / "out", base=world / "base", output=world / "x", rank=1,
+               save_residual=world / "rest.safetensors")  # fmt: skip
+    lt.merge([world / "x"], base=world / "base", output=world / "again",
+             residual=world / "rest.safetensors")  # fmt: skip
+    again = stored(world / "again")
+    assert again.keys() == tuned.keys()
+    assert all(torch.equal(again[n], t) for n, t in tuned.items())
 
 
 def test_looks_beside_a_base_that_lacks_them(world: Path) -> None:
