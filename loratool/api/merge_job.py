@@ -186,9 +186,7 @@ def prepare_merge(
     )  # fmt: skip
     planned = replace(
         planned,
-        config_changes={
-            **headed.config_changes, **parts.config_changes, **planned.config_changes
-        },
+        config_changes={**headed.config_changes, **parts.config_changes, **planned.config_changes},
         notes=(*headed.notes, *parts.notes, *planned.notes),
     )
     if residual is not None:

@@ -33,6 +33,7 @@ from loratool.ops.bind_report import (
 )
 from loratool.ops.bind_rules import NameRule, apply_user_names, name_rules
 from loratool.ops.bind_settle import settle
+from loratool.ops.bind_tokens import place_new_tokens
 from loratool.ops.bind_types import (
     Bindings,
     BindOptions,
@@ -279,6 +280,8 @@ def _place(item: Item, rule: NameRule, context: Context) -> Placement:
 
 def _place_name(item: Item, name: str, context: Context) -> Placement:
     spec = item.spec
+    if item.is_new_tokens:
+        return place_new_tokens(item, context)
     if spec is None:
         return place_replacement(item, name, context)
     if spec.layout == "experts":

@@ -32,6 +32,7 @@ class Context:
         peft_version: of the adapter, "" if unknown.
         flag_is_ignored: other modules show that ``fan_in_fan_out`` does not hold for this base.
         resized: target -> shape after a replacement that changes the vocabulary.
+        heights: table -> its rows without those of new tokens, where there are some.
     """
 
     checkpoint: Checkpoint
@@ -41,6 +42,7 @@ class Context:
     peft_version: str = ""
     flag_is_ignored: bool = False
     resized: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    heights: dict[str, int] = field(default_factory=dict)
 
     @property
     def config(self) -> Mapping[str, Any]:
@@ -179,11 +181,12 @@ def place_replacement(item: Item, name: str, ctx: Context) -> Placement:
 
 def _place_part(item: Item, name: str, ctx: Context) -> Placement:
     """What the base lacks may be a part of its own."""
-    may_be_new = is_part(item.replacement) and not ctx.checkpoint.components
-    if may_be_new and not ctx.options.allow_unmatched and item.replacement is not None:
-        if ctx.view.known.are_unlike(name, item.replacement.source.shape):
-            return Found(item, created=name)
-    return Misfit(item, "name")
+    new = item.replacement
+    is_closed = bool(ctx.checkpoint.components) or ctx.options.allow_unmatched
+    if new is None or is_closed or not is_part(new):
+        return Misfit(item, "name")
+    is_new = ctx.view.known.are_unlike(name, new.source.shape)
+    return Found(item, created=name) if is_new else Misfit(item, "name")
 
 
 def check_rows(item: Item, target: str, ctx: Context) -> Misfit | None:

@@ -169,7 +169,7 @@ def _skip_files(adapter: Adapter, skips: Sequence[Pattern]) -> frozenset[str]:
     spellings = {s: n for n in names for s in (n, n.replace(".safetensors", ".bin"))}
     skipped = frozenset(spellings[s] for s in frozenset().union(*find(skips, list(spellings))))
     for one in adapter.beside:
-        if one.name not in skipped:
+        if one.name not in skipped and not one.rows:
             leave = f"--skip {one.name} leaves it out"
             raise MismatchError(
                 "LT-425", "trained weights beside the adapter would be lost", file=adapter.path,
@@ -265,7 +265,8 @@ def _items(adapter: Adapter) -> Iterator[Item]:
         stem = f"{spec.module}." if spec.module else ""
         others = tuple(stem + p for p in spec.alternatives if p != spec.parameter)
         yield Item((spec.name, *others), spec.module or spec.parameter, spec=spec)
-    for replacement in adapter.replacements:
+    rows = (r for one in adapter.beside for r in one.rows)
+    for replacement in (*adapter.replacements, *rows):
         module = replacement.name.rpartition(".")[0] or replacement.name
         yield Item((replacement.name,), module, replacement=replacement)
 

@@ -10,6 +10,9 @@ from loratool.adapter import DeltaSpec, Replacement, TensorRef
 from loratool.plan import Region
 from loratool.store.checkpoint import Checkpoint
 
+NEW_TOKENS = ("added_tokens", "new_tokens")
+"""Origins of rows that may make the vocabulary grow."""
+
 
 @dataclass(frozen=True)
 class BindOptions:
@@ -71,6 +74,7 @@ class Bindings:
         replacements: every replacement with its target.
         new_tensors: new tensor name -> base tensor whose values it starts from
             (``lm_head.weight`` -> ``model.embed_tokens.weight`` when untied).
+        grown: table -> its rows, more than in the base, those of new tokens included.
         created: name of a tensor that the base lacks -> (name in the adapter, the tensor).
         config_changes: changes to ``config.json``: key (dotted for nested) -> value.
         scales: tensor -> factor of the finished sum; 1 where it is not listed.
@@ -84,6 +88,7 @@ class Bindings:
     deltas: tuple[BoundDelta, ...]
     replacements: tuple[BoundReplacement, ...] = ()
     new_tensors: Mapping[str, str] = field(default_factory=dict)
+    grown: Mapping[str, int] = field(default_factory=dict)
     created: Mapping[str, tuple[str, TensorRef]] = field(default_factory=dict)
     config_changes: Mapping[str, Any] = field(default_factory=dict)
     scales: Mapping[str, float] = field(default_factory=dict)
@@ -124,8 +129,14 @@ class Item:
 
     @property
     def is_tokens(self) -> bool:
-        """True for trainable tokens, which PEFT itself applies to both tied tensors."""
-        return self.replacement is not None and self.replacement.origin == "trainable_tokens"
+        """True for rows, which PEFT itself applies to both tied tensors."""
+        rows = ("trainable_tokens", *NEW_TOKENS)
+        return self.replacement is not None and self.replacement.origin in rows
+
+    @property
+    def is_new_tokens(self) -> bool:
+        """True for rows of tokens that the base may lack."""
+        return self.replacement is not None and self.replacement.origin in NEW_TOKENS
 
 
 @dataclass(frozen=True)

@@ -171,7 +171,7 @@ def add_parts(bound: Iterable[WeightedAdapter], checkpoint: Checkpoint) -> NewPa
         for name, ref in _taken(one).items():
             if name in owners:
                 raise MismatchError(
-                    "LT-428", "two adapters bring a tensor that the base lacks",
+                    "LT-428", "two adapters bring what the base lacks",
                     file=one.adapter.path, key=name, got=owners[name].adapter.label,
                     hint=f"merge them one after the other, or --skip {ref.file.name}",
                 )  # fmt: skip
@@ -215,12 +215,12 @@ def _described(
     """What the configurations of the trained models say otherwise, where they are other classes."""
     base = checkpoint.config
     changes: dict[str, Any] = {}
-    for adapter in dict((a.path, a) for a in adapters).values():
+    for adapter in {a.path: a for a in adapters}.values():
         own = own_config(adapter)
         if class_of(own) in ("", class_of(base)):
             continue
-        new = {k: v for k, v in own.items()
-               if k not in _NOT_TAKEN and "." not in k and (k not in base or base[k] != v)}  # fmt: skip
+        taken = {k: v for k, v in own.items() if k not in _NOT_TAKEN and "." not in k}
+        new = {k: v for k, v in taken.items() if k not in base or base[k] != v}
         for key in sorted(changes.keys() & new.keys()):
             if changes[key] != new[key]:
                 raise MismatchError(

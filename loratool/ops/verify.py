@@ -101,4 +101,3 @@ def plan_verify(plan: Plan, names: Mapping[int, str], merged: Checkpoint) -> Ver
                 unexpected.remove(name)
     verify = Plan("verify", tuple(steps))
     return VerifyPlan(verify, tuple(sorted(missing)), tuple(sorted(unexpected)), tuple(unlike))
-

@@ -38,7 +38,8 @@ def verified(tmp_path: Path, kind: str, adapter: str, base: str, merged: str,
              off: float = 0.0) -> VerifyReport:  # fmt: skip
     model = base_of(tmp_path / "base", kind, base)
     table, module = MODELS[kind][1:]
-    settings = {"target_modules": [module]} if adapter == PLAIN else ADAPTERS[adapter](table, module)
+    plain = {"target_modules": [module]}
+    settings = plain if adapter == PLAIN else ADAPTERS[adapter](table, module)
     make(model, tmp_path / "a", peft.LoraConfig(r=2, init_lora_weights=False, **settings))
     lt.merge([tmp_path / "a"], base=tmp_path / "base", output=tmp_path / "o", provenance=False)
     store_as(tmp_path / "o", kind, merged, off=off)

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 import loratool as lt
 from loratool.errors import LoratoolError
-from tests.make import randn, save_adapter, save_checkpoint
+from tests.make import randn, random_factors, save_adapter, save_checkpoint
 
 PROJECTOR = {
     "model.mm_projector.0.weight": (8, 6), "model.mm_projector.0.bias": (8,),
@@ -45,8 +45,9 @@ def world(tmp_path: Path) -> Path:
             tensors[f"model.layers.{i}.{name}.weight"] = randn(8, 8, seed=10 * i + j)
     tensors |= {"model.norm.weight": randn(8, seed=30), "lm_head.weight": randn(10, 8, seed=31)}
     save_checkpoint(tmp_path / "base", tensors, shards=2, config=PLAIN)
-    factors = {f"model.layers.{i}.self_attn.q_proj": (randn(2, 8, seed=40 + i),
-                                                      randn(8, 2, seed=50 + i)) for i in range(2)}  # fmt: skip
+    factors = random_factors(
+        {f"model.layers.{i}.self_attn.q_proj": (8, 8) for i in range(2)}, rank=2, seed=40
+    )
     save_adapter(tmp_path / "adapter", factors, alpha=2, target_modules=["q_proj"],
                  task_type="CAUSAL_LM")  # fmt: skip
     return tmp_path
@@ -168,8 +169,8 @@ def test_another_shape_is_an_error(world: Path) -> None:
 
 
 def test_another_projector_of_the_base_is_not_doubled(world: Path) -> None:
-    tensors = stored(world / "base") | {"multi_modal_projector.linear_1.weight": randn(8, 6, seed=1)}
-    save_checkpoint(world / "vlm", tensors, config=PLAIN)
+    own = {"multi_modal_projector.linear_1.weight": randn(8, 6, seed=1)}
+    save_checkpoint(world / "vlm", stored(world / "base") | own, config=PLAIN)
     beside(world)
     assert refused(world, base=world / "vlm").code == "LT-430"
 
@@ -284,7 +285,7 @@ def test_merged_again_they_are_the_bases(world: Path) -> None:
     """An output with the parts is a base like any other: the next adapter's replace them."""
     beside(world)
     merge(world)
-    want = make({n: s for n, s in reversed(PARTS.items())})
+    want = make(dict(reversed(PARTS.items())))
     torch.save(want, world / "adapter/non_lora_trainables.bin")
     got, report = merge(world, base=world / "out", output=world / "again")
     assert all(torch.equal(got[n], t) for n, t in want.items()) and report.created == 0
@@ -298,7 +299,7 @@ def test_extract_finds_adapter_and_parts_again(world: Path) -> None:
     assert sum("lora_A" in k for k in found) == len(found) / 2 == 2
     assert {row[0] for row in report.left_out} == set(want)
     both = lt.compare([world / "adapter", world / "x"], allow_pickle=True)
-    assert both.relative_difference < 1e-6
+    assert both.relative_difference < 1e-4
     assert {r.name for r in both.replacements if r.where == "first"} == set(want)
 
 
