@@ -20,7 +20,7 @@ def place_new_tokens(item: Item, ctx: Context) -> Placement:
     assert new is not None
     target, alias = _table(item, ctx)
     if not target:
-        return Misfit(item, "name")
+        return Misfit(item, "LT-425", "a table over the vocabulary", "none in the base")
     problem = unmergeable(item, target, ctx)
     if problem is not None:
         return problem

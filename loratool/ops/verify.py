@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 
-from loratool.archs.ties import find_ties
+from loratool.archs.ties import Tie, find_ties
 from loratool.errors import MismatchError
 from loratool.ops.align import align_names, same_form
 from loratool.plan import Plan, Step, TensorSpec
@@ -90,14 +90,22 @@ def plan_verify(plan: Plan, names: Mapping[int, str], merged: Checkpoint) -> Ver
         else:
             steps.append(replace(step, op="compare", inputs=(*step.inputs, found), shard=-1))
     unexpected = set(merged.tensors) - set(names.values())
-    for tie in ties:
-        first = next((n for n in tie.stored if n not in unexpected), None)
-        copies = unexpected.intersection(tie.stored) if first else ()
-        for name in sorted(copies):
-            one, copy = merged.tensors[str(first)], merged.tensors[name]
-            if (one.dtype, one.shape) == (copy.dtype, copy.shape):
-                output = TensorSpec(name, copy.dtype, copy.shape)
-                steps.append(Step("compare_bytes", output, (one, copy), (1, copy.nbytes)))
-                unexpected.remove(name)
-    verify = Plan("verify", tuple(steps))
+    copies = _copies(ties, unexpected, merged)
+    unexpected -= copies.keys()
+    verify = Plan("verify", (*steps, *copies.values()))
     return VerifyPlan(verify, tuple(sorted(missing)), tuple(sorted(unexpected)), tuple(unlike))
+
+
+def _copies(
+    ties: Iterable[Tie], unexpected: Collection[str], merged: Checkpoint
+) -> dict[str, Step]:
+    """Further stored names of a tie, each compared with the one that merging would write."""
+    found: dict[str, Step] = {}
+    for tie in ties:
+        first = next((merged.tensors[n] for n in tie.stored if n not in unexpected), None)
+        for name in (n for n in tie.stored if n in unexpected):
+            copy = merged.tensors[name]
+            if first is not None and (first.dtype, first.shape) == (copy.dtype, copy.shape):
+                output = TensorSpec(name, copy.dtype, copy.shape)
+                found[name] = Step("compare_bytes", output, (first, copy), (1, copy.nbytes))
+    return found
