@@ -298,6 +298,10 @@ def test_extract_finds_adapter_and_parts_again(world: Path) -> None:
     found = load_file(world / "x/adapter_model.safetensors")
     assert sum("lora_A" in k for k in found) == len(found) / 2 == 2
     assert {row[0] for row in report.left_out} == set(want)
+    whole = lt.extract(world / "out", base=world / "base", output=world / "w", rank=2,
+                       keep=["all"])  # fmt: skip
+    assert {row[0] for row in whole.kept} == set(want)
+    assert any("parts that the base lacks" in w for w in whole.warnings)
     both = lt.compare([world / "adapter", world / "x"], allow_pickle=True)
     assert both.relative_difference < 1e-4
     assert {r.name for r in both.replacements if r.where == "first"} == set(want)
