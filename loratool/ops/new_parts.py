@@ -257,6 +257,6 @@ def _undescribed(tensors: Mapping[str, TensorRef], checkpoint: Checkpoint) -> st
     name = class_of(checkpoint.config) or "the plain base"
     return (
         f"config.json still describes {name}, which has no {_modules(tensors)}: a program that "
-        "goes by it leaves them out; the trained model's config.json in the adapter's folder is "
-        "taken"
+        "goes by it leaves them out; put the trained model's config.json into the adapter's "
+        "folder, and it is used"
     )
