@@ -7,6 +7,7 @@ they are.  A name that looks like one of the base's is none of them: it is a nam
 from __future__ import annotations
 
 import difflib
+import re
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -29,7 +30,9 @@ _NOT_TAKEN = frozenset({
     "torch_dtype", "transformers_version", "vocab_size",
 })  # fmt: skip
 _ALIKE_SIBLINGS, _ALIKE_MODULES = 0.8, 0.7  # of difflib's ratio
-_MOST = 500  # names and words that are compared letter by letter
+_NUMBER = re.compile(r"\.\d+\.")
+_MOST = 200  # words that one is compared with, letter by letter
+_MOST_PARTS = 200  # different parts; more are no model's
 _DEEPEST = 64  # parts of a name
 
 
@@ -54,6 +57,7 @@ class KnownNames:
         self._backward = sorted(name[::-1] for name in shapes)
         self._layers = {name.rpartition(".")[0] for name in shapes}
         self._words: dict[tuple[int, ...], set[str]] = {}
+        self._judged: dict[tuple[str, str], bool] = {}
         for name, shape in shapes.items():
             self._words.setdefault(shape, set()).update(name.split(".")[:-1])
 
@@ -75,7 +79,7 @@ class KnownNames:
         if depth == len(parts) or not self._layers.isdisjoint(parents):
             return False  # a module, or something inside a layer
         return not (
-            self._is_misspelt(parts[:depth], parts[depth])
+            self._is_misspelt("".join(f"{p}." for p in parts[:depth]), parts[depth])
             or self._is_other_place(parts, depth, shape)
             or self._is_other_module(parts[depth], shape)
         )
@@ -89,12 +93,14 @@ class KnownNames:
             default=0,
         )
 
-    def _is_misspelt(self, parents: Sequence[str], word: str) -> bool:
+    def _is_misspelt(self, prefix: str, word: str) -> bool:
         """A layer's number that is too high, or a name like another one in the same module."""
-        siblings = list(self._children("".join(f"{p}." for p in parents)))
-        if word.isdecimal() and any(map(str.isdecimal, siblings)):
-            return True
-        return bool(difflib.get_close_matches(word, siblings, 1, _ALIKE_SIBLINGS))
+        key = _NUMBER.sub(".0.", prefix), word  # layers have the same modules
+        if key not in self._judged and len(self._judged) <= _MOST_PARTS:
+            siblings = list(self._children(prefix))
+            is_number = word.isdecimal() and any(map(str.isdecimal, siblings))
+            self._judged[key] = is_number or _is_like(word, siblings, _ALIKE_SIBLINGS)
+        return self._judged.get(key, True)
 
     def _children(self, prefix: str) -> Iterator[str]:
         at = bisect_left(self._forward, prefix)
@@ -109,7 +115,7 @@ class KnownNames:
         """The base has a tensor of this name with more, less or something else before it."""
         name = ".".join(parts)
         below = {".".join(parts[depth:]), ".".join(parts[depth + 1 :])} - {name}
-        if not below.isdisjoint(self._shapes) or next(self._ending(f".{name}"), None):
+        if any(n in self._shapes for n in below) or next(self._ending(f".{name}"), None):
             return True
         tail = parts[depth + 1 :]
         same = self._ending("".join(f".{p}" for p in tail)) if len(tail) > 2 else ()
@@ -125,8 +131,15 @@ class KnownNames:
 
     def _is_other_module(self, word: str, shape: tuple[int, ...]) -> bool:
         """A module of the base has a name like it, and a tensor of this shape."""
-        words = [w for w in sorted(self._words.get(shape, ())) if not w.isdecimal()]
-        return bool(difflib.get_close_matches(word, words[:_MOST], 1, _ALIKE_MODULES))
+        key = f"{shape}", word
+        if key not in self._judged and len(self._judged) <= _MOST_PARTS:
+            self._judged[key] = _is_like(word, self._words.get(shape, ()), _ALIKE_MODULES)
+        return self._judged.get(key, True)
+
+
+def _is_like(word: str, others: Iterable[str], ratio: float) -> bool:
+    words = [other for other in sorted(others) if not other.isdecimal()]
+    return bool(difflib.get_close_matches(word, words[:_MOST], 1, ratio))
 
 
 def _common(one: Sequence[str], other: Sequence[str]) -> int:

@@ -187,6 +187,15 @@ def test_left_out_on_request(world: Path, options: Any) -> None:
     assert not any("new in the output" in n for n in report.notes)
 
 
+def test_modules_in_every_layer(world: Path) -> None:
+    tensors = {f"model.layers.{i}.self_attn.q_proj.weight": randn(8, 8, seed=i) for i in range(300)}
+    save_checkpoint(world / "deep", tensors, config=PLAIN)
+    gates = {f"model.layers.{i}.cross_attn.q_proj.weight": (8, 8) for i in range(300)}
+    want = beside(world, gates)
+    got, report = merge(world, base=world / "deep")
+    assert report.created == len(want) and got.keys() == tensors.keys() | want.keys()
+
+
 def test_names_of_the_base_may_have_another_prefix(world: Path) -> None:
     tensors = {n.removeprefix("model."): t for n, t in stored(world / "base").items()
                if n != "lm_head.weight"}  # fmt: skip
