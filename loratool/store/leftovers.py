@@ -19,6 +19,7 @@ from loratool.store.journal import (
 )
 from loratool.store.lock import FolderLock
 from loratool.store.marker import (
+    MARKER,
     REPLACED,
     Proof,
     Prove,
@@ -118,7 +119,7 @@ class Leftovers:
         if moved and moved.keys() == finished.keys():  # only the journal was left
             (self._staging / JOURNAL).unlink(missing_ok=True)
             self.earlier = _NOTHING
-        elif is_inside:
+        elif is_inside and not os.path.lexists(home / MARKER):  # else the old output's files
             for name in moved:
                 (self._staging / name).parent.mkdir(parents=True, exist_ok=True)
                 (home / name).replace(self._staging / name)
@@ -188,10 +189,12 @@ def clear_away(path: Path, prove: Prove) -> None:
 def put_back(path: Path, prove: Prove) -> None:
     """Put an old output back if a run died between the two renames of a replacement."""
     old = old_path(path)
-    if not _is_marked(old):  # nobody was about to replace it
+    if not _is_marked(old):  # nobody was about to replace it, or nothing is left of it
         with refusals_as("cannot clean up", path):
             if _is_marked(path):
                 (path / REPLACED).unlink()
+            if old.is_dir() and not any(old.iterdir()):
+                remove_empty(old)
         return
     proof = prove(old)
     if set(proof.strangers) - {REPLACED}:

@@ -320,8 +320,8 @@ class StagedOutput:
             self._is_open = False
         self._journal.close()
         try:
-            if keep:
-                self._left.clear(self.finished)
+            if keep:  # the last line may be in the journal although its end was not seen
+                self._left.clear(read_journal(self.staging).finished)
             else:
                 self._left.drop()
         except OSError:
