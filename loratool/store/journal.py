@@ -2,7 +2,8 @@
 
 The first line names the plan and the inputs as they were.  A line with ``names`` says which files
 the run is about to make: nothing else in the folder is its own.  A line with ``file`` names one
-that is complete, its size and the checksums of its pieces, and is on the disk before the next.
+that is complete, its size and the checksums of its pieces, and is on the disk before the next; one
+with ``dropped`` takes that back.
 Every line begins with its own crc32: one that is torn or damaged does not count.
 """
 
@@ -37,6 +38,12 @@ class Names(TypedDict):
     """Files that are about to be made."""
 
     names: list[str]
+
+
+class Dropped(TypedDict):
+    """Files that were complete and are no part of the output."""
+
+    dropped: list[str]
 
 
 class Finished(TypedDict):
@@ -104,6 +111,9 @@ def read_journal(folder: Path) -> Earlier:
             one = fitting(line, Finished)
             if one is not None and is_plain_name(one["file"]):
                 finished[one["file"]] = one
+        elif "dropped" in line:
+            for name in (fitting(line, Dropped) or {"dropped": []})["dropped"]:
+                finished.pop(name, None)
         elif "names" in line:
             names.update(filter(is_plain_name, (fitting(line, Names) or {"names": []})["names"]))
         else:

@@ -13,6 +13,7 @@ import pytest
 from loratool.adapter import TensorRef
 from loratool.errors import BadFileError, DiskError, OutputError
 from loratool.store.journal import encode, read_lines
+from loratool.store.leftovers import clear_away
 from loratool.store.marker import REPLACED, prove
 from loratool.store.reader import FileReader
 from loratool.store.series import series
@@ -305,6 +306,33 @@ def test_a_replaced_output_half_deleted_is_cleared_away(tmp_path: Path) -> None:
     (left / "a").unlink()
     finish(target, b"new")
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("kept", ["", "thesis"])
+def test_an_empty_folder_is_all_that_is_left_of_a_replaced_output(
+    tmp_path: Path, kept: str
+) -> None:
+    target, old = tmp_path / "out", tmp_path / "out.loratool-old"
+    finish(target)
+    old.mkdir()
+    if kept:
+        (old / kept).write_text("mine")
+    clear_away(target, prove)
+    assert old.exists() == bool(kept) and (target / "a").exists()
+
+
+def test_dropped_files_are_no_longer_finished(tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    with pytest.raises(RuntimeError), staged(target) as output:
+        for name in ("s", "t"):
+            output.create(name).write_bytes(b"12345")
+            output.mark_finished(name, 5)
+        output.drop(["s"])
+        raise RuntimeError
+    with staged(target) as output:
+        assert set(output.finished) == {"t"} and output.notes == [
+            "1 files taken over from an interrupted run"
+        ]
 
 
 def test_symlink_and_missing_parent(tmp_path: Path) -> None:
