@@ -90,7 +90,8 @@ class Leftovers:
     def strangers(self) -> list[str]:
         """What lies in the folder and is not loratool's."""
         own = {JOURNAL, TEMPORARY, *self.names, *(f"{n}.tmp" for n in self.names)}
-        return sorted(walk(self._staging).keys() - own - parents_of(own))
+        folders, found = parents_of(own), walk(self._staging)
+        return sorted(n for n, is_file in found.items() if n not in (own if is_file else folders))
 
     def clear(self, keep: Iterable[str]) -> None:
         """Delete every file of loratool's but these and the journal."""

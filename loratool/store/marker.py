@@ -33,6 +33,7 @@ MARKER = "loratool.json"
 REPLACED = ".loratool-replaced"
 """Lies in an old output that gives way to a new one: empty before its name goes, its marker where
 its files go one by one."""
+_NO_FILE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG)  # has such a name
 _CRC = re.compile(r"[0-9a-f]{8}")
 
 
@@ -198,7 +199,11 @@ def remove_files(folder: Path, names: Iterable[str], folders: Iterable[str] = ()
     """
     names, last = set(names), (MARKER, REPLACED)
     for name in sorted(names.difference(last)):
-        (folder / name).unlink(missing_ok=True)
+        try:
+            (folder / name).unlink()
+        except OSError as error:
+            if error.errno not in _NO_FILE:
+                raise
     for name in sorted(parents_of(names).union(folders), key=len, reverse=True):
         remove_empty(folder / name)
     for name in last:
@@ -213,7 +218,7 @@ def remove_empty(folder: Path) -> bool:
     except FileNotFoundError:
         return True
     except OSError as error:
-        if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR, errno.ENAMETOOLONG):
             return False
         raise
     return True
