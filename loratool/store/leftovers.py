@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 
-from loratool.errors import DiskError, OutputError, list_some
+from loratool.errors import OutputError, list_some
 from loratool.store.disk import refusals_as, sync_folder
 from loratool.store.journal import NAME as JOURNAL
 from loratool.store.journal import (
@@ -171,20 +172,21 @@ def clear_away(path: Path, prove: Prove) -> None:
     Args:
         path: the output.
         prove: see `Leftovers.settle`.
+
+    Raises:
+        DiskError: the system refuses: what is half cleared away is not yet to be judged.
     """
     staging = staging_path(path)
     if not any(map(os.path.lexists, (staging, old_path(path), path / REPLACED))):
         return
-    try:
-        with FolderLock.make(staging, path):
+    with suppress(OutputError):  # somebody else's, or under way: `StagedOutput` finds out
+        with FolderLock.make(staging, path), refusals_as("cannot clean up", staging):
             put_back(path, prove)
             left = Leftovers(staging)
             left.settle((), prove)
             left.take_back(path)
             if not left.earlier.finished:
                 left.drop()
-    except (OutputError, DiskError, OSError):
-        pass  # somebody else's, or under way: `StagedOutput` finds out
 
 
 def put_back(path: Path, prove: Prove) -> None:

@@ -50,6 +50,9 @@ def test_the_turning_points_of_a_replacement(stage: Stage, count: Count) -> None
     hits += [(Fault("kill", last(stage, {"rmdir"}, "")),)]
     if removed:  # a run replaces what the one before it has made
         hits += [(stage.points()[-1], Fault("kill", removed[len(removed) // 2]))]
+    if stage.scene.mount:  # all but the marker has moved, and the way back is disturbed
+        moved = Fault("kill", last(stage, {"renameat2"}, ""))
+        hits += [(moved, Fault("EIO", n)) for n in range(2, 6)]
     count(len(hits), [text for faults in hits for text in stage.hit(*faults)])
 
 
