@@ -179,14 +179,18 @@ def clear_away(path: Path, prove: Prove) -> None:
     staging = staging_path(path)
     if not any(map(os.path.lexists, (staging, old_path(path), path / REPLACED))):
         return
-    with suppress(OutputError):  # somebody else's, or under way: `StagedOutput` finds out
-        with FolderLock.make(staging, path), refusals_as("cannot clean up", staging):
-            put_back(path, prove)
-            left = Leftovers(staging)
-            left.settle((), prove)
-            left.take_back(path)
-            if not left.earlier.finished:
-                left.drop()
+    # Somebody else's, or under way: `StagedOutput` finds out.
+    with (
+        suppress(OutputError),
+        refusals_as("cannot clean up", staging),
+        FolderLock.make(staging, path),
+    ):
+        put_back(path, prove)
+        left = Leftovers(staging)
+        left.settle((), prove)
+        left.take_back(path)
+        if not left.earlier.finished:
+            left.drop()
 
 
 def put_back(path: Path, prove: Prove) -> None:
