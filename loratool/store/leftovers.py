@@ -82,7 +82,7 @@ class Leftovers:
 
     def _refuse(self, strangers: Iterable[str]) -> None:
         if strangers := list(strangers):
-            self.names = set()
+            self.names, self.earlier = set(), _NOTHING
             raise OutputError(
                 "LT-511", "something else lies where the output would be made",
                 file=self._staging, got=list_some(strangers), hint="move it away",
@@ -101,7 +101,7 @@ class Leftovers:
 
     def drop(self) -> None:
         """Delete everything of loratool's, and the folder if nothing else is in it."""
-        if self.names:
+        if self.names or self.earlier.exists:
             self.clear(())
             remove_files(self._staging, [JOURNAL, TEMPORARY])
         remove_empty(self._staging)

@@ -163,6 +163,17 @@ def test_any_damaged_byte_of_a_journal_takes_one_line(tmp_path: Path) -> None:
         assert is_head or len(lost) <= 1 + (whole[position] == ord("\n"))
 
 
+def test_a_journal_that_names_nothing_any_more_is_still_ours(tmp_path: Path) -> None:
+    """Only its head can be read: it goes, and the folder that held it alone."""
+    target = tmp_path / "out"
+    journal = interrupted(target, "s")
+    head, *_ = journal.read_bytes().splitlines(keepends=True)
+    journal.write_bytes(head + b"damaged\n")
+    (journal.parent / "s").unlink()
+    clear_away(target, prove)
+    assert not journal.parent.exists()
+
+
 def test_what_others_put_beside_the_work_stays(tmp_path: Path) -> None:
     target = tmp_path / "out"
     journal = interrupted(target, "s")
