@@ -9,7 +9,7 @@ the only factor the mathematics sees.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ class TensorRef:
         start: absolute offset of the first byte in the file.
         nbytes: length in bytes.
         stamp: of the file when its header was read; None for a file that loratool is writing.
+        zeros: bytes at its end that are not in the file and read as zeros (a table that grows).
     """
 
     file: Path
@@ -45,11 +46,23 @@ class TensorRef:
     start: int
     nbytes: int
     stamp: Stamp | None = field(default=None, compare=False, repr=False)
+    zeros: int = 0
 
     @property
     def numel(self) -> int:
         """Number of elements."""
         return numel(self.shape)
+
+    @property
+    def stored_bytes(self) -> int:
+        """Length in bytes of what is in the file."""
+        return self.nbytes - self.zeros
+
+    def grown(self, rows: int) -> TensorRef:
+        """The same with rows of zeros after its own, ``rows`` in all."""
+        shape = (rows, *self.shape[1:])
+        nbytes = tensor_bytes(self.dtype, shape)
+        return replace(self, shape=shape, nbytes=nbytes, zeros=nbytes - self.stored_bytes)
 
 
 @dataclass(frozen=True)
@@ -171,7 +184,8 @@ class Replacement:
         name: in-memory tensor name, such as ``lm_head.weight``.
         source: the new values.
         origin: ``modules_to_save``, ``bias``, ``base_layer`` (read before a delta on the same
-            weight is added) or ``trainable_tokens``.
+            weight is added), ``trainable_tokens``; rows of tokens that the base may lack:
+            ``added_tokens`` by a list of them, ``new_tokens`` after all others.
         rows: for ``trainable_tokens`` the row indices replaced, in the order of the source's
             rows; None = the whole tensor.
     """
@@ -190,11 +204,14 @@ class BesideFile:
         name: in the folder.
         reason: why not.
         hint: what would make it used, "" if nothing does.
+        rows: for new tokens, which merging into a base uses; named by the table that they are of,
+            ``input_embeddings`` or ``output_embeddings``.
     """
 
     name: str
     reason: str
     hint: str = ""
+    rows: tuple[Replacement, ...] = ()
 
 
 @dataclass(frozen=True)

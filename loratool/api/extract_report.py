@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from loratool.adapter import Adapter
 from loratool.api.common import Resources
+from loratool.archs.heads import is_other_head
+from loratool.errors import list_some
 from loratool.ops.assemble import Outcome
 from loratool.ops.bind import options_needed
 from loratool.ops.extract import ExtractPlan
+from loratool.ops.extract_pairs import Pair
 from loratool.ops.inputs import OpenedBase
 from loratool.ops.programs import judge_loads
 from loratool.report import ExtractedModule, ExtractReport, SavedResidual
@@ -76,10 +79,22 @@ def written_report(
         loads_in=judge_loads(adapter) if adapter is not None else (),
         absent=plan.absent,
         merge_options=options_needed(adapter, base.checkpoint) if adapter is not None else (),
-        warnings=(),
+        warnings=_foreign([o.pair for o in outcomes if o.fate == "kept"]),
         notes=plan.notes,
         dry_run=False,
     )  # fmt: skip
+
+
+def _foreign(kept: Iterable[Pair]) -> tuple[str, ...]:
+    """Tensors kept whole that no model of the base's class has: a projector, a vision tower."""
+    names = [p.name for p in kept if p.base is None and p.role not in ("embedding", "head")
+             and not is_other_head(p.name)]  # fmt: skip
+    if not names:
+        return ()
+    return (
+        f"{len(names)} kept tensors are of parts that the base lacks: {list_some(names, 3)}; PEFT "
+        "loads them only into a model that has these parts",
+    )
 
 
 def planned_report(

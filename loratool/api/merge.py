@@ -325,7 +325,7 @@ def _report(
     warnings = list(job.warnings)
     if loss > WARN_LOSS:
         warnings.append(_loss_warning(total, modules, dry_run))
-    if not summed and len(job.merge.changed) <= len(sums):
+    if not summed and not job.created and len(job.merge.changed) <= len(sums):
         warnings.append("nothing changes: every weight or change is 0, or they cancel")
     warnings += [*input_warnings(job.adapters), *nonfinite_warning(sums)]
     notes = [
@@ -351,8 +351,8 @@ def _report(
         base=str(job.base.resolved.named),
         base_label=job.base.resolved.label,
         changed=len(job.merge.changed),
-        copied=len(job.merge.copied),
-        cast=len(job.merge.cast),
+        copied=len({*job.merge.copied} - {*job.created}),
+        cast=len({*job.merge.cast} - {*job.created}),
         created=len({*job.created, *(n for b in job.bound for n in b.bindings.new_tensors)}),
         skipped=tuple(sorted({n for b in job.bound for n in b.bindings.skipped})),
         rule=", ".join(dict.fromkeys(b.bindings.rule for b in job.bound)),

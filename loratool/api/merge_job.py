@@ -25,6 +25,7 @@ from loratool.ops.inputs import (
     open_base,
 )
 from loratool.ops.merge import MergePlan, WeightedAdapter, plan_merge
+from loratool.ops.new_parts import add_parts
 from loratool.ops.residual import patch_merge
 from loratool.ops.verify import merged_dtype
 from loratool.ops.weights import Rule, rules_json, unused_rules
@@ -86,7 +87,7 @@ class MergeJob:
         operation: what the engine is used for.
         block_elements: block size of the grid; None = the device's.
         warnings: what the user should not overlook.
-        created: tensors of a head that an adapter brings.
+        created: tensors of a head or of another part that an adapter brings.
     """
 
     adapters: tuple[OpenedAdapter, ...]
@@ -164,7 +165,8 @@ def prepare_merge(
     )
     if kind.check is not None:
         bound = kind.check(bound)
-    checkpoint = _one_checkpoint(bound, headed.checkpoint)
+    parts = add_parts(bound, _one_checkpoint(bound, headed.checkpoint))
+    checkpoint = parts.checkpoint
     if like is not None:
         dtype = merged_dtype(checkpoint, like)
     options = {**_options(names, dtype, shard_bytes), **(rounding or {})}
@@ -184,8 +186,8 @@ def prepare_merge(
     )  # fmt: skip
     planned = replace(
         planned,
-        config_changes={**headed.config_changes, **planned.config_changes},
-        notes=(*headed.notes, *planned.notes),
+        config_changes={**headed.config_changes, **parts.config_changes, **planned.config_changes},
+        notes=(*headed.notes, *parts.notes, *planned.notes),
     )
     if residual is not None:
         planned = patch_merge(planned, checkpoint, residual)
@@ -208,8 +210,12 @@ def prepare_merge(
         record if with_provenance else {},
         output,
         kind,
-        warnings=(*headed.warnings, *(_token_warnings(sidecars, plan) if output else ())),
-        created=headed.created,
+        warnings=(
+            *headed.warnings,
+            *parts.warnings,
+            *(_token_warnings(sidecars, plan) if output else ()),
+        ),
+        created=(*headed.created, *parts.created),
     )
     return job if kind.replan is None else kind.replan(job)
 

@@ -9,11 +9,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loratool.adapter import Adapter, AdapterFiles, ReadOptions, Source, TensorRef
+from loratool.adapter import Adapter, AdapterFiles, ReadOptions, Source
 from loratool.api.common import Limits, content_label, file_rules, option_values, parse_dtype
 from loratool.api.detach import detach
 from loratool.api.fitting import check_files, fit_for
 from loratool.api.sums import assemble_sum, run_sum
+from loratool.delta.forms import exchanged
 from loratool.dialects import open_adapter, write_adapter_files
 from loratool.errors import UsageError
 from loratool.methods import find_method
@@ -348,13 +349,7 @@ def _files(plan: RescalePlan, tensors: Mapping[str, Source]) -> AdapterFiles:
 
 def _with_tensors(adapter: Adapter, tensors: Mapping[str, Source]) -> Adapter:
     """The adapter in memory with some of its tensors exchanged."""
-
-    def swap(source: Source) -> Source:
-        return tensors.get(source.name, source) if isinstance(source, TensorRef) else source
-
-    specs = tuple(
-        replace(s, fields={role: swap(f) for role, f in s.fields.items()}) for s in adapter.specs
-    )
+    specs = tuple(exchanged(spec, tensors) for spec in adapter.specs)
     return replace(adapter, specs=specs)
 
 

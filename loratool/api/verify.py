@@ -111,7 +111,10 @@ def verify(
     if not adapters or base is None:
         roots = (resolved.path.absolute().parent, Path.cwd())
         given = None if base is None else str(base)
-        replay = find_replay(record, found, base=given, roots=tuple(dict.fromkeys(roots)))
+        replay = find_replay(
+            record, found, base=given, roots=tuple(dict.fromkeys(roots)),
+            look=lambda place, kind: locate(str(place), kind=kind, access=access),
+        )  # fmt: skip
         base = replay.base
         if not adapters:
             inputs, weights, mean = replay.adapters, None, False

@@ -93,6 +93,14 @@ def tied_tensors(checkpoint: Checkpoint) -> dict[str, str]:
     return found
 
 
+def word_tables(checkpoint: Checkpoint) -> tuple[str, str]:
+    """(input embedding, output layer) over the vocabulary as stored, "" for what is not."""
+    facts = load_data("facts")
+    tables = (_stored_as(checkpoint, tuple(facts[kind])) for kind in ("embeddings", "heads"))
+    embedding, head = (next(iter(names), "") for names in tables)
+    return embedding, head
+
+
 def head_scale(config: Mapping[str, Any]) -> float | None:
     """Factor of the decoder's outputs that a model of this type applies only while tied (T5).
 

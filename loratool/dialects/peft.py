@@ -111,7 +111,8 @@ def unmergeable_reason(adapter: Adapter) -> str | None:
         return "Arrow routes every token through several adapters: no change of weights equals it"
     if config.get("use_qalora"):
         return "QA-LoRA acts on pooled inputs of a GPTQ base; merge it inside PEFT's own tools"
-    if not adapter.specs and not adapter.replacements:
+    has_rows = any(one.rows for one in adapter.beside)
+    if not (adapter.specs or adapter.replacements or has_rows):
         return "it holds no tensors that change the base"
     return None
 

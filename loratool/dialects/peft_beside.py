@@ -2,7 +2,7 @@
 
 LLaVA, its relatives and trainers of vision models save what they trained without LoRA as
 ``non_lora_trainables.bin`` (scripts for Qwen-VL: ``non_lora_state_dict.bin``), a projector alone
-as ``mm_projector.bin``; LLaMA-Factory saves ``value_head.safetensors``; vLLM knew
+as ``mm_projector.bin``; LLaMA-Factory saves ``value_head.safetensors``; rows for new tokens are in
 ``new_embeddings.safetensors``.
 """
 
@@ -15,6 +15,7 @@ from pathlib import Path
 
 from loratool.adapter import BesideFile, Replacement
 from loratool.dialects.base import Candidate
+from loratool.dialects.new_tokens import read_new_tokens
 from loratool.dialects.peft_config import PeftConfig
 from loratool.dialects.peft_keys import sort_tensors
 from loratool.dialects.peft_replacements import read_replacements
@@ -61,6 +62,8 @@ def read_beside(candidate: Candidate, config: PeftConfig, own: set[str]) -> Besi
         elif path.name == _VALUE_HEAD:
             found.carried[path.name] = find_inside(path, path.parent)[0]
             found.notes.append(f"{path.name} goes along with the weights, where trainers look")
+        elif path.name == _NEW_ROWS:
+            found.unused.append(read_new_tokens(path, _header(path, candidate).tensors))
         elif is_beside_name(path.name):
             _take_whole(path, candidate, config, own, taken, found)
         else:
@@ -92,6 +95,7 @@ def _take_whole(
     sorted_tensors = sort_tensors(header.tensors)
     plain = replace(config, ties=True)  # nothing here needs to be listed by the configuration
     replacements, _, _ = read_replacements(sorted_tensors, plain)
+    replacements = _without_wrapper(replacements)
     if any("lora_A" in roles for roles in sorted_tensors.modules.values()):
         found.unused.append(BesideFile(path.name, "it holds factors beside whole tensors"))
         return
@@ -116,6 +120,13 @@ def _take_whole(
         )
 
 
+def _without_wrapper(found: list[Replacement]) -> list[Replacement]:
+    """LLaVA's loader takes one ``model.`` off all names where some have two."""
+    if not any(r.name.startswith("model.model.") for r in found):
+        return found
+    return [replace(r, name=r.name.removeprefix("model.")) for r in found]
+
+
 def _judge_pickle(path: Path, found: Beside) -> None:
     name = path.name
     twin = f"{name.rpartition('.')[0]}.safetensors"
@@ -131,11 +142,7 @@ def _judge_pickle(path: Path, found: Beside) -> None:
 
 def _judge(path: Path, candidate: Candidate, found: Beside) -> None:
     name = path.name
-    if name == _NEW_ROWS:
-        found.unused.append(
-            BesideFile(name, "rows for new tokens, which only old versions of vLLM put in place")
-        )
-    elif _OWN.fullmatch(name):
+    if _OWN.fullmatch(name):
         found.notes.append(f"{name} is not read: PEFT takes adapter_model.safetensors")
     elif is_model_file(name):
         found.notes.append(f"{name} is not read: it is named like a model of its own")

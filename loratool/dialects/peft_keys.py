@@ -84,12 +84,16 @@ def sort_tensors(refs: Iterable[TensorRef]) -> Sorted:
     """Give every tensor of a file a module path and a role.
 
     Raises:
-        BadFileError: LT-367, two tensors with one meaning.
+        BadFileError: LT-367, two tensors with one meaning; LT-308, a name of nothing.
         MismatchError: LT-410 several adapters in one file, LT-415 unknown ``lora_`` tensors.
     """
     listed = list(refs)
     paths, notes = strip_names([ref.name for ref in listed])
     found = Sorted(notes=notes)
+    nameless = [ref for ref, path in zip(listed, paths, strict=True) if not path.strip(".")]
+    if nameless:
+        raise BadFileError("LT-308", "unusable tensor name", file=nameless[0].file,
+                           key=nameless[0].name, expected="a module behind the prefix")  # fmt: skip
     keys = [parse_key(ref, path) for ref, path in zip(listed, paths, strict=True)]
     adapters = {key.adapter for key in keys if key.adapter}
     if len(adapters) > 1:

@@ -171,7 +171,7 @@ def as_stored(
         lora_B, lora_A, experts=int(args.get("experts", 0)), kernel=args.get("kernel", ())
     )
     made = [
-        TensorData(f"{name} {side}", "F32", tuple(t.shape), bytes(to_bytes(t)))
-        for side, t in (("lora_A", right), ("lora_B", left))
+        TensorData(f"{name} factor", "F32", tuple(t.shape), bytes(to_bytes(t)))
+        for t in (right, left)
     ]
     return made[0], made[1]

@@ -55,7 +55,10 @@ def planned_ranges(plan: Plan, *, elements: int, sample: bool) -> Iterator[Range
             if isinstance(source, TensorRef):
                 size = DTYPES[source.dtype].bits // 8
                 for (block,) in blocks:
-                    yield source.file, source.start + block.start * size, block.numel * size
+                    start, stop = block.start * size, (block.start + block.numel) * size
+                    stop = min(stop, source.stored_bytes)
+                    if start < stop:
+                        yield source.file, source.start + start, stop - start
 
 
 def factor_ranges(specs: Iterable[DeltaSpec]) -> Iterator[Range]:
@@ -67,7 +70,7 @@ def factor_ranges(specs: Iterable[DeltaSpec]) -> Iterator[Range]:
 def _whole(sources: Iterable[Source]) -> Iterator[Range]:
     for source in sources:
         if isinstance(source, TensorRef):
-            yield source.file, source.start, source.nbytes
+            yield source.file, source.start, source.stored_bytes
 
 
 def _sees_whole_base(step: Step) -> bool:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from loratool.adapter import Adapter
+from loratool.adapter import Adapter, TensorRef
 from loratool.archs.ties import Tie, find_ties, follows_vocabulary
 from loratool.errors import MismatchError, UsageError
 from loratool.ops.bind_experts import place_flat, place_single
@@ -33,6 +33,7 @@ from loratool.ops.bind_report import (
 )
 from loratool.ops.bind_rules import NameRule, apply_user_names, name_rules
 from loratool.ops.bind_settle import settle
+from loratool.ops.bind_tokens import place_new_tokens
 from loratool.ops.bind_types import (
     Bindings,
     BindOptions,
@@ -117,12 +118,20 @@ def bind(adapter: Adapter, checkpoint: Checkpoint, options: BindOptions | None =
     bindings = settle(outcome.found, outcome.context, adapter)
     return replace(
         bindings,
+        created={f.created: created for f in outcome.found if (created := _created(f))},
         config_changes={**config_changes, **bindings.config_changes},
         rule=outcome.rule.words,
         skipped=tuple(sorted({*skipped, *left_out})),
         notes=(*notes, *bindings.notes),
         checkpoint=checkpoint,
     )
+
+
+def _created(found: Found) -> tuple[str, TensorRef] | None:
+    replacement = found.item.replacement
+    if not found.created or replacement is None or not isinstance(replacement.source, TensorRef):
+        return None
+    return replacement.name, replacement.source
 
 
 def options_needed(adapter: Adapter, checkpoint: Checkpoint) -> tuple[str, ...]:
@@ -271,6 +280,8 @@ def _place(item: Item, rule: NameRule, context: Context) -> Placement:
 
 def _place_name(item: Item, name: str, context: Context) -> Placement:
     spec = item.spec
+    if item.is_new_tokens:
+        return place_new_tokens(item, context)
     if spec is None:
         return place_replacement(item, name, context)
     if spec.layout == "experts":
@@ -308,8 +319,9 @@ def _collision(outcome: _Outcome) -> tuple[str, tuple[str, ...]] | None:
 
 
 def _places(found: Found) -> list[tuple[str, object, bool]]:
-    if found.replacement is not None:
-        return [(found.replacement.target, "whole", True)]
+    if found.created or found.replacement is not None:
+        target = found.created or found.targets[0]
+        return [(target, "whole", True)]
     return [
         (d.target, (d.region.rows, d.region.cols), not d.region.rows and not d.region.cols)
         for d in found.deltas

@@ -14,6 +14,7 @@ from loratool.delta.forms import is_grouped, lengths_of, shape_of, side_sizes, w
 from loratool.dtypes import DTYPES
 from loratool.ops.bind_rules import View
 from loratool.ops.bind_types import BindOptions, BoundDelta, BoundReplacement, Found, Item, Misfit
+from loratool.ops.new_parts import is_part
 from loratool.plan import Region
 from loratool.store.checkpoint import Checkpoint
 
@@ -32,6 +33,7 @@ class Context:
         peft_version: of the adapter, "" if unknown.
         flag_is_ignored: other modules show that ``fan_in_fan_out`` does not hold for this base.
         resized: target -> shape after a replacement that changes the vocabulary.
+        heights: table -> its rows without those of new tokens, where there are some.
     """
 
     checkpoint: Checkpoint
@@ -41,6 +43,7 @@ class Context:
     peft_version: str = ""
     flag_is_ignored: bool = False
     resized: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    heights: dict[str, int] = field(default_factory=dict)
 
     @property
     def config(self) -> Mapping[str, Any]:
@@ -145,7 +148,7 @@ def place_replacement(item: Item, name: str, ctx: Context) -> Placement:
     assert replacement is not None
     target, alias = ctx.lookup(name)
     if target is None:
-        return Misfit(item, "name")
+        return _place_part(item, name, ctx)
     ref, source = ctx.checkpoint.tensors[target], replacement.source
     if ref.dtype != source.dtype:
         problem = unmergeable(item, target, ctx)
@@ -165,6 +168,16 @@ def place_replacement(item: Item, name: str, ctx: Context) -> Placement:
     if not alias:
         ctx.resized[target] = source.shape
     return found
+
+
+def _place_part(item: Item, name: str, ctx: Context) -> Placement:
+    """What the base lacks may be a part of its own."""
+    new = item.replacement
+    is_closed = bool(ctx.checkpoint.components) or ctx.options.allow_unmatched
+    if new is None or is_closed or not is_part(new):
+        return Misfit(item, "name")
+    is_new = ctx.view.known.are_unlike(name, new.source.shape)
+    return Found(item, created=name) if is_new else Misfit(item, "name")
 
 
 def check_rows(item: Item, target: str, ctx: Context) -> Misfit | None:

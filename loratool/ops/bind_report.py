@@ -14,6 +14,10 @@ from loratool.ops.bind_types import Item, Misfit
 from loratool.store.checkpoint import Checkpoint
 
 _WHAT: Mapping[str, tuple[str, str]] = {
+    "LT-425": (
+        "{count} sets of rows for new tokens would be lost",
+        "--skip new_embeddings.safetensors leaves them out",
+    ),
     "LT-432": (
         "{count} shapes do not fit the base",
         "the adapter was made for another base, or for another size of it",

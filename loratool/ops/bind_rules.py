@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NoReturn
 
 from loratool.adapter import Adapter, Replacement, TensorRef
@@ -12,6 +13,7 @@ from loratool.archs.base import Table
 from loratool.archs.names import all_tables, tables_for
 from loratool.errors import MismatchError, UsageError
 from loratool.ops.bind_types import BindOptions, Item
+from loratool.ops.new_parts import KnownNames
 from loratool.patterns import Pattern, check_replacement, compile_pattern, find, substitute
 from loratool.store.checkpoint import Checkpoint
 
@@ -58,11 +60,19 @@ class View:
         words: for messages; "" = the names in the files.
         names: name in this view -> name in the files.
         absent: the same for names that are not in the files, because they are tied to others.
+        tensors: of the base, by their names in the files.
     """
 
     words: str
     names: Mapping[str, str]
     absent: Mapping[str, str]
+    tensors: Mapping[str, TensorRef]
+
+    @cached_property
+    def known(self) -> KnownNames:
+        """The names, to be asked what looks like them."""
+        stored = {name: self.tensors[file].shape for name, file in self.names.items()}
+        return KnownNames({**dict.fromkeys(self.absent, ()), **stored})
 
     def get(self, name: str) -> str | None:
         """The name in the files, None if the base has no such tensor."""
@@ -100,7 +110,8 @@ def name_rules(
         absent: names that tied tensors would have in the files.
     """
     asked = tuple(names)
-    plain = View("", {n: n for n in checkpoint.tensors}, {n: n for n in absent})
+    tensors = checkpoint.tensors
+    plain = View("", {n: n for n in tensors}, {n: n for n in absent}, tensors)
     exact = NameRule(0, "exact", plain, _same)
     yield exact
     is_known = bool(checkpoint.model_type or checkpoint.components)
@@ -158,7 +169,7 @@ def _skip_files(adapter: Adapter, skips: Sequence[Pattern]) -> frozenset[str]:
     spellings = {s: n for n in names for s in (n, n.replace(".safetensors", ".bin"))}
     skipped = frozenset(spellings[s] for s in frozenset().union(*find(skips, list(spellings))))
     for one in adapter.beside:
-        if one.name not in skipped:
+        if one.name not in skipped and not one.rows:
             leave = f"--skip {one.name} leaves it out"
             raise MismatchError(
                 "LT-425", "trained weights beside the adapter would be lost", file=adapter.path,
@@ -254,7 +265,8 @@ def _items(adapter: Adapter) -> Iterator[Item]:
         stem = f"{spec.module}." if spec.module else ""
         others = tuple(stem + p for p in spec.alternatives if p != spec.parameter)
         yield Item((spec.name, *others), spec.module or spec.parameter, spec=spec)
-    for replacement in adapter.replacements:
+    rows = (r for one in adapter.beside for r in one.rows)
+    for replacement in (*adapter.replacements, *rows):
         module = replacement.name.rpartition(".")[0] or replacement.name
         yield Item((replacement.name,), module, replacement=replacement)
 
@@ -281,7 +293,8 @@ def _table_rules(
         if any(forward(name) != name for name in base_forms):
             moved = {forward(name): name for name in checkpoint.tensors}
             if len(moved) == len(checkpoint.tensors):
-                view = View(words, moved, {forward(name): name for name in plain.absent})
+                absent = {forward(name): name for name in plain.absent}
+                view = View(words, moved, absent, checkpoint.tensors)
                 yield NameRule(rank, f"{words} names", view, _same)
                 if changes_adapter:
                     yield NameRule(rank, f"{words} names on both sides", view, forward)

@@ -19,13 +19,14 @@ def settle(found: Sequence[Found], ctx: Context, adapter: Adapter) -> Bindings:
     Raises:
         MismatchError: LT-420, LT-421, LT-440, LT-441, LT-443.
     """
-    notes: list[str] = [*_mha_notes(found, ctx), *_bias_notes(found, ctx)]
+    notes = [*_mha_notes(found, ctx), *_bias_notes(found, ctx), *_token_notes(found)]
     settled = settle_ties(found, ctx, adapter)
     resized = follow_vocabulary(settled, ctx)
     bindings = Bindings(
         tuple(d for f in settled.found for d in f.deltas),
         (*(f.replacement for f in settled.found if f.replacement), *resized.replacements),
         new_tensors=settled.new_tensors,
+        grown=resized.grown,
         config_changes={**settled.config_changes, **resized.config_changes},
         scales=settled.scales,
     )
@@ -71,9 +72,19 @@ def _mha_notes(found: Sequence[Found], ctx: Context) -> Iterator[str]:
                 )
 
 
+def _token_notes(found: Sequence[Found]) -> Iterator[str]:
+    for one in found:
+        bound = one.replacement if one.item.is_new_tokens else None
+        if bound is not None and bound.replacement.rows:
+            first, *_, last = (*bound.replacement.rows, bound.replacement.rows[-1])
+            which = f"token {first}" if first == last else f"tokens {first} to {last}"
+            yield f"{which} of {one.alias or bound.target} come from new_embeddings.safetensors"
+
+
 def _bias_notes(found: Sequence[Found], ctx: Context) -> Iterator[str]:
     """PEFT's forward leaves the bias of a head out while rows of it are trained."""
-    names = {t for f in found if f.item.is_tokens for t in (f.alias, *f.targets) if t}
+    rows = [f for f in found if f.item.is_tokens and not f.item.is_new_tokens]
+    names = {t for f in rows for t in (f.alias, *f.targets) if t}
     names |= {n for tie in ctx.ties for n in tie.names if names & set(tie.names)}
     for bias in sorted(n.removesuffix("weight") + "bias" for n in names if is_head(n)):
         tied = next((t.stored[0] for t in ctx.ties if bias in t.names), bias)

@@ -6,9 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from loratool.adapter import DeltaSpec, Replacement
+from loratool.adapter import DeltaSpec, Replacement, TensorRef
 from loratool.plan import Region
 from loratool.store.checkpoint import Checkpoint
+
+NEW_TOKENS = ("added_tokens", "new_tokens")
+"""Origins of rows that may make the vocabulary grow."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,8 @@ class Bindings:
         replacements: every replacement with its target.
         new_tensors: new tensor name -> base tensor whose values it starts from
             (``lm_head.weight`` -> ``model.embed_tokens.weight`` when untied).
+        grown: table -> its rows, more than in the base, those of new tokens included.
+        created: name of a tensor that the base lacks -> (name in the adapter, the tensor).
         config_changes: changes to ``config.json``: key (dotted for nested) -> value.
         scales: tensor -> factor of the finished sum; 1 where it is not listed.
         rule: how names were matched, in words (``exact``, ``+ prefix "model."``).
@@ -83,6 +88,8 @@ class Bindings:
     deltas: tuple[BoundDelta, ...]
     replacements: tuple[BoundReplacement, ...] = ()
     new_tensors: Mapping[str, str] = field(default_factory=dict)
+    grown: Mapping[str, int] = field(default_factory=dict)
+    created: Mapping[str, tuple[str, TensorRef]] = field(default_factory=dict)
     config_changes: Mapping[str, Any] = field(default_factory=dict)
     scales: Mapping[str, float] = field(default_factory=dict)
     rule: str = "exact"
@@ -122,8 +129,14 @@ class Item:
 
     @property
     def is_tokens(self) -> bool:
-        """True for trainable tokens, which PEFT itself applies to both tied tensors."""
-        return self.replacement is not None and self.replacement.origin == "trainable_tokens"
+        """True for rows, which PEFT itself applies to both tied tensors."""
+        rows = ("trainable_tokens", *NEW_TOKENS)
+        return self.replacement is not None and self.replacement.origin in rows
+
+    @property
+    def is_new_tokens(self) -> bool:
+        """True for rows of tokens that the base may lack."""
+        return self.replacement is not None and self.replacement.origin in NEW_TOKENS
 
 
 @dataclass(frozen=True)
@@ -136,12 +149,14 @@ class Found:
         replacement: for a replacement, the target.
         alias: the name of a tied tensor that the files lack, where the item asked for that; "" when
             it named the stored one.
+        created: for a part that the base lacks, its name in the output.
     """
 
     item: Item
     deltas: tuple[BoundDelta, ...] = ()
     replacement: BoundReplacement | None = None
     alias: str = ""
+    created: str = ""
 
     @property
     def targets(self) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ from loratool.archs.ties import follows_vocabulary, is_vocabulary_bias
 from loratool.errors import MismatchError
 from loratool.ops.bind_place import Context
 from loratool.ops.bind_ties import Settled
-from loratool.ops.bind_types import BoundReplacement
+from loratool.ops.bind_types import NEW_TOKENS, BoundReplacement
 from loratool.store.reader import read_bytes
 
 _SIZE = "vocab_size"
@@ -23,11 +23,13 @@ class Resized:
 
     Attributes:
         replacements: biases that the adapter does not hold, cut or filled up with zeros.
+        grown: table -> its rows, where the adapter brings some more.
         config_changes: changes to ``config.json``.
         notes: one sentence each.
     """
 
     replacements: tuple[BoundReplacement, ...] = ()
+    grown: Mapping[str, int] = field(default_factory=dict)
     config_changes: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
@@ -41,13 +43,16 @@ def follow_vocabulary(settled: Settled, ctx: Context) -> Resized:
     tensors = ctx.checkpoint.tensors
     sources = {**{name: name for name in tensors}, **settled.new_tensors}
     given: dict[str, int] = {}
-    for item in settled.found:
-        bound = item.replacement
-        if bound is None or bound.replacement.rows is not None:
-            continue
-        size = _height(bound.replacement.source.shape)
-        if size != _height(tensors[sources[bound.target]].shape):
-            given[bound.target] = size
+    grown: dict[str, int] = {}
+    bound = [b for f in settled.found if (b := f.replacement) is not None]
+    for target, new in ((b.target, b.replacement) for b in bound):
+        size = _height(new.source.shape) if new.rows is None else max(new.rows) + 1
+        old_size = _height(tensors[sources[target]].shape)
+        if new.rows is None and size != old_size:
+            given[target] = size
+        elif new.origin in NEW_TOKENS and size > old_size:
+            grown[target] = size
+    given |= grown
     if not given:
         return Resized()
     old = {_height(tensors[sources[name]].shape) for name in given}
@@ -71,6 +76,7 @@ def follow_vocabulary(settled: Settled, ctx: Context) -> Resized:
     how = "filled up with zeros" if after > before else "cut"
     return Resized(
         tuple(_resize(name, ref, size) for name, ref in biases.items()),
+        grown,
         keys,
         (
             f"the vocabulary changes from {before} to {after} tokens"

@@ -16,6 +16,7 @@ from loratool.adapter import Adapter, Source, TensorRef
 from loratool.archs import to_disk, to_memory
 from loratool.archs.heads import (
     has_pooler,
+    is_language_model,
     is_other_head,
     is_pooler,
     label_config,
@@ -25,9 +26,9 @@ from loratool.archs.heads import (
 from loratool.archs.ties import tied_tensors
 from loratool.errors import MismatchError, list_some
 from loratool.ops.bind_rules import parse_skip
+from loratool.ops.new_parts import is_part, own_config
 from loratool.patterns import find
 from loratool.store.checkpoint import Checkpoint
-from loratool.store.jsonfile import load_json
 
 _LAYER = re.compile(r"\.\d+\.")
 
@@ -69,7 +70,7 @@ def take_heads(
     patterns = [parse_skip(text) for text in skip]
     for adapter in adapters:
         name = "" if checkpoint.components else task_class(adapter.config, checkpoint.config)
-        head = _head(adapter, checkpoint) if name else {}
+        head = _head(adapter, checkpoint, name) if name else {}
         skipped = frozenset().union(*find(patterns, [n.rpartition(".")[0] for n in head]))
         head = {n: source for n, source in head.items() if n.rpartition(".")[0] not in skipped}
         if not head:
@@ -88,7 +89,7 @@ def take_heads(
     return _with_head(checkpoint, adapter, name, head)
 
 
-def _head(adapter: Adapter, checkpoint: Checkpoint) -> dict[str, Source]:
+def _head(adapter: Adapter, checkpoint: Checkpoint, class_name: str) -> dict[str, Source]:
     """Whole trained tensors that the base lacks, or has in another size."""
     known = _names(checkpoint)
     old, new = _body(adapter, checkpoint)
@@ -96,6 +97,8 @@ def _head(adapter: Adapter, checkpoint: Checkpoint) -> dict[str, Source]:
     for r in adapter.replacements:
         if r.origin != "modules_to_save" or r.rows is not None:
             continue
+        if is_part(r) and is_language_model(class_name):
+            continue  # a projector beside a language model is no head
         twin = old + r.name.removeprefix(new) if r.name.startswith(new) else r.name
         name = known.get(r.name) or known.get(twin)
         if name is None:
@@ -173,8 +176,7 @@ def _spellings(checkpoint: Checkpoint, name: str) -> set[str]:
 def _labels(adapter: Adapter, checkpoint: Checkpoint, count: int | None) -> dict[str, Any]:
     if count is None:
         return {}
-    beside = adapter.path / "config.json"  # some trainers leave the whole model's there
-    listed = load_json(beside).get("id2label") if beside.is_file() else None
+    listed = own_config(adapter).get("id2label")
     called = listed.values() if isinstance(listed, Mapping) else ()
     return label_config(checkpoint.config, count, called)
 

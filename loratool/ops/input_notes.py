@@ -15,9 +15,14 @@ from loratool.store.remote import remote_file
 _PIECE = 1 << 16
 
 
-def adapter_warnings(adapter: Adapter) -> list[str]:
-    """What is accepted and rarely meant: unused weights and settings, odd scalings, no effect."""
-    found = unused_warnings(adapter)
+def adapter_warnings(adapter: Adapter, *, has_base: bool = False) -> list[str]:
+    """What is accepted and rarely meant: unused weights and settings, odd scalings, no effect.
+
+    Args:
+        adapter: the adapter.
+        has_base: it is merged into a base.
+    """
+    found = unused_warnings(adapter, has_base=has_base)
     zero = [spec for spec in adapter.specs if spec.rank and spec.scaling == 0]
     if zero:
         found.append(f"alpha 0: {len(zero)} of {len(adapter.specs)} modules have no effect")
@@ -32,18 +37,23 @@ def adapter_warnings(adapter: Adapter) -> list[str]:
     return found
 
 
-def unused_warnings(adapter: Adapter) -> list[str]:
-    """Settings and trained weights of the adapter's folder that no command here uses."""
+def unused_warnings(adapter: Adapter, *, has_base: bool = False) -> list[str]:
+    """Settings and trained weights of the adapter's folder that a command does not use."""
     beside = [
         f"{b.name} is not used: {b.reason}" + (f" ({b.hint})" if b.hint else "")
         for b in adapter.beside
+        if not (has_base and b.rows)
     ]
     return [*adapter.warnings, *beside]
 
 
 def input_warnings(adapters: Iterable[OpenedAdapter]) -> list[str]:
-    """`adapter_warnings` of several adapters, each with its name."""
-    return [f"{a.adapter.label}: {w}" for a in adapters for w in adapter_warnings(a.adapter)]
+    """`adapter_warnings` of several adapters that are merged into a base, each with its name."""
+    return [
+        f"{a.adapter.label}: {warning}"
+        for a in adapters
+        for warning in adapter_warnings(a.adapter, has_base=True)
+    ]
 
 
 def _is_zero(adapter: Adapter) -> bool:

@@ -12,7 +12,7 @@ from loratool.adapter import Adapter, Replacement, Source, TensorRef
 from loratool.dtypes import DTYPES, numel
 from loratool.errors import MismatchError, list_some
 from loratool.ops.align_parts import require_aligned
-from loratool.ops.bind import Bindings
+from loratool.ops.bind import Bindings, BoundReplacement
 from loratool.ops.weights import Weight
 from loratool.plan import DeltaPart, Part, Plan, ReplacePart, ShardPlan, Step, TensorSpec
 from loratool.store.checkpoint import Checkpoint, Shard
@@ -87,12 +87,14 @@ def plan_merge(
         _require_additive(adapters, str(how["method"]))
     new_tensors, config_changes = _agreed(adapters)
     scales = {name: f for one in adapters for name, f in one.bindings.scales.items()}
+    grown = _grown(adapters)
     parts = _collect_parts(adapters, new_tensors, keep_all="method" in how)
     if "method" in how:
         for name, found in parts.items():
             require_aligned(name, [p for p in found if isinstance(p, DeltaPart)], how["method"])
     steps: dict[str, Step] = {}
     sources = {**checkpoint.tensors, **{n: checkpoint.tensors[s] for n, s in new_tensors.items()}}
+    sources |= {name: sources[name].grown(rows) for name, rows in grown.items()}
     for name, ref in sources.items():
         label = name if name in new_tensors else _file_name(name, ref, checkpoint)
         found = parts.pop(name, [])
@@ -152,6 +154,25 @@ def _agreed(adapters: Sequence[WeightedAdapter]) -> tuple[dict[str, str], dict[s
     return new, config
 
 
+def _grown(adapters: Sequence[WeightedAdapter]) -> dict[str, int]:
+    """Tables with rows for tokens that the base lacks -> rows in all."""
+    found: dict[str, int] = {}
+    for one in adapters:
+        for name, rows in one.bindings.grown.items():
+            if name in found:
+                raise MismatchError(
+                    "LT-428", "two adapters bring what the base lacks", file=one.adapter.path,
+                    key=name, got="rows for new tokens", hint="merge them one after the other",
+                )  # fmt: skip
+            if one.weight.value <= 0:
+                raise MismatchError(
+                    "LT-429", "what is to be taken out is not in the base", file=one.adapter.path,
+                    key=name, got=f"weight {one.weight}", hint="leave the adapter out",
+                )  # fmt: skip
+            found[name] = rows
+    return found
+
+
 def _collect_parts(
     adapters: Sequence[WeightedAdapter], new_tensors: Mapping[str, str], *, keep_all: bool
 ) -> dict[str, list[Part]]:
@@ -167,7 +188,7 @@ def _collect_parts(
             if name not in one.bindings.new_tensors
         }
         found: list[tuple[str, Part]] = [
-            (b.target, _replace_part(b.replacement, one.weight.of(b.replacement.name), number))
+            (b.target, _replace_part(b.replacement, _weight_of(b, one), number))
             for b in one.bindings.replacements
         ]
         found += [
@@ -185,6 +206,11 @@ def _collect_parts(
                 if target in inherits:
                     parts.setdefault(inherits[target], []).append(part)
     return parts
+
+
+def _weight_of(bound: BoundReplacement, one: WeightedAdapter) -> float:
+    """Rows that the base lacks are taken whole, as every tensor that it lacks."""
+    return 1.0 if bound.target in one.bindings.grown else one.weight.of(bound.replacement.name)
 
 
 def _replace_part(item: Replacement, weight: float, number: int) -> ReplacePart:
@@ -233,6 +259,8 @@ def _make_step(
     whole = [p for p in parts if isinstance(p, ReplacePart) and p.rows is None]
     if len(whole) == 1 and whole[0].weight == 1:
         base, parts = whole[0].source, [p for p in parts if p is not whole[0]]
+        if ref.zeros and isinstance(base, TensorRef):
+            base = base.grown(ref.shape[0])
         whole = []
     output = TensorSpec(name, target, base.shape)
     for replaced in whole:

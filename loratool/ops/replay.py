@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,7 @@ from loratool.store.checkpoint import Checkpoint
 from loratool.store.contained import check_name, is_inside
 from loratool.store.header import read_header
 from loratool.store.provenance import file_id, read_record
-from loratool.store.source import MAX_WEIGHT, AdapterArgument
+from loratool.store.source import MAX_WEIGHT, AdapterArgument, Resolved
 
 _OPERATIONS = ("merge", "subtract", "swap")
 _Weight = Annotated[float, msgspec.Meta(ge=-MAX_WEIGHT, le=MAX_WEIGHT)]
@@ -129,7 +129,12 @@ def refuse_record(
 
 
 def find_replay(
-    record: Record | None, output: Checkpoint, *, base: str | None, roots: Sequence[Path]
+    record: Record | None,
+    output: Checkpoint,
+    *,
+    base: str | None,
+    roots: Sequence[Path],
+    look: Callable[[Path, str], Resolved],
 ) -> Replay:
     """Find the inputs that an output's provenance names, checked by content.
 
@@ -138,6 +143,7 @@ def find_replay(
         output: the output.
         base: where the base is, None to look for it.
         roots: folders to look in for inputs by their name.
+        look: (place, ``adapter`` or ``base``) -> where its files can be read (pickles, converted).
 
     Raises:
         UsageError: there is no provenance to replay, or an input is not found.
@@ -154,7 +160,7 @@ def find_replay(
             "LT-457", "this was made with an undo file, which checked every tensor itself",
             file=output.path, hint="subtract --undo again gives the same bytes",
         )  # fmt: skip
-    find = partial(_find, output=output, roots=roots)
+    find = partial(_find, output=output, roots=roots, look=look)
     adapters, bases = [], []
     for name, row in record.inputs.items():
         if row.role == "base":
@@ -170,7 +176,13 @@ def find_replay(
 
 
 def _find(
-    name: str, row: RecordedInput, *, output: Checkpoint, roots: Sequence[Path], option: str
+    name: str,
+    row: RecordedInput,
+    *,
+    output: Checkpoint,
+    roots: Sequence[Path],
+    look: Callable[[Path, str], Resolved],
+    option: str,
 ) -> str:
     if name.startswith("hf://"):
         return name
@@ -182,7 +194,8 @@ def _find(
     others = []
     for place in (root / plain for root in roots if (root / plain).exists()):
         _check_place(place, option)
-        wrong = _differing(place, row.files)
+        resolved = look(place, "base" if row.role == "base" else "adapter")
+        wrong = _differing(resolved.path, row.files)
         if wrong is None:
             return str(place)
         others.append(f"{place} ({wrong})")
@@ -207,13 +220,20 @@ def _check_place(place: Path, option: str) -> None:
         )  # fmt: skip
 
 
+def _as_pickle(place: Path, name: str) -> str:
+    stem = name.rpartition(".")[0]
+    twins = [f"{stem}.{ending}" for ending in ("bin", "pt", "pth") if place.is_dir()]
+    there = next((t for t in twins if (place / t).is_file()), None)
+    return f", but {there}: --allow-pickle to use it" if there else ""
+
+
 def _differing(place: Path, files: Mapping[str, str | RecordedFile]) -> str | None:
     """The first file whose content is not the recorded one, None if all agree."""
     folder = place if place.is_dir() else place.parent
     for name, want in files.items():
         path = place / name if place.is_dir() else place
         if not path.is_file():
-            return f"no {name}"
+            return f"no {name}{_as_pickle(place, name)}"
         try:
             if isinstance(want, str):
                 same = file_id(path, folder) == want

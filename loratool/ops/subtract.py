@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from loratool.adapter import Adapter
 from loratool.errors import LoratoolError, MismatchError, list_some
@@ -102,7 +102,8 @@ def anchored(plan: Plan, names: Mapping[int, str], base: Checkpoint) -> Plan:
 
 def without_replacements(adapters: Sequence[WeightedAdapter]) -> tuple[WeightedAdapter, ...]:
     """The same adapters, their replacement tensors left out."""
-    return tuple(replace(a, bindings=replace(a.bindings, replacements=())) for a in adapters)
+    none: dict[str, Any] = {"replacements": (), "grown": {}, "created": {}}
+    return tuple(replace(a, bindings=replace(a.bindings, **none)) for a in adapters)
 
 
 def _require_sums(one: WeightedAdapter) -> None:

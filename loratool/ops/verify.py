@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 
+from loratool.archs.ties import Tie, find_ties
+from loratool.dtypes import DTYPES
 from loratool.errors import MismatchError
 from loratool.ops.align import align_names, same_form
-from loratool.plan import Plan, Step
+from loratool.plan import Plan, Step, TensorSpec
 from loratool.store.checkpoint import Checkpoint
 
 
@@ -39,14 +41,18 @@ def under_names_of(merged: Checkpoint, base: Checkpoint) -> Checkpoint:
 def merged_dtype(base: Checkpoint, merged: Checkpoint) -> str | None:
     """The type that MERGED was cast to, None if it kept the base's types.
 
+    Types that no merge casts from or to do not count: `plan_verify` names such tensors.
+
     Raises:
         MismatchError: its tensors changed to several types.
     """
     merged = under_names_of(merged, base)
+    pairs = [(ref.dtype, merged.tensors[n].dtype)
+             for n, ref in base.tensors.items() if n in merged.tensors]  # fmt: skip
     changed = {
-        merged.tensors[name].dtype
-        for name, ref in base.tensors.items()
-        if name in merged.tensors and merged.tensors[name].dtype != ref.dtype
+        after
+        for before, after in pairs
+        if before != after and DTYPES[before].is_mergeable and DTYPES[after].is_mergeable
     }
     if len(changed) > 1:
         raise MismatchError(
@@ -61,6 +67,8 @@ def merged_dtype(base: Checkpoint, merged: Checkpoint) -> str | None:
 def plan_verify(plan: Plan, names: Mapping[int, str], merged: Checkpoint) -> VerifyPlan:
     """Turn a merge plan into one that reads MERGED and compares.
 
+    A tied tensor may be stored once or several times, whatever merging would do.
+
     Args:
         plan: what merging would do.
         names: position of a step -> checkpoint-wide name of its tensor.
@@ -69,9 +77,11 @@ def plan_verify(plan: Plan, names: Mapping[int, str], merged: Checkpoint) -> Ver
     steps: list[Step] = []
     missing: list[str] = []
     unlike: list[tuple[str, str]] = []
+    ties = find_ties(merged)
+    tied = {name: merged.tensors[t.stored[0]] for t in ties for name in t.missing}
     for index, step in enumerate(plan.steps):
         name = names[index]
-        found = merged.tensors.get(name)
+        found = merged.tensors.get(name) or tied.get(name)
         if found is None:
             missing.append(name)
         elif found.shape != step.output.shape:
@@ -84,6 +94,23 @@ def plan_verify(plan: Plan, names: Mapping[int, str], merged: Checkpoint) -> Ver
             )
         else:
             steps.append(replace(step, op="compare", inputs=(*step.inputs, found), shard=-1))
-    unexpected = sorted(set(merged.tensors) - set(names.values()))
-    verify = Plan("verify", tuple(steps))
-    return VerifyPlan(verify, tuple(sorted(missing)), tuple(unexpected), tuple(unlike))
+    unexpected = set(merged.tensors) - set(names.values())
+    copies = _copies(ties, unexpected, merged)
+    unexpected -= copies.keys()
+    verify = Plan("verify", (*steps, *copies.values()))
+    return VerifyPlan(verify, tuple(sorted(missing)), tuple(sorted(unexpected)), tuple(unlike))
+
+
+def _copies(
+    ties: Iterable[Tie], unexpected: Collection[str], merged: Checkpoint
+) -> dict[str, Step]:
+    """Further stored names of a tie, each compared with the one that merging would write."""
+    found: dict[str, Step] = {}
+    for tie in ties:
+        first = next((merged.tensors[n] for n in tie.stored if n not in unexpected), None)
+        for name in (n for n in tie.stored if n in unexpected):
+            copy = merged.tensors[name]
+            if first is not None and (first.dtype, first.shape) == (copy.dtype, copy.shape):
+                output = TensorSpec(name, copy.dtype, copy.shape)
+                found[name] = Step("compare_bytes", output, (first, copy), (1, copy.nbytes))
+    return found

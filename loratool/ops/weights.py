@@ -49,6 +49,7 @@ class Weight:
             adapter,
             specs=tuple(s for s in adapter.specs if s.name not in out),
             replacements=tuple(r for r in adapter.replacements if r.name not in out),
+            beside=tuple(b for b in adapter.beside if self.value or not b.rows),
             notes=(*adapter.notes, *_component_note(adapter, self.components)),
         )
 

@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 from loratool.errors import BadFileError, HubError, list_some
 from loratool.store.adapter_folder import is_model_file
 from loratool.store.hub import ADAPTER_FILES, BASE_FILES
-from loratool.store.layout import PLAIN_STEMS, is_pickle_name, what_lies_there
+from loratool.store.layout import PLAIN_STEMS, is_beside_name, is_pickle_name, what_lies_there
 
 _CONFIGS = ("adapter_config.json", "config.json", "model_index.json")
 _ADAPTER_WEIGHTS = ("adapter_model*.safetensors", "adapters.safetensors")
@@ -98,10 +98,11 @@ def _adapter_in(leaves: Sequence[str]) -> list[str]:
     small = [n for n in leaves if _is_small(n)]
     own = [n for n in leaves if _matches(n, _ADAPTER_WEIGHTS)]
     single = [n for n in leaves if n.endswith(".safetensors") and not is_model_file(n)]
-    single = [n for n in single if n not in own]
+    single = [n for n in single if n not in own and not is_beside_name(n)]
     if not own and not ("adapter_config.json" in small and len(single) == 1):
         return []
-    chosen = {*(own or single), *small}
+    beside = [n for n in leaves if is_beside_name(n)]  # pickles too: they are named or asked for
+    chosen = {*(own or single), *small, *beside}
     return [n for n in leaves if n in chosen]
 
 

@@ -28,7 +28,9 @@ _MODEL_FILE = re.compile(
 _NO_WEIGHTS = re.compile(r"^(training_args|optimizer|scheduler|scaler|rng_state|random_states)")
 
 
-_BESIDE = re.compile(r"(non_lora_\w+|mm_projector|value_head)\.(safetensors|bin|pt|pth)")
+_BESIDE = re.compile(
+    r"(non_lora_\w+|mm_projector|value_head|new_embeddings)\.(safetensors|bin|pt|pth)"
+)
 
 
 @dataclass(frozen=True)
@@ -130,7 +132,7 @@ def is_state_name(name: str) -> bool:
 
 
 def is_beside_name(name: str) -> bool:
-    """True for weights that trainers leave beside an adapter: whole modules, a value head."""
+    """True for weights that trainers leave beside an adapter: whole modules, a value head, rows."""
     return bool(_BESIDE.fullmatch(name))
 
 

@@ -89,6 +89,10 @@ class FileReader:
             DiskError: the system refuses to read.
             HubError: the file is on the Hub, which does not give the bytes.
         """
+        stored = max(0, min(len(buffer), ref.stored_bytes - start)) if ref.zeros else len(buffer)
+        if stored < len(buffer):
+            buffer[stored:] = bytes(len(buffer) - stored)
+            buffer = buffer[:stored]
         offset = ref.start + start
         remote = remote_file(ref.file)
         if remote is not None:

@@ -75,6 +75,14 @@ def highest_id(files: Mapping[str, Path]) -> tuple[int, str] | None:
     return max(found, default=None)
 
 
+def added_ids(path: Path) -> list[int]:
+    """The ids that an ``added_tokens.json`` lists, sorted; none if it cannot be understood."""
+    try:
+        return sorted(set(_decode(bytes(_whole(path)), dict[str, int], {}, path).values()))
+    except BadFileError:
+        return []
+
+
 def _ids(name: str, path: Path) -> Iterator[tuple[int, str]]:
     try:
         if name in ("vocab.json", "added_tokens.json"):

@@ -144,6 +144,12 @@ def beside(here: Path) -> None:
     save_file({"input_embeddings": randn(2, 8, seed=9)}, here / "a" / "new_embeddings.safetensors")
 
 
+def projector(here: Path) -> None:
+    one_layer(here)
+    part = {"model.mm_projector.0.weight": randn(8, 8, seed=9)}
+    save_file(part, here / "a" / "non_lora_trainables.safetensors")
+
+
 def extra_module(here: Path) -> None:
     one_layer(here)
     path = here / "a" / "adapter_model.safetensors"
@@ -166,6 +172,8 @@ TYPED: dict[str, tuple[Callable[[Path], None], str, str, str]] = {
     "rank": (wrong_rank, MERGE, "LT-405", r"(--rank-from) file\|config"),
     "nan": (not_finite, MERGE, "LT-804", r"(--allow-nonfinite)"),
     "beside": (beside, MERGE, "LT-425", r"(--skip new_embeddings\.safetensors)"),
+    "a part twice": (projector, "merge a a --base b -o o", "LT-428", r"(--skip \S+)"),
+    "a part less": (projector, "merge a:-1 --base b -o o", "LT-429", r"(--skip \S+)"),
     "unmatched": (extra_module, MERGE, "LT-430", r"(--allow-unmatched|--skip te)"),
     "header": (one_layer, f"{MERGE} --max-header 1", "LT-304", r"(--max-header)"),
     "no base": (one_layer, "merge a -o o", "LT-205", r"(loratool merge .*)"),

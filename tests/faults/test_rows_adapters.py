@@ -82,7 +82,7 @@ ROWS = (
           ("nested", r"(.*a)*b", "too many open repeats"),
           ("branches", r"(a|a)*b", "too many open repeats"),
           ("open", ".*" * 12 + "x", "too many open repeats"),
-          ("long", "a" * 513, "longer than"),
+          ("long", "a" * 513, "longer than 512 characters: 513"),
           ("broken", "(", "not a regular expression"))),
     Row("44-regex-alpha", config(alpha_pattern={r"(.*a)*b": 2}), "LT-368", CONFIG,
         key="alpha_pattern", got="too many open repeats"),

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import loratool as lt
 from loratool.engine.grid import CPU_ELEMENTS
@@ -86,6 +87,29 @@ def test_adapter_files_only(models: TestHub, tmp_path: Path) -> None:
     for name in ("small", "soft"):
         record = json.loads((tmp_path / name / "loratool.json").read_text())
         assert list(record["inputs"]) == [f"hf://me/style@{sha}"]
+
+
+@pytest.mark.parametrize("name", ["non_lora_trainables.safetensors", "non_lora_trainables.bin",
+                                  "new_embeddings.safetensors"])  # fmt: skip
+def test_trained_weights_beside_it_come_along(models: TestHub, tmp_path: Path, name: str) -> None:
+    """What lies beside the adapter on the Hub is used, or asked for, as in a folder."""
+    repo = models.state.repos["me/style"]
+    key = "input_embeddings" if name.startswith("new") else "model.mm_projector.0.weight"
+    tensors = {key: torch.ones(2, 4)}
+    path = tmp_path / name
+    save_file(tensors, path) if path.suffix == ".safetensors" else torch.save(tensors, path)
+    tree = repo.commits[repo.branches["main"]] | {name: path.read_bytes()}
+    repo.branches["main"] = repo.commit(tree, "more", repo.branches["main"])
+    seen = lt.inspect("hf://me/style")
+    assert any(name in text for text in (*seen.notes, *seen.warnings))
+    if name == "non_lora_trainables.safetensors":
+        lt.merge(["hf://me/style"], base=tmp_path / "base", output=tmp_path / "o")
+        shards = (tmp_path / "o").glob("*.safetensors")
+        assert any(key in load_file(shard) for shard in shards)
+        return
+    with pytest.raises(LoratoolError) as caught:
+        lt.merge(["hf://me/style"], base=tmp_path / "base", output=tmp_path / "o")
+    assert caught.value.code in ("LT-425", "LT-444")  # a pickle; rows of another width
 
 
 def test_wrong_bytes_never_become_a_source(models: TestHub, tmp_path: Path) -> None:

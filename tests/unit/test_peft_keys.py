@@ -115,3 +115,10 @@ def test_two_spellings_of_one_tensor_are_refused() -> None:
     with pytest.raises(BadFileError) as caught:
         sort_tensors([ref(P + "q.lora_A.weight"), ref(P + "q.lora_A.default.weight")])
     assert caught.value.code == "LT-367"
+
+
+@pytest.mark.parametrize("name", [P, f"{P}.", "_orig_mod", "module."])
+def test_a_name_without_a_module_is_refused(name: str) -> None:
+    with pytest.raises(BadFileError) as caught:
+        sort_tensors([ref(name)])
+    assert caught.value.code == "LT-308"

@@ -13,6 +13,7 @@ import pytest
 from loratool.adapter import TensorRef
 from loratool.errors import BadFileError, DiskError, OutputError
 from loratool.store.journal import encode, read_lines
+from loratool.store.leftovers import clear_away
 from loratool.store.marker import REPLACED, prove
 from loratool.store.reader import FileReader
 from loratool.store.series import series
@@ -162,6 +163,17 @@ def test_any_damaged_byte_of_a_journal_takes_one_line(tmp_path: Path) -> None:
         assert is_head or len(lost) <= 1 + (whole[position] == ord("\n"))
 
 
+def test_a_journal_that_names_nothing_any_more_is_still_ours(tmp_path: Path) -> None:
+    """Only its head can be read: it goes, and the folder that held it alone."""
+    target = tmp_path / "out"
+    journal = interrupted(target, "s")
+    head, *_ = journal.read_bytes().splitlines(keepends=True)
+    journal.write_bytes(head + b"damaged\n")
+    (journal.parent / "s").unlink()
+    clear_away(target, prove)
+    assert not journal.parent.exists()
+
+
 def test_what_others_put_beside_the_work_stays(tmp_path: Path) -> None:
     target = tmp_path / "out"
     journal = interrupted(target, "s")
@@ -194,6 +206,45 @@ def test_a_forged_journal_cannot_reach_out(tmp_path: Path) -> None:
     with staged(tmp_path / "out") as output:
         output.commit({})
     assert victim.read_text() == "x"
+
+
+@pytest.mark.parametrize("kind", ["names", "file"])
+@pytest.mark.parametrize(
+    "name",
+    ["x" * 300, "x" * 253, "é" * 200, "d/" + "x" * 300, "/".join("e" * 3000), "a\0b", "\ud800",
+     "..", "../z", "/etc/z", "s/x", "sub/t/x", "sub", ".journal", ".journal.tmp", ".journal/x", ""],
+)  # fmt: skip
+def test_a_line_with_a_name_that_no_file_can_have_does_not_count(
+    tmp_path: Path, kind: str, name: str
+) -> None:
+    target = tmp_path / "out"
+    with pytest.raises(RuntimeError), staged(target) as output:
+        for one in ("s", "sub/t"):
+            output.create(one).write_bytes(b"12345")
+            output.mark_finished(one, 5)
+        raise RuntimeError
+    line = {"names": [name], "file": name, "size": 0, "crc32": [], "results": None}
+    keys = ("names",) if kind == "names" else ("file", "size", "crc32", "results")
+    with (tmp_path / "out.loratool-partial" / ".journal").open("ab") as file:
+        file.write(encode({key: line[key] for key in keys}))
+    with staged(target) as output:
+        assert output.finished.keys() == {"s", "sub/t"}
+        output.commit({})
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    assert sorted(p.name for p in target.rglob("*")) == [MARKER, "s", "sub", "t"]
+
+
+def test_a_link_or_folder_in_the_place_of_a_file_is_somebody_elses(tmp_path: Path) -> None:
+    target, left = tmp_path / "out", tmp_path / "out.loratool-partial"
+    interrupted(target, "s")
+    for make in (lambda p: p.symlink_to(left), lambda p: p.mkdir()):
+        (left / "s").rename(tmp_path / "s")
+        make(left / "s")
+        with pytest.raises(OutputError, match="something else"):
+            staged(target)
+        assert os.path.lexists(left / "s")
+        (left / "s").unlink() if (left / "s").is_symlink() else (left / "s").rmdir()
+        (tmp_path / "s").rename(left / "s")
 
 
 def test_a_stranger_that_appears_during_the_run_is_not_published(tmp_path: Path) -> None:
@@ -305,6 +356,33 @@ def test_a_replaced_output_half_deleted_is_cleared_away(tmp_path: Path) -> None:
     (left / "a").unlink()
     finish(target, b"new")
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("kept", ["", "thesis"])
+def test_an_empty_folder_is_all_that_is_left_of_a_replaced_output(
+    tmp_path: Path, kept: str
+) -> None:
+    target, old = tmp_path / "out", tmp_path / "out.loratool-old"
+    finish(target)
+    old.mkdir()
+    if kept:
+        (old / kept).write_text("mine")
+    clear_away(target, prove)
+    assert old.exists() == bool(kept) and (target / "a").exists()
+
+
+def test_dropped_files_are_no_longer_finished(tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    with pytest.raises(RuntimeError), staged(target) as output:
+        for name in ("s", "t"):
+            output.create(name).write_bytes(b"12345")
+            output.mark_finished(name, 5)
+        output.drop(["s"])
+        raise RuntimeError
+    with staged(target) as output:
+        assert set(output.finished) == {"t"} and output.notes == [
+            "1 files taken over from an interrupted run"
+        ]
 
 
 def test_symlink_and_missing_parent(tmp_path: Path) -> None:
