@@ -149,3 +149,9 @@ def test_rank_over_8192(world: World, row: str) -> None:
 @pytest.mark.parametrize("row", ["limit-regex-of-user"])
 def test_runaway_patterns_of_the_command_line(world: World, row: str) -> None:
     world.refuses(world.merge_words("--skip", "a" * 513), "LT-242", got="512")
+
+
+@pytest.mark.parametrize("value", [{"a": 1}, [[1]], 3])
+def test_a_task_that_is_no_word_is_none(world: World, value: object) -> None:
+    world.write_adapter(None, task_type=value)
+    assert world.merge().code == 0
