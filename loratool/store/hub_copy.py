@@ -53,11 +53,9 @@ def prove_copy(folder: Path, repo_id: str, sub: str) -> Proof:
 def _files(folder: Path) -> dict[str, Path | None]:
     """Path in a folder -> file; None for what is neither a plain file nor a folder."""
     return {
-        path.relative_to(folder).as_posix(): path
-        if path.is_file() and not path.is_symlink()
-        else None
-        for path in folder.rglob("*")
-        if path.is_symlink() or not path.is_dir()
+        name: folder / name if is_file else None
+        for name, is_file in walk(folder).items()
+        if is_file or (folder / name).is_symlink() or not (folder / name).is_dir()
     }
 
 

@@ -2,7 +2,8 @@
 
 The first line names the plan and the inputs as they were.  A line with ``names`` says which files
 the run is about to make: nothing else in the folder is its own.  A line with ``file`` names one
-that is complete, its size and the checksums of its pieces, and is on the disk before the next.
+that is complete, its size and the checksums of its pieces, and is on the disk before the next; one
+with ``dropped`` takes that back.
 Every line begins with its own crc32: one that is torn or damaged does not count.
 """
 
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 import threading
 import zlib
 from collections.abc import Iterable, Mapping
@@ -22,6 +24,7 @@ from loratool.store.disk import sync_folder, write_all, write_synced
 
 NAME = ".journal"
 TEMPORARY = f"{NAME}.tmp"
+NAME_MAX = 255  # bytes; no file system in use has longer names
 Line = Mapping[str, Any]
 
 
@@ -37,6 +40,12 @@ class Names(TypedDict):
     """Files that are about to be made."""
 
     names: list[str]
+
+
+class Dropped(TypedDict):
+    """Files that were complete and are no part of the output."""
+
+    dropped: list[str]
 
 
 class Finished(TypedDict):
@@ -102,10 +111,13 @@ def read_journal(folder: Path) -> Earlier:
     for line in read_lines(folder / NAME):
         if "file" in line:
             one = fitting(line, Finished)
-            if one is not None and is_plain_name(one["file"]):
+            if one is not None and _may_be_made(one["file"]):
                 finished[one["file"]] = one
+        elif "dropped" in line:
+            for name in (fitting(line, Dropped) or {"dropped": []})["dropped"]:
+                finished.pop(name, None)
         elif "names" in line:
-            names.update(filter(is_plain_name, (fitting(line, Names) or {"names": []})["names"]))
+            names.update(filter(_may_be_made, (fitting(line, Names) or {"names": []})["names"]))
         else:
             head = fitting(line, Head)
             heads += [] if head is None else [head]
@@ -120,20 +132,33 @@ def intact_files(folder: Path, lines: Mapping[str, Finished]) -> dict[str, Finis
     found = check_all(
         list(lines.items()),
         lambda item, stop: (
-            not (folder / item[0]).is_symlink()
+            _is_file(folder / item[0])
             and is_intact(folder / item[0], item[1]["size"], item[1]["crc32"], stop)
         ),
     )
     return {name: line for (name, line), good in zip(lines.items(), found, strict=True) if good}
 
 
+def _is_file(path: Path) -> bool:
+    try:
+        return stat.S_ISREG(path.lstat().st_mode)
+    except OSError:
+        return False
+
+
+def _may_be_made(name: str) -> bool:
+    """True for a name that a file beside the journal may have."""
+    return is_plain_name(name) and name.partition("/")[0] not in (NAME, TEMPORARY)
+
+
 def is_plain_name(name: str) -> bool:
     """True for a path with forward slashes that stays in the folder it is relative to."""
     try:
-        os.fsencode(name)
+        parts = os.fsencode(name).split(b"/")
     except UnicodeEncodeError:  # half of a surrogate pair that stands for no byte
         return False
-    return "\0" not in name and not {"", ".", ".."} & set(name.split("/"))
+    longest = max(map(len, parts))
+    return "\0" not in name and longest <= NAME_MAX and not {b"", b".", b".."} & set(parts)
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

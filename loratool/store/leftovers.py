@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 
-from loratool.errors import DiskError, OutputError, list_some
+from loratool.errors import OutputError, list_some
 from loratool.store.disk import refusals_as, sync_folder
 from loratool.store.journal import NAME as JOURNAL
 from loratool.store.journal import (
@@ -19,6 +20,7 @@ from loratool.store.journal import (
 )
 from loratool.store.lock import FolderLock
 from loratool.store.marker import (
+    MARKER,
     REPLACED,
     Proof,
     Prove,
@@ -89,7 +91,8 @@ class Leftovers:
     def strangers(self) -> list[str]:
         """What lies in the folder and is not loratool's."""
         own = {JOURNAL, TEMPORARY, *self.names, *(f"{n}.tmp" for n in self.names)}
-        return sorted(walk(self._staging).keys() - own - parents_of(own))
+        folders, found = parents_of(own), walk(self._staging)
+        return sorted(n for n, is_file in found.items() if n not in (own if is_file else folders))
 
     def clear(self, keep: Iterable[str]) -> None:
         """Delete every file of loratool's but these and the journal."""
@@ -118,7 +121,7 @@ class Leftovers:
         if moved and moved.keys() == finished.keys():  # only the journal was left
             (self._staging / JOURNAL).unlink(missing_ok=True)
             self.earlier = _NOTHING
-        elif is_inside:
+        elif is_inside and not os.path.lexists(home / MARKER):  # else the old output's files
             for name in moved:
                 (self._staging / name).parent.mkdir(parents=True, exist_ok=True)
                 (home / name).replace(self._staging / name)
@@ -169,29 +172,36 @@ def clear_away(path: Path, prove: Prove) -> None:
     Args:
         path: the output.
         prove: see `Leftovers.settle`.
+
+    Raises:
+        DiskError: the system refuses: what is half cleared away is not yet to be judged.
     """
     staging = staging_path(path)
     if not any(map(os.path.lexists, (staging, old_path(path), path / REPLACED))):
         return
-    try:
-        with FolderLock.make(staging, path):
-            put_back(path, prove)
-            left = Leftovers(staging)
-            left.settle((), prove)
-            left.take_back(path)
-            if not left.earlier.finished:
-                left.drop()
-    except (OutputError, DiskError, OSError):
-        pass  # somebody else's, or under way: `StagedOutput` finds out
+    # Somebody else's, or under way: `StagedOutput` finds out.
+    with (
+        suppress(OutputError),
+        refusals_as("cannot clean up", staging),
+        FolderLock.make(staging, path),
+    ):
+        put_back(path, prove)
+        left = Leftovers(staging)
+        left.settle((), prove)
+        left.take_back(path)
+        if not left.earlier.finished:
+            left.drop()
 
 
 def put_back(path: Path, prove: Prove) -> None:
     """Put an old output back if a run died between the two renames of a replacement."""
     old = old_path(path)
-    if not _is_marked(old):  # nobody was about to replace it
+    if not _is_marked(old):  # nobody was about to replace it, or nothing is left of it
         with refusals_as("cannot clean up", path):
             if _is_marked(path):
                 (path / REPLACED).unlink()
+            if old.is_dir() and not any(old.iterdir()):
+                remove_empty(old)
         return
     proof = prove(old)
     if set(proof.strangers) - {REPLACED}:

@@ -31,7 +31,9 @@ from loratool.store.stamps import stamp_of
 
 MARKER = "loratool.json"
 REPLACED = ".loratool-replaced"
-"""Lies in an old output from just before its name goes to a new one: it may be deleted then."""
+"""Lies in an old output that gives way to a new one: empty before its name goes, its marker where
+its files go one by one."""
+_NO_FILE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG)  # has such a name
 _CRC = re.compile(r"[0-9a-f]{8}")
 
 
@@ -130,8 +132,13 @@ def file_metadata(
     return {**metadata, "loratool": json.dumps(_sealed(record))}
 
 
-def read_marker(path: Path) -> Marker | None:
-    """The marker of an output, a folder or a single file; None without a whole one."""
+def read_marker(path: Path, name: str = MARKER) -> Marker | None:
+    """The marker of an output, a folder or a single file; None without a whole one.
+
+    Args:
+        path: the output.
+        name: of the marker in a folder.
+    """
     from loratool.store.header import HARD_HEADER_BYTES, read_header
     from loratool.store.jsonfile import load_json, parse_json
 
@@ -140,8 +147,8 @@ def read_marker(path: Path) -> Marker | None:
         if stat.S_ISREG(kind):
             said = read_header(path, max_bytes=HARD_HEADER_BYTES).metadata.get("loratool", "")
             return _marker(parse_json(said.encode(), path), "data")
-        if stat.S_ISDIR(kind) and stat.S_ISREG((path / MARKER).lstat().st_mode):
-            return _marker(load_json(path / MARKER), "files")
+        if stat.S_ISDIR(kind) and stat.S_ISREG((path / name).lstat().st_mode):
+            return _marker(load_json(path / name), "files")
     except (LoratoolError, OSError):
         pass
     return None
@@ -157,7 +164,8 @@ def prove(path: Path, *, deep: bool = True) -> Proof:
     Raises:
         OSError: it cannot be looked at.
     """
-    marker = read_marker(path)
+    place = MARKER if os.path.lexists(path / MARKER) else REPLACED
+    marker = read_marker(path, place)
     if path.is_symlink() or not path.is_dir():
         is_own = marker is not None and _is_own_file(path, marker.files[""], deep)
         stamp = stamp_of(path)
@@ -168,8 +176,8 @@ def prove(path: Path, *, deep: bool = True) -> Proof:
     before = {name: stamp_of(path / name) for name in own}
     good = check_all(own, lambda name, stop: _is_own(path / name, files[name], deep, stop))
     stamps = {n: s for n, ok in zip(own, good, strict=True) if ok and (s := before[n])}
-    if marker is not None and (stamp := stamp_of(path / MARKER)):
-        stamps[MARKER] = stamp
+    if marker is not None and (stamp := stamp_of(path / place)):
+        stamps[place] = stamp
     folders = {n for n in parents_of(files) if stat.S_ISDIR(_mode(path / n))}
     return Proof(stamps, sorted(entries.keys() - stamps.keys() - folders), folders)
 
@@ -191,7 +199,11 @@ def remove_files(folder: Path, names: Iterable[str], folders: Iterable[str] = ()
     """
     names, last = set(names), (MARKER, REPLACED)
     for name in sorted(names.difference(last)):
-        (folder / name).unlink(missing_ok=True)
+        try:
+            (folder / name).unlink()
+        except OSError as error:
+            if error.errno not in _NO_FILE:
+                raise
     for name in sorted(parents_of(names).union(folders), key=len, reverse=True):
         remove_empty(folder / name)
     for name in last:
@@ -206,7 +218,7 @@ def remove_empty(folder: Path) -> bool:
     except FileNotFoundError:
         return True
     except OSError as error:
-        if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR, errno.ENAMETOOLONG):
             return False
         raise
     return True

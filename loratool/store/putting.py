@@ -93,12 +93,22 @@ def put_inside(made: Path, names: Iterable[str], path: Path, replaces: Proof | N
     """
     _check_still_free(path, replaces, is_folder=True)
     if replaces is not None:
-        replaces.remove(path)
+        _take_out(replaces, path)
     for name in in_order(names):
         target = path / name
         target.parent.mkdir(parents=True, exist_ok=True)
         rename_new(made / name, target)
         sync_folder(target.parent)
+
+
+def _take_out(replaces: Proof, path: Path) -> None:
+    """Delete an old output file by file: what its marker lists is never found in part."""
+    if MARKER in replaces.stamps and (path / MARKER).exists():
+        (path / MARKER).rename(path / REPLACED)
+        sync_folder(path)
+        replaces.remove(path, REPLACED)
+    else:
+        replaces.remove(path)
 
 
 def in_order(names: Iterable[str]) -> list[str]:

@@ -221,13 +221,14 @@ class StagedOutput:
         self.place(name)
 
     def drop(self, names: Iterable[str]) -> None:
-        """Delete files that are not part of the output."""
+        """Delete complete files that are not part of the output."""
         names = set(names)
         with self._guard:
             for name in names:
                 self._contents.pop(name, None)
                 self.finished.pop(name, None)
         with refusals_as("cannot delete", self.staging):
+            self._journal.append({"dropped": sorted(names)})
             remove_files(self.staging, names)
 
     # -------------------------------------------------------------------------------- the end
@@ -320,8 +321,8 @@ class StagedOutput:
             self._is_open = False
         self._journal.close()
         try:
-            if keep:
-                self._left.clear(self.finished)
+            if keep:  # the last line may be in the journal although its end was not seen
+                self._left.clear(read_journal(self.staging).finished)
             else:
                 self._left.drop()
         except OSError:

@@ -142,6 +142,10 @@ SCENES = [
     also("mount-force-same", Scene("", MERGE), MERGE, mount="work/out"),
     also("mount-templates-force", Scene("", "rescale in/chat 0.3 -o work/out"),
          "compress in/chat --rank 1 -o work/out", mount="work/out"),
+    Scene("mount-extract", f"{EXTRACT} -o work/out", mount="work/out"),
+    also("mount-extract-force", Scene("", f"{EXTRACT} -o work/out"), f"{EXTRACT} -o work/out",
+         mount="work/out"),
+    also("mount-pull-force", _PULL, "pull me/style@v1 --offline -o work/out", mount="work/out"),
     Scene("mount-rescale", "rescale in/style 0.3 -o work/out", mount="work/out"),
 ]  # fmt: skip
 

@@ -308,14 +308,20 @@ def _move_and_link(site: Site, place: Path) -> None:
         site.spoil(place)
 
 
+def is_on_one_disk(one: Path, other: Path) -> bool:
+    """True where a file may have names in both places."""
+    return one.stat().st_dev == other.stat().st_dev
+
+
 def _share(site: Site, place: Path) -> None:
     """The same file under a name elsewhere: that name stays."""
-    if path := site.some_file(place):
+    path = site.some_file(place)
+    if path and is_on_one_disk(path, site.elsewhere):
         os.link(path, site.elsewhere / "shared")
 
 
 def _share_input(site: Site, place: Path) -> None:
-    if place.is_dir():
+    if place.is_dir() and is_on_one_disk(place, site.root):
         os.link(site.root / "in/style/adapter_model.safetensors", place / "weights")
         site.spoil(place)
 

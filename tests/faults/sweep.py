@@ -169,11 +169,12 @@ class Stage:
         old, new = part(self._before, place), part(self.end, place)
         if place != self.scene.mount:
             return found in ({}, old, new) or found == old | self._mark(place)
-        # Files come and go one by one: complete is what holds all that its marker lists.
-        marker = f"{place}/loratool.json"
-        if found.get(marker) == new[marker] != old.get(marker):
-            return found == new
-        return found.items() <= old.items() | new.items()
+        # Files come and go one by one: a marker is there only while all is that it lists.
+        marker, going = f"{place}/loratool.json", f"{place}/.loratool-replaced"
+        if marker in found:
+            return found in (old, new)
+        went = {(going, files[marker]) for files in (old, new) if marker in files}
+        return found.items() <= old.items() | new.items() | went
 
     def _mark(self, place: str) -> Tree:
         """Where two names cannot be swapped, the old output says that it is about to go."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from pathlib import Path
 
 import pytest
@@ -37,6 +37,30 @@ def test_some_moments(stage: Stage, count: Count) -> None:
     hits = [*((p,) for p in sorted(chosen)), *pairs(stage, rng, PAIRS)]
     wrong = [text for faults in hits for text in stage.hit(*faults)]
     count(len(hits) + 1, wrong + stage.hit_and_damage(rng.choice(points), rng))
+
+
+def test_the_turning_points_of_a_replacement(stage: Stage, count: Count) -> None:
+    """All is noted and nothing moved; half of the old output is gone; only its folder is left."""
+    if not stage.scene.replaces:
+        pytest.skip("replaces nothing")
+    noted = last(stage, {"fsync"}, ".journal")
+    removed = [n for n, m in enumerate(stage.moments, 1)
+               if m.name == "unlink" and Path(m.paths[0]).parent == stage.work / "out"]  # fmt: skip
+    hits = [(Fault("INT", noted),)] if noted else []
+    hits += [(Fault("kill", last(stage, {"rmdir"}, "")),)]
+    if removed:  # a run replaces what the one before it has made
+        hits += [(stage.points()[-1], Fault("kill", removed[len(removed) // 2]))]
+    if stage.scene.mount:  # all but the marker has moved, and the way back is disturbed
+        moved = Fault("kill", last(stage, {"renameat2"}, ""))
+        hits += [(moved, Fault("EIO", n)) for n in range(2, 6)]
+    count(len(hits), [text for faults in hits for text in stage.hit(*faults)])
+
+
+def last(stage: Stage, names: Container[str], end: str) -> int:
+    """The last moment of a name at a path that ends so; 0 without one."""
+    found = [n for n, m in enumerate(stage.moments, 1)
+             if m.name in names and m.paths and m.paths[0].endswith(end)]  # fmt: skip
+    return max(found, default=0)
 
 
 @pytest.mark.slow

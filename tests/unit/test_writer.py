@@ -13,6 +13,7 @@ import pytest
 from loratool.adapter import TensorRef
 from loratool.errors import BadFileError, DiskError, OutputError
 from loratool.store.journal import encode, read_lines
+from loratool.store.leftovers import clear_away
 from loratool.store.marker import REPLACED, prove
 from loratool.store.reader import FileReader
 from loratool.store.series import series
@@ -196,6 +197,45 @@ def test_a_forged_journal_cannot_reach_out(tmp_path: Path) -> None:
     assert victim.read_text() == "x"
 
 
+@pytest.mark.parametrize("kind", ["names", "file"])
+@pytest.mark.parametrize(
+    "name",
+    ["x" * 300, "x" * 253, "é" * 200, "d/" + "x" * 300, "/".join("e" * 3000), "a\0b", "\ud800",
+     "..", "../z", "/etc/z", "s/x", "sub/t/x", "sub", ".journal", ".journal.tmp", ".journal/x", ""],
+)  # fmt: skip
+def test_a_line_with_a_name_that_no_file_can_have_does_not_count(
+    tmp_path: Path, kind: str, name: str
+) -> None:
+    target = tmp_path / "out"
+    with pytest.raises(RuntimeError), staged(target) as output:
+        for one in ("s", "sub/t"):
+            output.create(one).write_bytes(b"12345")
+            output.mark_finished(one, 5)
+        raise RuntimeError
+    line = {"names": [name], "file": name, "size": 0, "crc32": [], "results": None}
+    keys = ("names",) if kind == "names" else ("file", "size", "crc32", "results")
+    with (tmp_path / "out.loratool-partial" / ".journal").open("ab") as file:
+        file.write(encode({key: line[key] for key in keys}))
+    with staged(target) as output:
+        assert output.finished.keys() == {"s", "sub/t"}
+        output.commit({})
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    assert sorted(p.name for p in target.rglob("*")) == [MARKER, "s", "sub", "t"]
+
+
+def test_a_link_or_folder_in_the_place_of_a_file_is_somebody_elses(tmp_path: Path) -> None:
+    target, left = tmp_path / "out", tmp_path / "out.loratool-partial"
+    interrupted(target, "s")
+    for make in (lambda p: p.symlink_to(left), lambda p: p.mkdir()):
+        (left / "s").rename(tmp_path / "s")
+        make(left / "s")
+        with pytest.raises(OutputError, match="something else"):
+            staged(target)
+        assert os.path.lexists(left / "s")
+        (left / "s").unlink() if (left / "s").is_symlink() else (left / "s").rmdir()
+        (tmp_path / "s").rename(left / "s")
+
+
 def test_a_stranger_that_appears_during_the_run_is_not_published(tmp_path: Path) -> None:
     with pytest.raises(OutputError) as caught, staged(tmp_path / "out") as output:
         (output.staging / "notes.txt").write_text("mine")
@@ -305,6 +345,33 @@ def test_a_replaced_output_half_deleted_is_cleared_away(tmp_path: Path) -> None:
     (left / "a").unlink()
     finish(target, b"new")
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("kept", ["", "thesis"])
+def test_an_empty_folder_is_all_that_is_left_of_a_replaced_output(
+    tmp_path: Path, kept: str
+) -> None:
+    target, old = tmp_path / "out", tmp_path / "out.loratool-old"
+    finish(target)
+    old.mkdir()
+    if kept:
+        (old / kept).write_text("mine")
+    clear_away(target, prove)
+    assert old.exists() == bool(kept) and (target / "a").exists()
+
+
+def test_dropped_files_are_no_longer_finished(tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    with pytest.raises(RuntimeError), staged(target) as output:
+        for name in ("s", "t"):
+            output.create(name).write_bytes(b"12345")
+            output.mark_finished(name, 5)
+        output.drop(["s"])
+        raise RuntimeError
+    with staged(target) as output:
+        assert set(output.finished) == {"t"} and output.notes == [
+            "1 files taken over from an interrupted run"
+        ]
 
 
 def test_symlink_and_missing_parent(tmp_path: Path) -> None:
