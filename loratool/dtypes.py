@@ -78,10 +78,15 @@ def tensor_bytes(dtype: str, shape: tuple[int, ...]) -> int:
     return (numel(shape) * DTYPES[dtype].bits + 7) // 8
 
 
+def result_dtype(name: str) -> str:
+    """The type that a product of numbers of a type is stored in: no float of 8 bits is written."""
+    return name if DTYPES[name].is_mergeable else "F32"
+
+
 def widest(names: list[str]) -> str:
-    """The widest float type among ``names`` (mixed 16-bit types give F32)."""
+    """The widest float type among ``names`` (mixed 16-bit types give F32, and so do 8-bit ones)."""
     floats = sorted({n for n in names if DTYPES[n].is_float}, key=lambda n: DTYPES[n].bits)
     if not floats:
         return "F32"
     top = [n for n in floats if DTYPES[n].bits == DTYPES[floats[-1]].bits]
-    return top[0] if len(top) == 1 else "F32"
+    return result_dtype(top[0]) if len(top) == 1 else "F32"

@@ -9,6 +9,7 @@ import torch
 
 from loratool.adapter import Adapter, DeltaSpec, Source, TensorRef
 from loratool.delta.lowrank import oriented_factors
+from loratool.dtypes import result_dtype
 from loratool.engine.factors import make_data, overflows, round_once
 from loratool.engine.kernel import Env
 from loratool.engine.workers import map_in_workers
@@ -64,7 +65,8 @@ def _scale_module(
     overflow = False
     for role, source in spec.fields.items():
         assert isinstance(source, TensorRef)
-        target, factor = dtype or source.dtype, baked.get(source.name)
+        factor = baked.get(source.name)
+        target = dtype or (source.dtype if factor is None else result_dtype(source.dtype))
         exact[role] = stored[role] = env.load(source).double()
         if factor is not None:
             exact[role] *= factor

@@ -9,7 +9,6 @@ from typing import Any
 
 from loratool import archs
 from loratool.adapter import TensorRef
-from loratool.dtypes import DTYPES
 from loratool.errors import MismatchError
 from loratool.ops.extract_pairs import (
     Pair,
@@ -165,7 +164,8 @@ def _make_step(pair: Pair, base: Checkpoint, how: FactorOptions, is_mha_output: 
     label = TensorSpec(pair.name, "F32", shape)
     if not pair.is_factored:
         flat = pair.tuned.numel
-        if DTYPES[pair.tuned.dtype].name not in _COMPARABLE or pair.base.dtype not in _COMPARABLE:
+        if not {pair.tuned.dtype, pair.base.dtype} <= _COMPARABLE:
+            _refuse_other_type(pair.tuned, pair.base)
             return Step("compare_bytes", label, inputs, (1, pair.tuned.nbytes))
         return Step("difference", label, inputs, (1, flat) if len(shape) < 2 else _flat(shape))
     args: dict[str, Any] = {**how.to_args(), "transposed": False}
@@ -189,7 +189,17 @@ def _make_step(pair: Pair, base: Checkpoint, how: FactorOptions, is_mha_output: 
     return Step("subtract_and_factor", label, inputs, view, args=args)
 
 
-_COMPARABLE = ("F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL")
+_COMPARABLE = frozenset({
+    "F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL",
+})  # fmt: skip
+
+
+def _refuse_other_type(tuned: TensorRef, base: TensorRef) -> None:
+    if tuned.dtype != base.dtype:
+        raise MismatchError(
+            "LT-482", "tensors have types that cannot be subtracted", file=tuned.file,
+            key=tuned.name, expected=f"{base.dtype}, as in the base", got=tuned.dtype,
+        )  # fmt: skip
 
 
 def _flat(shape: tuple[int, ...]) -> tuple[int, int]:

@@ -78,9 +78,10 @@ class Roles:
         self._names = names
         self._has_experts = names == "v5" and any(map(parse_expert, base.tensors))
 
-    def of(self, name: str, ref: TensorRef) -> tuple[str, str]:
-        """(role, holder) of a tensor; the holder is "" where it gets no factors."""
-        if _BUFFER.search(name) or not DTYPES[ref.dtype].is_mergeable:
+    def of(self, name: str, ref: TensorRef, other: TensorRef | None) -> tuple[str, str]:
+        """(role, holder) of a tensor and its partner; the holder is "" where it gets no factors."""
+        types = [one.dtype for one in (ref, other) if one is not None]
+        if _BUFFER.search(name) or not all(DTYPES[t].is_mergeable for t in types):
             return "buffer", ""
         dims = len(ref.shape)
         memory = archs.to_memory(self._base.model_type, name, self._names)
@@ -146,6 +147,7 @@ def _join(container: str, members: Mapping[tuple[int, str], Pair]) -> Iterable[P
         rows = [members.get((e, part)) for e in range(count) for part in parts]
         whole = [row for row in rows if row is not None]
         is_whole = len(whole) == len(rows) and len({r.tuned.shape for r in whole}) == 1
+        is_whole &= all(row.role != "buffer" for row in whole)
         if is_whole and any(row.is_factored for row in whole):
             yield _stack(f"{container}.{name}", [_unless_left_out(row) for row in whole], count)
 

@@ -68,7 +68,7 @@ def pair_tensors(tuned: Checkpoint, base: Checkpoint, names: str) -> Pairing:
         if other is None and name in ours:
             other = base.tensors[ours[name]]
             notes.append(f"{name} is tied in the base: compared with {ours[name]}")
-        role, holder = roles.of(name, ref)
+        role, holder = roles.of(name, ref, other)
         role = "head" if name in heads else role
         if other is None:
             created.append(Pair(name, None, ref, role))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from loratool.adapter import MAX_ALPHA, Adapter, DeltaSpec, TensorRef
-from loratool.dtypes import DTYPES
+from loratool.dtypes import DTYPES, result_dtype
 from loratool.errors import MismatchError, UsageError, list_some
 from loratool.ops.additive import require_additive
 from loratool.ops.blocks import block_factors
@@ -122,7 +122,7 @@ def memory_needs(plan: RescalePlan, dtype: str | None) -> tuple[list[int], int]:
             needs.append(rescaled_bytes(spec))
         for source in new:
             # float16 that overflows is made again in float32, and both are there for a while
-            target = dtype or source.dtype
+            target = dtype or result_dtype(source.dtype)
             each = DTYPES[target].bits // 8 + (4 if target == "F16" else 0)
             kept += each * source.numel
     return needs, kept

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from loratool.dtypes import DTYPES
 from loratool.errors import MismatchError
 from loratool.ops.align import align_names, same_form
 from loratool.plan import Plan, Step
@@ -39,14 +40,18 @@ def under_names_of(merged: Checkpoint, base: Checkpoint) -> Checkpoint:
 def merged_dtype(base: Checkpoint, merged: Checkpoint) -> str | None:
     """The type that MERGED was cast to, None if it kept the base's types.
 
+    Types that no merge casts from or to do not count: `plan_verify` names such tensors.
+
     Raises:
         MismatchError: its tensors changed to several types.
     """
     merged = under_names_of(merged, base)
+    pairs = [(ref.dtype, merged.tensors[n].dtype)
+             for n, ref in base.tensors.items() if n in merged.tensors]  # fmt: skip
     changed = {
-        merged.tensors[name].dtype
-        for name, ref in base.tensors.items()
-        if name in merged.tensors and merged.tensors[name].dtype != ref.dtype
+        after
+        for before, after in pairs
+        if before != after and DTYPES[before].is_mergeable and DTYPES[after].is_mergeable
     }
     if len(changed) > 1:
         raise MismatchError(
