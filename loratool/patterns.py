@@ -76,20 +76,21 @@ class Pattern:
     refuse: Refuse = field(repr=False, compare=False)
 
 
-def compile_pattern(text: str, refuse: Refuse, *, longest: int = MAX_PATTERN) -> Pattern:
+def compile_pattern(text: str, refuse: Refuse, *, within: str = "{}") -> Pattern:
     """Compile an expression; nothing is matched.
 
     Args:
         text: the expression.
         refuse: called with what is wrong.
-        longest: most characters.
+        within: the expression that it becomes a part of, in the place of ``{}``.
 
     Example:
         >>> compile_pattern("layers.0.", print).text
         'layers.0.'
     """
-    if len(text) > longest:
-        refuse(f"longer than {longest} characters")
+    if len(text) > MAX_PATTERN:
+        refuse(f"longer than {MAX_PATTERN} characters: {len(text)}")
+    text = within.replace("{}", text)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

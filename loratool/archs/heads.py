@@ -43,7 +43,7 @@ def task_class(adapter: Mapping[str, Any], base: Mapping[str, Any]) -> str:
     named = auto.get("base_model_class") if isinstance(auto, Mapping) else None
     if isinstance(named, str) and _TASK.search(named):
         return task_of({"architectures": [named]})
-    ending: str | None = load_data("heads")["tasks"].get(adapter.get("task_type"))
+    ending: str | None = load_data("heads")["tasks"].get(str(adapter.get("task_type")))
     own = class_of(base)
     if not ending or not own:
         return ""

@@ -151,9 +151,7 @@ class Patterns:
             def refuse(why: str) -> NoReturn:
                 self._refuse(key, f"not a regular expression: {why}")
 
-            text = rf"(.*\.)?({key})$"
-            longest = MAX_PATTERN + len(text) - len(key)
-            self._compiled[number] = compile_pattern(text, refuse, longest=longest)
+            self._compiled[number] = compile_pattern(key, refuse, within=r"(.*\.)?({})$")
         return self._compiled[number]
 
     def _refuse(self, key: str | None, why: str) -> NoReturn:

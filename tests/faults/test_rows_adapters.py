@@ -82,7 +82,7 @@ ROWS = (
           ("nested", r"(.*a)*b", "too many open repeats"),
           ("branches", r"(a|a)*b", "too many open repeats"),
           ("open", ".*" * 12 + "x", "too many open repeats"),
-          ("long", "a" * 513, "longer than"),
+          ("long", "a" * 513, "longer than 512 characters: 513"),
           ("broken", "(", "not a regular expression"))),
     Row("44-regex-alpha", config(alpha_pattern={r"(.*a)*b": 2}), "LT-368", CONFIG,
         key="alpha_pattern", got="too many open repeats"),
@@ -149,3 +149,9 @@ def test_rank_over_8192(world: World, row: str) -> None:
 @pytest.mark.parametrize("row", ["limit-regex-of-user"])
 def test_runaway_patterns_of_the_command_line(world: World, row: str) -> None:
     world.refuses(world.merge_words("--skip", "a" * 513), "LT-242", got="512")
+
+
+@pytest.mark.parametrize("value", [{"a": 1}, [[1]], 3])
+def test_a_task_that_is_no_word_is_none(world: World, value: object) -> None:
+    world.write_adapter(None, task_type=value)
+    assert world.merge().code == 0
