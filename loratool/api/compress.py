@@ -231,7 +231,9 @@ def _open(
             check_output(target, is_folder=True, force=force)
         if program is not None:
             check_fit(adapter, program)
-    opened = None if base is None else open_base(str(base), [a for _, a in found], access)
+    opened = None
+    if base is not None and not all(s.is_additive for _, a in found for s in a.specs):
+        opened = open_base(str(base), [a for _, a in found], access)
     jobs: list[_Job] = []
     for (resolved, adapter), target in zip(found, targets, strict=True):
         detached = None if opened is None else _detach(adapter, opened, limits)
