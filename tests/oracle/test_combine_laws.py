@@ -289,6 +289,8 @@ def test_factors_give_what_dense_matrices_give(row: Method) -> None:
         mix = Mix(factors, scalings, weights, parse_params(row, params), rank)
         want, size = ORACLES[row.name](mix), size_of(mix)
         assume(row.name not in ("tsv", "iso-cts", "iso-c") or _is_clear(mix))
+        # Of an orthogonal 2×2 matrix two elements are always of one size: nothing decides.
+        assume(row.name != "knots-ties" or inner * count != 2)
         got = library(mix, row.name, rank if row.name == "svd" else None)
         bound = 1e-8 * size  # gaps of random spectra are above 1e-7
         if row.name == "svd":  # Eckart & Young: the tail is all that is lost
