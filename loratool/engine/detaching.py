@@ -59,7 +59,7 @@ def _cut(weight: torch.Tensor, spans: Sequence[Span], axis: int) -> torch.Tensor
 
 
 def without_base_change(spec: DeltaSpec, places: Sequence[Place], env: Env) -> DeltaSpec:
-    """Scaling · lora_B·lora_A less what loading takes from the base, as a LoRA of rank 2 r at most.
+    """The product s·lora_B·lora_A less what loading takes from the base: rank 2 r at most.
 
     The two products nearly cancel: decomposed, so that rounding is relative to what is left.
     """
@@ -82,7 +82,7 @@ def _with_pairs(spec: DeltaSpec, pairs: Sequence[Pair], scaling: float) -> Delta
 
 
 def row_gains(spec: DeltaSpec, places: Sequence[Place], env: Env) -> torch.Tensor:
-    """C = m/‖W + s·lora_B·lora_A‖ of every output feature, (out,) float64.
+    """The gain c = m/‖W + s·lora_B·lora_A‖ of every output feature, (out,) float64.
 
     Raises:
         NumericError: LT-806, a row of nothing but zeros has no direction.

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 from loratool.adapter import Adapter, Source, TensorRef
@@ -26,36 +26,16 @@ from loratool.archs.heads import (
 from loratool.archs.ties import tied_tensors
 from loratool.errors import MismatchError, list_some
 from loratool.ops.bind_rules import parse_skip
-from loratool.ops.new_parts import is_part, own_config
+from loratool.ops.new_parts import Extended, is_part, own_config
 from loratool.patterns import find
 from loratool.store.checkpoint import Checkpoint
 
 _LAYER = re.compile(r"\.\d+\.")
 
 
-@dataclass(frozen=True)
-class Headed:
-    """A base with the head of an adapter.
-
-    Attributes:
-        checkpoint: the base under the names of the adapter's class; tensors of its head lie in the
-            adapter's file.
-        created: names of the head's tensors.
-        config_changes: key of ``config.json`` -> value.
-        notes: one sentence each.
-        warnings: what the user should not overlook.
-    """
-
-    checkpoint: Checkpoint
-    created: tuple[str, ...] = ()
-    config_changes: Mapping[str, Any] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
-    warnings: tuple[str, ...] = ()
-
-
 def take_heads(
     adapters: Iterable[Adapter], checkpoint: Checkpoint, skip: Sequence[str] = ()
-) -> Headed:
+) -> Extended:
     """Give a base the heads that adapters bring, and the class that goes with them.
 
     Args:
@@ -84,7 +64,7 @@ def take_heads(
                 )  # fmt: skip
         brought[name] = (adapter, head)
     if not brought:
-        return Headed(checkpoint)
+        return Extended(checkpoint)
     (name, (adapter, head)), *_ = brought.items()
     return _with_head(checkpoint, adapter, name, head)
 
@@ -137,7 +117,7 @@ def _body(adapter: Adapter, checkpoint: Checkpoint) -> tuple[str, str]:
 
 def _with_head(
     checkpoint: Checkpoint, adapter: Adapter, name: str, head: Mapping[str, Source]
-) -> Headed:
+) -> Extended:
     old, new = _body(adapter, checkpoint)
     own = {r.name for r in adapter.replacements}
     pooler = has_pooler(name)
@@ -159,7 +139,7 @@ def _with_head(
     count = label_count(name, {n: s.shape for n, s in head.items()})
     changes = {"architectures": [name], **_labels(adapter, checkpoint, count)}
     lacks = pooler is True and not any(map(is_pooler, tensors))
-    return Headed(
+    return Extended(
         replace(checkpoint, tensors=tensors, shards=shards, config=config),
         tuple(head),
         {k: v for k, v in changes.items() if checkpoint.config.get(k) != v},

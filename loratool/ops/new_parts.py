@@ -150,12 +150,13 @@ def _common(one: Sequence[str], other: Sequence[str]) -> int:
 
 
 @dataclass(frozen=True)
-class NewParts:
-    """A base with the parts that adapters bring.
+class Extended:
+    """A base with what it lacks and adapters bring: parts, or a head.
 
     Attributes:
-        checkpoint: the base; tensors of the parts lie in files of the adapters.
-        created: their names.
+        checkpoint: the base, under the names of the class that has a head if there is one; what is
+            new lies in files of the adapters.
+        created: names of the new tensors.
         config_changes: key of ``config.json`` -> value.
         notes: one sentence each.
         warnings: what the user should not overlook.
@@ -168,7 +169,7 @@ class NewParts:
     warnings: tuple[str, ...] = ()
 
 
-def add_parts(bound: Iterable[WeightedAdapter], checkpoint: Checkpoint) -> NewParts:
+def add_parts(bound: Iterable[WeightedAdapter], checkpoint: Checkpoint) -> Extended:
     """Give a base the parts that it lacks.
 
     Args:
@@ -190,9 +191,9 @@ def add_parts(bound: Iterable[WeightedAdapter], checkpoint: Checkpoint) -> NewPa
                 )  # fmt: skip
             owners[name], tensors[name] = one, ref
     if not tensors:
-        return NewParts(checkpoint)
+        return Extended(checkpoint)
     config, described = _described([o.adapter for o in owners.values()], checkpoint)
-    return NewParts(
+    return Extended(
         replace(checkpoint, tensors={**checkpoint.tensors, **tensors}),
         tuple(tensors),
         config,
