@@ -166,6 +166,16 @@ class DeltaSpec:
         return self.row.has_factors and not self.base_change
 
     @property
+    def is_pair(self) -> bool:
+        """True if the fields are the two thin factors of the change."""
+        return self.row.is_pair
+
+    @property
+    def product_rank(self) -> int:
+        """Rank of the product of the thin factors behind the change."""
+        return self.row.product_rank(self.rank)
+
+    @property
     def scales_rows(self) -> bool:
         """True if rows of W are multiplied."""
         return self.row.scales_rows

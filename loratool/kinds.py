@@ -2,7 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from loratool.adapter import DeltaSpec
+
+Sizes = tuple[int, tuple[int, ...]]
+"""(out, (in, kernel…)) of the weight that a change has the shape of."""
+
+
+def _of_product(spec: DeltaSpec) -> Sizes:
+    right, left = spec.fields["lora_A"].shape, spec.fields["lora_B"].shape
+    inner = right[1:]
+    if spec.blocks is not None and spec.blocks[1] == "A":  # stored one above the other
+        inner = (right[1] * spec.blocks[0], *right[2:])
+    return left[0], inner
+
+
+def _of_vector(spec: DeltaSpec) -> Sizes:
+    return spec.fields["delta"].numel, ()
 
 
 @dataclass(frozen=True)
@@ -16,8 +37,15 @@ class Kind:
         optional: roles that may be there.
         is_additive: W' - W does not depend on W.
         title: words for reports.
+        sizes: of the weight, from the shapes of the fields.
+        scaled: the role that a factor of the change is multiplied into, and that is zero where
+            training starts.
         is_matrix: a change of a weight; False for vectors.
-        has_factors: it has an exact low-rank form of its own.
+        pairs: ``module:function`` that gives the thin factors behind it, one pair per matrix;
+            "" = there are none.
+        has_factors: their product, scaled, is the whole change.
+        is_pair: its fields are those factors.
+        product_rank: rank of their product, where the file's rank is r.
         scales_rows: it multiplies rows of W.
     """
 
@@ -27,24 +55,37 @@ class Kind:
     optional: tuple[str, ...]
     is_additive: bool
     title: str
+    sizes: Callable[[DeltaSpec], Sizes]
+    scaled: str
     is_matrix: bool = True
+    pairs: str = ""
     has_factors: bool = False
+    is_pair: bool = False
+    product_rank: Callable[[int], int] = int
     scales_rows: bool = False
 
 
 KINDS: tuple[Kind, ...] = (
     Kind(
         "lowrank", "loratool.delta.lowrank:build", ("lora_A", "lora_B"), ("diag",), True, "LoRA",
-        has_factors=True,
+        _of_product, "lora_B", pairs="loratool.delta.lowrank:pairs_of", has_factors=True,
+        is_pair=True,
     ),
     Kind(
         "dora", "loratool.delta.magnitude:build", ("lora_A", "lora_B", "magnitude"), (), False,
-        "DoRA", scales_rows=True,
+        "DoRA", _of_product, "lora_B", pairs="loratool.delta.lowrank:pairs_of", is_pair=True,
+        scales_rows=True,
     ),
     Kind(
-        "vector", "loratool.delta.vector:build", ("delta",), (), True, "bias delta",
-        is_matrix=False,
+        "vector", "loratool.delta.vector:build", ("delta",), (), True, "bias delta", _of_vector,
+        "delta", is_matrix=False,
     ),
 )  # fmt: skip
 
 BY_NAME: dict[str, Kind] = {k.name: k for k in KINDS}
+
+
+def resolve(name: str) -> Any:
+    """The function that a row names as ``module:function``."""
+    module, _, function = name.partition(":")
+    return getattr(import_module(module), function)

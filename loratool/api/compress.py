@@ -406,7 +406,7 @@ def _report(job: _Job, made: _Made, dry_run: bool) -> CompressedAdapter:
         CompressedModule(
             name=spec.name,
             family=_family(spec.name, spec.layout),
-            rank_before=spec.rank,
+            rank_before=spec.product_rank,
             rank=result.rank,
             norm=math.sqrt(result.square),
             captured_energy=result.kept_square / result.square if result.square else 1.0,

@@ -168,7 +168,7 @@ def _all_intruders(
         spec = places[0].part.spec
         if not spec.has_factors or not _has_numbers(spec):
             continue
-        if factor is not None and not is_whole(spec, places):
+        if factor is not None and not (spec.is_pair and is_whole(spec, places)):
             (skipped if skipped is not None else []).append(name)
             continue
         tasks += places

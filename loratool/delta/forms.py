@@ -27,9 +27,7 @@ def shape_of(spec: DeltaSpec) -> tuple[int, ...]:
         >>> shape_of(lt.open("style").modules[name].spec)  # doctest: +SKIP
         (4096, 4096)
     """
-    if not spec.is_matrix:
-        return (spec.fields[VALUES].numel,)
-    return matrix_shape(spec)
+    return matrix_shape(spec) if spec.is_matrix else (side_sizes(spec)[0],)
 
 
 def matrix_shape(spec: DeltaSpec) -> tuple[int, int]:
@@ -42,17 +40,13 @@ def matrix_shape(spec: DeltaSpec) -> tuple[int, int]:
 
 
 def side_sizes(spec: DeltaSpec) -> tuple[int, tuple[int, ...]]:
-    """(out, (in, kernel…)) of the weight that the factors make."""
-    right, left = spec.fields[RIGHT].shape, spec.fields[LEFT].shape
-    inner = right[1:]
-    if spec.blocks is not None and spec.blocks[1] == "A":  # stored one above the other
-        inner = (right[1] * spec.blocks[0], *right[2:])
-    return left[0], inner
+    """(out, (in, kernel…)) of the weight that the change has the shape of."""
+    return spec.row.sizes(spec)
 
 
 def kernel_of(spec: DeltaSpec) -> tuple[int, ...]:
     """Kernel of a convolution, () for a matrix."""
-    return spec.fields[RIGHT].shape[2:]
+    return side_sizes(spec)[1][1:]
 
 
 def width_of(spec: DeltaSpec) -> int:
@@ -62,7 +56,7 @@ def width_of(spec: DeltaSpec) -> int:
 
 def is_grouped(spec: DeltaSpec) -> bool:
     """True for a convolution whose left factor has fewer columns than the right one has rows."""
-    return spec.layout == "conv" and width_of(spec) != spec.rank
+    return spec.layout == "conv" and spec.is_pair and width_of(spec) != spec.rank
 
 
 def has_diagonal(spec: DeltaSpec) -> bool:
@@ -76,13 +70,18 @@ def lengths_of(spec: DeltaSpec) -> Source | None:
 
 
 def left_of(spec: DeltaSpec) -> Source:
-    """The tensor that is zero where training starts: lora_B."""
-    return spec.fields[LEFT]
+    """The tensor that is zero where training starts: lora_B, of other kinds its like."""
+    return spec.fields[spec.row.scaled]
 
 
 def factors_of(spec: DeltaSpec) -> tuple[Source, Source]:
-    """(left, right) as stored."""
+    """(left, right) as stored; `DeltaSpec.is_pair` says whether there are such."""
     return spec.fields[LEFT], spec.fields[RIGHT]
+
+
+def storage_types(spec: DeltaSpec) -> set[str]:
+    """Types of the tensors that the change is made of."""
+    return {spec.fields[role].dtype for role in spec.row.roles}
 
 
 def values_of(spec: DeltaSpec) -> Source:
@@ -91,21 +90,19 @@ def values_of(spec: DeltaSpec) -> Source:
 
 
 def scaled_source(spec: DeltaSpec, *, turned: bool = False) -> Source:
-    """The tensor that a factor of the change is multiplied into.
+    """The tensor that a factor of the change is multiplied into, as `left_of`.
 
     Args:
         spec: any additive change.
         turned: the other factor, for a head that holds an embedding's factors turned round.
     """
-    if not spec.is_matrix:
-        return spec.fields[VALUES]
-    return spec.fields[RIGHT if turned else LEFT]
+    return spec.fields[RIGHT] if turned else left_of(spec)
 
 
 def with_factors(spec: DeltaSpec, left: Source, right: Source, **changes: Any) -> DeltaSpec:
     """A plain low-rank change in the place of another one: packed as PEFT does, without blocks."""
     changes = {"blocks": None, "b_order": "rank-major"} | changes
-    return replace(spec, fields={RIGHT: right, LEFT: left}, **changes)
+    return replace(spec, kind=LOW_RANK, fields={RIGHT: right, LEFT: left}, **changes)
 
 
 def new_low_rank(

@@ -14,7 +14,7 @@ def tied_pairs(adapter: Adapter) -> tuple[tuple[DeltaSpec, DeltaSpec], ...]:
     """Embedding and head that have one change, turned round (PEFT's ``ensure_weight_tying``)."""
     if adapter.config.get("ensure_weight_tying") is not True:
         return ()
-    plain = [s for s in adapter.specs if s.has_factors and s.layout == "linear"]
+    plain = [s for s in adapter.specs if s.has_factors and s.is_pair and s.layout == "linear"]
     return tuple(
         (one, other)
         for one in adapter.specs

@@ -228,7 +228,7 @@ def _combine_apart(
     zeros around blocks.
     """
     specs = [t.spec for t in terms]
-    if len({s.blocks for s in specs}) > 1:
+    if len({s.blocks for s in specs}) > 1 or not all(s.is_pair for s in specs):
         specs = [_laid_out(s, env) for s in specs]
         like = _laid_out(like, env)
     coefficients = [t.weight * t.spec.scaling / gain for t in terms]

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
 from loratool.adapter import DeltaSpec, TensorData
 from loratool.delta.forms import kernel_of, values_of, with_factors
-from loratool.delta.lowrank import Pair, packed, pairs_of
+from loratool.delta.lowrank import Pair, packed
 from loratool.engine.buffers import TORCH_DTYPES, Scratch, to_bytes
 from loratool.engine.grid import CPU_ELEMENTS
 from loratool.engine.kernel import Env
+from loratool.kinds import resolve
 from loratool.linalg.rounding import round_into
 from loratool.store.reader import FileReader
 
@@ -27,14 +28,21 @@ def make_env(reader: FileReader) -> Env:
 
 
 def load_pairs(spec: DeltaSpec, env: Env) -> list[Pair]:
-    """The factors of a ``lowrank`` spec: one pair, or one per expert.
+    """The thin factors behind a change: one pair, or one per expert; scaling left out.
 
     A diagonal between the factors is folded into lora_B, block-diagonal factors are laid out.
 
     Raises:
         NumericError: NaN or infinity.
     """
-    return pairs_of({role: env.load(source) for role, source in spec.fields.items()}, spec)
+    fields = {role: env.load(source) for role, source in spec.fields.items()}
+    return make_pairs(fields, spec)
+
+
+def make_pairs(fields: Mapping[str, torch.Tensor], spec: DeltaSpec) -> list[Pair]:
+    """As `load_pairs`, of loaded tensors."""
+    made: list[Pair] = resolve(spec.row.pairs)(fields, spec)
+    return made
 
 
 def load_vector(spec: DeltaSpec, env: Env) -> torch.Tensor:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from importlib import import_module
 
 import numpy as np
 import torch
@@ -152,8 +151,7 @@ class AddDeltas(Kernel):
             wanting = [d for d in wanting if d.wants_survey]
 
     def _make(self, part: DeltaPart, coefficient: float) -> Delta:
-        module, _, name = kinds.BY_NAME[part.spec.kind].implementation.partition(":")
-        build: Callable[..., Delta] = getattr(import_module(module), name)
+        build: Callable[..., Delta] = kinds.resolve(part.spec.row.implementation)
         fields = {role: self.env.load(source) for role, source in part.spec.fields.items()}
         fold = not isinstance(self.rounder, Exact)
         return build(fields, part, coefficient=coefficient, dtype=self.dtype, fold=fold)

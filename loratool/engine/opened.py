@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from importlib import import_module
 
 import torch
 
-from loratool import kinds
-from loratool.adapter import Adapter, DeltaSpec
+from loratool.adapter import Adapter, DeltaSpec, Source
 from loratool.delta.base import Delta
-from loratool.delta.forms import factors_of, left_of
-from loratool.delta.lowrank import LowRank
+from loratool.delta.forms import factors_of
 from loratool.engine.buffers import Scratch
+from loratool.engine.factors import load_pairs
 from loratool.engine.grid import CPU_ELEMENTS
 from loratool.engine.kernel import Env
+from loratool.kinds import resolve
+from loratool.linalg.product import product_spectrum
 from loratool.plan import DeltaPart
 from loratool.store.reader import FileReader
 
@@ -48,22 +48,25 @@ class OpenModule:
 
     @property
     def A(self) -> torch.Tensor:  # noqa: N802
-        """lora_A (r, in…) as stored."""
-        return self._env.load(factors_of(self.spec)[1])
+        """lora_A (r, in…) as stored; for LoRA and DoRA."""
+        return self._env.load(self._factors()[1])
 
     @property
     def B(self) -> torch.Tensor:  # noqa: N802
-        """lora_B (out, r…) as stored."""
-        return self._env.load(left_of(self.spec))
+        """lora_B (out, r…) as stored; for LoRA and DoRA."""
+        return self._env.load(self._factors()[0])
+
+    def _factors(self) -> tuple[Source, Source]:
+        if not self.spec.is_pair:
+            raise TypeError(f"{self.spec.title} is not stored as two factors")
+        return factors_of(self.spec)
 
     def _delta(self, expert: int | None = None) -> Delta:
         transposed = self.spec.layout == "embedding" or self.spec.transposed
         part = DeltaPart(self.spec, 1.0, expert=expert, transposed=transposed)
-        module, _, name = kinds.BY_NAME[self.spec.kind].implementation.partition(":")
         fields = {role: self._env.load(source) for role, source in self.spec.fields.items()}
-        built = getattr(import_module(module), name)(
-            fields, part, coefficient=self.spec.scaling, dtype=torch.float64
-        )
+        build = resolve(self.spec.row.implementation)
+        built = build(fields, part, coefficient=self.spec.scaling, dtype=torch.float64)
         assert isinstance(built, Delta)
         return built
 
@@ -88,14 +91,8 @@ class OpenModule:
         """
         if not self.spec.has_factors:
             raise TypeError(f"{self.spec.title} has no spectrum of its own without the base")
-        experts = range(self.spec.experts) if self.spec.experts else [None]
-        found = []
-        for expert in experts:
-            delta = self._delta(expert)
-            assert isinstance(delta, LowRank)
-            left = torch.linalg.qr(delta.left).R
-            right = torch.linalg.qr(delta.right.T).R
-            found.append(torch.linalg.svdvals(left @ right.T))
+        pairs = load_pairs(self.spec, self._env)
+        found = [product_spectrum(B * self.spec.scaling, A) for B, A in pairs]
         return torch.stack(found) if self.spec.experts else found[0]
 
     def norm(self) -> float:

@@ -8,14 +8,12 @@ from dataclasses import dataclass
 import torch
 
 from loratool.adapter import Adapter, DeltaSpec, Source, TensorRef
-from loratool.delta.forms import LEFT, VALUES, is_grouped
-from loratool.delta.lowrank import oriented_factors
+from loratool.delta.forms import is_grouped
 from loratool.dtypes import result_dtype
-from loratool.engine.factors import make_data, overflows, round_once
+from loratool.engine.factors import make_data, make_pairs, overflows, round_once
 from loratool.engine.kernel import Env
 from loratool.engine.workers import map_in_workers
 from loratool.linalg.concat import difference_square, product_norm
-from loratool.plan import DeltaPart
 
 
 @dataclass(frozen=True)
@@ -86,16 +84,12 @@ def _sizes(
     scaling = spec.scaling**2
     is_exact = all(torch.equal(stored[role], exact[role]) for role in exact)
     if not spec.is_matrix or is_grouped(spec):  # of the left factor alone
-        role = LEFT if spec.is_matrix else VALUES
+        role = spec.row.scaled
         size = 1.0 if spec.is_matrix else scaling
         difference = stored[role] - exact[role]
         return size * float(exact[role].square().sum()), size * float(difference.square().sum())
     total = lost = 0.0
-    for expert in range(spec.experts) if spec.experts else [None]:
-        part = DeltaPart(spec, 1.0, expert=expert)
-        lora_A, lora_B = oriented_factors(exact, part)
-        total += product_norm(lora_B, lora_A) ** 2
-        if not is_exact:
-            new_A, new_B = oriented_factors(stored, part)
-            lost += difference_square((new_B, new_A), (lora_B, lora_A))
+    for old, new in zip(make_pairs(exact, spec), make_pairs(stored, spec), strict=True):
+        total += product_norm(*old) ** 2
+        lost += 0.0 if is_exact else difference_square(new, old)
     return scaling * total, scaling * lost

@@ -164,7 +164,7 @@ def repack(spec: DeltaSpec, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) 
     sign = 1.0 if spec.scaling > 0 else -1.0
     made = []
     for lora_B, lora_A in pairs:
-        more = spec.rank - lora_A.shape[0]
+        more = spec.product_rank - lora_A.shape[0]
         pad = torch.nn.functional.pad
         made.append((pad(lora_B * (sign / root), (0, more)), pad(lora_A / root, (0, 0, 0, more))))
     return pack_pairs(spec, made, left_of(spec).dtype)

@@ -33,7 +33,7 @@ def plan_combine(
     if method.space == "factor":
         uneven = [
             m.spec.name for m in plan.modules
-            if not m.is_bias and len({t.spec.rank for t in m.terms}) > 1
+            if not m.is_bias and len({t.spec.product_rank for t in m.terms}) > 1
         ]  # fmt: skip
         if uneven:
             raise MismatchError(
@@ -77,7 +77,7 @@ def rank_of(module: SumModule, method: Method, rank: int | None) -> int:
     ``rank`` where it is given; else what holds the result without loss (cat, core space), the
     largest rank of the inputs (svd, element-wise methods), or their common rank (factor-wise).
     """
-    largest = max(t.spec.rank for t in module.terms)
+    largest = max(t.spec.product_rank for t in module.terms)
     if rank is not None:
         return rank
     if method.space in ("core", "joint"):

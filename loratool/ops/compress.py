@@ -9,10 +9,10 @@ from typing import Any
 
 from loratool.adapter import Adapter, DeltaSpec, Source, TensorData
 from loratool.delta.forms import (
-    factors_of,
     is_grouped,
     shape_of,
     side_sizes,
+    storage_types,
     values_of,
     with_factors,
     with_lengths,
@@ -95,7 +95,7 @@ class CompressPlan:
         gain = self.gains[index]
         return {
             "dtype": self.dtypes[index], "gain": gain, "bias": bias,
-            "must_rewrite": spec.blocks is not None or spec.name in self.anew
+            "must_rewrite": not spec.is_pair or spec.blocks is not None or spec.name in self.anew
             or self._is_uneven(spec, gain),
         }  # fmt: skip
 
@@ -285,7 +285,7 @@ def _mha_of(spec: DeltaSpec) -> str | None:
 
 def _storage_dtype(spec: DeltaSpec) -> str:
     """The type of both factors; float32 for two of which neither holds the other's values."""
-    dtypes = {source.dtype for source in factors_of(spec)}
+    dtypes = storage_types(spec)
     if len(dtypes) == 1:
         (only,) = dtypes
         return only if only in ("BF16", "F16", "F32", "F64") else "F32"

@@ -52,7 +52,7 @@ class Fit:
     def _keeps(self, spec: DeltaSpec) -> bool:
         if not spec.is_matrix:
             return spec.scaling == self.scalings[spec.name]
-        is_plain = spec.blocks is None and not has_diagonal(spec)
+        is_plain = spec.is_pair and spec.blocks is None and not has_diagonal(spec)
         return is_plain and (spec.rank, spec.scaling) == (self.rank, self.scalings[spec.name])
 
     def _bytes(self, spec: DeltaSpec) -> int:
@@ -94,7 +94,7 @@ def plan_fit(adapter: Adapter, program: Program) -> Fit:
     weights = [s for s in adapter.specs if s.is_matrix]
     if not weights:
         return Fit(adapter, program, left_out=tuple(gone))
-    rank = max(s.rank for s in weights)
+    rank = max(s.product_rank for s in weights)
     check_rank(rank, program, adapter)
     scaling, outputs = _scaling(weights, rank), mha_outputs(weights)
     scalings = {s.name: scaling * (2.0 if s.name in outputs else 1.0) for s in adapter.specs}

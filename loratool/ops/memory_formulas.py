@@ -150,7 +150,7 @@ def _kept_share(step: Step) -> float:
     """Ranks that truncation leaves of a delta's at most, as a share."""
     rule = step.args.get("rule", {})
     caps = [c for c in (rule.get("rank"), rule.get("max_rank")) if c]
-    ranks = [p.spec.rank for p in step.parts if isinstance(p, DeltaPart)]
+    ranks = [p.spec.product_rank for p in step.parts if isinstance(p, DeltaPart)]
     shares = [float(c) / max(1, r) for c in caps for r in ranks]
     return min([1.0, *shares])
 
@@ -199,7 +199,7 @@ def factor_bytes(spec: DeltaSpec) -> int:
     """Both factors of all experts in float64, block-diagonal ones laid out; or a bias."""
     if not spec.is_matrix:
         return 8 * shape_of(spec)[0]
-    return 8 * spec.rank * sum(matrix_shape(spec)) * max(1, spec.experts)
+    return 8 * spec.product_rank * sum(matrix_shape(spec)) * max(1, spec.experts)
 
 
 def compared_bytes(specs: Sequence[DeltaSpec]) -> int:
@@ -257,4 +257,4 @@ def sampled_elements(spec: DeltaSpec) -> int:
 
 def _square_bytes(specs: Sequence[DeltaSpec]) -> int:
     """The r×r cores of products, and LAPACK's work space for their SVD."""
-    return sum(150 * spec.rank**2 for spec in specs)
+    return sum(150 * spec.product_rank**2 for spec in specs)

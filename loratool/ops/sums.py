@@ -176,7 +176,7 @@ def _module(
             )  # fmt: skip
     return SumModule(
         first, tuple(terms), 2.0 if name in outputs else 1.0,
-        sum(t.spec.rank for t in terms), shape_of(first),
+        sum(t.spec.product_rank for t in terms), shape_of(first),
     )  # fmt: skip
 
 
