@@ -181,6 +181,16 @@ class DeltaSpec:
         return self.row.scales_rows
 
     @property
+    def reach(self) -> str:
+        """What of W a block of the change depends on: ``block``, ``norms`` or ``all``."""
+        return "all" if self.base_change else self.row.reach
+
+    @property
+    def is_sum(self) -> bool:
+        """True if its elements are sums of products of stored numbers."""
+        return not self.base_change and self.row.is_sum(self)
+
+    @property
     def title(self) -> str:
         """The kind in words."""
         return self.base_change or self.row.title

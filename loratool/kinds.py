@@ -47,6 +47,10 @@ class Kind:
         is_pair: its fields are those factors.
         product_rank: rank of their product, where the file's rank is r.
         scales_rows: it multiplies rows of W.
+        reach: what of W one block of the change depends on: nothing but the ``block``, the
+            ``norms`` of rows or columns, or ``all`` of it.
+        is_sum: the elements of a change are sums of products of stored numbers, which
+            ``--exact`` adds up.
     """
 
     name: str
@@ -63,6 +67,8 @@ class Kind:
     is_pair: bool = False
     product_rank: Callable[[int], int] = int
     scales_rows: bool = False
+    reach: str = "block"
+    is_sum: Callable[[DeltaSpec], bool] = lambda spec: True
 
 
 KINDS: tuple[Kind, ...] = (
@@ -74,7 +80,7 @@ KINDS: tuple[Kind, ...] = (
     Kind(
         "dora", "loratool.delta.magnitude:build", ("lora_A", "lora_B", "magnitude"), (), False,
         "DoRA", _of_product, "lora_B", pairs="loratool.delta.lowrank:pairs_of", is_pair=True,
-        scales_rows=True,
+        scales_rows=True, reach="norms", is_sum=lambda spec: False,
     ),
     Kind(
         "vector", "loratool.delta.vector:build", ("delta",), (), True, "bias delta", _of_vector,

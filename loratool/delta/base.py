@@ -71,6 +71,10 @@ class Delta(ABC):
     def scaled(self, factor: float) -> Delta:
         """The same change, ``factor`` times as strong: W + factor·(W' - W)."""
 
+    @abstractmethod
+    def to(self, device: torch.device) -> None:
+        """Put its tensors on a device, in place: a delta is built for one step alone."""
+
     def measure(self, base: torch.Tensor, r0: int, r1: int, c0: int, c1: int) -> None:
         """See a block of W before the first `add_to`; called only if `needs_measure`."""
         raise NotImplementedError

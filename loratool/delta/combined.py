@@ -68,6 +68,11 @@ class Combined(Delta):
         deltas = [d.scaled(factor) for d in self.deltas]
         return Combined(deltas, self.combiner, self.transposed, self.offset)
 
+    def to(self, device: torch.device) -> None:
+        """Moves every delta."""
+        for delta in self.deltas:
+            delta.to(device)
+
     def _stack(self, like: torch.Tensor, r0: int, r1: int, c0: int, c1: int) -> torch.Tensor:
         """(T, m, n) of the method's orientation."""
         shape = (len(self.deltas), r1 - r0, c1 - c0)
@@ -134,6 +139,10 @@ class Cut(Delta):
     def scaled(self, factor: float) -> Cut:
         """Scales the whole."""
         return Cut(self.inner.scaled(factor), self.rows, self.cols)
+
+    def to(self, device: torch.device) -> None:
+        """Moves the whole."""
+        self.inner.to(device)
 
     def _inside(self, r0: int, r1: int, c0: int, c1: int) -> tuple[int, int, int, int]:
         return r0 + self._top, r1 + self._top, c0 + self._left, c1 + self._left

@@ -60,6 +60,10 @@ class LowRank(Delta):
         """Multiplies the coefficient."""
         return LowRank(self.left, self.right, self.coefficient * factor)
 
+    def to(self, device: torch.device) -> None:
+        """Moves both factors."""
+        self.left, self.right = self.left.to(device), self.right.to(device)
+
 
 def build(
     fields: Mapping[str, torch.Tensor],

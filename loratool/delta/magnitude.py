@@ -74,6 +74,11 @@ class Magnitude(Delta):
         """Interpolates towards W."""
         return Magnitude(self.inner, self.magnitude, self.axis, self.weight * factor)
 
+    def to(self, device: torch.device) -> None:
+        """Moves the factors, the lengths and the norms seen so far."""
+        self.inner.to(device)
+        self.magnitude, self._squares = self.magnitude.to(device), self._squares.to(device)
+
     def _gain(self, dtype: torch.dtype, r0: int, r1: int, c0: int, c1: int) -> torch.Tensor:
         """Lengths over norms, m / ‖V‖, of the block's rows or columns, broadcastable to it."""
         gain = (self.magnitude.double() / self._squares.sqrt()).to(dtype)

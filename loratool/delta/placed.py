@@ -116,6 +116,10 @@ class Placed(Delta):
         """Scales the inner delta."""
         return Placed(self.inner.scaled(factor), self._region, self.shape, self._device)
 
+    def to(self, device: torch.device) -> None:
+        """Moves the inner delta; positions lie on the device that it was made for."""
+        self.inner.to(device)
+
 
 class _Cut:
     """Where a block meets an axis of a region: positions in the block, range in the delta."""

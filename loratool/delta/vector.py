@@ -48,6 +48,10 @@ class Vector(Delta):
         """Multiplies the coefficient."""
         return Vector(self.values, self.coefficient * factor)
 
+    def to(self, device: torch.device) -> None:
+        """Moves the values."""
+        self.values = self.values.to(device)
+
 
 class Rows(Delta):
     """Chosen rows become new ones: W[i] + weight·(new - W[i]) (trainable tokens).
@@ -114,6 +118,10 @@ class Rows(Delta):
     def scaled(self, factor: float) -> Rows:
         """Multiplies the weight."""
         return Rows(self.shape, self.index, self.values, self.weight * factor, self.exact)
+
+    def to(self, device: torch.device) -> None:
+        """Moves row numbers and values."""
+        self.index, self.values = self.index.to(device), self.values.to(device)
 
 
 def build(

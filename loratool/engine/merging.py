@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
-from loratool import kinds
 from loratool.delta.base import Delta
 from loratool.delta.combined import Combined, Cut
-from loratool.delta.lowrank import LowRank
-from loratool.delta.mutation import removed_part
+from loratool.delta.load import load_delta
+from loratool.delta.mutation import removed_delta
 from loratool.delta.placed import Placed
 from loratool.delta.vector import Rows
 from loratool.engine import grid
@@ -127,7 +125,7 @@ class AddDeltas(Kernel):
         first = parts[0]
         deltas = [self._make(p, p.spec.scaling) for p in parts]
         for delta in deltas:
-            move_to(delta, self.env.device)
+            delta.to(self.env.device)
         total = deltas[0].shape[0] * deltas[0].shape[1]
         combiner = DenseCombiner(
             find_method(self.step.args["method"]), params, [p.weight for p in parts], total,
@@ -151,28 +149,19 @@ class AddDeltas(Kernel):
             wanting = [d for d in wanting if d.wants_survey]
 
     def _make(self, part: DeltaPart, coefficient: float) -> Delta:
-        build: Callable[..., Delta] = kinds.resolve(part.spec.row.implementation)
-        fields = {role: self.env.load(source) for role, source in part.spec.fields.items()}
         fold = not isinstance(self.rounder, Exact)
-        return build(fields, part, coefficient=coefficient, dtype=self.dtype, fold=fold)
+        return load_delta(part, self.env.load, coefficient=coefficient, dtype=self.dtype, fold=fold)
 
     def _build(self, part: DeltaPart) -> list[Delta]:
         made = [self._make(part, part.weight * part.spec.scaling)]
         if part.spec.base_change:
-            made.append(self._base_change(part))
+            source = self.step.inputs[self.anchor]
+            weight = self.env.load(source, must_be_finite=True).view(self.step.view)
+            made.append(removed_delta(part, weight, self.dtype))
         return [self._place(d, part) for d in made]
 
-    def _base_change(self, part: DeltaPart) -> Delta:
-        """What loading such an adapter first takes away from the base, as a low-rank delta."""
-        source = self.step.inputs[self.anchor]
-        weight = self.env.load(source, must_be_finite=True).view(self.step.view)
-        left, right = removed_part(part.spec, weight)
-        made = LowRank((left * -part.weight).to(self.dtype), right.to(self.dtype))
-        made.roundings += sum(self.step.view)  # of the decomposition, which is backward stable
-        return made
-
     def _place(self, delta: Delta, part: DeltaPart) -> Delta:
-        move_to(delta, self.env.device)
+        delta.to(self.env.device)
         if not part.region.rows and not part.region.cols:
             return delta
         return Placed(delta, part.region, self.step.view, self.env.device)
@@ -272,15 +261,6 @@ def _by_target(parts: list[DeltaPart]) -> list[list[DeltaPart]]:
     for part in parts:
         groups.setdefault((part.region.rows, part.region.cols), []).append(part)
     return list(groups.values())
-
-
-def move_to(delta: Delta, device: torch.device) -> None:
-    """Put a delta's tensors on a device, in place (the deltas are fresh and unshared)."""
-    for holder in (delta, getattr(delta, "inner", None)):
-        if holder is not None:
-            for key, value in vars(holder).items():
-                if isinstance(value, torch.Tensor):
-                    setattr(holder, key, value.to(device))
 
 
 def count_differing(one: torch.Tensor, other: torch.Tensor) -> int:

@@ -9,11 +9,11 @@ import torch
 from loratool.adapter import Adapter, DeltaSpec, Source
 from loratool.delta.base import Delta
 from loratool.delta.forms import factors_of
+from loratool.delta.load import load_delta
 from loratool.engine.buffers import Scratch
 from loratool.engine.factors import load_pairs
 from loratool.engine.grid import CPU_ELEMENTS
 from loratool.engine.kernel import Env
-from loratool.kinds import resolve
 from loratool.linalg.product import product_spectrum
 from loratool.plan import DeltaPart
 from loratool.store.reader import FileReader
@@ -64,11 +64,7 @@ class OpenModule:
     def _delta(self, expert: int | None = None) -> Delta:
         transposed = self.spec.layout == "embedding" or self.spec.transposed
         part = DeltaPart(self.spec, 1.0, expert=expert, transposed=transposed)
-        fields = {role: self._env.load(source) for role, source in self.spec.fields.items()}
-        build = resolve(self.spec.row.implementation)
-        built = build(fields, part, coefficient=self.spec.scaling, dtype=torch.float64)
-        assert isinstance(built, Delta)
-        return built
+        return load_delta(part, self._env.load, coefficient=self.spec.scaling, dtype=torch.float64)
 
     def delta(self) -> torch.Tensor:
         """ΔW float64: (out, in), flattened (out, in·k…) for convolutions, (V, d) for embeddings.

@@ -75,7 +75,4 @@ def _whole(sources: Iterable[Source]) -> Iterator[Range]:
 
 def _sees_whole_base(step: Step) -> bool:
     """True if a delta needs norms or singular vectors of the weight that it changes."""
-    return any(
-        isinstance(part, DeltaPart) and (part.spec.base_change or part.spec.scales_rows)
-        for part in step.parts
-    )
+    return any(isinstance(part, DeltaPart) and (part.spec.reach != "block") for part in step.parts)

@@ -55,7 +55,7 @@ def step_bytes(step: Step) -> int:
             if step.op == "look_at_base":
                 total += held * 48  # its QR, singular vectors and one more copy, float64
             total += held * 16  # accumulator type, and a float64 copy while it is made
-            if part.spec.base_change:
+            if part.spec.reach == "all":
                 total += step.view[0] * step.view[1] * 24 + 32 * min(step.view) ** 2
         elif part.rows is not None:
             total += part.source.numel * 12
@@ -242,7 +242,7 @@ def detached_bytes(places: Sequence[Place]) -> int:
     spec = places[0].part.spec
     rows, cols = matrix_shape(spec)
     whole = sum(place.source.nbytes for place in places) + 8 * rows * cols
-    at_work = 24 * rows * cols + 32 * min(rows, cols) ** 2 if spec.base_change else 3 << 23
+    at_work = 24 * rows * cols + 32 * min(rows, cols) ** 2 if spec.reach == "all" else 3 << 23
     return WORKER_BYTES + whole + at_work + 8 * factor_bytes(spec)
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from loratool.adapter import Adapter, Replacement, Source, TensorRef
+from loratool.adapter import Adapter, DeltaSpec, Replacement, Source, TensorRef
 from loratool.dtypes import DTYPES, numel
 from loratool.errors import MismatchError, list_some
 from loratool.ops.align_parts import require_aligned
@@ -223,18 +223,18 @@ def _has_effect(part: Part) -> bool:
     return part.weight * part.spec.scaling != 0
 
 
-def _not_additive(adapters: Sequence[WeightedAdapter]) -> list[str]:
-    """Changes that depend on the base, in words."""
+def _named(adapters: Sequence[WeightedAdapter], test: Callable[[DeltaSpec], bool]) -> list[str]:
+    """Changes of which something is true, in words."""
     return [
         f"{a.adapter.label}: {b.spec.name} ({b.spec.title})"
         for a in adapters
         for b in a.bindings.deltas
-        if not b.spec.is_additive
+        if test(b.spec)
     ]
 
 
 def _require_additive(adapters: Sequence[WeightedAdapter], method: str) -> None:
-    if other := _not_additive(adapters):
+    if other := _named(adapters, lambda s: not s.is_additive):
         raise MismatchError(
             "LT-418", f"{method} works on changes that do not depend on the base",
             key=list_some(other, 3), hint="leave --method out: their sum is defined",
@@ -242,9 +242,9 @@ def _require_additive(adapters: Sequence[WeightedAdapter], method: str) -> None:
 
 
 def _require_sums(adapters: Sequence[WeightedAdapter]) -> None:
-    """DoRA has a square root in it, PiSSA and its kin a decomposition, an untied T5 a factor."""
+    """DoRA has a square root in it, PiSSA a decomposition, a Tucker core inner sums."""
     scaled = [f"{name} (scaled)" for one in adapters for name in one.bindings.scales]
-    if other := [*_not_additive(adapters), *scaled]:
+    if other := [*_named(adapters, lambda s: not s.is_sum), *scaled]:
         raise MismatchError(
             "LT-477", "exact rounding is for sums of products, and this change is none",
             key=list_some(other), hint="leave --exact out",

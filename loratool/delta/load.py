@@ -1,0 +1,34 @@
+"""A change with its tensors, whatever its kind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from loratool.adapter import Source
+from loratool.delta.base import Delta
+from loratool.kinds import resolve
+from loratool.plan import DeltaPart
+
+
+def load_delta(
+    part: DeltaPart,
+    load: Callable[[Source], torch.Tensor],
+    *,
+    coefficient: float,
+    dtype: torch.dtype,
+    fold: bool = True,
+) -> Delta:
+    """Build the delta of a part; what loading it takes from its base is not in it (`mutation`).
+
+    Args:
+        part: the spec with orientation, region and expert.
+        load: gives a tensor as stored.
+        coefficient: of the change, scaling included.
+        dtype: float32 or float64, the type of the accumulator.
+        fold: False keeps tensors as stored and the coefficient apart.
+    """
+    build: Callable[..., Delta] = resolve(part.spec.row.implementation)
+    fields = {role: load(source) for role, source in part.spec.fields.items()}
+    return build(fields, part, coefficient=coefficient, dtype=dtype, fold=fold)
