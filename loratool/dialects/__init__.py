@@ -14,8 +14,8 @@ from typing import Any
 from loratool.adapter import Adapter, AdapterFiles, ReadOptions
 from loratool.dialects import detect as looks
 from loratool.dialects.base import Candidate, Dialect, examine
-from loratool.dialects.peft import unmergeable_reason
-from loratool.dialects.peft_new import task_type_of
+from loratool.dialects.peft.new import task_type_of
+from loratool.dialects.peft.read import unmergeable_reason
 from loratool.errors import MismatchError, UsageError
 from loratool.store.header import MAX_HEADER_BYTES
 
@@ -40,7 +40,7 @@ DIALECTS: tuple[Dialect, ...] = (
     ),
     Dialect(
         "peft", "PEFT", looks.is_peft_folder, form="folder",
-        read="loratool.dialects.peft:read", write="loratool.dialects.peft_write:write",
+        read="loratool.dialects.peft.read:read", write="loratool.dialects.peft.write:write",
     ),
     Dialect("mlx", "mlx-lm", looks.is_mlx, form="folder"),
     Dialect("litgpt", "litgpt", looks.is_litgpt, form="folder", suffixes=(".lora",)),
@@ -55,7 +55,7 @@ DIALECTS: tuple[Dialect, ...] = (
     Dialect("textual-inversion", "textual inversion (no adapter)", looks.is_textual_inversion),
     Dialect("diffusers", "diffusers", looks.is_diffusers),
     Dialect("peft-file", "PEFT without its configuration", looks.is_peft_file,
-            read="loratool.dialects.peft:read"),
+            read="loratool.dialects.peft.read:read"),
 )  # fmt: skip
 
 BY_NAME: dict[str, Dialect] = {row.name: row for row in DIALECTS}
@@ -146,6 +146,6 @@ def read_back(files: AdapterFiles, path: Path) -> Adapter:
         files: of `write_adapter_files`.
         path: where they are to lie, for messages.
     """
-    from loratool.dialects.peft_write import read_back as read_peft
+    from loratool.dialects.peft.write import read_back as read_peft
 
     return read_peft(files, path)

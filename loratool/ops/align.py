@@ -14,7 +14,7 @@ from loratool import archs
 from loratool.adapter import TensorRef
 from loratool.archs.experts import expert_names, parse_expert
 from loratool.archs.layers import has_flipped_experts, has_transposed_experts
-from loratool.dialects.peft_keys import strip_parallel, without_wrappers
+from loratool.dialects.peft.keys import strip_parallel, without_wrappers
 from loratool.ops.bind_rules import name_rules, parse_rename
 from loratool.store.checkpoint import Checkpoint
 

@@ -17,7 +17,7 @@ from loratool.archs.layers import (
     has_transposed_experts,
 )
 from loratool.delta.forms import side_sizes
-from loratool.dialects.peft_version import parse_version
+from loratool.dialects.peft.version import parse_version
 from loratool.ops.bind_place import Context, Placement, misfit, unmergeable
 from loratool.ops.bind_types import BoundDelta, Found, Item, Misfit
 from loratool.plan import Region, Span

@@ -8,7 +8,7 @@ from typing import Any
 
 from loratool.adapter import Adapter, DeltaSpec, Replacement, TensorRef
 from loratool.delta.forms import kernel_of, matrix_shape, shape_of
-from loratool.dialects.peft_version import square_experts_rule
+from loratool.dialects.peft.version import square_experts_rule
 from loratool.dialects.rules import mha_outputs
 from loratool.errors import MismatchError, UsageError, list_some
 from loratool.ops.additive import factor_dtype, require_additive, require_factors

@@ -183,7 +183,7 @@ def test_an_unknown_field_that_says_nothing_is_not(world: Path, value: object) -
 def test_every_field_of_peft_is_known(world: Path) -> None:
     from peft import LoraConfig, TrainableTokensConfig
 
-    from loratool.dialects.peft_config import _READ, _SILENT
+    from loratool.dialects.peft.config import _READ, _SILENT
 
     fields = {*LoraConfig().to_dict(), *TrainableTokensConfig().to_dict()}
     assert fields <= _READ | _SILENT

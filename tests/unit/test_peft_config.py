@@ -12,8 +12,8 @@ from peft.utils.peft_types import PeftType
 
 from loratool.adapter import ReadOptions
 from loratool.dialects import open_adapter, unmergeable_reason
-from loratool.dialects.peft_methods import METHODS
-from loratool.dialects.peft_version import applies_mha_output_twice
+from loratool.dialects.peft.methods import METHODS
+from loratool.dialects.peft.version import applies_mha_output_twice
 from loratool.errors import BadFileError, MismatchError, UsageError
 from tests.unit.peft_files import pair, read, write_folder
 

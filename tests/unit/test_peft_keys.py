@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from loratool.adapter import TensorRef
-from loratool.dialects.peft_keys import parse_key, sort_tensors, strip_names
+from loratool.dialects.peft.keys import parse_key, sort_tensors, strip_names
 from loratool.errors import BadFileError, MismatchError
 
 P = "base_model.model."

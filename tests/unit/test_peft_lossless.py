@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from loratool.adapter import Adapter, TensorRef
 from loratool.dialects import open_adapter, write_adapter_files
-from loratool.dialects.peft_keys import living_names
+from loratool.dialects.peft.keys import living_names
 from loratool.errors import LoratoolError
 from tests.unit.peft_files import PREFIX, Tensor, pair, write_folder, zeros
 

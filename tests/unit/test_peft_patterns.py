@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from peft.utils.other import get_pattern_key
 
-from loratool.dialects.peft_patterns import Patterns
+from loratool.dialects.peft.patterns import Patterns
 from loratool.errors import BadFileError
 
 _PART = st.sampled_from(

@@ -8,7 +8,7 @@ rank of each tensor, and nothing else.
 from __future__ import annotations
 
 from loratool.adapter import Adapter
-from loratool.dialects.peft_keys import PREFIX
+from loratool.dialects.peft.keys import PREFIX
 from loratool.ops.programs import traits
 from loratool.ops.programs.base import Program, Rule
 

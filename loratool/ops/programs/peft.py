@@ -7,10 +7,10 @@ has another name, or lies on a module that is not named, is passed by with a war
 from __future__ import annotations
 
 from loratool.adapter import Adapter, DeltaSpec
-from loratool.dialects.peft_config import parse_config
-from loratool.dialects.peft_new import heads_of
-from loratool.dialects.peft_targets import ALL_LINEAR, is_guarded, untargeted
-from loratool.dialects.peft_version import parse_version
+from loratool.dialects.peft.config import parse_config
+from loratool.dialects.peft.new import heads_of
+from loratool.dialects.peft.targets import ALL_LINEAR, is_guarded, untargeted
+from loratool.dialects.peft.version import parse_version
 from loratool.errors import BadFileError, list_some
 from loratool.ops.programs import traits
 from loratool.ops.programs.base import Program, Rule

@@ -9,7 +9,7 @@ from typing import Any
 from loratool.adapter import Adapter, DeltaSpec
 from loratool.archs.experts import parse_expert
 from loratool.delta.forms import has_diagonal
-from loratool.dialects.peft_keys import living_names
+from loratool.dialects.peft.keys import living_names
 from loratool.errors import list_some
 
 _CAUSAL = ("CAUSAL_LM", "SEQ_2_SEQ_LM")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 
 from loratool.adapter import Adapter
-from loratool.dialects.peft_keys import PREFIX
+from loratool.dialects.peft.keys import PREFIX
 from loratool.ops.programs import traits
 from loratool.ops.programs.base import Program, Rule
 

@@ -18,7 +18,7 @@ import atheris
 with atheris.instrument_imports():
     from loratool.adapter import ReadOptions
     from loratool.dialects import open_adapter
-    from loratool.dialects.peft_config import parse_config
+    from loratool.dialects.peft.config import parse_config
     from loratool.store.header import read_header
     from loratool.store.jsonfile import load_json
 from loratool.errors import LoratoolError

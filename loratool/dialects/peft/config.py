@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from loratool.adapter import MAX_ALPHA
-from loratool.dialects.peft_patterns import Patterns
+from loratool.dialects.peft.patterns import Patterns
 from loratool.errors import BadFileError, MismatchError
 
 DEFAULT_RANK = 8  # of peft.LoraConfig, for r and lora_alpha alike

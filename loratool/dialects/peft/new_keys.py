@@ -7,9 +7,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import NoReturn
 
 from loratool.adapter import Adapter, DeltaSpec, Replacement, Source
-from loratool.dialects.peft_experts import registration_order
-from loratool.dialects.peft_keys import PREFIX
-from loratool.dialects.peft_patterns import endings
+from loratool.dialects.peft.experts import registration_order
+from loratool.dialects.peft.keys import PREFIX
+from loratool.dialects.peft.patterns import endings
 from loratool.errors import MismatchError, list_some
 
 _WRAP = ".base_layer"

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from loratool.adapter import TensorRef
-from loratool.dialects.peft_keys import Sorted
+from loratool.dialects.peft.keys import Sorted
 from loratool.errors import BadFileError
 
 _HEAD = re.compile(r"(?:.+\.)?unembed_tokens")

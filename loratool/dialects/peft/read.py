@@ -9,14 +9,14 @@ from pathlib import Path
 from loratool.adapter import Adapter, DeltaSpec, ReadOptions, TensorRef
 from loratool.dialects.base import Candidate
 from loratool.dialects.detect import peft_method
-from loratool.dialects.peft_beside import read_beside
-from loratool.dialects.peft_config import PeftConfig, parse_config, without_config
-from loratool.dialects.peft_keys import sort_tensors
-from loratool.dialects.peft_methods import refuse_method
-from loratool.dialects.peft_patterns import is_named
-from loratool.dialects.peft_replacements import read_replacements
-from loratool.dialects.peft_specs import SpecReader
-from loratool.dialects.peft_spellings import unify_spellings
+from loratool.dialects.peft.beside import read_beside
+from loratool.dialects.peft.config import PeftConfig, parse_config, without_config
+from loratool.dialects.peft.keys import sort_tensors
+from loratool.dialects.peft.methods import refuse_method
+from loratool.dialects.peft.patterns import is_named
+from loratool.dialects.peft.replacements import read_replacements
+from loratool.dialects.peft.specs import SpecReader
+from loratool.dialects.peft.spellings import unify_spellings
 from loratool.errors import BadFileError, UsageError, list_some
 from loratool.store.contained import find_inside, list_folder
 from loratool.store.own_settings import SETTINGS_FILES

@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from loratool.adapter import MAX_ALPHA, Adapter, DeltaSpec
-from loratool.dialects.peft_new_keys import NewLayout
-from loratool.dialects.peft_patterns import endings
-from loratool.dialects.peft_targets import NO_TARGETS
+from loratool.dialects.peft.new_keys import NewLayout
+from loratool.dialects.peft.patterns import endings
+from loratool.dialects.peft.targets import NO_TARGETS
 from loratool.errors import MismatchError
 
 PEFT_VERSION = "0.21.2"  # whose reading the files were tested with

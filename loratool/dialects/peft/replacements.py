@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from loratool.adapter import Replacement, TensorRef
-from loratool.dialects.peft_checks import refuse_shard
-from loratool.dialects.peft_config import PeftConfig
-from loratool.dialects.peft_keys import Key, Sorted
-from loratool.dialects.peft_patterns import endings
+from loratool.dialects.peft.checks import refuse_shard
+from loratool.dialects.peft.config import PeftConfig
+from loratool.dialects.peft.keys import Key, Sorted
+from loratool.dialects.peft.patterns import endings
 from loratool.errors import BadFileError, list_some
 
 MAX_COMPARISONS = 30_000_000  # of entries of modules_to_save with names; two seconds

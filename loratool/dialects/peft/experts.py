@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from loratool.adapter import TensorRef
-from loratool.dialects.peft_config import PeftConfig
-from loratool.dialects.peft_patterns import endings, is_named
+from loratool.dialects.peft.config import PeftConfig
+from loratool.dialects.peft.patterns import endings, is_named
 from loratool.errors import BadFileError, MismatchError, list_some
 
 _MOST = 256  # parameters of one module

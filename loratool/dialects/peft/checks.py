@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import NoReturn
 
 from loratool.adapter import TensorRef
-from loratool.dialects.peft_config import PeftConfig
+from loratool.dialects.peft.config import PeftConfig
 from loratool.dtypes import DTYPES
 from loratool.errors import BadFileError, MismatchError
 

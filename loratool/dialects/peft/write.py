@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from loratool.adapter import Adapter, AdapterFiles, ReadOptions, Source, TensorRef
-from loratool.dialects.peft import read_tensors
-from loratool.dialects.peft_config import parse_config
-from loratool.dialects.peft_keys import living_names, sort_tensors
-from loratool.dialects.peft_new import heads_of, new_config
-from loratool.dialects.peft_new_keys import NewLayout, new_tensors
+from loratool.dialects.peft.config import parse_config
+from loratool.dialects.peft.keys import living_names, sort_tensors
+from loratool.dialects.peft.new import heads_of, new_config
+from loratool.dialects.peft.new_keys import NewLayout, new_tensors
+from loratool.dialects.peft.read import read_tensors
 from loratool.dtypes import DTYPES
 
 WEIGHTS_NAME = "adapter_model.safetensors"

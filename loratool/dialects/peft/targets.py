@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from loratool.dialects.peft_patterns import Patterns, is_named
+from loratool.dialects.peft.patterns import Patterns, is_named
 from loratool.errors import BadFileError
 
 ALL_LINEAR = "all-linear"

@@ -7,16 +7,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from loratool.adapter import DeltaSpec, ReadOptions, TensorRef
-from loratool.dialects.peft_checks import (
+from loratool.dialects.peft.checks import (
     check_bias,
     check_diag,
     check_factors,
     check_magnitude,
     refuse_rank,
 )
-from loratool.dialects.peft_config import MAX_RANK, PeftConfig
-from loratool.dialects.peft_experts import Parameter, find_parameters
-from loratool.dialects.peft_version import applies_mha_output_twice
+from loratool.dialects.peft.config import MAX_RANK, PeftConfig
+from loratool.dialects.peft.experts import Parameter, find_parameters
+from loratool.dialects.peft.version import applies_mha_output_twice
 from loratool.errors import BadFileError, MismatchError
 
 _MHA_OUT = ".base_layer.out_proj"

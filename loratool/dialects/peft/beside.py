@@ -16,9 +16,9 @@ from pathlib import Path
 from loratool.adapter import BesideFile, Replacement
 from loratool.dialects.base import Candidate
 from loratool.dialects.new_tokens import read_new_tokens
-from loratool.dialects.peft_config import PeftConfig
-from loratool.dialects.peft_keys import sort_tensors
-from loratool.dialects.peft_replacements import read_replacements
+from loratool.dialects.peft.config import PeftConfig
+from loratool.dialects.peft.keys import sort_tensors
+from loratool.dialects.peft.replacements import read_replacements
 from loratool.errors import BadFileError, list_some
 from loratool.store.adapter_folder import is_model_file
 from loratool.store.contained import find_inside, list_folder

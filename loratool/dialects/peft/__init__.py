@@ -1,0 +1,1 @@
+"""The PEFT dialect: ``adapter_model.safetensors`` with ``adapter_config.json``."""
