@@ -15,6 +15,7 @@ from loratool.api.detach import Detached, detach
 from loratool.api.fitting import check_files, fit_for
 from loratool.api.sums import Summed, assemble_sum, run_sum
 from loratool.dialects import open_adapter, write_adapter_files
+from loratool.dialects.programs import Program, find_program, judge_loads
 from loratool.errors import MismatchError, UsageError, list_some
 from loratool.methods import Method, find_method, parse_params
 from loratool.ops.adapter_summary import dtype_word
@@ -32,7 +33,6 @@ from loratool.ops.inputs import (
     open_adapters,
     open_base,
 )
-from loratool.ops.programs import Program, find_program, judge_loads
 from loratool.ops.rank_options import MAX_RANK
 from loratool.ops.sums import SumPlan, compared_ranges
 from loratool.ops.weights import Weight, read_module_weights, rules_json, unused_rules

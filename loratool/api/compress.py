@@ -24,6 +24,7 @@ from loratool.api.compress_ranks import choose_ranks
 from loratool.api.detach import Detached, detach
 from loratool.api.fitting import check_files, fit_for
 from loratool.dialects import open_adapter, write_adapter_files
+from loratool.dialects.programs import Program, find_program, judge_loads
 from loratool.errors import UsageError
 from loratool.ops.batch import is_batch, many_outputs, name_of, place_outputs
 from loratool.ops.compress import CompressPlan, names_of, plan_compress, rebuild
@@ -32,7 +33,6 @@ from loratool.ops.detach import plan_detach
 from loratool.ops.fitting import check_fit
 from loratool.ops.input_notes import unused_warnings
 from loratool.ops.inputs import Access, OpenedBase, guard_output, open_base, open_one
-from loratool.ops.programs import Program, find_program, judge_loads
 from loratool.ops.weights import Weight
 from loratool.report import (
     CompressedAdapter,

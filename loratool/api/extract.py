@@ -24,13 +24,13 @@ from loratool.api.extract_report import planned_report, written_report
 from loratool.api.fitting import Fitted, check_files, fit_for
 from loratool.archs.heads import is_other_head, task_of
 from loratool.dialects import open_adapter, write_adapter_files
+from loratool.dialects.programs import Program, find_program
 from loratool.errors import MismatchError, UsageError, list_some
 from loratool.ops.align import same_form
 from loratool.ops.assemble import Outcome, assemble, outline, rank_groups
 from loratool.ops.extract import ExtractPlan, group_steps, plan_extract
 from loratool.ops.fitting import check_fit
 from loratool.ops.inputs import Access, OpenedBase, guard_output, open_base
-from loratool.ops.programs import Program, find_program
 from loratool.ops.rank_options import factor_options
 from loratool.report import ExtractReport
 from loratool.store.adapter_writer import entry_bytes, file_bytes, fill_adapter

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from loratool.adapter import Adapter, AdapterFiles
 from loratool.api.common import Limits
 from loratool.dialects import read_back
+from loratool.dialects.programs import Program
 from loratool.errors import list_some
 from loratool.ops.fitting import check_written, plan_fit
-from loratool.ops.programs import Program
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from loratool.api.fitting import check_files, fit_for
 from loratool.api.sums import assemble_sum, run_sum
 from loratool.delta.forms import exchanged
 from loratool.dialects import open_adapter, write_adapter_files
+from loratool.dialects.programs import Program, find_program, judge_loads
 from loratool.errors import UsageError
 from loratool.methods import find_method
 from loratool.ops.adapter_summary import dtype_word
@@ -26,7 +27,6 @@ from loratool.ops.detach import plan_detach
 from loratool.ops.fitting import check_fit
 from loratool.ops.input_notes import unused_warnings
 from loratool.ops.inputs import Access, OpenedBase, guard_output, open_base, open_one
-from loratool.ops.programs import Program, find_program, judge_loads
 from loratool.ops.rescale import RescalePlan, memory_needs, parse_only, plan_rescale
 from loratool.ops.sums import plan_sum
 from loratool.ops.weights import Weight

@@ -7,8 +7,8 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
 from loratool.adapter import Adapter, DeltaSpec, Replacement, Source
+from loratool.dialects.programs import judge_loads
 from loratool.dtypes import DTYPES
-from loratool.ops.programs import judge_loads
 from loratool.report import AdapterSummary, ReplacedTensor, TargetFamily
 
 

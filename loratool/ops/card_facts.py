@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from loratool.adapter import Adapter
+from loratool.dialects.programs import judge_loads
+from loratool.dialects.programs.vllm import VLLM, top_rank
 from loratool.errors import LoratoolError
 from loratool.ops.adapter_summary import summarize_adapter
-from loratool.ops.programs import judge_loads
-from loratool.ops.programs.vllm import VLLM, top_rank
 from loratool.ops.summary import summarize_checkpoint
 from loratool.store.card import CardFacts
 from loratool.store.checkpoint import Checkpoint

@@ -9,12 +9,12 @@ from dataclasses import dataclass, field, replace
 from loratool.adapter import Adapter, DeltaSpec
 from loratool.delta.forms import has_diagonal, left_of, matrix_shape, shape_of
 from loratool.dialects import unmergeable_reason
+from loratool.dialects.programs import Program
 from loratool.dialects.rules import mha_outputs
 from loratool.dtypes import tensor_bytes
 from loratool.errors import MismatchError, list_some
 from loratool.ops.additive import require_factors
 from loratool.ops.memory_formulas import rescaled_bytes
-from loratool.ops.programs import Program
 
 _PATTERNS = ("rank_pattern", "alpha_pattern", "use_rslora")
 
@@ -67,7 +67,7 @@ def plan_fit(adapter: Adapter, program: Program) -> Fit:
 
     Args:
         adapter: opened, or made.
-        program: a row of `loratool.ops.programs.PROGRAMS`.
+        program: a row of `loratool.dialects.programs.PROGRAMS`.
 
     Raises:
         MismatchError: LT-488 it cannot load such an adapter, LT-489 nothing would be left, or

@@ -14,7 +14,7 @@ from torch import nn
 
 import loratool as lt
 from loratool.dialects import open_adapter
-from loratool.ops.programs import judge_loads
+from loratool.dialects.programs import judge_loads
 from tests.oracle.in_peft import NotLoadedError, Tensors, changes, distance, save_base
 
 peft = pytest.importorskip("peft")

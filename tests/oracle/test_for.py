@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 import loratool as lt
 from loratool import cli
 from loratool.dialects import open_adapter
+from loratool.dialects.programs import find_program
 from loratool.errors import LoratoolError, MismatchError, UsageError
-from loratool.ops.programs import find_program
 from tests.oracle.in_peft import changes, config_of, distance, load_strict, make, save_base
 from tests.oracle.test_loads import LLM, SAMPLES, as_vllm_reads, llama, model_of, verdict
 

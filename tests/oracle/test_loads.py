@@ -21,8 +21,8 @@ from torch import nn
 import loratool as lt
 from loratool.adapter import Adapter, ReadOptions
 from loratool.dialects import open_adapter
+from loratool.dialects.programs import judge_loads
 from loratool.errors import LoratoolError
-from loratool.ops.programs import judge_loads
 from loratool.report import Loads
 from tests.oracle.in_peft import NotLoadedError, load_strict
 

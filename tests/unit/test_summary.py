@@ -11,9 +11,9 @@ import pytest
 from safetensors.torch import save_file
 
 from loratool.adapter import Adapter, DeltaSpec, Replacement, TensorRef
+from loratool.dialects.programs import judge_loads
 from loratool.errors import BadFileError, LoratoolError, MismatchError
 from loratool.ops.adapter_summary import format_ranges, summarize_adapter
-from loratool.ops.programs import judge_loads
 from loratool.ops.summary import summarize
 from tests.make import randn, random_factors, save_adapter, save_checkpoint
 

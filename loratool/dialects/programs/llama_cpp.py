@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from loratool.adapter import Adapter
 from loratool.dialects.peft.keys import PREFIX
-from loratool.ops.programs import traits
-from loratool.ops.programs.base import Program, Rule
+from loratool.dialects.programs import traits
+from loratool.dialects.programs.base import Program, Rule
 
 _NORMS = ("_layernorm", ".norm")
 

@@ -11,8 +11,8 @@ import math
 
 from loratool.adapter import Adapter
 from loratool.dialects.peft.keys import PREFIX
-from loratool.ops.programs import traits
-from loratool.ops.programs.base import Program, Rule
+from loratool.dialects.programs import traits
+from loratool.dialects.programs.base import Program, Rule
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 DEFAULT_RANK = 16

@@ -7,11 +7,11 @@ program knows the base model itself is not looked at.
 from __future__ import annotations
 
 from loratool.adapter import Adapter
+from loratool.dialects.programs.base import Program
+from loratool.dialects.programs.llama_cpp import LLAMA_CPP
+from loratool.dialects.programs.peft import PEFT
+from loratool.dialects.programs.vllm import VLLM
 from loratool.errors import UsageError
-from loratool.ops.programs.base import Program
-from loratool.ops.programs.llama_cpp import LLAMA_CPP
-from loratool.ops.programs.peft import PEFT
-from loratool.ops.programs.vllm import VLLM
 from loratool.report import Loads
 
 PROGRAMS = (PEFT, VLLM, LLAMA_CPP)

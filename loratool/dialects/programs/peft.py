@@ -11,9 +11,9 @@ from loratool.dialects.peft.config import parse_config
 from loratool.dialects.peft.new import heads_of
 from loratool.dialects.peft.targets import ALL_LINEAR, is_guarded, untargeted
 from loratool.dialects.peft.version import parse_version
+from loratool.dialects.programs import traits
+from loratool.dialects.programs.base import Program, Rule
 from loratool.errors import BadFileError, list_some
-from loratool.ops.programs import traits
-from loratool.ops.programs.base import Program, Rule
 
 _KEPT = ("lora_A.default.weight", "lora_B.default.weight", "lora_magnitude_vector.weight")
 _PACKED_SINCE = (0, 19, 1)
