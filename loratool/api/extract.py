@@ -23,7 +23,8 @@ from loratool.api.common import (
 from loratool.api.extract_report import planned_report, written_report
 from loratool.api.fitting import Fitted, check_files, fit_for
 from loratool.archs.heads import is_other_head, task_of
-from loratool.dialects import open_adapter, write_adapter_files
+from loratool.archs.stated import class_config
+from loratool.dialects import open_adapter, stated, write_adapter_files
 from loratool.dialects.programs import Program, find_program
 from loratool.errors import MismatchError, UsageError, list_some
 from loratool.ops.align import same_form
@@ -339,9 +340,9 @@ class _Assembly:
         pairs = (*self.plan.pairs, *self.plan.created)
         files = write_adapter_files(
             adapter, "peft", base_tensors=[n for p in pairs for n in self.plan.names_of(p)],
-            base_config={**config, "architectures": [task]} if task else config,
+            base_config={**config, **class_config(task)} if task else config,
         )  # fmt: skip
-        if not task or files.json_files["adapter_config.json"].get("task_type") is not None:
+        if not task or stated.task_of(files.json_files["adapter_config.json"]) is not None:
             return files
         mapping = {"base_model_class": task, "parent_library": "transformers"}
         return with_config(files, auto_mapping=mapping)

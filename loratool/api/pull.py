@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from loratool.dialects.stated import base_of
 from loratool.errors import OutputError, list_some
 from loratool.report.pull import PulledAdapter, PulledFile, PullReport
 
@@ -183,5 +184,4 @@ def _identity(listing: Listing, names: Sequence[str]) -> str:
 def _base_of(config: Path | None) -> str | None:
     from loratool.store.jsonfile import load_json
 
-    value = None if config is None else load_json(config).get("base_model_name_or_path")
-    return value if isinstance(value, str) and value else None
+    return None if config is None else base_of(load_json(config))

@@ -15,6 +15,7 @@ from loratool.archs.base import Table, load_data
 from loratool.archs.heads import class_of, is_language_model
 from loratool.archs.layers import alias_rules, model_types
 from loratool.archs.names import tables_for, to_disk
+from loratool.archs.stated import model_type
 from loratool.store.checkpoint import Checkpoint
 
 _FLAG = "tie_word_embeddings"
@@ -198,13 +199,13 @@ def _on_disk(names: Iterable[str], checkpoint: Checkpoint) -> Iterable[str]:
     """In-memory names as the files have them, or would have them."""
     usual = _disk_names(checkpoint)
     for name in names:
-        spellings = to_disk(checkpoint.model_type, name)
+        spellings = to_disk(model_type(checkpoint.config), name)
         yield next((s for s in spellings if s in checkpoint.tensors), usual.to_disk(name))
 
 
 def _disk_names(checkpoint: Checkpoint) -> Table:
     """The naming that the base's files use."""
-    for table in reversed(tables_for(checkpoint.model_type)):
+    for table in reversed(tables_for(model_type(checkpoint.config))):
         if any(table.to_memory(name) != name for name in checkpoint.tensors):
             return table
     return Table("as in memory", ())

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from loratool.adapter import Adapter, DeltaSpec, Replacement, Source
 from loratool.dialects.programs import judge_loads
+from loratool.dialects.stated import divides_by_root, method_of
 from loratool.dtypes import DTYPES
 from loratool.report import AdapterSummary, ReplacedTensor, TargetFamily
 
@@ -44,13 +45,11 @@ def summarize_adapter(adapter: Adapter) -> AdapterSummary:
 
 
 def _method(adapter: Adapter) -> str:
-    config = adapter.config
-    name = str(config.get("peft_type", "LORA"))
-    method = {"LORA": "LoRA", "ADALORA": "AdaLoRA", "VERA": "VeRA"}.get(name, name)
+    method = method_of(adapter)
     if any(spec.scales_rows for spec in adapter.specs):
         method = "DoRA"
     extra = [spec.base_change for spec in adapter.specs if spec.base_change][:1]
-    extra += ["rsLoRA scaling"] if config.get("use_rslora") else []
+    extra += ["rsLoRA scaling"] if divides_by_root(adapter) else []
     return f"{method} ({', '.join(extra)})" if extra else method
 
 

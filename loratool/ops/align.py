@@ -14,6 +14,7 @@ from loratool import archs
 from loratool.adapter import TensorRef
 from loratool.archs.experts import expert_names, parse_expert
 from loratool.archs.layers import has_flipped_experts, has_transposed_experts
+from loratool.archs.stated import model_type
 from loratool.dialects.peft.keys import strip_parallel, without_wrappers
 from loratool.ops.bind_rules import name_rules, parse_rename
 from loratool.store.checkpoint import Checkpoint
@@ -64,7 +65,7 @@ def align_names(tuned: Checkpoint, base: Checkpoint) -> dict[str, TensorRef]:
     have = base.tensors
     loose = [name for name in tuned.tensors if name not in have]
     taken = set(tuned.tensors) - set(loose)
-    found = _by_memory(loose, [n for n in have if n not in taken], base.model_type)
+    found = _by_memory(loose, [n for n in have if n not in taken], model_type(base.config))
     taken |= set(found.values())
     found |= _by_rule([name for name in loose if name not in found], base, taken)
     return {found.get(name, name): ref for name, ref in tuned.tensors.items()}

@@ -9,6 +9,7 @@ from typing import Any
 from loratool import archs
 from loratool.adapter import Adapter, DeltaSpec, Replacement, TensorData
 from loratool.archs.experts import parse_expert
+from loratool.archs.stated import model_type
 from loratool.delta.forms import factors_of, new_low_rank, with_factors
 from loratool.errors import MismatchError
 from loratool.ops.extract import ExtractPlan
@@ -145,7 +146,8 @@ def _make_spec(
         rank=rank,
         alpha=float(rank),
         scaling=1.0 / step.args.get("gain", 1.0),
-        transposed=pair.holder == "linear" and archs.is_conv1d(base.model_type, pair.module),
+        transposed=pair.holder == "linear"
+        and archs.is_conv1d(model_type(base.config), pair.module),
         experts=experts,
         is_bare=is_bare,
     )

@@ -11,11 +11,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from loratool.adapter import Adapter, TensorRef
+from loratool.archs.stated import layer_config
 from loratool.archs.ties import Tie, find_ties, follows_vocabulary
+from loratool.dialects.stated import version_of
 from loratool.errors import MismatchError, UsageError
 from loratool.ops.bind_experts import place_flat, place_single
 from loratool.ops.bind_fused import place_fused
-from loratool.ops.bind_layers import layer_config, replicate_layers
+from loratool.ops.bind_layers import replicate_layers
 from loratool.ops.bind_place import (
     Context,
     Placement,
@@ -236,9 +238,7 @@ def _try(
     options: BindOptions,
     ties: tuple[Tie, ...],
 ) -> _Outcome:
-    version = adapter.config.get("peft_version")
-    peft_version = version if isinstance(version, str) else ""
-    context = Context(checkpoint, options, rule.view, ties, peft_version)
+    context = Context(checkpoint, options, rule.view, ties, version_of(adapter))
     context.flag_is_ignored = any(_flag_fails(item, rule, context) for item in items)
     found: list[Found] = []
     misfits: list[Misfit] = []

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from loratool.archs.layers import LAYER_COUNTS
+from loratool.archs.stated import layer_counts
 from loratool.errors import MismatchError
 from loratool.store.checkpoint import Checkpoint, Shard
 
@@ -46,23 +46,6 @@ def replicate_layers(checkpoint: Checkpoint, order: Sequence[int]) -> Checkpoint
     )
 
 
-def layer_config(config: Mapping[str, Any], order: Sequence[int]) -> dict[str, Any]:
-    """Configuration changes for replicated layers: the count and every per-layer list."""
-    prefix, part = "", config
-    text = config.get("text_config")
-    if isinstance(text, Mapping) and any(key in text for key in LAYER_COUNTS):
-        prefix, part = "text_config.", text
-    changes: dict[str, Any] = {}
-    for key in LAYER_COUNTS:
-        if isinstance(part.get(key), int):
-            changes[prefix + key] = len(order)
-    for key, value in part.items():
-        is_per_layer = "layer" in key and isinstance(value, list) and len(value) > max(order)
-        if is_per_layer and not key.startswith("mlp_only"):
-            changes[prefix + key] = [value[i] for i in order]
-    return changes
-
-
 def _stack(checkpoint: Checkpoint, order: Sequence[int]) -> tuple[str, int]:
     """Path of the stack that the order means, and its depth."""
     found: Counter[str] = Counter()
@@ -72,10 +55,7 @@ def _stack(checkpoint: Checkpoint, order: Sequence[int]) -> tuple[str, int]:
         if match is not None:
             found[match[1]] += 1
             highest[match[1]] = max(highest.get(match[1], -1), int(match[2]))
-    config = checkpoint.config
-    text = config.get("text_config")
-    said = [c.get(k) for c in (config, text) if isinstance(c, Mapping) for k in LAYER_COUNTS]
-    wanted = {count for count in said if isinstance(count, int)}
+    wanted = layer_counts(checkpoint.config)
     exact = [s for s in found if highest[s] + 1 in wanted]
     best = max(exact or list(found), key=lambda s: (found[s], s), default="")
     if not best or not order or max(order) > highest[best] or min(order) < 0:

@@ -11,6 +11,7 @@ from typing import NoReturn
 from loratool.adapter import Adapter, Replacement, TensorRef
 from loratool.archs.base import Table
 from loratool.archs.names import all_tables, tables_for
+from loratool.archs.stated import model_type
 from loratool.errors import MismatchError, UsageError
 from loratool.ops.bind_types import BindOptions, Item
 from loratool.ops.new_parts import KnownNames
@@ -114,7 +115,7 @@ def name_rules(
     plain = View("", {n: n for n in tensors}, {n: n for n in absent}, tensors)
     exact = NameRule(0, "exact", plain, _same)
     yield exact
-    is_known = bool(checkpoint.model_type or checkpoint.components)
+    is_known = bool(model_type(checkpoint.config) or checkpoint.components)
     renamed = tuple(_table_rules(checkpoint, plain, asked, rank=1)) if is_known else ()
     yield from renamed
     for rank, base in ((2, exact), *((3, r) for r in renamed)):
@@ -311,7 +312,7 @@ def _tables(checkpoint: Checkpoint) -> Iterator[tuple[str, Callable[[str], str]]
     if checkpoint.components:
         yield from _component_tables(checkpoint)
         return
-    known = checkpoint.model_type
+    known = model_type(checkpoint.config)
     tables = tables_for(known) if known else all_tables()
     for table in reversed(tables):
         yield f"transformers {table.name}", table.to_memory
@@ -322,8 +323,7 @@ def _component_tables(checkpoint: Checkpoint) -> Iterator[tuple[str, Callable[[s
     newest: dict[str, Table] = {}
     for component in checkpoint.components:
         config = checkpoint.config.get(component)
-        kind = config.get("model_type", "") if isinstance(config, Mapping) else ""
-        tables = tables_for(kind) if isinstance(kind, str) else ()
+        tables = tables_for(model_type(config)) if isinstance(config, Mapping) else ()
         if tables:
             newest[component] = tables[-1]
     if not newest:

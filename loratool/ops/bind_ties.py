@@ -7,7 +7,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from loratool.adapter import Adapter
+from loratool.archs.stated import decoder_config
 from loratool.archs.ties import Tie, head_scale, is_head, untied_config
+from loratool.dialects.stated import loads_into
 from loratool.errors import MismatchError, list_some
 from loratool.ops.bind_place import Context
 from loratool.ops.bind_types import BindOptions, Found
@@ -63,7 +65,7 @@ def settle_ties(found: Sequence[Found], ctx: Context, adapter: Adapter) -> Settl
     if scales:
         first += f"; {list_some(scales)} takes over the factor {min(scales.values()):.4g}, which "
         first += "such models apply to the decoder's outputs only while they are tied"
-        config |= {"scale_decoder_outputs": False} if "scale_decoder_outputs" in ctx.config else {}
+        config |= decoder_config(ctx.config)
     return Settled((*rest, *split), missing, config, scales, (first,))
 
 
@@ -198,11 +200,7 @@ def _is_shared(one: Found, name: str, tie: Tie, ctx: Context, adapter: Adapter) 
     if kind == "copy":  # of a grown vocabulary; any other one has the base's values
         old = ctx.checkpoint.tensors[one.replacement.target].shape
         return one.replacement.replacement.source.shape != old
-    if "peft_type" not in adapter.config:
-        return False
-    saved = adapter.config.get("modules_to_save") or []
-    module = one.item.label.rpartition(".")[0]
-    return not any(module == s or module.endswith(f".{s}") for s in saved if isinstance(s, str))
+    return loads_into(adapter, one.item.label.rpartition(".")[0])
 
 
 def _moved(found: Found, name: str) -> Found:

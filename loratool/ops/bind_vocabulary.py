@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from loratool.adapter import Replacement, TensorData, TensorRef
+from loratool.archs.stated import vocabulary_config
 from loratool.archs.ties import follows_vocabulary, is_vocabulary_bias
 from loratool.errors import MismatchError
 from loratool.ops.bind_place import Context
 from loratool.ops.bind_ties import Settled
 from loratool.ops.bind_types import NEW_TOKENS, BoundReplacement
 from loratool.store.reader import read_bytes
-
-_SIZE = "vocab_size"
 
 
 @dataclass(frozen=True)
@@ -71,7 +70,7 @@ def follow_vocabulary(settled: Settled, ctx: Context) -> Resized:
         )
     size = next(iter(given.values()))
     biases = {name: ref for name, ref in followers.items() if is_vocabulary_bias(name)}
-    keys = dict.fromkeys(_size_keys(ctx.config, old), size)
+    keys = vocabulary_config(ctx.config, old, size)
     before, after = max(old), size
     how = "filled up with zeros" if after > before else "cut"
     return Resized(
@@ -98,22 +97,3 @@ def _resize(name: str, ref: TensorRef, size: int) -> BoundReplacement:
     return BoundReplacement(
         Replacement(name, TensorData(name, ref.dtype, shape, data), "vocabulary"), name
     )
-
-
-def _size_keys(config: Mapping[str, Any], old: set[int]) -> Iterator[str]:
-    """Every place of ``config.json`` that states the size, and the one where it is a default."""
-    text = config.get("text_config")
-    if isinstance(text, Mapping):
-        yield f"text_config.{_SIZE}"
-    if _SIZE in config or not isinstance(text, Mapping):
-        yield _SIZE
-    yield from (key for key, value in _sizes(config, "") if value in old)
-
-
-def _sizes(config: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, int]]:
-    """Dotted keys such as ``decoder_vocab_size``, at any depth."""
-    for key, value in config.items():
-        if isinstance(value, Mapping):
-            yield from _sizes(value, f"{prefix}{key}.")
-        elif type(value) is int and (key == _SIZE or key.endswith(f"_{_SIZE}")):
-            yield prefix + key, value

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from loratool.adapter import Adapter
+from loratool.archs.stated import is_causal, name_of
 from loratool.dialects.programs import judge_loads
 from loratool.dialects.programs.vllm import VLLM, top_rank
+from loratool.dialects.stated import revision_of, task_of
 from loratool.errors import LoratoolError
 from loratool.ops.adapter_summary import summarize_adapter
 from loratool.ops.summary import summarize_checkpoint
@@ -96,12 +98,11 @@ def _input(label: str, row: object) -> str:
 def checkpoint_facts(checkpoint: Checkpoint, repo: str) -> CardFacts:
     """The card of a checkpoint; one that loratool merged says so, any other claims nothing."""
     origin = read_origin(read_record(checkpoint) or {})
-    named = checkpoint.config.get("_name_or_path")
-    base = origin.base or _hub_name(named)
+    base = origin.base or _hub_name(name_of(checkpoint.config))
     base = None if base == repo else base
     is_merge = origin.operation in _MERGES
     summary = summarize_checkpoint(checkpoint)
-    is_causal = _is_causal(checkpoint)
+    causal = is_causal(checkpoint.config)
     facts = {
         "method": "merged model" if is_merge else "model",
         "parameters": f"{summary.parameters:,}",
@@ -111,22 +112,17 @@ def checkpoint_facts(checkpoint: Checkpoint, repo: str) -> CardFacts:
     usage: tuple[Usage, ...] = ()
     if checkpoint.components:
         usage = (("Use with diffusers", "python", _load("diffusers", "DiffusionPipeline", repo)),)
-    elif is_causal:
+    elif causal:
         code = _load("transformers", "AutoModelForCausalLM", repo)
         usage = (("Use with transformers", "python", code),)
     return CardFacts(
         repo, "merge" if is_merge else None, base, origin.revision if base == origin.base else None,
         "diffusers" if checkpoint.components else "transformers",
         tags=("merge", "loratool") if is_merge else (),
-        pipeline="text-generation" if is_causal else None,
+        pipeline="text-generation" if causal else None,
         facts={k: v for k, v in facts.items() if v}, made=origin.made, inputs=origin.inputs,
         usage=usage,
     )  # fmt: skip
-
-
-def _is_causal(checkpoint: Checkpoint) -> bool:
-    names = checkpoint.config.get("architectures")
-    return isinstance(names, list) and any(str(n).endswith("ForCausalLM") for n in names)
 
 
 def _load(library: str, kind: str, name: str) -> str:
@@ -138,8 +134,8 @@ def adapter_facts(adapter: Adapter, repo: str) -> CardFacts:
     """The card of an adapter: base and revision by its configuration, else by its provenance."""
     origin = read_origin(_record_of(adapter))
     base = _hub_name(adapter.base_model) or origin.base
-    revision = adapter.config.get("revision") if base == adapter.base_model else None
-    if not isinstance(revision, str) or not _PLAIN.fullmatch(revision):
+    revision = revision_of(adapter) if base == adapter.base_model else None
+    if revision is None or not _PLAIN.fullmatch(revision):
         revision = origin.revision if base == origin.base else None
     summary = summarize_adapter(adapter)
     rows = {
@@ -152,7 +148,7 @@ def adapter_facts(adapter: Adapter, repo: str) -> CardFacts:
         "replaced tensors": str(len(summary.replaced)) if summary.replaced else "",
     }
     library = _library(adapter)
-    task = str(adapter.config.get("task_type"))
+    task = str(task_of(adapter.config))
     tags = [
         *([f"base_model:adapter:{base}"] if base else []),
         "lora",
@@ -184,7 +180,7 @@ def _usage(adapter: Adapter, repo: str, base: str | None, revision: str | None) 
         file = f', weight_name="{adapter.path.name}"' if is_named else ""
         code += f'\npipe.load_lora_weights("{repo}"{file})'
         found.append(("Use with diffusers", "python", code))
-    task = str(adapter.config.get("task_type"))
+    task = str(task_of(adapter.config))
     verdicts = {row.program: row.verdict for row in judge_loads(adapter)}
     if library == "peft" and verdicts["PEFT"] != "no":
         kind = _TASKS.get(task, ("AutoModel", None))[0]

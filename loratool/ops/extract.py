@@ -9,6 +9,7 @@ from typing import Any
 
 from loratool import archs
 from loratool.adapter import TensorRef
+from loratool.archs.stated import model_type
 from loratool.errors import MismatchError
 from loratool.ops.extract_pairs import (
     Pair,
@@ -121,13 +122,13 @@ def plan_extract(
     mhas = {p.module for p in pairs if p.is_factored and p.role == "in_proj"}
     steps = [_make_step(p, base, how, _is_mha_output(p, mhas)) for p in pairs]
     written = (*pairs, *paired.created)
+    kind = model_type(base.config)
     places = {
-        p.name: tuple(archs.to_memory(base.model_type, n, names) for n in paired.places[p.name])
+        p.name: tuple(archs.to_memory(kind, n, names) for n in paired.places[p.name])
         for p in written if p.name in paired.places
     }  # fmt: skip
     memory = {
-        p.name: places.get(p.name, (archs.to_memory(base.model_type, p.name, names),))[0]
-        for p in written
+        p.name: places.get(p.name, (archs.to_memory(kind, p.name, names),))[0] for p in written
     }
     plan = Plan("extract", tuple(steps))
     return ExtractPlan(
@@ -181,7 +182,7 @@ def _make_step(pair: Pair, base: Checkpoint, how: FactorOptions, is_mha_output: 
         args["experts"] = shape[0]
         args["transposed"] = experts_are_turned(base.config)
     elif pair.holder == "embedding" or (
-        pair.holder == "linear" and archs.is_conv1d(base.model_type, pair.module)
+        pair.holder == "linear" and archs.is_conv1d(model_type(base.config), pair.module)
     ):
         args["transposed"] = True
     if is_mha_output:

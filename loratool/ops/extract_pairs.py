@@ -13,6 +13,7 @@ from loratool.archs.classes import fuses_experts, holder_of
 from loratool.archs.experts import parse_expert
 from loratool.archs.heads import is_other_head
 from loratool.archs.layers import has_flipped_experts, has_transposed_experts
+from loratool.archs.stated import model_type
 from loratool.archs.ties import is_head
 from loratool.dtypes import DTYPES
 from loratool.store.checkpoint import Checkpoint
@@ -84,7 +85,7 @@ class Roles:
         if _BUFFER.search(name) or not all(DTYPES[t].is_mergeable for t in types):
             return "buffer", ""
         dims = len(ref.shape)
-        memory = archs.to_memory(self._base.model_type, name, self._names)
+        memory = archs.to_memory(model_type(self._base.config), name, self._names)
         if dims > 1 and 0 in ref.shape:
             return "bare", ""
         if dims <= 1:
@@ -180,12 +181,12 @@ def settle_holders(pairs: Sequence[Pair], config: Mapping[str, Any]) -> list[Pai
     It refuses parameters beside modules that are stored the other way round (Conv1D), so that
     those become parameters too.
     """
-    model_type = str(config.get("model_type", ""))
+    kind = model_type(config)
     if not any(p.is_factored and p.holder in ("parameter", "experts") for p in pairs):
         return list(pairs)
     return [
         replace(p, holder="parameter")
-        if p.holder == "linear" and archs.is_conv1d(model_type, p.module)
+        if p.holder == "linear" and archs.is_conv1d(kind, p.module)
         else p
         for p in pairs
     ]

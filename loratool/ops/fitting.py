@@ -11,12 +11,11 @@ from loratool.delta.forms import has_diagonal, left_of, matrix_shape, shape_of
 from loratool.dialects import unmergeable_reason
 from loratool.dialects.programs import Program
 from loratool.dialects.rules import mha_outputs
+from loratool.dialects.stated import is_even
 from loratool.dtypes import tensor_bytes
 from loratool.errors import MismatchError, list_some
 from loratool.ops.additive import require_factors
 from loratool.ops.memory_formulas import rescaled_bytes
-
-_PATTERNS = ("rank_pattern", "alpha_pattern", "use_rslora")
 
 
 @dataclass(frozen=True)
@@ -147,7 +146,7 @@ def _refuse(program: Program, adapter: Adapter, reasons: Sequence[str]) -> None:
 
 
 def _is_uniform(adapter: Adapter) -> bool:
-    is_plain = not any(adapter.config.get(k) for k in _PATTERNS) and not adapter.unclaimed
+    is_plain = is_even(adapter) and not adapter.unclaimed
     weights = [s for s in adapter.specs if s.is_matrix]
     return is_plain and len({s.rank for s in weights}) == 1 and len(_scalings(weights)) == 1
 

@@ -23,6 +23,7 @@ from loratool.archs.heads import (
     label_count,
     task_class,
 )
+from loratool.archs.stated import class_config, model_type
 from loratool.archs.ties import tied_tensors
 from loratool.errors import MismatchError, list_some
 from loratool.ops.bind_rules import parse_skip
@@ -95,7 +96,7 @@ def _names(checkpoint: Checkpoint) -> dict[str, str]:
     for name in (*found, *checkpoint.tensors):
         stored = found.get(name, name)
         found.setdefault(name, stored)
-        found.setdefault(to_memory(checkpoint.model_type, name), stored)
+        found.setdefault(to_memory(model_type(checkpoint.config), name), stored)
     return found
 
 
@@ -135,9 +136,9 @@ def _with_head(
     shards = tuple(
         replace(s, keys=tuple(names[k] for k in s.keys if k in names)) for s in checkpoint.shards
     )
-    config = {**checkpoint.config, "architectures": [name]}
+    config = {**checkpoint.config, **class_config(name)}
     count = label_count(name, {n: s.shape for n, s in head.items()})
-    changes = {"architectures": [name], **_labels(adapter, checkpoint, count)}
+    changes = {**class_config(name), **_labels(adapter, checkpoint, count)}
     lacks = pooler is True and not any(map(is_pooler, tensors))
     return Extended(
         replace(checkpoint, tensors=tensors, shards=shards, config=config),
@@ -150,7 +151,8 @@ def _with_head(
 
 
 def _spellings(checkpoint: Checkpoint, name: str) -> set[str]:
-    return {name, to_memory(checkpoint.model_type, name), *to_disk(checkpoint.model_type, name)}
+    kind = model_type(checkpoint.config)
+    return {name, to_memory(kind, name), *to_disk(kind, name)}
 
 
 def _labels(adapter: Adapter, checkpoint: Checkpoint, count: int | None) -> dict[str, Any]:

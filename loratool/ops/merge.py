@@ -9,6 +9,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from loratool.adapter import Adapter, DeltaSpec, Replacement, Source, TensorRef
+from loratool.archs.stated import dtype_config
 from loratool.dtypes import DTYPES, numel
 from loratool.errors import MismatchError, list_some
 from loratool.ops.align_parts import require_aligned
@@ -105,9 +106,7 @@ def plan_merge(
     if parts:
         raise AssertionError(f"parts without a tensor: {sorted(parts)}")
     if dtype is not None:
-        key = "torch_dtype" if "torch_dtype" in checkpoint.config else "dtype"
-        if key in checkpoint.config:
-            config_changes[key] = DTYPES[dtype].word
+        config_changes |= dtype_config(checkpoint.config, dtype)
     groups = _group(steps, checkpoint, shard_bytes)
     shards = tuple(
         _make_shard(shard, name, [steps[t] for t in names], file_metadata)

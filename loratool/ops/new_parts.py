@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from loratool.adapter import Adapter, Replacement, TensorRef
 from loratool.archs.heads import class_of
+from loratool.archs.stated import OUTPUT_KEYS, is_class_key
 from loratool.errors import MismatchError, list_some
 from loratool.store.checkpoint import Checkpoint
 from loratool.store.jsonfile import load_json
@@ -24,11 +25,6 @@ from loratool.store.layout import is_beside_name
 if TYPE_CHECKING:
     from loratool.ops.merge import WeightedAdapter
 
-# What the output's own files decide, or what speaks of files that are not copied.
-_NOT_TAKEN = frozenset({
-    "_name_or_path", "auto_map", "dtype", "quantization_config", "tie_word_embeddings",
-    "torch_dtype", "transformers_version", "vocab_size",
-})  # fmt: skip
 _ALIKE_SIBLINGS, _ALIKE_MODULES = 0.8, 0.7  # of difflib's ratio
 _NUMBER = re.compile(r"\.\d+\.")
 _MOST = 200  # words that one is compared with, letter by letter
@@ -233,7 +229,7 @@ def _described(
         own = own_config(adapter)
         if class_of(own) in ("", class_of(base)):
             continue
-        taken = {k: v for k, v in own.items() if k not in _NOT_TAKEN and "." not in k}
+        taken = {k: v for k, v in own.items() if k not in OUTPUT_KEYS and "." not in k}
         new = {k: v for k, v in taken.items() if k not in base or base[k] != v}
         for key in sorted(changes.keys() & new.keys()):
             if changes[key] != new[key]:
@@ -245,7 +241,7 @@ def _described(
         changes |= new
     if not changes:
         return {}, []
-    rest = sorted(changes.keys() - {"architectures"})
+    rest = sorted(k for k in changes if not is_class_key(k))
     return changes, [
         f"config.json is of a {class_of(changes)}, as in the adapter's folder"
         + (f"; from there: {list_some(rest)}" if rest else "")

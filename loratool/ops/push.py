@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from loratool.adapter import TensorRef
+from loratool.archs.stated import name_of
 from loratool.dialects import open_adapter
 from loratool.errors import MismatchError
 from loratool.ops.card_facts import adapter_facts, checkpoint_facts
@@ -85,11 +86,11 @@ def _checkpoint(path: Path, repo: str, skip: tuple[str, ...]) -> Publication:
     for file in (path / name for name in chosen.files):
         if file.name == "config.json":
             config = load_json(file, folder=checkpoint.path)
-            refuse_local_base(config.get("_name_or_path"), file)
+            refuse_local_base(name_of(config), file)
     check_finite(_refs(chosen, path))
     card = checkpoint_facts(checkpoint, repo)
-    named = checkpoint.config.get("_name_or_path")
-    notes = _notes(card, named if isinstance(named, str) and named not in ("", repo) else None)
+    named = name_of(checkpoint.config)
+    notes = _notes(card, named if named not in ("", repo) else None)
     return Publication("checkpoint", chosen, card.base, card, notes)
 
 

@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from loratool.adapter import MAX_ALPHA, Adapter, Source, TensorRef
+from loratool.adapter import Adapter, Source, TensorRef
 from loratool.delta.forms import scaled_source
 from loratool.dialects.rules import tied_pairs
+from loratool.dialects.stated import scaled_config
 from loratool.dtypes import DTYPES, result_dtype
 from loratool.errors import MismatchError, UsageError, list_some
 from loratool.ops.additive import require_additive
@@ -16,8 +17,6 @@ from loratool.ops.blocks import block_factors
 from loratool.ops.memory_formulas import rescaled_bytes
 from loratool.patterns import Pattern, find, typed_pattern
 from loratool.store.source import is_weight
-
-_DEFAULT_ALPHA = 8  # of PEFT, where the configuration has none
 
 
 @dataclass(frozen=True)
@@ -108,7 +107,7 @@ def plan_rescale(
             f"{len(kept)} replaced tensors do not scale without the base, they stay as they are: "
             f"{list_some(kept, 3)}; --base BASE scales them"
         )
-    config = _scaled_config(adapter.config, factors)
+    config = scaled_config(adapter.config, factors)
     if config is None:
         baked = _bake(adapter, factors)
         return RescalePlan(adapter, factors, "factors", adapter.config, baked, tuple(notes))
@@ -160,37 +159,6 @@ def _choose(
             )  # fmt: skip
         found |= dict.fromkeys(hits, value)
     return found
-
-
-def _scaled_config(
-    config: Mapping[str, Any], factors: Mapping[str, float]
-) -> dict[str, Any] | None:
-    """The configuration with every alpha multiplied, None if one is no usable number then.
-
-    Many programs read alpha as an integer.
-    """
-    if len(set(factors.values())) != 1 or not config:
-        return None
-    size = abs(next(iter(factors.values())))
-    alpha = _whole(config.get("lora_alpha", _DEFAULT_ALPHA), size)
-    patterns = {k: _whole(v, size) for k, v in (config.get("alpha_pattern") or {}).items()}
-    if not alpha or not all(patterns.values()):
-        return None
-    changed: dict[str, Any] = {"lora_alpha": alpha}
-    if patterns:
-        changed["alpha_pattern"] = patterns
-    return {**config, **changed}
-
-
-def _whole(alpha: Any, factor: float) -> int | None:
-    """Alpha · factor if it is a whole number in the limits; 0.1 · 30 is 3, floats say otherwise."""
-    if alpha is None:
-        alpha = _DEFAULT_ALPHA
-    value = alpha * factor
-    if abs(value) > MAX_ALPHA:
-        return None
-    whole = round(value)
-    return whole if abs(value - whole) <= 1e-12 * abs(whole) else None
 
 
 def _bake(adapter: Adapter, factors: Mapping[str, float]) -> dict[str, float]:

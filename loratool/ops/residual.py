@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from loratool.adapter import TensorRef
+from loratool.archs.stated import WEIGHT_KEYS
 from loratool.dtypes import DTYPES
 from loratool.errors import BadFileError, MismatchError
 from loratool.ops.align import align_names
@@ -25,9 +26,6 @@ from loratool.ops.merge import MergePlan
 from loratool.plan import Plan, ShardPlan, Step, TensorSpec
 from loratool.store.checkpoint import Checkpoint
 from loratool.store.patch_file import Config, Digest, Row, read_patches
-
-CONFIG_KEYS = ("dtype", "torch_dtype", "vocab_size", "tie_word_embeddings")
-"""What ``config.json`` says about weights."""
 
 _NEW = {"from": "nothing"}
 _SUM = {"from": "sum", "rounding": "exact"}
@@ -106,7 +104,7 @@ def read_residual(path: Path) -> Residual:
         )
         for name, row in table.tensors.items()
     }  # fmt: skip
-    config = {k: v for k, v in table.config.items() if k in CONFIG_KEYS}
+    config = {k: v for k, v in table.config.items() if k in WEIGHT_KEYS}
     return Residual(path, tensors, table.adapter, table.bind, config)
 
 
@@ -190,7 +188,7 @@ def config_of(tuned: Checkpoint, base: Checkpoint) -> dict[str, Any]:
     """What TUNED's ``config.json`` says about its weights and the base's does not."""
     return {
         key: tuned.config[key]
-        for key in CONFIG_KEYS
+        for key in WEIGHT_KEYS
         if key in tuned.config and tuned.config[key] != base.config.get(key)
     }
 

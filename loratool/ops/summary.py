@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from loratool.adapter import Adapter, ReadOptions
+from loratool.archs.stated import is_tied, model_type
 from loratool.dialects import open_adapter, unmergeable_reason
 from loratool.dtypes import DTYPES
 from loratool.errors import BadFileError, LoratoolError, MismatchError
@@ -176,13 +177,13 @@ def summarize_checkpoint(checkpoint: Checkpoint) -> CheckpointSummary:
     refs = list(checkpoint.tensors.values())
     return CheckpointSummary(
         label=checkpoint.path.name or str(checkpoint.path),
-        model_type=checkpoint.model_type,
+        model_type=model_type(checkpoint.config),
         shards=len(checkpoint.shards),
         tensors=len(refs),
         parameters=sum(ref.numel for ref in refs if DTYPES[ref.dtype].is_float),
         nbytes=checkpoint.nbytes,
         dtypes=dtype_bytes(refs),
-        tied=checkpoint.config.get("tie_word_embeddings") is True,
+        tied=is_tied(checkpoint.config),
         quantization=checkpoint.quantization,
         components=checkpoint.components,
     )

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from loratool.adapter import Adapter, DeltaSpec, Replacement, TensorRef
 from loratool.delta.forms import kernel_of, matrix_shape, shape_of
-from loratool.dialects.peft.version import square_experts_rule
 from loratool.dialects.rules import mha_outputs
+from loratool.dialects.stated import joint_config, require_one_packing
 from loratool.errors import MismatchError, UsageError, list_some
 from loratool.ops.additive import factor_dtype, require_additive, require_factors
 from loratool.ops.weights import Weight
@@ -23,7 +23,6 @@ _WITH_BASE = {
     "merged": "the base settles it: --base BASE --into adapter",
     "rescaled": "the base settles it: --base BASE",
 }
-_TIES = "ensure_weight_tying"  # PEFT: one change for the input embedding and the output head
 
 
 @dataclass(frozen=True)
@@ -129,7 +128,7 @@ def plan_sum(
         require_additive(adapter, verb, hint=_WITH_BASE[verb])
         require_factors(adapter, verb)
     _check_layers([a for a, _ in adapters])
-    _check_experts([a for a, _ in adapters])
+    require_one_packing([a for a, _ in adapters])
     groups: dict[str, list[DeltaPart]] = {}
     for number, (adapter, weight) in enumerate(adapters):
         for spec in adapter.specs:
@@ -153,7 +152,7 @@ def plan_sum(
         replacements,
         mixed,
         next((a.base_model for a, _ in adapters if a.base_model), None),
-        _config([a for a, _ in adapters], gone),
+        joint_config([a for a, _ in adapters], gone),
         adapters[0][0].layer_order,
         factor_dtype([a for a, _ in adapters]),
         tuple(dict.fromkeys((*(n for a, _ in adapters for n in a.notes), *notes))),
@@ -192,24 +191,6 @@ def _form(spec: DeltaSpec) -> str:
     if spec.experts:
         words.append(f"{spec.experts} experts")
     return " ".join(words)
-
-
-def _config(adapters: Sequence[Adapter], gone: Collection[str]) -> dict[str, Any]:
-    """That of the first adapter, and what the others save whole.
-
-    A sum of tied changes is tied; one that is not makes the sum another.  A head that is the
-    base's own again is none that PEFT may ask for.
-    """
-    first = dict(adapters[0].config)
-    if not all(a.config.get(_TIES) is True for a in adapters):
-        first.pop(_TIES, None)
-    saved = [e for a in adapters for e in a.config.get("modules_to_save") or ()]
-    first["modules_to_save"] = [
-        e for e in dict.fromkeys(saved) if not any(f"{e}." in name for name in gone)
-    ]
-    tasks = [a.config.get("task_type") for a in adapters]
-    first["task_type"] = None if gone else next((t for t in tasks if t), None)
-    return first
 
 
 def _check_layers(adapters: Sequence[Adapter]) -> None:
@@ -290,23 +271,6 @@ def compared_ranges(adapters: Sequence[Adapter]) -> Iterator[Range]:
     for refs in found.values():
         if len(refs) > 1 and not are_of_one_file(refs):
             yield from ((ref.file, ref.start, ref.nbytes) for ref in refs)
-
-
-def _check_experts(adapters: Sequence[Adapter]) -> None:
-    """How PEFT reads square experts depends on its version: it must be one for all."""
-    rules = {}
-    for adapter in adapters:
-        if any(s.experts and len(set(matrix_shape(s))) == 1 for s in adapter.specs):
-            version = adapter.config.get("peft_version")
-            rules[square_experts_rule(version if isinstance(version, str) else "")] = adapter
-    if len(rules) > 1:
-        raise MismatchError(
-            "LT-465", "PEFT versions that read square experts differently",
-            file=list(rules.values())[1].path, key="peft_version",
-            expected=adapters[0].config.get("peft_version"),
-            got=list(rules.values())[1].config.get("peft_version"),
-            hint="merge them into the base, which knows its layout",
-        )  # fmt: skip
 
 
 def _few(names: Iterable[str]) -> str:

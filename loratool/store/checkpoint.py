@@ -84,12 +84,6 @@ class Checkpoint:
     notes: tuple[str, ...] = ()
 
     @property
-    def model_type(self) -> str:
-        """``model_type`` of the configuration, or ""."""
-        value = self.config.get("model_type", "")
-        return value if isinstance(value, str) else ""
-
-    @property
     def nbytes(self) -> int:
         """Bytes of all tensors."""
         return sum(t.nbytes for t in self.tensors.values())

@@ -1,0 +1,139 @@
+"""What an adapter's own configuration states, for commands that need more than its changes."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+from loratool.adapter import MAX_ALPHA, Adapter
+from loratool.delta.forms import matrix_shape
+from loratool.dialects.peft.config import DEFAULT_RANK
+from loratool.dialects.peft.version import square_experts_rule
+from loratool.errors import MismatchError
+
+_TIES = "ensure_weight_tying"  # one change for the input embedding and the output head
+_UNEVEN = ("rank_pattern", "alpha_pattern", "use_rslora")
+_METHODS = {"LORA": "LoRA", "ADALORA": "AdaLoRA", "VERA": "VeRA"}
+
+
+def method_of(adapter: Adapter) -> str:
+    """The method in words, ``LoRA`` where nothing else is stated."""
+    name = str(adapter.config.get("peft_type", "LORA"))
+    return _METHODS.get(name, name)
+
+
+def divides_by_root(adapter: Adapter) -> bool:
+    """True for rsLoRA: scaling is α/√r."""
+    return bool(adapter.config.get("use_rslora"))
+
+
+def is_even(adapter: Adapter) -> bool:
+    """True if one rank and one alpha are stated for all modules, and α/r as their scaling."""
+    return not any(adapter.config.get(key) for key in _UNEVEN)
+
+
+def version_of(adapter: Adapter) -> str:
+    """Version of the program that wrote it, "" if it does not say."""
+    version = adapter.config.get("peft_version")
+    return version if isinstance(version, str) else ""
+
+
+def task_of(config: Mapping[str, Any]) -> str | None:
+    """What the model is for, ``CAUSAL_LM`` and the like; None if it is not said."""
+    task = config.get("task_type")
+    return None if task is None else str(task)
+
+
+def revision_of(adapter: Adapter) -> str | None:
+    """Revision of the base that it names."""
+    revision = adapter.config.get("revision")
+    return revision if isinstance(revision, str) else None
+
+
+def base_of(config: Mapping[str, Any]) -> str | None:
+    """The base that a configuration names, None if it names none."""
+    value = config.get("base_model_name_or_path")
+    return value if isinstance(value, str) and value else None
+
+
+def loads_into(adapter: Adapter, module: str) -> bool:
+    """True if a whole tensor is loaded into the model's own module, False if beside it."""
+    if "peft_type" not in adapter.config:
+        return False
+    saved = adapter.config.get("modules_to_save") or []
+    return not any(module == s or module.endswith(f".{s}") for s in saved if isinstance(s, str))
+
+
+def joint_config(adapters: Sequence[Adapter], gone: Collection[str]) -> dict[str, Any]:
+    """That of the first adapter, and what the others save whole.
+
+    A sum of tied changes is tied; one that is not makes the sum another.  A head that is the
+    base's own again is none that PEFT may ask for.
+
+    Args:
+        adapters: in order.
+        gone: names of replaced tensors that are the base's again.
+    """
+    first = dict(adapters[0].config)
+    if not all(a.config.get(_TIES) is True for a in adapters):
+        first.pop(_TIES, None)
+    saved = [e for a in adapters for e in a.config.get("modules_to_save") or ()]
+    first["modules_to_save"] = [
+        e for e in dict.fromkeys(saved) if not any(f"{e}." in name for name in gone)
+    ]
+    tasks = [a.config.get("task_type") for a in adapters]
+    first["task_type"] = None if gone else next((t for t in tasks if t), None)
+    return first
+
+
+def scaled_config(config: Mapping[str, Any], factors: Mapping[str, float]) -> dict[str, Any] | None:
+    """The configuration with every alpha multiplied, None if one is no usable number then.
+
+    Many programs read alpha as an integer.
+
+    Args:
+        config: of the adapter.
+        factors: spec name -> factor of its change.
+    """
+    if len(set(factors.values())) != 1 or not config:
+        return None
+    size = abs(next(iter(factors.values())))
+    alpha = _whole(config.get("lora_alpha", DEFAULT_RANK), size)
+    patterns = {k: _whole(v, size) for k, v in (config.get("alpha_pattern") or {}).items()}
+    if not alpha or not all(patterns.values()):
+        return None
+    changed: dict[str, Any] = {"lora_alpha": alpha}
+    if patterns:
+        changed["alpha_pattern"] = patterns
+    return {**config, **changed}
+
+
+def _whole(alpha: Any, factor: float) -> int | None:
+    """Alpha · factor if it is a whole number in the limits; 0.1 · 30 is 3, floats say otherwise."""
+    if alpha is None:
+        alpha = DEFAULT_RANK
+    value = alpha * factor
+    if abs(value) > MAX_ALPHA:
+        return None
+    whole = round(value)
+    return whole if abs(value - whole) <= 1e-12 * abs(whole) else None
+
+
+def require_one_packing(adapters: Sequence[Adapter]) -> None:
+    """How PEFT reads square experts depends on its version: it must be one for all.
+
+    Raises:
+        MismatchError: LT-465.
+    """
+    rules = {}
+    for adapter in adapters:
+        if any(s.experts and len(set(matrix_shape(s))) == 1 for s in adapter.specs):
+            rules[square_experts_rule(version_of(adapter))] = adapter
+    if len(rules) > 1:
+        raise MismatchError(
+            "LT-465", "PEFT versions that read square experts differently",
+            file=list(rules.values())[1].path, key="peft_version",
+            expected=adapters[0].config.get("peft_version"),
+            got=list(rules.values())[1].config.get("peft_version"),
+            hint="merge them into the base, which knows its layout",
+        )  # fmt: skip
