@@ -213,7 +213,8 @@ def test_commands_on_adapters_keep_to_their_plans(command: str, shape: str, tmp_
     one("compress", rank="auto", base=True, output=True),
 ], ids=["look", "intruders", "weakened", "noise rank"])  # fmt: skip
 @pytest.mark.parametrize("sides", [
-    (2048, 2048), pytest.param((700, 4000), marks=pytest.mark.slow),
+    (1280, 1280), pytest.param((2048, 2048), marks=pytest.mark.slow),
+    pytest.param((700, 4000), marks=pytest.mark.slow),
     pytest.param((4000, 700), marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_commands_beside_a_base_keep_to_their_plans(

@@ -26,7 +26,8 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="/dev/full")
 
 FORK_RUN = Path(__file__).with_name("fork_run.py")
 STATES = ("ok", "closed", "full", "broken")
-STREAMS = [(out, err) for out in STATES for err in STATES]
+PAIRS = [(out, err) for out in STATES for err in STATES]
+FEW = [(out, err) for out, err in PAIRS if err in ("ok", out)]
 LOST = {"ok": 0, "closed": 0, "full": 6, "broken": 141}
 """State of stdout -> exit code of a success."""
 
@@ -71,12 +72,14 @@ def write_world(folder: Path) -> Path:
     return folder
 
 
-def run_all(folder: Path, names: Sequence[str]) -> list[dict[str, Any]]:
-    """Each command line with every pair of streams, as text or as JSON."""
+def run_all(
+    folder: Path, names: Sequence[str], pairs: Sequence[tuple[str, str]]
+) -> list[dict[str, Any]]:
+    """Each command line with pairs of streams, as text or as JSON."""
     world, cases = write_world(folder / "world"), []
     for name in names:
         has_json = name not in ("help", "version", "completion", "demo")
-        for out, err in STREAMS if name != "demo" else zip(STATES, STATES, strict=True):
+        for out, err in pairs if name != "demo" else zip(STATES, STATES, strict=True):
             odd = (STATES.index(out) + STATES.index(err)) % 2 == 1
             cases.append({"name": name, "stdout": out, "stderr": err, "json": odd and has_json})
     for number, case in enumerate(cases):
@@ -91,8 +94,10 @@ def run_all(folder: Path, names: Sequence[str]) -> list[dict[str, Any]]:
     return cases
 
 
-def test_commands(tmp_path: Path) -> None:
-    for case in run_all(tmp_path, list(COMMANDS)):
+@pytest.mark.parametrize("pairs", [FEW, pytest.param(PAIRS, marks=pytest.mark.slow)],
+                         ids=["few", "all"])  # fmt: skip
+def test_commands(tmp_path: Path, pairs: list[tuple[str, str]]) -> None:
+    for case in run_all(tmp_path, list(COMMANDS), pairs):
         out, err = case["stdout"], case["stderr"]
         if (out, err) == ("ok", "ok"):
             whole = case
@@ -105,8 +110,10 @@ def test_commands(tmp_path: Path) -> None:
             assert json.loads(case["out"])["ok"] if case["json"] else case["out"], case
 
 
-def test_errors_keep_their_code(tmp_path: Path) -> None:
-    for case in run_all(tmp_path, list(ERRORS)):
+@pytest.mark.parametrize("pairs", [FEW, pytest.param(PAIRS, marks=pytest.mark.slow)],
+                         ids=["few", "all"])  # fmt: skip
+def test_errors_keep_their_code(tmp_path: Path, pairs: list[tuple[str, str]]) -> None:
+    for case in run_all(tmp_path, list(ERRORS), pairs):
         code = ERRORS[case["name"]][0]
         assert case["code"] == code and case["files"] is None, case
         assert "Traceback" not in case["err"] + case["out"], case
@@ -136,7 +143,7 @@ def in_shell(line: str, out: str, err: str, *, more: str = "") -> subprocess.Com
         os.close(writer)
 
 
-@pytest.mark.parametrize(("out", "err"), STREAMS)
+@pytest.mark.parametrize(("out", "err"), PAIRS)
 def test_as_a_process(out: str, err: str, data: Path) -> None:
     adapter = shlex.quote(str(data / "llm" / "lora_linear"))
     lines = ((f"inspect {adapter}", 0), (f"inspect {adapter} --json", 0), ("inspect /no", 3),

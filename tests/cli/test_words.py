@@ -179,8 +179,9 @@ def test_out_of_memory_is_no_bug(run: Run, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 SLEEPER = """
-import time
+import signal, time
 from loratool import api, cli
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup ignores it, and so would loratool
 def wait(*a, **k):
     print("ready", flush=True)
     time.sleep(600)

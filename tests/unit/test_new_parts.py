@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import loratool as lt
 from loratool.errors import LoratoolError
@@ -63,10 +63,11 @@ def beside(
     *,
     folder: str = "adapter",
     prefix: str = "base_model.model.",
-    name: str = "non_lora_trainables.bin",
+    name: str = "non_lora_trainables.safetensors",
 ) -> dict[str, torch.Tensor]:
     tensors = make(shapes)
-    torch.save({prefix + n: t for n, t in tensors.items()}, world / folder / name)
+    save = save_file if name.endswith(".safetensors") else torch.save
+    save({prefix + n: t for n, t in tensors.items()}, world / folder / name)
     return tensors
 
 
@@ -176,7 +177,7 @@ def test_another_projector_of_the_base_is_not_doubled(world: Path) -> None:
 
 
 @pytest.mark.parametrize("options", [
-    {"skip": ["non_lora_trainables.bin"]}, {"allow_unmatched": True},
+    {"skip": ["non_lora_trainables.safetensors"]}, {"allow_unmatched": True},
     {"skip": ["mm_projector", "vision_tower", "^model$"]},
 ])  # fmt: skip
 def test_left_out_on_request(world: Path, options: Any) -> None:
@@ -255,7 +256,7 @@ def test_two_adapters_that_bring_the_same(world: Path) -> None:
 
 
 def test_verify_dry_run_and_cast(world: Path) -> None:
-    want = beside(world)
+    want = beside(world, name="non_lora_trainables.bin")
     _, planned = merge(world, dry_run=True)
     assert planned.created == len(want) and not (world / "out").exists()
     got, report = merge(world)
@@ -268,7 +269,7 @@ def test_verify_dry_run_and_cast(world: Path) -> None:
     assert all(torch.equal(got[n], t.bfloat16()) for n, t in want.items())
     assert lt.verify(world / "half", allow_pickle=True).verdict == "identical"
     checked = lt.verify(world / "out", base=world / "base", adapters=[world / "adapter"],
-                        allow_pickle=True, skip=["non_lora_trainables.bin"])  # fmt: skip
+                        allow_pickle=True, skip=["non_lora_trainables.safetensors"])  # fmt: skip
     assert set(checked.unexpected) == set(want)
 
 
@@ -295,7 +296,7 @@ def test_merged_again_they_are_the_bases(world: Path) -> None:
     beside(world)
     merge(world)
     want = make(dict(reversed(PARTS.items())))
-    torch.save(want, world / "adapter/non_lora_trainables.bin")
+    save_file(want, world / "adapter/non_lora_trainables.safetensors")
     got, report = merge(world, base=world / "out", output=world / "again")
     assert all(torch.equal(got[n], t) for n, t in want.items()) and report.created == 0
 
