@@ -6,8 +6,28 @@ from collections.abc import Sequence
 
 from loratool.adapter import Adapter, DeltaSpec
 from loratool.delta.forms import side_sizes
+from loratool.dialects.peft import FOLDER_NAME
+from loratool.dialects.registry import row_of
 
 _MHA_PARAMETER = "in_proj_weight"
+
+
+def why_not_peft(adapter: Adapter) -> str:
+    """Why what loads PEFT folders does not load an adapter, "" if it is one."""
+    row = row_of(adapter.dialect)
+    if row.name == FOLDER_NAME:
+        return ""
+    return row.lacks if row.written_as == FOLDER_NAME and row.lacks else f"{row.name} file"
+
+
+def loaded_by(adapter: Adapter) -> tuple[str, ...]:
+    """Programs that load whatever the adapter's dialect holds."""
+    return row_of(adapter.dialect).loaded_by
+
+
+def title_of(dialect: str) -> str:
+    """How people call a dialect."""
+    return row_of(dialect).title
 
 
 def tied_pairs(adapter: Adapter) -> tuple[tuple[DeltaSpec, DeltaSpec], ...]:

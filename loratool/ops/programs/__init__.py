@@ -7,6 +7,7 @@ program knows the base model itself is not looked at.
 from __future__ import annotations
 
 from loratool.adapter import Adapter
+from loratool.dialects.rules import loaded_by
 from loratool.errors import UsageError
 from loratool.ops.programs.base import Program
 from loratool.ops.programs.llama_cpp import LLAMA_CPP
@@ -26,7 +27,8 @@ def judge_loads(adapter: Adapter) -> tuple[Loads, ...]:
         >>> judge_loads(open_adapter(Path("style"), ReadOptions()))[1].reasons  # doctest: +SKIP
         ('modules_to_save',)
     """
-    return tuple(program.judge(adapter) for program in PROGRAMS)
+    own = loaded_by(adapter)
+    return tuple(Loads(title, "yes") for title in own) + tuple(p.judge(adapter) for p in PROGRAMS)
 
 
 def find_program(name: str) -> Program:
