@@ -16,12 +16,13 @@ from loratool.dialects.base import Dialect
 from loratool.dialects.candidate import Candidate, examine
 from loratool.dialects.peft.new import task_type_of
 from loratool.dialects.peft.read import unmergeable_reason
-from loratool.dialects.registry import BY_NAME, DIALECTS, detect, home_of, writable
+from loratool.dialects.registry import BY_NAME, DEFAULT, DIALECTS, detect, home_of, writable
 from loratool.errors import MismatchError
 from loratool.store.header import MAX_HEADER_BYTES
 
 __all__ = [
     "BY_NAME",
+    "DEFAULT",
     "DIALECTS",
     "Candidate",
     "Dialect",
@@ -87,7 +88,7 @@ def write_adapter_files(
         UsageError: LT-282, no such dialect, or one that is not written.
         MismatchError: LT-411, LT-412, the dialect cannot hold the adapter.
     """
-    row = home_of(adapter) if dialect is None else writable(dialect)
+    row = home_of(adapter.dialect) if dialect is None else writable(dialect)
     return row.writer()(adapter, base_config=base_config, base_tensors=base_tensors)
 
 

@@ -41,6 +41,7 @@ class Dialect:
     Attributes:
         name: what ``--to`` takes and `Adapter.dialect` holds.
         title: for messages.
+        short: for tables, where the title is too long.
         detect: is a candidate of this dialect, and of no other?
         read: ``module:function``, a `Reader`; "" = recognised, not supported.
         write: ``module:function``, a `Writer`; "" = not supported.
@@ -49,6 +50,7 @@ class Dialect:
         suffixes: of the tensor file.
         lacks: why programs do not load it that load the dialect it is written in.
         loaded_by: programs of its own, as people write them, that load whatever it holds.
+        library: what loads the files as they are, as the Hub calls it.
         hint: what to do with a file that cannot be read.
         variety: says more about a candidate, in a word, for messages.
     """
@@ -61,6 +63,8 @@ class Dialect:
     form: str = "file"
     suffixes: tuple[str, ...] = (".safetensors",)
     hint: str | None = None
+    short: str = ""
+    library: str | None = None
     written_as: str = ""
     lacks: str = ""
     loaded_by: tuple[str, ...] = ()

@@ -26,7 +26,7 @@ def gguf_kind(candidate: Candidate) -> str:
 
 
 GGUF = Dialect(
-    "gguf", "GGUF (llama.cpp)", is_gguf, suffixes=(".gguf",), variety=gguf_kind,
+    "gguf", "GGUF (llama.cpp)", is_gguf, suffixes=(".gguf",), short="GGUF", variety=gguf_kind,
     hint="use the PEFT adapter that it was converted from",
 )  # fmt: skip
 
@@ -40,7 +40,7 @@ def is_mlx(candidate: Candidate) -> bool:
     return stated or candidate.has_key(r"\.lora_[ab]$")
 
 
-MLX = Dialect("mlx", "mlx-lm", is_mlx, form="folder")
+MLX = Dialect("mlx", "mlx-lm", is_mlx, form="folder", short="mlx")
 
 
 def is_litgpt(candidate: Candidate) -> bool:
@@ -89,7 +89,7 @@ def is_diffusers(candidate: Candidate) -> bool:
     return candidate.has_key(_PIPELINE) or candidate.has_key(_BLOCK)
 
 
-DIFFUSERS = Dialect("diffusers", "diffusers", is_diffusers)
+DIFFUSERS = Dialect("diffusers", "diffusers", is_diffusers, library="diffusers")
 
 
 def is_control_lora(candidate: Candidate) -> bool:
@@ -113,7 +113,8 @@ def is_textual_inversion(candidate: Candidate) -> bool:
 TEXTUAL_INVERSION = Dialect(
     "textual-inversion", "textual inversion (no adapter)", is_textual_inversion
 )
-KOHYA = Dialect("kohya", "kohya", by_keys(r"^lora_(unet|te\d?|prior_unet|prior_te|transformer)_"))
+KOHYA = Dialect("kohya", "kohya", by_keys(r"^lora_(unet|te\d?|prior_unet|prior_te|transformer)_"),
+                library="diffusers")  # fmt: skip
 LYCORIS = Dialect("lycoris", "LyCORIS", by_keys(r"^lycoris_"))
 
 ROWS = (

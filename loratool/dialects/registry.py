@@ -5,12 +5,13 @@ from __future__ import annotations
 from functools import cache
 
 from loratool import plugins
-from loratool.adapter import Adapter
 from loratool.dialects import by_sight, peft
 from loratool.dialects.base import Dialect
 from loratool.dialects.candidate import Candidate
 from loratool.errors import MismatchError, UsageError
 
+DEFAULT = peft.FOLDER_NAME
+"""What an adapter is written in that was read from no file."""
 DIALECTS: tuple[Dialect, ...] = (*peft.ROWS, *by_sight.ROWS)
 BY_NAME: dict[str, Dialect] = {row.name: row for row in DIALECTS}
 
@@ -70,14 +71,13 @@ def writable(name: str) -> Dialect:
     return row
 
 
-def home_of(adapter: Adapter) -> Dialect:
-    """The row by which an adapter is written where nobody asks for another dialect.
+def home_of(dialect: str) -> Dialect:
+    """The row by which an adapter of a dialect is written where nobody asks for another one.
 
     Raises:
-        UsageError: LT-282, its dialect cannot be written.
+        UsageError: LT-282, it cannot be written.
     """
-    row = row_of(adapter.dialect)
-    return writable(row.written_as or row.name)
+    return writable(row_of(dialect).written_as or dialect)
 
 
 def _not_written(name: str) -> UsageError:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from loratool.adapter import Adapter, DeltaSpec
 from loratool.delta.forms import side_sizes
 from loratool.dialects.peft import FOLDER_NAME
-from loratool.dialects.registry import row_of
+from loratool.dialects.registry import home_of, row_of
 
 _MHA_PARAMETER = "in_proj_weight"
 
@@ -25,9 +25,24 @@ def loaded_by(adapter: Adapter) -> tuple[str, ...]:
     return row_of(adapter.dialect).loaded_by
 
 
-def title_of(dialect: str) -> str:
-    """How people call a dialect."""
-    return row_of(dialect).title
+def short_title(dialect: str) -> str:
+    """How people call a dialect, in few words."""
+    row = row_of(dialect)
+    return row.short or row.title
+
+
+def library_of(adapter: Adapter) -> str | None:
+    """What loads its files as they are, as the Hub calls it; None if nothing does."""
+    return row_of(adapter.dialect).library
+
+
+def is_folder(dialect: str) -> bool:
+    """True if an adapter of a dialect is written as a folder, False if as a single file.
+
+    Raises:
+        UsageError: LT-282, it cannot be written.
+    """
+    return home_of(dialect).is_folder
 
 
 def tied_pairs(adapter: Adapter) -> tuple[tuple[DeltaSpec, DeltaSpec], ...]:

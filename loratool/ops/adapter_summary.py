@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
 from loratool.adapter import Adapter, DeltaSpec, Replacement, Source
+from loratool.dialects.rules import short_title
 from loratool.dtypes import DTYPES
 from loratool.ops.programs import judge_loads
 from loratool.report import AdapterSummary, ReplacedTensor, TargetFamily
@@ -21,6 +22,7 @@ def summarize_adapter(adapter: Adapter) -> AdapterSummary:
     return AdapterSummary(
         label=adapter.label,
         dialect=adapter.dialect,
+        dialect_title=short_title(adapter.dialect),
         method=_method(adapter),
         base_model=adapter.base_model,
         modules=len(adapter.specs),

@@ -43,11 +43,12 @@ def is_file(candidate: Candidate) -> bool:
 FOLDER = Dialect(
     FOLDER_NAME, "PEFT", is_folder, form="folder",
     read="loratool.dialects.peft.read:read", write="loratool.dialects.peft.write:write",
+    library="peft",
 )  # fmt: skip
 FILE = Dialect(
     FILE_NAME, "PEFT without its configuration", is_file,
     read="loratool.dialects.peft.read:read", written_as=FOLDER_NAME,
-    lacks="no adapter_config.json",
+    lacks="no adapter_config.json", short="PEFT (no config)",
 )  # fmt: skip
 ROWS = (FOLDER, FILE)
 
