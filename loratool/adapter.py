@@ -311,7 +311,8 @@ class AdapterFiles:
     Attributes:
         tensors: (key, bytes) in file order.
         metadata: string metadata of the tensor file.
-        tensor_file: name of the tensor file inside the output folder.
+        tensor_file: name of the tensor file inside the output folder, "" where the output is that
+            one file.
         json_files: file name -> object, written beside it (``adapter_config.json``).
     """
 

@@ -16,10 +16,11 @@ from loratool.api.fitting import check_files, fit_for
 from loratool.api.sums import Summed, assemble_sum, run_sum
 from loratool.dialects import open_adapter, write_adapter_files
 from loratool.dialects.programs import Program, find_program, judge_loads
+from loratool.dialects.rules import is_folder
 from loratool.errors import MismatchError, UsageError, list_some
 from loratool.methods import Method, find_method, parse_params
 from loratool.ops.adapter_summary import dtype_word
-from loratool.ops.batch import output_folder
+from loratool.ops.batch import output_place
 from loratool.ops.combine import arc_weights, memory_needs, plan_combine, rank_of
 from loratool.ops.consent import agree_to_read
 from loratool.ops.detach import plan_detach
@@ -116,7 +117,7 @@ def combine(
     if row.name == "slerp":
         arc = arc_weights([o.weight for o in opened])
         opened = [replace(o, weight=w) for o, w in zip(opened, arc, strict=True)]
-    target = output_folder(output)
+    target = output_place(output, opened[0].adapter.dialect)
     guard_output(target, [*(o.resolved.named for o in opened), module_weights, base])
     limits = Limits(threads, max_memory)
     agree_to_read(compared_ranges([o.adapter for o in opened]), yes=access.yes)
@@ -148,7 +149,7 @@ def combine(
     job.warnings += [f"{o.resolved.label}: {w}" for o in opened for w in unused_warnings(o.adapter)]
     if dry_run:
         return job.report(None, 0, ())
-    check_output(target, is_folder=True, force=force)
+    check_output(target, is_folder=is_folder(opened[0].adapter.dialect), force=force)
     is_copy = row.name == "cat" and not (wanted or detached)
     if is_copy and [w for _, w in weighed] == [Weight()]:
         adapter, summed = opened[0].adapter, None

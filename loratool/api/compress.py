@@ -25,6 +25,7 @@ from loratool.api.detach import Detached, detach
 from loratool.api.fitting import check_files, fit_for
 from loratool.dialects import open_adapter, write_adapter_files
 from loratool.dialects.programs import Program, find_program, judge_loads
+from loratool.dialects.rules import is_folder
 from loratool.errors import UsageError
 from loratool.ops.batch import is_batch, many_outputs, name_of, place_outputs
 from loratool.ops.compress import CompressPlan, names_of, plan_compress, rebuild
@@ -196,7 +197,7 @@ class _Job:
     @property
     def original(self) -> AdapterFiles:
         """The input as it would be written again."""
-        return write_adapter_files(self.source, "peft")
+        return write_adapter_files(self.source)
 
 
 @dataclass(frozen=True)
@@ -224,11 +225,12 @@ def _open(
 ) -> list[_Job]:
     """Open every input and check every output before any work is done."""
     found = [open_one(text, read=read, access=access) for text in texts]
-    targets = place_outputs([name_of(one) for one, _ in found], output)
+    names, dialects = [name_of(one) for one, _ in found], [a.dialect for _, a in found]
+    targets = place_outputs(names, output, dialects)
     for (_, adapter), target in zip(found, targets, strict=True):
         guard_output(target, [base, *(one.named for one, _ in found)])
         if target == Path(output) or target.parent.exists():
-            check_output(target, is_folder=True, force=force)
+            check_output(target, is_folder=is_folder(adapter.dialect), force=force)
         if program is not None:
             check_fit(adapter, program)
     opened = None
@@ -318,7 +320,7 @@ def _within(
 
 def _fitted(job: _Job, made: _Made, program: Program, limits: Limits) -> _Made:
     fitted = fit_for(made.adapter, program, limits)
-    files = write_adapter_files(fitted.adapter, "peft", base_tensors=names_of(job.plan.adapter))
+    files = write_adapter_files(fitted.adapter, base_tensors=names_of(job.plan.adapter))
     check_files(files, made.adapter, program)
     is_unchanged = made.is_unchanged and fitted.adapter is job.source
     return replace(made, files=files, adapter=fitted.adapter, is_unchanged=is_unchanged,
@@ -368,7 +370,7 @@ def _compress(
     adapter = tie_factors(adapter)
     if job.detached is not None:
         adapter = job.detached.attach(adapter, limits)
-    files = write_adapter_files(adapter, "peft", base_tensors=names_of(plan.adapter))
+    files = write_adapter_files(adapter, base_tensors=names_of(plan.adapter))
     if file_bytes(files) >= before:  # such as block-diagonal factors that had to be written out
         return _Made(original, _copied(plan, results), job.source, [], True)
     return _Made(files, results, adapter, dropped, False)

@@ -68,7 +68,7 @@ def _within(
 
     def files_at(ranks: Sequence[int]) -> AdapterFiles:
         adapter = at_ranks(plan, _per_spec(plan, ranks), dtypes)
-        return write_adapter_files(adapter, "peft", base_tensors=names_of(plan.adapter))
+        return write_adapter_files(adapter, base_tensors=names_of(plan.adapter))
 
     def size_at(ranks: Sequence[int]) -> int:
         return file_bytes(files_at(ranks))

@@ -24,11 +24,12 @@ from loratool.api.extract_report import planned_report, written_report
 from loratool.api.fitting import Fitted, check_files, fit_for
 from loratool.archs.heads import is_other_head, task_of
 from loratool.archs.stated import class_config
-from loratool.dialects import open_adapter, stated, write_adapter_files
+from loratool.dialects import DEFAULT, open_adapter, stated, write_adapter_files
 from loratool.dialects.programs import Program, find_program
 from loratool.errors import MismatchError, UsageError, list_some
 from loratool.ops.align import same_form
 from loratool.ops.assemble import Outcome, assemble, outline, rank_groups
+from loratool.ops.batch import output_place
 from loratool.ops.extract import ExtractPlan, group_steps, plan_extract
 from loratool.ops.fitting import check_fit
 from loratool.ops.inputs import Access, OpenedBase, guard_output, open_base
@@ -134,10 +135,7 @@ def extract(
     if not dry_run:  # before a long download, not after it
         guard_output(target, [tuned, base])
         check_output(target, is_folder=True, force=force)
-    if target.suffix in (".safetensors", ".gguf", ".bin", ".pt"):  # "qwen2.5-lora" is a folder
-        raise UsageError(
-            "LT-227", "a PEFT adapter is a folder", expected="a folder for -o", got=str(output)
-        )
+    output_place(output, DEFAULT)
     tuned_opened = open_base(str(tuned), [], access)
     base_opened = open_base(str(base), [], access)
     guard_output(target, [tuned_opened.resolved.path, base_opened.resolved.path])
@@ -339,7 +337,7 @@ class _Assembly:
         config = self.base.checkpoint.config
         pairs = (*self.plan.pairs, *self.plan.created)
         files = write_adapter_files(
-            adapter, "peft", base_tensors=[n for p in pairs for n in self.plan.names_of(p)],
+            adapter, base_tensors=[n for p in pairs for n in self.plan.names_of(p)],
             base_config={**config, **class_config(task)} if task else config,
         )  # fmt: skip
         if not task or stated.task_of(files.json_files["adapter_config.json"]) is not None:

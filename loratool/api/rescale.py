@@ -17,6 +17,7 @@ from loratool.api.sums import assemble_sum, run_sum
 from loratool.delta.forms import exchanged
 from loratool.dialects import open_adapter, write_adapter_files
 from loratool.dialects.programs import Program, find_program, judge_loads
+from loratool.dialects.rules import is_folder
 from loratool.errors import UsageError
 from loratool.methods import find_method
 from loratool.ops.adapter_summary import dtype_word
@@ -128,7 +129,8 @@ def rescale(
     read = ReadOptions(alpha)
     texts = [str(adapter) for adapter in adapters]
     found = [open_one(text, read=read, access=access) for text in texts]
-    targets = place_outputs([name_of(resolved) for resolved, _ in found], output)
+    names, dialects = [name_of(resolved) for resolved, _ in found], [a.dialect for _, a in found]
+    targets = place_outputs(names, output, dialects)
     for target in targets:
         guard_output(target, [base, *(resolved.named for resolved, _ in found)])
     weak = _check_intruders(factor, intruders, base, bool(only or blocks or wanted or program))
@@ -167,7 +169,8 @@ def rescale(
             if is_batch(output) or len(jobs) > 1:
                 Path(output).mkdir(exist_ok=True)
             for job in jobs:
-                check_output(job.target, is_folder=True, force=force)
+                as_folder = is_folder(job.plan.adapter.dialect)
+                check_output(job.target, is_folder=as_folder, force=force)
             said = options if provenance else None
             rows = [_run(job, wanted, said, force, treated) for job in jobs]
     return RescaleReport(str(output), factor, tuple(rows), time.monotonic() - started, dry_run)
@@ -338,7 +341,7 @@ def _files(plan: RescalePlan, tensors: Mapping[str, Source]) -> AdapterFiles:
     """The input's files with these tensors and this configuration instead of its own."""
     adapter = plan.adapter
     if adapter.config:
-        again = write_adapter_files(adapter, adapter.dialect)
+        again = write_adapter_files(adapter)
         return replace(
             again,
             tensors=tuple((key, tensors.get(source.name, source)) for key, source in again.tensors),

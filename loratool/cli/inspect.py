@@ -29,7 +29,6 @@ from loratool.errors import LoratoolError, UsageError
 if TYPE_CHECKING:
     from loratool.report import AdapterSummary, CheckpointSummary, FolderRow, InspectReport
 
-_DIALECTS = {"peft": "PEFT", "peft-file": "PEFT (no config)", "mlx": "mlx", "gguf": "GGUF"}
 _FEW_VALUES = 6
 _SHOWN_REPLACED = 5
 _DEAR_SHARE = 0.02
@@ -155,7 +154,7 @@ def _adapter(one: AdapterSummary, voice: Voice, *, read: str) -> Iterator[str]:
         parameters += f" + {format_count(one.replaced_parameters)}"
     yield line(
         safe(one.label, cap=60),
-        f"{_DIALECTS.get(one.dialect, safe(one.dialect))} {safe(one.method)}",
+        f"{safe(one.dialect_title)} {safe(one.method)}",
         plural(one.modules, "module"),
         f"{parameters} params",
         f"{format_bytes(one.nbytes)} {_types(one.dtypes)}",
@@ -291,7 +290,7 @@ def _cells(row: FolderRow) -> tuple[str, ...] | None:
     name = safe(row.name, cap=60)
     if row.adapter is not None:
         one = row.adapter
-        kind = f"{_DIALECTS.get(one.dialect, safe(one.dialect))} {safe(one.method)}"
+        kind = f"{safe(one.dialect_title)} {safe(one.method)}"
         return (
             name, kind, str(one.modules), _few(one.ranks), _few(one.scalings),
             format_count(one.parameters), format_bytes(one.nbytes), _types(one.dtypes),

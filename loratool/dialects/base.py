@@ -1,34 +1,17 @@
-"""What a dialect is, and what lies at a path before any dialect has claimed it (no torch)."""
+"""What a dialect is: one row (no torch)."""
 
 from __future__ import annotations
 
 import importlib
-import os
-import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
-from pathlib import Path
 from typing import Any, Protocol, cast
 
 from loratool.adapter import Adapter, AdapterFiles, ReadOptions
-from loratool.errors import BadFileError, UnsafeContentError, list_some
-from loratool.store.contained import list_folder, open_inside
-from loratool.store.foreign import PICKLE_HINT
-from loratool.store.header import MAX_HEADER_BYTES, Header, read_header
-from loratool.store.jsonfile import load_json
-from loratool.store.layout import is_pickle_name
+from loratool.dialects.candidate import Candidate
 
-CONFIG_NAME = "adapter_config.json"
-# In the order in which programs that write folders look for their tensors.
-_WEIGHT_NAMES = (
-    "adapter_model.safetensors",
-    "adapters.safetensors",
-    "pytorch_lora_weights.safetensors",
-)
-_NO_WEIGHTS = re.compile(r"training_args|optimizer|scheduler|scaler|rng_state|random_states")
-_LITGPT = "lit_model.pth.lora"
-_GGUF_HEAD = 65_536  # bytes; the metadata that tell an adapter from a model come first
+Detector = Callable[[Candidate], bool]
+"""Is this a file of the dialect?  No two dialects say yes to the same one."""
 
 
 class Reader(Protocol):
@@ -52,69 +35,59 @@ class Writer(Protocol):
 
 
 @dataclass(frozen=True)
-class Candidate:
-    """What lies at a path: names, header and configuration, no tensor bytes.
-
-    Attributes:
-        path: folder or file as the user named it.
-        folder: the folder that is the adapter; None for a file without a configuration.
-        names: file names in the folder, or the file's own name.
-        config: `CONFIG_NAME` as read, None if there is none.
-        config_path: where it was read from.
-        weights: the safetensors file, None if there is none.
-        head: first bytes of a file in another format.
-        max_header: largest header accepted, in bytes.
-    """
-
-    path: Path
-    folder: Path | None
-    names: tuple[str, ...]
-    config: Mapping[str, Any] | None = None
-    config_path: Path | None = None
-    weights: Path | None = None
-    head: bytes = b""
-    max_header: int = MAX_HEADER_BYTES
-
-    @cached_property
-    def header(self) -> Header | None:
-        """Header of `weights`, read when the configuration alone does not tell the dialect."""
-        if self.weights is None:
-            return None
-        return read_header(self.weights, max_bytes=self.max_header)
-
-    @cached_property
-    def keys(self) -> tuple[str, ...]:
-        """Tensor names, in file order."""
-        return () if self.header is None else tuple(ref.name for ref in self.header.tensors)
-
-    def has_key(self, pattern: str) -> bool:
-        """True if a regular expression is found in a tensor name."""
-        return any(map(re.compile(pattern).search, self.keys))
-
-
-@dataclass(frozen=True)
 class Dialect:
-    """One row of the registry.
+    """One row of the registry; it lies in the dialect's own module.
 
     Attributes:
         name: what ``--to`` takes and `Adapter.dialect` holds.
         title: for messages.
-        detect: does a candidate look like this dialect?
+        short: for tables, where the title is too long.
+        detect: is a candidate of this dialect, and of no other?
         read: ``module:function``, a `Reader`; "" = recognised, not supported.
         write: ``module:function``, a `Writer`; "" = not supported.
+        written_as: the dialect that its adapters are written in, where that is another one.
         form: what ``-o`` names, ``folder`` or ``file``.
         suffixes: of the tensor file.
+        lacks: why programs do not load it that load the dialect it is written in.
+        loaded_by: programs of its own, as people write them, that load whatever it holds.
+        library: what loads the files as they are, as the Hub calls it.
         hint: what to do with a file that cannot be read.
+        variety: says more about a candidate, in a word, for messages.
     """
 
     name: str
     title: str
-    detect: Callable[[Candidate], bool]
+    detect: Detector
     read: str = ""
     write: str = ""
     form: str = "file"
     suffixes: tuple[str, ...] = (".safetensors",)
     hint: str | None = None
+    short: str = ""
+    library: str | None = None
+    written_as: str = ""
+    lacks: str = ""
+    loaded_by: tuple[str, ...] = ()
+    variety: Callable[[Candidate], str] | None = None
+
+    @property
+    def is_read(self) -> bool:
+        """True if adapters in it are read."""
+        return bool(self.read)
+
+    @property
+    def is_written(self) -> bool:
+        """True if it is one that adapters are written in."""
+        return bool(self.write)
+
+    @property
+    def is_folder(self) -> bool:
+        """True if an adapter in it is a folder."""
+        return self.form == "folder"
+
+    def described(self, candidate: Candidate) -> str:
+        """The title, with what kind of it a candidate is."""
+        return f"{self.title} {self.variety(candidate)}" if self.variety else self.title
 
     def reader(self) -> Reader:
         """The function that `read` names."""
@@ -125,75 +98,22 @@ class Dialect:
         return cast(Writer, _resolve(self.write))
 
 
-def examine(path: Path, *, max_header: int = MAX_HEADER_BYTES) -> Candidate:
-    """Look at a path: a folder with an adapter in it, or one file.
-
-    A file named ``adapter_model.safetensors`` belongs to the configuration beside it.
+def by_keys(*patterns: str, unless: tuple[str, ...] = ()) -> Detector:
+    """A detector that goes by tensor names.
 
     Args:
-        path: folder or file.
-        max_header: largest safetensors header accepted, in bytes.
-
-    Raises:
-        BadFileError: nothing there, damaged, or no weights (LT-360).
-        UnsafeContentError: only pickles (LT-920); they are not opened.
+        patterns: regular expressions; one of them is found in some name.
+        unless: regular expressions that are found in none.
     """
-    if path.is_dir():
-        return _examine_folder(path, max_header)
-    return _examine_file(path, max_header)
 
-
-def _examine_file(path: Path, max_header: int) -> Candidate:
-    names = (path.name,)
-    if path.suffix == ".gguf":
-        with open_inside(path) as file:
-            return Candidate(path, None, names, head=file.read(_GGUF_HEAD))
-    if path.name == _LITGPT and path.is_file():
-        return Candidate(path, None, names)
-    if is_pickle_name(path.name) and path.is_file():
-        _refuse_pickle(path, names)
-    beside = path.with_name(CONFIG_NAME)
-    if path.name == _WEIGHT_NAMES[0] and os.path.lexists(beside):
-        config = load_json(beside)
-        return Candidate(path, path.parent, names, config, beside, path, max_header=max_header)
-    return Candidate(path, None, names, weights=path, max_header=max_header)
-
-
-def _examine_folder(folder: Path, max_header: int) -> Candidate:
-    # What has a name of ours and is no file must be refused, not overlooked.
-    ours = (CONFIG_NAME, *_WEIGHT_NAMES)
-    names = tuple(p.name for p in list_folder(folder) if p.name in ours or p.is_file())
-    config_path = folder / CONFIG_NAME if CONFIG_NAME in names else None
-    config = None if config_path is None else load_json(config_path)
-    known = [n for n in _WEIGHT_NAMES if n in names]
-    if config is not None and "peft_type" in config:
-        known = [n for n in known if n == _WEIGHT_NAMES[0]]
-    others = [n for n in names if n.endswith((".safetensors", ".gguf"))]
-    if not known and config is None and len(others) == 1:
-        known = others
-    if known:
-        found = _examine_file(folder / known[0], max_header)
-        return Candidate(
-            folder, folder, names, config, config_path, found.weights, found.head, max_header
+    def detect(candidate: Candidate) -> bool:
+        return (
+            not candidate.is_peft
+            and any(map(candidate.has_key, patterns))
+            and not any(map(candidate.has_key, unless))
         )
-    if _LITGPT in names:
-        return Candidate(folder, folder, names, config, config_path)
-    pickles = [n for n in names if is_pickle_name(n) and not _NO_WEIGHTS.match(n)]
-    if pickles and (not others or any(n.startswith("adapter_model") for n in pickles)):
-        _refuse_pickle(folder, pickles)
-    raise BadFileError(
-        "LT-360", "no adapter weights in this folder", file=folder,
-        expected=_WEIGHT_NAMES[0], got=list_some(others or names) or "an empty folder",
-        hint=f"name the file: {folder / others[0]}" if others else None,
-    )  # fmt: skip
 
-
-def _refuse_pickle(path: Path, names: tuple[str, ...] | list[str]) -> None:
-    raise UnsafeContentError(
-        "LT-920", "the weights are a pickle, which can run code: not opened", file=path,
-        expected="safetensors", got=list_some(names),
-        hint=PICKLE_HINT,
-    )  # fmt: skip
+    return detect
 
 
 def _resolve(text: str) -> object:

@@ -6,8 +6,43 @@ from collections.abc import Sequence
 
 from loratool.adapter import Adapter, DeltaSpec
 from loratool.delta.forms import side_sizes
+from loratool.dialects.peft import FOLDER_NAME
+from loratool.dialects.registry import home_of, row_of
 
 _MHA_PARAMETER = "in_proj_weight"
+
+
+def why_not_peft(adapter: Adapter) -> str:
+    """Why what loads PEFT folders does not load an adapter, "" if it is one."""
+    row = row_of(adapter.dialect)
+    if row.name == FOLDER_NAME:
+        return ""
+    return row.lacks if row.written_as == FOLDER_NAME and row.lacks else f"{row.name} file"
+
+
+def loaded_by(adapter: Adapter) -> tuple[str, ...]:
+    """Programs that load whatever the adapter's dialect holds."""
+    return row_of(adapter.dialect).loaded_by
+
+
+def short_title(dialect: str) -> str:
+    """How people call a dialect, in few words."""
+    row = row_of(dialect)
+    return row.short or row.title
+
+
+def library_of(adapter: Adapter) -> str | None:
+    """What loads its files as they are, as the Hub calls it; None if nothing does."""
+    return row_of(adapter.dialect).library
+
+
+def is_folder(dialect: str) -> bool:
+    """True if an adapter of a dialect is written as a folder, False if as a single file.
+
+    Raises:
+        UsageError: LT-282, it cannot be written.
+    """
+    return home_of(dialect).is_folder
 
 
 def tied_pairs(adapter: Adapter) -> tuple[tuple[DeltaSpec, DeltaSpec], ...]:

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from loratool.adapter import Adapter, DeltaSpec, Replacement, Source
 from loratool.dialects.programs import judge_loads
+from loratool.dialects.rules import short_title
 from loratool.dialects.stated import divides_by_root, method_of
 from loratool.dtypes import DTYPES
 from loratool.report import AdapterSummary, ReplacedTensor, TargetFamily
@@ -22,6 +23,7 @@ def summarize_adapter(adapter: Adapter) -> AdapterSummary:
     return AdapterSummary(
         label=adapter.label,
         dialect=adapter.dialect,
+        dialect_title=short_title(adapter.dialect),
         method=_method(adapter),
         base_model=adapter.base_model,
         modules=len(adapter.specs),

@@ -11,6 +11,7 @@ from loratool.adapter import Adapter, DeltaSpec, Replacement, TensorData
 from loratool.archs.experts import parse_expert
 from loratool.archs.stated import model_type
 from loratool.delta.forms import factors_of, new_low_rank, with_factors
+from loratool.dialects import DEFAULT
 from loratool.errors import MismatchError
 from loratool.ops.extract import ExtractPlan
 from loratool.ops.extract_pairs import Pair
@@ -92,7 +93,7 @@ def assemble(
     ]
     adapter = Adapter(
         extract.pairs[0].tuned.file.parent,
-        "peft",
+        DEFAULT,
         tuple(specs),
         tuple(_replacements(kept, extract)),
         base_model,
@@ -108,7 +109,7 @@ def outline(extract: ExtractPlan, base: Checkpoint) -> Adapter:
         for pair, step in zip(extract.pairs, extract.plan.steps, strict=True)
         if pair.is_factored
     ]
-    return Adapter(base.path, "peft", tuple(specs))
+    return Adapter(base.path, DEFAULT, tuple(specs))
 
 
 def _outcome(pair: Pair, found: Any) -> Outcome:

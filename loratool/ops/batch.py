@@ -8,6 +8,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from loratool.dialects.registry import home_of
+from loratool.dialects.rules import is_folder
 from loratool.errors import UsageError, list_some
 from loratool.store.output_path import check_place
 from loratool.store.series import series
@@ -16,44 +18,56 @@ from loratool.store.source import Resolved
 _FILES = (".safetensors", ".gguf", ".bin", ".pt", ".json")
 
 
-def output_folder(output: str | Path) -> Path:
-    """The folder that ``-o`` names for a PEFT adapter.
+def output_place(output: str | Path, dialect: str) -> Path:
+    """What ``-o`` names for an adapter of a dialect: a folder, or a file with its suffix.
 
     Raises:
-        UsageError: LT-227, it looks like a file.
+        UsageError: LT-227, it looks like something else; LT-282, a dialect that is not written.
     """
-    target = Path(output)
-    if target.suffix.lower() in _FILES:  # style-v1.5 is a fine name for a folder
+    target, row = Path(output), home_of(dialect)
+    suffix = target.suffix.lower()
+    if row.is_folder and suffix in _FILES:  # style-v1.5 is a fine name for a folder
         raise UsageError(
-            "LT-227", "a PEFT adapter is a folder", expected="a folder for -o", got=str(output)
-        )
+            "LT-227", f"a {row.title} adapter is a folder", expected="a folder for -o",
+            got=str(output),
+        )  # fmt: skip
+    if not row.is_folder and suffix not in row.suffixes:
+        raise UsageError(
+            "LT-227", f"a {row.title} adapter is a file",
+            expected=f"a name that ends in {' or '.join(row.suffixes)} for -o", got=str(output),
+        )  # fmt: skip
     return target
 
 
-def place_outputs(names: Sequence[str], output: str | Path) -> list[Path]:
+def place_outputs(names: Sequence[str], output: str | Path, dialects: Sequence[str]) -> list[Path]:
     """One place per input: OUT itself for one, DIR/NAME for many or where OUT ends in a slash.
 
     Args:
         names: last part of each input's path.
         output: as typed.
+        dialects: of the results.
 
     Raises:
-        UsageError: LT-227; LT-247, two inputs have one name.
+        UsageError: LT-227; LT-247, two inputs have one name; LT-282, a dialect that is not written.
 
     Example:
-        >>> [p.as_posix() for p in place_outputs(["a", "b"], "small/")]
-        ['small/a', 'small/b']
+        >>> [p.as_posix() for p in place_outputs(["a", "b"], "small/", ["peft", "kohya"])]
+        ['small/a', 'small/b.safetensors']
     """
-    target = output_folder(output)
     if len(names) == 1 and not is_batch(output):
-        return [target]
+        return [output_place(output, dialects[0])]
+    target = Path(output)
+    if target.suffix.lower() in _FILES:
+        raise UsageError("LT-227", "several adapters go into a folder",
+                         expected="a folder for -o", got=str(output))  # fmt: skip
+    ends = ["" if is_folder(d) else home_of(d).suffixes[0] for d in dialects]
     twice = [name for name, count in Counter(names).items() if count > 1]
     if twice:
         raise UsageError(
             "LT-247", "two adapters have the same name", key=list_some(twice),
             hint="take them one by one",
         )  # fmt: skip
-    return [target / name for name in names]
+    return [target / (name + end) for name, end in zip(names, ends, strict=True)]
 
 
 @contextmanager

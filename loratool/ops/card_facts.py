@@ -11,6 +11,7 @@ from loratool.adapter import Adapter
 from loratool.archs.stated import is_causal, name_of
 from loratool.dialects.programs import judge_loads
 from loratool.dialects.programs.vllm import VLLM, top_rank
+from loratool.dialects.rules import library_of
 from loratool.dialects.stated import revision_of, task_of
 from loratool.errors import LoratoolError
 from loratool.ops.adapter_summary import summarize_adapter
@@ -35,7 +36,6 @@ _TASKS = {
 }
 """PEFT's task -> class of transformers, and the Hub's task."""
 
-_DIFFUSERS = ("diffusers", "kohya")  # dialects that its load_lora_weights reads
 
 Usage = tuple[str, str, str]
 """Heading, language and code."""
@@ -147,7 +147,7 @@ def adapter_facts(adapter: Adapter, repo: str) -> CardFacts:
         "types": ", ".join(summary.dtypes),
         "replaced tensors": str(len(summary.replaced)) if summary.replaced else "",
     }
-    library = _library(adapter)
+    library = library_of(adapter)
     task = str(task_of(adapter.config))
     tags = [
         *([f"base_model:adapter:{base}"] if base else []),
@@ -162,18 +162,11 @@ def adapter_facts(adapter: Adapter, repo: str) -> CardFacts:
     )  # fmt: skip
 
 
-def _library(adapter: Adapter) -> str | None:
-    """What loads the files as they are; None for a file that is in want of its configuration."""
-    if adapter.dialect == "peft":
-        return "peft" if adapter.config else None
-    return "diffusers" if adapter.dialect in _DIFFUSERS else None
-
-
 def _usage(adapter: Adapter, repo: str, base: str | None, revision: str | None) -> list[Usage]:
     """How to use it in the programs that load it as it is, and how to merge it."""
     shown, pin = base or "BASE", f', revision="{revision}"' if revision else ""
     found: list[Usage] = []
-    library = _library(adapter)
+    library = library_of(adapter)
     if library == "diffusers":
         code = _load("diffusers", "DiffusionPipeline", shown).replace('")', f'"{pin})')
         is_named = adapter.path.is_file() and _PLAIN.fullmatch(adapter.path.name)

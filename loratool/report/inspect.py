@@ -60,6 +60,7 @@ class AdapterSummary:
     Attributes:
         label: short name.
         dialect: registry name of its dialect.
+        dialect_title: how people call it.
         method: ``LoRA``, ``DoRA``, ``rsLoRA`` …
         base_model: the base that it names.
         modules: deltas.
@@ -81,6 +82,7 @@ class AdapterSummary:
 
     label: str
     dialect: str
+    dialect_title: str
     method: str
     base_model: str | None
     modules: int

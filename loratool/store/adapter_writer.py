@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from loratool.plan import plain
 from loratool.store.disk import check_space, refusals_as
 from loratool.store.header import build_header
 from loratool.store.jsonfile import dump_json
+from loratool.store.marker import Content, content_of, file_metadata
 from loratool.store.reader import FileReader
 from loratool.store.shard_writer import ShardWriter
 from loratool.store.stamps import stamp_of, take_stamps
@@ -31,25 +33,28 @@ def write_adapter(
     extras: Mapping[str, Path] | None = None,
     force: bool = False,
 ) -> int:
-    """Write an adapter folder, whole or not at all.
+    """Write an adapter, a folder or one file, whole or not at all.
 
     Args:
         files: tensors and JSON files.
-        target: folder to create.
-        record: provenance, written as ``loratool.json``.
-        extras: name in the folder -> file to copy along (tokenizer, licence).
+        target: folder or file to create.
+        record: provenance: ``loratool.json`` of a folder, in the metadata of a file.
+        extras: name in the folder -> file to copy along (tokenizer, licence); a file has none.
         force: replace an earlier loratool output.
 
     Returns:
         Size of the tensor file in bytes.
     """
-    extras = extras or {}
+    is_folder = bool(files.tensor_file)
+    extras = (extras or {}) if is_folder else {}
+    files = files if is_folder else _with_record(files, record)
     stamps = take_stamps(s for _, s in files.tensors if isinstance(s, TensorRef))
+    names = [*extras, *adapter_names(files)] if is_folder else [files.tensor_file]
     stamps |= {path: stamp for path in extras.values() if (stamp := stamp_of(path))}
     try:
         with StagedOutput(
-            target, is_folder=True, plan_id=_identity(files, record), force=force, inputs=stamps,
-            names=[*extras, *adapter_names(files)],
+            target, is_folder=is_folder, plan_id=_identity(files, record), force=force,
+            inputs=stamps, names=names,
             need_bytes=file_bytes(files) + sum(_size(p) for p in extras.values()),
         ) as output:  # fmt: skip
             for name, path in extras.items():
@@ -59,6 +64,13 @@ def write_adapter(
             return size
     except AlreadyMadeError:
         return file_bytes(files)
+
+
+def _with_record(files: AdapterFiles, record: Mapping[str, Any]) -> AdapterFiles:
+    """A file that says itself what made it; without a record its metadata stay as they are."""
+    if not record:
+        return files
+    return replace(files, metadata={**files.metadata, "loratool": json.dumps(record)})
 
 
 def adapter_names(files: AdapterFiles) -> list[str]:
@@ -92,10 +104,9 @@ def _size(path: Path) -> int:
 
 def fill_adapter(output: StagedOutput, files: AdapterFiles) -> int:
     """Write the files of an adapter; returns the size of the tensor file in bytes."""
-    header, starts = build_header(
-        [(name, s.dtype, s.shape) for name, s in files.tensors], files.metadata
-    )
-    size = len(header) + sum(s.nbytes for _, s in files.tensors)
+    payload = sum(s.nbytes for _, s in files.tensors)
+    header, starts = _header(output, files, content_of(payload, 0))
+    size = len(header) + payload
     check_space(output.staging, size)
     stamps = take_stamps(s for _, s in files.tensors if not isinstance(s, TensorData))
     with FileReader(stamps) as reader:
@@ -106,6 +117,8 @@ def fill_adapter(output: StagedOutput, files: AdapterFiles) -> int:
                     writer.put(start, memoryview(source.data).cast("B"))
                 else:
                     _copy(reader, source, writer, start)
+            if not output.is_folder:
+                writer.rewrite_header(_header(output, files, content_of(*writer.data_sum()))[0])
             writer.finish()
         finally:
             writer.close()
@@ -114,6 +127,16 @@ def fill_adapter(output: StagedOutput, files: AdapterFiles) -> int:
             output.write_file(name, dump_json(value))
         reader.check_unchanged()
     return size
+
+
+def _header(
+    output: StagedOutput, files: AdapterFiles, data: Content
+) -> tuple[bytes, tuple[int, ...]]:
+    """Header and starts; the only file of an output says what it holds."""
+    metadata = files.metadata
+    if not output.is_folder:
+        metadata = file_metadata(metadata, data, output.plan_id)
+    return build_header([(name, s.dtype, s.shape) for name, s in files.tensors], metadata)
 
 
 def _copy(reader: FileReader, source: TensorRef, writer: ShardWriter, start: int) -> None:

@@ -14,7 +14,7 @@ import torch
 from peft.utils.other import get_pattern_key
 from safetensors.torch import save_file
 
-from loratool.adapter import Adapter, DeltaSpec, TensorRef
+from loratool.adapter import Adapter, DeltaSpec, ReadOptions, TensorRef
 from loratool.dialects import (
     BY_NAME,
     DIALECTS,
@@ -24,6 +24,7 @@ from loratool.dialects import (
     unmergeable_reason,
     write_adapter_files,
 )
+from loratool.dialects.programs import judge_loads
 from loratool.errors import BadFileError, LoratoolError, MismatchError, UnsafeContentError
 from loratool.kinds import BY_NAME as KINDS
 from loratool.store.header import build_header
@@ -65,7 +66,7 @@ MARKS = {
     "megatron": ["model.layers.0.adapter_layer.lora_kqv_adapter.linear_in.weight"],
     "xlabs": ["double_blocks.0.processor.qkv_lora1.down.weight"],
     "kohya": ["lora_unet_down_blocks_0_proj.lora_down.weight", "lora_te_x.alpha"],
-    "lycoris": ["lora_unet_mid.hada_w1_a", "lora_unet_mid.alpha"],
+    "lycoris": ["lycoris_mid.hada_w1_a", "lycoris_mid.alpha"],
     "comfyui": ["diffusion_model.blocks.0.self_attn.q.lora_A.weight"],
     "diffusers": ["transformer.transformer_blocks.0.attn.to_q.lora_A.weight"],
     "control-lora": ["lora_controlnet", "input_blocks.0.0.weight"],
@@ -76,6 +77,8 @@ MORE_MARKS = [
     ("lycoris", ["lycoris_blocks_0.lokr_w1", "lycoris_blocks_0.lokr_w2"]),
     ("kohya", ["lora_te1_text_model_q.lora_up.weight"]),
     ("kohya", ["lora_transformer_blocks_0.lora_up.weight"]),
+    ("kohya", ["lora_unet_mid.hada_w1_a", "lora_unet_mid.alpha"]),
+    ("comfyui", ["transformer_blocks.0.attn.to_q.lora_down.weight"]),
     ("comfyui", ["diffusion_model.blocks.0.q.lora_down.weight"]),
     ("diffusers", ["unet.down_blocks.0.to_q.lora_A.weight"]),
     ("diffusers", ["unet.down_blocks.0.attn.processor.to_q_lora.down.weight"]),
@@ -92,7 +95,9 @@ MORE_MARKS = [
 def test_a_lone_file_is_recognised_by_its_keys(tmp_path: Path, name: str, keys: list[str]) -> None:
     path = tmp_path / "some.safetensors"
     save_file({key: torch.zeros(2, 2) for key in keys}, str(path))
-    assert detect(examine(path)).name == name
+    candidate = examine(path)
+    assert [row.name for row in DIALECTS if row.detect(candidate)] == [name]
+    assert detect(candidate).name == name
     if not BY_NAME[name].read:
         with pytest.raises(MismatchError) as caught:
             open_adapter(path)
@@ -129,6 +134,33 @@ def test_a_base_model_is_no_adapter() -> None:
 def test_a_missing_path_is_a_bad_file(tmp_path: Path) -> None:
     with pytest.raises(BadFileError):
         open_adapter(tmp_path / "nothing")
+
+
+def test_a_sample_is_claimed_by_one_dialect() -> None:
+    for folder in (LLM / name for name in FOLDERS if name != "lora_linear_bin"):
+        candidate = examine(folder)
+        assert len([row for row in DIALECTS if row.detect(candidate)]) == 1, folder.name
+
+
+def test_tensors_of_two_dialects_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "mixed.safetensors"
+    save_file({MARKS[n][0]: torch.zeros(2, 2) for n in ("xlabs", "lycoris")}, str(path))
+    with pytest.raises(MismatchError, match="several dialects") as caught:
+        open_adapter(path)
+    assert caught.value.code == "LT-417"
+
+
+def test_a_file_without_configuration_is_a_dialect_that_peft_does_not_load(tmp_path: Path) -> None:
+    path = tmp_path / "lone.safetensors"
+    path.write_bytes((LLM / "lora_linear" / "adapter_model.safetensors").read_bytes())
+    adapter = open_adapter(path, ReadOptions(alpha=8))
+    assert adapter.dialect == "peft-file"
+    verdicts = {one.program: (one.verdict, one.reasons) for one in judge_loads(adapter)}
+    assert set(verdicts.values()) == {("no", ("no adapter_config.json",))}
+    assert {one.verdict for one in judge_loads(open_adapter(LLM / "lora_linear"))} == {"yes"}
+    # Written, it becomes what PEFT loads.
+    files = write_adapter_files(adapter)
+    assert files.json_files["adapter_config.json"]["lora_alpha"] == 8
 
 
 # ---------------------------------------------------------------------------- samples

@@ -22,6 +22,7 @@ LAYERS = (
         "kinds",
         "methods",
         "plan",
+        "plugins",
         "report",
         "__init__",
     },

@@ -1,1 +1,58 @@
-"""The PEFT dialect: ``adapter_model.safetensors`` with ``adapter_config.json``."""
+"""The PEFT dialect: ``adapter_model.safetensors`` with ``adapter_config.json``.
+
+A file whose configuration was lost is a dialect of its own, `FILE`: PEFT does not load it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from loratool.adapter import Adapter
+from loratool.dialects.base import Dialect
+from loratool.dialects.candidate import Candidate
+
+FOLDER_NAME, FILE_NAME = "peft", "peft-file"
+_PREFIX = r"(^|\.)base_model\.model\."
+_LORA_KEY = r"(^|\.)lora_(A|B|embedding_A|embedding_B)(\.[^.]+)*$"
+# Names that bare factors of image models have, which other dialects claim.
+_OTHERS = (
+    r"^diffusion_model\.",
+    r"^(unet|text_encoder(_2|_3)?|text_encoders|prior|connectors)\.",
+    r"(^|\.)(single_)?transformer_blocks\.|\.(to_q|to_k|to_v|to_out|add_q_proj)\.",
+)
+
+
+def is_folder(candidate: Candidate) -> bool:
+    """``adapter_config.json`` with ``peft_type``, which PEFT itself requires."""
+    return candidate.is_peft
+
+
+def is_file(candidate: Candidate) -> bool:
+    """PEFT's tensor names without its configuration, with or without the prefix."""
+    if candidate.is_peft or candidate.header is None:
+        return False
+    if "lora_adapter_metadata" in candidate.header.metadata:
+        return False
+    if candidate.has_key(_PREFIX):
+        return True
+    is_bare = candidate.config is None and candidate.has_key(_LORA_KEY)
+    return is_bare and not any(map(candidate.has_key, _OTHERS))
+
+
+FOLDER = Dialect(
+    FOLDER_NAME, "PEFT", is_folder, form="folder",
+    read="loratool.dialects.peft.read:read", write="loratool.dialects.peft.write:write",
+    library="peft",
+)  # fmt: skip
+FILE = Dialect(
+    FILE_NAME, "PEFT without its configuration", is_file,
+    read="loratool.dialects.peft.read:read", written_as=FOLDER_NAME,
+    lacks="no adapter_config.json", short="PEFT (no config)",
+)  # fmt: skip
+ROWS = (FOLDER, FILE)
+
+
+def own_config(adapter: Adapter) -> Mapping[str, Any]:
+    """The configuration of an adapter that was read from PEFT, empty for others."""
+    return adapter.config if adapter.dialect == FOLDER_NAME else {}

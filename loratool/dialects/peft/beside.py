@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from loratool.adapter import BesideFile, Replacement
-from loratool.dialects.base import Candidate
+from loratool.dialects.candidate import Candidate
 from loratool.dialects.new_tokens import read_new_tokens
 from loratool.dialects.peft.config import PeftConfig
 from loratool.dialects.peft.keys import sort_tensors

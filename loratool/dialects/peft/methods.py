@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NoReturn
 
+from loratool.dialects.candidate import Candidate
 from loratool.errors import MismatchError
 
 _WEIGHTS = "a change of weights that loratool does not read yet"
@@ -58,6 +59,35 @@ METHODS: dict[str, tuple[str, str]] = {
     "PREFIX_TUNING": ("prefix tuning", _PROMPT),
     "PROMPT_TUNING": ("prompt tuning", _PROMPT),
 }
+
+
+# What the keys of a method's tensors end in.
+_MARKS = (
+    (r"\.lora_E(\.[^.]+)?$", "ADALORA"),
+    (r"vera_lambda_[bd]", "VERA"),
+    (r"\.hada_w1_a", "LOHA"),
+    (r"\.lokr_w[12]", "LOKR"),
+    (r"\.ia3_l", "IA3"),
+    (r"\.(oft_R|oft_r)\b", "OFT"),
+    (r"\.boft_R", "BOFT"),
+    (r"\.hra_u", "HRA"),
+    (r"\.miss_block", "MISS"),
+    (r"\.bone_block", "BONE"),
+    (r"\.hira_[AB]", "HIRA"),
+    (r"\.vblora_logits", "VBLORA"),
+    (r"\.randlora_lambda", "RANDLORA"),
+    (r"\.fourierft_spectrum", "FOURIERFT"),
+    (r"\.delora_[AB]", "DELORA"),
+    (r"\.shira_weight", "SHIRA"),
+    (r"\.c3a_kernel", "C3A"),
+    (r"\.ln_tuning_layers", "LN_TUNING"),
+    (r"^prompt_embeddings$", "PROMPT_TUNING"),
+)
+
+
+def method_of(candidate: Candidate) -> str | None:
+    """The method that the keys of a file without configuration show, None for LoRA."""
+    return next((method for mark, method in _MARKS if candidate.has_key(mark)), None)
 
 
 def refuse_method(method: object, config_path: Path | None) -> NoReturn:

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from loratool.adapter import MAX_ALPHA, Adapter, DeltaSpec
+from loratool.dialects.peft import own_config
 from loratool.dialects.peft.new_keys import NewLayout
 from loratool.dialects.peft.patterns import endings
 from loratool.dialects.peft.targets import NO_TARGETS
@@ -84,7 +85,7 @@ def new_config(
     if layout.parameters:
         config["target_parameters"] = [s.name for ss in layout.parameters.values() for s in ss]
         # Older versions packed experts the other way round, and readers go by the version.
-        if adapter.dialect == "peft" and not layout.outputs:
+        if own_config(adapter) and not layout.outputs:
             config["peft_version"] = adapter.config.get("peft_version", PEFT_VERSION)
     if layout.excluded:
         config["exclude_modules"] = "|".join(re.escape(m) for m in layout.excluded)
@@ -94,14 +95,14 @@ def new_config(
         }
     if adapter.layer_order is not None:
         config["layer_replication"] = _replication(adapter.layer_order)
-    old = adapter.config if adapter.dialect == "peft" else {}
+    old = own_config(adapter)
     kept = [k for k in _KEPT if k != "lora_dropout" or not layout.parameters]  # PEFT has not both
     return config | {key: old[key] for key in kept if old.get(key) is not None}
 
 
 def _version(adapter: Adapter) -> str:
     """The version whose reading counts: square experts keep the one that they were packed for."""
-    old = adapter.config.get("peft_version") if adapter.dialect == "peft" else None
+    old = own_config(adapter).get("peft_version")
     square = any(
         s.experts and s.fields["lora_A"].shape[1] == s.fields["lora_B"].shape[0]
         for s in adapter.specs
@@ -153,7 +154,7 @@ def _task(adapter: Adapter, layout: NewLayout, base_config: Mapping[str, Any] | 
 
 
 def _old_task(adapter: Adapter) -> str | None:
-    kept = adapter.config.get("task_type") if adapter.dialect == "peft" else None
+    kept = own_config(adapter).get("task_type")
     return kept if isinstance(kept, str) else None
 
 

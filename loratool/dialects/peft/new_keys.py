@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import NoReturn
 
 from loratool.adapter import Adapter, DeltaSpec, Replacement, Source
+from loratool.dialects.peft import own_config
 from loratool.dialects.peft.experts import registration_order
 from loratool.dialects.peft.keys import PREFIX
 from loratool.dialects.peft.patterns import endings
@@ -45,7 +46,7 @@ class NewLayout:
     ) -> None:
         self._heads = heads
         self.path = adapter.path
-        self._old = adapter.config if adapter.dialect == "peft" else {}
+        self._old = own_config(adapter)
         self._base = frozenset(base_tensors)
         names = {*self._base, *(s.name for s in adapter.specs)}
         self.modules = _ancestors({*names, *(r.name for r in adapter.replacements)})

@@ -7,12 +7,12 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from loratool.adapter import Adapter, DeltaSpec, ReadOptions, TensorRef
-from loratool.dialects.base import Candidate
-from loratool.dialects.detect import peft_method
+from loratool.dialects.candidate import Candidate
+from loratool.dialects.peft import FILE_NAME, FOLDER_NAME
 from loratool.dialects.peft.beside import read_beside
 from loratool.dialects.peft.config import PeftConfig, parse_config, without_config
 from loratool.dialects.peft.keys import sort_tensors
-from loratool.dialects.peft.methods import refuse_method
+from loratool.dialects.peft.methods import method_of, refuse_method
 from loratool.dialects.peft.patterns import is_named
 from loratool.dialects.peft.replacements import read_replacements
 from loratool.dialects.peft.specs import SpecReader
@@ -56,7 +56,7 @@ def read(candidate: Candidate, options: ReadOptions) -> Adapter:
     base_model = (candidate.config or {}).get("base_model_name_or_path")
     return Adapter(
         path=candidate.path,
-        dialect="peft",
+        dialect=FOLDER_NAME if candidate.is_peft else FILE_NAME,
         specs=parts.specs,
         replacements=(*parts.replacements, *beside.replacements),
         base_model=base_model if isinstance(base_model, str) and base_model else None,
@@ -93,7 +93,12 @@ def read_tensors(refs: Iterable[TensorRef], config: PeftConfig, options: ReadOpt
         notes.append(f"{len(found.originals)} untrained original_module copies dropped: {names}")
     unclaimed = (*found.training, *found.originals, *hidden, *reader.unused)
     return Adapter(
-        Path(), "peft", tuple(specs), tuple(replacements), unclaimed=unclaimed, notes=tuple(notes)
+        Path(),
+        FOLDER_NAME,
+        tuple(specs),
+        tuple(replacements),
+        unclaimed=unclaimed,
+        notes=tuple(notes),
     )
 
 
@@ -130,7 +135,7 @@ def _check_options(options: ReadOptions) -> None:
 def _read_config(candidate: Candidate, options: ReadOptions) -> PeftConfig:
     raw = candidate.config
     if raw is None:
-        shown = peft_method(candidate)
+        shown = method_of(candidate)
         if shown is not None:
             refuse_method(shown, candidate.path)
         if options.alpha is None:

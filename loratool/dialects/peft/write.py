@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from loratool.adapter import Adapter, AdapterFiles, ReadOptions, Source, TensorRef
+from loratool.dialects.peft import own_config
 from loratool.dialects.peft.config import parse_config
 from loratool.dialects.peft.keys import living_names, sort_tensors
 from loratool.dialects.peft.new import heads_of, new_config
@@ -78,7 +79,7 @@ def read_back(files: AdapterFiles, path: Path) -> Adapter:
 
 def _unchanged_tensors(adapter: Adapter) -> tuple[tuple[str, Source], ...] | None:
     """The file's tensors in its order if reading them again gives the same adapter."""
-    if adapter.dialect != "peft" or not adapter.config:
+    if not own_config(adapter):
         return None
     refs: dict[str, TensorRef] = {}
     for source in _sources(adapter):

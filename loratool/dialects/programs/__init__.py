@@ -11,6 +11,7 @@ from loratool.dialects.programs.base import Program
 from loratool.dialects.programs.llama_cpp import LLAMA_CPP
 from loratool.dialects.programs.peft import PEFT
 from loratool.dialects.programs.vllm import VLLM
+from loratool.dialects.rules import loaded_by
 from loratool.errors import UsageError
 from loratool.report import Loads
 
@@ -26,7 +27,8 @@ def judge_loads(adapter: Adapter) -> tuple[Loads, ...]:
         >>> judge_loads(open_adapter(Path("style"), ReadOptions()))[1].reasons  # doctest: +SKIP
         ('modules_to_save',)
     """
-    return tuple(program.judge(adapter) for program in PROGRAMS)
+    own = loaded_by(adapter)
+    return tuple(Loads(title, "yes") for title in own) + tuple(p.judge(adapter) for p in PROGRAMS)
 
 
 def find_program(name: str) -> Program:

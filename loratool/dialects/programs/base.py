@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from loratool.adapter import Adapter, TensorRef
+from loratool.dialects.rules import why_not_peft
 from loratool.report import Loads
 
 Test = Callable[[Adapter], str]
@@ -51,7 +52,7 @@ class Program:
         source: the files.
         rules: what it does not do.
         advice: said of an adapter that loads.
-        native: a dialect that is its own.
+        native: a dialect of its own, besides PEFT's.
         ranks: the only ranks that it has room for, ascending; () = any.
         holds_whole_tensors: it loads replaced tensors and biases.
     """
@@ -62,7 +63,7 @@ class Program:
     source: tuple[str, ...]
     rules: tuple[Rule, ...]
     advice: Test = lambda _: ""
-    native: str = "peft"
+    native: str = ""
     ranks: tuple[int, ...] = ()
     holds_whole_tensors: bool = False
 
@@ -83,12 +84,10 @@ class Program:
         return next((r for r in self.ranks if r >= rank), None)
 
     def _verdict(self, adapter: Adapter) -> tuple[str, tuple[str, ...]]:
-        if adapter.dialect == self.native != "peft":
+        if adapter.dialect == self.native:
             return "yes", ()
-        if adapter.dialect not in ("peft", "peft-file"):
-            return "no", (f"{adapter.dialect} file",)
-        if not adapter.config or adapter.dialect == "peft-file":
-            return "no", ("no adapter_config.json",)
+        if reason := why_not_peft(adapter):
+            return "no", (reason,)
         if not adapter.specs and not adapter.replacements:
             return "no", ("no tensors",)
         found = [(rule.verdict, why) for rule in self.rules if (why := rule.reason(adapter))]

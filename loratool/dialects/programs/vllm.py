@@ -85,6 +85,5 @@ VLLM = Program(
         Rule("unsure", traits.task),
     ),
     advice=_option,
-    native="",
     ranks=RANKS,
 )  # fmt: skip

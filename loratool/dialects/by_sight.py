@@ -1,0 +1,123 @@
+"""Dialects that are recognised and refused by name: each detector above its row.
+
+One that gets a reader moves to a module of its own.
+"""
+
+from __future__ import annotations
+
+import re
+
+from loratool.dialects.base import Dialect, by_keys
+from loratool.dialects.candidate import Candidate
+
+# --------------------------------------------------------------------------- language models
+
+
+def is_gguf(candidate: Candidate) -> bool:
+    """A GGUF file, adapter or model."""
+    return candidate.head[:4] == b"GGUF" or candidate.path.suffix == ".gguf"
+
+
+def gguf_kind(candidate: Candidate) -> str:
+    """``adapter`` or ``model``: the value of ``general.type``."""
+    found = re.search(rb"general\.type.{12}(\w+)", candidate.head, re.DOTALL)
+    kind = b"" if found is None else found[1]
+    return "adapter" if kind.startswith(b"adapter") else "model"
+
+
+GGUF = Dialect(
+    "gguf", "GGUF (llama.cpp)", is_gguf, suffixes=(".gguf",), short="GGUF", variety=gguf_kind,
+    hint="use the PEFT adapter that it was converted from",
+)  # fmt: skip
+
+
+def is_mlx(candidate: Candidate) -> bool:
+    """mlx-lm's configuration, or its keys: ``.lora_a`` without ``.weight``."""
+    if candidate.is_peft:
+        return False
+    config = candidate.config or {}
+    stated = "lora_parameters" in config or "fine_tune_type" in config
+    return stated or candidate.has_key(r"\.lora_[ab]$")
+
+
+MLX = Dialect("mlx", "mlx-lm", is_mlx, form="folder", short="mlx")
+
+
+def is_litgpt(candidate: Candidate) -> bool:
+    """The pickle of litgpt, by name."""
+    return "lit_model.pth.lora" in candidate.names and not candidate.is_peft
+
+
+LITGPT = Dialect("litgpt", "litgpt", is_litgpt, form="folder", suffixes=(".lora",))
+MEGATRON = Dialect(
+    "megatron", "NeMo / Megatron",
+    by_keys(r"adapter_layer\.lora_.*\.linear_(in|out)\.weight$"), hint="export it to PEFT in NeMo",
+)  # fmt: skip
+TORCHTUNE = Dialect(
+    "torchtune", "torchtune (own names)",
+    by_keys(r"(^|\.)layers\.\d+\..*\.lora_[ab]\.weight$"),
+    hint="torchtune's HF checkpointer exports PEFT folders",
+)  # fmt: skip
+
+# ------------------------------------------------------------------------------- image models
+
+_XLABS = r"blocks\.\d+\.processor\.(qkv|proj)_lora[12]?\.(down|up)\.weight$"
+_ORIGINAL = r"^diffusion_model\..*(lora_|hada_|lokr_|\.diff)"
+_DOTTED_DOWN = r"^(?!lora_|diffusion_model\.)[^.]+\..+\.lora_down\.weight$"
+_PREFIX = r"(^|\.)base_model\.model\."
+_PIPELINE = r"^(unet|text_encoder(_2|_3)?|text_encoders|prior|connectors)\."
+# Modules that only diffusion transformers have; GPT-2 and MPT also begin with "transformer.".
+_BLOCK = r"(^|\.)(single_)?transformer_blocks\.|\.(to_q|to_k|to_v|to_out|add_q_proj)\."
+_OLD = r"(\.lora|_lora|lora_linear_layer)\.(down|up)\.weight$"
+
+XLABS = Dialect("xlabs", "XLabs FLUX", by_keys(_XLABS))
+COMFYUI = Dialect("comfyui", "ComfyUI (original names)", by_keys(_ORIGINAL, _DOTTED_DOWN))
+
+
+def is_diffusers(candidate: Candidate) -> bool:
+    """Pipelines of diffusers: ``unet.``, ``text_encoder.`` or a diffusion transformer."""
+    if candidate.is_peft:
+        return False
+    header = candidate.header
+    if header is not None and "lora_adapter_metadata" in header.metadata:
+        return True
+    if candidate.has_key(_OLD):
+        return not candidate.has_key(_XLABS)
+    factors = candidate.has_key(r"\.lora_[AB](\.[^.]+)?\.weight$")
+    if not factors or candidate.has_key(_PREFIX) or candidate.has_key(_ORIGINAL):
+        return False
+    return candidate.has_key(_PIPELINE) or candidate.has_key(_BLOCK)
+
+
+DIFFUSERS = Dialect("diffusers", "diffusers", is_diffusers, library="diffusers")
+
+
+def is_control_lora(candidate: Candidate) -> bool:
+    """Stability's Control-LoRA."""
+    return not candidate.is_peft and "lora_controlnet" in candidate.keys
+
+
+CONTROL_LORA = Dialect("control-lora", "Control-LoRA", is_control_lora)
+
+
+def is_textual_inversion(candidate: Candidate) -> bool:
+    """Learned embeddings, no adapter."""
+    if candidate.is_peft:
+        return False
+    keys = set(candidate.keys)
+    return bool(keys & {"emb_params", "string_to_param"}) or (
+        bool(keys) and keys <= {"clip_l", "clip_g", "t5xxl"}
+    )
+
+
+TEXTUAL_INVERSION = Dialect(
+    "textual-inversion", "textual inversion (no adapter)", is_textual_inversion
+)
+KOHYA = Dialect("kohya", "kohya", by_keys(r"^lora_(unet|te\d?|prior_unet|prior_te|transformer)_"),
+                library="diffusers")  # fmt: skip
+LYCORIS = Dialect("lycoris", "LyCORIS", by_keys(r"^lycoris_"))
+
+ROWS = (
+    GGUF, MLX, LITGPT, MEGATRON, TORCHTUNE, XLABS, COMFYUI, KOHYA, LYCORIS, CONTROL_LORA,
+    TEXTUAL_INVERSION, DIFFUSERS,
+)  # fmt: skip

@@ -1,0 +1,91 @@
+"""All dialects.  To add one: its module with a row, a line here, a test with a real file."""
+
+from __future__ import annotations
+
+from functools import cache
+
+from loratool import plugins
+from loratool.dialects import by_sight, peft
+from loratool.dialects.base import Dialect
+from loratool.dialects.candidate import Candidate
+from loratool.errors import MismatchError, UsageError
+
+DEFAULT = peft.FOLDER_NAME
+"""What an adapter is written in that was read from no file."""
+DIALECTS: tuple[Dialect, ...] = (*peft.ROWS, *by_sight.ROWS)
+BY_NAME: dict[str, Dialect] = {row.name: row for row in DIALECTS}
+
+
+@cache
+def others() -> dict[str, Dialect]:
+    """Rows of other packages, by name (entry points ``loratool.dialects``)."""
+    found = plugins.load("loratool.dialects", Dialect)
+    return {row.name: row for row in found if row.name not in BY_NAME}
+
+
+def detect(candidate: Candidate) -> Dialect:
+    """The dialect of what lies at a path; other packages are asked where none here claims it.
+
+    Raises:
+        MismatchError: LT-400, no dialect claims it; LT-417, several do.
+    """
+    claims = [row for row in DIALECTS if row.detect(candidate)]
+    if not claims:
+        claims = [row for row in others().values() if row.detect(candidate)]
+    if len(claims) == 1:
+        return claims[0]
+    shown = ", ".join(candidate.keys[:3])
+    if claims:
+        raise MismatchError(
+            "LT-417", "the tensors are of several dialects", file=candidate.path,
+            got=" and ".join(row.title for row in claims), expected="one",
+        )  # fmt: skip
+    raise MismatchError(
+        "LT-400", "not an adapter that loratool knows", file=candidate.path,
+        expected=", ".join(row.title for row in DIALECTS if row.is_read),
+        got=f"tensors such as {shown}" if shown else "no tensors",
+    )  # fmt: skip
+
+
+def row_of(name: str) -> Dialect:
+    """The row of a dialect's name.
+
+    Raises:
+        UsageError: LT-282, no such dialect.
+    """
+    row = BY_NAME.get(name) or others().get(name)
+    if row is None:
+        raise _not_written(name)
+    return row
+
+
+def writable(name: str) -> Dialect:
+    """The row of a dialect that adapters are written in.
+
+    Raises:
+        UsageError: LT-282, it cannot be written, or there is none.
+    """
+    row = row_of(name)
+    if not row.is_written:
+        raise _not_written(name)
+    return row
+
+
+def home_of(dialect: str) -> Dialect:
+    """The row by which an adapter of a dialect is written where nobody asks for another one.
+
+    Raises:
+        UsageError: LT-282, it cannot be written.
+    """
+    return writable(row_of(dialect).written_as or dialect)
+
+
+def _not_written(name: str) -> UsageError:
+    return UsageError(
+        "LT-282", "cannot write this dialect", got=name, expected=", ".join(written())
+    )
+
+
+def written() -> list[str]:
+    """Names of the dialects that can be written."""
+    return [row.name for row in (*DIALECTS, *others().values()) if row.is_written]
