@@ -24,6 +24,7 @@ from loratool.api.extract_report import planned_report, written_report
 from loratool.api.fitting import Fitted, check_files, fit_for
 from loratool.archs.heads import is_other_head, task_of
 from loratool.dialects import open_adapter, write_adapter_files
+from loratool.engine.rows import args_of
 from loratool.errors import MismatchError, UsageError, list_some
 from loratool.ops.align import same_form
 from loratool.ops.assemble import Outcome, assemble, outline, rank_groups
@@ -394,5 +395,5 @@ def _spend(
     out = list(results)
     for group, rank in zip(groups, ranks, strict=True):
         for i in group:
-            out[i] = cut(results[i], plan.plan.steps[i].args, rank)
+            out[i] = cut(results[i], args_of(plan.plan.steps[i]), rank)
     return out

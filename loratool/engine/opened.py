@@ -12,8 +12,6 @@ from loratool.adapter import Adapter, DeltaSpec
 from loratool.delta.base import Delta
 from loratool.delta.forms import factors_of, left_of
 from loratool.delta.lowrank import LowRank
-from loratool.engine.buffers import Scratch
-from loratool.engine.grid import CPU_ELEMENTS
 from loratool.engine.kernel import Env
 from loratool.plan import DeltaPart
 from loratool.store.reader import FileReader
@@ -119,7 +117,7 @@ class OpenAdapter:
         self.adapter = adapter
         self._keep = keep
         self._reader = _Reader()
-        env = Env(self._reader, torch.device("cpu"), CPU_ELEMENTS, Scratch())
+        env = Env(self._reader)
         self.modules = {spec.name: OpenModule(spec, env) for spec in adapter.specs}
 
     def __enter__(self) -> OpenAdapter:

@@ -10,6 +10,7 @@ from loratool import archs
 from loratool.adapter import Adapter, DeltaSpec, Replacement, TensorData
 from loratool.archs.experts import parse_expert
 from loratool.delta.forms import factors_of, new_low_rank, with_factors
+from loratool.engine.rows import args_of
 from loratool.errors import MismatchError
 from loratool.ops.extract import ExtractPlan
 from loratool.ops.extract_pairs import Pair
@@ -144,11 +145,16 @@ def _make_spec(
         layout=layout,
         rank=rank,
         alpha=float(rank),
-        scaling=1.0 / step.args.get("gain", 1.0),
+        scaling=1.0 / _gain(step),
         transposed=pair.holder == "linear" and archs.is_conv1d(base.model_type, pair.module),
         experts=experts,
         is_bare=is_bare,
     )
+
+
+def _gain(step: Step) -> float:
+    """What lora_B was multiplied by; 1 for steps that factor nothing."""
+    return float(getattr(args_of(step), "gain", 1.0))
 
 
 def _complete_mha(
@@ -162,7 +168,7 @@ def _complete_mha(
             f"{pair.module}.out_proj.weight"
             if pair.role == "in_proj"
             else f"{pair.module.removesuffix('.out_proj')}.in_proj_weight"
-            if step.args.get("gain")
+            if _gain(step) != 1
             else None
         )
         if partner is None or not pair.is_factored:
@@ -197,7 +203,7 @@ def rank_groups(extract: ExtractPlan) -> list[list[int]]:
         mha = pair.module.removesuffix(".out_proj")
         if pair.name in routed:
             key = "experts"
-        elif pair.role == "in_proj" or (extract.plan.steps[index].args.get("gain") and mha in mhas):
+        elif pair.role == "in_proj" or (_gain(extract.plan.steps[index]) != 1 and mha in mhas):
             key = f"mha {mha}"
         else:
             key = f"one {pair.name}"
