@@ -85,6 +85,9 @@ class LoratoolError(Exception):
         self.hint = None if hint is None else _said(hint)
         super().__init__(self.message())
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self).__new__, (type(self), *self.args), self.__dict__
+
     def message(self) -> str:
         """The message without its ``error[LT-nnn]:`` head."""
         parts = [self.what]
@@ -102,6 +105,10 @@ class LoratoolError(Exception):
             if value is not None:
                 out[label] = value
         return out
+
+
+class BugError(LoratoolError):
+    """loratool contradicts itself: a bug, whatever the input."""
 
 
 class UsageError(LoratoolError):

@@ -138,14 +138,13 @@ class Step:
     """One output tensor (or one module of an adapter) and how to make it.
 
     Attributes:
-        op: name of a kernel: ``copy``, ``cast``, ``add_deltas``, ``compare``,
-            ``subtract_and_factor``.
+        op: name of a row of `loratool.engine.rows.OPS`.
         output: the tensor written; for ops that fill an adapter, a label.
         inputs: what is read, base first.
         view: (rows, cols) of the 2-D view on which the block grid lies.
         parts: deltas and replacements, in the order of the adapters.
         shard: index into `Plan.shards`, -1 if nothing is streamed.
-        args: further numbers and strings for the kernel.
+        args: further plain data for the kernel, as the op's row takes it.
     """
 
     op: str
@@ -155,6 +154,16 @@ class Step:
     parts: tuple[Part, ...] = ()
     shard: int = -1
     args: Mapping[str, Any] = field(default_factory=dict)
+
+    def refs(self) -> Iterator[TensorRef]:
+        """Every tensor of a file that it reads."""
+        sources = list(self.inputs)
+        for part in self.parts:
+            if isinstance(part, DeltaPart):
+                sources += part.spec.fields.values()
+            else:
+                sources.append(part.source)
+        yield from (s for s in sources if isinstance(s, TensorRef))
 
 
 @dataclass(frozen=True)
@@ -210,13 +219,7 @@ class Plan:
     def refs(self) -> Iterator[TensorRef]:
         """Every tensor of a file that the steps read."""
         for step in self.steps:
-            sources = list(step.inputs)
-            for part in step.parts:
-                if isinstance(part, DeltaPart):
-                    sources += part.spec.fields.values()
-                else:
-                    sources.append(part.source)
-            yield from (s for s in sources if isinstance(s, TensorRef))
+            yield from step.refs()
 
     def to_json(self) -> dict[str, Any]:
         """The plan as plain JSON types; bytes become their sha256, paths their last part."""

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from loratool import __version__
 from loratool.dtypes import BY_WORD
+from loratool.engine.rows import op_of
 from loratool.errors import UsageError, redact
 from loratool.ops.memory import MemoryPlan, plan_memory, plan_modules
 from loratool.report.chart import check_chart
@@ -145,6 +146,7 @@ def plan_resources(
     progress: Progress | None,
     block_elements: int | None = None,
     allow_nonfinite: bool = False,
+    executor: str = "threads",
 ) -> Resources:
     """Decide device, threads and buffers for a plan.
 
@@ -157,7 +159,7 @@ def plan_resources(
     from loratool.engine.device import resolve_device
     from loratool.engine.run import RunOptions
 
-    factors = any(step.op == "subtract_and_factor" for step in plan.steps)
+    factors = any(op_of(step).is_arithmetic for step in plan.steps)
     where, reason = resolve_device(device, is_arithmetic=factors)
     if where.type == "cuda" and factors:
         chunk_bytes = chunk_bytes or _CUDA_FACTORING_CHUNK
@@ -168,10 +170,12 @@ def plan_resources(
         threads=limits.workers,
         chunk_bytes=chunk_bytes,
         limit=limits.memory,
+        executor=executor,
     )
     run = RunOptions(
-        where, memory.threads, memory.chunk_bytes, sample, progress, block_elements, allow_nonfinite
-    )
+        where, memory.threads, memory.chunk_bytes, sample, progress, block_elements,
+        allow_nonfinite, executor,
+    )  # fmt: skip
     return Resources(run, memory, str(where), reason)
 
 

@@ -26,6 +26,7 @@ from loratool.archs.heads import is_other_head, task_of
 from loratool.archs.stated import class_config
 from loratool.dialects import DEFAULT, open_adapter, stated, write_adapter_files
 from loratool.dialects.programs import Program, find_program
+from loratool.engine.rows import args_of
 from loratool.errors import MismatchError, UsageError, list_some
 from loratool.ops.align import same_form
 from loratool.ops.assemble import Outcome, assemble, outline, rank_groups
@@ -393,5 +394,5 @@ def _spend(
     out = list(results)
     for group, rank in zip(groups, ranks, strict=True):
         for i in group:
-            out[i] = cut(results[i], plan.plan.steps[i].args, rank)
+            out[i] = cut(results[i], args_of(plan.plan.steps[i]), rank)
     return out

@@ -24,6 +24,7 @@ from loratool.api.merge_job import MergeJob, NameOptions, Operation, prepare_mer
 from loratool.api.open_residual import check_partner, open_residual
 from loratool.api.undo import plan_undo, write_undo
 from loratool.engine.grid import CPU_ELEMENTS
+from loratool.engine.rows import op_of
 from loratool.errors import UsageError
 from loratool.ops.bind import BindOptions
 from loratool.ops.combine import check_into, check_options, combination_args
@@ -336,7 +337,7 @@ def _report(
         *_cast_note(sums),
         *_exact_note(sums),
     ]
-    checked = sum(s.op == "complete" for s in plan.steps)
+    checked = sum(op_of(s).is_proven for s in plan.steps)
     if checked:
         notes.append(f"{checked} tensors are the fine-tune's, bit for bit (checked)")
     if job.base.resolved.note:

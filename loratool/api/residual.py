@@ -11,6 +11,7 @@ from loratool.adapter import ReadOptions
 from loratool.api.common import plan_resources
 from loratool.api.merge_job import NameOptions, prepare_merge
 from loratool.dialects import open_adapter
+from loratool.engine.rows import args_of
 from loratool.ops.bind import BindOptions
 from loratool.ops.inputs import Access, OpenedBase
 from loratool.ops.residual import bind_options, config_of, plan_residual, residual_table
@@ -94,7 +95,7 @@ def save_residual(
             record |= provenance_of("residual", options={}, inputs=inputs)
         size = writer.write(table, record)
         output.commit()
-    new = {s.output.name for s in plan.steps if s.args["from"] == "nothing"}
+    new = {s.output.name for s in plan.steps if args_of(s).how == "nothing"}
     patched = [r for r in results if r.count and r.name not in new]
     return SavedResidual(str(path), size, len(patched), sum(r.count for r in patched), len(new))
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from loratool.adapter import TensorRef
 from loratool.api.common import Resources
 from loratool.api.merge_job import MergeJob
+from loratool.engine.rows import op_of
 from loratool.errors import MismatchError, UsageError
 from loratool.ops.inputs import guard_output
 from loratool.ops.undo import UndoFile, check_adapters, plan_patches, plan_restore, undo_table
@@ -145,8 +146,8 @@ def restore_job(job: MergeJob, undo: UndoFile) -> MergeJob:
     plan = plan_restore(job.merge.plan, job.full_names, checkpoint, undo)
     config = {k: REMOVE if v is None else v for k, v in undo.table.config.items()}
     sidecars, notes = plan_sidecars(checkpoint, config_changes=config)
-    restored = tuple(s.output.name for s in plan.steps if s.op == "restore")
-    copied = tuple(s.output.name for s in plan.steps if s.op == "copy")
+    copied = tuple(s.output.name for s in plan.steps if op_of(s).fate == "copied")
+    restored = tuple(s.output.name for s in plan.steps if op_of(s).fate == "changed")
     merge = replace(job.merge, plan=plan, changed=restored, copied=copied, cast=())
     return replace(
         job,

@@ -65,6 +65,9 @@ class Scratch(threading.local):
     def __init__(self) -> None:
         self._tensors: dict[tuple[str, torch.dtype, torch.device], torch.Tensor] = {}
 
+    def __reduce__(self) -> tuple[type[Scratch], tuple[()]]:
+        return Scratch, ()
+
     def take(
         self, role: str, shape: tuple[int, int], dtype: torch.dtype, device: torch.device
     ) -> torch.Tensor:
@@ -88,6 +91,9 @@ class Pool:
     def __init__(self) -> None:
         self._spare: list[torch.Tensor] = []
         self._lock = threading.Lock()
+
+    def __reduce__(self) -> tuple[type[Pool], tuple[()]]:
+        return Pool, ()
 
     def take(self, shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
         """An uninitialised tensor; a spare one that is too small is let go."""

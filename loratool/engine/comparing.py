@@ -87,7 +87,7 @@ class Compare(AddDeltas):
         """A bound of what roundings to float32 of terms and partial sums may add up to."""
         wide = base.double()
         size = wide.abs()
-        if "method" in self.step.args:  # its steps have one order
+        if self.args.method is not None:  # its steps have one order
             return size.zero_()
         for delta in self.deltas:
             delta.add_size(size, wide, block.r0, block.r1, block.c0, block.c1)

@@ -15,6 +15,7 @@ from loratool.engine import grid
 from loratool.engine.buffers import SAFETENSORS_NAMES, TORCH_DTYPES, to_bytes
 from loratool.engine.factors import load_pairs, padded, round_once
 from loratool.engine.kernel import Env, Kernel
+from loratool.engine.step_args import FactorArgs, SpectrumArgs
 from loratool.errors import NumericError
 from loratool.linalg.product import ProductSVD, factor_product, product_spectrum, split_factors
 from loratool.linalg.rank import RankRule, choose_rank
@@ -73,6 +74,8 @@ class Factored:
 class MeasureSpectrum(Kernel):
     """Singular values by QR of both factors."""
 
+    args: SpectrumArgs
+
     def run(self, block: grid.Block, inputs: list[torch.Tensor], out: torch.Tensor | None) -> None:
         """Nothing: a step is one block, done in `finish`."""
 
@@ -81,7 +84,7 @@ class MeasureSpectrum(Kernel):
         try:
             return self._measure()
         except NumericError:
-            if not self.step.args.get("keep_going"):
+            if not self.args.keep_going:
                 raise
             return Spectrum(self.step.output.name, torch.full((1, 1), torch.nan))
 
@@ -93,44 +96,41 @@ class MeasureSpectrum(Kernel):
 class Factor(Kernel):
     """The truncated SVD of a delta, split into balanced factors of its storage type.
 
-    ``args``: ``rule`` (fields of a `RankRule`) and ``cap``, or ``rank``;
-    ``dtype``; ``gain``, the scaling
-    that the stored factors will have; ``bias``, the spec of the module's bias delta; ``is_free``,
-    False where other modules must have the same rank.  The old factors stay where the new ones
-    would not be smaller.
+    The old factors stay where the new ones would not be smaller.
     """
+
+    args: FactorArgs
 
     def run(self, block: grid.Block, inputs: list[torch.Tensor], out: torch.Tensor | None) -> None:
         """Nothing: a step is one block, done in `finish`."""
 
     def finish(self) -> Factored:
         """Choose the rank if it is not given, truncate, round, measure what is stored."""
-        spec, args = _spec(self.step), self.step.args
+        spec, args = _spec(self.step), self.args
         pairs = list(scaled_factors(spec, self.env))
         found = [factor_product(B, A) for B, A in pairs]
         squares = torch.stack([f.S for f in found]).square().sum(0)
-        rank = args.get("rank")
+        rank = args.rank
         if rank is None:
-            rank = _capped(squares.sqrt(), RankRule(**args["rule"]), args.get("cap"))
+            rank = _capped(squares.sqrt(), RankRule(**(args.rule or {})), args.cap)
         name, square = self.step.output.name, float(squares.sum())
         kept = float(squares[:rank].sum())
         if rank == 0:
             return Factored(name, 0, square, 0.0, square)
-        may_stay = not args.get("must_rewrite")
+        may_stay = not args.must_rewrite
         if rank >= spec.rank and may_stay:
             return Factored(name, spec.rank, square, square, 0.0)
-        gain = float(args.get("gain", 1.0))
-        stored, residual = _store(found, pairs, rank, args["dtype"], gain)
+        stored, residual = _store(found, pairs, rank, args.dtype, args.gain)
         wide = False
         if stored is None:
-            stored, residual = _store(found, pairs, rank, "F32", gain)
+            stored, residual = _store(found, pairs, rank, "F32", args.gain)
             wide = True
         assert stored is not None
         factors = _packed(stored, spec, name)
         before = sum(source.nbytes for source in spec.fields.values())
-        if sum(f.nbytes for f in factors) >= before and args.get("is_free", True) and may_stay:
+        if sum(f.nbytes for f in factors) >= before and args.is_free and may_stay:
             return Factored(name, spec.rank, square, square, 0.0)
-        bias = _scaled_bias(args.get("bias"), self.env)
+        bias = _scaled_bias(args.bias, self.env)
         return Factored(name, rank, square, kept, residual, factors, wide, bias)
 
 

@@ -11,6 +11,7 @@ from loratool.adapter import TensorData
 from loratool.engine import grid
 from loratool.engine.kernel import INTEGERS, Env, Kernel
 from loratool.engine.merging import count_differing
+from loratool.engine.step_args import DifferenceArgs
 from loratool.errors import NumericError
 from loratool.linalg.norms import sum_of_squares
 from loratool.plan import Step
@@ -55,9 +56,11 @@ class DifferenceResult:
 class Difference(Kernel):
     """tuned - base: its size only.  Inputs come in pairs (tuned, base)."""
 
+    args: DifferenceArgs
+
     def __init__(self, step: Step, env: Env) -> None:
         super().__init__(step, env)
-        self.names: list[str] = list(step.args.get("names", [step.output.name]))
+        self.names: list[str] = list(self.args.names or [step.output.name])
         self._sums: list[dict[int, tuple[int, float, float]]] = [{} for _ in self.names]
 
     def run(self, block: grid.Block, inputs: list[torch.Tensor], out: torch.Tensor | None) -> None:

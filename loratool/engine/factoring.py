@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,6 +16,7 @@ from loratool.engine import grid
 from loratool.engine.buffers import TORCH_DTYPES, to_bytes
 from loratool.engine.difference import Difference, DifferenceResult
 from loratool.engine.kernel import Env
+from loratool.engine.step_args import SubtractAndFactorArgs
 from loratool.linalg import fit
 from loratool.linalg.noise import Grid, simulate_noise
 from loratool.linalg.norms import sum_of_squares
@@ -24,26 +25,22 @@ from loratool.plan import Step
 
 
 class SubtractAndFactor(Difference):
-    """Low-rank factors of tuned - base (one pair per expert for 3-D weights).
+    """Low-rank factors of tuned - base (one pair per expert for 3-D weights)."""
 
-    ``args``: ``rule`` (fields of a `RankRule`), ``auto`` (the noise rank joins it), ``exact``,
-    ``slices`` (keep the error at every rank), ``transposed``, ``experts``, ``kernel``, ``gain``.
-    With ``names`` and ``experts`` the pairs are parts of the experts of one parameter, in order.
-    """
+    args: SubtractAndFactorArgs
 
     def __init__(self, step: Step, env: Env) -> None:
         super().__init__(step, env)
         self._deltas: torch.Tensor | None = None  # (pairs, rows, cols) float32
         self._grids: list[Grid] = []
-        self._is_joined = "names" in step.args and bool(step.args.get("experts"))
 
     def prepare(self) -> None:
         """Make room for the whole differences."""
         device, view = self.env.device, self.step.view
         self._deltas = self.env.pool.take((len(self.names), *view), device)
-        if self.step.args.get("auto"):
+        if self.args.auto:
             types = [TORCH_DTYPES[s.dtype] for s in self.step.inputs[::2]]
-            if self._is_joined:
+            if self.args.is_joined:
                 types, view = types[:1], (view[0] * len(self.names), view[1])
             self._grids = [Grid(view, dtype, device) for dtype in types]
 
@@ -52,7 +49,7 @@ class SubtractAndFactor(Difference):
         assert self._deltas is not None
         room = self._deltas[block.pair, block.r0 : block.r1, block.c0 : block.c1]
         room.zero_() if delta is None else room.copy_(delta)
-        if self._grids and self._is_joined:
+        if self._grids and self.args.is_joined:
             self._grids[0].take(tuned, block.pair * self.step.view[0] + block.r0, block.c0)
         elif self._grids:
             self._grids[block.pair].take(tuned, block.r0, block.c0)
@@ -60,7 +57,7 @@ class SubtractAndFactor(Difference):
     def sizes(self) -> list[DifferenceResult]:
         """Per pair, or of all of them together where they are one parameter."""
         found = super().sizes()
-        if not self._is_joined:
+        if not self.args.is_joined:
             return found
         return [
             DifferenceResult(
@@ -85,12 +82,11 @@ class SubtractAndFactor(Difference):
         at = [i for i, one in enumerate(found) if not one.is_equal]
         if not at:
             return found
-        args = self.step.args
-        each = max(1, int(args.get("experts", 0)))
+        each = max(1, self.args.experts)
         modules = deltas if len(at) == len(found) else deltas[at]
         modules = modules.view(len(at), each, -1, deltas.shape[2])  # (pairs, E, rows, cols)
         how = self._how(modules, at, [found[i].weight_square for i in at])
-        turned = modules.mT if args["transposed"] else modules
+        turned = modules.mT if self.args.transposed else modules
         for i, stack, (factors, choice) in zip(at, turned, fit.fit(turned, how), strict=True):
             found[i] = replace(
                 found[i],
@@ -108,7 +104,7 @@ class SubtractAndFactor(Difference):
     ) -> fit.Fitting:
         """What the fit goes by; sizes are those of the float32 differences."""
         each = modules.shape[1]
-        names = [self.step.output.name] if self._is_joined else self.names
+        names = [self.step.output.name] if self.args.is_joined else self.names
         seeds = [_seed(f"{names[i]}[{e}]") for i in at for e in range(each)]
         squares = [sum_of_squares(m) for m in modules.flatten(0, 1)]
         floors = None
@@ -124,10 +120,9 @@ class SubtractAndFactor(Difference):
                     seeds=seeds[mine],
                 )
             self._grids = []
-        args = self.step.args
         return fit.Fitting(
-            RankRule(**args["rule"]), seeds, squares, floors, [w**0.5 for w in weights],
-            exact=bool(args.get("exact")), is_sliceable=bool(args.get("slices")),
+            RankRule(**(self.args.rule or {})), seeds, squares, floors, [w**0.5 for w in weights],
+            exact=self.args.exact, is_sliceable=self.args.slices,
         )  # fmt: skip
 
     def _measure_factors(
@@ -137,18 +132,18 @@ class SubtractAndFactor(Difference):
         if factors.lora_A.shape[1] == 0:
             return {"residual_squares": (found.delta_square,)}
         pairs = list(zip(stack, factors.lora_B, factors.lora_A, strict=True))
-        if self.step.args.get("slices"):
+        if self.args.slices:
             curve = sum(fit.residual_squares(*pair) for pair in pairs)
             assert isinstance(curve, torch.Tensor)
             residuals = tuple(curve.clamp_min(0).tolist())
         else:
             residuals = (sum(fit.residual_square(*pair) for pair in pairs),)
-        gain = float(self.step.args.get("gain", 1.0))
+        gain = self.args.gain
         return {
             "residual_squares": residuals,
             "cast_square": sum(fit.cast_square(B, A, torch.float16) for _, B, A in pairs),
             "spectrum": tuple(factors.singular_values.square().sum(0).tolist()),
-            "factors": as_stored(factors.lora_A, factors.lora_B * gain, self.step.args, found.name),
+            "factors": as_stored(factors.lora_A, factors.lora_B * gain, self.args, found.name),
         }
 
 
@@ -164,12 +159,10 @@ def _seed(name: str) -> int:
 
 
 def as_stored(
-    lora_A: torch.Tensor, lora_B: torch.Tensor, args: Mapping[str, Any], name: str
+    lora_A: torch.Tensor, lora_B: torch.Tensor, args: SubtractAndFactorArgs, name: str
 ) -> tuple[TensorData, TensorData]:
     """Stacked factors (E, r, in), (E, out, r) in the shapes and packing that PEFT stores."""
-    left, right = packed(
-        lora_B, lora_A, experts=int(args.get("experts", 0)), kernel=args.get("kernel", ())
-    )
+    left, right = packed(lora_B, lora_A, experts=args.experts, kernel=args.kernel)
     made = [
         TensorData(f"{name} factor", "F32", tuple(t.shape), bytes(to_bytes(t)))
         for t in (right, left)

@@ -10,8 +10,7 @@ import torch
 from loratool.adapter import DeltaSpec, TensorData
 from loratool.delta.forms import kernel_of, values_of, with_factors
 from loratool.delta.lowrank import Pair, packed
-from loratool.engine.buffers import TORCH_DTYPES, Scratch, to_bytes
-from loratool.engine.grid import CPU_ELEMENTS
+from loratool.engine.buffers import TORCH_DTYPES, to_bytes
 from loratool.engine.kernel import Env
 from loratool.kinds import resolve
 from loratool.linalg.rounding import round_into
@@ -24,7 +23,7 @@ _PIECE = 1 << 18
 
 def make_env(reader: FileReader) -> Env:
     """What loading tensors on the CPU needs."""
-    return Env(reader, torch.device("cpu"), CPU_ELEMENTS, Scratch())
+    return Env(reader)
 
 
 def load_pairs(spec: DeltaSpec, env: Env) -> list[Pair]:

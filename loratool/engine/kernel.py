@@ -18,6 +18,7 @@ from loratool.engine.buffers import (
     Scratch,
     from_bytes,
 )
+from loratool.engine.rows import args_of
 from loratool.errors import BadFileError, NumericError
 from loratool.plan import Step
 from loratool.store.reader import FileReader
@@ -25,12 +26,13 @@ from loratool.store.reader import FileReader
 INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 """Element size -> integer type of the same bits."""
 
+_CPU = torch.device("cpu")
 _PIECE = 1 << 20
 
 
 @dataclass
 class Env:
-    """What every kernel of a run shares.
+    """What every kernel of a run shares.  Another process gets it without what is in memory.
 
     Attributes:
         reader: input files.
@@ -39,14 +41,18 @@ class Env:
         scratch: per-thread memory.
         allow_nonfinite: NaN and infinity in inputs pass.
         pool: whole tensors, handed from step to step.
+        chunk: bytes per piece of input.
+        sample: only a few blocks of a step are looked at.
     """
 
     reader: FileReader
-    device: torch.device
-    elements: int
-    scratch: Scratch
+    device: torch.device = _CPU
+    elements: int = grid.CPU_ELEMENTS
+    scratch: Scratch = field(default_factory=Scratch)
     allow_nonfinite: bool = False
     pool: Pool = field(default_factory=Pool)
+    chunk: int = grid.CPU_CHUNK_BYTES
+    sample: bool = False
 
     def load(self, source: Source, *, must_be_finite: bool = False) -> torch.Tensor:
         """A whole tensor on the CPU, in its stored type (8-bit floats as float32).
@@ -102,6 +108,7 @@ class Kernel:
 
     def __init__(self, step: Step, env: Env) -> None:
         self.step = step
+        self.args: Any = args_of(step)
         self.env = env
 
     def prepare(self) -> None:

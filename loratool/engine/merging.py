@@ -20,6 +20,7 @@ from loratool.engine.combining import random_keys
 from loratool.engine.gate import Gate
 from loratool.engine.kernel import INTEGERS, Env, Kernel
 from loratool.engine.rounders import Exact, make_rounder
+from loratool.engine.step_args import SumArgs
 from loratool.linalg import rounding
 from loratool.linalg.dense import DenseCombiner
 from loratool.methods import find_method
@@ -66,13 +67,15 @@ class SumResult:
 class AddDeltas(Kernel):
     """W' = round(W + Σ deltas), once; also plain casts (no deltas)."""
 
+    args: SumArgs
+
     def __init__(self, step: Step, env: Env) -> None:
         super().__init__(step, env)
         self.target = TORCH_DTYPES[step.output.dtype]
-        self.rounder = make_rounder(step.args, self.target, env, step.output.name)
+        self.rounder = make_rounder(self.args, self.target, env, step.output.name)
         self.dtype = self.rounder.dtype
-        self.scale = float(step.args.get("scale", 1.0))
-        self.anchor = int(step.args.get("anchor", 0))  # the input that changes refer to as W
+        self.scale = self.args.scale
+        self.anchor = self.args.anchor  # the input that changes refer to as W
         self.deltas: list[Delta] = []
         self.dense: list[tuple[int, float]] = []  # (input position, weight) of whole replacements
         self._sums: dict[int, tuple[torch.Tensor, int, int]] = {}
@@ -93,7 +96,7 @@ class AddDeltas(Kernel):
         rows = [p for p in self.step.parts if isinstance(p, ReplacePart) and p.rows is not None]
         self.deltas = [self._rows(part, exact=len(rows) == 1 and not whole) for part in rows]
         changes = [p for p in self.step.parts if isinstance(p, DeltaPart)]
-        if "method" in self.step.args:
+        if self.args.method is not None:
             self.deltas.extend(self._combined(group) for group in _by_target(changes))
             self._survey([d for d in self.deltas if d.wants_survey])
         else:
@@ -119,7 +122,7 @@ class AddDeltas(Kernel):
 
     def _combined(self, parts: list[DeltaPart]) -> Delta:
         """What an element-wise method makes of the same region of several adapters."""
-        region, params = parts[0].region, self.step.args["params"]
+        region, params = parts[0].region, self.args.params or {}
         whole = replace(region, source_rows=None, source_cols=None)
         parts = [replace(p, region=whole) for p in parts]
         first = parts[0]
@@ -128,7 +131,7 @@ class AddDeltas(Kernel):
             delta.to(self.env.device)
         total = deltas[0].shape[0] * deltas[0].shape[1]
         combiner = DenseCombiner(
-            find_method(self.step.args["method"]), params, [p.weight for p in parts], total,
+            find_method(self.args.method or ""), params, [p.weight for p in parts], total,
             random_keys(params, first.spec.name, parts),
         )  # fmt: skip
         offset = (first.expert or 0) * total

@@ -10,9 +10,7 @@ from loratool.adapter import Adapter, DeltaSpec, Source
 from loratool.delta.base import Delta
 from loratool.delta.forms import factors_of
 from loratool.delta.load import load_delta
-from loratool.engine.buffers import Scratch
 from loratool.engine.factors import load_pairs
-from loratool.engine.grid import CPU_ELEMENTS
 from loratool.engine.kernel import Env
 from loratool.linalg.product import product_spectrum
 from loratool.plan import DeltaPart
@@ -112,7 +110,7 @@ class OpenAdapter:
         self.adapter = adapter
         self._keep = keep
         self._reader = _Reader()
-        env = Env(self._reader, torch.device("cpu"), CPU_ELEMENTS, Scratch())
+        env = Env(self._reader)
         self.modules = {spec.name: OpenModule(spec, env) for spec in adapter.specs}
 
     def __enter__(self) -> OpenAdapter:

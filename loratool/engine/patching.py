@@ -19,6 +19,7 @@ from loratool.engine import grid
 from loratool.engine.buffers import to_bytes
 from loratool.engine.kernel import INTEGERS, Env, Kernel
 from loratool.engine.merging import AddDeltas, SumResult
+from loratool.engine.step_args import ApplyPatchArgs, MakePatchArgs
 from loratool.errors import BadFileError, MismatchError, NumericError
 from loratool.linalg import patch
 from loratool.plan import Step
@@ -67,15 +68,13 @@ class BlockDigest:
 
 
 class _Predict(Kernel):
-    """What a tensor should be, and the digests of both sides.
+    """What a tensor should be, and the digests of both sides."""
 
-    ``args["from"]`` is ``sum`` (the inputs' exact sum), ``same`` (the bits of the first input) or
-    ``nothing`` (zeros); ``args["source"]`` asks for the digest of the first input.
-    """
+    args: MakePatchArgs | ApplyPatchArgs
 
     def __init__(self, step: Step, env: Env) -> None:
         super().__init__(step, env)
-        self._how = step.args["from"]
+        self._how = self.args.how
         self.sum = AddDeltas(step, env) if self._how == "sum" else None
         self._wanted, self._source = BlockDigest(), BlockDigest()
 
@@ -95,15 +94,14 @@ class _Predict(Kernel):
         else:  # as integers: NaN payloads stay
             kind = _integers(out)
             out.view(kind).copy_(sources[0].view(kind))
-        if self.step.args.get("source"):
+        if self.args.source:
             self._source.add(block.index, sources[0])
 
 
 class MakePatch(_Predict):
-    """Compare a tensor (the last input) with its prediction from the others.
+    """Compare a tensor (the last input) with its prediction from the others."""
 
-    ``args["gate"]``: refuse a prediction that a merge would refuse to write.
-    """
+    args: MakePatchArgs
 
     def __init__(self, step: Step, env: Env) -> None:
         super().__init__(step, env)
@@ -122,7 +120,7 @@ class MakePatch(_Predict):
 
     def finish(self) -> PatchResult:
         """Pack the patch, in the order of the blocks."""
-        if self.sum is not None and self.step.args.get("gate"):
+        if self.sum is not None and self.args.gate:
             self.sum.finish()
         found = [self._pages[i] for i in sorted(self._pages)]
         count, pages = sum(n for n, _ in found), [page for _, page in found]
@@ -131,15 +129,14 @@ class MakePatch(_Predict):
             count,
             (patch.pack_index(pages), *pages) if count else (),
             self._wanted.value(),
-            self._source.value() if self.step.args.get("source") else "",
+            self._source.value() if self.args.source else "",
         )
 
 
 class _ApplyPatch(_Predict):
-    """Predict a tensor, set right what the patch says, take the digests.
+    """Predict a tensor, set right what the patch says, take the digests."""
 
-    ``args["patch"]`` is where the patch lies, None where the prediction misses nothing.
-    """
+    args: ApplyPatchArgs
 
     def __init__(self, step: Step, env: Env) -> None:
         super().__init__(step, env)
@@ -149,7 +146,7 @@ class _ApplyPatch(_Predict):
     def prepare(self) -> None:
         """Load the factors and the index of the patch."""
         super().prepare()
-        source: TensorRef | None = self.step.args["patch"]
+        source = self.args.patch
         if source is None:
             return
         blocks = len(grid.blocks(self.step.view, self.env.elements))
@@ -171,7 +168,8 @@ class _ApplyPatch(_Predict):
         self._wanted.add(block.index, out)
 
     def _set_right(self, block: grid.Block, out: torch.Tensor) -> None:
-        source: TensorRef = self.step.args["patch"]
+        source = self.args.patch
+        assert source is not None
         start, end = self._offsets[block.index : block.index + 2]
         if start == end:
             return
@@ -199,7 +197,7 @@ class _ApplyPatch(_Predict):
     @property
     def is_wanted(self) -> bool:
         """The tensor is what the patch was made for."""
-        return bool(self._wanted.value() == self.step.args["wanted"])
+        return self._wanted.value() == self.args.wanted
 
 
 class Restore(_ApplyPatch):
@@ -211,8 +209,8 @@ class Restore(_ApplyPatch):
         Raises:
             MismatchError: the merged tensor is not the one that the patch was made for.
         """
-        args, name = self.step.args, self.step.output.name
-        if args["source"] and self._source.value() != args["source"]:
+        args, name = self.args, self.step.output.name
+        if args.source and self._source.value() != args.source:
             raise MismatchError(
                 "LT-450", "this tensor is not the one that the undo file was made for", key=name,
                 hint="the merged weights changed since, or are another model",

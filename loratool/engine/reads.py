@@ -8,6 +8,7 @@ from dataclasses import replace
 from loratool.adapter import DeltaSpec, Source, TensorRef
 from loratool.dtypes import DTYPES
 from loratool.engine import grid
+from loratool.engine.rows import args_of, op_of
 from loratool.plan import DeltaPart, Plan, Step
 from loratool.store.remote_spans import Range
 
@@ -21,15 +22,16 @@ def cut_step(step: Step, *, elements: int, chunk: int, sample: bool) -> list[lis
         chunk: bytes per piece.
         sample: only the first, the middle and the last block of a tensor that changes.
     """
-    if sample and step.op != "add_deltas":
+    op = op_of(step)
+    if sample and not op.is_sampled:
         return []
-    if step.op in ("copy", "compare_bytes"):
+    if op.reads_bytes:
         return grid.chunks(grid.blocks(step.view, 1 << 16), chunk)
     cut = grid.blocks(step.view, elements)
     if sample:
         return [[cut[i]] for i in sorted({0, len(cut) // 2, len(cut) - 1})] if cut else []
     widest = max(DTYPES[s.dtype].bits // 8 for s in (*step.inputs, step.output))
-    pairs = len(step.args["names"]) if "names" in step.args else 1
+    pairs = len(args_of(step).names) or 1 if op.has_pairs else 1
     return [
         [replace(block, pair=pair) for block in piece]
         for pair in range(pairs)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import torch
 
 from loratool.delta.base import Delta
 from loratool.engine import grid
 from loratool.engine.kernel import INTEGERS, Env
+from loratool.engine.step_args import SumArgs
 from loratool.linalg import rounding
 from loratool.linalg.exact import UNIT, product_terms, round_sums, round_where_decided
 
@@ -180,13 +180,12 @@ def _inside(piece: grid.Block, block: grid.Block) -> tuple[slice, slice]:
     )
 
 
-def make_rounder(args: Mapping[str, Any], target: torch.dtype, env: Env, name: str) -> Nearest:
-    """The rounder that a step's ``args`` ask for: ``rounding`` (and ``seed``)."""
-    how = args.get("rounding", "nearest")
-    if how == "exact":
+def make_rounder(args: SumArgs, target: torch.dtype, env: Env, name: str) -> Nearest:
+    """The rounder that a step asks for."""
+    if args.rounding == "exact":
         return Exact(target, env)
-    if how == "stochastic":
-        return Stochastic(target, env, seed=int(args["seed"]), name=name)
+    if args.rounding == "stochastic":
+        return Stochastic(target, env, seed=args.seed or 0, name=name)
     return Nearest(target, env)
 
 

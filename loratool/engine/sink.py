@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import threading
+from collections.abc import Sequence
 from typing import Any
 
 from loratool.adapter import TensorRef
 from loratool.plan import Plan, Step
+from loratool.store.checksum import Piece
 from loratool.store.disk import refusals_as
 from loratool.store.header import build_header
 from loratool.store.marker import Content, content_of, file_metadata
 from loratool.store.reader import FileReader
-from loratool.store.shard_writer import PAGE, ShardWriter, clone_file
+from loratool.store.shard_writer import PAGE, FilePart, ShardWriter, clone_file
 from loratool.store.writer import StagedOutput
 
 
@@ -78,8 +80,11 @@ class CheckpointSink:
             self._output.place(name)  # no journal: a rerun clones as fast as it would check
         return is_cloned
 
-    def offset(self, step: Step) -> int:
-        """Where the step's tensor starts in its file."""
+    def out(self, step: Step) -> StepOut:
+        """Where the step's tensor goes."""
+        return StepOut(self, step.shard, self._offset(step))
+
+    def _offset(self, step: Step) -> int:
         return self._layouts[step.shard][1][step.output.name]
 
     def written(self, step: Step) -> TensorRef:
@@ -91,15 +96,12 @@ class CheckpointSink:
             out.name,
             out.dtype,
             out.shape,
-            self.offset(step),
+            self._offset(step),
             out.nbytes,
         )
 
-    def put(self, step: Step, offset: int, data: memoryview, aligned: bool) -> None:
-        """Write a piece of the step's tensor at an absolute file offset."""
-        self._writer(step.shard).put(offset, data, aligned)
-
-    def _writer(self, shard: int) -> ShardWriter:
+    def writer(self, shard: int) -> ShardWriter:
+        """The file of a shard, created when it is first asked for."""
         with self._lock:
             writer = self._writers.get(shard)
             if writer is None:
@@ -108,15 +110,22 @@ class CheckpointSink:
                 writer = self._writers[shard] = ShardWriter(path, header, size)
             return writer
 
-    def step_done(self, step: Step, result: Any) -> None:
-        """Count a finished step; the last one completes its shard."""
+    def step_done(self, step: Step, result: Any, pieces: Sequence[Piece] = ()) -> None:
+        """Count a finished step; the last one completes its shard.
+
+        Args:
+            step: of the plan.
+            result: of its kernel.
+            pieces: checksums of what another process wrote.
+        """
+        self.writer(step.shard).sums.take(pieces)
         with self._lock:
             if result is not None:
                 self._results[step.shard].append(dataclasses.asdict(result))
             self._left[step.shard] -= 1
             if self._left[step.shard]:
                 return
-        writer = self._writer(step.shard)  # also creates a shard without any bytes
+        writer = self.writer(step.shard)
         if not self._output.is_folder:
             writer.rewrite_header(self._header(step.shard, content_of(*writer.data_sum()))[0])
         writer.finish()
@@ -131,3 +140,26 @@ class CheckpointSink:
             for writer in self._writers.values():
                 writer.close()
             self._writers.clear()
+
+
+class StepOut:
+    """Where a step's tensor goes, see `loratool.engine.step.Out`.
+
+    Attributes:
+        start: where the tensor begins in its file.
+    """
+
+    def __init__(self, sink: CheckpointSink, shard: int, start: int) -> None:
+        self._sink, self._shard, self.start = sink, shard, start
+
+    def put(self, offset: int, data: memoryview, aligned: bool) -> None:
+        """Write a piece at an absolute offset of the file."""
+        self._sink.writer(self._shard).put(offset, data, aligned)
+
+    def pieces(self) -> tuple[Piece, ...]:
+        """None: the file's own writer takes them."""
+        return ()
+
+    def part(self) -> FilePart:
+        """The same place, for another process."""
+        return FilePart(self._sink.writer(self._shard).path, self.start)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 
@@ -13,6 +12,7 @@ from loratool.delta.lowrank import unpacked
 from loratool.engine.buffers import from_bytes
 from loratool.engine.difference import DifferenceResult
 from loratool.engine.factoring import as_stored
+from loratool.engine.step_args import SubtractAndFactorArgs
 from loratool.linalg.fit import cast_square
 from loratool.linalg.shares import allocate_with_shares
 
@@ -44,7 +44,7 @@ def bytes_per_rank(result: DifferenceResult) -> int:
     return sum(f.nbytes for f in result.factors) // result.rank
 
 
-def cut(result: DifferenceResult, args: Mapping[str, Any], rank: int) -> DifferenceResult:
+def cut(result: DifferenceResult, args: SubtractAndFactorArgs, rank: int) -> DifferenceResult:
     """A module's result at a lower rank.
 
     Args:
@@ -59,7 +59,7 @@ def cut(result: DifferenceResult, args: Mapping[str, Any], rank: int) -> Differe
         return replace(result, rank=0, factors=None, residual_squares=residual, cast_square=0.0)
     lora_A, lora_B = _unpack(result.factors, args)
     lora_A, lora_B = lora_A[:, :rank], lora_B[:, :, :rank]
-    gain = float(args.get("gain", 1.0))
+    gain = args.gain
     moved = sum(
         cast_square(B / gain, A, torch.float16) for B, A in zip(lora_B, lora_A, strict=True)
     )
@@ -74,12 +74,12 @@ def cut(result: DifferenceResult, args: Mapping[str, Any], rank: int) -> Differe
 
 
 def _unpack(
-    factors: tuple[TensorData, TensorData], args: Mapping[str, Any]
+    factors: tuple[TensorData, TensorData], args: SubtractAndFactorArgs
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(E, r, in) and (E, out, r) of what `as_stored` packed."""
     stored_A, stored_B = (
         from_bytes(torch.frombuffer(bytearray(f.data), dtype=torch.uint8), "F32", f.shape)
         for f in factors
     )
-    lora_B, lora_A = unpacked(stored_B, stored_A, experts=int(args.get("experts", 0)))
+    lora_B, lora_A = unpacked(stored_B, stored_A, experts=args.experts)
     return lora_A, lora_B

@@ -12,6 +12,7 @@ from loratool.archs.experts import parse_expert
 from loratool.archs.stated import model_type
 from loratool.delta.forms import factors_of, new_low_rank, with_factors
 from loratool.dialects import DEFAULT
+from loratool.engine.rows import args_of
 from loratool.errors import MismatchError
 from loratool.ops.extract import ExtractPlan
 from loratool.ops.extract_pairs import Pair
@@ -146,12 +147,17 @@ def _make_spec(
         layout=layout,
         rank=rank,
         alpha=float(rank),
-        scaling=1.0 / step.args.get("gain", 1.0),
+        scaling=1.0 / _gain(step),
         transposed=pair.holder == "linear"
         and archs.is_conv1d(model_type(base.config), pair.module),
         experts=experts,
         is_bare=is_bare,
     )
+
+
+def _gain(step: Step) -> float:
+    """What lora_B was multiplied by; 1 for steps that factor nothing."""
+    return float(getattr(args_of(step), "gain", 1.0))
 
 
 def _complete_mha(
@@ -165,7 +171,7 @@ def _complete_mha(
             f"{pair.module}.out_proj.weight"
             if pair.role == "in_proj"
             else f"{pair.module.removesuffix('.out_proj')}.in_proj_weight"
-            if step.args.get("gain")
+            if _gain(step) != 1
             else None
         )
         if partner is None or not pair.is_factored:
@@ -200,7 +206,7 @@ def rank_groups(extract: ExtractPlan) -> list[list[int]]:
         mha = pair.module.removesuffix(".out_proj")
         if pair.name in routed:
             key = "experts"
-        elif pair.role == "in_proj" or (extract.plan.steps[index].args.get("gain") and mha in mhas):
+        elif pair.role == "in_proj" or (_gain(extract.plan.steps[index]) != 1 and mha in mhas):
             key = f"mha {mha}"
         else:
             key = f"one {pair.name}"

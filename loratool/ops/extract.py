@@ -10,6 +10,7 @@ from typing import Any
 from loratool import archs
 from loratool.adapter import TensorRef
 from loratool.archs.stated import model_type
+from loratool.engine.rows import args_of, op_of
 from loratool.errors import MismatchError
 from loratool.ops.extract_pairs import (
     Pair,
@@ -226,7 +227,7 @@ def group_steps(plan: Plan, max_bytes: int) -> tuple[Plan, list[list[int]]]:
         key = (step.op, step.view, repr(step.args), tuple(i.dtype for i in step.inputs))
         group = open_.get(key)
         size = 4 * step.view[0] * step.view[1]
-        is_single = step.op != "subtract_and_factor" or step.args.get("experts")
+        is_single = not op_of(step).is_arithmetic or args_of(step).experts
         if is_single or group is None or (len(group) + 1) * size > max_bytes:
             groups.append([index])
             if not is_single:

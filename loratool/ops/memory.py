@@ -1,7 +1,7 @@
 """How much memory a command will take, known before it starts.
 
-What a step or a module takes is in `loratool.ops.memory_formulas`; here it is added up, workers
-and buffers are chosen under the limit, and what cannot fit is refused.
+What a step takes is in `loratool.engine.step_memory`, a module in `loratool.ops.memory_formulas`;
+here it is added up, workers and buffers are chosen under the limit, and what cannot fit is refused.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from loratool.engine import grid
+from loratool.engine.rows import op_of, piece_bytes, result_bytes, step_bytes
 from loratool.errors import DiskError
-from loratool.ops.memory_formulas import made_bytes, step_bytes, worker_bytes
 from loratool.plan import Plan
 
 TORCH_BYTES = {"cpu": 260_000_000, "cuda": 1_200_000_000}
@@ -39,8 +39,9 @@ class MemoryPlan:
 
 
 def plan_memory(
-    plan: Plan, *, device: str, threads: int, chunk_bytes: int | None, limit: int | None
-) -> MemoryPlan:
+    plan: Plan, *, device: str, threads: int, chunk_bytes: int | None, limit: int | None,
+    executor: str = "threads",
+) -> MemoryPlan:  # fmt: skip
     """Choose threads and buffer sizes for the steps of a plan.
 
     Args:
@@ -49,13 +50,15 @@ def plan_memory(
         threads: workers wished for.
         chunk_bytes: bytes per piece; None = the device's default.
         limit: bytes that may be used; None = no limit known.
+        executor: with ``processes`` each worker has an interpreter of its own.
 
     Raises:
         DiskError: LT-605, it does not fit even with one worker and small buffers.
     """
     default = grid.CUDA_CHUNK_BYTES if device == "cuda" else grid.CPU_CHUNK_BYTES
     chunk = chunk_bytes or default
-    found = MemoryPlan(threads, chunk, _peak(plan, device, threads, chunk))
+    apart = executor == "processes"
+    found = MemoryPlan(threads, chunk, _peak(plan, device, threads, chunk, apart))
     while limit is not None and found.peak_bytes > limit:
         if found.threads > 1:
             found = MemoryPlan(found.threads - 1, chunk, 0)
@@ -63,7 +66,7 @@ def plan_memory(
             found = MemoryPlan(1, found.chunk_bytes // 2, 0)
         else:
             raise _too_much(found.peak_bytes, limit)
-        peak = _peak(plan, device, found.threads, found.chunk_bytes)
+        peak = _peak(plan, device, found.threads, found.chunk_bytes, apart)
         found = MemoryPlan(found.threads, found.chunk_bytes, peak)
     return found
 
@@ -100,12 +103,13 @@ def _too_much(peak: int, limit: int, hint: str = "") -> DiskError:
     )  # fmt: skip
 
 
-def _peak(plan: Plan, device: str, threads: int, chunk: int) -> int:
+def _peak(plan: Plan, device: str, threads: int, chunk: int, apart: bool) -> int:
     elements = grid.CUDA_ELEMENTS if device == "cuda" else grid.CPU_ELEMENTS
-    workers = sorted((worker_bytes(s, chunk, elements) for s in plan.steps), reverse=True)
-    on_host = [s for s in plan.steps if device == "cpu" or s.op != "subtract_and_factor"]
+    workers = sorted((piece_bytes(s, chunk, elements) for s in plan.steps), reverse=True)
+    on_host = [s for s in plan.steps if device == "cpu" or not op_of(s).is_arithmetic]
     steps = sorted((step_bytes(s) for s in on_host), reverse=True)
-    kept = sum(map(made_bytes, plan.steps))
+    kept = sum(map(result_bytes, plan.steps))
     # A worker finishes a step before it begins another one.
     used = sum(workers[:1]) * threads + sum(steps[:threads])
-    return TORCH_BYTES[device] + int(used * _KEPT_FREE) + kept
+    interpreters = 1 + threads if apart else 1
+    return TORCH_BYTES[device] * interpreters + int(used * _KEPT_FREE) + kept

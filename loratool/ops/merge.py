@@ -11,6 +11,7 @@ from typing import Any
 from loratool.adapter import Adapter, DeltaSpec, Replacement, Source, TensorRef
 from loratool.archs.stated import dtype_config
 from loratool.dtypes import DTYPES, numel
+from loratool.engine.rows import op_of
 from loratool.errors import MismatchError, list_some
 from loratool.ops.align_parts import require_aligned
 from loratool.ops.bind import Bindings, BoundReplacement
@@ -301,9 +302,7 @@ def matrix_view(shape: tuple[int, ...], parts: Sequence[Part]) -> tuple[int, int
 
 
 def _fate(step: Step, ref: TensorRef | None) -> str:
-    if step.op == "add_deltas" or step.inputs[0] != ref:
-        return "changed"
-    return "cast" if step.op == "cast" else "copied"
+    return op_of(step).fate if step.inputs[0] == ref else "changed"
 
 
 def _file_name(name: str, ref: TensorRef, checkpoint: Checkpoint) -> str:
@@ -394,6 +393,6 @@ def _make_shard(
             for ref, t in zip(own, tensors, strict=True)
         )
     )
-    if is_same and all(s.op == "copy" for s in steps):
+    if is_same and all(op_of(s).moves_bytes for s in steps):
         return ShardPlan(name, tensors, metadata, shard.header, shard.path)
     return ShardPlan(name, tensors, metadata)

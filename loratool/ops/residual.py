@@ -19,6 +19,7 @@ from typing import Any
 from loratool.adapter import TensorRef
 from loratool.archs.stated import WEIGHT_KEYS
 from loratool.dtypes import DTYPES
+from loratool.engine.rows import args_of, op_of
 from loratool.errors import BadFileError, MismatchError
 from loratool.ops.align import align_names
 from loratool.ops.bind_types import BindOptions
@@ -120,7 +121,7 @@ def residual_table(
     """
     tensors = {
         s.output.name: {
-            "from": s.args["from"], "dtype": s.output.dtype, "shape": list(s.output.shape),
+            "from": args_of(s).how, "dtype": s.output.dtype, "shape": list(s.output.shape),
             "digest": results[s.output.name].wanted,
         }
         for s in plan.steps
@@ -163,13 +164,13 @@ def _compare(step: Step, name: str, tuned: TensorRef) -> Step | None:
     """A step that compares, None where the merge is of no use."""
     if step.output.shape != tuned.shape:
         return None
-    if step.op == "copy" and step.output.dtype == tuned.dtype:
+    if op_of(step).moves_bytes and step.output.dtype == tuned.dtype:
         view = (1, tuned.numel)
         return Step("make_patch", _spec(name, tuned), (*step.inputs, tuned), view,
                     args={"from": "same"})  # fmt: skip
     if not all(DTYPES[d].is_mergeable for d in (step.inputs[0].dtype, tuned.dtype)):
         return None
-    view = (1, tuned.numel) if step.op == "copy" else step.view
+    view = (1, tuned.numel) if op_of(step).moves_bytes else step.view
     return replace(
         step, op="make_patch", output=_spec(name, tuned), inputs=(*step.inputs, tuned),
         view=view, shard=-1, args={**_SUM, "gate": True},
@@ -239,11 +240,11 @@ def _patched(step: Step, entry: ResidualTensor, name: str, file: Path) -> Step:
         )  # fmt: skip
     output = replace(entry.output, name=step.output.name)
     args: dict[str, Any] = {"wanted": entry.digest, "patch": entry.patch}
-    if step.op == "copy" and step.output.dtype == output.dtype:
+    if op_of(step).moves_bytes and step.output.dtype == output.dtype:
         args["from"] = "same"
     else:
         args |= _SUM
-    view = (1, output.numel) if step.op == "copy" else step.view
+    view = (1, output.numel) if op_of(step).moves_bytes else step.view
     return replace(step, op="complete", output=output, view=view, args=args)
 
 

@@ -23,6 +23,7 @@ from typing import Annotated, Any
 from msgspec import Meta
 
 from loratool.adapter import Adapter, TensorRef
+from loratool.engine.rows import args_of, op_of
 from loratool.errors import BadFileError, MismatchError
 from loratool.ops.weights import Weight
 from loratool.plan import DeltaPart, Part, Plan, ShardPlan, Step, TensorSpec
@@ -100,7 +101,7 @@ def plan_patches(
         ref = base.tensors.get(name)
         if ref is None:
             created.append(name)
-        elif step.op != "copy" or step.inputs[0] != ref:
+        elif not op_of(step).moves_bytes or step.inputs[0] != ref:
             steps.append(_patch_step(step, name, ref, merged[index]))
     return Plan("save-undo", tuple(steps)), tuple(created)
 
@@ -150,7 +151,7 @@ def undo_table(
         "created": sorted(created),
         "tensors": {
             s.output.name: {
-                "from": s.args["from"],
+                "from": args_of(s).how,
                 "dtype": s.output.dtype,
                 "shape": list(s.output.shape),
                 "view": list(s.view),
@@ -229,7 +230,7 @@ def plan_restore(
         row = table.get(name)
         if row is not None:
             steps.append(_restore_step(step, merged.tensors[name], row, undo, name))
-        elif step.op == "copy":
+        elif op_of(step).moves_bytes:
             steps.append(step)
         else:
             raise MismatchError(

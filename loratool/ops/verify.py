@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from loratool.archs.ties import Tie, find_ties
 from loratool.dtypes import DTYPES
+from loratool.engine.rows import op_of
 from loratool.errors import MismatchError
 from loratool.ops.align import align_names, same_form
 from loratool.plan import Plan, Step, TensorSpec
@@ -88,7 +89,7 @@ def plan_verify(plan: Plan, names: Mapping[int, str], merged: Checkpoint) -> Ver
             unlike.append((name, f"shape {list(found.shape)}, expected {list(step.output.shape)}"))
         elif found.dtype != step.output.dtype:
             unlike.append((name, f"type {found.dtype}, expected {step.output.dtype}"))
-        elif step.op == "copy":
+        elif op_of(step).moves_bytes:
             steps.append(
                 Step("compare_bytes", step.output, (step.inputs[0], found), (1, found.nbytes))
             )

@@ -31,6 +31,10 @@ class PieceSums:
         if data:
             self._pieces.append((offset, len(data), zlib.crc32(data)))
 
+    def take(self, pieces: Iterable[Piece]) -> None:
+        """Take in the sums of pieces that somebody else wrote."""
+        self._pieces.extend(pieces)
+
     def drop_first(self) -> None:
         """Forget the piece at the beginning of the file: it will be written again."""
         self._pieces.remove(min(self._pieces))

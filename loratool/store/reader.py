@@ -70,6 +70,9 @@ class FileReader:
     def __enter__(self) -> FileReader:
         return self
 
+    def __reduce__(self) -> tuple[type[FileReader], tuple[dict[Path, Stamp]]]:
+        return type(self), (dict(self._stamps),)
+
     def __exit__(self, *_: object) -> None:
         with self._lock:
             for entry in self._files.values():
@@ -173,6 +176,18 @@ class FileReader:
     def expect(ranges: Iterable[remote_spans.Range]) -> None:
         """Say what will be read: of files on the Hub neighbours then come in one request."""
         remote_spans.expect(ranges)
+
+    def hold(self, refs: Iterable[TensorRef]) -> None:
+        """Hold files to what they were when their headers were read, whoever reads them.
+
+        Raises:
+            BadFileError: LT-332, two tensors of a file saw it differently.
+        """
+        with self._lock:
+            for ref in refs:
+                held = ref.stamp and self._stamps.setdefault(ref.file, ref.stamp)
+                if held != ref.stamp:
+                    raise changed(ref.file)
 
     def check_unchanged(self) -> None:
         """Compare every file that was read, or given a stamp, with what it was.

@@ -20,50 +20,30 @@ PAGE = 4096
 _DIRECT_MIN = 1 << 16  # smaller pieces are not worth a direct write
 
 
-class ShardWriter:
-    """One weight file: header first, then blocks at their offsets from any thread.
+class BlockWriter:
+    """Blocks at their offsets of one file, from any thread.
 
     On Linux the aligned middle of each piece goes past the page cache (O_DIRECT), which halves
     the traffic; the ends of a piece, and everything on file systems without O_DIRECT, go through
     it.  A page is written either way whole or not at all by the direct path, so both may mix.
 
-    Args:
-        path: file to create.
-        header: length prefix and header JSON.
-        size: final size in bytes.
+    Attributes:
+        path: the file.
+        sums: checksums of what was put.
     """
 
-    def __init__(self, path: Path, header: bytes, size: int) -> None:
+    def __init__(self, path: Path) -> None:
         self.path = path
-        self.size = size
+        self.sums = PieceSums()
         self._plain = plain_io()
-        self._sums = PieceSums()
         self._fd = self._direct = -1
         self._direct_works = True
-        try:
-            self._fd = create_new(path, os.O_RDWR)
-            self._direct = -1 if self._plain else self._open_direct()
-            self._reserve()
-            self.put(0, memoryview(header))
-        except OSError as error:
-            self.close()
-            raise disk_error("cannot create", path, error) from error
 
     def _open_direct(self) -> int:
         try:
-            return os.open(self.path, os.O_WRONLY | os.O_DIRECT)
+            return -1 if self._plain else os.open(self.path, os.O_WRONLY | os.O_DIRECT)
         except (OSError, AttributeError):
             return -1
-
-    def _reserve(self) -> None:
-        if hasattr(os, "posix_fallocate") and self.size:
-            try:
-                os.posix_fallocate(self._fd, 0, self.size)
-                return
-            except OSError as error:
-                if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
-                    raise
-        os.ftruncate(self._fd, self.size)
 
     def put(self, offset: int, data: memoryview, aligned: bool = False) -> None:
         """Write ``data`` at ``offset``.
@@ -74,7 +54,7 @@ class ShardWriter:
             aligned: the address of ``data`` and ``offset`` agree modulo the page size, so that
                 the middle may be written directly.
         """
-        self._sums.add(offset, data)
+        self.sums.add(offset, data)
         try:
             if aligned and self._direct >= 0 and self._direct_works and len(data) >= _DIRECT_MIN:
                 head = -offset % PAGE
@@ -112,18 +92,57 @@ class ShardWriter:
                 os.lseek(self._fd, offset + done, os.SEEK_SET)
                 done += progress(os.write(self._fd, data[done:]))
 
+    def close(self) -> None:
+        """Close without syncing (after an error)."""
+        for fd in (self._fd, self._direct):
+            if fd >= 0:
+                os.close(fd)
+        self._fd = self._direct = -1
+
+
+class ShardWriter(BlockWriter):
+    """One weight file: header first, then blocks at their offsets.
+
+    Args:
+        path: file to create.
+        header: length prefix and header JSON.
+        size: final size in bytes.
+    """
+
+    def __init__(self, path: Path, header: bytes, size: int) -> None:
+        super().__init__(path)
+        self.size = size
+        try:
+            self._fd = create_new(path, os.O_RDWR)
+            self._direct = self._open_direct()
+            self._reserve()
+            self.put(0, memoryview(header))
+        except OSError as error:
+            self.close()
+            raise disk_error("cannot create", path, error) from error
+
+    def _reserve(self) -> None:
+        if hasattr(os, "posix_fallocate") and self.size:
+            try:
+                os.posix_fallocate(self._fd, 0, self.size)
+                return
+            except OSError as error:
+                if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
+                    raise
+        os.ftruncate(self._fd, self.size)
+
     def data_sum(self) -> tuple[int, int]:
         """(size, crc32) of everything after the header."""
-        return sum_whole(self._sums.pieces()[1:])
+        return sum_whole(self.sums.pieces()[1:])
 
     def rewrite_header(self, header: bytes) -> None:
         """Write the header again, now that it can say what the file holds; of the same length."""
-        self._sums.drop_first()
+        self.sums.drop_first()
         self.put(0, memoryview(header))
 
     def pieces(self) -> list[Piece]:
         """Checksums of what was put, in file order."""
-        return self._sums.pieces()
+        return self.sums.pieces()
 
     def finish(self) -> None:
         """Sync and close."""
@@ -133,12 +152,33 @@ class ShardWriter:
         finally:
             self.close()
 
-    def close(self) -> None:
-        """Close without syncing (after an error)."""
-        for fd in (self._fd, self._direct):
-            if fd >= 0:
-                os.close(fd)
-        self._fd = self._direct = -1
+
+class FilePart(BlockWriter):
+    """One tensor's place in a file that another process has created; can be pickled.
+
+    Args:
+        path: the file.
+        start: where the tensor begins in it.
+    """
+
+    def __init__(self, path: Path, start: int) -> None:
+        super().__init__(path)
+        self.start = start
+
+    def __reduce__(self) -> tuple[type[FilePart], tuple[Path, int]]:
+        return FilePart, (self.path, self.start)
+
+    def put(self, offset: int, data: memoryview, aligned: bool = False) -> None:
+        """Write at an absolute offset of the file, see `BlockWriter.put`."""
+        if self._fd < 0:
+            with refusals_as("cannot write", self.path):
+                self._fd = os.open(self.path, os.O_RDWR | getattr(os, "O_BINARY", 0))
+            self._direct = self._open_direct()
+        super().put(offset, data, aligned)
+
+    def pieces(self) -> list[Piece]:
+        """Checksums of what was put."""
+        return self.sums.pieces()
 
 
 def clone_file(source: FileIO, target: Path) -> bool:

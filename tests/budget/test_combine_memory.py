@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from loratool.engine.buffers import TORCH_DTYPES
+from loratool.engine.step_memory import is_iterative
 from loratool.linalg.lanczos import is_worthwhile
 from loratool.methods import METHODS
-from loratool.ops.memory_formulas import is_iterative
 from tests.budget import held
 from tests.make import randn, random_factors, save_adapter, save_checkpoint
 

@@ -70,11 +70,11 @@ def run(base_path: Path, output: Path, options: argparse.Namespace) -> None:
 
 
 def copy(step: Step, sink: CheckpointSink, reader: FileReader, options: argparse.Namespace) -> None:
-    ref = step.inputs[0]
+    ref, out = step.inputs[0], sink.out(step)
     for start in range(0, ref.nbytes, PIECE):
         data = memoryview(bytearray(min(PIECE, ref.nbytes - start)))
         reader.read_into(ref, start, data)
-        sink.put(step, sink.offset(step) + start, data, aligned=False)
+        out.put(out.start + start, data, aligned=False)
         time.sleep(options.pause)
         options.hold -= 1
         if options.hold == 0:

@@ -259,13 +259,13 @@ def test_a_signal_in_a_big_tensor(
 HUNG = r"""
 import os, sys, time
 from loratool import cli
-from loratool.engine import run
+from loratool.engine.executors import threads
 
 def hang(*_):
     os.write(1, b"hung\n")
     time.sleep(600)
 
-run._Run._run_task = hang
+threads.run_piece = hang
 cli.main(sys.argv[1:])
 """
 

@@ -1,0 +1,81 @@
+"""Who does the steps of a run, and where: one file per executor.
+
+`loratool.engine.run` says what there is to do and takes the results; it owns their order, resume
+and progress.  An executor takes tasks from its iterator, does each by `run_step` (or shares its
+pieces), and gives every result back to the desk once.  It raises the first failure, when nothing
+of it is at work any more or can do harm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Protocol
+
+from loratool.engine.kernel import Env
+from loratool.engine.sink import StepOut
+from loratool.engine.step import Result
+from loratool.errors import UsageError
+from loratool.plan import Step
+
+EXECUTORS = {
+    "threads": "loratool.engine.executors.threads:run",
+    "processes": "loratool.engine.executors.processes:run",
+}
+"""Name -> function, see `Executor`."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """A step to be done.
+
+    Attributes:
+        index: in the plan.
+        step: what to do.
+        out: where its tensor goes, None if nothing is written.
+    """
+
+    index: int
+    step: Step
+    out: StepOut | None
+
+
+class Desk(Protocol):
+    """Where results go; from any thread."""
+
+    def done(self, task: Task, result: Result) -> None:
+        """Take a finished step in."""
+
+    def advance(self, nbytes: int) -> None:
+        """Count bytes of input that were read."""
+
+    def release(self) -> None:
+        """Close what is open: nothing is at work any more."""
+
+
+class Executor(Protocol):
+    """Does all tasks."""
+
+    def __call__(self, env: Env, tasks: Iterator[Task], desk: Desk, workers: int) -> None:
+        """Take tasks until there are none.
+
+        Args:
+            env: where steps run; it can be pickled.
+            tasks: one thread at a time may ask for the next.
+            desk: takes results.
+            workers: how many at once.
+        """
+
+
+def find_executor(name: str) -> Executor:
+    """An executor by name.
+
+    Raises:
+        UsageError: LT-209, there is none of this name.
+    """
+    if name not in EXECUTORS:
+        raise UsageError("LT-209", "unknown executor", expected=", ".join(EXECUTORS), got=name)
+    module, _, function = EXECUTORS[name].partition(":")
+    found: Executor = getattr(import_module(module), function)
+    return found

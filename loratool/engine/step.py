@@ -1,0 +1,194 @@
+"""One step at work: read a piece of every input, run the kernel on its blocks, write the result.
+
+`run_step` does a whole step by itself; an executor that shares the pieces of a step between
+threads uses `StepWork` and one `Lane` per thread.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any, Protocol
+
+import torch
+
+from loratool.adapter import Source, TensorData
+from loratool.dtypes import DTYPES
+from loratool.engine import grid
+from loratool.engine.buffers import ByteBuffer, from_bytes
+from loratool.engine.kernel import Env, Kernel
+from loratool.engine.reads import cut_step
+from loratool.engine.rows import Op, op_of
+from loratool.plan import Step
+from loratool.store.checksum import Piece
+from loratool.store.shard_writer import PAGE
+
+
+class Out(Protocol):
+    """Where the bytes of a step's tensor go.
+
+    Attributes:
+        start: where the tensor begins in its file.
+    """
+
+    start: int
+
+    def put(self, offset: int, data: memoryview, aligned: bool) -> None:
+        """Write at an absolute offset of the file, see `ShardWriter.put`."""
+
+    def pieces(self) -> Sequence[Piece]:
+        """Checksums that only this object knows."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a step gives.
+
+    Attributes:
+        value: the kernel's result.
+        pieces: checksums of what was written; () where the file's own writer has taken them.
+        read: bytes of input that were read.
+    """
+
+    value: Any
+    pieces: tuple[Piece, ...] = ()
+    read: int = 0
+
+
+def run_step(step: Step, env: Env, out: Out | None = None) -> Result:
+    """Do a step from its first block to its last.  Steps, results and `env` can be pickled.
+
+    Args:
+        step: of any plan.
+        env: where it runs.
+        out: where its tensor goes; None if nothing is written.
+    """
+    work, lane = StepWork(step, env, out), Lane(env.device)
+    read = sum(work.process(lane, piece) for piece in work.pieces)
+    return Result(work.finish(), tuple(out.pieces()) if out is not None else (), read)
+
+
+class Lane:
+    """One thread's buffers, and on a GPU its stream."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.is_cuda = device.type == "cuda"
+        self.stream = torch.cuda.Stream(device) if self.is_cuda else None  # type: ignore[no-untyped-call]
+        self.output = ByteBuffer(pinned=self.is_cuda)
+        self._inputs: list[ByteBuffer] = []
+
+    def input(self, position: int) -> ByteBuffer:
+        """The buffer for an input."""
+        while len(self._inputs) <= position:
+            self._inputs.append(ByteBuffer(pinned=self.is_cuda))
+        return self._inputs[position]
+
+
+class StepWork:
+    """A step, its kernel, and the pieces in which it is done; in any order, by any thread.
+
+    Attributes:
+        step: what to do.
+        pieces: runs of neighbouring blocks.
+    """
+
+    def __init__(self, step: Step, env: Env, out: Out | None) -> None:
+        self.step = step
+        self._env = env
+        self._out = out
+        self._op = op_of(step)
+        self._kernel = None if self._op.moves_bytes else make_kernel(self._op, step, env)
+        self._lock = threading.Lock()
+        self._is_ready = False
+        self.pieces = cut_step(
+            step, elements=env.elements, chunk=env.chunk, sample=env.sample
+        )  # fmt: skip
+        self._left = len(self.pieces)
+
+    def process(self, lane: Lane, piece: list[grid.Block]) -> int:
+        """Do a piece; returns the bytes read.  The first one loads what all of them need."""
+        if self._kernel is None:
+            return self._copy(lane, piece)
+        with torch.cuda.stream(lane.stream):
+            with self._lock:
+                if not self._is_ready:
+                    self._kernel.prepare()
+                    if lane.stream is not None:  # the streams of others must see it complete
+                        lane.stream.synchronize()
+                    self._is_ready = True
+            return self._compute(lane, self._kernel, piece)
+
+    def is_last(self) -> bool:
+        """Count a piece that is done; True if it was the last."""
+        with self._lock:
+            self._left -= 1
+            return self._left == 0
+
+    def finish(self) -> Any:
+        """The step's result, after its last piece."""
+        kernel, self._kernel = self._kernel, None
+        return None if kernel is None else kernel.finish()
+
+    def _copy(self, lane: Lane, piece: list[grid.Block]) -> int:
+        assert self._out is not None
+        first, size = piece[0].start, sum(b.numel for b in piece)
+        target = self._out.start + first
+        data, _ = lane.output.take(size, target % PAGE)
+        self._fill(data, self.step.inputs[0], first)
+        self._out.put(target, data, True)
+        return size
+
+    def _compute(self, lane: Lane, kernel: Kernel, piece: list[grid.Block]) -> int:
+        first, count = piece[0].start, sum(b.numel for b in piece)
+        sources = self.step.inputs
+        if self._op.has_pairs:  # one after the other through the same buffers
+            sources = sources[2 * piece[0].pair : 2 * piece[0].pair + 2]
+        inputs = [self._read(lane, i, s, first, count) for i, s in enumerate(sources)]
+        outs: torch.Tensor | None = None
+        if self._out is not None:
+            dtype = self.step.output.dtype
+            size = DTYPES[dtype].bits // 8
+            target = self._out.start + first * size
+            aligned = target % PAGE % size == 0
+            data, raw = lane.output.take(count * size, target % PAGE if aligned else 0)
+            host = from_bytes(raw, dtype, (count,))
+            outs = torch.empty_like(host, device=lane.device) if lane.is_cuda else host
+        for block in piece:
+            at = slice(block.start - first, block.start - first + block.numel)
+            shape = (block.r1 - block.r0, block.c1 - block.c0)
+            blocks = [i[at].view(shape) for i in inputs]
+            kernel.run(block, blocks, None if outs is None else outs[at].view(shape))
+        if outs is not None and lane.is_cuda:
+            host.copy_(outs, non_blocking=True)
+        if lane.stream is not None:
+            lane.stream.synchronize()
+        if self._out is not None:
+            self._out.put(target, data, aligned)
+        return sum(i.element_size() * count for i in inputs)
+
+    def _read(
+        self, lane: Lane, position: int, source: Source, first: int, count: int
+    ) -> torch.Tensor:
+        dtype = self._op.dtype(source)
+        size = DTYPES[dtype].bits // 8
+        data, raw = lane.input(position).take(count * size)
+        self._fill(data, source, first * size)
+        host = from_bytes(raw, dtype, (count,))
+        return host.to(lane.device, non_blocking=True) if lane.is_cuda else host
+
+    def _fill(self, data: memoryview, source: Source, start: int) -> None:
+        if isinstance(source, TensorData):
+            data[:] = memoryview(source.data).cast("B")[start : start + len(data)]
+        else:
+            self._env.reader.read_into(source, start, data)
+
+
+def make_kernel(op: Op, step: Step, env: Env) -> Kernel:
+    """The kernel of a row, at its step."""
+    module, _, name = op.kernel.partition(":")
+    made = getattr(import_module(module), name)(step, env)
+    assert isinstance(made, Kernel)
+    return made

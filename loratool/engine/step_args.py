@@ -1,0 +1,170 @@
+"""What the steps of each op may say in their ``args``: names, types and defaults.
+
+A step carries plain data, so that it can travel; its kernel sees it as one of these.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from loratool.adapter import DeltaSpec, TensorRef
+from loratool.errors import BugError
+from loratool.wire import fits
+
+SPELLED = {"from": "how"}
+"""Keys of ``args`` that cannot be names in Python -> their fields."""
+
+
+@dataclass(frozen=True)
+class NoArgs:
+    """Of ops that need none."""
+
+
+@dataclass(frozen=True)
+class SumArgs:
+    """How changes become a tensor.
+
+    Attributes:
+        rounding: ``nearest``, ``exact`` or ``stochastic``.
+        seed: of stochastic rounding.
+        method: how the changes of one tensor are combined; None = they are added.
+        params: of the method.
+        scale: factor of the sum.
+        anchor: the input that changes refer to as W.
+    """
+
+    rounding: str = "nearest"
+    seed: int | None = None
+    method: str | None = None
+    params: Mapping[str, float | int | str] | None = None
+    scale: float = 1.0
+    anchor: int = 0
+
+
+@dataclass(frozen=True)
+class MakePatchArgs(SumArgs):
+    """How a tensor is predicted, and what is kept of it.
+
+    Attributes:
+        how: ``sum`` (the inputs' exact sum), ``same`` (the bits of the first input) or
+            ``nothing`` (zeros); spelled ``from``.
+        source: the digest of the first input is wanted too.
+        gate: refuse a prediction that a merge would refuse to write.
+    """
+
+    how: str = "nothing"
+    source: bool = False
+    gate: bool = False
+
+
+@dataclass(frozen=True)
+class ApplyPatchArgs(SumArgs):
+    """How a tensor is predicted and set right.
+
+    Attributes:
+        how: as in `MakePatchArgs`.
+        patch: where the patch lies; None where the prediction misses nothing.
+        wanted: digest of the tensor.
+        source: digest of the first input, "" if it is not checked.
+    """
+
+    how: str = "nothing"
+    patch: TensorRef | None = None
+    wanted: str = ""
+    source: str = ""
+
+
+@dataclass(frozen=True)
+class DifferenceArgs:
+    """Which pairs are compared.
+
+    Attributes:
+        names: of the pairs, where there are several of one view; () = the output's.
+    """
+
+    names: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class SubtractAndFactorArgs(DifferenceArgs):
+    """How differences are factored.
+
+    Attributes:
+        rule: fields of a `loratool.linalg.rank.RankRule`.
+        auto: the noise rank joins it.
+        exact: by the Gram matrix, never by Lanczos.
+        slices: keep the error at every rank.
+        transposed: factors of the transpose.
+        experts: matrices in a module; 0 = it is one.
+        kernel: of a convolution.
+        gain: factor of lora_B, taken back by the scaling.
+    """
+
+    rule: Mapping[str, Any] | None = None
+    auto: bool = False
+    exact: bool = False
+    slices: bool = False
+    transposed: bool = False
+    experts: int = 0
+    kernel: tuple[int, ...] = ()
+    gain: float = 1.0
+
+    @property
+    def is_joined(self) -> bool:
+        """The pairs are parts of the experts of one parameter."""
+        return bool(self.names and self.experts)
+
+
+@dataclass(frozen=True)
+class SpectrumArgs:
+    """Of a measured spectrum; ``keep_going``: factors that are not finite give NaN."""
+
+    keep_going: bool = False
+
+
+@dataclass(frozen=True)
+class FactorArgs:
+    """How a delta is truncated and stored.
+
+    Attributes:
+        rule: fields of a `loratool.linalg.rank.RankRule`, if there is no ``rank``.
+        cap: largest rank that the rule may give.
+        rank: of the result.
+        dtype: of the factors.
+        gain: scaling that the stored factors will have.
+        bias: the module's bias delta, which takes the new scaling.
+        must_rewrite: the old factors may not stay.
+        is_free: no other module must have the same rank.
+    """
+
+    rule: Mapping[str, Any] | None = None
+    cap: int | None = None
+    rank: int | None = None
+    dtype: str = "F32"
+    gain: float = 1.0
+    bias: DeltaSpec | None = None
+    must_rewrite: bool = False
+    is_free: bool = True
+
+
+def typed(args: Mapping[str, Any], shape: type, op: str) -> Any:
+    """A step's ``args`` as what its kernel takes.
+
+    Raises:
+        BugError: LT-003.
+    """
+    try:
+        found = shape(**{SPELLED.get(k, k): _frozen(v) for k, v in args.items()})
+    except TypeError as error:
+        raise BugError("LT-003", "a step with arguments that its op does not take", key=op,
+                       got=error) from error  # fmt: skip
+    if not fits(found, shape):
+        raise BugError("LT-003", "a step with arguments of other types than its op's", key=op,
+                       got=found)  # fmt: skip
+    return found
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value

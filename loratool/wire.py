@@ -1,0 +1,124 @@
+"""Plain dataclasses as JSON and back, nothing shortened: what travels between processes.
+
+`loratool.plan.plain` is the other form: the same for equal content wherever its files lie.
+"""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import json
+import types
+import typing
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any, TypeVar
+
+from loratool import adapter, plan
+from loratool.errors import BugError
+
+T = TypeVar("T")
+
+_TAG = "is"
+_CLASSES: Mapping[str, type] = {
+    c.__name__: c
+    for c in (
+        adapter.TensorRef, adapter.TensorData, adapter.DeltaSpec, plan.TensorSpec, plan.Span,
+        plan.Region, plan.DeltaPart, plan.ReplacePart, plan.Step, plan.ShardPlan, plan.Plan,
+    )
+}  # fmt: skip
+"""What may be in a plan."""
+
+
+def dump(value: Any) -> bytes:
+    """Plain data as JSON; fields at their default are left out.
+
+    Raises:
+        BugError: LT-004, it holds something that cannot travel.
+    """
+    return json.dumps(_lay_out(value), separators=(",", ":")).encode()
+
+
+def load(text: bytes | str, shape: type[T]) -> T:
+    """What `dump` made, checked field by field.
+
+    Raises:
+        BugError: LT-004.
+    """
+    try:
+        found = _build(json.loads(text))
+    except (ValueError, TypeError, KeyError) as error:
+        raise BugError("LT-004", "a plan that cannot be read", got=error) from error
+    if not fits(found, shape):
+        raise BugError("LT-004", "a plan that cannot be read", expected=shape.__name__)
+    assert isinstance(found, shape)
+    return found
+
+
+def _lay_out(value: Any) -> Any:
+    if value is None or isinstance(value, (str, int, float)):
+        return value
+    if isinstance(value, Path):
+        return {_TAG: "path", "at": str(value)}
+    if isinstance(value, (bytes, memoryview)):
+        return {_TAG: "bytes", "base64": base64.b64encode(value).decode()}
+    if isinstance(value, Mapping):
+        return {str(k): _lay_out(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_lay_out(v) for v in value]
+    if type(value).__name__ not in _CLASSES:
+        raise BugError("LT-004", "a plan that cannot travel", got=type(value).__name__)
+    fields = ((f, getattr(value, f.name)) for f in dataclasses.fields(value))
+    return {_TAG: type(value).__name__} | {
+        f.name: _lay_out(v) for f, v in fields if f.default is dataclasses.MISSING or v != f.default
+    }
+
+
+def _build(value: Any) -> Any:
+    if isinstance(value, list):
+        return tuple(map(_build, value))
+    if not isinstance(value, dict):
+        return value
+    if _TAG not in value:
+        return {k: _build(v) for k, v in value.items()}
+    rest = {k: _build(v) for k, v in value.items() if k != _TAG}
+    if value[_TAG] == "path":
+        return Path(rest["at"])
+    if value[_TAG] == "bytes":
+        return base64.b64decode(rest["base64"], validate=True)
+    return _CLASSES[value[_TAG]](**rest)
+
+
+def fits(value: Any, shape: Any) -> bool:
+    """True if a value, and all that it holds, is of a type."""
+    origin, inner = typing.get_origin(shape), typing.get_args(shape)
+    if shape is Any:
+        return True
+    if origin in (types.UnionType, typing.Union):
+        return any(fits(value, one) for one in inner)
+    if origin is not None:
+        return isinstance(value, origin) and _all_fit(value, inner)
+    if shape is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if shape is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    hints = _hints(shape)
+    return isinstance(value, shape) and all(fits(getattr(value, n), h) for n, h in hints.items())
+
+
+def _all_fit(value: Any, inner: tuple[Any, ...]) -> bool:
+    """Of a mapping its keys and values, of a tuple its items."""
+    if isinstance(value, Mapping):
+        return all(fits(k, inner[0]) and fits(v, inner[1]) for k, v in value.items())
+    each = inner[:1] * len(value) if inner[-1] is ... else inner
+    return len(value) == len(each) and all(map(fits, value, each))
+
+
+@cache
+def _hints(shape: Any) -> dict[str, Any]:
+    """Types of the fields; none of what is no dataclass."""
+    if not dataclasses.is_dataclass(shape):
+        return {}
+    hints = typing.get_type_hints(shape)
+    return {f.name: hints[f.name] for f in dataclasses.fields(shape)}

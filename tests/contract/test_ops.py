@@ -1,0 +1,97 @@
+"""Each op has one row, and what the row names is there."""
+
+from __future__ import annotations
+
+import dataclasses
+from importlib import import_module
+from typing import Any
+
+import pytest
+
+from loratool import wire
+from loratool.adapter import TensorData
+from loratool.delta.forms import new_low_rank
+from loratool.engine import grid
+from loratool.engine.kernel import Kernel
+from loratool.engine.reads import cut_step
+from loratool.engine.rows import OPS, Op, args_of, op_of, piece_bytes, result_bytes, step_bytes
+from loratool.engine.step_args import SPELLED
+from loratool.errors import BugError
+from loratool.plan import DeltaPart, Step, TensorSpec
+
+VALUES: dict[str, Any] = {
+    "rounding": "stochastic", "seed": 0, "method": "ties", "params": {"density": 0.5},
+    "scale": 0.5, "anchor": 1, "how": "sum", "source": "ab", "gate": True, "wanted": "cd",
+    "patch": None, "names": ["x", "y"], "rule": {"rank": 4, "energy": 0.9}, "auto": True,
+    "exact": True, "slices": True, "transposed": True, "experts": 2, "kernel": [3, 3],
+    "gain": 2.0, "keep_going": True, "cap": 3, "rank": 2, "dtype": "F16", "bias": None,
+    "must_rewrite": True, "is_free": False,
+}  # fmt: skip
+
+
+def args(op: Op) -> dict[str, Any]:
+    """All arguments of an op, as a planner spells them."""
+    keys = {field: key for key, field in SPELLED.items()}
+    found = {keys.get(f.name, f.name): VALUES[f.name] for f in dataclasses.fields(op.args)}
+    return found | ({"source": True} if op.name == "make_patch" else {})
+
+
+def step(op: Op, **more: Any) -> Step:
+    factors = [TensorData(n, "F32", shape, bytes(4 * 16)) for n, shape in
+               (("B", (8, 2)), ("A", (2, 8)))]  # fmt: skip
+    spec = new_low_rank("m", "weight", *factors, layout="linear", rank=2, alpha=2.0, scaling=1.0)
+    inputs = tuple(TensorData("w", "F32", (8, 8), bytes(256)) for _ in range(4))
+    output = TensorSpec("m.weight", "F32", (8, 8))
+    return Step(op.name, output, inputs, (8, 8), (DeltaPart(spec, 1.0),), args=more)
+
+
+def test_names_are_unique() -> None:
+    assert len({op.name for op in OPS}) == len(OPS)
+
+
+@pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
+def test_its_kernel_is_there(op: Op) -> None:
+    assert op.moves_bytes == (op.name == "copy")
+    if not op.moves_bytes:
+        module, _, name = op.kernel.partition(":")
+        assert issubclass(getattr(import_module(module), name), Kernel)
+
+
+@pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
+def test_its_memory_is_known(op: Op) -> None:
+    one = step(op)
+    assert piece_bytes(one, 1 << 20, grid.CPU_ELEMENTS) >= 1 << 20
+    assert step_bytes(one) >= 0 and result_bytes(one) >= 0
+
+
+@pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
+def test_its_arguments_travel(op: Op) -> None:
+    given = args(op)
+    one = step(op, **given)
+    want = args_of(one)
+    for field in dataclasses.fields(op.args):
+        value = VALUES[field.name] if op.name != "make_patch" or field.name != "source" else True
+        assert getattr(want, field.name) == (tuple(value) if isinstance(value, list) else value)
+    far = wire.load(wire.dump(one), Step)
+    assert args_of(far) == want
+    assert (far.output, far.inputs, far.view, far.parts) == (
+        one.output, one.inputs, one.view, one.parts
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
+def test_other_arguments_are_bugs(op: Op) -> None:
+    with pytest.raises(BugError) as caught:
+        args_of(step(op, nonsense=1))
+    assert caught.value.code == "LT-003" and caught.value.exit_code == 1
+    for key in args(op):
+        with pytest.raises(BugError):
+            args_of(step(op, **{key: object()}))
+
+
+def test_an_op_without_a_row_is_a_bug() -> None:
+    one = dataclasses.replace(step(OPS[0]), op="nonsense")
+    for use in (op_of, args_of, lambda s: cut_step(s, elements=16, chunk=16, sample=False)):
+        with pytest.raises(BugError) as caught:
+            use(one)
+        assert caught.value.code == "LT-002"

@@ -1,0 +1,183 @@
+"""One plan, several executors: the same bytes, also if a worker is killed on the way."""
+
+from __future__ import annotations
+
+import hashlib
+import multiprocessing
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import loratool as lt
+from loratool.adapter import TensorRef
+from loratool.api import common
+from loratool.engine import grid
+from loratool.engine.executors import Task, find_executor, processes
+from loratool.engine.kernel import Env
+from loratool.errors import DiskError, NumericError, UsageError
+from loratool.store import reader
+from loratool.store.reader import FileReader
+from tests.make import randn, random_factors, save_adapter, save_checkpoint
+
+SHAPES = {f"layers.{i}.{name}": (96, 64) for i in range(3) for name in ("q_proj", "up_proj")}
+COMMANDS = ("merge", "extract", "compress")
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    top = tmp_path_factory.mktemp("inputs")
+    tensors = {f"model.{k}.weight": randn(*s, seed=i) for i, (k, s) in enumerate(SHAPES.items())}
+    save_checkpoint(top / "base", {**tensors, "model.norm.weight": randn(64, seed=9)}, shards=2)
+    for seed in (1, 2):
+        factors = random_factors({f"model.{k}": s for k, s in SHAPES.items()}, rank=4, seed=seed)
+        save_adapter(top / f"a{seed}", factors)
+    lt.merge([top / "a1"], base=top / "base", output=top / "tuned")
+    return top
+
+
+def call(command: str, top: Path, out: Path) -> None:
+    if command == "merge":
+        lt.merge([top / "a1", f"{top / 'a2'}:0.5"], base=top / "base", output=out, threads=2)
+    elif command == "extract":
+        lt.extract(top / "tuned", base=top / "base", rank=3, output=out, threads=2)
+    else:
+        lt.compress(top / "a1", energy=0.9, output=out, threads=2)
+
+
+def contents(folder: Path) -> dict[str, str]:
+    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest()
+            for p in sorted(folder.rglob("*")) if p.is_file()}  # fmt: skip
+
+
+def by_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(common.plan_resources.__kwdefaults__, "executor", "processes")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_processes_write_the_same(
+    command: str, inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    call(command, inputs, tmp_path / "threads")
+    by_processes(monkeypatch)
+    started = watched(monkeypatch)
+    call(command, inputs, tmp_path / "processes")
+    assert len(started) >= 2
+    assert contents(tmp_path / "processes") == contents(tmp_path / "threads")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_killed_worker_is_replaced(
+    command: str, inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed at the second step that it is given, before it can have done it."""
+    call(command, inputs, tmp_path / "threads")
+    by_processes(monkeypatch)
+    started = watched(monkeypatch)
+    killed = kill_at(monkeypatch, {2: 1})
+    call(command, inputs, tmp_path / "processes")
+    assert killed and len(started) >= 3
+    assert contents(tmp_path / "processes") == contents(tmp_path / "threads")
+
+
+class Fatal(FileReader):
+    """Kills its process in the second piece of a step, once: a file says whether it still may."""
+
+    reads = 0
+
+    def read_into(self, ref: TensorRef, start: int, buffer: memoryview) -> None:
+        if start and multiprocessing.parent_process() is not None:
+            Fatal.reads += 1
+            flag = Path(os.environ["FATAL"])
+            if Fatal.reads == 2 and flag.exists():
+                flag.unlink()
+                os.kill(os.getpid(), signal.SIGKILL)
+        super().read_into(ref, start, buffer)
+
+
+@pytest.mark.parametrize("command", ["merge", "extract"])
+def test_killed_in_the_middle_of_a_step(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Part of the tensor is written by then."""
+    shape = {"model.layers.0.up_proj": (1700, 1000)}  # four blocks
+    save_checkpoint(tmp_path / "base", {f"{k}.weight": randn(*s, seed=1) for k, s in shape.items()})
+    for seed in (1, 2):
+        save_adapter(tmp_path / f"a{seed}", random_factors(shape, rank=4, seed=seed))
+    lt.merge([tmp_path / "a1"], base=tmp_path / "base", output=tmp_path / "tuned")
+    monkeypatch.setattr(grid, "CPU_CHUNK_BYTES", 1 << 20)
+    call(command, tmp_path, tmp_path / "threads")
+    by_processes(monkeypatch)
+    monkeypatch.setattr(reader, "FileReader", Fatal)
+    flag = tmp_path / "flag"
+    monkeypatch.setenv("FATAL", str(flag))
+    flag.touch()
+    call(command, tmp_path, tmp_path / "processes")
+    assert not flag.exists()
+    assert contents(tmp_path / "processes") == contents(tmp_path / "threads")
+
+
+def test_a_step_that_kills_twice_is_an_error(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing half-written is left, and the same command goes on with threads."""
+    with monkeypatch.context() as patch:
+        by_processes(patch)
+        kill_at(patch, {2: 9})
+        with pytest.raises(DiskError) as caught:
+            call("merge", inputs, tmp_path / "out")
+    assert caught.value.code == "LT-606" and "-9" in str(caught.value)
+    assert not (tmp_path / "out").exists()
+    call("merge", inputs, tmp_path / "out")
+    call("merge", inputs, tmp_path / "clean")
+    assert contents(tmp_path / "out") == contents(tmp_path / "clean")
+
+
+def test_errors_come_through(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = randn(96, 64, seed=1)
+    weight[0, 0] = float("nan")
+    save_checkpoint(tmp_path / "base", {"model.layers.0.q_proj.weight": weight})
+    save_adapter(
+        tmp_path / "a", random_factors({"model.layers.0.q_proj": (96, 64)}, rank=2, seed=1)
+    )
+    by_processes(monkeypatch)
+    with pytest.raises(NumericError) as caught:
+        lt.merge([tmp_path / "a"], base=tmp_path / "base", output=tmp_path / "out")
+    assert caught.value.code == "LT-804" and caught.value.key is not None
+
+
+def test_there_are_two() -> None:
+    with pytest.raises(UsageError) as caught:
+        find_executor("fibers")
+    assert caught.value.code == "LT-209"
+
+
+def watched(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Every worker that is started."""
+    started: list[Any] = []
+    make = processes._Worker.__init__
+
+    def init(self: Any, env: Env) -> None:
+        make(self, env)
+        started.append(self)
+
+    monkeypatch.setattr(processes._Worker, "__init__", init)
+    return started
+
+
+def kill_at(monkeypatch: pytest.MonkeyPatch, times: dict[int, int]) -> list[int]:
+    """Kill the worker that is given step number so and so, so many times."""
+    killed: list[int] = []
+    begin = processes._Worker.begin
+
+    def kill(self: Any, task: Task, attempt: int) -> None:
+        if times.get(task.index, 0) > 0:
+            times[task.index] -= 1
+            os.kill(self._process.pid, signal.SIGKILL)
+            killed.append(self._process.pid)
+        begin(self, task, attempt)
+
+    monkeypatch.setattr(processes._Worker, "begin", kill)
+    return killed
