@@ -58,11 +58,57 @@ class TensorRef:
         """Length in bytes of what is in the file."""
         return self.nbytes - self.zeros
 
+    def ranges(self, start: int = 0, stop: int | None = None) -> tuple[tuple[Path, int, int], ...]:
+        """(file, offset, length) of what is in files of the bytes from ``start`` to ``stop``."""
+        stop = min(self.stored_bytes, self.stored_bytes if stop is None else stop)
+        return ((self.file, self.start + start, stop - start),) if start < stop else ()
+
+    @property
+    def stored(self) -> tuple[TensorRef, ...]:
+        """The tensors in files that it is read from."""
+        return (self,)
+
     def grown(self, rows: int) -> TensorRef:
         """The same with rows of zeros after its own, ``rows`` in all."""
         shape = (rows, *self.shape[1:])
         nbytes = tensor_bytes(self.dtype, shape)
         return replace(self, shape=shape, nbytes=nbytes, zeros=nbytes - self.stored_bytes)
+
+
+@dataclass(frozen=True)
+class CodedRef(TensorRef):
+    """A weight that a file holds in codes, seen as the float32 numbers that they stand for.
+
+    ``file``, ``name`` and ``start`` are those of the codes; ``shape`` and ``nbytes`` those of the
+    numbers.
+
+    Attributes:
+        codec: a row of `loratool.quant.CODECS`.
+        codes: the codes.
+        scales: factors of the codes; None = they stand for themselves.
+        block: (rows, columns) that one factor is for; rows of each matrix of a stack.
+        is_kept: written in codes again, not as plain numbers.
+    """
+
+    codec: str = ""
+    codes: TensorRef | None = None
+    scales: TensorRef | None = None
+    block: tuple[int, int] = (1, 1)
+    is_kept: bool = False
+
+    @property
+    def stored(self) -> tuple[TensorRef, ...]:
+        """The codes and their factors."""
+        return tuple(ref for ref in (self.codes, self.scales) if ref is not None)
+
+    def ranges(self, start: int = 0, stop: int | None = None) -> tuple[tuple[Path, int, int], ...]:
+        """As `TensorRef.ranges`; the factors are read whole."""
+        assert self.codes is not None
+        whole = numel(self.shape)
+        first, last = (self.codes.nbytes * at // (4 * whole or 1)
+                       for at in (start, self.nbytes if stop is None else stop))  # fmt: skip
+        scales = () if self.scales is None else self.scales.ranges()
+        return (*self.codes.ranges(first, last), *scales)
 
 
 @dataclass(frozen=True)

@@ -163,7 +163,7 @@ class Step:
                 sources += part.spec.fields.values()
             else:
                 sources.append(part.source)
-        yield from (s for s in sources if isinstance(s, TensorRef))
+        yield from (ref for s in sources if isinstance(s, TensorRef) for ref in s.stored)
 
 
 @dataclass(frozen=True)

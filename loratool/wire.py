@@ -24,7 +24,8 @@ _TAG = "is"
 _CLASSES: Mapping[str, type] = {
     c.__name__: c
     for c in (
-        adapter.TensorRef, adapter.TensorData, adapter.DeltaSpec, plan.TensorSpec, plan.Span,
+        adapter.TensorRef, adapter.CodedRef, adapter.TensorData, adapter.DeltaSpec,
+        plan.TensorSpec, plan.Span,
         plan.Region, plan.DeltaPart, plan.ReplacePart, plan.Step, plan.ShardPlan, plan.Plan,
     )
 }  # fmt: skip

@@ -118,6 +118,24 @@ def rounding_args(exact: bool, rounding: str, seed: int | None) -> dict[str, Any
     return {"rounding": "exact"} if exact else {}
 
 
+def codes_option(dequantize: bool, requant: bool, *, dtype: str, rounding: str, exact: bool) -> str:
+    """What becomes of quantised weights: ``dequantize``, ``requant`` or "".
+
+    Raises:
+        UsageError: LT-273, options that contradict each other.
+    """
+    if not requant:
+        return "dequantize" if dequantize else ""
+    others = {
+        "--dequantize": dequantize, "--dtype": dtype != "auto", "--exact": exact,
+        "--rounding stochastic": rounding == "stochastic",
+    }  # fmt: skip
+    if odd := [name for name, is_given in others.items() if is_given]:
+        raise UsageError("LT-273", "--requant writes the base's own codes, nearest to each sum",
+                         got=" and ".join(odd))  # fmt: skip
+    return "requant"
+
+
 @dataclass(frozen=True)
 class Resources:
     """Where and with how much a plan runs.
@@ -246,7 +264,7 @@ def run_id(plan: Plan, device: str) -> str:
 
 def option_values(**options: Any) -> dict[str, Any]:
     """Options that change bytes, without those at their default (None, False, empty)."""
-    return {k: v for k, v in options.items() if v not in (None, False, (), [], "auto")}
+    return {k: v for k, v in options.items() if v not in (None, False, (), [], "auto", "")}
 
 
 def recorded_name(path: Path) -> str:

@@ -13,6 +13,7 @@ from loratool.adapter import ReadOptions
 from loratool.api.combine import combine
 from loratool.api.common import (
     Resources,
+    codes_option,
     file_rules,
     parse_dtype,
     parse_size,
@@ -70,6 +71,8 @@ def merge(
     skip: Sequence[str] = (),
     allow_unmatched: bool = False,
     resize_embeddings: bool = False,
+    dequantize: bool = False,
+    requant: bool = False,
     tokenizer: str | None = None,
     save_undo: str | Path | None = None,
     force: bool = False,
@@ -126,6 +129,9 @@ def merge(
         skip: components or regular expressions to leave out.
         allow_unmatched: leave out and report what has no target.
         resize_embeddings: replaced embeddings may change the vocabulary size.
+        dequantize: of a quantised base: write plain numbers, bfloat16 or ``dtype``.
+        requant: of a quantised base: keep its format; changed weights are coded anew.  Refused
+            where that loses more than half of the change, unless ``force``.
         tokenizer: ``base`` or ``adapter``: whose tokenizer, chat template, processor and
             generation settings go along where they differ; None = the adapter's.
         save_undo: file to write from which `subtract` gives the base back bit for bit.
@@ -163,6 +169,7 @@ def merge(
             "rounding": "auto" if rounding == "nearest" else rounding, "residual": residual,
             "untie": untie, "keep_tied": keep_tied, "rename": tuple(rename), "skip": tuple(skip),
             "allow_unmatched": allow_unmatched, "resize_embeddings": resize_embeddings,
+            "dequantize": dequantize, "requant": requant,
             "save_undo": save_undo, "restart": restart, "checksum": checksum,
             "allow_nonfinite": allow_nonfinite, "tokenizer": tokenizer,
         })  # fmt: skip
@@ -188,6 +195,7 @@ def merge(
             resize_embeddings, moe_layout,
         ),
         read,
+        codes_option(dequantize, requant, dtype=dtype, rounding=rounding, exact=exact),
     )  # fmt: skip
     rest = None
     if residual is not None:
@@ -268,6 +276,7 @@ def _write(
     """Write the output; returns the steps' results and notes about an interrupted run."""
     from loratool.engine.run import execute
     from loratool.engine.sink import CheckpointSink
+    from loratool.ops.loss import require_kept
     from loratool.store.jsonfile import dump_json
     from loratool.store.reader import FileReader
     from loratool.store.stamps import take_stamps
@@ -293,6 +302,9 @@ def _write(
         sink = CheckpointSink(plan, output)
         results = execute(plan, reader, sink, resources.run)
         reader.check_unchanged()
+        if any(op_of(s).writes_codes for s in plan.steps) and not force:
+            changed = [r for r in map(plain_result, results) if r.get("delta_square", 0) > 0]
+            require_kept(changed, {s.output.name: s.output.numel for s in plan.steps})
         if before_commit is not None:  # so that no output ever lacks its undo file
             before_commit(sink)
         if is_folder:

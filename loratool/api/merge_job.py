@@ -15,6 +15,7 @@ from loratool.archs.ties import is_embedding
 from loratool.dtypes import DTYPES
 from loratool.errors import MismatchError, UsageError
 from loratool.ops.bind import BindOptions, bind
+from loratool.ops.coded import Decoded, decode_base
 from loratool.ops.heads import take_heads
 from loratool.ops.inputs import (
     Access,
@@ -42,10 +43,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class NameOptions:
-    """How names and missing facts of adapters are understood."""
+    """How names, missing facts of adapters and codes of the base are understood.
+
+    Attributes:
+        bind: names.
+        read: what adapters do not say.
+        codes: what becomes of quantised weights: ``dequantize`` or ``requant``; "" = there are
+            none.
+    """
 
     bind: BindOptions
     read: ReadOptions
+    codes: str = ""
 
 
 @dataclass(frozen=True)
@@ -152,6 +161,10 @@ def prepare_merge(
             replace(o, weight=o.weight.times(s)) for o, s in zip(opened, kind.signs, strict=True)
         ]
     opened_base = open_base(str(base), [o.adapter for o in opened], access)
+    decoded = Decoded(opened_base.checkpoint)
+    if names.codes:
+        decoded = decode_base(opened_base.checkpoint, keep=names.codes == "requant", dtype=dtype)
+        opened_base = replace(opened_base, checkpoint=decoded.checkpoint)
     if output is not None:
         _check_output_form(output, opened_base)
         guard_output(output, [opened_base.resolved.named, *(a.resolved.named for a in opened)])
@@ -186,8 +199,13 @@ def prepare_merge(
     )  # fmt: skip
     planned = replace(
         planned,
-        config_changes={**headed.config_changes, **parts.config_changes, **planned.config_changes},
-        notes=(*headed.notes, *parts.notes, *planned.notes),
+        config_changes={
+            **decoded.config_changes,
+            **headed.config_changes,
+            **parts.config_changes,
+            **planned.config_changes,
+        },
+        notes=(*decoded.notes, *headed.notes, *parts.notes, *planned.notes),
     )
     if residual is not None:
         planned = patch_merge(planned, checkpoint, residual)
@@ -321,6 +339,7 @@ def _options(names: NameOptions, dtype: str | None, shard_bytes: int | None) -> 
         untie=b.untie,
         keep_tied=b.keep_tied,
         resize_embeddings=b.resize_embeddings,
+        codes=names.codes,
         alpha=r.alpha,
         rank_from=r.rank_from,
         mha_out_proj=r.mha_out_proj,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -119,6 +119,7 @@ def verify(
         if not adapters:
             inputs, weights, mean = replay.adapters, None, False
             names = _recorded_names(options)
+    names = replace(names, codes=options.get("codes", ""))
     if module_weights is not None:
         rules = read_module_weights(Path(module_weights), len(inputs))
     else:  # of other adapters than those given they say nothing

@@ -76,6 +76,10 @@ _MENTION_FLOAT32 = 0.01
 @opt.option("--tokenizer", type=click.Choice(["base", "adapter"]), section="Output",
             help="Whose tokenizer, chat template and generation settings go along where they "
             "differ. Default: the adapter's.")  # fmt: skip
+@opt.option("--dequantize", is_flag=True, section="Output",
+            help="Of a quantised base: write plain numbers, bfloat16 or --dtype.")  # fmt: skip
+@opt.option("--requant", is_flag=True, section="Output",
+            help="Of a quantised base: keep its format, code changed weights anew.")  # fmt: skip
 @opt.option("--save-undo", metavar="FILE", section="Output",
             help="Also write what `subtract --undo` needs to restore every bit.")  # fmt: skip
 @opt.program

@@ -29,6 +29,12 @@ WIDENED_DTYPES: dict[str, torch.dtype] = {
 }
 """Types that factors may be stored in, widened to float32 when they are loaded."""
 
+
+def torch_dtype(name: str) -> torch.dtype:
+    """The torch type of a safetensors name that tensors are read or written in."""
+    return TORCH_DTYPES.get(name) or WIDENED_DTYPES[name]
+
+
 SAFETENSORS_NAMES = {v: k for k, v in TORCH_DTYPES.items()}
 
 
@@ -116,7 +122,7 @@ class Pool:
 
 def from_bytes(data: torch.Tensor, dtype: str, shape: tuple[int, ...]) -> torch.Tensor:
     """View a uint8 tensor as the elements that it holds."""
-    return data.view(TORCH_DTYPES.get(dtype) or WIDENED_DTYPES[dtype]).view(shape)
+    return data.view(torch_dtype(dtype)).view(shape)
 
 
 def to_bytes(tensor: torch.Tensor) -> memoryview:

@@ -15,7 +15,7 @@ from loratool.delta.mutation import removed_delta
 from loratool.delta.placed import Placed
 from loratool.delta.vector import Rows
 from loratool.engine import grid
-from loratool.engine.buffers import TORCH_DTYPES
+from loratool.engine.buffers import torch_dtype
 from loratool.engine.combining import random_keys
 from loratool.engine.gate import Gate
 from loratool.engine.kernel import INTEGERS, Env, Kernel
@@ -71,7 +71,7 @@ class AddDeltas(Kernel):
 
     def __init__(self, step: Step, env: Env) -> None:
         super().__init__(step, env)
-        self.target = TORCH_DTYPES[step.output.dtype]
+        self.target = torch_dtype(step.output.dtype)
         self.rounder = make_rounder(self.args, self.target, env, step.output.name)
         self.dtype = self.rounder.dtype
         self.scale = self.args.scale
@@ -80,7 +80,7 @@ class AddDeltas(Kernel):
         self.dense: list[tuple[int, float]] = []  # (input position, weight) of whole replacements
         self._sums: dict[int, tuple[torch.Tensor, int, int]] = {}
         self._gate = Gate(
-            step.output.name, step.output.dtype, self.target, allow_nonfinite=env.allow_nonfinite
+            step.output.name, step.output.dtype, self.limit, allow_nonfinite=env.allow_nonfinite
         )
         is_large = step.view[0] * step.view[1] > _MEASURE_WHOLE
         self._stride, self._block_stride = (_STRIDE, _BLOCK_STRIDE) if is_large else (1, 1)
@@ -88,6 +88,11 @@ class AddDeltas(Kernel):
         count = len(grid.blocks(step.view, env.elements))
         self._every = max(self._block_stride, count // _SAMPLE_BLOCKS // 2 * 2)
         self._per_block = max(1, _SAMPLE // max(1, min(count, _SAMPLE_BLOCKS)))
+
+    @property
+    def limit(self) -> torch.dtype:
+        """The type whose largest number no sum may pass."""
+        return self.target
 
     def prepare(self) -> None:
         """Load factors, fold coefficients in, measure norms where a delta asks for it."""
@@ -171,12 +176,19 @@ class AddDeltas(Kernel):
 
     def run(self, block: grid.Block, inputs: list[torch.Tensor], out: torch.Tensor | None) -> None:
         """Sum in the accumulator's type, round once into ``out``, keep the sums of the report."""
-        base = inputs[0]
-        shape = (base.shape[0], base.shape[1])
+        base, acc = inputs[0], self.sum(block, inputs)
+        out = self.store(block, inputs, acc, out)
+        bad = self._gate.see(block.index, block.start, acc)
+        rows = slice(-block.r0 % self._stride, None, self._stride)
+        if block.index % self._block_stride == 0 and rows.start < base.shape[0]:
+            finite = [x if bad is None else x.masked_fill(bad, 0.0) for x in (base, acc, out)]
+            self._measure(block, *(x[rows] for x in finite))
+
+    def sum(self, block: grid.Block, inputs: list[torch.Tensor]) -> torch.Tensor:
+        """W + Σ deltas of a block, in the accumulator's type."""
+        shape = (inputs[0].shape[0], inputs[0].shape[1])
         acc = self.env.scratch.take("acc", shape, self.dtype, self.env.device)
-        if out is None:
-            out = self.env.scratch.take("out", shape, self.target, self.env.device)
-        rounding.widen_into(acc, base)
+        rounding.widen_into(acc, inputs[0])
         weight = acc
         if self.dense or not all(d.is_additive for d in self.deltas):
             weight = self.env.scratch.take("weight", shape, self.dtype, self.env.device)
@@ -187,12 +199,21 @@ class AddDeltas(Kernel):
             delta.add_to(acc, weight, block.r0, block.r1, block.c0, block.c1)
         if self.scale != 1.0:
             acc.mul_(self.scale)
+        return acc
+
+    def store(
+        self,
+        block: grid.Block,
+        inputs: list[torch.Tensor],
+        acc: torch.Tensor,
+        out: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Fill ``out`` from the sums; returns the numbers that it then stands for."""
+        if out is None:
+            shape = (acc.shape[0], acc.shape[1])
+            out = self.env.scratch.take("out", shape, self.target, self.env.device)
         self.rounder.round(block, inputs, acc, out)
-        bad = self._gate.see(block.index, block.start, acc)
-        rows = slice(-block.r0 % self._stride, None, self._stride)
-        if block.index % self._block_stride == 0 and rows.start < shape[0]:
-            finite = [x if bad is None else x.masked_fill(bad, 0.0) for x in (base, acc, out)]
-            self._measure(block, *(x[rows] for x in finite))
+        return out
 
     def _measure(
         self, block: grid.Block, base: torch.Tensor, acc: torch.Tensor, out: torch.Tensor

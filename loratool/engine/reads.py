@@ -57,10 +57,7 @@ def planned_ranges(plan: Plan, *, elements: int, sample: bool) -> Iterator[Range
             if isinstance(source, TensorRef):
                 size = DTYPES[source.dtype].bits // 8
                 for (block,) in blocks:
-                    start, stop = block.start * size, (block.start + block.numel) * size
-                    stop = min(stop, source.stored_bytes)
-                    if start < stop:
-                        yield source.file, source.start + start, stop - start
+                    yield from source.ranges(block.start * size, (block.start + block.numel) * size)
 
 
 def factor_ranges(specs: Iterable[DeltaSpec]) -> Iterator[Range]:
@@ -72,7 +69,7 @@ def factor_ranges(specs: Iterable[DeltaSpec]) -> Iterator[Range]:
 def _whole(sources: Iterable[Source]) -> Iterator[Range]:
     for source in sources:
         if isinstance(source, TensorRef):
-            yield source.file, source.start, source.stored_bytes
+            yield from source.ranges()
 
 
 def _sees_whole_base(step: Step) -> bool:

@@ -31,9 +31,11 @@ class Op:
         fate: what becomes of the first input: ``changed``, ``cast`` or ``copied``.
         reads_bytes: blocks are of bytes, whatever the type of the inputs.
         has_pairs: inputs come in pairs, one after the other.
+        has_one_input: only the first input is read in pieces; the kernel reads the others.
         is_sampled: a dry run looks at a few of its blocks.
         is_arithmetic: its time goes into factorisations: ``auto`` takes a GPU, which then also
             holds its matrices; small steps may be put together there.
+        writes_codes: the tensor made is in codes, or their factors.
         is_proven: the tensor made is held to a digest of the file that it is to equal.
     """
 
@@ -46,9 +48,11 @@ class Op:
     fate: str = "changed"
     reads_bytes: bool = False
     has_pairs: bool = False
+    has_one_input: bool = False
     is_sampled: bool = False
     is_arithmetic: bool = False
     is_proven: bool = False
+    writes_codes: bool = False
 
     @property
     def moves_bytes(self) -> bool:
@@ -69,6 +73,10 @@ OPS: tuple[Op, ...] = (
     Op("copy", "", piece=memory.copied_piece, fate="copied", reads_bytes=True),
     Op("cast", _MERGING, **_SUM, fate="cast"),
     Op("add_deltas", _MERGING, **_SUM, is_sampled=True),
+    Op("requantize", "loratool.engine.requant:Requantize", takes.RequantizeArgs,
+       memory.summed_piece, memory.requantized_step, is_sampled=True, writes_codes=True),
+    Op("requantize_scales", "loratool.engine.requant:RequantizeScales", takes.RequantizeArgs,
+       memory.summed_piece, memory.requantized_step, has_one_input=True, writes_codes=True),
     Op("compare", "loratool.engine.comparing:Compare", **_SUM),
     Op("compare_bytes", "loratool.engine.comparing:CompareBytes", piece=memory.copied_piece,
        reads_bytes=True),

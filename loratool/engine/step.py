@@ -146,6 +146,8 @@ class StepWork:
         sources = self.step.inputs
         if self._op.has_pairs:  # one after the other through the same buffers
             sources = sources[2 * piece[0].pair : 2 * piece[0].pair + 2]
+        if self._op.has_one_input:
+            sources = sources[:1]
         inputs = [self._read(lane, i, s, first, count) for i, s in enumerate(sources)]
         outs: torch.Tensor | None = None
         if self._out is not None:

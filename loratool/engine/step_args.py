@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from loratool.adapter import DeltaSpec, TensorRef
+from loratool.adapter import CodedRef, DeltaSpec, TensorRef
 from loratool.errors import BugError
 from loratool.wire import fits
 
@@ -41,6 +41,19 @@ class SumArgs:
     params: Mapping[str, float | int | str] | None = None
     scale: float = 1.0
     anchor: int = 0
+
+
+@dataclass(frozen=True)
+class RequantizeArgs(SumArgs):
+    """How sums are coded.
+
+    Attributes:
+        coded: the base's weight, whose format they take.
+        view: (rows, cols) of the weight, where the step writes its factors.
+    """
+
+    coded: CodedRef | None = None
+    view: tuple[int, int] = (0, 0)
 
 
 @dataclass(frozen=True)

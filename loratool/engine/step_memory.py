@@ -14,6 +14,7 @@ from loratool.engine.step_args import (
     FactorArgs,
     MakePatchArgs,
     NoArgs,
+    RequantizeArgs,
     SubtractAndFactorArgs,
     SumArgs,
 )
@@ -80,6 +81,13 @@ def summed_step(step: Step, args: Any) -> int:
         elif part.rows is not None:
             total += part.source.numel * 12
     return total
+
+
+def requantized_step(step: Step, args: RequantizeArgs) -> int:
+    """Besides, factors and largest numbers of all blocks, and one block of the pass over them."""
+    coded = args.coded
+    blocks = 0 if coded is None or coded.scales is None else coded.scales.numel
+    return summed_step(step, args) + 24 * blocks + grid.CPU_ELEMENTS * 64
 
 
 def looked_step(step: Step, args: SumArgs) -> int:

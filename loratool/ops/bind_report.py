@@ -32,7 +32,8 @@ _WHAT: Mapping[str, tuple[str, str]] = {
     ),
     "LT-435": (
         "{count} targets are quantised and cannot take a delta",
-        "merge into the 16-bit model that it was quantised from",
+        "--dequantize (16-bit weights) or --requant (its own format), where the format is read; "
+        "or merge into the 16-bit model that it was quantised from",
     ),
     "LT-436": (
         "the layout of {count} square expert weights is ambiguous",

@@ -7,10 +7,35 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from loratool.dtypes import DTYPES
+from loratool.errors import NumericError
 from loratool.report import ModuleLoss
 
 WARN_LOSS = 0.25
 """Share of a change lost to rounding above which a merge warns (ρ < 4η)."""
+
+
+MAX_LOSS = 0.5
+"""Share of a change that coding it anew may lose unless the user insists."""
+
+
+def require_kept(results: Sequence[Any], sizes: Mapping[str, int]) -> None:
+    """Refuse weights whose codes are too coarse for the change.
+
+    Args:
+        results: as of `module_losses`.
+        sizes: likewise.
+
+    Raises:
+        NumericError: LT-807.
+    """
+    modules, total = module_losses(results, sizes)
+    if total.loss > MAX_LOSS:
+        worst = max(modules, key=lambda m: m.loss)
+        raise NumericError(
+            "LT-807", f"the codes of the base lose {total.loss:.0%} of the change", key=worst.name,
+            expected=f"at most {MAX_LOSS:.0%}", got=f"{worst.loss:.0%} of this tensor's",
+            hint="--dequantize keeps it, in 16-bit weights; --force writes the codes all the same",
+        )  # fmt: skip
 
 
 def module_losses(

@@ -8,13 +8,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from loratool.adapter import Adapter, DeltaSpec, Replacement, Source, TensorRef
+from loratool.adapter import Adapter, CodedRef, DeltaSpec, Replacement, Source, TensorRef
 from loratool.archs.stated import dtype_config
 from loratool.dtypes import DTYPES, numel
 from loratool.engine.rows import op_of
 from loratool.errors import MismatchError, list_some
 from loratool.ops.align_parts import require_aligned
 from loratool.ops.bind import Bindings, BoundReplacement
+from loratool.ops.coded import PLAIN
 from loratool.ops.weights import Weight
 from loratool.plan import DeltaPart, Part, Plan, ReplacePart, ShardPlan, Step, TensorSpec
 from loratool.store.checkpoint import Checkpoint, Shard
@@ -106,6 +107,7 @@ def plan_merge(
             steps[name] = _make_step(label, ref, found, dtype, how)
     if parts:
         raise AssertionError(f"parts without a tensor: {sorted(parts)}")
+    steps |= _make_scales(steps, sources)
     if dtype is not None:
         config_changes |= dtype_config(checkpoint.config, dtype)
     groups = _group(steps, checkpoint, shard_bytes)
@@ -251,11 +253,43 @@ def _require_sums(adapters: Sequence[WeightedAdapter]) -> None:
         )  # fmt: skip
 
 
+def _make_coded(name: str, ref: CodedRef, parts: list[Part], how: Mapping[str, Any]) -> Step:
+    """A weight that stays in codes: as they are, or coded anew."""
+    assert ref.codes is not None
+    output = TensorSpec(name, ref.codes.dtype, ref.shape)
+    if not parts:
+        return Step("copy", output, (ref.codes,), (1, ref.codes.nbytes))
+    step = _make_step(name, replace(ref, is_kept=False), parts, None, how)
+    view = matrix_view(step.output.shape, parts)
+    return replace(step, op="requantize", output=output, view=view, args={**how, "coded": ref})
+
+
+def _make_scales(steps: Mapping[str, Step], sources: Mapping[str, TensorRef]) -> dict[str, Step]:
+    """The factors of weights that are coded anew, by their names."""
+    names = {ref: name for name, ref in sources.items() if not isinstance(ref, CodedRef)}
+    made = {}
+    for step in steps.values():
+        coded = step.args.get("coded") if step.op == "requantize" else None
+        if coded is None or coded.scales is None:
+            continue
+        name = names[coded.scales]
+        old = steps[name]
+        made[name] = replace(
+            step, op="requantize_scales", output=old.output, inputs=(coded.scales, *step.inputs),
+            view=matrix_view(old.output.shape, ()), args={**step.args, "view": step.view},
+        )  # fmt: skip
+    return made
+
+
 def _make_step(
     name: str, ref: TensorRef, parts: list[Part], dtype: str | None, how: Mapping[str, Any]
 ) -> Step:
+    if isinstance(ref, CodedRef) and ref.is_kept:
+        return _make_coded(name, ref, parts, how)
     base: Source = ref
     target = dtype if dtype is not None and DTYPES[ref.dtype].is_mergeable else ref.dtype
+    if isinstance(ref, CodedRef) and dtype is None:
+        target = PLAIN
     whole = [p for p in parts if isinstance(p, ReplacePart) and p.rows is None]
     if len(whole) == 1 and whole[0].weight == 1:
         base, parts = whole[0].source, [p for p in parts if p is not whole[0]]
@@ -302,7 +336,8 @@ def matrix_view(shape: tuple[int, ...], parts: Sequence[Part]) -> tuple[int, int
 
 
 def _fate(step: Step, ref: TensorRef | None) -> str:
-    return op_of(step).fate if step.inputs[0] == ref else "changed"
+    stored = () if ref is None else (ref, *ref.stored)
+    return op_of(step).fate if step.inputs[0] in stored else "changed"
 
 
 def _file_name(name: str, ref: TensorRef, checkpoint: Checkpoint) -> str:
@@ -388,7 +423,8 @@ def _make_shard(
         and name == shard.name
         and len(own) == len(steps) == len(shard.keys)
         and all(
-            ref.file == shard.path
+            type(ref) is TensorRef
+            and ref.file == shard.path
             and (ref.name, ref.dtype, ref.shape) == (t.name, t.dtype, t.shape)
             for ref, t in zip(own, tensors, strict=True)
         )

@@ -61,6 +61,7 @@ class RecordedOptions(TypedDict, total=False):
     untie: bool
     keep_tied: bool
     resize_embeddings: bool
+    codes: Literal["dequantize", "requant"]
     alpha: _Weight
     rank_from: Literal["file", "config"]
     mha_out_proj: Literal["once", "twice"]

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 
+from loratool.adapter import CodedRef
 from loratool.archs.ties import Tie, find_ties
 from loratool.dtypes import DTYPES
 from loratool.engine.rows import op_of
 from loratool.errors import MismatchError
 from loratool.ops.align import align_names, same_form
+from loratool.ops.coded import PLAIN
 from loratool.plan import Plan, Step, TensorSpec
 from loratool.store.checkpoint import Checkpoint
 
@@ -48,7 +50,7 @@ def merged_dtype(base: Checkpoint, merged: Checkpoint) -> str | None:
         MismatchError: its tensors changed to several types.
     """
     merged = under_names_of(merged, base)
-    pairs = [(ref.dtype, merged.tensors[n].dtype)
+    pairs = [(PLAIN if isinstance(ref, CodedRef) else ref.dtype, merged.tensors[n].dtype)
              for n, ref in base.tensors.items() if n in merged.tensors]  # fmt: skip
     changed = {
         after
@@ -75,6 +77,12 @@ def plan_verify(plan: Plan, names: Mapping[int, str], merged: Checkpoint) -> Ver
         names: position of a step -> checkpoint-wide name of its tensor.
         merged: the checkpoint under test.
     """
+    if any(op_of(step).writes_codes for step in plan.steps):
+        raise MismatchError(
+            "LT-496", "a merge into quantised weights is not verified number by number",
+            file=merged.path,
+            hint="merge again: the same inputs and options give the same bytes",
+        )  # fmt: skip
     steps: list[Step] = []
     missing: list[str] = []
     unlike: list[tuple[str, str]] = []

@@ -21,12 +21,12 @@ from loratool.errors import (
     UnsafeContentError,
     list_some,
 )
+from loratool.quant.recognize import method_in_tensors, recognize_quantization
 from loratool.store.contained import is_inside, list_folder
 from loratool.store.foreign import PICKLE_HINT
 from loratool.store.header import MAX_HEADER_BYTES, read_header, short_name
 from loratool.store.jsonfile import load_json
 from loratool.store.layout import PLAIN_STEMS, Layout, find_layout, has_weights, is_pickle_name
-from loratool.store.quantized import method_in_tensors, recognize_quantization
 
 _ADAPTER_KEY = re.compile(
     r"lora_[ABab]\b|lora_(up|down|mid)\b|\.lora\.(up|down)\b|hada_w[12]|lokr_w[12]|"

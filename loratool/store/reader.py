@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
 
-from loratool.adapter import Source, Stamp, TensorData, TensorRef
+from loratool.adapter import CodedRef, Source, Stamp, TensorData, TensorRef
 from loratool.errors import BadFileError, DiskError, UnsafeContentError
+from loratool.quant import CODECS
 from loratool.store import remote_spans
 from loratool.store.contained import open_again
 from loratool.store.remote import remote_file
@@ -92,6 +93,9 @@ class FileReader:
             DiskError: the system refuses to read.
             HubError: the file is on the Hub, which does not give the bytes.
         """
+        if isinstance(ref, CodedRef):
+            CODECS[ref.codec].coder.decode(ref, self, start, buffer)
+            return
         stored = max(0, min(len(buffer), ref.stored_bytes - start)) if ref.zeros else len(buffer)
         if stored < len(buffer):
             buffer[stored:] = bytes(len(buffer) - stored)

@@ -27,6 +27,7 @@ LAYERS = (
         "report",
         "__init__",
     },
+    {"quant"},
     {"store"},
     {"linalg", "delta"},
     {"dialects", "archs"},
@@ -35,10 +36,11 @@ LAYERS = (
     {"api"},
     {"cli", "__main__"},
 )
-TORCH = {"linalg", "delta", "engine"}
+TORCH = {"linalg", "delta", "engine", "quant"}
 # Needed to plan: the block grid, the ops and their memory; none of these imports torch.
 TORCH_FREE = {"engine/grid.py", "engine/rows.py", "engine/step_args.py", "engine/step_memory.py",
-              "delta/forms.py"}  # fmt: skip
+              "delta/forms.py", "quant/__init__.py", "quant/base.py", "quant/find.py",
+              "quant/recognize.py"}  # fmt: skip
 
 FILES = sorted(ROOT.rglob("*.py"))
 

@@ -84,7 +84,8 @@ def _by_type(name: str, ref: TensorRef, tensors: Mapping[str, TensorRef]) -> str
     if len(ref.shape) < 2:
         return None
     if ref.dtype.startswith("F8_") and ref.dtype != "F8_E8M0":
-        scaled = name.endswith(".weight") and name + "_scale" in tensors
+        is_comfy = f"{name.removesuffix('weight')}comfy_quant" in tensors
+        scaled = name.endswith(".weight") and name + "_scale" in tensors and not is_comfy
         return "compressed-tensors" if scaled else "fp8"
     if ref.dtype in ("F4", "F6_E2M3", "F6_E3M2"):
         return "fp4" if ref.dtype == "F4" else "fp6"
