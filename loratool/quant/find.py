@@ -13,6 +13,7 @@ _PARTS = ("text_config",)
 CODECS: dict[str, Codec] = {
     c.name: c
     for c in (
+        Codec("fp8", "8-bit floats", ("fp8",), "loratool.quant.fp8"),
     )
 }  # fmt: skip
 
