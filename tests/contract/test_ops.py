@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from loratool import wire
-from loratool.adapter import TensorData
+from loratool.adapter import CodedRef, TensorData, TensorRef
 from loratool.delta.forms import new_low_rank
 from loratool.engine import grid
 from loratool.engine.kernel import Kernel
@@ -19,13 +20,22 @@ from loratool.engine.step_args import SPELLED
 from loratool.errors import BugError
 from loratool.plan import DeltaPart, Step, TensorSpec
 
+
+def coded() -> CodedRef:
+    """A weight of 8-bit floats with one factor."""
+    codes = TensorRef(Path("x"), "w", "F8_E4M3", (8, 8), 8, 64)
+    scale = TensorRef(Path("x"), "w_scale_inv", "F32", (1, 1), 72, 4)
+    return CodedRef(Path("x"), "w", "F32", (8, 8), 8, 256, codec="fp8", codes=codes, scales=scale,
+                    block=(8, 8))  # fmt: skip
+
+
 VALUES: dict[str, Any] = {
     "rounding": "stochastic", "seed": 0, "method": "ties", "params": {"density": 0.5},
     "scale": 0.5, "anchor": 1, "how": "sum", "source": "ab", "gate": True, "wanted": "cd",
     "patch": None, "names": ["x", "y"], "rule": {"rank": 4, "energy": 0.9}, "auto": True,
     "exact": True, "slices": True, "transposed": True, "experts": 2, "kernel": [3, 3],
     "gain": 2.0, "keep_going": True, "cap": 3, "rank": 2, "dtype": "F16", "bias": None,
-    "must_rewrite": True, "is_free": False,
+    "must_rewrite": True, "is_free": False, "coded": coded(), "view": (8, 8),
 }  # fmt: skip
 
 

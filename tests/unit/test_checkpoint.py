@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from loratool.archs.stated import model_type
 from loratool.dtypes import tensor_bytes
 from loratool.errors import LoratoolError
 from loratool.store.checkpoint import Checkpoint, open_checkpoint
@@ -92,7 +93,7 @@ def test_folder_with_one_file(tmp_path: Path) -> None:
     text(tmp_path / "config.json", {"model_type": "gpt2"})
     found = open_checkpoint(tmp_path)
     assert found.is_folder
-    assert (found.index_name, found.model_type, found.notes) == (None, "gpt2", ())
+    assert (found.index_name, model_type(found.config), found.notes) == (None, "gpt2", ())
     assert [s.name for s in found.shards] == ["model.safetensors"]
 
 
@@ -438,7 +439,7 @@ def test_pipeline(tmp_path: Path) -> None:
     assert found.shards[1].prefix == "unet."
     assert found.shards[1].keys == ("unet.b", "unet.a")
     assert found.config["unet"] == {"_class_name": "UNet2DConditionModel"}
-    assert (found.index_name, found.model_type, found.notes) == (None, "", ())
+    assert (found.index_name, model_type(found.config), found.notes) == (None, "", ())
 
 
 def test_component_alone(tmp_path: Path) -> None:
