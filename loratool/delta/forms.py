@@ -18,6 +18,7 @@ _ROW_SCALED = "dora"
 LEFT, RIGHT, VALUES = "lora_B", "lora_A", "delta"
 """Roles: the factor that is zero where training starts, the other one, a vector."""
 _LENGTHS = "magnitude"
+CORE = "lora_mid"
 
 
 def shape_of(spec: DeltaSpec) -> tuple[int, ...]:
@@ -44,7 +45,7 @@ def matrix_shape(spec: DeltaSpec) -> tuple[int, int]:
 def side_sizes(spec: DeltaSpec) -> tuple[int, tuple[int, ...]]:
     """(out, (in, kernel…)) of the weight that the factors make."""
     right, left = spec.fields[RIGHT].shape, spec.fields[LEFT].shape
-    inner = right[1:]
+    inner = (*right[1:2], *kernel_of(spec))
     if spec.blocks is not None and spec.blocks[1] == "A":  # stored one above the other
         inner = (right[1] * spec.blocks[0], *right[2:])
     return left[0], inner
@@ -52,7 +53,12 @@ def side_sizes(spec: DeltaSpec) -> tuple[int, tuple[int, ...]]:
 
 def kernel_of(spec: DeltaSpec) -> tuple[int, ...]:
     """Kernel of a convolution, () for a matrix."""
-    return spec.fields[RIGHT].shape[2:]
+    return spec.fields[CORE if has_core(spec) else RIGHT].shape[2:]
+
+
+def has_core(spec: DeltaSpec) -> bool:
+    """True if a small convolution lies between the factors (Tucker, CP)."""
+    return CORE in spec.fields
 
 
 def width_of(spec: DeltaSpec) -> int:
