@@ -169,3 +169,9 @@ def _parts_of(name: str) -> Iterator[str]:
     if joined := _JOINED.fullmatch(name):
         parts = ("q_proj", "k_proj", "v_proj")
         yield from (f"{joined['parent']}.{part}.{joined['kind']}" for part in parts)
+
+
+def home_prefix(component: str) -> str:
+    """What names of a component begin with in a pipeline of diffusers."""
+    prefixes = load_data("diffusion")["components"].get(component, ("",))
+    return str(prefixes[0])

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol, cast
 
-from loratool.adapter import Adapter, AdapterFiles, ReadOptions
+from loratool.adapter import Adapter, AdapterFiles, DeltaSpec, ReadOptions
 from loratool.dialects.candidate import Candidate
 from loratool.dialects.table import Table
 
@@ -48,6 +48,8 @@ class Dialect:
         table: what reads and writes it, for a dialect whose tensors say everything.
         read: ``module:function``, a `Reader`; "" = recognised, not supported.
         write: ``module:function``, a `Writer`; "" = not supported.
+        holds: ``module:function`` of a `loratool.adapter.DeltaSpec`: why it cannot be written, ""
+            if it can.
         written_as: the dialect that its adapters are written in, where that is another one.
         form: what ``-o`` names, ``folder`` or ``file``.
         suffixes: of the tensor file.
@@ -64,6 +66,7 @@ class Dialect:
     table: Table | None = None
     read: str = ""
     write: str = ""
+    holds: str = ""
     form: str = "file"
     suffixes: tuple[str, ...] = (".safetensors",)
     hint: str | None = None
@@ -113,6 +116,12 @@ class Dialect:
         from loratool.dialects.table_write import table_writer
 
         return table_writer(self)
+
+    def obstacle(self, spec: DeltaSpec) -> str:
+        """Why a change cannot be written in it, "" if it can."""
+        if self.table is not None:
+            return self.table.obstacle(spec)
+        return str(cast(Callable[[DeltaSpec], str], _resolve(self.holds))(spec))
 
 
 def by_keys(*patterns: str, unless: tuple[str, ...] = ()) -> Detector:

@@ -167,6 +167,7 @@ def read_scalars(refs: Mapping[str, TensorRef]) -> dict[str, float]:
     """
     found = {}
     with FileReader() as reader:
+        reader.expect((ref.file, ref.start, ref.nbytes) for ref in refs.values())
         for name, ref in refs.items():
             if ref.numel != 1 or ref.dtype not in (*_SCALARS, "BF16"):
                 _refuse_scalar(ref, f"{ref.dtype} {list(ref.shape)}")

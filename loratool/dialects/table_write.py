@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import struct
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from loratool.adapter import (
@@ -16,11 +17,15 @@ from loratool.adapter import (
     TensorData,
     TensorRef,
 )
+from loratool.delta.forms import scaled_source
 from loratool.dialects.base import Dialect, Writer
 from loratool.dialects.table import Table
 from loratool.dialects.table_read import read_tensors
 from loratool.dtypes import DTYPES
 from loratool.errors import MismatchError, list_some
+from loratool.store.reader import read_bytes
+
+_OTHER_SIGN = bytes(byte ^ 0x80 for byte in range(256))
 
 
 def table_writer(row: Dialect) -> Writer:
@@ -55,6 +60,8 @@ def write_table(row: Dialect, adapter: Adapter) -> AdapterFiles:
     dtype = _alpha_dtype(adapter)
     for spec in adapter.specs:
         stem = table.stem_of(spec, is_flat=is_flat)
+        if spec.scaling < 0:  # loaders halve a scale until it fits, which never ends below 0
+            spec = turned(spec)
         found = [(name, spec.fields[role]) for role, name in table.keys_of(spec, stem)]
         if spec.rank:
             found.append((f"{stem}.{table.alpha}", _alpha(spec, dtype)))
@@ -67,6 +74,18 @@ def write_table(row: Dialect, adapter: Adapter) -> AdapterFiles:
     # The order in which the safetensors library lays tensors out: wide types first, then by name.
     ordered = sorted(tensors.items(), key=lambda item: (-DTYPES[item[1].dtype].bits, item[0]))
     return AdapterFiles(tuple(ordered), _metadata(table, adapter), "")
+
+
+def turned(spec: DeltaSpec) -> DeltaSpec:
+    """The same change with the sign of its scaling in a factor: exact, one bit per number."""
+    source = scaled_source(spec)
+    size = DTYPES[source.dtype].bits // 8
+    data = bytearray(read_bytes(source))
+    data[size - 1 :: size] = data[size - 1 :: size].translate(_OTHER_SIGN)
+    factor = TensorData(f"{spec.name} -", source.dtype, source.shape, bytes(data))
+    fields = {role: factor if one is source else one for role, one in spec.fields.items()}
+    alpha = None if spec.alpha is None else -spec.alpha
+    return replace(spec, fields=fields, alpha=alpha, scaling=-spec.scaling)
 
 
 def alpha_of(spec: DeltaSpec) -> float:
@@ -94,18 +113,13 @@ def _unchanged(table: Table, adapter: Adapter) -> tuple[tuple[str, Source], ...]
 
 
 def _check(table: Table, adapter: Adapter, title: str) -> None:
-    reasons: dict[str, list[str]] = {}
-    for spec in adapter.specs:
-        if reason := table.obstacle(spec):
-            reasons.setdefault(reason, []).append(spec.name)
-    if adapter.replacements:
-        reasons["replaced tensors"] = [r.name for r in adapter.replacements]
-    if adapter.layer_order is not None:
-        reasons["replicated layers"] = []
-    for reason, names in reasons.items():
+    found = {s.name: reason for s in adapter.specs if (reason := table.obstacle(s))}
+    found |= {r.name: "a replaced tensor" for r in adapter.replacements}
+    reasons = [*found.values(), *(["replicated layers"] if adapter.layer_order else [])]
+    if reasons:
         raise MismatchError(
-            "LT-411", f"{title} cannot hold this adapter: {reason}", file=adapter.path,
-            key=list_some(names, 3) or None,
+            "LT-411", f"{title} cannot hold this adapter: {reasons[0]}", file=adapter.path,
+            key=list_some(found, 3) or None,
         )  # fmt: skip
 
 
@@ -135,7 +149,10 @@ def _alpha_dtype(adapter: Adapter) -> str:
 def _metadata(table: Table, adapter: Adapter) -> dict[str, str]:
     """What still holds of the metadata: not what speaks of the very tensors."""
     stale = re.compile(table.stale) if table.stale else None
-    kept = {k: v for k, v in adapter.metadata.items() if stale is None or not stale.fullmatch(k)}
+    kept = {
+        key: value for key, value in adapter.metadata.items()
+        if key != "loratool" and (stale is None or not stale.fullmatch(key))
+    }  # fmt: skip
     ranked = [s for s in adapter.specs if s.rank]
     values: tuple[set[float], ...] = ({s.rank for s in ranked}, {alpha_of(s) for s in ranked})
     for key, found in zip(table.ranks, values, strict=True):
