@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 _EXPORTS = {
     "compare": "loratool.api",
     "compress": "loratool.api",
+    "convert": "loratool.api",
     "demo": "loratool.api",
     "extract": "loratool.api",
     "inspect": "loratool.api",
@@ -33,6 +34,7 @@ __all__ = [
     "__version__",
     "compare",
     "compress",
+    "convert",
     "demo",
     "extract",
     "inspect",
@@ -50,6 +52,7 @@ __all__ = [
 if TYPE_CHECKING:
     from loratool.api.compare import compare
     from loratool.api.compress import compress
+    from loratool.api.convert import convert
     from loratool.api.demo import demo
     from loratool.api.extract import extract
     from loratool.api.inspect import inspect, open

@@ -194,7 +194,7 @@ class DeltaSpec:
     @property
     def row(self) -> Kind:
         """What is known of its kind."""
-        return kinds.BY_NAME[self.kind]
+        return kinds.row_of(self.kind)
 
     @property
     def is_matrix(self) -> bool:
@@ -214,7 +214,7 @@ class DeltaSpec:
     @property
     def is_pair(self) -> bool:
         """True if the fields are the two thin factors of the change."""
-        return self.row.is_pair
+        return self.row.is_pair(self)
 
     @property
     def product_rank(self) -> int:
@@ -293,6 +293,8 @@ class Adapter:
         config: the dialect's own configuration, verbatim (empty if it has none).
         metadata: the tensor file's string metadata.
         key_order: tensor names in file order, so that writing can reproduce the file.
+        carried: tensors of the file that are read into numbers (alpha) or passed on untouched;
+            written back with it.
         unclaimed: tensors with no meaning for merging that the dialect may legally hold
             (training-only state); reported, never dropped in silence.
         layer_order: layer_replication: base layer index for each layer of the adapter's model.
@@ -312,6 +314,7 @@ class Adapter:
     metadata: Mapping[str, str] = field(default_factory=dict)
     key_order: tuple[str, ...] = ()
     unclaimed: tuple[TensorRef, ...] = ()
+    carried: tuple[TensorRef, ...] = ()
     layer_order: tuple[int, ...] | None = None
     notes: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()

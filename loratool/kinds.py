@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from functools import cache
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+from loratool import plugins
 
 if TYPE_CHECKING:
     from loratool.adapter import DeltaSpec
@@ -16,10 +19,14 @@ Sizes = tuple[int, tuple[int, ...]]
 
 def _of_product(spec: DeltaSpec) -> Sizes:
     right, left = spec.fields["lora_A"].shape, spec.fields["lora_B"].shape
-    inner = right[1:]
+    inner = (right[1], *spec.fields.get("lora_mid", spec.fields["lora_A"]).shape[2:])
     if spec.blocks is not None and spec.blocks[1] == "A":  # stored one above the other
         inner = (right[1] * spec.blocks[0], *right[2:])
     return left[0], inner
+
+
+def _is_pair(spec: DeltaSpec) -> bool:
+    return "lora_mid" not in spec.fields
 
 
 def _of_vector(spec: DeltaSpec) -> Sizes:
@@ -44,13 +51,16 @@ class Kind:
         pairs: ``module:function`` that gives the thin factors behind it, one pair per matrix;
             "" = there are none.
         has_factors: their product, scaled, is the whole change.
-        is_pair: its fields are those factors.
+        is_pair: whether the fields of a change are those factors.
         product_rank: rank of their product, where the file's rank is r.
         scales_rows: it multiplies rows of W.
         reach: what of W one block of the change depends on: nothing but the ``block``, the
             ``norms`` of rows or columns, or ``all`` of it.
         is_sum: the elements of a change are sums of products of stored numbers, which
             ``--exact`` adds up.
+        rank_axis: the role and the axis of its tensor whose length is r; None = it has none.
+        is_spelled: keys end in the roles' own names, whatever the dialect (``hada_w1_a``).
+        method: ``peft_type`` of the configuration where PEFT has a method of its own for it.
     """
 
     name: str
@@ -64,27 +74,30 @@ class Kind:
     is_matrix: bool = True
     pairs: str = ""
     has_factors: bool = False
-    is_pair: bool = False
+    is_pair: Callable[[DeltaSpec], bool] = lambda spec: False
     product_rank: Callable[[int], int] = int
     scales_rows: bool = False
     reach: str = "block"
     is_sum: Callable[[DeltaSpec], bool] = lambda spec: True
+    rank_axis: tuple[str, int] | None = ("lora_A", 0)
+    is_spelled: bool = False
+    method: str = ""
 
 
 KINDS: tuple[Kind, ...] = (
     Kind(
-        "lowrank", "loratool.delta.lowrank:build", ("lora_A", "lora_B"), ("diag",), True, "LoRA",
-        _of_product, "lora_B", pairs="loratool.delta.lowrank:pairs_of", has_factors=True,
-        is_pair=True,
+        "lowrank", "loratool.delta.lowrank:build", ("lora_A", "lora_B"), ("diag", "lora_mid"),
+        True, "LoRA", _of_product, "lora_B", pairs="loratool.delta.lowrank:pairs_of",
+        has_factors=True, is_pair=_is_pair, is_sum=_is_pair,
     ),
     Kind(
         "dora", "loratool.delta.magnitude:build", ("lora_A", "lora_B", "magnitude"), (), False,
-        "DoRA", _of_product, "lora_B", pairs="loratool.delta.lowrank:pairs_of", is_pair=True,
+        "DoRA", _of_product, "lora_B", pairs="loratool.delta.lowrank:pairs_of", is_pair=_is_pair,
         scales_rows=True, reach="norms", is_sum=lambda spec: False,
     ),
     Kind(
         "vector", "loratool.delta.vector:build", ("delta",), (), True, "bias delta", _of_vector,
-        "delta", is_matrix=False,
+        "delta", is_matrix=False, rank_axis=None,
     ),
 )  # fmt: skip
 
@@ -95,3 +108,38 @@ def resolve(name: str) -> Any:
     """The function that a row names as ``module:function``."""
     module, _, function = name.partition(":")
     return getattr(import_module(module), function)
+
+
+@cache
+def every() -> tuple[Kind, ...]:
+    """All kinds, those of other packages last (entry points ``loratool.kinds``)."""
+    others = plugins.load("loratool.kinds", Kind)
+    return (*KINDS, *(k for k in others if k.name not in BY_NAME))
+
+
+def row_of(name: str) -> Kind:
+    """The row of a kind's name; other packages are asked where none here has it.
+
+    Raises:
+        KeyError: there is none.
+    """
+    return BY_NAME.get(name) or {k.name: k for k in every()}[name]
+
+
+def of_roles(roles: Collection[str]) -> Kind | None:
+    """The kind that is made of exactly these roles, None if there is none.
+
+    Example:
+        >>> of_roles({"lora_A", "lora_B", "magnitude"}).title
+        'DoRA'
+    """
+    for kind in (*KINDS, *every()):
+        if set(kind.roles) <= set(roles) <= {*kind.roles, *kind.optional}:
+            return kind
+    return None
+
+
+def is_spelled(role: str) -> bool:
+    """True for a role that keys of every dialect end in."""
+    own = {r for k in KINDS if k.is_spelled for r in (*k.roles, *k.optional)}
+    return role in own or any(role in (*k.roles, *k.optional) for k in every() if k.is_spelled)

@@ -5,6 +5,7 @@ Every function returns the report that ``--json`` prints.
 
 from loratool.api.compare import compare
 from loratool.api.compress import compress
+from loratool.api.convert import convert
 from loratool.api.demo import demo
 from loratool.api.extract import extract
 from loratool.api.inspect import inspect, open
@@ -19,6 +20,7 @@ from loratool.api.verify import verify
 __all__ = [
     "compare",
     "compress",
+    "convert",
     "demo",
     "extract",
     "inspect",

@@ -21,6 +21,7 @@ COMMANDS = {
     "subtract": "Take adapters out of merged weights, or of another adapter.",
     "compress": "Fewer ranks, the best ones, loss shown. No base needed.",
     "swap": "Exchange one merged adapter for another, in one rounding.",
+    "convert": "Write an adapter as another program stores it, bytes copied.",
     "rescale": "Multiply what an adapter changes, exactly where numbers allow it.",
     "compare": "How alike adapters are: cosine, subspaces, signs, configuration.",
     "run": "Several steps from one strict recipe file.",
@@ -35,9 +36,7 @@ COMMANDS = {
 MODULES = {"run": "recipe"}
 """Command -> its module where that has another name (`loratool.cli.run` is a function)."""
 
-LATER = (
-    "check", "convert",
-)  # fmt: skip
+LATER = ("check",)
 """Commands of the plan that this version does not have."""
 
 SYNONYMS = {

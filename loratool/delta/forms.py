@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from loratool.adapter import DeltaSpec, Source, TensorRef
+from loratool.adapter import DeltaSpec, Source, TensorData, TensorRef
 
 LOW_RANK = "lowrank"
 _VECTOR = "vector"
@@ -18,6 +18,7 @@ _ROW_SCALED = "dora"
 LEFT, RIGHT, VALUES = "lora_B", "lora_A", "delta"
 """Roles: the factor that is zero where training starts, the other one, a vector."""
 _LENGTHS = "magnitude"
+CORE = "lora_mid"
 
 
 def shape_of(spec: DeltaSpec) -> tuple[int, ...]:
@@ -47,6 +48,11 @@ def side_sizes(spec: DeltaSpec) -> tuple[int, tuple[int, ...]]:
 def kernel_of(spec: DeltaSpec) -> tuple[int, ...]:
     """Kernel of a convolution, () for a matrix."""
     return side_sizes(spec)[1][1:]
+
+
+def has_core(spec: DeltaSpec) -> bool:
+    """True if a small convolution lies between the factors (Tucker, CP)."""
+    return CORE in spec.fields
 
 
 def width_of(spec: DeltaSpec) -> int:
@@ -97,6 +103,37 @@ def scaled_source(spec: DeltaSpec, *, turned: bool = False) -> Source:
         turned: the other factor, for a head that holds an embedding's factors turned round.
     """
     return spec.fields[RIGHT] if turned else left_of(spec)
+
+
+def without_core(spec: DeltaSpec) -> DeltaSpec:
+    """The change in two factors alone, the new one without content: what it will look like."""
+    if not has_core(spec):
+        return spec
+    left, right = factors_of(spec)
+    shape = (spec.rank, *side_sizes(spec)[1])
+    return with_factors(spec, left, TensorData(f"{spec.name} {RIGHT}", right.dtype, shape, b""))
+
+
+def with_scaled_source(spec: DeltaSpec, source: Source) -> DeltaSpec:
+    """The change with another tensor in the place of `scaled_source`'s: fewer or other rows."""
+    old = scaled_source(spec)
+    fields = {role: source if one is old else one for role, one in spec.fields.items()}
+    return replace(spec, fields=fields)
+
+
+def reshaped(spec: DeltaSpec, dims: int) -> DeltaSpec:
+    """The change with factors of as many dimensions as the weight has; the bytes stay.
+
+    A 1×1 convolution and a linear layer are the same matrix, and trainers store either as either.
+    """
+    if not spec.is_matrix or has_core(spec):
+        return spec
+    left, right = factors_of(spec)
+    kernel = right.shape[2:] or (1,) * (dims - 2)
+    inner = (*right.shape[:2], *kernel) if dims > 2 else right.shape[:2]
+    outer = (*left.shape[:2], *(1 for _ in kernel)) if dims > 2 else left.shape[:2]
+    fields = {RIGHT: replace(right, shape=inner), LEFT: replace(left, shape=outer)}
+    return replace(spec, fields={**spec.fields, **fields}, layout="conv" if dims > 2 else "linear")
 
 
 def with_factors(spec: DeltaSpec, left: Source, right: Source, **changes: Any) -> DeltaSpec:

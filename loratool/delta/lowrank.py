@@ -76,7 +76,8 @@ def build(
     """Make the delta of a ``lowrank`` spec.
 
     Args:
-        fields: lora_A (r, in…), lora_B (out, r…), optional diag (r,), as stored.
+        fields: lora_A (r, in…), lora_B (out, r…), optional diag (r,) or lora_mid (r, r, k…), as
+            stored.
         part: the spec with orientation and expert.
         coefficient: weight · scaling, float64, folded into lora_B before rounding to ``dtype``.
         dtype: float32 or float64, the type of the accumulator.
@@ -108,6 +109,8 @@ def oriented_factors(
             lora_B = lora_B.view(-1, count, rank)[:, part.expert]  # (out, r)
         else:
             lora_B = lora_B.view(-1, rank, count)[:, :, part.expert]  # (out, r)
+    if "lora_mid" in fields:
+        lora_A = with_core(lora_A, fields["lora_mid"])
     lora_A, lora_B = lora_A.flatten(1), lora_B.flatten(1)
     if spec.blocks is not None:
         lora_A, lora_B = _expand_blocks(lora_A, lora_B, *spec.blocks)
@@ -119,6 +122,14 @@ def oriented_factors(
     if inner is not None:
         lora_A = lora_A[:, inner[0] : inner[1]]
     return lora_A.double(), lora_B.double()
+
+
+def with_core(lora_A: torch.Tensor, core: torch.Tensor) -> torch.Tensor:
+    """(r, in, k…) of a convolution whose kernel is a core (r, r, k…) of its own, in float64.
+
+    lora_B stays as it is, so that the product is the same: ΔW has rank r as a matrix.
+    """
+    return torch.einsum("mn...,ni->mi...", core.double(), lora_A.flatten(1).double())
 
 
 def _expand_blocks(

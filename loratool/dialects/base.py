@@ -5,10 +5,12 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol, cast
 
-from loratool.adapter import Adapter, AdapterFiles, ReadOptions
+from loratool.adapter import Adapter, AdapterFiles, DeltaSpec, ReadOptions
 from loratool.dialects.candidate import Candidate
+from loratool.dialects.table import Table
 
 Detector = Callable[[Candidate], bool]
 """Is this a file of the dialect?  No two dialects say yes to the same one."""
@@ -43,8 +45,11 @@ class Dialect:
         title: for messages.
         short: for tables, where the title is too long.
         detect: is a candidate of this dialect, and of no other?
+        table: what reads and writes it, for a dialect whose tensors say everything.
         read: ``module:function``, a `Reader`; "" = recognised, not supported.
         write: ``module:function``, a `Writer`; "" = not supported.
+        holds: ``module:function`` of a `loratool.adapter.DeltaSpec`: why it cannot be written, ""
+            if it can.
         written_as: the dialect that its adapters are written in, where that is another one.
         form: what ``-o`` names, ``folder`` or ``file``.
         suffixes: of the tensor file.
@@ -58,8 +63,10 @@ class Dialect:
     name: str
     title: str
     detect: Detector
+    table: Table | None = None
     read: str = ""
     write: str = ""
+    holds: str = ""
     form: str = "file"
     suffixes: tuple[str, ...] = (".safetensors",)
     hint: str | None = None
@@ -73,12 +80,17 @@ class Dialect:
     @property
     def is_read(self) -> bool:
         """True if adapters in it are read."""
-        return bool(self.read)
+        return bool(self.read) or self.table is not None
 
     @property
     def is_written(self) -> bool:
         """True if it is one that adapters are written in."""
-        return bool(self.write)
+        return bool(self.write) or self.table is not None
+
+    @property
+    def is_flat(self) -> bool:
+        """True if the dots of its module names are lost: they are looked up when bound."""
+        return self.table is not None and self.table.is_flat
 
     @property
     def is_folder(self) -> bool:
@@ -90,12 +102,26 @@ class Dialect:
         return f"{self.title} {self.variety(candidate)}" if self.variety else self.title
 
     def reader(self) -> Reader:
-        """The function that `read` names."""
-        return cast(Reader, _resolve(self.read))
+        """What reads a file of it."""
+        if self.table is None:
+            return cast(Reader, _resolve(self.read))
+        from loratool.dialects.table_read import read_table
+
+        return partial(read_table, self.table, self.name)
 
     def writer(self) -> Writer:
-        """The function that `write` names."""
-        return cast(Writer, _resolve(self.write))
+        """What makes its files."""
+        if self.table is None:
+            return cast(Writer, _resolve(self.write))
+        from loratool.dialects.table_write import table_writer
+
+        return table_writer(self)
+
+    def obstacle(self, spec: DeltaSpec) -> str:
+        """Why a change cannot be written in it, "" if it can."""
+        if self.table is not None:
+            return self.table.obstacle(spec)
+        return str(cast(Callable[[DeltaSpec], str], _resolve(self.holds))(spec))
 
 
 def by_keys(*patterns: str, unless: tuple[str, ...] = ()) -> Detector:

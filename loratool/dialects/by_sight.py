@@ -65,9 +65,13 @@ _XLABS = r"blocks\.\d+\.processor\.(qkv|proj)_lora[12]?\.(down|up)\.weight$"
 _ORIGINAL = r"^diffusion_model\..*(lora_|hada_|lokr_|\.diff)"
 _DOTTED_DOWN = r"^(?!lora_|diffusion_model\.)[^.]+\..+\.lora_down\.weight$"
 _PREFIX = r"(^|\.)base_model\.model\."
-_PIPELINE = r"^(unet|text_encoder(_2|_3)?|text_encoders|prior|connectors)\."
-# Modules that only diffusion transformers have; GPT-2 and MPT also begin with "transformer.".
-_BLOCK = r"(^|\.)(single_)?transformer_blocks\.|\.(to_q|to_k|to_v|to_out|add_q_proj)\."
+IMAGE_MODULES = (
+    r"^diffusion_model\.",
+    r"^(unet|text_encoder(_2|_3)?|text_encoders|prior|connectors)\.",
+    # Only diffusion transformers have these; GPT-2 and MPT also begin with "transformer.".
+    r"(^|\.)((single_)?transformer|double|single)_blocks\.|\.(to_q|to_k|to_v|to_out|add_q_proj)\.",
+)
+"""What names of factors look like that belong to models of images, whoever wrote them."""
 _OLD = r"(\.lora|_lora|lora_linear_layer)\.(down|up)\.weight$"
 
 XLABS = Dialect("xlabs", "XLabs FLUX", by_keys(_XLABS))
@@ -86,7 +90,7 @@ def is_diffusers(candidate: Candidate) -> bool:
     factors = candidate.has_key(r"\.lora_[AB](\.[^.]+)?\.weight$")
     if not factors or candidate.has_key(_PREFIX) or candidate.has_key(_ORIGINAL):
         return False
-    return candidate.has_key(_PIPELINE) or candidate.has_key(_BLOCK)
+    return any(map(candidate.has_key, IMAGE_MODULES))
 
 
 DIFFUSERS = Dialect("diffusers", "diffusers", is_diffusers, library="diffusers")
@@ -113,11 +117,7 @@ def is_textual_inversion(candidate: Candidate) -> bool:
 TEXTUAL_INVERSION = Dialect(
     "textual-inversion", "textual inversion (no adapter)", is_textual_inversion
 )
-KOHYA = Dialect("kohya", "kohya", by_keys(r"^lora_(unet|te\d?|prior_unet|prior_te|transformer)_"),
-                library="diffusers")  # fmt: skip
-LYCORIS = Dialect("lycoris", "LyCORIS", by_keys(r"^lycoris_"))
-
 ROWS = (
-    GGUF, MLX, LITGPT, MEGATRON, TORCHTUNE, XLABS, COMFYUI, KOHYA, LYCORIS, CONTROL_LORA,
-    TEXTUAL_INVERSION, DIFFUSERS,
+    GGUF, MLX, LITGPT, MEGATRON, TORCHTUNE, XLABS, COMFYUI, CONTROL_LORA, TEXTUAL_INVERSION,
+    DIFFUSERS,
 )  # fmt: skip

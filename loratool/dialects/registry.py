@@ -5,14 +5,14 @@ from __future__ import annotations
 from functools import cache
 
 from loratool import plugins
-from loratool.dialects import by_sight, peft
+from loratool.dialects import by_sight, kohya, lycoris, peft
 from loratool.dialects.base import Dialect
 from loratool.dialects.candidate import Candidate
 from loratool.errors import MismatchError, UsageError
 
 DEFAULT = peft.FOLDER_NAME
 """What an adapter is written in that was read from no file."""
-DIALECTS: tuple[Dialect, ...] = (*peft.ROWS, *by_sight.ROWS)
+DIALECTS: tuple[Dialect, ...] = (*peft.ROWS, kohya.ROW, lycoris.ROW, *by_sight.ROWS)
 BY_NAME: dict[str, Dialect] = {row.name: row for row in DIALECTS}
 
 

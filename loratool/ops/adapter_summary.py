@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from loratool.adapter import Adapter, DeltaSpec, Replacement, Source
 from loratool.dialects.programs import judge_loads
-from loratool.dialects.rules import short_title
+from loratool.dialects.rules import is_flat, short_title
 from loratool.dialects.stated import divides_by_root, method_of
 from loratool.dtypes import DTYPES
 from loratool.report import AdapterSummary, ReplacedTensor, TargetFamily
@@ -27,7 +27,7 @@ def summarize_adapter(adapter: Adapter) -> AdapterSummary:
         method=_method(adapter),
         base_model=adapter.base_model,
         modules=len(adapter.specs),
-        families=_families(adapter.specs),
+        families=_families(adapter.specs, is_flat=is_flat(adapter)),
         ranks=dict(sorted(Counter(s.rank for s in adapter.specs if s.rank).items())),
         alphas=_counted(
             "-" if s.alpha is None else f"{s.alpha:g}" for s in adapter.specs if s.rank
@@ -55,10 +55,10 @@ def _method(adapter: Adapter) -> str:
     return f"{method} ({', '.join(extra)})" if extra else method
 
 
-def _families(specs: Sequence[DeltaSpec]) -> tuple[TargetFamily, ...]:
+def _families(specs: Sequence[DeltaSpec], *, is_flat: bool) -> tuple[TargetFamily, ...]:
     groups: dict[str, list[DeltaSpec]] = {}
     for spec in specs:
-        groups.setdefault(_leaf(spec), []).append(spec)
+        groups.setdefault(_flat_leaf(spec) if is_flat else _leaf(spec), []).append(spec)
     return tuple(
         TargetFamily(
             name=name,
@@ -80,6 +80,13 @@ def _leaf(spec: DeltaSpec) -> str:
         if last
         else spec.parameter
     )
+
+
+def _flat_leaf(spec: DeltaSpec) -> str:
+    """The end of a flat name behind the last number of a block: good enough to group by."""
+    flat = re.sub(r"(_\d+)+$", "", spec.module.rpartition(".")[2])
+    leaf = re.split(r"_\d+_", flat)[-1]
+    return leaf if spec.parameter == "weight" else f"{leaf}.{spec.parameter}"
 
 
 def _layer_ranges(specs: Iterable[DeltaSpec]) -> str:

@@ -13,9 +13,11 @@ from dataclasses import dataclass, replace
 from loratool.adapter import Adapter, TensorRef
 from loratool.archs.stated import layer_config
 from loratool.archs.ties import Tie, find_ties, follows_vocabulary
+from loratool.dialects.rules import is_flat
 from loratool.dialects.stated import version_of
 from loratool.errors import MismatchError, UsageError
 from loratool.ops.bind_experts import place_flat, place_single
+from loratool.ops.bind_flat import place_pieces, resolve_flat
 from loratool.ops.bind_fused import place_fused
 from loratool.ops.bind_layers import replicate_layers
 from loratool.ops.bind_place import (
@@ -115,6 +117,8 @@ def bind(adapter: Adapter, checkpoint: Checkpoint, options: BindOptions | None =
                 "LT-448", "--skip leaves nothing to bind", file=adapter.path, got=skipped
             )
         return Bindings((), skipped=skipped, notes=notes, checkpoint=checkpoint)
+    if is_flat(adapter):
+        items = resolve_flat(items, checkpoint, adapter.path)
     outcome = _choose(items, adapter, checkpoint, options)
     left_out = tuple(sorted({m.item.module for m in outcome.misfits}))
     bindings = settle(outcome.found, outcome.context, adapter)
@@ -280,6 +284,8 @@ def _place(item: Item, rule: NameRule, context: Context) -> Placement:
 
 def _place_name(item: Item, name: str, context: Context) -> Placement:
     spec = item.spec
+    if item.pieces:
+        return place_pieces(item, context)
     if item.is_new_tokens:
         return place_new_tokens(item, context)
     if spec is None:

@@ -108,12 +108,16 @@ class Item:
         module: module path as the adapter has it, for messages.
         spec: the delta, or None.
         replacement: the replacement, or None.
+        pieces: the tensors that its rows lie on one after another, where those are several.
+        is_swapped: the halves of its rows have changed places.
     """
 
     names: tuple[str, ...]
     module: str
     spec: DeltaSpec | None = None
     replacement: Replacement | None = None
+    pieces: tuple[str, ...] = ()
+    is_swapped: bool = False
 
     @property
     def name(self) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from loratool.archs.stated import dtype_config
-from loratool.errors import MismatchError
+from loratool.errors import MismatchError, UsageError
 from loratool.quant import CODECS, find_codes
 from loratool.quant.find import stating_keys
 from loratool.store.checkpoint import Checkpoint
@@ -42,18 +42,19 @@ def decode_base(base: Checkpoint, *, keep: bool, dtype: str | None = None) -> De
         dtype: of the plain numbers; None = `PLAIN`.
 
     Raises:
-        MismatchError: LT-494 nothing is quantised, LT-495 no codec for its method.
+        UsageError: LT-274, nothing is quantised.
+        MismatchError: LT-499, no codec for its method.
         BadFileError: LT-335.
     """
     if base.quantization is None:
-        raise MismatchError(
-            "LT-494", "the base is not quantised", file=base.path,
+        raise UsageError(
+            "LT-274", "the base is not quantised", file=base.path,
             hint=f"leave --{'requant' if keep else 'dequantize'} out",
         )  # fmt: skip
     found = find_codes(base.quantization, base.tensors, base.config)
     if found is None or not found.weights:
         raise MismatchError(
-            "LT-495", "weights that are quantised like this cannot be read", file=base.path,
+            "LT-499", "weights that are quantised like this cannot be read", file=base.path,
             expected=", ".join(m for c in CODECS.values() for m in c.methods),
             got=base.quantization,
             hint="merge into the 16-bit model that it was quantised from",

@@ -27,6 +27,7 @@ from loratool.report.compress import (
     CompressReport,
     energy_and_error,
 )
+from loratool.report.convert import ConvertedAdapter, ConvertReport
 from loratool.report.extract import (
     ExtractedFamily,
     ExtractedModule,
@@ -68,6 +69,8 @@ __all__ = [
     "CompressedAdapter",
     "CompressedFamily",
     "CompressedModule",
+    "ConvertReport",
+    "ConvertedAdapter",
     "Difference",
     "DifferenceReport",
     "ExtractReport",

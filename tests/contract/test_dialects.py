@@ -55,8 +55,8 @@ def test_every_row_resolves() -> None:
     for row in DIALECTS:
         assert row.form in ("folder", "file") and row.title and callable(row.detect)
         assert all(suffix.startswith(".") for suffix in row.suffixes)
-        for text, function in ((row.read, row.reader), (row.write, row.writer)):
-            assert not text or callable(function())
+        for is_there, function in ((row.is_read, row.reader), (row.is_written, row.writer)):
+            assert not is_there or callable(function())
 
 
 # Tensor names that each program really writes (dialects_llm §0, dialects_diffusion §1).
@@ -98,7 +98,7 @@ def test_a_lone_file_is_recognised_by_its_keys(tmp_path: Path, name: str, keys: 
     candidate = examine(path)
     assert [row.name for row in DIALECTS if row.detect(candidate)] == [name]
     assert detect(candidate).name == name
-    if not BY_NAME[name].read:
+    if not BY_NAME[name].is_read:
         with pytest.raises(MismatchError) as caught:
             open_adapter(path)
         assert caught.value.code == "LT-401" and BY_NAME[name].title in str(caught.value)

@@ -53,6 +53,7 @@ COMMANDS = {
     "swap": Command(f"swap {{style}} {{sql}} --in {{merged}} {T} -o {{out}}", options=BOTH),
     "rescale": Command("rescale {style} 0.3 -o {out}"),
     "rescale-many": _MANY("rescale {style} {sql} 0.3 -o {out}/"),
+    "convert": Command("convert {sql} --to kohya -o {out}", "out.safetensors"),
     "compress": Command(f"compress {{style}} --rank 1 {T} -o {{out}}"),
     "compress-many": _MANY(f"compress {{style}} {{sql}} --rank 1 {T} -o {{out}}/"),
     "extract": Command(_EXTRACT, options=BOTH),

@@ -77,8 +77,8 @@ def test_single_file(tmp_path: Path) -> None:
 def test_single_file_knows_the_config_beside_it(tmp_path: Path) -> None:
     path = weights(tmp_path / "model.safetensors", "w")
     text(tmp_path / "config.json", {"model_type": "llama"})
-    assert open_checkpoint(path).model_type == "llama"
-    assert open_checkpoint(weights(tmp_path / "other.safetensors", "w")).model_type == ""
+    assert model_type(open_checkpoint(path).config) == "llama"
+    assert model_type(open_checkpoint(weights(tmp_path / "other.safetensors", "w")).config) == ""
 
 
 def test_one_shard_of_several_says_so(tmp_path: Path) -> None:

@@ -294,7 +294,8 @@ def test_cached_base_and_sub_folder_offline(here: Path) -> None:
     folder = cached(here / "hf", "me/base", files)
     code = (
         "r = resolve('hf://me/base/unet', kind='base', offline=True);"
-        "c = open_checkpoint(r.path); print(r.path, r.label, *c.tensors, c.model_type)"
+        "c = open_checkpoint(r.path);"
+        "print(r.path, r.label, *c.tensors, c.config.get('model_type'))"
     )
     assert in_new_process(here / "hf", code) == f"{folder}/unet me/base@{SHA[:7]}/unet w x"
     code = "resolve('hf://me/base/nope', kind='base', offline=True)"

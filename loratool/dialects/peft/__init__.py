@@ -10,17 +10,12 @@ from typing import Any
 
 from loratool.adapter import Adapter
 from loratool.dialects.base import Dialect
+from loratool.dialects.by_sight import IMAGE_MODULES
 from loratool.dialects.candidate import Candidate
 
 FOLDER_NAME, FILE_NAME = "peft", "peft-file"
 _PREFIX = r"(^|\.)base_model\.model\."
 _LORA_KEY = r"(^|\.)lora_(A|B|embedding_A|embedding_B)(\.[^.]+)*$"
-# Names that bare factors of image models have, which other dialects claim.
-_OTHERS = (
-    r"^diffusion_model\.",
-    r"^(unet|text_encoder(_2|_3)?|text_encoders|prior|connectors)\.",
-    r"(^|\.)(single_)?transformer_blocks\.|\.(to_q|to_k|to_v|to_out|add_q_proj)\.",
-)
 
 
 def is_folder(candidate: Candidate) -> bool:
@@ -37,12 +32,13 @@ def is_file(candidate: Candidate) -> bool:
     if candidate.has_key(_PREFIX):
         return True
     is_bare = candidate.config is None and candidate.has_key(_LORA_KEY)
-    return is_bare and not any(map(candidate.has_key, _OTHERS))
+    return is_bare and not any(map(candidate.has_key, IMAGE_MODULES))
 
 
 FOLDER = Dialect(
     FOLDER_NAME, "PEFT", is_folder, form="folder",
     read="loratool.dialects.peft.read:read", write="loratool.dialects.peft.write:write",
+    holds="loratool.dialects.peft.new_keys:obstacle",
     library="peft",
 )  # fmt: skip
 FILE = Dialect(

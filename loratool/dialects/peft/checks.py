@@ -6,12 +6,9 @@ from collections.abc import Mapping
 from typing import NoReturn
 
 from loratool.adapter import TensorRef
+from loratool.dialects.factors import check_float, refuse_shape, refuse_shard
 from loratool.dialects.peft.config import PeftConfig
-from loratool.dtypes import DTYPES
 from loratool.errors import BadFileError, MismatchError
-
-# Stored factors are widened before use; narrower types than these have no agreed meaning alone.
-_FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 
 
 def check_factors(
@@ -44,23 +41,10 @@ def check_factors(
         )  # fmt: skip
     dims = len(lora_A.shape)
     if dims != len(lora_B.shape) or dims > (2 if is_embedding else 5):
-        _refuse_shape(lora_B, f"{dims} dimensions, like lora_A {list(lora_A.shape)}")
+        refuse_shape(lora_B, f"{dims} dimensions, like lora_A {list(lora_A.shape)}")
     if any(size != 1 for size in lora_B.shape[2:]):
-        _refuse_shape(lora_B, "(out, r, 1…) for a convolution")
+        refuse_shape(lora_B, "(out, r, 1…) for a convolution")
     return lora_A, lora_B
-
-
-def check_float(ref: TensorRef) -> None:
-    """Refuse what is no number format for factors.
-
-    Raises:
-        BadFileError: LT-365.
-    """
-    if ref.dtype not in _FLOATS:
-        raise BadFileError(
-            "LT-365", "a factor must be of a float type", file=ref.file, key=ref.name,
-            expected=", ".join(_FLOATS), got=f"{ref.dtype} ({DTYPES[ref.dtype].word or 'packed'})",
-        )  # fmt: skip
 
 
 def check_bias(bias: TensorRef, lora_B: TensorRef, config: PeftConfig) -> None:
@@ -78,7 +62,7 @@ def check_bias(bias: TensorRef, lora_B: TensorRef, config: PeftConfig) -> None:
             hint="correct adapter_config.json: without the biases the result differs",
         )  # fmt: skip
     if bias.shape != lora_B.shape[:1]:
-        _refuse_shape(bias, f"({lora_B.shape[0]},)")
+        refuse_shape(bias, f"({lora_B.shape[0]},)")
 
 
 def check_magnitude(magnitude: TensorRef, lora_B: TensorRef, config: PeftConfig) -> None:
@@ -96,7 +80,7 @@ def check_magnitude(magnitude: TensorRef, lora_B: TensorRef, config: PeftConfig)
             hint="correct adapter_config.json: without the magnitudes the result differs",
         )  # fmt: skip
     if magnitude.numel != lora_B.shape[0] or max(magnitude.shape, default=1) != magnitude.numel:
-        _refuse_shape(magnitude, f"{lora_B.shape[0]} values")
+        refuse_shape(magnitude, f"{lora_B.shape[0]} values")
 
 
 def check_diag(
@@ -120,7 +104,7 @@ def check_diag(
             file=config.file or diag.file, key=diag.name, expected="kasa_config",
         )  # fmt: skip
     if diag.shape != (rank,):
-        _refuse_shape(diag, f"({rank},)")
+        refuse_shape(diag, f"({rank},)")
     return diag
 
 
@@ -134,25 +118,4 @@ def refuse_rank(ref: TensorRef, stated: int, found: int, config: PeftConfig) -> 
         "LT-405", "rank of the tensors and of the configuration differ", file=ref.file,
         key=ref.name, expected=f"r = {stated} from {config.file.name if config.file else '?'}",
         got=f"r = {found} from the shape {list(ref.shape)}", hint="--rank-from file|config",
-    )  # fmt: skip
-
-
-def refuse_shard(ref: TensorRef) -> NoReturn:
-    """Refuse a tensor that one process of many saved as its part, or as nothing.
-
-    Raises:
-        BadFileError: LT-364.
-    """
-    raise BadFileError(
-        "LT-364", "an empty or flattened tensor: the adapter was saved from one shard of DeepSpeed "
-        "ZeRO-3 or FSDP without gathering it", file=ref.file, key=ref.name,
-        expected="a whole tensor", got=f"shape {list(ref.shape)}",
-        hint="gather the parameters and save again (GatheredParameters, summon_full_params)",
-    )  # fmt: skip
-
-
-def _refuse_shape(ref: TensorRef, expected: str) -> NoReturn:
-    raise BadFileError(
-        "LT-366", "tensor has the wrong shape for its role", file=ref.file, key=ref.name,
-        expected=expected, got=list(ref.shape),
     )  # fmt: skip

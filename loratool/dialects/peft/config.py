@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from loratool.adapter import MAX_ALPHA
+from loratool.dialects.factors import MAX_RANK
 from loratool.dialects.peft.patterns import Patterns
 from loratool.errors import BadFileError, MismatchError
 
 DEFAULT_RANK = 8  # of peft.LoraConfig, for r and lora_alpha alike
-MAX_RANK = 8192  # of one module or expert; no method that is known goes so far
 MAX_LAYERS = 10_000
 MAX_ENTRIES = 100_000  # of a list or table: one for each module that a file can hold
 MAX_PARTS = 256  # of a list each of whose entries is looked for in every name

@@ -16,6 +16,20 @@ from loratool.errors import MismatchError, list_some
 _WRAP = ".base_layer"
 
 
+def obstacle(spec: DeltaSpec) -> str:
+    """What of a change no new configuration can hold, "" if there is nothing."""
+    reasons = {
+        f"kind {spec.kind}": spec.kind not in ("lowrank", "dora", "vector"),
+        f"{spec.base_change} changes the base": bool(spec.base_change),
+        "block-diagonal factors": spec.blocks is not None,
+        "a diagonal between the factors": "diag" in spec.fields,
+        "a core between the factors": "lora_mid" in spec.fields,
+        "experts packed expert-major": spec.b_order != "rank-major",
+        "a change of a norm": spec.kind == "vector" and spec.parameter != "bias",
+    }
+    return next((reason for reason, holds in reasons.items() if holds), "")
+
+
 class NewLayout:
     """How the deltas and replacements of an adapter lie in a PEFT model.
 
@@ -185,16 +199,8 @@ class NewLayout:
             self._refuse("LT-411", "one tensor is changed twice", twice)
 
     def _check_kind(self, spec: DeltaSpec) -> None:
-        reasons = {
-            f"kind {spec.kind}": spec.kind not in ("lowrank", "dora", "vector"),
-            f"{spec.base_change} changes the base": bool(spec.base_change),
-            "block-diagonal factors": spec.blocks is not None,
-            "a diagonal between the factors": "diag" in spec.fields,
-            "experts packed expert-major": spec.b_order != "rank-major",
-        }
-        found = [reason for reason, holds in reasons.items() if holds]
-        if found:
-            self._refuse("LT-411", f"a new configuration cannot hold {found[0]}", [spec.name])
+        if reason := obstacle(spec):
+            self._refuse("LT-411", f"a new configuration cannot hold {reason}", [spec.name])
 
     def _check_mhas(self, mhas: set[str]) -> None:
         """PEFT adapts both projections of a MultiheadAttention with one rank and one scaling."""

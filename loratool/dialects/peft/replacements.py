@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from loratool.adapter import Replacement, TensorRef
-from loratool.dialects.peft.checks import refuse_shard
+from loratool.dialects.factors import refuse_shard
 from loratool.dialects.peft.config import PeftConfig
 from loratool.dialects.peft.keys import Key, Sorted
 from loratool.dialects.peft.patterns import endings

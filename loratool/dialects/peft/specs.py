@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from loratool.adapter import DeltaSpec, ReadOptions, TensorRef
+from loratool.dialects.factors import check_rank
 from loratool.dialects.peft.checks import (
     check_bias,
     check_diag,
@@ -14,7 +15,7 @@ from loratool.dialects.peft.checks import (
     check_magnitude,
     refuse_rank,
 )
-from loratool.dialects.peft.config import MAX_RANK, PeftConfig
+from loratool.dialects.peft.config import PeftConfig
 from loratool.dialects.peft.experts import Parameter, find_parameters
 from loratool.dialects.peft.version import applies_mha_output_twice
 from loratool.errors import BadFileError, MismatchError
@@ -117,11 +118,7 @@ class SpecReader:
         pattern_name: str,
     ) -> DeltaSpec:
         rank = lora_A.shape[0]
-        if rank > MAX_RANK:
-            raise BadFileError(
-                "LT-348", "the rank is too large", file=lora_A.file, key=lora_A.name,
-                expected=f"at most {MAX_RANK}", got=f"{rank} from the shape {list(lora_A.shape)}",
-            )  # fmt: skip
+        check_rank(rank, lora_A)
         alpha = self.config.alphas.get(pattern_name, self.config.alpha)
         divisor = self._divisor(pattern_name, rank, lora_A)
         return DeltaSpec(

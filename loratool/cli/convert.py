@@ -1,0 +1,103 @@
+"""``loratool convert``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from loratool.cli import options as opt
+from loratool.cli.loads import loads_lines
+from loratool.cli.render import format_bytes, format_seconds, line, plural, safe, table
+from loratool.cli.voice import Voice, note_lines, warning_lines
+from loratool.errors import list_some
+
+if TYPE_CHECKING:
+    from loratool.report import ConvertedAdapter, ConvertReport
+
+
+@click.command(
+    cls=opt.Command,
+    name="convert",
+    short_help="Write an adapter as another program stores it.",
+    context_settings=opt.HELP_SETTINGS,
+    examples=(
+        "loratool convert style.safetensors --to peft -o ./style",
+        "loratool convert style.safetensors --to peft --base ./sdxl/unet --skip te -o ./style",
+        "loratool convert ./style --to kohya -o style.safetensors",
+        "loratool convert loras/*.safetensors --to peft -o converted/   # many: names are kept",
+    ),
+)
+@click.argument("adapters", nargs=-1, required=True, metavar="ADAPTER…")
+@opt.option("--base", metavar="BASE", section="Input",
+            help="What it was trained on: its tensors name flat modules.")  # fmt: skip
+@opt.option("--skip", multiple=True, metavar="PART|REGEX", section="Input",
+            help="Leave out a component (te) or modules. Repeatable.")  # fmt: skip
+@opt.option("--to", required=True, metavar="DIALECT", section="Output",
+            help="peft, kohya, lycoris.")  # fmt: skip
+@opt.option("-o", "--output", required=True, metavar="OUT", section="Output",
+            help="Folder or file to create; DIR/ puts results into it under their names.",
+)  # fmt: skip
+@opt.writing
+@opt.workers
+@opt.network
+@opt.general
+@opt.alpha
+@opt.trust
+def command(adapters: tuple[str, ...], to: str, output: str, **options: Any) -> None:
+    """Write ADAPTERs in another dialect: the same ΔW, the bytes of the factors copied.
+
+    kohya and LyCORIS write module names with underscores for dots. They become whole again by
+    look-up: in the base given with --base, else among the modules of Stable Diffusion, SDXL and
+    FLUX. What the other dialect cannot hold is an error; --skip leaves it out, and it is said.
+    """
+    from loratool import api
+
+    voice = Voice.take(options)
+    voice.announce(f"Converting {plural(len(adapters), 'adapter')} to {safe(to)}")
+    report = api.convert(adapters, to=to, output=output, **options)
+    result = [] if report.dry_run else [safe(r.output) for r in report.adapters]
+    warnings = [w for r in report.adapters for w in r.warnings]
+    voice.show(report, render(report, voice), result=[*warning_lines(warnings), *result])
+
+
+def render(report: ConvertReport, voice: Voice) -> Iterator[str]:
+    """The report, line by line."""
+    if len(report.adapters) == 1:
+        yield from _one(report.adapters[0], report, voice)
+        return
+    rows = [
+        (safe(r.source, cap=60), r.dialect, str(r.modules), str(len(r.computed)),
+         f"{r.relative_error:.1e}" if r.relative_error else "nothing",
+         format_bytes(r.output_bytes), safe(r.output, cap=60))
+        for r in report.adapters
+    ]  # fmt: skip
+    heads = ("adapter", "from", "modules", "computed", "lost", "size", "written to")
+    yield from table(rows, heads, right=(2, 3, 5))
+    for row in report.adapters:
+        yield from warning_lines(f"{row.source}: {w}" for w in row.warnings)
+        yield from note_lines((f"{row.source}: {n}" for n in row.notes), voice)
+    yield _end(report, f"{plural(len(report.adapters), 'adapter')} to {safe(report.output)}")
+
+
+def _one(row: ConvertedAdapter, report: ConvertReport, voice: Voice) -> Iterator[str]:
+    how = f"{plural(row.copied, 'tensor')} copied byte for byte"
+    if row.computed:
+        how += f", {plural(len(row.computed), 'module')} computed"
+    yield line("convert", f"{row.dialect} → {report.dialect}", plural(row.modules, "module"), how)
+    if row.left_out:
+        names = safe(list_some(row.left_out, 3))
+        yield line("left out", plural(len(row.left_out), "change"), names, tone="warn")
+    yield from note_lines(row.notes, voice)
+    if not report.dry_run:
+        yield line("loss", f"{row.relative_error:.1e} of ΔW" if row.relative_error else "nothing")
+    yield from warning_lines(row.warnings)
+    yield _end(report, f"{safe(row.output)} · {format_bytes(row.output_bytes)}")
+    yield from loads_lines(row.loads_in, voice) if row.loads_in else ()
+
+
+def _end(report: ConvertReport, what: str) -> str:
+    if report.dry_run:
+        return line("dry run", f"would write {what}")
+    return line("wrote", what, format_seconds(report.seconds), tone="good")

@@ -1,0 +1,89 @@
+"""Do the tensors of one change fit together?  For every dialect alike."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NoReturn
+
+from loratool.adapter import TensorRef
+from loratool.dtypes import DTYPES
+from loratool.errors import BadFileError
+
+MAX_RANK = 8192  # of one module or expert; no method that is known goes so far
+# Stored factors are widened before use; narrower types than these have no agreed meaning alone.
+_FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
+
+
+def check_float(ref: TensorRef) -> None:
+    """Refuse what is no number format for factors.
+
+    Raises:
+        BadFileError: LT-365.
+    """
+    if ref.dtype not in _FLOATS:
+        raise BadFileError(
+            "LT-365", "a factor must be of a float type", file=ref.file, key=ref.name,
+            expected=", ".join(_FLOATS), got=f"{ref.dtype} ({DTYPES[ref.dtype].word or 'packed'})",
+        )  # fmt: skip
+
+
+def check_rank(rank: int, ref: TensorRef) -> None:
+    """Refuse a rank that no method goes to.
+
+    Raises:
+        BadFileError: LT-348.
+    """
+    if rank > MAX_RANK:
+        raise BadFileError(
+            "LT-348", "the rank is too large", file=ref.file, key=ref.name,
+            expected=f"at most {MAX_RANK}", got=f"{rank} from the shape {list(ref.shape)}",
+        )  # fmt: skip
+
+
+def check_product(fields: Mapping[str, TensorRef]) -> None:
+    """lora_A (r, in, k…) and lora_B (out, r, 1…), perhaps with a core (r, r, k…) between them.
+
+    Raises:
+        BadFileError: LT-363 different ranks, LT-364 empty, LT-366 wrong dimensions.
+    """
+    lora_A, lora_B, core = fields["lora_A"], fields["lora_B"], fields.get("lora_mid")
+    for ref in fields.values():
+        if len(ref.shape) < 2 or 0 in ref.shape:
+            refuse_shard(ref)
+        if len(ref.shape) > 5:
+            refuse_shape(ref, "5 dimensions at most")
+    for ref in (lora_B, lora_A) if core is not None else (lora_B,):
+        if any(size != 1 for size in ref.shape[2:]):
+            refuse_shape(ref, "(out, r, 1…) for a convolution")
+    inner = (lora_A.shape[0],) * 2 if core is None else (core.shape[1], core.shape[0])
+    if inner != (lora_A.shape[0], lora_B.shape[1]):
+        raise BadFileError(
+            "LT-363", "lora_A and lora_B have different ranks", file=lora_A.file, key=lora_A.name,
+            expected="(r, in) and (out, r)", got=f"{list(lora_A.shape)} and {list(lora_B.shape)}",
+        )  # fmt: skip
+
+
+def refuse_shard(ref: TensorRef) -> NoReturn:
+    """Refuse a tensor that one process of many saved as its part, or as nothing.
+
+    Raises:
+        BadFileError: LT-364.
+    """
+    raise BadFileError(
+        "LT-364", "an empty or flattened tensor: the adapter was saved from one shard of DeepSpeed "
+        "ZeRO-3 or FSDP without gathering it", file=ref.file, key=ref.name,
+        expected="a whole tensor", got=f"shape {list(ref.shape)}",
+        hint="gather the parameters and save again (GatheredParameters, summon_full_params)",
+    )  # fmt: skip
+
+
+def refuse_shape(ref: TensorRef, expected: str) -> NoReturn:
+    """Refuse a tensor of another shape than its role has.
+
+    Raises:
+        BadFileError: LT-366.
+    """
+    raise BadFileError(
+        "LT-366", "tensor has the wrong shape for its role", file=ref.file, key=ref.name,
+        expected=expected, got=list(ref.shape),
+    )  # fmt: skip

@@ -1,0 +1,39 @@
+"""kohya: sd-scripts, musubi-tuner, OneTrainer's flat form; LyCORIS' algorithms under its prefixes.
+
+``lora_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight``: the prefix is the part of the
+pipeline, the rest the module with every dot an underscore.
+"""
+
+from __future__ import annotations
+
+from loratool.dialects.base import Dialect, by_keys
+from loratool.dialects.table import Component, Field, Table
+
+TABLE = Table(
+    components=(
+        Component("lora_unet_", "unet"),
+        Component("lora_te_", "te"),
+        Component("lora_te1_", "te1"),
+        Component("lora_te2_", "te2"),
+        Component("lora_te3_", "te3"),
+        Component("lora_transformer_", "transformer"),
+        Component("lora_prior_unet_", "prior_unet"),
+        Component("lora_prior_te_", "prior_te"),
+    ),
+    fields=(
+        Field("lora_down.weight", "lora_A"),
+        Field("lora_up.weight", "lora_B"),
+        Field("lora_mid.weight", "lora_mid"),
+        Field("w_norm", "delta", kind="vector"),
+        Field("b_norm", "delta", kind="vector", parameter="bias"),
+        Field("diff_b", "delta", kind="vector", parameter="bias"),
+    ),
+    passed=r"bundle_emb\.",
+    stale=r"sshs_(model|legacy)_hash|modelspec\.hash_sha256",
+    ranks=("ss_network_dim", "ss_network_alpha"),
+)
+
+ROW = Dialect(
+    "kohya", "kohya", by_keys(r"^lora_(unet|te\d?|prior_unet|prior_te|transformer)_"), TABLE,
+    library="diffusers", loaded_by=("ComfyUI", "Forge"),
+)  # fmt: skip

@@ -1,0 +1,14 @@
+"""LyCORIS on its own, without kohya's scripts: ``lycoris_<module>``, the part is not named."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from loratool.dialects import kohya
+from loratool.dialects.base import Dialect, by_keys
+from loratool.dialects.table import Component
+
+ROW = Dialect(
+    "lycoris", "LyCORIS", by_keys(r"^lycoris_"),
+    replace(kohya.TABLE, components=(Component("lycoris_", ""),)), loaded_by=("ComfyUI",),
+)  # fmt: skip

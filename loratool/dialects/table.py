@@ -1,0 +1,183 @@
+"""Dialects as tables: what keys look like, what they mean, what a file of it can hold.
+
+A dialect whose tensors say everything (kohya, LyCORIS) is one `Table` and no code.  Factors that
+are called the same everywhere (``hada_w1_a``) come from the rows of `loratool.kinds`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+from loratool import kinds
+from loratool.adapter import DeltaSpec
+from loratool.archs.flat import components_of, known_names
+
+# What keys of algorithms end in that no kind is made of -> their title.
+ALGORITHMS = (
+    (r"hada_", "LoHa"), (r"lokr_", "LoKr"), (r"oft_blocks|oft_R|boft", "OFT"),
+    (r"dora_scale|magnitude", "DoRA"), (r"diff$|diff_m$", "full difference"),
+    (r"[ab][12]\.weight|bm\.weight", "GLoRA"), (r"on_input", "IA³"),
+    (r"[pq]_layer|lambda_layer", "T-LoRA"),
+)  # fmt: skip
+
+
+class Component(NamedTuple):
+    """A part of a pipeline.
+
+    Attributes:
+        prefix: what its keys begin with.
+        name: what it is called here, a key of ``archs/data/diffusion.json``; "" = any part.
+    """
+
+    prefix: str
+    name: str
+
+
+class Field(NamedTuple):
+    """What a key ends in.
+
+    Attributes:
+        suffix: behind the module and a dot.
+        role: of the kind.
+        kind: where the tensor is a change of its own, its kind; "" = a factor among others.
+        parameter: that it changes.
+    """
+
+    suffix: str
+    role: str
+    kind: str = ""
+    parameter: str = "weight"
+
+
+class Key(NamedTuple):
+    """A tensor's name, taken apart.
+
+    Attributes:
+        module: component and module, in neutral form.
+        stem: the same as the file has it.
+        suffix: what the name ends in.
+    """
+
+    module: str
+    stem: str
+    suffix: str
+
+
+@dataclass(frozen=True)
+class Table:
+    """One dialect.
+
+    Attributes:
+        components: how the keys of each part of a pipeline begin; the first is what modules of no
+            known part become.
+        fields: what keys end in, besides the roles that all dialects spell alike.
+        alpha: what the name of the tensor ends in that holds alpha; scaling is alpha/r, and 1
+            where there is none.
+        is_flat: dots of module names are written as underscores.
+        passed: regular expression of tensors that are no part of any change and are kept.
+        kinds: what the writer emits, besides the kinds whose roles all dialects spell alike.
+        stale: keys of the metadata that speak of the very tensors, "" = none.
+        ranks: keys of the metadata for rank and alpha of the whole file.
+    """
+
+    components: tuple[Component, ...]
+    fields: tuple[Field, ...]
+    alpha: str = "alpha"
+    is_flat: bool = True
+    passed: str = ""
+    kinds: tuple[str, ...] = ("lowrank",)
+    stale: str = ""
+    ranks: tuple[str, str] = ("", "")
+
+    def parse(self, name: str) -> Key | None:
+        """A tensor's name taken apart; None if it is of no known form."""
+        found = self._pattern.fullmatch(name)
+        if found is None:
+            return None
+        component = self._by_prefix[found["prefix"]]
+        module = f"{component}.{found['module']}" if component else found["module"]
+        return Key(module, found["prefix"] + found["module"], found["suffix"])
+
+    def is_passed(self, name: str) -> bool:
+        """True for a tensor that is kept as it is."""
+        return bool(self.passed) and re.match(self.passed, name) is not None
+
+    def field_of(self, suffix: str) -> Field | None:
+        """What a key's end means; None if nothing does."""
+        if suffix in self._by_suffix:
+            return self._by_suffix[suffix]
+        return Field(suffix, suffix) if kinds.is_spelled(suffix) else None
+
+    def stem_of(self, spec: DeltaSpec, *, is_flat: bool) -> str:
+        """How the keys of a change begin.
+
+        Args:
+            spec: the change.
+            is_flat: its module is flat already, with the component before the dot.
+        """
+        component, module = self._split(spec.module, is_flat)
+        prefix = next((c.prefix for c in self.components if c.name == component), None)
+        if prefix is None:
+            prefix = self.components[0].prefix
+        return prefix + (module.replace(".", "_") if self.is_flat else module)
+
+    def keys_of(self, spec: DeltaSpec, stem: str) -> Iterator[tuple[str, str]]:
+        """(role, name of the tensor) of the fields of a change."""
+        spelled = {
+            f.role: f.suffix for f in self.fields
+            if f.kind in ("", spec.kind) and (not f.kind or f.parameter == spec.parameter)
+        }  # fmt: skip
+        for role in spec.fields:
+            yield role, f"{stem}.{spelled.get(role, role)}"
+
+    def obstacle(self, spec: DeltaSpec) -> str:
+        """Why a change cannot be written, "" if it can."""
+        row = spec.row
+        own = [f for f in self.fields if f.kind == spec.kind and f.parameter == spec.parameter]
+        roles = {f.role for f in self.fields if not f.kind}
+        reasons = {
+            spec.title: not (own or row.is_spelled or spec.kind in self.kinds),
+            f"{spec.base_change} changes the base": bool(spec.base_change),
+            "embedding": spec.layout == "embedding",
+            "experts in one tensor": spec.layout == "experts",
+            "block-diagonal factors": spec.blocks is not None,
+            "a weight that is stored (in, out)": spec.transposed,
+            f"the parameter {spec.parameter}": not own and spec.parameter != "weight",
+            "a scaled bias": bool(own) and spec.scaling != 1,
+            "a diagonal between the factors": not own
+            and not all(role in roles or kinds.is_spelled(role) for role in spec.fields),
+        }
+        return next((reason for reason, holds in reasons.items() if holds), "")
+
+    def _split(self, module: str, is_flat: bool) -> tuple[str, str]:
+        if is_flat:
+            component, _, flat = module.rpartition(".")
+            return component, flat
+        names = {c.name for c in self.components}
+        for component, prefix in components_of(module):
+            if component in names:
+                return component, module.removeprefix(prefix)
+        is_text = module.startswith(("text_model.", "encoder."))
+        is_known = is_text and known_names().look_up("te", module.replace(".", "_"), "weight")
+        return ("te" if is_known else ""), module
+
+    @cached_property
+    def _by_prefix(self) -> dict[str, str]:
+        return {c.prefix: c.name for c in self.components}
+
+    @cached_property
+    def _by_suffix(self) -> dict[str, Field]:
+        return {f.suffix: f for f in self.fields}
+
+    @cached_property
+    def _pattern(self) -> re.Pattern[str]:
+        longest = sorted((c.prefix for c in self.components), key=len, reverse=True)
+        prefixes = "|".join(map(re.escape, longest))
+        module = r"[^.]+" if self.is_flat else r".+?"
+        suffixes = [self.alpha, *(f.suffix for f in self.fields)]
+        ends = r".+" if self.is_flat else "|".join(map(re.escape, suffixes)) + r"|[^.]+"
+        return re.compile(rf"(?P<prefix>{prefixes})(?P<module>{module})\.(?P<suffix>{ends})")

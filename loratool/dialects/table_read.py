@@ -1,0 +1,193 @@
+"""Read what a table describes: tensors → deltas, each with its alpha."""
+
+from __future__ import annotations
+
+import math
+import re
+import struct
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from loratool import kinds
+from loratool.adapter import MAX_ALPHA, Adapter, DeltaSpec, ReadOptions, TensorRef
+from loratool.dialects.candidate import Candidate
+from loratool.dialects.factors import check_float, check_product, check_rank
+from loratool.dialects.table import ALGORITHMS, Field, Table
+from loratool.errors import BadFileError, MismatchError, list_some
+from loratool.store.reader import FileReader
+
+_SCALARS = {"F64": "<d", "F32": "<f", "F16": "<e", "I64": "<q", "I32": "<i", "I16": "<h"}
+
+
+def read_table(table: Table, dialect: str, candidate: Candidate, options: ReadOptions) -> Adapter:
+    """The adapter in a file of a dialect that is a table.
+
+    Raises:
+        BadFileError: LT-360 … LT-376, damaged or incomplete.
+        MismatchError: LT-402, LT-415: an algorithm or a tensor that is not known.
+    """
+    header = candidate.header
+    if header is None:
+        raise BadFileError("LT-360", "no adapter weights in this folder", file=candidate.path)
+    found = read_tensors(table, header.tensors, options)
+    notes = list(found.notes)
+    if not header.tensors:
+        notes.append("the file holds no tensors")
+    return Adapter(
+        candidate.path, dialect, found.specs, metadata=header.metadata,
+        key_order=tuple(ref.name for ref in header.tensors), carried=found.carried,
+        notes=tuple(notes),
+    )  # fmt: skip
+
+
+def read_tensors(table: Table, refs: Iterable[TensorRef], options: ReadOptions) -> Adapter:
+    """Deltas, carried tensors and notes of a file; path and names stay empty."""
+    found = _sort(table, refs)
+    alphas = read_scalars(found.alphas)
+    specs: list[DeltaSpec] = []
+    for module, fields in found.modules.items():
+        alpha = alphas.get(module, options.alpha)
+        specs.append(_product(module, fields, alpha))
+    specs += [_single(module, one, ref) for module, one, ref in found.singles]
+    order = {ref.name: place for place, ref in enumerate(found.refs)}
+    specs.sort(key=lambda s: min(order[f.name] for f in s.fields.values()))
+    notes = []
+    without = [m for m in found.modules if m not in alphas]
+    if without and options.alpha is None:
+        notes.append(f"{len(without)} modules have no alpha: their scaling is 1")
+    orphans = [m for m in found.alphas if m not in found.modules]
+    if orphans:
+        notes.append(f"{len(orphans)} alphas belong to no module: {list_some(orphans, 3)}")
+    if found.passed:
+        names = list_some((ref.name for ref in found.passed), 3)
+        notes.append(f"{len(found.passed)} tensors are kept as they are, not merged: {names}")
+    carried = (*found.alphas.values(), *found.passed)
+    return Adapter(Path(), "", tuple(specs), carried=carried, notes=tuple(notes))
+
+
+@dataclass
+class _Sorted:
+    """The tensors of a file by what they are."""
+
+    refs: list[TensorRef]
+    modules: dict[str, dict[str, TensorRef]] = field(default_factory=dict)
+    singles: list[tuple[str, Field, TensorRef]] = field(default_factory=list)
+    alphas: dict[str, TensorRef] = field(default_factory=dict)
+    passed: list[TensorRef] = field(default_factory=list)
+
+
+def _sort(table: Table, refs: Iterable[TensorRef]) -> _Sorted:
+    found = _Sorted(list(refs))
+    unknown = []
+    for ref in found.refs:
+        key = table.parse(ref.name)
+        meaning = None if key is None else table.field_of(key.suffix)
+        if key is not None and key.suffix == table.alpha:
+            found.alphas[key.module] = ref
+        elif key is not None and meaning is not None and meaning.kind:
+            found.singles.append((key.module, meaning, ref))
+        elif key is not None and meaning is not None:
+            fields = found.modules.setdefault(key.module, {})
+            if meaning.role in fields:
+                raise BadFileError(
+                    "LT-367", "two tensors mean the same", file=ref.file, key=key.module,
+                    got=f"{fields[meaning.role].name} and {ref.name}",
+                )  # fmt: skip
+            fields[meaning.role] = ref
+        elif table.is_passed(ref.name):
+            found.passed.append(ref)
+        else:
+            unknown.append(ref)
+    if unknown:
+        _refuse_unknown(unknown)
+    return found
+
+
+def _refuse_unknown(refs: list[TensorRef]) -> None:
+    names = [ref.name for ref in refs]
+    for pattern, title in ALGORITHMS:
+        of_it = [n for n in names if re.match(pattern, n.partition(".")[2])]
+        if of_it:
+            raise MismatchError(
+                "LT-402", f"{title} adapters are not supported", file=refs[0].file,
+                key=list_some(of_it, 3), got=f"{len(of_it)} tensors of {title}",
+                hint="merge or convert it with the program that wrote it",
+            )  # fmt: skip
+    raise MismatchError(
+        "LT-415", "LoRA tensors of an unknown kind", file=refs[0].file, key=list_some(names),
+        hint="which program and version wrote them?",
+    )  # fmt: skip
+
+
+def _product(module: str, fields: Mapping[str, TensorRef], alpha: float | None) -> DeltaSpec:
+    """The change that the factors of a module make."""
+    first = next(iter(fields.values()))
+    kind = kinds.of_roles(fields)
+    if kind is None:
+        raise BadFileError(
+            "LT-362", "the factors of a module are incomplete", file=first.file, key=module,
+            expected=" or ".join(sorted(_needed(fields))), got=", ".join(sorted(fields)),
+        )  # fmt: skip
+    for ref in fields.values():
+        check_float(ref)
+    if kind.rank_axis is None:
+        raise BadFileError("LT-362", "a change without a rank has factors", file=first.file,
+                           key=module)  # fmt: skip
+    if {"lora_A", "lora_B"} <= fields.keys():
+        check_product(fields)
+    role, axis = kind.rank_axis
+    rank = fields[role].shape[axis] if axis < len(fields[role].shape) else 0
+    check_rank(rank, fields[role])
+    is_conv = any(len(ref.shape) > 2 for ref in fields.values())
+    scale = 1.0 if alpha is None or not rank else alpha / rank
+    return DeltaSpec(kind.name, module, "weight", fields, "conv" if is_conv else "linear", rank,
+                     alpha, scale)  # fmt: skip
+
+
+def _needed(fields: Mapping[str, TensorRef]) -> list[str]:
+    """What the kinds that share a role with these need besides."""
+    near = [k for k in kinds.every() if set(fields) & {*k.roles, *k.optional}]
+    return ["+".join(k.roles) for k in near] or [k.title for k in kinds.every()]
+
+
+def _single(module: str, one: Field, ref: TensorRef) -> DeltaSpec:
+    """A change of its own: never scaled."""
+    check_float(ref)
+    row = kinds.row_of(one.kind)
+    layout = "linear" if row.is_matrix else "vector"
+    return DeltaSpec(one.kind, module, one.parameter, {one.role: ref}, layout, 0, None, 1.0)
+
+
+def read_scalars(refs: Mapping[str, TensorRef]) -> dict[str, float]:
+    """The numbers in tensors of one element.
+
+    Raises:
+        BadFileError: LT-376, more than one, of no known type, or no usable number.
+    """
+    found = {}
+    with FileReader() as reader:
+        reader.expect((ref.file, ref.start, ref.nbytes) for ref in refs.values())
+        for name, ref in refs.items():
+            if ref.numel != 1 or ref.dtype not in (*_SCALARS, "BF16"):
+                _refuse_scalar(ref, f"{ref.dtype} {list(ref.shape)}")
+            raw = bytearray(ref.nbytes)
+            reader.read_into(ref, 0, memoryview(raw))
+            value = _number(ref.dtype, bytes(raw))
+            if not math.isfinite(value) or abs(value) > MAX_ALPHA:
+                _refuse_scalar(ref, value)
+            found[name] = value
+    return found
+
+
+def _number(dtype: str, raw: bytes) -> float:
+    if dtype == "BF16":  # the upper half of a float32
+        return float(struct.unpack("<f", b"\0\0" + raw)[0])
+    return float(struct.unpack(_SCALARS[dtype], raw)[0])
+
+
+def _refuse_scalar(ref: TensorRef, got: object) -> None:
+    raise BadFileError(
+        "LT-376", "alpha is no usable number", file=ref.file, key=ref.name, got=got,
+        expected=f"one number of at most {MAX_ALPHA:g}",
+    )  # fmt: skip

@@ -1,0 +1,161 @@
+"""Write what a table describes: deltas → tensors, each with its alpha."""
+
+from __future__ import annotations
+
+import re
+import struct
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from loratool.adapter import (
+    Adapter,
+    AdapterFiles,
+    DeltaSpec,
+    ReadOptions,
+    Source,
+    TensorData,
+    TensorRef,
+)
+from loratool.delta.forms import scaled_source
+from loratool.dialects.base import Dialect, Writer
+from loratool.dialects.table import Table
+from loratool.dialects.table_read import read_tensors
+from loratool.dtypes import DTYPES
+from loratool.errors import MismatchError, list_some
+from loratool.store.reader import read_bytes
+
+_OTHER_SIGN = bytes(byte ^ 0x80 for byte in range(256))
+
+
+def table_writer(row: Dialect) -> Writer:
+    """What makes the files of a dialect that is a table."""
+
+    def write(
+        adapter: Adapter,
+        *,
+        base_config: Mapping[str, Any] | None = None,
+        base_tensors: Iterable[str] = (),
+    ) -> AdapterFiles:
+        return write_table(row, adapter)
+
+    return write
+
+
+def write_table(row: Dialect, adapter: Adapter) -> AdapterFiles:
+    """The file of an adapter: its own tensors where it is unchanged, else all of them anew.
+
+    Raises:
+        MismatchError: LT-411, the dialect cannot hold it.
+    """
+    from loratool.dialects.registry import row_of
+
+    table, title = row.table, row.title
+    assert table is not None
+    is_flat = row_of(adapter.dialect).is_flat
+    if row.name == adapter.dialect and (old := _unchanged(table, adapter)) is not None:
+        return AdapterFiles(old, dict(adapter.metadata), "")
+    _check(table, adapter, title)
+    tensors: dict[str, Source] = {}
+    dtype = _alpha_dtype(adapter)
+    for spec in adapter.specs:
+        stem = table.stem_of(spec, is_flat=is_flat)
+        if spec.scaling < 0:  # loaders halve a scale until it fits, which never ends below 0
+            spec = turned(spec)
+        found = [(name, spec.fields[role]) for role, name in table.keys_of(spec, stem)]
+        if spec.rank:
+            found.append((f"{stem}.{table.alpha}", _alpha(spec, dtype)))
+        for name, source in found:
+            if name in tensors:
+                raise MismatchError("LT-411", f"{title} cannot hold this adapter: two modules have "
+                                    "one name", file=adapter.path, key=name)  # fmt: skip
+            tensors[name] = source
+    tensors |= {ref.name: ref for ref in adapter.carried if table.is_passed(ref.name)}
+    # The order in which the safetensors library lays tensors out: wide types first, then by name.
+    ordered = sorted(tensors.items(), key=lambda item: (-DTYPES[item[1].dtype].bits, item[0]))
+    return AdapterFiles(tuple(ordered), _metadata(table, adapter), "")
+
+
+def turned(spec: DeltaSpec) -> DeltaSpec:
+    """The same change with the sign of its scaling in a factor: exact, one bit per number."""
+    source = scaled_source(spec)
+    size = DTYPES[source.dtype].bits // 8
+    data = bytearray(read_bytes(source))
+    data[size - 1 :: size] = data[size - 1 :: size].translate(_OTHER_SIGN)
+    factor = TensorData(f"{spec.name} -", source.dtype, source.shape, bytes(data))
+    fields = {role: factor if one is source else one for role, one in spec.fields.items()}
+    alpha = None if spec.alpha is None else -spec.alpha
+    return replace(spec, fields=fields, alpha=alpha, scaling=-spec.scaling)
+
+
+def alpha_of(spec: DeltaSpec) -> float:
+    """The alpha whose α/r is the spec's scaling; off by 2⁻⁵² of it at most."""
+    alpha = spec.alpha
+    is_kept = alpha is not None and alpha / spec.rank == spec.scaling
+    return float(alpha) if is_kept and alpha is not None else spec.scaling * spec.rank
+
+
+def _unchanged(table: Table, adapter: Adapter) -> tuple[tuple[str, Source], ...] | None:
+    """The file's tensors in its order if reading them again gives the same adapter."""
+    refs: dict[str, TensorRef] = {ref.name: ref for ref in adapter.carried}
+    for spec in adapter.specs:
+        for source in spec.fields.values():
+            if not isinstance(source, TensorRef):
+                return None
+            refs[source.name] = source
+    if set(refs) != set(adapter.key_order) or adapter.replacements:
+        return None
+    ordered = [refs[name] for name in adapter.key_order]
+    # Only the default reading: the file cannot say what the user said when it was opened.
+    if read_tensors(table, ordered, ReadOptions()).specs != adapter.specs:
+        return None
+    return tuple(zip(adapter.key_order, ordered, strict=True))
+
+
+def _check(table: Table, adapter: Adapter, title: str) -> None:
+    found = {s.name: reason for s in adapter.specs if (reason := table.obstacle(s))}
+    found |= {r.name: "a replaced tensor" for r in adapter.replacements}
+    reasons = [*found.values(), *(["replicated layers"] if adapter.layer_order else [])]
+    if reasons:
+        raise MismatchError(
+            "LT-411", f"{title} cannot hold this adapter: {reasons[0]}", file=adapter.path,
+            key=list_some(found, 3) or None,
+        )  # fmt: skip
+
+
+def _alpha(spec: DeltaSpec, dtype: str) -> TensorData:
+    """A tensor of one number, in a type that holds it exactly where there is one."""
+    value = alpha_of(spec)
+    forms = {"F16": "<e", "F32": "<f", "F64": "<d"}
+    for name in dict.fromkeys((dtype, "F32", "F64")):
+        if name in forms and (data := _packed(forms[name], value)) is not None:
+            return TensorData(f"{spec.name} alpha", name, (), data)
+    return TensorData(f"{spec.name} alpha", "F64", (), struct.pack("<d", value))
+
+
+def _packed(form: str, value: float) -> bytes | None:
+    try:
+        data = struct.pack(form, value)
+    except OverflowError:
+        return None
+    return data if struct.unpack(form, data)[0] == value else None
+
+
+def _alpha_dtype(adapter: Adapter) -> str:
+    """That of the file's own alphas."""
+    return next((ref.dtype for ref in adapter.carried if ref.numel == 1), "F32")
+
+
+def _metadata(table: Table, adapter: Adapter) -> dict[str, str]:
+    """What still holds of the metadata: not what speaks of the very tensors."""
+    stale = re.compile(table.stale) if table.stale else None
+    kept = {
+        key: value for key, value in adapter.metadata.items()
+        if key != "loratool" and (stale is None or not stale.fullmatch(key))
+    }  # fmt: skip
+    ranked = [s for s in adapter.specs if s.rank]
+    values: tuple[set[float], ...] = ({s.rank for s in ranked}, {alpha_of(s) for s in ranked})
+    for key, found in zip(table.ranks, values, strict=True):
+        if key:
+            kept[key] = f"{next(iter(found)):g}" if len(found) == 1 else "Dynamic"
+    return kept

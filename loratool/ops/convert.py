@@ -1,0 +1,212 @@
+"""Plan a conversion: what each change is called in the other dialect, and what must be computed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from loratool.adapter import Adapter, DeltaSpec, Replacement, Source, TensorData, TensorRef
+from loratool.archs.flat import FlatNames, home_prefix, known_names
+from loratool.delta.forms import (
+    has_core,
+    reshaped,
+    scaled_source,
+    side_sizes,
+    with_scaled_source,
+    without_core,
+)
+from loratool.dialects.base import Dialect
+from loratool.dialects.registry import row_of
+from loratool.dialects.rules import is_flat
+from loratool.dtypes import numel
+from loratool.errors import MismatchError, list_some
+from loratool.ops.bind import bind
+from loratool.ops.bind_flat import meanings_of
+from loratool.ops.bind_rules import parse_skip
+from loratool.ops.bind_types import BoundDelta
+from loratool.patterns import find
+from loratool.store.checkpoint import Checkpoint
+from loratool.store.reader import read_bytes
+
+
+@dataclass(frozen=True)
+class ConvertPlan:
+    """What becomes of one adapter.
+
+    Attributes:
+        source: as opened.
+        adapter: the same changes as the other dialect names them; factors that must be computed
+            are still those of the file.
+        computed: names of the changes whose factors are computed; the bytes of all others are
+            copied.
+        left_out: names of what the user leaves out.
+        base_tensors: names of the base's tensors.
+        notes: one sentence each.
+    """
+
+    source: Adapter
+    adapter: Adapter
+    computed: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
+    base_tensors: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+def plan_convert(
+    source: Adapter, dialect: str, *, base: Checkpoint | None = None, skip: Sequence[str] = ()
+) -> ConvertPlan:
+    """Plan the conversion of an adapter.
+
+    Args:
+        source: opened.
+        dialect: name of the row to write it with.
+        base: says what flat modules are called.
+        skip: components or expressions of modules to leave out.
+
+    Raises:
+        MismatchError: LT-404 flat names that nothing makes whole, LT-448 nothing is left, LT-494
+            changes that the dialect cannot hold; LT-430 … LT-495 of binding.
+        UsageError: LT-242, an unusable --skip.
+    """
+    kept, left_out = _without(source, skip)
+    notes, row = list(kept.notes), row_of(dialect)
+    _check(kept, row)
+    if is_flat(source) and not row.is_flat:
+        kept, words = _named(kept, base)
+        notes.append(words)
+    elif base is not None:
+        notes.append("the base was not needed: the modules have whole names, or keep flat ones")
+    computed = tuple(s.name for s in kept.specs if row.obstacle(s) and has_core(s))
+    return ConvertPlan(
+        source, kept, computed, left_out, tuple(base.tensors) if base else (), tuple(notes)
+    )
+
+
+def outline(plan: ConvertPlan) -> Adapter:
+    """What will be written, with tensors without content in the place of computed ones."""
+    names = set(plan.computed)
+    specs = (without_core(s) if s.name in names else s for s in plan.adapter.specs)
+    return replace(plan.adapter, specs=tuple(specs))
+
+
+def fold_bytes(plan: ConvertPlan) -> list[int]:
+    """Bytes that each computed change takes at work: its new factor in float64, some times over."""
+    names = set(plan.computed)
+    each = [side_sizes(s)[1] for s in plan.adapter.specs if s.name in names]
+    ranks = [s.rank for s in plan.adapter.specs if s.name in names]
+    return [5 * 8 * rank * numel(inner) for rank, inner in zip(ranks, each, strict=True)]
+
+
+def _without(adapter: Adapter, skip: Sequence[str]) -> tuple[Adapter, tuple[str, ...]]:
+    """The adapter less what ``--skip`` names, and the names of that."""
+    modules = [s.module for s in adapter.specs] + [_module(r) for r in adapter.replacements]
+    skipped = frozenset().union(*find([parse_skip(text) for text in skip], modules))
+    specs = tuple(s for s in adapter.specs if s.module not in skipped)
+    replacements = tuple(r for r in adapter.replacements if _module(r) not in skipped)
+    if not specs and not replacements:
+        raise MismatchError("LT-448", "nothing is left to convert", file=adapter.path,
+                            got=list_some(skipped, 3) or "no changes")  # fmt: skip
+    out = [s.name for s in adapter.specs if s.module in skipped]
+    out += [r.name for r in adapter.replacements if _module(r) in skipped]
+    return replace(adapter, specs=specs, replacements=replacements), tuple(out)
+
+
+def _module(replacement: Replacement) -> str:
+    return replacement.name.rpartition(".")[0] or replacement.name
+
+
+def _check(kept: Adapter, row: Dialect) -> None:
+    """Name everything that the dialect cannot hold, with the words that leave it out."""
+    whole = () if row.table is None else kept.replacements
+    found = dict.fromkeys((r.name for r in whole), "a replaced tensor")
+    found |= {s.name: why for s in kept.specs if (why := row.obstacle(without_core(s)))}
+    if not found:
+        return
+    modules = {name.rpartition(".")[0] or name for name in found}
+    ways = " ".join(f"--skip '^{module}$'" for module in sorted(modules)[:3])
+    all_of_it = len(found) == len(kept.specs) + len(kept.replacements)
+    raise MismatchError(
+        "LT-494", f"{row.title} cannot hold {len(found)} changes of this adapter", file=kept.path,
+        key=list_some(found, 3), got=list_some(set(found.values()), 3),
+        hint=None if all_of_it else f"leave them out: {ways}{' …' if len(modules) > 3 else ''}",
+    )  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------- flat names
+
+
+def _named(adapter: Adapter, base: Checkpoint | None) -> tuple[Adapter, str]:
+    """The adapter under whole names, and where they are from."""
+    if base is not None:
+        bindings = bind(adapter, base)
+        specs = _pieces(bindings.deltas, base)
+        return replace(adapter, specs=specs), f"modules are named as in {base.path.name}"
+    return _from_known(adapter, known_names())
+
+
+def _pieces(deltas: Sequence[BoundDelta], base: Checkpoint) -> tuple[DeltaSpec, ...]:
+    """One change for every tensor of the base, with the rows that lie there."""
+    by_target: dict[str, list[BoundDelta]] = {}
+    for delta in deltas:
+        by_target.setdefault(delta.target, []).append(delta)
+    return tuple(_piece(name, parts, base) for name, parts in by_target.items())
+
+
+def _piece(target: str, parts: Sequence[BoundDelta], base: Checkpoint) -> DeltaSpec:
+    spec, dims = parts[0].spec, len(base.tensors[target].shape)
+    module, _, parameter = target.rpartition(".")
+    placed = sorted(parts, key=lambda d: [s.start for s in (*d.region.rows, *d.region.cols)])
+    rows = [d.region.source_rows or d.region.source_cols for d in placed]
+    whole = sum(b - a for a, b in (r for r in rows if r)) if all(rows) else None
+    height = base.tensors[target].shape[0]
+    if any(d.spec is not spec for d in parts) or whole not in (None, height):
+        raise MismatchError(
+            "LT-404", "a tensor of the base takes parts of several modules", key=target,
+            file=base.path, hint="give a base in the adapter's own naming, or none",
+        )  # fmt: skip
+    if any(d.region.rows or d.region.cols for d in parts) and whole is None:
+        raise MismatchError(
+            "LT-404", "a module is part of a tensor of the base", key=target, file=base.path,
+            hint="give a base whose modules are separate, or none",
+        )  # fmt: skip
+    cut = [r for r in rows if r is not None]
+    if cut:
+        spec = with_scaled_source(spec, _rows(scaled_source(spec), cut))
+    return reshaped(replace(spec, module=module, parameter=parameter), dims)
+
+
+def _rows(source: Source, spans: Sequence[tuple[int, int]]) -> Source:
+    """Rows of a tensor: a place in the file if they lie side by side."""
+    each = source.nbytes // source.shape[0]
+    shape = (sum(b - a for a, b in spans), *source.shape[1:])
+    if len(spans) == 1 and isinstance(source, TensorRef):
+        (start, _), size = spans[0], shape[0] * each
+        return replace(source, shape=shape, start=source.start + start * each, nbytes=size)
+    data = memoryview(read_bytes(source)).cast("B")
+    parts = b"".join(data[a * each : b * each] for a, b in spans)
+    return TensorData(source.name, source.dtype, shape, parts)
+
+
+def _from_known(adapter: Adapter, known: FlatNames) -> tuple[Adapter, str]:
+    """Names of Stable Diffusion, SDXL and FLUX, where nobody gave a base."""
+    found: Mapping[str, list[str]] = {
+        s.name: [m.names[0] for m in meanings_of(s.name, known)] for s in adapter.specs
+    }
+    unknown = [name for name, names in found.items() if len(names) != 1]
+    if unknown:
+        raise MismatchError(
+            "LT-404", f"the whole names of {len(unknown)} flat modules are not known",
+            file=adapter.path, key=list_some(unknown, 3),
+            hint="give the base model, --base BASE: its tensors name them",
+        )  # fmt: skip
+    parts = {s.module.rpartition(".")[0] for s in adapter.specs}
+    several = len(parts) > 1
+    specs = []
+    for spec in adapter.specs:
+        module, _, parameter = found[spec.name][0].rpartition(".")
+        prefix = home_prefix(spec.module.rpartition(".")[0]) if several else ""
+        specs.append(replace(spec, module=prefix + module, parameter=parameter))
+    words = "modules are named as diffusers and transformers do" + (
+        ", behind the names of the pipeline's parts" if several else ""
+    )
+    return replace(adapter, specs=tuple(specs)), words

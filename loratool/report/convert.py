@@ -1,0 +1,61 @@
+"""What `loratool.convert` returns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from loratool.report.base import Loads, Report
+
+
+@dataclass(frozen=True)
+class ConvertedAdapter:
+    """One adapter in another dialect.
+
+    Attributes:
+        source: as named.
+        output: what was (or would be) written.
+        dialect: that it was read in.
+        modules: changes that it has in the other dialect.
+        copied: tensors whose bytes are copied.
+        computed: names of the modules whose factors are computed; nothing else needs torch.
+        relative_error: ‖stored − exact‖ / ‖exact‖ over all modules; 0 where bytes are copied.
+        left_out: what the user left out.
+        output_bytes: size of the tensor file.
+        loads_in: which programs load it.
+        warnings: what the user should not overlook.
+        notes: what is good to know.
+    """
+
+    source: str
+    output: str
+    dialect: str
+    modules: int
+    copied: int
+    computed: tuple[str, ...]
+    relative_error: float
+    left_out: tuple[str, ...]
+    output_bytes: int
+    loads_in: tuple[Loads, ...] = ()
+    warnings: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class ConvertReport(Report):
+    """Result of `loratool.convert`.
+
+    Attributes:
+        output: what was (or would be) written, or the folder of several.
+        dialect: that the results are in.
+        adapters: one row per input.
+        seconds: wall time.
+        dry_run: nothing was written.
+    """
+
+    command: ClassVar[str] = "convert"
+    output: str
+    dialect: str
+    adapters: tuple[ConvertedAdapter, ...]
+    seconds: float
+    dry_run: bool = False

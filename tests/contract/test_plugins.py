@@ -1,0 +1,127 @@
+"""A package that is installed beside loratool adds a dialect and a kind by entry points alone."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+ACME = """
+from dataclasses import replace
+from loratool import kinds
+from loratool.dialects.base import Dialect, by_keys
+from loratool.dialects.table import Component, Field, Table
+
+DIALECT = Dialect(
+    "acme", "Acme", by_keys(r"^acme:"),
+    Table((Component("acme:", ""),), (Field("thin", "lora_A"), Field("tall", "lora_B")),
+          alpha="strength"),
+)
+KIND = replace(
+    kinds.BY_NAME["lowrank"], name="acme-outer", roles=("acme_u", "acme_v"), optional=(),
+    title="Acme outer", is_spelled=True, rank_axis=("acme_v", 0),
+)
+NUMBER = 3
+"""
+META = "Metadata-Version: 2.1\nName: acme\nVersion: 1.0\n"
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Path:
+    """A folder like site-packages, with the package in it."""
+    site = tmp_path / "site"
+    info = site / "acme-1.0.dist-info"
+    info.mkdir(parents=True)
+    (site / "acme.py").write_text(ACME)
+    (info / "METADATA").write_text(META)
+    entries = "[loratool.dialects]\nacme = acme:DIALECT\n\n[loratool.kinds]\nouter = acme:KIND\n"
+    (info / "entry_points.txt").write_text(entries)
+    return site
+
+
+def python(code: str, site: Path) -> subprocess.CompletedProcess[str]:
+    path = os.pathsep.join([str(site), *filter(None, sys.path)])
+    return subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": path}, text=True,
+        capture_output=True, timeout=60, check=False,
+    )  # fmt: skip
+
+
+def acme_file(path: Path) -> dict[str, torch.Tensor]:
+    tensors = {
+        "acme:blocks_0_q.thin": torch.randn(2, 6),
+        "acme:blocks_0_q.tall": torch.randn(4, 2),
+        "acme:blocks_0_q.strength": torch.tensor(4.0),
+    }
+    save_file(tensors, str(path), metadata={"by": "acme"})
+    return tensors
+
+
+def test_a_dialect_of_another_package_is_read_merged_and_written(
+    tmp_path: Path, site: Path
+) -> None:
+    path, base, out = (tmp_path / n for n in ("a.safetensors", "b.safetensors", "o.safetensors"))
+    tensors = acme_file(path)
+    weight = torch.randn(4, 6)
+    save_file({"blocks.0.q.weight": weight}, str(base))
+    again = tmp_path / "again.safetensors"
+    done = python(
+        "import loratool as lt\n"
+        f"lt.merge([{str(path)!r}], base={str(base)!r}, output={str(out)!r})\n"
+        f"lt.rescale([{str(path)!r}], 1, output={str(again)!r}, provenance=False)\n",
+        site,
+    )
+    assert done.returncode == 0, done.stderr
+    thin, tall = (tensors[f"acme:blocks_0_q.{n}"].double() for n in ("thin", "tall"))
+    wanted = (weight.double() + 4 / 2 * tall @ thin).float()
+    assert torch.allclose(load_file(str(out))["blocks.0.q.weight"], wanted, rtol=0, atol=1e-6)
+    assert again.read_bytes() == path.read_bytes()
+
+
+def test_a_kind_of_another_package_is_read(tmp_path: Path, site: Path) -> None:
+    path = tmp_path / "kind.safetensors"
+    save_file({"acme:q.acme_u": torch.ones(4, 2), "acme:q.acme_v": torch.ones(2, 6)}, str(path))
+    done = python(
+        "from loratool.dialects import open_adapter; from pathlib import Path\n"
+        f"(spec,) = open_adapter(Path({str(path)!r})).specs\n"
+        "assert (spec.kind, spec.title, spec.rank) == ('acme-outer', 'Acme outer', 2), spec\n",
+        site,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("entry", ["acme:NUMBER", "acme:NOTHING", "nowhere:ROW"])
+def test_what_cannot_be_used_is_named(tmp_path: Path, site: Path, entry: str) -> None:
+    entries = site / "acme-1.0.dist-info" / "entry_points.txt"
+    entries.write_text(f"[loratool.dialects]\nacme = {entry}\n")
+    path = tmp_path / "some.safetensors"
+    acme_file(path)
+    code = f"import sys; from loratool.cli import run; sys.exit(run(['inspect', {str(path)!r}]))"
+    done = python(code, site)
+    assert done.returncode == 4 and entry in done.stderr and "LT-419" in done.stderr
+
+
+def test_a_row_of_loratool_cannot_be_taken_over(tmp_path: Path, site: Path) -> None:
+    (site / "acme.py").write_text(ACME.replace('"acme", "Acme"', '"peft", "Acme"'))
+    done = python(
+        "from loratool.dialects.registry import row_of\nassert row_of('peft').title == 'PEFT'", site
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_nobody_is_asked_where_loratool_has_the_answer(site: Path) -> None:
+    sample = Path(__file__).parents[1] / "data" / "llm" / "lora_linear"
+    for words in (["--help"], ["inspect", str(sample)]):
+        done = python(
+            "import sys\nfrom loratool.cli import run\n"
+            f"code = run({words!r})\n"
+            "assert 'acme' not in sys.modules and 'importlib.metadata' not in sys.modules\n"
+            "assert not code\n",
+            site,
+        )
+        assert done.returncode == 0, done.stderr

@@ -1,0 +1,120 @@
+"""Flat names are found among the base's, whichever spelling either side has."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from loratool.archs.flat import expand, flat_names, known_names
+
+KEYS = Path(__file__).parents[1] / "data" / "keys"
+KOHYA = {"unet": "unet", "te": "te", "te0": "te1", "te1": "te2"}
+PARTS = {"unet": "unet", "te": "text_encoder", "te1": "text_encoder", "te2": "text_encoder_2"}
+# Bare parameters, and the head of the second text encoder: no adapter changes them.
+UNTOUCHED = ("position_embedding.weight", "text_projection.weight", "logit_scale")
+
+
+def load(name: str) -> Any:
+    with gzip.open(KEYS / f"{name}.json.gz") as file:
+        return json.load(file)
+
+
+ARCHS: Mapping[str, Any] = load("ldm_diffusers")
+
+
+def pairs(arch: str) -> list[tuple[str, str, str]]:
+    """(name in the single file, kohya's component, name in diffusers behind its component)."""
+    found = []
+    for ldm, other in ARCHS[arch]["pairs"].items():
+        part, _, name = other.partition("_")
+        if not name.endswith(UNTOUCHED):
+            found.append((ldm, KOHYA[part], name))
+    return found
+
+
+def flat(name: str) -> tuple[str, str]:
+    module, _, parameter = name.rpartition(".")
+    return module.replace(".", "_"), parameter
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_names_of_diffusers_find_the_tensors_of_a_single_file(arch: str) -> None:
+    index = flat_names(ARCHS[arch]["pairs"])
+    for ldm, component, name in pairs(arch):
+        meanings = index.look_up(component, *flat(name))
+        assert [m.names for m in meanings] == [(ldm,)], (component, name)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_names_of_the_original_code_find_the_tensors_of_diffusers(arch: str) -> None:
+    index = flat_names(f"{PARTS[c]}.{name}" for _, c, name in pairs(arch))
+    for ldm, component, name in pairs(arch):
+        if component != "unet":
+            continue
+        own = ldm.removeprefix("model.diffusion_model.")
+        for spelled in (own, name):
+            meanings = index.look_up("unet", *flat(spelled))
+            assert [m.names for m in meanings] == [(f"unet.{name}",)], spelled
+
+
+@pytest.mark.parametrize("arch", ["sdxl_base", "sd21"])
+def test_q_k_v_of_one_tensor_have_names_of_their_own(arch: str) -> None:
+    fused = ARCHS[arch]["fused_cat"]
+    index = flat_names(fused)
+    for ldm, parts in fused.items():
+        for other, part in zip(parts["cat"], ("q", "k", "v"), strict=True):
+            before, _, name = other.partition("_")
+            parent, _, leaf = ldm.rpartition(".in_proj_")
+            meanings = index.look_up(KOHYA[before], *flat(name))
+            assert [m.names for m in meanings] == [(f"{parent}.{part}_proj.{leaf}",)]
+
+
+@pytest.mark.parametrize("arch", ["sd15", "sdxl_base"])
+def test_names_are_known_without_a_base(arch: str) -> None:
+    index = known_names()
+    for ldm, component, name in pairs(arch):
+        module = name.rpartition(".")[0]
+        if ("embedding" in module and component != "unet") or "final_layer_norm" in module:
+            continue
+        for spelled in (name, ldm.removeprefix("model.diffusion_model.")):
+            if component == "unet" or spelled == name:
+                meanings = index.look_up(component, *flat(spelled))
+                assert [m.names for m in meanings] == [(name,)], spelled
+
+
+def test_the_known_names_of_flux_are_those_of_a_real_file() -> None:
+    index = known_names()
+    modules = {key.partition(".")[0] for key in load("flux_kohya_te1")}
+    assert len(modules) == 376
+    for module in modules:
+        _, part, name = module.split("_", 2)
+        (meaning,) = index.look_up(part, name, "weight")
+        assert meaning.names[0].replace(".", "_") == f"{name}_weight"
+
+
+def test_no_two_known_modules_are_flattened_alike() -> None:
+    for index in (known_names().own, known_names().other):
+        assert all(len(meanings) == 1 for meanings in index.values())
+
+
+def test_a_name_that_could_be_two_is_both() -> None:
+    index = flat_names(["a.b_c.weight", "a_b.c.weight"])
+    assert len(index.look_up("unet", "a_b_c", "weight")) == 2
+    assert index.look_up("unet", "a_b", "weight") == []
+
+
+def test_an_underscore_too_many_is_forgiven() -> None:
+    index = flat_names(["unet.blocks.0.q.weight"])
+    for spelled in ("blocks_0_q", "_blocks_0_q", "blocks_0_q_"):
+        assert [m.names for m in index.look_up("unet", spelled, "weight")] == [
+            ("unet.blocks.0.q.weight",)
+        ]
+
+
+def test_templates() -> None:
+    assert list(expand("a.{0-1}.{b|c.d}")) == ["a.0.b", "a.0.c.d", "a.1.b", "a.1.c.d"]
