@@ -37,6 +37,11 @@ class TensorSpec:
         return numel(self.shape)
 
 
+def label(name: str) -> TensorSpec:
+    """The output of a step that makes no tensor of a file, but a result of this name."""
+    return TensorSpec(name, "F32", (1, 1))
+
+
 @dataclass(frozen=True)
 class Span:
     """``range(start, stop, step)`` along one axis of a target."""

@@ -154,7 +154,7 @@ def plan_resources(
         UsageError: no such device, or a nonsensical number of threads.
         DiskError: more memory would be needed than there is.
     """
-    limits = Limits(threads, max_memory)
+    limits = Limits(threads, max_memory, executor)
     limits.check_torch()
     from loratool.engine.device import resolve_device
     from loratool.engine.run import RunOptions
@@ -186,17 +186,22 @@ class Limits:
     Attributes:
         threads: workers; None = twice the cores, at most 8.
         max_memory: for the planned peak; None = what is free.
+        executor: what the workers are, see `loratool.engine.executors`.
     """
 
     threads: int | None = None
     max_memory: str | int | None = None
+    executor: str = "threads"
 
     def plan(self, needs: Iterable[int], *, kept: int = 0, hint: str = "") -> MemoryPlan:
         """Decide the workers of a command that takes one module after the other, on the CPU.
 
         Arguments as of `plan_modules`; raises as `plan_resources`.
         """
-        return plan_modules(needs, kept=kept, threads=self.workers, limit=self.memory, hint=hint)
+        return plan_modules(
+            needs, kept=kept, threads=self.workers, limit=self.memory, hint=hint,
+            executor=self.executor,
+        )  # fmt: skip
 
     def check_torch(self) -> None:
         """Refuse work, before torch is loaded, that could not even load it.

@@ -85,6 +85,8 @@ OPS: tuple[Op, ...] = (
        step=memory.spectrum_step),
     Op("factor", "loratool.engine.compressing:Factor", takes.FactorArgs,
        step=memory.factored_step, result=memory.factors_kept),
+    Op("combine", "loratool.engine.module_kernels:Combine", takes.CombineArgs,
+       step=memory.combined_step, result=memory.combined_kept),
     Op("look_at_base", "loratool.engine.looking:LookAtBase", takes.SumArgs, memory.looked_piece,
        memory.looked_step),
 )  # fmt: skip

@@ -3,43 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from loratool.adapter import DeltaSpec, Source
 from loratool.delta.forms import matrix_shape, shape_of
 from loratool.engine import grid
-from loratool.engine.step_memory import truncation_bytes
+from loratool.engine.step_memory import WORKER_BYTES
 from loratool.plan import DeltaPart, Place
-
-if TYPE_CHECKING:
-    from loratool.methods import Method
-    from loratool.ops.sums import SumModule
-
-WORKER_BYTES = 4 << 20
-"""What a thread takes that multiplies and decomposes small matrices: stack, arena, BLAS buffers."""
-
-
-def combined_bytes(module: SumModule, rank: int, method: Method) -> int:
-    """Memory that one module takes at work, measured in tests/budget/test_combine_memory.py.
-
-    F = 8·R·(out + in) bytes are all factors in float64, of all experts.  At most 7 F are there at
-    once: loaded, scaled, stacked, orthogonal, and the result as computed and as stored; and the
-    R×R cores.
-    Element-wise methods have ΔW in float32 and, one after the other, blocks of E elements (values,
-    weighted values, signs and masks of T adapters, 48 bytes each; positions and random numbers of
-    one, 110) and the truncation.  ``knots-ties`` has such blocks of float64.
-    """
-    if module.is_bias:
-        return 64 * module.shape[0] * len(module.terms)
-    (rows, cols), count = module.shape, len(module.terms)
-    factors = 8 * module.rank * (rows + cols) * max(1, module.spec.experts)
-    total = WORKER_BYTES + 7 * factors + 32 * module.rank**2 * (count + 4)
-    if method.space == "joint":
-        return total + max(1 << 18, cols * count) * 90
-    if method.space != "dense":
-        return total
-    blocks = max(1 << 19, cols) * (48 * count + 110)
-    return total + 4 * rows * cols + max(blocks, truncation_bytes(rows, cols, rank))
 
 
 def mixed_bytes(sources: Sequence[Source]) -> int:

@@ -23,7 +23,7 @@ from loratool.store.reader import FileReader
 from tests.make import randn, random_factors, save_adapter, save_checkpoint
 
 SHAPES = {f"layers.{i}.{name}": (96, 64) for i in range(3) for name in ("q_proj", "up_proj")}
-COMMANDS = ("merge", "extract", "compress")
+COMMANDS = ("merge", "extract", "combine", "compress")
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +43,8 @@ def call(command: str, top: Path, out: Path) -> None:
         lt.merge([top / "a1", f"{top / 'a2'}:0.5"], base=top / "base", output=out, threads=2)
     elif command == "extract":
         lt.extract(top / "tuned", base=top / "base", rank=3, output=out, threads=2)
+    elif command == "combine":
+        lt.merge([top / "a1", f"{top / 'a2'}:0.5"], method="ties", output=out, threads=2)
     else:
         lt.compress(top / "a1", energy=0.9, output=out, threads=2)
 
@@ -54,6 +56,7 @@ def contents(folder: Path) -> dict[str, str]:
 
 def by_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(common.plan_resources.__kwdefaults__, "executor", "processes")
+    monkeypatch.setattr(common.Limits.__init__, "__defaults__", (None, None, "processes"))
 
 
 @pytest.mark.parametrize("command", COMMANDS)
