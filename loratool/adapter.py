@@ -17,6 +17,7 @@ from loratool import kinds
 from loratool.dtypes import numel, tensor_bytes
 from loratool.errors import UsageError
 from loratool.kinds import Kind
+from loratool.location import Location, path_of
 
 MAX_ALPHA = 1e30  # far from overflow when it is multiplied with float32 factors
 
@@ -29,7 +30,7 @@ class TensorRef:
     """A tensor's bytes inside a file.
 
     Attributes:
-        file: the file that holds it.
+        file: the file that holds it, here or on the Hub.
         name: its key in that file.
         dtype: safetensors spelling, a key of `loratool.dtypes.DTYPES`.
         shape: as stored.
@@ -39,7 +40,7 @@ class TensorRef:
         zeros: bytes at its end that are not in the file and read as zeros (a table that grows).
     """
 
-    file: Path
+    file: Location
     name: str
     dtype: str
     shape: tuple[int, ...]
@@ -47,6 +48,11 @@ class TensorRef:
     nbytes: int
     stamp: Stamp | None = field(default=None, compare=False, repr=False)
     zeros: int = 0
+
+    @property
+    def path(self) -> Path:
+        """Its file on this machine; of one on the Hub the stub."""
+        return path_of(self.file)
 
     @property
     def numel(self) -> int:

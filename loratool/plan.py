@@ -241,7 +241,7 @@ class Plan:
 def plain(value: Any) -> Any:
     """A value in JSON's types, the same for equal content wherever its files lie."""
     if isinstance(value, TensorRef):
-        return [value.file.name, value.name, value.dtype, list(value.shape), value.start]
+        return [value.path.name, value.name, value.dtype, list(value.shape), value.start]
     if isinstance(value, TensorData):
         return [value.name, value.dtype, list(value.shape), hashlib.sha256(value.data).hexdigest()]
     if dataclasses.is_dataclass(value) and not isinstance(value, type):

@@ -91,7 +91,7 @@ def assemble(
         for o in outcomes
     ]
     adapter = Adapter(
-        extract.pairs[0].tuned.file.parent,
+        extract.pairs[0].tuned.path.parent,
         "peft",
         tuple(specs),
         tuple(_replacements(kept, extract)),

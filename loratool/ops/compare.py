@@ -10,10 +10,10 @@ from typing import Any
 from loratool.adapter import Adapter, DeltaSpec, Source, TensorRef
 from loratool.delta.forms import matrix_shape, shape_of
 from loratool.errors import MismatchError
+from loratool.location import HubFile
 from loratool.ops.additive import require_additive, require_factors
 from loratool.report import ComparedReplacement, Difference
 from loratool.store.reader import are_of_one_file, have_same_bytes
-from loratool.store.remote import remote_file
 
 # Fields that say nothing about what the adapter computes, and lists whose order means nothing.
 _QUIET = {"peft_version", "inference_mode", "auto_mapping", "lora_dropout", "loratool"}
@@ -121,7 +121,7 @@ def _are_same(one: Source, two: Source) -> bool | None:
     if (one.dtype, one.shape) != (two.dtype, two.shape):
         return False
     sources = [s for s in (one, two) if isinstance(s, TensorRef)]
-    if not any(remote_file(s.file) for s in sources) or are_of_one_file(sources):
+    if not any(isinstance(s.file, HubFile) for s in sources) or are_of_one_file(sources):
         return have_same_bytes([one, two])
     return None
 

@@ -20,6 +20,7 @@ LAYERS = (
         "patterns",
         "adapter",
         "kinds",
+        "location",
         "methods",
         "plan",
         "wire",
