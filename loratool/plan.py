@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -169,6 +169,12 @@ class Step:
             else:
                 sources.append(part.source)
         yield from (s for s in sources if isinstance(s, TensorRef))
+
+
+def module_step(op: str, specs: Sequence[DeltaSpec], **args: Any) -> Step:
+    """A step on one module of one or several adapters, which streams nothing."""
+    parts = tuple(DeltaPart(spec, 1.0, adapter=n) for n, spec in enumerate(specs))
+    return Step(op, label(specs[0].name), (), (1, 1), parts, args=args)
 
 
 @dataclass(frozen=True)

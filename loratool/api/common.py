@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from loratool import __version__
 from loratool.dtypes import BY_WORD
-from loratool.engine.rows import op_of
+from loratool.engine.rows import op_of, result_bytes, step_bytes
 from loratool.errors import UsageError, redact
 from loratool.ops.memory import MemoryPlan, plan_memory, plan_modules
 from loratool.report.chart import check_chart
@@ -202,6 +202,31 @@ class Limits:
             needs, kept=kept, threads=self.workers, limit=self.memory, hint=hint,
             executor=self.executor,
         )  # fmt: skip
+
+    def run(self, plan: Plan, *, kept: int = 0, hint: str = "", device: str = "cpu") -> RunOptions:
+        """Decide the workers of a plan that takes one module after the other.
+
+        Args:
+            plan: its steps stream nothing.
+            kept: bytes besides those of the steps' results that stay in memory.
+            hint: as of `plan_modules`.
+            device: ``auto``, ``cpu`` or ``cuda[:n]``; on a GPU one worker does all.
+
+        Raises:
+            UsageError, DiskError: as `plan_resources`.
+        """
+        memory = self.plan_steps(plan, kept=kept, hint=hint)
+        from loratool.engine.device import resolve_device
+        from loratool.engine.run import RunOptions
+
+        where, _ = resolve_device(device, is_arithmetic=True)
+        threads = 1 if where.type == "cuda" else memory.threads
+        return RunOptions(where, threads, executor=self.executor)
+
+    def plan_steps(self, plan: Plan, *, kept: int = 0, hint: str = "") -> MemoryPlan:
+        """The memory part of `run`, without torch."""
+        results = sum(map(result_bytes, plan.steps))
+        return self.plan(map(step_bytes, plan.steps), kept=kept + results, hint=hint)
 
     def check_torch(self) -> None:
         """Refuse work, before torch is loaded, that could not even load it.

@@ -13,7 +13,7 @@ from loratool.delta.forms import kernel_of, values_of
 from loratool.delta.lowrank import packed
 from loratool.engine.buffers import SAFETENSORS_NAMES, TORCH_DTYPES, to_bytes
 from loratool.engine.factors import load_pairs, padded, round_once
-from loratool.engine.kernel import Env, WholeKernel
+from loratool.engine.kernel import Env, ModuleKernel
 from loratool.engine.step_args import FactorArgs, SpectrumArgs
 from loratool.errors import NumericError
 from loratool.linalg.product import ProductSVD, factor_product, product_spectrum, split_factors
@@ -70,7 +70,7 @@ class Factored:
     bias: TensorData | None = None
 
 
-class MeasureSpectrum(WholeKernel):
+class MeasureSpectrum(ModuleKernel):
     """Singular values by QR of both factors."""
 
     args: SpectrumArgs
@@ -89,7 +89,7 @@ class MeasureSpectrum(WholeKernel):
         return Spectrum(self.step.output.name, torch.stack(rows))
 
 
-class Factor(WholeKernel):
+class Factor(ModuleKernel):
     """The truncated SVD of a delta, split into balanced factors of its storage type.
 
     The old factors stay where the new ones would not be smaller.

@@ -129,8 +129,8 @@ class Kernel:
         return None
 
 
-class WholeKernel(Kernel):
-    """A step that is one block without inputs, done in `finish`."""
+class ModuleKernel(Kernel):
+    """A step that is one block, done in `finish`."""
 
     def run(self, block: grid.Block, inputs: list[torch.Tensor], out: torch.Tensor | None) -> None:
         """Nothing."""

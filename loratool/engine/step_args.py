@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from loratool.adapter import DeltaSpec, TensorRef
+from loratool.adapter import DeltaSpec, Source, TensorRef
+from loratool.dtypes import result_dtype
 from loratool.errors import BugError
 from loratool.wire import fits
 
@@ -176,6 +177,32 @@ class CombineArgs:
     alpha: int | None = None
     scaling: float = 1.0
     stored_alpha: float | None = None
+
+
+@dataclass(frozen=True)
+class IntruderArgs:
+    """Of a search for intruders; ``weaken``: what their singular values are multiplied with."""
+
+    weaken: float | None = None
+
+
+@dataclass(frozen=True)
+class ScaleArgs:
+    """How a module's tensors are scaled.
+
+    Attributes:
+        factors: key of a tensor -> what its elements are multiplied with.
+        dtype: storage type of all of them; None = each keeps its own.
+    """
+
+    factors: Mapping[str, float] = field(default_factory=dict)
+    dtype: str | None = None
+
+    def target(self, source: Source) -> str | None:
+        """The type in which a tensor is stored anew; None if it stays as it is."""
+        if source.name in self.factors:
+            return self.dtype or result_dtype(source.dtype)
+        return self.dtype if self.dtype != source.dtype else None
 
 
 def typed(args: Mapping[str, Any], shape: type, op: str) -> Any:

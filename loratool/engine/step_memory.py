@@ -1,5 +1,7 @@
 """What single steps take in memory, by op: every formula, and what was measured for it.
 
+Of steps that are a module of some adapters: `loratool.engine.module_memory`.
+
 Each row of `loratool.engine.rows` names three of these: what a worker takes for a piece, what a
 step holds from its first block to its last, and what of its result stays in memory.
 """
@@ -8,25 +10,19 @@ from __future__ import annotations
 
 from typing import Any
 
-from loratool.delta.forms import matrix_shape, shape_of
 from loratool.dtypes import DTYPES
 from loratool.engine import grid
 from loratool.engine.step_args import (
-    CombineArgs,
     FactorArgs,
     MakePatchArgs,
     NoArgs,
     SubtractAndFactorArgs,
     SumArgs,
 )
-from loratool.methods import find_method
 from loratool.plan import DeltaPart, Step
 
 ROUNDING_BYTES = (1 << 16) * 16 * 8
 """What exact and stochastic rounding take per worker: sixteen float64 arrays of one piece."""
-
-WORKER_BYTES = 4 << 20
-"""What a thread takes that multiplies and decomposes small matrices: stack, arena, BLAS buffers."""
 
 _UNKNOWN_RANK = 256
 
@@ -145,32 +141,6 @@ def extracted_step(step: Step, args: SubtractAndFactorArgs) -> int:
     return summed_step(step, args) + (6 if args.auto else 4) * numel + max(ways)
 
 
-def combined_step(step: Step, args: CombineArgs) -> int:
-    """One module at work, measured in tests/budget/test_combine_memory.py.
-
-    F = 8·R·(out + in) bytes are all factors in float64, of all experts.  At most 7 F are there at
-    once: loaded, scaled, stacked, orthogonal, and the result as computed and as stored; and the
-    R×R cores.
-    Element-wise methods have ΔW in float32 and, one after the other, blocks of E elements (values,
-    weighted values, signs and masks of T adapters, 48 bytes each; positions and random numbers of
-    one, 110) and the truncation.  ``knots-ties`` has such blocks of float64.
-    """
-    terms = [p for p in step.parts if isinstance(p, DeltaPart)]
-    count = len(terms)
-    if not args.like.is_matrix:
-        return 64 * shape_of(args.like)[0] * count
-    rows, cols = matrix_shape(args.like)
-    whole, space = sum(t.spec.rank for t in terms), find_method(args.method).space
-    factors = 8 * whole * (rows + cols) * max(1, args.like.experts)
-    total = WORKER_BYTES + 7 * factors + 32 * whole**2 * (count + 4)
-    if space == "joint":
-        return total + max(1 << 18, cols * count) * 90
-    if space != "dense":
-        return total
-    blocks = max(1 << 19, cols) * (48 * count + 110)
-    return total + 4 * rows * cols + max(blocks, truncation_bytes(rows, cols, args.rank))
-
-
 def _held(part: DeltaPart) -> int:
     """Elements of a delta's tensors, of one expert where it is of one."""
     held = sum(s.numel for s in part.spec.fields.values())
@@ -225,14 +195,6 @@ def extracted_kept(step: Step, args: SubtractAndFactorArgs) -> int:
     """Factors in float32, at the largest rank."""
     matrices = args.experts or len(step.inputs) // 2
     return 4 * _largest_rank(step, args) * sum(_matrix(step, args)) * matrices
-
-
-def combined_kept(step: Step, args: CombineArgs) -> int:
-    """New factors; float16 that overflows is made again in float32, and both are there a while."""
-    if not args.like.is_matrix:
-        return 0
-    each = DTYPES[args.dtype].bits // 8 + (4 if args.dtype == "F16" else 0)
-    return each * args.rank * sum(matrix_shape(args.like)) * max(1, args.like.experts)
 
 
 # ----------------------------------------------------------------------------- of truncations

@@ -7,10 +7,10 @@ from dataclasses import replace
 from typing import Any
 
 from loratool.adapter import Adapter, DeltaSpec, TensorRef
+from loratool.engine.module_memory import mixed_bytes
 from loratool.engine.rows import result_bytes, step_bytes
 from loratool.errors import MismatchError, UsageError, list_some
 from loratool.methods import METHODS, Method, find_method, parse_params
-from loratool.ops.memory_formulas import mixed_bytes
 from loratool.ops.sums import SumModule, SumPlan, plan_sum
 from loratool.ops.weights import Weight
 from loratool.plan import Plan, Step, label

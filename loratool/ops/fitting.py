@@ -11,9 +11,9 @@ from loratool.delta.forms import has_diagonal, left_of, matrix_shape, shape_of
 from loratool.dialects import unmergeable_reason
 from loratool.dialects.rules import mha_outputs
 from loratool.dtypes import tensor_bytes
+from loratool.engine.module_memory import rescaled_bytes
 from loratool.errors import MismatchError, list_some
 from loratool.ops.additive import require_factors
-from loratool.ops.memory_formulas import rescaled_bytes
 from loratool.ops.programs import Program
 
 _PATTERNS = ("rank_pattern", "alpha_pattern", "use_rslora")

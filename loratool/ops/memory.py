@@ -1,6 +1,6 @@
 """How much memory a command will take, known before it starts.
 
-What a step takes is in `loratool.engine.step_memory`, a module in `loratool.ops.memory_formulas`;
+What a step takes is in `loratool.engine.step_memory`, a module in `loratool.engine.module_memory`;
 here it is added up, workers and buffers are chosen under the limit, and what cannot fit is refused.
 """
 

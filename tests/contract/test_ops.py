@@ -29,7 +29,7 @@ VALUES: dict[str, Any] = {
     "exact": True, "slices": True, "transposed": True, "experts": 2, "kernel": [3, 3],
     "gain": 2.0, "keep_going": True, "cap": 3, "rank": 2, "dtype": "F16", "bias": None,
     "must_rewrite": True, "is_free": False, "asked": 3, "alpha": 8, "scaling": 0.5,
-    "stored_alpha": 4.0, "like": SPEC,
+    "stored_alpha": 4.0, "like": SPEC, "weaken": 0.5, "factors": {"B": 2.0},
 }  # fmt: skip
 
 
