@@ -17,8 +17,12 @@ from loratool import kinds
 from loratool.dtypes import numel, tensor_bytes
 from loratool.errors import UsageError
 from loratool.kinds import Kind
+from loratool.location import Location, path_of
 
 MAX_ALPHA = 1e30  # far from overflow when it is multiplied with float32 factors
+
+Bytes = tuple[Location, int, int]
+"""(file, offset, length): bytes of a file."""
 
 Stamp = tuple[int, int, int, int, int]
 """(device, inode, size, mtime, ctime in ns) of a file: differs if it changed or was replaced."""
@@ -29,7 +33,7 @@ class TensorRef:
     """A tensor's bytes inside a file.
 
     Attributes:
-        file: the file that holds it.
+        file: the file that holds it, here or on the Hub.
         name: its key in that file.
         dtype: safetensors spelling, a key of `loratool.dtypes.DTYPES`.
         shape: as stored.
@@ -39,7 +43,7 @@ class TensorRef:
         zeros: bytes at its end that are not in the file and read as zeros (a table that grows).
     """
 
-    file: Path
+    file: Location
     name: str
     dtype: str
     shape: tuple[int, ...]
@@ -47,6 +51,11 @@ class TensorRef:
     nbytes: int
     stamp: Stamp | None = field(default=None, compare=False, repr=False)
     zeros: int = 0
+
+    @property
+    def path(self) -> Path:
+        """Its file on this machine; of one on the Hub the stub."""
+        return path_of(self.file)
 
     @property
     def numel(self) -> int:
@@ -58,7 +67,7 @@ class TensorRef:
         """Length in bytes of what is in the file."""
         return self.nbytes - self.zeros
 
-    def ranges(self, start: int = 0, stop: int | None = None) -> tuple[tuple[Path, int, int], ...]:
+    def ranges(self, start: int = 0, stop: int | None = None) -> tuple[Bytes, ...]:
         """(file, offset, length) of what is in files of the bytes from ``start`` to ``stop``."""
         stop = min(self.stored_bytes, self.stored_bytes if stop is None else stop)
         return ((self.file, self.start + start, stop - start),) if start < stop else ()
@@ -101,7 +110,7 @@ class CodedRef(TensorRef):
         """The codes and their factors."""
         return tuple(ref for ref in (self.codes, self.scales) if ref is not None)
 
-    def ranges(self, start: int = 0, stop: int | None = None) -> tuple[tuple[Path, int, int], ...]:
+    def ranges(self, start: int = 0, stop: int | None = None) -> tuple[Bytes, ...]:
         """As `TensorRef.ranges`; the factors are read whole."""
         assert self.codes is not None
         whole = numel(self.shape)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import re
+import tempfile
 from collections.abc import Iterable
 from typing import Any, ClassVar
 
@@ -39,14 +40,15 @@ def own_secrets() -> list[str]:
     return [secret for secret in found if len(secret) >= _SHORTEST_SECRET]
 
 
-places: dict[str, str] = {}
-"""Folder of stand-ins for files elsewhere -> what the user knows it as."""
+STUBS = "loratool-hub-"
+"""How folders of stand-ins for files on the Hub begin; the path in one is what the user knows."""
 
 
 def _said(value: object) -> str:
     text = str(value)
-    for folder, name in places.items():
-        text = text.replace(folder, name)
+    if STUBS in text:
+        top = re.escape(os.path.realpath(tempfile.gettempdir()))
+        text = re.sub(rf"{top}[\\/]{STUBS}[^\\/]+[\\/]", "hf://", text)
     return redact(text)
 
 

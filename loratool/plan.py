@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,11 @@ class TensorSpec:
     def numel(self) -> int:
         """Number of elements."""
         return numel(self.shape)
+
+
+def label(name: str) -> TensorSpec:
+    """The output of a step that makes no tensor of a file, but a result of this name."""
+    return TensorSpec(name, "F32", (1, 1))
 
 
 @dataclass(frozen=True)
@@ -166,6 +171,12 @@ class Step:
         yield from (ref for s in sources if isinstance(s, TensorRef) for ref in s.stored)
 
 
+def module_step(op: str, specs: Sequence[DeltaSpec], **args: Any) -> Step:
+    """A step on one module of one or several adapters, which streams nothing."""
+    parts = tuple(DeltaPart(spec, 1.0, adapter=n) for n, spec in enumerate(specs))
+    return Step(op, label(specs[0].name), (), (1, 1), parts, args=args)
+
+
 @dataclass(frozen=True)
 class ShardPlan:
     """One output file of a checkpoint.
@@ -236,7 +247,7 @@ class Plan:
 def plain(value: Any) -> Any:
     """A value in JSON's types, the same for equal content wherever its files lie."""
     if isinstance(value, TensorRef):
-        return [value.file.name, value.name, value.dtype, list(value.shape), value.start]
+        return [value.path.name, value.name, value.dtype, list(value.shape), value.start]
     if isinstance(value, TensorData):
         return [value.name, value.dtype, list(value.shape), hashlib.sha256(value.data).hexdigest()]
     if dataclasses.is_dataclass(value) and not isinstance(value, type):

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 from loratool import adapter, plan
 from loratool.errors import BugError
+from loratool.location import STAYS, HubFile
 
 T = TypeVar("T")
 
@@ -24,9 +25,9 @@ _TAG = "is"
 _CLASSES: Mapping[str, type] = {
     c.__name__: c
     for c in (
-        adapter.TensorRef, adapter.CodedRef, adapter.TensorData, adapter.DeltaSpec,
-        plan.TensorSpec, plan.Span,
-        plan.Region, plan.DeltaPart, plan.ReplacePart, plan.Step, plan.ShardPlan, plan.Plan,
+        HubFile, adapter.TensorRef, adapter.CodedRef, adapter.TensorData, adapter.DeltaSpec,
+        plan.TensorSpec, plan.Span, plan.Region, plan.DeltaPart, plan.ReplacePart, plan.Step,
+        plan.ShardPlan, plan.Plan,
     )
 }  # fmt: skip
 """What may be in a plan."""
@@ -70,10 +71,9 @@ def _lay_out(value: Any) -> Any:
         return [_lay_out(v) for v in value]
     if type(value).__name__ not in _CLASSES:
         raise BugError("LT-004", "a plan that cannot travel", got=type(value).__name__)
-    fields = ((f, getattr(value, f.name)) for f in dataclasses.fields(value))
-    return {_TAG: type(value).__name__} | {
-        f.name: _lay_out(v) for f, v in fields if f.default is dataclasses.MISSING or v != f.default
-    }
+    fields = [f for f in dataclasses.fields(value) if not f.metadata.get(STAYS)]
+    found = ((f.name, getattr(value, f.name), f.default) for f in fields)
+    return {_TAG: type(value).__name__} | {n: _lay_out(v) for n, v, usual in found if v != usual}
 
 
 def _build(value: Any) -> Any:

@@ -155,8 +155,9 @@ def combine(
         adapter, summed = opened[0].adapter, None
     else:
         summed = run_sum(
-            plan, rank, method=row, params=values, threads=memory.threads, progress=progress
-        )
+            plan, rank, method=row, params=values, threads=memory.threads,
+            executor=limits.executor, progress=progress,
+        )  # fmt: skip
         adapter = assemble_sum(plan, summed, opened[0].adapter)
         if detached is not None:
             adapter = detached.attach(adapter, limits)

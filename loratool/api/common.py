@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from loratool import __version__
 from loratool.dtypes import BY_WORD
-from loratool.engine.rows import op_of
+from loratool.engine.rows import op_of, result_bytes, step_bytes
 from loratool.errors import UsageError, redact
 from loratool.ops.memory import MemoryPlan, plan_memory, plan_modules
 from loratool.report.chart import check_chart
@@ -172,7 +172,7 @@ def plan_resources(
         UsageError: no such device, or a nonsensical number of threads.
         DiskError: more memory would be needed than there is.
     """
-    limits = Limits(threads, max_memory)
+    limits = Limits(threads, max_memory, executor)
     limits.check_torch()
     from loratool.engine.device import resolve_device
     from loratool.engine.run import RunOptions
@@ -204,17 +204,47 @@ class Limits:
     Attributes:
         threads: workers; None = twice the cores, at most 8.
         max_memory: for the planned peak; None = what is free.
+        executor: what the workers are, see `loratool.engine.executors`.
     """
 
     threads: int | None = None
     max_memory: str | int | None = None
+    executor: str = "threads"
 
     def plan(self, needs: Iterable[int], *, kept: int = 0, hint: str = "") -> MemoryPlan:
         """Decide the workers of a command that takes one module after the other, on the CPU.
 
         Arguments as of `plan_modules`; raises as `plan_resources`.
         """
-        return plan_modules(needs, kept=kept, threads=self.workers, limit=self.memory, hint=hint)
+        return plan_modules(
+            needs, kept=kept, threads=self.workers, limit=self.memory, hint=hint,
+            executor=self.executor,
+        )  # fmt: skip
+
+    def run(self, plan: Plan, *, kept: int = 0, hint: str = "", device: str = "cpu") -> RunOptions:
+        """Decide the workers of a plan that takes one module after the other.
+
+        Args:
+            plan: its steps stream nothing.
+            kept: bytes besides those of the steps' results that stay in memory.
+            hint: as of `plan_modules`.
+            device: ``auto``, ``cpu`` or ``cuda[:n]``; on a GPU one worker does all.
+
+        Raises:
+            UsageError, DiskError: as `plan_resources`.
+        """
+        memory = self.plan_steps(plan, kept=kept, hint=hint)
+        from loratool.engine.device import resolve_device
+        from loratool.engine.run import RunOptions
+
+        where, _ = resolve_device(device, is_arithmetic=True)
+        threads = 1 if where.type == "cuda" else memory.threads
+        return RunOptions(where, threads, executor=self.executor)
+
+    def plan_steps(self, plan: Plan, *, kept: int = 0, hint: str = "") -> MemoryPlan:
+        """The memory part of `run`, without torch."""
+        results = sum(map(result_bytes, plan.steps))
+        return self.plan(map(step_bytes, plan.steps), kept=kept + results, hint=hint)
 
     def check_torch(self) -> None:
         """Refuse work, before torch is loaded, that could not even load it.

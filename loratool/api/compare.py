@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from loratool.adapter import Adapter, DeltaSpec, ReadOptions
+from loratool.adapter import Adapter, ReadOptions
 from loratool.api.common import Limits, check_files, file_rules
 from loratool.dtypes import DTYPES
 from loratool.errors import UsageError
@@ -20,16 +20,15 @@ from loratool.ops.compare import (
     find_replacements,
     has_same_factors,
     layer_of,
+    plan_compare,
 )
 from loratool.ops.consent import agree_to_read
 from loratool.ops.inputs import Access, open_one
-from loratool.ops.memory_formulas import compared_bytes
 from loratool.report import ComparedModule, CompareReport
 from loratool.store.new_file import write_new_file
 
 if TYPE_CHECKING:
     from loratool.engine.comparison import PairResult
-    from loratool.engine.kernel import Env
 
 _SHOWN_PHI = 16  # directions per module in the report
 _SAME = 16.0
@@ -89,21 +88,18 @@ def compare(
     opened = [adapter for _, adapter in found]
     labels = _labels([resolved.label for resolved, _ in found])
     aligned = align(opened)
-    memory = Limits(threads, max_memory).plan(
-        compared_bytes(list(specs.values())) for specs in aligned.groups.values()
-    )
-    from loratool.engine.factors import make_env
+    plan = plan_compare(aligned, in_detail=len(opened) == 2)
+    run = Limits(threads, max_memory).run(plan)
     from loratool.engine.reads import factor_ranges
+    from loratool.engine.run import execute
     from loratool.store.reader import FileReader
 
-    ranges = [r for adapter in opened for r in factor_ranges(adapter.specs)]
-    agree_to_read(ranges, yes=yes)
+    agree_to_read((r for a in opened for r in factor_ranges(a.specs)), yes=yes)
     with FileReader() as reader:
-        reader.expect(ranges)
-        env = make_env(reader)
-        look = _compare_two if len(opened) == 2 else _compare_many
-        report = look(opened, labels, aligned, env, memory.threads, started)
+        results = execute(plan, reader, None, run)
         reader.check_unchanged()
+    report_on = _compare_two if len(opened) == 2 else _compare_many
+    report = report_on(opened, labels, aligned, results, started)
     return _with_files(report, plot, csv)
 
 
@@ -111,28 +107,20 @@ def _compare_two(
     adapters: Sequence[Adapter],
     labels: Sequence[str],
     aligned: Aligned,
-    env: Env,
-    threads: int,
+    results: Sequence[Any],
     started: float,
 ) -> CompareReport:
-    from loratool.engine.comparison import MeanTable, compare_module, gram
-    from loratool.engine.workers import map_in_workers
-
-    def measure(specs: Mapping[int, DeltaSpec]) -> PairResult | float:
-        if len(specs) == 2:
-            return compare_module(specs[0], specs[1], env)
-        (number,) = specs
-        return gram(specs, env)[number, number]
+    from loratool.engine.comparison import MeanTable
 
     modules: list[ComparedModule] = []
     mean_A, mean_B = MeanTable(), MeanTable()
     inner, squares, difference = [], ([], []), []  # type: ignore[var-annotated]
     opposite = both = 0
-    results = map_in_workers(measure, list(aligned.groups.values()), threads)
     for (name, specs), found in zip(aligned.groups.items(), results, strict=True):
-        if isinstance(found, float):
-            squares[next(iter(specs))].append(found)
-            difference.append(found)
+        if len(specs) == 1:
+            (((number, _), square),) = found.items()
+            squares[number].append(square)
+            difference.append(square)
             continue
         inner.append(found.inner)
         squares[0].append(found.square_one)
@@ -221,19 +209,14 @@ def _compare_many(
     adapters: Sequence[Adapter],
     labels: Sequence[str],
     aligned: Aligned,
-    env: Env,
-    threads: int,
+    results: Sequence[Any],
     started: float,
 ) -> CompareReport:
-    from loratool.engine.comparison import gram
-    from loratool.engine.workers import map_in_workers
-
     count = len(adapters)
     sums: dict[tuple[int, int], list[float]] = {
         (s, t): [] for s in range(count) for t in range(s, count)
     }
-    groups = list(aligned.groups.values())
-    for found in map_in_workers(lambda specs: gram(specs, env), groups, threads):
+    for found in results:
         for pair, value in found.items():
             sums[pair].append(value)
     total = {pair: math.fsum(values) for pair, values in sums.items()}

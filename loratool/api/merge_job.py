@@ -241,7 +241,7 @@ def prepare_merge(
 def _files(opened: Sequence[OpenedAdapter], base: OpenedBase) -> list[Path]:
     """The input files themselves: links may lead to other folders than the ones named."""
     sources = [s for o in opened for spec in o.adapter.specs for s in spec.fields.values()]
-    adapters = {s.file for s in sources if isinstance(s, TensorRef)}
+    adapters = {s.path for s in sources if isinstance(s, TensorRef)}
     return [*sorted(adapters), *(shard.path for shard in base.checkpoint.shards)]
 
 

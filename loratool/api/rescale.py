@@ -28,7 +28,7 @@ from loratool.ops.detach import plan_detach
 from loratool.ops.fitting import check_fit
 from loratool.ops.input_notes import unused_warnings
 from loratool.ops.inputs import Access, OpenedBase, guard_output, open_base, open_one
-from loratool.ops.rescale import RescalePlan, memory_needs, parse_only, plan_rescale
+from loratool.ops.rescale import RescalePlan, parse_only, plan_rescale, scale_steps
 from loratool.ops.sums import plan_sum
 from loratool.ops.weights import Weight
 from loratool.report import RescaledAdapter, RescaleReport, share_of
@@ -51,15 +51,6 @@ class _Job:
     limits: Limits
     program: Program | None = None
     base: OpenedBase | None = None
-
-    def workers(self, dtype: str | None) -> int:
-        """How many fit into memory.
-
-        Raises:
-            DiskError: LT-605, not one.
-        """
-        needs, kept = memory_needs(self.plan, dtype)
-        return self.limits.plan(needs, kept=kept).threads
 
 
 def rescale(
@@ -150,7 +141,7 @@ def rescale(
         for text, (r, adapter), target in zip(texts, found, targets, strict=True)
     ]
     for job in jobs:
-        job.workers(wanted)
+        job.limits.plan_steps(scale_steps(job.plan, wanted))
         if reader is not None:
             check_fit(job.plan.adapter, reader)
     if dry_run:
@@ -323,16 +314,16 @@ def _scale(job: _Job, dtype: str | None) -> ScaledTensors | None:
     )
     if not plan.baked and not changes_type:
         return None
-    from loratool.engine.factors import make_env
-    from loratool.engine.rescaling import scale_tensors
+    from loratool.engine.rescaling import join_scaled
+    from loratool.engine.run import execute
     from loratool.store.reader import FileReader
 
-    workers = job.workers(dtype)
+    steps = scale_steps(plan, dtype)
+    run = job.limits.run(steps)
     with FileReader() as reader:
-        env = make_env(reader)
-        scaled = scale_tensors(plan.adapter, plan.baked, env, dtype, workers)
+        scaled = join_scaled(execute(steps, reader, None, run))
         if scaled.overflow:
-            scaled = scale_tensors(plan.adapter, plan.baked, env, "F32", workers)
+            scaled = join_scaled(execute(scale_steps(plan, "F32"), reader, None, run))
         reader.check_unchanged()
     return scaled
 

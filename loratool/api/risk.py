@@ -15,13 +15,12 @@ from loratool.ops.compare import family_of, layer_of
 from loratool.ops.consent import agree_to_read
 from loratool.ops.in_base import find_in_base, is_whole
 from loratool.ops.inputs import OpenedBase
-from loratool.ops.memory_formulas import factor_bytes, intruder_bytes, measured_bytes
-from loratool.plan import Place
+from loratool.plan import Place, Plan, Step, label, module_step
 from loratool.report.risk import RiskModule, RiskStatistics, relative_norms
 
 if TYPE_CHECKING:
-    from loratool.engine.kernel import Env
     from loratool.engine.risk import IntruderResult
+    from loratool.store.reader import FileReader
 
 _OUTLIER = 3.0  # standard deviations above the family's mean
 _MIN_FAMILY = 4  # modules, fewer have no deviation worth a name
@@ -51,21 +50,17 @@ def measure_risk(
     """
     limits = limits or Limits()
     specs = [s for s in adapter.specs if _has_numbers(s)]
-    memory = limits.plan(map(measured_bytes, specs))
-    from loratool.engine.factors import make_env
+    plan = Plan("inspect", tuple(module_step("module_statistics", [s]) for s in specs))
+    run = limits.run(plan)
     from loratool.engine.reads import factor_ranges
-    from loratool.engine.risk import measure_module
-    from loratool.engine.workers import map_in_workers
+    from loratool.engine.run import execute
     from loratool.store.reader import FileReader
 
-    ranges = list(factor_ranges(specs))
-    agree_to_read(ranges, yes=yes)
+    agree_to_read(factor_ranges(specs), yes=yes)
     with FileReader() as reader:
-        reader.expect(ranges)
-        env = make_env(reader)
-        intruders = {} if base is None else _all_intruders(adapter, base, _on(device, env), limits)
+        intruders = {} if base is None else _all_intruders(adapter, base, reader, limits, device)
         rows = []
-        measured = map_in_workers(lambda s: measure_module(s, env), specs, memory.threads)
+        measured = execute(plan, reader, None, run)
         for spec, m in zip(specs, measured, strict=True):
             found = intruders.get(spec.name)
             rows.append(RiskModule(
@@ -114,7 +109,6 @@ class Mitigated:
 
 def mitigate(adapter: Adapter, base: OpenedBase, factor: float, limits: Limits) -> Mitigated:
     """Multiply the singular values of intruders in W + ΔW by a factor, at the adapter's rank."""
-    from loratool.engine.factors import make_env
     from loratool.engine.risk import repack
     from loratool.store.reader import FileReader
 
@@ -123,8 +117,7 @@ def mitigate(adapter: Adapter, base: OpenedBase, factor: float, limits: Limits) 
     count = modules = 0
     moved = error = square = 0.0
     with FileReader() as reader:
-        env = make_env(reader)
-        found = _all_intruders(adapter, base, _on("auto", env), limits, factor, skipped)
+        found = _all_intruders(adapter, base, reader, limits, "auto", factor, skipped)
         for spec in adapter.specs:
             results = found.get(spec.name, [])
             if not any(r.index for r in results):
@@ -144,24 +137,17 @@ def mitigate(adapter: Adapter, base: OpenedBase, factor: float, limits: Limits) 
     )
 
 
-def _on(device: str, env: Env) -> Env:
-    """The same with the device for products of whole weights."""
-    from loratool.engine.device import resolve_device
-
-    return replace(env, device=resolve_device(device, is_arithmetic=True)[0])
-
-
 def _all_intruders(
     adapter: Adapter,
     base: OpenedBase,
-    env: Env,
+    reader: FileReader,
     limits: Limits,
+    device: str,
     factor: float | None = None,
     skipped: list[str] | None = None,
 ) -> dict[str, list[IntruderResult]]:
     """Spec name -> one result per matrix, in the order of the experts."""
-    from loratool.engine.risk import look_for_intruders
-    from loratool.engine.workers import map_in_workers
+    from loratool.engine.run import execute
 
     tasks: list[Place] = []
     for name, places in find_in_base(adapter, base.checkpoint).places.items():
@@ -172,16 +158,17 @@ def _all_intruders(
             (skipped if skipped is not None else []).append(name)
             continue
         tasks += places
-    kept = 0 if factor is None else 2 * sum(factor_bytes(s) for s in adapter.specs)
-    memory = limits.plan((intruder_bytes(p.part, p.source) for p in tasks), kept=kept)
-    results = map_in_workers(
-        lambda place: look_for_intruders(place, env, factor), tasks,
-        1 if env.device.type == "cuda" else memory.threads,
-    )  # fmt: skip
+    plan = Plan("inspect", tuple(_intruder_step(place, factor) for place in tasks))
+    results = execute(plan, reader, None, limits.run(plan, device=device))
     found: dict[str, list[IntruderResult]] = {}
     for place, result in zip(tasks, results, strict=True):
         found.setdefault(place.part.spec.name, []).append(result)
     return found
+
+
+def _intruder_step(place: Place, weaken: float | None) -> Step:
+    return Step("find_intruders", label(place.part.spec.name), (place.source,), place.view,
+                (place.part,), args={"weaken": weaken})  # fmt: skip
 
 
 def _has_numbers(spec: DeltaSpec) -> bool:

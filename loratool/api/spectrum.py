@@ -6,7 +6,7 @@ from loratool.adapter import Adapter, DeltaSpec
 from loratool.api.common import Limits, plan_resources
 from loratool.delta.forms import is_grouped
 from loratool.ops.consent import agree_to_read
-from loratool.plan import DeltaPart, Plan, Step, TensorSpec
+from loratool.plan import Plan, module_step
 from loratool.report import AdapterSpectrum
 from loratool.report.spectrum import describe
 
@@ -22,12 +22,7 @@ def measure_spectrum(adapter: Adapter, limits: Limits, *, yes: bool = False) -> 
 
     specs = [s for s in adapter.specs if _has_spectrum(s)]
     agree_to_read(factor_ranges(specs), yes=yes)
-    steps = [
-        Step("spectrum", TensorSpec(s.name, "F32", (1, 1)), (), (1, 1), (DeltaPart(s, 1.0),),
-             args={"keep_going": True})
-        for s in specs
-    ]  # fmt: skip
-    plan = Plan("inspect", tuple(steps))
+    plan = Plan("inspect", tuple(module_step("spectrum", [s], keep_going=True) for s in specs))
     resources = plan_resources(
         plan, device="cpu", threads=limits.threads, max_memory=limits.max_memory,
         chunk_bytes=None, sample=False, progress=None,

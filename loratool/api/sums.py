@@ -4,21 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from loratool.adapter import Adapter, DeltaSpec, Replacement, TensorData
 from loratool.delta.forms import new_vector, shape_of
 from loratool.dtypes import tensor_bytes
 from loratool.methods import Method, find_method
-from loratool.ops.combine import rank_of
-from loratool.ops.sums import SumModule, SumPlan
+from loratool.ops.combine import bias_steps, combine_steps
+from loratool.ops.sums import SumPlan
 
 if TYPE_CHECKING:
-    from loratool.engine.combining import Recipe
-    from loratool.engine.kernel import Env
-    from loratool.engine.run import Progress
+    from loratool.engine.run import Progress, RunOptions
     from loratool.engine.summing import SummedModule
+    from loratool.store.reader import FileReader
 
 _FP16 = "F16"
 
@@ -45,6 +43,7 @@ def run_sum(
     method: Method | None = None,
     params: Mapping[str, Any] | None = None,
     threads: int,
+    executor: str = "threads",
     progress: Progress | None = None,
 ) -> Summed:
     """Compute every module; float16 that overflows becomes float32 for all of them.
@@ -55,22 +54,24 @@ def run_sum(
         method: how modules are combined; None = their sum.
         params: of the method.
         threads: workers, each on modules of its own with one arithmetic thread.
+        executor: what the workers are.
         progress: called with (modules done, modules in all).
     """
-    from loratool.engine.combining import Recipe, mix_replacements
+    from loratool.engine.combining import mix_replacements
     from loratool.engine.detaching import blend
     from loratool.engine.factors import make_env
+    from loratool.engine.run import RunOptions
     from loratool.store.reader import FileReader
 
+    how = method or find_method("cat"), params or {}, rank
+    options = RunOptions(threads=threads, executor=executor)
     with FileReader() as reader:
         env = make_env(reader)
-        how = Recipe(method or find_method("cat"), params or {}, rank)
-        run = partial(_sum_all, plan, how, env=env, threads=threads, progress=progress)
         dtype = plan.dtype
-        modules = run(dtype)
+        modules = _sum_all(plan, how, dtype, reader, options, progress)
         if dtype == _FP16 and any(m.overflow for m in modules):
             dtype = "F32"
-            modules = run(dtype)
+            modules = _sum_all(plan, how, dtype, reader, options, progress)
         mixed = tuple(
             blend(mix.found, mix.base, env) if mix.base else mix_replacements(mix.found, env)
             for mix in plan.mixed
@@ -81,42 +82,24 @@ def run_sum(
 
 def _sum_all(
     plan: SumPlan,
-    how: Recipe,
+    how: tuple[Method, Mapping[str, Any], int | None],
     dtype: str,
-    *,
-    env: Env,
-    threads: int,
+    reader: FileReader,
+    options: RunOptions,
     progress: Progress | None,
 ) -> tuple[SummedModule, ...]:
-    from loratool.engine.combining import combine_factors, combine_vectors
+    """Low-rank modules, then the biases, which are stored as their modules are."""
+    from loratool.engine.run import counted, execute
     from loratool.engine.summing import SummedModule
-    from loratool.engine.workers import map_in_workers
 
-    alphas = _alphas(plan)
-    weights = [m for m in plan.modules if not m.is_bias]
-    biases = [m for m in plan.modules if m.is_bias]
-
-    def work(module: SumModule) -> SummedModule:
-        return combine_factors(
-            module.spec, module.terms, env, how, gain=module.gain,
-            rank=rank_of(module, how.method, how.rank), alpha=alphas[module.spec.name],
-            dtype=dtype,
-        )  # fmt: skip
-
-    def advance(count: int) -> None:
-        if progress is not None:
-            progress(count, len(weights))
-
-    found = map_in_workers(work, weights, threads, advance)
+    method, params, rank = how
+    weights = combine_steps(plan, method, params, rank, dtype)
+    found = execute(weights, reader, None, options, counted(weights, progress))
     made = {one.spec.module: one.spec for one in found}
-    for module in biases:
-        owner = made[module.spec.module]
-        found.append(
-            combine_vectors(module.spec, module.terms, env, how, scaling=owner.scaling,
-                            alpha=owner.alpha, dtype=dtype)
-        )  # fmt: skip
-    if biases:
-        have = {m.spec.module for m in biases}
+    biases = bias_steps(plan, method, params, dtype, made)
+    if biases.steps:
+        found += execute(biases, reader, None, options)
+        have = {one.spec.module for one in found[len(weights.steps) :]}
         zeros = [_zero_bias(s, dtype) for s in made.values() if s.module not in have]
         found += [SummedModule(spec, 0.0, 0.0) for spec in zeros]
     return tuple(found)
@@ -137,17 +120,6 @@ def assemble_sum(plan: SumPlan, summed: Summed, first: Adapter) -> Adapter:
             layer_order=plan.layer_order,
         )
     )
-
-
-def _alphas(plan: SumPlan) -> dict[str, int | None]:
-    """Alpha by module; out_proj of nn.MultiheadAttention has that of its in_proj (PEFT)."""
-    weights = [m for m in plan.modules if not m.is_bias]
-    found = {m.spec.name: None if plan.is_even else m.shared_alpha for m in weights}
-    for module in plan.modules:
-        if module.gain != 1:
-            mha = module.spec.module.removesuffix(".out_proj")
-            found[module.spec.name] = found[f"{mha}.in_proj_weight"]
-    return found
 
 
 def _zero_bias(spec: DeltaSpec, dtype: str) -> DeltaSpec:

@@ -11,10 +11,9 @@ import torch
 from loratool.adapter import DeltaSpec, TensorData
 from loratool.delta.forms import kernel_of, values_of
 from loratool.delta.lowrank import packed
-from loratool.engine import grid
 from loratool.engine.buffers import SAFETENSORS_NAMES, TORCH_DTYPES, to_bytes
 from loratool.engine.factors import load_pairs, padded, round_once
-from loratool.engine.kernel import Env, Kernel
+from loratool.engine.kernel import Env, ModuleKernel
 from loratool.engine.step_args import FactorArgs, SpectrumArgs
 from loratool.errors import NumericError
 from loratool.linalg.product import ProductSVD, factor_product, product_spectrum, split_factors
@@ -71,13 +70,10 @@ class Factored:
     bias: TensorData | None = None
 
 
-class MeasureSpectrum(Kernel):
+class MeasureSpectrum(ModuleKernel):
     """Singular values by QR of both factors."""
 
     args: SpectrumArgs
-
-    def run(self, block: grid.Block, inputs: list[torch.Tensor], out: torch.Tensor | None) -> None:
-        """Nothing: a step is one block, done in `finish`."""
 
     def finish(self) -> Spectrum:
         """One row per expert; NaN for factors that are not finite if ``keep_going``."""
@@ -93,16 +89,13 @@ class MeasureSpectrum(Kernel):
         return Spectrum(self.step.output.name, torch.stack(rows))
 
 
-class Factor(Kernel):
+class Factor(ModuleKernel):
     """The truncated SVD of a delta, split into balanced factors of its storage type.
 
     The old factors stay where the new ones would not be smaller.
     """
 
     args: FactorArgs
-
-    def run(self, block: grid.Block, inputs: list[torch.Tensor], out: torch.Tensor | None) -> None:
-        """Nothing: a step is one block, done in `finish`."""
 
     def finish(self) -> Factored:
         """Choose the rank if it is not given, truncate, round, measure what is stored."""

@@ -129,6 +129,13 @@ class Kernel:
         return None
 
 
+class ModuleKernel(Kernel):
+    """A step that is one block, done in `finish`."""
+
+    def run(self, block: grid.Block, inputs: list[torch.Tensor], out: torch.Tensor | None) -> None:
+        """Nothing."""
+
+
 def _refuse_nonfinite(tensor: torch.Tensor, source: Source) -> None:
     flat = tensor.view(-1)
     pieces = [~torch.isfinite(flat[i : i + _PIECE]) for i in range(0, len(flat), _PIECE)]

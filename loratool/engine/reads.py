@@ -25,6 +25,8 @@ def cut_step(step: Step, *, elements: int, chunk: int, sample: bool) -> list[lis
     op = op_of(step)
     if sample and not op.is_sampled:
         return []
+    if op.is_module:
+        return [[grid.Block(0, 0, 1, 0, 1, 0)]]
     if op.reads_bytes:
         return grid.chunks(grid.blocks(step.view, 1 << 16), chunk)
     cut = grid.blocks(step.view, elements)

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from loratool.adapter import Adapter, DeltaSpec, Source, TensorRef
+from loratool.adapter import DeltaSpec, Source
 from loratool.delta.forms import is_grouped
-from loratool.dtypes import result_dtype
 from loratool.engine.factors import make_data, make_pairs, overflows, round_once
 from loratool.engine.kernel import Env
-from loratool.engine.workers import map_in_workers
+from loratool.engine.step_args import ScaleArgs
 from loratool.linalg.concat import difference_square, product_norm
 
 
@@ -33,21 +32,8 @@ class ScaledTensors:
     overflow: bool
 
 
-def scale_tensors(
-    adapter: Adapter, baked: Mapping[str, float], env: Env, dtype: str | None, threads: int
-) -> ScaledTensors:
-    """Multiply tensors in float64 and round them once.
-
-    Args:
-        adapter: whose tensors.
-        baked: key -> factor.
-        env: for loading.
-        dtype: storage type of every factor; None = each keeps its own.
-        threads: workers, each with one module at a time.
-    """
-    parts = map_in_workers(
-        lambda spec: _scale_module(spec, baked, env, dtype), adapter.specs, threads
-    )
+def join_scaled(parts: Sequence[ScaledTensors]) -> ScaledTensors:
+    """Several modules' as one."""
     return ScaledTensors(
         {key: source for part in parts for key, source in part.tensors.items()},
         sum(part.square for part in parts),
@@ -56,20 +42,17 @@ def scale_tensors(
     )
 
 
-def _scale_module(
-    spec: DeltaSpec, baked: Mapping[str, float], env: Env, dtype: str | None
-) -> ScaledTensors:
+def scale_module(spec: DeltaSpec, args: ScaleArgs, env: Env) -> ScaledTensors:
+    """Multiply tensors of one module in float64 and round them once."""
     made: dict[str, Source] = {}
     exact, stored = {}, {}
     overflow = False
     for role, source in spec.fields.items():
-        assert isinstance(source, TensorRef)
-        factor = baked.get(source.name)
-        target = dtype or (source.dtype if factor is None else result_dtype(source.dtype))
+        target = args.target(source)
         exact[role] = stored[role] = env.load(source).double()
-        if factor is not None:
-            exact[role] *= factor
-        if factor is not None or target != source.dtype:
+        if source.name in args.factors:
+            exact[role] *= args.factors[source.name]
+        if target is not None:
             made[source.name] = make_data(source.name, exact[role], target)
             overflow = overflow or overflows(exact[role], target)
             stored[role] = round_once(exact[role], target).double()

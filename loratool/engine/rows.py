@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from loratool.adapter import Source
+from loratool.engine import module_memory as modules
 from loratool.engine import step_args as takes
 from loratool.engine import step_memory as memory
 from loratool.errors import BugError
@@ -32,6 +33,7 @@ class Op:
         reads_bytes: blocks are of bytes, whatever the type of the inputs.
         has_pairs: inputs come in pairs, one after the other.
         has_one_input: only the first input is read in pieces; the kernel reads the others.
+        is_module: it is one block, and its kernel loads what it needs.
         is_sampled: a dry run looks at a few of its blocks.
         is_arithmetic: its time goes into factorisations: ``auto`` takes a GPU, which then also
             holds its matrices; small steps may be put together there.
@@ -49,6 +51,7 @@ class Op:
     reads_bytes: bool = False
     has_pairs: bool = False
     has_one_input: bool = False
+    is_module: bool = False
     is_sampled: bool = False
     is_arithmetic: bool = False
     is_proven: bool = False
@@ -66,6 +69,7 @@ class Op:
 
 _MERGING = "loratool.engine.merging:AddDeltas"
 _PATCHING = "loratool.engine.patching:"
+_MODULES = "loratool.engine.module_kernels:"
 _SUM: dict[str, Any] = {"args": takes.SumArgs, "piece": memory.summed_piece}
 _APPLY: dict[str, Any] = {"args": takes.ApplyPatchArgs, "piece": memory.summed_piece}
 
@@ -90,11 +94,21 @@ OPS: tuple[Op, ...] = (
        takes.SubtractAndFactorArgs, step=memory.extracted_step, result=memory.extracted_kept,
        has_pairs=True, is_arithmetic=True),
     Op("spectrum", "loratool.engine.compressing:MeasureSpectrum", takes.SpectrumArgs,
-       step=memory.spectrum_step),
+       step=memory.spectrum_step, is_module=True),
     Op("factor", "loratool.engine.compressing:Factor", takes.FactorArgs,
-       step=memory.factored_step, result=memory.factors_kept),
+       step=memory.factored_step, result=memory.factors_kept, is_module=True),
     Op("look_at_base", "loratool.engine.looking:LookAtBase", takes.SumArgs, memory.looked_piece,
        memory.looked_step),
+    Op("combine", _MODULES + "Combine", takes.CombineArgs, step=modules.combined_step,
+       result=modules.combined_kept, is_module=True),
+    Op("compare_modules", _MODULES + "CompareModules", step=modules.compared_step, is_module=True),
+    Op("gram", _MODULES + "Gram", step=modules.compared_step, is_module=True),
+    Op("module_statistics", _MODULES + "ModuleStatistics", step=modules.measured_step,
+       is_module=True),
+    Op("find_intruders", _MODULES + "FindIntruders", takes.IntruderArgs,
+       step=modules.intruder_step, result=modules.intruder_kept, is_module=True),
+    Op("scale_module", _MODULES + "ScaleModule", takes.ScaleArgs, step=modules.scaled_step,
+       result=modules.scaled_kept, is_module=True),
 )  # fmt: skip
 
 _BY_NAME = {op.name: op for op in OPS}

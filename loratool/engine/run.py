@@ -99,6 +99,21 @@ def execute(
     return run.carried + [run.results[i] for i in sorted(run.results)]
 
 
+def counted(plan: Plan, progress: Progress | None) -> Callable[[Any], Any]:
+    """A ``take`` that reports (steps done, steps in all) of a plan whose steps read no inputs."""
+    lock, done = threading.Lock(), 0
+
+    def take(result: Any) -> Any:
+        nonlocal done
+        with lock:
+            done += 1
+            if progress is not None:
+                progress(done, len(plan.steps))
+        return result
+
+    return take
+
+
 class _Run:
     """The desk of a run: what is left to do, results, the sink, progress."""
 

@@ -143,7 +143,7 @@ class StepWork:
 
     def _compute(self, lane: Lane, kernel: Kernel, piece: list[grid.Block]) -> int:
         first, count = piece[0].start, sum(b.numel for b in piece)
-        sources = self.step.inputs
+        sources = () if self._op.is_module else self.step.inputs
         if self._op.has_pairs:  # one after the other through the same buffers
             sources = sources[2 * piece[0].pair : 2 * piece[0].pair + 2]
         if self._op.has_one_input:

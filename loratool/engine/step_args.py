@@ -6,10 +6,11 @@ A step carries plain data, so that it can travel; its kernel sees it as one of t
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-from loratool.adapter import CodedRef, DeltaSpec, TensorRef
+from loratool.adapter import CodedRef, DeltaSpec, Source, TensorRef
+from loratool.dtypes import result_dtype
 from loratool.errors import BugError
 from loratool.wire import fits
 
@@ -160,6 +161,61 @@ class FactorArgs:
     bias: DeltaSpec | None = None
     must_rewrite: bool = False
     is_free: bool = True
+
+
+@dataclass(frozen=True)
+class CombineArgs:
+    """How one module of several adapters is made one.
+
+    Attributes:
+        like: name, layout and packing of the result.
+        method: a row of `loratool.methods`.
+        dtype: storage type of the result.
+        params: of the method.
+        asked: rank that was asked for; None = the method's own.
+        rank: of the result.
+        gain: what the reader multiplies the scaling by.
+        alpha: of a plain sum; None = its rank.
+        scaling: of a bias delta, that of its module.
+        stored_alpha: of a bias delta, as its module's is stored.
+    """
+
+    like: DeltaSpec
+    method: str
+    dtype: str
+    params: Mapping[str, float | int | str] = field(default_factory=dict)
+    asked: int | None = None
+    rank: int = 0
+    gain: float = 1.0
+    alpha: int | None = None
+    scaling: float = 1.0
+    stored_alpha: float | None = None
+
+
+@dataclass(frozen=True)
+class IntruderArgs:
+    """Of a search for intruders; ``weaken``: what their singular values are multiplied with."""
+
+    weaken: float | None = None
+
+
+@dataclass(frozen=True)
+class ScaleArgs:
+    """How a module's tensors are scaled.
+
+    Attributes:
+        factors: key of a tensor -> what its elements are multiplied with.
+        dtype: storage type of all of them; None = each keeps its own.
+    """
+
+    factors: Mapping[str, float] = field(default_factory=dict)
+    dtype: str | None = None
+
+    def target(self, source: Source) -> str | None:
+        """The type in which a tensor is stored anew; None if it stays as it is."""
+        if source.name in self.factors:
+            return self.dtype or result_dtype(source.dtype)
+        return self.dtype if self.dtype != source.dtype else None
 
 
 def typed(args: Mapping[str, Any], shape: type, op: str) -> Any:

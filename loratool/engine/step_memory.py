@@ -1,5 +1,7 @@
 """What single steps take in memory, by op: every formula, and what was measured for it.
 
+Of steps that are a module of some adapters: `loratool.engine.module_memory`.
+
 Each row of `loratool.engine.rows` names three of these: what a worker takes for a piece, what a
 step holds from its first block to its last, and what of its result stays in memory.
 """

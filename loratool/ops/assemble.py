@@ -93,7 +93,7 @@ def assemble(
         for o in outcomes
     ]
     adapter = Adapter(
-        extract.pairs[0].tuned.file.parent,
+        extract.pairs[0].tuned.path.parent,
         DEFAULT,
         tuple(specs),
         tuple(_replacements(kept, extract)),

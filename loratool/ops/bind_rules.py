@@ -183,12 +183,12 @@ def _skip_files(adapter: Adapter, skips: Sequence[Pattern]) -> frozenset[str]:
 def _main_file(adapter: Adapter) -> str:
     """The file that holds the factors; where there are none, the fixed name."""
     sources = [f for s in adapter.specs for f in s.fields.values() if isinstance(f, TensorRef)]
-    return sources[0].file.name if sources else "adapter_model.safetensors"
+    return sources[0].path.name if sources else "adapter_model.safetensors"
 
 
 def _file_of(replacement: Replacement | None) -> str | None:
     source = None if replacement is None else replacement.source
-    return source.file.name if isinstance(source, TensorRef) else None
+    return source.path.name if isinstance(source, TensorRef) else None
 
 
 @dataclass(frozen=True)

@@ -6,13 +6,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from loratool.adapter import Adapter, TensorRef
-from loratool.dtypes import DTYPES
+from loratool.adapter import Adapter, DeltaSpec, TensorRef
+from loratool.engine.module_memory import mixed_bytes
+from loratool.engine.rows import result_bytes, step_bytes
 from loratool.errors import MismatchError, UsageError, list_some
 from loratool.methods import METHODS, Method, find_method, parse_params
-from loratool.ops.memory_formulas import combined_bytes, mixed_bytes
 from loratool.ops.sums import SumModule, SumPlan, plan_sum
 from loratool.ops.weights import Weight
+from loratool.plan import Plan, Step, label
 
 
 def plan_combine(
@@ -87,15 +88,66 @@ def rank_of(module: SumModule, method: Method, rank: int | None) -> int:
 
 def memory_needs(plan: SumPlan, method: Method, rank: int | None) -> tuple[list[int], int]:
     """Bytes that each module takes while it is at work, and those of all results."""
-    needs = [combined_bytes(m, rank_of(m, method, rank), method) for m in plan.modules]
+    steps = [_step(m, method, {}, rank, plan.dtype) for m in plan.modules]
     mixed = [[one.source for one, _ in mix.found] for mix in plan.mixed]
-    # float16 that overflows is made again in float32, and both are there for a while
-    each = DTYPES[plan.dtype].bits // 8 + (4 if plan.dtype == "F16" else 0)
-    made = sum(
-        each * rank_of(m, method, rank) * sum(m.shape) * max(1, m.spec.experts)
-        for m in plan.modules if not m.is_bias
-    )  # fmt: skip
-    return needs + [mixed_bytes(s) for s in mixed], made + sum(8 * s[0].numel for s in mixed)
+    needs = [*map(step_bytes, steps), *map(mixed_bytes, mixed)]
+    return needs, sum(map(result_bytes, steps)) + sum(8 * s[0].numel for s in mixed)
+
+
+def combine_steps(
+    plan: SumPlan, method: Method, params: Mapping[str, Any], rank: int | None, dtype: str
+) -> Plan:
+    """One step per low-rank module of the result, which is stored as ``dtype``."""
+    weights = [m for m in plan.modules if not m.is_bias]
+    alphas = _alphas(plan, weights)
+    steps = [_step(m, method, params, rank, dtype, alpha=alphas[m.spec.name]) for m in weights]
+    return Plan("combine", tuple(steps))
+
+
+def bias_steps(
+    plan: SumPlan, method: Method, params: Mapping[str, Any], dtype: str,
+    owners: Mapping[str, DeltaSpec],
+) -> Plan:  # fmt: skip
+    """One step per bias delta.
+
+    Args:
+        plan: what goes where.
+        method: as of `combine_steps`.
+        params: likewise.
+        dtype: likewise.
+        owners: module -> its new factors, whose scaling and alpha its bias has.
+    """
+    made = []
+    for module in (m for m in plan.modules if m.is_bias):
+        owner = owners[module.spec.module]
+        made.append(_step(module, method, params, None, dtype, scaling=owner.scaling,
+                          stored_alpha=owner.alpha))  # fmt: skip
+    return Plan("combine", tuple(made))
+
+
+def _step(
+    module: SumModule,
+    method: Method,
+    params: Mapping[str, Any],
+    rank: int | None,
+    dtype: str,
+    **args: Any,
+) -> Step:
+    args |= {
+        "like": module.spec, "method": method.name, "params": dict(params), "dtype": dtype,
+        "asked": rank, "rank": rank_of(module, method, rank), "gain": module.gain,
+    }  # fmt: skip
+    return Step("combine", label(module.spec.name), (), (1, 1), module.terms, args=args)
+
+
+def _alphas(plan: SumPlan, weights: Sequence[SumModule]) -> dict[str, int | None]:
+    """Alpha by module; out_proj of nn.MultiheadAttention has that of its in_proj (PEFT)."""
+    found = {m.spec.name: None if plan.is_even else m.shared_alpha for m in weights}
+    for module in plan.modules:
+        if module.gain != 1:
+            mha = module.spec.module.removesuffix(".out_proj")
+            found[module.spec.name] = found[f"{mha}.in_proj_weight"]
+    return found
 
 
 def check_into(into: str | None, *, has_base: bool) -> str:

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from loratool.adapter import Adapter, DeltaSpec, Source, TensorRef
 from loratool.delta.forms import matrix_shape, shape_of
 from loratool.errors import MismatchError
+from loratool.location import HubFile
 from loratool.ops.additive import require_additive, require_factors
+from loratool.plan import DeltaPart, Plan, module_step
 from loratool.report import ComparedReplacement, Difference
 from loratool.store.reader import are_of_one_file, have_same_bytes
-from loratool.store.remote import remote_file
 
 # Fields that say nothing about what the adapter computes, and lists whose order means nothing.
 _QUIET = {"peft_version", "inference_mode", "auto_mapping", "lora_dropout", "loratool"}
@@ -65,6 +66,16 @@ def align(adapters: Sequence[Adapter]) -> Aligned:
             for i in range(len(adapters))
         ),
     )
+
+
+def plan_compare(aligned: Aligned, *, in_detail: bool) -> Plan:
+    """One step per module: two adapters in detail where both have it, else inner products."""
+    steps = []
+    for specs in aligned.groups.values():
+        op = "compare_modules" if in_detail and len(specs) == 2 else "gram"
+        parts = tuple(DeltaPart(spec, 1.0, adapter=n) for n, spec in specs.items())
+        steps.append(replace(module_step(op, list(specs.values())), parts=parts))
+    return Plan("compare", tuple(steps))
 
 
 def _form(spec: DeltaSpec) -> str:
@@ -121,7 +132,7 @@ def _are_same(one: Source, two: Source) -> bool | None:
     if (one.dtype, one.shape) != (two.dtype, two.shape):
         return False
     sources = [s for s in (one, two) if isinstance(s, TensorRef)]
-    if not any(remote_file(s.file) for s in sources) or are_of_one_file(sources):
+    if not any(isinstance(s.file, HubFile) for s in sources) or are_of_one_file(sources):
         return have_same_bytes([one, two])
     return None
 

@@ -23,7 +23,7 @@ from loratool.dialects.rules import tied_pairs
 from loratool.dtypes import tensor_bytes
 from loratool.errors import MismatchError, list_some
 from loratool.ops.assemble import routed_weights
-from loratool.plan import DeltaPart, Plan, Step, TensorSpec
+from loratool.plan import Plan, module_step
 
 _WAY_OUT = "the base settles it: --base BASE"
 
@@ -82,10 +82,7 @@ class CompressPlan:
 
     def steps(self, op: str, args: Sequence[Mapping[str, Any]]) -> Plan:
         """One step per delta; ``args[i]`` are those of ``specs[i]``."""
-        made = [
-            Step(op, TensorSpec(s.name, "F32", (1, 1)), (), (1, 1), (DeltaPart(s, 1.0),), args=a)
-            for s, a in zip(self.specs, args, strict=True)
-        ]
+        made = [module_step(op, [s], **a) for s, a in zip(self.specs, args, strict=True)]
         return Plan("compress", tuple(made))
 
     def factor_args(self, index: int) -> dict[str, Any]:

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 from loratool.adapter import Adapter, DeltaSpec, Replacement, TensorRef
 from loratool.delta.forms import is_grouped
+from loratool.engine.module_memory import detached_bytes
 from loratool.errors import MismatchError, list_some
 from loratool.ops.additive import factor_dtype
 from loratool.ops.in_base import InBase, find_in_base
-from loratool.ops.memory_formulas import detached_bytes
 from loratool.ops.weights import Weight
 from loratool.plan import Place
 from loratool.store.checkpoint import Checkpoint

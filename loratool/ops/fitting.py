@@ -13,9 +13,9 @@ from loratool.dialects.programs import Program
 from loratool.dialects.rules import mha_outputs
 from loratool.dialects.stated import is_even
 from loratool.dtypes import tensor_bytes
+from loratool.engine.module_memory import rescaled_bytes
 from loratool.errors import MismatchError, list_some
 from loratool.ops.additive import require_factors
-from loratool.ops.memory_formulas import rescaled_bytes
 
 
 @dataclass(frozen=True)

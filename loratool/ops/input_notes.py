@@ -8,9 +8,9 @@ from typing import Any
 from loratool.adapter import Adapter, TensorRef
 from loratool.delta.forms import left_of
 from loratool.errors import list_some
+from loratool.location import HubFile
 from loratool.ops.inputs import OpenedAdapter, OpenedBase
 from loratool.store.reader import FileReader
-from loratool.store.remote import remote_file
 
 _PIECE = 1 << 16
 
@@ -61,7 +61,7 @@ def _is_zero(adapter: Adapter) -> bool:
     with FileReader() as reader:
         for spec in adapter.specs:
             ref = left_of(spec) if spec.row.has_factors else None
-            if not isinstance(ref, TensorRef) or remote_file(ref.file):
+            if not isinstance(ref, TensorRef) or isinstance(ref.file, HubFile):
                 return False
             for start in range(0, ref.nbytes, _PIECE):
                 piece = bytearray(min(_PIECE, ref.nbytes - start))

@@ -1,6 +1,6 @@
 """How much memory a command will take, known before it starts.
 
-What a step takes is in `loratool.engine.step_memory`, a module in `loratool.ops.memory_formulas`;
+What a step takes is in `loratool.engine.step_memory`, a module in `loratool.engine.module_memory`;
 here it is added up, workers and buffers are chosen under the limit, and what cannot fit is refused.
 """
 
@@ -57,8 +57,7 @@ def plan_memory(
     """
     default = grid.CUDA_CHUNK_BYTES if device == "cuda" else grid.CPU_CHUNK_BYTES
     chunk = chunk_bytes or default
-    apart = executor == "processes"
-    found = MemoryPlan(threads, chunk, _peak(plan, device, threads, chunk, apart))
+    found = MemoryPlan(threads, chunk, _peak(plan, device, threads, chunk, executor))
     while limit is not None and found.peak_bytes > limit:
         if found.threads > 1:
             found = MemoryPlan(found.threads - 1, chunk, 0)
@@ -66,14 +65,15 @@ def plan_memory(
             found = MemoryPlan(1, found.chunk_bytes // 2, 0)
         else:
             raise _too_much(found.peak_bytes, limit)
-        peak = _peak(plan, device, found.threads, found.chunk_bytes, apart)
+        peak = _peak(plan, device, found.threads, found.chunk_bytes, executor)
         found = MemoryPlan(found.threads, found.chunk_bytes, peak)
     return found
 
 
 def plan_modules(
-    needs: Iterable[int], *, kept: int, threads: int, limit: int | None, hint: str = ""
-) -> MemoryPlan:
+    needs: Iterable[int], *, kept: int, threads: int, limit: int | None, hint: str = "",
+    executor: str = "threads",
+) -> MemoryPlan:  # fmt: skip
     """Choose the workers of a command that takes one module after the other.
 
     Args:
@@ -82,13 +82,15 @@ def plan_modules(
         threads: workers wished for.
         limit: bytes that may be used; None = no limit known.
         hint: another way out than more memory.
+        executor: as of `plan_memory`.
 
     Raises:
         DiskError: LT-605, the largest module does not fit.
     """
     sizes = sorted(needs, reverse=True)
     for workers in range(max(1, min(threads, len(sizes))), 0, -1):
-        peak = TORCH_BYTES["cpu"] + grid.CPU_CHUNK_BYTES + kept + sum(sizes[:workers])
+        used = grid.CPU_CHUNK_BYTES + kept + sum(sizes[:workers])
+        peak = _interpreters("cpu", workers, executor) + used
         if limit is None or peak <= limit:
             return MemoryPlan(workers, 0, peak)
     assert limit is not None
@@ -103,7 +105,7 @@ def _too_much(peak: int, limit: int, hint: str = "") -> DiskError:
     )  # fmt: skip
 
 
-def _peak(plan: Plan, device: str, threads: int, chunk: int, apart: bool) -> int:
+def _peak(plan: Plan, device: str, threads: int, chunk: int, executor: str) -> int:
     elements = grid.CUDA_ELEMENTS if device == "cuda" else grid.CPU_ELEMENTS
     workers = sorted((piece_bytes(s, chunk, elements) for s in plan.steps), reverse=True)
     on_host = [s for s in plan.steps if device == "cpu" or not op_of(s).is_arithmetic]
@@ -111,5 +113,9 @@ def _peak(plan: Plan, device: str, threads: int, chunk: int, apart: bool) -> int
     kept = sum(map(result_bytes, plan.steps))
     # A worker finishes a step before it begins another one.
     used = sum(workers[:1]) * threads + sum(steps[:threads])
-    interpreters = 1 + threads if apart else 1
-    return TORCH_BYTES[device] * interpreters + int(used * _KEPT_FREE) + kept
+    return _interpreters(device, threads, executor) + int(used * _KEPT_FREE) + kept
+
+
+def _interpreters(device: str, workers: int, executor: str) -> int:
+    """With torch in each."""
+    return TORCH_BYTES[device] * (1 + workers if executor == "processes" else 1)

@@ -343,7 +343,7 @@ def _fate(step: Step, ref: TensorRef | None) -> str:
 def _file_name(name: str, ref: TensorRef, checkpoint: Checkpoint) -> str:
     if not checkpoint.components:
         return name
-    prefix = next(s.prefix for s in checkpoint.shards if s.path == ref.file)
+    prefix = next(s.prefix for s in checkpoint.shards if s.path == ref.path)
     return name.removeprefix(prefix)
 
 
@@ -358,7 +358,7 @@ def _group(
     last = checkpoint.shards[-1].path
     for name in steps:
         ref = checkpoint.tensors.get(name)
-        home[ref.file if ref is not None and ref.file in home else last].append(name)
+        home[ref.path if ref is not None and ref.path in home else last].append(name)
     if shard_bytes is None:
         return [(s, s.name, home[s.path]) for s in checkpoint.shards]
     if checkpoint.components:
@@ -424,7 +424,7 @@ def _make_shard(
         and len(own) == len(steps) == len(shard.keys)
         and all(
             type(ref) is TensorRef
-            and ref.file == shard.path
+            and ref.path == shard.path
             and (ref.name, ref.dtype, ref.shape) == (t.name, t.dtype, t.shape)
             for ref, t in zip(own, tensors, strict=True)
         )

@@ -37,7 +37,7 @@ def is_part(replacement: Replacement | None) -> bool:
     if replacement is None or replacement.rows is not None:
         return False
     source = replacement.source
-    return isinstance(source, TensorRef) and is_beside_name(source.file.name)
+    return isinstance(source, TensorRef) and is_beside_name(source.path.name)
 
 
 class KnownNames:
@@ -183,7 +183,7 @@ def add_parts(bound: Iterable[WeightedAdapter], checkpoint: Checkpoint) -> Exten
                 raise MismatchError(
                     "LT-428", "two adapters bring what the base lacks",
                     file=one.adapter.path, key=name, got=owners[name].adapter.label,
-                    hint=f"merge them one after the other, or --skip {ref.file.name}",
+                    hint=f"merge them one after the other, or --skip {ref.path.name}",
                 )  # fmt: skip
             owners[name], tensors[name] = one, ref
     if not tensors:
@@ -206,7 +206,7 @@ def _taken(one: WeightedAdapter) -> dict[str, TensorRef]:
         if weight < 0:
             raise MismatchError(
                 "LT-429", "what is to be taken out is not in the base", file=one.adapter.path,
-                key=name, got=f"weight {weight:g}", hint=f"--skip {ref.file.name} leaves it out",
+                key=name, got=f"weight {weight:g}", hint=f"--skip {ref.path.name} leaves it out",
             )  # fmt: skip
         if weight:
             found[name] = ref
@@ -249,7 +249,7 @@ def _described(
 
 
 def _said(tensors: Mapping[str, TensorRef]) -> str:
-    files = sorted({ref.file.name for ref in tensors.values()})
+    files = sorted({ref.path.name for ref in tensors.values()})
     size = sum(ref.nbytes for ref in tensors.values())
     return (
         f"{len(tensors)} tensors of {list_some(files)} ({size:,} bytes) are new in the output, "

@@ -10,12 +10,12 @@ from loratool.adapter import Adapter, Source, TensorRef
 from loratool.delta.forms import scaled_source
 from loratool.dialects.rules import tied_pairs
 from loratool.dialects.stated import scaled_config
-from loratool.dtypes import DTYPES, result_dtype
+from loratool.engine.step_args import ScaleArgs
 from loratool.errors import MismatchError, UsageError, list_some
 from loratool.ops.additive import require_additive
 from loratool.ops.blocks import block_factors
-from loratool.ops.memory_formulas import rescaled_bytes
 from loratool.patterns import Pattern, find, typed_pattern
+from loratool.plan import Plan, module_step
 from loratool.store.source import is_weight
 
 
@@ -117,22 +117,15 @@ def plan_rescale(
     return RescalePlan(adapter, factors, how, config, signs, tuple(notes))
 
 
-def memory_needs(plan: RescalePlan, dtype: str | None) -> tuple[list[int], int]:
-    """Bytes that each module with a new tensor takes at work, and those of all new tensors."""
-    needs, kept = [], 0
+def scale_steps(plan: RescalePlan, dtype: str | None) -> Plan:
+    """One step per module with a new tensor, which is stored as ``dtype`` (None = its own)."""
+    steps = []
     for spec in plan.adapter.specs:
-        new = [
-            source for source in spec.fields.values()
-            if source.name in plan.baked or dtype not in (None, source.dtype)
-        ]  # fmt: skip
-        if new:
-            needs.append(rescaled_bytes(spec))
-        for source in new:
-            # float16 that overflows is made again in float32, and both are there for a while
-            target = dtype or result_dtype(source.dtype)
-            each = DTYPES[target].bits // 8 + (4 if target == "F16" else 0)
-            kept += each * source.numel
-    return needs, kept
+        names = [source.name for source in spec.fields.values()]
+        factors = {name: plan.baked[name] for name in names if name in plan.baked}
+        if any(ScaleArgs(factors, dtype).target(s) is not None for s in spec.fields.values()):
+            steps.append(module_step("scale_module", [spec], factors=factors, dtype=dtype))
+    return Plan("rescale", tuple(steps))
 
 
 def _choose(

@@ -81,7 +81,7 @@ def _block(ref: TensorRef, scale: TensorRef, stated: tuple[int, int]) -> tuple[i
     if scale.shape in (ref.shape[:-1], (*ref.shape[:-1], 1)):
         return 1, cols
     raise BadFileError(
-        "LT-335", "the factors of a quantised weight do not fit it", file=ref.file, key=scale.name,
+        "LT-335", "the factors of a quantised weight do not fit it", file=ref.path, key=scale.name,
         expected=f"{list(blocks)} for blocks of {height} × {width}, or one per row, or one",
         got=list(scale.shape),
     )  # fmt: skip

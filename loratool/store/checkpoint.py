@@ -247,7 +247,7 @@ def _collect(read: list[_Read], where: Path) -> dict[str, TensorRef]:
             if key in tensors:
                 raise BadFileError(
                     "LT-324", "two shards hold the same tensor", file=where, key=short_name(key),
-                    got=f"{tensors[key].file.name} and {ref.file.name}",
+                    got=f"{tensors[key].path.name} and {ref.path.name}",
                     hint="download the checkpoint again",
                 )  # fmt: skip
             tensors[key] = ref

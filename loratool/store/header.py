@@ -19,6 +19,7 @@ from typing import Any, BinaryIO, NoReturn
 from loratool.adapter import Stamp, TensorRef
 from loratool.dtypes import DTYPES, tensor_bytes
 from loratool.errors import BadFileError, DiskError, list_some
+from loratool.location import Location, path_of
 from loratool.plan import TensorSpec
 from loratool.store.contained import open_inside
 from loratool.store.foreign import refuse_foreign
@@ -89,16 +90,16 @@ def read_header(
         (8, 4096)
     """
     remote = remote_file(path)
-    shown = remote.shown if remote else path
+    where: Location = remote or path
     try:
-        with open_inside(path, folder, shown=shown) as file:
+        with open_inside(path, folder, shown=where) as file:
             stamp = stamp_from(os.fstat(file.fileno()))
             size = remote.size if remote else stamp[2]
-            raw = _read_raw(file, shown, size, min(max_bytes, HARD_HEADER_BYTES))
+            raw = _read_raw(file, where, size, min(max_bytes, HARD_HEADER_BYTES))
     except OSError as error:
-        raise DiskError("LT-601", "cannot read", file=shown, got=error.strerror) from error
+        raise DiskError("LT-601", "cannot read", file=where, got=error.strerror) from error
     with _no_collection():
-        return _checked(path, raw, size, stamp, shown, max_bytes)
+        return _checked(where, raw, size, stamp, max_bytes)
 
 
 @contextmanager
@@ -113,9 +114,7 @@ def _no_collection() -> Iterator[None]:
             gc.enable()
 
 
-def _checked(
-    path: Path, raw: bytes, size: int, stamp: Stamp, shown: object, max_bytes: int
-) -> Header:
+def _checked(shown: Location, raw: bytes, size: int, stamp: Stamp, max_bytes: int) -> Header:
     if max_bytes <= MAX_HEADER_BYTES and text_bytes(raw) > MAX_TEXT_BYTES:
         raise BadFileError(
             "LT-304", "header is too large", file=shown, got=f"{text_bytes(raw)} bytes",
@@ -127,12 +126,10 @@ def _checked(
     metadata = _check_metadata(entries.pop("__metadata__", {}), shown, longest)
     if len(entries) > MAX_TENSORS:
         _refuse_count(shown, len(entries))
-    tensors = [
-        _tensor(path, stamp, shown, name, entry, len(raw)) for name, entry in entries.items()
-    ]
+    tensors = [_tensor(shown, stamp, name, entry, len(raw)) for name, entry in entries.items()]
     tensors.sort(key=lambda ref: (ref.start, ref.nbytes))
     _check_cover(tensors, shown, len(raw), size)
-    return Header(path, metadata, tuple(tensors), raw, len(raw), size)
+    return Header(path_of(shown), metadata, tuple(tensors), raw, len(raw), size)
 
 
 def build_header(
@@ -331,9 +328,7 @@ def _check_metadata(value: object, shown: object, longest: int) -> Mapping[str, 
     return value
 
 
-def _tensor(
-    path: Path, stamp: Stamp, shown: object, name: str, entry: object, data_start: int
-) -> TensorRef:
+def _tensor(shown: Location, stamp: Stamp, name: str, entry: object, data_start: int) -> TensorRef:
     def refuse(code: str, what: str, expected: object = None, got: object = None) -> NoReturn:
         raise BadFileError(code, what, file=shown, key=short_name(name), expected=expected, got=got)
 
@@ -373,7 +368,7 @@ def _tensor(
     if end - begin != nbytes:
         refuse("LT-311", "byte range does not fit shape and dtype",
                f"{nbytes} bytes ({dtype} {shape})", f"{end - begin} bytes")  # fmt: skip
-    return TensorRef(path, name, dtype, tuple(shape), data_start + begin, nbytes, stamp)
+    return TensorRef(shown, name, dtype, tuple(shape), data_start + begin, nbytes, stamp)
 
 
 def _check_cover(tensors: list[TensorRef], shown: object, start: int, size: int) -> None:

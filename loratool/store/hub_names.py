@@ -11,8 +11,8 @@ from loratool.errors import HubError
 from loratool.store.file_kinds import kind_of
 
 if TYPE_CHECKING:
+    from loratool.location import HubFile
     from loratool.store.hub_listing import ListedFile
-    from loratool.store.remote import RemoteFile
 
 _LONGEST = 1_024  # characters
 _LONGEST_PART = 255  # bytes: what file systems can name
@@ -48,7 +48,7 @@ def _is_bad(name: str) -> bool:
     )
 
 
-def refuse_large(repo_id: str, file: ListedFile | RemoteFile) -> None:
+def refuse_large(repo_id: str, file: ListedFile | HubFile) -> None:
     """Refuse a small file that is listed larger than one of its kind can be.
 
     Raises:

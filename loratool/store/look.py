@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from loratool.location import HubFile
 from loratool.store.hub_files import (
     files_to_look_at,
     is_read,
@@ -15,7 +16,7 @@ from loratool.store.hub_files import (
 )
 from loratool.store.hub_listing import Listing
 from loratool.store.hub_names import refuse_large
-from loratool.store.remote import RemoteFile, describe
+from loratool.store.remote import describe
 from loratool.store.remote_folder import RemoteFolder
 
 LOOK_BYTES = 100_000_000
@@ -76,7 +77,7 @@ def look(listing: Listing, *, kind: str, sub: str = "", yes: bool = False) -> Lo
     return Looked(folder.path, listing.commit, folder)
 
 
-def _stays(file: RemoteFile) -> bool:
+def _stays(file: HubFile) -> bool:
     """True if a file is read by range.  Its identity must be listed: the sha256 of LFS files."""
     return is_weight_name(file.name) and len(file.digest) == _SHA256_DIGITS
 

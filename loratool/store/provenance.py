@@ -35,7 +35,7 @@ def adapter_id(adapter: Adapter) -> dict[str, str]:
     """sha256 of each of an adapter's files, by name: its tensors and its configuration."""
     sources = [s for spec in adapter.specs for s in spec.fields.values()]
     sources += [r.source for r in adapter.replacements]
-    files = {s.file for s in sources if isinstance(s, TensorRef)}
+    files = {s.path for s in sources if isinstance(s, TensorRef)}
     configs = {path.with_name("adapter_config.json") for path in files}
     return {path.name: file_id(path) for path in sorted(files | configs) if path.is_file()}
 

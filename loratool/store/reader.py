@@ -15,10 +15,10 @@ from pathlib import Path
 
 from loratool.adapter import CodedRef, Source, Stamp, TensorData, TensorRef
 from loratool.errors import BadFileError, DiskError, UnsafeContentError
+from loratool.location import HubFile
 from loratool.quant import CODECS
-from loratool.store import remote_spans
 from loratool.store.contained import open_again
-from loratool.store.remote import remote_file
+from loratool.store.remote_spans import Range, ReadAhead, by_file
 from loratool.store.stamps import changed, check_stamp, stamp_from, stamp_of
 
 __all__ = ["FileReader", "Stamp", "are_of_one_file", "have_same_bytes", "plain_io", "stamp_of"]
@@ -64,6 +64,7 @@ class FileReader:
     def __init__(self, stamps: Mapping[Path, Stamp] | None = None) -> None:
         self._stamps = dict(stamps or {})
         self._files: dict[Path, _Open] = {}  # in the order of their last use
+        self._ahead = ReadAhead()
         self._most = most_open_files()
         self._lock = threading.Lock()
         self._plain = plain_io()
@@ -79,6 +80,7 @@ class FileReader:
             for entry in self._files.values():
                 entry.file.close()
             self._files.clear()
+        self._ahead.clear()
 
     def read_into(self, ref: TensorRef, start: int, buffer: memoryview) -> None:
         """Fill ``buffer`` with bytes of a tensor.
@@ -101,9 +103,8 @@ class FileReader:
             buffer[stored:] = bytes(len(buffer) - stored)
             buffer = buffer[:stored]
         offset = ref.start + start
-        remote = remote_file(ref.file)
-        if remote is not None:
-            buffer[:] = remote_spans.read(remote, offset, len(buffer))
+        if isinstance(ref.file, HubFile):
+            buffer[:] = self._ahead.read(ref.file, offset, len(buffer))
             return
         done = 0
         with self.lend(ref) as file:
@@ -131,11 +132,11 @@ class FileReader:
             DiskError: the system refuses to open it.
         """
         with self._lock:
-            if ref.file not in self._files:
-                self._files[ref.file] = _Open(self._open(ref))
-            if ref.stamp not in (None, self._stamps[ref.file]):
-                raise changed(ref.file)
-            entry = self._files[ref.file] = self._files.pop(ref.file)  # now the last one
+            if ref.path not in self._files:
+                self._files[ref.path] = _Open(self._open(ref))
+            if ref.stamp not in (None, self._stamps[ref.path]):
+                raise changed(ref.path)
+            entry = self._files[ref.path] = self._files.pop(ref.path)  # now the last one
             entry.users += 1
             self._close_some()
         try:
@@ -145,7 +146,7 @@ class FileReader:
                 entry.users -= 1
 
     def _open(self, ref: TensorRef) -> FileIO:
-        path = ref.file
+        path = ref.path
         held = ref.stamp or self._stamps.get(path)
         if held is not None:  # what lies there now is not even opened
             check_stamp(path, held)
@@ -176,10 +177,10 @@ class FileReader:
             file.seek(offset)
             return file.readinto(buffer) or 0
 
-    @staticmethod
-    def expect(ranges: Iterable[remote_spans.Range]) -> None:
+    def expect(self, ranges: Iterable[Range]) -> None:
         """Say what will be read: of files on the Hub neighbours then come in one request."""
-        remote_spans.expect(ranges)
+        for file, parts in by_file(ranges).items():
+            self._ahead.expect(file, parts)
 
     def hold(self, refs: Iterable[TensorRef]) -> None:
         """Hold files to what they were when their headers were read, whoever reads them.
@@ -188,10 +189,10 @@ class FileReader:
             BadFileError: LT-332, two tensors of a file saw it differently.
         """
         with self._lock:
-            for ref in refs:
-                held = ref.stamp and self._stamps.setdefault(ref.file, ref.stamp)
+            for ref in (r for r in refs if not isinstance(r.file, HubFile)):
+                held = ref.stamp and self._stamps.setdefault(ref.path, ref.stamp)
                 if held != ref.stamp:
-                    raise changed(ref.file)
+                    raise changed(ref.path)
 
     def check_unchanged(self) -> None:
         """Compare every file that was read, or given a stamp, with what it was.
@@ -207,7 +208,7 @@ class FileReader:
 
 def are_of_one_file(refs: Sequence[TensorRef]) -> bool:
     """True for the same bytes of files on the Hub that have one hash: no need to read them."""
-    places = {(f.digest, r.start) if (f := remote_file(r.file)) else None for r in refs}
+    places = {(f.digest, r.start) if isinstance(f := r.file, HubFile) else None for r in refs}
     return len(places) == 1 and None not in places
 
 

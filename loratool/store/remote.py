@@ -1,146 +1,180 @@
 """Files that stay on the Hub: their size and hash are known, their bytes are read by range.
 
 Such a file has a stub on this machine that holds its header and little more.  A stub is short,
-never sparse: code that reads tensor bytes past this module fails instead of finding zeros.
+never sparse: code that reads tensor bytes past this module fails instead of finding zeros.  What
+the stubs of a folder stand for is written beside it, so that whoever has a path knows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from loratool.errors import HubError
+from loratool.errors import STUBS, HubError
+from loratool.location import HubFile
+from loratool.shapes import fitting_json
 from loratool.store.hub import plain_errors
+from loratool.store.hub_listing import Listing, digest_of
 from loratool.store.remote_http import Answer, ask
-
-if TYPE_CHECKING:
-    from loratool.store.hub_listing import Listing
 
 _ATTEMPTS = 4
 """Answers cut short before giving up; each is continued where it ended."""
 _EMPTY = 2  # of them without any data
+_PIECE = 8 << 20
+_MANIFEST = "stubs.json"
 
 
-@dataclass(frozen=True)
-class RemoteFile:
-    """A file of one commit.
+# ------------------------------------------------------------------------------------- reading
 
-    Attributes:
-        repo_id: ``owner/name``.
-        commit: full sha.
-        name: path inside the repository.
-        size: bytes.
-        digest: sha256 of the content (LFS), or the git blob id of a small file.
+
+def read_range(file: HubFile, start: int, count: int) -> bytes:
+    """Bytes of a file, in one request unless the connection breaks.
+
+    Raises:
+        HubError: LT-750 cut short again and again, LT-751 other bytes than those asked for;
+            or the Hub does not give the file.
     """
+    from huggingface_hub import hf_hub_url
 
-    repo_id: str
-    commit: str
-    name: str
-    size: int
-    digest: str
-
-    def read(self, start: int, count: int) -> bytes:
-        """Bytes of the file, in one request unless the connection breaks.
-
-        Raises:
-            HubError: LT-750 cut short again and again, LT-751 other bytes than those asked for;
-                or the Hub does not give the file.
-        """
-        from huggingface_hub import hf_hub_url
-
-        data = bytearray()
-        empty = 0
-        with plain_errors(self.repo_id, self.commit):
-            url = hf_hub_url(self.repo_id, self.name, revision=self.commit)
-            for _attempt in range(_ATTEMPTS):
-                if len(data) < count and empty < _EMPTY:
-                    first, left = start + len(data), count - len(data)
-                    answer = ask(url, first, left)
-                    self._check(answer, first, left)
-                    data += answer.data
-                    empty += not answer.data
-        if len(data) < count:
-            raise HubError(
-                "LT-750", "the Hub's answers are cut short", file=self.shown,
-                expected=f"{count} bytes at {start}", got=f"{len(data)} bytes",
-                hint="check the network and try again",
-            )  # fmt: skip
-        return bytes(data)
-
-    @property
-    def shown(self) -> str:
-        """Its name for messages."""
-        return f"hf://{self.repo_id}@{self.commit}/{self.name}"
-
-    def _check(self, answer: Answer, start: int, count: int) -> None:
-        """Only the bytes asked for, of a file of the listed size.
-
-        A server that knows no ranges sends the file from its start, which serves for headers.
-        """
-        want = f"bytes {start}-{start + count - 1}/{self.size}"
-        if answer.status == 206 and answer.content_range == want:
-            return
-        if answer.status == 200 and start == 0:
-            return
+    data = bytearray()
+    empty = 0
+    with plain_errors(file.repo_id, file.commit):
+        url = hf_hub_url(file.repo_id, file.name, revision=file.commit)
+        for _attempt in range(_ATTEMPTS):
+            if len(data) < count and empty < _EMPTY:
+                first, left = start + len(data), count - len(data)
+                answer = ask(url, first, left)
+                _check(file, answer, first, left)
+                data += answer.data
+                empty += not answer.data
+    if len(data) < count:
         raise HubError(
-            "LT-751", "the server does not send the bytes asked for", file=self.shown,
-            expected=want, got=answer.content_range or f"HTTP status {answer.status}",
-            hint="check HF_ENDPOINT; loratool pull fetches whole files",
+            "LT-750", "the Hub's answers are cut short", file=file,
+            expected=f"{count} bytes at {start}", got=f"{len(data)} bytes",
+            hint="check the network and try again",
+        )  # fmt: skip
+    return bytes(data)
+
+
+def _check(file: HubFile, answer: Answer, first: int, left: int) -> None:
+    """Only the bytes asked for, of a file of the listed size.
+
+    A server that knows no ranges sends the file from its start, which serves for headers.
+    """
+    want = f"bytes {first}-{first + left - 1}/{file.size}"
+    if answer.status == 206 and answer.content_range == want:
+        return
+    if answer.status == 200 and first == 0:
+        return
+    raise HubError(
+        "LT-751", "the server does not send the bytes asked for", file=file,
+        expected=want, got=answer.content_range or f"HTTP status {answer.status}",
+        hint="check HF_ENDPOINT; loratool pull fetches whole files",
+    )  # fmt: skip
+
+
+def fetch_whole(file: HubFile, path: Path) -> None:
+    """Write a small file, checked.
+
+    Raises:
+        HubError: LT-752, the Hub gives other bytes than it lists.
+    """
+    path.write_bytes(b"")
+    append(file, path, file.size)
+    check_digest(path, file)
+
+
+def check_digest(path: Path, file: HubFile) -> None:
+    """Refuse a fetched file that is not the listed one.
+
+    Raises:
+        HubError: LT-752.
+    """
+    got = digest_of(path, file.digest)
+    if got != file.digest:
+        raise HubError(
+            "LT-752", "the bytes read are not those that the Hub lists",
+            file=file, expected=file.digest, got=got,
+            hint="a proxy or mirror may be damaging it: try again, or check HF_ENDPOINT",
         )  # fmt: skip
 
 
-_stubs: dict[Path, RemoteFile] = {}
-_late: dict[Path, Callable[[], object]] = {}
+def append(file: HubFile, path: Path, stop: int) -> None:
+    """Go on with a file up to a position, never with much of it in memory."""
+    with path.open("ab") as out:
+        for at in range(out.tell(), stop, _PIECE):
+            out.write(read_range(file, at, min(_PIECE, stop - at)))
 
 
-def register(stubs: Mapping[Path, RemoteFile], late: Mapping[Path, Callable[[], object]]) -> None:
-    """Make stubs known to everything that reads files.
+def describe(listing: Listing, names: Iterable[str]) -> list[HubFile]:
+    """Files of a listing by name."""
+    wanted = set(names)
+    return [
+        HubFile(listing.repo_id, listing.commit, f.name, f.size, f.digest)
+        for f in listing.files
+        if f.name in wanted
+    ]
+
+
+# --------------------------------------------------------------------------------------- stubs
+
+
+def make_stub_folder() -> Path:
+    """A temporary folder for stubs, and for the list of what they stand for."""
+    return Path(tempfile.mkdtemp(prefix=STUBS)).resolve()
+
+
+def list_stubs(top: Path, stubs: Mapping[Path, HubFile], late: Mapping[Path, HubFile]) -> None:
+    """Write down what the files in a folder of stubs stand for.
 
     Args:
+        top: of `make_stub_folder`.
         stubs: read by range.
-        late: small files that are fetched whole if somebody opens them.
+        late: small files that are fetched whole when somebody opens them.
     """
-    _late.update(late)
-    _stubs.update(stubs)
+    rows = {
+        path.relative_to(top).as_posix(): asdict(_Row(is_late, replace(file, stub=None)))
+        for is_late, files in ((False, stubs), (True, late))
+        for path, file in files.items()
+    }
+    (top / _MANIFEST).write_text(json.dumps(rows))
 
 
-def forget(paths: Iterable[Path]) -> None:
-    """The stubs are gone."""
-    for path in paths:
-        _stubs.pop(path, None)
-        _late.pop(path, None)
+@dataclass(frozen=True)
+class _Row:
+    """What a path in a folder of stubs stands for."""
+
+    is_late: bool
+    file: HubFile
 
 
-def remote_file(path: Path) -> RemoteFile | None:
+def remote_file(path: Path) -> HubFile | None:
     """What a stub stands for; None for a file of this machine."""
-    return _stubs.get(path)
-
-
-def has_stub(file: RemoteFile) -> bool:
-    """True if any stub stands for a file: one opened twice has two."""
-    return file in list(_stubs.values())
-
-
-def has_remote_files() -> bool:
-    """True if any file is read by range."""
-    return bool(_stubs)
+    row = _row_of(path)
+    return None if row is None or row.is_late else replace(row.file, stub=path)
 
 
 def bring(path: Path) -> None:
     """Fetch a small file that has only been named so far; does nothing for any other."""
-    fetch = _late.get(path)
-    if fetch is not None:
-        fetch()
-        _late.pop(path, None)
+    row = _row_of(path)
+    if row is not None and row.is_late and path.stat().st_size != row.file.size:
+        fetch_whole(row.file, path)
 
 
-def describe(listing: Listing, names: Iterable[str]) -> list[RemoteFile]:
-    """Files of a listing by name."""
-    wanted = set(names)
-    return [
-        RemoteFile(listing.repo_id, listing.commit, f.name, f.size, f.digest)
-        for f in listing.files
-        if f.name in wanted
-    ]
+def _row_of(path: Path) -> _Row | None:
+    top = next((p for p in path.parents if p.name.startswith(STUBS)), None)
+    if top is None or not _is_own(top):
+        return None
+    rows = fitting_json((top / _MANIFEST).read_bytes(), dict[str, _Row])
+    return (rows or {}).get(path.relative_to(top).as_posix())
+
+
+def _is_own(top: Path) -> bool:
+    """A folder that `make_stub_folder` made: what a user is given may bear any name."""
+    if top.parent != Path(tempfile.gettempdir()).resolve() or not (top / _MANIFEST).is_file():
+        return False
+    return not hasattr(os, "getuid") or top.stat().st_uid == os.getuid()

@@ -4,23 +4,27 @@ from __future__ import annotations
 
 import json
 import shutil
-import tempfile
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from threading import Lock
 from typing import TypedDict
 
-from loratool.errors import HubError, UsageError, places
+from loratool.errors import UsageError
+from loratool.location import HubFile
 from loratool.shapes import fitting_json
 from loratool.store.header import HARD_HEADER_BYTES
-from loratool.store.hub_listing import digest_of
 from loratool.store.pool import waiting_threads
-from loratool.store.remote import RemoteFile, forget, register
-from loratool.store.remote_spans import release
+from loratool.store.remote import (
+    append,
+    check_digest,
+    fetch_whole,
+    list_stubs,
+    make_stub_folder,
+    read_range,
+)
 
 THREADS = 8
 FIRST_BYTES = 100_000
@@ -28,7 +32,6 @@ FIRST_BYTES = 100_000
 LEAST_BYTES = 4096
 """`read_header` begins with so many: they tell what a file is that is no safetensors file."""
 _MOST_BYTES = 1 << 20
-_PIECE = 8 << 20
 _ENTRY_BYTES = 110
 """Of a tensor in a header, beside its name: dtype, shape, offsets and punctuation."""
 _OWN_BYTES = 1024  # of the metadata
@@ -48,20 +51,19 @@ class RemoteFolder:
 
     def __init__(self, name: str, most_bytes: int | None = None) -> None:
         self._left, self._most, self._lock = most_bytes, most_bytes, Lock()
-        top = Path(tempfile.mkdtemp(prefix="loratool-hub-")).resolve()
-        self.path = top / name
+        self._top = make_stub_folder()
+        self.path = self._top / name
         self.path.mkdir(parents=True)
-        self._stubs: dict[Path, RemoteFile] = {}
-        self._late: dict[Path, Callable[[], object]] = {}
-        places[str(self.path)] = f"hf://{name}"
-        weakref.finalize(self, _remove, self.path, top, self._stubs, self._late)
+        self._stubs: dict[Path, HubFile] = {}
+        self._late: dict[Path, HubFile] = {}
+        weakref.finalize(self, shutil.rmtree, self._top, ignore_errors=True)
 
     def fill(
         self,
-        weights: Sequence[RemoteFile],
-        small: Sequence[RemoteFile],
-        late: Iterable[RemoteFile] = (),
-        named: Iterable[RemoteFile] = (),
+        weights: Sequence[HubFile],
+        small: Sequence[HubFile],
+        late: Iterable[HubFile] = (),
+        named: Iterable[HubFile] = (),
     ) -> None:
         """Fetch what is needed, several files at a time.
 
@@ -80,12 +82,12 @@ class RemoteFolder:
             self._write(file, b"", is_stub=True)
         for file in late:
             path = self._write(file, b"")
-            self._late[path] = partial(_fetch_whole, file, path)
+            self._late[path] = file
         with waiting_threads(THREADS) as pool:
-            _each(pool, lambda f: _fetch_whole(f, self._place(f)), small)
+            _each(pool, lambda f: fetch_whole(f, self._place(f)), small)
             first = _header_bytes(self.path)
             _each(pool, lambda f: self._fetch_header(f, first.get(f.name)), weights)
-        register(self._stubs, self._late)
+        list_stubs(self._top, self._stubs, self._late)
 
     def _spend(self, count: int) -> None:
         with self._lock:
@@ -99,26 +101,26 @@ class RemoteFolder:
                     got=f"{(self._most - self._left) / 1e6:.0f} MB", hint="-y reads it",
                 )  # fmt: skip
 
-    def _place(self, file: RemoteFile) -> Path:
+    def _place(self, file: HubFile) -> Path:
         path = self.path.joinpath(*file.name.split("/"))
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
 
-    def _write(self, file: RemoteFile, data: bytes, *, is_stub: bool = False) -> Path:
+    def _write(self, file: HubFile, data: bytes, *, is_stub: bool = False) -> Path:
         path = self._place(file)
         path.write_bytes(data)
         if is_stub:
             self._stubs[path] = file
         return path
 
-    def _fetch_header(self, file: RemoteFile, expected: int | None) -> None:
+    def _fetch_header(self, file: HubFile, expected: int | None) -> None:
         """In one request where the first guess holds the header, else in two."""
         if file.name.endswith(".gguf"):
             expected = _GGUF_BYTES
         guess = min(max(expected or FIRST_BYTES, LEAST_BYTES), _MOST_BYTES, file.size)
-        data = file.read(0, guess) if guess else b""
+        data = read_range(file, 0, guess) if guess else b""
         if len(data) == file.size:
-            _verify(self._write(file, data), file)
+            check_digest(self._write(file, data), file)
             return
         length = 8 + int.from_bytes(data[:8], "little")
         is_header = data[8:9] == b"{" and length <= min(file.size, 8 + HARD_HEADER_BYTES)
@@ -128,11 +130,11 @@ class RemoteFolder:
         path = self._write(file, data, is_stub=True)
         if is_header and length > len(data):
             self._spend(length - len(data))
-            _append(file, path, length)
+            append(file, path, length)
 
 
 def _each(
-    pool: ThreadPoolExecutor, fetch: Callable[[RemoteFile], None], files: Sequence[RemoteFile]
+    pool: ThreadPoolExecutor, fetch: Callable[[HubFile], None], files: Sequence[HubFile]
 ) -> None:
     """All files, or the first error; what has not begun by then is dropped."""
     running = [pool.submit(fetch, file) for file in files]
@@ -159,35 +161,3 @@ def _header_bytes(folder: Path) -> dict[str, int]:
         for tensor, shard in content["weight_map"].items():
             found[(where / shard).as_posix()] += len(json.dumps(tensor)) + _ENTRY_BYTES
     return {name: size + _OWN_BYTES for name, size in found.items()}
-
-
-def _fetch_whole(file: RemoteFile, path: Path) -> None:
-    path.write_bytes(b"")
-    _append(file, path, file.size)
-    _verify(path, file)
-
-
-def _append(file: RemoteFile, path: Path, stop: int) -> None:
-    """Go on with a file up to a position, never with much of it in memory."""
-    with path.open("ab") as out:
-        for at in range(out.tell(), stop, _PIECE):
-            out.write(file.read(at, min(_PIECE, stop - at)))
-
-
-def _verify(path: Path, file: RemoteFile) -> None:
-    got = digest_of(path, file.digest)
-    if got != file.digest:
-        raise HubError(
-            "LT-752", "the bytes read are not those that the Hub lists",
-            file=file.shown, expected=file.digest, got=got,
-            hint="a proxy or mirror may be damaging it: try again, or check HF_ENDPOINT",
-        )  # fmt: skip
-
-
-def _remove(
-    folder: Path, top: Path, stubs: dict[Path, RemoteFile], late: dict[Path, Callable[[], object]]
-) -> None:
-    places.pop(str(folder), None)
-    forget([*stubs, *late])
-    release(list(stubs.values()))
-    shutil.rmtree(top, ignore_errors=True)

@@ -11,9 +11,9 @@ import threading
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterable
-from pathlib import Path
 
-from loratool.store.remote import RemoteFile, has_remote_files, has_stub, remote_file
+from loratool.location import HubFile, Location
+from loratool.store.remote import read_range
 
 GAP_BYTES = 64 << 10
 """Read over rather than around: about what the way to the Hub and back costs."""
@@ -21,7 +21,7 @@ SPAN_BYTES = 8 << 20
 KEPT_BYTES = 64 << 20
 """Memory for spans, whatever is read."""
 
-Range = tuple[Path, int, int]
+Range = tuple[Location, int, int]
 """File, first byte, number of bytes."""
 
 
@@ -43,12 +43,12 @@ class ReadAhead:
 
     def __init__(self, kept_bytes: int = KEPT_BYTES) -> None:
         self._most = kept_bytes
-        self._lock = threading.RLock()  # `forget` may be called by the garbage collector
-        self._spans: dict[RemoteFile, list[_Span]] = {}
+        self._lock = threading.Lock()
+        self._spans: dict[HubFile, list[_Span]] = {}
         self._kept: OrderedDict[_Span, bytes] = OrderedDict()
         self._bytes = 0
 
-    def expect(self, file: RemoteFile, ranges: Iterable[tuple[int, int]]) -> None:
+    def expect(self, file: HubFile, ranges: Iterable[tuple[int, int]]) -> None:
         """Say what will be read of a file: (start, stop) ranges, in any order.
 
         It takes the place of what was said before; spans that stay the same stay in memory.
@@ -62,17 +62,18 @@ class ReadAhead:
             self._spans[file] = kept
             self._drop(old.values())
 
-    def forget(self, files: Iterable[RemoteFile]) -> None:
-        """Nothing more will be read of these."""
+    def clear(self) -> None:
+        """Nothing more will be read."""
         with self._lock:
-            for file in files:
-                self._drop(self._spans.pop(file, ()))
+            for spans in self._spans.values():
+                self._drop(spans)
+            self._spans.clear()
 
-    def read(self, file: RemoteFile, start: int, count: int) -> bytes:
+    def read(self, file: HubFile, start: int, count: int) -> bytes:
         """Bytes of a file.
 
         Raises:
-            HubError: see `RemoteFile.read`.
+            HubError: see `read_range`.
         """
         parts: list[bytes] = []
         at, stop = start, start + count
@@ -80,13 +81,13 @@ class ReadAhead:
             span, until = self._find(file, at)
             until = min(until, stop)
             if span is None:
-                parts.append(file.read(at, until - at))
+                parts.append(read_range(file, at, until - at))
             else:
                 parts.append(self._from(span, file, at, until))
             at = until
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
-    def _find(self, file: RemoteFile, at: int) -> tuple[_Span | None, int]:
+    def _find(self, file: HubFile, at: int) -> tuple[_Span | None, int]:
         """The span at a position and its end; without one, where the next begins."""
         with self._lock:
             spans = self._spans.get(file, [])
@@ -95,18 +96,18 @@ class ReadAhead:
             return spans[i - 1], spans[i - 1].stop
         return None, spans[i].start if i < len(spans) else file.size
 
-    def _from(self, span: _Span, file: RemoteFile, at: int, until: int) -> bytes:
+    def _from(self, span: _Span, file: HubFile, at: int, until: int) -> bytes:
         with span.lock:  # the others wait for the one that fetches
             with self._lock:
                 data = self._kept.get(span)
                 if data is not None:
                     self._kept.move_to_end(span)
             if data is None and not span.was_fetched:
-                data = file.read(span.start, span.stop - span.start)
+                data = read_range(file, span.start, span.stop - span.start)
                 span.was_fetched = True
                 self._keep(span, data)
         if data is None:
-            return file.read(at, until - at)
+            return read_range(file, at, until - at)
         return data[at - span.start : until - span.start]
 
     def _keep(self, span: _Span, data: bytes) -> None:
@@ -137,36 +138,15 @@ def join(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
     ]
 
 
-_ahead = ReadAhead()
-
-
-def expect(ranges: Iterable[Range]) -> None:
-    """Say what will be read; only files on the Hub matter."""
-    for file, parts in _by_file(ranges).items():
-        _ahead.expect(file, parts)
-
-
-def read(file: RemoteFile, start: int, count: int) -> bytes:
-    """Bytes of a file on the Hub, see `ReadAhead.read`."""
-    return _ahead.read(file, start, count)
-
-
-def release(files: Iterable[RemoteFile]) -> None:
-    """These have one stub less; without any, nothing more will be read of them."""
-    _ahead.forget(file for file in files if not has_stub(file))
-
-
 def remote_bytes(ranges: Iterable[Range]) -> int:
     """How much of these comes from the Hub; what overlaps counts once."""
-    return sum(stop - start for parts in _by_file(ranges).values() for start, stop in join(parts))
+    return sum(stop - start for parts in by_file(ranges).values() for start, stop in join(parts))
 
 
-def _by_file(ranges: Iterable[Range]) -> dict[RemoteFile, list[tuple[int, int]]]:
-    """The ranges of files on the Hub."""
-    found: dict[RemoteFile, list[tuple[int, int]]] = {}
-    if has_remote_files():  # else the ranges need not even be made
-        for path, start, count in ranges:
-            file = remote_file(path)
-            if file is not None:
-                found.setdefault(file, []).append((start, start + count))
+def by_file(ranges: Iterable[Range]) -> dict[HubFile, list[tuple[int, int]]]:
+    """The (start, stop) ranges of files on the Hub."""
+    found: dict[HubFile, list[tuple[int, int]]] = {}
+    for file, start, count in ranges:
+        if isinstance(file, HubFile):
+            found.setdefault(file, []).append((start, start + count))
     return found

@@ -32,7 +32,7 @@ def take_stamps(refs: Iterable[TensorRef]) -> dict[Path, Stamp]:
     Raises:
         BadFileError: LT-334, a file has changed since, or is gone.
     """
-    stamps = {ref.file: ref.stamp for ref in refs}
+    stamps = {ref.path: ref.stamp for ref in refs}
     found: dict[Path, Stamp] = {}
     for path in sorted(stamps):
         now = stamp_of(path)

@@ -20,6 +20,7 @@ LAYERS = (
         "patterns",
         "adapter",
         "kinds",
+        "location",
         "methods",
         "plan",
         "plugins",
@@ -39,6 +40,7 @@ LAYERS = (
 TORCH = {"linalg", "delta", "engine", "quant"}
 # Needed to plan: the block grid, the ops and their memory; none of these imports torch.
 TORCH_FREE = {"engine/grid.py", "engine/rows.py", "engine/step_args.py", "engine/step_memory.py",
+              "engine/module_memory.py",
               "delta/forms.py", "quant/__init__.py", "quant/base.py", "quant/find.py",
               "quant/recognize.py"}  # fmt: skip
 

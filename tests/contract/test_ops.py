@@ -29,6 +29,9 @@ def coded() -> CodedRef:
                     block=(8, 8))  # fmt: skip
 
 
+FACTORS = [TensorData(n, "F32", shape, bytes(4 * 16)) for n, shape in
+           (("B", (8, 2)), ("A", (2, 8)))]  # fmt: skip
+SPEC = new_low_rank("m", "weight", *FACTORS, layout="linear", rank=2, alpha=2.0, scaling=1.0)
 VALUES: dict[str, Any] = {
     "rounding": "stochastic", "seed": 0, "method": "ties", "params": {"density": 0.5},
     "scale": 0.5, "anchor": 1, "how": "sum", "source": "ab", "gate": True, "wanted": "cd",
@@ -36,6 +39,8 @@ VALUES: dict[str, Any] = {
     "exact": True, "slices": True, "transposed": True, "experts": 2, "kernel": [3, 3],
     "gain": 2.0, "keep_going": True, "cap": 3, "rank": 2, "dtype": "F16", "bias": None,
     "must_rewrite": True, "is_free": False, "coded": coded(), "view": (8, 8),
+    "asked": 3, "alpha": 8, "scaling": 0.5,
+    "stored_alpha": 4.0, "like": SPEC, "weaken": 0.5, "factors": {"B": 2.0},
 }  # fmt: skip
 
 
@@ -47,12 +52,9 @@ def args(op: Op) -> dict[str, Any]:
 
 
 def step(op: Op, **more: Any) -> Step:
-    factors = [TensorData(n, "F32", shape, bytes(4 * 16)) for n, shape in
-               (("B", (8, 2)), ("A", (2, 8)))]  # fmt: skip
-    spec = new_low_rank("m", "weight", *factors, layout="linear", rank=2, alpha=2.0, scaling=1.0)
     inputs = tuple(TensorData("w", "F32", (8, 8), bytes(256)) for _ in range(4))
     output = TensorSpec("m.weight", "F32", (8, 8))
-    return Step(op.name, output, inputs, (8, 8), (DeltaPart(spec, 1.0),), args=more)
+    return Step(op.name, output, inputs, (8, 8), (DeltaPart(SPEC, 1.0),), args=more)
 
 
 def test_names_are_unique() -> None:
@@ -69,7 +71,7 @@ def test_its_kernel_is_there(op: Op) -> None:
 
 @pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
 def test_its_memory_is_known(op: Op) -> None:
-    one = step(op)
+    one = step(op, **args(op))
     assert piece_bytes(one, 1 << 20, grid.CPU_ELEMENTS) >= 1 << 20
     assert step_bytes(one) >= 0 and result_bytes(one) >= 0
 

@@ -34,7 +34,11 @@ PROGRAM = """
 import json, os, sys
 import torch, numpy, huggingface_hub
 from loratool import api, cli
-from loratool.engine import run, kernels, merging, factoring, comparing
+from importlib import import_module
+from loratool.engine import rows, run
+from loratool.engine.executors import threads
+for op in rows.OPS:
+    op.kernel and import_module(op.kernel.partition(":")[0])
 commands = json.loads(sys.argv[1])
 cli.run(commands.pop(0)); cli.run(commands.pop(0))      # what is imported late is imported now
 for number, words in enumerate(commands):

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from loratool.store.header import build_header
+from loratool.location import HubFile
+from loratool.store import remote, remote_folder
+from loratool.store.header import build_header, read_header
 from loratool.store.hub_listing import ListedFile, Listing
 from loratool.store.look import look
-from loratool.store.remote import RemoteFile
 from tests.hub.client import call_apart as run
 from tests.hub.client import finish, start
 from tests.hub_server import Fault, Large, TestHub
@@ -178,7 +180,6 @@ def test_spectrum_reads_the_factors(served: TestHub, tmp_path: Path, small: Path
 
 def _padded(path: Path, name: str) -> tuple[bytes, int]:
     """The same tensors and a replaced one of 100 MB, which comes last and is zero."""
-    from loratool.store.header import read_header
 
     old = read_header(path)
     rows = [(t.name, t.dtype, t.shape) for t in old.tensors]
@@ -316,17 +317,37 @@ def test_refusals(served: TestHub, tmp_path: Path) -> None:
 def test_names_that_lead_out(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
 
-    def read(file: RemoteFile, start: int, count: int) -> bytes:
+    def read(file: HubFile, start: int, count: int) -> bytes:
         asked.append(file.name)
         return b"{}"
 
-    monkeypatch.setattr(RemoteFile, "read", read)
+    for module in (remote, remote_folder):
+        monkeypatch.setattr(module, "read_range", read)
     names = ("../config.json", "config.json", "model.safetensors", "/tokenizer.json")
     digest = hashlib.sha256(b"{}").hexdigest()
     files = tuple(ListedFile(name, 2, digest) for name in names)
     found = look(Listing("me/x", None, "0" * 40, files), kind="base")
     assert sorted(asked) == ["config.json", "model.safetensors"]
     assert sorted(p.name for p in found.path.iterdir()) == sorted(asked)
+
+
+def test_a_list_of_stubs_in_an_input_is_not_believed(tmp_path: Path, small: Path) -> None:
+    """Only what lies where loratool makes such folders stands for files on the Hub."""
+    top = tmp_path / "loratool-hub-x"
+    shutil.copytree(small, top / "me" / "x@abc")
+    path = top / "me" / "x@abc" / "adapter_model.safetensors"
+    far = HubFile("me/x", "0" * 40, path.name, 1 << 30, "0" * 64)
+    assert remote.remote_file(path) is None
+    remote.list_stubs(top, {path: far}, {})
+    assert remote.remote_file(path) is None
+    assert read_header(path).tensors[0].file == path
+    own = remote.make_stub_folder()
+    try:
+        (own / "x").write_bytes(b"")
+        remote.list_stubs(own, {own / "x": far}, {})
+        assert remote.remote_file(own / "x") == far
+    finally:
+        shutil.rmtree(own)
 
 
 def test_cached_files_are_used(served: TestHub, tmp_path: Path, small: Path) -> None:

@@ -15,17 +15,18 @@ from typing import Any
 import pytest
 
 import loratool as lt
-from loratool import cli
+from loratool import cli, wire
+from loratool.adapter import TensorRef
 from loratool.cli import options
 from loratool.engine import grid
 from loratool.errors import HubError, UsageError
+from loratool.location import HubFile
 from loratool.ops import consent
 from loratool.store import remote_spans
 from loratool.store.header import build_header, read_header
 from loratool.store.hub_listing import list_commit
 from loratool.store.look import look
 from loratool.store.reader import FileReader
-from loratool.store.remote import RemoteFile
 from loratool.store.remote_spans import GAP_BYTES, SPAN_BYTES, ReadAhead, join
 from tests.hub.test_look import MB, contents, run, write
 from tests.hub.test_pull import TOKEN
@@ -251,11 +252,31 @@ def test_a_source_opened_twice(near: TestHub, tmp_path: Path) -> None:
         near.state.requests.clear()
         for ref in refs:
             reader.read_into(ref, 0, memoryview(bytearray(ref.nbytes)))
-    assert near.state.requests["cdn"] <= 2
-    held = remote_spans._ahead._bytes
+        assert near.state.requests["cdn"] <= 2
+        held = reader._ahead._bytes
+    assert reader._ahead._bytes < held
     del two
     gc.collect()
-    assert remote_spans._ahead._bytes < held
+    assert not path.exists()
+
+
+def test_a_tensor_travels_without_its_stub(near: TestHub, tmp_path: Path) -> None:
+    """Repository, commit and file are enough."""
+    files = adapter(tmp_path / "a", 1, rank=4)
+    near.state.add_repo("me/x", files)
+    looked = look(list_commit("me/x", None), kind="adapter")
+    ref = read_header(looked.path / "adapter_model.safetensors").tensors[3]
+    text = wire.dump(ref)
+    assert str(looked.path).encode() not in text
+    del looked
+    gc.collect()
+    far = wire.load(text, TensorRef)
+    assert far == ref and not ref.path.exists() and far.path == Path("adapter_model.safetensors")
+    large, data = files["adapter_model.safetensors"], bytearray(ref.nbytes)
+    assert isinstance(large, Large)
+    with FileReader() as reader:
+        reader.read_into(far, 0, memoryview(data))
+    assert data == large.head[ref.start : ref.start + ref.nbytes]
 
 
 # --- spans --------------------------------------------------------------------------------------
@@ -278,12 +299,12 @@ def test_spans_give_the_bytes_and_stay_within_memory(monkeypatch: pytest.MonkeyP
     asked: list[tuple[int, int]] = []
     content = random.Random(1).randbytes(3 * SPAN_BYTES + 100)
 
-    def read(file: RemoteFile, start: int, count: int) -> bytes:
+    def read(file: HubFile, start: int, count: int) -> bytes:
         asked.append((start, count))
         return content[start : start + count]
 
-    monkeypatch.setattr(RemoteFile, "read", read)
-    file = RemoteFile("me/x", "0" * 40, "a", len(content), "")
+    monkeypatch.setattr(remote_spans, "read_range", read)
+    file = HubFile("me/x", "0" * 40, "a", len(content), "")
     ahead = ReadAhead(kept_bytes=2 * SPAN_BYTES)
     ahead.expect(file, [(100, 3 * SPAN_BYTES)])
     places = [(0, 200), (150, 50), (SPAN_BYTES, 300), (SPAN_BYTES - 5, 2 * SPAN_BYTES),
@@ -294,5 +315,5 @@ def test_spans_give_the_bytes_and_stay_within_memory(monkeypatch: pytest.MonkeyP
     spans = [(start, count) for start, count in asked if count > 1000]
     assert len(spans) == len(set(spans)) == 3  # each once
     assert asked[-1] == (120, 10)  # the first span had to go
-    ahead.forget([file])
+    ahead.clear()
     assert ahead._bytes == 0

@@ -12,18 +12,21 @@ from typing import Any
 import pytest
 
 import loratool as lt
+from loratool import wire
 from loratool.adapter import TensorRef
 from loratool.api import common
-from loratool.engine import grid
+from loratool.engine import grid, run
 from loratool.engine.executors import Task, find_executor, processes
 from loratool.engine.kernel import Env
-from loratool.errors import DiskError, NumericError, UsageError
+from loratool.engine.run import execute
+from loratool.errors import BugError, DiskError, NumericError, UsageError
+from loratool.plan import Plan
 from loratool.store import reader
 from loratool.store.reader import FileReader
 from tests.make import randn, random_factors, save_adapter, save_checkpoint
 
 SHAPES = {f"layers.{i}.{name}": (96, 64) for i in range(3) for name in ("q_proj", "up_proj")}
-COMMANDS = ("merge", "extract", "compress")
+COMMANDS = ("merge", "extract", "combine", "compress")
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +46,8 @@ def call(command: str, top: Path, out: Path) -> None:
         lt.merge([top / "a1", f"{top / 'a2'}:0.5"], base=top / "base", output=out, threads=2)
     elif command == "extract":
         lt.extract(top / "tuned", base=top / "base", rank=3, output=out, threads=2)
+    elif command == "combine":
+        lt.merge([top / "a1", f"{top / 'a2'}:0.5"], method="ties", output=out, threads=2)
     else:
         lt.compress(top / "a1", energy=0.9, output=out, threads=2)
 
@@ -54,6 +59,7 @@ def contents(folder: Path) -> dict[str, str]:
 
 def by_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(common.plan_resources.__kwdefaults__, "executor", "processes")
+    monkeypatch.setattr(common.Limits.__init__, "__defaults__", (None, None, "processes"))
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -146,6 +152,37 @@ def test_errors_come_through(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises(NumericError) as caught:
         lt.merge([tmp_path / "a"], base=tmp_path / "base", output=tmp_path / "out")
     assert caught.value.code == "LT-804" and caught.value.key is not None
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_plans_travel(
+    command: str, inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As JSON and back they are the same, and have the same identity."""
+    plans: list[Plan] = []
+
+    def note(plan: Plan, *args: Any, **options: Any) -> list[Any]:
+        plans.append(plan)
+        return execute(plan, *args, **options)
+
+    monkeypatch.setattr(run, "execute", note)
+    call(command, inputs, tmp_path / "out")
+    assert plans
+    for plan in plans:
+        far = wire.load(wire.dump(plan), Plan)
+        assert far.plan_id() == plan.plan_id()
+        assert (far.shards, far.notes) == (plan.shards, plan.notes)
+        assert [(s.inputs, s.parts) for s in far.steps] == [(s.inputs, s.parts) for s in plan.steps]
+        stamps = [[r.stamp for r in p.refs()] for p in (far, plan)]
+        assert stamps[0] == stamps[1] and all(stamps[0])
+
+
+@pytest.mark.parametrize("text", [b"", b"{}", b"[1]", b'{"is":"Plan"}', b'{"is":"Path"}',
+                                  b'{"is":"Plan","command":1,"steps":[]}'])  # fmt: skip
+def test_what_is_no_plan_is_a_bug(text: bytes) -> None:
+    with pytest.raises(BugError) as caught:
+        wire.load(text, Plan)
+    assert caught.value.code == "LT-004"
 
 
 def test_there_are_two() -> None:

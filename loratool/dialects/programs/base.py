@@ -36,7 +36,7 @@ def _files_beside(adapter: Adapter) -> list[str]:
         ref.file for s in adapter.specs for ref in s.fields.values() if isinstance(ref, TensorRef)
     }
     refs = [r.source for r in adapter.replacements if isinstance(r.source, TensorRef)]
-    others = {ref.file.name for ref in refs if ref.file not in own} if own else set()
+    others = {ref.path.name for ref in refs if ref.file not in own} if own else set()
     carried = {name for name in adapter.extras if name.endswith(".safetensors")}
     return sorted(others | carried | {b.name for b in adapter.beside})
 
