@@ -139,6 +139,11 @@ def of_roles(roles: Collection[str]) -> Kind | None:
     return None
 
 
+def of_method(method: str) -> Kind | None:
+    """The kind that a ``peft_type`` of its own stands for, None if there is none."""
+    return next((k for k in (*KINDS, *every()) if k.method and k.method == method), None)
+
+
 def is_spelled(role: str) -> bool:
     """True for a role that keys of every dialect end in."""
     own = {r for k in KINDS if k.is_spelled for r in (*k.roles, *k.optional)}

@@ -11,6 +11,7 @@ from loratool.cli import options as opt
 from loratool.cli.loads import loads_lines
 from loratool.cli.render import format_bytes, format_seconds, line, plural, safe, table
 from loratool.cli.voice import Voice, note_lines, warning_lines
+from loratool.dialects import DIALECTS
 from loratool.errors import list_some
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 @opt.option("--skip", multiple=True, metavar="PART|REGEX", section="Input",
             help="Leave out a component (te) or modules. Repeatable.")  # fmt: skip
 @opt.option("--to", required=True, metavar="DIALECT", section="Output",
-            help="peft, kohya, lycoris.")  # fmt: skip
+            help=f"{', '.join(row.name for row in DIALECTS if row.is_written)}.")  # fmt: skip
 @opt.option("-o", "--output", required=True, metavar="OUT", section="Output",
             help="Folder or file to create; DIR/ puts results into it under their names.",
 )  # fmt: skip

@@ -5,13 +5,44 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NoReturn
 
-from loratool.adapter import TensorRef
+from loratool import kinds
+from loratool.adapter import DeltaSpec, TensorRef
 from loratool.dtypes import DTYPES
 from loratool.errors import BadFileError
 
 MAX_RANK = 8192  # of one module or expert; no method that is known goes so far
 # Stored factors are widened before use; narrower types than these have no agreed meaning alone.
 _FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
+
+
+def product_spec(module: str, fields: Mapping[str, TensorRef], alpha: float | None) -> DeltaSpec:
+    """The change that the factors of a module make; scaling is alpha/r, 1 without an alpha.
+
+    Raises:
+        BadFileError: LT-348, LT-362 … LT-366, the factors make none.
+    """
+    first = next(iter(fields.values()))
+    kind = kinds.of_roles(fields)
+    if kind is None or kind.rank_axis is None:
+        near = [k for k in kinds.every() if set(fields) & {*k.roles, *k.optional}]
+        raise BadFileError(
+            "LT-362", "the factors of a module are incomplete", file=first.file, key=module,
+            expected=" or ".join("+".join(k.roles) for k in near), got=", ".join(sorted(fields)),
+        )  # fmt: skip
+    for ref in fields.values():
+        check_float(ref)
+    if {"lora_A", "lora_B"} <= fields.keys():
+        check_product(fields)
+    role, axis = kind.rank_axis
+    if len(fields[role].shape) <= axis or 0 in fields[role].shape:
+        refuse_shard(fields[role])
+    rank = fields[role].shape[axis]
+    check_rank(rank, fields[role])
+    is_conv = any(len(ref.shape) > 2 for ref in fields.values())
+    return DeltaSpec(
+        kind.name, module, "weight", fields, "conv" if is_conv else "linear", rank, alpha,
+        1.0 if alpha is None else alpha / rank,
+    )  # fmt: skip
 
 
 def check_float(ref: TensorRef) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 
 from loratool.adapter import Adapter, DeltaSpec
@@ -34,6 +35,23 @@ def short_title(dialect: str) -> str:
 def library_of(adapter: Adapter) -> str | None:
     """What loads its files as they are, as the Hub calls it; None if nothing does."""
     return row_of(adapter.dialect).library
+
+
+def is_of_home(adapter: Adapter, dialect: str) -> bool:
+    """True if an adapter is written in a dialect where nobody asks for another one.
+
+    Raises:
+        UsageError: LT-282, it cannot be written.
+    """
+    return home_of(adapter.dialect).name == dialect
+
+
+def conversion(adapter: Adapter, dialect: str) -> str:
+    """The command that brings an adapter into a dialect."""
+    row = row_of(dialect)
+    out = "OUT" if row.is_folder else f"OUT{row.suffixes[0]}"
+    words = ["loratool", "convert", str(adapter.path), "--to", dialect, "-o", out]
+    return shlex.join(words)
 
 
 def is_flat(adapter: Adapter) -> bool:

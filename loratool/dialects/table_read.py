@@ -12,7 +12,7 @@ from pathlib import Path
 from loratool import kinds
 from loratool.adapter import MAX_ALPHA, Adapter, DeltaSpec, ReadOptions, TensorRef
 from loratool.dialects.candidate import Candidate
-from loratool.dialects.factors import check_float, check_product, check_rank
+from loratool.dialects.factors import check_float, product_spec
 from loratool.dialects.table import ALGORITHMS, Field, Table
 from loratool.errors import BadFileError, MismatchError, list_some
 from loratool.store.reader import FileReader
@@ -48,7 +48,7 @@ def read_tensors(table: Table, refs: Iterable[TensorRef], options: ReadOptions) 
     specs: list[DeltaSpec] = []
     for module, fields in found.modules.items():
         alpha = alphas.get(module, options.alpha)
-        specs.append(_product(module, fields, alpha))
+        specs.append(product_spec(module, fields, alpha))
     specs += [_single(module, one, ref) for module, one, ref in found.singles]
     order = {ref.name: place for place, ref in enumerate(found.refs)}
     specs.sort(key=lambda s: min(order[f.name] for f in s.fields.values()))
@@ -118,37 +118,6 @@ def _refuse_unknown(refs: list[TensorRef]) -> None:
         "LT-415", "LoRA tensors of an unknown kind", file=refs[0].file, key=list_some(names),
         hint="which program and version wrote them?",
     )  # fmt: skip
-
-
-def _product(module: str, fields: Mapping[str, TensorRef], alpha: float | None) -> DeltaSpec:
-    """The change that the factors of a module make."""
-    first = next(iter(fields.values()))
-    kind = kinds.of_roles(fields)
-    if kind is None:
-        raise BadFileError(
-            "LT-362", "the factors of a module are incomplete", file=first.file, key=module,
-            expected=" or ".join(sorted(_needed(fields))), got=", ".join(sorted(fields)),
-        )  # fmt: skip
-    for ref in fields.values():
-        check_float(ref)
-    if kind.rank_axis is None:
-        raise BadFileError("LT-362", "a change without a rank has factors", file=first.file,
-                           key=module)  # fmt: skip
-    if {"lora_A", "lora_B"} <= fields.keys():
-        check_product(fields)
-    role, axis = kind.rank_axis
-    rank = fields[role].shape[axis] if axis < len(fields[role].shape) else 0
-    check_rank(rank, fields[role])
-    is_conv = any(len(ref.shape) > 2 for ref in fields.values())
-    scale = 1.0 if alpha is None or not rank else alpha / rank
-    return DeltaSpec(kind.name, module, "weight", fields, "conv" if is_conv else "linear", rank,
-                     alpha, scale)  # fmt: skip
-
-
-def _needed(fields: Mapping[str, TensorRef]) -> list[str]:
-    """What the kinds that share a role with these need besides."""
-    near = [k for k in kinds.every() if set(fields) & {*k.roles, *k.optional}]
-    return ["+".join(k.roles) for k in near] or [k.title for k in kinds.every()]
 
 
 def _single(module: str, one: Field, ref: TensorRef) -> DeltaSpec:

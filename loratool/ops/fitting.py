@@ -8,9 +8,9 @@ from dataclasses import dataclass, field, replace
 
 from loratool.adapter import Adapter, DeltaSpec
 from loratool.delta.forms import has_diagonal, left_of, matrix_shape, shape_of
-from loratool.dialects import unmergeable_reason
+from loratool.dialects import DEFAULT, unmergeable_reason
 from loratool.dialects.programs import Program
-from loratool.dialects.rules import mha_outputs
+from loratool.dialects.rules import conversion, is_of_home, mha_outputs
 from loratool.dialects.stated import is_even
 from loratool.dtypes import tensor_bytes
 from loratool.engine.module_memory import rescaled_bytes
@@ -109,6 +109,11 @@ def check_fit(adapter: Adapter, program: Program) -> None:
     Raises:
         MismatchError: LT-488.
     """
+    if not is_of_home(adapter, DEFAULT):
+        raise MismatchError(
+            "LT-488", f"{program.title} loads PEFT folders", file=adapter.path,
+            got=f"{adapter.dialect} file", hint=conversion(adapter, DEFAULT),
+        )  # fmt: skip
     _refuse(program, adapter, program.obstacles(adapter))
 
 

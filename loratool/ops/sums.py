@@ -8,7 +8,8 @@ from typing import Any
 
 from loratool.adapter import Adapter, DeltaSpec, Replacement, TensorRef
 from loratool.delta.forms import kernel_of, matrix_shape, shape_of
-from loratool.dialects.rules import mha_outputs
+from loratool.dialects.registry import home_of
+from loratool.dialects.rules import conversion, is_of_home, mha_outputs
 from loratool.dialects.stated import joint_config, require_one_packing
 from loratool.errors import MismatchError, UsageError, list_some
 from loratool.ops.additive import factor_dtype, require_additive, require_factors
@@ -127,6 +128,7 @@ def plan_sum(
     for adapter, _ in adapters:
         require_additive(adapter, verb, hint=_WITH_BASE[verb])
         require_factors(adapter, verb)
+    _check_dialects([a for a, _ in adapters])
     _check_layers([a for a, _ in adapters])
     require_one_packing([a for a, _ in adapters])
     groups: dict[str, list[DeltaPart]] = {}
@@ -191,6 +193,17 @@ def _form(spec: DeltaSpec) -> str:
     if spec.experts:
         words.append(f"{spec.experts} experts")
     return " ".join(words)
+
+
+def _check_dialects(adapters: Sequence[Adapter]) -> None:
+    """Adapters of different dialects have different names for one module."""
+    home = home_of(adapters[0].dialect).name
+    other = next((a for a in adapters if not is_of_home(a, home)), None)
+    if other is not None:
+        raise MismatchError(
+            "LT-496", "adapters of different dialects", file=other.path, expected=home,
+            got=other.dialect, hint=conversion(other, home),
+        )  # fmt: skip
 
 
 def _check_layers(adapters: Sequence[Adapter]) -> None:

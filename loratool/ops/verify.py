@@ -79,7 +79,7 @@ def plan_verify(plan: Plan, names: Mapping[int, str], merged: Checkpoint) -> Ver
     """
     if any(op_of(step).writes_codes for step in plan.steps):
         raise MismatchError(
-            "LT-496", "a merge into quantised weights is not verified number by number",
+            "LT-424", "a merge into quantised weights is not verified number by number",
             file=merged.path,
             hint="merge again: the same inputs and options give the same bytes",
         )  # fmt: skip

@@ -228,6 +228,17 @@ def test_a_dialect_or_a_place_that_does_not_fit(
     assert caught.value.code == code
 
 
+def test_other_commands_say_what_to_convert(tmp_path: Path) -> None:
+    kohya, peft = str(adapter_of("kohya_sd15_locon")), str(LLM / "lora_linear")
+    out = str(tmp_path / "out.safetensors")
+    with pytest.raises(lt.LoratoolError) as caught:
+        lt.merge([kohya, peft], output=out)
+    assert caught.value.code == "LT-496" and f"convert {peft} --to kohya" in str(caught.value.hint)
+    with pytest.raises(lt.LoratoolError) as caught:
+        lt.rescale([kohya], 0.5, program="peft", output=out)
+    assert caught.value.code == "LT-488" and f"convert {kohya} --to peft" in str(caught.value.hint)
+
+
 def test_many_keep_their_names(tmp_path: Path) -> None:
     sources = [str(LLM / "lora_linear"), str(LLM / "lora_linear_bf16")]
     report = lt.convert(sources, to="kohya", output=str(tmp_path / "all"))

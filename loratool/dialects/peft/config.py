@@ -41,6 +41,8 @@ _SILENT = frozenset({
     "model_key_mapping", "parent_library", "swift_type", "unsloth_fixed", "use_lorap",
 
     "init_weights", "merge_weights",
+
+    "rank_dropout", "module_dropout", "use_effective_conv2d",  # of LoHa and its kin
 })  # fmt: skip
 _READ = frozenset({
     "alora_invocation_tokens", "arrow_config", "use_qalora",  # refused by name
@@ -131,10 +133,10 @@ class PeftConfig:
         return alpha / (math.sqrt(rank) if self.rslora else rank)
 
 
-def without_config(alpha: float) -> PeftConfig:
+def without_config(alpha: float, method: str = "LORA") -> PeftConfig:
     """What is assumed about a file without a configuration: plain LoRA of the tensors' ranks."""
     empty = Patterns({}, "", None)
-    return PeftConfig("LORA", None, alpha, empty, empty, dora=None, lora_bias=None)
+    return PeftConfig(method, None, alpha, empty, empty, dora=None, lora_bias=None)
 
 
 def parse_config(config: Mapping[str, Any], file: Path | None) -> PeftConfig:
@@ -146,9 +148,11 @@ def parse_config(config: Mapping[str, Any], file: Path | None) -> PeftConfig:
     """
     fields = _Fields(config, file)
     base_change, init = _read_init(fields)
-    missing = [k for k in ("r", "lora_alpha") if config.get(k) is None]
     is_lora = config.get("peft_type") == "LORA"
-    notes = [f"{k} is missing: {DEFAULT_RANK}, as in PEFT" for k in missing if is_lora]
+    alpha_key = "lora_alpha" if is_lora else "alpha"
+    missing = [k for k in ("r", alpha_key) if config.get(k) is None]
+    has_rank = is_lora or config.get("peft_type") != "TRAINABLE_TOKENS"
+    notes = [f"{k} is missing: {DEFAULT_RANK}, as in PEFT" for k in missing if has_rank]
     is_pattern = isinstance(config.get("target_modules"), str)
     targets = None if is_pattern else fields.texts("target_modules")
     indices = fields.indices("trainable_token_indices" if is_lora else "token_indices")
@@ -158,7 +162,7 @@ def parse_config(config: Mapping[str, Any], file: Path | None) -> PeftConfig:
     return PeftConfig(
         method=str(config.get("peft_type")),
         rank=fields.count("r", DEFAULT_RANK),
-        alpha=fields.number("lora_alpha", DEFAULT_RANK),
+        alpha=fields.number(alpha_key, DEFAULT_RANK),
         ranks=Patterns(fields.table("rank_pattern", fields.count), "rank_pattern", file),
         alphas=Patterns(fields.table("alpha_pattern", fields.number), "alpha_pattern", file),
         rslora=fields.flag("use_rslora"),
@@ -181,7 +185,7 @@ def parse_config(config: Mapping[str, Any], file: Path | None) -> PeftConfig:
         unknown=tuple(
             key
             for key, value in config.items()
-            if key not in _READ | _SILENT and value not in (None, False, "", [], {})
+            if key not in _READ | _SILENT | {alpha_key} and value not in (None, False, "", [], {})
         ),
         file=file,
         notes=tuple(notes),

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+from loratool import kinds
 from loratool.adapter import TensorRef
 from loratool.errors import BadFileError, MismatchError, list_some
 
@@ -29,6 +30,8 @@ _ROLES: tuple[tuple[str, re.Pattern[str]], ...] = tuple(
         ("tokens", rf"trainable_tokens_delta{_NAME}"),
     )
 )
+# Roles that all dialects spell alike (`loratool.kinds`), such as hada_w1_a.
+_SPELLED = re.compile(_MODULE + rf"(?P<role>[a-z]+(?:_[a-z0-9]+)+){_NAME}(?:\.weight)?", re.DOTALL)
 # State that only training needs; the leading dot keeps module names out.
 _TRAINING = re.compile(
     r"(?:^|\.)(lora_velora_embed|lora_monteclora_sampler|trainable_tokens_original|ranknum)"
@@ -185,6 +188,8 @@ def parse_key(ref: TensorRef, path: str) -> Key:
         if match := pattern.fullmatch(path):
             module = (match["module"] or "").removesuffix(".token_adapter")
             return Key(ref, path, role, module, match["name"] or "")
+    if (match := _SPELLED.fullmatch(path)) and kinds.is_spelled(match["role"]):
+        return Key(ref, path, match["role"], match["module"] or "", match["name"] or "")
     if match := _SAVED.fullmatch(path):
         # Saving drops the adapter's name only where it is the last part but one.
         first, _, rest = match["rest"].partition(".")

@@ -6,6 +6,7 @@ import fnmatch
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from loratool import kinds
 from loratool.adapter import Adapter, DeltaSpec, ReadOptions, TensorRef
 from loratool.dialects.candidate import Candidate
 from loratool.dialects.peft import FILE_NAME, FOLDER_NAME
@@ -22,7 +23,7 @@ from loratool.store.contained import find_inside, list_folder
 from loratool.store.own_settings import SETTINGS_FILES
 from loratool.store.sidecar import TEMPLATES
 
-SUPPORTED = ("LORA", "TRAINABLE_TOKENS")
+_OWN_METHODS = ("LORA", "TRAINABLE_TOKENS")
 _EXTRAS = (*SETTINGS_FILES, "LICENSE*", "NOTICE*")
 _CHOICES: Mapping[str, tuple[str | None, ...]] = {
     "rank_from": (None, "file", "config"),
@@ -77,8 +78,9 @@ def read_tensors(refs: Iterable[TensorRef], config: PeftConfig, options: ReadOpt
     found = unify_spellings(sort_tensors(refs))
     reader = SpecReader(config, options, found.modules)
     specs = reader.read()
-    if specs and config.method != "LORA":
-        key = next(iter(specs[0].fields.values())).name
+    odd = [s for s in specs if (s.row.method or "LORA") != config.method]
+    if odd:
+        key = next(iter(odd[0].fields.values())).name
         raise BadFileError(
             "LT-374", "LoRA factors in an adapter of another method", file=config.file, key=key,
             got=config.method,
@@ -136,16 +138,16 @@ def _read_config(candidate: Candidate, options: ReadOptions) -> PeftConfig:
     raw = candidate.config
     if raw is None:
         shown = method_of(candidate)
-        if shown is not None:
+        if shown is not None and kinds.of_method(shown) is None:
             refuse_method(shown, candidate.path)
         if options.alpha is None:
             raise UsageError(
                 "LT-280", "a PEFT file without adapter_config.json does not say its alpha",
                 file=candidate.path, hint="--alpha VALUE, or put adapter_config.json beside it",
             )  # fmt: skip
-        return without_config(options.alpha)
+        return without_config(options.alpha, shown or "LORA")
     method = raw.get("peft_type")
-    if method not in SUPPORTED:
+    if method not in _OWN_METHODS and kinds.of_method(str(method)) is None:
         refuse_method(method, candidate.config_path)
     return parse_config(raw, candidate.config_path)
 

@@ -6,8 +6,9 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from loratool import kinds
 from loratool.adapter import DeltaSpec, ReadOptions, TensorRef
-from loratool.dialects.factors import check_rank
+from loratool.dialects.factors import check_rank, product_spec
 from loratool.dialects.peft.checks import (
     check_bias,
     check_diag,
@@ -54,6 +55,8 @@ class SpecReader:
         for module, roles in self.modules.items():
             if roles.keys() & {"lora_A", "lora_B", "embedding_A", "embedding_B"}:
                 specs.extend(self._read_module(module, roles, parameters.get(module)))
+            elif any(map(kinds.is_spelled, roles)):
+                specs.append(self._read_product(module, roles))
             elif roles.keys() - {"tokens"}:
                 key = next(iter(roles.values()))
                 raise BadFileError(
@@ -90,6 +93,13 @@ class SpecReader:
                 made.append(DeltaSpec("vector", owner, "bias", {"delta": bias}, "vector", 0,
                                       spec.alpha, spec.scaling))  # fmt: skip
         return made
+
+    def _read_product(self, module: str, fields: Mapping[str, TensorRef]) -> DeltaSpec:
+        """A change of a kind that all dialects spell alike."""
+        spec = product_spec(module, fields, self.config.alphas.get(module, self.config.alpha))
+        role, _ = spec.row.rank_axis or ("", 0)
+        divisor = self._divisor(module, spec.rank, fields[role])
+        return dataclasses.replace(spec, scaling=self.config.scaling(spec.alpha or 0.0, divisor))
 
     def _is_mha(self, module: str) -> bool:
         return "lora_A" in self.modules.get(module + _MHA_OUT, {})
