@@ -1,8 +1,13 @@
-"""A crc32 for every piece of a file, taken while it is written, checked before it is trusted."""
+"""A crc32 for every piece of a file, taken while it is written, checked before it is trusted.
+
+And the hashes by which the Hub knows files.
+"""
 
 from __future__ import annotations
 
 import functools
+import hashlib
+import os
 import threading
 import zlib
 from collections.abc import Callable, Iterable, Sequence
@@ -127,3 +132,22 @@ def _matches(file: object, length: int, crc: int, stop: threading.Event) -> bool
             return False
         found, left = zlib.crc32(data, found), left - len(data)
     return found == crc
+
+
+# ------------------------------------------------------------------------- as the Hub has them
+
+
+def digest_of(path: Path, like: str) -> str:
+    """Hash of a file in the form of ``like``: sha256 (64 digits) or git blob id (40)."""
+    with path.open("rb") as file:
+        made = hash_like(like, os.fstat(file.fileno()).st_size)
+        while part := file.read(1 << 20):
+            made.update(part)
+    return made.hexdigest()
+
+
+def hash_like(like: str, size: int) -> hashlib._Hash:
+    """A hash to be fed with ``size`` bytes: sha256 for 64 digits, a git blob id for 40."""
+    if len(like) == 64:
+        return hashlib.sha256()
+    return hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)

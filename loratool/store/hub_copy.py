@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from loratool.adapter import Stamp
+from loratool.store.checksum import digest_of
 from loratool.store.hub_download import repo_folder
 from loratool.store.marker import Proof, walk
 from loratool.store.stamps import stamp_of
@@ -19,8 +20,6 @@ def holds_exactly(folder: Path, digests: Mapping[str, str]) -> bool:
         folder: on this machine.
         digests: path in it -> the hash that the Hub lists.
     """
-    from loratool.store.hub_listing import digest_of
-
     found = _files(folder) if folder.is_dir() else {}
     return found.keys() == digests.keys() and all(
         path is not None and digest_of(path, digests[name]) == digests[name]

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from loratool.errors import DiskError, HubError
+from loratool.store.checksum import digest_of
 from loratool.store.hub import plain_errors
 from loratool.store.hub_client import guarded_client
 from loratool.store.hub_http import check_status, get, own_headers, parts
@@ -93,8 +94,6 @@ def _places(listing: Listing, file: ListedFile) -> tuple[Path, Path, Path]:
 
 
 def _is_intact(path: Path, file: ListedFile) -> bool:
-    from loratool.store.hub_listing import digest_of
-
     return path.is_file() and digest_of(path, file.digest) == file.digest
 
 

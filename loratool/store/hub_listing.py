@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -13,6 +11,7 @@ from pathlib import Path
 from urllib.parse import quote, urlsplit
 
 from loratool.errors import HubError
+from loratool.store.checksum import digest_of
 from loratool.store.hub import plain_errors, snapshot
 from loratool.store.hub_download import download, missing_bytes, repo_folder
 from loratool.store.hub_http import get_json, strange
@@ -204,19 +203,3 @@ def _fetch_one(listing: Listing, file: ListedFile) -> Path:
 def is_hash(text: object) -> bool:
     """True for a commit, a git blob id or a sha256, in digits."""
     return isinstance(text, str) and _HASH.fullmatch(text) is not None
-
-
-def digest_of(path: Path, like: str) -> str:
-    """Hash of a file in the form of ``like``: sha256 (64 digits) or git blob id (40)."""
-    with path.open("rb") as file:
-        made = hash_like(like, os.fstat(file.fileno()).st_size)
-        while part := file.read(1 << 20):
-            made.update(part)
-    return made.hexdigest()
-
-
-def hash_like(like: str, size: int) -> hashlib._Hash:
-    """A hash to be fed with ``size`` bytes: sha256 for 64 digits, a git blob id for 40."""
-    if len(like) == 64:
-        return hashlib.sha256()
-    return hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)

@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from loratool.errors import HubError, LoratoolError
+from loratool.store.checksum import hash_like
 from loratool.store.hub import plain_errors
 from loratool.store.hub_download import xet_error
 from loratool.store.hub_http import strange
-from loratool.store.hub_listing import Listing, hash_like, is_hash, list_commit
+from loratool.store.hub_listing import Listing, is_hash, list_commit
 from loratool.store.hub_retry import pause_after, status_of
 from loratool.store.known_file import SHA256, KnownFile
 from loratool.store.push_files import Content

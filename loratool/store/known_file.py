@@ -8,8 +8,8 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+from loratool.store.checksum import hash_like
 from loratool.store.contained import open_inside
-from loratool.store.hub_listing import hash_like
 from loratool.store.stamps import changed, stamp_of
 
 _BLOCK = 4 << 20

@@ -17,8 +17,9 @@ from pathlib import Path
 from loratool.errors import STUBS, HubError
 from loratool.location import HubFile
 from loratool.shapes import fitting_json
+from loratool.store.checksum import digest_of
 from loratool.store.hub import plain_errors
-from loratool.store.hub_listing import Listing, digest_of
+from loratool.store.hub_listing import Listing
 from loratool.store.remote_http import Answer, ask
 
 _ATTEMPTS = 4

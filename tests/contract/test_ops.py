@@ -1,14 +1,17 @@
-"""Each op has one row, and what the row names is there."""
+"""Each op has one row, what the row names is there, and nobody else goes by an op's name."""
 
 from __future__ import annotations
 
+import ast
 import dataclasses
+from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import loratool
 from loratool import wire
 from loratool.adapter import CodedRef, TensorData, TensorRef
 from loratool.delta.forms import new_low_rank
@@ -107,3 +110,34 @@ def test_an_op_without_a_row_is_a_bug() -> None:
         with pytest.raises(BugError) as caught:
             use(one)
         assert caught.value.code == "LT-002"
+
+
+def by_name(tree: ast.AST) -> Iterator[str]:
+    """Tests of an op's name, and looks into a step's untyped arguments."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Compare):
+            sides = [node.left, *node.comparators]
+            texts = [s for s in sides if isinstance(s, (ast.Constant, ast.Tuple))]
+            if texts and any(isinstance(s, ast.Attribute) and s.attr == "op" for s in sides):
+                yield f"line {node.lineno}: a test of an op"
+            if any(isinstance(s, ast.Attribute) and s.attr == "args" for s in node.comparators):
+                yield f"line {node.lineno}: a test of args"
+        held = node.value if isinstance(node, (ast.Subscript, ast.Attribute)) else None
+        if isinstance(held, ast.Attribute) and held.attr == "args":
+            owner = getattr(held.value, "id", getattr(held.value, "attr", ""))
+            if owner == "step" or isinstance(node, ast.Subscript):
+                yield f"line {node.lineno}: untyped args"
+
+
+def test_ops_are_known_by_their_rows() -> None:
+    root = Path(loratool.__file__).parent
+    for path in sorted(root.rglob("*.py")):
+        if path.name not in ("rows.py", "step_args.py"):
+            assert not list(by_name(ast.parse(path.read_text()))), path
+
+
+@pytest.mark.parametrize("text", ["step.op == 'copy'", "s.op in ('copy', 'cast')",
+                                  "'names' in step.args", "step.args['x']", "s.args['x']",
+                                  "self.step.args.get('x')"])  # fmt: skip
+def test_what_is_by_name_is_found(text: str) -> None:
+    assert list(by_name(ast.parse(text)))

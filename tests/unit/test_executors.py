@@ -6,6 +6,9 @@ import hashlib
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +77,22 @@ def test_processes_write_the_same(
     assert contents(tmp_path / "processes") == contents(tmp_path / "threads")
 
 
+def test_processes_measure_the_same(inputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Results that are no files: tensors, tables of inner products."""
+
+    def measured() -> list[Any]:
+        compared = lt.compare([inputs / "a1", inputs / "a2"], threads=1)
+        found = lt.inspect(inputs / "a1", risk=True, threads=1)
+        reports = [r.to_json() for r in (compared, found)]
+        return [{k: v for k, v in r.items() if k != "seconds"} for r in reports]
+
+    want = measured()
+    by_processes(monkeypatch)
+    started = watched(monkeypatch)
+    assert measured() == want
+    assert len(started) == 2
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_killed_worker_is_replaced(
     command: str, inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -123,6 +142,45 @@ def test_killed_in_the_middle_of_a_step(
     call(command, tmp_path, tmp_path / "processes")
     assert not flag.exists()
     assert contents(tmp_path / "processes") == contents(tmp_path / "threads")
+
+
+class Hanging(FileReader):
+    """Never reads in a worker, which says so."""
+
+    def read_into(self, ref: TensorRef, start: int, buffer: memoryview) -> None:
+        if multiprocessing.parent_process() is not None:
+            os.write(1, b"%d\n" % os.getpid())
+            time.sleep(600)
+        super().read_into(ref, start, buffer)
+
+
+HANGS = """
+import sys
+import loratool as lt
+from loratool.api import common
+from loratool.store import reader
+from tests.unit.test_executors import Hanging
+
+if __name__ == "__main__":
+    reader.FileReader = Hanging
+    common.plan_resources.__kwdefaults__["executor"] = "processes"
+    lt.merge([sys.argv[1] + "/a1"], base=sys.argv[1] + "/base", output=sys.argv[2], threads=1)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
+def test_workers_die_with_their_parent(inputs: Path, tmp_path: Path) -> None:
+    """However it ends, nobody writes on into files that the next run may take over."""
+    words = [sys.executable, "-c", HANGS, str(inputs), str(tmp_path / "out")]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        worker = Path("/proc") / parent.stdout.readline().strip() / "stat"
+        assert worker.exists()
+        parent.kill()
+        until = time.monotonic() + 60
+        while worker.exists() and worker.read_text().rpartition(")")[2].split()[0] != "Z":
+            assert time.monotonic() < until
+            time.sleep(0.05)
 
 
 def test_a_step_that_kills_twice_is_an_error(

@@ -7,13 +7,16 @@ again, from its first byte, by another one, and only once.
 
 from __future__ import annotations
 
+import os
 import pickle
 import signal
+import threading
 from collections import deque
 from collections.abc import Iterator
 from contextlib import closing, nullcontext
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 import torch
@@ -141,6 +144,7 @@ class _Worker:
 def _serve(pipe: Connection, env: Env) -> None:
     """Do steps until the parent is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
+    threading.Thread(target=_follow, args=(parent_process(),), daemon=True).start()
     torch.set_num_threads(1)
     with exact_arithmetic():
         while True:
@@ -155,6 +159,13 @@ def _serve(pipe: Connection, env: Env) -> None:
             except BaseException as error:  # raised again in the parent
                 answer = error
             pipe.send_bytes(_pickled(answer))
+
+
+def _follow(parent: BaseProcess | None) -> None:
+    """Die with the parent, in the middle of a step too: another run may go on with its files."""
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _pickled(answer: Any) -> bytes:
