@@ -228,7 +228,7 @@ class DeltaSpec:
     @property
     def product_rank(self) -> int:
         """Rank of the product of the thin factors behind the change."""
-        return self.row.product_rank(self.rank)
+        return self.row.product_rank(self)
 
     @property
     def scales_rows(self) -> bool:

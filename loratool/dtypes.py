@@ -83,6 +83,14 @@ def result_dtype(name: str) -> str:
     return name if DTYPES[name].is_mergeable else "F32"
 
 
+def exact_dtype(names: list[str]) -> str:
+    """A type that holds the product of two numbers of these, F64 for F64, else F32.
+
+    Two 16-bit floats have 22 significand bits between them; of wider ones the product is rounded.
+    """
+    return "F64" if "F64" in names else "F32"
+
+
 def widest(names: list[str]) -> str:
     """The widest float type among ``names`` (mixed 16-bit types give F32, and so do 8-bit ones)."""
     floats = sorted({n for n in names if DTYPES[n].is_float}, key=lambda n: DTYPES[n].bits)

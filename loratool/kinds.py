@@ -75,7 +75,7 @@ class Kind:
     pairs: str = ""
     has_factors: bool = False
     is_pair: Callable[[DeltaSpec], bool] = lambda spec: False
-    product_rank: Callable[[int], int] = int
+    product_rank: Callable[[DeltaSpec], int] = lambda spec: spec.rank
     scales_rows: bool = False
     reach: str = "block"
     is_sum: Callable[[DeltaSpec], bool] = lambda spec: True

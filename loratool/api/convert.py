@@ -143,11 +143,11 @@ def _computed(plan: ConvertPlan, limits: Limits) -> tuple[Adapter, float]:
     """The adapter with the factors that must be computed, and the error of storing them."""
     if not plan.computed:
         return plan.adapter, 0.0
-    from loratool.engine.converting import fold_cores
+    from loratool.engine.converting import make_factors
 
-    names = set(plan.computed)
+    names = plan.computed
     chosen = [s for s in plan.adapter.specs if s.name in names]
-    folded = fold_cores(chosen, _workers(plan, limits))
+    folded = make_factors(chosen, names, _workers(plan, limits))
     made = {f.spec.name: f.spec for f in folded}
     specs = tuple(made.get(s.name, s) for s in plan.adapter.specs)
     error = share_of(sum(f.error_square for f in folded), sum(f.square for f in folded))
@@ -175,7 +175,7 @@ def _row(job: _Job, files: AdapterFiles, error: float) -> ConvertedAdapter:
         dialect=plan.source.dialect,
         modules=len(plan.adapter.specs),
         copied=copied,
-        computed=plan.computed,
+        computed=tuple(plan.computed),
         relative_error=error,
         left_out=plan.left_out,
         output_bytes=file_bytes(files),

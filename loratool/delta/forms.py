@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from loratool.adapter import DeltaSpec, Source, TensorData, TensorRef
+from loratool.dtypes import exact_dtype, result_dtype
 
 LOW_RANK = "lowrank"
 _VECTOR = "vector"
@@ -105,13 +106,25 @@ def scaled_source(spec: DeltaSpec, *, turned: bool = False) -> Source:
     return spec.fields[RIGHT] if turned else left_of(spec)
 
 
-def without_core(spec: DeltaSpec) -> DeltaSpec:
-    """The change in two factors alone, the new one without content: what it will look like."""
-    if not has_core(spec):
+def as_pair(spec: DeltaSpec, inner: tuple[int, ...] = ()) -> DeltaSpec:
+    """The change in two factors alone, new ones without content: what it will look like.
+
+    Args:
+        spec: a change, of any kind.
+        inner: (in, kernel…) where the fields hold them flattened.
+    """
+    if spec.is_pair or not spec.has_factors:
         return spec
-    left, right = factors_of(spec)
-    shape = (spec.rank, *side_sizes(spec)[1])
-    return with_factors(spec, left, TensorData(f"{spec.name} {RIGHT}", right.dtype, shape, b""))
+    out, own = side_sizes(spec)
+    inner = inner or own
+    rank, types = spec.product_rank, [source.dtype for source in spec.fields.values()]
+    dtype = result_dtype(spec.fields[RIGHT].dtype) if has_core(spec) else exact_dtype(types)
+    right = TensorData(f"{spec.name} {RIGHT}", dtype, (rank, *inner), b"")
+    if has_core(spec):
+        return with_factors(spec, left_of(spec), right)
+    left = TensorData(f"{spec.name} {LEFT}", dtype, (out, rank, *(1 for _ in inner[1:])), b"")
+    return with_factors(spec, left, right, rank=rank, alpha=spec.scaling * rank,
+                        layout="conv" if len(inner) > 1 else "linear")  # fmt: skip
 
 
 def with_scaled_source(spec: DeltaSpec, source: Source) -> DeltaSpec:

@@ -1,15 +1,14 @@
-"""Factors that a conversion must compute: a core between them goes into one of them."""
+"""Changes made into two factors alone: a core goes into one of them, products become a product."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from loratool.adapter import DeltaSpec
-from loratool.delta.forms import factors_of, kernel_of, with_factors
-from loratool.delta.lowrank import pairs_of
-from loratool.dtypes import result_dtype
-from loratool.engine.factors import make_data, make_env, overflows, round_once
+from loratool.adapter import DeltaSpec, Source
+from loratool.delta.forms import as_pair, factors_of, has_core, with_factors
+from loratool.delta.lowrank import Pair
+from loratool.engine.factors import load_pairs, make_data, make_env, overflows, round_once
 from loratool.engine.kernel import Env
 from loratool.engine.workers import map_in_workers
 from loratool.linalg.concat import difference_square, product_norm
@@ -17,13 +16,13 @@ from loratool.store.reader import FileReader
 
 
 @dataclass(frozen=True)
-class Folded:
+class Paired:
     """A change made of two factors alone.
 
     Attributes:
         spec: the change.
         square: ‖ΔW‖².
-        error_square: of what storing the new factor lost.
+        error_square: of what storing new factors lost.
     """
 
     spec: DeltaSpec
@@ -31,31 +30,42 @@ class Folded:
     error_square: float
 
 
-def fold_cores(specs: Sequence[DeltaSpec], threads: int) -> list[Folded]:
-    """Each change with its core in lora_A: the same ΔW, and lora_B byte for byte.
+def make_factors(
+    specs: Sequence[DeltaSpec], inner: Mapping[str, tuple[int, ...]], threads: int
+) -> list[Paired]:
+    """Each change as two factors: the same ΔW; a core leaves lora_B byte for byte.
+
+    Args:
+        specs: changes of any kind that has factors.
+        inner: spec name -> as `as_pair` takes it.
+        threads: workers.
 
     Raises:
         NumericError: NaN or infinity.
     """
     with FileReader() as reader:
         env = make_env(reader)
-        found = map_in_workers(lambda spec: _fold(spec, env), specs, threads)
+        found = map_in_workers(lambda spec: _make(spec, inner[spec.name], env), specs, threads)
         reader.check_unchanged()
     return found
 
 
-def _fold(spec: DeltaSpec, env: Env) -> Folded:
-    ((lora_B, lora_A),) = pairs_of({r: env.load(s) for r, s in spec.fields.items()}, spec)
-    left, right = factors_of(spec)
-    dtype = result_dtype(right.dtype)
-    if overflows(lora_A, dtype):
-        dtype = "F32"
-    stored = round_once(lora_A, dtype).double()
-    shape = (lora_A.shape[0], right.shape[1], *kernel_of(spec))
-    made = make_data(f"{spec.name} lora_A", lora_A.reshape(shape), dtype)
+def _make(spec: DeltaSpec, inner: tuple[int, ...], env: Env) -> Paired:
+    (pair,) = load_pairs(spec, env)
+    like = as_pair(spec, inner)
+    sides: list[Source] = []
+    stored = []
+    for number, (exact, blank) in enumerate(zip(pair, factors_of(like), strict=True)):
+        if number == 0 and has_core(spec):
+            sides.append(blank)
+            stored.append(exact)
+            continue
+        dtype = "F32" if overflows(exact, blank.dtype) else blank.dtype
+        sides.append(make_data(blank.name, exact.reshape(blank.shape), dtype))
+        stored.append(round_once(exact, dtype).double())
+    made: Pair = (stored[0], stored[1])
     size = spec.scaling**2
-    return Folded(
-        with_factors(spec, left, made),
-        size * product_norm(lora_B, lora_A) ** 2,
-        size * difference_square((lora_B, stored), (lora_B, lora_A)),
-    )
+    return Paired(
+        with_factors(like, *sides), size * product_norm(*pair) ** 2,
+        size * difference_square(made, pair),
+    )  # fmt: skip

@@ -11,7 +11,7 @@ from loratool.adapter import DeltaSpec
 from loratool.archs.layers import stores_transposed
 from loratool.archs.ties import Tie, follows_vocabulary, is_head, other_name
 from loratool.delta.forms import is_grouped, lengths_of, shape_of, side_sizes, width_of
-from loratool.dtypes import DTYPES
+from loratool.dtypes import DTYPES, numel
 from loratool.ops.bind_rules import View
 from loratool.ops.bind_types import BindOptions, BoundDelta, BoundReplacement, Found, Item, Misfit
 from loratool.ops.new_parts import is_part
@@ -222,6 +222,9 @@ def _place_conv(item: Item, spec: DeltaSpec, target: str, ctx: Context) -> Place
     if (out, *filled) == shape:
         conv = spec if spec.layout == "conv" else dataclasses.replace(spec, layout="conv")
         return _found(item, BoundDelta(conv, target), "")
+    if not spec.is_pair and len(inner) == 1 and (out, *inner) == (shape[0], numel(shape[1:])):
+        flat = dataclasses.replace(spec, layout="conv")  # kernels may be stored flattened
+        return _found(item, BoundDelta(flat, target), "")
     same_kernel = out == shape[0] and filled[1:] == shape[2:]
     if same_kernel and 0 < shape[1] < filled[0] and filled[0] % shape[1] == 0:
         return misfit(item, "LT-434", _words(shape), _words((out, *filled)), target)

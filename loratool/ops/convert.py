@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from loratool.adapter import Adapter, DeltaSpec, Replacement, Source, TensorData, TensorRef
 from loratool.archs.flat import FlatNames, home_prefix, known_names
 from loratool.delta.forms import (
-    has_core,
+    as_pair,
+    matrix_shape,
     reshaped,
     scaled_source,
     side_sizes,
     with_scaled_source,
-    without_core,
 )
 from loratool.dialects.base import Dialect
 from loratool.dialects.registry import row_of
 from loratool.dialects.rules import is_flat
-from loratool.dtypes import numel
 from loratool.errors import MismatchError, list_some
 from loratool.ops.bind import bind
 from loratool.ops.bind_flat import meanings_of
@@ -37,8 +36,8 @@ class ConvertPlan:
         source: as opened.
         adapter: the same changes as the other dialect names them; factors that must be computed
             are still those of the file.
-        computed: names of the changes whose factors are computed; the bytes of all others are
-            copied.
+        computed: names of the changes whose factors are computed -> (in, kernel…) where the file
+            holds kernels flattened, else (); the bytes of all others are copied.
         left_out: names of what the user leaves out.
         base_tensors: names of the base's tensors.
         notes: one sentence each.
@@ -46,7 +45,7 @@ class ConvertPlan:
 
     source: Adapter
     adapter: Adapter
-    computed: tuple[str, ...] = ()
+    computed: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     left_out: tuple[str, ...] = ()
     base_tensors: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
@@ -76,25 +75,34 @@ def plan_convert(
         notes.append(words)
     elif base is not None:
         notes.append("the base was not needed: the modules have whole names, or keep flat ones")
-    computed = tuple(s.name for s in kept.specs if row.obstacle(s) and has_core(s))
+    odd = [s for s in kept.specs if row.obstacle(s) and not s.is_pair and s.has_factors]
+    if base is None and any(s.is_matrix and len(side_sizes(s)[1]) == 1 for s in odd):
+        notes.append("kernels of convolutions may be stored flattened: --base BASE tells them")
+    computed = {s.name: _flattened(s, base) for s in odd}
     return ConvertPlan(
         source, kept, computed, left_out, tuple(base.tensors) if base else (), tuple(notes)
     )
 
 
+def _flattened(spec: DeltaSpec, base: Checkpoint | None) -> tuple[int, ...]:
+    """(in, kernel…) of a convolution's weight in the base, () for anything else."""
+    ref = None if base is None else base.tensors.get(spec.name)
+    is_flat = len(side_sizes(spec)[1]) == 1
+    return ref.shape[1:] if ref is not None and len(ref.shape) > 2 and is_flat else ()
+
+
 def outline(plan: ConvertPlan) -> Adapter:
     """What will be written, with tensors without content in the place of computed ones."""
-    names = set(plan.computed)
-    specs = (without_core(s) if s.name in names else s for s in plan.adapter.specs)
+    inner = plan.computed
+    specs = (as_pair(s, inner[s.name]) if s.name in inner else s for s in plan.adapter.specs)
     return replace(plan.adapter, specs=tuple(specs))
 
 
 def fold_bytes(plan: ConvertPlan) -> list[int]:
-    """Bytes that each computed change takes at work: its new factor in float64, some times over."""
-    names = set(plan.computed)
-    each = [side_sizes(s)[1] for s in plan.adapter.specs if s.name in names]
-    ranks = [s.rank for s in plan.adapter.specs if s.name in names]
-    return [5 * 8 * rank * numel(inner) for rank, inner in zip(ranks, each, strict=True)]
+    """Bytes that each computed change takes at work: its factors in float64, some times over."""
+    names = plan.computed
+    return [40 * s.product_rank * sum(matrix_shape(s)) for s in plan.adapter.specs
+            if s.name in names]  # fmt: skip
 
 
 def _without(adapter: Adapter, skip: Sequence[str]) -> tuple[Adapter, tuple[str, ...]]:
@@ -119,7 +127,7 @@ def _check(kept: Adapter, row: Dialect) -> None:
     """Name everything that the dialect cannot hold, with the words that leave it out."""
     whole = () if row.table is None else kept.replacements
     found = dict.fromkeys((r.name for r in whole), "a replaced tensor")
-    found |= {s.name: why for s in kept.specs if (why := row.obstacle(without_core(s)))}
+    found |= {s.name: why for s in kept.specs if (why := row.obstacle(as_pair(s)))}
     if not found:
         return
     modules = {name.rpartition(".")[0] or name for name in found}
