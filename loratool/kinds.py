@@ -45,6 +45,7 @@ class Kind:
         is_additive: W' - W does not depend on W.
         title: words for reports.
         sizes: of the weight, from the shapes of the fields.
+        fits: whether the shapes of the fields fit each other.
         scaled: the role that a factor of the change is multiplied into, and that is zero where
             training starts.
         is_matrix: a change of a weight; False for vectors.
@@ -71,6 +72,7 @@ class Kind:
     title: str
     sizes: Callable[[DeltaSpec], Sizes]
     scaled: str
+    fits: Callable[[DeltaSpec], bool] = lambda spec: True
     is_matrix: bool = True
     pairs: str = ""
     has_factors: bool = False

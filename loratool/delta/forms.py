@@ -139,7 +139,7 @@ def reshaped(spec: DeltaSpec, dims: int) -> DeltaSpec:
 
     A 1×1 convolution and a linear layer are the same matrix, and trainers store either as either.
     """
-    if not spec.is_matrix or has_core(spec):
+    if not spec.is_pair:
         return spec
     left, right = factors_of(spec)
     kernel = right.shape[2:] or (1,) * (dims - 2)

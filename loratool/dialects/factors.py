@@ -39,10 +39,16 @@ def product_spec(module: str, fields: Mapping[str, TensorRef], alpha: float | No
     rank = fields[role].shape[axis]
     check_rank(rank, fields[role])
     is_conv = any(len(ref.shape) > 2 for ref in fields.values())
-    return DeltaSpec(
+    spec = DeltaSpec(
         kind.name, module, "weight", fields, "conv" if is_conv else "linear", rank, alpha,
         1.0 if alpha is None else alpha / rank,
     )  # fmt: skip
+    if not kind.fits(spec):
+        raise BadFileError(
+            "LT-363", "the factors of a module do not fit each other", file=first.path, key=module,
+            got=", ".join(f"{role} {list(ref.shape)}" for role, ref in fields.items()),
+        )  # fmt: skip
+    return spec
 
 
 def check_float(ref: TensorRef) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+from loratool import kinds
 from loratool.adapter import MAX_ALPHA, Adapter
 from loratool.delta.forms import matrix_shape
 from loratool.dialects.peft.config import DEFAULT_RANK
@@ -17,9 +19,13 @@ _METHODS = {"LORA": "LoRA", "ADALORA": "AdaLoRA", "VERA": "VeRA"}
 
 
 def method_of(adapter: Adapter) -> str:
-    """The method in words, ``LoRA`` where nothing else is stated."""
-    name = str(adapter.config.get("peft_type", "LORA"))
-    return _METHODS.get(name, name)
+    """The method in words; where none is stated, what most of the changes are."""
+    name = adapter.config.get("peft_type")
+    if name is None:
+        titles = Counter(s.row.title for s in adapter.specs if s.is_matrix)
+        return titles.most_common(1)[0][0] if titles else "LoRA"
+    kind = kinds.of_method(str(name))
+    return kind.title if kind is not None else _METHODS.get(str(name), str(name))
 
 
 def divides_by_root(adapter: Adapter) -> bool:
@@ -98,11 +104,13 @@ def scaled_config(config: Mapping[str, Any], factors: Mapping[str, float]) -> di
     if len(set(factors.values())) != 1 or not config:
         return None
     size = abs(next(iter(factors.values())))
-    alpha = _whole(config.get("lora_alpha", DEFAULT_RANK), size)
+    is_own = kinds.of_method(str(config.get("peft_type"))) is not None
+    key = "alpha" if is_own else "lora_alpha"
+    alpha = _whole(config.get(key, DEFAULT_RANK), size)
     patterns = {k: _whole(v, size) for k, v in (config.get("alpha_pattern") or {}).items()}
     if not alpha or not all(patterns.values()):
         return None
-    changed: dict[str, Any] = {"lora_alpha": alpha}
+    changed: dict[str, Any] = {key: alpha}
     if patterns:
         changed["alpha_pattern"] = patterns
     return {**config, **changed}

@@ -222,13 +222,20 @@ def _place_conv(item: Item, spec: DeltaSpec, target: str, ctx: Context) -> Place
     if (out, *filled) == shape:
         conv = spec if spec.layout == "conv" else dataclasses.replace(spec, layout="conv")
         return _found(item, BoundDelta(conv, target), "")
-    if not spec.is_pair and len(inner) == 1 and (out, *inner) == (shape[0], numel(shape[1:])):
+    if not spec.is_pair and out == shape[0] and _is_same_kernel(inner, shape[1:]):
         flat = dataclasses.replace(spec, layout="conv")  # kernels may be stored flattened
         return _found(item, BoundDelta(flat, target), "")
     same_kernel = out == shape[0] and filled[1:] == shape[2:]
     if same_kernel and 0 < shape[1] < filled[0] and filled[0] % shape[1] == 0:
         return misfit(item, "LT-434", _words(shape), _words((out, *filled)), target)
     return misfit(item, "LT-432", _words(shape), _words((out, *filled)), target)
+
+
+def _is_same_kernel(inner: tuple[int, ...], stored: tuple[int, ...]) -> bool:
+    """The same (in, kernel…), flattened or with other sizes of 1."""
+    if len(inner) == 1:
+        return inner[0] == numel(stored)
+    return [n for n in inner if n != 1] == [n for n in stored if n != 1]
 
 
 def _found(item: Item, delta: BoundDelta, alias: str) -> Found:
