@@ -24,8 +24,10 @@ def method_of(adapter: Adapter) -> str:
     if name is None:
         titles = Counter(s.row.title for s in adapter.specs if s.is_matrix)
         return titles.most_common(1)[0][0] if titles else "LoRA"
+    if name in _METHODS:
+        return _METHODS[str(name)]
     kind = kinds.of_method(str(name))
-    return kind.title if kind is not None else _METHODS.get(str(name), str(name))
+    return str(name) if kind is None else kind.title
 
 
 def divides_by_root(adapter: Adapter) -> bool:
@@ -104,8 +106,8 @@ def scaled_config(config: Mapping[str, Any], factors: Mapping[str, float]) -> di
     if len(set(factors.values())) != 1 or not config:
         return None
     size = abs(next(iter(factors.values())))
-    is_own = kinds.of_method(str(config.get("peft_type"))) is not None
-    key = "alpha" if is_own else "lora_alpha"
+    is_lora = config.get("peft_type", "LORA") == "LORA"
+    key = "lora_alpha" if is_lora else "alpha"
     alpha = _whole(config.get(key, DEFAULT_RANK), size)
     patterns = {k: _whole(v, size) for k, v in (config.get("alpha_pattern") or {}).items()}
     if not alpha or not all(patterns.values()):

@@ -92,7 +92,7 @@ class CompressPlan:
         gain = self.gains[index]
         return {
             "dtype": self.dtypes[index], "gain": gain, "bias": bias,
-            "must_rewrite": not spec.is_pair or spec.blocks is not None or spec.name in self.anew
+            "must_rewrite": spec.row.is_spelled or spec.blocks is not None or spec.name in self.anew
             or self._is_uneven(spec, gain),
         }  # fmt: skip
 

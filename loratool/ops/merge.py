@@ -11,7 +11,7 @@ from typing import Any
 from loratool.adapter import Adapter, CodedRef, DeltaSpec, Replacement, Source, TensorRef
 from loratool.archs.stated import dtype_config
 from loratool.dtypes import DTYPES, numel
-from loratool.engine.rows import op_of
+from loratool.engine.rows import args_of, op_of
 from loratool.errors import MismatchError, list_some
 from loratool.ops.align_parts import require_aligned
 from loratool.ops.bind import Bindings, BoundReplacement
@@ -269,7 +269,7 @@ def _make_scales(steps: Mapping[str, Step], sources: Mapping[str, TensorRef]) ->
     names = {ref: name for name, ref in sources.items() if not isinstance(ref, CodedRef)}
     made = {}
     for step in steps.values():
-        coded = step.args.get("coded") if step.op == "requantize" else None
+        coded = args_of(step).coded if op_of(step).writes_codes else None
         if coded is None or coded.scales is None:
             continue
         name = names[coded.scales]
