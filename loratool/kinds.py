@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import cache
@@ -27,6 +28,36 @@ def _of_product(spec: DeltaSpec) -> Sizes:
 
 def _is_pair(spec: DeltaSpec) -> bool:
     return "lora_mid" not in spec.fields
+
+
+def _of_hadamard(spec: DeltaSpec) -> Sizes:
+    left, right = spec.fields["hada_w1_a"].shape, spec.fields["hada_w1_b"].shape
+    core = spec.fields.get("hada_t1")
+    if core is None:
+        return left[0], right[1:]
+    return left[1], (right[1], *core.shape[2:])
+
+
+def _fits_hadamard(spec: DeltaSpec) -> bool:
+    shapes = {role: source.shape for role, source in spec.fields.items()}
+    one, other = (
+        (shapes[f"hada_w{n}_a"], shapes[f"hada_w{n}_b"], shapes.get(f"hada_t{n}")) for n in (1, 2)
+    )
+    left, right, core = one
+    r = right[0]
+    has_ranks = len(left) == 2 and len(right) >= 2 and r == left[-1 if core is None else 0]
+    return one == other and has_ranks and (core is None or core[:2] == (r, r))
+
+
+def _rank_of_hadamard(spec: DeltaSpec) -> int:
+    out, inner = _of_hadamard(spec)
+    return min(spec.rank**2, out, math.prod(inner))
+
+
+def _has_exact_products(spec: DeltaSpec) -> bool:
+    """Two factors of 24 bits have an exact product in float64; a core makes a sum first."""
+    is_plain = "hada_t1" not in spec.fields
+    return is_plain and all(source.dtype != "F64" for source in spec.fields.values())
 
 
 def _of_vector(spec: DeltaSpec) -> Sizes:
@@ -96,6 +127,13 @@ KINDS: tuple[Kind, ...] = (
         "dora", "loratool.delta.magnitude:build", ("lora_A", "lora_B", "magnitude"), (), False,
         "DoRA", _of_product, "lora_B", pairs="loratool.delta.lowrank:pairs_of", is_pair=_is_pair,
         scales_rows=True, reach="norms", is_sum=lambda spec: False,
+    ),
+    Kind(
+        "hadamard", "loratool.delta.hadamard:build",
+        ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"), ("hada_t1", "hada_t2"), True, "LoHa",
+        _of_hadamard, "hada_w2_a", pairs="loratool.delta.hadamard:pairs_of", has_factors=True,
+        fits=_fits_hadamard, product_rank=_rank_of_hadamard, is_sum=_has_exact_products,
+        rank_axis=("hada_w1_b", 0), is_spelled=True, method="LOHA",
     ),
     Kind(
         "vector", "loratool.delta.vector:build", ("delta",), (), True, "bias delta", _of_vector,

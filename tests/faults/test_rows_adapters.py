@@ -108,7 +108,7 @@ ROWS = (
         key="lm_head.weight", expected="(16, 8)", got="(16, 9)"),
     *(Row(f"52-{name}", method(name), "LT-402", CONFIG, key="peft_type", expected="LORA",
           got=name.partition("_")[0].upper())
-      for name in ("loha", "lokr", "oft", "vera", "boft", "ia3", "adalora", "hra", "vblora")),
+      for name in ("lokr", "oft", "vera", "boft", "ia3", "adalora", "hra", "vblora")),
     Row("53-adalora", method("adalora"), "LT-402", CONFIG, key="peft_type", expected="LORA",
         got="ADALORA"),
     *(Row(f"54-{name}", config(init_lora_weights=name), "LT-406", CONFIG,
