@@ -14,14 +14,17 @@ from typing import TYPE_CHECKING, Any
 from loratool import __version__
 from loratool.dtypes import BY_WORD
 from loratool.errors import UsageError, redact
+from loratool.ops.inputs import Access
 from loratool.ops.memory import MemoryPlan, plan_memory, plan_modules
+from loratool.options import groups as options
+from loratool.options.groups import Run, Workers
 from loratool.report.chart import check_chart
 from loratool.store.header import HARD_HEADER_BYTES, MAX_HEADER_BYTES
 from loratool.store.new_file import check_new_files
 from loratool.store.rules import FileRules
 
 if TYPE_CHECKING:
-    from loratool.engine.run import Progress, RunOptions
+    from loratool.engine.run import RunOptions
     from loratool.plan import Plan
     from loratool.store.source import Resolved
 
@@ -64,6 +67,16 @@ def file_rules(max_header: str | int | None, allow_pickle: bool) -> FileRules:
             got=size,
         )  # fmt: skip
     return FileRules(MAX_HEADER_BYTES if size is None else size, allow_pickle)
+
+
+def access_of(asked: options.Access, *, in_place: bool = False) -> Access:
+    """How sources may be reached, from a command's options.
+
+    Raises:
+        UsageError: LT-213, LT-290, a header size that cannot be meant.
+    """
+    rules = file_rules(asked.max_header, asked.allow_pickle)
+    return Access(asked.offline, asked.yes, rules, in_place=in_place)
 
 
 def check_files(csv: str | Path | None, plot: str | Path | None) -> None:
@@ -136,13 +149,10 @@ class Resources:
 
 def plan_resources(
     plan: Plan,
+    asked: Run,
     *,
-    device: str,
-    threads: int | None,
-    max_memory: str | int | None,
-    chunk_bytes: int | None,
-    sample: bool,
-    progress: Progress | None,
+    sample: bool = False,
+    chunk_bytes: int | None = None,
     block_elements: int | None = None,
     allow_nonfinite: bool = False,
 ) -> Resources:
@@ -152,13 +162,13 @@ def plan_resources(
         UsageError: no such device, or a nonsensical number of threads.
         DiskError: more memory would be needed than there is.
     """
-    limits = Limits(threads, max_memory)
+    limits = Limits.of(asked)
     limits.check_torch()
     from loratool.engine.device import resolve_device
     from loratool.engine.run import RunOptions
 
     factors = any(step.op == "subtract_and_factor" for step in plan.steps)
-    where, reason = resolve_device(device, is_arithmetic=factors)
+    where, reason = resolve_device(asked.device, is_arithmetic=factors)
     if where.type == "cuda" and factors:
         chunk_bytes = chunk_bytes or _CUDA_FACTORING_CHUNK
         block_elements = block_elements or _CUDA_FACTORING_CHUNK // 2
@@ -170,8 +180,9 @@ def plan_resources(
         limit=limits.memory,
     )
     run = RunOptions(
-        where, memory.threads, memory.chunk_bytes, sample, progress, block_elements, allow_nonfinite
-    )
+        where, memory.threads, memory.chunk_bytes, sample, asked.progress, block_elements,
+        allow_nonfinite,
+    )  # fmt: skip
     return Resources(run, memory, str(where), reason)
 
 
@@ -186,6 +197,11 @@ class Limits:
 
     threads: int | None = None
     max_memory: str | int | None = None
+
+    @classmethod
+    def of(cls, asked: Workers) -> Limits:
+        """What the options of a command allow."""
+        return cls(asked.threads, asked.max_memory)
 
     def plan(self, needs: Iterable[int], *, kept: int = 0, hint: str = "") -> MemoryPlan:
         """Decide the workers of a command that takes one module after the other, on the CPU.
@@ -238,11 +254,6 @@ def run_id(plan: Plan, device: str) -> str:
 
     build = (plan.plan_id(), __version__, torch_build(), device.partition(":")[0])
     return hashlib.sha256(json.dumps(build, sort_keys=True).encode()).hexdigest()
-
-
-def option_values(**options: Any) -> dict[str, Any]:
-    """Options that change bytes, without those at their default (None, False, empty)."""
-    return {k: v for k, v in options.items() if v not in (None, False, (), [], "auto")}
 
 
 def recorded_name(path: Path) -> str:

@@ -11,12 +11,13 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from loratool.adapter import Adapter, AdapterFiles, ReadOptions
+from loratool.adapter import Adapter, AdapterFiles
 from loratool.dialects import detect as looks
 from loratool.dialects.base import Candidate, Dialect, examine
 from loratool.dialects.peft import unmergeable_reason
 from loratool.dialects.peft_new import task_type_of
 from loratool.errors import MismatchError, UsageError
+from loratool.options.groups import Read
 from loratool.store.header import MAX_HEADER_BYTES
 
 __all__ = [
@@ -62,7 +63,7 @@ BY_NAME: dict[str, Dialect] = {row.name: row for row in DIALECTS}
 
 
 def open_adapter(
-    path: Path, options: ReadOptions | None = None, *, max_header: int = MAX_HEADER_BYTES
+    path: Path, options: Read | None = None, *, max_header: int = MAX_HEADER_BYTES
 ) -> Adapter:
     """Read an adapter into the neutral form: headers and configuration, no tensor bytes.
 
@@ -90,7 +91,7 @@ def open_adapter(
             "LT-401", f"{kind} files are not supported yet", file=path, got=row.name,
             expected=", ".join(d.title for d in DIALECTS if d.read and d.write), hint=row.hint,
         )  # fmt: skip
-    return row.reader()(candidate, options or ReadOptions())
+    return row.reader()(candidate, options or Read())
 
 
 def detect(candidate: Candidate) -> Dialect:

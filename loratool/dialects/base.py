@@ -11,8 +11,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol, cast
 
-from loratool.adapter import Adapter, AdapterFiles, ReadOptions
+from loratool.adapter import Adapter, AdapterFiles
 from loratool.errors import BadFileError, UnsafeContentError, list_some
+from loratool.options.groups import Read
 from loratool.store.contained import list_folder, open_inside
 from loratool.store.foreign import PICKLE_HINT
 from loratool.store.header import MAX_HEADER_BYTES, Header, read_header
@@ -34,7 +35,7 @@ _GGUF_HEAD = 65_536  # bytes; the metadata that tell an adapter from a model com
 class Reader(Protocol):
     """Reads an adapter in one dialect."""
 
-    def __call__(self, candidate: Candidate, options: ReadOptions) -> Adapter:
+    def __call__(self, candidate: Candidate, options: Read) -> Adapter:
         """The adapter in neutral form."""
 
 

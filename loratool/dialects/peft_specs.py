@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from loratool.adapter import DeltaSpec, ReadOptions, TensorRef
+from loratool.adapter import DeltaSpec, TensorRef
 from loratool.dialects.peft_checks import (
     check_bias,
     check_diag,
@@ -18,6 +18,7 @@ from loratool.dialects.peft_config import MAX_RANK, PeftConfig
 from loratool.dialects.peft_experts import Parameter, find_parameters
 from loratool.dialects.peft_version import applies_mha_output_twice
 from loratool.errors import BadFileError, MismatchError
+from loratool.options.groups import Read
 
 _MHA_OUT = ".base_layer.out_proj"
 
@@ -35,7 +36,7 @@ class SpecReader:
     """
 
     config: PeftConfig
-    options: ReadOptions
+    options: Read
     modules: Mapping[str, Mapping[str, TensorRef]]
     notes: list[str] = field(default_factory=list)
     unused: list[TensorRef] = field(default_factory=list)
