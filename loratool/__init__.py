@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _EXPORTS = {
+    "combine": "loratool.api",
     "compare": "loratool.api",
     "compress": "loratool.api",
     "convert": "loratool.api",
@@ -32,6 +33,7 @@ _EXPORTS = {
 __all__ = [
     "LoratoolError",
     "__version__",
+    "combine",
     "compare",
     "compress",
     "convert",
@@ -50,6 +52,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from loratool.api.combine import combine
     from loratool.api.compare import compare
     from loratool.api.compress import compress
     from loratool.api.convert import convert

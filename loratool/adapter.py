@@ -15,7 +15,6 @@ from typing import Any
 
 from loratool import kinds
 from loratool.dtypes import numel, tensor_bytes
-from loratool.errors import UsageError
 from loratool.kinds import Kind
 from loratool.location import Location, path_of
 
@@ -334,32 +333,6 @@ class Adapter:
     def label(self) -> str:
         """Short name for tables: the last part of the path."""
         return self.path.name or str(self.path)
-
-
-@dataclass(frozen=True)
-class ReadOptions:
-    """What a user may say about an adapter that its files do not.
-
-    Attributes:
-        alpha: lora_alpha for files without a configuration.
-        rank_from: ``file`` or ``config`` where they contradict; None = refuse.
-        mha_out_proj: ``once`` or ``twice``; None = what the trained model computed.
-        moe_layout: ``eoi`` (parameter stored (E, out, in)) or ``eio``; None = by shape, then
-            by PEFT version.
-        experts_b_order: packing of the experts axis of lora_B, ``rank-major`` or
-            ``expert-major``; None = as the configuration says, then rank-major.
-    """
-
-    alpha: float | None = None
-    rank_from: str | None = None
-    mha_out_proj: str | None = None
-    moe_layout: str | None = None
-    experts_b_order: str | None = None
-
-    def __post_init__(self) -> None:
-        if self.alpha is not None and not abs(self.alpha) <= MAX_ALPHA:
-            raise UsageError("LT-271", "alpha out of range", got=self.alpha,
-                             expected=f"a number of at most {MAX_ALPHA:g}")  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 Every function returns the report that ``--json`` prints.
 """
 
+from loratool.api.combine import combine
 from loratool.api.compare import compare
 from loratool.api.compress import compress
 from loratool.api.convert import convert
@@ -18,6 +19,7 @@ from loratool.api.subtract import subtract, swap
 from loratool.api.verify import verify
 
 __all__ = [
+    "combine",
     "compare",
     "compress",
     "convert",

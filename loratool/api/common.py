@@ -15,14 +15,18 @@ from loratool import __version__
 from loratool.dtypes import BY_WORD
 from loratool.engine.rows import op_of, result_bytes, step_bytes
 from loratool.errors import UsageError, redact
+from loratool.ops.inputs import Access
 from loratool.ops.memory import MemoryPlan, plan_memory, plan_modules
+from loratool.options import groups as options
+from loratool.options.groups import Run, Workers
 from loratool.report.chart import check_chart
 from loratool.store.header import HARD_HEADER_BYTES, MAX_HEADER_BYTES
 from loratool.store.new_file import check_new_files
 from loratool.store.rules import FileRules
 
 if TYPE_CHECKING:
-    from loratool.engine.run import Progress, RunOptions
+    from loratool.engine.run import RunOptions
+    from loratool.options.merging import Merge
     from loratool.plan import Plan
     from loratool.store.source import Resolved
 
@@ -65,6 +69,16 @@ def file_rules(max_header: str | int | None, allow_pickle: bool) -> FileRules:
             got=size,
         )  # fmt: skip
     return FileRules(MAX_HEADER_BYTES if size is None else size, allow_pickle)
+
+
+def access_of(asked: options.Access, *, in_place: bool = False) -> Access:
+    """How sources may be reached, from a command's options.
+
+    Raises:
+        UsageError: LT-213, LT-290, a header size that cannot be meant.
+    """
+    rules = file_rules(asked.max_header, asked.allow_pickle)
+    return Access(asked.offline, asked.yes, rules, in_place=in_place)
 
 
 def check_files(csv: str | Path | None, plot: str | Path | None) -> None:
@@ -118,22 +132,20 @@ def rounding_args(exact: bool, rounding: str, seed: int | None) -> dict[str, Any
     return {"rounding": "exact"} if exact else {}
 
 
-def codes_option(dequantize: bool, requant: bool, *, dtype: str, rounding: str, exact: bool) -> str:
-    """What becomes of quantised weights: ``dequantize``, ``requant`` or "".
+def check_codes(asked: Merge) -> None:
+    """Refuse options that contradict ``--requant``.
 
     Raises:
-        UsageError: LT-273, options that contradict each other.
+        UsageError: LT-273.
     """
-    if not requant:
-        return "dequantize" if dequantize else ""
     others = {
-        "--dequantize": dequantize, "--dtype": dtype != "auto", "--exact": exact,
-        "--rounding stochastic": rounding == "stochastic",
+        "--dequantize": asked.dequantize, "--dtype": asked.dtype != "auto", "--exact": asked.exact,
+        "--rounding stochastic": asked.rounding == "stochastic",
     }  # fmt: skip
-    if odd := [name for name, is_given in others.items() if is_given]:
+    odd = [name for name, is_given in others.items() if is_given]
+    if asked.requant and odd:
         raise UsageError("LT-273", "--requant writes the base's own codes, nearest to each sum",
                          got=" and ".join(odd))  # fmt: skip
-    return "requant"
 
 
 @dataclass(frozen=True)
@@ -155,13 +167,10 @@ class Resources:
 
 def plan_resources(
     plan: Plan,
+    asked: Run,
     *,
-    device: str,
-    threads: int | None,
-    max_memory: str | int | None,
-    chunk_bytes: int | None,
-    sample: bool,
-    progress: Progress | None,
+    sample: bool = False,
+    chunk_bytes: int | None = None,
     block_elements: int | None = None,
     allow_nonfinite: bool = False,
     executor: str = "threads",
@@ -172,13 +181,13 @@ def plan_resources(
         UsageError: no such device, or a nonsensical number of threads.
         DiskError: more memory would be needed than there is.
     """
-    limits = Limits(threads, max_memory, executor)
+    limits = Limits.of(asked, executor)
     limits.check_torch()
     from loratool.engine.device import resolve_device
     from loratool.engine.run import RunOptions
 
     factors = any(op_of(step).is_arithmetic for step in plan.steps)
-    where, reason = resolve_device(device, is_arithmetic=factors)
+    where, reason = resolve_device(asked.device, is_arithmetic=factors)
     if where.type == "cuda" and factors:
         chunk_bytes = chunk_bytes or _CUDA_FACTORING_CHUNK
         block_elements = block_elements or _CUDA_FACTORING_CHUNK // 2
@@ -191,7 +200,7 @@ def plan_resources(
         executor=executor,
     )
     run = RunOptions(
-        where, memory.threads, memory.chunk_bytes, sample, progress, block_elements,
+        where, memory.threads, memory.chunk_bytes, sample, asked.progress, block_elements,
         allow_nonfinite, executor,
     )  # fmt: skip
     return Resources(run, memory, str(where), reason)
@@ -210,6 +219,11 @@ class Limits:
     threads: int | None = None
     max_memory: str | int | None = None
     executor: str = "threads"
+
+    @classmethod
+    def of(cls, asked: Workers, executor: str = "threads") -> Limits:
+        """What the options of a command allow."""
+        return cls(asked.threads, asked.max_memory, executor)
 
     def plan(self, needs: Iterable[int], *, kept: int = 0, hint: str = "") -> MemoryPlan:
         """Decide the workers of a command that takes one module after the other, on the CPU.
@@ -290,11 +304,6 @@ def run_id(plan: Plan, device: str) -> str:
 
     build = (plan.plan_id(), __version__, torch_build(), device.partition(":")[0])
     return hashlib.sha256(json.dumps(build, sort_keys=True).encode()).hexdigest()
-
-
-def option_values(**options: Any) -> dict[str, Any]:
-    """Options that change bytes, without those at their default (None, False, empty)."""
-    return {k: v for k, v in options.items() if v not in (None, False, (), [], "auto", "")}
 
 
 def recorded_name(path: Path) -> str:

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loratool.adapter import Adapter, ReadOptions
-from loratool.api.common import Limits, check_files, file_rules
+from loratool.adapter import Adapter
+from loratool.api.common import Limits, access_of, check_files
 from loratool.dtypes import DTYPES
 from loratool.errors import UsageError
 from loratool.ops.compare import (
@@ -23,7 +23,10 @@ from loratool.ops.compare import (
     plan_compare,
 )
 from loratool.ops.consent import agree_to_read
-from loratool.ops.inputs import Access, open_one
+from loratool.ops.inputs import open_one
+from loratool.options.calls import takes
+from loratool.options.groups import Read
+from loratool.options.looking import Compare
 from loratool.report import ComparedModule, CompareReport
 from loratool.store.new_file import write_new_file
 
@@ -38,69 +41,46 @@ _MOST_ROUNDING = 0.01
 _COMPUTED = 1e-6  # what ‖ΔW − ΔW‖ may come out as, of factors in float64
 
 
-def compare(
-    adapters: Sequence[str | Path],
-    *,
-    plot: str | Path | None = None,
-    csv: str | Path | None = None,
-    alpha: float | None = None,
-    threads: int | None = None,
-    max_memory: str | int | None = None,
-    offline: bool = False,
-    yes: bool = False,
-    max_header: str | int | None = None,
-    allow_pickle: bool = False,
-) -> CompareReport:
+@takes(Compare)
+def compare(asked: Compare) -> CompareReport:
     """Compare what adapters change: two in detail, more as a matrix of cosines.
 
     Everything is computed from the factors in float64; ΔW is never formed.  Only signs and the
     overlap of the largest elements need elements: whole rows, sampled evenly in large modules.
 
-    Args:
-        adapters: two or more paths or Hub references.
-        plot: a ``.png``, ``.svg`` or ``.pdf`` to draw (needs ``pip install loratool[plot]``).
-        csv: a table to write: a row per module, or the matrix.
-        alpha: lora_alpha for files without a configuration.
-        threads: workers; None = twice the cores, at most 8.
-        max_memory: limit for the planned peak, such as ``"2GB"``; None = what is free.
-        offline: never touch the network.
-        yes: agree to read more than 100 MB of factors from the Hub.
-        max_header: largest safetensors header accepted, such as ``"64MB"``.
-        allow_pickle: convert pickles first, in a locked process.
-
     Raises:
         LoratoolError: see ``docs/errors.md``.
 
     Example:
-        >>> compare(["style", "other"]).matrix[0][1]  # doctest: +SKIP
-        0.031
+        >>> round(lt.compare(["style", "sql"]).matrix[0][1], 3)
+        0.0
     """
     started = time.monotonic()
-    if len(adapters) < 2:
+    if len(asked.adapters) < 2:
         raise UsageError(
-            "LT-284", "compare takes two adapters or more", got=" ".join(map(str, adapters)),
+            "LT-284", "compare takes two adapters or more", got=" ".join(map(str, asked.adapters)),
             hint="loratool inspect looks at one",
         )  # fmt: skip
-    check_files(csv, plot)
-    access = Access(offline, yes, file_rules(max_header, allow_pickle), in_place=True)
-    read = ReadOptions(alpha)
-    found = [open_one(str(text), read=read, access=access) for text in adapters]
+    check_files(asked.csv, asked.plot)
+    access = access_of(asked, in_place=True)
+    read = asked.take(Read)
+    found = [open_one(str(text), read=read, access=access) for text in asked.adapters]
     opened = [adapter for _, adapter in found]
     labels = _labels([resolved.label for resolved, _ in found])
     aligned = align(opened)
     plan = plan_compare(aligned, in_detail=len(opened) == 2)
-    run = Limits(threads, max_memory).run(plan)
+    run = Limits.of(asked).run(plan)
     from loratool.engine.reads import factor_ranges
     from loratool.engine.run import execute
     from loratool.store.reader import FileReader
 
-    agree_to_read((r for a in opened for r in factor_ranges(a.specs)), yes=yes)
+    agree_to_read((r for a in opened for r in factor_ranges(a.specs)), yes=asked.yes)
     with FileReader() as reader:
         results = execute(plan, reader, None, run)
         reader.check_unchanged()
     report_on = _compare_two if len(opened) == 2 else _compare_many
     report = report_on(opened, labels, aligned, results, started)
-    return _with_files(report, plot, csv)
+    return _with_files(report, asked.plot, asked.csv)
 
 
 def _compare_two(

@@ -2,109 +2,43 @@
 
 from __future__ import annotations
 
-import math
-import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loratool.adapter import Adapter, AdapterFiles, ReadOptions
-from loratool.api.common import (
-    Limits,
-    Resources,
-    content_label,
-    file_rules,
-    option_values,
-    parse_size,
-    plan_resources,
-)
+from loratool.adapter import Adapter
+from loratool.api.common import Limits, Resources, content_label, parse_size, plan_resources
 from loratool.api.compress_ranks import choose_ranks
+from loratool.api.compress_report import CompressJob, Made, compressed
 from loratool.api.detach import Detached, detach
-from loratool.api.fitting import check_files, fit_for
-from loratool.dialects import open_adapter, write_adapter_files
-from loratool.dialects.programs import Program, find_program, judge_loads
-from loratool.dialects.rules import is_folder
-from loratool.errors import UsageError
-from loratool.ops.batch import is_batch, many_outputs, name_of, place_outputs
+from loratool.api.session import Session, run_plan
+from loratool.dialects import write_adapter_files
 from loratool.ops.compress import CompressPlan, names_of, plan_compress, rebuild
 from loratool.ops.compress_options import rank_rule
 from loratool.ops.detach import plan_detach
-from loratool.ops.fitting import check_fit
 from loratool.ops.input_notes import unused_warnings
-from loratool.ops.inputs import Access, OpenedBase, guard_output, open_base, open_one
+from loratool.ops.inputs import OpenedBase, open_base
 from loratool.ops.weights import Weight
-from loratool.report import (
-    CompressedAdapter,
-    CompressedModule,
-    CompressReport,
-    energy_and_error,
-)
+from loratool.options.calls import takes
+from loratool.options.groups import Progress, Run
+from loratool.options.shaping import Compress
+from loratool.options.words import recorded
+from loratool.report import CompressedAdapter, CompressReport
 from loratool.store.adapter_writer import file_bytes
-from loratool.store.provenance import adapter_id, checkpoint_id, provenance_of
-from loratool.store.source import Resolved
-from loratool.store.writer import check_output
+from loratool.store.provenance import checkpoint_id
 
 if TYPE_CHECKING:
     from loratool.engine.compressing import Factored
-    from loratool.engine.run import Progress
 
 
-def compress(
-    adapters: str | Path | Sequence[str | Path],
-    *,
-    output: str | Path,
-    rank: int | str | None = None,
-    base: str | Path | None = None,
-    energy: float | None = None,
-    error: float | None = None,
-    size: str | int | None = None,
-    sv_ratio: float | None = None,
-    max_rank: int | None = None,
-    program: str | None = None,
-    threads: int | None = None,
-    max_memory: str | int | None = None,
-    force: bool = False,
-    dry_run: bool = False,
-    offline: bool = False,
-    yes: bool = False,
-    provenance: bool = True,
-    max_header: str | int | None = None,
-    allow_pickle: bool = False,
-    read: ReadOptions | None = None,
-    progress: Progress | None = None,
-) -> CompressReport:
+@takes(Compress)
+def compress(asked: Compress) -> CompressReport:
     """Truncate the SVD of every delta of one or more adapters; ΔW is never formed.
 
     Changes that depend on the base are compressed with it: PiSSA and its kin become LoRA, DoRA
     stays DoRA, its rows' lengths set anew.  Criteria combine: the smallest rank wins.  A module
     never gets larger: where fewer ranks would not save bytes its factors are copied.
-
-    Args:
-        adapters: one, or several that keep their names inside of ``output``.
-        output: folder to create; for several adapters the folder that holds theirs.
-        rank: of every module; ``auto``: what a merge into ``base`` can resolve.
-        base: checkpoint for ``auto``, where singular values below the rounding noise of a merge
-            go, and for changes that depend on it.
-        energy: least rank that keeps this share of Σσ², per module.
-        error: least rank with at most this relative error, per module.
-        size: whole tensor file at most, in bytes or as ``20MB``, spent where it keeps most.
-        sv_ratio: keep σ ≥ σ₁ / sv_ratio, per module.
-        max_rank: cap for all criteria.
-        program: ``peft``, ``vllm`` or ``llama.cpp``: written as that program loads it, with one
-            rank and one α/r; None = as it is.
-        threads: workers; None = twice the cores, at most 8.
-        max_memory: limit for the planned peak.
-        force: replace earlier loratool outputs.
-        dry_run: compute everything, write nothing.
-        offline: never touch the network.
-        yes: agree to large downloads.
-        provenance: record inputs and options in the output.
-        max_header: largest safetensors header accepted, such as ``"64MB"``.
-        allow_pickle: convert pickles first, in a locked process.
-        read: what the files do not say.
-        progress: called with (bytes done, bytes in all).
 
     Returns:
         Ranks, energy and error per module and in all, as stored.
@@ -113,53 +47,43 @@ def compress(
         LoratoolError: see ``docs/errors.md``.
 
     Example:
-        >>> lt.compress("r64", output="r16", energy=0.99, max_rank=16)  # doctest: +SKIP
+        >>> lt.compress("style", output="small", energy=0.99, max_rank=4).adapters[0].bytes_after
+        31632
     """
-    started = time.monotonic()
-    limit = parse_size(size)
+    limit = parse_size(asked.size)
     rule = rank_rule(
-        rank=rank,
-        energy=energy,
-        error=error,
-        sv_ratio=sv_ratio,
-        max_rank=max_rank,
-        size=limit,
-        has_base=base is not None,
-    )
-    target = None if program is None else find_program(program)
-    options = option_values(**rule, size=limit, rank_auto=rank == "auto", **{"for": program})
-    read = read or ReadOptions()
-    access = Access(offline, yes, file_rules(max_header, allow_pickle))
-    texts = [str(a) for a in ([adapters] if isinstance(adapters, (str, Path)) else adapters)]
-    if not texts:
-        raise UsageError("LT-221", "no adapter given")
-    with nullcontext() if dry_run else many_outputs(output, len(texts)):
-        limits = Limits(threads, max_memory)
-        jobs = _open(texts, base, output, read, access, force, target, limits)
-        if base is not None and rank == "auto":
-            jobs = _cap_all(jobs, base, read, access, threads, max_memory)
-        if (len(jobs) > 1 or is_batch(output)) and not dry_run:
-            Path(output).mkdir(exist_ok=True)
-        advance = _advance_of(jobs, progress)
+        rank=asked.rank, energy=asked.energy, error=asked.error, sv_ratio=asked.sv_ratio,
+        max_rank=asked.max_rank, size=limit, has_base=asked.base is not None,
+    )  # fmt: skip
+    session = Session.begin("compress", asked)
+    is_auto = asked.rank == "auto"
+    options = recorded(asked, **{"rank": None, **rule, "size": limit})
+    options |= {"rank_auto": True} if is_auto else {}
+    given = asked.adapters
+    texts = [str(a) for a in ([given] if isinstance(given, (str, Path)) else given)]
+    with session.outputs(len(texts)):
+        jobs = _open(session, texts, asked.base)
+        if asked.base is not None and is_auto:
+            jobs = _cap_all(session, jobs, asked.base)
+        session.make_folder(len(jobs))
+        advance = _advance_of(jobs, asked.progress)
         reports: list[CompressedAdapter] = []
         warnings: list[str] = []
         for job in jobs:
-            resources = plan_resources(
-                job.plan.steps("factor", [{"rule": rule}] * len(job.plan.specs)), device="cpu",
-                threads=threads, max_memory=max_memory, chunk_bytes=None, sample=False,
-                progress=None,
-            )  # fmt: skip
-            made = _within(job, rule, limit, resources, advance, target, limits)
+            plan = job.plan.steps("factor", [{"rule": rule}] * len(job.plan.specs))
+            resources = plan_resources(plan, asked.take(Run, progress=None))
+            made = _within(job, _Cut(session, rule, limit, resources, advance))
+            written = made.adapter
+            if not asked.dry_run:
+                record = session.record(options, job.inputs())
+                _, written = session.put(made.files, job.target, record, job.source.extras)
             warnings += made.warnings
-            if not dry_run:
-                _write(job, made.files, _record(job, options) if provenance else {}, force)
-            reports.append(_report(job, made, dry_run))
-    warnings += [f"{j.resolved.label}: {w}" for j in jobs for w in unused_warnings(j.source)]
-    seconds = time.monotonic() - started
-    return CompressReport(tuple(reports), options, seconds, dry_run, tuple(warnings))
+            reports.append(compressed(job, made, written))
+    warnings += [f"{j.one.resolved.label}: {w}" for j in jobs for w in unused_warnings(j.source)]
+    return CompressReport(tuple(reports), options, session.seconds, asked.dry_run, tuple(warnings))
 
 
-def _advance_of(jobs: Sequence[_Job], progress: Progress | None) -> Callable[[int], None]:
+def _advance_of(jobs: Sequence[CompressJob], progress: Progress | None) -> Callable[[int], None]:
     """Counts the bytes of finished adapters."""
     total = sum(s.nbytes for j in jobs for spec in j.plan.specs for s in spec.fields.values())
     done = 0
@@ -173,78 +97,43 @@ def _advance_of(jobs: Sequence[_Job], progress: Progress | None) -> Callable[[in
     return advance
 
 
-def _record(job: _Job, options: Mapping[str, Any]) -> dict[str, Any]:
-    inputs = {content_label(job.resolved, job.base): adapter_id(job.source)}
-    if job.detached is not None and not job.base:
-        inputs |= job.detached.record(inputs)
-    return provenance_of("compress", options=options, inputs={**inputs, **job.base})
-
-
 @dataclass(frozen=True)
-class _Job:
-    """One adapter on its way."""
+class _Cut:
+    """How far every adapter is cut, and with what.
 
-    resolved: Resolved
-    source: Adapter
-    plan: CompressPlan
-    target: Path
-    detached: Detached | None = None
-    caps: Sequence[int | None] | None = None
-    """Noise rank of each spec, None where it has none; None without ``--rank auto``."""
-    base: Mapping[str, Any] = field(default_factory=dict)
-    """The base of ``--rank auto`` by name and content, as provenance records it."""
+    Attributes:
+        session: of the command.
+        rule: fields of a `RankRule`.
+        limit: bytes of the weights file at most.
+        resources: for the plan.
+        advance: called with the bytes of finished adapters.
+    """
 
-    @property
-    def original(self) -> AdapterFiles:
-        """The input as it would be written again."""
-        return write_adapter_files(self.source)
-
-
-@dataclass(frozen=True)
-class _Made:
-    """What became of one adapter."""
-
-    files: AdapterFiles
-    results: Sequence[Factored]
-    adapter: Adapter
-    dropped: Sequence[str]
-    is_unchanged: bool
-    notes: tuple[str, ...] = ()
-    warnings: tuple[str, ...] = ()
+    session: Session
+    rule: dict[str, Any]
+    limit: int | None
+    resources: Resources
+    advance: Callable[[int], None]
 
 
-def _open(
-    texts: Sequence[str],
-    base: str | Path | None,
-    output: str | Path,
-    read: ReadOptions,
-    access: Access,
-    force: bool,
-    program: Program | None,
-    limits: Limits,
-) -> list[_Job]:
+def _open(session: Session, texts: Sequence[str], base: str | Path | None) -> list[CompressJob]:
     """Open every input and check every output before any work is done."""
-    found = [open_one(text, read=read, access=access) for text in texts]
-    names, dialects = [name_of(one) for one, _ in found], [a.dialect for _, a in found]
-    targets = place_outputs(names, output, dialects)
-    for (_, adapter), target in zip(found, targets, strict=True):
-        guard_output(target, [base, *(one.named for one, _ in found)])
-        if target == Path(output) or target.parent.exists():
-            check_output(target, is_folder=is_folder(adapter.dialect), force=force)
-        if program is not None:
-            check_fit(adapter, program)
+    found = session.open(texts, base)
+    for one in found:
+        session.check_place(one)
+        session.check(one)
     opened = None
-    if base is not None and not all(s.is_additive for _, a in found for s in a.specs):
-        opened = open_base(str(base), [a for _, a in found], access)
-    jobs: list[_Job] = []
-    for (resolved, adapter), target in zip(found, targets, strict=True):
-        detached = None if opened is None else _detach(adapter, opened, limits)
-        plain = adapter if detached is None else detached.adapters[0][0]
+    if base is not None and not all(s.is_additive for o in found for s in o.adapter.specs):
+        opened = open_base(str(base), [o.adapter for o in found], session.access)
+    jobs: list[CompressJob] = []
+    for one in found:
+        detached = None if opened is None else _detach(one.adapter, opened, session.limits)
+        plain = one.adapter if detached is None else detached.adapters[0][0]
         plan = plan_compress(
-            plain, one_rank=program is not None, original=adapter,
+            plain, one_rank=session.program is not None, original=one.adapter,
             turned=frozenset() if detached is None else detached.plan.turned,
         )  # fmt: skip
-        jobs.append(_Job(resolved, adapter, plan, target, detached))
+        jobs.append(CompressJob(one, plan, detached))
     return jobs
 
 
@@ -255,39 +144,26 @@ def _detach(adapter: Adapter, base: OpenedBase, limits: Limits) -> Detached | No
     return detach(plan_detach([(adapter, Weight())], base.checkpoint), base, limits)
 
 
-def _cap_all(
-    jobs: Sequence[_Job],
-    base: str | Path,
-    read: ReadOptions,
-    access: Access,
-    threads: int | None,
-    max_memory: str | int | None,
-) -> list[_Job]:
+def _cap_all(session: Session, jobs: Sequence[CompressJob], base: str | Path) -> list[CompressJob]:
     """`_capped_by_noise` for every adapter, by one commit of the base that was named."""
-    capped: list[_Job] = []
+    capped: list[CompressJob] = []
     for job in jobs:
-        capped.append(_capped_by_noise(job, base, read, access, threads, max_memory))
+        capped.append(_capped_by_noise(session, job, base))
         name = capped[-1].base["base"]["name"]
         if name.startswith("hf://") and str(base) != "auto":
             base = name
     return capped
 
 
-def _capped_by_noise(
-    job: _Job,
-    base: str | Path,
-    read: ReadOptions,
-    access: Access,
-    threads: int | None,
-    max_memory: str | int | None,
-) -> _Job:
+def _capped_by_noise(session: Session, job: CompressJob, base: str | Path) -> CompressJob:
     """With what a merge into the base can resolve as the largest rank of each spec."""
     from loratool.api.look import look_at_base
 
+    limits = session.limits
+    run = Run(device="cpu", threads=limits.threads, max_memory=limits.max_memory)
     found, opened = look_at_base(
-        job.resolved.path, base, read=read, access=access, device="cpu", threads=threads,
-        max_memory=max_memory,
-    )  # fmt: skip
+        job.one.resolved.path, base, read=session.read, access=session.access, run=run
+    )
     ranks = {m.name: m.noise_rank for m in found.modules}
     known = [ranks.get(spec.name) for spec in job.plan.specs]
     label = content_label(opened.resolved, {})
@@ -297,95 +173,79 @@ def _capped_by_noise(
     )  # fmt: skip
 
 
-def _within(
-    job: _Job,
-    rule: dict[str, Any],
-    limit: int | None,
-    resources: Resources,
-    advance: Callable[[int], None],
-    program: Program | None,
-    limits: Limits,
-) -> _Made:
+def _within(job: CompressJob, cut: _Cut) -> Made:
     """New factors in the form of a program; zeros that fill up ranks count for the limit too."""
-    made = _compress(job, rule, limit, resources, advance, limits)
-    if program is None:
+    made = _compress(job, cut)
+    if cut.session.program is None:
         return made
-    made, budget = _fitted(job, made, program, limits), limit
+    made, budget, limit = _fitted(job, made, cut.session), cut.limit, cut.limit
     while limit is not None and budget is not None and (over := file_bytes(made.files) - limit) > 0:
         budget -= over
-        made = _compress(job, rule, budget, resources, lambda _: None, limits)
-        made = _fitted(job, made, program, limits)
+        made = _compress(job, replace(cut, limit=budget, advance=lambda _: None))
+        made = _fitted(job, made, cut.session)
     return made
 
 
-def _fitted(job: _Job, made: _Made, program: Program, limits: Limits) -> _Made:
-    fitted = fit_for(made.adapter, program, limits)
-    files = write_adapter_files(fitted.adapter, base_tensors=names_of(job.plan.adapter))
-    check_files(files, made.adapter, program)
+def _fitted(job: CompressJob, made: Made, session: Session) -> Made:
+    fitted, files = session.fit(made.adapter, base_tensors=names_of(job.plan.adapter))
     is_unchanged = made.is_unchanged and fitted.adapter is job.source
     return replace(made, files=files, adapter=fitted.adapter, is_unchanged=is_unchanged,
                    notes=fitted.notes, warnings=fitted.warnings)  # fmt: skip
 
 
-def _compress(
-    job: _Job,
-    rule: dict[str, Any],
-    limit: int | None,
-    resources: Resources,
-    advance: Callable[[int], None],
-    limits: Limits,
-) -> _Made:
+def _compress(job: CompressJob, cut: _Cut) -> Made:
     """New factors for every module, within the limit if there is one."""
     from loratool.engine.tying import tie_factors
 
-    plan = job.plan
-    dtypes = list(plan.dtypes)
-    original = job.original
-    before = file_bytes(original)
-    spectra = None
-    if plan.is_grouped or limit is not None:
-        spectra = _run(plan, "spectrum", [{}] * len(plan.specs), resources)
-    while True:
-        args = [plan.factor_args(i) | {"rule": rule, "dtype": d} for i, d in enumerate(dtypes)]
-        for i, cap in enumerate(job.caps or ()):
-            args[i]["cap"] = cap
-        if spectra is not None:
-            ranks = choose_ranks(plan, spectra, rule, limit, dtypes, job.caps)
-            for group in plan.groups:
-                for i in group.specs:
-                    args[i] |= {"rank": ranks[i], "is_free": len(group.specs) == 1}
-        results = _run(plan, "factor", args, resources)
-        if spectra is None and not any(r.rank for r in results):
-            spectra = _run(plan, "spectrum", [{}] * len(plan.specs), resources)
-            continue  # all are zero, and PEFT needs one module at least
-        widened = [i for i, r in enumerate(results) if r.is_widened and dtypes[i] != "F32"]
-        if limit is None or not widened:
-            break
-        for i in widened:  # their factors cost more: share the budget out again
-            dtypes[i] = "F32"
-    advance(sum(s.nbytes for spec in plan.specs for s in spec.fields.values()))
+    plan, original = job.plan, job.original
+    results = _factored(job, cut)
+    cut.advance(sum(s.nbytes for spec in plan.specs for s in spec.fields.values()))
     adapter, dropped = rebuild(plan, results)
     if adapter is plan.adapter:
-        return _Made(original, results, job.source, [], True)
+        return Made(original, results, job.source, [], True)
     adapter = tie_factors(adapter)
     if job.detached is not None:
-        adapter = job.detached.attach(adapter, limits)
+        adapter = job.detached.attach(adapter, cut.session.limits)
     files = write_adapter_files(adapter, base_tensors=names_of(plan.adapter))
-    if file_bytes(files) >= before:  # such as block-diagonal factors that had to be written out
-        return _Made(original, _copied(plan, results), job.source, [], True)
-    return _Made(files, results, adapter, dropped, False)
+    if file_bytes(files) >= file_bytes(original):  # block-diagonal factors, written out
+        return Made(original, _copied(plan, results), job.source, [], True)
+    return Made(files, results, adapter, dropped, False)
 
 
-def _run(
-    plan: CompressPlan, op: str, args: Sequence[dict[str, Any]], resources: Resources
-) -> list[Any]:
-    from loratool.engine.run import execute
-    from loratool.store.reader import FileReader
+def _factored(job: CompressJob, cut: _Cut) -> list[Factored]:
+    """A result per spec, at the ranks that rule and limit leave."""
+    plan, dtypes = job.plan, list(job.plan.dtypes)
+    every: list[dict[str, Any]] = [{}] * len(plan.specs)
+    spectra = None
+    if plan.is_grouped or cut.limit is not None:
+        spectra = run_plan(plan.steps("spectrum", every), cut.resources)
+    while True:
+        args = _args(job, cut, dtypes, spectra)
+        results: list[Factored] = run_plan(plan.steps("factor", args), cut.resources)
+        if spectra is None and not any(r.rank for r in results):
+            spectra = run_plan(plan.steps("spectrum", every), cut.resources)
+            continue  # all are zero, and PEFT needs one module at least
+        widened = [i for i, r in enumerate(results) if r.is_widened and dtypes[i] != "F32"]
+        if cut.limit is None or not widened:
+            return results
+        for i in widened:  # their factors cost more: share the budget out again
+            dtypes[i] = "F32"
 
-    with FileReader() as reader:
-        results = execute(plan.steps(op, args), reader, None, resources.run)
-        reader.check_unchanged()
-    return results
+
+def _args(
+    job: CompressJob, cut: _Cut, dtypes: Sequence[str], spectra: Sequence[Any] | None
+) -> list[dict[str, Any]]:
+    """Of the step that factors each spec."""
+    plan = job.plan
+    args = [plan.factor_args(i) | {"rule": cut.rule, "dtype": d} for i, d in enumerate(dtypes)]
+    for i, cap in enumerate(job.caps or ()):
+        args[i]["cap"] = cap
+    if spectra is not None:
+        ranks = choose_ranks(plan, spectra, cut.rule, cut.limit, dtypes, job.caps)
+        for group in plan.groups:
+            for i in group.specs:
+                args[i] |= {"rank": ranks[i], "is_free": len(group.specs) == 1}
+    return args
 
 
 def _copied(plan: CompressPlan, results: Sequence[Factored]) -> list[Factored]:
@@ -393,66 +253,3 @@ def _copied(plan: CompressPlan, results: Sequence[Factored]) -> list[Factored]:
         replace(r, rank=s.rank, kept_square=r.square, residual_square=0.0, factors=None)
         for s, r in zip(plan.specs, results, strict=True)
     ]
-
-
-def _write(job: _Job, files: AdapterFiles, record: dict[str, Any], force: bool) -> None:
-    """The adapter's files, with tokenizer and licence beside them."""
-    from loratool.store.adapter_writer import write_adapter
-
-    extras = job.source.extras
-    write_adapter(files, job.target, record=record, extras=extras, force=force)
-
-
-def _report(job: _Job, made: _Made, dry_run: bool) -> CompressedAdapter:
-    modules = tuple(
-        CompressedModule(
-            name=spec.name,
-            family=_family(spec.name, spec.layout),
-            rank_before=spec.product_rank,
-            rank=result.rank,
-            norm=math.sqrt(result.square),
-            captured_energy=result.kept_square / result.square if result.square else 1.0,
-            relative_error=math.sqrt(result.residual_square / result.square)
-            if result.square
-            else 0.0,
-            is_copied=result.factors is None and result.rank > 0,
-        )
-        for spec, result in zip(job.plan.specs, made.results, strict=True)
-    )
-    energy, error = energy_and_error(modules)
-    notes = list(job.source.notes)
-    if job.detached is not None and not made.is_unchanged:
-        notes += job.detached.plan.notes()
-    if job.caps is not None:
-        without = sum(cap is None for cap in job.caps)
-        notes.append(
-            "rank auto: singular values above the rounding noise of a merge into the base"
-            + (f"; {without} modules have no such rank" if without else "")
-        )
-    notes += made.notes
-    if job.resolved.note:
-        notes.insert(0, job.resolved.note)
-    if job.source.unclaimed and not made.is_unchanged:
-        notes.append(f"{len(job.source.unclaimed)} tensors that nothing uses are left out")
-    written = made.adapter if dry_run else open_adapter(job.target)
-    return CompressedAdapter(
-        source=job.resolved.label,
-        output=str(job.target),
-        modules=modules,
-        bytes_before=file_bytes(job.original),
-        bytes_after=file_bytes(made.files),
-        captured_energy=energy,
-        relative_error=error,
-        dropped=tuple(made.dropped),
-        widened=tuple(
-            s.name for s, r in zip(job.plan.specs, made.results, strict=True) if r.is_widened
-        ),
-        is_unchanged=made.is_unchanged,
-        loads_in=judge_loads(written),
-        notes=tuple(notes),
-    )
-
-
-def _family(name: str, layout: str) -> str:
-    parts = name.split(".")
-    return parts[-1] if layout == "experts" or len(parts) < 2 else parts[-2]

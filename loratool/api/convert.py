@@ -2,119 +2,76 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
-from loratool.adapter import Adapter, AdapterFiles, ReadOptions, TensorRef
-from loratool.api.common import Limits, content_label, file_rules, option_values
-from loratool.dialects import open_adapter, write_adapter_files
+from loratool.adapter import Adapter, AdapterFiles, TensorRef
+from loratool.api.common import Limits
+from loratool.api.session import Opened, Session, base_row
+from loratool.dialects import write_adapter_files
 from loratool.dialects.base import Dialect
 from loratool.dialects.programs import judge_loads
 from loratool.dialects.registry import writable
-from loratool.ops.batch import is_batch, many_outputs, name_of, place_outputs
 from loratool.ops.convert import ConvertPlan, fold_bytes, outline, plan_convert
 from loratool.ops.input_notes import unused_warnings
-from loratool.ops.inputs import Access, OpenedBase, guard_output, open_base, open_one
+from loratool.ops.inputs import OpenedBase, open_base
+from loratool.options.calls import takes
+from loratool.options.shaping import Convert
+from loratool.options.words import recorded
 from loratool.report import ConvertedAdapter, ConvertReport, share_of
-from loratool.store.adapter_writer import file_bytes, write_adapter
-from loratool.store.provenance import adapter_id, checkpoint_id, provenance_of
-from loratool.store.source import Resolved
-from loratool.store.writer import check_output
+from loratool.store.adapter_writer import file_bytes
 
 
 @dataclass(frozen=True)
 class _Job:
-    """One adapter with its plan and its place."""
+    """One adapter with its plan."""
 
-    text: str
-    resolved: Resolved
+    session: Session
+    one: Opened
     plan: ConvertPlan
-    target: Path
     row: Dialect
     base: OpenedBase | None
 
 
-def convert(
-    adapters: Sequence[str | Path],
-    *,
-    to: str,
-    output: str | Path,
-    base: str | Path | None = None,
-    skip: Sequence[str] = (),
-    alpha: float | None = None,
-    threads: int | None = None,
-    max_memory: str | int | None = None,
-    force: bool = False,
-    dry_run: bool = False,
-    offline: bool = False,
-    yes: bool = False,
-    provenance: bool = True,
-    max_header: str | int | None = None,
-    allow_pickle: bool = False,
-) -> ConvertReport:
+@takes(Convert)
+def convert(asked: Convert) -> ConvertReport:
     """Write adapters in another dialect.
 
     The bytes of factors are copied; only what the other dialect has no place for is computed (a
-    Tucker core goes into lora_A), and only that needs torch.  Flat names become those of the base,
-    or of Stable Diffusion, SDXL and FLUX where none is given.  What the dialect cannot hold is an
-    error unless ``skip`` leaves it out.
-
-    Args:
-        adapters: paths or Hub references.
-        to: a dialect, such as ``peft`` or ``kohya``.
-        output: folder or file to create; for several adapters the folder to put them into.
-        base: what the adapters were trained on: its tensors name flat modules.
-        skip: components (``te``) or regular expressions of modules to leave out.
-        alpha: lora_alpha for files without a configuration.
-        threads: workers; None = twice the cores, at most 8.
-        max_memory: limit for the planned peak, such as ``"2GB"``; None = what is free.
-        force: replace earlier loratool outputs.
-        dry_run: plan, write nothing.
-        offline: never touch the network.
-        yes: agree to large downloads.
-        provenance: record inputs and options in the output.
-        max_header: largest safetensors header accepted, such as ``"64MB"``.
-        allow_pickle: convert pickles first, in a locked process.
+    Tucker core goes into lora_A, a LoHa becomes a LoRA), and only that needs torch.  Flat names
+    become those of the base, or of Stable Diffusion, SDXL and FLUX where none is given.  What the
+    dialect cannot hold is an error unless ``skip`` leaves it out.
 
     Raises:
         LoratoolError: see ``docs/errors.md``.
 
     Example:
-        >>> convert(["a.safetensors"], to="peft", output="a").adapters[0].copied  # doctest: +SKIP
-        170
+        >>> lt.convert(["style"], to="kohya", output="style.safetensors").adapters[0].copied
+        28
     """
-    started = time.monotonic()
-    row = writable(to)
-    access = Access(offline, yes, file_rules(max_header, allow_pickle), in_place=dry_run)
-    read, texts = ReadOptions(alpha), [str(adapter) for adapter in adapters]
-    found = [open_one(text, read=read, access=access) for text in texts]
-    targets = place_outputs([name_of(r) for r, _ in found], output, [to] * len(found))
-    for target in targets:
-        guard_output(target, [base, *(resolved.named for resolved, _ in found)])
-    opened = None if base is None else open_base(str(base), [a for _, a in found], access)
-    checkpoint = None if opened is None else opened.checkpoint
+    row = writable(asked.to)
+    session = Session.begin("convert", asked, in_place=asked.dry_run)
+    found = session.open([str(text) for text in asked.adapters], asked.base, form=asked.to)
+    adapters = [one.adapter for one in found]
+    base = None if asked.base is None else open_base(str(asked.base), adapters, session.access)
+    checkpoint = None if base is None else base.checkpoint
     jobs = [
-        _Job(text, resolved, plan_convert(adapter, to, base=checkpoint, skip=skip), target, row,
-             opened)
-        for text, (resolved, adapter), target in zip(texts, found, targets, strict=True)
+        _Job(session, one, plan_convert(one.adapter, asked.to, base=checkpoint, skip=asked.skip),
+             row, base)
+        for one in found
     ]  # fmt: skip
-    limits = Limits(threads, max_memory)
     for job in jobs:
-        _workers(job.plan, limits)
-    if dry_run:
+        _workers(job.plan, session.limits)
+    if asked.dry_run:
         rows = [_row(job, _files(job, outline(job.plan)), 0.0) for job in jobs]
     else:
-        options = option_values(to=to, skip=list(skip)) if provenance else None
-        with many_outputs(output, len(jobs)):
-            if is_batch(output) or len(jobs) > 1:
-                Path(output).mkdir(exist_ok=True)
+        with session.outputs(len(jobs)):
+            session.make_folder(len(jobs))
             for job in jobs:
-                check_output(job.target, is_folder=row.is_folder, force=force)
-            rows = [_run(job, options, limits, force) for job in jobs]
-    return ConvertReport(str(output), to, tuple(rows), time.monotonic() - started, dry_run)
+                session.check_place(job.one)
+            rows = [_run(job, recorded(asked)) for job in jobs]
+    return ConvertReport(str(asked.output), asked.to, tuple(rows), session.seconds, asked.dry_run)
 
 
 def _workers(plan: ConvertPlan, limits: Limits) -> int:
@@ -123,20 +80,15 @@ def _workers(plan: ConvertPlan, limits: Limits) -> int:
     return limits.plan(needs, kept=sum(needs) // 2).threads if needs else 1
 
 
-def _run(
-    job: _Job, options: Mapping[str, Any] | None, limits: Limits, force: bool
-) -> ConvertedAdapter:
-    adapter, error = _computed(job.plan, limits)
+def _run(job: _Job, options: Mapping[str, Any]) -> ConvertedAdapter:
+    adapter, error = _computed(job.plan, job.session.limits)
     files = _files(job, adapter)
-    record: dict[str, Any] = {}
-    if options is not None:
-        inputs: dict[str, Any] = {content_label(job.resolved, {}): adapter_id(job.plan.source)}
-        if job.base is not None:
-            label = content_label(job.base.resolved, inputs)
-            inputs[label] = {"role": "base", "files": checkpoint_id(job.base.checkpoint)}
-        record = provenance_of("convert", options=options, inputs=inputs)
-    write_adapter(files, job.target, record=record, force=force, extras=adapter.extras)
-    return replace(_row(job, files, error), loads_in=judge_loads(open_adapter(job.target)))
+    inputs = job.one.inputs()
+    if job.base is not None:
+        inputs |= base_row(job.base, inputs)
+    record = job.session.record(options, inputs)
+    _, written = job.session.put(files, job.one.target, record, adapter.extras)
+    return replace(_row(job, files, error), loads_in=judge_loads(written))
 
 
 def _computed(plan: ConvertPlan, limits: Limits) -> tuple[Adapter, float]:
@@ -170,8 +122,8 @@ def _row(job: _Job, files: AdapterFiles, error: float) -> ConvertedAdapter:
     copied = sum(isinstance(source, TensorRef) for _, source in files.tensors)
     warnings = unused_warnings(plan.source)
     return ConvertedAdapter(
-        source=job.text,
-        output=str(job.target),
+        source=job.one.text,
+        output=str(job.one.target),
         dialect=plan.source.dialect,
         modules=len(plan.adapter.specs),
         copied=copied,

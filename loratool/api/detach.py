@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from loratool.adapter import Adapter, DeltaSpec
-from loratool.api.common import Limits, content_label
+from loratool.api.common import Limits
 from loratool.errors import NumericError
 from loratool.ops.detach import DetachPlan, Weighed
 from loratool.ops.inputs import OpenedBase
-from loratool.store.provenance import checkpoint_id
 
 if TYPE_CHECKING:
     import torch
@@ -51,11 +50,6 @@ class Detached:
             return with_magnitude(spec, self.gains.get(spec.name), self.plan.places[spec.name], env)
 
         return replace(adapter, specs=tuple(_map_specs(turn, adapter.specs, self.plan, limits)))
-
-    def record(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        """The base among the inputs of a provenance."""
-        label = content_label(self.base.resolved, inputs)
-        return {label: {"role": "base", "files": checkpoint_id(self.base.checkpoint)}}
 
 
 def detach(plan: DetachPlan, base: OpenedBase, limits: Limits) -> Detached:

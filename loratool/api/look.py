@@ -7,13 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from loratool.adapter import ReadOptions
 from loratool.api.common import plan_resources
-from loratool.api.merge_job import NameOptions, prepare_merge
+from loratool.api.merge_job import MergeRequest, prepare_merge
+from loratool.api.session import run_plan
 from loratool.dtypes import DTYPES
-from loratool.ops.bind import BindOptions
 from loratool.ops.consent import agree_to_read
 from loratool.ops.inputs import Access, OpenedBase
+from loratool.options.groups import Names, Read, Run
 from loratool.plan import DeltaPart, Plan
 from loratool.report.look import AdapterLook, Sums, combine
 
@@ -22,14 +22,7 @@ if TYPE_CHECKING:
 
 
 def look_at_base(
-    path: Path,
-    base: str | Path,
-    *,
-    read: ReadOptions,
-    access: Access,
-    device: str = "auto",
-    threads: int | None = None,
-    max_memory: str | int | None = None,
+    path: Path, base: str | Path, *, read: Read, access: Access, run: Run
 ) -> tuple[AdapterLook, OpenedBase]:
     """Measure every delta beside the weights it changes, reading these once, in blocks.
 
@@ -41,23 +34,11 @@ def look_at_base(
     """
     from loratool.engine.reads import factor_ranges
 
-    names = NameOptions(BindOptions(untie=True), read)  # each tensor beside its own change
-    job = prepare_merge(
-        [str(path)], base=base, weights=[1.0], mean=False, names=names,
-        access=access, dtype=None, shard_bytes=None, output=None, with_provenance=False,
-    )  # fmt: skip
+    names = read.take(Names, untie=True)  # each tensor beside its own change
+    job = prepare_merge(MergeRequest([str(path)], base, names, access, weights=[1.0]))
     plan = plan_look(job.merge.plan)
     agree_to_read(factor_ranges(job.adapters[0].adapter.specs), yes=access.yes)
-    resources = plan_resources(
-        plan, device=device, threads=threads, max_memory=max_memory, chunk_bytes=None,
-        sample=False, progress=None,
-    )  # fmt: skip
-    from loratool.engine.run import execute
-    from loratool.store.reader import FileReader
-
-    with FileReader() as reader:
-        results = execute(plan, reader, None, resources.run)
-        reader.check_unchanged()
+    results = run_plan(plan, plan_resources(plan, run))
     found = [one for looks in results for one in looks]
     order = {spec.name: i for i, spec in enumerate(job.adapters[0].adapter.specs)}
     ranks = {s.name: s.rank for s in job.adapters[0].adapter.specs}

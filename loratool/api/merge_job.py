@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loratool.adapter import ReadOptions, TensorRef
-from loratool.api.common import content_label, option_values
-from loratool.archs.ties import is_embedding
+from loratool.adapter import TensorRef
+from loratool.api.common import content_label
+from loratool.api.merge_sidecars import merge_sidecars, token_warnings
 from loratool.dtypes import DTYPES
 from loratool.errors import MismatchError, UsageError
-from loratool.ops.bind import BindOptions, bind
+from loratool.ops.bind import bind
 from loratool.ops.coded import Decoded, decode_base
 from loratool.ops.heads import take_heads
 from loratool.ops.inputs import (
@@ -26,11 +25,12 @@ from loratool.ops.inputs import (
     open_base,
 )
 from loratool.ops.merge import MergePlan, WeightedAdapter, plan_merge
-from loratool.ops.new_parts import add_parts
+from loratool.ops.new_parts import Extended, add_parts
 from loratool.ops.residual import patch_merge
 from loratool.ops.verify import merged_dtype
 from loratool.ops.weights import Rule, rules_json, unused_rules
-from loratool.plan import Plan
+from loratool.options.groups import Codes, Names
+from loratool.options.words import recorded
 from loratool.report import MergeReport
 from loratool.store.checkpoint import Checkpoint
 from loratool.store.provenance import adapter_id, checkpoint_id, provenance_of
@@ -39,22 +39,6 @@ from loratool.store.source import AdapterArgument
 if TYPE_CHECKING:
     from loratool.ops.residual import Residual
     from loratool.store.sidecar import Sidecar
-
-
-@dataclass(frozen=True)
-class NameOptions:
-    """How names, missing facts of adapters and codes of the base are understood.
-
-    Attributes:
-        bind: names.
-        read: what adapters do not say.
-        codes: what becomes of quantised weights: ``dequantize`` or ``requant``; "" = there are
-            none.
-    """
-
-    bind: BindOptions
-    read: ReadOptions
-    codes: str = ""
 
 
 @dataclass(frozen=True)
@@ -124,79 +108,63 @@ class MergeJob:
         }
 
 
-def prepare_merge(
-    texts: Sequence[str | Path | AdapterArgument],
-    *,
-    base: str | Path,
-    weights: Sequence[float] | None,
-    mean: bool,
-    names: NameOptions,
-    access: Access,
-    dtype: str | None,
-    shard_bytes: int | None,
-    output: Path | None,
-    with_provenance: bool,
-    rounding: Mapping[str, Any] | None = None,
-    operation: Operation | None = None,
-    residual: Residual | None = None,
-    checksum: bool = False,
-    module_weights: Sequence[Rule] = (),
-    like: Checkpoint | None = None,
-    tokenizer: str | None = None,
-) -> MergeJob:
-    """Open, bind and plan; nothing is written.
+@dataclass(frozen=True)
+class MergeRequest:
+    """What is to be merged, as `merge`, `verify` and others ask for it.
 
-    ``like`` is a finished merge: the plan then casts as it did, whatever ``dtype`` says.
-    ``module_weights`` multiply the changes of single modules.
-    ``tokenizer`` is ``base`` or ``adapter``: whose tokenizer and settings go along where they
-    differ; None = the adapter's.
-    ``residual`` turns the plan into one that gives a fine-tune back, bit for bit.
+    Attributes:
+        adapters: as typed, or already taken apart.
+        base: the checkpoint, or ``auto``.
+        names: how names and missing facts are understood.
+        access: how sources may be reached.
+        weights: coefficients in order; None = those in ``adapters``.
+        mean: divide by the number of adapters.
+        rules: weights of single modules.
+        dtype: safetensors name of the type to cast to; None keeps each type.
+        shard_bytes: largest shard; None keeps the base's shards.
+        output: final place; None = nothing is written.
+        with_provenance: record inputs and options.
+        rounding: how sums are formed and rounded.
+        operation: what the engine is used for.
+        residual: turns the plan into one that gives a fine-tune back, bit for bit.
+        checksum: record the sha256 of every base file too.
+        like: a finished merge; the plan casts as it did, whatever ``dtype`` says.
+        tokenizer: ``base`` or ``adapter``: whose tokenizer and settings go along; None = the
+            adapter's.
+        codes: what becomes of quantised weights.
     """
-    kind = operation or Operation()
-    opened = open_adapters(
-        texts, weights=weights, mean=mean, read=names.read, access=access, rules=module_weights
-    )
-    if kind.signs:
-        opened = [
-            replace(o, weight=o.weight.times(s)) for o, s in zip(opened, kind.signs, strict=True)
-        ]
-    opened_base = open_base(str(base), [o.adapter for o in opened], access)
-    decoded = Decoded(opened_base.checkpoint)
-    if names.codes:
-        decoded = decode_base(opened_base.checkpoint, keep=names.codes == "requant", dtype=dtype)
-        opened_base = replace(opened_base, checkpoint=decoded.checkpoint)
-    if output is not None:
-        _check_output_form(output, opened_base)
-        guard_output(output, [opened_base.resolved.named, *(a.resolved.named for a in opened)])
-        guard_output(output, _files(opened, opened_base))
-    kept = [o.weight.kept(o.adapter) for o in opened]
-    acting = [a for a, o in zip(kept, opened, strict=True) if o.weight.value]
-    headed = take_heads(acting, opened_base.checkpoint, names.bind.skip)
-    bound = tuple(
-        WeightedAdapter(adapter, o.weight, bind(adapter, headed.checkpoint, names.bind))
-        for o, adapter in zip(opened, kept, strict=True)
-    )
-    if kind.check is not None:
-        bound = kind.check(bound)
+
+    adapters: Sequence[str | Path | AdapterArgument]
+    base: str | Path
+    names: Names
+    access: Access
+    weights: Sequence[float] | None = None
+    mean: bool = False
+    rules: Sequence[Rule] = ()
+    dtype: str | None = None
+    shard_bytes: int | None = None
+    output: Path | None = None
+    with_provenance: bool = False
+    rounding: Mapping[str, Any] = field(default_factory=dict)
+    operation: Operation = field(default_factory=Operation)
+    residual: Residual | None = None
+    checksum: bool = False
+    like: Checkpoint | None = None
+    tokenizer: str | None = None
+    codes: Codes = field(default_factory=Codes)
+
+
+def prepare_merge(asked: MergeRequest) -> MergeJob:
+    """Open, bind and plan; nothing is written."""
+    opened, base = _open(asked)
+    decoded = _decoded(asked, base.checkpoint)
+    base = replace(base, checkpoint=decoded.checkpoint)
+    bound, headed = _bind(asked, opened, base)
     parts = add_parts(bound, _one_checkpoint(bound, headed.checkpoint))
-    checkpoint = parts.checkpoint
-    if like is not None:
-        dtype = merged_dtype(checkpoint, like)
-    options = {**_options(names, dtype, shard_bytes), **(rounding or {})}
-    if scaled := sorted({name for b in bound for name in b.bindings.scales}):
-        options["scaled"] = scaled
-    if module_weights:
-        options["module_weights"] = rules_json(module_weights)
-    record = provenance_of(
-        kind.name, options=options, inputs=_inputs(opened, opened_base, checksum)
-    )
-    metadata = None
-    if not opened_base.checkpoint.is_folder and with_provenance:
-        metadata = {"loratool": json.dumps(record)}
-    planned = plan_merge(
-        bound, checkpoint, dtype=dtype, shard_bytes=shard_bytes, file_metadata=metadata,
-        rounding=rounding,
-    )  # fmt: skip
+    if asked.like is not None:
+        asked = replace(asked, dtype=merged_dtype(parts.checkpoint, asked.like))
+    record = _record(asked, opened, base, bound)
+    planned = _plan(asked, bound, base, parts.checkpoint, record)
     planned = replace(
         planned,
         config_changes={
@@ -207,35 +175,106 @@ def prepare_merge(
         },
         notes=(*decoded.notes, *headed.notes, *parts.notes, *planned.notes),
     )
-    if residual is not None:
-        planned = patch_merge(planned, checkpoint, residual)
-    given = opened if not kind.signs else []  # what is taken out brings no tokenizer along
-    sidecars, notes = _sidecars(
-        given, bound if given else (), opened_base.checkpoint, planned, tokenizer
+    if asked.residual is not None:
+        planned = patch_merge(planned, parts.checkpoint, asked.residual)
+    given = [] if asked.operation.signs else opened  # what is taken out brings no tokenizer along
+    sidecars, notes = merge_sidecars(
+        given, bound if given else (), base.checkpoint, planned, asked.tokenizer
     )
-    plan = replace(planned.plan, options=options, inputs=record["inputs"])
-    if output is not None and not opened_base.checkpoint.is_folder:
-        shards = (replace(plan.shards[0], name=output.name),)
-        plan = replace(plan, shards=shards)
+    plan = replace(planned.plan, options=record["options"], inputs=record["inputs"])
+    if asked.output is not None and not base.checkpoint.is_folder:
+        plan = replace(plan, shards=(replace(plan.shards[0], name=asked.output.name),))
+    tokens = token_warnings(sidecars, plan) if asked.output else []
     job = MergeJob(
         tuple(opened),
-        opened_base,
-        checkpoint,
+        base,
+        parts.checkpoint,
         replace(planned, plan=plan),
         bound,
         tuple(sidecars),
-        (*notes, *unused_rules([o.adapter for o in opened], module_weights)),
-        record if with_provenance else {},
-        output,
-        kind,
-        warnings=(
-            *headed.warnings,
-            *parts.warnings,
-            *(_token_warnings(sidecars, plan) if output else ()),
-        ),
+        (*notes, *unused_rules([o.adapter for o in opened], asked.rules)),
+        record if asked.with_provenance else {},
+        asked.output,
+        asked.operation,
+        warnings=(*headed.warnings, *parts.warnings, *tokens),
         created=(*headed.created, *parts.created),
     )
-    return job if kind.replan is None else kind.replan(job)
+    replan = asked.operation.replan
+    return job if replan is None else replan(job)
+
+
+def _open(asked: MergeRequest) -> tuple[list[OpenedAdapter], OpenedBase]:
+    """Adapters with their signs, and the base, none of which the output lies in."""
+    opened = open_adapters(
+        asked.adapters, weights=asked.weights, mean=asked.mean, read=asked.names,
+        access=asked.access, rules=asked.rules,
+    )  # fmt: skip
+    if signs := asked.operation.signs:
+        opened = [replace(o, weight=o.weight.times(s)) for o, s in zip(opened, signs, strict=True)]
+    base = open_base(str(asked.base), [o.adapter for o in opened], asked.access)
+    if asked.output is not None:
+        _check_output_form(asked.output, base)
+        guard_output(asked.output, [base.resolved.named, *(a.resolved.named for a in opened)])
+        guard_output(asked.output, _files(opened, base))
+    return opened, base
+
+
+def _decoded(asked: MergeRequest, base: Checkpoint) -> Decoded:
+    """The base with its quantised weights as numbers, where that is asked for."""
+    if not (asked.codes.dequantize or asked.codes.requant):
+        return Decoded(base)
+    return decode_base(base, keep=asked.codes.requant, dtype=asked.dtype)
+
+
+def _bind(
+    asked: MergeRequest, opened: Sequence[OpenedAdapter], base: OpenedBase
+) -> tuple[tuple[WeightedAdapter, ...], Extended]:
+    """Adapters with their targets, and the base with the heads that they bring."""
+    kept = [o.weight.kept(o.adapter) for o in opened]
+    acting = [a for a, o in zip(kept, opened, strict=True) if o.weight.value]
+    headed = take_heads(acting, base.checkpoint, asked.names.skip)
+    bound = tuple(
+        WeightedAdapter(adapter, o.weight, bind(adapter, headed.checkpoint, asked.names))
+        for o, adapter in zip(opened, kept, strict=True)
+    )
+    check = asked.operation.check
+    return (bound if check is None else check(bound)), headed
+
+
+def _record(
+    asked: MergeRequest,
+    opened: Sequence[OpenedAdapter],
+    base: OpenedBase,
+    bound: Sequence[WeightedAdapter],
+) -> dict[str, Any]:
+    """The provenance of what is planned."""
+    form: dict[str, Any] = {"shard_bytes": asked.shard_bytes}
+    if asked.dtype is not None:
+        form = {"dtype": DTYPES[asked.dtype].word, **form}
+    options = {k: v for k, v in form.items() if v is not None}
+    options |= {**recorded(asked.names), **recorded(asked.codes), **asked.rounding}
+    if scaled := sorted({name for b in bound for name in b.bindings.scales}):
+        options["scaled"] = scaled
+    if asked.rules:
+        options["module_weights"] = rules_json(asked.rules)
+    inputs = _inputs(opened, base, asked.checksum)
+    return provenance_of(asked.operation.name, options=options, inputs=inputs)
+
+
+def _plan(
+    asked: MergeRequest,
+    bound: Sequence[WeightedAdapter],
+    base: OpenedBase,
+    checkpoint: Checkpoint,
+    record: Mapping[str, Any],
+) -> MergePlan:
+    metadata = None
+    if not base.checkpoint.is_folder and asked.with_provenance:
+        metadata = {"loratool": json.dumps(record)}
+    return plan_merge(
+        bound, checkpoint, dtype=asked.dtype, shard_bytes=asked.shard_bytes,
+        file_metadata=metadata, rounding=asked.rounding,
+    )  # fmt: skip
 
 
 def _files(opened: Sequence[OpenedAdapter], base: OpenedBase) -> list[Path]:
@@ -264,60 +303,6 @@ def _one_checkpoint(bound: Sequence[WeightedAdapter], base: Checkpoint) -> Check
     return virtual[0] if virtual else base
 
 
-def _sidecars(
-    opened: Sequence[OpenedAdapter],
-    bound: Sequence[WeightedAdapter],
-    base: Checkpoint,
-    planned: MergePlan,
-    tokenizer: str | None,
-) -> tuple[list[Sidecar], list[str]]:
-    from loratool.store.own_settings import Owner, settle_settings
-    from loratool.store.sidecar import plan_sidecars
-
-    if not base.is_folder:
-        return [], []
-    owners = [Owner(one.adapter.label, one.adapter.extras) for one in opened]
-    settle = partial(
-        settle_settings, owners=owners, whose=tokenizer, is_pipeline=bool(base.components)
-    )
-    files, notes = plan_sidecars(base, settle=settle, config_changes=planned.config_changes)
-    return [*files, *_value_heads(bound)], notes
-
-
-def _value_heads(bound: Sequence[WeightedAdapter]) -> list[Sidecar]:
-    """Weights that trainers look for in a file of their own, beside the model's."""
-    from loratool.store.sidecar import Sidecar
-    from loratool.store.stamps import stamp_of
-
-    found: dict[str, Sidecar] = {}
-    for one in bound:
-        for name, path in one.adapter.extras.items():
-            if not name.endswith(".safetensors") or name in one.bindings.skipped:
-                continue
-            if name in found:
-                raise MismatchError(
-                    "LT-426", "two adapters bring a file of the same name", file=one.adapter.path,
-                    key=name, got=str(found[name].source), hint=f"--skip {name} leaves both out",
-                )  # fmt: skip
-            found[name] = Sidecar(name, path, stamp_of(path), origin="adapter")
-    return list(found.values())
-
-
-def _token_warnings(sidecars: Sequence[Sidecar], plan: Plan) -> list[str]:
-    """Ids that the tokenizer may give and the embedding has no row for."""
-    from loratool.store.tokens import highest_id
-
-    rows = [s.output.shape[0] for s in plan.steps
-            if len(s.output.shape) == 2 and is_embedding(s.output.name)]  # fmt: skip
-    highest = highest_id({s.name: s.source for s in sidecars if s.source}) if rows else None
-    if highest is None or highest[0] < min(rows):
-        return []
-    return [
-        f"the tokenizer gives ids up to {highest[0]} ({highest[1]}), the embedding has "
-        f"{min(rows)} rows: such tokens cannot be used"
-    ]
-
-
 def _inputs(opened: Sequence[OpenedAdapter], base: OpenedBase, checksum: bool) -> dict[str, Any]:
     inputs: dict[str, Any] = {}
     for one in opened:
@@ -326,23 +311,3 @@ def _inputs(opened: Sequence[OpenedAdapter], base: OpenedBase, checksum: bool) -
     label = content_label(base.resolved, inputs)
     inputs[label] = {"role": "base", "files": checkpoint_id(base.checkpoint, full=checksum)}
     return inputs
-
-
-def _options(names: NameOptions, dtype: str | None, shard_bytes: int | None) -> dict[str, Any]:
-    b, r = names.bind, names.read
-    return option_values(
-        dtype=DTYPES[dtype].word if dtype else None,
-        shard_bytes=shard_bytes,
-        rename=list(b.rename),
-        skip=list(b.skip),
-        allow_unmatched=b.allow_unmatched,
-        untie=b.untie,
-        keep_tied=b.keep_tied,
-        resize_embeddings=b.resize_embeddings,
-        codes=names.codes,
-        alpha=r.alpha,
-        rank_from=r.rank_from,
-        mha_out_proj=r.mha_out_proj,
-        moe_layout=r.moe_layout,
-        experts_b_order=r.experts_b_order,
-    )

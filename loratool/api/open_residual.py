@@ -6,21 +6,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from loratool.api.merge_job import NameOptions
 from loratool.errors import UsageError
 from loratool.ops.inputs import OpenedAdapter
 from loratool.ops.residual import Residual, bind_options, check_adapter, read_residual
 from loratool.ops.weights import Weight
+from loratool.options.groups import Names
 from loratool.store.provenance import adapter_id
 
 
 def open_residual(
     path: str | Path,
     adapters: Sequence[str | Path],
-    names: NameOptions,
+    names: Names,
     dtype: str,
     rounding: str,
-) -> tuple[Residual, NameOptions]:
+) -> tuple[Residual, Names]:
     """The residual, and the names' options with what it needs of them.
 
     Raises:
@@ -34,7 +34,7 @@ def open_residual(
             hint="leave --dtype and --rounding out",
         )  # fmt: skip
     found = read_residual(Path(path))
-    return found, NameOptions(bind_options(names.bind, found.bind), names.read)
+    return found, bind_options(names, found.bind)
 
 
 def check_partner(residual: Residual, adapter: OpenedAdapter) -> None:

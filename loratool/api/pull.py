@@ -4,43 +4,27 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loratool.dialects.stated import base_of
 from loratool.errors import OutputError, list_some
+from loratool.options.calls import takes
+from loratool.options.hub import Pull
 from loratool.report.pull import PulledAdapter, PulledFile, PullReport
 
 if TYPE_CHECKING:
     from loratool.store.hub_listing import ListedFile, Listing
 
 
-def pull(
-    repo: str,
-    *,
-    output: str | Path | None = None,
-    everything: bool = False,
-    force: bool = False,
-    dry_run: bool = False,
-    offline: bool = False,
-    yes: bool = False,
-) -> PullReport:
+@takes(Pull)
+def pull(asked: Pull) -> PullReport:
     """Fetch adapters from the Hub; every file is checked against the Hub's listed hash.
 
     The adapter at the top of the repository; where there is none, all those in it, in the
     folders where they lie.
-
-    Args:
-        repo: ``owner/name[@revision]`` or ``hf://owner/name[@revision][/sub/path]``.
-        output: folder to create; None = the shared cache.
-        everything: all files, not only the adapter's.
-        force: replace an earlier output or an unchanged copy of the repository's files; a copy
-            that is up to date stays.
-        dry_run: list, fetch nothing.
-        offline: make no connection; the cache's own hashes are checked.
-        yes: consent to a download of more than 1 GB.
 
     Raises:
         UsageError: a large download without consent.
@@ -49,22 +33,45 @@ def pull(
     """
     from loratool.store import hub
     from loratool.store.hub_fetch import find_commit
-    from loratool.store.hub_files import all_adapters, nothing_there, other_adapters
+    from loratool.store.hub_files import all_adapters, other_adapters
     from loratool.store.hub_listing import list_cached
     from loratool.store.output_path import check_free, check_place
     from loratool.store.series import may_be_made
     from loratool.store.source import parse_reference
 
-    reference = parse_reference(repo)
-    sub, prefix = reference.sub, f"{reference.sub}/" if reference.sub else ""
-    if output is not None and not dry_run:
-        check_place(Path(output))
-        if not force and not may_be_made(Path(output)):
-            check_free(Path(output), is_folder=True, force=False)
-    find = list_cached if hub.is_offline(offline) else find_commit
+    reference = parse_reference(asked.repo)
+    if asked.output is not None and not asked.dry_run:
+        check_place(Path(asked.output))
+        if not asked.force and not may_be_made(Path(asked.output)):
+            check_free(Path(asked.output), is_folder=True, force=False)
+    find = list_cached if hub.is_offline(asked.offline) else find_commit
     listing = find(reference.repo_id, reference.revision)
     names = [f.name for f in listing.files]
-    found = all_adapters(names, sub)
+    found = all_adapters(names, reference.sub)
+    wanted = _wanted(listing, reference.sub, found, everything=asked.everything)
+    files = tuple(PulledFile(f.name, f.size, f.digest) for f in wanted)
+    others = other_adapters(names, {f.name for f in wanted})
+    adapters = tuple(PulledAdapter(place) for place in found)
+    report = PullReport(
+        reference.repo_id, listing.commit, None, files, adapters, others, dry_run=asked.dry_run
+    )
+    if asked.dry_run:
+        return report
+    folder, paths, is_current = _get(asked, listing, reference.sub, wanted)
+    known = set(names)
+    adapters = tuple(
+        PulledAdapter(place, _base_of(paths.get(_config(place, known)))) for place in found
+    )
+    return replace(report, output=str(folder), adapters=adapters, is_current=is_current)
+
+
+def _wanted(
+    listing: Listing, sub: str, found: Mapping[str, Iterable[str]], *, everything: bool
+) -> list[ListedFile]:
+    """The files of a commit that are fetched."""
+    from loratool.store.hub_files import nothing_there
+
+    names, prefix = [f.name for f in listing.files], f"{sub}/" if sub else ""
     chosen = {n for files in found.values() for n in files}
     if everything:
         chosen = {n for n in names if n.startswith(prefix) or n == sub}
@@ -72,30 +79,23 @@ def pull(
         _refuse_incomplete(listing, names, chosen, prefix)
     if not chosen:
         raise nothing_there(listing.repo_id, names, "adapter", sub)
-    wanted = [f for f in listing.files if f.name in chosen]
-    files = tuple(PulledFile(f.name, f.size, f.digest) for f in wanted)
-    others = other_adapters(names, chosen)
-    adapters = tuple(PulledAdapter(place) for place in found)
-    report = PullReport(
-        reference.repo_id, listing.commit, None, files, adapters, others, dry_run=dry_run
-    )
-    if dry_run:
-        return report
-    if output is None:
-        paths = _fetch(listing, wanted, yes=yes)
+    return [f for f in listing.files if f.name in chosen]
+
+
+def _get(
+    asked: Pull, listing: Listing, sub: str, wanted: Sequence[ListedFile]
+) -> tuple[Path, dict[str, Path], bool]:
+    """The folder, where in it each file lies, and whether it held exactly these before."""
+    if asked.output is None:
+        paths = _fetch(listing, wanted, yes=asked.yes)
         folder, is_current = paths[0].parents[wanted[0].name.count("/")], False
     else:
-        folder = Path(output)
+        folder = Path(asked.output)
         local = [_local(f.name, sub) for f in wanted]
-        top = sub.rpartition("/")[0] if sub in names else sub
-        is_current = _write(listing, wanted, folder, local, top, force=force, yes=yes)
+        top = sub.rpartition("/")[0] if sub in {f.name for f in listing.files} else sub
+        is_current = _write(listing, wanted, folder, local, top, force=asked.force, yes=asked.yes)
         paths = [folder / name for name in local]
-    by_name = {f.name: path for f, path in zip(wanted, paths, strict=True)}
-    known = set(names)
-    adapters = tuple(
-        PulledAdapter(place, _base_of(by_name.get(_config(place, known)))) for place in found
-    )
-    return replace(report, output=str(folder), adapters=adapters, is_current=is_current)
+    return folder, {f.name: path for f, path in zip(wanted, paths, strict=True)}, is_current
 
 
 def _refuse_incomplete(

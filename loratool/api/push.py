@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loratool.errors import HubError, OutputError, UsageError, list_some
+from loratool.options.calls import takes
+from loratool.options.hub import Push
 from loratool.report.push import PushedFile, PushReport
 
 if TYPE_CHECKING:
@@ -18,31 +19,11 @@ _NO_CONTENT = (".gitattributes", "README.md", ".gitignore")
 _CONFIGS = {"adapter": "adapter_config.json", "checkpoint": "config.json"}
 
 
-def push(
-    path: str | Path,
-    repo: str,
-    *,
-    private: bool | None = None,
-    create_pr: bool = False,
-    revision: str | None = None,
-    message: str | None = None,
-    skip: Sequence[str] = (),
-    dry_run: bool = False,
-    force: bool = False,
-) -> PushReport:
+@takes(Push)
+def push(asked: Push) -> PushReport:
     """Publish an adapter or a checkpoint on the Hub in one commit.
 
-    Args:
-        path: adapter or checkpoint, a folder or a file.
-        repo: ``owner/name``; created if it does not exist.
-        private: visibility of a repository that is created, None = private.  That of an
-            existing one is never changed.
-        create_pr: open a pull request instead of committing.
-        revision: branch, created if it does not exist; None = ``main``.
-        message: the commit's title.
-        skip: names of files and folders in ``path`` that are left out.
-        dry_run: validate and compare; create and send nothing.
-        force: commit into a repository that holds something else.
+    The visibility of a repository that exists is never changed.
 
     Raises:
         UnsafeContentError: files, secrets or local paths that must not be published.
@@ -55,14 +36,14 @@ def push(
     from loratool.store.hub_client import guarded_client
     from loratool.store.hub_push import Destination
 
-    repo_id = _repository(str(path), repo)
+    repo_id = _repository(str(asked.path), asked.repo)
     if is_offline():
         raise HubError("LT-711", "push needs the network", hint="unset HF_HUB_OFFLINE")
-    publication = prepare(Path(path), repo_id, skip)
-    title = message or f"Upload {publication.what} with loratool"
-    place = Destination(repo_id, revision or "main", create_pr, title)
+    publication = prepare(Path(asked.path), repo_id, asked.skip)
+    title = asked.message or f"Upload {publication.what} with loratool"
+    place = Destination(repo_id, asked.revision or "main", asked.create_pr, title)
     with guarded_client():
-        return _publish(publication, place, private, dry_run=dry_run, force=force)
+        return _publish(publication, place, asked.private, dry_run=asked.dry_run, force=asked.force)
 
 
 def _publish(

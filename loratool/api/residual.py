@@ -7,20 +7,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loratool import archs
-from loratool.adapter import ReadOptions
 from loratool.api.common import plan_resources
-from loratool.api.merge_job import NameOptions, prepare_merge
+from loratool.api.merge_job import MergeRequest, prepare_merge
+from loratool.api.session import run_plan
 from loratool.dialects import open_adapter
 from loratool.engine.rows import args_of
-from loratool.ops.bind import BindOptions
 from loratool.ops.inputs import Access, OpenedBase
 from loratool.ops.residual import bind_options, config_of, plan_residual, residual_table
+from loratool.options.groups import Names, Run
 from loratool.report import SavedResidual
 from loratool.store.checkpoint import Checkpoint
 from loratool.store.provenance import adapter_id, checkpoint_id, provenance_of
 
 if TYPE_CHECKING:
-    from loratool.engine.run import Progress
+    pass
 
 
 def save_residual(
@@ -31,11 +31,9 @@ def save_residual(
     base: str | Path,
     tuned: OpenedBase,
     access: Access,
-    threads: int | None,
-    max_memory: str | int | None,
+    run: Run,
     force: bool,
     provenance: bool,
-    progress: Progress | None,
 ) -> SavedResidual:
     """Write the residual file of an extraction whose adapter is complete but not yet in place.
 
@@ -48,41 +46,31 @@ def save_residual(
         base: as typed.
         tuned: the fine-tune.
         access: network rules.
-        threads: workers.
-        max_memory: limit for the planned peak.
+        run: workers and memory.
         force: replace an earlier loratool output.
         provenance: record inputs in the file.
-        progress: called with (bytes done, bytes in all).
     """
-    from loratool.engine.run import execute
     from loratool.ops.inputs import open_base
     from loratool.store.patch_file import PatchWriter, require_room
-    from loratool.store.reader import FileReader
     from loratool.store.writer import StagedOutput
 
     checkpoint = open_base(str(base), [], access).checkpoint
     bind = _bind_options(tuned.checkpoint, checkpoint)
-    names = NameOptions(bind_options(BindOptions(), bind), ReadOptions())
-    job = prepare_merge(
-        [str(adapter)], base=base, weights=[1.0], mean=False, names=names, access=access,
-        dtype=None, shard_bytes=None, output=None, with_provenance=False,
+    job = prepare_merge(MergeRequest(
+        [str(adapter)], base, bind_options(Names(), bind), access, weights=[1.0],
         rounding={"rounding": "exact"},
-    )  # fmt: skip
+    ))  # fmt: skip
     plan = plan_residual(job.merge.plan, job.checkpoint, tuned.checkpoint)
     require_room([step.output.name for step in plan.steps], path)
-    resources = plan_resources(
-        plan, device="cpu", threads=threads, max_memory=max_memory, chunk_bytes=None,
-        sample=False, progress=progress,
-    )  # fmt: skip
+    resources = plan_resources(plan, run.replace(device="cpu"))
     output = StagedOutput(path, is_folder=False, plan_id=None, force=force)
-    with output, FileReader() as reader, PatchWriter(output) as writer:
+    with output, PatchWriter(output) as writer:
 
         def take(result: Any) -> Any:
             writer.add(result.name, result.pieces)
             return replace(result, pieces=())
 
-        results = execute(plan, reader, None, resources.run, take)
-        reader.check_unchanged()
+        results = run_plan(plan, resources, take=take)
         table = residual_table(
             plan, {r.name: r for r in results}, adapter=adapter_id(open_adapter(adapter)),
             bind=bind, config=config_of(tuned.checkpoint, checkpoint),

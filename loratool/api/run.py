@@ -4,44 +4,30 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import FunctionType
 
 from loratool.errors import AlreadyMadeError, DifferencesError, LoratoolError
 from loratool.ops.inputs import guard_output
-from loratool.ops.recipe import RecipeStep, read_recipe, takes
+from loratool.ops.recipe import RecipeStep, read_recipe
+from loratool.options.calls import takes
+from loratool.options.commands import COMMANDS
+from loratool.options.recipes import Recipe
+from loratool.options.words import Options, only_of
 from loratool.report import Report
 from loratool.report.run import RunReport, StepReport
 from loratool.store.places import notes_path
 from loratool.store.series import series
 
-_NO_STEPS = {"demo", "open", "run"}
-
-OnStep = Callable[[RecipeStep, StepReport | None], None]
-"""Called before (None) and after each step."""
+_NO_STEPS = {"run"}
 
 
-def run(
-    recipe: str | Path,
-    *,
-    dry_run: bool = False,
-    offline: bool = False,
-    yes: bool = False,
-    on_step: OnStep | None = None,
-) -> RunReport:
+@takes(Recipe)
+def run(asked: Recipe) -> RunReport:
     """Run the steps of a recipe in order; the first error stops it.
 
     Relative paths are relative to the recipe's folder: the working directory is that one while
     the steps run.  The whole file is checked before the first step.
-
-    Args:
-        recipe: YAML file, ``steps:`` with a list of ``command: {option: value}``.
-        dry_run: plan every step and write nothing; a step that reads the output of an earlier one
-            is checked for its options only.
-        offline: never touch the network.
-        yes: agree to large downloads.
-        on_step: called before and after each step.
 
     Raises:
         UsageError: LT-287, LT-288, with the line.
@@ -49,23 +35,22 @@ def run(
         LoratoolError: what the step raised, with its number and line.
     """
     started = time.monotonic()
-    path = Path(recipe)
-    commands = step_commands()
-    steps = read_recipe(path, commands)
+    path = Path(asked.recipe)
+    steps = read_recipe(path, step_options())
     done: list[StepReport] = []
-    say = on_step or (lambda step, report: None)
+    say = asked.on_step or (lambda step, report: None)
     real = path.resolve()
-    with contextlib.chdir(path.absolute().parent), _series(steps, dry_run):
+    with contextlib.chdir(path.absolute().parent), _series(steps, asked.dry_run):
         for place in (place for step in steps for place in step.outputs):
             guard_output(Path(place), [real])
         for step in steps:
             say(step, None)
-            waits = step.needs(steps[: step.number - 1]) if dry_run else ()
+            waits = step.needs(steps[: step.number - 1]) if asked.dry_run else ()
             begun = time.monotonic()
-            common = {"dry_run": dry_run, "offline": offline, "yes": yes}
+            common = {"dry_run": asked.dry_run, "offline": asked.offline, "yes": asked.yes}
             report, was_made = None, False
             try:
-                report = None if waits else _call(step, len(steps), commands[step.command], common)
+                report = None if waits else _call(step, len(steps), common)
             except AlreadyMadeError:
                 was_made = True
             one = StepReport(
@@ -74,7 +59,7 @@ def run(
             )  # fmt: skip
             done.append(one)
             say(step, one)
-    return RunReport(str(path), tuple(done), time.monotonic() - started, dry_run)
+    return RunReport(str(path), tuple(done), time.monotonic() - started, asked.dry_run)
 
 
 def _series(steps: Sequence[RecipeStep], dry_run: bool) -> contextlib.AbstractContextManager[None]:
@@ -85,17 +70,16 @@ def _series(steps: Sequence[RecipeStep], dry_run: bool) -> contextlib.AbstractCo
     return series(notes_path(Path(outputs[0])))
 
 
-def step_commands() -> dict[str, FunctionType]:
-    """Name -> function of every command that a recipe may call."""
+def step_options() -> dict[str, type[Options]]:
+    """Name -> options of every command that a recipe may call."""
+    return {name: kind for name, kind in COMMANDS.items() if name not in _NO_STEPS}
+
+
+def _call(step: RecipeStep, count: int, common: Mapping[str, bool]) -> Report:
     from loratool import api
 
-    return {name: getattr(api, name) for name in api.__all__ if name not in _NO_STEPS}
-
-
-def _call(
-    step: RecipeStep, count: int, function: FunctionType, common: Mapping[str, bool]
-) -> Report:
-    options = {k: v for k, v in common.items() if takes(function, k)}
+    function = getattr(api, step.command)
+    options = only_of(COMMANDS[step.command], common)
     where = f"step {step.number} of {count} ({step.command}, line {step.line})"
     try:
         report = function(**step.options, **options)

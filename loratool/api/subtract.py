@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-from loratool.adapter import ReadOptions
-from loratool.api.combine import combine
-from loratool.api.common import content_label, file_rules
-from loratool.api.merge import merge
+from loratool.api.combine import run_combine
+from loratool.api.common import access_of
+from loratool.api.merge import run_merge
 from loratool.api.merge_job import MergeJob, Operation
+from loratool.api.session import base_row
 from loratool.api.undo import restore_job
 from loratool.errors import MismatchError, UsageError
-from loratool.ops.inputs import Access, open_base
+from loratool.ops.inputs import open_base
 from loratool.ops.replay import merge_record
 from loratool.ops.subtract import (
     anchored,
@@ -28,20 +26,14 @@ from loratool.ops.subtract import (
     without_replacements,
 )
 from loratool.ops.undo import read_undo
+from loratool.options.calls import takes
+from loratool.options.merging import Combine, Merge, Subtract, Swap
+from loratool.options.words import asked_of, options_of
 from loratool.report import DifferenceReport, SubtractReport, SwapReport
-from loratool.store.provenance import checkpoint_id
 
 
-def subtract(
-    adapters: Sequence[str | Path],
-    *,
-    merged: str | Path | None = None,
-    output: str | Path,
-    undo: str | Path | None = None,
-    base: str | Path | None = None,
-    rank: int | None = None,
-    **options: Any,
-) -> SubtractReport | DifferenceReport:
+@takes(Subtract)
+def subtract(asked: Subtract) -> SubtractReport | DifferenceReport:
     """Take adapters out of merged weights, W = round(W' - Σ weight·ΔW), or out of an adapter.
 
     Without ``merged`` the result is an adapter, the first one less the others: factors side by
@@ -50,155 +42,96 @@ def subtract(
     Rounding cannot be undone by arithmetic: a few per cent of the elements end one step off the
     base.  With the undo file of the merge every bit comes back, which is checked.
 
-    Args:
-        adapters: paths or Hub references, with the weights at which they were merged.
-        merged: the merged checkpoint; None = adapters only.
-        output: folder (or file) to create.
-        undo: the file that ``merge(save_undo=…)`` wrote.
-        base: what the adapters were trained on, for what depends on it: replaced tensors, DoRA,
-            PiSSA and their kin.
-        rank: of the resulting adapter; None = the sum of the ranks.
-        options: as `merge`, less those about the base's form.
-
     Raises:
         LoratoolError: see ``docs/errors.md``.
+
+    Example:
+        >>> lt.subtract(["style", "sql:0.5"], output="rest").norm > 0
+        True
     """
-    if merged is None:
-        return _subtract_adapters(adapters, output, undo, base, rank, options)
-    if rank is not None or options.get("dtype", "auto") != "auto" or options.get("program"):
+    if asked.merged is None:
+        return _subtract_adapters(asked)
+    if asked.rank is not None or asked.dtype != "auto" or asked.program:
         raise UsageError(
             "LT-298", "--rank, --dtype and --for are for adapter − adapter, without --from"
         )  # fmt: skip
-    if undo is not None and (base or any(options.get(o) for o in ("exact", "seed", "shard_size"))):
+    if asked.undo is not None and (asked.base or asked.exact or asked.seed):
         raise UsageError("LT-251", "--undo is exact by itself, needs no base and keeps the shards")
-    opened = None if undo is None else read_undo(Path(undo))
-    check = require_reversible if opened is None and base is None else None
+    opened = None if asked.undo is None else read_undo(Path(asked.undo))
+    check = require_reversible if opened is None and asked.base is None else None
     if opened is not None:
         check = without_replacements
 
     def replan(job: MergeJob) -> MergeJob:
-        if opened is not None:
-            return restore_job(job, opened)
-        return _with_record(job if base is None else _anchor(job, base, options))
+        return _with_record(_anchor(job, asked)) if opened is None else restore_job(job, opened)
 
-    signs = (-1,) * len(adapters)
-    inputs = tuple(path for path in (undo, base) if path is not None)
+    signs = (-1,) * len(asked.adapters)
+    inputs = tuple(path for path in (asked.undo, asked.base) if path is not None)
     operation = Operation("subtract", signs, SubtractReport, check, replan, inputs)
-    report = merge(adapters, base=merged, output=output, operation=operation, **options)
+    report = run_merge(asked.take(Merge, base=asked.merged), operation)
     assert isinstance(report, SubtractReport)
     return report
 
 
-def _subtract_adapters(
-    adapters: Sequence[str | Path],
-    output: str | Path,
-    undo: str | Path | None,
-    base: str | Path | None,
-    rank: int | None,
-    options: Mapping[str, Any],
-) -> DifferenceReport:
+def _subtract_adapters(asked: Subtract) -> DifferenceReport:
     """The options that make sense without merged weights; all others must be at their default."""
-    if len(adapters) < 2:
-        named = " ".join(map(str, adapters))
+    if len(asked.adapters) < 2:
+        named = " ".join(map(str, asked.adapters))
         raise UsageError(
             "LT-252", "one adapter alone: subtract it from what?",
             expected="--from MERGED, or a second adapter", got=named,
-            hint=f"loratool subtract {named} --from MERGED -o {output}",
+            hint=f"loratool subtract {named} --from MERGED -o {asked.output}",
         )  # fmt: skip
-    mine = {
-        "force", "dry_run", "provenance", "offline", "yes", "weights", "dtype", "alpha",
-        "rank_from", "mha_out_proj", "moe_layout", "experts_b_order", "device", "threads",
-        "max_memory", "progress", "chunk_bytes", "max_header", "allow_pickle", "module_weights",
-        "program",
-    }  # fmt: skip
-    idle = (None, False, (), "auto", "nearest")
-    other = [k for k, v in {**options, "undo": undo}.items() if k not in mine and v not in idle]
+    known = {"device", *(o.name for o in options_of(Combine))} - {"mean"}
+    other = [o for o in asked_of(Subtract, vars(asked)) if o.words.section and o.name not in known]
     if other:
         raise UsageError(
-            "LT-299", "these options are for merged weights", got=", ".join(
-                "--" + name.replace("_", "-") for name in other), expected="--from MERGED",
+            "LT-299", "these options are for merged weights",
+            got=", ".join(o.flags[-1] for o in other), expected="--from MERGED",
         )  # fmt: skip
-    report = combine(
-        adapters,
-        output=output,
-        base=base,
-        rank=rank,
-        module_weights=options.get("module_weights"),
-        weights=options.get("weights"),
-        dtype=options.get("dtype") or "auto",
-        program=options.get("program"),
-        threads=options.get("threads"),
-        max_memory=options.get("max_memory"),
-        read=ReadOptions(
-            options.get("alpha"), options.get("rank_from"), options.get("mha_out_proj"),
-            options.get("moe_layout"), options.get("experts_b_order"),
-        ),
-        access=Access(
-            bool(options.get("offline")),
-            bool(options.get("yes")),
-            file_rules(options.get("max_header"), bool(options.get("allow_pickle"))),
-            in_place=bool(options.get("dry_run")),
-        ),
-        force=bool(options.get("force")),
-        dry_run=bool(options.get("dry_run")),
-        provenance=bool(options.get("provenance", True)),
-        progress=options.get("progress"),
-        minus=True,
-    )  # fmt: skip
+    report = run_combine(asked.take(Combine), minus=True)
     assert isinstance(report, DifferenceReport)
     return report
 
 
-def swap(
-    old: str,
-    new: str,
-    *,
-    merged: str | Path,
-    output: str | Path,
-    base: str | Path | None = None,
-    **options: Any,
-) -> SwapReport:
+@takes(Swap)
+def swap(asked: Swap) -> SwapReport:
     """Take one adapter out of merged weights and put another in, in one sum and one rounding.
-
-    Args:
-        old: adapter that is in the weights, with the weight at which it was merged.
-        new: adapter to put in its place.
-        merged: the merged checkpoint.
-        output: folder (or file) to create.
-        base: what the adapters were trained on, for what depends on it.
-        options: as `merge`, less those about the base's form.
 
     Raises:
         LoratoolError: see ``docs/errors.md``.
+
+    Example:
+        >>> _ = lt.merge(["style"], base="base", output="merged")
+        >>> lt.swap("style", "sql", merged="merged", output="switched").changed
+        22
     """
 
     def replan(job: MergeJob) -> MergeJob:
-        return _with_record(job if base is None else _anchor(job, base, options))
+        return _with_record(_anchor(job, asked))
 
-    check = require_swappable if base is None else without_overwritten
-    inputs = () if base is None else (base,)
+    check = require_swappable if asked.base is None else without_overwritten
+    inputs = () if asked.base is None else (asked.base,)
     operation = Operation("swap", (-1, 1), SwapReport, check, replan, inputs)
-    report = merge([old, new], base=merged, output=output, operation=operation, **options)
+    merged = asked.take(Merge, adapters=(asked.old, asked.new), base=asked.merged)
+    report = run_merge(merged, operation)
     assert isinstance(report, SwapReport)
     return report
 
 
-def _anchor(job: MergeJob, base: str | Path, options: Mapping[str, Any]) -> MergeJob:
-    """Changes that depend on the base refer to its tensors, not to the merged ones.
+def _anchor(job: MergeJob, asked: Subtract | Swap) -> MergeJob:
+    """With a base, changes that depend on the base refer to its tensors, not to the merged ones.
 
     Raises:
         UsageError: LT-251, with --exact.
     """
     plan = job.merge.plan
-    if not any(depends_on_base(step) for step in plan.steps):
+    if asked.base is None or not any(depends_on_base(step) for step in plan.steps):
         return job
-    if options.get("exact"):
+    if asked.exact:
         raise UsageError("LT-251", "--exact is for sums of products, --base for all others")
-    rules = file_rules(options.get("max_header"), bool(options.get("allow_pickle")))
-    access = Access(bool(options.get("offline")), bool(options.get("yes")), rules)
-    opened = open_base(str(base), [a.adapter for a in job.adapters], access)
-    label = content_label(opened.resolved, plan.inputs)
-    row = {label: {"role": "original", "files": checkpoint_id(opened.checkpoint)}}
+    opened = open_base(str(asked.base), [a.adapter for a in job.adapters], access_of(asked))
+    row = base_row(opened, plan.inputs, role="original")
     plan = anchored(plan, job.full_names, opened.checkpoint)
     plan = replace(plan, inputs={**plan.inputs, **row})
     record = {**job.record, "inputs": {**job.record["inputs"], **row}} if job.record else {}

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from loratool.adapter import TensorRef
 from loratool.api.common import Resources
 from loratool.api.merge_job import MergeJob
+from loratool.api.session import run_plan
 from loratool.engine.rows import op_of
 from loratool.errors import MismatchError, UsageError
 from loratool.ops.inputs import guard_output
@@ -97,24 +98,21 @@ def write_undo(job: MergeJob, undo: UndoJob, resources: Resources, sink: Checkpo
         resources: for the patches.
         sink: where the merge has written.
     """
-    from loratool.engine.run import execute
     from loratool.store.patch_file import PatchWriter
-    from loratool.store.reader import FileReader
     from loratool.store.writer import StagedOutput
 
     merge, checkpoint = job.merge.plan, job.base.checkpoint
     written = {i: sink.written(step) for i, step in enumerate(merge.steps)}
     plan, created = plan_patches(merge, job.full_names, checkpoint, written)
     output = StagedOutput(undo.path, is_folder=False, plan_id=None, force=undo.replaces)
-    with output, FileReader() as reader:
+    with output:
         with PatchWriter(output) as writer:
 
             def take(result: Any) -> Any:
                 writer.add(result.name, result.pieces)
                 return replace(result, pieces=())
 
-            results = execute(plan, reader, None, resources.run, take)
-            reader.check_unchanged()
+            results = run_plan(plan, resources, take=take)
             table = undo_table(
                 plan, undo.identity, created, {r.name: r for r in results}, resources.run.elements,
                 [(a.adapter, a.weight) for a in job.adapters], _base_config(job),

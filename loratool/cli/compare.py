@@ -11,6 +11,7 @@ import click
 from loratool.cli import options as opt
 from loratool.cli.render import format_count, format_share, line, plural, safe, some, table
 from loratool.cli.voice import Voice, note_lines, warning_lines
+from loratool.options.looking import Compare
 
 if TYPE_CHECKING:
     from loratool.report import CompareReport
@@ -30,15 +31,8 @@ _KEYS = "abcdefghijklmnopqrstuvwxyz"
     ),
 )
 @click.argument("adapters", nargs=-1, required=True, metavar="ADAPTER ADAPTER…")
-@opt.option("--plot", metavar="FILE.png|.svg", section="Output",
-            help="Draw heat maps (pip install 'loratool[plot]').")  # fmt: skip
-@opt.option("--csv", metavar="FILE", section="Output",
-            help="A row per module; for more than two adapters the matrix.")  # fmt: skip
-@opt.workers
-@opt.network
+@opt.taking(Compare)
 @opt.general
-@opt.alpha
-@opt.trust
 def command(adapters: tuple[str, ...], **options: Any) -> None:
     """Compare what ADAPTERs change, without a base and without forming ΔW.
 

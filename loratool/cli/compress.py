@@ -22,32 +22,13 @@ from loratool.cli.render import (
     table,
 )
 from loratool.cli.voice import Voice, note_lines, warning_lines
+from loratool.options.shaping import Compress
 
 if TYPE_CHECKING:
     from loratool.report import CompressedAdapter, CompressReport
 
 _WORDS = {"rank": "rank", "energy": "energy", "error": "error", "sv_ratio": "σ ratio",
           "max_rank": "rank at most", "size": "size"}  # fmt: skip
-
-
-class Ratio(click.ParamType[float]):
-    """A number of 1 or more."""
-
-    name = "X"
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> float:
-        """Parse, or say why not."""
-        try:
-            found = float(value)
-        except ValueError:
-            found = 0.0
-        if not 1 <= found < float("inf"):
-            raise click.BadParameter(
-                f"{str(value)!r} is not a number of 1 or more", ctx=ctx, param=param
-            )
-        return found
 
 
 @click.command(
@@ -62,29 +43,8 @@ class Ratio(click.ParamType[float]):
     ),
 )
 @click.argument("adapters", nargs=-1, required=True, metavar="ADAPTER…")
-@opt.option("--rank", type=opt.RankNumber(), metavar="R|auto", section="Input",
-            help="Of every module; auto: what a merge into --base can resolve.")  # fmt: skip
-@opt.option("--base", metavar="BASE", section="Input",
-            help="Checkpoint for --rank auto, and for DoRA, PiSSA and their kin.")  # fmt: skip
-@opt.option("--energy", type=opt.Share(), metavar="E", section="Input",
-            help="Least rank that keeps this share of the energy, per module.")  # fmt: skip
-@opt.option("--error", type=opt.Share(), metavar="E", section="Input",
-            help="Least rank with at most this relative error, per module.")  # fmt: skip
-@opt.option("--size", metavar="SIZE", section="Input",
-            help="Whole weights file at most, such as 20MB, spent where it counts.")  # fmt: skip
-@opt.option("--sv-ratio", type=Ratio(), metavar="X", section="Input",
-            help="Keep singular values of at least the first one over X, per module.")  # fmt: skip
-@opt.option("--max-rank", type=opt.WholeNumber("R"), metavar="R", section="Input",
-            help="Cap. The least of all criteria wins.")  # fmt: skip
-@opt.option("-o", "--output", required=True, metavar="OUT", section="Output",
-            help="Folder to create; for many adapters the folder of theirs.")  # fmt: skip
-@opt.program
-@opt.writing
-@opt.workers
-@opt.network
+@opt.taking(Compress)
 @opt.general
-@opt.trust
-@opt.reading
 def command(adapters: tuple[str, ...], output: str, **options: Any) -> None:
     """Compress adapters: the best approximation of lower rank, module by module.
 
@@ -92,16 +52,13 @@ def command(adapters: tuple[str, ...], output: str, **options: Any) -> None:
     that would not get smaller keeps its bytes; one that needs no rank at all is left out.
     """
     from loratool import api
-    from loratool.adapter import ReadOptions
 
     voice = Voice.take(options)
-    names = ("alpha", "rank_from", "mha_out_proj", "moe_layout", "experts_b_order")
-    read = ReadOptions(**{name: options.pop(name) for name in names})
     asked = [f"{_WORDS[k]} {options[k]}" for k in _WORDS if options[k] is not None]
     what = safe(adapters[0]) if len(adapters) == 1 else plural(len(adapters), "adapter")
     voice.announce(f"Compressing {what} to {', '.join(asked) or 'nothing'}")
     with show_progress(quiet=voice.quiet) as progress:
-        report = api.compress(adapters, output=output, read=read, progress=progress, **options)
+        report = api.compress(adapters, output=output, progress=progress, **options)
     result = [] if report.dry_run else [safe(one.output) for one in report.adapters]
     voice.show(report, render(report, voice), result=[*warning_lines(report.warnings), *result])
 

@@ -11,8 +11,8 @@ from loratool.cli import options as opt
 from loratool.cli.loads import loads_lines
 from loratool.cli.render import format_bytes, format_seconds, line, plural, safe, table
 from loratool.cli.voice import Voice, note_lines, warning_lines
-from loratool.dialects import DIALECTS
 from loratool.errors import list_some
+from loratool.options.shaping import Convert
 
 if TYPE_CHECKING:
     from loratool.report import ConvertedAdapter, ConvertReport
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     cls=opt.Command,
     name="convert",
     short_help="Write an adapter as another program stores it.",
-    context_settings=opt.HELP_SETTINGS,
     examples=(
         "loratool convert style.safetensors --to peft -o ./style",
         "loratool convert style.safetensors --to peft --base ./sdxl/unet --skip te -o ./style",
@@ -31,21 +30,8 @@ if TYPE_CHECKING:
     ),
 )
 @click.argument("adapters", nargs=-1, required=True, metavar="ADAPTER…")
-@opt.option("--base", metavar="BASE", section="Input",
-            help="What it was trained on: its tensors name flat modules.")  # fmt: skip
-@opt.option("--skip", multiple=True, metavar="PART|REGEX", section="Input",
-            help="Leave out a component (te) or modules. Repeatable.")  # fmt: skip
-@opt.option("--to", required=True, metavar="DIALECT", section="Output",
-            help=f"{', '.join(row.name for row in DIALECTS if row.is_written)}.")  # fmt: skip
-@opt.option("-o", "--output", required=True, metavar="OUT", section="Output",
-            help="Folder or file to create; DIR/ puts results into it under their names.",
-)  # fmt: skip
-@opt.writing
-@opt.workers
-@opt.network
+@opt.taking(Convert)
 @opt.general
-@opt.alpha
-@opt.trust
 def command(adapters: tuple[str, ...], to: str, output: str, **options: Any) -> None:
     """Write ADAPTERs in another dialect: the same ΔW, the bytes of the factors copied.
 

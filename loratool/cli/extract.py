@@ -24,6 +24,7 @@ from loratool.cli.render import (
     table,
 )
 from loratool.cli.voice import Voice, note_lines, warning_lines
+from loratool.options.shaping import Extract
 
 if TYPE_CHECKING:
     from loratool.report import ExtractedModule, ExtractReport
@@ -41,41 +42,8 @@ if TYPE_CHECKING:
     ),
 )
 @click.argument("tuned", metavar="TUNED")
-@opt.option("--base", required=True, metavar="BASE", section="Input",
-            help="What TUNED was trained from.")  # fmt: skip
-@opt.option("--rank", type=opt.RankNumber(), metavar="R|auto", section="Input",
-            help="Of every module. auto (default): what lies above rounding noise.")  # fmt: skip
-@opt.option("--energy", type=opt.Share(), metavar="E", section="Input",
-            help="Least rank that keeps this share of the energy, per module.")  # fmt: skip
-@opt.option("--error", type=opt.Share(), metavar="E", section="Input",
-            help="Least rank with at most this relative error, per module.")  # fmt: skip
-@opt.option("--size", metavar="SIZE", section="Input",
-            help="Whole weights file at most, such as 50MB, spent where it counts.")  # fmt: skip
-@opt.option("--max-rank", type=opt.WholeNumber("R"), metavar="R", section="Input",
-            help="Cap; 256 for auto and --size by default. The least criterion wins.")  # fmt: skip
-@opt.option("--keep", multiple=True, metavar="embeddings|all|none|REGEX", section="Input",
-            help="Store these whole; none = not even biases and norms. Repeatable.")  # fmt: skip
-@opt.option("--include", multiple=True, metavar="REGEX", section="Input",
-            help="Factor only modules that match. Repeatable.")  # fmt: skip
-@opt.option("--exclude", multiple=True, metavar="REGEX", section="Input",
-            help="Do not factor modules that match. Repeatable.")  # fmt: skip
-@opt.option("-o", "--output", required=True, metavar="OUT", section="Output",
-            help="Folder to create (PEFT).")  # fmt: skip
-@opt.option("--save-residual", metavar="FILE", section="Output",
-            help="What merge --residual needs to give TUNED back, bit for bit.")  # fmt: skip
-@opt.program
-@opt.writing
-@opt.resources
-@opt.network
+@opt.taking(Extract)
 @opt.general
-@opt.trust
-@opt.rename
-@opt.option("--names", type=click.Choice(["v5", "v4"]), default="v5", section="Advanced",
-            help="Module names of transformers 5 in memory, or of 4.")  # fmt: skip
-@opt.option("--exact", is_flag=True, section="Advanced",
-            help="Float64 eigendecompositions instead of block Lanczos: much slower.")  # fmt: skip
-@opt.option("--restart", is_flag=True, section="Advanced",
-            help="Drop an interrupted run with other options.")  # fmt: skip
 def command(tuned: str, base: str, output: str, **options: Any) -> None:
     """Extract TUNED − BASE as a low-rank adapter: the best one of its rank, module by module.
 

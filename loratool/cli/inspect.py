@@ -25,6 +25,7 @@ from loratool.cli.risk import risk_lines
 from loratool.cli.spectrum import spectrum_lines
 from loratool.cli.voice import Voice, note_lines, warning_lines
 from loratool.errors import LoratoolError, UsageError
+from loratool.options.looking import Inspect
 
 if TYPE_CHECKING:
     from loratool.report import AdapterSummary, CheckpointSummary, FolderRow, InspectReport
@@ -52,23 +53,8 @@ NOTHING_READABLE = 4
     ),
 )
 @click.argument("sources", nargs=-1, required=True, metavar="SOURCE…")
-@opt.option("--risk", is_flag=True, section="Output",
-            help="Statistics of every ΔW, to look at before trusting a file.")  # fmt: skip
-@opt.option("--spectrum", is_flag=True, section="Output",
-            help="Singular values of every delta; loads the factors.")  # fmt: skip
-@opt.option("--base", metavar="BASE", section="Input",
-            help="How strong beside BASE, and what a merge would swallow; reads both. "
-                 "With --risk also intruder dimensions.")  # fmt: skip
-@opt.option("--csv", metavar="FILE", section="Output",
-            help="Write them to a new FILE, a row per module; implies --spectrum.")  # fmt: skip
-@opt.option("--plot", metavar="FILE.png|.svg", section="Output",
-            help="Draw them into a new file; implies --spectrum. Needs matplotlib.")  # fmt: skip
-@opt.option("--tensors", is_flag=True, section="Output", help="List every tensor.")
-@opt.workers
-@opt.network
+@opt.taking(Inspect)
 @opt.general
-@opt.trust
-@opt.alpha
 def command(sources: tuple[str, ...], **options: Any) -> int:
     """Say what adapters and checkpoints hold, from their headers alone: nothing is loaded.
 

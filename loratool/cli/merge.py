@@ -28,7 +28,9 @@ from loratool.cli.render import (
 from loratool.cli.voice import Voice, note_lines, warning_lines
 from loratool.dtypes import DTYPES
 from loratool.errors import UsageError
-from loratool.methods import BY_NAME, METHODS, split_params
+from loratool.methods import split_params
+from loratool.options.groups import Access, Mix, Names, Nonfinite
+from loratool.options.merging import Merge
 
 if TYPE_CHECKING:
     from loratool.report import MergeReport
@@ -50,42 +52,8 @@ _MENTION_FLOAT32 = 0.01
     ),
 )
 @click.argument("adapters", nargs=-1, required=True, metavar="ADAPTER[:W]…")
-@opt.option("--base", metavar="BASE|auto", section="Input",
-            help="Checkpoint to merge into; auto = the one that the adapters name.")  # fmt: skip
-@opt.option("--into", type=click.Choice(["base", "adapter"]), section="Input",
-            help="adapter: with each other, --base only for what depends on it (replaced "
-            "tensors, DoRA, PiSSA). Default: base if there is one.")  # fmt: skip
-@opt.mixing
-@opt.option("--method", type=click.Choice([m.name for m in METHODS]), metavar="METHOD",
-            section="Input", help="How changes are combined: " + ", ".join(BY_NAME)
-            + ". Default: their sum.")  # fmt: skip
-@opt.option("--rank", type=opt.RankNumber(), section="Input",
-            help="Of an adapter: the best of this rank. Default: exact, ranks add.")  # fmt: skip
-@opt.option("--param", "params", multiple=True, metavar="NAME=VALUE", section="Input",
-            help="Of the method, such as density=0.2. Repeatable.")  # fmt: skip
-@opt.option("-o", "--output", required=True, metavar="OUT", section="Output",
-            help="Folder to create (a .safetensors file if BASE is one).")  # fmt: skip
-@opt.option("--dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
-            default="auto", section="Output",
-            help="Cast every float tensor. Default: each keeps its type.")  # fmt: skip
-@opt.option("--residual", metavar="FILE", section="Output",
-            help="Of extract --save-residual: gives the fine-tune back, bit for bit.")  # fmt: skip
-@opt.rounding
-@opt.option("--shard-size", metavar="SIZE", section="Output",
-            help="Largest weight file, such as 5GB. Default: the base's shards.")  # fmt: skip
-@opt.option("--tokenizer", type=click.Choice(["base", "adapter"]), section="Output",
-            help="Whose tokenizer, chat template and generation settings go along where they "
-            "differ. Default: the adapter's.")  # fmt: skip
-@opt.option("--dequantize", is_flag=True, section="Output",
-            help="Of a quantised base: write plain numbers, bfloat16 or --dtype.")  # fmt: skip
-@opt.option("--requant", is_flag=True, section="Output",
-            help="Of a quantised base: keep its format, code changed weights anew.")  # fmt: skip
-@opt.option("--save-undo", metavar="FILE", section="Output",
-            help="Also write what `subtract --undo` needs to restore every bit.")  # fmt: skip
-@opt.program
-@opt.writing
-@opt.onto_base
-@opt.checkpoint_writing
+@opt.taking(Merge)
+@opt.general
 def command(adapters: tuple[str, ...], base: str | None, output: str, **options: Any) -> None:
     """Merge adapters into base weights (--base), or with each other into one adapter.
 
@@ -106,7 +74,9 @@ def command(adapters: tuple[str, ...], base: str | None, output: str, **options:
     with show_progress(quiet=voice.quiet) as progress:
         report = api.merge(adapters, base=base, output=output, progress=progress, **options)
     assert isinstance(report, MergeReport)
-    check = shlex.join(["loratool", "verify", output, "--base", base, *_again(adapters, options)])
+    again = opt.typed(options, Mix, Names, Access, Nonfinite)
+    named = [word for adapter in adapters for word in ("--adapter", adapter)]
+    check = shlex.join(["loratool", "verify", output, "--base", base, *named, *again])
     result = [] if report.dry_run else [safe(report.output)]
     voice.show(
         report,
@@ -120,16 +90,17 @@ def _with_each_other(
 ) -> None:
     from loratool import api
     from loratool.cli import combine
-    from loratool.report import CombineReport
+    from loratool.ops.combine import check_into, combine_options
 
+    check_into(options["into"], has_base=base is not None)
     method, rank = options["method"], options["rank"]
     if base is None and len(adapters) == 1 and method is None and rank is None:
         raise _no_base(adapters, output)
     words = terms(adapters, options["weights"], options["mean"])
     voice.announce(combine.headline(len(adapters), words, method, rank, has_base=base is not None))
     with show_progress(quiet=voice.quiet) as progress:
-        report = api.merge(adapters, base=base, output=output, progress=progress, **options)
-    assert isinstance(report, CombineReport)
+        given = {**options, "base": base, "output": output, "progress": progress}
+        report = api.combine(adapters, **combine_options(given))
     result = [] if report.dry_run else [safe(report.output)]
     voice.show(report, combine.render(report, voice),
                result=[*warning_lines(report.warnings), *result])  # fmt: skip
@@ -316,30 +287,10 @@ def _command(adapters: Sequence[str], base: str, output: str) -> str:
 
 def _named_base(text: str) -> str | None:
     """The base that an adapter names; an adapter that cannot be read raises its own error."""
-    from loratool.adapter import ReadOptions
     from loratool.dialects import open_adapter
+    from loratool.options.groups import Read
     from loratool.store.source import find_adapter, parse_adapter, resolve
 
     argument = parse_adapter(text)
     resolved = resolve(argument.path_text, kind="adapter", offline=True, yes=False)
-    return open_adapter(find_adapter(resolved.path), ReadOptions()).base_model
-
-
-def _again(adapters: Sequence[str], options: Mapping[str, Any]) -> list[str]:
-    """The options that `verify` needs to repeat this merge."""
-    words = [word for adapter in adapters for word in ("--adapter", adapter)]
-    if options["weights"]:
-        words += ["--weights", ",".join(format_number(w) for w in options["weights"])]
-    if options["module_weights"]:
-        words += ["--module-weights", options["module_weights"]]
-    for flag in ("mean", "untie", "keep_tied", "allow_unmatched", "resize_embeddings",
-                 "allow_nonfinite", "allow_pickle"):  # fmt: skip
-        if options[flag]:
-            words.append("--" + flag.replace("_", "-"))
-    for key in ("skip", "rename"):
-        words += [word for value in options[key] for word in (f"--{key}", value)]
-    for key in ("alpha", "rank_from", "mha_out_proj", "moe_layout", "experts_b_order",
-                "max_header"):  # fmt: skip
-        if options[key] is not None:
-            words += [f"--{key.replace('_', '-')}", str(options[key])]
-    return words
+    return open_adapter(find_adapter(resolved.path), Read()).base_model

@@ -1,23 +1,22 @@
-"""Options that several commands share, and help that is grouped by section."""
+"""Options as click has them, made of those in `loratool.options`; help grouped by section."""
 
 from __future__ import annotations
 
-import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import click
 
-from loratool.cli.render import safe
+from loratool.cli.forms import form_of
+from loratool.cli.render import format_number, safe
 from loratool.errors import NEEDS_CONSENT, UsageError
+from loratool.options.words import Option, Options, asked_of, options_of
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 SECTIONS = ("Input", "Output", "Names", "Resources", "General", "Advanced")
 """Order of the sections in every help page."""
-
-_WEIGHT = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)")
 
 
 class SectionOption(click.Option):
@@ -99,112 +98,34 @@ def option(*names: str, section: str, **kwargs: Any) -> Callable[[F], F]:
     return click.option(*names, cls=SectionOption, section=section, **kwargs)
 
 
-class WeightList(click.ParamType[tuple[float, ...]]):
-    """``0.7,-0.3``: plain finite decimals, no exponent."""
+def taking(kind: type[Options]) -> Callable[[F], F]:
+    """Every option of a class that is not Python's alone."""
 
-    name = "W,W"
+    def add(command: F) -> F:
+        for one in reversed(options_of(kind)):
+            if one.words.section:
+                command = _made(one)(command)
+        return command
 
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[float, ...]:
-        """Parse, or fail naming the part that is not a number."""
-        if isinstance(value, tuple):
-            return value
-        parts = [part.strip() for part in str(value).split(",")]
-        from loratool.store.source import is_weight
-
-        for part in parts:
-            if not is_weight(part):
-                self.fail(f"{part[:80]!r} is not a plain decimal number", param, ctx)
-        return tuple(float(part) for part in parts)
+    return add
 
 
-class WholeNumber(click.ParamType[int]):
-    """A whole number above 0.
-
-    Args:
-        name: placeholder in the help page.
-    """
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        """Parse, or say why not."""
-        text = str(value)
-        if not _is_whole(text):
-            raise click.BadParameter(self.explain(text), ctx=ctx, param=param)
-        return int(text)
-
-    def explain(self, text: str) -> str:
-        """Why ``text`` is refused."""
-        return f"{text[:80]!r} is not a whole number above 0"
-
-
-def _is_whole(text: str) -> bool:
-    """True for a whole number above 0 that any option can take."""
-    return text.isascii() and text.isdigit() and len(text) <= 18 and int(text) > 0
-
-
-class Number(click.ParamType[float]):
-    """A plain finite decimal, as weights are.
-
-    Args:
-        name: placeholder in the help page.
-    """
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> float:
-        """Parse, or say why not."""
-        from loratool.store.source import MAX_WEIGHT, is_weight
-
-        if not is_weight(str(value)):
-            raise click.BadParameter(
-                f"{str(value)[:80]!r} is not a plain decimal number of at most {MAX_WEIGHT:g}",
-                ctx=ctx, param=param,
-            )  # fmt: skip
-        return float(value)
-
-
-class RankNumber(click.ParamType[int | str]):
-    """A rank or ``auto``; a fraction is probably meant as a share of energy."""
-
-    name = "R|auto"
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> int | str:
-        """Parse, or say why not."""
-        text = str(value)
-        if text == "auto":
-            return text
-        if _is_whole(text):
-            return int(text)
-        why = f"{text[:80]!r} is neither a whole number above 0 nor auto"
-        if _WEIGHT.fullmatch(text):
-            why += "; a share of the energy is --energy"
-        raise click.BadParameter(why, ctx=ctx, param=param)
-
-
-class Share(click.ParamType[float]):
-    """A number between 0 and 1, such as 0.99."""
-
-    name = "SHARE"
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> float:
-        """Parse, or say why not."""
-        text = str(value)
-        if not (_WEIGHT.fullmatch(text) and 0 <= float(text) <= 1):
-            raise click.BadParameter(
-                f"{text!r} is not a number from 0 to 1, such as 0.99", ctx=ctx, param=param
-            )
-        return float(text)
+def _made(one: Option) -> Callable[[F], F]:
+    """A field as an option of click."""
+    more: dict[str, Any] = {"section": one.words.section, "help": one.words.help}
+    is_switch = "/" in one.flags[-1]
+    if one.default is True:
+        more |= {"flag_value": False, "default": True, "type": bool}
+    elif one.default is False and not is_switch:
+        more["is_flag"] = True
+    else:
+        more["required"] = one.is_required
+        if one.default not in (..., ()) and (one.default is not None or is_switch):
+            more["default"] = one.default
+        if not is_switch:
+            more |= {"type": form_of(one), "metavar": one.words.metavar,
+                     "multiple": one.is_many or one.words.form == "params"}  # fmt: skip
+    return option(*one.flags, one.name, **more)
 
 
 def general(command: F) -> F:
@@ -219,199 +140,20 @@ def general(command: F) -> F:
     return command
 
 
-def network(command: F) -> F:
-    """``--offline`` and ``-y``."""
-    for add in (
-        option("-y", "--yes", is_flag=True, section="General", help="Agree to large downloads."),
-        option("--offline", is_flag=True, section="General", help="Never touch the network."),
-    ):  # fmt: skip
-        command = add(command)
-    return command
+def typed(given: Mapping[str, Any], *kinds: type[Options]) -> list[str]:
+    """The options of some classes as they would be typed: those that are not at their default."""
+    words: list[str] = []
+    for one in (one for kind in kinds for one in asked_of(kind, given) if one.words.section):
+        value, flag = given[one.name], one.flags[-1]
+        if isinstance(value, bool):
+            words.append(flag)
+        elif one.is_many:
+            words += [word for text in value for word in (flag, text)]
+        else:
+            numbers = value if isinstance(value, tuple) else (value,)
+            words += [flag, ",".join(map(_plain, numbers))]
+    return words
 
 
-def workers(command: F) -> F:
-    """``--threads`` and ``--max-memory``."""
-    for add in (
-        option("--max-memory", metavar="SIZE", section="Resources",
-               help="Limit for the planned peak, such as 2GB. Default: what is free."),
-        option("--threads", type=WholeNumber("N"), section="Resources",
-               help="Workers. Default: twice the cores, at most 8. Never changes a result."),
-    ):  # fmt: skip
-        command = add(command)
-    return command
-
-
-def resources(command: F) -> F:
-    """``--device``, ``--threads``, ``--max-memory``."""
-    add = option(
-        "--device", default="auto", metavar="auto|cpu|cuda[:N]", section="Resources",
-        help="Where to compute. Default: auto.",
-    )  # fmt: skip
-    return add(workers(command))
-
-
-def writing(command: F) -> F:
-    """Options of every command that writes."""
-    for add in (
-        option("--no-provenance", "provenance", flag_value=False, default=True, type=bool,
-               section="Output", help="Do not record inputs and options in the output."),
-        option("--dry-run", is_flag=True, section="Output",
-               help="Print the plan and what it would cost; write nothing."),
-        option("--force", is_flag=True, section="Output",
-               help="Replace an earlier output of loratool, never anything else."),
-    ):  # fmt: skip
-        command = add(command)
-    return command
-
-
-def factor_dtype(command: F) -> F:
-    """``--dtype`` of commands that write an adapter."""
-    return option(
-        "--dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]), default="auto",
-        section="Output", help="Of the factors. Default: that of the inputs.",
-    )(command)  # fmt: skip
-
-
-def program(command: F) -> F:
-    """``--for``: commands that write an adapter."""
-    return option(
-        "--for", "program", metavar="peft|vllm|llama.cpp", section="Output",
-        help="As that program loads it: one rank, one alpha/r, nothing that it cannot hold.",
-    )(command)  # fmt: skip
-
-
-def checkpoint_writing(command: F) -> F:
-    """``--restart`` and ``--checksum``: commands that write a checkpoint."""
-    for add in (
-        option("--checksum", is_flag=True, section="Advanced",
-               help="Record the sha256 of every input file; reads the base once more."),
-        option("--restart", is_flag=True, section="Advanced",
-               help="Drop an interrupted run instead of going on with it."),
-    ):  # fmt: skip
-        command = add(command)
-    return command
-
-
-def rounding(command: F) -> F:
-    """``--exact``, ``--rounding``, ``--seed``."""
-    for add in (
-        option("--seed", type=int, metavar="N", section="Output",
-               help="Of stochastic rounding. Default: 0."),
-        option("--rounding", type=click.Choice(["nearest", "stochastic"]), default="nearest",
-               section="Output",
-               help="stochastic: small changes survive on average, at up to twice the error."),
-        option("--exact", is_flag=True, section="Output",
-               help="Every element correctly rounded: the same bytes on any machine and device."),
-    ):  # fmt: skip
-        command = add(command)
-    return command
-
-
-def module_weights(command: F) -> F:
-    """``--module-weights``."""
-    return option(
-        "--module-weights", metavar="FILE", section="Input",
-        help="YAML: regular expression of module names -> weight, or one per adapter.",
-    )(command)  # fmt: skip
-
-
-def mixing(command: F) -> F:
-    """Coefficients of several adapters: `merge`, `subtract` and `verify`."""
-    for add in (
-        module_weights,
-        option("--mean", is_flag=True, section="Input",
-               help="Divide by the number of adapters."),
-        option("--weights", type=WeightList(), section="Input",
-               help="Coefficients in order, instead of ADAPTER:W."),
-    ):  # fmt: skip
-        command = add(command)
-    return command
-
-
-def against(command: F) -> F:
-    """``--base`` of `subtract` and `swap`."""
-    return option(
-        "--base", metavar="BASE", section="Input",
-        help="What the adapters were trained on: for replaced tensors, DoRA, PiSSA.",
-    )(command)  # fmt: skip
-
-
-def rename(command: F) -> F:
-    """``--rename``."""
-    return option(
-        "--rename", multiple=True, metavar="s/A/B/", section="Names",
-        help="Rewrite module names. Repeatable.",
-    )(command)  # fmt: skip
-
-
-def names(command: F) -> F:
-    """How modules find their targets."""
-    for add in (
-        option("--resize-embeddings", is_flag=True, section="Names",
-               help="Let replaced embeddings change the vocabulary size."),
-        option("--keep-tied", is_flag=True, section="Names",
-               help="Change the tensor that input embedding and output head share."),
-        option("--untie", is_flag=True, section="Names",
-               help="Give the output head weights of its own."),
-        option("--allow-unmatched", is_flag=True, section="Names",
-               help="Leave out and report what has no target."),
-        option("--skip", multiple=True, metavar="PART|REGEX", section="Names",
-               help="Leave out a component (te) or modules. Repeatable."),
-        rename,
-    ):  # fmt: skip
-        command = add(command)
-    return command
-
-
-def trust(command: F) -> F:
-    """How far input files are trusted."""
-    for add in (
-        option("--allow-pickle", is_flag=True, section="Advanced",
-               help="Convert .bin and .pt files first, in a process that can do nothing else."),
-        option("--max-header", metavar="SIZE", section="Advanced",
-               help="Largest safetensors header accepted. Default: 32MiB."),
-    ):  # fmt: skip
-        command = add(command)
-    return command
-
-
-def nonfinite(command: F) -> F:
-    """``--allow-nonfinite``: `merge` and `verify`."""
-    add = option(
-        "--allow-nonfinite", is_flag=True, section="Advanced",
-        help="Let NaN and infinity of the inputs pass; they are counted.",
-    )  # fmt: skip
-    return add(command)
-
-
-def alpha(command: F) -> F:
-    """``--alpha``."""
-    return option(
-        "--alpha", type=Number("A"), metavar="A", section="Advanced",
-        help="lora_alpha of files that have no configuration.",
-    )(command)  # fmt: skip
-
-
-def reading(command: F) -> F:
-    """What adapter files do not say."""
-    for add in (
-        option("--experts-b-order", type=click.Choice(["rank-major", "expert-major"]),
-               section="Advanced",
-               help="Packing of experts in lora_B. Default: by the file, else rank-major."),
-        option("--moe-layout", type=click.Choice(["eoi", "eio"]), section="Advanced",
-               help="How square experts are stored: (E, out, in) or (E, in, out)."),
-        option("--mha-out-proj", type=click.Choice(["once", "twice"]), section="Advanced",
-               help="nn.MultiheadAttention out_proj. Default: what was trained."),
-        option("--rank-from", type=click.Choice(["file", "config"]), section="Advanced",
-               help="Which rank counts where they contradict."),
-        alpha,
-    ):  # fmt: skip
-        command = add(command)
-    return command
-
-
-def onto_base(command: F) -> F:
-    """What `merge`, `subtract`, `swap` and `verify` share: adapters beside a checkpoint."""
-    for add in (nonfinite, trust, reading, general, network, resources, names):
-        command = add(command)
-    return command
+def _plain(value: Any) -> str:
+    return format_number(value) if isinstance(value, float) else str(value)

@@ -10,6 +10,7 @@ import click
 from loratool.cli import options as opt
 from loratool.cli.render import format_bytes, line, plural, safe, some, table
 from loratool.cli.voice import Voice
+from loratool.options.hub import Pull
 from loratool.report.pull import PullReport
 
 
@@ -25,14 +26,7 @@ from loratool.report.pull import PullReport
     ),
 )
 @click.argument("repo", metavar="REPO[@REV]")
-@opt.option("-o", "--output", metavar="DIR", section="Output",
-            help="Folder to create. Default: the shared cache.")  # fmt: skip
-@opt.option("--all", "everything", is_flag=True, section="Input",
-            help="Every file, not only the adapter's.")  # fmt: skip
-@opt.option("--force", is_flag=True, section="Output",
-            help="Replace an earlier output or an unchanged copy of the repository.")  # fmt: skip
-@opt.option("--dry-run", is_flag=True, section="Output", help="List the files; fetch nothing.")
-@opt.network
+@opt.taking(Pull)
 @opt.general
 def command(**options: Any) -> int:
     """Fetch an adapter at one commit and check every file against the Hub's hashes.

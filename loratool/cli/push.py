@@ -10,6 +10,7 @@ import click
 from loratool.cli import options as opt
 from loratool.cli.render import format_bytes, line, plural, safe, table
 from loratool.cli.voice import Voice, note_lines
+from loratool.options.hub import Push
 from loratool.report.push import PushReport
 
 
@@ -25,19 +26,7 @@ from loratool.report.push import PushReport
 )
 @click.argument("path", metavar="PATH")
 @click.argument("repo", metavar="REPO")
-@opt.option("--private/--public", "private", default=None, section="Output",
-            help="Visibility of a repository that is created. Default: private.")  # fmt: skip
-@opt.option("--create-pr", is_flag=True, section="Output",
-            help="Open a pull request instead of committing.")  # fmt: skip
-@opt.option("--revision", metavar="BRANCH", section="Output",
-            help="Branch, created if need be. Default: main.")  # fmt: skip
-@opt.option("--message", metavar="TEXT", section="Output", help="Title of the commit.")
-@opt.option("--skip", multiple=True, metavar="NAME", section="Input",
-            help="File or folder of PATH to leave out. Repeatable.")  # fmt: skip
-@opt.option("--dry-run", is_flag=True, section="Output",
-            help="Validate and compare; create and send nothing.")  # fmt: skip
-@opt.option("--force", is_flag=True, section="Output",
-            help="Also into a repository that holds something else.")  # fmt: skip
+@opt.taking(Push)
 @opt.general
 def command(**options: Any) -> int:
     """Publish an adapter or a checkpoint on the Hub in one commit.

@@ -10,6 +10,7 @@ import click
 from loratool.cli import options as opt
 from loratool.cli.render import format_seconds, format_share, line, plural, safe
 from loratool.cli.voice import Voice, note_lines, warning_lines
+from loratool.options.recipes import Recipe
 
 if TYPE_CHECKING:
     from loratool.ops.recipe import RecipeStep
@@ -28,9 +29,7 @@ _TAKES_LONG = {"merge", "extract", "subtract", "swap", "verify"}
     ),
 )
 @click.argument("recipe", metavar="RECIPE.yaml")
-@opt.option("--dry-run", is_flag=True, section="Output",
-            help="Check the whole file and plan its steps; write nothing.")  # fmt: skip
-@opt.network
+@opt.taking(Recipe)
 @opt.general
 def command(recipe: str, **options: Any) -> None:
     """Run the steps of RECIPE in order; the first error stops it.

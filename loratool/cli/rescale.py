@@ -12,6 +12,7 @@ from loratool.cli.loads import loads_lines
 from loratool.cli.render import format_bytes, format_seconds, line, plural, safe, table
 from loratool.cli.voice import Voice, note_lines, warning_lines
 from loratool.errors import UsageError
+from loratool.options.shaping import Rescale
 
 if TYPE_CHECKING:
     from loratool.report import RescaledAdapter, RescaleReport
@@ -40,25 +41,8 @@ _HOW = {
     ),
 )
 @click.argument("adapters", nargs=-1, required=True, metavar="ADAPTER… FACTOR")
-@opt.option("--only", multiple=True, metavar="REGEX=FACTOR", section="Input",
-            help="Another factor for modules that match; the last counts. Repeatable.")  # fmt: skip
-@opt.option("--blocks", metavar="PRESET|W,W,…", section="Input",
-            help="A factor per block, times FACTOR: ALL, INS, IND, INALL, MIDD, OUTD, OUTS, "
-            "OUTALL for Stable Diffusion, or one number per block or layer.")  # fmt: skip
-@opt.option("--intruders", type=opt.Number("LAMBDA"), metavar="LAMBDA", section="Input",
-            help="With FACTOR 1: weaken intruder dimensions to this share, 0.75.")  # fmt: skip
-@opt.option("--base", metavar="BASE", section="Input",
-            help="What it was trained on: replaced tensors, DoRA, PiSSA scale too.")  # fmt: skip
-@opt.option("-o", "--output", required=True, metavar="OUT", section="Output",
-            help="Folder to create; DIR/ puts results into it under their names.")  # fmt: skip
-@opt.factor_dtype
-@opt.program
-@opt.writing
-@opt.workers
-@opt.network
+@opt.taking(Rescale)
 @opt.general
-@opt.alpha
-@opt.trust
 def command(adapters: tuple[str, ...], output: str, **options: Any) -> None:
     """Multiply ΔW of ADAPTERs by FACTOR, exactly where numbers allow it.
 

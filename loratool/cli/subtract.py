@@ -13,6 +13,7 @@ from loratool.cli import options as opt
 from loratool.cli.progress import show_progress
 from loratool.cli.render import line, plural, safe
 from loratool.cli.voice import Voice, warning_lines
+from loratool.options.merging import Subtract
 
 if TYPE_CHECKING:
     from loratool.report import SubtractReport
@@ -29,23 +30,8 @@ if TYPE_CHECKING:
     ),
 )
 @click.argument("adapters", nargs=-1, required=True, metavar="ADAPTER[:W]…")
-@opt.option("--from", "merged", metavar="MERGED", section="Input",
-            help="Weights that the adapters were merged into. Without it: the first "
-            "adapter less the others.")  # fmt: skip
-@opt.option("--rank", type=opt.RankNumber(), section="Input",
-            help="Adapters only: best of this rank. Default: exact, ranks add.")  # fmt: skip
-@opt.option("--undo", metavar="FILE", section="Input",
-            help="Undo file of the merge: restores every bit, and checks it.")  # fmt: skip
-@opt.against
-@opt.mixing
-@opt.option("-o", "--output", required=True, metavar="OUT", section="Output",
-            help="Folder to create (a .safetensors file if MERGED is one).")  # fmt: skip
-@opt.factor_dtype
-@opt.program
-@opt.rounding
-@opt.writing
-@opt.onto_base
-@opt.checkpoint_writing
+@opt.taking(Subtract)
+@opt.general
 def command(adapters: tuple[str, ...], merged: str | None, output: str, **options: Any) -> None:
     """Take ADAPTERs out of MERGED: W = W' - Σ weight·ΔW, rounded once.
 

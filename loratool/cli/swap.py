@@ -11,6 +11,7 @@ from loratool.cli import options as opt
 from loratool.cli.progress import show_progress
 from loratool.cli.render import safe
 from loratool.cli.voice import Voice, warning_lines
+from loratool.options.merging import Swap
 
 
 @click.command(
@@ -21,16 +22,8 @@ from loratool.cli.voice import Voice, warning_lines
 )
 @click.argument("old", metavar="OLD[:W]")
 @click.argument("new", metavar="NEW[:W]")
-@opt.option("--in", "merged", required=True, metavar="MERGED", section="Input",
-            help="Weights that OLD was merged into.")  # fmt: skip
-@opt.against
-@opt.option("-o", "--output", required=True, metavar="OUT", section="Output",
-            help="Folder to create (a .safetensors file if MERGED is one).")  # fmt: skip
-@opt.module_weights
-@opt.rounding
-@opt.writing
-@opt.onto_base
-@opt.checkpoint_writing
+@opt.taking(Swap)
+@opt.general
 def command(old: str, new: str, merged: str, output: str, **options: Any) -> None:
     """Take OLD out of MERGED and put NEW in: W'' = W' - ΔW_old + ΔW_new, rounded once.
 

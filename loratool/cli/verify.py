@@ -11,6 +11,7 @@ from loratool.cli import options as opt
 from loratool.cli.progress import show_progress
 from loratool.cli.render import format_seconds, line, plural, safe, some, table
 from loratool.cli.voice import Voice, note_lines
+from loratool.options.merging import Verify
 
 if TYPE_CHECKING:
     from loratool.report import VerifyReport
@@ -30,13 +31,8 @@ EXIT_DIFFERS = 10
     ),
 )
 @click.argument("merged", metavar="MERGED")
-@opt.option("--base", metavar="BASE|auto", section="Input",
-            help="What it was merged from; auto = what the adapters name. "
-                 "Default: what MERGED says.")  # fmt: skip
-@opt.option("--adapter", "adapters", multiple=True, metavar="ADAPTER[:W]", section="Input",
-            help="What was merged into it. Repeatable. Default: what MERGED says.")  # fmt: skip
-@opt.mixing
-@opt.onto_base
+@opt.taking(Verify)
+@opt.general
 def command(merged: str, base: str | None, adapters: tuple[str, ...], **options: Any) -> int:
     """Recompute the merge of ADAPTERs into BASE and compare it with MERGED.
 

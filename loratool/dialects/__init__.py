@@ -11,13 +11,14 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from loratool.adapter import Adapter, AdapterFiles, ReadOptions
+from loratool.adapter import Adapter, AdapterFiles
 from loratool.dialects.base import Dialect
 from loratool.dialects.candidate import Candidate, examine
 from loratool.dialects.peft.new import task_type_of
 from loratool.dialects.peft.read import unmergeable_reason
 from loratool.dialects.registry import BY_NAME, DEFAULT, DIALECTS, detect, home_of, writable
 from loratool.errors import MismatchError
+from loratool.options.groups import Read
 from loratool.store.header import MAX_HEADER_BYTES
 
 __all__ = [
@@ -37,7 +38,7 @@ __all__ = [
 
 
 def open_adapter(
-    path: Path, options: ReadOptions | None = None, *, max_header: int = MAX_HEADER_BYTES
+    path: Path, options: Read | None = None, *, max_header: int = MAX_HEADER_BYTES
 ) -> Adapter:
     """Read an adapter into the neutral form: headers and configuration, no tensor bytes.
 
@@ -65,7 +66,7 @@ def open_adapter(
             got=row.name, expected=", ".join(d.title for d in DIALECTS if d.is_written),
             hint=row.hint,
         )  # fmt: skip
-    return row.reader()(candidate, options or ReadOptions())
+    return row.reader()(candidate, options or Read())
 
 
 def write_adapter_files(

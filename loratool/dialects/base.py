@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol, cast
 
-from loratool.adapter import Adapter, AdapterFiles, DeltaSpec, ReadOptions
+from loratool.adapter import Adapter, AdapterFiles, DeltaSpec
 from loratool.dialects.candidate import Candidate
 from loratool.dialects.table import Table
+from loratool.options.groups import Read
 
 Detector = Callable[[Candidate], bool]
 """Is this a file of the dialect?  No two dialects say yes to the same one."""
@@ -19,7 +20,7 @@ Detector = Callable[[Candidate], bool]
 class Reader(Protocol):
     """Reads an adapter in one dialect."""
 
-    def __call__(self, candidate: Candidate, options: ReadOptions) -> Adapter:
+    def __call__(self, candidate: Candidate, options: Read) -> Adapter:
         """The adapter in neutral form."""
 
 

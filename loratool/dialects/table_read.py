@@ -10,17 +10,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from loratool import kinds
-from loratool.adapter import MAX_ALPHA, Adapter, DeltaSpec, ReadOptions, TensorRef
+from loratool.adapter import MAX_ALPHA, Adapter, DeltaSpec, TensorRef
 from loratool.dialects.candidate import Candidate
 from loratool.dialects.factors import check_float, product_spec
 from loratool.dialects.table import ALGORITHMS, Field, Table
 from loratool.errors import BadFileError, MismatchError, list_some
+from loratool.options.groups import Read
 from loratool.store.reader import FileReader
 
 _SCALARS = {"F64": "<d", "F32": "<f", "F16": "<e", "I64": "<q", "I32": "<i", "I16": "<h"}
 
 
-def read_table(table: Table, dialect: str, candidate: Candidate, options: ReadOptions) -> Adapter:
+def read_table(table: Table, dialect: str, candidate: Candidate, options: Read) -> Adapter:
     """The adapter in a file of a dialect that is a table.
 
     Raises:
@@ -41,7 +42,7 @@ def read_table(table: Table, dialect: str, candidate: Candidate, options: ReadOp
     )  # fmt: skip
 
 
-def read_tensors(table: Table, refs: Iterable[TensorRef], options: ReadOptions) -> Adapter:
+def read_tensors(table: Table, refs: Iterable[TensorRef], options: Read) -> Adapter:
     """Deltas, carried tensors and notes of a file; path and names stay empty."""
     found = _sort(table, refs)
     alphas = read_scalars(found.alphas)

@@ -12,7 +12,6 @@ from loratool.adapter import (
     Adapter,
     AdapterFiles,
     DeltaSpec,
-    ReadOptions,
     Source,
     TensorData,
     TensorRef,
@@ -23,6 +22,7 @@ from loratool.dialects.table import Table
 from loratool.dialects.table_read import read_tensors
 from loratool.dtypes import DTYPES
 from loratool.errors import MismatchError, list_some
+from loratool.options.groups import Read
 from loratool.store.reader import read_bytes
 
 _OTHER_SIGN = bytes(byte ^ 0x80 for byte in range(256))
@@ -107,7 +107,7 @@ def _unchanged(table: Table, adapter: Adapter) -> tuple[tuple[str, Source], ...]
         return None
     ordered = [refs[name] for name in adapter.key_order]
     # Only the default reading: the file cannot say what the user said when it was opened.
-    if read_tensors(table, ordered, ReadOptions()).specs != adapter.specs:
+    if read_tensors(table, ordered, Read()).specs != adapter.specs:
         return None
     return tuple(zip(adapter.key_order, ordered, strict=True))
 

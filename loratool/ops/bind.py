@@ -40,7 +40,6 @@ from loratool.ops.bind_settle import settle
 from loratool.ops.bind_tokens import place_new_tokens
 from loratool.ops.bind_types import (
     Bindings,
-    BindOptions,
     BoundDelta,
     BoundReplacement,
     Found,
@@ -48,10 +47,10 @@ from loratool.ops.bind_types import (
     Misfit,
 )
 from loratool.ops.heads import take_heads
+from loratool.options.groups import Names
 from loratool.store.checkpoint import Checkpoint
 
 __all__ = [
-    "BindOptions",
     "Bindings",
     "BoundDelta",
     "BoundReplacement",
@@ -86,7 +85,7 @@ class _Outcome:
         return frozenset((f.item.label, f.targets) for f in self.found)
 
 
-def bind(adapter: Adapter, checkpoint: Checkpoint, options: BindOptions | None = None) -> Bindings:
+def bind(adapter: Adapter, checkpoint: Checkpoint, options: Names | None = None) -> Bindings:
     """Give every delta and replacement of an adapter its target.
 
     Args:
@@ -104,7 +103,7 @@ def bind(adapter: Adapter, checkpoint: Checkpoint, options: BindOptions | None =
     Example:
         >>> bindings = bind(open_adapter("style"), open_checkpoint("base"))  # doctest: +SKIP
     """
-    options = options or BindOptions()
+    options = options or Names()
     _check_options(options)
     config_changes = {}
     if adapter.layer_order is not None:
@@ -142,7 +141,7 @@ def _created(found: Found) -> tuple[str, TensorRef] | None:
 
 def options_needed(adapter: Adapter, checkpoint: Checkpoint) -> tuple[str, ...]:
     """What ``merge`` asks for on top of its defaults to make of a base what PEFT makes of it."""
-    options, flags = BindOptions(), []
+    options, flags = Names(), []
     names = [s.name for s in adapter.specs] + [r.name for r in adapter.replacements]
     while any(follows_vocabulary(name) for name in names):
         try:
@@ -150,17 +149,17 @@ def options_needed(adapter: Adapter, checkpoint: Checkpoint) -> tuple[str, ...]:
             break
         except MismatchError as error:
             if error.code == "LT-442" and not options.resize_embeddings:
-                options = replace(options, resize_embeddings=True)
+                options = options.replace(resize_embeddings=True)
                 flags.append("--resize-embeddings")
             elif error.code == "LT-440" and not options.untie:
-                options = replace(options, untie=True)
+                options = options.replace(untie=True)
                 flags.append("--untie")
             else:
                 break
     return tuple(flags)
 
 
-def _check_options(options: BindOptions) -> None:
+def _check_options(options: Names) -> None:
     if options.untie and options.keep_tied:
         raise UsageError("LT-243", "--untie and --keep-tied exclude each other")
     if options.moe_layout not in (None, "eoi", "eio"):
@@ -170,7 +169,7 @@ def _check_options(options: BindOptions) -> None:
 
 
 def _choose(
-    items: Sequence[Item], adapter: Adapter, checkpoint: Checkpoint, options: BindOptions
+    items: Sequence[Item], adapter: Adapter, checkpoint: Checkpoint, options: Names
 ) -> _Outcome:
     """The first rule, by rank, that places everything; else the error that says most."""
     ties = find_ties(checkpoint, is_stated=options.untie or options.keep_tied)
@@ -198,7 +197,7 @@ def _choose(
 
 
 def _best_effort(
-    tried: Sequence[_Outcome], items: Sequence[Item], checkpoint: Checkpoint, options: BindOptions
+    tried: Sequence[_Outcome], items: Sequence[Item], checkpoint: Checkpoint, options: Names
 ) -> _Outcome:
     """No rule places everything: the error, or with ``--allow-unmatched`` the fullest rule."""
     # Fewest missing names first: a rule that finds all names tells the truth about shapes.
@@ -239,7 +238,7 @@ def _try(
     items: Sequence[Item],
     adapter: Adapter,
     checkpoint: Checkpoint,
-    options: BindOptions,
+    options: Names,
     ties: tuple[Tie, ...],
 ) -> _Outcome:
     context = Context(checkpoint, options, rule.view, ties, version_of(adapter))

@@ -13,8 +13,9 @@ from loratool.archs.ties import Tie, follows_vocabulary, is_head, other_name
 from loratool.delta.forms import is_grouped, lengths_of, shape_of, side_sizes, width_of
 from loratool.dtypes import DTYPES, numel
 from loratool.ops.bind_rules import View
-from loratool.ops.bind_types import BindOptions, BoundDelta, BoundReplacement, Found, Item, Misfit
+from loratool.ops.bind_types import BoundDelta, BoundReplacement, Found, Item, Misfit
 from loratool.ops.new_parts import is_part
+from loratool.options.groups import Names
 from loratool.plan import Region
 from loratool.store.checkpoint import Checkpoint
 
@@ -37,7 +38,7 @@ class Context:
     """
 
     checkpoint: Checkpoint
-    options: BindOptions
+    options: Names
     view: View
     ties: tuple[Tie, ...]
     peft_version: str = ""

@@ -13,8 +13,9 @@ from loratool.archs.base import Table
 from loratool.archs.names import all_tables, tables_for
 from loratool.archs.stated import model_type
 from loratool.errors import MismatchError, UsageError
-from loratool.ops.bind_types import BindOptions, Item
+from loratool.ops.bind_types import Item
 from loratool.ops.new_parts import KnownNames
+from loratool.options.groups import Names
 from loratool.patterns import Pattern, check_replacement, compile_pattern, find, substitute
 from loratool.store.checkpoint import Checkpoint
 
@@ -127,7 +128,7 @@ def name_rules(
 
 
 def apply_user_names(
-    adapter: Adapter, options: BindOptions
+    adapter: Adapter, options: Names
 ) -> tuple[list[Item], tuple[str, ...], tuple[str, ...]]:
     """The adapter's items after ``--skip`` and ``--rename``.
 

@@ -12,8 +12,9 @@ from loratool.archs.ties import Tie, head_scale, is_head, untied_config
 from loratool.dialects.stated import loads_into
 from loratool.errors import MismatchError, list_some
 from loratool.ops.bind_place import Context
-from loratool.ops.bind_types import BindOptions, Found
+from loratool.ops.bind_types import Found
 from loratool.ops.same_change import are_alike
+from loratool.options.groups import Names
 from loratool.store.reader import have_same_bytes
 
 
@@ -149,7 +150,7 @@ class _Group:
             out += [_moved(f, name) for f in _effective(items)]
         return out
 
-    def note(self, options: BindOptions) -> str:
+    def note(self, options: Names) -> str:
         """What a user should know about a tie that stays."""
         if not self.touched:
             return ""

@@ -15,30 +15,6 @@ NEW_TOKENS = ("added_tokens", "new_tokens")
 
 
 @dataclass(frozen=True)
-class BindOptions:
-    """What the user says about names.
-
-    Attributes:
-        rename: ``s/pattern/replacement/`` expressions, applied in order to module names.
-        skip: component names (``te``) or regular expressions; matching modules are left out.
-        allow_unmatched: leave out and report what has no target.
-        untie: give every name of a tied tensor values of its own.
-        keep_tied: apply a change of one tied tensor to the shared tensor.
-        resize_embeddings: let replacement tensors change the vocabulary size.
-        moe_layout: ``eoi`` or ``eio``, how the adapter's model stores its 3-D experts; None =
-            by shape, then by PEFT version.
-    """
-
-    rename: tuple[str, ...] = ()
-    skip: tuple[str, ...] = ()
-    allow_unmatched: bool = False
-    untie: bool = False
-    keep_tied: bool = False
-    resize_embeddings: bool = False
-    moe_layout: str | None = None
-
-
-@dataclass(frozen=True)
 class BoundDelta:
     """A delta (or a slice of one) and the base tensor that it changes.
 

@@ -13,6 +13,8 @@ from loratool.errors import MismatchError, UsageError, list_some
 from loratool.methods import METHODS, Method, find_method, parse_params
 from loratool.ops.sums import SumModule, SumPlan, plan_sum
 from loratool.ops.weights import Weight
+from loratool.options.merging import Combine, Merge
+from loratool.options.words import asked_of, only_of, options_of
 from loratool.plan import Plan, Step, label
 
 
@@ -163,26 +165,27 @@ def check_into(into: str | None, *, has_base: bool) -> str:
     return into or ("base" if has_base else "adapter")
 
 
-def check_options(given: Mapping[str, Any]) -> None:
-    """Refuse options that only make sense with a base.
+def combine_options(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Those options of `merge` that make sense with no base to merge into.
 
     Raises:
-        UsageError: LT-286.
+        UsageError: LT-286, others were given.
     """
-    wrong = [name for name, value in given.items() if value not in (None, False, (), [], "auto")]
+    known = {"into", *(o.name for o in options_of(Combine))}
+    wrong = [o for o in asked_of(Merge, given) if o.words.section and o.name not in known]
     if wrong:
         raise UsageError(
             "LT-286", "these options are for merging into a base",
-            got=", ".join("--" + name.replace("_", "-") for name in wrong),
-            hint="--base BASE without --into adapter",
+            got=", ".join(o.flags[-1] for o in wrong), hint="--base BASE without --into adapter",
         )  # fmt: skip
+    return only_of(Combine, given)
 
 
 def combination_args(
     method: str | None,
     params: Mapping[str, Any] | None,
     *,
-    rank: int | None,
+    rank: int | str | None,
     exact: bool,
     program: str | None = None,
 ) -> dict[str, Any]:

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 from loratool.adapter import Adapter, DeltaSpec, TensorRef
 from loratool.errors import MismatchError
-from loratool.ops.bind import BindOptions, bind
+from loratool.ops.bind import bind
 from loratool.ops.heads import take_heads
 from loratool.ops.merge import matrix_view
+from loratool.options.groups import Names
 from loratool.plan import DeltaPart, Place
 from loratool.store.checkpoint import Checkpoint
 
@@ -40,7 +41,7 @@ def find_in_base(adapter: Adapter, base: Checkpoint) -> InBase:
             file=base.path, got=base.quantization, hint="use the 16-bit checkpoint",
         )  # fmt: skip
     headed = take_heads([adapter], base)
-    bindings = bind(adapter, headed.checkpoint, BindOptions(untie=True, resize_embeddings=True))
+    bindings = bind(adapter, headed.checkpoint, Names(untie=True, resize_embeddings=True))
     tensors = (bindings.checkpoint or headed.checkpoint).tensors
     own = {b.target: b.replacement.source for b in bindings.replacements
            if b.replacement.rows is None}  # fmt: skip

@@ -8,10 +8,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from loratool.adapter import Adapter, ReadOptions
+from loratool.adapter import Adapter
 from loratool.dialects import open_adapter, unmergeable_reason
 from loratool.errors import MismatchError, OutputError, UsageError
 from loratool.ops.weights import Rule, Weight, weigh
+from loratool.options.groups import Read
 from loratool.store.checkpoint import Checkpoint, open_checkpoint
 from loratool.store.places import check_name, old_path, staging_path
 from loratool.store.rules import FileRules
@@ -59,7 +60,7 @@ def locate(text: str, *, kind: str, access: Access) -> Resolved:
     return convert_pickles(resolved)
 
 
-def open_one(text: str, *, read: ReadOptions, access: Access) -> tuple[Resolved, Adapter]:
+def open_one(text: str, *, read: Read, access: Access) -> tuple[Resolved, Adapter]:
     """Find an adapter and read what it says; it can be read while the first of the two lives.
 
     Raises:
@@ -92,7 +93,7 @@ def open_adapters(
     *,
     weights: Sequence[float] | None,
     mean: bool,
-    read: ReadOptions,
+    read: Read,
     access: Access,
     rules: Sequence[Rule] = (),
 ) -> list[OpenedAdapter]:

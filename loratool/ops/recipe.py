@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
-import inspect
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
 from loratool.errors import UsageError, list_some
+from loratool.options.words import Option, Options, alternatives, options_of
 
-# Option as typed -> keyword of the function, where they are not the same word.
-_SPELLED = {
-    **{(c, "for"): "program" for c in ("merge", "subtract", "rescale", "compress", "extract")},
-    ("subtract", "from"): "merged",
-    ("swap", "in"): "merged",
-    ("verify", "adapter"): "adapters",
-}
 _WRITTEN = ("output", "save_undo", "save_residual", "csv", "plot")
-_MINE = {"dry_run", "progress", "operation", "offline", "yes"}  # of `run` itself, or of code
-Function = types.FunctionType
+_MINE = {"dry_run", "offline", "yes"}  # of `run` itself
+Commands = Mapping[str, type[Options]]
 
 
 @dataclass(frozen=True)
@@ -74,12 +67,12 @@ def _lies_in(text: str, output: str) -> bool:
     )
 
 
-def read_recipe(path: Path, commands: Mapping[str, Function]) -> tuple[RecipeStep, ...]:
+def read_recipe(path: Path, commands: Commands) -> tuple[RecipeStep, ...]:
     """Read and check a recipe; nothing runs.
 
     Args:
         path: YAML: ``steps:``, a list of ``command: {option: value}``.
-        commands: name -> function whose keywords are the options.
+        commands: name -> its options.
 
     Raises:
         UsageError: LT-287, it is no recipe; LT-288, an unknown or doubled key, or a value of the
@@ -111,7 +104,7 @@ def read_recipe(path: Path, commands: Mapping[str, Function]) -> tuple[RecipeSte
     return tuple(_step(path, number, node, commands) for number, node in enumerate(nodes, 1))
 
 
-def _step(path: Path, number: int, node: Any, commands: Mapping[str, Function]) -> RecipeStep:
+def _step(path: Path, number: int, node: Any, commands: Commands) -> RecipeStep:
     import yaml
 
     pairs = _pairs(path, node) if isinstance(node, yaml.MappingNode) else {}
@@ -123,57 +116,44 @@ def _step(path: Path, number: int, node: Any, commands: Mapping[str, Function]) 
         _refuse("LT-288", path, key, f"no command {command}", list_some(commands, 20))
     if not isinstance(value, yaml.MappingNode):
         _refuse("LT-287", path, value, f"{command} has no options", "option: value")
-    known = _keywords(commands[command], commands["merge"])
+    known = _known(commands[command])
     options: dict[str, Any] = {}
     for name, (where, item) in _pairs(path, value).items():
-        keyword, plain = _keyword(command, name, known, _plain(path, item))
+        keyword, plain = _keyword(name, known, _plain(path, item))
         if keyword is None or keyword in options:
             _refuse("LT-288", path, where, f"{command} has no option {name}"
                     if keyword is None else f"{name} says {keyword} a second time",
                     list_some((k.replace("_", "-") for k in known), 40))  # fmt: skip
-        hint = known[keyword].annotation
+        hint = known[keyword].type
         if not _fits(plain, hint):
             _refuse("LT-288", path, item, f"{command}: {name} is of the wrong type",
                     _words(hint), repr(plain)[:80])  # fmt: skip
         options[keyword] = plain
-    missing = [k for k, p in known.items() if p.default is p.empty and k not in options]
+    missing = [k for k, o in known.items() if o.is_required and k not in options]
     if missing:
         _refuse("LT-288", path, key, f"{command} lacks {list_some(missing)}")
     return RecipeStep(number, command, options, key.start_mark.line + 1)
 
 
-def _keyword(
-    command: str, name: str, known: Mapping[str, inspect.Parameter], value: Any
-) -> tuple[str | None, Any]:
-    """The function's keyword for an option, and the value it takes there."""
-    word = _SPELLED.get((command, name), name.replace("-", "_"))
+def _keyword(name: str, known: Mapping[str, Option], value: Any) -> tuple[str | None, Any]:
+    """The keyword of an option under any of its names, and the value it takes there."""
+    spelled = {option.key: word for word, option in known.items()}
+    word = name.replace("-", "_")
     if word.startswith("no_") and word[3:] in known and isinstance(value, bool):
         return word[3:], not value
-    return (word if word in known else None), value
+    return spelled.get(name, word if word in known else None), value
 
 
-def takes(function: Function, keyword: str) -> bool:
-    """True if a function has the keyword, or hands all keywords on."""
-    parameters = inspect.signature(function).parameters
-    return keyword in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+def _known(kind: type[Options]) -> dict[str, Option]:
+    """Keyword -> option, less those that `run` gives itself, and callbacks."""
+    return {
+        o.name: o for o in options_of(kind)
+        if o.name not in _MINE and not any(_is_code(t) for t in alternatives(o.type))
+    }  # fmt: skip
 
 
-def _keywords(function: Function, more: Function) -> dict[str, inspect.Parameter]:
-    """Keywords with resolved types; those of ``more`` where a function hands them on."""
-    found: dict[str, inspect.Parameter] = {}
-    # Callbacks have types that exist for type checkers only: left out before names are looked up.
-    wanted = {k: v for k, v in function.__annotations__.items() if k not in {*_MINE, "return"}}
-    holder = types.SimpleNamespace(__annotations__=wanted)
-    hints = typing.get_type_hints(holder, globalns=function.__globals__)
-    for name, parameter in inspect.signature(function).parameters.items():
-        if parameter.kind is parameter.VAR_KEYWORD:
-            base = {"base", "output", "adapters"}
-            found |= {
-                k: p for k, p in _keywords(more, more).items() if k not in base | found.keys()
-            }
-        elif name not in _MINE:
-            found[name] = parameter.replace(annotation=hints.get(name, Any))
-    return found
+def _is_code(hint: Any) -> bool:
+    return typing.get_origin(hint) is Callable
 
 
 def _pairs(path: Path, node: Any) -> dict[str, tuple[Any, Any]]:
@@ -206,6 +186,10 @@ def _fits(value: Any, hint: Any) -> bool:
         return True
     if origin in (typing.Union, types.UnionType):
         return any(_fits(value, arg) for arg in args)
+    if origin is typing.Literal:
+        return value in args
+    if origin is Mapping:
+        return False  # a recipe has values and lists
     if origin is not None:  # Sequence[str], Sequence[float]
         return isinstance(value, list) and all(_fits(v, args[0]) for v in value)
     if hint is float:
@@ -220,6 +204,8 @@ def _words(hint: Any) -> str:
     if origin in (typing.Union, types.UnionType):
         words = dict.fromkeys(_words(a) for a in args if a is not type(None))
         return " or ".join(words)
+    if origin is typing.Literal:
+        return " or ".join(args)
     if origin is not None:
         return f"a list, each {_words(args[0])}"
     names = {str: "a text (quote it)", Path: "a text (quote it)", bool: "true or false",

@@ -9,12 +9,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal, NoReturn, TypedDict
+from typing import Annotated, Any, Literal, NoReturn, TypedDict
 
 import msgspec
 
 from loratool.errors import LoratoolError, MismatchError, UnsafeContentError, UsageError
-from loratool.shapes import checked
+from loratool.options.groups import Names
+from loratool.options.words import Option, options_of
+from loratool.shapes import Refuse, checked
 from loratool.store.checkpoint import Checkpoint
 from loratool.store.contained import check_name, is_inside
 from loratool.store.header import read_header
@@ -52,37 +54,42 @@ class RecordedInput:
     components: dict[str, _Weight] = field(default_factory=dict)
 
 
-class RecordedOptions(TypedDict, total=False):
-    """Options of `merge` that change bytes, by their names in provenance."""
+class RecordedSums(TypedDict, total=False):
+    """How a merge formed and rounded its sums, by the names in provenance."""
 
-    rename: tuple[str, ...]
-    skip: tuple[str, ...]
-    allow_unmatched: bool
-    untie: bool
-    keep_tied: bool
-    resize_embeddings: bool
-    codes: Literal["dequantize", "requant"]
-    alpha: _Weight
-    rank_from: Literal["file", "config"]
-    mha_out_proj: Literal["once", "twice"]
-    moe_layout: Literal["eoi", "eio"]
-    experts_b_order: Literal["rank-major", "expert-major"]
     rounding: Literal["nearest", "exact", "stochastic"]
     seed: int
     method: str
     params: dict[str, float | int | str]
     module_weights: list[_Rule]
     scaled: tuple[str, ...]
+    dequantize: bool
+    requant: bool
     undo: str
 
 
 @dataclass(frozen=True)
 class Record:
-    """The provenance of merged weights, as far as it can be replayed."""
+    """The provenance of merged weights, as far as it can be replayed.
+
+    Attributes:
+        operation: command.
+        inputs: by name.
+        options: of the sums.
+        names: how names and missing facts were understood.
+    """
 
     operation: str
     inputs: dict[str, RecordedInput]
-    options: RecordedOptions
+    options: RecordedSums
+    names: Names = field(default_factory=Names)
+
+
+@dataclass(frozen=True)
+class _Shape:
+    operation: str
+    inputs: dict[str, RecordedInput]
+    options: RecordedSums
 
 
 @dataclass(frozen=True)
@@ -111,7 +118,25 @@ def merge_record(output: Checkpoint) -> Record | None:
     def refuse(key: str | None, expected: str, got: str | None) -> NoReturn:
         refuse_record(output, "a value of another type", key=key, expected=expected, found=got)
 
-    return checked(record, Record, refuse)
+    found = checked(record, _Shape, refuse)
+    names = _recorded_names(record["options"], refuse)
+    return Record(found.operation, found.inputs, found.options, names)
+
+
+def _recorded_names(said: Mapping[str, Any], refuse: Refuse) -> Names:
+    """The options of names and reading, as `loratool.options.words.recorded` wrote them."""
+
+    def take(option: Option) -> Any:
+        def refuse_one(key: str | None, expected: str, got: str | None) -> NoReturn:
+            refuse(f"options.{option.recorded}{key or ''}", expected, got)
+
+        return checked(said[option.recorded], option.type, refuse_one)
+
+    found = {o.name: take(o) for o in options_of(Names) if o.recorded and o.recorded in said}
+    try:
+        return Names(**found)
+    except UsageError as error:
+        refuse("options", str(error.expected), str(error.got))
 
 
 def refuse_record(

@@ -22,8 +22,8 @@ from loratool.dtypes import DTYPES
 from loratool.engine.rows import args_of, op_of
 from loratool.errors import BadFileError, MismatchError
 from loratool.ops.align import align_names
-from loratool.ops.bind_types import BindOptions
 from loratool.ops.merge import MergePlan
+from loratool.options.groups import Names
 from loratool.plan import Plan, ShardPlan, Step, TensorSpec
 from loratool.store.checkpoint import Checkpoint
 from loratool.store.patch_file import Config, Digest, Row, read_patches
@@ -255,10 +255,9 @@ def _created(entry: ResidualTensor, name: str, shard: int) -> Step:
     return Step("complete", output, (), (1, output.numel), shard=shard, args=args)
 
 
-def bind_options(options: BindOptions, needed: Mapping[str, bool]) -> BindOptions:
+def bind_options(options: Names, needed: Mapping[str, bool]) -> Names:
     """A user's options and those that a residual needs."""
-    return replace(
-        options,
+    return options.replace(
         resize_embeddings=options.resize_embeddings or needed.get("resize_embeddings", False),
         untie=options.untie or needed.get("untie", False),
         keep_tied=options.keep_tied or needed.get("keep_tied", False),

@@ -8,13 +8,14 @@ from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
-from loratool.adapter import Adapter, ReadOptions
+from loratool.adapter import Adapter
 from loratool.archs.stated import is_tied, model_type
 from loratool.dialects import open_adapter, unmergeable_reason
 from loratool.dtypes import DTYPES
 from loratool.errors import BadFileError, LoratoolError, MismatchError
 from loratool.ops.adapter_summary import dtype_bytes, dtype_word, summarize_adapter
 from loratool.ops.input_notes import adapter_warnings
+from loratool.options.groups import Read
 from loratool.report import (
     CheckpointSummary,
     FolderRow,
@@ -94,7 +95,7 @@ def _what(path: Path, root: Path | None = None) -> str:
 def _describe_adapter(
     path: Path, named: str, label: str, tensors: bool, alpha: float | None, max_header: int
 ) -> InspectReport:
-    adapter = open_adapter(find_adapter(path), ReadOptions(alpha=alpha), max_header=max_header)
+    adapter = open_adapter(find_adapter(path), Read(alpha=alpha), max_header=max_header)
     return InspectReport(
         source=named,
         what="adapter",

@@ -14,7 +14,7 @@ import torch
 from peft.utils.other import get_pattern_key
 from safetensors.torch import save_file
 
-from loratool.adapter import Adapter, DeltaSpec, ReadOptions, TensorRef
+from loratool.adapter import Adapter, DeltaSpec, TensorRef
 from loratool.dialects import (
     BY_NAME,
     DIALECTS,
@@ -27,6 +27,7 @@ from loratool.dialects import (
 from loratool.dialects.programs import judge_loads
 from loratool.errors import BadFileError, LoratoolError, MismatchError, UnsafeContentError
 from loratool.kinds import BY_NAME as KINDS
+from loratool.options.groups import Read
 from loratool.store.header import build_header
 
 LLM = Path(__file__).parents[1] / "data" / "llm"
@@ -157,7 +158,7 @@ def test_tensors_of_two_dialects_are_refused(tmp_path: Path) -> None:
 def test_a_file_without_configuration_is_a_dialect_that_peft_does_not_load(tmp_path: Path) -> None:
     path = tmp_path / "lone.safetensors"
     path.write_bytes((LLM / "lora_linear" / "adapter_model.safetensors").read_bytes())
-    adapter = open_adapter(path, ReadOptions(alpha=8))
+    adapter = open_adapter(path, Read(alpha=8))
     assert adapter.dialect == "peft-file"
     verdicts = {one.program: (one.verdict, one.reasons) for one in judge_loads(adapter)}
     assert set(verdicts.values()) == {("no", ("no adapter_config.json",))}

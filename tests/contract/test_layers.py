@@ -15,6 +15,7 @@ ROOT = Path(loratool.__file__).parent
 LAYERS = (
     {
         "dtypes",
+        "options",
         "errors",
         "shapes",
         "patterns",

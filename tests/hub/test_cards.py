@@ -12,10 +12,10 @@ import pytest
 from huggingface_hub import ModelCard
 
 import loratool as lt
-from loratool.adapter import ReadOptions
 from loratool.dialects import open_adapter
 from loratool.ops.card_facts import adapter_facts
 from loratool.ops.push import prepare
+from loratool.options.groups import Read
 from loratool.store.card import make_card
 from tests.hub.conftest import SHAPES
 from tests.hub_server import TestHub
@@ -128,7 +128,7 @@ def test_single_files(tmp_path: Path) -> None:
     """A PEFT file without its configuration is loaded by none, one of diffusers by diffusers."""
     folder = save_adapter(tmp_path / "a", random_factors(SHAPES, rank=2, seed=1))
     (folder / "adapter_config.json").unlink()
-    adapter = open_adapter(folder / "adapter_model.safetensors", ReadOptions(alpha=2))
+    adapter = open_adapter(folder / "adapter_model.safetensors", Read(alpha=2))
     facts = adapter_facts(adapter, "me/mine")
     assert facts.library is None and [u[0] for u in facts.usage] == ["Merge into the base"]
     facts = adapter_facts(replace(adapter, dialect="diffusers", base_model="org/base"), "me/mine")

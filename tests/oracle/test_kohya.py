@@ -15,7 +15,8 @@ from safetensors.numpy import load_file, save_file
 
 import loratool as lt
 from loratool.dialects import open_adapter
-from loratool.ops.bind import BindOptions, bind
+from loratool.ops.bind import bind
+from loratool.options.groups import Names
 from loratool.store.checkpoint import open_checkpoint
 from tests.oracle.kohya_files import SAMPLES, adapter_of, deltas, near, rounded_once
 
@@ -280,7 +281,7 @@ def test_a_real_file_is_bound_and_planned_without_its_bytes(tmp_path: Path, name
     adapter = open_adapter(tmp_path / "a.safetensors")
     rank = next(shape for key, shape in keys.items() if key.endswith("lora_down.weight"))[0]
     assert {s.scaling for s in adapter.specs} == {16 / rank} and len(adapter.specs) == len(shapes)
-    bindings = bind(adapter, open_checkpoint(tmp_path / "b.safetensors"), BindOptions())
+    bindings = bind(adapter, open_checkpoint(tmp_path / "b.safetensors"), Names())
     assert {d.target for d in bindings.deltas} == set(shapes)
     report = lt.merge([str(tmp_path / "a.safetensors")], base=str(tmp_path / "b.safetensors"),
                       output=str(tmp_path / "o.safetensors"), dry_run=True)  # fmt: skip

@@ -19,10 +19,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import loratool as lt
-from loratool.adapter import Adapter, ReadOptions
+from loratool.adapter import Adapter
 from loratool.dialects import open_adapter
 from loratool.dialects.programs import judge_loads
 from loratool.errors import LoratoolError
+from loratool.options.groups import Read
 from loratool.report import Loads
 from tests.oracle.in_peft import NotLoadedError, load_strict
 
@@ -232,7 +233,7 @@ def test_no_configuration(tmp_path: Path) -> None:
     """Nothing loads a tensor file alone, and a file that the reader took by itself says so."""
     a = plain(tmp_path / "a")
     file = shutil.copy(a / "adapter_model.safetensors", tmp_path / "alone.safetensors")
-    found = judge_loads(open_adapter(file, ReadOptions(alpha=4)))
+    found = judge_loads(open_adapter(file, Read(alpha=4)))
     assert {one.verdict for one in found} == {"no"}
 
 

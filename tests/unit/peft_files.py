@@ -9,8 +9,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from loratool.adapter import Adapter, DeltaSpec, ReadOptions, TensorData
+from loratool.adapter import Adapter, DeltaSpec, TensorData
 from loratool.dialects import open_adapter
+from loratool.options.groups import Read
 
 PREFIX = "base_model.model."
 Tensor = torch.Tensor
@@ -50,7 +51,7 @@ def write_folder(
 def read(
     folder: Path,
     tensors: Mapping[str, Tensor],
-    options: ReadOptions | None = None,
+    options: Read | None = None,
     *,
     prefix: str = PREFIX,
     **fields: object,

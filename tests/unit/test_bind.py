@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from loratool.adapter import Adapter, DeltaSpec, Replacement, TensorData, TensorRef
 from loratool.dtypes import tensor_bytes
 from loratool.errors import LoratoolError, MismatchError, UsageError
-from loratool.ops.bind import Bindings, BindOptions, bind
+from loratool.ops.bind import Bindings, bind
 from loratool.ops.bind_rules import PREFIXES, parse_rename, parse_skip
+from loratool.options.groups import Names
 from loratool.store.checkpoint import Checkpoint, Shard
 
 Shape = tuple[int, ...]
@@ -98,7 +99,7 @@ def adapter(
 def error(code: str, one: Adapter, checkpoint: Checkpoint, **options: Any) -> LoratoolError:
     """Bind, expect an error, and return it."""
     with pytest.raises(LoratoolError) as caught:
-        bind(one, checkpoint, BindOptions(**options))
+        bind(one, checkpoint, Names(**options))
     assert caught.value.code == code, caught.value.message()
     return caught.value
 
@@ -155,9 +156,7 @@ def test_two_equal_rules_are_an_error() -> None:
     shapes = {"text_encoder.q.weight": (4, 6), "text_encoder_2.q.weight": (4, 6)}
     caught = error("LT-431", adapter(lora("q", 4, 6)), base(shapes))
     assert "--rename" in (caught.hint or "")
-    found = bind(
-        adapter(lora("q", 4, 6)), base(shapes), BindOptions(rename=("s/^/text_encoder_2./",))
-    )
+    found = bind(adapter(lora("q", 4, 6)), base(shapes), Names(rename=("s/^/text_encoder_2./",)))
     assert pairs(found) == {"q.weight": "text_encoder_2.q.weight"}
 
 
@@ -250,14 +249,14 @@ def test_unmatched_suggests_the_rename_that_would_match() -> None:
     caught = error("LT-430", one, base(LLAMA))
     match = re.search(r"--rename '(.*)' would match 4 of 4", caught.hint or "")
     assert match is not None
-    found = bind(one, base(LLAMA), BindOptions(rename=(match[1],)))
+    found = bind(one, base(LLAMA), Names(rename=(match[1],)))
     assert set(pairs(found).values()) < set(LLAMA)
 
 
 def test_skip_by_component_and_by_regex() -> None:
     one = adapter(lora("text_encoder_2.q", 4, 4), lora("unet.to_q", 4, 6), lora("unet.to_k", 4, 6))
     checkpoint = base({"unet.to_q.weight": (4, 6)})
-    found = bind(one, checkpoint, BindOptions(skip=("te", r"to_k$")))
+    found = bind(one, checkpoint, Names(skip=("te", r"to_k$")))
     assert set(pairs(found)) == {"unet.to_q.weight"}
     assert found.skipped == ("text_encoder_2.q", "unet.to_k")
     error("LT-448", one, checkpoint, skip=("te", "unet"))
@@ -265,7 +264,7 @@ def test_skip_by_component_and_by_regex() -> None:
 
 def test_allow_unmatched_reports_what_it_leaves_out() -> None:
     one = adapter(lora("model.layers.0.mlp.up_proj", 24, 16), lora("gone.q", 4, 4))
-    found = bind(one, base(LLAMA), BindOptions(allow_unmatched=True))
+    found = bind(one, base(LLAMA), Names(allow_unmatched=True))
     assert set(pairs(found)) == {"model.layers.0.mlp.up_proj.weight"}
     assert found.skipped == ("gone.q",)
     error("LT-430", adapter(lora("gone.q", 4, 4)), base(LLAMA), allow_unmatched=True)
@@ -339,7 +338,7 @@ def test_bad_skip_pattern() -> None:
 
 
 def test_rename_without_effect_is_noted() -> None:
-    found = bind(llama_adapter(), base(LLAMA), BindOptions(rename=("s/zzz/y/",)))
+    found = bind(llama_adapter(), base(LLAMA), Names(rename=("s/zzz/y/",)))
     assert any("changed no module name" in note for note in found.notes)
 
 
@@ -536,7 +535,7 @@ def test_binding_is_injective(leaves: list[str], data: st.DataObject) -> None:
     rename = f"s/^{data.draw(st.sampled_from('abcdef'))}$/{target}/"
     one = adapter(*(lora(leaf, 4, 6) for leaf in leaves))
     try:
-        found = bind(one, checkpoint, BindOptions(rename=(rename,)))
+        found = bind(one, checkpoint, Names(rename=(rename,)))
     except MismatchError as caught:
         assert caught.code == "LT-447"
         return

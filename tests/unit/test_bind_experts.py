@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from loratool.adapter import Adapter, DeltaSpec
-from loratool.ops.bind import BindOptions, bind
+from loratool.ops.bind import bind
+from loratool.options.groups import Names
 from loratool.plan import Region, Span
 from loratool.store.checkpoint import Checkpoint
 from tests.unit.test_bind import adapter, base, error, lora, tensor
@@ -144,7 +145,7 @@ def test_square_experts_of_unknown_version_ask() -> None:
         caught = error("LT-436", one, checkpoint)
         assert "--moe-layout" in (caught.hint or "")
         for layout in ("eoi", "eio"):
-            found = bind(one, checkpoint, BindOptions(moe_layout=layout))
+            found = bind(one, checkpoint, Names(moe_layout=layout))
             assert all(d.transposed is (layout == "eio") for d in found.deltas)
 
 

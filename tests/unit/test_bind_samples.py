@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 from loratool import dialects
 from loratool.archs.experts import parse_expert
 from loratool.errors import MismatchError
-from loratool.ops.bind import Bindings, BindOptions, BoundDelta, bind
+from loratool.ops.bind import Bindings, BoundDelta, bind
+from loratool.options.groups import Names
 from loratool.plan import Span
 from loratool.store.checkpoint import Checkpoint, open_checkpoint
 
@@ -44,7 +45,7 @@ needs_dialects = pytest.mark.skipif(
 def bound(name: str, **options: bool) -> tuple[Bindings, Checkpoint]:
     checkpoint = open_checkpoint(LLM / name / "base")
     adapter = dialects.open_adapter(LLM / name)
-    return bind(adapter, checkpoint, BindOptions(**options)), checkpoint  # type: ignore[arg-type]
+    return bind(adapter, checkpoint, Names(**options)), checkpoint  # type: ignore[arg-type]
 
 
 @needs_dialects

@@ -15,7 +15,8 @@ from safetensors.torch import save_file
 from loratool.adapter import DeltaSpec, Replacement, TensorRef
 from loratool.archs import tied_tensors
 from loratool.errors import MismatchError
-from loratool.ops.bind import BindOptions, bind, replicate_layers
+from loratool.ops.bind import bind, replicate_layers
+from loratool.options.groups import Names
 from loratool.store import reader
 from loratool.store.checkpoint import Checkpoint, open_checkpoint
 from tests.unit.test_bind import LLAMA, adapter, base, error, lora, tensor
@@ -104,11 +105,11 @@ def test_a_change_of_one_tied_tensor_asks(name: str, kind: str) -> None:
     caught = error("LT-440", one, tied())
     assert "--untie" in (caught.hint or "") and "--keep-tied" in (caught.hint or "")
     assert caught.key == name
-    split = bind(one, tied(), BindOptions(untie=True))
+    split = bind(one, tied(), Names(untie=True))
     assert split.new_tensors == {HEAD: EMBED}
     assert split.config_changes["tie_word_embeddings"] is False
     assert [b.target for b in (*split.deltas, *split.replacements)] == [name]
-    kept = bind(one, tied(), BindOptions(keep_tied=True))
+    kept = bind(one, tied(), Names(keep_tied=True))
     assert not kept.new_tensors and not kept.config_changes
     assert [b.target for b in (*kept.deltas, *kept.replacements)] == [EMBED]
 
@@ -128,8 +129,8 @@ def test_untie_says_so_in_nested_configurations() -> None:
 
 def test_untie_acts_also_without_a_change_of_the_pair() -> None:
     one = adapter(lora("model.layers.0.mlp.up_proj", 24, 16))
-    assert bind(one, tied(), BindOptions(untie=True)).new_tensors == {HEAD: EMBED}
-    found = bind(one, untied(), BindOptions(untie=True))
+    assert bind(one, tied(), Names(untie=True)).new_tensors == {HEAD: EMBED}
+    found = bind(one, untied(), Names(untie=True))
     assert not found.new_tensors and "nothing is tied" in found.notes[0]
 
 
@@ -144,7 +145,7 @@ def test_trainable_tokens_change_the_shared_tensor() -> None:
 
 
 def test_trainable_tokens_go_to_both_when_untied() -> None:
-    found = bind(adapter(replacements=[tokens()]), tied(), BindOptions(untie=True))
+    found = bind(adapter(replacements=[tokens()]), tied(), Names(untie=True))
     assert sorted(r.target for r in found.replacements) == [HEAD, EMBED]
 
 
@@ -161,7 +162,7 @@ def test_tied_tensors_that_are_stored_twice(tmp_path: Path, is_equal: bool) -> N
     if not is_equal:
         error("LT-421", adapter(head_lora()), stored, keep_tied=True)
         return
-    kept = bind(adapter(head_lora()), stored, BindOptions(keep_tied=True))
+    kept = bind(adapter(head_lora()), stored, Names(keep_tied=True))
     assert [d.target for d in kept.deltas] == [EMBED, HEAD] and not kept.config_changes
 
 
@@ -172,7 +173,7 @@ def test_tie_of_an_old_configuration_without_the_flag() -> None:
     config["architectures"] = ["GPT2ForSequenceClassification"]
     error("LT-430", adapter(head_lora()), base(shapes, **config))
     error("LT-430", adapter(head_lora()), base(shapes))
-    assert bind(adapter(head_lora()), base(shapes), BindOptions(untie=True)).new_tensors
+    assert bind(adapter(head_lora()), base(shapes), Names(untie=True)).new_tensors
 
 
 def test_not_tied_and_no_head_is_unmatched() -> None:
@@ -233,7 +234,7 @@ def test_replacements() -> None:
 
 def test_replacement_of_a_missing_head_may_be_left_out() -> None:
     one = adapter(head_lora(), replacements=[whole("score.weight", 2, 16)])
-    found = bind(one, untied(), BindOptions(allow_unmatched=True))
+    found = bind(one, untied(), Names(allow_unmatched=True))
     assert found.skipped == ("score",)
     assert not found.replacements
 
@@ -248,7 +249,7 @@ def test_vocabulary_grows_only_when_asked() -> None:
     both = adapter(replacements=[whole(EMBED, 40, 16), whole(HEAD, 40, 16)])
     caught = error("LT-442", both, untied())
     assert "--resize-embeddings" in (caught.hint or "")
-    found = bind(both, untied(), BindOptions(resize_embeddings=True))
+    found = bind(both, untied(), Names(resize_embeddings=True))
     assert found.config_changes == {"vocab_size": 40}
     error("LT-445", adapter(replacements=[whole(EMBED, 40, 17)]), untied(), resize_embeddings=True)
 
@@ -263,13 +264,13 @@ def test_one_resized_tensor_names_the_other() -> None:
 
 
 def test_tied_vocabulary_grows_once() -> None:
-    options = BindOptions(resize_embeddings=True, keep_tied=True)
+    options = Names(resize_embeddings=True, keep_tied=True)
     found = bind(adapter(replacements=[whole(EMBED, 40, 16)]), tied(), options)
     assert found.config_changes == {"vocab_size": 40}
     both = adapter(replacements=[whole(EMBED, 40, 16), whole(HEAD, 40, 16)])
-    assert not bind(both, tied(), BindOptions(resize_embeddings=True)).new_tensors
+    assert not bind(both, tied(), Names(resize_embeddings=True)).new_tensors
     split = adapter(replacements=[whole(EMBED, 40, 16, fill=1), whole(HEAD, 40, 16)])
-    found = bind(split, tied(), BindOptions(resize_embeddings=True))
+    found = bind(split, tied(), Names(resize_embeddings=True))
     assert found.config_changes == {"tie_word_embeddings": False, "vocab_size": 40}
     error(
         "LT-443",
@@ -283,7 +284,7 @@ def test_tied_vocabulary_grows_once() -> None:
 def test_deltas_and_tokens_see_the_grown_vocabulary() -> None:
     grown = [whole(EMBED, 40, 16, origin="base_layer"), whole(HEAD, 40, 16), tokens(rows=(39,))]
     spec = lora("model.embed_tokens", 16, 40, layout="embedding")
-    found = bind(adapter(spec, replacements=grown), untied(), BindOptions(resize_embeddings=True))
+    found = bind(adapter(spec, replacements=grown), untied(), Names(resize_embeddings=True))
     assert found.deltas[0].target == EMBED
     error("LT-432", adapter(spec), untied())
 
@@ -291,7 +292,7 @@ def test_deltas_and_tokens_see_the_grown_vocabulary() -> None:
 def test_nested_vocabulary_size() -> None:
     checkpoint = base({EMBED: (32, 16)}, text_config={"vocab_size": 32})
     one = adapter(replacements=[whole(EMBED, 40, 16)])
-    found = bind(one, checkpoint, BindOptions(resize_embeddings=True))
+    found = bind(one, checkpoint, Names(resize_embeddings=True))
     assert found.config_changes == {"text_config.vocab_size": 40}
 
 

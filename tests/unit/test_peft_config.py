@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 from peft.utils.peft_types import PeftType
 
-from loratool.adapter import ReadOptions
 from loratool.dialects import open_adapter, unmergeable_reason
 from loratool.dialects.peft.methods import METHODS
 from loratool.dialects.peft.version import applies_mha_output_twice
 from loratool.errors import BadFileError, MismatchError, UsageError
+from loratool.options.groups import Read
 from tests.unit.peft_files import pair, read, write_folder
 
 
@@ -105,8 +105,8 @@ def test_rank_that_contradicts_the_configuration_is_refused(tmp_path: Path) -> N
     error = caught.value
     assert error.code == "LT-405" and "r = 4" in str(error.expected) and "r = 2" in str(error.got)
     assert "--rank-from" in str(error.hint)
-    by_file = open_adapter(folder, ReadOptions(rank_from="file")).specs[0]
-    by_config = open_adapter(folder, ReadOptions(rank_from="config")).specs[0]
+    by_file = open_adapter(folder, Read(rank_from="file")).specs[0]
+    by_config = open_adapter(folder, Read(rank_from="config")).specs[0]
     assert (by_file.rank, by_file.scaling) == (2, 4.0)
     assert (by_config.rank, by_config.scaling) == (2, 2.0)  # the tensors have rank 2 either way
 
@@ -176,10 +176,10 @@ def test_a_plain_adapter_is_mergeable_and_an_empty_one_is_not(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
-    "options", [ReadOptions(rank_from="both"), ReadOptions(mha_out_proj="2"),
-                ReadOptions(experts_b_order="B")],
+    "options", [Read(rank_from="both"), Read(mha_out_proj="2"),
+                Read(experts_b_order="B")],
 )  # fmt: skip
-def test_nonsense_options_are_usage_errors(tmp_path: Path, options: ReadOptions) -> None:
+def test_nonsense_options_are_usage_errors(tmp_path: Path, options: Read) -> None:
     with pytest.raises(UsageError) as caught:
         read(tmp_path, pair("q"), options)
     assert caught.value.code == "LT-281"

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from loratool.adapter import ReadOptions
 from loratool.dialects import open_adapter
 from loratool.errors import BadFileError, MismatchError, UnsafeContentError, UsageError
+from loratool.options.groups import Read
 from tests.unit.peft_files import PREFIX, by_name, pair, read, write_folder, zeros
 
 # ------------------------------------------------------------------------ containers
@@ -35,7 +35,7 @@ def test_without_configuration_alpha_is_asked_for(tmp_path: Path) -> None:
     with pytest.raises(UsageError) as caught:
         open_adapter(folder)
     assert caught.value.code == "LT-280" and "--alpha" in str(caught.value.hint)
-    adapter = open_adapter(folder, ReadOptions(alpha=6))
+    adapter = open_adapter(folder, Read(alpha=6))
     assert {s.module: (s.rank, s.scaling) for s in adapter.specs} == {"q": (2, 3), "k": (3, 2)}
     assert any("no configuration" in n for n in adapter.notes)
 
@@ -45,7 +45,7 @@ def test_without_configuration_other_methods_are_still_refused(tmp_path: Path) -
     folder = write_folder(tmp_path, tensors)
     (folder / "adapter_config.json").unlink()
     with pytest.raises(MismatchError) as caught:
-        open_adapter(folder, ReadOptions(alpha=8))
+        open_adapter(folder, Read(alpha=8))
     assert caught.value.code == "LT-402" and "AdaLoRA" in str(caught.value)
 
 
@@ -332,7 +332,7 @@ def _mha(rank: int = 4) -> dict[str, torch.Tensor]:
 def test_mha_output_counts_twice_as_in_training(
     tmp_path: Path, version: object, asked: str | None, scaling: float
 ) -> None:
-    adapter = read(tmp_path, _mha(), ReadOptions(mha_out_proj=asked), peft_version=version)
+    adapter = read(tmp_path, _mha(), Read(mha_out_proj=asked), peft_version=version)
     specs = by_name(adapter)
     assert specs["l.self_attn.in_proj_weight"].scaling == 2.0
     assert specs["l.self_attn.out_proj.weight"].scaling == scaling
@@ -461,7 +461,7 @@ def test_rows_that_are_no_multiple_of_the_rank_are_refused(tmp_path: Path) -> No
 
 def test_packing_of_lora_b_is_the_users_word(tmp_path: Path) -> None:
     tensors = pair("m.experts", 16, 24, 16) | pair("q")
-    options = ReadOptions(experts_b_order="expert-major")
+    options = Read(experts_b_order="expert-major")
     specs = by_name(
         read(tmp_path, tensors, options, target_modules=["q"],
              target_parameters=["experts.down_proj"])

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from loratool.adapter import Adapter, AdapterFiles, ReadOptions
+from loratool.adapter import Adapter, AdapterFiles
 from loratool.dialects import open_adapter, write_adapter_files
 from loratool.errors import MismatchError, UsageError
+from loratool.options.groups import Read
 from loratool.store.adapter_writer import write_adapter
 from tests.unit.peft_files import data, pair, read, write_folder, zeros
 
@@ -77,7 +78,7 @@ def test_a_left_out_module_is_not_written_back(tmp_path: Path) -> None:
 def test_an_adapter_without_configuration_gets_one(tmp_path: Path) -> None:
     folder = write_folder(tmp_path, pair("l.q"), prefix="")
     (folder / "adapter_config.json").unlink()
-    files = write_adapter_files(open_adapter(folder, ReadOptions(alpha=6)))
+    files = write_adapter_files(open_adapter(folder, Read(alpha=6)))
     assert (config_of(files)["r"], config_of(files)["lora_alpha"]) == (4, 6)
     assert all(name.startswith("base_model.model.") for name, _ in files.tensors)
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from loratool import kinds
-from loratool.adapter import Adapter, DeltaSpec, ReadOptions, TensorRef
+from loratool.adapter import Adapter, DeltaSpec, TensorRef
 from loratool.dialects.candidate import Candidate
 from loratool.dialects.peft import FILE_NAME, FOLDER_NAME
 from loratool.dialects.peft.beside import read_beside
@@ -19,6 +19,7 @@ from loratool.dialects.peft.replacements import read_replacements
 from loratool.dialects.peft.specs import SpecReader
 from loratool.dialects.peft.spellings import unify_spellings
 from loratool.errors import BadFileError, UsageError, list_some
+from loratool.options.groups import Read
 from loratool.store.contained import find_inside, list_folder
 from loratool.store.own_settings import SETTINGS_FILES
 from loratool.store.sidecar import TEMPLATES
@@ -32,7 +33,7 @@ _CHOICES: Mapping[str, tuple[str | None, ...]] = {
 }
 
 
-def read(candidate: Candidate, options: ReadOptions) -> Adapter:
+def read(candidate: Candidate, options: Read) -> Adapter:
     """Read a PEFT adapter of the LoRA family.
 
     Raises:
@@ -41,7 +42,7 @@ def read(candidate: Candidate, options: ReadOptions) -> Adapter:
         UsageError: LT-280, LT-281: ``alpha`` is needed, or an option makes no sense.
 
     Example:
-        >>> read(examine(Path("style")), ReadOptions()).specs[0].scaling  # doctest: +SKIP
+        >>> read(examine(Path("style")), Read()).specs[0].scaling  # doctest: +SKIP
         2.0
     """
     _check_options(options)
@@ -73,7 +74,7 @@ def read(candidate: Candidate, options: ReadOptions) -> Adapter:
     )
 
 
-def read_tensors(refs: Iterable[TensorRef], config: PeftConfig, options: ReadOptions) -> Adapter:
+def read_tensors(refs: Iterable[TensorRef], config: PeftConfig, options: Read) -> Adapter:
     """Specs, replacements, unclaimed tensors and notes of a file; paths and names stay empty."""
     found = unify_spellings(sort_tensors(refs))
     reader = SpecReader(config, options, found.modules)
@@ -124,7 +125,7 @@ def unmergeable_reason(adapter: Adapter) -> str | None:
     return None
 
 
-def _check_options(options: ReadOptions) -> None:
+def _check_options(options: Read) -> None:
     for name, allowed in _CHOICES.items():
         value = getattr(options, name)
         if value not in allowed:
@@ -134,7 +135,7 @@ def _check_options(options: ReadOptions) -> None:
             )
 
 
-def _read_config(candidate: Candidate, options: ReadOptions) -> PeftConfig:
+def _read_config(candidate: Candidate, options: Read) -> PeftConfig:
     raw = candidate.config
     if raw is None:
         shown = method_of(candidate)

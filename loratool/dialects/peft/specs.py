@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from loratool import kinds
-from loratool.adapter import DeltaSpec, ReadOptions, TensorRef
+from loratool.adapter import DeltaSpec, TensorRef
 from loratool.dialects.factors import check_rank, product_spec
 from loratool.dialects.peft.checks import (
     check_bias,
@@ -20,6 +20,7 @@ from loratool.dialects.peft.config import PeftConfig
 from loratool.dialects.peft.experts import Parameter, find_parameters
 from loratool.dialects.peft.version import applies_mha_output_twice
 from loratool.errors import BadFileError, MismatchError
+from loratool.options.groups import Read
 
 _MHA_OUT = ".base_layer.out_proj"
 
@@ -37,7 +38,7 @@ class SpecReader:
     """
 
     config: PeftConfig
-    options: ReadOptions
+    options: Read
     modules: Mapping[str, Mapping[str, TensorRef]]
     notes: list[str] = field(default_factory=list)
     unused: list[TensorRef] = field(default_factory=list)

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from loratool.adapter import Adapter, AdapterFiles, ReadOptions, Source, TensorRef
+from loratool.adapter import Adapter, AdapterFiles, Source, TensorRef
 from loratool.dialects.peft import own_config
 from loratool.dialects.peft.config import parse_config
 from loratool.dialects.peft.keys import living_names, sort_tensors
@@ -15,6 +15,7 @@ from loratool.dialects.peft.new import heads_of, new_config
 from loratool.dialects.peft.new_keys import NewLayout, new_tensors
 from loratool.dialects.peft.read import read_tensors
 from loratool.dtypes import DTYPES
+from loratool.options.groups import Read
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 CONFIG_NAME = "adapter_config.json"
@@ -72,7 +73,7 @@ def read_back(files: AdapterFiles, path: Path) -> Adapter:
     json = files.json_files[CONFIG_NAME]
     config = parse_config(json, None)
     return replace(
-        read_tensors(refs, config, ReadOptions()), path=path, config=json,
+        read_tensors(refs, config, Read()), path=path, config=json,
         key_order=tuple(ref.name for ref in refs), layer_order=config.layer_order,
     )  # fmt: skip
 
@@ -91,7 +92,7 @@ def _unchanged_tensors(adapter: Adapter) -> tuple[tuple[str, Source], ...] | Non
     ordered = [refs[name] for name in adapter.key_order]
     config = parse_config(adapter.config, None)
     # Only the default reading: the file cannot say what the user said when it was opened.
-    again = read_tensors(ordered, config, ReadOptions())
+    again = read_tensors(ordered, config, Read())
     same = (
         again.specs == adapter.specs
         and again.replacements == adapter.replacements

@@ -24,7 +24,7 @@ def judge_loads(adapter: Adapter) -> tuple[Loads, ...]:
     """A verdict for each program.
 
     Example:
-        >>> judge_loads(open_adapter(Path("style"), ReadOptions()))[1].reasons  # doctest: +SKIP
+        >>> judge_loads(open_adapter(Path("style"), Read()))[1].reasons  # doctest: +SKIP
         ('modules_to_save',)
     """
     own = loaded_by(adapter)

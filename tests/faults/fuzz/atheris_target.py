@@ -16,9 +16,9 @@ from pathlib import Path
 import atheris
 
 with atheris.instrument_imports():
-    from loratool.adapter import ReadOptions
     from loratool.dialects import open_adapter
     from loratool.dialects.peft.config import parse_config
+    from loratool.options.groups import Read
     from loratool.store.header import read_header
     from loratool.store.jsonfile import load_json
 from loratool.errors import LoratoolError
@@ -32,7 +32,7 @@ def header(data: bytes) -> None:
     path.write_bytes(data)
     try:
         read_header(path)
-        open_adapter(path, ReadOptions(alpha=1.0))
+        open_adapter(path, Read(alpha=1.0))
     except LoratoolError:
         pass
 

@@ -1,0 +1,134 @@
+"""What becomes of an adapter that is compressed, and what the report says of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from loratool.adapter import Adapter, AdapterFiles
+from loratool.api.detach import Detached
+from loratool.api.session import Opened, base_row
+from loratool.dialects import write_adapter_files
+from loratool.dialects.programs import judge_loads
+from loratool.ops.compress import CompressPlan
+from loratool.report import CompressedAdapter, CompressedModule, energy_and_error
+from loratool.store.adapter_writer import file_bytes
+
+if TYPE_CHECKING:
+    from loratool.engine.compressing import Factored
+
+
+@dataclass(frozen=True)
+class CompressJob:
+    """One adapter on its way.
+
+    Attributes:
+        one: the adapter and its place.
+        plan: what is factored.
+        detached: it without what depends on the base; None if nothing does.
+        caps: noise rank of each spec, None where it has none; None without ``--rank auto``.
+        base: the base of ``--rank auto`` by name and content, as provenance records it.
+    """
+
+    one: Opened
+    plan: CompressPlan
+    detached: Detached | None = None
+    caps: Sequence[int | None] | None = None
+    base: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def source(self) -> Adapter:
+        """The input."""
+        return self.one.adapter
+
+    @property
+    def target(self) -> Path:
+        """Folder to create."""
+        return self.one.target
+
+    @property
+    def original(self) -> AdapterFiles:
+        """The input as it would be written again."""
+        return write_adapter_files(self.source)
+
+    def inputs(self) -> dict[str, Any]:
+        """What the result is made of, as provenance has it."""
+        inputs = self.one.inputs(self.base)
+        if self.detached is not None and not self.base:
+            inputs |= base_row(self.detached.base, inputs)
+        return {**inputs, **self.base}
+
+
+@dataclass(frozen=True)
+class Made:
+    """What became of one adapter."""
+
+    files: AdapterFiles
+    results: Sequence[Factored]
+    adapter: Adapter
+    dropped: Sequence[str]
+    is_unchanged: bool
+    notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+
+def compressed(job: CompressJob, made: Made, written: Adapter) -> CompressedAdapter:
+    """The report's row of an adapter; ``written`` is the result as read back."""
+    modules = tuple(
+        CompressedModule(
+            name=spec.name,
+            family=_family(spec.name, spec.layout),
+            rank_before=spec.product_rank,
+            rank=result.rank,
+            norm=math.sqrt(result.square),
+            captured_energy=result.kept_square / result.square if result.square else 1.0,
+            relative_error=math.sqrt(result.residual_square / result.square)
+            if result.square
+            else 0.0,
+            is_copied=result.factors is None and result.rank > 0,
+        )
+        for spec, result in zip(job.plan.specs, made.results, strict=True)
+    )
+    energy, error = energy_and_error(modules)
+    return CompressedAdapter(
+        source=job.one.resolved.label,
+        output=str(job.target),
+        modules=modules,
+        bytes_before=file_bytes(job.original),
+        bytes_after=file_bytes(made.files),
+        captured_energy=energy,
+        relative_error=error,
+        dropped=tuple(made.dropped),
+        widened=tuple(
+            s.name for s, r in zip(job.plan.specs, made.results, strict=True) if r.is_widened
+        ),
+        is_unchanged=made.is_unchanged,
+        loads_in=judge_loads(written),
+        notes=tuple(_notes(job, made)),
+    )
+
+
+def _notes(job: CompressJob, made: Made) -> list[str]:
+    notes = list(job.source.notes)
+    if job.detached is not None and not made.is_unchanged:
+        notes += job.detached.plan.notes()
+    if job.caps is not None:
+        without = sum(cap is None for cap in job.caps)
+        notes.append(
+            "rank auto: singular values above the rounding noise of a merge into the base"
+            + (f"; {without} modules have no such rank" if without else "")
+        )
+    notes += made.notes
+    if job.one.resolved.note:
+        notes.insert(0, job.one.resolved.note)
+    if job.source.unclaimed and not made.is_unchanged:
+        notes.append(f"{len(job.source.unclaimed)} tensors that nothing uses are left out")
+    return notes
+
+
+def _family(name: str, layout: str) -> str:
+    parts = name.split(".")
+    return parts[-1] if layout == "experts" or len(parts) < 2 else parts[-2]

@@ -1,0 +1,125 @@
+"""What `merge`, `subtract` and `swap` did, as a report."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from loratool.api.common import Resources
+from loratool.api.merge_job import MergeJob
+from loratool.engine.rows import op_of
+from loratool.ops.input_notes import base_notes, input_warnings, nonfinite_warning
+from loratool.report import MergeReport, ModuleLoss, SubtractReport
+
+
+def merge_report(
+    job: MergeJob,
+    resources: Resources,
+    results: Sequence[Any],
+    run_notes: Sequence[str],
+    *,
+    dry_run: bool,
+    started: float,
+) -> MergeReport:
+    """The report of a merge, from its plan and the results of its steps."""
+    from loratool.ops.loss import module_losses
+
+    plan = job.merge.plan
+    sizes = {s.output.name: s.output.numel for s in plan.steps}
+    results = [plain_result(r) for r in results]
+    sums = [r for r in results if "delta_square" in r]
+    summed = [r for r in sums if r["delta_square"] > 0]
+    modules, total = module_losses(summed, sizes)
+    warnings = [*job.warnings, *_loss_warnings(total, modules, dry_run)]
+    if not summed and not job.created and len(job.merge.changed) <= len(sums):
+        warnings.append("nothing changes: every weight or change is 0, or they cancel")
+    warnings += [*input_warnings(job.adapters), *nonfinite_warning(sums)]
+    extra: dict[str, Any] = _restored(results) if job.operation.report is SubtractReport else {}
+    return job.operation.report(
+        output=str(job.output),
+        adapters=tuple({"label": a.resolved.label, **a.weight.to_json()} for a in job.adapters),
+        base=str(job.base.resolved.named),
+        base_label=job.base.resolved.label,
+        changed=len(job.merge.changed),
+        copied=len({*job.merge.copied} - {*job.created}),
+        cast=len({*job.merge.cast} - {*job.created}),
+        created=len({*job.created, *(n for b in job.bound for n in b.bindings.new_tensors)}),
+        skipped=tuple(sorted({n for b in job.bound for n in b.bindings.skipped})),
+        rule=", ".join(dict.fromkeys(b.bindings.rule for b in job.bound)),
+        device=resources.device,
+        device_reason=resources.reason,
+        dtype=total.dtype,
+        shards=len(plan.shards),
+        output_bytes=plan.output_bytes,
+        peak_memory_bytes=resources.memory.peak_bytes,
+        seconds=time.monotonic() - started,
+        modules=tuple(modules),
+        total=total,
+        warnings=tuple(warnings),
+        notes=tuple(dict.fromkeys(_notes(job, sums, run_notes))),
+        sidecars=tuple(s.name for s in job.sidecars),
+        tokenizer=_tokenizer(job),
+        dry_run=dry_run,
+        plan=plan.to_json() if dry_run else None,
+        **extra,
+    )  # fmt: skip
+
+
+def plain_result(result: Any) -> dict[str, Any]:
+    """A kernel's result as the journal has it."""
+    return result if isinstance(result, dict) else dict(vars(result))
+
+
+def _restored(results: Sequence[dict[str, Any]]) -> dict[str, int]:
+    counts = [r["count"] for r in results if "count" in r]
+    return {"restored": len(counts), "corrected": sum(counts)}
+
+
+def _tokenizer(job: MergeJob) -> str | None:
+    """Whose tokenizer goes along."""
+    whose = {s.name: s.origin for s in job.sidecars}
+    return next((whose[n] for n in ("tokenizer.json", "tokenizer_config.json") if n in whose), None)
+
+
+def _notes(job: MergeJob, sums: Sequence[dict[str, Any]], run_notes: Sequence[str]) -> list[str]:
+    checked = sum(op_of(s).is_proven for s in job.merge.plan.steps)
+    return [
+        *([job.base.resolved.note] if job.base.resolved.note else []),
+        *run_notes,
+        *base_notes(() if job.operation.signs else job.adapters, job.base),
+        *job.merge.notes,
+        *job.sidecar_notes,
+        *_cast_note(sums),
+        *_exact_note(sums),
+        *([f"{checked} tensors are the fine-tune's, bit for bit (checked)"] if checked else []),
+    ]
+
+
+def _loss_warnings(total: ModuleLoss, modules: Sequence[ModuleLoss], dry_run: bool) -> list[str]:
+    from loratool.ops.loss import WARN_LOSS
+
+    def lost(m: ModuleLoss) -> float:
+        return m.predicted_loss if dry_run else m.loss
+
+    if not lost(total) > WARN_LOSS:
+        return []
+    worst = max(modules, key=lost)
+    return [
+        f"rounding to {total.dtype} loses {lost(total):.0%} of the change "
+        f"(worst {worst.name} {lost(worst):.0%}): --dtype float32 keeps it"
+    ]
+
+
+def _cast_note(results: Sequence[dict[str, Any]]) -> list[str]:
+    cast = [r for r in results if r["delta_square"] == 0 and r["error_square"] > 0]
+    weight = sum(r["weight_square"] for r in cast)
+    error = sum(r["error_square"] for r in cast)
+    if not weight:
+        return []
+    return [f"the cast of {len(cast)} other tensors moves them by {(error / weight) ** 0.5:.1e}"]
+
+
+def _exact_note(results: Sequence[dict[str, Any]]) -> list[str]:
+    count = sum(r["settled"] for r in results)
+    return [f"{count:,} elements needed exact sums"] if count else []

@@ -1,0 +1,208 @@
+"""What every command does around its own work: reach, run, record and write."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from loratool.adapter import Adapter, AdapterFiles
+from loratool.api.common import Limits, Resources, access_of, content_label
+from loratool.api.fitting import Fitted, check_files, fit_for
+from loratool.dialects import open_adapter, write_adapter_files
+from loratool.dialects.programs import Program, find_program
+from loratool.dialects.rules import is_folder
+from loratool.errors import UsageError
+from loratool.ops.batch import is_batch, many_outputs, name_of, place_outputs
+from loratool.ops.fitting import check_fit
+from loratool.ops.inputs import Access, OpenedBase, guard_output, open_one
+from loratool.options import groups
+from loratool.store.provenance import adapter_id, checkpoint_id, provenance_of
+from loratool.store.source import Resolved
+from loratool.store.writer import check_output
+
+if TYPE_CHECKING:
+    from loratool.engine.sink import CheckpointSink
+    from loratool.plan import Plan
+    from loratool.store.reader import Stamp
+
+
+def run_plan(
+    plan: Plan,
+    resources: Resources,
+    sink: CheckpointSink | None = None,
+    take: Callable[[Any], Any] | None = None,
+    stamps: Mapping[Path, Stamp] | None = None,
+) -> list[Any]:
+    """One result per step of a plan, of inputs that did not change meanwhile.
+
+    Args:
+        plan: what is done.
+        resources: of `loratool.api.common.plan_resources`.
+        sink: where outputs go; None = results alone.
+        take: called with each result as soon as it is there; what it returns is kept.
+        stamps: of the inputs, if they were taken before.
+    """
+    from loratool.engine.run import execute
+    from loratool.store.reader import FileReader
+
+    with FileReader(stamps) as reader:
+        results = execute(plan, reader, sink, resources.run, take)
+        reader.check_unchanged()
+    return results
+
+
+# ----------------------------------------------------------------------------- provenance
+
+
+def base_row(base: OpenedBase, inputs: Mapping[str, Any], role: str = "base") -> dict[str, Any]:
+    """A checkpoint among the inputs of a provenance, under a name that is free in it."""
+    label = content_label(base.resolved, inputs)
+    return {label: {"role": role, "files": checkpoint_id(base.checkpoint)}}
+
+
+# ------------------------------------------------------------------- adapters, one or many
+
+
+@dataclass(frozen=True)
+class Opened:
+    """An adapter of a batch, and where its result goes.
+
+    Attributes:
+        text: as typed.
+        resolved: where it is.
+        adapter: what it says.
+        target: folder or file to create.
+        form: its dialect.
+    """
+
+    text: str
+    resolved: Resolved
+    adapter: Adapter
+    target: Path
+    form: str
+
+    def inputs(self, name: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """The input by its name and content, as provenance has it; not under a name in use."""
+        return {content_label(self.resolved, name or {}): adapter_id(self.adapter)}
+
+
+@dataclass(frozen=True)
+class Session:
+    """A command that makes an adapter of each of some adapters.
+
+    Attributes:
+        command: its name, as provenance has it.
+        output: as typed.
+        write: whether and how to write.
+        read: what the files do not say.
+        access: how sources may be reached.
+        limits: workers and memory.
+        program: that the results are for; None = any.
+        started: when.
+    """
+
+    command: str
+    output: str | Path
+    write: groups.Write
+    read: groups.Read
+    access: Access
+    limits: Limits
+    program: Program | None = None
+    started: float = field(default_factory=time.monotonic)
+
+    @classmethod
+    def begin(cls, command: str, asked: Any, *, in_place: bool = False) -> Session:
+        """From the options of a command."""
+        program = getattr(asked, "program", None)
+        return cls(
+            command, asked.output, asked.take(groups.Write), asked.take(groups.Read),
+            access_of(asked, in_place=in_place), Limits.of(asked),
+            None if program is None else find_program(program),
+        )  # fmt: skip
+
+    @property
+    def seconds(self) -> float:
+        """Since it began."""
+        return time.monotonic() - self.started
+
+    def open(
+        self, texts: Sequence[str], *others: str | Path | None, form: str | None = None
+    ) -> list[Opened]:
+        """Open every input and find every output its place, before any work is done.
+
+        Args:
+            texts: adapters as typed.
+            others: what else is read.
+            form: dialect of the results; None = that of each input.
+
+        Raises:
+            UsageError: LT-221, no adapter.
+            OutputError: a place that is an input, or one for two.
+        """
+        if not texts:
+            raise UsageError("LT-221", "no adapter given")
+        found = [open_one(text, read=self.read, access=self.access) for text in texts]
+        names, forms = [name_of(one) for one, _ in found], [form or a.dialect for _, a in found]
+        targets = place_outputs(names, self.output, forms)
+        for target in targets:
+            guard_output(target, [*others, *(one.named for one, _ in found)])
+        return [
+            Opened(text, resolved, adapter, target, form)
+            for text, (resolved, adapter), target, form in zip(
+                texts, found, targets, forms, strict=True
+            )
+        ]
+
+    def check(self, one: Opened) -> None:
+        """Refuse, before any work, an adapter that the program could never hold."""
+        if self.program is not None:
+            check_fit(one.adapter, self.program)
+
+    def check_place(self, one: Opened) -> None:
+        """Refuse a place that is taken; one in a folder that is still to be made is free."""
+        target, as_folder = one.target, is_folder(one.form)
+        if target == Path(self.output) or target.parent.exists():
+            check_output(target, is_folder=as_folder, force=self.write.force)
+
+    def outputs(self, count: int) -> AbstractContextManager[None]:
+        """Hold the place of all results while they are made."""
+        return nullcontext() if self.write.dry_run else many_outputs(self.output, count)
+
+    def make_folder(self, count: int) -> None:
+        """The folder that several results are put into."""
+        if (count > 1 or is_batch(self.output)) and not self.write.dry_run:
+            Path(self.output).mkdir(exist_ok=True)
+
+    def fit(self, adapter: Adapter, **how: Any) -> tuple[Fitted, AdapterFiles]:
+        """An adapter in the form of the program, and its files, which that program loads.
+
+        Args:
+            adapter: as made.
+            how: of `loratool.dialects.write_adapter_files`.
+        """
+        fitted = fit_for(adapter, self.program, self.limits)
+        files = write_adapter_files(fitted.adapter, **how)
+        check_files(files, adapter, self.program)
+        return fitted, files
+
+    def record(self, options: Mapping[str, Any], inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """The provenance of a result; empty if none is wanted."""
+        if not self.write.provenance:
+            return {}
+        return provenance_of(self.command, options=options, inputs=inputs)
+
+    def put(
+        self, files: AdapterFiles, target: Path, record: Mapping[str, Any],
+        extras: Mapping[str, Path],
+    ) -> tuple[int, Adapter]:  # fmt: skip
+        """Write an adapter with what lies beside it; its size, and the adapter as written."""
+        from loratool.store.adapter_writer import write_adapter
+
+        size = write_adapter(
+            files, target, record=dict(record), force=self.write.force, extras=extras
+        )
+        return size, open_adapter(target)

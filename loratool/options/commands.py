@@ -1,0 +1,25 @@
+"""The options of every command, by its name."""
+
+from loratool.options.hub import Pull, Push
+from loratool.options.looking import Compare, Inspect
+from loratool.options.merging import Merge, Subtract, Swap, Verify
+from loratool.options.recipes import Recipe
+from loratool.options.shaping import Compress, Convert, Extract, Rescale
+from loratool.options.words import Options
+
+COMMANDS: dict[str, type[Options]] = {
+    "inspect": Inspect,
+    "merge": Merge,
+    "extract": Extract,
+    "subtract": Subtract,
+    "compress": Compress,
+    "swap": Swap,
+    "rescale": Rescale,
+    "convert": Convert,
+    "compare": Compare,
+    "run": Recipe,
+    "verify": Verify,
+    "pull": Pull,
+    "push": Push,
+}
+"""Command -> its options; `combine` and `open` are words of Python alone."""

@@ -1,0 +1,216 @@
+"""Options that several commands take: one class per thing that they are about."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Literal
+
+from loratool.errors import UsageError
+from loratool.options.words import Options, Words
+
+Place = str | Path
+Size = str | int
+Progress = Callable[[int, int], None]
+FloatType = Literal["auto", "float32", "bfloat16", "float16"]
+
+# ------------------------------------------------- options that go alone into several classes
+
+Alpha = Annotated[float | None, Words(
+    "lora_alpha of files that have no configuration.", "Advanced", metavar="A", form="number",
+    record=True,
+)]  # fmt: skip
+Rename = Annotated[Sequence[str], Words(
+    "Rewrite module names. Repeatable.", "Names", metavar="s/A/B/", record=True,
+)]  # fmt: skip
+ModuleWeights = Annotated[Place | None, Words(
+    "YAML: regular expression of module names -> weight, or one per adapter.", "Input",
+    metavar="FILE", record=True,
+)]  # fmt: skip
+Program = Annotated[str | None, Words(
+    "As that program loads it: one rank, one alpha/r, nothing that it cannot hold.", "Output",
+    flags="--for", metavar="peft|vllm|llama.cpp", record="for",
+)]  # fmt: skip
+FactorType = Annotated[FloatType, Words(
+    "Of the factors. Default: that of the inputs.", "Output", record="dtype",
+)]  # fmt: skip
+Against = Annotated[Place | None, Words(
+    "What the adapters were trained on: for replaced tensors, DoRA, PiSSA.", "Input",
+    metavar="BASE",
+)]  # fmt: skip
+OnProgress = Annotated[Progress | None, Words("called with (done, in all).")]
+ChunkBytes = Annotated[int | None, Words("bytes read in one piece; never changes a result.")]
+Energy = Annotated[float | None, Words(
+    "Least rank that keeps this share of the energy, per module.", "Input", metavar="E",
+    form="share", record=True,
+)]  # fmt: skip
+RelativeError = Annotated[float | None, Words(
+    "Least rank with at most this relative error, per module.", "Input", metavar="E",
+    form="share", record=True,
+)]  # fmt: skip
+
+
+# --------------------------------------------------------------------------------- groups
+
+
+class AlphaOnly(Options):
+    """What commands that only look at an adapter ask of what its files do not say."""
+
+    alpha: Alpha = None
+
+
+class Read(Options):
+    """What a user may say about an adapter that its files do not."""
+
+    alpha: Alpha = None
+    rank_from: Annotated[Literal["file", "config"] | None, Words(
+        "Which rank counts where they contradict.", "Advanced", record=True,
+    )] = None  # fmt: skip
+    mha_out_proj: Annotated[Literal["once", "twice"] | None, Words(
+        "nn.MultiheadAttention out_proj. Default: what was trained.", "Advanced", record=True,
+    )] = None  # fmt: skip
+    moe_layout: Annotated[Literal["eoi", "eio"] | None, Words(
+        "How square experts are stored: (E, out, in) or (E, in, out).", "Advanced", record=True,
+    )] = None  # fmt: skip
+    experts_b_order: Annotated[Literal["rank-major", "expert-major"] | None, Words(
+        "Packing of experts in lora_B. Default: by the file, else rank-major.", "Advanced",
+        record=True,
+    )] = None  # fmt: skip
+
+    def check(self) -> None:
+        """Refuse an alpha that no file has."""
+        from loratool.adapter import MAX_ALPHA
+
+        if self.alpha is not None and not abs(self.alpha) <= MAX_ALPHA:
+            raise UsageError("LT-271", "alpha out of range", got=self.alpha,
+                             expected=f"a number of at most {MAX_ALPHA:g}")  # fmt: skip
+
+
+class Names(Read):
+    """How modules find their targets in a base, and which of them do."""
+
+    rename: Rename = ()
+    skip: Annotated[Sequence[str], Words(
+        "Leave out a component (te) or modules. Repeatable.", "Names", metavar="PART|REGEX",
+        record=True,
+    )] = ()  # fmt: skip
+    allow_unmatched: Annotated[bool, Words(
+        "Leave out and report what has no target.", "Names", record=True,
+    )] = False  # fmt: skip
+    untie: Annotated[bool, Words(
+        "Give the output head weights of its own.", "Names", record=True,
+    )] = False  # fmt: skip
+    keep_tied: Annotated[bool, Words(
+        "Change the tensor that input embedding and output head share.", "Names", record=True,
+    )] = False  # fmt: skip
+    resize_embeddings: Annotated[bool, Words(
+        "Let replaced embeddings change the vocabulary size.", "Names", record=True,
+    )] = False  # fmt: skip
+
+
+class Codes(Options):
+    """What becomes of a base's quantised weights."""
+
+    dequantize: Annotated[bool, Words(
+        "Of a quantised base: write plain numbers, bfloat16 or --dtype.", "Output", record=True,
+    )] = False  # fmt: skip
+    requant: Annotated[bool, Words(
+        "Of a quantised base: keep its format, code changed weights anew.", "Output", record=True,
+    )] = False  # fmt: skip
+
+
+class Mix(Options):
+    """Coefficients of several adapters."""
+
+    weights: Annotated[Sequence[float] | None, Words(
+        "Coefficients in order, instead of ADAPTER:W.", "Input", form="weights",
+    )] = None  # fmt: skip
+    mean: Annotated[bool, Words("Divide by the number of adapters.", "Input")] = False
+    module_weights: ModuleWeights = None
+
+
+class Round(Options):
+    """How sums are rounded to the type that they are stored in."""
+
+    exact: Annotated[bool, Words(
+        "Every element correctly rounded: the same bytes on any machine and device.", "Output",
+    )] = False  # fmt: skip
+    rounding: Annotated[Literal["nearest", "stochastic"], Words(
+        "stochastic: small changes survive on average, at up to twice the error.", "Output",
+    )] = "nearest"  # fmt: skip
+    seed: Annotated[int | None, Words(
+        "Of stochastic rounding. Default: 0.", "Output", metavar="N",
+    )] = None  # fmt: skip
+
+
+class Write(Options):
+    """What every command that writes takes."""
+
+    force: Annotated[bool, Words(
+        "Replace an earlier output of loratool, never anything else.", "Output",
+    )] = False  # fmt: skip
+    dry_run: Annotated[bool, Words(
+        "Print the plan and what it would cost; write nothing.", "Output",
+    )] = False  # fmt: skip
+    provenance: Annotated[bool, Words(
+        "Do not record inputs and options in the output.", "Output", flags="--no-provenance",
+    )] = True  # fmt: skip
+
+
+class Rerun(Options):
+    """What commands that write a checkpoint take on top."""
+
+    restart: Annotated[bool, Words(
+        "Drop an interrupted run instead of going on with it.", "Advanced",
+    )] = False  # fmt: skip
+    checksum: Annotated[bool, Words(
+        "Record the sha256 of every input file; reads the base once more.", "Advanced",
+    )] = False  # fmt: skip
+
+
+class Workers(Options):
+    """How much of the machine may be used."""
+
+    threads: Annotated[int | None, Words(
+        "Workers. Default: twice the cores, at most 8. Never changes a result.", "Resources",
+        metavar="N", form="whole",
+    )] = None  # fmt: skip
+    max_memory: Annotated[Size | None, Words(
+        "Limit for the planned peak, such as 2GB. Default: what is free.", "Resources",
+        metavar="SIZE",
+    )] = None  # fmt: skip
+
+
+class Run(Workers):
+    """Where a plan runs, and with how much."""
+
+    device: Annotated[str, Words(
+        "Where to compute. Default: auto.", "Resources", metavar="auto|cpu|cuda[:N]",
+    )] = "auto"  # fmt: skip
+    progress: OnProgress = None
+
+
+class Network(Options):
+    """How sources may be reached."""
+
+    offline: Annotated[bool, Words("Never touch the network.", "General")] = False
+    yes: Annotated[bool, Words(
+        "Agree to large downloads.", "General", flags="-y, --yes",
+    )] = False  # fmt: skip
+
+
+class Access(Network):
+    """How sources may be reached, and how far files are trusted."""
+
+    max_header: Annotated[Size | None, Words(
+        "Largest safetensors header accepted. Default: 32MiB.", "Advanced", metavar="SIZE",
+    )] = None  # fmt: skip
+    allow_pickle: Annotated[bool, Words(
+        "Convert .bin and .pt files first, in a process that can do nothing else.", "Advanced",
+    )] = False  # fmt: skip
+
+
+class Nonfinite(Options):
+    """What numbers may be."""
+
+    allow_nonfinite: Annotated[bool, Words(
+        "Let NaN and infinity of the inputs pass; they are counted.", "Advanced",
+    )] = False  # fmt: skip

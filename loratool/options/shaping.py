@@ -1,0 +1,166 @@
+"""Options of commands that make an adapter of one: `compress`, `rescale`, and `extract`."""
+
+from collections.abc import Sequence
+from dataclasses import KW_ONLY
+from typing import Annotated, Literal
+
+from loratool.options.groups import (
+    Access,
+    AlphaOnly,
+    Energy,
+    FactorType,
+    OnProgress,
+    Place,
+    Program,
+    Read,
+    RelativeError,
+    Rename,
+    Run,
+    Size,
+    Workers,
+    Write,
+)
+from loratool.options.words import Options, Words
+
+
+class Compress(Write, Workers, Access, Read, kw_only=False):
+    """Fewer ranks for adapters."""
+
+    adapters: Annotated[Place | Sequence[Place], Words(
+        "one, or several that keep their names inside of ``output``.",
+    )]  # fmt: skip
+    _: KW_ONLY
+    rank: Annotated[int | str | None, Words(
+        "Of every module; auto: what a merge into --base can resolve.", "Input", metavar="R|auto",
+        form="rank", record=True,
+    )] = None  # fmt: skip
+    base: Annotated[Place | None, Words(
+        "Checkpoint for --rank auto, and for DoRA, PiSSA and their kin.", "Input", metavar="BASE",
+    )] = None  # fmt: skip
+    energy: Energy = None
+    error: RelativeError = None
+    size: Annotated[Size | None, Words(
+        "Whole weights file at most, such as 20MB, spent where it counts.", "Input",
+        metavar="SIZE", record=True,
+    )] = None  # fmt: skip
+    sv_ratio: Annotated[float | None, Words(
+        "Keep singular values of at least the first one over X, per module.", "Input",
+        metavar="X", form="ratio", record=True,
+    )] = None  # fmt: skip
+    max_rank: Annotated[int | None, Words(
+        "Cap. The least of all criteria wins.", "Input", metavar="R", form="whole", record=True,
+    )] = None  # fmt: skip
+    output: Annotated[Place, Words(
+        "Folder to create; for many adapters the folder of theirs.", "Output",
+        flags="-o, --output", metavar="OUT",
+    )]  # fmt: skip
+    program: Program = None
+    progress: OnProgress = None
+
+
+class Details(Options):
+    """What hardly anybody wants to change of an extraction."""
+
+    names: Annotated[Literal["v5", "v4"], Words(
+        "Module names of transformers 5 in memory, or of 4.", "Advanced", record=True,
+    )] = "v5"  # fmt: skip
+    exact: Annotated[bool, Words(
+        "Float64 eigendecompositions instead of block Lanczos: much slower.", "Advanced",
+        record=True,
+    )] = False  # fmt: skip
+    restart: Annotated[bool, Words(
+        "Drop an interrupted run with other options.", "Advanced",
+    )] = False  # fmt: skip
+
+
+class Extract(Write, Run, Access, Details, kw_only=False):
+    """A low-rank adapter of a full fine-tune."""
+
+    tuned: Annotated[Place, Words("the fine-tuned checkpoint.")]
+    _: KW_ONLY
+    base: Annotated[Place, Words("What TUNED was trained from.", "Input", metavar="BASE")]
+    rank: Annotated[int | str | None, Words(
+        "Of every module. auto (default): what lies above rounding noise.", "Input",
+        metavar="R|auto", form="rank", record=True,
+    )] = None  # fmt: skip
+    energy: Energy = None
+    error: RelativeError = None
+    size: Annotated[Size | None, Words(
+        "Whole weights file at most, such as 50MB, spent where it counts.", "Input",
+        metavar="SIZE", record=True,
+    )] = None  # fmt: skip
+    max_rank: Annotated[int | None, Words(
+        "Cap; 256 for auto and --size by default. The least criterion wins.", "Input",
+        metavar="R", form="whole", record=True,
+    )] = None  # fmt: skip
+    keep: Annotated[Sequence[str], Words(
+        "Store these whole; none = not even biases and norms. Repeatable.", "Input",
+        metavar="embeddings|all|none|REGEX", record=True,
+    )] = ()  # fmt: skip
+    include: Annotated[Sequence[str], Words(
+        "Factor only modules that match. Repeatable.", "Input", metavar="REGEX", record=True,
+    )] = ()  # fmt: skip
+    exclude: Annotated[Sequence[str], Words(
+        "Do not factor modules that match. Repeatable.", "Input", metavar="REGEX", record=True,
+    )] = ()  # fmt: skip
+    output: Annotated[Place, Words("Folder to create (PEFT).", "Output", flags="-o, --output",
+                                   metavar="OUT")]  # fmt: skip
+    save_residual: Annotated[Place | None, Words(
+        "What merge --residual needs to give TUNED back, bit for bit.", "Output", metavar="FILE",
+    )] = None  # fmt: skip
+    program: Program = None
+    rename: Rename = ()
+
+
+class Convert(Write, Workers, AlphaOnly, Access, kw_only=False):
+    """Adapters as another program stores them."""
+
+    adapters: Annotated[Sequence[Place], Words("paths or Hub references.")]
+    _: KW_ONLY
+    base: Annotated[Place | None, Words(
+        "What it was trained on: its tensors name flat modules.", "Input", metavar="BASE",
+    )] = None  # fmt: skip
+    skip: Annotated[Sequence[str], Words(
+        "Leave out a component (te) or modules. Repeatable.", "Input", metavar="PART|REGEX",
+        record=True,
+    )] = ()  # fmt: skip
+    to: Annotated[str, Words(
+        "The dialect, such as peft, kohya or lycoris.", "Output", metavar="DIALECT", record=True,
+    )]  # fmt: skip
+    output: Annotated[Place, Words(
+        "Folder or file to create; DIR/ puts results into it under their names.", "Output",
+        flags="-o, --output", metavar="OUT",
+    )]  # fmt: skip
+
+
+class Rescale(Write, Workers, AlphaOnly, Access, kw_only=False):
+    """Adapters times a factor."""
+
+    adapters: Annotated[Sequence[Place], Words("paths or Hub references.")]
+    factor: Annotated[float, Words(
+        "of every module that no ``only`` matches; may be negative.", record=True,
+    )]  # fmt: skip
+    _: KW_ONLY
+    only: Annotated[Sequence[str], Words(
+        "Another factor for modules that match; the last counts. Repeatable.", "Input",
+        metavar="REGEX=FACTOR", record=True,
+    )] = ()  # fmt: skip
+    blocks: Annotated[str | None, Words(
+        "A factor per block, times FACTOR: ALL, INS, IND, INALL, MIDD, OUTD, OUTS, OUTALL for "
+        "Stable Diffusion, or one number per block or layer.", "Input",
+        metavar="PRESET|W,W,…", record=True,
+    )] = None  # fmt: skip
+    intruders: Annotated[float | None, Words(
+        "With FACTOR 1: weaken intruder dimensions to this share, 0.75.", "Input",
+        metavar="LAMBDA", form="number", record=True,
+    )] = None  # fmt: skip
+    base: Annotated[Place | None, Words(
+        "What it was trained on: replaced tensors, DoRA, PiSSA scale too.", "Input",
+        metavar="BASE",
+    )] = None  # fmt: skip
+    output: Annotated[Place, Words(
+        "Folder to create; DIR/ puts results into it under their names.", "Output",
+        flags="-o, --output", metavar="OUT",
+    )]  # fmt: skip
+    dtype: FactorType = "auto"
+    program: Program = None
