@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from loratool.adapter import MAX_ALPHA, Adapter, Source, TensorRef
 from loratool.delta.forms import scaled_source
+from loratool.dialects import write_adapter_files
 from loratool.dialects.rules import tied_pairs
 from loratool.dtypes import DTYPES, result_dtype
 from loratool.errors import MismatchError, UsageError, list_some
@@ -85,6 +86,7 @@ def plan_rescale(
     kept = [r.name for r in adapter.replacements]
     notes = list(adapter.notes)
     if all(f == 1 for f in factors.values()):
+        adapter = _as_written(adapter)
         return RescalePlan(adapter, factors, "copied", adapter.config, {}, tuple(notes))
     needs_base = bool(kept) or not all(s.is_additive for s in adapter.specs)
     if not has_base:
@@ -108,6 +110,7 @@ def plan_rescale(
             f"{len(kept)} replaced tensors do not scale without the base, they stay as they are: "
             f"{list_some(kept, 3)}; --base BASE scales them"
         )
+    adapter = _as_written(adapter)
     config = _scaled_config(adapter.config, factors)
     if config is None:
         baked = _bake(adapter, factors)
@@ -160,6 +163,14 @@ def _choose(
             )  # fmt: skip
         found |= dict.fromkeys(hits, value)
     return found
+
+
+def _as_written(adapter: Adapter) -> Adapter:
+    """With the configuration that its files would have: of what was read, and as it was read."""
+    if not adapter.config:
+        return adapter
+    (config,) = write_adapter_files(adapter, adapter.dialect).json_files.values()
+    return replace(adapter, config=config)
 
 
 def _scaled_config(

@@ -21,6 +21,9 @@ Alpha = Annotated[float | None, Words(
 Rename = Annotated[Sequence[str], Words(
     "Rewrite module names. Repeatable.", "Names", metavar="s/A/B/", record=True,
 )]  # fmt: skip
+Include = Annotated[Sequence[str], Words(
+    "Take only modules that match. Repeatable.", "Input", metavar="REGEX", record=True,
+)]  # fmt: skip
 ModuleWeights = Annotated[Place | None, Words(
     "YAML: regular expression of module names -> weight, or one per adapter.", "Input",
     metavar="FILE", record=True,
