@@ -77,6 +77,7 @@ class Read(Options):
         "Packing of experts in lora_B. Default: by the file, else rank-major.", "Advanced",
         record=True,
     )] = None  # fmt: skip
+    include: Include = ()
 
     def check(self) -> None:
         """Refuse an alpha that no file has."""
