@@ -128,9 +128,10 @@ class Round(Options):
     )] = False  # fmt: skip
     rounding: Annotated[Literal["nearest", "stochastic"], Words(
         "stochastic: small changes survive on average, at up to twice the error.", "Output",
+        record=True,
     )] = "nearest"  # fmt: skip
     seed: Annotated[int | None, Words(
-        "Of stochastic rounding. Default: 0.", "Output", metavar="N",
+        "Of stochastic rounding. Default: 0.", "Output", metavar="N", record=True,
     )] = None  # fmt: skip
 
 

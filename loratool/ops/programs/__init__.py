@@ -23,8 +23,8 @@ def judge_loads(adapter: Adapter) -> tuple[Loads, ...]:
     """A verdict for each program.
 
     Example:
-        >>> judge_loads(open_adapter(Path("style"), Read()))[1].reasons  # doctest: +SKIP
-        ('modules_to_save',)
+        >>> judge_loads(open_adapter(Path("style")))[0].verdict
+        'yes'
     """
     return tuple(program.judge(adapter) for program in PROGRAMS)
 
