@@ -54,7 +54,7 @@ def page() -> str:
     lines = [
         "# Options", "",
         "Every option of every command, with the same words as `--help`.  In Python and in recipes",
-        "an option has the name in the third column; in provenance (`loratool.json`) the one in the",
+        "an option has the name in the third column; in provenance (`loratool.json`) that in the",
         "last, if it is recorded there.", "",
     ]  # fmt: skip
     for name in LIVE:
