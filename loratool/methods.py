@@ -215,12 +215,17 @@ def find_method(name: str) -> Method:
     return BY_NAME[name]
 
 
-def parse_params(method: Method, given: Mapping[str, Any]) -> dict[str, Any]:
+def parse_params(method: Method, asked: Mapping[str, Any] | Sequence[str] | None) -> dict[str, Any]:
     """Every parameter of a method, defaults filled in.
 
+    Args:
+        method: whose.
+        asked: name -> value, or ``name=value`` words.
+
     Raises:
-        UsageError: LT-256 no such parameter, LT-257 a bad value.
+        UsageError: LT-256 no such parameter, LT-257 a bad value, LT-258 no ``name=value``.
     """
+    given = asked if isinstance(asked, Mapping) else split_params(asked or ())
     known = {p.name: p for p in method.params}
     for name in given:
         if name not in known:

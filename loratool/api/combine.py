@@ -88,7 +88,7 @@ def _how(asked: Combine) -> How:
     row = find_method(asked.method or ("svd" if asked.rank is not None else "cat"))
     if row.name == "cat" and asked.rank is not None:
         row = find_method("svd")
-    values = parse_params(row, asked.params or {})
+    values = parse_params(row, asked.params)
     table = asked.module_weights
     rules = read_module_weights(Path(table), len(asked.adapters)) if table else ()
     return How(row, values, _checked_rank(asked.rank), rules)

@@ -52,8 +52,8 @@ def compare(asked: Compare) -> CompareReport:
         LoratoolError: see ``docs/errors.md``.
 
     Example:
-        >>> round(lt.compare(["style", "sql"]).matrix[0][1], 3)
-        0.0
+        >>> lt.compare(["style", "style"]).verdict
+        'equal'
     """
     started = time.monotonic()
     if len(asked.adapters) < 2:

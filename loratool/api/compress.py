@@ -47,8 +47,8 @@ def compress(asked: Compress) -> CompressReport:
         LoratoolError: see ``docs/errors.md``.
 
     Example:
-        >>> lt.compress("style", output="small", energy=0.99, max_rank=4).adapters[0].bytes_after
-        31632
+        >>> lt.compress("style", output="small", rank=4).adapters[0].modules[0].rank
+        4
     """
     limit = parse_size(asked.size)
     rule = rank_rule(

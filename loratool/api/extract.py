@@ -19,6 +19,7 @@ from loratool.api.common import (
 from loratool.api.extract_assembly import Assembly
 from loratool.api.extract_report import planned_report, written_report
 from loratool.api.session import base_row, run_plan
+from loratool.api.side_file import may_replace
 from loratool.dialects import DEFAULT, open_adapter
 from loratool.dialects.programs import Program, find_program
 from loratool.errors import MismatchError, UsageError, list_some
@@ -197,8 +198,6 @@ def _save_residual(
 
 def _check_residual_path(asked: Extract, job: _Job, identity: str) -> bool:
     """Refuse before the work what would be refused after it; True if a file may be replaced."""
-    from loratool.store.marker import read_marker
-
     if asked.save_residual is None:
         return False
     path = Path(asked.save_residual)
@@ -207,10 +206,7 @@ def _check_residual_path(asked: Extract, job: _Job, identity: str) -> bool:
             "LT-235", "a residual is a .safetensors file outside of the adapter",
             got=str(path), hint="--save-residual residual.safetensors",
         )  # fmt: skip
-    # A residual of this very extraction is what an interrupted run left: it is made again.
-    made = read_marker(path)
-    replaces = asked.force or (made is not None and made.plan == identity)
-    check_output(path, is_folder=False, force=replaces)
+    replaces = may_replace(path, identity, force=asked.force)
     guard_output(path, [job.tuned.resolved.path, job.base.resolved.path])
     return replaces
 

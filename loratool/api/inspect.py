@@ -26,8 +26,8 @@ def open(asked: Open) -> OpenAdapter:
     Example:
         >>> for module in lt.open("style"):
         ...     print(module.name, module.rank)
-        ...     break
-        model.layers.0.self_attn.q_proj.weight 8
+        model.layers.0.mlp.down_proj.weight 8
+        ...
     """
     from loratool.engine.opened import OpenAdapter
     from loratool.ops.inputs import open_one

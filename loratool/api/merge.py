@@ -60,7 +60,7 @@ def merge(asked: Merge) -> MergeReport | CombineReport:
     Example:
         >>> report = lt.merge(["style:0.8", "sql"], base="base", output="merged")
         >>> report.changed
-        22
+        14
     """
     if check_into(asked.into, has_base=asked.base is not None) == "base":
         return run_merge(asked)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loratool import archs
 from loratool.api.common import plan_resources
 from loratool.api.merge_job import MergeRequest, prepare_merge
-from loratool.api.session import run_plan
+from loratool.api.side_file import write_patches
 from loratool.dialects import open_adapter
 from loratool.engine.rows import args_of
 from loratool.ops.inputs import Access, OpenedBase
@@ -51,8 +51,7 @@ def save_residual(
         provenance: record inputs in the file.
     """
     from loratool.ops.inputs import open_base
-    from loratool.store.patch_file import PatchWriter, require_room
-    from loratool.store.writer import StagedOutput
+    from loratool.store.patch_file import require_room
 
     checkpoint = open_base(str(base), [], access).checkpoint
     bind = _bind_options(tuned.checkpoint, checkpoint)
@@ -63,26 +62,15 @@ def save_residual(
     plan = plan_residual(job.merge.plan, job.checkpoint, tuned.checkpoint)
     require_room([step.output.name for step in plan.steps], path)
     resources = plan_resources(plan, run.replace(device="cpu"))
-    output = StagedOutput(path, is_folder=False, plan_id=None, force=force)
-    with output, PatchWriter(output) as writer:
-
-        def take(result: Any) -> Any:
-            writer.add(result.name, result.pieces)
-            return replace(result, pieces=())
-
-        results = run_plan(plan, resources, take=take)
-        table = residual_table(
-            plan, {r.name: r for r in results}, adapter=adapter_id(open_adapter(adapter)),
-            bind=bind, config=config_of(tuned.checkpoint, checkpoint),
-        )  # fmt: skip
-        record: dict[str, Any] = {"operation": "residual", "plan": identity}
-        if provenance:
-            inputs = {
-                "tuned": checkpoint_id(tuned.checkpoint), "base": checkpoint_id(checkpoint),
-            }  # fmt: skip
-            record |= provenance_of("residual", options={}, inputs=inputs)
-        size = writer.write(table, record)
-        output.commit()
+    record: dict[str, Any] = {"operation": "residual", "plan": identity}
+    if provenance:
+        inputs = {"tuned": checkpoint_id(tuned.checkpoint), "base": checkpoint_id(checkpoint)}
+        record |= provenance_of("residual", options={}, inputs=inputs)
+    table = partial(
+        residual_table, plan, adapter=adapter_id(open_adapter(adapter)), bind=bind,
+        config=config_of(tuned.checkpoint, checkpoint),
+    )  # fmt: skip
+    size, results = write_patches(path, plan, resources, replaces=force, table=table, record=record)
     new = {s.output.name for s in plan.steps if args_of(s).how == "nothing"}
     patched = [r for r in results if r.count and r.name not in new]
     return SavedResidual(str(path), size, len(patched), sum(r.count for r in patched), len(new))

@@ -104,7 +104,7 @@ def swap(asked: Swap) -> SwapReport:
     Example:
         >>> _ = lt.merge(["style"], base="base", output="merged")
         >>> lt.swap("style", "sql", merged="merged", output="switched").changed
-        22
+        14
     """
 
     def replan(job: MergeJob) -> MergeJob:

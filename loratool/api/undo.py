@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from loratool.adapter import TensorRef
 from loratool.api.common import Resources
 from loratool.api.merge_job import MergeJob
-from loratool.api.session import run_plan
+from loratool.api.side_file import may_replace, write_patches
 from loratool.engine.rows import op_of
 from loratool.errors import MismatchError, UsageError
 from loratool.ops.inputs import guard_output
@@ -56,9 +56,6 @@ def plan_undo(job: MergeJob, path: Path, identity: str, *, dtype: str, force: bo
         OutputError: the place is taken or lies in an input.
         DiskError: the folder is missing or not writable.
     """
-    from loratool.store.marker import read_marker
-    from loratool.store.output_path import check_output
-
     if path.suffix != ".safetensors":
         raise UsageError("LT-219", "an undo file is a .safetensors file", got=str(path),
                          hint=f"--save-undo {path.with_suffix('.safetensors')}")  # fmt: skip
@@ -77,10 +74,7 @@ def plan_undo(job: MergeJob, path: Path, identity: str, *, dtype: str, force: bo
     assert job.output is not None
     sources = [job.base.resolved.path, *(a.resolved.path for a in job.adapters), job.output]
     guard_output(path, sources)
-    # An undo file of this very merge is what an interrupted run left: it is made again.
-    made = read_marker(path)
-    replaces = force or (made is not None and made.plan == identity)
-    check_output(path, is_folder=False, force=replaces)
+    replaces = may_replace(path, identity, force=force)
     outputs = [s.output for s in job.merge.plan.steps]
     places = {i: TensorRef(Path(o.name), o.name, o.dtype, o.shape, 0, o.nbytes)
               for i, o in enumerate(outputs)}  # fmt: skip
@@ -98,27 +92,18 @@ def write_undo(job: MergeJob, undo: UndoJob, resources: Resources, sink: Checkpo
         resources: for the patches.
         sink: where the merge has written.
     """
-    from loratool.store.patch_file import PatchWriter
-    from loratool.store.writer import StagedOutput
-
     merge, checkpoint = job.merge.plan, job.base.checkpoint
     written = {i: sink.written(step) for i, step in enumerate(merge.steps)}
     plan, created = plan_patches(merge, job.full_names, checkpoint, written)
-    output = StagedOutput(undo.path, is_folder=False, plan_id=None, force=undo.replaces)
-    with output:
-        with PatchWriter(output) as writer:
 
-            def take(result: Any) -> Any:
-                writer.add(result.name, result.pieces)
-                return replace(result, pieces=())
+    def table(results: dict[str, Any]) -> dict[str, Any]:
+        return undo_table(
+            plan, undo.identity, created, results, resources.run.elements,
+            [(a.adapter, a.weight) for a in job.adapters], _base_config(job),
+        )  # fmt: skip
 
-            results = run_plan(plan, resources, take=take)
-            table = undo_table(
-                plan, undo.identity, created, {r.name: r for r in results}, resources.run.elements,
-                [(a.adapter, a.weight) for a in job.adapters], _base_config(job),
-            )  # fmt: skip
-            writer.write(table, {"operation": "undo", "plan": undo.identity})
-        output.commit()
+    write_patches(undo.path, plan, resources, replaces=undo.replaces, table=table,
+                  record={"operation": "undo", "plan": undo.identity})  # fmt: skip
 
 
 def _base_config(job: MergeJob) -> dict[str, Any]:

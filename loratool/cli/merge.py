@@ -28,7 +28,6 @@ from loratool.cli.render import (
 from loratool.cli.voice import Voice, note_lines, warning_lines
 from loratool.dtypes import DTYPES
 from loratool.errors import UsageError
-from loratool.methods import split_params
 from loratool.options.groups import Access, Mix, Names, Nonfinite
 from loratool.options.merging import Merge
 
@@ -66,7 +65,6 @@ def command(adapters: tuple[str, ...], base: str | None, output: str, **options:
     from loratool.report import MergeReport
 
     voice = Voice.take(options)
-    options["params"] = split_params(options["params"])
     if base is None or options["into"] == "adapter":
         _with_each_other(adapters, base, output, options, voice)
         return

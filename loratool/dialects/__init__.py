@@ -55,8 +55,8 @@ def open_adapter(
         UnsafeContentError: LT-920, a pickle.
 
     Example:
-        >>> open_adapter(Path("style")).specs[0].name  # doctest: +SKIP
-        'model.layers.0.self_attn.q_proj.weight'
+        >>> open_adapter(Path("style")).specs[0].name
+        'model.layers.0.mlp.down_proj.weight'
     """
     candidate = examine(path, max_header=max_header)
     row = detect(candidate)

@@ -101,7 +101,9 @@ def bind(adapter: Adapter, checkpoint: Checkpoint, options: Names | None = None)
         UsageError: LT-240 … LT-244.
 
     Example:
-        >>> bindings = bind(open_adapter("style"), open_checkpoint("base"))  # doctest: +SKIP
+        >>> bindings = bind(open_adapter(Path("style")), open_checkpoint(Path("base")))
+        >>> bindings.deltas[0].target
+        'model.layers.0.mlp.down_proj.weight'
     """
     options = options or Names()
     _check_options(options)

@@ -183,7 +183,7 @@ def combine_options(given: Mapping[str, Any]) -> dict[str, Any]:
 
 def combination_args(
     method: str | None,
-    params: Mapping[str, Any] | None,
+    params: Mapping[str, Any] | Sequence[str] | None,
     *,
     rank: int | str | None,
     exact: bool,
@@ -202,7 +202,7 @@ def combination_args(
             hint="--into adapter, then merge the result into the base",
         )  # fmt: skip
     row = find_method(method or "cat")
-    values = parse_params(row, params or {})
+    values = parse_params(row, params)
     if row.name == "cat":
         return {}
     if row.space != "dense" or exact:

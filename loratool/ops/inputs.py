@@ -10,9 +10,10 @@ from pathlib import Path
 
 from loratool.adapter import Adapter
 from loratool.dialects import open_adapter, unmergeable_reason
-from loratool.errors import MismatchError, OutputError, UsageError
+from loratool.errors import MismatchError, OutputError, UsageError, list_some
 from loratool.ops.weights import Rule, Weight, weigh
 from loratool.options.groups import Read
+from loratool.patterns import find, typed_pattern
 from loratool.store.checkpoint import Checkpoint, open_checkpoint
 from loratool.store.places import check_name, old_path, staging_path
 from loratool.store.rules import FileRules
@@ -68,7 +69,41 @@ def open_one(text: str, *, read: Read, access: Access) -> tuple[Resolved, Adapte
     """
     resolved = locate(text, kind="adapter", access=access)
     path = find_adapter(resolved.path)
-    return resolved, open_adapter(path, read, max_header=access.rules.max_header)
+    adapter = open_adapter(path, read, max_header=access.rules.max_header)
+    return resolved, _included(adapter, read.include) if read.include else adapter
+
+
+def _included(adapter: Adapter, include: Sequence[str]) -> Adapter:
+    """The modules that match, and whole files of trained weights whose names do.
+
+    Raises:
+        UsageError: LT-220, no regular expression.
+        MismatchError: LT-448, nothing matches.
+    """
+    replaced = {r.name: r.name.rpartition(".")[0] or r.name for r in adapter.replacements}
+    modules = [*(s.module or s.parameter for s in adapter.specs), *replaced.values()]
+    files = [*adapter.extras, *(one.name for one in adapter.beside)]
+    patterns = [typed_pattern(text, "--include") for text in include]
+    found: frozenset[str] = frozenset().union(*find(patterns, [*modules, *files]))
+    left_out = sorted(set(modules) - found)
+    if not found.intersection(modules):
+        raise MismatchError(
+            "LT-448", "--include leaves nothing", file=adapter.path,
+            expected=f"modules such as {list_some(left_out, 3)}", got=list_some(include),
+        )  # fmt: skip
+    if not left_out:
+        return adapter
+    is_taken = {n: n in found or not n.endswith(".safetensors") for n in adapter.extras}
+    return replace(
+        adapter,
+        specs=tuple(s for s in adapter.specs if (s.module or s.parameter) in found),
+        replacements=tuple(r for r in adapter.replacements if replaced[r.name] in found),
+        extras={name: path for name, path in adapter.extras.items() if is_taken[name]},
+        beside=tuple(one for one in adapter.beside if one.name in found),
+        unclaimed=(),
+        notes=(*adapter.notes, f"--include leaves out {len(left_out)} of {len(set(modules))} "
+               f"modules: {list_some(left_out, 3)}"),
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)

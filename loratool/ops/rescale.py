@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from loratool.adapter import Adapter, Source, TensorRef
 from loratool.delta.forms import scaled_source
+from loratool.dialects import write_adapter_files
 from loratool.dialects.rules import tied_pairs
 from loratool.dialects.stated import scaled_config
 from loratool.engine.step_args import ScaleArgs
@@ -84,6 +85,7 @@ def plan_rescale(
     kept = [r.name for r in adapter.replacements]
     notes = list(adapter.notes)
     if all(f == 1 for f in factors.values()):
+        adapter = _as_written(adapter)
         return RescalePlan(adapter, factors, "copied", adapter.config, {}, tuple(notes))
     needs_base = bool(kept) or not all(s.is_additive for s in adapter.specs)
     if not has_base:
@@ -107,6 +109,7 @@ def plan_rescale(
             f"{len(kept)} replaced tensors do not scale without the base, they stay as they are: "
             f"{list_some(kept, 3)}; --base BASE scales them"
         )
+    adapter = _as_written(adapter)
     config = scaled_config(adapter.config, factors)
     if config is None:
         baked = _bake(adapter, factors)
@@ -152,6 +155,14 @@ def _choose(
             )  # fmt: skip
         found |= dict.fromkeys(hits, value)
     return found
+
+
+def _as_written(adapter: Adapter) -> Adapter:
+    """With the configuration that its files would have: of what was read, and as it was read."""
+    if not adapter.config:
+        return adapter
+    (config,) = write_adapter_files(adapter).json_files.values()
+    return replace(adapter, config=config)
 
 
 def _bake(adapter: Adapter, factors: Mapping[str, float]) -> dict[str, float]:

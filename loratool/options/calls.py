@@ -21,10 +21,12 @@ def takes(kind: Callable[P, O]) -> Callable[[Callable[[O], R]], Callable[P, R]]:
         kind: the class: its fields are the keywords, their words the docstring's arguments.
 
     Example:
-        >>> @takes(Merge)
-        ... def merge(asked: Merge) -> MergeReport:
-        ...     ...
-        >>> merge(["style"], base="model", output="merged")  # doctest: +SKIP
+        >>> from loratool.options.hub import Pull
+        >>> @takes(Pull)
+        ... def where(asked: Pull) -> str:
+        ...     return f"{asked.repo} -> {asked.output}"
+        >>> where("me/style", output="style")
+        'me/style -> style'
     """
 
     def decorate(function: Callable[[O], R]) -> Callable[P, R]:

@@ -21,6 +21,9 @@ Alpha = Annotated[float | None, Words(
 Rename = Annotated[Sequence[str], Words(
     "Rewrite module names. Repeatable.", "Names", metavar="s/A/B/", record=True,
 )]  # fmt: skip
+Include = Annotated[Sequence[str], Words(
+    "Take only modules that match. Repeatable.", "Input", metavar="REGEX", record=True,
+)]  # fmt: skip
 ModuleWeights = Annotated[Place | None, Words(
     "YAML: regular expression of module names -> weight, or one per adapter.", "Input",
     metavar="FILE", record=True,
@@ -74,6 +77,7 @@ class Read(Options):
         "Packing of experts in lora_B. Default: by the file, else rank-major.", "Advanced",
         record=True,
     )] = None  # fmt: skip
+    include: Include = ()
 
     def check(self) -> None:
         """Refuse an alpha that no file has."""
@@ -135,9 +139,10 @@ class Round(Options):
     )] = False  # fmt: skip
     rounding: Annotated[Literal["nearest", "stochastic"], Words(
         "stochastic: small changes survive on average, at up to twice the error.", "Output",
+        record=True,
     )] = "nearest"  # fmt: skip
     seed: Annotated[int | None, Words(
-        "Of stochastic rounding. Default: 0.", "Output", metavar="N",
+        "Of stochastic rounding. Default: 0.", "Output", metavar="N", record=True,
     )] = None  # fmt: skip
 
 

@@ -43,7 +43,7 @@ class Method(Options):
         "Of an adapter: the best of this rank. Default: exact, ranks add.", "Input",
         metavar="R|AUTO", form="rank", record=True,
     )] = None  # fmt: skip
-    params: Annotated[Mapping[str, Any] | None, Words(
+    params: Annotated[Mapping[str, Any] | Sequence[str] | None, Words(
         "Of the method, such as density=0.2. Repeatable.", "Input", flags="--param",
         metavar="NAME=VALUE", form="params", record=True,
     )] = None  # fmt: skip

@@ -6,9 +6,9 @@ from typing import Annotated, Literal
 
 from loratool.options.groups import (
     Access,
-    AlphaOnly,
     Energy,
     FactorType,
+    Include,
     OnProgress,
     Place,
     Program,
@@ -97,9 +97,7 @@ class Extract(Write, Run, Access, Details, kw_only=False):
         "Store these whole; none = not even biases and norms. Repeatable.", "Input",
         metavar="embeddings|all|none|REGEX", record=True,
     )] = ()  # fmt: skip
-    include: Annotated[Sequence[str], Words(
-        "Factor only modules that match. Repeatable.", "Input", metavar="REGEX", record=True,
-    )] = ()  # fmt: skip
+    include: Include = ()
     exclude: Annotated[Sequence[str], Words(
         "Do not factor modules that match. Repeatable.", "Input", metavar="REGEX", record=True,
     )] = ()  # fmt: skip
@@ -112,7 +110,7 @@ class Extract(Write, Run, Access, Details, kw_only=False):
     rename: Rename = ()
 
 
-class Convert(Write, Workers, AlphaOnly, Access, kw_only=False):
+class Convert(Write, Workers, Read, Access, kw_only=False):
     """Adapters as another program stores them."""
 
     adapters: Annotated[Sequence[Place], Words("paths or Hub references.")]
@@ -133,7 +131,7 @@ class Convert(Write, Workers, AlphaOnly, Access, kw_only=False):
     )]  # fmt: skip
 
 
-class Rescale(Write, Workers, AlphaOnly, Access, kw_only=False):
+class Rescale(Write, Workers, Read, Access, kw_only=False):
     """Adapters times a factor."""
 
     adapters: Annotated[Sequence[Place], Words("paths or Hub references.")]

@@ -86,8 +86,8 @@ def read_header(
         DiskError: the system refuses to read it.
 
     Example:
-        >>> read_header(Path("adapter_model.safetensors")).tensors[0].shape  # doctest: +SKIP
-        (8, 4096)
+        >>> read_header(Path("style/adapter_model.safetensors")).tensors[0].shape
+        (8, 160)
     """
     remote = remote_file(path)
     where: Location = remote or path

@@ -162,3 +162,17 @@ def test_a_first_output_without_a_name(name: str, folder: Path, run: Run) -> Non
     text = f"steps:\n  - rescale: {{adapters: [style], factor: 2, output: '{name}'}}\n"
     found = run("run", recipe(folder, text))
     assert found.code == 5 and "LT-510" in found.err
+
+
+def test_a_method_has_its_parameters_in_a_recipe(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lt.demo(tmp_path / "toy")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "r.yaml").write_text(
+        "steps:\n  - merge: {adapters: [toy/style, toy/sql], method: ties, rank: 4,\n"
+        "            param: [density=0.5], output: out}\n"
+    )
+    lt.run("r.yaml")
+    record = json.loads((tmp_path / "out" / "loratool.json").read_text())
+    assert record["options"]["params"]["density"] == 0.5

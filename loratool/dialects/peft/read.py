@@ -42,7 +42,7 @@ def read(candidate: Candidate, options: Read) -> Adapter:
         UsageError: LT-280, LT-281: ``alpha`` is needed, or an option makes no sense.
 
     Example:
-        >>> read(examine(Path("style")), Read()).specs[0].scaling  # doctest: +SKIP
+        >>> read(examine(Path("style")), Read()).specs[0].scaling
         2.0
     """
     _check_options(options)
@@ -109,8 +109,8 @@ def unmergeable_reason(adapter: Adapter) -> str | None:
     """Why a PEFT adapter that can be read cannot be merged, None if it can.
 
     Example:
-        >>> unmergeable_reason(open_adapter(Path("alora")))  # doctest: +SKIP
-        'aLoRA acts only after its invocation tokens'
+        >>> unmergeable_reason(open_adapter(Path("style"))) is None
+        True
     """
     config = adapter.config
     if config.get("alora_invocation_tokens") is not None:

@@ -24,8 +24,8 @@ def judge_loads(adapter: Adapter) -> tuple[Loads, ...]:
     """A verdict for each program.
 
     Example:
-        >>> judge_loads(open_adapter(Path("style"), Read()))[1].reasons  # doctest: +SKIP
-        ('modules_to_save',)
+        >>> judge_loads(open_adapter(Path("style")))[0].verdict
+        'yes'
     """
     own = loaded_by(adapter)
     return tuple(Loads(title, "yes") for title in own) + tuple(p.judge(adapter) for p in PROGRAMS)
