@@ -121,6 +121,24 @@ def test_rows_of_fused_modules_go_where_the_base_has_them(tmp_path: Path, sample
         assert np.linalg.norm(got - product) <= 1e-6 * np.linalg.norm(product), module
 
 
+def test_a_linear_layer_and_a_1x1_convolution_are_one(tmp_path: Path) -> None:
+    """Trainers store either as either; PEFT wants the dimensions of the weight."""
+    adapter, base = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    tensors = lora("lora_unet_conv", 6, 4, 2, 1) | lora("lora_unet_lin", 6, 4, 2, 2)
+    tensors = {k: v[:, :, None, None] if "lin" in k else v for k, v in tensors.items()}
+    save_file({k: np.ascontiguousarray(v) for k, v in tensors.items()}, str(adapter))
+    weights = {"conv.weight": np.ones((6, 4, 1, 1), np.float32),
+               "lin.weight": np.ones((6, 4), np.float32)}  # fmt: skip
+    save_file(weights, str(base))
+    (row,) = lt.convert([str(adapter)], to="peft", base=str(base),
+                        output=str(tmp_path / "p")).adapters  # fmt: skip
+    assert row.copied == 4
+    found = changes(Names(weights), tmp_path / "p")
+    for (stem, _), (delta, _) in deltas(adapter).items():
+        name = stem.removeprefix("lora_unet_") + ".weight"
+        assert np.allclose(found[name].numpy(), delta.reshape(weights[name].shape), rtol=1e-6)
+
+
 def test_swapped_halves_are_swapped(tmp_path: Path) -> None:
     adapter, base = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
     save_file(lora("lora_unet_final_layer_adaLN_modulation_1", 8, 4, 2, 2), str(adapter))

@@ -108,6 +108,19 @@ def test_a_name_that_could_be_two_is_both() -> None:
     assert index.look_up("unet", "a_b", "weight") == []
 
 
+def test_a_part_of_a_pipeline_has_names_of_its_own() -> None:
+    index = flat_names(["unet.q.weight", "text_encoder.q.weight", "text_encoder.k.weight"])
+    for component, name in (
+        ("unet", "unet.q"),
+        ("te", "text_encoder.q"),
+        ("te1", "text_encoder.q"),
+    ):
+        assert [m.names for m in index.look_up(component, "q", "weight")] == [(f"{name}.weight",)]
+    assert index.look_up("unet", "k", "weight") == []
+    # Where the part is not named, it is any: one if only one has the name, else unclear.
+    assert len(index.look_up("", "k", "weight")) == 1 and len(index.look_up("", "q", "weight")) == 2
+
+
 def test_an_underscore_too_many_is_forgiven() -> None:
     index = flat_names(["unet.blocks.0.q.weight"])
     for spelled in ("blocks_0_q", "_blocks_0_q", "blocks_0_q_"):
