@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 
-from loratool.adapter import Adapter, DeltaSpec
+from loratool.adapter import Adapter, DeltaSpec, TensorRef
 from loratool.delta.forms import side_sizes
 from loratool.dialects.peft import FOLDER_NAME
 from loratool.dialects.registry import home_of, row_of
@@ -35,6 +35,12 @@ def short_title(dialect: str) -> str:
 def library_of(adapter: Adapter) -> str | None:
     """What loads its files as they are, as the Hub calls it; None if nothing does."""
     return row_of(adapter.dialect).library
+
+
+def passed_on(adapter: Adapter) -> tuple[TensorRef, ...]:
+    """Tensors of its file that are no part of any change and are kept (bundled embeddings)."""
+    table = row_of(adapter.dialect).table
+    return () if table is None else tuple(r for r in adapter.carried if table.is_passed(r.name))
 
 
 def is_of_home(adapter: Adapter, dialect: str) -> bool:

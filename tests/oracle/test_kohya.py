@@ -308,6 +308,13 @@ def test_bundled_embeddings_are_passed_on(tmp_path: Path) -> None:
     bundled = [k for k in before if k.startswith("bundle_emb.")]
     assert len(bundled) == 3
     assert all(after[k].tobytes() == before[k].tobytes() for k in bundled)
+    summed, other = tmp_path / "sum.safetensors", tmp_path / "other.safetensors"
+    lt.merge([str(adapter_of("kohya_sd15_locon")), str(sample)], output=str(summed))
+    both = load_file(str(summed))
+    assert all(both[k].tobytes() == before[k].tobytes() for k in bundled)
+    save_file(before | {bundled[0]: before[bundled[0]] + 1}, str(other))
+    with pytest.raises(lt.LoratoolError, match="different tensors of one name"):
+        lt.merge([str(other), str(sample)], output=str(tmp_path / "no.safetensors"))
 
 
 def test_compressed_and_merged_with_each_other(tmp_path: Path) -> None:
