@@ -169,8 +169,8 @@ def _spellings(module: str) -> tuple[str, ...]:
     for one in list(found):
         if one.startswith(_TEXT_MODEL):
             found.add(one.removeprefix(_TEXT_MODEL))
-        elif one.startswith(_BARE_TEXT):  # transformers 5 left it out
-            found.add(_TEXT_MODEL + one)
+        else:  # transformers 5 left it out
+            found.add(with_text_model(one))
     return tuple(sorted(found - {module}))
 
 
@@ -179,6 +179,11 @@ def _parts_of(name: str) -> Iterator[str]:
     if joined := _JOINED.fullmatch(name):
         parts = ("q_proj", "k_proj", "v_proj")
         yield from (f"{joined['parent']}.{part}.{joined['kind']}" for part in parts)
+
+
+def with_text_model(module: str) -> str:
+    """A text encoder's module as programs of images look it up, whatever transformers writes."""
+    return _TEXT_MODEL + module if module.startswith(_BARE_TEXT) else module
 
 
 def home_prefix(component: str) -> str:

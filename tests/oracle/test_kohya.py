@@ -16,6 +16,7 @@ from safetensors.numpy import load_file, save_file
 import loratool as lt
 from loratool.dialects import open_adapter
 from loratool.ops.bind import BindOptions, bind
+from loratool.ops.programs import judge_loads
 from loratool.store.checkpoint import open_checkpoint
 from tests.oracle.kohya_files import SAMPLES, adapter_of, deltas, near, rounded_once
 
@@ -299,6 +300,13 @@ def test_a_changed_file_says_no_more_than_what_holds(tmp_path: Path) -> None:
     assert set(old) == set(new)
     for key, (delta, size) in old.items():
         assert np.allclose(new[key][0], 0.3 * delta, rtol=0, atol=2.0**-22 * size.max())
+
+
+def test_names_that_its_programs_pass_over_are_said() -> None:
+    for sample, verdict in (("kohya_sd15_locon", "wrong"), ("kohya_sgm_naming", "yes")):
+        first = judge_loads(open_adapter(adapter_of(sample)))[0]
+        assert (first.program, first.verdict) == ("ComfyUI", verdict)
+        assert bool(first.reasons) == (verdict == "wrong")
 
 
 def test_bundled_embeddings_are_passed_on(tmp_path: Path) -> None:
