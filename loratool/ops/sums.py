@@ -172,7 +172,7 @@ def _passed(adapters: Sequence[Adapter]) -> tuple[TensorRef, ...]:
         for ref in passed_on(adapter):
             if not have_same_bytes([found.setdefault(ref.name, ref), ref]):
                 raise MismatchError(
-                    "LT-424", "two adapters hold different tensors of one name", file=adapter.path,
+                    "LT-426", "two adapters bring different tensors of one name", file=adapter.path,
                     key=ref.name, expected=f"that of {found[ref.name].file.name}",
                 )  # fmt: skip
     return tuple(found.values())
