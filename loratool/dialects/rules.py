@@ -45,6 +45,12 @@ def passed_on(adapter: Adapter) -> tuple[TensorRef, ...]:
     return () if table is None else tuple(r for r in adapter.carried if table.is_passed(r.name))
 
 
+def has_alpha_tensors(adapter: Adapter) -> bool:
+    """True if every module has an alpha of its own, which takes any number."""
+    table = row_of(adapter.dialect).table
+    return table is not None and bool(table.alpha)
+
+
 def is_of_home(adapter: Adapter, dialect: str) -> bool:
     """True if an adapter is written in a dialect where nobody asks for another one.
 

@@ -45,12 +45,15 @@ class Field(NamedTuple):
         role: of the kind.
         kind: where the tensor is a change of its own, its kind; "" = a factor among others.
         parameter: that it changes.
+        is_norm: of a module whose weight is such a vector too; the bias of a norm and of any other
+            module may be spelled differently.
     """
 
     suffix: str
     role: str
     kind: str = ""
     parameter: str = "weight"
+    is_norm: bool = False
 
 
 class Key(NamedTuple):
@@ -133,12 +136,19 @@ class Table:
             prefix = self.components[0].prefix
         return prefix + (module.replace(".", "_") if self.is_flat else module)
 
-    def keys_of(self, spec: DeltaSpec, stem: str) -> Iterator[tuple[str, str]]:
-        """(role, name of the tensor) of the fields of a change."""
-        spelled = {
-            f.role: f.suffix for f in self.fields
-            if f.kind in ("", spec.kind) and (not f.kind or f.parameter == spec.parameter)
-        }  # fmt: skip
+    def keys_of(
+        self, spec: DeltaSpec, stem: str, *, is_norm: bool = False
+    ) -> Iterator[tuple[str, str]]:
+        """(role, name of the tensor) of the fields of a change.
+
+        Args:
+            spec: the change.
+            stem: of `stem_of`.
+            is_norm: the weight of its module is a vector that changes too.
+        """
+        own = [f for f in self.fields if f.kind == spec.kind and f.parameter == spec.parameter]
+        own.sort(key=lambda f: f.is_norm == is_norm)  # the last one counts
+        spelled = {f.role: f.suffix for f in (*(f for f in self.fields if not f.kind), *own)}
         for role in spec.fields:
             yield role, f"{stem}.{spelled.get(role, role)}"
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from loratool.adapter import MAX_ALPHA, Adapter, Source, TensorRef
+from loratool.adapter import MAX_ALPHA, Adapter, DeltaSpec, Source, TensorRef
 from loratool.delta.forms import scaled_source
-from loratool.dialects.rules import tied_pairs
+from loratool.dialects.rules import has_alpha_tensors, tied_pairs
 from loratool.dtypes import DTYPES, result_dtype
 from loratool.errors import MismatchError, UsageError, list_some
 from loratool.ops.additive import require_additive
@@ -103,6 +103,9 @@ def plan_rescale(
         notes.append(f"{len(off)} modules are switched off: their lora_B is zero")
     if has_base and needs_base:
         return RescalePlan(adapter, factors, "base", adapter.config, {}, tuple(notes))
+    if has_alpha_tensors(adapter) and _go_into_alpha(adapter, factors):
+        scaled = replace(adapter, specs=tuple(_scaled(s, factors[s.name]) for s in adapter.specs))
+        return RescalePlan(scaled, factors, "alpha", adapter.config, {}, tuple(notes))
     if kept:
         notes.append(
             f"{len(kept)} replaced tensors do not scale without the base, they stay as they are: "
@@ -116,6 +119,17 @@ def plan_rescale(
     signs = _bake(adapter, dict.fromkeys(factors, -1.0)) if sign else {}
     how = "alpha and sign" if sign else "alpha"
     return RescalePlan(adapter, factors, how, config, signs, tuple(notes))
+
+
+def _go_into_alpha(adapter: Adapter, factors: Mapping[str, float]) -> bool:
+    """Alpha takes any factor above 0, where a change has one."""
+    changed = [s for s in adapter.specs if factors[s.name] != 1]
+    return all(s.rank and factors[s.name] > 0 for s in changed)
+
+
+def _scaled(spec: DeltaSpec, factor: float) -> DeltaSpec:
+    alpha = None if spec.alpha is None else spec.alpha * factor
+    return replace(spec, alpha=alpha, scaling=spec.scaling * factor)
 
 
 def memory_needs(plan: RescalePlan, dtype: str | None) -> tuple[list[int], int]:
