@@ -121,17 +121,6 @@ def plan_rescale(
     return RescalePlan(adapter, factors, how, config, signs, tuple(notes))
 
 
-def _go_into_alpha(adapter: Adapter, factors: Mapping[str, float]) -> bool:
-    """Alpha takes any factor above 0, where a change has one."""
-    changed = [s for s in adapter.specs if factors[s.name] != 1]
-    return all(s.rank and factors[s.name] > 0 for s in changed)
-
-
-def _scaled(spec: DeltaSpec, factor: float) -> DeltaSpec:
-    alpha = None if spec.alpha is None else spec.alpha * factor
-    return replace(spec, alpha=alpha, scaling=spec.scaling * factor)
-
-
 def memory_needs(plan: RescalePlan, dtype: str | None) -> tuple[list[int], int]:
     """Bytes that each module with a new tensor takes at work, and those of all new tensors."""
     needs, kept = [], 0
@@ -231,3 +220,14 @@ def _bake(adapter: Adapter, factors: Mapping[str, float]) -> dict[str, float]:
 def _key(source: Source) -> str:
     assert isinstance(source, TensorRef)
     return source.name
+
+
+def _go_into_alpha(adapter: Adapter, factors: Mapping[str, float]) -> bool:
+    """Alpha takes any factor above 0, where a change has one."""
+    changed = [s for s in adapter.specs if factors[s.name] != 1]
+    return all(s.rank and factors[s.name] > 0 for s in changed)
+
+
+def _scaled(spec: DeltaSpec, factor: float) -> DeltaSpec:
+    alpha = None if spec.alpha is None else spec.alpha * factor
+    return replace(spec, alpha=alpha, scaling=spec.scaling * factor)
