@@ -16,7 +16,6 @@ from safetensors.numpy import load_file, save_file
 import loratool as lt
 from loratool.dialects import open_adapter
 from loratool.ops.bind import BindOptions, bind
-from loratool.ops.programs import judge_loads
 from loratool.store.checkpoint import open_checkpoint
 from tests.oracle.kohya_files import SAMPLES, adapter_of, deltas, near, rounded_once
 
@@ -331,7 +330,9 @@ def test_what_alpha_cannot_take_goes_into_the_factors(
 
 def test_names_that_its_programs_pass_over_are_said() -> None:
     for sample, verdict in (("kohya_sd15_locon", "wrong"), ("kohya_sgm_naming", "yes")):
-        first = judge_loads(open_adapter(adapter_of(sample)))[0]
+        found = lt.inspect(str(adapter_of(sample))).adapter
+        assert found is not None
+        first = found.loads[0]
         assert (first.program, first.verdict) == ("ComfyUI", verdict)
         assert bool(first.reasons) == (verdict == "wrong")
 
