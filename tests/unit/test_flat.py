@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from loratool.archs.flat import expand, flat_names, known_names
 
@@ -131,3 +133,17 @@ def test_an_underscore_too_many_is_forgiven() -> None:
 
 def test_templates() -> None:
     assert list(expand("a.{0-1}.{b|c.d}")) == ["a.0.b", "a.0.c.d", "a.1.b", "a.1.c.d"]
+
+
+WORDS = st.sampled_from(["a", "b", "a_b", "b_c", "c", "0", "1", "x_0", "0_y"])
+NAMES = st.lists(st.lists(WORDS, min_size=1, max_size=4).map(".".join), min_size=1, max_size=12)
+
+
+@settings(deadline=None, max_examples=200)
+@given(NAMES)
+def test_a_flat_name_means_all_that_is_flattened_to_it_and_nothing_else(names: list[str]) -> None:
+    index = flat_names(f"{name}.weight" for name in names)
+    for name in names:
+        same = {n for n in names if n.replace(".", "_") == name.replace(".", "_")}
+        found = index.look_up("unet", name.replace(".", "_"), "weight")
+        assert {m.names for m in found} == {(f"{n}.weight",) for n in same}
