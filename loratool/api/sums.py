@@ -117,6 +117,7 @@ def assemble_sum(plan: SumPlan, summed: Summed, first: Adapter) -> Adapter:
             (*plan.replacements, *summed.mixed),
             plan.base_model,
             plan.config,
+            carried=plan.passed,
             layer_order=plan.layer_order,
         )
     )

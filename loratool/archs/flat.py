@@ -9,9 +9,9 @@ adapter's are looked up among them.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Iterator
-from dataclasses import dataclass, field
-from functools import cache
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache, cached_property
 
 from loratool.archs.base import Rule, Table, load_data, read_rules
 
@@ -37,49 +37,62 @@ class Meaning:
     is_swapped: bool = False
 
 
-@dataclass
 class FlatNames:
     """The names of a base as flat dialects spell them.
 
-    Attributes:
-        own: (prefix of a component, flat module, parameter) -> what it means.
-        other: the same for spellings that the base does not use itself.
+    Args:
+        parts: prefix of a component -> the names of its tensors behind it; "" -> all of them.
     """
 
-    own: dict[_Key, list[Meaning]] = field(default_factory=dict)
-    other: dict[_Key, list[Meaning]] = field(default_factory=dict)
+    def __init__(self, parts: Mapping[str, Collection[str]]) -> None:
+        self._parts = parts
 
     def look_up(self, component: str, flat: str, parameter: str) -> list[Meaning]:
-        """Everything that a name may mean: none, one, or several; the base's own names first."""
-        prefixes = (*load_data("diffusion")["components"].get(component, ()), "")
-        for spelled in dict.fromkeys((flat, flat.strip("_"))):  # some trainers add one too many
-            for index in (self.own, self.other):
+        """Everything that a name may mean: none, one, or several; the base's own names first.
+
+        Args:
+            component: that it is of, a key of `diffusion.json`; "" = any.
+            flat: the module.
+            parameter: of it.
+        """
+        known = load_data("diffusion")["components"]
+        prefixes = (*known.get(component, () if component else _prefixes()), "")
+        spellings = dict.fromkeys((flat, flat.strip("_")))  # some trainers add one too many
+        for own in (True, False):
+            index = self.own if own else self.other
+            for spelled in spellings:
                 found = [m for p in prefixes for m in index.get((p, spelled, parameter), ())]
                 if found:
                     return list(dict.fromkeys(found))
         return []
 
-    def add(self, prefix: str, names: Iterable[str]) -> None:
-        """Take in the tensors of a component, by their names behind its prefix."""
-        spellings = cache(_spellings)
-        for name in (part for one in names for part in (one, *_parts_of(one))):
+    @cached_property
+    def own(self) -> dict[_Key, list[Meaning]]:
+        """(prefix, flat module, parameter) -> what it means, by the base's own names."""
+        index: dict[_Key, list[Meaning]] = {}
+        for prefix, name in self._names():
             module, _, parameter = name.rpartition(".")
-            meaning = Meaning((prefix + name,))
-            _put(self.own, (prefix, module, parameter), meaning)
-            for spelled in spellings(module):
-                _put(self.other, (prefix, spelled, parameter), meaning)
+            _put(index, (prefix, module, parameter), Meaning((prefix + name,)))
+        return index
 
-    def add_fused(self, prefix: str, names: Collection[str]) -> None:
-        """Modules that the original code has as one, and this base as several."""
-        for row in load_data("diffusion")["fused"]:
-            rules = [Rule(f"^{part}", f"^{row['one']}") for part in row["parts"]]
-            for name in names:
-                module, _, parameter = name.rpartition(".")
-                one = rules[0].to_memory(module)
-                parts = [f"{rule.to_disk(one)}.{parameter}" for rule in rules]
-                if one != module and all(part in names for part in parts):
-                    whole = Meaning(tuple(prefix + p for p in parts), row.get("swapped", False))
-                    _put(self.other, (prefix, one, parameter), whole)
+    @cached_property
+    def other(self) -> dict[_Key, list[Meaning]]:
+        """The same by the names that other programs have for these modules."""
+        index: dict[_Key, list[Meaning]] = {}
+        spellings = cache(_spellings)
+        for prefix, name in self._names():
+            module, _, parameter = name.rpartition(".")
+            for spelled in spellings(module):
+                _put(index, (prefix, spelled, parameter), Meaning((prefix + name,)))
+        for prefix, names in self._parts.items():
+            for one, parameter, parts, is_swapped in _fused(names):
+                whole = Meaning(tuple(prefix + part for part in parts), is_swapped)
+                _put(index, (prefix, one, parameter), whole)
+        return index
+
+    def _names(self) -> Iterator[tuple[str, str]]:
+        for prefix, names in self._parts.items():
+            yield from ((prefix, part) for one in names for part in (one, *_parts_of(one)))
 
 
 def flat_names(names: Iterable[str]) -> FlatNames:
@@ -92,21 +105,18 @@ def flat_names(names: Iterable[str]) -> FlatNames:
         >>> flat_names(["unet.conv_in.weight"]).look_up("unet", "conv_in", "weight")[0].names
         ('unet.conv_in.weight',)
     """
-    names, index = list(names), FlatNames()
-    for prefix in ("", *_prefixes()):
-        inside = dict.fromkeys(n[len(prefix) :] for n in names if n.startswith(prefix))
-        index.add(prefix, inside)
-        index.add_fused(prefix, inside)
-    return index
+    names = list(names)
+    return FlatNames({
+        prefix: dict.fromkeys(n[len(prefix) :] for n in names if n.startswith(prefix)).keys()
+        for prefix in ("", *_prefixes())
+    })  # fmt: skip
 
 
 @cache
 def known_names() -> FlatNames:
     """The modules of Stable Diffusion 1 and 2, SDXL, FLUX.1 and their text encoders."""
-    index = FlatNames()
-    for template in load_data("diffusion")["modules"]:
-        index.add("", [f"{n}.{leaf}" for n in expand(template) for leaf in ("weight", "bias")])
-    return index
+    modules = (n for template in load_data("diffusion")["modules"] for n in expand(template))
+    return FlatNames({"": [f"{n}.{leaf}" for n in modules for leaf in ("weight", "bias")]})
 
 
 def expand(template: str) -> Iterator[str]:
@@ -154,13 +164,13 @@ def _tables() -> tuple[Table, ...]:
 def _spellings(module: str) -> tuple[str, ...]:
     """How a module is called anywhere else."""
     found = {module}
-    for table in _tables():
+    for table in (t for t in _tables() if t.touches(module)):
         found |= {table.to_memory(module), table.to_disk(module)}
     for one in list(found):
         if one.startswith(_TEXT_MODEL):
             found.add(one.removeprefix(_TEXT_MODEL))
-        elif one.startswith(_BARE_TEXT):  # transformers 5 left it out
-            found.add(_TEXT_MODEL + one)
+        else:  # transformers 5 left it out
+            found.add(with_text_model(one))
     return tuple(sorted(found - {module}))
 
 
@@ -171,7 +181,26 @@ def _parts_of(name: str) -> Iterator[str]:
         yield from (f"{joined['parent']}.{part}.{joined['kind']}" for part in parts)
 
 
+def with_text_model(module: str) -> str:
+    """A text encoder's module as programs of images look it up, whatever transformers writes."""
+    return _TEXT_MODEL + module if module.startswith(_BARE_TEXT) else module
+
+
 def home_prefix(component: str) -> str:
     """What names of a component begin with in a pipeline of diffusers."""
     prefixes = load_data("diffusion")["components"].get(component, ("",))
     return str(prefixes[0])
+
+
+def _fused(names: Collection[str]) -> Iterator[tuple[str, str, list[str], bool]]:
+    """(module, parameter, tensors, is swapped): what the original code has as one module."""
+    for row in load_data("diffusion")["fused"]:
+        rules = [Rule(f"^{part}", f"^{row['one']}") for part in row["parts"]]
+        for name in names:
+            module, _, parameter = name.rpartition(".")
+            one = rules[0].to_memory(module)
+            if one == module:
+                continue
+            parts = [f"{rule.to_disk(one)}.{parameter}" for rule in rules]
+            if all(part in names for part in parts):
+                yield one, parameter, parts, row.get("swapped", False)

@@ -24,16 +24,17 @@ TABLE = Table(
         Field("lora_down.weight", "lora_A"),
         Field("lora_up.weight", "lora_B"),
         Field("lora_mid.weight", "lora_mid"),
-        Field("w_norm", "delta", kind="vector"),
-        Field("b_norm", "delta", kind="vector", parameter="bias"),
+        Field("w_norm", "delta", kind="vector", is_norm=True),
+        Field("b_norm", "delta", kind="vector", parameter="bias", is_norm=True),
         Field("diff_b", "delta", kind="vector", parameter="bias"),
     ),
     passed=r"bundle_emb\.",
     stale=r"sshs_(model|legacy)_hash|modelspec\.hash_sha256",
     ranks=("ss_network_dim", "ss_network_alpha"),
+    dead=(r"lora_te\d?_encoder_layers_", "text encoder without text_model in its names"),
 )
 
 ROW = Dialect(
     "kohya", "kohya", by_keys(r"^lora_(unet|te\d?|prior_unet|prior_te|transformer)_"), TABLE,
-    library="diffusers", loaded_by=("ComfyUI", "Forge"),
+    library="diffusers", loaded_by=("ComfyUI",),
 )  # fmt: skip

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 
-from loratool.adapter import Adapter, DeltaSpec
+from loratool.adapter import Adapter, DeltaSpec, TensorRef
 from loratool.delta.forms import side_sizes
 from loratool.dialects.peft import FOLDER_NAME
 from loratool.dialects.registry import home_of, row_of
@@ -21,9 +21,11 @@ def why_not_peft(adapter: Adapter) -> str:
     return row.lacks if row.written_as == FOLDER_NAME and row.lacks else f"{row.name} file"
 
 
-def loaded_by(adapter: Adapter) -> tuple[str, ...]:
-    """Programs that load whatever the adapter's dialect holds."""
-    return row_of(adapter.dialect).loaded_by
+def loaded_by(adapter: Adapter) -> tuple[tuple[str, str], ...]:
+    """(program, what it passes over) of the programs that the adapter's dialect is for."""
+    row = row_of(adapter.dialect)
+    odd = "" if row.table is None else row.table.why_dead(adapter.key_order)
+    return tuple((program, odd) for program in row.loaded_by)
 
 
 def short_title(dialect: str) -> str:
@@ -35,6 +37,18 @@ def short_title(dialect: str) -> str:
 def library_of(adapter: Adapter) -> str | None:
     """What loads its files as they are, as the Hub calls it; None if nothing does."""
     return row_of(adapter.dialect).library
+
+
+def passed_on(adapter: Adapter) -> tuple[TensorRef, ...]:
+    """Tensors of its file that are no part of any change and are kept (bundled embeddings)."""
+    table = row_of(adapter.dialect).table
+    return () if table is None else tuple(r for r in adapter.carried if table.is_passed(r.name))
+
+
+def has_alpha_tensors(adapter: Adapter) -> bool:
+    """True if every module has an alpha of its own, which takes any number."""
+    table = row_of(adapter.dialect).table
+    return table is not None and bool(table.alpha)
 
 
 def is_of_home(adapter: Adapter, dialect: str) -> bool:

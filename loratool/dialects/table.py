@@ -7,14 +7,14 @@ are called the same everywhere (``hada_w1_a``) come from the rows of `loratool.k
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
 from loratool import kinds
 from loratool.adapter import DeltaSpec
-from loratool.archs.flat import components_of, known_names
+from loratool.archs.flat import components_of, known_names, with_text_model
 
 # What keys of algorithms end in that no kind is made of -> their title.
 ALGORITHMS = (
@@ -45,12 +45,15 @@ class Field(NamedTuple):
         role: of the kind.
         kind: where the tensor is a change of its own, its kind; "" = a factor among others.
         parameter: that it changes.
+        is_norm: of a module whose weight is such a vector too; the bias of a norm and of any other
+            module may be spelled differently.
     """
 
     suffix: str
     role: str
     kind: str = ""
     parameter: str = "weight"
+    is_norm: bool = False
 
 
 class Key(NamedTuple):
@@ -82,6 +85,8 @@ class Table:
         kinds: what the writer emits, besides the kinds whose roles all dialects spell alike.
         stale: keys of the metadata that speak of the very tensors, "" = none.
         ranks: keys of the metadata for rank and alpha of the whole file.
+        dead: regular expression of tensors that the dialect's programs pass over in silence, and
+            what is wrong with them.
     """
 
     components: tuple[Component, ...]
@@ -92,6 +97,7 @@ class Table:
     kinds: tuple[str, ...] = ("lowrank",)
     stale: str = ""
     ranks: tuple[str, str] = ("", "")
+    dead: tuple[str, str] = ("", "")
 
     def parse(self, name: str) -> Key | None:
         """A tensor's name taken apart; None if it is of no known form."""
@@ -105,6 +111,11 @@ class Table:
     def is_passed(self, name: str) -> bool:
         """True for a tensor that is kept as it is."""
         return bool(self.passed) and re.match(self.passed, name) is not None
+
+    def why_dead(self, names: Iterable[str]) -> str:
+        """Why the dialect's programs pass over some of these tensors, "" if they do not."""
+        pattern, reason = self.dead
+        return reason if pattern and any(re.match(pattern, name) for name in names) else ""
 
     def field_of(self, suffix: str) -> Field | None:
         """What a key's end means; None if nothing does."""
@@ -125,12 +136,19 @@ class Table:
             prefix = self.components[0].prefix
         return prefix + (module.replace(".", "_") if self.is_flat else module)
 
-    def keys_of(self, spec: DeltaSpec, stem: str) -> Iterator[tuple[str, str]]:
-        """(role, name of the tensor) of the fields of a change."""
-        spelled = {
-            f.role: f.suffix for f in self.fields
-            if f.kind in ("", spec.kind) and (not f.kind or f.parameter == spec.parameter)
-        }  # fmt: skip
+    def keys_of(
+        self, spec: DeltaSpec, stem: str, *, is_norm: bool = False
+    ) -> Iterator[tuple[str, str]]:
+        """(role, name of the tensor) of the fields of a change.
+
+        Args:
+            spec: the change.
+            stem: of `stem_of`.
+            is_norm: the weight of its module is a vector that changes too.
+        """
+        own = [f for f in self.fields if f.kind == spec.kind and f.parameter == spec.parameter]
+        own.sort(key=lambda f: f.is_norm == is_norm)  # the last one counts
+        spelled = {f.role: f.suffix for f in (*(f for f in self.fields if not f.kind), *own)}
         for role in spec.fields:
             yield role, f"{stem}.{spelled.get(role, role)}"
 
@@ -160,10 +178,13 @@ class Table:
         names = {c.name for c in self.components}
         for component, prefix in components_of(module):
             if component in names:
-                return component, module.removeprefix(prefix)
-        is_text = module.startswith(("text_model.", "encoder."))
-        is_known = is_text and known_names().look_up("te", module.replace(".", "_"), "weight")
-        return ("te" if is_known else ""), module
+                rest = module.removeprefix(prefix)
+                return component, with_text_model(rest) if "te" in component else rest
+        whole = with_text_model(module)
+        is_text = whole.startswith("text_model.") and known_names().look_up(
+            "te", whole.replace(".", "_"), "weight"
+        )
+        return ("te", whole) if is_text else ("", module)
 
     @cached_property
     def _by_prefix(self) -> dict[str, str]:

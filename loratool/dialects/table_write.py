@@ -58,11 +58,13 @@ def write_table(row: Dialect, adapter: Adapter) -> AdapterFiles:
     _check(table, adapter, title)
     tensors: dict[str, Source] = {}
     dtype = _alpha_dtype(adapter)
+    norms = {s.module for s in adapter.specs if s.parameter == "weight" and not s.is_matrix}
     for spec in adapter.specs:
         stem = table.stem_of(spec, is_flat=is_flat)
         if spec.scaling < 0:  # loaders halve a scale until it fits, which never ends below 0
             spec = turned(spec)
-        found = [(name, spec.fields[role]) for role, name in table.keys_of(spec, stem)]
+        keys = table.keys_of(spec, stem, is_norm=spec.module in norms)
+        found = [(name, spec.fields[role]) for role, name in keys]
         if spec.rank:
             found.append((f"{stem}.{table.alpha}", _alpha(spec, dtype)))
         for name, source in found:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from loratool.adapter import Adapter, DeltaSpec, Replacement, Source, TensorData, TensorRef
+from loratool.adapter import Adapter, DeltaSpec, Source, TensorData, TensorRef
 from loratool.archs.flat import FlatNames, home_prefix, known_names
 from loratool.delta.forms import (
     as_pair,
@@ -15,9 +16,10 @@ from loratool.delta.forms import (
     side_sizes,
     with_scaled_source,
 )
+from loratool.dialects import unmergeable_reason
 from loratool.dialects.base import Dialect
 from loratool.dialects.registry import row_of
-from loratool.dialects.rules import is_flat
+from loratool.dialects.rules import is_flat, is_of_home, passed_on
 from loratool.errors import MismatchError, list_some
 from loratool.ops.bind import bind
 from loratool.ops.bind_flat import meanings_of
@@ -69,7 +71,12 @@ def plan_convert(
     """
     kept, left_out = _without(source, skip)
     notes, row = list(kept.notes), row_of(dialect)
+    reason = unmergeable_reason(source)
+    if reason is not None and not is_of_home(source, dialect):
+        raise MismatchError("LT-494", f"{row.title} cannot hold this adapter", file=source.path,
+                            got=reason)  # fmt: skip
     _check(kept, row)
+    notes += _left_behind(kept, row)
     if is_flat(source) and not row.is_flat:
         kept, words = _named(kept, base)
         notes.append(words)
@@ -107,32 +114,57 @@ def fold_bytes(plan: ConvertPlan) -> list[int]:
 
 def _without(adapter: Adapter, skip: Sequence[str]) -> tuple[Adapter, tuple[str, ...]]:
     """The adapter less what ``--skip`` names, and the names of that."""
-    modules = [s.module for s in adapter.specs] + [_module(r) for r in adapter.replacements]
-    skipped = frozenset().union(*find([parse_skip(text) for text in skip], modules))
-    specs = tuple(s for s in adapter.specs if s.module not in skipped)
-    replacements = tuple(r for r in adapter.replacements if _module(r) not in skipped)
+    modules = {name: _module(name) for name in _names(adapter)}
+    modules |= {ref.name: _module(ref.name) for ref in passed_on(adapter)}
+    skipped = frozenset().union(*find([parse_skip(t) for t in skip], list(modules.values())))
+    out = {name for name, module in modules.items() if module in skipped}
+    specs = tuple(s for s in adapter.specs if s.name not in out)
+    replacements = tuple(r for r in adapter.replacements if r.name not in out)
     if not specs and not replacements:
         raise MismatchError("LT-448", "nothing is left to convert", file=adapter.path,
                             got=list_some(skipped, 3) or "no changes")  # fmt: skip
-    out = [s.name for s in adapter.specs if s.module in skipped]
-    out += [r.name for r in adapter.replacements if _module(r) in skipped]
-    return replace(adapter, specs=specs, replacements=replacements), tuple(out)
+    carried = tuple(r for r in adapter.carried if r.name not in out)
+    kept = replace(adapter, specs=specs, replacements=replacements, carried=carried)
+    return kept, tuple(name for name in modules if name in out)
 
 
-def _module(replacement: Replacement) -> str:
-    return replacement.name.rpartition(".")[0] or replacement.name
+def _names(adapter: Adapter) -> list[str]:
+    """Of everything that changes the base."""
+    return [*(s.name for s in adapter.specs), *(r.name for r in adapter.replacements)]
+
+
+def _module(name: str) -> str:
+    return name.rpartition(".")[0] or name
+
+
+def _left_behind(kept: Adapter, row: Dialect) -> list[str]:
+    """What is no change of the weights and has no place in the other dialect."""
+    notes = []
+    if kept.unclaimed:
+        names = list_some((ref.name for ref in kept.unclaimed), 3)
+        notes.append(f"{len(kept.unclaimed)} tensors that change nothing are left behind: {names}")
+    if kept.extras and not row.is_folder:
+        notes.append(f"files that a {row.title} file has no place for are left behind: "
+                     f"{list_some(kept.extras, 3)}")  # fmt: skip
+    if kept.base_model and not row.is_folder:
+        notes.append(f"a {row.title} file does not name its base, {kept.base_model}")
+    return notes
 
 
 def _check(kept: Adapter, row: Dialect) -> None:
     """Name everything that the dialect cannot hold, with the words that leave it out."""
-    whole = () if row.table is None else kept.replacements
-    found = dict.fromkeys((r.name for r in whole), "a replaced tensor")
+    table = row.table
+    found = {r.name: "a replaced tensor" for r in kept.replacements if table is not None}
+    found |= {
+        ref.name: "a tensor that is no part of a change"
+        for ref in passed_on(kept) if table is None or not table.is_passed(ref.name)
+    }  # fmt: skip
     found |= {s.name: why for s in kept.specs if (why := row.obstacle(as_pair(s)))}
     if not found:
         return
-    modules = {name.rpartition(".")[0] or name for name in found}
-    ways = " ".join(f"--skip '^{module}$'" for module in sorted(modules)[:3])
-    all_of_it = len(found) == len(kept.specs) + len(kept.replacements)
+    modules = {_module(name) for name in found}
+    ways = " ".join(f"--skip '^{re.escape(module)}$'" for module in sorted(modules)[:3])
+    all_of_it = found.keys() >= set(_names(kept))
     raise MismatchError(
         "LT-494", f"{row.title} cannot hold {len(found)} changes of this adapter", file=kept.path,
         key=list_some(found, 3), got=list_some(set(found.values()), 3),
@@ -147,8 +179,8 @@ def _named(adapter: Adapter, base: Checkpoint | None) -> tuple[Adapter, str]:
     """The adapter under whole names, and where they are from."""
     if base is not None:
         bindings = bind(adapter, base)
-        specs = _pieces(bindings.deltas, base)
-        return replace(adapter, specs=specs), f"modules are named as in {base.path.name}"
+        specs, words = _pieces(bindings.deltas, base), f"modules are named as in {base.path.name}"
+        return replace(adapter, specs=specs), "; ".join((words, *bindings.notes))
     return _from_known(adapter, known_names())
 
 
@@ -180,7 +212,8 @@ def _piece(target: str, parts: Sequence[BoundDelta], base: Checkpoint) -> DeltaS
     cut = [r for r in rows if r is not None]
     if cut:
         spec = with_scaled_source(spec, _rows(scaled_source(spec), cut))
-    return reshaped(replace(spec, module=module, parameter=parameter), dims)
+    turned = parts[0].transposed
+    return reshaped(replace(spec, module=module, parameter=parameter, transposed=turned), dims)
 
 
 def _rows(source: Source, spans: Sequence[tuple[int, int]]) -> Source:

@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from loratool.adapter import Adapter, Source, TensorRef
+from loratool.adapter import Adapter, DeltaSpec, Source, TensorRef
 from loratool.delta.forms import scaled_source
 from loratool.dialects import write_adapter_files
-from loratool.dialects.rules import tied_pairs
+from loratool.dialects.rules import has_alpha_tensors, tied_pairs
 from loratool.dialects.stated import scaled_config
 from loratool.engine.step_args import ScaleArgs
 from loratool.errors import MismatchError, UsageError, list_some
@@ -104,6 +104,9 @@ def plan_rescale(
         notes.append(f"{len(off)} modules are switched off: their lora_B is zero")
     if has_base and needs_base:
         return RescalePlan(adapter, factors, "base", adapter.config, {}, tuple(notes))
+    if has_alpha_tensors(adapter) and _go_into_alpha(adapter, factors):
+        scaled = replace(adapter, specs=tuple(_scaled(s, factors[s.name]) for s in adapter.specs))
+        return RescalePlan(scaled, factors, "alpha", adapter.config, {}, tuple(notes))
     if kept:
         notes.append(
             f"{len(kept)} replaced tensors do not scale without the base, they stay as they are: "
@@ -189,3 +192,14 @@ def _bake(adapter: Adapter, factors: Mapping[str, float]) -> dict[str, float]:
 def _key(source: Source) -> str:
     assert isinstance(source, TensorRef)
     return source.name
+
+
+def _go_into_alpha(adapter: Adapter, factors: Mapping[str, float]) -> bool:
+    """Alpha takes any factor above 0, where a change has one."""
+    changed = [s for s in adapter.specs if factors[s.name] != 1]
+    return all(s.rank and factors[s.name] > 0 for s in changed)
+
+
+def _scaled(spec: DeltaSpec, factor: float) -> DeltaSpec:
+    alpha = None if spec.alpha is None else spec.alpha * factor
+    return replace(spec, alpha=alpha, scaling=spec.scaling * factor)

@@ -9,7 +9,7 @@ from typing import Any
 from loratool.adapter import Adapter, DeltaSpec, Replacement, TensorRef
 from loratool.delta.forms import kernel_of, matrix_shape, shape_of
 from loratool.dialects.registry import home_of
-from loratool.dialects.rules import conversion, is_of_home, mha_outputs
+from loratool.dialects.rules import conversion, is_of_home, mha_outputs, passed_on
 from loratool.dialects.stated import joint_config, require_one_packing
 from loratool.errors import MismatchError, UsageError, list_some
 from loratool.ops.additive import factor_dtype, require_additive, require_factors
@@ -93,6 +93,7 @@ class SumPlan:
         dtype: of the factors.
         notes: one sentence each.
         is_even: every module gets the same scaling, 1.
+        passed: tensors that are no part of any change, of all adapters.
     """
 
     modules: tuple[SumModule, ...]
@@ -104,6 +105,7 @@ class SumPlan:
     dtype: str
     notes: tuple[str, ...]
     is_even: bool = False
+    passed: tuple[TensorRef, ...] = ()
 
 
 def plan_sum(
@@ -158,7 +160,21 @@ def plan_sum(
         adapters[0][0].layer_order,
         factor_dtype([a for a, _ in adapters]),
         tuple(dict.fromkeys((*(n for a, _ in adapters for n in a.notes), *notes))),
+        passed=_passed([a for a, _ in adapters]),
     )
+
+
+def _passed(adapters: Sequence[Adapter]) -> tuple[TensorRef, ...]:
+    """What is kept as it is (bundled embeddings) of all of them, each once."""
+    found: dict[str, TensorRef] = {}
+    for adapter in adapters:
+        for ref in passed_on(adapter):
+            if not have_same_bytes([found.setdefault(ref.name, ref), ref]):
+                raise MismatchError(
+                    "LT-426", "two adapters bring different tensors of one name", file=adapter.path,
+                    key=ref.name, expected=f"that of {found[ref.name].file.name}",
+                )  # fmt: skip
+    return tuple(found.values())
 
 
 def _module(

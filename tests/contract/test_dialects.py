@@ -18,6 +18,7 @@ from loratool.adapter import Adapter, DeltaSpec, TensorRef
 from loratool.dialects import (
     BY_NAME,
     DIALECTS,
+    Dialect,
     detect,
     examine,
     open_adapter,
@@ -30,6 +31,7 @@ from loratool.kinds import BY_NAME as KINDS
 from loratool.options.groups import Read
 from loratool.store.header import build_header
 
+DIFFUSION = Path(__file__).parents[1] / "data" / "diffusion"
 LLM = Path(__file__).parents[1] / "data" / "llm"
 
 
@@ -145,6 +147,19 @@ def test_a_sample_is_claimed_by_one_dialect() -> None:
     for folder in (LLM / name for name in FOLDERS if name != "lora_linear_bin"):
         candidate = examine(folder)
         assert len([row for row in DIALECTS if row.detect(candidate)]) == 1, folder.name
+
+
+@pytest.mark.parametrize("row", [r for r in DIALECTS if r.is_written], ids=lambda r: r.name)
+def test_a_written_row_says_what_it_can_hold(row: Dialect) -> None:
+    plain, other = (open_adapter(LLM / n).specs[0] for n in ("lora_linear", "lora_pissa"))
+    assert row.obstacle(plain) == "" and "pissa" in row.obstacle(other)
+
+
+@pytest.mark.parametrize("path", sorted(DIFFUSION.glob("*/adapter.safetensors")),
+                         ids=lambda p: p.parent.name)  # fmt: skip
+def test_a_sample_of_an_image_model_is_claimed_once(path: Path) -> None:
+    (row,) = (row for row in DIALECTS if row.detect(examine(path)))
+    assert row.name == ("lycoris" if path.parent.name.startswith("lycoris") else "kohya")
 
 
 def test_tensors_of_two_dialects_are_refused(tmp_path: Path) -> None:

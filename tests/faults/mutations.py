@@ -77,8 +77,19 @@ MADE = (f"verify work/out {T}", f"verify work/out --base in/base --adapter in/st
 ONE = f"merge in/style --base in/one.safetensors {T} -o work/out.safetensors"
 GOES_ON = f"merge in/style --base in/base {OUT}"
 MANY = "rescale in/style in/sql 0.3 -o work/all/"
+FILE = "{at}/adapter/it.safetensors"
+FLAT = (f"inspect {FILE} --tensors", f"inspect {FILE} --spectrum {T}",
+        f"rescale {FILE} 0.5 -o work/out.safetensors",
+        f"compress {FILE} --rank 1 {T} -o work/out.safetensors",
+        f"convert {FILE} --to peft --base {{at}}/base/it.safetensors {OUT}",
+        f"convert {FILE} --to peft --skip te {OUT}",
+        f"convert {FILE} --to lycoris -o work/out.safetensors",
+        f"merge {FILE} --base {{at}}/base/it.safetensors {T} -o work/out.safetensors")  # fmt: skip
 
 KINDS = {
+    "flat-header": Kind(("flat/*/adapter/*.safetensors",), change.safetensors, FLAT),
+    "flat-tensors": Kind(("flat/*/adapter/*.safetensors",), mutate_tensors, FLAT),
+    "flat-base": Kind(("flat/*/base/*.safetensors",), change.safetensors, FLAT),
     "adapter-config": Kind(("samples/*/adapter/adapter_config.json",), mutate_json, ADAPTER),
     "adapter-header": Kind(("samples/*/adapter/*.safetensors",), change.safetensors, ADAPTER),
     "adapter-tensors": Kind(("samples/*/adapter/*.safetensors",), mutate_tensors, ADAPTER),

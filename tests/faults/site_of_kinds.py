@@ -19,6 +19,9 @@ DATA = Path(__file__).parents[1] / "data" / "llm"
 LIKE_OURS = ("lora_linear", "lora_dora", "lora_gpt2_conv1d", "lora_modules_to_save",
              "lora_mha", "lora_target_params_mixtral", "lora_trainable_tokens", "lora_kasa",
              "lora_rank_alpha_pattern", "lora_layer_replication")  # fmt: skip
+IMAGES = DATA.parent / "diffusion"
+FLAT = {"lycoris_locon_tucker": "lycoris", "lycoris_locon_norm": "lycoris",
+        "kohya_sd15_locon": "kohya_sd15", "kohya_bundle_emb": "kohya_sd15"}  # fmt: skip
 WEIGHTS = "layers.0: 0.5\nlayers.1: 2\n.*q_proj: 1\n"
 CARD = """---
 license: mit
@@ -55,6 +58,8 @@ def make_site(root: str, samples: Sequence[str] | None = LIKE_OURS) -> None:
     (here / "in" / "weights.yaml").write_text(WEIGHTS)
     for name in samples or sorted(p.name for p in DATA.iterdir() if (p / "base").is_dir()):
         copy_sample(DATA / name, here / "samples" / name)
+    for name, base in FLAT.items():
+        copy_flat(name, base, here / "flat" / name)
     for words in (MERGED, LORA, MERGE, FILE):
         call(words)
     (here / "work").rename("made")
@@ -89,6 +94,14 @@ def copy_sample(source: Path, target: Path) -> None:
     places = {ref.name: weights.name for ref in read_header(weights).tensors}
     index = {"metadata": {"total_size": 1}, "weight_map": places}
     (target / "base" / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def copy_flat(name: str, base: str, target: Path) -> None:
+    """An adapter in one file, and what it was made for."""
+    for folder, origin in (("adapter", IMAGES / name / "adapter.safetensors"),
+                           ("base", IMAGES / "base" / f"{base}.safetensors")):  # fmt: skip
+        (target / folder).mkdir(parents=True)
+        shutil.copyfile(origin, target / folder / "it.safetensors")
 
 
 def die_after(lines: int, work: Callable[[], None]) -> None:

@@ -95,6 +95,30 @@ def test_what_peft_cannot_hold_is_named_and_left_out_on_request(tmp_path: Path) 
     assert row.modules == 4
 
 
+def test_bundled_embeddings_are_no_part_of_peft(tmp_path: Path) -> None:
+    sample, out = str(adapter_of("kohya_bundle_emb")), str(tmp_path / "p")
+    with pytest.raises(lt.LoratoolError, match="no part of a change") as caught:
+        lt.convert([sample], to="peft", output=out)
+    assert caught.value.code == "LT-494" and "bundle_emb" in str(caught.value.hint)
+    (row,) = lt.convert([sample], to="peft", output=out, skip=["^bundle_emb"]).adapters
+    assert len(row.left_out) == 3 and row.modules == 3
+    kept = lt.convert([sample], to="lycoris", output=str(tmp_path / "l.safetensors"))
+    assert kept.adapters[0].left_out == ()
+    assert sum(k.startswith("bundle_emb") for k in load_file(str(tmp_path / "l.safetensors"))) == 3
+
+
+def test_what_is_left_behind_is_said(tmp_path: Path) -> None:
+    source = tmp_path / "adapter"
+    lt.rescale([str(LLM / "lora_linear")], 1, output=str(source))
+    (source / "tokenizer_config.json").write_text("{}")
+    path = source / "adapter_config.json"
+    named = {**json.loads(path.read_text()), "base_model_name_or_path": "me/base"}
+    path.write_text(json.dumps(named))
+    (row,) = lt.convert([str(source)], to="kohya", output=str(tmp_path / "k.safetensors")).adapters
+    said = " ".join(row.notes)
+    assert "tokenizer_config.json" in said and "me/base" in said
+
+
 @pytest.mark.parametrize("sample", FAMILIES)
 def test_rows_of_fused_modules_go_where_the_base_has_them(tmp_path: Path, sample: str) -> None:
     """Against diffusers' own converter: the same products under the same names."""
@@ -121,6 +145,38 @@ def test_rows_of_fused_modules_go_where_the_base_has_them(tmp_path: Path, sample
         assert np.linalg.norm(got - product) <= 1e-6 * np.linalg.norm(product), module
 
 
+def test_a_linear_layer_and_a_1x1_convolution_are_one(tmp_path: Path) -> None:
+    """Trainers store either as either; PEFT wants the dimensions of the weight."""
+    adapter, base = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    tensors = lora("lora_unet_conv", 6, 4, 2, 1) | lora("lora_unet_lin", 6, 4, 2, 2)
+    tensors = {k: v[:, :, None, None] if "lin" in k else v for k, v in tensors.items()}
+    save_file({k: np.ascontiguousarray(v) for k, v in tensors.items()}, str(adapter))
+    weights = {"conv.weight": np.ones((6, 4, 1, 1), np.float32),
+               "lin.weight": np.ones((6, 4), np.float32)}  # fmt: skip
+    save_file(weights, str(base))
+    (row,) = lt.convert([str(adapter)], to="peft", base=str(base),
+                        output=str(tmp_path / "p")).adapters  # fmt: skip
+    assert row.copied == 4
+    found = changes(Names(weights), tmp_path / "p")
+    for (stem, _), (delta, _) in deltas(adapter).items():
+        name = stem.removeprefix("lora_unet_") + ".weight"
+        assert np.allclose(found[name].numpy(), delta.reshape(weights[name].shape), rtol=1e-6)
+
+
+def test_a_base_that_stores_its_weights_turned_round(tmp_path: Path) -> None:
+    sample = LLM / "lora_gpt2_conv1d"
+    adapter, base = tmp_path / "a.safetensors", sample / "base"
+    shape = load_file(str(base / "model.safetensors"))["transformer.h.0.attn.c_attn.weight"].shape
+    assert shape[0] != shape[1]
+    save_file(lora("lora_unet_transformer_h_0_attn_c_attn", shape[1], shape[0], 2, 1), str(adapter))
+    lt.convert([str(adapter)], to="peft", base=str(base), output=str(tmp_path / "p"))
+    lt.merge([str(tmp_path / "p")], base=str(base), output=str(tmp_path / "one"))
+    lt.merge([str(adapter)], base=str(base), output=str(tmp_path / "two"))
+    one, two = (load_file(str(tmp_path / n / "model.safetensors")) for n in ("one", "two"))
+    assert all(one[n].tobytes() == two[n].tobytes() for n in one)
+    assert json.loads((tmp_path / "p" / "adapter_config.json").read_text())["fan_in_fan_out"]
+
+
 def test_swapped_halves_are_swapped(tmp_path: Path) -> None:
     adapter, base = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
     save_file(lora("lora_unet_final_layer_adaLN_modulation_1", 8, 4, 2, 2), str(adapter))
@@ -131,10 +187,14 @@ def test_swapped_halves_are_swapped(tmp_path: Path) -> None:
     assert all(once[n].tobytes() == twice[n].tobytes() for n in twice)
 
 
-@pytest.mark.parametrize("sample", ["kohya_sd15_locon", "flux1_kohya_dense"])
-def test_there_and_back_again(tmp_path: Path, sample: str) -> None:
+@pytest.mark.parametrize(
+    ("sample", "base"), [("kohya_sd15_locon", "kohya_sd15"), ("kohya_sd15_locon", ""),
+                         ("flux1_kohya_dense", "")]
+)  # fmt: skip
+def test_there_and_back_again(tmp_path: Path, sample: str, base: str) -> None:
     """Known names make the modules whole; flattened they are the file's own tensors again."""
-    lt.convert([str(adapter_of(sample))], to="peft", output=str(tmp_path / "p"))
+    path = str(SAMPLES / "base" / f"{base}.safetensors") if base else None
+    lt.convert([str(adapter_of(sample))], to="peft", base=path, output=str(tmp_path / "p"))
     back = tmp_path / "back.safetensors"
     (row,) = lt.convert([str(tmp_path / "p")], to="kohya", output=str(back)).adapters
     assert row.relative_error == 0 and row.computed == ()
@@ -181,7 +241,8 @@ def test_ranks_and_alphas_of_every_kind_come_along(tmp_path: Path, name: str) ->
     [("lora_dora", "DoRA"), ("lora_modules_to_save", "a replaced tensor"),
      ("lora_embed_untied", "embedding"), ("lora_target_params_mixtral", "experts"),
      ("lora_pissa", "pissa"), ("lora_bdlora", "block-diagonal"), ("lora_gpt2_conv1d", "in, out"),
-     ("lora_bias_all", "a replaced tensor")],
+     ("lora_bias_all", "a replaced tensor"), ("lora_alora", "aLoRA"),
+     ("lora_mha", "in_proj_weight")],
 )  # fmt: skip
 def test_what_kohya_cannot_hold_is_named(tmp_path: Path, name: str, word: str) -> None:
     with pytest.raises(lt.LoratoolError, match=word) as caught:

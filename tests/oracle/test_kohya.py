@@ -290,8 +290,14 @@ def test_a_real_file_is_bound_and_planned_without_its_bytes(tmp_path: Path, name
 
 def test_a_changed_file_says_no_more_than_what_holds(tmp_path: Path) -> None:
     sample, out = adapter_of("kohya_sd15_locon"), tmp_path / "out.safetensors"
-    lt.rescale([str(sample)], 0.3, output=str(out))
+    (row,) = lt.rescale([str(sample)], 0.3, output=str(out)).adapters
     before, after = open_adapter(sample), open_adapter(out)
+    assert row.how == "alpha" and row.relative_error == 0
+    for one, two in zip(before.specs, after.specs, strict=True):
+        assert two.scaling == pytest.approx(0.3 * one.scaling, rel=2**-50)
+    tensors = load_file(str(out))
+    for key, value in load_file(str(sample)).items():
+        assert key.endswith(".alpha") or tensors[key].tobytes() == value.tobytes(), key
     assert "sshs_model_hash" in before.metadata and "sshs_model_hash" not in after.metadata
     assert after.metadata["ss_network_dim"] == "Dynamic"  # ranks 2 and 4
     assert after.metadata["ss_network_args"] == before.metadata["ss_network_args"]
@@ -302,6 +308,36 @@ def test_a_changed_file_says_no_more_than_what_holds(tmp_path: Path) -> None:
         assert np.allclose(new[key][0], 0.3 * delta, rtol=0, atol=2.0**-22 * size.max())
 
 
+@pytest.mark.parametrize(
+    ("sample", "words", "how"),
+    [("kohya_sd15_locon", {"factor": -0.5}, "factors"),
+     ("lycoris_locon_norm", {"factor": 2}, "factors"),
+     ("kohya_sd15_locon", {"factor": 1, "only": ["attn1=0.25"]}, "alpha"),
+     ("kohya_sd15_locon", {"factor": 1, "only": ["attn1=0"]}, "factors")],
+)  # fmt: skip
+def test_what_alpha_cannot_take_goes_into_the_factors(
+    tmp_path: Path, sample: str, words: dict[str, Any], how: str
+) -> None:
+    out = tmp_path / "out.safetensors"
+    (row,) = lt.rescale([str(adapter_of(sample))], output=str(out), **words).adapters
+    assert row.how == how
+    new = deltas(out)
+    for (stem, parameter), (delta, size) in deltas(adapter_of(sample)).items():
+        is_only = "only" in words and "attn1" in stem
+        factor = float(words["only"][0].split("=")[1]) if is_only else words["factor"]
+        got = new[stem, parameter][0]
+        assert np.allclose(got, factor * delta, rtol=0, atol=2.0**-22 * size.max())
+
+
+def test_names_that_its_programs_pass_over_are_said() -> None:
+    for sample, verdict in (("kohya_sd15_locon", "wrong"), ("kohya_sgm_naming", "yes")):
+        found = lt.inspect(str(adapter_of(sample))).adapter
+        assert found is not None
+        first = found.loads[0]
+        assert (first.program, first.verdict) == ("ComfyUI", verdict)
+        assert bool(first.reasons) == (verdict == "wrong")
+
+
 def test_bundled_embeddings_are_passed_on(tmp_path: Path) -> None:
     sample, out = adapter_of("kohya_bundle_emb"), tmp_path / "out.safetensors"
     lt.rescale([str(sample)], 0.3, output=str(out))
@@ -309,6 +345,13 @@ def test_bundled_embeddings_are_passed_on(tmp_path: Path) -> None:
     bundled = [k for k in before if k.startswith("bundle_emb.")]
     assert len(bundled) == 3
     assert all(after[k].tobytes() == before[k].tobytes() for k in bundled)
+    summed, other = tmp_path / "sum.safetensors", tmp_path / "other.safetensors"
+    lt.merge([str(adapter_of("kohya_sd15_locon")), str(sample)], output=str(summed))
+    both = load_file(str(summed))
+    assert all(both[k].tobytes() == before[k].tobytes() for k in bundled)
+    save_file(before | {bundled[0]: before[bundled[0]] + 1}, str(other))
+    with pytest.raises(lt.LoratoolError, match="different tensors of one name"):
+        lt.merge([str(other), str(sample)], output=str(tmp_path / "no.safetensors"))
 
 
 def test_compressed_and_merged_with_each_other(tmp_path: Path) -> None:
@@ -323,3 +366,20 @@ def test_compressed_and_merged_with_each_other(tmp_path: Path) -> None:
     other = deltas(adapter_of("lycoris_locon"))
     for key, (delta, _) in deltas(two).items():
         assert np.allclose(delta, 0.5 * old[key][0] + 2 * other[key][0], rtol=1e-5, atol=1e-5)
+
+
+def test_the_bias_of_a_layer_is_no_norm(tmp_path: Path) -> None:
+    """`diff_b` stays what it is called, beside the norms' `b_norm`."""
+    path, out = tmp_path / "a.safetensors", tmp_path / "out.safetensors"
+    tensors = lora("lora_unet_x", 6, 5, 4, 1, alpha=2.0)
+    tensors["lora_unet_x.diff_b"] = np.ones(6, np.float32)
+    tensors["lora_unet_n.w_norm"] = tensors["lora_unet_n.b_norm"] = np.ones(6, np.float32)
+    save_file(tensors, str(path))
+    lt.rescale([str(path)], 2, output=str(out))
+    assert set(load_file(str(out))) == set(tensors)
+    base = tmp_path / "b.safetensors"
+    save_file({f"{m}.{p}": np.zeros((6, 5) if (m, p) == ("x", "weight") else 6, np.float32)
+               for m in "xn" for p in ("weight", "bias")}, str(base))  # fmt: skip
+    merged = merge(out, base, tmp_path / "m.safetensors")
+    for name in ("x.bias", "n.weight", "n.bias"):
+        assert np.array_equal(merged[name], np.full(6, 2, np.float32)), name

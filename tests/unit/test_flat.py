@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from loratool.archs.flat import expand, flat_names, known_names
 
@@ -108,6 +110,19 @@ def test_a_name_that_could_be_two_is_both() -> None:
     assert index.look_up("unet", "a_b", "weight") == []
 
 
+def test_a_part_of_a_pipeline_has_names_of_its_own() -> None:
+    index = flat_names(["unet.q.weight", "text_encoder.q.weight", "text_encoder.k.weight"])
+    for component, name in (
+        ("unet", "unet.q"),
+        ("te", "text_encoder.q"),
+        ("te1", "text_encoder.q"),
+    ):
+        assert [m.names for m in index.look_up(component, "q", "weight")] == [(f"{name}.weight",)]
+    assert index.look_up("unet", "k", "weight") == []
+    # Where the part is not named, it is any: one if only one has the name, else unclear.
+    assert len(index.look_up("", "k", "weight")) == 1 and len(index.look_up("", "q", "weight")) == 2
+
+
 def test_an_underscore_too_many_is_forgiven() -> None:
     index = flat_names(["unet.blocks.0.q.weight"])
     for spelled in ("blocks_0_q", "_blocks_0_q", "blocks_0_q_"):
@@ -118,3 +133,17 @@ def test_an_underscore_too_many_is_forgiven() -> None:
 
 def test_templates() -> None:
     assert list(expand("a.{0-1}.{b|c.d}")) == ["a.0.b", "a.0.c.d", "a.1.b", "a.1.c.d"]
+
+
+WORDS = st.sampled_from(["a", "b", "a_b", "b_c", "c", "0", "1", "x_0", "0_y"])
+NAMES = st.lists(st.lists(WORDS, min_size=1, max_size=4).map(".".join), min_size=1, max_size=12)
+
+
+@settings(deadline=None, max_examples=200)
+@given(NAMES)
+def test_a_flat_name_means_all_that_is_flattened_to_it_and_nothing_else(names: list[str]) -> None:
+    index = flat_names(f"{name}.weight" for name in names)
+    for name in names:
+        same = {n for n in names if n.replace(".", "_") == name.replace(".", "_")}
+        found = index.look_up("unet", name.replace(".", "_"), "weight")
+        assert {m.names for m in found} == {(f"{n}.weight",) for n in same}

@@ -27,8 +27,11 @@ def judge_loads(adapter: Adapter) -> tuple[Loads, ...]:
         >>> judge_loads(open_adapter(Path("style")))[0].verdict
         'yes'
     """
-    own = loaded_by(adapter)
-    return tuple(Loads(title, "yes") for title in own) + tuple(p.judge(adapter) for p in PROGRAMS)
+    own = (
+        Loads(program, "wrong", (odd,)) if odd else Loads(program, "yes")
+        for program, odd in loaded_by(adapter)
+    )
+    return (*own, *(program.judge(adapter) for program in PROGRAMS))
 
 
 def find_program(name: str) -> Program:
