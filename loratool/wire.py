@@ -15,22 +15,13 @@ from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
-from loratool import adapter, plan
 from loratool.errors import BugError
-from loratool.location import STAYS, HubFile
+from loratool.location import STAYS
+from loratool.plan import Plan
 
 T = TypeVar("T")
 
 _TAG = "is"
-_CLASSES: Mapping[str, type] = {
-    c.__name__: c
-    for c in (
-        HubFile, adapter.TensorRef, adapter.TensorData, adapter.DeltaSpec, plan.TensorSpec,
-        plan.Span, plan.Region, plan.DeltaPart, plan.ReplacePart, plan.Step, plan.ShardPlan,
-        plan.Plan,
-    )
-}  # fmt: skip
-"""What may be in a plan."""
 
 
 def dump(value: Any) -> bytes:
@@ -69,7 +60,7 @@ def _lay_out(value: Any) -> Any:
         return {str(k): _lay_out(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
         return [_lay_out(v) for v in value]
-    if type(value).__name__ not in _CLASSES:
+    if type(value) not in _classes().values():
         raise BugError("LT-004", "a plan that cannot travel", got=type(value).__name__)
     fields = [f for f in dataclasses.fields(value) if not f.metadata.get(STAYS)]
     found = ((f.name, getattr(value, f.name), f.default) for f in fields)
@@ -88,7 +79,7 @@ def _build(value: Any) -> Any:
         return Path(rest["at"])
     if value[_TAG] == "bytes":
         return base64.b64decode(rest["base64"], validate=True)
-    return _CLASSES[value[_TAG]](**rest)
+    return _classes()[value[_TAG]](**rest)
 
 
 def fits(value: Any, shape: Any) -> bool:
@@ -123,3 +114,20 @@ def _hints(shape: Any) -> dict[str, Any]:
         return {}
     hints = typing.get_type_hints(shape)
     return {f.name: hints[f.name] for f in dataclasses.fields(shape)}
+
+
+@cache
+def _classes() -> dict[str, type]:
+    """What may be in a plan, by name: every dataclass that a field of one may hold."""
+    found: dict[str, type] = {}
+
+    def walk(shape: Any) -> None:
+        for inner in typing.get_args(shape):
+            walk(inner)
+        if isinstance(shape, type) and _hints(shape) and shape.__name__ not in found:
+            found[shape.__name__] = shape
+            for kind in _hints(shape).values():
+                walk(kind)
+
+    walk(Plan)
+    return found
