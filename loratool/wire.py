@@ -10,7 +10,7 @@ import dataclasses
 import json
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
@@ -84,27 +84,43 @@ def _build(value: Any) -> Any:
 
 def fits(value: Any, shape: Any) -> bool:
     """True if a value, and all that it holds, is of a type."""
+    return _test(shape)(value)
+
+
+@cache
+def _test(shape: Any) -> Callable[[Any], bool]:
+    """The test of a type, made once: a large plan has tens of thousands of values."""
     origin, inner = typing.get_origin(shape), typing.get_args(shape)
     if shape is Any:
-        return True
+        return lambda value: True
     if origin in (types.UnionType, typing.Union):
-        return any(fits(value, one) for one in inner)
+        tests = [_test(one) for one in inner]
+        return lambda value: any(test(value) for test in tests)
+    if origin is tuple:
+        return _test_tuple(inner)
     if origin is not None:
-        return isinstance(value, origin) and _all_fit(value, inner)
-    if shape is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
-    if shape is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    hints = _hints(shape)
-    return isinstance(value, shape) and all(fits(getattr(value, n), h) for n, h in hints.items())
+        key, item = map(_test, inner)
+        return lambda value: (
+            isinstance(value, origin) and all(key(k) and item(v) for k, v in value.items())
+        )
+    if shape in (int, float):
+        kinds = (int, float) if shape is float else int
+        return lambda value: isinstance(value, kinds) and not isinstance(value, bool)
+    fields = list(_hints(shape).items())  # each made when it is needed: types may hold themselves
+    return lambda value: (
+        isinstance(value, shape) and all(_test(kind)(getattr(value, name)) for name, kind in fields)
+    )
 
 
-def _all_fit(value: Any, inner: tuple[Any, ...]) -> bool:
-    """Of a mapping its keys and values, of a tuple its items."""
-    if isinstance(value, Mapping):
-        return all(fits(k, inner[0]) and fits(v, inner[1]) for k, v in value.items())
-    each = inner[:1] * len(value) if inner[-1] is ... else inner
-    return len(value) == len(each) and all(map(fits, value, each))
+def _test_tuple(inner: tuple[Any, ...]) -> Callable[[Any], bool]:
+    first = _test(inner[0])
+    if inner[-1] is ...:
+        return lambda value: isinstance(value, tuple) and all(map(first, value))
+    tests = [_test(one) for one in inner]
+    return lambda value: (
+        isinstance(value, tuple) and len(value) == len(tests)
+        and all(test(item) for test, item in zip(tests, value, strict=True))
+    )  # fmt: skip
 
 
 @cache
