@@ -10,27 +10,18 @@ import dataclasses
 import json
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
-from loratool import adapter, plan
 from loratool.errors import BugError
-from loratool.location import STAYS, HubFile
+from loratool.location import STAYS
+from loratool.plan import Plan
 
 T = TypeVar("T")
 
 _TAG = "is"
-_CLASSES: Mapping[str, type] = {
-    c.__name__: c
-    for c in (
-        HubFile, adapter.TensorRef, adapter.CodedRef, adapter.TensorData, adapter.DeltaSpec,
-        plan.TensorSpec, plan.Span, plan.Region, plan.DeltaPart, plan.ReplacePart, plan.Step,
-        plan.ShardPlan, plan.Plan,
-    )
-}  # fmt: skip
-"""What may be in a plan."""
 
 
 def dump(value: Any) -> bytes:
@@ -69,7 +60,7 @@ def _lay_out(value: Any) -> Any:
         return {str(k): _lay_out(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
         return [_lay_out(v) for v in value]
-    if type(value).__name__ not in _CLASSES:
+    if type(value) not in _classes().values():
         raise BugError("LT-004", "a plan that cannot travel", got=type(value).__name__)
     fields = [f for f in dataclasses.fields(value) if not f.metadata.get(STAYS)]
     found = ((f.name, getattr(value, f.name), f.default) for f in fields)
@@ -88,32 +79,48 @@ def _build(value: Any) -> Any:
         return Path(rest["at"])
     if value[_TAG] == "bytes":
         return base64.b64decode(rest["base64"], validate=True)
-    return _CLASSES[value[_TAG]](**rest)
+    return _classes()[value[_TAG]](**rest)
 
 
 def fits(value: Any, shape: Any) -> bool:
     """True if a value, and all that it holds, is of a type."""
+    return _test(shape)(value)
+
+
+@cache
+def _test(shape: Any) -> Callable[[Any], bool]:
+    """The test of a type, made once: a large plan has tens of thousands of values."""
     origin, inner = typing.get_origin(shape), typing.get_args(shape)
     if shape is Any:
-        return True
+        return lambda value: True
     if origin in (types.UnionType, typing.Union):
-        return any(fits(value, one) for one in inner)
+        tests = [_test(one) for one in inner]
+        return lambda value: any(test(value) for test in tests)
+    if origin is tuple:
+        return _test_tuple(inner)
     if origin is not None:
-        return isinstance(value, origin) and _all_fit(value, inner)
-    if shape is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
-    if shape is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    hints = _hints(shape)
-    return isinstance(value, shape) and all(fits(getattr(value, n), h) for n, h in hints.items())
+        key, item = map(_test, inner)
+        return lambda value: (
+            isinstance(value, origin) and all(key(k) and item(v) for k, v in value.items())
+        )
+    if shape in (int, float):
+        kinds = (int, float) if shape is float else int
+        return lambda value: isinstance(value, kinds) and not isinstance(value, bool)
+    fields = list(_hints(shape).items())  # each made when it is needed: types may hold themselves
+    return lambda value: (
+        isinstance(value, shape) and all(_test(kind)(getattr(value, name)) for name, kind in fields)
+    )
 
 
-def _all_fit(value: Any, inner: tuple[Any, ...]) -> bool:
-    """Of a mapping its keys and values, of a tuple its items."""
-    if isinstance(value, Mapping):
-        return all(fits(k, inner[0]) and fits(v, inner[1]) for k, v in value.items())
-    each = inner[:1] * len(value) if inner[-1] is ... else inner
-    return len(value) == len(each) and all(map(fits, value, each))
+def _test_tuple(inner: tuple[Any, ...]) -> Callable[[Any], bool]:
+    first = _test(inner[0])
+    if inner[-1] is ...:
+        return lambda value: isinstance(value, tuple) and all(map(first, value))
+    tests = [_test(one) for one in inner]
+    return lambda value: (
+        isinstance(value, tuple) and len(value) == len(tests)
+        and all(test(item) for test, item in zip(tests, value, strict=True))
+    )  # fmt: skip
 
 
 @cache
@@ -123,3 +130,20 @@ def _hints(shape: Any) -> dict[str, Any]:
         return {}
     hints = typing.get_type_hints(shape)
     return {f.name: hints[f.name] for f in dataclasses.fields(shape)}
+
+
+@cache
+def _classes() -> dict[str, type]:
+    """What may be in a plan, by name: every dataclass that a field of one may hold."""
+    found: dict[str, type] = {}
+
+    def walk(shape: Any) -> None:
+        for inner in typing.get_args(shape):
+            walk(inner)
+        if isinstance(shape, type) and _hints(shape) and shape.__name__ not in found:
+            found[shape.__name__] = shape
+            for kind in (*_hints(shape).values(), *shape.__subclasses__()):
+                walk(kind)
+
+    walk(Plan)
+    return found

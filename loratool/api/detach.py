@@ -130,13 +130,13 @@ def _map_specs(
     """``work(spec, env)`` of every spec, module by module in workers."""
     if not specs:
         return []
-    from loratool.engine.factors import make_env
+    from loratool.engine.kernel import Env
     from loratool.engine.workers import map_in_workers
     from loratool.store.reader import FileReader
 
     threads = limits.plan(plan.needs()).threads
     with FileReader() as reader:
-        env = make_env(reader)
+        env = Env(reader)
         found = map_in_workers(lambda spec: work(spec, env), specs, threads)
         reader.check_unchanged()
     return found

@@ -59,14 +59,14 @@ def run_sum(
     """
     from loratool.engine.combining import mix_replacements
     from loratool.engine.detaching import blend
-    from loratool.engine.factors import make_env
+    from loratool.engine.kernel import Env
     from loratool.engine.run import RunOptions
     from loratool.store.reader import FileReader
 
     how = method or find_method("cat"), params or {}, rank
     options = RunOptions(threads=threads, executor=executor)
     with FileReader() as reader:
-        env = make_env(reader)
+        env = Env(reader)
         dtype = plan.dtype
         modules = _sum_all(plan, how, dtype, reader, options, progress)
         if dtype == _FP16 and any(m.overflow for m in modules):

@@ -14,16 +14,10 @@ from loratool.engine.buffers import TORCH_DTYPES, to_bytes
 from loratool.engine.kernel import Env
 from loratool.kinds import resolve
 from loratool.linalg.rounding import round_into
-from loratool.store.reader import FileReader
 
 FP16_MAX = 65504.0
 
 _PIECE = 1 << 18
-
-
-def make_env(reader: FileReader) -> Env:
-    """What loading tensors on the CPU needs."""
-    return Env(reader)
 
 
 def load_pairs(spec: DeltaSpec, env: Env) -> list[Pair]:

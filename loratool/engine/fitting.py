@@ -14,7 +14,6 @@ from loratool.engine.factors import (
     load_pairs,
     load_vector,
     make_data,
-    make_env,
     overflows,
     pack_pairs,
     padded,
@@ -48,7 +47,7 @@ def fit_factors(
         threads: workers, each with one module at a time.
     """
     with FileReader() as reader:
-        env = make_env(reader)
+        env = Env(reader)
 
         def work(spec: DeltaSpec) -> tuple[DeltaSpec, float, float]:
             if spec.name not in changed:

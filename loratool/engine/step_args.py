@@ -229,7 +229,7 @@ def typed(args: Mapping[str, Any], shape: type, op: str) -> Any:
     except TypeError as error:
         raise BugError("LT-003", "a step with arguments that its op does not take", key=op,
                        got=error) from error  # fmt: skip
-    if not fits(found, shape):
+    if args and not fits(found, shape):
         raise BugError("LT-003", "a step with arguments of other types than its op's", key=op,
                        got=found)  # fmt: skip
     return found

@@ -8,7 +8,7 @@ from loratool.adapter import Adapter, DeltaSpec, Source, TensorData
 from loratool.delta.forms import turned_round
 from loratool.dialects.rules import tied_pairs
 from loratool.engine.buffers import to_bytes
-from loratool.engine.factors import make_env
+from loratool.engine.kernel import Env
 from loratool.store.reader import FileReader
 
 
@@ -28,7 +28,7 @@ def tie_factors(adapter: Adapter) -> Adapter:
 
 def _turned(head: DeltaSpec, embedding: DeltaSpec) -> DeltaSpec:
     with FileReader() as reader:
-        env = make_env(reader)
+        env = Env(reader)
 
         def turn(source: Source) -> TensorData:
             tensor = env.load(source).T.contiguous()

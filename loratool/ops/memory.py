@@ -56,17 +56,17 @@ def plan_memory(
         DiskError: LT-605, it does not fit even with one worker and small buffers.
     """
     default = grid.CUDA_CHUNK_BYTES if device == "cuda" else grid.CPU_CHUNK_BYTES
+    needs = _Needs(plan, device, executor)
     chunk = chunk_bytes or default
-    found = MemoryPlan(threads, chunk, _peak(plan, device, threads, chunk, executor))
+    found = MemoryPlan(threads, chunk, needs.peak(threads, chunk))
     while limit is not None and found.peak_bytes > limit:
         if found.threads > 1:
-            found = MemoryPlan(found.threads - 1, chunk, 0)
-        elif found.chunk_bytes > MIN_CHUNK:
-            found = MemoryPlan(1, found.chunk_bytes // 2, 0)
+            threads -= 1
+        elif chunk > MIN_CHUNK:
+            chunk //= 2
         else:
             raise _too_much(found.peak_bytes, limit)
-        peak = _peak(plan, device, found.threads, found.chunk_bytes, executor)
-        found = MemoryPlan(found.threads, found.chunk_bytes, peak)
+        found = MemoryPlan(threads, chunk, needs.peak(threads, chunk))
     return found
 
 
@@ -105,15 +105,29 @@ def _too_much(peak: int, limit: int, hint: str = "") -> DiskError:
     )  # fmt: skip
 
 
-def _peak(plan: Plan, device: str, threads: int, chunk: int, executor: str) -> int:
-    elements = grid.CUDA_ELEMENTS if device == "cuda" else grid.CPU_ELEMENTS
-    workers = sorted((piece_bytes(s, chunk, elements) for s in plan.steps), reverse=True)
-    on_host = [s for s in plan.steps if device == "cpu" or not op_of(s).is_arithmetic]
-    steps = sorted((step_bytes(s) for s in on_host), reverse=True)
-    kept = sum(map(result_bytes, plan.steps))
-    # A worker finishes a step before it begins another one.
-    used = sum(workers[:1]) * threads + sum(steps[:threads])
-    return _interpreters(device, threads, executor) + int(used * _KEPT_FREE) + kept
+class _Needs:
+    """What the steps of a plan take."""
+
+    def __init__(self, plan: Plan, device: str, executor: str) -> None:
+        self._plan, self._device, self._executor = plan, device, executor
+        self._elements = grid.CUDA_ELEMENTS if device == "cuda" else grid.CPU_ELEMENTS
+        on_host = [s for s in plan.steps if device == "cpu" or not op_of(s).is_arithmetic]
+        self._steps = sorted(map(step_bytes, on_host), reverse=True)
+        self._kept = sum(map(result_bytes, plan.steps))
+        self._pieces: dict[int, int] = {}
+
+    def peak(self, threads: int, chunk: int) -> int:
+        """Bytes at most, the interpreter included."""
+        # A worker finishes a step before it begins another one.
+        used = self._largest_piece(chunk) * threads + sum(self._steps[:threads])
+        interpreters = _interpreters(self._device, threads, self._executor)
+        return interpreters + int(used * _KEPT_FREE) + self._kept
+
+    def _largest_piece(self, chunk: int) -> int:
+        if chunk not in self._pieces:
+            pieces = (piece_bytes(s, chunk, self._elements) for s in self._plan.steps)
+            self._pieces[chunk] = max(pieces, default=0)
+        return self._pieces[chunk]
 
 
 def _interpreters(device: str, workers: int, executor: str) -> int:

@@ -40,6 +40,8 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for seed in (1, 2):
         factors = random_factors({f"model.{k}": s for k, s in SHAPES.items()}, rank=4, seed=seed)
         save_adapter(top / f"a{seed}", factors)
+    first = {f"model.{k}": s for k, s in list(SHAPES.items())[:2]}
+    save_adapter(top / "a0", random_factors(first, rank=4, seed=3))
     lt.merge([top / "a1"], base=top / "base", output=top / "tuned")
     return top
 
@@ -49,6 +51,10 @@ def call(command: str, top: Path, out: Path) -> None:
         lt.merge([top / "a1", f"{top / 'a2'}:0.5"], base=top / "base", output=out, threads=2)
     elif command == "extract":
         lt.extract(top / "tuned", base=top / "base", rank=3, output=out, threads=2)
+    elif command == "file":  # its header says what the file holds, once that is known
+        out.mkdir()
+        file = top / "base" / "model-00001-of-00002.safetensors"
+        lt.merge([top / "a0"], base=file, output=out / "m.safetensors", threads=2)
     elif command == "combine":
         lt.merge([top / "a1", f"{top / 'a2'}:0.5"], method="ties", output=out, threads=2)
     else:
@@ -65,7 +71,7 @@ def by_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(common.Limits.__init__, "__defaults__", (None, None, "processes"))
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", [*COMMANDS, "file"])
 def test_processes_write_the_same(
     command: str, inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

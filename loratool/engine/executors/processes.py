@@ -38,13 +38,10 @@ def run(env: Env, tasks: Iterator[Task], desk: Desk, workers: int) -> None:
     again: deque[tuple[Task, int]] = deque()
     try:
         while True:
-            while (idle := _idle(crew, env, workers)) is not None:
-                task, attempt = again.popleft() if again else (next(tasks, None), 1)
-                if task is None:
-                    break
-                env.reader.hold([*task.step.refs()])
-                idle.begin(task, attempt)
             busy = [w for w in crew if w.task is not None]
+            while len(busy) < workers and (todo := _next(again, tasks)) is not None:
+                busy.append(_idle(crew, env))
+                busy[-1].begin(*todo)
             if not busy:
                 return
             ready = wait([w.pipe for w in busy])
@@ -65,10 +62,18 @@ def run(env: Env, tasks: Iterator[Task], desk: Desk, workers: int) -> None:
         desk.release()
 
 
-def _idle(crew: list[_Worker], env: Env, workers: int) -> _Worker | None:
-    """A worker without a task; a new one while there may be more."""
+def _next(again: deque[tuple[Task, int]], tasks: Iterator[Task]) -> tuple[Task, int] | None:
+    """A task and which attempt at it this is; None if there is none left."""
+    if again:
+        return again.popleft()
+    task = next(tasks, None)
+    return None if task is None else (task, 1)
+
+
+def _idle(crew: list[_Worker], env: Env) -> _Worker:
+    """A worker without a task, a new one if all have one."""
     found = next((w for w in crew if w.task is None), None)
-    if found is None and len(crew) < workers:
+    if found is None:
         found = _Worker(env)
         crew.append(found)
     return found
@@ -92,6 +97,7 @@ class _Worker:
 
     def __init__(self, env: Env) -> None:
         context = get_context("spawn")  # never fork: torch has threads
+        self._reader = env.reader
         self.pipe, other = context.Pipe()
         self._process = context.Process(target=_serve, args=(other, env), daemon=True)
         self._process.start()
@@ -102,6 +108,7 @@ class _Worker:
     def begin(self, task: Task, attempt: int) -> None:
         """Give it a step; one that is dead by now shows in `result`."""
         self.task, self._attempt = task, attempt
+        self._reader.hold(task.step.refs())  # so that the run's end checks what it has read
         part = None if task.out is None else task.out.part()
         try:
             self.pipe.send_bytes(pickle.dumps((wire.dump(task.step), part)))
