@@ -181,7 +181,7 @@ def plan_resources(
         UsageError: no such device, or a nonsensical number of threads.
         DiskError: more memory would be needed than there is.
     """
-    limits = Limits.of(asked, executor)
+    limits = Limits.of(asked, executor=executor)
     limits.check_torch()
     from loratool.engine.device import resolve_device
     from loratool.engine.run import RunOptions
@@ -221,9 +221,9 @@ class Limits:
     executor: str = "threads"
 
     @classmethod
-    def of(cls, asked: Workers, executor: str = "threads") -> Limits:
+    def of(cls, asked: Workers, **more: str) -> Limits:
         """What the options of a command allow."""
-        return cls(asked.threads, asked.max_memory, executor)
+        return cls(asked.threads, asked.max_memory, **more)
 
     def plan(self, needs: Iterable[int], *, kept: int = 0, hint: str = "") -> MemoryPlan:
         """Decide the workers of a command that takes one module after the other, on the CPU.

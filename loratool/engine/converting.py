@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from loratool.adapter import DeltaSpec, Source
 from loratool.delta.forms import as_pair, factors_of, has_core, with_factors
 from loratool.delta.lowrank import Pair
-from loratool.engine.factors import load_pairs, make_data, make_env, overflows, round_once
+from loratool.engine.factors import load_pairs, make_data, overflows, round_once
 from loratool.engine.kernel import Env
 from loratool.engine.workers import map_in_workers
 from loratool.linalg.concat import difference_square, product_norm
@@ -44,7 +44,7 @@ def make_factors(
         NumericError: NaN or infinity.
     """
     with FileReader() as reader:
-        env = make_env(reader)
+        env = Env(reader)
         found = map_in_workers(lambda spec: _make(spec, inner[spec.name], env), specs, threads)
         reader.check_unchanged()
     return found

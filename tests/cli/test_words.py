@@ -77,8 +77,8 @@ def test_hostile_words_are_escaped(run: Run) -> None:
 
 
 def test_later_options_say_so(run: Run) -> None:
-    found = run("merge", "a", "--requant", "-o", "x")
-    assert found.code == 2 and "no --requant in this version" in found.err
+    found = run("merge", "a", "--simulate-quant", "-o", "x")
+    assert found.code == 2 and "no --simulate-quant in this version" in found.err
 
 
 def test_options_of_this_version_are_not_called_later() -> None:
