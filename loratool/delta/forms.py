@@ -106,6 +106,11 @@ def scaled_source(spec: DeltaSpec, *, turned: bool = False) -> Source:
     return spec.fields[RIGHT] if turned else left_of(spec)
 
 
+def may_be_flattened(spec: DeltaSpec) -> bool:
+    """True if the fields look alike for a matrix and for a convolution with a kernel."""
+    return spec.is_matrix and not spec.is_pair and len(side_sizes(spec)[1]) == 1
+
+
 def as_pair(spec: DeltaSpec, inner: tuple[int, ...] = ()) -> DeltaSpec:
     """The change in two factors alone, new ones without content: what it will look like.
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from loratool.adapter import Adapter
-from loratool.delta.forms import is_grouped
+from loratool.adapter import Adapter, DeltaSpec
+from loratool.delta.forms import is_grouped, may_be_flattened
+from loratool.dialects.registry import row_of
+from loratool.dialects.stated import task_of
 from loratool.dtypes import widest
 from loratool.errors import MismatchError, list_some
 
@@ -45,6 +47,29 @@ def require_factors(adapter: Adapter, verb: str) -> None:
         raise MismatchError(
             "LT-461", f"factors of a grouped convolution cannot be {verb}", file=adapter.path,
             key=list_some(grouped),
+        )  # fmt: skip
+
+
+def require_kernels(adapter: Adapter, specs: Sequence[DeltaSpec], dialect: str) -> None:
+    """Refuse to write plain factors of changes whose kernels are not known.
+
+    PEFT wants a factor of a convolution in the shape of its kernel, which LoHa files hold
+    flattened; models of language, whose task is stated, have no convolutions.
+
+    Args:
+        adapter: whose changes they are.
+        specs: the changes.
+        dialect: to be written; flat ones hold kernels flattened too.
+
+    Raises:
+        MismatchError: LT-461.
+    """
+    odd = [s.name for s in specs if may_be_flattened(s)]
+    if odd and not row_of(dialect).is_flat and task_of(adapter.config) is None:
+        raise MismatchError(
+            "LT-461", "these may be convolutions, whose kernels the file holds flattened",
+            file=adapter.path, key=list_some(odd, 3),
+            hint="loratool convert ADAPTER --to peft --base BASE -o OUT makes a LoRA of it first",
         )  # fmt: skip
 
 

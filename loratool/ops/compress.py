@@ -22,6 +22,7 @@ from loratool.dialects import unmergeable_reason
 from loratool.dialects.rules import tied_pairs
 from loratool.dtypes import tensor_bytes
 from loratool.errors import MismatchError, list_some
+from loratool.ops.additive import require_kernels
 from loratool.ops.assemble import routed_weights
 from loratool.plan import Plan, module_step
 
@@ -129,6 +130,7 @@ def plan_compress(
             is not a fixed product of two factors.
     """
     _check(adapter)
+    require_kernels(adapter, adapter.specs, adapter.dialect)
     stored = {s.name: s for s in (original or adapter).specs}
     specs = tuple(s for s in adapter.specs if s.has_factors)
     biases = {s.module: s for s in adapter.specs if not s.is_matrix}

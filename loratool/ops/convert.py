@@ -21,6 +21,7 @@ from loratool.dialects.base import Dialect
 from loratool.dialects.registry import row_of
 from loratool.dialects.rules import is_flat, is_of_home, passed_on
 from loratool.errors import MismatchError, list_some
+from loratool.ops.additive import require_kernels
 from loratool.ops.bind import bind
 from loratool.ops.bind_flat import meanings_of
 from loratool.ops.bind_rules import parse_skip
@@ -83,8 +84,8 @@ def plan_convert(
     elif base is not None:
         notes.append("the base was not needed: the modules have whole names, or keep flat ones")
     odd = [s for s in kept.specs if row.obstacle(s) and not s.is_pair and s.has_factors]
-    if base is None and any(s.is_matrix and len(side_sizes(s)[1]) == 1 for s in odd):
-        notes.append("kernels of convolutions may be stored flattened: --base BASE tells them")
+    if base is None:
+        require_kernels(kept, odd, dialect)
     computed = {s.name: _flattened(s, base) for s in odd}
     return ConvertPlan(
         source, kept, computed, left_out, tuple(base.tensors) if base else (), tuple(notes)

@@ -12,7 +12,7 @@ from loratool.dialects.registry import home_of
 from loratool.dialects.rules import conversion, is_of_home, mha_outputs, passed_on
 from loratool.dialects.stated import joint_config, require_one_packing
 from loratool.errors import MismatchError, UsageError, list_some
-from loratool.ops.additive import factor_dtype, require_additive, require_factors
+from loratool.ops.additive import factor_dtype, require_additive, require_factors, require_kernels
 from loratool.ops.weights import Weight
 from loratool.plan import DeltaPart
 from loratool.store.reader import are_of_one_file, have_same_bytes
@@ -130,6 +130,7 @@ def plan_sum(
     for adapter, _ in adapters:
         require_additive(adapter, verb, hint=_WITH_BASE[verb])
         require_factors(adapter, verb)
+        require_kernels(adapter, adapter.specs, adapter.dialect)
     _check_dialects([a for a, _ in adapters])
     _check_layers([a for a, _ in adapters])
     require_one_packing([a for a, _ in adapters])

@@ -227,6 +227,21 @@ def test_it_is_rescaled(tmp_path: Path, name: str, factor: float) -> None:
         assert np.abs(got[key] - exact).max() <= 1e-6 * np.abs(exact).max(), key
 
 
+def test_kernels_that_nobody_knows_are_not_made_up(tmp_path: Path) -> None:
+    """A convolution's factors are flattened in the file: PEFT would not load them like that."""
+    adapter, base, _ = sample("loha_conv", tmp_path)
+    for command in (
+        lambda out: lt.compress([adapter], rank=2, output=out),
+        lambda out: lt.merge([adapter, adapter], output=out),
+        lambda out: lt.convert([adapter], to="peft", output=out),
+    ):
+        with pytest.raises(lt.LoratoolError) as caught:
+            command(tmp_path / "out")
+        assert caught.value.code == "LT-461" and "--base" in str(caught.value.hint)
+        assert not (tmp_path / "out").exists()
+    lt.convert([adapter], to="peft", base=base, output=tmp_path / "out")
+
+
 @pytest.mark.parametrize("gone", ["hada_w1_b", "hada_w2_a"])
 def test_incomplete_factors_are_refused(tmp_path: Path, gone: str) -> None:
     tensors = load_file(str(DATA / "diffusion" / "lycoris_loha" / "adapter.safetensors"))
