@@ -97,6 +97,7 @@ class Method:
             ``identity_at``), ``scale`` (all weights times c gives c times the result), ``sign``
             (c = -1), ``order`` (the order of the adapters does not matter).
         identity_at: parameters under which ``identity`` holds.
+        rounds_down: a share of n elements is the whole part of it, as in PEFT; else the nearest.
         select: dense methods: which elements stay: ``all``, ``largest``, ``random``, ``ranked``,
             ``middle``, ``variance``.
     """
@@ -110,6 +111,7 @@ class Method:
     laws: tuple[str, ...] = ("identity", "scale", "sign", "order")
     identity_at: Mapping[str, Any] = field(default_factory=dict)
     select: str = "all"
+    rounds_down: bool = False
 
 
 def _share(name: str, default: float, text: str, *, is_open: bool = True) -> Param:
@@ -140,7 +142,7 @@ METHODS: tuple[Method, ...] = (
            (_share("density", 0.2, _KEPT), _LAMBDA), _ALL, _WHOLE, "largest"),
     Method("ties-peft", "dense", _ELECT + "elect_peft", "PEFT 0.21.2 ties_svd",
            "TIES as PEFT has it: signs elected before the weights, sign of 0 is +",
-           (_share("density", 0.2, _KEPT),), _ALL, _WHOLE, "largest"),
+           (_share("density", 0.2, _KEPT),), _ALL, _WHOLE, "largest", rounds_down=True),
     Method("ties-mergekit", "dense", _ELECT + "elect_mergekit", "mergekit ties",
            "TIES as mergekit has it: divided by the weights that agree",
            (_share("density", 0.2, _KEPT), _LAMBDA), ("identity", "order"), _WHOLE, "largest"),

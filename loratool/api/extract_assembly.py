@@ -74,8 +74,7 @@ class Assembly:
         )  # fmt: skip
         if not task or stated.task_of(files.json_files["adapter_config.json"]) is not None:
             return files
-        mapping = {"base_model_class": task, "parent_library": "transformers"}
-        return with_config(files, auto_mapping=mapping)
+        return with_config(files, **stated.class_mapping(task))
 
     def build_within(self, results: list[Any]) -> Made:
         """The same within a number of bytes; zeros that fill up ranks count too."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from loratool.dialects.stated import base_of
 from loratool.errors import HubError, OutputError, UsageError, list_some
 from loratool.options.calls import takes
 from loratool.options.hub import Push
@@ -166,8 +167,7 @@ def _remote_base(head: Listing) -> str | None:
     from loratool.store.jsonfile import load_json
 
     wanted = [f for f in head.files if f.name == "adapter_config.json"]
-    value = load_json(fetch_verified(head, wanted)[0]).get("base_model_name_or_path")
-    return value if isinstance(value, str) and value else None
+    return base_of(load_json(fetch_verified(head, wanted)[0]))
 
 
 def _card(publication: Publication, head: Listing) -> str:

@@ -10,6 +10,7 @@ from loratool.adapter import TensorRef
 from loratool.api.common import Resources
 from loratool.api.merge_job import MergeJob
 from loratool.api.side_file import may_replace, write_patches
+from loratool.dialects.stated import LAYERS
 from loratool.engine.rows import op_of
 from loratool.errors import MismatchError, UsageError
 from loratool.ops.inputs import guard_output
@@ -68,7 +69,7 @@ def plan_undo(job: MergeJob, path: Path, identity: str, *, dtype: str, force: bo
     if lost or any(a.adapter.layer_order for a in job.adapters):
         raise MismatchError(
             "LT-454", "--save-undo needs every tensor of the base in the merged weights",
-            file=job.base.checkpoint.path, key=lost[0] if lost else "layer_replication",
+            file=job.base.checkpoint.path, key=lost[0] if lost else LAYERS,
             hint="keep the base itself",
         )  # fmt: skip
     assert job.output is not None

@@ -13,6 +13,15 @@ from loratool.dialects.peft.config import DEFAULT_RANK
 from loratool.dialects.peft.version import square_experts_rule
 from loratool.errors import MismatchError
 
+LAYERS = "layer_replication"
+"""Where it is stated which layers are repeated."""
+
+WHOLE = "modules_to_save"
+"""Origin of replaced tensors of modules that are saved whole."""
+
+QUIET = frozenset({"peft_version", "inference_mode", "auto_mapping", "lora_dropout", "loratool"})
+"""Fields that say nothing about what an adapter computes."""
+
 _TIES = "ensure_weight_tying"  # one change for the input embedding and the output head
 _UNEVEN = ("rank_pattern", "alpha_pattern", "use_rslora")
 _METHODS = {"LORA": "LoRA", "ADALORA": "AdaLoRA", "VERA": "VeRA"}
@@ -50,6 +59,11 @@ def task_of(config: Mapping[str, Any]) -> str | None:
     """What the model is for, ``CAUSAL_LM`` and the like; None if it is not said."""
     task = config.get("task_type")
     return None if task is None else str(task)
+
+
+def class_mapping(name: str) -> dict[str, Any]:
+    """What states the class of a model of transformers that has no task of its own."""
+    return {"auto_mapping": {"base_model_class": name, "parent_library": "transformers"}}
 
 
 def revision_of(adapter: Adapter) -> str | None:

@@ -51,8 +51,8 @@ class DenseCombiner:
         self._params = {k: v for k, v in params.items() if isinstance(v, (int, float))}
         density = float(params.get("density", 1.0))
         count = count_kept(density, total)
-        if "peft" in method.name or method.space == "factor":
-            count = int(density * total)  # as PEFT rounds, down to none
+        if method.rounds_down or method.space == "factor":
+            count = int(density * total)  # down to none
         self._selectors: list[Selector] = []
         self._shared: Largest | None = None
         self._energies: torch.Tensor | None = None

@@ -12,6 +12,7 @@ from loratool.archs.experts import parse_expert
 from loratool.archs.stated import model_type
 from loratool.delta.forms import factors_of, new_low_rank, with_factors
 from loratool.dialects import DEFAULT
+from loratool.dialects.stated import WHOLE
 from loratool.engine.rows import args_of
 from loratool.errors import MismatchError
 from loratool.ops.extract import ExtractPlan
@@ -300,7 +301,7 @@ def _replacements(kept: Sequence[Pair], extract: ExtractPlan) -> list[Replacemen
     for name, pair in everything.items():
         for place in extract.names_of(pair):
             if _module(place) in modules and not pair.is_factored:
-                found[place] = Replacement(place, pair.tuned, "modules_to_save")
+                found[place] = Replacement(place, pair.tuned, WHOLE)
                 done.add(name)
     if any(p.role == "bias" and p.name not in done for p in kept):
         for name, pair in everything.items():

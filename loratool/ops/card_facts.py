@@ -9,10 +9,17 @@ from typing import Any
 
 from loratool.adapter import Adapter
 from loratool.archs.stated import is_causal, name_of
-from loratool.dialects.programs import judge_loads
-from loratool.dialects.programs.vllm import VLLM, top_rank
 from loratool.dialects.rules import library_of
-from loratool.dialects.stated import revision_of, task_of
+from loratool.dialects.stated import revision_of
+from loratool.dialects.usage import (
+    PLAIN,
+    Usage,
+    checkpoint_library,
+    checkpoint_usage,
+    pipeline_of,
+    tags_of,
+    usage_of,
+)
 from loratool.errors import LoratoolError
 from loratool.ops.adapter_summary import summarize_adapter
 from loratool.ops.summary import summarize_checkpoint
@@ -23,22 +30,7 @@ from loratool.store.provenance import read_record
 from loratool.store.push_files import is_hub_name
 
 _PINNED = re.compile(r"hf://(?P<repo>[^/@]+/[^/@]+)@(?P<commit>[0-9a-f]{40})(/.*)?")
-_PLAIN = re.compile(r"[\w.\-/]{1,100}", re.ASCII)
-"""What can stand in code: nothing that closes a string or a line."""
-
 _MERGES = ("merge", "swap")  # operations after which adapters are in the weights
-_TASKS = {
-    "CAUSAL_LM": ("AutoModelForCausalLM", "text-generation"),
-    "SEQ_2_SEQ_LM": ("AutoModelForSeq2SeqLM", None),
-    "SEQ_CLS": ("AutoModelForSequenceClassification", "text-classification"),
-    "TOKEN_CLS": ("AutoModelForTokenClassification", "token-classification"),
-    "QUESTION_ANS": ("AutoModelForQuestionAnswering", "question-answering"),
-}
-"""PEFT's task -> class of transformers, and the Hub's task."""
-
-
-Usage = tuple[str, str, str]
-"""Heading, language and code."""
 
 
 @dataclass(frozen=True)
@@ -102,32 +94,21 @@ def checkpoint_facts(checkpoint: Checkpoint, repo: str) -> CardFacts:
     base = None if base == repo else base
     is_merge = origin.operation in _MERGES
     summary = summarize_checkpoint(checkpoint)
-    causal = is_causal(checkpoint.config)
+    causal, is_pipeline = is_causal(checkpoint.config), bool(checkpoint.components)
     facts = {
         "method": "merged model" if is_merge else "model",
         "parameters": f"{summary.parameters:,}",
         "types": ", ".join(summary.dtypes),
         "shards": str(summary.shards),
     }
-    usage: tuple[Usage, ...] = ()
-    if checkpoint.components:
-        usage = (("Use with diffusers", "python", _load("diffusers", "DiffusionPipeline", repo)),)
-    elif causal:
-        code = _load("transformers", "AutoModelForCausalLM", repo)
-        usage = (("Use with transformers", "python", code),)
     return CardFacts(
         repo, "merge" if is_merge else None, base, origin.revision if base == origin.base else None,
-        "diffusers" if checkpoint.components else "transformers",
+        checkpoint_library(is_pipeline=is_pipeline),
         tags=("merge", "loratool") if is_merge else (),
         pipeline="text-generation" if causal else None,
         facts={k: v for k, v in facts.items() if v}, made=origin.made, inputs=origin.inputs,
-        usage=usage,
+        usage=checkpoint_usage(repo, is_pipeline=is_pipeline, is_causal=causal),
     )  # fmt: skip
-
-
-def _load(library: str, kind: str, name: str) -> str:
-    variable = "pipe" if library == "diffusers" else "model"
-    return f'from {library} import {kind}\n\n{variable} = {kind}.from_pretrained("{name}")'
 
 
 def adapter_facts(adapter: Adapter, repo: str) -> CardFacts:
@@ -135,7 +116,7 @@ def adapter_facts(adapter: Adapter, repo: str) -> CardFacts:
     origin = read_origin(_record_of(adapter))
     base = _hub_name(adapter.base_model) or origin.base
     revision = revision_of(adapter) if base == adapter.base_model else None
-    if revision is None or not _PLAIN.fullmatch(revision):
+    if revision is None or not PLAIN.fullmatch(revision):
         revision = origin.revision if base == origin.base else None
     summary = summarize_adapter(adapter)
     rows = {
@@ -148,15 +129,14 @@ def adapter_facts(adapter: Adapter, repo: str) -> CardFacts:
         "replaced tensors": str(len(summary.replaced)) if summary.replaced else "",
     }
     library = library_of(adapter)
-    task = str(task_of(adapter.config))
     tags = [
         *([f"base_model:adapter:{base}"] if base else []),
         "lora",
-        *([library] if library == "peft" else []),
+        *tags_of(adapter),
     ]
     return CardFacts(
         repo, "adapter", base, revision, library, tags=tuple(tags),
-        pipeline=_TASKS.get(task, (None, None))[1], facts={k: v for k, v in rows.items() if v},
+        pipeline=pipeline_of(adapter), facts={k: v for k, v in rows.items() if v},
         modules=tuple((f.name, str(f.modules), _listed(f.ranks)) for f in summary.families),
         made=origin.made, inputs=origin.inputs, usage=tuple(_usage(adapter, repo, base, revision)),
     )  # fmt: skip
@@ -164,35 +144,10 @@ def adapter_facts(adapter: Adapter, repo: str) -> CardFacts:
 
 def _usage(adapter: Adapter, repo: str, base: str | None, revision: str | None) -> list[Usage]:
     """How to use it in the programs that load it as it is, and how to merge it."""
-    shown, pin = base or "BASE", f', revision="{revision}"' if revision else ""
-    found: list[Usage] = []
-    library = library_of(adapter)
-    if library == "diffusers":
-        code = _load("diffusers", "DiffusionPipeline", shown).replace('")', f'"{pin})')
-        is_named = adapter.path.is_file() and _PLAIN.fullmatch(adapter.path.name)
-        file = f', weight_name="{adapter.path.name}"' if is_named else ""
-        code += f'\npipe.load_lora_weights("{repo}"{file})'
-        found.append(("Use with diffusers", "python", code))
-    task = str(task_of(adapter.config))
-    verdicts = {row.program: row.verdict for row in judge_loads(adapter)}
-    if library == "peft" and verdicts["PEFT"] != "no":
-        kind = _TASKS.get(task, ("AutoModel", None))[0]
-        code = (
-            f"from peft import PeftModel\nfrom transformers import {kind}\n\n"
-            f'base = {kind}.from_pretrained("{shown}"{pin})\n'
-            f'model = PeftModel.from_pretrained(base, "{repo}")'
-        )
-        found.append(("Use with PEFT", "python", code))
-    if base and task == "CAUSAL_LM" and verdicts["vLLM"] == "yes":
-        code = (
-            f"vllm serve {base} {f'--revision {revision} ' if revision else ''}--enable-lora "
-            f"--max-lora-rank {VLLM.room(max(8, top_rank(adapter)))} "
-            f"--lora-modules {repo.rpartition('/')[2]}={repo}"
-        )
-        found.append(("Use with vLLM", "console", code))
+    shown = base or "BASE"
     pinned = f"{shown}@{revision}" if base and revision else shown
     merge = f"loratool merge {repo} --base {pinned} -o merged"
-    return [*found, ("Merge into the base", "console", merge)]
+    return [*usage_of(adapter, repo, base, revision), ("Merge into the base", "console", merge)]
 
 
 def _hub_name(name: object) -> str | None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from loratool.adapter import Adapter, DeltaSpec, Source, TensorRef
 from loratool.delta.forms import matrix_shape, shape_of
+from loratool.dialects.stated import QUIET
 from loratool.errors import MismatchError
 from loratool.location import HubFile
 from loratool.ops.additive import require_additive, require_factors
@@ -16,8 +17,6 @@ from loratool.plan import DeltaPart, Plan, module_step
 from loratool.report import ComparedReplacement, Difference
 from loratool.store.reader import are_of_one_file, have_same_bytes
 
-# Fields that say nothing about what the adapter computes, and lists whose order means nothing.
-_QUIET = {"peft_version", "inference_mode", "auto_mapping", "lora_dropout", "loratool"}
 _LAYER = re.compile(r"\.(\d+)(?=\.)")
 _LONG = 120
 
@@ -107,7 +106,7 @@ def find_differences(one: Adapter, two: Adapter) -> list[Difference]:
         "modules": (len(one.specs), len(two.specs)),
     }
     found = [Difference(k, str(a), str(b)) for k, (a, b) in rows.items() if a != b]
-    for key in sorted({*one.config, *two.config} - _QUIET):
+    for key in sorted({*one.config, *two.config} - QUIET):
         first, second = (_plain(a.config.get(key)) for a in (one, two))
         if first != second:
             found.append(Difference(key, first, second))

@@ -25,6 +25,7 @@ from loratool.archs.heads import (
 )
 from loratool.archs.stated import class_config, model_type
 from loratool.archs.ties import tied_tensors
+from loratool.dialects.stated import WHOLE
 from loratool.errors import MismatchError, list_some
 from loratool.ops.bind_rules import parse_skip
 from loratool.ops.new_parts import Extended, is_part, own_config
@@ -76,7 +77,7 @@ def _head(adapter: Adapter, checkpoint: Checkpoint, class_name: str) -> dict[str
     old, new = _body(adapter, checkpoint)
     found = {}
     for r in adapter.replacements:
-        if r.origin != "modules_to_save" or r.rows is not None:
+        if r.origin != WHOLE or r.rows is not None:
             continue
         if is_part(r) and is_language_model(class_name):
             continue  # a projector beside a language model is no head

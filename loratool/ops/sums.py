@@ -10,7 +10,7 @@ from loratool.adapter import Adapter, DeltaSpec, Replacement, TensorRef
 from loratool.delta.forms import kernel_of, matrix_shape, shape_of
 from loratool.dialects.registry import home_of
 from loratool.dialects.rules import conversion, is_of_home, mha_outputs, passed_on
-from loratool.dialects.stated import joint_config, require_one_packing
+from loratool.dialects.stated import LAYERS, joint_config, require_one_packing
 from loratool.errors import MismatchError, UsageError, list_some
 from loratool.ops.additive import factor_dtype, require_additive, require_factors, require_kernels
 from loratool.ops.weights import Weight
@@ -228,7 +228,7 @@ def _check_layers(adapters: Sequence[Adapter]) -> None:
         odd = next(a for a in adapters if a.layer_order != adapters[0].layer_order)
         raise MismatchError(
             "LT-463", "the adapters replicate layers differently", file=odd.path,
-            key="layer_replication", expected=adapters[0].layer_order, got=odd.layer_order,
+            key=LAYERS, expected=adapters[0].layer_order, got=odd.layer_order,
         )  # fmt: skip
 
 

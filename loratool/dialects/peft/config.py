@@ -52,6 +52,9 @@ _READ = frozenset({
     "layer_replication", "use_bdlora", "ensure_weight_tying", "peft_version", "lora_B_layout",
 })  # fmt: skip
 
+KNOWN_KEYS = _READ | _SILENT
+"""Every field whose meaning is known."""
+
 
 @dataclass(frozen=True)
 class BlockRule:
