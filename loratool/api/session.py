@@ -25,6 +25,8 @@ from loratool.store.writer import check_output
 
 if TYPE_CHECKING:
     from loratool.engine.sink import CheckpointSink
+    from loratool.options.merging import Combine
+    from loratool.options.shaping import Compress, Rescale
     from loratool.plan import Plan
     from loratool.store.reader import Stamp
 
@@ -112,7 +114,9 @@ class Session:
     started: float = field(default_factory=time.monotonic)
 
     @classmethod
-    def begin(cls, command: str, asked: Any, *, in_place: bool = False) -> Session:
+    def begin(
+        cls, command: str, asked: Combine | Compress | Rescale, *, in_place: bool = False
+    ) -> Session:
         """From the options of a command."""
         return cls(
             command, asked.output, asked.take(groups.Write), asked.take(groups.Read),

@@ -2,12 +2,13 @@
 
 import types
 from collections.abc import Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY
 from functools import cache
 from inspect import get_annotations
 from typing import (
     Any,
     Literal,
+    NamedTuple,
     Self,
     TypeVar,
     Union,
@@ -22,8 +23,7 @@ IDLE: tuple[Any, ...] = (None, False, (), [], "auto")
 T = TypeVar("T", bound="Options")
 
 
-@dataclass(frozen=True)
-class Words:
+class Words(NamedTuple):
     """What is said about an option, once, for the command line, Python and recipes.
 
     Attributes:
@@ -45,8 +45,7 @@ class Words:
     record: str | bool = ""
 
 
-@dataclass(frozen=True)
-class Option:
+class Option(NamedTuple):
     """A field of an options class.
 
     Attributes:
