@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY
 from functools import cache
 from inspect import get_annotations
+from pathlib import Path
 from typing import (
     Any,
     Literal,
@@ -119,6 +120,8 @@ class Options:
             value = given.pop(option.name, option.default)
             if value is ...:
                 raise TypeError(f"missing a required argument: {option.name!r}")
+            if option.is_many and isinstance(value, (str, Path)):  # a text is a list of letters
+                raise TypeError(f"{option.name!r} is a list: [{str(value)!r}]")
             self.__dict__[option.name] = tuple(value) if isinstance(value, list) else value
         if given:
             raise TypeError(f"no option {next(iter(given))!r}")
