@@ -26,6 +26,8 @@ from loratool.store.writer import check_output
 
 if TYPE_CHECKING:
     from loratool.engine.sink import CheckpointSink
+    from loratool.options.merging import Combine
+    from loratool.options.shaping import Compress, Rescale
     from loratool.plan import Plan
     from loratool.store.reader import Stamp
 
@@ -115,7 +117,9 @@ class Session:
     started: float = field(default_factory=time.monotonic)
 
     @classmethod
-    def begin(cls, command: str, asked: Any, *, in_place: bool = False) -> Session:
+    def begin(
+        cls, command: str, asked: Combine | Compress | Rescale, *, in_place: bool = False
+    ) -> Session:
         """From the options of a command."""
         program = getattr(asked, "program", None)
         return cls(

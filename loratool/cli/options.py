@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from loratool.cli.forms import form_of
 from loratool.cli.render import format_number, safe
 from loratool.errors import NEEDS_CONSENT, UsageError
-from loratool.options.words import Option, Options, asked_of, options_of
+
+if TYPE_CHECKING:  # `loratool --help` lists commands, and waits for no options
+    from loratool.options.words import Option, Options
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -100,6 +101,7 @@ def option(*names: str, section: str, **kwargs: Any) -> Callable[[F], F]:
 
 def taking(kind: type[Options]) -> Callable[[F], F]:
     """Every option of a class that is not Python's alone."""
+    from loratool.options.words import options_of
 
     def add(command: F) -> F:
         for one in reversed(options_of(kind)):
@@ -112,6 +114,8 @@ def taking(kind: type[Options]) -> Callable[[F], F]:
 
 def _made(one: Option) -> Callable[[F], F]:
     """A field as an option of click."""
+    from loratool.cli.forms import form_of
+
     more: dict[str, Any] = {"section": one.words.section, "help": one.words.help}
     is_switch = "/" in one.flags[-1]
     if one.default is True:
@@ -142,6 +146,8 @@ def general(command: F) -> F:
 
 def typed(given: Mapping[str, Any], *kinds: type[Options]) -> list[str]:
     """The options of some classes as they would be typed: those that are not at their default."""
+    from loratool.options.words import asked_of
+
     words: list[str] = []
     for one in (one for kind in kinds for one in asked_of(kind, given) if one.words.section):
         value, flag = given[one.name], one.flags[-1]

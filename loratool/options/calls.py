@@ -7,7 +7,7 @@ import textwrap
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
-from loratool.options.words import Options, options_of
+from loratool.options.words import Option, Options, options_of
 
 P = ParamSpec("P")
 O = TypeVar("O")  # noqa: E741  the options
@@ -48,14 +48,18 @@ def takes(kind: Callable[P, O]) -> Callable[[Callable[[O], R]], Callable[P, R]]:
 
 
 def _signature(kind: Any, function: Callable[..., Any]) -> inspect.Signature:
-    parameters = []
-    for option in sorted(options_of(kind), key=lambda o: not o.is_positional):
-        how = inspect.Parameter.POSITIONAL_OR_KEYWORD if option.is_positional else (
-            inspect.Parameter.KEYWORD_ONLY)  # fmt: skip
-        default = inspect.Parameter.empty if option.is_required else option.default
-        parameters.append(inspect.Parameter(option.name, how, default=default,
-                                            annotation=option.type))  # fmt: skip
-    return inspect.Signature(parameters, return_annotation=function.__annotations__["return"])
+    options = sorted(options_of(kind), key=lambda o: not o.is_positional)
+    return inspect.Signature(
+        list(map(_parameter, options)), return_annotation=function.__annotations__["return"]
+    )
+
+
+@functools.cache
+def _parameter(option: Option) -> inspect.Parameter:
+    named = inspect.Parameter.KEYWORD_ONLY
+    how = inspect.Parameter.POSITIONAL_OR_KEYWORD if option.is_positional else named
+    default = inspect.Parameter.empty if option.is_required else option.default
+    return inspect.Parameter(option.name, how, default=default, annotation=option.type)
 
 
 def _explain(
@@ -72,13 +76,17 @@ def _explain(
 
 def _with_arguments(doc: str, kind: type[Options] | Any) -> str:
     """A docstring with the section ``Args`` that the options make, after its prose."""
-    lines = ["Args:"]
-    for option in options_of(kind):
-        text = option.words.help.removesuffix(" Repeatable.")
-        if option.default is True:  # what is said is said of the flag, ``--no-provenance``
-            text = f"False: {text[:1].lower()}{text[1:]}"
-        lines += textwrap.wrap(f"{option.name}: {text}", 96, initial_indent="    ",
-                               subsequent_indent="        ")  # fmt: skip
+    lines = ["Args:", *map(_described, options_of(kind))]
     heads = [doc.find(f"\n{head}:\n") for head in ("Returns", "Raises", "Example")]
     at = min((place for place in heads if place >= 0), default=len(doc))
     return f"{doc[:at].rstrip()}\n\n" + "\n".join(lines) + f"\n\n{doc[at:].lstrip()}".rstrip()
+
+
+@functools.cache
+def _described(option: Option) -> str:
+    """A keyword in a docstring."""
+    text = option.words.help.removesuffix(" Repeatable.")
+    if option.default is True:  # what is said is said of the flag, ``--no-provenance``
+        text = f"False: {text[:1].lower()}{text[1:]}"
+    return textwrap.fill(f"{option.name}: {text}", 96, initial_indent="    ",
+                         subsequent_indent="        ")  # fmt: skip

@@ -162,5 +162,5 @@ class Verify(Mix, Names, Run, Access, Nonfinite, kw_only=False):
     )] = None  # fmt: skip
     adapters: Annotated[Sequence[Place], Words(
         "What was merged into it. Repeatable. Default: what MERGED says.", "Input",
-        flags="--adapter", metavar="ADAPTER[:W]", form="many",
+        flags="--adapter", metavar="ADAPTER[:W]",
     )] = ()  # fmt: skip

@@ -2,12 +2,14 @@
 
 import types
 from collections.abc import Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY
 from functools import cache
 from inspect import get_annotations
+from pathlib import Path
 from typing import (
     Any,
     Literal,
+    NamedTuple,
     Self,
     TypeVar,
     Union,
@@ -22,8 +24,7 @@ IDLE: tuple[Any, ...] = (None, False, (), [], "auto")
 T = TypeVar("T", bound="Options")
 
 
-@dataclass(frozen=True)
-class Words:
+class Words(NamedTuple):
     """What is said about an option, once, for the command line, Python and recipes.
 
     Attributes:
@@ -45,8 +46,7 @@ class Words:
     record: str | bool = ""
 
 
-@dataclass(frozen=True)
-class Option:
+class Option(NamedTuple):
     """A field of an options class.
 
     Attributes:
@@ -120,6 +120,8 @@ class Options:
             value = given.pop(option.name, option.default)
             if value is ...:
                 raise TypeError(f"missing a required argument: {option.name!r}")
+            if option.is_many and isinstance(value, (str, Path)):  # a text is a list of letters
+                raise TypeError(f"{option.name!r} is a list: [{str(value)!r}]")
             self.__dict__[option.name] = tuple(value) if isinstance(value, list) else value
         if given:
             raise TypeError(f"no option {next(iter(given))!r}")

@@ -123,6 +123,13 @@ def test_an_unknown_keyword_names_the_nearest() -> None:
         loratool.merge(["a"], base="b")  # type: ignore[call-arg]
 
 
+def test_one_text_is_no_list_of_letters() -> None:
+    for wrong in ({"skip": "te"}, {"adapters": "style"}):
+        given: dict[str, Any] = {"adapters": ["a"], "base": "b", "output": "c", **wrong}
+        with pytest.raises(TypeError, match="is a list"):
+            loratool.merge(**given)
+
+
 def classes(kind: type[Options] = Options) -> Iterator[type[Options]]:
     for one in kind.__subclasses__():
         if one.__module__.startswith("loratool."):
