@@ -27,7 +27,7 @@ from loratool.store.writer import check_output
 if TYPE_CHECKING:
     from loratool.engine.sink import CheckpointSink
     from loratool.options.merging import Combine
-    from loratool.options.shaping import Compress, Rescale
+    from loratool.options.shaping import Compress, Convert, Rescale
     from loratool.plan import Plan
     from loratool.store.reader import Stamp
 
@@ -118,7 +118,7 @@ class Session:
 
     @classmethod
     def begin(
-        cls, command: str, asked: Combine | Compress | Rescale, *, in_place: bool = False
+        cls, command: str, asked: Combine | Compress | Convert | Rescale, *, in_place: bool = False
     ) -> Session:
         """From the options of a command."""
         program = getattr(asked, "program", None)

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from loratool.ops.programs import judge_loads
 from safetensors.torch import load_file
 
 import loratool as lt
 from loratool.delta.toy import toy_files
 from loratool.dialects import open_adapter
+from loratool.dialects.programs import judge_loads
 from loratool.errors import LoratoolError
 
 ONLY = "layers\\.0\\..*q_proj"
