@@ -162,7 +162,8 @@ def test_scaled_is_so_many_times_the_change(row: Kind) -> None:
     def holds(change: Change, data: st.DataObject) -> None:
         factor, weight = data.draw(st.sampled_from([-2.0, 0.25, 3.0])), weight_of(change)
         want = factor * effect(built(change), weight)
-        assert close(effect(built(change).scaled(factor), weight), want)
+        for fold in (True, False):
+            assert close(effect(built(change, fold=fold).scaled(factor), weight), want)
         assert close(effect(built(change, weight=factor), weight), want)
 
     each(row, holds)
