@@ -91,7 +91,7 @@ class CodedRef(TensorRef):
     numbers.
 
     Attributes:
-        codec: a row of `loratool.quant.CODECS`.
+        codec: a row of `loratool.quant.CODECS`, or of another package.
         codes: the codes.
         scales: factors of the codes; None = they stand for themselves.
         block: (rows, columns) that one factor is for; rows of each matrix of a stack.

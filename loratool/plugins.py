@@ -23,7 +23,7 @@ def load(group: str, kind: type[Row]) -> tuple[Row, ...]:
     """The rows that entry points of a group name.
 
     Args:
-        group: ``loratool.dialects``, ``loratool.kinds``.
+        group: ``loratool.dialects``, ``loratool.kinds``, ``loratool.codecs``.
         kind: what each of them must be.
 
     Raises:

@@ -16,7 +16,7 @@ from loratool.engine.kernel import Env, Kernel
 from loratool.engine.merging import AddDeltas
 from loratool.engine.step_args import RequantizeArgs
 from loratool.plan import Step
-from loratool.quant import CODECS
+from loratool.quant import codec_of
 from loratool.quant.base import block_rows, factors_at
 
 _ONE = 1.0
@@ -29,7 +29,7 @@ class Requantize(AddDeltas):
 
     def __init__(self, step: Step, env: Env) -> None:
         super().__init__(step, env)
-        self.coder = CODECS[self.coded.codec].coder
+        self.coder = codec_of(self.coded.codec).coder
         self.scales: torch.Tensor | None = None
 
     @property

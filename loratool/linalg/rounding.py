@@ -14,6 +14,7 @@ _FORMATS = {
     torch.bfloat16: (8, -126),
     torch.float8_e4m3fn: (4, -126),  # with a scale per tensor, under which nothing underflows
     torch.float8_e5m2: (3, -126),  # likewise
+    torch.int8: (8, 7),  # codes of one factor: a step of 1 at every size
 }
 
 _LOW = (1 << 29) - 1  # the significand bits that float64 has and float32 has not

@@ -8,8 +8,8 @@ from typing import Any
 
 from loratool.archs.stated import dtype_config
 from loratool.errors import MismatchError, UsageError
-from loratool.quant import CODECS, find_codes
-from loratool.quant.find import stating_keys
+from loratool.quant import find_codes
+from loratool.quant.find import methods, stating_keys
 from loratool.store.checkpoint import Checkpoint
 from loratool.store.sidecar import REMOVE
 
@@ -55,7 +55,7 @@ def decode_base(base: Checkpoint, *, keep: bool, dtype: str | None = None) -> De
     if found is None or not found.weights:
         raise MismatchError(
             "LT-499", "weights that are quantised like this cannot be read", file=base.path,
-            expected=", ".join(m for c in CODECS.values() for m in c.methods),
+            expected=", ".join(methods()),
             got=base.quantization,
             hint="merge into the 16-bit model that it was quantised from",
         )  # fmt: skip

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import cache
 from typing import Any
 
+from loratool import plugins
 from loratool.quant.base import Codec, Found, Tensors
 
 _STATED = ("quantization_config", "compression_config")
@@ -18,6 +20,33 @@ CODECS: dict[str, Codec] = {
 }  # fmt: skip
 
 
+@cache
+def others() -> dict[str, Codec]:
+    """Codecs of other packages, by name (entry points ``loratool.codecs``)."""
+    found = plugins.load("loratool.codecs", Codec)
+    return {row.name: row for row in found if row.name not in CODECS}
+
+
+def codec_of(name: str) -> Codec:
+    """The row of a codec's name; other packages are asked where none here has it.
+
+    Raises:
+        KeyError: there is none.
+    """
+    return CODECS.get(name) or others()[name]
+
+
+def reading(method: str) -> Codec | None:
+    """The codec that reads a method of quantisation, None if there is none."""
+    own = next((c for c in CODECS.values() if method in c.methods), None)
+    return own or next((c for c in others().values() if method in c.methods), None)
+
+
+def methods() -> list[str]:
+    """All methods that are read."""
+    return [m for codec in (*CODECS.values(), *others().values()) for m in codec.methods]
+
+
 def find_codes(method: str, tensors: Tensors, config: Mapping[str, Any]) -> Found | None:
     """The coded weights of a checkpoint, None if no codec reads its method.
 
@@ -29,7 +58,7 @@ def find_codes(method: str, tensors: Tensors, config: Mapping[str, Any]) -> Foun
     Raises:
         BadFileError: LT-335, codes and factors that do not fit each other.
     """
-    codec = next((c for c in CODECS.values() if method in c.methods), None)
+    codec = reading(method)
     return None if codec is None else codec.coder.find(tensors, config)
 
 

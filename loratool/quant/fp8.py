@@ -70,14 +70,14 @@ def _coded(ref: TensorRef, scale: TensorRef | None, stated: tuple[int, int]) -> 
 
 
 def _block(ref: TensorRef, scale: TensorRef, stated: tuple[int, int]) -> tuple[int, int]:
-    """(rows, columns) that one factor is for."""
+    """(rows, columns) that one factor is for; no higher than a matrix of a stack."""
     *_, rows, cols = (1, 1, *ref.shape)
     if scale.numel == 1:
         return max(1, ref.numel // max(1, cols)), cols
     height, width = stated
     blocks = (*ref.shape[:-2], -(-rows // height), -(-cols // width))
     if scale.shape == blocks:
-        return height, width
+        return max(1, min(height, rows)), width
     if scale.shape in (ref.shape[:-1], (*ref.shape[:-1], 1)):
         return 1, cols
     raise BadFileError(
@@ -165,9 +165,9 @@ def fit(peaks: torch.Tensor, ref: CodedRef, scales: torch.Tensor) -> torch.Tenso
     """
     assert ref.codes is not None and ref.scales is not None
     largest = torch.finfo(DTYPES[ref.codes.dtype]).max
-    wanted = peaks / largest
-    kept = scales.double()
-    return torch.where(wanted <= kept, kept, _rounded_up(wanted, ref.scales.dtype)).float()
+    held = (scales * largest).double()  # float32: the number that the largest code stands for
+    grown = _rounded_up(peaks / largest, ref.scales.dtype)
+    return torch.where(peaks <= held, scales.double(), grown).float()
 
 
 def _rounded_up(values: torch.Tensor, dtype: str) -> torch.Tensor:

@@ -16,7 +16,7 @@ from pathlib import Path
 from loratool.adapter import CodedRef, Source, Stamp, TensorData, TensorRef
 from loratool.errors import BadFileError, DiskError, UnsafeContentError
 from loratool.location import HubFile
-from loratool.quant import CODECS
+from loratool.quant import codec_of
 from loratool.store.contained import open_again
 from loratool.store.remote_spans import Range, ReadAhead, by_file
 from loratool.store.stamps import changed, check_stamp, stamp_from, stamp_of
@@ -96,7 +96,7 @@ class FileReader:
             HubError: the file is on the Hub, which does not give the bytes.
         """
         if isinstance(ref, CodedRef):
-            CODECS[ref.codec].coder.decode(ref, self, start, buffer)
+            codec_of(ref.codec).coder.decode(ref, self, start, buffer)
             return
         stored = max(0, min(len(buffer), ref.stored_bytes - start)) if ref.zeros else len(buffer)
         if stored < len(buffer):

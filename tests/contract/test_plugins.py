@@ -1,7 +1,8 @@
-"""A package that is installed beside loratool adds a dialect and a kind by entry points alone."""
+"""An installed package adds a dialect, a kind and a codec by entry points alone."""
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -11,11 +12,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.make import randn, random_factors, save_adapter, save_checkpoint
+
 ACME = """
 from dataclasses import replace
 from loratool import kinds
 from loratool.dialects.base import Dialect, by_keys
 from loratool.dialects.table import Component, Field, Table
+from loratool.quant import Codec
 
 DIALECT = Dialect(
     "acme", "Acme", by_keys(r"^acme:"),
@@ -28,8 +32,53 @@ KIND = replace(
 )
 KRONECKER = replace(KIND, name="acme-lokr", roles=("lokr_w1", "lokr_w2_a", "lokr_w2_b"),
                     title="Acme LoKr", rank_axis=("lokr_w2_b", 0), method="LOKR")
+CODEC = Codec("acme-steps", "Acme steps", ("acme",), "acme_steps")
 NUMBER = 3
 """
+STEPS = '''
+"""Whole numbers of a step, one step per row: X.weight in I8 beside X.acme_step."""
+import torch
+from loratool.adapter import CodedRef
+from loratool.dtypes import tensor_bytes
+from loratool.quant import Found
+
+def find(tensors, config):
+    coded = [n for n, r in tensors.items() if r.dtype == "I8"]
+    steps = {n: n.removesuffix("weight") + "acme_step" for n in coded}
+    weights = {
+        n: CodedRef(r.file, n, "F32", r.shape, r.start, tensor_bytes("F32", r.shape), r.stamp,
+                    codec="acme-steps", codes=r, scales=tensors[steps[n]], block=(1, r.shape[1]))
+        for n, r in tensors.items() if n in steps
+    }
+    return Found(weights, frozenset(steps.values()))
+
+def raw(ref, reader, start, count, dtype):
+    held = torch.empty(count, dtype=dtype)
+    reader.read_into(ref, start, memoryview(held.view(torch.uint8).numpy()))
+    return held
+
+def decode(ref, reader, start, buffer):
+    first, count = start // 4, len(buffer) // 4
+    codes = raw(ref.codes, reader, first, count, torch.int8)
+    rows = torch.arange(first, first + count) // ref.shape[1]
+    torch.frombuffer(buffer, dtype=torch.float32).copy_(
+        numbers(codes, load_scales(ref, reader)[rows, 0]))
+
+def load_scales(ref, reader):
+    return raw(ref.scales, reader, 0, ref.shape[0], torch.float32)[:, None]
+
+def fit(peaks, ref, scales):
+    return torch.maximum(scales.double(), peaks / 127 * (1 + 2**-23)).float()
+
+def store_scales(scales, dtype):
+    return scales
+
+def encode(values, factors, ref):
+    return (values / factors).round().clamp(-127, 127).to(torch.int8)
+
+def numbers(codes, factors):
+    return codes.float() * factors
+'''
 META = "Metadata-Version: 2.1\nName: acme\nVersion: 1.0\n"
 
 
@@ -40,9 +89,11 @@ def site(tmp_path: Path) -> Path:
     info = site / "acme-1.0.dist-info"
     info.mkdir(parents=True)
     (site / "acme.py").write_text(ACME)
+    (site / "acme_steps.py").write_text(STEPS)
     (info / "METADATA").write_text(META)
     entries = "[loratool.dialects]\nacme = acme:DIALECT\n\n[loratool.kinds]\n"
     entries += "outer = acme:KIND\nkronecker = acme:KRONECKER\n"
+    entries += "\n[loratool.codecs]\nsteps = acme:CODEC\n"
     (info / "entry_points.txt").write_text(entries)
     return site
 
@@ -113,6 +164,56 @@ def test_a_method_of_peft_needs_a_row_of_its_kind_alone(site: Path) -> None:
         site,
     )
     assert done.returncode == 0, done.stderr
+
+
+def stepped(folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
+    """A base in the package's codes, the adapter beside it: (numbers of the base, ΔW)."""
+    step, codes = randn(6, seed=1).abs() + 0.01, torch.randint(-127, 128, (6, 8)).to(torch.int8)
+    save_checkpoint(
+        folder / "base", {"q.weight": codes, "q.acme_step": step, "norm.weight": torch.ones(8)},
+        config={"model_type": "test", "quantization_config": {"quant_method": "acme"}},
+    )  # fmt: skip
+    factors = random_factors({"q": (6, 8)}, rank=2, seed=3, scale=2.0)
+    save_adapter(folder / "style", factors, alpha=2)
+    lora_A, lora_B = factors["q"]
+    return codes.float() * step[:, None], lora_B.double() @ lora_A.double()
+
+
+@pytest.mark.parametrize("how", ["dequantize", "requant"])
+@pytest.mark.parametrize("executor", ["threads", "processes"])
+def test_a_codec_of_another_package_is_read_and_written(
+    tmp_path: Path, site: Path, how: str, executor: str
+) -> None:
+    weight, delta = stepped(tmp_path)
+    style, base, out = (tmp_path / n for n in ("style", "base", "out"))
+    done = python(
+        "import loratool as lt\nfrom loratool.api import common\n"
+        "if __name__ == '__main__':\n"
+        f"    common.plan_resources.__kwdefaults__['executor'] = {executor!r}\n"
+        f"    lt.merge([{str(style)!r}], base={str(base)!r}, output={str(out)!r}, {how}=True)\n",
+        site,
+    )
+    assert done.returncode == 0, done.stderr
+    got, want = load_file(str(out / "model.safetensors")), weight.double() + delta
+    config = json.loads((out / "config.json").read_text())
+    if how == "dequantize":
+        assert set(got) == {"q.weight", "norm.weight"} and "quantization_config" not in config
+        assert got["q.weight"].dtype == torch.bfloat16
+        slack = want.abs() * 2**-8 + 2**-20 * (weight.abs() + want.abs())
+        assert bool(((got["q.weight"].double() - want).abs() <= slack).all())
+    else:
+        step = got["q.acme_step"].double()[:, None]
+        assert got["q.weight"].dtype == torch.int8 and "quantization_config" in config
+        assert bool(((got["q.weight"] * step - want).abs() <= step * 0.5001).all())
+
+
+def test_without_its_package_a_coding_is_refused(tmp_path: Path) -> None:
+    stepped(tmp_path)
+    words = ["merge", str(tmp_path / "style"), "--base", str(tmp_path / "base"), "-o",
+             str(tmp_path / "out"), "--dequantize"]  # fmt: skip
+    code = f"import sys; from loratool.cli import run; sys.exit(run({words!r}))"
+    done = python(code, tmp_path)
+    assert done.returncode == 4 and "LT-499" in done.stderr and "acme" in done.stderr
 
 
 @pytest.mark.parametrize("entry", ["acme:NUMBER", "acme:NOTHING", "nowhere:ROW"])

@@ -226,6 +226,36 @@ def test_numbers_are_those_of_transformers(tmp_path: Path, kind: str) -> None:
         assert torch.equal(got[name], want.view_as(got[name])), name
 
 
+def test_experts_lower_than_a_block_have_factors_of_their_own(tmp_path: Path) -> None:
+    """Three matrices of 64 rows, blocks of 128: one factor each, not one for two."""
+    codes, scale = to_blocks(
+        randn(3, 64, 256, seed=1) * torch.tensor([1.0, 50.0, 7.0])[:, None, None]
+    )
+    name = "mlp.experts.down_proj"
+    tensors = {"b.weight": torch.zeros(8, 8), name: codes, f"{name}_scale_inv": scale}
+    assert scale.shape == (3, 1, 2)
+    save_checkpoint(tmp_path / "base", tensors)
+    save_adapter(tmp_path / "style", random_factors({"b": (8, 8)}, rank=2, seed=1), alpha=2)
+    lt.merge([tmp_path / "style"], base=tmp_path / "base", output=tmp_path / "out",
+             dequantize=True, dtype="float32")  # fmt: skip
+    assert torch.equal(stored(tmp_path / "out")[name], codes.float() * expand(scale, codes.shape))
+
+
+def test_factors_stay_where_nothing_changes(tmp_path: Path) -> None:
+    """The largest code times its factor, rounded up to float32, still is what that factor holds."""
+    base = block_base(tmp_path / "base")
+    name, (rows, cols) = next(iter(SHAPES.items()))
+    lora_A, lora_B = random_factors({name: (rows, cols)}, rank=4, seed=5, scale=0.05)[name]
+    lora_B[:BLOCK] = 0  # the upper blocks of the weight
+    save_adapter(tmp_path / "style", {name: (lora_A, lora_B)}, alpha=4, target_modules=["q_proj"])
+    lt.merge([tmp_path / "style"], base=tmp_path / "base", output=tmp_path / "out",
+             requant=True, force=True)  # fmt: skip
+    got = stored(tmp_path / "out")
+    for key, height in ((f"{name}.weight", BLOCK), (f"{name}.weight_scale_inv", 1)):
+        one, other = (t[key][:height].contiguous().view(torch.uint8) for t in (got, base))
+        assert torch.equal(one, other), key
+
+
 @pytest.mark.parametrize("option", ["requant", "dequantize"])
 def test_outputs_load_in_transformers(tmp_path: Path, option: str) -> None:
     transformers = pytest.importorskip("transformers")

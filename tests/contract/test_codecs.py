@@ -1,0 +1,205 @@
+"""What every codec promises, on random checkpoints in files."""
+
+from __future__ import annotations
+
+import inspect
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from loratool.adapter import CodedRef
+from loratool.quant import CODECS, Codec, codec_of, find_codes
+from loratool.quant.base import Coder, factors_at
+from loratool.quant.find import reading
+from loratool.store.checkpoint import open_checkpoint
+from loratool.store.reader import FileReader
+from tests.make import randn, save_checkpoint
+from tests.strategies import CODED, CodedFile
+
+ROWS = [pytest.param(c, id=c.name) for c in CODECS.values()]
+FUNCTIONS = [n for n, f in vars(Coder).items() if inspect.isfunction(f) and n[0] != "_"]
+Opened = tuple[CodedRef, FileReader]
+
+
+def test_every_codec_has_random_checkpoints() -> None:
+    assert set(CODED) == set(CODECS)
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_a_row_resolves(row: Codec) -> None:
+    assert codec_of(row.name) is row and row.methods
+    assert all(reading(method) is row for method in row.methods)
+    for name in FUNCTIONS:
+        wanted = list(inspect.signature(getattr(Coder, name)).parameters)[1:]
+        assert list(inspect.signature(getattr(row.coder, name)).parameters) == wanted, name
+
+
+def test_a_method_has_one_codec() -> None:
+    methods = [m for c in CODECS.values() for m in c.methods]
+    assert len(methods) == len(set(methods))
+
+
+@contextmanager
+def opened(file: CodedFile) -> Iterator[Opened]:
+    """The one coded weight of a checkpoint, and a reader."""
+    with tempfile.TemporaryDirectory() as folder, FileReader() as reader:
+        base = open_checkpoint(save_checkpoint(Path(folder) / "base", file.tensors,
+                                               config=file.config))  # fmt: skip
+        assert base.quantization is not None
+        found = find_codes(base.quantization, base.tensors, base.config)
+        assert found is not None
+        (ref,) = found.weights.values()
+        assert found.companions <= set(base.tensors) - set(found.weights)
+        yield ref, reader
+
+
+def decoded(ref: CodedRef, reader: FileReader) -> torch.Tensor:
+    return torch.frombuffer(read(ref, reader, 0, ref.nbytes), dtype=torch.float32)
+
+
+def read(ref: CodedRef, reader: FileReader, start: int, stop: int) -> bytearray:
+    held = bytearray(stop - start)
+    reader.read_into(ref, start, memoryview(held))
+    return held
+
+
+def parts(ref: CodedRef, reader: FileReader, row: Codec) -> tuple[torch.Tensor, ...]:
+    """(numbers, factor of each, factors) with the last axis along the columns."""
+    values = decoded(ref, reader).view(-1, ref.shape[-1])
+    if ref.scales is None:
+        return values, torch.ones(1, 1), torch.ones(1, 1)
+    scales = row.coder.load_scales(ref, reader)
+    assert scales.dtype == torch.float32 and scales.numel() == ref.scales.numel
+    rows, cols = (torch.arange(n) for n in values.shape)
+    return values, factors_at(scales, ref, rows, cols), scales
+
+
+def each(row: Codec, holds: Any, examples: int = 40) -> None:
+    """Try a law on random checkpoints."""
+
+    @settings(max_examples=examples, deadline=None)
+    @given(CODED[row.name], st.data())
+    def run(file: CodedFile, data: st.DataObject) -> None:
+        with opened(file) as (ref, reader):
+            holds(file, ref, reader, data)
+
+    run()
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_a_weight_looks_like_its_numbers(row: Codec) -> None:
+    def holds(file: CodedFile, ref: CodedRef, reader: FileReader, _: Any) -> None:
+        assert (ref.codec, ref.dtype) == (row.name, "F32") and ref.nbytes == 4 * ref.numel
+        assert ref.shape == tuple(file.tensors[ref.name].shape)
+        assert {r.name for r in ref.stored} <= set(file.tensors)
+
+    each(row, holds)
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_pieces_are_parts_of_the_whole(row: Codec) -> None:
+    def holds(_: CodedFile, ref: CodedRef, reader: FileReader, data: st.DataObject) -> None:
+        cuts = data.draw(st.lists(st.integers(0, ref.numel), max_size=5))
+        ends = sorted({0, *cuts, ref.numel})
+        pieces = [read(ref, reader, 4 * a, 4 * b) for a, b in pairwise(ends)]
+        assert b"".join(pieces) == bytes(read(ref, reader, 0, ref.nbytes))
+
+    each(row, holds)
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_numbers_go_back_to_their_codes(row: Codec) -> None:
+    def holds(file: CodedFile, ref: CodedRef, reader: FileReader, _: Any) -> None:
+        values, factors, _scales = parts(ref, reader, row)
+        codes = row.coder.encode(values.double(), factors, ref)
+        stored = file.tensors[ref.name]
+        assert codes.dtype == stored.dtype
+        assert torch.equal(codes.view(torch.uint8), stored.view(values.shape).view(torch.uint8))
+        assert torch.equal(row.coder.numbers(codes, factors.expand_as(values)), values)
+
+    each(row, holds)
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_factors_are_those_of_their_blocks(row: Codec) -> None:
+    """Each number has the factor of the block it lies in; counted by hand, stacks apart."""
+
+    def holds(file: CodedFile, ref: CodedRef, reader: FileReader, _: Any) -> None:
+        _values, factors, scales = parts(ref, reader, row)
+        if ref.scales is None:
+            return
+        height, width = ref.block
+        rows = ref.shape[-2]
+        matrices = ref.numel // (rows * ref.shape[-1])
+        each_one = scales.view(matrices, -1, scales.shape[1]) if len(scales) > 1 else scales[None]
+        got = factors.reshape(matrices, rows, -1)
+        for m in range(matrices):
+            for i in range(rows):
+                for j in range(ref.shape[-1]):
+                    of = each_one[m if len(each_one) > 1 else 0]
+                    assert got[m, i, j] == of[min(i // height, len(of) - 1), j // width]
+
+    each(row, holds, 80)
+
+
+def most(row: Codec, ref: CodedRef, factors: torch.Tensor) -> torch.Tensor:
+    """The largest number that can be coded under each factor."""
+    codes = row.coder.encode(torch.full(factors.shape, 1e30).double(), factors, ref)
+    return row.coder.numbers(codes, factors).double()
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_the_nearest_code_is_taken(row: Codec) -> None:
+    """Where one code gives way to the next is the middle, to float64: it is rounded once."""
+
+    def holds(_: CodedFile, ref: CodedRef, reader: FileReader, data: st.DataObject) -> None:
+        one = torch.ones(1, 1)
+
+        def coded(values: torch.Tensor) -> torch.Tensor:
+            return row.coder.numbers(row.coder.encode(values, one, ref), one).double()
+
+        seed = data.draw(st.integers(0, 2**20))
+        low = randn(8, 1, seed=seed).double() * float(most(row, ref, one)) / 8
+        high = low + low.abs() + 1
+        assert bool((coded(low) < coded(high)).all())
+        for _step in range(80):
+            middle = (low + high) / 2
+            is_below = coded(middle) <= coded(low)
+            low, high = torch.where(is_below, middle, low), torch.where(is_below, high, middle)
+        want = (coded(low) + coded(high)) / 2
+        assert bool(((low - want).abs() <= 2.0**-45 * want.abs()).all())
+
+    each(row, holds, 20)
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_factors_that_hold_stay_and_others_grow(row: Codec) -> None:
+    def holds(_: CodedFile, ref: CodedRef, reader: FileReader, data: st.DataObject) -> None:
+        values, factors, scales = parts(ref, reader, row)
+        if ref.scales is None:
+            return
+        rows, cols = values.shape
+        largest = most(row, ref, factors)
+        peaks = torch.zeros(scales.shape, dtype=torch.float64)
+        at = torch.arange(scales.numel(), dtype=torch.float32).view(scales.shape)
+        place = factors_at(at, ref, torch.arange(rows), torch.arange(cols)).long()
+        peaks.view(-1).scatter_reduce_(0, place.flatten(), largest.flatten(), "amax")
+        assert torch.equal(row.coder.fit(peaks, ref, scales), scales)
+        more = peaks * data.draw(st.floats(1.5, 1e3))
+        made = row.coder.fit(more, ref, scales)
+        assert bool((made > scales).all())
+        back = row.coder.store_scales(made, ref.scales.dtype)
+        assert torch.equal(back.float(), made)
+        wide = factors_at(made, ref, torch.arange(rows), torch.arange(cols))
+        tops = factors_at(more, ref, torch.arange(rows), torch.arange(cols))
+        assert bool((most(row, ref, wide) >= tops * (1 - 2**-23)).all())  # nothing is cut off
+
+    each(row, holds)

@@ -1,0 +1,167 @@
+"""Random inputs for the contract suites, by Hypothesis: one entry for each kind and codec."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from hypothesis import strategies as st
+
+from loratool.adapter import DeltaSpec, TensorData
+from tests.make import generator, randn
+
+Tensors = dict[str, torch.Tensor]
+Draw = st.DrawFn
+
+SIDES = st.integers(1, 9)
+RANKS = st.integers(1, 4)
+SEEDS = st.integers(0, 2**20)
+KERNELS = st.lists(st.integers(1, 3), min_size=1, max_size=2).map(tuple)
+
+
+def spans(size: int) -> st.SearchStrategy[tuple[int, ...]]:
+    """(start, stop) of some of ``size`` rows."""
+    ends = st.lists(st.integers(0, size), min_size=2, max_size=2, unique=True)
+    return ends.map(lambda pair: tuple(sorted(pair)))
+
+
+# ---------------------------------------------------------------------------------- kinds
+
+
+@dataclass(frozen=True)
+class Change:
+    """A spec and its tensors.
+
+    Attributes:
+        spec: as a dialect reads it.
+        fields: role -> tensor, float32.
+        shape: (rows, columns) of the weight, kernels flattened; (1, n) of a vector.
+    """
+
+    spec: DeltaSpec
+    fields: Tensors
+    shape: tuple[int, int]
+
+
+@st.composite
+def inner_shapes(draw: Draw) -> tuple[int, ...]:
+    """(in,) of a matrix, (in, k…) of a convolution."""
+    return (draw(SIDES), *draw(st.one_of(st.just(()), KERNELS)))
+
+
+def change(kind: str, shapes: Mapping[str, tuple[int, ...]], seed: int, rank: int,
+           size: tuple[int, ...], **more: Any) -> Change:  # fmt: skip
+    """A spec with random numbers of these shapes; the weight is of ``size``."""
+    fields = {role: randn(*shape, seed=seed + i) for i, (role, shape) in enumerate(shapes.items())}
+    sources = {
+        role: TensorData(role, "F32", tuple(t.shape), t.numpy().tobytes())
+        for role, t in fields.items()
+    }
+    layout = "vector" if not rank else "conv" if len(size) > 2 else "linear"
+    parameter = "weight" if rank else "bias"
+    alpha, scaling = (2.0 * rank, 2.0) if rank else (None, 1.5)
+    spec = DeltaSpec(kind, "a.b", parameter, sources, layout, rank, alpha, scaling, **more)
+    rows, *inner = size if len(size) > 1 else (1, *size)
+    return Change(spec, fields, (rows, int(torch.Size(inner).numel())))
+
+
+@st.composite
+def low_rank(draw: Draw) -> Change:
+    """LoRA: linear, convolution, with a core or a diagonal, block-diagonal."""
+    out, inner, r = draw(SIDES), draw(inner_shapes()), draw(RANKS)
+    ones = (1,) * (len(inner) - 1)
+    shapes = {"lora_A": (r, *inner), "lora_B": (out, r, *ones)}
+    more: dict[str, Any] = {}
+    form = draw(st.sampled_from(["plain", "diag", "blocks"] if not ones else ["plain", "core"]))
+    if form == "diag":
+        shapes["diag"] = (r,)
+    elif form == "core":
+        shapes |= {"lora_A": (r, inner[0], *ones), "lora_mid": (r, r, *inner[1:])}
+    elif form == "blocks":
+        count = draw(st.integers(1, 3))
+        r, inner = r * count, (inner[0] * count,)
+        shapes = {"lora_A": (r, inner[0] // count), "lora_B": (out, r)}
+        more["blocks"] = (count, "A")
+    return change("lowrank", shapes, draw(SEEDS), r, (out, *inner), **more)
+
+
+@st.composite
+def dora(draw: Draw) -> Change:
+    """LoRA with lengths of rows."""
+    out, inner, r = draw(SIDES), draw(inner_shapes()), draw(RANKS)
+    ones = (1,) * (len(inner) - 1)
+    shapes = {"lora_A": (r, *inner), "lora_B": (out, r, *ones), "magnitude": (out,)}
+    return change("dora", shapes, draw(SEEDS), r, (out, *inner))
+
+
+@st.composite
+def hadamard(draw: Draw) -> Change:
+    """LoHa, of convolutions with cores or flattened."""
+    out, inner, r = draw(SIDES), draw(inner_shapes()), draw(RANKS)
+    shapes: dict[str, tuple[int, ...]] = {}
+    has_core = len(inner) > 1 and draw(st.booleans())
+    for n in (1, 2):
+        if has_core:
+            shapes |= {f"hada_w{n}_a": (r, out), f"hada_w{n}_b": (r, inner[0]),
+                       f"hada_t{n}": (r, r, *inner[1:])}  # fmt: skip
+        else:
+            shapes |= {f"hada_w{n}_a": (out, r), f"hada_w{n}_b": (r, *inner)}
+    return change("hadamard", shapes, draw(SEEDS), r, (out, *inner))
+
+
+@st.composite
+def vector(draw: Draw) -> Change:
+    """A change of a bias."""
+    n = draw(SIDES)
+    return change("vector", {"delta": (n,)}, draw(SEEDS), 0, (n,))
+
+
+SPECS: dict[str, st.SearchStrategy[Change]] = {
+    "lowrank": low_rank(), "dora": dora(), "hadamard": hadamard(), "vector": vector(),
+}  # fmt: skip
+"""Kind -> random changes of it."""
+
+# --------------------------------------------------------------------------------- codecs
+
+
+@dataclass(frozen=True)
+class CodedFile:
+    """A quantised checkpoint.
+
+    Attributes:
+        tensors: by name.
+        config: its ``config.json``.
+    """
+
+    tensors: Tensors
+    config: dict[str, Any]
+
+
+@st.composite
+def fp8(draw: Draw) -> CodedFile:
+    """Factors per block (the last ones ragged), per row, per tensor or none; also stacks."""
+    height, width = draw(st.integers(1, 5)), draw(st.integers(1, 5))
+    stack = draw(st.lists(st.integers(1, 3), max_size=1))
+    rows, cols = draw(st.integers(1, 13)), draw(st.integers(1, 13))
+    seed = draw(SEEDS)
+    dtype = draw(st.sampled_from([torch.float8_e4m3fn, torch.float8_e5m2]))
+    raw = torch.randint(0, 256, (*stack, rows, cols), generator=generator(seed)).to(torch.uint8)
+    codes = raw.view(dtype)
+    codes = torch.where(codes.float().isfinite(), codes.float(), 1.0).to(dtype)
+    grid = {"blocks": (*stack, -(-rows // height), -(-cols // width)), "tensor": ()}
+    if not stack:
+        grid |= {"rows": (rows, 1), "none": (0,)}
+    how = draw(st.sampled_from(sorted(grid)))
+    tensors = {"a.weight": codes, "norm.weight": torch.ones(3)}
+    scale = torch.exp2(randn(1, *grid[how], seed=seed + 1))[0]
+    scale_type = draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float8_e8m0fnu]))
+    if how != "none":
+        tensors["a.weight_scale_inv"] = scale.to(scale_type)
+    stated = {"quant_method": "fp8", "weight_block_size": [height, width]}
+    return CodedFile(tensors, {"model_type": "test", "quantization_config": stated})
+
+
+CODED: dict[str, st.SearchStrategy[CodedFile]] = {"fp8": fp8()}
+"""Codec -> random checkpoints that it reads."""
