@@ -305,6 +305,7 @@ class Adapter:
             written back with it.
         unclaimed: tensors with no meaning for merging that the dialect may legally hold
             (training-only state); reported, never dropped in silence.
+        is_flat: its module names are flat: they are looked up when bound, never un-flattened.
         layer_order: layer_replication: base layer index for each layer of the adapter's model.
         notes: facts about the reading that a user should know, one sentence each.
         warnings: what may make the numbers other than the trained model's, one sentence each.
@@ -323,6 +324,7 @@ class Adapter:
     key_order: tuple[str, ...] = ()
     unclaimed: tuple[TensorRef, ...] = ()
     carried: tuple[TensorRef, ...] = ()
+    is_flat: bool = False
     layer_order: tuple[int, ...] | None = None
     notes: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()

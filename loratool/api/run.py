@@ -4,9 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from loratool.api.compare import compare
+from loratool.api.compress import compress
+from loratool.api.convert import convert
+from loratool.api.extract import extract
+from loratool.api.inspect import inspect
+from loratool.api.merge import merge
+from loratool.api.pull import pull
+from loratool.api.push import push
+from loratool.api.rescale import rescale
+from loratool.api.subtract import subtract, swap
+from loratool.api.verify import verify
 from loratool.errors import AlreadyMadeError, DifferencesError, LoratoolError
 from loratool.ops.inputs import guard_output
 from loratool.ops.recipe import RecipeStep, read_recipe
@@ -19,7 +30,14 @@ from loratool.report.run import RunReport, StepReport
 from loratool.store.places import notes_path
 from loratool.store.series import series
 
-_NO_STEPS = {"run"}
+_STEPS: dict[str, Callable[..., Report]] = {
+    function.__name__: function
+    for function in (
+        inspect, merge, extract, subtract, compress, swap, rescale, convert, compare, verify, pull,
+        push,
+    )
+}  # fmt: skip
+"""The commands that a recipe may call."""
 
 
 @takes(Recipe)
@@ -72,17 +90,14 @@ def _series(steps: Sequence[RecipeStep], dry_run: bool) -> contextlib.AbstractCo
 
 def step_options() -> dict[str, type[Options]]:
     """Name -> options of every command that a recipe may call."""
-    return {name: kind for name, kind in COMMANDS.items() if name not in _NO_STEPS}
+    return {name: COMMANDS[name] for name in _STEPS}
 
 
 def _call(step: RecipeStep, count: int, common: Mapping[str, bool]) -> Report:
-    from loratool import api
-
-    function = getattr(api, step.command)
     options = only_of(COMMANDS[step.command], common)
     where = f"step {step.number} of {count} ({step.command}, line {step.line})"
     try:
-        report = function(**step.options, **options)
+        report = _STEPS[step.command](**step.options, **options)
     except LoratoolError as error:
         raise type(error)(
             error.code, f"{where}: {error.what}", file=error.file, key=error.key,

@@ -118,6 +118,7 @@ def assemble_sum(plan: SumPlan, summed: Summed, first: Adapter) -> Adapter:
             plan.base_model,
             plan.config,
             carried=plan.passed,
+            is_flat=first.is_flat,
             layer_order=plan.layer_order,
         )
     )

@@ -114,9 +114,9 @@ class Dialect:
         """What makes its files."""
         if self.table is None:
             return cast(Writer, _resolve(self.write))
-        from loratool.dialects.table_write import table_writer
+        from loratool.dialects.table_write import write_table
 
-        return table_writer(self)
+        return partial(write_table, self.table, self.name, self.title)
 
     def obstacle(self, spec: DeltaSpec) -> str:
         """Why a change cannot be written in it, "" if it can."""

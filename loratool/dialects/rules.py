@@ -68,11 +68,6 @@ def conversion(adapter: Adapter, dialect: str) -> str:
     return shlex.join(words)
 
 
-def is_flat(adapter: Adapter) -> bool:
-    """True if its module names are flat: look them up, never un-flatten them."""
-    return row_of(adapter.dialect).is_flat
-
-
 def is_folder(dialect: str) -> bool:
     """True if an adapter of a dialect is written as a folder, False if as a single file.
 

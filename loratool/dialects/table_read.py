@@ -38,7 +38,7 @@ def read_table(table: Table, dialect: str, candidate: Candidate, options: Read) 
     return Adapter(
         candidate.path, dialect, found.specs, metadata=header.metadata,
         key_order=tuple(ref.name for ref in header.tensors), carried=found.carried,
-        notes=tuple(notes),
+        is_flat=table.is_flat, notes=tuple(notes),
     )  # fmt: skip
 
 

@@ -17,7 +17,6 @@ from loratool.adapter import (
     TensorRef,
 )
 from loratool.delta.forms import scaled_source
-from loratool.dialects.base import Dialect, Writer
 from loratool.dialects.table import Table
 from loratool.dialects.table_read import read_tensors
 from loratool.dtypes import DTYPES
@@ -28,39 +27,36 @@ from loratool.store.reader import read_bytes
 _OTHER_SIGN = bytes(byte ^ 0x80 for byte in range(256))
 
 
-def table_writer(row: Dialect) -> Writer:
-    """What makes the files of a dialect that is a table."""
-
-    def write(
-        adapter: Adapter,
-        *,
-        base_config: Mapping[str, Any] | None = None,
-        base_tensors: Iterable[str] = (),
-    ) -> AdapterFiles:
-        return write_table(row, adapter)
-
-    return write
-
-
-def write_table(row: Dialect, adapter: Adapter) -> AdapterFiles:
+def write_table(
+    table: Table,
+    dialect: str,
+    title: str,
+    adapter: Adapter,
+    *,
+    base_config: Mapping[str, Any] | None = None,
+    base_tensors: Iterable[str] = (),
+) -> AdapterFiles:
     """The file of an adapter: its own tensors where it is unchanged, else all of them anew.
+
+    Args:
+        table: of the dialect.
+        dialect: its name.
+        title: its title, for messages.
+        adapter: what to write.
+        base_config: of no use here.
+        base_tensors: likewise.
 
     Raises:
         MismatchError: LT-411, the dialect cannot hold it.
     """
-    from loratool.dialects.registry import row_of
-
-    table, title = row.table, row.title
-    assert table is not None
-    is_flat = row_of(adapter.dialect).is_flat
-    if row.name == adapter.dialect and (old := _unchanged(table, adapter)) is not None:
+    if dialect == adapter.dialect and (old := _unchanged(table, adapter)) is not None:
         return AdapterFiles(old, dict(adapter.metadata), "")
     _check(table, adapter, title)
     tensors: dict[str, Source] = {}
     dtype = _alpha_dtype(adapter)
     norms = {s.module for s in adapter.specs if s.parameter == "weight" and not s.is_matrix}
     for spec in adapter.specs:
-        stem = table.stem_of(spec, is_flat=is_flat)
+        stem = table.stem_of(spec, is_flat=adapter.is_flat)
         if spec.scaling < 0:  # loaders halve a scale until it fits, which never ends below 0
             spec = turned(spec)
         keys = table.keys_of(spec, stem, is_norm=spec.module in norms)

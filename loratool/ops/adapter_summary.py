@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from loratool.adapter import Adapter, DeltaSpec, Replacement, Source
 from loratool.dialects.programs import judge_loads
-from loratool.dialects.rules import is_flat, short_title
+from loratool.dialects.rules import short_title
 from loratool.dialects.stated import divides_by_root, method_of
 from loratool.dtypes import DTYPES
 from loratool.report import AdapterSummary, ReplacedTensor, TargetFamily
@@ -27,7 +27,7 @@ def summarize_adapter(adapter: Adapter) -> AdapterSummary:
         method=_method(adapter),
         base_model=adapter.base_model,
         modules=len(adapter.specs),
-        families=_families(adapter.specs, is_flat=is_flat(adapter)),
+        families=_families(adapter.specs, is_flat=adapter.is_flat),
         ranks=dict(sorted(Counter(s.rank for s in adapter.specs if s.rank).items())),
         alphas=_counted(
             "-" if s.alpha is None else f"{s.alpha:g}" for s in adapter.specs if s.rank

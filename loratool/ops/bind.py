@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 from loratool.adapter import Adapter, TensorRef
 from loratool.archs.stated import layer_config
 from loratool.archs.ties import Tie, find_ties, follows_vocabulary
-from loratool.dialects.rules import is_flat
 from loratool.dialects.stated import version_of
 from loratool.errors import MismatchError, UsageError
 from loratool.ops.bind_experts import place_flat, place_single
@@ -118,7 +117,7 @@ def bind(adapter: Adapter, checkpoint: Checkpoint, options: Names | None = None)
                 "LT-448", "--skip leaves nothing to bind", file=adapter.path, got=skipped
             )
         return Bindings((), skipped=skipped, notes=notes, checkpoint=checkpoint)
-    if is_flat(adapter):
+    if adapter.is_flat:
         items = resolve_flat(items, checkpoint, adapter.path)
     outcome = _choose(items, adapter, checkpoint, options)
     left_out = tuple(sorted({m.item.module for m in outcome.misfits}))

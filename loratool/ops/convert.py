@@ -19,7 +19,7 @@ from loratool.delta.forms import (
 from loratool.dialects import unmergeable_reason
 from loratool.dialects.base import Dialect
 from loratool.dialects.registry import row_of
-from loratool.dialects.rules import is_flat, is_of_home, passed_on
+from loratool.dialects.rules import is_of_home, passed_on
 from loratool.errors import MismatchError, list_some
 from loratool.ops.additive import require_kernels
 from loratool.ops.bind import bind
@@ -78,7 +78,7 @@ def plan_convert(
                             got=reason)  # fmt: skip
     _check(kept, row)
     notes += _left_behind(kept, row)
-    if is_flat(source) and not row.is_flat:
+    if source.is_flat and not row.is_flat:
         kept, words = _named(kept, base)
         notes.append(words)
     elif base is not None:
@@ -181,7 +181,7 @@ def _named(adapter: Adapter, base: Checkpoint | None) -> tuple[Adapter, str]:
     if base is not None:
         bindings = bind(adapter, base)
         specs, words = _pieces(bindings.deltas, base), f"modules are named as in {base.path.name}"
-        return replace(adapter, specs=specs), "; ".join((words, *bindings.notes))
+        return replace(adapter, specs=specs, is_flat=False), "; ".join((words, *bindings.notes))
     return _from_known(adapter, known_names())
 
 
@@ -251,4 +251,4 @@ def _from_known(adapter: Adapter, known: FlatNames) -> tuple[Adapter, str]:
     words = "modules are named as diffusers and transformers do" + (
         ", behind the names of the pipeline's parts" if several else ""
     )
-    return replace(adapter, specs=tuple(specs)), words
+    return replace(adapter, specs=tuple(specs), is_flat=False), words

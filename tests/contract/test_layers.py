@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -90,6 +91,22 @@ def test_torch_stays_in_its_layers(path: Path) -> None:
         if module.split(".")[0] in ("torch", "numpy", "transformers", "peft"):
             assert module.split(".")[0] in ("torch", "numpy"), f"{relative} imports {module}"
             assert allowed, f"{relative} imports {module} (column {column})"
+
+
+def test_no_modules_import_each_other() -> None:
+    """Imports inside functions count."""
+    names = {path: _name(path) for path in FILES}
+    graph = {
+        name: {m for m, _column in imports(ast.parse(path.read_text())) if m in names.values()}
+        - {name}
+        for path, name in names.items()
+    }
+    assert sum(map(len, graph.values())) > 1000
+    TopologicalSorter(graph).prepare()  # CycleError names them
+
+
+def _name(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT.parent).with_suffix("").parts).removesuffix(".__init__")
 
 
 def test_every_module_has_a_layer() -> None:
