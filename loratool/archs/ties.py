@@ -130,7 +130,8 @@ def is_head(name: str) -> bool:
 
 def is_embedding(name: str) -> bool:
     """True for the weight of a word embedding."""
-    return _ends_with(name.rpartition(".")[0], tuple(load_data("facts")["embeddings"]))
+    module, _, leaf = name.rpartition(".")  # BERT's `embeddings.position_ids` is none
+    return leaf == "weight" and _ends_with(module, tuple(load_data("facts")["embeddings"]))
 
 
 def follows_vocabulary(name: str) -> bool:

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 import loratool as lt
+from tests.make import randn, random_factors, save_adapter, save_checkpoint
 from tests.oracle.in_peft import make, randomise, save_base
 from tests.oracle.test_ties import IDS, TINY, decoder
 
@@ -186,3 +187,16 @@ def test_added_tokens(tmp_path: Path, is_tied: bool, rows: Any) -> None:
     with torch.no_grad():
         found, wanted = (m(input_ids=ids).logits for m in (merged.eval(), adapted))
     assert torch.allclose(found, wanted, atol=1e-5)
+
+
+def test_only_weights_are_embeddings(tmp_path: Path) -> None:
+    """BERT stores `embeddings.position_ids`, one row of numbers."""
+    tensors = {"embeddings.word_embeddings.weight": randn(45, 8, seed=0),
+               "embeddings.position_ids": torch.arange(16)[None],
+               "encoder.query.weight": randn(8, 8, seed=1)}  # fmt: skip
+    save_checkpoint(tmp_path / "base", tensors)
+    tokenizer = {"model": {"vocab": {f"t{i}": i for i in range(45)}}}
+    (tmp_path / "base/tokenizer.json").write_text(json.dumps(tokenizer))
+    save_adapter(tmp_path / "a", random_factors({"encoder.query": (8, 8)}, rank=2, seed=2))
+    report = lt.merge([tmp_path / "a"], base=tmp_path / "base", output=tmp_path / "o")
+    assert report.warnings == ()
