@@ -153,8 +153,7 @@ def resolve(name: str) -> Any:
 @cache
 def every() -> tuple[Kind, ...]:
     """All kinds, those of other packages last (entry points ``loratool.kinds``)."""
-    others = plugins.load("loratool.kinds", Kind)
-    return (*KINDS, *(k for k in others if k.name not in BY_NAME))
+    return (*KINDS, *plugins.load("loratool.kinds", Kind, BY_NAME).values())
 
 
 def row_of(name: str) -> Kind:

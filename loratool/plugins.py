@@ -10,25 +10,40 @@ They are looked for only where no row of loratool's own has the answer.
 
 from __future__ import annotations
 
+from collections.abc import Container
 from functools import cache
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 from loratool.errors import MismatchError
 
-Row = TypeVar("Row")
+
+class Named(Protocol):
+    """A row of any registry."""
+
+    @property
+    def name(self) -> str:
+        """By which it is found."""
 
 
-@cache
-def load(group: str, kind: type[Row]) -> tuple[Row, ...]:
-    """The rows that entry points of a group name.
+Row = TypeVar("Row", bound=Named)
+
+
+def load(group: str, kind: type[Row], own: Container[str]) -> dict[str, Row]:
+    """The rows that entry points of a group name, by their names; one of our own names stays ours.
 
     Args:
         group: ``loratool.dialects``, ``loratool.kinds``, ``loratool.codecs``.
         kind: what each of them must be.
+        own: names of loratool's own rows.
 
     Raises:
         MismatchError: LT-419, an entry point that cannot be loaded, or is something else.
     """
+    return {row.name: row for row in _load(group, kind) if row.name not in own}
+
+
+@cache
+def _load(group: str, kind: type[Row]) -> tuple[Row, ...]:
     from importlib.metadata import entry_points
 
     rows = []

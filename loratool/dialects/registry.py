@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cache
-
 from loratool import plugins
 from loratool.dialects import by_sight, kohya, lycoris, peft
 from loratool.dialects.base import Dialect
@@ -16,11 +14,9 @@ DIALECTS: tuple[Dialect, ...] = (*peft.ROWS, kohya.ROW, lycoris.ROW, *by_sight.R
 BY_NAME: dict[str, Dialect] = {row.name: row for row in DIALECTS}
 
 
-@cache
 def others() -> dict[str, Dialect]:
     """Rows of other packages, by name (entry points ``loratool.dialects``)."""
-    found = plugins.load("loratool.dialects", Dialect)
-    return {row.name: row for row in found if row.name not in BY_NAME}
+    return plugins.load("loratool.dialects", Dialect, BY_NAME)
 
 
 def detect(candidate: Candidate) -> Dialect:

@@ -19,8 +19,6 @@ from loratool.plan import Step
 from loratool.quant import codec_of
 from loratool.quant.base import block_rows, factors_at
 
-_ONE = 1.0
-
 
 class Requantize(AddDeltas):
     """Codes of the sums; the report measures the numbers that they stand for."""
@@ -95,7 +93,7 @@ class Requantize(AddDeltas):
 
     def _pick(self, index: int, summed: torch.Tensor, delta: torch.Tensor) -> None:
         """Predict on the grid of the codes: in units of one factor."""
-        scale = _ONE if self.scales is None else float(self.scales.double().median())
+        scale = 1.0 if self.scales is None else float(self.scales.double().median())
         super()._pick(index, summed / scale, delta / scale)
 
 

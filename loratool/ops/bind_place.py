@@ -16,7 +16,6 @@ from loratool.ops.bind_rules import View
 from loratool.ops.bind_types import BoundDelta, BoundReplacement, Found, Item, Misfit
 from loratool.ops.new_parts import is_part
 from loratool.options.groups import Names
-from loratool.plan import Region
 from loratool.store.checkpoint import Checkpoint
 
 Placement = Found | Misfit
@@ -208,11 +207,6 @@ def unmergeable(item: Item, target: str, ctx: Context) -> Misfit | None:
 def misfit(item: Item, reason: str, expected: str, got: str, target: str) -> Misfit:
     """A misfit with its numbers."""
     return Misfit(item, reason, expected, got, target)
-
-
-def region_delta(spec: DeltaSpec, target: str, region: Region, *, turned: bool) -> BoundDelta:
-    """A bound delta on part of a target."""
-    return BoundDelta(spec, target, region, transposed=turned)
 
 
 def _place_conv(item: Item, spec: DeltaSpec, target: str, ctx: Context) -> Placement:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from functools import cache
 from typing import Any
 
 from loratool import plugins
@@ -20,11 +19,9 @@ CODECS: dict[str, Codec] = {
 }  # fmt: skip
 
 
-@cache
 def others() -> dict[str, Codec]:
     """Codecs of other packages, by name (entry points ``loratool.codecs``)."""
-    found = plugins.load("loratool.codecs", Codec)
-    return {row.name: row for row in found if row.name not in CODECS}
+    return plugins.load("loratool.codecs", Codec, CODECS)
 
 
 def codec_of(name: str) -> Codec:
