@@ -21,3 +21,16 @@ for _name in ("SIGINT", "SIGHUP"):
 def data() -> Path:
     """Folder of the sample adapters."""
     return DATA
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working directory: a folder with the small files of the demo."""
+    from loratool.delta.toy import toy_files
+
+    for name, data in toy_files():
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path

@@ -18,7 +18,6 @@ from safetensors.torch import load_file, save_file
 
 import loratool
 from loratool.cli.group import COMMANDS, MODULES
-from loratool.delta.toy import toy_files
 from tests.make import randn, save_adapter, save_checkpoint
 
 ROOT = Path(loratool.__file__).parent
@@ -74,16 +73,6 @@ def test_no_hint_names_a_command_that_does_not_exist() -> None:
 
 
 # --- typed ------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    for name, data in toy_files():
-        path = tmp_path / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(data)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
 
 
 def run(words: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, dict[str, Any]]:

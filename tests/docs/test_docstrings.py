@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 
 import loratool
-from loratool.delta.toy import toy_files
 from loratool.dialects import examine, open_adapter
 from loratool.options.groups import Read
 from loratool.store.checkpoint import open_checkpoint
@@ -33,14 +32,7 @@ def examples() -> Iterator[doctest.DocTest]:
 
 
 @pytest.mark.parametrize("test", list(examples()), ids=lambda t: t.name)
-def test_an_example_runs(
-    test: doctest.DocTest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name, data in toy_files():
-        path = tmp_path / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(data)
-    monkeypatch.chdir(tmp_path)
+def test_an_example_runs(test: doctest.DocTest, here: Path) -> None:
     said: list[str] = []
     flags = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
     doctest.DocTestRunner(optionflags=flags).run(test, out=said.append)

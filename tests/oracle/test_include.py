@@ -11,22 +11,11 @@ import torch
 from safetensors.torch import load_file
 
 import loratool as lt
-from loratool.delta.toy import toy_files
 from loratool.dialects import open_adapter
 from loratool.dialects.programs import judge_loads
 from loratool.errors import LoratoolError
 
 ONLY = "layers\\.0\\..*q_proj"
-
-
-@pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    for name, data in toy_files():
-        path = tmp_path / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(data)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
 
 
 def modules(folder: str) -> set[str]:
