@@ -6,8 +6,7 @@ import math
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import cache
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from loratool import plugins
 
@@ -142,12 +141,6 @@ KINDS: tuple[Kind, ...] = (
 )  # fmt: skip
 
 BY_NAME: dict[str, Kind] = {k.name: k for k in KINDS}
-
-
-def resolve(name: str) -> Any:
-    """The function that a row names as ``module:function``."""
-    module, _, function = name.partition(":")
-    return getattr(import_module(module), function)
 
 
 @cache

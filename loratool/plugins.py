@@ -1,18 +1,21 @@
-"""Rows of other packages: dialects, kinds and codecs that an installed package brings along.
+"""Rows of registries: the functions that they name, and rows of other packages.
 
-A package names them in its ``pyproject.toml``::
+Rows name functions as ``module:function``, so that no registry imports torch.
+
+A package names its dialects, kinds and codecs in its ``pyproject.toml``::
 
     [project.entry-points."loratool.dialects"]
     mine = "my_package:DIALECT"
 
-They are looked for only where no row of loratool's own has the answer.
+Those are looked for only where no row of loratool's own has the answer.
 """
 
 from __future__ import annotations
 
 from collections.abc import Container
 from functools import cache
-from typing import Protocol, TypeVar
+from importlib import import_module
+from typing import Any, Protocol, TypeVar
 
 from loratool.errors import MismatchError
 
@@ -26,6 +29,16 @@ class Named(Protocol):
 
 
 Row = TypeVar("Row", bound=Named)
+
+
+def function_of(text: str) -> Any:
+    """The function or class that a row names as ``module:function``.
+
+    Raises:
+        ImportError, AttributeError: there is none.
+    """
+    module, _, name = text.partition(":")
+    return getattr(import_module(module), name)
 
 
 def load(group: str, kind: type[Row], own: Container[str]) -> dict[str, Row]:

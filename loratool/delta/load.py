@@ -8,8 +8,8 @@ import torch
 
 from loratool.adapter import Source
 from loratool.delta.base import Delta
-from loratool.kinds import resolve
 from loratool.plan import DeltaPart
+from loratool.plugins import function_of
 
 
 def load_delta(
@@ -29,6 +29,6 @@ def load_delta(
         dtype: float32 or float64, the type of the accumulator.
         fold: False keeps tensors as stored and the coefficient apart.
     """
-    build: Callable[..., Delta] = resolve(part.spec.row.implementation)
+    build: Callable[..., Delta] = function_of(part.spec.row.implementation)
     fields = {role: load(source) for role, source in part.spec.fields.items()}
     return build(fields, part, coefficient=coefficient, dtype=dtype, fold=fold)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -12,6 +11,7 @@ from loratool.adapter import Adapter, AdapterFiles, DeltaSpec
 from loratool.dialects.candidate import Candidate
 from loratool.dialects.table import Table
 from loratool.options.groups import Read
+from loratool.plugins import function_of
 
 Detector = Callable[[Candidate], bool]
 """Is this a file of the dialect?  No two dialects say yes to the same one."""
@@ -105,7 +105,7 @@ class Dialect:
     def reader(self) -> Reader:
         """What reads a file of it."""
         if self.table is None:
-            return cast(Reader, _resolve(self.read))
+            return cast(Reader, function_of(self.read))
         from loratool.dialects.table_read import read_table
 
         return partial(read_table, self.table, self.name)
@@ -113,7 +113,7 @@ class Dialect:
     def writer(self) -> Writer:
         """What makes its files."""
         if self.table is None:
-            return cast(Writer, _resolve(self.write))
+            return cast(Writer, function_of(self.write))
         from loratool.dialects.table_write import write_table
 
         return partial(write_table, self.table, self.name, self.title)
@@ -122,7 +122,7 @@ class Dialect:
         """Why a change cannot be written in it, "" if it can."""
         if self.table is not None:
             return self.table.obstacle(spec)
-        return str(cast(Callable[[DeltaSpec], str], _resolve(self.holds))(spec))
+        return str(cast(Callable[[DeltaSpec], str], function_of(self.holds))(spec))
 
 
 def by_keys(*patterns: str, unless: tuple[str, ...] = ()) -> Detector:
@@ -141,8 +141,3 @@ def by_keys(*patterns: str, unless: tuple[str, ...] = ()) -> Detector:
         )
 
     return detect
-
-
-def _resolve(text: str) -> object:
-    module, _, name = text.partition(":")
-    return getattr(importlib.import_module(module), name)

@@ -27,11 +27,12 @@ from loratool.engine.kernel import Env
 from loratool.engine.summing import SummedModule, sum_factors
 from loratool.linalg import core, fit
 from loratool.linalg.concat import difference_square, product_norm, slerp_weights
-from loratool.linalg.dense import DenseCombiner, combine_rows, combine_whole, resolve
+from loratool.linalg.dense import DenseCombiner, combine_rows, combine_whole
 from loratool.linalg.norms import sum_of_squares
 from loratool.linalg.product import product_svd, split_factors
 from loratool.methods import Method
 from loratool.plan import DeltaPart
+from loratool.plugins import function_of
 
 
 @dataclass(frozen=True)
@@ -165,14 +166,16 @@ def _combine(
             return found, product_norm(*found) ** 2, 0.0
         U, S, Vh = product_svd(*found)
     elif how.method.space == "joint":
-        joint = resolve(how.method.function)(scaled, weights, keys=keys, **how.params)
+        joint = function_of(how.method.function)(scaled, weights, keys=keys, **how.params)
         del scaled, pairs
         U, S, Vh = product_svd(*joint)
         del joint
     else:
         left, right, cores = core.core_space(scaled)
         del scaled, pairs
-        merged = resolve(how.method.function)(cores, weights, keys=keys, rank=rank, **how.params)
+        merged = function_of(how.method.function)(
+            cores, weights, keys=keys, rank=rank, **how.params
+        )
         u, S, vh = torch.linalg.svd(merged, full_matrices=False)
         U, Vh = left @ u, vh @ right.T
         del left, right

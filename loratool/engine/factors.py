@@ -12,8 +12,8 @@ from loratool.delta.forms import kernel_of, values_of, with_factors
 from loratool.delta.lowrank import Pair, packed
 from loratool.engine.buffers import TORCH_DTYPES, to_bytes
 from loratool.engine.kernel import Env
-from loratool.kinds import resolve
 from loratool.linalg.rounding import round_into
+from loratool.plugins import function_of
 
 FP16_MAX = 65504.0
 
@@ -34,7 +34,7 @@ def load_pairs(spec: DeltaSpec, env: Env) -> list[Pair]:
 
 def make_pairs(fields: Mapping[str, torch.Tensor], spec: DeltaSpec) -> list[Pair]:
     """As `load_pairs`, of loaded tensors."""
-    made: list[Pair] = resolve(spec.row.pairs)(fields, spec)
+    made: list[Pair] = function_of(spec.row.pairs)(fields, spec)
     return made
 
 

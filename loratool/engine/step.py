@@ -9,7 +9,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import import_module
 from typing import Any, Protocol
 
 import torch
@@ -22,6 +21,7 @@ from loratool.engine.kernel import Env, Kernel
 from loratool.engine.reads import cut_step
 from loratool.engine.rows import Op, op_of
 from loratool.plan import Step
+from loratool.plugins import function_of
 from loratool.store.checksum import Piece
 from loratool.store.shard_writer import PAGE
 
@@ -190,7 +190,6 @@ class StepWork:
 
 def make_kernel(op: Op, step: Step, env: Env) -> Kernel:
     """The kernel of a row, at its step."""
-    module, _, name = op.kernel.partition(":")
-    made = getattr(import_module(module), name)(step, env)
+    made = function_of(op.kernel)(step, env)
     assert isinstance(made, Kernel)
     return made

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from importlib import import_module
 from typing import Any
 
 import torch
@@ -12,15 +11,9 @@ import torch
 from loratool.linalg.elect import Noise
 from loratool.linalg.select import Chance, Largest, Middle, Place, Selector, count_kept
 from loratool.methods import Method, find_method
+from loratool.plugins import function_of
 
 Combine = Callable[..., torch.Tensor]
-
-
-def resolve(function: str) -> Combine:
-    """The function that a registry row names."""
-    module, _, name = function.partition(":")
-    made: Combine = getattr(import_module(module), name)
-    return made
 
 
 class DenseCombiner:
@@ -47,7 +40,7 @@ class DenseCombiner:
     ) -> None:
         self.method = method
         self.weights = tuple(weights)
-        self._function = resolve(method.function)
+        self._function: Combine = function_of(method.function)
         self._params = {k: v for k, v in params.items() if isinstance(v, (int, float))}
         density = float(params.get("density", 1.0))
         count = count_kept(density, total)

@@ -16,8 +16,9 @@ from loratool.adapter import TensorData
 from loratool.delta.base import Delta
 from loratool.delta.forms import matrix_shape, scaled_source, shape_of
 from loratool.delta.load import load_delta
-from loratool.kinds import KINDS, Kind, of_method, of_roles, resolve, row_of
+from loratool.kinds import KINDS, Kind, of_method, of_roles, row_of
 from loratool.plan import DeltaPart, Region
+from loratool.plugins import function_of
 from tests.make import randn
 from tests.strategies import SPECS, Change, spans
 
@@ -33,8 +34,8 @@ def test_every_kind_has_random_changes() -> None:
 @pytest.mark.parametrize("row", ROWS)
 def test_a_row_resolves(row: Kind) -> None:
     assert row_of(row.name) is row
-    assert callable(resolve(row.implementation))
-    assert not row.pairs or callable(resolve(row.pairs))
+    assert callable(function_of(row.implementation))
+    assert not row.pairs or callable(function_of(row.pairs))
     assert row.scaled in row.roles and row.reach in ("block", "norms", "all")
     assert not set(row.roles) & set(row.optional)
     assert row.rank_axis is None or row.rank_axis[0] in row.roles
@@ -102,7 +103,7 @@ def test_sizes_are_those_of_the_dense_change(row: Kind) -> None:
 
 
 def pairs(change: Change) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    found: list[tuple[torch.Tensor, torch.Tensor]] = resolve(change.spec.row.pairs)(
+    found: list[tuple[torch.Tensor, torch.Tensor]] = function_of(change.spec.row.pairs)(
         change.fields, change.spec
     )
     return found

@@ -16,10 +16,10 @@ import loratool as lt
 from loratool.adapter import Adapter
 from loratool.api.sums import run_sum
 from loratool.engine import grid
-from loratool.linalg.dense import resolve
 from loratool.methods import BY_NAME, DENSE_INNER, METHODS, Method, parse_params
 from loratool.ops.combine import plan_combine
 from loratool.ops.weights import Weight
+from loratool.plugins import function_of
 from tests.make import randn, save_adapter, save_checkpoint
 from tests.oracle import method_oracles
 from tests.oracle.adapter_algebra import LLM, twin
@@ -170,7 +170,7 @@ def test_core_on_exact_cores(params: dict[str, Any], name: str) -> None:
     row = BY_NAME["core"]
     mix, _ = mix_of(cases(whole)[name], row, params)
     cores = torch.stack([torch.from_numpy(D) for D in mix.deltas])
-    got = resolve(row.function)(
+    got = function_of(row.function)(
         cores, mix.weights, keys=[k.value for k in mix.keys], rank=1, **mix.params
     )
     want = INNER[params["inner"]](mix.deltas, mix.weights, mix.params, mix.keys)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib import import_module
 from typing import Protocol
 
 from loratool.engine.kernel import Env
@@ -18,6 +17,7 @@ from loratool.engine.sink import StepOut
 from loratool.engine.step import Result
 from loratool.errors import UsageError
 from loratool.plan import Step
+from loratool.plugins import function_of
 
 EXECUTORS = {
     "threads": "loratool.engine.executors.threads:run",
@@ -76,6 +76,5 @@ def find_executor(name: str) -> Executor:
     """
     if name not in EXECUTORS:
         raise UsageError("LT-209", "unknown executor", expected=", ".join(EXECUTORS), got=name)
-    module, _, function = EXECUTORS[name].partition(":")
-    found: Executor = getattr(import_module(module), function)
+    found: Executor = function_of(EXECUTORS[name])
     return found
