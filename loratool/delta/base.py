@@ -67,6 +67,28 @@ class Delta(ABC):
         """
         raise TypeError(f"{type(self).__name__} is no sum of products")
 
+    def single(self) -> Delta | None:
+        """The same change in float32, for a first look at many elements; its `roundings` are right.
+
+        None where float32 could lose a product, and where there is no `at`.
+        """
+        return None
+
+    def at(self, rows: torch.Tensor, cols: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Single elements of the change, for a second look.
+
+        Args:
+            rows: (n,) int64 row numbers, on the delta's device.
+            cols: (n,) int64 column numbers.
+
+        Returns:
+            (n,) float64 sums, which `roundings` describes, and (n,) bounds of Σ|terms|.
+
+        Raises:
+            TypeError: a kind that has no `single`.
+        """
+        raise TypeError(f"{type(self).__name__} is not looked at by elements")
+
     @abstractmethod
     def scaled(self, factor: float) -> Delta:
         """The same change, ``factor`` times as strong: W + factor·(W' - W)."""

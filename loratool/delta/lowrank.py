@@ -12,6 +12,8 @@ from loratool.delta.base import Delta
 from loratool.linalg.exact import product_terms
 from loratool.plan import DeltaPart
 
+_SMALL, _LARGE = 2.0**-60, 2.0**60  # lengths whose products are far from the ends of float32
+
 
 class LowRank(Delta):
     """ΔW = coefficient · left @ right.
@@ -33,8 +35,11 @@ class LowRank(Delta):
         self, acc: torch.Tensor, base: torch.Tensor, r0: int, r1: int, c0: int, c1: int
     ) -> None:
         """One product of a (r1 - r0, r) and an (r, c1 - c0) matrix, added in place."""
-        left = self.left[r0:r1].to(acc.dtype)
-        acc.addmm_(left, self.right[:, c0:c1].to(acc.dtype), alpha=self.coefficient)
+        left = self.left[r0:r1]
+        right = self.right if c1 - c0 == self.shape[1] else self.right[:, c0:c1]
+        if left.dtype != acc.dtype:
+            left, right = left.to(acc.dtype), right.to(acc.dtype)
+        acc.addmm_(left, right, alpha=self.coefficient)
 
     @cached_property
     def _lengths(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -48,6 +53,28 @@ class LowRank(Delta):
         """Cauchy–Schwarz: Σ|b a| is at most the product of the row's and the column's length."""
         rows, cols = self._lengths
         acc.addr_(rows[r0:r1], cols[c0:c1], alpha=abs(self.coefficient))
+
+    def single(self) -> LowRank | None:
+        """Factors as float32; None where a product of theirs could leave its normal numbers."""
+        rows, cols = self._lengths
+        for lengths in (rows * abs(self.coefficient), cols):
+            if not bool(((lengths == 0) | (lengths > _SMALL) & (lengths < _LARGE)).all()):
+                return None
+        made = LowRank((self.left * self.coefficient).float(), self.right.float())
+        made.roundings = self.roundings + 2  # one for each factor
+        return made
+
+    def at(self, rows: torch.Tensor, cols: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rows of the one factor times columns of the other."""
+        left, right = self.left.index_select(0, rows), self._columns.index_select(0, cols)
+        heights, widths = self._lengths
+        bounds = heights.index_select(0, rows).mul_(widths.index_select(0, cols))
+        sums = torch.linalg.vecdot(left, right).mul_(self.coefficient)
+        return sums, bounds.mul_(abs(self.coefficient))
+
+    @cached_property
+    def _columns(self) -> torch.Tensor:
+        return self.right.T.contiguous()
 
     def terms(self, rows: torch.Tensor, cols: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
         """The r products, coefficient · b · a."""

@@ -103,6 +103,21 @@ class Placed(Delta):
         add(part, base[rows.select][:, cols.select], *place)
         acc[_index(rows, r0, r1, self._device)[:, None], _index(cols, c0, c1, self._device)] = part
 
+    def single(self) -> Placed | None:
+        """That of the inner delta, in the same place."""
+        inner = self.inner.single()
+        if inner is None:
+            return None
+        return Placed(inner, self._region, self.shape, self._device)
+
+    def at(self, rows: torch.Tensor, cols: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Those of the inner delta at the places inside the region, zeros outside."""
+        row, col = self._rows.find(rows), self._cols.find(cols)
+        inside = (row >= 0) & (col >= 0)
+        both = rows.new_zeros(2, len(rows), dtype=torch.float64)
+        both[:, inside] = torch.stack(self.inner.at(row[inside], col[inside]))
+        return both[0], both[1]
+
     def terms(self, rows: torch.Tensor, cols: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
         """Those of the inner delta at the places inside the region, zeros outside."""
         row, col = self._rows.find(rows), self._cols.find(cols)
@@ -153,9 +168,9 @@ class _Axis:
             span = self.spans[0]
             inside = (positions >= span.start) & (positions < span.stop)
             return torch.where(inside, positions - span.start, -1)
-        last = len(self.positions) - 1
-        index = torch.searchsorted(self.positions, positions).clamp_max(last)
-        return torch.where(self.positions[index] == positions, index, -1)
+        known = self.on_device if positions.device == self.on_device.device else self.positions
+        index = torch.searchsorted(known, positions).clamp_max(len(known) - 1)
+        return torch.where(known[index] == positions, index, -1)
 
     def cut(self, start: int, stop: int) -> _Cut | None:
         if self.plain:

@@ -70,6 +70,7 @@ class Scratch(threading.local):
 
     def __init__(self) -> None:
         self._tensors: dict[tuple[str, torch.dtype, torch.device], torch.Tensor] = {}
+        self._views: dict[tuple[str, torch.dtype, torch.device], torch.Tensor] = {}  # the last
 
     def __reduce__(self) -> tuple[type[Scratch], tuple[()]]:
         return Scratch, ()
@@ -78,13 +79,16 @@ class Scratch(threading.local):
         self, role: str, shape: tuple[int, int], dtype: torch.dtype, device: torch.device
     ) -> torch.Tensor:
         """An uninitialised (rows, cols) tensor; the same memory for the same role."""
-        need = shape[0] * shape[1]
         key = (role, dtype, device)
+        view = self._views.get(key)
+        if view is not None and view.shape == shape:  # as for nearly every block of a tensor
+            return view
+        need = shape[0] * shape[1]
         held = self._tensors.get(key)
         if held is None or held.numel() < need:
-            held = torch.empty(need, dtype=dtype, device=device)
-            self._tensors[key] = held
-        return held[:need].view(shape)
+            held = self._tensors[key] = torch.empty(need, dtype=dtype, device=device)
+        view = self._views[key] = held[:need].view(shape)
+        return view
 
 
 class Pool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -17,7 +18,7 @@ from loratool.delta.vector import Rows
 from loratool.engine import grid
 from loratool.engine.buffers import torch_dtype
 from loratool.engine.combining import random_keys
-from loratool.engine.gate import Gate
+from loratool.engine.gate import Gate, is_finite
 from loratool.engine.kernel import INTEGERS, Env, Kernel
 from loratool.engine.rounders import Exact, make_rounder
 from loratool.engine.step_args import SumArgs
@@ -27,8 +28,8 @@ from loratool.methods import find_method
 from loratool.plan import DeltaPart, ReplacePart, Span, Step
 
 # Measuring every element would cost more than the merge: in tensors over 2²⁰ elements every
-# eighth row of every second block stands for the rest.
-_MEASURE_WHOLE, _STRIDE, _BLOCK_STRIDE = 1 << 20, 8, 2
+# eighth row of at most four blocks, and of every second one at most, stands for the rest.
+_MEASURE_WHOLE, _STRIDE, _MEASURED_BLOCKS = 1 << 20, 8, 4
 # The prediction looks at about this many elements of a tensor, in about so many blocks.
 _SAMPLE, _SAMPLE_BLOCKS, _SAMPLE_ROWS = 4096, 4, 64
 
@@ -82,11 +83,12 @@ class AddDeltas(Kernel):
         self._gate = Gate(
             step.output.name, step.output.dtype, self.limit, allow_nonfinite=env.allow_nonfinite
         )
-        is_large = step.view[0] * step.view[1] > _MEASURE_WHOLE
-        self._stride, self._block_stride = (_STRIDE, _BLOCK_STRIDE) if is_large else (1, 1)
-        self._picked: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         count = len(grid.blocks(step.view, env.elements))
-        self._every = max(self._block_stride, count // _SAMPLE_BLOCKS // 2 * 2)
+        self._stride = self._block_stride = 1
+        if step.view[0] * step.view[1] > _MEASURE_WHOLE:
+            self._stride, self._block_stride = _STRIDE, max(2, -(-count // _MEASURED_BLOCKS))
+        self._picked: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._every = self._block_stride * max(1, count // _SAMPLE_BLOCKS // self._block_stride)
         self._per_block = max(1, _SAMPLE // max(1, min(count, _SAMPLE_BLOCKS)))
 
     @property
@@ -107,7 +109,9 @@ class AddDeltas(Kernel):
         else:
             self.deltas.extend(d for part in changes for d in self._build(part))
         if isinstance(self.rounder, Exact):
-            self.rounder.deltas, self.rounder.dense = self.deltas, self.dense
+            base = self.step.inputs[0].dtype
+            plain = self.scale == 1.0 and self.anchor == 0 and base in ("BF16", "F16", "F32")
+            self.rounder.begin(self.deltas, self.dense, plain=plain)
         self.measure_norms()
 
     def measure_norms(self) -> None:
@@ -185,17 +189,27 @@ class AddDeltas(Kernel):
             self._measure(block, *(x[rows] for x in finite))
 
     def sum(self, block: grid.Block, inputs: list[torch.Tensor]) -> torch.Tensor:
-        """W + Σ deltas of a block, in the accumulator's type."""
+        """W + Σ deltas of a block, in the accumulator's type; in float32 for a first look."""
+        if isinstance(self.rounder, Exact) and self.rounder.singles is not None:
+            acc = self._sum(block, inputs, self.rounder.singles, torch.float32)
+            if is_finite(acc):
+                return acc
+        return self._sum(block, inputs, self.deltas, self.dtype)
+
+    def _sum(
+        self, block: grid.Block, inputs: list[torch.Tensor], deltas: Sequence[Delta],
+        dtype: torch.dtype,
+    ) -> torch.Tensor:  # fmt: skip
         shape = (inputs[0].shape[0], inputs[0].shape[1])
-        acc = self.env.scratch.take("acc", shape, self.dtype, self.env.device)
+        acc = self.env.scratch.take("acc", shape, dtype, self.env.device)
         rounding.widen_into(acc, inputs[0])
         weight = acc
-        if self.dense or not all(d.is_additive for d in self.deltas):
-            weight = self.env.scratch.take("weight", shape, self.dtype, self.env.device)
+        if self.dense or not all(d.is_additive for d in deltas):
+            weight = self.env.scratch.take("weight", shape, dtype, self.env.device)
             rounding.widen_into(weight, inputs[self.anchor])
         for position, factor in self.dense:
-            acc.add_(inputs[position].to(self.dtype).sub_(weight), alpha=factor)
-        for delta in self.deltas:
+            acc.add_(inputs[position].to(dtype).sub_(weight), alpha=factor)
+        for delta in deltas:
             delta.add_to(acc, weight, block.r0, block.r1, block.c0, block.c1)
         if self.scale != 1.0:
             acc.mul_(self.scale)
@@ -220,7 +234,7 @@ class AddDeltas(Kernel):
     ) -> None:
         """Sums over the measured rows of a block."""
         shape = (base.shape[0], base.shape[1])
-        work = self.env.scratch.take("work", shape, self.dtype, self.env.device)
+        work = self.env.scratch.take("work", shape, acc.dtype, self.env.device)
         work.copy_(base)
         if self.scale != 1.0:  # the change is measured against the base as it is scaled
             work.mul_(self.scale)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 
+import numpy as np
 import torch
 
 from loratool.delta.base import Delta
@@ -15,6 +16,8 @@ from loratool.linalg import rounding
 from loratool.linalg.exact import UNIT, product_terms, round_sums, round_where_decided
 
 _AT_ONCE = 1 << 14  # elements summed exactly in one go: bounds the memory of their terms
+_SINGLE_UNIT = 2.0**-24  # largest relative error of one float32 operation
+_MOST_ROUNDINGS = 256  # with more, float32 leaves too many elements open
 _PIECE = 1 << 16  # elements whose interval is rounded in one go: a dozen arrays stay in the cache
 
 
@@ -44,9 +47,7 @@ class Nearest:
         out: torch.Tensor,
     ) -> None:  # fmt: skip
         """Fill ``out`` from the sum ``acc``; ``inputs`` are the block's inputs, base first."""
-        for piece in _pieces(block):
-            at = _inside(piece, block)
-            rounding.round_into(out[at], acc[at])
+        rounding.round_into(out, acc)
         keep_zero_signs(out, inputs[0], acc)
 
 
@@ -77,15 +78,38 @@ class Stochastic(Nearest):
 class Exact(Nearest):
     """The correctly rounded result: float64 where its error bound decides, else exact sums.
 
+    Of bfloat16, float32 decides all but some thousandths, which float64 then sees one by one.
+
     Attributes:
-        deltas: set before the first block; additive.
+        deltas: additive; see `begin`.
         dense: (input position, weight) of whole replacements.
+        singles: the deltas in float32; None if the first look is float64's.
     """
 
     def __init__(self, target: torch.dtype, env: Env) -> None:
         super().__init__(target, env)
         self.deltas: Sequence[Delta] = ()
         self.dense: Sequence[tuple[int, float]] = ()
+        self.singles: list[Delta] | None = None
+
+    def begin(
+        self, deltas: Sequence[Delta], dense: Sequence[tuple[int, float]], *, plain: bool
+    ) -> None:
+        """Take the changes, before the first block.
+
+        Args:
+            deltas: in float64.
+            dense: (input position, weight) of whole replacements.
+            plain: nothing else is done to the sums, and the base has at most float32's bits.
+        """
+        self.deltas, self.dense = deltas, dense
+        singles = [d.single() for d in deltas]
+        found = [d for d in singles if d is not None]
+        if (
+            plain and not dense and self.target == torch.bfloat16 and len(found) == len(deltas)
+            and sum(d.roundings + 1 for d in found) < _MOST_ROUNDINGS
+        ):  # fmt: skip
+            self.singles = found
 
     @property
     def dtype(self) -> torch.dtype:
@@ -96,7 +120,10 @@ class Exact(Nearest):
         self, block: grid.Block, inputs: Sequence[torch.Tensor], acc: torch.Tensor,
         out: torch.Tensor,
     ) -> None:  # fmt: skip
-        """Fill ``out``."""
+        """Fill ``out``; sums in float32 are of `singles`, and finite."""
+        if acc.dtype == torch.float32:
+            self._round_singles(block, inputs, acc, out)
+            return
         for piece in _pieces(block):
             at = _inside(piece, block)
             parts = [one[at] for one in inputs]
@@ -137,6 +164,52 @@ class Exact(Nearest):
             count += delta.roundings + 1
             delta.add_size(error, base, block.r0, block.r1, block.c0, block.c1)
         error.mul_(1.01 * count * UNIT)
+
+    def _round_singles(
+        self, block: grid.Block, inputs: Sequence[torch.Tensor], acc: torch.Tensor,
+        out: torch.Tensor,
+    ) -> None:  # fmt: skip
+        assert self.singles is not None
+        take, shape, device = self.env.scratch.take, (acc.shape[0], acc.shape[1]), acc.device
+        error = take("error", shape, torch.float32, device)
+        upper = take("upper", shape, torch.float32, device)
+        high = take("high", shape, out.dtype, device)
+        error.copy_(inputs[0]).abs_()
+        for delta in self.singles:
+            delta.add_size(error, acc, block.r0, block.r1, block.c0, block.c1)
+        unit = 1.01 * (4 + sum(d.roundings + 1 for d in self.singles)) * _SINGLE_UNIT  # see `bound`
+        torch.add(acc, error, alpha=unit, out=upper)
+        torch.sub(acc, error, alpha=unit, out=error)
+        out.copy_(error)
+        high.copy_(upper)
+        open_ = differing(out, high)
+        keep_zero_signs(out, inputs[0], acc)  # where nothing is in doubt
+        for first in range(0, len(open_), _AT_ONCE):
+            self._look_again(block, inputs, out, open_[first : first + _AT_ONCE])
+
+    def _look_again(
+        self, block: grid.Block, inputs: Sequence[torch.Tensor], out: torch.Tensor,
+        open_: torch.Tensor,
+    ) -> None:  # fmt: skip
+        """Round the elements at ``open_`` (n,), counted along the rows, by sums in float64."""
+        cols = block.c1 - block.c0
+        rows = open_ // cols
+        at = rows + block.r0, open_ - rows * cols + block.c0
+        sums = inputs[0].reshape(-1).index_select(0, open_).double()
+        size, count = sums.abs(), 4
+        for delta in self.deltas:
+            change, bound = delta.at(*at)
+            sums.add_(change)
+            size.add_(bound)
+            count += delta.roundings + 1
+        fresh = torch.empty_like(sums, dtype=out.dtype)[:, None]
+        error = size.mul_(1.01 * count * UNIT)[:, None]
+        lower, upper = torch.empty_like(error), torch.empty_like(error)
+        left = round_where_decided(fresh, sums[:, None], error, lower, upper)
+        out.view(-1).index_copy_(0, open_, fresh[:, 0])
+        if len(left):
+            places = open_[left[:, 0]]
+            self._settle(block, inputs, out, torch.stack([places // cols, places % cols], dim=1))
 
     def _settle(
         self, block: grid.Block, inputs: Sequence[torch.Tensor], out: torch.Tensor,
@@ -187,6 +260,14 @@ def make_rounder(args: SumArgs, target: torch.dtype, env: Env, name: str) -> Nea
     if args.rounding == "stochastic":
         return Stochastic(target, env, seed=args.seed or 0, name=name)
     return Nearest(target, env)
+
+
+def differing(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """(n,) positions, counted along the rows, where the bits of two blocks differ."""
+    bits = INTEGERS[one.element_size()]
+    if one.device.type == "cpu":  # torch's own comparison takes several times as long
+        return torch.from_numpy(np.flatnonzero(one.view(bits).numpy() != other.view(bits).numpy()))
+    return torch.nonzero((one.view(bits) != other.view(bits)).flatten())[:, 0]
 
 
 def keep_zero_signs(out: torch.Tensor, base: torch.Tensor, acc: torch.Tensor) -> None:

@@ -18,6 +18,8 @@ _FORMATS = {
 }
 
 _LOW = (1 << 29) - 1  # the significand bits that float64 has and float32 has not
+_PIECE = 1 << 16  # elements rounded to odd in one go: the temporaries stay in the cache
+_FLAT = 1.3  # from this t on the first term is below 1e-14 of the constant one
 _FOURIER_TERMS = 12  # below t = 0.1 t² takes its place; above, later terms are < 1e-12
 
 
@@ -38,12 +40,16 @@ def round_into(out: torch.Tensor, value: torch.Tensor) -> None:
         odd in float32 first; 24 >= 2·11 + 2 bits make the second rounding right, subnormals too
         (Boldo & Melquiond 2008, "Emulation of FMA and correctly rounded sums").
     """
-    if value.dtype == torch.float64 and out.dtype == torch.float16:
-        out.copy_(_cut_to_odd(value))
-    elif value.dtype == torch.float64 and out.dtype == torch.bfloat16:
-        out.copy_(_round_to_odd(value))
-    else:
+    if value.dtype != torch.float64 or out.dtype not in (torch.float16, torch.bfloat16):
         out.copy_(value)
+        return
+    to_odd = _cut_to_odd if out.dtype == torch.float16 else _round_to_odd
+    if not out.is_contiguous():
+        out.copy_(to_odd(value))
+        return
+    targets, values = out.view(-1), value.reshape(-1)
+    for first in range(0, out.numel(), _PIECE):
+        targets[first : first + _PIECE].copy_(to_odd(values[first : first + _PIECE]))
 
 
 def _cut_to_odd(value: torch.Tensor) -> torch.Tensor:
@@ -139,9 +145,12 @@ def expected_rounding(
     spacing = ulp(weight, target).double()
     t = (sigma.double() / spacing).clamp_min(1e-30)
     square = torch.full_like(t, 1 / 12)
-    for k in range(1, _FOURIER_TERMS + 1):
-        square += (-1) ** k / (math.pi * k) ** 2 * torch.exp(-2 * (math.pi * k * t) ** 2)
-    square = torch.where(t < 0.1, t**2, square)
+    is_small = t < _FLAT
+    small, sum_ = t[is_small], square[is_small]
+    if len(small):
+        for k in range(1, _FOURIER_TERMS + 1):
+            sum_ += (-1) ** k / (math.pi * k) ** 2 * torch.exp(-2 * (math.pi * k * small) ** 2)
+        square[is_small] = torch.where(small < 0.1, small**2, sum_)
     changed = torch.erfc(1 / (2 * math.sqrt(2) * t))
     return float((square * spacing**2).mean()), float(changed.mean())
 

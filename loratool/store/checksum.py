@@ -9,11 +9,15 @@ import functools
 import hashlib
 import os
 import threading
-import zlib
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
+
+try:  # the same sums, ten times as fast
+    from isal.isal_zlib import crc32
+except ImportError:  # no wheel for this machine
+    from zlib import crc32
 
 _READ_BYTES = 4 << 20
 _CHECKERS = 4  # one thread's crc32 is no faster than the disk
@@ -34,7 +38,7 @@ class PieceSums:
     def add(self, offset: int, data: memoryview) -> None:
         """Sum a piece (no lock: crc32 lets other threads run, and append is atomic)."""
         if data:
-            self._pieces.append((offset, len(data), zlib.crc32(data)))
+            self._pieces.append((offset, len(data), crc32(data)))
 
     def take(self, pieces: Iterable[Piece]) -> None:
         """Take in the sums of pieces that somebody else wrote."""
@@ -130,7 +134,7 @@ def _matches(file: object, length: int, crc: int, stop: threading.Event) -> bool
         data = file.read(min(left, _READ_BYTES))  # type: ignore[attr-defined]
         if not data or stop.is_set():
             return False
-        found, left = zlib.crc32(data, found), left - len(data)
+        found, left = crc32(data, found), left - len(data)
     return found == crc
 
 
