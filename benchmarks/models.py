@@ -61,7 +61,7 @@ def ensure(
     rank: int = 16,
     tuned: bool = False,
 ) -> Path:
-    """The folder with ``base``, ``adapter0`` … and ``tuned``; made by another process."""  # fmt: skip
+    """The folder with ``base``, ``adapter0`` … and ``tuned``; made by another process."""
     count = layers or SIZES[size].layers
     folder = work / f"{size}-{count}-r{rank}"
     words = [str(folder), size, str(count), "--adapters", str(adapters), "--rank", str(rank)]
@@ -166,25 +166,23 @@ def save_checkpoints(folder: Path, shape: Shape, layers: int, tuned: bool) -> No
 
 
 def save_adapter(
-    folder: Path, sizes: dict[str, tuple[int, int]], rank: int, seed: int, decays: bool = False
+    folder: Path, sizes: dict[str, tuple[int, int]], rank: int, seed: int, alpha: int | None = None
 ) -> Path:
-    """Write a PEFT adapter, float32; its spectra may decay like a trained one's."""
+    """Write a PEFT adapter, float32, with spectra that decay as a trained one's do."""
     import torch
     from safetensors.torch import save_file
 
     generator = torch.Generator().manual_seed(seed)
-    weight = torch.arange(1, rank + 1) ** -0.5 if decays else torch.ones(rank)
+    decay = 0.01 / torch.arange(1, rank + 1) ** 0.5
     tensors = {}
     for name, (out, inner) in sizes.items():
         key = f"base_model.model.{name}"
         tensors[f"{key}.lora_A.weight"] = torch.randn(rank, inner, generator=generator) * 0.02
-        tensors[f"{key}.lora_B.weight"] = (
-            torch.randn(out, rank, generator=generator) * 0.01 * weight
-        )
+        tensors[f"{key}.lora_B.weight"] = torch.randn(out, rank, generator=generator) * decay
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, str(folder / "adapter_model.safetensors"), {"format": "pt"})
     config = {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": 2 * rank,
+        "peft_type": "LORA", "r": rank, "lora_alpha": alpha or 2 * rank,
         "target_modules": sorted({name.rsplit(".", 1)[-1] for name in sizes}),
         "base_model_name_or_path": "base", "peft_version": "0.21.2",
     }  # fmt: skip
