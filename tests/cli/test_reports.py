@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from loratool import api
+import loratool as lt
 from loratool.report import (
     ExtractedModule,
     ExtractReport,
@@ -72,7 +72,7 @@ def shown(run: Run, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
     }
 
     def call(report: Report, *options: str) -> Result:
-        monkeypatch.setattr(api, report.command, lambda *_, **__: report)
+        monkeypatch.setattr(lt, report.command, lambda *_, **__: report)
         return run(*words[report.command], *options)
 
     return call
