@@ -27,7 +27,7 @@ from loratool.ops.inputs import open_one
 from loratool.options.calls import takes
 from loratool.options.groups import Read
 from loratool.options.looking import Compare
-from loratool.report import ComparedModule, CompareReport
+from loratool.report.compare import ComparedModule, CompareReport
 from loratool.store.new_file import write_new_file
 
 if TYPE_CHECKING:

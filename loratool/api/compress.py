@@ -24,7 +24,7 @@ from loratool.options.calls import takes
 from loratool.options.groups import Progress, Run
 from loratool.options.shaping import Compress
 from loratool.options.words import recorded
-from loratool.report import CompressedAdapter, CompressReport
+from loratool.report.compress import CompressedAdapter, CompressReport
 from loratool.store.adapter_writer import file_bytes
 from loratool.store.provenance import checkpoint_id
 

@@ -34,7 +34,7 @@ from loratool.options.calls import takes
 from loratool.options.groups import Run
 from loratool.options.shaping import Extract
 from loratool.options.words import recorded
-from loratool.report import ExtractReport, SavedResidual
+from loratool.report.extract import ExtractReport, SavedResidual
 from loratool.store.adapter_writer import fill_adapter
 from loratool.store.checkpoint import Checkpoint
 from loratool.store.output_path import check_output

@@ -11,7 +11,7 @@ from loratool.errors import UsageError
 from loratool.options.calls import takes
 from loratool.options.groups import Read, Run
 from loratool.options.looking import Inspect, Open
-from loratool.report import InspectReport
+from loratool.report.inspect import InspectReport
 
 if TYPE_CHECKING:
     from loratool.adapter import Adapter

@@ -36,7 +36,8 @@ from loratool.ops.weights import read_module_weights
 from loratool.options.calls import takes
 from loratool.options.groups import Codes, Names, Run
 from loratool.options.merging import Combine, Merge
-from loratool.report import CombineReport, MergeReport
+from loratool.report.combine import CombineReport
+from loratool.report.merge import MergeReport
 from loratool.store.output_path import check_output
 
 if TYPE_CHECKING:

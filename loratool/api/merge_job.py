@@ -31,7 +31,7 @@ from loratool.ops.verify import merged_dtype
 from loratool.ops.weights import Rule, rules_json, unused_rules
 from loratool.options.groups import Codes, Names
 from loratool.options.words import recorded
-from loratool.report import MergeReport
+from loratool.report.merge import MergeReport
 from loratool.store.checkpoint import Checkpoint
 from loratool.store.provenance import adapter_id, checkpoint_id, provenance_of
 from loratool.store.source import AdapterArgument

@@ -15,7 +15,7 @@ from loratool.engine.rows import args_of
 from loratool.ops.inputs import Access, OpenedBase
 from loratool.ops.residual import bind_options, config_of, plan_residual, residual_table
 from loratool.options.groups import Names, Run
-from loratool.report import SavedResidual
+from loratool.report.extract import SavedResidual
 from loratool.store.checkpoint import Checkpoint
 from loratool.store.provenance import adapter_id, checkpoint_id, provenance_of
 

@@ -29,7 +29,8 @@ from loratool.ops.undo import read_undo
 from loratool.options.calls import takes
 from loratool.options.merging import Combine, Merge, Subtract, Swap
 from loratool.options.words import asked_of, options_of
-from loratool.report import DifferenceReport, SubtractReport, SwapReport
+from loratool.report.combine import DifferenceReport
+from loratool.report.merge import SubtractReport, SwapReport
 
 
 @takes(Subtract)

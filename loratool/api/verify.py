@@ -21,7 +21,7 @@ from loratool.ops.weights import read_module_weights, rules_from
 from loratool.options.calls import takes
 from loratool.options.groups import Codes, Names, Run
 from loratool.options.merging import Verify
-from loratool.report import TensorDifference, VerifyReport
+from loratool.report.merge import TensorDifference, VerifyReport
 from loratool.store.checkpoint import Checkpoint, open_checkpoint
 from loratool.store.source import AdapterArgument
 

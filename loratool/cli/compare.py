@@ -15,7 +15,7 @@ from loratool.cli.voice import Voice, note_lines, warning_lines
 from loratool.options.looking import Compare
 
 if TYPE_CHECKING:
-    from loratool.report import CompareReport
+    from loratool.report.compare import CompareReport
 
 _CELL = 7
 _KEYS = "abcdefghijklmnopqrstuvwxyz"

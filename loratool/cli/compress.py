@@ -26,7 +26,7 @@ from loratool.cli.voice import Voice, note_lines, warning_lines
 from loratool.options.shaping import Compress
 
 if TYPE_CHECKING:
-    from loratool.report import CompressedAdapter, CompressReport
+    from loratool.report.compress import CompressedAdapter, CompressReport
 
 _WORDS = {"rank": "rank", "energy": "energy", "error": "error", "sv_ratio": "σ ratio",
           "max_rank": "rank at most", "size": "size"}  # fmt: skip

@@ -16,7 +16,7 @@ from loratool.errors import list_some
 from loratool.options.shaping import Convert
 
 if TYPE_CHECKING:
-    from loratool.report import ConvertedAdapter, ConvertReport
+    from loratool.report.convert import ConvertedAdapter, ConvertReport
 
 
 @click.command(

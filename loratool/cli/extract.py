@@ -28,7 +28,7 @@ from loratool.cli.voice import Voice, note_lines, warning_lines
 from loratool.options.shaping import Extract
 
 if TYPE_CHECKING:
-    from loratool.report import ExtractedModule, ExtractReport
+    from loratool.report.extract import ExtractedModule, ExtractReport
 
 
 @click.command(

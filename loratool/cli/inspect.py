@@ -29,7 +29,7 @@ from loratool.errors import LoratoolError, UsageError
 from loratool.options.looking import Inspect
 
 if TYPE_CHECKING:
-    from loratool.report import AdapterSummary, CheckpointSummary, FolderRow, InspectReport
+    from loratool.report.inspect import AdapterSummary, CheckpointSummary, FolderRow, InspectReport
 
 _FEW_VALUES = 6
 _SHOWN_REPLACED = 5
@@ -81,7 +81,7 @@ def command(sources: tuple[str, ...], **options: Any) -> int:
 
 def _inspect_each(sources: Sequence[str], options: Mapping[str, Any]) -> tuple[InspectReport, int]:
     """One report with a row per source, and the exit code of the first that failed."""
-    from loratool.report import FolderRow, InspectReport
+    from loratool.report.inspect import FolderRow, InspectReport
 
     rows: list[FolderRow] = []
     code = 0

@@ -33,7 +33,7 @@ from loratool.options.groups import Access, Mix, Names, Nonfinite
 from loratool.options.merging import Merge
 
 if TYPE_CHECKING:
-    from loratool.report import MergeReport
+    from loratool.report.merge import MergeReport
 
 _MENTION_FLOAT32 = 0.01
 """Loss from which the way to avoid it is worth a word."""
@@ -62,7 +62,7 @@ def command(adapters: tuple[str, ...], base: str | None, output: str, **options:
     result is an adapter: exact, ranks add, or what --method and --rank say. ADAPTER:0.7 gives an
     adapter a weight, ADAPTER:unet=0.8,te=0.4 one per component; 1 is as trained.
     """
-    from loratool.report import MergeReport
+    from loratool.report.merge import MergeReport
 
     voice = Voice.take(options)
     if base is None or options["into"] == "adapter":

@@ -16,7 +16,7 @@ from loratool.errors import UsageError
 from loratool.options.shaping import Rescale
 
 if TYPE_CHECKING:
-    from loratool.report import RescaledAdapter, RescaleReport
+    from loratool.report.algebra import RescaledAdapter, RescaleReport
 
 _HOW = {
     "copied": "factor 1: every byte copied",

@@ -17,7 +17,7 @@ from loratool.cli.voice import Voice, warning_lines
 from loratool.options.merging import Subtract
 
 if TYPE_CHECKING:
-    from loratool.report import SubtractReport
+    from loratool.report.merge import SubtractReport
 
 
 @click.command(
@@ -44,7 +44,7 @@ def command(adapters: tuple[str, ...], merged: str | None, output: str, **option
     exact in ΔW because the factors are put side by side. Replaced tensors, DoRA, PiSSA and their
     kin need the base, --base.
     """
-    from loratool.report import SubtractReport
+    from loratool.report.merge import SubtractReport
 
     voice = Voice.take(options)
     if merged is None:
@@ -76,7 +76,7 @@ def render(report: SubtractReport, voice: Voice) -> Iterator[str]:
 def _subtract_adapters(
     adapters: tuple[str, ...], output: str, options: dict[str, Any], voice: Voice
 ) -> None:
-    from loratool.report import DifferenceReport
+    from loratool.report.combine import DifferenceReport
 
     if len(adapters) > 1:
         how = f"rank {options['rank']}" if options["rank"] else "exact: ranks add"

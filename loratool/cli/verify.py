@@ -15,7 +15,7 @@ from loratool.cli.voice import Voice, note_lines
 from loratool.options.merging import Verify
 
 if TYPE_CHECKING:
-    from loratool.report import VerifyReport
+    from loratool.report.merge import VerifyReport
 
 _SHOWN = 10
 EXIT_DIFFERS = 10

@@ -8,16 +8,9 @@ from typing import Any
 import pytest
 
 import loratool as lt
-from loratool.report import (
-    ExtractedModule,
-    ExtractReport,
-    Loads,
-    MergeReport,
-    ModuleLoss,
-    Report,
-    TensorDifference,
-    VerifyReport,
-)
+from loratool.report.base import Loads, Report
+from loratool.report.extract import ExtractedModule, ExtractReport
+from loratool.report.merge import MergeReport, ModuleLoss, TensorDifference, VerifyReport
 
 from .conftest import Result, Run
 
