@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loratool.adapter import Adapter
-from loratool.api.common import Limits, Resources, content_label, parse_size, plan_resources
+from loratool.api.access import parse_size
+from loratool.api.common import Limits, Resources, content_label, plan_resources
 from loratool.api.compress_ranks import choose_ranks
 from loratool.api.compress_report import CompressJob, Made, compressed
 from loratool.api.detach import Detached, detach

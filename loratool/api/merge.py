@@ -9,13 +9,12 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from loratool.api.access import access_of, parse_size
 from loratool.api.combine import run_combine
 from loratool.api.common import (
     Resources,
-    access_of,
     check_codes,
     parse_dtype,
-    parse_size,
     plan_resources,
     rounding_args,
     run_id,

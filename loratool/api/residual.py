@@ -12,7 +12,8 @@ from loratool.api.merge_job import MergeRequest, prepare_merge
 from loratool.api.side_file import write_patches
 from loratool.dialects import open_adapter
 from loratool.engine.rows import args_of
-from loratool.ops.inputs import Access, OpenedBase
+from loratool.ops.access import Access
+from loratool.ops.inputs import OpenedBase
 from loratool.ops.residual import bind_options, config_of, plan_residual, residual_table
 from loratool.options.groups import Names, Run
 from loratool.report.extract import SavedResidual

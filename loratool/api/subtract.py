@@ -6,8 +6,8 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+from loratool.api.access import access_of
 from loratool.api.combine import run_combine
-from loratool.api.common import access_of
 from loratool.api.merge import run_merge
 from loratool.api.merge_job import MergeJob, Operation
 from loratool.api.session import base_row
