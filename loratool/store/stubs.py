@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -24,6 +23,8 @@ _MANIFEST = "stubs.json"
 
 def make_stub_folder() -> Path:
     """A temporary folder for stubs, and for the list of what they stand for."""
+    import tempfile
+
     return Path(tempfile.mkdtemp(prefix=STUBS)).resolve()
 
 
@@ -76,6 +77,8 @@ def _row_of(path: Path) -> _Row | None:
 
 def _is_own(top: Path) -> bool:
     """A folder that `make_stub_folder` made: what a user is given may bear any name."""
+    import tempfile
+
     if top.parent != Path(tempfile.gettempdir()).resolve() or not (top / _MANIFEST).is_file():
         return False
     return not hasattr(os, "getuid") or top.stat().st_uid == os.getuid()
