@@ -11,24 +11,25 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _EXPORTS = {
-    "combine": "loratool.api",
-    "compare": "loratool.api",
-    "compress": "loratool.api",
-    "convert": "loratool.api",
-    "demo": "loratool.api",
-    "extract": "loratool.api",
-    "inspect": "loratool.api",
-    "merge": "loratool.api",
-    "open": "loratool.api",
-    "pull": "loratool.api",
-    "rescale": "loratool.api",
-    "run": "loratool.api",
-    "push": "loratool.api",
-    "subtract": "loratool.api",
-    "swap": "loratool.api",
-    "verify": "loratool.api",
+    "combine": "loratool.api.combine",
+    "compare": "loratool.api.compare",
+    "compress": "loratool.api.compress",
+    "convert": "loratool.api.convert",
+    "demo": "loratool.api.demo",
+    "extract": "loratool.api.extract",
+    "inspect": "loratool.api.inspect",
+    "merge": "loratool.api.merge",
+    "open": "loratool.api.inspect",
+    "pull": "loratool.api.pull",
+    "push": "loratool.api.push",
+    "rescale": "loratool.api.rescale",
+    "run": "loratool.api.run",
+    "subtract": "loratool.api.subtract",
+    "swap": "loratool.api.subtract",
+    "verify": "loratool.api.verify",
     "LoratoolError": "loratool.errors",
 }
+"""Public name -> its module, imported when the name is first used."""
 
 __all__ = [
     "LoratoolError",

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import os
 import re
-import tempfile
 from collections.abc import Iterable
 from typing import Any, ClassVar
 
@@ -47,6 +46,8 @@ STUBS = "loratool-hub-"
 def _said(value: object) -> str:
     text = str(value)
     if STUBS in text:
+        import tempfile
+
         top = re.escape(os.path.realpath(tempfile.gettempdir()))
         text = re.sub(rf"{top}[\\/]{STUBS}[^\\/]+[\\/]", "hf://", text)
     return redact(text)

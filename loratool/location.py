@@ -44,3 +44,18 @@ Location = Path | HubFile
 def path_of(file: Location) -> Path:
     """A file of this machine, or the stub of one on the Hub."""
     return file if isinstance(file, Path) else file.path
+
+
+@dataclass(frozen=True)
+class HubReference:
+    """``hf://owner/name[@revision][/sub/path]``, taken apart.
+
+    Attributes:
+        repo_id: ``owner/name``.
+        revision: decoded; None = the default branch.
+        sub: path inside the repository, "" for its root.
+    """
+
+    repo_id: str
+    revision: str | None
+    sub: str = ""

@@ -14,7 +14,6 @@ import re
 
 # The parser of `re` itself: reading repeats off the text would miss escapes and classes.
 import re._parser as _parser  # type: ignore[import-not-found]
-import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -185,6 +184,8 @@ def _ask(
     """Run expressions in a child; the one at which it dies is refused."""
     if not patterns:
         return []
+    import subprocess
+
     job = {
         "patterns": [p.text for p in patterns], "names": list(names), "replacement": replacement,
         "count": count, "seconds": CPU_SECONDS, "memory": _MEMORY, "longest": MAX_RESULT,

@@ -29,7 +29,7 @@ from loratool.ops.weights import Weight, read_module_weights, rules_json, unused
 from loratool.options.calls import takes
 from loratool.options.merging import Combine
 from loratool.options.words import recorded
-from loratool.report import CombineReport, DifferenceReport
+from loratool.report.combine import CombineReport, DifferenceReport
 from loratool.store.provenance import adapter_id
 from loratool.store.writer import check_output
 

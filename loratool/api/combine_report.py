@@ -18,7 +18,9 @@ from loratool.ops.inputs import OpenedAdapter
 from loratool.ops.memory import MemoryPlan
 from loratool.ops.sums import SumPlan
 from loratool.ops.weights import Rule
-from loratool.report import CombineReport, DifferenceReport, Loads, SumModuleReport, share_of
+from loratool.report.algebra import SumModuleReport, share_of
+from loratool.report.base import Loads
+from loratool.report.combine import CombineReport, DifferenceReport
 
 
 @dataclass(frozen=True)

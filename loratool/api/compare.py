@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loratool.adapter import Adapter
-from loratool.api.common import Limits, access_of, check_files
+from loratool.api.access import access_of, check_files
+from loratool.api.common import Limits
 from loratool.dtypes import DTYPES
 from loratool.errors import UsageError
 from loratool.ops.compare import (
@@ -27,7 +28,7 @@ from loratool.ops.inputs import open_one
 from loratool.options.calls import takes
 from loratool.options.groups import Read
 from loratool.options.looking import Compare
-from loratool.report import ComparedModule, CompareReport
+from loratool.report.compare import ComparedModule, CompareReport
 from loratool.store.new_file import write_new_file
 
 if TYPE_CHECKING:

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loratool.adapter import Adapter
-from loratool.api.common import Limits, Resources, content_label, parse_size, plan_resources
+from loratool.api.access import parse_size
+from loratool.api.common import Limits, Resources, content_label, plan_resources
 from loratool.api.compress_ranks import choose_ranks
 from loratool.api.compress_report import CompressJob, Made, compressed
 from loratool.api.detach import Detached, detach
@@ -24,7 +25,7 @@ from loratool.options.calls import takes
 from loratool.options.groups import Progress, Run
 from loratool.options.shaping import Compress
 from loratool.options.words import recorded
-from loratool.report import CompressedAdapter, CompressReport
+from loratool.report.compress import CompressedAdapter, CompressReport
 from loratool.store.adapter_writer import file_bytes
 from loratool.store.provenance import checkpoint_id
 

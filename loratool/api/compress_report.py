@@ -14,7 +14,7 @@ from loratool.api.session import Opened, base_row
 from loratool.dialects import write_adapter_files
 from loratool.dialects.programs import judge_loads
 from loratool.ops.compress import CompressPlan
-from loratool.report import CompressedAdapter, CompressedModule, energy_and_error
+from loratool.report.compress import CompressedAdapter, CompressedModule, energy_and_error
 from loratool.store.adapter_writer import file_bytes
 
 if TYPE_CHECKING:

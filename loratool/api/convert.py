@@ -19,7 +19,8 @@ from loratool.ops.inputs import OpenedBase, open_base
 from loratool.options.calls import takes
 from loratool.options.shaping import Convert
 from loratool.options.words import recorded
-from loratool.report import ConvertedAdapter, ConvertReport, share_of
+from loratool.report.algebra import share_of
+from loratool.report.convert import ConvertedAdapter, ConvertReport
 from loratool.store.adapter_writer import file_bytes
 
 

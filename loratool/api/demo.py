@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from loratool.errors import AlreadyMadeError
-from loratool.report import Report
+from loratool.report.base import Report
 
 
 @dataclass(frozen=True)

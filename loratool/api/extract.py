@@ -8,14 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loratool.api.common import (
-    Limits,
-    Resources,
-    access_of,
-    parse_size,
-    plan_resources,
-    run_id,
-)
+from loratool.api.access import access_of, parse_size
+from loratool.api.common import Limits, Resources, plan_resources, run_id
 from loratool.api.extract_assembly import Assembly
 from loratool.api.extract_report import planned_report, written_report
 from loratool.api.session import base_row, run_plan
@@ -23,18 +17,19 @@ from loratool.api.side_file import may_replace
 from loratool.dialects import DEFAULT, open_adapter
 from loratool.dialects.programs import Program, find_program
 from loratool.errors import MismatchError, UsageError, list_some
+from loratool.ops.access import Access
 from loratool.ops.align import same_form
 from loratool.ops.assemble import outline
 from loratool.ops.batch import output_place
 from loratool.ops.extract import ExtractPlan, FactorOptions, group_steps, plan_extract
 from loratool.ops.fitting import check_fit
-from loratool.ops.inputs import Access, OpenedBase, guard_output, open_base
+from loratool.ops.inputs import OpenedBase, guard_output, open_base
 from loratool.ops.rank_options import factor_options
 from loratool.options.calls import takes
 from loratool.options.groups import Run
 from loratool.options.shaping import Extract
 from loratool.options.words import recorded
-from loratool.report import ExtractReport, SavedResidual
+from loratool.report.extract import ExtractReport, SavedResidual
 from loratool.store.adapter_writer import fill_adapter
 from loratool.store.checkpoint import Checkpoint
 from loratool.store.output_path import check_output

@@ -17,7 +17,7 @@ from loratool.ops.bind import options_needed
 from loratool.ops.extract import ExtractPlan
 from loratool.ops.extract_pairs import Pair
 from loratool.ops.inputs import OpenedBase
-from loratool.report import ExtractedModule, ExtractReport, SavedResidual
+from loratool.report.extract import ExtractedModule, ExtractReport, SavedResidual
 
 
 def written_report(

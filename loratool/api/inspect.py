@@ -6,17 +6,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from loratool.api.common import Limits, access_of, check_files
+from loratool.api.access import access_of, check_files
 from loratool.errors import UsageError
+from loratool.ops.access import locate
 from loratool.options.calls import takes
 from loratool.options.groups import Read, Run
 from loratool.options.looking import Inspect, Open
-from loratool.report import InspectReport
+from loratool.report.inspect import InspectReport
 
 if TYPE_CHECKING:
     from loratool.adapter import Adapter
     from loratool.engine.opened import OpenAdapter
-    from loratool.ops.inputs import Access
+    from loratool.ops.access import Access
 
 
 @takes(Open)
@@ -45,7 +46,6 @@ def inspect(asked: Inspect) -> InspectReport:
         >>> lt.inspect("style").what
         'adapter'
     """
-    from loratool.ops.inputs import locate
     from loratool.ops.summary import summarize
 
     check_files(asked.csv, asked.plot)
@@ -70,6 +70,7 @@ def inspect(asked: Inspect) -> InspectReport:
 
 
 def _with_risk(report: InspectReport, path: Path, asked: Inspect, access: Access) -> InspectReport:
+    from loratool.api.common import Limits
     from loratool.api.risk import measure_risk
     from loratool.ops.inputs import open_base
 

@@ -11,8 +11,9 @@ from loratool.api.common import plan_resources
 from loratool.api.merge_job import MergeRequest, prepare_merge
 from loratool.api.session import run_plan
 from loratool.dtypes import DTYPES
+from loratool.ops.access import Access
 from loratool.ops.consent import agree_to_read
-from loratool.ops.inputs import Access, OpenedBase
+from loratool.ops.inputs import OpenedBase
 from loratool.options.groups import Names, Read, Run
 from loratool.plan import DeltaPart, Plan
 from loratool.report.look import AdapterLook, Sums, combine

@@ -9,13 +9,12 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from loratool.api.access import access_of, parse_size
 from loratool.api.combine import run_combine
 from loratool.api.common import (
     Resources,
-    access_of,
     check_codes,
     parse_dtype,
-    parse_size,
     plan_resources,
     rounding_args,
     run_id,
@@ -36,7 +35,8 @@ from loratool.ops.weights import read_module_weights
 from loratool.options.calls import takes
 from loratool.options.groups import Codes, Names, Run
 from loratool.options.merging import Combine, Merge
-from loratool.report import CombineReport, MergeReport
+from loratool.report.combine import CombineReport
+from loratool.report.merge import MergeReport
 from loratool.store.output_path import check_output
 
 if TYPE_CHECKING:

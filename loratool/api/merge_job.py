@@ -13,17 +13,11 @@ from loratool.api.common import content_label
 from loratool.api.merge_sidecars import merge_sidecars, token_warnings
 from loratool.dtypes import DTYPES
 from loratool.errors import MismatchError, UsageError
+from loratool.ops.access import Access
 from loratool.ops.bind import bind
 from loratool.ops.coded import Decoded, decode_base
 from loratool.ops.heads import take_heads
-from loratool.ops.inputs import (
-    Access,
-    OpenedAdapter,
-    OpenedBase,
-    guard_output,
-    open_adapters,
-    open_base,
-)
+from loratool.ops.inputs import OpenedAdapter, OpenedBase, guard_output, open_adapters, open_base
 from loratool.ops.merge import MergePlan, WeightedAdapter, plan_merge
 from loratool.ops.new_parts import Extended, add_parts
 from loratool.ops.residual import patch_merge
@@ -31,7 +25,7 @@ from loratool.ops.verify import merged_dtype
 from loratool.ops.weights import Rule, rules_json, unused_rules
 from loratool.options.groups import Codes, Names
 from loratool.options.words import recorded
-from loratool.report import MergeReport
+from loratool.report.merge import MergeReport
 from loratool.store.checkpoint import Checkpoint
 from loratool.store.provenance import adapter_id, checkpoint_id, provenance_of
 from loratool.store.source import AdapterArgument

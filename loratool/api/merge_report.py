@@ -10,7 +10,7 @@ from loratool.api.common import Resources
 from loratool.api.merge_job import MergeJob
 from loratool.engine.rows import op_of
 from loratool.ops.input_notes import base_notes, input_warnings, nonfinite_warning
-from loratool.report import MergeReport, ModuleLoss, SubtractReport
+from loratool.report.merge import MergeReport, ModuleLoss, SubtractReport
 
 
 def merge_report(

@@ -29,7 +29,7 @@ from loratool.ops.weights import Weight
 from loratool.options.calls import takes
 from loratool.options.shaping import Rescale
 from loratool.options.words import recorded
-from loratool.report import RescaledAdapter, RescaleReport, share_of
+from loratool.report.algebra import RescaledAdapter, RescaleReport, share_of
 
 if TYPE_CHECKING:
     from loratool.engine.rescaling import ScaledTensors

@@ -6,16 +6,17 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loratool import archs
 from loratool.api.common import plan_resources
 from loratool.api.merge_job import MergeRequest, prepare_merge
 from loratool.api.side_file import write_patches
+from loratool.archs.ties import tied_tensors
 from loratool.dialects import open_adapter
 from loratool.engine.rows import args_of
-from loratool.ops.inputs import Access, OpenedBase
+from loratool.ops.access import Access
+from loratool.ops.inputs import OpenedBase
 from loratool.ops.residual import bind_options, config_of, plan_residual, residual_table
 from loratool.options.groups import Names, Run
-from loratool.report import SavedResidual
+from loratool.report.extract import SavedResidual
 from loratool.store.checkpoint import Checkpoint
 from loratool.store.provenance import adapter_id, checkpoint_id, provenance_of
 
@@ -79,6 +80,6 @@ def save_residual(
 def _bind_options(tuned: Checkpoint, base: Checkpoint) -> dict[str, bool]:
     """Options under which the adapter merges into what TUNED is."""
     options = {"resize_embeddings": True}
-    if archs.tied_tensors(base):
-        options["keep_tied" if archs.tied_tensors(tuned) else "untie"] = True
+    if tied_tensors(base):
+        options["keep_tied" if tied_tensors(tuned) else "untie"] = True
     return options

@@ -25,7 +25,7 @@ from loratool.options.calls import takes
 from loratool.options.commands import COMMANDS
 from loratool.options.recipes import Recipe
 from loratool.options.words import Options, only_of
-from loratool.report import Report
+from loratool.report.base import Report
 from loratool.report.run import RunReport, StepReport
 from loratool.store.places import notes_path
 from loratool.store.series import series

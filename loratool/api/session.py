@@ -10,15 +10,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loratool.adapter import Adapter, AdapterFiles
-from loratool.api.common import Limits, Resources, access_of, content_label
+from loratool.api.access import access_of
+from loratool.api.common import Limits, Resources, content_label
 from loratool.api.fitting import Fitted, check_files, fit_for
 from loratool.dialects import open_adapter, write_adapter_files
 from loratool.dialects.programs import Program, find_program
 from loratool.dialects.rules import is_folder
 from loratool.errors import UsageError
+from loratool.ops.access import Access
 from loratool.ops.batch import is_batch, many_outputs, name_of, place_outputs
 from loratool.ops.fitting import check_fit
-from loratool.ops.inputs import Access, OpenedBase, guard_output, open_one
+from loratool.ops.inputs import OpenedBase, guard_output, open_one
 from loratool.options import groups
 from loratool.store.provenance import adapter_id, checkpoint_id, provenance_of
 from loratool.store.source import Resolved

@@ -9,8 +9,7 @@ from loratool.delta.forms import is_grouped
 from loratool.ops.consent import agree_to_read
 from loratool.options.groups import Run, Workers
 from loratool.plan import Plan, module_step
-from loratool.report import AdapterSpectrum
-from loratool.report.spectrum import describe
+from loratool.report.spectrum import AdapterSpectrum, describe
 
 
 def measure_spectrum(adapter: Adapter, asked: Workers, *, yes: bool = False) -> AdapterSpectrum:

@@ -6,8 +6,8 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+from loratool.api.access import access_of
 from loratool.api.combine import run_combine
-from loratool.api.common import access_of
 from loratool.api.merge import run_merge
 from loratool.api.merge_job import MergeJob, Operation
 from loratool.api.session import base_row
@@ -29,7 +29,8 @@ from loratool.ops.undo import read_undo
 from loratool.options.calls import takes
 from loratool.options.merging import Combine, Merge, Subtract, Swap
 from loratool.options.words import asked_of, options_of
-from loratool.report import DifferenceReport, SubtractReport, SwapReport
+from loratool.report.combine import DifferenceReport
+from loratool.report.merge import SubtractReport, SwapReport
 
 
 @takes(Subtract)

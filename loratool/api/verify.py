@@ -9,19 +9,20 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from loratool.api.common import access_of, plan_resources, rounding_args
+from loratool.api.access import access_of
+from loratool.api.common import plan_resources, rounding_args
 from loratool.api.merge_job import MergeJob, MergeRequest, prepare_merge
 from loratool.api.session import run_plan
 from loratool.errors import UsageError
+from loratool.ops.access import Access, locate
 from loratool.ops.combine import combination_args
-from loratool.ops.inputs import Access, locate
 from loratool.ops.replay import Record, RecordedSums, find_replay, merge_record, refuse_record
 from loratool.ops.verify import VerifyPlan, plan_verify, under_names_of
 from loratool.ops.weights import read_module_weights, rules_from
 from loratool.options.calls import takes
 from loratool.options.groups import Codes, Names, Run
 from loratool.options.merging import Verify
-from loratool.report import TensorDifference, VerifyReport
+from loratool.report.merge import TensorDifference, VerifyReport
 from loratool.store.checkpoint import Checkpoint, open_checkpoint
 from loratool.store.source import AdapterArgument
 

@@ -13,7 +13,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
-from importlib import resources
+from pathlib import Path
 from typing import Any
 
 _HOLE = "{n}"
@@ -22,7 +22,7 @@ _HOLE = "{n}"
 @cache
 def load_data(name: str) -> Mapping[str, Any]:
     """The content of ``archs/data/<name>.json``."""
-    text = resources.files("loratool.archs").joinpath("data", f"{name}.json").read_text("utf-8")
+    text = (Path(__file__).parent / "data" / f"{name}.json").read_text("utf-8")
     data = json.loads(text)
     assert isinstance(data, dict)
     return data

@@ -9,14 +9,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from loratool.archs.base import Table, load_data
 from loratool.archs.heads import class_of, is_language_model
 from loratool.archs.layers import alias_rules, model_types
 from loratool.archs.names import tables_for, to_disk
 from loratool.archs.stated import model_type
-from loratool.store.checkpoint import Checkpoint
+
+if TYPE_CHECKING:
+    from loratool.store.checkpoint import Checkpoint
 
 _FLAG = "tie_word_embeddings"
 _TABLE = "shared"  # an embedding that passes its weight on: no forward pass reads it

@@ -22,7 +22,7 @@ from loratool.cli.voice import Voice, note_lines, warning_lines
 from loratool.methods import BY_NAME
 
 if TYPE_CHECKING:
-    from loratool.report import CombineReport
+    from loratool.report.combine import CombineReport
 
 
 def headline(

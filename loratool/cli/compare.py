@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+import loratool as lt
 from loratool.cli import options as opt
 from loratool.cli.render import format_count, format_share, line, plural, safe, some, table
 from loratool.cli.voice import Voice, note_lines, warning_lines
 from loratool.options.looking import Compare
 
 if TYPE_CHECKING:
-    from loratool.report import CompareReport
+    from loratool.report.compare import CompareReport
 
 _CELL = 7
 _KEYS = "abcdefghijklmnopqrstuvwxyz"
@@ -42,11 +43,9 @@ def command(adapters: tuple[str, ...], **options: Any) -> None:
 
     The same change in other factors (B·R and R⁻¹·A) compares as the same.
     """
-    from loratool import api
-
     voice = Voice.take(options)
     voice.announce(f"Comparing {plural(len(adapters), 'adapter')} in ΔW, no base")
-    report = api.compare(adapters, **options)
+    report = lt.compare(adapters, **options)
     voice.show(report, render(report, voice))
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+import loratool as lt
 from loratool.cli import options as opt
 from loratool.cli.loads import loads_lines
 from loratool.cli.progress import show_progress
@@ -25,7 +26,7 @@ from loratool.cli.voice import Voice, note_lines, warning_lines
 from loratool.options.shaping import Compress
 
 if TYPE_CHECKING:
-    from loratool.report import CompressedAdapter, CompressReport
+    from loratool.report.compress import CompressedAdapter, CompressReport
 
 _WORDS = {"rank": "rank", "energy": "energy", "error": "error", "sv_ratio": "σ ratio",
           "max_rank": "rank at most", "size": "size"}  # fmt: skip
@@ -51,14 +52,12 @@ def command(adapters: tuple[str, ...], output: str, **options: Any) -> None:
     Works on the factors alone: exact singular values, no base model, no ΔW in memory. A module
     that would not get smaller keeps its bytes; one that needs no rank at all is left out.
     """
-    from loratool import api
-
     voice = Voice.take(options)
     asked = [f"{_WORDS[k]} {options[k]}" for k in _WORDS if options[k] is not None]
     what = safe(adapters[0]) if len(adapters) == 1 else plural(len(adapters), "adapter")
     voice.announce(f"Compressing {what} to {', '.join(asked) or 'nothing'}")
     with show_progress(quiet=voice.quiet) as progress:
-        report = api.compress(adapters, output=output, progress=progress, **options)
+        report = lt.compress(adapters, output=output, progress=progress, **options)
     result = [] if report.dry_run else [safe(one.output) for one in report.adapters]
     voice.show(report, render(report, voice), result=[*warning_lines(report.warnings), *result])
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+import loratool as lt
 from loratool.cli import options as opt
 from loratool.cli.loads import loads_lines
 from loratool.cli.render import format_bytes, format_seconds, line, plural, safe, table
@@ -15,7 +16,7 @@ from loratool.errors import list_some
 from loratool.options.shaping import Convert
 
 if TYPE_CHECKING:
-    from loratool.report import ConvertedAdapter, ConvertReport
+    from loratool.report.convert import ConvertedAdapter, ConvertReport
 
 
 @click.command(
@@ -39,11 +40,9 @@ def command(adapters: tuple[str, ...], to: str, output: str, **options: Any) -> 
     look-up: in the base given with --base, else among the modules of Stable Diffusion, SDXL and
     FLUX. What the other dialect cannot hold is an error; --skip leaves it out, and it is said.
     """
-    from loratool import api
-
     voice = Voice.take(options)
     voice.announce(f"Converting {plural(len(adapters), 'adapter')} to {safe(to)}")
-    report = api.convert(adapters, to=to, output=output, **options)
+    report = lt.convert(adapters, to=to, output=output, **options)
     result = [] if report.dry_run else [safe(r.output) for r in report.adapters]
     warnings = [w for r in report.adapters for w in r.warnings]
     voice.show(report, render(report, voice), result=[*warning_lines(warnings), *result])

@@ -11,6 +11,7 @@ from typing import Any
 
 import click
 
+import loratool as lt
 from loratool.cli import options as opt
 from loratool.cli.render import line, safe
 from loratool.cli.voice import Voice
@@ -28,7 +29,6 @@ from loratool.errors import UsageError
 @opt.general
 def command(output: str | None, **options: Any) -> int:
     """Write a tiny model, two adapters and a fine-tune, and run the main commands on them."""
-    from loratool import api
     from loratool.store.places import notes_path
     from loratool.store.series import series
 
@@ -36,10 +36,10 @@ def command(output: str | None, **options: Any) -> int:
     if voice.as_json:
         if output is None:
             raise UsageError("LT-207", "demo --json writes files: say where", hint="-o DIR")
-        voice.show(api.demo(output), ())
+        voice.show(lt.demo(output), ())
         return 0
     with _folder(output) as folder, series(notes_path(Path(folder))):
-        report = api.demo(folder)
+        report = lt.demo(folder)
         voice.announce("A tour on a model small enough to build in a moment")
         _run_all(report.commands)
     kept = f"the files are in {safe(output)}" if output else "with -o DIR the files are kept"

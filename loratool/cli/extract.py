@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+import loratool as lt
 from loratool.cli import options as opt
 from loratool.cli.loads import loads_lines
 from loratool.cli.progress import show_progress
@@ -27,7 +28,7 @@ from loratool.cli.voice import Voice, note_lines, warning_lines
 from loratool.options.shaping import Extract
 
 if TYPE_CHECKING:
-    from loratool.report import ExtractedModule, ExtractReport
+    from loratool.report.extract import ExtractedModule, ExtractReport
 
 
 @click.command(
@@ -51,12 +52,10 @@ def command(tuned: str, base: str, output: str, **options: Any) -> None:
     much of the change the adapter holds. Small tensors (biases, norms) are kept whole where the
     adapter can hold them; embeddings and other large ones are left out unless --keep names them.
     """
-    from loratool import api
-
     voice = Voice.take(options)
     voice.announce(f"Extracting {safe(tuned)} − {safe(base)} at {_criteria(options)}")
     with show_progress(quiet=voice.quiet) as progress:
-        report = api.extract(tuned, base=base, output=output, progress=progress, **options)
+        report = lt.extract(tuned, base=base, output=output, progress=progress, **options)
     result = [] if report.dry_run else [safe(report.output)]
     merge = shlex.join(
         ["loratool", "merge", output, "--base", base, "-o", "MERGED", *report.merge_options]

@@ -16,7 +16,7 @@ from loratool.cli import signals
 from loratool.cli.group import COMMANDS, LATER_OPTIONS
 from loratool.cli.render import dump_json, safe
 from loratool.errors import AlreadyMadeError, DiskError, LoratoolError, UsageError
-from loratool.report import SCHEMA
+from loratool.report.base import SCHEMA
 
 _NO_MEMORY = re.compile(
     "out of memory|(can't|cannot) allocate memory|not enough memory|bad_alloc|ALLOC_FAILED"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -118,6 +117,8 @@ def unknown_command(word: str) -> UsageError:
         return UsageError(
             "LT-203", f"{called} is not in this version ({__version__})", expected=here
         )
+    import difflib
+
     close = difflib.get_close_matches(word, [*COMMANDS, *LATER, *SYNONYMS], n=1)
     hint = None
     if close:

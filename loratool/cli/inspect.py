@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+import loratool as lt
 from loratool.cli import options as opt
 from loratool.cli.loads import loads_lines
 from loratool.cli.look import look_lines
@@ -28,7 +29,7 @@ from loratool.errors import LoratoolError, UsageError
 from loratool.options.looking import Inspect
 
 if TYPE_CHECKING:
-    from loratool.report import AdapterSummary, CheckpointSummary, FolderRow, InspectReport
+    from loratool.report.inspect import AdapterSummary, CheckpointSummary, FolderRow, InspectReport
 
 _FEW_VALUES = 6
 _SHOWN_REPLACED = 5
@@ -62,11 +63,9 @@ def command(sources: tuple[str, ...], **options: Any) -> int:
     next. Several SOURCEs, or a folder of files, give one row each; exit code 4 if none of a
     folder can be read.
     """
-    from loratool import api
-
     voice = Voice.take(options)
     if len(sources) == 1:
-        report = api.inspect(sources[0], **options)
+        report = lt.inspect(sources[0], **options)
         voice.show(report, render(report, voice))
         return NOTHING_READABLE if report.rows and all(r.error for r in report.rows) else 0
     if options["risk"]:
@@ -82,14 +81,13 @@ def command(sources: tuple[str, ...], **options: Any) -> int:
 
 def _inspect_each(sources: Sequence[str], options: Mapping[str, Any]) -> tuple[InspectReport, int]:
     """One report with a row per source, and the exit code of the first that failed."""
-    from loratool import api
-    from loratool.report import FolderRow, InspectReport
+    from loratool.report.inspect import FolderRow, InspectReport
 
     rows: list[FolderRow] = []
     code = 0
     for source in sources:
         try:
-            one = api.inspect(source, **{**options, "tensors": False, "risk": False, "base": None})
+            one = lt.inspect(source, **{**options, "tensors": False, "risk": False, "base": None})
         except LoratoolError as error:
             rows.append(FolderRow(source, error=error.to_json()))
             code = code or error.exit_code

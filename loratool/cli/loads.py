@@ -9,7 +9,7 @@ from loratool.cli.render import line, safe
 
 if TYPE_CHECKING:
     from loratool.cli.voice import Voice
-    from loratool.report import Loads
+    from loratool.report.base import Loads
 
 _WORDS = {"yes": "yes", "no": "NO", "wrong": "WRONG", "unsure": "unsure"}
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+import loratool as lt
 from loratool.cli import options as opt
 from loratool.cli.progress import show_progress
 from loratool.cli.render import (
@@ -32,7 +33,7 @@ from loratool.options.groups import Access, Mix, Names, Nonfinite
 from loratool.options.merging import Merge
 
 if TYPE_CHECKING:
-    from loratool.report import MergeReport
+    from loratool.report.merge import MergeReport
 
 _MENTION_FLOAT32 = 0.01
 """Loss from which the way to avoid it is worth a word."""
@@ -61,8 +62,7 @@ def command(adapters: tuple[str, ...], base: str | None, output: str, **options:
     result is an adapter: exact, ranks add, or what --method and --rank say. ADAPTER:0.7 gives an
     adapter a weight, ADAPTER:unet=0.8,te=0.4 one per component; 1 is as trained.
     """
-    from loratool import api
-    from loratool.report import MergeReport
+    from loratool.report.merge import MergeReport
 
     voice = Voice.take(options)
     if base is None or options["into"] == "adapter":
@@ -70,7 +70,7 @@ def command(adapters: tuple[str, ...], base: str | None, output: str, **options:
         return
     voice.announce(headline(adapters, options["weights"], options["mean"], options["method"]))
     with show_progress(quiet=voice.quiet) as progress:
-        report = api.merge(adapters, base=base, output=output, progress=progress, **options)
+        report = lt.merge(adapters, base=base, output=output, progress=progress, **options)
     assert isinstance(report, MergeReport)
     again = opt.typed(options, Mix, Names, Access, Nonfinite)
     named = [word for adapter in adapters for word in ("--adapter", adapter)]
@@ -86,7 +86,6 @@ def command(adapters: tuple[str, ...], base: str | None, output: str, **options:
 def _with_each_other(
     adapters: tuple[str, ...], base: str | None, output: str, options: dict[str, Any], voice: Voice
 ) -> None:
-    from loratool import api
     from loratool.cli import combine
     from loratool.ops.combine import check_into, combine_options
 
@@ -98,7 +97,7 @@ def _with_each_other(
     voice.announce(combine.headline(len(adapters), words, method, rank, has_base=base is not None))
     with show_progress(quiet=voice.quiet) as progress:
         given = {**options, "base": base, "output": output, "progress": progress}
-        report = api.combine(adapters, **combine_options(given))
+        report = lt.combine(adapters, **combine_options(given))
     result = [] if report.dry_run else [safe(report.output)]
     voice.show(report, combine.render(report, voice),
                result=[*warning_lines(report.warnings), *result])  # fmt: skip

@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+import loratool as lt
 from loratool.cli import options as opt
 from loratool.cli.render import format_bytes, line, plural, safe, some, table
 from loratool.cli.voice import Voice
@@ -34,12 +35,11 @@ def command(**options: Any) -> int:
     The adapter at the top of the repository is taken; where there is none, all those in it, and
     they keep their folders. The base model is named, not fetched.
     """
-    from loratool import api
     from loratool.store.hub_client import prepare_client
 
     voice = Voice.take(options)
     prepare_client(quiet=voice.quiet or voice.as_json)
-    report = api.pull(options.pop("repo"), **options)
+    report = lt.pull(options.pop("repo"), **options)
     voice.show(report, _render(report), result=[safe(report.output, cap=4000)])
     return 0
 

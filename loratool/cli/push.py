@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+import loratool as lt
 from loratool.cli import options as opt
 from loratool.cli.render import format_bytes, line, plural, safe, table
 from loratool.cli.voice import Voice, note_lines
@@ -34,12 +35,11 @@ def command(**options: Any) -> int:
     Every value is checked first, files that do not belong there are refused, and visibility is
     set on creation only. The login is that of `hf auth login` or HF_TOKEN.
     """
-    from loratool import api
     from loratool.store.hub_client import prepare_client
 
     voice = Voice.take(options)
     prepare_client(quiet=voice.quiet or voice.as_json)
-    report = api.push(options.pop("path"), options.pop("repo"), **options)
+    report = lt.push(options.pop("path"), options.pop("repo"), **options)
     voice.show(report, _render(report, voice), result=[report.pull_request or report.commit or ""])
     return 0
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+import loratool as lt
 from loratool.cli import options as opt
 from loratool.cli.render import format_seconds, format_share, line, plural, safe
 from loratool.cli.voice import Voice, note_lines, warning_lines
@@ -38,8 +39,6 @@ def command(recipe: str, **options: Any) -> None:
     they have here. Unknown and doubled keys are errors with their line, before anything runs.
     Relative paths are relative to the recipe.
     """
-    from loratool import api
-
     voice = Voice.take(options)
 
     def say(step: RecipeStep, report: StepReport | None) -> None:
@@ -53,7 +52,7 @@ def command(recipe: str, **options: Any) -> None:
             click.echo(text)
 
     voice.announce(f"Running {safe(recipe)}" + (", planning only" if options["dry_run"] else ""))
-    report = api.run(recipe, on_step=say, **options)
+    report = lt.run(recipe, on_step=say, **options)
     voice.show(report, _end(report), result=[safe(s.output) for s in report.steps if s.output])
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+import loratool as lt
 from loratool.cli import options as opt
 from loratool.cli.loads import loads_lines
 from loratool.cli.render import format_bytes, format_seconds, line, plural, safe, table
@@ -15,7 +16,7 @@ from loratool.errors import UsageError
 from loratool.options.shaping import Rescale
 
 if TYPE_CHECKING:
-    from loratool.report import RescaledAdapter, RescaleReport
+    from loratool.report.algebra import RescaledAdapter, RescaleReport
 
 _HOW = {
     "copied": "factor 1: every byte copied",
@@ -50,12 +51,10 @@ def command(adapters: tuple[str, ...], output: str, **options: Any) -> None:
     changes. Any other one is baked into lora_B (many programs read alpha as an integer), rounded
     once; powers of two stay exact. Replaced tensors scale with --base, and are reported without it.
     """
-    from loratool import api
-
     voice = Voice.take(options)
     sources, factor = split_factor(adapters)
     voice.announce(f"Rescaling {plural(len(sources), 'adapter')} by {factor:g}")
-    report = api.rescale(sources, factor, output=output, **options)
+    report = lt.rescale(sources, factor, output=output, **options)
     result = [] if report.dry_run else [safe(r.output) for r in report.adapters]
     warnings = [w for r in report.adapters for w in r.warnings]
     voice.show(report, render(report, voice), result=[*warning_lines(warnings), *result])

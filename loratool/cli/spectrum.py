@@ -9,7 +9,7 @@ from loratool.cli.render import format_number, line, plural, safe, some, table
 from loratool.cli.voice import Voice
 
 if TYPE_CHECKING:
-    from loratool.report import AdapterSpectrum, FamilySpectrum, ModuleSpectrum
+    from loratool.report.spectrum import AdapterSpectrum, FamilySpectrum, ModuleSpectrum
 
 _BARS = "▁▂▃▄▅▆▇█"
 _WIDTH = 16

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+import loratool as lt
 from loratool.cli import combine
 from loratool.cli import merge as merging
 from loratool.cli import options as opt
@@ -16,7 +17,7 @@ from loratool.cli.voice import Voice, warning_lines
 from loratool.options.merging import Subtract
 
 if TYPE_CHECKING:
-    from loratool.report import SubtractReport
+    from loratool.report.merge import SubtractReport
 
 
 @click.command(
@@ -43,8 +44,7 @@ def command(adapters: tuple[str, ...], merged: str | None, output: str, **option
     exact in ΔW because the factors are put side by side. Replaced tensors, DoRA, PiSSA and their
     kin need the base, --base.
     """
-    from loratool import api
-    from loratool.report import SubtractReport
+    from loratool.report.merge import SubtractReport
 
     voice = Voice.take(options)
     if merged is None:
@@ -56,7 +56,7 @@ def command(adapters: tuple[str, ...], merged: str | None, output: str, **option
         f"Taking {plural(len(adapters), 'adapter')} OUT OF merged weights: {terms}, {how}"
     )
     with show_progress(quiet=voice.quiet) as progress:
-        report = api.subtract(adapters, merged=merged, output=output, progress=progress, **options)
+        report = lt.subtract(adapters, merged=merged, output=output, progress=progress, **options)
     assert isinstance(report, SubtractReport)
     result = [] if report.dry_run else [safe(report.output)]
     voice.show(report, render(report, voice), result=[*warning_lines(report.warnings), *result])
@@ -76,8 +76,7 @@ def render(report: SubtractReport, voice: Voice) -> Iterator[str]:
 def _subtract_adapters(
     adapters: tuple[str, ...], output: str, options: dict[str, Any], voice: Voice
 ) -> None:
-    from loratool import api
-    from loratool.report import DifferenceReport
+    from loratool.report.combine import DifferenceReport
 
     if len(adapters) > 1:
         how = f"rank {options['rank']}" if options["rank"] else "exact: ranks add"
@@ -85,7 +84,7 @@ def _subtract_adapters(
         minus = " − ".join(merging.weighted(adapters[1:], options["weights"]))
         base = "the base for what depends on it" if options["base"] else "no base"
         voice.announce(f"Subtracting adapters, {base}: {first} − {minus}, {how}")
-    report = api.subtract(adapters, output=output, **options)
+    report = lt.subtract(adapters, output=output, **options)
     assert isinstance(report, DifferenceReport)
     result = [] if report.dry_run else [safe(report.output)]
     voice.show(report, combine.render(report, voice),

@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 
+import loratool as lt
 from loratool.cli import merge as merging
 from loratool.cli import options as opt
 from loratool.cli.progress import show_progress
@@ -29,13 +30,11 @@ def command(old: str, new: str, merged: str, output: str, **options: Any) -> Non
 
     Task switching (LoRA paper, section 4) in one pass over the weights.
     """
-    from loratool import api
-
     voice = Voice.take(options)
     out, into = merging.terms([old], None, False), merging.terms([new], None, False)
     voice.announce(f"Swapping IN merged weights: {out} out, {into} in, one rounding")
     with show_progress(quiet=voice.quiet) as progress:
-        report = api.swap(old, new, merged=merged, output=output, progress=progress, **options)
+        report = lt.swap(old, new, merged=merged, output=output, progress=progress, **options)
     result = [] if report.dry_run else [safe(report.output)]
     voice.show(
         report,

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+import loratool as lt
 from loratool.cli import options as opt
 from loratool.cli.progress import show_progress
 from loratool.cli.render import format_seconds, line, plural, safe, some, table
@@ -14,7 +15,7 @@ from loratool.cli.voice import Voice, note_lines
 from loratool.options.merging import Verify
 
 if TYPE_CHECKING:
-    from loratool.report import VerifyReport
+    from loratool.report.merge import VerifyReport
 
 _SHOWN = 10
 EXIT_DIFFERS = 10
@@ -40,14 +41,12 @@ def command(merged: str, base: str | None, adapters: tuple[str, ...], **options:
     Works on merges made by any program. A merge made by loratool says itself what went into it:
     the inputs are looked for beside it, and their content is checked.
     """
-    from loratool import api
-
     voice = Voice.take(options)
     source = "its base" if base is None else safe(base)
     count = plural(len(adapters), "adapter") if adapters else "what it says was merged"
     voice.announce(f"Verifying {safe(merged)} = {source} + {count}")
     with show_progress(quiet=voice.quiet) as progress:
-        report = api.verify(merged, base=base, adapters=adapters, progress=progress, **options)
+        report = lt.verify(merged, base=base, adapters=adapters, progress=progress, **options)
     voice.show(report, render(report, voice), result=[report.verdict])
     return 0 if report.ok else EXIT_DIFFERS
 

@@ -11,7 +11,7 @@ import click
 from loratool.cli.render import dump_json, is_terminal, line, safe
 
 if TYPE_CHECKING:
-    from loratool.report import Report
+    from loratool.report.base import Report
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from loratool.engine.kernel import Env
 from loratool.engine.tying import tie_factors
 from loratool.engine.workers import map_in_workers
 from loratool.linalg.concat import difference_square, product_norm
-from loratool.report import share_of
+from loratool.report.algebra import share_of
 from loratool.store.reader import FileReader
 
 

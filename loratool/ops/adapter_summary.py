@@ -11,7 +11,7 @@ from loratool.dialects.programs import judge_loads
 from loratool.dialects.rules import short_title
 from loratool.dialects.stated import divides_by_root, method_of
 from loratool.dtypes import DTYPES
-from loratool.report import AdapterSummary, ReplacedTensor, TargetFamily
+from loratool.report.inspect import AdapterSummary, ReplacedTensor, TargetFamily
 
 
 def summarize_adapter(adapter: Adapter) -> AdapterSummary:

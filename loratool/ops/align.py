@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
-from loratool import archs
 from loratool.adapter import TensorRef
 from loratool.archs.experts import expert_names, parse_expert
 from loratool.archs.layers import has_flipped_experts, has_transposed_experts
+from loratool.archs.names import to_memory
 from loratool.archs.stated import model_type
 from loratool.dialects.peft.keys import strip_parallel, without_wrappers
 from loratool.ops.bind_rules import name_rules, parse_rename
@@ -77,10 +77,10 @@ def renamed(aligned: Mapping[str, TensorRef]) -> int:
 
 
 def _by_memory(loose: Iterable[str], free: Iterable[str], model_type: str) -> dict[str, str]:
-    in_memory = {archs.to_memory(model_type, name): name for name in free}
+    in_memory = {to_memory(model_type, name): name for name in free}
     found = {}
     for name in loose:
-        partner = in_memory.get(archs.to_memory(model_type, name))
+        partner = in_memory.get(to_memory(model_type, name))
         if partner is not None:
             found[name] = partner
     return found

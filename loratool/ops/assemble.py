@@ -6,9 +6,9 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from loratool import archs
 from loratool.adapter import Adapter, DeltaSpec, Replacement, TensorData
 from loratool.archs.experts import parse_expert
+from loratool.archs.layers import is_conv1d
 from loratool.archs.stated import model_type
 from loratool.delta.forms import factors_of, new_low_rank, with_factors
 from loratool.dialects import DEFAULT
@@ -149,8 +149,7 @@ def _make_spec(
         rank=rank,
         alpha=float(rank),
         scaling=1.0 / _gain(step),
-        transposed=pair.holder == "linear"
-        and archs.is_conv1d(model_type(base.config), pair.module),
+        transposed=pair.holder == "linear" and is_conv1d(model_type(base.config), pair.module),
         experts=experts,
         is_bare=is_bare,
     )

@@ -14,7 +14,7 @@ from loratool.errors import MismatchError
 from loratool.location import HubFile
 from loratool.ops.additive import require_additive, require_factors
 from loratool.plan import DeltaPart, Plan, module_step
-from loratool.report import ComparedReplacement, Difference
+from loratool.report.compare import ComparedReplacement, Difference
 from loratool.store.reader import are_of_one_file, have_same_bytes
 
 _LAYER = re.compile(r"\.(\d+)(?=\.)")

@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from loratool import archs
 from loratool.adapter import TensorRef
+from loratool.archs.layers import is_conv1d
+from loratool.archs.names import to_memory
 from loratool.archs.stated import model_type
 from loratool.engine.rows import args_of, op_of
 from loratool.errors import MismatchError
@@ -125,12 +126,10 @@ def plan_extract(
     written = (*pairs, *paired.created)
     kind = model_type(base.config)
     places = {
-        p.name: tuple(archs.to_memory(kind, n, names) for n in paired.places[p.name])
+        p.name: tuple(to_memory(kind, n, names) for n in paired.places[p.name])
         for p in written if p.name in paired.places
     }  # fmt: skip
-    memory = {
-        p.name: places.get(p.name, (archs.to_memory(kind, p.name, names),))[0] for p in written
-    }
+    memory = {p.name: places.get(p.name, (to_memory(kind, p.name, names),))[0] for p in written}
     plan = Plan("extract", tuple(steps))
     return ExtractPlan(
         plan, tuple(pairs), paired.created, memory, places, paired.absent, kept, paired.notes
@@ -183,7 +182,7 @@ def _make_step(pair: Pair, base: Checkpoint, how: FactorOptions, is_mha_output: 
         args["experts"] = shape[0]
         args["transposed"] = experts_are_turned(base.config)
     elif pair.holder == "embedding" or (
-        pair.holder == "linear" and archs.is_conv1d(model_type(base.config), pair.module)
+        pair.holder == "linear" and is_conv1d(model_type(base.config), pair.module)
     ):
         args["transposed"] = True
     if is_mha_output:

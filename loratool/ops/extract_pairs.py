@@ -7,12 +7,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from loratool import archs
 from loratool.adapter import TensorRef
 from loratool.archs.classes import fuses_experts, holder_of
 from loratool.archs.experts import parse_expert
 from loratool.archs.heads import is_other_head
-from loratool.archs.layers import has_flipped_experts, has_transposed_experts
+from loratool.archs.layers import has_flipped_experts, has_transposed_experts, is_conv1d
+from loratool.archs.names import to_memory
 from loratool.archs.stated import model_type
 from loratool.archs.ties import is_head
 from loratool.dtypes import DTYPES
@@ -85,7 +85,7 @@ class Roles:
         if _BUFFER.search(name) or not all(DTYPES[t].is_mergeable for t in types):
             return "buffer", ""
         dims = len(ref.shape)
-        memory = archs.to_memory(model_type(self._base.config), name, self._names)
+        memory = to_memory(model_type(self._base.config), name, self._names)
         if dims > 1 and 0 in ref.shape:
             return "bare", ""
         if dims <= 1:
@@ -185,8 +185,6 @@ def settle_holders(pairs: Sequence[Pair], config: Mapping[str, Any]) -> list[Pai
     if not any(p.is_factored and p.holder in ("parameter", "experts") for p in pairs):
         return list(pairs)
     return [
-        replace(p, holder="parameter")
-        if p.holder == "linear" and archs.is_conv1d(kind, p.module)
-        else p
+        replace(p, holder="parameter") if p.holder == "linear" and is_conv1d(kind, p.module) else p
         for p in pairs
     ]

@@ -13,7 +13,6 @@ from dataclasses import replace
 from typing import Any
 
 from loratool.adapter import Adapter, Source, TensorRef
-from loratool.archs import to_disk, to_memory
 from loratool.archs.heads import (
     has_pooler,
     is_language_model,
@@ -23,6 +22,7 @@ from loratool.archs.heads import (
     label_count,
     task_class,
 )
+from loratool.archs.names import to_disk, to_memory
 from loratool.archs.stated import class_config, model_type
 from loratool.archs.ties import tied_tensors
 from loratool.dialects.stated import WHOLE

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from loratool.adapter import Adapter, TensorRef
 from loratool.delta.forms import left_of
 from loratool.errors import list_some
 from loratool.location import HubFile
-from loratool.ops.inputs import OpenedAdapter, OpenedBase
 from loratool.store.reader import FileReader
+
+if TYPE_CHECKING:
+    from loratool.ops.inputs import OpenedAdapter, OpenedBase
 
 _PIECE = 1 << 16
 

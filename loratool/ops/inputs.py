@@ -5,60 +5,26 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from loratool.adapter import Adapter
 from loratool.dialects import open_adapter, unmergeable_reason
 from loratool.errors import MismatchError, OutputError, UsageError, list_some
+from loratool.ops.access import Access, locate
 from loratool.ops.weights import Rule, Weight, weigh
 from loratool.options.groups import Read
 from loratool.patterns import find, typed_pattern
 from loratool.store.checkpoint import Checkpoint, open_checkpoint
 from loratool.store.places import check_name, old_path, staging_path
-from loratool.store.rules import FileRules
 from loratool.store.source import (
     AdapterArgument,
     Resolved,
     find_adapter,
     parse_adapter,
-    resolve,
 )
 
 MAX_ADAPTERS = 256
-
-
-@dataclass(frozen=True)
-class Access:
-    """How sources may be reached.
-
-    Attributes:
-        offline: never touch the network.
-        yes: large downloads are agreed to.
-        rules: how far files are trusted.
-        in_place: files on the Hub are not downloaded but read where they are.
-    """
-
-    offline: bool = False
-    yes: bool = False
-    rules: FileRules = field(default_factory=FileRules)
-    in_place: bool = False
-
-
-def locate(text: str, *, kind: str, access: Access) -> Resolved:
-    """Find a source; pickles in it are converted first where that is allowed.
-
-    Raises:
-        LoratoolError: see `loratool.store.source.resolve` and
-            `loratool.store.unpickled.convert_pickles`.
-    """
-    in_place = access.in_place and not access.rules.allow_pickle
-    resolved = resolve(text, kind=kind, offline=access.offline, yes=access.yes, in_place=in_place)
-    if not access.rules.allow_pickle:
-        return resolved
-    from loratool.store.unpickled import convert_pickles
-
-    return convert_pickles(resolved)
 
 
 def open_one(text: str, *, read: Read, access: Access) -> tuple[Resolved, Adapter]:

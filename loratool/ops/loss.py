@@ -8,7 +8,7 @@ from typing import Any
 
 from loratool.dtypes import DTYPES
 from loratool.errors import NumericError
-from loratool.report import ModuleLoss
+from loratool.report.merge import ModuleLoss
 
 WARN_LOSS = 0.25
 """Share of a change lost to rounding above which a merge warns (ρ < 4η)."""

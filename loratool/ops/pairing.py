@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from loratool import archs
 from loratool.archs.heads import is_other_head, is_pooler, task_of
-from loratool.archs.ties import Tie, find_ties, head_scale, is_head
+from loratool.archs.ties import Tie, find_ties, head_scale, is_head, tied_tensors
 from loratool.errors import MismatchError, list_some
 from loratool.ops.align import align_names, renamed
 from loratool.ops.extract_pairs import Pair, Roles
@@ -93,7 +92,7 @@ def pair_tensors(tuned: Checkpoint, base: Checkpoint, names: str) -> Pairing:
 
 def _absent(missing: list[str], tuned: Checkpoint) -> tuple[str, ...]:
     """Heads that another class does not have; anything else must be there."""
-    twins = archs.tied_tensors(tuned)
+    twins = tied_tensors(tuned)
     lost = [n for n in missing if n not in twins]
     body = [n for n in lost if not (is_other_head(n) or is_pooler(n))]
     if body:

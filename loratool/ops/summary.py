@@ -16,12 +16,7 @@ from loratool.errors import BadFileError, LoratoolError, MismatchError
 from loratool.ops.adapter_summary import dtype_bytes, dtype_word, summarize_adapter
 from loratool.ops.input_notes import adapter_warnings
 from loratool.options.groups import Read
-from loratool.report import (
-    CheckpointSummary,
-    FolderRow,
-    InspectReport,
-    TensorRow,
-)
+from loratool.report.inspect import CheckpointSummary, FolderRow, InspectReport, TensorRow
 from loratool.store.checkpoint import Checkpoint, open_checkpoint
 from loratool.store.contained import list_folder
 from loratool.store.header import MAX_HEADER_BYTES

@@ -1,6 +1,5 @@
 """A function of one options object becomes one of flat keywords, with signature and docstring."""
 
-import difflib
 import functools
 import inspect
 import textwrap
@@ -69,6 +68,8 @@ def _explain(
     unknown = next((k for k in given if k not in signature.parameters), None)
     if unknown is None:
         return f"{name}(): {error}"
+    import difflib
+
     close = difflib.get_close_matches(unknown, signature.parameters, n=1)
     hint = f"; did you mean {close[0]!r}?" if close else ""
     return f"{name}() has no option {unknown!r}{hint}"

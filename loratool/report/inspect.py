@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from loratool.report.base import Loads, Report, plain_json
-from loratool.report.look import AdapterLook
-from loratool.report.risk import RiskStatistics
-from loratool.report.spectrum import AdapterSpectrum
+
+if TYPE_CHECKING:
+    from loratool.report.look import AdapterLook
+    from loratool.report.risk import RiskStatistics
+    from loratool.report.spectrum import AdapterSpectrum
 
 
 @dataclass(frozen=True)

@@ -23,8 +23,8 @@ from typing import NoReturn
 
 from loratool.adapter import Stamp
 from loratool.errors import BadFileError, DiskError, UnsafeContentError
-from loratool.store.remote import bring
 from loratool.store.stamps import stamp_from
+from loratool.store.stubs import bring
 
 # O_NONBLOCK: if the file is exchanged for a FIFO right now, opening must not hang.
 _READ = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import os
 import shutil
@@ -97,6 +96,8 @@ def _renameat2(source: Path, target: Path, flags: int) -> bool:
     """The Linux call behind both; False where it is missing."""
     if plain_io() or sys.platform != "linux":
         return False
+    import ctypes
+
     call = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     if call is None:  # a C library without it
         return False

@@ -14,13 +14,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn
+from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn
 
 from loratool.adapter import Stamp, TensorRef
 from loratool.dtypes import DTYPES, tensor_bytes
 from loratool.errors import BadFileError, DiskError, list_some
 from loratool.location import Location, path_of
-from loratool.plan import TensorSpec
 from loratool.store.contained import open_inside
 from loratool.store.foreign import refuse_foreign
 from loratool.store.jsonfile import (
@@ -32,8 +31,11 @@ from loratool.store.jsonfile import (
     text_bytes,
     unique_pairs,
 )
-from loratool.store.remote import remote_file
 from loratool.store.stamps import stamp_from
+from loratool.store.stubs import remote_file
+
+if TYPE_CHECKING:
+    from loratool.plan import TensorSpec
 
 MAX_HEADER_BYTES = 32 << 20  # default; --max-header raises it up to the next line
 HARD_HEADER_BYTES = 100_000_000  # the safetensors library refuses more

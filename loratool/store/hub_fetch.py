@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from loratool.errors import HubError, UsageError, list_some
+from loratool.location import HubReference
 from loratool.store import hub
 from loratool.store.hub_download import repo_folder
 from loratool.store.hub_files import all_adapters, is_weight_name, source_files
@@ -18,40 +18,11 @@ from loratool.store.hub_listing import (
     list_commit,
 )
 from loratool.store.look import Looked, look
+from loratool.store.rules import Reach
 
 _OUT_OF_REACH = ("LT-705", "LT-709", "LT-726")
 ASK_BYTES = 1_000_000_000  # a larger download needs consent
 ASK_FILES = 1_000
-
-
-@dataclass(frozen=True)
-class HubReference:
-    """``hf://owner/name[@revision][/sub/path]``, taken apart.
-
-    Attributes:
-        repo_id: ``owner/name``.
-        revision: decoded; None = the default branch.
-        sub: path inside the repository, "" for its root.
-    """
-
-    repo_id: str
-    revision: str | None
-    sub: str = ""
-
-
-@dataclass(frozen=True)
-class Reach:
-    """How the Hub may be used.
-
-    Attributes:
-        offline: make no connection; cached copies serve.
-        yes: consent to a large download.
-        in_place: fetch headers alone; tensors are read from the Hub when they are needed.
-    """
-
-    offline: bool = False
-    yes: bool = False
-    in_place: bool = False
 
 
 def fetch(reference: HubReference, kind: str, reach: Reach) -> tuple[Looked, str | None]:

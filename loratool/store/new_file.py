@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import secrets
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -34,6 +33,8 @@ def write_new_file(path: Path, data: bytes) -> str:
         OutputError: LT-508, something took the name meanwhile.
         DiskError: the system refuses.
     """
+    import secrets
+
     temporary = path.with_name(f".loratool-{secrets.token_hex(8)}.tmp")
     with refusals_as("cannot write", path):
         try:

@@ -17,9 +17,9 @@ from typing import Any
 from loratool.errors import BadFileError, list_some
 from loratool.store.contained import open_inside
 from loratool.store.jsonfile import load_json
-from loratool.store.sidecar import TEMPLATES, Sidecar
+from loratool.store.sidecar import Sidecar
 from loratool.store.stamps import stamp_of
-from loratool.store.tokens import TOKENIZER_FILES, TOKENIZER_STATE
+from loratool.store.tokens import TEMPLATES, TOKENIZER_FILES, TOKENIZER_STATE
 
 _GROUPS: Mapping[str, tuple[str, ...]] = {
     "tokenizer": (*TOKENIZER_FILES, f"{TEMPLATES}/*"),

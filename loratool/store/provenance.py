@@ -14,7 +14,7 @@ from loratool.errors import LoratoolError, redact
 from loratool.store.checkpoint import Checkpoint
 from loratool.store.contained import link_target, open_inside
 from loratool.store.jsonfile import load_json, parse_json
-from loratool.store.remote import remote_file
+from loratool.store.stubs import remote_file
 
 
 def file_id(path: Path, folder: Path | None = None) -> str:

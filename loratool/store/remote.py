@@ -1,22 +1,12 @@
-"""Files that stay on the Hub: their size and hash are known, their bytes are read by range.
-
-Such a file has a stub on this machine that holds its header and little more.  A stub is short,
-never sparse: code that reads tensor bytes past this module fails instead of finding zeros.  What
-the stubs of a folder stand for is written beside it, so that whoever has a path knows.
-"""
+"""Files that stay on the Hub: their size and hash are known, their bytes are read by range."""
 
 from __future__ import annotations
 
-import json
-import os
-import tempfile
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable
 from pathlib import Path
 
-from loratool.errors import STUBS, HubError
+from loratool.errors import HubError
 from loratool.location import HubFile
-from loratool.shapes import fitting_json
 from loratool.store.checksum import digest_of
 from loratool.store.hub import plain_errors
 from loratool.store.hub_listing import Listing
@@ -26,10 +16,6 @@ _ATTEMPTS = 4
 """Answers cut short before giving up; each is continued where it ended."""
 _EMPTY = 2  # of them without any data
 _PIECE = 8 << 20
-_MANIFEST = "stubs.json"
-
-
-# ------------------------------------------------------------------------------------- reading
 
 
 def read_range(file: HubFile, start: int, count: int) -> bytes:
@@ -119,63 +105,3 @@ def describe(listing: Listing, names: Iterable[str]) -> list[HubFile]:
         for f in listing.files
         if f.name in wanted
     ]
-
-
-# --------------------------------------------------------------------------------------- stubs
-
-
-def make_stub_folder() -> Path:
-    """A temporary folder for stubs, and for the list of what they stand for."""
-    return Path(tempfile.mkdtemp(prefix=STUBS)).resolve()
-
-
-def list_stubs(top: Path, stubs: Mapping[Path, HubFile], late: Mapping[Path, HubFile]) -> None:
-    """Write down what the files in a folder of stubs stand for.
-
-    Args:
-        top: of `make_stub_folder`.
-        stubs: read by range.
-        late: small files that are fetched whole when somebody opens them.
-    """
-    rows = {
-        path.relative_to(top).as_posix(): asdict(_Row(is_late, replace(file, stub=None)))
-        for is_late, files in ((False, stubs), (True, late))
-        for path, file in files.items()
-    }
-    (top / _MANIFEST).write_text(json.dumps(rows))
-
-
-@dataclass(frozen=True)
-class _Row:
-    """What a path in a folder of stubs stands for."""
-
-    is_late: bool
-    file: HubFile
-
-
-def remote_file(path: Path) -> HubFile | None:
-    """What a stub stands for; None for a file of this machine."""
-    row = _row_of(path)
-    return None if row is None or row.is_late else replace(row.file, stub=path)
-
-
-def bring(path: Path) -> None:
-    """Fetch a small file that has only been named so far; does nothing for any other."""
-    row = _row_of(path)
-    if row is not None and row.is_late and path.stat().st_size != row.file.size:
-        fetch_whole(row.file, path)
-
-
-def _row_of(path: Path) -> _Row | None:
-    top = next((p for p in path.parents if p.name.startswith(STUBS)), None)
-    if top is None or not _is_own(top):
-        return None
-    rows = fitting_json((top / _MANIFEST).read_bytes(), dict[str, _Row])
-    return (rows or {}).get(path.relative_to(top).as_posix())
-
-
-def _is_own(top: Path) -> bool:
-    """A folder that `make_stub_folder` made: what a user is given may bear any name."""
-    if top.parent != Path(tempfile.gettempdir()).resolve() or not (top / _MANIFEST).is_file():
-        return False
-    return not hasattr(os, "getuid") or top.stat().st_uid == os.getuid()

@@ -17,14 +17,8 @@ from loratool.location import HubFile
 from loratool.shapes import fitting_json
 from loratool.store.header import HARD_HEADER_BYTES
 from loratool.store.pool import waiting_threads
-from loratool.store.remote import (
-    append,
-    check_digest,
-    fetch_whole,
-    list_stubs,
-    make_stub_folder,
-    read_range,
-)
+from loratool.store.remote import append, check_digest, fetch_whole, read_range
+from loratool.store.stubs import list_stubs, make_stub_folder
 
 THREADS = 8
 FIRST_BYTES = 100_000

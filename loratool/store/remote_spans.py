@@ -13,7 +13,6 @@ from collections import OrderedDict
 from collections.abc import Iterable
 
 from loratool.location import HubFile, Location
-from loratool.store.remote import read_range
 
 GAP_BYTES = 64 << 10
 """Read over rather than around: about what the way to the Hub and back costs."""
@@ -73,7 +72,7 @@ class ReadAhead:
         """Bytes of a file.
 
         Raises:
-            HubError: see `read_range`.
+            HubError: see `loratool.store.remote.read_range`.
         """
         parts: list[bytes] = []
         at, stop = start, start + count
@@ -81,7 +80,7 @@ class ReadAhead:
             span, until = self._find(file, at)
             until = min(until, stop)
             if span is None:
-                parts.append(read_range(file, at, until - at))
+                parts.append(_fetch(file, at, until - at))
             else:
                 parts.append(self._from(span, file, at, until))
             at = until
@@ -103,11 +102,11 @@ class ReadAhead:
                 if data is not None:
                     self._kept.move_to_end(span)
             if data is None and not span.was_fetched:
-                data = read_range(file, span.start, span.stop - span.start)
+                data = _fetch(file, span.start, span.stop - span.start)
                 span.was_fetched = True
                 self._keep(span, data)
         if data is None:
-            return read_range(file, at, until - at)
+            return _fetch(file, at, until - at)
         return data[at - span.start : until - span.start]
 
     def _keep(self, span: _Span, data: bytes) -> None:
@@ -150,3 +149,10 @@ def by_file(ranges: Iterable[Range]) -> dict[HubFile, list[tuple[int, int]]]:
         if isinstance(file, HubFile):
             found.setdefault(file, []).append((start, start + count))
     return found
+
+
+def _fetch(file: HubFile, start: int, count: int) -> bytes:
+    """One request; nothing of the Hub is imported before the first."""
+    from loratool.store.remote import read_range
+
+    return read_range(file, start, count)

@@ -1,4 +1,4 @@
-"""How far files from strangers are trusted."""
+"""How far files from strangers are trusted, and how the Hub may be used."""
 
 from __future__ import annotations
 
@@ -18,3 +18,18 @@ class FileRules:
 
     max_header: int = MAX_HEADER_BYTES
     allow_pickle: bool = False
+
+
+@dataclass(frozen=True)
+class Reach:
+    """How the Hub may be used.
+
+    Attributes:
+        offline: make no connection; cached copies serve.
+        yes: consent to a large download.
+        in_place: fetch headers alone; tensors are read from the Hub when they are needed.
+    """
+
+    offline: bool = False
+    yes: bool = False
+    in_place: bool = False

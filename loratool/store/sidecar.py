@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 from loratool.adapter import Stamp
 from loratool.errors import MismatchError, list_some
 from loratool.shapes import fitting_json
-from loratool.store.checkpoint import Checkpoint
 from loratool.store.contained import find_inside, list_folder, open_inside
 from loratool.store.jsonfile import dump_json, load_json
 from loratool.store.stamps import check_stamp
-from loratool.store.tokens import TOKENIZER_FILES
+from loratool.store.tokens import TEMPLATES, TOKENIZER_FILES
 
 if TYPE_CHECKING:
+    from loratool.store.checkpoint import Checkpoint
     from loratool.store.writer import StagedOutput
 
 
@@ -63,7 +63,6 @@ _REFUSED = (
     "*.py",
 )
 _WEIGHTS = re.compile(r"\.safetensors$|\.safetensors\.index(\.\w+)?\.json$")
-TEMPLATES = "additional_chat_templates"
 
 
 @dataclass(frozen=True)

@@ -6,13 +6,17 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 from urllib.parse import unquote
 
 from loratool.errors import TOKEN, BadFileError, HubError, UsageError
+from loratool.location import HubReference
 from loratool.store.adapter_folder import find_adapter, list_adapters
 from loratool.store.contained import typed
-from loratool.store.hub_fetch import HubReference, Reach, fetch
-from loratool.store.remote_folder import RemoteFolder
+from loratool.store.rules import Reach
+
+if TYPE_CHECKING:
+    from loratool.store.remote_folder import RemoteFolder
 
 __all__ = [
     "AdapterArgument",
@@ -257,6 +261,8 @@ def refuse_token(text: str) -> None:
 
 
 def _from_hub(reference: HubReference, kind: str, reach: Reach, guess: str | None) -> Resolved:
+    from loratool.store.hub_fetch import fetch
+
     looked, problem = fetch(reference, kind, reach)
     folder, commit = looked.path, looked.commit
     path = folder.joinpath(*reference.sub.split("/")) if reference.sub else folder

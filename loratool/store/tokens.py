@@ -37,6 +37,9 @@ TOKENIZER_FILES = (
     "chat_template.json",
     "*.jinja",
 )
+TEMPLATES = "additional_chat_templates"
+"""Folder of chat templates beside the main one."""
+
 # Files that list added tokens: never one of the base beside others of the adapter.
 TOKENIZER_STATE = (
     "tokenizer.json",

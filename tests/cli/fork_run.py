@@ -14,8 +14,11 @@ from pathlib import Path
 
 import torch  # noqa: F401 - loaded once, not in each of hundreds of processes
 
-from loratool import api, cli  # noqa: F401
+import loratool as lt
+from loratool import cli
 from loratool.cli import failures  # noqa: F401
+
+FUNCTIONS = [getattr(lt, name) for name in lt.__all__]  # imported, before the first fork
 
 
 def take(descriptor: int, state: str, text: Path) -> None:

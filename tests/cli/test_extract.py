@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from loratool import api
+import loratool as lt
 
 Run = Callable[..., Any]
 
@@ -18,7 +18,7 @@ Run = Callable[..., Any]
 @pytest.fixture
 def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with base, style, sql and tuned, entered."""
-    api.demo(tmp_path / "toy")
+    lt.demo(tmp_path / "toy")
     monkeypatch.chdir(tmp_path / "toy")
     return tmp_path / "toy"
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from loratool import api
+import loratool as lt
 
 from .conftest import Run, write_safetensors
 
@@ -25,7 +25,7 @@ MERGE_KEYS = {
 @pytest.fixture
 def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with base, style, sql and tuned, entered."""
-    api.demo(tmp_path / "toy")
+    lt.demo(tmp_path / "toy")
     monkeypatch.chdir(tmp_path / "toy")
     return tmp_path / "toy"
 

@@ -7,17 +7,10 @@ from typing import Any
 
 import pytest
 
-from loratool import api
-from loratool.report import (
-    ExtractedModule,
-    ExtractReport,
-    Loads,
-    MergeReport,
-    ModuleLoss,
-    Report,
-    TensorDifference,
-    VerifyReport,
-)
+import loratool as lt
+from loratool.report.base import Loads, Report
+from loratool.report.extract import ExtractedModule, ExtractReport
+from loratool.report.merge import MergeReport, ModuleLoss, TensorDifference, VerifyReport
 
 from .conftest import Result, Run
 
@@ -72,7 +65,7 @@ def shown(run: Run, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
     }
 
     def call(report: Report, *options: str) -> Result:
-        monkeypatch.setattr(api, report.command, lambda *_, **__: report)
+        monkeypatch.setattr(lt, report.command, lambda *_, **__: report)
         return run(*words[report.command], *options)
 
     return call

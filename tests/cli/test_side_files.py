@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from loratool import api
+import loratool as lt
 from loratool.errors import OutputError
 from loratool.store import new_file
 from tests.faults.scene import fingerprint
@@ -27,7 +27,7 @@ COMMANDS = {
 
 @pytest.fixture
 def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    api.demo(tmp_path / "toy")
+    lt.demo(tmp_path / "toy")
     monkeypatch.chdir(tmp_path / "toy")
     return tmp_path / "toy"
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from loratool import api
+import loratool as lt
 from tests.faults.process import environment
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
@@ -46,7 +46,8 @@ runpy.run_module("loratool", run_name="__main__", alter_sys=True)
 
 CALLED = """
 import atexit, os, sys, time
-from loratool import api, cli
+import loratool as lt
+from loratool import cli
 
 def send():
     os.kill(os.getpid(), int(sys.argv[1]))
@@ -82,7 +83,7 @@ def imported(words: Sequence[object], log: Path) -> list[str]:
 
 @pytest.fixture
 def toy(tmp_path: Path) -> Path:
-    api.demo(tmp_path / "toy")
+    lt.demo(tmp_path / "toy")
     return tmp_path / "toy"
 
 
@@ -118,7 +119,7 @@ def test_before_anything_is_caught(data: Path) -> None:
 
 def test_as_json(data: Path) -> None:
     for number, code in SIGNALS:
-        done = hit(number, "loratool.api", ["inspect", data, "--json"])
+        done = hit(number, "loratool.api.inspect", ["inspect", data, "--json"])
         found = json.loads(done.stdout)
         assert done.returncode == code and done.stderr == "" and not found["ok"]
         assert found["error"] == {"code": "LT-000", "exit_code": code, "what": "interrupted"}
@@ -136,7 +137,7 @@ def inspect(*a, **k):
     Last()
     wait()
 
-api.inspect = inspect
+lt.inspect = inspect
 """
     check(start(CALLED.format(body=body), number), code, "destructor")
 
@@ -151,7 +152,7 @@ def test_after_the_work(number: int, _code: int, tmp_path: Path) -> None:
 
 
 def test_nohup_stays_in_force() -> None:
-    body = "api.inspect = lambda *_, **__: send() or print('still here', flush=True) or exit(0)"
+    body = "lt.inspect = lambda *_, **__: send() or print('still here', flush=True) or exit(0)"
     code = CALLED.format(body=body)
     words = [sys.executable, "-c", code, str(signal.SIGHUP.value)]
     done = subprocess.run(

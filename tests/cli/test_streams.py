@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from loratool import api
+import loratool as lt
 from tests.faults.process import environment
 from tests.faults.scene import fingerprint
 
@@ -66,8 +66,8 @@ RECIPE = "steps:\n- rescale: {adapters: [style], factor: 0.5, output: half}\n"
 
 
 def write_world(folder: Path) -> Path:
-    api.demo(folder)
-    api.merge([str(folder / "style")], base=folder / "base", output=folder / "merged")
+    lt.demo(folder)
+    lt.merge([str(folder / "style")], base=folder / "base", output=folder / "merged")
     (folder / "recipe.yaml").write_text(RECIPE)
     return folder
 

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from loratool import __version__, api
+import loratool as lt
+from loratool import __version__
 from loratool.cli import signals
 from loratool.cli.group import COMMANDS, LATER, LATER_OPTIONS, MODULES, SYNONYMS
 from loratool.errors import NumericError
@@ -141,7 +142,7 @@ def test_errors_are_one_line(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object, **__: object) -> None:
         raise NumericError("LT-800", "bad\nnews", key="a\x1b[1mb", got="hf_" + "a" * 30)
 
-    monkeypatch.setattr(api, "inspect", fail)
+    monkeypatch.setattr(lt, "inspect", fail)
     found = run("inspect", "x")
     assert found.code == 8
     assert found.err == "error[LT-800]: bad\\nnews · key a\\x1b[1mb · got hf_***\n"
@@ -156,7 +157,7 @@ def _raise(error: BaseException):  # type: ignore[no-untyped-def]
 
 
 def test_a_bug_says_so(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(api, "inspect", _raise(ZeroDivisionError("x\x1b")))
+    monkeypatch.setattr(lt, "inspect", _raise(ZeroDivisionError("x\x1b")))
     found = run("inspect", "x")
     assert found.code == 1 and "this is a bug" in found.err and "Traceback" not in found.err
     assert "\\x1b" in found.err
@@ -168,24 +169,25 @@ def test_a_bug_says_so(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_interrupts(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     for error, code in ((KeyboardInterrupt(), 130), (signals.Terminated(), 143)):
-        monkeypatch.setattr(api, "inspect", _raise(error))
+        monkeypatch.setattr(lt, "inspect", _raise(error))
         assert run("inspect", "x").code == code
 
 
 def test_out_of_memory_is_no_bug(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(api, "inspect", _raise(MemoryError()))
+    monkeypatch.setattr(lt, "inspect", _raise(MemoryError()))
     found = run("inspect", "x")
     assert found.code == 6 and "--max-memory" in found.err
 
 
 SLEEPER = """
 import signal, time
-from loratool import api, cli
+import loratool as lt
+from loratool import cli
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup ignores it, and so would loratool
 def wait(*a, **k):
     print("ready", flush=True)
     time.sleep(600)
-api.inspect = wait
+lt.inspect = wait
 cli.main(["inspect", "x"])
 """
 

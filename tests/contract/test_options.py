@@ -14,8 +14,7 @@ from typing import Any, get_args
 import click
 import pytest
 
-import loratool
-from loratool import api
+import loratool as lt
 from loratool.cli.group import COMMANDS as LIVE
 from loratool.cli.group import MODULES
 from loratool.cli.options import typed
@@ -28,7 +27,7 @@ from loratool.options.looking import Open
 from loratool.options.merging import Combine
 from loratool.options.words import Option, Options, alternatives, options_of, recorded
 
-ROOT = Path(loratool.__file__).parents[1]
+ROOT = Path(lt.__file__).parents[1]
 DOCS = ROOT / "docs" / "options.md"
 PYTHON = {**COMMANDS, "combine": Combine, "open": Open}
 # Every command has these, and Python has no use for them; `demo` and `completion` are their own.
@@ -99,7 +98,7 @@ def test_the_command_line_and_python_have_the_same_options(name: str) -> None:
 
 @pytest.mark.parametrize("name", PYTHON)
 def test_a_function_says_what_it_takes(name: str) -> None:
-    function = getattr(api, name)
+    function = getattr(lt, name)
     parameters = inspect.signature(function).parameters
     fields = {o.name: o for o in options_of(PYTHON[name])}
     assert set(parameters) == set(fields)
@@ -112,22 +111,22 @@ def test_a_function_says_what_it_takes(name: str) -> None:
 def test_no_function_of_the_api_writes_its_options_itself() -> None:
     """One parameter, the options; `takes` makes the flat signature of it."""
     for name in PYTHON:
-        inner = getattr(api, name).__wrapped__
+        inner = getattr(lt, name).__wrapped__
         assert list(inspect.signature(inner).parameters) == ["asked"], name
 
 
 def test_an_unknown_keyword_names_the_nearest() -> None:
     with pytest.raises(TypeError, match=r"merge\(\) has no option 'skp'; did you mean 'skip'\?"):
-        loratool.merge(["a"], base="b", output="c", skp=["x"])  # type: ignore[call-arg]
+        lt.merge(["a"], base="b", output="c", skp=["x"])  # type: ignore[call-arg]
     with pytest.raises(TypeError, match=r"merge\(\): missing a required argument: 'output'"):
-        loratool.merge(["a"], base="b")  # type: ignore[call-arg]
+        lt.merge(["a"], base="b")  # type: ignore[call-arg]
 
 
 def test_one_text_is_no_list_of_letters() -> None:
     for wrong in ({"skip": "te"}, {"adapters": "style"}):
         given: dict[str, Any] = {"adapters": ["a"], "base": "b", "output": "c", **wrong}
         with pytest.raises(TypeError, match="is a list"):
-            loratool.merge(**given)
+            lt.merge(**given)
 
 
 def classes(kind: type[Options] = Options) -> Iterator[type[Options]]:

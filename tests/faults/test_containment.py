@@ -33,10 +33,12 @@ CANARY = "canary"
 PROGRAM = """
 import json, os, sys
 import torch, numpy, huggingface_hub
-from loratool import api, cli
+import loratool as lt
+from loratool import cli
 from importlib import import_module
 from loratool.engine import rows, run
 from loratool.engine.executors import threads
+functions = [getattr(lt, name) for name in lt.__all__]
 for op in rows.OPS:
     op.kernel and import_module(op.kernel.partition(":")[0])
 commands = json.loads(sys.argv[1])

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from loratool import api
+import loratool as lt
 from loratool.cli.failures import report
 from loratool.engine import machine
 from tests.faults.process import environment
@@ -113,7 +113,7 @@ def test_every_command_takes_max_memory(words: str, world: Path) -> None:
 @pytest.mark.parametrize("kind", ["RLIMIT_AS", "RLIMIT_DATA"])
 def test_any_limit_ends_in_order(kind: str, tmp_path: Path) -> None:
     """Refused, out of memory or done: no bug, no abort of a library."""
-    api.demo(tmp_path / "toy")
+    lt.demo(tmp_path / "toy")
     codes = set()
     for size in (100, 400, 600, 800, 3000):
         number = getattr(resource, kind)

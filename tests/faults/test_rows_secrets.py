@@ -97,12 +97,12 @@ def test_a_planted_token_reaches_no_sink(
 
 @pytest.mark.parametrize("row", ["84-traceback"])
 def test_tracebacks_hide_tokens(world: World, row: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from loratool import api
+    import loratool as lt
 
     def fail(*_: object, **__: object) -> None:
         raise RuntimeError(f"GET https://hf.co/?token={TOKEN} and https://u:{TOKEN}@hf.co failed")
 
-    monkeypatch.setattr(api, "inspect", fail)
+    monkeypatch.setattr(lt, "inspect", fail)
     for options in ([], ["-v"], ["--json"], ["--json", "-v"]):
         found = world.run("inspect", world.adapter, *options)
         assert found.code == 1 and TOKEN not in found.out + found.err

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from loratool.location import HubFile
-from loratool.store import remote, remote_folder
+from loratool.store import remote, remote_folder, stubs
 from loratool.store.header import build_header, read_header
 from loratool.store.hub_listing import ListedFile, Listing
 from loratool.store.look import look
@@ -337,15 +337,15 @@ def test_a_list_of_stubs_in_an_input_is_not_believed(tmp_path: Path, small: Path
     shutil.copytree(small, top / "me" / "x@abc")
     path = top / "me" / "x@abc" / "adapter_model.safetensors"
     far = HubFile("me/x", "0" * 40, path.name, 1 << 30, "0" * 64)
-    assert remote.remote_file(path) is None
-    remote.list_stubs(top, {path: far}, {})
-    assert remote.remote_file(path) is None
+    assert stubs.remote_file(path) is None
+    stubs.list_stubs(top, {path: far}, {})
+    assert stubs.remote_file(path) is None
     assert read_header(path).tensors[0].file == path
-    own = remote.make_stub_folder()
+    own = stubs.make_stub_folder()
     try:
         (own / "x").write_bytes(b"")
-        remote.list_stubs(own, {own / "x": far}, {})
-        assert remote.remote_file(own / "x") == far
+        stubs.list_stubs(own, {own / "x": far}, {})
+        assert stubs.remote_file(own / "x") == far
     finally:
         shutil.rmtree(own)
 

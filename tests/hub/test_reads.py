@@ -22,7 +22,7 @@ from loratool.engine import grid
 from loratool.errors import HubError, UsageError
 from loratool.location import HubFile
 from loratool.ops import consent
-from loratool.store import remote_spans
+from loratool.store import remote
 from loratool.store.header import build_header, read_header
 from loratool.store.hub_listing import list_commit
 from loratool.store.look import look
@@ -303,7 +303,7 @@ def test_spans_give_the_bytes_and_stay_within_memory(monkeypatch: pytest.MonkeyP
         asked.append((start, count))
         return content[start : start + count]
 
-    monkeypatch.setattr(remote_spans, "read_range", read)
+    monkeypatch.setattr(remote, "read_range", read)
     file = HubFile("me/x", "0" * 40, "a", len(content), "")
     ahead = ReadAhead(kept_bytes=2 * SPAN_BYTES)
     ahead.expect(file, [(100, 3 * SPAN_BYTES)])

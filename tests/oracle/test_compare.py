@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 import loratool as lt
 from loratool.engine import comparison
 from loratool.errors import LoratoolError
-from loratool.report import ComparedModule
+from loratool.report.compare import ComparedModule
 from tests.make import random_factors, save_adapter
 from tests.oracle.adapter_algebra import EPS, LLM, additive_samples, twin
 

@@ -18,7 +18,7 @@ import loratool as lt
 from loratool.dialects import open_adapter, write_adapter_files
 from loratool.errors import LoratoolError
 from loratool.ops.compress import at_ranks, names_of, plan_compress
-from loratool.report import CompressedAdapter, CompressReport
+from loratool.report.compress import CompressedAdapter, CompressReport
 from loratool.store.adapter_writer import file_bytes
 from tests.make import random_factors, save_adapter
 from tests.oracle.test_extract import load_in_peft

@@ -24,7 +24,7 @@ from loratool.dialects import open_adapter
 from loratool.dialects.programs import judge_loads
 from loratool.errors import LoratoolError
 from loratool.options.groups import Read
-from loratool.report import Loads
+from loratool.report.base import Loads
 from tests.oracle.in_peft import NotLoadedError, load_strict
 
 peft = pytest.importorskip("peft")

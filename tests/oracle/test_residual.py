@@ -38,7 +38,7 @@ def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
     return torch.equal(one.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8))
 
 
-def restore(tmp_path: Path, base: Path, tuned: Path, **options: Any) -> lt.api.extract:  # type: ignore[name-defined]
+def restore(tmp_path: Path, base: Path, tuned: Path, **options: Any) -> Any:
     """Extract with a residual, merge with it, compare every tensor's bits with TUNED's."""
     report = lt.extract(
         tuned, base=base, output=tmp_path / "lora",

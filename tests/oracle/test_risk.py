@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 import loratool as lt
 from loratool.errors import LoratoolError
 from loratool.linalg.intruders import find_intruders, weakened
-from loratool.report import InspectReport
+from loratool.report.inspect import InspectReport
 from loratool.report.risk import RiskStatistics
 from tests.make import randn, random_factors, save_adapter, save_checkpoint
 from tests.oracle.adapter_algebra import EPS, LLM, additive_samples

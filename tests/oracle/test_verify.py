@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import loratool as lt
-from loratool.report import VerifyReport
+from loratool.report.merge import VerifyReport
 from tests.make import randn, random_factors, save_adapter, save_checkpoint
 from tests.oracle import closed_form
 

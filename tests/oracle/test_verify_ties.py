@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import loratool as lt
-from loratool.report import VerifyReport
+from loratool.report.merge import VerifyReport
 from tests.oracle.in_peft import make
 from tests.oracle.test_ties import ADAPTERS, HEAD_NAMES, MODELS, base_of
 

@@ -6,11 +6,17 @@ from typing import Any
 
 import pytest
 
-from loratool import archs
 from loratool.archs.base import Rule, Table
 from loratool.archs.experts import expert_names, fused_names, parse_expert
-from loratool.archs.layers import Heads, attention_sizes, model_types, stores_transposed
-from loratool.archs.names import tables_for
+from loratool.archs.layers import (
+    Heads,
+    attention_sizes,
+    experts_are_transposed,
+    is_conv1d,
+    model_types,
+    stores_transposed,
+)
+from loratool.archs.names import tables_for, to_disk, to_memory
 
 
 def test_rule_replaces_whole_parts_of_a_name() -> None:
@@ -37,19 +43,19 @@ def test_table_goes_back_in_reverse_order() -> None:
 
 def test_names_both_ways() -> None:
     disk = "model.layers.0.block_sparse_moe.gate.weight"
-    assert archs.to_memory("mixtral", disk) == "model.layers.0.mlp.gate.weight"
-    assert archs.to_memory("mixtral", disk, "v4") == disk
-    assert archs.to_disk("mixtral", "model.layers.0.mlp.gate.weight")[0] == disk
-    assert archs.to_memory("llama", disk) == disk
+    assert to_memory("mixtral", disk) == "model.layers.0.mlp.gate.weight"
+    assert to_memory("mixtral", disk, "v4") == disk
+    assert to_disk("mixtral", "model.layers.0.mlp.gate.weight")[0] == disk
+    assert to_memory("llama", disk) == disk
     expert = "model.layers.0.block_sparse_moe.experts.3.w1"
-    assert archs.to_memory("mixtral", expert) == expert
-    assert archs.to_memory("mixtral", f"{expert}.weight") == f"{expert}.weight"
-    assert archs.to_disk("llama", "lm_head.weight") == ("lm_head.weight",)
+    assert to_memory("mixtral", expert) == expert
+    assert to_memory("mixtral", f"{expert}.weight") == f"{expert}.weight"
+    assert to_disk("llama", "lm_head.weight") == ("lm_head.weight",)
 
 
 def test_candidates_cover_every_naming() -> None:
     name = "model.vision_tower.encoder.layers.0.mlp.fc1"
-    assert archs.to_disk("llava", name) == (
+    assert to_disk("llava", name) == (
         "vision_tower.vision_model.encoder.layers.0.mlp.fc1",
         "vision_tower.encoder.layers.0.mlp.fc1",
         name,
@@ -73,9 +79,9 @@ def test_stores_transposed(config: dict[str, Any], module: str, expected: bool |
 
 
 def test_facts_by_model_type() -> None:
-    assert archs.is_conv1d("gpt2", "h.0.mlp.c_fc") and not archs.is_conv1d("gptj", "mlp.c_fc")
-    assert archs.experts_are_transposed("gpt_oss")
-    assert not archs.experts_are_transposed("mixtral")
+    assert is_conv1d("gpt2", "h.0.mlp.c_fc") and not is_conv1d("gptj", "mlp.c_fc")
+    assert experts_are_transposed("gpt_oss")
+    assert not experts_are_transposed("mixtral")
     assert model_types({"model_type": "a", "text_config": {"model_type": "b"}}) == ("a", "b")
 
 

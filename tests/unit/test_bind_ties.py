@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from loratool.adapter import DeltaSpec, Replacement, TensorRef
-from loratool.archs import tied_tensors
+from loratool.archs.ties import tied_tensors
 from loratool.errors import MismatchError
 from loratool.ops.bind import bind, replicate_layers
 from loratool.options.groups import Names

@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 from loratool.errors import HubError, LoratoolError, UsageError
 from loratool.store import hub, hub_fetch, hub_listing, source
 from loratool.store.header import build_header
-from loratool.store.hub_fetch import Reach
 from loratool.store.hub_files import adapter_files, base_files
 from loratool.store.hub_listing import ListedFile, Listing, list_commit
 from loratool.store.look import Looked
+from loratool.store.rules import Reach
 from loratool.store.source import (
     AdapterArgument,
     HubReference,

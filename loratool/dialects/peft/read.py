@@ -22,7 +22,7 @@ from loratool.errors import BadFileError, UsageError, list_some
 from loratool.options.groups import Read
 from loratool.store.contained import find_inside, list_folder
 from loratool.store.own_settings import SETTINGS_FILES
-from loratool.store.sidecar import TEMPLATES
+from loratool.store.tokens import TEMPLATES
 
 _OWN_METHODS = ("LORA", "TRAINABLE_TOKENS")
 _EXTRAS = (*SETTINGS_FILES, "LICENSE*", "NOTICE*")

@@ -82,8 +82,9 @@ class SpecReader:
             pattern_name=module.removesuffix(_MHA_OUT) if is_mha_output else module,
         )  # fmt: skip
         spec = self._with_variant(spec, module, roles)
-        twice = 2.0 if is_mha_output and self._twice() else 1.0
-        made = [dataclasses.replace(spec, scaling=spec.scaling * twice)]
+        made = [spec]
+        if is_mha_output and self._twice():
+            made = [dataclasses.replace(spec, scaling=spec.scaling * 2)]
         bias = roles.get("bias")
         if bias is not None:
             check_bias(bias, lora_B, self.config)
@@ -170,6 +171,8 @@ class SpecReader:
             fields["diag"] = check_diag(diag, spec.rank, module, lora_B, self.config)
         blocks = self._blocks(spec, module)
         self._check_inner(spec, fields, blocks, module)
+        if blocks is None and len(fields) == len(spec.fields):
+            return spec
         return dataclasses.replace(spec, kind=kind, fields=fields, blocks=blocks)
 
     def _blocks(self, spec: DeltaSpec, module: str) -> tuple[int, str] | None:

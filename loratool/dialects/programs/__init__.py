@@ -13,7 +13,7 @@ from loratool.dialects.programs.peft import PEFT
 from loratool.dialects.programs.vllm import VLLM
 from loratool.dialects.rules import loaded_by
 from loratool.errors import UsageError
-from loratool.report import Loads
+from loratool.report.base import Loads
 
 PROGRAMS = (PEFT, VLLM, LLAMA_CPP)
 

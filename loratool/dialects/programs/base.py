@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from loratool.adapter import Adapter, TensorRef
 from loratool.dialects.rules import why_not_peft
-from loratool.report import Loads
+from loratool.report.base import Loads
 
 Test = Callable[[Adapter], str]
 """Why a rule applies, in few words; "" where it does not."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 from typing import Any
 
 from loratool.adapter import Adapter, DeltaSpec
@@ -81,8 +82,12 @@ def leftovers(adapter: Adapter) -> str:
 
 def dead_names(adapter: Adapter) -> Iterator[tuple[str, str]]:
     """(name, as PEFT would have written it) of tensors with another name."""
-    names = list(adapter.key_order)
-    return ((n, m) for n, m in zip(names, living_names(names), strict=True) if n != m)
+    return iter(_dead(adapter.key_order))
+
+
+@lru_cache(maxsize=1)  # several programs ask
+def _dead(names: tuple[str, ...]) -> list[tuple[str, str]]:
+    return [(n, m) for n, m in zip(names, living_names(names), strict=True) if n != m]
 
 
 def task(adapter: Adapter) -> str:

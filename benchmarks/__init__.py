@@ -1,0 +1,1 @@
+"""Measurements, one script per claim: `python -m benchmarks.NAME` from the checkout."""

@@ -1,0 +1,96 @@
+"""The merge kernel over matrices in memory, nothing read or written: THREADS WIDTH ROUNDING.
+
+Steps as `merge` plans them run through the engine's own executor; only their bytes come from
+memory, and what they make is dropped.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from loratool.adapter import DeltaSpec, TensorData
+from loratool.engine.executors import Task, find_executor
+from loratool.engine.run import RunOptions
+from loratool.engine.step import Result
+from loratool.plan import DeltaPart, Step, TensorSpec
+from loratool.store.reader import FileReader
+
+RANK, MATRICES, SECONDS = 16, 4, 2.0
+
+
+class Nowhere:
+    """Takes a step's bytes, and drops them."""
+
+    start = 0
+
+    def put(self, offset: int, data: memoryview, aligned: bool) -> None:
+        """Nothing."""
+
+    def pieces(self) -> tuple[()]:
+        """None."""
+        return ()
+
+
+class Desk:
+    """Takes the results, and drops them."""
+
+    def done(self, task: Task, result: Result) -> None:
+        """Nothing."""
+
+    def advance(self, nbytes: int) -> None:
+        """Nothing."""
+
+    def release(self) -> None:
+        """Nothing."""
+
+
+def held(tensor: torch.Tensor, dtype: str) -> TensorData:
+    data = memoryview(tensor.view(torch.uint8).numpy().reshape(-1))
+    return TensorData("x", dtype, tuple(tensor.shape), data)
+
+
+def make_step(number: int, width: int, how: dict[str, Any]) -> Step:
+    generator = torch.Generator().manual_seed(number)
+    weight = (torch.randn(width, width, generator=generator) * 0.02).bfloat16()
+    fields = {
+        "lora_A": held(torch.randn(RANK, width, generator=generator) * 0.02, "F32"),
+        "lora_B": held(torch.randn(width, RANK, generator=generator) * 0.01, "F32"),
+    }
+    spec = DeltaSpec("lowrank", f"m{number}", "weight", fields, "linear", RANK, 2 * RANK, 2.0)
+    output = TensorSpec(f"m{number}.weight", "BF16", (width, width))
+    part = DeltaPart(spec, 1.0)
+    return Step("add_deltas", output, (held(weight, "BF16"),), (width, width), (part,), args=how)
+
+
+def prepare(arguments: list[str]) -> Callable[[], dict[str, float]]:
+    threads, width, rounding = int(arguments[0]), int(arguments[1]), arguments[2]
+    steps = [make_step(n, width, {"rounding": rounding}) for n in range(MATRICES)]
+    env = RunOptions(threads=threads).env(FileReader())
+    execute = find_executor("threads")
+
+    def over(seconds: float) -> tuple[int, float]:
+        """(bytes, seconds) of whole matrices, one after the other until the time is up."""
+        done, start = 0, time.perf_counter()
+
+        def tasks() -> Iterator[Task]:
+            nonlocal done
+            while time.perf_counter() - start < seconds:
+                step = steps[done % MATRICES]
+                done += 1
+                yield Task(done, step, Nowhere())  # type: ignore[arg-type]
+
+        execute(env, tasks(), Desk(), threads)
+        return done * 2 * width * width, time.perf_counter() - start
+
+    over(SECONDS / 4)  # buffers, code paths
+
+    def work() -> dict[str, float]:
+        nbytes, seconds = over(SECONDS)
+        rate = nbytes / seconds / 1e9
+        return {"job": seconds / (nbytes / 1e9), "GB/s": rate, "GB/s per core": rate / threads}
+
+    return work

@@ -1,0 +1,84 @@
+"""Stand-ins on this machine for files that stay on the Hub.
+
+A stub holds its file's header and little more.  It is short, never sparse: code that reads tensor
+bytes past `loratool.store.remote` fails instead of finding zeros.  What the stubs of a folder stand
+for is written beside them, so that whoever has a path knows.  Nothing of the Hub is imported before
+there is something to fetch.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from loratool.errors import STUBS
+from loratool.location import HubFile
+from loratool.shapes import fitting_json
+
+_MANIFEST = "stubs.json"
+
+
+def make_stub_folder() -> Path:
+    """A temporary folder for stubs, and for the list of what they stand for."""
+    import tempfile
+
+    return Path(tempfile.mkdtemp(prefix=STUBS)).resolve()
+
+
+def list_stubs(top: Path, stubs: Mapping[Path, HubFile], late: Mapping[Path, HubFile]) -> None:
+    """Write down what the files in a folder of stubs stand for.
+
+    Args:
+        top: of `make_stub_folder`.
+        stubs: read by range.
+        late: small files that are fetched whole when somebody opens them.
+    """
+    rows = {
+        path.relative_to(top).as_posix(): asdict(_Row(is_late, replace(file, stub=None)))
+        for is_late, files in ((False, stubs), (True, late))
+        for path, file in files.items()
+    }
+    (top / _MANIFEST).write_text(json.dumps(rows))
+
+
+@dataclass(frozen=True)
+class _Row:
+    """What a path in a folder of stubs stands for."""
+
+    is_late: bool
+    file: HubFile
+
+
+def remote_file(path: Path) -> HubFile | None:
+    """What a stub stands for; None for a file of this machine."""
+    row = _row_of(path)
+    return None if row is None or row.is_late else replace(row.file, stub=path)
+
+
+def bring(path: Path) -> None:
+    """Fetch a small file that has only been named so far; does nothing for any other."""
+    row = _row_of(path)
+    if row is not None and row.is_late and path.stat().st_size != row.file.size:
+        from loratool.store.remote import fetch_whole
+
+        fetch_whole(row.file, path)
+
+
+def _row_of(path: Path) -> _Row | None:
+    top = next((p for p in path.parents if p.name.startswith(STUBS)), None)
+    if top is None or not _is_own(top):
+        return None
+    rows = fitting_json((top / _MANIFEST).read_bytes(), dict[str, _Row])
+    return (rows or {}).get(path.relative_to(top).as_posix())
+
+
+def _is_own(top: Path) -> bool:
+    """A folder that `make_stub_folder` made: what a user is given may bear any name."""
+    import tempfile
+
+    if top.parent != Path(tempfile.gettempdir()).resolve() or not (top / _MANIFEST).is_file():
+        return False
+    return not hasattr(os, "getuid") or top.stat().st_uid == os.getuid()
