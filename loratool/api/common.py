@@ -118,11 +118,11 @@ def plan_resources(
     """
     limits = Limits.of(asked, executor=executor)
     limits.check_torch()
-    from loratool.engine.device import resolve_device
+    from loratool.engine.device import resolve_devices
     from loratool.engine.run import RunOptions
 
     factors = any(op_of(step).is_arithmetic for step in plan.steps)
-    where, reason = resolve_device(asked.device, is_arithmetic=factors)
+    (where, *others), reason = resolve_devices(asked.device, is_arithmetic=factors)
     if where.type == "cuda" and factors:
         chunk_bytes = chunk_bytes or _CUDA_FACTORING_CHUNK
         block_elements = block_elements or _CUDA_FACTORING_CHUNK // 2
@@ -136,7 +136,7 @@ def plan_resources(
     )
     run = RunOptions(
         where, memory.threads, memory.chunk_bytes, sample, asked.progress, block_elements,
-        allow_nonfinite, executor,
+        allow_nonfinite, executor, tuple(others),
     )  # fmt: skip
     return Resources(run, memory, str(where), reason)
 

@@ -11,7 +11,13 @@ from loratool.errors import UsageError
 
 
 def resolve_device(text: str, *, is_arithmetic: bool) -> tuple[torch.device, str]:
-    """Turn ``auto``, ``cpu`` or ``cuda[:n]`` into a device and a reason in words.
+    """The one device, or the first of several, of `resolve_devices`."""
+    devices, reason = resolve_devices(text, is_arithmetic=is_arithmetic)
+    return devices[0], reason
+
+
+def resolve_devices(text: str, *, is_arithmetic: bool) -> tuple[tuple[torch.device, ...], str]:
+    """Turn ``auto``, ``cpu``, ``cuda``, ``cuda:1`` or ``cuda:0,1`` into devices and a reason.
 
     Args:
         text: what the user asked for.
@@ -19,19 +25,22 @@ def resolve_device(text: str, *, is_arithmetic: bool) -> tuple[torch.device, str
             ``auto`` then takes a GPU if there is one.
 
     Raises:
-        UsageError: unknown device, or no such GPU.
+        UsageError: unknown device, no such GPU, or GPUs of several models.
     """
     if text == "auto":
         if not is_arithmetic:
-            return torch.device("cpu"), "I/O-bound, a GPU would not help"
+            return (torch.device("cpu"),), "I/O-bound, a GPU would not help"
         if not torch.cuda.is_available():
-            return torch.device("cpu"), "no GPU"
+            return (torch.device("cpu"),), "no GPU"
         text = "cuda"
-    name, _, number = text.partition(":")
-    if name == "cpu" and not number:
-        return torch.device("cpu"), "asked for"
-    if name != "cuda" or (number and not number.isdecimal()):
-        raise UsageError("LT-210", "unknown device", expected="auto, cpu or cuda[:n]", got=text)
+    name, _, places = text.partition(":")
+    if name == "cpu" and not places:
+        return (torch.device("cpu"),), "asked for"
+    numbers = places.split(",") if places else ["0"]
+    if name != "cuda" or not all(n.isdecimal() for n in numbers) or text.endswith(":"):
+        raise UsageError(
+            "LT-210", "unknown device", expected="auto, cpu, cuda, cuda:1 or cuda:0,1", got=text
+        )
     if not torch.cuda.is_available():
         raise UsageError(
             "LT-211",
@@ -39,13 +48,19 @@ def resolve_device(text: str, *, is_arithmetic: bool) -> tuple[torch.device, str
             got="a torch build without CUDA" if not torch.version.cuda else "no GPU visible",
             hint="--device cpu",
         )
-    index = int(number or 0)
-    if index >= torch.cuda.device_count():
+    known = torch.cuda.device_count()
+    for number in numbers:
+        if int(number) >= known:
+            raise UsageError("LT-212", "no such GPU", expected=f"0 to {known - 1}", got=number)
+    devices = tuple(torch.device("cuda", n) for n in dict.fromkeys(map(int, numbers)))
+    models = {torch.cuda.get_device_name(d) for d in devices}
+    if len(models) > 1:
         raise UsageError(
-            "LT-212", "no such GPU", expected=f"0 to {torch.cuda.device_count() - 1}", got=number
-        )
+            "LT-223", "GPUs of several models do not round alike", expected="one model",
+            got=", ".join(sorted(models)), hint=f"--device cuda:{numbers[0]}",
+        )  # fmt: skip
     torch.cuda.init()  # type: ignore[no-untyped-call]
-    return torch.device("cuda", index), "factoring is arithmetic" if is_arithmetic else "asked for"
+    return devices, "factoring is arithmetic" if is_arithmetic else "asked for"
 
 
 def batch_bytes(device: torch.device) -> int:

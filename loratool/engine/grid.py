@@ -23,8 +23,8 @@ CUDA_ELEMENTS = 1 << 22
 CPU_CHUNK_BYTES = 4 << 20
 """Bytes read and written in one piece on the CPU."""
 
-CUDA_CHUNK_BYTES = 64 << 20
-"""The same with a GPU, where a piece must outweigh a copy's latency."""
+CUDA_CHUNK_BYTES = 8 << 20
+"""The same with a GPU: one block of 16-bit numbers.  Pinned memory is taken in powers of two."""
 
 SAMPLE_ELEMENTS = 1 << 21
 """Elements of a module up to which `compare` and `inspect --risk` look at every one; of larger ones

@@ -37,6 +37,7 @@ class Env:
     Attributes:
         reader: input files.
         device: where blocks live.
+        others: more devices, which do steps of their own.
         elements: block size of the grid on that device.
         scratch: per-thread memory.
         allow_nonfinite: NaN and infinity in inputs pass.
@@ -53,6 +54,7 @@ class Env:
     pool: Pool = field(default_factory=Pool)
     chunk: int = grid.CPU_CHUNK_BYTES
     sample: bool = False
+    others: tuple[torch.device, ...] = ()
 
     def load(self, source: Source, *, must_be_finite: bool = False) -> torch.Tensor:
         """A whole tensor on the CPU, in its stored type (8-bit floats as float32).

@@ -276,5 +276,5 @@ def keep_zero_signs(out: torch.Tensor, base: torch.Tensor, acc: torch.Tensor) ->
         return
     bits = INTEGERS[base.element_size()]
     lowest = torch.iinfo(bits).min  # the bits of -0
-    if int(base.view(bits).min()) == lowest:
+    if base.is_cuda or int(base.view(bits).min()) == lowest:  # to ask a GPU costs more
         out.masked_fill_((base.view(bits) == lowest) & (acc == 0), -0.0)

@@ -30,6 +30,7 @@ class RunOptions:
 
     Attributes:
         device: where kernels run.
+        others: more GPUs of the same model, which do steps of their own.
         threads: workers.
         chunk_bytes: bytes per piece of input; None = the device's default.
         sample: only a few blocks of each changed tensor, nothing written (``--dry-run``).
@@ -49,6 +50,7 @@ class RunOptions:
     block_elements: int | None = None
     allow_nonfinite: bool = False
     executor: str = "threads"
+    others: tuple[torch.device, ...] = ()
 
     @property
     def elements(self) -> int:
@@ -67,7 +69,7 @@ class RunOptions:
         """What the steps of a run share."""
         return Env(
             reader, self.device, self.elements, allow_nonfinite=self.allow_nonfinite,
-            chunk=self.chunk, sample=self.sample,
+            chunk=self.chunk, sample=self.sample, others=self.others,
         )  # fmt: skip
 
 

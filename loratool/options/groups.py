@@ -188,7 +188,8 @@ class Run(Workers):
     """Where a plan runs, and with how much."""
 
     device: Annotated[str, Words(
-        "Where to compute. Default: auto.", "Resources", metavar="auto|cpu|cuda[:N]",
+        "Where to compute; cuda:0,1 shares the steps between GPUs. Default: auto.", "Resources",
+        metavar="auto|cpu|cuda[:N]",
     )] = "auto"  # fmt: skip
     progress: OnProgress = None
 

@@ -1,9 +1,16 @@
-"""Threads of this process.  Each does a step of its own; when none is left it helps the others."""
+"""Threads of this process.  Each does a step of its own; when none is left it helps the others.
+
+With several GPUs each has as many threads of its own.
+"""
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
 
 from loratool.engine import grid
 from loratool.engine.executors import Desk, Task
@@ -14,19 +21,22 @@ from loratool.engine.workers import run_workers
 
 def run(env: Env, tasks: Iterator[Task], desk: Desk, workers: int) -> None:
     """See `loratool.engine.executors.Executor`."""
-    steps = _Steps(env, tasks, desk)
+    steps = _Steps(tasks, desk)
+    envs = [env, *(replace(env, device=device, others=()) for device in env.others)]
+    turns = itertools.cycle(envs)
 
     def loop(stop: threading.Event) -> None:
-        lane = Lane(env.device)
+        here = next(turns)
+        lane = Lane(here.device)
         mine: _Begun | None = None
         while not stop.is_set():
-            found = steps.next(mine)
+            found = steps.next(here, mine)
             if found is None:
                 return
             mine, blocks = found
             run_piece(lane, mine, blocks, desk)
 
-    run_workers(workers, loop, desk.release)
+    run_workers(workers * len(envs), loop, desk.release)
 
 
 class _Begun:
@@ -35,11 +45,12 @@ class _Begun:
     Attributes:
         task: what to do.
         work: the same, with its kernel.
+        device: where.
         left: pieces that nobody has taken, the next one last.
     """
 
-    def __init__(self, task: Task, work: StepWork) -> None:
-        self.task, self.work = task, work
+    def __init__(self, task: Task, work: StepWork, device: torch.device) -> None:
+        self.task, self.work, self.device = task, work, device
         self.left = work.pieces[::-1]
 
 
@@ -56,15 +67,16 @@ class _Steps:
     Threads that keep to their own steps do not wait for each other's factors and results.
     """
 
-    def __init__(self, env: Env, tasks: Iterator[Task], desk: Desk) -> None:
-        self._env, self._tasks, self._desk = env, tasks, desk
+    def __init__(self, tasks: Iterator[Task], desk: Desk) -> None:
+        self._tasks, self._desk = tasks, desk
         self._begun: list[_Begun] = []  # those with pieces left
         self._lock = threading.RLock()  # tasks are made, and empty ones finish, under it
 
-    def next(self, mine: _Begun | None) -> tuple[_Begun, list[grid.Block]] | None:
-        """A piece, and whose it is; None if there is none left."""
+    def next(self, env: Env, mine: _Begun | None) -> tuple[_Begun, list[grid.Block]] | None:
+        """A piece, and whose it is; None if there is none left for this device."""
         with self._lock:
-            step = mine if mine is not None and mine.left else self._begin() or self._longest()
+            step = mine if mine is not None and mine.left else None
+            step = step or self._begin(env) or self._longest(env.device)
             if step is None:
                 return None
             blocks = step.left.pop()
@@ -72,14 +84,15 @@ class _Steps:
                 self._begun.remove(step)
             return step, blocks
 
-    def _begin(self) -> _Begun | None:
+    def _begin(self, env: Env) -> _Begun | None:
         for task in self._tasks:
-            work = StepWork(task.step, self._env, task.out)
+            work = StepWork(task.step, env, task.out)
             if work.pieces:
-                self._begun.append(_Begun(task, work))
+                self._begun.append(_Begun(task, work, env.device))
                 return self._begun[-1]
             self._desk.done(task, Result(work.finish()))
         return None
 
-    def _longest(self) -> _Begun | None:
-        return max(self._begun, key=lambda step: len(step.left), default=None)
+    def _longest(self, device: torch.device) -> _Begun | None:
+        here = [step for step in self._begun if step.device == device]
+        return max(here, key=lambda step: len(step.left), default=None)
