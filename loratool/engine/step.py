@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 
 from loratool.adapter import Source, TensorData
@@ -182,7 +183,8 @@ class StepWork:
 
     def _fill(self, data: memoryview, source: Source, start: int) -> None:
         if isinstance(source, TensorData):
-            data[:] = memoryview(source.data).cast("B")[start : start + len(data)]
+            held = np.frombuffer(source.data, np.uint8)
+            np.copyto(np.frombuffer(data, np.uint8), held[start : start + len(data)])  # no lock
         else:
             self._env.reader.read_into(source, start, data)
 
