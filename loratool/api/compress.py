@@ -62,7 +62,7 @@ def compress(asked: Compress) -> CompressReport:
     options |= {"rank_auto": True} if is_auto else {}
     given = asked.adapters
     texts = [str(a) for a in ([given] if isinstance(given, (str, Path)) else given)]
-    with session.outputs(len(texts)):
+    with session.outputs(len(texts)) as session:
         jobs = _open(session, texts, asked.base)
         if asked.base is not None and is_auto:
             jobs = _cap_all(session, jobs, asked.base)

@@ -9,8 +9,8 @@ import sys
 
 TYPE_CHECKING = False  # typing takes longer to import than all that comes before `catch`
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-    from typing import NoReturn
+    from collections.abc import Callable, Mapping, Sequence
+    from typing import Any, NoReturn
 
     from loratool.cli.signals import Caught
 
@@ -50,7 +50,7 @@ def run(args: list[str], caught: "Caught | None" = None) -> int:
     """
     try:
         _refuse_secrets(args)
-        return _invoke(args)
+        return invoke(args)
     except BaseException as error:
         return _report(args, error, caught)
 
@@ -76,8 +76,13 @@ def _refuse_secrets(args: list[str]) -> None:
             refuse_token(word)
 
 
-def _invoke(args: list[str]) -> int:
-    """What `click.Command.main` does, less its own handling of errors and broken pipes."""
+def invoke(args: list[str], given: "Mapping[str, Any] | None" = None) -> int:
+    """What `click.Command.main` does, less its own handling of errors and broken pipes.
+
+    Args:
+        args: after the program's name.
+        given: options of Python alone, for commands that take them.
+    """
     import click
 
     from loratool.cli.group import root
@@ -88,7 +93,7 @@ def _invoke(args: list[str]) -> int:
 
         return shell_complete(root, {}, "loratool", "_LORATOOL_COMPLETE", instruction)
     try:
-        with root.make_context("loratool", list(args), color=color) as ctx:
+        with root.make_context("loratool", list(args), color=color, obj=given) as ctx:
             result = root.invoke(ctx)
     except click.exceptions.Exit as done:
         return done.exit_code

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 from loratool.errors import HubError
@@ -11,6 +12,7 @@ from loratool.store.checksum import digest_of
 from loratool.store.hub import plain_errors
 from loratool.store.hub_listing import Listing
 from loratool.store.remote_http import Answer, ask
+from loratool.store.stubs import address_note
 
 _ATTEMPTS = 4
 """Answers cut short before giving up; each is continued where it ended."""
@@ -34,7 +36,7 @@ def read_range(file: HubFile, start: int, count: int) -> bytes:
         for _attempt in range(_ATTEMPTS):
             if len(data) < count and empty < _EMPTY:
                 first, left = start + len(data), count - len(data)
-                answer = ask(url, first, left)
+                answer = ask(url, first, left, address_note(file))
                 _check(file, answer, first, left)
                 data += answer.data
                 empty += not answer.data
@@ -65,13 +67,13 @@ def _check(file: HubFile, answer: Answer, first: int, left: int) -> None:
 
 
 def fetch_whole(file: HubFile, path: Path) -> None:
-    """Write a small file, checked.
+    """Write a small file of a folder of stubs, checked.
 
     Raises:
         HubError: LT-752, the Hub gives other bytes than it lists.
     """
     path.write_bytes(b"")
-    append(file, path, file.size)
+    append(replace(file, stub=path), path, file.size)
     check_digest(path, file)
 
 
