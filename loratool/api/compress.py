@@ -238,15 +238,15 @@ def _args(
 ) -> list[dict[str, Any]]:
     """Of the step that factors each spec."""
     plan = job.plan
-    args = [plan.factor_args(i) | {"rule": cut.rule, "dtype": d} for i, d in enumerate(dtypes)]
+    args = [replace(plan.factor_args(i), rule=cut.rule, dtype=d) for i, d in enumerate(dtypes)]
     for i, cap in enumerate(job.caps or ()):
-        args[i]["cap"] = cap
+        args[i] = replace(args[i], cap=cap)
     if spectra is not None:
         ranks = choose_ranks(plan, spectra, cut.rule, cut.limit, dtypes, job.caps)
         for group in plan.groups:
             for i in group.specs:
-                args[i] |= {"rank": ranks[i], "is_free": len(group.specs) == 1}
-    return args
+                args[i] = replace(args[i], rank=ranks[i], is_free=len(group.specs) == 1)
+    return [vars(one) for one in args]
 
 
 def _copied(plan: CompressPlan, results: Sequence[Factored]) -> list[Factored]:
