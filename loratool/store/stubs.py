@@ -67,24 +67,12 @@ def bring(path: Path) -> None:
         fetch_whole(row.file, path)
 
 
-def address_note(file: HubFile) -> Path | None:
-    """Where the signed address of a stub's file is kept: its folder is the user's alone."""
-    import hashlib
-
-    top = None if file.stub is None else _top_of(file.stub)
-    return None if top is None else top / hashlib.sha256(str(file).encode()).hexdigest()
-
-
 def _row_of(path: Path) -> _Row | None:
-    top = _top_of(path)
+    top = next((p for p in path.parents if p.name.startswith(STUBS)), None)
     if top is None or not _is_own(top):
         return None
     rows = fitting_json((top / _MANIFEST).read_bytes(), dict[str, _Row])
     return (rows or {}).get(path.relative_to(top).as_posix())
-
-
-def _top_of(path: Path) -> Path | None:
-    return next((p for p in path.parents if p.name.startswith(STUBS)), None)
 
 
 def _is_own(top: Path) -> bool:
