@@ -75,7 +75,8 @@ def run_combine(asked: Combine, *, minus: bool = False) -> CombineReport:
     job = _plan(asked, session, how, opened, detached, minus)
     if asked.dry_run:
         return job.report(None, 0, ())
-    check_output(target, is_folder=is_folder(opened[0].adapter.dialect), force=asked.force)
+    check_output(target, is_folder=is_folder(opened[0].adapter.dialect), force=asked.force,
+                 series=asked.series)  # fmt: skip
     return _make(asked, session, job)
 
 

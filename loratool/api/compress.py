@@ -62,7 +62,7 @@ def compress(asked: Compress) -> CompressReport:
     options |= {"rank_auto": True} if is_auto else {}
     given = asked.adapters
     texts = [str(a) for a in ([given] if isinstance(given, (str, Path)) else given)]
-    with session.outputs(len(texts)):
+    with session.outputs(len(texts)) as session:
         jobs = _open(session, texts, asked.base)
         if asked.base is not None and is_auto:
             jobs = _cap_all(session, jobs, asked.base)
@@ -238,15 +238,15 @@ def _args(
 ) -> list[dict[str, Any]]:
     """Of the step that factors each spec."""
     plan = job.plan
-    args = [plan.factor_args(i) | {"rule": cut.rule, "dtype": d} for i, d in enumerate(dtypes)]
+    args = [replace(plan.factor_args(i), rule=cut.rule, dtype=d) for i, d in enumerate(dtypes)]
     for i, cap in enumerate(job.caps or ()):
-        args[i]["cap"] = cap
+        args[i] = replace(args[i], cap=cap)
     if spectra is not None:
         ranks = choose_ranks(plan, spectra, cut.rule, cut.limit, dtypes, job.caps)
         for group in plan.groups:
             for i in group.specs:
-                args[i] |= {"rank": ranks[i], "is_free": len(group.specs) == 1}
-    return args
+                args[i] = replace(args[i], rank=ranks[i], is_free=len(group.specs) == 1)
+    return [vars(one) for one in args]
 
 
 def _copied(plan: CompressPlan, results: Sequence[Factored]) -> list[Factored]:

@@ -67,11 +67,11 @@ def convert(asked: Convert) -> ConvertReport:
     if asked.dry_run:
         rows = [_row(job, _files(job, outline(job.plan)), 0.0) for job in jobs]
     else:
-        with session.outputs(len(jobs)):
+        with session.outputs(len(jobs)) as session:
             session.make_folder(len(jobs))
             for job in jobs:
                 session.check_place(job.one)
-            rows = [_run(job, recorded(asked)) for job in jobs]
+            rows = [_run(replace(job, session=session), recorded(asked)) for job in jobs]
     return ConvertReport(str(asked.output), asked.to, tuple(rows), session.seconds, asked.dry_run)
 
 

@@ -5,10 +5,13 @@ from __future__ import annotations
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from loratool.errors import AlreadyMadeError
 from loratool.report.base import Report
+
+if TYPE_CHECKING:
+    from loratool.store.series import Series
 
 
 @dataclass(frozen=True)
@@ -25,11 +28,12 @@ class DemoReport(Report):
     commands: tuple[tuple[str, ...], ...]
 
 
-def demo(folder: str | Path) -> DemoReport:
+def demo(folder: str | Path, *, series: Series | None = None) -> DemoReport:
     """Write a tiny model, two adapters and a fine-tune, and say what to try on them.
 
     Args:
         folder: created; must not exist or be empty.
+        series: of `loratool.store.series`: outputs that it is one of, for a rerun.
 
     Raises:
         OutputError: the folder holds something.
@@ -38,11 +42,13 @@ def demo(folder: str | Path) -> DemoReport:
     from loratool.store.writer import MARKER, StagedOutput, check_output
 
     path = Path(folder)
-    check_output(path, is_folder=True, force=False)
+    check_output(path, is_folder=True, force=False, series=series)
     files = dict(toy_files())
     with (
         suppress(AlreadyMadeError),
-        StagedOutput(path, is_folder=True, plan_id="demo", names=[*files, MARKER]) as output,
+        StagedOutput(
+            path, is_folder=True, plan_id="demo", names=[*files, MARKER], series=series
+        ) as output,
     ):
         for name, data in files.items():
             output.write_file(name, data)

@@ -74,7 +74,7 @@ def extract(asked: Extract) -> ExtractReport:
 
     with StagedOutput(
         job.target, is_folder=True, plan_id=identity, force=asked.force,
-        restart=asked.restart, inputs=stamps,
+        restart=asked.restart, inputs=stamps, series=asked.series,
         names=[*(factor_file(step.output.name) for step in job.plan.plan.steps), MARKER],
     ) as staged:  # fmt: skip
         results = _run(job.plan, resources, staged, stamps)
@@ -130,7 +130,7 @@ def _prepare(asked: Extract) -> _Job:
     access = access_of(asked, in_place=asked.dry_run)
     if not asked.dry_run:  # before a long download, not after it
         guard_output(target, [asked.tuned, asked.base])
-        check_output(target, is_folder=True, force=asked.force)
+        check_output(target, is_folder=True, force=asked.force, series=asked.series)
     output_place(target, DEFAULT)
     tuned = open_base(str(asked.tuned), [], access)
     base = open_base(str(asked.base), [], access)

@@ -41,6 +41,7 @@ from loratool.store.output_path import check_output
 
 if TYPE_CHECKING:
     from loratool.engine.sink import CheckpointSink
+    from loratool.store.series import Series
 
 _NO_BASE = "no base to merge into: the result is an adapter, as of loratool.combine"
 
@@ -90,8 +91,9 @@ def run_merge(asked: Merge, operation: Operation | None = None) -> MergeReport:
     else:
         before_commit = None if undo is None else partial(write_undo, job, undo.job, undo.resources)
         results, run_notes = _write(
-            job, resources, before_commit, force=asked.force, restart=asked.restart
-        )
+            job, resources, before_commit, force=asked.force, restart=asked.restart,
+            series=asked.series,
+        )  # fmt: skip
     report = merge_report(
         job, resources, results, run_notes, dry_run=asked.dry_run, started=started
     )
@@ -119,7 +121,8 @@ def _prepare(asked: Merge, operation: Operation) -> MergeJob:
     target = Path(asked.output)
     if not asked.dry_run:  # before a long download, not after it
         guard_output(target, (*asked.adapters, asked.base, *_others(asked, operation)))
-        check_output(target, is_folder=target.suffix != ".safetensors", force=asked.force)
+        check_output(target, is_folder=target.suffix != ".safetensors", force=asked.force,
+                     series=asked.series)  # fmt: skip
     names, rest = asked.take(Names), None
     if asked.residual is not None:
         rest, names = open_residual(
@@ -183,6 +186,7 @@ def _write(
     *,
     force: bool,
     restart: bool,
+    series: Series | None,
 ) -> tuple[list[Any], list[str]]:
     """Write the output; returns the steps' results and notes about an interrupted run."""
     from loratool.engine.sink import CheckpointSink
@@ -204,6 +208,7 @@ def _write(
         names=[*names, MARKER] if is_folder else names,
         force=force,
         restart=restart,
+        series=series,
         inputs=stamps,
         need_bytes=plan.output_bytes + sum(s.nbytes for s in job.sidecars),
     )

@@ -42,7 +42,7 @@ def pull(asked: Pull) -> PullReport:
     reference = parse_reference(asked.repo)
     if asked.output is not None and not asked.dry_run:
         check_place(Path(asked.output))
-        if not asked.force and not may_be_made(Path(asked.output)):
+        if not asked.force and not may_be_made(Path(asked.output), asked.series):
             check_free(Path(asked.output), is_folder=True, force=False)
     find = list_cached if hub.is_offline(asked.offline) else find_commit
     listing = find(reference.repo_id, reference.revision)
@@ -93,7 +93,7 @@ def _get(
         folder = Path(asked.output)
         local = [_local(f.name, sub) for f in wanted]
         top = sub.rpartition("/")[0] if sub in {f.name for f in listing.files} else sub
-        is_current = _write(listing, wanted, folder, local, top, force=asked.force, yes=asked.yes)
+        is_current = _write(asked, listing, wanted, folder, local, top)
         paths = [folder / name for name in local]
     return folder, {f.name: path for f, path in zip(wanted, paths, strict=True)}, is_current
 
@@ -133,14 +133,12 @@ def _fetch(listing: Listing, wanted: Sequence[ListedFile], *, yes: bool) -> list
 
 
 def _write(
+    asked: Pull,
     listing: Listing,
     wanted: Sequence[ListedFile],
     folder: Path,
     local: Sequence[str],
     top: str,
-    *,
-    force: bool,
-    yes: bool,
 ) -> bool:
     """Fetch files into a folder under their local names; True if it held exactly these."""
     from loratool.store.hub_copy import holds_exactly, prove_copy
@@ -154,20 +152,20 @@ def _write(
         return prove_copy(path, listing.repo_id, top) if by_marker.strangers else by_marker
 
     clear_away(folder, prove_either)
-    if (force or may_be_made(folder)) and folder.exists():
+    if (asked.force or may_be_made(folder, asked.series)) and folder.exists():
         if holds_exactly(folder, {n: f.digest for n, f in zip(local, wanted, strict=True)}):
             return True
-        strangers = prove_either(folder).strangers if force else ()
+        strangers = prove_either(folder).strangers if asked.force else ()
         if strangers:
             raise OutputError(
                 "LT-521", "--force replaces an earlier output or an unchanged copy of the "
                 "repository, and this is neither", file=folder, got=list_some(strangers),
                 hint="choose another -o, or remove it yourself",
             )  # fmt: skip
-    paths = _fetch(listing, wanted, yes=yes)
+    paths = _fetch(listing, wanted, yes=asked.yes)
     with StagedOutput(
-        folder, is_folder=True, plan_id=_identity(listing, local), names=local, force=force,
-        prove=prove_either,
+        folder, is_folder=True, plan_id=_identity(listing, local), names=local,
+        force=asked.force, prove=prove_either, series=asked.series,
     ) as staged:  # fmt: skip
         for name, path in zip(local, paths, strict=True):
             staged.copy_file(name, path)

@@ -76,11 +76,11 @@ def rescale(asked: Rescale) -> RescaleReport:
             from loratool.engine.device import resolve_device
 
             options["device"] = resolve_device("auto", is_arithmetic=True)[0].type
-        with session.outputs(len(jobs)):
+        with session.outputs(len(jobs)) as session:
             session.make_folder(len(jobs))
             for job in jobs:
                 session.check_place(job.one)
-            rows = [_run(job, options, weak) for job in jobs]
+            rows = [_run(replace(job, session=session), options, weak) for job in jobs]
     return RescaleReport(str(asked.output), factor, tuple(rows), session.seconds, asked.dry_run)
 
 

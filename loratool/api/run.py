@@ -6,6 +6,7 @@ import contextlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from loratool.api.compare import compare
 from loratool.api.compress import compress
@@ -28,7 +29,7 @@ from loratool.options.words import Options, only_of
 from loratool.report.base import Report
 from loratool.report.run import RunReport, StepReport
 from loratool.store.places import notes_path
-from loratool.store.series import series
+from loratool.store.series import Series, series
 
 _STEPS: dict[str, Callable[..., Report]] = {
     function.__name__: function
@@ -58,14 +59,15 @@ def run(asked: Recipe) -> RunReport:
     done: list[StepReport] = []
     say = asked.on_step or (lambda step, report: None)
     real = path.resolve()
-    with contextlib.chdir(path.absolute().parent), _series(steps, asked.dry_run):
+    with contextlib.chdir(path.absolute().parent), _series(steps, asked.dry_run) as series:
         for place in (place for step in steps for place in step.outputs):
             guard_output(Path(place), [real])
         for step in steps:
             say(step, None)
             waits = step.needs(steps[: step.number - 1]) if asked.dry_run else ()
             begun = time.monotonic()
-            common = {"dry_run": asked.dry_run, "offline": asked.offline, "yes": asked.yes}
+            common = {"dry_run": asked.dry_run, "offline": asked.offline, "yes": asked.yes,
+                      "series": series}  # fmt: skip
             report, was_made = None, False
             try:
                 report = None if waits else _call(step, len(steps), common)
@@ -80,7 +82,9 @@ def run(asked: Recipe) -> RunReport:
     return RunReport(str(path), tuple(done), time.monotonic() - started, asked.dry_run)
 
 
-def _series(steps: Sequence[RecipeStep], dry_run: bool) -> contextlib.AbstractContextManager[None]:
+def _series(
+    steps: Sequence[RecipeStep], dry_run: bool
+) -> contextlib.AbstractContextManager[Series | None]:
     """Where notes for a rerun are kept: beside the first output."""
     outputs = [step.output for step in steps if step.output]
     if dry_run or not outputs:
@@ -93,7 +97,7 @@ def step_options() -> dict[str, type[Options]]:
     return {name: COMMANDS[name] for name in _STEPS}
 
 
-def _call(step: RecipeStep, count: int, common: Mapping[str, bool]) -> Report:
+def _call(step: RecipeStep, count: int, common: Mapping[str, Any]) -> Report:
     options = only_of(COMMANDS[step.command], common)
     where = f"step {step.number} of {count} ({step.command}, line {step.line})"
     try:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -172,11 +172,17 @@ class Session:
         """Refuse a place that is taken; one in a folder that is still to be made is free."""
         target, as_folder = one.target, is_folder(one.form)
         if target == Path(self.output) or target.parent.exists():
-            check_output(target, is_folder=as_folder, force=self.write.force)
+            check_output(target, is_folder=as_folder, force=self.write.force,
+                         series=self.write.series)  # fmt: skip
 
-    def outputs(self, count: int) -> AbstractContextManager[None]:
-        """Hold the place of all results while they are made."""
-        return nullcontext() if self.write.dry_run else many_outputs(self.output, count)
+    @contextmanager
+    def outputs(self, count: int) -> Iterator[Session]:
+        """Hold the place of all results while this session makes them; a killed one goes on."""
+        if self.write.dry_run:
+            yield self
+            return
+        with many_outputs(self.output, count, self.write.series) as series:
+            yield replace(self, write=self.write.replace(series=series))
 
     def make_folder(self, count: int) -> None:
         """The folder that several results are put into."""
@@ -209,6 +215,7 @@ class Session:
         from loratool.store.adapter_writer import write_adapter
 
         size = write_adapter(
-            files, target, record=dict(record), force=self.write.force, extras=extras
-        )
+            files, target, record=dict(record), force=self.write.force, extras=extras,
+            series=self.write.series,
+        )  # fmt: skip
         return size, open_adapter(target)

@@ -9,8 +9,10 @@ import sys
 
 TYPE_CHECKING = False  # typing takes longer to import than all that comes before `catch`
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-    from typing import NoReturn
+    from collections.abc import Callable, Mapping, Sequence
+    from typing import Any, NoReturn
+
+    from loratool.cli.signals import Caught
 
 
 def main(argv: "Sequence[str] | None" = None) -> "NoReturn":
@@ -22,13 +24,14 @@ def main(argv: "Sequence[str] | None" = None) -> "NoReturn":
     from loratool.cli import signals
 
     args = list(sys.argv[1:] if argv is None else argv)
+    caught = signals.Caught()
     try:
-        signals.catch()
-        code = _with_streams(run, args)
-        signals.settle(code)
+        caught.catch()
+        code = _with_streams(run, args, caught)
+        caught.settle(code)
     except (KeyboardInterrupt, signals.Terminated) as error:
-        code = _with_streams(_report, args, error)
-    signals.leave(code, at_once=argv is None)
+        code = _with_streams(_report, args, error, caught)
+    caught.leave(code, at_once=argv is None)
 
 
 def _with_streams(work: "Callable[..., int]", *args: object) -> int:
@@ -38,20 +41,25 @@ def _with_streams(work: "Callable[..., int]", *args: object) -> int:
     return streams.finish(work(*args))
 
 
-def run(args: list[str]) -> int:
-    """Run the command line; returns the exit code."""
+def run(args: list[str], caught: "Caught | None" = None) -> int:
+    """Run the command line; returns the exit code.
+
+    Args:
+        args: after the program's name.
+        caught: signals that came; None = this run does not catch them.
+    """
     try:
         _refuse_secrets(args)
-        return _invoke(args)
+        return invoke(args)
     except BaseException as error:
-        return _report(args, error)
+        return _report(args, error, caught)
 
 
-def _report(args: list[str], error: BaseException) -> int:
+def _report(args: list[str], error: BaseException, caught: "Caught | None") -> int:
     try:
         from loratool.cli.failures import report
 
-        return report(error, args)
+        return report(error, args, caught)
     except MemoryError:  # not enough for a sentence of its own
         os.write(2, b"error[LT-608]: out of memory\n")
         return 6
@@ -68,8 +76,13 @@ def _refuse_secrets(args: list[str]) -> None:
             refuse_token(word)
 
 
-def _invoke(args: list[str]) -> int:
-    """What `click.Command.main` does, less its own handling of errors and broken pipes."""
+def invoke(args: list[str], given: "Mapping[str, Any] | None" = None) -> int:
+    """What `click.Command.main` does, less its own handling of errors and broken pipes.
+
+    Args:
+        args: after the program's name.
+        given: options of Python alone, for commands that take them.
+    """
     import click
 
     from loratool.cli.group import root
@@ -80,7 +93,7 @@ def _invoke(args: list[str]) -> int:
 
         return shell_complete(root, {}, "loratool", "_LORATOOL_COMPLETE", instruction)
     try:
-        with root.make_context("loratool", list(args), color=color) as ctx:
+        with root.make_context("loratool", list(args), color=color, obj=given) as ctx:
             result = root.invoke(ctx)
     except click.exceptions.Exit as done:
         return done.exit_code

@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import chdir, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -15,7 +15,10 @@ import loratool as lt
 from loratool.cli import options as opt
 from loratool.cli.render import line, safe
 from loratool.cli.voice import Voice
-from loratool.errors import UsageError
+from loratool.errors import AlreadyMadeError, UsageError
+
+if TYPE_CHECKING:
+    from loratool.store.series import Series
 
 
 @click.command(
@@ -38,10 +41,10 @@ def command(output: str | None, **options: Any) -> int:
             raise UsageError("LT-207", "demo --json writes files: say where", hint="-o DIR")
         voice.show(lt.demo(output), ())
         return 0
-    with _folder(output) as folder, series(notes_path(Path(folder))):
-        report = lt.demo(folder)
+    with _folder(output) as folder, series(notes_path(Path(folder))) as made:
+        report = lt.demo(folder, series=made)
         voice.announce("A tour on a model small enough to build in a moment")
-        _run_all(report.commands)
+        _run_all(report.commands, made)
     kept = f"the files are in {safe(output)}" if output else "with -o DIR the files are kept"
     click.echo("\n" + line("done", kept, tone="good"))
     return 0
@@ -57,12 +60,17 @@ def _folder(output: str | None) -> Iterator[str]:
         yield "demo"
 
 
-def _run_all(commands: Sequence[Sequence[str]]) -> None:
+def _run_all(commands: Sequence[Sequence[str]], series: Series) -> None:
     """Run command lines as if they were typed; the first that fails ends the tour."""
-    from loratool.cli import run
+    from loratool.cli import invoke
+    from loratool.cli.failures import report
 
     for words in commands:
         typed = safe(shlex.join(["loratool", *words]), cap=1000)
         click.echo("\n" + click.style("$ ", dim=True) + click.style(typed, bold=True))
-        if code := run(list(words)):
+        try:
+            code = invoke(list(words), {"series": series})
+        except AlreadyMadeError as error:
+            code = report(error, words)
+        if code:
             raise click.exceptions.Exit(code)

@@ -12,9 +12,9 @@ from typing import Any
 
 import click
 
-from loratool.cli import signals
 from loratool.cli.group import COMMANDS, LATER_OPTIONS
 from loratool.cli.render import dump_json, safe
+from loratool.cli.signals import Caught, Terminated
 from loratool.errors import AlreadyMadeError, DiskError, LoratoolError, UsageError
 from loratool.report.base import SCHEMA
 
@@ -25,16 +25,18 @@ _NO_MEMORY = re.compile(
 """What torch, CUDA's libraries, the loader and Python say where `MemoryError` would be right."""
 
 
-def report(error: BaseException, args: Sequence[str]) -> int:
+def report(error: BaseException, args: Sequence[str], caught: Caught | None = None) -> int:
     """Say what went wrong; returns the exit code.
 
     Args:
         error: whatever ended the run.
         args: of the command line.
+        caught: signals that came.
     """
     options = args[: args.index("--")] if "--" in args else args
-    if signals.received or isinstance(error, (KeyboardInterrupt, signals.Terminated, click.Abort)):
-        return _interrupted(error, options)
+    caught = Caught() if caught is None else caught
+    if caught.numbers or isinstance(error, (KeyboardInterrupt, Terminated, click.Abort)):
+        return _interrupted(error, options, caught.tell(error))
     if isinstance(error, AlreadyMadeError):
         click.echo(f"made by the interrupted run: {safe(str(error.file))}")
         return 0
@@ -121,9 +123,8 @@ def _out_of_memory() -> LoratoolError:
     )
 
 
-def _interrupted(error: BaseException, options: Sequence[str]) -> int:
+def _interrupted(error: BaseException, options: Sequence[str], code: int) -> int:
     """Report a signal, whatever error it surfaced as; notes say what became of the output."""
-    code = signals.tell(error)
     notes = getattr(error, "__notes__", [])
     if "--json" in options:
         what = {"code": "LT-000", "exit_code": code, "what": "interrupted"}

@@ -46,6 +46,7 @@ class Command(click.Command):
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run; at a terminal a large download is asked for, elsewhere ``-y`` agrees."""
+        ctx.params |= _given(self, ctx.obj or {})
         try:
             return super().invoke(ctx)
         except UsageError as error:
@@ -73,6 +74,14 @@ class Command(click.Command):
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the examples."""
         write_examples(formatter, self.examples)
+
+
+def _given(command: click.Command, given: Mapping[str, Any]) -> dict[str, Any]:
+    """What the caller hands to a command beside what was typed."""
+    from loratool.options.words import only_of
+
+    kind = getattr(command.callback, "options", None)
+    return {} if kind is None else only_of(kind, given)
 
 
 def _can_ask(ctx: click.Context) -> bool:
@@ -107,6 +116,7 @@ def taking(kind: type[Options]) -> Callable[[F], F]:
         for one in reversed(options_of(kind)):
             if one.words.section:
                 command = _made(one)(command)
+        command.options = kind  # type: ignore[attr-defined]
         return command
 
     return add

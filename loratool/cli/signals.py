@@ -16,21 +16,17 @@ if TYPE_CHECKING:
 _NAMES = ("SIGINT", "SIGTERM", "SIGHUP")
 _PAUSE_S = 0.01  # for a destructor to end
 
-received: list[int] = []
-"""The signals that came."""
-
-_is_told = False  # the user knows of them
-
 
 class _Signal(BaseException):
     """Whoever drops it, as destructors, callbacks and C code do, gets it once more."""
 
-    def __del__(self) -> None:
-        if received and not _is_told and os.name == "posix":
-            from threading import Timer
+    def __init__(self, caught: "Caught | None" = None) -> None:
+        super().__init__()
+        self._caught = caught
 
-            _signal.signal(received[-1], _on_signal)
-            Timer(_PAUSE_S, os.kill, (os.getpid(), received[-1])).start()
+    def __del__(self) -> None:
+        if self._caught is not None and not self._caught.is_told and os.name == "posix":
+            self._caught.send_again()
 
 
 class Interrupted(_Signal, KeyboardInterrupt):
@@ -41,54 +37,69 @@ class Terminated(_Signal):
     """SIGTERM or SIGHUP arrived; not an `Exception`, so that no cleanup code swallows it."""
 
 
-def catch() -> None:
-    """From here on the first signal is an exception in the main thread; the second one kills."""
-    for number in _numbers():
-        if number == _signal.SIGINT or _signal.getsignal(number) is not _signal.SIG_IGN:
-            _signal.signal(number, _on_signal)
-    sys.unraisablehook = _on_unraisable
+class Caught:
+    """The signals of one run.
 
+    Attributes:
+        numbers: those that came.
+        is_told: the user knows of them.
+    """
 
-def tell(error: BaseException) -> int:
-    """The exit code of an interrupted run, for somebody who reports it now."""
-    global _is_told
-    _is_told = True
-    first = received[0] if received else _signal.SIGINT
-    return 143 if isinstance(error, Terminated) or first != _signal.SIGINT else 130
+    def __init__(self) -> None:
+        self.numbers: list[int] = []
+        self.is_told = False
 
+    def catch(self) -> None:
+        """From here on the first signal is an exception in the main thread; the second kills."""
+        for number in _numbers():
+            if number == _signal.SIGINT or _signal.getsignal(number) is not _signal.SIG_IGN:
+                _signal.signal(number, self._on_signal)
+        sys.unraisablehook = _on_unraisable
 
-def settle(code: int) -> None:
-    """The work is done and its exit code known: no signal changes that any more."""
-    for number in _numbers():
-        if _signal.getsignal(number) is _on_signal:
+    def tell(self, error: BaseException) -> int:
+        """The exit code of an interrupted run, for somebody who reports it now."""
+        self.is_told = True
+        first = self.numbers[0] if self.numbers else _signal.SIGINT
+        return 143 if isinstance(error, Terminated) or first != _signal.SIGINT else 130
+
+    def settle(self, code: int) -> None:
+        """The work is done and its exit code known: no signal changes that any more."""
+        for number in self._held():
             _signal.signal(number, lambda *_: os._exit(code))
 
+    def leave(self, code: int, *, at_once: bool) -> "NoReturn":
+        """Exit; after an interrupt without the threads that it left behind: those take long.
 
-def leave(code: int, *, at_once: bool) -> "NoReturn":
-    """Exit; after an interrupt without the threads that it left behind, which could take long.
+        Args:
+            code: of the process, whose streams are flushed (`streams.finish`).
+            at_once: do not take the interpreter apart, which is a tenth of a quick command's time.
+        """
+        if self.numbers or at_once:
+            import atexit
 
-    Args:
-        code: of the process, whose streams are flushed (`streams.finish`).
-        at_once: do not take the interpreter apart, which is a tenth of a quick command's time.
-    """
-    if received or at_once:
-        import atexit
+            atexit._run_exitfuncs()  # temporary folders go
+            os._exit(code)
+        sys.exit(code)
 
-        atexit._run_exitfuncs()  # temporary folders go
-        os._exit(code)
-    sys.exit(code)
+    def send_again(self) -> None:
+        """The last one, in a moment."""
+        from threading import Timer
+
+        _signal.signal(self.numbers[-1], self._on_signal)
+        Timer(_PAUSE_S, os.kill, (os.getpid(), self.numbers[-1])).start()
+
+    def _held(self) -> list[int]:
+        return [number for number in _numbers() if _signal.getsignal(number) == self._on_signal]
+
+    def _on_signal(self, number: int, _frame: "FrameType | None") -> None:
+        for other in self._held():
+            _signal.signal(other, _signal.SIG_DFL)
+        self.numbers.append(number)
+        raise (Interrupted if number == _signal.SIGINT else Terminated)(self)
 
 
 def _numbers() -> list[int]:
     return [int(getattr(_signal, name)) for name in _NAMES if hasattr(_signal, name)]
-
-
-def _on_signal(number: int, _frame: "FrameType | None") -> None:
-    for other in _numbers():
-        if _signal.getsignal(other) is _on_signal:
-            _signal.signal(other, _signal.SIG_DFL)
-    received.append(number)
-    raise Interrupted if number == _signal.SIGINT else Terminated
 
 
 def _on_unraisable(event: "sys.UnraisableHookArgs") -> None:

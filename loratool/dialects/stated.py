@@ -16,8 +16,12 @@ from loratool.errors import MismatchError
 LAYERS = "layer_replication"
 """Where it is stated which layers are repeated."""
 
-WHOLE = "modules_to_save"
-"""Origin of replaced tensors of modules that are saved whole."""
+WHOLE, BIAS = "modules_to_save", "bias"
+COPY = "base_layer"
+ADDED = "added_tokens"
+NEW_TOKENS = (ADDED, "new_tokens")
+"""Origins of tensors that take the base's place: of modules saved whole, biases, copies of the
+base that lie beside a change, rows of new tokens."""
 
 QUIET = frozenset({"peft_version", "inference_mode", "auto_mapping", "lora_dropout", "loratool"})
 """Fields that say nothing about what an adapter computes."""

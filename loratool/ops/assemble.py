@@ -12,7 +12,7 @@ from loratool.archs.layers import is_conv1d
 from loratool.archs.stated import model_type
 from loratool.delta.forms import factors_of, new_low_rank, with_factors
 from loratool.dialects import DEFAULT
-from loratool.dialects.stated import WHOLE
+from loratool.dialects.stated import BIAS, WHOLE
 from loratool.engine.rows import args_of
 from loratool.errors import MismatchError
 from loratool.ops.extract import ExtractPlan
@@ -282,7 +282,7 @@ def _is_kept(pair: Pair, keep: Sequence[str], by_name: frozenset[str]) -> bool:
     if pair.role == "bare":
         return False  # PEFT holds whole modules and biases, not bare parameters
     is_held = pair.base is not None  # a module that the base lacks takes no tensor
-    is_usual = (pair.role in ("bias", "small") and is_held) or pair.is_task_head
+    is_usual = (pair.role == "small" and is_held) or pair.is_task_head
     return (
         (is_usual and "none" not in keep)
         or "all" in keep
@@ -294,7 +294,7 @@ def _is_kept(pair: Pair, keep: Sequence[str], by_name: frozenset[str]) -> bool:
 def _replacements(kept: Sequence[Pair], extract: ExtractPlan) -> list[Replacement]:
     """Whole modules to save for everything but biases; every bias once one has changed."""
     everything = {p.name: p for p in (*extract.pairs, *extract.created)}
-    modules = {_module(n) for p in kept if p.role != "bias" for n in extract.names_of(p)}
+    modules = {_module(n) for p in kept if not p.is_bias for n in extract.names_of(p)}
     found: dict[str, Replacement] = {}
     done: set[str] = set()
     for name, pair in everything.items():
@@ -302,10 +302,10 @@ def _replacements(kept: Sequence[Pair], extract: ExtractPlan) -> list[Replacemen
             if _module(place) in modules and not pair.is_factored:
                 found[place] = Replacement(place, pair.tuned, WHOLE)
                 done.add(name)
-    if any(p.role == "bias" and p.name not in done for p in kept):
+    if any(p.is_bias and p.name not in done for p in kept):
         for name, pair in everything.items():
-            if pair.role == "bias" and name not in done:
-                found[name] = Replacement(extract.memory_names[name], pair.tuned, "bias")
+            if pair.is_bias and name not in done:
+                found[name] = Replacement(extract.memory_names[name], pair.tuned, BIAS)
     return list(found.values())
 
 

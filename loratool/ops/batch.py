@@ -12,7 +12,7 @@ from loratool.dialects.registry import home_of
 from loratool.dialects.rules import is_folder
 from loratool.errors import UsageError, list_some
 from loratool.store.output_path import check_place
-from loratool.store.series import series
+from loratool.store.series import Series, series
 from loratool.store.source import Resolved
 
 _FILES = (".safetensors", ".gguf", ".bin", ".pt", ".json")
@@ -71,20 +71,24 @@ def place_outputs(names: Sequence[str], output: str | Path, dialects: Sequence[s
 
 
 @contextmanager
-def many_outputs(output: str | Path, count: int) -> Iterator[None]:
+def many_outputs(output: str | Path, count: int, within: Series | None) -> Iterator[Series | None]:
     """The block that makes the outputs of ``count`` inputs; a killed one goes on.
 
     Args:
         output: as typed.
         count: of inputs.
+        within: that they are part of.
+
+    Yields:
+        What they are part of; None for a single output of its own.
     """
     if count == 1 and not is_batch(output):
-        yield
+        yield within
         return
     folder = Path(output)
     check_place(folder)
-    with series(folder / ".loratool-series"):
-        yield
+    with series(folder / ".loratool-series", within) as found:
+        yield found
 
 
 def is_batch(output: str | Path) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 from loratool.adapter import Adapter
 from loratool.archs.stated import decoder_config
 from loratool.archs.ties import Tie, head_scale, is_head, untied_config
-from loratool.dialects.stated import loads_into
+from loratool.dialects.stated import COPY, loads_into
 from loratool.errors import MismatchError, list_some
 from loratool.ops.bind_place import Context
 from loratool.ops.bind_types import Found
@@ -105,7 +105,7 @@ class _Group:
 
     def main(self, name: str) -> list[Found]:
         """Changes of a name, without trained rows and copies of the base."""
-        return [f for f in self.items[name] if _kind(f) in ("delta", "whole")]
+        return [f for f in self.items[name] if _kind(f) in ("change", "whole")]
 
     def rows(self, name: str) -> list[Found]:
         """Trained rows of a name."""
@@ -173,8 +173,8 @@ def _kind(found: Found) -> str:
     if found.item.is_tokens:
         return "rows"
     if found.replacement is None:
-        return "delta"
-    return "copy" if found.replacement.replacement.origin == "base_layer" else "whole"
+        return "change"
+    return "copy" if found.replacement.replacement.origin == COPY else "whole"
 
 
 def _effective(items: Sequence[Found]) -> list[Found]:
@@ -196,7 +196,7 @@ def _is_shared(one: Found, name: str, tie: Tie, ctx: Context, adapter: Adapter) 
     kind = _kind(one)
     if kind == "rows":
         return name == tie.source
-    if kind == "delta" or one.replacement is None:
+    if kind == "change" or one.replacement is None:
         return False
     if kind == "copy":  # of a grown vocabulary; any other one has the base's values
         old = ctx.checkpoint.tensors[one.replacement.target].shape

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from loratool.archs.ties import is_head, word_tables
+from loratool.dialects.stated import ADDED
 from loratool.ops.bind_place import Context, Placement, misfit, unmergeable
 from loratool.ops.bind_types import BoundReplacement, Found, Item, Misfit
 
@@ -29,7 +30,7 @@ def place_new_tokens(item: Item, ctx: Context) -> Placement:
     rows = new.rows or tuple(range(height, height + new.source.shape[0]))
     if [*new.source.shape[1:]] != width:
         return misfit(item, "LT-444", f"rows of {width}", f"{list(new.source.shape)}", target)
-    follows = rows[0] == height or (new.origin == "added_tokens" and 0 <= rows[0] < height)
+    follows = rows[0] == height or (new.origin == ADDED and 0 <= rows[0] < height)
     if not follows or rows[-1] >= _MOST_ROWS:
         wanted = f"rows from {height} on"
         return misfit(item, "LT-444", wanted, f"tokens {rows[0]} to {rows[-1]}", target)

@@ -7,11 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from loratool.adapter import DeltaSpec, Replacement, TensorRef
+from loratool.dialects.stated import NEW_TOKENS
 from loratool.plan import Region
 from loratool.store.checkpoint import Checkpoint
-
-NEW_TOKENS = ("added_tokens", "new_tokens")
-"""Origins of rows that may make the vocabulary grow."""
 
 
 @dataclass(frozen=True)

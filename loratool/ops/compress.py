@@ -21,6 +21,7 @@ from loratool.delta.forms import (
 from loratool.dialects import unmergeable_reason
 from loratool.dialects.rules import tied_pairs
 from loratool.dtypes import tensor_bytes
+from loratool.engine.step_args import FactorArgs
 from loratool.errors import MismatchError, list_some
 from loratool.ops.additive import require_kernels
 from loratool.ops.assemble import routed_weights
@@ -86,16 +87,19 @@ class CompressPlan:
         made = [module_step(op, [s], **a) for s, a in zip(self.specs, args, strict=True)]
         return Plan("compress", tuple(made))
 
-    def factor_args(self, index: int) -> dict[str, Any]:
+    def factor_args(self, index: int) -> FactorArgs:
         """Arguments of a ``factor`` step, but for its rank."""
         spec = self.specs[index]
-        bias = self.biases.get(spec.module) if spec.parameter == "weight" else None
         gain = self.gains[index]
-        return {
-            "dtype": self.dtypes[index], "gain": gain, "bias": bias,
-            "must_rewrite": spec.row.is_spelled or spec.blocks is not None or spec.name in self.anew
+        return FactorArgs(
+            dtype=self.dtypes[index], gain=gain, bias=self.bias_of(spec),
+            must_rewrite=spec.row.is_spelled or spec.blocks is not None or spec.name in self.anew
             or self._is_uneven(spec, gain),
-        }  # fmt: skip
+        )  # fmt: skip
+
+    def bias_of(self, spec: DeltaSpec) -> DeltaSpec | None:
+        """The change of the bias beside a weight, whose scaling follows the weight's."""
+        return self.biases.get(spec.module) if spec.parameter == "weight" else None
 
     def _is_uneven(self, spec: DeltaSpec, gain: float) -> bool:
         """An attention module whose out_proj has not twice the scaling that PEFT would give it."""
@@ -175,7 +179,7 @@ def rebuild(plan: CompressPlan, results: Sequence[Any]) -> tuple[Adapter, list[s
             made[spec.name] = with_factors(
                 spec, lora_B, lora_A, rank=result.rank, alpha=gain * result.rank, scaling=gain
             )
-            bias = plan.factor_args(plan.specs.index(spec))["bias"]
+            bias = plan.bias_of(spec)
             if bias is not None:
                 biases[bias.name] = with_values(
                     bias, result.bias, alpha=gain * result.rank, scaling=gain
@@ -195,7 +199,7 @@ def at_ranks(plan: CompressPlan, ranks: Sequence[int], dtypes: Sequence[str]) ->
     """The adapter at these ranks without its bytes: to see how large its file would be."""
     blank = []
     for index, (spec, rank) in enumerate(zip(plan.specs, ranks, strict=True)):
-        if rank == 0 or (rank >= spec.rank and not plan.factor_args(index)["must_rewrite"]):
+        if rank == 0 or (rank >= spec.rank and not plan.factor_args(index).must_rewrite):
             blank.append(_Blank(min(rank, spec.rank), None))
             continue
         shapes = plan.factor_shapes(index, rank)

@@ -35,7 +35,7 @@ class Pair:
         name: on-disk name in the base.
         base: None if the base has no such tensor.
         tuned: the fine-tuned one.
-        role: ``linear``, ``conv``, ``embedding``, ``head``, ``experts``, ``in_proj``, ``bias``,
+        role: ``linear``, ``conv``, ``embedding``, ``head``, ``experts``, ``in_proj``,
             ``small``, ``whole`` (a weight that PEFT holds no factors of), ``buffer`` or ``bare``.
         holder: where its factors go, as `loratool.archs.holder_of` says.
         is_factored: it becomes a pair of factors.
@@ -59,6 +59,11 @@ class Pair:
     def parameter(self) -> str:
         """Parameter name."""
         return self.name.rpartition(".")[2]
+
+    @property
+    def is_bias(self) -> bool:
+        """One number per output of a module."""
+        return self.role == "small" and self.name.endswith("bias")
 
     @property
     def is_task_head(self) -> bool:
@@ -89,7 +94,7 @@ class Roles:
         if dims > 1 and 0 in ref.shape:
             return "bare", ""
         if dims <= 1:
-            return ("bias" if name.endswith("bias") else "small"), ""
+            return "small", ""
         if name.endswith("in_proj_weight") and dims == 2:
             return "in_proj", "linear"
         if not memory.endswith(".weight"):

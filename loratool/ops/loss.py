@@ -51,7 +51,7 @@ def module_losses(
         One `ModuleLoss` per tensor, and one for all of them.
     """
     rows = [r if isinstance(r, dict) else vars(r) for r in results]
-    total = dict.fromkeys(("weight", "delta", "error", "changed", "expected", "share", "n"), 0.0)
+    total = dict.fromkeys(("weight", "change", "error", "changed", "expected", "share", "n"), 0.0)
     losses = []
     for row in rows:
         measured = max(1, row["numel"])
@@ -59,7 +59,7 @@ def module_losses(
         expected = row["expected_loss"] * row["delta_square"]
         values = {
             "weight": row["weight_square"],
-            "delta": row["delta_square"],
+            "change": row["delta_square"],
             "error": row["error_square"],
             "changed": float(row["changed"]),
             "expected": expected,
@@ -78,9 +78,9 @@ def _loss(name: str, dtype: str, v: Mapping[str, float]) -> ModuleLoss:
     return ModuleLoss(
         name=name,
         dtype=word or dtype,
-        rho=_ratio(v["delta"], v["weight"]),
-        loss=_ratio(v["error"], v["delta"]),
-        predicted_loss=_ratio(v["expected"], v["delta"]),
+        rho=_ratio(v["change"], v["weight"]),
+        loss=_ratio(v["error"], v["change"]),
+        predicted_loss=_ratio(v["expected"], v["change"]),
         changed_share=v["changed"] / max(1.0, v["n"]),
         predicted_share=v["share"] / max(1.0, v["n"]),
     )

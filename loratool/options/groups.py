@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from loratool.errors import UsageError
 from loratool.options.words import Options, Words
@@ -41,6 +41,9 @@ Against = Annotated[Place | None, Words(
 )]  # fmt: skip
 OnProgress = Annotated[Progress | None, Words("called with (done, in all).")]
 ChunkBytes = Annotated[int | None, Words("bytes read in one piece; never changes a result.")]
+Series = Annotated[
+    Any, Words("of `loratool.store.series`: outputs that this one is one of, for a rerun.")
+]
 Energy = Annotated[float | None, Words(
     "Least rank that keeps this share of the energy, per module.", "Input", metavar="E",
     form="share", record=True,
@@ -158,6 +161,7 @@ class Write(Options):
     provenance: Annotated[bool, Words(
         "Do not record inputs and options in the output.", "Output", flags="--no-provenance",
     )] = True  # fmt: skip
+    series: Series = None
 
 
 class Rerun(Options):

@@ -7,6 +7,7 @@ from typing import Annotated
 from loratool.options.groups import (
     Network,
     Place,
+    Series,
 )
 from loratool.options.words import Options, Words
 
@@ -55,3 +56,4 @@ class Pull(Network, kw_only=False):
         "Replace an earlier output or an unchanged copy of the repository.", "Output",
     )] = False  # fmt: skip
     dry_run: Annotated[bool, Words("List the files; fetch nothing.", "Output")] = False
+    series: Series = None

@@ -18,6 +18,7 @@ from loratool.store.header import build_header
 from loratool.store.jsonfile import dump_json
 from loratool.store.marker import Content, content_of, file_metadata
 from loratool.store.reader import FileReader
+from loratool.store.series import Series
 from loratool.store.shard_writer import ShardWriter
 from loratool.store.stamps import stamp_of, take_stamps
 from loratool.store.writer import MARKER, StagedOutput
@@ -32,6 +33,7 @@ def write_adapter(
     record: Mapping[str, Any],
     extras: Mapping[str, Path] | None = None,
     force: bool = False,
+    series: Series | None = None,
 ) -> int:
     """Write an adapter, a folder or one file, whole or not at all.
 
@@ -41,6 +43,7 @@ def write_adapter(
         record: provenance: ``loratool.json`` of a folder, in the metadata of a file.
         extras: name in the folder -> file to copy along (tokenizer, licence); a file has none.
         force: replace an earlier loratool output.
+        series: that it is one of.
 
     Returns:
         Size of the tensor file in bytes.
@@ -54,7 +57,7 @@ def write_adapter(
     try:
         with StagedOutput(
             target, is_folder=is_folder, plan_id=_identity(files, record), force=force,
-            inputs=stamps, names=names,
+            inputs=stamps, names=names, series=series,
             need_bytes=file_bytes(files) + sum(_size(p) for p in extras.values()),
         ) as output:  # fmt: skip
             for name, path in extras.items():

@@ -10,10 +10,10 @@ from loratool.store.disk import disk_error
 from loratool.store.leftovers import clear_away
 from loratool.store.marker import Proof, Prove, is_whole, prove
 from loratool.store.places import check_name, is_mount, staging_path
-from loratool.store.series import current, may_be_made
+from loratool.store.series import Series, may_be_made
 
 
-def check_output(path: Path, *, is_folder: bool, force: bool) -> None:
+def check_output(path: Path, *, is_folder: bool, force: bool, series: Series | None = None) -> None:
     """Refuse an output that would destroy something or could not be written.
 
     That the folder can be written to is tried, not asked: permissions have many sources.
@@ -24,7 +24,7 @@ def check_output(path: Path, *, is_folder: bool, force: bool) -> None:
     """
     check_place(path)
     clear_away(path, prove)
-    if may_be_made(path) and not force:
+    if may_be_made(path, series) and not force:
         return  # whether an interrupted run made it is known once this one is planned
     check_free(path, is_folder=is_folder, force=force, prove=lambda path: prove(path, deep=False))
     staging = staging_path(path)
@@ -101,8 +101,9 @@ def take_place(
     prove: Prove,
     plan: str | None,
     inputs: Mapping[str, list[int]],
+    series: Series | None,
 ) -> Proof | None:
-    """`check_free` for a run that begins now, as one of a series if there is one.
+    """`check_free` for a run that begins now, as one of a series if it is.
 
     Args:
         path: the output.
@@ -111,12 +112,12 @@ def take_place(
         prove: tells what of a place is one.
         plan: identity of what is made.
         inputs: stamps of the inputs.
+        series: that it is one of.
 
     Raises:
         AlreadyMadeError: LT-513, a run of this very series made it before it was interrupted.
         LoratoolError: see `check_free`.
     """
-    series = None if plan is None else current()
     if series is None or plan is None:
         return check_free(path, is_folder=is_folder, force=force, prove=prove)
     try:

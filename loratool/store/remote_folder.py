@@ -8,6 +8,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from threading import Lock
 from typing import TypedDict
@@ -109,6 +110,7 @@ class RemoteFolder:
 
     def _fetch_header(self, file: HubFile, expected: int | None) -> None:
         """In one request where the first guess holds the header, else in two."""
+        file = replace(file, stub=self._place(file))
         if file.name.endswith(".gguf"):
             expected = _GGUF_BYTES
         guess = min(max(expected or FIRST_BYTES, LEAST_BYTES), _MOST_BYTES, file.size)

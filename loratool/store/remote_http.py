@@ -1,13 +1,16 @@
 """Byte ranges over HTTP, one request each, on connections that stay open.
 
 A file's address on the Hub leads to a signed one at its storage, which is asked directly from
-then on.  The signed address is a secret: it is never shown, nor logged.  It expires; then the Hub
-is asked for a new one.
+then on.  The signed address is a secret: it is never shown, nor logged, and is kept in a folder
+that is the user's alone and goes away with the run.  It expires; then the Hub is asked for a new
+one.
 """
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -15,9 +18,6 @@ from loratool.store.hub_http import SlowError, check_status, get, parts
 from loratool.store.hub_retry import retried
 
 _WAIT_S = 30.0
-
-_signed: dict[str, str] = {}
-"""Address on the Hub -> where it led to on another host."""
 
 
 @dataclass(frozen=True)
@@ -35,25 +35,30 @@ class Answer:
     data: bytes
 
 
-def ask(url: str, start: int, count: int) -> Answer:
+def ask(url: str, start: int, count: int, note: Path | None = None) -> Answer:
     """Ask for bytes of a file.
 
     Args:
         url: on the Hub.
         start: first byte.
         count: how many, 1 or more.
+        note: file with the address that ``url`` led to before, on another host; None = no memory.
 
     Raises:
         HfHubHTTPError, HTTPError: of the client; see `loratool.store.hub.plain_errors`.
     """
     wanted = {"Range": f"bytes={start}-{start + count - 1}"}
-    signed = _signed.get(url)
-    if signed is not None:
+    if signed := _signed(note):
         answer = _ask_storage(signed, wanted, count)
         if answer is not None:
             return answer
-        _signed.pop(url, None)
-    return retried(lambda: _ask_hub(url, wanted, count))
+    return retried(lambda: _ask_hub(url, wanted, count, note))
+
+
+def _signed(note: Path | None) -> str:
+    with suppress(OSError):  # nobody has been there
+        return "" if note is None else note.read_text()
+    return ""
 
 
 def _ask_storage(url: str, wanted: dict[str, str], count: int) -> Answer | None:
@@ -67,11 +72,13 @@ def _ask_storage(url: str, wanted: dict[str, str], count: int) -> Answer | None:
         return None
 
 
-def _ask_hub(url: str, wanted: dict[str, str], count: int) -> Answer:
+def _ask_hub(url: str, wanted: dict[str, str], count: int, note: Path | None) -> Answer:
     with get(url, wanted, wait=_WAIT_S) as response:
         check_status(response)
-        if urlsplit(str(response.url)).netloc != urlsplit(url).netloc:
-            _signed[url] = str(response.url)
+        is_far = urlsplit(str(response.url)).netloc != urlsplit(url).netloc
+        if note is not None:
+            with suppress(OSError):  # a full disk costs a question
+                note.write_text(str(response.url) if is_far else "")
         return _answer(response, count)
 
 

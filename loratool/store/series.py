@@ -12,7 +12,6 @@ import os
 import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from contextvars import ContextVar
 from pathlib import Path
 from typing import TypedDict
 
@@ -93,34 +92,20 @@ def _may_be_own(journal: Path, *, has_lines: bool) -> bool:
     return stat.S_ISREG(found.st_mode) and found.st_nlink == 1 and (has_lines or not found.st_size)
 
 
-_current: ContextVar[Series | None] = ContextVar("series", default=None)
-
-
-def current() -> Series | None:
-    """The series that is under way."""
-    return _current.get()
-
-
 @contextmanager
-def series(journal: Path) -> Iterator[None]:
-    """Outputs made in this block are a series, unless it lies within another one.
+def series(journal: Path, within: Series | None = None) -> Iterator[Series]:
+    """Outputs that are given what this yields are a series; one within another is part of that.
 
     After an error the lines stay: the same command goes on.
     """
-    if _current.get() is not None:
-        yield
+    if within is not None:
+        yield within
         return
-    token = _current.set(Series(journal))
-    try:
-        yield
-        found = _current.get()
-        if found is not None:
-            found.end()
-    finally:
-        _current.reset(token)
+    made = Series(journal)
+    yield made
+    made.end()
 
 
-def may_be_made(path: Path) -> bool:
-    """True if an interrupted run of the series under way may have made an output."""
-    found = _current.get()
-    return found is not None and found.was_begun(path)
+def may_be_made(path: Path, series: Series | None) -> bool:
+    """True if an interrupted run of a series may have made an output."""
+    return series is not None and series.was_begun(path)

@@ -53,6 +53,7 @@ from loratool.store.output_path import check_output, check_place, take_place
 from loratool.store.places import staging_path
 from loratool.store.putting import in_order, put_file, put_folder, put_inside
 from loratool.store.reader import Stamp
+from loratool.store.series import Series
 
 __all__ = ["MARKER", "StagedOutput", "check_output"]
 
@@ -71,6 +72,7 @@ class StagedOutput:
         inputs: what the input files are now; finished files of a run that saw other ones are
             not trusted.
         need_bytes: size of the whole output.
+        series: that it is one of.
         prove: tells what of an existing place is an earlier output; by its marker if not given.
 
     Attributes:
@@ -95,6 +97,7 @@ class StagedOutput:
         restart: bool = False,
         inputs: Mapping[Path, Stamp] | None = None,
         need_bytes: int = 0,
+        series: Series | None = None,
         prove: Prove = prove,
     ) -> None:
         self.path = path
@@ -117,8 +120,9 @@ class StagedOutput:
             self._left.take_back(path)
             stamps = {str(file): list(stamp) for file, stamp in (inputs or {}).items()}
             self._replaces = take_place(
-                path, is_folder=is_folder, force=force, prove=prove, plan=plan_id, inputs=stamps
-            )
+                path, is_folder=is_folder, force=force, prove=prove, plan=plan_id, inputs=stamps,
+                series=series,
+            )  # fmt: skip
             self.finished, self.notes = self._left.go_on(plan_id, stamps, restart=restart)
             for name, line in self.finished.items():
                 self._contents[name] = content_of(*sum_whole(line["crc32"]))

@@ -146,7 +146,7 @@ lt.inspect = inspect
 def test_after_the_work(number: int, _code: int, tmp_path: Path) -> None:
     """The output is there and its report printed: that is no interrupted run."""
     body = "atexit.register(wait); atexit.register(send); sys.argv[1:] = sys.argv[1:]\n"
-    body += "cli.run = lambda args: print('all of it') or 5"
+    body += "cli.run = lambda *args: print('all of it') or 5"
     done = start(CALLED.format(body=body), number)
     assert (done.returncode, done.stdout, done.stderr) == (5, "all of it\n", "")
 

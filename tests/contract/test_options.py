@@ -37,6 +37,7 @@ OWN = {"demo", "completion"}
 PYTHON_ALONE = {
     "progress": "a callback; the command line draws a bar",
     "on_step": "a callback; the command line prints each step",
+    "series": "an object, which a recipe hands to its steps",
     "chunk_bytes": "for tests and measurements: it never changes a result",
     "device": "of `inspect --base`, which is not worth a flag",
 }

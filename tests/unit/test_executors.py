@@ -118,8 +118,11 @@ class Fatal(FileReader):
 
     reads = 0
 
+    def is_later(self, start: int) -> bool:
+        return start > 0
+
     def read_into(self, ref: TensorRef, start: int, buffer: memoryview) -> None:
-        if start and multiprocessing.parent_process() is not None:
+        if self.is_later(start) and multiprocessing.parent_process() is not None:
             Fatal.reads += 1
             flag = Path(os.environ["FATAL"])
             if Fatal.reads == 2 and flag.exists():
@@ -128,11 +131,21 @@ class Fatal(FileReader):
         super().read_into(ref, start, buffer)
 
 
-@pytest.mark.parametrize("command", ["merge", "extract"])
+class FatalInModule(Fatal):
+    """The same in the second tensor of a module: those are read whole."""
+
+    def is_later(self, start: int) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(
+    ("command", "fatal"),
+    [("merge", Fatal), ("extract", Fatal), ("combine", FatalInModule), ("compress", FatalInModule)],
+)
 def test_killed_in_the_middle_of_a_step(
-    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    command: str, fatal: type[Fatal], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Part of the tensor is written by then."""
+    """Part of the tensor is written by then, or part of the module read."""
     shape = {"model.layers.0.up_proj": (1700, 1000)}  # four blocks
     save_checkpoint(tmp_path / "base", {f"{k}.weight": randn(*s, seed=1) for k, s in shape.items()})
     for seed in (1, 2):
@@ -141,7 +154,7 @@ def test_killed_in_the_middle_of_a_step(
     monkeypatch.setattr(grid, "CPU_CHUNK_BYTES", 1 << 20)
     call(command, tmp_path, tmp_path / "threads")
     by_processes(monkeypatch)
-    monkeypatch.setattr(reader, "FileReader", Fatal)
+    monkeypatch.setattr(reader, "FileReader", fatal)
     flag = tmp_path / "flag"
     monkeypatch.setenv("FATAL", str(flag))
     flag.touch()
