@@ -68,7 +68,7 @@ def run_step(step: Step, env: Env, out: Out | None = None) -> Result:
     """
     work, lane = StepWork(step, env, out), Lane(env.device)
     read = sum(work.process(lane, piece) for piece in work.pieces)
-    return Result(work.finish(), tuple(out.pieces()) if out is not None else (), read)
+    return Result(work.finish(lane), tuple(out.pieces()) if out is not None else (), read)
 
 
 class Lane:
@@ -140,10 +140,13 @@ class StepWork:
             self._left -= 1
             return self._left == 0
 
-    def finish(self) -> Any:
+    def finish(self, lane: Lane | None = None) -> Any:
         """The step's result, after its last piece."""
         kernel, self._kernel = self._kernel, None
-        return None if kernel is None else kernel.finish()
+        if kernel is None:
+            return None
+        with torch.cuda.stream(None if lane is None else lane.stream):
+            return kernel.finish()
 
     def _copy(self, lane: Lane, piece: list[grid.Block]) -> int:
         assert self._out is not None
