@@ -184,7 +184,13 @@ def as_stored(
     """Stacked factors (E, r, in), (E, out, r) in the shapes and packing that PEFT stores."""
     left, right = packed(lora_B, lora_A, experts=args.experts, kernel=args.kernel)
     made = [
-        TensorData(f"{name} factor", "F32", tuple(t.shape), bytes(to_bytes(t)))
+        TensorData(f"{name} factor", "F32", tuple(t.shape), to_bytes(_alone(t)))
         for t in (right, left)
     ]
     return made[0], made[1]
+
+
+def _alone(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor on the CPU that keeps nothing but itself in memory."""
+    tensor = tensor.cpu().contiguous()
+    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
