@@ -101,7 +101,7 @@ class Difference(Kernel):
     ) -> _Sums:
         """The same without a question whose answer the GPU would have to be waited for."""
         wide_base = base.to(wide)
-        delta = tuned.to(wide).sub_(wide_base)
+        delta = tuned.to(wide) - wide_base
         if tuned.dtype == base.dtype and tuned.element_size() in INTEGERS:
             bits = INTEGERS[tuned.element_size()]
             differs = tuned.view(bits) != base.view(bits)

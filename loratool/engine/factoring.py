@@ -122,10 +122,9 @@ class SubtractAndFactor(Difference):
         if self._grids:
             kept = [self._grids[i].exponents.view(each, -1, modules.shape[3]) for i in slots]
             bits = [self._grids[i].significand_bits for i in slots for _ in range(each)]
-            self._grids = []
             exponents = kept[0] if len(kept) == 1 else torch.cat(kept)
-            del kept
             floors = simulate_noise(exponents, bits, delta_squares=squares, seeds=seeds)
+            self._grids = []  # not before: another worker's stream may get their memory
         return fit.Fitting(
             RankRule(**(self.args.rule or {})), seeds, squares, floors,
             [found[i].weight_square**0.5 for i in slots], exact=self.args.exact,
