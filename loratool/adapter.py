@@ -135,6 +135,9 @@ class TensorData:
     shape: tuple[int, ...]
     data: bytes | memoryview = field(repr=False)
 
+    def __reduce__(self) -> tuple[type[TensorData], tuple[str, str, tuple[int, ...], bytes]]:
+        return TensorData, (self.name, self.dtype, self.shape, bytes(self.data))
+
     @property
     def nbytes(self) -> int:
         """Length in bytes."""

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from loratool.plan import Plan
     from loratool.store.source import Resolved
 
-_CUDA_FACTORING_CHUNK = 32 << 20  # page-locked memory is slow to get, and the run takes seconds
+_CUDA_FACTORING_CHUNK = 16 << 20  # page-locked memory is slow to get, and the run takes seconds
+_CUDA_FACTORING_THREADS = 16  # they read, and wait for the GPU
 
 _MAX_THREADS = 1024
 
@@ -119,17 +120,20 @@ def plan_resources(
     limits = Limits.of(asked, executor=executor)
     limits.check_torch()
     from loratool.engine.device import resolve_devices
+    from loratool.engine.machine import default_threads
     from loratool.engine.run import RunOptions
 
     factors = any(op_of(step).is_arithmetic for step in plan.steps)
     (where, *others), reason = resolve_devices(asked.device, is_arithmetic=factors)
+    threads = limits.workers
     if where.type == "cuda" and factors:
+        threads = limits.threads or default_threads(_CUDA_FACTORING_THREADS)
         chunk_bytes = chunk_bytes or _CUDA_FACTORING_CHUNK
         block_elements = block_elements or _CUDA_FACTORING_CHUNK // 2
     memory = plan_memory(
         plan,
         device=where.type,
-        threads=limits.workers,
+        threads=threads,
         chunk_bytes=chunk_bytes,
         limit=limits.memory,
         executor=executor,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -32,6 +33,7 @@ class Combined(Delta):
         self.offset = offset
         self.shape = deltas[0].shape
         self.roundings = max(d.roundings for d in deltas) + 2
+        self._room = threading.local()  # memory fresh from the system costs more than a product
 
     @property
     def wants_survey(self) -> bool:
@@ -39,8 +41,9 @@ class Combined(Delta):
         return self.combiner.wants_pass
 
     def survey(self, like: torch.Tensor, r0: int, r1: int, c0: int, c1: int) -> None:
-        """See the block of every ΔW_t."""
-        self.combiner.see(self._place(r0, c0), self._stack(like, r0, r1, c0, c1))
+        """See the block of every ΔW_t; from any thread."""
+        make = self._stack if self.combiner.sees_together else self._each
+        self.combiner.see(self._place(r0, c0), make(like, r0, r1, c0, c1))
 
     def end_survey(self) -> None:
         """Narrow the thresholds down."""
@@ -74,12 +77,27 @@ class Combined(Delta):
             delta.to(device)
 
     def _stack(self, like: torch.Tensor, r0: int, r1: int, c0: int, c1: int) -> torch.Tensor:
-        """(T, m, n) of the method's orientation."""
-        shape = (len(self.deltas), r1 - r0, c1 - c0)
-        stack = torch.zeros(shape, dtype=like.dtype, device=like.device)
+        """(T, m, n) of the method's orientation, in this thread's room."""
+        stack = self._zeros(len(self.deltas), like, (r1 - r0, c1 - c0))
         for part, delta in zip(stack, self.deltas, strict=True):
             delta.add_to(part, part, r0, r1, c0, c1)
         return stack.mT if self.transposed else stack
+
+    def _each(
+        self, like: torch.Tensor, r0: int, r1: int, c0: int, c1: int
+    ) -> Iterator[torch.Tensor]:
+        """The same one after the other, in the same room."""
+        for delta in self.deltas:
+            (part,) = self._zeros(1, like, (r1 - r0, c1 - c0))
+            delta.add_to(part, part, r0, r1, c0, c1)
+            yield self._turn(part)
+
+    def _zeros(self, count: int, like: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
+        need = count * shape[0] * shape[1]
+        held: torch.Tensor | None = getattr(self._room, "held", None)
+        if held is None or held.numel() < need or held.dtype != like.dtype:
+            held = self._room.held = torch.empty(need, dtype=like.dtype, device=like.device)
+        return held[:need].zero_().view(count, *shape)
 
     def _turn(self, block: torch.Tensor) -> torch.Tensor:
         return block.T if self.transposed else block

@@ -58,8 +58,11 @@ class ByteBuffer:
         """
         need = nbytes + pad
         if need > len(self._view):
-            raw = torch.empty(need + PAGE, dtype=torch.uint8, pin_memory=self._pinned)
+            # page-locked memory begins on a page, and one byte above a power of two takes twice it
+            room = need if self._pinned else need + PAGE
+            raw = torch.empty(room, dtype=torch.uint8, pin_memory=self._pinned)
             shift = -raw.data_ptr() % PAGE
+            assert shift + need <= room
             self._bytes = raw[shift : shift + need]
             self._view = memoryview(self._bytes.numpy())  # type: ignore[arg-type]
         return self._view[pad:need], self._bytes[pad:need]

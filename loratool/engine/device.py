@@ -64,13 +64,14 @@ def resolve_devices(text: str, *, is_arithmetic: bool) -> tuple[tuple[torch.devi
 
 
 def batch_bytes(device: torch.device) -> int:
-    """Float32 matrices of one shape that are factored together: 1/64 of a GPU, none on the CPU.
+    """Float32 matrices of one shape that are factored together: 1/128 of a GPU, none on the CPU.
 
     Of the memory it has, not of what is free: the batches, and so the bytes, are the same again.
+    Every worker may be at one, with three times as much for its factoring.
     """
     if device.type != "cuda":
         return 0
-    return min(1 << 30, torch.cuda.get_device_properties(device).total_memory // 64)
+    return min(1 << 29, torch.cuda.get_device_properties(device).total_memory // 128)
 
 
 @contextmanager

@@ -13,8 +13,10 @@ from loratool.engine.kernel import INTEGERS, Env, Kernel
 from loratool.engine.merging import count_differing
 from loratool.engine.step_args import DifferenceArgs
 from loratool.errors import NumericError
-from loratool.linalg.norms import sum_of_squares
+from loratool.linalg.norms import squared_sum, sum_of_squares
 from loratool.plan import Step
+
+_Sums = tuple[int, float, float] | torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,8 @@ class Difference(Kernel):
     def __init__(self, step: Step, env: Env) -> None:
         super().__init__(step, env)
         self.names: list[str] = list(self.args.names or [step.output.name])
-        self._sums: list[dict[int, tuple[int, float, float]]] = [{} for _ in self.names]
+        # per pair and block: elements that differ, Σ(tuned - base)², Σ base²
+        self._sums: list[dict[int, _Sums]] = [{} for _ in self.names]
 
     def run(self, block: grid.Block, inputs: list[torch.Tensor], out: torch.Tensor | None) -> None:
         """Differences in float32 at least; exact for bfloat16 pairs of near exponents."""
@@ -69,6 +72,12 @@ class Difference(Kernel):
         wide = torch.promote_types(torch.promote_types(tuned.dtype, base.dtype), torch.float32)
         if not tuned.is_floating_point():
             wide = torch.float64
+        measure = self._on_gpu if self.env.device.type == "cuda" else self._on_cpu
+        self._sums[block.pair][block.index] = measure(block, tuned, base, wide)
+
+    def _on_cpu(
+        self, block: grid.Block, tuned: torch.Tensor, base: torch.Tensor, wide: torch.dtype
+    ) -> _Sums:
         shape = (block.r1 - block.r0, block.c1 - block.c0)
         take = self.env.scratch.take
         wide_base = take("base", shape, wide, self.env.device).copy_(base)
@@ -84,8 +93,30 @@ class Difference(Kernel):
         weight = sum_of_squares(wide_base)
         if not math.isfinite(weight):
             weight = sum_of_squares(wide_base.masked_fill(~torch.isfinite(wide_base), 0.0))
-        self._sums[block.pair][block.index] = (differing, square, weight)
         self.keep(block, tuned, delta if differing else None)
+        return differing, square, weight
+
+    def _on_gpu(
+        self, block: grid.Block, tuned: torch.Tensor, base: torch.Tensor, wide: torch.dtype
+    ) -> _Sums:
+        """The same without a question whose answer the GPU would have to be waited for."""
+        wide_base = base.to(wide)
+        delta = tuned.to(wide) - wide_base
+        if tuned.dtype == base.dtype and tuned.element_size() in INTEGERS:
+            bits = INTEGERS[tuned.element_size()]
+            differs = tuned.view(bits) != base.view(bits)
+            is_same = ~differs
+        else:
+            differs = _cast(base, tuned.dtype) != tuned
+            is_same = tuned.to(wide) == wide_base
+        delta.masked_fill_(is_same, 0.0)  # the same infinity on both sides is no difference
+        differing = torch.count_nonzero(differs)
+        square = squared_sum(delta) + torch.where(torch.isnan(base).any(), math.nan, 0.0)
+        if tuned.dtype == base.dtype:
+            square = torch.where(differing > 0, square, 0.0)
+        weight = squared_sum(torch.nan_to_num(wide_base, nan=0.0, posinf=0.0, neginf=0.0))
+        self.keep(block, tuned, delta)
+        return torch.stack([differing.double(), square, weight])
 
     def keep(self, block: grid.Block, tuned: torch.Tensor, delta: torch.Tensor | None) -> None:
         """Called with each block; ``delta`` is None where nothing differs."""
@@ -98,7 +129,8 @@ class Difference(Kernel):
         """
         found = []
         for name, sums in zip(self.names, self._sums, strict=True):
-            parts = [sums[i] for i in sorted(sums)]
+            ordered = [sums[i] for i in sorted(sums)]
+            parts = [s.tolist() if isinstance(s, torch.Tensor) else s for s in ordered]
             delta, weight = (math.fsum(p[i] for p in parts) for i in (1, 2))
             if not math.isfinite(delta):
                 raise NumericError(

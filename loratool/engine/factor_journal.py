@@ -11,6 +11,7 @@ from typing import Any
 from loratool.adapter import TensorData
 from loratool.engine.difference import DifferenceResult
 from loratool.plan import Step
+from loratool.store.checksum import PieceSums
 from loratool.store.disk import refusals_as, write_synced
 from loratool.store.writer import StagedOutput
 
@@ -32,13 +33,17 @@ class FactorJournal:
         """Keep a finished step's results, if it made factors; gives them back."""
         if not isinstance(results, list) or not any(r.factors for r in results):
             return results
-        data = b"".join(f.data for r in results for f in r.factors or ())
-        name = factor_file(results[0].name)
+        data = [memoryview(f.data) for r in results for f in r.factors or ()]
+        name, sums, size = factor_file(results[0].name), PieceSums(), 0
         path = self._output.create(name)
         with refusals_as("cannot write", path):
-            write_synced(path, data)
+            write_synced(path, *data)
+        for part in data:
+            sums.add(size, part)
+            size += len(part)
+        lines = [_to_json(r) for r in results]
         with self._lock:
-            self._output.mark_finished(name, len(data), [_to_json(r) for r in results])
+            self._output.mark_finished(name, size, lines, sums.pieces())
         return results
 
     def take(self, step: Step) -> list[DifferenceResult] | None:

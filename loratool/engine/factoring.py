@@ -19,7 +19,7 @@ from loratool.engine.kernel import Env
 from loratool.engine.step_args import SubtractAndFactorArgs
 from loratool.linalg import fit
 from loratool.linalg.noise import Grid, simulate_noise
-from loratool.linalg.norms import sum_of_squares
+from loratool.linalg.norms import squared_sum
 from loratool.linalg.rank import RankRule
 from loratool.plan import Step
 
@@ -37,7 +37,8 @@ class SubtractAndFactor(Difference):
     def prepare(self) -> None:
         """Make room for the whole differences."""
         device, view = self.env.device, self.step.view
-        self._deltas = self.env.pool.take((len(self.names), *view), device)
+        count = max(len(self.names), self.args.slots)
+        self._deltas = self.env.pool.take((count, *view), device)
         if self.args.auto:
             types = [TORCH_DTYPES[s.dtype] for s in self.step.inputs[::2]]
             if self.args.is_joined:
@@ -82,69 +83,87 @@ class SubtractAndFactor(Difference):
         at = [i for i, one in enumerate(found) if not one.is_equal]
         if not at:
             return found
-        each = max(1, self.args.experts)
-        modules = deltas if len(at) == len(found) else deltas[at]
-        modules = modules.view(len(at), each, -1, deltas.shape[2])  # (pairs, E, rows, cols)
-        how = self._how(modules, at, [found[i].weight_square for i in at])
+        count = len(found) if self.args.is_joined else len(deltas)
+        modules = deltas.view(count, max(1, self.args.experts), -1, deltas.shape[2])
+        # A batch is always full: what a module gets does not depend on how many others there are.
+        slots = [i if i in at else at[0] for i in range(count)]
+        for slot, i in enumerate(slots):
+            if slot != i:
+                modules[slot].copy_(modules[i])
+        how = self._how(modules, slots, found, at)
         turned = modules.mT if self.args.transposed else modules
-        for i, stack, (factors, choice) in zip(at, turned, fit.fit(turned, how), strict=True):
+        fits = dict(zip(at, fit.fit(turned, how), strict=True))
+        losses = {i: self._lost(turned[i], factors) for i, (factors, _) in fits.items()}
+        for i, (factors, choice) in fits.items():
             found[i] = replace(
                 found[i],
                 rank=choice.rank,
                 noise_rank=choice.noise_rank,
                 is_capped=choice.is_capped,
                 energy_rank=choice.energy_rank,
-                noise_square=_floor_square(how, at.index(i), each),
-                **self._measure_factors(stack, factors, found[i]),
+                noise_square=_floor_square(how, i, modules.shape[1]),
+                **self._made(factors, *losses[i], found[i]),
             )
         return found
 
     def _how(
-        self, modules: torch.Tensor, at: Sequence[int], weights: Sequence[float]
+        self,
+        modules: torch.Tensor,
+        slots: Sequence[int],
+        found: Sequence[DifferenceResult],
+        at: Sequence[int],
     ) -> fit.Fitting:
         """What the fit goes by; sizes are those of the float32 differences."""
         each = modules.shape[1]
         names = [self.step.output.name] if self.args.is_joined else self.names
-        seeds = [_seed(f"{names[i]}[{e}]") for i in at for e in range(each)]
-        squares = [sum_of_squares(m) for m in modules.flatten(0, 1)]
+        seeds = [_seed(f"{names[i]}[{e}]") for i in slots for e in range(each)]
+        squares = torch.stack([squared_sum(m) for m in modules.flatten(0, 1)]).tolist()
         floors = None
         if self._grids:
-            floors = []
-            for n, i in enumerate(at):
-                mine = slice(n * each, (n + 1) * each)
-                kept = self._grids[i]
-                floors += simulate_noise(
-                    kept.exponents.view(each, -1, modules.shape[3]),
-                    kept.significand_bits,
-                    delta_squares=squares[mine],
-                    seeds=seeds[mine],
-                )
-            self._grids = []
+            kept = [self._grids[i].exponents.view(each, -1, modules.shape[3]) for i in slots]
+            bits = [self._grids[i].significand_bits for i in slots for _ in range(each)]
+            exponents = kept[0] if len(kept) == 1 else torch.cat(kept)
+            floors = simulate_noise(exponents, bits, delta_squares=squares, seeds=seeds)
+            self._grids = []  # not before: another worker's stream may get their memory
         return fit.Fitting(
-            RankRule(**(self.args.rule or {})), seeds, squares, floors, [w**0.5 for w in weights],
-            exact=self.args.exact, is_sliceable=self.args.slices,
+            RankRule(**(self.args.rule or {})), seeds, squares, floors,
+            [found[i].weight_square**0.5 for i in slots], exact=self.args.exact,
+            is_sliceable=self.args.slices, wanted=at,
         )  # fmt: skip
 
-    def _measure_factors(
-        self, stack: torch.Tensor, factors: fit.Factors, found: DifferenceResult
+    def _lost(self, stack: torch.Tensor, factors: fit.Factors) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the factors leave out as written, and what float16 would lose: on the device."""
+        pairs = list(zip(stack, factors.lora_B, factors.lora_A, strict=True))
+        nothing = torch.zeros((), dtype=torch.float64)
+        if factors.lora_A.shape[1] == 0:
+            return nothing, nothing
+        if self.args.slices:
+            left = torch.stack([fit.residual_squares(*pair) for pair in pairs])
+        else:
+            left = torch.stack([fit.residual_square(*pair) for pair in pairs])[:, None]
+        cast = torch.stack([fit.cast_square(B, A, torch.float16) for _, B, A in pairs])
+        return left, cast
+
+    def _made(
+        self,
+        factors: fit.Factors,
+        left: torch.Tensor,
+        cast: torch.Tensor,
+        found: DifferenceResult,
     ) -> dict[str, Any]:
-        """The factors as stored, and what they leave out as written."""
+        """The factors as stored, and what they leave out."""
         if factors.lora_A.shape[1] == 0:
             return {"residual_squares": (found.delta_square,)}
-        pairs = list(zip(stack, factors.lora_B, factors.lora_A, strict=True))
-        if self.args.slices:
-            curve = sum(fit.residual_squares(*pair) for pair in pairs)
-            assert isinstance(curve, torch.Tensor)
-            residuals = tuple(curve.clamp_min(0).tolist())
-        else:
-            residuals = (sum(fit.residual_square(*pair) for pair in pairs),)
-        gain = self.args.gain
+        curve = sum(left.cpu())
+        assert isinstance(curve, torch.Tensor)
         return {
-            "residual_squares": residuals,
-            "cast_square": sum(fit.cast_square(B, A, torch.float16) for _, B, A in pairs),
+            "residual_squares": tuple((curve.clamp_min(0) if self.args.slices else curve).tolist()),
+            "cast_square": sum(cast.tolist()),
             "spectrum": tuple(factors.singular_values.square().sum(0).tolist()),
-            "factors": as_stored(factors.lora_A, factors.lora_B * gain, self.args, found.name),
-        }
+            "factors": as_stored(
+                factors.lora_A, factors.lora_B * self.args.gain, self.args, found.name
+            ),
+        }  # fmt: skip
 
 
 def _floor_square(how: fit.Fitting, module: int, each: int) -> float:
@@ -164,7 +183,13 @@ def as_stored(
     """Stacked factors (E, r, in), (E, out, r) in the shapes and packing that PEFT stores."""
     left, right = packed(lora_B, lora_A, experts=args.experts, kernel=args.kernel)
     made = [
-        TensorData(f"{name} factor", "F32", tuple(t.shape), bytes(to_bytes(t)))
+        TensorData(f"{name} factor", "F32", tuple(t.shape), to_bytes(_alone(t)))
         for t in (right, left)
     ]
     return made[0], made[1]
+
+
+def _alone(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor on the CPU that keeps nothing but itself in memory."""
+    tensor = tensor.cpu().contiguous()
+    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()

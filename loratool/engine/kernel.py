@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -25,6 +25,8 @@ from loratool.store.reader import FileReader
 
 INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 """Element size -> integer type of the same bits."""
+
+T = TypeVar("T")
 
 _CPU = torch.device("cpu")
 _PIECE = 1 << 20
@@ -115,6 +117,11 @@ class Kernel:
 
     def prepare(self) -> None:
         """Load what all blocks need (factors, norms)."""
+
+    def share(self, work: Callable[[T], None], items: Sequence[T]) -> None:
+        """``work`` of every item; within `prepare` threads that wait for it help."""
+        for item in items:
+            work(item)
 
     def run(self, block: grid.Block, inputs: list[torch.Tensor], out: torch.Tensor | None) -> None:
         """Process one block.

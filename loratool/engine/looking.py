@@ -174,7 +174,7 @@ class _View:
     def _noise_top(self, delta_square: float) -> float:
         """As `extract --rank auto` simulates it for the merged tensor."""
         (floor,) = simulate_noise(
-            self.grid.exponents[None], self.grid.significand_bits,
+            self.grid.exponents[None], [self.grid.significand_bits],
             delta_squares=[delta_square], seeds=[zlib.crc32(self.name.encode())],
         )  # fmt: skip
         del self.grid

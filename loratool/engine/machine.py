@@ -21,10 +21,10 @@ _TORCH = 600 << 20
 """Address space of torch's libraries; some of them abort where it is not given to them."""
 
 
-def default_threads() -> int:
-    """Twice the usable cores, at most 8: while one worker waits for the disk another computes."""
+def default_threads(most: int = 8) -> int:
+    """Twice the usable cores, at most ``most``: while one worker waits another computes."""
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return min(8, 2 * (usable or 1))
+    return min(most, 2 * (usable or 1))
 
 
 def available_memory() -> int | None:

@@ -152,10 +152,14 @@ class AddDeltas(Kernel):
     def _survey(self, wanting: list[Delta]) -> None:
         """Passes over the changes alone, on the blocks that the sums are formed on."""
         like = torch.empty(0, dtype=self.dtype, device=self.env.device)
+        blocks = grid.blocks(self.step.view, self.env.elements)
+
+        def see(block: grid.Block) -> None:
+            for delta in wanting:
+                delta.survey(like, block.r0, block.r1, block.c0, block.c1)
+
         while wanting:
-            for block in grid.blocks(self.step.view, self.env.elements):
-                for delta in wanting:
-                    delta.survey(like, block.r0, block.r1, block.c0, block.c1)
+            self.share(see, blocks)
             for delta in wanting:
                 delta.end_survey()
             wanting = [d for d in wanting if d.wants_survey]

@@ -61,7 +61,7 @@ def cut(result: DifferenceResult, args: SubtractAndFactorArgs, rank: int) -> Dif
     lora_A, lora_B = lora_A[:, :rank], lora_B[:, :, :rank]
     gain = args.gain
     moved = sum(
-        cast_square(B / gain, A, torch.float16) for B, A in zip(lora_B, lora_A, strict=True)
+        float(cast_square(B / gain, A, torch.float16)) for B, A in zip(lora_B, lora_A, strict=True)
     )
     return replace(
         result,

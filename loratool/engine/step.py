@@ -21,6 +21,7 @@ from loratool.engine.buffers import ByteBuffer, from_bytes
 from loratool.engine.kernel import Env, Kernel
 from loratool.engine.reads import cut_step
 from loratool.engine.rows import Op, op_of
+from loratool.engine.workers import Crew
 from loratool.plan import Step
 from loratool.plugins import function_of
 from loratool.store.checksum import Piece
@@ -68,7 +69,7 @@ def run_step(step: Step, env: Env, out: Out | None = None) -> Result:
     """
     work, lane = StepWork(step, env, out), Lane(env.device)
     read = sum(work.process(lane, piece) for piece in work.pieces)
-    return Result(work.finish(), tuple(out.pieces()) if out is not None else (), read)
+    return Result(work.finish(lane), tuple(out.pieces()) if out is not None else (), read)
 
 
 class Lane:
@@ -103,7 +104,8 @@ class StepWork:
         self._op = op_of(step)
         self._kernel = None if self._op.moves_bytes else make_kernel(self._op, step, env)
         self._lock = threading.Lock()
-        self._is_ready = False
+        self._crew = Crew()
+        self._has_leader = self._is_ready = False
         self.pieces = cut_step(
             step, elements=env.elements, chunk=env.chunk, sample=env.sample
         )  # fmt: skip
@@ -114,13 +116,24 @@ class StepWork:
         if self._kernel is None:
             return self._copy(lane, piece)
         with torch.cuda.stream(lane.stream):
-            with self._lock:
-                if not self._is_ready:
-                    self._kernel.prepare()
-                    if lane.stream is not None:  # the streams of others must see it complete
-                        lane.stream.synchronize()
-                    self._is_ready = True
+            if not self._is_ready:
+                self._make_ready(lane, self._kernel)
             return self._compute(lane, self._kernel, piece)
+
+    def _make_ready(self, lane: Lane, kernel: Kernel) -> None:
+        """Prepare the kernel, or help the thread that does."""
+        with self._lock:
+            leads, self._has_leader = not self._has_leader, True
+        if not leads:
+            self._crew.help()
+            return
+        with self._crew:
+            if lane.stream is None:
+                kernel.share = self._crew.share  # type: ignore[method-assign]
+            kernel.prepare()
+            if lane.stream is not None:  # the streams of others must see it complete
+                lane.stream.synchronize()
+            self._is_ready = True
 
     def is_last(self) -> bool:
         """Count a piece that is done; True if it was the last."""
@@ -128,10 +141,13 @@ class StepWork:
             self._left -= 1
             return self._left == 0
 
-    def finish(self) -> Any:
+    def finish(self, lane: Lane | None = None) -> Any:
         """The step's result, after its last piece."""
         kernel, self._kernel = self._kernel, None
-        return None if kernel is None else kernel.finish()
+        if kernel is None:
+            return None
+        with torch.cuda.stream(None if lane is None else lane.stream):
+            return kernel.finish()
 
     def _copy(self, lane: Lane, piece: list[grid.Block]) -> int:
         assert self._out is not None

@@ -114,6 +114,7 @@ class SubtractAndFactorArgs(DifferenceArgs):
         experts: matrices in a module; 0 = it is one.
         kernel: of a convolution.
         gain: factor of lora_B, taken back by the scaling.
+        slots: matrices that are factored together, even if there are fewer; 0 = as many as are.
     """
 
     rule: Mapping[str, Any] | None = None
@@ -124,6 +125,7 @@ class SubtractAndFactorArgs(DifferenceArgs):
     experts: int = 0
     kernel: tuple[int, ...] = ()
     gain: float = 1.0
+    slots: int = 0
 
     @property
     def is_joined(self) -> bool:

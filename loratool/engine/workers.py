@@ -6,8 +6,9 @@ Each computes with one thread of its own: results do not depend on how many ther
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -69,6 +70,80 @@ def run_workers(
                     worker.join(_GRACE_S)
     if failures:
         raise failures[0]
+
+
+class Crew:
+    """Work that one thread has to get done before others can go on: they help.
+
+    The thread that leads enters it and calls `share`, as often as it likes; the others call
+    `help`, which returns once the leader has left.
+    """
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._work: Callable[[Any], None]
+        self._items: deque[Any] = deque()
+        self._at_work = 0
+        self._has_left = False
+        self._failure: BaseException | None = None
+
+    def __enter__(self) -> Crew:
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        with self._changed:
+            self._has_left, self._failure = True, error
+            self._changed.notify_all()
+
+    def share(self, work: Callable[[T], None], items: Sequence[T]) -> None:
+        """Do ``work`` of every item, in any order; returns when all is done.
+
+        Raises:
+            BaseException: what one of them raised first; those not begun are left out.
+        """
+        with self._changed:
+            self._work, self._items = work, deque(items)
+            self._changed.notify_all()
+        self._take()
+        with self._changed:
+            self._changed.wait_for(lambda: not self._at_work)
+        if self._failure is not None:
+            raise self._failure
+
+    def help(self) -> None:
+        """Take items until the leader has left.
+
+        Raises:
+            BaseException: what the leader raised.
+        """
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._items or self._has_left)
+                if self._has_left:
+                    break
+            self._take()
+        if self._failure is not None:
+            raise self._failure
+
+    def _take(self) -> None:
+        while True:
+            with self._changed:
+                if not self._items:
+                    return
+                item = self._items.popleft()
+                self._at_work += 1
+            failure = None
+            try:
+                self._work(item)
+            except BaseException as error:  # raised again by the leader
+                failure = error
+            with self._changed:
+                self._at_work -= 1
+                if failure is not None:
+                    self._failure = failure
+                    self._items.clear()
+                if not self._at_work:
+                    self._changed.notify_all()
 
 
 def map_in_workers(

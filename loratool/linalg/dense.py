@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,6 +13,8 @@ from loratool.linalg.elect import Noise
 from loratool.linalg.select import Chance, Largest, Middle, Place, Selector, count_kept
 from loratool.methods import Method, find_method
 from loratool.plugins import function_of
+
+_TILE_ELEMENTS = 1 << 19  # of all adapters together, combined at a time: they stay in the cache
 
 Combine = Callable[..., torch.Tensor]
 
@@ -75,14 +78,20 @@ class DenseCombiner:
             return self._shared.wants_pass or not self._measured
         return any(s.wants_pass for s in self._selectors)
 
-    def see(self, place: Place, values: torch.Tensor) -> None:
-        """One block of a pass.
+    @property
+    def sees_together(self) -> bool:
+        """`see` needs all matrices at once, not one after the other."""
+        return self._shared is not None
+
+    def see(self, place: Place, values: torch.Tensor | Iterable[torch.Tensor]) -> None:
+        """One block of a pass; from any thread.
 
         Args:
             place: where it lies.
-            values: (T, m, n) float32 or float64, unweighted.
+            values: (T, m, n) float32 or float64, unweighted; or one (m, n) after the other.
         """
         if self._shared is not None:
+            assert isinstance(values, torch.Tensor)
             if self._shared.wants_pass:
                 self._shared.see(place, self._variance(values))
             else:
@@ -110,6 +119,20 @@ class DenseCombiner:
 
     def combine(self, place: Place, values: torch.Tensor, noise: Noise = 0.0) -> torch.Tensor:
         """The combined block (m, n); ``values`` as in `see`, ``noise`` as in `elect`."""
+        count, rows, cols = values.shape
+        selectors = self._selectors if self._shared is None else [self._shared]
+        height = rows
+        if values.device.type == "cpu" and not any(s.counts_ties for s in selectors):
+            height = max(1, _TILE_ELEMENTS // (count * cols))
+        whole = values.new_empty(rows, cols)
+        for r0 in range(0, rows, height):
+            at = slice(r0, min(r0 + height, rows))
+            level = noise[at] if isinstance(noise, torch.Tensor) and len(noise) > 1 else noise
+            whole[at] = self._combine(replace(place, r0=place.r0 + r0), values[:, at], level)
+        return whole
+
+    def _combine(self, place: Place, values: torch.Tensor, noise: Noise) -> torch.Tensor:
+        """Some rows of a block."""
         weights = torch.tensor(self.weights, dtype=values.dtype)
         params: dict[str, Any] = dict(self._params)
         if self._shared is not None:

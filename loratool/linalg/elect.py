@@ -7,7 +7,6 @@ floating point.  ``noise``, a number or (m, 1), says what size of a value means 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,10 +21,7 @@ def add(values: torch.Tensor, weights: torch.Tensor, **_: Any) -> torch.Tensor:
         values: (T, m, n) float32 or float64, what selection left of each adapter.
         weights: (T,) same dtype, on the CPU: they are numbers to the arithmetic.
     """
-    total = torch.zeros_like(values[0])
-    for value, weight in zip(values, weights.tolist(), strict=True):
-        total.add_(value, alpha=weight)
-    return total
+    return _weighted(values, weights.tolist())
 
 
 def elect(
@@ -39,27 +35,30 @@ def elect(
     References:
         Yadav et al. 2023, arXiv:2306.01708, algorithm 1.
     """
-    found = _sides(values, weights.tolist(), 1.0, 1.0)
-    mean = found.of_sign(found.total, least=1.0)
-    is_zero = found.total.abs() <= noise * float(weights.abs().sum())
-    return mean.mul_(params.get("lambda", 1.0)).masked_fill_(is_zero, 0.0)
+    scaled = _scaled(values, weights)
+    total = _total(scaled)
+    if isinstance(noise, torch.Tensor) or noise:
+        total.masked_fill_(total.abs() <= noise * float(weights.abs().sum()), 0.0)
+    mean = _of_side(scaled, total.sign_())
+    return mean.mul_(params.get("lambda", 1.0)).add_(0.0)  # no zero is negative
 
 
 def elect_peft(
     values: torch.Tensor, weights: torch.Tensor, *, noise: Noise = 0.0, **_: float
 ) -> torch.Tensor:
     """TIES of PEFT 0.21.2: signs elected before weighting, 0 counts as +; mean by count."""
-    found = _sides(values, 1.0, weights.tolist(), 1.0)
-    return found.of_sign(found.total + noise * len(values), least=1.0)
+    sign = _total(values).add_(noise * len(values))
+    return _of_side(values, _side(sign), gain=weights.tolist())
 
 
 def elect_mergekit(
     values: torch.Tensor, weights: torch.Tensor, *, noise: Noise = 0.0, **params: float
 ) -> torch.Tensor:
     """TIES of mergekit: weights first, 0 counts as +; divided by the sum of agreeing weights."""
-    found = _sides(values, weights.tolist(), 1.0, weights.tolist())
-    sign = found.total + noise * float(weights.abs().sum())
-    return found.of_sign(sign, least=1e-8).mul_(params.get("lambda", 1.0))
+    scaled = _scaled(values, weights)
+    sign = _total(scaled).add_(noise * float(weights.abs().sum()))
+    mean = _of_side(scaled, _side(sign), vote=weights.tolist(), least=1e-8)
+    return mean.mul_(params.get("lambda", 1.0))
 
 
 def elect_sce(
@@ -77,51 +76,63 @@ def elect_sce(
     """
     total = energies.sum()
     share = energies / total if float(total) > 0 else torch.full_like(energies, 1 / len(energies))
-    found = _sides(values, weights.tolist(), share.tolist(), share.tolist())
-    return found.of_sign(found.total, least=0.0)
+    scaled = _scaled(values, weights)
+    shares = share.tolist()
+    return _of_side(scaled, _side(_total(scaled)), gain=shares, vote=shares)
 
 
-@dataclass(frozen=True)
-class _Sides:
-    """Sums over the adapters, (m, n) each, of what is positive and of what is negative.
-
-    Attributes:
-        total: Σ x_t.
-        positive: Σ gain_t x_t over x_t > 0, and
-        negative: over x_t < 0.
-        votes_positive: Σ vote_t over x_t > 0, and
-        votes_negative: over x_t < 0.
-    """
-
-    total: torch.Tensor
-    positive: torch.Tensor
-    negative: torch.Tensor
-    votes_positive: torch.Tensor
-    votes_negative: torch.Tensor
-
-    def of_sign(self, sign: torch.Tensor, *, least: float) -> torch.Tensor:
-        """Sum over votes on the side of the sign, + for 0; votes up to ``least`` count as 1."""
-        wins = sign >= 0
-        votes = torch.where(wins, self.votes_positive, self.votes_negative)
-        votes = votes.masked_fill_(votes.abs() <= least, 1.0)
-        return torch.where(wins, self.positive, self.negative).div_(votes)
+def _scaled(values: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    if bool((weights == 1).all()):
+        return values
+    return values * weights.to(values.device)[:, None, None]
 
 
-def _sides(
+def _total(values: torch.Tensor) -> torch.Tensor:
+    """Σ x_t, one after the other."""
+    total = torch.zeros_like(values[0])
+    for value in values:
+        total.add_(value)
+    return total
+
+
+def _side(sign: torch.Tensor) -> torch.Tensor:
+    """±1, + for 0."""
+    return torch.copysign(torch.ones((), dtype=sign.dtype, device=sign.device), sign)
+
+
+def _of_side(
     values: torch.Tensor,
-    scale: Sequence[float] | float,
-    gain: Sequence[float] | float,
-    vote: Sequence[float] | float,
-) -> _Sides:
-    """Sums by sign of x_t = scale_t v_t, one adapter at a time: blocks stay in the cache."""
-    found = _Sides(*(torch.zeros_like(values[0]) for _ in range(5)))
-    for t, value in enumerate(values):
-        s, g, v = (f if isinstance(f, float) else f[t] for f in (scale, gain, vote))
-        x = value if s == 1 else value * s
-        found.total.add_(x)
-        up, down = x.clamp_min(0), x.clamp_max(0)
-        found.positive.add_(up, alpha=g)
-        found.negative.add_(down, alpha=g)
-        found.votes_positive.add_(up.sign_(), alpha=v)
-        found.votes_negative.sub_(down.sign_(), alpha=v)
-    return found
+    side: torch.Tensor,
+    *,
+    gain: Sequence[float] | None = None,
+    vote: Sequence[float] | None = None,
+    least: float = 0.0,
+) -> torch.Tensor:
+    """Σ gain_t x_t over Σ vote_t of the x_t of a sign.
+
+    Args:
+        values: (T, m, n).
+        side: (m, n) of 1, -1, and 0 where no sign counts.
+        gain: (T,); None = 1.
+        vote: (T,); None = 1.
+        least: votes up to this size count as 1.
+    """
+    own = (values * side).clamp_min_(0)  # sizes of those that agree
+    part = _weighted(own, gain)
+    own.sign_()
+    if vote is None:  # whole numbers: exact in any order
+        votes = own.sum(0).clamp_min_(1.0)
+    else:
+        votes = _weighted(own, vote)
+        votes.masked_fill_(votes.abs() <= least, 1.0)
+    return torch.addcmul(part.new_zeros(()), part, side).div_(votes)  # 0 + …: no zero is negative
+
+
+def _weighted(values: torch.Tensor, weights: Sequence[float] | None) -> torch.Tensor:
+    """Σ w_t x_t, one after the other."""
+    if weights is None:
+        return _total(values)
+    total = torch.zeros_like(values[0])
+    for value, weight in zip(values, weights, strict=True):
+        total.add_(value, alpha=weight)
+    return total

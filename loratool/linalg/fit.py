@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
 from loratool.linalg import svd
 from loratool.linalg.lanczos import TOLERANCE, block_lanczos, is_worthwhile
 from loratool.linalg.noise import NoiseFloor
-from loratool.linalg.norms import sum_of_squares
+from loratool.linalg.norms import squared_sum
 from loratool.linalg.rank import RankRule, choose_rank
 
 AUTO_CAP = 256
@@ -19,7 +20,8 @@ AUTO_CAP = 256
 AUTO_ENERGY = 0.99
 """Share of what lies above the noise that is kept where the cap bites."""
 
-_FIRST_STAGE, _LAST_FAST_STAGE = 16, 64  # looked at ranks: 16, 64, 128, 256 …
+_FIRST_STAGE = {"cpu": 16, "cuda": 64}  # looked at ranks: 16, 64, 128, 256 …
+_LAST_FAST_STAGE = 64
 _LOOSE = 1e-3  # tolerance where what comes last is noise, and is cut off
 _BLOCK_ROWS = 1024  # of residuals: bounds the scratch
 _BLOCK_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 25}  # the same: a core's cache, a GPU's launches
@@ -32,7 +34,8 @@ class Factors:
     Attributes:
         lora_B: (b, m, k) float32.
         lora_A: (b, k, n) float32.
-        singular_values: (b, k) float64, descending; (b, 0) for the matrix itself times identity.
+        singular_values: (b, k) float64, descending, on the CPU; (b, 0) for the matrix itself
+            times identity.
     """
 
     lora_B: torch.Tensor
@@ -78,6 +81,7 @@ def truncate(
     squares: Sequence[float],
     exact: bool = False,
     tolerance: float = TOLERANCE,
+    each: int | None = None,
 ) -> Factors:
     """The leading components of every matrix of a stack.
 
@@ -91,6 +95,7 @@ def truncate(
         squares: ‖D‖_F² of each.
         exact: no iteration, no randomness.
         tolerance: as in `block_lanczos`.
+        each: as in `block_lanczos`.
     """
     rank = min(rank, *stack.shape[1:])
     if exact or not is_worthwhile(stack.shape, rank):
@@ -98,14 +103,14 @@ def truncate(
         return Factors(
             torch.stack([f.lora_B.float() for f in fits]),
             torch.stack([f.lora_A.float() for f in fits]),
-            torch.stack([f.singular_values for f in fits]),
+            torch.stack([f.singular_values for f in fits]).cpu(),
         )
-    found = block_lanczos(stack, rank, seeds=seeds, squares=squares, tolerance=tolerance)
+    found = block_lanczos(stack, rank, seeds=seeds, squares=squares, tolerance=tolerance, each=each)
     root = found.singular_values.sqrt()[:, None]  # (b, 1, k)
     inverse = torch.where(root > 0, 1 / root, 0.0)
     lora_B = (found.left.double() * root).float()
     lora_A = (found.image.double() * inverse).float().mT.contiguous()
-    return Factors(lora_B, lora_A, found.singular_values)
+    return Factors(lora_B, lora_A, found.singular_values.cpu())
 
 
 @dataclass(frozen=True)
@@ -121,6 +126,8 @@ class Fitting:
         exact: as in `truncate`.
         is_sliceable: factors will be cut to lower ranks later, so that even full-rank ones must
             be ordered.
+        wanted: the modules whose factors are wanted; None = all.  The others keep a batch at the
+            size that it always has.
     """
 
     rule: RankRule
@@ -130,6 +137,7 @@ class Fitting:
     base_norms: Sequence[float | None] = ()
     exact: bool = False
     is_sliceable: bool = False
+    wanted: Sequence[int] | None = None
 
     @property
     def needs_spectrum(self) -> bool:
@@ -150,8 +158,9 @@ def fit(modules: torch.Tensor, how: Fitting) -> list[tuple[Factors, Choice]]:
         how: the rule and what it needs.
 
     Returns:
-        (factors of a stack of e, choice) per module.  At full rank the factors return the
-        matrices bit for bit.
+        (factors of a stack of e, choice) per module that is wanted.  At full rank the factors
+        return the matrices bit for bit.  All modules go through every stage that one of them
+        needs, so that none depends on its company.
     """
     count, each, short = modules.shape[0], modules.shape[1], min(modules.shape[2:])
     rule = how.rule
@@ -159,32 +168,45 @@ def fit(modules: torch.Tensor, how: Fitting) -> list[tuple[Factors, Choice]]:
     cap = min(short, rule.max_rank or AUTO_CAP)
     if how.floors is not None:  # one more tells whether the cap bites
         limit = min(short, rule.rank or short, cap + 1)
+    wanted = range(count) if how.wanted is None else how.wanted
     done: dict[int, tuple[Factors, Choice]] = {}
-    stage = limit if how.exact or not how.needs_spectrum else min(limit, _FIRST_STAGE)
+    first = _FIRST_STAGE[modules.device.type]
+    stage = limit if how.exact or not how.needs_spectrum else min(limit, first)
     if stage == short and not how.needs_spectrum and not how.is_sliceable:
-        return [(_whole(one), Choice(short)) for one in modules]
-    while len(done) < count:
+        return [(_whole(modules[i]), Choice(short)) for i in wanted]
+    while open_ := [i for i in wanted if i not in done]:
         if not is_worthwhile(modules.shape, stage):
             stage = limit
-        open_ = [i for i in range(count) if i not in done]
-        at = [i * each + e for i in open_ for e in range(each)]
-        found = truncate(
-            modules[open_].flatten(0, 1) if len(open_) < count else modules.flatten(0, 1),
-            stage,
-            seeds=[how.seeds[j] for j in at],
-            squares=[how.squares[j] for j in at],
-            exact=how.exact,
-            tolerance=TOLERANCE if how.floors is None else _LOOSE,
-        )
-        for position, i in enumerate(open_):
-            one = found.part(position * each, each)
+        for i, one in _stage(modules, how, stage, open_).items():
             choice = _choose(one.singular_values, how, i, each, cap, short)
             if choice.rank >= short and not how.is_sliceable:
                 done[i] = (_whole(modules[i]), choice)
             elif stage == limit or choice.rank < stage:
                 done[i] = (one.cut(choice.rank), choice)
         stage = min(limit, stage * (4 if stage < _LAST_FAST_STAGE else 2))
-    return [done[i] for i in range(count)]
+    return [done[i] for i in wanted]
+
+
+def _stage(
+    modules: torch.Tensor, how: Fitting, rank: int, wanted: Sequence[int]
+) -> dict[int, Factors]:
+    """The leading components of some modules: of the whole batch at once, or one by one."""
+    each = modules.shape[1]
+    options: dict[str, Any] = {
+        "exact": how.exact, "tolerance": TOLERANCE if how.floors is None else _LOOSE,
+    }  # fmt: skip
+    if how.exact or not is_worthwhile(modules.shape, rank):
+        mine = {i: slice(i * each, (i + 1) * each) for i in wanted}
+        return {
+            i: truncate(
+                modules[i], rank, seeds=how.seeds[at], squares=how.squares[at], **options
+            )
+            for i, at in mine.items()
+        }  # fmt: skip
+    found = truncate(
+        modules.flatten(0, 1), rank, seeds=how.seeds, squares=how.squares, each=each, **options
+    )
+    return {i: found.part(i * each, each) for i in wanted}
 
 
 def _whole(stack: torch.Tensor) -> Factors:
@@ -192,7 +214,7 @@ def _whole(stack: torch.Tensor) -> Factors:
     return Factors(
         torch.stack([f.lora_B.float() for f in fits]),
         torch.stack([f.lora_A.float() for f in fits]),
-        torch.stack([f.singular_values for f in fits]),
+        torch.stack([f.singular_values for f in fits]).cpu(),
     )
 
 
@@ -200,7 +222,7 @@ def _choose(
     sigma: torch.Tensor, how: Fitting, module: int, each: int, cap: int, short: int
 ) -> Choice:
     """Decide on the spectrum known so far; a rank that fills it asks for more."""
-    sigma, rule = sigma.cpu(), how.rule
+    rule = how.rule
     joint = sigma.square().sum(0).sqrt()  # (k,)
     mine = slice(module * each, (module + 1) * each)
     total = sum(how.squares[mine])
@@ -219,7 +241,9 @@ def _choose(
     return Choice(wanted, noise_rank, noise_rank == len(joint) < short, energy_rank)
 
 
-def residual_square(matrix: torch.Tensor, lora_B: torch.Tensor, lora_A: torch.Tensor) -> float:
+def residual_square(
+    matrix: torch.Tensor, lora_B: torch.Tensor, lora_A: torch.Tensor
+) -> torch.Tensor:
     """‖D - lora_B lora_A‖_F² of the float32 factors as they are, in float32 products.
 
     Args:
@@ -227,18 +251,22 @@ def residual_square(matrix: torch.Tensor, lora_B: torch.Tensor, lora_A: torch.Te
         lora_B: (m, k) float32.
         lora_A: (k, n) float32.
 
+    Returns:
+        A float64 number on the device.
+
     Notes:
         Elements are off by eps(float32)·(|D| + √k·|lora_B||lora_A|) at most, the sum by 1e-7 of
         itself.
     """
-    total, elements = 0.0, _BLOCK_ELEMENTS[matrix.device.type]
+    elements = _BLOCK_ELEMENTS[matrix.device.type]
+    total = matrix.new_zeros((), dtype=torch.float64)
     height = max(1, elements // matrix.shape[1])
     scratch = matrix.new_empty(min(height, matrix.shape[0]), matrix.shape[1])
     for row in range(0, matrix.shape[0], height):
         block = matrix[row : row + height]
         rest = scratch[: len(block)]
         torch.addmm(block, lora_B[row : row + height], lora_A, alpha=-1, out=rest)
-        total += sum_of_squares(rest)
+        total += squared_sum(rest)
     return total
 
 
@@ -270,16 +298,20 @@ def residual_squares(
     return norm - torch.cat([start, (2 * cross.cumsum(0) - squares).cpu()])
 
 
-def cast_square(lora_B: torch.Tensor, lora_A: torch.Tensor, dtype: torch.dtype) -> float:
+def cast_square(lora_B: torch.Tensor, lora_A: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """‖B A - B' A'‖_F² where B' and A' are the factors stored as ``dtype``.
 
     Args:
         lora_B: (m, k) float32.
         lora_A: (k, n) float32.
         dtype: storage type.
+
+    Returns:
+        A float64 number on the device.
     """
     left, right = lora_B.double(), lora_A.double()
     left_cast, right_cast = lora_B.to(dtype).double(), lora_A.to(dtype).double()
     tall = torch.cat([left_cast - left, left_cast], 1)  # B'A' - BA = dB A + B' dA
     wide = torch.cat([right, right_cast - right])
-    return max(0.0, float(((tall.T @ tall) * (wide @ wide.T)).sum()))
+    square = ((tall.T @ tall) * (wide @ wide.T)).sum()
+    return torch.where(square > 0, square, 0.0)  # values beyond the type give NaN

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from loratool.linalg.lanczos import block_lanczos, is_worthwhile
-from loratool.linalg.norms import sum_of_squares
+from loratool.linalg.norms import squared_sum
 
 # Eight leading directions in six steps: the largest singular value of flat noise within 0.2 %.
 _DIRECTIONS, _STEPS = 8, 6
@@ -85,7 +85,7 @@ def resolvable(top: float, shape: tuple[int, int]) -> float:
 
 def simulate_noise(
     exponents: torch.Tensor,
-    significand_bits: int,
+    significand_bits: Sequence[int],
     *,
     delta_squares: Sequence[float],
     seeds: Sequence[int],
@@ -98,46 +98,69 @@ def simulate_noise(
 
     Args:
         exponents: (b, m, n) int16, floor(log2 |W tuned|).
-        significand_bits: p of the type; the spacing is 2^(exponent - p + 1).
-        delta_squares: ‖Δ observed‖_F² of each matrix.
+        significand_bits: p of each matrix; the spacing is 2^(exponent - p + 1).
+        delta_squares: ‖Δ observed‖_F² of each.
         seeds: one per matrix.
 
     Returns:
-        One floor per matrix.  Deterministic for a device type.
+        One floor per matrix.  Deterministic for a device type; on a GPU, as `block_lanczos` is.
 
     Notes:
-        Memory 8 m n bytes per matrix; cost of a rank-8 `block_lanczos`.
+        Memory 8 m n bytes per matrix, which a GPU does all at once, a CPU one by one; cost of a
+        rank-8 `block_lanczos`.
     """
-    return [
-        _simulate(one, significand_bits, square, seed)
-        for one, square, seed in zip(exponents, delta_squares, seeds, strict=True)
-    ]
+    together = len(exponents) if exponents.device.type == "cuda" else 1
+    found = []
+    for first in range(0, len(exponents), together):
+        at = slice(first, first + together)
+        found += _simulate(exponents[at], significand_bits[at], delta_squares[at], seeds[at])
+    return found
 
 
 def _simulate(
-    exponents: torch.Tensor, significand_bits: int, delta_square: float, seed: int
-) -> NoiseFloor:
-    if delta_square == 0:
-        return NoiseFloor(0.0, 0.0)
-    widest = math.sqrt(12 * delta_square / exponents.numel())
+    exponents: torch.Tensor,
+    significand_bits: Sequence[int],
+    delta_squares: Sequence[float],
+    seeds: Sequence[int],
+) -> list[NoiseFloor]:
+    if not any(delta_squares):
+        return [NoiseFloor(0.0, 0.0)] * len(exponents)
+    numel = exponents[0].numel()
+    widest = [math.sqrt(12 * square / numel) for square in delta_squares]
     # Relative to the widest, so that tiny spacings stay in float32's range
-    shift = math.frexp(widest)[1]
-    exponents = (exponents - (significand_bits - 1 + shift)).clamp_(-120, 120)
+    shifts = [math.frexp(w)[1] for w in widest]
+    lowest = [bits - 1 + shift for bits, shift in zip(significand_bits, shifts, strict=True)]
+    caps = [math.ldexp(w, -shift) for w, shift in zip(widest, shifts, strict=True)]
+    exponents = (exponents - _each(lowest, exponents)).clamp_(-120, 120)
     noise = torch.exp2(exponents.float())
     del exponents
-    noise.clamp_max_(math.ldexp(widest, -shift))
-    square = sum_of_squares(noise) / 12
-    generator = torch.Generator(noise.device).manual_seed(seed)
-    noise.mul_(torch.rand(noise.shape, generator=generator, device=noise.device).sub_(0.5))
-    top = _largest_singular_value(noise, seed)
-    return NoiseFloor(math.ldexp(top, shift), math.ldexp(square, 2 * shift))
+    torch.minimum(noise, _each(caps, noise), out=noise)
+    squares = [squared_sum(one) / 12 for one in noise]
+    for one, seed in zip(noise, seeds, strict=True):
+        generator = torch.Generator(noise.device).manual_seed(seed)
+        one.mul_(torch.rand(one.shape, generator=generator, device=noise.device).sub_(0.5))
+    tops = _largest_singular_values(noise, seeds)
+    return [
+        NoiseFloor(math.ldexp(top, shift), math.ldexp(float(square), 2 * shift))
+        if delta_square
+        else NoiseFloor(0.0, 0.0)
+        for top, square, shift, delta_square in zip(
+            tops, squares, shifts, delta_squares, strict=True
+        )
+    ]
 
 
-def _largest_singular_value(matrix: torch.Tensor, seed: int) -> float:
-    if not is_worthwhile(matrix.shape, _DIRECTIONS):
-        return float(torch.linalg.matrix_norm(matrix.double(), 2))
-    square = sum_of_squares(matrix)
+def _each(values: Sequence[float], like: torch.Tensor) -> torch.Tensor:
+    """One number per matrix of a stack."""
+    return torch.tensor(values, dtype=like.dtype, device=like.device)[:, None, None]
+
+
+def _largest_singular_values(stack: torch.Tensor, seeds: Sequence[int]) -> list[float]:
+    if not is_worthwhile(stack.shape, _DIRECTIONS):
+        return [float(torch.linalg.matrix_norm(one.double(), 2)) for one in stack]
+    squares = torch.stack([squared_sum(one) for one in stack]).tolist()
     found = block_lanczos(
-        matrix[None], _DIRECTIONS, seeds=[seed], squares=[square], tolerance=1.0, min_steps=_STEPS
+        stack, _DIRECTIONS, seeds=seeds, squares=squares, tolerance=1.0, min_steps=_STEPS, each=1
     )
-    return float(found.singular_values[0, 0])
+    values: list[float] = found.singular_values[:, 0].tolist()
+    return values

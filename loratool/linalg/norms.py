@@ -10,15 +10,24 @@ _PIECE = {"cpu": 1 << 16, "cuda": 1 << 24}  # elements widened at a time: a core
 def sum_of_squares(values: torch.Tensor) -> float:
     """Σ x², exact products, summed in float64.
 
-    In pieces that stay in the cache: widening a whole tensor, or ``vector_norm`` with a dtype,
-    takes ten times as long on a CPU.
-
     Args:
         values: any shape and float type, any device.
 
     Returns:
         inf or NaN where an element is, or where the sum exceeds float64.
     """
+    return float(squared_sum(values))
+
+
+def squared_sum(values: torch.Tensor) -> torch.Tensor:
+    """`sum_of_squares` as a float64 number on the device: a GPU goes on with its work meanwhile.
+
+    In pieces that stay in the cache: widening a whole tensor, or ``vector_norm`` with a dtype,
+    takes ten times as long on a CPU.
+    """
+    if values.device.type == "cuda" and values.numel() <= _PIECE["cuda"]:
+        norm: torch.Tensor = torch.linalg.vector_norm(values, dtype=torch.float64)
+        return norm.square()
     flat = (values if values.is_contiguous() else values.mT).flatten()
     piece = _PIECE[flat.device.type]
     scratch = flat.new_empty(min(piece, flat.numel()), dtype=torch.float64)
@@ -27,4 +36,4 @@ def sum_of_squares(values: torch.Tensor) -> float:
         part = flat[start : start + piece]
         wide = scratch[: part.numel()].copy_(part)
         total += torch.dot(wide, wide)
-    return float(total)
+    return total

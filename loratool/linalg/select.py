@@ -1,13 +1,15 @@
 """Which elements of a matrix stay: decided block by block, the same for any blocks.
 
-A selector sees every block once per pass, in order, until `wants_pass` is false; then `apply`
-may be called for blocks in any order.
+A selector sees every block once per pass, in any order and from any thread, until `wants_pass` is
+false; then `apply` may be called for blocks in any order.
 """
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from loratool.linalg.rounding import uniform
@@ -59,9 +61,9 @@ class Largest:
         self._left = count  # of the elements that share the prefix, how many stay
         self._prefix = 0
         self._shift = -1
-        self._width = 0
         self._counts: torch.Tensor | None = None
         self._ties: dict[int, int] = {}  # block -> elements of the threshold's size
+        self._lock = threading.Lock()
         self._state = "done" if self.is_all or self.is_none else "digits"
 
     @property
@@ -69,20 +71,26 @@ class Largest:
         """True while the threshold is not known."""
         return self._state != "done"
 
+    @property
+    def counts_ties(self) -> bool:
+        """`apply` must get blocks as passes saw them: it counts elements of the same size."""
+        return bool(self._ties)
+
     def see(self, place: Place, values: torch.Tensor) -> None:
         """Count a block."""
         bits = _magnitude_bits(values)
         if self._state == "ties":
             self._ties[place.index] = int((bits == self._prefix).sum())
             return
-        if self._shift < 0:
-            self._width = _BITS[values.dtype][1] + 1
-            self._shift = self._width - _DIGIT
-        if self._shift < self._width - _DIGIT:
-            bits = bits[(bits >> (self._shift + _DIGIT)) == self._prefix]
-        digits = (bits >> self._shift) & ((1 << _DIGIT) - 1)
+        width = _BITS[values.dtype][1] + 1
+        shift = width - _DIGIT if self._shift < 0 else self._shift
+        if shift < width - _DIGIT:
+            bits = _with_prefix(bits, shift + _DIGIT, self._prefix)
+        digits = bits.bitwise_right_shift_(shift).bitwise_and_((1 << _DIGIT) - 1)
         counts = torch.bincount(digits.flatten(), minlength=1 << _DIGIT)
-        self._counts = counts if self._counts is None else self._counts + counts
+        with self._lock:
+            self._shift = shift
+            self._counts = counts if self._counts is None else self._counts.add_(counts)
 
     def end_pass(self) -> None:
         """Narrow the threshold down by one digit."""
@@ -134,6 +142,11 @@ class Middle:
         """True while a threshold is not known."""
         return self._outer.wants_pass or self._inner.wants_pass
 
+    @property
+    def counts_ties(self) -> bool:
+        """As `Largest.counts_ties`."""
+        return self._outer.counts_ties or self._inner.counts_ties
+
     def see(self, place: Place, values: torch.Tensor) -> None:
         """Count a block."""
         for one in (self._outer, self._inner):
@@ -164,7 +177,7 @@ class Chance:
         key: 64-bit key.
     """
 
-    wants_pass = False
+    wants_pass = counts_ties = False
 
     def __init__(self, density: float, epsilon: float, key: int) -> None:
         self._density = density
@@ -184,8 +197,10 @@ class Chance:
         chance = torch.full_like(values, self._density)
         cols = values.shape[1]
         if self._epsilon and cols > 1:
-            order = values.abs().argsort(dim=1, stable=True).argsort(dim=1)
-            chance += self._epsilon * (2 * order.to(values.dtype) / (cols - 1) - 1)
+            order = values.abs().argsort(dim=1, stable=True)
+            places = torch.arange(cols, dtype=values.dtype, device=values.device)
+            place_of = torch.empty_like(values).scatter_(1, order, places.expand_as(values))
+            chance += self._epsilon * (2 * place_of / (cols - 1) - 1)
         keep = uniform(place.positions(values), self._key) < chance
         return values / chance * keep
 
@@ -201,3 +216,13 @@ def count_kept(density: float, total: int) -> int:
 def _magnitude_bits(values: torch.Tensor) -> torch.Tensor:
     integer, width = _BITS[values.dtype]
     return values.contiguous().view(integer) & ((1 << width) - 1)
+
+
+def _with_prefix(bits: torch.Tensor, shift: int, prefix: int) -> torch.Tensor:
+    """The few elements whose leading digits are known to be those of the threshold: (n,)."""
+    if bits.device.type != "cpu":
+        return bits[(bits >> shift) == prefix]
+    flat = bits.flatten()
+    host = flat.numpy()  # torch's own comparison and choice take ten times as long
+    low, high = prefix << shift, ((prefix + 1) << shift) - 1
+    return flat[torch.from_numpy(np.flatnonzero((host >= low) & (host <= high)))]

@@ -210,8 +210,14 @@ def _flat(shape: tuple[int, ...]) -> tuple[int, int]:
     return (rows, shape[-1])
 
 
+_MOST_TOGETHER = 8
+"""Matrices in a batch: enough to make up for launches, few enough to begin and end soon."""
+
+
 def group_steps(plan: Plan, max_bytes: int) -> tuple[Plan, list[list[int]]]:
     """Put small factoring steps of one shape together: a GPU does a batch in the time of one.
+
+    How many matrices a batch has room for depends on their shape alone.
 
     Args:
         plan: one pair per step.
@@ -225,21 +231,29 @@ def group_steps(plan: Plan, max_bytes: int) -> tuple[Plan, list[list[int]]]:
     for index, step in enumerate(plan.steps):
         key = (step.op, step.view, repr(step.args), tuple(i.dtype for i in step.inputs))
         group = open_.get(key)
-        size = 4 * step.view[0] * step.view[1]
-        is_single = not op_of(step).is_arithmetic or args_of(step).experts
-        if is_single or group is None or (len(group) + 1) * size > max_bytes:
+        slots = _slots(step, max_bytes)
+        if slots == 1 or group is None or len(group) == slots:
             groups.append([index])
-            if not is_single:
+            if slots > 1:
                 open_[key] = groups[-1]
         else:
             group.append(index)
     groups.sort(key=lambda g: g[0])
-    return replace(plan, steps=tuple(_join([plan.steps[i] for i in g]) for g in groups)), groups
+    joined = (_join([plan.steps[i] for i in g], max_bytes) for g in groups)
+    return replace(plan, steps=tuple(joined)), groups
 
 
-def _join(steps: Sequence[Step]) -> Step:
-    if len(steps) == 1:
+def _slots(step: Step, max_bytes: int) -> int:
+    if not op_of(step).is_arithmetic or args_of(step).experts:
+        return 1
+    size = max(1, 4 * step.view[0] * step.view[1])
+    return max(1, min(_MOST_TOGETHER, max_bytes // size))
+
+
+def _join(steps: Sequence[Step], max_bytes: int) -> Step:
+    slots = _slots(steps[0], max_bytes)
+    if slots == 1:
         return steps[0]
-    names = [s.output.name for s in steps]
     inputs = tuple(i for s in steps for i in s.inputs)
-    return replace(steps[0], inputs=inputs, args={**steps[0].args, "names": names})
+    args = {**steps[0].args, "names": [s.output.name for s in steps], "slots": slots}
+    return replace(steps[0], inputs=inputs, args=args)

@@ -179,7 +179,8 @@ class Workers(Options):
     """How much of the machine may be used."""
 
     threads: Annotated[int | None, Words(
-        "Workers. Default: twice the cores, at most 8. Never changes a result.", "Resources",
+        "Workers. Default: twice the cores, at most 8 (16 beside a GPU that factors). Never "
+        "changes a result.", "Resources",
         metavar="N", form="whole",
     )] = None  # fmt: skip
     max_memory: Annotated[Size | None, Words(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,14 @@ from loratool.store.disk import check_space, refusals_as
 from loratool.store.header import build_header
 from loratool.store.jsonfile import dump_json
 from loratool.store.marker import Content, content_of, file_metadata
-from loratool.store.reader import FileReader
+from loratool.store.reader import FileReader, plain_io
 from loratool.store.series import Series
 from loratool.store.shard_writer import ShardWriter
 from loratool.store.stamps import stamp_of, take_stamps
 from loratool.store.writer import MARKER, StagedOutput
 
 _PIECE = 8 << 20  # bytes copied at a time
+_MANY_BYTES, _WRITERS = 64 << 20, 4  # from so many bytes on so many threads write them
 
 
 def write_adapter(
@@ -115,11 +117,7 @@ def fill_adapter(output: StagedOutput, files: AdapterFiles) -> int:
     with FileReader(stamps) as reader:
         writer = ShardWriter(output.create(files.tensor_file), header, size)
         try:
-            for (_, source), start in zip(files.tensors, starts, strict=True):
-                if isinstance(source, TensorData):
-                    writer.put(start, memoryview(source.data).cast("B"))
-                else:
-                    _copy(reader, source, writer, start)
+            _put_all([s for _, s in files.tensors], starts, reader, writer, payload)
             if not output.is_folder:
                 writer.rewrite_header(_header(output, files, content_of(*writer.data_sum()))[0])
             writer.finish()
@@ -140,6 +138,32 @@ def _header(
     if not output.is_folder:
         metadata = file_metadata(metadata, data, output.plan_id)
     return build_header([(name, s.dtype, s.shape) for name, s in files.tensors], metadata)
+
+
+def _put_all(
+    sources: Sequence[Source],
+    starts: Sequence[int],
+    reader: FileReader,
+    writer: ShardWriter,
+    payload: int,
+) -> None:
+    """Write every tensor; several at a time where that is worth it and allowed."""
+
+    def put(source: Source, start: int) -> None:
+        if isinstance(source, TensorData):
+            writer.put(start, memoryview(source.data).cast("B"))
+        else:
+            _copy(reader, source, writer, start)
+
+    if payload < _MANY_BYTES or plain_io():
+        for source, start in zip(sources, starts, strict=True):
+            put(source, start)
+        return
+    with ThreadPoolExecutor(_WRITERS) as pool:
+        try:
+            list(pool.map(put, sources, starts))
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def _copy(reader: FileReader, source: TensorRef, writer: ShardWriter, start: int) -> None:

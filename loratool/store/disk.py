@@ -24,17 +24,18 @@ def create_new(path: Path, flags: int = os.O_WRONLY) -> int:
     return os.open(path, flags | os.O_CREAT | os.O_EXCL | more, 0o666)
 
 
-def write_synced(path: Path, data: bytes) -> None:
-    """Write a new file and wait until it is on the disk."""
+def write_synced(path: Path, *data: bytes | memoryview) -> None:
+    """Write a new file, one part after the other, and wait until it is on the disk."""
     fd = create_new(path)
     try:
-        write_all(fd, data)
+        for part in data:
+            write_all(fd, part)
         os.fsync(fd)
     finally:
         os.close(fd)
 
 
-def write_all(fd: int, data: bytes) -> None:
+def write_all(fd: int, data: bytes | memoryview) -> None:
     """Write all of the data, however little the system takes at a time."""
     view = memoryview(data)
     while view:

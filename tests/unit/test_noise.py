@@ -54,7 +54,7 @@ class Case:
         grid.take(self.tuned, 0, 0)
         square = [float(self.observed.square().sum())]
         floors = simulate_noise(
-            grid.exponents[None], grid.significand_bits, delta_squares=square, seeds=[5]
+            grid.exponents[None], [grid.significand_bits], delta_squares=square, seeds=[5]
         )
         how = Fitting(RankRule(**limits), [5], square, floors)
         ((_, choice),) = fit(self.observed.float()[None, None], how)
@@ -110,7 +110,7 @@ def test_the_floor_is_the_rounding_noise() -> None:
     grid = Grid((512, 512), torch.bfloat16, torch.device("cpu"))
     grid.take(case.tuned, 0, 0)
     square = [float(case.observed.square().sum())]
-    (floor,) = simulate_noise(grid.exponents[None], 8, delta_squares=square, seeds=[1])
+    (floor,) = simulate_noise(grid.exponents[None], [8], delta_squares=square, seeds=[1])
     noise = case.observed - case.change
     assert floor.square == pytest.approx(float(noise.square().sum()), rel=0.01)
     assert floor.top == pytest.approx(float(torch.linalg.matrix_norm(noise, 2)), rel=0.02)
@@ -122,7 +122,7 @@ def test_a_dead_zone_is_not_noise() -> None:
     observed = torch.randn(64, 64, generator=generator) * 1e-6
     exponents = torch.zeros(1, 64, 64, dtype=torch.int16)  # weights of 1 … 2, spacing 2^-7
     square = float(observed.double().square().sum())
-    (floor,) = simulate_noise(exponents, 8, delta_squares=[square], seeds=[1])
+    (floor,) = simulate_noise(exponents, [8], delta_squares=[square], seeds=[1])
     assert floor.square == pytest.approx(square, rel=1e-6)
 
 
@@ -138,7 +138,7 @@ def test_where_the_cap_bites_the_energy_decides() -> None:
     grid = Grid((400, 400), torch.float32, torch.device("cpu"))
     grid.take(tuned, 0, 0)
     square = [float(observed.double().square().sum())]
-    floors = simulate_noise(grid.exponents[None], 24, delta_squares=square, seeds=[2])
+    floors = simulate_noise(grid.exponents[None], [24], delta_squares=square, seeds=[2])
     cumulative = torch.cumsum(sigma.square(), 0)
     want = int((cumulative >= 0.99 * cumulative[-1]).nonzero()[0]) + 1
     ((_, choice),) = fit(observed[None, None], Fitting(RankRule(), [2], square, floors))
@@ -161,7 +161,7 @@ def test_the_energy_rank_leaves_the_noise_out() -> None:
     observed = (left * sigma @ right.T + noise).float()
     exponents = torch.zeros(1, 300, 300, dtype=torch.int16)  # weights of 1 … 2 in bfloat16
     square = [float(observed.double().square().sum())]
-    floors = simulate_noise(exponents, 8, delta_squares=square, seeds=[3])
+    floors = simulate_noise(exponents, [8], delta_squares=square, seeds=[3])
     assert floors[0].square == pytest.approx(float(noise.square().sum()), rel=0.02)
     cumulative = torch.linalg.svdvals(observed.double()).square().cumsum(0)
     want = int((cumulative >= 0.99 * (square[0] - floors[0].square)).nonzero()[0]) + 1

@@ -58,7 +58,7 @@ def run_piece(lane: Lane, step: _Begun, blocks: list[grid.Block], desk: Desk) ->
     """Do a piece; the last one of a step finishes it."""
     desk.advance(step.work.process(lane, blocks))
     if step.work.is_last():
-        desk.done(step.task, Result(step.work.finish()))
+        desk.done(step.task, Result(step.work.finish(lane)))
 
 
 class _Steps:
