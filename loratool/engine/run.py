@@ -37,8 +37,9 @@ class RunOptions:
         block_elements: block size of the grid; None = the device's.  Only digests and sums that
             are not exact depend on it.
         allow_nonfinite: NaN and infinity in inputs pass and are counted.
-        executor: ``threads`` or ``processes`` (a script that asks for these needs
-            ``if __name__ == "__main__":``, as `multiprocessing` has it).
+        executor: who does it, see `loratool.engine.executors` (a script that asks for
+            ``processes`` needs ``if __name__ == "__main__":``, as `multiprocessing` has it).
+        address: of a cluster.
     """
 
     device: torch.device = _CPU
@@ -49,6 +50,7 @@ class RunOptions:
     block_elements: int | None = None
     allow_nonfinite: bool = False
     executor: str = "threads"
+    address: str | None = None
 
     @property
     def elements(self) -> int:
@@ -95,7 +97,7 @@ def execute(
     run = _Run(plan, reader, None if options.sample else sink, options, take)
     # Each worker writes one shard, which takes two descriptors, and more to complete it.
     count = min(options.threads or default_threads(), max(1, most_open_files() // 2))
-    find_executor(options.executor)(run.env, run.tasks(), run, count)
+    find_executor(options.executor, options.address)(run.env, run.tasks(), run, count)
     return run.carried + [run.results[i] for i in sorted(run.results)]
 
 
