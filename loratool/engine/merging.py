@@ -85,7 +85,7 @@ class AddDeltas(Kernel):
         is_large = step.view[0] * step.view[1] > _MEASURE_WHOLE
         self._stride, self._block_stride = (_STRIDE, _BLOCK_STRIDE) if is_large else (1, 1)
         self._picked: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-        count = len(grid.blocks(step.view, env.elements))
+        count = grid.count_blocks(step.view, env.elements)
         self._every = max(self._block_stride, count // _SAMPLE_BLOCKS // 2 * 2)
         self._per_block = max(1, _SAMPLE // max(1, min(count, _SAMPLE_BLOCKS)))
 
