@@ -15,7 +15,7 @@ from typing import Any
 
 import click
 
-from loratool.errors import own_secrets, redact
+from loratool.errors import LOGIN, TOKEN, own_secrets, redact
 
 FIELD_CAP = 200
 """Longest piece of foreign text shown, in characters."""
@@ -221,7 +221,8 @@ def dump_json(value: Mapping[str, Any], *, indent: bool = False) -> str:
 
 def _may_hold_secrets(text: str) -> bool:
     """False if no string of a JSON text would change: one look instead of one for each."""
-    return redact(text) != text or any(json.dumps(s)[1:-1] in text for s in own_secrets())
+    own = any(s in text or json.dumps(s)[1:-1] in text for s in own_secrets())
+    return own or bool(TOKEN.search(text) or LOGIN.search(text))
 
 
 def _redacted(value: Any) -> Any:

@@ -25,7 +25,7 @@ from loratool.store.source import (
     resolve,
 )
 
-MAX_ADAPTERS = 256
+MAX_ADAPTERS = 1024
 
 
 @dataclass(frozen=True)
