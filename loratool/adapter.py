@@ -27,7 +27,7 @@ Stamp = tuple[int, int, int, int, int]
 """(device, inode, size, mtime, ctime in ns) of a file: differs if it changed or was replaced."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class TensorRef:
     """A tensor's bytes inside a file.
 
@@ -83,7 +83,7 @@ class TensorRef:
         return replace(self, shape=shape, nbytes=nbytes, zeros=nbytes - self.stored_bytes)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class CodedRef(TensorRef):
     """A weight that a file holds in codes, seen as the float32 numbers that they stand for.
 

@@ -21,7 +21,8 @@ TOKEN = re.compile(r"hf_[A-Za-z0-9]{20,}")
 NEEDS_CONSENT = "LT-265"
 """Of the usage error about a download that nobody has agreed to."""
 
-_LOGIN = re.compile(r"(?<=://)[^/\s@]+@")
+LOGIN = re.compile(r"(?<=://)[^/\s@]+@")
+"""A user and a password in an address."""
 _SECRET_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 _SHORTEST_SECRET = 8  # shorter values would blank out ordinary words
 
@@ -30,7 +31,7 @@ def redact(text: str) -> str:
     """Blank out Hub tokens, also those of the environment, and ``user:password@`` in URLs."""
     for secret in own_secrets():
         text = text.replace(secret, "***")
-    return _LOGIN.sub("***@", TOKEN.sub("hf_***", text))
+    return LOGIN.sub("***@", TOKEN.sub("hf_***", text))
 
 
 def own_secrets() -> list[str]:

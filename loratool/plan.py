@@ -11,6 +11,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from loratool.adapter import DeltaSpec, Source, TensorData, TensorRef
 from loratool.dtypes import numel, tensor_bytes
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class TensorSpec:
     """A tensor to be written: name in the output file, dtype and shape."""
 
@@ -138,7 +139,7 @@ class Place:
         return bool(self.part.region.source_rows or self.part.region.source_cols)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Step:
     """One output tensor (or one module of an adapter) and how to make it.
 
@@ -244,18 +245,38 @@ class Plan:
         return hashlib.sha256(text.encode()).hexdigest()
 
 
+_ATOMS = (str, int, float, bool)
+
+
+@cache
+def _fields(kind: type) -> tuple[str, ...]:
+    """Names of the fields of a dataclass; none of anything else."""
+    return tuple(f.name for f in dataclasses.fields(kind)) if dataclasses.is_dataclass(kind) else ()
+
+
 def plain(value: Any) -> Any:
     """A value in JSON's types, the same for equal content wherever its files lie."""
+    return _plain(value, {})
+
+
+def _plain(value: Any, made: dict[TensorSpec, Any]) -> Any:
+    """`plain`; a tensor that is in a step and in its shard is laid out once."""
+    if value is None or type(value) in _ATOMS:
+        return value
     if isinstance(value, TensorRef):
         return [value.path.name, value.name, value.dtype, list(value.shape), value.start]
     if isinstance(value, TensorData):
         return [value.name, value.dtype, list(value.shape), hashlib.sha256(value.data).hexdigest()]
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
-    if isinstance(value, Mapping):
-        return {str(k): plain(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return [plain(v) for v in value]
+        return [_plain(v, made) for v in value]
+    if isinstance(value, TensorSpec):
+        if value not in made:
+            made[value] = {"name": value.name, "dtype": value.dtype, "shape": list(value.shape)}
+        return made[value]
+    if names := _fields(type(value)):
+        return {name: _plain(getattr(value, name), made) for name in names}
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v, made) for k, v in value.items()}
     if isinstance(value, (bytes, memoryview)):
         return hashlib.sha256(value).hexdigest()
     if isinstance(value, Path):

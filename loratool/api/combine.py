@@ -156,8 +156,8 @@ def _make(asked: Combine, session: Session, job: CombineJob) -> CombineReport:
         adapter, summed = opened[0].adapter, None
     else:
         summed = run_sum(
-            plan, how.rank, method=how.method, params=how.params, threads=job.memory.threads,
-            executor=session.limits.executor, progress=asked.progress,
+            plan, how.rank, session.limits.run_by(job.memory.threads), method=how.method,
+            params=how.params, progress=asked.progress,
         )  # fmt: skip
         adapter = assemble_sum(plan, summed, opened[0].adapter)
         if detached is not None:

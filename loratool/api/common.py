@@ -6,7 +6,7 @@ import hashlib
 import json
 import sys
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,7 @@ from loratool.dtypes import BY_WORD
 from loratool.engine.rows import op_of, result_bytes, step_bytes
 from loratool.errors import UsageError, redact
 from loratool.ops.memory import MemoryPlan, plan_memory, plan_modules
-from loratool.options.groups import Run, Workers
+from loratool.options.groups import Crew, Run, Workers
 
 if TYPE_CHECKING:
     from loratool.engine.run import RunOptions
@@ -109,7 +109,6 @@ def plan_resources(
     chunk_bytes: int | None = None,
     block_elements: int | None = None,
     allow_nonfinite: bool = False,
-    executor: str = "threads",
 ) -> Resources:
     """Decide device, threads and buffers for a plan.
 
@@ -117,7 +116,7 @@ def plan_resources(
         UsageError: no such device, or a nonsensical number of threads.
         DiskError: more memory would be needed than there is.
     """
-    limits = Limits.of(asked, executor=executor)
+    limits = Limits.of(asked)
     limits.check_torch()
     from loratool.engine.device import resolve_devices
     from loratool.engine.machine import default_threads
@@ -136,11 +135,11 @@ def plan_resources(
         threads=threads,
         chunk_bytes=chunk_bytes,
         limit=limits.memory,
-        executor=executor,
+        executor=asked.executor,
     )
     run = RunOptions(
         where, memory.threads, memory.chunk_bytes, sample, asked.progress, block_elements,
-        allow_nonfinite, executor, tuple(others),
+        allow_nonfinite, asked.executor, asked.ray_address, tuple(others),
     )  # fmt: skip
     return Resources(run, memory, str(where), reason)
 
@@ -153,16 +152,20 @@ class Limits:
         threads: workers; None = twice the cores, at most 8.
         max_memory: for the planned peak; None = what is free.
         executor: what the workers are, see `loratool.engine.executors`.
+        address: of the cluster that they belong to.
     """
 
     threads: int | None = None
     max_memory: str | int | None = None
-    executor: str = "threads"
+    executor: options.Executor = "threads"
+    address: str | None = None
 
     @classmethod
-    def of(cls, asked: Workers, **more: str) -> Limits:
+    def of(cls, asked: Workers) -> Limits:
         """What the options of a command allow."""
-        return cls(asked.threads, asked.max_memory, **more)
+        if isinstance(asked, Crew):
+            return cls(asked.threads, asked.max_memory, asked.executor, asked.ray_address)
+        return cls(asked.threads, asked.max_memory)
 
     def plan(self, needs: Iterable[int], *, kept: int = 0, hint: str = "") -> MemoryPlan:
         """Decide the workers of a command that takes one module after the other, on the CPU.
@@ -188,11 +191,16 @@ class Limits:
         """
         memory = self.plan_steps(plan, kept=kept, hint=hint)
         from loratool.engine.device import resolve_device
-        from loratool.engine.run import RunOptions
 
         where, _ = resolve_device(device, is_arithmetic=True)
-        threads = 1 if where.type == "cuda" else memory.threads
-        return RunOptions(where, threads, executor=self.executor)
+        found = self.run_by(1 if where.type == "cuda" else memory.threads)
+        return replace(found, device=where)
+
+    def run_by(self, workers: int) -> RunOptions:
+        """How so many of the allowed workers do a plan, on the CPU."""
+        from loratool.engine.run import RunOptions
+
+        return RunOptions(threads=workers, executor=self.executor, address=self.address)
 
     def plan_steps(self, plan: Plan, *, kept: int = 0, hint: str = "") -> MemoryPlan:
         """The memory part of `run`, without torch."""
@@ -210,26 +218,28 @@ class Limits:
 
     @property
     def workers(self) -> int:
-        """Threads wished for.
+        """Workers wished for.
 
         Raises:
-            UsageError: LT-215.
+            UsageError: LT-215; no such executor.
+            DiskError: no cluster.
         """
-        from loratool.engine.machine import default_threads
+        from loratool.engine.executors import default_workers
 
         if self.threads is not None and not 1 <= self.threads <= _MAX_THREADS:
             raise UsageError(
                 "LT-215", "number of threads", expected=f"1 to {_MAX_THREADS}", got=self.threads
             )
-        return self.threads or default_threads()
+        most = default_workers(self.executor, self.address)
+        return self.threads or most
 
     @property
     def memory(self) -> int | None:
-        """Bytes; None if no limit is known."""
+        """Bytes; None if no limit is known, as on other machines."""
         from loratool.engine.machine import available_memory
 
         limit = parse_size(self.max_memory)
-        return available_memory() if limit is None else limit
+        return available_memory() if limit is None and self.address is None else limit
 
 
 def run_id(plan: Plan, device: str) -> str:

@@ -161,7 +161,10 @@ def _capped_by_noise(session: Session, job: CompressJob, base: str | Path) -> Co
     from loratool.api.look import look_at_base
 
     limits = session.limits
-    run = Run(device="cpu", threads=limits.threads, max_memory=limits.max_memory)
+    run = Run(
+        device="cpu", threads=limits.threads, max_memory=limits.max_memory,
+        executor=limits.executor, ray_address=limits.address,
+    )  # fmt: skip
     found, opened = look_at_base(
         job.one.resolved.path, base, read=session.read, access=session.access, run=run
     )

@@ -134,6 +134,7 @@ def _prepare(asked: Merge, operation: Operation) -> MergeJob:
         weights=asked.weights, mean=asked.mean, rules=rules, dtype=parse_dtype(asked.dtype),
         shard_bytes=parse_size(asked.shard_size), output=target,
         with_provenance=asked.provenance, checksum=asked.checksum,
+        identify=not asked.dry_run or asked.save_undo is not None,
         rounding={**rounding_args(is_exact, asked.rounding, asked.seed), **how},
         operation=operation, residual=rest, tokenizer=asked.tokenizer, codes=asked.take(Codes),
     ))  # fmt: skip

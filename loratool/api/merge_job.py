@@ -27,7 +27,7 @@ from loratool.options.groups import Codes, Names
 from loratool.options.words import recorded
 from loratool.report.merge import MergeReport
 from loratool.store.checkpoint import Checkpoint
-from loratool.store.provenance import adapter_id, checkpoint_id, provenance_of
+from loratool.store.provenance import adapter_id, adapter_sizes, checkpoint_id, provenance_of
 from loratool.store.source import AdapterArgument
 
 if TYPE_CHECKING:
@@ -118,6 +118,8 @@ class MergeRequest:
         shard_bytes: largest shard; None keeps the base's shards.
         output: final place; None = nothing is written.
         with_provenance: record inputs and options.
+        identify: adapters are told by the sha256 of their files, as what is written has it; else
+            by their sizes.
         rounding: how sums are formed and rounded.
         operation: what the engine is used for.
         residual: turns the plan into one that gives a fine-tune back, bit for bit.
@@ -139,6 +141,7 @@ class MergeRequest:
     shard_bytes: int | None = None
     output: Path | None = None
     with_provenance: bool = False
+    identify: bool = False
     rounding: Mapping[str, Any] = field(default_factory=dict)
     operation: Operation = field(default_factory=Operation)
     residual: Residual | None = None
@@ -251,7 +254,7 @@ def _record(
         options["scaled"] = scaled
     if asked.rules:
         options["module_weights"] = rules_json(asked.rules)
-    inputs = _inputs(opened, base, asked.checksum)
+    inputs = _inputs(opened, base, asked)
     return provenance_of(asked.operation.name, options=options, inputs=inputs)
 
 
@@ -297,11 +300,14 @@ def _one_checkpoint(bound: Sequence[WeightedAdapter], base: Checkpoint) -> Check
     return virtual[0] if virtual else base
 
 
-def _inputs(opened: Sequence[OpenedAdapter], base: OpenedBase, checksum: bool) -> dict[str, Any]:
+def _inputs(
+    opened: Sequence[OpenedAdapter], base: OpenedBase, asked: MergeRequest
+) -> dict[str, Any]:
     inputs: dict[str, Any] = {}
+    files_of = adapter_id if asked.identify else adapter_sizes
     for one in opened:
         label = content_label(one.resolved, inputs)
-        inputs[label] = {**one.weight.to_json(), "files": adapter_id(one.adapter)}
+        inputs[label] = {**one.weight.to_json(), "files": files_of(one.adapter)}
     label = content_label(base.resolved, inputs)
-    inputs[label] = {"role": "base", "files": checkpoint_id(base.checkpoint, full=checksum)}
+    inputs[label] = {"role": "base", "files": checkpoint_id(base.checkpoint, full=asked.checksum)}
     return inputs

@@ -10,6 +10,7 @@ from loratool.api.common import Resources
 from loratool.api.merge_job import MergeJob
 from loratool.engine.rows import op_of
 from loratool.ops.input_notes import base_notes, input_warnings, nonfinite_warning
+from loratool.report.base import Plain
 from loratool.report.merge import MergeReport, ModuleLoss, SubtractReport
 
 
@@ -61,7 +62,7 @@ def merge_report(
         sidecars=tuple(s.name for s in job.sidecars),
         tokenizer=_tokenizer(job),
         dry_run=dry_run,
-        plan=plan.to_json() if dry_run else None,
+        plan=Plain(plan.to_json()) if dry_run else None,
         **extra,
     )  # fmt: skip
 

@@ -176,7 +176,7 @@ def _with_base(job: _Job, options: Mapping[str, Any]) -> RescaledAdapter:
     plan = replace(plan, dtype=job.dtype or detached.plan.dtype,
                    is_even=job.session.program is not None)  # fmt: skip
     needs, kept = memory_needs_of_sum(plan, find_method("cat"), None)
-    summed = run_sum(plan, None, threads=limits.plan(needs, kept=kept).threads)
+    summed = run_sum(plan, None, limits.run_by(limits.plan(needs, kept=kept).threads))
     fitted, files = job.session.fit(detached.attach(assemble_sum(plan, summed, adapter), limits))
     row = job.put(files, options, with_base=True)
     lost = share_of(math.fsum(m.error_square for m in summed.modules),

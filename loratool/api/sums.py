@@ -39,11 +39,10 @@ class Summed:
 def run_sum(
     plan: SumPlan,
     rank: int | None,
+    run: RunOptions,
     *,
     method: Method | None = None,
     params: Mapping[str, Any] | None = None,
-    threads: int,
-    executor: str = "threads",
     progress: Progress | None = None,
 ) -> Summed:
     """Compute every module; float16 that overflows becomes float32 for all of them.
@@ -51,27 +50,24 @@ def run_sum(
     Args:
         plan: what goes where.
         rank: asked for; None = the method's own.
+        run: workers, each on modules of its own with one arithmetic thread.
         method: how modules are combined; None = their sum.
         params: of the method.
-        threads: workers, each on modules of its own with one arithmetic thread.
-        executor: what the workers are.
         progress: called with (modules done, modules in all).
     """
     from loratool.engine.combining import mix_replacements
     from loratool.engine.detaching import blend
     from loratool.engine.kernel import Env
-    from loratool.engine.run import RunOptions
     from loratool.store.reader import FileReader
 
     how = method or find_method("cat"), params or {}, rank
-    options = RunOptions(threads=threads, executor=executor)
     with FileReader() as reader:
         env = Env(reader)
         dtype = plan.dtype
-        modules = _sum_all(plan, how, dtype, reader, options, progress)
+        modules = _sum_all(plan, how, dtype, reader, run, progress)
         if dtype == _FP16 and any(m.overflow for m in modules):
             dtype = "F32"
-            modules = _sum_all(plan, how, dtype, reader, options, progress)
+            modules = _sum_all(plan, how, dtype, reader, run, progress)
         mixed = tuple(
             blend(mix.found, mix.base, env) if mix.base else mix_replacements(mix.found, env)
             for mix in plan.mixed

@@ -15,7 +15,7 @@ from typing import Any
 
 import click
 
-from loratool.errors import redact
+from loratool.errors import LOGIN, TOKEN, own_secrets, redact
 
 FIELD_CAP = 200
 """Longest piece of foreign text shown, in characters."""
@@ -213,8 +213,16 @@ def some(names: Sequence[str], limit: int = 4) -> str:
 
 def dump_json(value: Mapping[str, Any], *, indent: bool = False) -> str:
     """One JSON object in printable ASCII, tokens blanked."""
-    text = json.dumps(_redacted(value), ensure_ascii=True, indent=2 if indent else None)
+    text = json.dumps(value, ensure_ascii=True, indent=2 if indent else None)
+    if _may_hold_secrets(text):
+        text = json.dumps(_redacted(value), ensure_ascii=True, indent=2 if indent else None)
     return text.replace("\x7f", "\\u007f")
+
+
+def _may_hold_secrets(text: str) -> bool:
+    """False if no string of a JSON text would change: one look instead of one for each."""
+    own = any(s in text or json.dumps(s)[1:-1] in text for s in own_secrets())
+    return own or bool(TOKEN.search(text) or LOGIN.search(text))
 
 
 def _redacted(value: Any) -> Any:

@@ -49,7 +49,8 @@ class Voice:
             result: what ``-q`` prints instead of ``lines``; None = the lines.
         """
         if self.as_json:
-            click.echo(dump_json(report.to_json(), indent=is_terminal()))
+            text = dump_json(report.to_json(), indent=is_terminal())
+            click.echo(text.encode("ascii"))  # as bytes it is not copied again and again
             return
         for text in lines if result is None or not self.quiet else result:
             click.echo(text)

@@ -61,21 +61,40 @@ class Block:
 
 def blocks(view: tuple[int, int], elements: int = CPU_ELEMENTS) -> list[Block]:
     """Cut a view into blocks of about ``elements`` elements, in order of their bytes."""
+    return [_block(view, elements, i) for i in range(count_blocks(view, elements))]
+
+
+def count_blocks(view: tuple[int, int], elements: int = CPU_ELEMENTS) -> int:
+    """How many blocks `blocks` cuts a view into."""
     rows, cols = view
     if rows == 0 or cols == 0:
-        return []
+        return 0
     if cols > WIDE_COLS:
-        per_row = -(-cols // elements)
-        return [
-            Block(r * per_row + i, r, r + 1, c, min(c + elements, cols), r * cols + c)
-            for r in range(rows)
-            for i, c in enumerate(range(0, cols, elements))
-        ]
-    height = max(MIN_ROWS, elements // cols)
-    return [
-        Block(i, r, min(r + height, rows), 0, cols, r * cols)
-        for i, r in enumerate(range(0, rows, height))
-    ]
+        return rows * -(-cols // elements)
+    return -(-rows // _height(cols, elements))
+
+
+def ends_and_middle(view: tuple[int, int], elements: int = CPU_ELEMENTS) -> list[Block]:
+    """The first, the middle and the last of `blocks`, those of a huge view not made."""
+    count = count_blocks(view, elements)
+    return [_block(view, elements, i) for i in sorted({0, count // 2, count - 1})] if count else []
+
+
+def _block(view: tuple[int, int], elements: int, index: int) -> Block:
+    rows, cols = view
+    if cols > WIDE_COLS:
+        row, cell = divmod(index, -(-cols // elements))
+        start = cell * elements
+        stop = min(start + elements, cols)
+        return Block(index, row, row + 1, start, stop, row * cols + start)
+    height = _height(cols, elements)
+    first = index * height
+    return Block(index, first, min(first + height, rows), 0, cols, first * cols)
+
+
+def _height(cols: int, elements: int) -> int:
+    """Rows of a block that holds whole ones."""
+    return max(MIN_ROWS, elements // cols)
 
 
 def largest_block(view: tuple[int, int], elements: int = CPU_ELEMENTS) -> int:

@@ -83,7 +83,7 @@ class AddDeltas(Kernel):
         self._gate = Gate(
             step.output.name, step.output.dtype, self.limit, allow_nonfinite=env.allow_nonfinite
         )
-        count = len(grid.blocks(step.view, env.elements))
+        count = grid.count_blocks(step.view, env.elements)
         self._stride = self._block_stride = 1
         if step.view[0] * step.view[1] > _MEASURE_WHOLE:
             self._stride, self._block_stride = _STRIDE, max(2, -(-count // _MEASURED_BLOCKS))

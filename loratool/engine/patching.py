@@ -149,7 +149,7 @@ class _ApplyPatch(_Predict):
         source = self.args.patch
         if source is None:
             return
-        blocks = len(grid.blocks(self.step.view, self.env.elements))
+        blocks = grid.count_blocks(self.step.view, self.env.elements)
         try:
             size = patch.index_bytes(blocks)
             if size > source.nbytes:

@@ -13,7 +13,7 @@ from loratool.engine import grid
 from loratool.engine.executors import Task, find_executor
 from loratool.engine.kernel import Env
 from loratool.engine.machine import default_threads
-from loratool.engine.reads import cut_step, planned_ranges
+from loratool.engine.reads import planned_ranges, sampled_bytes, sampled_steps
 from loratool.engine.sink import CheckpointSink
 from loratool.engine.step import Result
 from loratool.plan import Plan, Step
@@ -38,8 +38,9 @@ class RunOptions:
         block_elements: block size of the grid; None = the device's.  Only digests and sums that
             are not exact depend on it.
         allow_nonfinite: NaN and infinity in inputs pass and are counted.
-        executor: ``threads`` or ``processes`` (a script that asks for these needs
-            ``if __name__ == "__main__":``, as `multiprocessing` has it).
+        executor: who does it, see `loratool.engine.executors` (a script that asks for
+            ``processes`` needs ``if __name__ == "__main__":``, as `multiprocessing` has it).
+        address: of a cluster.
     """
 
     device: torch.device = _CPU
@@ -50,6 +51,7 @@ class RunOptions:
     block_elements: int | None = None
     allow_nonfinite: bool = False
     executor: str = "threads"
+    address: str | None = None
     others: tuple[torch.device, ...] = ()
 
     @property
@@ -97,7 +99,7 @@ def execute(
     run = _Run(plan, reader, None if options.sample else sink, options, take)
     # Each worker writes one shard, which takes two descriptors, and more to complete it.
     count = min(options.threads or default_threads(), max(1, most_open_files() // 2))
-    find_executor(options.executor)(run.env, run.tasks(), run, count)
+    find_executor(options.executor, options.address)(run.env, run.tasks(), run, count)
     return run.carried + [run.results[i] for i in sorted(run.results)]
 
 
@@ -133,25 +135,24 @@ class _Run:
         self._plan, self._sink, self._take = plan, sink, take
         self._progress = options.progress
         self._lock = threading.RLock()
-        self._done_bytes, self._total_bytes = 0, max(1, plan.read_bytes)
+        total = sampled_bytes(plan, elements=options.elements) if options.sample else plan.read_bytes
+        self._done_bytes, self._total_bytes = 0, max(1, total)
 
     def tasks(self) -> Iterator[Task]:
         """Steps that no earlier run has done, in plan order."""
         skipped: dict[int, bool] = {}
+        if self._sink is None:
+            steps = self._plan.steps
+            chosen = sampled_steps(self._plan) if self.env.sample else range(len(steps))
+            yield from (Task(index, steps[index], None) for index in chosen)
+            return
         for index, step in enumerate(self._plan.steps):
-            if self._sink is None:
-                if not self.env.sample or self._is_sampled(step):
-                    yield Task(index, step, None)
-                continue
             if step.shard not in skipped:
                 skipped[step.shard] = self._take_over(step, self._sink)
             if skipped[step.shard]:
                 self.advance(sum(i.nbytes for i in step.inputs))
             else:
                 yield Task(index, step, self._sink.out(step))
-
-    def _is_sampled(self, step: Step) -> bool:
-        return bool(cut_step(step, elements=self.env.elements, chunk=1, sample=True))
 
     def _take_over(self, step: Step, sink: CheckpointSink) -> bool:
         earlier = sink.finished_results(step.shard)

@@ -24,7 +24,7 @@ from loratool.store.source import (
     parse_adapter,
 )
 
-MAX_ADAPTERS = 256
+MAX_ADAPTERS = 1024
 
 
 def open_one(text: str, *, read: Read, access: Access) -> tuple[Resolved, Adapter]:

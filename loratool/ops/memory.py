@@ -50,7 +50,7 @@ def plan_memory(
         threads: workers wished for.
         chunk_bytes: bytes per piece; None = the device's default.
         limit: bytes that may be used; None = no limit known.
-        executor: with ``processes`` each worker has an interpreter of its own.
+        executor: workers that are no threads have interpreters of their own.
 
     Raises:
         DiskError: LT-605, it does not fit even with one worker and small buffers.
@@ -132,4 +132,4 @@ class _Needs:
 
 def _interpreters(device: str, workers: int, executor: str) -> int:
     """With torch in each."""
-    return TORCH_BYTES[device] * (1 + workers if executor == "processes" else 1)
+    return TORCH_BYTES[device] * (1 if executor == "threads" else 1 + workers)

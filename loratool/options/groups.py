@@ -11,6 +11,7 @@ Place = str | Path
 Size = str | int
 Progress = Callable[[int, int], None]
 FloatType = Literal["auto", "float32", "bfloat16", "float16"]
+Executor = Literal["threads", "processes", "ray"]
 
 # ------------------------------------------------- options that go alone into several classes
 
@@ -84,6 +85,7 @@ class Read(Options):
 
     def check(self) -> None:
         """Refuse an alpha that no file has."""
+        super().check()
         from loratool.adapter import MAX_ALPHA
 
         if self.alpha is not None and not abs(self.alpha) <= MAX_ALPHA:
@@ -189,7 +191,26 @@ class Workers(Options):
     )] = None  # fmt: skip
 
 
-class Run(Workers):
+class Crew(Workers):
+    """Who does the work; never a byte of difference."""
+
+    executor: Annotated[Executor, Words(
+        "Who does the work: threads, processes of this machine, or tasks of a Ray cluster, whose "
+        "nodes all see inputs and output. Never changes a result.", "Resources",
+    )] = "threads"  # fmt: skip
+    ray_address: Annotated[str | None, Words(
+        "Of the cluster. Default: the one that Ray finds, else one on this machine.", "Resources",
+        metavar="HOST:PORT",
+    )] = None  # fmt: skip
+
+    def check(self) -> None:
+        """Refuse a cluster for nobody."""
+        super().check()
+        if self.ray_address is not None and self.executor != "ray":
+            raise UsageError("LT-279", "--ray-address is for --executor ray", got=self.executor)
+
+
+class Run(Crew):
     """Where a plan runs, and with how much."""
 
     device: Annotated[str, Words(

@@ -7,13 +7,13 @@ from typing import Annotated
 from loratool.options.groups import (
     Access,
     AlphaOnly,
+    Crew,
     Place,
-    Workers,
 )
 from loratool.options.words import Words
 
 
-class Inspect(Workers, Access, AlphaOnly, kw_only=False):
+class Inspect(Crew, Access, AlphaOnly, kw_only=False):
     """What a source holds."""
 
     source: Annotated[Place, Words("path or Hub reference.")]
@@ -40,7 +40,7 @@ class Inspect(Workers, Access, AlphaOnly, kw_only=False):
     device: Annotated[str, Words("``auto``, ``cpu`` or ``cuda[:n]``, for ``base``.")] = "auto"
 
 
-class Compare(Workers, AlphaOnly, Access, kw_only=False):
+class Compare(Crew, AlphaOnly, Access, kw_only=False):
     """How alike adapters are."""
 
     adapters: Annotated[Sequence[Place], Words("two or more paths or Hub references.")]

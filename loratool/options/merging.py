@@ -10,6 +10,7 @@ from loratool.options.groups import (
     Against,
     ChunkBytes,
     Codes,
+    Crew,
     FactorType,
     FloatType,
     Mix,
@@ -24,7 +25,6 @@ from loratool.options.groups import (
     Round,
     Run,
     Size,
-    Workers,
     Write,
 )
 from loratool.options.words import Options, Words
@@ -49,7 +49,7 @@ class Method(Options):
     )] = None  # fmt: skip
 
 
-class Combine(Mix, Method, Write, Read, Workers, Access, kw_only=False):
+class Combine(Mix, Method, Write, Read, Crew, Access, kw_only=False):
     """Adapters with each other."""
 
     adapters: Many

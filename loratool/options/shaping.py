@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from loratool.options.groups import (
     Access,
+    Crew,
     Energy,
     FactorType,
     Include,
@@ -23,7 +24,7 @@ from loratool.options.groups import (
 from loratool.options.words import Options, Words
 
 
-class Compress(Write, Workers, Access, Read, kw_only=False):
+class Compress(Write, Crew, Access, Read, kw_only=False):
     """Fewer ranks for adapters."""
 
     adapters: Annotated[Place | Sequence[Place], Words(

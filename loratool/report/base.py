@@ -29,8 +29,14 @@ class Report:
         return head | {f.name: plain_json(getattr(self, f.name)) for f in dataclasses.fields(self)}
 
 
+class Plain(dict[str, Any]):
+    """What consists of JSON's types as it is, and may be large."""
+
+
 def plain_json(value: Any) -> Any:
     """Dataclasses, tuples and paths as JSON types; NaN and infinity as null."""
+    if isinstance(value, Plain):
+        return value
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {f.name: plain_json(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, Mapping):

@@ -33,11 +33,20 @@ def file_id(path: Path, folder: Path | None = None) -> str:
 
 def adapter_id(adapter: Adapter) -> dict[str, str]:
     """sha256 of each of an adapter's files, by name: its tensors and its configuration."""
+    return {path.name: file_id(path) for path in _files_of(adapter)}
+
+
+def adapter_sizes(adapter: Adapter) -> dict[str, dict[str, int]]:
+    """The same files without a look into them: their sizes."""
+    return {path.name: {"bytes": path.stat().st_size} for path in _files_of(adapter)}
+
+
+def _files_of(adapter: Adapter) -> list[Path]:
     sources = [s for spec in adapter.specs for s in spec.fields.values()]
     sources += [r.source for r in adapter.replacements]
     files = {s.path for s in sources if isinstance(s, TensorRef)}
     configs = {path.with_name("adapter_config.json") for path in files}
-    return {path.name: file_id(path) for path in sorted(files | configs) if path.is_file()}
+    return [path for path in sorted(files | configs) if path.is_file()]
 
 
 def checkpoint_id(checkpoint: Checkpoint, *, full: bool = False) -> dict[str, Any]:

@@ -176,6 +176,12 @@ class FilePart(BlockWriter):
             self._direct = self._open_direct()
         super().put(offset, data, aligned)
 
+    def sync(self) -> None:
+        """See what was put on the disk: the machine that has created the file cannot."""
+        if self._fd >= 0:
+            with refusals_as("cannot sync", self.path):
+                os.fsync(self._fd)
+
     def pieces(self) -> list[Piece]:
         """Checksums of what was put."""
         return self.sums.pieces()

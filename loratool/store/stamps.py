@@ -26,6 +26,11 @@ def stamp_of(path: Path) -> Stamp | None:
         return None
 
 
+def same_content(one: Stamp, other: Stamp) -> bool:
+    """True if stamps that two machines took may be of one file: size and mtime agree."""
+    return one[2:4] == other[2:4]
+
+
 def take_stamps(refs: Iterable[TensorRef]) -> dict[Path, Stamp]:
     """The stamps of all files of a plan: what they were when their headers were read.
 

@@ -187,10 +187,10 @@ def test_a_codec_of_another_package_is_read_and_written(
     weight, delta = stepped(tmp_path)
     style, base, out = (tmp_path / n for n in ("style", "base", "out"))
     done = python(
-        "import loratool as lt\nfrom loratool.api import common\n"
+        "import loratool as lt\n"
         "if __name__ == '__main__':\n"
-        f"    common.plan_resources.__kwdefaults__['executor'] = {executor!r}\n"
-        f"    lt.merge([{str(style)!r}], base={str(base)!r}, output={str(out)!r}, {how}=True)\n",
+        f"    lt.merge([{str(style)!r}], base={str(base)!r}, output={str(out)!r}, {how}=True,"
+        f" executor={executor!r})\n",
         site,
     )
     assert done.returncode == 0, done.stderr

@@ -13,10 +13,13 @@ import torch
 from loratool.adapter import Adapter, DeltaSpec, TensorData
 from loratool.api.sums import run_sum
 from loratool.engine.buffers import TORCH_DTYPES, to_bytes
+from loratool.engine.run import RunOptions
 from loratool.methods import Method, find_method, parse_params
 from loratool.ops.combine import arc_weights, plan_combine
 from loratool.ops.weights import Weight
 from tests.oracle.method_oracles import Array, Mix
+
+ONE = RunOptions(threads=1)
 
 Factors = tuple[Array, Array, float]
 """lora_B (out, r), lora_A (r, in), scaling."""
@@ -72,7 +75,7 @@ def combine(
     if row.name == "svd" and rank is None:
         rank = max(s.rank for a, _ in opened for s in a.specs)
     plan = plan_combine(opened, row)
-    done = run_sum(plan, rank, method=row, params=parse_params(row, params or {}), threads=1)
+    done = run_sum(plan, rank, ONE, method=row, params=parse_params(row, params or {}))
     return {
         m.spec.name: m.spec.scaling
         * array_of(m.spec.fields["lora_B"]) @ array_of(m.spec.fields["lora_A"])

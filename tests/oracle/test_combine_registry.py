@@ -26,6 +26,7 @@ from tests.oracle.adapter_algebra import LLM, twin
 from tests.oracle.method_oracles import INNER, ORACLES, Array, Mix, size_of
 from tests.oracle.mixing import (
     CASES,
+    ONE,
     Case,
     adapter_of,
     array_of,
@@ -310,7 +311,7 @@ def test_experts_draw_from_one_stream(row: Method) -> None:
     plan = plan_combine([(a, Weight(w)) for a, w in zip(adapters, (0.5, -1.25), strict=True)], row)
     rank = 7 if row.space == "dense" else None
     full = parse_params(row, params)
-    (made,) = run_sum(plan, rank, method=row, params=full, threads=1).modules
+    (made,) = run_sum(plan, rank, ONE, method=row, params=full).modules
     got_A, got_B = (array_of(made.spec.fields[k]) for k in ("lora_A", "lora_B"))
     for e in range(3):
         B = got_B.reshape(8, made.spec.rank, 3)[:, :, e]
@@ -343,7 +344,7 @@ def test_the_report_tells_the_loss(row: Method, name: str) -> None:
         for i, ((B, A), s, w) in enumerate(zip(stored, scalings, case.weights, strict=True))
     ]
     plan = plan_combine(adapters, row)
-    (made,) = run_sum(plan, asked, method=row, params=params, threads=1).modules
+    (made,) = run_sum(plan, asked, ONE, method=row, params=params).modules
     got = made.spec.scaling * array_of(made.spec.fields["lora_B"]) @ array_of(
         made.spec.fields["lora_A"])  # fmt: skip
     want = ORACLES[row.name](mix)

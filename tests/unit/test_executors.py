@@ -17,9 +17,9 @@ import pytest
 import loratool as lt
 from loratool import wire
 from loratool.adapter import TensorRef
-from loratool.api import common
 from loratool.engine import grid, run
-from loratool.engine.executors import Task, find_executor, processes
+from loratool.engine.executors import find_executor, processes
+from loratool.engine.executors.whole_steps import Order
 from loratool.engine.kernel import Env
 from loratool.engine.run import execute
 from loratool.errors import BugError, DiskError, NumericError, UsageError
@@ -46,19 +46,20 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return top
 
 
-def call(command: str, top: Path, out: Path) -> None:
+def call(command: str, top: Path, out: Path, executor: Any = "threads") -> None:
+    two: Any = {"output": out, "threads": 2, "executor": executor}
     if command == "merge":
-        lt.merge([top / "a1", f"{top / 'a2'}:0.5"], base=top / "base", output=out, threads=2)
+        lt.merge([top / "a1", f"{top / 'a2'}:0.5"], base=top / "base", **two)
     elif command == "extract":
-        lt.extract(top / "tuned", base=top / "base", rank=3, output=out, threads=2)
+        lt.extract(top / "tuned", base=top / "base", rank=3, **two)
     elif command == "file":  # its header says what the file holds, once that is known
         out.mkdir()
         file = top / "base" / "model-00001-of-00002.safetensors"
-        lt.merge([top / "a0"], base=file, output=out / "m.safetensors", threads=2)
+        lt.merge([top / "a0"], base=file, **{**two, "output": out / "m.safetensors"})
     elif command == "combine":
-        lt.merge([top / "a1", f"{top / 'a2'}:0.5"], method="ties", output=out, threads=2)
+        lt.combine([top / "a1", f"{top / 'a2'}:0.5"], method="ties", **two)
     else:
-        lt.compress(top / "a1", energy=0.9, output=out, threads=2)
+        lt.compress(top / "a1", energy=0.9, **two)
 
 
 def contents(folder: Path) -> dict[str, str]:
@@ -66,19 +67,13 @@ def contents(folder: Path) -> dict[str, str]:
             for p in sorted(folder.rglob("*")) if p.is_file()}  # fmt: skip
 
 
-def by_processes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(common.plan_resources.__kwdefaults__, "executor", "processes")
-    monkeypatch.setattr(common.Limits.__init__, "__defaults__", (None, None, "processes"))
-
-
 @pytest.mark.parametrize("command", [*COMMANDS, "file"])
 def test_processes_write_the_same(
     command: str, inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     call(command, inputs, tmp_path / "threads")
-    by_processes(monkeypatch)
     started = watched(monkeypatch)
-    call(command, inputs, tmp_path / "processes")
+    call(command, inputs, tmp_path / "processes", "processes")
     assert len(started) >= 2
     assert contents(tmp_path / "processes") == contents(tmp_path / "threads")
 
@@ -86,16 +81,15 @@ def test_processes_write_the_same(
 def test_processes_measure_the_same(inputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Results that are no files: tensors, tables of inner products."""
 
-    def measured() -> list[Any]:
-        compared = lt.compare([inputs / "a1", inputs / "a2"], threads=1)
-        found = lt.inspect(inputs / "a1", risk=True, threads=1)
+    def measured(executor: Any = "threads") -> list[Any]:
+        compared = lt.compare([inputs / "a1", inputs / "a2"], threads=1, executor=executor)
+        found = lt.inspect(inputs / "a1", risk=True, threads=1, executor=executor)
         reports = [r.to_json() for r in (compared, found)]
         return [{k: v for k, v in r.items() if k != "seconds"} for r in reports]
 
     want = measured()
-    by_processes(monkeypatch)
     started = watched(monkeypatch)
-    assert measured() == want
+    assert measured("processes") == want
     assert len(started) == 2
 
 
@@ -105,10 +99,9 @@ def test_a_killed_worker_is_replaced(
 ) -> None:
     """Killed at the second step that it is given, before it can have done it."""
     call(command, inputs, tmp_path / "threads")
-    by_processes(monkeypatch)
     started = watched(monkeypatch)
     killed = kill_at(monkeypatch, {2: 1})
-    call(command, inputs, tmp_path / "processes")
+    call(command, inputs, tmp_path / "processes", "processes")
     assert killed and len(started) >= 3
     assert contents(tmp_path / "processes") == contents(tmp_path / "threads")
 
@@ -153,12 +146,11 @@ def test_killed_in_the_middle_of_a_step(
     lt.merge([tmp_path / "a1"], base=tmp_path / "base", output=tmp_path / "tuned")
     monkeypatch.setattr(grid, "CPU_CHUNK_BYTES", 1 << 20)
     call(command, tmp_path, tmp_path / "threads")
-    by_processes(monkeypatch)
     monkeypatch.setattr(reader, "FileReader", fatal)
     flag = tmp_path / "flag"
     monkeypatch.setenv("FATAL", str(flag))
     flag.touch()
-    call(command, tmp_path, tmp_path / "processes")
+    call(command, tmp_path, tmp_path / "processes", "processes")
     assert not flag.exists()
     assert contents(tmp_path / "processes") == contents(tmp_path / "threads")
 
@@ -176,14 +168,13 @@ class Hanging(FileReader):
 HANGS = """
 import sys
 import loratool as lt
-from loratool.api import common
 from loratool.store import reader
 from tests.unit.test_executors import Hanging
 
 if __name__ == "__main__":
     reader.FileReader = Hanging
-    common.plan_resources.__kwdefaults__["executor"] = "processes"
-    lt.merge([sys.argv[1] + "/a1"], base=sys.argv[1] + "/base", output=sys.argv[2], threads=1)
+    lt.merge([sys.argv[1] + "/a1"], base=sys.argv[1] + "/base", output=sys.argv[2], threads=1,
+             executor="processes")
 """
 
 
@@ -207,10 +198,9 @@ def test_a_step_that_kills_twice_is_an_error(
 ) -> None:
     """Nothing half-written is left, and the same command goes on with threads."""
     with monkeypatch.context() as patch:
-        by_processes(patch)
         kill_at(patch, {2: 9})
         with pytest.raises(DiskError) as caught:
-            call("merge", inputs, tmp_path / "out")
+            call("merge", inputs, tmp_path / "out", "processes")
     assert caught.value.code == "LT-606" and "-9" in str(caught.value)
     assert not (tmp_path / "out").exists()
     call("merge", inputs, tmp_path / "out")
@@ -218,16 +208,16 @@ def test_a_step_that_kills_twice_is_an_error(
     assert contents(tmp_path / "out") == contents(tmp_path / "clean")
 
 
-def test_errors_come_through(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_errors_come_through(tmp_path: Path) -> None:
     weight = randn(96, 64, seed=1)
     weight[0, 0] = float("nan")
     save_checkpoint(tmp_path / "base", {"model.layers.0.q_proj.weight": weight})
     save_adapter(
         tmp_path / "a", random_factors({"model.layers.0.q_proj": (96, 64)}, rank=2, seed=1)
     )
-    by_processes(monkeypatch)
     with pytest.raises(NumericError) as caught:
-        lt.merge([tmp_path / "a"], base=tmp_path / "base", output=tmp_path / "out")
+        lt.merge([tmp_path / "a"], base=tmp_path / "base", output=tmp_path / "out",
+                 executor="processes")  # fmt: skip
     assert caught.value.code == "LT-804" and caught.value.key is not None
 
 
@@ -262,7 +252,7 @@ def test_what_is_no_plan_is_a_bug(text: bytes) -> None:
     assert caught.value.code == "LT-004"
 
 
-def test_there_are_two() -> None:
+def test_there_are_three() -> None:
     with pytest.raises(UsageError) as caught:
         find_executor("fibers")
     assert caught.value.code == "LT-209"
@@ -286,12 +276,12 @@ def kill_at(monkeypatch: pytest.MonkeyPatch, times: dict[int, int]) -> list[int]
     killed: list[int] = []
     begin = processes._Worker.begin
 
-    def kill(self: Any, task: Task, attempt: int) -> None:
-        if times.get(task.index, 0) > 0:
-            times[task.index] -= 1
+    def kill(self: Any, order: Order) -> None:
+        if times.get(order.index, 0) > 0:
+            times[order.index] -= 1
             os.kill(self._process.pid, signal.SIGKILL)
             killed.append(self._process.pid)
-        begin(self, task, attempt)
+        begin(self, order)
 
     monkeypatch.setattr(processes._Worker, "begin", kill)
     return killed

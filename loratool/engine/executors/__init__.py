@@ -10,20 +10,38 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from functools import partial
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-from loratool.engine.kernel import Env
-from loratool.engine.sink import StepOut
-from loratool.engine.step import Result
+from loratool.engine.machine import default_threads
 from loratool.errors import UsageError
 from loratool.plan import Step
 from loratool.plugins import function_of
 
+if TYPE_CHECKING:
+    from loratool.engine.kernel import Env
+    from loratool.engine.sink import StepOut
+    from loratool.engine.step import Result
+
+
+class Row(NamedTuple):
+    """An executor.
+
+    Attributes:
+        run: the function, see `Executor`.
+        default: function of a cluster's address: how many workers if nobody says how many;
+            "" = as this machine.
+    """
+
+    run: str
+    default: str = ""
+
+
 EXECUTORS = {
-    "threads": "loratool.engine.executors.threads:run",
-    "processes": "loratool.engine.executors.processes:run",
+    "threads": Row("loratool.engine.executors.threads:run"),
+    "processes": Row("loratool.engine.executors.processes:run"),
+    "ray": Row("loratool.engine.executors.ray:run", "loratool.engine.executors.ray:processors"),
 }
-"""Name -> function, see `Executor`."""
 
 
 @dataclass(frozen=True)
@@ -68,13 +86,32 @@ class Executor(Protocol):
         """
 
 
-def find_executor(name: str) -> Executor:
+def find_executor(name: str, address: str | None = None) -> Executor:
     """An executor by name.
 
+    Args:
+        name: one of `EXECUTORS`.
+        address: of the cluster, for one that has any.
+
     Raises:
-        UsageError: LT-209, there is none of this name.
+        UsageError: LT-209, there is none of this name; LT-277, its library is not installed.
     """
+    found: Executor = function_of(_row(name).run)
+    return found if address is None else partial(found, address=address)  # type: ignore[call-arg]
+
+
+def default_workers(name: str, address: str | None = None) -> int:
+    """How many workers an executor has if nobody says how many.
+
+    Raises:
+        UsageError: as `find_executor`.
+        DiskError: LT-617, no cluster.
+    """
+    default = _row(name).default
+    return int(function_of(default)(address)) if default else default_threads()
+
+
+def _row(name: str) -> Row:
     if name not in EXECUTORS:
         raise UsageError("LT-209", "unknown executor", expected=", ".join(EXECUTORS), got=name)
-    found: Executor = function_of(EXECUTORS[name])
-    return found
+    return EXECUTORS[name]
