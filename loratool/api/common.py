@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from loratool import __version__
 from loratool.api.access import parse_size
 from loratool.dtypes import BY_WORD
+from loratool.engine.executors import Name, choose_executor
 from loratool.engine.rows import op_of, result_bytes, step_bytes
 from loratool.errors import UsageError, redact
 from loratool.ops.memory import MemoryPlan, plan_memory, plan_modules
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 _CUDA_FACTORING_CHUNK = 16 << 20  # page-locked memory is slow to get, and the run takes seconds
 _CUDA_FACTORING_THREADS = 16  # they read, and wait for the GPU
+_CUDA_ADDING_THREADS = 4  # enough to keep the disk busy, and each takes pinned memory
 
 _MAX_THREADS = 1024
 
@@ -124,8 +126,13 @@ def plan_resources(
 
     factors = any(op_of(step).is_arithmetic for step in plan.steps)
     (where, *others), reason = resolve_devices(asked.device, is_arithmetic=factors)
+    on_gpu = where.type == "cuda"
+    streamed = 0 if factors or sample or on_gpu else plan.read_bytes
+    limits = replace(limits, executor=choose_executor(asked.executor, streamed=streamed))
     threads = limits.workers
-    if where.type == "cuda" and factors:
+    if on_gpu and not factors:
+        threads = limits.threads or min(threads, _CUDA_ADDING_THREADS)
+    elif on_gpu:
         threads = limits.threads or default_threads(_CUDA_FACTORING_THREADS)
         chunk_bytes = chunk_bytes or _CUDA_FACTORING_CHUNK
         block_elements = block_elements or _CUDA_FACTORING_CHUNK // 2
@@ -135,11 +142,11 @@ def plan_resources(
         threads=threads,
         chunk_bytes=chunk_bytes,
         limit=limits.memory,
-        executor=asked.executor,
+        executor=limits.executor,
     )
     run = RunOptions(
         where, memory.threads, memory.chunk_bytes, sample, asked.progress, block_elements,
-        allow_nonfinite, asked.executor, asked.ray_address, tuple(others),
+        allow_nonfinite, limits.executor, asked.ray_address, tuple(others),
     )  # fmt: skip
     return Resources(run, memory, str(where), reason)
 
@@ -157,14 +164,15 @@ class Limits:
 
     threads: int | None = None
     max_memory: str | int | None = None
-    executor: options.Executor = "threads"
+    executor: Name = "threads"
     address: str | None = None
 
     @classmethod
     def of(cls, asked: Workers) -> Limits:
         """What the options of a command allow."""
         if isinstance(asked, Crew):
-            return cls(asked.threads, asked.max_memory, asked.executor, asked.ray_address)
+            who = choose_executor(asked.executor)
+            return cls(asked.threads, asked.max_memory, who, asked.ray_address)
         return cls(asked.threads, asked.max_memory)
 
     def plan(self, needs: Iterable[int], *, kept: int = 0, hint: str = "") -> MemoryPlan:

@@ -12,7 +12,7 @@ import click
 
 from loratool.cli.render import format_bytes, format_seconds, is_terminal
 
-_PLAIN_EVERY_S = 5.0
+_PLAIN_EVERY_S, _BAR_EVERY_S = 5.0, 0.1
 
 Progress = Callable[[int, int], None]
 
@@ -45,24 +45,38 @@ def _bar() -> Iterator[Progress]:
         TimeRemainingColumn(elapsed_when_finished=True),
         console=Console(stderr=True),
         transient=True,
+        auto_refresh=False,  # its thread would stand in the way of copies of this process
     )
+    due = _Due(_BAR_EVERY_S)
     with bar:
         task = bar.add_task("", total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+        yield lambda done, total: bar.update(task, completed=done, total=total, refresh=due())
+
+
+class _Due:
+    """True once in a while."""
+
+    def __init__(self, every: float) -> None:
+        self._every, self._last = every, time.monotonic()
+
+    def __call__(self) -> bool:
+        now = time.monotonic()
+        if now - self._last < self._every:
+            return False
+        self._last = now
+        return True
 
 
 class _PlainLines:
     """One line every few seconds, for logs; short runs stay silent."""
 
     def __init__(self) -> None:
-        self._started = self._last = time.monotonic()
+        self._started, self._is_due = time.monotonic(), _Due(_PLAIN_EVERY_S)
 
     def __call__(self, done: int, total: int) -> None:
-        now = time.monotonic()
-        if now - self._last < _PLAIN_EVERY_S:
+        if not self._is_due():
             return
-        self._last = now
-        rate = done / (now - self._started)
+        rate = done / (time.monotonic() - self._started)
         left = f", {format_seconds((total - done) / rate)} left" if rate > 0 else ""
         click.echo(
             f"{format_bytes(done)} of {format_bytes(total)}, {format_bytes(rate)}/s{left}", err=True

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import re
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,10 +22,31 @@ _TORCH = 600 << 20
 """Address space of torch's libraries; some of them abort where it is not given to them."""
 
 
+def usable_cores() -> int:
+    """Cores that this process may run on."""
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return usable or 1
+
+
 def default_threads(most: int = 8) -> int:
     """Twice the usable cores, at most ``most``: while one worker waits another computes."""
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return min(most, 2 * (usable or 1))
+    return min(most, 2 * usable_cores())
+
+
+def default_processes(_address: str | None = None) -> int:
+    """One per core, at most 16."""
+    return min(16, usable_cores())
+
+
+def can_fork() -> bool:
+    """True where a copy of this process can work on: Linux, and nothing but this thread is in it.
+
+    A lock that another thread holds would stay held in the copy for ever; a GPU's context does not
+    survive there.
+    """
+    torch = sys.modules.get("torch")
+    in_use = torch is not None and torch.cuda.is_initialized()
+    return sys.platform == "linux" and threading.active_count() == 1 and not in_use
 
 
 def available_memory() -> int | None:

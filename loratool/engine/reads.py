@@ -14,7 +14,6 @@ from loratool.location import HubFile
 from loratool.plan import DeltaPart, Plan, Step
 from loratool.store.remote_spans import Range
 
-
 MOST_SAMPLED = 256
 """Tensors that a dry run looks into: more would tell little more, and large models have 100,000."""
 

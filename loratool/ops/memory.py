@@ -10,12 +10,16 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from loratool.engine import grid
+from loratool.engine.machine import can_fork
 from loratool.engine.rows import op_of, piece_bytes, result_bytes, step_bytes
 from loratool.errors import DiskError
 from loratool.plan import Plan
 
 TORCH_BYTES = {"cpu": 260_000_000, "cuda": 1_200_000_000}
 """Resident size of an interpreter with torch (CPU build; with a CUDA context)."""
+
+COPY_BYTES = 30_000_000
+"""What a copy of this process (fork) has for itself before it does anything."""
 
 MIN_CHUNK = 1 << 20
 
@@ -131,5 +135,7 @@ class _Needs:
 
 
 def _interpreters(device: str, workers: int, executor: str) -> int:
-    """With torch in each."""
+    """With torch in each; copies of a process share it."""
+    if executor == "processes" and can_fork():
+        return TORCH_BYTES[device] + COPY_BYTES * workers
     return TORCH_BYTES[device] * (1 if executor == "threads" else 1 + workers)

@@ -10,8 +10,8 @@ from loratool.options.words import Options, Words
 Place = str | Path
 Size = str | int
 Progress = Callable[[int, int], None]
+Executor = Literal["auto", "threads", "processes", "ray"]
 FloatType = Literal["auto", "float32", "bfloat16", "float16"]
-Executor = Literal["threads", "processes", "ray"]
 
 # ------------------------------------------------- options that go alone into several classes
 
@@ -181,8 +181,8 @@ class Workers(Options):
     """How much of the machine may be used."""
 
     threads: Annotated[int | None, Words(
-        "Workers. Default: twice the cores, at most 8 (16 beside a GPU that factors). Never "
-        "changes a result.", "Resources",
+        "Workers. Default: twice the cores, at most 8; 16 beside a GPU that factors, 4 beside one "
+        "that adds; processes as many as cores, at most 16. Never changes a result.", "Resources",
         metavar="N", form="whole",
     )] = None  # fmt: skip
     max_memory: Annotated[Size | None, Words(
@@ -196,8 +196,9 @@ class Crew(Workers):
 
     executor: Annotated[Executor, Words(
         "Who does the work: threads, processes of this machine, or tasks of a Ray cluster, whose "
-        "nodes all see inputs and output. Never changes a result.", "Resources",
-    )] = "threads"  # fmt: skip
+        "nodes all see inputs and output. Default: auto, processes where many cores have much to "
+        "stream. Never changes a result.", "Resources",
+    )] = "auto"  # fmt: skip
     ray_address: Annotated[str | None, Words(
         "Of the cluster. Default: the one that Ray finds, else one on this machine.", "Resources",
         metavar="HOST:PORT",

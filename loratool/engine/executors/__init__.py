@@ -11,9 +11,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 
-from loratool.engine.machine import default_threads
+from loratool.engine.machine import can_fork, default_threads, usable_cores
 from loratool.errors import UsageError
 from loratool.plan import Step
 from loratool.plugins import function_of
@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from loratool.engine.kernel import Env
     from loratool.engine.sink import StepOut
     from loratool.engine.step import Result
+
+
+_MUCH, _MANY_CORES = 1 << 30, 4
 
 
 class Row(NamedTuple):
@@ -37,9 +40,14 @@ class Row(NamedTuple):
     default: str = ""
 
 
+Name = Literal["auto", "threads", "processes", "ray"]
+"""What may be asked for."""
+
 EXECUTORS = {
     "threads": Row("loratool.engine.executors.threads:run"),
-    "processes": Row("loratool.engine.executors.processes:run"),
+    "processes": Row(
+        "loratool.engine.executors.processes:run", "loratool.engine.machine:default_processes"
+    ),
     "ray": Row("loratool.engine.executors.ray:run", "loratool.engine.executors.ray:processors"),
 }
 
@@ -84,6 +92,22 @@ class Executor(Protocol):
             desk: takes results.
             workers: how many at once.
         """
+
+
+def choose_executor(name: Name, *, streamed: int = 0) -> Name:
+    """What ``auto`` stands for.
+
+    Many threads wait for each other: each torch call takes the interpreter's lock anew.  Processes
+    that are copies of this one do not, and cost a few milliseconds.
+
+    Args:
+        name: of an executor, or ``auto``.
+        streamed: bytes that the plan reads and writes block by block, with arithmetic on the CPU.
+    """
+    if name != "auto":
+        return name
+    pays = streamed >= _MUCH and usable_cores() >= _MANY_CORES
+    return "processes" if pays and can_fork() else "threads"
 
 
 def find_executor(name: str, address: str | None = None) -> Executor:

@@ -10,15 +10,19 @@ import pickle
 import signal
 import threading
 from collections.abc import Iterator, Sequence
+from copy import copy
+from dataclasses import replace
 from multiprocessing import get_context, parent_process
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 
 import torch
 
+from loratool.engine.buffers import Pool, Scratch
 from loratool.engine.executors import Desk, Task
 from loratool.engine.executors.whole_steps import LostError, Order, carry_out, run_whole_steps
 from loratool.engine.kernel import Env
+from loratool.engine.machine import can_fork
 
 
 def run(env: Env, tasks: Iterator[Task], desk: Desk, workers: int) -> None:
@@ -74,9 +78,10 @@ class _Worker:
     """
 
     def __init__(self, env: Env) -> None:
-        context = get_context("spawn")  # never fork: torch has threads
+        is_copy = can_fork()  # torch is loaded there already
+        context = get_context("fork") if is_copy else get_context("spawn")
         self.pipe, other = context.Pipe()
-        self._process = context.Process(target=_serve, args=(other, env), daemon=True)
+        self._process = context.Process(target=_serve, args=(other, env, is_copy), daemon=True)
         self._process.start()
         other.close()  # the worker's end is the worker's alone: its death closes it
 
@@ -95,9 +100,14 @@ class _Worker:
         return self._process.exitcode
 
 
-def _serve(pipe: Connection, env: Env) -> None:
+def _serve(pipe: Connection, env: Env, is_copy: bool) -> None:
     """Do steps until the parent is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
+    if is_copy:
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, signal.SIG_DFL)
+        _let_go({pipe.fileno(), parent_process().sentinel})  # type: ignore[union-attr]
+        env = replace(env, reader=copy(env.reader), scratch=Scratch(), pool=Pool())
     threading.Thread(target=_follow, args=(parent_process(),), daemon=True).start()
     torch.set_num_threads(1)
     while True:
@@ -106,6 +116,17 @@ def _serve(pipe: Connection, env: Env) -> None:
         except (EOFError, OSError):
             return
         pipe.send_bytes(carry_out(order, env))
+
+
+def _let_go(kept: set[int]) -> None:
+    """Have no part in what the parent has open: its locks end with it, its pipes are its own.
+
+    The numbers stay taken, so that nothing of the parent's closes a file of this process's.
+    """
+    nothing = os.open(os.devnull, os.O_RDWR)
+    for number in map(int, os.listdir("/proc/self/fd")):
+        if number > 2 and number not in kept:
+            os.dup2(nothing, number)  # that of the listing itself is gone by now, and harmless
 
 
 def _follow(parent: BaseProcess | None) -> None:

@@ -98,6 +98,8 @@ def run_whole_steps(
                     again.append((task, attempt + 1))
                     continue
                 result = _opened(answer)
+                if (todo := _next(again, tasks)) is not None:  # before what may take long
+                    at_work[crew.begin(_order(env, todo[0]))] = todo
                 desk.advance(result.read)
                 desk.done(task, result)
     finally:
