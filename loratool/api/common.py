@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ from loratool import __version__
 from loratool.api.access import parse_size
 from loratool.dtypes import BY_WORD
 from loratool.engine.executors import Name, choose_executor
-from loratool.engine.rows import op_of, result_bytes, step_bytes
+from loratool.engine.rows import crowded_bytes, op_of, result_bytes, step_bytes
 from loratool.errors import UsageError, redact
 from loratool.ops.memory import MemoryPlan, plan_memory, plan_modules
 from loratool.options.groups import Crew, Run, Workers
@@ -111,8 +112,18 @@ def plan_resources(
     chunk_bytes: int | None = None,
     block_elements: int | None = None,
     allow_nonfinite: bool = False,
+    folder: Path | None = None,
 ) -> Resources:
     """Decide device, threads and buffers for a plan.
+
+    Args:
+        plan: what will run.
+        asked: what the user wants of it.
+        sample: only a few blocks are looked at.
+        chunk_bytes: bytes per piece; None = the device's default.
+        block_elements: of the grid; None = the device's default.
+        allow_nonfinite: NaN and infinity pass.
+        folder: where the output goes, whose disk decides if a GPU would help.
 
     Raises:
         UsageError: no such device, or a nonsensical number of threads.
@@ -120,15 +131,20 @@ def plan_resources(
     """
     limits = Limits.of(asked)
     limits.check_torch()
+    from loratool.engine.choice import gpu_pays
     from loratool.engine.device import resolve_devices
     from loratool.engine.machine import default_threads
     from loratool.engine.run import RunOptions
 
     factors = any(op_of(step).is_arithmetic for step in plan.steps)
-    (where, *others), reason = resolve_devices(asked.device, is_arithmetic=factors)
+    pays = partial(gpu_pays, plan, folder, limits.workers)
+    found, reason = resolve_devices(
+        asked.device, is_arithmetic=factors, pays=None if sample else pays
+    )
+    where, *others = found
     on_gpu = where.type == "cuda"
-    streamed = 0 if factors or sample or on_gpu else plan.read_bytes
-    limits = replace(limits, executor=choose_executor(asked.executor, streamed=streamed))
+    crowded = 0 if sample or on_gpu else crowded_bytes(plan)
+    limits = replace(limits, executor=choose_executor(asked.executor, crowded=crowded))
     threads = limits.workers
     if on_gpu and not factors:
         threads = limits.threads or min(threads, _CUDA_ADDING_THREADS)

@@ -81,7 +81,7 @@ def run_merge(asked: Merge, operation: Operation | None = None) -> MergeReport:
     resources_for = partial(
         plan_resources, asked=asked.take(Run), chunk_bytes=asked.chunk_bytes,
         block_elements=job.block_elements, sample=asked.dry_run,
-        allow_nonfinite=asked.allow_nonfinite,
+        allow_nonfinite=asked.allow_nonfinite, folder=Path(asked.output).absolute().parent,
     )  # fmt: skip
     resources = resources_for(job.merge.plan)
     undo = None if asked.save_undo is None else _plan_undo(asked, job, resources, resources_for)

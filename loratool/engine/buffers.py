@@ -58,11 +58,12 @@ class ByteBuffer:
         """
         need = nbytes + pad
         if need > len(self._view):
-            # page-locked memory begins on a page, and one byte above a power of two takes twice it
-            room = need if self._pinned else need + PAGE
-            raw = torch.empty(room, dtype=torch.uint8, pin_memory=self._pinned)
+            # page-locked memory mostly begins on a page, and comes in powers of two: none to spare
+            raw = torch.empty(need + PAGE * (not self._pinned), dtype=torch.uint8,
+                              pin_memory=self._pinned)  # fmt: skip
+            if raw.data_ptr() % PAGE and len(raw) == need:
+                raw = torch.empty(need + PAGE, dtype=torch.uint8, pin_memory=True)
             shift = -raw.data_ptr() % PAGE
-            assert shift + need <= room
             self._bytes = raw[shift : shift + need]
             self._view = memoryview(self._bytes.numpy())  # type: ignore[arg-type]
         return self._view[pad:need], self._bytes[pad:need]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -16,22 +16,28 @@ def resolve_device(text: str, *, is_arithmetic: bool) -> tuple[torch.device, str
     return devices[0], reason
 
 
-def resolve_devices(text: str, *, is_arithmetic: bool) -> tuple[tuple[torch.device, ...], str]:
+def resolve_devices(
+    text: str, *, is_arithmetic: bool, pays: Callable[[], tuple[bool, str]] | None = None
+) -> tuple[tuple[torch.device, ...], str]:
     """Turn ``auto``, ``cpu``, ``cuda``, ``cuda:1`` or ``cuda:0,1`` into devices and a reason.
 
     Args:
         text: what the user asked for.
         is_arithmetic: the plan spends its time on products and factorisations, not on the disk:
             ``auto`` then takes a GPU if there is one.
+        pays: otherwise asked, if there is one: whether ``auto`` should take it, and why.
 
     Raises:
         UsageError: unknown device, no such GPU, or GPUs of several models.
     """
+    reason = "factoring is arithmetic" if is_arithmetic else "asked for"
     if text == "auto":
-        if not is_arithmetic:
-            return (torch.device("cpu"),), "I/O-bound, a GPU would not help"
         if not torch.cuda.is_available():
             return (torch.device("cpu"),), "no GPU"
+        if not is_arithmetic:
+            wins, reason = pays() if pays else (False, "its time goes into reading")
+            if not wins:
+                return (torch.device("cpu"),), reason
         text = "cuda"
     name, _, places = text.partition(":")
     if name == "cpu" and not places:
@@ -60,7 +66,7 @@ def resolve_devices(text: str, *, is_arithmetic: bool) -> tuple[tuple[torch.devi
             got=", ".join(sorted(models)), hint=f"--device cuda:{numbers[0]}",
         )  # fmt: skip
     torch.cuda.init()  # type: ignore[no-untyped-call]
-    return devices, "factoring is arithmetic" if is_arithmetic else "asked for"
+    return devices, reason
 
 
 def batch_bytes(device: torch.device) -> int:

@@ -20,7 +20,7 @@ CPU_ELEMENTS = 1 << 19
 CUDA_ELEMENTS = 1 << 22
 """Elements in a block on a GPU: enough work for one launch."""
 
-CPU_CHUNK_BYTES = 4 << 20
+CPU_CHUNK_BYTES = 8 << 20
 """Bytes read and written in one piece on the CPU."""
 
 CUDA_CHUNK_BYTES = 8 << 20

@@ -15,7 +15,7 @@ from loratool.engine import module_memory as modules
 from loratool.engine import step_args as takes
 from loratool.engine import step_memory as memory
 from loratool.errors import BugError
-from loratool.plan import Step
+from loratool.plan import Plan, Step
 
 
 @dataclass(frozen=True)
@@ -134,6 +134,15 @@ def args_of(step: Step) -> Any:
         BugError: LT-002, LT-003.
     """
     return takes.typed(step.args, op_of(step).args, step.op)
+
+
+def crowded_bytes(plan: Plan) -> int:
+    """Input of the steps whose kernels make many small calls for each block."""
+    return sum(
+        sum(source.nbytes for source in step.inputs)
+        for step in plan.steps
+        if step.args and isinstance(args := args_of(step), takes.SumArgs) and args.is_fine_grained
+    )
 
 
 def piece_bytes(step: Step, chunk: int, elements: int) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -82,6 +83,12 @@ class Lane:
         self.output = ByteBuffer(pinned=self.is_cuda)
         self._inputs: list[ByteBuffer] = []
 
+    def at_work(self) -> AbstractContextManager[Any]:
+        """Its stream is the current one; a lane of the CPU never wakes a GPU up."""
+        if self.stream is None:
+            return nullcontext()
+        return torch.cuda.stream(self.stream)
+
     def input(self, position: int) -> ByteBuffer:
         """The buffer for an input."""
         while len(self._inputs) <= position:
@@ -115,7 +122,7 @@ class StepWork:
         """Do a piece; returns the bytes read.  The first one loads what all of them need."""
         if self._kernel is None:
             return self._copy(lane, piece)
-        with torch.cuda.stream(lane.stream):
+        with lane.at_work():
             if not self._is_ready:
                 self._make_ready(lane, self._kernel)
             return self._compute(lane, self._kernel, piece)

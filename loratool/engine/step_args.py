@@ -43,6 +43,11 @@ class SumArgs:
     scale: float = 1.0
     anchor: int = 0
 
+    @property
+    def is_fine_grained(self) -> bool:
+        """Blocks take many small calls: exact and random rounding, methods."""
+        return self.rounding != "nearest" or self.method is not None
+
 
 @dataclass(frozen=True)
 class RequantizeArgs(SumArgs):

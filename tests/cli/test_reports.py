@@ -27,7 +27,7 @@ def merge_report(**changes: Any) -> MergeReport:
         "output": "merged", "adapters": ({"label": "style", "weight": 0.8},), "base": "b",
         "base_label": "Qwen/Qwen3-8B@b968826", "changed": 253, "copied": 146, "cast": 0,
         "created": 0, "skipped": (), "rule": "exact", "device": "cpu",
-        "device_reason": "I/O-bound, a GPU would not help", "dtype": "bfloat16", "shards": 5,
+        "device_reason": "no GPU", "dtype": "bfloat16", "shards": 5,
         "output_bytes": 16_400_000_000, "peak_memory_bytes": 410_000_000, "seconds": 12.3,
         "modules": (loss("a"), loss("layers.3.k_proj", lost=0.31)), "total": loss("all"),
     }  # fmt: skip

@@ -8,11 +8,13 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import loratool as lt
 from loratool import wire
@@ -22,6 +24,7 @@ from loratool.engine.executors import find_executor, processes
 from loratool.engine.executors.whole_steps import Order
 from loratool.engine.kernel import Env
 from loratool.engine.run import execute
+from loratool.engine.step import StepWork
 from loratool.errors import BugError, DiskError, NumericError, UsageError
 from loratool.plan import Plan
 from loratool.store import reader
@@ -167,6 +170,7 @@ class Hanging(FileReader):
 
 HANGS = """
 import sys
+import threading
 import loratool as lt
 from loratool.store import reader
 from tests.unit.test_executors import Hanging
@@ -285,3 +289,31 @@ def kill_at(monkeypatch: pytest.MonkeyPatch, times: dict[int, int]) -> list[int]
 
     monkeypatch.setattr(processes._Worker, "begin", kill)
     return killed
+
+
+@pytest.mark.parametrize("full", [1, 3, 4])
+def test_a_full_gpu_has_fewer_threads(
+    full: int, inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So many of four find no memory, and leave their pieces to the others; not the last one."""
+    call("merge", inputs, tmp_path / "want")
+    real, left, lock = StepWork.process, [full], threading.Lock()
+
+    def process(self: StepWork, *given: Any) -> int:
+        with lock:
+            left[0] -= 1
+            is_full = left[0] >= 0
+        if is_full:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB")
+        return real(self, *given)
+
+    monkeypatch.setattr(StepWork, "process", process)
+    two: Any = {"output": tmp_path / "out", "threads": 4, "executor": "threads"}
+    adapters = [inputs / "a1", f"{inputs / 'a2'}:0.5"]
+    if full < 4:
+        lt.merge(adapters, base=inputs / "base", **two)
+        assert contents(tmp_path / "out") == contents(tmp_path / "want")
+        return
+    left[0] = 1 << 30
+    with pytest.raises(DiskError, match="memory is full"):
+        lt.merge(adapters, base=inputs / "base", **two)

@@ -94,19 +94,19 @@ class Executor(Protocol):
         """
 
 
-def choose_executor(name: Name, *, streamed: int = 0) -> Name:
+def choose_executor(name: Name, *, crowded: int = 0) -> Name:
     """What ``auto`` stands for.
 
-    Many threads wait for each other: each torch call takes the interpreter's lock anew.  Processes
-    that are copies of this one do not, and cost a few milliseconds.
+    Threads wait for each other where a kernel makes many small calls, each of which takes the
+    interpreter's lock anew.  Copies of this process do not; they cost some milliseconds.
 
     Args:
         name: of an executor, or ``auto``.
-        streamed: bytes that the plan reads and writes block by block, with arithmetic on the CPU.
+        crowded: bytes of input of such steps of the plan.
     """
     if name != "auto":
         return name
-    pays = streamed >= _MUCH and usable_cores() >= _MANY_CORES
+    pays = crowded >= _MUCH and usable_cores() >= _MANY_CORES
     return "processes" if pays and can_fork() else "threads"
 
 

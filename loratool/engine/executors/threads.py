@@ -17,12 +17,13 @@ from loratool.engine.executors import Desk, Task
 from loratool.engine.kernel import Env
 from loratool.engine.step import Lane, Result, StepWork
 from loratool.engine.workers import run_workers
+from loratool.errors import DiskError
 
 
 def run(env: Env, tasks: Iterator[Task], desk: Desk, workers: int) -> None:
     """See `loratool.engine.executors.Executor`."""
-    steps = _Steps(tasks, desk)
     envs = [env, *(replace(env, device=device, others=()) for device in env.others)]
+    steps = _Steps(tasks, desk, {one.device: workers for one in envs})
     turns = itertools.cycle(envs)
 
     def loop(stop: threading.Event) -> None:
@@ -34,7 +35,15 @@ def run(env: Env, tasks: Iterator[Task], desk: Desk, workers: int) -> None:
             if found is None:
                 return
             mine, blocks = found
-            run_piece(lane, mine, blocks, desk)
+            try:
+                run_piece(lane, mine, blocks, desk)
+            except torch.OutOfMemoryError as error:  # of a GPU: fewer threads take less of it
+                if steps.leave(mine, blocks):
+                    return
+                raise DiskError(
+                    "LT-619", "the GPU's memory is full", key=mine.task.step.output.name,
+                    got=str(error).partition(". ")[0], hint="--device cpu",
+                ) from error  # fmt: skip
 
     run_workers(workers * len(envs), loop, desk.release)
 
@@ -67,10 +76,22 @@ class _Steps:
     Threads that keep to their own steps do not wait for each other's factors and results.
     """
 
-    def __init__(self, tasks: Iterator[Task], desk: Desk) -> None:
+    def __init__(self, tasks: Iterator[Task], desk: Desk, at_work: dict[torch.device, int]) -> None:
         self._tasks, self._desk = tasks, desk
         self._begun: list[_Begun] = []  # those with pieces left
+        self._at_work = at_work
         self._lock = threading.RLock()  # tasks are made, and empty ones finish, under it
+
+    def leave(self, step: _Begun, blocks: list[grid.Block]) -> bool:
+        """A thread ends, its piece undone; False if no other one would do that."""
+        with self._lock:
+            if self._at_work[step.device] == 1:
+                return False
+            self._at_work[step.device] -= 1
+            if not step.left:
+                self._begun.append(step)
+            step.left.append(blocks)
+            return True
 
     def next(self, env: Env, mine: _Begun | None) -> tuple[_Begun, list[grid.Block]] | None:
         """A piece, and whose it is; None if there is none left for this device."""
@@ -78,6 +99,7 @@ class _Steps:
             step = mine if mine is not None and mine.left else None
             step = step or self._begin(env) or self._longest(env.device)
             if step is None:
+                self._at_work[env.device] -= 1
                 return None
             blocks = step.left.pop()
             if not step.left:

@@ -82,10 +82,15 @@ def run_whole_steps(
     """
     at_work: dict[Job, tuple[Task, int]] = {}
     again: deque[tuple[Task, int]] = deque()
+    finished: deque[tuple[Task, Result]] = deque()
     try:
         while True:
             while len(at_work) < workers and (todo := _next(again, tasks)) is not None:
                 at_work[crew.begin(_order(env, todo[0]))] = todo
+            while finished:  # after the new orders: a file may have to be completed
+                task, result = finished.popleft()
+                desk.advance(result.read)
+                desk.done(task, result)
             if not at_work:
                 return
             for job in crew.wait(list(at_work)):
@@ -97,11 +102,7 @@ def run_whole_steps(
                         raise _too_many(task, attempt, loss) from None
                     again.append((task, attempt + 1))
                     continue
-                result = _opened(answer)
-                if (todo := _next(again, tasks)) is not None:  # before what may take long
-                    at_work[crew.begin(_order(env, todo[0]))] = todo
-                desk.advance(result.read)
-                desk.done(task, result)
+                finished.append((task, _opened(answer)))
     finally:
         crew.stop()
         desk.release()

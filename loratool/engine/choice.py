@@ -1,0 +1,158 @@
+"""Whether a GPU pays for a plan that streams: measured on this machine, not guessed."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from loratool.dtypes import DTYPES
+from loratool.engine import grid
+from loratool.engine.buffers import ByteBuffer
+from loratool.engine.device import exact_arithmetic
+from loratool.engine.kernel import Env
+from loratool.engine.machine import usable_cores
+from loratool.engine.rows import op_of
+from loratool.engine.step import Lane, StepWork
+from loratool.location import HubFile
+from loratool.plan import Plan, Step
+from loratool.store.checksum import Piece
+from loratool.store.reader import FileReader
+
+_MOVING = 0.3e-9  # seconds of a core for a byte: its checksum, the write past the page cache
+_START_S = 2.5  # of a GPU: its context and libraries
+_LANES = 4
+_GAIN = 1.15  # a GPU must be this much faster
+_PROBE_BYTES, _PROBE_PIECE = 64 << 20, 8 << 20
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Bytes per second.
+
+    Attributes:
+        cpu: that all cores read, sum and write, if the disk lets them.
+        disk: that the output's disk takes; None if that was not to be measured.
+        gpu: that the GPU sums, and the cores beside it read and write.
+    """
+
+    cpu: float
+    disk: float | None = None
+    gpu: float | None = None
+
+
+def gpu_pays(plan: Plan, folder: Path | None, workers: int) -> tuple[bool, str]:
+    """Whether a GPU is the faster one for the sums of a plan, and why, in words with numbers.
+
+    Args:
+        plan: that streams; there is a GPU.
+        folder: where the output goes.
+        workers: that the CPU would have.
+    """
+    step = _heaviest(plan)
+    if step is None:
+        return False, "nothing to compute"
+    cores = min(workers, usable_cores())
+    seconds = _trial(step, torch.device("cpu"))
+    rates = Rates(cores / (seconds + _MOVING))
+    if plan.read_bytes / rates.cpu <= _START_S:
+        return decide(rates, plan.read_bytes, cores)
+    rates = replace(rates, disk=write_rate(folder) if folder else None)
+    if rates.disk is None or rates.cpu < rates.disk * _GAIN:
+        seconds = _trial(step, torch.device("cuda", 0))
+        rates = replace(rates, gpu=min(1 / seconds, min(_LANES, cores) / _MOVING))
+    return decide(rates, plan.read_bytes, cores)
+
+
+def decide(rates: Rates, nbytes: int, cores: int) -> tuple[bool, str]:
+    """What rates say.
+
+    Args:
+        rates: measured; those that could change nothing may be missing.
+        nbytes: to be read.
+        cores: behind the rate of the CPU.
+    """
+    here = f"{cores} {'core' if cores == 1 else 'cores'}"
+    cpu = f"{here} sum {_spell(rates.cpu)}"
+    if nbytes / rates.cpu <= _START_S:
+        return False, f"{here} need {nbytes / rates.cpu:.1f} s, less than a GPU takes to start"
+    if rates.gpu is None:
+        disk = "" if rates.disk is None else f", the disk takes {_spell(rates.disk)}"
+        return False, f"{cpu}{disk}: a GPU would not help"
+    most = rates.disk or rates.gpu
+    on_cpu, on_gpu = min(rates.cpu, most), min(rates.gpu, most)
+    wins = nbytes / on_gpu + _START_S < nbytes / on_cpu / _GAIN
+    disk = "" if rates.disk is None else f"; the disk takes {_spell(rates.disk)}"
+    return wins, f"{cpu}, the GPU {_spell(rates.gpu)}{disk}"
+
+
+def _spell(rate: float) -> str:
+    return f"{rate / 1e9:.1f} GB/s"
+
+
+def write_rate(folder: Path) -> float | None:
+    """Bytes per second that a nameless file there takes, written past the page cache if it can be.
+
+    None where there are no such files.
+    """
+    flags = getattr(os, "O_TMPFILE", 0)
+    if not flags:
+        return None
+    piece, raw = ByteBuffer().take(_PROBE_PIECE)
+    raw.random_(generator=torch.Generator().manual_seed(0))  # not to be packed by the file system
+    for more in (getattr(os, "O_DIRECT", 0), 0):
+        with contextlib.suppress(OSError):
+            file = os.open(folder, flags | os.O_WRONLY | more, 0o600)
+            try:
+                start = time.perf_counter()
+                for at in range(0, _PROBE_BYTES, _PROBE_PIECE):
+                    os.pwrite(file, piece, at)
+                os.fsync(file)
+                return _PROBE_BYTES / (time.perf_counter() - start)
+            finally:
+                os.close(file)
+    return None
+
+
+class _Nowhere:
+    """Takes what a trial makes."""
+
+    start = 0
+
+    def put(self, offset: int, data: memoryview, aligned: bool) -> None:
+        """Drop it."""
+
+    def pieces(self) -> tuple[Piece, ...]:
+        """None."""
+        return ()
+
+
+def _heaviest(plan: Plan) -> Step | None:
+    """The largest tensor that changes go into, block by block."""
+    summed = [
+        step for step in plan.steps
+        if step.parts and op_of(step).kernel and not op_of(step).is_module
+        and not any(isinstance(ref.file, HubFile) for ref in step.refs())
+    ]  # fmt: skip
+    return max(summed, key=lambda step: step.view[0] * step.view[1], default=None)
+
+
+def _trial(step: Step, device: torch.device) -> float:
+    """Seconds for a byte of a step's first piece, read from memory: the best of two runs."""
+    on_cpu = device.type == "cpu"
+    elements = grid.CPU_ELEMENTS if on_cpu else grid.CUDA_ELEMENTS
+    chunk = grid.CPU_CHUNK_BYTES if on_cpu else grid.CUDA_CHUNK_BYTES
+    with FileReader() as reader, exact_arithmetic():
+        work = StepWork(step, Env(reader, device, elements, chunk=chunk), _Nowhere())
+        lane, piece = Lane(device), work.pieces[0]
+        times = []
+        for _ in range(3):  # the first one loads the factors, and what the kernel needs
+            start = time.perf_counter()
+            work.process(lane, piece)
+            times.append(time.perf_counter() - start)
+    size = DTYPES[step.inputs[0].dtype].bits / 8
+    return min(times) / (size * sum(block.numel for block in piece))
