@@ -52,7 +52,8 @@ def test_trials_of_a_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         return gpu_pays(*given)  # type: ignore[arg-type]
 
     monkeypatch.setattr(choice, "gpu_pays", asked)
-    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    answers = iter([True])  # to the one question
+    monkeypatch.setattr("torch.cuda.is_available", lambda: next(answers, False))
     report = lt.merge([tmp_path / "a"], base=tmp_path / "base", output=tmp_path / "out")
     assert report.device == "cpu"
     assert "less than a GPU takes to start" in report.device_reason
