@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 TEST_ENV := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive HF_HUB_OFFLINE=1
 WORKERS ?= 2
 
-.PHONY: demo test test-hub-old test-olah lint types test-slow test-gpu faults fuzz bench clean
+.PHONY: demo test test-hub-old test-olah lint types test-slow test-gpu faults fuzz bench bench-gpu clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -54,8 +54,28 @@ faults: $(VENV)/.tested
 	$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) -rs $(addprefix tests/faults/test_,\
 		sweep.py order.py surroundings.py kills.py disk.py mutations.py patch_tables.py)
 
+# benchmarks/README.md: what is measured; models and outputs go to BENCH_WORK.
+BENCH_WORK ?= /tmp/loratool-bench
+BENCH = $(BIN)/python -m benchmarks.$(1) --work $(BENCH_WORK) --json benchmarks/results/$(2).json
+
 bench: $(VENV)/.tested
-	$(BIN)/python benchmarks/merge.py
+	$(call BENCH,startup,cpu-startup)
+	$(call BENCH,kernel,cpu-kernel) --exact
+	$(call BENCH,merge,cpu-merge)
+	$(call BENCH,exact,cpu-exact) --layers 4
+	$(call BENCH,extract,cpu-extract) --layers 2 --naive --reps 3
+	$(call BENCH,compress,cpu-compress) --reps 3
+	$(call BENCH,combine,cpu-combine) --reps 3
+	$(BIN)/python -m benchmarks.table
+
+bench-gpu: $(VENV)/.tested
+	$(call BENCH,merge,gpu-merge) --size 8b --device cpu --device cuda --device auto --reps 3
+	$(call BENCH,exact,gpu-exact) --size 8b --layers 8 --device cpu --device cuda --reps 3
+	$(call BENCH,kernel,gpu-kernel) --reps 3
+	$(call BENCH,extract,gpu-extract) --size 8b --device cuda --auto --reps 3
+	$(call BENCH,ties,gpu-ties) --device cpu --device cuda --threads 16 --reps 3
+	$(call BENCH,gpus,gpu-gpus) --extract --reps 3
+	$(BIN)/python -m benchmarks.table
 
 clean:
 	rm -rf $(VENV) demo-out build dist .mypy_cache .ruff_cache .hypothesis

@@ -31,7 +31,9 @@ from benchmarks import table
 from benchmarks.timed import sync_tree
 
 ROOT = Path(__file__).parents[1]
-THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+NOT_PASSED = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS",
+              "PYTHONDONTWRITEBYTECODE")  # fmt: skip
+"""Variables that would handicap some of the cases."""
 PACKAGES = ("torch", "numpy", "safetensors", "peft", "transformers", "mergekit")
 
 
@@ -154,7 +156,7 @@ def measure(case: Case, *, keep: bool = False) -> dict[str, float]:
         RuntimeError: it failed.
     """
     clear(case.output)
-    env = {k: v for k, v in os.environ.items() if k not in THREADS}
+    env = {k: v for k, v in os.environ.items() if k not in NOT_PASSED}
     env |= {"PYTHONPATH": os.pathsep.join([str(ROOT), env.get("PYTHONPATH", "")]),
             "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", **case.env}  # fmt: skip
     with tempfile.TemporaryFile() as said, tempfile.TemporaryFile() as errors:
