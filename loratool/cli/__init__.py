@@ -28,7 +28,7 @@ def main(argv: "Sequence[str] | None" = None) -> "NoReturn":
         signals.settle(code)
     except (KeyboardInterrupt, signals.Terminated) as error:
         code = _with_streams(_report, args, error)
-    signals.leave(code)
+    signals.leave(code, at_once=argv is None)
 
 
 def _with_streams(work: "Callable[..., int]", *args: object) -> int:
