@@ -4,10 +4,13 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 # Small factorisations spin at OpenMP barriers; one thread per test worker is faster on few cores.
-TEST_ENV := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive HF_HUB_OFFLINE=1
+# Hundreds of tests start a program: it must find its modules compiled, whatever the shell says.
+TEST_ENV := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive HF_HUB_OFFLINE=1 PYTHONDONTWRITEBYTECODE=
+# Neighbours stay on one worker, which shares what they need; who is done first takes from the other.
 WORKERS ?= 2
+SHARED := -n $(WORKERS) --dist worksteal
 
-.PHONY: demo test test-hub-old test-olah lint types test-slow test-gpu faults fuzz bench bench-gpu clean
+.PHONY: demo test compiled test-hub-old test-olah lint types test-slow test-gpu faults fuzz bench bench-gpu clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -34,8 +37,11 @@ lint: $(VENV)/.tested
 types: $(VENV)/.tested
 	$(BIN)/mypy
 
-test: lint types
-	$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) -m "not slow and not gpu"
+test: lint types compiled
+	$(TEST_ENV) $(BIN)/python -m pytest $(SHARED) -m "not slow and not gpu"
+
+compiled: $(VENV)/.tested
+	$(BIN)/python -m compileall -q loratool tests benchmarks
 
 test-slow: $(VENV)/.tested
 	$(TEST_ENV) $(BIN)/python -m pytest -m "slow"

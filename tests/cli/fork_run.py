@@ -12,13 +12,8 @@ import sys
 import traceback
 from pathlib import Path
 
-import torch  # noqa: F401 - loaded once, not in each of hundreds of processes
-
-import loratool as lt
 from loratool import cli
-from loratool.cli import failures  # noqa: F401
-
-FUNCTIONS = [getattr(lt, name) for name in lt.__all__]  # imported, before the first fork
+from tests.faults.server import import_everything
 
 
 def take(descriptor: int, state: str, text: Path) -> None:
@@ -64,6 +59,7 @@ def run(case: dict[str, object], texts: tuple[Path, Path]) -> dict[str, object]:
 
 if __name__ == "__main__":
     cases, results = map(Path, sys.argv[1:])
+    import_everything()  # once, not in each of hundreds of processes
     beside = (results.with_suffix(".out"), results.with_suffix(".err"))
     found = [run(case, beside) for case in json.loads(cases.read_text())]
     results.write_text(json.dumps(found))

@@ -8,11 +8,13 @@ from typing import ClassVar
 
 import pytest
 
-from loratool import report as r
+from loratool.report.base import Loads, Report
+from loratool.report.extract import ExtractedModule, ExtractReport, group_families
+from loratool.report.merge import VerifyReport
 
 
 @dataclass(frozen=True)
-class _Example(r.Report):
+class _Example(Report):
     command: ClassVar[str] = "example"
     value: object
 
@@ -24,7 +26,7 @@ def test_envelope_comes_first():
 
 
 def test_plain_types_only():
-    odd = {8: (Path("a") / "b", math.nan, math.inf, 0.5), "loads": r.Loads("vLLM", "no", ("DoRA",))}
+    odd = {8: (Path("a") / "b", math.nan, math.inf, 0.5), "loads": Loads("vLLM", "no", ("DoRA",))}
     found = _Example(odd).to_json()["value"]
     assert found == {
         "8": [str(Path("a") / "b"), None, None, 0.5],
@@ -40,11 +42,11 @@ def test_plain_types_only():
 
 
 def _module(name, family, norm, error):
-    return r.ExtractedModule(name, family, (4, 4), 2, norm, 1 - error**2, error)
+    return ExtractedModule(name, family, (4, 4), 2, norm, 1 - error**2, error)
 
 
 def test_families_weigh_by_norm():
-    families = r.group_families(
+    families = group_families(
         [
             _module("0.q", "q", 3.0, 0.0),
             _module("1.q", "q", 4.0, 1.0),
@@ -59,7 +61,7 @@ def test_families_weigh_by_norm():
 
 
 def test_extract_report_names_its_tuples():
-    report = r.ExtractReport(
+    report = ExtractReport(
         output="o", tuned="t", base="b", rank=2, modules=(_module("0.q", "q", 1.0, 0.1),),
         kept=(("n.weight", 8),), left_out=(("e.weight", (9, 4), 144, 0.5),), identical=3,
         buffers=(), captured_energy=0.99, relative_error=0.1, total_relative_error=0.2,
@@ -77,5 +79,5 @@ def test_extract_report_names_its_tuples():
     ("verdict", "ok"), [("identical", True), ("rounding", True), ("differs", False)]
 )
 def test_verify_is_ok_unless_it_differs(verdict, ok):
-    report = r.VerifyReport("m", "b", verdict, 1, 1, 0, (), (), (), 0.1)
+    report = VerifyReport("m", "b", verdict, 1, 1, 0, (), (), (), 0.1)
     assert report.ok is ok and report.to_json()["ok"] is ok
