@@ -219,7 +219,7 @@ def _run(
     todo: list[int] = []
     for number, step in enumerate(grouped.steps):
         earlier = journal.take(step)
-        if earlier is None:
+        if earlier is None or len(earlier) != len(positions[number]):  # another GPU's batches
             todo.append(number)
         else:
             found |= dict(zip(positions[number], earlier, strict=True))

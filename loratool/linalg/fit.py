@@ -20,7 +20,8 @@ AUTO_CAP = 256
 AUTO_ENERGY = 0.99
 """Share of what lies above the noise that is kept where the cap bites."""
 
-_FIRST_STAGE = {"cpu": 16, "cuda": 64}  # looked at ranks: 16, 64, 128, 256 …
+# Looked at ranks: 16, 64, 128, 256 …; a GPU goes at once beyond 64 and 128, where ranks often lie.
+_FIRST_STAGES = {"cpu": (16,), "cuda": (80, 16)}
 _LAST_FAST_STAGE = 64
 _LOOSE = 1e-3  # tolerance where what comes last is noise, and is cut off
 _BLOCK_ROWS = 1024  # of residuals: bounds the scratch
@@ -170,8 +171,10 @@ def fit(modules: torch.Tensor, how: Fitting) -> list[tuple[Factors, Choice]]:
         limit = min(short, rule.rank or short, cap + 1)
     wanted = range(count) if how.wanted is None else how.wanted
     done: dict[int, tuple[Factors, Choice]] = {}
-    first = _FIRST_STAGE[modules.device.type]
-    stage = limit if how.exact or not how.needs_spectrum else min(limit, first)
+    stage = limit
+    if how.needs_spectrum and not how.exact:
+        stages = _FIRST_STAGES[modules.device.type]
+        stage = next((s for s in stages if s < limit and is_worthwhile(modules.shape, s)), limit)
     if stage == short and not how.needs_spectrum and not how.is_sliceable:
         return [(_whole(modules[i]), Choice(short)) for i in wanted]
     while open_ := [i for i in wanted if i not in done]:
