@@ -249,7 +249,7 @@ _ATOMS = (str, int, float, bool)
 
 
 @cache
-def _fields(kind: type) -> tuple[str, ...]:
+def _fields(kind: Any) -> tuple[str, ...]:
     """Names of the fields of a dataclass; none of anything else."""
     return tuple(f.name for f in dataclasses.fields(kind)) if dataclasses.is_dataclass(kind) else ()
 
@@ -273,7 +273,8 @@ def _plain(value: Any, made: dict[TensorSpec, Any]) -> Any:
         if value not in made:
             made[value] = {"name": value.name, "dtype": value.dtype, "shape": list(value.shape)}
         return made[value]
-    if names := _fields(type(value)):
+    kind: Any = type(value)  # classes are hashable, which type checkers doubt
+    if names := _fields(kind):
         return {name: _plain(getattr(value, name), made) for name in names}
     if isinstance(value, Mapping):
         return {str(k): _plain(v, made) for k, v in value.items()}

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -264,6 +266,18 @@ class Limits:
 
         limit = parse_size(self.max_memory)
         return available_memory() if limit is None and self.address is None else limit
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """A block that makes a great many objects, none in a circle: looking for those takes long."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 def run_id(plan: Plan, device: str) -> str:

@@ -18,6 +18,7 @@ from loratool.api.common import (
     plan_resources,
     rounding_args,
     run_id,
+    uncollected,
 )
 from loratool.api.merge_job import MergeJob, MergeRequest, Operation, prepare_merge
 from loratool.api.merge_report import merge_report, plain_result
@@ -77,7 +78,8 @@ def run_merge(asked: Merge, operation: Operation | None = None) -> MergeReport:
         operation: what the engine is used for; None = adapters are put in.
     """
     started = time.monotonic()
-    job = _prepare(asked, operation or Operation())
+    with uncollected():
+        job = _prepare(asked, operation or Operation())
     resources_for = partial(
         plan_resources, asked=asked.take(Run), chunk_bytes=asked.chunk_bytes,
         block_elements=job.block_elements, sample=asked.dry_run,
@@ -94,9 +96,10 @@ def run_merge(asked: Merge, operation: Operation | None = None) -> MergeReport:
             job, resources, before_commit, force=asked.force, restart=asked.restart,
             series=asked.series,
         )  # fmt: skip
-    report = merge_report(
-        job, resources, results, run_notes, dry_run=asked.dry_run, started=started
-    )
+    with uncollected():
+        report = merge_report(
+            job, resources, results, run_notes, dry_run=asked.dry_run, started=started
+        )
     if undo is None:
         return report
     size = 0 if asked.dry_run else undo.job.path.stat().st_size

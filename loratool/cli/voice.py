@@ -49,8 +49,7 @@ class Voice:
             result: what ``-q`` prints instead of ``lines``; None = the lines.
         """
         if self.as_json:
-            text = dump_json(report.to_json(), indent=is_terminal())
-            click.echo(text.encode("ascii"))  # as bytes it is not copied again and again
+            print(dump_json(report.to_json(), indent=is_terminal()))  # click would copy it thrice
             return
         for text in lines if result is None or not self.quiet else result:
             click.echo(text)

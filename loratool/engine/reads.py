@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from itertools import accumulate
 
 from loratool.adapter import DeltaSpec, Source, TensorRef
 from loratool.dtypes import DTYPES
@@ -14,8 +15,11 @@ from loratool.location import HubFile
 from loratool.plan import DeltaPart, Plan, Step
 from loratool.store.remote_spans import Range
 
-MOST_SAMPLED = 256
+MOST_SAMPLED, FEWEST_SAMPLED = 256, 8
 """Tensors that a dry run looks into: more would tell little more, and large models have 100,000."""
+
+MOST_CHANGES = 4096
+"""Changes, of all adapters, that it loads for that."""
 
 
 def cut_step(step: Step, *, elements: int, chunk: int, sample: bool) -> list[list[grid.Block]]:
@@ -49,13 +53,14 @@ def cut_step(step: Step, *, elements: int, chunk: int, sample: bool) -> list[lis
 def sampled_steps(plan: Plan) -> list[int]:
     """The steps that a dry run looks into: all that change something, of very many a few.
 
-    Which of many is decided by their names, so that neither layers nor kinds of module are favoured.
+    Which of many is decided by their names, so that no layer and no kind of module is favoured.
     """
     found = [n for n, step in enumerate(plan.steps) if op_of(step).is_sampled and all(step.view)]
-    if len(found) <= MOST_SAMPLED:
-        return found
     drawn = {n: hashlib.sha256(plan.steps[n].output.name.encode()).digest() for n in found}
-    return sorted(sorted(found, key=drawn.__getitem__)[:MOST_SAMPLED])
+    found.sort(key=drawn.__getitem__)
+    changes = accumulate(len(plan.steps[n].parts) for n in found)
+    enough = sum(count <= MOST_CHANGES for count in changes)
+    return sorted(found[: min(MOST_SAMPLED, max(enough, FEWEST_SAMPLED))])
 
 
 def sampled_bytes(plan: Plan, *, elements: int) -> int:

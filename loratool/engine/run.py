@@ -135,9 +135,8 @@ class _Run:
         self._plan, self._sink, self._take = plan, sink, take
         self._progress = options.progress
         self._lock = threading.RLock()
-        total = (
-            sampled_bytes(plan, elements=options.elements) if options.sample else plan.read_bytes
-        )
+        elements = options.elements
+        total = sampled_bytes(plan, elements=elements) if options.sample else plan.read_bytes
         self._done_bytes, self._total_bytes = 0, max(1, total)
 
     def tasks(self) -> Iterator[Task]:
