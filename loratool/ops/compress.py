@@ -148,7 +148,7 @@ def plan_compress(
         tuple(_storage_dtype(stored[s.name]) for s in specs),
         tuple(2.0 if _mha_of(s) in mhas else 1.0 for s in specs),
         biases,
-        frozenset(s.name for s in specs if s.base_change != stored[s.name].base_change),
+        frozenset(s.name for s in specs if s.reach != "all" == stored[s.name].reach),
         turned,
     )
 
@@ -238,8 +238,8 @@ def _check(adapter: Adapter) -> None:
 
     dora = [s for s in adapter.specs if s.scales_rows]
     refuse("LT-449", "DoRA rescales the sum of base and delta: no ΔW of its own to truncate", dora)
-    moved = [s for s in adapter.specs if s.base_change]
-    kinds = list_some({s.base_change for s in moved})
+    moved = [s for s in adapter.specs if s.reach == "all"]
+    kinds = list_some({s.title for s in moved})
     refuse("LT-497", f"{kinds} starts from a changed base: its ΔW is not lora_B @ lora_A", moved)
     grouped = [s for s in adapter.specs if is_grouped(s)]
     refuse("LT-498", "factors of a grouped convolution are not multiplied as matrices", grouped,

@@ -31,7 +31,7 @@ def _is_same(first: Found, second: Found) -> bool:
 
 def _is_same_delta(first: DeltaSpec, second: DeltaSpec) -> bool:
     """Factors of an embedding make the transpose of what those of a linear layer make."""
-    kinds = {(s.kind, s.scaling, s.base_change, s.blocks) for s in (first, second)}
+    kinds = {(s.kind, s.scaling, s.title, s.blocks) for s in (first, second)}
     if len(kinds) > 1 or not first.row.has_factors or set(first.fields) != set(second.fields):
         return False
     if first.layout == second.layout:
