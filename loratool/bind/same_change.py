@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from loratool.adapter import DeltaSpec, Source
+from loratool.bind.items import Found
 from loratool.delta.forms import is_transposed
-from loratool.ops.bind_types import Found
 from loratool.store.reader import have_same_bytes, read_bytes
 
 # Bytes of an element -> how its bits are compared.
