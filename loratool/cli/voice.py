@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -50,7 +51,8 @@ class Voice:
         """
         if self.as_json:
             text = dump_json(report.to_json(), indent=is_terminal())
-            click.echo(text.encode("ascii"))  # as bytes it is not copied again and again
+            is_stream = hasattr(sys.stdout, "buffer")  # as bytes it is not copied again and again
+            click.echo(text.encode("ascii") if is_stream else text)
             return
         for text in lines if result is None or not self.quiet else result:
             click.echo(text)
