@@ -76,10 +76,10 @@ def detach(plan: DetachPlan, base: OpenedBase, limits: Limits) -> Detached:
 def _take_apart(
     plan: DetachPlan, rows: Mapping[str, torch.Tensor], spec: DeltaSpec, env: Env
 ) -> DeltaSpec:
-    from loratool.engine.detaching import with_rows_scaled, without_base_change
+    from loratool.engine.detaching import with_rows_scaled, with_start
 
-    if spec.base_change:
-        spec = without_base_change(spec, plan.places[spec.name], env)
+    if spec.reach == "all":
+        spec = with_start(spec, plan.places[spec.name], env)
     return with_rows_scaled(spec, rows[spec.name], env) if spec.name in rows else spec
 
 

@@ -10,10 +10,10 @@ from typing import Any
 from loratool.adapter import Adapter
 from loratool.api.common import Resources
 from loratool.archs.heads import is_other_head
+from loratool.bind.bindings import options_needed
 from loratool.dialects.programs import judge_loads
 from loratool.errors import list_some
 from loratool.ops.assemble import Outcome
-from loratool.ops.bind import options_needed
 from loratool.ops.extract import ExtractPlan
 from loratool.ops.extract_pairs import Pair
 from loratool.ops.inputs import OpenedBase

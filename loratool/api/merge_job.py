@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING, Any
 from loratool.adapter import TensorRef
 from loratool.api.common import content_label
 from loratool.api.merge_sidecars import merge_sidecars, token_warnings
+from loratool.bind.bindings import bind
+from loratool.bind.heads import take_heads
+from loratool.bind.new_parts import Extended, add_parts
 from loratool.dtypes import DTYPES
 from loratool.errors import MismatchError, UsageError
 from loratool.ops.access import Access
-from loratool.ops.bind import bind
 from loratool.ops.coded import Decoded, decode_base
-from loratool.ops.heads import take_heads
 from loratool.ops.inputs import OpenedAdapter, OpenedBase, guard_output, open_adapters, open_base
 from loratool.ops.merge import MergePlan, WeightedAdapter, plan_merge
-from loratool.ops.new_parts import Extended, add_parts
 from loratool.ops.residual import patch_merge
 from loratool.ops.verify import merged_dtype
 from loratool.ops.weights import Rule, rules_json, unused_rules

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -49,7 +50,9 @@ class Voice:
             result: what ``-q`` prints instead of ``lines``; None = the lines.
         """
         if self.as_json:
-            print(dump_json(report.to_json(), indent=is_terminal()))  # click would copy it thrice
+            text = dump_json(report.to_json(), indent=is_terminal())
+            is_stream = hasattr(sys.stdout, "buffer")  # as bytes it is not copied again and again
+            click.echo(text.encode("ascii") if is_stream else text)
             return
         for text in lines if result is None or not self.quiet else result:
             click.echo(text)

@@ -17,11 +17,13 @@ class Delta(ABC):
     Attributes:
         shape: (rows, cols).
         is_additive: `add_to` ignores ``base``.
+        needs_whole: W must be given to `begin` before anything else.
         roundings: how often one element's sum is rounded on its way through `add_to`.
     """
 
     shape: tuple[int, int]
     is_additive: bool = True
+    needs_whole: bool = False
     roundings: int = 0
 
     @abstractmethod
@@ -96,6 +98,10 @@ class Delta(ABC):
     @abstractmethod
     def to(self, device: torch.device) -> None:
         """Put its tensors on a device, in place: a delta is built for one step alone."""
+
+    def begin(self, weight: torch.Tensor) -> None:
+        """See all of W, (rows, cols) as the base stores it; called only if `needs_whole`."""
+        raise NotImplementedError
 
     def measure(self, base: torch.Tensor, r0: int, r1: int, c0: int, c1: int) -> None:
         """See a block of W before the first `add_to`; called only if `needs_measure`."""

@@ -8,6 +8,7 @@ import torch
 
 from loratool.adapter import Source
 from loratool.delta.base import Delta
+from loratool.delta.mutation import Moved
 from loratool.plan import DeltaPart
 from loratool.plugins import function_of
 
@@ -20,7 +21,7 @@ def load_delta(
     dtype: torch.dtype,
     fold: bool = True,
 ) -> Delta:
-    """Build the delta of a part; what loading it takes from its base is not in it (`mutation`).
+    """Build the delta of a part.
 
     Args:
         part: the spec with orientation, region and expert.
@@ -31,4 +32,5 @@ def load_delta(
     """
     build: Callable[..., Delta] = function_of(part.spec.row.implementation)
     fields = {role: load(source) for role, source in part.spec.fields.items()}
-    return build(fields, part, coefficient=coefficient, dtype=dtype, fold=fold)
+    made = build(fields, part, coefficient=coefficient, dtype=dtype, fold=fold)
+    return Moved(made, part, dtype) if part.spec.base_change else made

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Collection
 
 from loratool.adapter import Adapter, DeltaSpec, TensorRef
 from loratool.delta.forms import side_sizes
 from loratool.dialects.peft import FOLDER_NAME
 from loratool.dialects.registry import home_of, row_of
 
-_MHA_PARAMETER = "in_proj_weight"
+_JOINED, _OUTPUT = "in_proj_weight", "out_proj"
 
 
 def why_not_peft(adapter: Adapter) -> str:
@@ -96,14 +96,24 @@ def _sides(spec: DeltaSpec) -> tuple[int, ...]:
     return out, inner[0]
 
 
-def mha_outputs(specs: Sequence[DeltaSpec]) -> frozenset[str]:
-    """Names of the out_proj weights of nn.MultiheadAttention modules.
+def joined_weights(names: Collection[str]) -> dict[str, str]:
+    """Output projection -> the weight that holds the projections before it, where both are named.
 
-    PEFT up to 0.21.2 adds their delta twice, which the spec's scaling holds.
+    PEFT gives both (nn.MultiheadAttention) one rank and one α; see `gains`.
     """
-    mhas = {s.module for s in specs if s.parameter == _MHA_PARAMETER}
-    return frozenset(
-        s.name
-        for s in specs
-        if s.module.endswith(".out_proj") and s.module.removesuffix(".out_proj") in mhas
-    )
+    found = {}
+    for name in names:
+        module = name.rpartition(".")[0]
+        if module == _OUTPUT or module.endswith(f".{_OUTPUT}"):
+            joined = module.removesuffix(_OUTPUT) + _JOINED
+            if joined in names:
+                found[name] = joined
+    return found
+
+
+def gains(names: Collection[str]) -> dict[str, float]:
+    """How often a change is added, for those parameters where that is not once.
+
+    PEFT up to 0.21.2 adds that of an attention's output twice, which a spec's scaling holds.
+    """
+    return dict.fromkeys(joined_weights(names), 2.0)

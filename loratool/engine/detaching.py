@@ -16,7 +16,7 @@ import torch
 from loratool.adapter import DeltaSpec, Replacement, TensorRef
 from loratool.delta.forms import kernel_of, lengths_of, with_lengths, without_lengths
 from loratool.delta.lowrank import Pair
-from loratool.delta.mutation import removed_part
+from loratool.delta.mutation import from_whole_base, removed_part
 from loratool.dtypes import widest
 from loratool.engine.factors import load_pairs, make_data, pack_pairs
 from loratool.engine.kernel import Env
@@ -58,7 +58,7 @@ def _cut(weight: torch.Tensor, spans: Sequence[Span], axis: int) -> torch.Tensor
     return weight.index_select(axis, index)
 
 
-def without_base_change(spec: DeltaSpec, places: Sequence[Place], env: Env) -> DeltaSpec:
+def with_start(spec: DeltaSpec, places: Sequence[Place], env: Env) -> DeltaSpec:
     """The product s·lora_B·lora_A less what loading takes from the base: rank 2 r at most.
 
     The two products nearly cancel: decomposed, so that rounding is relative to what is left.
@@ -71,7 +71,7 @@ def without_base_change(spec: DeltaSpec, places: Sequence[Place], env: Env) -> D
     joint = concat_factors([(*pair, spec.scaling), (left, right, -1.0)])
     U, S, Vh = product_svd(*joint)
     made = split_factors(U, S, Vh, len(S))
-    return _with_pairs(replace(spec, base_change=""), [made], scaling=1.0)
+    return _with_pairs(from_whole_base(spec), [made], scaling=1.0)
 
 
 def _with_pairs(spec: DeltaSpec, pairs: Sequence[Pair], scaling: float) -> DeltaSpec:

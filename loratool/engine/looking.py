@@ -73,10 +73,9 @@ class LookAtBase(AddDeltas):
     def prepare(self) -> None:
         """Load the factors, decompose their products, measure norms where a delta asks for it."""
         parts = [p for p in self.step.parts if isinstance(p, DeltaPart)]
-        built = [self._build(part) for part in parts]
-        self.deltas = [delta for made in built for delta in made]
+        self.deltas = [self._build(part) for part in parts]
         self.measure_norms()
-        self._views = [_View(p, d, self) for p, d in zip(parts, built, strict=True)]
+        self._views = [_View(p, d, self) for p, d in zip(parts, self.deltas, strict=True)]
 
     def run(self, block: grid.Block, inputs: list[torch.Tensor], out: torch.Tensor | None) -> None:
         """Add the block's sums to each delta's."""
@@ -96,18 +95,17 @@ class LookAtBase(AddDeltas):
 class _View:
     """One delta's sums, kept per block and added in the order of the blocks."""
 
-    def __init__(self, part: DeltaPart, deltas: list[Delta], kernel: LookAtBase) -> None:
-        self.name, self.deltas = part.spec.name, [_inner(d) for d in deltas]
+    def __init__(self, part: DeltaPart, delta: Delta, kernel: LookAtBase) -> None:
+        self.placed = delta if isinstance(delta, Placed) else None
+        self.name, self.delta = part.spec.name, delta if self.placed is None else self.placed.inner
         self.step, self.own = kernel.step, TORCH_DTYPES[kernel.step.output.dtype]
-        self.placed = deltas[0] if isinstance(deltas[0], Placed) else None
         self.sums: dict[int, _Sums] = {}
         self.kinds = dict(FORMATS)
         if self.own == torch.float32:
             self.kinds["float32"] = torch.float32
         self.factors: LowRank | None = None
-        only = self.deltas[0]
-        if len(deltas) == 1 and isinstance(only, LowRank):
-            self.factors = only
+        if isinstance(self.delta, LowRank):
+            self.factors = only = self.delta
             found = factor_product(only.left * only.coefficient, only.right)
             self.sigma = found.S
             live = int((found.S[:1] * 2.0**-40 < found.S).sum()) if len(found.S) else 0
@@ -122,8 +120,7 @@ class _View:
                 return
             weight, place = cut
         change = torch.zeros_like(weight)
-        for delta in self.deltas:
-            delta.add_to(change, weight, *place)
+        self.delta.add_to(change, weight, *place)
         sums = _Sums(weight.numel(), _square(weight), _square(change))
         if self.factors is not None:
             r0, r1, c0, c1 = place
@@ -189,10 +186,6 @@ class _Sums:
         self.core = torch.zeros(())
         self.picked, self.picked_square = 0, 0.0
         self.merged: dict[str, tuple[float, int]] = {}
-
-
-def _inner(delta: Delta) -> Delta:
-    return delta.inner if isinstance(delta, Placed) else delta
 
 
 def _square(values: torch.Tensor) -> float:

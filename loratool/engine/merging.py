@@ -12,7 +12,6 @@ import torch
 from loratool.delta.base import Delta
 from loratool.delta.combined import Combined, Cut
 from loratool.delta.load import load_delta
-from loratool.delta.mutation import removed_delta
 from loratool.delta.placed import Placed
 from loratool.delta.vector import Rows
 from loratool.engine import grid
@@ -107,7 +106,7 @@ class AddDeltas(Kernel):
             self.deltas.extend(self._combined(group) for group in _by_target(changes))
             self._survey([d for d in self.deltas if d.wants_survey])
         else:
-            self.deltas.extend(d for part in changes for d in self._build(part))
+            self.deltas.extend(map(self._build, changes))
         if isinstance(self.rounder, Exact):
             base = self.step.inputs[0].dtype
             plain = self.scale == 1.0 and self.anchor == 0 and base in ("BF16", "F16", "F32")
@@ -168,13 +167,12 @@ class AddDeltas(Kernel):
         fold = not isinstance(self.rounder, Exact)
         return load_delta(part, self.env.load, coefficient=coefficient, dtype=self.dtype, fold=fold)
 
-    def _build(self, part: DeltaPart) -> list[Delta]:
-        made = [self._make(part, part.weight * part.spec.scaling)]
-        if part.spec.base_change:
+    def _build(self, part: DeltaPart) -> Delta:
+        made = self._make(part, part.weight * part.spec.scaling)
+        if made.needs_whole:
             source = self.step.inputs[self.anchor]
-            weight = self.env.load(source, must_be_finite=True).view(self.step.view)
-            made.append(removed_delta(part, weight, self.dtype))
-        return [self._place(d, part) for d in made]
+            made.begin(self.env.load(source, must_be_finite=True).view(self.step.view))
+        return self._place(made, part)
 
     def _place(self, delta: Delta, part: DeltaPart) -> Delta:
         delta.to(self.env.device)

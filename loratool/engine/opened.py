@@ -72,8 +72,8 @@ class OpenModule:
         Raises:
             TypeError: the change depends on the base (DoRA, PiSSA …).
         """
-        if self.spec.base_change:
-            raise TypeError(f"{self.spec.base_change} depends on the base weight: no ΔW without it")
+        if self.spec.reach == "all":
+            raise TypeError(f"{self.spec.title} depends on the base weight: no ΔW without it")
         if self.spec.experts:
             return torch.stack([self._delta(e).dense() for e in range(self.spec.experts)])
         return self._delta().dense()

@@ -50,7 +50,7 @@ def _method(adapter: Adapter) -> str:
     method = method_of(adapter)
     if any(spec.scales_rows for spec in adapter.specs):
         method = "DoRA"
-    extra = [spec.base_change for spec in adapter.specs if spec.base_change][:1]
+    extra = [spec.title for spec in adapter.specs if spec.reach == "all"][:1]
     extra += ["rsLoRA scaling"] if divides_by_root(adapter) else []
     return f"{method} ({', '.join(extra)})" if extra else method
 

@@ -12,6 +12,7 @@ from loratool.archs.layers import is_conv1d
 from loratool.archs.stated import model_type
 from loratool.delta.forms import factors_of, new_low_rank, with_factors
 from loratool.dialects import DEFAULT
+from loratool.dialects.rules import joined_weights
 from loratool.dialects.stated import BIAS, WHOLE
 from loratool.engine.rows import args_of
 from loratool.errors import MismatchError
@@ -165,16 +166,12 @@ def _complete_mha(
 ) -> list[DeltaSpec]:
     """PEFT adapts both projections of an attention module or none: zeros for the missing one."""
     have = {s.name for s in specs}
+    joined = joined_weights({p.name for p in extract.pairs if p.is_factored})
+    partners = joined | {one: other for other, one in joined.items()}
     out = list(specs)
     for pair, step in zip(extract.pairs, extract.plan.steps, strict=True):
-        partner = (
-            f"{pair.module}.out_proj.weight"
-            if pair.role == "in_proj"
-            else f"{pair.module.removesuffix('.out_proj')}.in_proj_weight"
-            if _gain(step) != 1
-            else None
-        )
-        if partner is None or not pair.is_factored:
+        partner = partners.get(pair.name)
+        if partner is None:
             continue
         name = extract.memory_names[pair.name]
         if name not in have and extract.memory_names.get(partner, partner) in have:
@@ -199,17 +196,11 @@ def rank_groups(extract: ExtractPlan) -> list[list[int]]:
     """
     groups: dict[str, list[int]] = {}
     routed = routed_weights([p.name for p in extract.pairs if p.is_factored])
-    mhas = {p.module for p in extract.pairs if p.is_factored and p.role == "in_proj"}
+    joined = joined_weights({p.name for p in extract.pairs if p.is_factored})
     for index, pair in enumerate(extract.pairs):
         if not pair.is_factored:
             continue
-        mha = pair.module.removesuffix(".out_proj")
-        if pair.name in routed:
-            key = "experts"
-        elif pair.role == "in_proj" or (_gain(extract.plan.steps[index]) != 1 and mha in mhas):
-            key = f"mha {mha}"
-        else:
-            key = f"one {pair.name}"
+        key = "experts" if pair.name in routed else joined.get(pair.name, pair.name)
         groups.setdefault(key, []).append(index)
     return list(groups.values())
 
@@ -250,18 +241,11 @@ def _match_expert_ranks(specs: list[DeltaSpec]) -> list[DeltaSpec]:
 
 def _match_mha_ranks(specs: list[DeltaSpec]) -> list[DeltaSpec]:
     """PEFT gives both projections of an attention module one rank: zeros fill up the lower one."""
-    ranks = {s.module: s.rank for s in specs if s.parameter == "in_proj_weight"}
-    outputs = {s.module: s.rank for s in specs if s.module.endswith("out_proj")}
-    out = []
-    for spec in specs:
-        module = spec.module
-        other = 0
-        if spec.parameter == "in_proj_weight":
-            other = outputs.get(f"{module}.out_proj", 0)
-        elif module.endswith("out_proj") and spec.parameter == "weight":
-            other = ranks.get(module.removesuffix("out_proj").rstrip("."), 0)
-        out.append(_pad(spec, other) if other > spec.rank else spec)
-    return out
+    ranks = {s.name: s.rank for s in specs}
+    joined = joined_weights(ranks)
+    partners = joined | {one: other for other, one in joined.items()}
+    others = (ranks.get(partners.get(s.name, ""), 0) for s in specs)
+    return [_pad(s, other) if other > s.rank else s for s, other in zip(specs, others, strict=True)]
 
 
 def _pad(spec: DeltaSpec, rank: int) -> DeltaSpec:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from loratool.adapter import Adapter, DeltaSpec, TensorRef
+from loratool.dialects.rules import joined_weights
 from loratool.engine.module_memory import mixed_bytes
 from loratool.engine.rows import result_bytes, step_bytes
 from loratool.errors import MismatchError, UsageError, list_some
@@ -143,13 +144,9 @@ def _step(
 
 
 def _alphas(plan: SumPlan, weights: Sequence[SumModule]) -> dict[str, int | None]:
-    """Alpha by module; out_proj of nn.MultiheadAttention has that of its in_proj (PEFT)."""
+    """Alpha by module; weights that go together have one."""
     found = {m.spec.name: None if plan.is_even else m.shared_alpha for m in weights}
-    for module in plan.modules:
-        if module.gain != 1:
-            mha = module.spec.module.removesuffix(".out_proj")
-            found[module.spec.name] = found[f"{mha}.in_proj_weight"]
-    return found
+    return found | {name: found[joined] for name, joined in joined_weights(found).items()}
 
 
 def check_into(into: str | None, *, has_base: bool) -> str:

@@ -19,7 +19,7 @@ from loratool.delta.forms import (
     with_values,
 )
 from loratool.dialects import unmergeable_reason
-from loratool.dialects.rules import tied_pairs
+from loratool.dialects.rules import gains, joined_weights, tied_pairs
 from loratool.dtypes import tensor_bytes
 from loratool.engine.step_args import FactorArgs
 from loratool.errors import MismatchError, list_some
@@ -53,6 +53,7 @@ class CompressPlan:
         groups: those that share a rank, together.
         dtypes: storage type of the new factors of each spec.
         gains: scaling that goes with the new factors of each spec.
+        joined: spec -> another one that it shares rank and alpha with.
         biases: module -> its bias delta, stored with the module's scaling.
         anew: names of specs that no file holds as they are: always written anew.
         turned: names of specs that will be DoRA again: rank 1 at least, and a length per row.
@@ -63,6 +64,7 @@ class CompressPlan:
     groups: tuple[Group, ...]
     dtypes: tuple[str, ...]
     gains: tuple[float, ...]
+    joined: Mapping[str, str]
     biases: Mapping[str, DeltaSpec]
     anew: frozenset[str] = frozenset()
     turned: frozenset[str] = frozenset()
@@ -94,22 +96,22 @@ class CompressPlan:
         return FactorArgs(
             dtype=self.dtypes[index], gain=gain, bias=self.bias_of(spec),
             must_rewrite=spec.row.is_spelled or spec.blocks is not None or spec.name in self.anew
-            or self._is_uneven(spec, gain),
+            or self._is_uneven(spec),
         )  # fmt: skip
 
     def bias_of(self, spec: DeltaSpec) -> DeltaSpec | None:
         """The change of the bias beside a weight, whose scaling follows the weight's."""
         return self.biases.get(spec.module) if spec.parameter == "weight" else None
 
-    def _is_uneven(self, spec: DeltaSpec, gain: float) -> bool:
-        """An attention module whose out_proj has not twice the scaling that PEFT would give it."""
-        if spec.parameter != "in_proj_weight" and gain == 1.0:
+    def _is_uneven(self, spec: DeltaSpec) -> bool:
+        """One of two that share rank and alpha, and whose scalings are not those that gives."""
+        if spec.name not in {*self.joined, *self.joined.values()}:
             return False
-        mha = spec.module if gain == 1.0 else spec.module.rpartition(".")[0]
+        first = self.joined.get(spec.name, spec.name)
         scalings = [
             s.scaling / g
             for s, g in zip(self.specs, self.gains, strict=True)
-            if s.module in (mha, f"{mha}.out_proj")
+            if self.joined.get(s.name, s.name) == first
         ]
         return len(set(scalings)) > 1
 
@@ -138,17 +140,19 @@ def plan_compress(
     stored = {s.name: s for s in (original or adapter).specs}
     specs = tuple(s for s in adapter.specs if s.has_factors)
     biases = {s.module: s for s in adapter.specs if not s.is_matrix}
-    mhas = {s.module for s in specs if s.parameter == "in_proj_weight"}
+    names = {s.name for s in specs}
+    joined, known = joined_weights(names), gains(names)
     tied = {s.name for pair in tied_pairs(adapter) for s in pair}
     groups = [Group(tuple(range(len(specs))), 1)] if one_rank else None
     return CompressPlan(
         adapter,
         specs,
-        tuple(groups or _groups(specs, _never_dropped(specs, biases, turned), mhas, tied)),
+        tuple(groups or _groups(specs, _never_dropped(specs, biases, turned), joined, tied)),
         tuple(_storage_dtype(stored[s.name]) for s in specs),
-        tuple(2.0 if _mha_of(s) in mhas else 1.0 for s in specs),
+        tuple(known.get(s.name, 1.0) for s in specs),
+        joined,
         biases,
-        frozenset(s.name for s in specs if s.base_change != stored[s.name].base_change),
+        frozenset(s.name for s in specs if s.reach != "all" == stored[s.name].reach),
         turned,
     )
 
@@ -238,8 +242,8 @@ def _check(adapter: Adapter) -> None:
 
     dora = [s for s in adapter.specs if s.scales_rows]
     refuse("LT-449", "DoRA rescales the sum of base and delta: no ΔW of its own to truncate", dora)
-    moved = [s for s in adapter.specs if s.base_change]
-    kinds = list_some({s.base_change for s in moved})
+    moved = [s for s in adapter.specs if s.reach == "all"]
+    kinds = list_some({s.title for s in moved})
     refuse("LT-497", f"{kinds} starts from a changed base: its ΔW is not lora_B @ lora_A", moved)
     grouped = [s for s in adapter.specs if is_grouped(s)]
     refuse("LT-498", "factors of a grouped convolution are not multiplied as matrices", grouped,
@@ -258,32 +262,24 @@ def _check(adapter: Adapter) -> None:
 def _groups(
     specs: Sequence[DeltaSpec],
     never_dropped: Collection[str],
-    mhas: set[str],
+    joined: Mapping[str, str],
     tied: Collection[str],
 ) -> list[Group]:
     routed = routed_weights([s.name for s in specs])
     found: dict[str, list[int]] = {}
     for index, spec in enumerate(specs):
-        mha = spec.module if spec.module in mhas else _mha_of(spec)
         key = (
             "routed"
             if spec.name in routed
             else "tied"
             if spec.name in tied
-            else mha
-            if mha in mhas
-            else f"one {spec.name}"
+            else joined.get(spec.name, spec.name)
         )
         found.setdefault(key, []).append(index)
     return [
         Group(tuple(g), int(len(g) > 1 or specs[g[0]].module in never_dropped))
         for g in found.values()
     ]
-
-
-def _mha_of(spec: DeltaSpec) -> str | None:
-    is_output = spec.module.endswith("out_proj") and spec.parameter == "weight"
-    return spec.module.rpartition(".")[0] if is_output else None
 
 
 def _storage_dtype(spec: DeltaSpec) -> str:

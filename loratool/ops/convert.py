@@ -8,6 +8,10 @@ from dataclasses import dataclass, field, replace
 
 from loratool.adapter import Adapter, DeltaSpec, Source, TensorData, TensorRef
 from loratool.archs.flat import FlatNames, home_prefix, known_names
+from loratool.bind.bindings import bind
+from loratool.bind.flat import meanings_of
+from loratool.bind.items import BoundDelta
+from loratool.bind.names import parse_skip
 from loratool.delta.forms import (
     as_pair,
     matrix_shape,
@@ -22,10 +26,6 @@ from loratool.dialects.registry import row_of
 from loratool.dialects.rules import is_of_home, passed_on
 from loratool.errors import MismatchError, list_some
 from loratool.ops.additive import require_kernels
-from loratool.ops.bind import bind
-from loratool.ops.bind_flat import meanings_of
-from loratool.ops.bind_rules import parse_skip
-from loratool.ops.bind_types import BoundDelta
 from loratool.patterns import find
 from loratool.store.checkpoint import Checkpoint
 from loratool.store.reader import read_bytes

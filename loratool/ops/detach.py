@@ -50,8 +50,8 @@ class DetachPlan:
 
     def notes(self) -> Iterator[str]:
         """What the base was needed for."""
-        changed = {s.name: s.base_change for a, _ in self.adapters for s in a.specs
-                   if s.base_change}  # fmt: skip
+        changed = {s.name: s.title for a, _ in self.adapters for s in a.specs
+                   if s.reach == "all"}  # fmt: skip
         if changed:
             kinds = list_some(sorted(set(changed.values())))
             yield (f"{len(changed)} modules start from a changed base ({kinds}): written as LoRA, "

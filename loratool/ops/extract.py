@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -11,6 +10,7 @@ from loratool.adapter import TensorRef
 from loratool.archs.layers import is_conv1d
 from loratool.archs.names import to_memory
 from loratool.archs.stated import model_type
+from loratool.dialects.rules import gains
 from loratool.engine.rows import args_of, op_of
 from loratool.errors import MismatchError
 from loratool.ops.extract_pairs import (
@@ -26,8 +26,6 @@ from loratool.store.checkpoint import Checkpoint
 
 KEEP_WORDS = ("embeddings", "all", "none")
 """Values of ``--keep`` that are no regular expressions."""
-
-_MHA_OUT = re.compile(r"^(?P<mha>.*\.|)out_proj\.weight$")
 
 
 @dataclass(frozen=True)
@@ -121,8 +119,8 @@ def plan_extract(
     factored = _choose(paired.matched, include, exclude, kept)
     chosen = [replace(pair, is_factored=pair in factored) for pair in paired.matched]
     pairs = settle_holders(join_experts(chosen, base, names), base.config)
-    mhas = {p.module for p in pairs if p.is_factored and p.role == "in_proj"}
-    steps = [_make_step(p, base, how, _is_mha_output(p, mhas)) for p in pairs]
+    known = gains({p.name for p in pairs if p.is_factored})
+    steps = [_make_step(p, base, how, known.get(p.name, 1.0)) for p in pairs]
     written = (*pairs, *paired.created)
     kind = model_type(base.config)
     places = {
@@ -153,12 +151,7 @@ def _found(texts: Sequence[str], option: str, names: Sequence[str]) -> frozenset
     return frozenset().union(*find([typed_pattern(text, option) for text in texts], names))
 
 
-def _is_mha_output(pair: Pair, mhas: set[str]) -> bool:
-    found = _MHA_OUT.match(pair.name)
-    return bool(found and found["mha"].rstrip(".") in mhas)
-
-
-def _make_step(pair: Pair, base: Checkpoint, how: FactorOptions, is_mha_output: bool) -> Step:
+def _make_step(pair: Pair, base: Checkpoint, how: FactorOptions, gain: float) -> Step:
     assert pair.base is not None
     shape = pair.tuned.shape
     inputs: tuple[TensorRef, ...] = (pair.tuned, pair.base)
@@ -185,8 +178,8 @@ def _make_step(pair: Pair, base: Checkpoint, how: FactorOptions, is_mha_output: 
         pair.holder == "linear" and is_conv1d(model_type(base.config), pair.module)
     ):
         args["transposed"] = True
-    if is_mha_output:
-        args["gain"] = 0.5  # PEFT applies this delta twice
+    if gain != 1:
+        args["gain"] = 1 / gain
     return Step("subtract_and_factor", label, inputs, view, args=args)
 
 

@@ -10,7 +10,7 @@ from loratool.adapter import Adapter, DeltaSpec
 from loratool.delta.forms import has_diagonal, left_of, matrix_shape, shape_of
 from loratool.dialects import DEFAULT, unmergeable_reason
 from loratool.dialects.programs import Program
-from loratool.dialects.rules import conversion, is_of_home, mha_outputs
+from loratool.dialects.rules import conversion, gains, is_of_home
 from loratool.dialects.stated import is_even
 from loratool.dtypes import tensor_bytes
 from loratool.engine.module_memory import rescaled_bytes
@@ -95,8 +95,8 @@ def plan_fit(adapter: Adapter, program: Program) -> Fit:
         return Fit(adapter, program, left_out=tuple(gone))
     rank = max(s.product_rank for s in weights)
     check_rank(rank, program, adapter)
-    scaling, outputs = _scaling(weights, rank), mha_outputs(weights)
-    scalings = {s.name: scaling * (2.0 if s.name in outputs else 1.0) for s in adapter.specs}
+    scaling, known = _scaling(weights, rank), gains({s.name for s in weights})
+    scalings = {s.name: scaling * known.get(s.name, 1.0) for s in adapter.specs}
     fit = Fit(adapter, program, rank, scaling * rank, scalings, tuple(gone))
     if fit.changed:
         require_factors(adapter, f"brought into {program.title}'s form")
@@ -165,5 +165,5 @@ def _scaling(specs: Sequence[DeltaSpec], rank: int) -> float:
 
 def _scalings(specs: Sequence[DeltaSpec]) -> Counter[float]:
     """How often there is which α/r."""
-    outputs = mha_outputs(specs)
-    return Counter(s.scaling / (2.0 if s.name in outputs else 1.0) for s in specs)
+    known = gains({s.name for s in specs})
+    return Counter(s.scaling / known.get(s.name, 1.0) for s in specs)

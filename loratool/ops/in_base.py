@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from loratool.adapter import Adapter, DeltaSpec, TensorRef
+from loratool.bind.bindings import bind
+from loratool.bind.heads import take_heads
 from loratool.errors import MismatchError
-from loratool.ops.bind import bind
-from loratool.ops.heads import take_heads
 from loratool.ops.merge import matrix_view
 from loratool.options.groups import Names
 from loratool.plan import DeltaPart, Place

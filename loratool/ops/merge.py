@@ -10,11 +10,11 @@ from typing import Any
 
 from loratool.adapter import Adapter, CodedRef, DeltaSpec, Replacement, Source, TensorRef
 from loratool.archs.stated import dtype_config
+from loratool.bind.bindings import Bindings, BoundReplacement
 from loratool.dtypes import DTYPES, numel
 from loratool.engine.rows import args_of, op_of
 from loratool.errors import MismatchError, list_some
 from loratool.ops.align_parts import require_aligned
-from loratool.ops.bind import Bindings, BoundReplacement
 from loratool.ops.coded import PLAIN
 from loratool.ops.weights import Weight
 from loratool.plan import DeltaPart, Part, Plan, ReplacePart, ShardPlan, Step, TensorSpec

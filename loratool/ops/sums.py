@@ -9,7 +9,7 @@ from typing import Any
 from loratool.adapter import Adapter, DeltaSpec, Replacement, TensorRef
 from loratool.delta.forms import kernel_of, matrix_shape, shape_of
 from loratool.dialects.registry import home_of
-from loratool.dialects.rules import conversion, is_of_home, mha_outputs, passed_on
+from loratool.dialects.rules import conversion, gains, is_of_home, passed_on
 from loratool.dialects.stated import LAYERS, joint_config, require_one_packing
 from loratool.errors import MismatchError, UsageError, list_some
 from loratool.ops.additive import factor_dtype, require_additive, require_factors, require_kernels
@@ -33,7 +33,7 @@ class SumModule:
     Attributes:
         spec: that of the first adapter that has it: name, layout and packing count.
         terms: in the order of the adapters; a term is weight · scaling · lora_B @ lora_A.
-        gain: 2 where the reader adds the delta twice (nn.MultiheadAttention out_proj), else 1.
+        gain: how often the reader adds the delta.
         rank: Σ of the terms' ranks.
         shape: (out, in) of one matrix; (n,) for a bias.
     """
@@ -139,8 +139,8 @@ def plan_sum(
         for spec in adapter.specs:
             term = DeltaPart(spec, weight.of(spec.name), adapter=number)
             groups.setdefault(spec.name, []).append(term)
-    outputs = mha_outputs([s for a, _ in adapters for s in a.specs])
-    modules = [_module(name, terms, outputs, adapters) for name, terms in groups.items()]
+    known = gains(groups)
+    modules = [_module(terms, known.get(name, 1.0), adapters) for name, terms in groups.items()]
     modules.sort(key=lambda m: m.is_bias)
     replacements, mixed, gone, notes = _replacements(adapters, verb, base or {})
     is_cut = any(0.0 in weight.by_name.values() for _, weight in adapters)
@@ -179,9 +179,8 @@ def _passed(adapters: Sequence[Adapter]) -> tuple[TensorRef, ...]:
 
 
 def _module(
-    name: str,
     terms: Sequence[DeltaPart],
-    outputs: frozenset[str],
+    gain: float,
     adapters: Sequence[tuple[Adapter, Weight]],
 ) -> SumModule:
     first = terms[0].spec
@@ -189,13 +188,12 @@ def _module(
         mine, other = _form(first), _form(term.spec)
         if mine != other:
             raise MismatchError(
-                "LT-462", "one module has different forms in the adapters", key=name,
+                "LT-462", "one module has different forms in the adapters", key=first.name,
                 file=adapters[term.adapter][0].path, expected=mine, got=other,
             )  # fmt: skip
     return SumModule(
-        first, tuple(terms), 2.0 if name in outputs else 1.0,
-        sum(t.spec.product_rank for t in terms), shape_of(first),
-    )  # fmt: skip
+        first, tuple(terms), gain, sum(t.spec.product_rank for t in terms), shape_of(first)
+    )
 
 
 def _form(spec: DeltaSpec) -> str:

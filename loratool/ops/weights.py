@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from loratool.adapter import Adapter
+from loratool.bind.names import COMPONENTS, component_pattern
 from loratool.errors import MismatchError, UsageError, list_some
-from loratool.ops.bind_rules import COMPONENTS, component_pattern
 from loratool.patterns import Pattern, Refuse, compile_pattern, find
 from loratool.store.source import AdapterArgument, is_weight, parse_weight
 

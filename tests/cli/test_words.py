@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import json
 import os
 import re
 import signal
@@ -12,7 +15,7 @@ from pathlib import Path
 import pytest
 
 import loratool as lt
-from loratool import __version__
+from loratool import __version__, cli
 from loratool.cli import signals
 from loratool.cli.group import COMMANDS, LATER, LATER_OPTIONS, MODULES, SYNONYMS
 from loratool.errors import NumericError
@@ -253,3 +256,10 @@ def test_no_color(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "\x1b" not in run("--help").out  # not a terminal
     monkeypatch.setenv("NO_COLOR", "1")
     assert "\x1b" not in run("nonsense").err
+
+
+def test_json_into_a_stream_of_text(data: Path) -> None:
+    """As a notebook captures it: such a stream takes no bytes."""
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        assert cli.run(["inspect", str(data / "llm" / "lora_linear"), "--json"]) == 0
+    assert json.loads(printed.getvalue())["ok"]

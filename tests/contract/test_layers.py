@@ -35,6 +35,7 @@ LAYERS = (
     {"linalg", "delta"},
     {"dialects", "archs"},
     {"engine"},
+    {"bind"},
     {"ops"},
     {"api"},
     {"cli", "__main__"},

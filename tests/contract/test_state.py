@@ -28,8 +28,11 @@ HOLDERS = {
     "WeakValueDictionary", "count", "cycle", "iter", "local",
 }  # fmt: skip
 """What is made to hold something that changes."""
-OUTSIDE = {"sys", "torch.backends.cuda.matmul.allow_tf32", "constants.HF_HUB_DISABLE_TELEMETRY"}
-"""Settings of the process and of other packages; those of packages are set back."""
+OUTSIDE = {
+    "sys", "torch.backends.cuda.matmul.allow_tf32", "constants.HF_HUB_DISABLE_TELEMETRY",
+    "os.environ.setdefault('RAY_USAGE_STATS_ENABLED', '0')",
+}  # fmt: skip
+"""Settings of the process and of other packages."""
 
 
 def offences(tree: ast.Module) -> Iterator[str]:

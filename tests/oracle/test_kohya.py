@@ -14,8 +14,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import loratool as lt
+from loratool.bind.bindings import bind
 from loratool.dialects import open_adapter
-from loratool.ops.bind import bind
 from loratool.options.groups import Names
 from loratool.store.checkpoint import open_checkpoint
 from tests.oracle.kohya_files import SAMPLES, adapter_of, deltas, near, rounded_once

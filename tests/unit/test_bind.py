@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loratool.adapter import Adapter, DeltaSpec, Replacement, TensorData, TensorRef
+from loratool.bind.bindings import Bindings, bind
+from loratool.bind.names import PREFIXES, parse_rename, parse_skip
 from loratool.dtypes import tensor_bytes
 from loratool.errors import LoratoolError, MismatchError, UsageError
-from loratool.ops.bind import Bindings, bind
-from loratool.ops.bind_rules import PREFIXES, parse_rename, parse_skip
 from loratool.options.groups import Names
 from loratool.store.checkpoint import Checkpoint, Shard
 

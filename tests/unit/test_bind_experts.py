@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from loratool.adapter import Adapter, DeltaSpec
-from loratool.ops.bind import bind
+from loratool.bind.bindings import bind
 from loratool.options.groups import Names
 from loratool.plan import Region, Span
 from loratool.store.checkpoint import Checkpoint

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from loratool.archs.fused import fused_leaves, part_spans
-from loratool.ops.bind import bind
+from loratool.bind.bindings import bind
 from loratool.plan import Region, Span
 from tests.unit.test_bind import adapter, base, bias, error, lora
 

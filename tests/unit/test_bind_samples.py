@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 
 from loratool import dialects
 from loratool.archs.experts import parse_expert
+from loratool.bind.bindings import Bindings, BoundDelta, bind
 from loratool.errors import MismatchError
-from loratool.ops.bind import Bindings, BoundDelta, bind
 from loratool.options.groups import Names
 from loratool.plan import Span
 from loratool.store.checkpoint import Checkpoint, open_checkpoint

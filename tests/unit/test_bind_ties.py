@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 
 from loratool.adapter import DeltaSpec, Replacement, TensorRef
 from loratool.archs.ties import tied_tensors
+from loratool.bind.bindings import bind, replicate_layers
 from loratool.errors import MismatchError
-from loratool.ops.bind import bind, replicate_layers
 from loratool.options.groups import Names
 from loratool.store import reader
 from loratool.store.checkpoint import Checkpoint, open_checkpoint

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from loratool.adapter import DeltaSpec, Source
+from loratool.bind.items import Found
 from loratool.delta.forms import is_transposed
-from loratool.ops.bind_types import Found
 from loratool.store.reader import have_same_bytes, read_bytes
 
 # Bytes of an element -> how its bits are compared.
@@ -31,7 +31,7 @@ def _is_same(first: Found, second: Found) -> bool:
 
 def _is_same_delta(first: DeltaSpec, second: DeltaSpec) -> bool:
     """Factors of an embedding make the transpose of what those of a linear layer make."""
-    kinds = {(s.kind, s.scaling, s.base_change, s.blocks) for s in (first, second)}
+    kinds = {(s.kind, s.scaling, s.title, s.blocks) for s in (first, second)}
     if len(kinds) > 1 or not first.row.has_factors or set(first.fields) != set(second.fields):
         return False
     if first.layout == second.layout:

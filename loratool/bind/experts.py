@@ -16,10 +16,10 @@ from loratool.archs.layers import (
     has_interleaved_experts,
     has_transposed_experts,
 )
+from loratool.bind.items import BoundDelta, Found, Item, Misfit
+from loratool.bind.place import Context, Placement, misfit, unmergeable
 from loratool.delta.forms import side_sizes
 from loratool.dialects.peft.version import parse_version
-from loratool.ops.bind_place import Context, Placement, misfit, unmergeable
-from loratool.ops.bind_types import BoundDelta, Found, Item, Misfit
 from loratool.plan import Region, Span
 
 

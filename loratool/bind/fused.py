@@ -13,9 +13,9 @@ from loratool.archs.fused import (
     part_spans,
 )
 from loratool.archs.layers import model_types, stores_transposed
+from loratool.bind.items import BoundDelta, Found, Item, Misfit
+from loratool.bind.place import Context, Placement, misfit, unmergeable
 from loratool.delta.forms import shape_of, side_sizes
-from loratool.ops.bind_place import Context, Placement, misfit, unmergeable
-from loratool.ops.bind_types import BoundDelta, Found, Item, Misfit
 from loratool.plan import Region, Span
 
 

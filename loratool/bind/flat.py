@@ -7,10 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from loratool.archs.flat import FlatNames, Meaning, flat_names
+from loratool.bind.items import BoundDelta, Found, Item
+from loratool.bind.place import Context, Placement, misfit, unmergeable
 from loratool.delta.forms import shape_of, side_sizes
 from loratool.errors import MismatchError, list_some
-from loratool.ops.bind_place import Context, Placement, misfit, unmergeable
-from loratool.ops.bind_types import BoundDelta, Found, Item
 from loratool.plan import Region, Span
 from loratool.store.checkpoint import Checkpoint
 

@@ -7,10 +7,10 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
+from loratool.bind.items import Item, Misfit
+from loratool.bind.names import COMPONENTS
 from loratool.delta.forms import matrix_shape
 from loratool.errors import MismatchError, list_some
-from loratool.ops.bind_rules import COMPONENTS
-from loratool.ops.bind_types import Item, Misfit
 from loratool.store.checkpoint import Checkpoint
 
 _WHAT: Mapping[str, tuple[str, str]] = {

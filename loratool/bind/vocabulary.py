@@ -9,11 +9,11 @@ from typing import Any
 from loratool.adapter import Replacement, TensorData, TensorRef
 from loratool.archs.stated import vocabulary_config
 from loratool.archs.ties import follows_vocabulary, is_vocabulary_bias
+from loratool.bind.items import BoundReplacement
+from loratool.bind.place import Context
+from loratool.bind.ties import Settled
 from loratool.dialects.stated import NEW_TOKENS
 from loratool.errors import MismatchError
-from loratool.ops.bind_place import Context
-from loratool.ops.bind_ties import Settled
-from loratool.ops.bind_types import BoundReplacement
 from loratool.store.reader import read_bytes
 
 

@@ -13,13 +13,21 @@ from dataclasses import dataclass, replace
 from loratool.adapter import Adapter, TensorRef
 from loratool.archs.stated import layer_config
 from loratool.archs.ties import Tie, find_ties, follows_vocabulary
-from loratool.dialects.stated import version_of
-from loratool.errors import MismatchError, UsageError
-from loratool.ops.bind_experts import place_flat, place_single
-from loratool.ops.bind_flat import place_pieces, resolve_flat
-from loratool.ops.bind_fused import place_fused
-from loratool.ops.bind_layers import replicate_layers
-from loratool.ops.bind_place import (
+from loratool.bind.experts import place_flat, place_single
+from loratool.bind.flat import place_pieces, resolve_flat
+from loratool.bind.fused import place_fused
+from loratool.bind.heads import take_heads
+from loratool.bind.items import (
+    Bindings,
+    BoundDelta,
+    BoundReplacement,
+    Found,
+    Item,
+    Misfit,
+)
+from loratool.bind.layers import replicate_layers
+from loratool.bind.names import NameRule, apply_user_names, name_rules
+from loratool.bind.place import (
     Context,
     Placement,
     check_rows,
@@ -28,24 +36,16 @@ from loratool.ops.bind_place import (
     place_vector,
     shows_flag_is_ignored,
 )
-from loratool.ops.bind_report import (
+from loratool.bind.report import (
     ambiguous_error,
     collision_error,
     shape_error,
     unmatched_error,
 )
-from loratool.ops.bind_rules import NameRule, apply_user_names, name_rules
-from loratool.ops.bind_settle import settle
-from loratool.ops.bind_tokens import place_new_tokens
-from loratool.ops.bind_types import (
-    Bindings,
-    BoundDelta,
-    BoundReplacement,
-    Found,
-    Item,
-    Misfit,
-)
-from loratool.ops.heads import take_heads
+from loratool.bind.settle import settle
+from loratool.bind.tokens import place_new_tokens
+from loratool.dialects.stated import version_of
+from loratool.errors import MismatchError, UsageError
 from loratool.options.groups import Names
 from loratool.store.checkpoint import Checkpoint
 

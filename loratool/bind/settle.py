@@ -7,10 +7,10 @@ from dataclasses import replace
 
 from loratool.adapter import Adapter
 from loratool.archs.ties import is_head, stored_twins
-from loratool.ops.bind_place import Context
-from loratool.ops.bind_ties import settle_ties
-from loratool.ops.bind_types import Bindings, BoundDelta, BoundReplacement, Found
-from loratool.ops.bind_vocabulary import follow_vocabulary
+from loratool.bind.items import Bindings, BoundDelta, BoundReplacement, Found
+from loratool.bind.place import Context
+from loratool.bind.ties import settle_ties
+from loratool.bind.vocabulary import follow_vocabulary
 
 
 def settle(found: Sequence[Found], ctx: Context, adapter: Adapter) -> Bindings:

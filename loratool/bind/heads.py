@@ -25,10 +25,10 @@ from loratool.archs.heads import (
 from loratool.archs.names import to_disk, to_memory
 from loratool.archs.stated import class_config, model_type
 from loratool.archs.ties import tied_tensors
+from loratool.bind.names import parse_skip
+from loratool.bind.new_parts import Extended, is_part, own_config
 from loratool.dialects.stated import WHOLE
 from loratool.errors import MismatchError, list_some
-from loratool.ops.bind_rules import parse_skip
-from loratool.ops.new_parts import Extended, is_part, own_config
 from loratool.patterns import find
 from loratool.store.checkpoint import Checkpoint
 

@@ -12,9 +12,9 @@ from loratool.adapter import Adapter, Replacement, TensorRef
 from loratool.archs.base import Table
 from loratool.archs.names import all_tables, tables_for
 from loratool.archs.stated import model_type
+from loratool.bind.items import Item
+from loratool.bind.new_parts import KnownNames
 from loratool.errors import MismatchError, UsageError
-from loratool.ops.bind_types import Item
-from loratool.ops.new_parts import KnownNames
 from loratool.options.groups import Names
 from loratool.patterns import Pattern, check_replacement, compile_pattern, find, substitute
 from loratool.store.checkpoint import Checkpoint

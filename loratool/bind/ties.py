@@ -9,11 +9,11 @@ from typing import Any
 from loratool.adapter import Adapter
 from loratool.archs.stated import decoder_config
 from loratool.archs.ties import Tie, head_scale, is_head, untied_config
+from loratool.bind.items import Found
+from loratool.bind.place import Context
+from loratool.bind.same_change import are_alike
 from loratool.dialects.stated import COPY, loads_into
 from loratool.errors import MismatchError, list_some
-from loratool.ops.bind_place import Context
-from loratool.ops.bind_types import Found
-from loratool.ops.same_change import are_alike
 from loratool.options.groups import Names
 from loratool.store.reader import have_same_bytes
 

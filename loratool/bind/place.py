@@ -10,11 +10,11 @@ from typing import Any
 from loratool.adapter import DeltaSpec
 from loratool.archs.layers import stores_transposed
 from loratool.archs.ties import Tie, follows_vocabulary, is_head, other_name
+from loratool.bind.items import BoundDelta, BoundReplacement, Found, Item, Misfit
+from loratool.bind.names import View
+from loratool.bind.new_parts import is_part
 from loratool.delta.forms import is_grouped, lengths_of, shape_of, side_sizes, width_of
 from loratool.dtypes import DTYPES, numel
-from loratool.ops.bind_rules import View
-from loratool.ops.bind_types import BoundDelta, BoundReplacement, Found, Item, Misfit
-from loratool.ops.new_parts import is_part
 from loratool.options.groups import Names
 from loratool.store.checkpoint import Checkpoint
 
