@@ -15,6 +15,7 @@ from dataclasses import replace
 from multiprocessing import get_context, parent_process
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 
 import torch
 
@@ -124,7 +125,7 @@ def _let_go(kept: set[int]) -> None:
     The numbers stay taken, so that nothing of the parent's closes a file of this process's.
     """
     nothing = os.open(os.devnull, os.O_RDWR)
-    for number in map(int, os.listdir("/proc/self/fd")):
+    for number in [int(entry.name) for entry in Path("/proc/self/fd").iterdir()]:
         if number > 2 and number not in kept:
             os.dup2(nothing, number)  # that of the listing itself is gone by now, and harmless
 
