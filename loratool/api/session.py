@@ -20,7 +20,7 @@ from loratool.errors import UsageError
 from loratool.ops.access import Access
 from loratool.ops.batch import is_batch, many_outputs, name_of, place_outputs
 from loratool.ops.fitting import check_fit
-from loratool.ops.inputs import OpenedBase, guard_output, open_one
+from loratool.ops.inputs import Guard, OpenedBase, open_one
 from loratool.options import groups
 from loratool.store.provenance import adapter_id, checkpoint_id, provenance_of
 from loratool.store.source import Resolved
@@ -154,8 +154,9 @@ class Session:
         found = [open_one(text, read=self.read, access=self.access) for text in texts]
         names, forms = [name_of(one) for one, _ in found], [form or a.dialect for _, a in found]
         targets = place_outputs(names, self.output, forms)
+        guard = Guard([*others, *(one.named for one, _ in found)])
         for target in targets:
-            guard_output(target, [*others, *(one.named for one, _ in found)])
+            guard.check(target)
         return [
             Opened(text, resolved, adapter, target, form)
             for text, (resolved, adapter), target, form in zip(

@@ -6,6 +6,7 @@ import os
 import stat
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 from loratool.adapter import Adapter
@@ -162,31 +163,56 @@ def open_base(text: str, adapters: Sequence[Adapter], access: Access) -> OpenedB
 
 
 def guard_output(output: Path, inputs: Iterable[str | Path | None]) -> None:
-    """Refuse an output that is, holds, or lies in an input, or whose staging folder does.
+    """Refuse an output that is, holds, or lies in an input: a `Guard` for one.
+
+    Raises:
+        OutputError: LT-506, or it can be no output at all.
+    """
+    Guard(inputs).check(output)
+
+
+class Guard:
+    """Keeps outputs away from what is read, however many there are of both.
 
     Links and hard links are seen through: what is to be replaced must share no file with an input.
 
     Args:
-        output: the place.
         inputs: files and folders that are read, of any kind, and texts that may name some.
-
-    Raises:
-        OutputError: it would overwrite what is being read, or can be no output at all.
     """
-    check_name(output)
-    places = (output, staging_path(output), old_path(output))
-    real = [Path(os.path.realpath(place)) for place in places]
-    taken = {identity for place in places for identity in _identities(place)}
-    for path in inputs:
-        if path is None or (isinstance(path, str) and not os.path.lexists(path)):
-            continue  # such as a reference to the Hub
-        source = Path(os.path.realpath(path))
-        nested = any(p == source or source in p.parents or p in source.parents for p in real)
-        if nested or (taken and not taken.isdisjoint(_identities(source))):
-            raise OutputError(
-                "LT-506", "the output would overwrite an input", file=output,
-                got=f"input {path}", hint="choose another -o",
-            )  # fmt: skip
+
+    def __init__(self, inputs: Iterable[str | Path | None]) -> None:
+        self._at: dict[Path, str | Path] = {}  # where an input really lies -> as it was given
+        self._above: dict[Path, str | Path] = {}  # the folders around it
+        for path in inputs:
+            if path is None or (isinstance(path, str) and not os.path.lexists(path)):
+                continue  # such as a reference to the Hub
+            real = Path(os.path.realpath(path))
+            self._at.setdefault(real, path)
+            for folder in real.parents:
+                self._above.setdefault(folder, path)
+
+    @cached_property
+    def _files(self) -> dict[tuple[int, int], str | Path]:
+        return {one: path for place, path in self._at.items() for one in _identities(place)}
+
+    def check(self, output: Path) -> None:
+        """Refuse an output that is, holds, or lies in an input, or whose staging folder does.
+
+        Raises:
+            OutputError: it would overwrite what is being read, or can be no output at all.
+        """
+        check_name(output)
+        places = (output, staging_path(output), old_path(output))
+        for place in places:
+            real = Path(os.path.realpath(place))
+            hits = [self._at[p] for p in (real, *real.parents) if p in self._at]
+            hits += [self._above[real]] if real in self._above else []
+            hits += [self._files[one] for one in _identities(place) if one in self._files]
+            if hits:
+                raise OutputError(
+                    "LT-506", "the output would overwrite an input", file=output,
+                    got=f"input {hits[0]}", hint="choose another -o",
+                )  # fmt: skip
 
 
 def _identities(place: Path) -> Iterator[tuple[int, int]]:
