@@ -142,7 +142,8 @@ def _classes() -> dict[str, type]:
             walk(inner)
         if isinstance(shape, type) and _hints(shape) and shape.__name__ not in found:
             found[shape.__name__] = shape
-            for kind in (*_hints(shape).values(), *shape.__subclasses__()):
+            # A class with slots is made twice, and the first one may still be there.
+            for kind in (*_hints(shape).values(), *reversed(shape.__subclasses__())):
                 walk(kind)
 
     walk(Plan)
