@@ -8,7 +8,6 @@ from __future__ import annotations
 import base64
 import dataclasses
 import json
-import sys
 import types
 import typing
 from collections.abc import Callable, Mapping
@@ -133,11 +132,6 @@ def _hints(shape: Any) -> dict[str, Any]:
     return {f.name: hints[f.name] for f in dataclasses.fields(shape)}
 
 
-def _is_named(kind: type) -> bool:
-    """False for what a dataclass with slots was made from: that is a subclass, too, for a while."""
-    return getattr(sys.modules.get(kind.__module__), kind.__name__, kind) is kind
-
-
 @cache
 def _classes() -> dict[str, type]:
     """What may be in a plan, by name: every dataclass that a field of one may hold."""
@@ -148,7 +142,8 @@ def _classes() -> dict[str, type]:
             walk(inner)
         if isinstance(shape, type) and _hints(shape) and shape.__name__ not in found:
             found[shape.__name__] = shape
-            for kind in (*_hints(shape).values(), *filter(_is_named, shape.__subclasses__())):
+            # A class with slots is made twice, and the first one may still be there.
+            for kind in (*_hints(shape).values(), *reversed(shape.__subclasses__())):
                 walk(kind)
 
     walk(Plan)

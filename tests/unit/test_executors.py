@@ -284,6 +284,7 @@ def kill_at(monkeypatch: pytest.MonkeyPatch, times: dict[int, int]) -> list[int]
         if times.get(order.index, 0) > 0:
             times[order.index] -= 1
             os.kill(self._process.pid, signal.SIGKILL)
+            self._process.join()  # noticed before the others have done all that is left
             killed.append(self._process.pid)
         begin(self, order)
 
