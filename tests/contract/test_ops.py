@@ -40,7 +40,7 @@ VALUES: dict[str, Any] = {
     "scale": 0.5, "anchor": 1, "how": "sum", "source": "ab", "gate": True, "wanted": "cd",
     "patch": None, "names": ["x", "y"], "rule": {"rank": 4, "energy": 0.9}, "auto": True,
     "exact": True, "slices": True, "transposed": True, "experts": 2, "kernel": [3, 3],
-    "gain": 2.0, "keep_going": True, "cap": 3, "rank": 2, "dtype": "F16", "bias": None,
+    "gain": 2.0, "slots": 8, "keep_going": True, "cap": 3, "rank": 2, "dtype": "F16", "bias": None,
     "must_rewrite": True, "is_free": False, "coded": coded(), "view": (8, 8),
     "asked": 3, "alpha": 8, "scaling": 0.5,
     "stored_alpha": 4.0, "like": SPEC, "weaken": 0.5, "factors": {"B": 2.0}, "slots": 3,
