@@ -187,11 +187,30 @@ def _times(stack: torch.Tensor, block: torch.Tensor) -> torch.Tensor:
 
 def _eigh(gram: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Eigenvalues on the CPU, ascending, and vectors; each by itself, whatever the others are."""
-    if gram.device.type == "cpu" or gram.shape[-1] <= _SMALL:
-        values, vectors = torch.linalg.eigh(gram.cpu())
-        return values, vectors.to(gram.device)
-    pairs = [torch.linalg.eigh(one) for one in gram]
-    return torch.stack([p[0] for p in pairs]).cpu(), torch.stack([p[1] for p in pairs])
+    where = torch.device("cpu") if gram.shape[-1] <= _SMALL else gram.device
+    pairs = [_eigh_of(one) for one in gram.to(where)]
+    values, vectors = torch.stack([p[0] for p in pairs]), torch.stack([p[1] for p in pairs])
+    return values.cpu(), vectors.to(gram.device)
+
+
+def _eigh_of(gram: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Eigenvalues, ascending, and vectors of one positive semidefinite matrix.
+
+    The divide-and-conquer routine gives up on some whose entries span thirty orders of magnitude,
+    as those of exhausted matrices do.  It mostly takes them turned end for end; singular values,
+    which are the same here, are slower and come always.
+    """
+    try:
+        values, vectors = torch.linalg.eigh(gram)
+        return values, vectors
+    except torch.linalg.LinAlgError:
+        pass
+    try:
+        values, vectors = torch.linalg.eigh(gram.flip(0, 1))
+        return values, vectors.flip(0)
+    except torch.linalg.LinAlgError:
+        left, sizes, _ = torch.linalg.svd(gram)
+        return sizes.flip(0), left.flip(1)
 
 
 def _start(stack: torch.Tensor, width: int, seeds: Sequence[int]) -> torch.Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from loratool.linalg import lanczos
 from loratool.linalg.fit import residual_square, truncate
 from loratool.linalg.lanczos import block_lanczos, is_worthwhile, orthonormalise
 from tests.make import randn
@@ -141,3 +142,25 @@ def test_exact_agrees() -> None:
     exact = truncate(matrix[None], 8, seeds=[1], squares=[square(matrix)], exact=True)
     sigma = torch.linalg.svdvals(matrix.double())[:8]
     assert torch.allclose(exact.singular_values[0], sigma, rtol=1e-10, atol=0)
+
+
+@pytest.mark.parametrize("failures", [0, 1, 2])
+def test_an_eigensolver_that_gives_up(failures: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The decomposition comes by another way, as good as the first one's."""
+    factor = randn(40, 40, seed=1).double() * torch.logspace(0, -14, 40, dtype=torch.float64)
+    gram = factor.T @ factor
+    real, left = torch.linalg.eigh, [failures]
+
+    def eigh(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        left[0] -= 1
+        if left[0] >= 0:
+            raise torch.linalg.LinAlgError("failed to converge")
+        return tuple(real(matrix))
+
+    monkeypatch.setattr(torch.linalg, "eigh", eigh)
+    values, vectors = (found[0] for found in lanczos._eigh(gram[None]))
+    assert bool((values.diff() >= 0).all())
+    unit = 2.0**-53 * 40 * 40  # rounding of products of 40 terms, of the solvers' backward error
+    assert float((vectors.T @ vectors - torch.eye(40)).abs().max()) < unit
+    size = float(values.max())
+    assert float((vectors * values @ vectors.T - gram).abs().max()) < unit * size
