@@ -7,7 +7,7 @@ from pathlib import Path
 from loratool.api.merge_job import MergeJob
 from loratool.report.merge import LeastTime
 from loratool.store.bandwidth import are_on_one_disk, read_speed, write_speed
-from loratool.store.remote import remote_file
+from loratool.store.stubs import remote_file
 
 _WORTH_BYTES = 1_000_000_000
 """Output from which somebody wants to know."""
