@@ -20,6 +20,7 @@ from loratool.api.common import (
     run_id,
     uncollected,
 )
+from loratool.api.least_time import least_time
 from loratool.api.merge_job import MergeJob, MergeRequest, Operation, prepare_merge
 from loratool.api.merge_report import merge_report, plain_result
 from loratool.api.open_residual import check_partner, open_residual
@@ -100,6 +101,8 @@ def run_merge(asked: Merge, operation: Operation | None = None) -> MergeReport:
         report = merge_report(
             job, resources, results, run_notes, dry_run=asked.dry_run, started=started
         )
+    if asked.dry_run:
+        report = replace(report, least_time=least_time(job))
     if undo is None:
         return report
     size = 0 if asked.dry_run else undo.job.path.stat().st_size

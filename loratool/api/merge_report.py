@@ -58,7 +58,9 @@ def merge_report(
         modules=tuple(modules),
         total=total,
         warnings=tuple(warnings),
-        notes=tuple(dict.fromkeys(_notes(job, sums, run_notes))),
+        notes=tuple(dict.fromkeys(
+            [*_notes(job, sums, run_notes), *_sample_note(job, sums, dry_run)]
+        )),
         sidecars=tuple(s.name for s in job.sidecars),
         tokenizer=_tokenizer(job),
         dry_run=dry_run,
@@ -95,6 +97,13 @@ def _notes(job: MergeJob, sums: Sequence[dict[str, Any]], run_notes: Sequence[st
         *_exact_note(sums),
         *([f"{checked} tensors are the fine-tune's, bit for bit (checked)"] if checked else []),
     ]
+
+
+def _sample_note(job: MergeJob, sums: Sequence[Any], dry_run: bool) -> list[str]:
+    many = sum(op_of(step).is_sampled for step in job.merge.plan.steps)
+    if not dry_run or len(sums) >= many:
+        return []
+    return [f"the loss is predicted from {len(sums)} of {many:,} tensors that change"]
 
 
 def _loss_warnings(total: ModuleLoss, modules: Sequence[ModuleLoss], dry_run: bool) -> list[str]:

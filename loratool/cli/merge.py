@@ -33,7 +33,7 @@ from loratool.options.groups import Access, Mix, Names, Nonfinite
 from loratool.options.merging import Merge
 
 if TYPE_CHECKING:
-    from loratool.report.merge import MergeReport
+    from loratool.report.merge import LeastTime, MergeReport
 
 _MENTION_FLOAT32 = 0.01
 """Loss from which the way to avoid it is worth a word."""
@@ -145,6 +145,8 @@ def render(report: MergeReport, voice: Voice, check: str = "") -> Iterator[str]:
     yield line("plan", ", ".join(_counts(report)))
     yield line("", f"memory ≤ {format_bytes(report.peak_memory_bytes)}", _disk(report),
                f"{safe(report.device)}: {safe(report.device_reason)}")  # fmt: skip
+    if report.least_time is not None:
+        yield line("time", *_least(report.least_time))
     if report.skipped:
         yield line("skipped", f"{plural(len(report.skipped), 'module')}: {some(report.skipped)}",
                    tone="warn")  # fmt: skip
@@ -190,6 +192,19 @@ def _counts(report: MergeReport) -> list[str]:
         if number:
             counts.append(f"{number:,} {words}")
     return counts
+
+
+def _least(time: LeastTime) -> list[str]:
+    parts = [
+        f"{verb} {format_bytes(count)} at {format_bytes(int(speed))}/s"
+        for verb, count, speed in (
+            ("reads", time.read_bytes, time.read_speed),
+            ("writes", time.write_bytes, time.write_speed),
+        )
+        if speed is not None
+    ]
+    return [f"at least {format_seconds(time.seconds)}", *parts,
+            "measured just now, past the page cache; arithmetic not counted"]  # fmt: skip
 
 
 def _disk(report: MergeReport) -> str:

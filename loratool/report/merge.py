@@ -33,6 +33,25 @@ class ModuleLoss:
 
 
 @dataclass(frozen=True)
+class LeastTime:
+    """What reading and writing take, at speeds measured just now past the page cache.
+
+    Attributes:
+        seconds: wall time at least; arithmetic is not counted.
+        read_bytes: of tensors.
+        read_speed: bytes per second; None = unknown, and not counted.
+        write_bytes: of tensors.
+        write_speed: likewise.
+    """
+
+    seconds: float
+    read_bytes: int
+    read_speed: float | None
+    write_bytes: int
+    write_speed: float | None
+
+
+@dataclass(frozen=True)
 class MergeReport(Report):
     """Result of `loratool.merge`.
 
@@ -64,6 +83,7 @@ class MergeReport(Report):
         plan: the plan, with ``dry_run``.
         undo: the undo file written along, None if none was asked for.
         undo_bytes: its size.
+        least_time: with ``dry_run``, for outputs of some size: what the disks alone will take.
     """
 
     command: ClassVar[str] = "merge"
@@ -94,6 +114,7 @@ class MergeReport(Report):
     plan: Mapping[str, Any] | None = None
     undo: str | None = None
     undo_bytes: int = 0
+    least_time: LeastTime | None = None
 
 
 @dataclass(frozen=True)

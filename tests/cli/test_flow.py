@@ -19,6 +19,7 @@ MERGE_KEYS = {
     "cast", "created", "skipped", "rule", "device", "device_reason", "dtype", "shards",
     "output_bytes", "peak_memory_bytes", "seconds", "modules", "total", "warnings", "notes",
     "sidecars", "tokenizer", "dry_run", "plan", "undo", "undo_bytes",
+    "least_time",
 }  # fmt: skip
 
 

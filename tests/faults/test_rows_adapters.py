@@ -133,10 +133,10 @@ def test_refused(world: World, row: Row) -> None:
 # ------------------------------------------------------------------------------------- limits
 
 
-@pytest.mark.parametrize("row", ["limit-257-adapters"])
+@pytest.mark.parametrize("row", ["limit-1025-adapters"])
 def test_too_many_adapters(world: World, row: str) -> None:
-    words = ["merge", *[str(world.adapter)] * 257, "--base", str(world.base), "-o", str(world.out)]
-    world.refuses(words, "LT-291", expected="256", got="257")
+    words = ["merge", *[str(world.adapter)] * 1025, "--base", str(world.base), "-o", str(world.out)]
+    world.refuses(words, "LT-291", expected="1024", got="1025")
 
 
 @pytest.mark.parametrize("row", ["limit-rank"])

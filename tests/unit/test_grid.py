@@ -21,6 +21,14 @@ def test_blocks_tile_the_view_in_byte_order(view: tuple[int, int]) -> None:
     assert position == rows * cols
 
 
+@given(VIEWS)
+def test_single_blocks_are_those_of_the_grid(view: tuple[int, int]) -> None:
+    every = grid.blocks(view)
+    assert grid.count_blocks(view) == len(every)
+    some = {0, len(every) // 2, len(every) - 1}
+    assert grid.ends_and_middle(view) == [every[i] for i in sorted(some)]
+
+
 def test_long_rows_are_cut_into_cells() -> None:
     cut = grid.blocks((3, 200_000), 70_000)
     assert [(b.r0, b.c0, b.c1, b.start) for b in cut[3:6]] == [
@@ -48,4 +56,4 @@ def test_chunks_keep_blocks_whole(view: tuple[int, int], size: int) -> None:
 
 @pytest.mark.parametrize("view", [(0, 5), (5, 0), (1, 0)])
 def test_empty_tensors_have_no_blocks(view: tuple[int, int]) -> None:
-    assert grid.blocks(view) == []
+    assert grid.blocks(view) == grid.ends_and_middle(view) == []
