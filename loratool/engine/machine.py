@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import re
 import sys
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -46,7 +45,8 @@ def can_fork() -> bool:
     """
     torch = sys.modules.get("torch")
     in_use = torch is not None and torch.cuda.is_initialized()
-    return sys.platform == "linux" and threading.active_count() == 1 and not in_use
+    threads = len(sys._current_frames())  # those too that `threading` does not know of
+    return sys.platform == "linux" and threads == 1 and not in_use
 
 
 def available_memory() -> int | None:

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch._C import _LinAlgError as LinAlgError  # torch.linalg does not say that it exports it
 
 OVERSAMPLING = 8
 """Columns per block beyond the rank: they carry the directions next in line."""
@@ -204,12 +203,12 @@ def _eigh_of(gram: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     try:
         values, vectors = torch.linalg.eigh(gram)
         return values, vectors
-    except LinAlgError:
+    except RuntimeError:  # torch.linalg.LinAlgError is one
         pass
     try:
         values, vectors = torch.linalg.eigh(gram.flip(0, 1))
         return values, vectors.flip(0)
-    except LinAlgError:
+    except RuntimeError:  # torch.linalg.LinAlgError is one
         left, sizes, _ = torch.linalg.svd(gram)
         return sizes.flip(0), left.flip(1)
 

@@ -18,7 +18,6 @@ import subprocess
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -155,14 +154,12 @@ def import_everything() -> None:
     import torch
 
     import loratool
-    from loratool.errors import UsageError
 
     torch.set_num_threads(1)
     assert huggingface_hub.HfApi
     for module in pkgutil.walk_packages(loratool.__path__, "loratool."):
         if not module.name.endswith("__main__"):
-            with suppress(UsageError):  # of an executor whose package is not installed
-                importlib.import_module(module.name)
+            importlib.import_module(module.name)
 
 
 def do(job: Mapping[str, Any]) -> Result:
