@@ -30,10 +30,8 @@ from loratool.store.far_reader import FarReader, unseen
 
 try:
     import ray
-except ImportError:
-    raise UsageError(
-        "LT-277", "--executor ray needs Ray", hint="pip install 'loratool[ray]'"
-    ) from None
+except ImportError:  # `connect` says so
+    ray = None
 
 _HOST = re.compile(r"[^:/\s]+:[0-9]{1,5}")
 _PATIENCE_S = 20
@@ -71,8 +69,11 @@ def connect(address: str | None) -> None:
     A process that is connected stays so: a batch has one cluster for all of its adapters.
 
     Raises:
+        UsageError: LT-277, Ray is not installed.
         DiskError: LT-617, there is none at that address.
     """
+    if ray is None:
+        raise UsageError("LT-277", "--executor ray needs Ray", hint="pip install 'loratool[ray]'")
     if ray.is_initialized():
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # of a cluster that we start: no reports
