@@ -30,8 +30,8 @@ from loratool.store.far_reader import FarReader, unseen
 
 try:
     import ray
-except ImportError:
-    ray = None  # `connect` says so
+except ImportError:  # `connect` says so
+    ray = None
 
 _HOST = re.compile(r"[^:/\s]+:[0-9]{1,5}")
 _PATIENCE_S = 20
@@ -73,9 +73,7 @@ def connect(address: str | None) -> None:
         DiskError: LT-617, there is none at that address.
     """
     if ray is None:
-        raise UsageError(
-            "LT-277", "--executor ray needs Ray", hint="pip install 'loratool[ray]'"
-        )
+        raise UsageError("LT-277", "--executor ray needs Ray", hint="pip install 'loratool[ray]'")
     if ray.is_initialized():
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # of a cluster that we start: no reports
