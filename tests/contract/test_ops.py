@@ -43,7 +43,7 @@ VALUES: dict[str, Any] = {
     "gain": 2.0, "slots": 8, "keep_going": True, "cap": 3, "rank": 2, "dtype": "F16", "bias": None,
     "must_rewrite": True, "is_free": False, "coded": coded(), "view": (8, 8),
     "asked": 3, "alpha": 8, "scaling": 0.5,
-    "stored_alpha": 4.0, "like": SPEC, "weaken": 0.5, "factors": {"B": 2.0}, "slots": 3,
+    "stored_alpha": 4.0, "like": SPEC, "weaken": 0.5, "factors": {"B": 2.0},
 }  # fmt: skip
 
 
