@@ -14,8 +14,8 @@ from typing import Any
 from loratool.adapter import Adapter, AdapterFiles
 from loratool.dialects.base import Dialect
 from loratool.dialects.candidate import Candidate, examine
-from loratool.dialects.peft.new import task_type_of
 from loratool.dialects.peft.read import unmergeable_reason
+from loratool.dialects.peft.tasks import task_type_of
 from loratool.dialects.registry import BY_NAME, DEFAULT, DIALECTS, detect, home_of, writable
 from loratool.errors import MismatchError
 from loratool.options.groups import Read

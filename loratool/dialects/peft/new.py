@@ -12,25 +12,12 @@ from loratool.dialects.peft import own_config
 from loratool.dialects.peft.new_keys import NewLayout
 from loratool.dialects.peft.patterns import endings
 from loratool.dialects.peft.targets import NO_TARGETS
+from loratool.dialects.peft.tasks import heads_of, old_task, task_type_of
 from loratool.errors import MismatchError
 
 PEFT_VERSION = "0.21.2"  # whose reading the files were tested with
 # What a changed adapter keeps of its old configuration: fields that say nothing about numbers.
 _KEPT = ("auto_mapping", "revision", "lora_dropout", "ensure_weight_tying")
-_TASKS = (
-    ("ForCausalLM", "CAUSAL_LM"),
-    ("LMHeadModel", "CAUSAL_LM"),
-    ("ForConditionalGeneration", "SEQ_2_SEQ_LM"),
-    ("ForSequenceClassification", "SEQ_CLS"),
-    ("ForTokenClassification", "TOKEN_CLS"),
-    ("ForQuestionAnswering", "QUESTION_ANS"),
-)
-# Ends of heads that PEFT adds to modules_to_save by itself for these tasks.
-_HEADS = {
-    "SEQ_CLS": ("classifier", "score"),
-    "TOKEN_CLS": ("classifier", "score"),
-    "QUESTION_ANS": ("qa_outputs",),
-}
 
 
 def new_config(
@@ -121,41 +108,13 @@ def alpha_of(spec: DeltaSpec) -> int | float:
     return int(alpha) if float(alpha).is_integer() else alpha
 
 
-def task_type_of(config: Mapping[str, Any]) -> str | None:
-    """PEFT's ``task_type`` for a base's ``config.json``, None where PEFT has none.
-
-    Example:
-        >>> task_type_of({"architectures": ["LlamaForCausalLM"]})
-        'CAUSAL_LM'
-    """
-    architectures = config.get("architectures")
-    names = architectures if isinstance(architectures, list) else []
-    for ending, task in _TASKS:
-        if any(isinstance(n, str) and n.endswith(ending) for n in names):
-            # Vision-language models have the same ending, but no encoder-decoder.
-            if task == "SEQ_2_SEQ_LM" and config.get("is_encoder_decoder") is not True:
-                return None
-            return task
-    return None
-
-
-def heads_of(adapter: Adapter, base_config: Mapping[str, Any] | None) -> tuple[str, ...]:
-    """Ends of modules that PEFT saves whole for the task of an adapter."""
-    return _HEADS.get(_old_task(adapter) or task_type_of(base_config or {}) or "", ())
-
-
 def _task(adapter: Adapter, layout: NewLayout, base_config: Mapping[str, Any] | None) -> str | None:
-    kept, heads = _old_task(adapter), heads_of(adapter, base_config)
+    kept, heads = old_task(adapter), heads_of(adapter, base_config)
     has_head = any(module.endswith(heads) for module in layout.saved)
     if not heads or has_head:
         return kept or task_type_of(base_config or {})
     # PEFT fails on a file without such a head, if the model has one.
     return kept if kept and not any(m.endswith(heads) for m in layout.modules) else None
-
-
-def _old_task(adapter: Adapter) -> str | None:
-    kept = own_config(adapter).get("task_type")
-    return kept if isinstance(kept, str) else None
 
 
 def _commonest(values: Sequence[Any]) -> Any:

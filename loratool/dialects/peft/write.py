@@ -11,9 +11,10 @@ from loratool.adapter import Adapter, AdapterFiles, Source, TensorRef
 from loratool.dialects.peft import own_config
 from loratool.dialects.peft.config import parse_config
 from loratool.dialects.peft.keys import living_names, sort_tensors
-from loratool.dialects.peft.new import heads_of, new_config
+from loratool.dialects.peft.new import new_config
 from loratool.dialects.peft.new_keys import NewLayout, new_tensors
 from loratool.dialects.peft.read import read_tensors
+from loratool.dialects.peft.tasks import heads_of
 from loratool.dtypes import DTYPES
 from loratool.options.groups import Read
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from loratool.adapter import Adapter, DeltaSpec
 from loratool.dialects.peft.config import parse_config
-from loratool.dialects.peft.new import heads_of
 from loratool.dialects.peft.targets import ALL_LINEAR, is_guarded, untargeted
+from loratool.dialects.peft.tasks import heads_of
 from loratool.dialects.peft.version import parse_version
 from loratool.dialects.programs import traits
 from loratool.dialects.programs.base import Program, Rule
