@@ -295,7 +295,7 @@ def test_a_second_signal_kills(scene: Scene) -> None:
     """Between the first signal and the end of a run that hangs."""
     code = (
         "import threading, loratool.cli as c\n"
-        "def run(args):\n"
+        "def run(*_):\n"
         "    try: print('ready', flush=True); threading.Event().wait(600)\n"
         "    except BaseException: print('first', flush=True); threading.Event().wait(600)\n"
         "c.run = run\n"

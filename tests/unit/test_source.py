@@ -221,7 +221,7 @@ def test_bare_name_means_the_hub(text: str, monkeypatch: pytest.MonkeyPatch) -> 
         assert reference.repo_id == text.split("@")[0]
         return Looked(Path(), SHA), None
 
-    monkeypatch.setattr(source, "fetch", fake)
+    monkeypatch.setattr(hub_fetch, "fetch", fake)
     found = resolve(text, kind="adapter")
     repo = text.split("@")[0]
     assert found.note == f"hub {repo}@{SHA} (no such local path)"
