@@ -61,7 +61,7 @@ class LowRank(Delta):
             if not bool(((lengths == 0) | (lengths > _SMALL) & (lengths < _LARGE)).all()):
                 return None
         made = LowRank((self.left * self.coefficient).float(), self.right.float())
-        made.roundings = self.roundings + 2  # one for each factor
+        made.roundings = self.roundings  # now for each factor and the sum, not for the coefficient
         return made
 
     def at(self, rows: torch.Tensor, cols: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

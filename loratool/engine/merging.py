@@ -17,7 +17,7 @@ from loratool.delta.vector import Rows
 from loratool.engine import grid
 from loratool.engine.buffers import torch_dtype
 from loratool.engine.combining import random_keys
-from loratool.engine.gate import Gate, is_finite
+from loratool.engine.gate import Gate
 from loratool.engine.kernel import INTEGERS, Env, Kernel
 from loratool.engine.rounders import Exact, make_rounder
 from loratool.engine.step_args import SumArgs
@@ -182,21 +182,27 @@ class AddDeltas(Kernel):
 
     def run(self, block: grid.Block, inputs: list[torch.Tensor], out: torch.Tensor | None) -> None:
         """Sum in the accumulator's type, round once into ``out``, keep the sums of the report."""
-        base, acc = inputs[0], self.sum(block, inputs)
+        base, bad = inputs[0], None
+        acc = self._first_look(block, inputs)
+        if acc is None:
+            acc = self.sum(block, inputs)
+            bad = self._gate.see(block.index, block.start, acc)
         out = self.store(block, inputs, acc, out)
-        bad = self._gate.see(block.index, block.start, acc)
         rows = slice(-block.r0 % self._stride, None, self._stride)
         if block.index % self._block_stride == 0 and rows.start < base.shape[0]:
             finite = [x if bad is None else x.masked_fill(bad, 0.0) for x in (base, acc, out)]
             self._measure(block, *(x[rows] for x in finite))
 
     def sum(self, block: grid.Block, inputs: list[torch.Tensor]) -> torch.Tensor:
-        """W + Σ deltas of a block, in the accumulator's type; in float32 for a first look."""
-        if isinstance(self.rounder, Exact) and self.rounder.singles is not None:
-            acc = self._sum(block, inputs, self.rounder.singles, torch.float32)
-            if is_finite(acc):
-                return acc
+        """W + Σ deltas of a block, in the accumulator's type."""
         return self._sum(block, inputs, self.deltas, self.dtype)
+
+    def _first_look(self, block: grid.Block, inputs: list[torch.Tensor]) -> torch.Tensor | None:
+        """The same in float32, for `Exact`; None if that is not asked for, or not harmless."""
+        if not isinstance(self.rounder, Exact) or self.rounder.singles is None:
+            return None
+        acc = self._sum(block, inputs, self.rounder.singles, torch.float32)
+        return acc if self._gate.passes(acc) else None
 
     def _sum(
         self, block: grid.Block, inputs: list[torch.Tensor], deltas: Sequence[Delta],
