@@ -203,8 +203,8 @@ def _least(time: LeastTime) -> list[str]:
         )
         if speed is not None
     ]
-    return [f"at least {format_seconds(time.seconds)}", *parts,
-            "measured just now, past the page cache; arithmetic not counted"]  # fmt: skip
+    return [f"{format_seconds(time.seconds)} of disk from a cold cache", *parts,
+            "measured just now; arithmetic not counted"]  # fmt: skip
 
 
 def _disk(report: MergeReport) -> str:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,7 +10,6 @@ import torch
 
 from loratool.dtypes import DTYPES
 from loratool.engine import grid
-from loratool.engine.buffers import ByteBuffer
 from loratool.engine.device import exact_arithmetic
 from loratool.engine.kernel import Env
 from loratool.engine.machine import usable_cores
@@ -20,6 +17,7 @@ from loratool.engine.rows import op_of
 from loratool.engine.step import Lane, StepWork
 from loratool.location import HubFile
 from loratool.plan import Plan, Step
+from loratool.store.bandwidth import write_speed
 from loratool.store.checksum import Piece
 from loratool.store.reader import FileReader
 
@@ -27,7 +25,6 @@ _MOVING = 0.3e-9  # seconds of a core for a byte: its checksum, the write past t
 _START_S = 2.5  # of a GPU: its context and libraries
 _LANES = 4
 _GAIN = 1.15  # a GPU must be this much faster
-_PROBE_BYTES, _PROBE_PIECE = 64 << 20, 8 << 20
 
 
 @dataclass(frozen=True)
@@ -61,7 +58,7 @@ def gpu_pays(plan: Plan, folder: Path | None, workers: int) -> tuple[bool, str]:
     rates = Rates(cores / (seconds + _MOVING))
     if plan.read_bytes / rates.cpu <= _START_S:
         return decide(rates, plan.read_bytes, cores)
-    rates = replace(rates, disk=write_rate(folder) if folder else None)
+    rates = replace(rates, disk=write_speed(folder) if folder else None)
     if rates.disk is None or rates.cpu < rates.disk * _GAIN:
         seconds = _trial(step, torch.device("cuda", 0))
         rates = replace(rates, gpu=min(1 / seconds, min(_LANES, cores) / _MOVING))
@@ -92,30 +89,6 @@ def decide(rates: Rates, nbytes: int, cores: int) -> tuple[bool, str]:
 
 def _spell(rate: float) -> str:
     return f"{rate / 1e9:.1f} GB/s"
-
-
-def write_rate(folder: Path) -> float | None:
-    """Bytes per second that a nameless file there takes, written past the page cache if it can be.
-
-    None where there are no such files.
-    """
-    flags = getattr(os, "O_TMPFILE", 0)
-    if not flags:
-        return None
-    piece, raw = ByteBuffer().take(_PROBE_PIECE)
-    raw.random_(generator=torch.Generator().manual_seed(0))  # not to be packed by the file system
-    for more in (getattr(os, "O_DIRECT", 0), 0):
-        with contextlib.suppress(OSError):
-            file = os.open(folder, flags | os.O_WRONLY | more, 0o600)
-            try:
-                start = time.perf_counter()
-                for at in range(0, _PROBE_BYTES, _PROBE_PIECE):
-                    os.pwrite(file, piece, at)
-                os.fsync(file)
-                return _PROBE_BYTES / (time.perf_counter() - start)
-            finally:
-                os.close(file)
-    return None
 
 
 class _Nowhere:

@@ -1,4 +1,4 @@
-"""Whether a GPU pays: what rates say, and that they are measured without a trace."""
+"""Whether a GPU pays: what rates say, and that they are those of the plan at hand."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 import loratool as lt
 from loratool.engine import choice
-from loratool.engine.choice import Rates, decide, gpu_pays, write_rate
+from loratool.engine.choice import Rates, decide, gpu_pays
 from loratool.plan import Plan
 from tests.make import randn, random_factors, save_adapter, save_checkpoint
 
@@ -32,12 +32,6 @@ def test_what_rates_say(rates: Rates, size: int, wins: bool, words: str) -> None
     found, reason = decide(rates, size * GB, 2)
     assert found == wins
     assert words in reason
-
-
-def test_the_disk_is_measured_without_a_name(tmp_path: Path) -> None:
-    rate = write_rate(tmp_path)
-    assert rate is None or rate > 0
-    assert not list(tmp_path.iterdir())
 
 
 def test_trials_of_a_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
