@@ -100,7 +100,10 @@ class Call:
         if self.name == "openat":
             return bool(self.args[2] & os.O_CREAT)
         if self.name == "write":  # to a file, not to a pipe, a socket or an event
-            return self.args[0] not in (1, 2) and self.paths()[0].startswith("/")
+            try:
+                return self.args[0] not in (1, 2) and self.paths()[0].startswith("/")
+            except FileNotFoundError:  # killed since it asked
+                return False
         return True
 
     def paths(self) -> list[str]:
