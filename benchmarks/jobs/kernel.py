@@ -15,24 +15,11 @@ import torch
 from loratool.adapter import DeltaSpec, TensorData
 from loratool.engine.executors import Task, find_executor
 from loratool.engine.run import RunOptions
-from loratool.engine.step import Result
+from loratool.engine.step import Nowhere, Result
 from loratool.plan import DeltaPart, Step, TensorSpec
 from loratool.store.reader import FileReader
 
 RANK, MATRICES, SECONDS = 16, 4, 2.0
-
-
-class Nowhere:
-    """Takes a step's bytes, and drops them."""
-
-    start = 0
-
-    def put(self, offset: int, data: memoryview, aligned: bool) -> None:
-        """Nothing."""
-
-    def pieces(self) -> tuple[()]:
-        """None."""
-        return ()
 
 
 class Desk:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import gc
 import hashlib
 import json
 import sys
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -30,7 +28,6 @@ if TYPE_CHECKING:
 
 _CUDA_FACTORING_CHUNK = 16 << 20  # page-locked memory is slow to get, and the run takes seconds
 _CUDA_FACTORING_THREADS = 16  # they read, and wait for the GPU
-_CUDA_ADDING_THREADS = 4  # enough to keep the disk busy, and each takes pinned memory
 
 _MAX_THREADS = 1024
 
@@ -133,7 +130,7 @@ def plan_resources(
     """
     limits = Limits.of(asked)
     limits.check_torch()
-    from loratool.engine.choice import gpu_pays
+    from loratool.engine.choice import GPU_LANES, gpu_pays
     from loratool.engine.device import resolve_devices
     from loratool.engine.machine import default_threads
     from loratool.engine.run import RunOptions
@@ -149,7 +146,7 @@ def plan_resources(
     limits = replace(limits, executor=choose_executor(asked.executor, crowded=crowded))
     threads = limits.workers
     if on_gpu and not factors:
-        threads = limits.threads or min(threads, _CUDA_ADDING_THREADS)
+        threads = limits.threads or min(threads, GPU_LANES)
     elif on_gpu:
         threads = limits.threads or default_threads(_CUDA_FACTORING_THREADS)
         chunk_bytes = chunk_bytes or _CUDA_FACTORING_CHUNK
@@ -174,7 +171,7 @@ class Limits:
     """What the user allows.
 
     Attributes:
-        threads: workers; None = twice the cores, at most 8.
+        threads: workers; None = as many as the executor has by itself.
         max_memory: for the planned peak; None = what is free.
         executor: what the workers are, see `loratool.engine.executors`.
         address: of the cluster that they belong to.
@@ -266,18 +263,6 @@ class Limits:
 
         limit = parse_size(self.max_memory)
         return available_memory() if limit is None and self.address is None else limit
-
-
-@contextmanager
-def uncollected() -> Iterator[None]:
-    """A block that makes a great many objects, none in a circle: looking for those takes long."""
-    was_on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_on:
-            gc.enable()
 
 
 def run_id(plan: Plan, device: str) -> str:

@@ -18,7 +18,6 @@ from loratool.api.common import (
     plan_resources,
     rounding_args,
     run_id,
-    uncollected,
 )
 from loratool.api.least_time import least_time
 from loratool.api.merge_job import MergeJob, MergeRequest, Operation, prepare_merge
@@ -39,6 +38,7 @@ from loratool.options.groups import Codes, Names, Run
 from loratool.options.merging import Combine, Merge
 from loratool.report.combine import CombineReport
 from loratool.report.merge import MergeReport
+from loratool.store.header import uncollected
 from loratool.store.output_path import check_output
 
 if TYPE_CHECKING:

@@ -8,22 +8,21 @@ from pathlib import Path
 
 import torch
 
-from loratool.dtypes import DTYPES
-from loratool.engine import grid
 from loratool.engine.device import exact_arithmetic
-from loratool.engine.kernel import Env
 from loratool.engine.machine import usable_cores
 from loratool.engine.rows import op_of
-from loratool.engine.step import Lane, StepWork
+from loratool.engine.run import RunOptions
+from loratool.engine.step import Lane, Nowhere, StepWork
 from loratool.location import HubFile
 from loratool.plan import Plan, Step
 from loratool.store.bandwidth import write_speed
-from loratool.store.checksum import Piece
 from loratool.store.reader import FileReader
 
 _MOVING = 0.3e-9  # seconds of a core for a byte: its checksum, the write past the page cache
 _START_S = 2.5  # of a GPU: its context and libraries
-_LANES = 4
+GPU_LANES = 4
+"""Threads beside a GPU that adds: enough to keep the disk busy, and each takes pinned memory."""
+
 _GAIN = 1.15  # a GPU must be this much faster
 
 
@@ -61,7 +60,7 @@ def gpu_pays(plan: Plan, folder: Path | None, workers: int) -> tuple[bool, str]:
     rates = replace(rates, disk=write_speed(folder) if folder else None)
     if rates.disk is None or rates.cpu < rates.disk * _GAIN:
         seconds = _trial(step, torch.device("cuda", 0))
-        rates = replace(rates, gpu=min(1 / seconds, min(_LANES, cores) / _MOVING))
+        rates = replace(rates, gpu=min(1 / seconds, min(GPU_LANES, cores) / _MOVING))
     return decide(rates, plan.read_bytes, cores)
 
 
@@ -91,19 +90,6 @@ def _spell(rate: float) -> str:
     return f"{rate / 1e9:.1f} GB/s"
 
 
-class _Nowhere:
-    """Takes what a trial makes."""
-
-    start = 0
-
-    def put(self, offset: int, data: memoryview, aligned: bool) -> None:
-        """Drop it."""
-
-    def pieces(self) -> tuple[Piece, ...]:
-        """None."""
-        return ()
-
-
 def _heaviest(plan: Plan) -> Step | None:
     """The largest tensor that changes go into, block by block."""
     summed = [
@@ -115,17 +101,13 @@ def _heaviest(plan: Plan) -> Step | None:
 
 
 def _trial(step: Step, device: torch.device) -> float:
-    """Seconds for a byte of a step's first piece, read from memory: the best of two runs."""
-    on_cpu = device.type == "cpu"
-    elements = grid.CPU_ELEMENTS if on_cpu else grid.CUDA_ELEMENTS
-    chunk = grid.CPU_CHUNK_BYTES if on_cpu else grid.CUDA_CHUNK_BYTES
+    """Seconds for a byte of a step's first piece, read from memory: the best of three runs."""
     with FileReader() as reader, exact_arithmetic():
-        work = StepWork(step, Env(reader, device, elements, chunk=chunk), _Nowhere())
+        work = StepWork(step, RunOptions(device).env(reader), Nowhere())
         lane, piece = Lane(device), work.pieces[0]
         times = []
         for _ in range(3):  # the first one loads the factors, and what the kernel needs
             start = time.perf_counter()
-            work.process(lane, piece)
-            times.append(time.perf_counter() - start)
-    size = DTYPES[step.inputs[0].dtype].bits / 8
-    return min(times) / (size * sum(block.numel for block in piece))
+            read = work.process(lane, piece)
+            times.append((time.perf_counter() - start) / read)
+    return min(times)

@@ -150,20 +150,16 @@ class Exact(Nearest):
     ) -> None:  # fmt: skip
         """Fill ``error`` with a bound of |acc - exact sum|, ``work`` being scratch.
 
-        Every rounding on the way moves a partial sum by at most 2⁻⁵³ of Σ|terms|; 4 more are
-        for the interval's own ends, 1 % for second-order terms and the bound's own rounding.
+        Every rounding on the way moves a partial sum by at most 2⁻⁵³ of Σ|terms|, see `_share`.
         """
-        count = 4
         base = work
         rounding.widen_into(base, inputs[0])
         torch.abs(base, out=error)
         for position, weight in self.dense:
-            count += 3
             error.add_((inputs[position].double().abs() + base.abs()) * abs(weight))
         for delta in self.deltas:
-            count += delta.roundings + 1
             delta.add_size(error, base, block.r0, block.r1, block.c0, block.c1)
-        error.mul_(1.01 * count * UNIT)
+        error.mul_(_share(self.deltas, 3 * len(self.dense)) * UNIT)
 
     def _round_singles(
         self, block: grid.Block, inputs: Sequence[torch.Tensor], acc: torch.Tensor,
@@ -177,7 +173,7 @@ class Exact(Nearest):
         error.copy_(inputs[0]).abs_()
         for delta in self.singles:
             delta.add_size(error, acc, block.r0, block.r1, block.c0, block.c1)
-        unit = 1.01 * (4 + sum(d.roundings + 1 for d in self.singles)) * _SINGLE_UNIT  # see `bound`
+        unit = _share(self.singles) * _SINGLE_UNIT
         torch.add(acc, error, alpha=unit, out=upper)
         torch.sub(acc, error, alpha=unit, out=error)
         out.copy_(error)
@@ -196,14 +192,13 @@ class Exact(Nearest):
         rows = open_ // cols
         at = rows + block.r0, open_ - rows * cols + block.c0
         sums = inputs[0].reshape(-1).index_select(0, open_).double()
-        size, count = sums.abs(), 4
+        size = sums.abs()
         for delta in self.deltas:
             change, bound = delta.at(*at)
             sums.add_(change)
             size.add_(bound)
-            count += delta.roundings + 1
         fresh = torch.empty_like(sums, dtype=out.dtype)[:, None]
-        error = size.mul_(1.01 * count * UNIT)[:, None]
+        error = size.mul_(_share(self.deltas) * UNIT)[:, None]
         lower, upper = torch.empty_like(error), torch.empty_like(error)
         left = round_where_decided(fresh, sums[:, None], error, lower, upper)
         out.view(-1).index_copy_(0, open_, fresh[:, 0])
@@ -231,6 +226,15 @@ class Exact(Nearest):
             keep = is_zero & (base == 0)  # a zero that stays zero keeps its sign
             sums = torch.where(keep, base.to(self.target), sums)
             out[rows, cols] = sums.to(out.device)
+
+
+def _share(deltas: Sequence[Delta], more: int = 0) -> float:
+    """By how many units of Σ|terms| roundings may move a sum of deltas and W.
+
+    Besides those of the deltas and ``more``, 4 are for the ends of the interval; 1 % is for terms
+    of second order and the bound's own rounding.
+    """
+    return 1.01 * (4 + more + sum(delta.roundings + 1 for delta in deltas))
 
 
 def _pieces(block: grid.Block) -> Iterator[grid.Block]:

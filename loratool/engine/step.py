@@ -45,6 +45,19 @@ class Out(Protocol):
         """Checksums that only this object knows."""
 
 
+class Nowhere:
+    """An `Out` that drops what it is given: for trials of a kernel."""
+
+    start = 0
+
+    def put(self, offset: int, data: memoryview, aligned: bool) -> None:
+        """Nothing."""
+
+    def pieces(self) -> tuple[Piece, ...]:
+        """None."""
+        return ()
+
+
 @dataclass(frozen=True)
 class Result:
     """What a step gives.

@@ -100,13 +100,13 @@ def read_header(
             raw = _read_raw(file, where, size, min(max_bytes, HARD_HEADER_BYTES))
     except OSError as error:
         raise DiskError("LT-601", "cannot read", file=where, got=error.strerror) from error
-    with _no_collection():
+    with uncollected():
         return _checked(where, raw, size, stamp, max_bytes)
 
 
 @contextmanager
-def _no_collection() -> Iterator[None]:
-    """Pause the search for reference cycles: a header makes none, only a million small objects."""
+def uncollected() -> Iterator[None]:
+    """Pause the search for reference cycles: headers and plans make none, only small objects."""
     was_on = gc.isenabled()
     gc.disable()
     try:

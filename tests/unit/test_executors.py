@@ -65,6 +65,16 @@ def call(command: str, top: Path, out: Path, executor: Any = "threads") -> None:
         lt.compress(top / "a1", energy=0.9, **two)
 
 
+def long_step(top: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A base, two adapters and a fine-tune of one tensor, whose step takes several pieces."""
+    shape = {"model.layers.0.up_proj": (1700, 1000)}  # four blocks
+    save_checkpoint(top / "base", {f"{k}.weight": randn(*s, seed=1) for k, s in shape.items()})
+    for seed in (1, 2):
+        save_adapter(top / f"a{seed}", random_factors(shape, rank=4, seed=seed))
+    lt.merge([top / "a1"], base=top / "base", output=top / "tuned")
+    monkeypatch.setattr(grid, "CPU_CHUNK_BYTES", 1 << 20)
+
+
 def contents(folder: Path) -> dict[str, str]:
     return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest()
             for p in sorted(folder.rglob("*")) if p.is_file()}  # fmt: skip
@@ -142,12 +152,7 @@ def test_killed_in_the_middle_of_a_step(
     command: str, fatal: type[Fatal], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Part of the tensor is written by then, or part of the module read."""
-    shape = {"model.layers.0.up_proj": (1700, 1000)}  # four blocks
-    save_checkpoint(tmp_path / "base", {f"{k}.weight": randn(*s, seed=1) for k, s in shape.items()})
-    for seed in (1, 2):
-        save_adapter(tmp_path / f"a{seed}", random_factors(shape, rank=4, seed=seed))
-    lt.merge([tmp_path / "a1"], base=tmp_path / "base", output=tmp_path / "tuned")
-    monkeypatch.setattr(grid, "CPU_CHUNK_BYTES", 1 << 20)
+    long_step(tmp_path, monkeypatch)
     call(command, tmp_path, tmp_path / "threads")
     monkeypatch.setattr(reader, "FileReader", fatal)
     flag = tmp_path / "flag"

@@ -19,11 +19,10 @@ import pytest
 
 import loratool as lt
 from loratool.adapter import TensorRef
-from loratool.engine import grid
 from loratool.errors import DiskError, NumericError, UsageError
 from loratool.store.far_reader import FarReader
 from tests.make import randn, random_factors, save_adapter, save_checkpoint
-from tests.unit.test_executors import COMMANDS, call, contents, inputs
+from tests.unit.test_executors import COMMANDS, call, contents, inputs, long_step
 
 __all__ = ["inputs"]
 
@@ -97,12 +96,7 @@ def test_killed_in_the_middle_of_a_step(
     command: str, tmp_path: Path, cluster: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Part of the tensor is written by then."""
-    shape = {"model.layers.0.up_proj": (1700, 1000)}  # four blocks
-    save_checkpoint(tmp_path / "base", {f"{k}.weight": randn(*s, seed=1) for k, s in shape.items()})
-    for seed in (1, 2):
-        save_adapter(tmp_path / f"a{seed}", random_factors(shape, rank=4, seed=seed))
-    lt.merge([tmp_path / "a1"], base=tmp_path / "base", output=tmp_path / "tuned")
-    monkeypatch.setattr(grid, "CPU_CHUNK_BYTES", 1 << 20)
+    long_step(tmp_path, monkeypatch)
     call(command, tmp_path, tmp_path / "threads")
     from loratool.engine.executors import ray as executor
 
