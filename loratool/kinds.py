@@ -92,6 +92,10 @@ class Kind:
         rank_axis: the role and the axis of its tensor whose length is r; None = it has none.
         is_spelled: keys end in the roles' own names, whatever the dialect (``hada_w1_a``).
         method: ``peft_type`` of the configuration where PEFT has a method of its own for it.
+        products: (left, right) roles of the products that the change is made of, left ones with a
+            row and right ones with a column per rank; empty where rows of a change are no rows of
+            its tensors.
+        row_roles: further roles of tensors with one row per output.
     """
 
     name: str
@@ -114,18 +118,21 @@ class Kind:
     rank_axis: tuple[str, int] | None = ("lora_A", 0)
     is_spelled: bool = False
     method: str = ""
+    products: tuple[tuple[str, str], ...] = ()
+    row_roles: tuple[str, ...] = ()
 
 
 KINDS: tuple[Kind, ...] = (
     Kind(
         "lowrank", "loratool.delta.lowrank:build", ("lora_A", "lora_B"), ("diag", "lora_mid"),
         True, "LoRA", _of_product, "lora_B", pairs="loratool.delta.lowrank:pairs_of",
-        has_factors=True, is_pair=_is_pair, is_sum=_is_pair,
+        has_factors=True, is_pair=_is_pair, is_sum=_is_pair, products=(("lora_B", "lora_A"),),
     ),
     Kind(
         "dora", "loratool.delta.magnitude:build", ("lora_A", "lora_B", "magnitude"), (), False,
         "DoRA", _of_product, "lora_B", pairs="loratool.delta.lowrank:pairs_of", is_pair=_is_pair,
-        scales_rows=True, reach="norms", is_sum=lambda spec: False,
+        scales_rows=True, reach="norms", is_sum=lambda spec: False, products=(("lora_B", "lora_A"),),
+        row_roles=("magnitude",),
     ),
     Kind(
         "hadamard", "loratool.delta.hadamard:build",
@@ -133,10 +140,11 @@ KINDS: tuple[Kind, ...] = (
         _of_hadamard, "hada_w2_a", pairs="loratool.delta.hadamard:pairs_of", has_factors=True,
         fits=_fits_hadamard, product_rank=_rank_of_hadamard, is_sum=_has_exact_products,
         rank_axis=("hada_w1_b", 0), is_spelled=True, method="LOHA",
+        products=(("hada_w1_a", "hada_w1_b"), ("hada_w2_a", "hada_w2_b")),
     ),
     Kind(
         "vector", "loratool.delta.vector:build", ("delta",), (), True, "bias delta", _of_vector,
-        "delta", is_matrix=False, rank_axis=None,
+        "delta", is_matrix=False, rank_axis=None, row_roles=("delta",),
     ),
 )  # fmt: skip
 
