@@ -131,8 +131,8 @@ KINDS: tuple[Kind, ...] = (
     Kind(
         "dora", "loratool.delta.magnitude:build", ("lora_A", "lora_B", "magnitude"), (), False,
         "DoRA", _of_product, "lora_B", pairs="loratool.delta.lowrank:pairs_of", is_pair=_is_pair,
-        scales_rows=True, reach="norms", is_sum=lambda spec: False, products=(("lora_B", "lora_A"),),
-        row_roles=("magnitude",),
+        scales_rows=True, reach="norms", is_sum=lambda spec: False,
+        products=(("lora_B", "lora_A"),), row_roles=("magnitude",),
     ),
     Kind(
         "hadamard", "loratool.delta.hadamard:build",
