@@ -44,8 +44,8 @@ TORCH = {"linalg", "delta", "engine", "quant"}
 # Needed to plan: the block grid, the ops and their memory; none of these imports torch.
 TORCH_FREE = {"engine/grid.py", "engine/rows.py", "engine/step_args.py", "engine/step_memory.py",
               "engine/module_memory.py",
-              "delta/forms.py", "delta/stacking.py",
-              "quant/__init__.py", "quant/base.py", "quant/find.py", "quant/recognize.py"}  # fmt: skip
+              "delta/forms.py", "delta/stacking.py", "quant/__init__.py",
+              "quant/base.py", "quant/find.py", "quant/recognize.py"}  # fmt: skip
 
 FILES = sorted(ROOT.rglob("*.py"))
 
