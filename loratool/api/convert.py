@@ -7,19 +7,17 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from loratool.adapter import Adapter, AdapterFiles, TensorRef
-from loratool.api.common import Limits
 from loratool.api.session import Opened, Session, base_row
-from loratool.dialects import write_adapter_files
+from loratool.api.translating import carry_out, files_of
 from loratool.dialects.base import Dialect
 from loratool.dialects.programs import judge_loads
 from loratool.dialects.registry import writable
-from loratool.ops.convert import ConvertPlan, fold_bytes, outline, plan_convert
+from loratool.ops.convert import ConvertPlan, plan_convert
 from loratool.ops.input_notes import unused_warnings
 from loratool.ops.inputs import OpenedBase, open_base
 from loratool.options.calls import takes
 from loratool.options.shaping import Convert
 from loratool.options.words import recorded
-from loratool.report.algebra import share_of
 from loratool.report.convert import ConvertedAdapter, ConvertReport
 from loratool.store.adapter_writer import file_bytes
 
@@ -62,10 +60,10 @@ def convert(asked: Convert) -> ConvertReport:
              row, base)
         for one in found
     ]  # fmt: skip
-    for job in jobs:
-        _workers(job.plan, session.limits)
+    planned = [carry_out(job.plan, session.limits, is_dry=True) for job in jobs]
     if asked.dry_run:
-        rows = [_row(job, _files(job, outline(job.plan)), 0.0) for job in jobs]
+        rows = [_row(job, _files(job, one.adapter), 0.0)
+                for job, one in zip(jobs, planned, strict=True)]  # fmt: skip
     else:
         with session.outputs(len(jobs)) as session:
             session.make_folder(len(jobs))
@@ -75,47 +73,23 @@ def convert(asked: Convert) -> ConvertReport:
     return ConvertReport(str(asked.output), asked.to, tuple(rows), session.seconds, asked.dry_run)
 
 
-def _workers(plan: ConvertPlan, limits: Limits) -> int:
-    """How many fit into memory; 1 where nothing is computed."""
-    needs = fold_bytes(plan)
-    return limits.plan(needs, kept=sum(needs) // 2).threads if needs else 1
-
-
 def _run(job: _Job, options: Mapping[str, Any]) -> ConvertedAdapter:
-    adapter, error = _computed(job.plan, job.session.limits)
-    files = _files(job, adapter)
+    made = carry_out(job.plan, job.session.limits)
+    files = _files(job, made.adapter)
     inputs = job.one.inputs()
     if job.base is not None:
         inputs |= base_row(job.base, inputs)
     record = job.session.record(options, inputs)
-    _, written = job.session.put(files, job.one.target, record, adapter.extras)
-    return replace(_row(job, files, error), loads_in=judge_loads(written))
-
-
-def _computed(plan: ConvertPlan, limits: Limits) -> tuple[Adapter, float]:
-    """The adapter with the factors that must be computed, and the error of storing them."""
-    if not plan.computed:
-        return plan.adapter, 0.0
-    from loratool.engine.converting import make_factors
-
-    names = plan.computed
-    chosen = [s for s in plan.adapter.specs if s.name in names]
-    folded = make_factors(chosen, names, _workers(plan, limits))
-    made = {f.spec.name: f.spec for f in folded}
-    specs = tuple(made.get(s.name, s) for s in plan.adapter.specs)
-    error = share_of(sum(f.error_square for f in folded), sum(f.square for f in folded))
-    return replace(plan.adapter, specs=specs), error
+    _, written = job.session.put(files, job.one.target, record, made.adapter.extras)
+    return replace(_row(job, files, made.relative_error), loads_in=judge_loads(written))
 
 
 def _files(job: _Job, adapter: Adapter) -> AdapterFiles:
-    files = write_adapter_files(
-        adapter, job.row.name, base_config=job.base.checkpoint.config if job.base else None,
+    return files_of(
+        adapter, job.row.name, job.plan.source.metadata,
+        base_config=job.base.checkpoint.config if job.base else None,
         base_tensors=job.plan.base_tensors,
     )  # fmt: skip
-    if job.row.table is not None:
-        return files
-    said = {k: v for k, v in job.plan.source.metadata.items() if k != "loratool"}
-    return replace(files, metadata={**said, **files.metadata})
 
 
 def _row(job: _Job, files: AdapterFiles, error: float) -> ConvertedAdapter:

@@ -15,7 +15,9 @@ from loratool.api.extract_report import planned_report, written_report
 from loratool.api.session import base_row, run_plan
 from loratool.api.side_file import may_replace
 from loratool.dialects import DEFAULT, open_adapter
+from loratool.dialects.base import Dialect
 from loratool.dialects.programs import Program, find_program
+from loratool.dialects.registry import writable
 from loratool.errors import MismatchError, UsageError, list_some
 from loratool.ops.access import Access
 from loratool.ops.align import same_form
@@ -73,7 +75,7 @@ def extract(asked: Extract) -> ExtractReport:
     from loratool.engine.factor_journal import drop_factors, factor_file
 
     with StagedOutput(
-        job.target, is_folder=True, plan_id=identity, force=asked.force,
+        job.target, is_folder=job.row.is_folder, plan_id=identity, force=asked.force,
         restart=asked.restart, inputs=stamps, series=asked.series,
         names=[*(factor_file(step.output.name) for step in job.plan.plan.steps), MARKER],
     ) as staged:  # fmt: skip
@@ -81,14 +83,16 @@ def extract(asked: Extract) -> ExtractReport:
         made = _assembly(asked, job).build_within(results)
         size = fill_adapter(staged, made.files)
         if asked.save_residual is not None:  # so that no output ever lacks its residual file
-            residual = _save_residual(asked, job, staged.staging, identity, replaces)
+            made_at = staged.finished_path("") if made.files.tensor_file == "" else staged.staging
+            residual = _save_residual(asked, job, made_at, identity, replaces)
         drop_factors(staged)
         staged.commit(record if asked.provenance else {})
     notes = (*staged.notes, *job.plan.notes, *made.fitted.notes)
-    return written_report(
+    report = written_report(
         replace(job.plan, notes=notes), made.outcomes, open_adapter(job.target), job.tuned,
         job.base, job.target, job.criteria, resources, size, residual, time.monotonic() - started,
     )  # fmt: skip
+    return replace(report, holds_whole=job.row.table is None)
 
 
 @dataclass(frozen=True)
@@ -103,6 +107,7 @@ class _Job:
         criteria: of ranks, as they are reported and recorded.
         keep: what is stored whole.
         program: that the adapter is for; None = any.
+        row: its dialect.
         access: how sources may be reached.
     """
 
@@ -113,6 +118,7 @@ class _Job:
     criteria: Mapping[str, Any]
     keep: Sequence[str]
     program: Program | None
+    row: Dialect
     access: Access
 
 
@@ -127,11 +133,12 @@ def _prepare(asked: Extract) -> _Job:
         raise UsageError("LT-226", "unknown --names", expected="v4 or v5", got=asked.names)
     program = None if asked.program is None else find_program(asked.program)
     keep, target = _kept_for(program, asked.keep), Path(asked.output)
+    row = writable(asked.to or DEFAULT)
     access = access_of(asked, in_place=asked.dry_run)
     if not asked.dry_run:  # before a long download, not after it
         guard_output(target, [asked.tuned, asked.base])
-        check_output(target, is_folder=True, force=asked.force, series=asked.series)
-    output_place(target, DEFAULT)
+        check_output(target, is_folder=row.is_folder, force=asked.force, series=asked.series)
+    output_place(target, row.name)
     tuned = open_base(str(asked.tuned), [], access)
     base = open_base(str(asked.base), [], access)
     guard_output(target, [tuned.resolved.path, base.resolved.path])
@@ -142,7 +149,7 @@ def _prepare(asked: Extract) -> _Job:
         "rank": "auto" if how.auto else asked.rank, "energy": asked.energy,
         "error": asked.error, "size": limit, "max_rank": asked.max_rank,
     }  # fmt: skip
-    return _Job(tuned, base, target, plan, criteria, keep, program, access)
+    return _Job(tuned, base, target, plan, criteria, keep, program, row, access)
 
 
 def _plan(
@@ -175,7 +182,7 @@ def _recorded(asked: Extract, job: _Job, resources: Resources) -> tuple[_Job, di
 
 def _assembly(asked: Extract, job: _Job) -> Assembly:
     return Assembly(job.plan, job.keep, job.base, job.tuned.checkpoint, job.program,
-                    Limits.of(asked), job.criteria["size"])  # fmt: skip
+                    job.row, Limits.of(asked), job.criteria["size"])  # fmt: skip
 
 
 def _save_residual(

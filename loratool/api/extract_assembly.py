@@ -9,9 +9,11 @@ from typing import Any
 from loratool.adapter import Adapter, AdapterFiles
 from loratool.api.common import Limits, recorded_name
 from loratool.api.fitting import Fitted, check_files, fit_for
+from loratool.api.translating import translate
 from loratool.archs.heads import is_other_head, task_of
 from loratool.archs.stated import class_config
 from loratool.dialects import stated, write_adapter_files
+from loratool.dialects.base import Dialect
 from loratool.dialects.programs import Program
 from loratool.engine.rows import args_of
 from loratool.errors import UsageError
@@ -45,6 +47,7 @@ class Assembly:
     base: OpenedBase
     tuned: Checkpoint
     program: Program | None
+    row: Dialect
     limits: Limits
     size: int | None
 
@@ -55,12 +58,28 @@ class Assembly:
         adapter, outcomes = assemble(
             self.plan, results, keep=self.keep, base=self.base.checkpoint, base_model=label
         )
+        if self.row.table is not None:  # it holds changes, no tensors instead of others
+            adapter, lost = self._translated(adapter)
+            outcomes = [_without(o) if set(self.plan.names_of(o.pair)) & lost else o
+                        for o in outcomes]  # fmt: skip
         fitted = fit_for(adapter, self.program, self.limits)
         plain, files = self._files(adapter), self._files(fitted.adapter)
         check_files(files, adapter, self.program)
         if resolved.commit:  # where PEFT looks for the base's revision
             files = with_config(files, revision=resolved.commit)
         return Made(outcomes, files, fitted, plain)
+
+    def _translated(self, adapter: Adapter) -> tuple[Adapter, set[str]]:
+        """In a dialect that holds changes alone, and the names of what it cannot hold."""
+        from loratool.engine.differences import differences
+
+        plan = self.plan
+        old = {n: p.base for p in plan.pairs if p.base is not None for n in plan.names_of(p)}
+        changes, others = differences(adapter.replacements, old)
+        held = [c for c in changes if not self.row.obstacle(c)]
+        lost = {r.name for r in others} | {c.name for c in changes} - {c.name for c in held}
+        plain = replace(adapter, specs=(*adapter.specs, *held), replacements=())
+        return translate(plain, self.row.name, self.limits).adapter, lost
 
     def _files(self, adapter: Adapter) -> AdapterFiles:
         task = ""
@@ -69,10 +88,14 @@ class Assembly:
         config = self.base.checkpoint.config
         pairs = (*self.plan.pairs, *self.plan.created)
         files = write_adapter_files(
-            adapter, base_tensors=[n for p in pairs for n in self.plan.names_of(p)],
+            adapter, self.row.name, base_tensors=[n for p in pairs for n in self.plan.names_of(p)],
             base_config={**config, **class_config(task)} if task else config,
         )  # fmt: skip
-        if not task or stated.task_of(files.json_files["adapter_config.json"]) is not None:
+        if (
+            not task
+            or not files.json_files
+            or stated.task_of(files.json_files["adapter_config.json"]) is not None
+        ):
             return files
         return with_config(files, **stated.class_mapping(task))
 
@@ -85,6 +108,11 @@ class Assembly:
             made = self.build(_spend(self.plan, results, plain, budget, one_rank))
             budget -= max(0, file_bytes(made.files) - limit)
         return made
+
+
+def _without(outcome: Outcome) -> Outcome:
+    """Of a tensor that the dialect has no place for."""
+    return replace(outcome, fate="left_out", residual_square=outcome.delta_square)
 
 
 def with_config(files: AdapterFiles, **more: Any) -> AdapterFiles:

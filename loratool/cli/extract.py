@@ -40,6 +40,7 @@ if TYPE_CHECKING:
         "loratool extract ./my-sft --base ./model --size 50MB -o ./lora",
         "loratool extract ./my-sft --base ./model --rank 16 --keep embeddings -o ./lora",
         "loratool extract ./my-sft --base ./model --save-residual ./rest.safetensors -o ./lora",
+        "loratool extract tuned.safetensors --base sdxl.safetensors --to kohya -o lora.safetensors",
     ),
 )
 @click.argument("tuned", metavar="TUNED")
@@ -169,7 +170,8 @@ def _rest(report: ExtractReport) -> Iterator[str]:
     if report.left_out:
         size = format_bytes(sum(nbytes for _, _, nbytes, _ in report.left_out))
         names = some([name for name, *_ in report.left_out])
-        yield line("left out", f"{names} ({size}; --keep all stores them)", tone="warn")
+        how = "; --keep all stores them" if report.holds_whole else ""
+        yield line("left out", f"{names} ({size}{how})", tone="warn")
     if report.absent:
         names = some(report.absent)
         yield line("absent", f"{names}: the fine-tune is of another class, and has no such head")

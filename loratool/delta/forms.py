@@ -178,6 +178,17 @@ def new_vector(spec: DeltaSpec, values: Source) -> DeltaSpec:
                      spec.scaling)  # fmt: skip
 
 
+def new_difference(name: str, values: Source) -> DeltaSpec:
+    """A change of a vector that adds these values.
+
+    Args:
+        name: full name of the parameter.
+        values: (n,).
+    """
+    module, _, parameter = name.rpartition(".")
+    return DeltaSpec(_VECTOR, module, parameter, {VALUES: values}, _VECTOR, 0, None, 1.0)
+
+
 def with_lengths(spec: DeltaSpec, lengths: Source) -> DeltaSpec:
     """A low-rank change whose rows have these lengths: DoRA."""
     return replace(spec, kind=_ROW_SCALED, fields={**spec.fields, _LENGTHS: lengths})

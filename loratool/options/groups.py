@@ -33,6 +33,10 @@ Program = Annotated[str | None, Words(
     "As that program loads it: one rank, one alpha/r, nothing that it cannot hold.", "Output",
     flags="--for", metavar="peft|vllm|llama.cpp", record="for",
 )]  # fmt: skip
+Into = Annotated[str | None, Words(
+    "In that dialect, such as peft, kohya, comfyui or diffusers.", "Output",
+    metavar="DIALECT", record=True,
+)]  # fmt: skip
 FactorType = Annotated[FloatType, Words(
     "Of the factors. Default: that of the inputs.", "Output", record="dtype",
 )]  # fmt: skip

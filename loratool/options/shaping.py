@@ -10,6 +10,7 @@ from loratool.options.groups import (
     Energy,
     FactorType,
     Include,
+    Into,
     OnProgress,
     Place,
     Program,
@@ -102,8 +103,9 @@ class Extract(Write, Run, Access, Details, kw_only=False):
     exclude: Annotated[Sequence[str], Words(
         "Do not factor modules that match. Repeatable.", "Input", metavar="REGEX", record=True,
     )] = ()  # fmt: skip
-    output: Annotated[Place, Words("Folder to create (PEFT).", "Output", flags="-o, --output",
-                                   metavar="OUT")]  # fmt: skip
+    output: Annotated[Place, Words("Folder to create (PEFT), or the file of another dialect.",
+                                   "Output", flags="-o, --output", metavar="OUT")]  # fmt: skip
+    to: Into = None
     save_residual: Annotated[Place | None, Words(
         "What merge --residual needs to give TUNED back, bit for bit.", "Output", metavar="FILE",
     )] = None  # fmt: skip

@@ -121,6 +121,7 @@ class ExtractReport(Report):
         total_relative_error: over all tensors that changed.
         float16_relative_error: ``relative_error`` if the factors were stored as float16.
         float16_bytes: size of the tensor file then.
+        holds_whole: the adapter's dialect has a place for whole tensors (``keep``).
         output_bytes: size of the tensor file.
         device: where it was computed.
         device_reason: why there.
@@ -158,6 +159,7 @@ class ExtractReport(Report):
     dropped: tuple[tuple[str, float], ...] = ()
     float16_relative_error: float = 0.0
     float16_bytes: int = 0
+    holds_whole: bool = True
     residual: SavedResidual | None = None
     device: str = "cpu"
     device_reason: str = ""

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import loratool as lt
+from tests.make import randn
 
 Run = Callable[..., Any]
 
@@ -82,3 +83,53 @@ def test_python_names_the_same_errors(toy: Path) -> None:
         with pytest.raises(lt.LoratoolError) as caught:
             lt.extract("tuned", base="base", output="lora", **options)  # type: ignore[arg-type]
         assert caught.value.code == code
+
+
+def flux_pair(folder: Path) -> None:
+    """base.safetensors and tuned.safetensors in the original names of FLUX, of one block."""
+    shapes = {
+        "double_blocks.0.img_attn.qkv.weight": (48, 16),
+        "double_blocks.0.img_attn.qkv.bias": (48,),
+        "double_blocks.0.img_attn.norm.query_norm.scale": (8,),
+        "single_blocks.0.linear1.weight": (112, 16),
+    }
+    base = {name: randn(*shape, seed=i) for i, (name, shape) in enumerate(shapes.items())}
+    tuned = {}
+    for i, (name, old) in enumerate(base.items()):
+        change = randn(*old.shape, seed=50 + i)
+        if old.ndim == 2:
+            change = randn(old.shape[0], 3, seed=i) @ randn(3, old.shape[1], seed=9 + i)
+        tuned[name] = old + 0.1 * change
+    save_file(base, folder / "base.safetensors")
+    save_file(tuned, folder / "tuned.safetensors")
+
+
+def test_another_dialect_gets_changes_of_biases_and_says_what_it_cannot_hold(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Run
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    flux_pair(tmp_path)
+    done = run("extract", "tuned.safetensors", "--base", "base.safetensors", "--rank", "3",
+               "--to", "kohya", "-o", "lora.safetensors",
+               "--save-residual", "rest.safetensors")  # fmt: skip
+    assert done.code == 0
+    assert "left out" in done.out and "query_norm.scale" in done.out
+    assert "--keep all" not in done.out
+    found = load_file("lora.safetensors")
+    flat = "lora_unet_double_blocks_0_img_attn_qkv"
+    assert found[f"{flat}.lora_down.weight"].shape == (3, 16)
+    old, new = load_file("base.safetensors"), load_file("tuned.safetensors")
+    name = "double_blocks.0.img_attn.qkv.bias"
+    wanted = (new[name].double() - old[name].double()).float()
+    assert torch.equal(found[f"{flat}.diff_b"], wanted)
+    assert not any("query_norm" in key for key in found)
+    done = run("merge", "lora.safetensors", "--base", "base.safetensors",
+               "--residual", "rest.safetensors", "-o", "again.safetensors")  # fmt: skip
+    assert done.code == 0
+    again = load_file("again.safetensors")
+    assert all(torch.equal(again[k], new[k]) for k in new)
+
+
+def test_a_file_of_another_dialect_is_no_folder(toy: Path, run: Run) -> None:
+    done = run("extract", "tuned", "--base", "base", "--to", "kohya", "-o", "lora")
+    assert done.code == 2 and "LT-227" in done.err
