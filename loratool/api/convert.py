@@ -10,8 +10,10 @@ from loratool.adapter import Adapter, AdapterFiles, TensorRef
 from loratool.api.session import Opened, Session, base_row
 from loratool.api.translating import carry_out, files_of
 from loratool.dialects.base import Dialect
+from loratool.dialects.metadata import LENGTHS, edited, hashed, parse_edits
 from loratool.dialects.programs import judge_loads
-from loratool.dialects.registry import writable
+from loratool.dialects.registry import home_of, writable
+from loratool.errors import UsageError
 from loratool.ops.convert import ConvertPlan, plan_convert
 from loratool.ops.input_notes import unused_warnings
 from loratool.ops.inputs import OpenedBase, open_base
@@ -31,6 +33,7 @@ class _Job:
     plan: ConvertPlan
     row: Dialect
     base: OpenedBase | None
+    edits: Mapping[str, str]
 
 
 @takes(Convert)
@@ -49,16 +52,16 @@ def convert(asked: Convert) -> ConvertReport:
         >>> lt.convert(["style"], to="kohya", output="style.safetensors").adapters[0].copied
         28
     """
-    row = writable(asked.to)
+    edits = _edits(asked)
     session = Session.begin("convert", asked, in_place=asked.dry_run)
     found = session.open([str(text) for text in asked.adapters], asked.base, form=asked.to)
     adapters = [one.adapter for one in found]
     base = None if asked.base is None else open_base(str(asked.base), adapters, session.access)
     checkpoint = None if base is None else base.checkpoint
     jobs = [
-        _Job(session, one, plan_convert(one.adapter, asked.to, base=checkpoint, skip=asked.skip),
-             row, base)
-        for one in found
+        _Job(session, one, plan_convert(one.adapter, row.name, base=checkpoint, skip=asked.skip),
+             row, base, edits)
+        for one in found for row in [home_of(one.form)]
     ]  # fmt: skip
     planned = [carry_out(job.plan, session.limits, is_dry=True) for job in jobs]
     if asked.dry_run:
@@ -70,12 +73,30 @@ def convert(asked: Convert) -> ConvertReport:
             for job in jobs:
                 session.check_place(job.one)
             rows = [_run(replace(job, session=session), recorded(asked)) for job in jobs]
-    return ConvertReport(str(asked.output), asked.to, tuple(rows), session.seconds, asked.dry_run)
+    dialects = {job.row.name: None for job in jobs}
+    return ConvertReport(
+        str(asked.output), ", ".join(dialects), tuple(rows), session.seconds, asked.dry_run
+    )
+
+
+def _edits(asked: Convert) -> dict[str, str]:
+    """The entries of the metadata that change.
+
+    Raises:
+        UsageError: LT-275; LT-276, nothing is asked for; LT-282, no such dialect.
+    """
+    edits = parse_edits(asked.metadata, asked.trigger)
+    if asked.to is not None:
+        writable(asked.to)
+    elif not edits:
+        raise UsageError("LT-276", "nothing to convert to", expected="--to DIALECT, or --set, "
+                         "--trigger to change metadata alone")  # fmt: skip
+    return edits
 
 
 def _run(job: _Job, options: Mapping[str, Any]) -> ConvertedAdapter:
     made = carry_out(job.plan, job.session.limits)
-    files = _files(job, made.adapter)
+    files = hashed(_files(job, made.adapter))
     inputs = job.one.inputs()
     if job.base is not None:
         inputs |= base_row(job.base, inputs)
@@ -85,11 +106,13 @@ def _run(job: _Job, options: Mapping[str, Any]) -> ConvertedAdapter:
 
 
 def _files(job: _Job, adapter: Adapter) -> AdapterFiles:
-    return files_of(
-        adapter, job.row.name, job.plan.source.metadata,
+    before = job.plan.source.metadata
+    files = files_of(
+        adapter, job.row.name, before,
         base_config=job.base.checkpoint.config if job.base else None,
         base_tensors=job.plan.base_tensors,
     )  # fmt: skip
+    return edited(files, before, job.edits)
 
 
 def _row(job: _Job, files: AdapterFiles, error: float) -> ConvertedAdapter:
@@ -106,6 +129,8 @@ def _row(job: _Job, files: AdapterFiles, error: float) -> ConvertedAdapter:
         relative_error=error,
         left_out=plan.left_out,
         output_bytes=file_bytes(files),
+        metadata=dict(job.edits),
+        hashes=tuple(k for k in LENGTHS if plan.source.metadata.get(k) != files.metadata.get(k)),
         warnings=tuple(warnings),
         notes=plan.notes,
     )

@@ -28,21 +28,28 @@ if TYPE_CHECKING:
         "loratool convert style.safetensors --to peft --base ./sdxl/unet --skip te -o ./style",
         "loratool convert ./style --to kohya -o style.safetensors",
         "loratool convert loras/*.safetensors --to peft -o converted/   # many: names are kept",
+        "loratool convert style.safetensors --set title=Style --trigger mystyle -o new.safetensors",
     ),
 )
 @click.argument("adapters", nargs=-1, required=True, metavar="ADAPTER…")
 @opt.taking(Convert)
 @opt.general
-def command(adapters: tuple[str, ...], to: str, output: str, **options: Any) -> None:
+def command(adapters: tuple[str, ...], output: str, **options: Any) -> None:
     """Write ADAPTERs in another dialect: the same ΔW, the bytes of the factors copied.
 
     kohya and LyCORIS write module names with underscores for dots. They become whole again by
     look-up: in the base given with --base, else among the modules of Stable Diffusion, SDXL and
     FLUX. What the other dialect cannot hold is an error; --skip leaves it out, and it is said.
+
+    Without --to the dialect stays, and --set and --trigger change the metadata alone: all tensors
+    and the thumbnail are copied, hashes that the file holds of itself are computed anew.
     """
     voice = Voice.take(options)
-    voice.announce(f"Converting {plural(len(adapters), 'adapter')} to {safe(to)}")
-    report = lt.convert(adapters, to=to, output=output, **options)
+    to = options["to"]
+    what = f"Converting {plural(len(adapters), 'adapter')} to {safe(to)}" if to else (
+        f"Changing the metadata of {plural(len(adapters), 'adapter')}")  # fmt: skip
+    voice.announce(what)
+    report = lt.convert(adapters, output=output, **options)
     result = [] if report.dry_run else [safe(r.output) for r in report.adapters]
     warnings = [w for r in report.adapters for w in r.warnings]
     voice.show(report, render(report, voice), result=[*warning_lines(warnings), *result])
@@ -75,12 +82,24 @@ def _one(row: ConvertedAdapter, report: ConvertReport, voice: Voice) -> Iterator
     if row.left_out:
         names = safe(list_some(row.left_out, 3))
         yield line("left out", plural(len(row.left_out), "change"), names, tone="warn")
+    yield from _metadata(row)
     yield from note_lines(row.notes, voice)
     if not report.dry_run:
         yield line("loss", f"{row.relative_error:.1e} of ΔW" if row.relative_error else "nothing")
     yield from warning_lines(row.warnings)
     yield _end(report, f"{safe(row.output)} · {format_bytes(row.output_bytes)}")
     yield from loads_lines(row.loads_in, voice) if row.loads_in else ()
+
+
+def _metadata(row: ConvertedAdapter) -> Iterator[str]:
+    """Entries that were set, removed or computed anew."""
+    label = "metadata"
+    for key, value in row.metadata.items():
+        yield line(label, f"{safe(key)} = {safe(value, cap=120)}" if value
+                   else f"{safe(key)} removed")  # fmt: skip
+        label = ""
+    if row.hashes:
+        yield line(label, f"computed anew: {', '.join(row.hashes)}")
 
 
 def _end(report: ConvertReport, what: str) -> str:

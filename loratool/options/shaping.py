@@ -125,9 +125,19 @@ class Convert(Write, Workers, Read, Access, kw_only=False):
         "Leave out a component (te) or modules. Repeatable.", "Input", metavar="PART|REGEX",
         record=True,
     )] = ()  # fmt: skip
-    to: Annotated[str, Words(
-        "The dialect, such as peft, kohya or lycoris.", "Output", metavar="DIALECT", record=True,
-    )]  # fmt: skip
+    to: Annotated[str | None, Words(
+        "The dialect, such as peft, kohya or lycoris; that of the input where only metadata "
+        "change.", "Output", metavar="DIALECT", record=True,
+    )] = None  # fmt: skip
+    metadata: Annotated[Sequence[str], Words(
+        "An entry of the file's metadata, as files have it (ss_…, modelspec.…) or title, author, "
+        "description, tags, license; KEY= removes it. Repeatable.", "Output",
+        flags="--set", metavar="KEY=VALUE", record="set",
+    )] = ()  # fmt: skip
+    trigger: Annotated[str | None, Words(
+        "Words that call the effect up: modelspec.trigger_phrase.", "Output", metavar="TEXT",
+        record=True,
+    )] = None  # fmt: skip
     output: Annotated[Place, Words(
         "Folder or file to create; DIR/ puts results into it under their names.", "Output",
         flags="-o, --output", metavar="OUT",

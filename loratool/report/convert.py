@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 from loratool.report.base import Loads, Report
@@ -22,6 +23,8 @@ class ConvertedAdapter:
         relative_error: ‖stored − exact‖ / ‖exact‖ over all modules; 0 where bytes are copied.
         left_out: what the user left out.
         output_bytes: size of the tensor file.
+        metadata: entries of the file's metadata that were asked for -> new value, "" = removed.
+        hashes: entries that are hashes of the tensors and are other ones now.
         loads_in: which programs load it.
         warnings: what the user should not overlook.
         notes: what is good to know.
@@ -36,6 +39,8 @@ class ConvertedAdapter:
     relative_error: float
     left_out: tuple[str, ...]
     output_bytes: int
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    hashes: tuple[str, ...] = ()
     loads_in: tuple[Loads, ...] = ()
     warnings: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
