@@ -173,7 +173,8 @@ class DeltaSpec:
             (``fan_in_fan_out``).  A hint: binding decides from the base.
         experts: number of experts E for ``experts``, else 0.
         alternatives: for a bare parameter whose name the key does not tell, the other
-            parameter names that the configuration allows; binding checks them by shape.
+            parameter names that the configuration allows; binding checks them by shape.  ""
+            stands for the module itself, which may be a parameter.
         base_change: what loading does to the base first: ``pissa``, ``olora``, ``kasa``, or "".
         blocks: (n, side) for block-diagonal factors, side ``A`` or ``B``; None otherwise.
         b_order: packing of the experts axis of lora_B, ``rank-major`` (PEFT) or ``expert-major``.

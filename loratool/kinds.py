@@ -2,65 +2,17 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import TYPE_CHECKING
 
+from loratool import kind_shapes as shapes
 from loratool import plugins
+from loratool.kind_shapes import COLUMN_LENGTHS, ROW_LENGTHS, Sizes
 
 if TYPE_CHECKING:
     from loratool.adapter import DeltaSpec
-
-Sizes = tuple[int, tuple[int, ...]]
-"""(out, (in, kernel…)) of the weight that a change has the shape of."""
-
-
-def _of_product(spec: DeltaSpec) -> Sizes:
-    right, left = spec.fields["lora_A"].shape, spec.fields["lora_B"].shape
-    inner = (right[1], *spec.fields.get("lora_mid", spec.fields["lora_A"]).shape[2:])
-    if spec.blocks is not None and spec.blocks[1] == "A":  # stored one above the other
-        inner = (right[1] * spec.blocks[0], *right[2:])
-    return left[0], inner
-
-
-def _is_pair(spec: DeltaSpec) -> bool:
-    return "lora_mid" not in spec.fields
-
-
-def _of_hadamard(spec: DeltaSpec) -> Sizes:
-    left, right = spec.fields["hada_w1_a"].shape, spec.fields["hada_w1_b"].shape
-    core = spec.fields.get("hada_t1")
-    if core is None:
-        return left[0], right[1:]
-    return left[1], (right[1], *core.shape[2:])
-
-
-def _fits_hadamard(spec: DeltaSpec) -> bool:
-    shapes = {role: source.shape for role, source in spec.fields.items()}
-    one, other = (
-        (shapes[f"hada_w{n}_a"], shapes[f"hada_w{n}_b"], shapes.get(f"hada_t{n}")) for n in (1, 2)
-    )
-    left, right, core = one
-    r = right[0]
-    has_ranks = len(left) == 2 and len(right) >= 2 and r == left[-1 if core is None else 0]
-    return one == other and has_ranks and (core is None or core[:2] == (r, r))
-
-
-def _rank_of_hadamard(spec: DeltaSpec) -> int:
-    out, inner = _of_hadamard(spec)
-    return min(spec.rank**2, out, math.prod(inner))
-
-
-def _has_exact_products(spec: DeltaSpec) -> bool:
-    """Two factors of 24 bits have an exact product in float64; a core makes a sum first."""
-    is_plain = "hada_t1" not in spec.fields
-    return is_plain and all(source.dtype != "F64" for source in spec.fields.values())
-
-
-def _of_vector(spec: DeltaSpec) -> Sizes:
-    return spec.fields["delta"].numel, ()
 
 
 @dataclass(frozen=True)
@@ -90,6 +42,8 @@ class Kind:
         is_sum: the elements of a change are sums of products of stored numbers, which
             ``--exact`` adds up.
         rank_axis: the role and the axis of its tensor whose length is r; None = it has none.
+        stand_ins: roles whose matrix may be stored as two factors, (left, right), instead; of the
+            right one the first axis is r too.
         is_spelled: keys end in the roles' own names, whatever the dialect (``hada_w1_a``).
         method: ``peft_type`` of the configuration where PEFT has a method of its own for it.
         products: (left, right) roles of the products that the change is made of, left ones with a
@@ -120,32 +74,91 @@ class Kind:
     method: str = ""
     products: tuple[tuple[str, str], ...] = ()
     row_roles: tuple[str, ...] = ()
+    stand_ins: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+
+    @property
+    def known_roles(self) -> tuple[str, ...]:
+        """All roles of its tensors."""
+        return (*self.roles, *self.optional, *(r for two in self.stand_ins.values() for r in two))
+
+    def is_made_of(self, roles: Collection[str]) -> bool:
+        """True if a change of this kind has exactly these tensors."""
+        given = set(roles)
+        for role, factors in self.stand_ins.items():
+            if role not in given and given >= set(factors):
+                given = given.difference(factors) | {role}
+        return set(self.roles) <= given <= {*self.roles, *self.optional}
+
+    def rank_in(self, roles: Collection[str]) -> tuple[str, int] | None:
+        """Role and axis where r is read off; None = these tensors have no rank."""
+        axes = (self.rank_axis, *((right, 0) for _, right in self.stand_ins.values()))
+        return next((one for one in axes if one is not None and one[0] in roles), None)
+
+    def scaled_in(self, roles: Collection[str]) -> str:
+        """The role that a factor of the change is multiplied into."""
+        return self.scaled if self.scaled in roles else self.stand_ins[self.scaled][0]
 
 
+def _with_lengths(inner: Kind, role: str) -> Kind:
+    """DoRA over a kind: W + ΔW with learned lengths of its rows, or of its columns."""
+    is_of_rows = role == ROW_LENGTHS
+    name = "dora" if is_of_rows else "dora-in"
+    over = [] if inner.name == "lowrank" else [inner.title]
+    words = ", ".join(over if is_of_rows else [*over, "input axis"])
+    return replace(
+        inner,
+        name=name if inner.name == "lowrank" else f"{name}-{inner.name}",
+        implementation="loratool.delta.magnitude:build",
+        roles=(*inner.roles, role),
+        is_additive=False,
+        title=f"DoRA ({words})" if words else "DoRA",
+        fits=lambda spec: inner.fits(spec) and shapes.fits_lengths(spec, inner.sizes(spec)),
+        has_factors=False,
+        scales_rows=is_of_rows,
+        reach="norms",
+        is_sum=shapes.never,
+        is_spelled=False,
+        method="",
+        products=inner.products if is_of_rows else (),
+        row_roles=(*inner.row_roles, role) if is_of_rows else (),
+    )
+
+
+_LORA = Kind(
+    "lowrank", "loratool.delta.lowrank:build", ("lora_A", "lora_B"), ("diag", "lora_mid"),
+    True, "LoRA", shapes.of_product, "lora_B", pairs="loratool.delta.lowrank:pairs_of",
+    has_factors=True, is_pair=shapes.is_pair, is_sum=shapes.is_pair,
+    products=(("lora_B", "lora_A"),),
+)  # fmt: skip
+_LOHA = Kind(
+    "hadamard", "loratool.delta.hadamard:build",
+    ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"), ("hada_t1", "hada_t2"), True, "LoHa",
+    shapes.of_hadamard, "hada_w2_a", pairs="loratool.delta.hadamard:pairs_of", has_factors=True,
+    fits=shapes.fits_hadamard, product_rank=shapes.rank_of_hadamard,
+    is_sum=shapes.has_exact_products, rank_axis=("hada_w1_b", 0), is_spelled=True, method="LOHA",
+    products=(("hada_w1_a", "hada_w1_b"), ("hada_w2_a", "hada_w2_b")),
+)  # fmt: skip
+_LOKR = Kind(
+    "kronecker", "loratool.delta.kronecker:build", ("lokr_w1", "lokr_w2"), ("lokr_t2",), True,
+    "LoKr", shapes.of_kronecker, "lokr_w1", pairs="loratool.delta.kronecker:pairs_of",
+    has_factors=True, fits=shapes.fits_kronecker, product_rank=shapes.rank_of_kronecker,
+    is_sum=shapes.has_exact_products, rank_axis=None, is_spelled=True, method="LOKR",
+    stand_ins={"lokr_w2": ("lokr_w2_a", "lokr_w2_b"), "lokr_w1": ("lokr_w1_a", "lokr_w1_b")},
+)  # fmt: skip
 KINDS: tuple[Kind, ...] = (
+    _LORA, _with_lengths(_LORA, ROW_LENGTHS), _LOHA,
     Kind(
-        "lowrank", "loratool.delta.lowrank:build", ("lora_A", "lora_B"), ("diag", "lora_mid"),
-        True, "LoRA", _of_product, "lora_B", pairs="loratool.delta.lowrank:pairs_of",
-        has_factors=True, is_pair=_is_pair, is_sum=_is_pair, products=(("lora_B", "lora_A"),),
+        "vector", "loratool.delta.vector:build", ("delta",), (), True, "bias delta",
+        shapes.of_vector, "delta", is_matrix=False, rank_axis=None, row_roles=("delta",),
     ),
+    _LOKR,
     Kind(
-        "dora", "loratool.delta.magnitude:build", ("lora_A", "lora_B", "magnitude"), (), False,
-        "DoRA", _of_product, "lora_B", pairs="loratool.delta.lowrank:pairs_of", is_pair=_is_pair,
-        scales_rows=True, reach="norms", is_sum=lambda spec: False,
-        products=(("lora_B", "lora_A"),), row_roles=("magnitude",),
+        "full", "loratool.delta.dense:build", ("full_delta",), (), True, "full difference",
+        shapes.of_dense, "full_delta", pairs="loratool.delta.dense:pairs_of", has_factors=True,
+        product_rank=shapes.rank_of_dense, rank_axis=None, row_roles=("full_delta",),
     ),
-    Kind(
-        "hadamard", "loratool.delta.hadamard:build",
-        ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"), ("hada_t1", "hada_t2"), True, "LoHa",
-        _of_hadamard, "hada_w2_a", pairs="loratool.delta.hadamard:pairs_of", has_factors=True,
-        fits=_fits_hadamard, product_rank=_rank_of_hadamard, is_sum=_has_exact_products,
-        rank_axis=("hada_w1_b", 0), is_spelled=True, method="LOHA",
-        products=(("hada_w1_a", "hada_w1_b"), ("hada_w2_a", "hada_w2_b")),
-    ),
-    Kind(
-        "vector", "loratool.delta.vector:build", ("delta",), (), True, "bias delta", _of_vector,
-        "delta", is_matrix=False, rank_axis=None, row_roles=("delta",),
-    ),
+    _with_lengths(_LOHA, ROW_LENGTHS), _with_lengths(_LOKR, ROW_LENGTHS),
+    *(_with_lengths(inner, COLUMN_LENGTHS) for inner in (_LORA, _LOHA, _LOKR)),
 )  # fmt: skip
 
 BY_NAME: dict[str, Kind] = {k.name: k for k in KINDS}
@@ -173,10 +186,18 @@ def of_roles(roles: Collection[str]) -> Kind | None:
         >>> of_roles({"lora_A", "lora_B", "magnitude"}).title
         'DoRA'
     """
-    for kind in (*KINDS, *every()):
-        if set(kind.roles) <= set(roles) <= {*kind.roles, *kind.optional}:
-            return kind
-    return None
+    return next((k for k in (*KINDS, *every()) if k.is_made_of(roles)), None)
+
+
+def of_tensor(name: str, shape: tuple[int, ...]) -> Kind:
+    """The kind of a change that is one tensor: of a weight without columns it is a vector's.
+
+    Args:
+        name: of the kind that such tensors make elsewhere.
+        shape: of the tensor.
+    """
+    row = row_of(name)
+    return row if len(shape) > 1 or not row.is_matrix else row_of("vector")
 
 
 def of_method(method: str) -> Kind | None:
@@ -186,5 +207,5 @@ def of_method(method: str) -> Kind | None:
 
 def is_spelled(role: str) -> bool:
     """True for a role that keys of every dialect end in."""
-    own = {r for k in KINDS if k.is_spelled for r in (*k.roles, *k.optional)}
-    return role in own or any(role in (*k.roles, *k.optional) for k in every() if k.is_spelled)
+    own = {r for k in KINDS if k.is_spelled for r in k.known_roles}
+    return role in own or any(role in k.known_roles for k in every() if k.is_spelled)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -59,8 +59,8 @@ def change(kind: str, shapes: Mapping[str, tuple[int, ...]], seed: int, rank: in
         role: TensorData(role, "F32", tuple(t.shape), t.numpy().tobytes())
         for role, t in fields.items()
     }
-    layout = "vector" if not rank else "conv" if len(size) > 2 else "linear"
-    parameter = "weight" if rank else "bias"
+    layout = "vector" if len(size) < 2 else "conv" if len(size) > 2 else "linear"
+    parameter = "bias" if layout == "vector" else "weight"
     alpha, scaling = (2.0 * rank, 2.0) if rank else (None, 1.5)
     spec = DeltaSpec(kind, "a.b", parameter, sources, layout, rank, alpha, scaling, **more)
     rows, *inner = size if len(size) > 1 else (1, *size)
@@ -88,15 +88,6 @@ def low_rank(draw: Draw) -> Change:
 
 
 @st.composite
-def dora(draw: Draw) -> Change:
-    """LoRA with lengths of rows."""
-    out, inner, r = draw(SIDES), draw(inner_shapes()), draw(RANKS)
-    ones = (1,) * (len(inner) - 1)
-    shapes = {"lora_A": (r, *inner), "lora_B": (out, r, *ones), "magnitude": (out,)}
-    return change("dora", shapes, draw(SEEDS), r, (out, *inner))
-
-
-@st.composite
 def hadamard(draw: Draw) -> Change:
     """LoHa, of convolutions with cores or flattened."""
     out, inner, r = draw(SIDES), draw(inner_shapes()), draw(RANKS)
@@ -112,6 +103,48 @@ def hadamard(draw: Draw) -> Change:
 
 
 @st.composite
+def kronecker(draw: Draw) -> Change:
+    """LoKr: each matrix whole or in factors, the second with a core or a kernel or flattened."""
+    (ol, ok, im), inner, r = draw(st.tuples(*[st.integers(1, 4)] * 3)), draw(inner_shapes()), 0
+    shapes: dict[str, tuple[int, ...]] = {"lokr_w1": (ol, im), "lokr_w2": (ok, *inner)}
+    forms = ["whole", "factors"] if len(inner) == 1 else ["whole", "factors", "core"]
+    first, second = draw(st.booleans()), draw(st.sampled_from(forms))
+    if first or second != "whole":
+        r = draw(RANKS)
+    if first:
+        del shapes["lokr_w1"]
+        shapes |= {"lokr_w1_a": (ol, r), "lokr_w1_b": (r, im)}
+    if second != "whole":
+        del shapes["lokr_w2"]
+        shapes |= {"lokr_w2_a": (ok, r), "lokr_w2_b": (r, *inner)}
+    if second == "core":
+        shapes |= {"lokr_w2_a": (r, ok), "lokr_w2_b": (r, inner[0]), "lokr_t2": (r, r, *inner[1:])}
+    return change("kronecker", shapes, draw(SEEDS), r, (ol * ok, im * inner[0], *inner[1:]))
+
+
+@st.composite
+def with_lengths(draw: Draw, inside: st.SearchStrategy[Change], of_rows: bool) -> Change:
+    """DoRA over a kind: learned lengths of rows or of columns."""
+    inner = draw(inside.filter(lambda c: not c.spec.blocks and "diag" not in c.fields))
+    out, (width, *kernel) = inner.spec.row.sizes(inner.spec)
+    role = "magnitude" if of_rows else "magnitude_in"
+    shape = (out, 1, *(1 for _ in kernel)) if of_rows else (1, width, *(1 for _ in kernel))
+    lengths = randn(*shape, seed=draw(SEEDS))
+    source = TensorData(role, "F32", shape, lengths.numpy().tobytes())
+    name = "dora" if of_rows else "dora-in"
+    kind = name if inner.spec.kind == "lowrank" else f"{name}-{inner.spec.kind}"
+    spec = replace(inner.spec, kind=kind, fields={**inner.spec.fields, role: source})
+    return Change(spec, {**inner.fields, role: lengths}, inner.shape)
+
+
+@st.composite
+def dense(draw: Draw) -> Change:
+    """A change stored whole."""
+    size = (draw(SIDES), *draw(inner_shapes()))
+    return change("full", {"full_delta": size}, draw(SEEDS), 0, size)
+
+
+@st.composite
 def vector(draw: Draw) -> Change:
     """A change of a bias."""
     n = draw(SIDES)
@@ -119,7 +152,12 @@ def vector(draw: Draw) -> Change:
 
 
 SPECS: dict[str, st.SearchStrategy[Change]] = {
-    "lowrank": low_rank(), "dora": dora(), "hadamard": hadamard(), "vector": vector(),
+    "lowrank": low_rank(), "hadamard": hadamard(), "kronecker": kronecker(), "vector": vector(),
+    "full": dense(), "dora": with_lengths(low_rank(), True),
+    "dora-hadamard": with_lengths(hadamard(), True),
+    "dora-kronecker": with_lengths(kronecker(), True), "dora-in": with_lengths(low_rank(), False),
+    "dora-in-hadamard": with_lengths(hadamard(), False),
+    "dora-in-kronecker": with_lengths(kronecker(), False),
 }  # fmt: skip
 """Kind -> random changes of it."""
 

@@ -265,7 +265,7 @@ def component_pattern(word: str) -> re.Pattern[str]:
 def _items(adapter: Adapter) -> Iterator[Item]:
     for spec in adapter.specs:
         stem = f"{spec.module}." if spec.module else ""
-        others = tuple(stem + p for p in spec.alternatives if p != spec.parameter)
+        others = tuple((stem + p).rstrip(".") for p in spec.alternatives if p != spec.parameter)
         yield Item((spec.name, *others), spec.module or spec.parameter, spec=spec)
     rows = (r for one in adapter.beside for r in one.rows)
     for replacement in (*adapter.replacements, *rows):

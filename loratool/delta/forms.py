@@ -10,15 +10,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
+from loratool import kinds
 from loratool.adapter import DeltaSpec, Source, TensorData, TensorRef
 from loratool.dtypes import exact_dtype, result_dtype
+from loratool.kind_shapes import COLUMN_LENGTHS, ROW_LENGTHS
 
 LOW_RANK = "lowrank"
 _VECTOR = "vector"
-_ROW_SCALED = "dora"
 LEFT, RIGHT, VALUES = "lora_B", "lora_A", "delta"
 """Roles: the factor that is zero where training starts, the other one, a vector."""
-_LENGTHS = "magnitude"
 CORE = "lora_mid"
 
 
@@ -73,12 +73,22 @@ def has_diagonal(spec: DeltaSpec) -> bool:
 
 def lengths_of(spec: DeltaSpec) -> Source | None:
     """Learned lengths of rows, None for a change without them."""
-    return spec.fields.get(_LENGTHS)
+    return spec.fields.get(ROW_LENGTHS)
+
+
+def lengths_role_of(spec: DeltaSpec) -> str:
+    """The role of a change's learned lengths, "" where it has none."""
+    return next((r for r in (ROW_LENGTHS, COLUMN_LENGTHS) if r in spec.fields), "")
+
+
+def spans_rows(spec: DeltaSpec) -> bool:
+    """True if some rows of the change depend on all of them: lengths of columns."""
+    return COLUMN_LENGTHS in spec.fields
 
 
 def left_of(spec: DeltaSpec) -> Source:
     """The tensor that is zero where training starts: lora_B, of other kinds its like."""
-    return spec.fields[spec.row.scaled]
+    return spec.fields[spec.row.scaled_in(spec.fields)]
 
 
 def factors_of(spec: DeltaSpec) -> tuple[Source, Source]:
@@ -88,7 +98,7 @@ def factors_of(spec: DeltaSpec) -> tuple[Source, Source]:
 
 def storage_types(spec: DeltaSpec) -> set[str]:
     """Types of the tensors that the change is made of."""
-    return {spec.fields[role].dtype for role in spec.row.roles}
+    return {source.dtype for role, source in spec.fields.items() if role not in spec.row.optional}
 
 
 def values_of(spec: DeltaSpec) -> Source:
@@ -108,7 +118,8 @@ def scaled_source(spec: DeltaSpec, *, turned: bool = False) -> Source:
 
 def may_be_flattened(spec: DeltaSpec) -> bool:
     """True if the fields look alike for a matrix and for a convolution with a kernel."""
-    return spec.is_matrix and not spec.is_pair and len(side_sizes(spec)[1]) == 1
+    is_product = spec.rank > 0 and not spec.is_pair
+    return spec.is_matrix and is_product and len(side_sizes(spec)[1]) == 1
 
 
 def as_pair(spec: DeltaSpec, inner: tuple[int, ...] = ()) -> DeltaSpec:
@@ -190,14 +201,20 @@ def new_difference(name: str, values: Source) -> DeltaSpec:
 
 
 def with_lengths(spec: DeltaSpec, lengths: Source) -> DeltaSpec:
-    """A low-rank change whose rows have these lengths: DoRA."""
-    return replace(spec, kind=_ROW_SCALED, fields={**spec.fields, _LENGTHS: lengths})
+    """The change with learned lengths of the rows of W + ΔW: DoRA."""
+    return _of_fields(spec, {**spec.fields, ROW_LENGTHS: lengths})
 
 
 def without_lengths(spec: DeltaSpec) -> DeltaSpec:
-    """The low-rank part of a DoRA."""
-    fields = {role: source for role, source in spec.fields.items() if role != _LENGTHS}
-    return replace(spec, kind=LOW_RANK, fields=fields)
+    """The change inside a DoRA."""
+    lengths = lengths_role_of(spec)
+    return _of_fields(spec, {r: source for r, source in spec.fields.items() if r != lengths})
+
+
+def _of_fields(spec: DeltaSpec, fields: Mapping[str, Source]) -> DeltaSpec:
+    kind = kinds.of_roles(fields)
+    assert kind is not None
+    return replace(spec, kind=kind.name, fields=fields)
 
 
 def turned_round(spec: DeltaSpec, like: DeltaSpec, turn: Callable[[Source], Source]) -> DeltaSpec:

@@ -13,7 +13,7 @@ import torch
 
 from loratool.adapter import DeltaSpec
 from loratool.delta.base import Delta
-from loratool.delta.lowrank import LowRank, Pair
+from loratool.delta.lowrank import LowRank, Pair, thin_factors, thinnest
 from loratool.linalg.exact import product_terms
 from loratool.plan import DeltaPart
 
@@ -121,15 +121,10 @@ def pairs_of(fields: Mapping[str, torch.Tensor], spec: DeltaSpec) -> list[Pair]:
     short = min(left.shape[0], right.shape[1])
     if left.shape[1] * other_left.shape[1] <= short:
         return [(_products(left, other_left), _products(right.T, other_right.T).T)]
-    whole = (left @ right) * (other_left @ other_right)
-    one = torch.eye(short, dtype=torch.float64)
-    return [(one, whole) if whole.shape[0] == short else (whole, one)]
+    return [thinnest((left @ right) * (other_left @ other_right))]
 
 
 def _pair(fields: Mapping[str, torch.Tensor], number: int) -> Pair:
     """(out, r) and (r, in·k…) in float64, a core folded into the right one."""
-    left, right = fields[f"hada_w{number}_a"].double(), fields[f"hada_w{number}_b"].double()
-    core = fields.get(f"hada_t{number}")
-    if core is None:
-        return left.flatten(1), right.flatten(1)
-    return left.T, torch.einsum("ij...,jn->in...", core.double(), right).flatten(1)
+    left, right = fields[f"hada_w{number}_a"], fields[f"hada_w{number}_b"]
+    return thin_factors(left, right, fields.get(f"hada_t{number}"))

@@ -151,6 +151,28 @@ def oriented_factors(
     return lora_A.double(), lora_B.double()
 
 
+def thin_factors(
+    left: torch.Tensor, right: torch.Tensor, core: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(out, r) and (r, in·k…) in float64 of a pair as LyCORIS has it.
+
+    Args:
+        left: (out, r…); with a core (r, out).
+        right: (r, in…).
+        core: (r, r, k…), which goes into the right factor.
+    """
+    if core is None:
+        return left.double().flatten(1), right.double().flatten(1)
+    return left.double().T, with_core(right, core).flatten(1)
+
+
+def thinnest(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A matrix as a product: itself and the identity, at the short side."""
+    rows, cols = matrix.shape
+    one = torch.eye(min(rows, cols), dtype=matrix.dtype, device=matrix.device)
+    return (one, matrix) if rows <= cols else (matrix, one)
+
+
 def with_core(lora_A: torch.Tensor, core: torch.Tensor) -> torch.Tensor:
     """(r, in, k…) of a convolution whose kernel is a core (r, r, k…) of its own, in float64.
 

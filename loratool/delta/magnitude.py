@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 
+from loratool import kinds
 from loratool.delta.base import Delta
-from loratool.delta.lowrank import LowRank
-from loratool.delta.lowrank import build as build_lowrank
+from loratool.kind_shapes import COLUMN_LENGTHS, ROW_LENGTHS
 from loratool.plan import DeltaPart
+from loratool.plugins import function_of
 
 
 class Magnitude(Delta):
@@ -20,24 +22,27 @@ class Magnitude(Delta):
     that the result does not depend on the order of several adapters.
 
     Args:
-        inner: the low-rank change inside the norm.
-        magnitude: (rows,) for ``axis`` 0 or (cols,) for ``axis`` 1, same dtype as inner.
-        axis: 0 = one length per row (linear, conv), 1 = per column (HF Conv1D, embedding).
+        inner: the additive change inside the norm.
+        magnitude: lengths along ``axis``, of the accumulator's type: one for each row or column,
+            or for as many of them side by side as make their number (columns of a kernel).
+        axis: 0 = of rows (linear, conv), 1 = of columns (HF Conv1D, embedding; LyCORIS' input
+            axis).
         weight: the user's coefficient.
     """
 
     is_additive = False
 
     def __init__(
-        self, inner: LowRank, magnitude: torch.Tensor, axis: int, weight: float = 1.0
+        self, inner: Delta, magnitude: torch.Tensor, axis: int, weight: float = 1.0
     ) -> None:
         self.inner = inner
         self.magnitude = magnitude
         self.axis = axis
         self.weight = weight
         self.shape = inner.shape
+        self._group = inner.shape[axis] // max(1, len(magnitude))
         # the product; squares summed in pairs, root, quotient; scaling, difference, weight
-        self.roundings = inner.roundings + math.ceil(math.log2(inner.shape[1 - axis])) + 6
+        self.roundings = inner.roundings + _halvings(inner.shape[1 - axis] * self._group) + 6
         self._squares = torch.zeros(inner.shape[axis], dtype=torch.float64, device=magnitude.device)
 
     @property
@@ -81,13 +86,18 @@ class Magnitude(Delta):
 
     def _gain(self, dtype: torch.dtype, r0: int, r1: int, c0: int, c1: int) -> torch.Tensor:
         """Lengths over norms, m / ‖V‖, of the block's rows or columns, broadcastable to it."""
-        gain = (self.magnitude.double() / self._squares.sqrt()).to(dtype)
+        norms = self._squares.view(-1, self._group).sum(1).sqrt()
+        gain = (self.magnitude.double() / norms).to(dtype).repeat_interleave(self._group)
         return gain[r0:r1, None] if self.axis == 0 else gain[None, c0:c1]
 
     def _direction(self, base: torch.Tensor, r0: int, r1: int, c0: int, c1: int) -> torch.Tensor:
         direction = base.clone()
         self.inner.add_to(direction, base, r0, r1, c0, c1)
         return direction
+
+
+def _halvings(count: int) -> int:
+    return math.ceil(math.log2(max(1, count)))
 
 
 def build(
@@ -98,18 +108,25 @@ def build(
     dtype: torch.dtype,
     fold: bool = True,
 ) -> Magnitude:
-    """Make the delta of a ``dora`` spec; the user's weight acts outside the norm.
+    """Make the delta of a DoRA over any kind; the user's weight acts outside the norm.
 
     Args:
-        fields: lora_A, lora_B as stored, magnitude with as many values as output features.
+        fields: those of the kind inside, as stored, and as many lengths as outputs or inputs.
         part: the spec with orientation and region.
         coefficient: weight · scaling.
         dtype: type of the accumulator.
         fold: no choice here: a length is no sum of products.
     """
-    inner = build_lowrank(fields, part, coefficient=part.spec.scaling, dtype=dtype)
-    magnitude = fields["magnitude"].flatten().to(dtype)
-    rows = part.region.source_cols if part.transposed else part.region.source_rows
-    if rows is not None:
-        magnitude = magnitude[rows[0] : rows[1]]
-    return Magnitude(inner, magnitude, 1 if part.transposed else 0, weight=part.weight)
+    role = next(r for r in (ROW_LENGTHS, COLUMN_LENGTHS) if r in fields)
+    kind = kinds.of_roles(fields.keys() - {role})
+    assert kind is not None
+    spec = replace(part.spec, kind=kind.name)
+    inner = function_of(kind.implementation)(
+        fields, replace(part, spec=spec), coefficient=spec.scaling, dtype=dtype
+    )
+    axis = 1 if (role == COLUMN_LENGTHS) != part.transposed else 0
+    lengths = fields[role].flatten().to(dtype)
+    span = part.region.source_cols if axis else part.region.source_rows
+    if span is not None:
+        lengths = lengths[span[0] : span[1]]
+    return Magnitude(inner, lengths, axis, weight=part.weight)

@@ -9,39 +9,47 @@ from loratool import kinds
 from loratool.adapter import DeltaSpec, TensorRef
 from loratool.dtypes import DTYPES
 from loratool.errors import BadFileError
+from loratool.kind_shapes import COLUMN_LENGTHS, ROW_LENGTHS, lengths_role
+from loratool.kinds import Kind
 
+OPEN_LENGTHS = "lengths"
+"""Role of DoRA's lengths in a dialect that has them of rows and of columns: the shape tells."""
+LENGTHS = (ROW_LENGTHS, COLUMN_LENGTHS)
 MAX_RANK = 8192  # of one module or expert; no method that is known goes so far
 # Stored factors are widened before use; narrower types than these have no agreed meaning alone.
 _FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 
 
 def product_spec(module: str, fields: Mapping[str, TensorRef], alpha: float | None) -> DeltaSpec:
-    """The change that the factors of a module make; scaling is alpha/r, 1 without an alpha.
+    """The change that the factors of a module make.
+
+    Scaling is alpha/r; 1 without an alpha, and where matrices stored whole leave no rank.  Lengths
+    of DoRA are of rows or of columns by their shape (`OPEN_LENGTHS`).
 
     Raises:
         BadFileError: LT-348, LT-362 … LT-366, the factors make none.
     """
     first = next(iter(fields.values()))
+    fields = _with_axis(module, fields)
     kind = kinds.of_roles(fields)
-    if kind is None or kind.rank_axis is None:
-        near = [k for k in kinds.every() if set(fields) & {*k.roles, *k.optional}]
+    if kind is None:
+        near = [k for k in kinds.every() if k.is_additive and set(fields) & set(k.known_roles)]
+        ways = ["+".join(k.roles) for k in near] or ["factors beside them"]
         raise BadFileError(
             "LT-362", "the factors of a module are incomplete", file=first.file, key=module,
-            expected=" or ".join("+".join(k.roles) for k in near), got=", ".join(sorted(fields)),
+            expected=" or ".join(ways), got=", ".join(sorted(fields)),
         )  # fmt: skip
     for ref in fields.values():
         check_float(ref)
+        if 0 in ref.shape:
+            refuse_shard(ref)
     if {"lora_A", "lora_B"} <= fields.keys():
         check_product(fields)
-    role, axis = kind.rank_axis
-    if len(fields[role].shape) <= axis or 0 in fields[role].shape:
-        refuse_shard(fields[role])
-    rank = fields[role].shape[axis]
-    check_rank(rank, fields[role])
-    is_conv = any(len(ref.shape) > 2 for ref in fields.values())
+    rank = _rank(kind, fields)
+    is_conv = any(len(r.shape) > 2 for role, r in fields.items() if role not in LENGTHS)
     spec = DeltaSpec(
         kind.name, module, "weight", fields, "conv" if is_conv else "linear", rank, alpha,
-        1.0 if alpha is None else alpha / rank,
+        alpha / rank if alpha is not None and rank else 1.0,
     )  # fmt: skip
     if not kind.fits(spec):
         raise BadFileError(
@@ -49,6 +57,38 @@ def product_spec(module: str, fields: Mapping[str, TensorRef], alpha: float | No
             got=", ".join(f"{role} {list(ref.shape)}" for role, ref in fields.items()),
         )  # fmt: skip
     return spec
+
+
+def _with_axis(module: str, fields: Mapping[str, TensorRef]) -> Mapping[str, TensorRef]:
+    """The tensors, with the role that the shape of DoRA's lengths gives them."""
+    lengths = fields.get(OPEN_LENGTHS)
+    rest = {role: ref for role, ref in fields.items() if role != OPEN_LENGTHS}
+    kind = kinds.of_roles(rest)
+    if lengths is None or kind is None:
+        return fields
+    is_conv = any(len(ref.shape) > 2 for ref in rest.values())
+    inside = DeltaSpec(kind.name, module, "weight", rest, "conv" if is_conv else "linear", 1, None,
+                       1.0)  # fmt: skip
+    if any(len(ref.shape) < 2 for ref in rest.values()) or not kind.fits(inside):
+        return {**rest, ROW_LENGTHS: lengths}  # said of the factors
+    role = lengths_role(lengths.shape, kind.sizes(inside))
+    if not role:
+        out, inner = kind.sizes(inside)
+        refuse_shape(lengths, f"{out} lengths of rows (out, 1…), or {inner[0]} of columns (1, in…)")
+    return {**rest, role: lengths}
+
+
+def _rank(kind: Kind, fields: Mapping[str, TensorRef]) -> int:
+    """The rank that the tensors have, 0 for those without one."""
+    place = kind.rank_in(fields)
+    if place is None:
+        return 0
+    role, axis = place
+    if len(fields[role].shape) <= axis:
+        refuse_shard(fields[role])
+    rank = fields[role].shape[axis]
+    check_rank(rank, fields[role])
+    return rank
 
 
 def check_float(ref: TensorRef) -> None:

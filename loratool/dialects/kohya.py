@@ -7,6 +7,7 @@ pipeline, the rest the module with every dot an underscore.
 from __future__ import annotations
 
 from loratool.dialects.base import Dialect, by_keys
+from loratool.dialects.factors import OPEN_LENGTHS
 from loratool.dialects.table import Component, Field, Table
 
 TABLE = Table(
@@ -24,6 +25,8 @@ TABLE = Table(
         Field("lora_down.weight", "lora_A"),
         Field("lora_up.weight", "lora_B"),
         Field("lora_mid.weight", "lora_mid"),
+        Field("dora_scale", OPEN_LENGTHS),
+        Field("diff", "full_delta", kind="full"),
         Field("w_norm", "delta", kind="vector", is_norm=True),
         Field("b_norm", "delta", kind="vector", parameter="bias", is_norm=True),
         Field("diff_b", "delta", kind="vector", parameter="bias"),

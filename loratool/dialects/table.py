@@ -15,10 +15,11 @@ from typing import NamedTuple
 from loratool import kinds
 from loratool.adapter import DeltaSpec
 from loratool.archs.flat import components_of, known_names, with_text_model
+from loratool.dialects.factors import LENGTHS, OPEN_LENGTHS
 
 # What keys of algorithms end in that no kind is made of -> their title.
 ALGORITHMS = (
-    (r"hada_", "LoHa"), (r"lokr_", "LoKr"), (r"oft_blocks|oft_R|boft", "OFT"),
+    (r"oft_blocks|oft_R|boft", "OFT"),
     (r"dora_scale|magnitude", "DoRA"), (r"diff$|diff_m$", "full difference"),
     (r"[ab][12]\.weight|bm\.weight", "GLoRA"), (r"on_input", "IA³"),
     (r"[pq]_layer|lambda_layer", "T-LoRA"),
@@ -43,7 +44,8 @@ class Field(NamedTuple):
     Attributes:
         suffix: behind the module and a dot.
         role: of the kind.
-        kind: where the tensor is a change of its own, its kind; "" = a factor among others.
+        kind: where the tensor is a change of its own, its kind; "" = a factor among others.  One
+            of a weight without columns (a norm) is a vector's, whatever stands here.
         parameter: that it changes.
         is_norm: of a module whose weight is such a vector too; the bias of a norm and of any other
             module may be spelled differently.
@@ -82,7 +84,6 @@ class Table:
             where there is none.
         is_flat: dots of module names are written as underscores.
         passed: regular expression of tensors that are no part of any change and are kept.
-        kinds: what the writer emits, besides the kinds whose roles all dialects spell alike.
         stale: keys of the metadata that speak of the very tensors, "" = none.
         ranks: keys of the metadata for rank and alpha of the whole file.
         dead: regular expression of tensors that the dialect's programs pass over in silence, and
@@ -94,7 +95,6 @@ class Table:
     alpha: str = "alpha"
     is_flat: bool = True
     passed: str = ""
-    kinds: tuple[str, ...] = ("lowrank",)
     stale: str = ""
     ranks: tuple[str, str] = ("", "")
     dead: tuple[str, str] = ("", "")
@@ -146,28 +146,38 @@ class Table:
             stem: of `stem_of`.
             is_norm: the weight of its module is a vector that changes too.
         """
-        own = [f for f in self.fields if f.kind == spec.kind and f.parameter == spec.parameter]
-        own.sort(key=lambda f: f.is_norm == is_norm)  # the last one counts
-        spelled = {f.role: f.suffix for f in (*(f for f in self.fields if not f.kind), *own)}
-        for role in spec.fields:
-            yield role, f"{stem}.{spelled.get(role, role)}"
+        own = sorted(self._own_fields(spec), key=lambda f: (f.kind == spec.kind,
+                                                            f.is_norm == is_norm))  # fmt: skip
+        for role in spec.fields:  # of its own fields the last one counts
+            yield role, f"{stem}.{own[-1].suffix if own else self._suffixes.get(role, role)}"
+
+    def _own_fields(self, spec: DeltaSpec) -> list[Field]:
+        """What a change that is one tensor may be spelled as."""
+        if len(spec.fields) > 1:
+            return []
+        (source,) = spec.fields.values()
+        return [
+            f for f in self.fields
+            if f.kind and f.parameter == spec.parameter
+            and kinds.of_tensor(f.kind, source.shape) is spec.row
+        ]  # fmt: skip
 
     def obstacle(self, spec: DeltaSpec) -> str:
         """Why a change cannot be written, "" if it can."""
         row = spec.row
-        own = [f for f in self.fields if f.kind == spec.kind and f.parameter == spec.parameter]
-        roles = {f.role for f in self.fields if not f.kind}
+        own = bool(self._own_fields(spec))
+        unknown = [r for r in spec.fields if r not in self._suffixes and not kinds.is_spelled(r)]
         reasons = {
-            spec.title: not (own or row.is_spelled or spec.kind in self.kinds),
+            spec.title: not own and bool({*unknown} & {*row.roles}),
             f"{spec.base_change} changes the base": bool(spec.base_change),
             "embedding": spec.layout == "embedding",
             "experts in one tensor": spec.layout == "experts",
             "block-diagonal factors": spec.blocks is not None,
             "a weight that is stored (in, out)": spec.transposed,
             f"the parameter {spec.parameter}": not own and spec.parameter != "weight",
-            "a scaled bias": bool(own) and spec.scaling != 1,
-            "a diagonal between the factors": not own
-            and not all(role in roles or kinds.is_spelled(role) for role in spec.fields),
+            "a scaled bias": own and spec.scaling != 1,
+            "a scaling without a rank": not own and not spec.rank and spec.scaling != 1,
+            "a diagonal between the factors": not own and bool(unknown),
         }
         return next((reason for reason, holds in reasons.items() if holds), "")
 
@@ -193,6 +203,14 @@ class Table:
     @cached_property
     def _by_suffix(self) -> dict[str, Field]:
         return {f.suffix: f for f in self.fields}
+
+    @cached_property
+    def _suffixes(self) -> dict[str, str]:
+        """Role of a factor among others -> how it is spelled."""
+        found = {f.role: f.suffix for f in self.fields if not f.kind}
+        if OPEN_LENGTHS in found:
+            found |= dict.fromkeys(LENGTHS, found[OPEN_LENGTHS])
+        return found
 
     @cached_property
     def _pattern(self) -> re.Pattern[str]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from loratool import kinds
 from loratool.adapter import MAX_ALPHA, Adapter, DeltaSpec, TensorRef
 from loratool.dialects.candidate import Candidate
-from loratool.dialects.factors import check_float, product_spec
+from loratool.dialects.factors import check_float, product_spec, refuse_shape
 from loratool.dialects.table import ALGORITHMS, Field, Table
 from loratool.errors import BadFileError, MismatchError, list_some
 from loratool.options.groups import Read
@@ -122,11 +122,14 @@ def _refuse_unknown(refs: list[TensorRef]) -> None:
 
 
 def _single(module: str, one: Field, ref: TensorRef) -> DeltaSpec:
-    """A change of its own: never scaled."""
+    """A change of its own: never scaled.  The weight may be the module itself, a bare parameter."""
     check_float(ref)
-    row = kinds.row_of(one.kind)
-    layout = "linear" if row.is_matrix else "vector"
-    return DeltaSpec(one.kind, module, one.parameter, {one.role: ref}, layout, 0, None, 1.0)
+    if 0 in ref.shape or not 1 <= len(ref.shape) <= 5:
+        refuse_shape(ref, "1 to 5 dimensions, none of them empty")
+    row = kinds.of_tensor(one.kind, ref.shape)
+    layout = "vector" if not row.is_matrix else "conv" if len(ref.shape) > 2 else "linear"
+    return DeltaSpec(row.name, module, one.parameter, {row.roles[0]: ref}, layout, 0, None, 1.0,
+                     alternatives=("",) if one.parameter == "weight" else ())  # fmt: skip
 
 
 def read_scalars(refs: Mapping[str, TensorRef]) -> dict[str, float]:

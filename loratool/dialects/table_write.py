@@ -61,7 +61,7 @@ def write_table(
             spec = turned(spec)
         keys = table.keys_of(spec, stem, is_norm=spec.module in norms)
         found = [(name, spec.fields[role]) for role, name in keys]
-        if spec.rank:
+        if spec.rank or (spec.is_matrix and spec.alpha is not None):
             found.append((f"{stem}.{table.alpha}", _alpha(spec, dtype)))
         for name, source in found:
             if name in tensors:
@@ -87,8 +87,13 @@ def turned(spec: DeltaSpec) -> DeltaSpec:
 
 
 def alpha_of(spec: DeltaSpec) -> float:
-    """The alpha whose α/r is the spec's scaling; off by 2⁻⁵² of it at most."""
+    """The alpha whose α/r is the spec's scaling; off by 2⁻⁵² of it at most.
+
+    That of a change without a rank says nothing, and stays.
+    """
     alpha = spec.alpha
+    if not spec.rank:
+        return alpha or 0.0
     is_kept = alpha is not None and alpha / spec.rank == spec.scaling
     return float(alpha) if is_kept and alpha is not None else spec.scaling * spec.rank
 

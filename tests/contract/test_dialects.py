@@ -47,7 +47,7 @@ FAMILY = [
     if _config(LLM / name).get("peft_type") in ("LORA", "TRAINABLE_TOKENS")
     and (LLM / name / "adapter_model.safetensors").exists()
 ]
-KINDS_OF_OTHERS = ("LOHA",)  # methods that are a kind: tests/oracle/test_loha.py
+KINDS_OF_OTHERS = {k.method for k in KINDS.values() if k.method}  # each in tests/oracle/
 OTHERS = [
     n for n in FOLDERS
     if n not in FAMILY and _config(LLM / n).get("peft_type") not in KINDS_OF_OTHERS
@@ -337,7 +337,7 @@ REFUSED = {
 TITLES = {
     "ADALORA": "AdaLoRA", "BOFT": "BOFT", "C3A": "C3A", "DELORA": "DeLoRA", "HIRA": "HiRA",
     "FOURIERFT": "FourierFT", "HRA": "HRA", "IA3": "IA³", "LN_TUNING": "LN tuning",
-    "LOKR": "LoKr", "MISS": "MiSS", "OFT": "OFT", "RANDLORA": "RandLoRA",
+    "MISS": "MiSS", "OFT": "OFT", "RANDLORA": "RandLoRA",
     "SHIRA": "SHiRA", "VBLORA": "VB-LoRA", "VERA": "VeRA",
 }  # fmt: skip
 

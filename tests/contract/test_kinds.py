@@ -39,6 +39,7 @@ def test_a_row_resolves(row: Kind) -> None:
     assert row.scaled in row.roles and row.reach in ("block", "norms", "all")
     assert not set(row.roles) & set(row.optional)
     assert row.rank_axis is None or row.rank_axis[0] in row.roles
+    assert set(row.stand_ins) <= set(row.roles) and row.scaled in row.roles
     assert bool(row.pairs) >= row.has_factors
 
 
@@ -46,6 +47,10 @@ def test_a_row_resolves(row: Kind) -> None:
 def test_its_roles_and_its_method_are_its_own(row: Kind) -> None:
     assert of_roles(row.roles) is row and of_roles({*row.roles, *row.optional}) is row
     assert not row.method or of_method(row.method) is row
+    for role, factors in row.stand_ins.items():
+        given = {*row.roles, *factors}
+        assert of_roles(given - {role}) is row and of_roles(given) is None
+        assert of_roles(given - {role, factors[1]}) is not row
 
 
 def each(row: Kind, holds: Callable[[Change, st.DataObject], None]) -> None:
@@ -95,9 +100,9 @@ def test_sizes_are_those_of_the_dense_change(row: Kind) -> None:
         assert built(change).shape == change.shape
         assert shape_of(change.spec) == (change.shape if row.is_matrix else change.shape[1:])
         assert not row.is_matrix or matrix_shape(change.spec) == change.shape
-        if row.rank_axis is not None and change.spec.blocks is None:
-            role, axis = row.rank_axis
-            assert change.fields[role].shape[axis] == change.spec.rank
+        place = row.rank_in(change.fields)
+        if place is not None and change.spec.blocks is None:
+            assert change.fields[place[0]].shape[place[1]] == change.spec.rank
 
     each(row, holds)
 
@@ -174,7 +179,7 @@ def test_scaled_is_so_many_times_the_change(row: Kind) -> None:
 def test_the_scaled_role_multiplies_the_change(row: Kind) -> None:
     def holds(change: Change, _: st.DataObject) -> None:
         (role,) = [r for r, s in change.spec.fields.items() if s is scaled_source(change.spec)]
-        assert role == row.scaled
+        assert role == row.scaled_in(change.fields)
         for factor in (-2.0, 0.0):
             fields = {**change.fields, role: factor * change.fields[role]}
             assert close(built(replace(change, fields=fields)).dense(),
@@ -283,9 +288,15 @@ def test_shapes_that_do_not_fit_are_seen(row: Kind) -> None:
         assert row.fits(change.spec)
         if row.fits is Kind.fits:
             return
-        role = data.draw(st.sampled_from(sorted(row.roles)))
+        lengths = {(r, change.fields[r].shape.index(change.fields[r].numel()))
+                   for r in change.fields if r.startswith("magnitude")}  # fmt: skip
+        ranks = {row.rank_in(change.fields)} - {None, ("lora_A", 0)}  # LoRA is checked elsewhere
+        if not lengths | ranks:  # matrices stored whole fit any
+            return
+        role, axis = data.draw(st.sampled_from(sorted(lengths | ranks)))  # type: ignore[type-var]
         old = change.spec.fields[role]
-        longer = TensorData(role, "F32", (*old.shape[:-1], old.shape[-1] + 1), b"")
+        shape = tuple(n + (i == axis) for i, n in enumerate(old.shape))
+        longer = TensorData(role, "F32", shape, b"")
         spec = replace(change.spec, fields={**change.spec.fields, role: longer})
         assert not row.fits(spec)
 

@@ -22,6 +22,7 @@ LAYERS = (
         "patterns",
         "adapter",
         "kinds",
+        "kind_shapes",
         "location",
         "methods",
         "plan",

@@ -15,7 +15,7 @@ from loratool.dialects.stated import ADDED, BIAS, COPY
 from loratool.kinds import KINDS
 
 ROOT = Path(loratool.__file__).parent
-HOMES = ("dialects/", "delta/", "archs/", "quant/", "kinds.py")
+HOMES = ("dialects/", "delta/", "archs/", "quant/", "kinds.py", "kind_shapes.py")
 FILES = [p for p in sorted(ROOT.rglob("*.py")) if not
          p.relative_to(ROOT).as_posix().startswith(HOMES)]  # fmt: skip
 OTHERWISE = {
@@ -26,7 +26,7 @@ OTHERWISE = {
     "r": {"mode="},  # of `torch.linalg.qr`
 }
 """Words that also mean something else -> where they do."""
-NAMES = {k.name for k in KINDS} | {r for k in KINDS for r in (*k.roles, *k.optional)}
+NAMES = {k.name for k in KINDS} | {r for k in KINDS for r in k.known_roles}
 OF_MODELS = {
     "architectures", "auto_map", "hidden_size", "model_type", "_name_or_path", "num_hidden_layers",
     "quantization_config", "text_config", "tie_word_embeddings", "torch_dtype", "vocab_size",

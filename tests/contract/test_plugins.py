@@ -30,8 +30,8 @@ KIND = replace(
     kinds.BY_NAME["lowrank"], name="acme-outer", roles=("acme_u", "acme_v"), optional=(),
     title="Acme outer", is_spelled=True, rank_axis=("acme_v", 0),
 )
-KRONECKER = replace(KIND, name="acme-lokr", roles=("lokr_w1", "lokr_w2_a", "lokr_w2_b"),
-                    title="Acme LoKr", rank_axis=("lokr_w2_b", 0), method="LOKR")
+METHOD = replace(KIND, name="acme-method", roles=("acme_w1", "acme_w2_a", "acme_w2_b"),
+                 title="Acme method", rank_axis=("acme_w2_b", 0), method="ACME")
 CODEC = Codec("acme-steps", "Acme steps", ("acme",), "acme_steps")
 NUMBER = 3
 """
@@ -92,7 +92,7 @@ def site(tmp_path: Path) -> Path:
     (site / "acme_steps.py").write_text(STEPS)
     (info / "METADATA").write_text(META)
     entries = "[loratool.dialects]\nacme = acme:DIALECT\n\n[loratool.kinds]\n"
-    entries += "outer = acme:KIND\nkronecker = acme:KRONECKER\n"
+    entries += "outer = acme:KIND\nmethod = acme:METHOD\n"
     entries += "\n[loratool.codecs]\nsteps = acme:CODEC\n"
     (info / "entry_points.txt").write_text(entries)
     return site
@@ -149,8 +149,14 @@ def test_a_kind_of_another_package_is_read(tmp_path: Path, site: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_a_method_of_peft_needs_a_row_of_its_kind_alone(site: Path) -> None:
-    folder = Path(__file__).parents[1] / "data" / "llm" / "lokr"
+def test_a_method_of_peft_needs_a_row_of_its_kind_alone(tmp_path: Path, site: Path) -> None:
+    old, folder = Path(__file__).parents[1] / "data" / "llm" / "lokr", tmp_path / "method"
+    config = json.loads((old / "adapter_config.json").read_text()) | {"peft_type": "ACME"}
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    tensors = load_file(str(old / "adapter_model.safetensors"))
+    save_file({name.replace("lokr_", "acme_"): t for name, t in tensors.items()},
+              str(folder / "adapter_model.safetensors"))  # fmt: skip
     done = python(
         "from loratool.dialects import open_adapter, write_adapter_files\n"
         "from pathlib import Path\n"

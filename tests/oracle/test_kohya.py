@@ -192,7 +192,7 @@ def spoiled(kind: str) -> dict[str, Any]:
     elif kind == "ranks":
         tensors["lora_unet_x.lora_up.weight"] = np.zeros((6, 3), np.float32)
     elif kind == "dora":
-        tensors["lora_unet_x.dora_scale"] = np.zeros((6, 1), np.float32)
+        tensors["lora_unet_x.dora_scale"] = np.zeros((7, 1), np.float32)
     elif kind == "lokr":
         tensors = {"lora_unet_x.lokr_w1": np.zeros((2, 2), np.float32)}
     elif kind == "strange":
@@ -205,7 +205,7 @@ def spoiled(kind: str) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("kind", "code", "word"),
     [("alone", "LT-362", "incomplete"), ("ranks", "LT-363", "different ranks"),
-     ("dora", "LT-402", "DoRA"), ("lokr", "LT-402", "LoKr"),
+     ("dora", "LT-366", "5 of columns"), ("lokr", "LT-362", "incomplete"),
      ("strange", "LT-415", "lora_unet_x.something"), ("integers", "LT-365", "float")],
 )  # fmt: skip
 def test_what_cannot_be_read_is_named(tmp_path: Path, kind: str, code: str, word: str) -> None:

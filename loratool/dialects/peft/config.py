@@ -42,7 +42,9 @@ _SILENT = frozenset({
 
     "init_weights", "merge_weights",
 
-    "rank_dropout", "module_dropout", "use_effective_conv2d",  # of LoHa and its kin
+    # of LoHa and its kin
+    "rank_dropout", "rank_dropout_scale", "module_dropout", "use_effective_conv2d",
+    "decompose_both", "decompose_factor",
 })  # fmt: skip
 _READ = frozenset({
     "alora_invocation_tokens", "arrow_config", "use_qalora",  # refused by name

@@ -99,7 +99,7 @@ class SpecReader:
     def _read_product(self, module: str, fields: Mapping[str, TensorRef]) -> DeltaSpec:
         """A change of a kind that all dialects spell alike."""
         spec = product_spec(module, fields, self.config.alphas.get(module, self.config.alpha))
-        role, _ = spec.row.rank_axis or ("", 0)
+        role, _ = spec.row.rank_in(fields) or (next(iter(fields)), 0)
         divisor = self._divisor(module, spec.rank, fields[role])
         return dataclasses.replace(spec, scaling=self.config.scaling(spec.alpha or 0.0, divisor))
 
@@ -145,7 +145,7 @@ class SpecReader:
         if self.config.rank is None:
             return rank
         stated = int(self.config.ranks.get(pattern_name, self.config.rank))
-        if stated == rank or self.options.rank_from == "config":
+        if stated == rank or not rank or self.options.rank_from == "config":
             return stated
         if self.options.rank_from != "file":
             refuse_rank(lora_A, stated, rank, self.config)
