@@ -284,7 +284,7 @@ def _place(item: Item, rule: NameRule, context: Context) -> Placement:
 
 def _place_name(item: Item, name: str, context: Context) -> Placement:
     spec = item.spec
-    if item.pieces:
+    if item.pieces is not None:
         return place_pieces(item, context)
     if item.is_new_tokens:
         return place_new_tokens(item, context)

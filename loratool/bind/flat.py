@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
-from loratool.archs.flat import FlatNames, Meaning, flat_names
-from loratool.bind.items import BoundDelta, Found, Item
+from loratool.archs.family_rows import cut, holds_for
+from loratool.archs.flat import FlatNames, KnownNames, Meaning, flat_names
+from loratool.bind.items import BoundDelta, Found, Item, Misfit
 from loratool.bind.place import Context, Placement, misfit, unmergeable
 from loratool.delta.forms import shape_of, side_sizes
 from loratool.errors import MismatchError, list_some
@@ -39,7 +41,7 @@ def resolve_flat(items: Sequence[Item], checkpoint: Checkpoint, adapter: Path) -
     return found
 
 
-def meanings_of(name: str, index: FlatNames) -> list[Meaning]:
+def meanings_of(name: str, index: FlatNames | KnownNames) -> list[Meaning]:
     """What the full name of a flat parameter may mean."""
     module, _, parameter = name.rpartition(".")
     component, _, flat = module.rpartition(".")
@@ -47,52 +49,92 @@ def meanings_of(name: str, index: FlatNames) -> list[Meaning]:
 
 
 def _named(item: Item, meaning: Meaning) -> Item:
-    if len(meaning.names) == 1 and not meaning.is_swapped:
-        return replace(item, names=meaning.names)
-    return replace(item, pieces=meaning.names, is_swapped=meaning.is_swapped)
+    return replace(item, pieces=meaning) if meaning.holds else replace(item, names=meaning.names)
 
 
 def place_pieces(item: Item, ctx: Context) -> Placement:
-    """One change of rows that the base has in several tensors, or in the other order."""
-    spec = item.spec
-    assert spec is not None
-    targets = [ctx.view.get(name) for name in item.pieces]
-    there = [t for t in targets if t is not None]
-    total = shape_of(spec)[0]
-    rows = [ctx.shape(t)[0] for t in there]
-    if len(there) < len(targets) or sum(rows) != total:
-        return misfit(item, "LT-432", f"{sum(rows)} rows", f"{total} rows", item.pieces[0])
-    for target in there:
+    """One change of rows that the base has in several tensors, in a part, or in other order."""
+    spec, meaning = item.spec, item.pieces
+    assert meaning is not None
+    targets = [target for name in meaning.names if (target := ctx.view.get(name)) is not None]
+    if spec is None or len(targets) < len(meaning.names):
+        return Misfit(item, "name")
+    inner = side_sizes(spec)[1] if spec.is_matrix else ()
+    for target in targets:
         if problem := unmergeable(item, target, ctx):
             return problem
-        inner = side_sizes(spec)[1] if spec.is_matrix else ()
         if ctx.shape(target)[1:] != inner:
             return misfit(item, "LT-432", str(ctx.shape(target)), f"(…, {inner})", target)
-    pieces = _halves(there[0], total) if item.is_swapped else _in_order(there, rows)
+    rows, width = shape_of(spec)[0], _width(targets[0], ctx)
+    try:
+        pieces = _pieces(meaning, [ctx.shape(t)[0] for t in targets], rows, width)
+    except ValueError as problem:
+        return misfit(item, "LT-432", str(problem), f"{rows} rows", targets[0])
     return Found(item, tuple(
-        BoundDelta(spec, target, _region(place, source, is_vector=not spec.is_matrix))
-        for target, place, source in pieces
+        BoundDelta(spec, targets[p.tensor], _region(p, is_vector=not spec.is_matrix))
+        for p in pieces
     ))  # fmt: skip
 
 
-_Piece = tuple[str, tuple[Span, ...], tuple[int, int]]
-"""Target, where in it, which rows of the change."""
+class _Piece(NamedTuple):
+    """Rows of a change.
+
+    Attributes:
+        tensor: number of the one in which they lie.
+        place: where in it; None = all of it.
+        source: which rows of the change; None = all of it.
+    """
+
+    tensor: int
+    place: tuple[int, int] | None
+    source: tuple[int, int] | None
 
 
-def _in_order(targets: Sequence[str], rows: Sequence[int]) -> list[_Piece]:
-    starts = [sum(rows[:i]) for i in range(len(rows))]
-    return [(t, (), (s, s + n)) for t, s, n in zip(targets, starts, rows, strict=True)]
+def _pieces(meaning: Meaning, heights: Sequence[int], rows: int, width: int) -> Iterator[_Piece]:
+    """Cut a change of some parts of a whole along the tensors that hold them.
+
+    Raises:
+        ValueError: heights that do not fit together.
+    """
+    if holds_for(meaning.swap, heights[0], width):
+        yield from _halves(rows, heights[0])
+        return
+    sizes = [0] * len(meaning.split)
+    starts: list[dict[int, tuple[int, int]]] = []  # part -> where it lies in its tensor
+    for (first, stop), height in zip(meaning.holds, heights, strict=True):
+        spans = cut(meaning.split[first:stop] if stop - first > 1 else "*", height, width)
+        sizes[first:stop] = [b - a for a, b in spans]
+        starts.append(dict(zip(range(first, stop), spans, strict=True)))
+    first, stop = meaning.wanted
+    if sum(sizes[first:stop]) != rows:
+        raise ValueError(f"{sum(sizes[first:stop])} rows")
+    for i, parts in enumerate(starts):
+        own = [part for part in parts if first <= part < stop]
+        start, end = parts[own[0]][0], parts[own[-1]][1]
+        source = sum(sizes[first : own[0]])
+        span = (source, source + end - start)
+        yield _Piece(i, None if end - start == heights[i] else (start, end),
+                     None if span == (0, rows) else span)  # fmt: skip
 
 
-def _halves(target: str, total: int) -> list[_Piece]:
-    half = total // 2
-    return [
-        (target, (Span(half, total),), (0, half)),
-        (target, (Span(0, half),), (half, total)),
-    ]
+def _halves(rows: int, height: int) -> Iterator[_Piece]:
+    if rows != height or rows % 2:
+        raise ValueError(f"{height} rows")
+    half = rows // 2
+    yield _Piece(0, (half, rows), (0, half))
+    yield _Piece(0, (0, half), (half, rows))
 
 
-def _region(place: tuple[Span, ...], source: tuple[int, int], *, is_vector: bool) -> Region:
+def _width(target: str, ctx: Context) -> int:
+    """Columns of a weight, or of the weight beside a bias; 0 if there is none."""
+    for name in (target, f"{target.rpartition('.')[0]}.weight"):
+        if name in ctx.checkpoint.tensors and len(ctx.shape(name)) > 1:
+            return ctx.shape(name)[1]
+    return 0
+
+
+def _region(piece: _Piece, *, is_vector: bool) -> Region:
+    place = () if piece.place is None else (Span(*piece.place),)
     if is_vector:  # a bias lies along the columns
-        return Region(cols=place, source_cols=source)
-    return Region(rows=place, source_rows=source)
+        return Region(cols=place, source_cols=piece.source)
+    return Region(rows=place, source_rows=piece.source)

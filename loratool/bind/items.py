@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from loratool.adapter import DeltaSpec, Replacement, TensorRef
+from loratool.archs.flat import Meaning
 from loratool.dialects.stated import NEW_TOKENS
 from loratool.plan import Region
 from loratool.store.checkpoint import Checkpoint
@@ -82,16 +83,14 @@ class Item:
         module: module path as the adapter has it, for messages.
         spec: the delta, or None.
         replacement: the replacement, or None.
-        pieces: the tensors that its rows lie on one after another, where those are several.
-        is_swapped: the halves of its rows have changed places.
+        pieces: where its rows lie: in several tensors, in a part of one, or in another order.
     """
 
     names: tuple[str, ...]
     module: str
     spec: DeltaSpec | None = None
     replacement: Replacement | None = None
-    pieces: tuple[str, ...] = ()
-    is_swapped: bool = False
+    pieces: Meaning | None = None
 
     @property
     def name(self) -> str:

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from loratool.adapter import Adapter, DeltaSpec, Source, TensorData, TensorRef
-from loratool.archs.flat import FlatNames, home_prefix, known_names
+from loratool.archs.families import family_of
+from loratool.archs.flat import KnownNames, home_prefix, known_names
 from loratool.bind.bindings import bind
 from loratool.bind.flat import meanings_of
 from loratool.bind.items import BoundDelta
@@ -182,7 +183,9 @@ def _named(adapter: Adapter, base: Checkpoint | None) -> tuple[Adapter, str]:
         bindings = bind(adapter, base)
         specs, words = _pieces(bindings.deltas, base), f"modules are named as in {base.path.name}"
         return replace(adapter, specs=specs, is_flat=False), "; ".join((words, *bindings.notes))
-    return _from_known(adapter, known_names())
+    shapes = {s.module: matrix_shape(s) for s in adapter.specs if s.is_matrix}
+    family = family_of(shapes, adapter.metadata).family
+    return _from_known(adapter, known_names(family))
 
 
 def _pieces(deltas: Sequence[BoundDelta], base: Checkpoint) -> tuple[DeltaSpec, ...]:
@@ -229,7 +232,7 @@ def _rows(source: Source, spans: Sequence[tuple[int, int]]) -> Source:
     return TensorData(source.name, source.dtype, shape, parts)
 
 
-def _from_known(adapter: Adapter, known: FlatNames) -> tuple[Adapter, str]:
+def _from_known(adapter: Adapter, known: KnownNames) -> tuple[Adapter, str]:
     """Names of Stable Diffusion, SDXL and FLUX, where nobody gave a base."""
     found: Mapping[str, list[str]] = {
         s.name: [m.names[0] for m in meanings_of(s.name, known)] for s in adapter.specs

@@ -1,0 +1,180 @@
+"""Rows of the maps of image and video models: weights, and what each program calls them.
+
+Numbers are matched, never listed: a flattened name with ``#`` for its numbers is looked up, then
+the numbers that a template fixes are compared.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+NUMBER = re.compile(r"\{n\}|\d+")
+Numbers = tuple[str, ...]
+
+
+class Name(NamedTuple):
+    """What one naming calls some parts of a row.
+
+    Attributes:
+        template: of a module, or of a whole tensor where the row is of tensors.
+        first: the first of the row's parts that it holds.
+        stop: the one behind the last.
+    """
+
+    template: str
+    first: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class Row:
+    """Weights that are the same in every naming.
+
+    Attributes:
+        family: name of its file.
+        component: ``unet`` (or transformer) or ``te``.
+        names: naming -> what it calls the row's parts, in the order of their rows.
+        parts: how many parts the finest naming has.
+        split: a word per part, "in" = the module's input width, "*" = an equal share of the rest.
+        swap: "" or "always", or "2in" = where a module has twice as many rows as columns: diffusers
+            has the two halves of the rows in the other order than the original.
+        like_diffusers: the namings that have diffusers' order and numbers.
+        is_tensor: the names are those of whole tensors, as of parameters without ``.weight``.
+        blocks: where the sides number their blocks differently: the first numbers of a name of the
+            original's -> those of diffusers'.
+    """
+
+    family: str
+    component: str
+    names: Mapping[str, tuple[Name, ...]]
+    parts: int = 1
+    split: tuple[str, ...] = ()
+    swap: str = ""
+    like_diffusers: frozenset[str] = frozenset({"diffusers"})
+    is_tensor: bool = False
+    blocks: tuple[tuple[Numbers, Numbers], ...] = ()
+
+    def fill(self, name: Name, naming: str, numbers: Numbers) -> str:
+        """A name, with the numbers that a name of the original has."""
+        if self.blocks and naming in self.like_diffusers:
+            numbers = _renumbered(numbers, self.blocks)
+        pieces = name.template.split("{n}")
+        return pieces[0] + "".join(n + p for n, p in zip(numbers, pieces[1:], strict=True))
+
+    def original_numbers(self, naming: str, numbers: Numbers) -> Numbers | None:
+        """The numbers that the original has for those of a name; None if there are none such."""
+        if not self.blocks:
+            return numbers
+        side = int(naming in self.like_diffusers)
+        if not any(numbers[: len(pair[side])] == pair[side] for pair in self.blocks):
+            return None
+        return _renumbered(numbers, [pair[::-1] for pair in self.blocks]) if side else numbers
+
+
+@dataclass(frozen=True)
+class Family:
+    """One file of ``data/families/``.
+
+    Attributes:
+        name: of the file.
+        title: for people.
+        component: of its modules: ``unet`` or ``te``.
+        rows: all of them.
+        tells: what tells it from others that have the same names: see `loratool.archs.families`.
+        written: the naming that its modules take where there is no base, "" = as they are spelled.
+        versions: what trainers' metadata call it -> label of the size, "" where it has none.
+    """
+
+    name: str
+    title: str
+    component: str
+    rows: tuple[Row, ...] = field(repr=False)
+    tells: Mapping[str, Any] = field(repr=False)
+    versions: Mapping[str, str] = field(repr=False)
+    written: str = ""
+
+
+class Entry(NamedTuple):
+    """A name of a row in the index; ``fixed`` are its numbers, None where any may stand."""
+
+    row: Row
+    naming: str
+    name: Name
+    fixed: tuple[str | None, ...]
+
+
+@dataclass(frozen=True)
+class Index:
+    """Flattened names with ``#`` for numbers -> rows."""
+
+    modules: dict[str, list[Entry]] = field(default_factory=dict)
+    tensors: dict[str, list[Entry]] = field(default_factory=dict)
+
+    def put(self, row: Row) -> None:
+        """Add every name of a row once."""
+        index = self.tensors if row.is_tensor else self.modules
+        seen: set[tuple[str, tuple[str | None, ...]]] = set()
+        for naming, names in row.names.items():
+            for name in names:
+                flat = flatten(name.template)
+                fixed = tuple(None if n == "{n}" else n for n in NUMBER.findall(flat))
+                key = NUMBER.sub("#", flat)
+                if (key, fixed) not in seen:
+                    seen.add((key, fixed))
+                    index.setdefault(key, []).append(Entry(row, naming, name, fixed))
+
+    def find(self, flat: str, *, is_tensor: bool) -> Iterator[tuple[Entry, Numbers]]:
+        """Entries that a flat name fits, and the numbers that the original has in their holes."""
+        index = self.tensors if is_tensor else self.modules
+        entries = index.get(NUMBER.sub("#", flat))
+        if entries is None:
+            return
+        numbers = NUMBER.findall(flat)
+        for entry in entries:
+            free = []
+            for fixed, number in zip(entry.fixed, numbers, strict=True):
+                if fixed is None:
+                    free.append(number)
+                elif fixed != number:
+                    break
+            else:
+                found = entry.row.original_numbers(entry.naming, tuple(free))
+                if found is not None:
+                    yield entry, found
+
+
+def cut(split: Sequence[str], rows: int, in_width: int | None = None) -> list[tuple[int, int]]:
+    """The rows (start, stop) of each part of a weight.
+
+    Args:
+        split: a word per part: "in" = as high as the weight is wide, "*" = a share of the rest.
+        rows: of all parts together.
+        in_width: columns of the weight; needed only for "in".
+
+    Raises:
+        ValueError: they cannot be cut so.
+    """
+    wide, shares = in_width or 0, split.count("*")
+    rest = rows - split.count("in") * wide
+    if rest < 0 or (rest % shares if shares else rest) or ("in" in split and not wide):
+        raise ValueError(f"{rows} rows do not make {' + '.join(split)} with width {in_width}")
+    sizes = [wide if word == "in" else rest // shares for word in split]
+    return [(sum(sizes[:i]), sum(sizes[: i + 1])) for i in range(len(sizes))]
+
+
+def holds_for(swap: str, rows: int, in_width: int) -> bool:
+    """True if the word of a swap holds for a weight of this shape."""
+    return swap == "always" or (swap == "2in" and rows == 2 * in_width)
+
+
+def _renumbered(numbers: Numbers, pairs: Sequence[tuple[Numbers, Numbers]]) -> Numbers:
+    before, after = next(p for p in pairs if p[0] == numbers[: len(p[0])])
+    return after + numbers[len(before) :]
+
+
+def flatten(name: str) -> str:
+    """A name as flat dialects have it."""
+    return name.replace(".", "_")

@@ -1,0 +1,197 @@
+"""Which weights does a module's name stand for, and what do other programs call them?
+
+`places` is the one look-up of names of image and video models: flat or dotted, of any trainer, with
+or without the prefix of its component.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+
+from loratool.archs.base import load_data
+from loratool.archs.family_files import index_of
+from loratool.archs.family_rows import Entry, Name, Row, cut, flatten, holds_for
+
+
+@dataclass(frozen=True)
+class Place:
+    """Weights of a family, as one name stands for them.
+
+    Attributes:
+        row: of the family's map.
+        numbers: of blocks and layers, as the original has them.
+        naming: whose name it was: ``original``, ``diffusers`` or another one of the family.
+        first: the first of the row's parts that the name holds.
+        stop: the one behind the last.
+        parameter: ``weight``, ``bias``; "" where the names are those of whole tensors (parameters
+            without a module, norms that are called otherwise).
+
+    Example:
+        >>> (place,) = places("unet", "single_blocks_7_linear1", family="flux1")
+        >>> place.original
+        ('single_blocks.7.linear1',)
+        >>> place.diffusers[3], place.split(21504, 3072)[3]
+        ('single_transformer_blocks.7.proj_mlp', (9216, 21504))
+    """
+
+    row: Row
+    numbers: tuple[str, ...]
+    naming: str
+    first: int
+    stop: int
+    parameter: str
+
+    @property
+    def family(self) -> str:
+        """Name of the family."""
+        return self.row.family
+
+    @property
+    def original(self) -> tuple[str, ...]:
+        """What the original code calls these parts: usually one name."""
+        return self.names("original")
+
+    @property
+    def diffusers(self) -> tuple[str, ...]:
+        """What diffusers (transformers for text encoders) calls them, in the order of rows."""
+        return self.names("diffusers")
+
+    @property
+    def namings(self) -> tuple[str, ...]:
+        """Every naming that has names for them."""
+        return tuple(self.row.names)
+
+    def names(self, naming: str) -> tuple[str, ...]:
+        """Names of the modules (of tensors, if `is_tensor`) that hold any of these parts.
+
+        Raises:
+            KeyError: the family has no such naming for them.
+        """
+        return tuple(self.row.fill(name, naming, self.numbers) for name in self.holders(naming))
+
+    def holders(self, naming: str) -> tuple[Name, ...]:
+        """The same with the parts that each of them holds."""
+        names = self.row.names[naming]
+        return tuple(n for n in names if n.first < self.stop and self.first < n.stop)
+
+    def tensors(self, naming: str) -> tuple[str, ...]:
+        """Full names of the tensors of `names` in a base, behind the prefix of their component."""
+        end = f".{self.parameter}" if self.parameter else ""
+        return tuple(name + end for name in self.names(naming))
+
+    @property
+    def is_tensor(self) -> bool:
+        """True if the names are those of whole tensors."""
+        return self.row.is_tensor
+
+    @property
+    def is_part(self) -> bool:
+        """True if the name holds only some of the parts of the row."""
+        return self.stop - self.first < self.row.parts
+
+    @property
+    def index(self) -> int:
+        """Which part it is, 0 for the first or for all of them."""
+        return self.first
+
+    def split(self, rows: int, in_width: int | None = None) -> list[tuple[int, int]]:
+        """Rows (start, stop) of each part of the whole row's weights.
+
+        Args:
+            rows: of all parts together.
+            in_width: columns of the weight; needed only if parts are as high as it is wide.
+
+        Raises:
+            ValueError: they cannot be cut so.
+        """
+        return cut(self.row.split, rows, in_width)
+
+    def is_turned(self, naming: str) -> bool:
+        """True if a naming has the halves of the rows in the other order (see `Row.swap`)."""
+        like = self.row.like_diffusers
+        return bool(self.row.swap) and (naming in like) != (self.naming in like)
+
+    def is_swapped(self, naming: str, rows: int = 0, in_width: int = 0) -> bool:
+        """True if the halves of the rows change places on the way into a naming.
+
+        Args:
+            naming: into which, from the one that the name is of.
+            rows: of the weight, and
+            in_width: its columns: some families swap only in their last block, told by both.
+        """
+        return self.is_turned(naming) and holds_for(self.row.swap, rows, in_width)
+
+
+def places(
+    component: str, module: str, parameter: str = "weight", family: str | None = None
+) -> list[Place]:
+    """Everything that a module's name may stand for, one place per family and row.
+
+    Args:
+        component: part of the pipeline: a key of `diffusion.json` (unet, transformer, te1 …),
+            "" = any.
+        module: flat or dotted, with or without a prefix such as ``diffusion_model.``; also the
+            whole name of a parameter without a module (``blocks.0.modulation``).
+        parameter: of it.
+        family: of this one only; None = of all.
+
+    Returns:
+        None, one, or several: two families may have the same name for different things.
+
+    Example:
+        >>> places("unet", "single_transformer_blocks.0.proj_out", family="flux1")[0].original
+        ('single_blocks.0.linear2',)
+    """
+    for one in _stripped(module):
+        if found := list(_find(component, one, parameter, family)):
+            return found
+    return []
+
+
+def find_one(component: str, name: str) -> list[Place]:
+    """The places of a module, or of a parameter whose whole name it is."""
+    module, _, parameter = name.rpartition(".")
+    return places(component, name) or (places(component, module, parameter) if module else [])
+
+
+def _find(component: str, module: str, parameter: str, family: str | None) -> Iterator[Place]:
+    flat, index, kind = flatten(module), index_of(family), _kind(component)
+    asked = [(flat, False)]
+    if index.tensors:
+        asked += [(f"{flat}_{parameter}", True)] if parameter else []
+        asked += [(flat, True)] if parameter in ("", "weight") else []
+    for name, is_tensor in asked:
+        for entry, numbers in index.find(name, is_tensor=is_tensor):
+            if kind in ("", entry.row.component):
+                yield _place(entry, numbers, "" if is_tensor else parameter)
+
+
+def _place(entry: Entry, numbers: tuple[str, ...], parameter: str) -> Place:
+    name = entry.name
+    return Place(entry.row, numbers, entry.naming, name.first, name.stop, parameter)
+
+
+def _kind(component: str) -> str:
+    if not component:
+        return ""
+    return "te" if "te" in component.split("_")[-1] or component.startswith("te") else "unet"
+
+
+def _stripped(module: str) -> Iterator[str]:
+    """The name, without an underscore too many, and without prefixes of components."""
+    yield module
+    bare = module.strip("_")
+    if bare != module:
+        yield bare
+    for prefix in prefixes():
+        if bare.startswith(prefix):
+            yield from _stripped(bare.removeprefix(prefix))
+
+
+@cache
+def prefixes() -> tuple[str, ...]:
+    """What names of tensors may begin with before their component's own."""
+    parts = load_data("diffusion")["components"].values()
+    return tuple(dict.fromkeys(p for some in parts for p in some))

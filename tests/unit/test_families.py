@@ -1,0 +1,133 @@
+"""Names of image and video models: what they stand for, and which family a file is of."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from loratool.archs.families import Guess, family_of, places
+
+KEYS = Path(__file__).parents[1] / "data" / "keys"
+SUFFIX = re.compile(r"\.(lora_(down|up)\.weight|lora_[AB]\.weight|alpha)$")
+
+
+def load(name: str) -> Any:
+    with gzip.open(KEYS / f"{name}.json.gz") as file:
+        return json.load(file)
+
+
+MAPS: Mapping[str, Any] = load("ldm_diffusers")
+FAMILY = {"sd15": "sd1", "sd21": "sd2", "sdxl_base": "sdxl"}
+UNET = "model.diffusion_model."
+
+
+def unet_pairs(arch: str) -> list[tuple[str, str]]:
+    """(name in the single file, name in diffusers) of the modules of the UNet."""
+    pairs = MAPS[arch]["pairs"].items()
+    names = [(a, b.removeprefix("unet_")) for a, b in pairs if a.startswith(UNET)]
+    return sorted({(a.rpartition(".")[0], b.rpartition(".")[0]) for a, b in names})
+
+
+def guess(keys: Mapping[str, list[int]], metadata: Mapping[str, str] | None = None) -> Guess:
+    """Of an adapter's file."""
+    shapes: dict[str, list[int]] = {}
+    for key, shape in keys.items():
+        module = SUFFIX.sub("", key)
+        module = re.sub(r"^lora_(unet|te\d?)_", r"\1.", module)
+        sizes = shapes.setdefault(module, [0, 0])
+        if len(shape) > 1:
+            is_down = "lora_down" in key or "lora_A" in key
+            sizes[is_down] = shape[1 if is_down else 0]
+    return family_of({module: tuple(sizes) for module, sizes in shapes.items()}, metadata)
+
+
+@pytest.mark.parametrize("arch", MAPS)
+def test_the_maps_of_the_unets_have_no_difference_either_way(arch: str) -> None:
+    family = FAMILY.get(arch, arch)
+    pairs = unet_pairs(arch)
+    assert len(pairs) > 250
+    for ldm, other in pairs:
+        bare = ldm.removeprefix(UNET)
+        for spelled in (ldm, bare, other, bare.replace(".", "_"), other.replace(".", "_")):
+            (place,) = places("unet", spelled, family=family)
+            assert place.original == (bare,)
+            assert place.diffusers == (other,)
+
+
+@pytest.mark.parametrize("arch", MAPS)
+def test_a_unet_is_told_by_its_shapes(arch: str) -> None:
+    """Only the inputs of cross-attention are known: the width of the text."""
+    family = FAMILY.get(arch, arch)
+    width = {"sd1": 768, "sd2": 1024, "sdxl_refiner": 1280}.get(family, 2048)
+    for side in (0, 1):
+        shapes: dict[str, tuple[int, ...]] = {}
+        for pair in unet_pairs(arch):
+            crosses = re.search(r"attn2\.to_[kv]$", pair[side])
+            shapes[pair[side]] = (640, width) if crosses else ()
+        found = family_of(shapes)
+        assert (found.family, found.told) == (family, "names and shapes")
+
+
+def test_real_files_are_told() -> None:
+    flux = guess(load("flux_kohya_te1"))
+    assert (flux.family, flux.parts) == ("flux1", {"te1": "clip_l"})
+    assert guess(load("flux_diffusers_full")).title == "FLUX.1"
+    assert guess(load("wan22_lightning")).title == "Wan 14B"
+
+
+@pytest.mark.parametrize("name", ["flux_kohya_te1", "flux_diffusers_full", "wan22_lightning"])
+def test_every_module_of_a_real_file_has_a_place(name: str) -> None:
+    modules = {SUFFIX.sub("", key) for key in load(name)}
+    for module in modules:
+        bare = re.sub(r"^lora_(unet|te1)_", "", module)
+        assert places("te1" if "_te1_" in module else "unet", bare), module
+
+
+def test_a_fused_module_and_its_parts() -> None:
+    (fused,) = places("unet", "single_blocks_7_linear1", family="flux1")
+    parts = fused.split(21504, 3072)
+    assert parts == [(0, 3072), (3072, 6144), (6144, 9216), (9216, 21504)]
+    for i, name in enumerate(fused.diffusers):
+        for spelled in (name, f"single_blocks.7.linear1.{i}"):
+            (part,) = places("transformer", spelled, "bias", "flux1")
+            assert (part.index, part.is_part, part.original) == (i, True, fused.original)
+    (some,) = places("unet", "single_blocks.7.processor.qkv_lora", family="flux1")
+    assert (some.first, some.stop, len(some.diffusers)) == (0, 3, 3)
+    with pytest.raises(ValueError, match="do not make"):
+        fused.split(9215, 3072)
+
+
+def test_halves_change_places_on_the_way_to_the_other_naming_only() -> None:
+    (last,) = places("unet", "final_layer_adaLN_modulation_1", family="flux1")
+    assert last.is_swapped("diffusers") and not last.is_swapped("original")
+    (back,) = places("unet", "norm_out.linear", family="flux1")
+    assert back.is_swapped("original") and not back.is_swapped("diffusers")
+    (context,) = places("unet", "joint_blocks_9_context_block_adaLN_modulation_1", family="sd3")
+    assert context.is_swapped("diffusers", 2 * 1536, 1536)
+    assert not context.is_swapped("diffusers", 6 * 1536, 1536)
+
+
+def test_metadata_tell_what_names_do_not() -> None:
+    keys = {"lora_unet_down_blocks_1_attentions_0_proj_in.lora_down.weight": [4, 320]}
+    assert guess(keys).family is None
+    for key, value, family in (
+        ("ss_base_model_version", "sdxl_base_v1-0", "sdxl"),
+        ("ss_base_model_version", "sd_v1", "sd1"),
+        ("modelspec.architecture", "stable-diffusion-v1/lora", "sd1"),
+    ):
+        found = guess(keys, {key: value})
+        assert (found.family, found.told) == (family, "metadata")
+    # Names that cannot be of what the metadata say are believed.
+    assert guess(load("wan22_lightning"), {"ss_base_model_version": "flux1"}).family == "wan"
+
+
+def test_a_language_model_is_of_no_family() -> None:
+    names = [f"model.layers.{i}.self_attn.{p}_proj" for i in range(4) for p in "qkvo"]
+    assert family_of(dict.fromkeys(names, (2048, 2048))).family is None
+    assert family_of({}).family is None
