@@ -15,7 +15,7 @@ from typing import Any
 
 from loratool import kinds
 from loratool.dtypes import numel, tensor_bytes
-from loratool.kinds import Kind
+from loratool.kind import Kind
 from loratool.location import Location, path_of
 
 MAX_ALPHA = 1e30  # far from overflow when it is multiplied with float32 factors
@@ -180,6 +180,7 @@ class DeltaSpec:
         b_order: packing of the experts axis of lora_B, ``rank-major`` (PEFT) or ``expert-major``.
         is_bare: the parameter itself is adapted, whatever class its module has (PEFT's
             ``target_parameters``): lora_B @ lora_A lies on it as it is stored.
+        settings: numbers and words of the kind that are no tensors (`loratool.kinds_peft`).
     """
 
     kind: str
@@ -197,6 +198,7 @@ class DeltaSpec:
     blocks: tuple[int, str] | None = None
     b_order: str = "rank-major"
     is_bare: bool = False
+    settings: Mapping[str, float | str] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -216,12 +218,17 @@ class DeltaSpec:
     @property
     def is_additive(self) -> bool:
         """True if W' - W does not depend on W, so that deltas may be added and scaled."""
+        return self.is_fixed and not self.is_open
+
+    @property
+    def is_fixed(self) -> bool:
+        """True if W' - W does not depend on the numbers in W, though it may on its size."""
         return self.row.is_additive and not self.base_change
 
     @property
     def has_factors(self) -> bool:
         """True if the change, as it is, is a product of two thin matrices."""
-        return self.row.has_factors and not self.base_change
+        return self.row.has_factors and not self.base_change and not self.is_open
 
     @property
     def is_pair(self) -> bool:
@@ -242,6 +249,11 @@ class DeltaSpec:
     def reach(self) -> str:
         """What of W a block of the change depends on: ``block``, ``norms`` or ``all``."""
         return "all" if self.base_change else self.row.reach
+
+    @property
+    def is_open(self) -> bool:
+        """True if its tensors do not say the size of the weight: it must be bound first."""
+        return self.row.is_open(self)
 
     @property
     def is_sum(self) -> bool:

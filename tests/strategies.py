@@ -151,6 +151,88 @@ def vector(draw: Draw) -> Change:
     return change("vector", {"delta": (n,)}, draw(SEEDS), 0, (n,))
 
 
+@st.composite
+def adalora(draw: Draw) -> Change:
+    """Numbers between two factors."""
+    out, inner, r = draw(SIDES), draw(SIDES), draw(RANKS)
+    shapes = {"lora_A": (r, inner), "lora_B": (out, r), "lora_E": (r, 1)}
+    return change("adalora", shapes, draw(SEEDS), r, (out, inner))
+
+
+@st.composite
+def delora(draw: Draw) -> Change:
+    """Factors of length 1 at a learned strength."""
+    out, inner, r = draw(SIDES), draw(SIDES), draw(RANKS)
+    shapes = {"delora_A": (r, inner), "delora_B": (out, r), "delora_lambda": (1,),
+              "delora_w_norm": (inner,)}  # fmt: skip
+    return change("delora", shapes, draw(SEEDS), r, (out, inner))
+
+
+@st.composite
+def gralora(draw: Draw, *, hybrid: bool) -> Change:
+    """A grid of small products, perhaps with a LoRA beside it."""
+    count, part = draw(st.integers(1, 3)), draw(st.integers(1, 2))
+    out, inner, r = count * draw(RANKS), count * draw(RANKS), count * part
+    shapes: dict[str, tuple[int, ...]] = {
+        "gralora_A": (count, inner // count, r), "gralora_B": (count, r, out // count),
+    }  # fmt: skip
+    if hybrid:
+        more = draw(RANKS)
+        shapes |= {"gralora_A_general": (more, inner), "gralora_B_general": (out, more)}
+    kind = "gralora_hybrid" if hybrid else "gralora"
+    return change(kind, shapes, draw(SEEDS), r, (out, inner))
+
+
+@st.composite
+def miss(draw: Draw) -> Change:
+    """Columns that change alike; some rows of them alone."""
+    r, inner, stored = draw(RANKS), draw(SIDES), draw(RANKS)
+    times = draw(st.integers(1, 3))
+    out, short = stored * times, times > 1
+    settings = {"inner": inner, "outer": out} | ({"short": 1} if short else {})
+    return change("miss", {"miss_block": (r, stored)}, draw(SEEDS), r, (out, inner),
+                  settings=settings)  # fmt: skip
+
+
+@st.composite
+def vera(draw: Draw, *, seeded: bool) -> Change:
+    """Shared matrices larger than the weight, stored or drawn; PVeRA has twice the middle."""
+    out, inner, r = draw(SIDES), draw(SIDES), draw(RANKS)
+    wide, tall = inner + draw(st.integers(0, 3)), out + draw(st.integers(0, 3))
+    d = r * draw(st.integers(1, 2))
+    shapes: dict[str, tuple[int, ...]] = {"lambda_b": (out,), "lambda_d": (d,)}
+    settings = {"inner": inner}
+    if seeded:
+        settings |= {"widest": wide, "tallest": tall, "seed": draw(SEEDS)}
+    else:
+        shapes |= {"shared_A": (d, wide), "shared_B": (tall, r)}
+    kind = "vera_seeded" if seeded else "vera"
+    return change(kind, shapes, draw(SEEDS), r, (out, inner), settings=settings)
+
+
+@st.composite
+def bank(draw: Draw) -> Change:
+    """Factors mixed from a bank, by logits."""
+    v, n, r = draw(RANKS), draw(st.integers(2, 6)), draw(RANKS)
+    tall, wide = draw(RANKS), draw(RANKS)
+    shapes = {"bank": (n, v), "logits_A": (r, wide, n), "logits_B": (tall, r, n)}
+    return change("bank", shapes, draw(SEEDS), r, (tall * v, wide * v),
+                  settings={"top": draw(st.integers(1, n))})  # fmt: skip
+
+
+@st.composite
+def bank_top(draw: Draw) -> Change:
+    """Factors mixed from a bank, by numbers of vectors."""
+    v, n, r = draw(RANKS), draw(st.integers(2, 6)), draw(RANKS)
+    tall, wide, top = draw(RANKS), draw(RANKS), draw(st.integers(2, 3))
+    shapes = {"bank": (n, v), "indices_A": (r, wide, top), "weights_A": (r, wide, top - 1),
+              "indices_B": (tall, r, top), "weights_B": (tall, r, top - 1)}  # fmt: skip
+    made = change("bank_top", shapes, draw(SEEDS), r, (tall * v, wide * v))
+    for side in "AB":
+        made.fields[f"indices_{side}"] = made.fields[f"indices_{side}"].abs().mul(7).long() % n
+    return made
+
+
 SPECS: dict[str, st.SearchStrategy[Change]] = {
     "lowrank": low_rank(), "hadamard": hadamard(), "kronecker": kronecker(), "vector": vector(),
     "full": dense(), "dora": with_lengths(low_rank(), True),
@@ -158,6 +240,9 @@ SPECS: dict[str, st.SearchStrategy[Change]] = {
     "dora-kronecker": with_lengths(kronecker(), True), "dora-in": with_lengths(low_rank(), False),
     "dora-in-hadamard": with_lengths(hadamard(), False),
     "dora-in-kronecker": with_lengths(kronecker(), False),
+    "adalora": adalora(), "delora": delora(), "gralora": gralora(hybrid=False),
+    "gralora_hybrid": gralora(hybrid=True), "miss": miss(), "vera": vera(seeded=False),
+    "vera_seeded": vera(seeded=True), "bank": bank(), "bank_top": bank_top(),
 }  # fmt: skip
 """Kind -> random changes of it."""
 

@@ -78,6 +78,7 @@ def _take_apart(
 ) -> DeltaSpec:
     from loratool.engine.detaching import with_rows_scaled, with_start
 
+    spec = plan.settled(spec)
     if spec.reach == "all":
         spec = with_start(spec, plan.places[spec.name], env)
     return with_rows_scaled(spec, rows[spec.name], env) if spec.name in rows else spec

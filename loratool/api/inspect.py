@@ -117,7 +117,13 @@ def _with_spectrum(
         raise UsageError(
             "LT-208", "a spectrum is that of one adapter", file=path, got=f"a {report.what}"
         )
-    found = measure_spectrum(_adapter(path, asked, access), asked, yes=asked.yes)
+    adapter = _adapter(path, asked, access)
+    if asked.base is not None:
+        from loratool.ops.inputs import open_base
+        from loratool.ops.sizes import with_sizes
+
+        adapter = with_sizes(adapter, open_base(str(asked.base), [adapter], access).checkpoint, "")
+    found = measure_spectrum(adapter, asked, yes=asked.yes)
     if asked.csv is not None and asked.base is None:
         write_new_file(Path(asked.csv), spectrum_table(found))
     if asked.plot is not None:

@@ -25,6 +25,7 @@ from loratool.bind.items import (
     Item,
     Misfit,
 )
+from loratool.bind.joint import join_changes
 from loratool.bind.layers import replicate_layers
 from loratool.bind.names import NameRule, apply_user_names, name_rules
 from loratool.bind.place import (
@@ -124,6 +125,7 @@ def bind(adapter: Adapter, checkpoint: Checkpoint, options: Names | None = None)
     bindings = settle(outcome.found, outcome.context, adapter)
     return replace(
         bindings,
+        deltas=join_changes(bindings.deltas, adapter),
         created={f.created: created for f in outcome.found if (created := _created(f))},
         config_changes={**config_changes, **bindings.config_changes},
         rule=outcome.rule.words,

@@ -83,6 +83,12 @@ def place_on(item: Item, spec: DeltaSpec, target: str, alias: str, ctx: Context)
     if problem is not None:
         return problem
     shape = ctx.shape(target)
+    if spec.is_open:
+        settled = _settled(spec, target, ctx)
+        if settled is None:
+            out, inner = side_sizes(spec)
+            return misfit(item, "LT-432", _words(shape), f"({out}, up to {inner[0]})", target)
+        spec = settled
     out, inner = side_sizes(spec)
     if is_grouped(spec):
         got = f"{width_of(spec)} columns of lora_B"
@@ -101,6 +107,17 @@ def place_on(item: Item, spec: DeltaSpec, target: str, alias: str, ctx: Context)
         return turned
     flat = spec if spec.layout == "linear" else dataclasses.replace(spec, layout="linear")
     return _found(item, BoundDelta(flat, target, transposed=turned), alias)
+
+
+def _settled(spec: DeltaSpec, target: str, ctx: Context) -> DeltaSpec | None:
+    """A change whose tensors do not say the size of the weight, on this one; None if it cannot."""
+    shape = ctx.shape(target)
+    if len(shape) != 2:
+        return None
+    known = stores_transposed(ctx.config, target.rpartition(".")[0])
+    turned = spec.transposed and not ctx.flag_is_ignored if known is None else known
+    out, inner = shape[::-1] if turned else shape
+    return spec.row.settle(spec, out, inner)
 
 
 def orientation(item: Item, spec: DeltaSpec, target: str, ctx: Context) -> bool | Misfit:

@@ -118,7 +118,7 @@ def scaled_source(spec: DeltaSpec, *, turned: bool = False) -> Source:
 
 def may_be_flattened(spec: DeltaSpec) -> bool:
     """True if the fields look alike for a matrix and for a convolution with a kernel."""
-    is_product = spec.rank > 0 and not spec.is_pair
+    is_product = spec.rank > 0 and not spec.is_pair and spec.row.may_be_conv
     return spec.is_matrix and is_product and len(side_sizes(spec)[1]) == 1
 
 

@@ -10,6 +10,7 @@ from loratool import kinds
 from loratool.adapter import MAX_ALPHA, Adapter
 from loratool.delta.forms import matrix_shape
 from loratool.dialects.peft.config import DEFAULT_RANK
+from loratool.dialects.peft.methods import ROWS, title_of
 from loratool.dialects.peft.version import square_experts_rule
 from loratool.errors import MismatchError
 
@@ -28,7 +29,6 @@ QUIET = frozenset({"peft_version", "inference_mode", "auto_mapping", "lora_dropo
 
 _TIES = "ensure_weight_tying"  # one change for the input embedding and the output head
 _UNEVEN = ("rank_pattern", "alpha_pattern", "use_rslora")
-_METHODS = {"LORA": "LoRA", "ADALORA": "AdaLoRA", "VERA": "VeRA"}
 
 
 def method_of(adapter: Adapter) -> str:
@@ -37,10 +37,8 @@ def method_of(adapter: Adapter) -> str:
     if name is None:
         titles = Counter(s.row.title for s in adapter.specs if s.is_matrix)
         return titles.most_common(1)[0][0] if titles else "LoRA"
-    if name in _METHODS:
-        return _METHODS[str(name)]
     kind = kinds.of_method(str(name))
-    return str(name) if kind is None else kind.title
+    return title_of(str(name)) if kind is None else kind.title
 
 
 def divides_by_root(adapter: Adapter) -> bool:
@@ -124,8 +122,12 @@ def scaled_config(config: Mapping[str, Any], factors: Mapping[str, float]) -> di
     if len(set(factors.values())) != 1 or not config:
         return None
     size = abs(next(iter(factors.values())))
-    is_lora = config.get("peft_type", "LORA") == "LORA"
-    key = "lora_alpha" if is_lora else "alpha"
+    method = str(config.get("peft_type", "LORA"))
+    key = "lora_alpha" if method == "LORA" else "alpha"
+    if method in ROWS:
+        key = ROWS[method].alpha
+        if config.get(key) is None:
+            return None
     alpha = _whole(config.get(key, DEFAULT_RANK), size)
     patterns = {k: _whole(v, size) for k, v in (config.get("alpha_pattern") or {}).items()}
     if not alpha or not all(patterns.values()):

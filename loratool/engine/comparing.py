@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from loratool.dtypes import DTYPES
 from loratool.engine import grid
 from loratool.engine.buffers import TORCH_DTYPES
 from loratool.engine.kernel import INTEGERS, Env, Kernel
@@ -57,8 +58,12 @@ class Compare(AddDeltas):
         self._found: dict[int, torch.Tensor] = {}
         changes = [p for p in step.parts if isinstance(p, DeltaPart)]
         self._roundings = max(1.0, len({p.adapter for p in step.parts}) / 2)
-        stored = [TORCH_DTYPES.get(f.dtype) for p in changes for f in p.spec.fields.values()]
-        self._coarsest = max([self.target, *filter(None, stored)], key=lambda t: torch.finfo(t).eps)
+        names = {f.dtype for p in changes for f in p.spec.fields.values()}
+        stored = [TORCH_DTYPES[n] for n in names if DTYPES[n].is_float and n in TORCH_DTYPES]
+        self._coarsest = max(
+            [self.target, *stored],
+            key=lambda t: torch.finfo(t).eps,
+        )
 
     def run(self, block: grid.Block, inputs: list[torch.Tensor], out: torch.Tensor | None) -> None:
         """Recompute the block, then measure the distance."""

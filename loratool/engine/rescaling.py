@@ -66,7 +66,7 @@ def _sizes(
     """(‖ΔW‖², ‖ΔW' − ΔW‖²); of lora_B alone for a convolution in groups."""
     scaling = spec.scaling**2
     is_exact = all(torch.equal(stored[role], exact[role]) for role in exact)
-    if not spec.is_matrix or is_grouped(spec):  # of the left factor alone
+    if not spec.is_matrix or is_grouped(spec) or spec.is_open:  # of the left factor alone
         role = spec.row.scaled
         size = 1.0 if spec.is_matrix else scaling
         difference = stored[role] - exact[role]

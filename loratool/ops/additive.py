@@ -17,18 +17,31 @@ _EXTRACT = (
 )
 
 
-def require_additive(adapter: Adapter, verb: str, *, hint: str = _EXTRACT) -> None:
+_SIZES = "loratool convert ADAPTER --to peft --base BASE -o OUT makes a LoRA of it first"
+
+
+def require_additive(
+    adapter: Adapter, verb: str, *, hint: str = _EXTRACT, in_size: bool = False
+) -> None:
     """Refuse changes that depend on the base.
 
     Args:
         adapter: opened.
         verb: past participle for the message, such as ``subtracted``.
         hint: the way out.
+        in_size: those may pass that only depend on the base's size.
 
     Raises:
-        MismatchError: LT-460, DoRA, PiSSA and their kin.
+        MismatchError: LT-460, DoRA, PiSSA and their kin, and changes of an unknown size.
     """
-    other = [f"{s.name} ({s.title})" for s in adapter.specs if not s.is_additive]
+    other = [f"{s.name} ({s.title})" for s in adapter.specs if not s.is_fixed]
+    sized = [] if in_size else [f"{s.name} ({s.title})" for s in adapter.specs if s.is_open]
+    if sized and not other:
+        raise MismatchError(
+            "LT-460", f"the size of the weights is not in the file: they cannot be {verb} without "
+            "the base", file=adapter.path, key=list_some(sized, 3),
+            hint=_SIZES if hint == _EXTRACT else hint,
+        )  # fmt: skip
     if other:
         raise MismatchError(
             "LT-460", f"a change that depends on the base weights cannot be {verb} without them",

@@ -9,6 +9,7 @@ from typing import Any
 
 from loratool.adapter import Adapter, DeltaSpec, Source, TensorData
 from loratool.delta.forms import (
+    has_core,
     is_grouped,
     shape_of,
     side_sizes,
@@ -23,7 +24,7 @@ from loratool.dialects.rules import gains, joined_weights, tied_pairs
 from loratool.dtypes import tensor_bytes
 from loratool.engine.step_args import FactorArgs
 from loratool.errors import MismatchError, list_some
-from loratool.ops.additive import require_kernels
+from loratool.ops.additive import require_additive, require_kernels
 from loratool.ops.assemble import routed_weights
 from loratool.plan import Plan, module_step
 
@@ -95,8 +96,8 @@ class CompressPlan:
         gain = self.gains[index]
         return FactorArgs(
             dtype=self.dtypes[index], gain=gain, bias=self.bias_of(spec),
-            must_rewrite=spec.row.is_spelled or spec.blocks is not None or spec.name in self.anew
-            or self._is_uneven(spec),
+            must_rewrite=not (spec.is_pair or has_core(spec)) or spec.blocks is not None
+            or spec.name in self.anew or self._is_uneven(spec),
         )  # fmt: skip
 
     def bias_of(self, spec: DeltaSpec) -> DeltaSpec | None:
@@ -135,6 +136,8 @@ def plan_compress(
         MismatchError: LT-449 DoRA, LT-497 a delta on a changed base, LT-498 anything else that
             is not a fixed product of two factors.
     """
+    if any(s.is_open for s in adapter.specs):
+        require_additive(adapter, "compressed", hint="give the base, --base BASE")
     _check(adapter)
     require_kernels(adapter, adapter.specs, adapter.dialect)
     stored = {s.name: s for s in (original or adapter).specs}

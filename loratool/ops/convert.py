@@ -27,6 +27,7 @@ from loratool.dialects.registry import row_of
 from loratool.dialects.rules import is_of_home, passed_on
 from loratool.errors import MismatchError, list_some
 from loratool.ops.additive import require_kernels
+from loratool.ops.sizes import with_sizes
 from loratool.patterns import find
 from loratool.store.checkpoint import Checkpoint
 from loratool.store.reader import read_bytes
@@ -71,7 +72,7 @@ def plan_convert(
             changes that the dialect cannot hold; LT-430 … LT-495 of binding.
         UsageError: LT-242, an unusable --skip.
     """
-    kept, left_out = _without(source, skip)
+    kept, left_out = _without(with_sizes(source, base, "converted"), skip)
     notes, row = list(kept.notes), row_of(dialect)
     reason = unmergeable_reason(source)
     if reason is not None and not is_of_home(source, dialect):

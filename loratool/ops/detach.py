@@ -48,6 +48,10 @@ class DetachPlan:
         """Bytes that each module takes at work."""
         return [detached_bytes(found) for found in self.places.values()]
 
+    def settled(self, spec: DeltaSpec) -> DeltaSpec:
+        """The change, of the size of its place in the base where it has none of its own."""
+        return self.places[spec.name][0].part.spec if spec.is_open else spec
+
     def notes(self) -> Iterator[str]:
         """What the base was needed for."""
         changed = {s.name: s.title for a, _ in self.adapters for s in a.specs

@@ -87,12 +87,19 @@ def plan_rescale(
     if all(f == 1 for f in factors.values()):
         adapter = _as_written(adapter)
         return RescalePlan(adapter, factors, "copied", adapter.config, {}, tuple(notes))
-    needs_base = bool(kept) or not all(s.is_additive for s in adapter.specs)
+    firm = [s.name for s in adapter.specs if not s.row.takes_factor]
+    needs_base = bool(kept or firm) or not all(s.is_fixed for s in adapter.specs)
     if not has_base:
         require_additive(
-            adapter, "rescaled",
+            adapter, "rescaled", in_size=True,
             hint="give the base, --base BASE, or the weight when it is merged: "
             "loratool merge ADAPTER:FACTOR --base BASE -o OUT",
+        )  # fmt: skip
+    if firm and not has_base:
+        raise MismatchError(
+            "LT-461", "no tensor of this method takes a factor", file=adapter.path,
+            key=list_some(firm, 3), hint="loratool convert ADAPTER --to peft -o OUT makes a LoRA "
+            "of it first, or the weight when it is merged: ADAPTER:FACTOR",
         )  # fmt: skip
     if not any(factors.values()):
         raise UsageError(

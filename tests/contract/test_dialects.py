@@ -25,6 +25,7 @@ from loratool.dialects import (
     unmergeable_reason,
     write_adapter_files,
 )
+from loratool.dialects.peft.methods import ROWS
 from loratool.dialects.programs import judge_loads
 from loratool.errors import BadFileError, LoratoolError, MismatchError, UnsafeContentError
 from loratool.kinds import BY_NAME as KINDS
@@ -47,7 +48,7 @@ FAMILY = [
     if _config(LLM / name).get("peft_type") in ("LORA", "TRAINABLE_TOKENS")
     and (LLM / name / "adapter_model.safetensors").exists()
 ]
-KINDS_OF_OTHERS = {k.method for k in KINDS.values() if k.method}  # each in tests/oracle/
+KINDS_OF_OTHERS = {*ROWS, *(k.method for k in KINDS.values() if k.method)}  # each in tests/oracle/
 OTHERS = [
     n for n in FOLDERS
     if n not in FAMILY and _config(LLM / n).get("peft_type") not in KINDS_OF_OTHERS

@@ -15,7 +15,7 @@ from loratool.dialects.stated import ADDED, BIAS, COPY
 from loratool.kinds import KINDS
 
 ROOT = Path(loratool.__file__).parent
-HOMES = ("dialects/", "delta/", "archs/", "quant/", "kinds.py", "kind_shapes.py")
+HOMES = ("dialects/", "delta/", "archs/", "quant/", "kind")
 FILES = [p for p in sorted(ROOT.rglob("*.py")) if not
          p.relative_to(ROOT).as_posix().startswith(HOMES)]  # fmt: skip
 OTHERWISE = {

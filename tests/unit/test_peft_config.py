@@ -143,7 +143,7 @@ def test_every_peft_method_is_known_by_name() -> None:
 
 @pytest.mark.parametrize(
     ("method", "code", "word"),
-    [("VERA", "LT-402", "VeRA"), ("XLORA", "LT-402", "routes"), ("P_TUNING", "LT-402", "input"),
+    [("GLORA", "LT-402", "GLoRA"), ("XLORA", "LT-402", "routes"), ("P_TUNING", "LT-402", "input"),
      ("BONE", "LT-402", "Bone"), ("lora", "LT-403", "unknown"), (7, "LT-403", "unknown"),
      (None, "LT-403", "unknown")],
 )  # fmt: skip

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -103,6 +103,7 @@ class PeftConfig:
         peft_version: "" if missing.
         b_order: of `loratool.adapter.DeltaSpec`, from ``lora_B_layout``.
         unknown: fields that nobody here knows, with a value that says something.
+        own: what a method of its own states.
         file: where it was read from; None = there is no configuration.
         notes: defaults that were used.
     """
@@ -130,6 +131,7 @@ class PeftConfig:
     peft_version: str = ""
     b_order: str = "rank-major"
     unknown: tuple[str, ...] = ()
+    own: Fields = field(default_factory=lambda: Fields({}, None), repr=False, compare=False)
     file: Path | None = None
     notes: tuple[str, ...] = ()
 
@@ -144,20 +146,33 @@ def without_config(alpha: float, method: str = "LORA") -> PeftConfig:
     return PeftConfig(method, None, alpha, empty, empty, dora=None, lora_bias=None)
 
 
-def parse_config(config: Mapping[str, Any], file: Path | None) -> PeftConfig:
+def parse_config(
+    config: Mapping[str, Any],
+    file: Path | None,
+    *,
+    own: Collection[str] = (),
+    silent: Collection[str] = (),
+) -> PeftConfig:
     """Check the types of every field that changes numbers and resolve it.
+
+    Args:
+        config: as read.
+        file: where from.
+        own: fields that a method of its own reads, whatever LoRA calls by these names.
+        silent: further fields that say nothing.
 
     Raises:
         BadFileError: LT-361 a value of the wrong type or range, LT-368 a bad pattern.
         MismatchError: LT-406, LT-414: a base mutation that cannot be repeated, or unknown.
     """
-    fields = _Fields(config, file)
+    fields = Fields({k: v for k, v in config.items() if k not in own}, file)
     base_change, init = _read_init(fields)
     is_lora = config.get("peft_type") == "LORA"
     alpha_key = "lora_alpha" if is_lora else "alpha"
     missing = [k for k in ("r", alpha_key) if config.get(k) is None]
-    has_rank = is_lora or config.get("peft_type") != "TRAINABLE_TOKENS"
+    has_rank = is_lora or not (own or silent or config.get("peft_type") == "TRAINABLE_TOKENS")
     notes = [f"{k} is missing: {DEFAULT_RANK}, as in PEFT" for k in missing if has_rank]
+    known = _READ | _SILENT | {alpha_key, *own, *silent}
     is_pattern = isinstance(config.get("target_modules"), str)
     targets = None if is_pattern else fields.texts("target_modules")
     indices = fields.indices("trainable_token_indices" if is_lora else "token_indices")
@@ -190,14 +205,15 @@ def parse_config(config: Mapping[str, Any], file: Path | None) -> PeftConfig:
         unknown=tuple(
             key
             for key, value in config.items()
-            if key not in _READ | _SILENT | {alpha_key} and value not in (None, False, "", [], {})
+            if key not in known and value not in (None, False, "", [], {})
         ),
+        own=Fields(config, file),
         file=file,
         notes=tuple(notes),
     )
 
 
-class _Fields:
+class Fields:
     """Typed access to a configuration; JSON's null counts as missing."""
 
     def __init__(self, config: Mapping[str, Any], file: Path | None) -> None:
@@ -205,24 +221,28 @@ class _Fields:
         self.file = file
 
     def refuse(self, key: str, expected: object, got: object) -> NoReturn:
+        """LT-361 for a value."""
         raise BadFileError(
             "LT-361", "wrong value in the configuration", file=self.file, key=key,
             expected=expected, got=_shown(got),
         )  # fmt: skip
 
     def flag(self, key: str, default: bool = False) -> bool:
+        """True or false."""
         value = self.config.get(key)
         if value is None:
             return default
         return value if isinstance(value, bool) else self.refuse(key, "true or false", value)
 
     def text(self, key: str, default: str) -> str:
+        """A text."""
         value = self.config.get(key)
         if value is None:
             return default
         return value if isinstance(value, str) else self.refuse(key, "a text", value)
 
     def texts(self, key: str, most: int = MAX_ENTRIES) -> tuple[str, ...] | None:
+        """A list of texts, None if it is missing."""
         value = self.config.get(key)
         if value is None:
             return None
@@ -233,6 +253,7 @@ class _Fields:
         return tuple(value)
 
     def count(self, key: str, default: int, value: Any = None) -> int:
+        """A whole number from 1 to the largest rank; ``value`` instead of the field's own."""
         value = self.config.get(key) if value is None else value
         if value is None:
             return default
@@ -241,6 +262,7 @@ class _Fields:
         return int(value)
 
     def number(self, key: str, default: float, value: Any = None) -> float:
+        """A number in the limits of an alpha; ``value`` as in `count`."""
         value = self.config.get(key) if value is None else value
         if value is None:
             return default
@@ -249,6 +271,7 @@ class _Fields:
         return value  # type: ignore[no-any-return]
 
     def table(self, key: str, one: Any) -> dict[str, Any]:
+        """An object whose values ``one`` reads."""
         value = self.config.get(key)
         if value is None:
             return {}
@@ -262,12 +285,14 @@ class _Fields:
         return {name: one(f"{key}.{name}", 0, item) for name, item in value.items()}
 
     def part(self, key: str) -> Mapping[str, Any] | None:
+        """An object, None if it is missing."""
         value = self.config.get(key)
         if value is None:
             return None
         return value if isinstance(value, dict) else self.refuse(key, "an object", value)
 
     def indices(self, key: str) -> tuple[int, ...] | Mapping[str, tuple[int, ...]] | None:
+        """Token numbers, for all embeddings or by module."""
         value = self.config.get(key)
         if value is None:
             return None
@@ -292,7 +317,7 @@ def _shown(value: object) -> str:
     return repr(value)[:100]
 
 
-def _read_init(fields: _Fields) -> tuple[str, str]:
+def _read_init(fields: Fields) -> tuple[str, str]:
     """(base_change, words) of ``init_lora_weights`` and ``kasa_config``."""
     value = fields.config.get("init_lora_weights", True)
     if value is not None and not isinstance(value, (bool, str)):
@@ -318,14 +343,14 @@ def _read_init(fields: _Fields) -> tuple[str, str]:
     return change, name
 
 
-def _read_b_order(fields: _Fields) -> str:
+def _read_b_order(fields: Fields) -> str:
     word = fields.text("lora_B_layout", "rank_major")
     if word not in _B_ORDERS:
         fields.refuse("lora_B_layout", " or ".join(_B_ORDERS), word)
     return _B_ORDERS[word]
 
 
-def _read_layers(fields: _Fields) -> tuple[int, ...] | None:
+def _read_layers(fields: Fields) -> tuple[int, ...] | None:
     value = fields.config.get("layer_replication")
     if value is None:
         return None
@@ -341,11 +366,11 @@ def _read_layers(fields: _Fields) -> tuple[int, ...] | None:
     return tuple(order) or None
 
 
-def _read_blocks(fields: _Fields) -> BlockRule | None:
+def _read_blocks(fields: Fields) -> BlockRule | None:
     part = fields.part("use_bdlora")
     if part is None:
         return None
-    inner = _Fields(part, fields.file)
+    inner = Fields(part, fields.file)
     return BlockRule(
         inner.count("nblocks", 1),
         inner.texts("target_modules_bd_a", MAX_PARTS) or (),

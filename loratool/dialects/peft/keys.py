@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 
 from loratool import kinds
 from loratool.adapter import TensorRef
@@ -32,6 +33,7 @@ _ROLES: tuple[tuple[str, re.Pattern[str]], ...] = tuple(
 )
 # Roles that all dialects spell alike (`loratool.kinds`), such as hada_w1_a.
 _SPELLED = re.compile(_MODULE + rf"(?P<role>[a-z]+(?:_[a-z0-9]+)+){_NAME}(?:\.weight)?", re.DOTALL)
+_SHARED = re.compile(rf"(?:base_model\.)?(?P<leaf>[A-Za-z]\w*){_NAME}")
 # State that only training needs; the leading dot keeps module names out.
 _TRAINING = re.compile(
     r"(?:^|\.)(lora_velora_embed|lora_monteclora_sampler|trainable_tokens_original|ranknum)"
@@ -83,8 +85,33 @@ class Sorted:
     notes: list[str] = field(default_factory=list)
 
 
-def sort_tensors(refs: Iterable[TensorRef]) -> Sorted:
+def take_shared(
+    refs: Iterable[TensorRef], names: Mapping[str, str] | None
+) -> tuple[dict[str, TensorRef], list[TensorRef]]:
+    """Tensors that a file holds once for all modules, by role, and the rest.
+
+    Args:
+        refs: of a file.
+        names: what such a tensor is called behind ``base_model.`` -> its role.
+    """
+    shared: dict[str, TensorRef] = {}
+    rest = []
+    for ref in refs:
+        match = _SHARED.fullmatch(ref.name) if names else None
+        role = (names or {}).get(match["leaf"]) if match else None
+        if role is None:
+            rest.append(ref)
+        else:
+            _once(shared, role, Key(ref, ref.name, role, ref.name))
+    return shared, rest
+
+
+def sort_tensors(refs: Iterable[TensorRef], own: Mapping[str, str] | None = None) -> Sorted:
     """Give every tensor of a file a module path and a role.
+
+    Args:
+        refs: of the file.
+        own: what keys of a method besides LoRA end in -> role.
 
     Raises:
         BadFileError: LT-367, two tensors with one meaning; LT-308, a name of nothing.
@@ -97,7 +124,7 @@ def sort_tensors(refs: Iterable[TensorRef]) -> Sorted:
     if nameless:
         raise BadFileError("LT-308", "unusable tensor name", file=nameless[0].file,
                            key=nameless[0].name, expected="a module behind the prefix")  # fmt: skip
-    keys = [parse_key(ref, path) for ref, path in zip(listed, paths, strict=True)]
+    keys = [parse_key(ref, path, own) for ref, path in zip(listed, paths, strict=True)]
     adapters = {key.adapter for key in keys if key.adapter}
     if len(adapters) > 1:
         raise MismatchError(
@@ -161,9 +188,18 @@ def living_names(names: Sequence[str]) -> list[str]:
         >>> living_names(["model.q_proj.lora_A.first.weight"])
         ['base_model.model.model.q_proj.lora_A.weight']
     """
-    found = [PREFIX + _without_adapter(path) for path in strip_names(names)[0]]
+    found = [
+        name if _is_shared(name) else PREFIX + _without_adapter(path)
+        for name, path in zip(names, strip_names(names)[0], strict=True)
+    ]
     count = Counter(found)
     return [new if count[new] == 1 else old for new, old in zip(found, names, strict=True)]
+
+
+def _is_shared(name: str) -> bool:
+    """True for a tensor of the model as a whole, which PEFT saves without a module."""
+    head, _, leaf = name.partition(".")
+    return head == PREFIX.partition(".")[0] and bool(leaf) and "." not in leaf
 
 
 def _without_adapter(path: str) -> str:
@@ -178,8 +214,10 @@ def _without_adapter(path: str) -> str:
     return path
 
 
-def parse_key(ref: TensorRef, path: str) -> Key:
-    """The role of one tensor, from its stripped name."""
+def parse_key(ref: TensorRef, path: str, own: Mapping[str, str] | None = None) -> Key:
+    """The role of one tensor, from its stripped name; ``own`` as in `sort_tensors`."""
+    if own and (match := _own_pattern(tuple(own)).fullmatch(path)):
+        return Key(ref, path, own[match["role"]], match["module"] or "", match["name"] or "")
     if _ORIGINAL.search(path):
         return Key(ref, path, "original", path)
     if _TRAINING.search(path):
@@ -199,6 +237,12 @@ def parse_key(ref: TensorRef, path: str) -> Key:
     if _UNKNOWN_LORA.search(path):
         return Key(ref, path, "unknown", path)
     return Key(ref, path, "plain", _INFIX.sub("", path))
+
+
+@cache
+def _own_pattern(endings: tuple[str, ...]) -> re.Pattern[str]:
+    words = "|".join(map(re.escape, endings))
+    return re.compile(_MODULE + rf"(?P<role>{words}){_NAME}(?:\.weight)?", re.DOTALL)
 
 
 def _own_module(key: Key, adapted: Collection[str]) -> Key:

@@ -1,18 +1,27 @@
-"""The methods of PEFT that loratool knows by name and does not read."""
+"""The methods of PEFT by name: those that are read, a row each, and why the others are not."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
+from loratool import kinds
 from loratool.dialects.candidate import Candidate
+from loratool.dialects.peft import low_rank
+from loratool.dialects.peft.config import PeftConfig, parse_config
+from loratool.dialects.peft.method import Method
 from loratool.errors import MismatchError
+
+ROWS: dict[str, Method] = {row.name: row for row in (*low_rank.ROWS,)}
+"""``peft_type`` -> row, of the methods that have one; LoRA and its spellings need none."""
+_OWN = ("LORA", "TRAINABLE_TOKENS")
 
 _WEIGHTS = "a change of weights that loratool does not read yet"
 _PROMPT = "it adds prompts or states to the input: it has no change of weights"
 _ROUTER = "it routes every token at run time: it has no fixed change of weights"
 
-# peft_type -> (title, what it is); every PeftType of 0.21.2 but LORA and TRAINABLE_TOKENS.
+# peft_type -> (title, what it is where it has no row); every PeftType of 0.21.2 but those of LoRA.
 METHODS: dict[str, tuple[str, str]] = {
     "ADALORA": ("AdaLoRA", _WEIGHTS),
     "ADAMSS": ("AdaMSS", _WEIGHTS),
@@ -88,6 +97,24 @@ _MARKS = (
 def method_of(candidate: Candidate) -> str | None:
     """The method that the keys of a file without configuration show, None for LoRA."""
     return next((method for mark, method in _MARKS if candidate.has_key(mark)), None)
+
+
+def title_of(method: str) -> str:
+    """A method in words."""
+    return "LoRA" if method == "LORA" else METHODS.get(method, (method,))[0]
+
+
+def is_read(method: object) -> bool:
+    """True for a ``peft_type`` that adapters are read of."""
+    return method in _OWN or method in ROWS or kinds.of_method(str(method)) is not None
+
+
+def read_config(config: Mapping[str, Any], file: Path | None) -> PeftConfig:
+    """`parse_config`, with what the method states by itself."""
+    row = ROWS.get(str(config.get("peft_type")))
+    if row is None:
+        return parse_config(config, file)
+    return parse_config(config, file, own=row.own, silent=row.silent)
 
 
 def refuse_method(method: object, config_path: Path | None) -> NoReturn:

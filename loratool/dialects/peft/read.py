@@ -6,14 +6,13 @@ import fnmatch
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from loratool import kinds
-from loratool.adapter import Adapter, DeltaSpec, TensorRef
+from loratool.adapter import Adapter, DeltaSpec, Replacement, TensorRef
 from loratool.dialects.candidate import Candidate
 from loratool.dialects.peft import FILE_NAME, FOLDER_NAME
 from loratool.dialects.peft.beside import read_beside
-from loratool.dialects.peft.config import PeftConfig, parse_config, without_config
-from loratool.dialects.peft.keys import sort_tensors
-from loratool.dialects.peft.methods import method_of, refuse_method
+from loratool.dialects.peft.config import PeftConfig, without_config
+from loratool.dialects.peft.keys import Sorted, sort_tensors, take_shared
+from loratool.dialects.peft.methods import ROWS, is_read, method_of, read_config, refuse_method
 from loratool.dialects.peft.patterns import is_named
 from loratool.dialects.peft.replacements import read_replacements
 from loratool.dialects.peft.specs import SpecReader
@@ -24,7 +23,6 @@ from loratool.store.contained import find_inside, list_folder
 from loratool.store.own_settings import SETTINGS_FILES
 from loratool.store.tokens import TEMPLATES
 
-_OWN_METHODS = ("LORA", "TRAINABLE_TOKENS")
 _EXTRAS = (*SETTINGS_FILES, "LICENSE*", "NOTICE*")
 _CHOICES: Mapping[str, tuple[str | None, ...]] = {
     "rank_from": (None, "file", "config"),
@@ -76,7 +74,39 @@ def read(candidate: Candidate, options: Read) -> Adapter:
 
 def read_tensors(refs: Iterable[TensorRef], config: PeftConfig, options: Read) -> Adapter:
     """Specs, replacements, unclaimed tensors and notes of a file; paths and names stay empty."""
-    found = unify_spellings(sort_tensors(refs))
+    method = ROWS.get(config.method)
+    shared, rest = take_shared(refs, method.shared if method else {})
+    found = unify_spellings(sort_tensors(rest, method.roles if method else None))
+    if method is None:
+        specs, made, unused, notes = _read_lora(found, config, options)
+    else:
+        changes, unused = method.read(found.modules, shared, config)
+        specs = [one for one in changes if isinstance(one, DeltaSpec)]
+        made = [one for one in changes if isinstance(one, Replacement)]
+        notes = [f"{len(unused)} tensors of modules that change nothing"] if unused else []
+    replacements, hidden, more = read_replacements(found, config)
+    notes = [*found.notes, *notes, *more, *_notes(specs, config)]
+    if found.training:
+        names = list_some((ref.name for ref in found.training), 3)
+        notes.append(f"{len(found.training)} tensors are state of training, not used: {names}")
+    if found.originals:
+        names = list_some((ref.name for ref in found.originals), 3)
+        notes.append(f"{len(found.originals)} untrained original_module copies dropped: {names}")
+    unclaimed = (*found.training, *found.originals, *hidden, *unused)
+    return Adapter(
+        Path(),
+        FOLDER_NAME,
+        tuple(specs),
+        (*made, *replacements),
+        unclaimed=unclaimed,
+        notes=tuple(notes),
+    )
+
+
+def _read_lora(
+    found: Sorted, config: PeftConfig, options: Read
+) -> tuple[list[DeltaSpec], list[Replacement], list[TensorRef], list[str]]:
+    """Specs, no replacements, tensors that are not used and notes: LoRA and its kin."""
     reader = SpecReader(config, options, found.modules)
     specs = reader.read()
     odd = [s for s in specs if (s.row.method or "LORA") != config.method]
@@ -86,23 +116,7 @@ def read_tensors(refs: Iterable[TensorRef], config: PeftConfig, options: Read) -
             "LT-374", "LoRA factors in an adapter of another method", file=config.file, key=key,
             got=config.method,
         )  # fmt: skip
-    replacements, hidden, notes = read_replacements(found, config)
-    notes = [*found.notes, *reader.notes, *notes, *_notes(specs, config)]
-    if found.training:
-        names = list_some((ref.name for ref in found.training), 3)
-        notes.append(f"{len(found.training)} tensors are state of training, not used: {names}")
-    if found.originals:
-        names = list_some((ref.name for ref in found.originals), 3)
-        notes.append(f"{len(found.originals)} untrained original_module copies dropped: {names}")
-    unclaimed = (*found.training, *found.originals, *hidden, *reader.unused)
-    return Adapter(
-        Path(),
-        FOLDER_NAME,
-        tuple(specs),
-        tuple(replacements),
-        unclaimed=unclaimed,
-        notes=tuple(notes),
-    )
+    return specs, [], reader.unused, reader.notes
 
 
 def unmergeable_reason(adapter: Adapter) -> str | None:
@@ -139,8 +153,13 @@ def _read_config(candidate: Candidate, options: Read) -> PeftConfig:
     raw = candidate.config
     if raw is None:
         shown = method_of(candidate)
-        if shown is not None and kinds.of_method(shown) is None:
+        if shown is not None and not is_read(shown):
             refuse_method(shown, candidate.path)
+        if shown in ROWS:
+            raise BadFileError(
+                "LT-361", "an adapter of this method needs its configuration", file=candidate.path,
+                key=shown, expected="adapter_config.json", hint="put it beside the tensors",
+            )  # fmt: skip
         if options.alpha is None:
             raise UsageError(
                 "LT-280", "a PEFT file without adapter_config.json does not say its alpha",
@@ -148,9 +167,9 @@ def _read_config(candidate: Candidate, options: Read) -> PeftConfig:
             )  # fmt: skip
         return without_config(options.alpha, shown or "LORA")
     method = raw.get("peft_type")
-    if method not in _OWN_METHODS and kinds.of_method(str(method)) is None:
+    if not is_read(method):
         refuse_method(method, candidate.config_path)
-    return parse_config(raw, candidate.config_path)
+    return read_config(raw, candidate.config_path)
 
 
 def _notes(specs: list[DeltaSpec], config: PeftConfig) -> list[str]:

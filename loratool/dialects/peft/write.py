@@ -9,8 +9,8 @@ from typing import Any
 
 from loratool.adapter import Adapter, AdapterFiles, Source, TensorRef
 from loratool.dialects.peft import own_config
-from loratool.dialects.peft.config import parse_config
 from loratool.dialects.peft.keys import living_names, sort_tensors
+from loratool.dialects.peft.methods import read_config
 from loratool.dialects.peft.new import new_config
 from loratool.dialects.peft.new_keys import NewLayout, new_tensors
 from loratool.dialects.peft.read import read_tensors
@@ -61,7 +61,7 @@ def _check_readable(
     adapter: Adapter, tensors: Iterable[tuple[str, Source]], config: Mapping[str, Any]
 ) -> None:
     """Nothing is written that the reader of this very dialect would refuse by name or value."""
-    parse_config(config, adapter.path)
+    read_config(config, adapter.path)
     sort_tensors(TensorRef(adapter.path, key, s.dtype, s.shape, 0, s.nbytes) for key, s in tensors)
 
 
@@ -72,7 +72,7 @@ def read_back(files: AdapterFiles, path: Path) -> Adapter:
         for name, source in files.tensors
     ]
     json = files.json_files[CONFIG_NAME]
-    config = parse_config(json, None)
+    config = read_config(json, None)
     return replace(
         read_tensors(refs, config, Read()), path=path, config=json,
         key_order=tuple(ref.name for ref in refs), layer_order=config.layer_order,
@@ -91,7 +91,7 @@ def _unchanged_tensors(adapter: Adapter) -> tuple[tuple[str, Source], ...] | Non
     if set(refs) != set(adapter.key_order):
         return None
     ordered = [refs[name] for name in adapter.key_order]
-    config = parse_config(adapter.config, None)
+    config = read_config(adapter.config, None)
     # Only the default reading: the file cannot say what the user said when it was opened.
     again = read_tensors(ordered, config, Read())
     same = (

@@ -7,7 +7,7 @@ has another name, or lies on a module that is not named, is passed by with a war
 from __future__ import annotations
 
 from loratool.adapter import Adapter, DeltaSpec
-from loratool.dialects.peft.config import parse_config
+from loratool.dialects.peft.methods import read_config
 from loratool.dialects.peft.targets import ALL_LINEAR, is_guarded, untargeted
 from loratool.dialects.peft.tasks import heads_of
 from loratool.dialects.peft.version import parse_version
@@ -69,7 +69,7 @@ def _parameters(adapter: Adapter) -> str:
 
 
 def _ranks(adapter: Adapter) -> str:
-    config = parse_config(adapter.config, None)
+    config = read_config(adapter.config, None)
     if config.rank is None or config.method != "LORA":
         return ""
     plain = {module for module, _ in _plain_modules(adapter)}

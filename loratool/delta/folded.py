@@ -1,0 +1,39 @@
+"""Changes whose tensors multiply out to one pair of thin factors: built from the kind's `pairs`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from loratool.delta.lowrank import LowRank
+from loratool.plan import DeltaPart
+from loratool.plugins import function_of
+
+
+def build(
+    fields: Mapping[str, torch.Tensor],
+    part: DeltaPart,
+    *,
+    coefficient: float,
+    dtype: torch.dtype,
+    fold: bool = True,
+) -> LowRank:
+    """Make the delta of a spec whose kind has `pairs`, one for its one matrix.
+
+    Args:
+        fields: of the kind, as stored.
+        part: the spec with orientation and region.
+        coefficient: weight · scaling, float64, folded into the left factor before it is rounded.
+        dtype: float32 or float64, the type of the accumulator.
+        fold: False keeps the coefficient apart.
+    """
+    ((left, right),) = function_of(part.spec.row.pairs)(fields, part.spec)
+    if fold:
+        left, coefficient = left * coefficient, 1.0
+    if part.transposed:
+        left, right = right.T, left.T
+    rows, cols = part.region.source_rows, part.region.source_cols
+    left = left if rows is None else left[rows[0] : rows[1]]
+    right = right if cols is None else right[:, cols[0] : cols[1]]
+    return LowRank(left.to(dtype).contiguous(), right.to(dtype).contiguous(), coefficient)

@@ -1,0 +1,107 @@
+"""What a kind of change is: one row (no torch)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from loratool.kind_shapes import Sizes
+
+if TYPE_CHECKING:
+    from loratool.adapter import DeltaSpec
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of delta.
+
+    Attributes:
+        name: what `DeltaSpec.kind` holds.
+        implementation: ``module:function`` that builds the delta from its loaded fields.
+        roles: required roles of `DeltaSpec.fields`.
+        optional: roles that may be there.
+        is_additive: W' - W does not depend on W.
+        title: words for reports.
+        sizes: of the weight, from the shapes of the fields.
+        fits: whether the shapes of the fields fit each other.
+        scaled: the role that a factor of the change is multiplied into, and that is zero where
+            training starts.
+        takes_factor: False where no one tensor can take a factor: then that role is only zero.
+        is_matrix: a change of a weight; False for vectors.
+        pairs: ``module:function`` that gives the thin factors behind it, one pair per matrix;
+            "" = there are none.
+        has_factors: their product, scaled, is the whole change.
+        is_pair: whether the fields of a change are those factors.
+        product_rank: rank of their product, where the file's rank is r.
+        scales_rows: it multiplies rows of W.
+        reach: what of W one block of the change depends on: nothing but the ``block``, the
+            ``norms`` of rows or columns, or ``all`` of it.
+        is_sum: the elements of a change are sums of products of stored numbers, which
+            ``--exact`` adds up.
+        rank_axis: the role and the axis of its tensor whose length is r; None = it has none.
+        stand_ins: roles whose matrix may be stored as two factors, (left, right), instead; of the
+            right one the first axis is r too.
+        is_spelled: keys end in the roles' own names, whatever the dialect (``hada_w1_a``).
+        method: ``peft_type`` of the configuration where PEFT has a method of its own for it.
+        may_be_conv: its file may hold a kernel flattened; False where the method has none.
+        is_open: the tensors do not say the size of the weight: a base must, see `settle`.
+        settle: the change on a weight of (out, in), None where it does not fit; it is asked
+            when an open change is bound.
+        joint: settings that follow from all changes of an adapter together, once they are bound.
+        products: (left, right) roles of the products that the change is made of, left ones with a
+            row and right ones with a column per rank; empty where rows of a change are no rows of
+            its tensors.
+        row_roles: further roles of tensors with one row per output.
+    """
+
+    name: str
+    implementation: str
+    roles: tuple[str, ...]
+    optional: tuple[str, ...]
+    is_additive: bool
+    title: str
+    sizes: Callable[[DeltaSpec], Sizes]
+    scaled: str
+    fits: Callable[[DeltaSpec], bool] = lambda spec: True
+    is_matrix: bool = True
+    pairs: str = ""
+    has_factors: bool = False
+    is_pair: Callable[[DeltaSpec], bool] = lambda spec: False
+    product_rank: Callable[[DeltaSpec], int] = lambda spec: spec.rank
+    scales_rows: bool = False
+    reach: str = "block"
+    is_sum: Callable[[DeltaSpec], bool] = lambda spec: True
+    rank_axis: tuple[str, int] | None = ("lora_A", 0)
+    is_spelled: bool = False
+    method: str = ""
+    takes_factor: bool = True
+    may_be_conv: bool = True
+    is_open: Callable[[DeltaSpec], bool] = lambda spec: False
+    settle: Callable[[DeltaSpec, int, int], DeltaSpec | None] = lambda spec, out, inner: spec
+    joint: Callable[[Sequence[DeltaSpec]], Mapping[str, float]] | None = None
+    products: tuple[tuple[str, str], ...] = ()
+    row_roles: tuple[str, ...] = ()
+    stand_ins: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+
+    @property
+    def known_roles(self) -> tuple[str, ...]:
+        """All roles of its tensors."""
+        return (*self.roles, *self.optional, *(r for two in self.stand_ins.values() for r in two))
+
+    def is_made_of(self, roles: Collection[str]) -> bool:
+        """True if a change of this kind has exactly these tensors."""
+        given = set(roles)
+        for role, factors in self.stand_ins.items():
+            if role not in given and given >= set(factors):
+                given = given.difference(factors) | {role}
+        return set(self.roles) <= given <= {*self.roles, *self.optional}
+
+    def rank_in(self, roles: Collection[str]) -> tuple[str, int] | None:
+        """Role and axis where r is read off; None = these tensors have no rank."""
+        axes = (self.rank_axis, *((right, 0) for _, right in self.stand_ins.values()))
+        return next((one for one in axes if one is not None and one[0] in roles), None)
+
+    def scaled_in(self, roles: Collection[str]) -> str:
+        """The role that a factor of the change is multiplied into."""
+        return self.scaled if self.scaled in roles else self.stand_ins[self.scaled][0]
