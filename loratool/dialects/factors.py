@@ -9,8 +9,8 @@ from loratool import kinds
 from loratool.adapter import DeltaSpec, TensorRef
 from loratool.dtypes import DTYPES
 from loratool.errors import BadFileError
+from loratool.kind import Kind
 from loratool.kind_shapes import COLUMN_LENGTHS, ROW_LENGTHS, lengths_role
-from loratool.kinds import Kind
 
 OPEN_LENGTHS = "lengths"
 """Role of DoRA's lengths in a dialect that has them of rows and of columns: the shape tells."""
