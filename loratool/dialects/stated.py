@@ -37,8 +37,9 @@ def method_of(adapter: Adapter) -> str:
     if name is None:
         titles = Counter(s.row.title for s in adapter.specs if s.is_matrix)
         return titles.most_common(1)[0][0] if titles else "LoRA"
-    kind = kinds.of_method(str(name))
-    return title_of(str(name)) if kind is None else kind.title
+    known = title_of(str(name))
+    kind = None if known else kinds.of_method(str(name))
+    return known or (str(name) if kind is None else kind.title)
 
 
 def divides_by_root(adapter: Adapter) -> bool:

@@ -100,8 +100,8 @@ def method_of(candidate: Candidate) -> str | None:
 
 
 def title_of(method: str) -> str:
-    """A method in words."""
-    return "LoRA" if method == "LORA" else METHODS.get(method, (method,))[0]
+    """A method in words, "" for one that nobody here knows."""
+    return "LoRA" if method == "LORA" else METHODS.get(method, ("",))[0]
 
 
 def is_read(method: object) -> bool:
