@@ -87,14 +87,17 @@ class TensorRef:
 class CodedRef(TensorRef):
     """A weight that a file holds in codes, seen as the float32 numbers that they stand for.
 
-    ``file``, ``name`` and ``start`` are those of the codes; ``shape`` and ``nbytes`` those of the
-    numbers.
+    ``file`` and ``start`` are those of the codes; ``name``, ``shape`` and ``nbytes`` those of the
+    plain weight.
 
     Attributes:
         codec: a row of `loratool.quant.CODECS`, or of another package.
         codes: the codes.
         scales: factors of the codes; None = they stand for themselves.
         block: (rows, columns) that one factor is for; rows of each matrix of a stack.
+        others: what else decoding reads, by a word of the codec's.
+        facts: what else the codec must know, by a word of its own.
+        is_turned: the codes lie with the last two axes exchanged.
         is_kept: written in codes again, not as plain numbers.
     """
 
@@ -102,21 +105,36 @@ class CodedRef(TensorRef):
     codes: TensorRef | None = None
     scales: TensorRef | None = None
     block: tuple[int, int] = (1, 1)
+    others: tuple[tuple[str, TensorRef], ...] = ()
+    facts: tuple[tuple[str, int | float | str], ...] = ()
+    is_turned: bool = False
     is_kept: bool = False
 
     @property
     def stored(self) -> tuple[TensorRef, ...]:
-        """The codes and their factors."""
-        return tuple(ref for ref in (self.codes, self.scales) if ref is not None)
+        """The codes, their factors and what else belongs to them."""
+        beside = (ref for _, ref in self.others)
+        return tuple(ref for ref in (self.codes, self.scales, *beside) if ref is not None)
+
+    def other(self, word: str) -> TensorRef | None:
+        """A tensor of `others`, None if there is none."""
+        return dict(self.others).get(word)
+
+    def fact(self, word: str) -> Any:
+        """One of `facts`."""
+        return dict(self.facts)[word]
 
     def ranges(self, start: int = 0, stop: int | None = None) -> tuple[Bytes, ...]:
-        """As `TensorRef.ranges`; the factors are read whole."""
+        """As `TensorRef.ranges`; codes that are turned by whole matrices, what is beside whole."""
         assert self.codes is not None
-        whole = numel(self.shape)
-        first, last = (self.codes.nbytes * at // (4 * whole or 1)
-                       for at in (start, self.nbytes if stop is None else stop))  # fmt: skip
-        scales = () if self.scales is None else self.scales.ranges()
-        return (*self.codes.ranges(first, last), *scales)
+        stop = self.nbytes if stop is None else stop
+        if self.is_turned:
+            each = 4 * numel(self.shape[-2:]) or 1
+            start, stop = start // each * each, -(-stop // each) * each
+        whole = 4 * numel(self.shape) or 1
+        first, last = self.codes.nbytes * start // whole, -(-self.codes.nbytes * stop // whole)
+        beside = (part for ref in self.stored[1:] for part in ref.ranges())
+        return (*self.codes.ranges(first, last), *beside)
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,8 @@ import torch
 from hypothesis import strategies as st
 
 from loratool.adapter import DeltaSpec, TensorData
+from tests import coded
+from tests.coded import CodedFile
 from tests.make import generator, randn
 
 Tensors = dict[str, torch.Tensor]
@@ -249,19 +251,6 @@ SPECS: dict[str, st.SearchStrategy[Change]] = {
 # --------------------------------------------------------------------------------- codecs
 
 
-@dataclass(frozen=True)
-class CodedFile:
-    """A quantised checkpoint.
-
-    Attributes:
-        tensors: by name.
-        config: its ``config.json``.
-    """
-
-    tensors: Tensors
-    config: dict[str, Any]
-
-
 @st.composite
 def fp8(draw: Draw) -> CodedFile:
     """Factors per block (the last ones ragged), per row, per tensor or none; also stacks."""
@@ -286,5 +275,36 @@ def fp8(draw: Draw) -> CodedFile:
     return CodedFile(tensors, {"model_type": "test", "quantization_config": stated})
 
 
-CODED: dict[str, st.SearchStrategy[CodedFile]] = {"fp8": fp8()}
+_FEW = st.integers(1, 3)
+
+CODED: dict[str, st.SearchStrategy[CodedFile]] = {
+    "fp8": fp8(),
+    "int8": st.one_of(
+        st.builds(coded.int8, SIDES, SIDES, seed=SEEDS),
+        st.builds(coded.int8_channels, SIDES, SIDES, seed=SEEDS),
+    ),
+    "bnb4": st.builds(
+        coded.bnb4, st.lists(SIDES, min_size=1, max_size=2), size=st.sampled_from([4, 16, 64]),
+        seed=SEEDS, kind=st.sampled_from(["nf4", "fp4"]), nested=st.integers(0, 4),
+    ),
+    "mxfp4": st.builds(
+        coded.mxfp4, st.lists(_FEW, min_size=1, max_size=1), SIDES, _FEW, seed=SEEDS
+    ),
+    "gptq": st.builds(
+        coded.gptq, _FEW, st.integers(1, 5).map(lambda n: 8 * n),
+        bits=st.sampled_from([2, 3, 4, 8]), size=st.sampled_from([7, 16, 32, 96]), seed=SEEDS,
+        ordered=st.booleans(), version=st.integers(1, 2),
+    ),
+    "awq": st.builds(coded.awq, _FEW, st.sampled_from([5, 16]), _FEW, seed=SEEDS),
+    "packed": st.builds(
+        coded.packed, SIDES, SIDES.map(lambda n: 8 * n), bits=st.integers(2, 8),
+        size=st.sampled_from([8, 16]), seed=SEEDS, zeros=st.booleans(), ordered=st.booleans(),
+    ),
+    "nvfp4": st.builds(coded.nvfp4, SIDES, _FEW, seed=SEEDS, modelopt=st.booleans()),
+    "mlx": st.builds(
+        coded.mlx, SIDES, _FEW, bits=st.sampled_from([2, 3, 4, 5, 6, 8]),
+        size=st.sampled_from([8, 16, 32]), seed=SEEDS,
+        dtype=st.sampled_from([torch.float16, torch.bfloat16]),
+    ),
+}  # fmt: skip
 """Codec -> random checkpoints that it reads."""

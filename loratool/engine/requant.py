@@ -27,7 +27,7 @@ class Requantize(AddDeltas):
 
     def __init__(self, step: Step, env: Env) -> None:
         super().__init__(step, env)
-        self.coder = codec_of(self.coded.codec).coder
+        self.coder = codec_of(self.coded.codec).recoder
         self.scales: torch.Tensor | None = None
 
     @property
@@ -81,7 +81,7 @@ class Requantize(AddDeltas):
         codes = self.coder.encode(_rows(acc, rows).double(), factors, self.coded)
         if out is not None:
             out.copy_(codes.view(out.shape))
-        return self.coder.numbers(codes, factors).view(acc.shape)
+        return self.coder.numbers(codes, factors, self.coded).view(acc.shape)
 
     def _places(self, block: grid.Block) -> tuple[torch.Tensor, torch.Tensor]:
         """Rows and columns of the weight, its last axis along the columns, that a block covers."""

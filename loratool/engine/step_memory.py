@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from loratool.adapter import CodedRef
 from loratool.dtypes import DTYPES
 from loratool.engine import grid
 from loratool.engine.step_args import (
@@ -24,6 +25,9 @@ from loratool.plan import DeltaPart, Step
 
 ROUNDING_BYTES = (1 << 16) * 16 * 8
 """What exact and stochastic rounding take per worker: sixteen float64 arrays of one piece."""
+
+DECODING_BYTES = 24 << 20
+"""What making numbers from codes takes per worker: a strip of them, and the codes around them."""
 
 _UNKNOWN_RANK = 256
 
@@ -66,7 +70,8 @@ def _sizes(step: Step, chunk: int, elements: int) -> tuple[int, int, int]:
     """Bytes of a piece, elements of a block, bytes of the widest element."""
     block = grid.largest_block(step.view, elements)
     wide = max(DTYPES[s.dtype].bits // 8 for s in (*step.inputs, step.output))
-    return max(chunk, block * wide), block, wide
+    coded = sum(isinstance(s, CodedRef) for s in step.inputs)
+    return coded * DECODING_BYTES + max(chunk, block * wide), block, wide
 
 
 # ------------------------------------------------------- of a step, beyond the workers' buffers

@@ -15,7 +15,7 @@ from loratool.dtypes import DTYPES, numel
 from loratool.engine.rows import args_of, op_of
 from loratool.errors import MismatchError, list_some
 from loratool.ops.align_parts import require_aligned
-from loratool.ops.coded import PLAIN
+from loratool.ops.coded import plain_dtype, require_codable
 from loratool.ops.weights import Weight
 from loratool.plan import DeltaPart, Part, Plan, ReplacePart, ShardPlan, Step, TensorSpec
 from loratool.store.checkpoint import Checkpoint, Shard
@@ -255,12 +255,14 @@ def _require_sums(adapters: Sequence[WeightedAdapter]) -> None:
 
 def _make_coded(name: str, ref: CodedRef, parts: list[Part], how: Mapping[str, Any]) -> Step:
     """A weight that stays in codes: as they are, or coded anew."""
-    assert ref.codes is not None
-    output = TensorSpec(name, ref.codes.dtype, ref.shape)
+    codes = ref.codes
+    assert codes is not None
+    output = TensorSpec(codes.name, codes.dtype, codes.shape)
     if not parts:
-        return Step("copy", output, (ref.codes,), (1, ref.codes.nbytes))
+        return Step("copy", output, (codes,), (1, codes.nbytes))
+    require_codable(name, ref)
     step = _make_step(name, replace(ref, is_kept=False), parts, None, how)
-    view = matrix_view(step.output.shape, parts)
+    view = matrix_view(ref.shape, parts)
     return replace(step, op="requantize", output=output, view=view, args={**how, "coded": ref})
 
 
@@ -287,9 +289,9 @@ def _make_step(
     if isinstance(ref, CodedRef) and ref.is_kept:
         return _make_coded(name, ref, parts, how)
     base: Source = ref
-    target = dtype if dtype is not None and DTYPES[ref.dtype].is_mergeable else ref.dtype
-    if isinstance(ref, CodedRef) and dtype is None:
-        target = PLAIN
+    target = plain_dtype(ref)
+    if dtype is not None and DTYPES[ref.dtype].is_mergeable:
+        target = dtype
     whole = [p for p in parts if isinstance(p, ReplacePart) and p.rows is None]
     if len(whole) == 1 and whole[0].weight == 1:
         base, parts = whole[0].source, [p for p in parts if p is not whole[0]]

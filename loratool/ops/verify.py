@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 
-from loratool.adapter import CodedRef
 from loratool.archs.ties import Tie, find_ties
 from loratool.dtypes import DTYPES
 from loratool.engine.rows import op_of
 from loratool.errors import MismatchError
 from loratool.ops.align import align_names, same_form
-from loratool.ops.coded import PLAIN
+from loratool.ops.coded import plain_dtype
 from loratool.plan import Plan, Step, TensorSpec
 from loratool.store.checkpoint import Checkpoint
 
@@ -50,7 +49,7 @@ def merged_dtype(base: Checkpoint, merged: Checkpoint) -> str | None:
         MismatchError: its tensors changed to several types.
     """
     merged = under_names_of(merged, base)
-    pairs = [(PLAIN if isinstance(ref, CodedRef) else ref.dtype, merged.tensors[n].dtype)
+    pairs = [(plain_dtype(ref), merged.tensors[n].dtype)
              for n, ref in base.tensors.items() if n in merged.tensors]  # fmt: skip
     changed = {
         after

@@ -8,6 +8,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from loratool.adapter import CodedRef, TensorRef
+from loratool.dtypes import tensor_bytes
+from loratool.errors import BadFileError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,7 +22,7 @@ class Found:
     """The coded weights of a checkpoint.
 
     Attributes:
-        weights: name -> the weight.
+        weights: name that the plain weight has -> the weight.
         companions: names of the tensors that only the codes need.
         metadata: keys of a file's metadata that speak of the codes.
     """
@@ -28,6 +30,10 @@ class Found:
     weights: Mapping[str, CodedRef] = field(default_factory=dict)
     companions: frozenset[str] = frozenset()
     metadata: frozenset[str] = frozenset()
+
+    def __or__(self, other: Found) -> Found:
+        return Found({**self.weights, **other.weights}, self.companions | other.companions,
+                     self.metadata | other.metadata)  # fmt: skip
 
 
 class Reader(Protocol):
@@ -38,13 +44,17 @@ class Reader(Protocol):
 
 
 class Coder(Protocol):
-    """What the module of a codec offers.  Factors lie as (rows of blocks, columns of blocks)."""
+    """What the module of a codec offers."""
 
-    def find(self, tensors: Tensors, config: Mapping[str, Any]) -> Found:
-        """What is coded in a checkpoint with this ``config.json``."""
+    def find(self, tensors: Tensors, config: Mapping[str, Any], reader: Reader) -> Found:
+        """What it reads of a checkpoint with this ``config.json``; small tensors may be read."""
 
     def decode(self, ref: CodedRef, reader: Reader, start: int, buffer: memoryview) -> None:
         """Fill ``buffer`` with float32 numbers from byte ``start`` of the plain weight on."""
+
+
+class Recoder(Coder, Protocol):
+    """What it offers besides where it ``writes``.  Factors: (rows of blocks, columns of blocks)."""
 
     def load_scales(self, ref: CodedRef, reader: Reader) -> Tensor:
         """The factors, float32."""
@@ -58,7 +68,7 @@ class Coder(Protocol):
     def encode(self, values: Tensor, factors: Tensor, ref: CodedRef) -> Tensor:
         """The nearest codes of float64 numbers."""
 
-    def numbers(self, codes: Tensor, factors: Tensor) -> Tensor:
+    def numbers(self, codes: Tensor, factors: Tensor, ref: CodedRef) -> Tensor:
         """The float32 numbers that codes stand for."""
 
 
@@ -69,19 +79,103 @@ class Codec:
     Attributes:
         name: what `CodedRef.codec` holds.
         title: for messages.
-        methods: what `loratool.quant.recognize` calls checkpoints of this kind.
+        methods: what `loratool.quant.recognize` calls checkpoints with such weights.
         module: a `Coder`; it may import torch.
+        writes: the module is a `Recoder`.
     """
 
     name: str
     title: str
     methods: tuple[str, ...]
     module: str
+    writes: bool = False
 
     @property
     def coder(self) -> Coder:
         """The module."""
         return cast(Coder, import_module(self.module))
+
+    @property
+    def recoder(self) -> Recoder:
+        """The module of one that writes."""
+        assert self.writes
+        return cast(Recoder, import_module(self.module))
+
+
+def coded(
+    codec: str,
+    name: str,
+    codes: TensorRef,
+    shape: tuple[int, ...],
+    *,
+    scales: TensorRef | None = None,
+    block: tuple[int, int] = (1, 1),
+    others: Mapping[str, TensorRef | None] | None = None,
+    facts: Mapping[str, int | float | str] | None = None,
+    is_turned: bool = False,
+) -> CodedRef:
+    """A weight in codes.
+
+    Args:
+        codec: its row.
+        name: that the plain weight has in its file.
+        codes: the codes.
+        shape: of the plain weight.
+        scales: their factors, where they can be written anew.
+        block: (rows, columns) that one factor is for.
+        others: what else decoding reads; those that are None are left out.
+        facts: what else the codec must know.
+        is_turned: the codes lie with the last two axes exchanged.
+    """
+    beside = tuple((word, ref) for word, ref in (others or {}).items() if ref is not None)
+    return CodedRef(
+        codes.file, name, "F32", shape, codes.start, tensor_bytes("F32", shape), codes.stamp,
+        codec=codec, codes=codes, scales=scales, block=block, others=beside,
+        facts=tuple((facts or {}).items()), is_turned=is_turned,
+    )  # fmt: skip
+
+
+def unfit(ref: TensorRef, expected: object, *, what: str = "the factors") -> BadFileError:
+    """LT-335: a tensor that does not fit the codes that it belongs to.
+
+    Args:
+        ref: the tensor.
+        expected: shape or type that it should have.
+        what: it is, in words.
+    """
+    return BadFileError(
+        "LT-335", f"{what} of a quantised weight do not fit it", file=ref.path, key=ref.name,
+        expected=expected, got=f"{ref.dtype} {list(ref.shape)}",
+        hint="download the checkpoint again",
+    )  # fmt: skip
+
+
+def block_of(
+    ref: TensorRef, scale: TensorRef, stated: tuple[int, int], columns: int = 0
+) -> tuple[int, int]:
+    """(rows, columns) that one factor is for; no higher than a matrix of a stack.
+
+    Args:
+        ref: the codes, one for each number.
+        scale: their factors: one, one per row, one per ``columns`` of a row, or one per block.
+        stated: size of a block.
+        columns: in a group; 0 = there are none.
+
+    Raises:
+        BadFileError: LT-335.
+    """
+    *_, rows, cols = (1, 1, *ref.shape)
+    if scale.numel == 1:
+        return max(1, ref.numel // max(1, cols)), cols
+    height, width = stated
+    blocks = (*ref.shape[:-2], -(-rows // height), -(-cols // width))
+    if scale.shape == blocks:
+        return max(1, min(height, rows)), width
+    if scale.shape in (ref.shape[:-1], (*ref.shape[:-1], 1)):
+        return 1, cols
+    if columns and scale.shape == (*ref.shape[:-1], -(-cols // columns)):
+        return 1, columns
+    raise unfit(scale, f"{list(blocks)} for blocks of {height} × {width}, or one per row, or one")
 
 
 def block_rows(rows: Tensor, ref: CodedRef) -> Tensor:

@@ -1,20 +1,27 @@
-"""The registry of codecs, and what of a checkpoint one of them claims."""
+"""The registry of codecs, and what of a checkpoint they claim."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from loratool import plugins
-from loratool.quant.base import Codec, Found, Tensors
-
-_STATED = ("quantization_config", "compression_config")
-_PARTS = ("text_config",)
+from loratool.quant.base import Codec, Found, Reader, Tensors
 
 CODECS: dict[str, Codec] = {
     c.name: c
     for c in (
-        Codec("fp8", "8-bit floats", ("fp8",), "loratool.quant.fp8"),
+        Codec("fp8", "8-bit floats", ("fp8", "compressed-tensors", "modelopt"),
+              "loratool.quant.fp8", writes=True),
+        Codec("int8", "8-bit integers", ("bitsandbytes", "compressed-tensors"),
+              "loratool.quant.int8", writes=True),
+        Codec("bnb4", "nf4 or fp4", ("bitsandbytes",), "loratool.quant.bnb4"),
+        Codec("mxfp4", "mxfp4", ("mxfp4",), "loratool.quant.mxfp4"),
+        Codec("gptq", "GPTQ", ("gptq",), "loratool.quant.gptq"),
+        Codec("awq", "AWQ", ("awq",), "loratool.quant.awq"),
+        Codec("packed", "packed integers", ("compressed-tensors",), "loratool.quant.packed"),
+        Codec("nvfp4", "nvfp4", ("compressed-tensors", "modelopt"), "loratool.quant.nvfp4"),
+        Codec("mlx", "integers of mlx", ("mlx",), "loratool.quant.mlx"),
     )
 }  # fmt: skip
 
@@ -33,34 +40,34 @@ def codec_of(name: str) -> Codec:
     return CODECS.get(name) or others()[name]
 
 
-def reading(method: str) -> Codec | None:
-    """The codec that reads a method of quantisation, None if there is none."""
-    own = next((c for c in CODECS.values() if method in c.methods), None)
-    return own or next((c for c in others().values() if method in c.methods), None)
+def reading(method: str) -> list[Codec]:
+    """The codecs that read weights of a method of quantisation."""
+    own = [c for c in CODECS.values() if method in c.methods]
+    return own or [c for c in others().values() if method in c.methods]
 
 
 def methods() -> list[str]:
     """All methods that are read."""
-    return [m for codec in (*CODECS.values(), *others().values()) for m in codec.methods]
+    found = [m for codec in (*CODECS.values(), *others().values()) for m in codec.methods]
+    return list(dict.fromkeys(found))
 
 
-def find_codes(method: str, tensors: Tensors, config: Mapping[str, Any]) -> Found | None:
+def find_codes(
+    method: str, tensors: Tensors, config: Mapping[str, Any], reader: Reader
+) -> Found | None:
     """The coded weights of a checkpoint, None if no codec reads its method.
 
     Args:
         method: as `loratool.quant.recognize` names it.
         tensors: by name.
         config: ``config.json``.
+        reader: of the files; small tensors are read (shapes of what is packed).
 
     Raises:
-        BadFileError: LT-335, codes and factors that do not fit each other.
+        BadFileError: LT-335, codes and what belongs to them do not fit each other.
     """
-    codec = reading(method)
-    return None if codec is None else codec.coder.find(tensors, config)
-
-
-def stating_keys(config: Mapping[str, Any]) -> Iterator[str]:
-    """Dotted keys that say that weights are coded."""
-    for prefix, part in (("", config), *((f"{p}.", config.get(p)) for p in _PARTS)):
-        if isinstance(part, Mapping):
-            yield from (prefix + key for key in _STATED if key in part)
+    codecs = reading(method)
+    found = Found()
+    for codec in codecs:
+        found |= codec.coder.find(tensors, config, reader)
+    return found if codecs else None

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from loratool.adapter import TensorRef
 
+_MLX = "quantization"
+_KEYS = ("quantization_config", "compression_config", _MLX)
+_PARTS = ("", "text_config")
 _PACKED = ("I8", "U8", "I32", "U32")
 
 
@@ -29,23 +32,35 @@ def recognize_quantization(
     return method_in_config(config) or method_in_tensors(tensors)
 
 
+def stated(config: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """(dotted key, what it holds) of all that a ``config.json`` says of codes."""
+    for part in _PARTS:
+        holder = config.get(part) if part else config
+        if not isinstance(holder, Mapping):
+            continue
+        for key in _KEYS:
+            found = holder.get(key)
+            if isinstance(found, Mapping) and found and (key != _MLX or "bits" in found):
+                yield f"{part}.{key}".lstrip("."), found
+
+
+def settings(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What a ``config.json`` says of its codes, empty if nothing."""
+    return next((found for _, found in stated(config)), {})
+
+
 def method_in_config(config: Mapping[str, Any]) -> str | None:
     """What ``config.json`` says, None if it says nothing."""
-    text_config = config.get("text_config")
-    for holder in (config, text_config if isinstance(text_config, dict) else {}):
-        for key in ("quantization_config", "compression_config"):
-            found = holder.get(key)
-            if not isinstance(found, dict) or not found:
-                continue
-            method = found.get("quant_method")
-            if isinstance(method, str) and method:
-                return method
-            if any(k.startswith(("load_in_", "bnb_", "llm_int8")) for k in found):
-                return "bitsandbytes"
-            return "compressed-tensors" if key == "compression_config" else "unknown"
-        mlx = holder.get("quantization")
-        if isinstance(mlx, dict) and "bits" in mlx:
+    said = list(stated(config))
+    for key, found in said:
+        method = found.get("quant_method")
+        if isinstance(method, str) and method:
+            return method
+        if any(k.startswith(("load_in_", "bnb_", "llm_int8")) for k in found):
+            return "bitsandbytes"
+        if any(k.endswith(_MLX) for k, _ in said):
             return "mlx"
+        return "compressed-tensors" if key.endswith("compression_config") else "unknown"
     return None
 
 

@@ -32,7 +32,7 @@ KIND = replace(
 )
 METHOD = replace(KIND, name="acme-method", roles=("acme_w1", "acme_w2_a", "acme_w2_b"),
                  title="Acme method", rank_axis=("acme_w2_b", 0), method="ACME")
-CODEC = Codec("acme-steps", "Acme steps", ("acme",), "acme_steps")
+CODEC = Codec("acme-steps", "Acme steps", ("acme",), "acme_steps", True)
 NUMBER = 3
 """
 STEPS = '''
@@ -42,7 +42,7 @@ from loratool.adapter import CodedRef
 from loratool.dtypes import tensor_bytes
 from loratool.quant import Found
 
-def find(tensors, config):
+def find(tensors, config, reader):
     coded = [n for n, r in tensors.items() if r.dtype == "I8"]
     steps = {n: n.removesuffix("weight") + "acme_step" for n in coded}
     weights = {
@@ -62,7 +62,7 @@ def decode(ref, reader, start, buffer):
     codes = raw(ref.codes, reader, first, count, torch.int8)
     rows = torch.arange(first, first + count) // ref.shape[1]
     torch.frombuffer(buffer, dtype=torch.float32).copy_(
-        numbers(codes, load_scales(ref, reader)[rows, 0]))
+        numbers(codes, load_scales(ref, reader)[rows, 0], ref))
 
 def load_scales(ref, reader):
     return raw(ref.scales, reader, 0, ref.shape[0], torch.float32)[:, None]
@@ -76,7 +76,7 @@ def store_scales(scales, dtype):
 def encode(values, factors, ref):
     return (values / factors).round().clamp(-127, 127).to(torch.int8)
 
-def numbers(codes, factors):
+def numbers(codes, factors, ref):
     return codes.float() * factors
 '''
 META = "Metadata-Version: 2.1\nName: acme\nVersion: 1.0\n"

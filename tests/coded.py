@@ -1,0 +1,254 @@
+"""Quantised weights made by hand: codes as each format lays them out, and what they stand for.
+
+The numbers are made element by element from codes that are drawn first, never by unpacking, in
+float32 and in the order of operations that the format has.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+Tensors = dict[str, torch.Tensor]
+
+FP4 = np.float32([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6])
+FP4[8] = -0.0
+NF4 = np.float32([
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
+    -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
+    0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941,
+    0.7229568362236023, 1.0,
+])  # fmt: skip
+BNB_FP4 = np.float32([
+    0.0, 0.0052083333, 0.6666667, 1.0, 0.33333334, 0.5, 0.16666667, 0.25,
+    -0.0, -0.0052083333, -0.6666667, -1.0, -0.33333334, -0.5, -0.16666667, -0.25,
+])  # fmt: skip
+
+
+@dataclass(frozen=True)
+class CodedFile:
+    """A quantised checkpoint with one coded weight.
+
+    Attributes:
+        tensors: by name.
+        config: its ``config.json``.
+        name: of the plain weight.
+        numbers: what it stands for, float32; None where a test has another truth.
+        codes: name of the codes; "" = that of the weight.
+    """
+
+    tensors: Tensors
+    config: dict[str, Any]
+    name: str = "a.weight"
+    numbers: torch.Tensor | None = None
+    codes: str = ""
+
+
+def config(method: str, **said: Any) -> dict[str, Any]:
+    return {"model_type": "test", "quantization_config": {"quant_method": method, **said}}
+
+
+def tensor(array: Any, dtype: torch.dtype | None = None) -> torch.Tensor:
+    made = torch.from_numpy(np.ascontiguousarray(array))
+    return made if dtype is None else made.to(dtype)
+
+
+def rounded(array: Any, dtype: torch.dtype) -> tuple[torch.Tensor, Any]:
+    """As it is stored, and the float32 numbers of that."""
+    stored = torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32)).to(dtype)
+    return stored, stored.float().numpy()
+
+
+def bit_stream(codes: Any, bits: int) -> Any:
+    """Rows of codes as rows of 32-bit words, low bits first, bit by bit."""
+    rows, count = codes.shape
+    words = np.zeros((rows, -(-count * bits // 32)), dtype=np.uint32)
+    flat = (codes.astype(np.uint32)[:, :, None] >> np.arange(bits, dtype=np.uint32)) & 1
+    bits_ = flat.reshape(rows, count * bits)
+    for at in range(count * bits):
+        words[:, at // 32] |= bits_[:, at] << np.uint32(at % 32)
+    return words.view(np.int32)
+
+
+def made(tensors: Tensors, said: dict[str, Any], numbers: Any, codes: str = "",
+         name: str = "a.weight") -> CodedFile:  # fmt: skip
+    more = {**tensors, "norm.weight": torch.ones(3)}
+    return CodedFile(more, said, name, tensor(np.float32(numbers)), codes)
+
+
+def bnb4(shape: Sequence[int], *, size: int, seed: int, kind: str = "nf4",
+         nested: int = 0) -> CodedFile:  # fmt: skip
+    rng = np.random.default_rng(seed)
+    count = int(np.prod(shape))
+    codes = rng.integers(0, 16, count)
+    table = NF4 if kind == "nf4" else BNB_FP4
+    blocks = -(-count // size)
+    state: dict[str, Any] = {"quant_type": kind, "blocksize": size, "dtype": "bfloat16",
+                             "shape": list(shape)}  # fmt: skip
+    parts: Tensors = {"quant_map": tensor(table)}
+    if nested:
+        inner, table2 = rng.integers(0, 256, blocks), np.float32(np.sort(rng.normal(size=256)))
+        scales, offset = np.float32(rng.random(-(-blocks // nested)) + 0.1), 0.3
+        factors = np.float32([
+            np.float32(table2[q] * scales[i // nested]) + np.float32(offset)
+            for i, q in enumerate(inner)
+        ])  # fmt: skip
+        state |= {"nested_blocksize": nested, "nested_dtype": "float32", "nested_offset": offset}
+        parts |= {"absmax": tensor(inner.astype(np.uint8)), "nested_absmax": tensor(scales),
+                  "nested_quant_map": tensor(table2)}  # fmt: skip
+    else:
+        factors = np.float32(rng.random(blocks) + 0.01)
+        parts["absmax"] = tensor(factors)
+    padded = np.append(codes, [0] * (count % 2)).astype(np.uint8)
+    packed = (padded[::2] << 4) | padded[1::2]
+    text = np.frombuffer(json.dumps(state).encode(), dtype=np.uint8).copy()
+    parts[f"quant_state.bitsandbytes__{kind}"] = tensor(text)
+    numbers = np.float32([table[q] * factors[i // size] for i, q in enumerate(codes)])
+    tensors = {"a.weight": tensor(packed)[:, None]}
+    tensors |= {f"a.weight.{n}": t for n, t in parts.items()}
+    return made(tensors, config("bitsandbytes", load_in_4bit=True), numbers.reshape(shape))
+
+
+def int8(rows: int, cols: int, *, seed: int) -> CodedFile:
+    rng = np.random.default_rng(seed)
+    codes, peaks = rng.integers(-127, 128, (rows, cols)), np.float32(rng.random(rows) + 0.01)
+    numbers = np.float32(codes) * peaks[:, None] * np.float32(7.874015718698502e-3)
+    tensors = {"a.weight": tensor(codes.astype(np.int8)), "a.SCB": tensor(peaks),
+               "a.weight_format": torch.tensor(0, dtype=torch.uint8)}  # fmt: skip
+    return made(tensors, config("bitsandbytes", load_in_8bit=True), numbers)
+
+
+def int8_channels(rows: int, cols: int, *, seed: int) -> CodedFile:
+    rng = np.random.default_rng(seed)
+    codes = rng.integers(-127, 128, (rows, cols))
+    stored, scale = rounded(rng.random((rows, 1)) + 0.01, torch.bfloat16)
+    tensors = {"a.weight": tensor(codes.astype(np.int8)), "a.weight_scale": stored}
+    said = config("compressed-tensors", format="int-quantized",
+                  config_groups={"g": {"weights": {"num_bits": 8, "type": "int"}}})  # fmt: skip
+    return made(tensors, said, np.float32(codes) * scale)
+
+
+def mxfp4(stack: Sequence[int], rows: int, blocks: int, *, seed: int) -> CodedFile:
+    rng = np.random.default_rng(seed)
+    codes = rng.integers(0, 16, (*stack, rows, blocks * 32))
+    powers = rng.integers(110, 140, (*stack, rows, blocks))
+    packed = (codes[..., ::2] | codes[..., 1::2] << 4).astype(np.uint8)
+    wide = np.repeat(powers, 32, -1)
+    numbers = np.swapaxes(FP4[codes] * np.exp2(np.float32(wide - 127)), -1, -2)
+    tensors = {
+        "mlp.experts.up_blocks": tensor(packed.reshape(*stack, rows, blocks, 16)),
+        "mlp.experts.up_scales": tensor(powers.astype(np.uint8)),
+    }
+    return made(tensors, config("mxfp4"), numbers, "mlp.experts.up_blocks", "mlp.experts.up")
+
+
+def gptq(words: int, outs: int, *, bits: int, size: int, seed: int, ordered: bool,
+         version: int = 1) -> CodedFile:  # fmt: skip
+    rng = np.random.default_rng(seed)
+    inputs = words * 32
+    groups = -(-inputs // size)
+    top = 1 << bits
+    codes, zeros = rng.integers(0, top, (inputs, outs)), rng.integers(0, top, (groups, outs))
+    stored, scale = rounded(rng.random((groups, outs)) + 0.01, torch.float16)
+    order = rng.permutation(inputs) // size if ordered else np.arange(inputs) // size
+    zero = zeros + (version == 1)
+    numbers = ((codes - zero[order]) * scale[order]).astype(np.float32).T
+    tensors = {
+        "a.qweight": tensor(bit_stream(codes.T, bits).T), "a.scales": stored,
+        "a.qzeros": tensor(bit_stream(zeros, bits)),
+    }  # fmt: skip
+    if ordered or seed % 2:
+        tensors["a.g_idx"] = tensor(order.astype(np.int32))
+    said = config("gptq", bits=bits, group_size=size)
+    if version == 2:
+        said["quantization_config"]["checkpoint_format"] = "gptq_v2"
+    return made(tensors, said, numbers, "a.qweight")
+
+
+def awq(groups: int, size: int, eights: int, *, seed: int) -> CodedFile:
+    rng = np.random.default_rng(seed)
+    inputs, outs = groups * size, eights * 8
+    codes, zeros = rng.integers(0, 16, (inputs, outs)), rng.integers(0, 16, (groups, outs))
+    stored, scale = rounded(rng.random((groups, outs)) + 0.01, torch.float16)
+
+    def packed(values: Any) -> torch.Tensor:
+        words = np.zeros((len(values), eights), dtype=np.uint32)
+        for word in range(eights):
+            for nibble, column in enumerate([0, 2, 4, 6, 1, 3, 5, 7]):
+                words[:, word] |= values[:, word * 8 + column].astype(np.uint32) << (4 * nibble)
+        return tensor(words.view(np.int32))
+
+    each = np.arange(inputs) // size
+    numbers = ((codes - zeros[each]) * scale[each]).astype(np.float32).T
+    tensors = {"a.qweight": packed(codes), "a.qzeros": packed(zeros), "a.scales": stored}
+    return made(tensors, config("awq", bits=4, group_size=size), numbers, "a.qweight")
+
+
+def packed(rows: int, cols: int, *, bits: int, size: int, seed: int, zeros: bool,
+           ordered: bool = False) -> CodedFile:  # fmt: skip
+    rng = np.random.default_rng(seed)
+    half, groups = 1 << (bits - 1), -(-cols // size)
+    codes = rng.integers(-half, half, (rows, cols))
+    stored, scale = rounded(rng.random((rows, groups)) + 0.01, torch.bfloat16)
+    order = rng.permutation(cols) // size if ordered else np.arange(cols) // size
+    zero = rng.integers(-half, half, (rows, groups)) if zeros else np.zeros((rows, groups), int)
+    numbers = (codes - zero[:, order]) * scale[:, order]
+    tensors = {
+        "a.weight_packed": tensor(bit_stream(codes + half, bits)), "a.weight_scale": stored,
+        "a.weight_shape": torch.tensor([rows, cols]),
+    }  # fmt: skip
+    if zeros:
+        tensors["a.weight_zero_point"] = tensor(bit_stream((zero + half).T, bits).T)
+    if ordered:
+        tensors["a.weight_g_idx"] = tensor(order.astype(np.int32))
+    weights = {"num_bits": bits, "type": "int", "symmetric": not zeros, "group_size": size,
+               "strategy": "group"}  # fmt: skip
+    said = config("compressed-tensors", format="pack-quantized",
+                  config_groups={"group_0": {"weights": weights}})  # fmt: skip
+    return made(tensors, said, numbers.astype(np.float32), "a.weight_packed")
+
+
+def nvfp4(rows: int, blocks: int, *, seed: int, modelopt: bool = False) -> CodedFile:
+    rng = np.random.default_rng(seed)
+    codes = rng.integers(0, 16, (rows, blocks * 16))
+    stored, scale = rounded(rng.random((rows, blocks)) * 400 + 1, torch.float8_e4m3fn)
+    whole = np.float32(rng.random(1) * 900 + 100)
+    packed = tensor((codes[:, ::2] | codes[:, 1::2] << 4).astype(np.uint8))
+    each = scale * (1 / whole) if modelopt else scale / whole
+    if modelopt:
+        whole = np.float32(1 / whole)
+        each = scale * whole
+    numbers = FP4[codes] * np.repeat(each, 16, 1)
+    if modelopt:
+        tensors = {
+            "a.weight": packed, "a.weight_scale": stored, "a.weight_scale_2": tensor(whole)[0],
+            "a.input_scale": torch.tensor(0.5),
+        }  # fmt: skip
+        return made(tensors, config("modelopt", quant_algo="NVFP4"), numbers)
+    tensors = {
+        "a.weight_packed": packed, "a.weight_scale": stored,
+        "a.weight_global_scale": tensor(whole), "a.input_global_scale": torch.ones(1),
+    }  # fmt: skip
+    said = config("compressed-tensors", format="nvfp4-pack-quantized")
+    return made(tensors, said, numbers, "a.weight_packed")
+
+
+def mlx(rows: int, words: int, *, bits: int, size: int, seed: int,
+        dtype: torch.dtype = torch.float16) -> CodedFile:  # fmt: skip
+    rng = np.random.default_rng(seed)
+    cols = words * 32
+    groups = cols // size
+    codes = rng.integers(0, 1 << bits, (rows, cols))
+    stored, scale = rounded(rng.random((rows, groups)) + 0.01, dtype)
+    offsets, bias = rounded(-rng.random((rows, groups)), dtype)
+    each = np.arange(cols) // size
+    numbers = np.float32(codes) * scale[:, each] + bias[:, each]
+    words_ = tensor(bit_stream(codes, bits)).view(torch.uint32)
+    tensors = {"a.weight": words_, "a.scales": stored, "a.biases": offsets}
+    said = {"model_type": "test", "quantization": {"group_size": size, "bits": bits}}
+    return made(tensors, said, numbers)

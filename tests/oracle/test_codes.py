@@ -1,0 +1,185 @@
+"""Bases in codes: merged into 16 bits with nothing left that speaks of codes, or in codes again."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import loratool as lt
+from loratool.errors import LoratoolError
+from tests import coded
+from tests.coded import CodedFile
+from tests.make import random_factors, save_adapter, save_checkpoint
+
+STEM = "model.layers.0.self_attn.q_proj"
+MAKERS: dict[str, Callable[[], CodedFile]] = {
+    "nf4": lambda: coded.bnb4((48, 40), size=64, seed=1),
+    "fp4 nested": lambda: coded.bnb4((48, 40), size=64, seed=2, kind="fp4", nested=256),
+    "int8": lambda: coded.int8(48, 40, seed=3),
+    "int8 channels": lambda: coded.int8_channels(48, 40, seed=3),
+    "gptq": lambda: coded.gptq(3, 48, bits=4, size=32, seed=4, ordered=True),
+    "gptq 3 bits": lambda: coded.gptq(2, 64, bits=3, size=32, seed=5, ordered=False),
+    "awq": lambda: coded.awq(3, 16, 6, seed=6),
+    "packed": lambda: coded.packed(48, 40, bits=4, size=8, seed=7, zeros=True),
+    "nvfp4": lambda: coded.nvfp4(48, 3, seed=8),
+    "modelopt": lambda: coded.nvfp4(48, 3, seed=8, modelopt=True),
+    "mlx": lambda: coded.mlx(48, 2, bits=4, size=32, seed=9),
+}
+READ_ONLY = [name for name in MAKERS if not name.startswith("int8")]
+
+
+def put(file: CodedFile, stem: str) -> CodedFile:
+    """The coded weight under another module."""
+
+    def moved(name: str) -> str:
+        return stem + name.removeprefix("a") if name.startswith("a.") else name
+
+    tensors = {moved(n): t for n, t in file.tensors.items()}
+    return replace(file, tensors=tensors, name=moved(file.name), codes=moved(file.codes))
+
+
+def base_and_style(name: str, folder: Path) -> tuple[CodedFile, torch.Tensor]:
+    """A base of one coded weight in ``base``, an adapter in ``style``; with its ΔW."""
+    file = put(MAKERS[name](), STEM)
+    assert file.numbers is not None
+    extra = {"model.position_ids": torch.arange(4)}
+    save_checkpoint(folder / "base", {**file.tensors, **extra},
+                    config=file.config | {"torch_dtype": "float16"})  # fmt: skip
+    size = float(file.numbers.std())
+    factors = random_factors({STEM: tuple(file.numbers.shape)}, rank=4, seed=5, scale=size**0.5)
+    save_adapter(folder / "style", factors, alpha=4, target_modules=["q_proj"])
+    lora_A, lora_B = factors[STEM]
+    return file, lora_B.double() @ lora_A.double()
+
+
+def stored(folder: Path) -> dict[str, torch.Tensor]:
+    return {k: v for f in sorted(folder.glob("*.safetensors")) for k, v in load_file(f).items()}
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_dequantize(tmp_path: Path, name: str) -> None:
+    file, delta = base_and_style(name, tmp_path)
+    assert file.numbers is not None
+    lt.merge([tmp_path / "style"], base=tmp_path / "base", output=tmp_path / "out", dequantize=True)
+    got, out = stored(tmp_path / "out"), tmp_path / "out"
+    assert set(got) == {file.name, "norm.weight", "model.position_ids"}
+    want = file.numbers.double() + delta
+    # half a step of bfloat16, and float32 sums of six numbers before it
+    slack = want.abs() * 2**-8 + 8 * 2**-24 * (file.numbers.abs() + want.abs())
+    assert got[file.name].dtype == torch.bfloat16
+    assert bool(((got[file.name].double() - want).abs() <= slack).all())
+    config = json.loads((out / "config.json").read_text())
+    assert config == {"model_type": "test", "torch_dtype": "bfloat16"}
+    report = lt.verify(out, base=tmp_path / "base", adapters=[tmp_path / "style"])
+    assert report.verdict == "identical"
+
+
+@pytest.mark.parametrize("name", ["gptq", "awq", "nf4", "packed"])
+def test_exact_sums_do_not_depend_on_pieces(tmp_path: Path, name: str) -> None:
+    file, _ = base_and_style(name, tmp_path)
+    made = []
+    for number, options in enumerate(({}, {"threads": 1, "chunk_bytes": 4096})):
+        out = tmp_path / f"out{number}"
+        lt.merge([tmp_path / "style"], base=tmp_path / "base", output=out, provenance=False,
+                 dequantize=True, exact=True, **options)  # fmt: skip
+        made.append(stored(out)[file.name])
+    assert torch.equal(*made)
+
+
+@pytest.mark.parametrize("name", READ_ONLY)
+def test_codes_that_are_only_read_are_not_written(tmp_path: Path, name: str) -> None:
+    base_and_style(name, tmp_path)
+    with pytest.raises(LoratoolError) as caught:
+        lt.merge([tmp_path / "style"], base=tmp_path / "base", output=tmp_path / "out",
+                 requant=True)  # fmt: skip
+    assert caught.value.code == "LT-499" and "--dequantize" in str(caught.value.hint)
+    assert caught.value.key == f"{STEM}.weight"
+
+
+def test_without_an_option_it_is_refused(tmp_path: Path) -> None:
+    base_and_style("gptq", tmp_path)
+    with pytest.raises(LoratoolError) as caught:
+        lt.merge([tmp_path / "style"], base=tmp_path / "base", output=tmp_path / "out")
+    assert caught.value.code == "LT-435" and "--dequantize" in str(caught.value.hint)
+
+
+@pytest.mark.parametrize("how", ["int8", "int8 channels"])
+@pytest.mark.parametrize("rho", [0.2, 2.0])
+def test_requant_of_integers(tmp_path: Path, how: str, rho: float) -> None:
+    """Half a step at most, factors grown only where they must, the loss as measured."""
+    file, delta = base_and_style(how, tmp_path)
+    assert file.numbers is not None
+    weight = float(rho * file.numbers.double().norm() / delta.norm())
+    report: Any = lt.merge([f"{tmp_path / 'style'}:{weight!r}"], base=tmp_path / "base",
+                           output=tmp_path / "out", requant=True)  # fmt: skip
+    got = stored(tmp_path / "out")
+    before = {**file.tensors, "model.position_ids": torch.arange(4)}
+    assert {n: (t.dtype, t.shape) for n, t in got.items()} == {
+        n: (t.dtype, t.shape) for n, t in before.items()
+    }
+    scale = next(n for n in got if n.endswith(("SCB", "weight_scale")))
+    unit = 7.874015718698502e-3 if scale.endswith("SCB") else 1.0
+    step = got[scale].double().view(-1, 1) * unit
+    want = file.numbers.double() + weight * delta
+    error = got[file.name].double() * step - want
+    # half a step, and factors of bfloat16 that were rounded up
+    assert bool((error.abs() <= step * 0.5 * (1 + 1e-5)).all())
+    holds = want.abs().amax(1) <= 127 * file.tensors[scale].double().view(-1) * unit
+    assert torch.equal(got[scale].view(-1)[holds], file.tensors[scale].view(-1)[holds])
+    assert report.total.loss == pytest.approx(float(error.norm() / (weight * delta).norm()),
+                                              abs=0.02)  # fmt: skip
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+
+
+def test_integers_too_coarse_for_the_change_are_refused(tmp_path: Path) -> None:
+    base_and_style("int8", tmp_path)
+    options: Any = {"base": tmp_path / "base", "output": tmp_path / "out", "requant": True}
+    with pytest.raises(LoratoolError) as caught:
+        lt.merge([f"{tmp_path / 'style'}:0.0001"], **options)
+    assert caught.value.code == "LT-807" and not (tmp_path / "out").exists()
+    lt.merge([f"{tmp_path / 'style'}:0.0001"], force=True, **options)
+    assert (tmp_path / "out").exists()
+
+
+DAMAGES: dict[str, tuple[str, str, Callable[[torch.Tensor], torch.Tensor]]] = {
+    "factors": ("nf4", f"{STEM}.weight.absmax", lambda t: t[:-1].clone()),
+    "state": ("nf4", f"{STEM}.weight.quant_state.bitsandbytes__nf4", lambda t: t[:-2].clone()),
+    "codes": ("nf4", f"{STEM}.weight", lambda t: t[:-1].clone()),
+    "zeros": ("gptq", f"{STEM}.qzeros", lambda t: t[:, :-1].clone()),
+    "groups": ("gptq", f"{STEM}.g_idx", lambda t: t + 5),
+    "awq": ("awq", f"{STEM}.scales", lambda t: t[:, :-1].clone()),
+    "shape": ("packed", f"{STEM}.weight_shape", lambda t: t + 64),
+    "nvfp4": ("nvfp4", f"{STEM}.weight_scale", lambda t: t[:, :-1].clone()),
+    "mlx": ("mlx", f"{STEM}.biases", lambda t: t[:, :-1].clone()),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damage_is_named(tmp_path: Path, damage: str) -> None:
+    name, key, change = DAMAGES[damage]
+    file, _ = base_and_style(name, tmp_path)
+    tensors = {**file.tensors, key: change(file.tensors[key])}
+    save_checkpoint(tmp_path / "bad", tensors, config=file.config)
+    with pytest.raises(LoratoolError) as caught:
+        lt.merge([tmp_path / "style"], base=tmp_path / "bad", output=tmp_path / "out",
+                 dequantize=True)  # fmt: skip
+    assert caught.value.code == "LT-335" and str(caught.value.key).startswith(STEM)
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_left_in_codes_is_refused(tmp_path: Path) -> None:
+    """A second weight in a format that nothing reads: no half of a plain model."""
+    file, _ = base_and_style("nf4", tmp_path)
+    tensors = {**file.tensors, "b.weight": torch.zeros(4, 4, dtype=torch.int8)}
+    save_checkpoint(tmp_path / "odd", tensors, config=file.config)
+    with pytest.raises(LoratoolError) as caught:
+        lt.merge([tmp_path / "style"], base=tmp_path / "odd", output=tmp_path / "out",
+                 dequantize=True)  # fmt: skip
+    assert caught.value.code == "LT-499" and "int8" in str(caught.value.got)
