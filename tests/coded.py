@@ -133,10 +133,11 @@ def int8_channels(rows: int, cols: int, *, seed: int) -> CodedFile:
     return made(tensors, said, np.float32(codes) * scale)
 
 
-def mxfp4(stack: Sequence[int], rows: int, blocks: int, *, seed: int) -> CodedFile:
+def mxfp4(stack: Sequence[int], rows: int, blocks: int, *, seed: int,
+          exponents: tuple[int, int] = (110, 140)) -> CodedFile:  # fmt: skip
     rng = np.random.default_rng(seed)
     codes = rng.integers(0, 16, (*stack, rows, blocks * 32))
-    powers = rng.integers(110, 140, (*stack, rows, blocks))
+    powers = rng.integers(*exponents, (*stack, rows, blocks))
     packed = (codes[..., ::2] | codes[..., 1::2] << 4).astype(np.uint8)
     wide = np.repeat(powers, 32, -1)
     numbers = np.swapaxes(FP4[codes] * np.exp2(np.float32(wide - 127)), -1, -2)

@@ -93,7 +93,10 @@ class Requantize(AddDeltas):
 
     def _pick(self, index: int, summed: torch.Tensor, delta: torch.Tensor) -> None:
         """Predict on the grid of the codes: in units of one factor."""
-        scale = 1.0 if self.scales is None else float(self.scales.double().median())
+        scale = 1.0
+        if self.scales is not None:
+            ones = torch.ones_like(self.scales)
+            scale = float(self.coder.numbers(ones, self.scales, self.coded).double().median())
         super()._pick(index, summed / scale, delta / scale)
 
 

@@ -97,6 +97,11 @@ def requantized_step(step: Step, args: RequantizeArgs) -> int:
     return summed_step(step, args) + 24 * blocks + grid.CPU_ELEMENTS * 64
 
 
+def requantized_rows(step: Step, args: RequantizeArgs) -> int:
+    """Besides the factors of changes, a strip with its sums, codes and numbers."""
+    return summed_step(step, args) + grid.CPU_ELEMENTS * 96
+
+
 def looked_step(step: Step, args: SumArgs) -> int:
     """Of each delta its QR, singular vectors, a copy; exponents of all sums, noise of one."""
     parts = [p for p in step.parts if isinstance(p, DeltaPart)]

@@ -18,6 +18,7 @@ from loratool.ops.align_parts import require_aligned
 from loratool.ops.coded import plain_dtype, require_codable
 from loratool.ops.weights import Weight
 from loratool.plan import DeltaPart, Part, Plan, ReplacePart, ShardPlan, Step, TensorSpec
+from loratool.quant import codec_of
 from loratool.store.checkpoint import Checkpoint, Shard
 
 _SHARD_NUMBER = re.compile(r"-\d{5}-of-\d{5}(?=\.safetensors$)")
@@ -262,8 +263,14 @@ def _make_coded(name: str, ref: CodedRef, parts: list[Part], how: Mapping[str, A
         return Step("copy", output, (codes,), (1, codes.nbytes))
     require_codable(name, ref)
     step = _make_step(name, replace(ref, is_kept=False), parts, None, how)
-    view = matrix_view(ref.shape, parts)
-    return replace(step, op="requantize", output=output, view=view, args={**how, "coded": ref})
+    view, args = matrix_view(ref.shape, parts), {**how, "coded": ref}
+    if codec_of(ref.codec).writes == "blocks":
+        return replace(step, op="requantize", output=output, view=view, args=args)
+    return replace(
+        step, op="requantize_rows", output=output, inputs=(codes, *step.inputs),
+        view=(ref.numel // ref.shape[-2], codes.nbytes * ref.shape[-2] // ref.numel),
+        args={**args, "view": view},
+    )  # fmt: skip
 
 
 def _make_scales(steps: Mapping[str, Step], sources: Mapping[str, TensorRef]) -> dict[str, Step]:
@@ -276,6 +283,13 @@ def _make_scales(steps: Mapping[str, Step], sources: Mapping[str, TensorRef]) ->
             continue
         name = names[coded.scales]
         old = steps[name]
+        if op_of(step).has_one_input:  # factors lie as rows beside the codes
+            made[name] = replace(
+                step, op="requantize_row_factors", output=old.output,
+                inputs=(coded.scales, *step.inputs[1:]),
+                view=(step.view[0], old.output.numel // step.view[0]),
+            )  # fmt: skip
+            continue
         made[name] = replace(
             step, op="requantize_scales", output=old.output, inputs=(coded.scales, *step.inputs),
             view=matrix_view(old.output.shape, ()), args={**step.args, "view": step.view},

@@ -72,6 +72,21 @@ class Recoder(Coder, Protocol):
         """The float32 numbers that codes stand for."""
 
 
+class RowCoder(Coder, Protocol):
+    """What it offers where it ``writes`` ``rows``: numbers as rows of the codes, (rows, inputs)."""
+
+    def load_rows(self, ref: CodedRef, reader: Reader, first: int, last: int) -> Tensor:
+        """The float32 numbers of some rows."""
+
+    def load_factors(self, ref: CodedRef, reader: Reader, first: int, last: int) -> Tensor:
+        """The factors of some rows, as they are stored."""
+
+    def encode_rows(
+        self, values: Tensor, factors: Tensor, ref: CodedRef
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """float64 numbers and old factors -> codes, factors, the float32 numbers of both."""
+
+
 @dataclass(frozen=True)
 class Codec:
     """One way to store weights in codes.
@@ -81,14 +96,15 @@ class Codec:
         title: for messages.
         methods: what `loratool.quant.recognize` calls checkpoints with such weights.
         module: a `Coder`; it may import torch.
-        writes: the module is a `Recoder`.
+        writes: what its module is besides: ``blocks`` for a `Recoder`, ``rows`` for a `RowCoder`,
+            "" where codes are only read.
     """
 
     name: str
     title: str
     methods: tuple[str, ...]
     module: str
-    writes: bool = False
+    writes: str = ""
 
     @property
     def coder(self) -> Coder:
@@ -97,9 +113,15 @@ class Codec:
 
     @property
     def recoder(self) -> Recoder:
-        """The module of one that writes."""
-        assert self.writes
+        """The module of one that writes blocks."""
+        assert self.writes == "blocks"
         return cast(Recoder, import_module(self.module))
+
+    @property
+    def row_coder(self) -> RowCoder:
+        """The module of one that writes rows."""
+        assert self.writes == "rows"
+        return cast(RowCoder, import_module(self.module))
 
 
 def coded(

@@ -12,11 +12,11 @@ CODECS: dict[str, Codec] = {
     c.name: c
     for c in (
         Codec("fp8", "8-bit floats", ("fp8", "compressed-tensors", "modelopt"),
-              "loratool.quant.fp8", writes=True),
+              "loratool.quant.fp8", writes="blocks"),
         Codec("int8", "8-bit integers", ("bitsandbytes", "compressed-tensors"),
-              "loratool.quant.int8", writes=True),
+              "loratool.quant.int8", writes="blocks"),
         Codec("bnb4", "nf4 or fp4", ("bitsandbytes",), "loratool.quant.bnb4"),
-        Codec("mxfp4", "mxfp4", ("mxfp4",), "loratool.quant.mxfp4"),
+        Codec("mxfp4", "mxfp4", ("mxfp4",), "loratool.quant.mxfp4", writes="rows"),
         Codec("gptq", "GPTQ", ("gptq",), "loratool.quant.gptq"),
         Codec("awq", "AWQ", ("awq",), "loratool.quant.awq"),
         Codec("packed", "packed integers", ("compressed-tensors",), "loratool.quant.packed"),

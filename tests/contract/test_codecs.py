@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from loratool.adapter import CodedRef
 from loratool.quant import CODECS, Codec, codec_of, find_codes
-from loratool.quant.base import Coder, Recoder, factors_at
+from loratool.quant.base import Coder, Recoder, RowCoder, factors_at
 from loratool.quant.find import reading
 from loratool.store.checkpoint import open_checkpoint
 from loratool.store.reader import FileReader
@@ -25,7 +25,9 @@ from tests.make import randn, save_checkpoint
 from tests.strategies import CODED, CodedFile
 
 ROWS = [pytest.param(c, id=c.name) for c in CODECS.values()]
-WRITING = [pytest.param(c, id=c.name) for c in CODECS.values() if c.writes]
+WRITING = [pytest.param(c, id=c.name) for c in CODECS.values() if c.writes == "blocks"]
+BY_ROWS = [pytest.param(c, id=c.name) for c in CODECS.values() if c.writes == "rows"]
+PROTOCOLS = {"": (Coder,), "blocks": (Coder, Recoder), "rows": (Coder, RowCoder)}
 Opened = tuple[CodedRef, FileReader]
 
 
@@ -37,7 +39,7 @@ def test_every_codec_has_random_checkpoints() -> None:
 def test_a_row_resolves(row: Codec) -> None:
     assert codec_of(row.name) is row and row.methods
     assert all(row in reading(method) for method in row.methods)
-    for protocol in (Coder, Recoder) if row.writes else (Coder,):
+    for protocol in PROTOCOLS[row.writes]:
         for name in (n for n, f in vars(protocol).items() if inspect.isfunction(f) and n[0] != "_"):
             wanted = list(inspect.signature(getattr(protocol, name)).parameters)[1:]
             assert list(inspect.signature(getattr(row.coder, name)).parameters) == wanted, name
@@ -210,5 +212,54 @@ def test_factors_that_hold_stay_and_others_grow(row: Codec) -> None:
         wide = factors_at(made, ref, torch.arange(rows), torch.arange(cols))
         tops = factors_at(more, ref, torch.arange(rows), torch.arange(cols))
         assert bool((most(row, ref, wide) >= tops * (1 - 2**-23)).all())  # nothing is cut off
+
+    each(row, holds)
+
+
+def as_rows(ref: CodedRef, values: torch.Tensor) -> torch.Tensor:
+    """A weight's numbers as rows of its codes."""
+    turned = values.view(ref.shape).transpose(-1, -2) if ref.is_turned else values.view(ref.shape)
+    return turned.reshape(-1, turned.shape[-1])
+
+
+@pytest.mark.parametrize("row", BY_ROWS)
+def test_rows_go_back_to_their_codes(row: Codec) -> None:
+    def holds(file: CodedFile, ref: CodedRef, reader: FileReader, _: Any) -> None:
+        assert ref.codes is not None and ref.scales is not None
+        values = as_rows(ref, decoded(ref, reader))
+        loaded = row.row_coder.load_rows(ref, reader, 0, len(values))
+        assert torch.equal(loaded, values)
+        factors = row.row_coder.load_factors(ref, reader, 0, len(values))
+        codes, kept, numbers = row.row_coder.encode_rows(values.double(), factors, ref)
+        assert torch.equal(kept, factors) and torch.equal(numbers, values)
+        again = file.tensors[ref.codes.name].view(codes.shape)
+        zero = values == 0  # 0 and -0 are one number
+        assert torch.equal(codes[~zero[:, ::2] & ~zero[:, 1::2]],
+                           again[~zero[:, ::2] & ~zero[:, 1::2]])  # fmt: skip
+
+    each(row, holds)
+
+
+@pytest.mark.parametrize("row", BY_ROWS)
+def test_rows_take_the_nearest_numbers_and_factors_that_hold(row: Codec) -> None:
+    """Against every number that a code can stand for under the factor taken."""
+
+    def holds(_: CodedFile, ref: CodedRef, reader: FileReader, data: st.DataObject) -> None:
+        coder, cols = row.row_coder, ref.block[1]
+        loaded = as_rows(ref, decoded(ref, reader))
+        factors = coder.load_factors(ref, reader, 0, len(loaded))
+        grown = data.draw(st.sampled_from([0.3, 1.0, 5.0]))
+        values = loaded.double() * grown + randn(*loaded.shape, seed=3).double() * loaded.std()
+        _codes, made, numbers = coder.encode_rows(values, factors, ref)
+        top = loaded.double().unflatten(1, (-1, cols)).abs().amax(-1)
+        peaks = values.unflatten(1, (-1, cols)).abs().amax(-1)
+        assert bool((made >= factors)[peaks > top].all())
+        assert torch.equal(made[peaks <= top], factors[peaks <= top])
+        error = (numbers.double() - values).abs()
+        for other in torch.linspace(-6, 6, 25, dtype=torch.float64):  # halves, whole numbers
+            if float(other.abs()) in (0, 0.5, 1, 1.5, 2, 3, 4, 6):
+                each_one = torch.ldexp(other.expand(made.shape), made.int() - 127)
+                away = (each_one.repeat_interleave(cols, 1) - values).abs()
+                assert bool((error <= away).all())
 
     each(row, holds)

@@ -32,7 +32,7 @@ KIND = replace(
 )
 METHOD = replace(KIND, name="acme-method", roles=("acme_w1", "acme_w2_a", "acme_w2_b"),
                  title="Acme method", rank_axis=("acme_w2_b", 0), method="ACME")
-CODEC = Codec("acme-steps", "Acme steps", ("acme",), "acme_steps", True)
+CODEC = Codec("acme-steps", "Acme steps", ("acme",), "acme_steps", "blocks")
 NUMBER = 3
 """
 STEPS = '''

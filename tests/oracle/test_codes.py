@@ -183,3 +183,94 @@ def test_what_is_left_in_codes_is_refused(tmp_path: Path) -> None:
         lt.merge([tmp_path / "style"], base=tmp_path / "odd", output=tmp_path / "out",
                  dequantize=True)  # fmt: skip
     assert caught.value.code == "LT-499" and "int8" in str(caught.value.got)
+
+
+# ------------------------------------------------------------------------------------- mxfp4
+
+EXPERTS = "model.layers.0.mlp.experts.gate_up_proj"
+
+
+def gpt_oss(folder: Path, *, rho: float = 0.3) -> tuple[CodedFile, torch.Tensor]:
+    """Two experts of (64, 40) in codes, and an adapter on the parameter; with its ΔW."""
+    file = coded.mxfp4([2], 40, 2, seed=11, exponents=(119, 122))
+    assert file.numbers is not None
+    moved = {EXPERTS + n.removeprefix("mlp.experts.up"): t for n, t in file.tensors.items()
+             if "norm" not in n}  # fmt: skip
+    file = replace(file, tensors=moved, name=EXPERTS, codes=f"{EXPERTS}_blocks")
+    save_checkpoint(folder / "base", moved, config=file.config)
+    experts, inner, outs = file.numbers.shape
+    lora_A = torch.randn(2 * experts, inner, generator=torch.Generator().manual_seed(1))
+    lora_B = torch.randn(outs, 2 * experts, generator=torch.Generator().manual_seed(2))
+    pairs = [(lora_A[2 * e : 2 * e + 2], lora_B[:, e::experts]) for e in range(experts)]
+    delta = torch.stack([(B.double() @ A.double()).T for A, B in pairs])
+    size = rho * file.numbers.double().norm() / delta.norm()
+    module = "model.layers.0.mlp.experts"
+    save_adapter(
+        folder / "style", {module: (lora_A, lora_B * float(size))}, alpha=2, r=2,
+        target_modules=[], target_parameters=["mlp.experts.gate_up_proj"],
+    )  # fmt: skip
+    return file, delta * float(size)
+
+
+@pytest.mark.parametrize("how", ["dequantize", "requant"])
+def test_mxfp4(tmp_path: Path, how: str) -> None:
+    file, delta = gpt_oss(tmp_path)
+    assert file.numbers is not None
+    report: Any = lt.merge([tmp_path / "style"], base=tmp_path / "base", output=tmp_path / "out",
+                           **{how: True})  # fmt: skip
+    got, want = stored(tmp_path / "out"), file.numbers.double() + delta
+    if how == "dequantize":
+        assert set(got) == {EXPERTS}
+        slack = want.abs() * 2**-8 + 2**-20 * (file.numbers.abs() + want.abs())
+        made = got[EXPERTS].double()
+    else:
+        assert {n: (t.dtype, t.shape) for n, t in got.items()} == {
+            n: (t.dtype, t.shape) for n, t in file.tensors.items()
+        }
+        made = mxfp4_numbers(got).double()
+        powers = got[f"{EXPERTS}_scales"].int() - 127
+        units = torch.exp2(powers).double().repeat_interleave(32, -1)
+        slack = units.transpose(1, 2) * (1 + 1e-6)  # half of the widest step, from 4 to 6
+        peaks = want.transpose(1, 2).unflatten(2, (-1, 32)).abs().amax(-1)
+        old = file.tensors[f"{EXPERTS}_scales"].int() - 127
+        holds = peaks <= 6 * torch.exp2(old)
+        assert torch.equal(powers[holds], old[holds]) and not bool(holds.all())
+        loss = float((made - want).norm() / delta.norm())
+        assert report.total.loss == pytest.approx(loss, abs=0.02)
+    assert bool(((made - want).abs() <= slack).all())
+
+
+def mxfp4_numbers(tensors: dict[str, torch.Tensor]) -> torch.Tensor:
+    """What transformers makes of codes and exponents, in float32."""
+    mxfp4 = pytest.importorskip("transformers.integrations.mxfp4")
+    made: torch.Tensor = mxfp4.convert_moe_packed_tensors(
+        tensors[f"{EXPERTS}_blocks"], tensors[f"{EXPERTS}_scales"], dtype=torch.float32
+    )
+    return made
+
+
+def test_mxfp4_is_read_as_transformers_reads_it(tmp_path: Path) -> None:
+    file, _ = gpt_oss(tmp_path)
+    assert file.numbers is not None
+    assert torch.equal(mxfp4_numbers(file.tensors), file.numbers)
+
+
+def test_coding_mxfp4_anew_does_not_depend_on_pieces(tmp_path: Path) -> None:
+    gpt_oss(tmp_path)
+    made = []
+    for number, options in enumerate(({}, {"threads": 1, "chunk_bytes": 4096})):
+        out = tmp_path / f"out{number}"
+        lt.merge([tmp_path / "style"], base=tmp_path / "base", output=out, provenance=False,
+                 requant=True, **options)  # fmt: skip
+        made.append({p.name: p.read_bytes() for p in out.glob("*.safetensors")})
+    assert made[0] == made[1]
+
+
+@pytest.mark.parametrize("how", ["int8", "mxfp4"])
+def test_predicted_loss_is_near_the_measured_one(tmp_path: Path, how: str) -> None:
+    gpt_oss(tmp_path) if how == "mxfp4" else base_and_style(how, tmp_path)
+    adapter = [tmp_path / "style"] if how == "mxfp4" else [f"{tmp_path / 'style'}:0.01"]
+    options: Any = {"base": tmp_path / "base", "output": tmp_path / "out", "requant": True}
+    planned: Any = lt.merge(adapter, dry_run=True, **options)
+    report: Any = lt.merge(adapter, force=True, **options)
+    assert planned.total.predicted_loss == pytest.approx(report.total.loss, abs=0.04)
