@@ -127,7 +127,8 @@ def _is_diagonal(spec: DeltaSpec, spans: Sequence[Span], rank: int) -> bool:
     """True if the left factor is zero but for its ranks i·r … (i+1)·r in the rows of span i."""
     left = spec.fields[spec.row.products[0][0]]
     item, wide = DTYPES[left.dtype].bits // 8, spec.rank
-    if rank < 1 or len(spans) < 2 or left.numel != left.shape[0] * wide:
+    is_blank = isinstance(left, TensorData) and not left.data
+    if rank < 1 or len(spans) < 2 or left.numel != left.shape[0] * wide or is_blank:
         return False
     last, first = _row_bytes(left, spans[-1][0], item * wide), _row_bytes(left, 0, item * wide)
     if any(first[rank * item :]) or any(last[: (len(spans) - 1) * rank * item]):

@@ -1,0 +1,267 @@
+"""What modules are called in another program: renamed, cut into parts and put together.
+
+The maps of families say which weights are the same.  Where one side has as one module what the
+other has apart, changes are cut and joined by `loratool.delta.stacking`; both are exact.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from loratool.adapter import Adapter, DeltaSpec
+from loratool.archs.family_rows import Name, cut
+from loratool.archs.flat import components_of
+from loratool.archs.places import Place, places
+from loratool.delta import stacking
+from loratool.delta.forms import shape_of, side_sizes
+from loratool.errors import MismatchError, list_some
+from loratool.store.reader import have_same_bytes
+
+
+@dataclass(frozen=True)
+class Located:
+    """A change, and which weights of which family it is of.
+
+    Attributes:
+        spec: as the adapter has it.
+        component: part of the pipeline, a key of `diffusion.json`; "" = not said.
+        module: its name behind the component's prefix, flat or dotted.
+        place: None = of no family that is known.
+    """
+
+    spec: DeltaSpec
+    component: str
+    module: str
+    place: Place | None
+
+
+@dataclass(frozen=True)
+class Moved:
+    """A change under its new name.
+
+    Attributes:
+        spec: module and parameter as the naming has them, without a component.
+        component: that it is of.
+        family: of its weights, "" if not known.
+    """
+
+    spec: DeltaSpec
+    component: str
+    family: str
+
+
+def locate(adapter: Adapter, family: str | None = None) -> list[Located]:
+    """Find every change among the weights of known families.
+
+    Args:
+        adapter: opened; flat or with dotted names.
+        family: that it is of, if that is known; else the one that explains most.
+    """
+    found = [(spec, *_split(spec, adapter.is_flat)) for spec in adapter.specs]
+    known = [places(component, module, spec.parameter) for spec, component, module in found]
+    votes: dict[str, Counter[str]] = {}
+    for one in known:
+        for name in {p.family for p in one}:
+            kind = next(p.row.component for p in one if p.family == name)
+            votes.setdefault(kind, Counter())[name] += 1
+    best = {kind: max(counts, key=lambda n: (n == family, counts[n])) for kind, counts in votes.items()}
+    return [
+        Located(spec, component, module, _chosen(options, best))
+        for (spec, component, module), options in zip(found, known, strict=True)
+    ]
+
+
+def _split(spec: DeltaSpec, is_flat: bool) -> tuple[str, str]:
+    """(component, module) of a change."""
+    if is_flat:
+        component, _, module = spec.module.rpartition(".")
+        return component, module
+    for component, prefix in components_of(spec.module):
+        return component, spec.module.removeprefix(prefix)
+    return "", spec.module
+
+
+def _chosen(options: Sequence[Place], best: Mapping[str, str]) -> Place | None:
+    mine = [p for p in options if p.family in best.values()]
+    return mine[0] if mine else options[0] if options else None
+
+
+def rename(
+    located: Iterable[Located], naming: Callable[[str], str], remake: stacking.Remake
+) -> list[Moved]:
+    """Every change under the name that it has in a naming.
+
+    Args:
+        located: of `locate`.
+        naming: family -> which of its namings, such as ``original`` or ``diffusers``.
+        remake: of `loratool.delta.stacking.join`.
+
+    Raises:
+        MismatchError: LT-494, a change that cannot be cut or joined so; LT-417, the same weight
+            changed twice.
+    """
+    groups: dict[object, list[Located]] = {}
+    for one in located:
+        place = one.place
+        key: object = id(one)
+        if place is not None:
+            key = (one.component, id(place.row), place.numbers, place.parameter)
+        groups.setdefault(key, []).append(one)
+    made: list[Moved] = []
+    for group in groups.values():
+        place = group[0].place
+        if place is None:
+            spec = replace(group[0].spec, module=group[0].module)
+            made.append(Moved(spec, group[0].component, ""))
+        else:
+            wanted = naming(place.family)
+            made += _moved(group, wanted if wanted in place.row.names else "original", remake)
+    return made
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """A change of some parts of a row of the map."""
+
+    spec: DeltaSpec
+    first: int
+    stop: int
+
+
+def _moved(group: Sequence[Located], naming: str, remake: stacking.Remake) -> list[Moved]:
+    """The changes of one row of the map, in another naming."""
+    place = group[0].place
+    assert place is not None
+    row = place.row
+    heights = _heights(group)
+    pieces = [p for one in group for p in _cut(one, row.names[naming], heights)]
+    made = []
+    for name in row.names[naming]:
+        mine = [p for p in pieces if name.first <= p.first and p.stop <= name.stop]
+        if not mine:
+            continue
+        spec = _one(_without_twins(mine), name, heights, remake)
+        spec = _turned(spec, place, naming)
+        module, parameter = row.fill(name, naming, place.numbers), place.parameter
+        if row.is_tensor:
+            module, _, parameter = module.rpartition(".")
+        made.append(Moved(replace(spec, module=module, parameter=parameter),
+                          group[0].component, place.family))  # fmt: skip
+    return made
+
+
+def _heights(group: Sequence[Located]) -> dict[int, int]:
+    """Rows of each part that the changes tell, and of those that follow from them."""
+    found: dict[int, int] = {}
+    width, words = 0, ()
+    for one in group:
+        assert one.place is not None
+        words = one.place.row.split
+        rows, width = _size(one.spec)
+        span = words[one.place.first : one.place.stop]
+        try:
+            spans = cut(span if len(span) > 1 else ("*",), rows, width)
+        except ValueError as problem:
+            raise _refusal([one.spec], str(problem)) from None
+        found |= {one.place.first + i: b - a for i, (a, b) in enumerate(spans)}
+    shares = [h for part, h in found.items() if words[part] == "*"]
+    for part, word in enumerate(words):
+        if part not in found and (word == "in" or shares):
+            found[part] = width if word == "in" else shares[0]
+    return found
+
+
+def _size(spec: DeltaSpec) -> tuple[int, int]:
+    """(rows, columns) of a change; of a vector (n, 0)."""
+    if not spec.is_matrix:
+        return shape_of(spec)[0], 0
+    out, inner = side_sizes(spec)
+    return out, inner[0]
+
+
+def _cut(one: Located, names: Sequence[Name], heights: Mapping[int, int]) -> list[_Piece]:
+    """The change, cut where the modules of the other naming begin and end."""
+    place = one.place
+    assert place is not None
+    bounds = sorted({place.first, place.stop,
+                     *(b for n in names for b in (n.first, n.stop)
+                       if place.first < b < place.stop)})  # fmt: skip
+    if len(bounds) == 2:
+        return [_Piece(one.spec, place.first, place.stop)]
+    starts = {place.first: 0}
+    for part in range(place.first, place.stop):
+        starts[part + 1] = starts[part] + heights[part]
+    pairs = list(zip(bounds, bounds[1:], strict=False))
+    parts = stacking.cut(one.spec, [(starts[a], starts[b]) for a, b in pairs])
+    if parts is None:
+        raise _refusal([one.spec], f"a {one.spec.title} of several modules cannot be cut")
+    return [_Piece(spec, a, b) for spec, (a, b) in zip(parts, pairs, strict=True)]
+
+
+def _without_twins(pieces: Sequence[_Piece]) -> list[_Piece]:
+    """Each part once: a file may hold a fused module and the same change of its parts."""
+    kept: list[_Piece] = []
+    for one in pieces:
+        twins = [k for k in kept if k.first < one.stop and one.first < k.stop]
+        if not twins:
+            kept.append(one)
+        elif (one.first, one.stop) != (twins[0].first, twins[0].stop) or not _are_same(one, twins[0]):
+            raise MismatchError(
+                "LT-417", "one weight is changed twice, as a part and as a whole",
+                key=list_some([twins[0].spec.name, one.spec.name]),
+                hint="leave one of them out with --skip",
+            )  # fmt: skip
+    return sorted(kept, key=lambda p: p.first)
+
+
+def _are_same(one: _Piece, other: _Piece) -> bool:
+    mine, theirs = one.spec, other.spec
+    return (mine.kind, mine.scaling, set(mine.fields)) == (
+        theirs.kind, theirs.scaling, set(theirs.fields)
+    ) and all(have_same_bytes([mine.fields[r], theirs.fields[r]]) for r in mine.fields)  # fmt: skip
+
+
+def _one(
+    pieces: Sequence[_Piece], name: Name, heights: Mapping[int, int], remake: stacking.Remake
+) -> DeltaSpec:
+    """The pieces as the change of one module."""
+    if len(pieces) == 1 and (pieces[0].first, pieces[0].stop) == (name.first, name.stop):
+        return pieces[0].spec
+    parts: list[DeltaSpec | None] = []
+    sizes: list[int] = []
+    at = name.first
+    specs = [p.spec for p in pieces]
+    for piece in (*pieces, None):
+        stop = name.stop if piece is None else piece.first
+        if at < stop:  # nothing changes here
+            if any(part not in heights for part in range(at, stop)):
+                raise _refusal(specs, "the file does not tell how many rows the other parts have")
+            parts.append(None)
+            sizes.append(sum(heights[part] for part in range(at, stop)))
+        if piece is not None:
+            parts.append(piece.spec)
+            sizes.append(shape_of(piece.spec)[0])
+            at = piece.stop
+    made = stacking.join(parts, sizes, remake)
+    if made is None:
+        raise _refusal(specs, f"{specs[0].title} changes of several modules have no common form")
+    return made
+
+
+def _turned(spec: DeltaSpec, place: Place, naming: str) -> DeltaSpec:
+    rows, width = _size(spec)
+    if not place.is_swapped(naming, rows, width):
+        return spec
+    made = stacking.swap_halves(spec)
+    if made is None:
+        raise _refusal([spec], f"the halves of a {spec.title} cannot change places")
+    return made
+
+
+def _refusal(specs: Sequence[DeltaSpec], reason: str) -> MismatchError:
+    return MismatchError(
+        "LT-494", "a change has no form under the other names", got=reason,
+        key=list_some([s.name for s in specs], 3), hint="leave it out with --skip",
+    )  # fmt: skip
