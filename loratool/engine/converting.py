@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from loratool.adapter import DeltaSpec, Source, TensorData
+from loratool.adapter import DeltaSpec, Source
 from loratool.delta.forms import as_pair, factors_of, has_core, with_factors
 from loratool.delta.lowrank import Pair
-from loratool.dtypes import exact_dtype
 from loratool.engine.factors import load_pairs, make_data, overflows, round_once
 from loratool.engine.kernel import Env
 from loratool.engine.workers import map_in_workers
@@ -49,26 +48,6 @@ def make_factors(
         found = map_in_workers(lambda spec: _make(spec, inner[spec.name], env), specs, threads)
         reader.check_unchanged()
     return found
-
-
-def remade(source: Source, factor: float, dtype: str) -> TensorData:
-    """A tensor times a factor, computed in float64 and rounded once to a type.
-
-    Raises:
-        NumericError: NaN or infinity.
-    """
-    with FileReader() as reader:
-        tensor = Env(reader).load(source).double()
-    return make_data(source.name, tensor * factor, dtype)
-
-
-def folded(source: Source, factor: float) -> TensorData:
-    """The same in the tensor's own type where that loses nothing, else in float32 or float64."""
-    with FileReader() as reader:
-        exact = Env(reader).load(source).double() * factor
-    stored = round_once(exact, source.dtype)
-    is_exact = bool((stored.double() == exact).all())
-    return make_data(source.name, exact, source.dtype if is_exact else exact_dtype([source.dtype]))
 
 
 def _make(spec: DeltaSpec, inner: tuple[int, ...], env: Env) -> Paired:

@@ -6,14 +6,13 @@ other has apart, changes are cut and joined by `loratool.delta.stacking`; both a
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 from loratool.adapter import Adapter, DeltaSpec
+from loratool.archs.families import Place, family_of, places, split_component
 from loratool.archs.family_rows import Name, cut
-from loratool.archs.flat import components_of
-from loratool.archs.places import Place, places
 from loratool.delta import stacking
 from loratool.delta.forms import shape_of, side_sizes
 from loratool.errors import MismatchError, list_some
@@ -52,40 +51,30 @@ class Moved:
     family: str
 
 
-def locate(adapter: Adapter, family: str | None = None) -> list[Located]:
-    """Find every change among the weights of known families.
+def locate(adapter: Adapter) -> list[Located]:
+    """Find every change among the weights of the family that the adapter is of.
 
     Args:
-        adapter: opened; flat or with dotted names.
-        family: that it is of, if that is known; else the one that explains most.
+        adapter: opened; with flat or dotted names.
     """
-    found = [(spec, *_split(spec, adapter.is_flat)) for spec in adapter.specs]
-    known = [places(component, module, spec.parameter) for spec, component, module in found]
-    votes: dict[str, Counter[str]] = {}
-    for one in known:
-        for name in {p.family for p in one}:
-            kind = next(p.row.component for p in one if p.family == name)
-            votes.setdefault(kind, Counter())[name] += 1
-    best = {kind: max(counts, key=lambda n: (n == family, counts[n])) for kind, counts in votes.items()}
-    return [
-        Located(spec, component, module, _chosen(options, best))
-        for (spec, component, module), options in zip(found, known, strict=True)
-    ]
+    guess = family_of({s.module: _shape(s) for s in adapter.specs}, adapter.metadata)
+    found = []
+    for spec in adapter.specs:
+        component, module = split_component(spec.module)
+        family = guess.parts.get(component) if component.startswith("te") else guess.family
+        known = places(component, module, spec.parameter, family) if family else []
+        if not known:  # of a part that is not the file's main one
+            known = places(component, module, spec.parameter)
+            known = known if len({p.family for p in known}) == 1 else []
+        found.append(Located(spec, component, module, known[0] if known else None))
+    return found
 
 
-def _split(spec: DeltaSpec, is_flat: bool) -> tuple[str, str]:
-    """(component, module) of a change."""
-    if is_flat:
-        component, _, module = spec.module.rpartition(".")
-        return component, module
-    for component, prefix in components_of(spec.module):
-        return component, spec.module.removeprefix(prefix)
-    return "", spec.module
-
-
-def _chosen(options: Sequence[Place], best: Mapping[str, str]) -> Place | None:
-    mine = [p for p in options if p.family in best.values()]
-    return mine[0] if mine else options[0] if options else None
+def _shape(spec: DeltaSpec) -> tuple[int, ...]:
+    if not spec.is_matrix:
+        return shape_of(spec)
+    out, inner = side_sizes(spec)
+    return (out, *inner)
 
 
 def rename(
@@ -155,7 +144,8 @@ def _moved(group: Sequence[Located], naming: str, remake: stacking.Remake) -> li
 def _heights(group: Sequence[Located]) -> dict[int, int]:
     """Rows of each part that the changes tell, and of those that follow from them."""
     found: dict[int, int] = {}
-    width, words = 0, ()
+    width = 0
+    words: tuple[str, ...] = ()
     for one in group:
         assert one.place is not None
         words = one.place.row.split
@@ -193,7 +183,7 @@ def _cut(one: Located, names: Sequence[Name], heights: Mapping[int, int]) -> lis
     starts = {place.first: 0}
     for part in range(place.first, place.stop):
         starts[part + 1] = starts[part] + heights[part]
-    pairs = list(zip(bounds, bounds[1:], strict=False))
+    pairs = list(pairwise(bounds))
     parts = stacking.cut(one.spec, [(starts[a], starts[b]) for a, b in pairs])
     if parts is None:
         raise _refusal([one.spec], f"a {one.spec.title} of several modules cannot be cut")
@@ -207,7 +197,9 @@ def _without_twins(pieces: Sequence[_Piece]) -> list[_Piece]:
         twins = [k for k in kept if k.first < one.stop and one.first < k.stop]
         if not twins:
             kept.append(one)
-        elif (one.first, one.stop) != (twins[0].first, twins[0].stop) or not _are_same(one, twins[0]):
+        elif (one.first, one.stop) != (twins[0].first, twins[0].stop) or not _are_same(
+            one, twins[0]
+        ):
             raise MismatchError(
                 "LT-417", "one weight is changed twice, as a part and as a whole",
                 key=list_some([twins[0].spec.name, one.spec.name]),
