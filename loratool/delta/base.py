@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 
 import torch
 
@@ -18,12 +19,14 @@ class Delta(ABC):
         shape: (rows, cols).
         is_additive: `add_to` ignores ``base``.
         needs_whole: W must be given to `begin` before anything else.
+        needs_rows: a way to read rows of W must be given to `attach` before `add_to`.
         roundings: how often one element's sum is rounded on its way through `add_to`.
     """
 
     shape: tuple[int, int]
     is_additive: bool = True
     needs_whole: bool = False
+    needs_rows: bool = False
     roundings: int = 0
 
     @abstractmethod
@@ -103,6 +106,13 @@ class Delta(ABC):
         """See all of W, (rows, cols) as the base stores it; called only if `needs_whole`."""
         raise NotImplementedError
 
+    def attach(self, fetch: Callable[[int, int], torch.Tensor]) -> None:
+        """Get a way to read rows of W, all columns, from the first to one past the last.
+
+        Called only if `needs_rows`; threads may use it at once.
+        """
+        raise NotImplementedError
+
     def measure(self, base: torch.Tensor, r0: int, r1: int, c0: int, c1: int) -> None:
         """See a block of W before the first `add_to`; called only if `needs_measure`."""
         raise NotImplementedError
@@ -128,6 +138,8 @@ class Delta(ABC):
     def apply_to(self, weight: torch.Tensor) -> torch.Tensor:
         """W' for a whole matrix (rows, cols), in its dtype (float32 or float64)."""
         rows, cols = self.shape
+        if self.needs_rows:
+            self.attach(lambda start, stop: weight[start:stop])
         if self.needs_measure:
             self.measure(weight, 0, rows, 0, cols)
         while self.wants_survey:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
@@ -43,6 +44,24 @@ class Placed(Delta):
         if rows is not None and cols is not None:
             block = base[rows.select][:, cols.select]
             self.inner.measure(block, rows.start, rows.stop, cols.start, cols.stop)
+
+    @property
+    def needs_rows(self) -> bool:  # type: ignore[override]
+        """As the inner delta."""
+        return self.inner.needs_rows
+
+    def attach(self, fetch: Callable[[int, int], torch.Tensor]) -> None:
+        """Passes on rows of the region."""
+        self.inner.attach(partial(self._fetch, fetch))
+
+    def _fetch(
+        self, fetch: Callable[[int, int], torch.Tensor], start: int, stop: int
+    ) -> torch.Tensor:
+        rows = self._rows.places(start, stop)
+        first, last = int(rows[0]), int(rows[-1]) + 1
+        found = fetch(first, last)
+        rows, cols = rows.to(found.device) - first, self._cols.places(0, self.inner.shape[1])
+        return found[rows][:, cols.to(found.device)]
 
     @property
     def wants_survey(self) -> bool:
@@ -171,6 +190,13 @@ class _Axis:
         known = self.on_device if positions.device == self.on_device.device else self.positions
         index = torch.searchsorted(known, positions).clamp_max(len(known) - 1)
         return torch.where(known[index] == positions, index, -1)
+
+    def places(self, start: int, stop: int) -> torch.Tensor:
+        """Positions in the target of a range of the delta's own."""
+        if self.plain:
+            first = self.spans[0].start
+            return torch.arange(first + start, first + stop)
+        return self.positions[start:stop]
 
     def cut(self, start: int, stop: int) -> _Cut | None:
         if self.plain:

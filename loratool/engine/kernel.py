@@ -86,6 +86,15 @@ class Env:
             _refuse_nonfinite(tensor, source)
         return tensor
 
+    def rows(self, source: Source, view: tuple[int, int], start: int, stop: int) -> torch.Tensor:
+        """Some rows of a tensor's view, on the device, in its stored type."""
+        if isinstance(source, TensorData):
+            return self.load(source).view(view)[start:stop].to(self.device)
+        width = view[1] * TORCH_DTYPES[source.dtype].itemsize
+        raw = torch.empty((stop - start) * width, dtype=torch.uint8)
+        self.reader.read_into(source, start * width, memoryview(raw.numpy()))  # type: ignore[arg-type]
+        return from_bytes(raw, source.dtype, (stop - start, view[1])).to(self.device)
+
     def stream(
         self, source: Source, view: tuple[int, int]
     ) -> Iterator[tuple[grid.Block, torch.Tensor]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -172,7 +173,10 @@ class AddDeltas(Kernel):
         if made.needs_whole:
             source = self.step.inputs[self.anchor]
             made.begin(self.env.load(source, must_be_finite=True).view(self.step.view))
-        return self._place(made, part)
+        placed = self._place(made, part)
+        if placed.needs_rows:
+            placed.attach(partial(self.env.rows, self.step.inputs[self.anchor], self.step.view))
+        return placed
 
     def _place(self, delta: Delta, part: DeltaPart) -> Delta:
         delta.to(self.env.device)

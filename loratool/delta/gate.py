@@ -1,0 +1,99 @@
+"""Changes that multiply W element by element: IA³ (Liu et al., arXiv 2205.05638) and HiRA.
+
+IA³ has one number for each row or each column of W, HiRA a low-rank matrix; the first is a low-rank
+matrix too, of rank 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from loratool.delta.base import Delta
+from loratool.delta.lowrank import LowRank
+from loratool.plan import DeltaPart
+
+
+class Gated(Delta):
+    """ΔW = W ⊙ inner.
+
+    Args:
+        inner: an additive change, of the same shape.
+    """
+
+    is_additive = False
+
+    def __init__(self, inner: LowRank) -> None:
+        self.inner, self.shape, self.roundings = inner, inner.shape, inner.roundings + 1
+
+    def add_to(
+        self, acc: torch.Tensor, base: torch.Tensor, r0: int, r1: int, c0: int, c1: int
+    ) -> None:
+        """The block of W times that of the inner change."""
+        factor = torch.zeros_like(acc)
+        self.inner.add_to(factor, base, r0, r1, c0, c1)
+        acc.addcmul_(factor, base)
+
+    def add_size(
+        self, acc: torch.Tensor, base: torch.Tensor, r0: int, r1: int, c0: int, c1: int
+    ) -> None:
+        """|W| times the inner change's bound."""
+        factor = torch.zeros_like(acc)
+        self.inner.add_size(factor, base, r0, r1, c0, c1)
+        acc.addcmul_(factor, base.abs())
+
+    def scaled(self, factor: float) -> Gated:
+        """Scales the inner change."""
+        return Gated(self.inner.scaled(factor))
+
+    def to(self, device: torch.device) -> None:
+        """Moves the inner change."""
+        self.inner.to(device)
+
+
+def build(
+    fields: Mapping[str, torch.Tensor],
+    part: DeltaPart,
+    *,
+    coefficient: float,
+    dtype: torch.dtype,
+    fold: bool = True,
+) -> Gated:
+    """Make the delta of a ``gate``, ``gain``, ``bias_gate`` or ``hira`` spec.
+
+    Args:
+        fields: gate, W' = (1 + gate)·W; or gain, W' = gain·W; one number for each row, or for each
+            column with the setting ``axis`` 1; or hira_A (r, in) and hira_B (out, r).
+        part: the spec with orientation and region; bound, so that the size of W is known.
+        coefficient: weight · scaling.
+        dtype: type of the accumulator.
+        fold: no choice here.
+    """
+    left, right = _factors(fields, part)
+    left = left.double() * coefficient
+    if part.transposed:
+        left, right = right.T, left.T
+    rows, cols = part.region.source_rows, part.region.source_cols
+    left = left if rows is None else left[rows[0] : rows[1]]
+    right = right if cols is None else right[:, cols[0] : cols[1]]
+    return Gated(LowRank(left.to(dtype).contiguous(), right.to(dtype).contiguous()))
+
+
+def _factors(
+    fields: Mapping[str, torch.Tensor], part: DeltaPart
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(out, r) and (r, in·k…) whose product multiplies W."""
+    if "hira_A" in fields:
+        return fields["hira_B"], fields["hira_A"]
+    (values,) = (fields[role] for role in ("gate", "gain", "bias_gain") if role in fields)
+    gate = values.double().flatten() - (0 if "gate" in fields else 1)
+    out, inner = part.spec.row.sizes(part.spec)
+    if not part.spec.is_matrix:
+        return torch.ones(1, 1), gate[None]
+    kernel = 1
+    for size in inner[1:]:
+        kernel *= size
+    if part.spec.settings.get("axis"):
+        return torch.ones(out, 1), gate.repeat_interleave(kernel)[None]
+    return gate[:, None], torch.ones(1, inner[0] * kernel)
