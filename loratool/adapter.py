@@ -198,7 +198,7 @@ class DeltaSpec:
         b_order: packing of the experts axis of lora_B, ``rank-major`` (PEFT) or ``expert-major``.
         is_bare: the parameter itself is adapted, whatever class its module has (PEFT's
             ``target_parameters``): lora_B @ lora_A lies on it as it is stored.
-        settings: numbers and words of the kind that are no tensors (`loratool.kinds_peft`).
+        settings: numbers and words of the kind that are no tensors.
     """
 
     kind: str
@@ -267,6 +267,14 @@ class DeltaSpec:
     def reach(self) -> str:
         """What of W a block of the change depends on: ``block``, ``norms`` or ``all``."""
         return "all" if self.base_change else self.row.reach
+
+    @property
+    def is_apart(self) -> bool:
+        """True if a product, or lengths of rows, are all that the change is with the base at hand.
+
+        Then it can be taken apart there, added to others and put together again.
+        """
+        return self.is_fixed or self.row.scales_rows or bool(self.base_change)
 
     @property
     def is_open(self) -> bool:

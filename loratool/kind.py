@@ -35,8 +35,15 @@ class Kind:
         is_pair: whether the fields of a change are those factors.
         product_rank: rank of their product, where the file's rank is r.
         scales_rows: it multiplies rows of W.
-        reach: what of W one block of the change depends on: nothing but the ``block``, the
-            ``norms`` of rows or columns, or ``all`` of it.
+        reach: what of W one block of the change depends on: nothing but the ``block``, whole
+            ``rows`` (see `together`), the ``norms`` of rows or columns, or ``all`` of it.
+        together: with ``rows``, how many rows of W depend on each other, from the first on: so
+            many of them are read at a time, and a slice of the change has whole groups; 0 = all.
+        is_proportional: W' - W is, at a weight w, w times what it is at 1.
+        alpha_scales: alpha/r is a factor of the change; else alpha is a number of another meaning.
+        exchanged: roles that older files have the other way round, told by the shapes.
+        flags: role of a tensor that is one number, 0 or 1 -> the setting that it is too.
+        is_companion: of a bias that changes with its weight where the base has one.
         is_sum: the elements of a change are sums of products of stored numbers, which
             ``--exact`` adds up.
         rank_axis: the role and the axis of its tensor whose length is r; None = it has none.
@@ -71,6 +78,12 @@ class Kind:
     product_rank: Callable[[DeltaSpec], int] = lambda spec: spec.rank
     scales_rows: bool = False
     reach: str = "block"
+    together: Callable[[DeltaSpec], int] = lambda spec: 1
+    is_proportional: bool = True
+    alpha_scales: bool = True
+    exchanged: tuple[tuple[str, str], ...] = ()
+    flags: Mapping[str, str] = field(default_factory=dict)
+    is_companion: bool = False
     is_sum: Callable[[DeltaSpec], bool] = lambda spec: True
     rank_axis: tuple[str, int] | None = ("lora_A", 0)
     is_spelled: bool = False

@@ -10,7 +10,7 @@ from dataclasses import replace
 from functools import cache
 
 from loratool import kind_shapes as shapes
-from loratool import kinds_peft, plugins
+from loratool import kinds_based, kinds_peft, plugins
 from loratool.kind import Kind
 from loratool.kind_shapes import COLUMN_LENGTHS, ROW_LENGTHS
 
@@ -76,6 +76,7 @@ KINDS: tuple[Kind, ...] = (
     _with_lengths(_LOHA, ROW_LENGTHS), _with_lengths(_LOKR, ROW_LENGTHS),
     *(_with_lengths(inner, COLUMN_LENGTHS) for inner in (_LORA, _LOHA, _LOKR)),
     *kinds_peft.ROWS,
+    *kinds_based.ROWS,
 )  # fmt: skip
 
 BY_NAME: dict[str, Kind] = {k.name: k for k in KINDS}
@@ -120,6 +121,12 @@ def of_tensor(name: str, shape: tuple[int, ...]) -> Kind:
 def of_method(method: str) -> Kind | None:
     """The kind that a ``peft_type`` of its own stands for, None if there is none."""
     return next((k for k in (*KINDS, *every()) if k.method and k.method == method), None)
+
+
+def is_flag(role: str) -> bool:
+    """True for the role of a tensor that is one number, a setting of its kind."""
+    known = any(role in k.known_roles for k in KINDS)
+    return any(role in k.flags for k in (KINDS if known else every()))
 
 
 def is_spelled(role: str) -> bool:

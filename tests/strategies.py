@@ -235,7 +235,139 @@ def bank_top(draw: Draw) -> Change:
     return made
 
 
+def bound(kind: str, shapes: Mapping[str, tuple[int, ...]], drawn: int, size: tuple[int, ...],
+          *, rank: int = 0, **settings: float) -> Change:  # fmt: skip
+    """A change whose tensors do not tell all of the weight's size, on a weight of ``size``."""
+    own = {"out": size[0], "in": int(torch.Size(size[1:]).numel())}
+    return change(kind, shapes, drawn, rank, size, settings={**settings, **own})
+
+
+@st.composite
+def gate(draw: Draw, kind: str, role: str) -> Change:
+    """IA³: a number for every row or every column."""
+    size, axis = (draw(SIDES), draw(SIDES)), draw(st.integers(0, 1))
+    shapes = {role: (size[axis],)} | ({"on_input": (1,)} if kind == "ia3_gate" else {})
+    return bound(kind, shapes, draw(SEEDS), size, axis=axis)
+
+
+@st.composite
+def rotation(draw: Draw) -> Change:
+    """LyCORIS' OFT and BOFT, with and without a bound and gains."""
+    b, stages = 2 * draw(st.integers(1, 2)), draw(st.integers(0, 2))
+    count, inner = 2 ** max(0, stages - 1) * draw(st.integers(1, 2)), draw(inner_shapes())
+    shapes: dict[str, tuple[int, ...]] = {
+        "oft_blocks": (*([stages] if stages else []), count, b, b)
+    }
+    if draw(st.booleans()):
+        shapes["oft_rescale"] = (count * b, *(1 for _ in inner))
+    made = bound("rotation", shapes, draw(SEEDS), (count * b, *inner))
+    return replace(made, spec=replace(made.spec, alpha=draw(st.sampled_from([None, 0.0, 0.1]))))
+
+
+@st.composite
+def glora(draw: Draw) -> Change:
+    """GLoRA, of convolutions too."""
+    out, (inner, *kernel), r = draw(SIDES), draw(inner_shapes()), draw(RANKS)
+    ones = (1,) * len(kernel)
+    shapes = {"glora_a1": (inner, r, *ones), "glora_a2": (r, inner, *ones),
+              "glora_b1": (out, r, *ones), "glora_b2": (r, inner, *kernel)}  # fmt: skip
+    return change("glora", shapes, draw(SEEDS), r, (out, inner, *kernel))
+
+
+@st.composite
+def on_columns(draw: Draw, kind: str) -> Change:
+    """What PEFT turns: OFT with and without shared blocks and a sum for the inverse, BOFT, HRA."""
+    out, b, count, r = (
+        draw(st.integers(2, 9)),
+        *(draw(st.integers(2, 3)) for _ in "bn"),
+        draw(RANKS),
+    )
+    size = (out, b * count)
+    if kind == "boft":
+        shapes = {"boft_R": (1, count, b, b), "boft_s": (out, 1)}
+        return change("boft", shapes, draw(SEEDS), 0, size)
+    if kind == "hra":
+        orthogonal = draw(st.integers(0, 1))
+        return bound("hra", {"hra_u": (size[1], r)}, draw(SEEDS), size, rank=r,
+                     orthogonal=orthogonal)  # fmt: skip
+    shared, terms = draw(st.booleans()), draw(st.integers(0, 6))
+    shapes = {"oft_R": (1 if shared else count, b * (b - 1) // 2)}
+    return bound("oft", shapes, draw(SEEDS), size, terms=terms)
+
+
+@st.composite
+def hira(draw: Draw) -> Change:
+    """W times a low-rank matrix."""
+    out, inner, r = draw(SIDES), draw(SIDES), draw(RANKS)
+    return change("hira", {"hira_A": (r, inner), "hira_B": (out, r)}, draw(SEEDS), r, (out, inner))
+
+
+@st.composite
+def tiles(draw: Draw) -> Change:
+    """MiSS, bat."""
+    r, rows, cols = draw(RANKS), draw(RANKS), draw(RANKS)
+    return bound("tiles", {"miss_bat": (rows, r, r)}, draw(SEEDS), (rows * r, cols * r), rank=r)
+
+
+@st.composite
+def road(draw: Draw, is_bias: bool) -> Change:
+    """RoAd in its three variants."""
+    half, groups, copies = draw(st.integers(1, 3)), draw(st.integers(1, 3)), draw(
+        st.sampled_from([1, 2, 4]))  # fmt: skip
+    out = 2 * half * groups
+    settings = {"group": 2 * half, "copies": copies}
+    roles = ("road_bias", "road_bias_alpha") if is_bias else ("road_theta", "road_alpha")
+    shapes = dict.fromkeys(roles, (out // 2 * copies,))
+    if is_bias:
+        return change("road_bias", shapes, draw(SEEDS), 0, (out,), settings=settings)
+    return bound("road", shapes, draw(SEEDS), (out, draw(SIDES)), **settings)
+
+
+@st.composite
+def circulant(draw: Draw) -> Change:
+    """C3A."""
+    rows, cols, b = (draw(RANKS) for _ in range(3))
+    return change(
+        "circulant", {"c3a_kernel": (rows, cols, b)}, draw(SEEDS), 0, (rows * b, cols * b)
+    )
+
+
+@st.composite
+def fourier(draw: Draw) -> Change:
+    """FourierFT."""
+    size = (draw(SIDES), draw(SIDES))
+    count = draw(st.integers(1, min(12, size[0] * size[1])))
+    return bound("fourier", {"fourierft_spectrum": (count,)}, draw(SEEDS), size, seed=draw(SEEDS))
+
+
+@st.composite
+def bases(draw: Draw) -> Change:
+    """RandLoRA, on a matrix that may be smaller than the shared ones."""
+    size, r, count = (draw(SIDES), draw(SIDES)), draw(RANKS), draw(RANKS)
+    wide, tall, more = (draw(st.integers(0, 2)) for _ in range(3))
+    shapes = {"randlora_lambda": (r, count), "randlora_gamma": (count, min(size)),
+              "randlora_A": (r, 1, min(size) + wide),
+              "randlora_B": (max(size) + tall, count + more, r)}  # fmt: skip
+    return bound("bases", shapes, draw(SEEDS), size)
+
+
+@st.composite
+def sparse(draw: Draw) -> Change:
+    """SHiRA: some places of a matrix, perhaps one of them twice."""
+    size, n = (draw(SIDES), draw(SIDES)), draw(st.integers(1, 6))
+    made = bound("sparse", {"shira_weight": (n,), "shira_indices": (2, n)}, draw(SEEDS), size)
+    at = [[draw(st.integers(0, side - 1)) for _ in range(n)] for side in size]
+    return replace(made, fields={**made.fields, "shira_indices": torch.tensor(at).int()})
+
+
 SPECS: dict[str, st.SearchStrategy[Change]] = {
+    "ia3_gate": gate("ia3_gate", "ia3_gate"), "rotation": rotation(), "glora": glora(),
+    "ia3": gate("ia3", "ia3_l"), "hira": hira(), "tiles": tiles(), "road": road(False),
+    "road_bias": road(True), "circulant": circulant(), "fourier": fourier(), "bases": bases(),
+    "sparse": sparse(), **{kind: on_columns(kind) for kind in ("oft", "boft", "hra")},
+    "ia3_bias": SIDES.flatmap(
+        lambda n: SEEDS.map(lambda seed: change("ia3_bias", {"ia3_bias": (n, 1)}, seed, 0, (n,)))
+    ),
     "lowrank": low_rank(), "hadamard": hadamard(), "kronecker": kronecker(), "vector": vector(),
     "full": dense(), "dora": with_lengths(low_rank(), True),
     "dora-hadamard": with_lengths(hadamard(), True),

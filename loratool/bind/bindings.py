@@ -307,6 +307,8 @@ def _place_name(item: Item, name: str, context: Context) -> Placement:
     if elsewhere is not None:
         return elsewhere
     if not spec.is_matrix and context.view.get(f"{name.rpartition('.')[0]}.weight"):
+        if spec.row.is_companion:
+            return Found(item)
         return Misfit(item, "LT-438", expected=name, got="no such tensor")
     return Misfit(item, "name")
 

@@ -10,8 +10,9 @@ from typing import NamedTuple
 from loratool.archs.family_rows import cut, holds_for
 from loratool.archs.flat import FlatNames, KnownNames, Meaning, flat_names
 from loratool.bind.items import BoundDelta, Found, Item, Misfit
-from loratool.bind.place import Context, Placement, misfit, unmergeable
+from loratool.bind.place import Context, Placement, cut_groups, known_size, misfit, unmergeable
 from loratool.delta.forms import shape_of, side_sizes
+from loratool.dtypes import numel
 from loratool.errors import MismatchError, list_some
 from loratool.plan import Region, Span
 from loratool.store.checkpoint import Checkpoint
@@ -59,6 +60,12 @@ def place_pieces(item: Item, ctx: Context) -> Placement:
     targets = [target for name in meaning.names if (target := ctx.view.get(name)) is not None]
     if spec is None or len(targets) < len(meaning.names):
         return Misfit(item, "name")
+    if spec.is_open:
+        shape = ctx.shape(targets[0])
+        settled = spec.row.settle(spec, shape_of(spec)[0], numel(shape[1:]))
+        if settled is None:
+            return misfit(item, "LT-432", str(shape), known_size(spec), targets[0])
+        spec = settled
     inner = side_sizes(spec)[1] if spec.is_matrix else ()
     for target in targets:
         if problem := unmergeable(item, target, ctx):
@@ -67,9 +74,11 @@ def place_pieces(item: Item, ctx: Context) -> Placement:
             return misfit(item, "LT-432", str(ctx.shape(target)), f"(…, {inner})", target)
     rows, width = shape_of(spec)[0], _width(targets[0], ctx)
     try:
-        pieces = _pieces(meaning, [ctx.shape(t)[0] for t in targets], rows, width)
+        pieces = list(_pieces(meaning, [ctx.shape(t)[0] for t in targets], rows, width))
     except ValueError as problem:
         return misfit(item, "LT-432", str(problem), f"{rows} rows", targets[0])
+    if odd := cut_groups(item, spec, [p.source for p in pieces if p.source], targets[0]):
+        return odd
     return Found(item, tuple(
         BoundDelta(spec, targets[p.tensor], _region(p, is_vector=not spec.is_matrix))
         for p in pieces

@@ -14,7 +14,7 @@ from loratool.archs.fused import (
 )
 from loratool.archs.layers import model_types, stores_transposed
 from loratool.bind.items import BoundDelta, Found, Item, Misfit
-from loratool.bind.place import Context, Placement, misfit, unmergeable
+from loratool.bind.place import Context, Placement, cut_groups, misfit, unmergeable
 from loratool.delta.forms import shape_of, side_sizes
 from loratool.plan import Region, Span
 
@@ -94,6 +94,9 @@ def _spread(item: Item, fused: FusedLeaf, targets: Mapping[str, str], ctx: Conte
     spans = part_spans(fused, item.module, ctx.config, total, sizes)
     if spans is None:
         return misfit(item, "LT-432", f"{sum(sizes.values())} rows", f"{total} rows", "")
+    sources = [(span.start, span.stop) for found in spans.values() for span in found]
+    if problem := cut_groups(item, spec, sources, ""):
+        return problem
     deltas: list[BoundDelta] = []
     for part, target in targets.items():
         offset = 0

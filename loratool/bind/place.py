@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -86,8 +86,7 @@ def place_on(item: Item, spec: DeltaSpec, target: str, alias: str, ctx: Context)
     if spec.is_open:
         settled = _settled(spec, target, ctx)
         if settled is None:
-            out, inner = side_sizes(spec)
-            return misfit(item, "LT-432", _words(shape), f"({out}, up to {inner[0]})", target)
+            return misfit(item, "LT-432", _words(shape), known_size(spec), target)
         spec = settled
     out, inner = side_sizes(spec)
     if is_grouped(spec):
@@ -111,13 +110,32 @@ def place_on(item: Item, spec: DeltaSpec, target: str, alias: str, ctx: Context)
 
 def _settled(spec: DeltaSpec, target: str, ctx: Context) -> DeltaSpec | None:
     """A change whose tensors do not say the size of the weight, on this one; None if it cannot."""
-    shape = ctx.shape(target)
-    if len(shape) != 2:
+    out, *inner = ctx.shape(target)
+    if not inner:
         return None
     known = stores_transposed(ctx.config, target.rpartition(".")[0])
     turned = spec.transposed and not ctx.flag_is_ignored if known is None else known
-    out, inner = shape[::-1] if turned else shape
-    return spec.row.settle(spec, out, inner)
+    if turned and len(inner) == 1:
+        out, inner = inner[0], [out]
+    return spec.row.settle(spec, out, numel(tuple(inner)))
+
+
+def known_size(spec: DeltaSpec) -> str:
+    """The size of an open change's weight as far as its tensors tell, in words."""
+    out, inner = side_sizes(spec)
+    return "(" + ", ".join("…" if size == 1 else str(size) for size in (out, *inner)) + ")"
+
+
+def cut_groups(
+    item: Item, spec: DeltaSpec, sources: Iterable[tuple[int, int]], target: str
+) -> Misfit | None:
+    """A misfit if a slice of rows would cut through rows that depend on each other."""
+    step = spec.row.together(spec) if spec.reach == "rows" else 1
+    odd = [s for s in sources if (s[0] % step or s[1] % step if step else True)]
+    if not odd:
+        return None
+    what = f"whole groups of {step} rows" if step else "all rows"
+    return misfit(item, "LT-439", what, f"rows {odd[0][0]} to {odd[0][1]}", target)
 
 
 def orientation(item: Item, spec: DeltaSpec, target: str, ctx: Context) -> bool | Misfit:

@@ -45,7 +45,7 @@ _WHAT: Mapping[str, tuple[str, str]] = {
         "lora_bias is not mergeable into a base without biases; --skip REGEX leaves modules out",
     ),
     "LT-439": (
-        "DoRA cannot be cut along columns ({count} modules)",
+        "{count} changes cannot be cut as the base is: their rows depend on each other",
         "convert the adapter to the base's own projections first",
     ),
     "LT-442": (

@@ -60,11 +60,12 @@ def build(
     dtype: torch.dtype,
     fold: bool = True,
 ) -> Gated:
-    """Make the delta of a ``gate``, ``gain``, ``bias_gate`` or ``hira`` spec.
+    """Make the delta of an ``ia3_gate``, ``ia3``, ``ia3_bias`` or ``hira`` spec.
 
     Args:
-        fields: gate, W' = (1 + gate)·W; or gain, W' = gain·W; one number for each row, or for each
-            column with the setting ``axis`` 1; or hira_A (r, in) and hira_B (out, r).
+        fields: ia3_gate, W' = (1 + gate)·W; or ia3_l, W' = l·W; one number for each row, or for
+            each column with the setting ``axis`` 1; ia3_bias is the same for a bias.  Or hira_A
+            (r, in) and hira_B (out, r).
         part: the spec with orientation and region; bound, so that the size of W is known.
         coefficient: weight · scaling.
         dtype: type of the accumulator.
@@ -86,14 +87,12 @@ def _factors(
     """(out, r) and (r, in·k…) whose product multiplies W."""
     if "hira_A" in fields:
         return fields["hira_B"], fields["hira_A"]
-    (values,) = (fields[role] for role in ("gate", "gain", "bias_gain") if role in fields)
-    gate = values.double().flatten() - (0 if "gate" in fields else 1)
+    (values,) = (fields[r] for r in ("ia3_gate", "ia3_l", "ia3_bias") if r in fields)
+    gate = values.double().flatten() - (0 if "ia3_gate" in fields else 1)
     out, inner = part.spec.row.sizes(part.spec)
     if not part.spec.is_matrix:
         return torch.ones(1, 1), gate[None]
-    kernel = 1
-    for size in inner[1:]:
-        kernel *= size
+    (count,) = inner  # kernels flattened
     if part.spec.settings.get("axis"):
-        return torch.ones(out, 1), gate.repeat_interleave(kernel)[None]
-    return gate[:, None], torch.ones(1, inner[0] * kernel)
+        return torch.ones(out, 1), gate.repeat_interleave(count // len(gate))[None]
+    return gate[:, None], torch.ones(1, count)

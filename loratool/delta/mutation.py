@@ -1,4 +1,4 @@
-"""What loading an adapter first takes away from its base: PiSSA, OLoRA, KaSA."""
+"""What loading an adapter first takes away from its base: PiSSA, OLoRA, KaSA, T-LoRA."""
 
 from __future__ import annotations
 
@@ -22,13 +22,15 @@ def removed_part(spec: DeltaSpec, weight: torch.Tensor) -> tuple[torch.Tensor, t
 
     References:
         Meng et al. 2024 (arXiv 2404.02948); Büyükakyüz 2024 (arXiv 2406.01775);
-        Wang et al. 2025 (arXiv 2412.06071).
+        Wang et al. 2025 (arXiv 2412.06071); Soboleva et al. 2025 (arXiv 2507.05964).
     """
     left, right = _PARTS[spec.base_change](weight, spec.rank)
-    return (left * spec.scaling if spec.base_change == "olora" else left), right
+    return (left * spec.scaling if spec.base_change in _SCALED else left), right
 
 
-_PARTS = {"pissa": svd.top_part, "kasa": svd.bottom_part, "olora": svd.leading_qr}
+_PARTS = {"pissa": svd.top_part, "kasa": svd.bottom_part, "olora": svd.leading_qr,
+          "tlora": svd.top_part}  # fmt: skip
+_SCALED = ("olora", "tlora")  # what goes is scaled as what comes
 
 
 def from_whole_base(spec: DeltaSpec) -> DeltaSpec:

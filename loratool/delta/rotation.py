@@ -1,13 +1,14 @@
 """Rotations of W: OFT (Qiu et al., arXiv 2306.07280), BOFT (arXiv 2311.06243), RoAd (2409.00119).
 
-A stage multiplies blocks of b rows, or of b columns, by an (b, b) matrix each.  Several stages (BOFT)
-take other rows together every time, as the butterflies of a Fourier transform do.
+A stage multiplies blocks of b rows, or of b columns, by a (b, b) matrix each.  Several stages
+(BOFT) take other rows together every time, as the butterflies of a Fourier transform do.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 
@@ -114,7 +115,7 @@ def build(
     """Make the delta of a ``rotation`` spec, of LyCORIS or kohya: Cayley's R = (I + Q)(I - Q)⁻¹.
 
     Args:
-        fields: oft_blocks (n, b, b), or (m, n, b, b) of BOFT; rescale (out, 1…), optional.
+        fields: oft_blocks (n, b, b), or (m, n, b, b) of BOFT; oft_rescale (out, 1…), optional.
         part: the spec with orientation and region; bound.  Its alpha bounds the length of Q, per
             output; OFT's R is transposed, BOFT's is not.
         coefficient: weight; it is the strength of every stage.
@@ -130,7 +131,7 @@ def build(
     turned = _cayley(skew)
     is_butterfly = blocks.dim() == 4
     stages = turned if is_butterfly else turned.transpose(-1, -2)[None]
-    gains = fields["rescale"].flatten().to(dtype) if "rescale" in fields else None
+    gains = fields["oft_rescale"].flatten().to(dtype) if "oft_rescale" in fields else None
     change = Rotation(stages.to(dtype), gains, on_columns=False, butterfly=is_butterfly,
                       inside=coefficient)  # fmt: skip
     return by_rows(change, part, (out, math.prod(inner)))
@@ -139,7 +140,8 @@ def build(
 def _cayley(skew: torch.Tensor) -> torch.Tensor:
     """(I + Q)(I - Q)⁻¹."""
     one = torch.eye(skew.shape[-1], dtype=skew.dtype)
-    return torch.linalg.solve(one - skew, one + skew, left=False)
+    found: torch.Tensor = torch.linalg.solve(one - skew, one + skew, left=False)
+    return found
 
 
 def build_columns(
@@ -185,7 +187,7 @@ def _upper(values: torch.Tensor) -> torch.Tensor:
 
 
 def _neumann(skew: torch.Tensor, terms: int) -> torch.Tensor:
-    """I + 2Q + 2Q² + … + 2Qᵗ⁻² + Qᵗ⁻¹, as PEFT sums it: with 1, 2 and 3 terms I, I + 2Q, …"""
+    """I + 2Q + 2Q² + … + 2Qᵗ⁻² + Qᵗ⁻¹, as PEFT sums it: with 1 and 2 terms I and I + 2Q."""
     found = torch.eye(skew.shape[-1], dtype=skew.dtype).expand_as(skew).clone()
     if terms > 1:
         found += 2 * skew
@@ -210,14 +212,16 @@ def build_pairs(
     """Make the delta of a ``road`` spec: rows x and x + g/2 of every group of g rows turn together.
 
     Args:
-        fields: road_theta, road_alpha: out/2, out or 2·out numbers, by the variant.
+        fields: angles and lengths: out/2, out or 2·out numbers each, by the variant.
         part: the spec with orientation and region; the setting ``group`` is g.
         coefficient: weight.
         dtype: type of the accumulator.
         fold: no choice here.
     """
-    theta, alpha = fields["road_theta"].double(), fields["road_alpha"].double()
+    theta, alpha = (x.double() for x in fields.values())
     out, inner = part.spec.row.sizes(part.spec)
+    if not part.spec.is_matrix:  # one row, as a matrix that is stored (in, out)
+        part = replace(part, transposed=True)
     group = int(part.spec.settings["group"])
     half, groups = group // 2, out // group
     if len(theta) < 2 * out:  # two numbers, or one, for each pair of rows: of both halves

@@ -26,8 +26,8 @@ class Through(RowMap):
 
     def __init__(
         self,
-        X: torch.Tensor,  # noqa: N803
-        Y: torch.Tensor,  # noqa: N803
+        X: torch.Tensor,
+        Y: torch.Tensor,
         plain: tuple[torch.Tensor, torch.Tensor] | None = None,
         kernel: int = 1,
         coefficient: float = 1.0,
@@ -100,7 +100,7 @@ def build_reflections(
     dtype: torch.dtype,
     fold: bool = True,
 ) -> ByRows:
-    """Make the delta of an ``hra`` spec: W' = W (I - 2 û₁û₁ᵀ) (I - 2 û₂û₂ᵀ) …
+    """Make the delta of an ``hra`` spec: W' = W (I - 2 û₁û₁ᵀ) (I - 2 û₂û₂ᵀ) and so on.
 
     The product is I - U T Uᵀ with a triangular T.  With the setting ``orthogonal`` the vectors are
     made orthogonal first, and T is 2·I.

@@ -1,4 +1,4 @@
-"""MiSS in its "bat" form (arXiv 2409.15371): each r×r tile of W is multiplied by one, and gets one."""
+"""MiSS in its form "bat" (arXiv 2409.15371): each r×r tile of W times a tile, plus that tile."""
 
 from __future__ import annotations
 
@@ -59,11 +59,11 @@ def build(
     """Make the delta of a ``tiles`` spec.
 
     Args:
-        fields: miss_block (out/r, r, r).
+        fields: miss_bat (out/r, r, r).
         part: the spec with orientation and region; bound.
         coefficient: weight.
         dtype: type of the accumulator.
         fold: no choice here.
     """
     out, inner = part.spec.row.sizes(part.spec)
-    return by_rows(Tiles(fields["miss_block"].to(dtype), coefficient), part, (out, inner[0]))
+    return by_rows(Tiles(fields["miss_bat"].to(dtype), coefficient), part, (out, inner[0]))

@@ -20,11 +20,22 @@ MAX_RANK = 8192  # of one module or expert; no method that is known goes so far
 _FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 
 
-def product_spec(module: str, fields: Mapping[str, TensorRef], alpha: float | None) -> DeltaSpec:
+def product_spec(
+    module: str,
+    fields: Mapping[str, TensorRef],
+    alpha: float | None,
+    flags: Mapping[str, float] | None = None,
+) -> DeltaSpec:
     """The change that the factors of a module make.
 
     Scaling is alpha/r; 1 without an alpha, and where matrices stored whole leave no rank.  Lengths
     of DoRA are of rows or of columns by their shape (`OPEN_LENGTHS`).
+
+    Args:
+        module: its path.
+        fields: role -> tensor.
+        alpha: as the file says.
+        flags: name of a tensor that is one number -> the number.
 
     Raises:
         BadFileError: LT-348, LT-362 … LT-366, the factors make none.
@@ -39,17 +50,22 @@ def product_spec(module: str, fields: Mapping[str, TensorRef], alpha: float | No
             "LT-362", "the factors of a module are incomplete", file=first.file, key=module,
             expected=" or ".join(ways), got=", ".join(sorted(fields)),
         )  # fmt: skip
-    for ref in fields.values():
-        check_float(ref)
+    for role, ref in fields.items():
+        if role not in kind.flags:
+            check_float(ref)
         if 0 in ref.shape:
             refuse_shard(ref)
+    fields = _in_order(kind, module, fields)
+    settings = {kind.flags[r]: _flag(ref, flags or {}) for r, ref in fields.items()
+                if r in kind.flags}  # fmt: skip
     if {"lora_A", "lora_B"} <= fields.keys():
         check_product(fields)
     rank = _rank(kind, fields)
     is_conv = any(len(r.shape) > 2 for role, r in fields.items() if role not in LENGTHS)
     spec = DeltaSpec(
         kind.name, module, "weight", fields, "conv" if is_conv else "linear", rank, alpha,
-        alpha / rank if alpha is not None and rank else 1.0,
+        alpha / rank if alpha is not None and rank and kind.alpha_scales else 1.0,
+        settings=settings,
     )  # fmt: skip
     if not kind.fits(spec):
         raise BadFileError(
@@ -76,6 +92,25 @@ def _with_axis(module: str, fields: Mapping[str, TensorRef]) -> Mapping[str, Ten
         out, inner = kind.sizes(inside)
         refuse_shape(lengths, f"{out} lengths of rows (out, 1…), or {inner[0]} of columns (1, in…)")
     return {**rest, role: lengths}
+
+
+def _in_order(kind: Kind, module: str, fields: Mapping[str, TensorRef]) -> Mapping[str, TensorRef]:
+    """The tensors under the roles that they have today, where an older file exchanged some."""
+    if not kind.exchanged:
+        return fields
+    other = dict(kind.exchanged) | {b: a for a, b in kind.exchanged}
+    turned = {other.get(role, role): ref for role, ref in fields.items()}
+    fits = [kind.fits(DeltaSpec(kind.name, module, "weight", one, "linear", 1, None, 1.0))
+            for one in (fields, turned)]  # fmt: skip
+    return turned if fits == [False, True] else fields
+
+
+def _flag(ref: TensorRef, flags: Mapping[str, float]) -> float:
+    value = flags.get(ref.name)
+    if value not in (0, 1):
+        raise BadFileError("LT-376", "not 0 or 1", file=ref.file, key=ref.name,
+                           expected="0 or 1", got=value)  # fmt: skip
+    return value
 
 
 def _rank(kind: Kind, fields: Mapping[str, TensorRef]) -> int:
@@ -132,6 +167,9 @@ def check_product(fields: Mapping[str, TensorRef]) -> None:
     for ref in (lora_B, lora_A) if core is not None else (lora_B,):
         if any(size != 1 for size in ref.shape[2:]):
             refuse_shape(ref, "(out, r, 1…) for a convolution")
+    diag = fields.get("diag")
+    if diag is not None and diag.numel != lora_A.shape[0]:
+        refuse_shape(diag, f"{lora_A.shape[0]} numbers, one for each rank")
     inner = (lora_A.shape[0],) * 2 if core is None else (core.shape[1], core.shape[0])
     if inner != (lora_A.shape[0], lora_B.shape[1]):
         raise BadFileError(

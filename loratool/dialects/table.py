@@ -7,7 +7,7 @@ are called the same everywhere (``hada_w1_a``) come from the rows of `loratool.k
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -19,10 +19,9 @@ from loratool.dialects.factors import LENGTHS, OPEN_LENGTHS
 
 # What keys of algorithms end in that no kind is made of -> their title.
 ALGORITHMS = (
-    (r"oft_blocks|oft_R|boft", "OFT"),
+    (r"oft_R|boft", "OFT"),
     (r"dora_scale|magnitude", "DoRA"), (r"diff$|diff_m$", "full difference"),
-    (r"[ab][12]\.weight|bm\.weight", "GLoRA"), (r"on_input", "IA³"),
-    (r"[pq]_layer|lambda_layer", "T-LoRA"),
+    (r"bm\.weight", "GLoRA with a bias"),
 )  # fmt: skip
 
 
@@ -49,6 +48,7 @@ class Field(NamedTuple):
         parameter: that it changes.
         is_norm: of a module whose weight is such a vector too; the bias of a norm and of any other
             module may be spelled differently.
+        start: what loading such a factor does to the base first, `DeltaSpec.base_change`.
     """
 
     suffix: str
@@ -56,6 +56,7 @@ class Field(NamedTuple):
     kind: str = ""
     parameter: str = "weight"
     is_norm: bool = False
+    start: str = ""
 
 
 class Key(NamedTuple):
@@ -86,6 +87,8 @@ class Table:
         passed: regular expression of tensors that are no part of any change and are kept.
         stale: keys of the metadata that speak of the very tensors, "" = none.
         ranks: keys of the metadata for rank and alpha of the whole file.
+        unreadable: a key of the metadata, an expression on its value, and what cannot be known of
+            a file where it matches.
         dead: regular expression of tensors that the dialect's programs pass over in silence, and
             what is wrong with them.
     """
@@ -97,6 +100,7 @@ class Table:
     passed: str = ""
     stale: str = ""
     ranks: tuple[str, str] = ("", "")
+    unreadable: tuple[str, str, str] = ("", "", "")
     dead: tuple[str, str] = ("", "")
 
     def parse(self, name: str) -> Key | None:
@@ -116,6 +120,11 @@ class Table:
         """Why the dialect's programs pass over some of these tensors, "" if they do not."""
         pattern, reason = self.dead
         return reason if pattern and any(re.match(pattern, name) for name in names) else ""
+
+    def why_unreadable(self, metadata: Mapping[str, str]) -> str:
+        """Why nobody can tell what a file's tensors mean, "" if that is known."""
+        key, pattern, reason = self.unreadable
+        return reason if key and re.search(pattern, metadata.get(key, "")) else ""
 
     def field_of(self, suffix: str) -> Field | None:
         """What a key's end means; None if nothing does."""
@@ -149,7 +158,8 @@ class Table:
         own = sorted(self._own_fields(spec), key=lambda f: (f.kind == spec.kind,
                                                             f.is_norm == is_norm))  # fmt: skip
         for role in spec.fields:  # of its own fields the last one counts
-            yield role, f"{stem}.{own[-1].suffix if own else self._suffixes.get(role, role)}"
+            spelled = self._suffixes(spec.base_change).get(role, role)
+            yield role, f"{stem}.{own[-1].suffix if own else spelled}"
 
     def _own_fields(self, spec: DeltaSpec) -> list[Field]:
         """What a change that is one tensor may be spelled as."""
@@ -166,10 +176,12 @@ class Table:
         """Why a change cannot be written, "" if it can."""
         row = spec.row
         own = bool(self._own_fields(spec))
-        unknown = [r for r in spec.fields if r not in self._suffixes and not kinds.is_spelled(r)]
+        known = self._suffixes(spec.base_change)
+        unknown = [r for r in spec.fields if r not in known and not kinds.is_spelled(r)]
+        is_start = any(f.start == spec.base_change for f in self.fields)
         reasons = {
             spec.title: not own and bool({*unknown} & {*row.roles}),
-            f"{spec.base_change} changes the base": bool(spec.base_change),
+            f"{spec.base_change} changes the base": not is_start,
             "embedding": spec.layout == "embedding",
             "experts in one tensor": spec.layout == "experts",
             "block-diagonal factors": spec.blocks is not None,
@@ -204,10 +216,9 @@ class Table:
     def _by_suffix(self) -> dict[str, Field]:
         return {f.suffix: f for f in self.fields}
 
-    @cached_property
-    def _suffixes(self) -> dict[str, str]:
-        """Role of a factor among others -> how it is spelled."""
-        found = {f.role: f.suffix for f in self.fields if not f.kind}
+    def _suffixes(self, start: str) -> dict[str, str]:
+        """Role of a factor among others -> how it is spelled, where loading begins like this."""
+        found = {f.role: f.suffix for f in self.fields if not f.kind and f.start == start}
         if OPEN_LENGTHS in found:
             found |= dict.fromkeys(LENGTHS, found[OPEN_LENGTHS])
         return found

@@ -6,7 +6,7 @@ import math
 import re
 import struct
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from loratool import kinds
@@ -31,6 +31,12 @@ def read_table(table: Table, dialect: str, candidate: Candidate, options: Read) 
     header = candidate.header
     if header is None:
         raise BadFileError("LT-360", "no adapter weights in this folder", file=candidate.path)
+    if reason := table.why_unreadable(header.metadata):
+        raise MismatchError(
+            "LT-402", f"{reason}: it is not supported", file=candidate.path,
+            key=table.unreadable[0], got=header.metadata[table.unreadable[0]],
+            hint="merge it with the program that wrote it",
+        )  # fmt: skip
     found = read_tensors(table, header.tensors, options)
     notes = list(found.notes)
     if not header.tensors:
@@ -47,14 +53,22 @@ def read_tensors(table: Table, refs: Iterable[TensorRef], options: Read) -> Adap
     found = _sort(table, refs)
     alphas = read_scalars(found.alphas)
     specs: list[DeltaSpec] = []
+    flags = read_scalars({ref.name: ref for fields in found.modules.values()
+                          for role, ref in fields.items() if kinds.is_flag(role)})  # fmt: skip
     for module, fields in found.modules.items():
         alpha = alphas.get(module, options.alpha)
-        specs.append(product_spec(module, fields, alpha))
+        spec = product_spec(module, fields, alpha, flags)
+        start = found.starts.get(module, "")
+        if start and not {"lora_A", "lora_B", "diag"} <= fields.keys():
+            raise BadFileError("LT-362", "the factors of a module are incomplete", key=module,
+                               file=found.refs[0].file, expected=start,
+                               got=", ".join(ref.name for ref in fields.values()))  # fmt: skip
+        specs.append(replace(spec, base_change=start))
     specs += [_single(module, one, ref) for module, one, ref in found.singles]
     order = {ref.name: place for place, ref in enumerate(found.refs)}
     specs.sort(key=lambda s: min(order[f.name] for f in s.fields.values()))
     notes = []
-    without = [m for m in found.modules if m not in alphas]
+    without = [s.module for s in specs if s.rank and s.module not in alphas]
     if without and options.alpha is None:
         notes.append(f"{len(without)} modules have no alpha: their scaling is 1")
     orphans = [m for m in found.alphas if m not in found.modules]
@@ -75,6 +89,7 @@ class _Sorted:
     modules: dict[str, dict[str, TensorRef]] = field(default_factory=dict)
     singles: list[tuple[str, Field, TensorRef]] = field(default_factory=list)
     alphas: dict[str, TensorRef] = field(default_factory=dict)
+    starts: dict[str, str] = field(default_factory=dict)
     passed: list[TensorRef] = field(default_factory=list)
 
 
@@ -96,6 +111,8 @@ def _sort(table: Table, refs: Iterable[TensorRef]) -> _Sorted:
                     got=f"{fields[meaning.role].name} and {ref.name}",
                 )  # fmt: skip
             fields[meaning.role] = ref
+            if meaning.start:
+                found.starts[key.module] = meaning.start
         elif table.is_passed(ref.name):
             found.passed.append(ref)
         else:

@@ -21,7 +21,7 @@ from loratool.engine.step_args import (
     SubtractAndFactorArgs,
     SumArgs,
 )
-from loratool.plan import DeltaPart, Step
+from loratool.plan import DeltaPart, ReplacePart, Step
 
 ROUNDING_BYTES = (1 << 16) * 16 * 8
 """What exact and stochastic rounding take per worker: sixteen float64 arrays of one piece."""
@@ -48,11 +48,26 @@ def summed_piece(step: Step, args: SumArgs, chunk: int, elements: int) -> int:
     """
     piece, block, wide = _sizes(step, chunk, elements)
     accumulator = 4 if step.output.dtype == "BF16" and args.rounding != "exact" else 8
+    block += max((_rows_beside(step, part) for part in step.parts), default=0)
     buffers = piece * (len(step.inputs) + 1)
     if args.method is not None:
         return buffers + block * (len(step.parts) * 8 * (accumulator + 1) + 8 * accumulator + 110)
     rounding = 0 if args.rounding == "nearest" else ROUNDING_BYTES
     return buffers + block * (3 * accumulator + 2 * wide) + rounding
+
+
+def _rows_beside(step: Step, part: DeltaPart | ReplacePart) -> int:
+    """Elements of rows that a change wants besides a block, and what it makes of them."""
+    if not isinstance(part, DeltaPart) or part.spec.reach != "rows" or is_needed_whole(part):
+        return 0
+    block = grid.largest_block(step.view, grid.CPU_ELEMENTS)
+    return 2 * part.spec.row.together(part.spec) * step.view[1] + block
+
+
+def is_needed_whole(part: DeltaPart) -> bool:
+    """True if a change that goes by rows of W takes all of them together."""
+    is_all = part.transposed or not part.spec.row.together(part.spec)
+    return part.spec.reach == "rows" and is_all
 
 
 def measured_piece(step: Step, args: Any, chunk: int, elements: int) -> int:
@@ -85,6 +100,8 @@ def summed_step(step: Step, args: Any) -> int:
             total += _held(part) * 16
             if part.spec.reach == "all":
                 total += step.view[0] * step.view[1] * 24 + 32 * min(step.view) ** 2
+            elif is_needed_whole(part):
+                total += _region_numel(step, part) * 32
         elif part.rows is not None:
             total += part.source.numel * 12
     return total

@@ -18,6 +18,7 @@ _EXTRACT = (
 
 
 _SIZES = "loratool convert ADAPTER --to peft --base BASE -o OUT makes a LoRA of it first"
+_MERGE = "merge it into its base with its weight: loratool merge ADAPTER:W --base BASE -o OUT"
 
 
 def require_additive(
@@ -42,6 +43,8 @@ def require_additive(
             "the base", file=adapter.path, key=list_some(sized, 3),
             hint=_SIZES if hint == _EXTRACT else hint,
         )  # fmt: skip
+    if hint != _EXTRACT and not all(s.is_apart for s in adapter.specs):
+        hint = _MERGE
     if other:
         raise MismatchError(
             "LT-460", f"a change that depends on the base weights cannot be {verb} without them",

@@ -72,8 +72,11 @@ def plan_convert(
             changes that the dialect cannot hold; LT-430 … LT-495 of binding.
         UsageError: LT-242, an unusable --skip.
     """
-    kept, left_out = _without(with_sizes(source, base, "converted"), skip)
-    notes, row = list(kept.notes), row_of(dialect)
+    row, settled = row_of(dialect), source
+    if any(s.is_open and row.obstacle(s) for s in source.specs):
+        settled = with_sizes(source, base, "converted")
+    kept, left_out = _without(settled, skip)
+    notes = list(kept.notes)
     reason = unmergeable_reason(source)
     if reason is not None and not is_of_home(source, dialect):
         raise MismatchError("LT-494", f"{row.title} cannot hold this adapter", file=source.path,

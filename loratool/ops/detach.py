@@ -102,6 +102,7 @@ def _check(adapter: Adapter, needed: Sequence[DeltaSpec], there: InBase) -> None
         "on a module that has no DoRA in PEFT": lambda s: s.is_bare or bool(s.experts)
         or not s.is_matrix or s.parameter == "in_proj_weight",
         "of a grouped convolution": is_grouped,
+        "that is neither a product nor lengths of rows": lambda s: not s.is_apart,
         "on a tensor that is replaced too": lambda s: s.name in own,
         "that has no place in it": lambda s: s.name not in there.places,
     }  # fmt: skip

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from loratool.adapter import TensorData
 from loratool.delta.base import Delta
+from loratool.delta.by_rows import RowMap
 from loratool.delta.forms import matrix_shape, scaled_source, shape_of
 from loratool.delta.load import load_delta
 from loratool.kinds import KINDS, Kind, of_method, of_roles, row_of
@@ -36,7 +37,7 @@ def test_a_row_resolves(row: Kind) -> None:
     assert row_of(row.name) is row
     assert callable(function_of(row.implementation))
     assert not row.pairs or callable(function_of(row.pairs))
-    assert row.scaled in row.roles and row.reach in ("block", "norms", "all")
+    assert row.scaled in row.roles and row.reach in ("block", "rows", "norms", "all")
     assert not set(row.roles) & set(row.optional)
     assert row.rank_axis is None or row.rank_axis[0] in row.roles
     assert set(row.stand_ins) <= set(row.roles) and row.scaled in row.roles
@@ -138,6 +139,9 @@ def test_blocks_give_the_whole(row: Kind) -> None:
         places = [(r, min(r + height, rows), c, min(c + width, cols))
                   for r in range(0, rows, height) for c in range(0, cols, width)]  # fmt: skip
         assert delta.needs_measure == (row.reach == "norms")
+        assert delta.needs_rows == (row.reach == "rows")
+        if delta.needs_rows:
+            delta.attach(lambda start, stop: weight[start:stop])
         for r0, r1, c0, c1 in data.draw(st.permutations(places)) if delta.needs_measure else ():
             delta.measure(weight[r0:r1, c0:c1], r0, r1, c0, c1)
         out = weight.clone()
@@ -167,10 +171,11 @@ def test_additive_means_that_the_base_does_not_matter(row: Kind) -> None:
 def test_scaled_is_so_many_times_the_change(row: Kind) -> None:
     def holds(change: Change, data: st.DataObject) -> None:
         factor, weight = data.draw(st.sampled_from([-2.0, 0.25, 3.0])), weight_of(change)
-        want = factor * effect(built(change), weight)
+        want = effect(built(change, weight=factor), weight)
+        if row.is_proportional:
+            assert close(want, factor * effect(built(change), weight))
         for fold in (True, False):
             assert close(effect(built(change, fold=fold).scaled(factor), weight), want)
-        assert close(effect(built(change, weight=factor), weight), want)
 
     each(row, holds)
 
@@ -210,6 +215,40 @@ def test_orientation_and_slices(row: Kind) -> None:
         turned = built(change, transposed=True, region=Region(source_rows=cols, source_cols=rows))
         assert close(turned.dense(), part.T) and close(built(change, transposed=True).dense(),
                                                        dense.T)  # fmt: skip
+
+    each(row, holds)
+
+
+@pytest.mark.parametrize("row", [k for k in KINDS if not k.is_additive and k.is_matrix],
+                         ids=lambda k: k.name)  # fmt: skip
+def test_orientation_and_whole_groups_of_rows(row: Kind) -> None:
+    """Of what depends on W: on one that is stored (in, out), and on some rows of it alone."""
+
+    def holds(change: Change, data: st.DataObject) -> None:
+        weight = weight_of(change)
+        whole = effect(built(change), weight)
+        assert close(effect(built(change, transposed=True), weight.T.contiguous()).T, whole)
+        step = row.together(change.spec)
+        if row.reach not in ("block", "rows") or not step:
+            return
+        first, last = (step * n for n in data.draw(spans(len(weight) // step)))
+        part = built(change, region=Region(source_rows=(first, last)))
+        assert part.shape == (last - first, change.shape[1])
+        assert close(effect(part, weight[first:last]), whole[first:last])
+
+    each(row, holds)
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_sizes_of_terms_are_no_less_than_the_change(row: Kind) -> None:
+    """`verify` takes them for the bound of what other roundings may do."""
+
+    def holds(change: Change, _: st.DataObject) -> None:
+        delta, weight = built(change), weight_of(change)
+        moved = effect(delta, weight)
+        size = torch.zeros_like(weight)
+        delta.add_size(size, weight, 0, len(weight), 0, weight.shape[1])
+        assert (moved.abs() <= size * (1 + 2.0**-40) + 2.0**-40 * weight.abs()).all()
 
     each(row, holds)
 
@@ -272,13 +311,13 @@ def test_moving_changes_nothing(row: Kind) -> None:
     each(row, holds)
 
 
-def tensors_of(delta: Delta) -> list[torch.Tensor]:
+def tensors_of(delta: Delta | RowMap) -> list[torch.Tensor]:
     """All tensors that a delta holds, those of deltas inside it too."""
     found = []
     for value in vars(delta).values():
         if isinstance(value, torch.Tensor):
             found.append(value)
-        elif isinstance(value, Delta):
+        elif isinstance(value, (Delta, RowMap)):
             found += tensors_of(value)
     return found
 

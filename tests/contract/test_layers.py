@@ -25,6 +25,7 @@ LAYERS = (
         "kinds",
         "kind_shapes",
         "kinds_peft",
+        "kinds_based",
         "location",
         "methods",
         "plan",

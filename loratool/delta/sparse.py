@@ -1,0 +1,113 @@
+"""SHiRA (arXiv 2406.13175): single elements of W change, and no others."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from loratool.adapter import DeltaSpec
+from loratool.delta.base import Delta
+from loratool.delta.lowrank import Pair, thinnest
+from loratool.errors import BadFileError
+from loratool.plan import DeltaPart
+
+
+class Sparse(Delta):
+    """ΔW is zero but for some elements.
+
+    Args:
+        shape: of the matrix.
+        rows: (n,) int64 row numbers.
+        cols: (n,) int64 column numbers.
+        values: (n,) float32 or float64; of elements that are named twice both count.
+    """
+
+    def __init__(
+        self, shape: tuple[int, int], rows: torch.Tensor, cols: torch.Tensor, values: torch.Tensor
+    ) -> None:
+        order = torch.argsort(rows * shape[1] + cols, stable=True)
+        self.shape, self.roundings = shape, 3
+        self.rows, self.cols, self.values = rows[order], cols[order], values[order]
+
+    def add_to(
+        self, acc: torch.Tensor, base: torch.Tensor, r0: int, r1: int, c0: int, c1: int
+    ) -> None:
+        """Touches only the elements inside the block."""
+        at, values = self._inside(r0, r1, c0, c1)
+        acc.index_put_(at, values.to(acc.dtype), accumulate=True)
+
+    def add_size(
+        self, acc: torch.Tensor, base: torch.Tensor, r0: int, r1: int, c0: int, c1: int
+    ) -> None:
+        """|value| at the elements inside the block."""
+        at, values = self._inside(r0, r1, c0, c1)
+        acc.index_put_(at, values.abs().to(acc.dtype), accumulate=True)
+
+    def _inside(
+        self, r0: int, r1: int, c0: int, c1: int
+    ) -> tuple[tuple[torch.Tensor, torch.Tensor], torch.Tensor]:
+        bounds = torch.tensor([r0, r1], device=self.rows.device)
+        first, last = torch.searchsorted(self.rows, bounds).tolist()
+        cols = self.cols[first:last]
+        inside = (cols >= c0) & (cols < c1)
+        at = self.rows[first:last][inside] - r0, cols[inside] - c0
+        return at, self.values[first:last][inside]
+
+    def scaled(self, factor: float) -> Sparse:
+        """Multiplies the values."""
+        return Sparse(self.shape, self.rows, self.cols, self.values * factor)
+
+    def to(self, device: torch.device) -> None:
+        """Moves numbers and values."""
+        self.rows, self.cols = self.rows.to(device), self.cols.to(device)
+        self.values = self.values.to(device)
+
+
+def build(
+    fields: Mapping[str, torch.Tensor],
+    part: DeltaPart,
+    *,
+    coefficient: float,
+    dtype: torch.dtype,
+    fold: bool = True,
+) -> Sparse:
+    """Make the delta of a ``sparse`` spec.
+
+    Args:
+        fields: shira_weight (n,), shira_indices (2, n): rows and columns, of any type.
+        part: the spec with orientation and region; bound.
+        coefficient: weight · scaling.
+        dtype: type of the accumulator.
+        fold: no choice here.
+
+    Raises:
+        BadFileError: LT-363, an element outside of the matrix.
+    """
+    out, (inner,) = part.spec.row.sizes(part.spec)
+    rows, cols = fields["shira_indices"].long()
+    odd = (rows < 0) | (rows >= out) | (cols < 0) | (cols >= inner)
+    if bool(odd.any()):
+        at = int(odd.nonzero()[0])
+        raise BadFileError(
+            "LT-363", "an element outside of the matrix", key=part.spec.name,
+            expected=f"rows below {out}, columns below {inner}",
+            got=f"row {int(rows[at])}, column {int(cols[at])}",
+        )  # fmt: skip
+    values = (fields["shira_weight"].double() * coefficient).to(dtype)
+    shape = (out, inner)
+    if part.transposed:
+        rows, cols, shape = cols, rows, (inner, out)
+    (top, bottom), (left, right) = (
+        cut or (0, size)
+        for cut, size in zip((part.region.source_rows, part.region.source_cols), shape, strict=True)
+    )
+    inside = (rows >= top) & (rows < bottom) & (cols >= left) & (cols < right)
+    return Sparse((bottom - top, right - left), rows[inside] - top, cols[inside] - left,
+                  values[inside])  # fmt: skip
+
+
+def pairs_of(fields: Mapping[str, torch.Tensor], spec: DeltaSpec) -> list[Pair]:
+    """The matrix and the identity, float64."""
+    whole = build(fields, DeltaPart(spec, 1.0), coefficient=1.0, dtype=torch.float64)
+    return [thinnest(whole.dense())]
