@@ -7,12 +7,15 @@ float32 and in the order of operations that the format has.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+
+from loratool.dtypes import tensor_bytes
 
 Tensors = dict[str, torch.Tensor]
 
@@ -253,3 +256,20 @@ def mlx(rows: int, words: int, *, bits: int, size: int, seed: int,
     tensors = {"a.weight": words_, "a.scales": stored, "a.biases": offsets}
     said = {"model_type": "test", "quantization": {"group_size": size, "bits": bits}}
     return made(tensors, said, numbers)
+
+
+def save_sparse(folder: Path, tensors: Mapping[str, tuple[str, tuple[int, ...]]],
+                said: Mapping[str, Any]) -> Path:  # fmt: skip
+    """A checkpoint whose header tells of bytes that no disk holds: name -> (type, shape)."""
+    folder.mkdir(parents=True)
+    header, at = {}, 0
+    for name, (dtype, shape) in tensors.items():
+        size = tensor_bytes(dtype, shape)
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [at, at + size]}
+        at += size
+    text = json.dumps(header).encode()
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + at)
+    (folder / "config.json").write_text(json.dumps(said))
+    return folder

@@ -71,7 +71,7 @@ def rounding_args(exact: bool, rounding: str, seed: int | None) -> dict[str, Any
 
 
 def check_codes(asked: Merge) -> None:
-    """Refuse options that contradict ``--requant``.
+    """Refuse options that contradict ``--requant`` or ``--simulate-quant``.
 
     Raises:
         UsageError: LT-273.
@@ -81,6 +81,8 @@ def check_codes(asked: Merge) -> None:
         "--rounding stochastic": asked.rounding == "stochastic",
     }  # fmt: skip
     odd = [name for name, is_given in others.items() if is_given]
+    if asked.simulate_quant and (asked.requant or asked.dequantize):
+        raise UsageError("LT-273", "--simulate-quant is for bases that are not quantised")
     if asked.requant and odd:
         raise UsageError("LT-273", "--requant writes the base's own codes, nearest to each sum",
                          got=" and ".join(odd))  # fmt: skip

@@ -23,6 +23,7 @@ from loratool.ops.access import Access
 from loratool.ops.align import same_form
 from loratool.ops.assemble import outline
 from loratool.ops.batch import output_place
+from loratool.ops.coded import read_plain
 from loratool.ops.extract import ExtractPlan, FactorOptions, group_steps, plan_extract
 from loratool.ops.fitting import check_fit
 from loratool.ops.inputs import OpenedBase, guard_output, open_base
@@ -156,8 +157,11 @@ def _plan(
     asked: Extract, tuned: Checkpoint, base: Checkpoint, how: FactorOptions, keep: Sequence[str]
 ) -> ExtractPlan:
     """What is factored, in the form that both checkpoints can be brought into."""
-    tuned_form, base_form, notes = same_form(tuned, base, asked.rename)
-    if asked.save_residual is not None and base_form.tensors.keys() != base.tensors.keys():
+    (tuned, of_tuned), (plain, of_base) = read_plain(tuned), read_plain(base)
+    tuned_form, base_form, notes = same_form(tuned, plain, asked.rename)
+    if asked.save_residual is not None and (
+        of_base or base_form.tensors.keys() != base.tensors.keys()
+    ):
         raise MismatchError(
             "LT-427", "a residual needs a base in the form of the fine-tune",
             file=base.path, got="; ".join(notes), hint="leave --save-residual out",
@@ -166,7 +170,7 @@ def _plan(
         tuned_form, base_form, how=how, include=asked.include, exclude=asked.exclude, keep=keep,
         names=asked.names,
     )  # fmt: skip
-    return replace(plan, notes=(*notes, *plan.notes))
+    return replace(plan, notes=(*of_tuned, *of_base, *notes, *plan.notes))
 
 
 def _recorded(asked: Extract, job: _Job, resources: Resources) -> tuple[_Job, dict[str, Any]]:

@@ -36,7 +36,7 @@ def look_at_base(
     from loratool.engine.reads import factor_ranges
 
     names = read.take(Names, untie=True)  # each tensor beside its own change
-    job = prepare_merge(MergeRequest([str(path)], base, names, access, weights=[1.0]))
+    job = prepare_merge(MergeRequest([str(path)], base, names, access, weights=[1.0], codes=None))
     plan = plan_look(job.merge.plan)
     agree_to_read(factor_ranges(job.adapters[0].adapter.specs), yes=access.yes)
     results = run_plan(plan, plan_resources(plan, run))

@@ -17,10 +17,11 @@ from loratool.bind.new_parts import Extended, add_parts
 from loratool.dtypes import DTYPES
 from loratool.errors import MismatchError, UsageError
 from loratool.ops.access import Access
-from loratool.ops.coded import Decoded, decode_base
+from loratool.ops.coded import Decoded, decode_base, read_plain
 from loratool.ops.inputs import OpenedAdapter, OpenedBase, guard_output, open_adapters, open_base
 from loratool.ops.merge import MergePlan, WeightedAdapter, plan_merge
 from loratool.ops.residual import patch_merge
+from loratool.ops.simulated import simulate_base
 from loratool.ops.verify import merged_dtype
 from loratool.ops.weights import Rule, rules_json, unused_rules
 from loratool.options.groups import Codes, Names
@@ -127,7 +128,7 @@ class MergeRequest:
         like: a finished merge; the plan casts as it did, whatever ``dtype`` says.
         tokenizer: ``base`` or ``adapter``: whose tokenizer and settings go along; None = the
             adapter's.
-        codes: what becomes of quantised weights.
+        codes: what becomes of quantised weights; None = they are only looked at.
     """
 
     adapters: Sequence[str | Path | AdapterArgument]
@@ -148,7 +149,7 @@ class MergeRequest:
     checksum: bool = False
     like: Checkpoint | None = None
     tokenizer: str | None = None
-    codes: Codes = field(default_factory=Codes)
+    codes: Codes | None = field(default_factory=Codes)
 
 
 def prepare_merge(asked: MergeRequest) -> MergeJob:
@@ -218,6 +219,11 @@ def _open(asked: MergeRequest) -> tuple[list[OpenedAdapter], OpenedBase]:
 
 def _decoded(asked: MergeRequest, base: Checkpoint) -> Decoded:
     """The base with its quantised weights as numbers, where that is asked for."""
+    if asked.codes is None:
+        plain, notes = read_plain(base)
+        return Decoded(plain, notes=notes)
+    if asked.codes.simulate_quant is not None:
+        return simulate_base(base, asked.codes.simulate_quant)
     if not (asked.codes.dequantize or asked.codes.requant):
         return Decoded(base)
     return decode_base(base, keep=asked.codes.requant, dtype=asked.dtype)
@@ -249,7 +255,7 @@ def _record(
     if asked.dtype is not None:
         form = {"dtype": DTYPES[asked.dtype].word, **form}
     options = {k: v for k, v in form.items() if v is not None}
-    options |= {**recorded(asked.names), **recorded(asked.codes), **asked.rounding}
+    options |= {**recorded(asked.names), **recorded(asked.codes or Codes()), **asked.rounding}
     if scaled := sorted({name for b in bound for name in b.bindings.scales}):
         options["scaled"] = scaled
     if asked.rules:

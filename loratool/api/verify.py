@@ -88,7 +88,8 @@ def _request(
     return MergeRequest(
         inputs, base, names, access, weights=weights, mean=mean, rules=rules,
         rounding=_rounding(merged, said), like=merged,
-        codes=Codes(dequantize=said.get("dequantize", False), requant=said.get("requant", False)),
+        codes=Codes(dequantize=said.get("dequantize", False), requant=said.get("requant", False),
+                    simulate_quant=said.get("simulate_quant")),
     )  # fmt: skip
 
 

@@ -29,7 +29,8 @@ from loratool.errors import LoratoolError, UsageError
 from loratool.options.looking import Inspect
 
 if TYPE_CHECKING:
-    from loratool.report.inspect import AdapterSummary, CheckpointSummary, FolderRow, InspectReport
+    from loratool.quant.find import reading
+from loratool.report.inspect import AdapterSummary, CheckpointSummary, FolderRow, InspectReport
 
 _FEW_VALUES = 6
 _SHOWN_REPLACED = 5
@@ -247,8 +248,8 @@ def _checkpoint(one: CheckpointSummary) -> Iterator[str]:
     if one.tied:
         yield line("tied", "input embedding and output head share their weights")
     if one.quantization:
-        yield line("quant", f"{safe(one.quantization)}: merging needs the 16-bit weights",
-                   tone="warn")  # fmt: skip
+        how = "--dequantize" if reading(one.quantization) else "the 16-bit weights"
+        yield line("quant", f"{safe(one.quantization)}: merging needs {how}", tone="warn")
 
 
 # ---------------------------------------------------------------------------------- folders

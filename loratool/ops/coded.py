@@ -85,6 +85,20 @@ def decode_base(base: Checkpoint, *, keep: bool, dtype: str | None = None) -> De
     return Decoded(plain, _plain_config(base, dtype or PLAIN), (note,))
 
 
+def read_plain(checkpoint: Checkpoint) -> tuple[Checkpoint, tuple[str, ...]]:
+    """A checkpoint that is only looked at, with a note where its weights are quantised.
+
+    Raises:
+        MismatchError: LT-499, they cannot be read.
+        BadFileError: LT-335.
+    """
+    if checkpoint.quantization is None:
+        return checkpoint, ()
+    decoded = decode_base(checkpoint, keep=False)
+    note = f"{checkpoint.path.name}: {checkpoint.quantization}, read as the numbers it stands for"
+    return decoded.checkpoint, (note,)
+
+
 def _parts(base: Checkpoint) -> Iterator[tuple[str, Mapping[str, TensorRef], Mapping[str, Any]]]:
     """(prefix, tensors, configuration) of each component, or of the whole."""
     if not base.components:

@@ -102,17 +102,8 @@ def plan_extract(
         names: ``v5`` (in-memory names of transformers 5) or ``v4`` (on-disk names).
 
     Raises:
-        MismatchError: tensors are missing, shapes differ, or the base is quantised.
+        MismatchError: tensors are missing, or shapes differ.
     """
-    for checkpoint in (tuned, base):
-        if checkpoint.quantization is not None:
-            raise MismatchError(
-                "LT-480",
-                "a quantised checkpoint has no plain weights to subtract",
-                file=checkpoint.path,
-                got=checkpoint.quantization,
-                hint="use the 16-bit checkpoints",
-            )
     paired = pair_tensors(tuned, base, names)
     whole = [k for k in keep if k not in KEEP_WORDS]
     kept = _found(whole, "--keep", [p.name for p in (*paired.matched, *paired.created)])

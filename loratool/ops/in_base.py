@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from loratool.adapter import Adapter, DeltaSpec, TensorRef
 from loratool.bind.bindings import bind
 from loratool.bind.heads import take_heads
-from loratool.errors import MismatchError
+from loratool.ops.coded import read_plain
 from loratool.ops.merge import matrix_view
 from loratool.options.groups import Names
 from loratool.plan import DeltaPart, Place
@@ -30,16 +30,13 @@ class InBase:
 
 
 def find_in_base(adapter: Adapter, base: Checkpoint) -> InBase:
-    """Bind an adapter to plain weights, each tied tensor beside its own change.
+    """Bind an adapter to the numbers of a base, each tied tensor beside its own change.
 
     Raises:
-        MismatchError: LT-480 quantised weights, or the adapter does not belong to the base.
+        MismatchError: LT-499 weights in codes that cannot be read, or the adapter does not belong
+            to the base.
     """
-    if base.quantization is not None:
-        raise MismatchError(
-            "LT-480", "a quantised checkpoint has no plain weights to look at",
-            file=base.path, got=base.quantization, hint="use the 16-bit checkpoint",
-        )  # fmt: skip
+    base, _ = read_plain(base)
     headed = take_heads([adapter], base)
     bindings = bind(adapter, headed.checkpoint, Names(untie=True, resize_embeddings=True))
     tensors = (bindings.checkpoint or headed.checkpoint).tensors

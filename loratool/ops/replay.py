@@ -65,6 +65,7 @@ class RecordedSums(TypedDict, total=False):
     scaled: tuple[str, ...]
     dequantize: bool
     requant: bool
+    simulate_quant: Literal["nf4", "int8", "fp8"]
     undo: str
 
 

@@ -128,6 +128,10 @@ class Codes(Options):
     requant: Annotated[bool, Words(
         "Of a quantised base: keep its format, code changed weights anew.", "Output", record=True,
     )] = False  # fmt: skip
+    simulate_quant: Annotated[Literal["nf4", "int8", "fp8"] | None, Words(
+        "Merge into what quantising leaves of the base, in 16 bits: the weights that a QLoRA "
+        "adapter was trained on.", "Output", record=True,
+    )] = None  # fmt: skip
 
 
 class Mix(Options):

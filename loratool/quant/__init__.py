@@ -4,6 +4,6 @@ A codec is one row of `CODECS` and one module that the row names.
 """
 
 from loratool.quant.base import Codec, Found
-from loratool.quant.find import CODECS, codec_of, find_codes
+from loratool.quant.find import CODECS, codec_of, find_codes, simulated
 
-__all__ = ["CODECS", "Codec", "Found", "codec_of", "find_codes"]
+__all__ = ["CODECS", "Codec", "Found", "codec_of", "find_codes", "simulated"]

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from loratool import plugins
-from loratool.quant.base import Codec, Found, Reader, Tensors
+from loratool.adapter import CodedRef, TensorRef
+from loratool.quant.base import Codec, Found, Reader, Tensors, coded
 
 CODECS: dict[str, Codec] = {
     c.name: c
@@ -26,6 +27,10 @@ CODECS: dict[str, Codec] = {
 }  # fmt: skip
 
 
+SIMULATED = Codec("simulated", "numbers left by a coding", (), "loratool.quant.simulate")
+"""Plain weights, seen as a quantised base has them; no checkpoint is stored like this."""
+
+
 def others() -> dict[str, Codec]:
     """Codecs of other packages, by name (entry points ``loratool.codecs``)."""
     return plugins.load("loratool.codecs", Codec, CODECS)
@@ -37,7 +42,19 @@ def codec_of(name: str) -> Codec:
     Raises:
         KeyError: there is none.
     """
+    if name == SIMULATED.name:
+        return SIMULATED
     return CODECS.get(name) or others()[name]
+
+
+def simulated(ref: TensorRef, word: str) -> CodedRef:
+    """A plain weight, seen as what is left of it in a quantised base.
+
+    Args:
+        ref: the weight, two axes.
+        word: ``nf4``, ``int8`` or ``fp8``.
+    """
+    return coded(SIMULATED.name, ref.name, ref, ref.shape, facts={"word": word})
 
 
 def reading(method: str) -> list[Codec]:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import loratool as lt
+from tests.oracle.test_codes import MAKERS, base_and_style, gpt_oss
 from tests.oracle.test_fp8 import block_base, style
 from tests.oracle.test_loha import sample
 
@@ -23,18 +24,42 @@ def weights(path: Path) -> dict[str, bytes]:
     return {f.name: f.read_bytes() for f in files}
 
 
+def merged(folder: Path, device: str, **options: Any) -> dict[str, bytes]:
+    """The weights of ``base`` and ``style`` merged on a device."""
+    lt.merge([folder / "style"], base=folder / "base", output=folder / device, device=device,
+             provenance=False, **options)  # fmt: skip
+    return weights(folder / device)
+
+
 @pytest.mark.parametrize("how", ["dequantize", "requant"])
 @pytest.mark.parametrize("rho", [0.1, 3.0])
 def test_fp8(tmp_path: Path, how: str, rho: float) -> None:
     block_base(tmp_path / "base")
     style(tmp_path / "style", rho=rho)
-    made = {}
-    for device in ("cpu", "cuda"):
-        options: Any = {how: True}
-        lt.merge([tmp_path / "style"], base=tmp_path / "base", output=tmp_path / device,
-                 device=device, provenance=False, **options)  # fmt: skip
-        made[device] = weights(tmp_path / device)
-    assert made["cpu"] == made["cuda"]
+    options: Any = {how: True}
+    assert merged(tmp_path, "cpu", **options) == merged(tmp_path, "cuda", **options)
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_weights_in_codes(tmp_path: Path, name: str) -> None:
+    base_and_style(name, tmp_path)
+    options: Any = {"dequantize": True, "exact": True}
+    assert merged(tmp_path, "cpu", **options) == merged(tmp_path, "cuda", **options)
+
+
+@pytest.mark.parametrize("how", ["dequantize", "requant"])
+def test_mxfp4(tmp_path: Path, how: str) -> None:
+    gpt_oss(tmp_path)
+    options: Any = {how: True} | ({"exact": True} if how == "dequantize" else {})
+    assert merged(tmp_path, "cpu", **options) == merged(tmp_path, "cuda", **options)
+
+
+def test_a_simulated_base(tmp_path: Path) -> None:
+    from tests.oracle.test_simulate_quant import base_and_style as plain
+
+    plain(tmp_path)
+    options: Any = {"simulate_quant": "nf4", "exact": True}
+    assert merged(tmp_path, "cpu", **options) == merged(tmp_path, "cuda", **options)
 
 
 @pytest.mark.parametrize("name", ["loha", "loha_conv_eff", "lycoris_loha_tucker"])

@@ -13,7 +13,11 @@ import torch
 from safetensors.torch import load_file
 
 import loratool as lt
+from loratool.api.merge_job import MergeRequest, prepare_merge
 from loratool.errors import LoratoolError
+from loratool.ops.access import Access
+from loratool.ops.memory import plan_memory
+from loratool.options.groups import Codes, Names
 from tests import coded
 from tests.coded import CodedFile
 from tests.make import random_factors, save_adapter, save_checkpoint
@@ -274,3 +278,141 @@ def test_predicted_loss_is_near_the_measured_one(tmp_path: Path, how: str) -> No
     planned: Any = lt.merge(adapter, dry_run=True, **options)
     report: Any = lt.merge(adapter, force=True, **options)
     assert planned.total.predicted_loss == pytest.approx(report.total.loss, abs=0.04)
+
+
+# ------------------------------------------------------------------- looked at, not written
+
+
+def test_extract_reads_the_numbers(tmp_path: Path) -> None:
+    """A fine-tune in 16 bits less a base in codes: what is found is their difference."""
+    file, delta = base_and_style("nf4", tmp_path)
+    assert file.numbers is not None
+    tensors = {file.name: (file.numbers.double() + delta).float(), "norm.weight": torch.ones(3),
+               "model.position_ids": torch.arange(4)}  # fmt: skip
+    save_checkpoint(tmp_path / "tuned", tensors, config={"model_type": "test"})
+    report = lt.extract(
+        tmp_path / "tuned", base=tmp_path / "base", output=tmp_path / "lora", rank=4
+    )
+    assert any("bitsandbytes" in note for note in report.notes)
+    made = load_file(tmp_path / "lora" / "adapter_model.safetensors")
+    lora_A, lora_B = (made[f"base_model.model.{STEM}.lora_{x}.weight"].double() for x in "AB")
+    assert float((lora_B @ lora_A - delta).norm() / delta.norm()) <= 1e-5
+    with pytest.raises(LoratoolError) as caught:
+        lt.extract(tmp_path / "tuned", base=tmp_path / "base", output=tmp_path / "other", rank=4,
+                   save_residual=tmp_path / "rest")  # fmt: skip
+    assert caught.value.code == "LT-427"
+
+
+def test_inspect_measures_beside_the_numbers(tmp_path: Path) -> None:
+    file, delta = base_and_style("gptq", tmp_path)
+    assert file.numbers is not None
+    report: Any = lt.inspect(tmp_path / "style", base=tmp_path / "base")
+    rho = float(delta.norm() / file.numbers.double().norm())
+    assert report.look.total.rho == pytest.approx(rho, rel=1e-3)
+
+
+# ------------------------------------------------------------------------------ transformers
+
+
+def tiny(kind: str) -> tuple[Any, dict[str, torch.Tensor]]:
+    """(configuration, weights as they are on disk) of a model that transformers makes."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "vocab_size": 32,
+             "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 32,
+             "tie_word_embeddings": False, "dtype": "bfloat16"}  # fmt: skip
+    if kind == "gpt_oss":
+        sizes |= {"num_local_experts": 2, "num_experts_per_tok": 1}
+        said = transformers.GptOssConfig(**sizes)
+    else:
+        said = transformers.LlamaConfig(**sizes)
+    model = transformers.AutoModelForCausalLM.from_config(said).bfloat16()
+    return said, {n: t.clone().contiguous() for n, t in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("name", ["nf4", "int8", "gptq", "awq", "packed", "mlx"])
+def test_outputs_load_in_transformers(tmp_path: Path, name: str) -> None:
+    said, tensors = tiny("llama")
+    shapes = {"gptq": lambda: coded.gptq(2, 64, bits=4, size=32, seed=1, ordered=True),
+              "awq": lambda: coded.awq(2, 32, 8, seed=1),
+              "packed": lambda: coded.packed(64, 64, bits=4, size=32, seed=1, zeros=True),
+              "nf4": lambda: coded.bnb4((64, 64), size=64, seed=1, nested=256),
+              "int8": lambda: coded.int8(64, 64, seed=1),
+              "mlx": lambda: coded.mlx(64, 2, bits=4, size=32, seed=1)}  # fmt: skip
+    file = put(shapes[name](), STEM)
+    del tensors[f"{STEM}.weight"]
+    tensors |= {n: t for n, t in file.tensors.items() if n != "norm.weight"}
+    save_checkpoint(tmp_path / "base", tensors, config=said.to_dict() | file.config
+                    | {"model_type": "llama"})  # fmt: skip
+    factors = random_factors({STEM: (64, 64)}, rank=2, seed=3)
+    save_adapter(tmp_path / "style", factors, alpha=2, target_modules=["q_proj"])
+    lt.merge([tmp_path / "style"], base=tmp_path / "base", output=tmp_path / "out", dequantize=True)
+    assert_loads(tmp_path / "out", f"{STEM}.weight")
+
+
+@pytest.mark.parametrize("how", ["dequantize", "requant"])
+def test_gpt_oss_loads_in_transformers(tmp_path: Path, how: str) -> None:
+    said, tensors = tiny("gpt_oss")
+    stem = "model.layers.0.mlp.experts"
+    for number, word in enumerate(("gate_up_proj", "down_proj")):
+        plain = tensors.pop(f"{stem}.{word}")
+        made = coded.mxfp4([2], plain.shape[2], 2, seed=number, exponents=(118, 122))
+        tensors |= {f"{stem}.{word}{n.removeprefix('mlp.experts.up')}": t
+                    for n, t in made.tensors.items() if "norm" not in n}  # fmt: skip
+    config = said.to_dict() | {"quantization_config": {
+        "quant_method": "mxfp4", "dequantize": True,
+        "modules_to_not_convert": ["lm_head", "model.embed_tokens"],
+    }}  # fmt: skip
+    save_checkpoint(tmp_path / "base", tensors, config=config)
+    lora_A, lora_B = torch.randn(4, 64) * 0.02, torch.randn(128, 4) * 0.02
+    save_adapter(tmp_path / "style", {stem: (lora_A, lora_B)}, alpha=2, r=2, target_modules=[],
+                 target_parameters=["mlp.experts.gate_up_proj"])  # fmt: skip
+    lt.merge([tmp_path / "style"], base=tmp_path / "base", output=tmp_path / "out",
+             force=True, **{how: True})  # fmt: skip
+    assert_loads(tmp_path / "out", f"{stem}.gate_up_proj" if how == "dequantize" else "")
+
+
+def assert_loads(folder: Path, name: str) -> None:
+    """No key is missing and none too many, and a weight is the one in the file."""
+    transformers = pytest.importorskip("transformers")
+    loaded, info = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, output_loading_info=True
+    )
+    assert not info["missing_keys"] and not info["unexpected_keys"], info
+    if name:
+        assert torch.equal(loaded.state_dict()[name], stored(folder)[name])
+
+
+# ------------------------------------------------------------------------------------ memory
+
+
+def test_a_base_of_120b_is_planned_in_little_memory(tmp_path: Path) -> None:
+    """The shapes of gpt-oss-120b, headers only: two layers stand for all of them."""
+    shapes = {"gate_up_proj": (128, 5760, 90), "down_proj": (128, 2880, 90)}
+    tensors = {}
+    for layer in range(2):
+        stem = f"model.layers.{layer}.mlp.experts"
+        for word, (experts, outs, blocks) in shapes.items():
+            tensors[f"{stem}.{word}_blocks"] = ("U8", (experts, outs, blocks, 16))
+            tensors[f"{stem}.{word}_scales"] = ("U8", (experts, outs, blocks))
+    base = coded.save_sparse(tmp_path / "base", tensors, coded.config("mxfp4"))
+    experts, r = 128, 1
+    factors = {}
+    for layer in range(2):
+        module = f"model.layers.{layer}.mlp.experts"
+        factors[f"{module}.base_layer"] = (torch.zeros(experts * r, 2880),
+                                           torch.zeros(5760, experts * r))  # fmt: skip
+        factors[module] = (torch.zeros(experts * r, 2880), torch.zeros(2880, experts * r))
+    save_adapter(
+        tmp_path / "style",
+        factors,
+        alpha=8,
+        r=r,
+        target_modules=[],
+        target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+    )
+    for how in ("dequantize", "requant"):
+        codes = Codes(**{how: True})
+        asked = MergeRequest([tmp_path / "style"], base, Names(), Access(), codes=codes)
+        plan = prepare_merge(asked).merge.plan
+        memory = plan_memory(plan, device="cpu", threads=2, chunk_bytes=None, limit=500_000_000)
+        assert memory.peak_bytes <= 500_000_000, how
