@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _EXPORTS = {
+    "check": "loratool.api.check",
     "combine": "loratool.api.combine",
     "compare": "loratool.api.compare",
     "compress": "loratool.api.compress",
@@ -34,6 +35,7 @@ _EXPORTS = {
 __all__ = [
     "LoratoolError",
     "__version__",
+    "check",
     "combine",
     "compare",
     "compress",
@@ -53,6 +55,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from loratool.api.check import check
     from loratool.api.combine import combine
     from loratool.api.compare import compare
     from loratool.api.compress import compress

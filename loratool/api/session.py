@@ -14,7 +14,7 @@ from loratool.api.access import access_of
 from loratool.api.common import Limits, Resources, content_label
 from loratool.api.fitting import Fitted, check_files, fit_for
 from loratool.dialects import open_adapter, write_adapter_files
-from loratool.dialects.programs import Program, find_program
+from loratool.dialects.programs import OF_PEFT, Program, find_program
 from loratool.dialects.rules import is_folder
 from loratool.errors import UsageError
 from loratool.ops.access import Access
@@ -127,7 +127,7 @@ class Session:
         return cls(
             command, asked.output, asked.take(groups.Write), asked.take(groups.Read),
             access_of(asked, in_place=in_place), Limits.of(asked),
-            None if program is None else find_program(program),
+            None if program is None else find_program(program, OF_PEFT),
         )  # fmt: skip
 
     @property

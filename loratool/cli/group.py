@@ -25,6 +25,7 @@ COMMANDS = {
     "compare": "How alike adapters are: cosine, subspaces, signs, configuration.",
     "run": "Several steps from one strict recipe file.",
     "verify": "Recompute a merge and compare, bit by bit.",
+    "check": "Will that program load it, and right? Module by module.",
     "pull": "Fetch an adapter from the Hub, every byte verified.",
     "push": "Publish on the Hub: validated, one commit, with a model card.",
     "demo": "A tour on a small built-in model, offline.",
@@ -35,7 +36,7 @@ COMMANDS = {
 MODULES = {"run": "recipe"}
 """Command -> its module where that has another name (`loratool.cli.run` is a function)."""
 
-LATER = ("check",)
+LATER: tuple[str, ...] = ()
 """Commands of the plan that this version does not have."""
 
 SYNONYMS = {

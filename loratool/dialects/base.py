@@ -55,7 +55,6 @@ class Dialect:
         form: what ``-o`` names, ``folder`` or ``file``.
         suffixes: of the tensor file.
         lacks: why programs do not load it that load the dialect it is written in.
-        loaded_by: programs of its own, as people write them.
         library: what loads the files as they are, as the Hub calls it.
         hint: what to do with a file that cannot be read.
         variety: says more about a candidate, in a word, for messages.
@@ -75,7 +74,6 @@ class Dialect:
     library: str | None = None
     written_as: str = ""
     lacks: str = ""
-    loaded_by: tuple[str, ...] = ()
     variety: Callable[[Candidate], str] | None = None
 
     @property

@@ -47,10 +47,9 @@ TABLE = Table(
     ),
     stale=r"sshs_(model|legacy)_hash|modelspec\.hash_sha256",
     ranks=("ss_network_dim", "ss_network_alpha"),
-    dead=(r"lora_te\d?_encoder_layers_", "text encoder without text_model in its names"),
 )
 
 ROW = Dialect(
     "kohya", "kohya", by_keys(r"^lora_(unet|te\d?|prior_unet|prior_te|transformer)_"), TABLE,
-    library="diffusers", loaded_by=("ComfyUI",),
+    library="diffusers",
 )  # fmt: skip

@@ -10,5 +10,5 @@ from loratool.dialects.table import Component
 
 ROW = Dialect(
     "lycoris", "LyCORIS", by_keys(r"^lycoris_"),
-    replace(kohya.TABLE, components=(Component("lycoris_", ""),)), loaded_by=("ComfyUI",),
+    replace(kohya.TABLE, components=(Component("lycoris_", ""),)),
 )  # fmt: skip

@@ -21,13 +21,6 @@ def why_not_peft(adapter: Adapter) -> str:
     return row.lacks if row.written_as == FOLDER_NAME and row.lacks else f"{row.name} file"
 
 
-def loaded_by(adapter: Adapter) -> tuple[tuple[str, str], ...]:
-    """(program, what it passes over) of the programs that the adapter's dialect is for."""
-    row = row_of(adapter.dialect)
-    odd = "" if row.table is None else row.table.why_dead(adapter.key_order)
-    return tuple((program, odd) for program in row.loaded_by)
-
-
 def short_title(dialect: str) -> str:
     """How people call a dialect, in few words."""
     row = row_of(dialect)

@@ -7,7 +7,7 @@ are called the same everywhere (``hada_w1_a``) come from the rows of `loratool.k
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -89,8 +89,6 @@ class Table:
         ranks: keys of the metadata for rank and alpha of the whole file.
         unreadable: a key of the metadata, an expression on its value, and what cannot be known of
             a file where it matches.
-        dead: regular expression of tensors that the dialect's programs pass over in silence, and
-            what is wrong with them.
     """
 
     components: tuple[Component, ...]
@@ -101,7 +99,6 @@ class Table:
     stale: str = ""
     ranks: tuple[str, str] = ("", "")
     unreadable: tuple[str, str, str] = ("", "", "")
-    dead: tuple[str, str] = ("", "")
 
     def parse(self, name: str) -> Key | None:
         """A tensor's name taken apart; None if it is of no known form."""
@@ -115,11 +112,6 @@ class Table:
     def is_passed(self, name: str) -> bool:
         """True for a tensor that is kept as it is."""
         return bool(self.passed) and re.match(self.passed, name) is not None
-
-    def why_dead(self, names: Iterable[str]) -> str:
-        """Why the dialect's programs pass over some of these tensors, "" if they do not."""
-        pattern, reason = self.dead
-        return reason if pattern and any(re.match(pattern, name) for name in names) else ""
 
     def why_unreadable(self, metadata: Mapping[str, str]) -> str:
         """Why nobody can tell what a file's tensors mean, "" if that is known."""

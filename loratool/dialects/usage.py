@@ -76,7 +76,7 @@ def usage_of(adapter: Adapter, repo: str, base: str | None, revision: str | None
         code += f'\npipe.load_lora_weights("{repo}"{file})'
         found.append(("Use with diffusers", "python", code))
     verdicts = {row.program: row.verdict for row in judge_loads(adapter)}
-    if library == "peft" and verdicts["PEFT"] != "no":
+    if library == "peft" and verdicts["PEFT"] in ("yes", "unsure"):
         kind = _TASKS.get(task, ("AutoModel", None))[0]
         code = (
             f"from peft import PeftModel\nfrom transformers import {kind}\n\n"
@@ -84,7 +84,7 @@ def usage_of(adapter: Adapter, repo: str, base: str | None, revision: str | None
             f'model = PeftModel.from_pretrained(base, "{repo}")'
         )
         found.append(("Use with PEFT", "python", code))
-    if base and task == "CAUSAL_LM" and verdicts["vLLM"] == "yes":
+    if base and task == "CAUSAL_LM" and verdicts.get("vLLM") == "yes":
         code = (
             f"vllm serve {base} {f'--revision {revision} ' if revision else ''}--enable-lora "
             f"--max-lora-rank {VLLM.room(max(8, top_rank(adapter)))} "

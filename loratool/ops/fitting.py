@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from loratool.adapter import Adapter, DeltaSpec
 from loratool.delta.forms import has_diagonal, left_of, matrix_shape, shape_of
 from loratool.dialects import DEFAULT, unmergeable_reason
-from loratool.dialects.programs import Program
+from loratool.dialects.programs import Look, Program
 from loratool.dialects.rules import conversion, gains, is_of_home
 from loratool.dialects.stated import is_even
 from loratool.dtypes import tensor_bytes
@@ -73,7 +73,7 @@ def plan_fit(adapter: Adapter, program: Program) -> Fit:
             the rank is too large for it; LT-461.
     """
     check_fit(adapter, program)
-    if _is_uniform(adapter) and program.judge(adapter).verdict == "yes":
+    if _is_uniform(adapter) and program.judge(Look.of(adapter)).verdict == "yes":
         return Fit(adapter, program)
     if reason := unmergeable_reason(adapter):
         _refuse(program, adapter, [reason])
@@ -114,7 +114,7 @@ def check_fit(adapter: Adapter, program: Program) -> None:
             "LT-488", f"{program.title} loads PEFT folders", file=adapter.path,
             got=f"{adapter.dialect} file", hint=conversion(adapter, DEFAULT),
         )  # fmt: skip
-    _refuse(program, adapter, program.obstacles(adapter))
+    _refuse(program, adapter, program.obstacles(Look.of(adapter)))
 
 
 def check_written(adapter: Adapter, program: Program) -> None:
@@ -123,7 +123,7 @@ def check_written(adapter: Adapter, program: Program) -> None:
     Raises:
         MismatchError: LT-488.
     """
-    found = program.judge(adapter)
+    found = program.judge(Look.of(adapter))
     _refuse(program, adapter, found.reasons if found.verdict in ("no", "wrong") else ())
 
 

@@ -1,7 +1,7 @@
 """The options of every command, by its name."""
 
 from loratool.options.hub import Pull, Push
-from loratool.options.looking import Compare, Inspect
+from loratool.options.looking import Check, Compare, Inspect
 from loratool.options.merging import Merge, Subtract, Swap, Verify
 from loratool.options.recipes import Recipe
 from loratool.options.shaping import Compress, Convert, Extract, Rescale
@@ -19,6 +19,7 @@ COMMANDS: dict[str, type[Options]] = {
     "compare": Compare,
     "run": Recipe,
     "verify": Verify,
+    "check": Check,
     "pull": Pull,
     "push": Push,
 }

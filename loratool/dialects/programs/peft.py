@@ -6,25 +6,38 @@ has another name, or lies on a module that is not named, is passed by with a war
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from loratool.adapter import Adapter, DeltaSpec
 from loratool.dialects.peft.methods import read_config
 from loratool.dialects.peft.targets import ALL_LINEAR, is_guarded, untargeted
 from loratool.dialects.peft.tasks import heads_of
 from loratool.dialects.peft.version import parse_version
 from loratool.dialects.programs import traits
-from loratool.dialects.programs.base import Program, Rule
+from loratool.dialects.programs.base import (
+    DROPPED,
+    FILES_BESIDE,
+    PEFT_FOLDER,
+    RAISES,
+    UNSURE,
+    Hit,
+    Program,
+    Rule,
+    specs_of,
+)
+from loratool.dialects.programs.look import Look
 from loratool.errors import BadFileError, list_some
 
 _KEPT = ("lora_A.default.weight", "lora_B.default.weight", "lora_magnitude_vector.weight")
 _PACKED_SINCE = (0, 19, 1)
 
 
-def _names(adapter: Adapter) -> str:
-    dead = [
-        n for n, living in traits.dead_names(adapter)
+def _names(look: Look) -> Iterable[Hit]:
+    dead = tuple(
+        n for n, living in traits.dead_names(traits.read(look))
         if not (n.endswith(_KEPT) and n.replace(".default.", ".") == living)
-    ]  # fmt: skip
-    return "tensor names" if dead else ""
+    )  # fmt: skip
+    return [Hit(dead, "tensor names")] if dead else []
 
 
 def _plain_modules(adapter: Adapter) -> list[tuple[str, str]]:
@@ -42,23 +55,29 @@ def _is_parameter(spec: DeltaSpec) -> bool:
     return spec.is_bare or spec.layout == "experts"
 
 
-def _targets(adapter: Adapter) -> str:
+def _targets(look: Look) -> Iterable[Hit]:
+    adapter = traits.read(look)
     modules = _plain_modules(adapter)
     if not modules or adapter.config.get("ensure_weight_tying") is True:
-        return ""
+        return []
     try:
         missed = untargeted(modules, adapter.config)
     except BadFileError:
-        return ""
-    return f"target_modules does not name {list_some(missed, 2)}" if missed else ""
+        return []
+    if not missed:
+        return []
+    names = tuple(s.name for s in adapter.specs if s.module in missed)
+    return [Hit(names, f"target_modules does not name {list_some(missed, 2)}")]
 
 
+@traits.whole
 def _patterns(adapter: Adapter) -> str:
     targets = adapter.config.get("target_modules")
     is_pattern = isinstance(targets, str) and targets.lower() != ALL_LINEAR
     return "the pattern of target_modules" if is_pattern and not is_guarded(str(targets)) else ""
 
 
+@traits.whole
 def _parameters(adapter: Adapter) -> str:
     """What PEFT refuses beside ``target_parameters``."""
     if not adapter.config.get("target_parameters"):
@@ -68,6 +87,7 @@ def _parameters(adapter: Adapter) -> str:
     return f"{set_[0]} with target_parameters" if set_ else ""
 
 
+@traits.whole
 def _ranks(adapter: Adapter) -> str:
     config = read_config(adapter.config, None)
     if config.rank is None or config.method != "LORA":
@@ -81,6 +101,7 @@ def _ranks(adapter: Adapter) -> str:
     return ""
 
 
+@traits.whole
 def _packing(adapter: Adapter) -> str:
     if not any(s.layout == "experts" for s in adapter.specs):
         return ""
@@ -89,6 +110,7 @@ def _packing(adapter: Adapter) -> str:
     return "experts packed by an older PEFT" if is_old else ""
 
 
+@traits.whole
 def _head(adapter: Adapter) -> str:
     heads = heads_of(adapter, None)
     names = [r.name.rpartition(".")[0] for r in adapter.replacements]
@@ -97,27 +119,47 @@ def _head(adapter: Adapter) -> str:
     return "" if is_there else f"no {' or '.join(heads)} for {adapter.config.get('task_type')}"
 
 
-def _convs(adapter: Adapter) -> str:
+def _convs(look: Look) -> Iterable[Hit]:
     """Whether a convolution works in groups is not in its weights: PEFT's own files can tell."""
-    is_known = adapter.config.get("auto_mapping") or adapter.config.get("task_type")
-    return "" if is_known else traits.conv(adapter) and "conv, if it works in groups"
+    config = look.config
+    is_known = config.get("auto_mapping") or config.get("task_type")
+    return [] if is_known else traits.has(
+        "conv, if it works in groups", lambda s: s.layout == "conv"
+    )(look)  # fmt: skip
+
+
+_HOME = "https://github.com/huggingface/peft/blob/v0.21.2/src/"
+_SAVE, _TUNERS = _HOME + "peft/utils/save_and_load.py", _HOME + "peft/tuners/tuners_utils.py"
+_LAYER = _HOME + "peft/tuners/lora/layer.py"
 
 
 PEFT = Program(
     "peft",
     "PEFT",
     "0.21.2",
-    ("peft/utils/save_and_load.py", "peft/tuners/tuners_utils.py", "peft/tuners/lora/layer.py"),
+    (_SAVE, _TUNERS, _LAYER),
     (
-        Rule("no", _names, is_mended=True),
-        Rule("no", _targets, is_mended=True),
-        Rule("no", _parameters, is_mended=True),
-        Rule("no", _ranks, is_mended=True),
-        Rule("unsure", _patterns),
-        Rule("unsure", _packing),
-        Rule("unsure", traits.numbered_experts),
-        Rule("unsure", _head),
-        Rule("unsure", _convs),
+        Rule("names", DROPPED, _names, is_mended=True, source=_SAVE,
+             says="each tensor is looked for under one name; others are passed over"),
+        Rule("targets", DROPPED, _targets, is_mended=True, source=_TUNERS,
+             says="tensors of modules that target_modules does not name are passed over"),
+        Rule("parameters", RAISES, _parameters, is_mended=True, source=_LAYER,
+             says="it refuses this option beside target_parameters"),
+        Rule("ranks", RAISES, _ranks, is_mended=True, source=_SAVE,
+             says="a tensor of another rank than the configuration says is an error"),
+        Rule("patterns", UNSURE, _patterns, source=_TUNERS,
+             says="a pattern may match modules of the base that have no tensors here"),
+        Rule("packing", UNSURE, _packing, source=_LAYER,
+             says="PEFT before 0.19.1 packed experts otherwise"),
+        Rule("numbered-experts", UNSURE, traits.numbered_experts, source=_SAVE,
+             says="experts by number are fused where transformers 5 has them fused"),
+        Rule("head", UNSURE, _head, source=_SAVE,
+             says="the head of the task is made anew where the adapter has none"),
+        Rule("convolutions", UNSURE, _convs, source=_LAYER,
+             says="a convolution in groups has factors of other shapes"),
+        FILES_BESIDE,
     ),
+    opens=(PEFT_FOLDER,),
+    units=specs_of,
     holds_whole_tensors=True,
-)
+)  # fmt: skip

@@ -1,9 +1,9 @@
-"""What is in an adapter, in the words that rules give as reasons; "" = it is not."""
+"""What is in an adapter, and where, in the words that rules give as reasons."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
 from typing import Any
 
@@ -11,6 +11,8 @@ from loratool.adapter import Adapter, DeltaSpec
 from loratool.archs.experts import parse_expert
 from loratool.delta.forms import has_diagonal
 from loratool.dialects.peft.keys import living_names
+from loratool.dialects.programs.base import Hit, Test
+from loratool.dialects.programs.look import Look
 from loratool.errors import list_some
 
 _CAUSAL = ("CAUSAL_LM", "SEQ_2_SEQ_LM")
@@ -18,20 +20,37 @@ _CAUSAL_CLASSES = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 _ROUTERS = ("gate", "router")
 
 
+def read(look: Look) -> Adapter:
+    """The adapter: these rules are asked of what loratool reads alone."""
+    assert look.adapter is not None
+    return look.adapter
+
+
+def whole(test: Callable[[Adapter], str]) -> Test:
+    """A rule on the file as a whole: why it applies, "" where it does not."""
+    return lambda look: [Hit((), words)] if (words := test(read(look))) else []
+
+
+def has(words: str, test: Callable[[DeltaSpec], bool]) -> Test:
+    """A rule on single deltas."""
+
+    def find(look: Look) -> Iterable[Hit]:
+        names = tuple(s.name for s in read(look).specs if test(s))
+        return [Hit(names, words)] if names else []
+
+    return find
+
+
+def option(key: str, words: str) -> Test:
+    """An option of the configuration that is set."""
+    return whole(lambda a: words if a.config.get(key) not in (None, False, [], {}, "") else "")
+
+
+@whole
 def method(adapter: Adapter) -> str:
     """Anything but LoRA."""
     name = str(adapter.config.get("peft_type", "LORA"))
     return "" if name == "LORA" else name
-
-
-def has(words: str, test: Callable[[DeltaSpec], bool]) -> Callable[[Adapter], str]:
-    """A rule on single deltas."""
-    return lambda adapter: words if any(map(test, adapter.specs)) else ""
-
-
-def option(key: str, words: str) -> Callable[[Adapter], str]:
-    """An option of the configuration that is set."""
-    return lambda adapter: words if adapter.config.get(key) not in (None, False, [], {}, "") else ""
 
 
 dora = has("DoRA", lambda s: s.scales_rows)
@@ -53,31 +72,35 @@ embeddings = has("embeddings", lambda s: s.layout == "embedding")
 head = has("lm_head", lambda s: s.module.rpartition(".")[2] == "lm_head")
 
 
+@whole
 def layers(adapter: Adapter) -> str:
     """A deeper stack of the base's layers."""
     return "" if adapter.layer_order is None else "layer_replication"
 
 
-def base_changes(adapter: Adapter) -> str:
+def base_changes(look: Look) -> Iterable[Hit]:
     """PiSSA and its kin."""
-    found = sorted({s.base_change for s in adapter.specs if s.base_change})
-    return f"{list_some(found)} changes the base" if found else ""
+    found = sorted({s.base_change for s in read(look).specs if s.base_change})
+    names = tuple(s.name for s in read(look).specs if s.base_change)
+    return [Hit(names, f"{list_some(found)} changes the base")] if found else []
 
 
-def replaced(*origins: str) -> Callable[[Adapter], str]:
+def replaced(*origins: str) -> Test:
     """Whole tensors, by where they come from."""
     words = {"base_layer": "saved embeddings"}
 
-    def test(adapter: Adapter) -> str:
-        there = {r.origin for r in adapter.replacements} & set(origins)
-        return ", ".join(words.get(o, o) for o in sorted(there))
+    def find(look: Look) -> Iterable[Hit]:
+        there = sorted({r.origin for r in read(look).replacements} & set(origins))
+        names = (tuple(r.name for r in read(look).replacements if r.origin == o) for o in there)
+        return [Hit(n, words.get(o, o)) for o, n in zip(there, names, strict=True)]
 
-    return test
+    return find
 
 
-def leftovers(adapter: Adapter) -> str:
+def leftovers(look: Look) -> Iterable[Hit]:
     """Tensors that are no part of any change: state of training, copies."""
-    return "other tensors" if adapter.unclaimed else ""
+    names = tuple(ref.name for ref in read(look).unclaimed)
+    return [Hit(names, "other tensors")] if names else []
 
 
 def dead_names(adapter: Adapter) -> Iterator[tuple[str, str]]:
@@ -90,6 +113,7 @@ def _dead(names: tuple[str, ...]) -> list[tuple[str, str]]:
     return [(n, m) for n, m in zip(names, living_names(names), strict=True) if n != m]
 
 
+@whole
 def task(adapter: Adapter) -> str:
     """Anything but text that is generated, as far as the configuration says."""
     stated = adapter.config.get("task_type")
@@ -119,7 +143,7 @@ def _names(adapter: Adapter) -> list[str]:
 
 def uneven_scaling(
     scaling_of: Callable[[Adapter, int], float], *ignored: tuple[str, str], since: str = ""
-) -> Callable[[Adapter], str]:
+) -> Test:
     """A program that computes α/r in its own way gets another scaling than PEFT.
 
     Args:
@@ -128,15 +152,20 @@ def uneven_scaling(
         since: the version that looks at them.
     """
 
-    def test(adapter: Adapter) -> str:
+    def find(look: Look) -> Iterable[Hit]:
+        adapter = read(look)
         specs = [s for s in adapter.specs if s.row.has_factors and s.rank]
-        if all(math.isclose(s.scaling, scaling_of(adapter, s.rank), rel_tol=1e-6) for s in specs):
-            return ""
+        names = tuple(
+            s.name for s in specs
+            if not math.isclose(s.scaling, scaling_of(adapter, s.rank), rel_tol=1e-6)
+        )  # fmt: skip
+        if not names:
+            return []
         found = [word for key, word in ignored if adapter.config.get(key)]
         words = f"ignores {' and '.join(found) or 'the scaling of some modules'}"
-        return f"{words} before {since}" if since else words
+        return [Hit(names, f"{words} before {since}" if since else words)]
 
-    return test
+    return find
 
 
 def number(adapter: Adapter, key: str) -> float:

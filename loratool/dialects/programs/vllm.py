@@ -8,29 +8,47 @@ the first to look at the patterns.  ``max_lora_rank`` is one of few numbers.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 from loratool.adapter import Adapter
 from loratool.dialects.peft.keys import PREFIX
 from loratool.dialects.programs import traits
-from loratool.dialects.programs.base import Program, Rule
+from loratool.dialects.programs.base import (
+    FILES_BESIDE,
+    PEFT_FOLDER,
+    RAISES,
+    UNSURE,
+    WRONG,
+    Hit,
+    Program,
+    Rule,
+    specs_of,
+)
+from loratool.dialects.programs.look import Look
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 DEFAULT_RANK = 16
+_HOME = "https://github.com/vllm-project/vllm/blob/main/vllm/"
+_HELPER, _MODEL = _HOME + "lora/peft_helper.py", _HOME + "lora/lora_model.py"
+_UTILS, _CONFIG = _HOME + "lora/utils.py", _HOME + "config/lora.py"
 
 
-def _names(adapter: Adapter) -> str:
-    bare = [n for n, living in traits.dead_names(adapter) if PREFIX + n != living]
-    return "tensor names" if bare else ""
+def _names(look: Look) -> Iterable[Hit]:
+    dead = traits.dead_names(traits.read(look))
+    bare = tuple(n for n, living in dead if PREFIX + n != living)
+    return [Hit(bare, "tensor names")] if bare else []
 
 
+@traits.whole
 def _config(adapter: Adapter) -> str:
     missing = [k for k in ("r", "lora_alpha", "target_modules") if k not in adapter.config]
     return f"no {missing[0]} in the configuration" if missing else ""
 
 
-def _rank(adapter: Adapter) -> str:
-    top = top_rank(adapter)
-    return f"rank {top}, at most {RANKS[-1]}" if top > RANKS[-1] else ""
+def _rank(look: Look) -> Iterable[Hit]:
+    adapter = traits.read(look)
+    names = tuple(s.name for s in adapter.specs if s.rank > RANKS[-1])
+    return [Hit(names, f"rank {top_rank(adapter)}, at most {RANKS[-1]}")] if names else []
 
 
 def top_rank(adapter: Adapter) -> int:
@@ -54,36 +72,57 @@ VLLM = Program(
     "vllm",
     "vLLM",
     "0.33.0",
-    ("vllm/lora/peft_helper.py", "vllm/lora/lora_model.py", "vllm/lora/utils.py",
-     "vllm/config/lora.py"),
+    (_HELPER, _MODEL, _UTILS, _CONFIG),
     (
-        Rule("no", traits.method),
-        Rule("no", _config, is_mended=True),
-        Rule("no", _names, is_mended=True),
-        Rule("no", traits.replaced("bias", "modules_to_save", "trainable_tokens"), is_mended=True),
-        Rule("no", traits.dora),
-        Rule("no", traits.lora_bias, is_mended=True),
-        Rule("no", traits.base_changes),
-        Rule("no", traits.layers),
-        Rule("no", traits.blocks, is_mended=True),
-        Rule("no", traits.alora),
-        Rule("no", traits.qalora),
-        Rule("no", traits.conv),
-        Rule("no", traits.attention),
-        Rule("no", traits.leftovers, is_mended=True),
-        Rule("no", _rank, is_mended=True),
-        Rule("wrong", traits.uneven_scaling(
+        Rule("method", RAISES, traits.method, source=_HELPER, says="it knows no method but LoRA"),
+        Rule("config", RAISES, _config, is_mended=True, source=_HELPER,
+             says="the configuration must have r, lora_alpha and target_modules"),
+        Rule("names", RAISES, _names, is_mended=True, source=_UTILS,
+             says="a tensor that is called otherwise than PEFT calls it is an error"),
+        Rule("whole-tensors", RAISES, is_mended=True, source=_HELPER,
+             finds=traits.replaced("bias", "modules_to_save", "trainable_tokens"),
+             says="it refuses tensors that replace the base's"),
+        Rule("dora", RAISES, traits.dora, source=_HELPER, says="it refuses use_dora"),
+        Rule("lora-bias", RAISES, traits.lora_bias, is_mended=True, source=_UTILS,
+             says="it refuses trained biases"),
+        Rule("base-changes", RAISES, traits.base_changes, source=_HELPER,
+             says="it refuses adapters whose training changed the base"),
+        Rule("layers", RAISES, traits.layers, source=_HELPER, says="it cannot repeat layers"),
+        Rule("blocks", RAISES, traits.blocks, is_mended=True, source=_MODEL,
+             says="block-diagonal factors have other shapes than it expects"),
+        Rule("alora", RAISES, traits.alora, source=_HELPER,
+             says="it would apply the change to every token"),
+        Rule("qalora", RAISES, traits.qalora, source=_MODEL,
+             says="QA-LoRA's factors have other shapes"),
+        Rule("conv", RAISES, traits.conv, source=_MODEL, says="it has layers for matrices alone"),
+        Rule("attention", RAISES, traits.attention, source=_MODEL,
+             says="it has no layer for nn.MultiheadAttention"),
+        Rule("leftovers", RAISES, traits.leftovers, is_mended=True, source=_UTILS,
+             says="a tensor that is no factor is an error"),
+        Rule("rank", RAISES, _rank, is_mended=True, source=_CONFIG,
+             says="max_lora_rank has a largest value"),
+        Rule("scaling", WRONG, traits.uneven_scaling(
             _scaling, ("alpha_pattern", "alpha_pattern"), ("rank_pattern", "rank_pattern"),
             since="0.32",
-        ), is_mended=True),
-        Rule("unsure", traits.replaced("base_layer")),
-        Rule("unsure", traits.experts),
-        Rule("unsure", traits.numbered_experts),
-        Rule("unsure", traits.routers),
-        Rule("unsure", traits.embeddings),
-        Rule("unsure", traits.conv1d),
-        Rule("unsure", traits.task),
+        ), is_mended=True, source=_HELPER,
+             says="releases up to 0.31 give every module the configuration's lora_alpha / r"),
+        Rule("saved-embeddings", UNSURE, traits.replaced("base_layer"), source=_UTILS,
+             says="copies of embeddings are left out: right if they are the base's"),
+        Rule("experts", UNSURE, traits.experts, source=_MODEL,
+             says="fused experts load in some models, and their packing is disputed"),
+        Rule("numbered-experts", UNSURE, traits.numbered_experts, source=_MODEL,
+             says="experts by number load in some models"),
+        Rule("routers", UNSURE, traits.routers, source=_MODEL,
+             says="routers have a LoRA layer in some models"),
+        Rule("embeddings", UNSURE, traits.embeddings, source=_MODEL,
+             says="embeddings have a LoRA layer in some models"),
+        Rule("conv1d", UNSURE, traits.conv1d, source=_MODEL,
+             says="models with Conv1D name their modules otherwise"),
+        Rule("task", UNSURE, traits.task, says="it serves models that generate text"),
+        FILES_BESIDE,
     ),
+    opens=(PEFT_FOLDER,),
+    units=specs_of,
     advice=_option,
     ranks=RANKS,
 )  # fmt: skip

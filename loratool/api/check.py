@@ -1,0 +1,81 @@
+"""`check`: will a program load an adapter, and load it right?"""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import replace
+
+from loratool.api.access import access_of
+from loratool.dialects.programs import Look, Program, counted, find_program, look_at
+from loratool.ops.access import locate
+from loratool.options.calls import takes
+from loratool.options.groups import Read
+from loratool.options.looking import Check
+from loratool.report.check import UNSURE, CheckReport, Finding, Simulation
+from loratool.store.source import find_adapter
+
+
+@takes(Check)
+def check(asked: Check) -> CheckReport:
+    """Simulate a program's loader, module by module, by the rules of its source.
+
+    A module *loads*, is *dropped* without an error, is *wrong* (another scale, part of it), or
+    *raises*; what is not known is *unsure*.  Nothing but headers is read, also of files that
+    loratool itself cannot read.  With ``fix`` the same change is written as the program loads it.
+
+    Raises:
+        LoratoolError: see ``docs/errors.md``.
+
+    Example:
+        >>> lt.check("style", program="peft").verdict
+        'yes'
+    """
+    program = find_program(asked.program)
+    access = replace(access_of(asked), in_place=not asked.fix)
+    resolved = locate(str(asked.adapter), kind="adapter", access=access)
+    path = find_adapter(resolved.path)
+    look = look_at(path, asked.take(Read), max_header=access.rules.max_header)
+    report = _report(str(asked.adapter), look, program)
+    if not asked.fix or report.verdict == "yes":
+        return report
+    from loratool.api.mend import mend
+
+    return mend(report, asked, program)
+
+
+def _report(source: str, look: Look, program: Program) -> CheckReport:
+    found = program.simulate(look)
+    return CheckReport(
+        source=source,
+        program=program.title,
+        version=program.version,
+        rules_from=program.source,
+        family=look.family.name if program.is_of_images else "",
+        verdict=found.verdict,
+        counts=counted(found.modules),
+        findings=tuple(_sourced(f, program) for f in found.findings),
+        past=tuple(_sourced(f, program) for f in found.past),
+        modules=found.modules,
+        notes=_notes(look, found),
+        next=_next(source, look, found, program),
+    )
+
+
+def _next(source: str, look: Look, found: Simulation, program: Program) -> str:
+    """The command that mends it, where every reason is one that can be mended."""
+    bad = [f for f in found.findings if f.verdict != UNSURE]
+    if not bad or look.adapter is None or not all(f.is_mended for f in bad):
+        return ""
+    words = ["loratool", "check", source, "--for", program.name, "--fix", "-o", "OUT"]
+    return shlex.join(words)
+
+
+def _sourced(finding: Finding, program: Program) -> Finding:
+    return finding if finding.source else replace(finding, source=program.source[0])
+
+
+def _notes(look: Look, found: Simulation) -> tuple[str, ...]:
+    notes = [f"loratool does not read it: {look.problem}"] if look.problem else []
+    if not found.modules:
+        notes.append("the file has no tensors")
+    return tuple(notes)

@@ -1,0 +1,83 @@
+"""``loratool check``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import click
+
+import loratool as lt
+from loratool.cli import options as opt
+from loratool.cli.render import line, plural, safe, some, table
+from loratool.cli.voice import Voice, note_lines, warning_lines
+from loratool.options.looking import Check
+
+if TYPE_CHECKING:
+    from loratool.report.check import CheckReport, Finding
+
+EXIT_DIFFERS = 10
+_HEADS = {
+    "yes": ("loads", "good"), "unsure": ("unsure", "warn"), "wrong": ("WRONG", "bad"),
+    "no": ("NO", "bad"),
+}  # fmt: skip
+_SHOWN = 2
+
+
+@click.command(
+    cls=opt.Command,
+    name="check",
+    short_help="Will that program load it, and right? Module by module.",
+    examples=(
+        "loratool check ./style --for vllm",
+        "loratool check style.safetensors --for comfyui",
+        "loratool check style.safetensors --for diffusers --json   # every module",
+        "loratool check ./style --for vllm --fix -o ./style-vllm",
+    ),
+)
+@click.argument("adapter", metavar="ADAPTER")
+@opt.taking(Check)
+@opt.general
+def command(adapter: str, **options: Any) -> int:
+    """Say what a program makes of an adapter, by the rules of its loader. Headers only.
+
+    Every module loads, is dropped without an error, is wrong (another scale, part of it) or
+    raises. Exit code 0: it loads right; 10: it does not. --fix writes the same change in a form
+    that loads.
+    """
+    voice = Voice.take(options)
+    report = lt.check(adapter, **options)
+    voice.show(report, render(report, voice), result=[report.output or report.verdict])
+    return 0 if report.ok else EXIT_DIFFERS
+
+
+def render(report: CheckReport, voice: Voice) -> Iterator[str]:
+    """The report, line by line."""
+    word, tone = _HEADS[report.verdict]
+    number = sum(report.counts.values())
+    counts = [f"{count:,} {verdict}" for verdict, count in report.counts.items()]
+    family = f"{safe(report.family)} names" if report.family else ""
+    yield line(
+        word, f"{safe(report.source, cap=60)} in {report.program} {report.version}", family,
+        f"{plural(number, 'module')}: {', '.join(counts)}" if counts else "no modules", tone=tone,
+    )  # fmt: skip
+    if report.findings:
+        rows = [_row(report, f) for f in report.findings]
+        yield from table(rows, ("verdict", "modules", "why", "such as"), right=(1,), crop=True)
+    for finding in () if voice.quiet else report.findings:
+        yield line(
+            safe(finding.rule), safe(finding.says), safe(finding.source, cap=400), tone="dim"
+        )
+    if report.past:
+        yield line("past", *(f"{f.verdict}: {safe(f.words)}" for f in report.past), tone="dim")
+    yield from note_lines((*report.fixed, *report.notes), voice)
+    yield from warning_lines(report.warnings)
+    if report.output:
+        yield line("written", safe(report.output, cap=400), tone="good")
+    elif report.next and not voice.quiet:
+        yield line("next", safe(report.next, cap=2000), tone="dim")
+
+
+def _row(report: CheckReport, finding: Finding) -> tuple[str, str, str, str]:
+    decided = sum(m.rule == finding.rule for m in report.modules)
+    return finding.verdict, f"{decided:,}", safe(finding.words), some(finding.names, _SHOWN)

@@ -1,0 +1,273 @@
+"""diffusers: a converter for each model turns names into its own; what is left over is an error.
+
+The rules were read from, and are compared by a test with, the functions of
+``diffusers.loaders.lora_conversion_utils`` 0.42.1.  Rules of older versions say so.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+from loratool.dialects.programs import models
+from loratool.dialects.programs.base import DROPPED, RAISES, WRONG, Hit, Program, Rule
+from loratool.dialects.programs.diffusers_flux import FLUX_RULES
+from loratool.dialects.programs.grammar import Group
+from loratool.dialects.programs.look import Look
+from loratool.dialects.programs.models import (
+    ANIMA,
+    FLUX2,
+    HIDREAM,
+    HUNYUAN,
+    KREA2,
+    LTX,
+    LUMINA2,
+    QWEN,
+    SD,
+    SD3,
+    WAN,
+    Z_IMAGE,
+)
+from loratool.dialects.programs.models import (
+    DIFFUSERS as OWN,
+)
+from loratool.dialects.programs.where import (
+    FACTORS,
+    has_prefix,
+    is_alone,
+    lacks_alpha,
+    lettered,
+    numbered,
+    where,
+)
+
+_HOME = "https://github.com/huggingface/diffusers/"
+_FILES = _HOME + "blob/v0.42.1/src/diffusers/loaders/"
+_CODE, _PIPELINES = _FILES + "lora_conversion_utils.py", _FILES + "lora_pipeline.py"
+_ISSUES, _PULLS = _HOME + "issues/", _HOME + "pull/"
+
+_KOHYA = ("lora_te_", "lora_te1_", "lora_te2_", "lora_unet_")
+_PIPELINE = ("transformer.", "text_encoder.", "text_encoder_2.", "text_encoder_3.")
+_TAKES = {
+    SD: ("unet.", "text_encoder.", "text_encoder_2.", ""),
+    SD3: _PIPELINE,
+    WAN: ("diffusion_model.", "lora_unet_", "transformer.", "transformer_2."),
+    QWEN: ("diffusion_model.", "lora_unet_", "transformer."),
+    Z_IMAGE: ("diffusion_model.", "lora_unet_", "transformer."),
+    LUMINA2: ("diffusion_model.", "transformer."),
+    KREA2: ("diffusion_model.", "base_model.model.", "transformer."),
+    ANIMA: ("diffusion_model.", "transformer.", "text_conditioner."),
+    LTX: ("diffusion_model.", "transformer.", "connectors."),
+    HIDREAM: ("diffusion_model.", "transformer."),
+    HUNYUAN: ("diffusion_model.", "transformer.", ""),
+}
+"""Model -> how names may begin; FLUX has rules of its own."""
+_DOTTED = r"diffusion_model\.|base_model\.model\."
+_STRICT = (QWEN, Z_IMAGE, WAN, LUMINA2, KREA2)
+"""Models whose converters stop at what is left over."""
+_ALGORITHMS = ("loha", "oft", "glora", "ia3", "tlora", "norm", "set", "tucker")
+_WAN_BLOCK = {f"{attn}_attn_{leaf}" for attn in ("self", "cross") for leaf in "qkvo"} | {
+    "ffn_0", "ffn_2"}  # fmt: skip
+_LUMINA_BLOCK = {"attention_qkv", "attention_out", *(f"feed_forward_w{i}" for i in (1, 2, 3))}
+
+
+# ------------------------------------------------------------------ Stable Diffusion
+
+
+def _is_kohya(look: Look) -> bool:
+    """True if every name begins as kohya's do; else none of them is converted."""
+    names = [k for k in look.tensors if "dora_scale" not in k]
+    return bool(names) and all(name.startswith(_KOHYA) for name in names)
+
+
+def _leftovers(look: Look) -> Iterable[Hit]:
+    """What the converter of kohya's names does not take."""
+    if look.family.name not in (SD, "") or not _is_kohya(look):
+        return []
+    names = [
+        key for g in look.groups for key, part in g.keys.items()
+        if part not in (*FACTORS, "dora") or "down" not in g.parts or "up" not in g.parts
+    ]  # fmt: skip
+    return [Hit(tuple(names))] if names else []
+
+
+def _without_lora(look: Look) -> Iterable[Hit]:
+    """Names that are not converted and have no "lora" in them."""
+    if look.family.name not in (SD, SD3, "") or _is_kohya(look) or not look.is_of_images:
+        return []
+    names = [k for k in look.tensors if "lora" not in k and "dora_scale" not in k]
+    return [Hit(tuple(names))] if names else []
+
+
+def _both_namings(look: Look) -> Iterable[Hit]:
+    if look.family.name != SD:
+        return []
+    kohya = [(g, models.naming_of(g).naming) for g in look.groups if g.prefix == "lora_unet_"]
+    original = tuple(g.stem for g, naming in kohya if naming == models.ORIGINAL)
+    return [Hit(original)] if any(naming == OWN for _, naming in kohya) and original else []
+
+
+# ----------------------------------------------------------------------- other models
+
+
+def _is_foreign(look: Look, group: Group) -> bool:
+    """A name that no converter of the model takes and that is not the model's."""
+    takes = _TAKES.get(look.family.name)
+    if takes is None:
+        return False
+    if look.family.name == SD and _is_kohya(look):
+        return False
+    naming = models.naming_of(group).naming
+    if group.prefix == "" and look.family.name in (QWEN, Z_IMAGE):
+        return not _is_converted(look)
+    return group.prefix not in takes or (
+        group.prefix in ("transformer.", "unet.") and naming == models.ORIGINAL
+        and look.family.name not in (HUNYUAN, LTX)
+    )  # fmt: skip
+
+
+def _is_converted(look: Look) -> bool:
+    """True if the converters of Qwen-Image and Z-Image run."""
+    return any(
+        g.prefix in ("diffusion_model.", "lora_unet_") or "alpha" in g.parts
+        or any("default." in k for k in g.keys) for g in look.groups
+    )  # fmt: skip
+
+
+def _has_both(look: Look, _: Group) -> bool:
+    spellings = {g.uses_letters for g in look.groups if g.kind == "lora"}
+    return len(spellings) == 2 and (_is_converted(look) or has_prefix(look, "diffusion_model."))
+
+
+def _is_doubled(look: Look, group: Group) -> bool:
+    return group.prefix == "transformer." and _is_converted(look)
+
+
+def _partial(family: str, prefix: str, block: str, needed: set[str]) -> Rule:
+    """A converter that takes every module of a block for granted."""
+    pattern = re.compile(rf"({block}_\d+)_(.+)")
+
+    def find(look: Look) -> Iterable[Hit]:
+        if look.family.name != family or not has_prefix(look, prefix):
+            return []
+        blocks: dict[str, set[str]] = {}
+        for group in look.groups:
+            if found := pattern.fullmatch(group.flat):
+                blocks.setdefault(found[1], set()).add(found[2])
+        lost = {b: needed - leaves for b, leaves in blocks.items() if needed - leaves}
+        stems = [g.stem for g in look.groups if g.flat.startswith(tuple(f"{b}_" for b in lost))]
+        return [Hit(tuple(stems))] if lost else []
+
+    return Rule(
+        f"partial-{family}",
+        RAISES,
+        find,
+        "not every module of a block",
+        "its converter takes all of them for granted: KeyError",
+        _CODE,
+        is_mended=True,
+    )
+
+
+def _mixed_ranks(look: Look) -> Iterable[Hit]:
+    groups = [g for g in look.groups if g.uses_letters and "down" in g.parts]
+    ranks = {g.shape("down")[:1] for g in groups}
+    if len(ranks) < 2 or "lora_adapter_metadata" in look.metadata:
+        return []
+    first = groups[0].shape("down")[:1]
+    return [Hit(tuple(g.stem for g in groups if g.shape("down")[:1] != first))]
+
+
+def _norm_alpha(look: Look, group: Group) -> bool:
+    return "down" not in group.parts or group.flat == "head_head"
+
+
+_SDS = (
+    Rule("leftover", RAISES, _leftovers, "tensors that are not renamed",
+         "only lora_down, lora_up and alpha are renamed; anything else is an error",
+         _ISSUES + "11943", is_mended=True),
+    Rule("no-lora-in-name", RAISES, _without_lora, 'names without "lora"',
+         "every name that is not converted must contain lora", _PIPELINES, is_mended=True),
+    Rule("sgm-beside-own", DROPPED, _both_namings, "names of two kinds",
+         "beside its own names those of the original code are deleted", _CODE, is_mended=True),
+)  # fmt: skip
+_OTHERS = (
+    Rule("algorithm", RAISES, where(family=_STRICT, kind=_ALGORITHMS), "anything but LoRA",
+         "its converters know lora_A and lora_B alone", _CODE, is_mended=True),
+    Rule("lokr", RAISES, where(family=(QWEN, WAN, LUMINA2, KREA2), kind=("lokr",)), "LoKr",
+         "its converter knows lora_A and lora_B alone", _CODE, is_mended=True),
+    Rule("lokr-old", RAISES, where(family=(FLUX2, Z_IMAGE), kind=("lokr",)), "LoKr",
+         "its converter knew lora_A and lora_B alone", _PULLS + "13250", until="0.42"),
+    Rule("full", RAISES, where(family=(QWEN, Z_IMAGE, LUMINA2, KREA2), part=("diff", "diff_b")),
+         "whole differences", "its converter knows lora_A and lora_B alone", _CODE),
+    _partial(LUMINA2, "diffusion_model.", "(?:layers|noise_refiner|context_refiner)",
+             _LUMINA_BLOCK),
+    _partial(WAN, "lora_unet_", "blocks", _WAN_BLOCK),
+    Rule("wan-alpha", RAISES, where(family=(WAN,), prefix="diffusion_model.",
+         path=r"norm|^head_head$", part=("alpha",), on=_norm_alpha), "alpha of norms or the head",
+         "it is left over: ValueError", _CODE, is_mended=True),
+    Rule("wan-no-alpha", RAISES, where(family=(WAN,), prefix="lora_unet_", kind=("lora",),
+         on=lacks_alpha), "no alpha", "its converter takes alpha for granted: KeyError", _CODE,
+         is_mended=True),
+    Rule("wan-vace", RAISES, where(family=(WAN,), path=r"^vace_blocks_"), "VACE's blocks",
+         "its converter does not know them: ValueError", _CODE),
+    Rule("wan-diff", DROPPED, where(family=(WAN,), prefix="diffusion_model.",
+         path=r"norm|modulation|patch_embedding", part=("diff", "diff_b")),
+         "differences of norms and modulations", "they are passed over, also where they are not 0",
+         _CODE),
+    Rule("krea-alpha", RAISES, where(family=(KREA2,), prefix=_DOTTED,
+         part=("alpha",)), "alpha", "it is left over: ValueError", _CODE, is_mended=True),
+    Rule("krea-numbered", RAISES, where(family=(KREA2,), kind=("lora",),
+         prefix=_DOTTED, on=numbered), "lora_down and lora_up",
+         "they are left over: ValueError", _CODE, is_mended=True),
+    Rule("anima-alpha", RAISES, where(family=(ANIMA,), part=("alpha",)), "alpha",
+         "a name without lora in it is an error", _PIPELINES, is_mended=True),
+    Rule("z-fused", DROPPED, where(family=(Z_IMAGE,), path=r"_attention_qkv$", kind=("lora",),
+         on=lambda _, g: g.uses_letters or not g.is_flat), "fused attention",
+         "the name is passed on, and the model has no such module", _ISSUES + "13203",
+         is_mended=True),
+    Rule("z-fused-kohya", RAISES, where(family=(Z_IMAGE,), path=r"_attention_qkv$",
+         prefix="lora_unet_", on=numbered), "fused attention", "it was left over: ValueError",
+         _ISSUES + "13203", until="0.42"),
+    Rule("z-out", DROPPED, where(family=(Z_IMAGE,), path=r"_attention_out$", on=lettered),
+         "attention.out as lora_A", "it is renamed as lora_down alone", _CODE, is_mended=True),
+    Rule("z-double", DROPPED, where(family=(Z_IMAGE,), prefix="lora_unet__"),
+         "two underscores", "the names come out broken", _CODE, is_mended=True),
+    Rule("z-top", DROPPED, where(family=(Z_IMAGE,), path=r"^(final_layer|x_embedder)",
+         prefix=r"diffusion_model\.|lora_unet_"), "modules outside of the layers",
+         "their names are not mapped", _CODE, is_mended=True),
+    Rule("two-spellings", RAISES, where(family=(WAN, QWEN, Z_IMAGE), kind=("lora",),
+         on=_has_both), "lora_A beside lora_down", "its converter takes one of both spellings",
+         _CODE, is_mended=True),
+    Rule("doubled-prefix", DROPPED, where(family=(QWEN, Z_IMAGE), on=_is_doubled),
+         "transformer. beside alpha", "the converter puts transformer. before it once more", _CODE,
+         is_mended=True),
+    Rule("qwen-alpha", WRONG, where(family=(QWEN,), part=("alpha",), on=lettered),
+         "alpha beside lora_A", "alpha was deleted: the scale was 1", _ISSUES + "14088",
+         until="0.42"),
+    Rule("qwen-no-alpha", RAISES, where(family=(QWEN,), kind=("lora",), on=lambda look, g:
+         numbered(look, g) and lacks_alpha(look, g)), "no alpha", "it was a KeyError",
+         _PULLS + "14165", until="0.42"),
+    Rule("hunyuan-final", WRONG, where(family=(HUNYUAN,), path=r"^final_layer_adaLN_modulation_1$"),
+         "the last modulation", "both factors' halves are swapped where lora_B's must be", _CODE,
+         is_mended=True),
+    Rule("foreign", DROPPED, where(on=_is_foreign), "names that it does not convert",
+         "no name begins as the parts of the pipeline are called: nothing is loaded from them",
+         _PIPELINES, is_mended=True),
+)  # fmt: skip
+_ALL = (
+    Rule("one-factor", RAISES, where(kind=("lora",), on=is_alone), "one factor alone",
+         "a lora_A without its lora_B is an error", _CODE),
+    Rule("dora", WRONG, where(on=lambda _, g: any(k.endswith("dora_scale") for k in g.keys)),
+         "DoRA", "dora_scale is deleted with a warning and the plain LoRA is added",
+         _PULLS + "9547"),
+    Rule("magnitude", WRONG, where(part=("magnitude",)), "DoRA of ai-toolkit",
+         "the magnitudes are passed over and the plain LoRA is added", _PIPELINES),
+    Rule("mixed-ranks", WRONG, _mixed_ranks, "mixed ranks without metadata",
+         "the first rank was every module's lora_alpha", _PULLS + "14409", until="0.42"),
+)  # fmt: skip
+
+DIFFUSERS = Program(
+    "diffusers", "diffusers", "0.42.1", (_CODE, _PIPELINES),
+    (*_SDS, *FLUX_RULES, *_OTHERS, *_ALL), is_of_images=True,
+)  # fmt: skip

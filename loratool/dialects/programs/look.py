@@ -1,0 +1,100 @@
+"""What a program finds in an adapter: names, shapes, metadata, configuration (no torch)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from loratool.adapter import Adapter, TensorRef
+from loratool.dialects.candidate import Candidate, examine
+from loratool.dialects.programs.grammar import Group, Tensor, group_keys
+from loratool.dialects.programs.models import Family, family_of
+from loratool.dialects.registry import detect
+from loratool.errors import LoratoolError
+from loratool.options.groups import Read
+
+
+@dataclass(frozen=True)
+class Look:
+    """An adapter as a loader finds it.
+
+    Attributes:
+        tensors: key -> type and shape, in file order.
+        metadata: string metadata of the file.
+        config: the configuration beside it.
+        dialect: that it is in, "" if none claims it.
+        adapter: the same read; None if loratool does not read it.
+        problem: why not.
+    """
+
+    tensors: Mapping[str, Tensor]
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    config: Mapping[str, Any] = field(default_factory=dict)
+    dialect: str = ""
+    adapter: Adapter | None = None
+    problem: str = ""
+
+    @classmethod
+    def of(cls, adapter: Adapter) -> Look:
+        """Of an adapter that is read."""
+        refs = {ref.name: Tensor(ref.dtype, ref.shape) for ref in _refs(adapter)}
+        order = adapter.key_order or tuple(refs)
+        tensors = {name: refs.get(name, Tensor("F32", ())) for name in order}
+        return cls(tensors, adapter.metadata, adapter.config, adapter.dialect, adapter)
+
+    @cached_property
+    def groups(self) -> tuple[Group, ...]:
+        """The tensors by module, as files of image models name them."""
+        return group_keys(self.tensors)
+
+    @cached_property
+    def family(self) -> Family:
+        """The model that its modules are of."""
+        return family_of(self.groups)
+
+    @property
+    def is_of_images(self) -> bool:
+        """True if the programs of image and video models are asked."""
+        return bool(self.family.name) or any(g.is_of_images for g in self.groups)
+
+
+def look_at(path: Path, read: Read, *, max_header: int) -> Look:
+    """Look at a folder or file, whether loratool reads it or not.
+
+    Raises:
+        LoratoolError: there is nothing, or it is damaged.
+    """
+    found = examine(path, max_header=max_header)
+    name, adapter, problem = "", None, ""
+    try:
+        row = detect(found)
+        name = row.name
+        if row.is_read:
+            adapter = row.reader()(found, read)
+    except LoratoolError as error:
+        if found.header is None:
+            raise
+        problem = error.what
+    if adapter is not None and not found.keys:
+        return Look.of(adapter)
+    return Look(_tensors(found), _metadata(found), found.config or {}, name, adapter, problem)
+
+
+def _tensors(found: Candidate) -> dict[str, Tensor]:
+    refs = () if found.header is None else found.header.tensors
+    return {ref.name: Tensor(ref.dtype, ref.shape) for ref in refs}
+
+
+def _metadata(found: Candidate) -> Mapping[str, str]:
+    return {} if found.header is None else found.header.metadata
+
+
+def _refs(adapter: Adapter) -> Iterator[TensorRef]:
+    sources = (f for spec in adapter.specs for f in spec.fields.values())
+    whole = (r.source for r in adapter.replacements)
+    for ref in (*sources, *whole, *adapter.carried, *adapter.unclaimed):
+        if isinstance(ref, TensorRef):
+            yield ref

@@ -1,0 +1,103 @@
+"""Which model a file of adapters is for, by the names of its modules."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from loratool.dialects.programs.grammar import Group
+
+ORIGINAL, DIFFUSERS = "original", "diffusers"
+SD, SD3, FLUX1, FLUX2, QWEN, WAN = "sd", "sd3", "flux1", "flux2", "qwen-image", "wan"
+Z_IMAGE, LUMINA2, KREA2, ANIMA = "z-image", "lumina2", "krea-2", "anima"
+HUNYUAN, LTX, HIDREAM = "hunyuan-video", "ltx", "hidream"
+_BLOCK = r"(layers|noise_refiner|context_refiner)_\d+_"
+
+_NAMES = (
+    (SD, ORIGINAL, r"(input_blocks|output_blocks|middle_block)_\d|time_embed_\d|label_emb_"),
+    (SD, DIFFUSERS, r"(down_blocks|up_blocks)_\d|mid_block_|time_embedding_linear_|add_embedding_"),
+    (SD3, ORIGINAL, r"joint_blocks_\d"),
+    (FLUX2, ORIGINAL, r"(single_stream|double_stream)_modulation(_img|_txt)?_lin$"),
+    (FLUX2, DIFFUSERS, r"single_transformer_blocks_\d+_attn_(to_qkv_mlp_proj|to_out)$"
+                       r"|transformer_blocks_\d+_ff(_context)?_linear_(in|out)$|time_guidance_embed_"
+                       r"|(single_stream|double_stream)_modulation(_img|_txt)?_linear$"),
+    (HUNYUAN, ORIGINAL, r"double_blocks_\d+_(img|txt)_(mlp_fc[12]|mod_linear)$"
+                        r"|single_blocks_\d+_modulation_linear$|txt_in_individual_token_refiner"),
+    (FLUX1, ORIGINAL, r"double_blocks_\d+_(img|txt)_(attn_(qkv|proj|norm)|mlp_[02]|mod_lin)"
+                      r"|single_blocks_\d+_(linear[12]|modulation_lin$|norm)"
+                      r"|(double|single)_blocks_\d+_processor_"),
+    (QWEN, DIFFUSERS, r"transformer_blocks_\d+_(img|txt)_(mlp|mod)_"),
+    (KREA2, DIFFUSERS, r"transformer_blocks_\d+_attn_to_gate$|text_fusion_"),
+    (FLUX1, DIFFUSERS, r"single_transformer_blocks_\d+_(attn_to_|proj_|norm_linear)"
+                       r"|transformer_blocks_\d+_(ff_context_net|norm1_context|attn_to_add_out)"),
+    (WAN, ORIGINAL, r"(vace_)?blocks_\d+_((self|cross)_attn_([qkvo]|[kv]_img|norm_[qk])$|ffn_[02]$"
+                    r"|modulation$|norm3$)"),
+    (WAN, DIFFUSERS, r"blocks_\d+_(attn[12]_(to|add)_|ffn_net_)|condition_embedder_"),
+    (ANIMA, ORIGINAL, r"blocks_\d+_((self|cross)_attn_([qkv]_proj|output_proj)$|adaln_modulation_)"
+                      r"|llm_adapter_"),
+    (KREA2, ORIGINAL, r"blocks_\d+_attn_(w[qkvo]|gate)$|txtfusion_"),
+    (Z_IMAGE, DIFFUSERS, _BLOCK + r"attention_(to_[qkv]|to_out_0|norm_[qk])$|all_(final|x)_"),
+    (LUMINA2, DIFFUSERS, _BLOCK + r"(attn_to_|feed_forward_linear_)"),
+    (Z_IMAGE, ORIGINAL, _BLOCK + r"attention_(qkv|out)$"),
+    (HIDREAM, DIFFUSERS, r"(double|single)_stream_blocks_\d+_block_"),
+    (LTX, ORIGINAL, r"patchify_proj$|(audio_)?adaln_single_"),
+)  # fmt: skip
+_PATTERNS = [(family, naming, re.compile(words)) for family, naming, words in _NAMES]
+
+
+class Family(NamedTuple):
+    """A model, "" if it is not known, and whose names the file has: ``original`` or ``diffusers``.
+
+    A file of mixed names has those of most of its modules.
+    """
+
+    name: str = ""
+    naming: str = ""
+
+
+def naming_of(group: Group) -> Family:
+    """The model that a module's name is of; of several the first of the table."""
+    if group.is_text:
+        return Family()
+    return next((Family(f, n) for f, n, words in _PATTERNS if words.match(group.flat)), Family())
+
+
+def family_of(groups: Iterable[Group]) -> Family:
+    """The model of a file, by most of its modules, and by shapes where names are shared."""
+    found = [(group, family) for group in groups if (family := naming_of(group)).name]
+    if not found:
+        return Family()
+    name, naming = Counter(family for _, family in found).most_common(1)[0][0]
+    sizes = {g.flat: (_rows(g), _columns(g)) for g, _ in found}
+    if any(f.name == FLUX2 for _, f in found) or (name == FLUX1 and _is_flux2(sizes)):
+        name = FLUX2
+    if name == Z_IMAGE and naming == ORIGINAL and _is_uneven(sizes):
+        name = LUMINA2
+    if name == FLUX1 and any("_attn_qkv" in g.path and not g.is_flat for g, _ in found):
+        name = HUNYUAN
+    return Family(name, naming)
+
+
+def _is_flux2(sizes: dict[str, tuple[int, int]]) -> bool:
+    """FLUX.2 has nine widths in ``linear1`` and six in ``mlp_0``, FLUX.1 seven and four."""
+    gated = {"linear1": 9, "mlp_0": 6}
+    return any(
+        name.endswith(leaf) and rows and rows == times * columns
+        for name, (rows, columns) in sizes.items()
+        for leaf, times in gated.items()
+    )
+
+
+def _is_uneven(sizes: dict[str, tuple[int, int]]) -> bool:
+    """Lumina 2 has fewer keys and values than queries."""
+    return any(n.endswith("_qkv") and rows and rows < 3 * c for n, (rows, c) in sizes.items())
+
+
+def _rows(group: Group) -> int:
+    return next(iter(group.shape("up")), 0)
+
+
+def _columns(group: Group) -> int:
+    return next(iter(group.shape("down")[1:]), 0)

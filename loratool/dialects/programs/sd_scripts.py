@@ -1,0 +1,32 @@
+"""sd-scripts' own tools: resize_lora.py, merge_lora.py, svd_merge_lora.py."""
+
+from __future__ import annotations
+
+from loratool.dialects.programs.base import DROPPED, RAISES, WRONG, Program, Rule
+from loratool.dialects.programs.where import lettered, where
+
+_HOME = "https://github.com/kohya-ss/sd-scripts/"
+_TOOLS = _HOME + "blob/main/networks/"
+
+SD_SCRIPTS = Program(
+    "sd-scripts",
+    "sd-scripts",
+    "48d368fa (2026-02-16)",
+    (_TOOLS + "resize_lora.py", _TOOLS + "merge_lora.py", _TOOLS + "svd_merge_lora.py"),
+    (
+        Rule("letters", RAISES, where(kind=("lora",), on=lettered), "lora_A and lora_B",
+             "resize_lora finds no rank and stops; merge_lora leaves the model as it is",
+             _HOME + "issues/2169", is_mended=True),
+        Rule("algorithm", DROPPED, where(kind=(
+             "loha", "lokr", "glora", "oft", "ia3", "tlora", "full", "norm", "set")),
+             "anything but plain LoRA", "keys other than lora_down and lora_up are passed over",
+             _HOME + "issues/1612", is_mended=True),
+        Rule("core", DROPPED, where(part=("mid",)), "a Tucker core",
+             "the core is passed over", _TOOLS + "merge_lora.py", is_mended=True),
+        Rule("dora", WRONG, where(part=("dora", "magnitude")), "DoRA",
+             "the lengths are passed over and the plain LoRA is merged", _TOOLS + "merge_lora.py"),
+        Rule("unknown-end", DROPPED, where(part=("", "embedding")), "unknown tensors",
+             "keys other than lora_down and lora_up are passed over", _TOOLS + "merge_lora.py"),
+    ),
+    is_of_images=True,
+)  # fmt: skip

@@ -1,0 +1,94 @@
+"""Finders of rules on files of image models: which modules does a rule apply to?"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Iterable
+
+from loratool.dialects.programs.base import Hit, Test
+from loratool.dialects.programs.grammar import Group
+from loratool.dialects.programs.look import Look
+
+On = Callable[[Look, Group], bool]
+FACTORS = frozenset(("down", "up", "alpha"))
+"""The parts of plain LoRA."""
+
+
+def where(
+    *,
+    family: Collection[str] = (),
+    prefix: str = "",
+    path: str = "",
+    kind: Collection[str] = (),
+    part: Collection[str] = (),
+    on: On | None = None,
+    unless: Callable[[Look], bool] | None = None,
+) -> Test:
+    """Modules for which all that is given holds.
+
+    Args:
+        family: of the file, one of these.
+        prefix: regular expression of the whole prefix.
+        path: regular expression that is found in the module's name, underscores for dots.
+        kind: of the module, one of these.
+        part: it has one of these, and the rule is about their tensors alone.
+        on: anything else.
+        unless: of the file: then it applies to none.
+    """
+    prefixes, paths = re.compile(prefix), re.compile(path)
+
+    def holds(look: Look, group: Group) -> bool:
+        return (
+            (not kind or group.kind in kind)
+            and (not part or not group.parts.isdisjoint(part))
+            and (not prefix or prefixes.fullmatch(group.prefix) is not None)
+            and paths.search(group.flat) is not None
+            and (on is None or on(look, group))
+        )
+
+    def find(look: Look) -> Iterable[Hit]:
+        if (family and look.family.name not in family) or (unless is not None and unless(look)):
+            return []
+        found = [g for g in look.groups if holds(look, g)]
+        names = [key for g in found for key in (g.of(*part) if part else (g.stem,))]
+        return [Hit(tuple(names))] if names else []
+
+    return find
+
+
+def has_prefix(look: Look, prefix: str) -> bool:
+    """True if any module's name begins so."""
+    return any(g.prefix == prefix for g in look.groups)
+
+
+def is_alone(_: Look, group: Group) -> bool:
+    """True for one factor without the other."""
+    return ("down" in group.parts) != ("up" in group.parts)
+
+
+def lacks_alpha(_: Look, group: Group) -> bool:
+    """True for a module whose scale nothing says."""
+    return "alpha" not in group.parts
+
+
+def lettered(_: Look, group: Group) -> bool:
+    """True for ``lora_A`` and ``lora_B``."""
+    return group.uses_letters
+
+
+def numbered(_: Look, group: Group) -> bool:
+    """True for ``lora_down`` and ``lora_up``."""
+    return not group.uses_letters
+
+
+def drops_text_model(_: Look, group: Group) -> bool:
+    """True for CLIP's layers as transformers 5 names them, without ``text_model``."""
+    return group.is_text and re.match(r"encoder_layers_\d", group.flat) is not None
+
+
+def numel(shape: tuple[int, ...]) -> int:
+    """Number of elements."""
+    product = 1
+    for size in shape:
+        product *= size
+    return product

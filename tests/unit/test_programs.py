@@ -1,0 +1,57 @@
+"""Every rule of the programs of image models: a file with it, and one without."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from loratool.dialects.programs import PROGRAMS, Look, find_program, look_at
+from loratool.options.groups import Read
+from loratool.report.check import Simulation
+from tests.unit.programs_samples import SAMPLES, Sample, Shapes
+
+IDS = [f"{s.program}-{s.rule}" for s in SAMPLES]
+
+
+def look(folder: Path, tensors: Shapes, metadata: Mapping[str, str] | None = None) -> Look:
+    """Write a file and look at it."""
+    told = dict(metadata or {})
+    whole = told.pop("alpha is", "") == "I64"
+    types = {k: np.int64 if whole and k.endswith("alpha") else np.float32 for k in tensors}
+    path = folder / "style.safetensors"
+    save_file({k: np.ones(v, types[k]) for k, v in tensors.items()}, path, told or None)
+    return look_at(path, Read(), max_header=1 << 20)
+
+
+def simulate(sample: Sample, folder: Path, *, bad: bool) -> Simulation:
+    found = look(folder, sample.bad if bad else sample.good, sample.metadata if bad else None)
+    return find_program(sample.program).simulate(found)
+
+
+@pytest.mark.parametrize("sample", SAMPLES, ids=IDS)
+def test_a_rule_applies_where_it_should_and_nowhere_else(sample: Sample, tmp_path: Path) -> None:
+    found = simulate(sample, tmp_path, bad=True)
+    rules = {f.rule: f for f in found.findings}
+    if sample.verdict == "past":
+        assert sample.rule in {f.rule for f in found.past} and sample.rule not in rules
+    else:
+        assert rules[sample.rule].verdict == sample.verdict
+        whole = rules[sample.rule].is_whole
+        hit = [m for m in found.modules if m.rule == sample.rule]
+        parts = "wrong" if sample.verdict == "dropped" else sample.verdict  # of which some loads
+        assert hit and all(m.verdict in (sample.verdict, parts) for m in hit)
+        assert not whole or all(m.verdict == sample.verdict for m in found.modules)
+    better = simulate(sample, tmp_path, bad=False)
+    assert sample.rule not in {f.rule for f in (*better.findings, *better.past)}
+
+
+@pytest.mark.parametrize("program", [p.name for p in PROGRAMS if p.is_of_images])
+def test_every_rule_has_its_files_its_sentence_and_its_source(program: str) -> None:
+    rules = find_program(program).rules
+    assert [r.name for r in rules] == list(dict.fromkeys(r.name for r in rules))
+    assert {r.name for r in rules} == {s.rule for s in SAMPLES if s.program == program}
+    assert all(r.says and r.source.startswith("https://") for r in rules)
