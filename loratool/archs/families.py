@@ -7,15 +7,15 @@ shapes and metadata.  A family is one file of ``data/families/``: see docs/addin
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
+from itertools import zip_longest
 from typing import Any, NamedTuple
 
-from loratool.archs.base import load_data
-from loratool.archs.family_files import families, templates_of
-from loratool.archs.family_rows import Family
-from loratool.archs.places import Place, find_one, places
+from loratool.archs.family_files import families, index_of, templates_of
+from loratool.archs.family_rows import NUMBER, Family, flatten
+from loratool.archs.places import Place, is_text, places, places_of, split_component
 
 __all__ = ["Family", "Guess", "Place", "families", "family_of", "module_shapes", "places"]
 
@@ -46,9 +46,18 @@ class Guess:
     parts: Mapping[str, str] = field(default_factory=dict)
 
 
-class _Hit(NamedTuple):
+class _Group(NamedTuple):
+    """Modules of one name but for the numbers that do not tell rows apart.
+
+    Attributes:
+        place: of the name with the largest numbers.
+        count: how many they are.
+        shapes: all of theirs.
+    """
+
     place: Place
-    shape: Shape
+    count: int
+    shapes: frozenset[Shape]
 
 
 class _Score(NamedTuple):
@@ -57,6 +66,7 @@ class _Score(NamedTuple):
     size: int
     rank: int
     label: str
+    count: int = 0
 
 
 def family_of(modules: Mapping[str, Shape], metadata: Mapping[str, str] | None = None) -> Guess:
@@ -75,23 +85,22 @@ def family_of(modules: Mapping[str, Shape], metadata: Mapping[str, str] | None =
         >>> family_of({"unet.single_blocks_0_linear1": (27648, 3072)}).title
         'FLUX.2 klein-4B'
     """
-    texts: dict[tuple[str, str], Shape] = {}
-    names: dict[tuple[str, str], Shape] = {}
+    files: dict[str, dict[str, Shape]] = {}
     for name, shape in modules.items():
         component, rest = split_component(name)
-        (texts if component.startswith("te") else names)[component, rest] = shape
-    parts = {c: f for c in dict.fromkeys(c for c, _ in texts) if (f := _text_family(c, texts))}
-    hits = _hits(names)
+        files.setdefault(component, {})[rest] = shape
+    parts = {c: f for c, names in files.items() if is_text(c) and (f := _text_family(names))}
+    names = {n: s for c, some in files.items() if not is_text(c) for n, s in some.items()}
+    fit = _fitting("unet", names)
     stated, label = _stated(metadata or {})
-    fit = {f: score for f, found in hits.items()
-           if len(found) >= _ENOUGH * len(names) and (score := _score(f, found))}  # fmt: skip
-    if stated and (stated in fit or len(hits.get(stated, ())) >= _ENOUGH * max(1, len(names))):
-        known = fit.get(stated)
-        return _guess(stated, label or (known.label if known else ""), "metadata", (), parts)
-    most = max((len(hits[f]) for f in fit), default=0)
-    fit = {f: s for f, s in fit.items() if len(hits[f]) == most and s.rank < _LAST}
+    if stated in fit or (stated and not names):
+        label = label or (fit[stated].label if stated in fit else "")
+        return _guess(stated, label, "metadata", (), parts)
+    fit = {f: s for f, s in fit.items() if s.rank < _LAST}
     if not fit:
         return Guess(parts=parts)
+    most = max(s.count for s in fit.values())
+    fit = {f: s for f, s in fit.items() if s.count == most}
     best = max(s.size for s in fit.values())
     first = min(s.rank for s in fit.values() if s.size == best)
     chosen = [f for f, s in fit.items() if s.size == best and s.rank == first]
@@ -107,48 +116,48 @@ def module_shapes(tensors: Iterable[tuple[str, Shape]]) -> dict[str, Shape]:
     return {n.removesuffix(".weight"): shape for n, shape in tensors if not n.endswith(".bias")}
 
 
-@cache
-def _components() -> tuple[tuple[str, str], ...]:
-    """(prefix, component), the longest prefix first."""
-    parts = load_data("diffusion")["components"].items()
-    found = {prefix: name for name, some in reversed(parts) for prefix in some}
-    found |= {f"{name}.": name for name, _ in parts}
-    return tuple(sorted(found.items(), key=lambda pair: -len(pair[0])))
-
-
-def split_component(name: str) -> tuple[str, str]:
-    """(component, rest) of a name; "" for the component where nothing tells it."""
-    for prefix, component in _components():
-        if name.startswith(prefix):
-            return component, name.removeprefix(prefix)
-    return "", name
-
-
 _LAST = 9  # the rank of what only metadata can tell
 
 
-def _hits(names: Mapping[tuple[str, str], Shape]) -> dict[str, list[_Hit]]:
-    """Family -> its modules among the names."""
-    found: dict[str, list[_Hit]] = {}
-    for (component, name), shape in names.items():
-        once: dict[str, Place] = {}
-        for place in find_one(component, name):
-            if place.row.component == "unet":
-                once.setdefault(place.family, place)
+def _fitting(component: str, names: Mapping[str, Shape]) -> dict[str, _Score]:
+    """Families that most of the names and all shapes agree with."""
+    fit: dict[str, _Score] = {}
+    for family, groups in _groups(component, names).items():
+        count = sum(group.count for group in groups)
+        if count >= _ENOUGH * len(names) and (score := _score(family, groups)):
+            fit[family] = score._replace(count=count)
+    return fit
+
+
+def _groups(component: str, names: Mapping[str, Shape]) -> dict[str, list[_Group]]:
+    """Family -> its modules among the names, each kind of module looked up once."""
+    index = index_of()
+    telling: dict[str, tuple[int, ...] | None] = {}
+    pools: dict[tuple[str, tuple[str, ...]], tuple[list[Shape], list[list[str]]]] = {}
+    for name, shape in names.items():
+        flat = flatten(name).strip("_")
+        key, numbers = NUMBER.sub("#", flat), NUMBER.findall(flat)
+        if key not in telling:
+            telling[key] = index.telling(key)
+        places = telling[key]
+        if places is not None:
+            pool = pools.setdefault((key, tuple([numbers[i] for i in places])), ([], []))
+            pool[0].append(shape)
+            pool[1].append(numbers)
+    found: dict[str, list[_Group]] = {}
+    for (key, _), (shapes, numbers_of) in pools.items():
+        largest = (max(column, key=int) for column in zip(*numbers_of, strict=True))
+        name = "".join(w + n for w, n in zip_longest(key.split("#"), largest, fillvalue=""))
+        once = {place.family: place for place in reversed(places_of(component, name))}
         for family, place in once.items():
-            found.setdefault(family, []).append(_Hit(place, shape))
+            group = _Group(place, len(shapes), frozenset(shapes))
+            found.setdefault(family, []).append(group)
     return found
 
 
-def _text_family(component: str, texts: Mapping[tuple[str, str], Shape]) -> str:
+def _text_family(names: Mapping[str, Shape]) -> str:
     """The family of a text encoder, "" if unknown."""
-    names = {key: shape for key, shape in texts.items() if key[0] == component}
-    found: dict[str, list[_Hit]] = {}
-    for (_, name), shape in names.items():
-        for family, place in {p.family: p for p in find_one("te", name)}.items():
-            found.setdefault(family, []).append(_Hit(place, shape))
-    scores = {f: s for f, hits in found.items()
-              if len(hits) >= _ENOUGH * len(names) and (s := _score(f, hits))}  # fmt: skip
+    scores = _fitting("te", names)
     best = max((s.size for s in scores.values()), default=0)
     chosen = [f for f, s in scores.items() if s.size == best]
     return chosen[0] if len(chosen) == 1 else ""
@@ -175,21 +184,20 @@ def _versions() -> Mapping[str, tuple[str, str]]:
     }
 
 
-def _score(name: str, hits: list[_Hit]) -> _Score | None:
+def _score(name: str, groups: list[_Group]) -> _Score | None:
     """How well the shapes and depths agree with a family's; None if they contradict it."""
     family = families()[name]
     tells = family.tells
     for template, ratio in tells.get("ratio", {}).items():
-        wanted = templates_of(family, template)
-        for hit in _of(hits, wanted):
-            rows, *cols = hit.shape or (0,)
-            if cols and not hit.place.is_part and rows != ratio * cols[0]:
+        for group in _of(groups, family, [template]):
+            shapes = [s for s in group.shapes if len(s) > 1 and not group.place.is_part]
+            if any(shape[0] != ratio * shape[1] for shape in shapes):
                 return None
-    needs = [t for written in tells.get("needs", ()) for t in templates_of(family, written)]
-    rank = _LAST if needs and not any(True for _ in _of(hits, needs)) else tells.get("rank", 0)
-    widths = [t for written in tells.get("width", ()) for t in templates_of(family, written)]
-    width = {h.shape[1] for h in _of(hits, widths) if len(h.shape) > 1}
-    depth = [_depth(prefix, hits) for prefix in tells.get("depth", ())]
+    needs = tells.get("needs", ())
+    rank = _LAST if needs and not _of(groups, family, needs) else tells.get("rank", 0)
+    wide = _of(groups, family, tells.get("width", ()))
+    width = {shape[1] for group in wide for shape in group.shapes if len(shape) > 1}
+    depth = [_depth(prefix, groups) for prefix in tells.get("depth", ())]
     best, label = 0, ""
     for each, size in tells.get("sizes", {}).items():
         if (fit := _fits(size, width, depth)) > best:
@@ -207,14 +215,16 @@ def _fits(size: Mapping[str, Any], width: set[int], depth: list[int]) -> int:
     return 2 + sum(seen == most > 0 for seen, most in zip(depth, wanted, strict=True))
 
 
-def _of(hits: Iterable[_Hit], templates: list[str]) -> Iterator[_Hit]:
-    return (hit for hit in hits if hit.place.row.names["original"][0].template in templates)
+def _of(groups: Iterable[_Group], family: Family, written: Iterable[str]) -> list[_Group]:
+    """Those whose name in the original is one of the templates."""
+    templates = {t for one in written for t in templates_of(family, one)}
+    return [g for g in groups if g.place.row.names["original"][0].template in templates]
 
 
-def _depth(prefix: str, hits: Iterable[_Hit]) -> int:
+def _depth(prefix: str, groups: Iterable[_Group]) -> int:
     """How many blocks there are of a kind, by the largest number."""
     pattern = re.compile(re.escape(prefix).replace(re.escape("{n}"), r"(\d+)") + r"(\.|$)")
-    found = (pattern.match(hit.place.original[0]) for hit in hits)
+    found = (pattern.match(group.place.original[0]) for group in groups)
     return max((int(m[1]) + 1 for m in found if m), default=0)
 
 

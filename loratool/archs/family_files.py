@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from functools import cache
 from itertools import product
 from pathlib import Path
@@ -67,7 +66,7 @@ def load(name: str) -> Family:
         row
         for key in ("modules", "tensors")
         for written in data.get(key, ())
-        for row in _rows(written, data, Row(name, component, {}, is_tensor=key == "tensors"))
+        for row in _rows(name, written, data, is_tensor=key == "tensors")
     ]
     return Family(name, data["title"], component, tuple(rows), data.get("tells", {}),
                   data.get("versions", {}), data.get("written", ""))  # fmt: skip
@@ -84,8 +83,9 @@ def templates_of(family: Family, written: str) -> list[str]:
     return _templates(family.name, written)
 
 
-def _rows(written: Any, data: Mapping[str, Any], blank: Row) -> Iterator[Row]:
+def _rows(family: str, written: Any, data: Mapping[str, Any], *, is_tensor: bool) -> Iterator[Row]:
     """The rows that one entry of a file stands for."""
+    component = data.get("component", "unet")
     if isinstance(written, str):
         written = [written, written]
     if not isinstance(written, dict):
@@ -99,14 +99,15 @@ def _rows(written: Any, data: Mapping[str, Any], blank: Row) -> Iterator[Row]:
     split = tuple(written.get("split", "").split())
     parts = len(split) or max(len(t) for t in templates.values())
     covers = {naming: _covers(t, parts) for naming, t in templates.items()}
+    split, namings = split or ("*",) * parts, data.get("namings", {})
+    swap = written.get("swap", "")
     for filled, blocks in _expanded(templates, data.get("sets", {})):
         names = {
-            naming: tuple(Name(t, *c) for t, c in zip(filled[naming], covers[naming], strict=True))
+            naming: tuple(map(Name, filled[naming], *zip(*covers[naming], strict=True)))
             for naming in filled
         }
-        row = replace(blank, names=names, parts=parts, split=split or ("*",) * parts,
-                      swap=written.get("swap", ""), blocks=blocks)  # fmt: skip
-        yield _with_namings(row, data.get("namings", {}))
+        like = _further(names, namings, parts, is_tensor=is_tensor)
+        yield Row(family, component, names, parts, split, swap, like, is_tensor, blocks)
 
 
 def _covers(templates: list[str], parts: int) -> list[tuple[int, int]]:
@@ -167,25 +168,27 @@ def _pick(template: str, picks: Sequence[int]) -> str:
     return _CHOICE.sub(lambda m: m[1].split("|")[next(left)], template)
 
 
-def _with_namings(row: Row, namings: Mapping[str, Any]) -> Row:
-    """The row with its further names: those that replacements make, and the members of a fused one.
+def _further(
+    names: dict[str, tuple[Name, ...]], namings: Mapping[str, Any], parts: int, *, is_tensor: bool
+) -> frozenset[str]:
+    """Add the names that replacements make, and the members of a fused module.
 
-    ``"of"`` says which naming they are made of, ``"replace"`` lists pairs of texts.
+    Returns:
+        The namings that are like diffusers'.
     """
-    names, like = dict(row.names), set(row.like_diffusers)
+    like, whole = {"diffusers"}, names["original"][0]
     for naming, rule in namings.items():
         source = rule.get("of", "original")
         made = tuple(
-            name._replace(template=_replaced(name.template, rule["replace"]))
-            for name in names[source]
+            Name(_replaced(name.template, rule["replace"]), name.first, name.stop)
+            for name in names.get(source, ())
         )
-        if made != names[source]:
+        if made and made != names[source]:
             names[naming] = made
             like |= {naming} if source in like else set()
-    whole = names["original"][0]
-    if row.parts > 1 and len(names["original"]) == 1 and not row.is_tensor:
-        names["members"] = tuple(Name(f"{whole.template}.{i}", i, i + 1) for i in range(row.parts))
-    return replace(row, names=names, like_diffusers=frozenset(like))
+    if parts > 1 and len(names["original"]) == 1 and not is_tensor:
+        names["members"] = tuple(Name(f"{whole.template}.{i}", i, i + 1) for i in range(parts))
+    return frozenset(like)
 
 
 def _replaced(template: str, pairs: Sequence[Sequence[str]]) -> str:

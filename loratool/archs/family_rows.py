@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache, cached_property
 from typing import Any, NamedTuple
 
 NUMBER = re.compile(r"\{n\}|\d+")
@@ -60,7 +61,7 @@ class Row:
     def fill(self, name: Name, naming: str, numbers: Numbers) -> str:
         """A name, with the numbers that a name of the original has."""
         if self.blocks and naming in self.like_diffusers:
-            numbers = _renumbered(numbers, self.blocks)
+            numbers = _renumbered(numbers, self._to_diffusers)
         pieces = name.template.split("{n}")
         return pieces[0] + "".join(n + p for n, p in zip(numbers, pieces[1:], strict=True))
 
@@ -69,9 +70,18 @@ class Row:
         if not self.blocks:
             return numbers
         side = int(naming in self.like_diffusers)
-        if not any(numbers[: len(pair[side])] == pair[side] for pair in self.blocks):
+        table = self._to_original if side else self._to_diffusers
+        if numbers[: len(self.blocks[0][side])] not in table:
             return None
-        return _renumbered(numbers, [pair[::-1] for pair in self.blocks]) if side else numbers
+        return _renumbered(numbers, table) if side else numbers
+
+    @cached_property
+    def _to_diffusers(self) -> dict[Numbers, Numbers]:
+        return dict(self.blocks)
+
+    @cached_property
+    def _to_original(self) -> dict[Numbers, Numbers]:
+        return {there: here for here, there in self.blocks}
 
 
 @dataclass(frozen=True)
@@ -98,52 +108,75 @@ class Family:
 
 
 class Entry(NamedTuple):
-    """A name of a row in the index; ``fixed`` are its numbers, None where any may stand."""
+    """A name of a row in the index."""
 
     row: Row
     naming: str
     name: Name
-    fixed: tuple[str | None, ...]
+
+
+_Fixed = dict[tuple[int, ...], dict[tuple[str, ...], list[Entry]]]
 
 
 @dataclass(frozen=True)
 class Index:
-    """Flattened names with ``#`` for numbers -> rows."""
+    """Flat names with ``#`` for numbers -> which numbers are fixed -> what they are -> rows."""
 
-    modules: dict[str, list[Entry]] = field(default_factory=dict)
-    tensors: dict[str, list[Entry]] = field(default_factory=dict)
+    modules: dict[str, _Fixed] = field(default_factory=dict)
+    tensors: dict[str, _Fixed] = field(default_factory=dict)
 
     def put(self, row: Row) -> None:
         """Add every name of a row once."""
-        index = self.tensors if row.is_tensor else self.modules
-        seen: set[tuple[str, tuple[str | None, ...]]] = set()
+        index, seen = self.tensors if row.is_tensor else self.modules, set()
         for naming, names in row.names.items():
             for name in names:
-                flat = flatten(name.template)
-                fixed = tuple(None if n == "{n}" else n for n in NUMBER.findall(flat))
-                key = NUMBER.sub("#", flat)
-                if (key, fixed) not in seen:
-                    seen.add((key, fixed))
-                    index.setdefault(key, []).append(Entry(row, naming, name, fixed))
+                key, places, numbers = shape = _shape_of(name.template)
+                if shape not in seen:
+                    seen.add(shape)
+                    fixed = index.setdefault(key, {}).setdefault(places, {})
+                    fixed.setdefault(numbers, []).append(Entry(row, naming, name))
 
     def find(self, flat: str, *, is_tensor: bool) -> Iterator[tuple[Entry, Numbers]]:
         """Entries that a flat name fits, and the numbers that the original has in their holes."""
-        index = self.tensors if is_tensor else self.modules
-        entries = index.get(NUMBER.sub("#", flat))
-        if entries is None:
+        groups = (self.tensors if is_tensor else self.modules).get(NUMBER.sub("#", flat))
+        if groups is None:
             return
         numbers = NUMBER.findall(flat)
-        for entry in entries:
-            free = []
-            for fixed, number in zip(entry.fixed, numbers, strict=True):
-                if fixed is None:
-                    free.append(number)
-                elif fixed != number:
-                    break
-            else:
-                found = entry.row.original_numbers(entry.naming, tuple(free))
-                if found is not None:
-                    yield entry, found
+        for places, fixed in groups.items():
+            entries = fixed.get(tuple([numbers[i] for i in places]))
+            if entries:
+                free = tuple([n for i, n in enumerate(numbers) if i not in places])
+                for entry in entries:
+                    found = entry.row.original_numbers(entry.naming, free)
+                    if found is not None:
+                        yield entry, found
+
+    def telling(self, key: str) -> tuple[int, ...] | None:
+        """Which numbers of a flat name with ``#`` decide on its rows; None if it has none."""
+        found: set[int] | None = None
+        for groups in (
+            self.modules.get(key),
+            self.tensors.get(key),
+            self.tensors.get(key + "_weight"),
+        ):
+            for places, fixed in (groups or {}).items():
+                rows = [entry.row for entries in fixed.values() for entry in entries]
+                free = max(len(r.blocks[0][0]) if r.blocks else 0 for r in rows)
+                found = (found or set()) | set(places) | set(range(free))
+        return None if found is None else tuple(sorted(found))
+
+
+def flatten(name: str) -> str:
+    """A name as flat dialects have it."""
+    return name.replace(".", "_")
+
+
+@cache
+def _shape_of(template: str) -> tuple[str, tuple[int, ...], tuple[str, ...]]:
+    """(flat name with ``#``, which of its numbers are fixed, what they are)."""
+    flat = flatten(template)
+    fixed = [(i, n) for i, n in enumerate(NUMBER.findall(flat)) if n != "{n}"]
+    return NUMBER.sub("#", flat), tuple(i for i, _ in fixed), tuple(n for _, n in fixed)
 
 
 def cut(split: Sequence[str], rows: int, in_width: int | None = None) -> list[tuple[int, int]]:
@@ -170,11 +203,7 @@ def holds_for(swap: str, rows: int, in_width: int) -> bool:
     return swap == "always" or (swap == "2in" and rows == 2 * in_width)
 
 
-def _renumbered(numbers: Numbers, pairs: Sequence[tuple[Numbers, Numbers]]) -> Numbers:
-    before, after = next(p for p in pairs if p[0] == numbers[: len(p[0])])
-    return after + numbers[len(before) :]
-
-
-def flatten(name: str) -> str:
-    """A name as flat dialects have it."""
-    return name.replace(".", "_")
+def _renumbered(numbers: Numbers, table: Mapping[Numbers, Numbers]) -> Numbers:
+    """The first numbers changed for those of the other side."""
+    length = len(next(iter(table)))
+    return table[numbers[:length]] + numbers[length:]

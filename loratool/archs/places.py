@@ -150,21 +150,15 @@ def places(
     return []
 
 
-def find_one(component: str, name: str) -> list[Place]:
-    """The places of a module, or of a parameter whose whole name it is."""
-    module, _, parameter = name.rpartition(".")
-    return places(component, name) or (places(component, module, parameter) if module else [])
-
-
 def _find(component: str, module: str, parameter: str, family: str | None) -> Iterator[Place]:
-    flat, index, kind = flatten(module), index_of(family), _kind(component)
+    flat, index, kind = flatten(module), index_of(family), "te" if is_text(component) else "unet"
     asked = [(flat, False)]
     if index.tensors:
         asked += [(f"{flat}_{parameter}", True)] if parameter else []
         asked += [(flat, True)] if parameter in ("", "weight") else []
     for name, is_tensor in asked:
         for entry, numbers in index.find(name, is_tensor=is_tensor):
-            if kind in ("", entry.row.component):
+            if not component or kind == entry.row.component:
                 yield _place(entry, numbers, "" if is_tensor else parameter)
 
 
@@ -173,10 +167,14 @@ def _place(entry: Entry, numbers: tuple[str, ...], parameter: str) -> Place:
     return Place(entry.row, numbers, entry.naming, name.first, name.stop, parameter)
 
 
-def _kind(component: str) -> str:
-    if not component:
-        return ""
-    return "te" if "te" in component.split("_")[-1] or component.startswith("te") else "unet"
+def places_of(component: str, flat: str) -> list[Place]:
+    """The places of a flat name, without a prefix: of a module, or of a whole tensor."""
+    return list(_find(component, flat, "weight", None))
+
+
+def is_text(component: str) -> bool:
+    """True for the components of text encoders."""
+    return component.startswith("te") or component.endswith("_te")
 
 
 def _stripped(module: str) -> Iterator[str]:
@@ -188,6 +186,37 @@ def _stripped(module: str) -> Iterator[str]:
     for prefix in prefixes():
         if bare.startswith(prefix):
             yield from _stripped(bare.removeprefix(prefix))
+
+
+def split_component(name: str) -> tuple[str, str]:
+    """(component, rest) of a module's name; "" for the component where nothing tells it.
+
+    Example:
+        >>> split_component("te1.text_model_encoder_layers_0_mlp_fc1")
+        ('te1', 'text_model_encoder_layers_0_mlp_fc1')
+        >>> split_component("model.diffusion_model.img_in")
+        ('unet', 'img_in')
+    """
+    first, _, rest = name.partition(".")
+    names, by_prefix = _components()
+    if first in names:
+        return first, rest
+    for prefix, component in by_prefix:
+        if name.startswith(prefix):
+            return component, name.removeprefix(prefix)
+    return "", name
+
+
+@cache
+def _components() -> tuple[frozenset[str], tuple[tuple[str, str], ...]]:
+    """The names, and (prefix, component) with the longest prefix first."""
+    parts = load_data("diffusion")["components"]
+    found = {prefix: name for name, some in reversed(parts.items()) for prefix in some}
+    return frozenset(parts) - {"transformer", "unet"}, tuple(sorted(found.items(), key=_longest))
+
+
+def _longest(pair: tuple[str, str]) -> int:
+    return -len(pair[0])
 
 
 @cache
