@@ -51,12 +51,12 @@ class _Group(NamedTuple):
 
     Attributes:
         place: of the name with the largest numbers.
-        count: how many they are.
+        total: how many they are.
         shapes: all of theirs.
     """
 
     place: Place
-    count: int
+    total: int
     shapes: frozenset[Shape]
 
 
@@ -66,7 +66,7 @@ class _Score(NamedTuple):
     size: int
     rank: int
     label: str
-    count: int = 0
+    total: int = 0
 
 
 def family_of(modules: Mapping[str, Shape], metadata: Mapping[str, str] | None = None) -> Guess:
@@ -99,8 +99,8 @@ def family_of(modules: Mapping[str, Shape], metadata: Mapping[str, str] | None =
     fit = {f: s for f, s in fit.items() if s.rank < _LAST}
     if not fit:
         return Guess(parts=parts)
-    most = max(s.count for s in fit.values())
-    fit = {f: s for f, s in fit.items() if s.count == most}
+    most = max(s.total for s in fit.values())
+    fit = {f: s for f, s in fit.items() if s.total == most}
     best = max(s.size for s in fit.values())
     first = min(s.rank for s in fit.values() if s.size == best)
     chosen = [f for f, s in fit.items() if s.size == best and s.rank == first]
@@ -123,9 +123,9 @@ def _fitting(component: str, names: Mapping[str, Shape]) -> dict[str, _Score]:
     """Families that most of the names and all shapes agree with."""
     fit: dict[str, _Score] = {}
     for family, groups in _groups(component, names).items():
-        count = sum(group.count for group in groups)
-        if count >= _ENOUGH * len(names) and (score := _score(family, groups)):
-            fit[family] = score._replace(count=count)
+        total = sum(group.total for group in groups)
+        if total >= _ENOUGH * len(names) and (score := _score(family, groups)):
+            fit[family] = score._replace(total=total)
     return fit
 
 
@@ -148,7 +148,9 @@ def _groups(component: str, names: Mapping[str, Shape]) -> dict[str, list[_Group
     for (key, _), (shapes, numbers_of) in pools.items():
         largest = (max(column, key=int) for column in zip(*numbers_of, strict=True))
         name = "".join(w + n for w, n in zip_longest(key.split("#"), largest, fillvalue=""))
-        once = {place.family: place for place in reversed(places_of(component, name))}
+        once: dict[str, Place] = {}
+        for place in places_of(component, name):
+            once.setdefault(place.family, place)
         for family, place in once.items():
             group = _Group(place, len(shapes), frozenset(shapes))
             found.setdefault(family, []).append(group)

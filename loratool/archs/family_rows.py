@@ -154,11 +154,8 @@ class Index:
     def telling(self, key: str) -> tuple[int, ...] | None:
         """Which numbers of a flat name with ``#`` decide on its rows; None if it has none."""
         found: set[int] | None = None
-        for groups in (
-            self.modules.get(key),
-            self.tensors.get(key),
-            self.tensors.get(key + "_weight"),
-        ):
+        whole = (self.tensors.get(key), self.tensors.get(f"{key}_weight"))
+        for groups in (self.modules.get(key), *whole):
             for places, fixed in (groups or {}).items():
                 rows = [entry.row for entries in fixed.values() for entry in entries]
                 free = max(len(r.blocks[0][0]) if r.blocks else 0 for r in rows)
