@@ -17,7 +17,16 @@ from loratool.archs.family_files import families, index_of, templates_of
 from loratool.archs.family_rows import NUMBER, Family, flatten
 from loratool.archs.places import Place, is_text, places, places_of, split_component
 
-__all__ = ["Family", "Guess", "Place", "families", "family_of", "module_shapes", "places"]
+__all__ = [
+    "Family",
+    "Guess",
+    "Place",
+    "families",
+    "family_of",
+    "module_shapes",
+    "places",
+    "split_component",
+]
 
 _KEYS = ("ss_base_model_version", "modelspec.architecture")
 _ENOUGH = 0.8  # of the names of a file are the family's
