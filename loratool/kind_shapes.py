@@ -153,8 +153,8 @@ def lengths_role(shape: Shape, sizes: Sizes) -> str:
         return ""
     whole = math.prod(inner)
     is_of_columns = count == inner[0] or (len(inner) == 1 and len(shape) > 2 and not whole % count)
-    is_turned = len(shape) > 1 and shape[0] == 1 and out > 1
-    if count == out and not (is_turned and is_of_columns):
+    is_turned = len(shape) > 1 and shape[0] == 1
+    if count == out and not (is_turned and out > 1 and is_of_columns):
         return ROW_LENGTHS
     return COLUMN_LENGTHS if is_of_columns and (is_turned or len(shape) == 1) else ""
 

@@ -254,6 +254,12 @@ def _args(
 
 def _copied(plan: CompressPlan, results: Sequence[Factored]) -> list[Factored]:
     return [
-        replace(r, rank=s.rank, kept_square=r.square, residual_square=0.0, factors=None)
+        replace(
+            r,
+            rank=s.rank or s.product_rank,
+            kept_square=r.square,
+            residual_square=0.0,
+            factors=None,
+        )
         for s, r in zip(plan.specs, results, strict=True)
     ]

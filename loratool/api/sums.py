@@ -96,7 +96,8 @@ def _sum_all(
     if biases.steps:
         found += execute(biases, reader, None, options)
         have = {one.spec.module for one in found[len(weights.steps) :]}
-        zeros = [_zero_bias(s, dtype) for s in made.values() if s.module not in have]
+        alone = [s for s in made.values() if s.module not in have and plan.biases_follow]
+        zeros = [_zero_bias(s, dtype) for s in alone]
         found += [SummedModule(spec, 0.0, 0.0) for spec in zeros]
     return tuple(found)
 

@@ -13,7 +13,14 @@ from loratool.archs.ties import Tie, follows_vocabulary, is_head, other_name
 from loratool.bind.items import BoundDelta, BoundReplacement, Found, Item, Misfit
 from loratool.bind.names import View
 from loratool.bind.new_parts import is_part
-from loratool.delta.forms import is_grouped, lengths_of, shape_of, side_sizes, width_of
+from loratool.delta.forms import (
+    is_grouped,
+    lengths_of,
+    shape_of,
+    side_sizes,
+    spans_rows,
+    width_of,
+)
 from loratool.dtypes import DTYPES, numel
 from loratool.options.groups import Names
 from loratool.store.checkpoint import Checkpoint
@@ -130,7 +137,7 @@ def cut_groups(
     item: Item, spec: DeltaSpec, sources: Iterable[tuple[int, int]], target: str
 ) -> Misfit | None:
     """A misfit if a slice of rows would cut through rows that depend on each other."""
-    step = spec.row.together(spec) if spec.reach == "rows" else 1
+    step = 0 if spans_rows(spec) else spec.row.together(spec) if spec.reach == "rows" else 1
     odd = [s for s in sources if (s[0] % step or s[1] % step if step else True)]
     if not odd:
         return None
@@ -252,7 +259,11 @@ def _place_conv(item: Item, spec: DeltaSpec, target: str, ctx: Context) -> Place
     if (out, *filled) == shape:
         conv = spec if spec.layout == "conv" else dataclasses.replace(spec, layout="conv")
         return _found(item, BoundDelta(conv, target), "")
-    if not spec.is_pair and out == shape[0] and _is_same_kernel(inner, shape[1:]):
+    if (
+        out == shape[0]
+        and (len(inner) == 1 or not spec.is_pair)
+        and _is_same_kernel(inner, shape[1:])
+    ):
         flat = dataclasses.replace(spec, layout="conv")  # kernels may be stored flattened
         return _found(item, BoundDelta(flat, target), "")
     same_kernel = out == shape[0] and filled[1:] == shape[2:]

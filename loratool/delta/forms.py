@@ -165,6 +165,17 @@ def reshaped(spec: DeltaSpec, dims: int) -> DeltaSpec:
     return replace(spec, fields={**spec.fields, **fields}, layout="conv" if dims > 2 else "linear")
 
 
+def with_kernel(spec: DeltaSpec, shape: tuple[int, ...]) -> DeltaSpec:
+    """Factors of a convolution whose kernel is flattened, in the form of its weight's shape."""
+    left, right = factors_of(spec)
+    if len(shape) < 3 or len(right.shape) > 2:
+        return spec
+    ones = (1,) * (len(shape) - 2)
+    fields = {RIGHT: replace(right, shape=(right.shape[0], *shape[1:])),
+              LEFT: replace(left, shape=(*left.shape[:2], *ones))}  # fmt: skip
+    return replace(spec, fields={**spec.fields, **fields}, layout="conv")
+
+
 def with_factors(spec: DeltaSpec, left: Source, right: Source, **changes: Any) -> DeltaSpec:
     """A plain low-rank change in the place of another one: packed as PEFT does, without blocks."""
     changes = {"blocks": None, "b_order": "rank-major"} | changes

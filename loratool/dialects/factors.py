@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import NoReturn
 
 from loratool import kinds
-from loratool.adapter import DeltaSpec, TensorRef
+from loratool.adapter import DeltaSpec, Source, TensorRef
 from loratool.dtypes import DTYPES
 from loratool.errors import BadFileError
 from loratool.kind import Kind
@@ -126,6 +127,20 @@ def _rank(kind: Kind, fields: Mapping[str, TensorRef]) -> int:
     return rank
 
 
+def with_axes(spec: DeltaSpec, role: str) -> Source:
+    """A tensor of a change as dialects with `OPEN_LENGTHS` store it.
+
+    Lengths of rows are (out, 1…), of columns (1, in, 1…), whatever they were; the rest stays.
+    """
+    source = spec.fields[role]
+    axis = LENGTHS.index(role) if role in LENGTHS else -1
+    if axis < 0 or (len(source.shape) > 1 and source.shape[axis] == source.numel):
+        return source
+    shape = [1] * (1 + len(spec.row.sizes(spec)[1]))
+    shape[axis] = source.numel
+    return replace(source, shape=tuple(shape))
+
+
 def check_float(ref: TensorRef) -> None:
     """Refuse what is no number format for factors.
 
@@ -159,7 +174,7 @@ def check_product(fields: Mapping[str, TensorRef]) -> None:
         BadFileError: LT-363 different ranks, LT-364 empty, LT-366 wrong dimensions.
     """
     lora_A, lora_B, core = fields["lora_A"], fields["lora_B"], fields.get("lora_mid")
-    for ref in fields.values():
+    for ref in (r for role, r in fields.items() if role not in LENGTHS):
         if len(ref.shape) < 2 or 0 in ref.shape:
             refuse_shard(ref)
         if len(ref.shape) > 5:

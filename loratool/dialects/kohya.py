@@ -39,6 +39,7 @@ TABLE = Table(
         Field("p_layer.weight", "lora_B", start="tlora"),
         Field("lambda_layer", "diag", start="tlora"),
     ),
+    factor="scalar",  # LyCORIS before it folded it into a factor
     passed=r"bundle_emb\.",
     unreadable=(
         "ss_network_args",

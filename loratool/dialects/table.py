@@ -83,6 +83,7 @@ class Table:
         fields: what keys end in, besides the roles that all dialects spell alike.
         alpha: what the name of the tensor ends in that holds alpha; scaling is alpha/r, and 1
             where there is none.
+        factor: what the name of a tensor ends in whose number multiplies the change besides.
         is_flat: dots of module names are written as underscores.
         passed: regular expression of tensors that are no part of any change and are kept.
         stale: keys of the metadata that speak of the very tensors, "" = none.
@@ -94,6 +95,7 @@ class Table:
     components: tuple[Component, ...]
     fields: tuple[Field, ...]
     alpha: str = "alpha"
+    factor: str = ""
     is_flat: bool = True
     passed: str = ""
     stale: str = ""
@@ -220,6 +222,6 @@ class Table:
         longest = sorted((c.prefix for c in self.components), key=len, reverse=True)
         prefixes = "|".join(map(re.escape, longest))
         module = r"[^.]+" if self.is_flat else r".+?"
-        suffixes = [self.alpha, *(f.suffix for f in self.fields)]
+        suffixes = [self.alpha, *filter(None, [self.factor]), *(f.suffix for f in self.fields)]
         ends = r".+" if self.is_flat else "|".join(map(re.escape, suffixes)) + r"|[^.]+"
         return re.compile(rf"(?P<prefix>{prefixes})(?P<module>{module})\.(?P<suffix>{ends})")

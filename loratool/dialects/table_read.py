@@ -51,7 +51,7 @@ def read_table(table: Table, dialect: str, candidate: Candidate, options: Read) 
 def read_tensors(table: Table, refs: Iterable[TensorRef], options: Read) -> Adapter:
     """Deltas, carried tensors and notes of a file; path and names stay empty."""
     found = _sort(table, refs)
-    alphas = read_scalars(found.alphas)
+    alphas, factors = read_scalars(found.alphas), read_scalars(found.factors)
     specs: list[DeltaSpec] = []
     flags = read_scalars({ref.name: ref for fields in found.modules.values()
                           for role, ref in fields.items() if kinds.is_flag(role)})  # fmt: skip
@@ -63,7 +63,8 @@ def read_tensors(table: Table, refs: Iterable[TensorRef], options: Read) -> Adap
             raise BadFileError("LT-362", "the factors of a module are incomplete", key=module,
                                file=found.refs[0].file, expected=start,
                                got=", ".join(ref.name for ref in fields.values()))  # fmt: skip
-        specs.append(replace(spec, base_change=start))
+        scaling = spec.scaling * factors.get(module, 1.0)
+        specs.append(replace(spec, base_change=start, scaling=scaling))
     specs += [_single(module, one, ref) for module, one, ref in found.singles]
     order = {ref.name: place for place, ref in enumerate(found.refs)}
     specs.sort(key=lambda s: min(order[f.name] for f in s.fields.values()))
@@ -71,13 +72,13 @@ def read_tensors(table: Table, refs: Iterable[TensorRef], options: Read) -> Adap
     without = [s.module for s in specs if s.rank and s.module not in alphas]
     if without and options.alpha is None:
         notes.append(f"{len(without)} modules have no alpha: their scaling is 1")
-    orphans = [m for m in found.alphas if m not in found.modules]
+    orphans = [m for m in (*found.alphas, *found.factors) if m not in found.modules]
     if orphans:
         notes.append(f"{len(orphans)} alphas belong to no module: {list_some(orphans, 3)}")
     if found.passed:
         names = list_some((ref.name for ref in found.passed), 3)
         notes.append(f"{len(found.passed)} tensors are kept as they are, not merged: {names}")
-    carried = (*found.alphas.values(), *found.passed)
+    carried = (*found.alphas.values(), *found.factors.values(), *found.passed)
     return Adapter(Path(), "", tuple(specs), carried=carried, notes=tuple(notes))
 
 
@@ -90,6 +91,7 @@ class _Sorted:
     singles: list[tuple[str, Field, TensorRef]] = field(default_factory=list)
     alphas: dict[str, TensorRef] = field(default_factory=dict)
     starts: dict[str, str] = field(default_factory=dict)
+    factors: dict[str, TensorRef] = field(default_factory=dict)
     passed: list[TensorRef] = field(default_factory=list)
 
 
@@ -101,6 +103,8 @@ def _sort(table: Table, refs: Iterable[TensorRef]) -> _Sorted:
         meaning = None if key is None else table.field_of(key.suffix)
         if key is not None and key.suffix == table.alpha:
             found.alphas[key.module] = ref
+        elif key is not None and key.suffix == table.factor:
+            found.factors[key.module] = ref
         elif key is not None and meaning is not None and meaning.kind:
             found.singles.append((key.module, meaning, ref))
         elif key is not None and meaning is not None:

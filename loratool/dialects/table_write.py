@@ -17,6 +17,7 @@ from loratool.adapter import (
     TensorRef,
 )
 from loratool.delta.forms import scaled_source
+from loratool.dialects.factors import with_axes
 from loratool.dialects.table import Table
 from loratool.dialects.table_read import read_tensors
 from loratool.dtypes import DTYPES
@@ -60,7 +61,7 @@ def write_table(
         if spec.scaling < 0:  # loaders halve a scale until it fits, which never ends below 0
             spec = turned(spec)
         keys = table.keys_of(spec, stem, is_norm=spec.module in norms)
-        found = [(name, spec.fields[role]) for role, name in keys]
+        found = [(name, with_axes(spec, role)) for role, name in keys]
         if spec.rank or (spec.is_matrix and spec.alpha is not None):
             found.append((f"{stem}.{table.alpha}", _alpha(spec, dtype)))
         for name, source in found:

@@ -111,8 +111,8 @@ class Factor(ModuleKernel):
         if rank == 0:
             return Factored(name, 0, square, 0.0, square)
         may_stay = not args.must_rewrite
-        if rank >= spec.rank and may_stay:
-            return Factored(name, spec.rank, square, square, 0.0)
+        if rank >= spec.product_rank and may_stay:
+            return Factored(name, spec.product_rank, square, square, 0.0)
         stored, residual = _store(found, pairs, rank, args.dtype, args.gain)
         wide = False
         if stored is None:
@@ -122,7 +122,7 @@ class Factor(ModuleKernel):
         factors = _packed(stored, spec, name)
         before = sum(source.nbytes for source in spec.fields.values())
         if sum(f.nbytes for f in factors) >= before and args.is_free and may_stay:
-            return Factored(name, spec.rank, square, square, 0.0)
+            return Factored(name, spec.product_rank, square, square, 0.0)
         bias = _scaled_bias(args.bias, self.env)
         return Factored(name, rank, square, kept, residual, factors, wide, bias)
 

@@ -14,7 +14,7 @@ from dataclasses import replace
 import torch
 
 from loratool.adapter import DeltaSpec, Replacement, TensorRef
-from loratool.delta.forms import kernel_of, lengths_of, with_lengths, without_lengths
+from loratool.delta.forms import kernel_of, lengths_of, with_kernel, with_lengths, without_lengths
 from loratool.delta.lowrank import Pair
 from loratool.delta.mutation import from_whole_base, removed_part
 from loratool.dtypes import widest
@@ -131,6 +131,7 @@ def with_magnitude(
 
     Magnitudes are float32 whatever the factors are: rounding them would move W itself.
     """
+    spec = with_kernel(spec, places[0].source.shape)
     lengths = row_lengths(spec, places, env)
     if gains is not None:
         lengths *= gains

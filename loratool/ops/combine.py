@@ -118,13 +118,14 @@ def bias_steps(
         method: as of `combine_steps`.
         params: likewise.
         dtype: likewise.
-        owners: module -> its new factors, whose scaling and alpha its bias has.
+        owners: module -> its new factors, whose scaling and alpha its bias has in some dialects.
     """
     made = []
     for module in (m for m in plan.modules if m.is_bias):
-        owner = owners[module.spec.module]
-        made.append(_step(module, method, params, None, dtype, scaling=owner.scaling,
-                          stored_alpha=owner.alpha))  # fmt: skip
+        owner = owners.get(module.spec.module) if plan.biases_follow else None
+        scaling, alpha = (owner.scaling, owner.alpha) if owner else (1.0, None)
+        made.append(_step(module, method, params, None, dtype, scaling=scaling,
+                          stored_alpha=alpha))  # fmt: skip
     return Plan("combine", tuple(made))
 
 

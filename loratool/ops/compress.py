@@ -13,6 +13,7 @@ from loratool.delta.forms import (
     is_grouped,
     shape_of,
     side_sizes,
+    spans_rows,
     storage_types,
     values_of,
     with_factors,
@@ -206,8 +207,8 @@ def at_ranks(plan: CompressPlan, ranks: Sequence[int], dtypes: Sequence[str]) ->
     """The adapter at these ranks without its bytes: to see how large its file would be."""
     blank = []
     for index, (spec, rank) in enumerate(zip(plan.specs, ranks, strict=True)):
-        if rank == 0 or (rank >= spec.rank and not plan.factor_args(index).must_rewrite):
-            blank.append(_Blank(min(rank, spec.rank), None))
+        if rank == 0 or (rank >= spec.product_rank and not plan.factor_args(index).must_rewrite):
+            blank.append(_Blank(min(rank, spec.product_rank), None))
             continue
         shapes = plan.factor_shapes(index, rank)
         lora_A, lora_B = (TensorData(spec.name, dtypes[index], shape, b"") for shape in shapes)
@@ -243,7 +244,7 @@ def _check(adapter: Adapter) -> None:
                 code, what, file=adapter.path, key=list_some([s.name for s in specs], 3), hint=hint
             )
 
-    dora = [s for s in adapter.specs if s.scales_rows]
+    dora = [s for s in adapter.specs if s.scales_rows or spans_rows(s)]
     refuse("LT-449", "DoRA rescales the sum of base and delta: no ΔW of its own to truncate", dora)
     moved = [s for s in adapter.specs if s.reach == "all"]
     kinds = list_some({s.title for s in moved})

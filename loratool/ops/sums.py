@@ -9,7 +9,7 @@ from typing import Any
 from loratool.adapter import Adapter, DeltaSpec, Replacement, TensorRef
 from loratool.delta.forms import kernel_of, matrix_shape, shape_of
 from loratool.dialects.registry import home_of
-from loratool.dialects.rules import conversion, gains, is_of_home, passed_on
+from loratool.dialects.rules import conversion, gains, has_alpha_tensors, is_of_home, passed_on
 from loratool.dialects.stated import LAYERS, joint_config, require_one_packing
 from loratool.errors import MismatchError, UsageError, list_some
 from loratool.ops.additive import factor_dtype, require_additive, require_factors, require_kernels
@@ -94,6 +94,7 @@ class SumPlan:
         notes: one sentence each.
         is_even: every module gets the same scaling, 1.
         passed: tensors that are no part of any change, of all adapters.
+        biases_follow: a change of a bias has its module's scaling; all modules have one, or none.
     """
 
     modules: tuple[SumModule, ...]
@@ -106,6 +107,7 @@ class SumPlan:
     notes: tuple[str, ...]
     is_even: bool = False
     passed: tuple[TensorRef, ...] = ()
+    biases_follow: bool = True
 
 
 def plan_sum(
@@ -162,6 +164,7 @@ def plan_sum(
         factor_dtype([a for a, _ in adapters]),
         tuple(dict.fromkeys((*(n for a, _ in adapters for n in a.notes), *notes))),
         passed=_passed([a for a, _ in adapters]),
+        biases_follow=not has_alpha_tensors(adapters[0][0]),
     )
 
 

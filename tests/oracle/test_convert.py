@@ -222,7 +222,7 @@ def test_a_peft_adapter_becomes_kohya_and_stays_what_it_is(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("name", ["lora_rank_alpha_pattern", "lora_rslora", "lora_lora_bias",
-                                  "lora_linear_bf16"])  # fmt: skip
+                                  "lora_linear_bf16", "lora_dora"])  # fmt: skip
 def test_ranks_and_alphas_of_every_kind_come_along(tmp_path: Path, name: str) -> None:
     source, out = LLM / name, tmp_path / "a.safetensors"
     old = {s.name: (s.rank, s.scaling) for s in open_adapter(source).specs}
@@ -238,7 +238,7 @@ def test_ranks_and_alphas_of_every_kind_come_along(tmp_path: Path, name: str) ->
 
 @pytest.mark.parametrize(
     ("name", "word"),
-    [("lora_dora", "DoRA"), ("lora_modules_to_save", "a replaced tensor"),
+    [("lora_modules_to_save", "a replaced tensor"),
      ("lora_embed_untied", "embedding"), ("lora_target_params_mixtral", "experts"),
      ("lora_pissa", "pissa"), ("lora_bdlora", "block-diagonal"), ("lora_gpt2_conv1d", "in, out"),
      ("lora_bias_all", "a replaced tensor"), ("lora_alora", "aLoRA"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import NoReturn
 
 from loratool.adapter import Adapter, DeltaSpec, Replacement, Source
@@ -303,10 +304,14 @@ def _factors(key: str, spec: DeltaSpec) -> list[tuple[str, Source]]:
     names = ("lora_A.weight", "lora_B.weight")
     if spec.layout == "embedding":
         names = ("lora_embedding_A", "lora_embedding_B")
-    found = [(f"{key}.{names[0]}", spec.fields["lora_A"]),
-             (f"{key}.{names[1]}", spec.fields["lora_B"])]  # fmt: skip
-    if "magnitude" in spec.fields:
-        found.append((f"{key}.lora_magnitude_vector", spec.fields["magnitude"]))
+    right, left = spec.fields["lora_A"], spec.fields["lora_B"]
+    ones = (1,) * (len(right.shape) - 2)  # DyLoRA has none behind lora_B
+    found = [(f"{key}.{names[0]}", right),
+             (f"{key}.{names[1]}", replace(left, shape=(*left.shape[:2], *ones)))]  # fmt: skip
+    lengths = spec.fields.get("magnitude")
+    if lengths is not None:  # other programs have a column
+        shape = (1, lengths.numel, *ones) if ones else (lengths.numel,)
+        found.append((f"{key}.lora_magnitude_vector", replace(lengths, shape=shape)))
     return found
 
 
