@@ -45,10 +45,12 @@ class FlatNames:
 
     Args:
         parts: prefix of a component -> the names of its tensors behind it; "" -> all of them.
+        family: of the base, where that matters: a name may mean other things in another.
     """
 
-    def __init__(self, parts: Mapping[str, Collection[str]]) -> None:
+    def __init__(self, parts: Mapping[str, Collection[str]], family: str | None = None) -> None:
         self._parts = parts
+        self._family = family
 
     def look_up(self, component: str, flat: str, parameter: str) -> list[Meaning]:
         """Everything that a name may mean: none, one, or several; the base's own names first.
@@ -65,7 +67,7 @@ class FlatNames:
             found = [m for p in homes for m in self.own.get((p, spelled, parameter), ())]
             if found:
                 return list(dict.fromkeys(found))
-        elsewhere = places(component, flat, parameter)
+        elsewhere = _of_family(places(component, flat, parameter), self._family)
         return list(dict.fromkeys(m for one in elsewhere for m in self._meanings(one, homes)))
 
     def _meanings(self, place: Place, homes: Iterable[str]) -> Iterator[Meaning]:
@@ -101,12 +103,16 @@ class KnownNames:
 
     def look_up(self, component: str, flat: str, parameter: str) -> list[Meaning]:
         """Everything that a name may mean, as `FlatNames.look_up`; fused modules stay fused."""
-        found, all_of_them = [], places(component, flat, parameter)
-        own = [p for p in all_of_them if p.family == self._family]
-        for place in own or all_of_them:
+        found = []
+        for place in _of_family(places(component, flat, parameter), self._family):
             naming = families()[place.family].written or place.naming
             found.append(_meaning(place, naming, place.tensors(naming)))
         return list(dict.fromkeys(found))
+
+
+def _of_family(found: list[Place], family: str | None) -> list[Place]:
+    """Those of a family; all, if it has none of them."""
+    return [place for place in found if place.family == family] or found
 
 
 def _meaning(place: Place, naming: str, names: tuple[str, ...]) -> Meaning:
@@ -118,21 +124,23 @@ def _meaning(place: Place, naming: str, names: tuple[str, ...]) -> Meaning:
     return Meaning(names, holds, wanted, row.split, swap)
 
 
-def flat_names(names: Iterable[str]) -> FlatNames:
+def flat_names(names: Iterable[str], family: str | None = None) -> FlatNames:
     """Index the tensors of a base.
 
     Args:
         names: of all tensors; those of a pipeline begin with its components.
+        family: of the base, where that is known and matters.
 
     Example:
         >>> flat_names(["unet.conv_in.weight"]).look_up("unet", "conv_in", "weight")[0].names
         ('unet.conv_in.weight',)
     """
     names = list(names)
-    return FlatNames({
+    parts = {
         prefix: dict.fromkeys(n[len(prefix) :] for n in names if n.startswith(prefix)).keys()
         for prefix in ("", *prefixes())
-    })  # fmt: skip
+    }
+    return FlatNames(parts, family)
 
 
 @cache

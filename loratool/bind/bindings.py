@@ -14,7 +14,7 @@ from loratool.adapter import Adapter, TensorRef
 from loratool.archs.stated import layer_config
 from loratool.archs.ties import Tie, find_ties, follows_vocabulary
 from loratool.bind.experts import place_flat, place_single
-from loratool.bind.flat import place_pieces, resolve_flat
+from loratool.bind.flat import place_pieces, resolve_names
 from loratool.bind.fused import place_fused
 from loratool.bind.heads import take_heads
 from loratool.bind.items import (
@@ -118,8 +118,7 @@ def bind(adapter: Adapter, checkpoint: Checkpoint, options: Names | None = None)
                 "LT-448", "--skip leaves nothing to bind", file=adapter.path, got=skipped
             )
         return Bindings((), skipped=skipped, notes=notes, checkpoint=checkpoint)
-    if adapter.is_flat:
-        items = resolve_flat(items, checkpoint, adapter.path)
+    items = resolve_names(items, checkpoint, adapter)
     outcome = _choose(items, adapter, checkpoint, options)
     left_out = tuple(sorted({m.item.module for m in outcome.misfits}))
     bindings = settle(outcome.found, outcome.context, adapter)

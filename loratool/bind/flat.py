@@ -1,52 +1,84 @@
-"""Flat names on the tensors of a base: looked up, never un-flattened."""
+"""Names of image and video models on the tensors of a base: looked up, never un-flattened."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import NamedTuple
 
+from loratool.adapter import Adapter
+from loratool.archs.families import Guess, family_of, module_shapes, split_component
 from loratool.archs.family_rows import cut, holds_for
 from loratool.archs.flat import FlatNames, KnownNames, Meaning, flat_names
+from loratool.archs.stated import model_type
 from loratool.bind.items import BoundDelta, Found, Item, Misfit
 from loratool.bind.place import Context, Placement, cut_groups, known_size, misfit, unmergeable
-from loratool.delta.forms import shape_of, side_sizes
+from loratool.delta.forms import shape_of, side_sizes, spans_rows
 from loratool.dtypes import numel
 from loratool.errors import MismatchError, list_some
 from loratool.plan import Region, Span
 from loratool.store.checkpoint import Checkpoint
 
 
-def resolve_flat(items: Sequence[Item], checkpoint: Checkpoint, adapter: Path) -> list[Item]:
+def resolve_names(items: Sequence[Item], checkpoint: Checkpoint, adapter: Adapter) -> list[Item]:
     """The items under the names that the base has for them; what it lacks keeps its own.
+
+    Dotted names are looked up where the base is an image or video model that spells them otherwise.
 
     Raises:
         MismatchError: LT-495, a name that several tensors of the base may go by.
     """
+    if not adapter.is_flat and not _is_foreign(items, checkpoint):
+        return list(items)
     index = flat_names(checkpoint.tensors)
-    found, unclear = [], {}
-    for item in items:
-        meanings = meanings_of(item.name, index)
-        if len(meanings) > 1:
-            unclear[item.module] = meanings
-        found.append(_named(item, meanings[0]) if meanings else item)
+    meanings = [meanings_of(item.name, index) for item in items]
+    if any(len(some) > 1 for some in meanings):
+        index = flat_names(checkpoint.tensors, _family(checkpoint).family)
+        meanings = [meanings_of(item.name, index) for item in items]
+    pairs = list(zip(items, meanings, strict=True))
+    unclear = {item.module: some for item, some in pairs if len(some) > 1}
     if unclear:
-        module, meanings = next(iter(unclear.items()))
+        module, several = next(iter(unclear.items()))
         raise MismatchError(
-            "LT-495", f"{len(unclear)} flat names may mean several tensors of the base",
-            file=adapter, key=list_some(unclear), expected="one tensor",
-            got=f"{module}: {' or '.join('+'.join(m.names) for m in meanings)}",
+            "LT-495", f"{len(unclear)} names may mean several tensors of the base",
+            file=adapter.path, key=list_some(unclear), expected="one tensor",
+            got=f"{module}: {' or '.join('+'.join(m.names) for m in several)}",
             hint="name the part of the base that the adapter is for, such as its unet folder",
         )  # fmt: skip
-    return found
+    if not adapter.is_flat and _are_as_spelled(pairs):
+        return list(items)
+    return [_named(item, some[0]) if some else item for item, some in pairs]
 
 
 def meanings_of(name: str, index: FlatNames | KnownNames) -> list[Meaning]:
-    """What the full name of a flat parameter may mean."""
+    """What the full name of a parameter may mean."""
     module, _, parameter = name.rpartition(".")
-    component, _, flat = module.rpartition(".")
-    return index.look_up(component, flat, parameter)
+    return index.look_up(*split_component(module), parameter)
+
+
+def _is_foreign(items: Sequence[Item], checkpoint: Checkpoint) -> bool:
+    """True if the base is an image or video model that lacks some of the names."""
+    tensors = checkpoint.tensors
+    if model_type(checkpoint.config) or all(item.name in tensors for item in items):
+        return False
+    guess = _family(checkpoint)
+    return guess.family is not None or bool(guess.others)
+
+
+def _family(checkpoint: Checkpoint) -> Guess:
+    shapes = ((name, ref.shape) for name, ref in checkpoint.tensors.items())
+    return family_of(module_shapes(shapes))
+
+
+def _are_as_spelled(pairs: Sequence[tuple[Item, list[Meaning]]]) -> bool:
+    """True if all names differ from the base's by one prefix, which needs no look-up."""
+    prefixes = set()
+    for item, some in pairs:
+        rest = split_component(item.name)[1]
+        if len(some) != 1 or some[0].holds or not some[0].names[0].endswith(rest):
+            return False
+        prefixes.add((item.name.removesuffix(rest), some[0].names[0].removesuffix(rest)))
+    return len(prefixes) == 1
 
 
 def _named(item: Item, meaning: Meaning) -> Item:
@@ -77,7 +109,10 @@ def place_pieces(item: Item, ctx: Context) -> Placement:
         pieces = list(_pieces(meaning, [ctx.shape(t)[0] for t in targets], rows, width))
     except ValueError as problem:
         return misfit(item, "LT-432", str(problem), f"{rows} rows", targets[0])
-    if odd := cut_groups(item, spec, [p.source for p in pieces if p.source], targets[0]):
+    cuts = [p.source for p in pieces if p.source]
+    if cuts and spans_rows(spec):
+        return misfit(item, "LT-439", "all rows", f"rows {cuts[0][0]} to {cuts[0][1]}", targets[0])
+    if odd := cut_groups(item, spec, cuts, targets[0]):
         return odd
     return Found(item, tuple(
         BoundDelta(spec, targets[p.tensor], _region(p, is_vector=not spec.is_matrix))
