@@ -61,39 +61,14 @@ TORCHTUNE = Dialect(
 
 # ------------------------------------------------------------------------------- image models
 
-_XLABS = r"blocks\.\d+\.processor\.(qkv|proj)_lora[12]?\.(down|up)\.weight$"
-_ORIGINAL = r"^diffusion_model\..*(lora_|hada_|lokr_|\.diff)"
-_DOTTED_DOWN = r"^(?!lora_|diffusion_model\.)[^.]+\..+\.lora_down\.weight$"
-_PREFIX = r"(^|\.)base_model\.model\."
 IMAGE_MODULES = (
     r"^diffusion_model\.",
-    r"^(unet|text_encoder(_2|_3)?|text_encoders|prior|connectors)\.",
+    r"^(unet|transformer_2|text_encoder(_2|_3)?|text_encoders|prior|connectors"
+    r"|text_conditioner|conditional_transformer)\.",
     # Only diffusion transformers have these; GPT-2 and MPT also begin with "transformer.".
     r"(^|\.)((single_)?transformer|double|single)_blocks\.|\.(to_q|to_k|to_v|to_out|add_q_proj)\.",
 )
 """What names of factors look like that belong to models of images, whoever wrote them."""
-_OLD = r"(\.lora|_lora|lora_linear_layer)\.(down|up)\.weight$"
-
-XLABS = Dialect("xlabs", "XLabs FLUX", by_keys(_XLABS))
-COMFYUI = Dialect("comfyui", "ComfyUI (original names)", by_keys(_ORIGINAL, _DOTTED_DOWN))
-
-
-def is_diffusers(candidate: Candidate) -> bool:
-    """Pipelines of diffusers: ``unet.``, ``text_encoder.`` or a diffusion transformer."""
-    if candidate.is_peft:
-        return False
-    header = candidate.header
-    if header is not None and "lora_adapter_metadata" in header.metadata:
-        return True
-    if candidate.has_key(_OLD):
-        return not candidate.has_key(_XLABS)
-    factors = candidate.has_key(r"\.lora_[AB](\.[^.]+)?\.weight$")
-    if not factors or candidate.has_key(_PREFIX) or candidate.has_key(_ORIGINAL):
-        return False
-    return any(map(candidate.has_key, IMAGE_MODULES))
-
-
-DIFFUSERS = Dialect("diffusers", "diffusers", is_diffusers, library="diffusers")
 
 
 def is_control_lora(candidate: Candidate) -> bool:
@@ -118,6 +93,5 @@ TEXTUAL_INVERSION = Dialect(
     "textual-inversion", "textual inversion (no adapter)", is_textual_inversion
 )
 ROWS = (
-    GGUF, MLX, LITGPT, MEGATRON, TORCHTUNE, XLABS, COMFYUI, CONTROL_LORA, TEXTUAL_INVERSION,
-    DIFFUSERS,
+    GGUF, MLX, LITGPT, MEGATRON, TORCHTUNE, CONTROL_LORA, TEXTUAL_INVERSION,
 )  # fmt: skip

@@ -127,16 +127,25 @@ def _rank(kind: Kind, fields: Mapping[str, TensorRef]) -> int:
     return rank
 
 
-def with_axes(spec: DeltaSpec, role: str) -> Source:
-    """A tensor of a change as dialects with `OPEN_LENGTHS` store it.
+def with_axes(spec: DeltaSpec, role: str, is_open: bool) -> Source:
+    """A tensor of a change as dialects store it: lengths get their shape, the rest stays.
 
-    Lengths of rows are (out, 1…), of columns (1, in, 1…), whatever they were; the rest stays.
+    Args:
+        spec: the change.
+        role: of the tensor.
+        is_open: with `OPEN_LENGTHS`, rows (out, 1…) and columns (1, in, 1…); else as PEFT has them,
+            (out,), and (1, out, 1…) of a convolution.
     """
     source = spec.fields[role]
-    axis = LENGTHS.index(role) if role in LENGTHS else -1
-    if axis < 0 or (len(source.shape) > 1 and source.shape[axis] == source.numel):
+    if role not in LENGTHS:
         return source
-    shape = [1] * (1 + len(spec.row.sizes(spec)[1]))
+    dims = 1 + len(spec.row.sizes(spec)[1])
+    axis = LENGTHS.index(role) if is_open else 1
+    if not is_open and dims < 3:
+        return replace(source, shape=(source.numel,))
+    if is_open and len(source.shape) > 1 and source.shape[axis] == source.numel:
+        return source
+    shape = [1] * dims
     shape[axis] = source.numel
     return replace(source, shape=tuple(shape))
 

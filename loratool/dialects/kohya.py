@@ -10,9 +10,13 @@ from loratool.dialects.base import Dialect, by_keys
 from loratool.dialects.factors import OPEN_LENGTHS
 from loratool.dialects.table import Component, Field, Table
 
+MIXED = r"^lora_transformer_[^.]+\.\d+\."
+"""OneTrainer's names of 2025, flat up to the first dot only."""
+
 TABLE = Table(
     components=(
         Component("lora_unet_", "unet"),
+        Component("Hunyuan_video_I2V_lora_", "unet"),
         Component("lora_te_", "te"),
         Component("lora_te1_", "te1"),
         Component("lora_te2_", "te2"),
@@ -51,6 +55,8 @@ TABLE = Table(
 )
 
 ROW = Dialect(
-    "kohya", "kohya", by_keys(r"^lora_(unet|te\d?|prior_unet|prior_te|transformer)_"), TABLE,
+    "kohya", "kohya",
+    by_keys(r"^(lora_(unet|te\d?|prior_unet|prior_te|transformer)|Hunyuan_video_I2V_lora)_",
+            unless=(MIXED,)), TABLE,
     library="diffusers",
 )  # fmt: skip

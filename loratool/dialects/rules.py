@@ -41,7 +41,7 @@ def passed_on(adapter: Adapter) -> tuple[TensorRef, ...]:
 def has_alpha_tensors(adapter: Adapter) -> bool:
     """True if every module has an alpha of its own, which takes any number."""
     table = row_of(adapter.dialect).table
-    return table is not None and bool(table.alpha)
+    return table is not None and table.keeps_alphas(adapter.key_order)
 
 
 def is_of_home(adapter: Adapter, dialect: str) -> bool:

@@ -7,7 +7,7 @@ are called the same everywhere (``hada_w1_a``) come from the rows of `loratool.k
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -30,11 +30,14 @@ class Component(NamedTuple):
 
     Attributes:
         prefix: what its keys begin with.
-        name: what it is called here, a key of ``archs/data/diffusion.json``; "" = any part.
+        name: what it is called here: of flat names a key of ``archs/data/diffusion.json``, of
+            dotted ones what modules begin with in neutral form; "" = any part.
+        also: what else modules of it may begin with that come from other dialects.
     """
 
     prefix: str
     name: str
+    also: tuple[str, ...] = ()
 
 
 class Field(NamedTuple):
@@ -49,6 +52,8 @@ class Field(NamedTuple):
         is_norm: of a module whose weight is such a vector too; the bias of a norm and of any other
             module may be spelled differently.
         start: what loading such a factor does to the base first, `DeltaSpec.base_change`.
+        is_scaled: the scaling of the module's factors holds for it too (PEFT's bias of lora_B).
+        is_set: the tensor takes the place of the parameter; it has no role.
     """
 
     suffix: str
@@ -57,6 +62,36 @@ class Field(NamedTuple):
     parameter: str = "weight"
     is_norm: bool = False
     start: str = ""
+    is_scaled: bool = False
+    is_set: bool = False
+
+
+class Scaling(NamedTuple):
+    """What a file's metadata state about a module.
+
+    Attributes:
+        alpha: as stated.
+        factor: of the product of the factors.
+    """
+
+    alpha: float
+    factor: float
+
+
+Stated = Callable[[str, int], Scaling | None]
+"""(module, rank) -> what is stated of it, None where nothing is."""
+
+
+class Header(NamedTuple):
+    """Scaling in the metadata of a file.
+
+    Attributes:
+        read: metadata and modules -> what they state.
+        write: metadata and changes -> the metadata that state the scaling of these.
+    """
+
+    read: Callable[[Mapping[str, str], Collection[str]], Stated]
+    write: Callable[[Mapping[str, str], Sequence[DeltaSpec]], dict[str, str]]
 
 
 class Key(NamedTuple):
@@ -79,12 +114,22 @@ class Table:
 
     Attributes:
         components: how the keys of each part of a pipeline begin; the first is what modules of no
-            known part become.
-        fields: what keys end in, besides the roles that all dialects spell alike.
+            known part become, unless they may go without.
+        fields: what keys end in, besides the roles that all dialects spell alike.  Of several with
+            one role a changed file keeps that which it has; a new one gets the first.
         alpha: what the name of the tensor ends in that holds alpha; scaling is alpha/r, and 1
             where there is none.
         factor: what the name of a tensor ends in whose number multiplies the change besides.
+        has_alphas: new files get alpha tensors.
+        header: reads and writes what metadata state about scaling; alpha tensors win.
         is_flat: dots of module names are written as underscores.
+        renames: (regular expression, what stands there today): older and odd spellings of names,
+            applied one after another.
+        adapter_name: regular expression of a name of an adapter in keys: group 1.
+        lone: role of a factor that, where no module has its partner, is the whole change.
+        only: kinds that new files may hold, () = all that have a spelling.
+        naming: what modules are called in new files: a naming of `loratool.archs.families`, or
+            ``written`` = the one that a family is usually written in.
         passed: regular expression of tensors that are no part of any change and are kept.
         stale: keys of the metadata that speak of the very tensors, "" = none.
         ranks: keys of the metadata for rank and alpha of the whole file.
@@ -96,7 +141,14 @@ class Table:
     fields: tuple[Field, ...]
     alpha: str = "alpha"
     factor: str = ""
+    has_alphas: bool = True
+    header: Header | None = None
     is_flat: bool = True
+    renames: tuple[tuple[str, str], ...] = ()
+    adapter_name: str = ""
+    lone: str = ""
+    only: tuple[str, ...] = ()
+    naming: str = "written"
     passed: str = ""
     stale: str = ""
     ranks: tuple[str, str] = ("", "")
@@ -104,12 +156,30 @@ class Table:
 
     def parse(self, name: str) -> Key | None:
         """A tensor's name taken apart; None if it is of no known form."""
+        for pattern, today in self._renames:
+            name = pattern.sub(today, name)
         found = self._pattern.fullmatch(name)
         if found is None:
             return None
         component = self._by_prefix[found["prefix"]]
         module = f"{component}.{found['module']}" if component else found["module"]
         return Key(module, found["prefix"] + found["module"], found["suffix"])
+
+    def adapter_of(self, name: str) -> str:
+        """The name of an adapter that a tensor's name holds, "" if it holds none."""
+        found = re.search(self.adapter_name, name) if self.adapter_name else None
+        return "" if found is None else found[1]
+
+    def keeps_alphas(self, names: Iterable[str]) -> bool:
+        """True if a file of it has alpha tensors, whether new or with these names."""
+        return bool(self.alpha) and (
+            self.has_alphas or any(name.endswith(f".{self.alpha}") for name in names)
+        )
+
+    @property
+    def holds_scaling(self) -> bool:
+        """True if new files say by what the factors are multiplied, in tensors or metadata."""
+        return bool(self.alpha and self.has_alphas) or self.header is not None
 
     def is_passed(self, name: str) -> bool:
         """True for a tensor that is kept as it is."""
@@ -126,34 +196,64 @@ class Table:
             return self._by_suffix[suffix]
         return Field(suffix, suffix) if kinds.is_spelled(suffix) else None
 
-    def stem_of(self, spec: DeltaSpec, *, is_flat: bool) -> str:
-        """How the keys of a change begin.
+    def stem_of(self, module: str, *, is_flat: bool) -> str:
+        """How the keys of a module begin.
 
         Args:
-            spec: the change.
-            is_flat: its module is flat already, with the component before the dot.
+            module: in neutral form.
+            is_flat: it is flat already, with the component before the dot.
         """
-        component, module = self._split(spec.module, is_flat)
-        prefix = next((c.prefix for c in self.components if c.name == component), None)
+        component, rest = self._split(module, is_flat)
+        prefix = next((c.prefix for c in self.components if component in (c.name, *c.also)), None)
         if prefix is None:
             prefix = self.components[0].prefix
-        return prefix + (module.replace(".", "_") if self.is_flat else module)
+        return prefix + (rest.replace(".", "_") if self.is_flat else rest)
 
     def keys_of(
-        self, spec: DeltaSpec, stem: str, *, is_norm: bool = False
-    ) -> Iterator[tuple[str, str]]:
-        """(role, name of the tensor) of the fields of a change.
+        self,
+        spec: DeltaSpec,
+        stem: str,
+        own: Collection[str] = (),
+        *,
+        is_norm: bool = False,
+        gain: float | None = None,
+    ) -> list[tuple[str, str]]:
+        """(role, name of the tensor) of the fields of a change; none if it cannot be spelled.
 
         Args:
             spec: the change.
             stem: of `stem_of`.
+            own: what keys of the file end in now.
             is_norm: the weight of its module is a vector that changes too.
-        """
-        own = sorted(self._own_fields(spec), key=lambda f: (f.kind == spec.kind,
-                                                            f.is_norm == is_norm))  # fmt: skip
-        for role in spec.fields:  # of its own fields the last one counts
-            spelled = self._suffixes(spec.base_change).get(role, role)
-            yield role, f"{stem}.{own[-1].suffix if own else spelled}"
+            gain: scaling of the factors of its module, None = it has none.
+        """  # fmt: skip
+        single = self._own_fields(spec)
+        if single and gain is not None:
+            single = [f for f in single if spec.scaling == (gain if f.is_scaled else 1)]
+            if not single:
+                return []
+        single.sort(key=lambda f: (f.suffix in own, f.kind == spec.kind, f.is_norm == is_norm))
+        ways = self._suffixes(spec.base_change)
+        return [
+            (role, f"{stem}.{single[-1].suffix if single else _spelled(ways, role, own)}")
+            for role in spec.fields  # of its own fields the last one counts
+        ]
+
+    def suffixes_in(self, names: Iterable[str]) -> frozenset[str]:
+        """What these keys end in."""
+        return frozenset(key.suffix for name in names if (key := self.parse(name)) is not None)
+
+    def is_open(self, name: str) -> bool:
+        """True for a tensor that holds lengths of rows or columns, as its shape tells."""
+        return any(f.role == OPEN_LENGTHS and name.endswith(f".{f.suffix}") for f in self.fields)
+
+    def key_of_set(self, name: str, *, is_flat: bool) -> str | None:
+        """The name of a tensor that takes the place of a parameter; None = it has no spelling."""
+        for one in self.fields:
+            if one.is_set and name.endswith(f".{one.parameter}"):
+                module = name.removesuffix(f".{one.parameter}")
+                return f"{self.stem_of(module, is_flat=is_flat)}.{one.suffix}"
+        return None
 
     def _own_fields(self, spec: DeltaSpec) -> list[Field]:
         """What a change that is one tensor may be spelled as."""
@@ -163,6 +263,7 @@ class Table:
         return [
             f for f in self.fields
             if f.kind and f.parameter == spec.parameter
+            and (f.is_scaled or spec.scaling == 1)
             and kinds.of_tensor(f.kind, source.shape) is spec.row
         ]  # fmt: skip
 
@@ -174,20 +275,26 @@ class Table:
         unknown = [r for r in spec.fields if r not in known and not kinds.is_spelled(r)]
         is_start = any(f.start == spec.base_change for f in self.fields)
         reasons = {
-            spec.title: not own and bool({*unknown} & {*row.roles}),
+            spec.title: bool(self.only and row.name not in self.only)
+            or (not own and bool({*unknown} & {*row.roles})),
             f"{spec.base_change} changes the base": not is_start,
             "embedding": spec.layout == "embedding",
             "experts in one tensor": spec.layout == "experts",
             "block-diagonal factors": spec.blocks is not None,
             "a weight that is stored (in, out)": spec.transposed,
+            "a scaled bias": not own and not spec.is_matrix and spec.scaling != 1,
             f"the parameter {spec.parameter}": not own and spec.parameter != "weight",
-            "a scaled bias": own and spec.scaling != 1,
+            "a scaling that is not 1": spec.scaling != 1 and not self.holds_scaling,
             "a scaling without a rank": not own and not spec.rank and spec.scaling != 1,
             "a diagonal between the factors": not own and bool(unknown),
         }
         return next((reason for reason, holds in reasons.items() if holds), "")
 
     def _split(self, module: str, is_flat: bool) -> tuple[str, str]:
+        if not self.is_flat:
+            known = {name for c in self.components for name in (c.name, *c.also) if name}
+            first = next((n for n in known if module.startswith(f"{n}.")), "")
+            return first, module.removeprefix(f"{first}.")
         if is_flat:
             component, _, flat = module.rpartition(".")
             return component, flat
@@ -210,12 +317,19 @@ class Table:
     def _by_suffix(self) -> dict[str, Field]:
         return {f.suffix: f for f in self.fields}
 
-    def _suffixes(self, start: str) -> dict[str, str]:
+    def _suffixes(self, start: str) -> dict[str, tuple[str, ...]]:
         """Role of a factor among others -> how it is spelled, where loading begins like this."""
-        found = {f.role: f.suffix for f in self.fields if not f.kind and f.start == start}
-        if OPEN_LENGTHS in found:
-            found |= dict.fromkeys(LENGTHS, found[OPEN_LENGTHS])
+        found: dict[str, tuple[str, ...]] = {}
+        for one in self.fields:
+            if not one.kind and not one.is_set and one.start == start:
+                found[one.role] = (*found.get(one.role, ()), one.suffix)
+        for role in LENGTHS if OPEN_LENGTHS in found else ():
+            found[role] = (*found.get(role, ()), *found[OPEN_LENGTHS])
         return found
+
+    @cached_property
+    def _renames(self) -> list[tuple[re.Pattern[str], str]]:
+        return [(re.compile(pattern), today) for pattern, today in self.renames]
 
     @cached_property
     def _pattern(self) -> re.Pattern[str]:
@@ -225,3 +339,9 @@ class Table:
         suffixes = [self.alpha, *filter(None, [self.factor]), *(f.suffix for f in self.fields)]
         ends = r".+" if self.is_flat else "|".join(map(re.escape, suffixes)) + r"|[^.]+"
         return re.compile(rf"(?P<prefix>{prefixes})(?P<module>{module})\.(?P<suffix>{ends})")
+
+
+def _spelled(ways: Mapping[str, tuple[str, ...]], role: str, own: Collection[str]) -> str:
+    """What the key of a factor among others ends in: as in the file, else as in new ones."""
+    found = ways.get(role, (role,))
+    return next((suffix for suffix in found if suffix in own), found[0])

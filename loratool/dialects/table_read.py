@@ -5,19 +5,21 @@ from __future__ import annotations
 import math
 import re
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from loratool import kinds
-from loratool.adapter import MAX_ALPHA, Adapter, DeltaSpec, TensorRef
+from loratool.adapter import MAX_ALPHA, Adapter, DeltaSpec, Replacement, TensorRef
 from loratool.dialects.candidate import Candidate
 from loratool.dialects.factors import check_float, product_spec, refuse_shape
-from loratool.dialects.table import ALGORITHMS, Field, Table
+from loratool.dialects.table import ALGORITHMS, Field, Stated, Table
 from loratool.errors import BadFileError, MismatchError, list_some
 from loratool.options.groups import Read
 from loratool.store.reader import FileReader
 
+SET = "set"
+"""Origin of tensors that take the base's place in a dialect that says so of each."""
 _SCALARS = {"F64": "<d", "F32": "<f", "F16": "<e", "I64": "<q", "I32": "<i", "I16": "<h"}
 
 
@@ -37,27 +39,35 @@ def read_table(table: Table, dialect: str, candidate: Candidate, options: Read) 
             key=table.unreadable[0], got=header.metadata[table.unreadable[0]],
             hint="merge it with the program that wrote it",
         )  # fmt: skip
-    found = read_tensors(table, header.tensors, options)
+    found = read_tensors(table, header.tensors, options, header.metadata)
     notes = list(found.notes)
     if not header.tensors:
         notes.append("the file holds no tensors")
     return Adapter(
-        candidate.path, dialect, found.specs, metadata=header.metadata,
+        candidate.path, dialect, found.specs, found.replacements, metadata=header.metadata,
         key_order=tuple(ref.name for ref in header.tensors), carried=found.carried,
         is_flat=table.is_flat, notes=tuple(notes),
     )  # fmt: skip
 
 
-def read_tensors(table: Table, refs: Iterable[TensorRef], options: Read) -> Adapter:
-    """Deltas, carried tensors and notes of a file; path and names stay empty."""
+def read_tensors(
+    table: Table,
+    refs: Iterable[TensorRef],
+    options: Read,
+    metadata: Mapping[str, str] | None = None,
+) -> Adapter:
+    """Deltas, replacements, carried tensors and notes of a file; path and names stay empty."""
     found = _sort(table, refs)
     alphas, factors = read_scalars(found.alphas), read_scalars(found.factors)
+    stated = _stated(table, metadata or {}, found.modules)
     specs: list[DeltaSpec] = []
     flags = read_scalars({ref.name: ref for fields in found.modules.values()
                           for role, ref in fields.items() if kinds.is_flag(role)})  # fmt: skip
     for module, fields in found.modules.items():
-        alpha = alphas.get(module, options.alpha)
-        spec = product_spec(module, fields, alpha, flags)
+        spec = product_spec(module, fields, alphas.get(module, options.alpha), flags)
+        said = stated(module, spec.rank) if spec.rank and spec.alpha is None else None
+        if said is not None:
+            spec = replace(spec, alpha=said.alpha, scaling=said.factor)
         start = found.starts.get(module, "")
         if start and not {"lora_A", "lora_B", "diag"} <= fields.keys():
             raise BadFileError("LT-362", "the factors of a module are incomplete", key=module,
@@ -65,12 +75,13 @@ def read_tensors(table: Table, refs: Iterable[TensorRef], options: Read) -> Adap
                                got=", ".join(ref.name for ref in fields.values()))  # fmt: skip
         scaling = spec.scaling * factors.get(module, 1.0)
         specs.append(replace(spec, base_change=start, scaling=scaling))
-    specs += [_single(module, one, ref) for module, one, ref in found.singles]
+    gains = {spec.module: spec.scaling for spec in specs}
+    specs += [_single(module, one, ref, gains) for module, one, ref in found.singles]
     order = {ref.name: place for place, ref in enumerate(found.refs)}
     specs.sort(key=lambda s: min(order[f.name] for f in s.fields.values()))
     notes = []
-    without = [s.module for s in specs if s.rank and s.module not in alphas]
-    if without and options.alpha is None:
+    without = [s for s in specs if s.rank and s.alpha is None]
+    if without:
         notes.append(f"{len(without)} modules have no alpha: their scaling is 1")
     orphans = [m for m in (*found.alphas, *found.factors) if m not in found.modules]
     if orphans:
@@ -79,7 +90,14 @@ def read_tensors(table: Table, refs: Iterable[TensorRef], options: Read) -> Adap
         names = list_some((ref.name for ref in found.passed), 3)
         notes.append(f"{len(found.passed)} tensors are kept as they are, not merged: {names}")
     carried = (*found.alphas.values(), *found.factors.values(), *found.passed)
-    return Adapter(Path(), "", tuple(specs), carried=carried, notes=tuple(notes))
+    return Adapter(Path(), "", tuple(specs), tuple(found.sets), carried=carried,
+                   notes=tuple(notes))  # fmt: skip
+
+
+def _stated(table: Table, metadata: Mapping[str, str], modules: Collection[str]) -> Stated:
+    if table.header is None:
+        return lambda module, rank: None
+    return table.header.read(metadata, modules)
 
 
 @dataclass
@@ -89,6 +107,7 @@ class _Sorted:
     refs: list[TensorRef]
     modules: dict[str, dict[str, TensorRef]] = field(default_factory=dict)
     singles: list[tuple[str, Field, TensorRef]] = field(default_factory=list)
+    sets: list[Replacement] = field(default_factory=list)
     alphas: dict[str, TensorRef] = field(default_factory=dict)
     starts: dict[str, str] = field(default_factory=dict)
     factors: dict[str, TensorRef] = field(default_factory=dict)
@@ -101,10 +120,13 @@ def _sort(table: Table, refs: Iterable[TensorRef]) -> _Sorted:
     for ref in found.refs:
         key = table.parse(ref.name)
         meaning = None if key is None else table.field_of(key.suffix)
-        if key is not None and key.suffix == table.alpha:
+        if key is not None and table.alpha and key.suffix == table.alpha:
             found.alphas[key.module] = ref
-        elif key is not None and key.suffix == table.factor:
+        elif key is not None and table.factor and key.suffix == table.factor:
             found.factors[key.module] = ref
+        elif key is not None and meaning is not None and meaning.is_set:
+            check_float(ref)
+            found.sets.append(Replacement(f"{key.module}.{meaning.parameter}", ref, SET))
         elif key is not None and meaning is not None and meaning.kind:
             found.singles.append((key.module, meaning, ref))
         elif key is not None and meaning is not None:
@@ -123,7 +145,21 @@ def _sort(table: Table, refs: Iterable[TensorRef]) -> _Sorted:
             unknown.append(ref)
     if unknown:
         _refuse_unknown(unknown)
+    _check_adapters(table, found.refs)
+    if table.lone and not any(fields.keys() - {table.lone} for fields in found.modules.values()):
+        whole = Field("", "full_delta", kind="full")
+        found.singles += [(m, whole, fields[table.lone]) for m, fields in found.modules.items()]
+        found.modules = {}
     return found
+
+
+def _check_adapters(table: Table, refs: list[TensorRef]) -> None:
+    names = {name for ref in refs if (name := table.adapter_of(ref.name))}
+    if len(names) > 1:
+        raise MismatchError(
+            "LT-410", "the file holds several adapters", file=refs[0].file, got=list_some(names),
+            hint="save them one by one",
+        )  # fmt: skip
 
 
 def _refuse_unknown(refs: list[TensorRef]) -> None:
@@ -142,14 +178,18 @@ def _refuse_unknown(refs: list[TensorRef]) -> None:
     )  # fmt: skip
 
 
-def _single(module: str, one: Field, ref: TensorRef) -> DeltaSpec:
-    """A change of its own: never scaled.  The weight may be the module itself, a bare parameter."""
+def _single(module: str, one: Field, ref: TensorRef, gains: Mapping[str, float]) -> DeltaSpec:
+    """A change of its own, scaled only as the factors of its module are.
+
+    The weight may be the module itself, a bare parameter.
+    """
     check_float(ref)
     if 0 in ref.shape or not 1 <= len(ref.shape) <= 5:
         refuse_shape(ref, "1 to 5 dimensions, none of them empty")
     row = kinds.of_tensor(one.kind, ref.shape)
     layout = "vector" if not row.is_matrix else "conv" if len(ref.shape) > 2 else "linear"
-    return DeltaSpec(row.name, module, one.parameter, {row.roles[0]: ref}, layout, 0, None, 1.0,
+    scaling = gains.get(module, 1.0) if one.is_scaled else 1.0
+    return DeltaSpec(row.name, module, one.parameter, {row.roles[0]: ref}, layout, 0, None, scaling,
                      alternatives=("",) if one.parameter == "weight" else ())  # fmt: skip
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -54,25 +54,46 @@ def write_table(
         return AdapterFiles(old, dict(adapter.metadata), "")
     _check(table, adapter, title)
     tensors: dict[str, Source] = {}
-    dtype = _alpha_dtype(adapter)
-    norms = {s.module for s in adapter.specs if s.parameter == "weight" and not s.is_matrix}
-    for spec in adapter.specs:
-        stem = table.stem_of(spec, is_flat=adapter.is_flat)
-        if spec.scaling < 0:  # loaders halve a scale until it fits, which never ends below 0
-            spec = turned(spec)
-        keys = table.keys_of(spec, stem, is_norm=spec.module in norms)
-        found = [(name, with_axes(spec, role)) for role, name in keys]
-        if spec.rank or (spec.is_matrix and spec.alpha is not None):
-            found.append((f"{stem}.{table.alpha}", _alpha(spec, dtype)))
-        for name, source in found:
-            if name in tensors:
-                raise MismatchError("LT-411", f"{title} cannot hold this adapter: two modules have "
-                                    "one name", file=adapter.path, key=name)  # fmt: skip
-            tensors[name] = source
+    for name, source in _changes(table, adapter, own=dialect == adapter.dialect):
+        if not name or name in tensors:
+            raise MismatchError(
+                "LT-411", f"{title} cannot hold this adapter: "
+                + ("two modules have one name" if name else "a bias that scales by itself"),
+                file=adapter.path, key=name or source.name,
+            )  # fmt: skip
+        tensors[name] = source
     tensors |= {ref.name: ref for ref in adapter.carried if table.is_passed(ref.name)}
     # The order in which the safetensors library lays tensors out: wide types first, then by name.
     ordered = sorted(tensors.items(), key=lambda item: (-DTYPES[item[1].dtype].bits, item[0]))
     return AdapterFiles(tuple(ordered), _metadata(table, adapter), "")
+
+
+def _changes(table: Table, adapter: Adapter, *, own: bool) -> Iterator[tuple[str, Source]]:
+    """Name and tensor of everything that changes the base; "" for what has no name.
+
+    Args:
+        table: of the dialect.
+        adapter: what to write.
+        own: it was read in this dialect: it keeps its spellings.
+    """
+    names = adapter.key_order if own else ()
+    used, has_alphas = table.suffixes_in(names), table.keeps_alphas(names)
+    dtype = _alpha_dtype(adapter)
+    norms = {s.module for s in adapter.specs if s.parameter == "weight" and not s.is_matrix}
+    gains = {s.module: s.scaling for s in adapter.specs if s.rank}
+    for spec in adapter.specs:
+        stem = table.stem_of(spec.module, is_flat=adapter.is_flat)
+        gain = gains.get(spec.module)
+        if spec.scaling < 0 and spec.rank:  # loaders halve a scale until it fits: never below 0
+            spec = turned(spec)
+        keys = table.keys_of(spec, stem, used, is_norm=spec.module in norms, gain=gain)
+        yield from ((name, with_axes(spec, role, table.is_open(name))) for role, name in keys)
+        if not keys:
+            yield "", next(iter(spec.fields.values()))
+        if has_alphas and (spec.rank or (spec.is_matrix and spec.alpha is not None)):
+            yield f"{stem}.{table.alpha}", _alpha(spec, dtype)
+    for new in adapter.replacements:
+        yield table.key_of_set(new.name, is_flat=adapter.is_flat) or "", new.source
 
 
 def turned(spec: DeltaSpec) -> DeltaSpec:
@@ -107,18 +128,26 @@ def _unchanged(table: Table, adapter: Adapter) -> tuple[tuple[str, Source], ...]
             if not isinstance(source, TensorRef):
                 return None
             refs[source.name] = source
-    if set(refs) != set(adapter.key_order) or adapter.replacements:
+    for new in adapter.replacements:
+        if not isinstance(new.source, TensorRef):
+            return None
+        refs[new.source.name] = new.source
+    if set(refs) != set(adapter.key_order):
         return None
     ordered = [refs[name] for name in adapter.key_order]
     # Only the default reading: the file cannot say what the user said when it was opened.
-    if read_tensors(table, ordered, Read()).specs != adapter.specs:
+    again = read_tensors(table, ordered, Read(), adapter.metadata)
+    if (again.specs, again.replacements) != (adapter.specs, adapter.replacements):
         return None
     return tuple(zip(adapter.key_order, ordered, strict=True))
 
 
 def _check(table: Table, adapter: Adapter, title: str) -> None:
     found = {s.name: reason for s in adapter.specs if (reason := table.obstacle(s))}
-    found |= {r.name: "a replaced tensor" for r in adapter.replacements}
+    found |= {
+        r.name: "a replaced tensor" for r in adapter.replacements
+        if r.rows is not None or table.key_of_set(r.name, is_flat=adapter.is_flat) is None
+    }  # fmt: skip
     reasons = [*found.values(), *(["replicated layers"] if adapter.layer_order else [])]
     if reasons:
         raise MismatchError(
@@ -157,6 +186,8 @@ def _metadata(table: Table, adapter: Adapter) -> dict[str, str]:
         key: value for key, value in adapter.metadata.items()
         if key != "loratool" and (stale is None or not stale.fullmatch(key))
     }  # fmt: skip
+    if table.header is not None:
+        kept = table.header.write(kept, adapter.specs)
     ranked = [s for s in adapter.specs if s.rank]
     values: tuple[set[float], ...] = ({s.rank for s in ranked}, {alpha_of(s) for s in ranked})
     for key, found in zip(table.ranks, values, strict=True):

@@ -6,6 +6,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,8 @@ MARKS = {
     "lycoris": ["lycoris_mid.hada_w1_a", "lycoris_mid.alpha"],
     "comfyui": ["diffusion_model.blocks.0.self_attn.q.lora_A.weight"],
     "diffusers": ["transformer.transformer_blocks.0.attn.to_q.lora_A.weight"],
+    "bfl": ["double_blocks.0.img_attn.norm.query_norm.scale", "img_in.lora_A.weight"],
+    "onetrainer": ["transformer.double_blocks.0.img_attn.qkv.1.lora_down.weight"],
     "control-lora": ["lora_controlnet", "input_blocks.0.0.weight"],
     "textual-inversion": ["emb_params"],
     "peft-file": ["base_model.model.model.layers.0.q_proj.lora_A.weight"],
@@ -93,7 +96,30 @@ MORE_MARKS = [
     ("diffusers", ["text_encoder.layers.0.q_proj.lora_linear_layer.up.weight"]),
     ("peft-file", ["transformer.h.0.attn.c_attn.lora_A.weight"]),  # GPT-2, no diffusion
     ("peft-file", ["model.layers.0.q_proj.lora_A.weight"]),
-    ("peft-file", ["base_model.model.transformer_blocks.0.attn.to_q.lora_A.weight"]),
+    ("peft-file", ["transformer.blocks.0.attn.Wqkv.lora_A.weight"]),  # MPT
+    ("peft-file", ["layers.0.self_attn.q_proj.lora_A.weight"]),
+    ("peft-file", ["base_model.model.text_encoder.layers.0.q_proj.lora_A.weight"]),  # MusicGen
+    ("diffusers", ["base_model.model.transformer_blocks.0.attn.to_q.lora_A.weight"]),
+    ("diffusers", ["transformer.base_model.model.transformer_blocks.0.attn.to_q.lora.down.weight"]),
+    ("diffusers", ["blocks.0.attn.a_to_qkv.lora_A.default.weight"]),  # DiffSynth
+    ("diffusers", ["blocks.3.self_attn.q.lora_A.weight", "blocks.3.ffn.0.lora_A.weight"]),  # Wan
+    ("diffusers", ["sformer_blocks.0.attn.to_q.lora_A.weight"]),
+    ("diffusers", ["conditional_transformer.layers.0.attention.qkv.lora_A.weight"]),
+    ("diffusers", ["transformer_2.blocks.0.attn1.to_q.lora_A.weight"]),
+    ("comfyui", ["diffusion_model.transformer_1.blocks.0.self_attn.q.lora_A.weight"]),
+    ("comfyui", ["transformer.diffusion_model.blocks.0.self_attn.q.lora_A.weight"]),
+    ("comfyui", ["model.diffusion_model.blocks.0.self_attn.q.lora_down.weight"]),
+    (
+        "comfyui",
+        ["text_encoders.clip_l.transformer.text_model.encoder.layers.0.mlp.fc1.lora_A.weight"],
+    ),
+    ("comfyui", ["diffusion_model.blocks.0.modulation.diff"]),
+    ("comfyui", ["diffusion_model.blocks.0.x.lokr_w1", "diffusion_model.blocks.0.x.lokr_w2"]),
+    ("onetrainer", ["lora_transformer_single_blocks.0.linear1.3.lora_up.weight"]),
+    ("onetrainer", ["transformer.transformer_blocks.0.attn.to_q.lora_down.weight"]),
+    ("kohya", ["Hunyuan_video_I2V_lora_double_blocks_0_img_attn_qkv.lora_down.weight"]),
+    ("kohya", ["lora_unet__blocks_0_self_attn_q.lora_down.weight"]),
+    ("xlabs", ["single_blocks.0.processor.qkv_lora.up.weight"]),
     ("peft-file", ["thinker.base_model.model.q.lora_A.weight"]),
     ("peft-file", ["model.embed_tokens.lora_embedding_A"]),
 ]
@@ -153,6 +179,8 @@ def test_a_sample_is_claimed_by_one_dialect() -> None:
 @pytest.mark.parametrize("row", [r for r in DIALECTS if r.is_written], ids=lambda r: r.name)
 def test_a_written_row_says_what_it_can_hold(row: Dialect) -> None:
     plain, other = (open_adapter(LLM / n).specs[0] for n in ("lora_linear", "lora_pissa"))
+    assert ("scaling" in row.obstacle(plain)) is not row.holds_scaling
+    plain, other = replace(plain, scaling=1.0), replace(other, scaling=1.0)
     assert row.obstacle(plain) == "" and "pissa" in row.obstacle(other)
 
 
@@ -160,7 +188,12 @@ def test_a_written_row_says_what_it_can_hold(row: Dialect) -> None:
                          ids=lambda p: p.parent.name)  # fmt: skip
 def test_a_sample_of_an_image_model_is_claimed_once(path: Path) -> None:
     (row,) = (row for row in DIALECTS if row.detect(examine(path)))
-    assert row.name == ("lycoris" if path.parent.name.startswith("lycoris") else "kohya")
+    start = path.parent.name.partition("_")[0]
+    others = {"flux1_xlabs": "xlabs", "hunyuanvideo_original": "diffusers"} | dict.fromkeys(
+        ("flux2_diffusion_model", "wan_diffusion_model_diff_b"), "comfyui"
+    )
+    own = start if start in ("lycoris", "diffusers") else "kohya"
+    assert row.name == others.get(path.parent.name, own)
 
 
 def test_tensors_of_two_dialects_are_refused(tmp_path: Path) -> None:

@@ -204,10 +204,9 @@ def test_adapter_config_in_a_checkpoint_is_told(folder: Path) -> None:
 
 def test_a_recognised_dialect_that_is_not_read_is_no_checkpoint(tmp_path: Path) -> None:
     path = tmp_path / "style.safetensors"
-    name = "double_blocks.0.processor.qkv_lora1"
-    save_file({f"{name}.down.weight": randn(2, 4, seed=1),
-               f"{name}.up.weight": randn(6, 2, seed=2)}, str(path))  # fmt: skip
-    with pytest.raises(MismatchError, match="XLabs"):
+    save_file({"lora_controlnet": randn(1, seed=1),
+               "input_blocks.0.0.weight": randn(6, 2, seed=2)}, str(path))  # fmt: skip
+    with pytest.raises(MismatchError, match="Control-LoRA"):
         summarize(path)
 
 

@@ -10,8 +10,8 @@ from typing import Any
 
 from loratool.adapter import Adapter
 from loratool.dialects.base import Dialect
-from loratool.dialects.by_sight import IMAGE_MODULES
 from loratool.dialects.candidate import Candidate
+from loratool.dialects.dotted import is_dotted
 
 FOLDER_NAME, FILE_NAME = "peft", "peft-file"
 _PREFIX = r"(^|\.)base_model\.model\."
@@ -27,12 +27,8 @@ def is_file(candidate: Candidate) -> bool:
     """PEFT's tensor names without its configuration, with or without the prefix."""
     if candidate.is_peft or candidate.header is None:
         return False
-    if "lora_adapter_metadata" in candidate.header.metadata:
-        return False
-    if candidate.has_key(_PREFIX):
-        return True
     is_bare = candidate.config is None and candidate.has_key(_LORA_KEY)
-    return is_bare and not any(map(candidate.has_key, IMAGE_MODULES))
+    return (is_bare or candidate.has_key(_PREFIX)) and not is_dotted(candidate)
 
 
 FOLDER = Dialect(

@@ -1,0 +1,17 @@
+"""diffusers: ``pytorch_lora_weights.safetensors`` of a pipeline, in every spelling it ever had."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from loratool.dialects.base import Dialect
+from loratool.dialects.diffusers_header import read, write
+from loratool.dialects.dotted import TABLE, detector
+from loratool.dialects.table import Header
+
+ROW = Dialect(
+    "diffusers", "diffusers", detector("diffusers"),
+    replace(TABLE, has_alphas=False, header=Header(read, write), lone="lora_A",
+            only=("lowrank", "dora", "vector"), naming="diffusers"),
+    library="diffusers",
+)  # fmt: skip
