@@ -19,9 +19,10 @@ if TYPE_CHECKING:
 
 AXIS = "axis"
 """Setting: 1 where the numbers of a gate are for columns, 0 for rows."""
-TERMS, ORTHOGONAL, GROUP, COPIES, SEED = "terms", "orthogonal", "group", "copies", "seed"
-"""Settings: of a sum in the place of an inverse; vectors are made orthogonal first; rows in a
-group, and numbers for each pair of them; of places that are drawn."""
+TERMS, BOUND, ORTHOGONAL = "terms", "bound", "orthogonal"
+GROUP, COPIES, SEED = "group", "copies", "seed"
+"""Settings: terms of a sum in the place of an inverse, length of its blocks at most; vectors are
+made orthogonal first; rows in a group, numbers for each pair of them; of places that are drawn."""
 _OUT, _IN = "out", "in"
 
 
@@ -108,7 +109,7 @@ def _of_hira(spec: DeltaSpec) -> Sizes:
 
 def _fits_hira(spec: DeltaSpec) -> bool:
     left, right = _shape(spec, "hira_B"), _shape(spec, "hira_A")
-    return len(left) == len(right) == 2 and left[1] == right[0]
+    return len(left) == len(right) and left[1] == right[0] and math.prod(left[2:]) == 1
 
 
 # -------------------------------------------------------------------------------- rotations

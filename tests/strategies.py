@@ -292,7 +292,8 @@ def on_columns(draw: Draw, kind: str) -> Change:
                      orthogonal=orthogonal)  # fmt: skip
     shared, terms = draw(st.booleans()), draw(st.integers(0, 6))
     shapes = {"oft_R": (1 if shared else count, b * (b - 1) // 2)}
-    return bound("oft", shapes, draw(SEEDS), size, terms=terms)
+    limit = draw(st.sampled_from([{}, {"bound": 0.1}]))
+    return bound("oft", shapes, draw(SEEDS), size, terms=terms, **limit)
 
 
 @st.composite

@@ -65,7 +65,7 @@ def build(
     Args:
         fields: ia3_gate, W' = (1 + gate)·W; or ia3_l, W' = l·W; one number for each row, or for
             each column with the setting ``axis`` 1; ia3_bias is the same for a bias.  Or hira_A
-            (r, in) and hira_B (out, r).
+            (r, in, k…) and hira_B (out, r, 1…).
         part: the spec with orientation and region; bound, so that the size of W is known.
         coefficient: weight · scaling.
         dtype: type of the accumulator.
@@ -86,7 +86,7 @@ def _factors(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(out, r) and (r, in·k…) whose product multiplies W."""
     if "hira_A" in fields:
-        return fields["hira_B"], fields["hira_A"]
+        return fields["hira_B"].flatten(1), fields["hira_A"].flatten(1)
     (values,) = (fields[r] for r in ("ia3_gate", "ia3_l", "ia3_bias") if r in fields)
     gate = values.double().flatten() - (0 if "ia3_gate" in fields else 1)
     out, inner = part.spec.row.sizes(part.spec)

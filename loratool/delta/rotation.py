@@ -158,7 +158,8 @@ def build_columns(
         fields: oft_R (n, b(b-1)/2), the upper triangles of Q, one row for all blocks if they are
             shared; or boft_R (1, n, b, b) and boft_s (out, 1), the gains.
         part: the spec with orientation and region; bound.  With the setting ``terms`` the inverse
-            in R = (I - Q)(I + Q)⁻¹ is a sum of so many terms (Cayley and Neumann).
+            in R = (I - Q)(I + Q)⁻¹ is a sum of so many terms (Cayley and Neumann); with
+            ``bound`` (COFT) a block of Q is at most that long, over the root of their number.
         coefficient: weight.
         dtype: type of the accumulator.
         fold: no choice here.
@@ -170,6 +171,10 @@ def build_columns(
         gains = fields["boft_s"].flatten().to(dtype)
     else:
         skew = _upper(fields["oft_R"].double())
+        if "bound" in part.spec.settings:  # of a block; the less, the more blocks there are
+            limit = float(part.spec.settings["bound"]) / math.sqrt(len(skew))
+            length = skew.norm(dim=(1, 2), keepdim=True)
+            skew = torch.where(length <= limit, skew, skew * (limit / length))
         terms = int(part.spec.settings.get("terms", 0))
         stage = _neumann(skew, terms) if terms else _cayley(-skew)
     out, inner = part.spec.row.sizes(part.spec)
@@ -218,7 +223,7 @@ def build_pairs(
         dtype: type of the accumulator.
         fold: no choice here.
     """
-    theta, alpha = (x.double() for x in fields.values())
+    theta, alpha = (fields[role].double() for role in part.spec.row.roles)
     out, inner = part.spec.row.sizes(part.spec)
     if not part.spec.is_matrix:  # one row, as a matrix that is stored (in, out)
         part = replace(part, transposed=True)

@@ -21,7 +21,9 @@ LLM = Path(__file__).parents[1] / "data" / "llm"
 SAMPLES = sorted(
     p.name
     for p in LLM.glob("*lora*")
-    if (p / "base").is_dir() and (p / "adapter_model.safetensors").exists()
+    if (p / "base").is_dir()
+    and (p / "adapter_model.safetensors").exists()
+    and p.name != "randlora"  # no LoRA
 )
 REFUSED = {"lora_conv_grouped": "LT-434", "lora_modules_to_save_tied": "LT-440"}
 # What is not W + ΔW, or where PEFT's merged result has a known fault (samples' README).

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from loratool.adapter import DeltaSpec
+from loratool.dialects.peft.based import miss_bat
 from loratool.dialects.peft.method import Method, Module, pruned, spelled
-from loratool.errors import MismatchError
 from loratool.kinds_peft import SEED, SHORT, TOP
 
 _INITS = ("true", "false", "mini")
@@ -38,10 +38,7 @@ def miss(module: Module) -> Sequence[DeltaSpec]:
     """The block of a module, or of some of its rows (``mini``)."""
     init = str(module.own.config.get("init_weights", True)).lower()
     if init == "bat":
-        raise MismatchError(
-            "LT-402", "MiSS adapters of the form bat are not supported", file=module.own.file,
-            key="init_weights", got=init, hint="merge it inside PEFT: merge_and_unload",
-        )  # fmt: skip
+        return miss_bat(module)
     if init not in _INITS:
         module.own.refuse("init_weights", "true, false, mini or bat", init)
     settings = {SHORT: 1} if init == "mini" else {}

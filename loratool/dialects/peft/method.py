@@ -117,8 +117,8 @@ class Method:
     def read(
         self, modules: Mapping[str, Mapping[str, TensorRef]], shared: Mapping[str, TensorRef],
         config: PeftConfig,
-    ) -> tuple[list[Change], list[TensorRef]]:  # fmt: skip
-        """Every change in file order, and the tensors of modules that change nothing.
+    ) -> tuple[list[Change], list[TensorRef], list[TensorRef]]:  # fmt: skip
+        """Every change in file order; tensors of modules that change nothing; shared ones not used.
 
         Args:
             modules: path -> role -> tensor.
@@ -134,7 +134,8 @@ class Method:
             found += made
             if not made:
                 idle += fields.values()
-        return found, idle
+        used = {id(s) for one in found if isinstance(one, DeltaSpec) for s in one.fields.values()}
+        return found, idle, [ref for ref in shared.values() if id(ref) not in used]
 
 
 def spelled(*roles: str) -> dict[str, str]:

@@ -8,12 +8,12 @@ from typing import Any, NoReturn
 
 from loratool import kinds
 from loratool.dialects.candidate import Candidate
-from loratool.dialects.peft import low_rank
+from loratool.dialects.peft import based, low_rank
 from loratool.dialects.peft.config import PeftConfig, parse_config
 from loratool.dialects.peft.method import Method
 from loratool.errors import MismatchError
 
-ROWS: dict[str, Method] = {row.name: row for row in (*low_rank.ROWS,)}
+ROWS: dict[str, Method] = {row.name: row for row in (*low_rank.ROWS, *based.ROWS)}
 """``peft_type`` -> row, of the methods that have one; LoRA and its spellings need none."""
 _OWN = ("LORA", "TRAINABLE_TOKENS")
 
@@ -89,6 +89,7 @@ _MARKS = (
     (r"\.delora_[AB]", "DELORA"),
     (r"\.shira_weight", "SHIRA"),
     (r"\.c3a_kernel", "C3A"),
+    (r"\.road_theta", "ROAD"),
     (r"\.ln_tuning_layers", "LN_TUNING"),
     (r"^prompt_embeddings$", "PROMPT_TUNING"),
 )

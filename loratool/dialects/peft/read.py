@@ -80,10 +80,11 @@ def read_tensors(refs: Iterable[TensorRef], config: PeftConfig, options: Read) -
     if method is None:
         specs, made, unused, notes = _read_lora(found, config, options)
     else:
-        changes, unused = method.read(found.modules, shared, config)
+        changes, unused, spare = method.read(found.modules, shared, config)
         specs = [one for one in changes if isinstance(one, DeltaSpec)]
         made = [one for one in changes if isinstance(one, Replacement)]
         notes = [f"{len(unused)} tensors of modules that change nothing"] if unused else []
+        unused = [*unused, *spare]
     replacements, hidden, more = read_replacements(found, config)
     notes = [*found.notes, *notes, *more, *_notes(specs, config)]
     if found.training:
