@@ -37,6 +37,7 @@ from loratool.bind.place import (
     place_vector,
     shows_flag_is_ignored,
 )
+from loratool.bind.repeats import without_repeats, words_of
 from loratool.bind.report import (
     ambiguous_error,
     collision_error,
@@ -71,6 +72,7 @@ class _Outcome:
     found: tuple[Found, ...]
     misfits: tuple[Misfit, ...]
     context: Context
+    repeats: int = 0
 
     @property
     def unnamed(self) -> tuple[Misfit, ...]:
@@ -129,7 +131,7 @@ def bind(adapter: Adapter, checkpoint: Checkpoint, options: Names | None = None)
         config_changes={**config_changes, **bindings.config_changes},
         rule=outcome.rule.words,
         skipped=tuple(sorted({*skipped, *left_out})),
-        notes=(*notes, *bindings.notes),
+        notes=(*notes, *bindings.notes, *words_of(outcome.repeats)),
         checkpoint=checkpoint,
     )
 
@@ -260,7 +262,8 @@ def _try(
             if problem is not None:
                 found.remove(placed)
                 misfits.append(problem)
-    return _Outcome(rule, tuple(found), tuple(misfits), context)
+    found, repeats = without_repeats(found, context)
+    return _Outcome(rule, tuple(found), tuple(misfits), context, repeats)
 
 
 def _flag_fails(item: Item, rule: NameRule, context: Context) -> bool:

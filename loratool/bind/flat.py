@@ -82,7 +82,9 @@ def _are_as_spelled(pairs: Sequence[tuple[Item, list[Meaning]]]) -> bool:
 
 
 def _named(item: Item, meaning: Meaning) -> Item:
-    return replace(item, pieces=meaning) if meaning.holds else replace(item, names=meaning.names)
+    if meaning.holds:
+        return replace(item, pieces=meaning, is_translated=True)
+    return replace(item, names=meaning.names, is_translated=meaning.names != item.names)
 
 
 def place_pieces(item: Item, ctx: Context) -> Placement:

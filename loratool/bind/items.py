@@ -84,6 +84,7 @@ class Item:
         spec: the delta, or None.
         replacement: the replacement, or None.
         pieces: where its rows lie: in several tensors, in a part of one, or in another order.
+        is_translated: the base has another name for it.
     """
 
     names: tuple[str, ...]
@@ -91,6 +92,7 @@ class Item:
     spec: DeltaSpec | None = None
     replacement: Replacement | None = None
     pieces: Meaning | None = None
+    is_translated: bool = False
 
     @property
     def name(self) -> str:

@@ -204,6 +204,32 @@ def test_a_change_binds_to_a_base_in_any_naming(tmp_path: Path, family: str, nam
                 assert (merged[f"{home}{name}.bias"] == bias).all(), (base, name)
 
 
+@pytest.mark.parametrize("naming", ["original", "diffusers"])
+def test_a_change_under_two_names_counts_once(tmp_path: Path, naming: str) -> None:
+    """Files for Z-Image hold the fused change and the separate ones, for one program each."""
+    rng, rows = np.random.default_rng(5), CASES["z_image"][:2]
+    weights = {r.original: rng.normal(size=(sum(r.heights), 16)).astype(np.float32) for r in rows}
+    base = write_base(tmp_path, naming, "", in_naming(naming, weights, rows), {})
+    factors = {n: rng.normal(size=(len(w) + 16, 6)).astype(np.float32) for n, w in weights.items()}
+    pairs = {n: (both[:16].T.copy(), both[16:].copy()) for n, both in factors.items()}
+    separate = factors_in("diffusers", pairs, rows)
+    files = {"both": pairs | separate, "one": pairs}
+    merged = {}
+    for name, some in files.items():
+        adapter = write_flat(tmp_path / f"{name}.safetensors", some, {})
+        lt.merge([str(adapter)], base=str(base), output=str(tmp_path / f"{name}-out.safetensors"))
+        merged[name] = load_file(str(tmp_path / f"{name}-out.safetensors"))
+    assert all((merged["both"][n] == merged["one"][n]).all() for n in merged["one"])
+    assert all((merged["one"][f"{n}.weight"] != w).any()
+               for n, w in in_naming(naming, weights, rows).items())  # fmt: skip
+    name = rows[0].diffusers[1]
+    separate[name] = (separate[name][0], separate[name][1] * np.float32(1.01))
+    other = write_flat(tmp_path / "other.safetensors", pairs | separate, {})
+    with pytest.raises(lt.LoratoolError, match="twice") as caught:
+        lt.merge([str(other)], base=str(base), output=str(tmp_path / "out.safetensors"))
+    assert caught.value.code == "LT-447" and "difference" in str(caught.value)
+
+
 def test_nothing_bound_is_an_error_and_a_part_is_a_table(tmp_path: Path) -> None:
     """Also where the user lets modules be left out."""
     rng = np.random.default_rng(3)
