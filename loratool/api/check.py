@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from loratool.api.access import access_of
 from loratool.dialects.programs import Look, Program, counted, find_program, look_at
+from loratool.dialects.registry import row_of
 from loratool.ops.access import locate
 from loratool.options.calls import takes
 from loratool.options.groups import Read
@@ -36,11 +37,11 @@ def check(asked: Check) -> CheckReport:
     path = find_adapter(resolved.path)
     look = look_at(path, asked.take(Read), max_header=access.rules.max_header)
     report = _report(str(asked.adapter), look, program)
-    if not asked.fix or report.verdict == "yes":
+    if not asked.fix or report.ok:
         return report
     from loratool.api.mend import mend
 
-    return mend(report, asked, program)
+    return mend(report, look, asked, program)
 
 
 def _report(source: str, look: Look, program: Program) -> CheckReport:
@@ -64,7 +65,10 @@ def _report(source: str, look: Look, program: Program) -> CheckReport:
 def _next(source: str, look: Look, found: Simulation, program: Program) -> str:
     """The command that mends it, where every reason is one that can be mended."""
     bad = [f for f in found.findings if f.verdict != UNSURE]
-    if not bad or look.adapter is None or not all(f.is_mended for f in bad):
+    home = program.home(look)
+    is_written = not home or row_of(home).is_written
+    can_be = look.adapter is not None and is_written and all(f.is_mended for f in bad)
+    if not (bad and can_be):
         return ""
     words = ["loratool", "check", source, "--for", program.name, "--fix", "-o", "OUT"]
     return shlex.join(words)

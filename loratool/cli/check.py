@@ -79,5 +79,6 @@ def render(report: CheckReport, voice: Voice) -> Iterator[str]:
 
 
 def _row(report: CheckReport, finding: Finding) -> tuple[str, str, str, str]:
-    decided = sum(m.rule == finding.rule for m in report.modules)
-    return finding.verdict, f"{decided:,}", safe(finding.words), some(finding.names, _SHOWN)
+    names = set(finding.names)
+    hit = sum(not names or not names.isdisjoint((m.module, *m.keys)) for m in report.modules)
+    return finding.verdict, f"{hit:,}", safe(finding.words), some(finding.names, _SHOWN)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Collection
+from dataclasses import replace
 
 from loratool.adapter import Adapter, DeltaSpec, TensorRef
 from loratool.delta.forms import side_sizes
@@ -36,6 +37,20 @@ def passed_on(adapter: Adapter) -> tuple[TensorRef, ...]:
     """Tensors of its file that are no part of any change and are kept (bundled embeddings)."""
     table = row_of(adapter.dialect).table
     return () if table is None else tuple(r for r in adapter.carried if table.is_passed(r.name))
+
+
+def with_text_models(adapter: Adapter) -> Adapter:
+    """Flat text encoders with the ``text_model`` that transformers 5 leaves out of names."""
+    if not adapter.is_flat:
+        return adapter
+
+    def living(module: str) -> str:
+        component, _, flat = module.rpartition(".")
+        bare = component.startswith("te") and flat.startswith(("encoder_layers_", "final_layer_"))
+        return f"{component}.text_model_{flat}" if bare else module
+
+    specs = tuple(replace(s, module=living(s.module)) for s in adapter.specs)
+    return replace(adapter, specs=specs)
 
 
 def has_alpha_tensors(adapter: Adapter) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from loratool.adapter import Adapter, DeltaSpec, Source, TensorData, TensorRef
@@ -95,6 +95,17 @@ def plan_convert(
     return ConvertPlan(
         source, kept, computed, left_out, tuple(base.tensors) if base else (), tuple(notes)
     )
+
+
+def compute_also(plan: ConvertPlan, names: Collection[str]) -> ConvertPlan:
+    """The plan, with plain factors also for those of these changes that have other ones.
+
+    Raises:
+        MismatchError: LT-461, kernels that are not known.
+    """
+    odd = [s for s in plan.adapter.specs
+           if s.name in names and s.has_factors and not s.is_pair]  # fmt: skip
+    return replace(plan, computed={**{s.name: () for s in odd}, **plan.computed})
 
 
 def _flattened(spec: DeltaSpec, base: Checkpoint | None) -> tuple[int, ...]:

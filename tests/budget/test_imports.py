@@ -35,7 +35,9 @@ HELP = (
     ["completion", "bash"],
 )
 LOOKS = (["inspect", "ADAPTER"], ["inspect", "ADAPTER", "--json"], ["inspect", "BASE"],
-         ["inspect", "FOLDER", "--json"], ["inspect", "ADAPTER", "--tensors"])  # fmt: skip
+         ["inspect", "FOLDER", "--json"], ["inspect", "ADAPTER", "--tensors"],
+         ["check", "ADAPTER", "--for", "vllm"],
+         ["check", "IMAGE", "--for", "diffusers", "--json"])  # fmt: skip
 COPIES = (["convert", "ADAPTER", "--to", "kohya", "--base", "BASE", "-o", "OUT"],
           ["convert", "ADAPTER", "--to", "peft", "-o", "FOLDER_OUT"])  # fmt: skip
 
@@ -46,6 +48,7 @@ def loaded(command: list[str], data: Path, out: Path) -> list[str]:
         "ADAPTER": data / "llm" / "lora_linear",
         "BASE": data / "llm" / "lora_linear" / "base",
         "FOLDER": data / "llm",
+        "IMAGE": data / "diffusion" / "qwen_image_musubi" / "adapter.safetensors",
         "OUT": out / "out.safetensors",
         "FOLDER_OUT": out / "out",
     }

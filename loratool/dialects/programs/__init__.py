@@ -9,21 +9,25 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from loratool.adapter import Adapter
-from loratool.dialects.programs.base import Program, Rule, counted
+from loratool.dialects.programs.base import PEFT_FOLDER, Program, Rule, counted
 from loratool.dialects.programs.comfyui import COMFYUI
 from loratool.dialects.programs.diffusers import DIFFUSERS
 from loratool.dialects.programs.forge import FORGE
 from loratool.dialects.programs.llama_cpp import LLAMA_CPP
 from loratool.dialects.programs.look import Look, look_at
+from loratool.dialects.programs.mlx import MLX
 from loratool.dialects.programs.nunchaku import NUNCHAKU
 from loratool.dialects.programs.peft import PEFT
 from loratool.dialects.programs.sd_scripts import SD_SCRIPTS
+from loratool.dialects.programs.sglang import SGLANG
 from loratool.dialects.programs.vllm import VLLM
 from loratool.errors import UsageError
 from loratool.report.base import Loads
 
-PROGRAMS = (PEFT, VLLM, LLAMA_CPP, COMFYUI, DIFFUSERS, FORGE, NUNCHAKU, SD_SCRIPTS)
-OF_PEFT = tuple(program for program in PROGRAMS if program.opens)
+PROGRAMS = (
+    PEFT, VLLM, SGLANG, LLAMA_CPP, MLX, COMFYUI, DIFFUSERS, FORGE, NUNCHAKU, SD_SCRIPTS,
+)  # fmt: skip
+OF_PEFT = tuple(program for program in PROGRAMS if PEFT_FOLDER in program.opens)
 """Those that load the folders of PEFT, and that `loratool.ops.fitting` makes forms for."""
 
 __all__ = ["OF_PEFT", "PROGRAMS", "Look", "Program", "Rule", "counted", "find_program",
@@ -37,10 +41,10 @@ def judge_loads(adapter: Adapter) -> tuple[Loads, ...]:
         >>> judge_loads(open_adapter(Path("style")))[0].verdict
         'yes'
     """
-    look = Look.of(adapter)
-    asked = [p for p in PROGRAMS if p.is_of_images] if look.is_of_images else []
+    look, shown = Look.of(adapter), [p for p in PROGRAMS if p.is_shown]
+    asked = [p for p in shown if p.is_of_images] if look.is_of_images else []
     if not asked or adapter.config:  # a folder of PEFT may be of either
-        asked = [p for p in PROGRAMS if not p.is_of_images] + asked
+        asked = [p for p in shown if not p.is_of_images] + asked
     return tuple(program.judge(look) for program in asked)
 
 

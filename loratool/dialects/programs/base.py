@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from loratool.adapter import Adapter, TensorRef
@@ -112,6 +112,8 @@ class Program:
         ranks: the only ranks that it has room for, ascending; () = any.
         holds_whole_tensors: it loads replaced tensors and biases.
         is_of_images: it runs image and video models.
+        is_shown: reports on adapters of its world name it.
+        homes: family of models -> the dialect that it loads best; "" for all others.
     """
 
     name: str
@@ -126,6 +128,8 @@ class Program:
     ranks: tuple[int, ...] = ()
     holds_whole_tensors: bool = False
     is_of_images: bool = False
+    is_shown: bool = True
+    homes: Mapping[str, str] = field(default_factory=dict)
 
     def simulate(self, look: Look) -> Simulation:
         """Load an adapter on paper: a verdict for every module."""
@@ -157,6 +161,12 @@ class Program:
         """Why it would load the change of an adapter in no form."""
         rules = [r for r in self.rules if not (r.is_mended or r.until or r.verdict == UNSURE)]
         return tuple(dict.fromkeys(f.words for rule in rules for f in rule.findings(look)))
+
+    def home(self, look: Look) -> str:
+        """The dialect that it loads an adapter best in, "" for the folders of PEFT."""
+        family = look.family.name
+        is_kept = not family and look.dialect in self.homes.values()
+        return look.dialect if is_kept else self.homes.get(family) or self.homes.get("", "")
 
     def room(self, rank: int) -> int | None:
         """The smallest rank that it has room for and that holds this one; None if there is none."""

@@ -193,5 +193,5 @@ COMFYUI = Program(
              "a model that is not known here", "whether its names are in the map is not known here",
              _KEYS),
     ),
-    is_of_images=True,
+    is_of_images=True, homes={"": "comfyui", models.SD: "kohya"},
 )  # fmt: skip

@@ -269,5 +269,5 @@ _ALL = (
 
 DIFFUSERS = Program(
     "diffusers", "diffusers", "0.42.1", (_CODE, _PIPELINES),
-    (*_SDS, *FLUX_RULES, *_OTHERS, *_ALL), is_of_images=True,
+    (*_SDS, *FLUX_RULES, *_OTHERS, *_ALL), is_of_images=True, homes={"": "diffusers", SD: "kohya"},
 )  # fmt: skip

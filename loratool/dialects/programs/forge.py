@@ -74,5 +74,5 @@ FORGE = Program(
              look.family.name not in _FAMILIES and not g.is_text), "a model that it may not run",
              "its maps are for Stable Diffusion and FLUX.1", _MAPS),
     ),
-    is_of_images=True,
+    is_of_images=True, homes={"": "kohya"},
 )  # fmt: skip

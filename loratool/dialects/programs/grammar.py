@@ -54,6 +54,10 @@ _PREFIXES = (
 """The longer of two that begin alike comes first."""
 
 
+_ANY = ("", "transformer.", "base_model.model.", "base_model.model.transformer.", "prior.")
+"""Prefixes that other models have too."""
+
+
 class Tensor(NamedTuple):
     """Type and shape."""
 
@@ -123,7 +127,7 @@ class Group:
     @property
     def is_of_images(self) -> bool:
         """True if the prefix is one of image models' files."""
-        return self.prefix not in ("", "transformer.", "base_model.model.", "prior.")
+        return self.prefix not in _ANY
 
 
 _KINDS = (

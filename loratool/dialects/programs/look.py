@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from loratool.adapter import Adapter, TensorRef
+from loratool.adapter import Adapter, AdapterFiles, TensorRef
 from loratool.dialects.candidate import Candidate, examine
 from loratool.dialects.programs.grammar import Group, Tensor, group_keys
 from loratool.dialects.programs.models import Family, family_of
@@ -44,6 +44,12 @@ class Look:
         order = adapter.key_order or tuple(refs)
         tensors = {name: refs.get(name, Tensor("F32", ())) for name in order}
         return cls(tensors, adapter.metadata, adapter.config, adapter.dialect, adapter)
+
+    @classmethod
+    def of_files(cls, files: AdapterFiles, dialect: str) -> Look:
+        """Of files that are not written yet."""
+        tensors = {key: Tensor(source.dtype, source.shape) for key, source in files.tensors}
+        return cls(tensors, files.metadata, dialect=dialect)
 
     @cached_property
     def groups(self) -> tuple[Group, ...]:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import NamedTuple
 
+from loratool.archs import families as archs
 from loratool.dialects.programs.grammar import Group
 
 ORIGINAL, DIFFUSERS = "original", "diffusers"
@@ -64,11 +65,11 @@ def naming_of(group: Group) -> Family:
     return next((Family(f, n) for f, n, words in _PATTERNS if words.match(group.flat)), Family())
 
 
-def family_of(groups: Iterable[Group]) -> Family:
+def family_of(groups: Sequence[Group]) -> Family:
     """The model of a file, by most of its modules, and by shapes where names are shared."""
     found = [(group, family) for group in groups if (family := naming_of(group)).name]
     if not found:
-        return Family()
+        return _by_maps(groups)
     name, naming = Counter(family for _, family in found).most_common(1)[0][0]
     sizes = {g.flat: (_rows(g), _columns(g)) for g, _ in found}
     if any(f.name == FLUX2 for _, f in found) or (name == FLUX1 and _is_flux2(sizes)):
@@ -78,6 +79,16 @@ def family_of(groups: Iterable[Group]) -> Family:
     if name == FLUX1 and any("_attn_qkv" in g.path and not g.is_flat for g, _ in found):
         name = HUNYUAN
     return Family(name, naming)
+
+
+def _by_maps(groups: Sequence[Group]) -> Family:
+    """By the maps of all families, which tell more of them."""
+    guess = archs.family_of({g.stem: () for g in groups if g.kind and not g.is_text}).family
+    if guess is None:
+        return Family()
+    found = (archs.places("", g.path, family=guess) for g in groups)
+    namings = Counter(p[0].naming for p in found if p)
+    return Family(guess, namings.most_common(1)[0][0] if namings else "")
 
 
 def _is_flux2(sizes: dict[str, tuple[int, int]]) -> bool:

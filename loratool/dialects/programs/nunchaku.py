@@ -26,5 +26,5 @@ NUNCHAKU = Program(
              numbered(look, g) and lacks_alpha(look, g)), "no alpha",
              "it stops at a lora_down without alpha", _ISSUES + "64", is_mended=True),
     ),
-    is_of_images=True,
+    is_of_images=True, homes={"": "diffusers"},
 )  # fmt: skip
