@@ -6,11 +6,16 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
+import loratool as lt
 from loratool.dialects.programs import find_program
 from loratool.report.check import RAISES
+from tests.cli.test_check import changes
+from tests.oracle.kohya_files import adapter_of
 from tests.unit.programs_samples import SAMPLES, Sample, Shapes
 from tests.unit.test_programs import look
 
@@ -105,3 +110,24 @@ def test_what_arrives_is_what_is_said(sample: Sample, side: str, tmp_path: Path)
         for key in group.of("down"):
             value = float(tensors[key].flatten()[0])
             assert (value in got) is said[group.stem] or lone, (key, found.findings)
+
+
+def test_a_fixed_file_is_the_same_change_there(tmp_path: Path) -> None:
+    """LoHa, which diffusers stops at, written as LoRA: its own loader makes the same ΔW of it."""
+    source, out = adapter_of("kohya_sd15_loha"), tmp_path / "out.safetensors"
+    mixin: Any = diffusers.loaders.lora_pipeline.StableDiffusionLoraLoaderMixin
+    with pytest.raises(ValueError, match="not been correctly renamed"):
+        mixin.lora_state_dict(load_file(str(source)))
+    lt.check(source, program="diffusers", fix=True, output=out)
+    state, alphas = mixin.lora_state_dict(load_file(str(out)))
+    made, ranks = [], []
+    for key, down in state.items():
+        if key.endswith(".down.weight"):
+            up = state[key.removesuffix("down.weight") + "up.weight"].flatten(1).double()
+            made.append(up @ down.flatten(1).double())
+            ranks.append(down.shape[0])
+    assert sorted(alphas.values()) == sorted(ranks)  # α/r is 1 in all of them
+    wanted = changes(source)
+    assert len(made) == len(wanted) == 85
+    norms = sorted(float(m.norm()) for m in made)
+    assert norms == pytest.approx(sorted(float(np.linalg.norm(w)) for w in wanted.values()), 1e-5)

@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 from loratool.dialects.programs.base import DROPPED, RAISES, WRONG, Program, Rule
-from loratool.dialects.programs.where import lettered, where
+from loratool.dialects.programs.grammar import Group
+from loratool.dialects.programs.look import Look
+from loratool.dialects.programs.where import where
 
 _HOME = "https://github.com/kohya-ss/sd-scripts/"
 _TOOLS = _HOME + "blob/main/networks/"
+
+
+def _is_other(_: Look, group: Group) -> bool:
+    return not any(".lora_down." in key or ".lora_up." in key for key in group.keys)
+
 
 SD_SCRIPTS = Program(
     "sd-scripts",
@@ -14,7 +21,7 @@ SD_SCRIPTS = Program(
     "48d368fa (2026-02-16)",
     (_TOOLS + "resize_lora.py", _TOOLS + "merge_lora.py", _TOOLS + "svd_merge_lora.py"),
     (
-        Rule("letters", RAISES, where(kind=("lora",), on=lettered), "lora_A and lora_B",
+        Rule("letters", RAISES, where(kind=("lora",), on=_is_other), "other factors than lora_down",
              "resize_lora finds no rank and stops; merge_lora leaves the model as it is",
              _HOME + "issues/2169", is_mended=True),
         Rule("algorithm", DROPPED, where(kind=(
