@@ -7,6 +7,7 @@ float32 and in the order of operations that the format has.
 from __future__ import annotations
 
 import json
+import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -258,6 +259,75 @@ def mlx(rows: int, words: int, *, bits: int, size: int, seed: int,
     return made(tensors, said, numbers)
 
 
+def _halves(rng: Any, count: int) -> tuple[Any, Any]:
+    """(bytes of float16, what they are)."""
+    stored, numbers = rounded(rng.random((count, 1)) + 0.01, torch.float16)
+    return stored.view(torch.uint8).numpy(), numbers
+
+
+def gguf_blocks(kind: str, count: int, rng: Any) -> tuple[Any, Any]:
+    """(blocks as bytes, their numbers), from codes that are drawn first."""
+    factor, d = _halves(rng, count)
+    offset, m = _halves(rng, count)
+    if kind == "Q8_0":
+        codes = rng.integers(-128, 128, (count, 32))
+        return np.hstack([factor, codes.astype(np.int8).view(np.uint8)]), np.float32(codes) * d
+    if kind == "Q4_0":
+        codes = rng.integers(0, 16, (count, 32))
+        low = (codes[:, :16] | codes[:, 16:] << 4).astype(np.uint8)
+        return np.hstack([factor, low]), d * np.float32(codes - 8)
+    if kind == "Q5_1":
+        codes = rng.integers(0, 32, (count, 32))
+        low = ((codes[:, :16] & 15) | (codes[:, 16:] & 15) << 4).astype(np.uint8)
+        high = np.packbits((codes >> 4).astype(np.uint8), axis=1, bitorder="little")
+        return np.hstack([factor, offset, high, low]), d * np.float32(codes) + m
+    if kind == "Q4_K":
+        codes = rng.integers(0, 16, (count, 8, 32))
+        scales, mins = rng.integers(0, 64, (count, 8)), rng.integers(0, 64, (count, 8))
+        twelve = np.zeros((count, 12), dtype=np.int64)
+        for j in range(4):
+            twelve[:, j] = scales[:, j] | (scales[:, j + 4] >> 4) << 6
+            twelve[:, j + 4] = mins[:, j] | (mins[:, j + 4] >> 4) << 6
+            twelve[:, j + 8] = (scales[:, j + 4] & 15) | (mins[:, j + 4] & 15) << 4
+        pairs = codes.reshape(count, 4, 2, 32)
+        low = (pairs[:, :, 0] | pairs[:, :, 1] << 4).reshape(count, 128)
+        numbers = (d * np.float32(scales))[:, :, None] * np.float32(codes)
+        numbers = numbers - (m * np.float32(mins))[:, :, None]
+        blocks = np.hstack([factor, offset, twelve.astype(np.uint8), low.astype(np.uint8)])
+        return blocks, numbers.reshape(count, 256)
+    assert kind == "Q6_K"
+    codes, scales = rng.integers(0, 64, (count, 256)), rng.integers(-128, 128, (count, 16))
+    low, high = np.zeros((count, 128), dtype=np.int64), np.zeros((count, 64), dtype=np.int64)
+    for half in range(2):
+        for i in range(32):
+            q = [codes[:, half * 128 + k * 32 + i] for k in range(4)]
+            low[:, half * 64 + i] = (q[0] & 15) | (q[2] & 15) << 4
+            low[:, half * 64 + 32 + i] = (q[1] & 15) | (q[3] & 15) << 4
+            high[:, half * 32 + i] = sum((q[k] >> 4) << 2 * k for k in range(4))
+    numbers = (d * np.float32(scales)).repeat(16, 1) * np.float32(codes - 32)
+    bytes_ = [part.astype(np.uint8) for part in (low, high)]
+    return np.hstack([*bytes_, scales.astype(np.int8).view(np.uint8), factor]), numbers
+
+
+def gguf(rows: int, blocks: int, *, kind: str, seed: int, heads: int = 0) -> CodedFile:
+    """As a file's tensors and the configuration made of it show it to the codec."""
+    rng = np.random.default_rng(seed)
+    each = 2 * rows if heads else rows  # rows of a head: halves in turns
+    rows = each * max(1, heads)
+    made_, numbers = gguf_blocks(kind, rows * blocks, rng)
+    numbers = np.float32(numbers).reshape(rows, -1)
+    if heads:
+        order = [h * each + 2 * i + half for h in range(heads) for half in range(2)
+                 for i in range(each // 2)]  # fmt: skip
+        numbers = numbers[order]
+    name = "blk.3.attn_k.weight"
+    said = {"architecture": "llama" if heads else "qwen3", "types": {name: kind},
+            "shapes": {name: list(numbers.shape)}}  # fmt: skip
+    file = config("gguf", **said) | {"num_key_value_heads": heads}
+    plain = "model.layers.3.self_attn.k_proj.weight"
+    return made({name: tensor(made_.reshape(rows, -1))}, file, numbers, name, plain)
+
+
 def save_sparse(folder: Path, tensors: Mapping[str, tuple[str, tuple[int, ...]]],
                 said: Mapping[str, Any]) -> Path:  # fmt: skip
     """A checkpoint whose header tells of bytes that no disk holds: name -> (type, shape)."""
@@ -273,3 +343,31 @@ def save_sparse(folder: Path, tensors: Mapping[str, tuple[str, tuple[int, ...]]]
         file.truncate(8 + len(text) + at)
     (folder / "config.json").write_text(json.dumps(said))
     return folder
+
+
+def save_gguf(path: Path, metadata: Mapping[str, Any],
+              tensors: Mapping[str, tuple[int, Sequence[int], bytes]]) -> Path:  # fmt: skip
+    """A GGUF file: tensors as name -> (number of its type, shape, bytes)."""
+
+    def text(value: str) -> bytes:
+        return struct.pack("<Q", len(value.encode())) + value.encode()
+
+    def value(item: Any) -> bytes:
+        if isinstance(item, str):
+            return struct.pack("<I", 8) + text(item)
+        if isinstance(item, list):
+            return struct.pack("<IIQ", 9, 8, len(item)) + b"".join(map(text, item))
+        return struct.pack("<II", 4, item)
+
+    entries = b"".join(text(k) + value(v) for k, v in metadata.items())
+    table, data = b"", b""
+    for name, (number, shape, content) in tensors.items():
+        data += bytes(-len(data) % 32)
+        table += text(name) + struct.pack("<I", len(shape))
+        table += struct.pack(f"<{len(shape)}Q", *reversed(shape))
+        table += struct.pack("<IQ", number, len(data))
+        data += content
+    head = b"GGUF" + struct.pack("<IQQ", 3, len(tensors), len(metadata)) + entries + table
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(head + bytes(-len(head) % 32) + data)
+    return path

@@ -434,6 +434,10 @@ CODED: dict[str, st.SearchStrategy[CodedFile]] = {
         size=st.sampled_from([8, 16]), seed=SEEDS, zeros=st.booleans(), ordered=st.booleans(),
     ),
     "nvfp4": st.builds(coded.nvfp4, SIDES, _FEW, seed=SEEDS, modelopt=st.booleans()),
+    "gguf": st.builds(
+        coded.gguf, SIDES, _FEW, kind=st.sampled_from(["Q4_0", "Q5_1", "Q8_0", "Q4_K", "Q6_K"]),
+        seed=SEEDS, heads=st.integers(0, 2),
+    ),
     "mlx": st.builds(
         coded.mlx, SIDES, _FEW, bits=st.sampled_from([2, 3, 4, 5, 6, 8]),
         size=st.sampled_from([8, 16, 32]), seed=SEEDS,

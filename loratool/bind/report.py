@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from loratool.bind.items import Item, Misfit
 from loratool.bind.names import COMPONENTS
 from loratool.delta.forms import matrix_shape
+from loratool.dtypes import DTYPES
 from loratool.errors import MismatchError, list_some
 from loratool.store.checkpoint import Checkpoint
 
@@ -250,6 +251,7 @@ def _packed(misfits: Sequence[Misfit], checkpoint: Checkpoint) -> MismatchError 
         for m in misfits
         if any(f"{_stem(m.item)}.{suffix}" in checkpoint.tensors for suffix in _PACKED)
         or f"{m.item.name}_blocks" in checkpoint.tensors
+        or (checkpoint.quantization and not _has_plain_matrix(checkpoint))
     ]
     if not found:
         return None
@@ -263,6 +265,11 @@ def _packed(misfits: Sequence[Misfit], checkpoint: Checkpoint) -> MismatchError 
         got=checkpoint.quantization or "packed weights",
         hint=hint,
     )
+
+
+def _has_plain_matrix(checkpoint: Checkpoint) -> bool:
+    refs = checkpoint.tensors.values()
+    return any(len(ref.shape) > 1 and DTYPES[ref.dtype].is_mergeable for ref in refs)
 
 
 def _stem(item: Item) -> str:

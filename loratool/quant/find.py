@@ -22,6 +22,7 @@ CODECS: dict[str, Codec] = {
         Codec("awq", "AWQ", ("awq",), "loratool.quant.awq"),
         Codec("packed", "packed integers", ("compressed-tensors",), "loratool.quant.packed"),
         Codec("nvfp4", "nvfp4", ("compressed-tensors", "modelopt"), "loratool.quant.nvfp4"),
+        Codec("gguf", "blocks of ggml", ("gguf",), "loratool.quant.gguf"),
         Codec("mlx", "integers of mlx", ("mlx",), "loratool.quant.mlx"),
     )
 }  # fmt: skip

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from loratool.adapter import TensorRef
+from loratool.dtypes import DTYPES, numel
 from loratool.errors import (
     BadFileError,
     DiskError,
@@ -21,9 +22,11 @@ from loratool.errors import (
     UnsafeContentError,
     list_some,
 )
+from loratool.quant.gguf import METHOD, config_of
 from loratool.quant.recognize import method_in_tensors, recognize_quantization
 from loratool.store.contained import is_inside, list_folder
 from loratool.store.foreign import PICKLE_HINT
+from loratool.store.gguf_file import is_gguf, read_gguf
 from loratool.store.header import MAX_HEADER_BYTES, read_header, short_name
 from loratool.store.jsonfile import load_json
 from loratool.store.layout import PLAIN_STEMS, Layout, find_layout, has_weights, is_pickle_name
@@ -131,6 +134,8 @@ def _open_file(path: Path, max_header: int) -> Checkpoint:
             "LT-900", "pickle is not opened: it can run code", file=path, expected="safetensors",
             hint=PICKLE_HINT,
         )  # fmt: skip
+    if is_gguf(path):
+        return _open_gguf(path)
     shard = _read_shard(path, path.name, "", path.parent, max_header)
     tensors = _collect([shard], path)
     _refuse_adapter(tensors, path)
@@ -144,6 +149,22 @@ def _open_file(path: Path, max_header: int) -> Checkpoint:
     return Checkpoint(
         path, False, (shard[0],), tensors, config, quantization=method, notes=notes + more
     )
+
+
+def _open_gguf(path: Path) -> Checkpoint:
+    """A GGUF file: what is in blocks of ggml's own as rows of bytes, and a configuration made."""
+    file = read_gguf(path)
+    tensors = {}
+    for t in file.tensors:
+        is_plain = t.kind in DTYPES
+        rows = numel(t.shape[:-1])
+        shape = t.shape if is_plain else (rows, t.nbytes // max(1, rows))
+        dtype = t.kind if is_plain else "U8"
+        tensors[t.name] = TensorRef(path, t.name, dtype, shape, t.start, t.nbytes, file.stamp)
+    _refuse_adapter(tensors, path)
+    shard = Shard(path, path.name, "", {}, tuple(tensors), b"")
+    config = config_of(file.metadata, ((t.name, t.kind, t.shape) for t in file.tensors))
+    return Checkpoint(path, False, (shard,), tensors, config, quantization=METHOD)
 
 
 def _open_folder(folder: Path, max_header: int, *, index_name: str | None = None) -> Checkpoint:
