@@ -14,7 +14,7 @@ from itertools import zip_longest
 from typing import Any, NamedTuple
 
 from loratool.archs.family_files import families, index_of, templates_of
-from loratool.archs.family_rows import NUMBER, Family, flatten
+from loratool.archs.family_rows import NUMBER, Family, Telling, flatten
 from loratool.archs.places import Place, is_text, places, places_of, split_component
 
 __all__ = [
@@ -141,21 +141,26 @@ def _fitting(component: str, names: Mapping[str, Shape]) -> dict[str, _Score]:
 def _groups(component: str, names: Mapping[str, Shape]) -> dict[str, list[_Group]]:
     """Family -> its modules among the names, each kind of module looked up once."""
     index = index_of()
-    telling: dict[str, tuple[int, ...] | None] = {}
+    known: dict[str, Telling | None] = {}
     pools: dict[tuple[str, tuple[str, ...]], tuple[list[Shape], list[list[str]]]] = {}
     for name, shape in names.items():
         flat = flatten(name).strip("_")
         key, numbers = NUMBER.sub("#", flat), NUMBER.findall(flat)
-        if key not in telling:
-            telling[key] = index.telling(key)
-        places = telling[key]
-        if places is not None:
-            pool = pools.setdefault((key, tuple([numbers[i] for i in places])), ([], []))
+        if key not in known:
+            known[key] = index.telling(key)
+        telling = known[key]
+        if telling is not None and (
+            not telling.length or tuple(numbers[: telling.length]) in telling.blocks
+        ):
+            pool = pools.setdefault((key, tuple([numbers[i] for i in telling.places])), ([], []))
             pool[0].append(shape)
             pool[1].append(numbers)
     found: dict[str, list[_Group]] = {}
-    for (key, _), (shapes, numbers_of) in pools.items():
-        largest = (max(column, key=int) for column in zip(*numbers_of, strict=True))
+    for (key, _), (shapes, all_numbers) in pools.items():
+        largest = [max(column, key=int) for column in zip(*all_numbers, strict=True)]
+        telling = known[key]
+        block = all_numbers[0][: telling.length] if telling else []
+        largest[: len(block)] = block
         name = "".join(w + n for w, n in zip_longest(key.split("#"), largest, fillvalue=""))
         once: dict[str, Place] = {}
         for place in places_of(component, name):
@@ -233,10 +238,10 @@ def _of(groups: Iterable[_Group], family: Family, written: Iterable[str]) -> lis
 
 
 def _depth(prefix: str, groups: Iterable[_Group]) -> int:
-    """How many blocks there are of a kind, by the largest number."""
+    """How many blocks there are of a kind, by the largest of the prefix's last number."""
     pattern = re.compile(re.escape(prefix).replace(re.escape("{n}"), r"(\d+)") + r"(\.|$)")
     found = (pattern.match(group.place.original[0]) for group in groups)
-    return max((int(m[1]) + 1 for m in found if m), default=0)
+    return max((int(m[m.re.groups - 1]) + 1 for m in found if m), default=0)
 
 
 def _guess(

@@ -69,11 +69,15 @@ class Row:
         """The numbers that the original has for those of a name; None if there are none such."""
         if not self.blocks:
             return numbers
-        side = int(naming in self.like_diffusers)
+        side = self.side_of(naming)
         table = self._to_original if side else self._to_diffusers
         if numbers[: len(self.blocks[0][side])] not in table:
             return None
         return _renumbered(numbers, table) if side else numbers
+
+    def side_of(self, naming: str) -> int:
+        """0 for a naming whose blocks are numbered as in the original, 1 as in diffusers."""
+        return int(naming in self.like_diffusers)
 
     @cached_property
     def _to_diffusers(self) -> dict[Numbers, Numbers]:
@@ -115,6 +119,20 @@ class Entry(NamedTuple):
     name: Name
 
 
+class Telling(NamedTuple):
+    """Which numbers of a name decide on its rows.
+
+    Attributes:
+        places: of numbers that rows fix.
+        length: of the first numbers, which name a block, 0 if any may stand there.
+        blocks: the blocks that there are.
+    """
+
+    places: tuple[int, ...]
+    length: int = 0
+    blocks: frozenset[Numbers] = frozenset()
+
+
 _Fixed = dict[tuple[int, ...], dict[tuple[str, ...], list[Entry]]]
 
 
@@ -151,16 +169,19 @@ class Index:
                     if found is not None:
                         yield entry, found
 
-    def telling(self, key: str) -> tuple[int, ...] | None:
-        """Which numbers of a flat name with ``#`` decide on its rows; None if it has none."""
-        found: set[int] | None = None
+    def telling(self, key: str) -> Telling | None:
+        """What decides on the rows of a flat name with ``#``; None if it has none."""
         whole = (self.tensors.get(key), self.tensors.get(f"{key}_weight"))
-        for groups in (self.modules.get(key), *whole):
-            for places, fixed in (groups or {}).items():
-                rows = [entry.row for entries in fixed.values() for entry in entries]
-                free = max(len(r.blocks[0][0]) if r.blocks else 0 for r in rows)
-                found = (found or set()) | set(places) | set(range(free))
-        return None if found is None else tuple(sorted(found))
+        groups = [some for some in (self.modules.get(key), *whole) if some]
+        if not groups:
+            return None
+        places = sorted({i for some in groups for fixed in some for i in fixed})
+        entries = [e for some in groups for table in some.values()
+                   for several in table.values() for e in several]  # fmt: skip
+        blocks = [{pair[e.row.side_of(e.naming)] for pair in e.row.blocks} for e in entries]
+        if not all(blocks):
+            return Telling(tuple(places))
+        return Telling(tuple(places), len(next(iter(blocks[0]))), frozenset().union(*blocks))
 
 
 def flatten(name: str) -> str:

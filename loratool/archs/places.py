@@ -6,7 +6,8 @@ or without the prefix of its component.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 
@@ -197,26 +198,19 @@ def split_component(name: str) -> tuple[str, str]:
         >>> split_component("model.diffusion_model.img_in")
         ('unet', 'img_in')
     """
-    first, _, rest = name.partition(".")
-    names, by_prefix = _components()
-    if first in names:
-        return first, rest
-    for prefix, component in by_prefix:
-        if name.startswith(prefix):
-            return component, name.removeprefix(prefix)
-    return "", name
+    by_prefix, pattern = _components()
+    found = pattern.match(name)
+    return (by_prefix[found[0]], name[found.end() :]) if found else ("", name)
 
 
 @cache
-def _components() -> tuple[frozenset[str], tuple[tuple[str, str], ...]]:
-    """The names, and (prefix, component) with the longest prefix first."""
+def _components() -> tuple[Mapping[str, str], re.Pattern[str]]:
+    """Component by prefix, and what finds the longest prefix."""
     parts = load_data("diffusion")["components"]
-    found = {prefix: name for name, some in reversed(parts.items()) for prefix in some}
-    return frozenset(parts) - {"transformer", "unet"}, tuple(sorted(found.items(), key=_longest))
-
-
-def _longest(pair: tuple[str, str]) -> int:
-    return -len(pair[0])
+    found = {f"{name}.": name for name in parts}
+    found |= {prefix: name for name, some in reversed(parts.items()) for prefix in some}
+    longest = sorted(found, key=lambda prefix: -len(prefix))
+    return found, re.compile("|".join(map(re.escape, longest)))
 
 
 @cache

@@ -11,9 +11,11 @@ from typing import Any
 
 import pytest
 
-from loratool.archs.families import Guess, family_of, places
+from loratool.archs.families import Guess, families, family_of, places
+from loratool.archs.family_files import templates_of
 
 KEYS = Path(__file__).parents[1] / "data" / "keys"
+LLM = Path(__file__).parents[1] / "data" / "llm"
 SUFFIX = re.compile(r"\.(lora_(down|up)\.weight|lora_[AB]\.weight|alpha)$")
 
 
@@ -131,3 +133,63 @@ def test_a_language_model_is_of_no_family() -> None:
     names = [f"model.layers.{i}.self_attn.{p}_proj" for i in range(4) for p in "qkvo"]
     assert family_of(dict.fromkeys(names, (2048, 2048))).family is None
     assert family_of({}).family is None
+
+
+def modules_of(name: str, size: Mapping[str, Any], naming: str) -> dict[str, tuple[int, ...]]:
+    """The first and the last block of a model of a size, by the names of one program."""
+    family, found = families()[name], {}
+    tells, width = family.tells, size["width"]
+    ratios = {t: r for w, r in tells.get("ratio", {}).items() for t in templates_of(family, w)}
+    wide = {t for written in tells.get("width", ()) for t in templates_of(family, written)}
+    depths = dict(zip(tells.get("depth", ()), size.get("depth", ()), strict=False))
+    for row in (r for r in family.rows if not r.is_tensor):
+        template = row.names["original"][0].template
+        depth = next((d for prefix, d in depths.items() if template.startswith(f"{prefix}.")), 2)
+        for number in (0, depth - 1):
+            numbers = (str(number), *"000")[: template.count("{n}")]
+            for one in row.names[naming]:
+                rows = ratios.get(template, 3) * width if len(row.names[naming]) == 1 else width
+                shape = (rows, width) if template in wide else ()
+                found[row.fill(one, naming, numbers)] = shape
+    return found
+
+
+# Their original code calls layers as GPT-NeoX does, behind a word that any adapter may begin with.
+UNTOLD = (("cogview", "original"), ("cogvideox", "original"))
+SIZES = [(name, label, naming) for name, family in families().items()
+         for label in family.tells.get("sizes", ()) for naming in ("original", "diffusers")
+         if family.component == "unet" and not any(row.blocks for row in family.rows)
+         and (name, naming) not in UNTOLD]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "label", "naming"), SIZES)
+def test_every_size_of_a_family_is_told_from_all_others(name: str, label: str, naming: str) -> None:
+    shapes = modules_of(name, families()[name].tells["sizes"][label], naming)
+    for prefix in ("", "unet.", "model.diffusion_model."):
+        found = family_of({prefix + module: shape for module, shape in shapes.items()})
+        assert (found.family, found.size, found.told) == (name, label, "names and shapes")
+    flat = {f"unet.{module.replace('.', '_')}": shape for module, shape in shapes.items()}
+    assert family_of(flat).family == name
+
+
+def test_names_of_qwen3_vl_are_of_hidream_only_with_what_it_has_besides() -> None:
+    block = "model.language_model.layers.{}.self_attn.{}_proj"
+    names = [block.format(i, p) for i in range(4) for p in "qkvo"]
+    assert family_of(dict.fromkeys(names, (2048, 2048))).family is None
+    assert family_of(dict.fromkeys([*names, "model.x_embedder.proj1"], ())).family == "hidream_o1"
+    told = family_of(dict.fromkeys(names, ()), {"ss_base_model_version": "hidream_o1_image"})
+    assert (told.family, told.told) == ("hidream_o1", "metadata")
+
+
+@pytest.mark.parametrize("path", sorted(LLM.rglob("*.safetensors")), ids=lambda p: p.parent.name)
+def test_no_sample_of_a_language_model_is_of_a_family(path: Path) -> None:
+    with path.open("rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    shapes = {key: tuple(value["shape"]) for key, value in header.items() if key != "__metadata__"}
+    for prefix in ("base_model.model.", ""):
+        modules = {
+            re.sub(r"\.(lora_\w+|weight|bias)(\..*)?$", "", key.removeprefix(prefix)): shape
+            for key, shape in shapes.items()
+        }
+        found = family_of(modules)
+        assert found.family is None and not found.others
