@@ -20,7 +20,7 @@ TABLE_OF_IT = replace(
     components=(
         Component("diffusion_model.", "diffusion_model", ("unet", "transformer", "prior_unet")),
         # ai-toolkit has both experts of Wan 2.2 in one file: high noise, low noise.
-        Component("diffusion_model.transformer_1.", "transformer"),
+        Component("diffusion_model.transformer_1.", "transformer_1"),
         Component("diffusion_model.transformer_2.", "transformer_2"),
         Component("model.diffusion_model.", "diffusion_model"),
         Component("transformer.diffusion_model.", "diffusion_model"),

@@ -63,7 +63,7 @@ RENAMES = (
     (r"_lora\.up\.weight$", ".lora_B.weight"),
 )
 PIPELINE = (
-    Component("transformer.", "transformer"),
+    Component("transformer.", "transformer", ("transformer_1",)),
     Component("transformer_2.", "transformer_2"),
     Component("unet.", "unet"),
     Component("text_encoder.", "text_encoder", ("te", "te1")),

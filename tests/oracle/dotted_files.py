@@ -19,7 +19,8 @@ _ENDS = (
     (rf"lora_A(\.\w+)?(\.weight)?|({'|'.join(_DOWN)})\.weight", "A"),
     (rf"lora_B(\.\w+)?\.weight|lora_B|({'|'.join(_UP)})\.weight", "B"),
     (r"lora_B(\.\w+)?\.bias", "bias"), (r"lora_magnitude_vector|magnitude|dora_scale", "lengths"),
-    (r"alpha", "alpha"), (r"diff_b", "diff_b"), (r"diff", "diff"),
+    (r"alpha", "alpha"), (r"(query|key)_norm\.scale", "set"),
+    (r"diff_b", "diff_b"), (r"diff", "diff"),
 )  # fmt: skip
 
 
