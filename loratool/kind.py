@@ -40,6 +40,7 @@ class Kind:
         together: with ``rows``, how many rows of W depend on each other, from the first on: so
             many of them are read at a time, and a slice of the change has whole groups; 0 = all.
         is_proportional: W' - W is, at a weight w, w times what it is at 1.
+        scales_whole: the scaling is a factor of all of W' - W, though that depends on W.
         alpha_scales: alpha/r is a factor of the change; else alpha is a number of another meaning.
         exchanged: roles that older files have the other way round, told by the shapes.
         flags: role of a tensor that is one number, 0 or 1 -> the setting that it is too.
@@ -80,6 +81,7 @@ class Kind:
     reach: str = "block"
     together: Callable[[DeltaSpec], int] = lambda spec: 1
     is_proportional: bool = True
+    scales_whole: bool = False
     alpha_scales: bool = True
     exchanged: tuple[tuple[str, str], ...] = ()
     flags: Mapping[str, str] = field(default_factory=dict)

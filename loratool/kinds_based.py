@@ -266,7 +266,7 @@ ROWS: tuple[Kind, ...] = (
         "glora", "loratool.delta.through:build_glora",
         ("glora_a1", "glora_a2", "glora_b1", "glora_b2"), (), False, "GLoRA", _of_glora,
         "glora_b1", fits=_fits_glora, reach="rows", is_sum=lambda spec: False,
-        rank_axis=("glora_a2", 0),
+        rank_axis=("glora_a2", 0), scales_whole=True,
         exchanged=(("glora_a1", "glora_a2"), ("glora_b1", "glora_b2")),
     ),
     _IA3,

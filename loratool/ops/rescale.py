@@ -88,8 +88,11 @@ def plan_rescale(
         adapter = _as_written(adapter)
         return RescalePlan(adapter, factors, "copied", adapter.config, {}, tuple(notes))
     firm = [s.name for s in adapter.specs if not s.row.takes_factor]
-    needs_base = bool(kept or firm) or not all(s.is_fixed for s in adapter.specs)
-    if not has_base:
+    by_alpha = not kept and has_alpha_tensors(adapter) and _go_into_alpha(adapter, factors)
+    by_alpha &= all(s.is_fixed or s.row.scales_whole for s in adapter.specs
+                    if factors[s.name] != 1)  # fmt: skip
+    needs_base = bool(kept or firm) or not (by_alpha or all(s.is_fixed for s in adapter.specs))
+    if not has_base and not by_alpha:
         require_additive(
             adapter, "rescaled", in_size=True,
             hint="give the base, --base BASE, or the weight when it is merged: "

@@ -115,11 +115,12 @@ def test_a_merge_is_verified_and_undone(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize("name", [n for n in LYCORIS if n != "tlora"])
 def test_what_needs_the_base_is_refused_without_it(tmp_path: Path, name: str) -> None:
     path, out = adapter_of(f"lycoris_{name}"), tmp_path / "out.safetensors"
+    factor = -0.5 if name == "glora" else 0.5  # which alpha takes where it is positive
     for command in (
         lambda: lt.compress([path], rank=2, output=out),
         lambda: lt.compress([path], rank=2, base=BASE, output=out),
-        lambda: lt.rescale([path], 0.5, output=out),
-        lambda: lt.rescale([path], 0.5, base=BASE, output=out),
+        lambda: lt.rescale([path], factor, output=out),
+        lambda: lt.rescale([path], factor, base=BASE, output=out),
         lambda: lt.merge([path, path], output=out),
         lambda: lt.merge([path, path], base=BASE, output=out, method="ties"),
     ):
@@ -127,6 +128,15 @@ def test_what_needs_the_base_is_refused_without_it(tmp_path: Path, name: str) ->
             command()
         assert caught.value.code in ("LT-460", "LT-418", "LT-498"), caught.value
         assert not out.exists()
+
+
+def test_glora_is_rescaled_in_alpha(tmp_path: Path) -> None:
+    """Its change is linear in alpha, whatever W is."""
+    lt.rescale([adapter_of("lycoris_glora")], 0.3, output=tmp_path / "small.safetensors")
+    lt.merge([tmp_path / "small.safetensors"], base=BASE, output=tmp_path / "out.safetensors")
+    got = load_file(str(tmp_path / "out.safetensors"))
+    for key, exact in wanted("glora", 0.3).items():
+        assert np.abs(got[key] - exact).max() <= 2.0**-22, key
 
 
 def test_older_glora_files_have_their_factors_the_other_way_round(tmp_path: Path) -> None:

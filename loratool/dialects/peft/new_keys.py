@@ -20,7 +20,7 @@ _WRAP = ".base_layer"
 def obstacle(spec: DeltaSpec) -> str:
     """What of a change no new configuration can hold, "" if there is nothing."""
     reasons = {
-        f"kind {spec.kind}": spec.kind not in ("lowrank", "dora", "vector"),
+        spec.title: spec.kind not in ("lowrank", "dora", "vector"),
         f"{spec.base_change} changes the base": bool(spec.base_change),
         "block-diagonal factors": spec.blocks is not None,
         "a diagonal between the factors": "diag" in spec.fields,

@@ -64,6 +64,7 @@ def read(candidate: Candidate, options: Read) -> Adapter:
         metadata=header.metadata,
         key_order=tuple(ref.name for ref in header.tensors),
         unclaimed=parts.unclaimed,
+        carried=parts.carried,
         layer_order=config.layer_order,
         notes=tuple(notes),
         extras={**_find_extras(candidate), **beside.carried},
@@ -75,6 +76,7 @@ def read(candidate: Candidate, options: Read) -> Adapter:
 def read_tensors(refs: Iterable[TensorRef], config: PeftConfig, options: Read) -> Adapter:
     """Specs, replacements, unclaimed tensors and notes of a file; paths and names stay empty."""
     method = ROWS.get(config.method)
+    spare: list[TensorRef] = []
     shared, rest = take_shared(refs, method.shared if method else {})
     found = unify_spellings(sort_tensors(rest, method.roles if method else None))
     if method is None:
@@ -84,7 +86,6 @@ def read_tensors(refs: Iterable[TensorRef], config: PeftConfig, options: Read) -
         specs = [one for one in changes if isinstance(one, DeltaSpec)]
         made = [one for one in changes if isinstance(one, Replacement)]
         notes = [f"{len(unused)} tensors of modules that change nothing"] if unused else []
-        unused = [*unused, *spare]
     replacements, hidden, more = read_replacements(found, config)
     notes = [*found.notes, *notes, *more, *_notes(specs, config)]
     if found.training:
@@ -100,6 +101,7 @@ def read_tensors(refs: Iterable[TensorRef], config: PeftConfig, options: Read) -
         tuple(specs),
         (*made, *replacements),
         unclaimed=unclaimed,
+        carried=tuple(spare),  # once more in every module
         notes=tuple(notes),
     )
 

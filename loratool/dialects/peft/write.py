@@ -109,4 +109,4 @@ def _sources(adapter: Adapter) -> Iterator[Source]:
         yield from spec.fields.values()
     for replacement in adapter.replacements:
         yield replacement.source
-    yield from adapter.unclaimed
+    yield from (*adapter.unclaimed, *adapter.carried)
