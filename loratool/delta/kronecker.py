@@ -7,7 +7,7 @@ A convolution's kernel is part of q.  The product of thin factors is one of thin
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 
@@ -47,22 +47,21 @@ class Kronecker(Delta):
         (m, n), (p, q) = first.shape, second.shape
         self._rows, self._cols = rows or (0, m * p), cols or (0, n * q)
         self.shape = (self._rows[1] - self._rows[0], self._cols[1] - self._cols[0])
-        self.roundings = first.roundings + second.roundings + 1
+        self.roundings = first.roundings + second.roundings + 2
 
     def add_to(
         self, acc: torch.Tensor, base: torch.Tensor, r0: int, r1: int, c0: int, c1: int
     ) -> None:
         """Each element of the one times one of the other."""
-        one, other = self._blocks(self.first.add_to, self.second.add_to, acc, (r0, r1), (c0, c1))
-        acc.add_(one.mul_(other), alpha=self.coefficient)
+        adds = self.first.add_to, self.second.add_to
+        self._add(acc, (r0, r1), (c0, c1), *adds, self.coefficient)
 
     def add_size(
         self, acc: torch.Tensor, base: torch.Tensor, r0: int, r1: int, c0: int, c1: int
     ) -> None:
         """The product of both bounds."""
-        sizes = self.first.add_size, self.second.add_size
-        one, other = self._blocks(*sizes, acc, (r0, r1), (c0, c1))
-        acc.add_(one.mul_(other), alpha=abs(self.coefficient))
+        adds = self.first.add_size, self.second.add_size
+        self._add(acc, (r0, r1), (c0, c1), *adds, abs(self.coefficient))
 
     def terms(self, rows: torch.Tensor, cols: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
         """Products of four numbers at most; two of them at a time are exact in float64."""
@@ -85,44 +84,46 @@ class Kronecker(Delta):
         self.first.to(device)
         self.second.to(device)
 
-    def _blocks(
-        self, first: _Add, second: _Add, like: torch.Tensor, rows: Range, cols: Range
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """What each matrix has for a block of the product; no more of them is computed."""
+    def _add(
+        self, acc: torch.Tensor, rows: Range, cols: Range, first: _Add, second: _Add, factor: float
+    ) -> None:
+        """A block, in nine tiles at most: its borders need not be those of the second matrix."""
         height, width = self.second.shape
-        at = [
-            torch.arange(start + span[0], start + span[1], device=like.device)
-            for start, span in ((self._rows[0], rows), (self._cols[0], cols))
-        ]
-        across, along = (
-            (start + span[0], start + span[1])
-            for start, span in ((self._rows[0], rows), (self._cols[0], cols))
-        )
-        whole = (_quotients(across, height), _quotients(along, width))
-        rest = (_rests(across, height), _rests(along, width))
-        return (
-            _gathered(first, like, *whole, at[0] // height, at[1] // width),
-            _gathered(second, like, *rest, at[0] % height, at[1] % width),
-        )
+        for i, p, row in _runs(rows[0] + self._rows[0], rows[1] + self._rows[0], height):
+            for j, q, col in _runs(cols[0] + self._cols[0], cols[1] + self._cols[0], width):
+                one, other = _made(first, acc, i, j), _made(second, acc, p, q)
+                (m, n), (k, w) = one.shape, other.shape
+                tile = acc[row : row + m * k, col : col + n * w].view(m, k, n, w)
+                tile.addcmul_(one[:, None, :, None], other[None, :, None, :], value=factor)
 
 
-def _quotients(span: Range, size: int) -> Range:
-    return span[0] // size, (span[1] - 1) // size + 1
+def _runs(start: int, stop: int, size: int) -> Iterator[tuple[Range, Range, int]]:
+    """A range of multiples of ``size`` and rests: part of one, whole ones, part of one.
+
+    Each is (range of quotients, range of rests, offset from ``start``).
+
+    Example:
+        >>> list(_runs(2, 11, 4))
+        [((0, 1), (2, 4), 0), ((1, 2), (0, 4), 2), ((2, 3), (0, 3), 6)]
+    """
+    at = start
+    while at < stop:
+        first, rest = divmod(at, size)
+        many = 0 if rest else (stop - at) // size
+        if many:
+            run, end = ((first, first + many), (0, size)), at + many * size
+        else:
+            end = min(stop, (first + 1) * size)
+            run = ((first, first + 1), (rest, rest + end - at))
+        yield *run, at - start
+        at = end
 
 
-def _rests(span: Range, size: int) -> Range:
-    if span[0] // size == (span[1] - 1) // size:
-        return span[0] % size, (span[1] - 1) % size + 1
-    return 0, size
-
-
-def _gathered(
-    add: _Add, like: torch.Tensor, rows: Range, cols: Range, i: torch.Tensor, j: torch.Tensor
-) -> torch.Tensor:
-    """The elements (i, j) of a matrix, of which only these rows and columns are made."""
+def _made(add: _Add, like: torch.Tensor, rows: Range, cols: Range) -> torch.Tensor:
+    """A part of one matrix."""
     block = like.new_zeros(rows[1] - rows[0], cols[1] - cols[0])
     add(block, block, *rows, *cols)
-    return block.index_select(0, i - rows[0]).index_select(1, j - cols[0])
+    return block
 
 
 def _elements(
