@@ -31,6 +31,7 @@ TABLE = Table(
         Field("lora_mid.weight", "lora_mid"),
         Field("dora_scale", OPEN_LENGTHS),
         Field("diff", "full_delta", kind="full"),
+        Field("set_weight", "", is_set=True),
         Field("w_norm", "delta", kind="vector", is_norm=True),
         Field("b_norm", "delta", kind="vector", parameter="bias", is_norm=True),
         Field("diff_b", "delta", kind="vector", parameter="bias"),
@@ -44,7 +45,7 @@ TABLE = Table(
         Field("lambda_layer", "diag", start="tlora"),
     ),
     factor="scalar",  # LyCORIS before it folded it into a factor
-    passed=r"bundle_emb\.",
+    passed=r"bundle_emb\.|.*\.reshape_weight$",
     unreadable=(
         "ss_network_args",
         r'"sig_type": *"(?!principal")|"use_data_init": *"?[Ff]alse',

@@ -452,3 +452,44 @@ def test_another_shape_than_the_base_has_is_refused(tmp_path: Path, name: str, k
     with pytest.raises(lt.LoratoolError) as caught:
         merged(written(tmp_path, spoiled(name, cut(key))), BASE, tmp_path)
     assert caught.value.code == "LT-432" and "lin_a.weight" in str(caught.value)
+
+
+# --------------------------------------------------- single tensors, whatever they are changes of
+
+
+def test_bare_parameters_norms_and_whole_tensors_change(tmp_path: Path) -> None:
+    """ComfyUI names a parameter that has no module of its own by its path (Wan's modulation)."""
+    base = {"blocks.0.modulation": random(1, 6, 8), "blocks.0.norm3.weight": random(8),
+            "blocks.0.norm3.bias": random(8, seed=1), "patch.weight": random(8, 4, 1, 2, 2),
+            "blocks.0.q.weight": random(8, 8), "norm_q.weight": random(8)}  # fmt: skip
+    changes = {"blocks.0.modulation.diff": random(1, 6, 8, seed=3),
+               "blocks.0.norm3.diff": random(8, seed=4), "blocks.0.norm3.diff_b": random(8, seed=5),
+               "patch.diff": random(8, 4, 1, 2, 2, seed=6),
+               "blocks.0.q.set_weight": random(8, 8, seed=7)}  # fmt: skip
+    path = written(tmp_path, {f"diffusion_model.{k}": v for k, v in changes.items()})
+    whole = written(tmp_path, base, "base.safetensors")
+    want = {k: v.astype(np.float64) for k, v in base.items()}
+    want["blocks.0.modulation"] += changes["blocks.0.modulation.diff"]
+    want["blocks.0.norm3.weight"] += changes["blocks.0.norm3.diff"]
+    want["blocks.0.norm3.bias"] += changes["blocks.0.norm3.diff_b"]
+    want["patch.weight"] += changes["patch.diff"]
+    want["blocks.0.q.weight"] = changes["blocks.0.q.set_weight"]
+    assert near(merged(path, whole, tmp_path), want)
+    lt.rescale([path], 1, output=tmp_path / "b.safetensors", provenance=False)
+    assert (tmp_path / "b.safetensors").read_bytes() == path.read_bytes()
+
+
+def test_lengths_of_columns_are_not_cut_into_rows(tmp_path: Path) -> None:
+    """A fused projection on a base with three: each norm is over the rows of all."""
+    path = written(tmp_path, {
+        "lora_unet_double_blocks_0_img_attn_qkv.lora_up.weight": random(24, 2),
+        "lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight": random(2, 8),
+        "lora_unet_double_blocks_0_img_attn_qkv.dora_scale": np.abs(random(1, 8)) + 1,
+    })  # fmt: skip
+    name = "transformer_blocks.0.attn.to_{}.weight"
+    base = written(
+        tmp_path, {name.format(part): random(8, 8) for part in "qkv"}, "base.safetensors"
+    )
+    with pytest.raises(lt.LoratoolError) as caught:
+        merged(path, base, tmp_path)
+    assert caught.value.code == "LT-439"
