@@ -40,10 +40,9 @@ _ALL = (
     *_OLD, BIAS, Field("diff_m", "full_delta", kind="full", parameter="modulation"),
     Field("query_norm.scale", "", parameter="query_norm.scale", is_set=True),
     Field("key_norm.scale", "", parameter="key_norm.scale", is_set=True),
-    Field("set_weight", "", parameter="weight", is_set=True),
     *_SHARED,
 )  # fmt: skip
-FIELDS = (*PEFT, *DOWN, Field("dora_scale", OPEN_LENGTHS), *LENGTHS_OF_PEFT, *_ALL)
+FIELDS = (*PEFT, *DOWN, *LENGTHS_OF_PEFT, Field("dora_scale", OPEN_LENGTHS), *_ALL)
 """What keys end in anywhere; new files get the first spelling of a role."""
 FIELDS_DOWN = (*DOWN, *PEFT, Field("dora_scale", OPEN_LENGTHS), *LENGTHS_OF_PEFT, *_ALL)
 """The same for programs that write ``lora_down``."""

@@ -322,9 +322,8 @@ class Table:
         found: dict[str, tuple[str, ...]] = {}
         for one in self.fields:
             if not one.kind and not one.is_set and one.start == start:
-                found[one.role] = (*found.get(one.role, ()), one.suffix)
-        for role in LENGTHS if OPEN_LENGTHS in found else ():
-            found[role] = (*found.get(role, ()), *found[OPEN_LENGTHS])
+                for role in LENGTHS if one.role == OPEN_LENGTHS else (one.role,):
+                    found[role] = (*found.get(role, ()), one.suffix)
         return found
 
     @cached_property

@@ -368,6 +368,11 @@ def test_lengths_travel_between_dialects_in_the_shape_of_each(tmp_path: Path) ->
     lt.convert([tmp_path / "peft"], to="lycoris", output=tmp_path / "back.safetensors")
     old, new = (load_file(str(p)) for p in (adapter, tmp_path / "back.safetensors"))
     assert {k: v.tolist() for k, v in old.items()} == {k: v.tolist() for k, v in new.items()}
+    for dialect, suffix in (("comfyui", "dora_scale"), ("diffusers", "lora_magnitude_vector")):
+        out = tmp_path / f"{dialect}.safetensors"
+        lt.convert([tmp_path / "peft"], to=dialect, output=out)
+        found = {k.partition("lin_a.")[2]: v.shape for k, v in load_file(str(out)).items()}
+        assert found[suffix] == ((48, 1) if suffix == "dora_scale" else (48,))
 
 
 def test_a_kernel_may_be_flattened_beside_lengths_of_columns(tmp_path: Path) -> None:
