@@ -25,6 +25,8 @@ _WEIGHT_NAMES = (
     "pytorch_lora_weights.safetensors",
 )
 _NO_WEIGHTS = re.compile(r"training_args|optimizer|scheduler|scaler|rng_state|random_states")
+_AS_ZERO = str.maketrans("123456789", "0" * 9)
+_NUMBERED = re.compile(r"[0-9]")  # in an expression: it asks for certain numbers
 _LITGPT = "lit_model.pth.lora"
 _GGUF_HEAD = 65_536  # bytes; the metadata that tell an adapter from a model come first
 
@@ -72,7 +74,13 @@ class Candidate:
 
     def has_key(self, pattern: str) -> bool:
         """True if a regular expression is found in a tensor name."""
-        return any(map(re.compile(pattern).search, self.keys))
+        keys = self.keys if _NUMBERED.search(pattern) else self._kinds_of_keys
+        return any(map(re.compile(pattern).search, keys))
+
+    @cached_property
+    def _kinds_of_keys(self) -> tuple[str, ...]:
+        """One key of all that differ in their digits alone."""
+        return tuple({key.translate(_AS_ZERO): key for key in reversed(self.keys)}.values())
 
 
 def examine(path: Path, *, max_header: int = MAX_HEADER_BYTES) -> Candidate:

@@ -7,6 +7,7 @@ in `loratool.dialects.told`.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -22,6 +23,10 @@ TRIGGER = f"{SPEC}trigger_phrase"
 MODEL_HASH, LEGACY_HASH, SPEC_HASH = "sshs_model_hash", "sshs_legacy_hash", f"{SPEC}hash_sha256"
 LENGTHS = {MODEL_HASH: 64, LEGACY_HASH: 8, SPEC_HASH: 66}
 """Entries that are hashes of the tensors -> characters."""
+_FOR_PEOPLE = re.compile(
+    r"ss_(?!base_model_version)|ss(hs|md)_|modelspec\.(?!architecture)|ot_|loratool$"
+    r"|(software|training_info|trained_words|name|version)$"
+)
 SHORT = {
     name: SPEC + name for name in (
         "title", "author", "description", "tags", "license", "date", "usage_hint", "thumbnail",
@@ -29,6 +34,11 @@ SHORT = {
     )
 } | {"trigger": TRIGGER}  # fmt: skip
 """What people type -> the entry."""
+
+
+def technical(metadata: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
+    """The entries that may tell how tensors are to be read, or of which model they are."""
+    return tuple((k, v) for k, v in metadata.items() if not _FOR_PEOPLE.match(k))
 
 
 def parse_edits(texts: Sequence[str], trigger: str | None) -> dict[str, str]:

@@ -201,13 +201,11 @@ def read_scalars(refs: Mapping[str, TensorRef]) -> dict[str, float]:
     """
     found = {}
     with FileReader() as reader:
-        reader.expect((ref.file, ref.start, ref.nbytes) for ref in refs.values())
-        for name, ref in refs.items():
+        for ref in refs.values():
             if ref.numel != 1 or ref.dtype not in (*_SCALARS, "BF16"):
                 _refuse_scalar(ref, f"{ref.dtype} {list(ref.shape)}")
-            raw = bytearray(ref.nbytes)
-            reader.read_into(ref, 0, memoryview(raw))
-            value = _number(ref.dtype, bytes(raw))
+        for (name, ref), raw in zip(refs.items(), reader.read_small(refs.values()), strict=True):
+            value = _number(ref.dtype, raw)
             if not math.isfinite(value) or abs(value) > MAX_ALPHA:
                 _refuse_scalar(ref, value)
             found[name] = value

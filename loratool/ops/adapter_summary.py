@@ -10,6 +10,7 @@ from loratool.adapter import Adapter, DeltaSpec, Replacement, Source
 from loratool.dialects.programs import judge_loads
 from loratool.dialects.rules import short_title
 from loratool.dialects.stated import divides_by_root, method_of
+from loratool.dialects.told import embeddings_of, tell, trainer_by_names
 from loratool.dtypes import DTYPES
 from loratool.report.inspect import AdapterSummary, ReplacedTensor, TargetFamily
 
@@ -43,6 +44,10 @@ def summarize_adapter(adapter: Adapter) -> AdapterSummary:
         extras=tuple(dict.fromkeys(name.partition("/")[0] for name in adapter.extras)),
         loads=judge_loads(adapter),
         metadata=dict(adapter.metadata),
+        told=tell(adapter.metadata),
+        spelled_by=trainer_by_names(adapter.key_order),
+        kinds=_counted(s.title for s in adapter.specs),
+        embeddings=embeddings_of(adapter.key_order),
     )
 
 

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
 from loratool.adapter import Adapter
 from loratool.archs.stated import is_tied, model_type
 from loratool.dialects import open_adapter, unmergeable_reason
+from loratool.dialects.told import tell
 from loratool.dtypes import DTYPES
-from loratool.errors import BadFileError, LoratoolError, MismatchError
+from loratool.errors import LoratoolError, MismatchError
 from loratool.ops.adapter_summary import dtype_bytes, dtype_word, summarize_adapter
+from loratool.ops.folder import Described, folder_rows
 from loratool.ops.input_notes import adapter_warnings
 from loratool.options.groups import Read
-from loratool.report.inspect import CheckpointSummary, FolderRow, InspectReport, TensorRow
+from loratool.report.inspect import CheckpointSummary, InspectReport, TensorRow
 from loratool.store.checkpoint import Checkpoint, open_checkpoint
-from loratool.store.contained import list_folder
+from loratool.store.contained import list_folder, open_inside
 from loratool.store.header import MAX_HEADER_BYTES
 from loratool.store.layout import what_lies_there
 from loratool.store.source import exists, find_adapter
@@ -26,6 +27,7 @@ from loratool.store.source import exists, find_adapter
 NO_ADAPTER = "LT-400"
 """Code of "not an adapter that loratool knows": then a file is taken for a checkpoint."""
 
+_MOST_CARD = 1 << 18  # bytes of a model card that are looked at
 _QUANTISED_NAME = re.compile(r"bnb-\dbit|-(GPTQ|AWQ|FP8|int[48])\b|-4bit\b", re.IGNORECASE)
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _PLAIN_NAME = re.compile(r"[\w.~/-]+")
@@ -61,7 +63,10 @@ def summarize(
     label = label or path.name or path.resolve().name
     what = _what(path)
     if what == "folder":
-        return InspectReport(source=named, what=what, rows=tuple(_rows(path, alpha, max_header)))
+        rows, notes = folder_rows(
+            path, lambda one: _describe_entry(one, alpha, max_header), max_header=max_header
+        )
+        return InspectReport(source=named, what=what, rows=rows, notes=notes)
     if what == "checkpoint":
         return _describe_checkpoint(path, named, label, tensors, max_header)
     try:
@@ -72,16 +77,26 @@ def summarize(
     return _describe_checkpoint(path, named, label, tensors, max_header)
 
 
-def _what(path: Path, root: Path | None = None) -> str:
-    """``adapter``, ``checkpoint``, ``folder`` or, for a file, ``file`` (its keys decide).
-
-    Args:
-        path: what lies there.
-        root: the folder that it belongs to; None = the user typed it.
-    """
+def _what(path: Path) -> str:
+    """``adapter``, ``checkpoint``, ``folder`` or, for a file, ``file`` (its keys decide)."""
     if not path.is_dir():
         return "file"
-    return what_lies_there({entry.name for entry in list_folder(path, root)})
+    return what_lies_there({entry.name for entry in list_folder(path)})
+
+
+def _describe_entry(path: Path, alpha: float | None, max_header: int) -> Described:
+    """What a row of a folder tells; no tensor is read that is no number."""
+    what = _what(path)
+    if what != "checkpoint":
+        try:
+            adapter = open_adapter(find_adapter(path), Read(alpha=alpha), max_header=max_header)
+            label = path.name
+            return replace(summarize_adapter(adapter), label=label), None, adapter
+        except MismatchError as error:
+            if what == "adapter" or error.code != NO_ADAPTER:
+                raise
+    checkpoint = summarize_checkpoint(open_checkpoint(path, max_header=max_header))
+    return None, replace(checkpoint, label=path.name), None
 
 
 # --------------------------------------------------------------------------------- adapters
@@ -91,15 +106,28 @@ def _describe_adapter(
     path: Path, named: str, label: str, tensors: bool, alpha: float | None, max_header: int
 ) -> InspectReport:
     adapter = open_adapter(find_adapter(path), Read(alpha=alpha), max_header=max_header)
+    told = tell(adapter.metadata, _card(path))
     return InspectReport(
         source=named,
         what="adapter",
-        adapter=replace(summarize_adapter(adapter), label=label),
+        adapter=replace(summarize_adapter(adapter), label=label, told=told),
         tensors=tuple(_adapter_tensors(adapter)) if tensors else (),
         warnings=tuple(_warnings(adapter)),
         notes=adapter.notes,
         next=_next_step(adapter, named),
     )
+
+
+def _card(path: Path) -> str:
+    """The model card beside an adapter; "" if there is none that can be read."""
+    card = (path if path.is_dir() else path.parent) / "README.md"
+    if not card.is_file():
+        return ""
+    try:
+        with open_inside(card) as file:
+            return file.read(_MOST_CARD).decode("utf-8", "replace")
+    except (LoratoolError, OSError):
+        return ""
 
 
 def _warnings(adapter: Adapter) -> list[str]:
@@ -183,47 +211,3 @@ def summarize_checkpoint(checkpoint: Checkpoint) -> CheckpointSummary:
         quantization=checkpoint.quantization,
         components=checkpoint.components,
     )
-
-
-# ---------------------------------------------------------------------------------- folders
-
-
-def _rows(folder: Path, alpha: float | None, max_header: int) -> Iterable[FolderRow]:
-    """One row per weight file and per sub-folder that is an adapter or a checkpoint.
-
-    Raises:
-        BadFileError: there is none.
-    """
-    rows = []
-    entries = list_folder(folder)
-    for entry in entries:
-        if entry.name.startswith("."):
-            continue
-        if entry.is_dir():
-            try:
-                is_one = _what(entry, folder) != "folder"
-            except LoratoolError as error:
-                rows.append(FolderRow(entry.name, error=error.to_json()))
-                continue
-            if is_one:
-                rows.append(summarize_row(entry, entry.name, alpha, max_header))
-        elif entry.suffix in (".safetensors", ".gguf"):
-            rows.append(summarize_row(entry, entry.name, alpha, max_header))
-    if not rows:
-        raise BadFileError(
-            "LT-350", "no adapter and no checkpoint here", file=folder,
-            expected="safetensors files, or folders that hold them",
-            got=f"{len(entries)} other entries",
-        )  # fmt: skip
-    return rows
-
-
-def summarize_row(
-    path: Path, name: str, alpha: float | None = None, max_header: int = MAX_HEADER_BYTES
-) -> FolderRow:
-    """One row; what cannot be read becomes a row with its error."""
-    try:
-        report = summarize(path, alpha=alpha, max_header=max_header)
-    except LoratoolError as error:
-        return FolderRow(name, error=error.to_json())
-    return FolderRow(name, report.adapter, report.checkpoint)

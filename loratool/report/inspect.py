@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from loratool.report.base import Loads, Report, plain_json
+from loratool.report.told import Told
 
 if TYPE_CHECKING:
     from loratool.report.look import AdapterLook
@@ -80,6 +81,10 @@ class AdapterSummary:
         extras: other files that belong to it.
         loads: which programs load it.
         metadata: string metadata of the tensor file.
+        told: what the metadata say in words.
+        spelled_by: the trainer that alone spells tensors in this way, "" if several do.
+        kinds: changes by their kind in words.
+        embeddings: words of embeddings that are bundled with it.
     """
 
     label: str
@@ -102,6 +107,15 @@ class AdapterSummary:
     extras: tuple[str, ...] = ()
     loads: tuple[Loads, ...] = ()
     metadata: Mapping[str, str] = field(default_factory=dict)
+    told: Told = field(default_factory=Told)
+    spelled_by: str = ""
+    kinds: Mapping[str, int] = field(default_factory=dict)
+    embeddings: tuple[str, ...] = ()
+
+    @property
+    def trainer(self) -> str:
+        """The program that wrote it, "" if nothing tells."""
+        return self.told.trainer or self.spelled_by
 
     @property
     def parameters(self) -> int:

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import gc
 import json
+import math
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, NoReturn
 
 from loratool.adapter import Stamp, TensorRef
 from loratool.dtypes import DTYPES, tensor_bytes
@@ -48,6 +50,9 @@ MAX_ENTRIES = 10_000  # of metadata
 # A tensor has one object, two lists, at most twelve commas and few fields; the rest is metadata.
 _MAX_OBJECTS = MAX_TENSORS + 2
 _MAX_LISTS = 2 * MAX_TENSORS
+_FIRST_METADATA = re.compile(rb'\{\s*"__metadata__"\s*:\s*')
+_PARTS = dict.fromkeys(("dtype", "shape", "data_offsets"))  # of a tensor's entry
+_WHOLE = {int}  # bool is no int here
 _MAX_COMMAS, _MAX_COLONS = 12, 6  # per object, and one per entry of metadata
 
 
@@ -91,6 +96,31 @@ def read_header(
         >>> read_header(Path("style/adapter_model.safetensors")).tensors[0].shape
         (8, 160)
     """
+    found = read_raw(path, max_bytes=max_bytes, folder=folder)
+    with uncollected():
+        return _checked(*found, max_bytes)
+
+
+class RawHeader(NamedTuple):
+    """The header of a file as it stands there.
+
+    Attributes:
+        where: the file.
+        raw: length prefix and JSON.
+        size: of the whole file in bytes.
+        stamp: of the file.
+    """
+
+    where: Location
+    raw: bytes
+    size: int
+    stamp: Stamp
+
+
+def read_raw(
+    path: Path, *, max_bytes: int = MAX_HEADER_BYTES, folder: Path | None = None
+) -> RawHeader:
+    """Read a header without looking into it; arguments and errors are those of `read_header`."""
     remote = remote_file(path)
     where: Location = remote or path
     try:
@@ -100,8 +130,42 @@ def read_header(
             raw = _read_raw(file, where, size, min(max_bytes, HARD_HEADER_BYTES))
     except OSError as error:
         raise DiskError("LT-601", "cannot read", file=where, got=error.strerror) from error
-    with uncollected():
-        return _checked(where, raw, size, stamp, max_bytes)
+    return RawHeader(where, raw, size, stamp)
+
+
+def table_of(header: Header) -> bytes | None:
+    """What stands behind the metadata of a header: the table of its tensors.
+
+    Headers that end in the same table have the same tensors.  None where the metadata do not
+    come first.
+    """
+    text = header.raw[8:].rstrip(b" ")
+    start = _FIRST_METADATA.match(text)
+    if start is None:
+        return None if b'"__metadata__"' in text else text
+    whole = str(memoryview(text)[start.end() :], "utf-8")
+    return whole[json.JSONDecoder().raw_decode(whole)[1] :].encode()
+
+
+def metadata_before(found: RawHeader, table: bytes) -> Mapping[str, str] | None:
+    """The metadata of a header that ends in a known table; None for any other header.
+
+    Args:
+        found: a header that nobody has looked into.
+        table: of `table_of`, of a header that was checked.
+
+    Raises:
+        BadFileError: the metadata are damaged.
+    """
+    text = found.raw[8:].rstrip(b" ")
+    if not text.endswith(table):
+        return None
+    text = text[: len(text) - len(table)]
+    start = _FIRST_METADATA.match(text)
+    if start is None:
+        return None if text else {}
+    entries = _parse(b" " * 8 + b'{"__metadata__":' + text[start.end() :] + b"}", found.where)
+    return _check_metadata(entries["__metadata__"], found.where, MAX_METADATA)
 
 
 @contextmanager
@@ -214,11 +278,6 @@ def _read_raw(file: BinaryIO, shown: object, size: int, limit: int) -> bytes:
     return _read_exactly(file, length + 8, shown)
 
 
-def _whole(text: str) -> int | float:
-    # Anything but a plain non-negative 64-bit number becomes a float, which later checks refuse.
-    return int(text) if text.isdigit() and len(text) <= 20 else float(text)
-
-
 def _read_exactly(file: BinaryIO, count: int, shown: object) -> bytes:
     """Mostly one read and no copy: headers may be large."""
     data = file.read(count)
@@ -237,9 +296,7 @@ def _parse(raw: bytes, shown: object) -> dict[str, Any]:
     _check_counts(raw, shown)
     try:
         text = str(memoryview(raw)[8:], "utf-8")
-        entries = json.loads(
-            text, object_pairs_hook=unique_pairs, parse_int=_whole, parse_constant=refuse_constant
-        )
+        entries = json.loads(text, object_pairs_hook=unique_pairs, parse_constant=refuse_constant)
     except UnicodeDecodeError as error:
         raise BadFileError(
             "LT-305", "header is not UTF-8", file=shown, got=f"byte {8 + error.start}"
@@ -330,43 +387,47 @@ def _check_metadata(value: object, shown: object, longest: int) -> Mapping[str, 
     return value
 
 
+def _are_whole(values: list[Any]) -> bool:
+    # A number of more than 64 bits is none that a size can be.
+    return not values or (_WHOLE.issuperset(map(type, values))
+                          and min(values) >= 0 and max(values) < 1 << 64)  # fmt: skip
+
+
 def _tensor(shown: Location, stamp: Stamp, name: str, entry: object, data_start: int) -> TensorRef:
     def refuse(code: str, what: str, expected: object = None, got: object = None) -> NoReturn:
         raise BadFileError(code, what, file=shown, key=short_name(name), expected=expected, got=got)
 
-    if not name or len(name) > MAX_NAME or not _is_clean(name):
+    if not name or len(name) > MAX_NAME or not (name.isascii() or _is_clean(name)):
         refuse("LT-308", "unusable tensor name", f"1 to {MAX_NAME} Unicode characters",
                "half a surrogate pair" if 0 < len(name) <= MAX_NAME else f"{len(name)} characters",
         )  # fmt: skip
     if not isinstance(entry, dict):
         refuse("LT-307", "tensor entry is not an object", "an object", type(entry).__name__)
-    missing = [k for k in ("dtype", "shape", "data_offsets") if k not in entry]
-    if missing:
-        refuse("LT-307", "tensor entry is incomplete", "dtype, shape, data_offsets",
-               f"no {list_some(missing)}")  # fmt: skip
+    if not entry.keys() >= _PARTS.keys():
+        refuse("LT-307", "tensor entry is incomplete", ", ".join(_PARTS),
+               f"no {list_some([k for k in _PARTS if k not in entry])}")  # fmt: skip
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPES:
         refuse("LT-310", "unknown dtype", ", ".join(DTYPES), short_name(str(dtype)))
-    if not isinstance(shape, list) or any(type(n) is not int for n in shape):
+    if not isinstance(shape, list) or not _are_whole(shape):
         refuse("LT-307", "shape is not a list of sizes", "whole numbers ≥ 0",
                short_name(str(shape)))  # fmt: skip
     if len(shape) > MAX_DIMS:
         refuse("LT-309", "too many dimensions", f"at most {MAX_DIMS}", len(shape))
     if (not isinstance(offsets, list) or len(offsets) != 2
-            or any(type(n) is not int for n in offsets)):  # fmt: skip
+            or not _are_whole(offsets)):  # fmt: skip
         refuse("LT-307", "data_offsets is not a pair of positions", "two whole numbers ≥ 0",
                short_name(str(offsets)))  # fmt: skip
     begin, end = offsets
     if begin > end:
         refuse("LT-307", "data_offsets end before they begin", "begin ≤ end", offsets)
     bits = DTYPES[dtype].bits
-    for size in shape:
-        bits *= max(size, 1)
-        if bits >= 1 << 63:
-            refuse("LT-311", "shape is too large for any file", "less than 2^63 bits", shape)
-    if 0 not in shape and bits % 8:
-        refuse("LT-311", "packed tensor does not fill whole bytes", "a multiple of 8 bits", bits)
-    nbytes = tensor_bytes(dtype, tuple(shape))
+    whole = bits * math.prod(shape)
+    if (whole or bits * math.prod(filter(None, shape))) >= 1 << 63:
+        refuse("LT-311", "shape is too large for any file", "less than 2^63 bits", shape)
+    if whole % 8:
+        refuse("LT-311", "packed tensor does not fill whole bytes", "a multiple of 8 bits", whole)
+    nbytes = whole // 8
     if end - begin != nbytes:
         refuse("LT-311", "byte range does not fit shape and dtype",
                f"{nbytes} bytes ({dtype} {shape})", f"{end - begin} bytes")  # fmt: skip
@@ -375,9 +436,14 @@ def _tensor(shown: Location, stamp: Stamp, name: str, entry: object, data_start:
 
 def _check_cover(tensors: list[TensorRef], shown: object, start: int, size: int) -> None:
     """The tensors must follow each other without hole or overlap up to the end of the file."""
-    end, before = start, "the header"
-    for ref in tensors:
+    end = start
+    for number, ref in enumerate(tensors):
+        stop = ref.start + ref.nbytes
+        if ref.start == end and stop <= size:
+            end = stop
+            continue
         name = short_name(ref.name)
+        before = short_name(tensors[number - 1].name) if number else "the header"
         if ref.start < end:
             raise BadFileError(
                 "LT-314", f"tensors overlap: {before} and {name}", file=shown, key=name,
@@ -389,13 +455,11 @@ def _check_cover(tensors: list[TensorRef], shown: object, start: int, size: int)
                 expected=f"begin at {end - start} (end of {before})",
                 got=f"begin at {ref.start - start}",
             )  # fmt: skip
-        end, before = ref.start + ref.nbytes, name
-        if end > size:
-            raise BadFileError(
-                "LT-312", "truncated: a tensor ends past the end of the file", file=shown,
-                key=name, expected=f"{tensors[-1].start + tensors[-1].nbytes} bytes in all",
-                got=f"{size} bytes", hint="download or copy the file again",
-            )  # fmt: skip
+        raise BadFileError(
+            "LT-312", "truncated: a tensor ends past the end of the file", file=shown,
+            key=name, expected=f"{tensors[-1].start + tensors[-1].nbytes} bytes in all",
+            got=f"{size} bytes", hint="download or copy the file again",
+        )  # fmt: skip
     if end < size:
         raise BadFileError(
             "LT-313", f"{size - end} extra bytes after the last tensor", file=shown,

@@ -9,8 +9,9 @@ import os
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import FileIO
+from itertools import groupby
 from pathlib import Path
 
 from loratool.adapter import CodedRef, Source, Stamp, TensorData, TensorRef
@@ -25,6 +26,7 @@ __all__ = ["FileReader", "Stamp", "are_of_one_file", "have_same_bytes", "plain_i
 
 _PIECE = 1 << 22  # bytes compared at a time
 _FIRST_PIECE = 1 << 16
+_GAP = 1 << 12  # bytes between small tensors that are read along with them
 
 
 def plain_io() -> bool:
@@ -122,6 +124,59 @@ class FileReader:
                         hint="the file changed during the run: do not write to inputs",
                     )  # fmt: skip
                 done += got
+
+    def read_small(self, refs: Iterable[TensorRef]) -> list[bytes]:
+        """The bytes of many small tensors, neighbours in one piece.
+
+        Raises:
+            BadFileError: of `read_into`.
+        """
+        refs = list(refs)
+        self.expect((r.file, r.start, r.nbytes) for r in refs if isinstance(r.file, HubFile))
+        found: list[bytes] = []
+        for file, group in groupby(refs, key=lambda ref: ref.file):
+            members = list(group)
+            if isinstance(file, HubFile):
+                found += map(self._read_whole, members)
+            else:
+                found += self.read_spans(members[0], [(r.start, r.nbytes) for r in members])
+        return found
+
+    def read_spans(self, ref: TensorRef, spans: Sequence[tuple[int, int]]) -> list[bytes]:
+        """Bytes of the file here that a tensor is in.
+
+        Args:
+            ref: any tensor of the file.
+            spans: (absolute offset, length), neighbours side by side.
+
+        Raises:
+            BadFileError: of `read_into`.
+        """
+        pieces: list[tuple[int, int]] = []
+        for start, length in spans:
+            if pieces and 0 <= start - sum(pieces[-1]) <= _GAP:
+                pieces[-1] = (pieces[-1][0], start + length - pieces[-1][0])
+            else:
+                pieces.append((start, length))
+        with self.lend(ref) as file:
+            number = -1 if self._plain else file.fileno()
+            read = [os.pread(number, n, at) if number >= 0 else b"" for at, n in pieces]
+        if sum(map(len, read)) < sum(n for _, n in pieces):
+            read = [self._read_whole(replace(ref, start=at, nbytes=n)) for at, n in pieces]
+        if len(pieces) == len(spans):
+            return read
+        found, place = [], 0
+        for start, length in spans:
+            while start + length > sum(pieces[place]):
+                place += 1
+            at = start - pieces[place][0]
+            found.append(read[place][at : at + length])
+        return found
+
+    def _read_whole(self, ref: TensorRef) -> bytes:
+        raw = bytearray(ref.nbytes)
+        self.read_into(ref, 0, memoryview(raw))
+        return bytes(raw)
 
     @contextmanager
     def lend(self, ref: TensorRef) -> Iterator[FileIO]:
