@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -59,6 +60,11 @@ def inspect(asked: Inspect) -> InspectReport:
     )  # fmt: skip
     if resolved.note is not None:
         report = replace(report, notes=(resolved.note, *report.notes))
+    if report.what == "folder":
+        return _of_folder(report, resolved.path, asked)
+    if asked.duplicates:
+        raise UsageError("LT-208", "--duplicates is for a folder", file=resolved.path,
+                         got=f"a {report.what}")  # fmt: skip
     if asked.risk:
         report = _with_risk(report, resolved.path, asked, access)
     has_table = asked.csv is not None and asked.base is None
@@ -67,6 +73,31 @@ def inspect(asked: Inspect) -> InspectReport:
     if asked.base is not None:
         report = _with_base(report, resolved.path, asked, access)
     return report
+
+
+def _of_folder(report: InspectReport, path: Path, asked: Inspect) -> InspectReport:
+    """Duplicates and the table of a folder; what is for one adapter is refused."""
+    from loratool.report.csvfile import folder_table
+    from loratool.store.new_file import write_new_file
+
+    for name in ("risk", "spectrum", "plot", "base"):
+        if getattr(asked, name) not in (None, False):
+            code = "LT-289" if name == "risk" else "LT-208"
+            raise UsageError(code, f"--{name} is for one adapter", file=path, got="a folder")
+    if asked.duplicates:
+        from loratool.ops.duplicates import mark_duplicates
+
+        rows = mark_duplicates(path, report.rows, asked.alpha, _same_products)
+        report = replace(report, rows=rows)
+    if asked.csv is not None:
+        write_new_file(Path(asked.csv), folder_table(report.rows))
+    return report
+
+
+def _same_products(adapters: Sequence[Adapter]) -> list[list[int]]:
+    from loratool.engine.alike import same_products  # torch, where bytes do not tell
+
+    return same_products(adapters)
 
 
 def _with_risk(report: InspectReport, path: Path, asked: Inspect, access: Access) -> InspectReport:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import click
 
 import loratool as lt
 from loratool.cli import options as opt
+from loratool.cli.folder import folder_lines
 from loratool.cli.loads import loads_lines
 from loratool.cli.look import look_lines
 from loratool.cli.render import (
@@ -24,13 +26,13 @@ from loratool.cli.render import (
 )
 from loratool.cli.risk import risk_lines
 from loratool.cli.spectrum import spectrum_lines
+from loratool.cli.told import told_lines
 from loratool.cli.voice import Voice, note_lines, warning_lines
 from loratool.errors import LoratoolError, UsageError
 from loratool.options.looking import Inspect
 
 if TYPE_CHECKING:
-    from loratool.quant.find import reading
-from loratool.report.inspect import AdapterSummary, CheckpointSummary, FolderRow, InspectReport
+    from loratool.report.inspect import AdapterSummary, CheckpointSummary, InspectReport
 
 _FEW_VALUES = 6
 _SHOWN_REPLACED = 5
@@ -94,9 +96,7 @@ def _inspect_each(sources: Sequence[str], options: Mapping[str, Any]) -> tuple[I
             code = code or error.exit_code
             continue
         if one.what == "folder":
-            rows += [
-                FolderRow(f"{source}/{r.name}", r.adapter, r.checkpoint, r.error) for r in one.rows
-            ]
+            rows += [replace(r, name=f"{source}/{r.name}") for r in one.rows]
         else:
             rows.append(FolderRow(source, one.adapter, one.checkpoint))
     return InspectReport(source=" ".join(sources), what="folder", rows=tuple(rows)), code
@@ -105,7 +105,8 @@ def _inspect_each(sources: Sequence[str], options: Mapping[str, Any]) -> tuple[I
 def render(report: InspectReport, voice: Voice) -> Iterator[str]:
     """The report, line by line."""
     if report.what == "folder":
-        yield from _folder(report.rows)
+        yield from folder_lines(report.rows)
+        yield from note_lines(report.notes, voice)
         return
     if report.adapter is not None:
         is_read = any(x is not None for x in (report.risk, report.spectrum, report.look))
@@ -145,7 +146,8 @@ def _adapter(one: AdapterSummary, voice: Voice, *, read: str) -> Iterator[str]:
         f"{format_bytes(one.nbytes)} {_types(one.dtypes)}",
         read,
     )
-    yield line("base", safe(one.base_model) if one.base_model else "not named")
+    yield line("base", *(_base(one) or ["not named"]))
+    yield from told_lines(one)
     if one.ranks:
         yield line("scaling", *_scaling(one))
     yield from _targets(one, voice)
@@ -155,7 +157,15 @@ def _adapter(one: AdapterSummary, voice: Voice, *, read: str) -> Iterator[str]:
                    tone="warn")  # fmt: skip
     if one.extras:
         yield line("extras", some(one.extras))
+    if one.embeddings:
+        yield line("bundled", f"{plural(len(one.embeddings), 'embedding')}: {some(one.embeddings)}")
     yield from loads_lines(one.loads, voice)
+
+
+def _base(one: AdapterSummary) -> list[str]:
+    """What it names, of which family it is, and what the trainer calls that."""
+    trained = f"trained as {safe(one.told.base, cap=60)}" if one.told.base else ""
+    return [safe(fact) for fact in (one.base_model, one.family) if fact] + [trained] * bool(trained)
 
 
 def _types(dtypes: Mapping[str, int]) -> str:
@@ -248,49 +258,7 @@ def _checkpoint(one: CheckpointSummary) -> Iterator[str]:
     if one.tied:
         yield line("tied", "input embedding and output head share their weights")
     if one.quantization:
+        from loratool.quant.find import reading
+
         how = "--dequantize" if reading(one.quantization) else "the 16-bit weights"
         yield line("quant", f"{safe(one.quantization)}: merging needs {how}", tone="warn")
-
-
-# ---------------------------------------------------------------------------------- folders
-
-
-def _folder(rows: Sequence[FolderRow]) -> Iterator[str]:
-    cells = [cell for row in rows if (cell := _cells(row)) is not None]
-    if cells:
-        head = ("name", "what", "modules", "rank", "scaling", "params", "size", "type", "base")
-        yield from table(cells, head, right=(2, 5, 6), crop=True)
-    for row in rows:
-        if row.error is not None:
-            what = " · ".join(
-                str(row.error[key]) for key in ("what", "key", "got") if key in row.error
-            )
-            yield line("error", f"{safe(row.name)}: [{row.error['code']}] {safe(what, cap=400)}",
-                       tone="bad")  # fmt: skip
-    total = sum(one.nbytes for row in rows for one in (row.adapter, row.checkpoint) if one)
-    yield line("total", plural(len(rows), "entry", "entries"), format_bytes(total))
-
-
-def _cells(row: FolderRow) -> tuple[str, ...] | None:
-    name = safe(row.name, cap=60)
-    if row.adapter is not None:
-        one = row.adapter
-        kind = f"{safe(one.dialect_title)} {safe(one.method)}"
-        return (
-            name, kind, str(one.modules), _few(one.ranks), _few(one.scalings),
-            format_count(one.parameters), format_bytes(one.nbytes), _types(one.dtypes),
-            safe(one.base_model or "-", cap=60),
-        )  # fmt: skip
-    if row.checkpoint is not None:
-        base = row.checkpoint
-        return (
-            name, f"{safe(base.model_type)} checkpoint".strip(), "-", "-", "-",
-            format_count(base.parameters), format_bytes(base.nbytes), _types(base.dtypes), "-",
-        )  # fmt: skip
-    return None
-
-
-def _few(values: Mapping[Any, int]) -> str:
-    if len(values) > 3:
-        return f"{len(values)} values"
-    return ", ".join(safe(value) for value in values) or "-"

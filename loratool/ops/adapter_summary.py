@@ -7,6 +7,8 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
 from loratool.adapter import Adapter, DeltaSpec, Replacement, Source
+from loratool.archs.families import family_of
+from loratool.delta.forms import matrix_shape
 from loratool.dialects.programs import judge_loads
 from loratool.dialects.rules import short_title
 from loratool.dialects.stated import divides_by_root, method_of
@@ -48,6 +50,9 @@ def summarize_adapter(adapter: Adapter) -> AdapterSummary:
         spelled_by=trainer_by_names(adapter.key_order),
         kinds=_counted(s.title for s in adapter.specs),
         embeddings=embeddings_of(adapter.key_order),
+        family=family_of(
+            {s.module: matrix_shape(s) for s in adapter.specs if s.is_matrix}, adapter.metadata
+        ).title,
     )
 
 
@@ -90,7 +95,7 @@ def _leaf(spec: DeltaSpec) -> str:
 def _flat_leaf(spec: DeltaSpec) -> str:
     """The end of a flat name behind the last number of a block: good enough to group by."""
     flat = re.sub(r"(_\d+)+$", "", spec.module.rpartition(".")[2])
-    leaf = re.split(r"_\d+_", flat)[-1]
+    leaf = re.split(r"(?:_\d+)+_", flat)[-1]
     return leaf if spec.parameter == "weight" else f"{leaf}.{spec.parameter}"
 
 

@@ -33,9 +33,13 @@ class Inspect(Crew, Access, AlphaOnly, kw_only=False):
         "intruder dimensions.", "Input", metavar="BASE",
     )] = None  # fmt: skip
     csv: Annotated[Place | None, Words(
-        "Write them to a new FILE, a row per module; implies --spectrum.", "Output",
-        metavar="FILE",
+        "Write them to a new FILE, a row per module; implies --spectrum. Of a folder: a row per "
+        "file, from headers.", "Output", metavar="FILE",
     )] = None  # fmt: skip
+    duplicates: Annotated[bool, Words(
+        "Of a folder: mark files that make the same change under another name or in another "
+        "dialect; reads what may be the same.", "Output",
+    )] = False  # fmt: skip
     plot: Annotated[Place | None, Words(
         "Draw them into a new file; implies --spectrum. Needs matplotlib.", "Output",
         metavar="FILE.png|.svg",

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from loratool.report.compare import CompareReport
+    from loratool.report.inspect import FolderRow
     from loratool.report.look import AdapterLook
     from loratool.report.spectrum import AdapterSpectrum
 
@@ -50,6 +51,40 @@ def spectrum_table(spectrum: AdapterSpectrum) -> bytes:
         for m in spectrum.modules
     ]
     return _table(head, rows)
+
+
+def folder_table(rows: Sequence[FolderRow]) -> bytes:
+    """A row per file of a folder: what it is, what it says, which programs load it, or why not."""
+    programs = dict.fromkeys(p.program for r in rows if r.adapter for p in r.adapter.loads)
+    head = ["name", "what", "dialect", "method", "family", "trainer", "base", "modules", "ranks",
+            "alphas", "scalings", "parameters", "bytes", "types", "title", "author", "trigger",
+            "tags", "comment", "embeddings", *(f"loads_{p}" for p in programs), "same_as",
+            "same_how", "error"]  # fmt: skip
+    return _table(head, (_row_of(row, list(programs)) for row in rows))
+
+
+def _row_of(row: FolderRow, programs: Sequence[str]) -> list[object]:
+    last = [row.same_as, row.same_how, ""]
+    if row.adapter is not None:
+        one, told = row.adapter, row.adapter.told
+        verdicts = {p.program: p.verdict for p in one.loads}
+        counts = (" ".join(f"{v}:{n}" for v, n in c.items())
+                  for c in (one.ranks, one.alphas, one.scalings))  # fmt: skip
+        return [
+            row.name, "adapter", one.dialect, one.method, one.family, one.trainer,
+            one.base_model or told.base, one.modules, *counts, one.parameters, one.nbytes,
+            " ".join(one.dtypes), told.title, told.author, told.trigger, told.tags, told.comment,
+            " ".join(one.embeddings), *(verdicts.get(p) for p in programs), *last,
+        ]  # fmt: skip
+    if row.checkpoint is not None:
+        base = row.checkpoint
+        return [
+            row.name, "checkpoint", "", base.model_type, "", "", "", *[""] * 4, base.parameters,
+            base.nbytes, " ".join(base.dtypes), *[""] * (6 + len(programs)), *last,
+        ]  # fmt: skip
+    error = row.error or {}
+    said = " · ".join(str(error[key]) for key in ("code", "what", "key", "got") if key in error)
+    return [row.name, "error", *[""] * (18 + len(programs)), row.same_as, row.same_how, said]
 
 
 def look_table(found: AdapterLook) -> bytes:

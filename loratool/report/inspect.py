@@ -85,6 +85,7 @@ class AdapterSummary:
         spelled_by: the trainer that alone spells tensors in this way, "" if several do.
         kinds: changes by their kind in words.
         embeddings: words of embeddings that are bundled with it.
+        family: of the model that it is for, with its size; "" where that is not known.
     """
 
     label: str
@@ -111,6 +112,7 @@ class AdapterSummary:
     spelled_by: str = ""
     kinds: Mapping[str, int] = field(default_factory=dict)
     embeddings: tuple[str, ...] = ()
+    family: str = ""
 
     @property
     def trainer(self) -> str:
@@ -159,12 +161,20 @@ class CheckpointSummary:
 
 @dataclass(frozen=True)
 class FolderRow:
-    """One file or sub-folder of a folder; exactly one of the three is set."""
+    """One file or sub-folder of a folder; one of ``adapter``, ``checkpoint``, ``error`` is set.
+
+    Attributes:
+        name: in the folder.
+        same_as: name of an earlier row with the same change (``--duplicates``), "" if none.
+        same_how: how that was found: ``bytes``, ``tensors`` or ``numbers``.
+    """
 
     name: str
     adapter: AdapterSummary | None = None
     checkpoint: CheckpointSummary | None = None
     error: Mapping[str, Any] | None = None
+    same_as: str = ""
+    same_how: str = ""
 
 
 @dataclass(frozen=True)

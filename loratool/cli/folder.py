@@ -1,0 +1,105 @@
+"""The table of `inspect FOLDER`: a row for each file, as many columns as there is room for."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from loratool.cli.render import (
+    cell_width,
+    format_bytes,
+    format_count,
+    is_terminal,
+    line,
+    plural,
+    safe,
+    table,
+)
+
+if TYPE_CHECKING:
+    from loratool.report.inspect import AdapterSummary, CheckpointSummary, FolderRow
+
+_COLUMNS = ("name", "model", "what", "modules", "rank", "scaling", "params", "size", "type",
+            "trainer", "trigger", "base", "loads", "same as")  # fmt: skip
+_RIGHT = frozenset({"modules", "params", "size"})
+_LESS = ("type", "params", "modules", "base", "scaling", "trainer", "what", "trigger", "loads")
+"""Columns that give way where the terminal is narrow, the first one first."""
+
+
+def folder_lines(rows: Sequence[FolderRow]) -> Iterator[str]:
+    """The table, what could not be read, and the sum."""
+    cells = [cell for row in rows if (cell := _cells(row)) is not None]
+    if cells:
+        kept = _that_fit(cells)
+        shown = [tuple(cell[name] for name in kept) for cell in cells]
+        right = [i for i, name in enumerate(kept) if name in _RIGHT]
+        yield from table(shown, kept, right=right, crop=True)
+    for row in rows:
+        if row.error is not None:
+            what = " · ".join(
+                str(row.error[key]) for key in ("what", "key", "got") if key in row.error
+            )
+            yield line("error", f"{safe(row.name)}: [{row.error['code']}] {safe(what, cap=400)}",
+                       tone="bad")  # fmt: skip
+    total = sum(one.nbytes for row in rows for one in (row.adapter, row.checkpoint) if one)
+    same = sum(bool(row.same_as) for row in rows)
+    yield line("total", plural(len(rows), "entry", "entries"), format_bytes(total),
+               f"{same} {'says' if same == 1 else 'say'} what another one says" if same else "")  # fmt: skip
+
+
+def _that_fit(cells: Sequence[Mapping[str, str]]) -> list[str]:
+    """Columns that say something, as many as the terminal has room for."""
+    kept = [n for n in _COLUMNS if n == "name" or any(c[n] not in ("", "-") for c in cells)]
+    if not is_terminal():
+        return kept
+    widths = {n: max(cell_width(n), *(cell_width(c[n]) for c in cells)) for n in kept}
+    room = shutil.get_terminal_size().columns
+    for name in _LESS:
+        if sum(widths[n] + 2 for n in kept) - 2 <= room:
+            break
+        if name in kept:
+            kept.remove(name)
+    return kept
+
+
+def _cells(row: FolderRow) -> dict[str, str] | None:
+    if row.adapter is not None:
+        found = _of_adapter(row.adapter)
+    elif row.checkpoint is not None:
+        found = _of_checkpoint(row.checkpoint)
+    else:
+        return None
+    blank = dict.fromkeys(_COLUMNS, "-")
+    return {**blank, **found, "name": safe(row.name, cap=60),
+            "same as": safe(row.same_as, cap=60) or "-"}  # fmt: skip
+
+
+def _of_adapter(one: AdapterSummary) -> dict[str, str]:
+    kinds = " + ".join(safe(kind, cap=30) for kind in one.kinds) if len(one.kinds) > 1 else ""
+    loads = [p.program if p.verdict == "yes" else f"{p.program}?" for p in one.loads
+             if p.verdict in ("yes", "unsure")]  # fmt: skip
+    return {
+        "model": safe(one.family or one.told.base or "-", cap=24),
+        "what": f"{safe(one.dialect_title)} {kinds or safe(one.method)}",
+        "modules": str(one.modules), "rank": _few(one.ranks), "scaling": _few(one.scalings),
+        "params": format_count(one.parameters), "size": format_bytes(one.nbytes),
+        "type": " + ".join(one.dtypes), "trainer": safe(one.trainer or "-", cap=28),
+        "trigger": safe(one.told.trigger or "-", cap=30),
+        "base": safe(one.base_model or "-", cap=60), "loads": " ".join(loads) or "nothing",
+    }  # fmt: skip
+
+
+def _of_checkpoint(base: CheckpointSummary) -> dict[str, str]:
+    return {
+        "what": f"{safe(base.model_type)} checkpoint".strip(),
+        "params": format_count(base.parameters), "size": format_bytes(base.nbytes),
+        "type": " + ".join(base.dtypes),
+    }  # fmt: skip
+
+
+def _few(values: Mapping[Any, int]) -> str:
+    if len(values) > 3:
+        ordered = sorted(values, key=float)
+        return f"{safe(ordered[0])}…{safe(ordered[-1])}"
+    return ", ".join(safe(value) for value in values) or "-"
