@@ -45,7 +45,7 @@ def folder_lines(rows: Sequence[FolderRow]) -> Iterator[str]:
     total = sum(one.nbytes for row in rows for one in (row.adapter, row.checkpoint) if one)
     same = sum(bool(row.same_as) for row in rows)
     yield line("total", plural(len(rows), "entry", "entries"), format_bytes(total),
-               f"{same} {'says' if same == 1 else 'say'} what another one says" if same else "")  # fmt: skip
+               plural(same, "duplicate") if same else "")  # fmt: skip
 
 
 def _that_fit(cells: Sequence[Mapping[str, str]]) -> list[str]:

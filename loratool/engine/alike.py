@@ -23,8 +23,8 @@ Pair = tuple[torch.Tensor, torch.Tensor]
 def same_products(adapters: Sequence[Adapter]) -> list[list[int]]:
     """Groups of adapters with one change, by their places; those alone are in none.
 
-    Modules are paired by shape and norm, whatever they are called: two adapters are the same if
-    every module has one of the other within `CLOSE`.
+    Modules are paired by name, or by shape and norm where they are called differently: two
+    adapters are the same if every module has one of the other within `CLOSE`.
 
     Args:
         adapters: with changes of the same shapes; those that are not all low-rank are in no group.
@@ -37,7 +37,9 @@ def same_products(adapters: Sequence[Adapter]) -> list[list[int]]:
         opened = OpenAdapter(adapter)
         few = sorted(_norm(_pair(m)) for m in _rarest(opened))
         for other, theirs, norms in found:
-            near = all(math.isclose(a, b, rel_tol=2 * CLOSE) for a, b in zip(few, norms, strict=True))
+            near = all(
+                math.isclose(a, b, rel_tol=2 * CLOSE) for a, b in zip(few, norms, strict=True)
+            )
             if near and _is_same(opened, theirs):
                 groups[other].append(number)
                 break
@@ -54,6 +56,9 @@ def _rarest(adapter: OpenAdapter) -> list[OpenModule]:
 
 
 def _is_same(one: OpenAdapter, other: OpenAdapter) -> bool:
+    named = {module.name: module for module in other}
+    if named.keys() == {module.name for module in one}:
+        return all(_is_close(_pair(module), _pair(named[module.name])) for module in one)
     left, right = _by_shape(one), _by_shape(other)
     return all(
         any(_is_close(pair, right[shape][n]) for n in _near(at, len(right[shape])))

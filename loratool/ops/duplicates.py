@@ -86,17 +86,20 @@ def _pairs(ones: Sequence[_One], by_numbers: Groups) -> Iterator[tuple[int, tupl
         left = list(alike)
         for how, keys in (("bytes", [_starts, _named_tensors]), ("tensors", [_starts, _tensors])):
             taken = set()
-            for first, *others in _grouped(left, keys):
+            for first, *alike_too in _grouped(left, keys):
+                # Under the same names the tensors would have been the same above.
+                others = [o for o in alike_too if how == "bytes" or _names(o) != _names(first)]
                 taken |= {one.number for one in others}
                 yield from ((one.number, (first.number, how)) for one in others)
             left = [one for one in left if one.number not in taken]
         if len(left) > 1:
-            for first, *others in by_numbers([one.adapter for one in left]):
-                yield from ((left[n].number, (left[first].number, "numbers")) for n in others)
+            for group in by_numbers([one.adapter for one in left]):
+                same = left[group[0]].number
+                yield from ((left[n].number, (same, "numbers")) for n in group[1:])
 
 
 def _grouped(ones: Iterable[_One], keys: Sequence[Key]) -> Iterator[list[_One]]:
-    """Those that are alike by every key; a later key is asked only of what is alike by those before."""
+    """Those that are alike by every key; the next one is asked of what was alike by the last."""
     groups: dict[Hashable, list[_One]] = defaultdict(list)
     for one in ones:
         groups[keys[0](one)].append(one)
@@ -133,6 +136,10 @@ def _tensors(one: _One) -> Hashable:
 
 def _named_tensors(one: _One) -> Hashable:
     return one.adapter.dialect, frozenset(_contents(one))
+
+
+def _names(one: _One) -> frozenset[str]:
+    return frozenset(spec.name for spec in one.specs)
 
 
 def _contents(one: _One) -> Iterator[tuple[str, Hashable, float]]:

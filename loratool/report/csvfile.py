@@ -117,6 +117,6 @@ def _cell(value: object) -> object:
     """Names from a file must not become formulas of a spreadsheet."""
     if value is None or (isinstance(value, float) and not math.isfinite(value)):
         return ""
-    if isinstance(value, str) and value[:1] in "=+-@\t\r":
+    if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r")):
         return "'" + value
     return repr(value) if isinstance(value, float) else value
