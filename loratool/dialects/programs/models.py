@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 from loratool.archs import families as archs
@@ -60,9 +61,12 @@ class Family(NamedTuple):
 
 def naming_of(group: Group) -> Family:
     """The model that a module's name is of; of several the first of the table."""
-    if group.is_text:
-        return Family()
-    return next((Family(f, n) for f, n, words in _PATTERNS if words.match(group.flat)), Family())
+    return Family() if group.is_text else _named(group.flat)
+
+
+@lru_cache(maxsize=1 << 14)  # every program asks for every module
+def _named(flat: str) -> Family:
+    return next((Family(f, n) for f, n, words in _PATTERNS if words.match(flat)), Family())
 
 
 def family_of(groups: Sequence[Group]) -> Family:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Iterable
 
 from loratool.dialects.programs.base import Hit, Test
 from loratool.dialects.programs.grammar import Group
-from loratool.dialects.programs.look import Look
+from loratool.dialects.programs.look import Look, once
 
 On = Callable[[Look, Group], bool]
 FACTORS = frozenset(("down", "up", "alpha"))
@@ -42,7 +42,7 @@ def where(
             (not kind or group.kind in kind)
             and (not part or not group.parts.isdisjoint(part))
             and (not prefix or prefixes.fullmatch(group.prefix) is not None)
-            and paths.search(group.flat) is not None
+            and (not path or paths.search(group.flat) is not None)
             and (on is None or on(look, group))
         )
 
@@ -56,6 +56,7 @@ def where(
     return find
 
 
+@once
 def has_prefix(look: Look, prefix: str) -> bool:
     """True if any module's name begins so."""
     return any(g.prefix == prefix for g in look.groups)
