@@ -10,7 +10,6 @@ import click
 
 import loratool as lt
 from loratool.cli import options as opt
-from loratool.cli.folder import folder_lines
 from loratool.cli.loads import loads_lines
 from loratool.cli.look import look_lines
 from loratool.cli.render import (
@@ -105,6 +104,8 @@ def _inspect_each(sources: Sequence[str], options: Mapping[str, Any]) -> tuple[I
 def render(report: InspectReport, voice: Voice) -> Iterator[str]:
     """The report, line by line."""
     if report.what == "folder":
+        from loratool.cli.folder import folder_lines
+
         yield from folder_lines(report.rows)
         yield from note_lines(report.notes, voice)
         return

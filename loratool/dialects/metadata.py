@@ -13,7 +13,6 @@ from dataclasses import replace
 
 from loratool.adapter import AdapterFiles, Source
 from loratool.errors import UsageError
-from loratool.store.hashes import hash_tensors
 from loratool.store.header import MAX_METADATA, MAX_NAME
 
 OWN = "loratool"
@@ -106,6 +105,8 @@ def hashes_of(tensors: Sequence[tuple[str, Source]], metadata: Mapping[str, str]
         tensors: name and bytes.
         metadata: of the file.
     """
+    from loratool.store.hashes import hash_tensors
+
     trained = {key: value for key, value in metadata.items() if key.startswith("ss_")}
     whole, short = hash_tensors(tensors, trained)
     return {MODEL_HASH: whole, LEGACY_HASH: short[:8], SPEC_HASH: f"0x{whole}"}

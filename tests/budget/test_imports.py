@@ -16,7 +16,7 @@ HEAVY = ("torch", "numpy", "transformers", "peft", "safetensors", "matplotlib", 
 FOR_OTHERS = ("loratool.engine.", "loratool.plan", "loratool.linalg", "loratool.store.hub",
               "loratool.store.remote_http", "loratool.store.writer")  # fmt: skip
 """Of ours: what only commands need that compute, write, or reach for the Hub."""
-MOST, MOST_OF_HELP = 300, 165
+MOST, MOST_OF_HELP = 330, 165
 """Modules that a command loads, those of Python itself included."""
 SCRIPT = """
 import sys

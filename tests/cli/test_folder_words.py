@@ -66,7 +66,8 @@ def test_csv_is_the_folder(run: Run, loras: Path, tmp_path: Path) -> None:
     assert by_name["a.safetensors"]["ranks"] == "4:4"
     assert by_name["a.safetensors"]["same_as"] == ""
     assert by_name["bad.safetensors"]["error"].startswith("LT-301")
-    assert by_name["loha.safetensors"]["loads_ComfyUI"] == "yes"
+    assert by_name["loha.safetensors"]["loads_ComfyUI"] in ("yes", "unsure")
+    assert by_name["loha.safetensors"]["loads_diffusers"] == "no"
 
 
 @pytest.mark.parametrize("option", ["--risk", "--spectrum", "--plot=x.png"])
