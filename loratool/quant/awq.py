@@ -14,6 +14,7 @@ import torch
 from loratool.adapter import CodedRef
 from loratool.quant.base import Found, Reader, Tensors, coded, unfit
 from loratool.quant.reading import fill, load_columns, unpack
+from loratool.quant.recognize import settings
 
 _BITS, _IN_WORD = 4, 8
 _PLACE = (0, 4, 1, 5, 2, 6, 3, 7)  # of each of eight columns in its word
@@ -27,6 +28,8 @@ def find(tensors: Tensors, config: Mapping[str, Any], reader: Reader) -> Found:
     """
     weights: dict[str, CodedRef] = {}
     companions: set[str] = set()
+    if str(settings(config).get("version", "gemm")).lower() != "gemm":
+        return Found()
     for name in tensors:
         stem = name.removesuffix("qweight")
         beside = {stem + "scales", stem + "qzeros"}

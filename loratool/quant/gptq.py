@@ -20,6 +20,7 @@ from loratool.quant.reading import fill, load, load_columns, unpack
 from loratool.quant.recognize import settings
 
 _BITS = (2, 3, 4, 8)
+_FORMATS = ("gptq", "gptq_v2")
 _PARTS = ("qzeros", "scales", "g_idx")
 
 
@@ -31,6 +32,8 @@ def find(tensors: Tensors, config: Mapping[str, Any], reader: Reader) -> Found:
     """
     weights: dict[str, CodedRef] = {}
     companions: set[str] = set()
+    if settings(config).get("checkpoint_format", _FORMATS[0]) not in _FORMATS:
+        return Found()
     for name in tensors:
         stem = name.removesuffix("qweight")
         if stem == name or stem + "scales" not in tensors or stem + "qzeros" not in tensors:
@@ -60,7 +63,7 @@ def _coded(stem: str, tensors: Tensors, said: Mapping[str, Any]) -> CodedRef:
     each = size if type(size) is int and size > 0 else -(-inputs // max(1, scales.shape[0]))
     if order is None and -(-inputs // each) > scales.shape[0]:
         raise unfit(scales, f"{-(-inputs // each)} groups of {each}")
-    is_less = said.get("checkpoint_format", "gptq") == "gptq"
+    is_less = said.get("checkpoint_format", _FORMATS[0]) == _FORMATS[0]
     facts = {"bits": bits, "size": each, "less": int(is_less)}
     others = {"scales": scales, "zeros": zeros, "order": order}
     return coded("gptq", stem + "weight", codes, (outs, inputs), others=others, facts=facts,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 import loratool as lt
+from loratool.adapter import CodedRef
 from loratool.api.merge_job import MergeRequest, prepare_merge
 from loratool.errors import LoratoolError
 from loratool.ops.access import Access
@@ -189,20 +191,62 @@ def test_what_is_left_in_codes_is_refused(tmp_path: Path) -> None:
     assert caught.value.code == "LT-499" and "int8" in str(caught.value.got)
 
 
+@pytest.mark.parametrize(
+    ("name", "said"), [("gptq", {"checkpoint_format": "marlin"}), ("awq", {"version": "gemv"})]
+)
+def test_another_layout_of_a_method_is_refused(
+    tmp_path: Path, name: str, said: dict[str, str]
+) -> None:
+    file, _ = base_and_style(name, tmp_path)
+    stated = {**file.config["quantization_config"], **said}
+    save_checkpoint(tmp_path / "odd", file.tensors,
+                    config=file.config | {"quantization_config": stated})  # fmt: skip
+    with pytest.raises(LoratoolError) as caught:
+        lt.merge([tmp_path / "style"], base=tmp_path / "odd", output=tmp_path / "out",
+                 dequantize=True)  # fmt: skip
+    assert caught.value.code == "LT-499" and name in str(caught.value.got)
+
+
+def test_a_component_in_codes(tmp_path: Path) -> None:
+    """A pipeline with one quantised part: that one becomes plain, its configuration says so."""
+    file = put(MAKERS["nf4"](), "blocks.0.attn")
+    assert file.numbers is not None
+    root = tmp_path / "pipe"
+    tensors = {n: t for n, t in file.tensors.items() if n != "norm.weight"}
+    save_checkpoint(root / "transformer", tensors,
+                    config={"_class_name": "T", **file.config})  # fmt: skip
+    plain = {"fc.weight": torch.ones(4, 4)}
+    save_checkpoint(root / "vae", plain,
+                    config={"_class_name": "V"})  # fmt: skip
+    (root / "model_index.json").write_text(json.dumps(
+        {"_class_name": "P", "transformer": ["diffusers", "T"], "vae": ["diffusers", "V"]}
+    ))  # fmt: skip
+    factors = random_factors({"transformer.blocks.0.attn": (48, 40)}, rank=2, seed=1, scale=0)
+    save_adapter(tmp_path / "style", factors)
+    lt.merge([tmp_path / "style"], base=root, output=tmp_path / "out", dequantize=True)
+    got = load_file(tmp_path / "out" / "transformer" / "model.safetensors")
+    assert set(got) == {"blocks.0.attn.weight"}
+    assert torch.equal(got["blocks.0.attn.weight"], file.numbers.bfloat16())
+    config = json.loads((tmp_path / "out" / "transformer" / "config.json").read_text())
+    assert "quantization_config" not in config
+    vae = tmp_path / "out" / "vae" / "model.safetensors"
+    assert torch.equal(load_file(vae)["fc.weight"], plain["fc.weight"])
+
+
 # ------------------------------------------------------------------------------------- mxfp4
 
 EXPERTS = "model.layers.0.mlp.experts.gate_up_proj"
 
 
-def gpt_oss(folder: Path, *, rho: float = 0.3) -> tuple[CodedFile, torch.Tensor]:
-    """Two experts of (64, 40) in codes, and an adapter on the parameter; with its ΔW."""
-    file = coded.mxfp4([2], 40, 2, seed=11, exponents=(119, 122))
+def gpt_oss(folder: Path, *, rho: float = 0.3, outs: int = 40) -> tuple[CodedFile, torch.Tensor]:
+    """Two experts of (64, ``outs``) in codes, and an adapter on the parameter; with its ΔW."""
+    file = coded.mxfp4([2], outs, 2, seed=11, exponents=(119, 122))
     assert file.numbers is not None
     moved = {EXPERTS + n.removeprefix("mlp.experts.up"): t for n, t in file.tensors.items()
              if "norm" not in n}  # fmt: skip
     file = replace(file, tensors=moved, name=EXPERTS, codes=f"{EXPERTS}_blocks")
     save_checkpoint(folder / "base", moved, config=file.config)
-    experts, inner, outs = file.numbers.shape
+    experts, inner, _ = file.numbers.shape
     lora_A = torch.randn(2 * experts, inner, generator=torch.Generator().manual_seed(1))
     lora_B = torch.randn(outs, 2 * experts, generator=torch.Generator().manual_seed(2))
     pairs = [(lora_A[2 * e : 2 * e + 2], lora_B[:, e::experts]) for e in range(experts)]
@@ -268,6 +312,30 @@ def test_coding_mxfp4_anew_does_not_depend_on_pieces(tmp_path: Path) -> None:
                  requant=True, **options)  # fmt: skip
         made.append({p.name: p.read_bytes() for p in out.glob("*.safetensors")})
     assert made[0] == made[1]
+
+
+def test_strips_are_cut_where_blocks_and_matrices_end(tmp_path: Path) -> None:
+    """10 000 rows a matrix: strips of 8192 of them, blocks of 16 384 rows of codes."""
+    file, delta = gpt_oss(tmp_path, outs=10_000)
+    assert file.numbers is not None
+    lt.merge([tmp_path / "style"], base=tmp_path / "base", output=tmp_path / "out", requant=True)
+    got = stored(tmp_path / "out")
+    units = torch.exp2(got[f"{EXPERTS}_scales"].float() - 127).repeat_interleave(32, -1)
+    miss = mxfp4_numbers(got).double() - (file.numbers.double() + delta)
+    assert bool((miss.abs() <= units.transpose(1, 2) * (1 + 1e-6)).all())
+
+
+def test_the_middle_between_two_codes_belongs_to_the_even_one() -> None:
+    from loratool.quant import codec_of
+    from loratool.quant.mxfp4 import NUMBERS
+
+    ref = CodedRef(Path("x"), "w", "F32", (1, 32, 1), 0, 128, codec="mxfp4")
+    row = codec_of("mxfp4").row_coder
+    middles = torch.tensor([(a + b) / 2 for a, b in pairwise(NUMBERS)], dtype=torch.float64)
+    values = torch.cat([middles, -middles, torch.full((18,), 6.0).double()])[None]
+    made = row.encode_rows(values, torch.tensor([[127]], dtype=torch.uint8), ref)
+    even = torch.tensor([0.0, 1, 1, 2, 2, 4, 4])
+    assert torch.equal(made[2][0, :14], torch.cat([even, -even])) and made[1].item() == 127
 
 
 @pytest.mark.parametrize("how", ["int8", "mxfp4"])

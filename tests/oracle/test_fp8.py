@@ -174,6 +174,32 @@ def test_requant(tmp_path: Path, scale_name: str, rho: float) -> None:
     assert report.total.loss == pytest.approx((error / size) ** 0.5, abs=0.02)
 
 
+@pytest.mark.parametrize("how", ["dequantize", "requant"])
+@pytest.mark.parametrize("newer", [False, True])
+def test_what_comfyui_has_beside_weights(tmp_path: Path, how: str, newer: bool) -> None:
+    """Factors of activations and markers stay with the codes and go with them."""
+    base = tensor_base(tmp_path / "base", "weight_scale" if newer else "scale_weight")
+    extra: Tensors = {}
+    for name in SHAPES:
+        if newer:
+            text = json.dumps({"format": "float8_e4m3fn"}).encode()
+            extra[f"{name}.comfy_quant"] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+        extra[f"{name}.{'input_scale' if newer else 'scale_input'}"] = torch.tensor(0.5)
+    path, out = tmp_path / "comfy.safetensors", tmp_path / "out.safetensors"
+    save_file({**base, **extra}, path)
+    delta = style(tmp_path / "style")
+    lt.merge([tmp_path / "style"], base=path, output=out, **{how: True})
+    got = stored(out)
+    if how == "requant":
+        assert set(got) == {*base, *extra}
+        assert all(torch.equal(got[n], t) for n, t in extra.items())
+        got = plain(got)
+    else:
+        assert {n.rpartition(".")[2] for n in got} == {"weight"}
+    for name, weight in plain(base).items():
+        assert loss(got[name], weight, delta[name]) < 0.5
+
+
 def test_predicted_loss_is_near_the_measured_one(tmp_path: Path) -> None:
     block_base(tmp_path / "base")
     style(tmp_path / "style", rho=0.1)

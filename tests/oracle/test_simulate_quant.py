@@ -12,6 +12,9 @@ from safetensors.torch import load_file
 
 import loratool as lt
 from loratool.errors import LoratoolError
+from loratool.quant import simulated
+from loratool.store.checkpoint import open_checkpoint
+from loratool.store.reader import FileReader
 from tests.coded import NF4
 from tests.make import randn, random_factors, save_adapter, save_checkpoint
 
@@ -101,6 +104,20 @@ def test_pieces_do_not_matter_and_verify_knows(tmp_path: Path) -> None:
         made.append({p.name: p.read_bytes() for p in out.glob("*.safetensors")})
     assert made[0] == made[1]
     assert lt.verify(tmp_path / "out0").verdict == "identical"
+
+
+@pytest.mark.parametrize("word", WORDS)
+def test_a_piece_that_begins_within_a_block_has_its_numbers(tmp_path: Path, word: str) -> None:
+    base_and_style(tmp_path)
+    ref = simulated(open_checkpoint(tmp_path / "base").tensors[f"{UP}.weight"], word)
+    whole, pieces = bytearray(ref.nbytes), bytearray()
+    with FileReader() as reader:
+        reader.read_into(ref, 0, memoryview(whole))
+        for start in range(0, ref.nbytes, 220):  # 55 numbers
+            piece = bytearray(min(220, ref.nbytes - start))
+            reader.read_into(ref, start, memoryview(piece))
+            pieces += piece
+    assert pieces == whole
 
 
 def test_a_base_in_codes_and_other_ways_are_refused(tmp_path: Path) -> None:

@@ -1,0 +1,125 @@
+"""Numbers of codecs beside those of the packages that make such files; run where these are.
+
+``/bin/python -m pytest tests/oracle/test_codec_packages.py`` of an environment that has them.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from loratool.quant import find_codes
+from loratool.store.checkpoint import open_checkpoint
+from loratool.store.reader import FileReader
+from tests import coded
+from tests.coded import CodedFile
+from tests.make import randn, save_checkpoint
+
+
+def ours(file: CodedFile) -> torch.Tensor:
+    """The float32 numbers that the codec reads."""
+    with tempfile.TemporaryDirectory() as folder, FileReader() as reader:
+        path = save_checkpoint(Path(folder) / "base", file.tensors, config=file.config)
+        base = open_checkpoint(path)
+        found = find_codes(base.quantization or "", base.tensors, base.config, reader)
+        assert found is not None
+        (ref,) = found.weights.values()
+        held = bytearray(ref.nbytes)
+        reader.read_into(ref, 0, memoryview(held))
+        return torch.frombuffer(held, dtype=torch.float32).view(ref.shape)
+
+
+def inner(file: CodedFile) -> dict[str, torch.Tensor]:
+    return {n.removeprefix("a."): t for n, t in file.tensors.items() if n.startswith("a.")}
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("shape", [(64, 128), (33, 50), (7, 5)])
+def test_bitsandbytes_4(kind: str, nested: bool, shape: tuple[int, int]) -> None:
+    """Rows of whole blocks, and sizes for which its AVX512 kernel leaves blocks in their rows."""
+    functional = pytest.importorskip("bitsandbytes.functional")
+    weight = randn(*shape, seed=1)
+    codes, state = functional.quantize_4bit(
+        weight, quant_type=kind, compress_statistics=nested, blocksize=64
+    )
+    parts = {f"a.weight.{n}": t for n, t in state.as_dict(packed=True).items()}
+    file = CodedFile({"a.weight": codes, **parts}, coded.config("bitsandbytes", load_in_4bit=True))
+    assert torch.equal(ours(file), functional.dequantize_4bit(codes, state))
+
+
+def test_bitsandbytes_8() -> None:
+    functional = pytest.importorskip("bitsandbytes.functional")
+    codes, peaks, _ = functional.int8_vectorwise_quant(randn(9, 17, seed=1).half())
+    file = CodedFile({"a.weight": codes, "a.SCB": peaks},
+                     coded.config("bitsandbytes", load_in_8bit=True))  # fmt: skip
+    assert torch.equal(ours(file), functional.int8_vectorwise_dequant(codes, peaks))
+
+
+def scheme(**weights: Any) -> Any:
+    quantization = pytest.importorskip("compressed_tensors.quantization")
+    args = quantization.QuantizationArgs(**weights)
+    return quantization.QuantizationScheme(targets=["Linear"], weights=args)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 8])
+@pytest.mark.parametrize("zeros", [False, True])
+def test_packed_integers(bits: int, zeros: bool) -> None:
+    """In bfloat16, the type that the package computes in."""
+    packed = pytest.importorskip("compressed_tensors.compressors.pack_quantized.base")
+    file = coded.packed(16, 64, bits=bits, size=16, seed=bits, zeros=zeros)
+    how = scheme(num_bits=bits, type="int", symmetric=not zeros, strategy="group", group_size=16)
+    made = packed.PackedQuantizationCompressor.decompress(inner(file), how)["weight"]
+    assert torch.equal(ours(file).to(made.dtype), made)
+
+
+def test_nvfp4() -> None:
+    nvfp4 = pytest.importorskip("compressed_tensors.compressors.nvfp4.base")
+    file = coded.nvfp4(16, 4, seed=1)
+    how = scheme(num_bits=4, type="float", symmetric=True, strategy="tensor_group", group_size=16)
+    made = nvfp4.NVFP4PackedCompressor.decompress(inner(file), how)["weight"]
+    assert torch.equal(ours(file).to(made.dtype), made)
+
+
+@pytest.mark.parametrize("kind", ["int", "float"])
+def test_eight_bits_per_channel(kind: str) -> None:
+    naive = pytest.importorskip("compressed_tensors.compressors.naive_quantized.base")
+    file = coded.int8_channels(16, 64, seed=1)
+    if kind == "float":
+        tensors = {**file.tensors, "a.weight": randn(16, 64, seed=2).to(torch.float8_e4m3fn)}
+        file = CodedFile(tensors, coded.config("compressed-tensors", format="float-quantized"))
+    how = scheme(num_bits=8, type=kind, symmetric=True, strategy="channel")
+    made = naive.NaiveQuantizationCompressor.decompress(inner(file), how)["weight"]
+    assert torch.equal(ours(file).to(made.dtype), made)
+
+
+def test_awq() -> None:
+    """Through the package that turns such files into its own: float16, as that computes."""
+    autoawq = pytest.importorskip("compressed_tensors.entrypoints.convert.converters.autoawq")
+    packed = pytest.importorskip("compressed_tensors.compressors.pack_quantized.base")
+    file = coded.awq(3, 16, 6, seed=1)
+    tensors = {n: t.clone() for n, t in file.tensors.items() if n.startswith("a.")}
+    turned = autoawq.AutoAWQConverter(group_size=16).process(tensors)
+    how = scheme(num_bits=4, type="int", symmetric=False, strategy="group", group_size=16)
+    parts = {n.removeprefix("a."): t for n, t in turned.items()}
+    made = packed.PackedQuantizationCompressor.decompress(parts, how)["weight"]
+    assert torch.equal(ours(file).to(made.dtype), made)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
+def test_mlx(bits: int) -> None:
+    mx = pytest.importorskip("mlx.core")
+    import numpy as np
+
+    weight = mx.array(randn(6, 128, seed=bits).numpy())
+    codes, scales, biases = mx.quantize(weight, group_size=32, bits=bits)
+    made = mx.dequantize(codes, scales, biases, group_size=32, bits=bits)
+    tensors = {"a.weight": torch.from_numpy(np.array(codes)).view(torch.uint32),
+               "a.scales": torch.from_numpy(np.array(scales)),
+               "a.biases": torch.from_numpy(np.array(biases))}  # fmt: skip
+    said = {"model_type": "test", "quantization": {"group_size": 32, "bits": bits}}
+    assert torch.equal(ours(CodedFile(tensors, said)), torch.from_numpy(np.array(made)))
