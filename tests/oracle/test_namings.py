@@ -204,6 +204,42 @@ def test_a_change_binds_to_a_base_in_any_naming(tmp_path: Path, family: str, nam
                 assert (merged[f"{home}{name}.bias"] == bias).all(), (base, name)
 
 
+# (name, the original's module, its rows) of trainers that have names of their own.
+FURTHER = [
+    ("double_blocks.0.img_attn.qkv.1", "double_blocks.0.img_attn.qkv", (16, 32)),
+    ("double_blocks.0.processor.qkv_lora2", "double_blocks.0.txt_attn.qkv", (0, 48)),
+    ("blocks.0.attn.a_to_qkv", "double_blocks.0.img_attn.qkv", (0, 48)),
+    ("single_blocks.0.linear1.3", "single_blocks.0.linear1", (48, 112)),
+    ("single_blocks.0.processor.qkv_lora", "single_blocks.0.linear1", (0, 48)),
+    ("single_blocks.0.to_qkv_mlp", "single_blocks.0.linear1", (0, 112)),
+    ("single_blocks.0.norm.linear", "single_blocks.0.modulation.lin", (0, 48)),
+]
+
+
+@pytest.mark.parametrize("naming", ["original", "diffusers"])
+@pytest.mark.parametrize(("name", "original", "span"), FURTHER)
+def test_names_of_other_trainers(
+    tmp_path: Path, name: str, original: str, span: tuple[int, int], naming: str
+) -> None:
+    rng, rows = np.random.default_rng(2), CASES["flux1"]
+    weights = {
+        r.original: rng.normal(size=(sum(r.heights), r.width)).astype(np.float32) for r in rows
+    }
+    base = write_base(tmp_path, naming, "", in_naming(naming, weights, rows), {})
+    down = rng.normal(size=(4, 16)).astype(np.float32)
+    up = rng.normal(size=(span[1] - span[0], 4)).astype(np.float32)
+    adapter = write_dotted(tmp_path / "dotted", "transformer.", {name: (down, up)})
+    lt.merge([str(adapter)], base=str(base), output=str(tmp_path / "out.safetensors"))
+    merged = load_file(str(tmp_path / "out.safetensors"))
+    delta = {n: np.zeros(w.shape) for n, w in weights.items()}
+    delta[original][slice(*span)] = 0.5 * up.astype(np.float64) @ down.astype(np.float64)
+    terms = {n: np.full(w.shape, 100.0) for n, w in weights.items()}
+    wanted, bounds = (in_naming(naming, a, rows) for a in (delta, terms))
+    for module, weight in in_naming(naming, weights, rows).items():
+        got = merged[f"{module}.weight"]
+        assert rounded_once(got, weight, wanted[module], bounds[module]), module
+
+
 @pytest.mark.parametrize("naming", ["original", "diffusers"])
 def test_a_change_under_two_names_counts_once(tmp_path: Path, naming: str) -> None:
     """Files for Z-Image hold the fused change and the separate ones, for one program each."""
