@@ -71,14 +71,15 @@ def _family(checkpoint: Checkpoint) -> Guess:
 
 
 def _are_as_spelled(pairs: Sequence[tuple[Item, list[Meaning]]]) -> bool:
-    """True if all names differ from the base's by one prefix, which needs no look-up."""
+    """True if all names differ from the base's by one prefix more or less: rules find that."""
     prefixes = set()
     for item, some in pairs:
         rest = split_component(item.name)[1]
         if len(some) != 1 or some[0].holds or not some[0].names[0].endswith(rest):
             return False
         prefixes.add((item.name.removesuffix(rest), some[0].names[0].removesuffix(rest)))
-    return len(prefixes) == 1
+    (one, other), *several = sorted(prefixes)
+    return not several and (one.endswith(other) or other.endswith(one))
 
 
 def _named(item: Item, meaning: Meaning) -> Item:

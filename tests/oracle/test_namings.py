@@ -158,6 +158,7 @@ def factors_in(
     return {name: (downs[name], up) for name, up in ups.items()}
 
 
+ALSO = ("hunyuan_video", "sd3")  # the original's names behind the prefix of diffusers
 BASES = [("original", ""), ("original", "model.diffusion_model."), ("diffusers", ""),
          ("diffusers", "transformer./")]  # fmt: skip
 
@@ -178,7 +179,7 @@ def test_a_change_binds_to_a_base_in_any_naming(tmp_path: Path, family: str, nam
     terms = {n: 0.5 * abs(up).astype(np.float64) @ abs(down) for n, (down, up) in factors.items()}
     shifts = {n: rng.normal(size=s[0]).astype(np.float32) for n, s in size.items()}
     named = factors_in(naming, factors, rows)
-    prefix = {"original": "diffusion_model.", "diffusers": "transformer."}[naming]
+    prefix = "transformer." if naming == "diffusers" or family in ALSO else "diffusion_model."
     adapters = [write_flat(tmp_path / "flat.safetensors", named, in_naming(naming, shifts, rows)),
                 write_dotted(tmp_path / "dotted", prefix, named)]  # fmt: skip
     for i, (base_naming, before) in enumerate(BASES):
