@@ -99,7 +99,9 @@ def family_of(modules: Mapping[str, Shape], metadata: Mapping[str, str] | None =
         component, rest = split_component(name)
         files.setdefault(component, {})[rest] = shape
     parts = {c: f for c, names in files.items() if is_text(c) and (f := _text_family(names))}
-    names = {n: s for c, some in files.items() if not is_text(c) for n, s in some.items()}
+    # Beside a named denoiser, what has no name is a VAE or the like.
+    homes = [c for c in files if c and not is_text(c)] or [c for c in files if not c]
+    names = {n: shape for c in homes for n, shape in files[c].items()}
     fit = _fitting("unet", names)
     stated, label = _stated(metadata or {})
     if stated in fit or (stated and not names):
@@ -187,7 +189,7 @@ def _stated(metadata: Mapping[str, str]) -> tuple[str, str]:
         while text:
             if text in values:
                 return values[text]
-            text = re.sub(r"[^-_.]*$", "", text[:-1] if text[-1] in "-_." else text).rstrip("-_.")
+            text = re.sub(r"[-_.]?[^-_.]*$", "", text, count=1)
     return "", ""
 
 

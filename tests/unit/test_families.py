@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from loratool.archs.families import Guess, families, family_of, places
+from loratool.archs.families import Guess, families, family_of, module_shapes, places
 from loratool.archs.family_files import templates_of
 
 KEYS = Path(__file__).parents[1] / "data" / "keys"
@@ -74,6 +74,18 @@ def test_a_unet_is_told_by_its_shapes(arch: str) -> None:
             shapes[pair[side]] = (640, width) if crosses else ()
         found = family_of(shapes)
         assert (found.family, found.told) == (family, "names and shapes")
+
+
+@pytest.mark.parametrize("arch", ["sd15", "sdxl_base"])
+def test_a_whole_checkpoint_is_told(arch: str) -> None:
+    """With text encoders and a VAE, which has as many tensors."""
+    width = 768 if arch == "sd15" else 2048
+    decoder = [f"first_stage_model.decoder.{i}.conv.weight" for i in range(900)]
+    shapes = module_shapes(
+        (name, (320, width) if "attn2.to_k" in name else ())
+        for name in (*MAPS[arch]["pairs"], *decoder)
+    )
+    assert family_of(shapes).family == FAMILY[arch]
 
 
 def test_real_files_are_told() -> None:
