@@ -311,7 +311,7 @@ ROWS: tuple[Kind, ...] = (
     ),
     _additive(
         Kind("circulant", "loratool.delta.circulant:build", ("c3a_kernel",), (), True, "C3A",
-             _of_circulant, "c3a_kernel", is_sum=lambda spec: False, rank_axis=None),
+             _of_circulant, "c3a_kernel", rank_axis=None),
         "circulant", _short,
     ),
     _additive(
@@ -324,8 +324,10 @@ ROWS: tuple[Kind, ...] = (
               _holds_bases, _fits_bases,
               more=("randlora_gamma", "randlora_A", "randlora_B")), "random_bases", _bases_rank,
     ),
-    _additive(
-        _open("sparse", "sparse:build", "shira_weight", "SHiRA", lambda s: (1, 1),
-              lambda s, out, inner: True, _is_list, more=("shira_indices",)), "sparse", _short,
+    replace(
+        _additive(
+            _open("sparse", "sparse:build", "shira_weight", "SHiRA", lambda s: (1, 1),
+                  lambda s, out, inner: True, _is_list, more=("shira_indices",)), "sparse", _short,
+        ), is_sum=lambda spec: True,
     ),
 )  # fmt: skip

@@ -76,11 +76,13 @@ def detach(plan: DetachPlan, base: OpenedBase, limits: Limits) -> Detached:
 def _take_apart(
     plan: DetachPlan, rows: Mapping[str, torch.Tensor], spec: DeltaSpec, env: Env
 ) -> DeltaSpec:
-    from loratool.engine.detaching import with_rows_scaled, with_start
+    from loratool.engine.detaching import with_change, with_rows_scaled, with_start
 
     spec = plan.settled(spec)
     if spec.reach == "all":
         spec = with_start(spec, plan.places[spec.name], env)
+    elif not spec.is_apart:
+        spec = with_change(spec, plan.places[spec.name], env)
     return with_rows_scaled(spec, rows[spec.name], env) if spec.name in rows else spec
 
 

@@ -9,6 +9,7 @@ import torch
 from loratool.adapter import DeltaSpec
 from loratool.delta.base import Delta
 from loratool.delta.lowrank import Pair, thinnest
+from loratool.linalg.exact import product_terms
 from loratool.plan import DeltaPart
 
 
@@ -57,6 +58,14 @@ class Circulant(Delta):
         blocks = self.kernel[rows // b]  # (n, cols/b, b)
         return blocks.gather(2, turn[:, None].expand_as(blocks)).flatten(1)[:, col + c0 : col + c1]
 
+    def terms(self, rows: torch.Tensor, cols: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
+        """One product."""
+        device, b = self.kernel.device, self.kernel.shape[2]
+        rows, cols = rows.to(device) + self._rows[0], cols.to(device) + self._cols[0]
+        values = self.kernel[rows // b, cols // b, (cols - rows) % b].double().cpu()
+        factor = torch.full((1, 1), self.coefficient, dtype=torch.float64)
+        return product_terms(values[:, None], factor)
+
     def scaled(self, factor: float) -> Circulant:
         """Multiplies the coefficient."""
         return Circulant(self.kernel, self.coefficient * factor, self._rows, self._cols)
@@ -74,25 +83,25 @@ def build(
     dtype: torch.dtype,
     fold: bool = True,
 ) -> Circulant:
-    """Make the delta of a ``circulant`` spec; PEFT divides by the number of columns.
+    """Make the delta of a ``circulant`` spec.
 
     Args:
         fields: c3a_kernel (out/b, in/b, b).
         part: the spec with orientation and region.
-        coefficient: weight.
+        coefficient: weight · scaling.
         dtype: type of the accumulator.
-        fold: no choice here.
+        fold: False keeps the kernel as stored and the coefficient apart.
     """
     kernel = fields["c3a_kernel"].double()
-    kernel = kernel * (coefficient / (kernel.shape[1] * kernel.shape[2]))
+    if fold:
+        kernel, coefficient = kernel * coefficient, 1.0
     if part.transposed:  # turned the other way
         kernel = kernel.transpose(0, 1).flip(2).roll(1, 2)
     region = part.region
-    return Circulant(kernel.to(dtype), 1.0, region.source_rows, region.source_cols)
+    return Circulant(kernel.to(dtype), coefficient, region.source_rows, region.source_cols)
 
 
 def pairs_of(fields: Mapping[str, torch.Tensor], spec: DeltaSpec) -> list[Pair]:
     """ΔW (out, in) in float64 beside the identity: nothing thinner has the same product."""
     kernel = fields["c3a_kernel"].double()
-    whole = Circulant(kernel / (kernel.shape[1] * kernel.shape[2])).dense()
-    return [thinnest(whole)]
+    return [thinnest(Circulant(kernel).dense())]

@@ -10,6 +10,7 @@ from loratool.adapter import DeltaSpec
 from loratool.delta.base import Delta
 from loratool.delta.lowrank import Pair, thinnest
 from loratool.errors import BadFileError
+from loratool.linalg.exact import product_terms
 from loratool.plan import DeltaPart
 
 
@@ -21,13 +22,19 @@ class Sparse(Delta):
         rows: (n,) int64 row numbers.
         cols: (n,) int64 column numbers.
         values: (n,) float32 or float64; of elements that are named twice both count.
+        coefficient: of all of them.
     """
 
     def __init__(
-        self, shape: tuple[int, int], rows: torch.Tensor, cols: torch.Tensor, values: torch.Tensor
+        self,
+        shape: tuple[int, int],
+        rows: torch.Tensor,
+        cols: torch.Tensor,
+        values: torch.Tensor,
+        coefficient: float = 1.0,
     ) -> None:
         order = torch.argsort(rows * shape[1] + cols, stable=True)
-        self.shape, self.roundings = shape, 3
+        self.shape, self.roundings, self.coefficient = shape, 3, coefficient
         self.rows, self.cols, self.values = rows[order], cols[order], values[order]
 
     def add_to(
@@ -35,14 +42,27 @@ class Sparse(Delta):
     ) -> None:
         """Touches only the elements inside the block."""
         at, values = self._inside(r0, r1, c0, c1)
-        acc.index_put_(at, values.to(acc.dtype), accumulate=True)
+        acc.index_put_(at, values.to(acc.dtype) * self.coefficient, accumulate=True)
 
     def add_size(
         self, acc: torch.Tensor, base: torch.Tensor, r0: int, r1: int, c0: int, c1: int
     ) -> None:
         """|value| at the elements inside the block."""
         at, values = self._inside(r0, r1, c0, c1)
-        acc.index_put_(at, values.abs().to(acc.dtype), accumulate=True)
+        size = values.abs().to(acc.dtype) * abs(self.coefficient)
+        acc.index_put_(at, size, accumulate=True)
+
+    def terms(self, rows: torch.Tensor, cols: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
+        """One product for each time that an element is named."""
+        width = self.shape[1]
+        named, wanted = (self.rows * width + self.cols).cpu(), rows.cpu() * width + cols.cpu()
+        first = torch.searchsorted(named, wanted)
+        count = torch.searchsorted(named, wanted, right=True) - first
+        turn = torch.arange(max(1, int(count.max()) if len(count) else 1))
+        values = torch.cat([self.values.double().cpu(), torch.zeros(1, dtype=torch.float64)])
+        at = torch.where(turn < count[:, None], first[:, None] + turn, len(named))
+        factor = torch.full((1, 1), self.coefficient, dtype=torch.float64)
+        return product_terms(values[at], factor)
 
     def _inside(
         self, r0: int, r1: int, c0: int, c1: int
@@ -55,8 +75,8 @@ class Sparse(Delta):
         return at, self.values[first:last][inside]
 
     def scaled(self, factor: float) -> Sparse:
-        """Multiplies the values."""
-        return Sparse(self.shape, self.rows, self.cols, self.values * factor)
+        """Multiplies the coefficient."""
+        return Sparse(self.shape, self.rows, self.cols, self.values, self.coefficient * factor)
 
     def to(self, device: torch.device) -> None:
         """Moves numbers and values."""
@@ -79,7 +99,7 @@ def build(
         part: the spec with orientation and region; bound.
         coefficient: weight · scaling.
         dtype: type of the accumulator.
-        fold: no choice here.
+        fold: False keeps the values as stored and the coefficient apart.
 
     Raises:
         BadFileError: LT-363, an element outside of the matrix.
@@ -94,7 +114,9 @@ def build(
             expected=f"rows below {out}, columns below {inner}",
             got=f"row {int(rows[at])}, column {int(cols[at])}",
         )  # fmt: skip
-    values = (fields["shira_weight"].double() * coefficient).to(dtype)
+    values = fields["shira_weight"].double()
+    if fold:
+        values, coefficient = values * coefficient, 1.0
     shape = (out, inner)
     if part.transposed:
         rows, cols, shape = cols, rows, (inner, out)
@@ -104,7 +126,7 @@ def build(
     )
     inside = (rows >= top) & (rows < bottom) & (cols >= left) & (cols < right)
     return Sparse((bottom - top, right - left), rows[inside] - top, cols[inside] - left,
-                  values[inside])  # fmt: skip
+                  values[inside].to(dtype), coefficient)  # fmt: skip
 
 
 def pairs_of(fields: Mapping[str, torch.Tensor], spec: DeltaSpec) -> list[Pair]:

@@ -15,6 +15,7 @@ import torch
 
 from loratool.adapter import DeltaSpec, Replacement, TensorRef
 from loratool.delta.forms import kernel_of, lengths_of, with_kernel, with_lengths, without_lengths
+from loratool.delta.load import load_delta
 from loratool.delta.lowrank import Pair
 from loratool.delta.mutation import from_whole_base, removed_part
 from loratool.dtypes import widest
@@ -23,9 +24,10 @@ from loratool.engine.kernel import Env
 from loratool.errors import NumericError
 from loratool.linalg.concat import concat_factors
 from loratool.linalg.product import product_svd, split_factors
-from loratool.plan import Place, Span
+from loratool.plan import DeltaPart, Place, Span
 
 _ELEMENTS = 1 << 20  # of W in float64 at a time
+_NOISE = 2.0**-44  # of the largest singular value: what is less is the decomposition's own rounding
 
 
 def stored_weight(places: Sequence[Place], env: Env) -> torch.Tensor:
@@ -72,6 +74,17 @@ def with_start(spec: DeltaSpec, places: Sequence[Place], env: Env) -> DeltaSpec:
     U, S, Vh = product_svd(*joint)
     made = split_factors(U, S, Vh, len(S))
     return _with_pairs(from_whole_base(spec), [made], scaling=1.0)
+
+
+def with_change(spec: DeltaSpec, places: Sequence[Place], env: Env) -> DeltaSpec:
+    """W' - W of a change that depends on W in another way, decomposed: of the rank that it has."""
+    weight = stored_weight(places, env).double()
+    part = DeltaPart(spec, 1.0, transposed=places[0].part.transposed)
+    delta = load_delta(part, env.load, coefficient=spec.scaling, dtype=torch.float64)
+    change = delta.apply_to(weight) - weight
+    U, S, Vh = torch.linalg.svd(change.T if part.transposed else change, full_matrices=False)
+    rank = max(1, int((S[:1] * _NOISE < S).sum()))
+    return _with_pairs(spec, [split_factors(U, S, Vh, rank)], scaling=1.0)
 
 
 def _with_pairs(spec: DeltaSpec, pairs: Sequence[Pair], scaling: float) -> DeltaSpec:

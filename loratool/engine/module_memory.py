@@ -128,12 +128,17 @@ def detached_bytes(places: Sequence[Place]) -> int:
     """Taking a change apart from its base: the weight, its parts, factors.
 
     For PiSSA and its kin the decomposition of the weight: 24 bytes per element, and 32 of the
-    shorter side squared; else a block of a million elements in float64.
+    shorter side squared; of a change that is no product its own, and factors of full rank; else a
+    block of a million elements in float64.
     """
     spec = places[0].part.spec
     rows, cols = matrix_shape(spec)
     whole = sum(place.source.nbytes for place in places) + 8 * rows * cols
-    at_work = 24 * rows * cols + 32 * min(rows, cols) ** 2 if spec.reach == "all" else 3 << 23
+    at_work = 3 << 23
+    if spec.reach == "all" or not spec.is_apart:
+        at_work = 24 * rows * cols + 32 * min(rows, cols) ** 2
+    if not spec.is_apart:
+        at_work += 8 * min(rows, cols) * (rows + cols)
     return WORKER_BYTES + whole + at_work + 8 * factor_bytes(spec)
 
 

@@ -60,6 +60,11 @@ class DetachPlan:
             kinds = list_some(sorted(set(changed.values())))
             yield (f"{len(changed)} modules start from a changed base ({kinds}): written as LoRA, "
                    "whose rank is up to twice theirs")  # fmt: skip
+        others = {s.name: s.title for a, _ in self.adapters for s in a.specs if not s.is_apart}
+        if others:
+            kinds = list_some(sorted(set(others.values())))
+            yield (f"{len(others)} modules change as the base's numbers do ({kinds}): written as "
+                   "LoRA, of the rank that W' - W has")  # fmt: skip
         if self.turned:
             yield (f"{len(self.turned)} modules scale rows of the base (DoRA): the result does so "
                    "too; ranks and losses are those of lora_B @ lora_A")  # fmt: skip
@@ -102,7 +107,7 @@ def _check(adapter: Adapter, needed: Sequence[DeltaSpec], there: InBase) -> None
         "on a module that has no DoRA in PEFT": lambda s: s.is_bare or bool(s.experts)
         or not s.is_matrix or s.parameter == "in_proj_weight",
         "of a grouped convolution": is_grouped,
-        "that is neither a product nor lengths of rows": lambda s: not s.is_apart,
+        "of a kernel, or one of many": lambda s: not s.is_apart and not _is_one_matrix(s, there),
         "on a tensor that is replaced too": lambda s: s.name in own,
         "that has no place in it": lambda s: s.name not in there.places,
     }  # fmt: skip
@@ -113,6 +118,12 @@ def _check(adapter: Adapter, needed: Sequence[DeltaSpec], there: InBase) -> None
                 "LT-460", f"a change {why} stays tied to the base weights", file=adapter.path,
                 key=list_some(odd, 3), hint=_MERGE,
             )  # fmt: skip
+
+
+def _is_one_matrix(spec: DeltaSpec, there: InBase) -> bool:
+    """True for a change that covers one plain weight."""
+    places = there.places.get(spec.name, ())
+    return len(places) == 1 and not places[0].is_cut and len(places[0].source.shape) == 2
 
 
 def _is_the_base(one: Replacement, base: TensorRef | None) -> bool:

@@ -280,7 +280,8 @@ def test_terms_add_up_exactly(row: Kind) -> None:
 
 def whole_numbers(change: Change) -> Change:
     """With tensors of whole numbers of at most 11 bits, whose sums of products float64 holds."""
-    fields = {role: (256 * t).round().clamp(-2047, 2047) for role, t in change.fields.items()}
+    fields = {role: (256 * t).round().clamp(-2047, 2047) if t.is_floating_point() else t
+              for role, t in change.fields.items()}  # fmt: skip
     return replace(change, fields=fields)
 
 

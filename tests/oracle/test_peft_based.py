@@ -150,11 +150,10 @@ def test_a_weight_goes_part_of_the_way(tmp_path: Path, name: str, weight: float)
 
 @pytest.mark.parametrize("name", DEPENDENT)
 def test_what_needs_the_base_is_refused_without_it(tmp_path: Path, name: str) -> None:
-    adapter, base = sample(name, tmp_path)
+    adapter, _ = sample(name, tmp_path)
     out = tmp_path / "out"
     for command in (
         lambda: lt.rescale([adapter], 0.5, output=out),
-        lambda: lt.compress([adapter], rank=2, base=base, output=out),
         lambda: lt.merge([adapter, adapter], output=out),
         lambda: lt.compare([adapter, adapter]),
     ):
@@ -264,3 +263,43 @@ def test_indices_that_windows_wrote_as_floats_are_the_same(tmp_path: Path) -> No
     lt.merge([adapter], base=base, output=tmp_path / "again")
     one, other = stored(tmp_path / "out"), stored(tmp_path / "again")
     assert all(one[k].tobytes() == other[k].tobytes() for k in one)
+
+
+ONE_MATRIX = ["oft", "oft_share", "boft", "hra", "hira", "miss_bat"]
+
+
+@pytest.mark.parametrize("name", ONE_MATRIX)
+def test_with_the_base_it_becomes_a_lora_that_can_be_scaled_and_added(
+    tmp_path: Path, name: str
+) -> None:
+    """W' - W, of the rank that it has."""
+    adapter, base = sample(name, tmp_path)
+    before = stored(base)
+    exact = {k: v - before[k] for k, v in wanted(adapter, before).items()}
+    lt.rescale([adapter], 0.5, base=base, output=tmp_path / "half")
+    assert_same_changes(tmp_path / "half", {k: 0.5 * v for k, v in exact.items()}, 1e-6)
+    rank = {one.rank for one in lt.open(tmp_path / "half")}
+    assert rank == ({4} if name == "hra" else {16} if name == "miss_bat" else {8, 16})
+    lt.merge([adapter, tmp_path / "half"], base=base, into="adapter", output=tmp_path / "sum")
+    assert_same_changes(tmp_path / "sum", {k: 1.5 * v for k, v in exact.items()}, 1e-6)
+
+
+@pytest.mark.parametrize("name", ADDITIVE)
+def test_a_merge_is_undone(tmp_path: Path, name: str) -> None:
+    adapter, base = sample(name, tmp_path)
+    out, undo = tmp_path / "out", tmp_path / "undo.safetensors"
+    lt.merge([adapter], base=base, output=out, save_undo=undo)
+    lt.subtract([adapter], merged=out, undo=undo, output=tmp_path / "back")
+    back, before = stored(tmp_path / "back"), stored(base)
+    assert all(back[k].tobytes() == before[k].tobytes() for k in before)
+
+
+@pytest.mark.parametrize("name", ["c3a", "shira"])
+def test_exact_sums(tmp_path: Path, name: str) -> None:
+    """One product for each element: rounded to nearest."""
+    adapter, base = sample(name, tmp_path)
+    lt.merge([adapter], base=base, output=tmp_path / "out", exact=True)
+    before, got = stored(base), stored(tmp_path / "out")
+    for key, exact in wanted(adapter, before).items():
+        half = np.spacing(np.abs(exact).astype(np.float32)).astype(np.float64) / 2
+        assert (np.abs(got[key] - exact) <= half + 2.0**-50).all(), key

@@ -106,9 +106,9 @@ def fourierft(module: Module) -> Sequence[DeltaSpec]:
 
 
 def c3a(module: Module) -> Sequence[DeltaSpec]:
-    """One vector for each block."""
-    module.axis("c3a_kernel", 2)
-    return (module.spec("circulant", 0),)
+    """One vector for each block; the scaling is 1 over the number of columns."""
+    inner = module.axis("c3a_kernel", 1) * module.axis("c3a_kernel", 2)
+    return (module.spec("circulant", 0, scaling=1 / inner),)
 
 
 def randlora(module: Module) -> Sequence[DeltaSpec]:
