@@ -137,6 +137,25 @@ class CodedRef(TensorRef):
         return (*self.codes.ranges(first, last), *beside)
 
 
+@dataclass(frozen=True, slots=True)
+class ArrangedRef(TensorRef):
+    """A tensor whose numbers a file holds in another order of their axes.
+
+    ``shape`` is what is seen; `loratool.store.arranged` puts the numbers there.
+
+    Attributes:
+        laid: sizes of the axes as the file has them.
+        axes: which of them comes first, second … here.
+    """
+
+    laid: tuple[int, ...] = ()
+    axes: tuple[int, ...] = ()
+
+    def ranges(self, start: int = 0, stop: int | None = None) -> tuple[Bytes, ...]:
+        """As `TensorRef.ranges`; it is read whole whatever is asked for."""
+        return ((self.file, self.start, self.nbytes),) if self.nbytes else ()
+
+
 @dataclass(frozen=True)
 class TensorData:
     """A tensor made in memory (a new factor), ready to be written.

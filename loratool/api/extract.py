@@ -93,7 +93,7 @@ def extract(asked: Extract) -> ExtractReport:
         replace(job.plan, notes=notes), made.outcomes, open_adapter(job.target), job.tuned,
         job.base, job.target, job.criteria, resources, size, residual, time.monotonic() - started,
     )  # fmt: skip
-    return replace(report, holds_whole=job.row.table is None)
+    return replace(report, holds_whole=job.row.holds_whole)
 
 
 @dataclass(frozen=True)

@@ -58,7 +58,7 @@ class Assembly:
         adapter, outcomes = assemble(
             self.plan, results, keep=self.keep, base=self.base.checkpoint, base_model=label
         )
-        if self.row.table is not None:  # it holds changes, no tensors instead of others
+        if not self.row.holds_whole:  # it holds changes, no tensors instead of others
             adapter, lost = self._translated(adapter)
             outcomes = [_without(o) if set(self.plan.names_of(o.pair)) & lost else o
                         for o in outcomes]  # fmt: skip

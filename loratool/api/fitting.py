@@ -9,7 +9,7 @@ from loratool.api.common import Limits
 from loratool.dialects import read_back
 from loratool.dialects.programs import Program
 from loratool.errors import list_some
-from loratool.ops.fitting import check_written, plan_fit
+from loratool.ops.fitting import check_written, even_form, needs_evening, plan_fit
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,11 @@ def fit_for(adapter: Adapter, program: Program | None, limits: Limits) -> Fitted
         DiskError: LT-605.
     """
     if program is None:
-        return Fitted(adapter)
+        return (
+            even_out(adapter, limits)
+            if needs_evening(adapter, adapter.dialect)
+            else (Fitted(adapter))
+        )
     fit = plan_fit(adapter, program)
     left = f"{program.title} cannot hold, left out: {list_some(fit.left_out, 3)}"
     warnings = (left,) if fit.left_out else ()
@@ -60,6 +64,23 @@ def fit_for(adapter: Adapter, program: Program | None, limits: Limits) -> Fitted
     if lost:
         notes.append(f"rounding the new factors lost {lost:.1e} of their ΔW")
     return Fitted(made, tuple(notes), warnings, lost)
+
+
+def even_out(adapter: Adapter, limits: Limits) -> Fitted:
+    """One rank and one scaling for all changes, as some dialects have it.
+
+    Raises:
+        DiskError: LT-605.
+    """
+    from loratool.engine.fitting import fit_factors
+
+    fit = even_form(adapter)
+    needs, kept = fit.memory_needs()
+    made, lost = fit_factors(
+        fit.adapter, rank=fit.rank, alpha=fit.alpha, scalings=fit.scalings, changed=fit.changed,
+        threads=limits.plan(needs, kept=kept).threads,
+    )  # fmt: skip
+    return Fitted(made, relative_error=lost)
 
 
 def check_files(files: AdapterFiles, adapter: Adapter, program: Program | None) -> None:

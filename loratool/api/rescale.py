@@ -15,6 +15,7 @@ from loratool.api.sums import assemble_sum, run_sum
 from loratool.delta.forms import exchanged
 from loratool.dialects import write_adapter_files
 from loratool.dialects.programs import judge_loads
+from loratool.dialects.rules import keeps_config
 from loratool.errors import UsageError
 from loratool.methods import find_method
 from loratool.ops.adapter_summary import dtype_word
@@ -233,7 +234,7 @@ def _scale(job: _Job) -> ScaledTensors | None:
 def _files(plan: RescalePlan, tensors: Mapping[str, Source]) -> AdapterFiles:
     """The input's files with these tensors and this configuration instead of its own."""
     adapter = plan.adapter
-    if adapter.config:
+    if keeps_config(adapter):
         again = write_adapter_files(adapter, adapter.dialect)
         return replace(
             again,

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from loratool.adapter import Adapter, AdapterFiles
 from loratool.api.common import Limits
+from loratool.api.fitting import even_out
 from loratool.dialects import write_adapter_files
 from loratool.dialects.registry import row_of
 from loratool.ops.convert import ConvertPlan, fold_bytes, outline, plan_convert
@@ -48,8 +50,19 @@ def carry_out(plan: ConvertPlan, limits: Limits, *, is_dry: bool = False) -> Tra
         is_dry: put tensors without content in the place of computed ones.
     """
     threads = _threads(plan, limits)
-    if is_dry or not plan.computed:
+    if is_dry:
         return Translated(outline(plan), plan)
+    adapter, error = _with_factors(plan, threads)
+    if not plan.is_evened:
+        return Translated(adapter, plan, error)
+    even = even_out(adapter, limits)
+    return Translated(even.adapter, plan, math.hypot(error, even.relative_error))
+
+
+def _with_factors(plan: ConvertPlan, threads: int) -> tuple[Adapter, float]:
+    """The adapter with the factors that must be computed, and the error of storing them."""
+    if not plan.computed:
+        return plan.adapter, 0.0
     from loratool.engine.converting import make_factors
 
     names = plan.computed
@@ -58,7 +71,7 @@ def carry_out(plan: ConvertPlan, limits: Limits, *, is_dry: bool = False) -> Tra
     made = {f.spec.name: f.spec for f in folded}
     specs = tuple(made.get(s.name, s) for s in plan.adapter.specs)
     error = share_of(sum(f.error_square for f in folded), sum(f.square for f in folded))
-    return Translated(replace(plan.adapter, specs=specs), plan, error)
+    return replace(plan.adapter, specs=specs), error
 
 
 def _threads(plan: ConvertPlan, limits: Limits) -> int:

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from loratool.adapter import DeltaSpec, Source, TensorData, TensorRef
+from loratool.adapter import ArrangedRef, DeltaSpec, Source, TensorData, TensorRef
 from loratool.delta.forms import side_sizes
 from loratool.dtypes import DTYPES, exact_dtype, numel, widest
 from loratool.store.reader import read_bytes
@@ -105,6 +105,8 @@ def rows_of(source: Source, start: int, stop: int) -> Source:
     """Rows of a tensor: a place in its file, or bytes of it."""
     each = source.nbytes // source.shape[0]
     shape = (stop - start, *source.shape[1:])
+    if isinstance(source, ArrangedRef):
+        source = TensorData(source.name, source.dtype, source.shape, read_bytes(source))
     if isinstance(source, TensorRef):
         place = source.start + start * each
         return replace(source, shape=shape, start=place, nbytes=(stop - start) * each)

@@ -54,6 +54,8 @@ class Dialect:
         written_as: the dialect that its adapters are written in, where that is another one.
         form: what ``-o`` names, ``folder`` or ``file``.
         suffixes: of the tensor file.
+        holds_whole: it has a place for tensors that take the base's place.
+        is_even: one scaling holds for all changes; `convert` puts others into the factors.
         lacks: why programs do not load it that load the dialect it is written in.
         library: what loads the files as they are, as the Hub calls it.
         hint: what to do with a file that cannot be read.
@@ -75,6 +77,8 @@ class Dialect:
     written_as: str = ""
     lacks: str = ""
     variety: Callable[[Candidate], str] | None = None
+    is_even: bool = False
+    holds_whole: bool = False
 
     @property
     def is_read(self) -> bool:

@@ -31,18 +31,6 @@ GGUF = Dialect(
 )  # fmt: skip
 
 
-def is_mlx(candidate: Candidate) -> bool:
-    """mlx-lm's configuration, or its keys: ``.lora_a`` without ``.weight``."""
-    if candidate.is_peft:
-        return False
-    config = candidate.config or {}
-    stated = "lora_parameters" in config or "fine_tune_type" in config
-    return stated or candidate.has_key(r"\.lora_[ab]$")
-
-
-MLX = Dialect("mlx", "mlx-lm", is_mlx, form="folder", short="mlx")
-
-
 def is_litgpt(candidate: Candidate) -> bool:
     """The pickle of litgpt, by name."""
     return "lit_model.pth.lora" in candidate.names and not candidate.is_peft
@@ -93,5 +81,5 @@ TEXTUAL_INVERSION = Dialect(
     "textual-inversion", "textual inversion (no adapter)", is_textual_inversion
 )
 ROWS = (
-    GGUF, MLX, LITGPT, MEGATRON, TORCHTUNE, CONTROL_LORA, TEXTUAL_INVERSION,
+    GGUF, LITGPT, MEGATRON, TORCHTUNE, CONTROL_LORA, TEXTUAL_INVERSION,
 )  # fmt: skip

@@ -3,7 +3,17 @@
 from __future__ import annotations
 
 from loratool import plugins
-from loratool.dialects import by_sight, comfyui, diffusers, flux, kohya, lycoris, onetrainer, peft
+from loratool.dialects import (
+    by_sight,
+    comfyui,
+    diffusers,
+    flux,
+    kohya,
+    lycoris,
+    mlx,
+    onetrainer,
+    peft,
+)
 from loratool.dialects.base import Dialect
 from loratool.dialects.candidate import Candidate
 from loratool.errors import MismatchError, UsageError
@@ -12,7 +22,7 @@ DEFAULT = peft.FOLDER_NAME
 """What an adapter is written in that was read from no file."""
 DIALECTS: tuple[Dialect, ...] = (
     *peft.ROWS, kohya.ROW, lycoris.ROW, diffusers.ROW, comfyui.ROW, flux.BFL, flux.XLABS,
-    onetrainer.ROW, *by_sight.ROWS,
+    onetrainer.ROW, mlx.ROW, *by_sight.ROWS,
 )  # fmt: skip
 BY_NAME: dict[str, Dialect] = {row.name: row for row in DIALECTS}
 

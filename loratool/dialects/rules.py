@@ -59,6 +59,21 @@ def has_alpha_tensors(adapter: Adapter) -> bool:
     return table is not None and table.keeps_alphas(adapter.key_order)
 
 
+def takes_scalings(adapter: Adapter, factors: Collection[float]) -> bool:
+    """True if what its file says of scalings can be multiplied with these numbers.
+
+    Every module has an alpha of its own, which takes any number, or one number is for all.
+    """
+    if row_of(adapter.dialect).is_even:
+        return len(set(factors)) == 1
+    return has_alpha_tensors(adapter)
+
+
+def keeps_config(adapter: Adapter) -> bool:
+    """True if tensors are exchanged in a file, and fields of its configuration with them."""
+    return bool(adapter.config) and not home_of(adapter.dialect).is_even
+
+
 def is_of_home(adapter: Adapter, dialect: str) -> bool:
     """True if an adapter is written in a dialect where nobody asks for another one.
 

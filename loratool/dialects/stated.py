@@ -120,7 +120,7 @@ def scaled_config(config: Mapping[str, Any], factors: Mapping[str, float]) -> di
         config: of the adapter.
         factors: spec name -> factor of its change.
     """
-    if len(set(factors.values())) != 1 or not config:
+    if len(set(factors.values())) != 1 or "peft_type" not in config:
         return None
     size = abs(next(iter(factors.values())))
     method = str(config.get("peft_type", "LORA"))

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 
 from loratool.adapter import Adapter, DeltaSpec
-from loratool.delta.forms import with_values
+from loratool.delta.forms import lengths_of, with_lengths, with_values
 from loratool.dtypes import widest
 from loratool.engine.factors import (
     load_pairs,
@@ -86,6 +86,8 @@ def _fit_matrix(
     ]
     dtype = _holding([factor for pair in pairs for factor in pair], spec)
     new = pack_pairs(spec, pairs, dtype, rank=rank)
+    if (lengths := lengths_of(spec)) is not None:
+        new = with_lengths(new, lengths)
     square = error = 0.0
     for lora_B, lora_A in pairs:
         stored = round_once(lora_B, dtype).double(), round_once(lora_A, dtype).double()

@@ -21,6 +21,7 @@ from loratool.delta.forms import (
     with_values,
 )
 from loratool.dialects import unmergeable_reason
+from loratool.dialects.registry import home_of
 from loratool.dialects.rules import gains, joined_weights, tied_pairs
 from loratool.dtypes import tensor_bytes
 from loratool.engine.step_args import FactorArgs
@@ -98,7 +99,8 @@ class CompressPlan:
         return FactorArgs(
             dtype=self.dtypes[index], gain=gain, bias=self.bias_of(spec),
             must_rewrite=not (spec.is_pair or has_core(spec)) or spec.blocks is not None
-            or spec.name in self.anew or self._is_uneven(spec),
+            or spec.name in self.anew or self._is_uneven(spec)
+            or home_of(self.adapter.dialect).is_even,
         )  # fmt: skip
 
     def bias_of(self, spec: DeltaSpec) -> DeltaSpec | None:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from loratool.adapter import Adapter, DeltaSpec, Source, TensorData, TensorRef
+from loratool.adapter import Adapter, ArrangedRef, DeltaSpec, Source, TensorData, TensorRef
 from loratool.archs.families import family_of
 from loratool.archs.flat import KnownNames, home_prefix, known_names
 from loratool.bind.bindings import bind
@@ -27,6 +27,7 @@ from loratool.dialects.registry import row_of
 from loratool.dialects.rules import is_of_home, passed_on
 from loratool.errors import MismatchError, list_some
 from loratool.ops.additive import require_kernels
+from loratool.ops.fitting import needs_evening
 from loratool.ops.sizes import with_sizes
 from loratool.patterns import find
 from loratool.store.checkpoint import Checkpoint
@@ -45,6 +46,7 @@ class ConvertPlan:
             holds kernels flattened, else (); the bytes of all others are copied.
         left_out: names of what the user leaves out.
         base_tensors: names of the base's tensors.
+        is_evened: scalings become one for all changes, and ranks too.
         notes: one sentence each.
     """
 
@@ -53,6 +55,7 @@ class ConvertPlan:
     computed: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     left_out: tuple[str, ...] = ()
     base_tensors: tuple[str, ...] = ()
+    is_evened: bool = False
     notes: tuple[str, ...] = ()
 
 
@@ -92,9 +95,13 @@ def plan_convert(
     if base is None:
         require_kernels(kept, odd, dialect)
     computed = {s.name: _flattened(s, base) for s in odd}
+    is_evened = needs_evening(kept, row.name)
+    if is_evened:
+        notes.append(f"{row.title} has one scaling for all modules: theirs go into the factors")
     return ConvertPlan(
-        source, kept, computed, left_out, tuple(base.tensors) if base else (), tuple(notes)
-    )
+        source, kept, computed, left_out, tuple(base.tensors) if base else (), is_evened,
+        tuple(notes),
+    )  # fmt: skip
 
 
 def compute_also(plan: ConvertPlan, names: Collection[str]) -> ConvertPlan:
@@ -119,6 +126,8 @@ def outline(plan: ConvertPlan) -> Adapter:
     """What will be written, with tensors without content in the place of computed ones."""
     inner = plan.computed
     specs = (as_pair(s, inner[s.name]) if s.name in inner else s for s in plan.adapter.specs)
+    if plan.is_evened:
+        specs = (replace(s, scaling=1.0) for s in specs)
     return replace(plan.adapter, specs=tuple(specs))
 
 
@@ -171,7 +180,7 @@ def _left_behind(kept: Adapter, row: Dialect) -> list[str]:
 def _check(kept: Adapter, row: Dialect) -> None:
     """Name everything that the dialect cannot hold, with the words that leave it out."""
     table = row.table
-    found = {r.name: "a replaced tensor" for r in kept.replacements if table is not None}
+    found = {r.name: "a replaced tensor" for r in kept.replacements if not row.holds_whole}
     found |= {
         ref.name: "a tensor that is no part of a change"
         for ref in passed_on(kept) if table is None or not table.is_passed(ref.name)
@@ -239,7 +248,7 @@ def _rows(source: Source, spans: Sequence[tuple[int, int]]) -> Source:
     """Rows of a tensor: a place in the file if they lie side by side."""
     each = source.nbytes // source.shape[0]
     shape = (sum(b - a for a, b in spans), *source.shape[1:])
-    if len(spans) == 1 and isinstance(source, TensorRef):
+    if len(spans) == 1 and isinstance(source, TensorRef) and not isinstance(source, ArrangedRef):
         (start, _), size = spans[0], shape[0] * each
         return replace(source, shape=shape, start=source.start + start * each, nbytes=size)
     data = memoryview(read_bytes(source)).cast("B")

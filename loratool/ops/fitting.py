@@ -10,6 +10,7 @@ from loratool.adapter import Adapter, DeltaSpec
 from loratool.delta.forms import has_diagonal, left_of, matrix_shape, shape_of
 from loratool.dialects import DEFAULT, unmergeable_reason
 from loratool.dialects.programs import Look, Program
+from loratool.dialects.registry import home_of
 from loratool.dialects.rules import conversion, gains, is_of_home
 from loratool.dialects.stated import is_even
 from loratool.dtypes import tensor_bytes
@@ -32,7 +33,7 @@ class Fit:
     """
 
     adapter: Adapter
-    program: Program
+    program: Program | None
     rank: int = 0
     alpha: float = 0.0
     scalings: Mapping[str, float] = field(default_factory=dict)
@@ -93,14 +94,28 @@ def plan_fit(adapter: Adapter, program: Program) -> Fit:
     weights = [s for s in adapter.specs if s.is_matrix]
     if not weights:
         return Fit(adapter, program, left_out=tuple(gone))
-    rank = max(s.product_rank for s in weights)
-    check_rank(rank, program, adapter)
-    scaling, known = _scaling(weights, rank), gains({s.name for s in weights})
-    scalings = {s.name: scaling * known.get(s.name, 1.0) for s in adapter.specs}
-    fit = Fit(adapter, program, rank, scaling * rank, scalings, tuple(gone))
+    check_rank(max(s.product_rank for s in weights), program, adapter)
+    fit = even_form(adapter, program, tuple(gone))
     if fit.changed:
         require_factors(adapter, f"brought into {program.title}'s form")
     return fit
+
+
+def needs_evening(adapter: Adapter, dialect: str) -> bool:
+    """True if a dialect has one scaling for all changes, and the adapter several."""
+    scalings = {s.scaling for s in adapter.specs if s.is_matrix}
+    return home_of(dialect).is_even and len(scalings) > 1
+
+
+def even_form(
+    adapter: Adapter, program: Program | None = None, left_out: tuple[str, ...] = ()
+) -> Fit:
+    """One rank and one scaling for all changes, of which there are some."""
+    weights = [s for s in adapter.specs if s.is_matrix]
+    rank = max(s.product_rank for s in weights)
+    scaling, known = _scaling(weights, rank), gains({s.name for s in weights})
+    scalings = {s.name: scaling * known.get(s.name, 1.0) for s in adapter.specs}
+    return Fit(adapter, program, rank, scaling * rank, scalings, left_out)
 
 
 def check_fit(adapter: Adapter, program: Program) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 from loratool.adapter import Adapter, DeltaSpec, Source, TensorRef
 from loratool.delta.forms import scaled_source
 from loratool.dialects import write_adapter_files
-from loratool.dialects.rules import has_alpha_tensors, tied_pairs
+from loratool.dialects.rules import keeps_config, takes_scalings, tied_pairs
 from loratool.dialects.stated import scaled_config
 from loratool.engine.step_args import ScaleArgs
 from loratool.errors import MismatchError, UsageError, list_some
@@ -114,7 +114,7 @@ def plan_rescale(
         notes.append(f"{len(off)} modules are switched off: their lora_B is zero")
     if has_base and needs_base:
         return RescalePlan(adapter, factors, "base", adapter.config, {}, tuple(notes))
-    if has_alpha_tensors(adapter) and _go_into_alpha(adapter, factors):
+    if takes_scalings(adapter, factors.values()) and _go_into_alpha(adapter, factors):
         scaled = replace(adapter, specs=tuple(_scaled(s, factors[s.name]) for s in adapter.specs))
         return RescalePlan(scaled, factors, "alpha", adapter.config, {}, tuple(notes))
     if kept:
@@ -172,7 +172,7 @@ def _choose(
 
 def _as_written(adapter: Adapter) -> Adapter:
     """With the configuration that its files would have: of what was read, and as it was read."""
-    if not adapter.config:
+    if not keeps_config(adapter):
         return adapter
     (config,) = write_adapter_files(adapter).json_files.values()
     return replace(adapter, config=config)

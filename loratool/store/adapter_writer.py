@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from loratool import __version__
-from loratool.adapter import AdapterFiles, Source, TensorData, TensorRef
+from loratool.adapter import AdapterFiles, ArrangedRef, Source, TensorData, TensorRef
 from loratool.errors import AlreadyMadeError
 from loratool.plan import plain
 from loratool.store.disk import check_space, refusals_as
@@ -167,8 +167,10 @@ def _put_all(
 
 
 def _copy(reader: FileReader, source: TensorRef, writer: ShardWriter, start: int) -> None:
-    buffer = memoryview(bytearray(min(_PIECE, source.nbytes)))
-    for done in range(0, source.nbytes, _PIECE):
-        piece = buffer[: min(_PIECE, source.nbytes - done)]
+    # One that lies in another order is read whole.
+    step = source.nbytes if isinstance(source, ArrangedRef) else _PIECE
+    buffer = memoryview(bytearray(min(step, source.nbytes)))
+    for done in range(0, source.nbytes, step or 1):
+        piece = buffer[: min(step, source.nbytes - done)]
         reader.read_into(source, done, piece)
         writer.put(start + done, piece)

@@ -14,10 +14,12 @@ from io import FileIO
 from itertools import groupby
 from pathlib import Path
 
-from loratool.adapter import CodedRef, Source, Stamp, TensorData, TensorRef
+from loratool.adapter import ArrangedRef, CodedRef, Source, Stamp, TensorData, TensorRef
+from loratool.dtypes import DTYPES
 from loratool.errors import BadFileError, DiskError, UnsafeContentError
 from loratool.location import HubFile
 from loratool.quant import codec_of
+from loratool.store.axes import arrange
 from loratool.store.contained import open_again
 from loratool.store.remote_spans import Range, ReadAhead, by_file
 from loratool.store.stamps import changed, check_stamp, stamp_from, stamp_of
@@ -100,6 +102,18 @@ class FileReader:
         if isinstance(ref, CodedRef):
             codec_of(ref.codec).coder.decode(ref, self, start, buffer)
             return
+        if isinstance(ref, ArrangedRef):
+            whole = memoryview(bytearray(ref.nbytes))
+            self._read_plain(ref, 0, whole)
+            size = DTYPES[ref.dtype].bits // 8
+            buffer[:] = memoryview(arrange(whole, ref.laid, ref.axes, size))[
+                start : start + len(buffer)
+            ]
+            return
+        self._read_plain(ref, start, buffer)
+
+    def _read_plain(self, ref: TensorRef, start: int, buffer: memoryview) -> None:
+        """Bytes as the file has them."""
         stored = max(0, min(len(buffer), ref.stored_bytes - start)) if ref.zeros else len(buffer)
         if stored < len(buffer):
             buffer[stored:] = bytes(len(buffer) - stored)

@@ -56,6 +56,7 @@ KINDS_OF_OTHERS = {*ROWS, *(k.method for k in KINDS.values() if k.method)}  # ea
 OTHERS = [
     n for n in FOLDERS
     if n not in FAMILY and _config(LLM / n).get("peft_type") not in KINDS_OF_OTHERS
+    and not n.startswith("mlx_")
 ]  # fmt: skip
 
 
@@ -389,8 +390,6 @@ def test_facts_of_a_sample(name: str) -> None:
 REFUSED = {
     "gguf_lora": ("LT-401", "GGUF"),
     "lora_linear_bin": ("LT-920", "pickle"),
-    "mlx_dora": ("LT-401", "mlx-lm"),
-    "mlx_lora": ("LT-401", "mlx-lm"),
 }
 TITLES = {
     "ADALORA": "AdaLoRA", "BOFT": "BOFT", "C3A": "C3A", "DELORA": "DeLoRA", "HIRA": "HiRA",

@@ -34,7 +34,7 @@ def is_file(candidate: Candidate) -> bool:
 FOLDER = Dialect(
     FOLDER_NAME, "PEFT", is_folder, form="folder",
     read="loratool.dialects.peft.read:read", write="loratool.dialects.peft.write:write",
-    holds="loratool.dialects.peft.new_keys:obstacle",
+    holds="loratool.dialects.peft.new_keys:obstacle", holds_whole=True,
     library="peft",
 )  # fmt: skip
 FILE = Dialect(

@@ -1,0 +1,47 @@
+"""Tensors that other programs lay out otherwise: the same numbers, their axes exchanged."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from loratool.adapter import ArrangedRef, Source, TensorData, TensorRef
+from loratool.dtypes import DTYPES
+from loratool.store.axes import arrange
+from loratool.store.reader import read_bytes
+
+
+def arranged(
+    source: Source, laid: Sequence[int], axes: Sequence[int], shape: Sequence[int] | None = None
+) -> Source:
+    """A tensor with the axes of its numbers exchanged; nothing is read of one in a file.
+
+    Args:
+        source: any tensor.
+        laid: its numbers as an array of these sizes.
+        axes: which of them comes first, second … in the result.
+        shape: of the result; None = the sizes in their new order.
+    """
+    sizes = tuple(laid[axis] for axis in axes)
+    final = sizes if shape is None else tuple(shape)
+    if isinstance(source, TensorData):
+        size = DTYPES[source.dtype].bits // 8
+        old = memoryview(source.data)
+        data = bytes(arrange(old, laid, axes, size)) if old.nbytes == source.nbytes else b""
+        return replace(source, shape=final, data=data)
+    if isinstance(source, ArrangedRef) and _undoes(source, laid, axes):
+        return TensorRef(source.file, source.name, source.dtype, final, source.start,
+                         source.nbytes, source.stamp)  # fmt: skip
+    if isinstance(source, ArrangedRef):
+        held = TensorData(source.name, source.dtype, source.shape, read_bytes(source))
+        return arranged(held, laid, axes, shape)
+    return ArrangedRef(
+        source.file, source.name, source.dtype, final, source.start, source.nbytes, source.stamp,
+        laid=tuple(laid), axes=tuple(axes),
+    )  # fmt: skip
+
+
+def _undoes(ref: ArrangedRef, laid: Sequence[int], axes: Sequence[int]) -> bool:
+    """True if exchanging axes again gives the numbers as the file has them."""
+    now = tuple(ref.laid[axis] for axis in ref.axes)
+    return now == tuple(laid) and [ref.axes[axis] for axis in axes] == list(range(len(axes)))
