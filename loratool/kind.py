@@ -12,6 +12,10 @@ if TYPE_CHECKING:
     from loratool.adapter import DeltaSpec
 
 
+HEAD = "head"
+"""Setting: rows of an attention head."""
+
+
 @dataclass(frozen=True)
 class Kind:
     """One kind of delta.
@@ -56,6 +60,7 @@ class Kind:
         is_open: the tensors do not say the size of the weight: a base must, see `settle`.
         settle: the change on a weight of (out, in), None where it does not fit; it is asked
             when an open change is bound.
+        is_by_head: its rows lie head by head: `settle` finds their rows among the settings.
         joint: settings that follow from all changes of an adapter together, once they are bound.
         products: (left, right) roles of the products that the change is made of, left ones with a
             row and right ones with a column per rank; empty where rows of a change are no rows of
@@ -94,6 +99,7 @@ class Kind:
     may_be_conv: bool = True
     is_open: Callable[[DeltaSpec], bool] = lambda spec: False
     settle: Callable[[DeltaSpec, int, int], DeltaSpec | None] = lambda spec, out, inner: spec
+    is_by_head: bool = False
     joint: Callable[[Sequence[DeltaSpec]], Mapping[str, float]] | None = None
     products: tuple[tuple[str, str], ...] = ()
     row_roles: tuple[str, ...] = ()

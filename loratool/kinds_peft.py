@@ -11,7 +11,7 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
-from loratool.kind import Kind
+from loratool.kind import HEAD, Kind
 from loratool.kind_shapes import Sizes
 
 if TYPE_CHECKING:
@@ -150,7 +150,20 @@ def _of_bank(spec: DeltaSpec, role: str) -> Sizes:
     return left[0] * size, (right[1] * size,)
 
 
+def _settle_paired(spec: DeltaSpec, out: int, inner: int) -> DeltaSpec | None:
+    head = _setting(spec, HEAD, 0)
+    fits = _of_factors(spec, "paired_B", "lora_A") == (out, (inner,))
+    return _with(spec, inner=inner) if fits and head and not (head % 2 or out % head) else None
+
+
 ROWS: tuple[Kind, ...] = (
+    # A LoRA as Meta's own code and llama.cpp turn pairs of rows.
+    replace(
+        _folded("paired", "LoRA", ("lora_A", "paired_B"),
+                partial(_of_factors, left="paired_B", right="lora_A"), "paired_B",
+                "folded:paired_factors", settle=_settle_paired, rank_axis=("lora_A", 0)),
+        is_by_head=True, is_sum=lambda spec: True,
+    ),
     _folded("adalora", "AdaLoRA", ("lora_A", "lora_B", "lora_E"),
             partial(_of_factors, left="lora_B", right="lora_A"), "lora_E", "scaled:adalora_pairs",
             fits=_fits_adalora, rank_axis=("lora_A", 0)),

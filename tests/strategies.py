@@ -154,6 +154,16 @@ def vector(draw: Draw) -> Change:
 
 
 @st.composite
+def paired(draw: Draw) -> Change:
+    """LoRA whose rows lie in pairs, head by head."""
+    half, heads, inner, r = (draw(RANKS) for _ in range(4))
+    out = 2 * half * heads
+    shapes = {"lora_A": (r, inner), "paired_B": (out, r)}
+    return change("paired", shapes, draw(SEEDS), r, (out, inner),
+                  settings={"head": 2 * half, "inner": inner})  # fmt: skip
+
+
+@st.composite
 def adalora(draw: Draw) -> Change:
     """Numbers between two factors."""
     out, inner, r = draw(SIDES), draw(SIDES), draw(RANKS)
@@ -375,7 +385,7 @@ SPECS: dict[str, st.SearchStrategy[Change]] = {
     "dora-kronecker": with_lengths(kronecker(), True), "dora-in": with_lengths(low_rank(), False),
     "dora-in-hadamard": with_lengths(hadamard(), False),
     "dora-in-kronecker": with_lengths(kronecker(), False),
-    "adalora": adalora(), "delora": delora(), "gralora": gralora(hybrid=False),
+    "adalora": adalora(), "paired": paired(), "delora": delora(), "gralora": gralora(hybrid=False),
     "gralora_hybrid": gralora(hybrid=True), "miss": miss(), "vera": vera(seeded=False),
     "vera_seeded": vera(seeded=True), "bank": bank(), "bank_top": bank_top(),
 }  # fmt: skip

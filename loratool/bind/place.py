@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from loratool.adapter import DeltaSpec
-from loratool.archs.layers import stores_transposed
+from loratool.archs.layers import attention_sizes, stores_transposed
 from loratool.archs.ties import Tie, follows_vocabulary, is_head, other_name
 from loratool.bind.items import BoundDelta, BoundReplacement, Found, Item, Misfit
 from loratool.bind.names import View
@@ -22,6 +22,7 @@ from loratool.delta.forms import (
     width_of,
 )
 from loratool.dtypes import DTYPES, numel
+from loratool.kind import HEAD
 from loratool.options.groups import Names
 from loratool.store.checkpoint import Checkpoint
 
@@ -124,6 +125,9 @@ def _settled(spec: DeltaSpec, target: str, ctx: Context) -> DeltaSpec | None:
     turned = spec.transposed and not ctx.flag_is_ignored if known is None else known
     if turned and len(inner) == 1:
         out, inner = inner[0], [out]
+    if spec.row.is_by_head:
+        head = attention_sizes(ctx.config, target).head_dim
+        spec = dataclasses.replace(spec, settings={**spec.settings, HEAD: head})
     return spec.row.settle(spec, out, numel(tuple(inner)))
 
 

@@ -6,9 +6,22 @@ from collections.abc import Mapping
 
 import torch
 
-from loratool.delta.lowrank import LowRank
+from loratool.adapter import DeltaSpec
+from loratool.delta.lowrank import LowRank, Pair
+from loratool.kind import HEAD
 from loratool.plan import DeltaPart
 from loratool.plugins import function_of
+
+
+def paired_factors(fields: Mapping[str, torch.Tensor], spec: DeltaSpec) -> list[Pair]:
+    """lora_B (out, r) and lora_A (r, in) in float64, of rows whose pairs lie side by side.
+
+    Of each head the file has rows 0, d/2, 1, d/2 + 1 …, transformers 0, 1 … d - 1.
+    """
+    left, head = fields["paired_B"].double(), int(spec.settings[HEAD])
+    rank = left.shape[1]
+    sorted_ = left.view(-1, head // 2, 2, rank).transpose(1, 2).reshape(-1, rank)
+    return [(sorted_, fields["lora_A"].double())]
 
 
 def build(

@@ -5,30 +5,10 @@ One that gets a reader moves to a module of its own.
 
 from __future__ import annotations
 
-import re
-
 from loratool.dialects.base import Dialect, by_keys
 from loratool.dialects.candidate import Candidate
 
 # --------------------------------------------------------------------------- language models
-
-
-def is_gguf(candidate: Candidate) -> bool:
-    """A GGUF file, adapter or model."""
-    return candidate.head[:4] == b"GGUF" or candidate.path.suffix == ".gguf"
-
-
-def gguf_kind(candidate: Candidate) -> str:
-    """``adapter`` or ``model``: the value of ``general.type``."""
-    found = re.search(rb"general\.type.{12}(\w+)", candidate.head, re.DOTALL)
-    kind = b"" if found is None else found[1]
-    return "adapter" if kind.startswith(b"adapter") else "model"
-
-
-GGUF = Dialect(
-    "gguf", "GGUF (llama.cpp)", is_gguf, suffixes=(".gguf",), short="GGUF", variety=gguf_kind,
-    hint="use the PEFT adapter that it was converted from",
-)  # fmt: skip
 
 
 def is_litgpt(candidate: Candidate) -> bool:
@@ -81,5 +61,5 @@ TEXTUAL_INVERSION = Dialect(
     "textual-inversion", "textual inversion (no adapter)", is_textual_inversion
 )
 ROWS = (
-    GGUF, LITGPT, MEGATRON, TORCHTUNE, CONTROL_LORA, TEXTUAL_INVERSION,
+    LITGPT, MEGATRON, TORCHTUNE, CONTROL_LORA, TEXTUAL_INVERSION,
 )  # fmt: skip

@@ -8,6 +8,7 @@ from loratool.dialects import (
     comfyui,
     diffusers,
     flux,
+    gguf,
     kohya,
     lycoris,
     mlx,
@@ -22,7 +23,7 @@ DEFAULT = peft.FOLDER_NAME
 """What an adapter is written in that was read from no file."""
 DIALECTS: tuple[Dialect, ...] = (
     *peft.ROWS, kohya.ROW, lycoris.ROW, diffusers.ROW, comfyui.ROW, flux.BFL, flux.XLABS,
-    onetrainer.ROW, mlx.ROW, *by_sight.ROWS,
+    onetrainer.ROW, mlx.ROW, gguf.ROW, *by_sight.ROWS,
 )  # fmt: skip
 BY_NAME: dict[str, Dialect] = {row.name: row for row in DIALECTS}
 

@@ -1,0 +1,36 @@
+"""GGUF LoRA adapters of llama.cpp.
+
+    general.architecture = llama, general.type = adapter, adapter.type = lora, adapter.lora.alpha
+    blk.0.attn_q.weight.lora_a     (r, in)      ΔW = alpha / r · lora_b lora_a
+    blk.0.attn_q.weight.lora_b     (out, r)     r is that of each tensor
+
+Where an architecture turns pairs of numbers that lie side by side, rows of attn_q and attn_k lie in
+another order, head by head; how many heads there are says the base (kind ``paired``).
+"""
+
+from __future__ import annotations
+
+import re
+
+from loratool.dialects.base import Dialect
+from loratool.dialects.candidate import Candidate
+
+NAME = "gguf"
+
+
+def is_gguf(candidate: Candidate) -> bool:
+    """A GGUF file, adapter or model."""
+    return candidate.head[:4] == b"GGUF" or candidate.path.suffix == ".gguf"
+
+
+def gguf_kind(candidate: Candidate) -> str:
+    """``adapter`` or ``model``: the value of ``general.type``."""
+    found = re.search(rb"general\.type.{12}(\w+)", candidate.head, re.DOTALL)
+    kind = b"" if found is None else found[1]
+    return "adapter" if kind.startswith(b"adapter") else "model"
+
+
+ROW = Dialect(
+    NAME, "GGUF (llama.cpp)", is_gguf, suffixes=(".gguf",), short="GGUF", variety=gguf_kind,
+    read="loratool.dialects.gguf.read:read", written_as="peft",
+)  # fmt: skip

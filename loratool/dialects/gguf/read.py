@@ -1,0 +1,165 @@
+"""Read GGUF adapters: their headers alone."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from loratool.adapter import Adapter, DeltaSpec, TensorRef
+from loratool.dialects.arranged import arranged
+from loratool.dialects.candidate import Candidate
+from loratool.dialects.factors import product_spec, refuse_shape
+from loratool.dialects.gguf import NAME, gguf_kind
+from loratool.errors import BadFileError, MismatchError
+from loratool.options.groups import Read
+from loratool.store.gguf import GgufHeader, Value, read_gguf
+
+_KEY = re.compile(r"(?P<tensor>.+)\.weight\.(?P<leaf>lora_[ab])", re.DOTALL)
+_BLOCK = re.compile(r"blk\.(?P<number>\d+)\.(?P<rest>\w+)")
+_MODULES = {"token_embd": "model.embed_tokens", "output": "lm_head"}
+_IN_LAYER = {
+    "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj", "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}  # fmt: skip
+_EXPERTS = {"ffn_gate_exps": "gate_proj", "ffn_up_exps": "up_proj", "ffn_down_exps": "down_proj"}
+# Architectures whose tensors have these names -> whether rows of q and k are paired.
+_PAIRED = {
+    "llama": True, "qwen2": False, "qwen3": False, "qwen2moe": False, "qwen3moe": False,
+    "gemma": False, "gemma2": False, "gemma3": False,
+}  # fmt: skip
+
+
+def read(candidate: Candidate, options: Read) -> Adapter:
+    """Read a GGUF adapter.
+
+    Raises:
+        BadFileError: LT-330, LT-361 … LT-366, damaged.
+        MismatchError: LT-401, a model, an architecture that is not known, codes; LT-415.
+    """
+    path = candidate.path
+    if path.is_dir():
+        path = path / next(name for name in candidate.names if name.endswith(".gguf"))
+    if gguf_kind(candidate) == "model":
+        raise MismatchError(
+            "LT-401", "GGUF model files are not supported here", file=path, expected="an adapter",
+            hint="give an adapter; a base as its safetensors",
+        )  # fmt: skip
+    header = read_gguf(path)
+    is_paired = _architecture(header, path)
+    if header.coded:
+        raise MismatchError(
+            "LT-401", "factors in codes are not read", file=path, key=next(iter(header.coded)),
+            expected="F32, F16 or BF16", hint="convert the adapter anew with --outtype f16",
+        )  # fmt: skip
+    alpha = header.values.get("adapter.lora.alpha", 0.0)
+    if not isinstance(alpha, float) or not abs(alpha) <= 1e30:
+        raise BadFileError("LT-361", "wrong value in the configuration", file=path,
+                           key="adapter.lora.alpha", expected="a number", got=alpha)  # fmt: skip
+    specs = [
+        spec
+        for tensor, pair in _pairs(header).items()
+        for spec in _specs(tensor, pair, alpha, is_paired)
+    ]
+    base = header.values.get("general.base_model.0.repo_url")
+    name = str(base).removeprefix("https://huggingface.co/") if base else None
+    return Adapter(path, NAME, tuple(specs), base_model=name, metadata=_texts(header.values),
+                   key_order=tuple(ref.name for ref in header.tensors))  # fmt: skip
+
+
+def _architecture(header: GgufHeader, path: Any) -> bool:
+    """Whether rows of q and k are paired."""
+    values = header.values
+    if values.get("adapter.type") != "lora":
+        raise MismatchError(
+            "LT-401", "GGUF adapters of this kind are not read", file=path, key="adapter.type",
+            got=values.get("adapter.type"), expected="lora",
+        )  # fmt: skip
+    if "adapter.alora.invocation_tokens" in values:
+        raise MismatchError(
+            "LT-401", "aLoRA acts only after its invocation tokens: no change of the weights "
+            "equals it", file=path, key="adapter.alora.invocation_tokens",
+        )  # fmt: skip
+    architecture = str(values.get("general.architecture"))
+    if architecture not in _PAIRED:
+        raise MismatchError(
+            "LT-401", "GGUF adapters of this architecture are not read", file=path,
+            key="general.architecture", got=architecture, expected=", ".join(_PAIRED),
+            hint="use the PEFT adapter that it was converted from",
+        )  # fmt: skip
+    return _PAIRED[architecture]
+
+
+def _texts(values: Mapping[str, Value]) -> dict[str, str]:
+    return {key: value for key, value in values.items() if isinstance(value, str)}
+
+
+def _pairs(header: GgufHeader) -> dict[str, dict[str, TensorRef]]:
+    found: dict[str, dict[str, TensorRef]] = {}
+    for ref in header.tensors:
+        match = _KEY.fullmatch(ref.name)
+        if match is None:
+            raise MismatchError(
+                "LT-415", "tensors of an unknown kind", file=ref.path, key=ref.name,
+                expected="names that end in .weight.lora_a or .weight.lora_b",
+            )  # fmt: skip
+        role = "lora_A" if match["leaf"] == "lora_a" else "lora_B"
+        found.setdefault(match["tensor"], {})[role] = ref
+    return found
+
+
+def _specs(
+    tensor: str, pair: Mapping[str, TensorRef], alpha: float, is_paired: bool
+) -> list[DeltaSpec]:
+    block = _BLOCK.fullmatch(tensor)
+    leaf = block["rest"] if block else ""
+    if leaf in _EXPERTS and block is not None:
+        return _experts(f"model.layers.{block['number']}.mlp", leaf, pair, alpha)
+    inner = _IN_LAYER.get(leaf)
+    module = f"model.layers.{block['number']}.{inner}" if block and inner else _MODULES.get(tensor)
+    if module is None:
+        first = next(iter(pair.values()))
+        raise MismatchError(
+            "LT-415", "tensors of an unknown kind", file=first.path, key=first.name,
+            expected="projections of attention and MLP, embeddings, output",
+        )  # fmt: skip
+    fields: dict[str, Any] = dict(pair)
+    is_table = tensor == "token_embd"
+    if is_table and "lora_A" in fields and len(fields["lora_A"].shape) == 2:
+        fields["lora_A"] = arranged(fields["lora_A"], fields["lora_A"].shape, (1, 0))
+    spec = _scaled(product_spec(module, fields, None), alpha)
+    if is_table:
+        return [replace(spec, layout="embedding")]
+    if is_paired and leaf in ("attn_q", "attn_k"):
+        turned = {"lora_A": spec.fields["lora_A"], "paired_B": spec.fields["lora_B"]}
+        return [replace(spec, kind="paired", fields=turned)]
+    return [spec]
+
+
+def _scaled(spec: DeltaSpec, alpha: float) -> DeltaSpec:
+    """llama.cpp takes no alpha for a factor of 1."""
+    return replace(spec, alpha=alpha or spec.rank, scaling=alpha / spec.rank if alpha else 1.0)
+
+
+def _experts(mlp: str, leaf: str, pair: Mapping[str, TensorRef], alpha: float) -> list[DeltaSpec]:
+    """One change for each expert of a stack (E, r, in), (E, out, r)."""
+    for ref in pair.values():
+        if len(ref.shape) != 3:
+            refuse_shape(ref, "(experts, …, …)")
+    counts = {ref.shape[0] for ref in pair.values()}
+    if len(counts) > 1 or len(pair) < 2:
+        refuse_shape(next(iter(pair.values())), "lora_a and lora_b of as many experts")
+    made = []
+    for number in range(counts.pop()):
+        fields = {role: _one(ref, number) for role, ref in pair.items()}
+        name = f"{mlp}.experts.{number}.{_EXPERTS[leaf]}"
+        made.append(_scaled(product_spec(name, fields, None), alpha))
+    return made
+
+
+def _one(ref: TensorRef, number: int) -> TensorRef:
+    nbytes = ref.nbytes // ref.shape[0]
+    return replace(ref, name=f"{ref.name}[{number}]", shape=ref.shape[1:],
+                   start=ref.start + number * nbytes, nbytes=nbytes)  # fmt: skip
