@@ -116,7 +116,7 @@ def plan_rescale(
         notes.append(f"{len(off)} modules are switched off: their lora_B is zero")
     if has_base and needs_base:
         return RescalePlan(adapter, factors, "base", adapter.config, {}, tuple(notes))
-    if takes_scalings(adapter, factors.values()) and _go_into_alpha(adapter, factors):
+    if takes:
         scaled = replace(adapter, specs=tuple(_scaled(s, factors[s.name]) for s in adapter.specs))
         return RescalePlan(scaled, factors, "alpha", adapter.config, {}, tuple(notes))
     if kept:
