@@ -88,9 +88,8 @@ def plan_rescale(
         adapter = _as_written(adapter)
         return RescalePlan(adapter, factors, "copied", adapter.config, {}, tuple(notes))
     firm = [s.name for s in adapter.specs if not s.row.takes_factor]
-    by_alpha = (
-        not kept and takes_scalings(adapter, factors.values()) and _go_into_alpha(adapter, factors)
-    )
+    takes = takes_scalings(adapter, factors.values()) and _go_into_alpha(adapter, factors)
+    by_alpha = not kept and takes
     by_alpha &= all(s.is_fixed or s.row.scales_whole for s in adapter.specs
                     if factors[s.name] != 1)  # fmt: skip
     needs_base = bool(kept or firm) or not (by_alpha or all(s.is_fixed for s in adapter.specs))
