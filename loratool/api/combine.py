@@ -13,6 +13,7 @@ from loratool.api.common import Limits, content_label, parse_dtype
 from loratool.api.detach import Detached, detach
 from loratool.api.session import Session, base_row
 from loratool.api.sums import assemble_sum, run_sum
+from loratool.dialects.metadata import joined
 from loratool.dialects.programs import Program, judge_loads
 from loratool.dialects.rules import is_folder
 from loratool.errors import MismatchError, UsageError, list_some
@@ -159,7 +160,12 @@ def _make(asked: Combine, session: Session, job: CombineJob) -> CombineReport:
             plan, how.rank, session.limits.run_by(job.memory.threads), method=how.method,
             params=how.params, progress=asked.progress,
         )  # fmt: skip
-        adapter = assemble_sum(plan, summed, opened[0].adapter)
+        adapter = replace(
+            assemble_sum(plan, summed, opened[0].adapter),
+            metadata=joined(
+                [(o.adapter.label, o.adapter.metadata) for o in opened if o.weight.value > 0]
+            ),
+        )
         if detached is not None:
             adapter = detached.attach(adapter, session.limits)
     fitted, files = session.fit(adapter)

@@ -65,6 +65,8 @@ def inspect(asked: Inspect) -> InspectReport:
     if asked.duplicates:
         raise UsageError("LT-208", "--duplicates is for a folder", file=resolved.path,
                          got=f"a {report.what}")  # fmt: skip
+    if asked.checksum:
+        report = _with_checksum(report, resolved.path, access)
     if asked.risk:
         report = _with_risk(report, resolved.path, asked, access)
     has_table = asked.csv is not None and asked.base is None
@@ -80,7 +82,7 @@ def _of_folder(report: InspectReport, path: Path, asked: Inspect) -> InspectRepo
     from loratool.report.csvfile import folder_table
     from loratool.store.new_file import write_new_file
 
-    for name in ("risk", "spectrum", "plot", "base"):
+    for name in ("checksum", "risk", "spectrum", "plot", "base"):
         if getattr(asked, name) not in (None, False):
             code = "LT-289" if name == "risk" else "LT-208"
             raise UsageError(code, f"--{name} is for one adapter", file=path, got="a folder")
@@ -98,6 +100,29 @@ def _same_products(adapters: Sequence[Adapter]) -> list[list[int]]:
     from loratool.engine.alike import same_products  # torch, where bytes do not tell
 
     return same_products(adapters)
+
+
+def _with_checksum(report: InspectReport, path: Path, access: Access) -> InspectReport:
+    from loratool.dialects import examine
+    from loratool.dialects.metadata import hashes_hold
+    from loratool.store.provenance import file_id
+    from loratool.store.source import find_adapter
+
+    if report.adapter is None:
+        raise UsageError("LT-208", "--checksum is for one adapter", file=path,
+                         got=f"a {report.what}")  # fmt: skip
+    most = access.rules.max_header
+    weights = examine(find_adapter(path), max_header=most).weights
+    if weights is None:
+        return report
+    hashes = hashes_hold(weights, max_header=most)
+    broken = [key for key, holds in hashes.items() if not holds]
+    warnings = report.warnings
+    if broken:
+        warnings += (f"hashes in the metadata that do not hold: {', '.join(broken)}",)
+    return replace(
+        report, sha256=file_id(weights).removeprefix("sha256:"), hashes=hashes, warnings=warnings
+    )
 
 
 def _with_risk(report: InspectReport, path: Path, asked: Inspect, access: Access) -> InspectReport:

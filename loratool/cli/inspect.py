@@ -118,6 +118,10 @@ def render(report: InspectReport, voice: Voice) -> Iterator[str]:
         yield from spectrum_lines(report.spectrum, voice)
     if report.look is not None:
         yield from look_lines(report.look, voice)
+    if report.sha256:
+        held = [f"{key} {'holds' if holds else 'DOES NOT HOLD'}"
+                for key, holds in report.hashes.items()]  # fmt: skip
+        yield line("sha256", report.sha256, *held)
     if report.checkpoint is not None:
         yield from _checkpoint(report.checkpoint)
     yield from note_lines(report.notes, voice)

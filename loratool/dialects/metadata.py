@@ -10,10 +10,11 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from loratool.adapter import AdapterFiles, Source
 from loratool.errors import UsageError
-from loratool.store.header import MAX_METADATA, MAX_NAME
+from loratool.store.header import MAX_METADATA, MAX_NAME, read_header
 
 OWN = "loratool"
 """Our own entry: provenance and seal."""
@@ -26,6 +27,7 @@ _FOR_PEOPLE = re.compile(
     r"ss_(?!base_model_version)|ss(hs|md)_|modelspec\.(?!architecture)|ot_|loratool$"
     r"|(software|training_info|trained_words|name|version)$"
 )
+_OF_MODEL = ("ss_base_model_version", f"{SPEC}architecture")
 SHORT = {
     name: SPEC + name for name in (
         "title", "author", "description", "tags", "license", "date", "usage_hint", "thumbnail",
@@ -38,6 +40,31 @@ SHORT = {
 def technical(metadata: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
     """The entries that may tell how tensors are to be read, or of which model they are."""
     return tuple((k, v) for k, v in metadata.items() if not _FOR_PEOPLE.match(k))
+
+
+def joined(files: Sequence[tuple[str, Mapping[str, str]]]) -> dict[str, str]:
+    """The metadata of a sum: what all trainers say alike, whose works they are, all trigger words.
+
+    What speaks of the very tensors, or may tell how they are read, is left to the dialect.
+
+    Args:
+        files: (label, metadata) of the files that the sum holds.
+    """
+    said = [metadata for _, metadata in files]
+    first = said[0] if said else {}
+    alike = {k: v for k, v in first.items() if all(m.get(k) == v for m in said)}
+    read = dict(technical(alike))
+    kept = {k: v for k, v in alike.items() if k not in read and k not in (OWN, *LENGTHS)}
+    kept |= {k: read[k] for k in _OF_MODEL if k in read}
+    if not any(k.startswith(("ss_", SPEC)) for m in said for k in m):
+        return {}
+    works = [m.get(SHORT["title"]) or m.get("ss_output_name") or label for label, m in files]
+    for key in (TRIGGER, SHORT["tags"]):
+        words = [w.strip() for m in said for w in m.get(key, "").split(",")]
+        kept[key] = ", ".join(dict.fromkeys(filter(None, words)))
+    kept[SHORT["merged_from"]] = ", ".join(dict.fromkeys(works))
+    kept.pop(SHORT["title"], None)
+    return {key: value for key, value in kept.items() if value}
 
 
 def parse_edits(texts: Sequence[str], trigger: str | None) -> dict[str, str]:
@@ -98,15 +125,36 @@ def hashed(files: AdapterFiles) -> AdapterFiles:
     return replace(files, metadata={**files.metadata, **{key: found[key] for key in blank}})
 
 
-def hashes_of(tensors: Sequence[tuple[str, Source]], metadata: Mapping[str, str]) -> dict[str, str]:
+def hashes_hold(path: Path, *, max_header: int) -> dict[str, bool]:
+    """Which hashes in the metadata of a file hold: this reads every tensor.
+
+    The order of a file's own bytes counts too: not all writers lay them out as the library does.
+
+    Raises:
+        BadFileError: it is damaged.
+    """
+    header = read_header(path, max_bytes=max_header)
+    said = {key: header.metadata[key] for key in LENGTHS if key in header.metadata}
+    if not said:
+        return {}
+    tensors = [(ref.name, ref) for ref in header.tensors]
+    true = [hashes_of(tensors, header.metadata), hashes_of(tensors, header.metadata, as_laid=True)]
+    bare = {key: {found[key].removeprefix("0x") for found in true} for key in said}
+    return {key: value.lower().removeprefix("0x") in bare[key] for key, value in said.items()}
+
+
+def hashes_of(
+    tensors: Sequence[tuple[str, Source]], metadata: Mapping[str, str], *, as_laid: bool = False
+) -> dict[str, str]:
     """What the hash entries of a file have to be.
 
     Args:
         tensors: name and bytes.
         metadata: of the file.
+        as_laid: in the given order, not in that of the safetensors library.
     """
     from loratool.store.hashes import hash_tensors
 
     trained = {key: value for key, value in metadata.items() if key.startswith("ss_")}
-    whole, short = hash_tensors(tensors, trained)
+    whole, short = hash_tensors(tensors, trained, as_laid=as_laid)
     return {MODEL_HASH: whole, LEGACY_HASH: short[:8], SPEC_HASH: f"0x{whole}"}

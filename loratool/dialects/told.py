@@ -86,7 +86,6 @@ def tell(metadata: Metadata, card: str = "") -> Told:
         frequent=_frequent(metadata.get("ss_tag_frequency", "")),
         training=tuple(_training(metadata)),
         has_thumbnail=any(key in metadata for key in (f"{SPEC}thumbnail", "ssmd_cover_images")),
-        warnings=tuple(_warnings(metadata)),
     )  # fmt: skip
 
 
@@ -141,15 +140,6 @@ def _training(metadata: Metadata) -> Iterable[str]:
             yield f"{key} {said[key]:,}"
     if resolution := _first(metadata, f"{SPEC}resolution", "ss_resolution"):
         yield resolution
-
-
-def _warnings(metadata: Metadata) -> Iterable[str]:
-    args = _mapping(metadata.get("ss_network_args", ""))
-    if str(args.get("split_qkv", "")).lower() == "true":
-        yield (
-            "trained with split_qkv: fused modules hold 3 or 4 ranks and the alpha of one, so that "
-            "every program applies a third or a quarter of what was trained"
-        )
 
 
 def _first(metadata: Metadata, *entries: str) -> str:

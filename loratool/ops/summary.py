@@ -10,6 +10,7 @@ from pathlib import Path
 from loratool.adapter import Adapter
 from loratool.archs.stated import is_tied, model_type
 from loratool.dialects import open_adapter, unmergeable_reason
+from loratool.dialects.oddities import oddities
 from loratool.dialects.told import tell
 from loratool.dtypes import DTYPES
 from loratool.errors import LoratoolError, MismatchError
@@ -107,13 +108,14 @@ def _describe_adapter(
 ) -> InspectReport:
     adapter = open_adapter(find_adapter(path), Read(alpha=alpha), max_header=max_header)
     told = tell(adapter.metadata, _card(path))
+    warnings, notes = oddities(adapter)
     return InspectReport(
         source=named,
         what="adapter",
         adapter=replace(summarize_adapter(adapter), label=label, told=told),
         tensors=tuple(_adapter_tensors(adapter)) if tensors else (),
-        warnings=tuple(_warnings(adapter)),
-        notes=adapter.notes,
+        warnings=(*_warnings(adapter), *warnings),
+        notes=(*adapter.notes, *notes),
         next=_next_step(adapter, named),
     )
 

@@ -44,6 +44,10 @@ class Inspect(Crew, Access, AlphaOnly, kw_only=False):
         "Draw them into a new file; implies --spectrum. Needs matplotlib.", "Output",
         metavar="FILE.png|.svg",
     )] = None  # fmt: skip
+    checksum: Annotated[bool, Words(
+        "The file's sha256, and whether the hashes in its metadata hold; reads every byte.",
+        "Output",
+    )] = False  # fmt: skip
     tensors: Annotated[bool, Words("List every tensor.", "Output")] = False
     device: Annotated[str, Words("``auto``, ``cpu`` or ``cuda[:n]``, for ``base``.")] = "auto"
 

@@ -191,6 +191,8 @@ class InspectReport(Report):
         risk: statistics of an adapter's deltas, if asked for.
         spectrum: of ``--spectrum``.
         look: of ``--base``.
+        sha256: of the tensor file, if asked for.
+        hashes: entry of its metadata that is a hash -> whether it holds; likewise.
     """
 
     command: ClassVar[str] = "inspect"
@@ -206,6 +208,8 @@ class InspectReport(Report):
     risk: RiskStatistics | None = None
     spectrum: AdapterSpectrum | None = None
     look: AdapterLook | None = None
+    sha256: str = ""
+    hashes: Mapping[str, bool] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """The report as plain JSON types; statistics and spectrum with what sums them up."""

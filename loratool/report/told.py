@@ -21,7 +21,6 @@ class Told:
         frequent: (tag, images) of the captions, most frequent first.
         training: sizes of the training, such as ``10 epochs``.
         has_thumbnail: there is a picture in it.
-        warnings: what the metadata give away that its numbers alone do not.
     """
 
     trainer: str = ""
@@ -35,7 +34,6 @@ class Told:
     frequent: tuple[tuple[str, int], ...] = ()
     training: tuple[str, ...] = ()
     has_thumbnail: bool = False
-    warnings: tuple[str, ...] = ()
 
     @property
     def trigger(self) -> str:

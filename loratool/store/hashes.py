@@ -20,16 +20,19 @@ _PIECE = 8 << 20
 
 
 def hash_tensors(
-    tensors: Sequence[tuple[str, Source]], metadata: Mapping[str, str]
+    tensors: Sequence[tuple[str, Source]], metadata: Mapping[str, str], *, as_laid: bool = False
 ) -> tuple[str, str]:
     """Two sha256, in hexadecimal: of all tensors, and of 64 KiB of the file from 1 MiB on.
 
     Args:
         tensors: name and bytes, in any order.
         metadata: of the file that the second one is of.
+        as_laid: they lie in the given order.
     """
     place = {dtype: number for number, dtype in enumerate(LIBRARY_ORDER)}
-    ordered = sorted(tensors, key=lambda t: (-place.get(t[1].dtype, -1), t[0]))
+    ordered = list(tensors)
+    if not as_laid:
+        ordered.sort(key=lambda t: (-place.get(t[1].dtype, -1), t[0]))
     header, _ = build_header([(n, s.dtype, s.shape) for n, s in ordered], metadata)
     whole, window = hashlib.sha256(), hashlib.sha256(header[slice(*_WINDOW)])
     at = len(header)

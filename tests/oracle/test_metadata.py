@@ -121,3 +121,46 @@ def test_a_file_that_does_not_change_keeps_its_header(tmp_path: Path) -> None:
 def test_a_folder_has_them_in_its_tensor_file(tmp_path: Path, data: Path) -> None:
     lt.convert([data / "llm" / "lora_linear"], metadata=["title=x"], output=tmp_path / "out")
     assert said(tmp_path / "out" / "adapter_model.safetensors")["modelspec.title"] == "x"
+
+
+def test_a_sum_says_whose_it_is(tmp_path: Path) -> None:
+    """What both say alike stays, trigger words and tags are joined, hashes and titles are gone."""
+    for name, more in (
+        ("a", {"modelspec.title": "One", "modelspec.trigger_phrase": "x, y", "ss_seed": "1",
+               "modelspec.tags": "art"}),
+        ("b", {"ss_output_name": "two", "modelspec.trigger_phrase": "y, z", "ss_seed": "2",
+               "modelspec.thumbnail": THUMBNAIL}),
+    ):  # fmt: skip
+        common = {"ss_base_model_version": "sd_v1", "ss_network_module": "networks.lora",
+                  "sshs_model_hash": "0", "ss_network_dim": "9"}  # fmt: skip
+        save_file(tensors_of(8, torch.float32), tmp_path / f"{name}.safetensors", common | more)
+    inputs = [tmp_path / "a.safetensors", tmp_path / "b.safetensors"]
+    out = tmp_path / "sum.safetensors"
+    lt.combine(inputs, output=out, provenance=False)
+    assert said(out) == {
+        "ss_base_model_version": "sd_v1", "ss_network_module": "networks.lora",
+        "ss_network_dim": "8", "ss_network_alpha": said(out)["ss_network_alpha"],
+        "modelspec.trigger_phrase": "x, y, z", "modelspec.tags": "art",
+        "modelspec.merged_from": "One, two",
+    }  # fmt: skip
+    minus = tmp_path / "minus.safetensors"
+    lt.combine(inputs, weights=[1, -1], rank=2, output=minus, provenance=False)
+    assert said(minus)["modelspec.trigger_phrase"] == "x, y"
+
+
+def test_hashes_are_checked_on_request(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    written(path, 40_000, torch.float16, torch.float32)
+    plain = lt.inspect(path)
+    assert not plain.sha256 and not plain.hashes
+    good = lt.inspect(path, checksum=True)
+    assert good.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert good.hashes == {"sshs_model_hash": True, "sshs_legacy_hash": True,
+                           "modelspec.hash_sha256": True}  # fmt: skip
+    raw = bytearray(path.read_bytes())
+    raw[-1] ^= 1  # behind the window of the short hash
+    path.write_bytes(raw)
+    bad = lt.inspect(path, checksum=True)
+    assert bad.hashes == {"sshs_model_hash": False, "sshs_legacy_hash": True,
+                          "modelspec.hash_sha256": False}  # fmt: skip
+    assert any("do not hold: sshs_model_hash" in warning for warning in bad.warnings)
