@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -244,8 +245,6 @@ def test_minimax_states_its_alpha_in_the_metadata(tmp_path: Path) -> None:
 
 def test_metadata_without_the_part_of_the_pipeline(tmp_path: Path) -> None:
     """``save_lora_adapter``: names and configuration of one model alone."""
-    import json
-
     text = json.dumps({"r": 2, "lora_alpha": 6, "rank_pattern": {}, "alpha_pattern": {"to_k": 1}})
     tensors = {k: v for x in "qk" for k, v in
                pair(f"transformer_blocks.0.attn.to_{x}", 8, 6).items()}  # fmt: skip
@@ -335,3 +334,32 @@ def test_a_set_weight_takes_the_place_of_the_base(tmp_path: Path) -> None:
     half = tmp_path / "half.safetensors"
     lt.rescale([str(adapter)], 0.5, output=str(half))
     assert np.array_equal(load_file(str(half))[f"{stem}.set_weight"], rand(8))
+
+
+def test_a_control_lora_for_more_channels_is_read_and_written_back(tmp_path: Path) -> None:
+    """The official ones widen img_in; a base of the old width is refused with both sizes."""
+    adapter = control(tmp_path, 12)
+    with pytest.raises(lt.LoratoolError) as caught:
+        merged(tmp_path, adapter, CONTROL_BASE)
+    assert caught.value.code == "LT-432" and caught.value.key == "img_in.weight"
+    assert (tmp_path / "again.safetensors").read_bytes() == adapter.read_bytes()
+
+
+def test_the_bias_of_a_factor_is_scaled_and_a_difference_is_not(tmp_path: Path) -> None:
+    stem = "transformer.transformer_blocks.0.attn.to_q"
+    config = {"r": 2, "lora_alpha": 6, "alpha_pattern": {}, "use_rslora": False}
+    text = json.dumps({f"transformer.{k}": v for k, v in config.items()})
+    tensors = pair(stem, 8, 6) | {f"{stem}.lora_B.bias": rand(8)}
+    of_peft = write(tmp_path / "a.safetensors", tensors, lora_adapter_metadata=text)
+    check(tmp_path, of_peft, {stem: "transformer_blocks.0.attn.to_q"}, "diffusers")
+    assert {s.parameter: s.scaling for s in open_adapter(of_peft).specs} == dict.fromkeys(
+        ("weight", "bias"), 3.0
+    )
+    other = "diffusion_model.blocks.0.self_attn.q"
+    of_comfy = write(tmp_path / "b.safetensors", pair(other, 8, 6, alpha=np.float32(6), ways=DOWN)
+                     | {f"{other}.diff_b": rand(8)})  # fmt: skip
+    check(tmp_path, of_comfy, {other: "blocks.0.self_attn.q"}, "comfyui")
+    half = tmp_path / "half.safetensors"
+    lt.rescale([str(of_peft)], 0.5, output=str(half))
+    for key, (delta, _) in deltas(of_peft).items():
+        assert np.allclose(deltas(half)[key][0], delta / 2, rtol=1e-6)
