@@ -96,11 +96,6 @@ class Dialect:
         return self.table is not None and self.table.is_flat
 
     @property
-    def holds_scaling(self) -> bool:
-        """True if files of it say by what the factors are multiplied, False if it is 1 always."""
-        return self.table is None or self.table.holds_scaling
-
-    @property
     def is_folder(self) -> bool:
         """True if an adapter in it is a folder."""
         return self.form == "folder"

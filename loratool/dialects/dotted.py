@@ -62,7 +62,7 @@ RENAMES = (
     (r"_lora\.up\.weight$", ".lora_B.weight"),
 )
 PIPELINE = (
-    Component("transformer.", "transformer", ("transformer_1",)),
+    Component("transformer.", "transformer", ("transformer_1", "diffusion_model")),
     Component("transformer_2.", "transformer_2"),
     Component("unet.", "unet"),
     Component("text_encoder.", "text_encoder", ("te", "te1")),

@@ -120,7 +120,7 @@ class Table:
         alpha: what the name of the tensor ends in that holds alpha; scaling is alpha/r, and 1
             where there is none.
         factor: what the name of a tensor ends in whose number multiplies the change besides.
-        has_alphas: new files get alpha tensors.
+        has_alphas: new files get alpha tensors; without them scaling goes into the factors.
         header: reads and writes what metadata state about scaling; alpha tensors win.
         is_flat: dots of module names are written as underscores.
         renames: (regular expression, what stands there today): older and odd spellings of names,
@@ -175,11 +175,6 @@ class Table:
         return bool(self.alpha) and (
             self.has_alphas or any(name.endswith(f".{self.alpha}") for name in names)
         )
-
-    @property
-    def holds_scaling(self) -> bool:
-        """True if new files say by what the factors are multiplied, in tensors or metadata."""
-        return bool(self.alpha and self.has_alphas) or self.header is not None
 
     def is_passed(self, name: str) -> bool:
         """True for a tensor that is kept as it is."""
@@ -284,7 +279,6 @@ class Table:
             "a weight that is stored (in, out)": spec.transposed,
             "a scaled bias": not own and not spec.is_matrix and spec.scaling != 1,
             f"the parameter {spec.parameter}": not own and spec.parameter != "weight",
-            "a scaling that is not 1": spec.scaling != 1 and not self.holds_scaling,
             "a scaling without a rank": not own and not spec.rank and spec.scaling != 1,
             "a diagonal between the factors": not own and bool(unknown),
         }

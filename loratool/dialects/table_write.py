@@ -16,7 +16,7 @@ from loratool.adapter import (
     TensorData,
     TensorRef,
 )
-from loratool.delta.forms import scaled_source
+from loratool.delta.forms import scaled_source, with_scaled_source
 from loratool.dialects.factors import with_axes
 from loratool.dialects.table import Table
 from loratool.dialects.table_read import read_tensors
@@ -53,6 +53,7 @@ def write_table(
     if dialect == adapter.dialect and (old := _unchanged(table, adapter)) is not None:
         return AdapterFiles(old, dict(adapter.metadata), "")
     _check(table, adapter, title)
+    adapter = _folded(table, adapter, own=dialect == adapter.dialect)
     tensors: dict[str, Source] = {}
     for name, source in _changes(table, adapter, own=dialect == adapter.dialect):
         if not name or name in tensors:
@@ -66,6 +67,31 @@ def write_table(
     # The order in which the safetensors library lays tensors out: wide types first, then by name.
     ordered = sorted(tensors.items(), key=lambda item: (-DTYPES[item[1].dtype].bits, item[0]))
     return AdapterFiles(tuple(ordered), _metadata(table, adapter), "")
+
+
+def _folded(table: Table, adapter: Adapter, *, own: bool) -> Adapter:
+    """With every scaling in a factor, for files that do not say it: most programs take it for 1."""
+    if table.keeps_alphas(adapter.key_order if own else ()) or _is_stated(table, adapter):
+        return adapter
+    return replace(adapter, specs=tuple(s if s.scaling == 1 else _fold(s) for s in adapter.specs))
+
+
+def _is_stated(table: Table, adapter: Adapter) -> bool:
+    """Do the metadata say so already?"""
+    ranked = [s for s in adapter.specs if s.rank]
+    if table.header is None:
+        return all(s.scaling == 1 for s in ranked)
+    stated = table.header.read(adapter.metadata, [s.module for s in ranked])
+    said = [(s.scaling, stated(s.module, s.rank)) for s in ranked]
+    return all(factor == (1 if one is None else one.factor) for factor, one in said)
+
+
+def _fold(spec: DeltaSpec) -> DeltaSpec:
+    from loratool.delta.scaling import folded
+
+    source = folded(scaled_source(spec), spec.scaling)
+    alpha = float(spec.rank) if spec.rank else None
+    return replace(with_scaled_source(spec, source), alpha=alpha, scaling=1.0)
 
 
 def _changes(table: Table, adapter: Adapter, *, own: bool) -> Iterator[tuple[str, Source]]:
