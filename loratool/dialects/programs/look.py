@@ -59,6 +59,16 @@ class Look:
         return group_keys(self.tensors)
 
     @cached_property
+    def prefixes(self) -> frozenset[str]:
+        """How the names of modules begin."""
+        return frozenset(g.prefix for g in self.groups)
+
+    @cached_property
+    def names(self) -> str:
+        """All keys in one text: what is in any of them is in it."""
+        return "\n".join(self.tensors)
+
+    @cached_property
     def family(self) -> Family:
         """The model that its modules are of."""
         return family_of(self.groups)

@@ -22,7 +22,7 @@ def where(
     kind: Collection[str] = (),
     part: Collection[str] = (),
     on: On | None = None,
-    unless: Callable[[Look], bool] | None = None,
+    when: Callable[[Look], bool] | None = None,
 ) -> Test:
     """Modules for which all that is given holds.
 
@@ -33,7 +33,7 @@ def where(
         kind: of the module, one of these.
         part: it has one of these, and the rule is about their tensors alone.
         on: anything else.
-        unless: of the file: then it applies to none.
+        when: what holds for the file.
     """
     prefixes, paths = re.compile(prefix), re.compile(path)
 
@@ -47,7 +47,7 @@ def where(
         )
 
     def find(look: Look) -> Iterable[Hit]:
-        if (family and look.family.name not in family) or (unless is not None and unless(look)):
+        if (family and look.family.name not in family) or (when is not None and not when(look)):
             return []
         found = [g for g in look.groups if holds(look, g)]
         names = [key for g in found for key in (g.of(*part) if part else (g.stem,))]
@@ -59,7 +59,7 @@ def where(
 @once
 def has_prefix(look: Look, prefix: str) -> bool:
     """True if any module's name begins so."""
-    return any(g.prefix == prefix for g in look.groups)
+    return prefix in look.prefixes
 
 
 def is_alone(_: Look, group: Group) -> bool:
