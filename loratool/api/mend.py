@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
-from loratool.adapter import Adapter, AdapterFiles
+from loratool.adapter import Adapter, AdapterFiles, TensorRef
 from loratool.api.access import access_of
 from loratool.api.common import Limits
 from loratool.api.session import Session
@@ -20,6 +22,7 @@ from loratool.options.looking import Check
 from loratool.options.shaping import Rescale
 from loratool.options.words import options_of, recorded
 from loratool.report.check import DROPPED, LOADS, RAISES, CheckReport, Simulation
+from loratool.store.adapter_writer import write_adapter
 
 
 def mend(report: CheckReport, look: Look, asked: Check, program: Program) -> CheckReport:
@@ -52,9 +55,9 @@ def _translated(
     )  # fmt: skip
     (one,) = session.open([str(asked.adapter)], form=dialect)
     lost = {n for f in report.findings if f.verdict in (DROPPED, RAISES) for n in f.names}
-    left = [ref.name for ref in passed_on(one.adapter) if lost & {ref.name} or not _is_home(
-        one.adapter, dialect)]  # fmt: skip
-    skip = [f"^{re.escape(name.rpartition('.')[0] or name)}$" for name in left]
+    left = [r for r in passed_on(one.adapter)
+            if r.name in lost or not _is_home(one.adapter, dialect)]  # fmt: skip
+    skip = [f"^{re.escape(ref.name.rpartition('.')[0] or ref.name)}$" for ref in left]
     source = replace(with_text_models(one.adapter), key_order=())
     plan = plan_convert(source, dialect, skip=skip)
     plan, found = _settle(plan, dialect, program, session.limits)
@@ -63,18 +66,33 @@ def _translated(
             "LT-488", f"{program.title} cannot load such an adapter", file=asked.adapter,
             got=list_some(found.reasons), key=list_some(found.deciding[0].names, 3) or None,
         )  # fmt: skip
-    fixed = [f"{len(plan.computed)} modules are computed anew as LoRA"] if plan.computed else []
+    fixed, beside = _computed(plan), one.target.with_suffix(".embeddings.safetensors")
     if not asked.dry_run:
         with session.outputs(1) as session:
             session.check_place(one)
+            _split_off(left, beside, session)
             made = carry_out(plan, session.limits)
             files = hashed(_files(made, dialect))
             session.put(files, one.target, session.record(recorded(asked), one.inputs()), {})
         fixed += [f"what was computed is off by {made.relative_error:.1e} of its ΔW"] * bool(
             made.relative_error)  # fmt: skip
-    warnings = [f"left out: {list_some(left, 3)}"] if left else []
+    names = list_some((ref.name for ref in left), 3)
+    warnings = [f"it does not load {names}: they go into {beside.name}"] if left else []
     output = "" if asked.dry_run else str(one.target)
     return replace(report, output=output, fixed=(*fixed, *plan.notes), warnings=tuple(warnings))
+
+
+def _computed(plan: ConvertPlan) -> list[str]:
+    ranks = sorted({s.product_rank for s in plan.adapter.specs if s.name in plan.computed})
+    words = f"modules are computed anew as LoRA of rank {list_some(map(str, ranks), 6)}"
+    return [f"{len(plan.computed)} {words}"] if ranks else []
+
+
+def _split_off(refs: Sequence[TensorRef], place: Path, session: Session) -> None:
+    """Tensors that are no part of a change, under their names in a file of their own."""
+    if refs:
+        files = AdapterFiles(tuple((ref.name, ref) for ref in refs), {}, "")
+        write_adapter(files, place, record={}, force=session.write.force)
 
 
 def _is_home(adapter: Adapter, dialect: str) -> bool:
