@@ -13,7 +13,7 @@ from loratool.dialects.programs import models
 from loratool.dialects.programs.base import DROPPED, RAISES, WRONG, Hit, Program, Rule
 from loratool.dialects.programs.diffusers_flux import FLUX_RULES
 from loratool.dialects.programs.grammar import Group
-from loratool.dialects.programs.look import Look, once
+from loratool.dialects.programs.look import Look
 from loratool.dialects.programs.models import (
     ANIMA,
     FLUX2,
@@ -74,7 +74,6 @@ _LUMINA_BLOCK = {"attention_qkv", "attention_out", *(f"feed_forward_w{i}" for i 
 # ------------------------------------------------------------------ Stable Diffusion
 
 
-@once
 def _is_kohya(look: Look) -> bool:
     """True if every name begins as kohya's do; else none of them is converted."""
     return bool(look.prefixes) and look.prefixes <= {*_KOHYA}

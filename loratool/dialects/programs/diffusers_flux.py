@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from loratool.dialects.programs import models
 from loratool.dialects.programs.base import DROPPED, RAISES, WRONG, Hit, Rule, Test
 from loratool.dialects.programs.grammar import Group
-from loratool.dialects.programs.look import Look, once
+from loratool.dialects.programs.look import Look
 from loratool.dialects.programs.models import FLUX1, FLUX2
 from loratool.dialects.programs.where import FACTORS, has_prefix, where
 
@@ -22,13 +22,11 @@ _DOTTED = r"diffusion_model\.|base_model\.model\."
 _CONTROL_TARGETS = ("img_in", "txt_in", "time_in_in_layer", "final_layer_linear")
 
 
-@once
 def _is_kohya(look: Look) -> bool:
     """True if its converter of kohya's names runs, which one ``lora_down`` is enough for."""
     return ".lora_down.weight" in look.names
 
 
-@once
 def _is_control(look: Look) -> bool:
     return "query_norm.scale" in look.names and not _is_kohya(look)
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Iterable
 
 from loratool.dialects.programs.base import Hit, Test
 from loratool.dialects.programs.grammar import Group
-from loratool.dialects.programs.look import Look, once
+from loratool.dialects.programs.look import Look
 
 On = Callable[[Look, Group], bool]
 FACTORS = frozenset(("down", "up", "alpha"))
@@ -56,7 +56,6 @@ def where(
     return find
 
 
-@once
 def has_prefix(look: Look, prefix: str) -> bool:
     """True if any module's name begins so."""
     return prefix in look.prefixes
