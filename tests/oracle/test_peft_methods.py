@@ -318,7 +318,7 @@ def test_random_matrices_need_every_module(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "key", "value", "code"),
     [("vera_seed", "projection_prng_key", "x", "LT-361"), ("vera_seed", "r", 5, "LT-363"),
-     ("miss", "init_weights", "bat", "LT-402"), ("miss", "init_weights", "odd", "LT-361"),
+     ("miss", "init_weights", "bat", "LT-363"), ("miss", "init_weights", "odd", "LT-361"),
      ("vblora", "topk", 12, "LT-361"), ("vblora_top", "topk", 2, "LT-363"),
      ("vera_seed", "save_projection", True, "LT-362")],
 )  # fmt: skip
