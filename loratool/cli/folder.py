@@ -79,6 +79,7 @@ def _of_adapter(one: AdapterSummary) -> dict[str, str]:
     kinds = " + ".join(safe(kind, cap=30) for kind in one.kinds) if len(one.kinds) > 1 else ""
     loads = [p.program if p.verdict == "yes" else f"{p.program}?" for p in one.loads
              if p.verdict in ("yes", "unsure")]  # fmt: skip
+    is_for_all = len(loads) > 1 and all(p.verdict == "yes" for p in one.loads)
     return {
         "model": safe(one.family or one.told.base or "-", cap=24),
         "what": f"{safe(one.dialect_title)} {kinds or safe(one.method)}",
@@ -86,7 +87,8 @@ def _of_adapter(one: AdapterSummary) -> dict[str, str]:
         "params": format_count(one.parameters), "size": format_bytes(one.nbytes),
         "type": " + ".join(one.dtypes), "trainer": safe(one.trainer or "-", cap=28),
         "trigger": safe(one.told.trigger or "-", cap=30),
-        "base": safe(one.base_model or "-", cap=60), "loads": " ".join(loads) or "nothing",
+        "base": safe(one.base_model or "-", cap=60),
+        "loads": f"all {len(loads)}" if is_for_all else " ".join(loads) or "nothing",
     }  # fmt: skip
 
 
