@@ -270,6 +270,7 @@ class Table:
         unknown = [r for r in spec.fields if r not in known and not kinds.is_spelled(r)]
         is_start = any(f.start == spec.base_change for f in self.fields)
         reasons = {
+            "a scaled bias": not own and not spec.is_matrix and spec.scaling != 1,
             spec.title: bool(self.only and row.name not in self.only)
             or (not own and bool({*unknown} & {*row.roles})),
             f"{spec.base_change} changes the base": not is_start,
@@ -277,7 +278,6 @@ class Table:
             "experts in one tensor": spec.layout == "experts",
             "block-diagonal factors": spec.blocks is not None,
             "a weight that is stored (in, out)": spec.transposed,
-            "a scaled bias": not own and not spec.is_matrix and spec.scaling != 1,
             f"the parameter {spec.parameter}": not own and spec.parameter != "weight",
             "a scaling without a rank": not own and not spec.rank and spec.scaling != 1,
             "a diagonal between the factors": not own and bool(unknown),

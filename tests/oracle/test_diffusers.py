@@ -118,3 +118,18 @@ def test_a_changed_file_says_what_it_is(tmp_path: Path, sample: str) -> None:
 def metadata_of(path: Path) -> dict[str, str]:
     with safe_open(str(path), "np") as file:
         return file.metadata() or {}
+
+
+SUMMED = ["flux1_xlabs", "diffusers_flux_meta", "diffusers_unet_lora_bias",
+          "diffusers_unet_mixedrank_meta"]  # fmt: skip
+
+
+@pytest.mark.parametrize("sample", SUMMED)
+def test_a_sum_has_its_scaling_in_the_factors(tmp_path: Path, sample: str) -> None:
+    """Programs that know no alpha of these files, or pass over the metadata, load it right."""
+    out, path = tmp_path / "sum.safetensors", str(adapter_of(sample))
+    lt.combine([path, path], weights=[0.5, 0.7], output=str(out))
+    assert {s.scaling for s in open_adapter(out).specs} == {1.0}
+    after = deltas(out)
+    for key, (delta, size) in deltas(adapter_of(sample)).items():
+        assert (abs(after[key][0] - 1.2 * delta) <= 8 * 2.0**-23 * size).all(), key
