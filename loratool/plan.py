@@ -275,7 +275,9 @@ def _plain(value: Any, made: dict[TensorSpec, Any]) -> Any:
         return made[value]
     kind: Any = type(value)  # classes are hashable, which type checkers doubt
     if names := _fields(kind):
-        return {name: _plain(getattr(value, name), made) for name in names}
+        found = {name: getattr(value, name) for name in names}
+        # An empty one is not said: plans without it keep the identity that they had before it.
+        return {n: _plain(v, made) for n, v in found.items() if v or n != "settings"}
     if isinstance(value, Mapping):
         return {str(k): _plain(v, made) for k, v in value.items()}
     if isinstance(value, (bytes, memoryview)):
