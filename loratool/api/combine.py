@@ -13,6 +13,7 @@ from loratool.api.common import Limits, content_label, parse_dtype
 from loratool.api.detach import Detached, detach
 from loratool.api.session import Session, base_row
 from loratool.api.sums import assemble_sum, run_sum
+from loratool.api.translating import alike
 from loratool.dialects.metadata import joined
 from loratool.dialects.programs import Program, judge_loads
 from loratool.dialects.rules import is_folder
@@ -105,6 +106,8 @@ def _open(asked: Combine, session: Session, how: How, minus: bool) -> list[Opene
         asked.adapters, weights=weights, mean=asked.mean, read=session.read,
         access=session.access, rules=how.rules,
     )  # fmt: skip
+    same = alike([o.adapter for o in opened], session.limits)
+    opened = [replace(o, adapter=a) for o, a in zip(opened, same, strict=True)]
     if minus:
         opened = _less_the_others(opened)
     if how.method.name == "slerp":

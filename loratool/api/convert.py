@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from loratool.adapter import Adapter, AdapterFiles, TensorRef
+from loratool.api.fitting import check_files, fit_for
 from loratool.api.session import Opened, Session, base_row
-from loratool.api.translating import carry_out, files_of
+from loratool.api.translating import carry_out, files_of, settled, threads_for
+from loratool.dialects import DEFAULT
 from loratool.dialects.base import Dialect
 from loratool.dialects.metadata import LENGTHS, edited, hashed, parse_edits
-from loratool.dialects.programs import judge_loads
+from loratool.dialects.programs import OF_PEFT, PROGRAMS, Look, Program, judge_loads
 from loratool.dialects.registry import home_of, writable
 from loratool.errors import UsageError
 from loratool.ops.convert import ConvertPlan, plan_convert
@@ -53,20 +56,19 @@ def convert(asked: Convert) -> ConvertReport:
         28
     """
     edits = _edits(asked)
-    session = Session.begin("convert", asked, in_place=asked.dry_run)
-    found = session.open([str(text) for text in asked.adapters], asked.base, form=asked.to)
+    session = Session.begin("convert", asked, in_place=asked.dry_run, programs=PROGRAMS)
+    program = session.program
+    found = session.open([str(text) for text in asked.adapters], asked.base,
+                         form=lambda adapter: _form(adapter, asked.to, program))  # fmt: skip
     adapters = [one.adapter for one in found]
     base = None if asked.base is None else open_base(str(asked.base), adapters, session.access)
-    checkpoint = None if base is None else base.checkpoint
-    jobs = [
-        _Job(session, one, plan_convert(one.adapter, row.name, base=checkpoint, skip=asked.skip),
-             row, base, edits)
-        for one in found for row in [home_of(one.form)]
-    ]  # fmt: skip
-    planned = [carry_out(job.plan, session.limits, is_dry=True) for job in jobs]
+    jobs = [_job(session, one, base, asked.skip, edits) for one in found]
+    for job in jobs:
+        threads_for(job.plan, session.limits)  # before any work, whether it fits
     if asked.dry_run:
+        made = [carry_out(job.plan, session.limits, is_dry=True) for job in jobs]
         rows = [_row(job, _files(job, one.adapter), 0.0)
-                for job, one in zip(jobs, planned, strict=True)]  # fmt: skip
+                for job, one in zip(jobs, made, strict=True)]  # fmt: skip
     else:
         with session.outputs(len(jobs)) as session:
             session.make_folder(len(jobs))
@@ -79,6 +81,25 @@ def convert(asked: Convert) -> ConvertReport:
     )
 
 
+def _form(adapter: Adapter, to: str | None, program: Program | None) -> str:
+    """The dialect of a result: as asked for, or that which the program loads best."""
+    if to is not None or program is None:
+        return to or adapter.dialect
+    return program.home(Look.of(adapter)) or DEFAULT
+
+
+def _job(
+    session: Session, one: Opened, base: OpenedBase | None, skip: Sequence[str],
+    edits: Mapping[str, str],
+) -> _Job:  # fmt: skip
+    row, program = home_of(one.form), session.program
+    checkpoint = None if base is None else base.checkpoint
+    plan = plan_convert(one.adapter, row.name, base=checkpoint, skip=skip)
+    if program is not None and program not in OF_PEFT:
+        plan = settled(plan, program, session.limits)
+    return _Job(session, one, plan, row, base, edits)
+
+
 def _edits(asked: Convert) -> dict[str, str]:
     """The entries of the metadata that change.
 
@@ -88,21 +109,30 @@ def _edits(asked: Convert) -> dict[str, str]:
     edits = parse_edits(asked.metadata, asked.trigger)
     if asked.to is not None:
         writable(asked.to)
-    elif not edits:
-        raise UsageError("LT-276", "nothing to convert to", expected="--to DIALECT, or --set, "
-                         "--trigger to change metadata alone")  # fmt: skip
+    elif not edits and asked.program is None:
+        raise UsageError("LT-276", "nothing to convert to", expected="--to DIALECT or --for "
+                         "PROGRAM, or --set, --trigger to change metadata alone")  # fmt: skip
     return edits
 
 
 def _run(job: _Job, options: Mapping[str, Any]) -> ConvertedAdapter:
-    made = carry_out(job.plan, job.session.limits)
-    files = hashed(_files(job, made.adapter))
+    made, session = carry_out(job.plan, job.session.limits), job.session
+    fitted = fit_for(made.adapter, _of_peft(session.program), session.limits)
+    files = hashed(_files(job, fitted.adapter))
+    check_files(files, made.adapter, _of_peft(session.program))
     inputs = job.one.inputs()
     if job.base is not None:
         inputs |= base_row(job.base, inputs)
     record = job.session.record(options, inputs)
     _, written = job.session.put(files, job.one.target, record, made.adapter.extras)
-    return replace(_row(job, files, made.relative_error), loads_in=judge_loads(written))
+    row = _row(job, files, math.hypot(made.relative_error, fitted.relative_error))
+    return replace(row, loads_in=judge_loads(written), notes=(*row.notes, *fitted.notes),
+                   warnings=(*row.warnings, *fitted.warnings))  # fmt: skip
+
+
+def _of_peft(program: Program | None) -> Program | None:
+    """A program that takes one rank and one α/r of all modules; None for others."""
+    return program if program in OF_PEFT else None
 
 
 def _files(job: _Job, adapter: Adapter) -> AdapterFiles:
@@ -118,7 +148,7 @@ def _files(job: _Job, adapter: Adapter) -> AdapterFiles:
 def _row(job: _Job, files: AdapterFiles, error: float) -> ConvertedAdapter:
     plan = job.plan
     copied = sum(isinstance(source, TensorRef) for _, source in files.tensors)
-    warnings = unused_warnings(plan.source)
+    warnings = [*unused_warnings(plan.source), *plan.warnings]
     return ConvertedAdapter(
         source=job.one.text,
         output=str(job.one.target),

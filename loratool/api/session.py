@@ -120,14 +120,19 @@ class Session:
 
     @classmethod
     def begin(
-        cls, command: str, asked: Combine | Compress | Convert | Rescale, *, in_place: bool = False
+        cls,
+        command: str,
+        asked: Combine | Compress | Convert | Rescale,
+        *,
+        in_place: bool = False,
+        programs: Sequence[Program] = OF_PEFT,
     ) -> Session:
-        """From the options of a command."""
+        """From the options of a command, which makes forms for these programs."""
         program = getattr(asked, "program", None)
         return cls(
             command, asked.output, asked.take(groups.Write), asked.take(groups.Read),
             access_of(asked, in_place=in_place), Limits.of(asked),
-            None if program is None else find_program(program, OF_PEFT),
+            None if program is None else find_program(program, programs),
         )  # fmt: skip
 
     @property
@@ -136,14 +141,17 @@ class Session:
         return time.monotonic() - self.started
 
     def open(
-        self, texts: Sequence[str], *others: str | Path | None, form: str | None = None
+        self,
+        texts: Sequence[str],
+        *others: str | Path | None,
+        form: Callable[[Adapter], str] = lambda adapter: adapter.dialect,
     ) -> list[Opened]:
         """Open every input and find every output its place, before any work is done.
 
         Args:
             texts: adapters as typed.
             others: what else is read.
-            form: dialect of the results; None = that of each input.
+            form: dialect of the result of an input; that of the input itself if not given.
 
         Raises:
             UsageError: LT-221, no adapter.
@@ -152,7 +160,7 @@ class Session:
         if not texts:
             raise UsageError("LT-221", "no adapter given")
         found = [open_one(text, read=self.read, access=self.access) for text in texts]
-        names, forms = [name_of(one) for one, _ in found], [form or a.dialect for _, a in found]
+        names, forms = [name_of(one) for one, _ in found], [form(a) for _, a in found]
         targets = place_outputs(names, self.output, forms)
         guard = Guard([*others, *(one.named for one, _ in found)])
         for target in targets:

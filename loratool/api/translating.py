@@ -3,17 +3,30 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from loratool.adapter import Adapter, AdapterFiles
+from loratool.adapter import Adapter, AdapterFiles, DeltaSpec, Source, TensorData
 from loratool.api.common import Limits
 from loratool.api.fitting import even_out
+from loratool.delta.forms import scaled_source, with_scaled_source
 from loratool.dialects import write_adapter_files
-from loratool.dialects.registry import row_of
-from loratool.ops.convert import ConvertPlan, fold_bytes, outline, plan_convert
+from loratool.dialects.base import Dialect
+from loratool.dialects.programs import Look, Program
+from loratool.dialects.registry import home_of, row_of
+from loratool.errors import MismatchError, list_some
+from loratool.ops.convert import (
+    ConvertPlan,
+    compute_also,
+    fold_bytes,
+    folds,
+    outline,
+    plan_convert,
+)
+from loratool.ops.naming import in_dialect
 from loratool.report.algebra import share_of
+from loratool.report.check import LOADS, Simulation
 
 
 @dataclass(frozen=True)
@@ -41,6 +54,37 @@ def translate(adapter: Adapter, dialect: str, limits: Limits) -> Translated:
     return carry_out(plan_convert(adapter, dialect), limits)
 
 
+def alike(adapters: Sequence[Adapter], limits: Limits) -> list[Adapter]:
+    """Adapters whose modules go by the same names: those of the first one's dialect.
+
+    Args:
+        adapters: opened, of any dialects.
+        limits: of memory and threads.
+
+    Raises:
+        MismatchError: of `loratool.ops.convert.plan_convert`.
+    """
+    first = adapters[0]
+    row = home_of(first.dialect)
+    are_tables = all(home_of(one.dialect).table is not None for one in adapters)
+    if row.table is None or not row.table.naming or not are_tables or _are_alike(adapters):
+        return list(adapters)
+    made = [translate(one, row.name, limits).adapter for one in adapters]
+    return [
+        replace(new, dialect=row.name, notes=(
+            *new.notes, f"the modules of {new.label} are named as {row.title} names them",
+        ))
+        for new in made
+    ]  # fmt: skip
+
+
+def _are_alike(adapters: Sequence[Adapter]) -> bool:
+    """True if no adapter needs other names: one dialect, and modules in common."""
+    names = [{s.name for s in one.specs} for one in adapters]
+    same = len({(one.dialect, one.is_flat) for one in adapters}) == 1
+    return same and all(names[0] & other for other in names[1:])
+
+
 def carry_out(plan: ConvertPlan, limits: Limits, *, is_dry: bool = False) -> Translated:
     """Compute what a plan says.
 
@@ -49,10 +93,11 @@ def carry_out(plan: ConvertPlan, limits: Limits, *, is_dry: bool = False) -> Tra
         limits: of memory and threads.
         is_dry: put tensors without content in the place of computed ones.
     """
-    threads = _threads(plan, limits)
+    threads = threads_for(plan, limits)
     if is_dry:
-        return Translated(outline(plan), plan)
+        return Translated(_named(outline(plan), plan.row, is_dry=True), plan)
     adapter, error = _with_factors(plan, threads)
+    adapter = _named(adapter, plan.row)
     if not plan.is_evened:
         return Translated(adapter, plan, error)
     even = even_out(adapter, limits)
@@ -74,10 +119,45 @@ def _with_factors(plan: ConvertPlan, threads: int) -> tuple[Adapter, float]:
     return replace(plan.adapter, specs=specs), error
 
 
-def _threads(plan: ConvertPlan, limits: Limits) -> int:
+def threads_for(plan: ConvertPlan, limits: Limits) -> int:
     """How many workers fit into memory; 1 where nothing is computed."""
     needs = fold_bytes(plan)
     return limits.plan(needs, kept=sum(needs) // 2).threads if needs else 1
+
+
+def _named(adapter: Adapter, row: Dialect, *, is_dry: bool = False) -> Adapter:
+    """The adapter as a table has it: its names, and no scaling where it has no alpha."""
+    if row.table is None:
+        return adapter
+    if row.table.naming:
+        adapter = in_dialect(adapter, row, _blank if is_dry else _remade)
+    if not folds(row):
+        return adapter
+    specs = [_unscaled(s, is_dry=is_dry) for s in adapter.specs]
+    return replace(adapter, specs=tuple(specs))
+
+
+def _unscaled(spec: DeltaSpec, *, is_dry: bool) -> DeltaSpec:
+    """The same change with its scaling in a factor: no bit is lost, if need be in a wider type."""
+    if spec.scaling == 1.0:
+        return spec
+    source = scaled_source(spec)
+    if is_dry:
+        return replace(spec, scaling=1.0)
+    from loratool.delta.scaling import folded
+
+    made = with_scaled_source(spec, folded(source, spec.scaling))
+    return replace(made, scaling=1.0, alpha=float(spec.rank) if spec.rank else None)
+
+
+def _remade(source: Source, factor: float, dtype: str) -> Source:
+    from loratool.delta.scaling import remade
+
+    return remade(source, factor, dtype)
+
+
+def _blank(source: Source, factor: float, dtype: str) -> Source:
+    return TensorData(source.name, dtype, source.shape, b"")
 
 
 def files_of(
@@ -96,3 +176,53 @@ def files_of(
         return files
     said = {k: v for k, v in metadata.items() if k != "loratool"}
     return replace(files, metadata={**said, **files.metadata})
+
+
+# ---------------------------------------------------------------------------------- for a program
+
+
+def settled(plan: ConvertPlan, program: Program, limits: Limits) -> ConvertPlan:
+    """The plan, with plain factors for what a program does not load as it is.
+
+    Args:
+        plan: into the dialect that the program loads best.
+        program: whose loader is simulated.
+        limits: of memory and threads.
+
+    Raises:
+        MismatchError: LT-488, it loads no such adapter.
+    """
+    found = _outcome(plan, program, limits)
+    bad = {k for m in found.modules if m.verdict != LOADS for k in m.keys}
+    bad |= {name for f in found.findings for name in f.names}
+    names = [name for name, keys in _keys(plan, limits).items() if keys & bad]
+    again = compute_also(plan, names)
+    if again.computed.keys() != plan.computed.keys():
+        plan, found = again, _outcome(again, program, limits)
+    if found.verdict in ("no", "wrong"):
+        raise MismatchError(
+            "LT-488", f"{program.title} cannot load such an adapter", file=plan.source.path,
+            got=list_some(found.reasons), key=list_some(found.deciding[0].names, 3) or None,
+        )  # fmt: skip
+    return plan
+
+
+def _outcome(plan: ConvertPlan, program: Program, limits: Limits) -> Simulation:
+    """What the program would make of the result."""
+    made, dialect = carry_out(plan, limits, is_dry=True), plan.row.name
+    files = files_of(made.adapter, dialect, plan.source.metadata)
+    return program.simulate(Look.of_files(files, dialect))
+
+
+def _keys(plan: ConvertPlan, limits: Limits) -> dict[str, set[str]]:
+    """Name of a change, as the plan has it -> the keys that its tensors get."""
+    made = carry_out(plan, limits, is_dry=True)
+    files = files_of(made.adapter, plan.row.name, plan.source.metadata)
+    by_source = {id(source): key for key, source in files.tensors}
+    owner = {id(f): s.name for s in plan.adapter.specs for f in s.fields.values()}
+    found: dict[str, set[str]] = {}
+    for spec in made.adapter.specs:
+        keys = {by_source[id(f)] for f in spec.fields.values() if id(f) in by_source}
+        name = next((owner[id(f)] for f in spec.fields.values() if id(f) in owner), spec.name)
+        found.setdefault(name, set()).update(keys)
+    return found

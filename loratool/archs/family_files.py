@@ -69,7 +69,8 @@ def load(name: str) -> Family:
         for row in _rows(name, written, data, is_tensor=key == "tensors")
     ]
     return Family(name, data["title"], component, tuple(rows), data.get("tells", {}),
-                  data.get("versions", {}), data.get("written", ""))  # fmt: skip
+                  data.get("versions", {}), data.get("written", ""),
+                  data.get("flat") or data.get("written") or "original")  # fmt: skip
 
 
 @cache

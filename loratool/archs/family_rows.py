@@ -99,6 +99,7 @@ class Family:
         rows: all of them.
         tells: what tells it from others that have the same names: see `loratool.archs.families`.
         written: the naming that its modules take where there is no base, "" = as they are spelled.
+        flat: the naming that files with flat names (kohya's) have, which most programs load.
         versions: what trainers' metadata call it -> label of the size, "" where it has none.
     """
 
@@ -109,6 +110,7 @@ class Family:
     tells: Mapping[str, Any] = field(repr=False)
     versions: Mapping[str, str] = field(repr=False)
     written: str = ""
+    flat: str = "original"
 
 
 class Entry(NamedTuple):

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         "loratool convert style.safetensors --to peft -o ./style",
         "loratool convert style.safetensors --to peft --base ./sdxl/unet --skip te -o ./style",
         "loratool convert ./style --to kohya -o style.safetensors",
+        "loratool convert style.safetensors --for comfyui -o for-comfy.safetensors",
         "loratool convert loras/*.safetensors --to peft -o converted/   # many: names are kept",
         "loratool convert style.safetensors --set title=Style --trigger mystyle -o new.safetensors",
     ),
@@ -37,16 +38,20 @@ if TYPE_CHECKING:
 def command(adapters: tuple[str, ...], output: str, **options: Any) -> None:
     """Write ADAPTERs in another dialect: the same ΔW, the bytes of the factors copied.
 
-    kohya and LyCORIS write module names with underscores for dots. They become whole again by
-    look-up: in the base given with --base, else among the modules of Stable Diffusion, SDXL and
-    FLUX. What the other dialect cannot hold is an error; --skip leaves it out, and it is said.
+    Modules are renamed as the programs of the dialect know them, by the maps of the model's family:
+    fused projections are cut and separate ones joined, both exact. In a PEFT folder they are named
+    as in the base given with --base, else as in diffusers. What the other dialect cannot hold is
+    an error; --skip leaves it out, and it is said. --for PROGRAM takes the dialect that the program
+    loads best, and makes plain LoRA of what it does not know.
 
-    Without --to the dialect stays, and --set and --trigger change the metadata alone: all tensors
-    and the thumbnail are copied, hashes that the file holds of itself are computed anew.
+    Without --to and --for the dialect stays, and --set and --trigger change the metadata alone: all
+    tensors and the thumbnail are copied, hashes that the file holds of itself are computed anew.
     """
     voice = Voice.take(options)
-    to = options["to"]
-    what = f"Converting {plural(len(adapters), 'adapter')} to {safe(to)}" if to else (
+    to, program = options["to"], options["program"]
+    where = [f" to {safe(to)}"] if to else []
+    where += [f" for {safe(program)}"] if program else []
+    what = f"Converting {plural(len(adapters), 'adapter')}{''.join(where)}" if where else (
         f"Changing the metadata of {plural(len(adapters), 'adapter')}")  # fmt: skip
     voice.announce(what)
     report = lt.convert(adapters, output=output, **options)

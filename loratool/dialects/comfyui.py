@@ -39,4 +39,4 @@ TABLE_OF_IT = replace(
 
 ROW = Dialect(
     "comfyui", "ComfyUI (original names)", detector("comfyui"), TABLE_OF_IT,
-)  # fmt: skip
+    holds_whole=True, )  # fmt: skip

@@ -34,9 +34,8 @@ LENGTHS_OF_PEFT = (
     Field("lora_magnitude_vector", _ROWS), Field("lora_magnitude_vector.weight", _ROWS),
     Field("magnitude", _ROWS),  # ai-toolkit
 )  # fmt: skip
-_GATES = ("ia3_gate", "on_input")  # of flat names alone: "weight" would be any tensor's ending here
-_SHARED = tuple(f for f in KOHYA.fields if f.start
-                or f.role not in ("lora_A", "lora_B", OPEN_LENGTHS, *_GATES))  # fmt: skip
+_SHARED = tuple(f for f in KOHYA.fields
+                if f.start or f.role not in ("lora_A", "lora_B", OPEN_LENGTHS))  # fmt: skip
 _ALL = (
     *_OLD, BIAS, Field("diff_m", "full_delta", kind="full", parameter="modulation"),
     Field("query_norm.scale", "", parameter="query_norm.scale", is_set=True),

@@ -28,6 +28,7 @@ from loratool.dialects.rules import is_of_home, passed_on
 from loratool.errors import MismatchError, list_some
 from loratool.ops.additive import require_kernels
 from loratool.ops.fitting import needs_evening
+from loratool.ops.naming import locate, uncuttable
 from loratool.ops.sizes import with_sizes
 from loratool.patterns import find
 from loratool.store.checkpoint import Checkpoint
@@ -40,6 +41,7 @@ class ConvertPlan:
 
     Attributes:
         source: as opened.
+        row: the other dialect.
         adapter: the same changes as the other dialect names them; factors that must be computed
             are still those of the file.
         computed: names of the changes whose factors are computed -> (in, kernel…) where the file
@@ -48,15 +50,18 @@ class ConvertPlan:
         base_tensors: names of the base's tensors.
         is_evened: scalings become one for all changes, and ranks too.
         notes: one sentence each.
+        warnings: the same of what may go wrong.
     """
 
     source: Adapter
+    row: Dialect
     adapter: Adapter
     computed: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     left_out: tuple[str, ...] = ()
     base_tensors: tuple[str, ...] = ()
     is_evened: bool = False
     notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
 
 
 def plan_convert(
@@ -86,12 +91,18 @@ def plan_convert(
                             got=reason)  # fmt: skip
     _check(kept, row)
     notes += _left_behind(kept, row)
-    if source.is_flat and not row.is_flat:
+    is_named = row.table is not None and bool(row.table.naming)
+    if is_named:
+        notes.append(f"modules are named as {row.title} names them")
+    elif source.is_flat and not row.is_flat:
         kept, words = _named(kept, base)
         notes.append(words)
     elif base is not None:
         notes.append("the base was not needed: the modules have whole names, or keep flat ones")
-    odd = [s for s in kept.specs if row.obstacle(s) and not s.is_pair and s.has_factors]
+    located = locate(kept) if is_named else []
+    uncut = uncuttable(located, row.table.naming if row.table is not None else "")
+    odd = [s for s in kept.specs
+           if (row.obstacle(s) or s.name in uncut) and not s.is_pair and s.has_factors]  # fmt: skip
     if base is None:
         require_kernels(kept, odd, dialect)
     computed = {s.name: _flattened(s, base) for s in odd}
@@ -99,8 +110,9 @@ def plan_convert(
     if is_evened:
         notes.append(f"{row.title} has one scaling for all modules: theirs go into the factors")
     return ConvertPlan(
-        source, kept, computed, left_out, tuple(base.tensors) if base else (), is_evened,
+        source, row, kept, computed, left_out, tuple(base.tensors) if base else (), is_evened,
         tuple(notes),
+        _unknown([one.spec.module for one in located if one.place is None], source, row),
     )  # fmt: skip
 
 
@@ -113,6 +125,18 @@ def compute_also(plan: ConvertPlan, names: Collection[str]) -> ConvertPlan:
     odd = [s for s in plan.adapter.specs
            if s.name in names and s.has_factors and not s.is_pair]  # fmt: skip
     return replace(plan, computed={**{s.name: () for s in odd}, **plan.computed})
+
+
+def _unknown(modules: Sequence[str], source: Adapter, row: Dialect) -> tuple[str, ...]:
+    """What is said of modules whose family is not known; nothing if they need no other name."""
+    table = row_of(source.dialect).table
+    is_same = table is not None and row.table is not None and table.naming == row.table.naming
+    if not modules or is_same:
+        return ()
+    count = len(modules)
+    which = "1 module is" if count == 1 else f"{count} modules are"
+    return (f"{which} of no family that is known and may have another name in {row.title}: "
+            f"{list_some(modules, 3)}",)  # fmt: skip
 
 
 def _flattened(spec: DeltaSpec, base: Checkpoint | None) -> tuple[int, ...]:
@@ -180,12 +204,17 @@ def _left_behind(kept: Adapter, row: Dialect) -> list[str]:
 def _check(kept: Adapter, row: Dialect) -> None:
     """Name everything that the dialect cannot hold, with the words that leave it out."""
     table = row.table
-    found = {r.name: "a replaced tensor" for r in kept.replacements if not row.holds_whole}
+    found = {
+        r.name: "a replaced tensor" for r in kept.replacements
+        if not row.holds_whole
+        or (table is not None and (r.rows is not None
+                                   or table.key_of_set(r.name, is_flat=kept.is_flat) is None))
+    }  # fmt: skip
     found |= {
         ref.name: "a tensor that is no part of a change"
         for ref in passed_on(kept) if table is None or not table.is_passed(ref.name)
     }  # fmt: skip
-    found |= {s.name: why for s in kept.specs if (why := row.obstacle(as_pair(s)))}
+    found |= {s.name: why for s in kept.specs if (why := row.obstacle(_unscaled(as_pair(s), row)))}
     if not found:
         return
     modules = {_module(name) for name in found}
@@ -196,6 +225,16 @@ def _check(kept: Adapter, row: Dialect) -> None:
         key=list_some(found, 3), got=list_some(set(found.values()), 3),
         hint=None if all_of_it else f"leave them out: {ways}{' …' if len(modules) > 3 else ''}",
     )  # fmt: skip
+
+
+def _unscaled(spec: DeltaSpec, row: Dialect) -> DeltaSpec:
+    """The change as it will be written: without a scaling of its own where there is no alpha."""
+    return replace(spec, scaling=1.0) if folds(row) else spec
+
+
+def folds(row: Dialect) -> bool:
+    """True if scalings go into factors: programs do not agree on what else states them."""
+    return row.table is not None and not (row.table.alpha and row.table.has_alphas)
 
 
 # ---------------------------------------------------------------------------------- flat names

@@ -31,7 +31,7 @@ ModuleWeights = Annotated[Place | None, Words(
 )]  # fmt: skip
 Program = Annotated[str | None, Words(
     "As that program loads it: one rank, one alpha/r, nothing that it cannot hold.", "Output",
-    flags="--for", metavar="peft|vllm|llama.cpp", record="for",
+    flags="--for", metavar="PROGRAM", record="for",
 )]  # fmt: skip
 Into = Annotated[str | None, Words(
     "In that dialect, such as peft, kohya, comfyui or diffusers.", "Output",

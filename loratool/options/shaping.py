@@ -129,6 +129,7 @@ class Convert(Write, Workers, Read, Access, kw_only=False):
         "The dialect, such as peft, kohya or lycoris; that of the input where only metadata "
         "change.", "Output", metavar="DIALECT", record=True,
     )] = None  # fmt: skip
+    program: Program = None
     metadata: Annotated[Sequence[str], Words(
         "An entry of the file's metadata, as files have it (ss_…, modelspec.…) or title, author, "
         "description, tags, license; KEY= removes it. Repeatable.", "Output",

@@ -253,14 +253,3 @@ def test_fused_rows_go_into_several_tensors_in_whole_groups_only(tmp_path: Path)
         want = LYCORIS["oft"]({"oft_blocks": blocks, "alpha": np.float32(0)}, whole, 1.0)
         got = np.concatenate([load_file(str(out))[k] for k in base])
         assert np.abs(got - want).max() < 1e-6
-
-
-@pytest.mark.parametrize("stem", ["lora_unet_down_blocks_0_attentions_0_proj_in",
-                                  "transformer.transformer_blocks.0.attn.to_q"])  # fmt: skip
-def test_onetrainers_oft_is_refused_by_name(tmp_path: Path, stem: str) -> None:
-    """It turns the inputs, in numbers of another meaning."""
-    tensors = {f"{stem}.oft_R.weight": np.ones((4, 6), np.float32)}
-    save_file(tensors, str(tmp_path / "a.safetensors"))
-    with pytest.raises(lt.LoratoolError) as caught:
-        open_adapter(tmp_path / "a.safetensors")
-    assert caught.value.code == "LT-402" and "OFT" in str(caught.value)

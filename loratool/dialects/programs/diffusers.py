@@ -13,7 +13,7 @@ from loratool.dialects.programs import models
 from loratool.dialects.programs.base import DROPPED, RAISES, WRONG, Hit, Program, Rule
 from loratool.dialects.programs.diffusers_flux import FLUX_RULES
 from loratool.dialects.programs.grammar import Group
-from loratool.dialects.programs.look import Look
+from loratool.dialects.programs.look import Look, once
 from loratool.dialects.programs.models import (
     ANIMA,
     FLUX2,
@@ -74,9 +74,11 @@ _LUMINA_BLOCK = {"attention_qkv", "attention_out", *(f"feed_forward_w{i}" for i 
 # ------------------------------------------------------------------ Stable Diffusion
 
 
+@once
 def _is_kohya(look: Look) -> bool:
     """True if every name begins as kohya's do; else none of them is converted."""
-    return bool(look.prefixes) and look.prefixes <= {*_KOHYA}
+    names = [k for k in look.tensors if "dora_scale" not in k]
+    return bool(names) and all(name.startswith(_KOHYA) for name in names)
 
 
 def _leftovers(look: Look) -> Iterable[Hit]:
@@ -127,11 +129,13 @@ def _is_foreign(look: Look, group: Group) -> bool:
 
 def _is_converted(look: Look) -> bool:
     """True if the converters of Qwen-Image and Z-Image run."""
-    flat = look.prefixes & {"diffusion_model.", "lora_unet_"}
-    return bool(flat) or ".alpha" in look.names or "default." in look.names
+    return any(
+        g.prefix in ("diffusion_model.", "lora_unet_") or "alpha" in g.parts
+        or any("default." in k for k in g.keys) for g in look.groups
+    )  # fmt: skip
 
 
-def _has_both(look: Look) -> bool:
+def _has_both(look: Look, _: Group) -> bool:
     spellings = {g.uses_letters for g in look.groups if g.kind == "lora"}
     return len(spellings) == 2 and (_is_converted(look) or has_prefix(look, "diffusion_model."))
 
@@ -234,7 +238,7 @@ _OTHERS = (
          prefix=r"diffusion_model\.|lora_unet_"), "modules outside of the layers",
          "their names are not mapped", _CODE, is_mended=True),
     Rule("two-spellings", RAISES, where(family=(WAN, QWEN, Z_IMAGE), kind=("lora",),
-         when=_has_both), "lora_A beside lora_down", "its converter takes one of both spellings",
+         on=_has_both), "lora_A beside lora_down", "its converter takes one of both spellings",
          _CODE, is_mended=True),
     Rule("doubled-prefix", DROPPED, where(family=(QWEN, Z_IMAGE), on=_is_doubled),
          "transformer. beside alpha", "the converter puts transformer. before it once more", _CODE,

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from loratool.dialects.programs import models
 from loratool.dialects.programs.base import DROPPED, RAISES, WRONG, Hit, Rule, Test
 from loratool.dialects.programs.grammar import Group
-from loratool.dialects.programs.look import Look
+from loratool.dialects.programs.look import Look, once
 from loratool.dialects.programs.models import FLUX1, FLUX2
 from loratool.dialects.programs.where import FACTORS, has_prefix, where
 
@@ -22,13 +22,15 @@ _DOTTED = r"diffusion_model\.|base_model\.model\."
 _CONTROL_TARGETS = ("img_in", "txt_in", "time_in_in_layer", "final_layer_linear")
 
 
+@once
 def _is_kohya(look: Look) -> bool:
     """True if its converter of kohya's names runs, which one ``lora_down`` is enough for."""
-    return ".lora_down.weight" in look.names
+    return any(".lora_down.weight" in key for key in look.tensors)
 
 
+@once
 def _is_control(look: Look) -> bool:
-    return "query_norm.scale" in look.names and not _is_kohya(look)
+    return any("query_norm.scale" in key for key in look.tensors) and not _is_kohya(look)
 
 
 def _on(look: Look, *families: str, kohya: bool = True) -> bool:
@@ -83,24 +85,26 @@ def _partial_control(look: Look) -> Iterable[Hit]:
     return [Hit((), f"no {lost[0]}, which its converter takes for granted")] if lost else []
 
 
-def _has_no_converter(look: Look) -> bool:
-    """True for FLUX.1 files that are neither kohya's nor of another converter."""
-    others = _is_control(look) or has_prefix(look, "base_model.model.")
-    return _on(look, FLUX1, kohya=False) and not others
+def _control_final(look: Look, group: Group) -> bool:
+    return _is_control(look)
 
 
 def _not_converted(look: Look, group: Group) -> bool:
-    if "_processor_" in group.flat:
+    """FLUX.1 names that are neither kohya's nor of another converter."""
+    others = _is_control(look) or has_prefix(look, "base_model.model.")
+    if not _on(look, FLUX1, kohya=False) or others or "_processor_" in group.flat:
         return False
     own = group.prefix.startswith(("transformer.", "text_encoder."))
     return not own or models.naming_of(group) == (FLUX1, models.ORIGINAL)
 
 
-def _is_original(_: Look, group: Group) -> bool:
-    return models.naming_of(group).naming == models.ORIGINAL
+def _original_behind_transformer(look: Look, group: Group) -> bool:
+    return _on(look, FLUX1) and models.naming_of(group).naming == models.ORIGINAL
 
 
 def _flux2_foreign(look: Look, group: Group) -> bool:
+    if look.family.name != FLUX2:
+        return False
     if _is_kohya(look):
         return group.prefix != "lora_unet_"
     if group.kind == "lokr" and group.prefix == "lycoris_":
@@ -129,8 +133,7 @@ FLUX_RULES = (
     Rule("flux-beside-mixture", DROPPED, _beside("lora_transformer_", "lora_unet_"),
          "beside lora_transformer_", "once there is one of these, lora_unet_ is dropped", _CODE,
          is_mended=True),
-    Rule("flux-original", DROPPED, _kohya(where(
-         family=(FLUX1,), prefix=r"transformer\.", on=_is_original)),
+    Rule("flux-original", DROPPED, where(prefix=r"transformer\.", on=_original_behind_transformer),
          "original names behind transformer.", "the model has no such modules", _CODE,
          is_mended=True),
     Rule("flux-embedding", DROPPED, _kohya(where(family=(FLUX1, FLUX2), part=("embedding",))),
@@ -139,14 +142,13 @@ FLUX_RULES = (
          not _is_kohya(look) and any(g.tensors[k].dtype.startswith(("I", "U"))
          for k in g.of("alpha"))), "a whole number as alpha", "alpha must be of a float type",
          _PIPELINES, is_mended=True),
-    Rule("flux-foreign", DROPPED, where(on=_not_converted, when=_has_no_converter),
-         "names that it does not convert",
+    Rule("flux-foreign", DROPPED, where(on=_not_converted), "names that it does not convert",
          "lora_A under the original names is not converted: nothing of it is loaded", _PIPELINES,
          is_mended=True),
     Rule("control-partial", RAISES, _partial_control, "",
          "the converter of control LoRAs needs every block and target: KeyError", _CODE),
     Rule("control-final", WRONG, where(family=(FLUX1,), path=r"^final_layer_adaLN_modulation_1$",
-         when=_is_control), "the last modulation",
+         on=_control_final), "the last modulation",
          "both factors' halves are swapped where lora_B's must be", _CODE, is_mended=True),
     Rule("flux2-top", DROPPED, _kohya(where(family=(FLUX2,), prefix="lora_unet_",
          path=r"_modulation|^guidance_in|^final_layer_adaLN|^vector_in")),
@@ -160,7 +162,6 @@ FLUX_RULES = (
     Rule("flux2-final", WRONG, where(family=(FLUX2,), path=r"^final_layer_adaLN_modulation_1$",
          prefix=_DOTTED), "the last modulation",
          "the halves of lora_B are not swapped", _CODE, is_mended=True),
-    Rule("flux2-foreign", DROPPED, where(family=(FLUX2,), on=_flux2_foreign),
-         "names that it does not convert", "they are left over, with a warning", _PIPELINES,
-         is_mended=True),
+    Rule("flux2-foreign", DROPPED, where(on=_flux2_foreign), "names that it does not convert",
+         "they are left over, with a warning", _PIPELINES, is_mended=True),
 )  # fmt: skip

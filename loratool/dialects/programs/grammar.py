@@ -109,17 +109,17 @@ class Group:
         """Shape of the first tensor of a part, () if there is none."""
         return next((self.tensors[key].shape for key in self.of(part)), ())
 
-    @cached_property
+    @property
     def uses_letters(self) -> bool:
         """True for ``lora_A`` and ``lora_B``, False for ``lora_down`` and ``lora_up``."""
         return any("lora_A" in key or "lora_B" in key for key in self.keys)
 
-    @cached_property
+    @property
     def kind(self) -> str:
         """The algorithm: what decides is the part that no other one has."""
         return next((kind for part, kind in _KINDS if part in self.parts), "")
 
-    @cached_property
+    @property
     def is_text(self) -> bool:
         """True for a text encoder's."""
         return "_te" in self.prefix or self.prefix.startswith("text_encoder")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -28,6 +28,7 @@ class Look:
         dialect: that it is in, "" if none claims it.
         adapter: the same read; None if loratool does not read it.
         problem: why not.
+        answers: of questions that were asked by `once`.
     """
 
     tensors: Mapping[str, Tensor]
@@ -36,6 +37,7 @@ class Look:
     dialect: str = ""
     adapter: Adapter | None = None
     problem: str = ""
+    answers: dict[Any, bool] = field(default_factory=dict, compare=False, repr=False)
 
     @classmethod
     def of(cls, adapter: Adapter) -> Look:
@@ -57,16 +59,6 @@ class Look:
         return group_keys(self.tensors)
 
     @cached_property
-    def prefixes(self) -> frozenset[str]:
-        """How the names of modules begin."""
-        return frozenset(g.prefix for g in self.groups)
-
-    @cached_property
-    def names(self) -> str:
-        """All keys in one text: what is in any of them is in it."""
-        return "\n".join(self.tensors)
-
-    @cached_property
     def family(self) -> Family:
         """The model that its modules are of."""
         return family_of(self.groups)
@@ -75,6 +67,18 @@ class Look:
     def is_of_images(self) -> bool:
         """True if the programs of image and video models are asked."""
         return bool(self.family.name) or any(g.is_of_images for g in self.groups)
+
+
+def once(ask: Callable[..., bool]) -> Callable[..., bool]:
+    """A question about a whole file, which rules ask for every module: it is answered once."""
+
+    def answer(look: Look, *more: str) -> bool:
+        key = (ask, more)
+        if key not in look.answers:
+            look.answers[key] = ask(look, *more)
+        return look.answers[key]
+
+    return answer
 
 
 def look_at(path: Path, read: Read, *, max_header: int) -> Look:

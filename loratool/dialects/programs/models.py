@@ -59,14 +59,14 @@ class Family(NamedTuple):
     naming: str = ""
 
 
-@lru_cache(maxsize=1 << 14)  # every program asks for every module
-def _named(flat: str) -> Family:
-    return next((Family(f, n) for f, n, words in _PATTERNS if words.match(flat)), Family())
-
-
 def naming_of(group: Group) -> Family:
     """The model that a module's name is of; of several the first of the table."""
     return Family() if group.is_text else _named(group.flat)
+
+
+@lru_cache(maxsize=1 << 14)  # every program asks for every module
+def _named(flat: str) -> Family:
+    return next((Family(f, n) for f, n, words in _PATTERNS if words.match(flat)), Family())
 
 
 def family_of(groups: Sequence[Group]) -> Family:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Iterable
 
 from loratool.dialects.programs.base import Hit, Test
 from loratool.dialects.programs.grammar import Group
-from loratool.dialects.programs.look import Look
+from loratool.dialects.programs.look import Look, once
 
 On = Callable[[Look, Group], bool]
 FACTORS = frozenset(("down", "up", "alpha"))
@@ -22,7 +22,7 @@ def where(
     kind: Collection[str] = (),
     part: Collection[str] = (),
     on: On | None = None,
-    when: Callable[[Look], bool] | None = None,
+    unless: Callable[[Look], bool] | None = None,
 ) -> Test:
     """Modules for which all that is given holds.
 
@@ -33,7 +33,7 @@ def where(
         kind: of the module, one of these.
         part: it has one of these, and the rule is about their tensors alone.
         on: anything else.
-        when: what holds for the file.
+        unless: of the file: then it applies to none.
     """
     prefixes, paths = re.compile(prefix), re.compile(path)
 
@@ -47,7 +47,7 @@ def where(
         )
 
     def find(look: Look) -> Iterable[Hit]:
-        if (family and look.family.name not in family) or (when is not None and not when(look)):
+        if (family and look.family.name not in family) or (unless is not None and unless(look)):
             return []
         found = [g for g in look.groups if holds(look, g)]
         names = [key for g in found for key in (g.of(*part) if part else (g.stem,))]
@@ -56,9 +56,10 @@ def where(
     return find
 
 
+@once
 def has_prefix(look: Look, prefix: str) -> bool:
     """True if any module's name begins so."""
-    return prefix in look.prefixes
+    return any(g.prefix == prefix for g in look.groups)
 
 
 def is_alone(_: Look, group: Group) -> bool:

@@ -1,0 +1,43 @@
+"""Parts of a pipeline in a dialect: what it calls the model and its text encoders."""
+
+from __future__ import annotations
+
+from loratool.archs.base import load_data
+from loratool.dialects.table import Table
+
+_ENCODERS = {"te2": "openclip_g", "te3": "t5"}
+
+
+def is_text(component: str) -> bool:
+    """True for a text encoder."""
+    return component.startswith(("te", "prior_te"))
+
+
+def usual_encoder(component: str) -> str:
+    """Family of a text encoder that nothing but its place in the pipeline tells."""
+    return _ENCODERS.get(component, "clip_l")
+
+
+def slot_of(table: Table, component: str, family: str, main: str) -> str:
+    """What a dialect calls the part that a change is of, a name of its components.
+
+    Args:
+        table: of the dialect.
+        component: as another dialect calls it, a key of `diffusion.json`.
+        family: of the module, "" = unknown.
+        main: family of the file's model.
+    """
+    data = load_data("diffusion")
+    if not is_text(component):
+        is_unet = table.is_flat or (family or main) in data["unets"]
+        wanted = [component] if not family else ["unet"] if is_unet else ["transformer"]
+    else:
+        encoders = data["encoders"].get(main, [])
+        kind = family or usual_encoder(component)
+        wanted = [{"openclip_g": "te2", "t5": "te3"}.get(kind, "te1")]
+        if kind in encoders and table.naming == "diffusers":  # they are counted
+            wanted = [f"te{encoders.index(kind) + 1}"]
+        elif len(encoders) < 2:
+            wanted = ["te", *wanted]
+    known = {name for c in table.components for name in (c.name, *c.also)}
+    return next((slot for slot in wanted if slot in known), component)

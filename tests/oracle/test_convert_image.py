@@ -1,0 +1,276 @@
+"""Image adapters between dialects: the same ΔW under other names, cut, joined and swapped.
+
+Truth is numpy: B @ A of the raw tensors, and the maps of dialects_diffusion §4 written out here.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+import loratool as lt
+from loratool.dialects import open_adapter
+from tests.oracle.kohya_files import SAMPLES, Array
+
+# What diffusers' own converters get wrong (§16): the halves of the last modulation.
+WRONG = re.compile(r"norm_out\.linear")
+EPS = 2.0**-23
+
+
+def changes(path: Path) -> dict[str, Array]:
+    """Stem of the keys -> ΔW in float64 (with ``.bias``: of the bias)."""
+    tensors = {k: np.asarray(v, np.float64) for k, v in load_file(str(path)).items()}
+    found: dict[str, Array] = {}
+    for key, value in tensors.items():
+        for down, up in ((".lora_A.weight", ".lora_B.weight"),
+                         (".lora_down.weight", ".lora_up.weight")):  # fmt: skip
+            if not key.endswith(down):
+                continue
+            stem = key.removesuffix(down)
+            alpha = tensors.get(f"{stem}.alpha", np.array(value.shape[0])).item()
+            left = tensors[stem + up]
+            product = left.reshape(left.shape[0], -1) @ value.reshape(value.shape[0], -1)
+            found[stem] = alpha / value.shape[0] * product
+        for end in (".diff_b", ".lora_B.bias"):
+            if key.endswith(end):
+                found[key.removesuffix(end) + ".bias"] = value
+        if key.endswith(".diff"):
+            found[key.removesuffix(".diff")] = value.reshape(value.shape[0], -1)
+    return found
+
+
+def same(got: dict[str, Array], want: dict[str, Array], *, slack: float = 64 * EPS) -> None:
+    """Same names, same numbers but for what a factor lost when it was stored in float32."""
+    assert sorted(got) == sorted(want)
+    for name, one in want.items():
+        size = max(1e-30, float(np.abs(one).max()))
+        assert np.abs(got[name] - one).max() <= slack * size, name
+
+
+def convert(source: Path, to: str, out: Path, **options: object) -> Path:
+    target = out / f"{to}-{source.stem}.safetensors"
+    lt.convert([source], to=to, output=target, **options)  # type: ignore[arg-type]
+    return target
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["flux1_kohya_dense", "flux1_kohya_blockdiag", "flux1_xlabs", "flux2_kohya",
+     "flux2_diffusion_model", "hunyuanvideo_original", "qwen_image_musubi", "wan_musubi",
+     "wan_diffusion_model_diff_b", "z_image_musubi"],
+)  # fmt: skip
+def test_diffusers_own_converters_agree(name: str, tmp_path: Path) -> None:
+    made = changes(convert(SAMPLES / name / "adapter.safetensors", "diffusers", tmp_path))
+    want = changes(SAMPLES / name / "expected_diffusers.safetensors")
+    for one in [n for n in want if WRONG.search(n)]:
+        del want[one], made[one]
+    same({n: v for n, v in made.items() if n in want}, want)
+    more = [n for n in made if n not in want]
+    assert all(re.search(r"norm\d?\.?(bias)?$|norm", n) for n in more), more  # they drop norms
+
+
+# ------------------------------------------------------------------------------- round trips
+
+H = 16
+FLUX = {  # module of the original code -> rows, columns
+    "double_blocks.0.img_attn.qkv": (3 * H, H), "double_blocks.0.img_attn.proj": (H, H),
+    "double_blocks.0.txt_attn.qkv": (3 * H, H), "double_blocks.0.img_mlp.0": (4 * H, H),
+    "double_blocks.0.txt_mlp.2": (H, 4 * H), "double_blocks.0.img_mod.lin": (6 * H, H),
+    "double_blocks.1.img_attn.qkv": (3 * H, H), "single_blocks.0.linear1": (7 * H, H),
+    "single_blocks.0.linear2": (H, 5 * H), "single_blocks.0.modulation.lin": (3 * H, H),
+    "single_blocks.11.linear1": (7 * H, H), "final_layer.linear": (4, H),
+    "final_layer.adaLN_modulation.1": (2 * H, H), "img_in": (H, 4),
+    "time_in.in_layer": (H, 8),
+}  # fmt: skip
+
+
+def flux(path: Path, dtype: type = np.float32) -> Path:
+    """A FLUX adapter as sd-scripts names it: other ranks, alphas of several types, a bias."""
+    rng = np.random.default_rng(3)
+    tensors: dict[str, Array] = {}
+    for i, (module, (rows, cols)) in enumerate(FLUX.items()):
+        stem, rank = "lora_unet_" + module.replace(".", "_"), 2 + i % 4
+        tensors[f"{stem}.lora_down.weight"] = rng.standard_normal((rank, cols)).astype(dtype)
+        tensors[f"{stem}.lora_up.weight"] = rng.standard_normal((rows, rank)).astype(dtype)
+        alpha = [np.array(1.0, np.float32), np.array(4, np.int64), np.array(0.3, np.float16)][i % 3]
+        if i % 5:
+            tensors[f"{stem}.alpha"] = alpha
+    tensors["lora_unet_img_in.diff_b"] = rng.standard_normal(H).astype(dtype)
+    save_file(tensors, str(path))
+    return path
+
+
+@pytest.mark.parametrize("way", [
+    ["diffusers", "kohya"], ["comfyui", "kohya"], ["diffusers", "comfyui", "kohya"],
+    ["bfl", "kohya"], ["diffusers", "comfyui", "bfl", "kohya"], ["comfyui", "diffusers", "kohya"],
+])  # fmt: skip
+def test_there_and_back_is_the_same_change(way: list[str], tmp_path: Path) -> None:
+    first = flux(tmp_path / "style.safetensors")
+    path = first
+    for step, to in enumerate(way):
+        (tmp_path / str(step)).mkdir()
+        path = convert(path, to, tmp_path / str(step))
+    same(changes(path), changes(first))
+
+
+def test_the_parts_are_the_rows_that_diffusers_gives_them(tmp_path: Path) -> None:
+    first = changes(flux(tmp_path / "style.safetensors"))
+    made = changes(convert(tmp_path / "style.safetensors", "diffusers", tmp_path))
+    qkv = first["lora_unet_double_blocks_0_img_attn_qkv"]
+    block = "transformer.transformer_blocks.0.attn"
+    want = {
+        f"{block}.{n}": qkv[i * H : (i + 1) * H] for i, n in enumerate(("to_q", "to_k", "to_v"))
+    }
+    linear1 = first["lora_unet_single_blocks_0_linear1"]
+    single = "transformer.single_transformer_blocks.0"
+    for i, name in enumerate(("attn.to_q", "attn.to_k", "attn.to_v")):
+        want[f"{single}.{name}"] = linear1[i * H : (i + 1) * H]
+    want[f"{single}.proj_mlp"] = linear1[3 * H :]
+    swapped = first["lora_unet_final_layer_adaLN_modulation_1"]
+    want["transformer.norm_out.linear"] = np.concatenate([swapped[H:], swapped[:H]])
+    want["transformer.proj_out"] = first["lora_unet_final_layer_linear"]
+    want["transformer.x_embedder"] = first["lora_unet_img_in"]
+    want["transformer.x_embedder.bias"] = first["lora_unet_img_in.bias"]
+    same({n: made[n] for n in want}, want)
+
+
+def test_half_precision_loses_nothing_on_the_way(tmp_path: Path) -> None:
+    """Scalings that are no powers of two go into factors of a wider type."""
+    first = flux(tmp_path / "style.safetensors", np.float16)
+    made = convert(convert(first, "diffusers", tmp_path), "kohya", tmp_path)
+    same(changes(made), changes(first))
+
+
+def test_separate_projections_with_other_ranks_become_one(tmp_path: Path) -> None:
+    """Ranks add up; what is missing is zero."""
+    rng = np.random.default_rng(5)
+    block = "transformer.transformer_blocks.0.attn"
+    tensors = {}
+    for name, rank in (("to_q", 2), ("to_v", 5)):
+        tensors[f"{block}.{name}.lora_A.weight"] = rng.standard_normal((rank, H)).astype("f4")
+        tensors[f"{block}.{name}.lora_B.weight"] = rng.standard_normal((H, rank)).astype("f4")
+    single = "transformer.single_transformer_blocks.0.norm.linear"  # which is FLUX' alone
+    tensors[f"{single}.lora_A.weight"] = np.ones((1, H), np.float32)
+    tensors[f"{single}.lora_B.weight"] = np.ones((3 * H, 1), np.float32)
+    save_file(tensors, str(tmp_path / "split.safetensors"))
+    parts = changes(tmp_path / "split.safetensors")
+    made = convert(tmp_path / "split.safetensors", "comfyui", tmp_path)
+    want = np.concatenate([parts[f"{block}.to_q"], np.zeros((H, H)), parts[f"{block}.to_v"]])
+    same(changes(made), {
+        "diffusion_model.double_blocks.0.img_attn.qkv": want,
+        "diffusion_model.single_blocks.0.modulation.lin": np.ones((3 * H, H)),
+    })  # fmt: skip
+    assert load_file(str(made))[
+        "diffusion_model.double_blocks.0.img_attn.qkv.lora_down.weight"
+    ].shape == (7, H)
+
+
+def test_names_that_several_families_have_stay_and_it_is_said(tmp_path: Path) -> None:
+    stem = "transformer.transformer_blocks.0.attn.to_q"
+    tensors = {f"{stem}.lora_A.weight": np.ones((2, H), np.float32),
+               f"{stem}.lora_B.weight": np.ones((H, 2), np.float32)}  # fmt: skip
+    save_file(tensors, str(tmp_path / "some.safetensors"))
+    report = lt.convert([tmp_path / "some.safetensors"], to="comfyui",
+                        output=tmp_path / "out.safetensors")  # fmt: skip
+    assert any("1 module is of no family that is known" in w for w in report.adapters[0].warnings)
+
+
+def test_loha_is_cut_and_joined_without_other_factors(tmp_path: Path) -> None:
+    rng = np.random.default_rng(8)
+    stem = "lora_unet_double_blocks_0_img_attn_qkv"
+    tensors = {f"{stem}.alpha": np.array(2.0, np.float32)}
+    for n in (1, 2):
+        tensors[f"{stem}.hada_w{n}_a"] = rng.standard_normal((3 * H, 2)).astype("f4")
+        tensors[f"{stem}.hada_w{n}_b"] = rng.standard_normal((2, H)).astype("f4")
+    # a module that tells FLUX from its kin
+    tensors["lora_unet_single_blocks_0_modulation_lin.hada_w1_a"] = np.ones((3 * H, 1), np.float32)
+    tensors["lora_unet_single_blocks_0_modulation_lin.hada_w1_b"] = np.ones((1, H), np.float32)
+    tensors["lora_unet_single_blocks_0_modulation_lin.hada_w2_a"] = np.ones((3 * H, 1), np.float32)
+    tensors["lora_unet_single_blocks_0_modulation_lin.hada_w2_b"] = np.ones((1, H), np.float32)
+    save_file(tensors, str(tmp_path / "loha.safetensors"))
+    made = load_file(str(convert(tmp_path / "loha.safetensors", "comfyui", tmp_path)))
+    new = "diffusion_model.double_blocks.0.img_attn.qkv"
+    assert all(np.array_equal(made[f"{new}.{k}"], tensors[f"{stem}.{k}"])
+               for k in ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "alpha"))  # fmt: skip
+
+
+def test_sdxl_gets_the_names_that_every_program_knows(tmp_path: Path) -> None:
+    """diffusers' names of SDXL -> the original ones in kohya's file, and back."""
+    rng = np.random.default_rng(1)
+    tensors = {}
+    for module in ("down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k",
+                   "up_blocks.0.attentions.2.transformer_blocks.9.attn2.to_v"):  # fmt: skip
+        tensors[f"unet.{module}.lora_A.weight"] = rng.standard_normal((2, 2048)).astype("f4")
+        tensors[f"unet.{module}.lora_B.weight"] = rng.standard_normal((64, 2)).astype("f4")
+    for part, width in (("text_encoder", 768), ("text_encoder_2", 1280)):
+        stem = f"{part}.text_model.encoder.layers.0.self_attn.q_proj"
+        tensors[f"{stem}.lora_A.weight"] = rng.standard_normal((2, width)).astype("f4")
+        tensors[f"{stem}.lora_B.weight"] = rng.standard_normal((width, 2)).astype("f4")
+    save_file(tensors, str(tmp_path / "xl.safetensors"))
+    made = convert(tmp_path / "xl.safetensors", "kohya", tmp_path)
+    assert sorted(changes(made)) == [
+        "lora_te1_text_model_encoder_layers_0_self_attn_q_proj",
+        "lora_te2_text_model_encoder_layers_0_self_attn_q_proj",
+        "lora_unet_input_blocks_4_1_transformer_blocks_0_attn2_to_k",
+        "lora_unet_output_blocks_2_1_transformer_blocks_9_attn2_to_v",
+    ]
+    again = convert(made, "diffusers", tmp_path)
+    same(changes(again), changes(tmp_path / "xl.safetensors"))
+    assert "lora_adapter_metadata" not in metadata(made)
+
+
+def metadata(path: Path) -> dict[str, str]:
+    data = path.read_bytes()
+    header = json.loads(data[8 : 8 + struct.unpack("<Q", data[:8])[0]])
+    return dict(header.get("__metadata__", {}))
+
+
+# ------------------------------------------------------------------------------ for a program
+
+
+@pytest.mark.parametrize(
+    ("program", "dialect"),
+    [("comfyui", "comfyui"), ("diffusers", "diffusers"), ("forge", "kohya"),
+     ("nunchaku", "diffusers"), ("sd-scripts", "kohya")],
+)  # fmt: skip
+def test_for_a_program(program: str, dialect: str, tmp_path: Path) -> None:
+    """The dialect that it loads best; what was written is judged by the program's own rules."""
+    source = flux(tmp_path / "style.safetensors")
+    out = tmp_path / "out.safetensors"
+    options = {"skip": ["img_in"]} if program in ("nunchaku", "sd-scripts", "diffusers") else {}
+    report = lt.convert([source], program=program, output=out, **options)  # type: ignore[arg-type]
+    assert open_adapter(out).dialect == dialect
+    assert lt.check(out, program=program).verdict in ("yes", "unsure"), report
+
+
+def test_loha_becomes_lora_for_a_program_that_knows_no_other(tmp_path: Path) -> None:
+    source = SAMPLES / "kohya_sd15_loha" / "adapter.safetensors"
+    out = tmp_path / "out.safetensors"
+    (row,) = lt.convert([source], program="diffusers", output=out).adapters
+    assert len(row.computed) == row.modules and row.relative_error < 1e-6
+    assert not any("hada" in key for key in load_file(str(out)))
+    (row,) = lt.convert([source], program="comfyui", output=tmp_path / "two.safetensors").adapters
+    assert row.computed == ()
+
+
+# ------------------------------------------------------------------------- across dialects
+
+
+def test_adapters_of_several_dialects_add_up(tmp_path: Path) -> None:
+    """The second one is the first in another dialect: the sum is twice the change."""
+    first = flux(tmp_path / "style.safetensors")
+    other = convert(first, "diffusers", tmp_path)
+    out = tmp_path / "sum.safetensors"
+    lt.merge([first, other], output=out)
+    want = {name: 2 * one for name, one in changes(first).items()}
+    same(changes(out), want)
+    lt.subtract([first, other], output=tmp_path / "none.safetensors")
+    size = max(float(np.abs(one).max()) for one in want.values())
+    assert all(np.abs(one).max() <= 64 * EPS * size
+               for one in changes(tmp_path / "none.safetensors").values())  # fmt: skip
