@@ -76,7 +76,9 @@ def write(metadata: Mapping[str, str], specs: Sequence[DeltaSpec]) -> dict[str, 
     is_true = all(one is not None and one.factor == s.scaling for s, one in said)
     if HEADER in metadata and is_true and _ranks_hold(metadata[HEADER], ranked):
         return dict(metadata)
-    if HEADER not in metadata and all(s.scaling == 1 for s in ranked):
+    # Names without a part of a pipeline are told from those of language models by the metadata.
+    is_plain = all(s.scaling == 1 and _split(s.module)[0] for s in ranked)
+    if HEADER not in metadata and is_plain:
         return kept
     old = _by_part(metadata[HEADER]) if HEADER in metadata else {}
     by_part: dict[str, list[tuple[str, DeltaSpec]]] = {}
