@@ -307,12 +307,17 @@ def _factors(key: str, spec: DeltaSpec) -> list[tuple[str, Source]]:
     right, left = spec.fields["lora_A"], spec.fields["lora_B"]
     ones = (1,) * (len(right.shape) - 2)  # DyLoRA has none behind lora_B
     found = [(f"{key}.{names[0]}", right),
-             (f"{key}.{names[1]}", replace(left, shape=(*left.shape[:2], *ones)))]  # fmt: skip
+             (f"{key}.{names[1]}", _of_shape(left, (*left.shape[:2], *ones)))]  # fmt: skip
     lengths = spec.fields.get("magnitude")
     if lengths is not None:  # other programs have a column
         shape = (1, lengths.numel, *ones) if ones else (lengths.numel,)
-        found.append((f"{key}.lora_magnitude_vector", replace(lengths, shape=shape)))
+        found.append((f"{key}.lora_magnitude_vector", _of_shape(lengths, shape)))
     return found
+
+
+def _of_shape(source: Source, shape: tuple[int, ...]) -> Source:
+    """The tensor itself where it has that shape: callers know it by its identity."""
+    return source if source.shape == shape else replace(source, shape=shape)
 
 
 def _ancestors(names: Iterable[str]) -> frozenset[str]:
