@@ -54,7 +54,7 @@ SYNONYMS = {
 
 LATER_OPTIONS = frozenset(
     (
-        "--base", "--rank", "--simulate-quant", "--to",
+        "--base", "--rank", "--to",
     )
 )  # fmt: skip
 """Options of the plan; a command that does not know one says "not in this version"."""

@@ -81,8 +81,8 @@ def test_hostile_words_are_escaped(run: Run) -> None:
 
 
 def test_later_options_say_so(run: Run) -> None:
-    found = run("merge", "a", "--simulate-quant", "-o", "x")
-    assert found.code == 2 and "no --simulate-quant in this version" in found.err
+    found = run("rescale", "a", "0.5", "--to", "kohya", "-o", "x")
+    assert found.code == 2 and "no --to in this version" in found.err
 
 
 def test_options_of_this_version_are_not_called_later() -> None:

@@ -45,14 +45,14 @@ def read(candidate: Candidate, options: Read) -> Adapter:
     if gguf_kind(candidate) == "model":
         raise MismatchError(
             "LT-401", "GGUF model files are not supported here", file=path, expected="an adapter",
-            hint="give an adapter; a base as its safetensors",
+            hint="give an adapter; a model goes with merge --base",
         )  # fmt: skip
     header = read_gguf(path)
     is_paired = _architecture(header, path)
     if header.coded:
         raise MismatchError(
             "LT-401", "factors in codes are not read", file=path, key=next(iter(header.coded)),
-            expected="F32, F16 or BF16", hint="convert the adapter anew with --outtype f16",
+            expected="F32, F16 or BF16", hint="convert the adapter anew, with factors of 16 bits",
         )  # fmt: skip
     alpha = header.values.get("adapter.lora.alpha", 0.0)
     if not isinstance(alpha, float) or not abs(alpha) <= 1e30:
