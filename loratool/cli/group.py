@@ -52,11 +52,7 @@ SYNONYMS = {
 }
 """What people type by instinct -> what it is called here."""
 
-LATER_OPTIONS = frozenset(
-    (
-        "--base", "--rank", "--to",
-    )
-)  # fmt: skip
+LATER_OPTIONS = frozenset(("--html",))
 """Options of the plan; a command that does not know one says "not in this version"."""
 
 EXAMPLES = (
