@@ -30,6 +30,10 @@ __all__ = [
 
 _KEYS = ("ss_base_model_version", "modelspec.architecture")
 _ENOUGH = 0.8  # of the names of a file are the family's
+_LANGUAGE = re.compile(
+    r"(base_model\.model\.)?(model\.|language_model\.)*layers\.\d+\.(self_attn|mlp)\.\w+(\.|$)"
+)
+"""What modules of language models are called, and by themselves none of another family."""
 Shape = tuple[int, ...]
 
 
@@ -94,6 +98,8 @@ def family_of(modules: Mapping[str, Shape], metadata: Mapping[str, str] | None =
         >>> family_of({"unet.single_blocks_0_linear1": (27648, 3072)}).title
         'FLUX.2 klein-4B'
     """
+    if is_language(modules) and not any(map((metadata or {}).get, _KEYS)):
+        return Guess()  # most files by far, and no map is read for them
     files: dict[str, dict[str, Shape]] = {}
     for name, shape in modules.items():
         component, rest = split_component(name)
@@ -120,6 +126,11 @@ def family_of(modules: Mapping[str, Shape], metadata: Mapping[str, str] | None =
         return Guess(others=(*chosen, *others), parts=parts)
     told = "names and shapes" if best else "names"
     return _guess(chosen[0], fit[chosen[0]].label, told, others, parts)
+
+
+def is_language(modules: Iterable[str]) -> bool:
+    """True if all of these modules are called as a language model's."""
+    return all(map(_LANGUAGE.match, modules))
 
 
 def module_shapes(tensors: Iterable[tuple[str, Shape]]) -> dict[str, Shape]:

@@ -274,3 +274,30 @@ def test_adapters_of_several_dialects_add_up(tmp_path: Path) -> None:
     size = max(float(np.abs(one).max()) for one in want.values())
     assert all(np.abs(one).max() <= 64 * EPS * size
                for one in changes(tmp_path / "none.safetensors").values())  # fmt: skip
+
+
+def test_lokr_of_a_fused_projection_becomes_lora_of_its_parts(tmp_path: Path) -> None:
+    """Kronecker blocks that end elsewhere than the parts: expanded, then cut."""
+    rng = np.random.default_rng(2)
+    stem = "lora_unet_double_blocks_0_img_attn_qkv"
+    one, two = rng.standard_normal((4, 4)), rng.standard_normal((12, 4))
+    alone = "lora_unet_single_blocks_0_modulation_lin"  # which is FLUX' alone
+    tensors = {
+        f"{stem}.lokr_w1": one.astype("f4"), f"{stem}.lokr_w2": two.astype("f4"),
+        f"{alone}.lora_down.weight": np.ones((1, H), np.float32),
+        f"{alone}.lora_up.weight": np.ones((3 * H, 1), np.float32),
+    }  # fmt: skip
+    save_file(tensors, str(tmp_path / "lokr.safetensors"))
+    dense = np.kron(
+        tensors[f"{stem}.lokr_w1"].astype(float), tensors[f"{stem}.lokr_w2"].astype(float)
+    )
+    made = changes(convert(tmp_path / "lokr.safetensors", "diffusers", tmp_path))
+    block = "transformer.transformer_blocks.0.attn"
+    want = {
+        f"{block}.{n}": dense[i * H : (i + 1) * H] for i, n in enumerate(("to_q", "to_k", "to_v"))
+    }
+    same({n: made[n] for n in want}, want)
+    kept = load_file(str(convert(tmp_path / "lokr.safetensors", "comfyui", tmp_path)))
+    new = "diffusion_model.double_blocks.0.img_attn.qkv"
+    assert all(np.array_equal(kept[f"{new}.{k}"], tensors[f"{stem}.{k}"])
+               for k in ("lokr_w1", "lokr_w2"))  # fmt: skip

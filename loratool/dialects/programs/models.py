@@ -71,6 +71,8 @@ def _named(flat: str) -> Family:
 
 def family_of(groups: Sequence[Group]) -> Family:
     """The model of a file, by most of its modules, and by shapes where names are shared."""
+    if archs.is_language(g.stem for g in groups):
+        return Family()
     found = [(group, family) for group in groups if (family := naming_of(group)).name]
     if not found:
         return _by_maps(groups)
