@@ -62,7 +62,8 @@ def convert(asked: Convert) -> ConvertReport:
                          form=lambda adapter: _form(adapter, asked.to, program))  # fmt: skip
     adapters = [one.adapter for one in found]
     base = None if asked.base is None else open_base(str(asked.base), adapters, session.access)
-    jobs = [_job(session, one, base, asked.skip, edits) for one in found]
+    is_asked = asked.to is not None or program is not None
+    jobs = [_job(session, one, base, asked.skip, edits, is_asked=is_asked) for one in found]
     for job in jobs:
         threads_for(job.plan, session.limits)  # before any work, whether it fits
     if asked.dry_run:
@@ -90,11 +91,12 @@ def _form(adapter: Adapter, to: str | None, program: Program | None) -> str:
 
 def _job(
     session: Session, one: Opened, base: OpenedBase | None, skip: Sequence[str],
-    edits: Mapping[str, str],
+    edits: Mapping[str, str], *, is_asked: bool,
 ) -> _Job:  # fmt: skip
     row, program = home_of(one.form), session.program
     checkpoint = None if base is None else base.checkpoint
-    plan = plan_convert(one.adapter, row.name, base=checkpoint, skip=skip)
+    plan = plan_convert(one.adapter, row.name, base=checkpoint, skip=skip,
+                        keeps_names=not is_asked)  # fmt: skip
     if program is not None and program not in OF_PEFT:
         plan = settled(plan, program, session.limits)
     return _Job(session, one, plan, row, base, edits)

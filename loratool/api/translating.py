@@ -12,7 +12,6 @@ from loratool.api.common import Limits
 from loratool.api.fitting import even_out
 from loratool.delta.forms import scaled_source, with_scaled_source
 from loratool.dialects import write_adapter_files
-from loratool.dialects.base import Dialect
 from loratool.dialects.programs import Look, Program
 from loratool.dialects.registry import home_of, row_of
 from loratool.errors import MismatchError, list_some
@@ -95,9 +94,9 @@ def carry_out(plan: ConvertPlan, limits: Limits, *, is_dry: bool = False) -> Tra
     """
     threads = threads_for(plan, limits)
     if is_dry:
-        return Translated(_named(outline(plan), plan.row, is_dry=True), plan)
+        return Translated(_named(outline(plan), plan, is_dry=True), plan)
     adapter, error = _with_factors(plan, threads)
-    adapter = _named(adapter, plan.row)
+    adapter = _named(adapter, plan)
     if not plan.is_evened:
         return Translated(adapter, plan, error)
     even = even_out(adapter, limits)
@@ -125,12 +124,12 @@ def threads_for(plan: ConvertPlan, limits: Limits) -> int:
     return limits.plan(needs, kept=sum(needs) // 2).threads if needs else 1
 
 
-def _named(adapter: Adapter, row: Dialect, *, is_dry: bool = False) -> Adapter:
+def _named(adapter: Adapter, plan: ConvertPlan, *, is_dry: bool = False) -> Adapter:
     """The adapter as a table has it: its names, and no scaling where it has no alpha."""
-    if row.table is None:
+    row = plan.row
+    if not plan.is_named:
         return adapter
-    if row.table.naming:
-        adapter = in_dialect(adapter, row, _blank if is_dry else _remade)
+    adapter = in_dialect(adapter, row, _blank if is_dry else _remade)
     if not folds(row):
         return adapter
     specs = [_unscaled(s, is_dry=is_dry) for s in adapter.specs]

@@ -51,6 +51,7 @@ class ConvertPlan:
         is_evened: scalings become one for all changes, and ranks too.
         notes: one sentence each.
         warnings: the same of what may go wrong.
+        is_named: modules get the names that the dialect's programs know.
     """
 
     source: Adapter
@@ -62,10 +63,16 @@ class ConvertPlan:
     is_evened: bool = False
     notes: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
+    is_named: bool = False
 
 
 def plan_convert(
-    source: Adapter, dialect: str, *, base: Checkpoint | None = None, skip: Sequence[str] = ()
+    source: Adapter,
+    dialect: str,
+    *,
+    base: Checkpoint | None = None,
+    skip: Sequence[str] = (),
+    keeps_names: bool = False,
 ) -> ConvertPlan:
     """Plan the conversion of an adapter.
 
@@ -74,6 +81,7 @@ def plan_convert(
         dialect: name of the row to write it with.
         base: says what flat modules are called.
         skip: components or expressions of modules to leave out.
+        keeps_names: an adapter of that very dialect stays as it is.
 
     Raises:
         MismatchError: LT-404 flat names that nothing makes whole, LT-448 nothing is left, LT-494
@@ -91,7 +99,8 @@ def plan_convert(
                             got=reason)  # fmt: skip
     _check(kept, row)
     notes += _left_behind(kept, row)
-    is_named = row.table is not None and bool(row.table.naming)
+    is_kept = keeps_names and source.dialect == dialect
+    is_named = row.table is not None and bool(row.table.naming) and not is_kept
     if is_named:
         notes.append(f"modules are named as {row.title} names them")
     elif source.is_flat and not row.is_flat:
@@ -112,7 +121,7 @@ def plan_convert(
     return ConvertPlan(
         source, row, kept, computed, left_out, tuple(base.tensors) if base else (), is_evened,
         tuple(notes),
-        _unknown([one.spec.module for one in located if one.place is None], source, row),
+        _unknown([one.spec.module for one in located if one.place is None], source, row), is_named,
     )  # fmt: skip
 
 

@@ -317,6 +317,9 @@ def in_dialect(adapter: Adapter, row: Dialect, remake: stacking.Remake) -> Adapt
     family = next((m.family for m in moved if m.family and not is_text(m.component)), "")
     specs = tuple(_under(m, family, table) for m in moved)
     replaced = tuple(_replaced(r, table) for r in adapter.replacements)
+    is_same = adapter.is_flat == table.is_flat and adapter.dialect == row.name
+    if is_same and (specs, replaced) == (adapter.specs, adapter.replacements):
+        return adapter
     return replace(adapter, specs=specs, replacements=replaced, is_flat=table.is_flat, key_order=())
 
 

@@ -278,6 +278,11 @@ def _read_raw(file: BinaryIO, shown: object, size: int, limit: int) -> bytes:
     return _read_exactly(file, length + 8, shown)
 
 
+def _plain_int(text: str) -> int | float:
+    # Anything but a plain non-negative 64-bit number becomes a float, which later checks refuse.
+    return int(text) if text.isdigit() and len(text) <= 20 else float(text)
+
+
 def _read_exactly(file: BinaryIO, count: int, shown: object) -> bytes:
     """Mostly one read and no copy: headers may be large."""
     data = file.read(count)
@@ -296,7 +301,10 @@ def _parse(raw: bytes, shown: object) -> dict[str, Any]:
     _check_counts(raw, shown)
     try:
         text = str(memoryview(raw)[8:], "utf-8")
-        entries = json.loads(text, object_pairs_hook=unique_pairs, parse_constant=refuse_constant)
+        entries = json.loads(
+            text, object_pairs_hook=unique_pairs, parse_int=_plain_int,
+            parse_constant=refuse_constant,
+        )  # fmt: skip
     except UnicodeDecodeError as error:
         raise BadFileError(
             "LT-305", "header is not UTF-8", file=shown, got=f"byte {8 + error.start}"

@@ -15,7 +15,6 @@ from tests.faults.spoil import (
     config_text,
     f16_base,
     holding,
-    method,
     pickled,
     square_experts,
     tensors,
@@ -106,11 +105,10 @@ ROWS = (
     Row("50-replacement-shape", tensors({PREFIX + "lm_head.weight": values(16, 9)},
                                         modules_to_save=["lm_head"]), "LT-445", "base",
         key="lm_head.weight", expected="(16, 8)", got="(16, 9)"),
-    *(Row(f"52-{name}", method(name), "LT-402", CONFIG, key="peft_type", expected="LORA",
-          got=name.partition("_")[0].upper())
-      for name in ("lokr", "oft", "vera", "boft", "ia3", "adalora", "hra", "vblora")),
-    Row("53-adalora", method("adalora"), "LT-402", CONFIG, key="peft_type", expected="LORA",
-        got="ADALORA"),
+    *(Row(f"52-{name.lower()}", config(peft_type=name), "LT-402", CONFIG, key="peft_type",
+          got=name)
+      for name in ("PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING")),
+    Row("53-poly", config(peft_type="POLY"), "LT-402", CONFIG, key="peft_type", got="POLY"),
     *(Row(f"54-{name}", config(init_lora_weights=name), "LT-406", CONFIG,
           key="init_lora_weights", got=name) for name in ("corda", "loftq", "lora_ga")),
     Row("54-unknown-init", config(init_lora_weights="nova"), "LT-414", CONFIG,

@@ -31,7 +31,7 @@ REFUSED = {
     "lora_alora": "LT-498", "lora_conv_dora": "LT-449", "lora_conv_grouped": "LT-498",
     "lora_dora": "LT-449", "lora_embed_dora": "LT-449", "lora_gpt2_dora": "LT-449",
     "lora_kasa": "LT-497", "lora_linear_bin": "LT-920", "lora_olora": "LT-497",
-    "lora_pissa": "LT-497",
+    "lora_pissa": "LT-497", "randlora": "LT-460",
 }  # fmt: skip
 SAMPLES = sorted(
     p.name for p in LLM.iterdir()
