@@ -6,7 +6,7 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from loratool.adapter import Adapter, ArrangedRef, DeltaSpec, Source, TensorData, TensorRef
+from loratool.adapter import Adapter, DeltaSpec, Source, TensorData
 from loratool.archs.families import family_of
 from loratool.archs.flat import KnownNames, home_prefix, known_names
 from loratool.bind.bindings import bind
@@ -21,6 +21,7 @@ from loratool.delta.forms import (
     side_sizes,
     with_scaled_source,
 )
+from loratool.delta.stacking import rows_of
 from loratool.dialects import unmergeable_reason
 from loratool.dialects.base import Dialect
 from loratool.dialects.registry import row_of
@@ -294,14 +295,12 @@ def _piece(target: str, parts: Sequence[BoundDelta], base: Checkpoint) -> DeltaS
 
 def _rows(source: Source, spans: Sequence[tuple[int, int]]) -> Source:
     """Rows of a tensor: a place in the file if they lie side by side."""
-    each = source.nbytes // source.shape[0]
+    parts = [rows_of(source, *span) for span in spans]
+    if len(parts) == 1:
+        return parts[0]
     shape = (sum(b - a for a, b in spans), *source.shape[1:])
-    if len(spans) == 1 and isinstance(source, TensorRef) and not isinstance(source, ArrangedRef):
-        (start, _), size = spans[0], shape[0] * each
-        return replace(source, shape=shape, start=source.start + start * each, nbytes=size)
-    data = memoryview(read_bytes(source)).cast("B")
-    parts = b"".join(data[a * each : b * each] for a, b in spans)
-    return TensorData(source.name, source.dtype, shape, parts)
+    data = b"".join(bytes(read_bytes(part)) for part in parts)
+    return TensorData(source.name, source.dtype, shape, data)
 
 
 def _from_known(adapter: Adapter, known: KnownNames) -> tuple[Adapter, str]:
