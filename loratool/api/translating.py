@@ -7,10 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from loratool.adapter import Adapter, AdapterFiles, DeltaSpec, Source, TensorData
+from loratool.adapter import Adapter, AdapterFiles, Source, TensorData
 from loratool.api.common import Limits
 from loratool.api.fitting import even_out
-from loratool.delta.forms import scaled_source, with_scaled_source
 from loratool.dialects import write_adapter_files
 from loratool.dialects.programs import Look, Program
 from loratool.dialects.registry import home_of, row_of
@@ -125,28 +124,13 @@ def threads_for(plan: ConvertPlan, limits: Limits) -> int:
 
 
 def _named(adapter: Adapter, plan: ConvertPlan, *, is_dry: bool = False) -> Adapter:
-    """The adapter as a table has it: its names, and no scaling where it has no alpha."""
-    row = plan.row
+    """The adapter under the names of a table, whose writer folds scalings that have no place."""
     if not plan.is_named:
         return adapter
-    adapter = in_dialect(adapter, row, _blank if is_dry else _remade)
-    if not folds(row):
+    adapter = in_dialect(adapter, plan.row, _blank if is_dry else _remade)
+    if not (is_dry and folds(plan.row)):
         return adapter
-    specs = [_unscaled(s, is_dry=is_dry) for s in adapter.specs]
-    return replace(adapter, specs=tuple(specs))
-
-
-def _unscaled(spec: DeltaSpec, *, is_dry: bool) -> DeltaSpec:
-    """The same change with its scaling in a factor: no bit is lost, if need be in a wider type."""
-    if spec.scaling == 1.0:
-        return spec
-    source = scaled_source(spec)
-    if is_dry:
-        return replace(spec, scaling=1.0)
-    from loratool.delta.scaling import folded
-
-    made = with_scaled_source(spec, folded(source, spec.scaling))
-    return replace(made, scaling=1.0, alpha=float(spec.rank) if spec.rank else None)
+    return replace(adapter, specs=tuple(replace(s, scaling=1.0) for s in adapter.specs))
 
 
 def _remade(source: Source, factor: float, dtype: str) -> Source:
