@@ -93,8 +93,10 @@ class GgufFile:
 def is_gguf(path: Path) -> bool:
     """True for a regular file that begins like one."""
     try:
+        if not path.is_file():  # to open a pipe would wait for a writer
+            return False
         with path.open("rb") as file:
-            return path.is_file() and file.read(4) == MAGIC
+            return file.read(4) == MAGIC
     except OSError:
         return False
 
