@@ -10,12 +10,13 @@ from typing import Any
 from loratool.adapter import Adapter, DeltaSpec, Source, TensorRef
 from loratool.delta.forms import matrix_shape, shape_of
 from loratool.dialects.stated import QUIET
+from loratool.engine.reads import factor_ranges
 from loratool.errors import MismatchError
 from loratool.location import HubFile
 from loratool.ops.additive import require_additive, require_factors
 from loratool.plan import DeltaPart, Plan, module_step
 from loratool.report.compare import ComparedReplacement, Difference
-from loratool.store.reader import are_of_one_file, have_same_bytes
+from loratool.store.reader import FileReader, are_of_one_file, have_same_bytes
 
 _LAYER = re.compile(r"\.(\d+)(?=\.)")
 _LONG = 120
@@ -138,6 +139,7 @@ def _are_same(one: Source, two: Source) -> bool | None:
 
 def has_same_factors(aligned: Aligned) -> bool:
     """True if all factors have equal bytes and every scaling is the same."""
+    pairs: list[tuple[Source, Source]] = []
     for found in aligned.groups.values():
         if len(found) < len(aligned.only):
             return False
@@ -145,9 +147,10 @@ def has_same_factors(aligned: Aligned) -> bool:
         for other in others:
             if other.scaling != first.scaling or set(other.fields) != set(first.fields):
                 return False
-            if not all(have_same_bytes([first.fields[r], other.fields[r]]) for r in first.fields):
-                return False
-    return True
+            pairs += [(first.fields[role], other.fields[role]) for role in first.fields]
+    with FileReader() as reader:
+        reader.expect(factor_ranges(s for found in aligned.groups.values() for s in found.values()))
+        return all(have_same_bytes(pair, reader) for pair in pairs)
 
 
 def _types(adapter: Adapter) -> str:

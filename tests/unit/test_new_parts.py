@@ -256,21 +256,27 @@ def test_two_adapters_that_bring_the_same(world: Path) -> None:
 
 
 def test_verify_dry_run_and_cast(world: Path) -> None:
-    want = beside(world, name="non_lora_trainables.bin")
+    want = beside(world)
     _, planned = merge(world, dry_run=True)
     assert planned.created == len(want) and not (world / "out").exists()
     got, report = merge(world)
     assert report.output_bytes == planned.output_bytes
+    assert lt.verify(world / "out").verdict == "identical"
+    got, _ = merge(world, dtype="bfloat16", output=world / "half")
+    assert all(torch.equal(got[n], t.bfloat16()) for n, t in want.items())
+    assert lt.verify(world / "half").verdict == "identical"
+    checked = lt.verify(world / "out", base=world / "base", adapters=[world / "adapter"],
+                        skip=["non_lora_trainables.safetensors"])  # fmt: skip
+    assert set(checked.unexpected) == set(want)
+
+
+def test_verify_opens_a_pickle_as_the_merge_did(world: Path) -> None:
+    beside(world, name="non_lora_trainables.bin")
+    merge(world)
     assert lt.verify(world / "out", allow_pickle=True).verdict == "identical"
     with pytest.raises(LoratoolError) as caught:
         lt.verify(world / "out")
     assert caught.value.code == "LT-459" and "--allow-pickle" in str(caught.value.got)
-    got, _ = merge(world, dtype="bfloat16", output=world / "half")
-    assert all(torch.equal(got[n], t.bfloat16()) for n, t in want.items())
-    assert lt.verify(world / "half", allow_pickle=True).verdict == "identical"
-    checked = lt.verify(world / "out", base=world / "base", adapters=[world / "adapter"],
-                        allow_pickle=True, skip=["non_lora_trainables.safetensors"])  # fmt: skip
-    assert set(checked.unexpected) == set(want)
 
 
 @pytest.mark.parametrize("has_config", [True, False])

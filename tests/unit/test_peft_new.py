@@ -495,7 +495,7 @@ def _refused(rig: Rig, **more: Any) -> MismatchError:
 
 @pytest.mark.parametrize(
     "change",
-    [{"base_change": "pissa"}, {"blocks": (2, "A")}, {"b_order": "expert-major"}, {"kind": "loha"}],
+    [{"base_change": "pissa"}, {"blocks": (2, "A")}, {"b_order": "expert-major"}, {"kind": "full"}],
 )
 def test_variants_without_an_own_configuration(rig: Rig, change: dict[str, Any]) -> None:
     rig.linear("lin", 16, 16)

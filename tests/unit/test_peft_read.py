@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from loratool.dialects import open_adapter
-from loratool.errors import BadFileError, MismatchError, UnsafeContentError, UsageError
+from loratool.errors import (
+    BadFileError,
+    LoratoolError,
+    MismatchError,
+    UnsafeContentError,
+    UsageError,
+)
 from loratool.options.groups import Read
 from tests.unit.peft_files import PREFIX, by_name, pair, read, write_folder, zeros
 
@@ -40,13 +47,21 @@ def test_without_configuration_alpha_is_asked_for(tmp_path: Path) -> None:
     assert any("no configuration" in n for n in adapter.notes)
 
 
-def test_without_configuration_other_methods_are_still_refused(tmp_path: Path) -> None:
-    tensors = pair("q") | {"q.lora_E": zeros(4, 1)}
-    folder = write_folder(tmp_path, tensors)
+@pytest.mark.parametrize(
+    ("tensors", "code", "method"),
+    [
+        ({"m.q.lora_E": zeros(4, 1), "m.q.lora_A": zeros(4, 16)}, "LT-361", "ADALORA"),
+        ({"prompt_embeddings": zeros(4, 8)}, "LT-402", "prompt tuning"),
+    ],
+)
+def test_without_configuration_other_methods_are_named(
+    tmp_path: Path, tensors: dict[str, Any], code: str, method: str
+) -> None:
+    folder = write_folder(tmp_path, tensors, prefix="")
     (folder / "adapter_config.json").unlink()
-    with pytest.raises(MismatchError) as caught:
+    with pytest.raises(LoratoolError) as caught:
         open_adapter(folder, Read(alpha=8))
-    assert caught.value.code == "LT-402" and "AdaLoRA" in str(caught.value)
+    assert caught.value.code == code and method in str(caught.value)
 
 
 class _Bomb:
