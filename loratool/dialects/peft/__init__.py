@@ -15,7 +15,7 @@ from loratool.dialects.dotted import is_dotted
 
 FOLDER_NAME, FILE_NAME = "peft", "peft-file"
 _PREFIX = r"(^|\.)base_model\.model\."
-_LORA_KEY = r"(^|\.)lora_(A|B|embedding_A|embedding_B)(\.[^.]+)*$"
+_BARE_KEY = r"(^|\.)lora_(A|B|embedding_A|embedding_B)(\.[^.]+)*$|^prompt_embeddings$"
 
 
 def is_folder(candidate: Candidate) -> bool:
@@ -27,7 +27,7 @@ def is_file(candidate: Candidate) -> bool:
     """PEFT's tensor names without its configuration, with or without the prefix."""
     if candidate.is_peft or candidate.header is None:
         return False
-    is_bare = candidate.config is None and candidate.has_key(_LORA_KEY)
+    is_bare = candidate.config is None and candidate.has_key(_BARE_KEY)
     return (is_bare or candidate.has_key(_PREFIX)) and not is_dotted(candidate)
 
 
