@@ -62,7 +62,7 @@ def open_adapter(
     row = detect(candidate)
     if not row.is_read:
         raise MismatchError(
-            "LT-401", f"{row.described(candidate)} files are not supported yet", file=path,
+            "LT-401", f"{row.title} files are not supported yet", file=path,
             got=row.name, expected=", ".join(d.title for d in DIALECTS if d.is_written),
             hint=row.hint,
         )  # fmt: skip

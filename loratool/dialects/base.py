@@ -59,7 +59,6 @@ class Dialect:
         lacks: why programs do not load it that load the dialect it is written in.
         library: what loads the files as they are, as the Hub calls it.
         hint: what to do with a file that cannot be read.
-        variety: says more about a candidate, in a word, for messages.
     """
 
     name: str
@@ -76,7 +75,6 @@ class Dialect:
     library: str | None = None
     written_as: str = ""
     lacks: str = ""
-    variety: Callable[[Candidate], str] | None = None
     is_even: bool = False
     holds_whole: bool = False
 
@@ -99,10 +97,6 @@ class Dialect:
     def is_folder(self) -> bool:
         """True if an adapter in it is a folder."""
         return self.form == "folder"
-
-    def described(self, candidate: Candidate) -> str:
-        """The title, with what kind of it a candidate is."""
-        return f"{self.title} {self.variety(candidate)}" if self.variety else self.title
 
     def reader(self) -> Reader:
         """What reads a file of it."""

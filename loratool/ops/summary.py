@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import shlex
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +14,7 @@ from loratool.archs.stated import is_tied, model_type
 from loratool.dialects import open_adapter, unmergeable_reason
 from loratool.dialects.oddities import oddities
 from loratool.dialects.told import tell
-from loratool.dtypes import DTYPES
+from loratool.dtypes import DTYPES, numel
 from loratool.errors import LoratoolError, MismatchError
 from loratool.ops.adapter_summary import dtype_bytes, dtype_word, summarize_adapter
 from loratool.ops.folder import Described, folder_rows
@@ -25,8 +27,9 @@ from loratool.store.header import MAX_HEADER_BYTES
 from loratool.store.layout import what_lies_there
 from loratool.store.source import exists, find_adapter
 
-NO_ADAPTER = "LT-400"
-"""Code of "not an adapter that loratool knows": then a file is taken for a checkpoint."""
+NO_ADAPTER = ("LT-400", "LT-491")
+"""Codes of "not an adapter that loratool knows" and "a base model": then a file is described as a
+checkpoint."""
 
 _MOST_CARD = 1 << 18  # bytes of a model card that are looked at
 _QUANTISED_NAME = re.compile(r"bnb-\dbit|-(GPTQ|AWQ|FP8|int[48])\b|-4bit\b", re.IGNORECASE)
@@ -73,7 +76,7 @@ def summarize(
     try:
         return _describe_adapter(path, named, label, tensors, alpha, max_header)
     except MismatchError as error:
-        if what == "adapter" or error.code != NO_ADAPTER:
+        if what == "adapter" or error.code not in NO_ADAPTER:
             raise
     return _describe_checkpoint(path, named, label, tensors, max_header)
 
@@ -94,7 +97,7 @@ def _describe_entry(path: Path, alpha: float | None, max_header: int) -> Describ
             label = path.name
             return replace(summarize_adapter(adapter), label=label), None, adapter
         except MismatchError as error:
-            if what == "adapter" or error.code != NO_ADAPTER:
+            if what == "adapter" or error.code not in NO_ADAPTER:
                 raise
     checkpoint = summarize_checkpoint(open_checkpoint(path, max_header=max_header))
     return None, replace(checkpoint, label=path.name), None
@@ -187,10 +190,7 @@ def _describe_checkpoint(
         source=named,
         what="checkpoint",
         checkpoint=replace(summarize_checkpoint(checkpoint), label=label),
-        tensors=tuple(
-            TensorRow(name, dtype_word(ref.dtype), ref.shape, ref.nbytes)
-            for name, ref in (checkpoint.tensors.items() if tensors else ())
-        ),
+        tensors=tuple(_checkpoint_tensors(checkpoint)) if tensors else (),
         warnings=tuple(warnings),
         notes=checkpoint.notes,
         next=None if checkpoint.quantization
@@ -198,17 +198,32 @@ def _describe_checkpoint(
     )  # fmt: skip
 
 
+def _checkpoint_tensors(checkpoint: Checkpoint) -> Iterator[TensorRow]:
+    for name, ref in checkpoint.tensors.items():
+        word, shape = checkpoint.blocks.get(name) or (dtype_word(ref.dtype), ref.shape)
+        yield TensorRow(name, word, shape, ref.nbytes)
+
+
 def summarize_checkpoint(checkpoint: Checkpoint) -> CheckpointSummary:
     """The facts of an opened checkpoint."""
     refs = list(checkpoint.tensors.values())
+    if blocks := checkpoint.blocks:
+        counts: Counter[str] = Counter()
+        for name, ref in checkpoint.tensors.items():
+            counts[blocks[name][0]] += ref.nbytes
+        dtypes: Mapping[str, int] = dict(counts.most_common())
+        parameters = sum(numel(shape) for _, shape in blocks.values())
+    else:
+        dtypes = dtype_bytes(refs)
+        parameters = sum(ref.numel for ref in refs if DTYPES[ref.dtype].is_float)
     return CheckpointSummary(
         label=checkpoint.path.name or str(checkpoint.path),
-        model_type=model_type(checkpoint.config),
+        model_type=model_type(checkpoint.config) or checkpoint.architecture,
         shards=len(checkpoint.shards),
         tensors=len(refs),
-        parameters=sum(ref.numel for ref in refs if DTYPES[ref.dtype].is_float),
+        parameters=parameters,
         nbytes=checkpoint.nbytes,
-        dtypes=dtype_bytes(refs),
+        dtypes=dtypes,
         tied=is_tied(checkpoint.config),
         quantization=checkpoint.quantization,
         components=checkpoint.components,

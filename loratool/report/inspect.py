@@ -136,10 +136,10 @@ class CheckpointSummary:
 
     Attributes:
         label: short name.
-        model_type: of the configuration, or "".
+        model_type: of the configuration, or the architecture of a GGUF file, or "".
         shards: weight files.
         tensors: tensors.
-        parameters: elements of float tensors.
+        parameters: elements of float tensors; of a GGUF file, of all.
         nbytes: bytes of all tensors.
         dtypes: element type -> bytes.
         tied: the configuration ties the output head to the input embedding.

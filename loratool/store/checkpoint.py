@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from loratool.adapter import TensorRef
-from loratool.dtypes import DTYPES, numel
 from loratool.errors import (
     BadFileError,
     DiskError,
@@ -26,7 +25,7 @@ from loratool.quant.gguf import METHOD, config_of
 from loratool.quant.recognize import method_in_tensors, recognize_quantization
 from loratool.store.contained import is_inside, list_folder
 from loratool.store.foreign import PICKLE_HINT
-from loratool.store.gguf_file import is_gguf, read_gguf
+from loratool.store.gguf import is_gguf, read_gguf
 from loratool.store.header import MAX_HEADER_BYTES, read_header, short_name
 from loratool.store.jsonfile import load_json
 from loratool.store.layout import PLAIN_STEMS, Layout, find_layout, has_weights, is_pickle_name
@@ -74,6 +73,8 @@ class Checkpoint:
         components: sub-folders of a pipeline, else empty.
         quantization: name of the quantisation method, None for plain weights.
         notes: facts that the user should know (a lying total_size, ignored extra files).
+        architecture: as a GGUF file calls it.
+        blocks: tensor of a GGUF file -> the name that ggml has for its type, and its shape.
     """
 
     path: Path
@@ -85,6 +86,8 @@ class Checkpoint:
     components: tuple[str, ...] = ()
     quantization: str | None = None
     notes: tuple[str, ...] = ()
+    architecture: str = ""
+    blocks: Mapping[str, tuple[str, tuple[int, ...]]] = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:
@@ -154,17 +157,15 @@ def _open_file(path: Path, max_header: int) -> Checkpoint:
 def _open_gguf(path: Path) -> Checkpoint:
     """A GGUF file: what is in blocks of ggml's own as rows of bytes, and a configuration made."""
     file = read_gguf(path)
-    tensors = {}
-    for t in file.tensors:
-        is_plain = t.kind in DTYPES
-        rows = numel(t.shape[:-1])
-        shape = t.shape if is_plain else (rows, t.nbytes // max(1, rows))
-        dtype = t.kind if is_plain else "U8"
-        tensors[t.name] = TensorRef(path, t.name, dtype, shape, t.start, t.nbytes, file.stamp)
+    tensors = {t.name: file.ref(t) for t in file.tensors}
     _refuse_adapter(tensors, path)
     shard = Shard(path, path.name, "", {}, tuple(tensors), b"")
     config = config_of(file.metadata, ((t.name, t.kind, t.shape) for t in file.tensors))
-    return Checkpoint(path, False, (shard,), tensors, config, quantization=METHOD)
+    return Checkpoint(
+        path, False, (shard,), tensors, config, quantization=METHOD,
+        architecture=str(file.metadata.get("general.architecture", "")),
+        blocks={t.name: (t.kind, t.shape) for t in file.tensors},
+    )  # fmt: skip
 
 
 def _open_folder(folder: Path, max_header: int, *, index_name: str | None = None) -> Checkpoint:

@@ -1,7 +1,6 @@
-"""The header of a GGUF file, read without trusting it: no tensor bytes, no numpy.
+"""The header of a GGUF file, read without trusting it: metadata, and where each tensor lies.
 
-A file begins with ``GGUF``, a version, numbers of tensors and of key-value pairs; then come the
-pairs, then name, sizes (the fastest axis first), type and offset of each tensor.
+No torch, no numpy.  Sizes are checked before anything of that size is read.
 """
 
 from __future__ import annotations
@@ -9,134 +8,220 @@ from __future__ import annotations
 import os
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO, NoReturn
+from typing import Any, BinaryIO
 
-from loratool.adapter import TensorRef
-from loratool.dtypes import tensor_bytes
-from loratool.errors import BadFileError
+from loratool.adapter import Stamp, TensorRef
+from loratool.dtypes import DTYPES, numel
+from loratool.errors import BadFileError, DiskError
 from loratool.store.contained import open_inside
 from loratool.store.stamps import stamp_from
 
-Value = int | float | str | bool | None
-_NUMBERS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q",
-            11: "<q", 12: "<d"}  # fmt: skip
+MAGIC = b"GGUF"
+_VERSIONS = (2, 3)
+_MAX_TENSORS, _MAX_ENTRIES, _MAX_DIMS = 200_000, 10_000, 4
+_MAX_TEXT, _MAX_ITEMS = 16 << 20, 4 << 20
+_KEPT_ITEMS = 4096  # of a list; longer ones (vocabularies) are passed over
+
+_NUMBERS = {
+    0: "B",
+    1: "b",
+    2: "H",
+    3: "h",
+    4: "I",
+    5: "i",
+    6: "f",
+    7: "?",
+    10: "Q",
+    11: "q",
+    12: "d",
+}
 _TEXT, _LIST = 8, 9
-_DTYPES = {0: "F32", 1: "F16", 24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64", 30: "BF16"}
-_ALIGNMENT = "general.alignment"
-MAX_PAIRS, MAX_TENSORS, MAX_TEXT, MAX_DIMS = 10_000, 200_000, 1 << 20, 4
+
+KINDS: dict[int, tuple[str, int, int]] = {
+    0: ("F32", 1, 4), 1: ("F16", 1, 2), 2: ("Q4_0", 32, 18), 3: ("Q4_1", 32, 20),
+    6: ("Q5_0", 32, 22), 7: ("Q5_1", 32, 24), 8: ("Q8_0", 32, 34), 9: ("Q8_1", 32, 40),
+    10: ("Q2_K", 256, 84), 11: ("Q3_K", 256, 110), 12: ("Q4_K", 256, 144), 13: ("Q5_K", 256, 176),
+    14: ("Q6_K", 256, 210), 15: ("Q8_K", 256, 292), 16: ("IQ2_XXS", 256, 66),
+    17: ("IQ2_XS", 256, 74), 18: ("IQ3_XXS", 256, 98), 19: ("IQ1_S", 256, 50),
+    20: ("IQ4_NL", 32, 18), 21: ("IQ3_S", 256, 110), 22: ("IQ2_S", 256, 82),
+    23: ("IQ4_XS", 256, 136), 24: ("I8", 1, 1), 25: ("I16", 1, 2), 26: ("I32", 1, 4),
+    27: ("I64", 1, 8), 28: ("F64", 1, 8), 29: ("IQ1_M", 256, 56), 30: ("BF16", 1, 2),
+    34: ("TQ1_0", 256, 54), 35: ("TQ2_0", 256, 66), 39: ("MXFP4", 32, 17),
+}  # fmt: skip
+"""Number of a type -> (name, numbers in a block, bytes of a block)."""
 
 
 @dataclass(frozen=True)
-class GgufHeader:
-    """What a GGUF file says about itself.
+class GgufTensor:
+    """A tensor of a GGUF file.
 
     Attributes:
-        values: key -> value; None for a list.
-        tensors: in file order, row-major as everywhere here.
-        coded: names of tensors in codes -> number of their type.
+        name: as in the file.
+        kind: name of its type, a value of `KINDS`.
+        shape: the outermost axis first, as torch has it (the file says the reverse).
+        start: absolute offset of its first byte.
+        nbytes: its length.
     """
 
-    values: Mapping[str, Value]
-    tensors: tuple[TensorRef, ...]
-    coded: Mapping[str, int]
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    start: int
+    nbytes: int
 
 
-def read_gguf(path: Path) -> GgufHeader:
+@dataclass(frozen=True)
+class GgufFile:
+    """What a GGUF file says about itself, checked.
+
+    Attributes:
+        path: the file.
+        metadata: key -> number, text, truth or list of them; lists of over 4096 are None.
+        tensors: in the order of the file.
+        stamp: of the file when this was read.
+    """
+
+    path: Path
+    metadata: Mapping[str, Any]
+    tensors: tuple[GgufTensor, ...] = field(repr=False)
+    stamp: Stamp
+
+    def ref(self, one: GgufTensor) -> TensorRef:
+        """Where a tensor lies; one in blocks of ggml's own as rows of bytes."""
+        rows = numel(one.shape[:-1])
+        dtype, shape = (
+            (one.kind, one.shape) if one.kind in DTYPES
+            else ("U8", (rows, one.nbytes // max(1, rows)))
+        )  # fmt: skip
+        return TensorRef(self.path, one.name, dtype, shape, one.start, one.nbytes, self.stamp)
+
+
+def is_gguf(path: Path) -> bool:
+    """True for a regular file that begins like one."""
+    try:
+        if not path.is_file():  # opening a pipe would wait for ever
+            return False
+        with path.open("rb") as file:
+            return file.read(4) == MAGIC
+    except OSError:
+        return False
+
+
+def read_gguf(path: Path, *, folder: Path | None = None) -> GgufFile:
     """Read and check the header of a GGUF file.
 
+    Args:
+        path: the file.
+        folder: what it belongs to; None = the folder it lies in.
+
     Raises:
-        BadFileError: LT-330, damaged, or no GGUF of version 2 or 3.
+        BadFileError: LT-302 another kind of file, LT-303 or LT-312 truncated, LT-309 too many of
+            something, LT-306 a name twice, LT-310 a type without a name, LT-311 sizes that do not
+            fit.
+        UnsafeContentError: no regular file, or a link that leads out of the folder.
+        DiskError: the system refuses to read it.
     """
-    with open_inside(path) as file:
-        stamp = stamp_from(os.fstat(file.fileno()))
-        reader = _Reader(file, path, stamp[2])
-        if reader.take(4) != b"GGUF" or reader.number("<I") not in (2, 3):
-            reader.refuse("GGUF of version 2 or 3")
-        count, pairs = reader.count(MAX_TENSORS), reader.count(MAX_PAIRS)
-        values: dict[str, Value] = {}
-        for _ in range(pairs):
-            key = reader.text()
-            values[key] = reader.value(int(reader.number("<I")))
-        entries = [reader.entry() for _ in range(count)]
-        step = values.get(_ALIGNMENT, 32)
-        if not isinstance(step, int) or not 1 <= step <= 1 << 16:
-            reader.refuse("an alignment")
-        start = -(-file.tell() // step) * step
-    tensors, coded = [], {}
-    for name, shape, kind, offset in entries:
-        if kind not in _DTYPES:
-            coded[name] = kind
-            continue
-        nbytes = tensor_bytes(_DTYPES[kind], shape)
-        if start + offset + nbytes > stamp[2]:
-            reader.refuse(f"{name} inside the file")
-        tensors.append(TensorRef(path, name, _DTYPES[kind], shape, start + offset, nbytes, stamp))
-    if len({name for name, *_ in entries}) < len(entries):
-        reader.refuse("names that differ")
-    return GgufHeader(values, tuple(tensors), coded)
+    try:
+        with open_inside(path, folder) as raw, BufferedReader(raw, 1 << 20) as file:
+            stamp = stamp_from(os.fstat(raw.fileno()))
+            metadata, tensors = _Parser(file, path, stamp[2]).parse()
+    except OSError as error:
+        raise DiskError("LT-601", "cannot read", file=path, got=error.strerror) from error
+    return GgufFile(path, metadata, tensors, stamp)
 
 
-class _Reader:
-    """Numbers and texts, one after another."""
+class _Parser:
+    """Reads a header from its first byte to its last."""
 
     def __init__(self, file: BinaryIO, path: Path, size: int) -> None:
-        self.file = file
-        self.path = path
-        self.size = size
+        self._file, self._path, self._size = file, path, size
 
-    def refuse(self, expected: str) -> NoReturn:
-        raise BadFileError("LT-330", "not a usable GGUF file", file=self.path, expected=expected)
+    def parse(self) -> tuple[dict[str, Any], tuple[GgufTensor, ...]]:
+        """Metadata and tensors."""
+        if self._take(4) != MAGIC or (version := self._number("I")) not in _VERSIONS:
+            raise BadFileError(
+                "LT-302", "not a GGUF file of a known version", file=self._path,
+                expected="GGUF, version 2 or 3, little-endian",
+            )  # fmt: skip
+        assert version
+        count = self._count(self._number("Q"), _MAX_TENSORS, "tensors")
+        entries = self._count(self._number("Q"), _MAX_ENTRIES, "entries of metadata")
+        metadata: dict[str, Any] = {}
+        for _ in range(entries):
+            key = self._text()
+            metadata[key] = self._value(self._number("I"))
+        found = [self._entry() for _ in range(count)]
+        align = metadata.get("general.alignment", 32)
+        if type(align) is not int or not 0 < align <= 1 << 16:
+            raise BadFileError("LT-311", "impossible alignment", file=self._path, got=align)
+        data = -(-self._file.tell() // align) * align
+        tensors = tuple(self._placed(data, *entry) for entry in found)
+        names = {t.name for t in tensors}
+        if len(names) != len(tensors):
+            raise BadFileError("LT-306", "duplicate tensor name", file=self._path)
+        return metadata, tensors
 
-    def take(self, size: int) -> bytes:
-        data = self.file.read(size)
-        if len(data) < size:
-            self.refuse("a whole header")
+    def _take(self, count: int) -> bytes:
+        data = self._file.read(count)
+        if len(data) < count:
+            raise BadFileError("LT-303", "file ended while its header was read", file=self._path,
+                               hint="download it again")  # fmt: skip
         return data
 
-    def number(self, form: str) -> int | float:
-        found: int | float = struct.unpack(form, self.take(struct.calcsize(form)))[0]
-        return found
+    def _number(self, code: str) -> Any:
+        return struct.unpack("<" + code, self._take(struct.calcsize(code)))[0]
 
-    def count(self, most: int) -> int:
-        found = int(self.number("<Q"))
-        if found > most:
-            self.refuse(f"at most {most} entries")
-        return found
+    def _count(self, count: int, most: int, what: str) -> int:
+        if count > most:
+            raise BadFileError("LT-309", f"too many {what}", file=self._path,
+                               expected=f"at most {most}", got=count)  # fmt: skip
+        return count
 
-    def text(self) -> str:
-        size = self.count(MAX_TEXT)
-        try:
-            return self.take(size).decode()
-        except UnicodeDecodeError:
-            self.refuse("text in UTF-8")
+    def _text(self) -> str:
+        size = self._count(self._number("Q"), _MAX_TEXT, "bytes of text")
+        return self._take(size).decode("utf-8", "replace")
 
-    def value(self, kind: int) -> Value:
+    def _value(self, kind: int, depth: int = 0) -> Any:
         if kind in _NUMBERS:
-            return self.number(_NUMBERS[kind])
+            return self._number(_NUMBERS[kind])
         if kind == _TEXT:
-            return self.text()
-        if kind != _LIST:
-            self.refuse("values of known types")
-        inner, count = int(self.number("<I")), int(self.number("<Q"))
+            return self._text()
+        if kind != _LIST or depth > 1:
+            raise BadFileError("LT-310", "metadata of an unknown type", file=self._path, got=kind)
+        inner = self._number("I")
+        count = self._count(self._number("Q"), _MAX_ITEMS, "items in a list")
         if inner in _NUMBERS:
-            nbytes = count * struct.calcsize(_NUMBERS[inner])
-            if nbytes > self.size:
-                self.refuse("a list inside the file")
-            self.file.seek(nbytes, os.SEEK_CUR)
-        elif inner == _TEXT and count <= self.size:
-            for _ in range(count):
-                self.text()
+            code = f"{count}{_NUMBERS[inner]}"
+            found = list(struct.unpack("<" + code, self._take(struct.calcsize("<" + code))))
         else:
-            self.refuse("lists of numbers or texts")
-        return None
+            found = [self._value(inner, depth + 1) for _ in range(count)]
+        return found if count <= _KEPT_ITEMS else None
 
-    def entry(self) -> tuple[str, tuple[int, ...], int, int]:
-        name, dims = self.text(), int(self.number("<I"))
-        if not 1 <= dims <= MAX_DIMS:
-            self.refuse(f"1 to {MAX_DIMS} dimensions")
-        sizes = [int(self.number("<Q")) for _ in range(dims)]
-        if any(n < 1 or n > self.size for n in sizes):
-            self.refuse("sizes inside the file")
-        return name, tuple(reversed(sizes)), int(self.number("<I")), int(self.number("<Q"))
+    def _entry(self) -> tuple[str, tuple[int, ...], int, int]:
+        """(name, shape, type, offset)."""
+        name = self._text()
+        dims = self._count(self._number("I"), _MAX_DIMS, "dimensions")
+        sizes = tuple(self._number("Q") for _ in range(dims))
+        return name, sizes[::-1], self._number("I"), self._number("Q")
+
+    def _placed(
+        self, data: int, name: str, shape: tuple[int, ...], number: int, offset: int
+    ) -> GgufTensor:
+        if number not in KINDS:
+            raise BadFileError("LT-310", "tensor of an unknown type", file=self._path, key=name,
+                               got=number)  # fmt: skip
+        kind, size, each = KINDS[number]
+        if not shape or shape[-1] % size:
+            raise BadFileError("LT-311", "rows do not fill whole blocks", file=self._path, key=name,
+                               expected=f"a multiple of {size}", got=list(shape))  # fmt: skip
+        nbytes = numel(shape) // size * each
+        if data + offset + nbytes > self._size:
+            raise BadFileError(
+                "LT-312", "truncated: a tensor ends past the end of the file", file=self._path,
+                key=name, expected=data + offset + nbytes, got=self._size,
+                hint="download it again",
+            )  # fmt: skip
+        return GgufTensor(name, kind, shape, data + offset, nbytes)

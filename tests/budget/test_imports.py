@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.coded import save_gguf
+
 HEAVY = ("torch", "numpy", "transformers", "peft", "safetensors", "matplotlib", "huggingface_hub",
          "httpx", "requests", "yaml", "rich")  # fmt: skip
 FOR_OTHERS = ("loratool.engine.", "loratool.plan", "loratool.linalg", "loratool.store.hub",
@@ -36,6 +38,7 @@ HELP = (
 )
 LOOKS = (["inspect", "ADAPTER"], ["inspect", "ADAPTER", "--json"], ["inspect", "BASE"],
          ["inspect", "FOLDER", "--json"], ["inspect", "ADAPTER", "--tensors"],
+         ["inspect", "GGUF"],
          ["check", "ADAPTER", "--for", "vllm"],
          ["check", "IMAGE", "--for", "diffusers", "--json"])  # fmt: skip
 COPIES = (["convert", "ADAPTER", "--to", "kohya", "--base", "BASE", "-o", "OUT"],
@@ -48,10 +51,12 @@ def loaded(command: list[str], data: Path, out: Path) -> list[str]:
         "ADAPTER": data / "llm" / "lora_linear",
         "BASE": data / "llm" / "lora_linear" / "base",
         "FOLDER": data / "llm",
+        "GGUF": save_gguf(out / "base.gguf", {"general.architecture": "llama"},
+                          {"output.weight": (8, [1, 32], bytes(34))}),
         "IMAGE": data / "diffusion" / "qwen_image_musubi" / "adapter.safetensors",
         "OUT": out / "out.safetensors",
         "FOLDER_OUT": out / "out",
-    }
+    }  # fmt: skip
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, *(str(places.get(word, word)) for word in command)],
         capture_output=True, text=True, check=True,

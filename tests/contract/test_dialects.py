@@ -155,8 +155,8 @@ def test_litgpt_is_recognised_by_its_file_name(tmp_path: Path) -> None:
 
 def test_a_gguf_model_is_not_called_an_adapter(tmp_path: Path) -> None:
     path = tmp_path / "m.gguf"
-    path.write_bytes(b"GGUF" + bytes(64))
-    with pytest.raises(MismatchError, match="model files"):
+    path.write_bytes(b"GGUF\3" + bytes(63))
+    with pytest.raises(MismatchError, match="base model"):
         open_adapter(path)
     assert open_adapter(LLM / "gguf_lora").dialect == "gguf"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import struct
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from safetensors.numpy import load_file
 
 import loratool as lt
 from loratool.dialects import open_adapter
+from loratool.store.checkpoint import open_checkpoint
 
 DATA = Path(__file__).parents[1] / "data" / "llm"
 SAMPLE = DATA / "gguf_lora" / "adapter.gguf"  # made of this one, in Meta's order of rows:
@@ -112,7 +114,7 @@ def test_experts_and_embeddings(tmp_path: Path) -> None:
     ("values", "tensors", "code"),
     [({"general.architecture": "mamba"}, factors(), "LT-401"),
      ({"adapter.type": "control"}, factors(), "LT-401"),
-     ({"general.type": "model"}, factors(), "LT-401"),
+     ({"general.type": "model"}, factors(), "LT-491"),
      ({}, {"blk.0.attn_q.weight": np.zeros((2, 2), "f4")}, "LT-415"),
      ({}, {"blk.0.ssm_in.weight.lora_a": np.zeros((2, 2), "f4"),
            "blk.0.ssm_in.weight.lora_b": np.zeros((2, 2), "f4")}, "LT-415"),
@@ -127,13 +129,26 @@ def test_what_is_not_read_is_refused(
     assert caught.value.code == code
 
 
-@pytest.mark.parametrize("size", [30, 90, 200, 400, -8])
-def test_a_cut_file_is_refused(tmp_path: Path, size: int) -> None:
+@pytest.mark.parametrize(
+    ("size", "code"),
+    [(2, "LT-303"), (30, "LT-303"), (90, "LT-303"), (200, "LT-303"), (400, "LT-312"),
+     (-8, "LT-312")],
+)  # fmt: skip
+def test_a_cut_file_is_refused(tmp_path: Path, size: int, code: str) -> None:
     path = gguf(tmp_path / "a.gguf", VALUES, factors())
     path.write_bytes(path.read_bytes()[:size])
     with pytest.raises(lt.LoratoolError) as caught:
         open_adapter(path)
-    assert caught.value.code in ("LT-330", "LT-401")
+    assert caught.value.code == code
+
+
+def test_a_pipe_is_not_opened(tmp_path: Path) -> None:
+    path = tmp_path / "a.gguf"
+    os.mkfifo(path)
+    for look in (lambda: open_adapter(path), lambda: open_checkpoint(path)):
+        with pytest.raises(lt.LoratoolError) as caught:
+            look()
+        assert caught.value.code == "LT-901"
 
 
 def test_gguf_itself_reads_the_same(tmp_path: Path) -> None:

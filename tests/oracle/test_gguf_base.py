@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 import loratool as lt
 from loratool.errors import LoratoolError
-from loratool.store.gguf_file import KINDS, read_gguf
+from loratool.store.gguf import KINDS, read_gguf
 from tests import coded
 from tests.make import random_factors, save_adapter
 
@@ -106,6 +106,23 @@ def test_what_no_change_touches_is_read_to_the_bit(tmp_path: Path) -> None:
         for name in set(want) - {f"{Q}.weight"}:
             assert torch.equal(got[name], want[name].float()), name
     assert made[0] == made[1]
+
+
+@pytest.mark.parametrize("arch", ["llama", "mamba"])
+def test_inspect_alone(tmp_path: Path, arch: str) -> None:
+    """Architecture, types and counts, also of what is not read."""
+    metadata, stored, plain = model()
+    metadata["general.architecture"] = arch
+    path = coded.save_gguf(tmp_path / "base.gguf", metadata, stored)
+    report = lt.inspect(path, tensors=True)
+    one = report.checkpoint
+    assert report.what == "checkpoint" and one is not None and one.model_type == arch
+    assert one.tensors == len(stored) and one.quantization == "gguf"
+    assert one.parameters == sum(t.numel() for t in plain.values()) + 8
+    assert sum(one.dtypes.values()) == sum(len(raw) for *_, raw in stored.values())
+    assert set(one.dtypes) == {"F32", "Q4_0", "Q4_K", "Q5_1", "Q6_K", "Q8_0"}
+    rows = {row.name: (row.dtype, list(row.shape)) for row in report.tensors}
+    assert rows["blk.0.attn_q.weight"] == ("Q4_K", [HIDDEN, HIDDEN])
 
 
 def test_names_of_image_models_stay(tmp_path: Path) -> None:

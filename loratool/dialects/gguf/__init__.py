@@ -10,12 +10,10 @@ another order, head by head; how many heads there are says the base (kind ``pair
 
 from __future__ import annotations
 
-import re
-
 from loratool.dialects.base import Dialect
 from loratool.dialects.candidate import Candidate
 
-NAME = "gguf"
+NAME, ADAPTER = "gguf", "adapter"
 
 
 def is_gguf(candidate: Candidate) -> bool:
@@ -23,14 +21,7 @@ def is_gguf(candidate: Candidate) -> bool:
     return candidate.head[:4] == b"GGUF" or candidate.path.suffix == ".gguf"
 
 
-def gguf_kind(candidate: Candidate) -> str:
-    """``adapter`` or ``model``: the value of ``general.type``."""
-    found = re.search(rb"general\.type.{12}(\w+)", candidate.head, re.DOTALL)
-    kind = b"" if found is None else found[1]
-    return "adapter" if kind.startswith(b"adapter") else "model"
-
-
 ROW = Dialect(
-    NAME, "GGUF (llama.cpp)", is_gguf, suffixes=(".gguf",), short="GGUF", variety=gguf_kind,
+    NAME, "GGUF (llama.cpp)", is_gguf, suffixes=(".gguf",), short="GGUF",
     read="loratool.dialects.gguf.read:read", written_as="peft",
 )  # fmt: skip

@@ -11,10 +11,11 @@ from loratool.adapter import Adapter, DeltaSpec, TensorRef
 from loratool.dialects.arranged import arranged
 from loratool.dialects.candidate import Candidate
 from loratool.dialects.factors import product_spec, refuse_shape
-from loratool.dialects.gguf import NAME, gguf_kind
+from loratool.dialects.gguf import ADAPTER, NAME
+from loratool.dtypes import DTYPES
 from loratool.errors import BadFileError, MismatchError
 from loratool.options.groups import Read
-from loratool.store.gguf import GgufHeader, Value, read_gguf
+from loratool.store.gguf import GgufFile, read_gguf
 
 _KEY = re.compile(r"(?P<tensor>.+)\.weight\.(?P<leaf>lora_[ab])", re.DOTALL)
 _BLOCK = re.compile(r"blk\.(?P<number>\d+)\.(?P<rest>\w+)")
@@ -36,25 +37,28 @@ def read(candidate: Candidate, options: Read) -> Adapter:
     """Read a GGUF adapter.
 
     Raises:
-        BadFileError: LT-330, LT-361 … LT-366, damaged.
-        MismatchError: LT-401, a model, an architecture that is not known, codes; LT-415.
+        BadFileError: LT-302 … LT-312 of the header; LT-361 … LT-366, damaged.
+        MismatchError: LT-491, a model; LT-401, an architecture that is not known, codes; LT-415.
     """
     path = candidate.path
     if path.is_dir():
         path = path / next(name for name in candidate.names if name.endswith(".gguf"))
-    if gguf_kind(candidate) == "model":
-        raise MismatchError(
-            "LT-401", "GGUF model files are not supported here", file=path, expected="an adapter",
-            hint="give an adapter; a model goes with merge --base",
-        )  # fmt: skip
     header = read_gguf(path)
-    is_paired = _architecture(header, path)
-    if header.coded:
+    if header.metadata.get("general.type") != ADAPTER:
         raise MismatchError(
-            "LT-401", "factors in codes are not read", file=path, key=next(iter(header.coded)),
-            expected="F32, F16 or BF16", hint="convert the adapter anew, with factors of 16 bits",
+            "LT-491", "this is a base model, not an adapter", file=path, key="general.type",
+            expected=ADAPTER, got=header.metadata.get("general.type"),
+            hint="--base names the base model",
         )  # fmt: skip
-    alpha = header.values.get("adapter.lora.alpha", 0.0)
+    is_paired = _architecture(header, path)
+    coded = [t for t in header.tensors if t.kind not in DTYPES]
+    if coded:
+        raise MismatchError(
+            "LT-401", "factors in codes are not read", file=path, key=coded[0].name,
+            expected="F32, F16 or BF16", got=coded[0].kind,
+            hint="convert the adapter anew, with factors of 16 bits",
+        )  # fmt: skip
+    alpha = header.metadata.get("adapter.lora.alpha", 0.0)
     if not isinstance(alpha, float) or not abs(alpha) <= 1e30:
         raise BadFileError("LT-361", "wrong value in the configuration", file=path,
                            key="adapter.lora.alpha", expected="a number", got=alpha)  # fmt: skip
@@ -63,15 +67,15 @@ def read(candidate: Candidate, options: Read) -> Adapter:
         for tensor, pair in _pairs(header).items()
         for spec in _specs(tensor, pair, alpha, is_paired)
     ]
-    base = header.values.get("general.base_model.0.repo_url")
+    base = header.metadata.get("general.base_model.0.repo_url")
     name = str(base).removeprefix("https://huggingface.co/") if base else None
-    return Adapter(path, NAME, tuple(specs), base_model=name, metadata=_texts(header.values),
-                   key_order=tuple(ref.name for ref in header.tensors))  # fmt: skip
+    return Adapter(path, NAME, tuple(specs), base_model=name, metadata=_texts(header.metadata),
+                   key_order=tuple(t.name for t in header.tensors))  # fmt: skip
 
 
-def _architecture(header: GgufHeader, path: Any) -> bool:
+def _architecture(header: GgufFile, path: Any) -> bool:
     """Whether rows of q and k are paired."""
-    values = header.values
+    values = header.metadata
     if values.get("adapter.type") != "lora":
         raise MismatchError(
             "LT-401", "GGUF adapters of this kind are not read", file=path, key="adapter.type",
@@ -92,13 +96,13 @@ def _architecture(header: GgufHeader, path: Any) -> bool:
     return _PAIRED[architecture]
 
 
-def _texts(values: Mapping[str, Value]) -> dict[str, str]:
+def _texts(values: Mapping[str, Any]) -> dict[str, str]:
     return {key: value for key, value in values.items() if isinstance(value, str)}
 
 
-def _pairs(header: GgufHeader) -> dict[str, dict[str, TensorRef]]:
+def _pairs(header: GgufFile) -> dict[str, dict[str, TensorRef]]:
     found: dict[str, dict[str, TensorRef]] = {}
-    for ref in header.tensors:
+    for ref in map(header.ref, header.tensors):
         match = _KEY.fullmatch(ref.name)
         if match is None:
             raise MismatchError(
