@@ -17,6 +17,7 @@ _EXPORTS = {
     "compress": "loratool.api.compress",
     "convert": "loratool.api.convert",
     "demo": "loratool.api.demo",
+    "doctor": "loratool.api.doctor",
     "extract": "loratool.api.extract",
     "inspect": "loratool.api.inspect",
     "merge": "loratool.api.merge",
@@ -41,6 +42,7 @@ __all__ = [
     "compress",
     "convert",
     "demo",
+    "doctor",
     "extract",
     "inspect",
     "merge",
@@ -61,6 +63,7 @@ if TYPE_CHECKING:
     from loratool.api.compress import compress
     from loratool.api.convert import convert
     from loratool.api.demo import demo
+    from loratool.api.doctor import doctor
     from loratool.api.extract import extract
     from loratool.api.inspect import inspect, open
     from loratool.api.merge import merge

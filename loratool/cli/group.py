@@ -28,8 +28,9 @@ COMMANDS = {
     "check": "Will that program load it, and right? Module by module.",
     "pull": "Fetch an adapter from the Hub, every byte verified.",
     "push": "Publish on the Hub: validated, one commit, with a model card.",
+    "doctor": "This installation: devices, memory, Hub login, what is missing.",
     "demo": "A tour on a small built-in model, offline.",
-    "completion": "Print the completion script for a shell.",
+    "completion": "Complete commands and options in your shell.",
 }
 """Command -> what it does in one line; the module of the same name holds it."""
 

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 
 from loratool.errors import UsageError
+from loratool.report.doctor import Gpu, Torch
 
 
 def resolve_device(text: str, *, is_arithmetic: bool) -> tuple[torch.device, str]:
@@ -95,6 +96,14 @@ def exact_arithmetic() -> Iterator[None]:
     finally:
         torch.set_num_threads(threads)
         torch.backends.cuda.matmul.allow_tf32 = tf32
+
+
+def describe_torch() -> Torch:
+    """The build of torch, and the devices that it sees."""
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    seen = [torch.cuda.get_device_properties(n) for n in range(count)]
+    gpus = tuple(Gpu(n, one.name, one.total_memory) for n, one in enumerate(seen))
+    return Torch(torch_build(), torch.version.cuda, gpus, torch.backends.mps.is_available())
 
 
 def torch_build() -> str:

@@ -1,6 +1,6 @@
 """The options of every command, by its name."""
 
-from loratool.options.hub import Pull, Push
+from loratool.options.hub import Doctor, Pull, Push
 from loratool.options.looking import Check, Compare, Inspect
 from loratool.options.merging import Merge, Subtract, Swap, Verify
 from loratool.options.recipes import Recipe
@@ -22,5 +22,6 @@ COMMANDS: dict[str, type[Options]] = {
     "check": Check,
     "pull": Pull,
     "push": Push,
+    "doctor": Doctor,
 }
 """Command -> its options; `combine` and `open` are words of Python alone."""

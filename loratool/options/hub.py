@@ -57,3 +57,11 @@ class Pull(Network, kw_only=False):
     )] = False  # fmt: skip
     dry_run: Annotated[bool, Words("List the files; fetch nothing.", "Output")] = False
     series: Series = None
+
+
+class Doctor(Options):
+    """This installation."""
+
+    offline: Annotated[bool, Words(
+        "Do not ask the Hub whose token this is.", "General",
+    )] = False  # fmt: skip

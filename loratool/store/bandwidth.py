@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 import time
@@ -65,6 +66,26 @@ def write_speed(folder: Path) -> float | None:
         return None
     try:
         return _speed(_writes(fd))
+    finally:
+        os.close(fd)
+
+
+def takes_direct(folder: Path) -> bool | None:
+    """Whether files of a folder are read and written past the page cache.
+
+    None where that cannot be told without a file that has a name.
+    """
+    flags = getattr(os, "O_TMPFILE", 0) and os.O_TMPFILE | os.O_RDWR | os.O_DIRECT
+    if not flags:
+        return False if not hasattr(os, "O_DIRECT") else None
+    try:
+        fd = os.open(folder, flags, 0o600)
+    except OSError as error:
+        return False if error.errno == errno.EINVAL else None
+    try:
+        return os.write(fd, mmap.mmap(-1, mmap.PAGESIZE)) == mmap.PAGESIZE
+    except OSError:
+        return False
     finally:
         os.close(fd)
 

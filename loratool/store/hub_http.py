@@ -227,8 +227,13 @@ def check_status(response: Any) -> None:
         raise strange(f"HTTP status {response.status_code}")
 
 
-def get_json(url: str, shape: type[T]) -> tuple[T, str | None]:
+def get_json(url: str, shape: type[T], *, wait: float | None = None) -> tuple[T, str | None]:
     """An answer of the Hub's API, and the address of its next page.
+
+    Args:
+        url: of the API.
+        shape: that the answer must have.
+        wait: seconds of silence, None = a third of `SILENCE_S`: then it is asked again.
 
     Raises:
         HubError: LT-723, it is none; see `get` and `parts`.
@@ -238,8 +243,7 @@ def get_json(url: str, shape: type[T]) -> tuple[T, str | None]:
     def refuse(key: str | None, expected: str, got: str | None) -> Any:
         raise strange(got or "", key=key, expected=expected)
 
-    # A third: after silence it is asked again, up to three times in all.
-    with get(url, wait=SILENCE_S / 3) as response:
+    with get(url, wait=SILENCE_S / 3 if wait is None else wait) as response:
         check_status(response)
         data = b"".join(parts(response))
         following = response.links.get("next", {}).get("url")

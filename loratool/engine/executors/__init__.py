@@ -8,6 +8,7 @@ of it is at work any more or can do harm.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -108,6 +109,16 @@ def choose_executor(name: Name, *, crowded: int = 0) -> Name:
         return name
     pays = crowded >= _MUCH and usable_cores() >= _MANY_CORES
     return "processes" if pays and can_fork() else "threads"
+
+
+def explain_auto() -> tuple[Name, str]:
+    """What ``auto`` stands for on this machine where a plan is large, and why."""
+    cores, size = usable_cores(), f"{_MUCH >> 30} GiB"
+    if cores < _MANY_CORES:
+        return "threads", f"{cores} usable; processes pay from {_MANY_CORES} cores on"
+    if sys.platform != "linux":
+        return "threads", "copies of a process are safe on Linux alone"
+    return "threads", f"processes where {size} or more go through many small sums"
 
 
 def find_executor(name: str, address: str | None = None) -> Executor:
