@@ -23,6 +23,7 @@ __all__ = [
     "Place",
     "families",
     "family_of",
+    "growing",
     "module_shapes",
     "places",
     "split_component",
@@ -136,6 +137,17 @@ def is_language(modules: Iterable[str]) -> bool:
 def module_shapes(tensors: Iterable[tuple[str, Shape]]) -> dict[str, Shape]:
     """Modules of a base for `family_of`: its weights, by the names of their modules."""
     return {n.removesuffix(".weight"): shape for n, shape in tensors if not n.endswith(".bias")}
+
+
+def growing(tensor: str) -> Mapping[str, str]:
+    """Families in which a weight may get more columns -> the key that states how many it has.
+
+    Example:
+        >>> dict(growing("transformer.x_embedder.weight"))
+        {'flux1': 'in_channels'}
+    """
+    component, module = split_component(tensor.removesuffix(".weight"))
+    return {p.family: p.row.grows for p in places(component, module) if p.row.grows}
 
 
 _LAST = 9  # the rank of what only metadata can tell

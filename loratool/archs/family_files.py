@@ -108,7 +108,8 @@ def _rows(family: str, written: Any, data: Mapping[str, Any], *, is_tensor: bool
             for naming in filled
         }
         like = _further(names, namings, parts, is_tensor=is_tensor)
-        yield Row(family, component, names, parts, split, swap, like, is_tensor, blocks)
+        yield Row(family, component, names, parts, split, swap, like, is_tensor,
+                  written.get("grows", ""), blocks)  # fmt: skip
 
 
 def _covers(templates: list[str], parts: int) -> list[tuple[int, int]]:

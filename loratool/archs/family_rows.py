@@ -44,6 +44,8 @@ class Row:
             has the two halves of the rows in the other order than the original.
         like_diffusers: the namings that have diffusers' order and numbers.
         is_tensor: the names are those of whole tensors, as of parameters without ``.weight``.
+        grows: the key of diffusers' configuration that states the columns of a weight which may get
+            more of them; "" = it never does.
         blocks: where the sides number their blocks differently: the first numbers of a name of the
             original's -> those of diffusers'.
     """
@@ -56,6 +58,7 @@ class Row:
     swap: str = ""
     like_diffusers: frozenset[str] = frozenset({"diffusers"})
     is_tensor: bool = False
+    grows: str = ""
     blocks: tuple[tuple[Numbers, Numbers], ...] = ()
 
     def fill(self, name: Name, naming: str, numbers: Numbers) -> str:

@@ -100,6 +100,21 @@ def layer_config(config: Mapping[str, Any], order: Sequence[int]) -> dict[str, A
     return changes
 
 
+def channels_config(config: Mapping[str, Any], key: str, old: int, new: int) -> dict[str, Any]:
+    """Changes for a model whose input gets more channels; nothing where they are not stated.
+
+    Args:
+        config: of the model.
+        key: that states them.
+        old: how many there are.
+        new: how many there will be.
+    """
+    if not key or config.get(key) != old:
+        return {}
+    out = "out_channels"  # where it says nothing, as many as come in
+    return {key: new} if config.get(out) is not None else {key: new, out: old}
+
+
 def vocabulary_config(config: Mapping[str, Any], old: set[int], size: int) -> dict[str, Any]:
     """Changes for a vocabulary of another size, wherever the size is stated or a default.
 

@@ -10,6 +10,7 @@ from typing import Any
 from loratool.adapter import DeltaSpec
 from loratool.archs.layers import attention_sizes, stores_transposed
 from loratool.archs.ties import Tie, follows_vocabulary, is_head, other_name
+from loratool.bind.columns import wider_shape
 from loratool.bind.items import BoundDelta, BoundReplacement, Found, Item, Misfit
 from loratool.bind.names import View
 from loratool.bind.new_parts import is_part
@@ -40,7 +41,8 @@ class Context:
         ties: what is tied in the base.
         peft_version: of the adapter, "" if unknown.
         flag_is_ignored: other modules show that ``fan_in_fan_out`` does not hold for this base.
-        resized: target -> shape after a replacement that changes the vocabulary.
+        resized: target -> shape after a replacement that changes the vocabulary, or with the
+            columns that a change brings.
         heights: table -> its rows without those of new tokens, where there are some.
     """
 
@@ -103,6 +105,8 @@ def place_on(item: Item, spec: DeltaSpec, target: str, alias: str, ctx: Context)
     magnitude = lengths_of(spec)
     if magnitude is not None and magnitude.numel != out:
         return misfit(item, "LT-432", f"{out} magnitudes", str(magnitude.numel), target)
+    if (wider := wider_shape(spec, target, ctx.checkpoint)) is not None:
+        shape = ctx.resized[target] = wider
     if spec.layout == "embedding":
         if shape != (*inner, out):
             return misfit(item, "LT-432", _words(shape), _words((*inner, out)), target)

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from loratool.adapter import Adapter
 from loratool.archs.ties import is_head, stored_twins
+from loratool.bind.columns import widen
 from loratool.bind.items import Bindings, BoundDelta, BoundReplacement, Found
 from loratool.bind.place import Context
 from loratool.bind.ties import settle_ties
@@ -21,15 +22,18 @@ def settle(found: Sequence[Found], ctx: Context, adapter: Adapter) -> Bindings:
     """
     notes = [*_mha_notes(found, ctx), *_bias_notes(found, ctx), *_token_notes(found)]
     settled = settle_ties(found, ctx, adapter)
-    resized = follow_vocabulary(settled, ctx)
+    resized, wider = follow_vocabulary(settled, ctx), widen(ctx.resized, ctx.checkpoint)
     bindings = Bindings(
         tuple(d for f in settled.found for d in f.deltas),
-        (*(f.replacement for f in settled.found if f.replacement), *resized.replacements),
+        (*(f.replacement for f in settled.found if f.replacement), *resized.replacements,
+         *wider.replacements),
         new_tensors=settled.new_tensors,
         grown=resized.grown,
-        config_changes={**settled.config_changes, **resized.config_changes},
+        config_changes={
+            **settled.config_changes, **resized.config_changes, **wider.config_changes,
+        },
         scales=settled.scales,
-    )
+    )  # fmt: skip
     deltas, replaced = _twins(bindings, ctx)
     if deltas or replaced:
         notes.append(f"{len(deltas) + len(replaced)} stored copies of shared tensors change too")
@@ -37,7 +41,7 @@ def settle(found: Sequence[Found], ctx: Context, adapter: Adapter) -> Bindings:
         bindings,
         deltas=(*bindings.deltas, *deltas),
         replacements=(*bindings.replacements, *replaced),
-        notes=(*settled.notes, *notes, *resized.notes),
+        notes=(*settled.notes, *notes, *resized.notes, *wider.notes),
     )
 
 

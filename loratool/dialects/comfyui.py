@@ -32,7 +32,7 @@ TABLE_OF_IT = replace(
     ),
     fields=FIELDS_DOWN,
     header=Header(read_alpha, without),
-    passed=rf"{TABLE.passed}|.+\.reshape_weight$",
+    grows="reshape_weight",
     lone="lora_A",
     naming="original",
 )  # fmt: skip

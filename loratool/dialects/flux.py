@@ -12,7 +12,7 @@ _BARE = Component("", "", ("unet", "transformer", "diffusion_model"))
 BFL = Dialect(
     "bfl", "BFL (FLUX control LoRA)", detector("bfl"),
     replace(TABLE, components=(_BARE,), alpha="", renames=(), only=("lowrank", "vector"),
-            naming="original"), holds_whole=True,
+            naming="original", growing=("img_in",)), holds_whole=True,
     library="diffusers",
 )  # fmt: skip
 XLABS = Dialect(

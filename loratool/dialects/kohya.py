@@ -45,7 +45,8 @@ TABLE = Table(
         Field("lambda_layer", "diag", start="tlora"),
     ),
     factor="scalar",  # LyCORIS before it folded it into a factor
-    passed=r"bundle_emb\.|.*\.reshape_weight$",
+    grows="reshape_weight",
+    passed=r"bundle_emb\.",
     unreadable=(
         "ss_network_args",
         r'"sig_type": *"(?!principal")|"use_data_init": *"?[Ff]alse',

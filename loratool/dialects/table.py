@@ -126,6 +126,9 @@ class Table:
         renames: (regular expression, what stands there today): older and odd spellings of names,
             applied one after another.
         adapter_name: regular expression of a name of an adapter in keys: group 1.
+        grows: what the name of a tensor ends in that says which shape the base's weight gets before
+            a change is added, in columns of zeros.
+        growing: modules whose weights do so in every file.
         lone: role of a factor that, where no module has its partner, is the whole change.
         only: kinds that new files may hold, () = all that have a spelling.
         naming: what modules are called in new files: a naming of `loratool.archs.families`, or
@@ -146,6 +149,8 @@ class Table:
     is_flat: bool = True
     renames: tuple[tuple[str, str], ...] = ()
     adapter_name: str = ""
+    grows: str = ""
+    growing: tuple[str, ...] = ()
     lone: str = ""
     only: tuple[str, ...] = ()
     naming: str = "written"

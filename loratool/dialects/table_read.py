@@ -11,12 +11,14 @@ from pathlib import Path
 
 from loratool import kinds
 from loratool.adapter import MAX_ALPHA, Adapter, DeltaSpec, Replacement, TensorRef
+from loratool.delta.forms import side_sizes
 from loratool.dialects.candidate import Candidate
 from loratool.dialects.factors import check_float, product_spec, refuse_shape
 from loratool.dialects.table import ALGORITHMS, Field, Stated, Table
 from loratool.errors import BadFileError, MismatchError, list_some
+from loratool.kind import GROWS
 from loratool.options.groups import Read
-from loratool.store.reader import FileReader
+from loratool.store.reader import FileReader, read_bytes
 
 SET = "set"
 """Origin of tensors that take the base's place in a dialect that says so of each."""
@@ -77,6 +79,9 @@ def read_tensors(
         specs.append(replace(spec, base_change=start, scaling=scaling))
     gains = {spec.module: spec.scaling for spec in specs}
     specs += [_single(module, one, ref, gains) for module, one, ref in found.singles]
+    grows = {*found.shapes, *table.growing}
+    specs = [_growing(s, found.shapes.get(s.module)) if s.module in grows and s.is_matrix else s
+             for s in specs]  # fmt: skip
     order = {ref.name: place for place, ref in enumerate(found.refs)}
     specs.sort(key=lambda s: min(order[f.name] for f in s.fields.values()))
     notes = []
@@ -86,12 +91,38 @@ def read_tensors(
     orphans = [m for m in (*found.alphas, *found.factors) if m not in found.modules]
     if orphans:
         notes.append(f"{len(orphans)} alphas belong to no module: {list_some(orphans, 3)}")
+    if lost := sorted(found.shapes.keys() - {s.module for s in specs if s.is_matrix}):
+        notes.append(f"{len(lost)} shapes belong to no module: {list_some(lost, 3)}")
     if found.passed:
         names = list_some((ref.name for ref in found.passed), 3)
         notes.append(f"{len(found.passed)} tensors are kept as they are, not merged: {names}")
-    carried = (*found.alphas.values(), *found.factors.values(), *found.passed)
+    numbers = (found.alphas, found.factors, found.shapes)
+    carried = (*(ref for some in numbers for ref in some.values()), *found.passed)
     return Adapter(Path(), "", tuple(specs), tuple(found.sets), carried=carried,
                    notes=tuple(notes))  # fmt: skip
+
+
+def _growing(spec: DeltaSpec, ref: TensorRef | None) -> DeltaSpec:
+    """A change before which the weight gets its shape, as a tensor may state it."""
+    out, inner = side_sizes(spec)
+    if ref is not None and list(shape := read_shape(ref)) != [out, *inner]:
+        raise BadFileError(
+            "LT-366", "the factors do not have the shape that the file states", file=ref.file,
+            key=ref.name, expected=list(shape), got=[out, *inner],
+        )  # fmt: skip
+    return replace(spec, settings={**spec.settings, GROWS: 1})
+
+
+def read_shape(ref: TensorRef) -> tuple[int, ...]:
+    """The whole numbers of a tensor that states a shape.
+
+    Raises:
+        BadFileError: LT-376, it states none.
+    """
+    if ref.dtype not in ("I64", "I32") or not 1 <= ref.numel <= 5:
+        _refuse_scalar(ref, f"{ref.dtype} {list(ref.shape)}")
+    form = _SCALARS[ref.dtype][1] * ref.numel
+    return struct.unpack(f"<{form}", bytes(read_bytes(ref)))
 
 
 def _stated(table: Table, metadata: Mapping[str, str], modules: Collection[str]) -> Stated:
@@ -111,6 +142,7 @@ class _Sorted:
     alphas: dict[str, TensorRef] = field(default_factory=dict)
     starts: dict[str, str] = field(default_factory=dict)
     factors: dict[str, TensorRef] = field(default_factory=dict)
+    shapes: dict[str, TensorRef] = field(default_factory=dict)
     passed: list[TensorRef] = field(default_factory=list)
 
 
@@ -124,6 +156,8 @@ def _sort(table: Table, refs: Iterable[TensorRef]) -> _Sorted:
             found.alphas[key.module] = ref
         elif key is not None and table.factor and key.suffix == table.factor:
             found.factors[key.module] = ref
+        elif key is not None and table.grows and key.suffix == table.grows:
+            found.shapes[key.module] = ref
         elif key is not None and meaning is not None and meaning.is_set:
             check_float(ref)
             found.sets.append(Replacement(f"{key.module}.{meaning.parameter}", ref, SET))

@@ -16,12 +16,13 @@ from loratool.adapter import (
     TensorData,
     TensorRef,
 )
-from loratool.delta.forms import scaled_source, with_scaled_source
+from loratool.delta.forms import scaled_source, side_sizes, with_scaled_source
 from loratool.dialects.factors import with_axes
 from loratool.dialects.table import Table
 from loratool.dialects.table_read import read_tensors
 from loratool.dtypes import DTYPES
 from loratool.errors import MismatchError, list_some
+from loratool.kind import GROWS
 from loratool.options.groups import Read
 from loratool.store.reader import read_bytes
 
@@ -118,6 +119,8 @@ def _changes(table: Table, adapter: Adapter, *, own: bool) -> Iterator[tuple[str
             yield "", next(iter(spec.fields.values()))
         if has_alphas and (spec.rank or (spec.is_matrix and spec.alpha is not None)):
             yield f"{stem}.{table.alpha}", _alpha(spec, dtype)
+        if table.grows and spec.settings.get(GROWS):
+            yield f"{stem}.{table.grows}", _shape(spec)
     for new in adapter.replacements:
         yield table.key_of_set(new.name, is_flat=adapter.is_flat) or "", new.source
 
@@ -190,6 +193,13 @@ def _alpha(spec: DeltaSpec, dtype: str) -> TensorData:
         if name in forms and (data := _packed(forms[name], value)) is not None:
             return TensorData(f"{spec.name} alpha", name, (), data)
     return TensorData(f"{spec.name} alpha", "F64", (), struct.pack("<d", value))
+
+
+def _shape(spec: DeltaSpec) -> TensorData:
+    """The shape of a change as a tensor of whole numbers."""
+    out, inner = side_sizes(spec)
+    data = struct.pack(f"<{1 + len(inner)}q", out, *inner)
+    return TensorData(f"{spec.name} shape", "I64", (1 + len(inner),), data)
 
 
 def _packed(form: str, value: float) -> bytes | None:

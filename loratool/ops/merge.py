@@ -11,6 +11,8 @@ from typing import Any
 from loratool.adapter import Adapter, CodedRef, DeltaSpec, Replacement, Source, TensorRef
 from loratool.archs.stated import dtype_config
 from loratool.bind.bindings import Bindings, BoundReplacement
+from loratool.bind.columns import COLUMNS
+from loratool.delta.forms import shape_of
 from loratool.dtypes import DTYPES, numel
 from loratool.engine.rows import args_of, op_of
 from loratool.errors import MismatchError, list_some
@@ -92,6 +94,7 @@ def plan_merge(
     new_tensors, config_changes = _agreed(adapters)
     scales = {name: f for one in adapters for name, f in one.bindings.scales.items()}
     grown = _grown(adapters)
+    _check_columns(adapters)
     parts = _collect_parts(adapters, new_tensors, keep_all="method" in how)
     if "method" in how:
         for name, found in parts.items():
@@ -167,13 +170,39 @@ def _grown(adapters: Sequence[WeightedAdapter]) -> dict[str, int]:
                     "LT-428", "two adapters bring what the base lacks", file=one.adapter.path,
                     key=name, got="rows for new tokens", hint="merge them one after the other",
                 )  # fmt: skip
-            if one.weight.value <= 0:
-                raise MismatchError(
-                    "LT-429", "what is to be taken out is not in the base", file=one.adapter.path,
-                    key=name, got=f"weight {one.weight}", hint="leave the adapter out",
-                )  # fmt: skip
+            _check_put_in(one, name)
             found[name] = rows
     return found
+
+
+def _check_put_in(one: WeightedAdapter, name: str) -> None:
+    """Refuse to take out what the base lacks."""
+    if one.weight.value <= 0:
+        raise MismatchError(
+            "LT-429", "what is to be taken out is not in the base", file=one.adapter.path,
+            key=name, got=f"weight {one.weight}", hint="leave the adapter out",
+        )  # fmt: skip
+
+
+def _check_columns(adapters: Sequence[WeightedAdapter]) -> None:
+    """Refuse changes that do not fit a weight to which an adapter gives more columns."""
+    wider: dict[str, tuple[int, ...]] = {}
+    for one in adapters:
+        for b in one.bindings.replacements:
+            if b.replacement.origin == COLUMNS:
+                _check_put_in(one, b.target)
+                wider[b.target] = b.replacement.source.shape
+    for one in adapters if wider else ():
+        own = {b.target: b.replacement.source.shape for b in one.bindings.replacements}
+        for delta in one.bindings.deltas:
+            target = delta.target
+            if target in wider and own.get(target) != wider[target]:
+                raise MismatchError(
+                    "LT-428", "two adapters bring what the base lacks", file=one.adapter.path,
+                    key=target, expected=f"a change of {list(wider[target])}",
+                    got=list(own.get(target, shape_of(delta.spec))),
+                    hint="merge them one after the other, the one with fewer columns first",
+                )  # fmt: skip
 
 
 def _collect_parts(
@@ -205,6 +234,8 @@ def _collect_parts(
         ]
         for target, part in found:
             if _has_effect(part) or (keep_all and isinstance(part, DeltaPart)):
+                if _is_filled(part) and any(map(_is_filled, parts.get(target, ()))):
+                    continue  # by another adapter, with the same zeros
                 parts.setdefault(target, []).append(part)
                 if target in inherits:
                     parts.setdefault(inherits[target], []).append(part)
@@ -212,8 +243,13 @@ def _collect_parts(
 
 
 def _weight_of(bound: BoundReplacement, one: WeightedAdapter) -> float:
-    """Rows that the base lacks are taken whole, as every tensor that it lacks."""
-    return 1.0 if bound.target in one.bindings.grown else one.weight.of(bound.replacement.name)
+    """Rows and columns that the base lacks are taken whole, as every tensor that it lacks."""
+    is_grown = bound.target in one.bindings.grown or bound.replacement.origin == COLUMNS
+    return 1.0 if is_grown else one.weight.of(bound.replacement.name)
+
+
+def _is_filled(part: Part) -> bool:
+    return isinstance(part, ReplacePart) and part.origin == COLUMNS
 
 
 def _replace_part(item: Replacement, weight: float, number: int) -> ReplacePart:

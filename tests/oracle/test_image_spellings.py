@@ -336,15 +336,6 @@ def test_a_set_weight_takes_the_place_of_the_base(tmp_path: Path) -> None:
     assert np.array_equal(load_file(str(half))[f"{stem}.set_weight"], rand(8))
 
 
-def test_a_control_lora_for_more_channels_is_read_and_written_back(tmp_path: Path) -> None:
-    """The official ones widen img_in; a base of the old width is refused with both sizes."""
-    adapter = control(tmp_path, 12)
-    with pytest.raises(lt.LoratoolError) as caught:
-        merged(tmp_path, adapter, CONTROL_BASE)
-    assert caught.value.code == "LT-432" and caught.value.key == "img_in.weight"
-    assert (tmp_path / "again.safetensors").read_bytes() == adapter.read_bytes()
-
-
 def test_the_bias_of_a_factor_is_scaled_and_a_difference_is_not(tmp_path: Path) -> None:
     stem = "transformer.transformer_blocks.0.attn.to_q"
     config = {"r": 2, "lora_alpha": 6, "alpha_pattern": {}, "use_rslora": False}
