@@ -10,7 +10,7 @@ TEST_ENV := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive HF_HUB_OFFLINE=1 PYTHONDON
 WORKERS ?= 2
 SHARED := -n $(WORKERS) --dist worksteal
 
-.PHONY: demo test compiled test-hub-old test-olah lint types test-slow test-gpu faults fuzz bench bench-gpu clean
+.PHONY: demo test compiled test-hub-old test-olah lint types test-slow test-gpu faults fuzz bench bench-gpu dist dist-full clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -82,6 +82,14 @@ bench-gpu: $(VENV)/.tested
 	$(call BENCH,ties,gpu-ties) --device cpu --device cuda --threads 16 --reps 3
 	$(call BENCH,gpus,gpu-gpus) --extract --reps 3
 	$(BIN)/python -m benchmarks.table
+
+# Wheel and sdist into dist/; the wheel is tried in an empty environment. In `dist` that sees the
+# dependencies of $(VENV); in `dist-full` they are installed too (a GB).
+dist: $(VENV)/.tested
+	PYTHON=$(BIN)/python .ci/dist
+
+dist-full: $(VENV)/.tested
+	PYTHON=$(BIN)/python .ci/dist full
 
 clean:
 	rm -rf $(VENV) demo-out build dist .mypy_cache .ruff_cache .hypothesis

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import tomllib
 from importlib import metadata
@@ -53,6 +54,9 @@ def test_the_extras_are_those_of_the_package() -> None:
     """Those for users; what each takes is read from the installed package."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert set(EXTRAS) == set(project["optional-dependencies"]) - {"test", "docs"}
+    page = (ROOT / "docs" / "installing.md").read_text()
+    rows = dict(re.findall(r"^\| `(\w+)` \| (.+?) \|", page, re.M))
+    assert rows == {name: gives.replace("--", "`--") + "`" for name, gives in EXTRAS.items()}
 
 
 def test_what_a_package_needs(monkeypatch: pytest.MonkeyPatch, run: Run) -> None:
