@@ -28,7 +28,7 @@ HEADING = re.compile(r"^## (\d+)\.(\d+)\.(\d+) \((unreleased|\d{4}-\d\d-\d\d)\)$
 
 
 def promised() -> dict[str, Any]:
-    """Commands with flags, Python's names with keywords, reports with keys: words in a line each."""
+    """Commands with flags, Python's names with keywords, reports with keys."""
     flags = {}
     for name in COMMANDS:
         command = import_module(f"loratool.cli.{MODULES.get(name, name)}").command
