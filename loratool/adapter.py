@@ -408,9 +408,11 @@ class AdapterFiles:
         tensor_file: name of the tensor file inside the output folder, "" where the output is that
             one file.
         json_files: file name -> object, written beside it (``adapter_config.json``).
+        numbers: metadata of a GGUF file that are no texts; None = a safetensors file.
     """
 
     tensors: tuple[tuple[str, Source], ...]
     metadata: Mapping[str, str]
     tensor_file: str
     json_files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    numbers: Mapping[str, float] | None = None

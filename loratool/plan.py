@@ -246,6 +246,7 @@ class Plan:
 
 
 _ATOMS = (str, int, float, bool)
+_LATER = ("settings", "numbers")  # fields that were added later
 
 
 @cache
@@ -277,7 +278,7 @@ def _plain(value: Any, made: dict[TensorSpec, Any]) -> Any:
     if names := _fields(kind):
         found = {name: getattr(value, name) for name in names}
         # An empty one is not said: plans without it keep the identity that they had before it.
-        return {n: _plain(v, made) for n, v in found.items() if v or n != "settings"}
+        return {n: _plain(v, made) for n, v in found.items() if v or n not in _LATER}
     if isinstance(value, Mapping):
         return {str(k): _plain(v, made) for k, v in value.items()}
     if isinstance(value, (bytes, memoryview)):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from loratool.adapter import Adapter, AdapterFiles, TensorRef
@@ -59,7 +60,7 @@ def convert(asked: Convert) -> ConvertReport:
     session = Session.begin("convert", asked, in_place=asked.dry_run, programs=PROGRAMS)
     program = session.program
     found = session.open([str(text) for text in asked.adapters], asked.base,
-                         form=lambda adapter: _form(adapter, asked.to, program))  # fmt: skip
+                         form=lambda adapter: _form(adapter, asked, program))  # fmt: skip
     adapters = [one.adapter for one in found]
     base = None if asked.base is None else open_base(str(asked.base), adapters, session.access)
     is_asked = asked.to is not None or program is not None
@@ -82,10 +83,16 @@ def convert(asked: Convert) -> ConvertReport:
     )
 
 
-def _form(adapter: Adapter, to: str | None, program: Program | None) -> str:
-    """The dialect of a result: as asked for, or that which the program loads best."""
-    if to is not None or program is None:
-        return to or adapter.dialect
+def _form(adapter: Adapter, asked: Convert, program: Program | None) -> str:
+    """The dialect of a result: as asked for, or that which the program loads best.
+
+    A program's own form is asked for where the output has its suffix.
+    """
+    if asked.to is not None or program is None:
+        return asked.to or adapter.dialect
+    own = program.native and home_of(program.native)
+    if own and not own.is_folder and Path(asked.output).suffix in own.suffixes:
+        return own.name
     return program.home(Look.of(adapter)) or DEFAULT
 
 
@@ -97,8 +104,8 @@ def _job(
     checkpoint = None if base is None else base.checkpoint
     plan = plan_convert(one.adapter, row.name, base=checkpoint, skip=skip,
                         keeps_names=not is_asked)  # fmt: skip
-    if program is not None and program not in OF_PEFT:
-        plan = settled(plan, program, session.limits)
+    if program is not None and _of_peft(program, row) is None:
+        plan = settled(plan, program, session.limits, **_of_base(base, plan))
     return _Job(session, one, plan, row, base, edits)
 
 
@@ -119,9 +126,10 @@ def _edits(asked: Convert) -> dict[str, str]:
 
 def _run(job: _Job, options: Mapping[str, Any]) -> ConvertedAdapter:
     made, session = carry_out(job.plan, job.session.limits), job.session
-    fitted = fit_for(made.adapter, _of_peft(session.program), session.limits)
+    program = _of_peft(session.program, job.row)
+    fitted = fit_for(made.adapter, program, session.limits)
     files = hashed(_files(job, fitted.adapter))
-    check_files(files, made.adapter, _of_peft(session.program))
+    check_files(files, made.adapter, program)
     inputs = job.one.inputs()
     if job.base is not None:
         inputs |= base_row(job.base, inputs)
@@ -132,19 +140,23 @@ def _run(job: _Job, options: Mapping[str, Any]) -> ConvertedAdapter:
                    warnings=(*row.warnings, *fitted.warnings))  # fmt: skip
 
 
-def _of_peft(program: Program | None) -> Program | None:
-    """A program that takes one rank and one α/r of all modules; None for others."""
-    return program if program in OF_PEFT else None
+def _of_peft(program: Program | None, row: Dialect) -> Program | None:
+    """A program that takes one rank and one α/r of all modules; None for others, and own forms."""
+    return program if program in OF_PEFT and row.name == DEFAULT else None
 
 
 def _files(job: _Job, adapter: Adapter) -> AdapterFiles:
     before = job.plan.source.metadata
     files = files_of(
-        adapter, job.row.name, before,
-        base_config=job.base.checkpoint.config if job.base else None,
-        base_tensors=job.plan.base_tensors,
+        adapter, job.row.name, before, **_of_base(job.base, job.plan),
     )  # fmt: skip
     return edited(files, before, job.edits)
+
+
+def _of_base(base: OpenedBase | None, plan: ConvertPlan) -> dict[str, Any]:
+    """What a writer may ask of the base."""
+    return {"base_config": base.checkpoint.config if base else None,
+            "base_tensors": plan.base_tensors}  # fmt: skip
 
 
 def _row(job: _Job, files: AdapterFiles, error: float) -> ConvertedAdapter:

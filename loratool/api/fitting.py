@@ -43,7 +43,7 @@ def fit_for(adapter: Adapter, program: Program | None, limits: Limits) -> Fitted
     """
     if program is None:
         return (
-            even_out(adapter, limits)
+            even_out(adapter, adapter.dialect, limits)
             if needs_evening(adapter, adapter.dialect)
             else (Fitted(adapter))
         )
@@ -57,7 +57,7 @@ def fit_for(adapter: Adapter, program: Program | None, limits: Limits) -> Fitted
     needs, kept = fit.memory_needs()
     changed = fit.changed
     made, lost = fit_factors(
-        fit.adapter, rank=fit.rank, alpha=fit.alpha, scalings=fit.scalings, changed=changed,
+        fit.adapter, ranks=fit.ranks, alpha=fit.alpha, scalings=fit.scalings, changed=changed,
         threads=limits.plan(needs, kept=kept).threads,
     )  # fmt: skip
     notes = [f"for {program.title}: rank {fit.rank} and alpha {fit.alpha:g} in every module"]
@@ -66,18 +66,18 @@ def fit_for(adapter: Adapter, program: Program | None, limits: Limits) -> Fitted
     return Fitted(made, tuple(notes), warnings, lost)
 
 
-def even_out(adapter: Adapter, limits: Limits) -> Fitted:
-    """One rank and one scaling for all changes, as some dialects have it.
+def even_out(adapter: Adapter, dialect: str, limits: Limits) -> Fitted:
+    """One number that states the scaling of all changes, as a dialect has it.
 
     Raises:
         DiskError: LT-605.
     """
     from loratool.engine.fitting import fit_factors
 
-    fit = even_form(adapter)
+    fit = even_form(adapter, dialect=dialect)
     needs, kept = fit.memory_needs()
     made, lost = fit_factors(
-        fit.adapter, rank=fit.rank, alpha=fit.alpha, scalings=fit.scalings, changed=fit.changed,
+        fit.adapter, ranks=fit.ranks, alpha=fit.alpha, scalings=fit.scalings, changed=fit.changed,
         threads=limits.plan(needs, kept=kept).threads,
     )  # fmt: skip
     return Fitted(made, relative_error=lost)

@@ -98,7 +98,7 @@ def carry_out(plan: ConvertPlan, limits: Limits, *, is_dry: bool = False) -> Tra
     adapter = _named(adapter, plan)
     if not plan.is_evened:
         return Translated(adapter, plan, error)
-    even = even_out(adapter, limits)
+    even = even_out(adapter, plan.row.name, limits)
     return Translated(even.adapter, plan, math.hypot(error, even.relative_error))
 
 
@@ -155,7 +155,7 @@ def files_of(
         how: of `loratool.dialects.write_adapter_files`.
     """
     files = write_adapter_files(adapter, dialect, **how)
-    if row_of(dialect).table is not None:
+    if row_of(dialect).table is not None or files.numbers is not None:
         return files
     said = {k: v for k, v in metadata.items() if k != "loratool"}
     return replace(files, metadata={**said, **files.metadata})
@@ -164,24 +164,25 @@ def files_of(
 # ---------------------------------------------------------------------------------- for a program
 
 
-def settled(plan: ConvertPlan, program: Program, limits: Limits) -> ConvertPlan:
+def settled(plan: ConvertPlan, program: Program, limits: Limits, **how: Any) -> ConvertPlan:
     """The plan, with plain factors for what a program does not load as it is.
 
     Args:
         plan: into the dialect that the program loads best.
         program: whose loader is simulated.
         limits: of memory and threads.
+        how: of `loratool.dialects.write_adapter_files`.
 
     Raises:
         MismatchError: LT-488, it loads no such adapter.
     """
-    found = _outcome(plan, program, limits)
+    found = _outcome(plan, program, limits, how)
     bad = {k for m in found.modules if m.verdict != LOADS for k in m.keys}
     bad |= {name for f in found.findings for name in f.names}
-    names = [name for name, keys in _keys(plan, limits).items() if keys & bad]
+    names = [name for name, keys in _keys(plan, limits, how).items() if keys & bad]
     again = compute_also(plan, names)
     if again.computed.keys() != plan.computed.keys():
-        plan, found = again, _outcome(again, program, limits)
+        plan, found = again, _outcome(again, program, limits, how)
     if found.verdict in ("no", "wrong"):
         raise MismatchError(
             "LT-488", f"{program.title} cannot load such an adapter", file=plan.source.path,
@@ -190,17 +191,19 @@ def settled(plan: ConvertPlan, program: Program, limits: Limits) -> ConvertPlan:
     return plan
 
 
-def _outcome(plan: ConvertPlan, program: Program, limits: Limits) -> Simulation:
+def _outcome(
+    plan: ConvertPlan, program: Program, limits: Limits, how: Mapping[str, Any]
+) -> Simulation:
     """What the program would make of the result."""
     made, dialect = carry_out(plan, limits, is_dry=True), plan.row.name
-    files = files_of(made.adapter, dialect, plan.source.metadata)
+    files = files_of(made.adapter, dialect, plan.source.metadata, **how)
     return program.simulate(Look.of_files(files, dialect))
 
 
-def _keys(plan: ConvertPlan, limits: Limits) -> dict[str, set[str]]:
+def _keys(plan: ConvertPlan, limits: Limits, how: Mapping[str, Any]) -> dict[str, set[str]]:
     """Name of a change, as the plan has it -> the keys that its tensors get."""
     made = carry_out(plan, limits, is_dry=True)
-    files = files_of(made.adapter, plan.row.name, plan.source.metadata)
+    files = files_of(made.adapter, plan.row.name, plan.source.metadata, **how)
     by_source = {id(source): key for key, source in files.tensors}
     owner = {id(f): s.name for s in plan.adapter.specs for f in s.fields.values()}
     found: dict[str, set[str]] = {}

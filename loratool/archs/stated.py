@@ -28,6 +28,12 @@ def model_type(config: Mapping[str, Any]) -> str:
     return value if isinstance(value, str) else ""
 
 
+def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What is said of the model of text, where a model has several."""
+    inner = config.get(_TEXT)
+    return inner if isinstance(inner, Mapping) and inner else config
+
+
 def name_of(config: Mapping[str, Any]) -> str | None:
     """The name or path that the model was loaded from, None if it is not said."""
     value = config.get("_name_or_path")

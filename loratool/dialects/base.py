@@ -55,7 +55,9 @@ class Dialect:
         form: what ``-o`` names, ``folder`` or ``file``.
         suffixes: of the tensor file.
         holds_whole: it has a place for tensors that take the base's place.
-        is_even: one scaling holds for all changes; `convert` puts others into the factors.
+        even: what is one number for all changes, ``scaling`` or ``alpha``; `convert` puts other
+            ones into the factors.
+        asks_config: what is written follows from the base's configuration.
         lacks: why programs do not load it that load the dialect it is written in.
         library: what loads the files as they are, as the Hub calls it.
         hint: what to do with a file that cannot be read.
@@ -75,7 +77,8 @@ class Dialect:
     library: str | None = None
     written_as: str = ""
     lacks: str = ""
-    is_even: bool = False
+    even: str = ""
+    asks_config: bool = False
     holds_whole: bool = False
 
     @property
@@ -92,6 +95,11 @@ class Dialect:
     def is_flat(self) -> bool:
         """True if the dots of its module names are lost: they are looked up when bound."""
         return self.table is not None and self.table.is_flat
+
+    @property
+    def is_even(self) -> bool:
+        """True if one number states the scaling of all changes."""
+        return bool(self.even)
 
     @property
     def is_folder(self) -> bool:

@@ -30,7 +30,7 @@ from loratool.store.reader import FileReader
 def fit_factors(
     adapter: Adapter,
     *,
-    rank: int,
+    ranks: Mapping[str, int],
     alpha: float,
     scalings: Mapping[str, float],
     changed: Collection[str],
@@ -40,7 +40,7 @@ def fit_factors(
 
     Args:
         adapter: whose ΔW stays.
-        rank: of every module.
+        ranks: spec name -> new rank.
         alpha: of every module.
         scalings: spec name -> new scaling.
         changed: names of the specs whose tensors change.
@@ -53,7 +53,7 @@ def fit_factors(
             if spec.name not in changed:
                 return spec, 0.0, 0.0
             fit = _fit_matrix if spec.is_matrix else _fit_vector
-            return fit(spec, rank, scalings[spec.name], env)
+            return fit(spec, ranks[spec.name], scalings[spec.name], env)
 
         made = map_in_workers(work, adapter.specs, threads)
         reader.check_unchanged()

@@ -107,7 +107,7 @@ def plan_convert(
     elif source.is_flat and not row.is_flat:
         kept, words = _named(kept, base)
         notes.append(words)
-    elif base is not None:
+    elif base is not None and not row.asks_config:
         notes.append("the base was not needed: the modules have whole names, or keep flat ones")
     located = locate(kept) if is_named else []
     uncut = uncuttable(located, row.table.naming if row.table is not None else "")
@@ -118,7 +118,10 @@ def plan_convert(
     computed = {s.name: _flattened(s, base) for s in odd}
     is_evened = needs_evening(kept, row.name)
     if is_evened:
-        notes.append(f"{row.title} has one scaling for all modules: theirs go into the factors")
+        notes.append(
+            f"{row.title} has one {row.even} for all modules: "
+            "their own scalings go into the factors"
+        )
     return ConvertPlan(
         source, row, kept, computed, left_out, tuple(base.tensors) if base else (), is_evened,
         tuple(notes),

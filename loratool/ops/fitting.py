@@ -18,6 +18,8 @@ from loratool.engine.module_memory import rescaled_bytes
 from loratool.errors import MismatchError, list_some
 from loratool.ops.additive import require_factors
 
+_ALPHA = "alpha"  # of `loratool.dialects.base.Dialect.even`
+
 
 @dataclass(frozen=True)
 class Fit:
@@ -26,8 +28,8 @@ class Fit:
     Attributes:
         adapter: without what is left out.
         program: that shall load it.
-        rank: of every module; 0 if the adapter stays as it is.
-        alpha: of every module.
+        rank: of every module; 0 if the adapter stays as it is, or if every module keeps its own.
+        alpha: of every module; 0 if the adapter stays as it is.
         scalings: spec name -> its scaling; α/r, and for an attention's out_proj twice that.
         left_out: names of what the program cannot hold.
     """
@@ -42,7 +44,15 @@ class Fit:
     @property
     def changed(self) -> frozenset[str]:
         """Names of the specs whose tensors change."""
-        return frozenset(s.name for s in self.adapter.specs if self.rank and not self._keeps(s))
+        return frozenset(s.name for s in self.adapter.specs if self.scalings and not self._keeps(s))
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """Spec name -> the rank that it gets."""
+        return {s.name: self._rank(s) for s in self.adapter.specs}
+
+    def _rank(self, spec: DeltaSpec) -> int:
+        return self.rank or spec.product_rank
 
     def memory_needs(self) -> tuple[list[int], int]:
         """Bytes that each module takes at work, and those of all results."""
@@ -53,12 +63,13 @@ class Fit:
         if not spec.is_matrix:
             return spec.scaling == self.scalings[spec.name]
         is_plain = spec.is_pair and spec.blocks is None and not has_diagonal(spec)
-        return is_plain and (spec.rank, spec.scaling) == (self.rank, self.scalings[spec.name])
+        same = (self._rank(spec), self.scalings[spec.name])
+        return is_plain and (spec.rank, spec.scaling) == same
 
     def _bytes(self, spec: DeltaSpec) -> int:
         if not spec.is_matrix:
             return 4 * shape_of(spec)[0]
-        shape = (self.rank * max(1, spec.experts), sum(matrix_shape(spec)))
+        shape = (self._rank(spec) * max(1, spec.experts), sum(matrix_shape(spec)))
         return tensor_bytes(left_of(spec).dtype, shape)
 
 
@@ -102,20 +113,50 @@ def plan_fit(adapter: Adapter, program: Program) -> Fit:
 
 
 def needs_evening(adapter: Adapter, dialect: str) -> bool:
-    """True if a dialect has one scaling for all changes, and the adapter several."""
-    scalings = {s.scaling for s in adapter.specs if s.is_matrix}
-    return home_of(dialect).is_even and len(scalings) > 1
+    """True if a dialect has one scaling for all changes, or one alpha, and the adapter several."""
+    weights = [s for s in adapter.specs if s.is_matrix]
+    even = home_of(dialect).even
+    if even == _ALPHA:
+        alphas = {_rounded(s.scaling * s.rank) for s in weights}
+        return alphas == {0.0} or (len(alphas) > 1 and {s.scaling for s in weights} != {1.0})
+    return bool(even) and len({s.scaling for s in weights}) > 1
 
 
 def even_form(
-    adapter: Adapter, program: Program | None = None, left_out: tuple[str, ...] = ()
-) -> Fit:
-    """One rank and one scaling for all changes, of which there are some."""
+    adapter: Adapter, program: Program | None = None, left_out: tuple[str, ...] = (), *,
+    dialect: str = "",
+) -> Fit:  # fmt: skip
+    """One rank and one scaling for all changes, of which there are some; or one alpha alone.
+
+    Args:
+        adapter: whose changes they are.
+        program: that shall load it.
+        left_out: names of what it cannot hold.
+        dialect: that it is for, where no program is.
+    """
     weights = [s for s in adapter.specs if s.is_matrix]
+    if dialect and home_of(dialect).even == _ALPHA:
+        return _one_alpha(adapter, weights)
     rank = max(s.product_rank for s in weights)
     scaling, known = _scaling(weights, rank), gains({s.name for s in weights})
     scalings = {s.name: scaling * known.get(s.name, 1.0) for s in adapter.specs}
     return Fit(adapter, program, rank, scaling * rank, scalings, left_out)
+
+
+def _one_alpha(adapter: Adapter, weights: Sequence[DeltaSpec]) -> Fit:
+    """Every change keeps its rank; the commonest alpha, so that most factors stay."""
+    counts = Counter(_rounded(s.scaling * s.product_rank) for s in weights)
+    alpha = next((abs(a) for a, _ in counts.most_common() if a), 1.0)
+    scalings = {
+        s.name: s.scaling if _rounded(s.scaling * s.product_rank) == alpha
+        else alpha / (s.product_rank or 1) for s in adapter.specs
+    }  # fmt: skip
+    return Fit(adapter, None, 0, alpha, scalings)
+
+
+def _rounded(alpha: float) -> float:
+    """A number as float32 tells it apart from others."""
+    return float(f"{alpha:.6g}")
 
 
 def check_fit(adapter: Adapter, program: Program) -> None:

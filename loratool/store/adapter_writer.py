@@ -15,6 +15,7 @@ from loratool.adapter import AdapterFiles, ArrangedRef, Source, TensorData, Tens
 from loratool.errors import AlreadyMadeError
 from loratool.plan import plain
 from loratool.store.disk import check_space, refusals_as
+from loratool.store.gguf_header import build_gguf_header
 from loratool.store.header import build_header
 from loratool.store.jsonfile import dump_json
 from loratool.store.marker import Content, content_of, file_metadata
@@ -91,8 +92,18 @@ def _identity(files: AdapterFiles, record: Mapping[str, Any]) -> str:
 
 def file_bytes(files: AdapterFiles) -> int:
     """Size of the tensor file that would be written."""
-    header, _ = build_header([(n, s.dtype, s.shape) for n, s in files.tensors], files.metadata)
-    return len(header) + sum(s.nbytes for _, s in files.tensors)
+    return _laid_out(files, files.metadata)[2]
+
+
+def _laid_out(
+    files: AdapterFiles, metadata: Mapping[str, str]
+) -> tuple[bytes, tuple[int, ...], int]:
+    """Header, where each tensor starts, and the size of the tensor file."""
+    tensors = [(name, s.dtype, s.shape) for name, s in files.tensors]
+    if files.numbers is not None:
+        return build_gguf_header(tensors, metadata, files.numbers)
+    header, starts = build_header(tensors, metadata)
+    return header, starts, len(header) + sum(s.nbytes for _, s in files.tensors)
 
 
 def entry_bytes(name: str, source: Source, size: int) -> int:
@@ -110,14 +121,15 @@ def _size(path: Path) -> int:
 def fill_adapter(output: StagedOutput, files: AdapterFiles) -> int:
     """Write the files of an adapter; returns the size of the tensor file in bytes."""
     payload = sum(s.nbytes for _, s in files.tensors)
-    header, starts = _header(output, files, content_of(payload, 0))
-    size = len(header) + payload
+    bare, _, size = _laid_out(files, files.metadata)
+    header, starts, size = _header(output, files, content_of(size - len(bare), 0))
     check_space(output.staging, size)
     stamps = take_stamps(s for _, s in files.tensors if not isinstance(s, TensorData))
     with FileReader(stamps) as reader:
         writer = ShardWriter(output.create(files.tensor_file), header, size)
         try:
             _put_all([s for _, s in files.tensors], starts, reader, writer, payload)
+            _put_gaps([s for _, s in files.tensors], starts, size, writer)
             if not output.is_folder:
                 writer.rewrite_header(_header(output, files, content_of(*writer.data_sum()))[0])
             writer.finish()
@@ -132,12 +144,22 @@ def fill_adapter(output: StagedOutput, files: AdapterFiles) -> int:
 
 def _header(
     output: StagedOutput, files: AdapterFiles, data: Content
-) -> tuple[bytes, tuple[int, ...]]:
-    """Header and starts; the only file of an output says what it holds."""
+) -> tuple[bytes, tuple[int, ...], int]:
+    """Header, starts and size; the only file of an output says what it holds."""
     metadata = files.metadata
     if not output.is_folder:
         metadata = file_metadata(metadata, data, output.plan_id)
-    return build_header([(name, s.dtype, s.shape) for name, s in files.tensors], metadata)
+    return _laid_out(files, metadata)
+
+
+def _put_gaps(
+    sources: Sequence[Source], starts: Sequence[int], size: int, writer: ShardWriter
+) -> None:
+    """Zeros between the tensors, where there are gaps."""
+    for source, start, after in zip(sources, starts, (*starts[1:], size), strict=True):
+        end = start + source.nbytes
+        if end < after:
+            writer.put(end, memoryview(bytes(after - end)))
 
 
 def _put_all(

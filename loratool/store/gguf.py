@@ -19,7 +19,7 @@ from loratool.errors import BadFileError, DiskError
 from loratool.store.contained import open_inside
 from loratool.store.stamps import stamp_from
 
-MAGIC = b"GGUF"
+MAGIC, ALIGNMENT = b"GGUF", 32
 _VERSIONS = (2, 3)
 _MAX_TENSORS, _MAX_ENTRIES, _MAX_DIMS = 200_000, 10_000, 4
 _MAX_TEXT, _MAX_ITEMS = 16 << 20, 4 << 20
@@ -82,12 +82,19 @@ class GgufFile:
         metadata: key -> number, text, truth or list of them; lists of over 4096 are None.
         tensors: in the order of the file.
         stamp: of the file when this was read.
+        start: offset of its first tensor: where the header ends.
     """
 
     path: Path
     metadata: Mapping[str, Any]
     tensors: tuple[GgufTensor, ...] = field(repr=False)
     stamp: Stamp
+    start: int
+
+    @property
+    def texts(self) -> dict[str, str]:
+        """The metadata that are texts."""
+        return {key: value for key, value in self.metadata.items() if isinstance(value, str)}
 
     def ref(self, one: GgufTensor) -> TensorRef:
         """Where a tensor lies; one in blocks of ggml's own as rows of bytes."""
@@ -127,10 +134,10 @@ def read_gguf(path: Path, *, folder: Path | None = None) -> GgufFile:
     try:
         with open_inside(path, folder) as raw, BufferedReader(raw, 1 << 20) as file:
             stamp = stamp_from(os.fstat(raw.fileno()))
-            metadata, tensors = _Parser(file, path, stamp[2]).parse()
+            metadata, tensors, start = _Parser(file, path, stamp[2]).parse()
     except OSError as error:
         raise DiskError("LT-601", "cannot read", file=path, got=error.strerror) from error
-    return GgufFile(path, metadata, tensors, stamp)
+    return GgufFile(path, metadata, tensors, stamp, start)
 
 
 class _Parser:
@@ -139,8 +146,8 @@ class _Parser:
     def __init__(self, file: BinaryIO, path: Path, size: int) -> None:
         self._file, self._path, self._size = file, path, size
 
-    def parse(self) -> tuple[dict[str, Any], tuple[GgufTensor, ...]]:
-        """Metadata and tensors."""
+    def parse(self) -> tuple[dict[str, Any], tuple[GgufTensor, ...], int]:
+        """Metadata, tensors, and where the first one starts."""
         if self._take(4) != MAGIC or (version := self._number("I")) not in _VERSIONS:
             raise BadFileError(
                 "LT-302", "not a GGUF file of a known version", file=self._path,
@@ -154,7 +161,7 @@ class _Parser:
             key = self._text()
             metadata[key] = self._value(self._number("I"))
         found = [self._entry() for _ in range(count)]
-        align = metadata.get("general.alignment", 32)
+        align = metadata.get("general.alignment", ALIGNMENT)
         if type(align) is not int or not 0 < align <= 1 << 16:
             raise BadFileError("LT-311", "impossible alignment", file=self._path, got=align)
         data = -(-self._file.tell() // align) * align
@@ -162,7 +169,7 @@ class _Parser:
         names = {t.name for t in tensors}
         if len(names) != len(tensors):
             raise BadFileError("LT-306", "duplicate tensor name", file=self._path)
-        return metadata, tensors
+        return metadata, tensors, data
 
     def _take(self, count: int) -> bytes:
         data = self._file.read(count)

@@ -2,8 +2,8 @@
 
 `--force` replaces an earlier output, and only that: a folder or file that lists what it consists
 of, whose list nobody has edited, and that holds these bytes and nothing else.  In a folder the
-list is ``loratool.json``, beside the provenance; in a single safetensors file it is in the
-``loratool`` entry of the metadata, and speaks of the bytes after the header.
+list is ``loratool.json``, beside the provenance; in a single tensor file it is in the ``loratool``
+entry of the metadata, and speaks of the bytes after the header.
 """
 
 from __future__ import annotations
@@ -139,19 +139,32 @@ def read_marker(path: Path, name: str = MARKER) -> Marker | None:
         path: the output.
         name: of the marker in a folder.
     """
-    from loratool.store.header import HARD_HEADER_BYTES, read_header
     from loratool.store.jsonfile import load_json, parse_json
 
     try:
         kind = path.lstat().st_mode
         if stat.S_ISREG(kind):
-            said = read_header(path, max_bytes=HARD_HEADER_BYTES).metadata.get("loratool", "")
+            said = _header_of(path)[0].get("loratool", "")
             return _marker(parse_json(said.encode(), path), "data")
         if stat.S_ISDIR(kind) and stat.S_ISREG((path / name).lstat().st_mode):
             return _marker(load_json(path / name), "files")
     except (LoratoolError, OSError):
         pass
     return None
+
+
+def _header_of(path: Path) -> tuple[Mapping[str, str], bytes]:
+    """Metadata of a tensor file, and the bytes before its tensors."""
+    from loratool.store.contained import open_inside
+    from loratool.store.gguf import is_gguf, read_gguf
+    from loratool.store.header import HARD_HEADER_BYTES, read_header
+
+    if not is_gguf(path):
+        header = read_header(path, max_bytes=HARD_HEADER_BYTES)
+        return header.metadata, header.raw
+    file = read_gguf(path)
+    with open_inside(path) as raw:
+        return file.texts, raw.read(file.start)
 
 
 def prove(path: Path, *, deep: bool = True) -> Proof:
@@ -295,9 +308,7 @@ def _is_own(path: Path, content: Content, deep: bool, stop: threading.Event) -> 
 
 
 def _is_own_file(path: Path, data: Content, deep: bool) -> bool:
-    from loratool.store.header import HARD_HEADER_BYTES, read_header
-
-    header = read_header(path, max_bytes=HARD_HEADER_BYTES).raw
+    header = _header_of(path)[1]
     size, start = data["bytes"], len(header)
     if not deep:
         return path.lstat().st_size == start + size

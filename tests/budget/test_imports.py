@@ -42,6 +42,7 @@ LOOKS = (["inspect", "ADAPTER"], ["inspect", "ADAPTER", "--json"], ["inspect", "
          ["check", "ADAPTER", "--for", "vllm"],
          ["check", "IMAGE", "--for", "diffusers", "--json"])  # fmt: skip
 COPIES = (["convert", "ADAPTER", "--to", "kohya", "--base", "BASE", "-o", "OUT"],
+          ["convert", "ADAPTER", "--to", "gguf", "--base", "BASE", "-o", "GGUF_OUT"],
           ["convert", "ADAPTER", "--to", "peft", "-o", "FOLDER_OUT"])  # fmt: skip
 
 
@@ -55,6 +56,7 @@ def loaded(command: list[str], data: Path, out: Path) -> list[str]:
                           {"output.weight": (8, [1, 32], bytes(34))}),
         "IMAGE": data / "diffusion" / "qwen_image_musubi" / "adapter.safetensors",
         "OUT": out / "out.safetensors",
+        "GGUF_OUT": out / "out.gguf",
         "FOLDER_OUT": out / "out",
     }  # fmt: skip
     done = subprocess.run(

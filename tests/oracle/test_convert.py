@@ -278,7 +278,7 @@ def test_names_that_nothing_makes_whole(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("to", "output", "code"),
-    [("nothing", "out", "LT-282"), ("peft-file", "out", "LT-282"), ("gguf", "out", "LT-282"),
+    [("nothing", "out", "LT-282"), ("peft-file", "out", "LT-282"), ("gguf", "out", "LT-227"),
      ("peft", "out.safetensors", "LT-227"), ("kohya", "out", "LT-227")],
 )  # fmt: skip
 def test_a_dialect_or_a_place_that_does_not_fit(

@@ -99,7 +99,8 @@ def test_experts_and_embeddings(tmp_path: Path) -> None:
         "token_embd.weight.lora_a": random.normal(size=(10, 2)).astype("f4"),
         "token_embd.weight.lora_b": random.normal(size=(8, 2)).astype("f4"),
     }
-    adapter = open_adapter(gguf(tmp_path / "a.gguf", VALUES, tensors))
+    values = VALUES | {"general.architecture": "qwen2moe"}
+    adapter = open_adapter(gguf(tmp_path / "a.gguf", values, tensors))
     names = [s.module for s in adapter.specs]
     assert names == [*(f"model.layers.1.mlp.experts.{n}.up_proj" for n in range(3)),
                      "model.embed_tokens"]  # fmt: skip

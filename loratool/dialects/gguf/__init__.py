@@ -14,6 +14,10 @@ from loratool.dialects.base import Dialect
 from loratool.dialects.candidate import Candidate
 
 NAME, ADAPTER = "gguf", "adapter"
+ARCHITECTURE, ALPHA, BASE = "general.architecture", "adapter.lora.alpha", "general.base_model."
+HUB = "https://huggingface.co/"
+LEAVES, PAIRED = {"lora_a": "lora_A", "lora_b": "lora_B"}, "paired_B"
+"""What names end in -> role; the role where rows lie in pairs."""
 
 
 def is_gguf(candidate: Candidate) -> bool:
@@ -23,5 +27,6 @@ def is_gguf(candidate: Candidate) -> bool:
 
 ROW = Dialect(
     NAME, "GGUF (llama.cpp)", is_gguf, suffixes=(".gguf",), short="GGUF",
-    read="loratool.dialects.gguf.read:read", written_as="peft",
+    read="loratool.dialects.gguf.read:read", write="loratool.dialects.gguf.write:write",
+    holds="loratool.dialects.gguf.write:obstacle", even="alpha", asks_config=True,
 )  # fmt: skip

@@ -5,32 +5,27 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from loratool.adapter import Adapter, DeltaSpec, TensorRef
 from loratool.dialects.arranged import arranged
 from loratool.dialects.candidate import Candidate
 from loratool.dialects.factors import product_spec, refuse_shape
-from loratool.dialects.gguf import ADAPTER, NAME
+from loratool.dialects.gguf import ADAPTER, ALPHA, ARCHITECTURE, BASE, HUB, LEAVES, NAME, PAIRED
 from loratool.dtypes import DTYPES
 from loratool.errors import BadFileError, MismatchError
 from loratool.options.groups import Read
+from loratool.quant.gguf_names import (
+    ARCHITECTURES,
+    EXPERT,
+    HEADS,
+    leaf_of,
+    living_module,
+)
 from loratool.store.gguf import GgufFile, read_gguf
 
 _KEY = re.compile(r"(?P<tensor>.+)\.weight\.(?P<leaf>lora_[ab])", re.DOTALL)
-_BLOCK = re.compile(r"blk\.(?P<number>\d+)\.(?P<rest>\w+)")
-_MODULES = {"token_embd": "model.embed_tokens", "output": "lm_head"}
-_IN_LAYER = {
-    "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj", "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}  # fmt: skip
-_EXPERTS = {"ffn_gate_exps": "gate_proj", "ffn_up_exps": "up_proj", "ffn_down_exps": "down_proj"}
-# Architectures whose tensors have these names -> whether rows of q and k are paired.
-_PAIRED = {
-    "llama": True, "qwen2": False, "qwen3": False, "qwen2moe": False, "qwen3moe": False,
-    "gemma": False, "gemma2": False, "gemma3": False,
-}  # fmt: skip
 
 
 def read(candidate: Candidate, options: Read) -> Adapter:
@@ -50,7 +45,7 @@ def read(candidate: Candidate, options: Read) -> Adapter:
             expected=ADAPTER, got=header.metadata.get("general.type"),
             hint="--base names the base model",
         )  # fmt: skip
-    is_paired = _architecture(header, path)
+    architecture = _architecture(header, path)
     coded = [t for t in header.tensors if t.kind not in DTYPES]
     if coded:
         raise MismatchError(
@@ -58,23 +53,25 @@ def read(candidate: Candidate, options: Read) -> Adapter:
             expected="F32, F16 or BF16", got=coded[0].kind,
             hint="convert the adapter anew, with factors of 16 bits",
         )  # fmt: skip
-    alpha = header.metadata.get("adapter.lora.alpha", 0.0)
+    alpha = header.metadata.get(ALPHA, 0.0)
     if not isinstance(alpha, float) or not abs(alpha) <= 1e30:
-        raise BadFileError("LT-361", "wrong value in the configuration", file=path,
-                           key="adapter.lora.alpha", expected="a number", got=alpha)  # fmt: skip
+        raise BadFileError("LT-361", "wrong value in the configuration", file=path, key=ALPHA,
+                           expected="a number", got=alpha)  # fmt: skip
     specs = [
         spec
         for tensor, pair in _pairs(header).items()
-        for spec in _specs(tensor, pair, alpha, is_paired)
+        for spec in _specs(tensor, pair, alpha, architecture)
     ]
-    base = header.metadata.get("general.base_model.0.repo_url")
-    name = str(base).removeprefix("https://huggingface.co/") if base else None
-    return Adapter(path, NAME, tuple(specs), base_model=name, metadata=_texts(header.metadata),
-                   key_order=tuple(t.name for t in header.tensors))  # fmt: skip
+    base = header.metadata.get(f"{BASE}0.repo_url")
+    return Adapter(
+        path, NAME, tuple(specs), base_model=str(base).removeprefix(HUB) if base else None,
+        config={ARCHITECTURE: architecture}, metadata=header.texts,
+        key_order=tuple(t.name for t in header.tensors),
+    )  # fmt: skip
 
 
-def _architecture(header: GgufFile, path: Any) -> bool:
-    """Whether rows of q and k are paired."""
+def _architecture(header: GgufFile, path: Path) -> str:
+    """The kind of model that it is for."""
     values = header.metadata
     if values.get("adapter.type") != "lora":
         raise MismatchError(
@@ -86,18 +83,14 @@ def _architecture(header: GgufFile, path: Any) -> bool:
             "LT-401", "aLoRA acts only after its invocation tokens: no change of the weights "
             "equals it", file=path, key="adapter.alora.invocation_tokens",
         )  # fmt: skip
-    architecture = str(values.get("general.architecture"))
-    if architecture not in _PAIRED:
+    architecture = str(values.get(ARCHITECTURE))
+    if architecture not in ARCHITECTURES:
         raise MismatchError(
             "LT-401", "GGUF adapters of this architecture are not read", file=path,
-            key="general.architecture", got=architecture, expected=", ".join(_PAIRED),
+            key=ARCHITECTURE, got=architecture, expected=", ".join(ARCHITECTURES),
             hint="use the PEFT adapter that it was converted from",
         )  # fmt: skip
-    return _PAIRED[architecture]
-
-
-def _texts(values: Mapping[str, Any]) -> dict[str, str]:
-    return {key: value for key, value in values.items() if isinstance(value, str)}
+    return architecture
 
 
 def _pairs(header: GgufFile) -> dict[str, dict[str, TensorRef]]:
@@ -109,26 +102,22 @@ def _pairs(header: GgufFile) -> dict[str, dict[str, TensorRef]]:
                 "LT-415", "tensors of an unknown kind", file=ref.path, key=ref.name,
                 expected="names that end in .weight.lora_a or .weight.lora_b",
             )  # fmt: skip
-        role = "lora_A" if match["leaf"] == "lora_a" else "lora_B"
-        found.setdefault(match["tensor"], {})[role] = ref
+        found.setdefault(match["tensor"], {})[LEAVES[match["leaf"]]] = ref
     return found
 
 
 def _specs(
-    tensor: str, pair: Mapping[str, TensorRef], alpha: float, is_paired: bool
+    tensor: str, pair: Mapping[str, TensorRef], alpha: float, architecture: str
 ) -> list[DeltaSpec]:
-    block = _BLOCK.fullmatch(tensor)
-    leaf = block["rest"] if block else ""
-    if leaf in _EXPERTS and block is not None:
-        return _experts(f"model.layers.{block['number']}.mlp", leaf, pair, alpha)
-    inner = _IN_LAYER.get(leaf)
-    module = f"model.layers.{block['number']}.{inner}" if block and inner else _MODULES.get(tensor)
-    if module is None:
+    module = living_module(architecture, tensor)
+    if not module:
         first = next(iter(pair.values()))
         raise MismatchError(
             "LT-415", "tensors of an unknown kind", file=first.path, key=first.name,
-            expected="projections of attention and MLP, embeddings, output",
+            expected=f"projections, embeddings or output of {architecture}",
         )  # fmt: skip
+    if EXPERT in module:
+        return _experts(module, pair, alpha)
     fields: dict[str, Any] = dict(pair)
     is_table = tensor == "token_embd"
     if is_table and "lora_A" in fields and len(fields["lora_A"].shape) == 2:
@@ -136,8 +125,8 @@ def _specs(
     spec = _scaled(product_spec(module, fields, None), alpha)
     if is_table:
         return [replace(spec, layout="embedding")]
-    if is_paired and leaf in ("attn_q", "attn_k"):
-        turned = {"lora_A": spec.fields["lora_A"], "paired_B": spec.fields["lora_B"]}
+    if ARCHITECTURES[architecture].is_paired and leaf_of(tensor) in HEADS:
+        turned = {"lora_A": spec.fields["lora_A"], PAIRED: spec.fields["lora_B"]}
         return [replace(spec, kind="paired", fields=turned)]
     return [spec]
 
@@ -147,7 +136,7 @@ def _scaled(spec: DeltaSpec, alpha: float) -> DeltaSpec:
     return replace(spec, alpha=alpha or spec.rank, scaling=alpha / spec.rank if alpha else 1.0)
 
 
-def _experts(mlp: str, leaf: str, pair: Mapping[str, TensorRef], alpha: float) -> list[DeltaSpec]:
+def _experts(module: str, pair: Mapping[str, TensorRef], alpha: float) -> list[DeltaSpec]:
     """One change for each expert of a stack (E, r, in), (E, out, r)."""
     for ref in pair.values():
         if len(ref.shape) != 3:
@@ -158,7 +147,7 @@ def _experts(mlp: str, leaf: str, pair: Mapping[str, TensorRef], alpha: float) -
     made = []
     for number in range(counts.pop()):
         fields = {role: _one(ref, number) for role, ref in pair.items()}
-        name = f"{mlp}.experts.{number}.{_EXPERTS[leaf]}"
+        name = module.replace(EXPERT, str(number))
         made.append(_scaled(product_spec(name, fields, None), alpha))
     return made
 
