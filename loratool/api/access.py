@@ -61,8 +61,10 @@ def access_of(asked: options.Access, *, in_place: bool = False) -> Access:
     return Access(asked.offline, asked.yes, rules, in_place=in_place)
 
 
-def check_files(csv: str | Path | None, plot: str | Path | None) -> None:
-    """Refuse a table or a picture that cannot be written, before the work.
+def check_files(
+    csv: str | Path | None, plot: str | Path | None, html: str | Path | None = None
+) -> None:
+    """Refuse a table, a picture or a page that cannot be written, before the work.
 
     Raises:
         UsageError: LT-249, no picture can be drawn.
@@ -71,4 +73,4 @@ def check_files(csv: str | Path | None, plot: str | Path | None) -> None:
     """
     if plot is not None:
         check_chart(Path(plot))
-    check_new_files([Path(p) for p in (csv, plot) if p is not None])
+    check_new_files([Path(p) for p in (csv, plot, html) if p is not None])

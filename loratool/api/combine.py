@@ -11,6 +11,7 @@ from loratool.adapter import Adapter
 from loratool.api.combine_report import CombineJob, How
 from loratool.api.common import Limits, content_label, parse_dtype
 from loratool.api.detach import Detached, detach
+from loratool.api.page import check_page, with_page
 from loratool.api.session import Session, base_row
 from loratool.api.sums import assemble_sum, run_sum
 from loratool.api.translating import alike
@@ -62,6 +63,11 @@ def run_combine(asked: Combine, *, minus: bool = False) -> CombineReport:
         asked: what is combined, and how.
         minus: the first adapter less the others.
     """
+    check_page(asked.html)
+    return with_page(_combine(asked, minus), asked.html)
+
+
+def _combine(asked: Combine, minus: bool) -> CombineReport:
     session = Session.begin("subtract" if minus else "merge adapters", asked,
                             in_place=asked.dry_run)  # fmt: skip
     how = _how(asked)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from loratool.adapter import Adapter
 from loratool.api.access import access_of, check_files
 from loratool.api.common import Limits
+from loratool.api.page import with_page
 from loratool.dtypes import DTYPES
 from loratool.errors import UsageError
 from loratool.ops.compare import (
@@ -62,7 +63,7 @@ def compare(asked: Compare) -> CompareReport:
             "LT-284", "compare takes two adapters or more", got=" ".join(map(str, asked.adapters)),
             hint="loratool inspect looks at one",
         )  # fmt: skip
-    check_files(asked.csv, asked.plot)
+    check_files(asked.csv, asked.plot, asked.html)
     access = access_of(asked, in_place=True)
     read = asked.take(Read)
     found = [open_one(str(text), read=read, access=access) for text in asked.adapters]
@@ -81,7 +82,7 @@ def compare(asked: Compare) -> CompareReport:
         reader.check_unchanged()
     report_on = _compare_two if len(opened) == 2 else _compare_many
     report = report_on(opened, labels, aligned, results, started)
-    return _with_files(report, asked.plot, asked.csv)
+    return _with_files(with_page(report, asked.html), asked)
 
 
 def _compare_two(
@@ -231,20 +232,18 @@ def _compare_many(
     )
 
 
-def _with_files(
-    report: CompareReport, plot: str | Path | None, csv: str | Path | None
-) -> CompareReport:
+def _with_files(report: CompareReport, asked: Compare) -> CompareReport:
     from dataclasses import replace
 
     from loratool.report.compare_chart import draw_comparison
     from loratool.report.csvfile import comparison_table
 
-    files = []
-    if csv is not None:
-        files.append(write_new_file(Path(csv), comparison_table(report)))
-    if plot is not None:
-        picture = draw_comparison(report, Path(plot).suffix)
-        files.append(write_new_file(Path(plot), picture))
+    files = [] if asked.html is None else [str(asked.html)]
+    if asked.csv is not None:
+        files.append(write_new_file(Path(asked.csv), comparison_table(report)))
+    if asked.plot is not None:
+        picture = draw_comparison(report, Path(asked.plot).suffix)
+        files.append(write_new_file(Path(asked.plot), picture))
     return replace(report, files=tuple(files))
 
 

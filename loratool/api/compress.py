@@ -13,6 +13,7 @@ from loratool.api.common import Limits, Resources, content_label, plan_resources
 from loratool.api.compress_ranks import choose_ranks
 from loratool.api.compress_report import CompressJob, Made, compressed
 from loratool.api.detach import Detached, detach
+from loratool.api.page import check_page, with_page
 from loratool.api.session import Session, run_plan
 from loratool.dialects import write_adapter_files
 from loratool.ops.compress import CompressPlan, names_of, plan_compress, rebuild
@@ -51,6 +52,11 @@ def compress(asked: Compress) -> CompressReport:
         >>> lt.compress("style", output="small", rank=4).adapters[0].modules[0].rank
         4
     """
+    check_page(asked.html)
+    return with_page(_run(asked), asked.html)
+
+
+def _run(asked: Compress) -> CompressReport:
     limit = parse_size(asked.size)
     rule = rank_rule(
         rank=asked.rank, energy=asked.energy, error=asked.error, sv_ratio=asked.sv_ratio,

@@ -12,6 +12,7 @@ from loratool.api.access import access_of, parse_size
 from loratool.api.common import Limits, Resources, plan_resources, run_id
 from loratool.api.extract_assembly import Assembly
 from loratool.api.extract_report import planned_report, written_report
+from loratool.api.page import check_page, with_page
 from loratool.api.session import base_row, run_plan
 from loratool.api.side_file import may_replace
 from loratool.dialects import DEFAULT, open_adapter
@@ -60,6 +61,11 @@ def extract(asked: Extract) -> ExtractReport:
         >>> lt.extract("tuned", base="base", output="lora", rank=4).rank
         4
     """
+    check_page(asked.html)
+    return with_page(_extract(asked), asked.html)
+
+
+def _extract(asked: Extract) -> ExtractReport:
     started = time.monotonic()
     job = _prepare(asked)
     resources = plan_resources(job.plan.plan, asked.take(Run), sample=asked.dry_run)

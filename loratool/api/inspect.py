@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loratool.api.access import access_of, check_files
+from loratool.api.page import with_page
 from loratool.errors import UsageError
 from loratool.ops.access import locate
 from loratool.options.calls import takes
@@ -49,31 +50,39 @@ def inspect(asked: Inspect) -> InspectReport:
     """
     from loratool.ops.summary import summarize
 
-    check_files(asked.csv, asked.plot)
+    check_files(asked.csv, asked.plot, asked.html)
     # Of a base most weights are read: that is a download, which is asked for.
     access = access_of(asked)
     source = str(asked.source)
     resolved = locate(source, kind="any", access=replace(access, in_place=True))
     report = summarize(
-        resolved.path, tensors=asked.tensors, alpha=asked.alpha, source=source,
-        label=resolved.label, max_header=access.rules.max_header,
+        resolved.path, tensors=asked.tensors or asked.html is not None, alpha=asked.alpha,
+        source=source, label=resolved.label, max_header=access.rules.max_header,
     )  # fmt: skip
     if resolved.note is not None:
         report = replace(report, notes=(resolved.note, *report.notes))
     if report.what == "folder":
-        return _of_folder(report, resolved.path, asked)
+        report = _of_folder(report, resolved.path, asked)
+    else:
+        report = _of_one(report, resolved.path, asked, access)
+    report = with_page(report, asked.html)
+    return report if asked.tensors else replace(report, tensors=())
+
+
+def _of_one(report: InspectReport, path: Path, asked: Inspect, access: Access) -> InspectReport:
+    """What was asked for beside the headers."""
     if asked.duplicates:
-        raise UsageError("LT-208", "--duplicates is for a folder", file=resolved.path,
+        raise UsageError("LT-208", "--duplicates is for a folder", file=path,
                          got=f"a {report.what}")  # fmt: skip
     if asked.checksum:
-        report = _with_checksum(report, resolved.path, access)
+        report = _with_checksum(report, path, access)
     if asked.risk:
-        report = _with_risk(report, resolved.path, asked, access)
+        report = _with_risk(report, path, asked, access)
     has_table = asked.csv is not None and asked.base is None
     if asked.spectrum or has_table or asked.plot is not None:
-        report = _with_spectrum(report, resolved.path, asked, access)
+        report = _with_spectrum(report, path, asked, access)
     if asked.base is not None:
-        report = _with_base(report, resolved.path, asked, access)
+        report = _with_base(report, path, asked, access)
     return report
 
 

@@ -23,6 +23,7 @@ from loratool.api.least_time import least_time
 from loratool.api.merge_job import MergeJob, MergeRequest, Operation, prepare_merge
 from loratool.api.merge_report import merge_report, plain_result
 from loratool.api.open_residual import check_partner, open_residual
+from loratool.api.page import check_page, with_page
 from loratool.api.session import run_plan
 from loratool.api.undo import UndoJob, plan_undo, write_undo
 from loratool.engine.grid import CPU_ELEMENTS
@@ -66,7 +67,8 @@ def merge(asked: Merge) -> MergeReport | CombineReport:
         14
     """
     if check_into(asked.into, has_base=asked.base is not None) == "base":
-        return run_merge(asked)
+        check_page(asked.html)
+        return with_page(run_merge(asked), asked.html)
     report = run_combine(Combine(**combine_options(vars(asked))))
     return replace(report, notes=(*report.notes, _NO_BASE))
 

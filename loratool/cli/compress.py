@@ -60,6 +60,7 @@ def command(adapters: tuple[str, ...], output: str, **options: Any) -> None:
         report = lt.compress(adapters, output=output, progress=progress, **options)
     result = [] if report.dry_run else [safe(one.output) for one in report.adapters]
     voice.show(report, render(report, voice), result=[*warning_lines(report.warnings), *result])
+    voice.wrote_page(options["html"])
 
 
 def render(report: CompressReport, voice: Voice) -> Iterator[str]:

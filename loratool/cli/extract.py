@@ -66,6 +66,7 @@ def command(tuned: str, base: str, output: str, **options: Any) -> None:
         render(report, voice, merge),
         result=[*warning_lines(report.warnings), *result],
     )
+    voice.wrote_page(options["html"])
 
 
 def _criteria(options: dict[str, Any]) -> str:

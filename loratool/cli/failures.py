@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 
-from loratool.cli.group import COMMANDS, LATER_OPTIONS
+from loratool.cli.group import COMMANDS
 from loratool.cli.render import dump_json, safe
 from loratool.cli.signals import Caught, Terminated
 from loratool.errors import AlreadyMadeError, DiskError, LoratoolError, UsageError
@@ -103,9 +103,7 @@ def _usage_error(error: Any) -> LoratoolError:
     path = ctx.command_path if ctx is not None else "loratool"
     what = error.format_message().strip().rstrip(".")
     name = getattr(error, "option_name", "") or ""
-    if name in LATER_OPTIONS:
-        what = f"{path} has no {name} in this version"
-    elif close := difflib.get_close_matches(name, getattr(error, "possibilities", None) or (), n=1):
+    if close := difflib.get_close_matches(name, getattr(error, "possibilities", None) or (), n=1):
         return UsageError("LT-204", f"no option {name}", hint=f"did you mean {close[0]}?")
     return UsageError("LT-204", what[:1].lower() + what[1:], hint=f"{path} --help")
 

@@ -53,9 +53,6 @@ SYNONYMS = {
 }
 """What people type by instinct -> what it is called here."""
 
-LATER_OPTIONS = frozenset(("--html",))
-"""Options of the plan; a command that does not know one says "not in this version"."""
-
 EXAMPLES = (
     "loratool inspect ./style                                 # no torch, no download",
     "loratool merge ./style --base ./model -o ./merged        # into the model",

@@ -48,6 +48,7 @@ NOTHING_READABLE = 4
     examples=(
         "loratool inspect ./style",
         "loratool inspect loras/              # one row per file",
+        "loratool inspect loras/ --html loras.html        # a gallery for the browser",
         "loratool inspect ./style --tensors",
         "loratool inspect ./style --risk --base ./model   # statistics, intruder dimensions",
         "loratool inspect ./style --spectrum --plot style.png",
@@ -66,9 +67,12 @@ def command(sources: tuple[str, ...], **options: Any) -> int:
     folder can be read.
     """
     voice = Voice.take(options)
+    from loratool.api.page import check_page, with_page
+
     if len(sources) == 1:
         report = lt.inspect(sources[0], **options)
         voice.show(report, render(report, voice))
+        voice.wrote_page(options["html"])
         return NOTHING_READABLE if report.rows and all(r.error for r in report.rows) else 0
     if options["risk"]:
         raise UsageError("LT-289", "--risk looks at one adapter", got=f"{len(sources)} sources")
@@ -76,8 +80,11 @@ def command(sources: tuple[str, ...], **options: Any) -> int:
         raise UsageError(
             "LT-208", "a spectrum is that of one adapter", got=f"{len(sources)} sources"
         )
+    check_page(options["html"])
     report, code = _inspect_each(sources, options)
+    with_page(report, options["html"])
     voice.show(report, render(report, voice))
+    voice.wrote_page(options["html"])
     return code
 
 
@@ -89,7 +96,8 @@ def _inspect_each(sources: Sequence[str], options: Mapping[str, Any]) -> tuple[I
     code = 0
     for source in sources:
         try:
-            one = lt.inspect(source, **{**options, "tensors": False, "risk": False, "base": None})
+            each = {**options, "tensors": False, "risk": False, "base": None, "html": None}
+            one = lt.inspect(source, **each)
         except LoratoolError as error:
             rows.append(FolderRow(source, error=error.to_json()))
             code = code or error.exit_code

@@ -81,6 +81,7 @@ def command(adapters: tuple[str, ...], base: str | None, output: str, **options:
         render(report, voice, check),
         result=[*warning_lines(report.warnings), *result],
     )
+    voice.wrote_page(options["html"])
 
 
 def _with_each_other(
@@ -101,6 +102,7 @@ def _with_each_other(
     result = [] if report.dry_run else [safe(report.output)]
     voice.show(report, combine.render(report, voice),
                result=[*warning_lines(report.warnings), *result])  # fmt: skip
+    voice.wrote_page(options["html"])
 
 
 def headline(

@@ -39,6 +39,11 @@ class Voice:
         if not (self.quiet or self.as_json):
             click.secho(text, bold=True)
 
+    def wrote_page(self, file: str | None) -> None:
+        """Say where a page is, if one was asked for."""
+        if file is not None and not (self.quiet or self.as_json):
+            click.echo(line("page", safe(file), tone="good"))
+
     def show(
         self, report: Report, lines: Iterable[str], *, result: Sequence[str] | None = None
     ) -> None:

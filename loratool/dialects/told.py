@@ -16,6 +16,7 @@ from loratool.report.told import Told
 
 Metadata = Mapping[str, str]
 _MOST_TAGS = 8
+_THUMBNAIL, _COVERS = f"{SPEC}thumbnail", "ssmd_cover_images"
 _AS_ZERO = str.maketrans("123456789", "0" * 9)
 _MUSUBI = re.compile(
     r"hunyuan_video|hv|wan|framepack|flux_kontext|flux_2|qwen_image|kandinsky5|z_image|hidream_o1"
@@ -85,8 +86,16 @@ def tell(metadata: Metadata, card: str = "") -> Told:
         comment=_first(metadata, "ss_training_comment"),
         frequent=_frequent(metadata.get("ss_tag_frequency", "")),
         training=tuple(_training(metadata)),
-        has_thumbnail=any(key in metadata for key in (f"{SPEC}thumbnail", "ssmd_cover_images")),
+        has_thumbnail=any(key in metadata for key in (_THUMBNAIL, _COVERS)),
     )  # fmt: skip
+
+
+def cover(metadata: Metadata) -> str:
+    """The picture in the metadata as it is written, a data URI or base64; "" if there is none."""
+    if _THUMBNAIL in metadata:
+        return metadata[_THUMBNAIL]
+    covers = _parsed(metadata.get(_COVERS, ""))
+    return covers[0] if isinstance(covers, list) and covers and isinstance(covers[0], str) else ""
 
 
 def _trainer(metadata: Metadata) -> str:

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 from loratool.errors import UsageError, list_some
 from loratool.options.words import Option, Options, alternatives, options_of
 
-_WRITTEN = ("output", "save_undo", "save_residual", "csv", "plot")
+_WRITTEN = ("output", "save_undo", "save_residual", "csv", "plot", "html")
 _MINE = {"dry_run", "offline", "yes"}  # of `run` itself
 Commands = Mapping[str, type[Options]]
 

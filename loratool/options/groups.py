@@ -159,6 +159,15 @@ class Round(Options):
     )] = None  # fmt: skip
 
 
+class Shown(Options):
+    """What is to be looked at, not read."""
+
+    html: Annotated[Place | None, Words(
+        "Also as a page for a browser, in one new file without a network: tables to sort, heat "
+        "maps, verdicts; of a folder a gallery.", "Output", metavar="FILE.html",
+    )] = None  # fmt: skip
+
+
 class Write(Options):
     """What every command that writes takes."""
 

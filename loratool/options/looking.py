@@ -11,13 +11,14 @@ from loratool.options.groups import (
     Crew,
     Place,
     Read,
+    Shown,
     Workers,
     Write,
 )
 from loratool.options.words import Words
 
 
-class Inspect(Crew, Access, AlphaOnly, kw_only=False):
+class Inspect(Shown, Crew, Access, AlphaOnly, kw_only=False):
     """What a source holds."""
 
     source: Annotated[Place, Words("path or Hub reference.")]
@@ -52,7 +53,7 @@ class Inspect(Crew, Access, AlphaOnly, kw_only=False):
     device: Annotated[str, Words("``auto``, ``cpu`` or ``cuda[:n]``, for ``base``.")] = "auto"
 
 
-class Compare(Crew, AlphaOnly, Access, kw_only=False):
+class Compare(Shown, Crew, AlphaOnly, Access, kw_only=False):
     """How alike adapters are."""
 
     adapters: Annotated[Sequence[Place], Words("two or more paths or Hub references.")]

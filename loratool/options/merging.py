@@ -24,6 +24,7 @@ from loratool.options.groups import (
     Rerun,
     Round,
     Run,
+    Shown,
     Size,
     Write,
 )
@@ -49,7 +50,7 @@ class Method(Options):
     )] = None  # fmt: skip
 
 
-class Combine(Mix, Method, Write, Read, Crew, Access, kw_only=False):
+class Combine(Mix, Method, Write, Shown, Read, Crew, Access, kw_only=False):
     """Adapters with each other."""
 
     adapters: Many
@@ -80,7 +81,19 @@ class Carry(Options):
 
 
 class Merge(
-    Mix, Method, Round, Codes, Carry, Write, Names, Run, Access, Nonfinite, Rerun, kw_only=False
+    Mix,
+    Method,
+    Round,
+    Codes,
+    Carry,
+    Write,
+    Shown,
+    Names,
+    Run,
+    Access,
+    Nonfinite,
+    Rerun,
+    kw_only=False,
 ):
     """Adapters into base weights; without a base with each other."""
 

@@ -18,6 +18,7 @@ from loratool.options.groups import (
     RelativeError,
     Rename,
     Run,
+    Shown,
     Size,
     Workers,
     Write,
@@ -25,7 +26,7 @@ from loratool.options.groups import (
 from loratool.options.words import Options, Words
 
 
-class Compress(Write, Crew, Access, Read, kw_only=False):
+class Compress(Write, Shown, Crew, Access, Read, kw_only=False):
     """Fewer ranks for adapters."""
 
     adapters: Annotated[Place | Sequence[Place], Words(
@@ -75,7 +76,7 @@ class Details(Options):
     )] = False  # fmt: skip
 
 
-class Extract(Write, Run, Access, Details, kw_only=False):
+class Extract(Write, Shown, Run, Access, Details, kw_only=False):
     """A low-rank adapter of a full fine-tune."""
 
     tuned: Annotated[Place, Words("the fine-tuned checkpoint.")]

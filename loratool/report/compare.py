@@ -127,7 +127,7 @@ class CompareReport(Report):
         sign_conflict: two: over all elements counted.
         sampled: two: elements counted.
         elements: two: elements of the shared modules.
-        files: plot and table written.
+        files: plot, table and page written.
         seconds: wall time.
         warnings: what the user should not overlook.
         notes: what is good to know.

@@ -41,6 +41,7 @@ LOOKS = (["inspect", "ADAPTER"], ["inspect", "ADAPTER", "--json"], ["inspect", "
          ["inspect", "GGUF"],
          ["check", "ADAPTER", "--for", "vllm"],
          ["check", "IMAGE", "--for", "diffusers", "--json"])  # fmt: skip
+PAGES = (["inspect", "FOLDER", "--html", "PAGE"], ["inspect", "ADAPTER", "--html", "PAGE"])
 COPIES = (["convert", "ADAPTER", "--to", "kohya", "--base", "BASE", "-o", "OUT"],
           ["convert", "ADAPTER", "--to", "gguf", "--base", "BASE", "-o", "GGUF_OUT"],
           ["convert", "ADAPTER", "--to", "peft", "-o", "FOLDER_OUT"])  # fmt: skip
@@ -57,6 +58,7 @@ def loaded(command: list[str], data: Path, out: Path) -> list[str]:
         "IMAGE": data / "diffusion" / "qwen_image_musubi" / "adapter.safetensors",
         "OUT": out / "out.safetensors",
         "GGUF_OUT": out / "out.gguf",
+        "PAGE": out / "page.html",
         "FOLDER_OUT": out / "out",
     }  # fmt: skip
     done = subprocess.run(
@@ -67,10 +69,11 @@ def loaded(command: list[str], data: Path, out: Path) -> list[str]:
     return done.stderr.split("\n")
 
 
-@pytest.mark.parametrize("command", [*HELP, *LOOKS, *COPIES], ids=" ".join)
+@pytest.mark.parametrize("command", [*HELP, *LOOKS, *PAGES, *COPIES], ids=" ".join)
 def test_nothing_heavy_is_imported(command: list[str], data: Path, tmp_path: Path) -> None:
     modules = loaded(command, data, tmp_path)
     assert not {name.partition(".")[0] for name in modules}.intersection(HEAVY)
     if command not in COPIES:
         assert [name for name in modules if name.startswith(FOR_OTHERS)] == []
+    if command not in (*COPIES, *PAGES):
         assert len(modules) <= (MOST_OF_HELP if command in HELP else MOST), "start-up got heavier"

@@ -21,6 +21,7 @@ COMMANDS = {
     "compare plot": "compare style sql --plot FILE.png",
     "spectrum csv": "inspect style --csv FILE.csv",
     "spectrum plot": "inspect style --plot FILE.svg",
+    "page": "inspect style --html FILE.html",
     "look csv": "inspect style --base base --csv FILE.csv",
 }
 

@@ -17,7 +17,7 @@ import pytest
 import loratool as lt
 from loratool import __version__, cli
 from loratool.cli import signals
-from loratool.cli.group import COMMANDS, LATER, LATER_OPTIONS, MODULES, SYNONYMS
+from loratool.cli.group import COMMANDS, LATER, SYNONYMS
 from loratool.errors import NumericError
 
 from .conftest import Run
@@ -78,23 +78,6 @@ def test_hostile_words_are_escaped(run: Run) -> None:
     found = run("\x1b[31m\u202e")
     assert found.code == 2 and "\x1b[31m\u202e" not in found.err and "\\x1b[31m\\u202e" in found.err
     assert run("x" * 5000).code == 2
-
-
-def test_later_options_say_so(run: Run) -> None:
-    found = run("inspect", "a", "--html", "x")
-    assert found.code == 2 and "no --html in this version" in found.err
-
-
-def test_options_of_this_version_are_not_called_later() -> None:
-    from importlib import import_module
-
-    known = {
-        (name, word)
-        for name in COMMANDS
-        for param in import_module(f"loratool.cli.{MODULES.get(name, name)}").command.params
-        for word in param.opts
-    }
-    assert not {w for _, w in known} & LATER_OPTIONS
 
 
 def test_mistyped_option(run: Run) -> None:

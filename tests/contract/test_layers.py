@@ -40,7 +40,7 @@ LAYERS = (
     {"dialects", "archs"},
     {"engine"},
     {"bind"},
-    {"ops"},
+    {"ops", "pages"},
     {"api"},
     {"cli", "__main__"},
 )

@@ -135,7 +135,8 @@ def _is_converted(look: Look) -> bool:
     )  # fmt: skip
 
 
-def _has_both(look: Look, _: Group) -> bool:
+@once
+def _has_both(look: Look) -> bool:
     spellings = {g.uses_letters for g in look.groups if g.kind == "lora"}
     return len(spellings) == 2 and (_is_converted(look) or has_prefix(look, "diffusion_model."))
 
@@ -238,8 +239,8 @@ _OTHERS = (
          prefix=r"diffusion_model\.|lora_unet_"), "modules outside of the layers",
          "their names are not mapped", _CODE, is_mended=True),
     Rule("two-spellings", RAISES, where(family=(WAN, QWEN, Z_IMAGE), kind=("lora",),
-         on=_has_both), "lora_A beside lora_down", "its converter takes one of both spellings",
-         _CODE, is_mended=True),
+         on=lambda look, _: _has_both(look)), "lora_A beside lora_down",
+         "its converter takes one of both spellings", _CODE, is_mended=True),
     Rule("doubled-prefix", DROPPED, where(family=(QWEN, Z_IMAGE), on=_is_doubled),
          "transformer. beside alpha", "the converter puts transformer. before it once more", _CODE,
          is_mended=True),

@@ -1,0 +1,36 @@
+"""The page of a report: ``--html``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TypeVar
+
+from loratool.report.base import Report
+from loratool.store.new_file import check_new_files, write_new_file
+
+R = TypeVar("R", bound=Report)
+
+
+def check_page(file: str | Path | None) -> None:
+    """Refuse a page that cannot be written, before the work.
+
+    Raises:
+        OutputError: LT-508, a name that is taken.
+        DiskError: LT-602, no folder.
+    """
+    if file is not None:
+        check_new_files([Path(file)])
+
+
+def with_page(report: R, file: str | Path | None) -> R:
+    """The report, its page written into a new file if there is to be one, whole or not at all.
+
+    Raises:
+        OutputError: LT-508, something took the name meanwhile.
+        DiskError: the system refuses.
+    """
+    if file is not None:
+        from loratool.pages.page import page_of
+
+        write_new_file(Path(file), page_of(report))
+    return report

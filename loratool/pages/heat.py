@@ -1,0 +1,153 @@
+"""Heat maps: modules by layer and by what they are called."""
+
+from __future__ import annotations
+
+import math
+import re
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
+
+from loratool.pages.blocks import Heat, HeatCell
+
+LEVELS, SIDE = 10, 5
+"""Colours of a scale from 0, and of each side of one around 0."""
+MOST_ROWS, MOST_COLUMNS = 40, 160
+_NUMBER, _FLAT, _DOTTED = map(re.compile, (r"\d+", r"_\d+(_|$)", r"\.\d+(\.|$)"))
+
+Reduce = Callable[[Sequence[float]], float]
+
+
+def together(values: Sequence[float]) -> float:
+    """The norm of parts whose norms are given."""
+    return math.sqrt(math.fsum(v * v for v in values))
+
+
+class Place(NamedTuple):
+    """Where a module is: which blocks, which of them (None = no number), which row of it."""
+
+    group: str
+    layer: int | None
+    family: str
+
+
+def place_of(name: str) -> Place:
+    """The place that a module's name tells: its first number, and what follows the last one.
+
+    Names that have lost their dots are read as if their numbers still had them.
+
+    Example:
+        >>> place_of("model.layers.3.mlp.up_proj.weight")
+        Place(group='model.layers', layer=3, family='up_proj')
+        >>> place_of("down_blocks_1_attentions_0_attn1_to_out_0")
+        Place(group='down_blocks', layer=1, family='attn1_to_out')
+    """
+    name = name.removesuffix(".weight").removesuffix(".bias")
+    head, _, tail = name.rpartition(".")
+    is_flat = _FLAT.search(tail) is not None and _DOTTED.search(name) is None
+    mark = "_" if is_flat else "."
+    parts = (tail if is_flat else name).split(mark)
+    is_number = [_NUMBER.fullmatch(p) is not None for p in parts]
+    end = len(parts)
+    while end > 1 and is_number[end - 1]:
+        end -= 1
+    first = next((i for i in range(1, end) if is_number[i]), None)
+    last = max((i + 1 for i in range(end) if is_number[i]), default=0)
+    family = mark.join(parts[last if is_flat else end - 1 : end])
+    group = ".".join(filter(None, (head if is_flat else "", mark.join(parts[:first]))))
+    if first is None:
+        return Place(head if is_flat else "", None, family)
+    return Place(group, int(parts[first][:9]), family)
+
+
+def heat_of(
+    caption: str,
+    values: Iterable[tuple[str, float]],
+    form: str = ".3g",
+    *,
+    reduce: Reduce = together,
+    top: float | None = None,
+    is_two_sided: bool = False,
+) -> Heat | None:
+    """A heat map of (module, value) by layer and family; None if it would be a single column.
+
+    Args:
+        caption: what it shows.
+        values: NaN leaves a place empty.
+        form: of the numbers.
+        reduce: what becomes of several modules in one place.
+        top: where the scale ends; None = at the largest value.
+        is_two_sided: colours on both sides of 0.
+    """
+    cells: dict[tuple[str, tuple[str, int | None]], list[float]] = {}
+    for name, value in values:
+        if math.isfinite(value):
+            group, layer, family = place_of(name)
+            cells.setdefault((family, (group, layer)), []).append(value)
+    rows = list(dict.fromkeys(family for family, _ in cells))
+    groups = list(dict.fromkeys(group for _, (group, _) in cells))
+    columns = sorted({column for _, column in cells},
+                     key=lambda c: (groups.index(c[0]), -1 if c[1] is None else c[1]))  # fmt: skip
+    if len(columns) < 2:
+        return None
+    shown, columns = rows[:MOST_ROWS], columns[:MOST_COLUMNS]
+    found = {place: reduce(many) for place, many in cells.items()}
+    end = top if top is not None else max(map(abs, found.values()), default=0.0)
+    short = _short_names(groups)
+    return Heat(
+        caption + (f" ({len(rows) - len(shown)} more rows in the table)" if rows != shown else ""),
+        [(short[g], n) for g in groups if (n := sum(c[0] == g for c in columns))],
+        ["–" if layer is None else str(layer) for _, layer in columns],
+        [(family, [_cell(found.get((family, c)), end, form, is_two_sided) for c in columns])
+         for family in shown],
+        (_written(-end if is_two_sided else 0.0, form), _written(end, form)),
+        is_two_sided,
+    )  # fmt: skip
+
+
+def matrix(
+    caption: str,
+    names: tuple[Sequence[str], Sequence[str]],
+    values: Sequence[Sequence[float]],
+    form: str = ".2f",
+    *,
+    is_two_sided: bool = False,
+    has_text: bool = False,
+    is_half: bool = False,
+) -> Heat:
+    """A heat map of a matrix of values of at most 1; ``names`` of its rows and columns."""
+    rows, columns = names
+    return Heat(
+        caption, [("", len(columns))], columns,
+        [(name, [_cell(v, 1.0, form, is_two_sided) for v in row])
+         for name, row in zip(rows, values, strict=True)],
+        ("-1" if is_two_sided else "0", "+1" if is_two_sided else "1"), is_two_sided, has_text,
+        is_half,
+    )  # fmt: skip
+
+
+def _cell(value: float | None, end: float, form: str, is_two_sided: bool) -> HeatCell:
+    if value is None or math.isnan(value):
+        return HeatCell(None, "–")
+    part = value / end if end > 0 else 0.0
+    if is_two_sided:
+        level = SIDE + round(SIDE * max(-1.0, min(1.0, part)))
+    else:
+        level = min(LEVELS - 1, int(LEVELS * max(0.0, part)))
+    return HeatCell(level, _written(value, form))
+
+
+def _written(value: float, form: str) -> str:
+    """The number; what is written like zero has no sign."""
+    text = format(value, form)
+    return text if text.strip("+-0.%e") else format(0.0, form.replace("+", ""))
+
+
+def _short_names(groups: Sequence[str]) -> dict[str, str]:
+    """``layers`` for ``model.layers`` where no other group ends like it."""
+    last = {g: g.rpartition(".")[2] for g in groups}
+    ends = list(last.values())
+    return {g: last[g] if ends.count(last[g]) == 1 else g for g in groups}
+
+
+median: Reduce = statistics.median
