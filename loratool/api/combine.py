@@ -16,7 +16,7 @@ from loratool.api.session import Session, base_row
 from loratool.api.sums import assemble_sum, run_sum
 from loratool.api.translating import alike
 from loratool.dialects.metadata import joined
-from loratool.dialects.programs import Program, judge_loads
+from loratool.dialects.programs import judge_loads
 from loratool.dialects.rules import is_folder
 from loratool.errors import MismatchError, UsageError, list_some
 from loratool.methods import Method, find_method, parse_params
@@ -72,7 +72,8 @@ def _combine(asked: Combine, minus: bool) -> CombineReport:
                             in_place=asked.dry_run)  # fmt: skip
     how = _how(asked)
     opened = _open(asked, session, how, minus)
-    target = output_place(asked.output, opened[0].adapter.dialect)
+    form = session.form(opened[0].adapter)
+    target = output_place(asked.output, form)
     guard_output(target, [*(o.resolved.named for o in opened), asked.module_weights, asked.base])
     adapters = [o.adapter for o in opened]
     agree_to_read(compared_ranges(adapters), yes=asked.yes)
@@ -81,10 +82,11 @@ def _combine(asked: Combine, minus: bool) -> CombineReport:
         found = open_base(str(asked.base), adapters, session.access)
         detached = _detach(opened, found, how.method, session.limits)
     job = _plan(asked, session, how, opened, detached, minus)
+    for adapter in adapters if session.translates and detached is None else ():
+        session.check_form(adapter, form)
     if asked.dry_run:
         return job.report(None, 0, ())
-    check_output(target, is_folder=is_folder(opened[0].adapter.dialect), force=asked.force,
-                 series=asked.series)  # fmt: skip
+    check_output(target, is_folder=is_folder(form), force=asked.force, series=asked.series)
     return _make(asked, session, job)
 
 
@@ -145,9 +147,9 @@ def _plan(
         plan = replace(plan, dtype=detached.plan.dtype)
     if wanted := parse_dtype(asked.dtype):
         plan = replace(plan, dtype=wanted)
-    if session.program is not None:
+    if session.of_peft is not None:
         plan = replace(plan, is_even=True)
-        _check_program(session.program, plan, how.method, how.rank, adapters)
+        _check_program(session, plan, how, adapters)
     needs, kept = memory_needs(plan, how.method, how.rank)
     is_large = how.method.space in ("dense", "joint")
     memory = session.limits.plan(
@@ -160,7 +162,8 @@ def _plan(
 def _make(asked: Combine, session: Session, job: CombineJob) -> CombineReport:
     """Compute, bring into the program's form, write."""
     how, plan, opened, detached = job.how, job.plan, job.opened, job.detached
-    target = output_place(asked.output, opened[0].adapter.dialect)
+    form = session.form(opened[0].adapter)
+    target = output_place(asked.output, form)
     is_copy = how.method.name == "cat" and asked.dtype == "auto" and detached is None
     if is_copy and [o.weight for o in opened] == [Weight()]:
         adapter, summed = opened[0].adapter, None
@@ -177,7 +180,7 @@ def _make(asked: Combine, session: Session, job: CombineJob) -> CombineReport:
         )
         if detached is not None:
             adapter = detached.attach(adapter, session.limits)
-    fitted, files = session.fit(adapter)
+    fitted, files = session.fit(adapter, form)
     inputs = _inputs(opened)
     if detached is not None:
         inputs |= base_row(detached.base, inputs)
@@ -212,13 +215,13 @@ def _detach(
     return None if plan.is_idle else detach(plan, base, limits)
 
 
-def _check_program(
-    program: Program, plan: SumPlan, method: Method, rank: int | None, adapters: Sequence[Adapter]
-) -> None:
+def _check_program(session: Session, plan: SumPlan, how: How, adapters: Sequence[Adapter]) -> None:
     """Refuse, before any work, what the program would not load."""
-    for adapter in adapters:
+    program = session.of_peft
+    assert program is not None
+    for adapter in () if session.translates else adapters:
         check_fit(adapter, program)
-    ranks = [rank_of(m, method, rank) for m in plan.modules if not m.is_bias]
+    ranks = [rank_of(m, how.method, how.rank) for m in plan.modules if not m.is_bias]
     check_rank(max(ranks, default=0), program, adapters[0])
 
 

@@ -128,7 +128,8 @@ def _open(session: Session, texts: Sequence[str], base: str | Path | None) -> li
     found = session.open(texts, base)
     for one in found:
         session.check_place(one)
-        session.check(one)
+        if base is None or not session.translates:  # else it is another change that is written
+            session.check(one)
     opened = None
     if base is not None and not all(s.is_additive for o in found for s in o.adapter.specs):
         opened = open_base(str(base), [o.adapter for o in found], session.access)
@@ -137,7 +138,7 @@ def _open(session: Session, texts: Sequence[str], base: str | Path | None) -> li
         detached = None if opened is None else _detach(one.adapter, opened, session.limits)
         plain = one.adapter if detached is None else detached.adapters[0][0]
         plan = plan_compress(
-            plain, one_rank=session.program is not None, original=one.adapter,
+            plain, one_rank=session.of_peft is not None, original=one.adapter,
             turned=frozenset() if detached is None else detached.plan.turned,
         )  # fmt: skip
         jobs.append(CompressJob(one, plan, detached))
@@ -186,7 +187,7 @@ def _capped_by_noise(session: Session, job: CompressJob, base: str | Path) -> Co
 def _within(job: CompressJob, cut: _Cut) -> Made:
     """New factors in the form of a program; zeros that fill up ranks count for the limit too."""
     made = _compress(job, cut)
-    if cut.session.program is None:
+    if cut.session.program is None and not cut.session.translates:
         return made
     made, budget, limit = _fitted(job, made, cut.session), cut.limit, cut.limit
     while limit is not None and budget is not None and (over := file_bytes(made.files) - limit) > 0:
@@ -197,7 +198,8 @@ def _within(job: CompressJob, cut: _Cut) -> Made:
 
 
 def _fitted(job: CompressJob, made: Made, session: Session) -> Made:
-    fitted, files = session.fit(made.adapter, base_tensors=names_of(job.plan.adapter))
+    form, names = job.one.form, names_of(job.plan.adapter)
+    fitted, files = session.fit(made.adapter, form, base_tensors=names)
     is_unchanged = made.is_unchanged and fitted.adapter is job.source
     return replace(made, files=files, adapter=fitted.adapter, is_unchanged=is_unchanged,
                    notes=fitted.notes, warnings=fitted.warnings)  # fmt: skip

@@ -11,11 +11,11 @@ from typing import Any
 from loratool.adapter import Adapter, AdapterFiles, TensorRef
 from loratool.api.fitting import check_files, fit_for
 from loratool.api.session import Opened, Session, base_row
-from loratool.api.translating import carry_out, files_of, settled, threads_for
+from loratool.api.translating import carry_out, files_of, of_dialect, settled, threads_for
 from loratool.dialects import DEFAULT
 from loratool.dialects.base import Dialect
 from loratool.dialects.metadata import LENGTHS, edited, hashed, parse_edits
-from loratool.dialects.programs import OF_PEFT, PROGRAMS, Look, Program, judge_loads
+from loratool.dialects.programs import OF_PEFT, Look, Program, judge_loads
 from loratool.dialects.registry import home_of, writable
 from loratool.errors import UsageError
 from loratool.ops.convert import ConvertPlan, plan_convert
@@ -57,7 +57,7 @@ def convert(asked: Convert) -> ConvertReport:
         28
     """
     edits = _edits(asked)
-    session = Session.begin("convert", asked, in_place=asked.dry_run, programs=PROGRAMS)
+    session = Session.begin("convert", asked, in_place=asked.dry_run)
     program = session.program
     found = session.open([str(text) for text in asked.adapters], asked.base,
                          form=lambda adapter: _form(adapter, asked, program))  # fmt: skip
@@ -126,10 +126,12 @@ def _edits(asked: Convert) -> dict[str, str]:
 
 def _run(job: _Job, options: Mapping[str, Any]) -> ConvertedAdapter:
     made, session = carry_out(job.plan, job.session.limits), job.session
-    program = _of_peft(session.program, job.row)
-    fitted = fit_for(made.adapter, program, session.limits)
+    adapter, program = made.adapter, _of_peft(session.program, job.row)
+    if program is not None:
+        adapter = of_dialect(adapter, job.row.name)
+    fitted = fit_for(adapter, program, session.limits)
     files = hashed(_files(job, fitted.adapter))
-    check_files(files, made.adapter, program)
+    check_files(files, adapter, program)
     inputs = job.one.inputs()
     if job.base is not None:
         inputs |= base_row(job.base, inputs)

@@ -122,8 +122,9 @@ def _prepare(asked: Merge, operation: Operation) -> MergeJob:
         )
     check_codes(asked)
     how = combination_args(
-        asked.method, asked.params, rank=asked.rank, exact=asked.exact, program=asked.program
-    )
+        asked.method, asked.params, rank=asked.rank, exact=asked.exact,
+        form="--for" if asked.program else "--to" if asked.to else "",
+    )  # fmt: skip
     table = asked.module_weights
     rules = read_module_weights(Path(table), len(asked.adapters)) if table else ()
     target = Path(asked.output)

@@ -68,7 +68,8 @@ def rescale(asked: Rescale) -> RescaleReport:
     ]  # fmt: skip
     for job in jobs:
         session.limits.plan_steps(scale_steps(job.plan, dtype))
-        session.check(job.one)
+        if base is None or not session.translates:  # else it is another change that is written
+            session.check(job.one)
     if asked.dry_run:
         rows = [_row(job, None, 0, None) for job in jobs]
     else:
@@ -129,11 +130,11 @@ def _check_intruders(asked: Rescale) -> float | None:
     intruders = asked.intruders
     if intruders is None:
         return None
-    others = asked.only or asked.blocks or asked.dtype != "auto" or asked.program
+    others = asked.only or asked.blocks or asked.dtype != "auto" or asked.program or asked.to
     if asked.base is None or asked.factor != 1 or others:
         raise UsageError(
             "LT-294", "--intruders looks at the adapter as it was trained",
-            expected="FACTOR 1, --base BASE, no --only, --blocks, --dtype, --for",
+            expected="FACTOR 1, --base BASE, no --only, --blocks, --dtype, --to, --for",
         )  # fmt: skip
     if not 0 <= intruders <= 1:
         raise UsageError("LT-293", "--intruders out of range", expected="0 to 1", got=intruders)
@@ -146,6 +147,8 @@ def _run(job: _Job, options: Mapping[str, Any], weak: float | None) -> RescaledA
         return _mitigate(job, weak, options)
     if job.plan.how == "base":
         return _with_base(job, options)
+    if job.session.translates:
+        return _translate(job, options)
     if job.session.program is not None:
         return _fit(job, options)
     scaled = _scale(job)
@@ -158,10 +161,28 @@ def _fit(job: _Job, options: Mapping[str, Any]) -> RescaledAdapter:
     cast = _scale(replace(job, plan=replace(plan, baked={})))
     adapter = plan.adapter if cast is None else _with_tensors(plan.adapter, cast.tensors)
     specs = tuple(replace(s, scaling=s.scaling * plan.factors[s.name]) for s in adapter.specs)
-    fitted, files = job.session.fit(replace(adapter, specs=specs))
-    row = job.put(files, options, cast)
+    return _put_fitted(job, replace(adapter, specs=specs), options, cast)
+
+
+def _translate(job: _Job, options: Mapping[str, Any]) -> RescaledAdapter:
+    """In another dialect: what the plan puts into a configuration goes into scalings."""
+    plan, scaled = job.plan, _scale(job)
+    adapter = _with_tensors(plan.adapter, {} if scaled is None else scaled.tensors)
+    if plan.config != adapter.config:
+        specs = (replace(s, scaling=s.scaling * abs(plan.factors[s.name])) for s in adapter.specs)
+        adapter = replace(adapter, specs=tuple(specs))
+    return _put_fitted(job, adapter, options, scaled)
+
+
+def _put_fitted(
+    job: _Job, adapter: Adapter, options: Mapping[str, Any], scaled: ScaledTensors | None
+) -> RescaledAdapter:
+    """Write the result in its form."""
+    fitted, files = job.session.fit(adapter, job.one.form)
+    row = job.put(files, options, scaled)
+    lost = math.hypot(row.relative_error, fitted.relative_error)
     return replace(
-        row, how="form", relative_error=math.hypot(row.relative_error, fitted.relative_error),
+        row, how="dialect" if job.session.program is None else "form", relative_error=lost,
         notes=(*row.notes, *fitted.notes), warnings=(*row.warnings, *fitted.warnings),
         kept=tuple(r.name for r in fitted.adapter.replacements),
     )  # fmt: skip
@@ -175,10 +196,11 @@ def _with_base(job: _Job, options: Mapping[str, Any]) -> RescaledAdapter:
     detached = detach(plan_detach([(adapter, weight)], job.base.checkpoint), job.base, limits)
     plan = plan_sum(detached.adapters, verb="rescaled", base=detached.plan.replaced)
     plan = replace(plan, dtype=job.dtype or detached.plan.dtype,
-                   is_even=job.session.program is not None)  # fmt: skip
+                   is_even=job.session.of_peft is not None)  # fmt: skip
     needs, kept = memory_needs_of_sum(plan, find_method("cat"), None)
     summed = run_sum(plan, None, limits.run_by(limits.plan(needs, kept=kept).threads))
-    fitted, files = job.session.fit(detached.attach(assemble_sum(plan, summed, adapter), limits))
+    made = detached.attach(assemble_sum(plan, summed, adapter), limits)
+    fitted, files = job.session.fit(made, job.one.form)
     row = job.put(files, options, with_base=True)
     lost = share_of(math.fsum(m.error_square for m in summed.modules),
                     math.fsum(m.square for m in summed.modules))  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,8 +14,10 @@ from loratool.adapter import Adapter, AdapterFiles
 from loratool.api.access import access_of
 from loratool.api.common import Limits, Resources, content_label
 from loratool.api.fitting import Fitted, check_files, fit_for
-from loratool.dialects import open_adapter, write_adapter_files
-from loratool.dialects.programs import OF_PEFT, Program, find_program
+from loratool.api.translating import files_of, of_dialect, plan_translation, translate
+from loratool.dialects import DEFAULT, open_adapter, write_adapter_files
+from loratool.dialects.programs import OF_PEFT, Look, Program, find_program
+from loratool.dialects.registry import writable
 from loratool.dialects.rules import is_folder
 from loratool.errors import UsageError
 from loratool.ops.access import Access
@@ -106,6 +109,7 @@ class Session:
         access: how sources may be reached.
         limits: workers and memory.
         program: that the results are for; None = any.
+        to: dialect of the results; None = that of the inputs.
         started: when.
     """
 
@@ -116,6 +120,7 @@ class Session:
     access: Access
     limits: Limits
     program: Program | None = None
+    to: str | None = None
     started: float = field(default_factory=time.monotonic)
 
     @classmethod
@@ -125,15 +130,44 @@ class Session:
         asked: Combine | Compress | Convert | Rescale,
         *,
         in_place: bool = False,
-        programs: Sequence[Program] = OF_PEFT,
     ) -> Session:
-        """From the options of a command, which makes forms for these programs."""
-        program = getattr(asked, "program", None)
+        """From the options of a command.
+
+        Raises:
+            UsageError: LT-271, no such program; LT-282, no such dialect.
+        """
+        program, to = asked.program, asked.to
         return cls(
             command, asked.output, asked.take(groups.Write), asked.take(groups.Read),
             access_of(asked, in_place=in_place), Limits.of(asked),
-            None if program is None else find_program(program, programs),
+            None if program is None else find_program(program),
+            None if to is None else writable(to).name,
         )  # fmt: skip
+
+    @property
+    def of_peft(self) -> Program | None:
+        """The program, if it takes one rank and one α/r of all modules."""
+        return self.program if self.program in OF_PEFT else None
+
+    @property
+    def of_images(self) -> Program | None:
+        """The program, if it takes files as its loader reads them."""
+        return None if self.program in OF_PEFT else self.program
+
+    def _loader(self, form: str) -> Program | None:
+        """The program, if it takes files of a dialect as its loader reads them."""
+        return self.of_images if form == DEFAULT else self.program
+
+    @property
+    def translates(self) -> bool:
+        """True if results are brought into a dialect, not left in that of their inputs."""
+        return self.to is not None or self.of_images is not None
+
+    def form(self, adapter: Adapter) -> str:
+        """The dialect of a result: as asked for, as the program loads it best, or the input's."""
+        if self.to is not None or self.of_images is None:
+            return self.to or adapter.dialect
+        return self.of_images.home(Look.of(adapter)) or DEFAULT
 
     @property
     def seconds(self) -> float:
@@ -144,14 +178,14 @@ class Session:
         self,
         texts: Sequence[str],
         *others: str | Path | None,
-        form: Callable[[Adapter], str] = lambda adapter: adapter.dialect,
+        form: Callable[[Adapter], str] | None = None,
     ) -> list[Opened]:
         """Open every input and find every output its place, before any work is done.
 
         Args:
             texts: adapters as typed.
             others: what else is read.
-            form: dialect of the result of an input; that of the input itself if not given.
+            form: dialect of the result of an input; `form` if not given.
 
         Raises:
             UsageError: LT-221, no adapter.
@@ -160,7 +194,10 @@ class Session:
         if not texts:
             raise UsageError("LT-221", "no adapter given")
         found = [open_one(text, read=self.read, access=self.access) for text in texts]
-        names, forms = [name_of(one) for one, _ in found], [form(a) for _, a in found]
+        names, forms = (
+            [name_of(one) for one, _ in found],
+            [(form or self.form)(a) for _, a in found],
+        )
         targets = place_outputs(names, self.output, forms)
         guard = Guard([*others, *(one.named for one, _ in found)])
         for target in targets:
@@ -173,9 +210,19 @@ class Session:
         ]
 
     def check(self, one: Opened) -> None:
-        """Refuse, before any work, an adapter that the program could never hold."""
-        if self.program is not None:
-            check_fit(one.adapter, self.program)
+        """Refuse, before any work, an adapter that the program or the dialect could never hold."""
+        self.check_form(one.adapter, one.form)
+
+    def check_form(self, adapter: Adapter, form: str) -> None:
+        """The same of an adapter and the dialect of its result.
+
+        Raises:
+            MismatchError: LT-488, and of `loratool.ops.convert.plan_convert`.
+        """
+        if self.translates:
+            plan_translation(adapter, form, self.limits, self._loader(form))
+        elif self.program is not None:
+            check_fit(adapter, self.program)
 
     def check_place(self, one: Opened) -> None:
         """Refuse a place that is taken; one in a folder that is still to be made is free."""
@@ -198,17 +245,33 @@ class Session:
         if (count > 1 or is_batch(self.output)) and not self.write.dry_run:
             Path(self.output).mkdir(exist_ok=True)
 
-    def fit(self, adapter: Adapter, **how: Any) -> tuple[Fitted, AdapterFiles]:
+    def fit(self, adapter: Adapter, form: str, **how: Any) -> tuple[Fitted, AdapterFiles]:
         """An adapter in the form of the program, and its files, which that program loads.
 
         Args:
             adapter: as made.
+            form: dialect of the result.
             how: of `loratool.dialects.write_adapter_files`.
         """
+        if self.translates:
+            return self._translated(adapter, form)
         fitted = fit_for(adapter, self.program, self.limits)
         files = write_adapter_files(fitted.adapter, **how)
         check_files(files, adapter, self.program)
         return fitted, files
+
+    def _translated(self, adapter: Adapter, form: str) -> tuple[Fitted, AdapterFiles]:
+        """`fit`, in another dialect than that in which the adapter was made."""
+        made, fits = translate(adapter, form, self.limits, self._loader(form)), form == DEFAULT
+        brought = of_dialect(made.adapter, form) if fits and self.of_peft else made.adapter
+        fitted = fit_for(brought, self.of_peft, self.limits) if fits else Fitted(brought)
+        files = files_of(fitted.adapter, form, adapter.metadata)
+        check_files(files, brought, self.of_peft if fits else None)
+        said = [note for note in made.plan.notes if note not in adapter.notes]
+        return replace(
+            fitted, notes=(*said, *fitted.notes), warnings=(*made.plan.warnings, *fitted.warnings),
+            relative_error=math.hypot(made.relative_error, fitted.relative_error),
+        ), files  # fmt: skip
 
     def record(self, options: Mapping[str, Any], inputs: Mapping[str, Any]) -> dict[str, Any]:
         """The provenance of a result; empty if none is wanted."""

@@ -52,9 +52,9 @@ def subtract(asked: Subtract) -> SubtractReport | DifferenceReport:
     """
     if asked.merged is None:
         return _subtract_adapters(asked)
-    if asked.rank is not None or asked.dtype != "auto" or asked.program:
+    if asked.rank is not None or asked.dtype != "auto" or asked.program or asked.to:
         raise UsageError(
-            "LT-298", "--rank, --dtype and --for are for adapter − adapter, without --from"
+            "LT-298", "--rank, --dtype, --to and --for are for adapter − adapter, without --from"
         )  # fmt: skip
     if asked.undo is not None and (asked.base or asked.exact or asked.seed):
         raise UsageError("LT-251", "--undo is exact by itself, needs no base and keeps the shards")

@@ -42,14 +42,31 @@ class Translated:
     relative_error: float = 0.0
 
 
-def translate(adapter: Adapter, dialect: str, limits: Limits) -> Translated:
-    """Bring an adapter that a command made into a dialect.
+def translate(
+    adapter: Adapter, dialect: str, limits: Limits, program: Program | None = None
+) -> Translated:
+    """Bring an adapter that a command made into a dialect, as a program of images loads it.
 
     Raises:
-        MismatchError: of `loratool.ops.convert.plan_convert`.
+        MismatchError: of `loratool.ops.convert.plan_convert`, and of `settled`.
         DiskError: LT-605.
     """
-    return carry_out(plan_convert(adapter, dialect), limits)
+    return carry_out(plan_translation(adapter, dialect, limits, program), limits)
+
+
+def plan_translation(
+    adapter: Adapter, dialect: str, limits: Limits, program: Program | None = None
+) -> ConvertPlan:
+    """The plan of `translate`, which raises what that would."""
+    plan = plan_convert(adapter, dialect)
+    return plan if program is None else settled(plan, program, limits)
+
+
+def of_dialect(adapter: Adapter, dialect: str) -> Adapter:
+    """A translated adapter, as if it had been read in its new dialect."""
+    if adapter.dialect == dialect:
+        return adapter
+    return replace(adapter, dialect=dialect, config={}, key_order=())
 
 
 def alike(adapters: Sequence[Adapter], limits: Limits) -> list[Adapter]:

@@ -24,6 +24,7 @@ _HOW = {
     "alpha and sign": "size in lora_alpha, sign in lora_B: exact",
     "factors": "baked into lora_B",
     "form": "in the form that the program loads",
+    "dialect": "in the other dialect",
     "base": "with the base: replaced tensors, DoRA, PiSSA and their kin too",
     "intruders": "intruder dimensions weakened, rank kept",
 }

@@ -185,14 +185,16 @@ def combination_args(
     *,
     rank: int | str | None,
     exact: bool,
-    program: str | None = None,
+    form: str = "",
 ) -> dict[str, Any]:
     """What ``--method`` means for the steps of a merge into a base; empty for the plain sum.
+
+    ``form`` is a flag that was given for the form of an adapter.
 
     Raises:
         UsageError: LT-286, a method that makes an adapter, or an option that does.
     """
-    option = "--rank" if rank is not None else "--for" if program is not None else ""
+    option = "--rank" if rank is not None else form
     if option:
         raise UsageError(
             "LT-286", f"{option} is for merging adapters with each other",

@@ -13,6 +13,7 @@ from loratool.options.groups import (
     Crew,
     FactorType,
     FloatType,
+    Into,
     Mix,
     ModuleWeights,
     Names,
@@ -59,6 +60,7 @@ class Combine(Mix, Method, Write, Shown, Read, Crew, Access, kw_only=False):
     output: Annotated[Place, Words("Folder to create.", "Output", flags="-o, --output",
                                    metavar="OUT")]  # fmt: skip
     dtype: FactorType = "auto"
+    to: Into = None
     program: Program = None
     progress: OnProgress = None
 
@@ -77,6 +79,7 @@ class Carry(Options):
     save_undo: Annotated[Place | None, Words(
         "Also write what `subtract --undo` needs to restore every bit.", "Output", metavar="FILE",
     )] = None  # fmt: skip
+    to: Into = None
     program: Program = None
 
 
@@ -143,6 +146,7 @@ class Subtract(Mix, Round, Write, Names, Run, Access, Nonfinite, Rerun, kw_only=
         flags="-o, --output", metavar="OUT",
     )]  # fmt: skip
     dtype: FactorType = "auto"
+    to: Into = None
     program: Program = None
     chunk_bytes: ChunkBytes = None
 

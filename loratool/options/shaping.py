@@ -57,6 +57,7 @@ class Compress(Write, Shown, Crew, Access, Read, kw_only=False):
         "Folder to create; for many adapters the folder of theirs.", "Output",
         flags="-o, --output", metavar="OUT",
     )]  # fmt: skip
+    to: Into = None
     program: Program = None
     progress: OnProgress = None
 
@@ -176,4 +177,5 @@ class Rescale(Write, Workers, Read, Access, kw_only=False):
         flags="-o, --output", metavar="OUT",
     )]  # fmt: skip
     dtype: FactorType = "auto"
+    to: Into = None
     program: Program = None

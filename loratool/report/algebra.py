@@ -39,8 +39,8 @@ class RescaledAdapter:
         source: as named.
         output: what was (or would be) written.
         how: ``copied`` (factor 1), ``alpha`` (configuration only, tensors copied byte for
-            byte), ``factors`` (baked into lora_B), ``alpha and sign``, or
-            ``form`` (that of a program).
+            byte), ``factors`` (baked into lora_B), ``alpha and sign``, ``dialect`` (another one),
+            or ``form`` (that of a program).
         factors: factor -> modules.
         relative_error: ‖stored − exact‖ / ‖exact‖ over all modules.
         dtype: of the factors.
