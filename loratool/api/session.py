@@ -262,11 +262,12 @@ class Session:
 
     def _translated(self, adapter: Adapter, form: str) -> tuple[Fitted, AdapterFiles]:
         """`fit`, in another dialect than that in which the adapter was made."""
-        made, fits = translate(adapter, form, self.limits, self._loader(form)), form == DEFAULT
-        brought = of_dialect(made.adapter, form) if fits and self.of_peft else made.adapter
-        fitted = fit_for(brought, self.of_peft, self.limits) if fits else Fitted(brought)
+        made = translate(adapter, form, self.limits, self._loader(form))
+        program, fitted = self.of_peft if form == DEFAULT else None, Fitted(made.adapter)
+        if program is not None:
+            fitted = fit_for(of_dialect(made.adapter, form), program, self.limits)
         files = files_of(fitted.adapter, form, adapter.metadata)
-        check_files(files, brought, self.of_peft if fits else None)
+        check_files(files, adapter, program)
         said = [note for note in made.plan.notes if note not in adapter.notes]
         return replace(
             fitted, notes=(*said, *fitted.notes), warnings=(*made.plan.warnings, *fitted.warnings),
