@@ -17,6 +17,27 @@ for _name in ("SIGINT", "SIGHUP"):
         signal.signal(_number, lambda *_: None)
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """``thin(n)``: of a product of parameters every n-th diagonal is quick, the rest slow.
+
+    So each value of each parameter stays in the quick run, as long as another one has n values.
+    """
+    for item in items:
+        mark = item.get_closest_marker("thin")
+        if mark is not None and _diagonal(item) % mark.args[0]:
+            item.add_marker(pytest.mark.slow)
+
+
+def _diagonal(item: pytest.Item) -> int:
+    places = dict(item.callspec.indices)  # type: ignore[attr-defined]
+    for mark in item.iter_markers("parametrize"):
+        names = mark.args[0].split(",") if isinstance(mark.args[0], str) else mark.args[0]
+        for together in names[1:]:  # parameters that are given as one count once
+            places.pop(together.strip())
+    return sum(places.values())
+
+
 @pytest.fixture
 def data() -> Path:
     """Folder of the sample adapters."""

@@ -57,7 +57,8 @@ def rng() -> Iterator[random.Random]:
 def test_a_few_random_kills(tmp_path: Path, rng: random.Random) -> None:
     scene = make_scene("folder", tmp_path, "--pause", "0.005")
     longest = duration(scene)
-    assert sum(kill_at_random(scene, rng, longest) for _ in range(3)) > 0
+    # One may come too late, the more so on a machine that was busier a moment ago.
+    assert any(kill_at_random(scene, rng, longest) for _ in range(40))
 
 
 @pytest.mark.slow

@@ -208,50 +208,51 @@ def files_of(row: Row) -> tuple[str, ...]:
     return ADAPTER if row.folder == "style" else CHECKPOINT
 
 
+@pytest.mark.thin(3)
+@pytest.mark.parametrize("kind", OUT)
 @pytest.mark.parametrize("row", ROWS, ids=[r.name for r in ROWS])
-def test_links_out_are_refused(make: Callable[[], LinkWorld], row: Row) -> None:
-    for kind in OUT:
-        for name in files_of(row):
-            world = make()
-            plant(world, kind, world.root / "in" / row.folder, name)
-            found = world.call(row)
-            where = f"{kind} {name}: {found}"
-            assert found.code in ((9,) if name in row.noticed else (0, 9)), where
-            if found.code == 9:  # LT-930: a folder that is never published
-                assert "LT-904" in found.err or ("push" in row.name and "LT-930" in found.err), (
-                    where
-                )
-                assert world.leftovers() == [], where
-                assert not any(SECRET in text for text in told(world, found)), where
+def test_links_out_are_refused(make: Callable[[], LinkWorld], row: Row, kind: str) -> None:
+    for name in files_of(row):
+        world = make()
+        plant(world, kind, world.root / "in" / row.folder, name)
+        found = world.call(row)
+        where = f"{kind} {name}: {found}"
+        assert found.code in ((9,) if name in row.noticed else (0, 9)), where
+        if found.code == 9:  # LT-930: a folder that is never published
+            assert "LT-904" in found.err or ("push" in row.name and "LT-930" in found.err), where
+            assert world.leftovers() == [], where
+            assert not any(SECRET in text for text in told(world, found)), where
 
 
+@pytest.mark.thin(2)
+@pytest.mark.parametrize("kind", ODD)
 @pytest.mark.parametrize("row", ROWS, ids=[r.name for r in ROWS])
-def test_links_to_nothing(make: Callable[[], LinkWorld], row: Row) -> None:
-    for kind in ODD:
-        for name in files_of(row):
-            world = make()
-            plant(world, kind, world.root / "in" / row.folder, name)
-            found = world.call(row)
-            assert found.code in (0, 3, 4, 6, 9), f"{kind} {name}: {found}"
+def test_links_to_nothing(make: Callable[[], LinkWorld], row: Row, kind: str) -> None:
+    for name in files_of(row):
+        world = make()
+        plant(world, kind, world.root / "in" / row.folder, name)
+        found = world.call(row)
+        assert found.code in (0, 3, 4, 6, 9), f"{kind} {name}: {found}"
 
 
+@pytest.mark.thin(2)
+@pytest.mark.parametrize("kind", INSIDE)
 @pytest.mark.parametrize("row", ROWS, ids=[r.name for r in ROWS])
-def test_links_inside_are_followed(make: Callable[[], LinkWorld], row: Row) -> None:
+def test_links_inside_are_followed(make: Callable[[], LinkWorld], row: Row, kind: str) -> None:
     """And what is written holds no link."""
     plain = make().call(row)
-    for kind in INSIDE:
-        for name in files_of(row) if not kind.endswith("blob") else ("",):
-            world = make()
-            plant(world, kind, world.root / "in" / row.folder, name)
-            found = world.call(row)
-            where = f"{kind} {name}: {found}"
-            if row.name.startswith("push") and not kind.endswith("blob"):
-                assert found.code == 9 and "LT-930" in found.err, where  # the link's target
-            elif row.name == "verify-record" and kind.endswith("blob"):
-                assert found.code == 9 and "--adapter" in found.err, where  # the folder is a link
-            else:
-                assert found.code == plain.code, where
-            assert not any(p.is_symlink() for p in world.out.parent.rglob("*")), where
+    for name in files_of(row) if not kind.endswith("blob") else ("",):
+        world = make()
+        plant(world, kind, world.root / "in" / row.folder, name)
+        found = world.call(row)
+        where = f"{kind} {name}: {found}"
+        if row.name.startswith("push") and not kind.endswith("blob"):
+            assert found.code == 9 and "LT-930" in found.err, where  # the link's target
+        elif row.name == "verify-record" and kind.endswith("blob"):
+            assert found.code == 9 and "--adapter" in found.err, where  # the folder is a link
+        else:
+            assert found.code == plain.code, where
+        assert not any(p.is_symlink() for p in world.out.parent.rglob("*")), where
 
 
 def test_a_typed_link_stands_for_its_file(make: Callable[[], LinkWorld]) -> None:

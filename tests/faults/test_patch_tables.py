@@ -82,6 +82,7 @@ BOMBS = {
 }  # fmt: skip
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("name", BOMBS)
 @pytest.mark.parametrize("operation", READERS)
 def test_tables_that_want_memory(tmp_path: Path, operation: str, name: str) -> None:

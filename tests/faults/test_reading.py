@@ -314,6 +314,7 @@ print(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1
 """
 
 
+@pytest.mark.thin(2)
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("form", FORMS)
 def test_a_tokenizer_takes_bounded_memory(tmp_path: Path, form: str) -> None:

@@ -29,6 +29,7 @@ def pairs(stage: Stage, rng: random.Random, number: int) -> list[tuple[Fault, Fa
     return [(rng.choice(points), rng.choice(points)) for _ in range(number)]
 
 
+@pytest.mark.thin(2)
 def test_some_moments(stage: Stage, count: Count) -> None:
     rng = random.Random(stage.scene.name)
     points = stage.points()

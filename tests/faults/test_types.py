@@ -89,6 +89,7 @@ def answers(*commands: str) -> list[tuple[int | None, str]]:
     return found
 
 
+@pytest.mark.thin(3)
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("dtype", TYPES)
 def test_of_a_checkpoint(here: Path, dtype: str, name: str) -> None:

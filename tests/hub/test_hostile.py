@@ -275,6 +275,7 @@ ANSWERS: dict[str, Answer] = {
 }  # fmt: skip
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("words", COMMANDS, ids=["inspect", "pull"])
 @pytest.mark.parametrize("answer", ANSWERS.values(), ids=ANSWERS)
 def test_answers_for_files(

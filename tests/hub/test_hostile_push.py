@@ -55,6 +55,7 @@ BODIES = {
 }  # fmt: skip
 
 
+@pytest.mark.thin(3)
 @pytest.mark.parametrize("status", [200, 400])
 @pytest.mark.parametrize("body", BODIES.values(), ids=BODIES)
 @pytest.mark.parametrize("route", ROUTES)
@@ -100,6 +101,7 @@ FLOODS: dict[str, Answer] = {
 }  # fmt: skip
 
 
+@pytest.mark.thin(3)
 @pytest.mark.parametrize("answer", FLOODS.values(), ids=FLOODS)
 @pytest.mark.parametrize("route", ["preupload", "validate-yaml", "batch"])
 def test_floods(tmp_path: Path, style: Path, answer: Answer, route: str) -> None:
@@ -163,6 +165,7 @@ def fifo(path: Path) -> None:
     os.mkfifo(path)
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("moment", ["GET .*/revision/", "POST .*/preupload/", "POST .*/batch"])
 @pytest.mark.parametrize("change", [overwrite, exchange, link, fifo, Path.unlink])
 @pytest.mark.parametrize("parts", [None, 20_000], ids=["basic", "multipart"])

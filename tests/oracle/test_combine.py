@@ -55,6 +55,7 @@ def test_cat_of_one_copies_bytes(name: str, tmp_path: Path) -> None:
     assert len({hashlib.sha256(f.read_bytes()).hexdigest() for f in files}) == 1
 
 
+@pytest.mark.thin(4)
 @pytest.mark.parametrize("method", [m.name for m in IDENTITY if m.name != "slerp"])
 @pytest.mark.parametrize("name", SAMPLES)
 def test_identity_on_samples(name: str, method: str, tmp_path: Path) -> None:

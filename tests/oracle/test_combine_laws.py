@@ -197,6 +197,7 @@ BROKEN: dict[str, Callable[[Scene, Method, float, Sequence[int]], str | None]] =
 }  # fmt: skip
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("law", LAWS)
 @pytest.mark.parametrize("row", ROWS)
 def test_declared_laws_hold(row: Method, law: str) -> None:
@@ -214,6 +215,7 @@ def test_declared_laws_hold(row: Method, law: str) -> None:
     holds()
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("law", LAWS)
 @pytest.mark.parametrize("row", ROWS)
 def test_laws_not_declared_are_broken(row: Method, law: str) -> None:

@@ -39,6 +39,7 @@ class Net(torch.nn.Module):
         self.two = torch.nn.Linear(24, 16)
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("method", ["cat", "svd", "ties", "core"])
 @pytest.mark.parametrize("name", LOADABLE)
 def test_reloads(name: str, method: str, tmp_path: Path) -> None:

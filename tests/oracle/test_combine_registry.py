@@ -140,6 +140,7 @@ def every() -> list[Any]:
     return found
 
 
+@pytest.mark.thin(3)
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize(("row", "params"), every())
 def test_row_on_case(

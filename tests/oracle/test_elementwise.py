@@ -70,6 +70,7 @@ def combined(method: str, inputs: list[Tensors], params: dict[str, object]) -> T
     return out
 
 
+@pytest.mark.thin(3)
 @pytest.mark.parametrize(("name", "method"), CASES, ids=lambda x: x)
 def test_with_and_without_a_base(name: str, method: str, tmp_path: Path) -> None:
     """Without a base at full rank: the closed form; with one: the base plus that."""

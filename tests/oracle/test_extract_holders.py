@@ -137,6 +137,7 @@ RULES: tuple[dict[str, Any], ...] = ({"rank": 2}, {"energy": 0.9}, {}, {"size": 
 MAKERS: dict[str, Callable[[], Any]] = {name: lambda n=name: make_model(n) for name in [*HF, "own"]}
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("rule", RULES, ids=str)
 @pytest.mark.parametrize("name", MAKERS)
 def test_peft_makes_of_it_what_our_merge_makes(

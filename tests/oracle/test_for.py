@@ -58,6 +58,7 @@ def is_uniform(folder: Path) -> bool:
     return plain and not config.get("use_rslora") and ranks == {config["r"]}
 
 
+@pytest.mark.thin(3)
 @pytest.mark.parametrize("program", PROGRAMS)
 @pytest.mark.parametrize("writer", WRITERS)
 @pytest.mark.parametrize("form", FORMS)
@@ -196,6 +197,7 @@ def test_what_no_new_configuration_can_say_stays_or_is_refused(name: str, tmp_pa
             )
 
 
+@pytest.mark.thin(3)
 @pytest.mark.parametrize("program", PROGRAMS)
 @pytest.mark.parametrize("name", SAMPLES)
 def test_samples_end_in_a_form_or_a_code(name: str, program: str, tmp_path: Path) -> None:

@@ -136,6 +136,7 @@ WRITERS: dict[str, Callable[[Path, Path], Any]] = {
 }  # fmt: skip
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("writer", WRITERS)
 @pytest.mark.parametrize("name", SAMPLES)
 def test_own_outputs_in_peft(name: str, writer: str, tmp_path: Path) -> None:

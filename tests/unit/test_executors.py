@@ -106,6 +106,7 @@ def test_processes_measure_the_same(inputs: Path, monkeypatch: pytest.MonkeyPatc
     assert len(started) == 2
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_killed_worker_is_replaced(
     command: str, inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -144,6 +145,7 @@ class FatalInModule(Fatal):
         return True
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize(
     ("command", "fatal"),
     [("merge", Fatal), ("extract", Fatal), ("combine", FatalInModule), ("compress", FatalInModule)],
