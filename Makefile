@@ -10,7 +10,7 @@ TEST_ENV := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive HF_HUB_OFFLINE=1 PYTHONDON
 WORKERS ?= 2
 SHARED := -n $(WORKERS) --dist worksteal
 
-.PHONY: demo test compiled test-hub-old test-olah lint types test-slow test-gpu faults fuzz bench bench-gpu dist dist-full clean
+.PHONY: demo test docs compiled test-hub-old test-olah lint types test-slow test-gpu faults fuzz bench bench-gpu dist dist-full clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -39,6 +39,14 @@ types: $(VENV)/.tested
 
 test: lint types compiled
 	$(TEST_ENV) $(BIN)/python -m pytest $(SHARED) -m "not slow and not gpu"
+
+# The site, in build/site: its commands run, its figures drawn, every link looked up (docs/make).
+docs: $(VENV)/.documented
+	$(TEST_ENV) $(BIN)/python -m docs.make
+
+$(VENV)/.documented: $(VENV)/.tested
+	$(PIP) install -c constraints.txt -e ".[docs]"
+	touch $@
 
 compiled: $(VENV)/.tested
 	$(BIN)/python -m compileall -q loratool tests benchmarks
