@@ -87,6 +87,8 @@ def _combine(asked: Combine, minus: bool) -> CombineReport:
     if asked.dry_run:
         return job.report(None, 0, ())
     check_output(target, is_folder=is_folder(form), force=asked.force, series=asked.series)
+    if asked.on_plan is not None:
+        asked.on_plan(job.report(None, 0, ()))
     return _make(asked, session, job)
 
 
@@ -169,8 +171,9 @@ def _make(asked: Combine, session: Session, job: CombineJob) -> CombineReport:
         adapter, summed = opened[0].adapter, None
     else:
         summed = run_sum(
-            plan, how.rank, session.limits.run_by(job.memory.threads), method=how.method,
-            params=how.params, progress=asked.progress,
+            plan, how.rank,
+            replace(session.limits.run_by(job.memory.threads), on_work=asked.on_work),
+            method=how.method, params=how.params, progress=asked.progress,
         )  # fmt: skip
         adapter = replace(
             assemble_sum(plan, summed, opened[0].adapter),

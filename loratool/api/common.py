@@ -162,8 +162,8 @@ def plan_resources(
         executor=limits.executor,
     )
     run = RunOptions(
-        where, memory.threads, memory.chunk_bytes, sample, asked.progress, block_elements,
-        allow_nonfinite, limits.executor, asked.ray_address, tuple(others),
+        where, memory.threads, memory.chunk_bytes, sample, asked.progress, asked.on_work,
+        block_elements, allow_nonfinite, limits.executor, asked.ray_address, tuple(others),
     )  # fmt: skip
     return Resources(run, memory, str(where), reason)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +11,7 @@ from loratool.adapter import Adapter
 from loratool.api.access import parse_size
 from loratool.api.common import Limits, Resources, content_label, plan_resources
 from loratool.api.compress_ranks import choose_ranks
-from loratool.api.compress_report import CompressJob, Made, compressed
+from loratool.api.compress_report import CompressJob, Made, compressed, planned
 from loratool.api.detach import Detached, detach
 from loratool.api.page import check_page, with_page
 from loratool.api.session import Session, run_plan
@@ -21,9 +21,10 @@ from loratool.ops.compress_options import rank_rule
 from loratool.ops.detach import plan_detach
 from loratool.ops.input_notes import unused_warnings
 from loratool.ops.inputs import OpenedBase, open_base
+from loratool.ops.turns import Turns
 from loratool.ops.weights import Weight
 from loratool.options.calls import takes
-from loratool.options.groups import Progress, Run
+from loratool.options.groups import Run
 from loratool.options.shaping import Compress
 from loratool.options.words import recorded
 from loratool.report.compress import CompressedAdapter, CompressReport
@@ -32,6 +33,7 @@ from loratool.store.provenance import checkpoint_id
 
 if TYPE_CHECKING:
     from loratool.engine.compressing import Factored
+    from loratool.plan import Plan
 
 
 @takes(Compress)
@@ -73,13 +75,15 @@ def _run(asked: Compress) -> CompressReport:
         if asked.base is not None and is_auto:
             jobs = _cap_all(session, jobs, asked.base)
         session.make_folder(len(jobs))
-        advance = _advance_of(jobs, asked.progress)
+        run = asked.take(Run, progress=None, on_work=asked.on_work if len(jobs) == 1 else None)
+        every = [plan_resources(_factor_plan(job, rule), run) for job in jobs]
+        if asked.on_plan is not None and not asked.dry_run:
+            asked.on_plan(planned(jobs, every))
+        turns = Turns(asked.progress, asked.on_work, [_bytes_of(job) for job in jobs])
         reports: list[CompressedAdapter] = []
         warnings: list[str] = []
-        for job in jobs:
-            plan = job.plan.steps("factor", [{"rule": rule}] * len(job.plan.specs))
-            resources = plan_resources(plan, asked.take(Run, progress=None))
-            made = _within(job, _Cut(session, rule, limit, resources, advance))
+        for job, resources in turns.each(list(zip(jobs, every, strict=True)), _name_of):
+            made = _within(job, _Cut(session, rule, limit, resources, turns))
             written = made.adapter
             if not asked.dry_run:
                 record = session.record(options, job.inputs())
@@ -90,18 +94,16 @@ def _run(asked: Compress) -> CompressReport:
     return CompressReport(tuple(reports), options, session.seconds, asked.dry_run, tuple(warnings))
 
 
-def _advance_of(jobs: Sequence[CompressJob], progress: Progress | None) -> Callable[[int], None]:
-    """Counts the bytes of finished adapters."""
-    total = sum(s.nbytes for j in jobs for spec in j.plan.specs for s in spec.fields.values())
-    done = 0
+def _factor_plan(job: CompressJob, rule: dict[str, Any]) -> Plan:
+    return job.plan.steps("factor", [{"rule": rule}] * len(job.plan.specs))
 
-    def advance(nbytes: int) -> None:
-        nonlocal done
-        done += nbytes
-        if progress is not None:
-            progress(min(done, total), max(1, total))
 
-    return advance
+def _bytes_of(job: CompressJob) -> int:
+    return sum(s.nbytes for spec in job.plan.specs for s in spec.fields.values())
+
+
+def _name_of(turn: tuple[CompressJob, Resources]) -> str:
+    return turn[0].one.text
 
 
 @dataclass(frozen=True)
@@ -113,14 +115,19 @@ class _Cut:
         rule: fields of a `RankRule`.
         limit: bytes of the weights file at most.
         resources: for the plan.
-        advance: called with the bytes of finished adapters.
+        turns: told how far it is.
     """
 
     session: Session
     rule: dict[str, Any]
     limit: int | None
     resources: Resources
-    advance: Callable[[int], None]
+    turns: Turns
+
+    def watched(self, start: float, stop: float) -> Resources:
+        """For a plan that is this part of the work on an adapter."""
+        run = replace(self.resources.run, progress=self.turns.part(start, stop))
+        return replace(self.resources, run=run)
 
 
 def _open(session: Session, texts: Sequence[str], base: str | Path | None) -> list[CompressJob]:
@@ -192,7 +199,7 @@ def _within(job: CompressJob, cut: _Cut) -> Made:
     made, budget, limit = _fitted(job, made, cut.session), cut.limit, cut.limit
     while limit is not None and budget is not None and (over := file_bytes(made.files) - limit) > 0:
         budget -= over
-        made = _compress(job, replace(cut, limit=budget, advance=lambda _: None))
+        made = _compress(job, replace(cut, limit=budget))
         made = _fitted(job, made, cut.session)
     return made
 
@@ -211,7 +218,6 @@ def _compress(job: CompressJob, cut: _Cut) -> Made:
 
     plan, original = job.plan, job.original
     results = _factored(job, cut)
-    cut.advance(sum(s.nbytes for spec in plan.specs for s in spec.fields.values()))
     adapter, dropped = rebuild(plan, results)
     if adapter is plan.adapter:
         return Made(original, results, job.source, [], True)
@@ -228,12 +234,12 @@ def _factored(job: CompressJob, cut: _Cut) -> list[Factored]:
     """A result per spec, at the ranks that rule and limit leave."""
     plan, dtypes = job.plan, list(job.plan.dtypes)
     every: list[dict[str, Any]] = [{}] * len(plan.specs)
-    spectra = None
+    spectra, begun = None, 0.0
     if plan.is_grouped or cut.limit is not None:
-        spectra = run_plan(plan.steps("spectrum", every), cut.resources)
+        spectra, begun = run_plan(plan.steps("spectrum", every), cut.watched(0, 0.5)), 0.5
     while True:
         args = _args(job, cut, dtypes, spectra)
-        results: list[Factored] = run_plan(plan.steps("factor", args), cut.resources)
+        results: list[Factored] = run_plan(plan.steps("factor", args), cut.watched(begun, 1))
         if spectra is None and not any(r.rank for r in results):
             spectra = run_plan(plan.steps("spectrum", every), cut.resources)
             continue  # all are zero, and PEFT needs one module at least

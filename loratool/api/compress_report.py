@@ -9,12 +9,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loratool.adapter import Adapter, AdapterFiles
+from loratool.api.common import Resources
 from loratool.api.detach import Detached
 from loratool.api.session import Opened, base_row
 from loratool.dialects import write_adapter_files
 from loratool.dialects.programs import judge_loads
 from loratool.ops.compress import CompressPlan
-from loratool.report.compress import CompressedAdapter, CompressedModule, energy_and_error
+from loratool.report.compress import (
+    CompressedAdapter,
+    CompressedModule,
+    PlannedCompression,
+    energy_and_error,
+)
 from loratool.store.adapter_writer import file_bytes
 
 if TYPE_CHECKING:
@@ -73,6 +79,21 @@ class Made:
     is_unchanged: bool
     notes: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
+
+
+def planned(jobs: Sequence[CompressJob], resources: Sequence[Resources]) -> PlannedCompression:
+    """What is about to be done."""
+    specs = [spec for job in jobs for spec in job.plan.specs]
+    most = max(resources, key=lambda r: r.memory.peak_bytes)
+    return PlannedCompression(
+        adapters=len(jobs),
+        modules=len(specs),
+        ranks=tuple(sorted({spec.rank or spec.product_rank for spec in specs})),
+        bytes_before=sum(file_bytes(job.original) for job in jobs),
+        peak_memory_bytes=most.memory.peak_bytes,
+        device=most.device,
+        device_reason=most.reason,
+    )
 
 
 def compressed(job: CompressJob, made: Made, written: Adapter) -> CompressedAdapter:

@@ -21,6 +21,7 @@ from loratool.errors import UsageError
 from loratool.ops.convert import ConvertPlan, plan_convert
 from loratool.ops.input_notes import unused_warnings
 from loratool.ops.inputs import OpenedBase, open_base
+from loratool.ops.turns import Turns
 from loratool.options.calls import takes
 from loratool.options.shaping import Convert
 from loratool.options.words import recorded
@@ -76,7 +77,9 @@ def convert(asked: Convert) -> ConvertReport:
             session.make_folder(len(jobs))
             for job in jobs:
                 session.check_place(job.one)
-            rows = [_run(replace(job, session=session), recorded(asked)) for job in jobs]
+            turns = Turns(asked.progress, asked.on_work, [job.one.nbytes for job in jobs])
+            rows = [_run(replace(job, session=session), recorded(asked))
+                    for job in turns.each(jobs, lambda job: job.one.text)]  # fmt: skip
     dialects = {job.row.name: None for job in jobs}
     return ConvertReport(
         str(asked.output), ", ".join(dialects), tuple(rows), session.seconds, asked.dry_run

@@ -69,11 +69,14 @@ def _extract(asked: Extract) -> ExtractReport:
     started = time.monotonic()
     job = _prepare(asked)
     resources = plan_resources(job.plan.plan, asked.take(Run), sample=asked.dry_run)
-    if asked.dry_run:
+    if asked.dry_run or asked.on_plan is not None:
         seconds = time.monotonic() - started
-        return planned_report(
+        planned = planned_report(
             job.plan, job.tuned, job.base, job.target, job.criteria, resources, seconds
         )
+        if asked.dry_run or asked.on_plan is None:
+            return planned
+        asked.on_plan(replace(planned, dry_run=False))
     job, record = _recorded(asked, job, resources)
     identity = run_id(job.plan.plan, resources.device)
     replaces = _check_residual_path(asked, job, identity)

@@ -58,6 +58,7 @@ def inspect(asked: Inspect) -> InspectReport:
     report = summarize(
         resolved.path, tensors=asked.tensors or asked.html is not None, alpha=asked.alpha,
         source=source, label=resolved.label, max_header=access.rules.max_header,
+        progress=asked.progress, on_work=asked.on_work,
     )  # fmt: skip
     if resolved.note is not None:
         report = replace(report, notes=(resolved.note, *report.notes))

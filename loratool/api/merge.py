@@ -91,6 +91,8 @@ def run_merge(asked: Merge, operation: Operation | None = None) -> MergeReport:
     resources = resources_for(job.merge.plan)
     undo = None if asked.save_undo is None else _plan_undo(asked, job, resources, resources_for)
     run_notes: list[str] = []
+    if asked.on_plan is not None and not asked.dry_run:
+        asked.on_plan(merge_report(job, resources, (), (), dry_run=False, started=started))
     if asked.dry_run:
         results = _predict(job, resources, asked.yes)
     else:

@@ -26,6 +26,7 @@ from loratool.ops.input_notes import unused_warnings
 from loratool.ops.inputs import OpenedBase, open_base
 from loratool.ops.rescale import RescalePlan, parse_only, plan_rescale, scale_steps
 from loratool.ops.sums import plan_sum
+from loratool.ops.turns import Turns
 from loratool.ops.weights import Weight
 from loratool.options.calls import takes
 from loratool.options.shaping import Rescale
@@ -82,7 +83,9 @@ def rescale(asked: Rescale) -> RescaleReport:
             session.make_folder(len(jobs))
             for job in jobs:
                 session.check_place(job.one)
-            rows = [_run(replace(job, session=session), options, weak) for job in jobs]
+            turns = Turns(asked.progress, asked.on_work, [job.one.nbytes for job in jobs])
+            rows = [_run(replace(job, session=session), options, weak)
+                    for job in turns.each(jobs, lambda job: job.one.text)]  # fmt: skip
     return RescaleReport(str(asked.output), factor, tuple(rows), session.seconds, asked.dry_run)
 
 

@@ -92,6 +92,13 @@ class Opened:
     target: Path
     form: str
 
+    @property
+    def nbytes(self) -> int:
+        """Of the tensors that its result is made of."""
+        adapter = self.adapter
+        factors = (s for spec in adapter.specs for s in spec.fields.values())
+        return sum(s.nbytes for s in (*factors, *(r.source for r in adapter.replacements)))
+
     def inputs(self, name: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """The input by its name and content, as provenance has it; not under a name in use."""
         return {content_label(self.resolved, name or {}): adapter_id(self.adapter)}

@@ -36,15 +36,25 @@ def headline(
     return f"Merging {plural(count, 'adapter')} WITH EACH OTHER, {base}: {terms}; {how}"
 
 
-def render(report: CombineReport, voice: Voice) -> Iterator[str]:
-    """The report, line by line."""
+def plan_lines(report: CombineReport, voice: Voice) -> Iterator[str]:
+    """What is known before the work."""
     yield from note_lines(report.notes, voice)
     if report.params:
         yield line("method", report.method, *(f"{k}={_value(v)}" for k, v in report.params.items()))
-    ranks = sorted({m.rank for m in report.modules if len(m.shape) > 1})
-    span = f"ranks {ranks[0]}-{ranks[-1]}" if len(ranks) > 1 else ""
-    yield line("modules", *_shared(report), f"rank {ranks[0]}" if len(ranks) == 1 else span)
+    yield line("modules", *_shared(report), _ranks(report))
     yield line("", f"memory ≤ {format_bytes(report.peak_memory_bytes)}")
+
+
+def render(
+    report: CombineReport, voice: Voice, planned: CombineReport | None = None
+) -> Iterator[str]:
+    """The report, line by line, less what of the plan was printed before the work."""
+    if planned is None:
+        yield from plan_lines(report, voice)
+    else:
+        yield from note_lines((n for n in report.notes if n not in planned.notes), voice)
+        if _ranks(report) != _ranks(planned):  # found to be less than they could be
+            yield line("modules", _ranks(report))
     if voice.verbose:
         rows = [
             (safe(m.name), format_shape(m.shape), str(m.rank), f"{m.norm:.3g}",
@@ -66,6 +76,13 @@ def render(report: CombineReport, voice: Voice) -> Iterator[str]:
     yield from loads_lines(report.loads_in, voice)
     into = shlex.join(["loratool", "merge", report.output, "--base", "BASE", "-o", "MERGED"])
     yield line("next", safe(into, cap=2000), tone="dim")
+
+
+def _ranks(report: CombineReport) -> str:
+    ranks = sorted({m.rank for m in report.modules if len(m.shape) > 1})
+    if len(ranks) > 1:
+        return f"ranks {ranks[0]}-{ranks[-1]}"
+    return f"rank {ranks[0]}" if ranks else ""
 
 
 def _shared(report: CombineReport) -> list[str]:

@@ -22,11 +22,11 @@ from loratool.cli.render import (
     some,
     table,
 )
-from loratool.cli.voice import Voice, note_lines, warning_lines
+from loratool.cli.voice import Plan, Voice, note_lines, warning_lines
 from loratool.options.shaping import Compress
 
 if TYPE_CHECKING:
-    from loratool.report.compress import CompressedAdapter, CompressReport
+    from loratool.report.compress import CompressedAdapter, CompressReport, PlannedCompression
 
 _WORDS = {"rank": "rank", "energy": "energy", "error": "error", "sv_ratio": "σ ratio",
           "max_rank": "rank at most", "size": "size"}  # fmt: skip
@@ -56,11 +56,20 @@ def command(adapters: tuple[str, ...], output: str, **options: Any) -> None:
     asked = [f"{_WORDS[k]} {options[k]}" for k in _WORDS if options[k] is not None]
     what = safe(adapters[0]) if len(adapters) == 1 else plural(len(adapters), "adapter")
     voice.announce(f"Compressing {what} to {', '.join(asked) or 'nothing'}")
-    with show_progress(quiet=voice.quiet) as progress:
-        report = lt.compress(adapters, output=output, progress=progress, **options)
+    plan = Plan(voice, plan_lines)
+    with show_progress(quiet=voice.quiet) as watchers:
+        report = lt.compress(adapters, output=output, on_plan=plan, **watchers, **options)
     result = [] if report.dry_run else [safe(one.output) for one in report.adapters]
     voice.show(report, render(report, voice), result=[*warning_lines(report.warnings), *result])
     voice.wrote_page(options["html"])
+
+
+def plan_lines(plan: PlannedCompression, _voice: Voice) -> Iterator[str]:
+    """What is known before the work."""
+    ranks = f"rank {_span(plan.ranks)}" if plan.ranks else ""
+    yield line("plan", plural(plan.modules, "module"), ranks, format_bytes(plan.bytes_before),
+               f"memory ≤ {format_bytes(plan.peak_memory_bytes)}",
+               f"{safe(plan.device)}: {safe(plan.device_reason)}")  # fmt: skip
 
 
 def render(report: CompressReport, voice: Voice) -> Iterator[str]:

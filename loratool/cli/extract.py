@@ -24,7 +24,7 @@ from loratool.cli.render import (
     some,
     table,
 )
-from loratool.cli.voice import Voice, note_lines, warning_lines
+from loratool.cli.voice import Plan, Voice, note_lines, warning_lines
 from loratool.options.shaping import Extract
 
 if TYPE_CHECKING:
@@ -55,15 +55,16 @@ def command(tuned: str, base: str, output: str, **options: Any) -> None:
     """
     voice = Voice.take(options)
     voice.announce(f"Extracting {safe(tuned)} − {safe(base)} at {_criteria(options)}")
-    with show_progress(quiet=voice.quiet) as progress:
-        report = lt.extract(tuned, base=base, output=output, progress=progress, **options)
+    plan = Plan(voice, plan_lines)
+    with show_progress(quiet=voice.quiet) as watchers:
+        report = lt.extract(tuned, base=base, output=output, on_plan=plan, **watchers, **options)
     result = [] if report.dry_run else [safe(report.output)]
     merge = shlex.join(
         ["loratool", "merge", output, "--base", base, "-o", "MERGED", *report.merge_options]
     )
     voice.show(
         report,
-        render(report, voice, merge),
+        render(report, voice, merge, plan.report),
         result=[*warning_lines(report.warnings), *result],
     )
     voice.wrote_page(options["html"])
@@ -76,13 +77,27 @@ def _criteria(options: dict[str, Any]) -> str:
     return ", ".join(f"{name} {safe(str(value))}" for name, value in named.items())
 
 
-def render(report: ExtractReport, voice: Voice, merge: str) -> Iterator[str]:
-    """The report, line by line."""
+def plan_lines(report: ExtractReport, voice: Voice) -> Iterator[str]:
+    """What is known before the work."""
     yield from note_lines(report.notes, voice)
-    found = [plural(len(report.modules), "matrix", "matrices")]
-    if report.identical:
-        found.append(f"{plural(report.identical, 'tensor')} unchanged")
-    yield line("found", *found)
+    yield line("plan", plural(len(report.modules), "matrix", "matrices"),
+               f"memory ≤ {format_bytes(report.peak_memory_bytes)}",
+               f"{safe(report.device)}: {safe(report.device_reason)}")  # fmt: skip
+
+
+def render(
+    report: ExtractReport, voice: Voice, merge: str, planned: ExtractReport | None = None
+) -> Iterator[str]:
+    """The report, line by line, less what of the plan was printed before the work."""
+    notes = () if planned is None else planned.notes
+    if planned is None and report.dry_run:
+        yield from plan_lines(report, voice)
+    else:
+        yield from note_lines((n for n in report.notes if n not in notes), voice)
+        found = [plural(len(report.modules), "matrix", "matrices")]
+        if report.identical:
+            found.append(f"{plural(report.identical, 'tensor')} unchanged")
+        yield line("found", *found)
     if report.modules and not report.dry_run:
         yield from _families(report)
         yield from _noise(report)
@@ -91,8 +106,6 @@ def render(report: ExtractReport, voice: Voice, merge: str) -> Iterator[str]:
     yield from _rest(report)
     yield from warning_lines(report.warnings)
     if report.dry_run:
-        yield line("plan", f"memory ≤ {format_bytes(report.peak_memory_bytes)}",
-                   f"{report.device}: {report.device_reason}")  # fmt: skip
         yield line("dry run", "nothing was written")
         return
     yield line("wrote", f"{safe(report.output)} · {format_bytes(report.output_bytes)} float32",

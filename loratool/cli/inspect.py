@@ -12,6 +12,7 @@ import loratool as lt
 from loratool.cli import options as opt
 from loratool.cli.loads import loads_lines
 from loratool.cli.look import look_lines
+from loratool.cli.progress import show_progress
 from loratool.cli.render import (
     format_bytes,
     format_count,
@@ -28,6 +29,7 @@ from loratool.cli.spectrum import spectrum_lines
 from loratool.cli.told import told_lines
 from loratool.cli.voice import Voice, note_lines, warning_lines
 from loratool.errors import LoratoolError, UsageError
+from loratool.ops.turns import Turns
 from loratool.options.looking import Inspect
 
 if TYPE_CHECKING:
@@ -70,7 +72,9 @@ def command(sources: tuple[str, ...], **options: Any) -> int:
     from loratool.api.page import check_page, with_page
 
     if len(sources) == 1:
-        report = lt.inspect(sources[0], **options)
+        unit = "files" if options["base"] is None else "bytes"
+        with show_progress(quiet=voice.quiet, unit=unit) as watchers:
+            report = lt.inspect(sources[0], **watchers, **options)
         voice.show(report, render(report, voice))
         voice.wrote_page(options["html"])
         return NOTHING_READABLE if report.rows and all(r.error for r in report.rows) else 0
@@ -81,20 +85,23 @@ def command(sources: tuple[str, ...], **options: Any) -> int:
             "LT-208", "a spectrum is that of one adapter", got=f"{len(sources)} sources"
         )
     check_page(options["html"])
-    report, code = _inspect_each(sources, options)
+    with show_progress(quiet=voice.quiet, unit="files") as watchers:
+        report, code = _inspect_each(sources, options, Turns(**watchers, sizes=[1] * len(sources)))
     with_page(report, options["html"])
     voice.show(report, render(report, voice))
     voice.wrote_page(options["html"])
     return code
 
 
-def _inspect_each(sources: Sequence[str], options: Mapping[str, Any]) -> tuple[InspectReport, int]:
+def _inspect_each(
+    sources: Sequence[str], options: Mapping[str, Any], turns: Turns
+) -> tuple[InspectReport, int]:
     """One report with a row per source, and the exit code of the first that failed."""
     from loratool.report.inspect import FolderRow, InspectReport
 
     rows: list[FolderRow] = []
     code = 0
-    for source in sources:
+    for source in turns.each(sources, str):
         try:
             each = {**options, "tensors": False, "risk": False, "base": None, "html": None}
             one = lt.inspect(source, **each)

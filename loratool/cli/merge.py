@@ -26,7 +26,7 @@ from loratool.cli.render import (
     some,
     table,
 )
-from loratool.cli.voice import Voice, note_lines, warning_lines
+from loratool.cli.voice import Plan, Voice, note_lines, warning_lines
 from loratool.dtypes import DTYPES
 from loratool.errors import UsageError
 from loratool.options.groups import Access, Mix, Names, Nonfinite
@@ -69,8 +69,9 @@ def command(adapters: tuple[str, ...], base: str | None, output: str, **options:
         _with_each_other(adapters, base, output, options, voice)
         return
     voice.announce(headline(adapters, options["weights"], options["mean"], options["method"]))
-    with show_progress(quiet=voice.quiet) as progress:
-        report = lt.merge(adapters, base=base, output=output, progress=progress, **options)
+    plan = Plan(voice, plan_lines)
+    with show_progress(quiet=voice.quiet) as watchers:
+        report = lt.merge(adapters, base=base, output=output, on_plan=plan, **watchers, **options)
     assert isinstance(report, MergeReport)
     again = opt.typed(options, Mix, Names, Access, Nonfinite)
     named = [word for adapter in adapters for word in ("--adapter", adapter)]
@@ -78,7 +79,7 @@ def command(adapters: tuple[str, ...], base: str | None, output: str, **options:
     result = [] if report.dry_run else [safe(report.output)]
     voice.show(
         report,
-        render(report, voice, check),
+        render(report, voice, check, plan.report),
         result=[*warning_lines(report.warnings), *result],
     )
     voice.wrote_page(options["html"])
@@ -96,11 +97,12 @@ def _with_each_other(
         raise _no_base(adapters, output)
     words = terms(adapters, options["weights"], options["mean"])
     voice.announce(combine.headline(len(adapters), words, method, rank, has_base=base is not None))
-    with show_progress(quiet=voice.quiet) as progress:
-        given = {**options, "base": base, "output": output, "progress": progress}
+    plan = Plan(voice, combine.plan_lines)
+    with show_progress(quiet=voice.quiet, unit="modules") as watchers:
+        given = {**options, **watchers, "base": base, "output": output, "on_plan": plan}
         report = lt.combine(adapters, **combine_options(given))
     result = [] if report.dry_run else [safe(report.output)]
-    voice.show(report, combine.render(report, voice),
+    voice.show(report, combine.render(report, voice, plan.report),
                result=[*warning_lines(report.warnings), *result])  # fmt: skip
     voice.wrote_page(options["html"])
 
@@ -140,8 +142,8 @@ def weighted(adapters: Sequence[str], weights: Sequence[float] | None) -> list[s
     return found
 
 
-def render(report: MergeReport, voice: Voice, check: str = "") -> Iterator[str]:
-    """The report, line by line; ``check`` is a command line to go on with."""
+def plan_lines(report: MergeReport, voice: Voice) -> Iterator[str]:
+    """What is known before the work."""
     yield line("base" if report.command == "merge" else "from", _base(report), _rule(report.rule))
     yield from note_lines(report.notes, voice)
     yield line("plan", ", ".join(_counts(report)))
@@ -152,6 +154,23 @@ def render(report: MergeReport, voice: Voice, check: str = "") -> Iterator[str]:
     if report.skipped:
         yield line("skipped", f"{plural(len(report.skipped), 'module')}: {some(report.skipped)}",
                    tone="warn")  # fmt: skip
+
+
+def render(
+    report: MergeReport, voice: Voice, check: str = "", planned: MergeReport | None = None
+) -> Iterator[str]:
+    """The report, line by line.
+
+    Args:
+        report: of what was done, or would be.
+        voice: how much is said.
+        check: a command line to go on with.
+        planned: what was printed before the work; None = nothing.
+    """
+    if planned is None:
+        yield from plan_lines(report, voice)
+    else:
+        yield from note_lines((n for n in report.notes if n not in planned.notes), voice)
     if report.dry_run and report.plan is not None:
         yield from render_plan(report.plan, voice)
     if report.modules or report.command == "merge":

@@ -13,7 +13,7 @@ from loratool.cli import merge as merging
 from loratool.cli import options as opt
 from loratool.cli.progress import show_progress
 from loratool.cli.render import line, plural, safe
-from loratool.cli.voice import Voice, warning_lines
+from loratool.cli.voice import Plan, Voice, warning_lines
 from loratool.options.merging import Subtract
 
 if TYPE_CHECKING:
@@ -55,16 +55,22 @@ def command(adapters: tuple[str, ...], merged: str | None, output: str, **option
     voice.announce(
         f"Taking {plural(len(adapters), 'adapter')} OUT OF merged weights: {terms}, {how}"
     )
-    with show_progress(quiet=voice.quiet) as progress:
-        report = lt.subtract(adapters, merged=merged, output=output, progress=progress, **options)
+    plan = Plan(voice, merging.plan_lines)
+    with show_progress(quiet=voice.quiet) as watchers:
+        report = lt.subtract(
+            adapters, merged=merged, output=output, on_plan=plan, **watchers, **options
+        )
     assert isinstance(report, SubtractReport)
     result = [] if report.dry_run else [safe(report.output)]
-    voice.show(report, render(report, voice), result=[*warning_lines(report.warnings), *result])
+    voice.show(report, render(report, voice, plan.report),
+               result=[*warning_lines(report.warnings), *result])  # fmt: skip
 
 
-def render(report: SubtractReport, voice: Voice) -> Iterator[str]:
-    """The report, line by line."""
-    yield from merging.render(report, voice)
+def render(
+    report: SubtractReport, voice: Voice, planned: SubtractReport | None = None
+) -> Iterator[str]:
+    """The report, line by line, less what of the plan was printed before the work."""
+    yield from merging.render(report, voice, planned=planned)
     if report.restored:
         words = f"{plural(report.restored, 'tensor')} equal to the base in every bit, checked"
         yield line("same", words, f"{report.corrected:,} elements set right", tone="good")
@@ -84,8 +90,10 @@ def _subtract_adapters(
         minus = " − ".join(merging.weighted(adapters[1:], options["weights"]))
         base = "the base for what depends on it" if options["base"] else "no base"
         voice.announce(f"Subtracting adapters, {base}: {first} − {minus}, {how}")
-    report = lt.subtract(adapters, output=output, **options)
+    plan = Plan(voice, combine.plan_lines)
+    with show_progress(quiet=voice.quiet, unit="modules") as watchers:
+        report = lt.subtract(adapters, output=output, on_plan=plan, **watchers, **options)
     assert isinstance(report, DifferenceReport)
     result = [] if report.dry_run else [safe(report.output)]
-    voice.show(report, combine.render(report, voice),
+    voice.show(report, combine.render(report, voice, plan.report),
                result=[*warning_lines(report.warnings), *result])  # fmt: skip

@@ -11,7 +11,7 @@ from loratool.cli import merge as merging
 from loratool.cli import options as opt
 from loratool.cli.progress import show_progress
 from loratool.cli.render import safe
-from loratool.cli.voice import Voice, warning_lines
+from loratool.cli.voice import Plan, Voice, warning_lines
 from loratool.options.merging import Swap
 
 
@@ -33,11 +33,14 @@ def command(old: str, new: str, merged: str, output: str, **options: Any) -> Non
     voice = Voice.take(options)
     out, into = merging.terms([old], None, False), merging.terms([new], None, False)
     voice.announce(f"Swapping IN merged weights: {out} out, {into} in, one rounding")
-    with show_progress(quiet=voice.quiet) as progress:
-        report = lt.swap(old, new, merged=merged, output=output, progress=progress, **options)
+    plan = Plan(voice, merging.plan_lines)
+    with show_progress(quiet=voice.quiet) as watchers:
+        report = lt.swap(
+            old, new, merged=merged, output=output, on_plan=plan, **watchers, **options
+        )
     result = [] if report.dry_run else [safe(report.output)]
     voice.show(
         report,
-        merging.render(report, voice),
+        merging.render(report, voice, planned=plan.report),
         result=[*warning_lines(report.warnings), *result],
     )

@@ -45,8 +45,8 @@ def command(merged: str, base: str | None, adapters: tuple[str, ...], **options:
     source = "its base" if base is None else safe(base)
     count = plural(len(adapters), "adapter") if adapters else "what it says was merged"
     voice.announce(f"Verifying {safe(merged)} = {source} + {count}")
-    with show_progress(quiet=voice.quiet) as progress:
-        report = lt.verify(merged, base=base, adapters=adapters, progress=progress, **options)
+    with show_progress(quiet=voice.quiet) as watchers:
+        report = lt.verify(merged, base=base, adapters=adapters, **watchers, **options)
     voice.show(report, render(report, voice), result=[report.verdict])
     return 0 if report.ok else EXIT_DIFFERS
 

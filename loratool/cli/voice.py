@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -61,6 +61,29 @@ class Voice:
             return
         for text in lines if result is None or not self.quiet else result:
             click.echo(text)
+
+
+class Plan:
+    """Prints the lines of a plan as soon as there is one, and keeps its report.
+
+    Args:
+        voice: says whether.
+        lines: of a report.
+
+    Attributes:
+        report: of the plan, None until there is one.
+    """
+
+    def __init__(self, voice: Voice, lines: Callable[[Any, Voice], Iterable[str]]) -> None:
+        self._voice, self._lines = voice, lines
+        self.report: Any = None
+
+    def __call__(self, report: Any) -> None:
+        """Option ``on_plan`` of a function of the library."""
+        self.report = report
+        if not (self._voice.quiet or self._voice.as_json):
+            for text in self._lines(report, self._voice):
+                click.echo(text)
 
 
 def warning_lines(warnings: Iterable[str]) -> list[str]:

@@ -35,6 +35,7 @@ class RunOptions:
         chunk_bytes: bytes per piece of input; None = the device's default.
         sample: only a few blocks of each changed tensor, nothing written (``--dry-run``).
         progress: called with (bytes done, bytes in all).
+        on_work: called with the name of a tensor, or of a shard taken over, before it is begun.
         block_elements: block size of the grid; None = the device's.  Only digests and sums that
             are not exact depend on it.
         allow_nonfinite: NaN and infinity in inputs pass and are counted.
@@ -48,6 +49,7 @@ class RunOptions:
     chunk_bytes: int | None = None
     sample: bool = False
     progress: Progress | None = None
+    on_work: Callable[[str], None] | None = None
     block_elements: int | None = None
     allow_nonfinite: bool = False
     executor: str = "threads"
@@ -133,7 +135,7 @@ class _Run:
         self.results: dict[int, Any] = {}
         self.carried: list[Any] = []
         self._plan, self._sink, self._take = plan, sink, take
-        self._progress = options.progress
+        self._progress, self._on_work = options.progress, options.on_work
         self._lock = threading.RLock()
         elements = options.elements
         total = sampled_bytes(plan, elements=elements) if options.sample else plan.read_bytes
@@ -145,15 +147,23 @@ class _Run:
         if self._sink is None:
             steps = self._plan.steps
             chosen = sampled_steps(self._plan) if self.env.sample else range(len(steps))
-            yield from (Task(index, steps[index], None) for index in chosen)
+            for index in chosen:
+                self._begin(steps[index].output.name)
+                yield Task(index, steps[index], None)
             return
         for index, step in enumerate(self._plan.steps):
             if step.shard not in skipped:
+                self._begin(self._plan.shards[step.shard].name)
                 skipped[step.shard] = self._take_over(step, self._sink)
             if skipped[step.shard]:
                 self.advance(sum(i.nbytes for i in step.inputs))
             else:
+                self._begin(step.output.name)
                 yield Task(index, step, self._sink.out(step))
+
+    def _begin(self, name: str) -> None:
+        if self._on_work is not None:
+            self._on_work(name)
 
     def _take_over(self, step: Step, sink: CheckpointSink) -> bool:
         earlier = sink.finished_results(step.shard)

@@ -10,6 +10,7 @@ from loratool.adapter import Adapter, TensorRef
 from loratool.dialects.metadata import technical
 from loratool.dialects.told import tell
 from loratool.errors import BadFileError, LoratoolError, list_some
+from loratool.ops.turns import Turns
 from loratool.report.inspect import AdapterSummary, CheckpointSummary, FolderRow
 from loratool.store.contained import list_folder
 from loratool.store.header import RawHeader, metadata_before, read_header, read_raw, table_of
@@ -25,7 +26,12 @@ _WEIGHTS = (".safetensors", ".gguf")
 
 
 def folder_rows(
-    folder: Path, describe: Describe, *, max_header: int
+    folder: Path,
+    describe: Describe,
+    *,
+    max_header: int,
+    progress: Callable[[int, int], None] | None = None,
+    on_work: Callable[[str], None] | None = None,
 ) -> tuple[tuple[FolderRow, ...], tuple[str, ...]]:
     """One row per weight file and per sub-folder that is an adapter or a checkpoint, and notes.
 
@@ -35,6 +41,8 @@ def folder_rows(
         folder: to look into; sub-folders with several files are named in a note.
         describe: looks at one of them.
         max_header: largest safetensors header accepted, in bytes.
+        progress: called with (entries looked at, entries in all).
+        on_work: called with the name of an entry before it is looked at.
 
     Raises:
         BadFileError: there is none.
@@ -42,7 +50,8 @@ def folder_rows(
     known = Known(describe, max_header)
     rows, others = [], []
     entries = list_folder(folder)
-    for entry in entries:
+    turns = Turns(progress, on_work, [1] * len(entries))
+    for entry in turns.each(entries, lambda entry: entry.name):
         if entry.name.startswith("."):
             continue
         if not entry.is_dir():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -45,6 +45,8 @@ def summarize(
     source: str | None = None,
     label: str | None = None,
     max_header: int = MAX_HEADER_BYTES,
+    progress: Callable[[int, int], None] | None = None,
+    on_work: Callable[[str], None] | None = None,
 ) -> InspectReport:
     """Describe what lies at a path, from headers alone.
 
@@ -55,6 +57,8 @@ def summarize(
         source: how the user named it; None = the path.
         label: short name; None = the last part of the path.
         max_header: largest safetensors header accepted, in bytes.
+        progress: of a folder, called with (entries looked at, entries in all).
+        on_work: of a folder, called with the name of an entry before it is looked at.
 
     Raises:
         BadFileError: nothing that can be described is there, or it is damaged.
@@ -68,8 +72,9 @@ def summarize(
     what = _what(path)
     if what == "folder":
         rows, notes = folder_rows(
-            path, lambda one: _describe_entry(one, alpha, max_header), max_header=max_header
-        )
+            path, lambda one: _describe_entry(one, alpha, max_header), max_header=max_header,
+            progress=progress, on_work=on_work,
+        )  # fmt: skip
         return InspectReport(source=named, what=what, rows=rows, notes=notes)
     if what == "checkpoint":
         return _describe_checkpoint(path, named, label, tensors, max_header)

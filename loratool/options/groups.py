@@ -44,7 +44,6 @@ Against = Annotated[Place | None, Words(
     "What the adapters were trained on: for replaced tensors, DoRA, PiSSA.", "Input",
     metavar="BASE",
 )]  # fmt: skip
-OnProgress = Annotated[Progress | None, Words("called with (done, in all).")]
 ChunkBytes = Annotated[int | None, Words("bytes read in one piece; never changes a result.")]
 Series = Annotated[
     Any, Words("of `loratool.store.series`: outputs that this one is one of, for a rerun.")
@@ -228,14 +227,30 @@ class Crew(Workers):
             raise UsageError("LT-279", "--ray-address is for --executor ray", got=self.executor)
 
 
-class Run(Crew):
+class Watch(Options):
+    """How a run is watched: functions, of Python alone."""
+
+    progress: Annotated[Progress | None, Words("called with (done, in all).")] = None
+    on_work: Annotated[Callable[[str], None] | None, Words(
+        "called with the name of what is at work, from any thread.",
+    )] = None  # fmt: skip
+
+
+class Planned(Options):
+    """What is known before the work."""
+
+    on_plan: Annotated[Callable[[Any], None] | None, Words(
+        "called with the report of the plan, before tensors are read; not with ``dry_run``.",
+    )] = None  # fmt: skip
+
+
+class Run(Crew, Watch):
     """Where a plan runs, and with how much."""
 
     device: Annotated[str, Words(
         "Where to compute; cuda:0,1 shares the steps between GPUs. Default: auto.", "Resources",
         metavar="auto|cpu|cuda[:N]",
     )] = "auto"  # fmt: skip
-    progress: OnProgress = None
 
 
 class Network(Options):

@@ -12,13 +12,14 @@ from loratool.options.groups import (
     Place,
     Read,
     Shown,
+    Watch,
     Workers,
     Write,
 )
 from loratool.options.words import Words
 
 
-class Inspect(Shown, Crew, Access, AlphaOnly, kw_only=False):
+class Inspect(Shown, Crew, Watch, Access, AlphaOnly, kw_only=False):
     """What a source holds."""
 
     source: Annotated[Place, Words("path or Hub reference.")]

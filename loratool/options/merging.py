@@ -18,8 +18,8 @@ from loratool.options.groups import (
     ModuleWeights,
     Names,
     Nonfinite,
-    OnProgress,
     Place,
+    Planned,
     Program,
     Read,
     Rerun,
@@ -27,6 +27,7 @@ from loratool.options.groups import (
     Run,
     Shown,
     Size,
+    Watch,
     Write,
 )
 from loratool.options.words import Options, Words
@@ -51,7 +52,7 @@ class Method(Options):
     )] = None  # fmt: skip
 
 
-class Combine(Mix, Method, Write, Shown, Read, Crew, Access, kw_only=False):
+class Combine(Mix, Method, Write, Shown, Read, Crew, Watch, Planned, Access, kw_only=False):
     """Adapters with each other."""
 
     adapters: Many
@@ -62,7 +63,6 @@ class Combine(Mix, Method, Write, Shown, Read, Crew, Access, kw_only=False):
     dtype: FactorType = "auto"
     to: Into = None
     program: Program = None
-    progress: OnProgress = None
 
 
 class Carry(Options):
@@ -93,6 +93,7 @@ class Merge(
     Shown,
     Names,
     Run,
+    Planned,
     Access,
     Nonfinite,
     Rerun,
@@ -124,7 +125,7 @@ class Merge(
     chunk_bytes: ChunkBytes = None
 
 
-class Subtract(Mix, Round, Write, Names, Run, Access, Nonfinite, Rerun, kw_only=False):
+class Subtract(Mix, Round, Write, Names, Run, Planned, Access, Nonfinite, Rerun, kw_only=False):
     """Adapters out of merged weights, or out of an adapter."""
 
     adapters: Many
@@ -151,7 +152,7 @@ class Subtract(Mix, Round, Write, Names, Run, Access, Nonfinite, Rerun, kw_only=
     chunk_bytes: ChunkBytes = None
 
 
-class Swap(Round, Write, Names, Run, Access, Nonfinite, Rerun, kw_only=False):
+class Swap(Round, Write, Names, Run, Planned, Access, Nonfinite, Rerun, kw_only=False):
     """One adapter out of merged weights, another in."""
 
     old: Annotated[str, Words("adapter that is in the weights, with the weight it was merged at.")]

@@ -11,8 +11,8 @@ from loratool.options.groups import (
     FactorType,
     Include,
     Into,
-    OnProgress,
     Place,
+    Planned,
     Program,
     Read,
     RelativeError,
@@ -20,13 +20,14 @@ from loratool.options.groups import (
     Run,
     Shown,
     Size,
+    Watch,
     Workers,
     Write,
 )
 from loratool.options.words import Options, Words
 
 
-class Compress(Write, Shown, Crew, Access, Read, kw_only=False):
+class Compress(Write, Shown, Crew, Watch, Planned, Access, Read, kw_only=False):
     """Fewer ranks for adapters."""
 
     adapters: Annotated[Place | Sequence[Place], Words(
@@ -59,7 +60,6 @@ class Compress(Write, Shown, Crew, Access, Read, kw_only=False):
     )]  # fmt: skip
     to: Into = None
     program: Program = None
-    progress: OnProgress = None
 
 
 class Details(Options):
@@ -77,7 +77,7 @@ class Details(Options):
     )] = False  # fmt: skip
 
 
-class Extract(Write, Shown, Run, Access, Details, kw_only=False):
+class Extract(Write, Shown, Run, Planned, Access, Details, kw_only=False):
     """A low-rank adapter of a full fine-tune."""
 
     tuned: Annotated[Place, Words("the fine-tuned checkpoint.")]
@@ -115,7 +115,7 @@ class Extract(Write, Shown, Run, Access, Details, kw_only=False):
     rename: Rename = ()
 
 
-class Convert(Write, Workers, Read, Access, kw_only=False):
+class Convert(Write, Workers, Watch, Read, Access, kw_only=False):
     """Adapters as another program stores them."""
 
     adapters: Annotated[Sequence[Place], Words("paths or Hub references.")]
@@ -147,7 +147,7 @@ class Convert(Write, Workers, Read, Access, kw_only=False):
     )]  # fmt: skip
 
 
-class Rescale(Write, Workers, Read, Access, kw_only=False):
+class Rescale(Write, Workers, Watch, Read, Access, kw_only=False):
     """Adapters times a factor."""
 
     adapters: Annotated[Sequence[Place], Words("paths or Hub references.")]

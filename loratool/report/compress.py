@@ -90,6 +90,29 @@ class CompressedAdapter:
 
 
 @dataclass(frozen=True)
+class PlannedCompression:
+    """What `loratool.compress` is about to do, as ``on_plan`` gets it.
+
+    Attributes:
+        adapters: how many.
+        modules: of all of them.
+        ranks: that they have, each once.
+        bytes_before: size of the inputs' tensor files.
+        peak_memory_bytes: planned.
+        device: where it runs.
+        device_reason: why there.
+    """
+
+    adapters: int
+    modules: int
+    ranks: tuple[int, ...]
+    bytes_before: int
+    peak_memory_bytes: int
+    device: str
+    device_reason: str
+
+
+@dataclass(frozen=True)
 class CompressReport(Report):
     """Result of `loratool.compress`.
 

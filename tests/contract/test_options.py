@@ -36,6 +36,8 @@ OWN = {"demo", "completion"}
 # What is in Python alone, and why.
 PYTHON_ALONE = {
     "progress": "a callback; the command line draws a bar",
+    "on_work": "a callback; the command line names it beside the bar",
+    "on_plan": "a callback; the command line prints the plan",
     "on_step": "a callback; the command line prints each step",
     "series": "an object, which a recipe hands to its steps",
     "chunk_bytes": "for tests and measurements: it never changes a result",
