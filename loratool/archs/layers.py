@@ -8,6 +8,7 @@ from typing import Any
 
 from loratool.archs.base import Rule, load_data
 
+_UNPAIRED = ("qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "phi3")
 _HEADS = ("num_attention_heads", "n_head", "num_heads", "n_heads", "attention_heads")
 _KV_HEADS = ("num_key_value_heads", "num_kv_heads", "multi_query_group_num", "n_head_kv")
 _HIDDEN = ("hidden_size", "n_embd", "d_model", "embed_dim", "dim")
@@ -97,6 +98,15 @@ def attention_sizes(config: Mapping[str, Any], module: str) -> Heads:
     if not head_dim and heads and hidden % heads == 0:
         head_dim = hidden // heads
     return Heads(heads, kv_heads or heads, head_dim)
+
+
+def pair_height(config: Mapping[str, Any], module: str) -> int:
+    """Rows of a head whose halves lie in turns where a program turns pairs of rows; 0 if unknown.
+
+    2 is no order at all: of these models such programs leave rows as transformers has them.
+    """
+    kind = sub_config(config, module).get("model_type") or config.get("model_type")
+    return 2 if kind in _UNPAIRED else attention_sizes(config, module).head_dim
 
 
 def sub_config(config: Mapping[str, Any], module: str) -> Mapping[str, Any]:

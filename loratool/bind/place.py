@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from loratool.adapter import DeltaSpec
-from loratool.archs.layers import attention_sizes, stores_transposed
+from loratool.archs.layers import pair_height, stores_transposed
 from loratool.archs.ties import Tie, follows_vocabulary, is_head, other_name
 from loratool.bind.columns import wider_shape
 from loratool.bind.items import BoundDelta, BoundReplacement, Found, Item, Misfit
@@ -130,7 +130,7 @@ def _settled(spec: DeltaSpec, target: str, ctx: Context) -> DeltaSpec | None:
     if turned and len(inner) == 1:
         out, inner = inner[0], [out]
     if spec.row.is_by_head:
-        head = attention_sizes(ctx.config, target).head_dim
+        head = pair_height(ctx.config, target)
         spec = dataclasses.replace(spec, settings={**spec.settings, HEAD: head})
     return spec.row.settle(spec, out, numel(tuple(inner)))
 

@@ -11,21 +11,13 @@ from loratool.dialects.candidate import Candidate
 # --------------------------------------------------------------------------- language models
 
 
-def is_litgpt(candidate: Candidate) -> bool:
-    """The pickle of litgpt, by name."""
-    return "lit_model.pth.lora" in candidate.names and not candidate.is_peft
-
-
-LITGPT = Dialect("litgpt", "litgpt", is_litgpt, form="folder", suffixes=(".lora",))
 MEGATRON = Dialect(
     "megatron", "NeMo / Megatron",
     by_keys(r"adapter_layer\.lora_.*\.linear_(in|out)\.weight$"), hint="export it to PEFT in NeMo",
 )  # fmt: skip
-TORCHTUNE = Dialect(
-    "torchtune", "torchtune (own names)",
-    by_keys(r"(^|\.)layers\.\d+\..*\.lora_[ab]\.weight$"),
-    hint="torchtune's HF checkpointer exports PEFT folders",
-)  # fmt: skip
+
+LITGPT_KEY = r"^transformer\.h\.\d+\.(attn\.(qkv|attn|proj)|mlp\.(fc(_[12])?|proj))\.lora_[AB]$"
+"""What litgpt calls its factors."""
 
 # ------------------------------------------------------------------------------- image models
 
@@ -61,5 +53,5 @@ TEXTUAL_INVERSION = Dialect(
     "textual-inversion", "textual inversion (no adapter)", is_textual_inversion
 )
 ROWS = (
-    LITGPT, MEGATRON, TORCHTUNE, CONTROL_LORA, TEXTUAL_INVERSION,
+    MEGATRON, CONTROL_LORA, TEXTUAL_INVERSION,
 )  # fmt: skip

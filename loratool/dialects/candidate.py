@@ -27,7 +27,6 @@ _WEIGHT_NAMES = (
 _NO_WEIGHTS = re.compile(r"training_args|optimizer|scheduler|scaler|rng_state|random_states")
 _AS_ZERO = str.maketrans("123456789", "0" * 9)
 _NUMBERED = re.compile(r"[0-9]")  # in an expression: it asks for certain numbers
-_LITGPT = "lit_model.pth.lora"
 _GGUF_HEAD = 65_536  # bytes; the metadata that tell an adapter from a model come first
 
 
@@ -106,8 +105,6 @@ def _examine_file(path: Path, max_header: int) -> Candidate:
     if path.suffix == ".gguf":
         with open_inside(path) as file:
             return Candidate(path, None, names, head=file.read(_GGUF_HEAD))
-    if path.name == _LITGPT and path.is_file():
-        return Candidate(path, None, names)
     if is_pickle_name(path.name) and path.is_file():
         _refuse_pickle(path, names)
     beside = path.with_name(CONFIG_NAME)
@@ -134,8 +131,6 @@ def _examine_folder(folder: Path, max_header: int) -> Candidate:
         return Candidate(
             folder, folder, names, config, config_path, found.weights, found.head, max_header
         )
-    if _LITGPT in names:
-        return Candidate(folder, folder, names, config, config_path)
     pickles = [n for n in names if is_pickle_name(n) and not _NO_WEIGHTS.match(n)]
     if pickles and (not others or any(n.startswith("adapter_model") for n in pickles)):
         _refuse_pickle(folder, pickles)

@@ -10,10 +10,12 @@ from loratool.dialects import (
     flux,
     gguf,
     kohya,
+    litgpt,
     lycoris,
     mlx,
     onetrainer,
     peft,
+    torchtune,
 )
 from loratool.dialects.base import Dialect
 from loratool.dialects.candidate import Candidate
@@ -23,7 +25,7 @@ DEFAULT = peft.FOLDER_NAME
 """What an adapter is written in that was read from no file."""
 DIALECTS: tuple[Dialect, ...] = (
     *peft.ROWS, kohya.ROW, lycoris.ROW, diffusers.ROW, comfyui.ROW, flux.BFL, flux.XLABS,
-    onetrainer.ROW, mlx.ROW, gguf.ROW, *by_sight.ROWS,
+    onetrainer.ROW, mlx.ROW, gguf.ROW, torchtune.ROW, litgpt.ROW, *by_sight.ROWS,
 )  # fmt: skip
 BY_NAME: dict[str, Dialect] = {row.name: row for row in DIALECTS}
 

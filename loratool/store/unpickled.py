@@ -32,7 +32,8 @@ from loratool.store.source import Resolved
 
 _PROGRAM = "loratool.engine.unpickle"
 _INDEX = ".bin.index.json"
-_CONFIGS = ("adapter_config.json", "config.json")
+_CONFIGS = ("adapter_config.json", "config.json", "hyperparameters.yaml", "model_config.yaml")
+_APART = ".pth.lora"  # the change of a model that lies beside it
 _KEPT_VARIABLES = ("PATH", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "LANG", "LC_ALL", "TMPDIR")
 _SECONDS, _BYTES_PER_S = 120, 5_000_000  # start of torch, then the slowest disk
 _COPY_BYTES = 1 << 20
@@ -73,6 +74,10 @@ def _pickles(path: Path) -> Iterator[Path]:
             yield path
         return
     names = [entry.name for entry in list_folder(path) if not entry.name.startswith(".")]
+    apart = [name for name in names if name.endswith(_APART)]
+    if apart:
+        yield from (path / name for name in apart)
+        return
     has_own = any(name.endswith(".safetensors") for name in names)
     for name in names:
         is_twice = _new_name(name) in names or (has_own and not is_beside_name(name))
@@ -101,7 +106,7 @@ def _mirror(path: Path, pickles: list[Path], top: Path) -> Path:
 
 
 def _new_name(name: str) -> str:
-    stem = name.rpartition(".")[0]
+    stem = name.removesuffix(_APART) if name.endswith(_APART) else name.rpartition(".")[0]
     return stem.replace("pytorch_model", "model", 1) + ".safetensors"
 
 

@@ -75,6 +75,7 @@ def test_every_row_resolves() -> None:
 MARKS = {
     "mlx": ["model.layers.0.self_attn.q_proj.lora_a", "model.layers.0.self_attn.q_proj.lora_b"],
     "torchtune": ["layers.0.attn.q_proj.lora_a.weight", "layers.0.attn.q_proj.lora_b.weight"],
+    "litgpt": ["transformer.h.0.attn.qkv.lora_A", "transformer.h.0.mlp.fc_1.lora_B"],
     "megatron": ["model.layers.0.adapter_layer.lora_kqv_adapter.linear_in.weight"],
     "xlabs": ["double_blocks.0.processor.qkv_lora1.down.weight"],
     "kohya": ["lora_unet_down_blocks_0_proj.lora_down.weight", "lora_te_x.alpha"],
@@ -142,15 +143,16 @@ def test_a_lone_file_is_recognised_by_its_keys(tmp_path: Path, name: str, keys: 
 
 
 def test_every_row_has_a_recognised_example() -> None:
-    by_files = {"gguf", "peft", "litgpt"}  # tested below, by file names
+    by_files = {"gguf", "peft"}  # tested below, by file names
     assert set(MARKS) | by_files == set(BY_NAME)
 
 
-def test_litgpt_is_recognised_by_its_file_name(tmp_path: Path) -> None:
+def test_the_pickle_of_litgpt_is_not_opened(tmp_path: Path) -> None:
     (tmp_path / "lit_model.pth.lora").write_bytes(b"\x80\x02.")
     for path in (tmp_path, tmp_path / "lit_model.pth.lora"):
-        with pytest.raises(MismatchError, match="litgpt"):
+        with pytest.raises(UnsafeContentError, match="lit_model") as caught:
             open_adapter(path)
+        assert "--allow-pickle" in str(caught.value.hint)
 
 
 def test_a_gguf_model_is_not_called_an_adapter(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from loratool.adapter import Adapter
 from loratool.dialects.base import Dialect
+from loratool.dialects.by_sight import LITGPT_KEY
 from loratool.dialects.candidate import Candidate
 from loratool.dialects.dotted import is_dotted
 
@@ -28,7 +29,8 @@ def is_file(candidate: Candidate) -> bool:
     if candidate.is_peft or candidate.header is None:
         return False
     is_bare = candidate.config is None and candidate.has_key(_BARE_KEY)
-    return (is_bare or candidate.has_key(_PREFIX)) and not is_dotted(candidate)
+    is_other = candidate.has_key(LITGPT_KEY) or is_dotted(candidate)
+    return (is_bare or candidate.has_key(_PREFIX)) and not is_other
 
 
 FOLDER = Dialect(
