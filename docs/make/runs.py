@@ -120,7 +120,9 @@ class Stage:
         shutil.copytree(self._scene, place, ignore=lambda top, _: without if Path(top) == (
             self._scene) else ())  # fmt: skip
         with contextlib.chdir(place), mock.patch.dict(os.environ, {
-            "COLUMNS": COLUMNS, "NO_COLOR": "1", "HF_HUB_OFFLINE": "1",
+            "COLUMNS": COLUMNS, "NO_COLOR": "1", "HF_HUB_OFFLINE": "1", "SHELL": "/bin/bash",
+            # Nobody's own start-up files change when a page installs completion.
+            **dict.fromkeys(("HOME", "XDG_DATA_HOME", "XDG_CONFIG_HOME", "ZDOTDIR"), str(place)),
         }):  # fmt: skip
             yield place
         shutil.rmtree(place.parent)

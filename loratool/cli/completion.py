@@ -24,7 +24,7 @@ SHELLS = ("bash", "zsh", "fish")
         'eval "$(loratool completion bash)"        # in this shell only',
     ),
 )
-@click.argument("shell", type=click.Choice(SHELLS), metavar="bash|zsh|fish", required=False)
+@click.argument("shell", type=click.Choice(SHELLS), metavar="[bash|zsh|fish]", required=False)
 @opt.option("--install", is_flag=True, section="Output",
             help="Set it up for good; done again, it is brought up to date.")  # fmt: skip
 @opt.option("--uninstall", is_flag=True, section="Output", help="Take that away again.")

@@ -40,9 +40,9 @@ class Change:
 
     @property
     def verb(self) -> str:
-        """What happens to it: ``up to date``, ``writes``, ``changes`` or ``removes``."""
+        """What happens to it, in a word or two."""
         if self.before == self.after:
-            return "up to date"
+            return "up to date" if self.after is not None else "not there"
         if self.after is None:
             return "removes"
         return "writes" if self.before is None else "changes"
