@@ -20,6 +20,7 @@ import os
 import re
 import shlex
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -36,6 +37,7 @@ from loratool.cli.group import COMMANDS, MODULES
 FENCE = re.compile(r"^```(console|python)(?: (\S[^\n]*))?\n(.*?)^```$", re.M | re.S)
 SPAN = re.compile(r"(?<!`)`(loratool [^`]+)`(?!`)")
 COLUMNS = "100"
+HOME = Path.home()
 FAR = re.compile(r"(^|=)hf://")
 TIME = re.compile(r"(?<=[ ·])\d+(\.\d+)? (ms|s|min)\b(?! of disk)")
 
@@ -102,7 +104,9 @@ class Stage:
     def __init__(self) -> None:
         self._root = tempfile.TemporaryDirectory(prefix="loratool-docs-")
         self._scene = Path(self._root.name) / "scene"
+        self._home = Path(self._root.name) / "home"
         self._scene.mkdir()
+        self._home.mkdir()
         build(self._scene)
         self._count = 0
 
@@ -119,13 +123,20 @@ class Stage:
         place = Path(self._root.name) / str(self._count) / "work"
         shutil.copytree(self._scene, place, ignore=lambda top, _: without if Path(top) == (
             self._scene) else ())  # fmt: skip
-        with contextlib.chdir(place), mock.patch.dict(os.environ, {
-            "COLUMNS": COLUMNS, "NO_COLOR": "1", "HF_HUB_OFFLINE": "1", "SHELL": "/bin/bash",
-            # Nobody's own start-up files change when a page installs completion.
-            **dict.fromkeys(("HOME", "XDG_DATA_HOME", "XDG_CONFIG_HOME", "ZDOTDIR"), str(place)),
-        }):  # fmt: skip
+        seen = _environment(self._home)
+        with contextlib.chdir(place), mock.patch.dict(os.environ, seen, clear=True):
             yield place
         shutil.rmtree(place.parent)
+
+
+def _environment(home: Path) -> dict[str, str]:
+    """What the commands of a page see: a home of their own, which some of them write into."""
+    kept = ("PATH", "OMP_NUM_THREADS", "OMP_WAIT_POLICY", "TMPDIR", "PYTHONPATH")
+    return {
+        **{name: os.environ[name] for name in kept if name in os.environ},
+        "HOME": str(home), "SHELL": "/bin/bash", "LC_ALL": "C.UTF-8",
+        "HF_HUB_OFFLINE": "1", "COLUMNS": COLUMNS, "NO_COLOR": "1",
+    }  # fmt: skip
 
 
 def output_of(line: Line) -> str:
@@ -137,7 +148,16 @@ def output_of(line: Line) -> str:
         code = run(words)
     text = said.getvalue()
     assert code == line.code, f"$ {line.text}\nexit code {code}, not {line.code}:\n{text}"
-    return TIME.sub("… s", text.replace(str(Path.cwd()), "."))
+    return TIME.sub("… s", _masked(text))
+
+
+def _masked(text: str) -> str:
+    """Without what is only so on this machine: its folders."""
+    places = {str(Path.cwd()): ".", os.environ["HOME"]: "~", sys.prefix: ".venv",
+              str(HOME): "~"}  # fmt: skip
+    for place, shown in places.items():
+        text = text.replace(place, shown)
+    return text
 
 
 def clear_output(line: Line) -> None:

@@ -175,6 +175,15 @@ def test_the_figures_are_drawn(stage: runs.Stage) -> None:
     assert wanted == drawn.keys()
 
 
+def test_pages_change_nothing_at_home(stage: runs.Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even those that show how to: their home is the stage's."""
+    monkeypatch.setenv("HOME", "/nonexistent")
+    with stage.fresh():
+        said = runs.output_of(runs.parse("loratool completion bash --install"))
+        assert (Path.home() / ".bashrc").is_file() and "~/.bashrc" in said
+        runs.output_of(runs.parse("loratool completion bash --uninstall"))
+
+
 def test_a_line_that_fails_is_red(stage: runs.Stage) -> None:
     for text in ("loratool merge style --bse model -o out", "loratool mrege style"):
         with pytest.raises(AssertionError):
