@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from loratool.adapter import Adapter, AdapterFiles, TensorRef
 from loratool.api.fitting import check_files, fit_for
+from loratool.api.freeing import dependent, free_of_base, outline_free, unholdable
 from loratool.api.session import Opened, Session, base_row
-from loratool.api.translating import carry_out, files_of, of_dialect, settled, threads_for
+from loratool.api.translating import (
+    carry_out,
+    files_of,
+    of_dialect,
+    settled,
+    threads_for,
+    unloadable,
+)
 from loratool.dialects import DEFAULT
 from loratool.dialects.base import Dialect
 from loratool.dialects.metadata import LENGTHS, edited, hashed, parse_edits
@@ -31,14 +39,79 @@ from loratool.store.adapter_writer import file_bytes
 
 @dataclass(frozen=True)
 class _Job:
-    """One adapter with its plan."""
+    """One adapter on its way.
 
+    Attributes:
+        asked: the options.
+        session: of the command.
+        one: the adapter and its place.
+        row: the other dialect.
+        base: opened, if there is one.
+        edits: entries of the metadata that change.
+    """
+
+    asked: Convert
     session: Session
     one: Opened
-    plan: ConvertPlan
     row: Dialect
     base: OpenedBase | None
     edits: Mapping[str, str]
+
+    def plan_of(self, adapter: Adapter) -> ConvertPlan:
+        """The plan of an adapter, in a form that the program loads."""
+        base, asked, program = self.base, self.asked, self.session.program
+        plan = plan_convert(
+            adapter, self.row.name, base=None if base is None else base.checkpoint,
+            skip=asked.skip, keeps_names=asked.to is None and program is None,
+        )  # fmt: skip
+        if program is not None and _of_peft(program, self.row) is None:
+            plan = settled(plan, program, self.session.limits, **_of_base(base, plan))
+        return plan
+
+    def freed(self) -> set[str]:
+        """Names of the changes that must be made independent of the base, which is given."""
+        adapter, program = self.one.adapter, self.session.program
+        found = unholdable(adapter, self.row)
+        others = {s.name for s in dependent(adapter)} - found
+        if program is None or not others or self.base is None:
+            return found
+        if _of_peft(program, self.row) is not None:
+            return found | others if program.obstacles(Look.of(adapter)) else found
+        outlined = outline_free(adapter, found, self.base.checkpoint, self.asked.rank)
+        plan = plan_convert(outlined, self.row.name, base=self.base.checkpoint,
+                            skip=self.asked.skip)  # fmt: skip
+        how = _of_base(self.base, plan)
+        return found | others.intersection(unloadable(plan, program, self.session.limits, how))
+
+
+@dataclass(frozen=True)
+class _Planned:
+    """An adapter with its plan, and the changes that are freed of the base before."""
+
+    job: _Job
+    plan: ConvertPlan
+    freed: frozenset[str] = frozenset()
+
+    @classmethod
+    def of(cls, job: _Job) -> _Planned:
+        """The plan, with factors without content for what is still to be computed."""
+        adapter, base = job.one.adapter, job.base
+        names = frozenset() if base is None else frozenset(job.freed())
+        if names and base is not None:
+            adapter = outline_free(adapter, names, base.checkpoint, job.asked.rank)
+        return cls(job, job.plan_of(adapter), names)
+
+    def computed(self) -> tuple[_Planned, float]:
+        """The plan of what was made with the base, and the error of that."""
+        job = self.job
+        if not self.freed or job.base is None:
+            return self, 0.0
+        done = free_of_base(job.one.adapter, self.freed, job.base, job.asked.rank,
+                            job.session.limits)  # fmt: skip
+        plan = job.plan_of(done.adapter)
+        return replace(self, plan=replace(plan, notes=(*done.notes, *plan.notes))), (
+            done.relative_error
+        )
 
 
 @takes(Convert)
@@ -48,7 +121,9 @@ def convert(asked: Convert) -> ConvertReport:
     The bytes of factors are copied; only what the other dialect has no place for is computed (a
     Tucker core goes into lora_A, a LoHa becomes a LoRA), and only that needs torch.  Flat names
     become those of the base, or of Stable Diffusion, SDXL and FLUX where none is given.  What the
-    dialect cannot hold is an error unless ``skip`` leaves it out.
+    dialect cannot hold is an error unless ``skip`` leaves it out.  With the base, changes that
+    depend on it (DoRA, OFT, PiSSA) become LoRA where the dialect or the program knows no other:
+    exact, or the best of a ``rank``, with the error in the report.
 
     Raises:
         LoratoolError: see ``docs/errors.md``.
@@ -64,23 +139,22 @@ def convert(asked: Convert) -> ConvertReport:
                          form=lambda adapter: _form(adapter, asked, program))  # fmt: skip
     adapters = [one.adapter for one in found]
     base = None if asked.base is None else open_base(str(asked.base), adapters, session.access)
-    is_asked = asked.to is not None or program is not None
-    jobs = [_job(session, one, base, asked.skip, edits, is_asked=is_asked) for one in found]
-    for job in jobs:
-        threads_for(job.plan, session.limits)  # before any work, whether it fits
+    jobs = [_Planned.of(_Job(asked, session, one, home_of(one.form), base, edits)) for one in found]
+    for one in jobs:
+        threads_for(one.plan, session.limits)  # before any work, whether it fits
     if asked.dry_run:
-        made = [carry_out(job.plan, session.limits, is_dry=True) for job in jobs]
-        rows = [_row(job, _files(job, one.adapter), 0.0)
-                for job, one in zip(jobs, made, strict=True)]  # fmt: skip
+        made = [carry_out(one.plan, session.limits, is_dry=True) for one in jobs]
+        rows = [_row(one, _files(one, done.adapter), 0.0)
+                for one, done in zip(jobs, made, strict=True)]  # fmt: skip
     else:
         with session.outputs(len(jobs)) as session:
             session.make_folder(len(jobs))
-            for job in jobs:
-                session.check_place(job.one)
-            turns = Turns(asked.progress, asked.on_work, [job.one.nbytes for job in jobs])
-            rows = [_run(replace(job, session=session), recorded(asked))
-                    for job in turns.each(jobs, lambda job: job.one.text)]  # fmt: skip
-    dialects = {job.row.name: None for job in jobs}
+            for one in jobs:
+                session.check_place(one.job.one)
+            turns = Turns(asked.progress, asked.on_work, [one.job.one.nbytes for one in jobs])
+            rows = [_run(replace(one, job=replace(one.job, session=session)), recorded(asked))
+                    for one in turns.each(jobs, lambda one: one.job.one.text)]  # fmt: skip
+    dialects = {one.job.row.name: None for one in jobs}
     return ConvertReport(
         str(asked.output), ", ".join(dialects), tuple(rows), session.seconds, asked.dry_run
     )
@@ -99,19 +173,6 @@ def _form(adapter: Adapter, asked: Convert, program: Program | None) -> str:
     return program.home(Look.of(adapter)) or DEFAULT
 
 
-def _job(
-    session: Session, one: Opened, base: OpenedBase | None, skip: Sequence[str],
-    edits: Mapping[str, str], *, is_asked: bool,
-) -> _Job:  # fmt: skip
-    row, program = home_of(one.form), session.program
-    checkpoint = None if base is None else base.checkpoint
-    plan = plan_convert(one.adapter, row.name, base=checkpoint, skip=skip,
-                        keeps_names=not is_asked)  # fmt: skip
-    if program is not None and _of_peft(program, row) is None:
-        plan = settled(plan, program, session.limits, **_of_base(base, plan))
-    return _Job(session, one, plan, row, base, edits)
-
-
 def _edits(asked: Convert) -> dict[str, str]:
     """The entries of the metadata that change.
 
@@ -127,20 +188,22 @@ def _edits(asked: Convert) -> dict[str, str]:
     return edits
 
 
-def _run(job: _Job, options: Mapping[str, Any]) -> ConvertedAdapter:
-    made, session = carry_out(job.plan, job.session.limits), job.session
+def _run(planned: _Planned, options: Mapping[str, Any]) -> ConvertedAdapter:
+    job, session = planned.job, planned.job.session
+    planned, lost = planned.computed()
+    made = carry_out(planned.plan, session.limits)
     adapter, program = made.adapter, _of_peft(session.program, job.row)
     if program is not None:
         adapter = of_dialect(adapter, job.row.name)
     fitted = fit_for(adapter, program, session.limits)
-    files = hashed(_files(job, fitted.adapter))
+    files = hashed(_files(planned, fitted.adapter))
     check_files(files, adapter, program)
     inputs = job.one.inputs()
     if job.base is not None:
         inputs |= base_row(job.base, inputs)
-    record = job.session.record(options, inputs)
-    _, written = job.session.put(files, job.one.target, record, made.adapter.extras)
-    row = _row(job, files, math.hypot(made.relative_error, fitted.relative_error))
+    record = session.record(options, inputs)
+    _, written = session.put(files, job.one.target, record, made.adapter.extras)
+    row = _row(planned, files, math.hypot(lost, made.relative_error, fitted.relative_error))
     return replace(row, loads_in=judge_loads(written), notes=(*row.notes, *fitted.notes),
                    warnings=(*row.warnings, *fitted.warnings))  # fmt: skip
 
@@ -150,11 +213,9 @@ def _of_peft(program: Program | None, row: Dialect) -> Program | None:
     return program if program in OF_PEFT and row.name == DEFAULT else None
 
 
-def _files(job: _Job, adapter: Adapter) -> AdapterFiles:
-    before = job.plan.source.metadata
-    files = files_of(
-        adapter, job.row.name, before, **_of_base(job.base, job.plan),
-    )  # fmt: skip
+def _files(planned: _Planned, adapter: Adapter) -> AdapterFiles:
+    job, before = planned.job, planned.plan.source.metadata
+    files = files_of(adapter, job.row.name, before, **_of_base(job.base, planned.plan))
     return edited(files, before, job.edits)
 
 
@@ -164,8 +225,8 @@ def _of_base(base: OpenedBase | None, plan: ConvertPlan) -> dict[str, Any]:
             "base_tensors": plan.base_tensors}  # fmt: skip
 
 
-def _row(job: _Job, files: AdapterFiles, error: float) -> ConvertedAdapter:
-    plan = job.plan
+def _row(planned: _Planned, files: AdapterFiles, error: float) -> ConvertedAdapter:
+    job, plan = planned.job, planned.plan
     copied = sum(isinstance(source, TensorRef) for _, source in files.tensors)
     warnings = [*unused_warnings(plan.source), *plan.warnings]
     return ConvertedAdapter(
@@ -174,7 +235,7 @@ def _row(job: _Job, files: AdapterFiles, error: float) -> ConvertedAdapter:
         dialect=plan.source.dialect,
         modules=len(plan.adapter.specs),
         copied=copied,
-        computed=tuple(plan.computed),
+        computed=(*plan.computed, *sorted(planned.freed)),
         relative_error=error,
         left_out=plan.left_out,
         output_bytes=file_bytes(files),

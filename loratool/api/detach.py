@@ -49,7 +49,7 @@ class Detached:
 
             return with_magnitude(spec, self.gains.get(spec.name), self.plan.places[spec.name], env)
 
-        return replace(adapter, specs=tuple(_map_specs(turn, adapter.specs, self.plan, limits)))
+        return replace(adapter, specs=tuple(map_specs(turn, adapter.specs, self.plan, limits)))
 
 
 def detach(plan: DetachPlan, base: OpenedBase, limits: Limits) -> Detached:
@@ -68,7 +68,7 @@ def detach(plan: DetachPlan, base: OpenedBase, limits: Limits) -> Detached:
     made: list[Weighed] = []
     for (adapter, weight), mine in zip(plan.adapters, own, strict=True):
         rows = {name: mine.get(name, 1.0) / total for name, total in gains.items()}
-        specs = _map_specs(partial(_take_apart, plan, rows), adapter.specs, plan, limits)
+        specs = map_specs(partial(_take_apart, plan, rows), adapter.specs, plan, limits)
         made.append((replace(adapter, specs=tuple(specs)), weight))
     return Detached(plan, base, tuple(made), gains)
 
@@ -95,7 +95,7 @@ def _gains_of(adapter: Adapter, plan: DetachPlan, limits: Limits) -> dict[str, t
         return row_gains(spec, plan.places[spec.name], env)
 
     specs = [s for s in adapter.specs if s.scales_rows]
-    found = _map_specs(gains, specs, plan, limits)
+    found = map_specs(gains, specs, plan, limits)
     return {spec.name: one for spec, one in zip(specs, found, strict=True)}
 
 
@@ -124,7 +124,7 @@ def _sum_gains(
     return total
 
 
-def _map_specs(
+def map_specs(
     work: Callable[[DeltaSpec, Env], T],
     specs: Sequence[DeltaSpec],
     plan: DetachPlan,

@@ -193,19 +193,27 @@ def settled(plan: ConvertPlan, program: Program, limits: Limits, **how: Any) -> 
     Raises:
         MismatchError: LT-488, it loads no such adapter.
     """
+    again = compute_also(plan, unloadable(plan, program, limits, how))
+    plan = again if again.computed.keys() != plan.computed.keys() else plan
     found = _outcome(plan, program, limits, how)
-    bad = {k for m in found.modules if m.verdict != LOADS for k in m.keys}
-    bad |= {name for f in found.findings for name in f.names}
-    names = [name for name, keys in _keys(plan, limits, how).items() if keys & bad]
-    again = compute_also(plan, names)
-    if again.computed.keys() != plan.computed.keys():
-        plan, found = again, _outcome(again, program, limits, how)
     if found.verdict in ("no", "wrong"):
         raise MismatchError(
             "LT-488", f"{program.title} cannot load such an adapter", file=plan.source.path,
             got=list_some(found.reasons), key=list_some(found.deciding[0].names, 3) or None,
+            hint=None if all(s.is_fixed for s in plan.adapter.specs)
+            else "loratool convert with --base BASE makes LoRA of what depends on the base",
         )  # fmt: skip
     return plan
+
+
+def unloadable(
+    plan: ConvertPlan, program: Program, limits: Limits, how: Mapping[str, Any]
+) -> list[str]:
+    """Names of the changes that a program would not load, or not load right; as `settled`."""
+    found = _outcome(plan, program, limits, how)
+    bad = {k for m in found.modules if m.verdict != LOADS for k in m.keys}
+    bad |= {name for f in found.findings for name in f.names}
+    return [name for name, keys in _keys(plan, limits, how).items() if keys & bad]
 
 
 def _outcome(

@@ -41,9 +41,10 @@ def command(adapters: tuple[str, ...], output: str, **options: Any) -> None:
 
     Modules are renamed as the programs of the dialect know them, by the maps of the model's family:
     fused projections are cut and separate ones joined, both exact. In a PEFT folder they are named
-    as in the base given with --base, else as in diffusers. What the other dialect cannot hold is
-    an error; --skip leaves it out, and it is said. --for PROGRAM takes the dialect that the program
-    loads best, and makes plain LoRA of what it does not know.
+    as in the base given with --base, else as in diffusers. --for PROGRAM takes the dialect that the
+    program loads best, and makes plain LoRA of what it does not know. What the other dialect cannot
+    hold is an error; --skip leaves it out, and it is said. With --base what depends on the base
+    (DoRA, OFT, PiSSA) becomes LoRA where there is no place for it, and --rank cuts that.
 
     Without --to and --for the dialect stays, and --set and --trigger change the metadata alone: all
     tensors and the thumbnail are copied, hashes that the file holds of itself are computed anew.

@@ -143,6 +143,23 @@ def as_pair(spec: DeltaSpec, inner: tuple[int, ...] = ()) -> DeltaSpec:
                         layout="conv" if len(inner) > 1 else "linear")  # fmt: skip
 
 
+def blank_pair(spec: DeltaSpec, rank: int | None) -> DeltaSpec:
+    """A plain low-rank change without content in the place of one that depends on the base.
+
+    Args:
+        spec: the change, of a known size.
+        rank: at most; None = of full rank.
+    """
+    out, inner = side_sizes(spec)
+    most = min(matrix_shape(spec))
+    rank, kernel = min(rank or most, most), inner[1:]
+    dtype = result_dtype(exact_dtype([s.dtype for s in spec.fields.values()]))
+    left = TensorData(f"{spec.name} {LEFT}", dtype, (out, rank, *(1 for _ in kernel)), b"")
+    right = TensorData(f"{spec.name} {RIGHT}", dtype, (rank, *inner), b"")
+    return with_factors(spec, left, right, rank=rank, alpha=float(rank), scaling=1.0,
+                        base_change="", settings={})  # fmt: skip
+
+
 def with_scaled_source(spec: DeltaSpec, source: Source) -> DeltaSpec:
     """The change with another tensor in the place of `scaled_source`'s: fewer or other rows."""
     old = scaled_source(spec)

@@ -19,10 +19,11 @@ from loratool.delta.load import load_delta
 from loratool.delta.lowrank import Pair
 from loratool.delta.mutation import from_whole_base, removed_part
 from loratool.dtypes import widest
-from loratool.engine.factors import load_pairs, make_data, pack_pairs
+from loratool.engine.converting import Paired
+from loratool.engine.factors import load_pairs, make_data, overflows, pack_pairs, round_once
 from loratool.engine.kernel import Env
 from loratool.errors import NumericError
-from loratool.linalg.concat import concat_factors
+from loratool.linalg.concat import concat_factors, difference_square
 from loratool.linalg.product import product_svd, split_factors
 from loratool.plan import DeltaPart, Place, Span
 
@@ -78,13 +79,50 @@ def with_start(spec: DeltaSpec, places: Sequence[Place], env: Env) -> DeltaSpec:
 
 def with_change(spec: DeltaSpec, places: Sequence[Place], env: Env) -> DeltaSpec:
     """W' - W of a change that depends on W in another way, decomposed: of the rank that it has."""
+    U, S, Vh = _change(spec, places, env)
+    return _with_pairs(spec, [split_factors(U, S, Vh, len(S))], scaling=1.0)
+
+
+def as_lora(
+    spec: DeltaSpec, places: Sequence[Place], env: Env, *, rank: int | None, dtype: str
+) -> Paired:
+    """W' - W of a change that depends on W, as the best two factors of a rank.
+
+    Args:
+        spec: the change.
+        places: where it lies in the base.
+        env: for loading.
+        rank: at most; None = that which the change has.
+        dtype: of the factors; float32 where float16 overflows.
+    """
+    if spec.reach == "all" and not spec.scales_rows:
+        (pair,) = load_pairs(with_start(spec, places, env), env)
+        U, S, Vh = product_svd(*pair)
+    else:
+        U, S, Vh = _change(spec, places, env)
+    kept = max(1, min(rank or len(S), int((S[:1] * _NOISE < S).sum())))
+    exact = split_factors(U, S, Vh, kept)
+    dtype = "F32" if any(overflows(one, dtype) for one in exact) else dtype
+    stored = [round_once(one, dtype).double() for one in exact]
+    made = pack_pairs(
+        without_lengths(spec), [exact], dtype, rank=kept, alpha=float(kept), scaling=1.0,
+        base_change="", settings={},
+    )  # fmt: skip
+    lost = float(S[kept:].square().sum()) + difference_square((stored[0], stored[1]), exact)
+    return Paired(made, float(S.square().sum()), lost)
+
+
+def _change(
+    spec: DeltaSpec, places: Sequence[Place], env: Env
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """W' - W, decomposed, without what is the decomposition's own rounding."""
     weight = stored_weight(places, env).double()
     part = DeltaPart(spec, 1.0, transposed=places[0].part.transposed)
     delta = load_delta(part, env.load, coefficient=spec.scaling, dtype=torch.float64)
     change = delta.apply_to(weight) - weight
     U, S, Vh = torch.linalg.svd(change.T if part.transposed else change, full_matrices=False)
     rank = max(1, int((S[:1] * _NOISE < S).sum()))
-    return _with_pairs(spec, [split_factors(U, S, Vh, rank)], scaling=1.0)
+    return U[:, :rank], S[:rank], Vh[:rank]
 
 
 def _with_pairs(spec: DeltaSpec, pairs: Sequence[Pair], scaling: float) -> DeltaSpec:

@@ -11,18 +11,19 @@ from loratool.dialects.stated import task_of
 from loratool.dtypes import widest
 from loratool.errors import MismatchError, list_some
 
-_EXTRACT = (
+EXTRACT = (
     "merge it into its base and extract it again: loratool merge ADAPTER --base BASE -o TUNED, "
     "then loratool extract TUNED --base BASE --rank R -o PLAIN"
 )
 
 
+FREED = "--base BASE: what depends on the base becomes LoRA with it"
 _SIZES = "loratool convert ADAPTER --to peft --base BASE -o OUT makes a LoRA of it first"
 _MERGE = "merge it into its base with its weight: loratool merge ADAPTER:W --base BASE -o OUT"
 
 
 def require_additive(
-    adapter: Adapter, verb: str, *, hint: str = _EXTRACT, in_size: bool = False
+    adapter: Adapter, verb: str, *, hint: str = EXTRACT, in_size: bool = False
 ) -> None:
     """Refuse changes that depend on the base.
 
@@ -41,9 +42,9 @@ def require_additive(
         raise MismatchError(
             "LT-460", f"the size of the weights is not in the file: they cannot be {verb} without "
             "the base", file=adapter.path, key=list_some(sized, 3),
-            hint=_SIZES if hint == _EXTRACT else hint,
+            hint=_SIZES if hint == EXTRACT else hint,
         )  # fmt: skip
-    if hint != _EXTRACT and not all(s.is_apart for s in adapter.specs):
+    if hint not in (EXTRACT, FREED) and not all(s.is_apart for s in adapter.specs):
         hint = _MERGE
     if other:
         raise MismatchError(

@@ -27,7 +27,7 @@ from loratool.dialects.base import Dialect
 from loratool.dialects.registry import row_of
 from loratool.dialects.rules import is_of_home, passed_on
 from loratool.errors import MismatchError, list_some
-from loratool.ops.additive import require_kernels
+from loratool.ops.additive import FREED, require_kernels
 from loratool.ops.fitting import needs_evening
 from loratool.ops.naming import locate, uncuttable
 from loratool.ops.sizes import with_sizes
@@ -91,14 +91,14 @@ def plan_convert(
     """
     row, settled = row_of(dialect), source
     if any(s.is_open and row.obstacle(s) for s in source.specs):
-        settled = with_sizes(source, base, "converted")
+        settled = with_sizes(source, base, "converted", hint=FREED)
     kept, left_out = _without(settled, skip)
     notes = list(kept.notes)
     reason = unmergeable_reason(source)
     if reason is not None and not is_of_home(source, dialect):
         raise MismatchError("LT-494", f"{row.title} cannot hold this adapter", file=source.path,
                             got=reason)  # fmt: skip
-    _check(kept, row)
+    _check(kept, row, base)
     notes += _left_behind(kept, row)
     is_kept = keeps_names and source.dialect == dialect
     is_named = row.table is not None and bool(row.table.naming) and not is_kept
@@ -214,7 +214,7 @@ def _left_behind(kept: Adapter, row: Dialect) -> list[str]:
     return notes
 
 
-def _check(kept: Adapter, row: Dialect) -> None:
+def _check(kept: Adapter, row: Dialect, base: Checkpoint | None) -> None:
     """Name everything that the dialect cannot hold, with the words that leave it out."""
     table = row.table
     found = {
@@ -233,10 +233,13 @@ def _check(kept: Adapter, row: Dialect) -> None:
     modules = {_module(name) for name in found}
     ways = " ".join(f"--skip '^{re.escape(module)}$'" for module in sorted(modules)[:3])
     all_of_it = found.keys() >= set(_names(kept))
+    hint = f"leave them out: {ways}{' …' if len(modules) > 3 else ''}"
+    if base is None and any(s.name in found and s.is_matrix and not s.is_fixed for s in kept.specs):
+        hint, all_of_it = FREED, False
     raise MismatchError(
         "LT-494", f"{row.title} cannot hold {len(found)} changes of this adapter", file=kept.path,
         key=list_some(found, 3), got=list_some(set(found.values()), 3),
-        hint=None if all_of_it else f"leave them out: {ways}{' …' if len(modules) > 3 else ''}",
+        hint=None if all_of_it else hint,
     )  # fmt: skip
 
 

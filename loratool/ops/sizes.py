@@ -5,18 +5,21 @@ from __future__ import annotations
 from dataclasses import replace
 
 from loratool.adapter import Adapter
-from loratool.ops.additive import require_additive
+from loratool.ops.additive import EXTRACT, require_additive
 from loratool.ops.in_base import find_in_base
 from loratool.store.checkpoint import Checkpoint
 
 
-def with_sizes(adapter: Adapter, base: Checkpoint | None, verb: str) -> Adapter:
+def with_sizes(
+    adapter: Adapter, base: Checkpoint | None, verb: str, *, hint: str = EXTRACT
+) -> Adapter:
     """The adapter with every change in the size of its weight; itself where all are.
 
     Args:
         adapter: opened.
         base: what it was trained on, None if nobody gave it.
         verb: past participle for the message.
+        hint: the way out.
 
     Raises:
         MismatchError: LT-460, there is no base to ask; LT-430 … LT-480 of binding.
@@ -24,7 +27,8 @@ def with_sizes(adapter: Adapter, base: Checkpoint | None, verb: str) -> Adapter:
     if not any(s.is_open for s in adapter.specs):
         return adapter
     if base is None:
-        require_additive(replace(adapter, specs=tuple(s for s in adapter.specs if s.is_open)), verb)
+        open_ones = tuple(s for s in adapter.specs if s.is_open)
+        require_additive(replace(adapter, specs=open_ones), verb, hint=hint)
         return adapter
     places = find_in_base(adapter, base).places
     return replace(

@@ -123,6 +123,10 @@ class Convert(Write, Workers, Watch, Read, Access, kw_only=False):
     base: Annotated[Place | None, Words(
         "What it was trained on: its tensors name flat modules.", "Input", metavar="BASE",
     )] = None  # fmt: skip
+    rank: Annotated[int | None, Words(
+        "With --base: at most, of what depends on it (DoRA, OFT, PiSSA) and becomes LoRA. Default: "
+        "exact.", "Input", metavar="R", form="whole", record=True,
+    )] = None  # fmt: skip
     skip: Annotated[Sequence[str], Words(
         "Leave out a component (te) or modules. Repeatable.", "Input", metavar="PART|REGEX",
         record=True,

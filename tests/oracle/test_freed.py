@@ -1,0 +1,86 @@
+"""`convert --base`: what depends on the base as LoRA, exact or the best of a rank."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+import loratool as lt
+from loratool.dialects import open_adapter
+from tests.oracle.dotted_files import deltas
+from tests.oracle.kohya_files import SAMPLES
+
+LLM = SAMPLES.parent / "llm"
+STEM = "transformer_blocks.0.attn.to_q"
+
+
+def differences(folder: Path) -> dict[str, np.ndarray]:
+    """W' - W as PEFT merged it, in float64."""
+    base = load_file(str(folder / "base" / "model.safetensors"))
+    return {name: new.astype(np.float64) - base[name]
+            for name, new in load_file(str(folder / "merged.safetensors")).items()
+            if name in base and new.ndim == 2}  # fmt: skip
+
+
+@pytest.mark.parametrize("sample", ["oft", "hra", "lora_pissa"])
+def test_other_methods_become_lora(tmp_path: Path, sample: str) -> None:
+    source, out = LLM / sample, tmp_path / "out.safetensors"
+    with pytest.raises(lt.LoratoolError) as caught:
+        lt.convert([source], to="comfyui", output=out)
+    assert caught.value.code in ("LT-494", "LT-460") and "becomes LoRA" in str(caught.value.hint)
+    (row,) = lt.convert([source], to="comfyui", base=source / "base", output=out).adapters
+    assert len(row.computed) == row.modules and 0 < row.relative_error < 2**-22
+    want = differences(source)
+    for (module, _), (delta, size) in deltas(out).items():
+        new = want[f"{module.removeprefix('diffusion_model.')}.weight"]
+        # PEFT rounds W' to float32: half a unit of each weight, and what it computes in float32
+        assert np.abs(delta - new).max() <= 2**-18 * (np.abs(new).max() + size.max()), module
+
+
+def dora(folder: Path) -> tuple[Path, Path, np.ndarray]:
+    """A DoRA of diffusers, its base, and W' - W."""
+    rng = np.random.default_rng(7)
+    weight, down, up = rng.normal(size=(12, 10)), rng.normal(size=(2, 10)), rng.normal(size=(12, 2))
+    lengths = np.abs(rng.normal(size=12)) + 0.5
+    tensors = {f"{STEM}.lora_A.weight": down, f"{STEM}.lora_B.weight": up,
+               f"{STEM}.lora_magnitude_vector": lengths}  # fmt: skip
+    made = {f"transformer.{k}": v.astype(np.float32) for k, v in tensors.items()}
+    save_file(made, str(folder / "dora.safetensors"))
+    base = {f"{STEM}.weight": weight.astype(np.float32)}
+    save_file(base, str(folder / "base.safetensors"))
+    a, b, m = (v.astype(np.float64) for v in made.values())
+    w = base[f"{STEM}.weight"].astype(np.float64)
+    v = w + b @ a
+    change = m[:, None] * v / np.linalg.norm(v, axis=1, keepdims=True) - w
+    return folder / "dora.safetensors", folder / "base.safetensors", change
+
+
+@pytest.mark.parametrize("rank", [None, 3])
+def test_dora_for_a_program_that_knows_lora_alone(tmp_path: Path, rank: int | None) -> None:
+    adapter, base, change = dora(tmp_path)
+    out = tmp_path / "out.safetensors"
+    with pytest.raises(lt.LoratoolError) as caught:
+        lt.convert([adapter], program="nunchaku", output=out)
+    assert caught.value.code == "LT-488" and "--base" in str(caught.value.hint)
+    how = {"program": "nunchaku", "base": base, "rank": rank}
+    (planned,) = lt.convert([adapter], dry_run=True, output=out, **how).adapters
+    (row,) = lt.convert([adapter], output=out, **how).adapters
+    assert planned.output_bytes >= out.stat().st_size - 1000 and row.computed == planned.computed
+    (spec,) = open_adapter(out).specs
+    assert (spec.kind, spec.rank) == ("lowrank", rank or 10)
+    values = np.linalg.svd(change, compute_uv=False)
+    lost = float(np.sqrt((values[spec.rank :] ** 2).sum() / (values**2).sum()))
+    assert abs(row.relative_error - lost) < 2**-20
+    ((delta, _),) = deltas(out).values()
+    error = np.linalg.norm(delta - change) / np.linalg.norm(change)
+    assert abs(error - lost) < 2**-20 and f"{row.relative_error:.2g}" in row.notes[0]
+
+
+def test_a_dialect_that_has_dora_keeps_it(tmp_path: Path) -> None:
+    adapter, base, _ = dora(tmp_path)
+    out = tmp_path / "out.safetensors"
+    (row,) = lt.convert([adapter], to="comfyui", base=base, output=out).adapters
+    assert row.computed == () and any(k.endswith("dora_scale") for k in load_file(str(out)))
