@@ -123,12 +123,14 @@ def _find(base: Checkpoint, keep: bool) -> Found:
                 raise _unread(base, method)
             taken = {ref.codes for ref in found.weights.values()}
             left = {n: r for n, r in tensors.items()
-                    if r not in taken and n not in found.companions}  # fmt: skip
+                    if r not in taken and n not in found.companions
+                    and n not in found.stacks}  # fmt: skip
             if not keep and (other := method_in_tensors(left)):
                 raise _unread(base, f"{method} ({other})")
             whole |= Found(
                 {prefix + n: ref for n, ref in found.weights.items()},
                 frozenset(prefix + n for n in found.companions), found.metadata,
+                {prefix + n: tuple(prefix + w for w in ws) for n, ws in found.stacks.items()},
             )  # fmt: skip
     if not whole.weights:
         raise _unread(base, base.quantization or "")
@@ -150,6 +152,8 @@ def _placed(base: Checkpoint, found: Found, keep: bool) -> Iterator[tuple[str, T
         if ref in plain:
             weight = found.weights[plain[ref]]
             yield plain[ref], replace(weight, is_kept=keep)
+        elif name in found.stacks:
+            yield from ((w, replace(found.weights[w], is_kept=keep)) for w in found.stacks[name])
         elif keep or name not in found.companions:
             yield name, ref
 

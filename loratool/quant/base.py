@@ -25,15 +25,17 @@ class Found:
         weights: name that the plain weight has -> the weight.
         companions: names of the tensors that only the codes need.
         metadata: keys of a file's metadata that speak of the codes.
+        stacks: tensor that holds the codes of several weights -> their names, in its order.
     """
 
     weights: Mapping[str, CodedRef] = field(default_factory=dict)
     companions: frozenset[str] = frozenset()
     metadata: frozenset[str] = frozenset()
+    stacks: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def __or__(self, other: Found) -> Found:
         return Found({**self.weights, **other.weights}, self.companions | other.companions,
-                     self.metadata | other.metadata)  # fmt: skip
+                     self.metadata | other.metadata, {**self.stacks, **other.stacks})  # fmt: skip
 
 
 class Reader(Protocol):

@@ -1,39 +1,33 @@
 """Weights of GGUF files: blocks of ggml's types, under llama.cpp's names or the model's own.
 
 The configuration that `config_of` makes of a file's metadata says of each tensor its type and
-shape.  Language models of the architectures below get their own names back, and rows of queries and
-keys of ``llama`` their order; files of image models have the names of their checkpoints.
+shape.  Language models of the architectures below get their own names back, stacked experts one by
+one, and rows of queries and keys of ``llama`` their order; files of image models have the names of
+their checkpoints.  Types that `loratool.quant.gguf_blocks` has no code for are left to ``gguf``.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
-from loratool.adapter import CodedRef
+from loratool.adapter import CodedRef, TensorRef
 from loratool.errors import MismatchError
 from loratool.quant.base import Found, Reader, Tensors, coded
+from loratool.quant.gguf_names import ARCHITECTURES, EXPERT, HEADS, leaf_of, living_module
 from loratool.quant.recognize import settings
 
 METHOD = "gguf"
-_LANGUAGE = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
-"""Architecture of llama.cpp -> type of the model."""
-_PERMUTED = ("llama",)
+_LANGUAGE = ("llama", "qwen2", "qwen3", "qwen2moe", "qwen3moe")
+"""Architectures of llama.cpp whose numbers are those of the model, but for the order of rows."""
 _IMAGE = frozenset({
     "flux", "sd1", "sdxl", "sd3", "aura", "hidream", "cosmos", "hyvid", "wan", "ltxv", "lumina2",
     "qwen_image", "pig",
 })  # fmt: skip
-_NAMES = {
-    "token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head",
-    "attn_norm": "input_layernorm", "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj",
-    "attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm",
-    "ffn_norm": "post_attention_layernorm", "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
-}  # fmt: skip
-_LAYER = re.compile(r"blk\.(\d+)\.(\w+)\.(weight|bias)")
-_OUTER = re.compile(r"(\w+)\.(weight|bias)")
+_NAME = re.compile(r"(?P<tensor>[\w.]+)\.(?P<parameter>weight|bias)")
+_ROW_ALONE = "ffn_gate_inp_shexp"  # a matrix of one row, which the file has as a vector
 _DROPPED = frozenset({"rope_freqs.weight"})  # made anew from the configuration
 _SHAPE = "comfy.gguf.orig_shape."
 
@@ -53,10 +47,12 @@ def config_of(
     said = {"quant_method": METHOD, "architecture": kind, "shapes": shapes,
             "types": {name: word for name, word, _ in found}}  # fmt: skip
     config: dict[str, Any] = {"quantization_config": said}
-    if kind in _LANGUAGE:
+    if kind in ARCHITECTURES:
         heads = metadata.get(f"{kind}.attention.head_count")
+        models = ARCHITECTURES[kind].models
         config |= {
-            "model_type": _LANGUAGE[kind], "num_attention_heads": heads,
+            "model_type": models[-1 if metadata.get(f"{kind}.expert_count") else 0],
+            "num_attention_heads": heads,
             "num_key_value_heads": metadata.get(f"{kind}.attention.head_count_kv", heads),
             "tie_word_embeddings": "output.weight" not in said["types"],
         }  # fmt: skip
@@ -69,49 +65,85 @@ def find(tensors: Tensors, config: Mapping[str, Any], reader: Reader) -> Found:
     Raises:
         MismatchError: LT-499, an architecture or a type that is not read.
     """
-    from loratool.quant.gguf_blocks import TYPES
-
     said = settings(config)
     kind, types, shapes = (said.get(k) for k in ("architecture", "types", "shapes"))
     if not isinstance(types, Mapping) or not isinstance(shapes, Mapping):
         return Found()
-    weights = {}
+    weights: dict[str, CodedRef] = {}
+    stacks: dict[str, tuple[str, ...]] = {}
     for name, ref in tensors.items():
         if name in _DROPPED or name not in types:
             continue
-        plain = name if kind in _IMAGE else _plain_name(name) if kind in _LANGUAGE else ""
-        if not plain or types[name] not in TYPES:
-            raise MismatchError(
-                "LT-499", "weights that are quantised like this cannot be read", file=ref.path,
-                key=name, expected=f"{', '.join([*_LANGUAGE, *sorted(_IMAGE)])}; "
-                f"{', '.join(TYPES)}", got=f"{kind}, {types[name]}",
-                hint="merge into the 16-bit model that it was quantised from",
-            )  # fmt: skip
-        heads = _permuted(name, str(kind), config)
-        weights[plain] = coded(
-            METHOD, plain, ref, tuple(shapes[name]), facts={"type": types[name], "heads": heads}
-        )
-    return Found(weights, frozenset(_DROPPED & set(tensors)))
+        plain = name if kind in _IMAGE else _plain_name(name, str(kind))
+        if not plain or _missing(types[name]):
+            raise _refusal(name, ref, str(kind), types[name])
+        facts = {"type": types[name], "heads": _permuted(name, str(kind), config)}
+        shape = tuple(shapes[name])
+        if EXPERT in plain:
+            found = _experts(plain, ref, shape, facts)
+            stacks[name] = tuple(found)
+            weights |= found
+            continue
+        if _ROW_ALONE in name and len(shape) == 1:
+            shape = (1, *shape)
+        weights[plain] = coded(METHOD, plain, ref, shape, facts=facts)
+    return Found(weights, frozenset(_DROPPED & set(tensors)), stacks=stacks)
 
 
-def _plain_name(name: str) -> str:
+def _missing(kind: str) -> bool:
+    from loratool.quant.gguf_blocks import blocks_of
+
+    return blocks_of(kind) is None
+
+
+def _refusal(name: str, ref: TensorRef, architecture: str, kind: str) -> MismatchError:
+    from loratool.quant.gguf_blocks import TYPES
+
+    is_known = architecture in _LANGUAGE or architecture in _IMAGE
+    return MismatchError(
+        "LT-499", "weights that are quantised like this cannot be read", file=ref.path, key=name,
+        expected=f"{', '.join([*_LANGUAGE, *sorted(_IMAGE)])}; {', '.join(TYPES)}",
+        got=f"{architecture}, {kind}",
+        hint="pip install 'loratool[gguf]' reads more types; or merge into the 16-bit model that "
+        "it was quantised from" if is_known and _missing(kind)
+        else "merge into the 16-bit model that it was quantised from",
+    )  # fmt: skip
+
+
+def _experts(
+    plain: str, ref: TensorRef, shape: tuple[int, ...], facts: Mapping[str, Any]
+) -> dict[str, CodedRef]:
+    """Each expert of a stack (experts, out, in) as a weight of its own."""
+    count = shape[0] if len(shape) == 3 else 0
+    if not count or ref.nbytes % count:
+        raise MismatchError(
+            "LT-499", "experts that are not stacked cannot be read", file=ref.path, key=ref.name,
+            expected="(experts, out, in)", got=list(shape),
+        )  # fmt: skip
+    each, rows = ref.nbytes // count, ref.shape[0] // count
+    found = {}
+    for number in range(count):
+        own = (rows, *ref.shape[1:]) if len(ref.shape) < 3 else ref.shape[1:]
+        part = replace(ref, name=f"{ref.name}[{number}]", shape=own,
+                       start=ref.start + number * each, nbytes=each)  # fmt: skip
+        name = plain.replace(EXPERT, str(number))
+        found[name] = coded(METHOD, name, part, shape[1:], facts=facts)
+    return found
+
+
+def _plain_name(name: str, architecture: str) -> str:
     """The model's own name of a tensor, "" where it is not known."""
-    if match := _LAYER.fullmatch(name):
-        number, leaf, parameter = match.groups()
-        found = _NAMES.get(leaf, "")
-        return f"model.layers.{number}.{found}.{parameter}" if found else ""
-    match = _OUTER.fullmatch(name)
-    found = _NAMES.get(match[1], "") if match else ""
-    return f"{found}.{match[2]}" if match and found else ""
+    match = _NAME.fullmatch(name) if architecture in _LANGUAGE else None
+    found = living_module(architecture, match["tensor"]) if match else ""
+    return f"{found}.{match['parameter']}" if match and found else ""
 
 
 def _permuted(name: str, kind: str, config: Mapping[str, Any]) -> int:
     """Heads whose rows lie in another order, 0 for none."""
-    match = _LAYER.fullmatch(name)
-    key = {"attn_q": "num_attention_heads", "attn_k": "num_key_value_heads"}.get(
-        match[2] if match else ""
-    )
-    if kind not in _PERMUTED or key is None:
+    if kind not in ARCHITECTURES or not ARCHITECTURES[kind].is_paired:
+        return 0
+    key = HEADS.get(leaf_of(name.rpartition(".")[0]))
+    if key is None:
         return 0
     heads = config.get(key)
     if type(heads) is not int or heads < 1:
@@ -125,12 +157,12 @@ def _permuted(name: str, kind: str, config: Mapping[str, Any]) -> int:
 
 def decode(ref: CodedRef, reader: Reader, start: int, buffer: memoryview) -> None:
     """As `loratool.quant.base.Coder.decode`."""
-    from loratool.quant.gguf_blocks import TYPES
+    from loratool.quant.gguf_blocks import blocks_of
     from loratool.quant.reading import fill, raw
 
-    blocks, source = TYPES[ref.fact("type")], ref.codes
+    blocks, source = blocks_of(ref.fact("type")), ref.codes
     cols = ref.shape[-1] if ref.shape else 1
-    assert source is not None
+    assert blocks is not None and source is not None
 
     def numbers(first: int, last: int) -> Any:
         """Elements of the flattened tensor, in the order of the file."""

@@ -139,3 +139,31 @@ TYPES: dict[str, Blocks] = {
     "Q5_K": Blocks(_K, 176, _q5_k), "Q6_K": Blocks(_K, 210, _q6_k),
 }  # fmt: skip
 """By the names that ggml gives them."""
+
+
+def blocks_of(kind: str) -> Blocks | None:
+    """A type of ggml: one of `TYPES`, or one that the package ``gguf`` knows, where that is there.
+
+    Args:
+        kind: name of the type, such as ``IQ4_XS``.
+    """
+    if kind in TYPES:
+        return TYPES[kind]
+    try:
+        import gguf  # type: ignore[import-not-found,unused-ignore]
+        from gguf.quants import dequantize  # type: ignore[import-not-found,unused-ignore]
+    except ImportError:
+        return None
+    number = getattr(gguf.GGMLQuantizationType, kind, None)
+    if number is None:
+        return None
+    size, nbytes = gguf.GGML_QUANT_SIZES[number]
+
+    def numbers(raw: Tensor) -> Tensor:
+        return torch.from_numpy(dequantize(raw.contiguous().numpy(), number)).view(len(raw), size)
+
+    try:  # the package has no code for some types that it knows by name
+        numbers(torch.zeros(1, nbytes, dtype=torch.uint8))
+    except NotImplementedError:
+        return None
+    return Blocks(size, nbytes, numbers)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +126,63 @@ def test_inspect_alone(tmp_path: Path, arch: str) -> None:
     assert rows["blk.0.attn_q.weight"] == ("Q4_K", [HIDDEN, HIDDEN])
 
 
+MOE = {
+    "qwen3moe": ("mlp", ("gate_proj", "up_proj", "down_proj")),
+    "qwen2moe": ("mlp", ("gate_proj", "up_proj", "down_proj")),
+    "llama": ("block_sparse_moe", ("w1", "w3", "w2")),
+}
+
+
+@pytest.mark.parametrize("arch", MOE)
+def test_stacked_experts(tmp_path: Path, arch: str) -> None:
+    """Each becomes a weight of its own; a router of one row a matrix again."""
+    metadata, stored, plain = model(arch)
+    mlp, words = MOE[arch]
+    metadata[f"{arch}.expert_count"] = 3
+    for leaf, word in zip(("ffn_gate", "ffn_up", "ffn_down"), words, strict=True):
+        del stored[f"blk.0.{leaf}.weight"], plain[f"model.layers.0.{LAYER[leaf][0]}.weight"]
+        parts = [blocks_of("Q8_0", 8, 70 + number) for number in range(3)]
+        raw = b"".join(part for part, _ in parts)
+        stored[f"blk.0.{leaf}_exps.weight"] = (NUMBERS["Q8_0"], [3, 8, HIDDEN], raw)
+        for number, (_, numbers) in enumerate(parts):
+            plain[f"model.layers.0.{mlp}.experts.{number}.{word}.weight"] = numbers
+    router = torch.rand(3, HIDDEN, generator=torch.Generator().manual_seed(9))
+    stored["blk.0.ffn_gate_inp.weight"] = (0, [3, HIDDEN], router.numpy().tobytes())
+    plain[f"model.layers.0.{mlp}.gate.weight"] = router
+    if arch == "qwen2moe":
+        stored["blk.0.ffn_gate_inp_shexp.weight"] = (0, [HIDDEN], router[0].numpy().tobytes())
+        plain["model.layers.0.mlp.shared_expert_gate.weight"] = router[:1]
+    path = coded.save_gguf(tmp_path / "base.gguf", metadata, stored)
+    module = f"model.layers.0.{mlp}.experts.1.{words[0]}"
+    factors = random_factors({module: (8, HIDDEN)}, rank=2, seed=5)
+    save_adapter(tmp_path / "style", factors, alpha=2, target_modules=[words[0]])
+    out = tmp_path / "out.safetensors"
+    lt.merge([tmp_path / "style"], base=path, output=out, dequantize=True, dtype="float32")
+    lora_A, lora_B = factors[module]
+    plain[f"{module}.weight"] = (
+        plain[f"{module}.weight"].double() + lora_B.double() @ lora_A.double()
+    )
+    got = load_file(out)
+    assert got.keys() == plain.keys()
+    assert all(
+        torch.allclose(got[k].double(), plain[k].double(), rtol=2**-23, atol=1e-7) for k in got
+    )
+
+
+def test_a_type_without_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    path, _ = base_and_style(tmp_path)
+    metadata, stored, _ = model()
+    stored["blk.0.ffn_up.weight"] = (20, [HIDDEN, HIDDEN], bytes(HIDDEN * HIDDEN // 32 * 18))
+    coded.save_gguf(path, metadata, stored)
+    with pytest.raises(LoratoolError) as caught:
+        lt.merge(
+            [tmp_path / "style"], base=path, output=tmp_path / "o.safetensors", dequantize=True
+        )
+    assert caught.value.code == "LT-499" and "loratool[gguf]" in str(caught.value.hint)
+    assert "IQ4_NL" in str(caught.value)
+
+
 def test_names_of_image_models_stay(tmp_path: Path) -> None:
     """Files of ComfyUI's converter: the checkpoint's own names, shapes where rows do not fill."""
     raw, numbers = blocks_of("Q8_0", 4, 1)
@@ -150,7 +208,7 @@ def test_what_cannot_be_read_is_refused(tmp_path: Path, change: str, code: str) 
     if change == "arch":
         metadata["general.architecture"] = "mamba"
     if change == "kind":
-        stored["blk.0.ffn_up.weight"] = (20, [HIDDEN, HIDDEN], bytes(HIDDEN * HIDDEN // 32 * 18))
+        stored["blk.0.ffn_up.weight"] = (9, [HIDDEN, HIDDEN], bytes(HIDDEN * HIDDEN // 32 * 40))
     if change == "heads":
         metadata["llama.attention.head_count"] = 0
     coded.save_gguf(path, metadata, stored)
@@ -181,13 +239,16 @@ def test_the_output_loads_in_transformers(tmp_path: Path) -> None:
     assert not info["missing_keys"] and not info["unexpected_keys"], info
 
 
-@pytest.mark.parametrize("kind", [k for k in NUMBERS if k[0] == "Q" and k not in ("Q8_1", "Q8_K")])
+@pytest.mark.parametrize(
+    "kind", [k for k in NUMBERS if k[0] in "QTM" or k[:2] == "IQ" if k not in ("Q8_1", "Q8_K")]
+)
 def test_blocks_are_those_of_gguf(kind: str) -> None:
     """To the bit, on random bytes; run where the package is."""
     gguf = pytest.importorskip("gguf")
-    from loratool.quant.gguf_blocks import TYPES
+    from loratool.quant import gguf_blocks
 
-    blocks = TYPES[kind]
+    blocks = gguf_blocks.blocks_of(kind)
+    assert blocks is not None
     raw = np.random.default_rng(0).integers(0, 256, (64, blocks.nbytes)).astype(np.uint8)
     want = gguf.quants.dequantize(raw, gguf.GGMLQuantizationType[kind])
     got = blocks.numbers(torch.from_numpy(raw)).numpy()
