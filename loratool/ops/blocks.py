@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
+from loratool.archs.places import places
 from loratool.errors import MismatchError, UsageError
 from loratool.store.source import is_weight
 
@@ -70,13 +71,22 @@ def block_of(name: str) -> str:
     Example:
         >>> block_of("down_blocks.1.attentions.0.proj_in.weight"), block_of("model.layers.7.a.w")
         ('down.1.0', '7')
+        >>> block_of("input_blocks_4_1_proj_in.weight"), block_of("te1.text_model_encoder_x.weight")
+        ('down.1.0', 'BASE')
     """
     if _TEXT.search(name):
         return "BASE"
     if found := _UNET.search(name):
-        return "mid" if found[1] is None else f"{found[1]}.{found[2]}.{found[3]}"
-    layer = _LAYER.search(name)
-    return layer[1] if layer else ""
+        return _unet_block(found)
+    if layer := _LAYER.search(name):
+        return layer[1]
+    module, _, parameter = name.rpartition(".")  # flat, or as the original code has it
+    also = (n for place in places("unet", module, parameter) for n in place.diffusers)
+    return next((_unet_block(found) for n in also if (found := _UNET.search(n))), "")
+
+
+def _unet_block(found: re.Match[str]) -> str:
+    return "mid" if found[1] is None else f"{found[1]}.{found[2]}.{found[3]}"
 
 
 def _parse(text: str) -> Sequence[float]:

@@ -157,6 +157,19 @@ def test_unet_presets_name_blocks_of_diffusers(tmp_path: Path) -> None:
     assert [m.norm() > 0 for m in after] == [False, False, True, True]
 
 
+def test_blocks_of_flat_names(tmp_path: Path, data: Path) -> None:
+    """Trainers' files: the original code's names, dots lost, by the map of the family."""
+    source = data / "diffusion" / "kohya_sgm_naming" / "adapter.safetensors"
+    lt.rescale([source], 1, output=tmp_path / "out.safetensors", blocks="1,2,2,1,1,0,1,1,4,1,1,1")
+    after = lt.open(tmp_path / "out.safetensors")
+    factors = {"input_blocks_4": 2, "input_blocks_5": 2, "middle_block": 0, "output_blocks_2": 4}
+    for module in lt.open(source):
+        want = next(
+            (f for start, f in factors.items() if module.name.startswith(f"unet.{start}_")), 1
+        )
+        assert torch.equal(after[module.name].delta(), want * module.delta()), module.name
+
+
 @pytest.mark.parametrize(
     ("options", "code"),
     [({"only": ["nothing_like=2"]}, "LT-467"), ({"only": ["mlp"]}, "LT-295"),
