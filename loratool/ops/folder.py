@@ -13,7 +13,7 @@ from loratool.errors import BadFileError, LoratoolError, list_some
 from loratool.ops.turns import Turns
 from loratool.report.inspect import AdapterSummary, CheckpointSummary, FolderRow
 from loratool.store.contained import list_folder
-from loratool.store.header import RawHeader, metadata_before, read_header, read_raw, table_of
+from loratool.store.header import RawHeader, metadata_before, ranges_in, read_raw, table_of
 from loratool.store.layout import what_lies_there
 from loratool.store.reader import FileReader
 
@@ -132,7 +132,7 @@ class Known:
                 return FolderRow(path.name, summary)
             summary, checkpoint, adapter = self.describe(path)
             if raw is not None and summary is not None and adapter is not None:
-                self._keep(path, adapter, summary)
+                self._keep(raw, adapter, summary)
             return FolderRow(path.name, summary, checkpoint)
         except LoratoolError as error:
             return FolderRow(path.name, error=error.to_json())
@@ -148,17 +148,16 @@ class Known:
                 return retold(one.summary, path, metadata)
         return None
 
-    def _keep(self, path: Path, adapter: Adapter, summary: AdapterSummary) -> None:
+    def _keep(self, raw: RawHeader, adapter: Adapter, summary: AdapterSummary) -> None:
         if adapter.config or adapter.extras or adapter.beside:
             return  # other files have a say
-        header = read_header(path, max_bytes=self.max_header)
-        table = table_of(header)
-        if table is None:
+        table = table_of(raw.raw)
+        metadata = None if table is None else metadata_before(raw, table)
+        if table is None or metadata is None:
             return
-        start, raw = header.data_start, read_raw(path, max_bytes=self.max_header)
-        spans = tuple((r.start - start, r.nbytes) for r in header.tensors if r.nbytes <= 8)
+        spans = tuple((at, end - at) for at, end in sorted(ranges_in(raw.raw)) if end - at <= 8)
         self.seen.append(_Seen(
-            table, header.file_size - start, technical(header.metadata), spans,
+            table, raw.size - len(raw.raw), technical(metadata), spans,
             _numbers(raw, spans), summary,
         ))  # fmt: skip
 

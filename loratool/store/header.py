@@ -133,18 +133,28 @@ def read_raw(
     return RawHeader(where, raw, size, stamp)
 
 
-def table_of(header: Header) -> bytes | None:
+def table_of(raw: bytes) -> bytes | None:
     """What stands behind the metadata of a header: the table of its tensors.
 
     Headers that end in the same table have the same tensors.  None where the metadata do not
     come first.
+
+    Args:
+        raw: of a header that was checked.
     """
-    text = header.raw[8:].rstrip(b" ")
+    text = raw[8:].rstrip(b" ")
     start = _FIRST_METADATA.match(text)
     if start is None:
         return None if b'"__metadata__"' in text else text
     whole = str(memoryview(text)[start.end() :], "utf-8")
     return whole[json.JSONDecoder().raw_decode(whole)[1] :].encode()
+
+
+def ranges_in(raw: bytes) -> list[tuple[int, int]]:
+    """Where tensors lie: (first byte behind the header, end), of a header that was checked."""
+    entries = json.loads(memoryview(raw)[8:].tobytes())
+    entries.pop("__metadata__", None)
+    return [tuple(entry["data_offsets"]) for entry in entries.values()]
 
 
 def metadata_before(found: RawHeader, table: bytes) -> Mapping[str, str] | None:

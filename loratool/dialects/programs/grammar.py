@@ -114,7 +114,7 @@ class Group:
         """True for ``lora_A`` and ``lora_B``, False for ``lora_down`` and ``lora_up``."""
         return any("lora_A" in key or "lora_B" in key for key in self.keys)
 
-    @property
+    @cached_property
     def kind(self) -> str:
         """The algorithm: what decides is the part that no other one has."""
         return next((kind for part, kind in _KINDS if part in self.parts), "")

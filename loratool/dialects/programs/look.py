@@ -16,6 +16,8 @@ from loratool.dialects.registry import detect
 from loratool.errors import LoratoolError
 from loratool.options.groups import Read
 
+_NO_DIGITS = str.maketrans("123456789", "0" * 9)
+
 
 @dataclass(frozen=True)
 class Look:
@@ -57,6 +59,15 @@ class Look:
     def groups(self) -> tuple[Group, ...]:
         """The tensors by module, as files of image models name them."""
         return group_keys(self.tensors)
+
+    @cached_property
+    def alike(self) -> tuple[tuple[tuple[int, Group], ...], ...]:
+        """The same with their places, those together that differ in digits of their names alone."""
+        found: dict[Any, list[tuple[int, Group]]] = {}
+        for place, group in enumerate(self.groups):
+            name = group.flat.translate(_NO_DIGITS)
+            found.setdefault((group.prefix, name, group.parts), []).append((place, group))
+        return tuple(map(tuple, found.values()))
 
     @cached_property
     def family(self) -> Family:

@@ -36,21 +36,32 @@ def where(
         unless: of the file: then it applies to none.
     """
     prefixes, paths = re.compile(prefix), re.compile(path)
+    asks_for_numbers = re.search(r"[0-9]", path) is not None
 
-    def holds(look: Look, group: Group) -> bool:
+    def has_path(group: Group) -> bool:
+        return not path or paths.search(group.flat) is not None
+
+    def holds_for_all(group: Group) -> bool:
+        """What is the same for groups that differ in digits alone."""
         return (
             (not kind or group.kind in kind)
             and (not part or not group.parts.isdisjoint(part))
             and (not prefix or prefixes.fullmatch(group.prefix) is not None)
-            and (not path or paths.search(group.flat) is not None)
-            and (on is None or on(look, group))
+            and (asks_for_numbers or has_path(group))
         )
+
+    def holds(look: Look, group: Group) -> bool:
+        return (not asks_for_numbers or has_path(group)) and (on is None or on(look, group))
 
     def find(look: Look) -> Iterable[Hit]:
         if (family and look.family.name not in family) or (unless is not None and unless(look)):
             return []
-        found = [g for g in look.groups if holds(look, g)]
-        names = [key for g in found for key in (g.of(*part) if part else (g.stem,))]
+        found = sorted(
+            (place, group)
+            for members in look.alike if holds_for_all(members[0][1])
+            for place, group in members if holds(look, group)
+        )  # fmt: skip
+        names = [key for _, g in found for key in (g.of(*part) if part else (g.stem,))]
         return [Hit(tuple(names))] if names else []
 
     return find
