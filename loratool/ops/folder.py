@@ -47,26 +47,14 @@ def folder_rows(
     Raises:
         BadFileError: there is none.
     """
-    known = Known(describe, max_header)
-    rows, others = [], []
+    from loratool.ops.copies import results_of
+
     entries = list_folder(folder)
-    turns = Turns(progress, on_work, [1] * len(entries))
-    for entry in turns.each(entries, lambda entry: entry.name):
-        if entry.name.startswith("."):
-            continue
-        if not entry.is_dir():
-            if entry.suffix in _WEIGHTS:
-                rows.append(known.row(entry))
-            continue
-        try:
-            lies_there = what_lies_there({found.name for found in list_folder(entry, folder)})
-        except LoratoolError as error:
-            rows.append(FolderRow(entry.name, error=error.to_json()))
-            continue
-        if lies_there == "folder":
-            others.append(entry.name)
-        else:
-            rows.append(known.row(entry))
+    looked, others = _sorted_out(folder, entries)
+    known = Known(describe, max_header)
+    turns = Turns(progress, on_work, [1] * len(looked))
+    found = results_of(known.row, looked)
+    rows = [next(found) for _ in turns.each(looked, lambda entry: entry.name)]
     if not rows:
         raise BadFileError(
             "LT-350", "no adapter and no checkpoint here", file=folder,
@@ -74,6 +62,26 @@ def folder_rows(
             got=f"{len(entries)} other entries",
         )  # fmt: skip
     return tuple(rows), _not_looked_into(folder, others)
+
+
+def _sorted_out(folder: Path, entries: Sequence[Path]) -> tuple[list[Path], list[str]]:
+    """What gets a row, and sub-folders with several files in them."""
+    looked, others = [], []
+    for entry in entries:
+        if entry.name.startswith("."):
+            continue
+        if entry.is_dir() and _lies_in(entry, folder) == "folder":
+            others.append(entry.name)
+        elif entry.is_dir() or entry.suffix in _WEIGHTS:
+            looked.append(entry)
+    return looked, others
+
+
+def _lies_in(entry: Path, folder: Path) -> str:
+    try:
+        return what_lies_there({found.name for found in list_folder(entry, folder)})
+    except LoratoolError:
+        return ""  # its row says what is wrong
 
 
 def _not_looked_into(folder: Path, names: Sequence[str]) -> tuple[str, ...]:

@@ -1,0 +1,63 @@
+"""The same small work on many things, shared among copies of this process."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, TypeVar
+
+from loratool.engine.machine import can_fork, usable_cores
+
+if TYPE_CHECKING:
+    from multiprocessing.connection import Connection
+
+T = TypeVar("T")
+R = TypeVar("R")
+_FEWEST = 24
+"""Things for each copy: fewer are done before it has started."""
+
+
+def results_of(work: Callable[[T], R], things: Sequence[T]) -> Iterator[R]:
+    """What comes of each thing, in their order; here where copies are impossible or do not pay.
+
+    Args:
+        work: of one thing; it only reads, and what it returns can be pickled.
+        things: any number.
+    """
+    count = min(usable_cores(), len(things) // _FEWEST) if can_fork() else 0
+    if count < 2:
+        yield from map(work, things)
+        return
+    from multiprocessing import get_context
+
+    fork = get_context("fork")
+    pipes, crew = [], []
+    try:
+        for first in range(count):
+            here, there = fork.Pipe(duplex=False)
+            share = things[first::count]
+            crew.append(fork.Process(target=_send, args=(work, share, there), daemon=True))
+            crew[-1].start()
+            there.close()  # the copy's alone: its death closes it
+            pipes.append(here)
+        for number, thing in enumerate(things):
+            try:
+                yield pipes[number % count].recv()
+            except (EOFError, OSError):  # it was killed
+                yield work(thing)
+    finally:
+        for copy, pipe in zip(crew, pipes, strict=False):
+            copy.kill()
+            copy.join()
+            pipe.close()
+
+
+def _send(work: Callable[[T], R], things: Sequence[T], there: Connection) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+    try:
+        for thing in things:
+            there.send(work(thing))
+    except OSError:  # nobody asks any more
+        return

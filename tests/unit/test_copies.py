@@ -1,0 +1,50 @@
+"""Work shared among copies of the process: the same results in order, whatever becomes of them."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="copies are made on Linux")
+
+# A process of its own: in a test's there are other threads, and then no copies are made.
+FRAME = """
+import os, signal
+from loratool.ops import copies
+copies.usable_cores = lambda: 3
+parent = os.getpid()
+def work(n):
+    {work}
+    return n * n, os.getpid()
+found = list(copies.results_of(work, range(100)))
+assert [square for square, _ in found] == [n * n for n in range(100)]
+print(len({{pid for _, pid in found}}), sum(pid == parent for _, pid in found))
+"""
+
+
+def say(work: str) -> subprocess.CompletedProcess[str]:
+    words = [sys.executable, "-c", FRAME.format(work=work)]
+    return subprocess.run(words, capture_output=True, text=True, timeout=120)
+
+
+def test_copies_do_all_of_it() -> None:
+    assert say("pass").stdout.split() == ["3", "0"]
+
+
+def test_what_a_killed_copy_leaves_is_done_here() -> None:
+    found = say("if n == 50 and os.getpid() != parent: os.kill(os.getpid(), signal.SIGKILL)")
+    copies, here = map(int, found.stdout.split())
+    assert copies == 4 and here == len(range(50, 100, 3))
+
+
+def test_an_error_is_raised_here() -> None:
+    found = say("if n == 50: raise KeyError(n)")
+    assert found.returncode == 1 and "KeyError: 50" in found.stderr
+
+
+def test_few_things_are_done_here() -> None:
+    code = FRAME.format(work="pass").replace("range(100)", "range(40)")
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=120)
+    assert found.stdout.split() == [b"1", b"40"]
