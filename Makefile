@@ -10,7 +10,7 @@ TEST_ENV := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive HF_HUB_OFFLINE=1 PYTHONDON
 WORKERS ?= 2
 SHARED := -n $(WORKERS) --dist worksteal
 
-.PHONY: demo test docs compiled test-hub-old test-olah lint types test-slow test-gpu faults fuzz bench bench-gpu dist dist-full clean
+.PHONY: demo test docs screens compiled test-hub-old test-olah lint types test-slow test-gpu faults fuzz bench bench-gpu dist dist-full clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -43,6 +43,10 @@ test: lint types compiled
 # The site, in build/site: its commands run, its figures drawn, every link looked up (docs/make).
 docs: $(VENV)/.documented
 	$(TEST_ENV) $(BIN)/python -m docs.make
+
+# The pictures of a terminal in README: docs/img/*.svg, kept in the repository.
+screens: $(VENV)/.tested
+	$(TEST_ENV) $(BIN)/python -m docs.make.screens
 
 $(VENV)/.documented: $(VENV)/.tested
 	$(PIP) install -c constraints.txt -e ".[docs]"

@@ -111,9 +111,9 @@ def render(
     yield line("wrote", f"{safe(report.output)} · {format_bytes(report.output_bytes)} float32",
                format_seconds(report.seconds), tone="good")  # fmt: skip
     if report.modules:
-        yield line("float16", f"would be {format_bytes(report.float16_bytes)}, relative error "
-                   f"{report.float16_relative_error:.4g} instead of {report.relative_error:.4g}",
-                   tone="dim")  # fmt: skip
+        here, there = (f"{e:.4g}" for e in (report.relative_error, report.float16_relative_error))
+        error = f"relative error {there} instead of {here}" if here != there else "as exact"
+        yield line("float16", f"would be {format_bytes(report.float16_bytes)}, {error}", tone="dim")
     if report.residual is not None:
         rest = report.residual
         yield line("residual", f"{safe(rest.path)} · {format_bytes(rest.nbytes)}: "

@@ -11,7 +11,9 @@ import pytest
 import loratool as lt
 from loratool.cli import run
 
-README = (Path(__file__).parents[2] / "README.md").read_text()
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
+OVERVIEW = (ROOT / "docs" / "overview.md").read_text()
 
 
 @pytest.fixture
@@ -32,7 +34,7 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_first_screen_runs(workplace: Path) -> None:
     block = README.split("```console\n")[1].split("```")[0]
     commands = [line[2:].partition("  #")[0] for line in block.splitlines() if line[:2] == "$ "]
-    assert len(commands) == 4
+    assert len(commands) == 6
     for command in commands:
         words = shlex.split(command.partition(" # ")[0])
         assert words[0] == "loratool"
@@ -47,9 +49,8 @@ def test_python_block_runs(workplace: Path) -> None:
 
 
 def test_every_command_and_option_exists(capsys: pytest.CaptureFixture[str]) -> None:
-    """Options that README names are options of the command it names them for."""
-    section = README.split("## Commands")[1].split("## From Python")[0]
-    for entry in re.split(r"\n- ", section)[1:]:
+    """Options that the overview names are options of the command it names them for."""
+    for entry in re.split(r"\n- ", OVERVIEW)[1:]:
         name = entry.lstrip("`").split()[0].strip("`,")
         run([name, "--help"])
         help_text = capsys.readouterr().out
