@@ -6,8 +6,6 @@ import signal
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
-from loratool.engine.machine import can_fork, usable_cores
-
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
 
@@ -24,8 +22,9 @@ def results_of(work: Callable[[T], R], things: Sequence[T]) -> Iterator[R]:
         work: of one thing; it only reads, and what it returns can be pickled.
         things: any number.
     """
-    count = min(usable_cores(), len(things) // _FEWEST) if can_fork() else 0
-    if count < 2:
+    most = len(things) // _FEWEST
+    count = min(most, _possible()) if most > 1 else 1
+    if count == 1:
         yield from map(work, things)
         return
     from multiprocessing import get_context
@@ -50,6 +49,12 @@ def results_of(work: Callable[[T], R], things: Sequence[T]) -> Iterator[R]:
             copy.kill()
             copy.join()
             pipe.close()
+
+
+def _possible() -> int:
+    from loratool.engine.machine import can_fork, usable_cores
+
+    return usable_cores() if can_fork() else 1
 
 
 def _send(work: Callable[[T], R], things: Sequence[T], there: Connection) -> None:

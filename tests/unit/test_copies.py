@@ -12,8 +12,9 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="copies are made
 # A process of its own: in a test's there are other threads, and then no copies are made.
 FRAME = """
 import os, signal
+from loratool.engine import machine
 from loratool.ops import copies
-copies.usable_cores = lambda: 3
+machine.usable_cores = lambda: 3
 parent = os.getpid()
 def work(n):
     {work}
