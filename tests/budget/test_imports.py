@@ -18,6 +18,8 @@ HEAVY = ("torch", "numpy", "transformers", "peft", "safetensors", "matplotlib", 
 FOR_OTHERS = ("loratool.engine.", "loratool.plan", "loratool.linalg", "loratool.store.hub",
               "loratool.store.remote_http", "loratool.store.writer")  # fmt: skip
 """Of ours: what only commands need that compute, write, or reach for the Hub."""
+CORES = "loratool.engine.machine"
+"""How many there are is asked where the files of a folder are shared among them."""
 MOST, MOST_OF_HELP = 330, 165
 """Modules that a command loads, those of Python itself included."""
 SCRIPT = """
@@ -74,6 +76,6 @@ def test_nothing_heavy_is_imported(command: list[str], data: Path, tmp_path: Pat
     modules = loaded(command, data, tmp_path)
     assert not {name.partition(".")[0] for name in modules}.intersection(HEAVY)
     if command not in COPIES:
-        assert [name for name in modules if name.startswith(FOR_OTHERS)] == []
+        assert [n for n in modules if n.startswith(FOR_OTHERS) and n != CORES] == []
     if command not in (*COPIES, *PAGES):
         assert len(modules) <= (MOST_OF_HELP if command in HELP else MOST), "start-up got heavier"
