@@ -13,6 +13,7 @@ from typing import Any
 from loratool.errors import BadFileError, UnsafeContentError, list_some
 from loratool.store.contained import list_folder, open_inside
 from loratool.store.foreign import PICKLE_HINT
+from loratool.store.gguf import MAGIC, GgufFile, read_gguf
 from loratool.store.header import MAX_HEADER_BYTES, Header, read_header
 from loratool.store.jsonfile import load_json
 from loratool.store.layout import is_pickle_name
@@ -27,7 +28,7 @@ _WEIGHT_NAMES = (
 _NO_WEIGHTS = re.compile(r"training_args|optimizer|scheduler|scaler|rng_state|random_states")
 _AS_ZERO = str.maketrans("123456789", "0" * 9)
 _NUMBERED = re.compile(r"[0-9]")  # in an expression: it asks for certain numbers
-_GGUF_HEAD = 65_536  # bytes; the metadata that tell an adapter from a model come first
+SUFFIX = ".gguf"
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Candidate:
         config: `CONFIG_NAME` as read, None if there is none.
         config_path: where it was read from.
         weights: the safetensors file, None if there is none.
-        head: first bytes of a file in another format.
+        head: first bytes of a GGUF file.
         max_header: largest header accepted, in bytes.
     """
 
@@ -65,6 +66,14 @@ class Candidate:
     def keys(self) -> tuple[str, ...]:
         """Tensor names, in file order."""
         return () if self.header is None else tuple(ref.name for ref in self.header.tensors)
+
+    @cached_property
+    def gguf(self) -> GgufFile | None:
+        """Header of a GGUF file, None for any other."""
+        if not self.head.startswith(MAGIC):
+            return None
+        name = next(name for name in self.names if name.endswith(SUFFIX))
+        return read_gguf(self.path / name if self.path.is_dir() else self.path)
 
     @property
     def is_peft(self) -> bool:
@@ -102,9 +111,9 @@ def examine(path: Path, *, max_header: int = MAX_HEADER_BYTES) -> Candidate:
 
 def _examine_file(path: Path, max_header: int) -> Candidate:
     names = (path.name,)
-    if path.suffix == ".gguf":
+    if path.suffix == SUFFIX:
         with open_inside(path) as file:
-            return Candidate(path, None, names, head=file.read(_GGUF_HEAD))
+            return Candidate(path, None, names, head=file.read(len(MAGIC)))
     if is_pickle_name(path.name) and path.is_file():
         _refuse_pickle(path, names)
     beside = path.with_name(CONFIG_NAME)
@@ -123,7 +132,7 @@ def _examine_folder(folder: Path, max_header: int) -> Candidate:
     known = [n for n in _WEIGHT_NAMES if n in names]
     if config is not None and "peft_type" in config:
         known = [n for n in known if n == _WEIGHT_NAMES[0]]
-    others = [n for n in names if n.endswith((".safetensors", ".gguf"))]
+    others = [n for n in names if n.endswith((".safetensors", SUFFIX))]
     if not known and config is None and len(others) == 1:
         known = others
     if known:

@@ -32,7 +32,7 @@ def _program(program: Program) -> list[str]:
     head = f"## {program.title} (`--for {program.name}`), version {program.version}"
     columns = "| rule | verdict | what it says | mended | source |"
     lines = ["", head, "", columns, "|---|---|---|---|---|"]
-    for rule in (*program.opens, *program.rules):
+    for rule in (*program.opens, *program.rules, *program.own):
         lines.append(_rule(rule, rule.source or program.source[0]))
     return lines
 

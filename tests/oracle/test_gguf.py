@@ -152,6 +152,46 @@ def test_a_pipe_is_not_opened(tmp_path: Path) -> None:
         assert caught.value.code == "LT-901"
 
 
+PAIR = ("blk.0.attn_q.weight.lora_a", "blk.0.attn_q.weight.lora_b")
+FAULTS: dict[str, tuple[dict[str, str], dict[str, tuple[int, ...]], str]] = {
+    "kind": ({"adapter.type": "control"}, {}, "no"),
+    "odd-names": ({}, {"blk.0.attn_q.bias": (4,)}, "no"),
+    "halves": ({}, {"blk.0.attn_v.weight.lora_b": (16, 2)}, "no"),
+    "ranks": ({}, {"blk.0.attn_v.weight.lora_a": (3, 16), "blk.0.attn_v.weight.lora_b": (16, 2)},
+              "no"),
+    "left-norms": ({}, {"blk.0.attn_norm.weight": (16,)}, "wrong"),
+    "own-head": ({}, {"output.weight.lora_a": (2, 16), "output.weight.lora_b": (9, 2)}, "unsure"),
+    "unknown-tensors": ({}, {"blk.0.ssm_in.weight.lora_a": (2, 16),
+                             "blk.0.ssm_in.weight.lora_b": (9, 2)}, "unsure"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("rule", FAULTS)
+def test_what_llama_cpp_makes_of_its_own_file(tmp_path: Path, rule: str) -> None:
+    """A file with a fault, and one without; also of what loratool does not read."""
+    values, more, verdict = FAULTS[rule]
+    tensors = factors() | {name: np.ones(shape, "f4") for name, shape in more.items()}
+    found = lt.check(gguf(tmp_path / "a.gguf", VALUES | values, tensors), program="llama.cpp")
+    assert found.verdict == verdict and [f.rule for f in found.findings] == [rule]
+    assert found.ok is (verdict in ("yes", "unsure"))
+    good = lt.check(gguf(tmp_path / "b.gguf", VALUES, factors()), program="llama.cpp")
+    assert good.verdict == "yes" and set(good.counts) == {"loads"}
+
+
+def test_check_of_what_only_llama_cpp_reads(tmp_path: Path) -> None:
+    """Codes, other models; a base is no adapter."""
+    coded = {name: np.zeros((2, 32), "u1") for name in PAIR}
+    found = lt.check(gguf(tmp_path / "a.gguf", VALUES, coded), program="llama.cpp")
+    assert found.verdict == "no"  # of ranks 2 and 32
+    other = gguf(tmp_path / "b.gguf", VALUES | {"general.architecture": "mamba"}, factors())
+    found = lt.check(other, program="llama.cpp")
+    assert found.verdict == "yes" and "does not read it" in found.notes[0]
+    with pytest.raises(lt.LoratoolError) as caught:
+        lt.check(gguf(tmp_path / "c.gguf", VALUES | {"general.type": "model"}, factors()),
+                 program="llama.cpp")  # fmt: skip
+    assert caught.value.code == "LT-491"
+
+
 def test_gguf_itself_reads_the_same(tmp_path: Path) -> None:
     library = pytest.importorskip("gguf")
     found = {t.name: t.data for t in library.GGUFReader(str(SAMPLE)).tensors}

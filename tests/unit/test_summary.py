@@ -11,6 +11,7 @@ import pytest
 from safetensors.torch import save_file
 
 from loratool.adapter import Adapter, DeltaSpec, Replacement, TensorRef
+from loratool.dialects import open_adapter
 from loratool.dialects.programs import judge_loads
 from loratool.errors import BadFileError, LoratoolError, MismatchError
 from loratool.ops.adapter_summary import format_ranges, summarize_adapter
@@ -152,7 +153,8 @@ def test_unusual_shapes_and_tasks() -> None:
 
 
 def test_other_dialects() -> None:
-    found = verdicts(adapter(*LAYERS, dialect="gguf"))
+    sample = Path(__file__).parents[1] / "data" / "llm" / "gguf_lora"
+    found = verdicts(open_adapter(sample))
     assert found["llama.cpp"] == ("yes", ()) and found["PEFT"] == ("no", ("gguf file",))
     found = verdicts(adapter(*LAYERS, dialect="peft-file"))
     assert set(found.values()) == {("no", ("no adapter_config.json",))}

@@ -11,7 +11,7 @@ another order, head by head; how many heads there are says the base (kind ``pair
 from __future__ import annotations
 
 from loratool.dialects.base import Dialect
-from loratool.dialects.candidate import Candidate
+from loratool.dialects.candidate import SUFFIX, Candidate
 
 NAME, ADAPTER = "gguf", "adapter"
 ARCHITECTURE, ALPHA, BASE = "general.architecture", "adapter.lora.alpha", "general.base_model."
@@ -22,11 +22,11 @@ LEAVES, PAIRED = {"lora_a": "lora_A", "lora_b": "lora_B"}, "paired_B"
 
 def is_gguf(candidate: Candidate) -> bool:
     """A GGUF file, adapter or model."""
-    return candidate.head[:4] == b"GGUF" or candidate.path.suffix == ".gguf"
+    return candidate.gguf is not None or candidate.path.suffix == SUFFIX
 
 
 ROW = Dialect(
-    NAME, "GGUF (llama.cpp)", is_gguf, suffixes=(".gguf",), short="GGUF",
+    NAME, "GGUF (llama.cpp)", is_gguf, suffixes=(SUFFIX,), short="GGUF",
     read="loratool.dialects.gguf.read:read", write="loratool.dialects.gguf.write:write",
     holds="loratool.dialects.gguf.write:obstacle", even="alpha", asks_config=True,
 )  # fmt: skip

@@ -35,10 +35,8 @@ def read(candidate: Candidate, options: Read) -> Adapter:
         BadFileError: LT-302 … LT-312 of the header; LT-361 … LT-366, damaged.
         MismatchError: LT-491, a model; LT-401, an architecture that is not known, codes; LT-415.
     """
-    path = candidate.path
-    if path.is_dir():
-        path = path / next(name for name in candidate.names if name.endswith(".gguf"))
-    header = read_gguf(path)
+    header = candidate.gguf or read_gguf(candidate.path)  # which says what is wrong with it
+    path = header.path
     if header.metadata.get("general.type") != ADAPTER:
         raise MismatchError(
             "LT-491", "this is a base model, not an adapter", file=path, key="general.type",

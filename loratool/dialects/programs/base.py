@@ -108,7 +108,8 @@ class Program:
         opens: what it takes at all; where that does not hold no rule is asked.
         units: modules of a file and their tensors, as the rules name them.
         advice: said of an adapter that loads.
-        native: a dialect of its own, which it loads as it is.
+        native: a dialect of its own, which it loads as it is, but for `own`.
+        own: what it does not do right of that dialect.
         ranks: the only ranks that it has room for, ascending; () = any.
         holds_whole_tensors: it loads replaced tensors and biases.
         is_of_images: it runs image and video models.
@@ -125,6 +126,7 @@ class Program:
     units: Callable[[Look], Mapping[str, tuple[str, ...]]] = _groups
     advice: Callable[[Adapter], str] = lambda _: ""
     native: str = ""
+    own: tuple[Rule, ...] = ()
     ranks: tuple[int, ...] = ()
     holds_whole_tensors: bool = False
     is_of_images: bool = False
@@ -134,12 +136,12 @@ class Program:
     def simulate(self, look: Look) -> Simulation:
         """Load an adapter on paper: a verdict for every module."""
         units = self.units(look)
-        if self.native and look.dialect == self.native:
-            return Simulation(tuple(ModuleVerdict(n, LOADS, "", k) for n, k in units.items()))
-        found = [f for rule in self.opens for f in rule.findings(look)]
+        is_own = bool(self.native) and look.dialect == self.native
+        opens, rules = ((), self.own) if is_own else (self.opens, self.rules)
+        found = [f for rule in opens for f in rule.findings(look)]
         past: list[Finding] = []
         if not found:
-            for rule in self.rules:
+            for rule in rules:
                 findings = rule.findings(look)
                 if rule.until:
                     past += [replace(f, words=f"{f.words} (before {rule.until})") for f in findings]

@@ -1,4 +1,4 @@
-"""llama.cpp: its converter of PEFT folders, and its loader of what that writes.
+"""llama.cpp: its converter of PEFT folders, and its loader of what that writes (``own``).
 
 The converter stops at tensors that are no factors, but for copies of embeddings, which it passes
 by, and norms, which the loader passes by.  Scaling is the configuration's ``lora_alpha`` over the
@@ -8,6 +8,7 @@ rank of each tensor, and nothing else.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 from loratool.dialects.peft.keys import PREFIX
 from loratool.dialects.programs import traits
@@ -24,6 +25,7 @@ from loratool.dialects.programs.base import (
     specs_of,
 )
 from loratool.dialects.programs.look import Look
+from loratool.quant.gguf_names import ARCHITECTURES, living_module
 
 _NORMS = ("_layernorm", ".norm")
 _CONVERTER = "https://github.com/ggml-org/llama.cpp/blob/master/convert_lora_to_gguf.py"
@@ -51,6 +53,69 @@ def _replaced(look: Look, *, is_norm: bool) -> list[tuple[str, str]]:
         if r.origin != "base_layer" and any(n in f".{r.name}" for n in _NORMS) is is_norm
     ), key=lambda row: row[1])  # fmt: skip
 
+
+# ------------------------------------------------------------------------- its own GGUF files
+
+_FACTORS = (".lora_a", ".lora_b")
+
+
+def _kind(look: Look) -> Iterable[Hit]:
+    said = look.metadata.get("adapter.type", "")
+    return [] if said == "lora" else [Hit((), f"adapter.type {said or 'missing'}")]
+
+
+def _odd_names(look: Look) -> Iterable[Hit]:
+    found = (n for n in look.tensors if not n.endswith((*_FACTORS, "_norm.weight")))
+    return [Hit((name,), "odd names") for name in found]
+
+
+def _halves(look: Look) -> Iterable[Hit]:
+    stems = [{n[:-7] for n in look.tensors if n.endswith(end)} for end in _FACTORS]
+    names = [name for name in look.tensors if name[:-7] in stems[0] ^ stems[1]]
+    return [Hit((name,), "half a pair") for name in names if name.endswith(_FACTORS)]
+
+
+def _ranks(look: Look) -> Iterable[Hit]:
+    for name, lora_a in look.tensors.items():
+        lora_b = look.tensors.get(f"{name[:-1]}b") if name.endswith(".lora_a") else None
+        if lora_b is None:
+            continue
+        sizes = lora_a.shape, lora_b.shape
+        is_table = name.startswith("token_embd.")
+        rank = sizes[0][-1 if is_table else -2] if len(sizes[0]) > 1 else 0
+        if len(sizes[1]) != len(sizes[0]) or rank != sizes[1][-1]:
+            yield Hit((name,), "two ranks in a pair")
+
+
+def _left_norms(look: Look) -> Iterable[Hit]:
+    return [Hit((n,), "ignores norms") for n in look.tensors if n.endswith("_norm.weight")]
+
+
+def _own_head(look: Look) -> Iterable[Hit]:
+    return [Hit((name,), "lm_head") for name in look.tensors if name.startswith("output.weight.")]
+
+
+def _unknown(look: Look) -> Iterable[Hit]:
+    architecture = look.metadata.get("general.architecture", "")
+    if architecture not in ARCHITECTURES:
+        return
+    for name in look.tensors:
+        stem = name.removesuffix(name[-7:]).removesuffix(".weight")
+        if name.endswith(_FACTORS) and not living_module(architecture, stem):
+            yield Hit((name,), f"not of {architecture}")
+
+
+OWN = (
+    Rule("kind", RAISES, _kind, says="it loads adapters of the type lora alone"),
+    Rule("odd-names", RAISES, _odd_names,
+         says="the loader stops at names that end in none of .lora_a, .lora_b, _norm.weight"),
+    Rule("halves", RAISES, _halves, says="the loader stops where one of two factors is missing"),
+    Rule("ranks", RAISES, _ranks, says="the loader stops at factors that do not fit each other"),
+    Rule("left-norms", DROPPED, _left_norms, says="the loader passes over norms"),
+    Rule("own-head", UNSURE, _own_head, says="a model whose head is tied has no such tensor"),
+    Rule("unknown-tensors", UNSURE, _unknown,
+         says="the loader stops if the model has no such tensor, and these are not known"),
+)  # fmt: skip
 
 LLAMA_CPP = Program(
     "llama.cpp",
@@ -97,4 +162,5 @@ LLAMA_CPP = Program(
     opens=(PEFT_FOLDER,),
     units=specs_of,
     native="gguf",
+    own=tuple(replace(rule, source=_LOADER) for rule in OWN),
 )  # fmt: skip

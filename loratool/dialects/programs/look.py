@@ -17,6 +17,8 @@ from loratool.errors import LoratoolError
 from loratool.options.groups import Read
 
 _NO_DIGITS = str.maketrans("123456789", "0" * 9)
+NO_ADAPTER = "LT-491"
+"""Code of "this is a base model, not an adapter"."""
 
 
 @dataclass(frozen=True)
@@ -106,9 +108,13 @@ def look_at(path: Path, read: Read, *, max_header: int) -> Look:
         if row.is_read:
             adapter = row.reader()(found, read)
     except LoratoolError as error:
-        if found.header is None:
+        if found.header is None and (found.gguf is None or error.code == NO_ADAPTER):
             raise
         problem = error.what
+    if found.gguf is not None:
+        stored = {t.name: Tensor(t.kind, t.shape) for t in found.gguf.tensors}
+        said = {key: str(value) for key, value in found.gguf.metadata.items()}
+        return Look(stored, said, {}, name, adapter, problem)
     if adapter is not None and not found.keys:
         return Look.of(adapter)
     return Look(_tensors(found), _metadata(found), found.config or {}, name, adapter, problem)
