@@ -107,6 +107,15 @@ def test_experts_are_stacked(name: str, tmp_path: Path) -> None:
     assert all(np.abs(got[k] - theirs[k]).max() <= 2e-7 for k in got)
 
 
+def test_what_depends_on_the_base_becomes_lora(tmp_path: Path) -> None:
+    name = "lora_dora"
+    plain = load_file(str(DATA / name / "base" / "model.safetensors"))
+    theirs = load_file(str(DATA / name / "merged.safetensors"))
+    found = deltas(written(name, tmp_path), DATA / name / "base")
+    assert len(found) == 14
+    assert all(np.abs(found[k] - (theirs[k].astype("f8") - plain[k])).max() <= 1e-6 for k in found)
+
+
 def test_scalings_of_one_keep_every_byte(tmp_path: Path) -> None:
     """Mixed ranks without a common alpha: llama.cpp takes no alpha for a factor of 1."""
     tensors = factors() | {"blk.1.attn_v.weight.lora_a": np.ones((3, 16), "f4"),
@@ -148,7 +157,7 @@ def test_embeddings_and_the_name_of_the_base(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "code", "words"),
-    [("lora_dora", "LT-494", "a DoRA"), ("lora_modules_to_save", "LT-494", "replaced tensor"),
+    [("lora_modules_to_save", "LT-494", "replaced tensor"),
      ("lora_target_params_mixtral", "LT-494", "experts in one tensor"),
      ("lora_gpt2_conv1d", "LT-494", "transposed"), ("lora_neox_fused", "LT-411", "gpt_neox")],
 )  # fmt: skip

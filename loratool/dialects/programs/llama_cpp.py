@@ -81,6 +81,8 @@ def _ranks(look: Look) -> Iterable[Hit]:
         if lora_b is None:
             continue
         sizes = lora_a.shape, lora_b.shape
+        if not all(sizes):  # of an adapter in memory shapes are not all known
+            continue
         is_table = name.startswith("token_embd.")
         rank = sizes[0][-1 if is_table else -2] if len(sizes[0]) > 1 else 0
         if len(sizes[1]) != len(sizes[0]) or rank != sizes[1][-1]:
