@@ -162,7 +162,10 @@ def _of_boft(spec: DeltaSpec) -> Sizes:
 
 def _fits_boft(spec: DeltaSpec) -> bool:
     shape = _shape(spec, "boft_R")
-    return len(shape) == 4 and shape[0] == 1 and shape[2] == shape[3] and _is_line(spec, "boft_s")
+    if len(shape) != 4 or shape[2] != shape[3] or not _is_line(spec, "boft_s"):
+        return False
+    stages, count, b, _ = shape
+    return stages == 1 or (b % 2 == 0 and count % 2 ** min(stages - 1, 62) == 0)
 
 
 def _pairs_height(spec: DeltaSpec) -> int:

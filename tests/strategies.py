@@ -294,7 +294,8 @@ def on_columns(draw: Draw, kind: str) -> Change:
     )
     size = (out, b * count)
     if kind == "boft":
-        shapes = {"boft_R": (1, count, b, b), "boft_s": (out, 1)}
+        stages = 1 if b % 2 or count % 2 else draw(st.integers(1, 2))
+        shapes = {"boft_R": (stages, count, b, b), "boft_s": (out, 1)}
         return change("boft", shapes, draw(SEEDS), 0, size)
     if kind == "hra":
         orthogonal = draw(st.integers(0, 1))

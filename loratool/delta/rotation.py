@@ -24,6 +24,7 @@ class Rotation(RowMap):
         gains: (out,), or None.
         on_columns: the stages act on columns of W.
         butterfly: stage s takes the pairs of rows together that lie 2ˢ·b/2 apart; else neighbours.
+        run: so many neighbours are taken together with as many: pairs of runs, b/2 in PEFT.
         coefficient: of W' - W.
         inside: factor of the strength that acts in every stage, R_s = I + s (R - I), as
             LyCORIS has it; the gains stay whole.  None = the strength is the coefficient.
@@ -36,10 +37,12 @@ class Rotation(RowMap):
         *,
         on_columns: bool,
         butterfly: bool = False,
+        run: int = 1,
         coefficient: float = 1.0,
         inside: float | None = None,
     ) -> None:
         self.stages, self.on_columns, self.butterfly = stages, on_columns, butterfly
+        self.run = run
         self.gains = stages.new_ones(0) if gains is None else gains
         self.coefficient, self.inside = coefficient, inside
         count, _, b, _ = stages.shape
@@ -61,7 +64,7 @@ class Rotation(RowMap):
                 b = blocks.shape[1]
                 blocks = blocks[row // b : (row + len(weight)) // b]
             half = 2**number * (blocks.shape[1] // 2) if self.butterfly else 0
-            lines = _stage(blocks.abs() if positive else blocks, lines, half)
+            lines = _stage(blocks.abs() if positive else blocks, lines, half, self.run)
         found = lines.T if self.on_columns else lines
         if len(self.gains):
             gains = self.gains[row : row + len(weight), None].to(weight.dtype)
@@ -83,24 +86,25 @@ class Rotation(RowMap):
             inside *= factor
         gains = self.gains if len(self.gains) else None
         return Rotation(self.stages, gains, on_columns=self.on_columns, butterfly=self.butterfly,
-                        coefficient=coefficient, inside=inside)  # fmt: skip
+                        run=self.run, coefficient=coefficient, inside=inside)  # fmt: skip
 
     def to(self, device: torch.device) -> None:
         """Moves stages and gains."""
         self.stages, self.gains = self.stages.to(device), self.gains.to(device)
 
 
-def _stage(blocks: torch.Tensor, lines: torch.Tensor, half: int) -> torch.Tensor:
+def _stage(blocks: torch.Tensor, lines: torch.Tensor, half: int, run: int) -> torch.Tensor:
     """Rows of ``lines`` in groups of b, each times its block.
 
-    Neighbours are a group; with ``half`` rows that lie so far apart come next to each other first.
+    Neighbours are a group; with ``half`` runs of rows that lie so far apart come next to each other
+    first.
     """
     b, (rows, cols) = blocks.shape[1], lines.shape
     if half:
-        lines = lines.reshape(-1, 2, half, cols).transpose(1, 2)
+        lines = lines.reshape(-1, 2, half // run, run, cols).transpose(1, 2)
     found = (blocks @ lines.reshape(rows // b, b, cols)).view(rows, cols)
     if half:
-        found = found.view(-1, half, 2, cols).transpose(1, 2).reshape(rows, cols)
+        found = found.view(-1, half // run, 2, run, cols).transpose(1, 2).reshape(rows, cols)
     return found
 
 
@@ -156,7 +160,7 @@ def build_columns(
 
     Args:
         fields: oft_R (n, b(b-1)/2), the upper triangles of Q, one row for all blocks if they are
-            shared; or boft_R (1, n, b, b) and boft_s (out, 1), the gains.
+            shared; or boft_R (m, n, b, b) and boft_s (out, 1), the gains.
         part: the spec with orientation and region; bound.  With the setting ``terms`` the inverse
             in R = (I - Q)(I + Q)⁻¹ is a sum of so many terms (Cayley and Neumann); with
             ``bound`` (COFT) a block of Q is at most that long, over the root of their number.
@@ -166,8 +170,8 @@ def build_columns(
     """
     gains = None
     if "boft_R" in fields:
-        raw = fields["boft_R"][0].double()
-        stage = _cayley(-(raw - raw.transpose(-1, -2)) / 2)
+        raw = fields["boft_R"].double()
+        stages = _cayley(-(raw - raw.transpose(-1, -2)) / 2)
         gains = fields["boft_s"].flatten().to(dtype)
     else:
         skew = _upper(fields["oft_R"].double())
@@ -176,9 +180,13 @@ def build_columns(
             length = skew.norm(dim=(1, 2), keepdim=True)
             skew = torch.where(length <= limit, skew, skew * (limit / length))
         terms = int(part.spec.settings.get("terms", 0))
-        stage = _neumann(skew, terms) if terms else _cayley(-skew)
+        stages = (_neumann(skew, terms) if terms else _cayley(-skew))[None]
     out, inner = part.spec.row.sizes(part.spec)
-    change = Rotation(stage[None].to(dtype), gains, on_columns=True, coefficient=coefficient)
+    several = len(stages) > 1
+    change = Rotation(
+        stages.to(dtype), gains, on_columns=True, butterfly=several,
+        run=stages.shape[-1] // 2 if several else 1, coefficient=coefficient,
+    )  # fmt: skip
     return by_rows(change, part, (out, math.prod(inner)))
 
 

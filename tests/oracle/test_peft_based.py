@@ -198,7 +198,7 @@ def test_forms_without_a_sample_merge_to_what_peft_makes(tmp_path: Path, form: s
 
 
 DAMAGE = {
-    "oft": ("oft_R.weight", (2, 27), "LT-363"), "boft": ("boft_R", (2, 4, 4, 4), "LT-402"),
+    "oft": ("oft_R.weight", (2, 27), "LT-363"), "boft": ("boft_R", (4, 4, 4, 4), "LT-363"),
     "hra": ("hra_u", (16,), "LT-363"), "hira": ("hira_A", (3, 16), "LT-363"),
     "shira": ("shira_indices", (2, 3), "LT-363"), "c3a": ("c3a_kernel", (4, 4), "LT-363"),
     "fourierft": ("fourierft_spectrum", (2, 10), "LT-363"),
@@ -303,3 +303,35 @@ def test_exact_sums(tmp_path: Path, name: str) -> None:
     for key, exact in wanted(adapter, before).items():
         half = np.spacing(np.abs(exact).astype(np.float32)).astype(np.float64) / 2
         assert (np.abs(got[key] - exact) <= half + 2.0**-50).all(), key
+
+
+@pytest.mark.parametrize("stages", [2, 3])
+def test_boft_of_several_stages(
+    tmp_path: Path, stages: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PEFT itself, with torch in the place of its CUDA code for blocks along a diagonal."""
+    torch, peft = pytest.importorskip("torch"), pytest.importorskip("peft")
+    from peft.tuners.boft import layer
+
+    def along(blocks: Any) -> Any:
+        return torch.stack([torch.block_diag(*stage) for stage in blocks])
+
+    monkeypatch.setattr(layer, "get_fbd_cuda", object)
+    monkeypatch.setattr(layer.FastBlockDiag, "apply", along)
+    torch.manual_seed(stages)
+    model = torch.nn.ModuleDict({"one": torch.nn.Linear(32, 6)})
+    save_file({"one.weight": model["one"].weight.detach().numpy().copy()},
+              str(tmp_path / "model.safetensors"))  # fmt: skip
+    config = peft.BOFTConfig(
+        boft_block_size=4, boft_n_butterfly_factor=stages, target_modules=["one"],
+        init_weights=False,
+    )  # fmt: skip
+    found = peft.get_peft_model(model, config)
+    found.save_pretrained(str(tmp_path / "adapter"))
+    lt.merge([tmp_path / "adapter"], base=tmp_path / "model.safetensors",
+             output=tmp_path / "out.safetensors", dtype="float32")  # fmt: skip
+    theirs = found.merge_and_unload()["one"].weight.detach().numpy()
+    got = load_file(str(tmp_path / "out.safetensors"))["one.weight"]
+    assert load_file(str(tmp_path / "adapter" / "adapter_model.safetensors"))[
+        "base_model.model.one.boft_R"].shape == (stages, 8, 4, 4)  # fmt: skip
+    assert np.abs(got - theirs).max() <= 32 * 2.0**-22 * np.abs(theirs).max()

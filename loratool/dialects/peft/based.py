@@ -9,7 +9,6 @@ from dataclasses import replace
 from loratool.adapter import DeltaSpec, Replacement
 from loratool.dialects.factors import check_float
 from loratool.dialects.peft.method import Method, Module, spelled
-from loratool.errors import MismatchError
 from loratool.kinds_based import AXIS, BOUND, COPIES, GROUP, ORTHOGONAL, SEED, TERMS
 
 _COPIES = {"road_1": 1, "road_2": 2, "road_4": 4}
@@ -56,14 +55,7 @@ def oft(module: Module) -> Sequence[DeltaSpec]:
 
 
 def boft(module: Module) -> Sequence[DeltaSpec]:
-    """One stage, which is all that PEFT makes without its own CUDA code."""
-    stages = module.axis("boft_R", 0)
-    if stages != 1:
-        raise MismatchError(
-            "LT-402", "BOFT adapters of several stages are not supported", file=module.own.file,
-            key=module.name, expected="one stage", got=f"{stages} stages",
-            hint="merge it inside PEFT: merge_and_unload",
-        )  # fmt: skip
+    """Stages of blocks; without its own CUDA code PEFT makes one."""
     return (module.spec("boft", 0),)
 
 
