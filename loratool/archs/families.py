@@ -21,6 +21,7 @@ __all__ = [
     "Family",
     "Guess",
     "Place",
+    "block_depths",
     "families",
     "family_of",
     "growing",
@@ -148,6 +149,19 @@ def growing(tensor: str) -> Mapping[str, str]:
     """
     component, module = split_component(tensor.removesuffix(".weight"))
     return {p.family: p.row.grows for p in places(component, module) if p.row.grows}
+
+
+def block_depths(family: str, *kinds: str) -> set[tuple[int, ...]]:
+    """How many blocks the known sizes of a family have, if it has blocks of these kinds.
+
+    Example:
+        >>> block_depths("flux1", "double_blocks", "single_blocks")
+        {(19, 38)}
+    """
+    tells = families()[family].tells
+    if tells.get("depth") != [f"{kind}.{{n}}" for kind in kinds]:
+        return set()
+    return {tuple(size["depth"]) for size in tells["sizes"].values()}
 
 
 _LAST = 9  # the rank of what only metadata can tell

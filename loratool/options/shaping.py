@@ -165,7 +165,7 @@ class Rescale(Write, Workers, Watch, Read, Access, kw_only=False):
     )] = ()  # fmt: skip
     blocks: Annotated[str | None, Words(
         "A factor per block, times FACTOR: ALL, INS, IND, INALL, MIDD, OUTD, OUTS, OUTALL for "
-        "Stable Diffusion, or one number per block or layer.", "Input",
+        "Stable Diffusion, DOUBLE, SINGLE for FLUX, or one number per block or layer.", "Input",
         metavar="PRESET|W,W,…", record=True,
     )] = None  # fmt: skip
     intruders: Annotated[float | None, Words(

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import loratool as lt
 from loratool.errors import LoratoolError
@@ -168,6 +168,66 @@ def test_blocks_of_flat_names(tmp_path: Path, data: Path) -> None:
             (f for start, f in factors.items() if module.name.startswith(f"unet.{start}_")), 1
         )
         assert torch.equal(after[module.name].delta(), want * module.delta()), module.name
+
+
+FLUX_NAMES = (
+    ("double_blocks_0_img_attn_proj", "transformer_blocks.0.attn.to_out.0"),
+    ("double_blocks_18_txt_mlp_0", "transformer_blocks.18.ff_context.net.0.proj"),
+    ("single_blocks_37_linear2", "single_transformer_blocks.37.proj_out"),
+    ("img_in", "x_embedder"), ("final_layer_linear", "proj_out"),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("is_flat", [True, False])
+@pytest.mark.parametrize(("blocks", "want"), [
+    ("DOUBLE", (1, 1, 0, 1, 1)), ("single", (0, 0, 1, 1, 1)), ("ALL", (1,) * 5),
+    (",".join(["2"] + ["3"] * 18 + ["4"] * 37 + ["0.5"]), (2, 3, 0.5, 1, 1)),
+    (",".join(["1", "1", "7"] + ["3"] * 19 + ["4"] * 38 + ["0.5"]), (3, 3, 4, 7, 0.5)),
+    ("INS", None), ("1,0", None), ("1," * 59 + "1", None),
+])  # fmt: skip
+def test_blocks_of_flux(
+    blocks: str, want: tuple[float, ...] | None, is_flat: bool, tmp_path: Path
+) -> None:
+    tensors = {}
+    for flat, dotted in FLUX_NAMES:
+        stem, ends = (f"lora_unet_{flat}", ("lora_down", "lora_up")) if is_flat else (
+            f"transformer.{dotted}", ("lora_A", "lora_B"))  # fmt: skip
+        tensors |= {f"{stem}.{ends[0]}.weight": torch.ones(1, 4),
+                    f"{stem}.{ends[1]}.weight": torch.ones(4, 1)}  # fmt: skip
+    save_file(tensors, tmp_path / "a.safetensors")
+    source, out = str(tmp_path / "a.safetensors"), tmp_path / "out.safetensors"
+    if want is None:
+        with pytest.raises(LoratoolError) as caught:
+            lt.rescale([source], 1, output=out, blocks=blocks)
+        assert caught.value.code == "LT-466"
+        return
+    lt.rescale([source], 1, output=out, blocks=blocks)
+    got = {m.name: float(m.delta()[0, 0]) for m in lt.open(out)}
+    assert sorted(got.values()) == sorted(want)
+    for (flat, dotted), factor in zip(FLUX_NAMES, want, strict=True):
+        (name,) = [n for n in got if n in (f"unet.{flat}.weight", f"transformer.{dotted}.weight")]
+        assert got[name] == factor
+
+
+def test_lists_of_unets_name_blocks_of_any_program(tmp_path: Path) -> None:
+    names = ["lora_te_text_model_encoder_layers_0_mlp_fc1", "lora_unet_input_blocks_4_1_proj_in",
+             "lora_unet_down_blocks_1_attentions_1_proj_in", "lora_unet_middle_block_1_proj_in",
+             "lora_unet_down_blocks_0_downsamplers_0_conv"]  # fmt: skip
+    save_file({f"{n}.{end}.weight": torch.ones(4, 4) for n in names
+               for end in ("lora_down", "lora_up")}, tmp_path / "a.safetensors")  # fmt: skip
+    whole = [str(n) for n in range(2, 28)]  # BASE is 2, IN00 3, …, M00 15, OUT00 16
+    for blocks, want in ((",".join(whole), (2, 7, 8, 15, 6)), ("IND", (1, 0, 1, 0, 0)),
+                         ("1,2,3" + ",0" * 9, (1, 2, 3, 0, 0))):  # fmt: skip
+        out = tmp_path / "out.safetensors"
+        lt.rescale([str(tmp_path / "a.safetensors")], 1, output=out, blocks=blocks, force=True)
+        assert [float(m.delta()[0, 0]) / 4 for m in sorted(
+            lt.open(out), key=lambda m: [n.split("_", 2)[2] in m.name for n in names].index(True)
+        )] == list(want)  # fmt: skip
+    save_file({f"lora_unet_output_blocks_11_1_proj_in.{end}.weight": torch.ones(4, 4)
+               for end in ("lora_down", "lora_up")}, tmp_path / "b.safetensors")  # fmt: skip
+    with pytest.raises(LoratoolError) as caught:  # SDXL has no such block
+        lt.rescale([str(tmp_path / "b.safetensors")], 1, output=out, blocks="1" + ",0" * 11)
+    assert caught.value.code == "LT-466"
 
 
 @pytest.mark.parametrize(
