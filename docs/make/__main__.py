@@ -31,6 +31,7 @@ def main() -> None:
         path = BUILD / "docs" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
+    shutil.copytree(ROOT / "docs" / "img", BUILD / "docs" / "img", dirs_exist_ok=True)
     config = BUILD / "mkdocs.yml"
     config.write_text(pages.configuration(sorted(made)))
     print(f"{len(made)} pages in {BUILD / 'docs'}", flush=True)

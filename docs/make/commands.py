@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from docs.make.runs import Stage, check, clear_output, help_of, output_of, parse
+from docs.make.runs import Stage, check, clear_output, help_of, output_of, parse, shortened
 from docs.make.tables import EXIT_CODES, errors_of, link_errors, row, table
 from loratool.cli.group import COMMANDS, MODULES, SYNONYMS
 from loratool.cli.options import SECTIONS
@@ -73,13 +73,8 @@ def _example(example: str, stage: Stage | None) -> list[str]:
                 if example.startswith(start):
                     output_of(parse(before))
             clear_output(line)
-            shown += _short(output_of(line).splitlines())
+            shown += shortened(output_of(line)).splitlines()
     return [*shown, "```"]
-
-
-def _short(lines: list[str], most: int = 30) -> list[str]:
-    cut = [line if len(line) <= 160 else line[:159] + "…" for line in lines]
-    return cut if len(cut) <= most else [*cut[: most - 1], f"… {len(cut) - most + 1} more lines"]
 
 
 def _options(name: str, command: click.Command) -> Iterator[str]:

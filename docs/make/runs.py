@@ -37,6 +37,7 @@ from loratool.cli.group import COMMANDS, MODULES
 FENCE = re.compile(r"^```(console|python)(?: (\S[^\n]*))?\n(.*?)^```$", re.M | re.S)
 SPAN = re.compile(r"(?<!`)`(loratool [^`]+)`(?!`)")
 COLUMNS = "100"
+LONGEST = 240  # of a line that is shown
 HOME = Path.home()
 FAR = re.compile(r"(^|=)hf://")
 TIME = re.compile(r"(?<=[ ·])\d+(\.\d+)? (ms|s|min)\b(?! of disk)")
@@ -160,6 +161,15 @@ def _masked(text: str) -> str:
     return text
 
 
+def shortened(said: str, most: int = 32) -> str:
+    """Fewer lines, the first and the last ones; none too long for a page."""
+    lines = [one if len(one) <= LONGEST else one[: LONGEST - 1] + "…" for one in said.splitlines()]
+    if len(lines) > most:
+        left = len(lines) - most + 1
+        lines = [*lines[: most - 8], f"… {left} more lines", *lines[-7:]]
+    return "\n".join(lines) + "\n"
+
+
 def clear_output(line: Line) -> None:
     """Delete what the scene has under the name that a line writes: of a page, not of the scene."""
     if "-o" in line.words:
@@ -206,6 +216,7 @@ def _played(fence: re.Match[str]) -> str:
     shown = []
     for text in typed(body):
         said = output_of(parse(text)) if text.startswith("loratool ") else _shell(text)
+        said = shortened(said)
         shown.append(f"$ {text}\n{said}")
     return "```console\n" + "\n".join(part.rstrip("\n") + "\n" for part in shown) + "```"
 
