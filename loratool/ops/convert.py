@@ -107,8 +107,6 @@ def plan_convert(
     elif source.is_flat and not row.is_flat:
         kept, words = _named(kept, base)
         notes.append(words)
-    elif base is not None and not row.asks_config:
-        notes.append("the base was not needed: the modules have whole names, or keep flat ones")
     located = locate(kept) if is_named else []
     uncut = uncuttable(located, row.table.naming if row.table is not None else "")
     odd = [s for s in kept.specs
@@ -116,6 +114,9 @@ def plan_convert(
     if base is None:
         require_kernels(kept, odd, dialect)
     computed = {s.name: _flattened(s, base) for s in odd}
+    is_used = settled is not source or bool(odd) or row.asks_config
+    if base is not None and not (is_named or is_used or (source.is_flat and not row.is_flat)):
+        notes.append("the base was not needed: the modules have whole names, or keep flat ones")
     is_evened = needs_evening(kept, row.name)
     if is_evened:
         notes.append(
@@ -153,10 +154,14 @@ def _unknown(modules: Sequence[str], source: Adapter, row: Dialect) -> tuple[str
 
 
 def _flattened(spec: DeltaSpec, base: Checkpoint | None) -> tuple[int, ...]:
-    """(in, kernel…) of a convolution's weight in the base, () for anything else."""
+    """(in, kernel…) of a convolution's weight in the base where the factors have other dimensions.
+
+    () for anything else.
+    """
     ref = None if base is None else base.tensors.get(spec.name)
-    is_flat = len(side_sizes(spec)[1]) == 1
-    return ref.shape[1:] if ref is not None and len(ref.shape) > 2 and is_flat else ()
+    if ref is None or len(ref.shape) < 3 or len(ref.shape) == 1 + len(side_sizes(spec)[1]):
+        return ()
+    return ref.shape[1:]
 
 
 def outline(plan: ConvertPlan) -> Adapter:

@@ -259,3 +259,13 @@ def test_factors_of_different_modules_sizes_are_refused(tmp_path: Path) -> None:
     with pytest.raises(lt.LoratoolError) as caught:
         open_adapter(tmp_path / "a.safetensors")
     assert caught.value.code == "LT-363"
+
+
+def test_kernels_of_the_base_are_those_of_the_lora(tmp_path: Path) -> None:
+    """A Conv1d's core has an axis more than its weight."""
+    here = DATA / "llm" / "loha_conv_eff"
+    lt.convert([here], to="peft", base=here / "base", output=tmp_path / "lora")
+    lt.merge([tmp_path / "lora"], base=here / "base", output=tmp_path / "out")
+    got = load_file(str(tmp_path / "out" / "model.safetensors"))
+    theirs = load_file(str(here / "merged.safetensors"))
+    assert all(np.abs(got[key] - theirs[key]).max() <= 1e-6 for key in got)
