@@ -54,6 +54,9 @@ def _language(folder: Path) -> None:
         lt.combine(both, weights=weights, output=folder / name, rank=8)
     many = ["style", "sql", "other", "a", "b", "c", "base-style", "style"]
     lt.combine([str(folder / name) for name in many], output=folder / "r64")
+    (folder / "loha").mkdir()
+    for path in (ROOT / "tests" / "data" / "llm" / "loha").glob("adapter_*"):
+        shutil.copy(path, folder / "loha")
     lt.extract(folder / "my-sft", base=folder / "model", rank=4, output=folder / "lora-4")
     lt.merge([folder / "style"], base=folder / "model", output=folder / "merged")
 
@@ -83,8 +86,10 @@ def _images(folder: Path) -> None:
                  output=folder / f"{name}.safetensors")  # fmt: skip
     collection = folder / "collection"
     collection.mkdir()
-    for name in ("ink", "paper"):
-        shutil.copy(folder / "loras" / f"{name}.safetensors", collection)
+    for name in ("ink", "ink-copy", "paper"):
+        original = folder / "loras" / f"{name.removesuffix('-copy')}.safetensors"
+        shutil.copy(original, collection / f"{name}.safetensors")
+    shutil.copytree(folder / "r64", collection / "chat")
     lt.combine([folder / "style.safetensors", *sorted((folder / "loras").iterdir())],
                output=collection / "wide.safetensors")  # fmt: skip
 
