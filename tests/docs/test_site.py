@@ -9,11 +9,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from functools import cache
+from importlib import import_module
 from pathlib import Path, PurePosixPath
 
 import click
 import pytest
 
+import loratool as lt
 from docs.make import commands, pages, runs, tables
 from docs.make.__main__ import REMOTE
 from loratool.archs.family_files import families
@@ -66,6 +68,14 @@ def test_every_error_is_on_a_page_and_every_number_is_an_error() -> None:
     for name, text in site().items():
         assert set(re.findall(r"LT-\d{3}", text)) <= raised, name
     assert 'id="lt-501"' in site()["errors.md"] and "errors.md#lt-" in site()["hub.md"]
+
+
+def test_every_public_name_is_on_the_page_of_python() -> None:
+    named = re.findall(r"^::: (\S+)$", pages.written()["python.md"], re.M)
+    assert {f"loratool.{n}" for n in lt.__all__} - {"loratool.__version__"} <= set(named)
+    for name in named:
+        module, _, attribute = name.rpartition(".")
+        assert hasattr(import_module(module), attribute), name
 
 
 def test_every_exit_code_of_the_program_has_words() -> None:
