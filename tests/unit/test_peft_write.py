@@ -97,7 +97,7 @@ def test_the_new_configuration_is_json(tmp_path: Path) -> None:
     assert json.loads(text)["peft_type"] == "LORA"
 
 
-@pytest.mark.parametrize("name", ["gguf", "nothing", "peft-file"])
+@pytest.mark.parametrize("name", ["torchtune", "nothing", "peft-file"])
 def test_dialects_that_cannot_be_written(tmp_path: Path, name: str) -> None:
     with pytest.raises(UsageError) as caught:
         write_adapter_files(read(tmp_path, pair("q")), name)
