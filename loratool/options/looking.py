@@ -74,7 +74,7 @@ class Check(Write, Workers, Read, Access, kw_only=False):
     _: KW_ONLY
     program: Annotated[str, Words(
         "The program: peft, vllm, sglang, llama.cpp, mlx, comfyui, diffusers, forge, nunchaku, "
-        "sd-scripts.",
+        "sd-scripts (or kohya).",
         "Output", flags="--for", metavar="PROGRAM", record="for",
     )]  # fmt: skip
     fix: Annotated[bool, Words(

@@ -49,6 +49,10 @@ def test_a_rule_applies_where_it_should_and_nowhere_else(sample: Sample, tmp_pat
     assert sample.rule not in {f.rule for f in (*better.findings, *better.past)}
 
 
+def test_kohya_is_a_name_of_its_scripts() -> None:
+    assert find_program("kohya") is find_program("sd-scripts")
+
+
 @pytest.mark.parametrize("program", [p.name for p in PROGRAMS if p.is_of_images])
 def test_every_rule_has_its_files_its_sentence_and_its_source(program: str) -> None:
     rules = find_program(program).rules

@@ -55,7 +55,7 @@ def find_program(name: str, among: Sequence[Program] = PROGRAMS) -> Program:
         UsageError: LT-271, no such program.
     """
     for program in among:
-        if program.name == name:
+        if name in (program.name, *program.also):
             return program
     raise UsageError("LT-271", "unknown --for", expected=", ".join(p.name for p in among),
                      got=name)  # fmt: skip

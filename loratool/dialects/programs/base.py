@@ -102,6 +102,7 @@ class Program:
     Attributes:
         name: what ``--for`` takes.
         title: as people write it.
+        also: other names that ``--for`` takes.
         version: whose source was read.
         source: its files, or links.
         rules: what it does not do right.
@@ -125,6 +126,7 @@ class Program:
     opens: tuple[Rule, ...] = ()
     units: Callable[[Look], Mapping[str, tuple[str, ...]]] = _groups
     advice: Callable[[Adapter], str] = lambda _: ""
+    also: tuple[str, ...] = ()
     native: str = ""
     own: tuple[Rule, ...] = ()
     ranks: tuple[int, ...] = ()

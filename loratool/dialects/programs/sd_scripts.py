@@ -35,5 +35,5 @@ SD_SCRIPTS = Program(
         Rule("unknown-end", DROPPED, where(part=("", "embedding")), "unknown tensors",
              "keys other than lora_down and lora_up are passed over", _TOOLS + "merge_lora.py"),
     ),
-    is_of_images=True, homes={"": "kohya"},
+    also=("kohya",), is_of_images=True, homes={"": "kohya"},
 )  # fmt: skip
