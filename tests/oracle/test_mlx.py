@@ -232,3 +232,51 @@ def test_mlx_itself_fuses_our_file_to_our_merge(tmp_path: Path, name: str) -> No
     got = {k: np.array(v) for k, v in tree_flatten(model.parameters())}
     for key, tensor in stored(tmp_path / "merged").items():
         assert np.abs(got[key] - tensor).max() <= 2e-7, key
+
+
+Q = "model.layers.1.self_attn.q_proj"
+FAULTS: dict[str, tuple[dict[str, Any], dict[str, tuple[int, ...] | None], str]] = {
+    "incomplete": ({"num_layers": None}, {}, "no"),
+    "odd-names": ({}, {f"{Q}.scales": (4,)}, "no"),
+    "outside-keys": ({"keys": ["mlp.down_proj"]}, {}, "no"),
+    "early-layers": ({"num_layers": 1}, {}, "no"),
+    "ranks": ({}, {f"{Q}.lora_a": (16, 3), f"{Q}.lora_b": (3, 16)}, "no"),
+    "lengths": ({}, {f"{Q}.m": (16,)}, "no"),
+    "no-lengths": ({"fine_tune_type": "dora"}, {}, "wrong"),
+    "halves": ({}, {f"{Q}.lora_a": None}, "wrong"),
+}
+
+
+@pytest.mark.parametrize("rule", FAULTS)
+def test_what_mlx_makes_of_its_own_folder(tmp_path: Path, rule: str) -> None:
+    """A folder with a fault and one without; mlx-lm itself agrees, where it is."""
+    changes, tensors, verdict = FAULTS[rule]
+    folder = tmp_path / "a"
+    folder.mkdir()
+    for name in ("adapter_config.json", "adapters.safetensors"):
+        shutil.copy(DATA / "mlx_lora" / name, folder)
+    assert lt.check(folder, program="mlx").verdict == "yes"
+    config = json.loads((folder / "adapter_config.json").read_text())
+    inner = {"lora_parameters": config["lora_parameters"] | {
+        key: value for key, value in changes.items() if key == "keys"}}  # fmt: skip
+    config |= inner | {key: value for key, value in changes.items() if key != "keys"}
+    config = {key: value for key, value in config.items() if value is not None}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    file = folder / "adapters.safetensors"
+    found = load_file(str(file))
+    found |= {k: np.ones(shape, "f4") for k, shape in tensors.items() if shape is not None}
+    found = {k: v for k, v in found.items() if tensors.get(k, ()) is not None}
+    file.unlink()
+    save_file(found, str(file))
+    report = lt.check(folder, program="mlx")
+    assert report.verdict == verdict and {f.rule for f in report.findings} == {rule}
+    pytest.importorskip("mlx_lm")
+    from mlx_lm.tuner.utils import load_adapters
+    from mlx_lm.utils import load_model
+
+    model = load_model(DATA / "lora_linear" / "base")[0]
+    if verdict == "no":
+        with pytest.raises((ValueError, AttributeError, KeyError)):
+            load_adapters(model, str(folder))
+    else:
+        load_adapters(model, str(folder))

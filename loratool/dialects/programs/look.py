@@ -8,8 +8,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from loratool.adapter import Adapter, AdapterFiles, TensorRef
-from loratool.dialects.candidate import Candidate, examine
+from loratool.adapter import Adapter, AdapterFiles, ArrangedRef, TensorRef
+from loratool.dialects.candidate import CONFIG_NAME, Candidate, examine
 from loratool.dialects.programs.grammar import Group, Tensor, group_keys
 from loratool.dialects.programs.models import Family, family_of
 from loratool.dialects.registry import detect
@@ -46,7 +46,7 @@ class Look:
     @classmethod
     def of(cls, adapter: Adapter) -> Look:
         """Of an adapter that is read."""
-        refs = {ref.name: Tensor(ref.dtype, ref.shape) for ref in _refs(adapter)}
+        refs = {ref.name: Tensor(ref.dtype, _stored_shape(ref)) for ref in _refs(adapter)}
         order = adapter.key_order or tuple(refs)
         tensors = {name: refs.get(name, Tensor("F32", ())) for name in order}
         return cls(tensors, adapter.metadata, adapter.config, adapter.dialect, adapter)
@@ -55,7 +55,8 @@ class Look:
     def of_files(cls, files: AdapterFiles, dialect: str) -> Look:
         """Of files that are not written yet."""
         tensors = {key: Tensor(source.dtype, source.shape) for key, source in files.tensors}
-        return cls(tensors, files.metadata, dialect=dialect)
+        config = files.json_files.get(CONFIG_NAME, {})
+        return cls(tensors, files.metadata, config, dialect=dialect)
 
     @cached_property
     def groups(self) -> tuple[Group, ...]:
@@ -127,6 +128,12 @@ def _tensors(found: Candidate) -> dict[str, Tensor]:
 
 def _metadata(found: Candidate) -> Mapping[str, str]:
     return {} if found.header is None else found.header.metadata
+
+
+def _stored_shape(ref: TensorRef) -> tuple[int, ...]:
+    """As the file has it."""
+    is_turned = isinstance(ref, ArrangedRef) and len(ref.laid) == len(ref.shape)
+    return ref.laid if is_turned and isinstance(ref, ArrangedRef) else ref.shape
 
 
 def _refs(adapter: Adapter) -> Iterator[TensorRef]:
