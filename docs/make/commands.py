@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from importlib import import_module
 from typing import Any
@@ -40,7 +41,7 @@ def page(name: str, stage: Stage | None) -> str:
     lines += ["## Usage", "", "```text", f"{_usage(name)}", "```", ""]
     also = [f"`{word}`" for word, meant in SYNONYMS.items() if meant == name]
     if also:
-        lines += [f"{' and '.join(also)} answer with this command.", ""]
+        lines += [f"Who types {' or '.join(also)} is shown this command.", ""]
     lines += ["## Examples", ""]
     for example in getattr(command, "examples", ()):
         lines += [*_example(example, stage), ""]
@@ -55,7 +56,8 @@ def _usage(name: str) -> str:
 def _text(command: click.Command) -> Iterator[str]:
     """The command's own words, paragraphs joined."""
     for paragraph in (command.help or "").replace("\b", "").split("\n\n"):
-        yield link_errors(" ".join(paragraph.split()))
+        words = link_errors(" ".join(paragraph.split()))
+        yield re.sub(r"(?<![\w`-])(--[a-z][a-z-]*[a-z])", r"`\1`", words)
         yield ""
 
 

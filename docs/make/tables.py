@@ -108,10 +108,7 @@ def kinds() -> Iterator[str]:
         for k in KINDS
     ])  # fmt: skip
     yield ""
-    yield _words("""
-        DoRA is not a kind of its own: any of them may carry the lengths of rows or columns. [Adding
-        a kind](../adding_a_kind.md).
-    """)
+    yield "[Adding a kind](../adding_a_kind.md)."
 
 
 SPACES = {
