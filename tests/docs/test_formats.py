@@ -233,7 +233,15 @@ def test_the_grid_is_the_programs() -> None:
     from loratool.engine import grid
 
     assert grid.CPU_ELEMENTS == 524288
-    for view in ((1, 5), (40, 700), (3, 200_000), (2, 65_536), (100_000, 7), (1, 1_300_000)):
+    for view in (
+        (1, 5),
+        (40, 700),
+        (3, 200_000),
+        (2, 65_536),
+        (40, 60_000),
+        (100_000, 7),
+        (1, 1_300_000),
+    ):
         for elements in (1 << 16, grid.CPU_ELEMENTS):
             mine = [(b.start, b.start + b.numel) for b in grid.blocks(view, elements)]
             assert mine == [(c.start, c.stop) for c in blocks(view, elements)]
