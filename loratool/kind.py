@@ -68,6 +68,8 @@ class Kind:
             row and right ones with a column per rank; empty where rows of a change are no rows of
             its tensors.
         row_roles: further roles of tensors with one row per output.
+        block_role: role of a matrix each row of which is as many rows of a change, below each
+            other; the other tensors have no part in where they lie.
     """
 
     name: str
@@ -105,6 +107,7 @@ class Kind:
     joint: Callable[[Sequence[DeltaSpec]], Mapping[str, float]] | None = None
     products: tuple[tuple[str, str], ...] = ()
     row_roles: tuple[str, ...] = ()
+    block_role: str = ""
     stand_ins: Mapping[str, tuple[str, str]] = field(default_factory=dict)
 
     @property

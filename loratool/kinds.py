@@ -60,6 +60,7 @@ _LOKR = Kind(
     has_factors=True, fits=shapes.fits_kronecker, product_rank=shapes.rank_of_kronecker,
     is_sum=shapes.has_exact_products, rank_axis=None, is_spelled=True, method="LOKR",
     stand_ins={"lokr_w2": ("lokr_w2_a", "lokr_w2_b"), "lokr_w1": ("lokr_w1_a", "lokr_w1_b")},
+    block_role="lokr_w1",
 )  # fmt: skip
 KINDS: tuple[Kind, ...] = (
     _LORA, _with_lengths(_LORA, ROW_LENGTHS), _LOHA,

@@ -31,6 +31,20 @@ def is_cuttable(spec: DeltaSpec) -> bool:
     return is_plain and spec.layout in ("linear", "vector") and known >= set(spec.fields)
 
 
+def rows_together(spec: DeltaSpec) -> int:
+    """How many rows of a change a cut must leave together: 1 = any rows, 0 = it cannot be cut."""
+    role = _block_role(spec)
+    if is_cuttable(spec) or not role:
+        return int(is_cuttable(spec))
+    is_plain = spec.layout == "linear" and not spec.transposed and not spec.base_change
+    return side_sizes(spec)[0] // spec.fields[role].shape[0] if is_plain else 0
+
+
+def _block_role(spec: DeltaSpec) -> str:
+    role = spec.row.block_role
+    return role if role in spec.fields or not role else spec.row.stand_ins[role][0]
+
+
 def cut(spec: DeltaSpec, spans: Sequence[Span]) -> list[DeltaSpec] | None:
     """The rows of a change, one new change for each span; None if they cannot be told apart.
 
@@ -40,9 +54,9 @@ def cut(spec: DeltaSpec, spans: Sequence[Span]) -> list[DeltaSpec] | None:
         spec: a change of a matrix (out, in) or of a vector.
         spans: of rows, in their order and without gaps.
     """
-    if not is_cuttable(spec):
+    parts = [part for span in spans if (part := gather(spec, [span])) is not None]
+    if len(parts) < len(spans):
         return None
-    parts = [replace(spec, fields=_cut_fields(spec, span)) for span in spans]
     rank, rest = divmod(spec.rank, len(spans))
     if rest or len(spec.row.products) != 1 or not _is_diagonal(spec, spans, rank):
         return parts
@@ -92,13 +106,33 @@ def join(
 
 def swap_halves(spec: DeltaSpec) -> DeltaSpec | None:
     """The change with the halves of its rows in each other's place; None if that cannot be."""
-    if not is_cuttable(spec):
+    rows = side_sizes(spec)[0]
+    return gather(spec, [(rows // 2, rows), (0, rows // 2)])
+
+
+def gather(spec: DeltaSpec, spans: Sequence[Span]) -> DeltaSpec | None:
+    """Rows of a change, in the order of the spans; None if they cannot be told apart."""
+    height = rows_together(spec)
+    if not height or any(edge % height for span in spans for edge in span):
         return None
     lefts = {left for left, _ in spec.row.products} | set(spec.row.row_roles)
+    lefts |= {_block_role(spec)} if height > 1 or not is_cuttable(spec) else set()
+    own = [(a // height, b // height) for a, b in spans]
     fields = {
-        role: _turned(source) if role in lefts else source for role, source in spec.fields.items()
+        role: _rows(source, own) if role in lefts else source
+        for role, source in spec.fields.items()
     }
     return replace(spec, fields=fields)
+
+
+def _rows(source: Source, spans: Sequence[Span]) -> Source:
+    """Rows of a tensor: a place in its file if they lie side by side."""
+    parts = [rows_of(source, *span) for span in spans]
+    if len(parts) == 1:
+        return parts[0]
+    data = b"".join(bytes(read_bytes(part)) for part in parts)
+    shape = (sum(b - a for a, b in spans), *source.shape[1:])
+    return TensorData(source.name, source.dtype, shape, data)
 
 
 def rows_of(source: Source, start: int, stop: int) -> Source:
@@ -115,14 +149,6 @@ def rows_of(source: Source, start: int, stop: int) -> Source:
 
 
 # --------------------------------------------------------------------------------------- cutting
-
-
-def _cut_fields(spec: DeltaSpec, span: Span) -> dict[str, Source]:
-    lefts = {left for left, _ in spec.row.products} | set(spec.row.row_roles)
-    return {
-        role: rows_of(source, *span) if role in lefts else source
-        for role, source in spec.fields.items()
-    }
 
 
 def _is_diagonal(spec: DeltaSpec, spans: Sequence[Span], rank: int) -> bool:
@@ -166,13 +192,6 @@ def _block_of(part: DeltaSpec, first: int, rank: int) -> DeltaSpec:
               right: rows_of(part.fields[right], first, first + rank)}  # fmt: skip
     alpha = None if part.alpha is None else part.scaling * rank
     return replace(part, fields=fields, rank=rank, alpha=alpha)
-
-
-def _turned(source: Source) -> TensorData:
-    half = source.shape[0] // 2
-    data = memoryview(read_bytes(source)).cast("B")
-    middle = half * (source.nbytes // source.shape[0])
-    return TensorData(source.name, source.dtype, source.shape, bytes(data[middle:]) + data[:middle])
 
 
 # --------------------------------------------------------------------------------------- joining

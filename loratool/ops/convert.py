@@ -6,7 +6,7 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from loratool.adapter import Adapter, DeltaSpec, Source, TensorData
+from loratool.adapter import Adapter, DeltaSpec
 from loratool.archs.families import family_of
 from loratool.archs.flat import KnownNames, home_prefix, known_names
 from loratool.bind.bindings import bind
@@ -17,11 +17,9 @@ from loratool.delta.forms import (
     as_pair,
     matrix_shape,
     reshaped,
-    scaled_source,
     side_sizes,
-    with_scaled_source,
 )
-from loratool.delta.stacking import rows_of
+from loratool.delta.stacking import gather
 from loratool.dialects import unmergeable_reason
 from loratool.dialects.base import Dialect
 from loratool.dialects.registry import row_of
@@ -33,7 +31,6 @@ from loratool.ops.naming import locate, uncuttable
 from loratool.ops.sizes import with_sizes
 from loratool.patterns import find
 from loratool.store.checkpoint import Checkpoint
-from loratool.store.reader import read_bytes
 
 
 @dataclass(frozen=True)
@@ -299,19 +296,16 @@ def _piece(target: str, parts: Sequence[BoundDelta], base: Checkpoint) -> DeltaS
         )  # fmt: skip
     cut = [r for r in rows if r is not None]
     if cut:
-        spec = with_scaled_source(spec, _rows(scaled_source(spec), cut))
+        made = gather(spec, cut)
+        if made is None:
+            raise MismatchError(
+                "LT-404", f"a {spec.title} of several tensors cannot be cut where they begin",
+                key=target, file=base.path, hint="--to comfyui keeps it whole; --for diffusers "
+                "makes a LoRA of it, which can be cut",
+            )  # fmt: skip
+        spec = made
     turned = parts[0].transposed
     return reshaped(replace(spec, module=module, parameter=parameter, transposed=turned), dims)
-
-
-def _rows(source: Source, spans: Sequence[tuple[int, int]]) -> Source:
-    """Rows of a tensor: a place in the file if they lie side by side."""
-    parts = [rows_of(source, *span) for span in spans]
-    if len(parts) == 1:
-        return parts[0]
-    shape = (sum(b - a for a, b in spans), *source.shape[1:])
-    data = b"".join(bytes(read_bytes(part)) for part in parts)
-    return TensorData(source.name, source.dtype, shape, data)
 
 
 def _from_known(adapter: Adapter, known: KnownNames) -> tuple[Adapter, str]:

@@ -301,3 +301,51 @@ def test_lokr_of_a_fused_projection_becomes_lora_of_its_parts(tmp_path: Path) ->
     new = "diffusion_model.double_blocks.0.img_attn.qkv"
     assert all(np.array_equal(kept[f"{new}.{k}"], tensors[f"{stem}.{k}"])
                for k in ("lokr_w1", "lokr_w2"))  # fmt: skip
+
+
+def factors(kind: str, rows: int) -> tuple[dict[str, Array], Array]:
+    """Tensors of a change of (rows, H) by their endings, and the change."""
+    rng = np.random.default_rng([len(kind), rows])
+    sizes = {
+        "loha": {"hada_w1_a": (rows, 2), "hada_w1_b": (2, H), "hada_w2_a": (rows, 2),
+                 "hada_w2_b": (2, H)},
+        "lokr": {"lokr_w1": (rows // 4, 4), "lokr_w2": (4, H // 4)},
+        "lokr in factors": {"lokr_w1_a": (rows // 4, 2), "lokr_w1_b": (2, 4),
+                            "lokr_w2": (4, H // 4)},
+        "odd lokr": {"lokr_w1": (4, 4), "lokr_w2": (rows // 4, H // 4)},
+    }[kind]  # fmt: skip
+    made = {end: rng.standard_normal(size).astype("f4") for end, size in sizes.items()}
+    t = {end: one.astype(float) for end, one in made.items()}
+    if kind == "loha":
+        return made, (t["hada_w1_a"] @ t["hada_w1_b"]) * (t["hada_w2_a"] @ t["hada_w2_b"])
+    first = t["lokr_w1"] if "lokr_w1" in t else t["lokr_w1_a"] @ t["lokr_w1_b"]
+    return made, np.kron(first, t["lokr_w2"])
+
+
+@pytest.mark.parametrize("kind", ["loha", "lokr", "lokr in factors", "odd lokr"])
+def test_a_fused_change_on_a_base_that_has_its_parts(kind: str, tmp_path: Path) -> None:
+    """Rows of LoHa's factors, of LoKr's blocks; halves that lie the other way round."""
+    stems = {"lora_unet_double_blocks_0_img_attn_qkv": 3 * H,
+             "lora_unet_final_layer_adaLN_modulation_1": 2 * H}  # fmt: skip
+    tensors, dense = {}, []
+    for stem, rows in stems.items():
+        made, change = factors(kind, rows)
+        tensors |= {f"{stem}.{end}": one for end, one in made.items()}
+        dense.append(change)
+    save_file(tensors, str(tmp_path / "style.safetensors"))
+    names = {f"transformer_blocks.0.attn.to_{k}.weight": (H, H) for k in "qkv"}
+    names["norm_out.linear.weight"] = (2 * H, H)
+    (tmp_path / "base").mkdir()
+    save_file({k: np.zeros(size, np.float32) for k, size in names.items()},
+              str(tmp_path / "base" / "diffusion_pytorch_model.safetensors"))  # fmt: skip
+    how = {"to": "peft", "base": tmp_path / "base", "output": tmp_path / "out"}
+    if kind == "odd lokr":
+        with pytest.raises(lt.LoratoolError) as caught:
+            lt.convert([tmp_path / "style.safetensors"], **how)
+        assert caught.value.code == "LT-404"
+        return
+    lt.convert([tmp_path / "style.safetensors"], **how)
+    found = {m.name: m.delta().numpy() for m in lt.open(tmp_path / "out")}
+    parts = [dense[0][i * H : (i + 1) * H] for i in range(3)]
+    parts.append(np.concatenate([dense[1][H:], dense[1][:H]]))
+    same(found, dict(zip(names, parts, strict=True)))
