@@ -44,7 +44,9 @@ def command(output: str | None, **options: Any) -> int:
     with _folder(output) as folder, series(notes_path(Path(folder))) as made:
         report = lt.demo(folder, series=made)
         voice.announce("A tour on a model small enough to build in a moment")
-        _run_all(report.commands, made)
+        _run_all(report.commands, made, voice)
+    if voice.quiet:
+        return 0
     kept = f"the files are in {safe(output)}" if output else "with -o DIR the files are kept"
     click.echo("\n" + line("done", kept, tone="good"))
     return 0
@@ -60,16 +62,17 @@ def _folder(output: str | None) -> Iterator[str]:
         yield "demo"
 
 
-def _run_all(commands: Sequence[Sequence[str]], series: Series) -> None:
+def _run_all(commands: Sequence[Sequence[str]], series: Series, voice: Voice) -> None:
     """Run command lines as if they were typed; the first that fails ends the tour."""
     from loratool.cli import invoke
     from loratool.cli.failures import report
 
     for words in commands:
         typed = safe(shlex.join(["loratool", *words]), cap=1000)
-        click.echo("\n" + click.style("$ ", dim=True) + click.style(typed, bold=True))
+        if not voice.quiet:
+            click.echo("\n" + click.style("$ ", dim=True) + click.style(typed, bold=True))
         try:
-            code = invoke(list(words), {"series": series})
+            code = invoke([*words, *(["-q"] if voice.quiet else [])], {"series": series})
         except AlreadyMadeError as error:
             code = report(error, words)
         if code:

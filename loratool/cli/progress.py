@@ -104,16 +104,16 @@ class _Drawn(_Shown):
 
     def show(self) -> None:
         """Draw the bar anew; a run that is short does not begin one."""
-        if self._bar is None:
-            if time.monotonic() - self.started < _BAR_AFTER_S:
-                return
-            self._bar = _bar(self.unit)
-            self._bar.start()
-            self._task = self._bar.add_task("", total=None, start=False, name="")
-            self._bar.tasks[0].start_time = self.started
+        if self._bar is None and time.monotonic() - self.started < _BAR_AFTER_S:
+            return
         room = shutil.get_terminal_size().columns - _BAR_WIDTH - _NUMBERS_WIDTH
-        self._bar.update(self._task, completed=self.done, total=self.total,
-                         name=_fitted(safe(self.name), room), refresh=True)  # fmt: skip
+        name = _fitted(safe(self.name), room)
+        if self._bar is None:
+            self._bar = _bar(self.unit)
+            self._task = self._bar.add_task("", total=self.total, name=name)
+            self._bar.tasks[0].start_time = self.started
+            self._bar.start()
+        self._bar.update(self._task, completed=self.done, total=self.total, name=name, refresh=True)
 
     def close(self) -> None:
         """Take the bar away."""
