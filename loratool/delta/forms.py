@@ -122,6 +122,11 @@ def may_be_flattened(spec: DeltaSpec) -> bool:
     return spec.is_matrix and is_product and len(side_sizes(spec)[1]) == 1
 
 
+def is_whole_pair(spec: DeltaSpec) -> bool:
+    """True if the fields are the two factors, and not only blocks of them."""
+    return spec.is_pair and spec.blocks is None
+
+
 def as_pair(spec: DeltaSpec, inner: tuple[int, ...] = ()) -> DeltaSpec:
     """The change in two factors alone, new ones without content: what it will look like.
 
@@ -129,7 +134,7 @@ def as_pair(spec: DeltaSpec, inner: tuple[int, ...] = ()) -> DeltaSpec:
         spec: a change, of any kind.
         inner: (in, kernel…) where the fields hold them flattened.
     """
-    if spec.is_pair or not spec.has_factors:
+    if is_whole_pair(spec) or not spec.has_factors:
         return spec
     out, own = side_sizes(spec)
     inner = inner or own

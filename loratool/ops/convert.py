@@ -15,6 +15,7 @@ from loratool.bind.items import BoundDelta
 from loratool.bind.names import parse_skip
 from loratool.delta.forms import (
     as_pair,
+    is_whole_pair,
     matrix_shape,
     reshaped,
     side_sizes,
@@ -107,7 +108,8 @@ def plan_convert(
     located = locate(kept) if is_named else []
     uncut = uncuttable(located, row.table.naming if row.table is not None else "")
     odd = [s for s in kept.specs
-           if (row.obstacle(s) or s.name in uncut) and not s.is_pair and s.has_factors]  # fmt: skip
+           if (row.obstacle(s) or s.name in uncut)
+           and not is_whole_pair(s) and s.has_factors]  # fmt: skip
     if base is None:
         require_kernels(kept, odd, dialect)
     computed = {s.name: _flattened(s, base) for s in odd}
@@ -134,7 +136,7 @@ def compute_also(plan: ConvertPlan, names: Collection[str]) -> ConvertPlan:
         MismatchError: LT-461, kernels that are not known.
     """
     odd = [s for s in plan.adapter.specs
-           if s.name in names and s.has_factors and not s.is_pair]  # fmt: skip
+           if s.name in names and s.has_factors and not is_whole_pair(s)]  # fmt: skip
     return replace(plan, computed={**{s.name: () for s in odd}, **plan.computed})
 
 

@@ -240,7 +240,7 @@ def test_ranks_and_alphas_of_every_kind_come_along(tmp_path: Path, name: str) ->
     ("name", "word"),
     [("lora_modules_to_save", "a replaced tensor"),
      ("lora_embed_untied", "embedding"), ("lora_target_params_mixtral", "experts"),
-     ("lora_pissa", "pissa"), ("lora_bdlora", "block-diagonal"), ("lora_gpt2_conv1d", "in, out"),
+     ("lora_pissa", "pissa"), ("lora_gpt2_conv1d", "in, out"),
      ("lora_bias_all", "a replaced tensor"), ("lora_alora", "aLoRA"),
      ("lora_mha", "in_proj_weight")],
 )  # fmt: skip
@@ -357,3 +357,15 @@ def test_the_record_names_inputs_and_options(tmp_path: Path) -> None:
     assert caught.value.code == "LT-501"
     lt.convert([str(folder)], to="kohya", output=str(out), skip=["lin_a"], force=True)
     assert len(open_adapter(out).specs) == 3
+
+
+@pytest.mark.parametrize("to", ["peft", "mlx"])
+def test_blocks_of_factors_are_written_out(tmp_path: Path, to: str) -> None:
+    """BD-LoRA: the same numbers, and zeros between the blocks."""
+    source = LLM / "lora_bdlora"
+    (made,) = lt.convert([str(source)], to=to, output=str(tmp_path / "out")).adapters
+    assert made.relative_error == 0 and len(made.computed) == 4
+    lt.merge([tmp_path / "out"], base=source / "base", output=tmp_path / "merged")
+    got = load_file(str(tmp_path / "merged" / "model.safetensors"))
+    theirs = load_file(str(source / "merged.safetensors"))
+    assert all(abs(got[key] - theirs[key]).max() <= 1e-6 for key in theirs)
