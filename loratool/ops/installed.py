@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 EXTRAS = {
     "plot": "pictures of numbers: --plot",
     "ray": "the machines of a cluster: --executor ray",
+    "gguf": "more types of quantised GGUF bases: --dequantize",
 }
 """Extra of ``pyproject.toml`` that is there for users -> what it gives."""
 

@@ -61,13 +61,14 @@ def test_the_extras_are_those_of_the_package() -> None:
 
 def test_what_a_package_needs(monkeypatch: pytest.MonkeyPatch, run: Run) -> None:
     lines = ["click>=8.1", "numpy>=999", "nothing-of-this-name>=1", "isal; os_name == 'no such'",
-             "matplotlib>=3.8; extra == 'plot'", "ray>=999999; extra == 'ray'"]  # fmt: skip
+             "matplotlib>=3.8; extra == 'plot'", "ray>=999999; extra == 'ray'",
+             "numpy; extra == 'gguf'"]  # fmt: skip
     monkeypatch.setattr(metadata, "requires", lambda name: lines)
     found = run("doctor", "--offline", "--json")
     assert found.code == 10 and not found.json["ok"]
     fits = {p["name"]: p["fits"] for p in found.json["requires"]}
     assert fits == {"click": True, "numpy": False, "nothing-of-this-name": False}
-    assert [e["is_there"] for e in found.json["extras"]] == [True, False]
+    assert [e["is_there"] for e in found.json["extras"]] == [True, False, True]
     (broken,) = [f for f in found.json["findings"] if f["is_broken"]]
     assert broken["do"].endswith("pip install 'numpy>=999' 'nothing-of-this-name>=1'")
     text = run("doctor", "--offline").out

@@ -22,6 +22,7 @@ OTHERWISE = {
     "bias": {"endswith()", "+", "in memory", "parameter"},  # how models call a parameter
     "added_tokens": {"get()"},  # of a tokenizer.json
     "delta": {"plural()", "take()"},  # a word of reports; a buffer
+    "gguf": {""},  # an extra of the package, a key of a table
     "magnitude": {"find_method()", "Method()", "DENSE_INNER"},  # a merge method
     "r": {"mode="},  # of `torch.linalg.qr`
 }
