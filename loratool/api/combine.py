@@ -63,7 +63,7 @@ def run_combine(asked: Combine, *, minus: bool = False) -> CombineReport:
         asked: what is combined, and how.
         minus: the first adapter less the others.
     """
-    check_page(asked.html)
+    check_page(asked.html, asked.output)
     return with_page(_combine(asked, minus), asked.html)
 
 
@@ -81,6 +81,7 @@ def _combine(asked: Combine, minus: bool) -> CombineReport:
     if asked.base is not None:
         found = open_base(str(asked.base), adapters, session.access)
         detached = _detach(opened, found, how.method, session.limits)
+        session = session.with_base(found, form)
     job = _plan(asked, session, how, opened, detached, minus)
     for adapter in adapters if session.translates and detached is None else ():
         session.check_form(adapter, form)
@@ -185,8 +186,8 @@ def _make(asked: Combine, session: Session, job: CombineJob) -> CombineReport:
             adapter = detached.attach(adapter, session.limits)
     fitted, files = session.fit(adapter, form)
     inputs = _inputs(opened)
-    if detached is not None:
-        inputs |= base_row(detached.base, inputs)
+    if (base := session.base if detached is None else detached.base) is not None:
+        inputs |= base_row(base, inputs)
     options = recorded(
         asked, method=how.method.name, params=dict(how.params), rank=how.rank,
         dtype=asked.dtype, module_weights=rules_json(how.rules),

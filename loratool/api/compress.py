@@ -16,6 +16,7 @@ from loratool.api.detach import Detached, detach
 from loratool.api.page import check_page, with_page
 from loratool.api.session import Session, run_plan
 from loratool.dialects import write_adapter_files
+from loratool.dialects.registry import home_of
 from loratool.ops.compress import CompressPlan, names_of, plan_compress, rebuild
 from loratool.ops.compress_options import rank_rule
 from loratool.ops.detach import plan_detach
@@ -54,7 +55,7 @@ def compress(asked: Compress) -> CompressReport:
         >>> lt.compress("style", output="small", rank=4).adapters[0].modules[0].rank
         4
     """
-    check_page(asked.html)
+    check_page(asked.html, asked.output)
     return with_page(_run(asked), asked.html)
 
 
@@ -71,7 +72,7 @@ def _run(asked: Compress) -> CompressReport:
     given = asked.adapters
     texts = [str(a) for a in ([given] if isinstance(given, (str, Path)) else given)]
     with session.outputs(len(texts)) as session:
-        jobs = _open(session, texts, asked.base)
+        session, jobs = _open(session, texts, asked.base)
         if asked.base is not None and is_auto:
             jobs = _cap_all(session, jobs, asked.base)
         session.make_folder(len(jobs))
@@ -130,7 +131,9 @@ class _Cut:
         return replace(self.resources, run=run)
 
 
-def _open(session: Session, texts: Sequence[str], base: str | Path | None) -> list[CompressJob]:
+def _open(
+    session: Session, texts: Sequence[str], base: str | Path | None
+) -> tuple[Session, list[CompressJob]]:
     """Open every input and check every output before any work is done."""
     found = session.open(texts, base)
     for one in found:
@@ -138,8 +141,11 @@ def _open(session: Session, texts: Sequence[str], base: str | Path | None) -> li
         if base is None or not session.translates:  # else it is another change that is written
             session.check(one)
     opened = None
-    if base is not None and not all(s.is_additive for o in found for s in o.adapter.specs):
+    asks = any(home_of(one.form).asks_config for one in found)
+    is_fixed = all(s.is_additive for one in found for s in one.adapter.specs)
+    if base is not None and (asks or not is_fixed):
         opened = open_base(str(base), [o.adapter for o in found], session.access)
+        session = session.with_base(opened, *(one.form for one in found))
     jobs: list[CompressJob] = []
     for one in found:
         detached = None if opened is None else _detach(one.adapter, opened, session.limits)
@@ -148,8 +154,16 @@ def _open(session: Session, texts: Sequence[str], base: str | Path | None) -> li
             plain, one_rank=session.of_peft is not None, original=one.adapter,
             turned=frozenset() if detached is None else detached.plan.turned,
         )  # fmt: skip
-        jobs.append(CompressJob(one, plan, detached))
-    return jobs
+        jobs.append(CompressJob(one, plan, detached, base=_recorded_base(session.base)))
+    return session, jobs
+
+
+def _recorded_base(base: OpenedBase | None) -> dict[str, Any]:
+    """A base by name and content, empty if there is none."""
+    if base is None:
+        return {}
+    label = content_label(base.resolved, {})
+    return {"base": {"name": label, "files": checkpoint_id(base.checkpoint)}}
 
 
 def _detach(adapter: Adapter, base: OpenedBase, limits: Limits) -> Detached | None:
@@ -184,11 +198,8 @@ def _capped_by_noise(session: Session, job: CompressJob, base: str | Path) -> Co
     )
     ranks = {m.name: m.noise_rank for m in found.modules}
     known = [ranks.get(spec.name) for spec in job.plan.specs]
-    label = content_label(opened.resolved, {})
-    return replace(
-        job, caps=[None if rank is None else int(rank) for rank in known],
-        base={"base": {"name": label, "files": checkpoint_id(opened.checkpoint)}},
-    )  # fmt: skip
+    return replace(job, caps=[None if rank is None else int(rank) for rank in known],
+                   base=_recorded_base(opened))  # fmt: skip
 
 
 def _within(job: CompressJob, cut: _Cut) -> Made:

@@ -63,6 +63,7 @@ class _Job:
         plan = plan_convert(
             adapter, self.row.name, base=None if base is None else base.checkpoint,
             skip=asked.skip, keeps_names=asked.to is None and program is None,
+            is_freed=adapter is not self.one.adapter,
         )  # fmt: skip
         if program is not None and _of_peft(program, self.row) is None:
             plan = settled(plan, program, self.session.limits, **_of_base(base, plan))
@@ -229,6 +230,11 @@ def _row(planned: _Planned, files: AdapterFiles, error: float) -> ConvertedAdapt
     job, plan = planned.job, planned.plan
     copied = sum(isinstance(source, TensorRef) for _, source in files.tensors)
     warnings = [*unused_warnings(plan.source), *plan.warnings]
+    if job.asked.rank is not None and not planned.freed:
+        warnings.append(
+            "--rank changes nothing: no change becomes LoRA with the base; "
+            f"loratool compress --rank {job.asked.rank} cuts what there is"
+        )
     return ConvertedAdapter(
         source=job.one.text,
         output=str(job.one.target),

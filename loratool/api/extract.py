@@ -61,7 +61,7 @@ def extract(asked: Extract) -> ExtractReport:
         >>> lt.extract("tuned", base="base", output="lora", rank=4).rank
         4
     """
-    check_page(asked.html)
+    check_page(asked.html, asked.output, asked.save_residual)
     return with_page(_extract(asked), asked.html)
 
 

@@ -67,7 +67,7 @@ def merge(asked: Merge) -> MergeReport | CombineReport:
         14
     """
     if check_into(asked.into, has_base=asked.base is not None) == "base":
-        check_page(asked.html)
+        check_page(asked.html, asked.output, asked.save_undo)
         return with_page(run_merge(asked), asked.html)
     report = run_combine(Combine(**combine_options(vars(asked))))
     return replace(report, notes=(*report.notes, _NO_BASE))

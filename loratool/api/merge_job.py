@@ -17,6 +17,7 @@ from loratool.bind.new_parts import Extended, add_parts
 from loratool.dtypes import DTYPES
 from loratool.errors import MismatchError, UsageError
 from loratool.ops.access import Access
+from loratool.ops.batch import FILES
 from loratool.ops.coded import Decoded, decode_base, read_plain
 from loratool.ops.inputs import OpenedAdapter, OpenedBase, guard_output, open_adapters, open_base
 from loratool.ops.merge import MergePlan, WeightedAdapter, plan_merge
@@ -289,7 +290,7 @@ def _files(opened: Sequence[OpenedAdapter], base: OpenedBase) -> list[Path]:
 
 def _check_output_form(output: Path, base: OpenedBase) -> None:
     is_file = output.suffix == ".safetensors"
-    if is_file == base.checkpoint.is_folder:
+    if is_file == base.checkpoint.is_folder or (not is_file and output.suffix.lower() in FILES):
         want = "a folder" if base.checkpoint.is_folder else "a .safetensors file"
         raise UsageError(
             "LT-225", "the output has the form of the base", expected=want, got=str(output)

@@ -2,24 +2,34 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TypeVar
 
+from loratool.errors import OutputError
 from loratool.report.base import Report
 from loratool.store.new_file import check_new_files, write_new_file
 
 R = TypeVar("R", bound=Report)
 
 
-def check_page(file: str | Path | None) -> None:
+def check_page(file: str | Path | None, *outputs: str | Path | None) -> None:
     """Refuse a page that cannot be written, before the work.
 
+    Args:
+        file: of the page, None if there is to be none.
+        outputs: what else the command writes.
+
     Raises:
-        OutputError: LT-508, a name that is taken.
+        OutputError: LT-508, a name that is taken, or that of another output.
         DiskError: LT-602, no folder.
     """
-    if file is not None:
-        check_new_files([Path(file)])
+    if file is None:
+        return
+    check_new_files([Path(file)])
+    if os.path.realpath(file) in {os.path.realpath(other) for other in outputs if other}:
+        raise OutputError("LT-508", "two outputs have one name", file=file,
+                          hint="choose another name for the page")  # fmt: skip
 
 
 def with_page(report: R, file: str | Path | None) -> R:

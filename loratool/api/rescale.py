@@ -62,6 +62,7 @@ def rescale(asked: Rescale) -> RescaleReport:
     weak = _check_intruders(asked)
     adapters = [one.adapter for one in found]
     base = None if asked.base is None else open_base(str(asked.base), adapters, session.access)
+    session = session.with_base(base, *(one.form for one in found))
     jobs = [
         _Job(session, one, plan_rescale(one.adapter, factor, only=patterns, blocks=asked.blocks,
                                         has_base=base is not None), dtype, base)
@@ -117,7 +118,7 @@ class _Job:
     ) -> RescaledAdapter:
         """Write the result; its row in the report."""
         inputs = self.one.inputs()
-        if with_base and self.base is not None:
+        if (with_base or self.session.base is not None) and self.base is not None:
             inputs |= base_row(self.base, inputs)
         record = self.session.record(options, inputs)
         size, written = self.session.put(files, self.one.target, record, self.plan.adapter.extras)

@@ -17,7 +17,7 @@ from loratool.api.fitting import Fitted, check_files, fit_for
 from loratool.api.translating import files_of, of_dialect, plan_translation, translate
 from loratool.dialects import DEFAULT, open_adapter, write_adapter_files
 from loratool.dialects.programs import OF_PEFT, Look, Program, find_program
-from loratool.dialects.registry import writable
+from loratool.dialects.registry import home_of, writable
 from loratool.dialects.rules import is_folder
 from loratool.errors import UsageError
 from loratool.ops.access import Access
@@ -117,6 +117,7 @@ class Session:
         limits: workers and memory.
         program: that the results are for; None = any.
         to: dialect of the results; None = that of the inputs.
+        base: what a dialect asks of the base it asks this one; None = not given, or not asked.
         started: when.
     """
 
@@ -128,6 +129,7 @@ class Session:
     limits: Limits
     program: Program | None = None
     to: str | None = None
+    base: OpenedBase | None = None
     started: float = field(default_factory=time.monotonic)
 
     @classmethod
@@ -164,6 +166,14 @@ class Session:
     def _loader(self, form: str) -> Program | None:
         """The program, if it takes files of a dialect as its loader reads them."""
         return self.of_images if form == DEFAULT else self.program
+
+    def with_base(self, base: OpenedBase | None, *forms: str) -> Session:
+        """The session, with the base if one of these dialects asks what its configuration says."""
+        return replace(self, base=base) if any(home_of(f).asks_config for f in forms) else self
+
+    @property
+    def _asked_of_base(self) -> dict[str, Any]:
+        return {} if self.base is None else {"base_config": self.base.checkpoint.config}
 
     @property
     def translates(self) -> bool:
@@ -227,7 +237,8 @@ class Session:
             MismatchError: LT-488, and of `loratool.ops.convert.plan_convert`.
         """
         if self.translates:
-            plan_translation(adapter, form, self.limits, self._loader(form))
+            program, how = self._loader(form), self._asked_of_base
+            plan_translation(adapter, form, self.limits, program, **how)
         elif self.program is not None:
             check_fit(adapter, self.program)
 
@@ -269,11 +280,12 @@ class Session:
 
     def _translated(self, adapter: Adapter, form: str) -> tuple[Fitted, AdapterFiles]:
         """`fit`, in another dialect than that in which the adapter was made."""
-        made = translate(adapter, form, self.limits, self._loader(form))
+        how = self._asked_of_base
+        made = translate(adapter, form, self.limits, self._loader(form), **how)
         program, fitted = self.of_peft if form == DEFAULT else None, Fitted(made.adapter)
         if program is not None:
             fitted = fit_for(of_dialect(made.adapter, form), program, self.limits)
-        files = files_of(fitted.adapter, form, adapter.metadata)
+        files = files_of(fitted.adapter, form, adapter.metadata, **how)
         check_files(files, adapter, program)
         said = [note for note in made.plan.notes if note not in adapter.notes]
         return replace(

@@ -22,6 +22,7 @@ from loratool.ops.convert import (
     outline,
     plan_convert,
 )
+from loratool.ops.fitting import freeing
 from loratool.ops.naming import in_dialect
 from loratool.report.algebra import share_of
 from loratool.report.check import LOADS, Simulation
@@ -43,23 +44,30 @@ class Translated:
 
 
 def translate(
-    adapter: Adapter, dialect: str, limits: Limits, program: Program | None = None
+    adapter: Adapter, dialect: str, limits: Limits, program: Program | None = None, **how: Any
 ) -> Translated:
-    """Bring an adapter that a command made into a dialect, as a program of images loads it.
+    """Bring an adapter that a command made into a dialect, as a program loads it.
+
+    Args:
+        adapter: as made.
+        dialect: to write it in.
+        limits: of memory and threads.
+        program: None = any.
+        how: of `loratool.dialects.write_adapter_files`.
 
     Raises:
         MismatchError: of `loratool.ops.convert.plan_convert`, and of `settled`.
         DiskError: LT-605.
     """
-    return carry_out(plan_translation(adapter, dialect, limits, program), limits)
+    return carry_out(plan_translation(adapter, dialect, limits, program, **how), limits)
 
 
 def plan_translation(
-    adapter: Adapter, dialect: str, limits: Limits, program: Program | None = None
+    adapter: Adapter, dialect: str, limits: Limits, program: Program | None = None, **how: Any
 ) -> ConvertPlan:
     """The plan of `translate`, which raises what that would."""
     plan = plan_convert(adapter, dialect)
-    return plan if program is None else settled(plan, program, limits)
+    return plan if program is None else settled(plan, program, limits, **how)
 
 
 def of_dialect(adapter: Adapter, dialect: str) -> Adapter:
@@ -200,8 +208,7 @@ def settled(plan: ConvertPlan, program: Program, limits: Limits, **how: Any) -> 
         raise MismatchError(
             "LT-488", f"{program.title} cannot load such an adapter", file=plan.source.path,
             got=list_some(found.reasons), key=list_some(found.deciding[0].names, 3) or None,
-            hint=None if all(s.is_fixed for s in plan.adapter.specs)
-            else "loratool convert with --base BASE makes LoRA of what depends on the base",
+            hint=freeing(program, plan.source),
         )  # fmt: skip
     return plan
 

@@ -58,6 +58,7 @@ class Dialect:
         even: what is one number for all changes, ``scaling`` or ``alpha``; `convert` puts other
             ones into the factors.
         asks_config: what is written follows from the base's configuration.
+        names_base: regular expression of the bases whose names it has a place for.
         lacks: why programs do not load it that load the dialect it is written in.
         library: what loads the files as they are, as the Hub calls it.
         hint: what to do with a file that cannot be read.
@@ -76,6 +77,7 @@ class Dialect:
     short: str = ""
     library: str | None = None
     written_as: str = ""
+    names_base: str = ""
     lacks: str = ""
     even: str = ""
     asks_config: bool = False

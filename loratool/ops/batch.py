@@ -15,7 +15,8 @@ from loratool.store.output_path import check_place
 from loratool.store.series import Series, series
 from loratool.store.source import Resolved
 
-_FILES = (".safetensors", ".gguf", ".bin", ".pt", ".json")
+FILES = (".safetensors", ".gguf", ".bin", ".pt", ".json")
+"""Suffixes that no folder has."""
 
 
 def output_place(output: str | Path, dialect: str) -> Path:
@@ -26,7 +27,7 @@ def output_place(output: str | Path, dialect: str) -> Path:
     """
     target, row = Path(output), home_of(dialect)
     suffix = target.suffix.lower()
-    if row.is_folder and suffix in _FILES:  # style-v1.5 is a fine name for a folder
+    if row.is_folder and suffix in FILES:  # style-v1.5 is a fine name for a folder
         raise UsageError(
             "LT-227", f"a {row.title} adapter is a folder", expected="a folder for -o",
             got=str(output),
@@ -57,7 +58,7 @@ def place_outputs(names: Sequence[str], output: str | Path, dialects: Sequence[s
     if len(names) == 1 and not is_batch(output):
         return [output_place(output, dialects[0])]
     target = Path(output)
-    if target.suffix.lower() in _FILES:
+    if target.suffix.lower() in FILES:
         raise UsageError("LT-227", "several adapters go into a folder",
                          expected="a folder for -o", got=str(output))  # fmt: skip
     ends = ["" if is_folder(d) else home_of(d).suffixes[0] for d in dialects]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -72,6 +73,7 @@ def plan_convert(
     base: Checkpoint | None = None,
     skip: Sequence[str] = (),
     keeps_names: bool = False,
+    is_freed: bool = False,
 ) -> ConvertPlan:
     """Plan the conversion of an adapter.
 
@@ -81,6 +83,7 @@ def plan_convert(
         base: says what flat modules are called.
         skip: components or expressions of modules to leave out.
         keeps_names: an adapter of that very dialect stays as it is.
+        is_freed: the base has been used already, for what depends on it.
 
     Raises:
         MismatchError: LT-404 flat names that nothing makes whole, LT-448 nothing is left, LT-494
@@ -113,7 +116,7 @@ def plan_convert(
     if base is None:
         require_kernels(kept, odd, dialect)
     computed = {s.name: _flattened(s, base) for s in odd}
-    is_used = settled is not source or bool(odd) or row.asks_config
+    is_used = is_freed or settled is not source or bool(odd) or row.asks_config
     if base is not None and not (is_named or is_used or (source.is_flat and not row.is_flat)):
         notes.append("the base was not needed: the modules have whole names, or keep flat ones")
     is_evened = needs_evening(kept, row.name)
@@ -213,8 +216,9 @@ def _left_behind(kept: Adapter, row: Dialect) -> list[str]:
     if kept.extras and not row.is_folder:
         notes.append(f"files that a {row.title} file has no place for are left behind: "
                      f"{list_some(kept.extras, 3)}")  # fmt: skip
-    if kept.base_model and not row.is_folder:
-        notes.append(f"a {row.title} file does not name its base, {kept.base_model}")
+    base = kept.base_model
+    if base and not (row.is_folder or re.fullmatch(row.names_base, base)):
+        notes.append(f"a {row.title} file does not name its base, {base}")
     return notes
 
 
@@ -239,7 +243,10 @@ def _check(kept: Adapter, row: Dialect, base: Checkpoint | None) -> None:
     all_of_it = found.keys() >= set(_names(kept))
     hint = f"leave them out: {ways}{' …' if len(modules) > 3 else ''}"
     if base is None and any(s.name in found and s.is_matrix and not s.is_fixed for s in kept.specs):
-        hint, all_of_it = FREED, False
+        out = "OUT" if row.is_folder else f"OUT{row.suffixes[0]}"
+        words = shlex.join(["loratool", "convert", str(kept.path), "--to", row.name])
+        hint = f"{words} --base BASE -o {out}: what depends on the base becomes LoRA"
+        all_of_it = False
     raise MismatchError(
         "LT-494", f"{row.title} cannot hold {len(found)} changes of this adapter", file=kept.path,
         key=list_some(found, 3), got=list_some(set(found.values()), 3),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -198,11 +199,19 @@ def check_rank(rank: int, program: Program, adapter: Adapter) -> None:
         )  # fmt: skip
 
 
+def freeing(program: Program, adapter: Adapter) -> str | None:
+    """What makes LoRA of changes that depend on the base; None if none does."""
+    if all(s.is_fixed or not s.is_matrix for s in adapter.specs):
+        return None
+    words = ["loratool", "convert", str(adapter.path), "--for", program.name]
+    return f"{shlex.join(words)} --base BASE -o OUT makes LoRA of what depends on the base"
+
+
 def _refuse(program: Program, adapter: Adapter, reasons: Sequence[str]) -> None:
     if reasons:
         raise MismatchError(
             "LT-488", f"{program.title} cannot load such an adapter", file=adapter.path,
-            got=list_some(reasons),
+            got=list_some(reasons), hint=freeing(program, adapter),
         )  # fmt: skip
 
 

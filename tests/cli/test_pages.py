@@ -6,6 +6,7 @@ import base64
 import json
 import struct
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -255,3 +256,14 @@ def test_long_tables_are_cut_and_say_so() -> None:
 def test_the_help_of_what_cannot_be_shown(run: Run, toy: Path) -> None:
     done = run("subtract", str(toy / "style"), str(toy / "sql"), "-o", "x", "--html", "y.html")
     assert done.code == 2 and "LT-204" in done.err
+
+
+@pytest.mark.parametrize("command", [lt.compress, lt.merge])
+def test_a_page_takes_no_other_outputs_name(command: Any, toy: Path, tmp_path: Path) -> None:
+    """Told before the work: nothing is written."""
+    adapter, out = str(toy / "style"), tmp_path / "out"
+    how = {"rank": 1} if command is lt.compress else {}
+    some = [adapter] if how else [adapter, adapter]
+    with pytest.raises(lt.LoratoolError) as caught:
+        command(some, output=out, html=tmp_path / ".." / tmp_path.name / "out", **how)
+    assert caught.value.code == "LT-508" and not out.exists()

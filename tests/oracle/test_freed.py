@@ -84,3 +84,20 @@ def test_a_dialect_that_has_dora_keeps_it(tmp_path: Path) -> None:
     out = tmp_path / "out.safetensors"
     (row,) = lt.convert([adapter], to="comfyui", base=base, output=out).adapters
     assert row.computed == () and any(k.endswith("dora_scale") for k in load_file(str(out)))
+
+
+def test_what_is_said_of_the_base_and_the_rank_is_true(tmp_path: Path) -> None:
+    source = LLM / "lora_dora"
+    how = {"base": source / "base", "output": tmp_path / "out"}
+    (row,) = lt.convert([source], program="vllm", **how).adapters
+    assert row.computed and not any("was not needed" in note for note in row.notes)
+    (row,) = lt.convert([source], to="peft", rank=3, base=source / "base",
+                        output=tmp_path / "same").adapters  # fmt: skip
+    assert not row.computed and any("--rank changes nothing" in w for w in row.warnings)
+    for command, out, asked in (
+        (lt.convert, "no", {"program": "vllm"}),
+        (lt.compress, "no.gguf", {"to": "gguf", "rank": 2}),
+    ):
+        with pytest.raises(lt.LoratoolError) as caught:
+            command([source], output=tmp_path / out, **asked)
+        assert str(caught.value.hint).startswith(f"loratool convert {source} --")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -256,3 +257,41 @@ def test_names_are_those_of_gguf() -> None:
                 found = known.get_name(f"model.layers.0.{word.replace('.*.', '.')}")
                 assert found == f"blk.0.{leaf}", (name, word)
         assert one.has_head == (known.get_name("lm_head") is not None), name
+
+
+@pytest.mark.parametrize(("command", "factor"), [
+    (lambda a, out, **how: lt.rescale([a], 2, output=out, **how), 2.0),
+    (lambda a, out, **how: lt.compress([a], rank=64, output=out, **how), 1.0),
+    (lambda a, out, **how: lt.subtract([str(a), f"{a}:0.25"], output=out, **how), 0.75),
+])  # fmt: skip
+def test_other_commands_ask_the_base_too(command: Any, factor: float, tmp_path: Path) -> None:
+    """`--to gguf --base`: heads are those of the base, which the output names."""
+    folder, base = DATA / "lora_rslora", DATA / "lora_rslora" / "base"
+    plain, out = written("lora_rslora", tmp_path), tmp_path / "out.gguf"
+    with pytest.raises(lt.LoratoolError) as caught:
+        command(folder, out, to="gguf")
+    assert caught.value.code == "LT-460"
+    command(folder, out, to="gguf", base=base)
+    made = deltas(out, base)
+    for name, delta in deltas(plain, base).items():
+        assert np.allclose(made[name], factor * delta, rtol=2**-20, atol=2**-20), name
+    assert "base" in read_gguf(out).metadata["loratool"]
+
+
+def test_a_base_is_named_or_it_is_said(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(DATA / "lora_linear", source)
+    config = json.loads((source / "adapter_config.json").read_text())
+    for base, is_named in (("me/base", True), ("/somewhere/base", False)):
+        config["base_model_name_or_path"] = base
+        (source / "adapter_config.json").write_text(json.dumps(config))
+        out = tmp_path / f"{is_named}.gguf"
+        (row,) = lt.convert([source], to="gguf", base=source / "base", output=out).adapters
+        assert any("does not name its base" in note for note in row.notes) != is_named
+        assert (lt.inspect(out).adapter.base_model == base) == is_named
+
+
+def test_weights_of_a_base_are_no_gguf_file(tmp_path: Path) -> None:
+    with pytest.raises(lt.LoratoolError) as caught:
+        lt.merge([SAMPLE], base=DATA / "lora_linear" / "base", output=tmp_path / "merged.gguf")
+    assert caught.value.code == "LT-225"

@@ -16,6 +16,8 @@ from loratool.dialects.candidate import SUFFIX, Candidate
 NAME, ADAPTER = "gguf", "adapter"
 ARCHITECTURE, ALPHA, BASE = "general.architecture", "adapter.lora.alpha", "general.base_model."
 HUB = "https://huggingface.co/"
+HUB_NAME = r"[A-Za-z0-9][\w.-]*/[\w.-]+"
+"""A base that can be written down."""
 LEAVES, PAIRED = {"lora_a": "lora_A", "lora_b": "lora_B"}, "paired_B"
 """What names end in -> role; the role where rows lie in pairs."""
 
@@ -29,4 +31,5 @@ ROW = Dialect(
     NAME, "GGUF (llama.cpp)", is_gguf, suffixes=(SUFFIX,), short="GGUF",
     read="loratool.dialects.gguf.read:read", write="loratool.dialects.gguf.write:write",
     holds="loratool.dialects.gguf.write:obstacle", even="alpha", asks_config=True,
+    names_base=HUB_NAME,
 )  # fmt: skip

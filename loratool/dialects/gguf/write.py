@@ -11,7 +11,17 @@ from typing import Any
 from loratool.adapter import Adapter, AdapterFiles, DeltaSpec, Source, TensorData
 from loratool.archs.stated import is_tied, model_type, text_config
 from loratool.dialects.arranged import arranged
-from loratool.dialects.gguf import ADAPTER, ALPHA, ARCHITECTURE, BASE, HUB, LEAVES, NAME, PAIRED
+from loratool.dialects.gguf import (
+    ADAPTER,
+    ALPHA,
+    ARCHITECTURE,
+    BASE,
+    HUB,
+    HUB_NAME,
+    LEAVES,
+    NAME,
+    PAIRED,
+)
 from loratool.errors import MismatchError, list_some
 from loratool.quant.gguf_names import (
     ARCHITECTURES,
@@ -24,7 +34,6 @@ from loratool.store.reader import read_bytes
 
 _ROLES = {role: leaf for leaf, role in LEAVES.items()} | {PAIRED: "lora_b"}
 _TYPES = ("F32", "F16", "BF16")
-_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _FIRST = ("general.architecture", "general.type", "adapter.type")
 _NO_HEADS = "rows of heads, whose number the base says"
 _SLACK = 1e-6  # alpha is written as float32
@@ -216,6 +225,6 @@ def _metadata(adapter: Adapter, architecture: str) -> dict[str, str]:
     if adapter.dialect == NAME:
         made |= {k: v for k, v in adapter.metadata.items() if k not in made and k != "loratool"}
     base = adapter.base_model
-    if base and _HUB_NAME.fullmatch(base):
+    if base and re.fullmatch(HUB_NAME, base):
         made[f"{BASE}0.repo_url"] = HUB + base
     return made
