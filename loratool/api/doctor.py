@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
-from os import W_OK, access
 from pathlib import Path
 
 from loratool import __version__
@@ -86,18 +86,20 @@ def _disks() -> Iterator[Disk]:
     from loratool.store.bandwidth import takes_direct
     from loratool.store.reader import plain_io
 
-    for place, path in (
-        ("here", Path.cwd()),
-        ("temporary", Path(tempfile.gettempdir())),
-        ("hub cache", Path(constants.HF_HUB_CACHE).expanduser().absolute()),
+    for place, find in (
+        ("here", Path.cwd),
+        ("temporary", tempfile.gettempdir),
+        ("hub cache", Path(constants.HF_HUB_CACHE).expanduser().absolute),
     ):
-        there = next(folder for folder in (path, *path.parents) if folder.exists())
         try:
+            path = Path(find())
+            there = next(folder for folder in (path, *path.parents) if folder.exists())
             free = shutil.disk_usage(there).free
-        except OSError:
-            free = None
+        except OSError as error:  # the working folder is gone; no folder for temporary files
+            yield Disk(place, error.strerror or str(error), None, False, None)
+            continue
         direct = False if plain_io() else takes_direct(there)
-        yield Disk(place, str(path), free, access(there, W_OK), direct)
+        yield Disk(place, str(path), free, os.access(there, os.W_OK), direct)
 
 
 def _of_torch(torch: Torch) -> Iterator[Finding]:
@@ -124,7 +126,8 @@ def _of_packages(needed: tuple[Package, ...]) -> Iterator[Finding]:
 def _of_room(disks: tuple[Disk, ...]) -> Iterator[Finding]:
     for disk in disks:
         if not disk.is_writable:
-            yield Finding(f"{disk.path} cannot be written to", _elsewhere(disk), is_broken=False)
+            what = f"{disk.place}, {disk.path}: cannot be written to"
+            yield Finding(what, _elsewhere(disk), is_broken=False)
         elif disk.free_bytes is not None and disk.free_bytes < _LITTLE_DISK:
             yield Finding(f"little room in {disk.path}", _elsewhere(disk), is_broken=False)
     memory = available_memory()
@@ -135,5 +138,5 @@ def _of_room(disks: tuple[Disk, ...]) -> Iterator[Finding]:
 
 def _elsewhere(disk: Disk) -> str:
     """How another place is chosen."""
-    return {"here": "-o elsewhere", "temporary": "TMPDIR names another place",
+    return {"here": "cd to another folder", "temporary": "TMPDIR names another place",
             "hub cache": "HF_HOME names another place"}[disk.place]  # fmt: skip

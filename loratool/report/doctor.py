@@ -42,7 +42,7 @@ class Disk:
 
     Attributes:
         place: ``here``, ``temporary``, ``hub cache``.
-        path: the folder, or the nearest one above it that exists.
+        path: the folder; why it cannot be looked at, if so.
         free_bytes: None if it cannot be looked at.
         is_writable: files may be made there.
         takes_direct: reads and writes past the page cache; None if that cannot be told.
