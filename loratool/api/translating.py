@@ -23,7 +23,7 @@ from loratool.ops.convert import (
     plan_convert,
 )
 from loratool.ops.fitting import freeing
-from loratool.ops.naming import in_dialect
+from loratool.ops.renaming import in_dialect
 from loratool.report.algebra import share_of
 from loratool.report.check import LOADS, Simulation
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 from loratool.dialects.base import Dialect
 from loratool.dialects.diffusers_header import read, write
 from loratool.dialects.dotted import TABLE, detector
-from loratool.dialects.table import Header
+from loratool.dialects.fields import Header
 
 ROW = Dialect(
     "diffusers", "diffusers", detector("diffusers"),

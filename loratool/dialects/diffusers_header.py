@@ -14,8 +14,8 @@ from typing import Any
 
 from loratool.adapter import DeltaSpec
 from loratool.dialects.dotted import HEADER, PIPELINE
+from loratool.dialects.fields import Scaling, Stated
 from loratool.dialects.peft.config import PeftConfig, parse_config
-from loratool.dialects.table import Scaling, Stated
 from loratool.errors import BadFileError
 
 _PARTS = tuple(c.name for c in PIPELINE if c.name)

@@ -16,9 +16,10 @@ from loratool.dialects.base import Detector
 from loratool.dialects.by_sight import IMAGE_MODULES
 from loratool.dialects.candidate import Candidate
 from loratool.dialects.factors import LENGTHS, OPEN_LENGTHS
+from loratool.dialects.fields import Component, Field
 from loratool.dialects.kohya import MIXED
 from loratool.dialects.kohya import TABLE as KOHYA
-from loratool.dialects.table import Component, Field, Table
+from loratool.dialects.table import Table
 
 _ROWS = LENGTHS[0]  # programs with these spellings know lengths of rows only
 PEFT = (Field("lora_A.weight", "lora_A"), Field("lora_B.weight", "lora_B"))

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from loratool.dialects.base import Dialect
 from loratool.dialects.dotted import TABLE, detector
-from loratool.dialects.table import Component, Field
+from loratool.dialects.fields import Component, Field
 
 _BARE = Component("", "", ("unet", "transformer", "diffusion_model"))
 BFL = Dialect(

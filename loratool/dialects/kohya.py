@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from loratool.dialects.base import Dialect, by_keys
 from loratool.dialects.factors import OPEN_LENGTHS
-from loratool.dialects.table import Component, Field, Table
+from loratool.dialects.fields import Component, Field
+from loratool.dialects.table import Table
 
 MIXED = r"^lora_transformer_[^.]+\.\d+\."
 """OneTrainer's names of 2025, flat up to the first dot only."""

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from loratool.dialects import kohya
 from loratool.dialects.base import Dialect, by_keys
-from loratool.dialects.table import Component
+from loratool.dialects.fields import Component
 
 ROW = Dialect(
     "lycoris", "LyCORIS", by_keys(r"^lycoris_"),

@@ -14,7 +14,8 @@ from loratool.adapter import MAX_ALPHA, Adapter, DeltaSpec, Replacement, TensorR
 from loratool.delta.forms import side_sizes
 from loratool.dialects.candidate import Candidate
 from loratool.dialects.factors import check_float, product_spec, refuse_shape
-from loratool.dialects.table import ALGORITHMS, Field, Stated, Table
+from loratool.dialects.fields import Field, Stated
+from loratool.dialects.table import ALGORITHMS, Table
 from loratool.errors import BadFileError, MismatchError, list_some
 from loratool.kind import GROWS
 from loratool.options.groups import Read

@@ -10,14 +10,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
-from loratool.adapter import Adapter, DeltaSpec, Replacement
+from loratool.adapter import Adapter, DeltaSpec
 from loratool.archs.families import Place, families, family_of, places, split_component
 from loratool.archs.family_rows import Name, cut
 from loratool.delta import stacking
 from loratool.delta.forms import shape_of, side_sizes
-from loratool.dialects.base import Dialect
-from loratool.dialects.slots import is_text, slot_of, usual_encoder
-from loratool.dialects.table import Table
+from loratool.dialects.slots import is_text, usual_encoder
 from loratool.errors import MismatchError, list_some
 from loratool.store.reader import have_same_bytes
 
@@ -127,8 +125,13 @@ def uncuttable(located: Iterable[Located], naming: str) -> set[str]:
         one.spec.name for one in located
         if one.place is not None and not stacking.is_cuttable(one.spec)
         and (one.place.row.parts > 1 or one.place.row.swap)
-        and not _keeps(one.place, _naming(one.place.family, naming))
+        and not _keeps(one.place, naming_in(one.place.family, naming))
     }  # fmt: skip
+
+
+def naming_in(family: str, wanted: str) -> str:
+    """The naming of a family that a dialect's stands for; ``written`` = that of flat files."""
+    return families()[family].flat if wanted == "written" else wanted
 
 
 def _keeps(place: Place, naming: str) -> bool:
@@ -286,60 +289,3 @@ def _refusal(specs: Sequence[DeltaSpec], reason: str) -> MismatchError:
         "LT-494", "a change has no form under the other names", got=reason,
         key=list_some([s.name for s in specs], 3), hint="leave it out with --skip",
     )  # fmt: skip
-
-
-# --------------------------------------------------------------------------------- in a dialect
-
-
-def in_dialect(adapter: Adapter, row: Dialect, remake: stacking.Remake) -> Adapter:
-    """The adapter under the names that a dialect's programs know.
-
-    Args:
-        adapter: every change of which is of a kind that the dialect holds.
-        row: of a dialect that is a table, and has a naming.
-        remake: of `loratool.delta.stacking.join`.
-
-    Raises:
-        MismatchError: LT-404, names that no family has and that cannot be told from flat ones;
-            LT-494, LT-417 of `rename`.
-    """
-    table = row.table
-    assert table is not None
-    located = locate(adapter)
-    unknown = [one.spec.name for one in located if one.place is None]
-    if unknown and adapter.is_flat and not table.is_flat:
-        raise MismatchError(
-            "LT-404", f"the whole names of {len(unknown)} flat modules are not known",
-            file=adapter.path, key=list_some(unknown, 3),
-            hint="leave them out with --skip",
-        )  # fmt: skip
-    moved = rename(located, lambda family: _naming(family, table.naming), remake)
-    family = next((m.family for m in moved if m.family and not is_text(m.component)), "")
-    specs = tuple(_under(m, family, table) for m in moved)
-    replaced = tuple(_replaced(r, table) for r in adapter.replacements)
-    is_same = adapter.is_flat == table.is_flat and adapter.dialect == row.name
-    if is_same and (specs, replaced) == (adapter.specs, adapter.replacements):
-        return adapter
-    return replace(adapter, specs=specs, replacements=replaced, is_flat=table.is_flat, key_order=())
-
-
-def _naming(family: str, wanted: str) -> str:
-    return families()[family].flat if wanted == "written" else wanted
-
-
-def _under(moved: Moved, family: str, table: Table) -> DeltaSpec:
-    """The change behind the component that the dialect has for it."""
-    slot = slot_of(table, moved.component, moved.family, family)
-    module = moved.spec.module.replace(".", "_") if table.is_flat else moved.spec.module
-    return replace(moved.spec, module=f"{slot}.{module}" if slot else module)
-
-
-def _replaced(one: Replacement, table: Table) -> Replacement:
-    """A whole tensor under the name that the dialect's programs know."""
-    component, name = split_component(one.name)
-    module, _, parameter = name.rpartition(".")
-    found = [p for p in places(component, module, parameter) if not p.is_part]
-    names = {p.tensors(_naming(p.family, table.naming)) for p in found}
-    if len(names) != 1 or len(only := names.pop()) != 1:
-        return one
-    return replace(one, name=only[0])

@@ -18,7 +18,8 @@ ACME = """
 from dataclasses import replace
 from loratool import kinds
 from loratool.dialects.base import Dialect, by_keys
-from loratool.dialects.table import Component, Field, Table
+from loratool.dialects.fields import Component, Field
+from loratool.dialects.table import Table
 from loratool.quant import Codec
 
 DIALECT = Dialect(

@@ -1,0 +1,64 @@
+"""An adapter under the names that another dialect's programs know."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from loratool.adapter import Adapter, DeltaSpec, Replacement
+from loratool.archs.families import places, split_component
+from loratool.delta import stacking
+from loratool.dialects.base import Dialect
+from loratool.dialects.slots import is_text, slot_of
+from loratool.dialects.table import Table
+from loratool.errors import MismatchError, list_some
+from loratool.ops.naming import Moved, locate, naming_in, rename
+
+
+def in_dialect(adapter: Adapter, row: Dialect, remake: stacking.Remake) -> Adapter:
+    """The adapter under the names that a dialect's programs know.
+
+    Args:
+        adapter: every change of which is of a kind that the dialect holds.
+        row: of a dialect that is a table, and has a naming.
+        remake: of `loratool.delta.stacking.join`.
+
+    Raises:
+        MismatchError: LT-404, names that no family has and that cannot be told from flat ones;
+            LT-494, LT-417 of `rename`.
+    """
+    table = row.table
+    assert table is not None
+    located = locate(adapter)
+    unknown = [one.spec.name for one in located if one.place is None]
+    if unknown and adapter.is_flat and not table.is_flat:
+        raise MismatchError(
+            "LT-404", f"the whole names of {len(unknown)} flat modules are not known",
+            file=adapter.path, key=list_some(unknown, 3),
+            hint="leave them out with --skip",
+        )  # fmt: skip
+    moved = rename(located, lambda family: naming_in(family, table.naming), remake)
+    family = next((m.family for m in moved if m.family and not is_text(m.component)), "")
+    specs = tuple(_under(m, family, table) for m in moved)
+    replaced = tuple(_replaced(r, table) for r in adapter.replacements)
+    is_same = adapter.is_flat == table.is_flat and adapter.dialect == row.name
+    if is_same and (specs, replaced) == (adapter.specs, adapter.replacements):
+        return adapter
+    return replace(adapter, specs=specs, replacements=replaced, is_flat=table.is_flat, key_order=())
+
+
+def _under(moved: Moved, family: str, table: Table) -> DeltaSpec:
+    """The change behind the component that the dialect has for it."""
+    slot = slot_of(table, moved.component, moved.family, family)
+    module = moved.spec.module.replace(".", "_") if table.is_flat else moved.spec.module
+    return replace(moved.spec, module=f"{slot}.{module}" if slot else module)
+
+
+def _replaced(one: Replacement, table: Table) -> Replacement:
+    """A whole tensor under the name that the dialect's programs know."""
+    component, name = split_component(one.name)
+    module, _, parameter = name.rpartition(".")
+    found = [p for p in places(component, module, parameter) if not p.is_part]
+    names = {p.tensors(naming_in(p.family, table.naming)) for p in found}
+    if len(names) != 1 or len(only := names.pop()) != 1:
+        return one
+    return replace(one, name=only[0])
