@@ -32,7 +32,7 @@ from loratool.errors import UsageError
 from loratool.ops.combine import check_into, combination_args, combine_options
 from loratool.ops.consent import agree_to_read
 from loratool.ops.inputs import guard_output
-from loratool.ops.merge import index_files
+from loratool.ops.shards import index_files
 from loratool.ops.weights import read_module_weights
 from loratool.options.calls import takes
 from loratool.options.groups import Codes, Names, Run

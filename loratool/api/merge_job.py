@@ -20,7 +20,8 @@ from loratool.ops.access import Access
 from loratool.ops.batch import FILES
 from loratool.ops.coded import Decoded, decode_base, read_plain
 from loratool.ops.inputs import OpenedAdapter, OpenedBase, guard_output, open_adapters, open_base
-from loratool.ops.merge import MergePlan, WeightedAdapter, plan_merge
+from loratool.ops.merge import MergePlan, plan_merge
+from loratool.ops.merge_parts import WeightedAdapter
 from loratool.ops.residual import patch_merge
 from loratool.ops.simulated import simulate_base
 from loratool.ops.verify import merged_dtype

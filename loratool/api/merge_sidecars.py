@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 from loratool.archs.ties import is_embedding
 from loratool.errors import MismatchError
 from loratool.ops.inputs import OpenedAdapter
-from loratool.ops.merge import MergePlan, WeightedAdapter
+from loratool.ops.merge import MergePlan
+from loratool.ops.merge_parts import WeightedAdapter
 from loratool.plan import Plan
 from loratool.store.checkpoint import Checkpoint
 

@@ -23,7 +23,7 @@ from loratool.store.jsonfile import load_json
 from loratool.store.layout import is_beside_name
 
 if TYPE_CHECKING:
-    from loratool.ops.merge import WeightedAdapter
+    from loratool.ops.merge_parts import WeightedAdapter
 
 _ALIKE_SIBLINGS, _ALIKE_MODULES = 0.8, 0.7  # of difflib's ratio
 _NUMBER = re.compile(r"\.\d+\.")

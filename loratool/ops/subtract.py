@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 
 from loratool.adapter import Adapter
 from loratool.errors import LoratoolError, MismatchError, list_some
-from loratool.ops.merge import WeightedAdapter
+from loratool.ops.merge_parts import WeightedAdapter
 from loratool.ops.replay import Record, RecordedInput
 from loratool.ops.weights import Weight, names_of, rules_from, weigh
 from loratool.plan import Plan, ReplacePart, Step
