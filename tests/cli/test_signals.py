@@ -95,6 +95,7 @@ def test_at_every_import(data: Path, tmp_path: Path) -> None:
     words = ["inspect", data / "llm" / "lora_linear"]
     modules = imported(words, tmp_path / "log")
     assert {"click", "loratool.cli.streams", "loratool.errors"} <= set(modules)
+    modules.remove("atexit")  # by then the exit code is settled
     for position, module in enumerate(modules[::5]):
         number, code = SIGNALS[position % 3]
         done = hit(number, module, words)
