@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from loratool.report.algebra import RescaledAdapter, RescaleReport
 
 _HOW = {
-    "copied": "factor 1: every byte copied",
+    "copied": "factor 1: nothing to multiply",
     "alpha": "in lora_alpha: tensors copied byte for byte",
     "alpha and sign": "size in lora_alpha, sign in lora_B: exact",
     "factors": "baked into lora_B",
