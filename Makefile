@@ -103,6 +103,17 @@ dist: $(VENV)/.tested
 dist-full: $(VENV)/.tested
 	PYTHON=$(BIN)/python .ci/dist full
 
+# Pages in a real browser, and the pictures of docs/img: needs Debian's chromium.
+$(VENV)/.browser: $(VENV)/.tested
+	$(PIP) install playwright axe-playwright-python pillow
+	touch $@
+
+test-browser: $(VENV)/.browser
+	$(TEST_ENV) $(BIN)/python -m pytest -m slow tests/browser
+
+pictures: $(VENV)/.browser
+	$(TEST_ENV) $(BIN)/python -m tests.browser.pictures docs/img
+
 clean:
 	rm -rf $(VENV) demo-out build dist .mypy_cache .ruff_cache .hypothesis
 

@@ -91,7 +91,7 @@ class Table:
 
 
 class HeatCell(NamedTuple):
-    """One place of a heat map: its colour (0 to 9, or 0 to 10 on two sides of 5) and number."""
+    """One place of a heat map: its colour (0 to 18, or 0 to 20 on two sides of 10) and number."""
 
     level: int | None
     text: str
@@ -109,7 +109,6 @@ class Heat:
         legend: the two ends of the scale, in words.
         is_two_sided: around zero.
         has_text: numbers are shown, not only read aloud.
-        is_half: two of them fit side by side.
     """
 
     kind: ClassVar[str] = "heat"
@@ -120,7 +119,6 @@ class Heat:
     legend: tuple[str, str]
     is_two_sided: bool = False
     has_text: bool = False
-    is_half: bool = False
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from loratool.pages.blocks import Heat, HeatCell
 
-LEVELS, SIDE = 10, 5
+LEVELS, SIDE = 19, 10
 """Colours of a scale from 0, and of each side of one around 0."""
 MOST_ROWS, MOST_COLUMNS = 40, 160
 _NUMBER, _FLAT, _DOTTED = map(re.compile, (r"\d+", r"_\d+(_|$)", r"\.\d+(\.|$)"))
@@ -113,7 +113,6 @@ def matrix(
     *,
     is_two_sided: bool = False,
     has_text: bool = False,
-    is_half: bool = False,
 ) -> Heat:
     """A heat map of a matrix of values of at most 1; ``names`` of its rows and columns."""
     rows, columns = names
@@ -122,7 +121,6 @@ def matrix(
         [(name, [_cell(v, 1.0, form, is_two_sided) for v in row])
          for name, row in zip(rows, values, strict=True)],
         ("-1" if is_two_sided else "0", "+1" if is_two_sided else "1"), is_two_sided, has_text,
-        is_half,
     )  # fmt: skip
 
 

@@ -61,7 +61,7 @@ def _pair(report: CompareReport) -> Iterator[Section]:
         ]  # fmt: skip
         yield Section("How alike the changes are", blocks)
     phi: list[Block] = [
-        matrix(f"φ(i, j), {side}", _directions(table), table, is_half=True)
+        matrix(f"φ(i, j), {side}", _directions(table), table)
         for side, table in (("A side (input)", report.phi_A), ("B side (output)", report.phi_B))
         if table
     ]
@@ -80,7 +80,7 @@ def _pair(report: CompareReport) -> Iterator[Section]:
         )])  # fmt: skip
     if report.differences:
         yield Section("What they say differently", [Table(
-            "Configuration and layout", ("", *report.adapters),
+            "Configuration and layout", ("fact", *report.adapters),
             [(d.key, d.first, d.second) for d in report.differences],
         )])  # fmt: skip
 

@@ -156,7 +156,7 @@ def _one(one: CompressedAdapter, title: str) -> Iterator[Section]:
     blocks: list[Block] = [h for h in maps if h is not None]
     if len(families) < len(one.modules):
         blocks.append(Table("By family", ("family", "modules", *head), families))
-    blocks.append(Table("By module", ("module", "‖ΔW‖", *head, ""),
+    blocks.append(Table("By module", ("module", "‖ΔW‖", *head, "what"),
                         [_compressed_row(m) for m in one.modules]))  # fmt: skip
     yield Section(title, blocks)
     if (loads := loads_section(one.loads_in)) is not None:

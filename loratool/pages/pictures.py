@@ -27,14 +27,14 @@ def checked_picture(text: str) -> tuple[str, str]:
         return "", "picture too large to show"
     found = _URI.match(text)
     if found is None and text[:5].lower() == "data:":
-        return "", "not a picture that is shown (PNG, JPEG, WebP)"
+        return "", "picture is no PNG, JPEG or WebP"
     try:
         data = base64.b64decode(text[found.end() if found else 0 :].strip(), validate=True)
     except (binascii.Error, ValueError):
         return "", "damaged picture"
     kind, sides = _look(data)
     if kind == "":
-        return "", "not a picture that is shown (PNG, JPEG, WebP)"
+        return "", "picture is no PNG, JPEG or WebP"
     if sides is None:
         return "", "damaged picture"
     if not all(0 < side <= MOST_PIXELS for side in sides):
