@@ -44,7 +44,7 @@ def make_models(folder: Path) -> None:
 
 
 def factors(seed: int, other: Factors | None = None, rank: int = 16) -> Factors:
-    """Random factors, strongest in the middle; half of them another adapter's."""
+    """Random factors, strongest in the middle, where they may be another adapter's."""
     rng = torch.Generator().manual_seed(seed)
     found: Factors = {}
     for i in range(LAYERS):
@@ -55,7 +55,9 @@ def factors(seed: int, other: Factors | None = None, rank: int = 16) -> Factors:
             B = torch.randn(out, rank, generator=rng) * torch.logspace(0, -0.8, rank)
             B = B * 0.05 * bump * (1 + 0.5 * (j % 3))
             if other is not None:
-                A, B = ((mine + its) / 2 for mine, its in zip((A, B), other[i, name], strict=True))
+                part = 0.1 + 0.5 * bump * (1 - 0.12 * j)  # alike in the middle, less so by family
+                A, B = (part * its + (1 - part) * mine
+                        for mine, its in zip((A, B), other[i, name], strict=True))  # fmt: skip
             found[i, name] = (A, B)
     return found
 

@@ -21,6 +21,8 @@ def main(target: Path) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         make_collection(folder / "loras")
+        for file in [*(folder / "loras").glob("*alert*"), folder / "loras" / "broken.safetensors"]:
+            file.unlink()
         make_models(folder)
         pages = {word: folder / f"{word}.html" for word in ("gallery", "compare", "extract")}
         lt.inspect(folder / "loras", html=pages["gallery"])
@@ -38,10 +40,10 @@ def main(target: Path) -> None:
 
 
 def save(path: Path, data: bytes) -> None:
-    """With a palette of its own: a quarter of the bytes."""
+    """With a palette of its own: a third of the bytes."""
     from PIL import Image
 
-    image = Image.open(io.BytesIO(data)).convert("RGB").quantize(160)
+    image = Image.open(io.BytesIO(data)).convert("RGB").quantize(256)
     image.save(path, optimize=True)
     print(f"{path.name}  {path.stat().st_size // 1000} kB")
 

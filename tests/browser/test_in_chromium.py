@@ -26,7 +26,6 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     make_collection(folder / "loras", 40)
     style, sql, base = (str(toy / name) for name in ("style", "sql", "base"))
     found = {name: folder / f"{name}.html" for name in NAMES}
-    lt.merge([style], base=base, output=toy / "tuned", dtype="float32")
     lt.inspect(folder / "loras", html=found["gallery"])
     lt.inspect(style, spectrum=True, base=base, risk=True, html=found["inspect"])
     lt.compare([style, sql], html=found["compare"])

@@ -102,8 +102,6 @@ def test_many_adapters(run: Run, toy: Path, tmp_path: Path) -> None:
 def test_what_was_written(
     run: Run, toy: Path, tmp_path: Path, line: str, caption: str, head: str, key: str
 ) -> None:
-    if "tuned" in line and not (toy / "tuned").exists():
-        lt.merge([str(toy / "style")], base=toy / "base", output=toy / "tuned", dtype="float32")
     page, said = shown(run, toy, tmp_path, line)
     modules = (said["adapters"][0] if line.startswith("compress") else said)["modules"]
     assert [c.value for c in page.table(caption).column(head)] == values([m[key] for m in modules])
