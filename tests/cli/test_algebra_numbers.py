@@ -1,4 +1,4 @@
-"""Adapter algebra from the command line on sample files: the numbers, in float64, and README."""
+"""Adapter algebra from the command line on sample files: the numbers, in float64, and their place in the docs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .conftest import Run
 LLM = DATA / "llm"
 STYLE, CHAT, WIDE = (LLM / n for n in ("lora_linear", "lora_rslora", "lora_rank_alpha_pattern"))
 BASE = STYLE / "base"
-README = (Path(__file__).parents[2] / "README.md").read_text()
+OVERVIEW = (Path(__file__).parents[2] / "docs" / "overview.md").read_text()
 EPS = 2.0**-24
 WEIGHTS = """\
 # the first expression that is found counts
@@ -246,7 +246,6 @@ def test_risk_and_intruders(run: Run) -> None:
         ("inspect", "intruder dimensions"), ("rescale", "--intruders"),
     ],
 )  # fmt: skip
-def test_readme_has_a_place_for_each(command: str, words: str) -> None:
-    section = README.split("## Commands")[1].split("## From Python")[0]
-    entries = [e for e in re.split(r"\n- ", section)[1:] if e.lstrip("`").startswith(command)]
+def test_the_overview_has_a_place_for_each(command: str, words: str) -> None:
+    entries = [e for e in re.split(r"\n- ", OVERVIEW)[1:] if e.lstrip("`").startswith(command)]
     assert any(words in " ".join(e.split()) for e in entries), (command, words)
