@@ -1,4 +1,4 @@
-"""Adapter algebra from the command line on sample files: the numbers, in float64, and their place in the docs."""
+"""Adapter algebra from the command line on sample files: the numbers in float64, and its docs."""
 
 from __future__ import annotations
 
