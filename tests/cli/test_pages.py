@@ -172,6 +172,19 @@ def test_hostile_words_are_text(run: Run, collection: Path, tmp_path: Path) -> N
     assert len(one.read_bytes()) < 500_000
 
 
+def test_twins_are_marked(run: Run, data: Path, tmp_path: Path) -> None:
+    folder, file = tmp_path / "loras", tmp_path / "page.html"
+    folder.mkdir()
+    source = data / "diffusion" / "kohya_sd15_locon" / "adapter.safetensors"
+    for name in ("one", "two"):
+        (folder / f"{name}.safetensors").write_bytes(source.read_bytes())
+    assert run("inspect", str(folder), "--duplicates", "--html", str(file)).code == 0
+    page = Page(file)
+    cards = [a for t, a in page.tags if t == "li" and a.get("class") == "card"]
+    assert ["data-same" in c for c in cards] == [False, True]
+    assert "same as one.safetensors" in page.text and "Duplicates" in page.text
+
+
 def test_several_sources_are_a_gallery(run: Run, collection: Path, tmp_path: Path) -> None:
     file = tmp_path / "page.html"
     names = [str(collection / f"a{i}.safetensors") for i in (0, 1)]
