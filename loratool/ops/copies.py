@@ -34,11 +34,12 @@ def results_of(work: Callable[[T], R], things: Sequence[T]) -> Iterator[R]:
     try:
         for first in range(count):
             here, there = fork.Pipe(duplex=False)
+            pipes.append(here)
             share = things[first::count]
-            crew.append(fork.Process(target=_send, args=(work, share, there), daemon=True))
+            given = (work, share, there, tuple(pipes))
+            crew.append(fork.Process(target=_send, args=given, daemon=True))
             crew[-1].start()
             there.close()  # the copy's alone: its death closes it
-            pipes.append(here)
         for number, thing in enumerate(things):
             try:
                 yield pipes[number % count].recv()
@@ -57,12 +58,16 @@ def _possible() -> int:
     return usable_cores() if can_fork() else 1
 
 
-def _send(work: Callable[[T], R], things: Sequence[T], there: Connection) -> None:
+def _send(
+    work: Callable[[T], R], things: Sequence[T], there: Connection, ours: Sequence[Connection]
+) -> None:
+    for pipe in ours:
+        pipe.close()  # the parent's alone: its death ends the copies
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)
     try:
         for thing in things:
             there.send(work(thing))
-    except OSError:  # nobody asks any more
+    except OSError:  # nobody asks any more, or lives to
         return
