@@ -64,8 +64,10 @@ def read_tensors(
     alphas, factors = read_scalars(found.alphas), read_scalars(found.factors)
     stated = _stated(table, metadata or {}, found.modules)
     specs: list[DeltaSpec] = []
-    flags = read_scalars({ref.name: ref for fields in found.modules.values()
-                          for role, ref in fields.items() if kinds.is_flag(role)})  # fmt: skip
+    roles = {role for fields in found.modules.values() for role in fields}
+    flagged = {role for role in roles if kinds.is_flag(role)}
+    flags = read_scalars({fields[role].name: fields[role] for fields in found.modules.values()
+                          for role in flagged & fields.keys()})  # fmt: skip
     for module, fields in found.modules.items():
         spec = product_spec(module, fields, alphas.get(module, options.alpha), flags)
         said = stated(module, spec.rank) if spec.rank and spec.alpha is None else None
@@ -76,8 +78,10 @@ def read_tensors(
             raise BadFileError("LT-362", "the factors of a module are incomplete", key=module,
                                file=found.refs[0].file, expected=start,
                                got=", ".join(ref.name for ref in fields.values()))  # fmt: skip
-        scaling = spec.scaling * factors.get(module, 1.0)
-        specs.append(replace(spec, base_change=start, scaling=scaling))
+        if start or module in factors:
+            scaling = spec.scaling * factors.get(module, 1.0)
+            spec = replace(spec, base_change=start, scaling=scaling)
+        specs.append(spec)
     gains = {spec.module: spec.scaling for spec in specs}
     specs += [_single(module, one, ref, gains) for module, one, ref in found.singles]
     grows = {*found.shapes, *table.growing}

@@ -73,6 +73,16 @@ class Look:
         return tuple(map(tuple, found.values()))
 
     @cached_property
+    def kinds(self) -> frozenset[str]:
+        """The kinds of its modules."""
+        return frozenset(group.kind for group in self.groups)
+
+    @cached_property
+    def parts(self) -> frozenset[str]:
+        """All parts of its modules."""
+        return frozenset(part for group in self.groups for part in group.parts)
+
+    @cached_property
     def family(self) -> Family:
         """The model that its modules are of."""
         return family_of(self.groups)

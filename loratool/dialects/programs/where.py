@@ -54,6 +54,8 @@ def where(
         return (not asks_for_numbers or has_path(group)) and (on is None or on(look, group))
 
     def find(look: Look) -> Iterable[Hit]:
+        if (kind and look.kinds.isdisjoint(kind)) or (part and look.parts.isdisjoint(part)):
+            return []
         if (family and look.family.name not in family) or (unless is not None and unless(look)):
             return []
         found = sorted(
