@@ -10,7 +10,7 @@ TEST_ENV := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive HF_HUB_OFFLINE=1 PYTHONDON
 WORKERS ?= 2
 SHARED := -n $(WORKERS) --dist worksteal
 
-.PHONY: demo test docs screens compiled test-hub-old test-olah lint types test-slow test-gpu faults fuzz bench bench-gpu dist dist-full clean
+.PHONY: demo test docs screens test-browser pictures compiled test-hub-old test-olah lint types test-slow test-gpu faults fuzz bench bench-gpu dist dist-full clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
