@@ -27,7 +27,6 @@ _WEIGHT_NAMES = (
 )
 _NO_WEIGHTS = re.compile(r"training_args|optimizer|scheduler|scaler|rng_state|random_states")
 _AS_ZERO = str.maketrans("123456789", "0" * 9)
-_NUMBERED = re.compile(r"[0-9]")  # in an expression: it asks for certain numbers
 SUFFIX = ".gguf"
 
 
@@ -82,13 +81,23 @@ class Candidate:
 
     def has_key(self, pattern: str) -> bool:
         """True if a regular expression is found in a tensor name."""
-        keys = self.keys if _NUMBERED.search(pattern) else self._kinds_of_keys
+        keys = self.keys if asks_for_numbers(pattern) else self._kinds_of_keys
         return any(map(re.compile(pattern).search, keys))
 
     @cached_property
     def _kinds_of_keys(self) -> tuple[str, ...]:
         """One key of all that differ in their digits alone."""
-        return tuple({key.translate(_AS_ZERO): key for key in reversed(self.keys)}.values())
+        return tuple({without_numbers(key): key for key in reversed(self.keys)}.values())
+
+
+def without_numbers(name: str) -> str:
+    """The same for all names that differ in their digits alone."""
+    return name.translate(_AS_ZERO)
+
+
+def asks_for_numbers(pattern: str) -> bool:
+    """True if a regular expression may hold for one of such names and not for another."""
+    return any("0" <= letter <= "9" for letter in pattern)
 
 
 def examine(path: Path, *, max_header: int = MAX_HEADER_BYTES) -> Candidate:

@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from loratool.adapter import Adapter, AdapterFiles, ArrangedRef, TensorRef
-from loratool.dialects.candidate import CONFIG_NAME, Candidate, examine
+from loratool.dialects.candidate import CONFIG_NAME, Candidate, examine, without_numbers
 from loratool.dialects.programs.grammar import Group, Tensor, group_keys
 from loratool.dialects.programs.models import Family, family_of
 from loratool.dialects.registry import detect
 from loratool.errors import LoratoolError
 from loratool.options.groups import Read
 
-_NO_DIGITS = str.maketrans("123456789", "0" * 9)
 NO_ADAPTER = "LT-491"
 """Code of "this is a base model, not an adapter"."""
 
@@ -68,7 +67,7 @@ class Look:
         """The same with their places, those together that differ in digits of their names alone."""
         found: dict[Any, list[tuple[int, Group]]] = {}
         for place, group in enumerate(self.groups):
-            name = group.flat.translate(_NO_DIGITS)
+            name = without_numbers(group.flat)
             found.setdefault((group.prefix, name, group.parts), []).append((place, group))
         return tuple(map(tuple, found.values()))
 

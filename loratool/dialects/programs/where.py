@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection, Iterable
 
+from loratool.dialects.candidate import asks_for_numbers
 from loratool.dialects.programs.base import Hit, Test
 from loratool.dialects.programs.grammar import Group
 from loratool.dialects.programs.look import Look, once
@@ -36,7 +37,7 @@ def where(
         unless: of the file: then it applies to none.
     """
     prefixes, paths = re.compile(prefix), re.compile(path)
-    asks_for_numbers = re.search(r"[0-9]", path) is not None
+    is_numbered = asks_for_numbers(path)
 
     def has_path(group: Group) -> bool:
         return not path or paths.search(group.flat) is not None
@@ -47,11 +48,11 @@ def where(
             (not kind or group.kind in kind)
             and (not part or not group.parts.isdisjoint(part))
             and (not prefix or prefixes.fullmatch(group.prefix) is not None)
-            and (asks_for_numbers or has_path(group))
+            and (is_numbered or has_path(group))
         )
 
     def holds(look: Look, group: Group) -> bool:
-        return (not asks_for_numbers or has_path(group)) and (on is None or on(look, group))
+        return (not is_numbered or has_path(group)) and (on is None or on(look, group))
 
     def find(look: Look) -> Iterable[Hit]:
         if (kind and look.kinds.isdisjoint(kind)) or (part and look.parts.isdisjoint(part)):
