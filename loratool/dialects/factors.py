@@ -76,6 +76,18 @@ def product_spec(
     return spec
 
 
+def beyond_pairs(spec: DeltaSpec) -> dict[str, bool]:
+    """What a file of lora_A and lora_B of whole matrices has no place for -> a change has it."""
+    return {
+        f"{spec.base_change} changes the base": bool(spec.base_change),
+        "a convolution": spec.layout == "conv",
+        "experts in one tensor": spec.layout == "experts",
+        "a parameter of its own": spec.parameter != "weight",
+        "factors in blocks": spec.blocks is not None,
+        "numbers between the factors": bool(spec.fields.keys() & {"diag", "lora_mid"}),
+    }
+
+
 def _with_axis(module: str, fields: Mapping[str, TensorRef]) -> Mapping[str, TensorRef]:
     """The tensors, with the role that the shape of DoRA's lengths gives them."""
     lengths = fields.get(OPEN_LENGTHS)

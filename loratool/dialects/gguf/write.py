@@ -11,6 +11,7 @@ from typing import Any
 from loratool.adapter import Adapter, AdapterFiles, DeltaSpec, Source, TensorData
 from loratool.archs.stated import is_tied, model_type, text_config
 from loratool.dialects.arranged import arranged
+from loratool.dialects.factors import beyond_pairs
 from loratool.dialects.gguf import (
     ADAPTER,
     ALPHA,
@@ -43,13 +44,8 @@ def obstacle(spec: DeltaSpec) -> str:
     """What of a change a GGUF adapter has no place for, "" if there is nothing."""
     reasons = {
         f"a {spec.title}": spec.kind not in ("lowrank", "paired"),
-        f"{spec.base_change} changes the base": bool(spec.base_change),
-        "a convolution": spec.layout == "conv",
-        "experts in one tensor": spec.layout == "experts",
-        "a parameter of its own": spec.parameter != "weight",
+        **beyond_pairs(spec),
         "a transposed weight": spec.transposed,
-        "factors in blocks": spec.blocks is not None,
-        "numbers between the factors": bool(spec.fields.keys() & {"diag", "lora_mid"}),
         "factors that are not F32, F16 or BF16": any(
             f.dtype not in _TYPES for f in spec.fields.values()
         ),

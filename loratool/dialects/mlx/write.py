@@ -9,6 +9,7 @@ from typing import Any
 from loratool.adapter import Adapter, AdapterFiles, DeltaSpec, Source, TensorData
 from loratool.dialects.arranged import arranged
 from loratool.dialects.candidate import CONFIG_NAME
+from loratool.dialects.factors import beyond_pairs
 from loratool.dialects.mlx import LETTERS, NAME, ROLES, WEIGHTS
 from loratool.dtypes import tensor_bytes
 from loratool.errors import MismatchError, list_some
@@ -25,12 +26,7 @@ def obstacle(spec: DeltaSpec) -> str:
     is_expert = _EXPERT.fullmatch(spec.module) is not None
     reasons = {
         f"a {spec.title}": spec.kind not in ("lowrank", "dora"),
-        f"{spec.base_change} changes the base": bool(spec.base_change),
-        "a convolution": spec.layout == "conv",
-        "experts in one tensor": spec.layout == "experts",
-        "a parameter of its own": spec.parameter != "weight",
-        "factors in blocks": spec.blocks is not None,
-        "numbers between the factors": bool(spec.fields.keys() & {"diag", "lora_mid"}),
+        **beyond_pairs(spec),
         "DoRA of an embedding or of experts": spec.kind == "dora"
         and (is_expert or spec.layout == "embedding"),
     }
