@@ -15,7 +15,7 @@ from loratool.adapter import AdapterFiles, ArrangedRef, Source, TensorData, Tens
 from loratool.errors import AlreadyMadeError
 from loratool.plan import plain
 from loratool.store.disk import check_space, refusals_as
-from loratool.store.gguf_header import build_gguf_header
+from loratool.store.gguf_header import aligned, build_gguf_header
 from loratool.store.header import build_header
 from loratool.store.jsonfile import dump_json
 from loratool.store.marker import Content, content_of, file_metadata
@@ -103,7 +103,13 @@ def _laid_out(
     if files.numbers is not None:
         return build_gguf_header(tensors, metadata, files.numbers)
     header, starts = build_header(tensors, metadata)
-    return header, starts, len(header) + sum(s.nbytes for _, s in files.tensors)
+    return header, starts, len(header) + _data_bytes(files)
+
+
+def _data_bytes(files: AdapterFiles) -> int:
+    """What lies behind the header: the tensors, in GGUF with the zeros between them."""
+    sizes = (s.nbytes for _, s in files.tensors)
+    return sum(sizes if files.numbers is None else map(aligned, sizes))
 
 
 def entry_bytes(name: str, source: Source, size: int) -> int:
@@ -121,8 +127,7 @@ def _size(path: Path) -> int:
 def fill_adapter(output: StagedOutput, files: AdapterFiles) -> int:
     """Write the files of an adapter; returns the size of the tensor file in bytes."""
     payload = sum(s.nbytes for _, s in files.tensors)
-    bare, _, size = _laid_out(files, files.metadata)
-    header, starts, size = _header(output, files, content_of(size - len(bare), 0))
+    header, starts, size = _header(output, files, content_of(_data_bytes(files), 0))
     check_space(output.staging, size)
     stamps = take_stamps(s for _, s in files.tensors if not isinstance(s, TensorData))
     with FileReader(stamps) as reader:

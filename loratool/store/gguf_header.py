@@ -47,13 +47,14 @@ def build_gguf_header(
         head.append(_text(name) + struct.pack(f"<I{len(shape)}Q", len(shape), *shape[::-1]))
         head.append(struct.pack("<IQ", _NUMBERS[dtype], end))
         offsets.append(end)
-        end += _aligned(tensor_bytes(dtype, shape))
+        end += aligned(tensor_bytes(dtype, shape))
     header = b"".join(head)
-    header += bytes(_aligned(len(header)) - len(header))
+    header += bytes(aligned(len(header)) - len(header))
     return header, tuple(len(header) + offset for offset in offsets), len(header) + end
 
 
-def _aligned(size: int) -> int:
+def aligned(size: int) -> int:
+    """The next multiple of 32: what a tensor of so many bytes takes, zeros behind it included."""
     return -(-size // ALIGNMENT) * ALIGNMENT
 
 
