@@ -21,15 +21,17 @@ def check_page(file: str | Path | None, *outputs: str | Path | None) -> None:
         outputs: what else the command writes.
 
     Raises:
-        OutputError: LT-508, a name that is taken, or that of another output.
+        OutputError: LT-508, a name that is taken, or within another output.
         DiskError: LT-602, no folder.
     """
     if file is None:
         return
     check_new_files([Path(file)])
-    if os.path.realpath(file) in {os.path.realpath(other) for other in outputs if other}:
-        raise OutputError("LT-508", "two outputs have one name", file=file,
-                          hint="choose another name for the page")  # fmt: skip
+    place = Path(os.path.realpath(file))
+    for other in (Path(os.path.realpath(o)) for o in outputs if o is not None):
+        if other in (place, *place.parents):
+            raise OutputError("LT-508", "two outputs at one place", file=file, got=str(other),
+                              hint="choose another name for the page")  # fmt: skip
 
 
 def with_page(report: R, file: str | Path | None) -> R:

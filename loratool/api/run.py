@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from loratool.api.access import check_files
 from loratool.api.compare import compare
 from loratool.api.compress import compress
 from loratool.api.convert import convert
@@ -98,10 +99,12 @@ def step_options() -> dict[str, type[Options]]:
 
 
 def _call(step: RecipeStep, count: int, common: Mapping[str, Any]) -> Report:
-    options = only_of(COMMANDS[step.command], common)
+    options = {**step.options, **only_of(COMMANDS[step.command], common)}
     where = f"step {step.number} of {count} ({step.command}, line {step.line})"
     try:
-        report = _STEPS[step.command](**step.options, **options)
+        if common["dry_run"]:  # what is drawn would be in the way of the run itself
+            check_files(*(options.pop(name, None) for name in ("csv", "plot", "html")))
+        report = _STEPS[step.command](**options)
     except LoratoolError as error:
         raise type(error)(
             error.code, f"{where}: {error.what}", file=error.file, key=error.key,

@@ -69,7 +69,7 @@ def render(
         yield line("loss", f"{what} ({report.dtype}) lost {lost}", size)
     yield from warning_lines(report.warnings)
     if report.dry_run:
-        yield line("dry run", "nothing was written")
+        yield voice.dry_run()
         return
     yield line("wrote", f"{safe(report.output)} · {format_bytes(report.output_bytes)} "
                f"{report.dtype}", format_seconds(report.seconds), tone="good")  # fmt: skip

@@ -61,7 +61,6 @@ def command(adapters: tuple[str, ...], output: str, **options: Any) -> None:
         report = lt.compress(adapters, output=output, on_plan=plan, **watchers, **options)
     result = [] if report.dry_run else [safe(one.output) for one in report.adapters]
     voice.show(report, render(report, voice), result=[*warning_lines(report.warnings), *result])
-    voice.wrote_page(options["html"])
 
 
 def plan_lines(plan: PlannedCompression, _voice: Voice) -> Iterator[str]:
@@ -84,7 +83,7 @@ def render(report: CompressReport, voice: Voice) -> Iterator[str]:
             yield from _modules(one)
     yield from warning_lines(report.warnings)
     if report.dry_run:
-        yield line("dry run", "nothing was written")
+        yield voice.dry_run()
         return
     before = sum(one.bytes_before for one in report.adapters)
     after = sum(one.bytes_after for one in report.adapters)

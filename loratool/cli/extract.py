@@ -67,7 +67,6 @@ def command(tuned: str, base: str, output: str, **options: Any) -> None:
         render(report, voice, merge, plan.report),
         result=[*warning_lines(report.warnings), *result],
     )
-    voice.wrote_page(options["html"])
 
 
 def _criteria(options: dict[str, Any]) -> str:
@@ -106,7 +105,7 @@ def render(
     yield from _rest(report)
     yield from warning_lines(report.warnings)
     if report.dry_run:
-        yield line("dry run", "nothing was written")
+        yield voice.dry_run()
         return
     yield line("wrote", f"{safe(report.output)} · {format_bytes(report.output_bytes)} float32",
                format_seconds(report.seconds), tone="good")  # fmt: skip

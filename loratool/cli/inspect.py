@@ -76,7 +76,6 @@ def command(sources: tuple[str, ...], **options: Any) -> int:
         with show_progress(quiet=voice.quiet, unit=unit) as watchers:
             report = lt.inspect(sources[0], **watchers, **options)
         voice.show(report, render(report, voice))
-        voice.wrote_page(options["html"])
         return NOTHING_READABLE if report.rows and all(r.error for r in report.rows) else 0
     if options["risk"]:
         raise UsageError("LT-289", "--risk looks at one adapter", got=f"{len(sources)} sources")
@@ -89,7 +88,6 @@ def command(sources: tuple[str, ...], **options: Any) -> int:
         report, code = _inspect_each(sources, options, Turns(**watchers, sizes=[1] * len(sources)))
     with_page(report, options["html"])
     voice.show(report, render(report, voice))
-    voice.wrote_page(options["html"])
     return code
 
 

@@ -84,7 +84,6 @@ def command(adapters: tuple[str, ...], base: str | None, output: str, **options:
         render(report, voice, check, plan.report),
         result=[*warning_lines(report.warnings), *result],
     )
-    voice.wrote_page(options["html"])
 
 
 def _with_each_other(
@@ -106,7 +105,6 @@ def _with_each_other(
     result = [] if report.dry_run else [safe(report.output)]
     voice.show(report, combine.render(report, voice, plan.report),
                result=[*warning_lines(report.warnings), *result])  # fmt: skip
-    voice.wrote_page(options["html"])
 
 
 def headline(
@@ -181,7 +179,7 @@ def render(
     if voice.verbose:
         yield from render_losses(report)
     if report.dry_run:
-        yield line("dry run", "nothing was written")
+        yield voice.dry_run()
         return
     shards = plural(report.shards, "weight file")
     yield line("wrote", f"{safe(report.output)} · {format_bytes(report.output_bytes)} in {shards}",

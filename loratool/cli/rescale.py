@@ -103,7 +103,7 @@ def render(report: RescaleReport, voice: Voice) -> Iterator[str]:
         yield from warning_lines(f"{row.source}: {w}" for w in row.warnings)
         yield from note_lines((f"{row.source}: {n}" for n in row.notes), voice)
     if report.dry_run:
-        yield line("dry run", "nothing was written")
+        yield voice.dry_run()
     else:
         yield line("wrote", f"{plural(len(report.adapters), 'adapter')} to {safe(report.output)}",
                    format_seconds(report.seconds), tone="good")  # fmt: skip
@@ -119,7 +119,7 @@ def _one(row: RescaledAdapter, report: RescaleReport, voice: Voice) -> Iterator[
         yield line("loss", _loss(row))
     yield from warning_lines(row.warnings)
     if report.dry_run:
-        yield line("dry run", "nothing was written")
+        yield voice.dry_run()
         return
     yield line("wrote", f"{safe(row.output)} · {format_bytes(row.output_bytes)} {row.dtype}",
                format_seconds(report.seconds), tone="good")  # fmt: skip

@@ -23,31 +23,34 @@ class Voice:
         quiet: results and warnings only.
         verbose: say more.
         as_json: one object on stdout, no text.
+        page: file that ``--html`` names, None if there is none.
     """
 
     quiet: bool = False
     verbose: bool = False
     as_json: bool = False
+    page: str | None = None
 
     @classmethod
     def take(cls, options: dict[str, Any]) -> Voice:
-        """Take the three options out of a command's keyword arguments."""
-        return cls(options.pop("quiet"), options.pop("verbose"), options.pop("as_json"))
+        """Take the three options out of a command's keyword arguments, and look at ``html``."""
+        three = (options.pop(name) for name in ("quiet", "verbose", "as_json"))
+        return cls(*three, page=options.get("html"))
 
     def announce(self, text: str) -> None:
         """Say at once what runs (``text`` is safe)."""
         if not (self.quiet or self.as_json):
             click.secho(text, bold=True)
 
-    def wrote_page(self, file: str | None) -> None:
-        """Say where a page is, if one was asked for."""
-        if file is not None and not (self.quiet or self.as_json):
-            click.echo(line("page", safe(file), tone="good"))
+    def dry_run(self) -> str:
+        """The line that ends the report of a dry run: its page is written all the same."""
+        but = "" if self.page is None else " but this page of the plan"
+        return line("dry run", f"nothing was written{but}")
 
     def show(
         self, report: Report, lines: Iterable[str], *, result: Sequence[str] | None = None
     ) -> None:
-        """Print a report.
+        """Print a report, and where its page is.
 
         Args:
             report: printed whole with ``--json``.
@@ -61,6 +64,8 @@ class Voice:
             return
         for text in lines if result is None or not self.quiet else result:
             click.echo(text)
+        if self.page is not None and not self.quiet:
+            click.echo(line("page", safe(self.page), tone="good"))
 
 
 class Plan:

@@ -12,7 +12,7 @@ from loratool.report.compress import CompressedAdapter, CompressedModule, Compre
 from loratool.report.extract import ExtractedModule, ExtractReport
 from loratool.report.text import format_bytes, format_shape, plural, some
 
-_DRY = "dry run: nothing was written"
+_DRY = "dry run: nothing was written but this page"
 
 
 def page_of_extract(report: ExtractReport) -> Page:

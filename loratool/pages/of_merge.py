@@ -12,7 +12,7 @@ from loratool.report.combine import CombineReport
 from loratool.report.merge import MergeReport, ModuleLoss
 from loratool.report.text import format_bytes, format_number, plural, some
 
-_DRY = "dry run: nothing was written"
+_DRY = "dry run: nothing was written but this page"
 
 
 def page_of_merge(report: MergeReport) -> Page:

@@ -8,17 +8,20 @@ from pathlib import Path
 
 from loratool.errors import DiskError, OutputError
 from loratool.store.disk import refusals_as, rename_new, sync_folder, write_synced
+from loratool.store.places import check_name
 
 
 def check_new_files(paths: Sequence[Path]) -> None:
     """Refuse, before the work, names that are taken or have no folder.
 
     Raises:
-        OutputError: LT-508; a link counts, wherever it leads, and so does a name given twice.
+        OutputError: LT-508; a link counts, wherever it leads, and so does a name given twice;
+            LT-510, LT-512, no name that an output can have.
         DiskError: LT-602.
     """
     seen: set[Path] = set()
     for path in paths:
+        check_name(path)
         if os.path.lexists(path) or path.absolute() in seen:
             raise _taken(path)
         if not path.absolute().parent.is_dir():

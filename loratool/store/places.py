@@ -57,9 +57,14 @@ def check_name(path: Path) -> None:
     """Refuse a name that no output can have.
 
     Raises:
-        OutputError: no name, or the current folder.
+        OutputError: no name, that of a stream, or the current folder.
         DiskError: it cannot be looked at.
     """
+    if str(path) == "-":
+        raise OutputError(
+            "LT-510", "outputs are files and folders: none is written to a stream", file=path,
+            hint="give a name; with --json the report goes to stdout",
+        )  # fmt: skip
     if path.name in ("", ".."):
         raise OutputError(
             "LT-510", "the output needs a name of its own", file=path, got=repr(str(path)),

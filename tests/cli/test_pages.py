@@ -270,11 +270,33 @@ def test_the_help_of_what_cannot_be_shown(run: Run, toy: Path) -> None:
 
 
 @pytest.mark.parametrize("command", [lt.compress, lt.merge])
-def test_a_page_takes_no_other_outputs_name(command: Any, toy: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("page", ["out", "out/page.html", "link/page.html"])
+def test_a_page_is_no_part_of_another_output(
+    command: Any, page: str, toy: Path, tmp_path: Path
+) -> None:
     """Told before the work: nothing is written."""
     adapter, out = str(toy / "style"), tmp_path / "out"
+    if page != "out":
+        out.mkdir()  # an empty folder may become an output
+        (tmp_path / "link").symlink_to(out)
+    before = sorted(tmp_path.rglob("*"))
     how = {"rank": 1} if command is lt.compress else {}
     some = [adapter] if how else [adapter, adapter]
     with pytest.raises(lt.LoratoolError) as caught:
-        command(some, output=out, html=tmp_path / ".." / tmp_path.name / "out", **how)
-    assert caught.value.code == "LT-508" and not out.exists()
+        command(some, output=out, html=tmp_path / ".." / tmp_path.name / page, **how)
+    assert caught.value.code == "LT-508" and sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("line", [
+    "merge TOY/style TOY/sql -o OUT", "merge TOY/style --base TOY/base -o OUT",
+    "compress TOY/style --rank 1 -o OUT", "extract TOY/tuned --base TOY/base -o OUT",
+])  # fmt: skip
+def test_a_dry_run_says_what_it_wrote(run: Run, toy: Path, tmp_path: Path, line: str) -> None:
+    words = line.replace("TOY", str(toy)).replace("OUT", str(tmp_path / "out")).split()
+    done = run(*words, "--dry-run")
+    assert done.code == 0 and done.out.rstrip().endswith("nothing was written")
+    page = tmp_path / "page.html"
+    done = run(*words, "--dry-run", "--html", str(page))
+    assert done.code == 0 and "nothing was written but this page" in done.out
+    assert "nothing was written but this page" in Page(page).text
+    assert [p.name for p in tmp_path.iterdir()] == ["page.html"]

@@ -79,6 +79,22 @@ def test_dry_run_writes_nothing_and_says_what_waits(folder: Path, run: Run) -> N
     assert steps[0]["report"]["dry_run"] and steps[1]["report"] is None
 
 
+def test_a_dry_run_draws_nothing(folder: Path, run: Run) -> None:
+    """Its pictures and tables would be in the way of the run itself; their places are checked."""
+    text = """\
+steps:
+  - inspect: {source: style, csv: s.csv, html: s.html}
+  - compress: {adapters: [style], rank: 1, output: small, html: c.html}
+"""
+    path = recipe(folder, text)
+    before = sorted(folder.rglob("*"))
+    assert run("run", path, "--dry-run").code == 0 and sorted(folder.rglob("*")) == before
+    assert run("run", path).code == 0
+    assert {"s.csv", "s.html", "c.html", "small"} <= {p.name for p in folder.iterdir()}
+    found = run("run", path, "--dry-run")
+    assert found.code == 5 and "LT-508" in found.err and "step 1 of 2" in found.err
+
+
 def test_it_stops_at_the_first_error_and_names_the_step(folder: Path, run: Run) -> None:
     (folder / "merged").mkdir()
     (folder / "merged" / "mine").write_text("keep")

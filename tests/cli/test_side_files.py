@@ -75,6 +75,14 @@ def test_inputs_are_taken_names(toy: Path, run: Run) -> None:
     assert fingerprint(toy) == before
 
 
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_stream_is_no_file(command: str, toy: Path, run: Run) -> None:
+    before = beside(toy)
+    found = run(*words(command, "x")[0][:-1], "-")
+    assert (found.code, beside(toy)) == (2 if "plot" in command else 5, before)
+    assert ("LT-249" if "plot" in command else "LT-510") in found.err  # a picture needs a suffix
+
+
 def test_a_long_name(toy: Path, run: Run) -> None:
     name = "n" * 251 + ".csv"
     assert run("inspect", "style", "--csv", name).code == 0 and Path(name).is_file()

@@ -29,7 +29,7 @@ def test_a_free_place_is_left_as_it_was(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("name", [".", "..", "/"])
+@pytest.mark.parametrize("name", [".", "..", "/", "-"])
 def test_an_output_without_a_name(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert code_of(Path(name)) == "LT-510"
 
