@@ -293,7 +293,11 @@ def content_label(source: Resolved, used: Mapping[str, Any]) -> str:
 
     A Hub source has its full reference, ``hf://owner/name@commit/sub``; a path its last part.
     """
-    name = source.pinned or recorded_name(source.path) or "input"
+    return free_label(source.pinned or recorded_name(source.path) or "input", used)
+
+
+def free_label(name: str, used: Mapping[str, Any]) -> str:
+    """A name, numbered if it is used already."""
     label, number = name, 1
     while label in used:
         number += 1

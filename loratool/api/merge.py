@@ -22,11 +22,10 @@ from loratool.api.common import (
 from loratool.api.least_time import least_time
 from loratool.api.merge_job import MergeJob, MergeRequest, Operation, prepare_merge
 from loratool.api.merge_report import merge_report, plain_result
-from loratool.api.open_residual import check_partner, open_residual
+from loratool.api.open_residual import block_elements, check_partner, open_residual
 from loratool.api.page import check_page, with_page
 from loratool.api.session import run_plan
 from loratool.api.undo import UndoJob, plan_undo, write_undo
-from loratool.engine.grid import CPU_ELEMENTS
 from loratool.engine.rows import op_of
 from loratool.errors import UsageError
 from loratool.ops.combine import check_into, combination_args, combine_options
@@ -149,10 +148,9 @@ def _prepare(asked: Merge, operation: Operation) -> MergeJob:
         rounding={**rounding_args(is_exact, asked.rounding, asked.seed), **how},
         operation=operation, residual=rest, tokenizer=asked.tokenizer, codes=asked.take(Codes),
     ))  # fmt: skip
-    if rest is None:
-        return job
-    check_partner(rest, job.adapters[0])
-    return replace(job, block_elements=CPU_ELEMENTS)
+    if rest is not None:
+        check_partner(rest, job.adapters[0])
+    return replace(job, block_elements=block_elements(rest) or job.block_elements)
 
 
 def _others(asked: Merge, operation: Operation) -> tuple[str | Path | None, ...]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loratool.adapter import TensorRef
-from loratool.api.common import content_label
+from loratool.api.common import content_label, free_label
 from loratool.api.merge_sidecars import merge_sidecars, token_warnings
 from loratool.bind.bindings import bind
 from loratool.bind.heads import take_heads
@@ -30,7 +30,13 @@ from loratool.options.groups import Codes, Names
 from loratool.options.words import recorded
 from loratool.report.merge import MergeReport
 from loratool.store.checkpoint import Checkpoint
-from loratool.store.provenance import adapter_id, adapter_sizes, checkpoint_id, provenance_of
+from loratool.store.provenance import (
+    adapter_id,
+    adapter_sizes,
+    checkpoint_id,
+    file_id,
+    provenance_of,
+)
 from loratool.store.source import AdapterArgument
 
 if TYPE_CHECKING:
@@ -318,4 +324,8 @@ def _inputs(
         inputs[label] = {**one.weight.to_json(), "files": files_of(one.adapter)}
     label = content_label(base.resolved, inputs)
     inputs[label] = {"role": "base", "files": checkpoint_id(base.checkpoint, full=asked.checksum)}
+    if asked.residual is not None and asked.identify:
+        path = asked.residual.path
+        label = free_label(path.name, inputs)
+        inputs[label] = {"role": "residual", "files": {path.name: file_id(path)}}
     return inputs

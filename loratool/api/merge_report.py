@@ -45,7 +45,8 @@ def merge_report(
         changed=len(job.merge.changed),
         copied=len({*job.merge.copied} - {*job.created}),
         cast=len({*job.merge.cast} - {*job.created}),
-        created=len({*job.created, *(n for b in job.bound for n in b.bindings.new_tensors)}),
+        created=len({*job.created, *job.merge.created,
+                     *(n for b in job.bound for n in b.bindings.new_tensors)}),
         skipped=tuple(sorted({n for b in job.bound for n in b.bindings.skipped})),
         rule=", ".join(dict.fromkeys(b.bindings.rule for b in job.bound)),
         device=resources.device,
@@ -86,7 +87,6 @@ def _tokenizer(job: MergeJob) -> str | None:
 
 
 def _notes(job: MergeJob, sums: Sequence[dict[str, Any]], run_notes: Sequence[str]) -> list[str]:
-    checked = sum(op_of(s).is_proven for s in job.merge.plan.steps)
     return [
         *([job.base.resolved.note] if job.base.resolved.note else []),
         *run_notes,
@@ -95,8 +95,12 @@ def _notes(job: MergeJob, sums: Sequence[dict[str, Any]], run_notes: Sequence[st
         *job.sidecar_notes,
         *_cast_note(sums),
         *_exact_note(sums),
-        *([f"{checked} tensors are the fine-tune's, bit for bit (checked)"] if checked else []),
+        *_checked_note(sum(op_of(s).is_proven for s in job.merge.plan.steps)),
     ]
+
+
+def _checked_note(count: int) -> list[str]:
+    return [f"{count} tensors are the fine-tune's, bit for bit: each is checked"] if count else []
 
 
 def _sample_note(job: MergeJob, sums: Sequence[Any], dry_run: bool) -> list[str]:

@@ -6,25 +6,28 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from loratool.engine.grid import CPU_ELEMENTS
 from loratool.errors import UsageError
 from loratool.ops.inputs import OpenedAdapter
 from loratool.ops.residual import Residual, bind_options, check_adapter, read_residual
 from loratool.ops.weights import Weight
 from loratool.options.groups import Names
 from loratool.store.provenance import adapter_id
+from loratool.store.source import AdapterArgument
 
 
 def open_residual(
     path: str | Path,
-    adapters: Sequence[str | Path],
+    adapters: Sequence[str | Path | AdapterArgument],
     names: Names,
-    dtype: str,
-    rounding: str,
+    dtype: str = "auto",
+    rounding: str = "nearest",
 ) -> tuple[Residual, Names]:
     """The residual, and the names' options with what it needs of them.
 
     Raises:
         UsageError: options that would give something else than the fine-tune.
+        BadFileError: no residual.
     """
     if len(adapters) != 1:
         _refuse(", ".join(map(str, adapters)))
@@ -35,6 +38,11 @@ def open_residual(
         )  # fmt: skip
     found = read_residual(Path(path))
     return found, bind_options(names, found.bind)
+
+
+def block_elements(residual: Residual | None) -> int | None:
+    """The grid that patches lie on, that of the CPU; None = the device's, where there are none."""
+    return None if residual is None else CPU_ELEMENTS
 
 
 def check_partner(residual: Residual, adapter: OpenedAdapter) -> None:

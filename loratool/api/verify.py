@@ -12,11 +12,19 @@ from typing import Any
 from loratool.api.access import access_of
 from loratool.api.common import plan_resources, rounding_args
 from loratool.api.merge_job import MergeJob, MergeRequest, prepare_merge
+from loratool.api.open_residual import block_elements, check_partner, open_residual
 from loratool.api.session import run_plan
 from loratool.errors import UsageError
 from loratool.ops.access import Access, locate
 from loratool.ops.combine import combination_args
-from loratool.ops.replay import Record, RecordedSums, find_replay, merge_record, refuse_record
+from loratool.ops.replay import (
+    Record,
+    RecordedSums,
+    find_replay,
+    find_residual,
+    merge_record,
+    refuse_record,
+)
 from loratool.ops.verify import VerifyPlan, plan_verify, under_names_of
 from loratool.ops.weights import read_module_weights, rules_from
 from loratool.options.calls import takes
@@ -33,8 +41,9 @@ def verify(asked: Verify) -> VerifyReport:
 
     The verdict is ``identical`` (every bit), ``rounding`` (no element further away than another
     order of the same arithmetic explains, see ``docs/exactness.md``) or ``differs``.  How sums
-    were rounded is taken from the checkpoint's provenance; so is whatever is not given: the base,
-    looked for beside it and in the working folder, and without adapters all that was said of them.
+    were rounded is taken from the checkpoint's provenance; so is whatever is not given: the base
+    and the residual, looked for beside it and in the working folder, and without adapters all that
+    was said of them.
 
     Raises:
         LoratoolError: see ``docs/errors.md``.
@@ -56,8 +65,11 @@ def verify(asked: Verify) -> VerifyReport:
         if error.code in _OF_RECORDS and (not asked.adapters or error.code in _OF_ROUNDING):
             refuse_record(merged, error.message())
         raise
+    if request.residual is not None:
+        check_partner(request.residual, job.adapters[0])
     plan = plan_verify(job.merge.plan, job.full_names, under_names_of(merged, job.checkpoint))
-    resources = plan_resources(plan.plan, asked.take(Run), allow_nonfinite=asked.allow_nonfinite)
+    resources = plan_resources(plan.plan, asked.take(Run), allow_nonfinite=asked.allow_nonfinite,
+                               block_elements=block_elements(request.residual))  # fmt: skip
     results = run_plan(plan.plan, resources)
     return _report(job, resolved.label, plan, results, started)
 
@@ -70,12 +82,13 @@ def _request(
     names, weights, mean = asked.take(Names), asked.weights, asked.mean
     inputs: Sequence[str | Path | AdapterArgument] = asked.adapters
     base = asked.base
+    where: dict[str, Any] = {
+        "roots": tuple(dict.fromkeys((home, Path.cwd()))),
+        "look": lambda place, kind: locate(str(place), kind=kind, access=access),
+    }
     if not inputs or base is None:
-        replay = find_replay(
-            record, merged, base=None if base is None else str(base),
-            roots=tuple(dict.fromkeys((home, Path.cwd()))),
-            look=lambda place, kind: locate(str(place), kind=kind, access=access),
-        )  # fmt: skip
+        given = None if base is None else str(base)
+        replay = find_replay(record, merged, base=given, **where)
         base = replay.base
         if not inputs:
             inputs, weights, mean = replay.adapters, None, False
@@ -85,9 +98,14 @@ def _request(
     else:  # of other adapters than those given they say nothing
         recorded = rules_from(said.get("module_weights", ()), partial(refuse_record, merged))
         rules = tuple(r for r in recorded if len(r[1]) == len(inputs))
+    rounding, rest = _rounding(merged, said), None
+    residual = asked.residual or find_residual(record, merged, **where)
+    if residual is not None:  # it knows each tensor's type, and how it was rounded
+        rest, names = open_residual(residual, inputs, names)
+        rounding = rounding_args(True, "nearest", None)
     return MergeRequest(
         inputs, base, names, access, weights=weights, mean=mean, rules=rules,
-        rounding=_rounding(merged, said), like=merged,
+        rounding=rounding, like=None if rest is not None else merged, residual=rest,
         codes=Codes(dequantize=said.get("dequantize", False), requant=said.get("requant", False),
                     simulate_quant=said.get("simulate_quant")),
     )  # fmt: skip

@@ -30,7 +30,7 @@ from loratool.cli.voice import Plan, Voice, note_lines, warning_lines
 from loratool.dtypes import DTYPES
 from loratool.errors import UsageError
 from loratool.options.groups import Access, Mix, Names, Nonfinite
-from loratool.options.merging import Merge
+from loratool.options.merging import Completed, Merge
 
 if TYPE_CHECKING:
     from loratool.report.merge import LeastTime, MergeReport
@@ -73,11 +73,9 @@ def command(adapters: tuple[str, ...], base: str | None, output: str, **options:
     with show_progress(quiet=voice.quiet) as watchers:
         report = lt.merge(adapters, base=base, output=output, on_plan=plan, **watchers, **options)
     assert isinstance(report, MergeReport)
-    again = opt.typed(options, Mix, Names, Access, Nonfinite)
+    again = opt.typed(options, Mix, Completed, Names, Access, Nonfinite)
     named = [word for adapter in adapters for word in ("--adapter", adapter)]
     check = shlex.join(["loratool", "verify", output, "--base", base, *named, *again])
-    if options["residual"]:  # every tensor was checked already, and verify takes no residual
-        check = ""
     result = [] if report.dry_run else [safe(report.output)]
     voice.show(
         report,

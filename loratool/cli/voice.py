@@ -34,8 +34,8 @@ class Voice:
     @classmethod
     def take(cls, options: dict[str, Any]) -> Voice:
         """Take the three options out of a command's keyword arguments, and look at ``html``."""
-        three = (options.pop(name) for name in ("quiet", "verbose", "as_json"))
-        return cls(*three, page=options.get("html"))
+        quiet, verbose, as_json = (options.pop(k) for k in ("quiet", "verbose", "as_json"))
+        return cls(quiet, verbose, as_json, options.get("html"))
 
     def announce(self, text: str) -> None:
         """Say at once what runs (``text`` is safe)."""

@@ -17,6 +17,7 @@ import torch
 from loratool.adapter import TensorRef
 from loratool.engine import grid
 from loratool.engine.buffers import to_bytes
+from loratool.engine.comparing import CompareResult
 from loratool.engine.kernel import INTEGERS, Env, Kernel
 from loratool.engine.merging import AddDeltas, SumResult
 from loratool.engine.step_args import ApplyPatchArgs, MakePatchArgs
@@ -240,6 +241,30 @@ class Complete(_ApplyPatch):
                 hint="base, adapter and residual must be those of the extraction",
             )
         return None if self.sum is None else self.sum.finish()
+
+
+class CompareCompleted(_ApplyPatch):
+    """Compare a tensor (the last input) with the fine-tune's, made as `Complete` makes it."""
+
+    def __init__(self, step: Step, env: Env) -> None:
+        super().__init__(step, env)
+        self._differing: dict[int, int] = {}
+
+    def run(self, block: grid.Block, inputs: list[torch.Tensor], out: torch.Tensor | None) -> None:
+        """Count elements whose bits differ."""
+        *sources, found = inputs
+        shape = (found.shape[0], found.shape[1])
+        made = self.env.scratch.take("made", shape, found.dtype, self.env.device)
+        super().run(block, sources, made)
+        kind = _integers(made)
+        self._differing[block.index] = int((made.view(kind) != found.view(kind)).sum())
+
+    def finish(self) -> CompareResult:
+        """Add the blocks up; there is no rounding that one of them may lie within."""
+        count = sum(self._differing.values())
+        change = 0.0 if self.sum is None else self.sum.finish().delta_square
+        size = self.step.view[0] * self.step.view[1]
+        return CompareResult(self.step.output.name, size, count, count, 0.0, change, 0.0)
 
 
 def _integers(block: torch.Tensor) -> torch.dtype:

@@ -94,6 +94,7 @@ OPS: tuple[Op, ...] = (
        memory.made_patch_step),
     Op("restore", _PATCHING + "Restore", **_APPLY),
     Op("complete", _PATCHING + "Complete", **_APPLY, is_proven=True),
+    Op("compare_completed", _PATCHING + "CompareCompleted", **_APPLY),
     Op("difference", "loratool.engine.difference:Difference", takes.DifferenceArgs,
        has_pairs=True),
     Op("subtract_and_factor", "loratool.engine.factoring:SubtractAndFactor",

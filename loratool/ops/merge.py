@@ -37,6 +37,7 @@ class MergePlan:
         changed: output tensors that deltas or replacements change.
         copied: output tensors copied byte for byte.
         cast: output tensors that only change their type.
+        created: output tensors that a residual adds.
         config_changes: dotted key of config.json -> value.
         notes: one sentence each.
     """
@@ -47,6 +48,7 @@ class MergePlan:
     cast: tuple[str, ...]
     config_changes: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    created: tuple[str, ...] = ()
 
 
 def plan_merge(

@@ -43,7 +43,7 @@ class RecordedInput:
 
     Attributes:
         files: name -> sha256 of a whole file, or what tells a shard apart.
-        role: ``base``, or "".
+        role: ``base``, ``residual``, or "".
         weight: of the whole adapter.
         components: component -> factor.
     """
@@ -155,6 +155,25 @@ def refuse_record(
     )  # fmt: skip
 
 
+def find_residual(
+    record: Record | None,
+    output: Checkpoint,
+    *,
+    roots: Sequence[Path],
+    look: Callable[[Path, str], Resolved],
+) -> str | None:
+    """The residual of ``merge --residual``, None if there was none: as `find_replay` finds inputs.
+
+    Raises:
+        LoratoolError: as there.
+    """
+    rows = {} if record is None else record.inputs
+    for name, row in rows.items():
+        if row.role == "residual":
+            return _find(name, row, output=output, roots=roots, look=look, option="--residual")
+    return None
+
+
 def find_replay(
     record: Record | None,
     output: Checkpoint,
@@ -192,6 +211,8 @@ def find_replay(
     for name, row in record.inputs.items():
         if row.role == "base":
             bases.append((name, row))
+        elif row.role == "residual":
+            continue
         elif row.weight is None:
             refuse_record(output, "no weight", key=f"inputs.{name}", expected="a weight")
         else:

@@ -208,7 +208,7 @@ def patch_merge(merge: MergePlan, checkpoint: Checkpoint, residual: Residual) ->
         entry = residual.tensors.get(name)
         if entry is not None:
             groups[step.shard].append(_patched(step, entry, name, residual.path))
-    known, last = set(names), len(groups) - 1
+    known, last = dict(zip(names, merge.plan.steps, strict=True)), len(groups) - 1
     for name, entry in residual.tensors.items():
         if name in known:
             continue
@@ -224,7 +224,24 @@ def patch_merge(merge: MergePlan, checkpoint: Checkpoint, residual: Residual) ->
     )
     steps = tuple(replace(s, shard=i) for i, (_, g) in enumerate(filled) for s in g)
     plan = replace(merge.plan, steps=steps, shards=shards)
-    return replace(merge, plan=plan, config_changes={**merge.config_changes, **residual.config})
+    config = {**merge.config_changes, **residual.config}
+    return replace(merge, plan=plan, config_changes=config, **_fates(merge, known, residual))
+
+
+def _fates(merge: MergePlan, known: Mapping[str, Step], residual: Residual) -> dict[str, Any]:
+    """What becomes of each tensor, once the residual is in."""
+    found: dict[str, list[str]] = {"changed": [], "copied": [], "cast": [], "created": []}
+    copied, cast = set(merge.copied), set(merge.cast)
+    for name, entry in residual.tensors.items():
+        if name not in known:
+            fate = "created"
+        elif entry.is_new or entry.patch is not None or name not in copied | cast:
+            fate = "changed"
+        else:
+            is_cast = name in cast or known[name].output.dtype != entry.output.dtype
+            fate = "cast" if is_cast else "copied"
+        found[fate].append(name)
+    return {fate: tuple(names) for fate, names in found.items()}
 
 
 def _patched(step: Step, entry: ResidualTensor, name: str, file: Path) -> Step:

@@ -148,7 +148,7 @@ def compare_with_record(
         return [], ["the merged weights do not say what was merged into them"]
     rows = record.inputs
     base = next((k for k, row in rows.items() if row.role == "base"), None)
-    order = [k for k in rows if k != base]
+    order = [k for k, row in rows.items() if not row.role]
     warnings, listed = [], set()
     for adapter, weight in adapters:
         mine = {v for k, v in adapter_id(adapter).items() if k.endswith(".safetensors")}
@@ -163,7 +163,9 @@ def compare_with_record(
             warnings.append(f"{label} was merged at weight {got}, not {weight}")
         elif any(merged.of(name) != weight.of(name) for name in names_of(adapter)):
             warnings.append(f"{label} was merged with other weights per component or module")
-    notes = []
+    notes = [
+        f"{k} was put in too, and stays in" for k, row in rows.items() if row.role == "residual"
+    ]
     if base is not None and not warnings:
         others = [k for k in order if k not in listed]
         way = f"merging {list_some(others)} into {base}" if others else f"{base} itself"

@@ -83,7 +83,17 @@ class Carry(Options):
     program: Program = None
 
 
+class Completed(Options):
+    """What a merge lacks of the fine-tune that its adapter was extracted from."""
+
+    residual: Annotated[Place | None, Words(
+        "Of extract --save-residual: gives the fine-tune back, bit for bit.", "Output",
+        metavar="FILE",
+    )] = None  # fmt: skip
+
+
 class Merge(
+    Completed,
     Mix,
     Method,
     Round,
@@ -118,10 +128,6 @@ class Merge(
     dtype: Annotated[FloatType, Words(
         "Cast every float tensor. Default: each keeps its type.", "Output", record=True,
     )] = "auto"  # fmt: skip
-    residual: Annotated[Place | None, Words(
-        "Of extract --save-residual: gives the fine-tune back, bit for bit.", "Output",
-        metavar="FILE",
-    )] = None  # fmt: skip
     chunk_bytes: ChunkBytes = None
 
 
@@ -169,7 +175,7 @@ class Swap(Round, Write, Names, Run, Planned, Access, Nonfinite, Rerun, kw_only=
     chunk_bytes: ChunkBytes = None
 
 
-class Verify(Mix, Names, Run, Access, Nonfinite, kw_only=False):
+class Verify(Completed, Mix, Names, Run, Access, Nonfinite, kw_only=False):
     """A merge, recomputed."""
 
     merged: Annotated[Place, Words("the checkpoint under test.")]

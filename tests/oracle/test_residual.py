@@ -316,3 +316,84 @@ def test_thousands_of_tensors_come_back(tmp_path: Path) -> None:
     lt.subtract([lora], merged=tmp_path / "m", output=tmp_path / "back", undo=undo)
     back = tensors_of(tmp_path / "back")
     assert all(same_bits(back[name], tensor) for name, tensor in base.items())
+
+
+@pytest.fixture
+def completed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A merge with a residual that puts in all there is: another type, new tensors, one less."""
+    base = {"layers.0.q_proj.weight": randn(70, 50, seed=1), "same": randn(9, seed=2),
+            "layers.0.norm.weight": randn(50, seed=3), "steps": torch.arange(5),
+            "cast": randn(40, seed=4).bfloat16().float(),
+            "score.weight": randn(3, 50, seed=6)}  # fmt: skip
+    tuned = {k: v.clone() for k, v in base.items() if k != "score.weight"}
+    tuned["layers.0.q_proj.weight"] += randn(70, 50, seed=5, scale=0.01)
+    tuned["layers.0.norm.weight"] += 1
+    tuned["steps"] *= 7
+    tuned["cast"] = tuned["cast"].bfloat16()
+    tuned["new"] = randn(6, 7, seed=7).half()
+    save_checkpoint(tmp_path / "base", base, shards=2)
+    save_checkpoint(tmp_path / "tuned", tuned)
+    restore(tmp_path, tmp_path / "base", tmp_path / "tuned", rank=2, keep=["none"])
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    return tmp_path
+
+
+def test_a_plan_counts_what_the_residual_makes_of_it(completed: Path) -> None:
+    """q, norm and steps change, ``same`` stays, ``cast`` is of another type, ``new`` is new."""
+    report = lt.merge([str(completed / "lora")], base=completed / "base", output=completed / "x",
+                      residual=completed / "rest.safetensors", dry_run=True)  # fmt: skip
+    found = (report.changed, report.copied, report.cast, report.created)
+    assert found == (3, 1, 1, 1)
+
+
+def test_taking_the_adapter_out_leaves_the_residual_in(completed: Path) -> None:
+    report = lt.subtract([str(completed / "lora")], merged=completed / "again",
+                         output=completed / "x", dry_run=True)  # fmt: skip
+    assert "rest.safetensors was put in too, and stays in" in report.notes
+
+
+def test_verify_repeats_it(completed: Path) -> None:
+    """By the record, with the inputs named, and of weights that say nothing of themselves."""
+    named: dict[str, Any] = {"base": completed / "base", "adapters": [str(completed / "lora")]}
+    rest = completed / "rest.safetensors"
+    for found in (
+        lt.verify(completed / "again"), lt.verify(completed / "again", **named),
+        lt.verify(completed / "tuned", residual=rest, **named),
+    ):  # fmt: skip
+        assert (found.verdict, found.identical, found.missing, found.unexpected) == (
+            "identical", 6, (), ()
+        )  # fmt: skip
+    (completed / "again" / "loratool.json").unlink()
+    assert lt.verify(completed / "again", **named).verdict == "differs"
+
+
+def test_verify_sees_every_bit(completed: Path) -> None:
+    """One bit of any tensor, whatever becomes of it, is one element of that tensor."""
+    files = sorted((completed / "again").glob("*.safetensors"))
+    names = [(file, ref) for file in files for ref in read_header(file).tensors]
+    assert len(names) == 6
+    for path, ref in names:
+        before = path.read_bytes()
+        spoiled = bytearray(before)
+        spoiled[ref.start + ref.nbytes - ref.nbytes // ref.numel] ^= 1
+        path.write_bytes(spoiled)
+        found = lt.verify(completed / "again")
+        assert [(d.name, d.elements) for d in found.differing] == [(ref.name, 1)]
+        path.write_bytes(before)
+
+
+def test_the_residual_of_a_record_is_checked_by_its_content(completed: Path) -> None:
+    rest = completed / "rest.safetensors"
+    kept = rest.read_bytes()
+    rest.write_bytes(kept[:-1] + bytes([kept[-1] ^ 1]))
+    with pytest.raises(lt.LoratoolError) as caught:
+        lt.verify(completed / "again")
+    assert (caught.value.code, caught.value.hint) == ("LT-459", "--residual PATH names another")
+    rest.unlink()
+    with pytest.raises(lt.LoratoolError) as caught:
+        lt.verify(completed / "again")
+    assert (caught.value.code, caught.value.hint) == ("LT-254", "--residual PATH")
+    (completed / "moved.safetensors").write_bytes(kept)
+    found = lt.verify(completed / "again", residual=completed / "moved.safetensors")
+    assert found.verdict == "identical"
