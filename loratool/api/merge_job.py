@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 from loratool.adapter import TensorRef
 from loratool.api.common import content_label, free_label
 from loratool.api.merge_sidecars import merge_sidecars, token_warnings
-from loratool.bind.bindings import bind
 from loratool.bind.heads import take_heads
 from loratool.bind.new_parts import Extended, add_parts
 from loratool.dtypes import DTYPES
@@ -21,7 +20,7 @@ from loratool.ops.batch import FILES
 from loratool.ops.coded import Decoded, decode_base, read_plain
 from loratool.ops.inputs import OpenedAdapter, OpenedBase, guard_output, open_adapters, open_base
 from loratool.ops.merge import MergePlan, plan_merge
-from loratool.ops.merge_parts import WeightedAdapter
+from loratool.ops.merge_parts import WeightedAdapter, bind_weighted
 from loratool.ops.residual import patch_merge
 from loratool.ops.simulated import simulate_base
 from loratool.ops.verify import merged_dtype
@@ -245,7 +244,7 @@ def _bind(
     acting = [a for a, o in zip(kept, opened, strict=True) if o.weight.value]
     headed = take_heads(acting, base.checkpoint, asked.names.skip)
     bound = tuple(
-        WeightedAdapter(adapter, o.weight, bind(adapter, headed.checkpoint, asked.names))
+        bind_weighted(adapter, o.weight, headed.checkpoint, asked.names)
         for o, adapter in zip(opened, kept, strict=True)
     )
     check = asked.operation.check

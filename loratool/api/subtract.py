@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,8 +18,10 @@ from loratool.ops.inputs import open_base
 from loratool.ops.replay import merge_record
 from loratool.ops.subtract import (
     anchored,
+    column_notes,
     compare_with_record,
     depends_on_base,
+    may_keep_columns,
     require_reversible,
     require_swappable,
     require_unscaled,
@@ -127,11 +130,16 @@ def _anchor(job: MergeJob, asked: Subtract | Swap) -> MergeJob:
         UsageError: LT-251, with --exact.
     """
     plan = job.merge.plan
-    if asked.base is None or not any(depends_on_base(step) for step in plan.steps):
-        return job
-    if asked.exact:
+    grown = may_keep_columns(job.bound)
+    needs_base = any(depends_on_base(step) for step in plan.steps)
+    if asked.base is None or not (needs_base or grown):
+        return _with_notes(job, column_notes(grown, job.checkpoint, None))
+    if asked.exact and needs_base:
         raise UsageError("LT-251", "--exact is for sums of products, --base for all others")
     opened = open_base(str(asked.base), [a.adapter for a in job.adapters], access_of(asked))
+    job = _with_notes(job, column_notes(grown, job.checkpoint, opened.checkpoint))
+    if not needs_base:
+        return job
     row = base_row(opened, plan.inputs, role="original")
     plan = anchored(plan, job.full_names, opened.checkpoint)
     plan = replace(plan, inputs={**plan.inputs, **row})
@@ -141,6 +149,10 @@ def _anchor(job: MergeJob, asked: Subtract | Swap) -> MergeJob:
         metadata = {**shard.metadata, "loratool": json.dumps(record)}
         plan = replace(plan, shards=(replace(shard, metadata=metadata),))
     return replace(job, merge=replace(job.merge, plan=plan), record=record)
+
+
+def _with_notes(job: MergeJob, notes: Sequence[str]) -> MergeJob:
+    return replace(job, sidecar_notes=(*job.sidecar_notes, *notes))
 
 
 def _with_record(job: MergeJob) -> MergeJob:
@@ -153,8 +165,4 @@ def _with_record(job: MergeJob) -> MergeJob:
     signed = zip(job.adapters, job.operation.signs, strict=True)
     out = [(a.adapter, a.weight.times(-1)) for a, sign in signed if sign < 0]
     warnings, notes = compare_with_record(record, out)
-    return replace(
-        job,
-        sidecar_notes=(*job.sidecar_notes, *notes),
-        warnings=(*job.warnings, *warnings),
-    )
+    return replace(_with_notes(job, notes), warnings=(*job.warnings, *warnings))

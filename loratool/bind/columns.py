@@ -57,6 +57,11 @@ def wider_shape(spec: DeltaSpec, target: str, checkpoint: Checkpoint) -> _Shape 
     return wanted if spec.settings.get(GROWS) or _key(target, checkpoint) else None
 
 
+def may_have_grown(spec: DeltaSpec, target: str) -> bool:
+    """A merge of this change may have given the weight more columns: `wider_shape` of a matrix."""
+    return spec.is_matrix and bool(spec.settings.get(GROWS) or growing(target))
+
+
 def widen(shapes: Mapping[str, _Shape], checkpoint: Checkpoint) -> Widened:
     """Fill up weights with columns of zeros, and let the configuration follow.
 

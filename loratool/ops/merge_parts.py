@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from loratool.adapter import Adapter, DeltaSpec, Replacement
-from loratool.bind.bindings import Bindings, BoundReplacement
+from loratool.bind.bindings import Bindings, BoundReplacement, bind
 from loratool.bind.columns import COLUMNS
 from loratool.delta.forms import shape_of
 from loratool.errors import MismatchError, list_some
 from loratool.ops.weights import Weight
+from loratool.options.groups import Names
 from loratool.plan import DeltaPart, Part, ReplacePart
+from loratool.store.checkpoint import Checkpoint
 
 
 @dataclass(frozen=True)
@@ -61,17 +63,36 @@ def grown_rows(adapters: Sequence[WeightedAdapter]) -> dict[str, int]:
                     "LT-428", "two adapters bring what the base lacks", file=one.adapter.path,
                     key=name, got="rows for new tokens", hint="merge them one after the other",
                 )  # fmt: skip
-            _check_put_in(one, name)
+            _check_put_in(one, name, one.weight.value)
             found[name] = rows
     return found
 
 
-def _check_put_in(one: WeightedAdapter, name: str) -> None:
+def bind_weighted(
+    adapter: Adapter, weight: Weight, checkpoint: Checkpoint, names: Names
+) -> WeightedAdapter:
+    """Bind an adapter; at weight 0 it makes nothing larger, since it has nothing to put there."""
+    bindings = bind(adapter, checkpoint, names)
+    larger = {b.target for b in bindings.replacements if b.replacement.origin == COLUMNS}
+    larger |= bindings.grown.keys()
+    if larger and not weight.value:
+        idle = {b.spec.name for b in bindings.deltas if b.target in larger}
+        idle |= {b.replacement.name for b in bindings.replacements if b.target in larger}
+        adapter = replace(
+            adapter,
+            specs=tuple(s for s in adapter.specs if s.name not in idle or weight.of(s.name)),
+            replacements=tuple(r for r in adapter.replacements if r.name not in idle),
+        )
+        bindings = bind(adapter, checkpoint, names)
+    return WeightedAdapter(adapter, weight, bindings)
+
+
+def _check_put_in(one: WeightedAdapter, name: str, weight: float) -> None:
     """Refuse to take out what the base lacks."""
-    if one.weight.value <= 0:
+    if weight < 0:
         raise MismatchError(
             "LT-429", "what is to be taken out is not in the base", file=one.adapter.path,
-            key=name, got=f"weight {one.weight}", hint="leave the adapter out",
+            key=name, got=f"weight {weight:g}", hint="leave the adapter out",
         )  # fmt: skip
 
 
@@ -81,7 +102,9 @@ def check_columns(adapters: Sequence[WeightedAdapter]) -> None:
     for one in adapters:
         for b in one.bindings.replacements:
             if b.replacement.origin == COLUMNS:
-                _check_put_in(one, b.target)
+                put_in = [one.weight.of(d.spec.name) for d in one.bindings.deltas
+                          if d.target == b.target]  # fmt: skip
+                _check_put_in(one, b.target, min(put_in))
                 wider[b.target] = b.replacement.source.shape
     for one in adapters if wider else ():
         own = {b.target: b.replacement.source.shape for b in one.bindings.replacements}

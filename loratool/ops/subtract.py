@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any, NoReturn
 
 from loratool.adapter import Adapter
+from loratool.bind.columns import may_have_grown
 from loratool.errors import LoratoolError, MismatchError, list_some
 from loratool.ops.merge_parts import WeightedAdapter
 from loratool.ops.replay import Record, RecordedInput
@@ -98,6 +99,39 @@ def anchored(plan: Plan, names: Mapping[int, str], base: Checkpoint) -> Plan:
             step, inputs=(*step.inputs, ref), args={**step.args, "anchor": len(step.inputs)}
         )
     return replace(plan, steps=tuple(steps))
+
+
+def may_keep_columns(adapters: Iterable[WeightedAdapter]) -> list[str]:
+    """Weights to which adapters may have given columns that none needs: they are taken out."""
+    found: dict[str, bool] = {}
+    for one in adapters:
+        for delta in one.bindings.deltas:
+            if may_have_grown(delta.spec, delta.target):
+                is_out = one.weight.of(delta.spec.name) < 0
+                found[delta.target] = is_out and found.get(delta.target, True)
+    return [name for name, is_out in found.items() if is_out]
+
+
+def column_notes(
+    targets: Iterable[str], merged: Checkpoint, base: Checkpoint | None
+) -> tuple[str, ...]:
+    """What stays of the columns that an adapter brought: taking it out leaves them, near zero.
+
+    Args:
+        targets: of `may_keep_columns`.
+        merged: the merged weights.
+        base: what the adapters were trained on, None if it was not given.
+    """
+    notes = []
+    for name in targets:
+        count = merged.tensors[name].shape[1]
+        if base is None:
+            notes.append(f"{name} keeps its {count} columns, also those that the merge may have "
+                         "added: --base BASE tells, --undo FILE takes them out")  # fmt: skip
+        elif (ref := base.tensors.get(name)) is not None and ref.shape[1] < count:
+            notes.append(f"{name} keeps {count} columns, {count - ref.shape[1]} more than the "
+                         "base: zeros up to rounding; --undo FILE takes them out")  # fmt: skip
+    return tuple(notes)
 
 
 def without_replacements(adapters: Sequence[WeightedAdapter]) -> tuple[WeightedAdapter, ...]:

@@ -60,6 +60,42 @@ def test_the_input_grows_by_columns_of_zeros(tmp_path: Path, weight: float) -> N
         assert np.array_equal(tensor, CONTROL_BASE[name]), name
 
 
+@pytest.mark.parametrize("is_known", [True, False])
+def test_columns_that_stay_are_named(tmp_path: Path, is_known: bool) -> None:
+    factors = pair("diffusion_model.img_in", 8, 12)
+    named = {"lora_A": "lora_down", "lora_B": "lora_up"}
+    adapter = write(tmp_path / "a.safetensors", {
+        k.replace(end, named[end]): v for k, v in factors.items() for end in named if end in k
+    })  # fmt: skip
+    base, out, back = single_file(tmp_path), *(tmp_path / f"{n}.safetensors" for n in ("o", "b"))
+    lt.merge([str(adapter)], base=base, output=out)
+    given = {"base": base} if is_known else {}
+    report = lt.subtract([str(adapter)], merged=out, output=back, **given)
+    (note,) = [n for n in report.notes if "columns" in n]
+    assert note.startswith("img_in.weight keeps") and "--undo FILE" in note
+    assert ("6 more than the base" in note) == is_known
+    left = load_file(str(back))["img_in.weight"]
+    down, up = (factors[f"diffusion_model.img_in.{e}.weight"].astype(np.float64) for e in named)
+    change, size = up @ down, abs(up) @ abs(down)
+    ulp = np.spacing(np.abs(change).astype(np.float32))  # half of one, and two sums in float64
+    most = ulp / 2 + 2 * 8 * 2.0**-53 * size
+    assert left.shape == (8, 12) and (np.abs(left) <= most)[:, 6:].all()
+
+
+def test_a_base_of_that_width_keeps_nothing(tmp_path: Path) -> None:
+    """The adapter brought no column: there is none to speak of."""
+    adapter = control(tmp_path, 6)
+    base, out = single_file(tmp_path), tmp_path / "out.safetensors"
+    lt.merge([str(adapter)], base=base, output=out)
+    back = tmp_path / "back.safetensors"
+    notes = lt.subtract([str(adapter)], merged=out, base=base, output=back).notes
+    wide = control(tmp_path, 12)
+    lt.merge([str(wide)], base=base, output=tmp_path / "wide.safetensors")
+    notes += lt.swap(wide, wide, merged=tmp_path / "wide.safetensors", base=base,
+                     output=tmp_path / "swapped.safetensors").notes  # fmt: skip
+    assert not [n for n in notes if "columns" in n]
+
+
 @pytest.mark.parametrize("is_pipeline", [True, False])
 def test_the_configuration_follows(tmp_path: Path, is_pipeline: bool) -> None:
     adapter, folder = control(tmp_path, 12), pipeline(tmp_path)
@@ -80,6 +116,14 @@ def test_two_of_one_width_add_up_and_others_are_refused(tmp_path: Path) -> None:
     whole, change, size = grown(CONTROL_BASE["img_in.weight"], one, "img_in", 0.75)
     assert rounded_once(load_file(str(out))["img_in.weight"], whole, change, size)
     other = control(tmp_path, 6)
+    nothing = tmp_path / "nothing.safetensors"
+    report = lt.merge([f"{one}:0"], base=base, output=nothing)
+    assert "nothing changes" in report.warnings[0]
+    assert report.changed == 0 and not [n for n in report.notes if "columns" in n]
+    assert all(np.array_equal(t, CONTROL_BASE[n]) for n, t in load_file(str(nothing)).items())
+    mixed = tmp_path / "mixed.safetensors"
+    lt.merge([f"{one}:0.75", f"{one}:0"], base=base, output=mixed)
+    assert rounded_once(load_file(str(mixed))["img_in.weight"], whole, change, size)
     for some, code in (([one, other], "LT-428"), ([f"{one}:-1"], "LT-429")):
         with pytest.raises(lt.LoratoolError) as caught:
             lt.merge([str(a) for a in some], base=base, output=tmp_path / "no.safetensors")
