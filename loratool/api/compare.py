@@ -17,11 +17,9 @@ from loratool.errors import UsageError
 from loratool.ops.compare import (
     Aligned,
     align,
-    family_of,
     find_differences,
     find_replacements,
     has_same_factors,
-    layer_of,
     plan_compare,
 )
 from loratool.ops.consent import agree_to_read
@@ -30,6 +28,7 @@ from loratool.options.calls import takes
 from loratool.options.groups import Read
 from loratool.options.looking import Compare
 from loratool.report.compare import ComparedModule, CompareReport
+from loratool.report.families import family_of, place_of
 from loratool.store.new_file import write_new_file
 
 if TYPE_CHECKING:
@@ -112,7 +111,7 @@ def _compare_two(
         mean_B.add(found.phi_B)
         opposite, both = opposite + found.signs.opposite, both + found.signs.both
         ranks = (specs[0].rank, specs[1].rank)
-        modules.append(_module(name, family_of(specs[0]), ranks, found))
+        modules.append(_module(name, ranks, found))
     norms = tuple(math.sqrt(math.fsum(s)) for s in squares)
     cosine = _cosine(math.fsum(inner), norms[0] * norms[1])
     apart = _ratio(math.sqrt(math.fsum(difference)), max(norms))
@@ -151,9 +150,7 @@ def _compare_two(
     )
 
 
-def _module(
-    name: str, family: str, ranks: tuple[int, int], found: PairResult
-) -> ComparedModule:  # fmt: skip
+def _module(name: str, ranks: tuple[int, int], found: PairResult) -> ComparedModule:
     one, two = math.sqrt(found.square_one), math.sqrt(found.square_two)
     out, inner = found.sides
     signs = found.signs
@@ -164,8 +161,8 @@ def _module(
     larger = max(len(phi_A), len(phi_A[0])) if rank else 0
     return ComparedModule(
         name=name,
-        family=family,
-        layer=layer_of(name),
+        family=family_of(name),
+        layer=place_of(name).layer,
         shape=found.sides,
         ranks=ranks,
         norms=(one, two),

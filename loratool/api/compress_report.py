@@ -21,6 +21,7 @@ from loratool.report.compress import (
     PlannedCompression,
     energy_and_error,
 )
+from loratool.report.families import family_of
 from loratool.store.adapter_writer import file_bytes
 
 if TYPE_CHECKING:
@@ -101,7 +102,7 @@ def compressed(job: CompressJob, made: Made, written: Adapter) -> CompressedAdap
     modules = tuple(
         CompressedModule(
             name=spec.name,
-            family=_family(spec.name, spec.layout),
+            family=family_of(spec.name),
             rank_before=spec.product_rank,
             rank=result.rank,
             norm=math.sqrt(result.square),
@@ -148,8 +149,3 @@ def _notes(job: CompressJob, made: Made) -> list[str]:
     if job.source.unclaimed and not made.is_unchanged:
         notes.append(f"{len(job.source.unclaimed)} tensors that nothing uses are left out")
     return notes
-
-
-def _family(name: str, layout: str) -> str:
-    parts = name.split(".")
-    return parts[-1] if layout == "experts" or len(parts) < 2 else parts[-2]

@@ -18,6 +18,7 @@ from loratool.ops.extract import ExtractPlan
 from loratool.ops.extract_pairs import Pair
 from loratool.ops.inputs import OpenedBase
 from loratool.report.extract import ExtractedModule, ExtractReport, SavedResidual
+from loratool.report.families import family_of
 
 
 def written_report(
@@ -124,7 +125,7 @@ def _module(plan: ExtractPlan, outcome: Outcome) -> ExtractedModule:
     is_noisy = found is not None and found.noise_rank is not None
     return ExtractedModule(
         name=name,
-        family=_family(name, outcome.pair.role),
+        family=family_of(name),
         shape=outcome.pair.tuned.shape,
         rank=found.rank if found else 0,
         norm=math.sqrt(outcome.delta_square),
@@ -140,7 +141,3 @@ def _module(plan: ExtractPlan, outcome: Outcome) -> ExtractedModule:
 def share(part: float, whole: float) -> float:
     """Part ÷ whole, 0 of nothing."""
     return part / whole if whole > 0 else 0.0
-
-
-def _family(name: str, role: str) -> str:
-    return name.rpartition(".")[2] if role == "experts" else name.split(".")[-2]

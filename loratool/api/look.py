@@ -16,6 +16,7 @@ from loratool.ops.consent import agree_to_read
 from loratool.ops.inputs import OpenedBase
 from loratool.options.groups import Names, Read, Run
 from loratool.plan import DeltaPart, Plan
+from loratool.report.families import family_of
 from loratool.report.look import AdapterLook, Sums, combine
 
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ def _summed(label: str, found: Sequence[Look], ranks: dict[str, int]) -> Adapter
     groups: dict[str, list[Sums]] = {}
     for one in found:
         groups.setdefault(one.name, []).append(Sums(
-            _family(one.name), DTYPES[one.dtype].word or one.dtype, ranks[one.name], one.numel,
+            family_of(one.name), DTYPES[one.dtype].word or one.dtype, ranks[one.name], one.numel,
             one.weight_square, one.delta_square, one.core_square, one.noise_rank, one.errors,
             one.changed,
         ))  # fmt: skip
@@ -79,8 +80,3 @@ def _summed(label: str, found: Sequence[Look], ranks: dict[str, int]) -> Adapter
         for f in dict.fromkeys(r.family for r in flat)
     )
     return AdapterLook(label, tuple(modules), families, combine("total", "total", flat))
-
-
-def _family(name: str) -> str:
-    parts = name.split(".")
-    return parts[-2] if parts[-1] == "weight" and len(parts) > 1 else parts[-1]

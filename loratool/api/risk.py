@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING
 from loratool.adapter import Adapter, DeltaSpec, Source, TensorRef
 from loratool.api.common import Limits
 from loratool.delta.forms import factors_of, is_grouped
-from loratool.ops.compare import family_of, layer_of
 from loratool.ops.consent import agree_to_read
 from loratool.ops.in_base import find_in_base, is_whole
 from loratool.ops.inputs import OpenedBase
 from loratool.plan import Place, Plan, Step, label, module_step
+from loratool.report.families import family_of, place_of
 from loratool.report.risk import RiskModule, RiskStatistics, relative_norms
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def measure_risk(
         for spec, m in zip(specs, measured, strict=True):
             found = intruders.get(spec.name)
             rows.append(RiskModule(
-                spec.name, family_of(spec), layer_of(spec.name), m.norm, m.sigma_1,
+                spec.name, family_of(spec.name), place_of(spec.name).layer, m.norm, m.sigma_1,
                 m.concentration, m.entropy, m.kurtosis, m.sampled,
                 intruders=None if found is None else sum(len(f.index) for f in found),
                 cosines=() if found is None else tuple(c for f in found for c in f.cosine),

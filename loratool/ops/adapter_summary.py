@@ -14,6 +14,7 @@ from loratool.dialects.rules import short_title
 from loratool.dialects.stated import divides_by_root, method_of
 from loratool.dialects.told import embeddings_of, tell, trainer_by_names
 from loratool.dtypes import DTYPES
+from loratool.report.families import place_of
 from loratool.report.inspect import AdapterSummary, ReplacedTensor, TargetFamily
 
 
@@ -30,7 +31,7 @@ def summarize_adapter(adapter: Adapter) -> AdapterSummary:
         method=_method(adapter),
         base_model=adapter.base_model,
         modules=len(adapter.specs),
-        families=_families(adapter.specs, is_flat=adapter.is_flat),
+        families=_families(adapter.specs),
         ranks=dict(sorted(Counter(s.rank for s in adapter.specs if s.rank).items())),
         alphas=_counted(
             "-" if s.alpha is None else f"{s.alpha:g}" for s in adapter.specs if s.rank
@@ -65,10 +66,10 @@ def _method(adapter: Adapter) -> str:
     return f"{method} ({', '.join(extra)})" if extra else method
 
 
-def _families(specs: Sequence[DeltaSpec], *, is_flat: bool) -> tuple[TargetFamily, ...]:
+def _families(specs: Sequence[DeltaSpec]) -> tuple[TargetFamily, ...]:
     groups: dict[str, list[DeltaSpec]] = {}
     for spec in specs:
-        groups.setdefault(_flat_leaf(spec) if is_flat else _leaf(spec), []).append(spec)
+        groups.setdefault(_leaf(spec), []).append(spec)
     return tuple(
         TargetFamily(
             name=name,
@@ -82,21 +83,8 @@ def _families(specs: Sequence[DeltaSpec], *, is_flat: bool) -> tuple[TargetFamil
 
 
 def _leaf(spec: DeltaSpec) -> str:
-    last = spec.module.rpartition(".")[2]
-    return (
-        last
-        if spec.parameter == "weight"
-        else f"{last}.{spec.parameter}"
-        if last
-        else spec.parameter
-    )
-
-
-def _flat_leaf(spec: DeltaSpec) -> str:
-    """The end of a flat name behind the last number of a block: good enough to group by."""
-    flat = re.sub(r"(_\d+)+$", "", spec.module.rpartition(".")[2])
-    leaf = re.split(r"(?:_\d+)+_", flat)[-1]
-    return leaf if spec.parameter == "weight" else f"{leaf}.{spec.parameter}"
+    family = place_of(spec.module).family
+    return family if spec.parameter == "weight" else f"{family}.{spec.parameter}".lstrip(".")
 
 
 def _layer_ranges(specs: Iterable[DeltaSpec]) -> str:

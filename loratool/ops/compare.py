@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,7 +17,6 @@ from loratool.plan import DeltaPart, Plan, module_step
 from loratool.report.compare import ComparedReplacement, Difference
 from loratool.store.reader import FileReader, are_of_one_file, have_same_bytes
 
-_LAYER = re.compile(r"\.(\d+)(?=\.)")
 _LONG = 120
 
 
@@ -83,20 +81,6 @@ def _form(spec: DeltaSpec) -> str:
         return f"bias {shape_of(spec)[0]}"
     out, inner = matrix_shape(spec)
     return f"{out}×{inner}" + (f", {spec.experts} experts" if spec.experts else "")
-
-
-def layer_of(name: str) -> int | None:
-    """The first number in a module path."""
-    found = _LAYER.search(name)
-    return int(found[1]) if found else None
-
-
-def family_of(spec: DeltaSpec) -> str:
-    """Last part of the module path; the parameter's name for bare parameters and biases."""
-    last = spec.module.rpartition(".")[2]
-    if spec.parameter == "weight":
-        return last
-    return spec.parameter if spec.parameter != "bias" else f"{last}.bias"
 
 
 def find_differences(one: Adapter, two: Adapter) -> list[Difference]:

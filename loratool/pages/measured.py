@@ -15,10 +15,10 @@ from loratool.pages.blocks import (
     number,
     share,
 )
-from loratool.pages.heat import heat_of, median, place_of
+from loratool.pages.heat import heat_of, median
 from loratool.report.look import AdapterLook, ModuleLook
 from loratool.report.risk import RiskStatistics
-from loratool.report.spectrum import AdapterSpectrum, FamilySpectrum, ModuleSpectrum, summarize
+from loratool.report.spectrum import AdapterSpectrum, FamilySpectrum, ModuleSpectrum
 
 _CURVES, _POINTS = 8, 24
 _SPECTRUM_HEAD = ("rank", "‖ΔW‖", "σ₁", "stable rank", "entropy rank", "90 %", "99 %")
@@ -26,7 +26,7 @@ _SPECTRUM_HEAD = ("rank", "‖ΔW‖", "σ₁", "stable rank", "entropy rank", "
 
 def spectrum_section(found: AdapterSpectrum) -> Section:
     """Curves of the strongest families, heat maps, families, modules."""
-    groups = _families(found)
+    groups = found.families
     strong = sorted(groups, key=lambda f: -f.norm)[:_CURVES]
     curves = [Curve(f.family, f.profile) for f in strong if f.profile and f.norm > 0]
     maps = [
@@ -49,16 +49,6 @@ def spectrum_section(found: AdapterSpectrum) -> Section:
                             *_SPECTRUM_HEAD, "σᵢ / σ₁"), families))  # fmt: skip
     blocks.append(Table("By module", ("module", *_SPECTRUM_HEAD, "σᵢ / σ₁"), modules))
     return Section("Singular values of ΔW", blocks)
-
-
-def _families(found: AdapterSpectrum) -> Sequence[FamilySpectrum]:
-    """Those of the report; where every flat name is its own, by what follows its last number."""
-    if len(found.families) < len(found.modules):
-        return found.families
-    groups: dict[str, list[ModuleSpectrum]] = {}
-    for module in found.modules:
-        groups.setdefault(place_of(module.name).family, []).append(module)
-    return [summarize(name, members) for name, members in groups.items()]
 
 
 def _spectrum_cells(one: ModuleSpectrum | FamilySpectrum) -> list[Cell]:

@@ -7,6 +7,8 @@ import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from loratool.report.families import family_of, place_of
+
 
 @dataclass(frozen=True)
 class ModuleSpectrum:
@@ -14,7 +16,7 @@ class ModuleSpectrum:
 
     Attributes:
         name: parameter.
-        family: last part of the module path.
+        family: see `loratool.report.families`.
         layer: first number in the path, None if there is none.
         rank: of the factors.
         sigma: singular values of ΔW, descending; experts of one parameter are joined, √Σσ² each.
@@ -100,10 +102,7 @@ def describe(name: str, rank: int, sigma: Sequence[float]) -> ModuleSpectrum:
         rank: of the factors.
         sigma: descending, >= 0; NaN where the factors are not finite.
     """
-    parts = name.split(".")
-    family = parts[-2] if parts[-1] == "weight" and len(parts) > 1 else parts[-1]
-    layer = next((int(p) for p in parts if p.isdecimal()), None)
-    nan = math.nan
+    family, layer, nan = family_of(name), place_of(name).layer, math.nan
     if not all(map(math.isfinite, sigma)):
         return ModuleSpectrum(name, family, layer, rank, (), nan, nan, nan, nan, 0, 0, False)
     top = max(sigma, default=0.0)

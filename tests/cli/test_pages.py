@@ -14,9 +14,10 @@ import loratool as lt
 from loratool.pages.blocks import Page as Blocks
 from loratool.pages.blocks import Section, number
 from loratool.pages.blocks import Table as Rows
-from loratool.pages.heat import heat_of, place_of
+from loratool.pages.heat import heat_of
 from loratool.pages.pictures import checked_picture
 from loratool.pages.render import MOST_BYTES, render
+from loratool.report.families import place_of
 from tests.browser.scene import HOSTILE, landscape, write_lora
 from tests.pages import Page, check_harmless
 
@@ -239,7 +240,7 @@ def test_what_is_no_picture(text: str) -> None:
     ("unet.down_blocks_1_attentions_0_transformer_blocks_0_attn1_to_out_0.weight",
      ("unet.down_blocks", 1, "attn1_to_out")),
     ("lora_unet_mid_block_attentions_0_proj_in", ("lora_unet_mid_block_attentions", 0, "proj_in")),
-    ("te.final_layer_norm", ("", None, "final_layer_norm")),
+    ("te.final_layer_norm", ("", None, "final_layer_norm")), ("encoder.fc_1", ("", None, "fc_1")),
     ("7", ("", None, "7")), ("", ("", None, "")),
 ])  # fmt: skip
 def test_places(name: str, place: tuple[str, int | None, str]) -> None:

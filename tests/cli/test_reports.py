@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -209,3 +210,22 @@ def test_nothing_from_a_file_reaches_the_terminal(
         assert EVIL in set(_strings(found.json))
     elif options != ("-q",):
         assert SHOWN in found.out
+
+
+@pytest.mark.parametrize("line", [
+    "inspect A --spectrum", "inspect A --risk", "compare A B", "compress A --rank 2 -o OUT",
+])  # fmt: skip
+def test_flat_names_are_grouped_as_dotted_ones(
+    run: Run, data: Path, tmp_path: Path, line: str
+) -> None:
+    """By what follows the last number of a block: 85 modules of 23 families, as ``targets``."""
+    source = data / "diffusion" / "kohya_sd15_locon" / "adapter.safetensors"
+    other = tmp_path / "b.safetensors"
+    lt.rescale([source], 0.5, output=other)
+    at = {"A": source, "B": other, "OUT": tmp_path / "out.safetensors"}
+    found = run(*(str(at.get(w, w)) for w in line.split()), "--json").json
+    named = {f["name"] for f in run("inspect", str(source), "--json").json["adapter"]["families"]}
+    rest = found.get("spectrum") or found.get("risk") or found
+    modules = rest["modules"] if "modules" in rest else found["adapters"][0]["modules"]
+    families = {m["family"] for m in modules}
+    assert families == named and (len(modules), len(families)) == (85, 23)
