@@ -9,7 +9,7 @@ from typing import Any
 
 from loratool.adapter import Adapter
 from loratool.api.combine_report import CombineJob, How
-from loratool.api.common import Limits, content_label, parse_dtype
+from loratool.api.common import Limits, content_label, parse_dtype, watched
 from loratool.api.detach import Detached, detach
 from loratool.api.page import check_page, with_page
 from loratool.api.session import Session, base_row
@@ -171,11 +171,8 @@ def _make(asked: Combine, session: Session, job: CombineJob) -> CombineReport:
     if is_copy and [o.weight for o in opened] == [Weight()]:
         adapter, summed = opened[0].adapter, None
     else:
-        summed = run_sum(
-            plan, how.rank,
-            replace(session.limits.run_by(job.memory.threads), on_work=asked.on_work),
-            method=how.method, params=how.params, progress=asked.progress,
-        )  # fmt: skip
+        run = watched(session.limits.run_by(job.memory.threads), asked)
+        summed = run_sum(plan, how.rank, run, method=how.method, params=how.params)
         adapter = replace(
             assemble_sum(plan, summed, opened[0].adapter),
             metadata=joined(

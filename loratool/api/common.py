@@ -18,7 +18,7 @@ from loratool.engine.executors import Name, choose_executor
 from loratool.engine.rows import crowded_bytes, op_of, result_bytes, step_bytes
 from loratool.errors import UsageError, redact
 from loratool.ops.memory import MemoryPlan, plan_memory, plan_modules
-from loratool.options.groups import Crew, Run, Workers
+from loratool.options.groups import Crew, Run, Watch, Workers
 
 if TYPE_CHECKING:
     from loratool.engine.run import RunOptions
@@ -166,6 +166,11 @@ def plan_resources(
         block_elements, allow_nonfinite, limits.executor, asked.ray_address, tuple(others),
     )  # fmt: skip
     return Resources(run, memory, str(where), reason)
+
+
+def watched(run: RunOptions, asked: Watch) -> RunOptions:
+    """The same run, with whoever watches it."""
+    return replace(run, progress=asked.progress, on_work=asked.on_work)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from loratool.adapter import Adapter
 from loratool.api.access import access_of, check_files
-from loratool.api.common import Limits
+from loratool.api.common import Limits, watched
 from loratool.api.page import with_page
 from loratool.dtypes import DTYPES
 from loratool.errors import UsageError
@@ -70,7 +70,7 @@ def compare(asked: Compare) -> CompareReport:
     labels = _labels([resolved.label for resolved, _ in found])
     aligned = align(opened)
     plan = plan_compare(aligned, in_detail=len(opened) == 2)
-    run = Limits.of(asked).run(plan)
+    run = watched(Limits.of(asked).run(plan), asked)
     from loratool.engine.reads import factor_ranges
     from loratool.engine.run import execute
     from loratool.store.reader import FileReader

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,9 @@ from loratool.api.session import Opened, Session, base_row
 from loratool.api.translating import (
     carry_out,
     files_of,
+    memory_for,
     of_dialect,
     settled,
-    threads_for,
     unloadable,
 )
 from loratool.dialects import DEFAULT
@@ -29,11 +29,13 @@ from loratool.errors import UsageError
 from loratool.ops.convert import ConvertPlan, plan_convert
 from loratool.ops.input_notes import unused_warnings
 from loratool.ops.inputs import OpenedBase, open_base
+from loratool.ops.memory import MemoryPlan
 from loratool.ops.turns import Turns
 from loratool.options.calls import takes
 from loratool.options.shaping import Convert
 from loratool.options.words import recorded
 from loratool.report.convert import ConvertedAdapter, ConvertReport
+from loratool.report.planned import PlannedFiles
 from loratool.store.adapter_writer import file_bytes
 
 
@@ -141,8 +143,7 @@ def convert(asked: Convert) -> ConvertReport:
     adapters = [one.adapter for one in found]
     base = None if asked.base is None else open_base(str(asked.base), adapters, session.access)
     jobs = [_Planned.of(_Job(asked, session, one, home_of(one.form), base, edits)) for one in found]
-    for one in jobs:
-        threads_for(one.plan, session.limits)  # before any work, whether it fits
+    memory = [memory_for(one.plan, session.limits) for one in jobs]  # whether it fits, before work
     if asked.dry_run:
         made = [carry_out(one.plan, session.limits, is_dry=True) for one in jobs]
         rows = [_row(one, _files(one, done.adapter), 0.0)
@@ -152,6 +153,8 @@ def convert(asked: Convert) -> ConvertReport:
             session.make_folder(len(jobs))
             for one in jobs:
                 session.check_place(one.job.one)
+            if asked.on_plan is not None:
+                asked.on_plan(_planned(jobs, memory))
             turns = Turns(asked.progress, asked.on_work, [one.job.one.nbytes for one in jobs])
             rows = [_run(replace(one, job=replace(one.job, session=session)), recorded(asked))
                     for one in turns.each(jobs, lambda one: one.job.one.text)]  # fmt: skip
@@ -159,6 +162,17 @@ def convert(asked: Convert) -> ConvertReport:
     return ConvertReport(
         str(asked.output), ", ".join(dialects), tuple(rows), session.seconds, asked.dry_run
     )
+
+
+def _planned(jobs: Sequence[_Planned], memory: Sequence[MemoryPlan | None]) -> PlannedFiles:
+    is_freed = any(one.freed for one in jobs)
+    peaks = [m.peak_bytes for m in memory if m is not None]
+    return PlannedFiles(
+        len(jobs), sum(len(one.plan.adapter.specs) for one in jobs),
+        None if is_freed else sum(len(one.plan.computed) for one in jobs),
+        sum(one.job.one.nbytes for one in jobs),
+        None if is_freed else max(peaks, default=None),
+    )  # fmt: skip
 
 
 def _form(adapter: Adapter, asked: Convert, program: Program | None) -> str:

@@ -145,7 +145,7 @@ def _with_risk(report: InspectReport, path: Path, asked: Inspect, access: Access
     base = None if asked.base is None else open_base(str(asked.base), [], access)
     found = measure_risk(
         _adapter(path, asked, access), base, device=asked.device, limits=Limits.of(asked),
-        yes=asked.yes,
+        yes=asked.yes, watch=asked,
     )  # fmt: skip
     return replace(report, risk=found)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +32,7 @@ from loratool.options.calls import takes
 from loratool.options.shaping import Rescale
 from loratool.options.words import recorded
 from loratool.report.algebra import RescaledAdapter, RescaleReport, share_of
+from loratool.report.planned import PlannedFiles
 
 if TYPE_CHECKING:
     from loratool.engine.rescaling import ScaledTensors
@@ -68,8 +69,8 @@ def rescale(asked: Rescale) -> RescaleReport:
                                         has_base=base is not None), dtype, base)
         for one in found
     ]  # fmt: skip
+    memory = [session.limits.plan_steps(scale_steps(job.plan, dtype)) for job in jobs]
     for job in jobs:
-        session.limits.plan_steps(scale_steps(job.plan, dtype))
         if base is None or not session.translates:  # else it is another change that is written
             session.check(job.one)
     if asked.dry_run:
@@ -84,6 +85,8 @@ def rescale(asked: Rescale) -> RescaleReport:
             session.make_folder(len(jobs))
             for job in jobs:
                 session.check_place(job.one)
+            if asked.on_plan is not None:
+                asked.on_plan(_planned(jobs, max(m.peak_bytes for m in memory)))
             turns = Turns(asked.progress, asked.on_work, [job.one.nbytes for job in jobs])
             rows = [_run(replace(job, session=session), options, weak)
                     for job in turns.each(jobs, lambda job: job.one.text)]  # fmt: skip
@@ -123,6 +126,17 @@ class _Job:
         record = self.session.record(options, inputs)
         size, written = self.session.put(files, self.one.target, record, self.plan.adapter.extras)
         return _row(self, scaled, size, written)
+
+
+def _planned(jobs: Sequence[_Job], peak: int) -> PlannedFiles:
+    """What is about to be done; what the base or another form makes of it the work tells."""
+    computed: int | None = sum(len(scale_steps(job.plan, job.dtype).steps) for job in jobs)
+    if any(j.base or j.session.program or j.session.translates for j in jobs):
+        computed = None
+    return PlannedFiles(
+        len(jobs), sum(len(job.plan.adapter.specs) for job in jobs), computed,
+        sum(job.one.nbytes for job in jobs), peak if computed else None,
+    )  # fmt: skip
 
 
 def _check_intruders(asked: Rescale) -> float | None:

@@ -9,11 +9,12 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from loratool.adapter import Adapter, DeltaSpec, Source, TensorRef
-from loratool.api.common import Limits
+from loratool.api.common import Limits, watched
 from loratool.delta.forms import factors_of, is_grouped
 from loratool.ops.consent import agree_to_read
 from loratool.ops.in_base import find_in_base, is_whole
 from loratool.ops.inputs import OpenedBase
+from loratool.options.groups import Watch
 from loratool.plan import Place, Plan, Step, label, module_step
 from loratool.report.families import family_of, place_of
 from loratool.report.risk import RiskModule, RiskStatistics, relative_norms
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from loratool.engine.risk import IntruderResult
     from loratool.store.reader import FileReader
 
+_NOBODY = Watch()
 _OUTLIER = 3.0  # standard deviations above the family's mean
 _MIN_FAMILY = 4  # modules, fewer have no deviation worth a name
 
@@ -33,6 +35,7 @@ def measure_risk(
     device: str = "auto",
     limits: Limits | None = None,
     yes: bool = False,
+    watch: Watch = _NOBODY,
 ) -> RiskStatistics:
     """Statistics of every additive module; intruder dimensions if there is a base.
 
@@ -42,6 +45,7 @@ def measure_risk(
         device: for intruder dimensions; ``auto`` takes a GPU if there is one.
         limits: workers and memory.
         yes: consent to reading much from the Hub.
+        watch: who is told how far it is: with the part that reads the base, if there is one.
 
     Raises:
         MismatchError: the adapter does not belong to the base.
@@ -51,14 +55,18 @@ def measure_risk(
     limits = limits or Limits()
     specs = [s for s in adapter.specs if _has_numbers(s)]
     plan = Plan("inspect", tuple(module_step("module_statistics", [s]) for s in specs))
-    run = limits.run(plan)
+    run = limits.run(plan) if base is not None else watched(limits.run(plan), watch)
     from loratool.engine.reads import factor_ranges
     from loratool.engine.run import execute
     from loratool.store.reader import FileReader
 
     agree_to_read(factor_ranges(specs), yes=yes)
     with FileReader() as reader:
-        intruders = {} if base is None else _all_intruders(adapter, base, reader, limits, device)
+        intruders = (
+            {}
+            if base is None
+            else _all_intruders(adapter, base, reader, limits, device, watch=watch)
+        )
         rows = []
         measured = execute(plan, reader, None, run)
         for spec, m in zip(specs, measured, strict=True):
@@ -145,6 +153,7 @@ def _all_intruders(
     device: str,
     factor: float | None = None,
     skipped: list[str] | None = None,
+    watch: Watch = _NOBODY,
 ) -> dict[str, list[IntruderResult]]:
     """Spec name -> one result per matrix, in the order of the experts."""
     from loratool.engine.run import execute
@@ -159,7 +168,7 @@ def _all_intruders(
             continue
         tasks += places
     plan = Plan("inspect", tuple(_intruder_step(place, factor) for place in tasks))
-    results = execute(plan, reader, None, limits.run(plan, device=device))
+    results = execute(plan, reader, None, watched(limits.run(plan, device=device), watch))
     found: dict[str, list[IntruderResult]] = {}
     for place, result in zip(tasks, results, strict=True):
         found.setdefault(place.part.spec.name, []).append(result)

@@ -25,6 +25,7 @@ from loratool.ops.inputs import guard_output
 from loratool.ops.recipe import RecipeStep, read_recipe
 from loratool.options.calls import takes
 from loratool.options.commands import COMMANDS
+from loratool.options.groups import Watch
 from loratool.options.recipes import Recipe
 from loratool.options.words import Options, only_of
 from loratool.report.base import Report
@@ -68,7 +69,7 @@ def run(asked: Recipe) -> RunReport:
             waits = step.needs(steps[: step.number - 1]) if asked.dry_run else ()
             begun = time.monotonic()
             common = {"dry_run": asked.dry_run, "offline": asked.offline, "yes": asked.yes,
-                      "series": series}  # fmt: skip
+                      "series": series, **vars(asked.take(Watch))}  # fmt: skip
             report, was_made = None, False
             try:
                 report = None if waits else _call(step, len(steps), common)

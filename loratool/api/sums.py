@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from loratool.adapter import Adapter, DeltaSpec, Replacement, TensorData
@@ -14,7 +14,7 @@ from loratool.ops.combine import bias_steps, combine_steps
 from loratool.ops.sums import SumPlan
 
 if TYPE_CHECKING:
-    from loratool.engine.run import Progress, RunOptions
+    from loratool.engine.run import RunOptions
     from loratool.engine.summing import SummedModule
     from loratool.store.reader import FileReader
 
@@ -43,7 +43,6 @@ def run_sum(
     *,
     method: Method | None = None,
     params: Mapping[str, Any] | None = None,
-    progress: Progress | None = None,
 ) -> Summed:
     """Compute every module; float16 that overflows becomes float32 for all of them.
 
@@ -53,7 +52,6 @@ def run_sum(
         run: workers, each on modules of its own with one arithmetic thread.
         method: how modules are combined; None = their sum.
         params: of the method.
-        progress: called with (modules done, modules in all).
     """
     from loratool.engine.combining import mix_replacements
     from loratool.engine.detaching import blend
@@ -64,10 +62,10 @@ def run_sum(
     with FileReader() as reader:
         env = Env(reader)
         dtype = plan.dtype
-        modules = _sum_all(plan, how, dtype, reader, run, progress)
+        modules = _sum_all(plan, how, dtype, reader, run)
         if dtype == _FP16 and any(m.overflow for m in modules):
             dtype = "F32"
-            modules = _sum_all(plan, how, dtype, reader, run, progress)
+            modules = _sum_all(plan, how, dtype, reader, run)
         mixed = tuple(
             blend(mix.found, mix.base, env) if mix.base else mix_replacements(mix.found, env)
             for mix in plan.mixed
@@ -82,19 +80,18 @@ def _sum_all(
     dtype: str,
     reader: FileReader,
     options: RunOptions,
-    progress: Progress | None,
 ) -> tuple[SummedModule, ...]:
     """Low-rank modules, then the biases, which are stored as their modules are."""
-    from loratool.engine.run import counted, execute
+    from loratool.engine.run import execute
     from loratool.engine.summing import SummedModule
 
     method, params, rank = how
     weights = combine_steps(plan, method, params, rank, dtype)
-    found = execute(weights, reader, None, options, counted(weights, progress))
+    found = execute(weights, reader, None, options)
     made = {one.spec.module: one.spec for one in found}
     biases = bias_steps(plan, method, params, dtype, made)
     if biases.steps:
-        found += execute(biases, reader, None, options)
+        found += execute(biases, reader, None, replace(options, progress=None))
         have = {one.spec.module for one in found[len(weights.steps) :]}
         alone = [s for s in made.values() if s.module not in have and plan.biases_follow]
         zeros = [_zero_bias(s, dtype) for s in alone]

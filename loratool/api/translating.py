@@ -23,6 +23,7 @@ from loratool.ops.convert import (
     plan_convert,
 )
 from loratool.ops.fitting import freeing
+from loratool.ops.memory import MemoryPlan
 from loratool.ops.renaming import in_dialect
 from loratool.report.algebra import share_of
 from loratool.report.check import LOADS, Simulation
@@ -116,10 +117,10 @@ def carry_out(plan: ConvertPlan, limits: Limits, *, is_dry: bool = False) -> Tra
         limits: of memory and threads.
         is_dry: put tensors without content in the place of computed ones.
     """
-    threads = threads_for(plan, limits)
+    memory = memory_for(plan, limits)
     if is_dry:
         return Translated(_named(outline(plan), plan, is_dry=True), plan)
-    adapter, error = _with_factors(plan, threads)
+    adapter, error = _with_factors(plan, 1 if memory is None else memory.threads)
     adapter = _named(adapter, plan)
     if not plan.is_evened:
         return Translated(adapter, plan, error)
@@ -142,10 +143,10 @@ def _with_factors(plan: ConvertPlan, threads: int) -> tuple[Adapter, float]:
     return replace(plan.adapter, specs=specs), error
 
 
-def threads_for(plan: ConvertPlan, limits: Limits) -> int:
-    """How many workers fit into memory; 1 where nothing is computed."""
+def memory_for(plan: ConvertPlan, limits: Limits) -> MemoryPlan | None:
+    """How many workers fit into memory, and what they take; None where nothing is computed."""
     needs = fold_bytes(plan)
-    return limits.plan(needs, kept=sum(needs) // 2).threads if needs else 1
+    return limits.plan(needs, kept=sum(needs) // 2) if needs else None
 
 
 def _named(adapter: Adapter, plan: ConvertPlan, *, is_dry: bool = False) -> Adapter:

@@ -10,6 +10,7 @@ import click
 
 import loratool as lt
 from loratool.cli import options as opt
+from loratool.cli.progress import show_progress
 from loratool.cli.render import format_count, format_share, line, plural, safe, some, table
 from loratool.cli.voice import Voice, note_lines, warning_lines
 from loratool.options.looking import Compare
@@ -45,7 +46,8 @@ def command(adapters: tuple[str, ...], **options: Any) -> None:
     """
     voice = Voice.take(options)
     voice.announce(f"Comparing {plural(len(adapters), 'adapter')} in ΔW, no base")
-    report = lt.compare(adapters, **options)
+    with show_progress(quiet=voice.quiet) as watchers:
+        report = lt.compare(adapters, **watchers, **options)
     voice.show(report, render(report, voice))
 
 
@@ -54,7 +56,7 @@ def render(report: CompareReport, voice: Voice) -> Iterator[str]:
     yield from warning_lines(report.warnings)
     yield from note_lines(report.notes, voice)
     yield from _matrix(report) if len(report.adapters) > 2 else _pair(report, voice)
-    for file in report.files:
+    for file in (f for f in report.files if f != voice.page):  # which is told last
         yield line("wrote", safe(file), tone="good")
 
 

@@ -12,7 +12,7 @@ from loratool.cli import options as opt
 from loratool.cli.loads import loads_lines
 from loratool.cli.progress import show_progress
 from loratool.cli.render import format_bytes, format_seconds, line, plural, safe, table
-from loratool.cli.voice import Voice, note_lines, warning_lines
+from loratool.cli.voice import Plan, Voice, note_lines, plan_of_files, warning_lines
 from loratool.errors import list_some
 from loratool.options.shaping import Convert
 
@@ -56,8 +56,9 @@ def command(adapters: tuple[str, ...], output: str, **options: Any) -> None:
     what = f"Converting {plural(len(adapters), 'adapter')}{''.join(where)}" if where else (
         f"Changing the metadata of {plural(len(adapters), 'adapter')}")  # fmt: skip
     voice.announce(what)
+    plan = Plan(voice, plan_of_files)
     with show_progress(quiet=voice.quiet) as watchers:
-        report = lt.convert(adapters, output=output, **watchers, **options)
+        report = lt.convert(adapters, output=output, on_plan=plan, **watchers, **options)
     result = [] if report.dry_run else [safe(r.output) for r in report.adapters]
     warnings = [w for r in report.adapters for w in r.warnings]
     voice.show(report, render(report, voice), result=[*warning_lines(warnings), *result])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -72,7 +73,7 @@ def command(sources: tuple[str, ...], **options: Any) -> int:
     from loratool.api.page import check_page, with_page
 
     if len(sources) == 1:
-        unit = "files" if options["base"] is None else "bytes"
+        unit = unit_of(sources[0])
         with show_progress(quiet=voice.quiet, unit=unit) as watchers:
             report = lt.inspect(sources[0], **watchers, **options)
         voice.show(report, render(report, voice))
@@ -89,6 +90,16 @@ def command(sources: tuple[str, ...], **options: Any) -> int:
     with_page(report, options["html"])
     voice.show(report, render(report, voice))
     return code
+
+
+def unit_of(source: str) -> str:
+    """What progress counts: of a folder of many its files."""
+    from loratool.ops.summary import what_is
+
+    try:
+        return "files" if what_is(Path(source)) == "folder" else "bytes"
+    except (LoratoolError, OSError):  # which the command itself tells
+        return "bytes"
 
 
 def _inspect_each(

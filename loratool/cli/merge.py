@@ -97,7 +97,7 @@ def _with_each_other(
     words = terms(adapters, options["weights"], options["mean"])
     voice.announce(combine.headline(len(adapters), words, method, rank, has_base=base is not None))
     plan = Plan(voice, combine.plan_lines)
-    with show_progress(quiet=voice.quiet, unit="modules") as watchers:
+    with show_progress(quiet=voice.quiet) as watchers:
         given = {**options, **watchers, "base": base, "output": output, "on_plan": plan}
         report = lt.combine(adapters, **combine_options(given))
     result = [] if report.dry_run else [safe(report.output)]

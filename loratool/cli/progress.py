@@ -33,7 +33,7 @@ def show_progress(*, quiet: bool, unit: str = "bytes") -> Iterator[Watchers]:
 
     Args:
         quiet: show nothing.
-        unit: of the counts: ``bytes``, ``modules``, ``files``.
+        unit: of the counts: ``bytes`` or ``files``.
     """
     if quiet:
         yield {}

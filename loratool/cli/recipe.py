@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 import click
 
 import loratool as lt
 from loratool.cli import options as opt
+from loratool.cli.inspect import unit_of
+from loratool.cli.progress import show_progress
 from loratool.cli.render import format_seconds, format_share, line, plural, safe
 from loratool.cli.voice import Voice, note_lines, warning_lines
 from loratool.options.recipes import Recipe
@@ -40,8 +43,10 @@ def command(recipe: str, **options: Any) -> None:
     Relative paths are relative to the recipe.
     """
     voice = Voice.take(options)
+    bar = _Bar(voice.quiet)
 
     def say(step: RecipeStep, report: StepReport | None) -> None:
+        bar.turn(step if report is None else None)
         if voice.quiet or voice.as_json:
             return
         if report is None:
@@ -52,8 +57,36 @@ def command(recipe: str, **options: Any) -> None:
             click.echo(text)
 
     voice.announce(f"Running {safe(recipe)}" + (", planning only" if options["dry_run"] else ""))
-    report = lt.run(recipe, on_step=say, **options)
+    with bar:
+        report = lt.run(recipe, on_step=say, progress=bar.progress, on_work=bar.on_work, **options)
     voice.show(report, _end(report), result=[safe(s.output) for s in report.steps if s.output])
+
+
+class _Bar(ExitStack):
+    """The progress of the step at work, each with a bar of its own."""
+
+    def __init__(self, quiet: bool) -> None:
+        super().__init__()
+        self._quiet, self._watchers = quiet, {}  # type: ignore[var-annotated]
+
+    def turn(self, step: RecipeStep | None) -> None:
+        """A step begins; None = the one at work is done."""
+        self.close()
+        self._watchers = {}
+        if step is not None:
+            is_many = step.command == "inspect" and unit_of(str(step.options["source"])) == "files"
+            unit = "files" if is_many else "bytes"
+            self._watchers = self.enter_context(show_progress(quiet=self._quiet, unit=unit))
+
+    def progress(self, done: int, total: int) -> None:
+        """As the option."""
+        if show := self._watchers.get("progress"):
+            show(done, total)
+
+    def on_work(self, name: str) -> None:
+        """As the option."""
+        if show := self._watchers.get("on_work"):
+            show(name)
 
 
 def _step(step: StepReport, dry_run: bool, voice: Voice) -> Iterator[str]:

@@ -91,7 +91,7 @@ def _subtract_adapters(
         base = "the base for what depends on it" if options["base"] else "no base"
         voice.announce(f"Subtracting adapters, {base}: {first} − {minus}, {how}")
     plan = Plan(voice, combine.plan_lines)
-    with show_progress(quiet=voice.quiet, unit="modules") as watchers:
+    with show_progress(quiet=voice.quiet) as watchers:
         report = lt.subtract(adapters, output=output, on_plan=plan, **watchers, **options)
     assert isinstance(report, DifferenceReport)
     result = [] if report.dry_run else [safe(report.output)]

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from loratool.cli.render import dump_json, is_terminal, line, safe
+from loratool.cli.render import dump_json, format_bytes, is_terminal, line, plural, safe
 
 if TYPE_CHECKING:
     from loratool.report.base import Report
+    from loratool.report.planned import PlannedFiles
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,18 @@ class Plan:
         if not (self._voice.quiet or self._voice.as_json):
             for text in self._lines(report, self._voice):
                 click.echo(text)
+
+
+def plan_of_files(plan: PlannedFiles, _voice: Voice) -> Iterator[str]:
+    """What is known before files are copied, and what of them is computed."""
+    many = [plural(plan.adapters, "adapter")] if plan.adapters > 1 else []
+    facts = [*many, plural(plan.modules, "module"), format_bytes(plan.bytes_before)]
+    if plan.computed is not None:
+        facts.append(f"{plan.computed:,} computed, the rest copied" if plan.computed
+                     else "all tensors copied byte for byte")  # fmt: skip
+    if plan.peak_memory_bytes is not None:
+        facts.append(f"memory ≤ {format_bytes(plan.peak_memory_bytes)}")
+    yield line("plan", *facts)
 
 
 def warning_lines(warnings: Iterable[str]) -> list[str]:

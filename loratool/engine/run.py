@@ -16,7 +16,7 @@ from loratool.engine.machine import default_threads
 from loratool.engine.reads import planned_ranges, sampled_bytes, sampled_steps
 from loratool.engine.sink import CheckpointSink
 from loratool.engine.step import Result
-from loratool.plan import Plan, Step
+from loratool.plan import DeltaPart, Plan, Step
 from loratool.store.reader import FileReader, most_open_files
 
 _CPU = torch.device("cpu")
@@ -105,19 +105,11 @@ def execute(
     return run.carried + [run.results[i] for i in sorted(run.results)]
 
 
-def counted(plan: Plan, progress: Progress | None) -> Callable[[Any], Any]:
-    """A ``take`` that reports (steps done, steps in all) of a plan whose steps read no inputs."""
-    lock, done = threading.Lock(), 0
-
-    def take(result: Any) -> Any:
-        nonlocal done
-        with lock:
-            done += 1
-            if progress is not None:
-                progress(done, len(plan.steps))
-        return result
-
-    return take
+def _factor_bytes(step: Step) -> int:
+    """What a step reads that streams nothing: the factors of its module."""
+    parts = () if step.inputs else step.parts
+    specs = [part.spec for part in parts if isinstance(part, DeltaPart)]
+    return sum(source.nbytes for spec in specs for source in spec.fields.values())
 
 
 class _Run:
@@ -139,6 +131,7 @@ class _Run:
         self._lock = threading.RLock()
         elements = options.elements
         total = sampled_bytes(plan, elements=elements) if options.sample else plan.read_bytes
+        total += sum(map(_factor_bytes, plan.steps))
         self._done_bytes, self._total_bytes = 0, max(1, total)
 
     def tasks(self) -> Iterator[Task]:
@@ -182,6 +175,8 @@ class _Run:
                 self.results[task.index] = value
         if self._sink is not None:
             self._sink.step_done(task.step, value, result.pieces)
+        if not task.step.inputs:
+            self.advance(_factor_bytes(task.step))
 
     def advance(self, nbytes: int) -> None:
         """Count bytes read."""

@@ -69,7 +69,7 @@ def summarize(
     """
     named = source or str(path)
     label = label or path.name or path.resolve().name
-    what = _what(path)
+    what = what_is(path)
     if what == "folder":
         rows, notes = folder_rows(
             path, lambda one: _describe_entry(one, alpha, max_header), max_header=max_header,
@@ -86,7 +86,7 @@ def summarize(
     return _describe_checkpoint(path, named, label, tensors, max_header)
 
 
-def _what(path: Path) -> str:
+def what_is(path: Path) -> str:
     """``adapter``, ``checkpoint``, ``folder`` or, for a file, ``file`` (its keys decide)."""
     if not path.is_dir():
         return "file"
@@ -95,7 +95,7 @@ def _what(path: Path) -> str:
 
 def _describe_entry(path: Path, alpha: float | None, max_header: int) -> Described:
     """What a row of a folder tells; no tensor is read that is no number."""
-    what = _what(path)
+    what = what_is(path)
     if what != "checkpoint":
         try:
             adapter = open_adapter(find_adapter(path), Read(alpha=alpha), max_header=max_header)

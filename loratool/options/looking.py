@@ -54,7 +54,7 @@ class Inspect(Shown, Crew, Watch, Access, AlphaOnly, kw_only=False):
     device: Annotated[str, Words("``auto``, ``cpu`` or ``cuda[:n]``, for ``base``.")] = "auto"
 
 
-class Compare(Shown, Crew, AlphaOnly, Access, kw_only=False):
+class Compare(Shown, Crew, Watch, AlphaOnly, Access, kw_only=False):
     """How alike adapters are."""
 
     adapters: Annotated[Sequence[Place], Words("two or more paths or Hub references.")]

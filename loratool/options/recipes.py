@@ -4,11 +4,11 @@ from collections.abc import Callable
 from dataclasses import KW_ONLY
 from typing import Annotated, Any
 
-from loratool.options.groups import Network, Place
+from loratool.options.groups import Network, Place, Watch
 from loratool.options.words import Words
 
 
-class Recipe(Network, kw_only=False):
+class Recipe(Watch, Network, kw_only=False):
     """Steps of a file."""
 
     recipe: Annotated[Place, Words("YAML file, ``steps:`` with a list of commands.")]

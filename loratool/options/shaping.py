@@ -115,7 +115,7 @@ class Extract(Write, Shown, Run, Planned, Access, Details, kw_only=False):
     rename: Rename = ()
 
 
-class Convert(Write, Workers, Watch, Read, Access, kw_only=False):
+class Convert(Write, Workers, Watch, Planned, Read, Access, kw_only=False):
     """Adapters as another program stores them."""
 
     adapters: Annotated[Sequence[Place], Words("paths or Hub references.")]
@@ -151,7 +151,7 @@ class Convert(Write, Workers, Watch, Read, Access, kw_only=False):
     )]  # fmt: skip
 
 
-class Rescale(Write, Workers, Watch, Read, Access, kw_only=False):
+class Rescale(Write, Workers, Watch, Planned, Read, Access, kw_only=False):
     """Adapters times a factor."""
 
     adapters: Annotated[Sequence[Place], Words("paths or Hub references.")]

@@ -9,14 +9,15 @@ import select
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import loratool as lt
-from loratool.cli import progress
+from loratool.cli import progress, recipe
 from loratool.ops.turns import Turns
 
 from .conftest import Run
@@ -30,15 +31,30 @@ PLANNED: dict[str, Call] = {
     "extract": lambda **w: lt.extract("tuned", base="base", output="o", rank=2, **w),
     "compress": lambda **w: lt.compress(["style", "sql"], output="o/", rank=2, **w),
     "compress to a size": lambda **w: lt.compress("style", output="o", size="40kB", **w),
+    "convert": lambda **w: lt.convert(["style", "sql"], to="kohya", output="o/", **w),
+    "rescale": lambda **w: lt.rescale(["style", "sql"], 0.3, output="o/", **w),
 }
 WATCHED: dict[str, Call] = {
     **PLANNED,
     "verify": lambda **w: lt.verify("m", base="base", adapters=["style"], **w),
-    "convert": lambda **w: lt.convert(["style", "sql"], to="kohya", output="o/", **w),
-    "rescale": lambda **w: lt.rescale(["style", "sql"], 0.3, output="o/", **w),
     "inspect": lambda **w: lt.inspect(".", **w),
     "inspect --base": lambda **w: lt.inspect("style", base="base", **w),
+    "inspect --spectrum": lambda **w: lt.inspect("style", spectrum=True, **w),
+    "inspect --risk": lambda **w: lt.inspect("style", risk=True, **w),
+    "inspect processes": lambda **w: lt.inspect("style", spectrum=True, executor="processes", **w),
+    "compare": lambda **w: lt.compare(["style", "sql"], **w),
+    "compare three": lambda **w: lt.compare(["style", "sql", "style"], **w),
 }
+IN_MEMORY = {"inspect --spectrum", "inspect --risk", "inspect processes", "compare",
+             "compare three", "combine"}  # fmt: skip
+"""Commands that read nothing but factors: they count the bytes of these, module by module."""
+
+RECIPE = """\
+steps:
+  - compare: {adapters: [style, sql]}
+  - merge: {adapters: [style], base: base, output: o}
+  - inspect: {source: "."}
+"""
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +90,49 @@ def test_what_is_told_and_when(name: str, toy: Path) -> None:
     counts = [value for kind, value in told if kind == "done"]
     dones, totals = [c[0] for c in counts], {c[1] for c in counts}
     assert dones == sorted(dones) and len(totals) == 1 and dones[-1] == totals.pop(), counts
+    if name in IN_MEMORY:
+        assert len(set(dones) - {0}) == 14
+
+
+def test_each_step_of_a_recipe_is_watched(toy: Path) -> None:
+    Path("r.yaml").write_text(RECIPE)
+    told: list[tuple[int, int]] = []
+    ends: list[list[tuple[int, int]]] = []
+    names: list[str] = []
+
+    def on_step(step: Any, report: Any) -> None:
+        if report is not None:
+            ends.append(told.copy())
+        told.clear()
+
+    lt.run("r.yaml", on_step=on_step, progress=lambda *n: told.append(n), on_work=names.append)
+    assert len(ends) == 3 and all(counts[-1][0] == counts[-1][1] for counts in ends)
+    assert len(names) > 3 * 14 - 14
+
+
+def test_each_step_of_a_recipe_has_a_bar(
+    toy: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of its own: it is taken away before the step is told, and before an error is."""
+    told: list[str] = []
+
+    @contextmanager
+    def show(*, quiet: bool, unit: str) -> Iterator[dict[str, Any]]:
+        told.append(f"begin {unit}")
+        try:
+            yield {} if quiet else {"progress": lambda *n: told.append("shown"), "on_work": len}
+        finally:
+            told.append("end")
+
+    monkeypatch.setattr(recipe, "show_progress", show)
+    Path("r.yaml").write_text(RECIPE)
+    assert run("run", "r.yaml").code == 0
+    assert [t for t in told if t != "shown"] == [
+        "begin bytes", "end", "begin bytes", "end", "begin files", "end"]  # fmt: skip
+    assert told.count("shown") > 20
+    told.clear()
+    assert run("run", "r.yaml", "-q").code == 5  # the merge is there
+    assert told == ["begin bytes", "end", "begin bytes", "end"]
 
 
 def test_a_dry_run_is_its_own_plan(toy: Path) -> None:
