@@ -111,6 +111,7 @@ def compressed(job: CompressJob, made: Made, written: Adapter) -> CompressedAdap
             if result.square
             else 0.0,
             is_copied=result.factors is None and result.rank > 0,
+            sigma=result.sigma,
         )
         for spec, result in zip(job.plan.specs, made.results, strict=True)
     )

@@ -19,6 +19,7 @@ from loratool.ops.extract_pairs import Pair
 from loratool.ops.inputs import OpenedBase
 from loratool.report.extract import ExtractedModule, ExtractReport, SavedResidual
 from loratool.report.families import family_of
+from loratool.report.spectrum import MOST_SIGMA
 
 
 def written_report(
@@ -135,6 +136,7 @@ def _module(plan: ExtractPlan, outcome: Outcome) -> ExtractedModule:
         noise_rank_is_least=is_noisy and found.is_capped,
         energy_rank=found.energy_rank if is_noisy else None,
         noise=math.sqrt(share(found.noise_square, outcome.delta_square)) if is_noisy else None,
+        sigma=tuple(map(math.sqrt, found.spectrum[: min(found.rank, MOST_SIGMA)])) if found else (),
     )
 
 

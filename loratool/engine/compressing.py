@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from loratool.linalg.product import ProductSVD, factor_product, product_spectrum
 from loratool.linalg.rank import RankRule, choose_rank
 from loratool.linalg.shares import allocate_with_shares
 from loratool.plan import DeltaPart, Step
+from loratool.report.spectrum import MOST_SIGMA
 
 _LARGEST_FP16 = 65504.0
 _ROUNDED = 1.01 * 2.0**-10
@@ -58,6 +59,7 @@ class Factored:
         factors: (lora_A, lora_B) in PEFT's shapes; None at rank 0, or where the old ones stay.
         is_widened: stored in float32 since float16 could not hold the values.
         bias: the module's bias delta with the old scaling folded in.
+        sigma: singular values before, descending, experts joined; `MOST_SIGMA` of them at most.
     """
 
     name: str
@@ -68,6 +70,7 @@ class Factored:
     factors: tuple[TensorData, TensorData] | None = None
     is_widened: bool = False
     bias: TensorData | None = None
+    sigma: tuple[float, ...] = ()
 
 
 class MeasureSpectrum(ModuleKernel):
@@ -99,10 +102,19 @@ class Factor(ModuleKernel):
 
     def finish(self) -> Factored:
         """Choose the rank if it is not given, truncate, round, measure what is stored."""
-        spec, args = _spec(self.step), self.args
-        pairs = list(scaled_factors(spec, self.env))
+        pairs = list(scaled_factors(_spec(self.step), self.env))
         found = [factor_product(B, A) for B, A in pairs]
         squares = torch.stack([f.S for f in found]).square().sum(0)
+        sigma = tuple(squares[:MOST_SIGMA].sqrt().tolist())
+        return replace(self._cut(pairs, found, squares), sigma=sigma)
+
+    def _cut(
+        self,
+        pairs: Sequence[tuple[torch.Tensor, torch.Tensor]],
+        found: Sequence[ProductSVD],
+        squares: torch.Tensor,
+    ) -> Factored:
+        spec, args = _spec(self.step), self.args
         rank = args.rank
         if rank is None:
             rank = _capped(squares.sqrt(), RankRule(**(args.rule or {})), args.cap)

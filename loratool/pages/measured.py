@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from loratool.pages.blocks import (
     Block,
@@ -27,8 +27,6 @@ _SPECTRUM_HEAD = ("rank", "‖ΔW‖", "σ₁", "stable rank", "entropy rank", "
 def spectrum_section(found: AdapterSpectrum) -> Section:
     """Curves of the strongest families, heat maps, families, modules."""
     groups = found.families
-    strong = sorted(groups, key=lambda f: -f.norm)[:_CURVES]
-    curves = [Curve(f.family, f.profile) for f in strong if f.profile and f.norm > 0]
     maps = [
         heat_of("‖ΔW‖ by layer", ((m.name, m.norm) for m in found.modules)),
         heat_of("Rank that holds 99 % of the energy, median",
@@ -38,17 +36,21 @@ def spectrum_section(found: AdapterSpectrum) -> Section:
         (f.family, number(f.modules, ",d"), *_spectrum_cells(f), Spark(f.profile, ""))
         for f in groups
     ]  # fmt: skip
-    modules: list[Sequence[Cell]] = [
-        (m.name, *_spectrum_cells(m), _spark(m)) for m in found.modules
-    ]
-    blocks: list[Block] = [h for h in maps if h is not None]
-    if curves:
-        blocks.insert(0, Chart("Typical spectrum: σᵢ / σ₁, median over modules", "i", curves))
+    modules: list[Sequence[Cell]] = [(m.name, *_spectrum_cells(m), spark(m)) for m in found.modules]
+    blocks: list[Block] = [*curves(found), *(h for h in maps if h is not None)]
     if len(families) < len(modules):
         blocks.append(Table("By family: medians, and the norm of all", ("family", "modules",
                             *_SPECTRUM_HEAD, "σᵢ / σ₁"), families))  # fmt: skip
     blocks.append(Table("By module", ("module", *_SPECTRUM_HEAD, "σᵢ / σ₁"), modules))
     return Section("Singular values of ΔW", blocks)
+
+
+def curves(found: AdapterSpectrum) -> Iterator[Chart]:
+    """The typical spectra of the strongest families, if there is any."""
+    strong = sorted(found.families, key=lambda f: -f.norm)[:_CURVES]
+    drawn = [Curve(f.family, f.profile) for f in strong if f.profile and f.norm > 0]
+    if drawn:
+        yield Chart("Typical spectrum: σᵢ / σ₁, median over modules", "i", drawn)
 
 
 def _spectrum_cells(one: ModuleSpectrum | FamilySpectrum) -> list[Cell]:
@@ -57,7 +59,8 @@ def _spectrum_cells(one: ModuleSpectrum | FamilySpectrum) -> list[Cell]:
             number(one.rank_90, ".3g"), number(one.rank_99, ".3g")]  # fmt: skip
 
 
-def _spark(module: ModuleSpectrum) -> Cell:
+def spark(module: ModuleSpectrum) -> Cell:
+    """A spectrum within a line."""
     if module.is_dead or not module.is_finite:
         return "no change" if module.is_dead else "not finite"
     top = module.sigma_1

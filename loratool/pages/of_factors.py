@@ -7,9 +7,11 @@ from pathlib import PurePath
 
 from loratool.pages.blocks import Block, Cell, Number, Page, Section, Table, number, share, size
 from loratool.pages.heat import heat_of, median
+from loratool.pages.measured import curves, spark
 from loratool.pages.of_inspect import loads_section
 from loratool.report.compress import CompressedAdapter, CompressedModule, CompressReport
 from loratool.report.extract import ExtractedModule, ExtractReport
+from loratool.report.spectrum import AdapterSpectrum, ModuleSpectrum, describe
 from loratool.report.text import format_bytes, format_shape, plural, some
 
 _DRY = "dry run: nothing was written but this page"
@@ -53,6 +55,7 @@ def _loads(report: ExtractReport) -> Iterator[Section]:
 def _extracted(report: ExtractReport) -> Section:
     modules = report.modules
     noisy = any(m.noise_rank is not None for m in modules)
+    spectra = _spectra(modules)
     maps = [
         heat_of("‖ΔW‖ by layer", ((m.name, m.norm) for m in modules)),
         heat_of("Rank kept, median", ((m.name, float(m.rank)) for m in modules), reduce=median),
@@ -69,14 +72,25 @@ def _extracted(report: ExtractReport) -> Section:
     total = ("total", number(len(modules), ",d"), "", share(report.captured_energy),
              number(report.relative_error, ".3f"))  # fmt: skip
     head = ("module", "shape", "rank", "‖ΔW‖", "energy", "rel. error",
-            *(("noise", "noise rank", "99 % rank") if noisy else ()))  # fmt: skip
-    rows = [_extracted_row(m, noisy) for m in modules]
-    blocks: list[Block] = [h for h in maps if h is not None]
+            *(("noise", "noise rank", "99 % rank") if noisy else ()), "σᵢ / σ₁")  # fmt: skip
+    rows = [[*_extracted_row(m, noisy), _spark(s)]
+            for m, s in zip(modules, spectra.modules, strict=True)]  # fmt: skip
+    blocks: list[Block] = [*curves(spectra), *(h for h in maps if h is not None)]
     return Section("What the adapter holds", [
         *blocks,
         Table("By family", ("family", "modules", "rank", "energy", "rel. error"), families, total),
         Table("By module", head, rows),
     ])  # fmt: skip
+
+
+def _spectra(modules: Sequence[ExtractedModule | CompressedModule]) -> AdapterSpectrum:
+    """What a report holds of the spectra; the rest of their numbers it has itself."""
+    return AdapterSpectrum(tuple(describe(m.name, m.rank, m.sigma) for m in modules))
+
+
+def _spark(module: ModuleSpectrum) -> Cell:
+    """Nothing where nothing is kept: that is no statement about the change."""
+    return spark(module) if module.sigma else number(None)
 
 
 def _extracted_row(one: ExtractedModule, noisy: bool) -> list[Cell]:
@@ -140,6 +154,7 @@ def _all(adapters: Sequence[CompressedAdapter]) -> Section:
 
 
 def _one(one: CompressedAdapter, title: str) -> Iterator[Section]:
+    spectra = _spectra(one.modules)
     maps = [
         heat_of("Rank kept, median", ((m.name, float(m.rank)) for m in one.modules),
                 reduce=median),
@@ -153,11 +168,12 @@ def _one(one: CompressedAdapter, title: str) -> Iterator[Section]:
          share(f.captured_energy), number(f.relative_error, ".3g"))
         for f in one.families
     ]  # fmt: skip
-    blocks: list[Block] = [h for h in maps if h is not None]
+    blocks: list[Block] = [*curves(spectra), *(h for h in maps if h is not None)]
     if len(families) < len(one.modules):
         blocks.append(Table("By family", ("family", "modules", *head), families))
-    blocks.append(Table("By module", ("module", "‖ΔW‖", *head, "what"),
-                        [_compressed_row(m) for m in one.modules]))  # fmt: skip
+    rows = [[*_compressed_row(m), _spark(s)]
+            for m, s in zip(one.modules, spectra.modules, strict=True)]  # fmt: skip
+    blocks.append(Table("By module", ("module", "‖ΔW‖", *head, "what", "σᵢ / σ₁ before"), rows))
     yield Section(title, blocks)
     if (loads := loads_section(one.loads_in)) is not None:
         yield loads

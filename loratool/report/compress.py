@@ -24,6 +24,7 @@ class CompressedModule:
         captured_energy: Σσ²kept ÷ Σσ², before rounding.
         relative_error: ‖ΔW − ΔW'‖_F ÷ ‖ΔW‖_F of what is stored.
         is_copied: its factors are the input's, byte for byte.
+        sigma: singular values before, descending, experts joined: the first 64.
     """
 
     name: str
@@ -34,6 +35,7 @@ class CompressedModule:
     captured_energy: float
     relative_error: float
     is_copied: bool
+    sigma: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ class ExtractedModule:
         noise_rank_is_least: there may be more; it was not looked further.
         energy_rank: least rank with 99 % of the energy above the noise, None if not known.
         noise: expected norm of the rounding noise ÷ ‖ΔW‖_F.
+        sigma: singular values that are kept, descending, experts joined: the first 64.
     """
 
     name: str
@@ -41,6 +42,7 @@ class ExtractedModule:
     noise_rank_is_least: bool = False
     energy_rank: int | None = None
     noise: float | None = None
+    sigma: tuple[float, ...] = ()
 
     @property
     def is_at_noise(self) -> bool | None:

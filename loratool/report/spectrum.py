@@ -9,6 +9,9 @@ from dataclasses import dataclass
 
 from loratool.report.families import family_of, place_of
 
+MOST_SIGMA = 64
+"""Singular values of a module in reports of what is done with it."""
+
 
 @dataclass(frozen=True)
 class ModuleSpectrum:

@@ -107,6 +107,11 @@ def test_what_was_written(
     modules = (said["adapters"][0] if line.startswith("compress") else said)["modules"]
     assert [c.value for c in page.table(caption).column(head)] == values([m[key] for m in modules])
     assert len(modules) > 5
+    if line.startswith(("compress", "extract")):
+        assert all(len(m["sigma"]) == (8 if line.startswith("compress") else 2) for m in modules)
+        pictures = page.all("svg")
+        assert sum(p.get("role") == "img" for p in pictures) == 1
+        assert sum(p.get("class") == "spark" for p in pictures) == len(modules)
 
 
 def test_a_page_of_a_plan(run: Run, toy: Path, tmp_path: Path) -> None:

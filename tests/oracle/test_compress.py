@@ -100,6 +100,9 @@ def check(before: Path, after: Path, report: CompressedAdapter, factor: float) -
         error = float((D - made).norm())
         assert error <= (1 + 1e-6) * optimum + 1e-13 * size + factor * kept, module
         assert module.norm == pytest.approx(size, rel=1e-12, abs=1e-300)
+        joint = sigma.norm(dim=0)[: min(64, module.rank_before)]
+        got = torch.tensor(module.sigma, dtype=torch.float64)
+        assert len(got) == len(joint) and ((got - joint).abs() <= 1e-13 * size).all(), module
         assert module.relative_error * size == pytest.approx(error, rel=1e-6, abs=1e-13 * size)
         if factor == 0 and k:
             real = sigma[:, :k] > 1e-13 * sigma[:, :1]

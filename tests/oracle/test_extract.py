@@ -159,6 +159,25 @@ def test_error_is_the_optimum_per_module(name: str, tmp_path: Path) -> None:
     )
 
 
+def test_singular_values_are_told_as_far_as_they_are_kept(tmp_path: Path) -> None:
+    """Of whole numbers, so that the difference is exact; the first 64 of them at most."""
+    shape, ranks = (96, 80), {"a": 3, "b": 70}
+    base = {f"layers.{n}.weight": torch.zeros(shape) for n in ranks}
+    tuned = {k: torch.randint(-9, 9, shape, generator=torch.Generator().manual_seed(i)).float()
+             for i, k in enumerate(base)}  # fmt: skip
+    for name, tensors in (("base", base), ("tuned", tuned)):
+        save_checkpoint(tmp_path / name, tensors)
+    for rank in ranks.values():
+        report = lt.extract(tmp_path / "tuned", base=tmp_path / "base", rank=rank, exact=True,
+                            output=tmp_path / f"r{rank}")  # fmt: skip
+        for module, delta in zip(report.modules, tuned.values(), strict=True):
+            squares = torch.linalg.svdvals(delta.double()).square()
+            got = torch.tensor(module.sigma, dtype=torch.float64).square()
+            assert len(got) == min(rank, 64)
+            most = 8 * max(shape) * 2.0**-53 * squares[0]  # of a Gram matrix's eigenvalues
+            assert ((got - squares[: len(got)]).abs() <= most).all()
+
+
 @pytest.mark.parametrize("name", ["llama", "bert"])
 def test_keep_all_at_full_rank_returns_a_bfloat16_tune_bit_for_bit(
     name: str, tmp_path: Path
