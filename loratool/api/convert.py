@@ -80,7 +80,7 @@ class _Job:
             return found
         if _of_peft(program, self.row) is not None:
             return found | others if program.obstacles(Look.of(adapter)) else found
-        outlined = outline_free(adapter, found, self.base.checkpoint, self.asked.rank)
+        outlined = outline_free(adapter, found, self.base.checkpoint, self.asked.rank, self.row)
         plan = plan_convert(outlined, self.row.name, base=self.base.checkpoint,
                             skip=self.asked.skip)  # fmt: skip
         how = _of_base(self.base, plan)
@@ -101,7 +101,7 @@ class _Planned:
         adapter, base = job.one.adapter, job.base
         names = frozenset() if base is None else frozenset(job.freed())
         if names and base is not None:
-            adapter = outline_free(adapter, names, base.checkpoint, job.asked.rank)
+            adapter = outline_free(adapter, names, base.checkpoint, job.asked.rank, job.row)
         return cls(job, job.plan_of(adapter), names)
 
     def computed(self) -> tuple[_Planned, float]:
@@ -109,7 +109,7 @@ class _Planned:
         job = self.job
         if not self.freed or job.base is None:
             return self, 0.0
-        done = free_of_base(job.one.adapter, self.freed, job.base, job.asked.rank,
+        done = free_of_base(job.one.adapter, self.freed, job.base, job.asked.rank, job.row,
                             job.session.limits)  # fmt: skip
         plan = job.plan_of(done.adapter)
         return replace(self, plan=replace(plan, notes=(*done.notes, *plan.notes))), (

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from loratool.adapter import Adapter, DeltaSpec
+from loratool.adapter import Adapter, DeltaSpec, Replacement, Source, TensorData, TensorRef
 from loratool.api.common import Limits
 from loratool.api.detach import map_specs
-from loratool.delta.forms import blank_pair
+from loratool.delta.forms import as_bias, blank_pair, new_difference, with_kernel
 from loratool.dialects.base import Dialect
+from loratool.dialects.stated import as_lora
 from loratool.dtypes import result_dtype
-from loratool.ops.detach import plan_detach
+from loratool.ops.detach import DetachPlan, plan_detach
+from loratool.ops.in_base import find_in_base
 from loratool.ops.inputs import OpenedBase
 from loratool.ops.sizes import with_sizes
 from loratool.ops.weights import Weight
+from loratool.plan import Place
 from loratool.report.algebra import share_of
+from loratool.report.text import plural
 from loratool.store.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
@@ -42,7 +46,7 @@ class Freed:
 
 def dependent(adapter: Adapter) -> list[DeltaSpec]:
     """The changes whose W' - W depends on the numbers in W."""
-    return [s for s in adapter.specs if not s.is_fixed and s.is_matrix]
+    return [s for s in adapter.specs if not s.is_fixed]
 
 
 def unholdable(adapter: Adapter, row: Dialect) -> set[str]:
@@ -51,17 +55,30 @@ def unholdable(adapter: Adapter, row: Dialect) -> set[str]:
 
 
 def outline_free(
-    adapter: Adapter, names: Collection[str], base: Checkpoint, rank: int | None
+    adapter: Adapter, names: Collection[str], base: Checkpoint, rank: int | None, row: Dialect
 ) -> Adapter:
-    """The adapter with factors without content for these changes; arguments of `free_of_base`."""
+    """The adapter with tensors without content for these changes; arguments of `free_of_base`.
+
+    Raises:
+        MismatchError: of `free_of_base`.
+    """
     sized = with_sizes(adapter, base, "converted")
-    specs = (blank_pair(s, rank) if s.name in names else s for s in sized.specs)
-    return replace(adapter, specs=tuple(specs))
+    plan, beside = _find(sized, names, base)
+    weights = {
+        s.name: with_kernel(blank_pair(s, rank), plan.places[s.name][0].source.shape)
+        for s in sized.specs if s.name in plan.places
+    }  # fmt: skip
+    blanks = {name: _blank(name, places[0].source) for name, places in beside.items()}
+    if row.holds_whole:
+        return _exchanged(sized, names, weights, [as_bias(*one) for one in blanks.items()], ())
+    changes = [new_difference(*one) for one in blanks.items()]
+    return _exchanged(sized, names, weights, (), changes)
 
 
 def free_of_base(
-    adapter: Adapter, names: Collection[str], base: OpenedBase, rank: int | None, limits: Limits
-) -> Freed:
+    adapter: Adapter, names: Collection[str], base: OpenedBase, rank: int | None, row: Dialect,
+    limits: Limits,
+) -> Freed:  # fmt: skip
     """Make LoRA of changes that depend on the base: the best of a rank.
 
     Args:
@@ -69,14 +86,14 @@ def free_of_base(
         names: of the changes.
         base: what it was trained on.
         rank: at most; None = the rank that W' - W has.
+        row: the dialect to write: a bias that changes with its weight becomes a tensor that
+            replaces the base's, or, where it holds none, a change of its own.
         limits: workers and memory.
 
     Raises:
         MismatchError: LT-460, one that no LoRA is made of; or of binding.
     """
-    specs = tuple(s for s in adapter.specs if s.name in names)
-    plan = plan_detach([(replace(adapter, specs=specs, replacements=()), Weight())],
-                       base.checkpoint)  # fmt: skip
+    plan, beside = _find(adapter, names, base.checkpoint)
 
     def work(spec: DeltaSpec, env: Env) -> Paired:
         from loratool.engine.detaching import as_lora
@@ -84,14 +101,76 @@ def free_of_base(
         places = plan.places[spec.name]
         return as_lora(plan.settled(spec), places, env, rank=rank, dtype=result_dtype(plan.dtype))
 
+    specs = [s for s in adapter.specs if s.name in plan.places]
     found = map_specs(work, specs, plan, limits)
     made = {one.spec.name: one.spec for one in found}
     error = share_of(math.fsum(f.error_square for f in found), math.fsum(f.square for f in found))
-    ranks = sorted({one.spec.rank for one in found})
+    done = _exchanged(adapter, names, made, *_biases(beside, row))
+    return Freed(done, error, _notes(specs, list(made.values()), len(beside), error))
+
+
+def _find(
+    adapter: Adapter, names: Collection[str], base: Checkpoint
+) -> tuple[DetachPlan, dict[str, tuple[Place, ...]]]:
+    """Where the weights lie in the base, and those biases beside them that it has."""
+    mine = [s for s in adapter.specs if s.name in names]
+    weights = tuple(s for s in mine if not s.row.is_companion)
+    others = tuple(s for s in mine if s.row.is_companion)
+    plan = plan_detach([(replace(adapter, specs=weights, replacements=()), Weight())], base)
+    if not others:
+        return plan, {}
+    found = find_in_base(replace(adapter, specs=others, replacements=()), base).places
+    return plan, dict(found)
+
+
+def _blank(name: str, source: Source) -> TensorData:
+    return TensorData(name, source.dtype, source.shape, b"")
+
+
+def _biases(
+    beside: Mapping[str, tuple[Place, ...]], row: Dialect
+) -> tuple[list[Replacement], list[DeltaSpec]]:
+    """Biases as they are with the change, or by how much they change."""
+    if not beside:
+        return [], []
+    from loratool.engine.detaching import changed_vector
+    from loratool.engine.differences import differences
+    from loratool.engine.kernel import Env
+    from loratool.store.reader import FileReader
+
+    with FileReader() as reader:
+        env = Env(reader)
+        made = [as_bias(name, changed_vector(places, env)) for name, places in beside.items()]
+        reader.check_unchanged()
+    if row.holds_whole:
+        return made, []
+    old = {name: found[0].source for name, found in beside.items()}
+    return [], differences(made, {n: s for n, s in old.items() if isinstance(s, TensorRef)})[0]
+
+
+def _exchanged(
+    adapter: Adapter, names: Collection[str], weights: Mapping[str, DeltaSpec],
+    biases: Sequence[Replacement], changes: Sequence[DeltaSpec],
+) -> Adapter:  # fmt: skip
+    """The adapter with other changes of these names; a bias that the base lacks has none."""
+    kept = (weights.get(s.name, s) for s in adapter.specs
+            if s.name in weights or s.name not in names)  # fmt: skip
+    found = replace(adapter, specs=(*kept, *changes),
+                    replacements=(*adapter.replacements, *biases))  # fmt: skip
+    return found if dependent(found) else as_lora(found)
+
+
+def _notes(
+    specs: Sequence[DeltaSpec], made: Sequence[DeltaSpec], biases: int, error: float
+) -> tuple[str, ...]:
+    ranks = sorted({one.rank for one in made})
     span = f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
     kinds = ", ".join(sorted({s.title for s in specs}))
-    return Freed(
-        replace(adapter, specs=tuple(made.get(s.name, s) for s in adapter.specs)), error,
-        (f"{len(specs)} changes depend on the base ({kinds}): written as LoRA of rank {span}, "
-         f"which differs by {error:.2g} of W' - W",),
-    )  # fmt: skip
+    notes = [
+        f"{plural(len(specs), 'change depends', 'changes depend')} on the base ({kinds}): "
+        f"written as LoRA of rank {span}, which differs by {error:.2g} of W' - W"
+    ]
+    if biases:
+        words = plural(biases, "bias changes", "biases change")
+        notes.append(f"{words} with them: written as they are after the change")
+    return tuple(notes)

@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from loratool import kinds
-from loratool.adapter import DeltaSpec, Source, TensorData, TensorRef
+from loratool.adapter import DeltaSpec, Replacement, Source, TensorData, TensorRef
 from loratool.dtypes import exact_dtype, result_dtype
 from loratool.kind_shapes import COLUMN_LENGTHS, ROW_LENGTHS
 
@@ -231,6 +231,11 @@ def new_difference(name: str, values: Source) -> DeltaSpec:
     """
     module, _, parameter = name.rpartition(".")
     return DeltaSpec(_VECTOR, module, parameter, {VALUES: values}, _VECTOR, 0, None, 1.0)
+
+
+def as_bias(name: str, values: Source) -> Replacement:
+    """A bias that takes the place of the base's."""
+    return Replacement(name, values, "bias")
 
 
 def with_lengths(spec: DeltaSpec, lengths: Source) -> DeltaSpec:

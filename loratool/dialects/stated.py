@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from loratool import kinds
@@ -40,6 +41,13 @@ def method_of(adapter: Adapter) -> str:
     known = title_of(str(name))
     kind = None if known else kinds.of_method(str(name))
     return known or (str(name) if kind is None else kind.title)
+
+
+def as_lora(adapter: Adapter) -> Adapter:
+    """The adapter, whose changes are LoRA by now, without another method in its configuration."""
+    if "peft_type" not in adapter.config:
+        return adapter
+    return replace(adapter, config={**adapter.config, "peft_type": "LORA"})
 
 
 def divides_by_root(adapter: Adapter) -> bool:

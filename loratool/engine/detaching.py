@@ -13,7 +13,7 @@ from dataclasses import replace
 
 import torch
 
-from loratool.adapter import DeltaSpec, Replacement, TensorRef
+from loratool.adapter import DeltaSpec, Replacement, TensorData, TensorRef
 from loratool.delta.forms import kernel_of, lengths_of, with_kernel, with_lengths, without_lengths
 from loratool.delta.load import load_delta
 from loratool.delta.lowrank import Pair
@@ -80,7 +80,8 @@ def with_start(spec: DeltaSpec, places: Sequence[Place], env: Env) -> DeltaSpec:
 def with_change(spec: DeltaSpec, places: Sequence[Place], env: Env) -> DeltaSpec:
     """W' - W of a change that depends on W in another way, decomposed: of the rank that it has."""
     U, S, Vh = _change(spec, places, env)
-    return _with_pairs(spec, [split_factors(U, S, Vh, len(S))], scaling=1.0)
+    made = _with_pairs(spec, [split_factors(U, S, Vh, len(S))], scaling=1.0)
+    return with_kernel(made, places[0].source.shape)
 
 
 def as_lora(
@@ -108,8 +109,17 @@ def as_lora(
         without_lengths(spec), [exact], dtype, rank=kept, alpha=float(kept), scaling=1.0,
         base_change="", settings={},
     )  # fmt: skip
+    made = with_kernel(made, places[0].source.shape)
     lost = float(S[kept:].square().sum()) + difference_square((stored[0], stored[1]), exact)
     return Paired(made, float(S.square().sum()), lost)
+
+
+def changed_vector(places: Sequence[Place], env: Env) -> TensorData:
+    """W' of a vector that changes as the base's numbers do, in the base's type."""
+    part, source = places[0].part, places[0].source
+    weight = stored_weight(places, env).double()
+    delta = load_delta(part, env.load, coefficient=part.spec.scaling, dtype=torch.float64)
+    return make_data(part.spec.name, delta.apply_to(weight).view(source.shape), source.dtype)
 
 
 def _change(

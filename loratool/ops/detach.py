@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from loratool.adapter import Adapter, DeltaSpec, Replacement, TensorRef
 from loratool.delta.forms import is_grouped
+from loratool.dtypes import numel
 from loratool.engine.module_memory import detached_bytes
 from loratool.errors import MismatchError, list_some
 from loratool.ops.additive import factor_dtype
@@ -104,10 +105,12 @@ def _check(adapter: Adapter, needed: Sequence[DeltaSpec], there: InBase) -> None
         if r.rows is not None or not _is_the_base(r, there.replaced.get(r.name))
     }  # fmt: skip
     reasons: dict[str, Callable[[DeltaSpec], bool]] = {
+        "of a bias": lambda s: not s.is_matrix,
         "on a module that has no DoRA in PEFT": lambda s: s.is_bare or bool(s.experts)
-        or not s.is_matrix or s.parameter == "in_proj_weight",
+        or s.parameter == "in_proj_weight",
         "of a grouped convolution": is_grouped,
-        "of a kernel, or one of many": lambda s: not s.is_apart and not _is_one_matrix(s, there),
+        "of a part of a weight, or one of many": lambda s: not s.is_apart
+        and not _is_one_matrix(s, there),
         "on a tensor that is replaced too": lambda s: s.name in own,
         "that has no place in it": lambda s: s.name not in there.places,
     }  # fmt: skip
@@ -121,9 +124,12 @@ def _check(adapter: Adapter, needed: Sequence[DeltaSpec], there: InBase) -> None
 
 
 def _is_one_matrix(spec: DeltaSpec, there: InBase) -> bool:
-    """True for a change that covers one plain weight."""
+    """True for a change that covers one plain weight, kernels flattened."""
     places = there.places.get(spec.name, ())
-    return len(places) == 1 and not places[0].is_cut and len(places[0].source.shape) == 2
+    if len(places) != 1 or places[0].is_cut or spec.experts:
+        return False
+    shape = places[0].source.shape
+    return len(shape) == 2 or places[0].view == (shape[0], numel(shape[1:]))
 
 
 def _is_the_base(one: Replacement, base: TensorRef | None) -> bool:

@@ -6,7 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import load_file, save_file
+from safetensors.torch import load_file as load
+from safetensors.torch import save_file as save
 
 import loratool as lt
 from loratool.dialects import open_adapter
@@ -38,6 +41,78 @@ def test_other_methods_become_lora(tmp_path: Path, sample: str) -> None:
         new = want[f"{module.removeprefix('diffusion_model.')}.weight"]
         # PEFT rounds W' to float32: half a unit of each weight, and what it computes in float32
         assert np.abs(delta - new).max() <= 2**-18 * (np.abs(new).max() + size.max()), module
+
+
+class Convolutions(torch.nn.Module):
+    """What the sample of a kernel was trained on, as far as PEFT must know it."""
+
+    def __init__(self, tensors: dict[str, torch.Tensor]) -> None:
+        super().__init__()
+        out, inner, *kernel = tensors["conv1.weight"].shape
+        self.conv1 = torch.nn.Conv2d(inner, out, tuple(kernel))
+        self.load_state_dict({k: tensors[k] for k in self.state_dict()})
+
+
+def model_of(base: Path) -> torch.nn.Module:
+    """The base of a sample."""
+    if (base / "config.json").exists():
+        transformers = pytest.importorskip("transformers")
+        model: torch.nn.Module = transformers.AutoModelForCausalLM.from_pretrained(base)
+        return model
+    return Convolutions(load(str(base / "model.safetensors")))
+
+
+@pytest.mark.parametrize("sample", ["ia3", "ia3_gpt2", "oft_conv"])
+def test_biases_and_kernels_become_what_peft_merges_alike(tmp_path: Path, sample: str) -> None:
+    """IA³ scales biases too: they are there whole, to the bit; OFT turns a flattened kernel."""
+    peft = pytest.importorskip("tests.oracle.in_peft")
+    source = LLM / sample
+    how = {"to": "peft", "base": source / "base"}
+    (planned,) = lt.convert([source], output=tmp_path / "no", dry_run=True, **how).adapters
+    (row,) = lt.convert([source], output=tmp_path / "lora", **how).adapters
+    assert 0 < row.relative_error < 2**-22 and row.computed == planned.computed
+    assert planned.output_bytes >= row.output_bytes and not (tmp_path / "no").exists()
+    got = peft.merged(peft.load_strict(model_of(source / "base"), tmp_path / "lora"))
+    theirs, base = (load(str(source / name)) for name in MERGED)
+    assert {k for k in got if k in base and not torch.equal(got[k], base[k].double())} == {
+        k for k in theirs if k in base and not torch.equal(theirs[k], base[k])}  # fmt: skip
+    for name, new in theirs.items():
+        if name in got and new.dim() < 2:
+            assert torch.equal(got[name], new.double()), name
+        elif name in got:
+            size = max(float(new.abs().max()), float((new - base.get(name, new)).norm()))
+            assert float((got[name] - new.double()).abs().max()) <= 2**-22 * size, name
+
+
+MERGED = ("merged.safetensors", "base/model.safetensors")
+
+
+def test_a_bias_that_the_base_lacks_is_none_and_one_is_a_change_elsewhere(tmp_path: Path) -> None:
+    source = LLM / "ia3"
+    tensors = load(str(source / "base" / "model.safetensors"))
+    bare = {k: v for k, v in tensors.items() if not k.endswith("bias")}
+    save(bare, str(tmp_path / "bare.safetensors"))
+    lt.convert([source], to="peft", base=tmp_path / "bare.safetensors", output=tmp_path / "lora")
+    assert not open_adapter(tmp_path / "lora").replacements
+    out, merged = tmp_path / "lycoris.safetensors", tmp_path / "merged"
+    lt.convert([source], to="lycoris", base=source / "base", output=out)
+    vectors = [s for s in open_adapter(out).specs if not s.is_matrix]
+    lt.merge([out], base=source / "base", output=merged)
+    got, want = load(str(merged / "model.safetensors")), load(str(source / MERGED[0]))
+    assert len(vectors) == 4 and all(
+        float((got[k] - v).abs().max()) <= 2**-22 * float(v.abs().max()) for k, v in want.items()
+    )
+
+
+def test_programs_that_know_lora_alone_get_it_of_other_methods(tmp_path: Path) -> None:
+    source = LLM / "oft"
+    lt.convert([source], program="vllm", base=source / "base", output=tmp_path / "out")
+    assert lt.check(tmp_path / "out", program="vllm").verdict == "yes"
+    lt.merge([tmp_path / "out"], base=source / "base", output=tmp_path / "merged")
+    got, want = (load(str(f)) for f in (tmp_path / "merged" / "model.safetensors",
+                                        source / MERGED[0]))  # fmt: skip
+    assert all(float((got[k] - want[k]).abs().max()) <= 2**-21 * float(want[k].abs().max())
+               for k in got if k in want)  # fmt: skip
 
 
 def dora(folder: Path) -> tuple[Path, Path, np.ndarray]:

@@ -184,17 +184,22 @@ def test_a_weight_acts_outside_of_the_lengths(tmp_path: Path, name: str) -> None
     assert near(got, {k: before[k] + 0.25 * (after[k] - before[k]) for k in before})
 
 
-def test_what_has_lengths_of_columns_stays_tied_to_its_base(tmp_path: Path) -> None:
+def test_what_has_lengths_of_columns_needs_its_base(tmp_path: Path) -> None:
     adapter = adapter_of("lycoris_dora_in")
     file, folder = tmp_path / "out.safetensors", tmp_path / "out"
     for code, command in (
-        ("LT-460", lambda: lt.rescale([adapter], 0.5, base=BASE, output=file)),
+        ("LT-460", lambda: lt.rescale([adapter], 0.5, output=file)),
         ("LT-449", lambda: lt.compress([adapter], rank=2, output=file)),
-        ("LT-460", lambda: lt.convert([adapter], to="peft", base=BASE, output=folder)),  # kernels
     ):
         with pytest.raises(lt.LoratoolError) as caught:
             command()
         assert caught.value.code == code and not list(tmp_path.iterdir())
+    before, after = wanted("lycoris_dora_in")
+    lt.rescale([adapter], 0.5, base=BASE, output=file)
+    assert near(merged(file, BASE, tmp_path), {k: (before[k] + after[k]) / 2 for k in before})
+    lt.convert([adapter], to="peft", base=BASE, output=folder)
+    assert {s.layout for s in open_adapter(folder).specs} == {"linear", "conv"}
+    assert near(merged(folder, BASE, tmp_path), after)
 
 
 @pytest.mark.parametrize("name", ["lycoris_lokr", "lycoris_full_norm"])

@@ -118,9 +118,7 @@ def test_what_needs_the_base_is_refused_without_it(tmp_path: Path, name: str) ->
     factor = -0.5 if name == "glora" else 0.5  # which alpha takes where it is positive
     for command in (
         lambda: lt.compress([path], rank=2, output=out),
-        lambda: lt.compress([path], rank=2, base=BASE, output=out),
         lambda: lt.rescale([path], factor, output=out),
-        lambda: lt.rescale([path], factor, base=BASE, output=out),
         lambda: lt.merge([path, path], output=out),
         lambda: lt.merge([path, path], base=BASE, output=out, method="ties"),
     ):
@@ -128,6 +126,39 @@ def test_what_needs_the_base_is_refused_without_it(tmp_path: Path, name: str) ->
             command()
         assert caught.value.code in ("LT-460", "LT-418", "LT-498"), caught.value
         assert not out.exists()
+
+
+@pytest.mark.parametrize("name", ["oft_rescaled", "boft", "glora", "ia3", "ia3_on_input"])
+def test_with_the_base_kernels_become_lora_that_is_cut_scaled_and_added(
+    tmp_path: Path, name: str
+) -> None:
+    path, base = adapter_of(f"lycoris_{name}"), load_file(str(BASE))
+    changed = {key: new - base[key] for key, new in wanted(name, 1.0).items()}
+
+    def check(out: Path, want: Arrays) -> None:
+        into = out.with_suffix(".merged.safetensors")
+        lt.merge([out], base=BASE, output=into)
+        for key, got in load_file(str(into)).items():
+            if key in want:  # factors in float32, and W' rounded once
+                half = np.spacing(np.abs(got)).astype(np.float64) / 2
+                error = np.abs(got - (base[key].astype(np.float64) + want[key])) - half
+                assert error.max() <= 2**-21 * np.abs(want[key]).max(), key
+
+    out = {word: tmp_path / f"{word}.safetensors" for word in ("half", "sum", "cut")}
+    lt.rescale([path], 0.5, base=BASE, output=out["half"])
+    check(out["half"], {key: 0.5 * d for key, d in changed.items()})
+    lt.merge([path, out["half"]], base=BASE, into="adapter", output=out["sum"])
+    check(out["sum"], {key: 1.5 * d for key, d in changed.items()})
+    (cut,) = lt.compress([path], rank=2, base=BASE, output=out["cut"]).adapters
+    if cut.is_unchanged:
+        assert name in ("oft_rescaled", "ia3", "ia3_on_input")  # smaller than two ranks
+        return
+    U, S, Vh = np.linalg.svd(changed["conv3.weight"].reshape(len(base["conv3.weight"]), -1),
+                             full_matrices=False)  # fmt: skip
+    best = ((U[:, :2] * S[:2]) @ Vh[:2]).reshape(base["conv3.weight"].shape)
+    check(out["cut"], {"conv3.weight": best})
+    (spec,) = (s for s in open_adapter(out["cut"]).specs if s.module.endswith("conv3"))
+    assert (spec.layout, spec.rank) == ("conv", 2)
 
 
 def test_glora_is_rescaled_in_alpha(tmp_path: Path) -> None:
