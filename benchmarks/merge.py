@@ -1,4 +1,4 @@
-"""Merge one adapter: loratool beside `cp`, the naive script and PEFT.
+"""Merge one adapter: loratool beside `cp`, bare writing, the naive script and PEFT.
 
     python -m benchmarks.merge [--size 1.7b|8b] [--device cpu --device cuda --device auto]
                                [--threads 4 --threads 8] [--exact]
@@ -36,6 +36,7 @@ def peer_cases(folder: Path, devices: list[str]) -> Iterator[Case]:
     """What else there is to do it with."""
     base, adapter, out = folder / "base", folder / "adapter0", folder / "out"
     yield job("cp", "copy", base, out, output=out)
+    yield job("writing as many bytes", "write", base, out, output=out)
     yield job("naive script", "naive_merge", adapter, base, out, output=out)
     for device in (d for d in devices if d != "auto"):
         yield job(f"PEFT {device}", "peft_merge", adapter, base, out, device, output=out,

@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from loratool.store.source import Resolved
 
 _CUDA_FACTORING_CHUNK = 16 << 20  # page-locked memory is slow to get, and the run takes seconds
-_CUDA_FACTORING_THREADS = 16  # they read, and wait for the GPU
 
 _MAX_THREADS = 1024
 
@@ -150,7 +149,7 @@ def plan_resources(
     if on_gpu and not factors:
         threads = limits.threads or min(threads, GPU_LANES)
     elif on_gpu:
-        threads = limits.threads or default_threads(_CUDA_FACTORING_THREADS)
+        threads = limits.threads or default_threads()
         chunk_bytes = chunk_bytes or _CUDA_FACTORING_CHUNK
         block_elements = block_elements or _CUDA_FACTORING_CHUNK // 2
     memory = plan_memory(

@@ -27,9 +27,12 @@ def usable_cores() -> int:
     return usable or 1
 
 
-def default_threads(most: int = 8) -> int:
-    """Twice the usable cores, at most ``most``: while one worker waits another computes."""
-    return min(most, 2 * usable_cores())
+def default_threads() -> int:
+    """Twice the usable cores, at most 8: while one worker waits another computes.
+
+    More of them wait for the interpreter's lock, beside a GPU too.
+    """
+    return min(8, 2 * usable_cores())
 
 
 def default_processes(_address: str | None = None) -> int:

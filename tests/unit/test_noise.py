@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import statistics
+
 import pytest
 import torch
 
@@ -46,15 +48,15 @@ class Case:
         left = square + torch.cumsum(S.square() - 2 * S * along, 0)
         return torch.cat([square[None], left]).clamp_min(0).sqrt() / square.sqrt()
 
-    def noise_rank(self, **limits: int) -> tuple[int, int]:
-        """(rank, noise rank) that extraction chooses."""
+    def noise_rank(self, seed: int = 5, **limits: int) -> tuple[int, int]:
+        """(rank, noise rank) that extraction chooses, given noise of this seed."""
         grid = Grid(
             (self.tuned.shape[0], self.tuned.shape[1]), self.tuned.dtype, torch.device("cpu")
         )
         grid.take(self.tuned, 0, 0)
         square = [float(self.observed.square().sum())]
         floors = simulate_noise(
-            grid.exponents[None], [grid.significand_bits], delta_squares=square, seeds=[5]
+            grid.exponents[None], [grid.significand_bits], delta_squares=square, seeds=[seed]
         )
         how = Fitting(RankRule(**limits), [5], square, floors)
         ((_, choice),) = fit(self.observed.float()[None, None], how)
@@ -68,7 +70,7 @@ def judge(size: int) -> list[tuple[int, int, float]]:
         case = Case(kind, rank, ratio, torch.bfloat16, size)
         errors = case.errors()
         oracle = int(errors.argmin())
-        chosen, _ = case.noise_rank()
+        chosen = statistics.median(case.noise_rank(seed)[0] for seed in range(5))
         excess = float(errors[chosen] - errors[oracle])
         print(f"{kind} r={rank} ρ={ratio}: oracle {oracle}, chosen {chosen}, excess {excess:.4f}")
         found.append((oracle, chosen, excess))
@@ -77,7 +79,7 @@ def judge(size: int) -> list[tuple[int, int, float]]:
 
 @pytest.mark.parametrize("size", [512, pytest.param(768, marks=pytest.mark.slow)])
 def test_noise_rank_is_near_the_oracle(size: int) -> None:
-    """Fidelity §2.4 with own seeds: within 3 of the oracle in 17 of 18 cases."""
+    """Fidelity §2.4: within 3 of the oracle in 17 of 18 cases, by the median of five noises."""
     found = judge(size)
     assert sum(abs(chosen - oracle) <= 3 for oracle, chosen, _ in found) >= 17
     assert all(chosen <= 2 * oracle for oracle, chosen, _ in found)
