@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from loratool import __version__
-from loratool.engine.executors import explain_auto
+from loratool.engine.executors import decide_executor
 from loratool.engine.machine import available_memory, default_threads, usable_cores
 from loratool.errors import list_some, redact
 from loratool.ops.installed import extras, pip_install, required, settings
@@ -75,7 +75,7 @@ def _choices(torch: Torch) -> Iterator[Choice]:
         yield Choice("--device", "cpu", "no CUDA; Apple's GPU lacks the float64 that sums need")
     else:
         yield Choice("--device", "cpu", "no GPU")
-    executor, why = explain_auto()
+    executor, why = decide_executor(crowded=0)
     yield Choice("--executor", executor, why)
 
 

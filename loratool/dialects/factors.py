@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import NoReturn
 
 from loratool import kinds
 from loratool.adapter import DeltaSpec, Source, TensorRef
 from loratool.dtypes import DTYPES
-from loratool.errors import BadFileError
+from loratool.errors import BadFileError, UsageError
 from loratool.kind import Kind
 from loratool.kind_shapes import COLUMN_LENGTHS, ROW_LENGTHS, lengths_role
 
@@ -212,6 +213,24 @@ def check_product(fields: Mapping[str, TensorRef]) -> None:
             "LT-363", "lora_A and lora_B have different ranks", file=lora_A.file, key=lora_A.name,
             expected="(r, in) and (out, r)", got=f"{list(lora_A.shape)} and {list(lora_B.shape)}",
         )  # fmt: skip
+
+
+def refuse_alpha(path: Path, title: str, beside: str, value: str = "VALUE") -> NoReturn:
+    """Refuse a file of a program that keeps the alpha in another one, which is not there.
+
+    Args:
+        path: the file.
+        title: of the program.
+        beside: where it keeps its alpha.
+        value: what ``--alpha`` takes.
+
+    Raises:
+        UsageError: LT-280.
+    """
+    raise UsageError(
+        "LT-280", f"nothing says the alpha of this {title} file", file=path,
+        expected=f"{beside} beside it", hint=f"--alpha {value}",
+    )  # fmt: skip
 
 
 def refuse_shard(ref: TensorRef) -> NoReturn:

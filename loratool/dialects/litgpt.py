@@ -20,7 +20,7 @@ from loratool.delta.stacking import rows_of
 from loratool.dialects.base import Dialect, by_keys
 from loratool.dialects.by_sight import LITGPT_KEY
 from loratool.dialects.candidate import Candidate
-from loratool.dialects.factors import product_spec, refuse_shape
+from loratool.dialects.factors import product_spec, refuse_alpha, refuse_shape
 from loratool.dialects.peft.config import Fields
 from loratool.errors import BadFileError, MismatchError, UsageError
 from loratool.options.groups import Read
@@ -63,10 +63,7 @@ def read(candidate: Candidate, options: Read) -> Adapter:
     alpha = options.alpha
     if alpha is None:
         if settings.get("lora_alpha") is None:
-            raise UsageError(
-                "LT-280", f"a litgpt file without {SETTINGS} does not say its alpha",
-                file=candidate.path, hint="--alpha VALUE, or put it beside the file",
-            )  # fmt: skip
+            refuse_alpha(candidate.path, "litgpt", SETTINGS)
         alpha = Fields(settings, candidate.weights.with_name(SETTINGS)).number("lora_alpha", 0.0)
     specs = [s for name, fields in modules.items()
              for s in _specs(name, fields, alpha, settings, model)]  # fmt: skip

@@ -19,9 +19,9 @@ from loratool.adapter import Adapter, DeltaSpec, TensorRef
 from loratool.delta.forms import with_lengths
 from loratool.dialects.base import Dialect, by_keys
 from loratool.dialects.candidate import CONFIG_NAME, Candidate
-from loratool.dialects.factors import product_spec, refuse_shape
+from loratool.dialects.factors import product_spec, refuse_alpha, refuse_shape
 from loratool.dialects.peft.config import Fields
-from loratool.errors import BadFileError, MismatchError, UsageError
+from loratool.errors import BadFileError, MismatchError
 from loratool.options.groups import Read
 from loratool.store.jsonfile import load_json
 
@@ -78,10 +78,7 @@ def _alpha(candidate: Candidate, config: Mapping[str, Any], options: Read) -> fl
     if options.alpha is not None:
         return options.alpha
     if config.get("lora_alpha") is None:
-        raise UsageError(
-            "LT-280", "a torchtune file does not say its alpha", file=candidate.path,
-            hint="--alpha VALUE, lora_alpha of the recipe",
-        )  # fmt: skip
+        refuse_alpha(candidate.path, "torchtune", CONFIG_NAME, "VALUE, as lora_alpha of the recipe")
     return Fields(config, candidate.path).number("lora_alpha", 0.0)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -50,6 +51,19 @@ def can_fork() -> bool:
     in_use = torch is not None and torch.cuda.is_initialized()
     threads = len(sys._current_frames())  # those too that `threading` does not know of
     return sys.platform == "linux" and threads == 1 and not in_use
+
+
+def leave_signals() -> None:
+    """In a process that works for another one: what the terminal sends is the parent's to answer.
+
+    What ends the parent ends its copies too, without its handlers; what it was started to ignore
+    (``nohup``) they go on ignoring.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for name in ("SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)  # no hang-up on Windows
+        if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def available_memory() -> int | None:

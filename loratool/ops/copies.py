@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, TypeVar
+
+from loratool.engine.machine import can_fork, leave_signals, usable_cores
 
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
@@ -53,8 +54,6 @@ def results_of(work: Callable[[T], R], things: Sequence[T]) -> Iterator[R]:
 
 
 def _possible() -> int:
-    from loratool.engine.machine import can_fork, usable_cores
-
     return usable_cores() if can_fork() else 1
 
 
@@ -63,9 +62,7 @@ def _send(
 ) -> None:
     for pipe in ours:
         pipe.close()  # the parent's alone: its death ends the copies
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_DFL)
+    leave_signals()
     try:
         for thing in things:
             there.send(work(thing))

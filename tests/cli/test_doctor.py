@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import loratool as lt
-from loratool.engine.executors import choose_executor, explain_auto
+from loratool.engine.executors import choose_executor, decide_executor
 from loratool.engine.machine import available_memory
 from loratool.ops.installed import EXTRAS, pip_install
 from loratool.report.doctor import Package
@@ -90,9 +90,17 @@ def test_torch_that_cannot_be_imported(run: Run, monkeypatch: pytest.MonkeyPatch
 
 
 def test_auto_is_what_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    for cores in (1, 3):
-        monkeypatch.setattr("loratool.engine.executors.usable_cores", lambda n=cores: n)
-        assert explain_auto()[0] == choose_executor("auto", crowded=1 << 40) == "threads"
+    at = "loratool.engine.executors."
+    for cores, forks, crowded, name, why in (
+        (3, True, 1 << 40, "threads", "3 usable"), (4, False, 1 << 40, "threads", "cannot be"),
+        (4, True, (1 << 30) - 1, "threads", "1 GiB"), (4, True, 1 << 30, "processes", "1 GiB"),
+    ):  # fmt: skip
+        monkeypatch.setattr(f"{at}usable_cores", lambda n=cores: n)
+        monkeypatch.setattr(f"{at}can_fork", lambda is_so=forks: is_so)
+        found, words = decide_executor(crowded)
+        assert (found, why in words) == (name, True)
+        assert choose_executor("auto", crowded=crowded) == name
+        assert choose_executor("ray", crowded=crowded) == "ray"
 
 
 def test_direct_writes_leave_nothing(tmp_path: Path) -> None:

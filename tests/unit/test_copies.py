@@ -12,9 +12,8 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="copies are made
 # A process of its own: in a test's there are other threads, and then no copies are made.
 FRAME = """
 import os, signal
-from loratool.engine import machine
 from loratool.ops import copies
-machine.usable_cores = lambda: 3
+copies.usable_cores = lambda: 3
 parent = os.getpid()
 def work(n):
     {work}
@@ -57,3 +56,14 @@ def test_copies_end_when_this_process_is_killed() -> None:
     code = FRAME.format(work=big).replace("n * n, os.getpid()", "bytes(1 << 17), os.getpid()")
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=120)
     assert found.returncode == -9
+
+
+def test_a_copy_lives_through_a_hang_up_that_its_parent_was_started_to_ignore() -> None:
+    """``nohup``: else the copies died with the terminal, and their parent did all again."""
+    setting = "signal.signal(signal.SIGHUP, signal.SIG_IGN)"
+    hang = "if n == 50 and os.getpid() != parent: os.kill(os.getpid(), signal.SIGHUP)"
+    script = FRAME.format(work=hang).replace("parent = ", f"{setting}\nparent = ", 1)
+    for text, copies in ((script, "3"), (script.replace(f"{setting}\n", ""), "4")):
+        done = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True,
+                              timeout=120)  # fmt: skip
+        assert done.stdout.split()[:1] == [copies], done.stderr

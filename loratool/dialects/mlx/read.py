@@ -11,10 +11,10 @@ from loratool.adapter import Adapter, DeltaSpec, TensorRef
 from loratool.delta.forms import with_lengths
 from loratool.dialects.arranged import arranged
 from loratool.dialects.candidate import CONFIG_NAME, Candidate
-from loratool.dialects.factors import product_spec, refuse_shape
+from loratool.dialects.factors import product_spec, refuse_alpha, refuse_shape
 from loratool.dialects.mlx import LETTERS, MIXTRAL, NAME, ROLES
 from loratool.dialects.peft.config import Fields
-from loratool.errors import BadFileError, MismatchError, UsageError
+from loratool.errors import BadFileError, MismatchError
 from loratool.options.groups import Read
 
 _KEY = re.compile(r"(?P<module>.+)\.(?P<leaf>lora_a|lora_b|m)", re.DOTALL)
@@ -76,10 +76,7 @@ def _scale(
             inner.refuse("lora_parameters.scale", "a number", None)
         return inner.number("scale", 0.0)
     if options.alpha is None:
-        raise UsageError(
-            "LT-280", "an mlx-lm file without adapter_config.json does not say its scale",
-            file=candidate.path, hint="--alpha VALUE (scale · rank), or put it beside the file",
-        )  # fmt: skip
+        refuse_alpha(candidate.path, "mlx-lm", CONFIG_NAME, "VALUE, scale · rank")
     ranks = {ref.shape[-1] for r in modules.values() for k, ref in r.items() if k == "lora_A"}
     return options.alpha / max(1, *ranks) if len(ranks) == 1 else _refuse_ranks(candidate)
 

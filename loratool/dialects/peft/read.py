@@ -7,7 +7,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from loratool.adapter import Adapter, DeltaSpec, Replacement, TensorRef
-from loratool.dialects.candidate import Candidate
+from loratool.dialects.candidate import CONFIG_NAME, Candidate
+from loratool.dialects.factors import refuse_alpha
 from loratool.dialects.peft import FILE_NAME, FOLDER_NAME
 from loratool.dialects.peft.beside import read_beside
 from loratool.dialects.peft.config import PeftConfig, without_config
@@ -164,10 +165,7 @@ def _read_config(candidate: Candidate, options: Read) -> PeftConfig:
                 key=shown, expected="adapter_config.json", hint="put it beside the tensors",
             )  # fmt: skip
         if options.alpha is None:
-            raise UsageError(
-                "LT-280", "a PEFT file without adapter_config.json does not say its alpha",
-                file=candidate.path, hint="--alpha VALUE, or put adapter_config.json beside it",
-            )  # fmt: skip
+            refuse_alpha(candidate.path, "PEFT", CONFIG_NAME)
         return without_config(options.alpha, shown or "LORA")
     method = raw.get("peft_type")
     if not is_read(method):

@@ -8,7 +8,6 @@ of it is at work any more or can do harm.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -96,29 +95,27 @@ class Executor(Protocol):
 
 
 def choose_executor(name: Name, *, crowded: int = 0) -> Name:
-    """What ``auto`` stands for.
+    """An executor by name, or what ``auto`` stands for: `decide_executor`."""
+    return decide_executor(crowded)[0] if name == "auto" else name
+
+
+def decide_executor(crowded: int) -> tuple[Name, str]:
+    """What ``auto`` stands for, and why.
 
     Threads wait for each other where a kernel makes many small calls, each of which takes the
     interpreter's lock anew.  Copies of this process do not; they cost some milliseconds.
 
     Args:
-        name: of an executor, or ``auto``.
         crowded: bytes of input of such steps of the plan.
     """
-    if name != "auto":
-        return name
-    pays = crowded >= _MUCH and usable_cores() >= _MANY_CORES
-    return "processes" if pays and can_fork() else "threads"
-
-
-def explain_auto() -> tuple[Name, str]:
-    """What ``auto`` stands for on this machine where a plan is large, and why."""
     cores, size = usable_cores(), f"{_MUCH >> 30} GiB"
     if cores < _MANY_CORES:
         return "threads", f"{cores} usable; processes pay from {_MANY_CORES} cores on"
-    if sys.platform != "linux":
-        return "threads", "copies of a process are safe on Linux alone"
-    return "threads", f"processes where {size} or more go through many small sums"
+    if not can_fork():
+        return "threads", "this process cannot be copied: no Linux, other threads, or a GPU in use"
+    if crowded < _MUCH:
+        return "threads", f"processes where {size} or more go through many small sums"
+    return "processes", f"{size} or more go through many small sums"
 
 
 def find_executor(name: str, address: str | None = None) -> Executor:

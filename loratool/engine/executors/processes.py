@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import pickle
-import signal
 import threading
 from collections.abc import Iterator, Sequence
 from copy import copy
@@ -23,7 +22,7 @@ from loratool.engine.buffers import Pool, Scratch
 from loratool.engine.executors import Desk, Task
 from loratool.engine.executors.whole_steps import LostError, Order, carry_out, run_whole_steps
 from loratool.engine.kernel import Env
-from loratool.engine.machine import can_fork
+from loratool.engine.machine import can_fork, leave_signals
 
 
 def run(env: Env, tasks: Iterator[Task], desk: Desk, workers: int) -> None:
@@ -103,10 +102,8 @@ class _Worker:
 
 def _serve(pipe: Connection, env: Env, is_copy: bool) -> None:
     """Do steps until the parent is gone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
+    leave_signals()
     if is_copy:
-        for number in (signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, signal.SIG_DFL)
         _let_go({pipe.fileno(), parent_process().sentinel})  # type: ignore[union-attr]
         env = replace(env, reader=copy(env.reader), scratch=Scratch(), pool=Pool())
     threading.Thread(target=_follow, args=(parent_process(),), daemon=True).start()
