@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 import math
-import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -29,7 +27,6 @@ from loratool.dialects import (
 )
 from loratool.dialects.peft.methods import ROWS
 from loratool.dialects.programs import judge_loads
-from loratool.dtypes import tensor_bytes
 from loratool.errors import BadFileError, LoratoolError, MismatchError, UnsafeContentError
 from loratool.kinds import BY_NAME as KINDS
 from loratool.options.groups import Read
@@ -196,27 +193,6 @@ def test_a_sample_of_an_image_model_is_claimed_once(path: Path) -> None:
     )
     own = start if start in ("lycoris", "diffusers") else "kohya"
     assert row.name == others.get(path.parent.name, own)
-
-
-KEYS = Path(__file__).parents[1] / "data" / "keys"
-LISTS = {"flux_kohya_te1": "kohya", "flux_diffusers_full": "diffusers", "krea2_kohya": "kohya",
-         "wan22_lightning": "comfyui"}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", LISTS)
-def test_every_key_of_a_real_file_is_claimed(tmp_path: Path, name: str) -> None:
-    """A file of full size, all hole: under any name, and without its metadata."""
-    with gzip.open(KEYS / f"{name}.json.gz") as file:
-        keys = json.load(file)
-    refs = [(k, "I64" if k.endswith("alpha") else "BF16", tuple(v)) for k, v in keys.items()]
-    header, starts = build_header(refs, {})
-    path = tmp_path / "renamed.safetensors"
-    path.write_bytes(header)
-    os.truncate(path, starts[-1] + tensor_bytes(*refs[-1][1:]))
-    assert [row.name for row in DIALECTS if row.detect(examine(path))] == [LISTS[name]]
-    adapter = open_adapter(path)
-    claimed = {f.name for s in adapter.specs for f in s.fields.values()}
-    assert claimed | {ref.name for ref in adapter.carried} == keys.keys()
 
 
 def test_tensors_of_two_dialects_are_refused(tmp_path: Path) -> None:
