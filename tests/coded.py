@@ -137,6 +137,14 @@ def int8_channels(rows: int, cols: int, *, seed: int) -> CodedFile:
     return made(tensors, said, np.float32(codes) * scale)
 
 
+def fp8_channels(rows: int, cols: int, *, seed: int) -> CodedFile:
+    rng = np.random.default_rng(seed)
+    codes, numbers = rounded(rng.standard_normal((rows, cols)), torch.float8_e4m3fn)
+    stored, scale = rounded(rng.random((rows, 1)) + 0.01, torch.bfloat16)
+    said = config("compressed-tensors", format="float-quantized")
+    return made({"a.weight": codes, "a.weight_scale": stored}, said, numbers * scale)
+
+
 def mxfp4(stack: Sequence[int], rows: int, blocks: int, *, seed: int,
           exponents: tuple[int, int] = (110, 140)) -> CodedFile:  # fmt: skip
     rng = np.random.default_rng(seed)

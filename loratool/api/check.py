@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Sequence
 from dataclasses import replace
 
 from loratool.api.access import access_of
@@ -37,7 +38,7 @@ def check(asked: Check) -> CheckReport:
     path = find_adapter(resolved.path)
     look = look_at(path, asked.take(Read), max_header=access.rules.max_header)
     report = _report(str(asked.adapter), look, program)
-    if not asked.fix or report.ok:
+    if not asked.fix or (report.ok and not _mended(report.findings)):
         return report
     from loratool.api.mend import mend
 
@@ -64,7 +65,7 @@ def _report(source: str, look: Look, program: Program) -> CheckReport:
 
 def _next(source: str, look: Look, found: Simulation, program: Program) -> str:
     """The command that mends it, where every reason is one that can be mended."""
-    bad = [f for f in found.findings if f.verdict != UNSURE]
+    bad = [f for f in found.findings if f.verdict != UNSURE] or _mended(found.findings)
     home = program.home(look)
     is_written = not home or row_of(home).is_written
     can_be = look.adapter is not None and is_written and all(f.is_mended for f in bad)
@@ -72,6 +73,11 @@ def _next(source: str, look: Look, found: Simulation, program: Program) -> str:
         return ""
     words = ["loratool", "check", source, "--for", program.name, "--fix", "-o", "OUT"]
     return shlex.join(words)
+
+
+def _mended(findings: Sequence[Finding]) -> list[Finding]:
+    """Of what is unsure, that too: versions before one, options of a server."""
+    return [f for f in findings if f.is_mended]
 
 
 def _sourced(finding: Finding, program: Program) -> Finding:

@@ -13,7 +13,7 @@ from loratool.dialects import DEFAULT, unmergeable_reason
 from loratool.dialects.programs import Look, Program
 from loratool.dialects.registry import home_of
 from loratool.dialects.rules import conversion, gains, is_of_home
-from loratool.dialects.stated import is_even
+from loratool.dialects.stated import WHOLE, is_even
 from loratool.dtypes import tensor_bytes
 from loratool.engine.module_memory import rescaled_bytes
 from loratool.errors import MismatchError, list_some
@@ -95,7 +95,8 @@ def plan_fit(adapter: Adapter, program: Program) -> Fit:
         gone = [r.name for r in adapter.replacements]
         gone += [s.name for s in adapter.specs if not s.is_matrix]
         specs = tuple(s for s in adapter.specs if s.is_matrix)
-        adapter = replace(adapter, specs=specs, replacements=())
+        config = {**adapter.config, WHOLE: None}
+        adapter = replace(adapter, specs=specs, replacements=(), config=config)
     if not (adapter.specs or adapter.replacements):
         raise MismatchError(
             "LT-489", f"nothing is left that {program.title} loads", file=adapter.path,

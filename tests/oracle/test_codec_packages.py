@@ -88,10 +88,8 @@ def test_nvfp4() -> None:
 @pytest.mark.parametrize("kind", ["int", "float"])
 def test_eight_bits_per_channel(kind: str) -> None:
     naive = pytest.importorskip("compressed_tensors.compressors.naive_quantized.base")
-    file = coded.int8_channels(16, 64, seed=1)
-    if kind == "float":
-        tensors = {**file.tensors, "a.weight": randn(16, 64, seed=2).to(torch.float8_e4m3fn)}
-        file = CodedFile(tensors, coded.config("compressed-tensors", format="float-quantized"))
+    maker = coded.int8_channels if kind == "int" else coded.fp8_channels
+    file = maker(16, 64, seed=1)
     how = scheme(num_bits=8, type=kind, symmetric=True, strategy="channel")
     made = naive.NaiveQuantizationCompressor.decompress(inner(file), how)["weight"]
     assert torch.equal(ours(file).to(made.dtype), made)

@@ -397,14 +397,22 @@ def tiny(kind: str) -> tuple[Any, dict[str, torch.Tensor]]:
     return said, {n: t.clone().contiguous() for n, t in model.state_dict().items()}
 
 
-@pytest.mark.parametrize("name", ["nf4", "int8", "gptq", "awq", "packed", "mlx"])
+@pytest.mark.parametrize("name", [
+    "nf4", "fp4", "int8", "int8 channels", "fp8 channels", "gptq", "awq", "packed", "nvfp4",
+    "modelopt", "mlx",
+])  # fmt: skip
 def test_outputs_load_in_transformers(tmp_path: Path, name: str) -> None:
     said, tensors = tiny("llama")
     shapes = {"gptq": lambda: coded.gptq(2, 64, bits=4, size=32, seed=1, ordered=True),
               "awq": lambda: coded.awq(2, 32, 8, seed=1),
               "packed": lambda: coded.packed(64, 64, bits=4, size=32, seed=1, zeros=True),
               "nf4": lambda: coded.bnb4((64, 64), size=64, seed=1, nested=256),
+              "fp4": lambda: coded.bnb4((64, 64), size=64, seed=1, kind="fp4"),
               "int8": lambda: coded.int8(64, 64, seed=1),
+              "int8 channels": lambda: coded.int8_channels(64, 64, seed=1),
+              "fp8 channels": lambda: coded.fp8_channels(64, 64, seed=1),
+              "nvfp4": lambda: coded.nvfp4(64, 4, seed=1),
+              "modelopt": lambda: coded.nvfp4(64, 4, seed=1, modelopt=True),
               "mlx": lambda: coded.mlx(64, 2, bits=4, size=32, seed=1)}  # fmt: skip
     file = put(shapes[name](), STEM)
     del tensors[f"{STEM}.weight"]

@@ -16,6 +16,7 @@ from loratool.dialects.peft.new_keys import NewLayout, new_tensors
 from loratool.dialects.peft.read import read_tensors
 from loratool.dialects.peft.tasks import heads_of
 from loratool.dtypes import DTYPES
+from loratool.errors import MismatchError
 from loratool.options.groups import Read
 
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -93,7 +94,10 @@ def _unchanged_tensors(adapter: Adapter) -> tuple[tuple[str, Source], ...] | Non
     ordered = [refs[name] for name in adapter.key_order]
     config = read_config(adapter.config, None)
     # Only the default reading: the file cannot say what the user said when it was opened.
-    again = read_tensors(ordered, config, Read())
+    try:
+        again = read_tensors(ordered, config, Read())
+    except MismatchError:  # another rank than it states
+        return None
     same = (
         again.specs == adapter.specs
         and again.replacements == adapter.replacements

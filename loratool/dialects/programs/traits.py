@@ -97,6 +97,16 @@ def replaced(*origins: str) -> Test:
     return find
 
 
+def where(test: Test, holds: Callable[[str], bool]) -> Test:
+    """The same rule, on the names alone for which something holds."""
+
+    def find(look: Look) -> Iterable[Hit]:
+        hits = (Hit(tuple(n for n in h.names if holds(n)), h.words) for h in test(look))
+        return [hit for hit in hits if hit.names]
+
+    return find
+
+
 def leftovers(look: Look) -> Iterable[Hit]:
     """Tensors that are no part of any change: state of training, copies."""
     names = tuple(ref.name for ref in read(look).unclaimed)

@@ -14,29 +14,54 @@ from loratool.adapter import Adapter
 from loratool.dialects.peft.keys import PREFIX
 from loratool.dialects.programs import traits
 from loratool.dialects.programs.base import (
+    DROPPED,
     FILES_BESIDE,
     PEFT_FOLDER,
     RAISES,
     UNSURE,
-    WRONG,
     Hit,
     Program,
     Rule,
+    Test,
     specs_of,
 )
 from loratool.dialects.programs.look import Look
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 DEFAULT_RANK = 16
+_WHOLE = traits.replaced("bias", "modules_to_save", "trainable_tokens")
+_HEADS = {"classifier", "score"}
+_ENDS = (".lora_A.weight", ".lora_B.weight", ".lora_embedding_A", ".lora_embedding_B")
 _HOME = "https://github.com/vllm-project/vllm/blob/main/vllm/"
 _HELPER, _MODEL = _HOME + "lora/peft_helper.py", _HOME + "lora/lora_model.py"
 _UTILS, _CONFIG = _HOME + "lora/utils.py", _HOME + "config/lora.py"
 
 
-def _names(look: Look) -> Iterable[Hit]:
-    dead = traits.dead_names(traits.read(look))
-    bare = tuple(n for n, living in dead if PREFIX + n != living)
-    return [Hit(bare, "tensor names")] if bare else []
+def _dead(*, is_parsed: bool) -> Test:
+    """Tensors with another name than PEFT gives them, prefix aside."""
+
+    def find(look: Look) -> Iterable[Hit]:
+        dead = (n for n, living in traits.dead_names(traits.read(look)) if PREFIX + n != living)
+        names = tuple(n for n in dead if n.endswith(_ENDS) is is_parsed)
+        return [Hit(names, "tensor names")] if names else []
+
+    return find
+
+
+def _is_head(name: str) -> bool:
+    return name.rpartition(".")[0].rpartition(".")[2] in _HEADS
+
+
+@traits.whole
+def _options(adapter: Adapter) -> str:
+    """What the configuration names without a tensor for it."""
+    there = {r.origin for r in adapter.replacements}
+    stated = {
+        "bias": adapter.config.get("bias", "none") != "none",
+        "modules_to_save": set(adapter.config.get("modules_to_save") or ()) - _HEADS,
+    }
+    odd = [key for key, value in stated.items() if value and key not in there]
+    return f"{odd[0]} without tensors" if odd else ""
 
 
 @traits.whole
@@ -77,11 +102,15 @@ VLLM = Program(
         Rule("method", RAISES, traits.method, source=_HELPER, says="it knows no method but LoRA"),
         Rule("config", RAISES, _config, is_mended=True, source=_HELPER,
              says="the configuration must have r, lora_alpha and target_modules"),
-        Rule("names", RAISES, _names, is_mended=True, source=_UTILS,
-             says="a tensor that is called otherwise than PEFT calls it is an error"),
+        Rule("names", RAISES, _dead(is_parsed=False), is_mended=True, source=_UTILS,
+             says="a tensor whose name ends otherwise than PEFT's is an error"),
+        Rule("prefixes", DROPPED, _dead(is_parsed=True), is_mended=True, source=_UTILS,
+             says="a tensor whose name begins or goes otherwise than the model's is passed over"),
         Rule("whole-tensors", RAISES, is_mended=True, source=_HELPER,
-             finds=traits.replaced("bias", "modules_to_save", "trainable_tokens"),
+             finds=traits.where(_WHOLE, lambda name: not _is_head(name)),
              says="it refuses tensors that replace the base's"),
+        Rule("options", RAISES, _options, is_mended=True, source=_HELPER,
+             says="it refuses a bias or modules_to_save in the configuration, tensors or not"),
         Rule("dora", RAISES, traits.dora, source=_HELPER, says="it refuses use_dora"),
         Rule("lora-bias", RAISES, traits.lora_bias, is_mended=True, source=_UTILS,
              says="it refuses trained biases"),
@@ -101,11 +130,13 @@ VLLM = Program(
              says="a tensor that is no factor is an error"),
         Rule("rank", RAISES, _rank, is_mended=True, source=_CONFIG,
              says="max_lora_rank has a largest value"),
-        Rule("scaling", WRONG, traits.uneven_scaling(
+        Rule("scaling", UNSURE, traits.uneven_scaling(
             _scaling, ("alpha_pattern", "alpha_pattern"), ("rank_pattern", "rank_pattern"),
             since="0.32",
         ), is_mended=True, source=_HELPER,
              says="releases up to 0.31 give every module the configuration's lora_alpha / r"),
+        Rule("classifier", UNSURE, traits.where(_WHOLE, _is_head), source=_HELPER,
+             says="a classifier or score is for models that classify"),
         Rule("saved-embeddings", UNSURE, traits.replaced("base_layer"), source=_UTILS,
              says="copies of embeddings are left out: right if they are the base's"),
         Rule("experts", UNSURE, traits.experts, source=_MODEL,
