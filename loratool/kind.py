@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 HEAD = "head"
 """Setting: rows of an attention head."""
+STORED = "stored"
+"""Setting: rows of the change lie as in its file, not as in the model."""
 GROWS = "grows"
 """Setting: a weight with fewer columns than the change is filled up with zeros first."""
 

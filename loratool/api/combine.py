@@ -20,6 +20,7 @@ from loratool.dialects.programs import judge_loads
 from loratool.dialects.rules import is_folder
 from loratool.errors import MismatchError, UsageError, list_some
 from loratool.methods import Method, find_method, parse_params
+from loratool.ops.additive import in_one_order
 from loratool.ops.batch import output_place
 from loratool.ops.combine import arc_weights, memory_needs, plan_combine, rank_of
 from loratool.ops.consent import agree_to_read
@@ -73,6 +74,9 @@ def _combine(asked: Combine, minus: bool) -> CombineReport:
     how = _how(asked)
     opened = _open(asked, session, how, minus)
     form = session.form(opened[0].adapter)
+    if all(o.adapter.dialect == form for o in opened):
+        same = in_one_order([o.adapter for o in opened])
+        opened = [replace(o, adapter=a) for o, a in zip(opened, same, strict=True)]
     target = output_place(asked.output, form)
     guard_output(target, [*(o.resolved.named for o in opened), asked.module_weights, asked.base])
     adapters = [o.adapter for o in opened]

@@ -15,15 +15,14 @@ from loratool.api.compress_report import CompressJob, Made, compressed, planned
 from loratool.api.detach import Detached, detach
 from loratool.api.page import check_page, with_page
 from loratool.api.session import Session, run_plan
-from loratool.dialects import write_adapter_files
 from loratool.dialects.registry import home_of
-from loratool.ops.compress import CompressPlan, names_of, plan_compress, rebuild
+from loratool.ops.compress import CompressPlan, plan_compress, rebuild
 from loratool.ops.compress_options import rank_rule
 from loratool.ops.detach import plan_detach
 from loratool.ops.input_notes import unused_warnings
 from loratool.ops.inputs import OpenedBase, open_base
 from loratool.ops.turns import Turns
-from loratool.ops.weights import Weight
+from loratool.ops.weights import Weight, names_of
 from loratool.options.calls import takes
 from loratool.options.groups import Run
 from loratool.options.shaping import Compress
@@ -135,7 +134,7 @@ def _open(
     session: Session, texts: Sequence[str], base: str | Path | None
 ) -> tuple[Session, list[CompressJob]]:
     """Open every input and check every output before any work is done."""
-    found = session.open(texts, base)
+    found = session.in_its_order(session.open(texts, base))
     for one in found:
         session.check_place(one)
         if base is None or not session.translates:  # else it is another change that is written
@@ -153,6 +152,7 @@ def _open(
         plan = plan_compress(
             plain, one_rank=session.of_peft is not None, original=one.adapter,
             turned=frozenset() if detached is None else detached.plan.turned,
+            base_config=None if detached is None else detached.base.checkpoint.config,
         )  # fmt: skip
         jobs.append(CompressJob(one, plan, detached, base=_recorded_base(session.base)))
     return session, jobs
@@ -235,7 +235,7 @@ def _compress(job: CompressJob, cut: _Cut) -> Made:
     adapter = tie_factors(adapter)
     if job.detached is not None:
         adapter = job.detached.attach(adapter, cut.session.limits)
-    files = write_adapter_files(adapter, base_tensors=names_of(plan.adapter))
+    files = plan.files(adapter)
     if file_bytes(files) >= file_bytes(original):  # block-diagonal factors, written out
         return Made(original, _copied(plan, results), job.source, [], True)
     return Made(files, results, adapter, dropped, False)

@@ -6,9 +6,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from loratool.adapter import AdapterFiles
-from loratool.dialects import write_adapter_files
 from loratool.errors import UsageError
-from loratool.ops.compress import CompressPlan, at_ranks, names_of
+from loratool.ops.compress import CompressPlan, at_ranks
 from loratool.store.adapter_writer import entry_bytes, file_bytes
 
 if TYPE_CHECKING:
@@ -68,7 +67,7 @@ def _within(
 
     def files_at(ranks: Sequence[int]) -> AdapterFiles:
         adapter = at_ranks(plan, _per_spec(plan, ranks), dtypes)
-        return write_adapter_files(adapter, base_tensors=names_of(plan.adapter))
+        return plan.files(adapter)
 
     def size_at(ranks: Sequence[int]) -> int:
         return file_bytes(files_at(ranks))

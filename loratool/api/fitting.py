@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from loratool.adapter import Adapter, AdapterFiles
 from loratool.api.common import Limits
 from loratool.dialects import read_back
-from loratool.dialects.programs import Program
+from loratool.dialects.programs import Look, Program
 from loratool.errors import list_some
 from loratool.ops.fitting import check_written, even_form, needs_evening, plan_fit
 
@@ -34,14 +34,14 @@ def fit_for(adapter: Adapter, program: Program | None, limits: Limits) -> Fitted
 
     Args:
         adapter: as read, or as a command made it.
-        program: None = as it is.
+        program: None = as it is; so is what lies in a dialect of the program's own.
         limits: of memory and threads.
 
     Raises:
         MismatchError: LT-488, LT-489, LT-461: it cannot be brought there.
         DiskError: LT-605.
     """
-    if program is None:
+    if program is None or adapter.dialect == program.native:
         return (
             even_out(adapter, adapter.dialect, limits)
             if needs_evening(adapter, adapter.dialect)
@@ -90,4 +90,7 @@ def check_files(files: AdapterFiles, adapter: Adapter, program: Program | None) 
         MismatchError: LT-488.
     """
     if program is not None:
-        check_written(read_back(files, adapter.path), program)
+        is_own = adapter.dialect == program.native
+        look = (Look.of_files(files, adapter.dialect) if is_own
+                else Look.of(read_back(files, adapter.path)))  # fmt: skip
+        check_written(look, adapter, program)

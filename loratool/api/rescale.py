@@ -25,6 +25,7 @@ from loratool.ops.detach import plan_detach
 from loratool.ops.input_notes import unused_warnings
 from loratool.ops.inputs import OpenedBase, open_base
 from loratool.ops.rescale import RescalePlan, parse_only, plan_rescale, scale_steps
+from loratool.ops.sizes import with_sizes
 from loratool.ops.sums import plan_sum
 from loratool.ops.turns import Turns
 from loratool.ops.weights import Weight
@@ -59,11 +60,15 @@ def rescale(asked: Rescale) -> RescaleReport:
         raise UsageError("LT-262", "not a factor", got=factor, expected="a plain decimal number")
     dtype, patterns = parse_dtype(asked.dtype), parse_only(asked.only)
     session = Session.begin("rescale", asked, in_place=asked.dry_run)
-    found = session.open([str(adapter) for adapter in asked.adapters], asked.base)
+    texts = [str(adapter) for adapter in asked.adapters]
+    found = session.in_its_order(session.open(texts, asked.base))
     weak = _check_intruders(asked)
     adapters = [one.adapter for one in found]
     base = None if asked.base is None else open_base(str(asked.base), adapters, session.access)
     session = session.with_base(base, *(one.form for one in found))
+    if base is not None and session.translates:  # another dialect may have other rows
+        found = [replace(one, adapter=with_sizes(one.adapter, base.checkpoint, "rescaled"))
+                 for one in found]  # fmt: skip
     jobs = [
         _Job(session, one, plan_rescale(one.adapter, factor, only=patterns, blocks=asked.blocks,
                                         has_base=base is not None), dtype, base)

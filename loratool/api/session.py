@@ -21,6 +21,7 @@ from loratool.dialects.registry import home_of, writable
 from loratool.dialects.rules import is_folder
 from loratool.errors import UsageError
 from loratool.ops.access import Access
+from loratool.ops.additive import in_one_order
 from loratool.ops.batch import is_batch, many_outputs, name_of, place_outputs
 from loratool.ops.fitting import check_fit
 from loratool.ops.inputs import Guard, OpenedBase, open_one
@@ -226,6 +227,11 @@ class Session:
             )
         ]
 
+    def in_its_order(self, found: Sequence[Opened]) -> list[Opened]:
+        """Inputs whose results keep their dialect, with rows of heads as their files have them."""
+        return [replace(one, adapter=in_one_order([one.adapter])[0])
+                if one.form == one.adapter.dialect else one for one in found]  # fmt: skip
+
     def check(self, one: Opened) -> None:
         """Refuse, before any work, an adapter that the program or the dialect could never hold."""
         self.check_form(one.adapter, one.form)
@@ -274,7 +280,7 @@ class Session:
         if self.translates:
             return self._translated(adapter, form)
         fitted = fit_for(adapter, self.program, self.limits)
-        files = write_adapter_files(fitted.adapter, **how)
+        files = write_adapter_files(fitted.adapter, **how, **self._asked_of_base)
         check_files(files, adapter, self.program)
         return fitted, files
 

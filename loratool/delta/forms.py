@@ -13,6 +13,7 @@ from typing import Any
 from loratool import kinds
 from loratool.adapter import DeltaSpec, Replacement, Source, TensorData, TensorRef
 from loratool.dtypes import exact_dtype, result_dtype
+from loratool.kind import STORED
 from loratool.kind_shapes import COLUMN_LENGTHS, ROW_LENGTHS
 
 LOW_RANK = "lowrank"
@@ -163,6 +164,11 @@ def blank_pair(spec: DeltaSpec, rank: int | None) -> DeltaSpec:
     right = TensorData(f"{spec.name} {RIGHT}", dtype, (rank, *inner), b"")
     return with_factors(spec, left, right, rank=rank, alpha=float(rank), scaling=1.0,
                         base_change="", settings={})  # fmt: skip
+
+
+def as_stored(spec: DeltaSpec) -> DeltaSpec:
+    """A change whose rows lie head by head as a plain pair, with its rows as the file has them."""
+    return with_factors(spec, left_of(spec), spec.fields[RIGHT], settings={STORED: 1})
 
 
 def with_scaled_source(spec: DeltaSpec, source: Source) -> DeltaSpec:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from loratool.adapter import Adapter, DeltaSpec
-from loratool.delta.forms import is_grouped, may_be_flattened
+from loratool.delta.forms import as_stored, is_grouped, may_be_flattened
 from loratool.dialects.registry import row_of
 from loratool.dialects.stated import task_of
 from loratool.dtypes import widest
@@ -51,6 +52,22 @@ def require_additive(
             "LT-460", f"a change that depends on the base weights cannot be {verb} without them",
             file=adapter.path, key=list_some(other, 3), hint=hint,
         )  # fmt: skip
+
+
+def in_one_order(adapters: Sequence[Adapter]) -> list[Adapter]:
+    """Adapters with rows as their files have them, where heads lie in one order in all of them.
+
+    Lengths, angles, sums and best approximations are then the same, without the base that says
+    how many rows a head has.  Where one adapter has a module in another order, nothing changes.
+    """
+    turned = {s.name for a in adapters for s in a.specs if s.row.is_by_head}
+    if any(s.name in turned and not s.row.is_by_head for a in adapters for s in a.specs):
+        return list(adapters)
+    return [
+        replace(a, specs=tuple(as_stored(s) if s.row.is_by_head else s for s in a.specs))
+        if any(s.row.is_by_head for s in a.specs) else a
+        for a in adapters
+    ]  # fmt: skip
 
 
 def require_factors(adapter: Adapter, verb: str) -> None:

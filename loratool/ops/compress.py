@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from loratool.adapter import Adapter, DeltaSpec, Source, TensorData
+from loratool.adapter import Adapter, AdapterFiles, DeltaSpec, Source, TensorData
 from loratool.delta.forms import (
     has_core,
     is_grouped,
@@ -20,7 +20,7 @@ from loratool.delta.forms import (
     with_lengths,
     with_values,
 )
-from loratool.dialects import unmergeable_reason
+from loratool.dialects import unmergeable_reason, write_adapter_files
 from loratool.dialects.registry import home_of
 from loratool.dialects.rules import gains, joined_weights, tied_pairs
 from loratool.dtypes import tensor_bytes
@@ -28,6 +28,7 @@ from loratool.engine.step_args import FactorArgs
 from loratool.errors import MismatchError, list_some
 from loratool.ops.additive import require_additive, require_kernels
 from loratool.ops.assemble import routed_weights
+from loratool.ops.weights import names_of
 from loratool.plan import Plan, module_step
 
 _WAY_OUT = "the base settles it: --base BASE"
@@ -60,6 +61,7 @@ class CompressPlan:
         biases: module -> its bias delta, stored with the module's scaling.
         anew: names of specs that no file holds as they are: always written anew.
         turned: names of specs that will be DoRA again: rank 1 at least, and a length per row.
+        base_config: of the base, where the adapter's dialect asks what it says.
     """
 
     adapter: Adapter
@@ -71,6 +73,12 @@ class CompressPlan:
     biases: Mapping[str, DeltaSpec]
     anew: frozenset[str] = frozenset()
     turned: frozenset[str] = frozenset()
+    base_config: Mapping[str, Any] | None = None
+
+    def files(self, adapter: Adapter) -> AdapterFiles:
+        """The files of what was made of it."""
+        return write_adapter_files(adapter, base_config=self.base_config,
+                                   base_tensors=names_of(self.adapter))  # fmt: skip
 
     @property
     def is_grouped(self) -> bool:
@@ -126,6 +134,7 @@ def plan_compress(
     one_rank: bool = False,
     original: Adapter | None = None,
     turned: frozenset[str] = frozenset(),
+    base_config: Mapping[str, Any] | None = None,
 ) -> CompressPlan:
     """Look at what is in an adapter and refuse what truncation would get wrong.
 
@@ -134,6 +143,7 @@ def plan_compress(
         one_rank: of all modules together.
         original: what it was before the base was taken out of its changes.
         turned: names of specs that will be DoRA again.
+        base_config: of the base that was taken out.
 
     Raises:
         MismatchError: LT-449 DoRA, LT-497 a delta on a changed base, LT-498 anything else that
@@ -160,6 +170,7 @@ def plan_compress(
         biases,
         frozenset(s.name for s in specs if s.reach != "all" == stored[s.name].reach),
         turned,
+        base_config if home_of(adapter.dialect).asks_config else None,
     )
 
 
@@ -232,11 +243,6 @@ class _Blank:
     rank: int
     factors: tuple[TensorData, TensorData] | None
     bias: Source | None = None
-
-
-def names_of(adapter: Adapter) -> list[str]:
-    """Every parameter that the adapter touches: what a new configuration must tell apart."""
-    return [*(s.name for s in adapter.specs), *(r.name for r in adapter.replacements)]
 
 
 def _check(adapter: Adapter) -> None:

@@ -167,6 +167,8 @@ def check_fit(adapter: Adapter, program: Program) -> None:
     Raises:
         MismatchError: LT-488.
     """
+    if adapter.dialect == program.native:
+        return
     if not is_of_home(adapter, DEFAULT):
         raise MismatchError(
             "LT-488", f"{program.title} loads PEFT folders", file=adapter.path,
@@ -175,13 +177,18 @@ def check_fit(adapter: Adapter, program: Program) -> None:
     _refuse(program, adapter, program.obstacles(Look.of(adapter)))
 
 
-def check_written(adapter: Adapter, program: Program) -> None:
+def check_written(look: Look, adapter: Adapter, program: Program) -> None:
     """Refuse to write what the program would not load right.
+
+    Args:
+        look: the files as they will be.
+        adapter: that they are of.
+        program: that shall load them.
 
     Raises:
         MismatchError: LT-488.
     """
-    found = program.judge(Look.of(adapter))
+    found = program.judge(look)
     _refuse(program, adapter, found.reasons if found.verdict in ("no", "wrong") else ())
 
 

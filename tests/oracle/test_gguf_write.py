@@ -233,6 +233,50 @@ def test_rescale_and_compress(tmp_path: Path) -> None:
     assert np.abs(before.delta().numpy() - after.delta().numpy()).max() <= 1e-5
 
 
+@pytest.mark.parametrize("with_base", [False, True])
+def test_rows_of_heads_stay_as_the_file_has_them(tmp_path: Path, with_base: bool) -> None:
+    """What is cut, scaled and added needs no base: all of it is the same in any order of rows."""
+    base = ORIGIN / "base"
+    how, whole = ({"base": base} if with_base else {}), deltas(SAMPLE, base)
+    both = how | {"into": "adapter"} if with_base else how
+    out = {name: tmp_path / f"{name}.gguf" for name in ("cut", "some", "sum", "less", "ties")}
+    lt.compress([SAMPLE], rank=2, output=out["cut"], **how)
+    lt.rescale([SAMPLE], 0.5, only=["q_proj=-0.25"], program="llama.cpp", output=out["some"], **how)
+    lt.merge([SAMPLE, f"{out['some']}:2"], output=out["sum"], **both)
+    lt.subtract([SAMPLE, f"{out['cut']}:0.5"], output=out["less"])
+    lt.merge([SAMPLE, out["some"]], method="ties", params={"density": 1}, output=out["ties"])
+    found = {name: deltas(path, base) for name, path in out.items()}
+    for name, delta in whole.items():
+        U, S, Vh = np.linalg.svd(delta, full_matrices=False)
+        best, factor = (U[:, :2] * S[:2]) @ Vh[:2], -0.25 if "q_proj" in name else 0.5
+        # factors are stored in float32: two of them, and 2 r sums
+        for word, want in (("cut", best), ("some", factor * delta), ("less", delta - best / 2),
+                           ("sum", (1 + 2 * factor) * delta)):  # fmt: skip
+            assert np.abs(found[word][name] - want).max() <= 2**-20 * S[0], (word, name)
+        assert np.linalg.matrix_rank(found["cut"][name], 1e-5 * S[0]) == 2
+        kept = delta * max(1, factor)  # where signs differ the larger one stays alone
+        want = kept if factor < 0 else delta * (1 + factor) / 2
+        assert np.abs(found["ties"][name] - want).max() <= 2**-20 * S[0], name
+    assert lt.check(out["cut"], program="llama.cpp").ok
+
+
+def test_rows_in_another_order_need_the_base(tmp_path: Path) -> None:
+    for to, out in (("peft", "peft"), ("mlx", "mlx")):
+        with pytest.raises(lt.LoratoolError) as caught:
+            lt.compress([SAMPLE], rank=2, to=to, output=tmp_path / out)
+        assert caught.value.code == "LT-460" and "--base" in str(caught.value.hint)
+    lt.compress([SAMPLE], rank=2, to="peft", base=ORIGIN / "base", output=tmp_path / "peft")
+    lt.compress([ORIGIN], rank=2, output=tmp_path / "origin")
+    lt.rescale([SAMPLE], 0.5, only=["q_proj=-0.25"], to="peft", base=ORIGIN / "base",
+               output=tmp_path / "scaled")  # fmt: skip
+    lt.rescale([ORIGIN], 0.5, only=["q_proj=-0.25"], output=tmp_path / "too")
+    found = {name: {m.name: m.delta().numpy() for m in lt.open(tmp_path / name)}
+             for name in ("peft", "origin", "scaled", "too")}  # fmt: skip
+    for ours, theirs in (("peft", "origin"), ("scaled", "too")):
+        for name, delta in found[theirs].items():
+            assert np.abs(found[ours][name] - delta).max() <= 2**-20 * np.linalg.norm(delta, 2)
+
+
 @pytest.mark.parametrize("name", ["lora_rank_alpha_pattern", "lora_mixtral_v4style"])
 def test_gguf_itself_reads_it(name: str, tmp_path: Path) -> None:
     """Names are those of its own map; run where the package is."""

@@ -24,6 +24,7 @@ from loratool.dialects.gguf import (
     PAIRED,
 )
 from loratool.errors import MismatchError, list_some
+from loratool.kind import STORED
 from loratool.quant.gguf_names import (
     ARCHITECTURES,
     HEADS,
@@ -89,8 +90,9 @@ class _Model:
             return f"a module that {self.name} has not in llama.cpp"
         if tensor == "output" and self.is_tied:
             return "a head that is tied to the embedding"
-        if spec.kind == "paired" or not self.turns(tensor):
-            return "" if spec.kind != "paired" or self.turns(tensor) else "rows in pairs"
+        is_turned = spec.kind == "paired" or STORED in spec.settings
+        if is_turned or not self.turns(tensor):
+            return "rows in pairs" if is_turned and not self.turns(tensor) else ""
         return "" if self.height(tensor, spec.fields["lora_B"].shape[0]) else _NO_HEADS
 
 
@@ -114,7 +116,9 @@ def write(
             experts.setdefault(tensor, {})[number] = spec
             continue
         for role, source in spec.fields.items():
-            tensors[f"{tensor}.weight.{_ROLES[role]}"] = _laid(tensor, role, source, model)
+            tensors[f"{tensor}.weight.{_ROLES[role]}"] = _laid(
+                tensor, role, source, model, STORED in spec.settings
+            )  # fmt: skip
     for tensor, found in experts.items():
         tensors |= _stacked(tensor, found, adapter)
     metadata = _metadata(adapter, model.name)
@@ -141,13 +145,14 @@ def _model(adapter: Adapter, config: Mapping[str, Any]) -> _Model:
     raise MismatchError(
         "LT-460", "a GGUF adapter says for which kind of model it is, and nothing here says it",
         file=adapter.path, expected="the base model",
-        hint=_command(adapter, NAME, "OUT.gguf"),
+        hint=_command(adapter),
     )  # fmt: skip
 
 
-def _command(adapter: Adapter, to: str, out: str) -> str:
+def _command(adapter: Adapter) -> str:
     base = adapter.base_model or "BASE"
-    words = ["loratool", "convert", str(adapter.path), "--to", to, "--base", base, "-o", out]
+    words = ["loratool", "convert", str(adapter.path), "--to", NAME, "--base", base]
+    words += ["-o", "OUT.gguf"]
     return shlex.join(words)
 
 
@@ -171,23 +176,21 @@ def _check(adapter: Adapter, model: _Model, is_even: bool) -> None:
         ]
     if not problems:
         return
-    is_home = adapter.dialect == NAME and {why for _, why in problems} == {_NO_HEADS}
     modules = dict.fromkeys(name.rpartition(".")[0] or name for name, _ in problems)
     ways = " ".join(f"--skip '^{re.escape(module)}$'" for module in list(modules)[:3])
     raise MismatchError(
         "LT-411", "llama.cpp cannot hold this adapter", file=adapter.path,
         key=list_some((name for name, _ in problems), 3),
         got=list_some(dict.fromkeys(why for _, why in problems), 3),
-        hint=f"{_command(adapter, 'peft', 'OUT')} first" if is_home
-        else f"leave them out: {ways}{' …' if len(modules) > 3 else ''}",
+        hint=f"leave them out: {ways}{' …' if len(modules) > 3 else ''}",
     )  # fmt: skip
 
 
-def _laid(tensor: str, role: str, source: Source, model: _Model) -> Source:
-    """A factor as llama.cpp has it."""
+def _laid(tensor: str, role: str, source: Source, model: _Model, is_stored: bool) -> Source:
+    """A factor as llama.cpp has it, where its rows may be so already."""
     if tensor == "token_embd" and role == "lora_A":
         return arranged(source, source.shape, (1, 0))
-    if role == "lora_B" and model.turns(tensor):
+    if role == "lora_B" and not is_stored and model.turns(tensor):
         out, rank = source.shape
         each = model.height(tensor, out)
         return arranged(source, (out // each, 2, each // 2, rank), (0, 2, 1, 3), source.shape)
