@@ -73,8 +73,8 @@ class Check(Write, Workers, Read, Access, kw_only=False):
     adapter: Annotated[Place, Words("path or Hub reference.")]
     _: KW_ONLY
     program: Annotated[str, Words(
-        "The program: peft, vllm, sglang, llama.cpp, mlx, comfyui, diffusers, forge, nunchaku, "
-        "sd-scripts (or kohya).",
+        "The program: peft, vllm, sglang, llama.cpp, mlx, comfyui, diffusers, forge, webui, "
+        "nunchaku, sd-scripts (or kohya).",
         "Output", flags="--for", metavar="PROGRAM", record="for",
     )]  # fmt: skip
     fix: Annotated[bool, Words(

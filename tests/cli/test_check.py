@@ -103,7 +103,8 @@ def test_fixed_for_vllm(run: Run, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("sample", "program"),
     [("kohya_sd15_loha", "diffusers"), ("kohya_sd15_locon", "comfyui"),
-     ("kohya_sd15_loha", "forge"), ("kohya_sd15_loha", "sd-scripts")],
+     ("kohya_sd15_loha", "forge"), ("kohya_sd15_loha", "sd-scripts"),
+     ("kohya_sd15_locon", "webui")],
 )  # fmt: skip
 def test_fixed_for_programs_of_images(sample: str, program: str, run: Run, tmp_path: Path) -> None:
     """What is written loads, and is the same change; bytes are copied where they can be."""
@@ -117,7 +118,7 @@ def test_fixed_for_programs_of_images(sample: str, program: str, run: Run, tmp_p
     for stem, delta in before.items():
         got = after[living(stem)]
         assert np.allclose(got, delta, rtol=0, atol=2.0**-20 * np.abs(delta).max())
-    if program in ("comfyui", "forge"):
+    if program in ("comfyui", "forge", "webui"):
         old, new = load_file(str(source)), load_file(str(out))
         assert all(new[living(k)].tobytes() == value.tobytes() for k, value in old.items())
 

@@ -85,6 +85,22 @@ for name in ("img_in", "txt_in", "time_in.in_layer", "final_layer.linear",
              *(f"single_blocks.{i}.linear1" for i in range(38))):  # fmt: skip
     control |= pair(name, how="A")
 
+SD_DOTTED = "diffusion_model.input_blocks.1.1.transformer_blocks.0.attn1.to_q"
+SD3_FLAT = "lora_unet_joint_blocks_0_x_block_attn_qkv"
+SD3 = "transformer.transformer_blocks.0.attn.to_q"
+upsampler = pair("lora_unet_up_blocks_0_upsamplers_0_conv")
+sd3_attention: Shapes = {}
+for leaf in ("to_q", "to_k", "to_v", "to_out.0"):
+    sd3_attention |= pair(SD3.replace("to_q", leaf), 1536, 1536, how="A")
+open_clip: Shapes = {}
+for leaf in "qkv":
+    open_clip |= pair(f"lora_te2_text_model_encoder_layers_0_self_attn_{leaf}_proj")
+open_clip |= pair("lora_te2_text_model_encoder_layers_0_self_attn_out_proj")
+glora: Shapes = {
+    f"{SD}.a1.weight": (8, 2), f"{SD}.a2.weight": (2, 8), f"{SD}.b1.weight": (8, 2),
+    f"{SD}.b2.weight": (2, 8), f"{SD}.alpha": (),
+}  # fmt: skip
+old_glora = {k: v[::-1] for k, v in glora.items()}
 META = {"lora_adapter_metadata": '{"transformer.r": 2, "transformer.lora_alpha": 8}'}
 SAMPLES = (
     # ------------------------------------------------------------------------------- ComfyUI
@@ -126,6 +142,43 @@ SAMPLES = (
     Sample("forge", "dora-of-peft", "wrong", {**pair(FLUX_OWN, how="A"),
            f"{FLUX_OWN}.lora_magnitude_vector": (8,)}, pair(FLUX_OWN, how="A")),
     Sample("forge", "unknown-model", "unsure", pair(WAN), flux),
+    # --------------------------------------------------------------------------------- webui
+    Sample("webui", "no-algorithm", "raises", {f"{SD}.oft_R.weight": (2, 6)}, oft),
+    Sample("webui", "model-itself", "raises", pair(SD_DOTTED, how="A"), sd),
+    Sample("webui", "sd3-short", "raises", pair(SD3_FLAT), without(pair(SD3_FLAT), "alpha")),
+    Sample("webui", "bundle", "raises", {**sd, "bundle_emb.cat.clip_l": (2, 8),
+           "bundle_emb.cat.t5": (2, 8)}, {**sd, "bundle_emb.cat.clip_l": (2, 8),
+           "bundle_emb.cat.clip_g": (2, 8)}),
+    Sample("webui", "other-model", "dropped", flux, sd),
+    Sample("webui", "dotted", "dropped", unet, sd),
+    Sample("webui", "text-model", "dropped", pair(TE.replace("text_model_", "")), pair(TE)),
+    Sample("webui", "unknown-name", "dropped",
+           {**sd, **pair("lora_unet_add_embedding_linear_1")}, {**sd, **pair(TE)}),
+    Sample("webui", "xl-upsampler", "dropped", {
+        **pair(SD.replace("transformer_blocks_0", "transformer_blocks_1")), **upsampler},
+           upsampler),
+    Sample("webui", "text-attention", "dropped", {
+        k: v for k, v in open_clip.items() if "out_proj" not in k}, open_clip),
+    Sample("webui", "sd3-text", "dropped", {**sd3_attention, **pair(
+        "text_encoder.text_model.encoder.layers.0.mlp.fc1", how="A")}, sd3_attention),
+    Sample("webui", "sd3-names", "dropped", {**sd3_attention, **pair(
+        SD3.replace("to_q", "add_q_proj"), 1536, 1536, how="A")}, sd3_attention),
+    Sample("webui", "sd3-alpha", "dropped", {**sd3_attention, f"{SD3}.alpha": ()}, sd3_attention),
+    Sample("webui", "sd3-attention", "dropped", pair(SD3, 1536, 1536, how="A"), sd3_attention),
+    Sample("webui", "unread", "dropped", {**sd, f"{SD}.diff_b": (8,)},
+           {f"{SD}.diff": (8, 8), f"{SD}.diff_b": (8,)}),
+    Sample("webui", "glora", "dropped", glora, old_glora),
+    Sample("webui", "dora-1d", "dropped", {**pair(SD, out=6), f"{SD}.dora_scale": (6,)},
+           {**sd, f"{SD}.dora_scale": (1, 8)}),
+    Sample("webui", "letters-alpha", "wrong", pair(SD, how="A+"), pair(SD, how="A")),
+    Sample("webui", "letters-dora", "wrong", {**pair(SD, how="A"), f"{SD}.dora_scale": (1, 8)},
+           {**sd, f"{SD}.dora_scale": (1, 8)}),
+    Sample("webui", "glora-scale", "wrong", old_glora, sd),
+    Sample("webui", "dora-rows", "wrong", {**sd, f"{SD}.dora_scale": (8, 1)},
+           {**sd, f"{SD}.dora_scale": (1, 8)}),
+    Sample("webui", "ia3-conv", "unsure", {f"{CONV}.weight": (1, 8, 1, 1), f"{CONV}.on_input": ()},
+           {f"{SD}.weight": (8,), f"{SD}.on_input": ()}),
+    Sample("webui", "unknown-model", "unsure", pair("lora_unet_lin_a"), sd),
     # ------------------------------------------------------------------------------ nunchaku
     Sample("nunchaku", "bias", "raises", {**flux, f"{FLUX}.diff_b": (8,)}, flux),
     Sample("nunchaku", "algorithm", "raises", loha, sd),

@@ -21,11 +21,12 @@ from loratool.dialects.programs.peft import PEFT
 from loratool.dialects.programs.sd_scripts import SD_SCRIPTS
 from loratool.dialects.programs.sglang import SGLANG
 from loratool.dialects.programs.vllm import VLLM
+from loratool.dialects.programs.webui import WEBUI
 from loratool.errors import UsageError
 from loratool.report.base import Loads
 
 PROGRAMS = (
-    PEFT, VLLM, SGLANG, LLAMA_CPP, MLX, COMFYUI, DIFFUSERS, FORGE, NUNCHAKU, SD_SCRIPTS,
+    PEFT, VLLM, SGLANG, LLAMA_CPP, MLX, COMFYUI, DIFFUSERS, FORGE, WEBUI, NUNCHAKU, SD_SCRIPTS,
 )  # fmt: skip
 OF_PEFT = tuple(program for program in PROGRAMS if PEFT_FOLDER in program.opens)
 """Those that load the folders of PEFT, and that `loratool.ops.fitting` makes forms for."""

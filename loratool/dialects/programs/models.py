@@ -89,7 +89,8 @@ def family_of(groups: Sequence[Group]) -> Family:
 
 def _by_maps(groups: Sequence[Group]) -> Family:
     """By the maps of all families, which tell more of them."""
-    guess = archs.family_of({g.stem: () for g in groups if g.kind and not g.is_text}).family
+    named = [g for g in groups if g.kind and not g.is_text]
+    guess = archs.family_of({g.stem: _shape(g) for g in named}).family
     if guess is None:
         return Family()
     found = (archs.places("", g.path, family=guess) for g in groups)
@@ -110,6 +111,12 @@ def _is_flux2(sizes: dict[str, tuple[int, int]]) -> bool:
 def _is_uneven(sizes: dict[str, tuple[int, int]]) -> bool:
     """Lumina 2 has fewer keys and values than queries."""
     return any(n.endswith("_qkv") and rows and rows < 3 * c for n, (rows, c) in sizes.items())
+
+
+def _shape(group: Group) -> tuple[int, ...]:
+    """Of the change, () where it is not known."""
+    sides = (_rows(group), _columns(group))
+    return sides if all(sides) else ()
 
 
 def _rows(group: Group) -> int:
