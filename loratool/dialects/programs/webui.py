@@ -173,7 +173,7 @@ def _sd3_alpha(look: Look) -> Iterable[Hit]:
 
 def _unread(look: Look) -> Iterable[Hit]:
     """Tensors beside those of an algorithm."""
-    names = []
+    names: list[str] = []
     for group in look.groups:
         if _is_found(look, group):
             read = {"full": ("diff_b",), "oft": ("rescale",)}.get(group.kind, ())
