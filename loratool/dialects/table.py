@@ -23,6 +23,8 @@ ALGORITHMS = (
     (r"dora_scale|magnitude", "DoRA"), (r"diff$|diff_m$", "full difference"),
     (r"bm\.weight", "GLoRA with a bias"),
 )  # fmt: skip
+# Of these, what ends as a factor does: behind dots it would pass for a module of that name.
+_TWO_WORDS = (r"oft_R\.[\w.]+", r"bm\.weight")
 
 
 @dataclass(frozen=True)
@@ -252,7 +254,9 @@ class Table:
         prefixes = "|".join(map(re.escape, longest))
         module = r"[^.]+" if self.is_flat else r".+?"
         suffixes = [self.alpha, *filter(None, [self.factor]), *(f.suffix for f in self.fields)]
-        ends = r".+" if self.is_flat else "|".join(map(re.escape, suffixes)) + r"|[^.]+"
+        ends = (
+            r".+" if self.is_flat else "|".join((*map(re.escape, suffixes), *_TWO_WORDS, "[^.]+"))
+        )
         return re.compile(rf"(?P<prefix>{prefixes})(?P<module>{module})\.(?P<suffix>{ends})")
 
 

@@ -204,7 +204,7 @@ def _check_adapters(table: Table, refs: list[TensorRef]) -> None:
 def _refuse_unknown(refs: list[TensorRef]) -> None:
     names = [ref.name for ref in refs]
     for pattern, title in ALGORITHMS:
-        of_it = [n for n in names if re.match(pattern, n.partition(".")[2])]
+        of_it = [n for n in names if re.search(rf"\.(?:{pattern})", n)]
         if of_it:
             raise MismatchError(
                 "LT-402", f"{title} adapters are not supported", file=refs[0].file,

@@ -73,13 +73,19 @@ def _is_zero(adapter: Adapter) -> bool:
     return True
 
 
+_AVERAGES = "model_ema."
+"""How checkpoints of Stable Diffusion call a second UNet that programs load on request only."""
+
+
 def base_notes(adapters: Iterable[OpenedAdapter], base: OpenedBase) -> list[str]:
     """What is odd about the base, and adapters that name another one.
 
     Names rarely match (local paths, quantised twins), so a difference is no more than a note.
     """
     here = {_tail(str(base.resolved.named)), _tail(base.resolved.label.partition("@")[0])}
-    return list(base.checkpoint.notes) + [
+    averages = sum(name.startswith(_AVERAGES) for name in base.checkpoint.tensors)
+    kept = f"{averages} tensors of {_AVERAGES}* stay as they are: nothing is merged into averages"
+    return [*base.checkpoint.notes, *([kept] if averages else [])] + [
         f"{one.adapter.label} names {one.adapter.base_model} as its base, not "
         f"{base.resolved.label}: the names differ, the shapes fit"
         for one in adapters
