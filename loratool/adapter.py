@@ -9,12 +9,12 @@ the only factor the mathematics sees.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from loratool import kinds
 from loratool.dtypes import numel, tensor_bytes
+from loratool.frozen import Frozen, field, replace
 from loratool.kind import Kind
 from loratool.location import Location, path_of
 
@@ -27,8 +27,7 @@ Stamp = tuple[int, int, int, int, int]
 """(device, inode, size, mtime, ctime in ns) of a file: differs if it changed or was replaced."""
 
 
-@dataclass(frozen=True, slots=True)
-class TensorRef:
+class TensorRef(Frozen):
     """A tensor's bytes inside a file.
 
     Attributes:
@@ -48,7 +47,7 @@ class TensorRef:
     shape: tuple[int, ...]
     start: int
     nbytes: int
-    stamp: Stamp | None = field(default=None, compare=False, repr=False)
+    stamp: Stamp | None = None
     zeros: int = 0
 
     @property
@@ -83,7 +82,6 @@ class TensorRef:
         return replace(self, shape=shape, nbytes=nbytes, zeros=nbytes - self.stored_bytes)
 
 
-@dataclass(frozen=True, slots=True)
 class CodedRef(TensorRef):
     """A weight that a file holds in codes, seen as the float32 numbers that they stand for.
 
@@ -137,7 +135,6 @@ class CodedRef(TensorRef):
         return (*self.codes.ranges(first, last), *beside)
 
 
-@dataclass(frozen=True, slots=True)
 class ArrangedRef(TensorRef):
     """A tensor whose numbers a file holds in another order of their axes.
 
@@ -156,8 +153,7 @@ class ArrangedRef(TensorRef):
         return ((self.file, self.start, self.nbytes),) if self.nbytes else ()
 
 
-@dataclass(frozen=True)
-class TensorData:
+class TensorData(Frozen):
     """A tensor made in memory (a new factor), ready to be written.
 
     Attributes:
@@ -170,7 +166,7 @@ class TensorData:
     name: str
     dtype: str
     shape: tuple[int, ...]
-    data: bytes | memoryview = field(repr=False)
+    data: bytes | memoryview
 
     def __reduce__(self) -> tuple[type[TensorData], tuple[str, str, tuple[int, ...], bytes]]:
         return TensorData, (self.name, self.dtype, self.shape, bytes(self.data))
@@ -189,8 +185,7 @@ class TensorData:
 Source = TensorRef | TensorData
 
 
-@dataclass(frozen=True)
-class DeltaSpec:
+class DeltaSpec(Frozen):
     """One change of one parameter, described without its tensors.
 
     Attributes:
@@ -311,8 +306,7 @@ class DeltaSpec:
         return self.base_change or self.row.title
 
 
-@dataclass(frozen=True)
-class Replacement:
+class Replacement(Frozen):
     """A tensor, or rows of one, that takes the place of the base's.
 
     Attributes:
@@ -331,8 +325,7 @@ class Replacement:
     rows: tuple[int, ...] | None = None
 
 
-@dataclass(frozen=True)
-class BesideFile:
+class BesideFile(Frozen):
     """A file of trained weights in the adapter's folder that is not used.
 
     Attributes:
@@ -349,8 +342,7 @@ class BesideFile:
     rows: tuple[Replacement, ...] = ()
 
 
-@dataclass(frozen=True)
-class Adapter:
+class Adapter(Frozen):
     """An adapter in neutral form.
 
     Attributes:
@@ -398,8 +390,7 @@ class Adapter:
         return self.path.name or str(self.path)
 
 
-@dataclass(frozen=True)
-class AdapterFiles:
+class AdapterFiles(Frozen):
     """An adapter as the files that a dialect writes.
 
     Attributes:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from loratool.frozen import Frozen
 
 
-@dataclass(frozen=True)
-class DType:
+class DType(Frozen):
     """One element type of the safetensors format.
 
     Attributes:

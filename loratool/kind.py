@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from loratool.frozen import Frozen, field
 from loratool.kind_shapes import Sizes
 
 if TYPE_CHECKING:
@@ -20,8 +20,12 @@ GROWS = "grows"
 """Setting: a weight with fewer columns than the change is filled up with zeros first."""
 
 
-@dataclass(frozen=True)
-class Kind:
+def any_shapes(spec: DeltaSpec) -> bool:
+    """That nothing is asked of the shapes of a kind's fields."""
+    return True
+
+
+class Kind(Frozen):
     """One kind of delta.
 
     Attributes:
@@ -82,7 +86,7 @@ class Kind:
     title: str
     sizes: Callable[[DeltaSpec], Sizes]
     scaled: str
-    fits: Callable[[DeltaSpec], bool] = lambda spec: True
+    fits: Callable[[DeltaSpec], bool] = any_shapes
     is_matrix: bool = True
     pairs: str = ""
     has_factors: bool = False

@@ -6,11 +6,11 @@ Those that only PEFT has a method for are rows of `loratool.kinds_peft`.
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import replace
 from functools import cache
 
 from loratool import kind_shapes as shapes
 from loratool import kinds_based, kinds_peft, plugins
+from loratool.frozen import replace
 from loratool.kind import Kind
 from loratool.kind_shapes import COLUMN_LENGTHS, ROW_LENGTHS
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from loratool.frozen import replace
 from loratool.kind import Kind
 from loratool.kind_shapes import Sizes
 

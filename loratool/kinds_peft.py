@@ -7,11 +7,11 @@ All of these are products of thin matrices once their tensors are multiplied out
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
-from loratool.kind import HEAD, Kind
+from loratool.frozen import replace
+from loratool.kind import HEAD, Kind, any_shapes
 from loratool.kind_shapes import Sizes
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ SEED, TOP, SHORT = "seed", "top", "short"
 def _folded(name: str, title: str, roles: tuple[str, ...], sizes: Callable[[DeltaSpec], Sizes],
             scaled: str, pairs: str, *, takes_factor: bool = True,
             rank_axis: tuple[str, int] | None = None,
-            fits: Callable[[DeltaSpec], bool] = Kind.fits,
+            fits: Callable[[DeltaSpec], bool] = any_shapes,
             product_rank: Callable[[DeltaSpec], int] = lambda spec: spec.rank,
             settle: Callable[[DeltaSpec, int, int], DeltaSpec | None] | None = None,
             joint: Callable[[Sequence[DeltaSpec]], Mapping[str, float]] | None = None,

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from pathlib import Path
 
-STAYS = "stays"
-"""Metadata of fields that mean nothing on another machine."""
+from loratool.frozen import Frozen
+
+STAYS = "stub"
+"""The field that means nothing on another machine."""
 
 
-@dataclass(frozen=True)
-class HubFile:
+class HubFile(Frozen):
     """A file of one commit of a repository, which is read in place.
 
     Attributes:
@@ -27,10 +27,21 @@ class HubFile:
     name: str
     size: int
     digest: str
-    stub: Path | None = field(default=None, compare=False, repr=False, metadata={STAYS: True})
+    stub: Path | None = None
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, HubFile) and self._told == other._told
+
+    def __hash__(self) -> int:
+        return hash(self._told)
 
     def __str__(self) -> str:
         return f"hf://{self.repo_id}@{self.commit}/{self.name}"
+
+    @property
+    def _told(self) -> tuple[object, ...]:
+        """All of it but the stub."""
+        return self.repo_id, self.commit, self.name, self.size, self.digest
 
     @property
     def path(self) -> Path:
@@ -46,8 +57,7 @@ def path_of(file: Location) -> Path:
     return file if isinstance(file, Path) else file.path
 
 
-@dataclass(frozen=True)
-class HubReference:
+class HubReference(Frozen):
     """``hf://owner/name[@revision][/sub/path]``, taken apart.
 
     Attributes:

@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 from loratool.errors import UsageError
+from loratool.frozen import Frozen, field
 
 _LARGEST = 1e30  # of any number
 
 
-@dataclass(frozen=True)
-class Param:
+class Param(Frozen):
     """A typed parameter of a method.
 
     Attributes:
@@ -80,8 +79,7 @@ class Param:
         return made
 
 
-@dataclass(frozen=True)
-class Method:
+class Method(Frozen):
     """One way to combine adapters.
 
     Attributes:

@@ -17,10 +17,10 @@ import re._parser as _parser  # type: ignore[import-not-found]
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 from loratool.errors import UsageError
+from loratool.frozen import Frozen
 
 MAX_PATTERN = 512  # characters
 MAX_STEPS = 20_000_000  # of the engine in this process; a step takes 1 to 30 ns
@@ -60,8 +60,7 @@ for text in job["patterns"]:
 """
 
 
-@dataclass(frozen=True)
-class Pattern:
+class Pattern(Frozen):
     """A regular expression that was typed, or came from a file.
 
     Attributes:
@@ -72,7 +71,7 @@ class Pattern:
 
     text: str
     compiled: re.Pattern[str]
-    refuse: Refuse = field(repr=False, compare=False)
+    refuse: Refuse
 
 
 def compile_pattern(text: str, refuse: Refuse, *, within: str = "{}") -> Pattern:

@@ -6,21 +6,18 @@ to JSON: ``--dry-run`` prints it, tests compare it, resume and provenance hash i
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 from loratool.adapter import DeltaSpec, Source, TensorData, TensorRef
 from loratool.dtypes import numel, tensor_bytes
+from loratool.frozen import Frozen, Struct, asdict, field
 
 
-@dataclass(frozen=True, slots=True)
-class TensorSpec:
+class TensorSpec(Frozen):
     """A tensor to be written: name in the output file, dtype and shape."""
 
     name: str
@@ -43,8 +40,7 @@ def label(name: str) -> TensorSpec:
     return TensorSpec(name, "F32", (1, 1))
 
 
-@dataclass(frozen=True)
-class Span:
+class Span(Frozen):
     """``range(start, stop, step)`` along one axis of a target."""
 
     start: int
@@ -55,8 +51,7 @@ class Span:
         return len(range(self.start, self.stop, self.step))
 
 
-@dataclass(frozen=True)
-class Region:
+class Region(Frozen):
     """Which part of a target's 2-D view a delta covers, and which part of the delta goes there.
 
     The 2-D view of a target is (rows, cols) with every axis but the last (linear, embedding,
@@ -76,8 +71,7 @@ class Region:
     source_cols: tuple[int, int] | None = None
 
 
-@dataclass(frozen=True)
-class DeltaPart:
+class DeltaPart(Frozen):
     """One delta that goes into one target.
 
     Attributes:
@@ -97,8 +91,7 @@ class DeltaPart:
     adapter: int = 0
 
 
-@dataclass(frozen=True)
-class ReplacePart:
+class ReplacePart(Frozen):
     """New values for a whole tensor or for some rows: W becomes W + weight·(new - W).
 
     Attributes:
@@ -119,8 +112,7 @@ class ReplacePart:
 Part = DeltaPart | ReplacePart
 
 
-@dataclass(frozen=True)
-class Place:
+class Place(Frozen):
     """A delta, or a slice of one, on a tensor of the base.
 
     Attributes:
@@ -139,8 +131,7 @@ class Place:
         return bool(self.part.region.source_rows or self.part.region.source_cols)
 
 
-@dataclass(frozen=True, slots=True)
-class Step:
+class Step(Frozen):
     """One output tensor (or one module of an adapter) and how to make it.
 
     Attributes:
@@ -178,8 +169,7 @@ def module_step(op: str, specs: Sequence[DeltaSpec], **args: Any) -> Step:
     return Step(op, label(specs[0].name), (), (1, 1), parts, args=args)
 
 
-@dataclass(frozen=True)
-class ShardPlan:
+class ShardPlan(Frozen):
     """One output file of a checkpoint.
 
     Attributes:
@@ -198,8 +188,7 @@ class ShardPlan:
     twin: Path | None = None
 
 
-@dataclass(frozen=True)
-class Plan:
+class Plan(Frozen):
     """All steps of one command.
 
     Attributes:
@@ -249,12 +238,6 @@ _ATOMS = (str, int, float, bool)
 _LATER = ("settings", "numbers")  # fields that were added later
 
 
-@cache
-def _fields(kind: Any) -> tuple[str, ...]:
-    """Names of the fields of a dataclass; none of anything else."""
-    return tuple(f.name for f in dataclasses.fields(kind)) if dataclasses.is_dataclass(kind) else ()
-
-
 def plain(value: Any) -> Any:
     """A value in JSON's types, the same for equal content wherever its files lie."""
     return _plain(value, {})
@@ -274,11 +257,9 @@ def _plain(value: Any, made: dict[TensorSpec, Any]) -> Any:
         if value not in made:
             made[value] = {"name": value.name, "dtype": value.dtype, "shape": list(value.shape)}
         return made[value]
-    kind: Any = type(value)  # classes are hashable, which type checkers doubt
-    if names := _fields(kind):
-        found = {name: getattr(value, name) for name in names}
+    if isinstance(value, Struct):
         # An empty one is not said: plans without it keep the identity that they had before it.
-        return {n: _plain(v, made) for n, v in found.items() if v or n not in _LATER}
+        return {n: _plain(v, made) for n, v in asdict(value).items() if v or n not in _LATER}
     if isinstance(value, Mapping):
         return {str(k): _plain(v, made) for k, v in value.items()}
     if isinstance(value, (bytes, memoryview)):

@@ -1,6 +1,6 @@
 """Shapes of data from outside, as Python types: checked once, before anything uses the data.
 
-JSON, YAML, tables and answers of a server can have any type anywhere.  A shape is a dataclass,
+JSON, YAML, tables and answers of a server can have any type anywhere.  A shape is a record,
 TypedDict or other type that says what is accepted; `checked` turns plain data into it, or says
 where it differs.  Unknown keys of an object are dropped.
 """
@@ -21,7 +21,7 @@ _MESSAGE = re.compile(
 
 
 def checked(value: Any, shape: type[T], refuse: Refuse) -> T:
-    """``value`` as ``shape``: nothing is converted but lists to tuples and objects to dataclasses.
+    """``value`` as ``shape``: nothing is converted but lists to tuples and objects to records.
 
     Args:
         value: dictionaries, lists, texts, numbers, true, false and null.

@@ -1,4 +1,4 @@
-"""Plain dataclasses as JSON and back, nothing shortened: what travels between processes.
+"""Plain records as JSON and back, nothing shortened: what travels between processes.
 
 `loratool.plan.plain` is the other form: the same for equal content wherever its files lie.
 """
@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import base64
-import dataclasses
 import json
 import types
 import typing
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from loratool.errors import BugError
+from loratool.frozen import names_of
 from loratool.location import STAYS
 from loratool.plan import Plan
 
@@ -62,9 +62,19 @@ def _lay_out(value: Any) -> Any:
         return [_lay_out(v) for v in value]
     if type(value) not in _classes().values():
         raise BugError("LT-004", "a plan that cannot travel", got=type(value).__name__)
-    fields = [f for f in dataclasses.fields(value) if not f.metadata.get(STAYS)]
-    found = ((f.name, getattr(value, f.name), f.default) for f in fields)
-    return {_TAG: type(value).__name__} | {n: _lay_out(v) for n, v, usual in found if v != usual}
+    kind: Any = type(value)  # classes are hashable, which type checkers doubt
+    usual = _defaults(kind)
+    found = ((name, getattr(value, name)) for name in names_of(value) if name != STAYS)
+    return {_TAG: type(value).__name__} | {
+        n: _lay_out(v) for n, v in found if n not in usual or v != usual[n]
+    }
+
+
+@cache
+def _defaults(kind: Any) -> dict[str, Any]:
+    """The fields of a class of records that have a default, and what it is."""
+    values = kind.__struct_defaults__
+    return dict(zip(names_of(kind)[len(names_of(kind)) - len(values) :], values, strict=True))
 
 
 def _build(value: Any) -> Any:
@@ -125,16 +135,16 @@ def _test_tuple(inner: tuple[Any, ...]) -> Callable[[Any], bool]:
 
 @cache
 def _hints(shape: Any) -> dict[str, Any]:
-    """Types of the fields; none of what is no dataclass."""
-    if not dataclasses.is_dataclass(shape):
+    """Types of the fields; none of what is no record."""
+    if not names_of(shape):
         return {}
     hints = typing.get_type_hints(shape)
-    return {f.name: hints[f.name] for f in dataclasses.fields(shape)}
+    return {name: hints[name] for name in names_of(shape)}
 
 
 @cache
 def _classes() -> dict[str, type]:
-    """What may be in a plan, by name: every dataclass that a field of one may hold."""
+    """What may be in a plan, by name: every record that a field of one may hold."""
     found: dict[str, type] = {}
 
     def walk(shape: Any) -> None:
@@ -142,8 +152,7 @@ def _classes() -> dict[str, type]:
             walk(inner)
         if isinstance(shape, type) and _hints(shape) and shape.__name__ not in found:
             found[shape.__name__] = shape
-            # A class with slots is made twice, and the first one may still be there.
-            for kind in (*_hints(shape).values(), *reversed(shape.__subclasses__())):
+            for kind in (*_hints(shape).values(), *shape.__subclasses__()):
                 walk(kind)
 
     walk(Plan)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from hypothesis import strategies as st
 
 from loratool.adapter import DeltaSpec, TensorData
+from loratool.frozen import Frozen, replace
 from tests import coded
 from tests.coded import CodedFile
 from tests.make import generator, randn
@@ -32,8 +32,7 @@ def spans(size: int) -> st.SearchStrategy[tuple[int, ...]]:
 # ---------------------------------------------------------------------------------- kinds
 
 
-@dataclass(frozen=True)
-class Change:
+class Change(Frozen):
     """A spec and its tensors.
 
     Attributes:

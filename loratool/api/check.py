@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
-from dataclasses import replace
 
 from loratool.api.access import access_of
 from loratool.dialects.programs import Look, Program, counted, find_program, look_at
 from loratool.dialects.registry import row_of
+from loratool.frozen import replace
 from loratool.ops.access import locate
 from loratool.options.calls import takes
 from loratool.options.groups import Read

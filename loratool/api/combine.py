@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from loratool.dialects.metadata import joined
 from loratool.dialects.programs import judge_loads
 from loratool.dialects.rules import is_folder
 from loratool.errors import MismatchError, UsageError, list_some
+from loratool.frozen import replace
 from loratool.methods import Method, find_method, parse_params
 from loratool.ops.additive import in_one_order
 from loratool.ops.batch import output_place

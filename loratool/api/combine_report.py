@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from loratool.api.detach import Detached
 from loratool.api.session import Session
 from loratool.api.sums import Summed
+from loratool.frozen import Frozen
 from loratool.methods import Method
 from loratool.ops.adapter_summary import dtype_word
 from loratool.ops.combine import rank_of
@@ -23,8 +23,7 @@ from loratool.report.base import Loads
 from loratool.report.combine import CombineReport, DifferenceReport
 
 
-@dataclass(frozen=True)
-class How:
+class How(Frozen):
     """How changes are combined."""
 
     method: Method
@@ -33,8 +32,7 @@ class How:
     rules: Sequence[Rule]
 
 
-@dataclass(frozen=True)
-class CombineJob:
+class CombineJob(Frozen):
     """A sum of adapters, planned.
 
     Attributes:

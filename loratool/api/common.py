@@ -6,7 +6,6 @@ import hashlib
 import json
 import sys
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +16,7 @@ from loratool.dtypes import BY_WORD
 from loratool.engine.executors import Name, choose_executor
 from loratool.engine.rows import crowded_bytes, op_of, result_bytes, step_bytes
 from loratool.errors import UsageError, redact
+from loratool.frozen import Frozen, replace
 from loratool.ops.memory import MemoryPlan, plan_memory, plan_modules
 from loratool.options.groups import Crew, Run, Watch, Workers
 
@@ -87,8 +87,7 @@ def check_codes(asked: Merge) -> None:
                          got=" and ".join(odd))  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Resources:
+class Resources(Frozen):
     """Where and with how much a plan runs.
 
     Attributes:
@@ -172,8 +171,7 @@ def watched(run: RunOptions, asked: Watch) -> RunOptions:
     return replace(run, progress=asked.progress, on_work=asked.on_work)
 
 
-@dataclass(frozen=True)
-class Limits:
+class Limits(Frozen):
     """What the user allows.
 
     Attributes:

@@ -230,8 +230,7 @@ def _compare_many(
 
 
 def _with_files(report: CompareReport, asked: Compare) -> CompareReport:
-    from dataclasses import replace
-
+    from loratool.frozen import replace
     from loratool.report.compare_chart import draw_comparison
     from loratool.report.csvfile import comparison_table
 

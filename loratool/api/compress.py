@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +15,7 @@ from loratool.api.detach import Detached, detach
 from loratool.api.page import check_page, with_page
 from loratool.api.session import Session, run_plan
 from loratool.dialects.registry import home_of
+from loratool.frozen import Frozen, replace
 from loratool.ops.compress import CompressPlan, plan_compress, rebuild
 from loratool.ops.compress_options import rank_rule
 from loratool.ops.detach import plan_detach
@@ -106,8 +106,7 @@ def _name_of(turn: tuple[CompressJob, Resources]) -> str:
     return turn[0].one.text
 
 
-@dataclass(frozen=True)
-class _Cut:
+class _Cut(Frozen):
     """How far every adapter is cut, and with what.
 
     Attributes:

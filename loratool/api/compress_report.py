@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +13,7 @@ from loratool.api.detach import Detached
 from loratool.api.session import Opened, base_row
 from loratool.dialects import write_adapter_files
 from loratool.dialects.programs import judge_loads
+from loratool.frozen import Frozen, field
 from loratool.ops.compress import CompressPlan
 from loratool.report.compress import (
     CompressedAdapter,
@@ -28,8 +28,7 @@ if TYPE_CHECKING:
     from loratool.engine.compressing import Factored
 
 
-@dataclass(frozen=True)
-class CompressJob:
+class CompressJob(Frozen):
     """One adapter on its way.
 
     Attributes:
@@ -69,8 +68,7 @@ class CompressJob:
         return {**inputs, **self.base}
 
 
-@dataclass(frozen=True)
-class Made:
+class Made(Frozen):
     """What became of one adapter."""
 
     files: AdapterFiles

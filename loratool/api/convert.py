@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from loratool.dialects.metadata import LENGTHS, edited, hashed, parse_edits
 from loratool.dialects.programs import OF_PEFT, Look, Program, judge_loads
 from loratool.dialects.registry import home_of, writable
 from loratool.errors import UsageError
+from loratool.frozen import Frozen, replace
 from loratool.ops.convert import ConvertPlan, plan_convert
 from loratool.ops.input_notes import unused_warnings
 from loratool.ops.inputs import OpenedBase, open_base
@@ -39,8 +39,7 @@ from loratool.report.planned import PlannedFiles
 from loratool.store.adapter_writer import file_bytes
 
 
-@dataclass(frozen=True)
-class _Job:
+class _Job(Frozen):
     """One adapter on its way.
 
     Attributes:
@@ -87,8 +86,7 @@ class _Job:
         return found | others.intersection(unloadable(plan, program, self.session.limits, how))
 
 
-@dataclass(frozen=True)
-class _Planned:
+class _Planned(Frozen):
     """An adapter with its plan, and the changes that are freed of the base before."""
 
     job: _Job

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
@@ -14,7 +13,6 @@ if TYPE_CHECKING:
     from loratool.store.series import Series
 
 
-@dataclass(frozen=True)
 class DemoReport(Report):
     """Result of `demo`.
 

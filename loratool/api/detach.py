@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
 from loratool.adapter import Adapter, DeltaSpec
 from loratool.api.common import Limits
 from loratool.errors import NumericError
+from loratool.frozen import Frozen, replace
 from loratool.ops.detach import DetachPlan, Weighed
 from loratool.ops.inputs import OpenedBase
 
@@ -23,8 +23,7 @@ T = TypeVar("T")
 _SMALLEST = 2.0**-10  # of W that may be left of a row: what is added to it grows by the inverse
 
 
-@dataclass(frozen=True)
-class Detached:
+class Detached(Frozen):
     """Adapters that can be added, scaled and cut on their own.
 
     Attributes:

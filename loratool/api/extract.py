@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +19,7 @@ from loratool.dialects.base import Dialect
 from loratool.dialects.programs import OF_PEFT, Program, find_program
 from loratool.dialects.registry import writable
 from loratool.errors import MismatchError, UsageError, list_some
+from loratool.frozen import Frozen, replace
 from loratool.ops.access import Access
 from loratool.ops.align import same_form
 from loratool.ops.assemble import outline
@@ -105,8 +105,7 @@ def _extract(asked: Extract) -> ExtractReport:
     return replace(report, holds_whole=job.row.holds_whole)
 
 
-@dataclass(frozen=True)
-class _Job:
+class _Job(Frozen):
     """What is known before the first tensor byte is read.
 
     Attributes:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from typing import Any
 
 from loratool.adapter import Adapter, AdapterFiles
@@ -17,6 +16,7 @@ from loratool.dialects.base import Dialect
 from loratool.dialects.programs import Program
 from loratool.engine.rows import args_of
 from loratool.errors import UsageError
+from loratool.frozen import Frozen, replace
 from loratool.ops.assemble import Outcome, assemble, rank_groups
 from loratool.ops.extract import ExtractPlan
 from loratool.ops.inputs import OpenedBase
@@ -24,8 +24,7 @@ from loratool.store.adapter_writer import entry_bytes, file_bytes
 from loratool.store.checkpoint import Checkpoint
 
 
-@dataclass(frozen=True)
-class Made:
+class Made(Frozen):
     """An adapter in its form, its files, and what became of every pair.
 
     Attributes:
@@ -38,8 +37,7 @@ class Made:
     plain: AdapterFiles
 
 
-@dataclass(frozen=True)
-class Assembly:
+class Assembly(Frozen):
     """Everything but the results that decides what is written."""
 
     plan: ExtractPlan

@@ -109,7 +109,7 @@ def planned_report(
     seconds: float,
 ) -> ExtractReport:
     """What a run would look at; nothing is measured."""
-    from dataclasses import replace
+    from loratool.frozen import replace
 
     outcomes = [
         Outcome(p, "factored" if p.is_factored else "left_out", 0.0, 0.0, 0.0) for p in plan.pairs

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from loratool.adapter import Adapter, AdapterFiles
 from loratool.api.common import Limits
 from loratool.dialects import read_back
 from loratool.dialects.programs import Look, Program
 from loratool.errors import list_some
+from loratool.frozen import Frozen
 from loratool.ops.fitting import check_written, even_form, needs_evening, plan_fit
 
 
-@dataclass(frozen=True)
-class Fitted:
+class Fitted(Frozen):
     """An adapter as a program loads it.
 
     Attributes:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from loratool.adapter import Adapter, DeltaSpec, Replacement, Source, TensorData, TensorRef
@@ -14,6 +13,7 @@ from loratool.delta.forms import as_bias, blank_pair, new_difference, with_kerne
 from loratool.dialects.base import Dialect
 from loratool.dialects.stated import as_lora
 from loratool.dtypes import result_dtype
+from loratool.frozen import Frozen, replace
 from loratool.ops.detach import DetachPlan, plan_detach
 from loratool.ops.in_base import find_in_base
 from loratool.ops.inputs import OpenedBase
@@ -29,8 +29,7 @@ if TYPE_CHECKING:
     from loratool.engine.kernel import Env
 
 
-@dataclass(frozen=True)
-class Freed:
+class Freed(Frozen):
     """An adapter, some changes of which no longer depend on the base.
 
     Attributes:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loratool.api.access import access_of, check_files
 from loratool.api.page import with_page
 from loratool.errors import UsageError
+from loratool.frozen import replace
 from loratool.ops.access import locate
 from loratool.options.calls import takes
 from loratool.options.groups import Read, Run
@@ -89,9 +89,6 @@ def _of_one(report: InspectReport, path: Path, asked: Inspect, access: Access) -
 
 def _of_folder(report: InspectReport, path: Path, asked: Inspect) -> InspectReport:
     """Duplicates and the table of a folder; what is for one adapter is refused."""
-    from loratool.report.csvfile import folder_table
-    from loratool.store.new_file import write_new_file
-
     for name in ("checksum", "risk", "spectrum", "plot", "base"):
         if getattr(asked, name) not in (None, False):
             code = "LT-289" if name == "risk" else "LT-208"
@@ -102,6 +99,9 @@ def _of_folder(report: InspectReport, path: Path, asked: Inspect) -> InspectRepo
         rows = mark_duplicates(path, report.rows, asked.alpha, _same_products)
         report = replace(report, rows=rows)
     if asked.csv is not None:
+        from loratool.report.csvfile import folder_table
+        from loratool.store.new_file import write_new_file
+
         write_new_file(Path(asked.csv), folder_table(report.rows))
     return report
 

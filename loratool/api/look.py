@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +10,7 @@ from loratool.api.common import plan_resources
 from loratool.api.merge_job import MergeRequest, prepare_merge
 from loratool.api.session import run_plan
 from loratool.dtypes import DTYPES
+from loratool.frozen import replace
 from loratool.ops.access import Access
 from loratool.ops.consent import agree_to_read
 from loratool.ops.inputs import OpenedBase

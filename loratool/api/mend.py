@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from dataclasses import replace
 
 from loratool.adapter import Adapter
 from loratool.api.access import access_of
@@ -14,6 +13,7 @@ from loratool.dialects.metadata import hashed
 from loratool.dialects.programs import Look, Program
 from loratool.dialects.rules import is_folder, passed_on, with_text_models
 from loratool.errors import list_some
+from loratool.frozen import replace
 from loratool.ops.convert import plan_convert
 from loratool.options import groups
 from loratool.options.looking import Check

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +27,7 @@ from loratool.api.session import run_plan
 from loratool.api.undo import UndoJob, plan_undo, write_undo
 from loratool.engine.rows import op_of
 from loratool.errors import UsageError
+from loratool.frozen import Frozen, replace
 from loratool.ops.combine import check_into, combination_args, combine_options
 from loratool.ops.consent import agree_to_read
 from loratool.ops.inputs import guard_output
@@ -158,8 +158,7 @@ def _others(asked: Merge, operation: Operation) -> tuple[str | Path | None, ...]
     return (asked.residual, asked.module_weights, *operation.inputs)
 
 
-@dataclass(frozen=True)
-class _Undo:
+class _Undo(Frozen):
     """An undo file to be written, and what that takes."""
 
     job: UndoJob

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +14,7 @@ from loratool.bind.heads import take_heads
 from loratool.bind.new_parts import Extended, add_parts
 from loratool.dtypes import DTYPES
 from loratool.errors import MismatchError, UsageError
+from loratool.frozen import Frozen, field, replace
 from loratool.ops.access import Access
 from loratool.ops.batch import FILES
 from loratool.ops.coded import Decoded, decode_base, read_plain
@@ -43,8 +43,7 @@ if TYPE_CHECKING:
     from loratool.store.sidecar import Sidecar
 
 
-@dataclass(frozen=True)
-class Operation:
+class Operation(Frozen):
     """What the one engine is used for: putting adapters in, or taking some out.
 
     Attributes:
@@ -65,8 +64,7 @@ class Operation:
     inputs: tuple[str | Path, ...] = ()
 
 
-@dataclass(frozen=True)
-class MergeJob:
+class MergeJob(Frozen):
     """Everything known before the first tensor byte is read.
 
     Attributes:
@@ -110,8 +108,7 @@ class MergeJob:
         }
 
 
-@dataclass(frozen=True)
-class MergeRequest:
+class MergeRequest(Frozen):
     """What is to be merged, as `merge`, `verify` and others ask for it.
 
     Attributes:

@@ -9,6 +9,7 @@ from typing import Any
 from loratool.api.common import Resources
 from loratool.api.merge_job import MergeJob
 from loratool.engine.rows import op_of
+from loratool.frozen import asdict
 from loratool.ops.input_notes import base_notes, input_warnings, nonfinite_warning
 from loratool.report.base import Plain
 from loratool.report.merge import MergeReport, ModuleLoss, SubtractReport
@@ -72,7 +73,7 @@ def merge_report(
 
 def plain_result(result: Any) -> dict[str, Any]:
     """A kernel's result as the journal has it."""
-    return result if isinstance(result, dict) else dict(vars(result))
+    return result if isinstance(result, dict) else asdict(result)
 
 
 def _restored(results: Sequence[dict[str, Any]]) -> dict[str, int]:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Container, Iterable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loratool.dialects.stated import base_of
 from loratool.errors import OutputError, list_some
+from loratool.frozen import replace
 from loratool.options.calls import takes
 from loratool.options.hub import Pull
 from loratool.report.pull import PulledAdapter, PulledFile, PullReport

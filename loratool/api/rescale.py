@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from loratool.adapter import Adapter, AdapterFiles, Source
@@ -17,6 +16,7 @@ from loratool.dialects import write_adapter_files
 from loratool.dialects.programs import judge_loads
 from loratool.dialects.rules import keeps_config
 from loratool.errors import UsageError
+from loratool.frozen import Frozen, replace
 from loratool.methods import find_method
 from loratool.ops.adapter_summary import dtype_word
 from loratool.ops.additive import factor_dtype, require_additive
@@ -98,8 +98,7 @@ def rescale(asked: Rescale) -> RescaleReport:
     return RescaleReport(str(asked.output), factor, tuple(rows), session.seconds, asked.dry_run)
 
 
-@dataclass(frozen=True)
-class _Job:
+class _Job(Frozen):
     """One adapter with its plan.
 
     Attributes:

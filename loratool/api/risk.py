@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from loratool.adapter import Adapter, DeltaSpec, Source, TensorRef
 from loratool.api.common import Limits, watched
 from loratool.delta.forms import factors_of, is_grouped
+from loratool.frozen import Frozen, replace
 from loratool.ops.consent import agree_to_read
 from loratool.ops.in_base import find_in_base, is_whole
 from loratool.ops.inputs import OpenedBase
@@ -94,8 +94,7 @@ def measure_risk(
     )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Mitigated:
+class Mitigated(Frozen):
     """New factors, and what they are.
 
     Attributes:

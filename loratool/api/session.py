@@ -6,7 +6,6 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +19,7 @@ from loratool.dialects.programs import OF_PEFT, Look, Program, find_program
 from loratool.dialects.registry import home_of, writable
 from loratool.dialects.rules import is_folder
 from loratool.errors import UsageError
+from loratool.frozen import Frozen, field, replace
 from loratool.ops.access import Access
 from loratool.ops.additive import in_one_order
 from loratool.ops.batch import is_batch, many_outputs, name_of, place_outputs
@@ -75,8 +75,7 @@ def base_row(base: OpenedBase, inputs: Mapping[str, Any], role: str = "base") ->
 # ------------------------------------------------------------------- adapters, one or many
 
 
-@dataclass(frozen=True)
-class Opened:
+class Opened(Frozen):
     """An adapter of a batch, and where its result goes.
 
     Attributes:
@@ -105,8 +104,7 @@ class Opened:
         return {content_label(self.resolved, name or {}): adapter_id(self.adapter)}
 
 
-@dataclass(frozen=True)
-class Session:
+class Session(Frozen):
     """A command that makes an adapter of each of some adapters.
 
     Attributes:

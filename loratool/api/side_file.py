@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from loratool.api.common import Resources
 from loratool.api.session import run_plan
+from loratool.frozen import replace
 from loratool.plan import Plan
 from loratool.store.output_path import check_output
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from loratool.api.access import access_of
@@ -14,6 +13,7 @@ from loratool.api.merge_job import MergeJob, Operation
 from loratool.api.session import base_row
 from loratool.api.undo import restore_job
 from loratool.errors import MismatchError, UsageError
+from loratool.frozen import replace
 from loratool.ops.inputs import open_base
 from loratool.ops.replay import merge_record
 from loratool.ops.subtract import (

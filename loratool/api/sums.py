@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from loratool.adapter import Adapter, DeltaSpec, Replacement, TensorData
 from loratool.delta.forms import new_vector, shape_of
 from loratool.dtypes import tensor_bytes
+from loratool.frozen import Frozen, replace
 from loratool.methods import Method, find_method
 from loratool.ops.combine import bias_steps, combine_steps
 from loratool.ops.sums import SumPlan
@@ -21,8 +21,7 @@ if TYPE_CHECKING:
 _FP16 = "F16"
 
 
-@dataclass(frozen=True)
-class Summed:
+class Summed(Frozen):
     """The results for the modules of a plan, and the storage type that holds them.
 
     Attributes:

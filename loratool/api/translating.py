@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
 from typing import Any
 
 from loratool.adapter import Adapter, AdapterFiles, Source, TensorData
@@ -14,6 +13,7 @@ from loratool.dialects import write_adapter_files
 from loratool.dialects.programs import Look, Program
 from loratool.dialects.registry import home_of, row_of
 from loratool.errors import MismatchError, list_some
+from loratool.frozen import Frozen, replace
 from loratool.ops.convert import (
     ConvertPlan,
     compute_also,
@@ -29,8 +29,7 @@ from loratool.report.algebra import share_of
 from loratool.report.check import LOADS, Simulation
 
 
-@dataclass(frozen=True)
-class Translated:
+class Translated(Frozen):
     """An adapter as another dialect has it.
 
     Attributes:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +12,7 @@ from loratool.api.side_file import may_replace, write_patches
 from loratool.dialects.stated import LAYERS
 from loratool.engine.rows import op_of
 from loratool.errors import MismatchError, UsageError
+from loratool.frozen import Frozen, replace
 from loratool.ops.inputs import guard_output
 from loratool.ops.undo import UndoFile, check_adapters, plan_patches, plan_restore, undo_table
 from loratool.plan import Plan
@@ -24,8 +24,7 @@ if TYPE_CHECKING:
     from loratool.engine.sink import CheckpointSink
 
 
-@dataclass(frozen=True)
-class UndoJob:
+class UndoJob(Frozen):
     """An undo file to be written.
 
     Attributes:

@@ -11,10 +11,11 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
+
+from loratool.frozen import Frozen
 
 _HOLE = "{n}"
 
@@ -28,8 +29,7 @@ def load_data(name: str) -> Mapping[str, Any]:
     return data
 
 
-@dataclass(frozen=True)
-class Rule:
+class Rule(Frozen):
     """One rename, usable in both directions.
 
     Attributes:
@@ -49,8 +49,7 @@ class Rule:
         return _substitute(self.memory, self.disk, name)
 
 
-@dataclass(frozen=True)
-class Table:
+class Table(Frozen, dict=True):
     """An ordered list of renames.
 
     Attributes:

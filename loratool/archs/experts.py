@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from functools import cache
 
 from loratool.archs.base import load_data
+from loratool.frozen import Frozen
 
 
-@dataclass(frozen=True)
-class ExpertName:
+class ExpertName(Frozen):
     """What the name of an expert weight says.
 
     Attributes:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
 from functools import cache
 from itertools import zip_longest
 from typing import Any, NamedTuple
@@ -16,6 +15,7 @@ from typing import Any, NamedTuple
 from loratool.archs.family_files import families, index_of, templates_of
 from loratool.archs.family_rows import NUMBER, Family, Telling, flatten
 from loratool.archs.places import Place, is_text, places, places_of, split_component
+from loratool.frozen import Frozen, field
 
 __all__ = [
     "Family",
@@ -39,8 +39,7 @@ _LANGUAGE = re.compile(
 Shape = tuple[int, ...]
 
 
-@dataclass(frozen=True)
-class Guess:
+class Guess(Frozen):
     """What a file is of.
 
     Attributes:

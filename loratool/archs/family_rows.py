@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import cache, cached_property
 from typing import Any, NamedTuple
+
+from loratool.frozen import Frozen, field
 
 NUMBER = re.compile(r"\{n\}|\d+")
 Numbers = tuple[str, ...]
@@ -30,8 +31,7 @@ class Name(NamedTuple):
     stop: int
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(Frozen, dict=True):
     """Weights that are the same in every naming.
 
     Attributes:
@@ -91,8 +91,7 @@ class Row:
         return {there: here for here, there in self.blocks}
 
 
-@dataclass(frozen=True)
-class Family:
+class Family(Frozen):
     """One file of ``data/families/``.
 
     Attributes:
@@ -109,9 +108,9 @@ class Family:
     name: str
     title: str
     component: str
-    rows: tuple[Row, ...] = field(repr=False)
-    tells: Mapping[str, Any] = field(repr=False)
-    versions: Mapping[str, str] = field(repr=False)
+    rows: tuple[Row, ...]
+    tells: Mapping[str, Any]
+    versions: Mapping[str, str]
     written: str = ""
     flat: str = "original"
 
@@ -141,8 +140,7 @@ class Telling(NamedTuple):
 _Fixed = dict[tuple[int, ...], dict[tuple[str, ...], list[Entry]]]
 
 
-@dataclass(frozen=True)
-class Index:
+class Index(Frozen):
     """Flat names with ``#`` for numbers -> which numbers are fixed -> what they are -> rows."""
 
     modules: dict[str, _Fixed] = field(default_factory=dict)

@@ -9,20 +9,19 @@ family (`loratool.archs.places`), and those are looked for.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from functools import cache, cached_property
 
 from loratool.archs.base import load_data
 from loratool.archs.family_files import families
 from loratool.archs.places import Place, places, prefixes
+from loratool.frozen import Frozen
 
 _TEXT_MODEL = "text_model."
 _BARE_TEXT = ("encoder.layers.", "embeddings.", "final_layer_norm")
 _Key = tuple[str, str, str]
 
 
-@dataclass(frozen=True)
-class Meaning:
+class Meaning(Frozen):
     """What a name stands for in a base.
 
     Attributes:

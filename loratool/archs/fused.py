@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 from loratool.archs.base import load_data
 from loratool.archs.layers import Heads, attention_sizes, model_types, sub_config
+from loratool.frozen import Frozen
 from loratool.plan import Span
 
 
-@dataclass(frozen=True)
-class FusedLeaf:
+class FusedLeaf(Frozen):
     """A leaf module that holds several projections.
 
     Attributes:

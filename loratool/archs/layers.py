@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from loratool.archs.base import Rule, load_data
+from loratool.frozen import Frozen
 
 _UNPAIRED = ("qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "phi3")
 _HEADS = ("num_attention_heads", "n_head", "num_heads", "n_heads", "attention_heads")
@@ -72,8 +72,7 @@ def alias_rules(config: Mapping[str, Any]) -> tuple[Rule, ...]:
     return tuple(Rule(a, b) for t in model_types(config) for a, b in table.get(t, ()))
 
 
-@dataclass(frozen=True)
-class Heads:
+class Heads(Frozen):
     """Attention sizes of one (sub-)model; 0 = the configuration does not say.
 
     Attributes:

@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from functools import cache
 
 from loratool.archs.base import load_data
 from loratool.archs.family_files import index_of
 from loratool.archs.family_rows import Entry, Name, Row, cut, flatten, holds_for
+from loratool.frozen import Frozen
 
 
-@dataclass(frozen=True)
-class Place:
+class Place(Frozen):
     """Weights of a family, as one name stands for them.
 
     Attributes:

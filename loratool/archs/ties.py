@@ -7,7 +7,6 @@ not in the table is guessed from its tensors.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +15,7 @@ from loratool.archs.heads import class_of, is_language_model
 from loratool.archs.layers import alias_rules, model_types
 from loratool.archs.names import tables_for, to_disk
 from loratool.archs.stated import model_type
+from loratool.frozen import Frozen
 
 if TYPE_CHECKING:
     from loratool.store.checkpoint import Checkpoint
@@ -24,8 +24,7 @@ _FLAG = "tie_word_embeddings"
 _TABLE = "shared"  # an embedding that passes its weight on: no forward pass reads it
 
 
-@dataclass(frozen=True)
-class Tie:
+class Tie(Frozen):
     """Names, as the files spell them, of one tensor of the running model.
 
     Attributes:

@@ -8,7 +8,6 @@ the same rank with another result is an error.  Nothing is ever half bound.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 
 from loratool.adapter import Adapter, TensorRef
 from loratool.archs.stated import layer_config
@@ -48,6 +47,7 @@ from loratool.bind.settle import settle
 from loratool.bind.tokens import place_new_tokens
 from loratool.dialects.stated import version_of
 from loratool.errors import MismatchError, UsageError
+from loratool.frozen import Frozen, replace
 from loratool.options.groups import Names
 from loratool.store.checkpoint import Checkpoint
 
@@ -64,8 +64,7 @@ __all__ = [
 _SAMPLE = 24
 
 
-@dataclass(frozen=True)
-class _Outcome:
+class _Outcome(Frozen):
     """What one rule does with every item."""
 
     rule: NameRule

@@ -6,7 +6,6 @@ The base's columns stay the first ones; the new ones start as zeros, as programs
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 from loratool.adapter import CodedRef, DeltaSpec, Replacement, TensorData, TensorRef
@@ -15,6 +14,7 @@ from loratool.archs.stated import channels_config
 from loratool.bind.items import BoundReplacement
 from loratool.delta.forms import side_sizes
 from loratool.dtypes import tensor_bytes
+from loratool.frozen import Frozen, field
 from loratool.kind import GROWS
 from loratool.store.checkpoint import Checkpoint
 from loratool.store.reader import read_bytes
@@ -24,8 +24,7 @@ COLUMNS = "columns"
 _Shape = tuple[int, ...]
 
 
-@dataclass(frozen=True)
-class Widened:
+class Widened(Frozen):
     """What follows from weights with more columns.
 
     Attributes:

@@ -7,8 +7,6 @@ d1 == d2 the PEFT version does.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from loratool.adapter import DeltaSpec
 from loratool.archs.experts import ExpertName, expert_names, fused_names, parse_expert
 from loratool.archs.layers import (
@@ -20,11 +18,11 @@ from loratool.bind.items import BoundDelta, Found, Item, Misfit
 from loratool.bind.place import Context, Placement, misfit, unmergeable
 from loratool.delta.forms import side_sizes
 from loratool.dialects.peft.version import parse_version
+from loratool.frozen import Frozen
 from loratool.plan import Region, Span
 
 
-@dataclass(frozen=True)
-class _Slot:
+class _Slot(Frozen):
     """Where one part of one expert is stored.
 
     Attributes:

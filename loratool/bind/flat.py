@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from typing import NamedTuple
 
 from loratool.adapter import Adapter
@@ -16,6 +15,7 @@ from loratool.bind.place import Context, Placement, cut_groups, known_size, misf
 from loratool.delta.forms import shape_of, side_sizes, spans_rows
 from loratool.dtypes import numel
 from loratool.errors import MismatchError, list_some
+from loratool.frozen import replace
 from loratool.plan import Region, Span
 from loratool.store.checkpoint import Checkpoint
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 from loratool.adapter import Adapter, Source, TensorRef
@@ -29,6 +28,7 @@ from loratool.bind.names import parse_skip
 from loratool.bind.new_parts import Extended, is_part, own_config
 from loratool.dialects.stated import WHOLE
 from loratool.errors import MismatchError, list_some
+from loratool.frozen import replace
 from loratool.patterns import find
 from loratool.store.checkpoint import Checkpoint
 

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 from loratool.adapter import DeltaSpec, Replacement, TensorRef
 from loratool.archs.flat import Meaning
 from loratool.dialects.stated import NEW_TOKENS
+from loratool.frozen import Frozen, field
 from loratool.plan import Region
 from loratool.store.checkpoint import Checkpoint
 
 
-@dataclass(frozen=True)
-class BoundDelta:
+class BoundDelta(Frozen):
     """A delta (or a slice of one) and the base tensor that it changes.
 
     Attributes:
@@ -32,16 +31,14 @@ class BoundDelta:
     transposed: bool = False
 
 
-@dataclass(frozen=True)
-class BoundReplacement:
+class BoundReplacement(Frozen):
     """A replacement tensor and the base tensor that it replaces (or creates)."""
 
     replacement: Replacement
     target: str
 
 
-@dataclass(frozen=True)
-class Bindings:
+class Bindings(Frozen):
     """The result of `bind`.
 
     Attributes:
@@ -73,8 +70,7 @@ class Bindings:
     checkpoint: Checkpoint | None = None
 
 
-@dataclass(frozen=True)
-class Item:
+class Item(Frozen):
     """One thing of an adapter that needs a target: a delta or a replacement.
 
     Attributes:
@@ -118,8 +114,7 @@ class Item:
         return self.replacement is not None and self.replacement.origin in NEW_TOKENS
 
 
-@dataclass(frozen=True)
-class Found:
+class Found(Frozen):
     """An item with its targets.
 
     Attributes:
@@ -145,8 +140,7 @@ class Found:
         return tuple(d.target for d in self.deltas)
 
 
-@dataclass(frozen=True)
-class Misfit:
+class Misfit(Frozen):
     """An item that a rule cannot place.
 
     Attributes:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 from loratool.adapter import Adapter
 from loratool.bind.items import BoundDelta
 from loratool.errors import MismatchError, list_some
+from loratool.frozen import replace
 
 
 def join_changes(deltas: Sequence[BoundDelta], adapter: Adapter) -> tuple[BoundDelta, ...]:

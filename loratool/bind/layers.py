@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -10,6 +9,7 @@ from typing import Any
 
 from loratool.archs.stated import layer_counts
 from loratool.errors import MismatchError
+from loratool.frozen import replace
 from loratool.store.checkpoint import Checkpoint, Shard
 
 _LAYER = re.compile(r"((?:.*?\.)?(?:layers|layer|h|blocks|block))\.(\d+)\.(.+)", re.DOTALL)
@@ -38,7 +38,7 @@ def replicate_layers(checkpoint: Checkpoint, order: Sequence[int]) -> Checkpoint
     sources = {new: old for old in checkpoint.tensors for new in renamed(old)}
     tensors = {new: checkpoint.tensors[sources[new]] for new in _in_order(sources, stack)}
     shards = tuple(_renamed_shard(shard, renamed) for shard in checkpoint.shards)
-    return dataclasses.replace(
+    return replace(
         checkpoint,
         shards=shards,
         tensors=tensors,
@@ -87,4 +87,4 @@ def _in_order(sources: Mapping[str, str], stack: str) -> list[str]:
 
 def _renamed_shard(shard: Shard, renamed: Any) -> Shard:
     keys = tuple(new for key in shard.keys for new in renamed(key))
-    return dataclasses.replace(shard, keys=keys)
+    return replace(shard, keys=keys)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from typing import NoReturn
 
@@ -15,6 +14,7 @@ from loratool.archs.stated import model_type
 from loratool.bind.items import Item
 from loratool.bind.new_parts import KnownNames
 from loratool.errors import MismatchError, UsageError
+from loratool.frozen import Frozen
 from loratool.options.groups import Names
 from loratool.patterns import Pattern, check_replacement, compile_pattern, find, substitute
 from loratool.store.checkpoint import Checkpoint
@@ -54,8 +54,7 @@ COMPONENTS: Mapping[str, str] = {
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
-@dataclass(frozen=True)
-class View:
+class View(Frozen, dict=True):
     """One way to name the tensors of a base.
 
     Attributes:
@@ -81,8 +80,7 @@ class View:
         return self.names.get(name)
 
 
-@dataclass(frozen=True)
-class NameRule:
+class NameRule(Frozen):
     """One function from adapter names to base names.
 
     Attributes:
@@ -192,8 +190,7 @@ def _file_of(replacement: Replacement | None) -> str | None:
     return source.path.name if isinstance(source, TensorRef) else None
 
 
-@dataclass(frozen=True)
-class Rename:
+class Rename(Frozen):
     """A substitution on module paths: ``count`` times in each, 0 = everywhere."""
 
     pattern: Pattern

@@ -11,13 +11,13 @@ import re
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from loratool.adapter import Adapter, Replacement, TensorRef
 from loratool.archs.heads import class_of
 from loratool.archs.stated import OUTPUT_KEYS, is_class_key
 from loratool.errors import MismatchError, list_some
+from loratool.frozen import Frozen, field, replace
 from loratool.store.checkpoint import Checkpoint
 from loratool.store.jsonfile import load_json
 from loratool.store.layout import is_beside_name
@@ -145,8 +145,7 @@ def _common(one: Sequence[str], other: Sequence[str]) -> int:
     return min(len(one), len(other))
 
 
-@dataclass(frozen=True)
-class Extended:
+class Extended(Frozen):
     """A base with what it lacks and adapters bring: parts, or a head.
 
     Attributes:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 from loratool.adapter import DeltaSpec
@@ -23,6 +21,7 @@ from loratool.delta.forms import (
     width_of,
 )
 from loratool.dtypes import DTYPES, numel
+from loratool.frozen import Struct, field, replace
 from loratool.kind import HEAD
 from loratool.options.groups import Names
 from loratool.store.checkpoint import Checkpoint
@@ -30,8 +29,7 @@ from loratool.store.checkpoint import Checkpoint
 Placement = Found | Misfit
 
 
-@dataclass
-class Context:
+class Context(Struct):
     """What placing needs to know besides the item.
 
     Attributes:
@@ -116,7 +114,7 @@ def place_on(item: Item, spec: DeltaSpec, target: str, alias: str, ctx: Context)
     turned = orientation(item, spec, target, ctx)
     if isinstance(turned, Misfit):
         return turned
-    flat = spec if spec.layout == "linear" else dataclasses.replace(spec, layout="linear")
+    flat = spec if spec.layout == "linear" else replace(spec, layout="linear")
     return _found(item, BoundDelta(flat, target, transposed=turned), alias)
 
 
@@ -131,7 +129,7 @@ def _settled(spec: DeltaSpec, target: str, ctx: Context) -> DeltaSpec | None:
         out, inner = inner[0], [out]
     if spec.row.is_by_head:
         head = pair_height(ctx.config, target)
-        spec = dataclasses.replace(spec, settings={**spec.settings, HEAD: head})
+        spec = replace(spec, settings={**spec.settings, HEAD: head})
     return spec.row.settle(spec, out, numel(tuple(inner)))
 
 
@@ -265,14 +263,14 @@ def _place_conv(item: Item, spec: DeltaSpec, target: str, ctx: Context) -> Place
     # A 1×1 convolution and a linear layer are the same matrix; trainers swap them freely.
     filled = inner if len(inner) > 1 else (*inner, *(1 for _ in shape[2:]))
     if (out, *filled) == shape:
-        conv = spec if spec.layout == "conv" else dataclasses.replace(spec, layout="conv")
+        conv = spec if spec.layout == "conv" else replace(spec, layout="conv")
         return _found(item, BoundDelta(conv, target), "")
     if (
         out == shape[0]
         and (len(inner) == 1 or not spec.is_pair)
         and _is_same_kernel(inner, shape[1:])
     ):
-        flat = dataclasses.replace(spec, layout="conv")  # kernels may be stored flattened
+        flat = replace(spec, layout="conv")  # kernels may be stored flattened
         return _found(item, BoundDelta(flat, target), "")
     same_kernel = out == shape[0] and filled[1:] == shape[2:]
     if same_kernel and 0 < shape[1] < filled[0] and filled[0] % shape[1] == 0:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 
 from loratool.adapter import Adapter
 from loratool.archs.ties import is_head, stored_twins
@@ -12,6 +11,7 @@ from loratool.bind.items import Bindings, BoundDelta, BoundReplacement, Found
 from loratool.bind.place import Context
 from loratool.bind.ties import settle_ties
 from loratool.bind.vocabulary import follow_vocabulary
+from loratool.frozen import replace
 
 
 def settle(found: Sequence[Found], ctx: Context, adapter: Adapter) -> Bindings:

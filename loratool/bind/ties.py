@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
 from typing import Any
 
 from loratool.adapter import Adapter
@@ -14,12 +13,12 @@ from loratool.bind.place import Context
 from loratool.bind.same_change import are_alike
 from loratool.dialects.stated import COPY, loads_into
 from loratool.errors import MismatchError, list_some
+from loratool.frozen import Frozen, field, replace
 from loratool.options.groups import Names
 from loratool.store.reader import have_same_bytes
 
 
-@dataclass(frozen=True)
-class Settled:
+class Settled(Frozen):
     """Items with their final targets, and what follows for the base.
 
     Attributes:

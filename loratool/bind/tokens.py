@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from loratool.archs.ties import is_head, word_tables
 from loratool.bind.items import BoundReplacement, Found, Item, Misfit
 from loratool.bind.place import Context, Placement, misfit, unmergeable
 from loratool.dialects.stated import ADDED
+from loratool.frozen import replace
 
 _MOST_ROWS = 1 << 24  # tokens of any vocabulary
 

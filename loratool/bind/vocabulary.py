@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 from loratool.adapter import Replacement, TensorData, TensorRef
@@ -14,11 +13,11 @@ from loratool.bind.place import Context
 from loratool.bind.ties import Settled
 from loratool.dialects.stated import NEW_TOKENS
 from loratool.errors import MismatchError
+from loratool.frozen import Frozen, field
 from loratool.store.reader import read_bytes
 
 
-@dataclass(frozen=True)
-class Resized:
+class Resized(Frozen):
     """What follows from another number of tokens.
 
     Attributes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import click
 
@@ -35,14 +36,12 @@ def command(shell: str | None, install: bool, uninstall: bool, dry_run: bool) ->
     --install writes the script to a file of its own; for bash and zsh it adds a marked block to
     the start-up file, which else stays as it is. Without SHELL your login shell is meant.
     """
-    from loratool.store.shell_setup import carry_out, plan_removal, plan_setup, shell_of
-
     if install and uninstall:
         raise UsageError("LT-200", "--install and --uninstall are opposites")
     if dry_run and not (install or uninstall):
         raise UsageError("LT-200", "--dry-run is of --install and --uninstall",
                          hint="loratool completion --install --dry-run")  # fmt: skip
-    name = shell or shell_of(os.environ)
+    name = shell or Path(os.environ.get("SHELL", "")).name
     if name not in SHELLS:
         raise UsageError("LT-200", "say which shell", expected=", ".join(SHELLS),
                          got=name or "no SHELL in the environment",
@@ -50,6 +49,8 @@ def command(shell: str | None, install: bool, uninstall: bool, dry_run: bool) ->
     if not (install or uninstall):
         click.echo(_script(name))
         return
+    from loratool.store.shell_setup import carry_out, plan_removal, plan_setup
+
     environ = os.environ
     changes = plan_setup(name, _script(name), environ) if install else plan_removal(name, environ)
     if not dry_run:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +14,7 @@ from loratool.cli.render import (
     plural,
     safe,
     table,
+    terminal_width,
 )
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def _that_fit(cells: Sequence[Mapping[str, str]]) -> list[str]:
     if not is_terminal():
         return kept
     widths = {n: max(cell_width(n), *(cell_width(c[n]) for c in cells)) for n in kept}
-    room = shutil.get_terminal_size().columns
+    room = terminal_width()
     for name in _LESS:
         if sum(widths[n] + 2 for n in kept) - 2 <= room:
             break

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +29,7 @@ from loratool.cli.spectrum import spectrum_lines
 from loratool.cli.told import told_lines
 from loratool.cli.voice import Voice, note_lines, warning_lines
 from loratool.errors import LoratoolError, UsageError
+from loratool.frozen import replace
 from loratool.ops.turns import Turns
 from loratool.options.looking import Inspect
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import sys
 import threading
 import time
@@ -13,7 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from loratool.cli.render import cell_width, format_bytes, format_seconds, is_terminal, safe
+from loratool.cli.render import (
+    cell_width,
+    format_bytes,
+    format_seconds,
+    is_terminal,
+    safe,
+    terminal_width,
+)
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bar
@@ -106,7 +112,7 @@ class _Drawn(_Shown):
         """Draw the bar anew; a run that is short does not begin one."""
         if self._bar is None and time.monotonic() - self.started < _BAR_AFTER_S:
             return
-        room = shutil.get_terminal_size().columns - _BAR_WIDTH - _NUMBERS_WIDTH
+        room = terminal_width() - _BAR_WIDTH - _NUMBERS_WIDTH
         name = _fitted(safe(self.name), room)
         if self._bar is None:
             self._bar = _bar(self.unit)

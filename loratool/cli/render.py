@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import sys
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
@@ -42,6 +41,7 @@ __all__ = [
     "safe",
     "some",
     "table",
+    "terminal_width",
     "three_digits",
 ]
 
@@ -99,7 +99,7 @@ def table(
         ]  # fmt: skip
         lines.append("  ".join(padded).rstrip())
     if crop and is_terminal():
-        lines = [_crop(text, shutil.get_terminal_size().columns) for text in lines]
+        lines = [_crop(text, terminal_width()) for text in lines]
     return [click.style(lines[0], bold=True), *lines[1:]]
 
 
@@ -144,6 +144,13 @@ def _redacted(value: Any) -> Any:
     if isinstance(value, list):
         return [_redacted(v) for v in value]
     return value
+
+
+def terminal_width() -> int:
+    """Columns of the terminal."""
+    from shutil import get_terminal_size  # and every compression that Python knows
+
+    return get_terminal_size().columns
 
 
 def is_terminal(stream: Any = None) -> bool:

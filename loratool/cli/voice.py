@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from loratool.cli.render import dump_json, format_bytes, is_terminal, line, plural, safe
+from loratool.frozen import Frozen
 
 if TYPE_CHECKING:
     from loratool.report.base import Report
     from loratool.report.planned import PlannedFiles
 
 
-@dataclass(frozen=True)
-class Voice:
+class Voice(Frozen):
     """What ``-q``, ``-v`` and ``--json`` ask for.
 
     Attributes:

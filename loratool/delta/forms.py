@@ -7,12 +7,12 @@ put new tensors in the place of old ones.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from typing import Any
 
 from loratool import kinds
 from loratool.adapter import DeltaSpec, Replacement, Source, TensorData, TensorRef
 from loratool.dtypes import exact_dtype, result_dtype
+from loratool.frozen import replace
 from loratool.kind import STORED
 from loratool.kind_shapes import COLUMN_LENGTHS, ROW_LENGTHS
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import replace
 
 import torch
 
 from loratool import kinds
 from loratool.delta.base import Delta
+from loratool.frozen import replace
 from loratool.kind_shapes import COLUMN_LENGTHS, ROW_LENGTHS
 from loratool.plan import DeltaPart
 from loratool.plugins import function_of

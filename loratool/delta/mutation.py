@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 
 from loratool.adapter import DeltaSpec
 from loratool.delta.base import Delta
 from loratool.delta.lowrank import LowRank
+from loratool.frozen import replace
 from loratool.linalg import svd
 from loratool.plan import DeltaPart
 

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import replace
 
 import torch
 
 from loratool.delta.by_rows import ByRows, RowMap, by_rows
+from loratool.frozen import replace
 from loratool.plan import DeltaPart
 
 

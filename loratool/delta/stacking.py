@@ -10,11 +10,11 @@ other have their factors along a diagonal, so that ranks add up.  No torch: byte
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 from loratool.adapter import ArrangedRef, DeltaSpec, Source, TensorData, TensorRef
 from loratool.delta.forms import side_sizes
 from loratool.dtypes import DTYPES, exact_dtype, numel, widest
+from loratool.frozen import replace
 from loratool.store.reader import read_bytes
 
 Span = tuple[int, int]

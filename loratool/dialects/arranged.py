@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 from loratool.adapter import ArrangedRef, Source, TensorData, TensorRef
 from loratool.dtypes import DTYPES
+from loratool.frozen import replace
 from loratool.store.axes import arrange
 from loratool.store.reader import read_bytes
 

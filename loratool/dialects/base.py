@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol, cast
 
 from loratool.adapter import Adapter, AdapterFiles, DeltaSpec
 from loratool.dialects.candidate import Candidate
 from loratool.dialects.table import Table
+from loratool.frozen import Frozen
 from loratool.options.groups import Read
 from loratool.plugins import function_of
 
@@ -37,8 +37,7 @@ class Writer(Protocol):
         """Files in memory; nothing is written."""
 
 
-@dataclass(frozen=True)
-class Dialect:
+class Dialect(Frozen):
     """One row of the registry; it lies in the dialect's own module.
 
     Attributes:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from loratool.errors import BadFileError, UnsafeContentError, list_some
+from loratool.frozen import Frozen
 from loratool.store.contained import list_folder, open_inside
 from loratool.store.foreign import PICKLE_HINT
 from loratool.store.gguf import MAGIC, GgufFile, read_gguf
@@ -30,8 +30,7 @@ _AS_ZERO = str.maketrans("123456789", "0" * 9)
 SUFFIX = ".gguf"
 
 
-@dataclass(frozen=True)
-class Candidate:
+class Candidate(Frozen, dict=True):
     """Names, header and configuration of what lies at a path, no tensor bytes.
 
     Attributes:

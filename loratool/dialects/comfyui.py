@@ -6,12 +6,11 @@ other``, diffusion-pipe, LightX2V, DiffSynth.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from loratool.dialects.base import Dialect
 from loratool.dialects.diffusers_header import read_alpha, without
 from loratool.dialects.dotted import FIELDS_DOWN, TABLE, detector
 from loratool.dialects.fields import Component, Header
+from loratool.frozen import replace
 
 _CLIP_L, _CLIP_G = "text_encoders.clip_l.transformer.", "text_encoders.clip_g.transformer."
 _T5 = "text_encoders.t5xxl.transformer."

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from loratool.dialects.base import Dialect
 from loratool.dialects.diffusers_header import read, write
 from loratool.dialects.dotted import TABLE, detector
 from loratool.dialects.fields import Header
+from loratool.frozen import replace
 
 ROW = Dialect(
     "diffusers", "diffusers", detector("diffusers"),

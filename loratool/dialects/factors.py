@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
@@ -11,6 +10,7 @@ from loratool import kinds
 from loratool.adapter import DeltaSpec, Source, TensorRef
 from loratool.dtypes import DTYPES
 from loratool.errors import BadFileError, UsageError
+from loratool.frozen import replace
 from loratool.kind import Kind
 from loratool.kind_shapes import COLUMN_LENGTHS, ROW_LENGTHS, lengths_role
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from loratool.dialects.base import Dialect
 from loratool.dialects.dotted import TABLE, detector
 from loratool.dialects.fields import Component, Field
+from loratool.frozen import replace
 
 _BARE = Component("", "", ("unet", "transformer", "diffusion_model"))
 BFL = Dialect(

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from loratool.dialects import kohya
 from loratool.dialects.base import Dialect, by_keys
 from loratool.dialects.fields import Component
+from loratool.frozen import replace
 
 ROW = Dialect(
     "lycoris", "LyCORIS", by_keys(r"^lycoris_"),

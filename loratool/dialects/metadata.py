@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from loratool.adapter import AdapterFiles, Source
 from loratool.errors import UsageError
+from loratool.frozen import replace
 from loratool.store.header import MAX_METADATA, MAX_NAME, read_header
 
 OWN = "loratool"

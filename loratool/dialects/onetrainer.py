@@ -6,10 +6,9 @@ kohya's.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from loratool.dialects.base import Dialect
 from loratool.dialects.dotted import FIELDS_DOWN, RENAMES, TABLE, detector
+from loratool.frozen import replace
 
 _FLAT_START = (
     (r"^lora_transformer_(?=[^.]+\.\d)", "transformer."),

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Collection
-from dataclasses import replace
 
 from loratool.adapter import Adapter, DeltaSpec, TensorRef
 from loratool.delta.forms import side_sizes
 from loratool.dialects.peft import FOLDER_NAME
 from loratool.dialects.registry import home_of, row_of
+from loratool.frozen import replace
 
 _JOINED, _OUTPUT = "in_proj_weight", "out_proj"
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 from loratool import kinds
@@ -14,6 +13,7 @@ from loratool.dialects.peft.config import DEFAULT_RANK
 from loratool.dialects.peft.methods import ROWS, title_of
 from loratool.dialects.peft.version import square_experts_rule
 from loratool.errors import MismatchError
+from loratool.frozen import replace
 
 LAYERS = "layer_replication"
 """Where it is stated which layers are repeated."""

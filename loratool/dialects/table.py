@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
 from functools import cached_property
 
 from loratool import kinds
@@ -16,6 +15,7 @@ from loratool.adapter import DeltaSpec
 from loratool.archs.flat import components_of, known_names, with_text_model
 from loratool.dialects.factors import LENGTHS, OPEN_LENGTHS
 from loratool.dialects.fields import Component, Field, Header, Key
+from loratool.frozen import Frozen
 
 # What keys of algorithms end in that no kind is made of -> their title.
 ALGORITHMS = (
@@ -27,8 +27,7 @@ ALGORITHMS = (
 _TWO_WORDS = (r"oft_R\.[\w.]+", r"bm\.weight")
 
 
-@dataclass(frozen=True)
-class Table:
+class Table(Frozen, dict=True):
     """One dialect.
 
     Attributes:

@@ -6,7 +6,6 @@ import math
 import re
 import struct
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from loratool import kinds
@@ -17,6 +16,7 @@ from loratool.dialects.factors import check_float, product_spec, refuse_shape
 from loratool.dialects.fields import Field, Stated
 from loratool.dialects.table import ALGORITHMS, Table
 from loratool.errors import BadFileError, MismatchError, list_some
+from loratool.frozen import Struct, field, replace
 from loratool.kind import GROWS
 from loratool.options.groups import Read
 from loratool.store.reader import FileReader, read_bytes
@@ -136,8 +136,7 @@ def _stated(table: Table, metadata: Mapping[str, str], modules: Collection[str])
     return table.header.read(metadata, modules)
 
 
-@dataclass
-class _Sorted:
+class _Sorted(Struct):
     """The tensors of a file by what they are."""
 
     refs: list[TensorRef]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import struct
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import replace
 from typing import Any
 
 from loratool.adapter import (
@@ -22,6 +21,7 @@ from loratool.dialects.table import Table
 from loratool.dialects.table_read import read_tensors
 from loratool.dtypes import DTYPES
 from loratool.errors import MismatchError, list_some
+from loratool.frozen import replace
 from loratool.kind import GROWS
 from loratool.options.groups import Read
 from loratool.store.reader import read_bytes

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
 from typing import Any, NoReturn
 
 from loratool.adapter import Adapter, DeltaSpec, TensorRef
@@ -22,6 +21,7 @@ from loratool.dialects.candidate import CONFIG_NAME, Candidate
 from loratool.dialects.factors import product_spec, refuse_alpha, refuse_shape
 from loratool.dialects.peft.config import Fields
 from loratool.errors import BadFileError, MismatchError
+from loratool.frozen import replace
 from loratool.options.groups import Read
 from loratool.store.jsonfile import load_json
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -13,6 +12,7 @@ from loratool.engine.machine import usable_cores
 from loratool.engine.rows import op_of
 from loratool.engine.run import RunOptions
 from loratool.engine.step import Lane, Nowhere, StepWork
+from loratool.frozen import Frozen, replace
 from loratool.location import HubFile
 from loratool.plan import Plan, Step
 from loratool.store.bandwidth import write_speed
@@ -26,8 +26,7 @@ GPU_LANES = 4
 _GAIN = 1.15  # a GPU must be this much faster
 
 
-@dataclass(frozen=True)
-class Rates:
+class Rates(Frozen):
     """Bytes per second.
 
     Attributes:

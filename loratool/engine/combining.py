@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -25,6 +24,7 @@ from loratool.engine.factors import (
 )
 from loratool.engine.kernel import Env
 from loratool.engine.summing import SummedModule, sum_factors
+from loratool.frozen import Frozen, replace
 from loratool.linalg import core, fit
 from loratool.linalg.concat import difference_square, product_norm, slerp_weights
 from loratool.linalg.dense import DenseCombiner, combine_rows, combine_whole
@@ -35,8 +35,7 @@ from loratool.plan import DeltaPart
 from loratool.plugins import function_of
 
 
-@dataclass(frozen=True)
-class Recipe:
+class Recipe(Frozen):
     """How modules are combined.
 
     Attributes:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 
@@ -12,14 +11,14 @@ from loratool.engine import grid
 from loratool.engine.buffers import TORCH_DTYPES
 from loratool.engine.kernel import INTEGERS, Env, Kernel
 from loratool.engine.merging import AddDeltas
+from loratool.frozen import Frozen
 from loratool.linalg import rounding
 from loratool.plan import DeltaPart, Step
 
 _UNIT = 2.0**-24  # of float32, to nearest
 
 
-@dataclass(frozen=True)
-class CompareResult:
+class CompareResult(Frozen):
     """How one tensor of a merged checkpoint compares with its recomputation.
 
     Attributes:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 
@@ -12,6 +11,7 @@ from loratool.delta.lowrank import Pair
 from loratool.engine.factors import load_pairs, load_vector
 from loratool.engine.grid import SAMPLE_ELEMENTS
 from loratool.engine.kernel import Env
+from loratool.frozen import Frozen
 from loratool.linalg.subspaces import (
     Spectral,
     difference_norm,
@@ -25,8 +25,7 @@ TOP_SHARE = 0.2  # of the largest elements, whose overlap is counted (the densit
 MAX_DIRECTIONS = 64  # φ is kept for this many leading directions
 
 
-@dataclass(frozen=True)
-class Signs:
+class Signs(Frozen):
     """What only single elements tell; counts over the elements looked at.
 
     Attributes:
@@ -46,8 +45,7 @@ class Signs:
     shared_top: int
 
 
-@dataclass(frozen=True)
-class PairResult:
+class PairResult(Frozen):
     """Two adapters' changes of one module (sums over experts).
 
     Attributes:

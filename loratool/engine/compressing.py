@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from loratool.engine.factors import load_pairs, padded, round_once
 from loratool.engine.kernel import Env, ModuleKernel
 from loratool.engine.step_args import FactorArgs, SpectrumArgs
 from loratool.errors import NumericError
+from loratool.frozen import Frozen, replace
 from loratool.linalg.product import ProductSVD, factor_product, product_spectrum, split_factors
 from loratool.linalg.rank import RankRule, choose_rank
 from loratool.linalg.shares import allocate_with_shares
@@ -28,8 +28,7 @@ _ROUNDED = 1.01 * 2.0**-10
 most, u = 2⁻¹¹ (docs/exactness.md).  More means that values fell below 2⁻¹⁴ and lost digits."""
 
 
-@dataclass(frozen=True)
-class Spectrum:
+class Spectrum(Frozen):
     """Singular values of one delta, scaling included.
 
     Attributes:
@@ -46,8 +45,7 @@ class Spectrum:
         return self.sigma.square().sum(0).sqrt()
 
 
-@dataclass(frozen=True)
-class Factored:
+class Factored(Frozen):
     """A delta at its new rank.
 
     Attributes:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 from loratool.adapter import DeltaSpec, Source
 from loratool.delta.forms import as_pair, factors_of, has_core, with_factors
@@ -11,12 +10,12 @@ from loratool.delta.lowrank import Pair
 from loratool.engine.factors import load_pairs, make_data, overflows, round_once
 from loratool.engine.kernel import Env
 from loratool.engine.workers import map_in_workers
+from loratool.frozen import Frozen
 from loratool.linalg.concat import difference_square, product_norm
 from loratool.store.reader import FileReader
 
 
-@dataclass(frozen=True)
-class Paired:
+class Paired(Frozen):
     """A change made of two factors alone.
 
     Attributes:

@@ -9,7 +9,6 @@ W + diag(1/c) B A, of the lengths that c gives them.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 
 import torch
 
@@ -23,6 +22,7 @@ from loratool.engine.converting import Paired
 from loratool.engine.factors import load_pairs, make_data, overflows, pack_pairs, round_once
 from loratool.engine.kernel import Env
 from loratool.errors import NumericError
+from loratool.frozen import replace
 from loratool.linalg.concat import concat_factors, difference_square
 from loratool.linalg.product import product_svd, split_factors
 from loratool.plan import DeltaPart, Place, Span

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 
@@ -13,14 +12,14 @@ from loratool.engine.kernel import INTEGERS, Env, Kernel
 from loratool.engine.merging import count_differing
 from loratool.engine.step_args import DifferenceArgs
 from loratool.errors import NumericError
+from loratool.frozen import Frozen
 from loratool.linalg.norms import squared_sum, sum_of_squares
 from loratool.plan import Step
 
 _Sums = tuple[int, float, float] | torch.Tensor
 
 
-@dataclass(frozen=True)
-class DifferenceResult:
+class DifferenceResult(Frozen):
     """How a tuned tensor differs from the base's, and its low-rank factors if asked for.
 
     Attributes:

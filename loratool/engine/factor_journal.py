@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import threading
 from collections.abc import Sequence
@@ -10,6 +9,7 @@ from typing import Any
 
 from loratool.adapter import TensorData
 from loratool.engine.difference import DifferenceResult
+from loratool.frozen import asdict, replace
 from loratool.plan import Step
 from loratool.store.checksum import PieceSums
 from loratool.store.disk import refusals_as, write_synced
@@ -72,7 +72,7 @@ def drop_factors(output: StagedOutput) -> None:
 
 
 def _to_json(result: DifferenceResult) -> dict[str, Any]:
-    values = {f.name: getattr(result, f.name) for f in dataclasses.fields(result)}
+    values = asdict(result)
     values["factors"] = [[f.name, list(f.shape)] for f in result.factors or ()]
     return values
 
@@ -81,7 +81,7 @@ def _from_json(values: dict[str, Any], data: memoryview) -> tuple[DifferenceResu
     factors, start = [], 0
     for name, shape in values["factors"]:
         one = TensorData(name, "F32", tuple(shape), b"")
-        factors.append(dataclasses.replace(one, data=data[start : start + one.nbytes]))
+        factors.append(replace(one, data=data[start : start + one.nbytes]))
         start += one.nbytes
     lists: Sequence[str] = ("residual_squares", "spectrum")
     plain: dict[str, Any] = {

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from loratool.engine.buffers import TORCH_DTYPES, to_bytes
 from loratool.engine.difference import Difference, DifferenceResult
 from loratool.engine.kernel import Env
 from loratool.engine.step_args import SubtractAndFactorArgs
+from loratool.frozen import replace
 from loratool.linalg import fit
 from loratool.linalg.noise import Grid, simulate_noise
 from loratool.linalg.norms import squared_sum

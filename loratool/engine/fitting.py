@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import replace
 
 import torch
 
@@ -22,6 +21,7 @@ from loratool.engine.factors import (
 from loratool.engine.kernel import Env
 from loratool.engine.tying import tie_factors
 from loratool.engine.workers import map_in_workers
+from loratool.frozen import replace
 from loratool.linalg.concat import difference_square, product_norm
 from loratool.report.algebra import share_of
 from loratool.store.reader import FileReader

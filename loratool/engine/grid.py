@@ -6,7 +6,7 @@ of the tensor alone: never on threads, buffer sizes or shards.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from loratool.frozen import Frozen
 
 WIDE_COLS = 1 << 16
 """Rows longer than this are cut into cells; shorter ones are taken whole."""
@@ -31,8 +31,7 @@ SAMPLE_ELEMENTS = 1 << 21
 they take whole rows, evenly spread over the matrix, that hold about as many."""
 
 
-@dataclass(frozen=True)
-class Block:
+class Block(Frozen):
     """A rectangle of a (rows, cols) view; its elements are contiguous.
 
     Attributes:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
@@ -20,6 +19,7 @@ from loratool.engine.buffers import (
 )
 from loratool.engine.rows import args_of
 from loratool.errors import BadFileError, NumericError
+from loratool.frozen import Struct, field
 from loratool.plan import Step
 from loratool.store.reader import FileReader
 
@@ -32,8 +32,7 @@ _CPU = torch.device("cpu")
 _PIECE = 1 << 20
 
 
-@dataclass
-class Env:
+class Env(Struct):
     """What every kernel of a run shares.  Another process gets it without what is in memory.
 
     Attributes:

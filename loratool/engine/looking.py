@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import zlib
-from dataclasses import dataclass
 
 import torch
 
@@ -16,6 +15,7 @@ from loratool.engine.buffers import TORCH_DTYPES
 from loratool.engine.kernel import Env
 from loratool.engine.merging import AddDeltas
 from loratool.errors import NumericError
+from loratool.frozen import Frozen
 from loratool.linalg.noise import Grid, resolvable, simulate_noise
 from loratool.linalg.product import factor_product
 from loratool.linalg.rounding import rounded
@@ -33,8 +33,7 @@ _WHOLE = 1 << 20  # elements of a tensor that are all rounded; of larger ones ab
 _STRIDES = (17, 19, 23, 29, 31)
 
 
-@dataclass(frozen=True)
-class Look:
+class Look(Frozen):
     """One delta on one tensor, as sums over the elements that it covers.
 
     Attributes:

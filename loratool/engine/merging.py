@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -22,6 +21,7 @@ from loratool.engine.gate import Gate
 from loratool.engine.kernel import INTEGERS, Env, Kernel
 from loratool.engine.rounders import Exact, make_rounder
 from loratool.engine.step_args import SumArgs
+from loratool.frozen import Frozen, replace
 from loratool.linalg import rounding
 from loratool.linalg.dense import DenseCombiner
 from loratool.methods import find_method
@@ -34,8 +34,7 @@ _MEASURE_WHOLE, _STRIDE, _MEASURED_BLOCKS = 1 << 20, 8, 4
 _SAMPLE, _SAMPLE_BLOCKS, _SAMPLE_ROWS = 4096, 4, 64
 
 
-@dataclass(frozen=True)
-class SumResult:
+class SumResult(Frozen):
     """What one tensor's merge did, as sums over its elements.
 
     Attributes:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,12 +21,12 @@ from loratool.engine.kernel import INTEGERS, Env, Kernel
 from loratool.engine.merging import AddDeltas, SumResult
 from loratool.engine.step_args import ApplyPatchArgs, MakePatchArgs
 from loratool.errors import BadFileError, MismatchError, NumericError
+from loratool.frozen import Frozen
 from loratool.linalg import patch
 from loratool.plan import Step
 
 
-@dataclass(frozen=True)
-class PatchResult:
+class PatchResult(Frozen):
     """What turns the prediction of one tensor into the tensor.
 
     Attributes:
@@ -45,8 +44,7 @@ class PatchResult:
     source: str
 
 
-@dataclass(frozen=True)
-class RestoreResult:
+class RestoreResult(Frozen):
     """A restored tensor: how many elements the patch set right."""
 
     name: str

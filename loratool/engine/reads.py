@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
 from itertools import accumulate
 
 from loratool.adapter import DeltaSpec, Source, TensorRef
 from loratool.dtypes import DTYPES
 from loratool.engine import grid
 from loratool.engine.rows import args_of, op_of
+from loratool.frozen import replace
 from loratool.location import HubFile
 from loratool.plan import DeltaPart, Plan, Step
 from loratool.store.remote_spans import Range

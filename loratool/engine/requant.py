@@ -6,8 +6,6 @@ the largest number of each block; a factor that holds its block stays as it is.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 
 from loratool.adapter import CodedRef
@@ -15,6 +13,7 @@ from loratool.engine import grid
 from loratool.engine.kernel import Env, Kernel
 from loratool.engine.merging import AddDeltas
 from loratool.engine.step_args import RequantizeArgs
+from loratool.frozen import replace
 from loratool.plan import Step
 from loratool.quant import codec_of
 from loratool.quant.base import block_rows, factors_at

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import replace
 
 import torch
 
@@ -18,6 +17,7 @@ from loratool.engine.kernel import Env
 from loratool.engine.merging import AddDeltas, SumResult
 from loratool.engine.rows import args_of
 from loratool.engine.step_args import RequantizeArgs
+from loratool.frozen import replace
 from loratool.plan import Step
 from loratool.quant import codec_of
 

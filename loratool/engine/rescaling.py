@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 
@@ -12,11 +11,11 @@ from loratool.delta.forms import is_grouped
 from loratool.engine.factors import make_data, make_pairs, overflows, round_once
 from loratool.engine.kernel import Env
 from loratool.engine.step_args import ScaleArgs
+from loratool.frozen import Frozen
 from loratool.linalg.concat import difference_square, product_norm
 
 
-@dataclass(frozen=True)
-class ScaledTensors:
+class ScaledTensors(Frozen):
     """New tensors of an adapter.
 
     Attributes:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 
 import torch
 
@@ -17,14 +16,14 @@ from loratool.engine.detaching import load_region
 from loratool.engine.factors import load_vector, pack_pairs
 from loratool.engine.grid import SAMPLE_ELEMENTS
 from loratool.engine.kernel import Env
+from loratool.frozen import Frozen, replace
 from loratool.linalg.concat import concat_factors, product_norm
 from loratool.linalg.intruders import Intruders, find_intruders, weakened
 from loratool.linalg.product import product_spectrum, product_svd, split_factors
 from loratool.plan import DeltaPart, Place
 
 
-@dataclass(frozen=True)
-class ModuleStatistics:
+class ModuleStatistics(Frozen):
     """Numbers of one ΔW (of all experts together).
 
     Attributes:
@@ -90,8 +89,7 @@ def _kurtosis(parts: Sequence[torch.Tensor]) -> float:
 _COPIES = 6  # float64 matrices of a weight's size that looking for intruders takes at most
 
 
-@dataclass(frozen=True)
-class IntruderResult:
+class IntruderResult(Frozen):
     """Intruders of one matrix, and the change without part of them if that was asked for.
 
     Attributes:

@@ -7,7 +7,6 @@ An op is one kernel, one class of arguments (`loratool.engine.step_args`), its f
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 from loratool.adapter import Source
@@ -15,11 +14,11 @@ from loratool.engine import module_memory as modules
 from loratool.engine import step_args as takes
 from loratool.engine import step_memory as memory
 from loratool.errors import BugError
+from loratool.frozen import Frozen
 from loratool.plan import Plan, Step
 
 
-@dataclass(frozen=True)
-class Op:
+class Op(Frozen):
     """What is known of an op.
 
     Attributes:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from loratool.engine.machine import default_threads
 from loratool.engine.reads import planned_ranges, sampled_bytes, sampled_steps
 from loratool.engine.sink import CheckpointSink
 from loratool.engine.step import Result
+from loratool.frozen import Frozen
 from loratool.plan import DeltaPart, Plan, Step
 from loratool.store.reader import FileReader, most_open_files
 
@@ -24,8 +24,7 @@ _CPU = torch.device("cpu")
 Progress = Callable[[int, int], None]
 
 
-@dataclass(frozen=True)
-class RunOptions:
+class RunOptions(Frozen):
     """How to run a plan; none of it changes the bytes written.
 
     Attributes:

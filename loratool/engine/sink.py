@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import threading
 from collections.abc import Sequence
 from typing import Any
+
+from msgspec import to_builtins
 
 from loratool.adapter import TensorRef
 from loratool.plan import Plan, Step
@@ -121,7 +122,7 @@ class CheckpointSink:
         self.writer(step.shard).sums.take(pieces)
         with self._lock:
             if result is not None:
-                self._results[step.shard].append(dataclasses.asdict(result))
+                self._results[step.shard].append(to_builtins(result))
             self._left[step.shard] -= 1
             if self._left[step.shard]:
                 return

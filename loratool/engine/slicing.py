@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 
@@ -13,6 +12,7 @@ from loratool.engine.buffers import from_bytes
 from loratool.engine.difference import DifferenceResult
 from loratool.engine.factoring import as_stored
 from loratool.engine.step_args import SubtractAndFactorArgs
+from loratool.frozen import replace
 from loratool.linalg.fit import cast_square
 from loratool.linalg.shares import allocate_with_shares
 

@@ -10,7 +10,6 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
@@ -25,6 +24,7 @@ from loratool.engine.kernel import Env, Kernel
 from loratool.engine.reads import cut_step
 from loratool.engine.rows import Op, op_of
 from loratool.engine.workers import Crew
+from loratool.frozen import Frozen
 from loratool.plan import Step
 from loratool.plugins import function_of
 from loratool.store.checksum import Piece
@@ -60,8 +60,7 @@ class Nowhere:
         return ()
 
 
-@dataclass(frozen=True)
-class Result:
+class Result(Frozen):
     """What a step gives.
 
     Attributes:

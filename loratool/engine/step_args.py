@@ -6,25 +6,23 @@ A step carries plain data, so that it can travel; its kernel sees it as one of t
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 from loratool.adapter import CodedRef, DeltaSpec, Source, TensorRef
 from loratool.dtypes import result_dtype
 from loratool.errors import BugError
+from loratool.frozen import Frozen, field
 from loratool.wire import fits
 
 SPELLED = {"from": "how"}
 """Keys of ``args`` that cannot be names in Python -> their fields."""
 
 
-@dataclass(frozen=True)
-class NoArgs:
+class NoArgs(Frozen):
     """Of ops that need none."""
 
 
-@dataclass(frozen=True)
-class SumArgs:
+class SumArgs(Frozen):
     """How changes become a tensor.
 
     Attributes:
@@ -49,7 +47,6 @@ class SumArgs:
         return self.rounding != "nearest" or self.method is not None
 
 
-@dataclass(frozen=True)
 class RequantizeArgs(SumArgs):
     """How sums are coded.
 
@@ -62,7 +59,6 @@ class RequantizeArgs(SumArgs):
     view: tuple[int, int] = (0, 0)
 
 
-@dataclass(frozen=True)
 class MakePatchArgs(SumArgs):
     """How a tensor is predicted, and what is kept of it.
 
@@ -78,7 +74,6 @@ class MakePatchArgs(SumArgs):
     gate: bool = False
 
 
-@dataclass(frozen=True)
 class ApplyPatchArgs(SumArgs):
     """How a tensor is predicted and set right.
 
@@ -95,8 +90,7 @@ class ApplyPatchArgs(SumArgs):
     source: str = ""
 
 
-@dataclass(frozen=True)
-class DifferenceArgs:
+class DifferenceArgs(Frozen):
     """Which pairs are compared.
 
     Attributes:
@@ -106,7 +100,6 @@ class DifferenceArgs:
     names: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
 class SubtractAndFactorArgs(DifferenceArgs):
     """How differences are factored.
 
@@ -138,15 +131,13 @@ class SubtractAndFactorArgs(DifferenceArgs):
         return bool(self.names and self.experts)
 
 
-@dataclass(frozen=True)
-class SpectrumArgs:
+class SpectrumArgs(Frozen):
     """Of a measured spectrum; ``keep_going``: factors that are not finite give NaN."""
 
     keep_going: bool = False
 
 
-@dataclass(frozen=True)
-class FactorArgs:
+class FactorArgs(Frozen):
     """How a delta is truncated and stored.
 
     Attributes:
@@ -170,8 +161,7 @@ class FactorArgs:
     is_free: bool = True
 
 
-@dataclass(frozen=True)
-class CombineArgs:
+class CombineArgs(Frozen):
     """How one module of several adapters is made one.
 
     Attributes:
@@ -199,15 +189,13 @@ class CombineArgs:
     stored_alpha: float | None = None
 
 
-@dataclass(frozen=True)
-class IntruderArgs:
+class IntruderArgs(Frozen):
     """Of a search for intruders; ``weaken``: what their singular values are multiplied with."""
 
     weaken: float | None = None
 
 
-@dataclass(frozen=True)
-class ScaleArgs:
+class ScaleArgs(Frozen):
     """How a module's tensors are scaled.
 
     Attributes:

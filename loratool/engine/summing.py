@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 
@@ -17,6 +16,7 @@ from loratool.engine.factors import (
     round_once,
 )
 from loratool.engine.kernel import Env
+from loratool.frozen import Frozen
 from loratool.linalg.concat import concat_factors, difference_square, product_norm
 from loratool.linalg.product import product_svd, split_factors
 from loratool.plan import DeltaPart
@@ -24,8 +24,7 @@ from loratool.plan import DeltaPart
 _CANCELLED = 1e-14  # of the terms' size: what is left of a sum that cancels in float64
 
 
-@dataclass(frozen=True)
-class SummedModule:
+class SummedModule(Frozen):
     """One module of the result.
 
     Attributes:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from loratool.adapter import Adapter, DeltaSpec, Source, TensorData
 from loratool.delta.forms import turned_round
 from loratool.dialects.rules import tied_pairs
 from loratool.engine.buffers import to_bytes
 from loratool.engine.kernel import Env
+from loratool.frozen import replace
 from loratool.store.reader import FileReader
 
 

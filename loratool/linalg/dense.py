@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
 
+from loratool.frozen import replace
 from loratool.linalg.elect import Noise
 from loratool.linalg.select import Chance, Largest, Middle, Place, Selector, count_kept
 from loratool.methods import Method, find_method

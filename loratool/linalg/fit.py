@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
+from loratool.frozen import Frozen, replace
 from loratool.linalg import svd
 from loratool.linalg.lanczos import TOLERANCE, block_lanczos, is_worthwhile
 from loratool.linalg.noise import NoiseFloor
@@ -28,8 +28,7 @@ _BLOCK_ROWS = 1024  # of residuals: bounds the scratch
 _BLOCK_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 25}  # the same: a core's cache, a GPU's launches
 
 
-@dataclass(frozen=True)
-class Factors:
+class Factors(Frozen):
     """Balanced factors of a stack of b matrices (m, n); leading columns are best at any rank.
 
     Attributes:
@@ -55,8 +54,7 @@ class Factors:
         )
 
 
-@dataclass(frozen=True)
-class Choice:
+class Choice(Frozen):
     """Why a rank was chosen.
 
     Attributes:
@@ -114,8 +112,7 @@ def truncate(
     return Factors(lora_B, lora_A, found.singular_values.cpu())
 
 
-@dataclass(frozen=True)
-class Fitting:
+class Fitting(Frozen):
     """What `fit` goes by.
 
     Attributes:

@@ -6,10 +6,9 @@ Shuttleworth et al. 2024, arXiv 2410.21228; the definition and its defaults are 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 
+from loratool.frozen import Frozen
 from loratool.linalg.krylov import largest_overlaps, leading_components
 
 TOP_K = 10  # leading directions looked at
@@ -20,8 +19,7 @@ _LARGE = 768  # shorter side from which a decomposition costs more than the boun
 _NOTHING = 1e-7  # of the largest singular value: what a Gram matrix in float64 cannot resolve
 
 
-@dataclass(frozen=True)
-class Intruders:
+class Intruders(Frozen):
     """The leading directions of one W + ΔW.
 
     Attributes:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
+
+from loratool.frozen import Frozen
 
 OVERSAMPLING = 8
 """Columns per block beyond those asked for: they carry the directions next in line."""
@@ -85,8 +85,7 @@ def _next_block(block: torch.Tensor, basis: torch.Tensor) -> tuple[torch.Tensor,
     return made, made @ block.T
 
 
-@dataclass(frozen=True)
-class Overlaps:
+class Overlaps(Frozen):
     """The largest |cosine| between given vectors and any left singular vector of W.
 
     Attributes:

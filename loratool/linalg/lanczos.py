@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
+
+from loratool.frozen import Frozen
 
 OVERSAMPLING = 8
 """Columns per block beyond the rank: they carry the directions next in line."""
@@ -20,8 +21,7 @@ _SMALL = 640  # sides of symmetric matrices that a core decomposes sooner than a
 _COLLINEAR = 1e-5  # least diagonal of a Cholesky factor that orthonormalises well in float64
 
 
-@dataclass(frozen=True)
-class Truncation:
+class Truncation(Frozen):
     """Leading singular components of a stack of b matrices (m, n).
 
     Attributes:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 
+from loratool.frozen import Frozen
 from loratool.linalg.draws import scale_by_noise
 from loratool.linalg.lanczos import block_lanczos, is_worthwhile
 from loratool.linalg.norms import squared_sum
@@ -16,8 +16,7 @@ from loratool.linalg.norms import squared_sum
 _DIRECTIONS, _STEPS = 8, 6
 
 
-@dataclass(frozen=True)
-class NoiseFloor:
+class NoiseFloor(Frozen):
     """Rounding noise as it would look alone.
 
     Attributes:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 
+from loratool.frozen import Frozen
 
-@dataclass(frozen=True)
-class ProductSVD:
+
+class ProductSVD(Frozen):
     """lora_B @ lora_A = U diag(S) Vh, its singular vectors made when asked for.
 
     Attributes:

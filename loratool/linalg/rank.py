@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 import torch
+
+from loratool.frozen import Frozen
 
 _SLACK = 2.0**-40
 """Relative distance at which a threshold counts as reached: computed singular values that meet
@@ -23,8 +24,7 @@ Floats = npt.NDArray[np.float64]
 Integers = npt.NDArray[np.int64]
 
 
-@dataclass(frozen=True)
-class RankRule:
+class RankRule(Frozen):
     """Conditions on the singular values σ₁ ≥ σ₂ ≥ … ≥ 0 of a matrix; None leaves one out.
 
     Each condition gives the number k of values kept; the smallest k wins.  E(k) = Σ_{i≤k} σᵢ².

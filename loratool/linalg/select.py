@@ -7,19 +7,18 @@ false; then `apply` may be called for blocks in any order.
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 
+from loratool.frozen import Frozen
 from loratool.linalg.draws import uniform
 
 _DIGIT = 16
 _BITS = {torch.float32: (torch.int32, 31), torch.float64: (torch.int64, 63)}
 
 
-@dataclass(frozen=True)
-class Place:
+class Place(Frozen):
     """Where a block lies in its matrix.
 
     Attributes:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from loratool.frozen import Struct
 from loratool.linalg.rank import allocate_ranks
 
 Floats = npt.NDArray[np.float64]
@@ -55,8 +55,7 @@ def _gain(found: tuple[list[int], float]) -> float:
     return found[1]
 
 
-@dataclass
-class _Problem:
+class _Problem(Struct, dict=True):
     squares: Sequence[torch.Tensor]
     costs: Sequence[int]
     shares: Sequence[int]

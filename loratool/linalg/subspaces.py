@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 
+from loratool.frozen import Frozen
 from loratool.linalg.concat import concat_factors, product_norm
 from loratool.linalg.product import product_svd
 
 
-@dataclass(frozen=True)
-class Spectral:
+class Spectral(Frozen, dict=True):
     """U diag(S) Vh of one matrix, without the directions that are rounding noise.
 
     Attributes:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
+
+from loratool.frozen import Frozen
 
 _GRAM_ROWS = 4096  # rows added to a Gram matrix at a time: bounds the float64 copy
 
 
-@dataclass(frozen=True)
-class LowRankFit:
+class LowRankFit(Frozen):
     """The best rank-k approximation of a matrix, balanced as lora_B @ lora_A.
 
     Attributes:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
+from loratool.frozen import Frozen, field
 from loratool.store.rules import FileRules
 from loratool.store.source import Resolved, resolve
 
 
-@dataclass(frozen=True)
-class Access:
+class Access(Frozen):
     """How sources may be reached.
 
     Attributes:

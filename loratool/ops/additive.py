@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 from loratool.adapter import Adapter, DeltaSpec
 from loratool.delta.forms import as_stored, is_grouped, may_be_flattened
@@ -11,6 +10,7 @@ from loratool.dialects.registry import row_of
 from loratool.dialects.stated import task_of
 from loratool.dtypes import widest
 from loratool.errors import MismatchError, list_some
+from loratool.frozen import replace
 
 EXTRACT = (
     "merge it into its base and extract it again: loratool merge ADAPTER --base BASE -o TUNED, "

@@ -8,7 +8,6 @@ the other one by one are compared one by one.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
 
 from loratool.adapter import TensorRef
 from loratool.archs.experts import expert_names, parse_expert
@@ -17,6 +16,7 @@ from loratool.archs.names import to_memory
 from loratool.archs.stated import model_type
 from loratool.bind.names import name_rules, parse_rename
 from loratool.dialects.peft.keys import strip_parallel, without_wrappers
+from loratool.frozen import replace
 from loratool.store.checkpoint import Checkpoint
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
 from typing import Any
 
 from loratool.adapter import Adapter, DeltaSpec, Replacement, TensorData
@@ -16,6 +15,7 @@ from loratool.dialects.rules import joined_weights
 from loratool.dialects.stated import BIAS, WHOLE
 from loratool.engine.rows import args_of
 from loratool.errors import MismatchError
+from loratool.frozen import Frozen, replace
 from loratool.ops.extract import ExtractPlan
 from loratool.ops.extract_pairs import Pair
 from loratool.ops.twins import at_every_place
@@ -23,8 +23,7 @@ from loratool.plan import Step
 from loratool.store.checkpoint import Checkpoint
 
 
-@dataclass(frozen=True)
-class Outcome:
+class Outcome(Frozen):
     """What became of one pair.
 
     Attributes:

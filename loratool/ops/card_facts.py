@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from loratool.adapter import Adapter
@@ -21,6 +20,7 @@ from loratool.dialects.usage import (
     usage_of,
 )
 from loratool.errors import LoratoolError
+from loratool.frozen import Frozen
 from loratool.ops.adapter_summary import summarize_adapter
 from loratool.ops.summary import summarize_checkpoint
 from loratool.store.card import CardFacts
@@ -33,8 +33,7 @@ _PINNED = re.compile(r"hf://(?P<repo>[^/@]+/[^/@]+)@(?P<commit>[0-9a-f]{40})(/.*
 _MERGES = ("merge", "swap")  # operations after which adapters are in the weights
 
 
-@dataclass(frozen=True)
-class Origin:
+class Origin(Frozen):
     """What an output's own provenance says.
 
     Attributes:

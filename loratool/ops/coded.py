@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ from loratool.adapter import CodedRef, TensorRef
 from loratool.archs.stated import dtype_config
 from loratool.dtypes import DTYPES
 from loratool.errors import MismatchError, UsageError
+from loratool.frozen import Frozen, field, replace
 from loratool.quant import Found, codec_of, find_codes
 from loratool.quant.find import methods
 from loratool.quant.recognize import method_in_tensors, recognize_quantization, stated
@@ -22,8 +22,7 @@ PLAIN = "BF16"
 """The type that decoded weights are written in, where no other is asked for."""
 
 
-@dataclass(frozen=True)
-class Decoded:
+class Decoded(Frozen):
     """A base whose coded weights read as numbers.
 
     Attributes:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 from loratool.adapter import Adapter, DeltaSpec, TensorRef
@@ -11,6 +10,7 @@ from loratool.dialects.rules import joined_weights
 from loratool.engine.module_memory import mixed_bytes
 from loratool.engine.rows import result_bytes, step_bytes
 from loratool.errors import MismatchError, UsageError, list_some
+from loratool.frozen import replace
 from loratool.methods import METHODS, Method, find_method, parse_params
 from loratool.ops.sums import SumModule, SumPlan, plan_sum
 from loratool.ops.weights import Weight

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
 from typing import Any
 
 from loratool.adapter import Adapter, DeltaSpec, Source, TensorRef
@@ -11,6 +10,7 @@ from loratool.delta.forms import matrix_shape, shape_of
 from loratool.dialects.stated import QUIET
 from loratool.engine.reads import factor_ranges
 from loratool.errors import MismatchError
+from loratool.frozen import Frozen, replace
 from loratool.location import HubFile
 from loratool.ops.additive import require_additive, require_factors
 from loratool.plan import DeltaPart, Plan, module_step
@@ -20,8 +20,7 @@ from loratool.store.reader import FileReader, are_of_one_file, have_same_bytes
 _LONG = 120
 
 
-@dataclass(frozen=True)
-class Aligned:
+class Aligned(Frozen):
     """The modules of all adapters.
 
     Attributes:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from loratool.adapter import Adapter, AdapterFiles, DeltaSpec, Source, TensorData
@@ -26,6 +24,7 @@ from loratool.dialects.rules import gains, joined_weights, tied_pairs
 from loratool.dtypes import tensor_bytes
 from loratool.engine.step_args import FactorArgs
 from loratool.errors import MismatchError, list_some
+from loratool.frozen import Frozen, replace
 from loratool.ops.additive import require_additive, require_kernels
 from loratool.ops.assemble import routed_weights
 from loratool.ops.weights import names_of
@@ -34,8 +33,7 @@ from loratool.plan import Plan, module_step
 _WAY_OUT = "the base settles it: --base BASE"
 
 
-@dataclass(frozen=True)
-class Group:
+class Group(Frozen):
     """Deltas that must have one rank.
 
     Attributes:
@@ -47,8 +45,7 @@ class Group:
     floor: int = 0
 
 
-@dataclass(frozen=True)
-class CompressPlan:
+class CompressPlan(Frozen):
     """What there is to compress in one adapter.
 
     Attributes:
@@ -213,7 +210,7 @@ def rebuild(plan: CompressPlan, results: Sequence[Any]) -> tuple[Adapter, list[s
     )
     if specs == plan.adapter.specs:
         return plan.adapter, []
-    return dataclasses.replace(plan.adapter, specs=specs, unclaimed=()), dropped
+    return replace(plan.adapter, specs=specs, unclaimed=()), dropped
 
 
 def at_ranks(plan: CompressPlan, ranks: Sequence[int], dtypes: Sequence[str]) -> Adapter:
@@ -229,15 +226,14 @@ def at_ranks(plan: CompressPlan, ranks: Sequence[int], dtypes: Sequence[str]) ->
         blank.append(_Blank(rank, (lora_A, lora_B), values_of(bias) if bias else None))
     adapter = rebuild(plan, blank)[0]
     specs = tuple(_with_lengths(s) if s.name in plan.turned else s for s in adapter.specs)
-    return dataclasses.replace(adapter, specs=specs) if plan.turned else adapter
+    return replace(adapter, specs=specs) if plan.turned else adapter
 
 
 def _with_lengths(spec: DeltaSpec) -> DeltaSpec:
     return with_lengths(spec, TensorData(spec.name, "F32", shape_of(spec)[:1], b""))
 
 
-@dataclass(frozen=True)
-class _Blank:
+class _Blank(Frozen):
     """The parts of a `Factored` that `rebuild` looks at."""
 
     rank: int

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
 
 from loratool.adapter import Adapter, DeltaSpec
 from loratool.archs.families import family_of
@@ -27,6 +26,7 @@ from loratool.dialects.base import Dialect
 from loratool.dialects.registry import row_of
 from loratool.dialects.rules import is_of_home, passed_on
 from loratool.errors import MismatchError, list_some
+from loratool.frozen import Frozen, field, replace
 from loratool.ops.additive import FREED, require_kernels
 from loratool.ops.fitting import needs_evening
 from loratool.ops.naming import locate, uncuttable
@@ -35,8 +35,7 @@ from loratool.patterns import find
 from loratool.store.checkpoint import Checkpoint
 
 
-@dataclass(frozen=True)
-class ConvertPlan:
+class ConvertPlan(Frozen):
     """What becomes of one adapter.
 
     Attributes:

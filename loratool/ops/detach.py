@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 
 from loratool.adapter import Adapter, DeltaSpec, Replacement, TensorRef
 from loratool.delta.forms import is_grouped
 from loratool.dtypes import numel
 from loratool.engine.module_memory import detached_bytes
 from loratool.errors import MismatchError, list_some
+from loratool.frozen import Frozen
 from loratool.ops.additive import factor_dtype
 from loratool.ops.in_base import InBase, find_in_base
 from loratool.ops.weights import Weight
@@ -22,8 +22,7 @@ Weighed = tuple[Adapter, Weight]
 _MERGE = "with weights in one merge: loratool merge ADAPTER:W --base BASE -o OUT"
 
 
-@dataclass(frozen=True)
-class DetachPlan:
+class DetachPlan(Frozen):
     """Changes that depend on the base, and where they lie.
 
     Attributes:

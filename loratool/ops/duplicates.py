@@ -10,13 +10,13 @@ from __future__ import annotations
 import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 
 from loratool.adapter import Adapter, DeltaSpec, Source, TensorData
 from loratool.delta.forms import shape_of
 from loratool.dialects import open_adapter
 from loratool.errors import LoratoolError
+from loratool.frozen import Frozen, replace
 from loratool.options.groups import Read
 from loratool.report.inspect import FolderRow
 from loratool.store.reader import FileReader
@@ -26,8 +26,7 @@ _PIECE = 1 << 20
 _START = 4096  # bytes of a tensor that tell it from most others
 
 
-@dataclass(frozen=True)
-class _One:
+class _One(Frozen):
     """A file that may be like another one."""
 
     number: int

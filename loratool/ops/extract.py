@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
 from typing import Any
 
 from loratool.adapter import TensorRef
@@ -13,6 +12,7 @@ from loratool.archs.stated import model_type
 from loratool.dialects.rules import gains
 from loratool.engine.rows import args_of, op_of
 from loratool.errors import MismatchError
+from loratool.frozen import Frozen, field, replace
 from loratool.ops.extract_pairs import (
     Pair,
     experts_are_turned,
@@ -28,8 +28,7 @@ KEEP_WORDS = ("embeddings", "all", "none")
 """Values of ``--keep`` that are no regular expressions."""
 
 
-@dataclass(frozen=True)
-class ExtractPlan:
+class ExtractPlan(Frozen):
     """A plan, the pairs behind its steps, and names.
 
     Attributes:
@@ -58,8 +57,7 @@ class ExtractPlan:
         return self.places.get(pair.name) or (self.memory_names[pair.name],)
 
 
-@dataclass(frozen=True)
-class FactorOptions:
+class FactorOptions(Frozen):
     """How ranks are chosen, as plain data.
 
     Attributes:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
 from typing import Any
 
 from loratool.adapter import TensorRef
@@ -16,6 +15,7 @@ from loratool.archs.names import to_memory
 from loratool.archs.stated import model_type
 from loratool.archs.ties import is_head
 from loratool.dtypes import DTYPES
+from loratool.frozen import Frozen, replace
 from loratool.store.checkpoint import Checkpoint
 
 _EMBEDDING = re.compile(
@@ -27,8 +27,7 @@ _SMALL = 1 << 16  # elements of a weight that is kept as norms are, where no fac
 _PARTS = {("gate", "up"): "gate_up_proj", ("up",): "up_proj", ("down",): "down_proj"}
 
 
-@dataclass(frozen=True)
-class Pair:
+class Pair(Frozen):
     """One tensor of both checkpoints.
 
     Attributes:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
 
 from loratool.adapter import Adapter, DeltaSpec
 from loratool.delta.forms import has_diagonal, left_of, matrix_shape, shape_of
@@ -17,13 +16,13 @@ from loratool.dialects.stated import WHOLE, is_even
 from loratool.dtypes import tensor_bytes
 from loratool.engine.module_memory import rescaled_bytes
 from loratool.errors import MismatchError, list_some
+from loratool.frozen import Frozen, field, replace
 from loratool.ops.additive import require_factors
 
 _ALPHA = "alpha"  # of `loratool.dialects.base.Dialect.even`
 
 
-@dataclass(frozen=True)
-class Fit:
+class Fit(Frozen):
     """One rank and one α/r for all modules, and nothing that the program passes by.
 
     Attributes:

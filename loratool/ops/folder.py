@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from loratool.adapter import Adapter, TensorRef
 from loratool.dialects.metadata import technical
 from loratool.dialects.told import tell
 from loratool.errors import BadFileError, LoratoolError, list_some
+from loratool.frozen import Frozen, Struct, field, replace
 from loratool.ops.turns import Turns
 from loratool.report.inspect import AdapterSummary, CheckpointSummary, FolderRow
 from loratool.store.contained import list_folder
@@ -97,8 +97,7 @@ def _has_weights(folder: Path) -> bool:
         return False
 
 
-@dataclass(frozen=True)
-class _Seen:
+class _Seen(Frozen):
     """A file that others may be like.
 
     Attributes:
@@ -118,8 +117,7 @@ class _Seen:
     summary: AdapterSummary
 
 
-@dataclass
-class Known:
+class Known(Struct):
     """The files of a folder that were looked at; owned by the one run that looks.
 
     Files of one trainer often have the same table of tensors.  Where a file's table, its numbers

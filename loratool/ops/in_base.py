@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 from loratool.adapter import Adapter, DeltaSpec, TensorRef
 from loratool.bind.bindings import bind
 from loratool.bind.heads import take_heads
+from loratool.frozen import Frozen
 from loratool.ops.coded import read_plain
 from loratool.ops.merge import matrix_view
 from loratool.options.groups import Names
@@ -15,8 +15,7 @@ from loratool.plan import DeltaPart, Place
 from loratool.store.checkpoint import Checkpoint
 
 
-@dataclass(frozen=True)
-class InBase:
+class InBase(Frozen):
     """An adapter in its base.
 
     Attributes:

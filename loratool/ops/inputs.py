@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
 from loratool.adapter import Adapter
 from loratool.dialects import open_adapter, unmergeable_reason
 from loratool.errors import MismatchError, OutputError, UsageError, list_some
+from loratool.frozen import Frozen, replace
 from loratool.ops.access import Access, locate
 from loratool.ops.weights import Rule, Weight, weigh
 from loratool.options.groups import Read
@@ -73,8 +73,7 @@ def _included(adapter: Adapter, include: Sequence[str]) -> Adapter:
     )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class OpenedAdapter:
+class OpenedAdapter(Frozen):
     """An adapter, its coefficients, and where it came from."""
 
     adapter: Adapter
@@ -82,8 +81,7 @@ class OpenedAdapter:
     resolved: Resolved
 
 
-@dataclass(frozen=True)
-class OpenedBase:
+class OpenedBase(Frozen):
     """A checkpoint and where it came from."""
 
     checkpoint: Checkpoint

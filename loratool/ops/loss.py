@@ -8,6 +8,7 @@ from typing import Any
 
 from loratool.dtypes import DTYPES
 from loratool.errors import NumericError
+from loratool.frozen import asdict
 from loratool.report.merge import ModuleLoss
 
 WARN_LOSS = 0.25
@@ -50,7 +51,7 @@ def module_losses(
     Returns:
         One `ModuleLoss` per tensor, and one for all of them.
     """
-    rows = [r if isinstance(r, dict) else vars(r) for r in results]
+    rows = [r if isinstance(r, dict) else asdict(r) for r in results]
     total = dict.fromkeys(("weight", "change", "error", "changed", "expected", "share", "n"), 0.0)
     losses = []
     for row in rows:

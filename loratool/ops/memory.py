@@ -7,12 +7,12 @@ here it is added up, workers and buffers are chosen under the limit, and what ca
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 from loratool.engine import grid
 from loratool.engine.machine import can_fork
 from loratool.engine.rows import op_of, piece_bytes, result_bytes, step_bytes
 from loratool.errors import DiskError
+from loratool.frozen import Frozen
 from loratool.plan import Plan
 
 TORCH_BYTES = {"cpu": 260_000_000, "cuda": 1_200_000_000}
@@ -27,8 +27,7 @@ _KEPT_FREE = 1.2
 """The allocator keeps some of what was freed: 5 to 18 % of the rest, measured."""
 
 
-@dataclass(frozen=True)
-class MemoryPlan:
+class MemoryPlan(Frozen):
     """Threads and buffers that keep a plan under a limit.
 
     Attributes:

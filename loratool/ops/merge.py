@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
 from typing import Any
 
 from loratool.adapter import CodedRef, Source, TensorRef
@@ -11,6 +10,7 @@ from loratool.archs.stated import dtype_config
 from loratool.dtypes import DTYPES, numel
 from loratool.engine.rows import args_of, op_of
 from loratool.errors import MismatchError
+from loratool.frozen import Frozen, field, replace
 from loratool.ops.align_parts import require_aligned
 from loratool.ops.coded import plain_dtype, require_codable
 from loratool.ops.merge_parts import (
@@ -28,8 +28,7 @@ from loratool.quant import codec_of
 from loratool.store.checkpoint import Checkpoint
 
 
-@dataclass(frozen=True)
-class MergePlan:
+class MergePlan(Frozen):
     """A plan and what the report says about it.
 
     Attributes:

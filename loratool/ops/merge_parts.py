@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
 from typing import Any
 
 from loratool.adapter import Adapter, DeltaSpec, Replacement
@@ -11,14 +10,14 @@ from loratool.bind.bindings import Bindings, BoundReplacement, bind
 from loratool.bind.columns import COLUMNS
 from loratool.delta.forms import shape_of
 from loratool.errors import MismatchError, list_some
+from loratool.frozen import Frozen, replace
 from loratool.ops.weights import Weight
 from loratool.options.groups import Names
 from loratool.plan import DeltaPart, Part, ReplacePart
 from loratool.store.checkpoint import Checkpoint
 
 
-@dataclass(frozen=True)
-class WeightedAdapter:
+class WeightedAdapter(Frozen):
     """An adapter as it takes part in a merge.
 
     Attributes:

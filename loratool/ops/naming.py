@@ -7,7 +7,6 @@ other has apart, changes are cut and joined by `loratool.delta.stacking`; both a
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from loratool.adapter import Adapter, DeltaSpec
@@ -17,11 +16,11 @@ from loratool.delta import stacking
 from loratool.delta.forms import shape_of, side_sizes
 from loratool.dialects.slots import is_text, usual_encoder
 from loratool.errors import MismatchError, list_some
+from loratool.frozen import Frozen, replace
 from loratool.store.reader import have_same_bytes
 
 
-@dataclass(frozen=True)
-class Located:
+class Located(Frozen):
     """A change, and which weights of which family it is of.
 
     Attributes:
@@ -37,8 +36,7 @@ class Located:
     place: Place | None
 
 
-@dataclass(frozen=True)
-class Moved:
+class Moved(Frozen):
     """A change under its new name.
 
     Attributes:
@@ -142,8 +140,7 @@ def _keeps(place: Place, naming: str) -> bool:
     )
 
 
-@dataclass(frozen=True)
-class _Piece:
+class _Piece(Frozen):
     """A change of some parts of a row of the map."""
 
     spec: DeltaSpec

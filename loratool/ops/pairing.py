@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 
 from loratool.archs.heads import is_other_head, is_pooler, task_of
 from loratool.archs.ties import Tie, find_ties, head_scale, is_head, tied_tensors
 from loratool.errors import MismatchError, list_some
+from loratool.frozen import Frozen, field
 from loratool.ops.align import align_names, renamed
 from loratool.ops.extract_pairs import Pair, Roles
 from loratool.store.checkpoint import Checkpoint
 
 
-@dataclass(frozen=True)
-class Pairing:
+class Pairing(Frozen):
     """The tensors of a fine-tune beside those of its base.
 
     Attributes:

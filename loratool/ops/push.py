@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 
 from loratool.adapter import TensorRef
 from loratool.archs.stated import name_of
 from loratool.dialects import open_adapter
 from loratool.errors import MismatchError
+from loratool.frozen import Frozen
 from loratool.ops.card_facts import adapter_facts, checkpoint_facts
 from loratool.ops.summary import summarize
 from loratool.store.adapter_folder import find_adapter
@@ -21,8 +21,7 @@ from loratool.store.jsonfile import load_json
 from loratool.store.push_files import Chosen, choose_files, refuse_local_base
 
 
-@dataclass(frozen=True)
-class Publication:
+class Publication(Frozen):
     """What is published.
 
     Attributes:

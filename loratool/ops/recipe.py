@@ -5,11 +5,11 @@ from __future__ import annotations
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
 from loratool.errors import UsageError, list_some
+from loratool.frozen import Frozen
 from loratool.options.words import Option, Options, alternatives, options_of
 
 _WRITTEN = ("output", "save_undo", "save_residual", "csv", "plot", "html")
@@ -17,8 +17,7 @@ _MINE = {"dry_run", "offline", "yes"}  # of `run` itself
 Commands = Mapping[str, type[Options]]
 
 
-@dataclass(frozen=True)
-class RecipeStep:
+class RecipeStep(Frozen):
     """One command.
 
     Attributes:

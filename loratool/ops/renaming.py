@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from loratool.adapter import Adapter, DeltaSpec, Replacement
 from loratool.archs.families import places, split_component
 from loratool.delta import stacking
@@ -11,6 +9,7 @@ from loratool.dialects.base import Dialect
 from loratool.dialects.slots import is_text, slot_of
 from loratool.dialects.table import Table
 from loratool.errors import MismatchError, list_some
+from loratool.frozen import replace
 from loratool.ops.naming import Moved, locate, naming_in, rename
 
 

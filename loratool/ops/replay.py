@@ -6,7 +6,6 @@ import hashlib
 import os
 import shlex
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn, TypedDict
@@ -14,6 +13,7 @@ from typing import Annotated, Any, Literal, NoReturn, TypedDict
 import msgspec
 
 from loratool.errors import LoratoolError, MismatchError, UnsafeContentError, UsageError
+from loratool.frozen import Frozen, field
 from loratool.options.groups import Names
 from loratool.options.words import Option, options_of
 from loratool.shapes import Refuse, checked
@@ -28,8 +28,7 @@ _Weight = Annotated[float, msgspec.Meta(ge=-MAX_WEIGHT, le=MAX_WEIGHT)]
 _Rule = Annotated[list[str | _Weight], msgspec.Meta(min_length=2)]
 
 
-@dataclass(frozen=True)
-class RecordedFile:
+class RecordedFile(Frozen):
     """A shard of a checkpoint, by its header and size, or by its content too."""
 
     header_sha256: str
@@ -37,8 +36,7 @@ class RecordedFile:
     sha256: str | None = None
 
 
-@dataclass(frozen=True)
-class RecordedInput:
+class RecordedInput(Frozen):
     """An input; the base has a role, an adapter its weight.
 
     Attributes:
@@ -69,8 +67,7 @@ class RecordedSums(TypedDict, total=False):
     undo: str
 
 
-@dataclass(frozen=True)
-class Record:
+class Record(Frozen):
     """The provenance of merged weights, as far as it can be replayed.
 
     Attributes:
@@ -86,15 +83,13 @@ class Record:
     names: Names = field(default_factory=Names)
 
 
-@dataclass(frozen=True)
-class _Shape:
+class _Shape(Frozen):
     operation: str
     inputs: dict[str, RecordedInput]
     options: RecordedSums
 
 
-@dataclass(frozen=True)
-class Replay:
+class Replay(Frozen):
     """Inputs of an operation, found.
 
     Attributes:

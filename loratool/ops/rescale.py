@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
 from typing import Any
 
 from loratool.adapter import Adapter, DeltaSpec, Source, TensorRef
@@ -13,6 +12,7 @@ from loratool.dialects.rules import keeps_config, takes_scalings, tied_pairs
 from loratool.dialects.stated import scaled_config
 from loratool.engine.step_args import ScaleArgs
 from loratool.errors import MismatchError, UsageError, list_some
+from loratool.frozen import Frozen, replace
 from loratool.ops.additive import require_additive
 from loratool.ops.blocks import block_factors
 from loratool.patterns import Pattern, find, typed_pattern
@@ -20,8 +20,7 @@ from loratool.plan import Plan, module_step
 from loratool.store.source import is_weight
 
 
-@dataclass(frozen=True)
-class RescalePlan:
+class RescalePlan(Frozen):
     """What becomes of one adapter.
 
     Attributes:

@@ -12,7 +12,6 @@ The table of a residual file::
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from loratool.archs.stated import WEIGHT_KEYS
 from loratool.dtypes import DTYPES
 from loratool.engine.rows import args_of, op_of
 from loratool.errors import BadFileError, MismatchError
+from loratool.frozen import Frozen, field, replace
 from loratool.ops.align import align_names
 from loratool.ops.merge import MergePlan
 from loratool.options.groups import Names
@@ -37,16 +37,14 @@ class _Row(Row, frozen=True):
     digest: Digest
 
 
-@dataclass(frozen=True)
-class _Table:
+class _Table(Frozen):
     adapter: dict[str, Digest]
     bind: dict[str, bool]
     config: Config
     tensors: dict[str, _Row]
 
 
-@dataclass(frozen=True)
-class ResidualTensor:
+class ResidualTensor(Frozen):
     """What a residual file says of one tensor of TUNED.
 
     Attributes:
@@ -62,8 +60,7 @@ class ResidualTensor:
     patch: TensorRef | None
 
 
-@dataclass(frozen=True)
-class Residual:
+class Residual(Frozen):
     """A residual file, opened (no patches yet); see the table.
 
     Attributes:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from dataclasses import replace
 
 from loratool.adapter import TensorRef
 from loratool.archs.layers import stores_transposed
 from loratool.archs.ties import follows_vocabulary
 from loratool.dtypes import DTYPES
 from loratool.errors import MismatchError, UsageError
+from loratool.frozen import replace
 from loratool.ops.coded import Decoded
 from loratool.quant import simulated
 from loratool.store.checkpoint import Checkpoint

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from loratool.adapter import Adapter
+from loratool.frozen import replace
 from loratool.ops.additive import EXTRACT, require_additive
 from loratool.ops.in_base import find_in_base
 from loratool.store.checkpoint import Checkpoint

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any, NoReturn
 
 from loratool.adapter import Adapter
 from loratool.bind.columns import may_have_grown
 from loratool.errors import LoratoolError, MismatchError, list_some
+from loratool.frozen import replace
 from loratool.ops.merge_parts import WeightedAdapter
 from loratool.ops.replay import Record, RecordedInput
 from loratool.ops.weights import Weight, names_of, rules_from, weigh

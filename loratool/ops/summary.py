@@ -6,7 +6,6 @@ import re
 import shlex
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
 from pathlib import Path
 
 from loratool.adapter import Adapter
@@ -16,6 +15,7 @@ from loratool.dialects.oddities import oddities
 from loratool.dialects.told import tell
 from loratool.dtypes import DTYPES, numel
 from loratool.errors import LoratoolError, MismatchError
+from loratool.frozen import replace
 from loratool.ops.adapter_summary import dtype_bytes, dtype_word, summarize_adapter
 from loratool.ops.folder import Described, folder_rows
 from loratool.ops.input_notes import adapter_warnings

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from loratool.adapter import Adapter, DeltaSpec, Replacement, TensorRef
@@ -12,6 +11,7 @@ from loratool.dialects.registry import home_of
 from loratool.dialects.rules import conversion, gains, has_alpha_tensors, is_of_home, passed_on
 from loratool.dialects.stated import LAYERS, joint_config, require_one_packing
 from loratool.errors import MismatchError, UsageError, list_some
+from loratool.frozen import Frozen
 from loratool.ops.additive import factor_dtype, require_additive, require_factors, require_kernels
 from loratool.ops.weights import Weight
 from loratool.plan import DeltaPart
@@ -26,8 +26,7 @@ _WITH_BASE = {
 }
 
 
-@dataclass(frozen=True)
-class SumModule:
+class SumModule(Frozen):
     """One module of the result.
 
     Attributes:
@@ -61,8 +60,7 @@ class SumModule:
         return whole if whole and abs(alpha - whole) <= 1e-9 * whole else None
 
 
-@dataclass(frozen=True)
-class Mixed:
+class Mixed(Frozen):
     """Tensors that take the same place, as one.
 
     Attributes:
@@ -79,8 +77,7 @@ class Mixed:
         return self.found[0][0].name
 
 
-@dataclass(frozen=True)
-class SumPlan:
+class SumPlan(Frozen):
     """What becomes of every tensor of every adapter.
 
     Attributes:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 from typing import TypeVar
+
+from loratool.frozen import Struct
 
 T = TypeVar("T")
 
 
-@dataclass
-class Turns:
+class Turns(Struct):
     """Tells what is at work, and how much of all is done.
 
     Attributes:
@@ -22,9 +22,9 @@ class Turns:
     progress: Callable[[int, int], None] | None = None
     on_work: Callable[[str], None] | None = None
     sizes: Sequence[int] = ()
-    _before: int = field(default=0, init=False)
-    _now: int = field(default=0, init=False)
-    _most: int = field(default=0, init=False)
+    _before: int = 0
+    _now: int = 0
+    _most: int = 0
 
     def each(self, things: Sequence[T], name: Callable[[T], str]) -> Iterator[T]:
         """The things; each is done when the next one is asked for."""

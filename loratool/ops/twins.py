@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 
 from loratool.adapter import DeltaSpec, Source, TensorData
 from loratool.archs.ties import is_head
 from loratool.delta.forms import turned_round
+from loratool.frozen import replace
 
 
 def at_every_place(spec: DeltaSpec, names: Sequence[str]) -> Iterator[DeltaSpec]:

@@ -16,7 +16,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,6 +24,7 @@ from msgspec import Meta
 from loratool.adapter import Adapter, TensorRef
 from loratool.engine.rows import args_of, op_of
 from loratool.errors import BadFileError, MismatchError
+from loratool.frozen import Frozen, replace
 from loratool.ops.weights import Weight
 from loratool.plan import DeltaPart, Part, Plan, ShardPlan, Step, TensorSpec
 from loratool.store.checkpoint import Checkpoint
@@ -43,8 +43,7 @@ class UndoRow(Row, frozen=True):
     merged: Digest
 
 
-@dataclass(frozen=True)
-class MergedAdapter:
+class MergedAdapter(Frozen):
     """An adapter that was merged; see the table."""
 
     files: dict[str, Digest]
@@ -52,8 +51,7 @@ class MergedAdapter:
     modules: Digest = ""
 
 
-@dataclass(frozen=True)
-class UndoTable:
+class UndoTable(Frozen):
     """See the module."""
 
     block_elements: Annotated[int, Meta(ge=1 << 16, le=1 << 26)]

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, replace
 
 from loratool.archs.ties import Tie, find_ties
 from loratool.dtypes import DTYPES
 from loratool.engine.rows import op_of
 from loratool.errors import MismatchError
+from loratool.frozen import Frozen, replace
 from loratool.ops.align import align_names, same_form
 from loratool.ops.coded import plain_dtype
 from loratool.plan import Plan, Step, TensorSpec
 from loratool.store.checkpoint import Checkpoint
 
 
-@dataclass(frozen=True)
-class VerifyPlan:
+class VerifyPlan(Frozen):
     """Steps that compare, and the tensors that only one side has.
 
     Attributes:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -11,6 +10,7 @@ from typing import Any, NoReturn
 from loratool.adapter import Adapter
 from loratool.bind.names import COMPONENTS, component_pattern
 from loratool.errors import MismatchError, UsageError, list_some
+from loratool.frozen import Frozen, field, replace
 from loratool.patterns import Pattern, Refuse, compile_pattern, find
 from loratool.store.source import AdapterArgument, is_weight, parse_weight
 
@@ -18,8 +18,7 @@ Rule = tuple[Pattern, tuple[float, ...]]
 """Modules, and the factor that each adapter has in them."""
 
 
-@dataclass(frozen=True)
-class Weight:
+class Weight(Frozen):
     """The coefficient of an adapter's changes; 1 is as trained.
 
     Attributes:

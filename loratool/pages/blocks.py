@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
+from loratool.frozen import Frozen
 from loratool.report.text import format_bytes, format_count, format_share
 
 BARS = 20
@@ -70,8 +70,7 @@ def share(value: float | None) -> Number:
     return Number(value, format_share(value, aligned=True), round(BARS * min(1.0, abs(value))))
 
 
-@dataclass(frozen=True)
-class Table:
+class Table(Frozen):
     """Rows that can be sorted and searched.
 
     Attributes:
@@ -97,8 +96,7 @@ class HeatCell(NamedTuple):
     text: str
 
 
-@dataclass(frozen=True)
-class Heat:
+class Heat(Frozen):
     """A grid of colours.
 
     Attributes:
@@ -121,16 +119,14 @@ class Heat:
     has_text: bool = False
 
 
-@dataclass(frozen=True)
-class Curve:
+class Curve(Frozen):
     """A line of a chart: its name and heights, the first one 1."""
 
     name: str
     heights: Sequence[float]
 
 
-@dataclass(frozen=True)
-class Chart:
+class Chart(Frozen):
     """Curves on a logarithmic scale.
 
     Attributes:
@@ -145,8 +141,7 @@ class Chart:
     curves: Sequence[Curve]
 
 
-@dataclass(frozen=True)
-class Entries:
+class Entries(Frozen):
     """Names and values, folded if there are many."""
 
     kind: ClassVar[str] = "entries"
@@ -154,8 +149,7 @@ class Entries:
     rows: Sequence[tuple[str, str]]
 
 
-@dataclass(frozen=True)
-class Card:
+class Card(Frozen):
     """A file of a gallery.
 
     Attributes:
@@ -183,8 +177,7 @@ class Card:
     data: Mapping[str, str | float]
 
 
-@dataclass(frozen=True)
-class Gallery:
+class Gallery(Frozen):
     """Cards that can be searched and filtered; ``families`` and ``programs`` to choose from."""
 
     kind: ClassVar[str] = "gallery"
@@ -197,8 +190,7 @@ class Gallery:
 Block = Table | Heat | Chart | Entries | Gallery
 
 
-@dataclass(frozen=True)
-class Section:
+class Section(Frozen):
     """A heading, a sentence, and what is below."""
 
     title: str
@@ -206,8 +198,7 @@ class Section:
     words: str = ""
 
 
-@dataclass(frozen=True)
-class Page:
+class Page(Frozen):
     """A whole page.
 
     Attributes:

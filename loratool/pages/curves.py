@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
+from loratool.frozen import Frozen
 from loratool.pages.blocks import Chart
 
 LEFT, TOP, WIDTH, HEIGHT = 58, 12, 660, 250
@@ -13,8 +13,7 @@ _FLOOR = 1e-6
 _TICKS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 
 
-@dataclass(frozen=True)
-class Drawn:
+class Drawn(Frozen):
     """A chart in units of its view box: ``(place, words)`` of ticks, ``(name, path)`` of curves."""
 
     down: Sequence[tuple[float, str]]

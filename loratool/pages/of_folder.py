@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 
 from loratool.dialects.told import cover
+from loratool.frozen import replace
 from loratool.pages.blocks import Block, Card, Cell, Gallery, Page, Section, Table, number, size
 from loratool.pages.of_inspect import span
 from loratool.pages.pictures import checked_picture

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from loratool.adapter import CodedRef, TensorRef
 from loratool.dtypes import tensor_bytes
 from loratool.errors import BadFileError
+from loratool.frozen import Frozen, field
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -17,8 +17,7 @@ if TYPE_CHECKING:
 Tensors = Mapping[str, TensorRef]
 
 
-@dataclass(frozen=True)
-class Found:
+class Found(Frozen):
     """The coded weights of a checkpoint.
 
     Attributes:
@@ -89,8 +88,7 @@ class RowCoder(Coder, Protocol):
         """float64 numbers and old factors -> codes, factors, the float32 numbers of both."""
 
 
-@dataclass(frozen=True)
-class Codec:
+class Codec(Frozen):
     """One way to store weights in codes.
 
     Attributes:

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
 from typing import Any
 
 from loratool.adapter import CodedRef, TensorRef
 from loratool.errors import MismatchError
+from loratool.frozen import replace
 from loratool.quant.base import Found, Reader, Tensors, coded
 from loratool.quant.gguf_names import ARCHITECTURES, EXPERT, HEADS, leaf_of, living_module
 from loratool.quant.recognize import settings

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from loratool.frozen import Frozen
+
 _K = 256
 
 
-@dataclass(frozen=True)
-class Blocks:
+class Blocks(Frozen):
     """A type of ggml.
 
     Attributes:

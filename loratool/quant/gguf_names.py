@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+
+from loratool.frozen import Frozen
 
 _LAYER = re.compile(r"blk\.(\d+)\.(\w+)")
 _LIVING = re.compile(
@@ -50,8 +51,7 @@ _SHARED: Names = {
 _DENSE: Names = {**_ATTENTION, **_MLP, **_NORMS}
 
 
-@dataclass(frozen=True)
-class Architecture:
+class Architecture(Frozen):
     """How llama.cpp lays out one kind of model.
 
     Attributes:

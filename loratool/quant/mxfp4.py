@@ -8,13 +8,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
 import torch
 
 from loratool.adapter import CodedRef, TensorRef
+from loratool.frozen import replace
 from loratool.quant.base import Found, Reader, Tensors, coded, unfit
 from loratool.quant.reading import fill, load_columns, nibbles, raw
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import ClassVar
 
+from loratool.frozen import Frozen
 from loratool.report.base import Loads, Report
 
 
-@dataclass(frozen=True)
-class SumModuleReport:
+class SumModuleReport(Frozen):
     """One module of Σ weight·ΔW.
 
     Attributes:
@@ -31,8 +30,7 @@ class SumModuleReport:
     relative_error: float
 
 
-@dataclass(frozen=True)
-class RescaledAdapter:
+class RescaledAdapter(Frozen):
     """One adapter with its ΔW multiplied.
 
     Attributes:
@@ -66,7 +64,6 @@ class RescaledAdapter:
     intruders: int | None = None
 
 
-@dataclass(frozen=True)
 class RescaleReport(Report):
     """Result of `loratool.rescale`.
 

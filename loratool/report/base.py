@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
+
+from loratool.frozen import Frozen, Struct, asdict
 
 SCHEMA = 1
 
 
-class Report:
+class Report(Frozen):
     """Base of all reports."""
 
     command: ClassVar[str]
@@ -25,8 +25,7 @@ class Report:
     def to_json(self) -> dict[str, Any]:
         """The report as plain JSON types."""
         head = {"schema": SCHEMA, "command": self.command, "ok": self.ok}
-        assert dataclasses.is_dataclass(self)
-        return head | {f.name: plain_json(getattr(self, f.name)) for f in dataclasses.fields(self)}
+        return head | _values(self)
 
 
 class Plain(dict[str, Any]):
@@ -34,11 +33,11 @@ class Plain(dict[str, Any]):
 
 
 def plain_json(value: Any) -> Any:
-    """Dataclasses, tuples and paths as JSON types; NaN and infinity as null."""
+    """Records, tuples and paths as JSON types; NaN and infinity as null."""
     if isinstance(value, Plain):
         return value
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: plain_json(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, Struct):
+        return _values(value)
     if isinstance(value, Mapping):
         return {str(k): plain_json(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
@@ -50,8 +49,11 @@ def plain_json(value: Any) -> Any:
     return value
 
 
-@dataclass(frozen=True)
-class Loads:
+def _values(record: Struct) -> dict[str, Any]:
+    return {name: plain_json(value) for name, value in asdict(record).items()}
+
+
+class Loads(Frozen):
     """Whether a program loads the adapter.
 
     Attributes:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import ClassVar
 
+from loratool.frozen import Frozen
 from loratool.report.base import Report
 
 LOADS, UNSURE, WRONG, DROPPED, RAISES = "loads", "unsure", "wrong", "dropped", "raises"
@@ -13,8 +13,7 @@ BEST_FIRST = (LOADS, UNSURE, WRONG, DROPPED, RAISES)
 something else; passes over without an error; stops with an error."""
 
 
-@dataclass(frozen=True)
-class Finding:
+class Finding(Frozen):
     """A rule of a program that applies.
 
     Attributes:
@@ -38,8 +37,7 @@ class Finding:
     is_mended: bool = False
 
 
-@dataclass(frozen=True)
-class ModuleVerdict:
+class ModuleVerdict(Frozen):
     """What a program does with one module.
 
     Attributes:
@@ -55,8 +53,7 @@ class ModuleVerdict:
     keys: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
-class Simulation:
+class Simulation(Frozen):
     """A program loading an adapter, on paper.
 
     Attributes:
@@ -94,7 +91,6 @@ class Simulation:
         return tuple(whole or found)
 
 
-@dataclass(frozen=True)
 class CheckReport(Report):
     """Result of `loratool.check`.
 

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from loratool.report.algebra import SumModuleReport
 from loratool.report.base import Loads, Report
 
 
-@dataclass(frozen=True)
 class CombineReport(Report):
     """Result of `loratool.merge` without a base.
 
@@ -54,7 +52,6 @@ class CombineReport(Report):
     dry_run: bool = False
 
 
-@dataclass(frozen=True)
 class DifferenceReport(CombineReport):
     """Result of `loratool.subtract` without merged weights: adapter − Σ weight·adapter.
 

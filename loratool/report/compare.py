@@ -5,16 +5,15 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from loratool.frozen import Frozen
 from loratool.report.base import Report, plain_json
 
 Matrix = tuple[tuple[float, ...], ...]
 
 
-@dataclass(frozen=True)
-class ComparedModule:
+class ComparedModule(Frozen):
     """One module that both adapters change.
 
     Attributes:
@@ -64,8 +63,7 @@ class ComparedModule:
     phi_B: Matrix = ()
 
 
-@dataclass(frozen=True)
-class ComparedFamily:
+class ComparedFamily(Frozen):
     """Modules of one family: cosine and ratio of all together, medians of the rest."""
 
     family: str
@@ -80,8 +78,7 @@ class ComparedFamily:
     top_overlap: float
 
 
-@dataclass(frozen=True)
-class Difference:
+class Difference(Frozen):
     """A fact that is not the same in both adapters."""
 
     key: str
@@ -89,8 +86,7 @@ class Difference:
     second: str
 
 
-@dataclass(frozen=True)
-class ComparedReplacement:
+class ComparedReplacement(Frozen):
     """A replaced tensor of one or both adapters.
 
     Attributes:
@@ -105,7 +101,6 @@ class ComparedReplacement:
     identical: bool | None = False
 
 
-@dataclass(frozen=True)
 class CompareReport(Report):
     """Result of `loratool.compare`.
 

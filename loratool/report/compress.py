@@ -5,14 +5,13 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from loratool.frozen import Frozen
 from loratool.report.base import Loads, Report, plain_json
 
 
-@dataclass(frozen=True)
-class CompressedModule:
+class CompressedModule(Frozen):
     """One delta.
 
     Attributes:
@@ -38,8 +37,7 @@ class CompressedModule:
     sigma: tuple[float, ...] = ()
 
 
-@dataclass(frozen=True)
-class CompressedFamily:
+class CompressedFamily(Frozen):
     """Modules of one family together; energy and error over all of them."""
 
     family: str
@@ -50,8 +48,7 @@ class CompressedFamily:
     relative_error: float
 
 
-@dataclass(frozen=True)
-class CompressedAdapter:
+class CompressedAdapter(Frozen):
     """One adapter.
 
     Attributes:
@@ -91,8 +88,7 @@ class CompressedAdapter:
         return tuple(_family(name, members) for name, members in groups.items())
 
 
-@dataclass(frozen=True)
-class PlannedCompression:
+class PlannedCompression(Frozen):
     """What `loratool.compress` is about to do, as ``on_plan`` gets it.
 
     Attributes:
@@ -114,7 +110,6 @@ class PlannedCompression:
     device_reason: str
 
 
-@dataclass(frozen=True)
 class CompressReport(Report):
     """Result of `loratool.compress`.
 

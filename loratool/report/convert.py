@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import ClassVar
 
+from loratool.frozen import Frozen, field
 from loratool.report.base import Loads, Report
 
 
-@dataclass(frozen=True)
-class ConvertedAdapter:
+class ConvertedAdapter(Frozen):
     """One adapter in another dialect.
 
     Attributes:
@@ -46,7 +45,6 @@ class ConvertedAdapter:
     notes: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
 class ConvertReport(Report):
     """Result of `loratool.convert`.
 

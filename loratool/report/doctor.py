@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from loratool.frozen import Frozen
 from loratool.report.base import Report
 
 
-@dataclass(frozen=True)
-class Gpu:
+class Gpu(Frozen):
     """A CUDA device: its number, name and bytes of memory in all."""
 
     index: int
@@ -17,8 +16,7 @@ class Gpu:
     memory_bytes: int
 
 
-@dataclass(frozen=True)
-class Torch:
+class Torch(Frozen):
     """The build of torch.
 
     Attributes:
@@ -36,8 +34,7 @@ class Torch:
     error: str | None = None
 
 
-@dataclass(frozen=True)
-class Disk:
+class Disk(Frozen):
     """A place where bytes go.
 
     Attributes:
@@ -55,8 +52,7 @@ class Disk:
     takes_direct: bool | None
 
 
-@dataclass(frozen=True)
-class Login:
+class Login(Frozen):
     """How this machine stands with the Hub; the token itself is nowhere here.
 
     Attributes:
@@ -74,8 +70,7 @@ class Login:
     why: str = ""
 
 
-@dataclass(frozen=True)
-class Package:
+class Package(Frozen):
     """A package that loratool needs, or that an extra brings.
 
     Attributes:
@@ -91,8 +86,7 @@ class Package:
     fits: bool
 
 
-@dataclass(frozen=True)
-class Extra:
+class Extra(Frozen):
     """An optional part of the installation: what it gives, and the packages it takes."""
 
     name: str
@@ -105,8 +99,7 @@ class Extra:
         return bool(self.packages) and all(p.fits for p in self.packages)
 
 
-@dataclass(frozen=True)
-class Choice:
+class Choice(Frozen):
     """What ``auto`` stands for here.
 
     Attributes:
@@ -120,8 +113,7 @@ class Choice:
     why: str
 
 
-@dataclass(frozen=True)
-class Finding:
+class Finding(Frozen):
     """Something to know about this installation.
 
     Attributes:
@@ -135,7 +127,6 @@ class Finding:
     is_broken: bool = True
 
 
-@dataclass(frozen=True)
 class DoctorReport(Report):
     """Result of `loratool.doctor`.
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+from loratool.frozen import Frozen, field
 from loratool.report.base import Loads, Report, plain_json
 
 
-@dataclass(frozen=True)
-class ExtractedModule:
+class ExtractedModule(Frozen):
     """One factored change.
 
     Attributes:
@@ -52,8 +51,7 @@ class ExtractedModule:
         return self.rank >= self.noise_rank and not self.noise_rank_is_least
 
 
-@dataclass(frozen=True)
-class ExtractedFamily:
+class ExtractedFamily(Frozen):
     """Modules of one family together; energy and error over all of them."""
 
     family: str
@@ -80,8 +78,7 @@ def _family(name: str, members: Sequence[ExtractedModule]) -> ExtractedFamily:
     return ExtractedFamily(name, len(members), rank, 1 - share, math.sqrt(share))
 
 
-@dataclass(frozen=True)
-class SavedResidual:
+class SavedResidual(Frozen):
     """The file that gives TUNED back, bit for bit.
 
     Attributes:
@@ -99,7 +96,6 @@ class SavedResidual:
     whole: int
 
 
-@dataclass(frozen=True)
 class ExtractReport(Report):
     """Result of `loratool.extract`.
 

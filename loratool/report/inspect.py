@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from loratool.frozen import Frozen, field
 from loratool.report.base import Loads, Report, plain_json
 from loratool.report.told import Told
 
@@ -15,8 +15,7 @@ if TYPE_CHECKING:
     from loratool.report.spectrum import AdapterSpectrum
 
 
-@dataclass(frozen=True)
-class TensorRow:
+class TensorRow(Frozen):
     """One tensor of a file (``inspect --tensors``)."""
 
     name: str
@@ -25,8 +24,7 @@ class TensorRow:
     nbytes: int
 
 
-@dataclass(frozen=True)
-class TargetFamily:
+class TargetFamily(Frozen):
     """Deltas on modules of the same last name.
 
     Attributes:
@@ -44,8 +42,7 @@ class TargetFamily:
     parameters: int
 
 
-@dataclass(frozen=True)
-class ReplacedTensor:
+class ReplacedTensor(Frozen):
     """A tensor that takes the place of the base's, and what it costs."""
 
     name: str
@@ -56,8 +53,7 @@ class ReplacedTensor:
     rows: int | None = None
 
 
-@dataclass(frozen=True)
-class AdapterSummary:
+class AdapterSummary(Frozen):
     """What an adapter's headers and configuration say.
 
     Attributes:
@@ -130,8 +126,7 @@ class AdapterSummary:
         return self.factor_bytes + self.replaced_bytes
 
 
-@dataclass(frozen=True)
-class CheckpointSummary:
+class CheckpointSummary(Frozen):
     """What a base checkpoint's headers and configuration say.
 
     Attributes:
@@ -159,8 +154,7 @@ class CheckpointSummary:
     components: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
-class FolderRow:
+class FolderRow(Frozen):
     """One file or sub-folder of a folder; one of ``adapter``, ``checkpoint``, ``error`` is set.
 
     Attributes:
@@ -177,7 +171,6 @@ class FolderRow:
     same_how: str = ""
 
 
-@dataclass(frozen=True)
 class InspectReport(Report):
     """Result of `loratool.inspect`.
 

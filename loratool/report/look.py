@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+
+from loratool.frozen import Frozen
 
 
-@dataclass(frozen=True)
-class ModuleLook:
+class ModuleLook(Frozen):
     """One delta, or several of them summed up.
 
     Attributes:
@@ -47,8 +47,7 @@ class ModuleLook:
         return self.swallowed.get(self.dtype, 0.0)
 
 
-@dataclass(frozen=True)
-class AdapterLook:
+class AdapterLook(Frozen):
     """All deltas of an adapter beside a base.
 
     Attributes:
@@ -69,8 +68,7 @@ class AdapterLook:
         return max(self.modules, key=lambda m: m.loss, default=None)
 
 
-@dataclass(frozen=True)
-class Sums:
+class Sums(Frozen):
     """What figures are made of; see `loratool.engine.looking.Look`."""
 
     family: str

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from loratool.frozen import Frozen
 from loratool.report.base import Report
 
 
-@dataclass(frozen=True)
-class ModuleLoss:
+class ModuleLoss(Frozen):
     """What rounding did to the change of one tensor.
 
     Attributes:
@@ -32,8 +31,7 @@ class ModuleLoss:
     predicted_share: float
 
 
-@dataclass(frozen=True)
-class LeastTime:
+class LeastTime(Frozen):
     """What reading and writing take, at speeds measured just now past the page cache.
 
     Attributes:
@@ -51,7 +49,6 @@ class LeastTime:
     write_speed: float | None
 
 
-@dataclass(frozen=True)
 class MergeReport(Report):
     """Result of `loratool.merge`.
 
@@ -117,7 +114,6 @@ class MergeReport(Report):
     least_time: LeastTime | None = None
 
 
-@dataclass(frozen=True)
 class SubtractReport(MergeReport):
     """Result of `loratool.subtract`: as that of a merge, ``base`` being the merged weights.
 
@@ -131,15 +127,13 @@ class SubtractReport(MergeReport):
     corrected: int = 0
 
 
-@dataclass(frozen=True)
 class SwapReport(MergeReport):
     """Result of `loratool.swap`: as that of a merge, ``base`` being the merged weights."""
 
     command: ClassVar[str] = "swap"
 
 
-@dataclass(frozen=True)
-class TensorDifference:
+class TensorDifference(Frozen):
     """A tensor that is not what merging gives.
 
     Attributes:
@@ -157,7 +151,6 @@ class TensorDifference:
     reason: str
 
 
-@dataclass(frozen=True)
 class VerifyReport(Report):
     """Result of `loratool.verify`.
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from loratool.frozen import Frozen
 
 
-@dataclass(frozen=True)
-class PlannedFiles:
+class PlannedFiles(Frozen):
     """As ``on_plan`` gets it.
 
     Attributes:

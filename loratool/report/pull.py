@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from loratool.frozen import Frozen
 from loratool.report.base import Report
 
 
-@dataclass(frozen=True)
-class PulledFile:
+class PulledFile(Frozen):
     """A file, its size, and the hash that it was checked against (sha256 or git blob id)."""
 
     name: str
@@ -17,8 +16,7 @@ class PulledFile:
     digest: str
 
 
-@dataclass(frozen=True)
-class PulledAdapter:
+class PulledAdapter(Frozen):
     """An adapter of the repository.
 
     Attributes:
@@ -30,7 +28,6 @@ class PulledAdapter:
     base_model: str | None = None
 
 
-@dataclass(frozen=True)
 class PullReport(Report):
     """Result of `loratool.pull`.
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import ClassVar
 
+from loratool.frozen import Frozen
 from loratool.report.base import Report
 
 
-@dataclass(frozen=True)
-class PushedFile:
+class PushedFile(Frozen):
     """A file of the repository, its size, and whether it differs from what was there."""
 
     name: str
@@ -17,7 +16,6 @@ class PushedFile:
     changed: bool
 
 
-@dataclass(frozen=True)
 class PushReport(Report):
     """Result of `loratool.push`.
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+
+from loratool.frozen import Frozen
 
 
-@dataclass(frozen=True)
-class RiskModule:
+class RiskModule(Frozen):
     """One ΔW.
 
     Attributes:
@@ -43,8 +43,7 @@ class RiskModule:
     cosines: tuple[float, ...] = ()
 
 
-@dataclass(frozen=True)
-class RiskFamily:
+class RiskFamily(Frozen):
     """Medians over the modules of one family.
 
     Attributes:
@@ -63,8 +62,7 @@ class RiskFamily:
     intruders: int | None
 
 
-@dataclass(frozen=True)
-class RiskStatistics:
+class RiskStatistics(Frozen):
     """Numbers of `inspect --risk`.
 
     Attributes:

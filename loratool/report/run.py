@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from loratool.frozen import Frozen, asdict
 from loratool.report.base import Report, plain_json
 
 
-@dataclass(frozen=True)
-class StepReport:
+class StepReport(Frozen):
     """One step of a recipe.
 
     Attributes:
@@ -33,7 +32,6 @@ class StepReport:
     was_made: bool = False
 
 
-@dataclass(frozen=True)
 class RunReport(Report):
     """Result of `loratool.run`.
 
@@ -53,7 +51,7 @@ class RunReport(Report):
     def to_json(self) -> dict[str, Any]:
         """The report as plain JSON types, with each step's own."""
         steps = [
-            {**plain_json({k: v for k, v in vars(s).items() if k != "report"}),
+            {**plain_json({k: v for k, v in asdict(s).items() if k != "report"}),
              "report": None if s.report is None else s.report.to_json()}
             for s in self.steps
         ]  # fmt: skip

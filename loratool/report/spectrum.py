@@ -5,16 +5,15 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 
+from loratool.frozen import Frozen
 from loratool.report.families import family_of, place_of
 
 MOST_SIGMA = 64
 """Singular values of a module in reports of what is done with it."""
 
 
-@dataclass(frozen=True)
-class ModuleSpectrum:
+class ModuleSpectrum(Frozen):
     """One delta.
 
     Attributes:
@@ -51,8 +50,7 @@ class ModuleSpectrum:
         return self.is_finite and self.norm == 0
 
 
-@dataclass(frozen=True)
-class FamilySpectrum:
+class FamilySpectrum(Frozen):
     """Live modules of one family: medians, the norm of all, and a typical spectrum.
 
     Attributes:
@@ -71,8 +69,7 @@ class FamilySpectrum:
     profile: tuple[float, ...]
 
 
-@dataclass(frozen=True)
-class AdapterSpectrum:
+class AdapterSpectrum(Frozen):
     """All deltas that have a spectrum of their own.
 
     Attributes:

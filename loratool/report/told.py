@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from loratool.frozen import Frozen
 
 
-@dataclass(frozen=True)
-class Told:
+class Told(Frozen):
     """What the metadata of a tensor file tell people; "" and () where they are silent.
 
     Attributes:

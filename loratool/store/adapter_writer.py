@@ -6,13 +6,13 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from loratool import __version__
 from loratool.adapter import AdapterFiles, ArrangedRef, Source, TensorData, TensorRef
 from loratool.errors import AlreadyMadeError
+from loratool.frozen import replace
 from loratool.plan import plain
 from loratool.store.disk import check_space, refusals_as
 from loratool.store.gguf_header import aligned, build_gguf_header

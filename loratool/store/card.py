@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 import yaml
 
 from loratool.errors import HubError
+from loratool.frozen import Frozen, field
 from loratool.store.yamlfile import compose, plain
 
 _FRONT = re.compile(r"\A(?:\ufeff)?---[ \t]*\r?\n(.*?)(?:^|\r?\n)---[ \t]*(?:\r?\n|\Z)", re.DOTALL)
@@ -18,8 +18,7 @@ _LONGEST = 200  # characters of a name or value that comes from a file
 _MOST_ROWS = 40
 
 
-@dataclass(frozen=True)
-class CardFacts:
+class CardFacts(Frozen):
     """What a card says, all of it from headers, configuration and provenance.
 
     Attributes:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from loratool.errors import (
     UnsafeContentError,
     list_some,
 )
+from loratool.frozen import Frozen, field
 from loratool.quant.gguf import METHOD, config_of
 from loratool.quant.recognize import method_in_tensors, recognize_quantization
 from loratool.store.contained import is_inside, list_folder
@@ -37,8 +37,7 @@ _ADAPTER_KEY = re.compile(
 _SHARD_OF_MANY = re.compile(r"-\d{5,6}-of-(\d{5,6})\b")
 
 
-@dataclass(frozen=True)
-class Shard:
+class Shard(Frozen):
     """One weight file of a checkpoint.
 
     Attributes:
@@ -55,11 +54,10 @@ class Shard:
     prefix: str
     metadata: Mapping[str, str]
     keys: tuple[str, ...]
-    header: bytes = field(repr=False)
+    header: bytes
 
 
-@dataclass(frozen=True)
-class Checkpoint:
+class Checkpoint(Frozen):
     """A model's weight files, opened (headers only).
 
     Attributes:

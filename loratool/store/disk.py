@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -44,8 +43,10 @@ def write_all(fd: int, data: bytes | memoryview) -> None:
 
 def copy_synced(source: Path, path: Path) -> None:
     """Copy into a new file, in pieces, and wait until it is on the disk."""
+    from shutil import copyfileobj
+
     with open_inside(source) as file, os.fdopen(create_new(path), "wb") as copy:
-        shutil.copyfileobj(file, copy, 1 << 20)
+        copyfileobj(file, copy, 1 << 20)
         copy.flush()
         os.fsync(copy.fileno())
 
@@ -113,7 +114,9 @@ def _renameat2(source: Path, target: Path, flags: int) -> bool:
 def remove(path: Path) -> None:
     """Delete a file, a link or a whole folder; what is gone already is fine."""
     if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
+        from shutil import rmtree
+
+        rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from typing import Literal
+
+from loratool.frozen import Frozen
 
 Form = Literal["weights", "json", "text", "pieces"]
 
 
-@dataclass(frozen=True)
-class Kind:
+class Kind(Frozen):
     """A kind of file that belongs to a model.
 
     Attributes:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from io import BufferedReader
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -16,6 +15,7 @@ from typing import Any, BinaryIO
 from loratool.adapter import Stamp, TensorRef
 from loratool.dtypes import DTYPES, numel
 from loratool.errors import BadFileError, DiskError
+from loratool.frozen import Frozen
 from loratool.store.contained import open_inside
 from loratool.store.stamps import stamp_from
 
@@ -54,8 +54,7 @@ KINDS: dict[int, tuple[str, int, int]] = {
 """Number of a type -> (name, numbers in a block, bytes of a block)."""
 
 
-@dataclass(frozen=True)
-class GgufTensor:
+class GgufTensor(Frozen):
     """A tensor of a GGUF file.
 
     Attributes:
@@ -73,8 +72,7 @@ class GgufTensor:
     nbytes: int
 
 
-@dataclass(frozen=True)
-class GgufFile:
+class GgufFile(Frozen):
     """What a GGUF file says about itself, checked.
 
     Attributes:
@@ -87,7 +85,7 @@ class GgufFile:
 
     path: Path
     metadata: Mapping[str, Any]
-    tensors: tuple[GgufTensor, ...] = field(repr=False)
+    tensors: tuple[GgufTensor, ...]
     stamp: Stamp
     start: int
 

@@ -14,13 +14,13 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, NoReturn
 
 from loratool.adapter import Stamp, TensorRef
 from loratool.dtypes import DTYPES, tensor_bytes
 from loratool.errors import BadFileError, DiskError, list_some
+from loratool.frozen import Frozen
 from loratool.location import Location, path_of
 from loratool.store.contained import open_inside
 from loratool.store.foreign import refuse_foreign
@@ -56,8 +56,7 @@ _WHOLE = {int}  # bool is no int here
 _MAX_COMMAS, _MAX_COLONS = 12, 6  # per object, and one per entry of metadata
 
 
-@dataclass(frozen=True)
-class Header:
+class Header(Frozen):
     """What a safetensors file says about itself, checked.
 
     Attributes:
@@ -72,7 +71,7 @@ class Header:
     path: Path
     metadata: Mapping[str, str]
     tensors: tuple[TensorRef, ...]
-    raw: bytes = field(repr=False)
+    raw: bytes
     data_start: int
     file_size: int
 

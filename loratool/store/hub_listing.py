@@ -5,12 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from urllib.parse import quote, urlsplit
 
 from loratool.errors import HubError
+from loratool.frozen import Frozen
 from loratool.store.checksum import digest_of
 from loratool.store.hub import plain_errors, snapshot
 from loratool.store.hub_download import download, missing_bytes, repo_folder
@@ -26,8 +26,7 @@ _MOST_SIZE = 1 << 50
 _HASH = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 
 
-@dataclass(frozen=True)
-class ListedFile:
+class ListedFile(Frozen):
     """A file as the Hub lists it.
 
     Attributes:
@@ -41,8 +40,7 @@ class ListedFile:
     digest: str
 
 
-@dataclass(frozen=True)
-class Listing:
+class Listing(Frozen):
     """The files of one commit, the revision that led to it, and their folder if cached."""
 
     repo_id: str
@@ -52,28 +50,24 @@ class Listing:
     cached: Path | None = None
 
 
-@dataclass(frozen=True)
-class _Lfs:
+class _Lfs(Frozen):
     sha256: str | None = None
     oid: str | None = None  # the same hash, in a tree
 
 
-@dataclass(frozen=True)
-class _Sibling:
+class _Sibling(Frozen):
     rfilename: str
     size: int | None = None
     blobId: str | None = None  # the Hub's spelling
     lfs: _Lfs | None = None
 
 
-@dataclass(frozen=True)
-class _Info:
+class _Info(Frozen):
     sha: str
     siblings: list[_Sibling] | None = None
 
 
-@dataclass(frozen=True)
-class _Entry:
+class _Entry(Frozen):
     type: str
     path: str
     size: int | None = None

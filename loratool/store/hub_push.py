@@ -6,10 +6,10 @@ import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from loratool.errors import HubError, LoratoolError
+from loratool.frozen import Frozen
 from loratool.store.checksum import hash_like
 from loratool.store.hub import plain_errors
 from loratool.store.hub_download import xet_error
@@ -34,8 +34,7 @@ _SHARD = re.compile(
 Files = Mapping[str, Content]
 
 
-@dataclass(frozen=True)
-class Destination:
+class Destination(Frozen):
     """Where a commit goes.
 
     Attributes:
@@ -51,8 +50,7 @@ class Destination:
     message: str
 
 
-@dataclass(frozen=True)
-class Landed:
+class Landed(Frozen):
     """A commit that is on the Hub.
 
     Attributes:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from loratool.errors import BadFileError, MismatchError, UnsafeContentError, list_some
+from loratool.frozen import Frozen
 from loratool.store.contained import check_name, is_inside, list_folder
 from loratool.store.foreign import PICKLE_HINT
 from loratool.store.jsonfile import load_json
@@ -33,8 +33,7 @@ _BESIDE = re.compile(
 )
 
 
-@dataclass(frozen=True)
-class Layout:
+class Layout(Frozen):
     """The weight files of one folder.
 
     Attributes:
@@ -52,8 +51,7 @@ class Layout:
     notes: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
-class _Candidate:
+class _Candidate(Frozen):
     stem: str
     files: tuple[str, ...]
     index_name: str | None = None

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
+from loratool.frozen import Frozen
 from loratool.location import HubFile
 from loratool.store.hub_files import (
     files_to_look_at,
@@ -25,8 +25,7 @@ LOOK_BYTES = 100_000_000
 _SHA256_DIGITS = 64
 
 
-@dataclass(frozen=True)
-class Looked:
+class Looked(Frozen):
     """Where the files of a commit can be read.
 
     Attributes:

@@ -17,12 +17,12 @@ import stat
 import threading
 import zlib
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypedDict
 
 from loratool.adapter import Stamp
 from loratool.errors import LoratoolError
+from loratool.frozen import Frozen
 from loratool.shapes import fitting
 from loratool.store.checksum import check_all, is_intact
 from loratool.store.journal import is_plain_name
@@ -52,8 +52,7 @@ class _File(TypedDict):
     data: Content
 
 
-@dataclass(frozen=True)
-class Marker:
+class Marker(Frozen):
     """A marker whose seal is whole.
 
     Attributes:
@@ -65,8 +64,7 @@ class Marker:
     plan: str | None = None
 
 
-@dataclass(frozen=True)
-class Proof:
+class Proof(Frozen):
     """What of a place is an earlier output.
 
     Attributes:

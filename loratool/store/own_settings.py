@@ -9,12 +9,12 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 from loratool.errors import BadFileError, list_some
+from loratool.frozen import Frozen
 from loratool.store.contained import open_inside
 from loratool.store.jsonfile import load_json
 from loratool.store.sidecar import Sidecar
@@ -42,8 +42,7 @@ _PIECE = 1 << 20
 _MOST_BYTES = 100_000_000  # of files that are compared
 
 
-@dataclass(frozen=True)
-class Owner:
+class Owner(Frozen):
     """An adapter that may bring settings.
 
     Attributes:

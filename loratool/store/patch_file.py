@@ -12,7 +12,6 @@ import json
 import threading
 import zlib
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import (
     Annotated,
@@ -31,6 +30,7 @@ from msgspec import Meta, Struct, field
 from loratool.adapter import TensorRef
 from loratool.dtypes import DTYPES
 from loratool.errors import BadFileError
+from loratool.frozen import Frozen
 from loratool.shapes import Refuse, checked_json, fitting_json
 from loratool.store.contained import typed
 from loratool.store.disk import disk_error
@@ -83,8 +83,7 @@ class Table(Protocol):
 T = TypeVar("T", bound=Table)
 
 
-@dataclass(frozen=True)
-class PatchFile(Generic[T]):
+class PatchFile(Frozen, Generic[T]):
     """A patch file, opened.
 
     Attributes:

@@ -9,13 +9,13 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, NoReturn
 
 from loratool.adapter import Stamp
 from loratool.errors import UnsafeContentError, UsageError, list_some
+from loratool.frozen import Frozen, field
 from loratool.store.contained import list_folder, open_inside
 from loratool.store.file_kinds import Kind, kind_of
 from loratool.store.jsonfile import check_json_size
@@ -42,8 +42,7 @@ Content = KnownFile | bytes
 """Of a file to publish: weights as a file that must not change, all else in memory."""
 
 
-@dataclass(frozen=True)
-class Chosen:
+class Chosen(Frozen):
     """Files to publish.
 
     Attributes:

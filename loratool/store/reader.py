@@ -9,7 +9,6 @@ import os
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
 from io import FileIO
 from itertools import groupby
 from pathlib import Path
@@ -17,6 +16,7 @@ from pathlib import Path
 from loratool.adapter import ArrangedRef, CodedRef, Source, Stamp, TensorData, TensorRef
 from loratool.dtypes import DTYPES
 from loratool.errors import BadFileError, DiskError, UnsafeContentError
+from loratool.frozen import Struct, replace
 from loratool.location import HubFile
 from loratool.quant import codec_of
 from loratool.store.axes import arrange
@@ -47,8 +47,7 @@ def most_open_files() -> int:
     return max(8, min(allowed // 4, 512)) if allowed >= 0 else 512  # -1: no limit
 
 
-@dataclass
-class _Open:
+class _Open(Struct):
     """An open file and how many threads are reading it."""
 
     file: FileIO

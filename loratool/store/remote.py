@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
-from dataclasses import replace
 from pathlib import Path
 
 from loratool.errors import STUBS, HubError
+from loratool.frozen import replace
 from loratool.location import HubFile
 from loratool.store.checksum import digest_of
 from loratool.store.hub import plain_errors

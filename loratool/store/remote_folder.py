@@ -8,12 +8,12 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 from threading import Lock
 from typing import TypedDict
 
 from loratool.errors import UsageError
+from loratool.frozen import replace
 from loratool.location import HubFile
 from loratool.shapes import fitting_json
 from loratool.store.header import HARD_HEADER_BYTES

@@ -9,19 +9,18 @@ one.
 from __future__ import annotations
 
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from loratool.frozen import Frozen
 from loratool.store.hub_http import SlowError, check_status, get, parts
 from loratool.store.hub_retry import retried
 
 _WAIT_S = 30.0
 
 
-@dataclass(frozen=True)
-class Answer:
+class Answer(Frozen):
     """What a server sent.
 
     Attributes:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
+from loratool.frozen import Frozen
 from loratool.store.header import MAX_HEADER_BYTES
 
 
-@dataclass(frozen=True)
-class FileRules:
+class FileRules(Frozen):
     """What the user allows beyond the defaults.
 
     Attributes:
@@ -20,8 +18,7 @@ class FileRules:
     allow_pickle: bool = False
 
 
-@dataclass(frozen=True)
-class Reach:
+class Reach(Frozen):
     """How the Hub may be used.
 
     Attributes:

@@ -11,11 +11,11 @@ import json
 import re
 from bisect import bisect_right
 from collections.abc import Iterator
-from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
 from loratool.errors import own_secrets
+from loratool.frozen import Frozen
 
 KEYS = {
     "hf_": r"[A-Za-z0-9]{20}",
@@ -94,8 +94,7 @@ _MARKS = "\ufeff\udcff\udcfe"  # of byte orders
 _DEEPEST = 3  # JSON in a string in JSON
 
 
-@dataclass(frozen=True)
-class Finding:
+class Finding(Frozen):
     """What must not be published.
 
     Attributes:

@@ -9,10 +9,10 @@ import os
 import shutil
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 from loratool.errors import OutputError
+from loratool.frozen import Frozen
 from loratool.store.disk import refusals_as, sync_folder, write_synced
 
 _BEGIN, _END = b"# >>> loratool completion >>>\n", b"# <<< loratool completion <<<\n"
@@ -24,8 +24,7 @@ _LOADS = {
 """Shell -> lines that load a script; a shell without looks into a folder of its own."""
 
 
-@dataclass(frozen=True)
-class Change:
+class Change(Frozen):
     """A file that set-up makes, changes or takes away.
 
     Attributes:
@@ -46,11 +45,6 @@ class Change:
         if self.after is None:
             return "removes"
         return "writes" if self.before is None else "changes"
-
-
-def shell_of(environment: Mapping[str, str]) -> str:
-    """The name of the login shell, ``bash``; "" if it is not known."""
-    return Path(environment.get("SHELL", "")).name
 
 
 def plan_setup(shell: str, script: str, environment: Mapping[str, str]) -> list[Change]:

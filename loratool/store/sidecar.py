@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loratool.adapter import Stamp
 from loratool.errors import MismatchError, list_some
+from loratool.frozen import Frozen
 from loratool.shapes import fitting_json
 from loratool.store.contained import find_inside, list_folder, open_inside
 from loratool.store.jsonfile import dump_json, load_json
@@ -32,8 +32,7 @@ class _Remove:
 REMOVE = _Remove()
 
 
-@dataclass(frozen=True)
-class _Module:
+class _Module(Frozen):
     path: str = ""
 
 
@@ -65,8 +64,7 @@ _REFUSED = (
 _WEIGHTS = re.compile(r"\.safetensors$|\.safetensors\.index(\.\w+)?\.json$")
 
 
-@dataclass(frozen=True)
-class Sidecar:
+class Sidecar(Frozen):
     """One small file of the output.
 
     Attributes:
@@ -80,7 +78,7 @@ class Sidecar:
     name: str
     source: Path | None = None
     stamp: Stamp | None = None
-    data: bytes = field(default=b"", repr=False)
+    data: bytes = b""
     origin: str = "base"
 
     @property

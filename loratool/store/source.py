@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import unquote
 
 from loratool.errors import TOKEN, BadFileError, HubError, UsageError
+from loratool.frozen import Frozen, field
 from loratool.location import HubReference
 from loratool.store.adapter_folder import find_adapter, list_adapters
 from loratool.store.contained import typed
@@ -44,8 +44,7 @@ _FILE_SUFFIX = re.compile(
 )
 
 
-@dataclass(frozen=True)
-class AdapterArgument:
+class AdapterArgument(Frozen):
     """An adapter as typed, with its weight split off.
 
     Attributes:
@@ -59,8 +58,7 @@ class AdapterArgument:
     components: Mapping[str, float] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class Resolved:
+class Resolved(Frozen, weakref=True):
     """Where a source lies on this machine.
 
     Attributes:

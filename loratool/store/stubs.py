@@ -11,10 +11,12 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from msgspec import to_builtins
+
 from loratool.errors import STUBS
+from loratool.frozen import Frozen, replace
 from loratool.location import HubFile
 from loratool.shapes import fitting_json
 
@@ -37,15 +39,14 @@ def list_stubs(top: Path, stubs: Mapping[Path, HubFile], late: Mapping[Path, Hub
         late: small files that are fetched whole when somebody opens them.
     """
     rows = {
-        path.relative_to(top).as_posix(): asdict(_Row(is_late, replace(file, stub=None)))
+        path.relative_to(top).as_posix(): to_builtins(_Row(is_late, replace(file, stub=None)))
         for is_late, files in ((False, stubs), (True, late))
         for path, file in files.items()
     }
     (top / _MANIFEST).write_text(json.dumps(rows))
 
 
-@dataclass(frozen=True)
-class _Row:
+class _Row(Frozen):
     """What a path in a folder of stubs stands for."""
 
     is_late: bool

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 from loratool.errors import BadFileError
+from loratool.frozen import Struct
 from loratool.store.contained import open_inside
 
 # Everything that belongs to a tokenizer or processor of text; patterns for file names.
@@ -58,8 +58,7 @@ _ESCAPE = re.compile(
 T = TypeVar("T")
 
 
-@dataclass(slots=True)
-class _Token:
+class _Token(Struct):
     """An added token."""
 
     content: str | None = None

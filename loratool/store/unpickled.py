@@ -15,11 +15,11 @@ import tempfile
 import threading
 import weakref
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
 from loratool.errors import BadFileError, DiskError, UnsafeContentError
+from loratool.frozen import replace
 from loratool.store.contained import list_folder, open_inside
 from loratool.store.jsonfile import dump_json, load_json
 from loratool.store.layout import (

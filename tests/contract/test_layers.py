@@ -18,6 +18,7 @@ LAYERS = (
         "dtypes",
         "options",
         "errors",
+        "frozen",
         "shapes",
         "patterns",
         "adapter",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import dataclasses
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
@@ -21,6 +20,7 @@ from loratool.engine.reads import cut_step
 from loratool.engine.rows import OPS, Op, args_of, op_of, piece_bytes, result_bytes, step_bytes
 from loratool.engine.step_args import SPELLED
 from loratool.errors import BugError
+from loratool.frozen import names_of, replace
 from loratool.plan import DeltaPart, Step, TensorSpec
 
 
@@ -50,7 +50,7 @@ VALUES: dict[str, Any] = {
 def args(op: Op) -> dict[str, Any]:
     """All arguments of an op, as a planner spells them."""
     keys = {field: key for key, field in SPELLED.items()}
-    found = {keys.get(f.name, f.name): VALUES[f.name] for f in dataclasses.fields(op.args)}
+    found = {keys.get(name, name): VALUES[name] for name in names_of(op.args)}
     return found | ({"source": True} if op.name == "make_patch" else {})
 
 
@@ -84,9 +84,9 @@ def test_its_arguments_travel(op: Op) -> None:
     given = args(op)
     one = step(op, **given)
     want = args_of(one)
-    for field in dataclasses.fields(op.args):
-        value = VALUES[field.name] if op.name != "make_patch" or field.name != "source" else True
-        assert getattr(want, field.name) == (tuple(value) if isinstance(value, list) else value)
+    for name in names_of(op.args):
+        value = VALUES[name] if op.name != "make_patch" or name != "source" else True
+        assert getattr(want, name) == (tuple(value) if isinstance(value, list) else value)
     far = wire.load(wire.dump(one), Step)
     assert args_of(far) == want
     assert (far.output, far.inputs, far.view, far.parts) == (
@@ -105,7 +105,7 @@ def test_other_arguments_are_bugs(op: Op) -> None:
 
 
 def test_an_op_without_a_row_is_a_bug() -> None:
-    one = dataclasses.replace(step(OPS[0]), op="nonsense")
+    one = replace(step(OPS[0]), op="nonsense")
     for use in (op_of, args_of, lambda s: cut_step(s, elements=16, chunk=16, sample=False)):
         with pytest.raises(BugError) as caught:
             use(one)

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from tests.make import randn, random_factors, save_adapter, save_checkpoint
 
 ACME = """
-from dataclasses import replace
+from loratool.frozen import replace
 from loratool import kinds
 from loratool.dialects.base import Dialect, by_keys
 from loratool.dialects.fields import Component, Field

@@ -5,7 +5,6 @@ python -m tests.contract.test_versions > tests/contract/promised.json      recor
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 import json
 import re
@@ -20,6 +19,7 @@ import click
 import loratool as lt
 import loratool.report
 from loratool.cli.group import COMMANDS, MODULES
+from loratool.frozen import names_of
 from loratool.report.base import SCHEMA
 
 ROOT = Path(lt.__file__).parents[1]
@@ -52,8 +52,8 @@ def _keys() -> dict[str, str]:
     found = {}
     for module in iter_modules(loratool.report.__path__):
         for name, kind in vars(import_module(f"loratool.report.{module.name}")).items():
-            if dataclasses.is_dataclass(kind) and not name.startswith("_"):
-                found[name] = _line(f.name for f in dataclasses.fields(kind))
+            if names_of(kind) and not name.startswith("_"):
+                found[name] = _line(names_of(kind))
     return dict(sorted(found.items()))
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from huggingface_hub import ModelCard
 
 import loratool as lt
 from loratool.dialects import open_adapter
+from loratool.frozen import replace
 from loratool.ops.card_facts import adapter_facts
 from loratool.ops.push import prepare
 from loratool.options.groups import Read

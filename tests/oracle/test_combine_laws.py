@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -19,6 +18,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from loratool.errors import LoratoolError
+from loratool.frozen import Frozen, replace
 from loratool.methods import BY_NAME, DENSE_INNER, METHODS, Method, parse_params
 from tests.oracle.method_oracles import ORACLES, Array, Mix, size_of
 from tests.oracle.mixing import Factors, combine, library, normal, whole
@@ -32,8 +32,7 @@ Adapters = tuple[Mapping[str, Factors], ...]
 Result = dict[str, Array]
 
 
-@dataclass(frozen=True)
-class Scene:
+class Scene(Frozen):
     """Adapters with several modules, some of them missing here and there."""
 
     adapters: Adapters

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +11,7 @@ import pytest
 from safetensors.numpy import save_file
 
 import loratool as lt
+from loratool.frozen import replace
 from loratool.report.inspect import AdapterSummary, FolderRow
 from tests.oracle.kohya_files import SAMPLES
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +12,7 @@ from loratool.engine import grid
 from loratool.engine.difference import Difference, DifferenceResult
 from loratool.engine.kernel import Env
 from loratool.engine.run import RunOptions, execute
+from loratool.frozen import replace
 from loratool.linalg import fit
 from loratool.linalg.lanczos import block_lanczos
 from loratool.linalg.rank import RankRule

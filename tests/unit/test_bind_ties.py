@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from loratool.adapter import DeltaSpec, Replacement, TensorRef
 from loratool.archs.ties import tied_tensors
 from loratool.bind.bindings import bind, replicate_layers
 from loratool.errors import MismatchError
+from loratool.frozen import replace
 from loratool.options.groups import Names
 from loratool.store import reader
 from loratool.store.checkpoint import Checkpoint, open_checkpoint

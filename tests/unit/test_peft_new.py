@@ -18,6 +18,7 @@ from torch import nn
 from loratool.adapter import Adapter, DeltaSpec, Replacement
 from loratool.dialects import open_adapter, task_type_of, write_adapter_files
 from loratool.errors import MismatchError
+from loratool.frozen import asdict
 from loratool.store.adapter_writer import write_adapter
 from tests.unit.peft_files import data
 
@@ -257,7 +258,7 @@ def test_scaling_survives_alpha_over_r(rig: Rig, rank: int, scaling: float) -> N
 
 def test_the_stated_alpha_is_kept(rig: Rig) -> None:
     rig.linear("lin", 16, 16, scaling=3.0)
-    rig.specs = [DeltaSpec(**(vars(rig.specs[0]) | {"alpha": 12}))]
+    rig.specs = [DeltaSpec(**(asdict(rig.specs[0]) | {"alpha": 12}))]
     config = write_adapter_files(rig.adapter()).json_files["adapter_config.json"]
     assert config["lora_alpha"] == 12 and isinstance(config["lora_alpha"], int)
 
@@ -358,7 +359,7 @@ def test_gpt2_conv1d(rig: Rig) -> None:
     rig.replace("transformer.ln_f.bias", 16)
     rig.replace("transformer.h.0.attn.c_attn.bias", 48, origin="bias")
     rig.specs = [
-        DeltaSpec(**(vars(s) | {"transposed": True})) if s.kind == "lowrank" else s
+        DeltaSpec(**(asdict(s) | {"transposed": True})) if s.kind == "lowrank" else s
         for s in rig.specs
     ]
     model = rig.load(transformers.GPT2LMHeadModel(config), {"architectures": ["GPT2LMHeadModel"]})
@@ -499,7 +500,7 @@ def _refused(rig: Rig, **more: Any) -> MismatchError:
 )
 def test_variants_without_an_own_configuration(rig: Rig, change: dict[str, Any]) -> None:
     rig.linear("lin", 16, 16)
-    rig.specs = [DeltaSpec(**(vars(s) | change)) for s in rig.specs]
+    rig.specs = [DeltaSpec(**(asdict(s) | change)) for s in rig.specs]
     error = _refused(rig)
     assert error.code == "LT-411" and "lin.weight" in str(error.key)
 

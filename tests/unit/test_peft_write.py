@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import torch
 from loratool.adapter import Adapter, AdapterFiles
 from loratool.dialects import open_adapter, write_adapter_files
 from loratool.errors import MismatchError, UsageError
+from loratool.frozen import replace
 from loratool.options.groups import Read
 from loratool.store.adapter_writer import write_adapter
 from tests.unit.peft_files import data, pair, read, write_folder, zeros
@@ -23,8 +23,8 @@ def config_of(files: AdapterFiles) -> Any:
 
 
 def rescaled(adapter: Adapter, factor: float) -> Adapter:
-    specs = [dataclasses.replace(s, scaling=s.scaling * factor) for s in adapter.specs]
-    return dataclasses.replace(adapter, specs=tuple(specs))
+    specs = [replace(s, scaling=s.scaling * factor) for s in adapter.specs]
+    return replace(adapter, specs=tuple(specs))
 
 
 def test_an_unchanged_adapter_is_written_back(tmp_path: Path) -> None:
@@ -51,19 +51,18 @@ def test_a_changed_scaling_of_mha_output_is_not_mistaken_for_another_reading(
     tensors = pair("a", inner=16, out=48) | pair("a.base_layer.out_proj", inner=16, out=16)
     adapter = read(tmp_path, tensors)
     halved = [
-        dataclasses.replace(s, scaling=s.scaling / 2) if s.parameter == "weight" else s
-        for s in adapter.specs
+        replace(s, scaling=s.scaling / 2) if s.parameter == "weight" else s for s in adapter.specs
     ]
     with pytest.raises(MismatchError) as caught:  # PEFT would double it again
-        write_adapter_files(dataclasses.replace(adapter, specs=tuple(halved)))
+        write_adapter_files(replace(adapter, specs=tuple(halved)))
     assert caught.value.code == "LT-412"
 
 
 def test_new_factors_get_a_new_configuration(tmp_path: Path) -> None:
     adapter = read(tmp_path, pair("l.q"), lora_dropout=0.1, revision="v2")
     fields = {"lora_A": data(zeros(2, 16)), "lora_B": data(zeros(8, 2))}
-    spec = dataclasses.replace(adapter.specs[0], fields=fields, rank=2, scaling=1.0, alpha=None)
-    files = write_adapter_files(dataclasses.replace(adapter, specs=(spec,)))
+    spec = replace(adapter.specs[0], fields=fields, rank=2, scaling=1.0, alpha=None)
+    files = write_adapter_files(replace(adapter, specs=(spec,)))
     assert (config_of(files)["r"], config_of(files)["lora_alpha"]) == (2, 2)
     assert config_of(files)["revision"] == "v2"
 
@@ -71,7 +70,7 @@ def test_new_factors_get_a_new_configuration(tmp_path: Path) -> None:
 def test_a_left_out_module_is_not_written_back(tmp_path: Path) -> None:
     adapter = read(tmp_path, pair("l.q") | pair("l.k"))
     kept = [s for s in adapter.specs if s.module == "l.q"]
-    files = write_adapter_files(dataclasses.replace(adapter, specs=tuple(kept)))
+    files = write_adapter_files(replace(adapter, specs=tuple(kept)))
     assert config_of(files)["target_modules"] == ["l.q"] and len(files.tensors) == 2
 
 
@@ -87,7 +86,7 @@ def test_tensors_are_laid_out_as_the_safetensors_library_does(tmp_path: Path) ->
     tensors = pair("b") | {k: v.to(torch.bfloat16) for k, v in pair("a").items()}
     folder = write_folder(tmp_path, tensors)
     adapter = open_adapter(folder)
-    anew = write_adapter_files(dataclasses.replace(adapter, config={}))
+    anew = write_adapter_files(replace(adapter, config={}))
     assert [n for n, _ in anew.tensors] == list(adapter.key_order)
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -11,6 +9,7 @@ from hypothesis import strategies as st
 
 from loratool.adapter import DeltaSpec, Source, TensorData
 from loratool.delta.stacking import cut, join, swap_halves
+from loratool.frozen import replace
 from loratool.store.reader import read_bytes
 
 SIZES = {"F16": np.float16, "F32": np.float32, "F64": np.float64}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +13,7 @@ from loratool.adapter import Adapter, DeltaSpec, Replacement, TensorRef
 from loratool.dialects import open_adapter
 from loratool.dialects.programs import judge_loads
 from loratool.errors import BadFileError, LoratoolError, MismatchError
+from loratool.frozen import replace
 from loratool.ops.adapter_summary import format_ranges, summarize_adapter
 from loratool.ops.summary import summarize
 from tests.make import randn, random_factors, save_adapter, save_checkpoint

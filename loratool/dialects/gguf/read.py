@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from loratool.dialects.factors import product_spec, refuse_shape
 from loratool.dialects.gguf import ADAPTER, ALPHA, ARCHITECTURE, BASE, HUB, LEAVES, NAME, PAIRED
 from loratool.dtypes import DTYPES
 from loratool.errors import BadFileError, MismatchError
+from loratool.frozen import replace
 from loratool.options.groups import Read
 from loratool.quant.gguf_names import (
     ARCHITECTURES,

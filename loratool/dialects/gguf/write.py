@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from loratool.adapter import Adapter, AdapterFiles, DeltaSpec, Source, TensorData
@@ -24,6 +23,7 @@ from loratool.dialects.gguf import (
     PAIRED,
 )
 from loratool.errors import MismatchError, list_some
+from loratool.frozen import Frozen
 from loratool.kind import STORED
 from loratool.quant.gguf_names import (
     ARCHITECTURES,
@@ -54,8 +54,7 @@ def obstacle(spec: DeltaSpec) -> str:
     return next((reason for reason, holds in reasons.items() if holds), "")
 
 
-@dataclass(frozen=True)
-class _Model:
+class _Model(Frozen):
     """The base, as far as it is known.
 
     Attributes:

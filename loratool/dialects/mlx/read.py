@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
 from typing import Any
 
 from loratool.adapter import Adapter, DeltaSpec, TensorRef
@@ -15,6 +14,7 @@ from loratool.dialects.factors import product_spec, refuse_alpha, refuse_shape
 from loratool.dialects.mlx import LETTERS, MIXTRAL, NAME, ROLES
 from loratool.dialects.peft.config import Fields
 from loratool.errors import BadFileError, MismatchError
+from loratool.frozen import replace
 from loratool.options.groups import Read
 
 _KEY = re.compile(r"(?P<module>.+)\.(?P<leaf>lora_a|lora_b|m)", re.DOTALL)

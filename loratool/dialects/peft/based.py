@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import replace
 
 from loratool.adapter import DeltaSpec, Replacement
 from loratool.dialects.factors import check_float
 from loratool.dialects.peft.method import Method, Module, spelled
+from loratool.frozen import replace
 from loratool.kinds_based import AXIS, BOUND, COPIES, GROUP, ORTHOGONAL, SEED, TERMS
 
 _COPIES = {"road_1": 1, "road_2": 2, "road_4": 4}

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from loratool.adapter import BesideFile, Replacement
@@ -20,6 +19,7 @@ from loratool.dialects.peft.config import PeftConfig
 from loratool.dialects.peft.keys import sort_tensors
 from loratool.dialects.peft.replacements import read_replacements
 from loratool.errors import BadFileError, list_some
+from loratool.frozen import Struct, field, replace
 from loratool.store.adapter_folder import is_model_file
 from loratool.store.contained import find_inside, list_folder
 from loratool.store.header import Header, read_header
@@ -31,8 +31,7 @@ _OWN = re.compile(r"adapter_model.*")
 _FACTORS = re.compile(r"(^|[._])lora_(A|B|a|b|up|down)([._]|$)|\.lora\.(up|down)\.|hada_w1|lokr_w1")
 
 
-@dataclass
-class Beside:
+class Beside(Struct):
     """What was found beside an adapter's own weights.
 
     Attributes:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -13,6 +12,7 @@ from loratool.adapter import MAX_ALPHA
 from loratool.dialects.factors import MAX_RANK
 from loratool.dialects.peft.patterns import Patterns
 from loratool.errors import BadFileError, MismatchError
+from loratool.frozen import Frozen, field
 
 DEFAULT_RANK = 8  # of peft.LoraConfig, for r and lora_alpha alike
 MAX_LAYERS = 10_000
@@ -58,8 +58,7 @@ KNOWN_KEYS = _READ | _SILENT
 """Every field whose meaning is known."""
 
 
-@dataclass(frozen=True)
-class BlockRule:
+class BlockRule(Frozen):
     """``use_bdlora``: which modules have block-diagonal factors.
 
     Attributes:
@@ -75,8 +74,7 @@ class BlockRule:
     is_strict: bool
 
 
-@dataclass(frozen=True)
-class PeftConfig:
+class PeftConfig(Frozen):
     """The fields of a PEFT configuration that decide what the tensors mean.
 
     Attributes:
@@ -131,7 +129,7 @@ class PeftConfig:
     peft_version: str = ""
     b_order: str = "rank-major"
     unknown: tuple[str, ...] = ()
-    own: Fields = field(default_factory=lambda: Fields({}, None), repr=False, compare=False)
+    own: Fields = field(default_factory=lambda: Fields({}, None))
     file: Path | None = None
     notes: tuple[str, ...] = ()
 
@@ -213,12 +211,11 @@ def parse_config(
     )
 
 
-class Fields:
+class Fields(Frozen):
     """Typed access to a configuration; JSON's null counts as missing."""
 
-    def __init__(self, config: Mapping[str, Any], file: Path | None) -> None:
-        self.config = config
-        self.file = file
+    config: Mapping[str, Any]
+    file: Path | None
 
     def refuse(self, key: str, expected: object, got: object) -> NoReturn:
         """LT-361 for a value."""

@@ -8,13 +8,13 @@ so the key of the first parameter has the most ``.base_layer``.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import lru_cache
 
 from loratool.adapter import TensorRef
 from loratool.dialects.peft.config import PeftConfig
 from loratool.dialects.peft.patterns import endings, is_named
 from loratool.errors import BadFileError, MismatchError, list_some
+from loratool.frozen import Frozen
 
 _MOST = 256  # parameters of one module
 _WRAP = ".base_layer"
@@ -26,8 +26,7 @@ _REGISTERED = (
 _THREE_D = frozenset(_REGISTERED) - {"gate_up_proj_bias", "down_proj_bias"}
 
 
-@dataclass(frozen=True)
-class Parameter:
+class Parameter(Frozen):
     """A bare parameter that a pair of factors belongs to.
 
     Attributes:

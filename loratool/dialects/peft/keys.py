@@ -5,12 +5,12 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
 from functools import cache
 
 from loratool import kinds
 from loratool.adapter import TensorRef
 from loratool.errors import BadFileError, MismatchError, list_some
+from loratool.frozen import Frozen, Struct, field, replace
 
 PREFIX = "base_model.model."
 # Left in names by torch.compile, FSDP and activation checkpointing.
@@ -45,8 +45,7 @@ _UNKNOWN_LORA = re.compile(r"(?:^|\.)lora_[A-Za-z_]+(?:\.[^.]+)?(?:\.weight|\.bi
 _INFIX = re.compile(r"(?:^|(?<=\.))(?:base_layer|token_adapter)\.")
 
 
-@dataclass(frozen=True)
-class Key:
+class Key(Frozen):
     """One tensor, named.
 
     Attributes:
@@ -64,8 +63,7 @@ class Key:
     adapter: str = ""
 
 
-@dataclass
-class Sorted:
+class Sorted(Struct):
     """The tensors of a file by what they are.
 
     Attributes:

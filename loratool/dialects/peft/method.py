@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import NoReturn
 
 from loratool import kinds
@@ -12,10 +11,10 @@ from loratool.dialects.factors import check_float, check_rank, refuse_shard
 from loratool.dialects.peft.config import Fields, PeftConfig
 from loratool.dtypes import DTYPES
 from loratool.errors import BadFileError
+from loratool.frozen import Frozen
 
 
-@dataclass(frozen=True)
-class Module:
+class Module(Frozen):
     """The tensors of one module.
 
     Attributes:
@@ -92,8 +91,7 @@ class Module:
 Change = DeltaSpec | Replacement
 
 
-@dataclass(frozen=True)
-class Method:
+class Method(Frozen):
     """A ``peft_type``.
 
     Attributes:

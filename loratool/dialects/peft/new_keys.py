@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 from typing import NoReturn
 
 from loratool.adapter import Adapter, DeltaSpec, Replacement, Source
@@ -13,6 +12,7 @@ from loratool.dialects.peft.experts import registration_order
 from loratool.dialects.peft.keys import PREFIX
 from loratool.dialects.peft.patterns import endings
 from loratool.errors import MismatchError, list_some
+from loratool.frozen import replace
 
 _WRAP = ".base_layer"
 

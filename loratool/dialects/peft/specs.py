@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 
 from loratool import kinds
 from loratool.adapter import DeltaSpec, TensorRef
@@ -20,13 +18,13 @@ from loratool.dialects.peft.config import PeftConfig
 from loratool.dialects.peft.experts import Parameter, find_parameters
 from loratool.dialects.peft.version import applies_mha_output_twice
 from loratool.errors import BadFileError, MismatchError
+from loratool.frozen import Struct, field, replace
 from loratool.options.groups import Read
 
 _MHA_OUT = ".base_layer.out_proj"
 
 
-@dataclass
-class SpecReader:
+class SpecReader(Struct):
     """Builds the deltas of one file.
 
     Attributes:
@@ -84,7 +82,7 @@ class SpecReader:
         spec = self._with_variant(spec, module, roles)
         made = [spec]
         if is_mha_output and self._twice():
-            made = [dataclasses.replace(spec, scaling=spec.scaling * 2)]
+            made = [replace(spec, scaling=spec.scaling * 2)]
         bias = roles.get("bias")
         if bias is not None:
             check_bias(bias, lora_B, self.config)
@@ -101,7 +99,7 @@ class SpecReader:
         spec = product_spec(module, fields, self.config.alphas.get(module, self.config.alpha))
         role, _ = spec.row.rank_in(fields) or (next(iter(fields)), 0)
         divisor = self._divisor(module, spec.rank, fields[role])
-        return dataclasses.replace(spec, scaling=self.config.scaling(spec.alpha or 0.0, divisor))
+        return replace(spec, scaling=self.config.scaling(spec.alpha or 0.0, divisor))
 
     def _is_mha(self, module: str) -> bool:
         return "lora_A" in self.modules.get(module + _MHA_OUT, {})
@@ -173,7 +171,7 @@ class SpecReader:
         self._check_inner(spec, fields, blocks, module)
         if blocks is None and len(fields) == len(spec.fields):
             return spec
-        return dataclasses.replace(spec, kind=kind, fields=fields, blocks=blocks)
+        return replace(spec, kind=kind, fields=fields, blocks=blocks)
 
     def _blocks(self, spec: DeltaSpec, module: str) -> tuple[int, str] | None:
         rule = self.config.blocks

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import replace
 
 from loratool.adapter import TensorRef
 from loratool.dialects.peft.keys import Sorted
 from loratool.errors import BadFileError
+from loratool.frozen import replace
 
 _HEAD = re.compile(r"(?:.+\.)?unembed_tokens")
 _SPLIT = re.compile(r"(?P<experts>(?:.+\.)?experts)\.(?P<leaf>gate_up_proj|down_proj)s\.(?P<n>\d+)")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from loratool.dialects.peft.read import read_tensors
 from loratool.dialects.peft.tasks import heads_of
 from loratool.dtypes import DTYPES
 from loratool.errors import MismatchError
+from loratool.frozen import replace
 from loratool.options.groups import Read
 
 WEIGHTS_NAME = "adapter_model.safetensors"

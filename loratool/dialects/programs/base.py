@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from loratool.adapter import Adapter, TensorRef
 from loratool.dialects.programs.look import Look
 from loratool.dialects.rules import why_not_peft
+from loratool.frozen import Frozen, field, replace
 from loratool.report.base import Loads
 from loratool.report.check import (
     BEST_FIRST,
@@ -42,8 +42,7 @@ Test = Callable[[Look], Iterable[Hit]]
 """Where a rule applies; nothing where it does not."""
 
 
-@dataclass(frozen=True)
-class Rule:
+class Rule(Frozen):
     """One thing that a program does not do right.
 
     Attributes:
@@ -95,8 +94,7 @@ def specs_of(look: Look) -> dict[str, tuple[str, ...]]:
     return {name: tuple(keys) for name, keys in found.items()}
 
 
-@dataclass(frozen=True)
-class Program:
+class Program(Frozen):
     """One program that loads adapters.
 
     Attributes:

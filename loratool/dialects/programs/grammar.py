@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
+
+from loratool.frozen import Frozen
 
 _PARTS = (
     (r"lora_down\.weight|lora_A(\.[^.]+)?\.weight|lora_A(\.default)?", "down"),
@@ -65,8 +66,7 @@ class Tensor(NamedTuple):
     shape: tuple[int, ...]
 
 
-@dataclass(frozen=True)
-class Group:
+class Group(Frozen, dict=True):
     """The tensors of one module.
 
     Attributes:

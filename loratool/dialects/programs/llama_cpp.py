@@ -8,7 +8,6 @@ rank of each tensor, and nothing else.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
 
 from loratool.dialects.peft.keys import PREFIX
 from loratool.dialects.programs import traits
@@ -25,6 +24,7 @@ from loratool.dialects.programs.base import (
     specs_of,
 )
 from loratool.dialects.programs.look import Look
+from loratool.frozen import replace
 from loratool.quant.gguf_names import ARCHITECTURES, living_module
 
 _NORMS = ("_layernorm", ".norm")

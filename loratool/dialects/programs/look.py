@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,14 +13,14 @@ from loratool.dialects.programs.grammar import Group, Tensor, group_keys
 from loratool.dialects.programs.models import Family, family_of
 from loratool.dialects.registry import detect
 from loratool.errors import LoratoolError
+from loratool.frozen import Frozen, field
 from loratool.options.groups import Read
 
 NO_ADAPTER = "LT-491"
 """Code of "this is a base model, not an adapter"."""
 
 
-@dataclass(frozen=True)
-class Look:
+class Look(Frozen, dict=True):
     """An adapter as a loader finds it.
 
     Attributes:
@@ -40,7 +39,7 @@ class Look:
     dialect: str = ""
     adapter: Adapter | None = None
     problem: str = ""
-    answers: dict[Any, bool] = field(default_factory=dict, compare=False, repr=False)
+    answers: dict[Any, bool] = field(default_factory=dict)
 
     @classmethod
     def of(cls, adapter: Adapter) -> Look:

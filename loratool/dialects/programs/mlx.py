@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
 from typing import Any
 
 from loratool.dialects.mlx import ROLES
 from loratool.dialects.programs.base import RAISES, WRONG, Hit, Program, Rule, specs_of
 from loratool.dialects.programs.look import Look
 from loratool.dialects.rules import short_title
+from loratool.frozen import replace
 
 _CODE = "https://github.com/ml-explore/mlx-lm/blob/main/mlx_lm/tuner/utils.py"
 

@@ -9,12 +9,12 @@ of it is at work any more or can do harm.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 
 from loratool.engine.machine import can_fork, default_threads, usable_cores
 from loratool.errors import UsageError
+from loratool.frozen import Frozen
 from loratool.plan import Step
 from loratool.plugins import function_of
 
@@ -52,8 +52,7 @@ EXECUTORS = {
 }
 
 
-@dataclass(frozen=True)
-class Task:
+class Task(Frozen):
     """A step to be done.
 
     Attributes:

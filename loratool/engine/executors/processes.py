@@ -10,7 +10,6 @@ import pickle
 import threading
 from collections.abc import Iterator, Sequence
 from copy import copy
-from dataclasses import replace
 from multiprocessing import get_context, parent_process
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -23,6 +22,7 @@ from loratool.engine.executors import Desk, Task
 from loratool.engine.executors.whole_steps import LostError, Order, carry_out, run_whole_steps
 from loratool.engine.kernel import Env
 from loratool.engine.machine import can_fork, leave_signals
+from loratool.frozen import replace
 
 
 def run(env: Env, tasks: Iterator[Task], desk: Desk, workers: int) -> None:

@@ -8,7 +8,6 @@ alone plans, journals and completes files, and does a step again whose task was 
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import re
 import signal
@@ -26,6 +25,7 @@ from loratool.engine.executors import Desk, Task
 from loratool.engine.executors.whole_steps import LostError, Order, carry_out, run_whole_steps
 from loratool.engine.kernel import Env
 from loratool.errors import DiskError, LoratoolError, UsageError
+from loratool.frozen import replace
 from loratool.store.far_reader import FarReader, unseen
 
 try:
@@ -103,7 +103,7 @@ class _Cluster:
 
     def __init__(self, env: Env) -> None:
         device = torch.device(env.device.type)  # of several GPUs Ray shows each task its own
-        far = dataclasses.replace(env, reader=FarReader(), device=device)
+        far = replace(env, reader=FarReader(), device=device)
         self._env = ray.put((far, Path.cwd(), (__version__, torch_build())))
         gpus = 1 if env.device.type == "cuda" else 0
         self._do = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=0)(_serve)

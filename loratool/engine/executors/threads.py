@@ -8,7 +8,6 @@ from __future__ import annotations
 import itertools
 import threading
 from collections.abc import Iterator
-from dataclasses import replace
 
 import torch
 
@@ -18,6 +17,7 @@ from loratool.engine.kernel import Env
 from loratool.engine.step import Lane, Result, StepWork
 from loratool.engine.workers import run_workers
 from loratool.errors import DiskError
+from loratool.frozen import replace
 
 
 def run(env: Env, tasks: Iterator[Task], desk: Desk, workers: int) -> None:

@@ -11,7 +11,6 @@ import pickle
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import closing, nullcontext
-from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 from loratool import wire
@@ -20,6 +19,7 @@ from loratool.engine.executors import Desk, Task
 from loratool.engine.kernel import Env
 from loratool.engine.step import Result, run_step
 from loratool.errors import DiskError
+from loratool.frozen import Frozen
 from loratool.plan import Step
 from loratool.store.shard_writer import FilePart
 
@@ -30,8 +30,7 @@ class LostError(Exception):
     """A worker is gone, and with it its step; the text says how."""
 
 
-@dataclass(frozen=True)
-class Order:
+class Order(Frozen):
     """A step on its way to a worker; can be pickled.
 
     Attributes:
