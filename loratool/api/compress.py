@@ -15,7 +15,7 @@ from loratool.api.detach import Detached, detach
 from loratool.api.page import check_page, with_page
 from loratool.api.session import Session, run_plan
 from loratool.dialects.registry import home_of
-from loratool.frozen import Frozen, replace
+from loratool.frozen import Frozen, asdict, replace
 from loratool.ops.compress import CompressPlan, plan_compress, rebuild
 from loratool.ops.compress_options import rank_rule
 from loratool.ops.detach import plan_detach
@@ -273,7 +273,7 @@ def _args(
         for group in plan.groups:
             for i in group.specs:
                 args[i] = replace(args[i], rank=ranks[i], is_free=len(group.specs) == 1)
-    return [vars(one) for one in args]
+    return [asdict(one) for one in args]
 
 
 def _copied(plan: CompressPlan, results: Sequence[Factored]) -> list[Factored]:
