@@ -71,8 +71,10 @@ def _next(source: str, look: Look, found: Simulation, program: Program) -> str:
     can_be = look.adapter is not None and is_written and all(f.is_mended for f in bad)
     if not (bad and can_be):
         return ""
-    words = ["loratool", "check", source, "--for", program.name, "--fix", "-o", "OUT"]
-    return shlex.join(words)
+    how = ["check", source, "--fix"]
+    if look.adapter is not None and not program.has_room(look.adapter):
+        how = ["compress", source, "--rank", str(program.ranks[-1])]
+    return shlex.join(["loratool", *how, "--for", program.name, "-o", "OUT"])
 
 
 def _mended(findings: Sequence[Finding]) -> list[Finding]:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 import loratool as lt
+from loratool import cli
 from loratool.dialects.programs import OF_PEFT, find_program
 from loratool.errors import LoratoolError
 from loratool.report.check import CheckReport, Finding
@@ -88,6 +89,8 @@ def test_the_fixed_file_is_the_same_change(
         findings = lt.check(folder(name), program=program).findings
         is_other = any(not f.is_mended and f.verdict != "unsure" for f in findings)
         assert error.code == ("LT-488" if is_other else "LT-489") and not out.exists()
+        words = lt.check(folder(name), program=program).next
+        assert not words if is_other else cli.run(words.replace("OUT", str(out)).split()[1:]) == 0
         return
     assert report.output == str(out)
     after = lt.check(out, program=program)

@@ -32,21 +32,30 @@ from loratool.report.check import CheckReport
 from tests.oracle import test_gguf, test_loads
 from tests.oracle.in_peft import load_strict
 from tests.oracle.in_sglang import loaded
-from tests.oracle.rule_samples import SAMPLES, llama, plain, written
+from tests.oracle.rule_samples import DATA, SAMPLES, TARGETS, llama, plain, written
 
 pytestmark = pytest.mark.slow
 
+
+def _text(file: Path) -> str:
+    return file.read_text() if file.exists() else ""
+
+
 TOKENS = [1, 5, 9, 33, 2, 7]
 NEAR, SEEN = 1e-5, 1e-3
-# Those of this model; "" is the one that passes every rule.
-NAMES = [
-    "",
-    *(
-        n
-        for n, s in SAMPLES.items()
-        if isinstance(s.source, dict) and not s.read and not s.beside.endswith(".safetensors")
-    ),
-]
+OTHERS = ("router", "a trained score")  # layers that this model has not
+NAMES = ["", *(
+    name for name, sample in SAMPLES.items()
+    if isinstance(sample.source, dict) and not sample.read and name not in OTHERS
+    and not sample.beside.endswith(".safetensors")
+)]  # fmt: skip
+"""Those of this model; "" is the one that passes every rule."""
+STOPPED = [
+    name for name, sample in SAMPLES.items()
+    if isinstance(sample.source, str) and sample.change is None and name != "loha"
+    and "Llama" in _text(DATA / sample.source / "base" / "config.json")
+]  # fmt: skip
+"""Those of other small Llamas."""
 llama_cpp, convert = test_loads.llama_cpp, test_loads.convert
 Get = Callable[[str], Path]
 Make = Callable[[], torch.Tensor]
@@ -168,6 +177,27 @@ def test_vllm_loads_what_is_fixed(name: str, in_vllm: Any, folder: Get, tmp_path
     assert off(in_vllm(out), want) < NEAR
 
 
+@pytest.mark.parametrize("name", STOPPED)
+def test_vllm_and_other_llamas(name: str, folder: Get) -> None:
+    """What it asks of the configuration and the names, without a model."""
+    helper = pytest.importorskip("vllm.lora.peft_helper").PEFTHelper
+    limits = pytest.importorskip("vllm.config.lora").LoRAConfig(max_lora_rank=512)
+    model = pytest.importorskip("vllm.lora.lora_model").LoRAModel
+    said = lt.check(folder(name), program="vllm")
+
+    def load() -> Any:
+        asked = helper.from_local_dir(str(folder(name)), 128)
+        asked.validate_legal(limits)
+        names = {*TARGETS, "o_proj", "gate_proj", "up_proj", "embed_tokens", "lm_head"}
+        return model.from_local_checkpoint(str(folder(name)), names, asked, device="cpu").loras
+
+    if said.verdict == "no":
+        with pytest.raises(ValueError):
+            load()
+    else:
+        assert load()
+
+
 # ------------------------------------------------------------------------------------- llama.cpp
 
 
@@ -196,11 +226,7 @@ def test_llama_cpp_does_what_is_said(
         return log_probabilities(merged(folder(name), base, tmp_path / "m"))
 
     said = lt.check(folder(name), program="llama.cpp")
-    if name == "router":  # which this model has not: that is not looked at
-        with pytest.raises(Exception):  # noqa: B017
-            load()
-    else:
-        agrees(said, load, want)
+    agrees(said, load, want)
 
 
 @pytest.mark.parametrize("name", ["", *fixable("llama.cpp")])
@@ -240,8 +266,8 @@ SGLANG = "sglang==0.5.23"
 
 
 @pytest.fixture(scope="module")
-def in_sglang(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], torch.Tensor]:
-    """ΔW of all that it has buffers for, in one row."""
+def in_sglang(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """ΔW of all that it has buffers for, of an adapter of a model."""
     root = Path(os.environ.get("SGLANG", "")) if os.environ.get("SGLANG") else None
     if root is None:
         root = tmp_path_factory.mktemp("sglang")
@@ -255,7 +281,7 @@ def in_sglang(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], torc
         with zipfile.ZipFile(next(root.glob("*.whl"))) as wheel:
             wheel.extractall(root, [n for n in wheel.namelist() if n.endswith(".py")])
 
-    return lambda adapter: row(loaded(root, adapter, llama(), 1024))
+    return lambda adapter, model: loaded(root, adapter, model, 1024)
 
 
 def row(deltas: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -298,9 +324,9 @@ def test_sglang_does_what_is_said(
         return row(fused_deltas(merged(folder(name), base, tmp_path / "m")))
 
     if name == "alphas":  # later releases do not admit it
-        assert said.verdict == "no" and off(in_sglang(folder(name)), want()) > SEEN
+        assert said.verdict == "no" and off(row(in_sglang(folder(name), llama())), want()) > SEEN
     else:
-        agrees(said, lambda: in_sglang(folder(name)), want)
+        agrees(said, lambda: row(in_sglang(folder(name), llama())), want)
 
 
 @pytest.mark.parametrize("name", fixable("sglang"))
@@ -309,4 +335,16 @@ def test_sglang_loads_what_is_fixed(
 ) -> None:
     out = fixed("sglang", name, folder, tmp_path / "out")
     want = row(fused_deltas(merged(out, base, tmp_path / "m")))
-    assert off(in_sglang(out), want) < NEAR
+    assert off(row(in_sglang(out, llama())), want) < NEAR
+
+
+@pytest.mark.parametrize("name", STOPPED)
+def test_sglang_and_other_llamas(name: str, in_sglang: Any, folder: Get) -> None:
+    """It stops where that is said, and loads where it is said to load something else."""
+    said = lt.check(folder(name), program="sglang")
+    model = test_loads.model_of(DATA / str(SAMPLES[name].source))
+    if "raises" in {f.verdict for f in said.findings}:
+        with pytest.raises(Exception):  # noqa: B017
+            in_sglang(folder(name), model)
+    else:
+        assert said.verdict == "wrong" and in_sglang(folder(name), model)

@@ -170,6 +170,10 @@ class Program(Frozen):
         is_kept = not family and look.dialect in self.homes.values()
         return look.dialect if is_kept else self.homes.get(family) or self.homes.get("", "")
 
+    def has_room(self, adapter: Adapter) -> bool:
+        """True if no rank of an adapter is too large for it."""
+        return all(self.room(spec.product_rank) is not None for spec in adapter.specs)
+
     def room(self, rank: int) -> int | None:
         """The smallest rank that it has room for and that holds this one; None if there is none."""
         if not self.ranks:
