@@ -35,6 +35,8 @@ def both_sides(line: str) -> list[tuple[str, tuple[str, ...]]]:
 def test_names_are_those_of_the_programs(family: str) -> None:
     component = families()[family].component
     for line in FAMILIES[family]:
+        if line.startswith("~"):
+            continue
         swap = {">": "always", "?": "2in"}.get(line[0], "")
         for original, diffusers in both_sides(line.lstrip(">? ")):
             for spelled in (original, original.replace(".", "_")):
@@ -49,6 +51,20 @@ def test_names_are_those_of_the_programs(family: str) -> None:
                     (part,) = places(component, spelled, family=family)
                     assert (part.row, part.original) == (place.row, (original,)), spelled
                     assert part.index == number or len(diffusers) == 1
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_names_of_other_trainers_stand_for_the_originals(family: str) -> None:
+    """With ``:first-stop`` for those of some parts of a fused projection."""
+    component = families()[family].component
+    for line in FAMILIES[family]:
+        for name, (meant,) in both_sides(line[2:]) if line.startswith("~") else ():
+            original, _, span = meant.partition(":")
+            for spelled in (name, name.replace(".", "_")):
+                (place,) = places(component, spelled, family=family)
+                assert place.original == (original,), spelled
+                parts = f"{place.first}-{place.stop}"
+                assert parts == (span or f"0-{place.row.parts}"), spelled
 
 
 VERSIONS = {

@@ -104,6 +104,10 @@ FAMILIES = {
     "anima": ("blocks.0.self_attn.output_proj", 8, 8), "sdxl": ("input_blocks.4.1.proj_in", 8, 8),
     "lumina2": ("layers.0.feed_forward.w1", 8, 8),
     "ltx": ("transformer_blocks.0.attn1.to_q", 8, 8),
+    "hidream": ("double_stream_blocks.0.block.attn1.to_q_t", 8, 8),
+    "kandinsky5": ("visual_transformer_blocks.0.self_attention.to_query", 8, 8),
+    "ideogram4": ("layers.0.attention.o", 8, 8), "auraflow": ("double_layers.0.attn.w2q", 8, 8),
+    "mochi": ("blocks.0.attn.qkv_x", 24, 8), "minimax": ("blocks.0.mlp.fc1", 24, 8),
 }  # fmt: skip
 
 
@@ -116,6 +120,18 @@ def test_factors_with_alpha(tmp_path: Path, family: str, ways: tuple[str, str]) 
                     pair(stem, out, inner, 4, alpha=np.float16(0.5), ways=ways))  # fmt: skip
     assert open_adapter(adapter).specs[0].scaling == 0.125
     check(tmp_path, adapter, {stem: module}, "comfyui")
+
+
+@pytest.mark.parametrize(("ways", "dialect"), [(PEFT, "diffusers"), (DOWN, "onetrainer")])
+def test_factors_with_alpha_behind_a_part_of_a_pipeline(
+    tmp_path: Path, ways: tuple[str, str], dialect: str
+) -> None:
+    """The real file is Qwen-Image-Lightning, with an alpha of 8 at rank 64."""
+    module = "transformer_blocks.0.img_mlp.net.2"
+    adapter = write(tmp_path / "a.safetensors",
+                    pair(f"transformer.{module}", 8, 8, 8, alpha=np.int64(1), ways=ways))  # fmt: skip
+    assert open_adapter(adapter).specs[0].scaling == 0.125
+    check(tmp_path, adapter, {f"transformer.{module}": module}, dialect)
 
 
 @pytest.mark.parametrize(

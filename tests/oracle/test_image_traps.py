@@ -14,6 +14,7 @@ from safetensors.numpy import load_file
 
 import loratool as lt
 from loratool.dialects import open_adapter
+from tests.oracle.kohya_files import SAMPLES
 from tests.oracle.test_image_spellings import DOWN, Array, pair, rand, write
 
 Arrays = dict[str, Array]
@@ -185,3 +186,18 @@ def test_what_nobody_else_computes_is_refused_by_name(
     with pytest.raises(lt.LoratoolError, match=title) as caught:
         open_adapter(write(tmp_path / "a.safetensors", tensors))
     assert caught.value.code == "LT-402"
+
+
+@pytest.mark.parametrize("sample", ["diffusers_unet_te", "diffusers_unet_mixedrank"])
+def test_a_unet_in_names_of_diffusers_becomes_what_comfyui_loads(
+    tmp_path: Path, sample: str
+) -> None:
+    """It passes over ``attn1.to_q`` behind ``unet.`` and takes ``proj_in``: half of a change."""
+    out = tmp_path / "out.safetensors"
+    source = SAMPLES / sample / "adapter.safetensors"
+    assert not lt.check(source, program="comfyui").ok
+    lt.convert([str(source)], program="comfyui", output=str(out))
+    assert lt.check(out, program="comfyui").verdict == "yes"
+    text = [key for key in load_file(str(out)) if key.startswith("lora_te")]
+    assert all(key.startswith("lora_te_text_model_") for key in text)
+    assert bool(text) == (sample == "diffusers_unet_te")
