@@ -11,9 +11,13 @@ from typing import TYPE_CHECKING, Any
 from loratool.adapter import Adapter
 from loratool.api.access import access_of, check_files
 from loratool.api.common import Limits, watched
+from loratool.api.freeing import dependent, free_of_base
 from loratool.api.page import with_page
+from loratool.dialects import DEFAULT
+from loratool.dialects.registry import row_of
 from loratool.dtypes import DTYPES
 from loratool.errors import UsageError
+from loratool.ops.additive import in_one_order
 from loratool.ops.compare import (
     Aligned,
     align,
@@ -23,7 +27,8 @@ from loratool.ops.compare import (
     plan_compare,
 )
 from loratool.ops.consent import agree_to_read
-from loratool.ops.inputs import open_one
+from loratool.ops.inputs import OpenedBase, open_base, open_one
+from loratool.ops.sizes import with_sizes
 from loratool.options.calls import takes
 from loratool.options.groups import Read
 from loratool.options.looking import Compare
@@ -48,6 +53,7 @@ def compare(asked: Compare) -> CompareReport:
 
     Everything is computed from the factors in float64; ΔW is never formed.  Only signs and the
     overlap of the largest elements need elements: whole rows, sampled evenly in large modules.
+    With the base, W' - W of changes that depend on it (DoRA, OFT, PiSSA) is decomposed first.
 
     Raises:
         LoratoolError: see ``docs/errors.md``.
@@ -66,11 +72,15 @@ def compare(asked: Compare) -> CompareReport:
     access = access_of(asked, in_place=True)
     read = asked.take(Read)
     found = [open_one(str(text), read=read, access=access) for text in asked.adapters]
-    opened = [adapter for _, adapter in found]
+    opened = in_one_order([adapter for _, adapter in found])
+    limits = Limits.of(asked)
+    if asked.base is not None:
+        base = open_base(str(asked.base), opened, access)
+        opened = [_on_base(one, base, limits) for one in opened]
     labels = _labels([resolved.label for resolved, _ in found])
     aligned = align(opened)
     plan = plan_compare(aligned, in_detail=len(opened) == 2)
-    run = watched(Limits.of(asked).run(plan), asked)
+    run = watched(limits.run(plan), asked)
     from loratool.engine.reads import factor_ranges
     from loratool.engine.run import execute
     from loratool.store.reader import FileReader
@@ -82,6 +92,15 @@ def compare(asked: Compare) -> CompareReport:
     report_on = _compare_two if len(opened) == 2 else _compare_many
     report = report_on(opened, labels, aligned, results, started)
     return _with_files(with_page(report, asked.html), asked)
+
+
+def _on_base(adapter: Adapter, base: OpenedBase, limits: Limits) -> Adapter:
+    """The adapter as it changes a base: W' - W of what depends on it, decomposed."""
+    sized = with_sizes(adapter, base.checkpoint, "compared")
+    names = {s.name for s in dependent(sized)}
+    if not names:
+        return sized
+    return free_of_base(sized, names, base, None, row_of(DEFAULT), limits).adapter
 
 
 def _compare_two(

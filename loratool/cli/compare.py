@@ -36,16 +36,18 @@ _KEYS = "abcdefghijklmnopqrstuvwxyz"
 @opt.taking(Compare)
 @opt.general
 def command(adapters: tuple[str, ...], **options: Any) -> None:
-    """Compare what ADAPTERs change, without a base and without forming ΔW.
+    """Compare what ADAPTERs change, without forming ΔW.
 
     Two: per module the cosine, the norm ratio, the subspace similarity φ of the LoRA paper on
     both sides beside that of random subspaces, principal angles, opposite signs, and what the
     configurations say. More: the matrix of cosines.
 
-    The same change in other factors (B·R and R⁻¹·A) compares as the same.
+    The same change in other factors (B·R and R⁻¹·A) compares as the same. DoRA, OFT and their kin
+    need the --base that they were trained on.
     """
     voice = Voice.take(options)
-    voice.announce(f"Comparing {plural(len(adapters), 'adapter')} in ΔW, no base")
+    base = "the base for what depends on it" if options["base"] else "no base"
+    voice.announce(f"Comparing {plural(len(adapters), 'adapter')} in ΔW, {base}")
     with show_progress(quiet=voice.quiet) as watchers:
         report = lt.compare(adapters, **watchers, **options)
     voice.show(report, render(report, voice))

@@ -12,7 +12,7 @@ from loratool.engine.reads import factor_ranges
 from loratool.errors import MismatchError
 from loratool.frozen import Frozen, replace
 from loratool.location import HubFile
-from loratool.ops.additive import require_additive, require_factors
+from loratool.ops.additive import FREED, require_additive, require_factors
 from loratool.plan import DeltaPart, Plan, module_step
 from loratool.report.compare import ComparedReplacement, Difference
 from loratool.store.reader import FileReader, are_of_one_file, have_same_bytes
@@ -43,7 +43,7 @@ def align(adapters: Sequence[Adapter]) -> Aligned:
     """
     groups: dict[str, dict[int, DeltaSpec]] = {}
     for number, adapter in enumerate(adapters):
-        require_additive(adapter, "compared")
+        require_additive(adapter, "compared", hint=FREED)
         require_factors(adapter, "compared")
         for spec in adapter.specs:
             groups.setdefault(spec.name, {})[number] = spec

@@ -59,6 +59,10 @@ class Compare(Shown, Crew, Watch, AlphaOnly, Access, kw_only=False):
 
     adapters: Annotated[Sequence[Place], Words("two or more paths or Hub references.")]
     _: KW_ONLY
+    base: Annotated[Place | None, Words(
+        "What they were trained on: for changes that depend on it, such as DoRA and OFT, and rows "
+        "of heads that lie in two orders.", "Input", metavar="BASE",
+    )] = None  # fmt: skip
     plot: Annotated[Place | None, Words(
         "Draw heat maps (pip install 'loratool[plot]').", "Output", metavar="FILE.png|.svg",
     )] = None  # fmt: skip

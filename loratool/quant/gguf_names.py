@@ -17,6 +17,7 @@ _LIVING = re.compile(
 _EXPERT = re.compile(r"(?<=\.experts\.)(\d+)(?=\.)")
 _OUTER = {"token_embd": "model.embed_tokens", "output": "lm_head", "output_norm": "model.norm"}
 _TABLE = re.compile(r"(?:model\.)?(?:language_model\.)?(?:model\.)?embed_tokens")
+_OUTER_NORM = re.compile(r"(?:model\.)?(?:language_model\.)?norm")
 _HEAD = re.compile(r"(?:language_model\.)?lm_head")
 EXPERT = "*"
 """In a name: the number of any expert."""
@@ -126,9 +127,18 @@ def ggml_module(architecture: str, module: str) -> tuple[str, int | None]:
         return "", None
     if _TABLE.fullmatch(module):
         return "token_embd", None
+    if _OUTER_NORM.fullmatch(module):
+        return "output_norm", None
     if _HEAD.fullmatch(module) and ARCHITECTURES[architecture].has_head:
         return "output", None
     return "", None
+
+
+def is_norm(architecture: str, tensor: str) -> bool:
+    """True for a norm whose numbers are the model's own: some architectures have 1 added."""
+    has_norms = "attn_norm" in ARCHITECTURES[architecture].leaves
+    is_one = leaf_of(tensor).endswith("_norm")
+    return has_norms and is_one and bool(living_module(architecture, tensor))
 
 
 def leaf_of(tensor: str) -> str:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 
 import loratool as lt
 from loratool.engine import comparison
@@ -205,6 +206,54 @@ def test_many_give_the_matrix_of_the_union(tmp_path: Path) -> None:
     assert rows[0] == ["adapter", "norm", "0", "1", "2", "3"]
     assert float(rows[1][3]) == report.matrix[0][1] and rows[4][2] == ""
     json.dumps(report.to_json(), allow_nan=False)
+
+
+@pytest.mark.parametrize("names", [("lora_dora", "lora_linear"), ("oft", "boft"),
+                                   ("lora_pissa", "hra"), ("ia3", "ia3")])  # fmt: skip
+def test_with_the_base_what_depends_on_it_is_compared(names: tuple[str, str]) -> None:
+    """Against W' - W as PEFT merged it; the sample's bases are one and the same."""
+    base = load_file(LLM / names[0] / "base" / "model.safetensors")
+    found = [{k: v.double() - base[k].double() for k, v in load_file(
+        LLM / name / "merged.safetensors").items() if k in base and v.dim() == 2}
+        for name in names]  # fmt: skip
+    for one in found:
+        assert all(torch.equal(load_file(LLM / n / "base" / "model.safetensors")[k], base[k])
+                   for n in names for k in one)  # fmt: skip
+    report = lt.compare([str(LLM / n) for n in names], base=LLM / names[0] / "base")
+    changed = [{k for k, d in one.items() if bool(d.any())} for one in found]
+    matrices = {m.name for m in report.modules if not m.name.endswith("bias")}
+    assert matrices == changed[0] & changed[1]
+    for module in report.modules:
+        if module.name not in matrices:
+            continue
+        one, two = (f[module.name].flatten() for f in found)
+        # PEFT rounds W' to float32: 2⁻²⁴ of each weight, 2⁻²⁰ of the change where it is 1/16
+        slack = 2.0**-20 * float(base[module.name].norm()) / float(min(one.norm(), two.norm()))
+        assert module.cosine == pytest.approx(float(one @ two / (one.norm() * two.norm())),
+                                              abs=4 * slack + 1e-7)  # fmt: skip
+        assert module.norms == pytest.approx((float(one.norm()), float(two.norm())),
+                                             rel=slack + 1e-6)  # fmt: skip
+
+
+def test_rows_of_heads_in_one_order_and_in_two(tmp_path: Path) -> None:
+    """GGUF beside GGUF needs no base, GGUF beside PEFT does."""
+    gguf, peft = LLM / "gguf_lora" / "adapter.gguf", LLM / "lora_linear"
+    lt.compress([gguf], rank=3, output=tmp_path / "small.gguf")
+    lt.compress([peft], rank=3, output=tmp_path / "small")
+    ours = lt.compare([gguf, tmp_path / "small.gguf"])
+    for other in (lt.compare([peft, tmp_path / "small"]),
+                  lt.compare([gguf, tmp_path / "small"], base=peft / "base")):  # fmt: skip
+        theirs = {m.name: m for m in other.modules}
+        assert theirs.keys() == {m.name for m in ours.modules}
+        for one in ours.modules:
+            two = theirs[one.name]
+            assert one.cosine == pytest.approx(two.cosine, abs=1e-6)
+            assert (one.similarity_A, one.similarity_B) == pytest.approx(
+                (two.similarity_A, two.similarity_B), abs=1e-5)  # fmt: skip
+    assert lt.compare([gguf, peft], base=peft / "base").verdict == "same change"
+    with pytest.raises(LoratoolError) as caught:
+        lt.compare([gguf, peft])
+    assert caught.value.code == "LT-460" and "--base BASE" in str(caught.value.hint)
 
 
 def test_differences_of_configurations() -> None:

@@ -19,6 +19,25 @@ SAMPLE = DATA / "gguf_lora" / "adapter.gguf"  # made of this one, in Meta's orde
 ORIGIN = DATA / "lora_linear"
 
 
+Q8_0 = np.dtype([("factor", "<f2"), ("codes", "i1", 32)])  # a block of ggml
+KINDS = {"f4": 0, "f2": 1, "u1": 2, Q8_0.str[1:]: 8}
+
+
+def in_codes(values: np.ndarray) -> np.ndarray:
+    """Blocks of Q8_0."""
+    runs = values.reshape(*values.shape[:-1], -1, 32)
+    made = np.zeros(runs.shape[:-1], Q8_0)
+    made["factor"] = (np.abs(runs).max(-1) / 127).astype("f2")
+    made["codes"] = np.rint(runs / made["factor"].astype("f4")[..., None]).clip(-127, 127)
+    return made
+
+
+def numbers(blocks: np.ndarray) -> np.ndarray:
+    """What they stand for: a product of two numbers, exact in float32."""
+    found = blocks["codes"].astype("f4") * blocks["factor"].astype("f4")[..., None]
+    return found.reshape(*found.shape[:-2], -1)
+
+
 def gguf(path: Path, values: dict[str, str | float], tensors: dict[str, np.ndarray]) -> Path:
     """A GGUF file, written by its specification."""
 
@@ -32,9 +51,11 @@ def gguf(path: Path, values: dict[str, str | float], tensors: dict[str, np.ndarr
         head += text(value) if isinstance(value, str) else struct.pack("<f", value)
     body = b""
     for name, tensor in tensors.items():
-        head += text(name) + struct.pack("<I", tensor.ndim)
-        head += struct.pack(f"<{tensor.ndim}Q", *tensor.shape[::-1])
-        head += struct.pack("<IQ", {"f4": 0, "f2": 1, "u1": 2}[tensor.dtype.str[1:]], len(body))
+        *rows, cols = tensor.shape
+        shape = (*rows, cols * (1 if tensor.dtype.names is None else 32))
+        head += text(name) + struct.pack("<I", len(shape))
+        head += struct.pack(f"<{len(shape)}Q", *shape[::-1])
+        head += struct.pack("<IQ", KINDS[tensor.dtype.str[1:]], len(body))
         body += tensor.tobytes() + bytes(-tensor.nbytes % 32)
     path.write_bytes(head + bytes(-len(head) % 32) + body)
     return path
@@ -109,6 +130,91 @@ def test_experts_and_embeddings(tmp_path: Path) -> None:
     delta = deltas["model.layers.1.mlp.experts.2.up_proj.weight"]
     assert np.abs(delta - 3 * b[2] @ a[2]).max() < 1e-5
     assert adapter.specs[-1].fields["lora_A"].shape == (2, 10)
+
+
+def coded_file(folder: Path, architecture: str) -> tuple[Path, dict[str, np.ndarray]]:
+    """An adapter in Q8_0 with norms, as the converter of llama.cpp and mergekit write it."""
+    random = np.random.default_rng(2)
+    sizes = {
+        "attn_q.weight.lora_a": (32, 64),
+        "attn_q.weight.lora_b": (16, 32),
+        "ffn_up_exps.weight.lora_a": (3, 32, 64),
+        "ffn_up_exps.weight.lora_b": (3, 8, 32),
+    }
+    tensors = {f"blk.0.{k}": in_codes(random.normal(size=size)) for k, size in sizes.items()}
+    tensors |= {
+        f"token_embd.weight.lora_{k}": in_codes(random.normal(size=size))
+        for k, size in (("a", (10, 32)), ("b", (64, 32)))
+    }
+    wide = ("attn_output", random.normal(size=(48, 64)), random.normal(size=(64, 48)))
+    tensors[f"blk.0.{wide[0]}.weight.lora_a"] = in_codes(wide[1])
+    tensors[f"blk.0.{wide[0]}.weight.lora_b"] = wide[2].astype("f2")  # 48 is no whole of 32
+    for name in ("blk.0.attn_norm.weight", "output_norm.weight"):
+        tensors[name] = random.normal(size=64).astype("f4")
+    values = VALUES | {"general.architecture": architecture}
+    return gguf(folder / "coded.gguf", values, tensors), {
+        k: numbers(v) if v.dtype.names else v.astype("f4") for k, v in tensors.items()
+    }
+
+
+def test_factors_in_codes_and_norms(tmp_path: Path) -> None:
+    """Q8_0 is what its blocks stand for; norms replace those of the base, and stay in the file."""
+    path, plain = coded_file(tmp_path, "qwen2moe")
+    adapter = open_adapter(path)
+    assert [r.name for r in adapter.replacements] == [
+        "model.layers.0.input_layernorm.weight", "model.norm.weight"]  # fmt: skip
+    found = {m.name: m.delta().numpy() for m in lt.open(path)}
+
+    def exact(name: str, a: np.ndarray, b: np.ndarray) -> None:
+        want = 6 / b.shape[-1] * b.astype("f8") @ a.astype("f8")
+        sizes = 6 / b.shape[-1] * np.abs(b.astype("f8")) @ np.abs(a.astype("f8"))
+        assert (np.abs(found[name] - want) <= 2**-18 * sizes).all(), name
+
+    for module, leaf in (("self_attn.q_proj", "attn_q"), ("self_attn.o_proj", "attn_output")):
+        exact(f"model.layers.0.{module}.weight",
+              *(plain[f"blk.0.{leaf}.weight.lora_{k}"] for k in "ab"))  # fmt: skip
+    for number in range(3):
+        exact(f"model.layers.0.mlp.experts.{number}.up_proj.weight",
+              *(plain[f"blk.0.ffn_up_exps.weight.lora_{k}"][number] for k in "ab"))  # fmt: skip
+    table = plain["token_embd.weight.lora_a"], plain["token_embd.weight.lora_b"]
+    want = 6 / 32 * table[0].astype("f8") @ table[1].astype("f8").T
+    assert np.abs(found["model.embed_tokens.weight"] - want).max() <= 1e-5 * np.abs(want).max()
+    lt.rescale([path], -0.5, output=tmp_path / "half.gguf")
+    half = open_adapter(tmp_path / "half.gguf")
+    again = {m.name: m.delta().numpy() for m in lt.open(tmp_path / "half.gguf")}
+    assert all(np.abs(2 * again[k] + found[k]).max() <= 1e-6 for k in found)
+    assert [r.name for r in half.replacements] == [r.name for r in adapter.replacements]
+    lt.convert([path], to="peft", output=tmp_path / "peft")
+    tensors = load_file(str(tmp_path / "peft" / "adapter_model.safetensors"))
+    stem = "base_model.model.model"
+    assert np.array_equal(tensors[f"{stem}.norm.weight"], plain["output_norm.weight"])
+    assert np.array_equal(tensors[f"{stem}.layers.0.self_attn.q_proj.lora_A.weight"],
+                          plain["blk.0.attn_q.weight.lora_a"])  # fmt: skip
+
+
+def test_gguf_itself_stands_for_the_same(tmp_path: Path) -> None:
+    """To the bit; run where the package is."""
+    library = pytest.importorskip("gguf")
+    path, plain = coded_file(tmp_path, "llama")
+    for tensor in library.GGUFReader(str(path)).tensors:
+        theirs = library.dequantize(tensor.data, tensor.tensor_type)
+        assert np.array_equal(theirs.reshape(plain[tensor.name].shape), plain[tensor.name])
+    made = library.quants.quantize(np.random.default_rng(4).normal(size=(32, 64)).astype("f4"),
+                                   library.GGMLQuantizationType.Q8_0)  # fmt: skip
+    pair = {f"blk.0.attn_v.weight.lora_{k}": v for k, v in (
+        ("a", made.view(Q8_0).reshape(32, 2)), ("b", np.eye(32, dtype="f4")))}  # fmt: skip
+    file = gguf(tmp_path / "b.gguf", VALUES | {"adapter.lora.alpha": 32.0}, pair)
+    (module,) = lt.open(file)
+    theirs = library.dequantize(made, library.GGMLQuantizationType.Q8_0)
+    assert np.array_equal(module.delta().numpy(), theirs)
+
+
+def test_norms_that_have_one_added_are_refused(tmp_path: Path) -> None:
+    tensors = factors() | {"output_norm.weight": np.ones(16, "f4")}
+    path = gguf(tmp_path / "a.gguf", VALUES | {"general.architecture": "gemma"}, tensors)
+    with pytest.raises(lt.LoratoolError) as caught:
+        open_adapter(path)
+    assert caught.value.code == "LT-415" and caught.value.key == "output_norm.weight"
 
 
 @pytest.mark.parametrize(

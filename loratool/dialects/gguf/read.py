@@ -3,29 +3,34 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from loratool.adapter import Adapter, DeltaSpec, TensorRef
+from loratool.adapter import Adapter, CodedRef, DeltaSpec, Replacement, TensorRef
 from loratool.dialects.arranged import arranged
 from loratool.dialects.candidate import Candidate
 from loratool.dialects.factors import product_spec, refuse_shape
 from loratool.dialects.gguf import ADAPTER, ALPHA, ARCHITECTURE, BASE, HUB, LEAVES, NAME, PAIRED
+from loratool.dialects.stated import WHOLE
 from loratool.dtypes import DTYPES
 from loratool.errors import BadFileError, MismatchError
 from loratool.frozen import replace
 from loratool.options.groups import Read
+from loratool.quant.base import coded
 from loratool.quant.gguf_names import (
     ARCHITECTURES,
     EXPERT,
     HEADS,
+    is_norm,
     leaf_of,
     living_module,
 )
-from loratool.store.gguf import GgufFile, read_gguf
+from loratool.store.gguf import GgufFile, GgufTensor, read_gguf
 
 _KEY = re.compile(r"(?P<tensor>.+)\.weight\.(?P<leaf>lora_[ab])", re.DOTALL)
+_NORM = re.compile(r"(?P<tensor>(?:.+_)?norm)\.weight", re.DOTALL)
+_CODED = "Q8_0"  # the one such type that llama.cpp's converter of adapters writes
 
 
 def read(candidate: Candidate, options: Read) -> Adapter:
@@ -44,25 +49,19 @@ def read(candidate: Candidate, options: Read) -> Adapter:
             hint="--base names the base model",
         )  # fmt: skip
     architecture = _architecture(header, path)
-    coded = [t for t in header.tensors if t.kind not in DTYPES]
-    if coded:
-        raise MismatchError(
-            "LT-401", "factors in codes are not read", file=path, key=coded[0].name,
-            expected="F32, F16 or BF16", got=coded[0].kind,
-            hint="convert the adapter anew, with factors of 16 bits",
-        )  # fmt: skip
     alpha = header.metadata.get(ALPHA, 0.0)
     if not isinstance(alpha, float) or not abs(alpha) <= 1e30:
         raise BadFileError("LT-361", "wrong value in the configuration", file=path, key=ALPHA,
                            expected="a number", got=alpha)  # fmt: skip
-    specs = [
-        spec
-        for tensor, pair in _pairs(header).items()
-        for spec in _specs(tensor, pair, alpha, architecture)
-    ]
+    tensors = {one.name: _ref(header, one) for one in header.tensors}
+    norms = _norms(tensors, architecture)
+    whole = {one.source.name for one in norms}
+    pairs = _pairs(ref for name, ref in tensors.items() if name not in whole)
+    specs = [spec for tensor, pair in pairs.items()
+             for spec in _specs(tensor, pair, alpha, architecture)]  # fmt: skip
     base = header.metadata.get(f"{BASE}0.repo_url")
     return Adapter(
-        path, NAME, tuple(specs), base_model=str(base).removeprefix(HUB) if base else None,
+        path, NAME, tuple(specs), norms, base_model=str(base).removeprefix(HUB) if base else None,
         config={ARCHITECTURE: architecture}, metadata=header.texts,
         key_order=tuple(t.name for t in header.tensors),
     )  # fmt: skip
@@ -91,9 +90,35 @@ def _architecture(header: GgufFile, path: Path) -> str:
     return architecture
 
 
-def _pairs(header: GgufFile) -> dict[str, dict[str, TensorRef]]:
+def _ref(header: GgufFile, one: GgufTensor) -> TensorRef:
+    """Where a tensor lies; one of 8 bits seen as the numbers that it stands for."""
+    ref = header.ref(one)
+    if one.kind in DTYPES:
+        return ref
+    if one.kind != _CODED:
+        raise MismatchError(
+            "LT-401", "factors in codes are not read", file=ref.path, key=one.name,
+            expected=f"F32, F16, BF16 or {_CODED}", got=one.kind,
+            hint="convert the adapter anew, with factors of 16 bits",
+        )  # fmt: skip
+    return _numbers(ref, one.name, one.shape)
+
+
+def _numbers(codes: TensorRef, name: str, shape: tuple[int, ...]) -> CodedRef:
+    return coded(NAME, name, codes, shape, facts={"type": _CODED, "heads": 0})
+
+
+def _norms(tensors: Mapping[str, TensorRef], architecture: str) -> tuple[Replacement, ...]:
+    """Norms that take the place of the base's."""
+    found = {match["tensor"]: ref for name, ref in tensors.items()
+             if (match := _NORM.fullmatch(name))}  # fmt: skip
+    return tuple(Replacement(f"{living_module(architecture, tensor)}.weight", ref, WHOLE)
+                 for tensor, ref in found.items() if is_norm(architecture, tensor))  # fmt: skip
+
+
+def _pairs(refs: Iterable[TensorRef]) -> dict[str, dict[str, TensorRef]]:
     found: dict[str, dict[str, TensorRef]] = {}
-    for ref in map(header.ref, header.tensors):
+    for ref in refs:
         match = _KEY.fullmatch(ref.name)
         if match is None:
             raise MismatchError(
@@ -151,6 +176,15 @@ def _experts(module: str, pair: Mapping[str, TensorRef], alpha: float) -> list[D
 
 
 def _one(ref: TensorRef, number: int) -> TensorRef:
-    nbytes = ref.nbytes // ref.shape[0]
-    return replace(ref, name=f"{ref.name}[{number}]", shape=ref.shape[1:],
+    if isinstance(ref, CodedRef):
+        assert ref.codes is not None
+        rows = ref.codes.shape[0] // ref.shape[0]
+        part = _rows(ref.codes, number, (rows, *ref.codes.shape[1:]), ref.shape[0])
+        return _numbers(part, f"{ref.name}[{number}]", ref.shape[1:])
+    return _rows(ref, number, ref.shape[1:], ref.shape[0])
+
+
+def _rows(ref: TensorRef, number: int, shape: tuple[int, ...], count: int) -> TensorRef:
+    nbytes = ref.nbytes // count
+    return replace(ref, name=f"{ref.name}[{number}]", shape=shape,
                    start=ref.start + number * nbytes, nbytes=nbytes)  # fmt: skip

@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
-from loratool.adapter import Adapter, AdapterFiles, DeltaSpec, Source, TensorData
+from loratool.adapter import Adapter, AdapterFiles, DeltaSpec, Replacement, Source, TensorData
 from loratool.archs.stated import is_tied, model_type, text_config
 from loratool.dialects.arranged import arranged
 from loratool.dialects.factors import beyond_pairs
@@ -30,6 +30,7 @@ from loratool.quant.gguf_names import (
     HEADS,
     architecture_of,
     ggml_module,
+    is_norm,
     leaf_of,
 )
 from loratool.store.reader import read_bytes
@@ -80,6 +81,12 @@ class _Model(Frozen):
             return 0
         return out // heads
 
+    def norm_of(self, one: Replacement) -> str:
+        """What a norm is called, which llama.cpp's loader passes by; "" for any other tensor."""
+        tensor, _ = ggml_module(self.name, one.name.removesuffix(".weight"))
+        is_whole = one.rows is None and one.source.dtype in _TYPES
+        return tensor if tensor and is_whole and is_norm(self.name, tensor) else ""
+
     def why_not(self, spec: DeltaSpec) -> str:
         """Why it has no place for a change, "" if it has one."""
         if why := obstacle(spec):
@@ -118,6 +125,7 @@ def write(
             tensors[f"{tensor}.weight.{_ROLES[role]}"] = _laid(
                 tensor, role, source, model, STORED in spec.settings
             )  # fmt: skip
+    tensors |= {f"{model.norm_of(r)}.weight": r.source for r in adapter.replacements}
     for tensor, found in experts.items():
         tensors |= _stacked(tensor, found, adapter)
     metadata = _metadata(adapter, model.name)
@@ -166,7 +174,8 @@ def _alpha(adapter: Adapter) -> float | None:
 
 def _check(adapter: Adapter, model: _Model, is_even: bool) -> None:
     problems = [(s.name, why) for s in adapter.specs if (why := model.why_not(s))]
-    problems += [(r.name, "a replaced tensor") for r in adapter.replacements]
+    problems += [(r.name, "a replaced tensor") for r in adapter.replacements
+                 if not model.norm_of(r)]  # fmt: skip
     if adapter.layer_order is not None:
         problems.append(("layer_replication", "a deeper stack of layers"))
     if not (problems or is_even):
