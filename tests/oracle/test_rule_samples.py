@@ -5,7 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file
 
 import loratool as lt
 from loratool import cli
@@ -103,3 +106,26 @@ def test_the_fixed_file_is_the_same_change(
     assert distance(got, want) < 1e-6
     moved = {key for key, value in got.items() if key not in want and value.norm() > 0}
     assert not moved
+
+
+def test_a_folder_of_peft_is_fixed_for_mlx(folder: Any, tmp_path: Path) -> None:
+    """Its own form, one rank and one scale; mlx-lm itself fuses it to our merge, where it is."""
+    source, out, base = folder("alphas"), tmp_path / "out", tmp_path / "base"
+    found = lt.check(source, program="mlx")
+    assert found.verdict == "no" and [f.rule for f in found.findings] == ["own-folder"]
+    assert lt.check(source, program="mlx", fix=True, output=out).output == str(out)
+    assert lt.check(out, program="mlx").verdict == "yes"
+    assert distance(stated_changes(out), stated_changes(source)) < 1e-6
+    pytest.importorskip("mlx_lm")
+    from mlx.utils import tree_flatten, tree_unflatten
+    from mlx_lm.tuner.utils import load_adapters
+    from mlx_lm.utils import load_model
+
+    llama().save_pretrained(base)
+    lt.merge([source], base=base, output=tmp_path / "merged")
+    model = load_adapters(load_model(base)[0], str(out))
+    fused = [(n, m.fuse()) for n, m in model.named_modules() if hasattr(m, "fuse")]
+    model.update_modules(tree_unflatten(fused))
+    got = {k: torch.from_numpy(np.array(v)) for k, v in tree_flatten(model.parameters())}
+    for key, tensor in load_file(str(tmp_path / "merged" / "model.safetensors")).items():
+        assert torch.allclose(got[key], tensor, rtol=0, atol=1e-6), key

