@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -11,6 +12,12 @@ from loratool.store.leftovers import clear_away
 from loratool.store.marker import Proof, Prove, is_whole, prove
 from loratool.store.places import check_name, is_mount, staging_path
 from loratool.store.series import Series, may_be_made
+
+_SCHEME = re.compile(r"[a-z][a-z0-9+.-]+:")
+_UPLOAD = (
+    "an output is made on a disk: name a folder there, then copy what is finished to its store "
+    "(loratool push for the Hub)"
+)
 
 
 def check_output(path: Path, *, is_folder: bool, force: bool, series: Series | None = None) -> None:
@@ -47,7 +54,10 @@ def check_place(path: Path) -> None:
     check_name(path)
     try:
         if not path.parent.is_dir():
-            raise DiskError("LT-602", "the output's folder does not exist", file=path.parent)
+            raise DiskError(
+                "LT-602", "the output's folder does not exist", file=path.parent,
+                hint=_UPLOAD if _SCHEME.fullmatch(path.parts[0]) else None,
+            )  # fmt: skip
         if path.is_symlink():
             to = f"link to {path.readlink()}"
             raise OutputError("LT-502", "the output is a symbolic link", file=path, got=to)

@@ -34,6 +34,16 @@ def test_an_output_without_a_name(name: str, monkeypatch: pytest.MonkeyPatch) ->
     assert code_of(Path(name)) == "LT-510"
 
 
+def test_an_address_is_no_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for place in ("s3://bucket/out", "hf://me/out", "nowhere/out"):
+        with pytest.raises(DiskError) as caught:
+            check_output(Path(place), is_folder=True, force=False)
+        assert caught.value.code == "LT-602"
+        assert ("made on a disk" in str(caught.value.hint)) is ("//" in place)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("force", [False, True])
 def test_links_are_refused_wherever_they_lead(tmp_path: Path, force: bool) -> None:
     (tmp_path / "folder").mkdir()
