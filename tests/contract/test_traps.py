@@ -28,7 +28,7 @@ RULES = {(one.program, one.rule) for one in SAMPLES}
 
 
 @cache
-def tests_of(path: str) -> frozenset[str]:
+def names_in(path: str) -> frozenset[str]:
     """Names of the tests in a file."""
     tree = ast.parse((TESTS / path).read_text())
     return frozenset(n.name for n in tree.body if isinstance(n, ast.FunctionDef))
@@ -42,7 +42,7 @@ def test_every_trap_is_shown_by_a_test(section: str) -> None:
         for one in shown.split():
             path, _, name = one.partition("::")
             if name:
-                assert name in tests_of(f"{path}.py"), (trap, one)
+                assert name in names_in(f"{path}.py"), (trap, one)
             else:
                 assert tuple(one.split(":")) in RULES, (trap, one)
 

@@ -128,8 +128,8 @@ def test_factors_with_alpha_behind_a_part_of_a_pipeline(
 ) -> None:
     """The real file is Qwen-Image-Lightning, with an alpha of 8 at rank 64."""
     module = "transformer_blocks.0.img_mlp.net.2"
-    adapter = write(tmp_path / "a.safetensors",
-                    pair(f"transformer.{module}", 8, 8, 8, alpha=np.int64(1), ways=ways))  # fmt: skip
+    tensors = pair(f"transformer.{module}", 8, 8, 8, alpha=np.int64(1), ways=ways)
+    adapter = write(tmp_path / "a.safetensors", tensors)
     assert open_adapter(adapter).specs[0].scaling == 0.125
     check(tmp_path, adapter, {f"transformer.{module}": module}, dialect)
 
