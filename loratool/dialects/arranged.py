@@ -41,6 +41,13 @@ def arranged(
     )  # fmt: skip
 
 
+def as_stored(ref: TensorRef) -> TensorRef:
+    """A tensor as its file has it, if its axes were exchanged to one of the same shape."""
+    if not isinstance(ref, ArrangedRef):
+        return ref
+    return TensorRef(ref.file, ref.name, ref.dtype, ref.shape, ref.start, ref.nbytes, ref.stamp)
+
+
 def _undoes(ref: ArrangedRef, laid: Sequence[int], axes: Sequence[int]) -> bool:
     """True if exchanging axes again gives the numbers as the file has them."""
     now = tuple(ref.laid[axis] for axis in ref.axes)

@@ -78,6 +78,7 @@ PIPELINE = (
 TABLE = Table(
     components=PIPELINE, fields=FIELDS, is_flat=False, renames=RENAMES, adapter_name=ADAPTER_NAME,
     passed=r"bundle_emb\.", stale=KOHYA.stale,
+    by_heads=(r"(^|\.)blocks\.\d+\.attn\.qkv_proj$", 128),  # DiffSynth on MiniMax-H3
 )  # fmt: skip
 
 # --------------------------------------------------------------------------------- detection

@@ -11,6 +11,7 @@ from pathlib import Path
 from loratool import kinds
 from loratool.adapter import MAX_ALPHA, Adapter, DeltaSpec, Replacement, TensorRef
 from loratool.delta.forms import side_sizes
+from loratool.dialects.arranged import arranged
 from loratool.dialects.candidate import Candidate
 from loratool.dialects.factors import check_float, product_spec, refuse_shape
 from loratool.dialects.fields import Field, Stated
@@ -174,7 +175,7 @@ def _sort(table: Table, refs: Iterable[TensorRef]) -> _Sorted:
                     "LT-367", "two tensors mean the same", file=ref.file, key=key.module,
                     got=f"{fields[meaning.role].name} and {ref.name}",
                 )  # fmt: skip
-            fields[meaning.role] = ref
+            fields[meaning.role] = _by_parts(table, key.module, meaning.role, ref)
             if meaning.start:
                 found.starts[key.module] = meaning.start
         elif table.is_passed(ref.name):
@@ -189,6 +190,19 @@ def _sort(table: Table, refs: Iterable[TensorRef]) -> _Sorted:
         found.singles += [(m, whole, fields[table.lone]) for m, fields in found.modules.items()]
         found.modules = {}
     return found
+
+
+def _by_parts(table: Table, module: str, role: str, ref: TensorRef) -> TensorRef:
+    """A left factor in the order q, k, v where the file has the rows of one head after another."""
+    pattern, head = table.by_heads
+    if not pattern or role != "lora_B" or not re.search(pattern, module):
+        return ref
+    if table.adapter_of(ref.name) != "default" or len(ref.shape) != 2 or ref.shape[0] % (3 * head):
+        return ref
+    rows, rank = ref.shape
+    there = arranged(ref, (rows // (3 * head), 3, head, rank), (1, 0, 2, 3), ref.shape)
+    assert isinstance(there, TensorRef)
+    return there
 
 
 def _check_adapters(table: Table, refs: list[TensorRef]) -> None:

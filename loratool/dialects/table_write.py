@@ -16,6 +16,7 @@ from loratool.adapter import (
     TensorRef,
 )
 from loratool.delta.forms import scaled_source, side_sizes, with_scaled_source
+from loratool.dialects.arranged import as_stored
 from loratool.dialects.factors import with_axes
 from loratool.dialects.table import Table
 from loratool.dialects.table_read import read_tensors
@@ -163,7 +164,7 @@ def _unchanged(table: Table, adapter: Adapter) -> tuple[tuple[str, Source], ...]
         refs[new.source.name] = new.source
     if set(refs) != set(adapter.key_order):
         return None
-    ordered = [refs[name] for name in adapter.key_order]
+    ordered = [as_stored(refs[name]) for name in adapter.key_order]
     # Only the default reading: the file cannot say what the user said when it was opened.
     again = read_tensors(table, ordered, Read(), adapter.metadata)
     if (again.specs, again.replacements) != (adapter.specs, adapter.replacements):

@@ -257,3 +257,31 @@ def test_onetrainers_lengths_of_columns_are_those_of_a_part(tmp_path: Path, is_f
     base = whole if is_fused else parts
     got = merge(tmp_path, tensors, base)
     assert near(np.concatenate([got[name] for name in base]), np.concatenate(want))
+
+
+@pytest.mark.parametrize("naming", ["original", "diffusers"])
+@pytest.mark.parametrize("infix", [".default", ""])
+def test_rows_of_heads_in_files_of_diffsynth(tmp_path: Path, infix: str, naming: str) -> None:
+    """MiniMax-H3: q k v of a head, then of the next; everybody else has all q, all k, all v."""
+    heads, stem = 2, "blocks.0.attn.qkv_proj"
+    ways = (f"lora_A{infix}.weight", f"lora_B{infix}.weight")
+    tensors = pair(stem, heads * 3 * 128, 8, ways=ways)
+    up = tensors[f"{stem}.{ways[1]}"]
+    if infix:
+        up = np.concatenate([part.reshape(-1, 2) for part in
+                             up.reshape(heads, 3, 128, 2).transpose(1, 0, 2, 3)])  # fmt: skip
+    want = up @ tensors[f"{stem}.{ways[0]}"]
+    names = [stem] if naming == "original" else PARTS
+    rows = len(want) // len(names)
+    base = {f"{name}.weight": np.zeros((rows, 8), np.float32) for name in names}
+    adapter = write(tmp_path / "style.safetensors", tensors)
+    got = merge(tmp_path, tensors, base)
+    assert near(np.concatenate([got[name] for name in base]), want)
+    again, half = tmp_path / "again.safetensors", tmp_path / "half.safetensors"
+    lt.rescale([str(adapter)], 1, output=str(again), provenance=False)
+    assert again.read_bytes() == adapter.read_bytes()
+    lt.rescale([str(adapter)], 0.5, output=str(half))
+    got = merge(tmp_path, load_file(str(half)), base)
+    assert near(np.concatenate([got[name] for name in base]), want / 2)
+    made = load_file(str(convert(adapter, "kohya", tmp_path)))
+    assert near(product(made, "lora_unet_blocks_0_attn_qkv_proj"), want)
