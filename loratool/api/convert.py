@@ -27,6 +27,7 @@ from loratool.dialects.registry import home_of, writable
 from loratool.errors import UsageError
 from loratool.frozen import Frozen, replace
 from loratool.ops.convert import ConvertPlan, plan_convert
+from loratool.ops.fitting import left_out, without_whole
 from loratool.ops.input_notes import unused_warnings
 from loratool.ops.inputs import OpenedBase, open_base
 from loratool.ops.memory import MemoryPlan
@@ -61,14 +62,17 @@ class _Job(Frozen):
     def plan_of(self, adapter: Adapter) -> ConvertPlan:
         """The plan of an adapter, in a form that the program loads."""
         base, asked, program = self.base, self.asked, self.session.program
+        is_own = program is not None and program.native == self.row.name
+        kept, gone = without_whole(adapter, program) if program and is_own else (adapter, [])
         plan = plan_convert(
-            adapter, self.row.name, base=None if base is None else base.checkpoint,
+            kept, self.row.name, base=None if base is None else base.checkpoint,
             skip=asked.skip, keeps_names=asked.to is None and program is None,
             is_freed=adapter is not self.one.adapter,
         )  # fmt: skip
-        if program is not None and _of_peft(program, self.row) is None:
-            plan = settled(plan, program, self.session.limits, **_of_base(base, plan))
-        return plan
+        if program is None or _of_peft(program, self.row) is not None:
+            return plan
+        plan = settled(plan, program, self.session.limits, **_of_base(base, plan))
+        return replace(plan, warnings=(*plan.warnings, *left_out(program, gone)))
 
     def freed(self) -> set[str]:
         """Names of the changes that must be made independent of the base, which is given."""

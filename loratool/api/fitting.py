@@ -6,9 +6,8 @@ from loratool.adapter import Adapter, AdapterFiles
 from loratool.api.common import Limits
 from loratool.dialects import read_back
 from loratool.dialects.programs import Look, Program
-from loratool.errors import list_some
 from loratool.frozen import Frozen
-from loratool.ops.fitting import check_written, even_form, needs_evening, plan_fit
+from loratool.ops.fitting import check_written, even_form, left_out, needs_evening, plan_fit
 
 
 class Fitted(Frozen):
@@ -46,8 +45,7 @@ def fit_for(adapter: Adapter, program: Program | None, limits: Limits) -> Fitted
             else (Fitted(adapter))
         )
     fit = plan_fit(adapter, program)
-    left = f"{program.title} cannot hold, left out: {list_some(fit.left_out, 3)}"
-    warnings = (left,) if fit.left_out else ()
+    warnings = left_out(program, fit.left_out)
     if not fit.rank:
         return Fitted(fit.adapter, (), warnings)
     from loratool.engine.fitting import fit_factors

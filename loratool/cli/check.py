@@ -33,6 +33,7 @@ _SHOWN = 2
         "loratool check style.safetensors --for comfyui",
         "loratool check style.safetensors --for diffusers --json   # every module",
         "loratool check ./style --for vllm --fix -o ./style-vllm",
+        "loratool check ./style --for llama.cpp --fix --base ./model -o style.gguf",
     ),
 )
 @click.argument("adapter", metavar="ADAPTER")

@@ -73,6 +73,27 @@ class Fit(Frozen):
         return tensor_bytes(left_of(spec).dtype, shape)
 
 
+def without_whole(adapter: Adapter, program: Program) -> tuple[Adapter, list[str]]:
+    """The adapter less replaced tensors and biases where a program has no place for them.
+
+    Returns:
+        (adapter, names of what is left out).
+    """
+    if program.holds_whole_tensors:
+        return adapter, []
+    specs = tuple(s for s in adapter.specs if s.is_matrix)
+    gone = [*(r.name for r in adapter.replacements),
+            *(s.name for s in adapter.specs if not s.is_matrix)]  # fmt: skip
+    config = {**adapter.config, WHOLE: None}
+    return replace(adapter, specs=specs, replacements=(), config=config), gone
+
+
+def left_out(program: Program, gone: Sequence[str]) -> tuple[str, ...]:
+    """What is said of it."""
+    words = f"{program.title} cannot hold, left out: {list_some(gone, 3)}"
+    return (words,) if gone else ()
+
+
 def plan_fit(adapter: Adapter, program: Program) -> Fit:
     """Plan the form in which a program loads an adapter.
 
@@ -89,13 +110,7 @@ def plan_fit(adapter: Adapter, program: Program) -> Fit:
         return Fit(adapter, program)
     if reason := unmergeable_reason(adapter):
         _refuse(program, adapter, [reason])
-    gone: list[str] = []
-    if not program.holds_whole_tensors:
-        gone = [r.name for r in adapter.replacements]
-        gone += [s.name for s in adapter.specs if not s.is_matrix]
-        specs = tuple(s for s in adapter.specs if s.is_matrix)
-        config = {**adapter.config, WHOLE: None}
-        adapter = replace(adapter, specs=specs, replacements=(), config=config)
+    adapter, gone = without_whole(adapter, program)
     if not (adapter.specs or adapter.replacements):
         raise MismatchError(
             "LT-489", f"nothing is left that {program.title} loads", file=adapter.path,

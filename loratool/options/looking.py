@@ -85,12 +85,19 @@ class Check(Write, Workers, Read, Access, kw_only=False):
         "Write the same change in a form that the program loads right.", "Output",
     )] = False  # fmt: skip
     output: Annotated[Place | None, Words(
-        "With --fix: folder or file to create.", "Output", flags="-o, --output", metavar="OUT",
+        "With --fix: folder or file to create; a name that ends in .gguf for a file that llama.cpp "
+        "loads.", "Output", flags="-o, --output", metavar="OUT",
+    )] = None  # fmt: skip
+    base: Annotated[Place | None, Words(
+        "With --fix: what it was trained on. A GGUF file follows from its configuration; what "
+        "depends on its numbers (DoRA, OFT, PiSSA) becomes LoRA.", "Input", metavar="BASE",
     )] = None  # fmt: skip
 
     def check(self) -> None:
         """Refuse a fix without a place for it, and a place without a fix."""
         super().check()
+        if self.base is not None and not self.fix:
+            raise UsageError("LT-276", "--base is what --fix needs", expected="--fix -o OUT")
         if self.fix != (self.output is not None):
             raise UsageError("LT-276", "--fix writes a file: it goes with -o OUT",
                              expected="both or neither")  # fmt: skip

@@ -223,6 +223,46 @@ def test_for_llama_cpp(tmp_path: Path) -> None:
     assert lt.check(tmp_path / f"{name}.gguf", program="llama.cpp").ok
 
 
+@pytest.mark.parametrize(
+    ("name", "left"),
+    [("lora_rank_alpha_pattern", 0), ("lora_dora", 0), ("lora_modules_to_save", 2), ("ia3", 4)],
+)
+def test_check_fixes_it_as_a_file_of_its_own(name: str, left: int, tmp_path: Path) -> None:
+    """``-o x.gguf --base``: one alpha, LoRA of what depends on the base, no tensors whole."""
+    source, out = DATA / name, tmp_path / "x.gguf"
+    how = {"program": "llama.cpp", "fix": True, "base": source / "base", "output": out}
+    assert not lt.check(source, dry_run=True, **how).ok and not out.exists()
+    report = lt.check(source, **how)
+    assert report.output == str(out) and lt.check(out, program="llama.cpp").verdict == "yes"
+    assert len(report.warnings) == bool(left) and all("left out" in w for w in report.warnings)
+    assert name != "ia3" or "4 biases" in " ".join(report.fixed)
+    base = load_file(str(source / "base" / "model.safetensors"))
+    merged = load_file(str(source / "merged.safetensors"))
+    made = deltas(out, source / "base")
+    for key, new in merged.items():
+        change = new.astype("f8") - base.get(key, new)
+        if key in made:  # PEFT rounded W', we two factors
+            assert np.abs(made[key] - change).max() <= 2**-21 * np.abs(new).max(), key
+        else:
+            assert not change.any() or change.ndim < 2 or name == "lora_modules_to_save", key
+
+
+def test_check_asks_for_the_base_where_the_file_needs_it(tmp_path: Path) -> None:
+    for asked, code, word in (
+        ({"fix": True, "output": tmp_path / "x.gguf"}, "LT-460", "--base BASE"),
+        ({"base": ORIGIN / "base"}, "LT-276", "--fix"),
+    ):
+        with pytest.raises(lt.LoratoolError) as caught:
+            lt.check(DATA / "lora_rslora", program="llama.cpp", **asked)
+        assert caught.value.code == code and word in str(caught.value)
+    values, tensors = VALUES, factors() | {"blk.0.attn_norm.weight": np.ones(16, "f4")}
+    path, out = gguf(tmp_path / "a.gguf", values, tensors), tmp_path / "b.gguf"
+    assert not lt.check(path, program="llama.cpp").ok
+    lt.check(path, program="llama.cpp", fix=True, output=out)
+    assert set(arrays(read_gguf(out))) == set(factors())
+    assert lt.check(out, program="llama.cpp").ok
+
+
 def test_rescale_and_compress(tmp_path: Path) -> None:
     lt.rescale([SAMPLE], 0.5, output=tmp_path / "half.gguf")
     half, whole = (deltas(p, ORIGIN / "base") for p in (tmp_path / "half.gguf", SAMPLE))

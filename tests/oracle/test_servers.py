@@ -238,7 +238,10 @@ def test_llama_cpp_loads_what_is_fixed_and_what_is_converted(
     want = log_probabilities(load_strict(llama(), out, dtype=torch.float32))
     assert convert(llama_cpp, out, base, tmp_path / "theirs.gguf")
     lt.convert([out], to="gguf", base=base, output=tmp_path / "ours.gguf")
-    for file in ("theirs.gguf", "ours.gguf"):
+    if name:
+        lt.check(folder(name), program="llama.cpp", fix=True, base=base,
+                 output=tmp_path / "fixed.gguf")  # fmt: skip
+    for file in ("theirs.gguf", "ours.gguf", *(["fixed.gguf"] if name else [])):
         assert off(in_llama_cpp(tmp_path / file), want) < NEAR
 
 
