@@ -7,10 +7,8 @@ threads uses `StepWork` and one `Lane` per thread.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -96,27 +94,12 @@ class Lane:
         self.stream = torch.cuda.Stream(device) if self.is_cuda else None  # type: ignore[no-untyped-call]
         self.output = ByteBuffer(pinned=self.is_cuda)
         self._inputs: list[ByteBuffer] = []
-        self._helper = ThreadPoolExecutor(1) if self.is_cuda else None  # ends with the lane
 
     def at_work(self) -> AbstractContextManager[Any]:
         """Its stream is the current one; a lane of the CPU never wakes a GPU up."""
         if self.stream is None:
             return nullcontext()
         return torch.cuda.stream(self.stream)
-
-    def do_all(self, reads: Sequence[Callable[[], None]]) -> None:
-        """Do some reads; beside a GPU all but the last by another thread.
-
-        One alone copies out of the page cache at a few GB/s, while the GPU waits.
-        """
-        others = [] if self._helper is None else [self._helper.submit(r) for r in reads[:-1]]
-        try:
-            for read in reads[len(others) :]:
-                read()
-        finally:  # nothing goes on in a buffer that somebody else may take
-            wait(others)
-        for other in others:
-            other.result()
 
     def input(self, position: int) -> ByteBuffer:
         """The buffer for an input."""
@@ -201,7 +184,7 @@ class StepWork:
             sources = sources[2 * piece[0].pair : 2 * piece[0].pair + 2]
         if self._op.has_one_input:
             sources = sources[:1]
-        inputs = self._read(lane, sources, first, count)
+        inputs = [self._read(lane, i, s, first, count) for i, s in enumerate(sources)]
         outs: torch.Tensor | None = None
         if self._out is not None:
             dtype = self.step.output.dtype
@@ -224,20 +207,14 @@ class StepWork:
         return sum(i.element_size() * count for i in inputs)
 
     def _read(
-        self, lane: Lane, sources: Sequence[Source], first: int, count: int
-    ) -> list[torch.Tensor]:
-        """A piece of every input, flat, on the device."""
-        types = [self._op.dtype(source) for source in sources]
-        sizes = [DTYPES[dtype].bits // 8 for dtype in types]
-        room = [lane.input(i).take(count * size) for i, size in enumerate(sizes)]
-        lane.do_all([
-            partial(self._fill, data, source, first * size)
-            for (data, _), source, size in zip(room, sources, sizes, strict=True)
-        ])  # fmt: skip
-        hosts = [from_bytes(raw, t, (count,)) for (_, raw), t in zip(room, types, strict=True)]
-        if not lane.is_cuda:
-            return hosts
-        return [host.to(lane.device, non_blocking=True) for host in hosts]
+        self, lane: Lane, position: int, source: Source, first: int, count: int
+    ) -> torch.Tensor:
+        dtype = self._op.dtype(source)
+        size = DTYPES[dtype].bits // 8
+        data, raw = lane.input(position).take(count * size)
+        self._fill(data, source, first * size)
+        host = from_bytes(raw, dtype, (count,))
+        return host.to(lane.device, non_blocking=True) if lane.is_cuda else host
 
     def _fill(self, data: memoryview, source: Source, start: int) -> None:
         if isinstance(source, TensorData):
