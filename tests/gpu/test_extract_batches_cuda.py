@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ import torch
 from safetensors.torch import load_file
 
 import loratool as lt
+from loratool.engine.factoring import _seed
+from loratool.linalg.noise import Grid, simulate_noise
 from tests.make import randn, save_checkpoint
 
 pytestmark = [
@@ -58,21 +61,44 @@ def test_company_changes_no_byte(options: dict[str, Any], pair: Path, tmp_path: 
             assert torch.equal(made[1][name], made[count][name]), (count, name)
 
 
+def noise_top(pair: Path, name: str) -> tuple[float, float]:
+    """Largest singular value of a module's simulated noise, and its standard deviation over it.
+
+    The latter is Tracy and Widom's 1.27 times half the scale over the centre (Johnstone 2001).
+    """
+    base, tuned = (load_file(pair / side / "model.safetensors")[name] for side in ("base", "tuned"))
+    square = float((tuned.double() - base.double()).square().sum())
+    numbers = Grid((len(tuned), tuned.shape[1]), tuned.dtype, tuned.device)
+    numbers.take(tuned, 0, 0)
+    (floor,) = simulate_noise(
+        numbers.exponents[None], [numbers.significand_bits], delta_squares=[square],
+        seeds=[_seed(f"{name}[0]")],
+    )  # fmt: skip
+    m, n = (math.sqrt(side) for side in tuned.shape)
+    return floor.top, 1.27 / 2 * (1 / m + 1 / n) ** (1 / 3) / (m + n)
+
+
 @pytest.mark.parametrize("options", [{"rank": 8}, {"rank": "auto"}], ids=str)
 def test_a_batch_keeps_as_much_as_a_cpu(
     options: dict[str, Any], pair: Path, tmp_path: Path
 ) -> None:
-    kept = []
-    for device in ("cpu", "cuda"):
-        report = lt.extract(pair / "tuned", base=pair / "base", output=tmp_path / device,
-                            device=device, keep=["none"], **options)  # fmt: skip
-        kept.append({m.name: (m.rank, m.relative_error) for m in report.modules})
-    here, there = kept
-    assert here.keys() == there.keys()
-    for name, (rank, error) in here.items():
-        if options["rank"] != "auto":
-            assert there[name][0] == rank
-        # a singular value that is the noise's top but for rounding may fall on either side of it
-        assert abs(there[name][0] - rank) <= 1
-        if there[name][0] == rank:
-            assert there[name][1] == pytest.approx(error, rel=1e-3, abs=1e-6), name
+    """With ``auto`` one may keep more only of what another draw could call noise.
+
+    The iteration ends once its energy is good enough: values beside the noise's own, which lie
+    dense, may still be short of it, and a GPU looks farther at once than a CPU.
+    """
+    here, there = (
+        lt.extract(pair / "tuned", base=pair / "base", output=tmp_path / device, device=device,
+                   keep=["none"], **options).modules
+        for device in ("cpu", "cuda")
+    )  # fmt: skip
+    assert [m.name for m in here] == [m.name for m in there]
+    for one, other in zip(here, there, strict=True):
+        if one.rank == other.rank:
+            assert other.relative_error == pytest.approx(one.relative_error, rel=1e-3, abs=1e-6)
+            continue
+        assert options["rank"] == "auto"
+        less, more = sorted((one, other), key=lambda m: m.rank)
+        top, deviation = noise_top(pair, one.name)
+        # both the noise that is in the change and the simulated one scatter
+        assert more.sigma[less.rank] <= top * (1 + 4 * 2**0.5 * deviation), one.name
