@@ -169,11 +169,15 @@ def gptq(words: int, outs: int, *, bits: int, size: int, seed: int, ordered: boo
     codes, zeros = rng.integers(0, top, (inputs, outs)), rng.integers(0, top, (groups, outs))
     stored, scale = rounded(rng.random((groups, outs)) + 0.01, torch.float16)
     order = rng.permutation(inputs) // size if ordered else np.arange(inputs) // size
-    zero = zeros + (version == 1)
-    numbers = ((codes - zero[order]) * scale[order]).astype(np.float32).T
+    numbers = ((codes - zeros[order]) * scale[order]).astype(np.float32).T
+    words = bit_stream(zeros, bits)
+    if version == 1 and bits == 3:
+        words = bit_stream((zeros - 1) % top, bits)
+    elif version == 1:  # from all zeros of a word at once: 0 borrows from the next
+        words = words.view(np.uint32) - np.uint32((2**32 - 1) // (top - 1))
     tensors = {
         "a.qweight": tensor(bit_stream(codes.T, bits).T), "a.scales": stored,
-        "a.qzeros": tensor(bit_stream(zeros, bits)),
+        "a.qzeros": tensor(words.view(np.int32)),
     }  # fmt: skip
     if ordered or seed % 2:
         tensors["a.g_idx"] = tensor(order.astype(np.int32))

@@ -4,7 +4,9 @@
 out), ``X.g_idx`` (inputs): the group of each input.  The plain weight is ``X.weight`` (out, in).
 
 A number is (code - zero) · scale.  In the first format of such files zeros are stored less one
-(``checkpoint_format`` "gptq", or nothing said), in "gptq_v2" as they are.
+(``checkpoint_format`` "gptq", or nothing said), in "gptq_v2" as they are.  The one is taken away
+from each zero in a word at once, so that a zero of 0 borrows from the next; of 3 bits, which words
+share, it becomes the largest (GPTQModel 7.7.0, ``utils/model.py``; transformers loads by it).
 """
 
 from __future__ import annotations
@@ -90,6 +92,13 @@ def _parts(ref: CodedRef) -> tuple[Any, Any]:
     return parts["scales"], parts["zeros"]
 
 
+def _zeros(words: torch.Tensor, bits: int, count: int, less: int) -> torch.Tensor:
+    if not less or 32 % bits:
+        return (unpack(words, bits, count) + less) & ((1 << bits) - 1)
+    ones = sum(1 << at for at in range(0, 32, bits))
+    return unpack((words.long() + ones).int(), bits, count)
+
+
 def _numbers(
     ref: CodedRef, reader: Reader, groups: torch.Tensor, first: int, last: int
 ) -> torch.Tensor:
@@ -103,7 +112,7 @@ def _numbers(
     begin = first // 32 * 32  # where words of zeros begin
     w0, w1 = begin * bits // 32, min(zeros.shape[1], -(-last // 32) * bits)
     words = load_columns(zeros, reader, all_groups, w0, w1)
-    zero = unpack(words, bits, last - begin)[:, first - begin :] + ref.fact("less")
+    zero = _zeros(words, bits, last - begin, ref.fact("less"))[:, first - begin :]
     scale = load_columns(scales, reader, all_groups, first, last).float()
     made: torch.Tensor = (codes - zero.T[:, groups]) * scale.T[:, groups]
     return made

@@ -66,6 +66,56 @@ def scheme(**weights: Any) -> Any:
     return quantization.QuantizationScheme(targets=["Linear"], weights=args)
 
 
+GPTQ = ("qweight", "qzeros", "scales", "g_idx")
+
+
+def gptq_layer(bits: int, *, size: int, ordered: bool) -> Any:
+    """A layer of 96 inputs and 64 outputs of GPTQModel, which transformers loads such files by."""
+    linear = pytest.importorskip("gptqmodel.nn_modules.qlinear.torch", exc_type=ImportError)
+    return linear.TorchLinear(bits=bits, group_size=size, sym=False, desc_act=ordered,
+                              in_features=96, out_features=64)  # fmt: skip
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("ordered", [False, True])
+def test_gptq(bits: int, version: int, ordered: bool) -> None:
+    """Every code and every zero, also of 0, which is stored as the largest; scales in float32."""
+    layer = gptq_layer(bits, size=32, ordered=ordered)
+    from gptqmodel.utils.model import (  # type: ignore[import-not-found]
+        convert_gptq_v1_to_v2_format_module,
+    )
+
+    file = coded.gptq(3, 64, bits=bits, size=32, seed=5, ordered=ordered, version=version)
+    for name, tensor in inner(file).items():
+        assert getattr(layer, name).shape == tensor.shape
+        setattr(layer, name, tensor.float() if name == "scales" else tensor.clone())
+    if version == 1:
+        convert_gptq_v1_to_v2_format_module(layer, bits, torch.int32)
+    layer.post_init()
+    assert torch.equal(ours(file), layer.eval().dequantize_weight().T)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_gptq_as_its_program_packs_it(bits: int) -> None:
+    """Weights that lie on its grid, written by it in the first format."""
+    layer = gptq_layer(bits, size=32, ordered=True)
+    from gptqmodel.utils.model import convert_gptq_v2_to_v1_format_module
+
+    random, top = torch.Generator().manual_seed(bits), 1 << bits
+    order = torch.randperm(96, generator=random) // 32
+    codes, zeros = (torch.randint(0, top, size, generator=random) for size in ((64, 96), (64, 3)))
+    scales = (torch.rand(64, 3, generator=random) + 0.1).half().float()
+    plain = torch.nn.Linear(96, 64, bias=False)
+    plain.weight.data = (codes - zeros[:, order]) * scales[:, order]
+    layer.pack_original(plain, scales, zeros.float(), order.int())
+    layer.qzero_format(format=2)
+    convert_gptq_v2_to_v1_format_module(layer, layer)  # which says its bits
+    tensors = {f"a.{name}": getattr(layer, name).clone() for name in GPTQ}
+    file = CodedFile(tensors, coded.config("gptq", bits=bits, group_size=32))
+    assert torch.equal(ours(file), plain.weight.detach())
+
+
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 8])
 @pytest.mark.parametrize("zeros", [False, True])
 def test_packed_integers(bits: int, zeros: bool) -> None:
