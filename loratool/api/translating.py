@@ -22,7 +22,7 @@ from loratool.ops.convert import (
     outline,
     plan_convert,
 )
-from loratool.ops.fitting import freeing
+from loratool.ops.fitting import freeing, leaving_out
 from loratool.ops.memory import MemoryPlan
 from loratool.ops.renaming import in_dialect
 from loratool.report.algebra import share_of
@@ -208,7 +208,8 @@ def settled(plan: ConvertPlan, program: Program, limits: Limits, **how: Any) -> 
         raise MismatchError(
             "LT-488", f"{program.title} cannot load such an adapter", file=plan.source.path,
             got=list_some(found.reasons), key=list_some(found.deciding[0].names, 3) or None,
-            hint=freeing(program, plan.source),
+            hint=freeing(program, plan.source)
+            or leaving_out(program, plan.source, found.deciding[0].names),
         )  # fmt: skip
     return plan
 

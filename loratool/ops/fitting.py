@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import shlex
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from loratool.adapter import Adapter, DeltaSpec
 from loratool.delta.forms import has_diagonal, left_of, matrix_shape, shape_of
 from loratool.dialects import DEFAULT, unmergeable_reason
 from loratool.dialects.programs import Look, Program
 from loratool.dialects.registry import home_of
-from loratool.dialects.rules import conversion, gains, is_of_home
+from loratool.dialects.rules import conversion, gains, is_of_home, passed_on
 from loratool.dialects.stated import WHOLE, is_even
 from loratool.dtypes import tensor_bytes
 from loratool.engine.module_memory import rescaled_bytes
@@ -227,6 +227,14 @@ def freeing(program: Program, adapter: Adapter) -> str | None:
         return None
     words = ["loratool", "convert", str(adapter.path), "--for", program.name]
     return f"{shlex.join(words)} --base BASE -o OUT makes LoRA of what depends on the base"
+
+
+def leaving_out(program: Program, adapter: Adapter, names: Collection[str]) -> str | None:
+    """What writes a file without tensors that are no part of a change; None if others stop it."""
+    if not names or not {ref.name for ref in passed_on(adapter)}.issuperset(names):
+        return None
+    words = ["loratool", "check", str(adapter.path), "--for", program.name, "--fix"]
+    return f"{shlex.join(words)} -o OUT leaves them out"
 
 
 def _refuse(program: Program, adapter: Adapter, reasons: Sequence[str]) -> None:

@@ -259,6 +259,23 @@ def test_onetrainers_lengths_of_columns_are_those_of_a_part(tmp_path: Path, is_f
     assert near(np.concatenate([got[name] for name in base]), np.concatenate(want))
 
 
+def test_hunyuanvideo_trained_in_parts_becomes_what_comfyui_loads(tmp_path: Path) -> None:
+    """1.5: q, k and v apart have no place in its map; flat, mlp_fc1 is mlp_0 there."""
+    block, tensors = "lora_unet_double_blocks_0_img", {}
+    for rank, leaf in enumerate(("attn_q", "attn_k", "attn_v", "mlp_fc1"), 2):
+        tensors |= pair(f"{block}_{leaf}", 8, 8, rank, alpha=np.float32(1), ways=DOWN)
+    out, told = tmp_path / "out.safetensors", {"ss_base_model_version": "hunyuan_video_1_5"}
+    adapter = write(tmp_path / "a.safetensors", tensors, **told)
+    assert {m.verdict for m in lt.check(adapter, program="comfyui").modules} == {"dropped"}
+    lt.convert([str(adapter)], program="comfyui", output=str(out))
+    assert lt.check(out, program="comfyui").verdict == "yes"
+    made = load_file(str(out))
+    rows = [product(tensors, f"{block}_attn_{x}") for x in "qkv"]
+    stem = "diffusion_model.double_blocks.0.img"
+    assert near(product(made, f"{stem}_attn_qkv"), np.concatenate(rows))
+    assert near(product(made, f"{stem}_mlp.fc1"), product(tensors, f"{block}_mlp_fc1"))
+
+
 @pytest.mark.parametrize("naming", ["original", "diffusers"])
 @pytest.mark.parametrize("infix", [".default", ""])
 def test_rows_of_heads_in_files_of_diffsynth(tmp_path: Path, infix: str, naming: str) -> None:

@@ -201,3 +201,25 @@ def test_a_unet_in_names_of_diffusers_becomes_what_comfyui_loads(
     text = [key for key in load_file(str(out)) if key.startswith("lora_te")]
     assert all(key.startswith("lora_te_text_model_") for key in text)
     assert bool(text) == (sample == "diffusers_unet_te")
+
+
+@pytest.mark.parametrize(("program", "count"), [("diffusers", 1), ("forge", 13)])
+def test_bundled_embeddings_that_stop_a_program_are_left_out_as_the_hint_says(
+    tmp_path: Path, program: str, count: int
+) -> None:
+    """diffusers stops at one, Forge at more than twelve; the change stays what it is."""
+    stem = "lora_unet_down_blocks_0_attentions_0_proj_in"
+    tensors = pair(stem, 4, 4, alpha=np.float32(1), ways=DOWN)
+    bundled = {f"bundle_emb.word{i}.clip_l": rand(2, 4, seed=i) for i in range(count)}
+    adapter, out = tmp_path / "a.safetensors", tmp_path / "out.safetensors"
+    write(adapter, tensors | bundled)
+    with pytest.raises(lt.LoratoolError) as caught:
+        lt.convert([str(adapter)], program=program, output=str(out))
+    hint = f"loratool check {adapter} --for {program} --fix -o OUT leaves them out"
+    assert (caught.value.code, caught.value.hint) == ("LT-488", hint)
+    lt.check(adapter, program=program, fix=True, output=str(out))
+    assert lt.check(out, program=program).ok
+    made = load_file(str(out))
+    assert not any(key.startswith("bundle_emb") for key in made)
+    got = merge(tmp_path, made, {"unet.down_blocks.0.attentions.0.proj_in.weight": rand(4, 4)})
+    assert near(*got.values(), rand(4, 4) + product(tensors, stem))

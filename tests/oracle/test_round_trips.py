@@ -70,6 +70,41 @@ MODELS: dict[str, dict[str, tuple[int, ...]]] = {
         "blocks.1.mlp.layer1": (64, 16), "final_layer.linear": (8, 16),
     },
 }  # fmt: skip
+MODELS |= {
+    "flux2": {
+        "double_blocks.0.img_attn.qkv": (48, 16), "single_blocks.0.linear1": (144, 16),
+        "single_blocks.0.linear2": (16, 64), "double_stream_modulation_img.lin": (96, 16),
+        "final_layer.adaLN_modulation.1": (32, 16),
+    },
+    "hunyuan_video_15": {
+        **{f"double_blocks.0.img_attn_{x}": (16, 16) for x in "qkv"},
+        "double_blocks.0.txt_mlp.fc1": (64, 16),
+        "vision_in.proj.1": (16, 8),
+    },
+    "ltx2": {
+        "transformer_blocks.0.attn1.to_q": (16, 16), "av_ca_a2v_gate_adaln_single.linear": (16, 16),
+        "patchify_proj": (16, 8), "audio_adaln_single.linear": (16, 16),
+    },
+    "ideogram4": {
+        "layers.0.attention.qkv": (48, 16), "layers.0.attention.o": (16, 16),
+        "t_embedding.mlp_in": (16, 8),
+    },
+    "minimax_h3": {
+        "blocks.0.attn.qkv_proj": (48, 16), "blocks.0.mlp.fc1": (64, 16),
+        "token_refiner.blocks.0.attn.out_proj": (16, 16), "video_patch_proj": (16, 8),
+    },
+    "auraflow": {
+        "double_layers.0.attn.w2q": (16, 16), "double_layers.0.mlpX.c_fc1": (32, 16),
+        "single_layers.0.modCX.1": (96, 16), "modF.1": (32, 16),
+    },
+    "mochi": {
+        "blocks.0.attn.qkv_x": (48, 16), "blocks.0.mlp_x.w1": (64, 16), "final_layer.mod": (32, 16),
+    },
+    "kandinsky5": {
+        "visual_transformer_blocks.0.self_attention.to_query": (16, 16),
+        "text_transformer_blocks.0.feed_forward.in_layer": (64, 16),
+    },
+}  # fmt: skip
 ALPHAS = (np.array(3, np.int64), np.array(0.3, np.float16), None, np.array(-2.0, np.float32),
           np.array(4.0, np.float64))  # fmt: skip
 VERSION = {"sd1": "sd_v1", "sdxl": "sdxl_base_v1-0", "sd3": "sd3_m"}

@@ -6,6 +6,7 @@ Alpha is applied everywhere, metadata nowhere.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Iterator
 
 from loratool.dialects.programs import models
@@ -41,6 +42,9 @@ _ORIGINAL = {
     models.SD: ("lycoris_",), models.HUNYUAN: ("transformer.",), models.LTX: ("",),
 }  # fmt: skip
 """Model -> how its own names may begin besides `_OWN`."""
+# HunyuanVideo's trainers' names that its map has behind a dot only, and those that it has nowhere.
+_DOTTED = re.compile(r"(mlp_fc[12]|_mod_linear|modulation_linear)$")
+_NOWHERE = re.compile(r"double_blocks_\d+_(img|txt)_attn_[qkv]$")
 _NO_UNET = ("bundle_emb.", "text_conditioner.", "connectors.")
 
 
@@ -51,6 +55,12 @@ def _is_known(look: Look, group: Group) -> bool:
     if "_processor_" in group.flat or group.prefix == "lora_prior_unet_":
         return True  # XLabs, Stable Cascade
     name, naming = look.family.name, models.naming_of(group).naming or look.family.naming
+    if (
+        name == models.HUNYUAN
+        and naming == models.ORIGINAL
+        and (_NOWHERE.match(group.flat) or (group.is_flat and _DOTTED.search(group.flat)))
+    ):
+        return False
     if naming == models.ORIGINAL:
         is_control = not group.prefix and _is_control(look)
         return is_control or group.prefix in (*_OWN, *_ORIGINAL.get(name, ()))

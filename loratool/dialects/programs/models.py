@@ -25,7 +25,7 @@ _NAMES = (
     (FLUX2, DIFFUSERS, r"single_transformer_blocks_\d+_attn_(to_qkv_mlp_proj|to_out)$"
                        r"|transformer_blocks_\d+_ff(_context)?_linear_(in|out)$|time_guidance_embed_"
                        r"|(single_stream|double_stream)_modulation(_img|_txt)?_linear$"),
-    (HUNYUAN, ORIGINAL, r"double_blocks_\d+_(img|txt)_(mlp_fc[12]|mod_linear)$"
+    (HUNYUAN, ORIGINAL, r"double_blocks_\d+_(img|txt)_(attn_[qkv]|mlp_fc[12]|mod_linear)$"
                         r"|single_blocks_\d+_modulation_linear$|txt_in_individual_token_refiner"),
     (FLUX1, ORIGINAL, r"double_blocks_\d+_(img|txt)_(attn_(qkv|proj|norm)|mlp_[02]|mod_lin)"
                       r"|single_blocks_\d+_(linear[12]|modulation_lin$|norm)"
@@ -82,7 +82,8 @@ def family_of(groups: Sequence[Group]) -> Family:
         name = FLUX2
     if name == Z_IMAGE and naming == ORIGINAL and _is_uneven(sizes):
         name = LUMINA2
-    if name == FLUX1 and any("_attn_qkv" in g.path and not g.is_flat for g, _ in found):
+    if name == FLUX1 and any(f.name == HUNYUAN or ("_attn_qkv" in g.path and not g.is_flat)
+                             for g, f in found):  # fmt: skip
         name = HUNYUAN
     return Family(name, naming)
 
