@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -79,13 +80,24 @@ def split_factor(words: tuple[str, ...]) -> tuple[tuple[str, ...], float]:
     try:
         factor = parse_weight(last)
     except UsageError:
+        is_meant = bool(sources) and _is_number(last)  # 1e3, inf: no other adapter
+        named = shlex.join(sources if is_meant else words)
         raise UsageError(
-            "LT-283", "the factor comes last", expected="ADAPTER… FACTOR", got=safe(last),
-            hint=f"loratool rescale {safe(' '.join(words))} 0.5 -o OUT",
+            "LT-283", "the factor comes last", got=safe(last),
+            expected="a plain decimal number" if is_meant else "ADAPTER… FACTOR",
+            hint=f"loratool rescale {safe(named)} 0.5 -o OUT",
         ) from None  # fmt: skip
     if not sources:
         raise UsageError("LT-221", "no adapter given")
     return tuple(sources), factor
+
+
+def _is_number(word: str) -> bool:
+    try:
+        float(word)
+    except ValueError:
+        return False
+    return True
 
 
 def render(report: RescaleReport, voice: Voice) -> Iterator[str]:

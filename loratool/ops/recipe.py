@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -100,7 +101,15 @@ def read_recipe(path: Path, commands: Commands) -> tuple[RecipeStep, ...]:
     nodes = top["steps"][1].value
     if not nodes:
         _refuse("LT-287", path, root, "no steps")
-    return tuple(_step(path, number, node, commands) for number, node in enumerate(nodes, 1))
+    steps = tuple(_step(path, number, node, commands) for number, node in enumerate(nodes, 1))
+    owners: dict[str, int] = {}
+    for step, node in zip(steps, nodes, strict=True):
+        for place in () if step.options.get("force") else map(os.path.normpath, step.outputs):
+            if place in owners:
+                _refuse("LT-288", path, node, f"steps {owners[place]} and {step.number} write to "
+                        "one place", got=place)  # fmt: skip
+            owners[place] = step.number
+    return steps
 
 
 def _step(path: Path, number: int, node: Any, commands: Commands) -> RecipeStep:

@@ -68,7 +68,7 @@ def check_name(path: Path) -> None:
     if path.name in ("", ".."):
         raise OutputError(
             "LT-510", "the output needs a name of its own", file=path, got=repr(str(path)),
-            hint="-o NAME, a folder that does not exist yet",
+            hint="give it a name that is free",
         )  # fmt: skip
     try:
         is_here = path.is_dir() and _is_current(path)

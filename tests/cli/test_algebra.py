@@ -43,6 +43,7 @@ def test_rescale_of_many_keeps_names(run: Run, tmp_path: Path) -> None:
         (["rescale", LLM / "lora_linear", "-o", "x"], 2, "the factor comes last"),
         (["rescale", "0.5", "-o", "x"], 2, "no adapter"),
         (["rescale", LLM / "lora_linear", "1e3", "-o", "x"], 2, "LT-283"),
+        (["rescale", LLM / "lora_linear", "1e3", "-o", "x"], 2, "lora_linear 0.5 -o OUT"),
         (["rescale", LLM / "lora_linear", "0", "-o", "x"], 2, "does nothing"),
         (["rescale", LLM / "lora_linear", "--colour", "2", "-o", "x"], 2, "no option --colour"),
         (["rescale", LLM / "lora_dora", "2", "-o", "x"], 4, "merge ADAPTER:FACTOR"),

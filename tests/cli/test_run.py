@@ -95,6 +95,22 @@ steps:
     assert found.code == 5 and "LT-508" in found.err and "step 1 of 2" in found.err
 
 
+@pytest.mark.parametrize("other", ["a.html", "./a.html"])
+def test_two_steps_write_to_one_place(folder: Path, run: Run, other: str) -> None:
+    """Told before the first one runs, with the line of the second."""
+    text = f"""\
+steps:
+  - inspect: {{source: style, html: a.html}}
+  - inspect: {{source: style, html: {other}}}
+"""
+    path = recipe(folder, text)
+    before = sorted(folder.rglob("*"))
+    for how in ((), ("--dry-run",)):
+        found = run("run", path, *how)
+        assert found.code == 2 and "line 3" in found.err and "steps 1 and 2" in found.err
+    assert sorted(folder.rglob("*")) == before
+
+
 def test_it_stops_at_the_first_error_and_names_the_step(folder: Path, run: Run) -> None:
     (folder / "merged").mkdir()
     (folder / "merged" / "mine").write_text("keep")
