@@ -153,7 +153,10 @@ class Table(Frozen, dict=True):
             single = [f for f in single if spec.scaling == (gain if f.is_scaled else 1)]
             if not single:
                 return []
-        single.sort(key=lambda f: (f.suffix in own, f.kind == spec.kind, f.is_norm == is_norm))
+        # Programs whose files have no alpha know a bias as that of a factor.
+        as_factor = gain is not None and not (self.has_alphas and self.alpha)
+        single.sort(key=lambda f: (f.suffix in own, f.kind == spec.kind, f.is_norm == is_norm,
+                                   f.is_scaled == as_factor))  # fmt: skip
         ways = self._suffixes(spec.base_change)
         return [
             (role, f"{stem}.{single[-1].suffix if single else _spelled(ways, role, own)}")

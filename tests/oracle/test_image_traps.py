@@ -223,3 +223,33 @@ def test_bundled_embeddings_that_stop_a_program_are_left_out_as_the_hint_says(
     assert not any(key.startswith("bundle_emb") for key in made)
     got = merge(tmp_path, made, {"unet.down_blocks.0.attentions.0.proj_in.weight": rand(4, 4)})
     assert near(*got.values(), rand(4, 4) + product(tensors, stem))
+
+
+@pytest.mark.parametrize(
+    ("start", "module", "theirs"),
+    [("lora_unet_", "img_in", "x_embedder"), ("diffusion_model.", "head.head", "proj_out")],
+)
+def test_a_bias_goes_to_diffusers_as_that_of_a_factor(
+    tmp_path: Path, start: str, module: str, theirs: str
+) -> None:
+    """It drops or stops at names without lora in them; the scaling is 1 there, so both are one."""
+    family = "flux1" if theirs == "x_embedder" else "wan"
+    tensors = pair(f"{start}{module}", 8, 4, alpha=np.float32(1), ways=DOWN)
+    if family == "wan":  # a whole difference becomes factors on the way
+        tensors = {f"{start}{module}.diff": rand(8, 4)}
+    tensors[f"{start}{module}.diff_b"] = rand(8, seed=1)
+    block = "double_blocks_0_img_attn_proj" if family == "flux1" else "blocks.0.self_attn.q"
+    tensors |= pair(f"{start}{block}", 8, 8, ways=DOWN)
+    out = tmp_path / "out.safetensors"
+    adapter = write(tmp_path / "a.safetensors", tensors, ss_base_model_version=family)
+    lt.convert([str(adapter)], to="diffusers", output=str(out))
+    made = load_file(str(out))
+    stem = f"transformer.{theirs}"
+    assert {key.removeprefix(stem) for key in made if key.startswith(stem)} == {
+        ".lora_A.weight", ".lora_B.weight", ".lora_B.bias"
+    }  # fmt: skip
+    assert np.array_equal(made[f"{stem}.lora_B.bias"], rand(8, seed=1))
+    delta = made[f"{stem}.lora_B.weight"] @ made[f"{stem}.lora_A.weight"]
+    want = rand(8, 4) if family == "wan" else product(tensors, f"{start}{module}")
+    assert near(delta, want)
+    assert {s.scaling for s in open_adapter(out).specs if s.parameter == "bias"} == {1}

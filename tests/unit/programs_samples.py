@@ -49,6 +49,7 @@ FLUX = "lora_unet_double_blocks_0_img_attn_proj"
 FLUX_DOTTED = "diffusion_model.double_blocks.0.img_attn.proj"
 FLUX_OWN = "transformer.single_transformer_blocks.0.attn.to_q"
 FLUX2 = "single_blocks.0.linear1"
+WAN_OWN = "transformer.blocks.0.attn1.to_q"
 WAN = "diffusion_model.blocks.0.self_attn.q"
 Z_IMAGE = "diffusion_model.layers.0.attention.to_q"
 QWEN = "transformer_blocks.0.img_mlp.net.2"
@@ -205,6 +206,9 @@ SAMPLES = (
            **pair("lora_te3_encoder_block_0_layer_0_SelfAttention_q")},
            {**flux, **pair("lora_te1_text_model_encoder_layers_0_mlp_fc1")}),
     Sample("diffusers", "flux-biases", "dropped", {**flux, f"{FLUX}.diff_b": (8,)}, flux),
+    Sample("diffusers", "flux-own-diff", "dropped", {**pair(FLUX_OWN, how="A"),
+           f"{FLUX_OWN}.diff_b": (8,)}, {**pair(FLUX_OWN, how="A"),
+           f"{FLUX_OWN}.lora_B.bias": (8,)}),
     Sample("diffusers", "flux-norms", "dropped", {**pair(FLUX_DOTTED),
            "diffusion_model.double_blocks.0.img_attn.norm.key_norm.diff": (4,)}, pair(FLUX_DOTTED)),
     Sample("diffusers", "flux-beside-transformer", "dropped", {**flux, **pair(FLUX_OWN)},
@@ -242,6 +246,9 @@ SAMPLES = (
            "diffusion_model.blocks.0.self_attn.k.lokr_w2": (4, 4)}, pair(WAN)),
     Sample("diffusers", "full", "raises", {**pair(Z_IMAGE), f"{Z_IMAGE[:-1]}k.diff": (8, 8)},
            pair(Z_IMAGE)),
+    Sample("diffusers", "own-diff", "raises", {**pair(WAN_OWN, how="A"),
+           f"{WAN_OWN}.diff_b": (8,)}, {**pair(WAN_OWN, how="A"),
+           f"{WAN_OWN}.lora_B.bias": (8,)}),
     Sample("diffusers", "partial-lumina2", "raises", {k: v for k, v in lumina.items()
            if "w2" not in k}, lumina),
     Sample("diffusers", "partial-wan", "raises", {k: v for k, v in wan_block.items()
