@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,12 @@ _NAMES = {
     "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
     "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
+    "post_attention_layernorm": "ffn_norm", "mlp.gate": "ffn_gate_inp",
 }  # fmt: skip
 
 
 def save_model(model: Any, path: Path) -> Path:
-    """A Llama of transformers in float32 as a GGUF file, without a vocabulary."""
+    """A Llama or Mixtral of transformers in float32 as a GGUF file, without a vocabulary."""
     config = model.config
     out = gguf.GGUFWriter(str(path), "llama")
     out.add_vocab_size(config.vocab_size)
@@ -35,11 +36,14 @@ def save_model(model: Any, path: Path) -> Path:
     out.add_rope_freq_base(config.rope_parameters["rope_theta"])
     out.add_layer_norm_rms_eps(config.rms_norm_eps)
     out.add_tokenizer_model("none")
+    if experts := getattr(config, "num_local_experts", 0):
+        out.add_expert_count(experts)
+        out.add_expert_used_count(config.num_experts_per_tok)
     heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
-    for name, value in model.state_dict().items():
+    for name, value in _split(model.state_dict()):
         stem = name.removesuffix(".weight")
         number, _, rest = stem.removeprefix("model.layers.").partition(".")
-        leaf = _NAMES[rest if stem.startswith("model.layers.") else stem]
+        leaf = _NAMES.get(rest if stem.startswith("model.layers.") else stem, rest)
         array = value.float().numpy()
         if leaf in heads:  # its rotation takes neighbours, that of transformers halves
             halves = array.reshape(heads[leaf], 2, -1, array.shape[1])
@@ -51,6 +55,19 @@ def save_model(model: Any, path: Path) -> Path:
     out.write_tensors_to_file()
     out.close()
     return path
+
+
+def _split(tensors: dict[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Stacks of experts under its names, gate and up apart."""
+    for name, value in tensors.items():
+        layer, is_stack, leaf = name.partition("mlp.experts.")
+        if not is_stack:
+            yield name, value
+        elif leaf == "down_proj":
+            yield f"{layer}ffn_down_exps.weight", value
+        else:
+            for word, half in zip(("gate", "up"), value.chunk(2, dim=1), strict=True):
+                yield f"{layer}ffn_{word}_exps.weight", half.contiguous()
 
 
 class RefusedError(Exception):

@@ -25,11 +25,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 
 import loratool as lt
 from loratool.dialects.programs import find_program
 from loratool.errors import LoratoolError
 from loratool.report.check import CheckReport
+from tests.make import random_factors, save_adapter
 from tests.oracle import test_gguf, test_loads
 from tests.oracle.in_peft import load_strict
 from tests.oracle.in_sglang import loaded
@@ -243,6 +245,38 @@ def test_llama_cpp_loads_what_is_fixed_and_what_is_converted(
                  output=tmp_path / "fixed.gguf")  # fmt: skip
     for file in ("theirs.gguf", "ours.gguf", *(["fixed.gguf"] if name else [])):
         assert off(in_llama_cpp(tmp_path / file), want) < NEAR
+
+
+def test_llama_cpp_computes_the_experts_that_we_stack(llama_cpp: Path, tmp_path: Path) -> None:
+    """Experts by number, in our file and in that of its converter."""
+    pytest.importorskip("llama_cpp", reason="pip install llama-cpp-python==0.3.36 gguf")
+    from tests.oracle import in_llama_cpp
+
+    model, base, a = mixtral(), tmp_path / "base", tmp_path / "a"
+    model.save_pretrained(base)
+    stem = "model.layers.{}.block_sparse_moe.experts.{}.{}"
+    shapes = {stem.format(layer, e, w): shape for layer in range(2) for e in range(4)
+              for w, shape in {"w1": (96, 64), "w3": (96, 64), "w2": (64, 96)}.items()}  # fmt: skip
+    factors = random_factors(shapes, rank=4, seed=3, scale=0.3)
+    save_adapter(a, factors, alpha=8, target_modules=["w1", "w2", "w3"], task_type="CAUSAL_LM")
+    lt.convert([a], to="gguf", base=base, output=tmp_path / "ours.gguf")
+    assert convert(llama_cpp, a, base, tmp_path / "theirs.gguf")
+    lt.merge([a], base=base, output=tmp_path / "m")
+    want = log_probabilities(type(model).from_pretrained(tmp_path / "m").eval())
+    assert off(want, log_probabilities(model)) > SEEN
+    file = in_llama_cpp.save_model(model, tmp_path / "model.gguf")
+    for name in ("ours.gguf", "theirs.gguf"):
+        assert off(in_llama_cpp.log_probabilities(file, tmp_path / name, TOKENS), want) < NEAR
+
+
+def mixtral() -> Any:
+    torch.manual_seed(0)
+    config = transformers.MixtralConfig(
+        vocab_size=64, hidden_size=64, intermediate_size=96, num_hidden_layers=2, head_dim=32,
+        num_attention_heads=2, num_key_value_heads=1, num_local_experts=4, num_experts_per_tok=2,
+        max_position_embeddings=128, tie_word_embeddings=False,
+    )  # fmt: skip
+    return transformers.MixtralForCausalLM(config).eval()
 
 
 @pytest.mark.parametrize("rule", ["", *test_gguf.FAULTS])
