@@ -19,6 +19,11 @@ from loratool.store.reader import have_same_bytes
 
 Weighed = tuple[Adapter, Weight]
 
+_BIAS = "of a bias"
+_WHOLE = (
+    "loratool convert ADAPTER --to peft --base BASE -o OUT makes LoRA of the weights first, and "
+    "writes the biases whole"
+)
 _MERGE = "with weights in one merge: loratool merge ADAPTER:W --base BASE -o OUT"
 
 
@@ -104,7 +109,7 @@ def _check(adapter: Adapter, needed: Sequence[DeltaSpec], there: InBase) -> None
         if r.rows is not None or not _is_the_base(r, there.replaced.get(r.name))
     }  # fmt: skip
     reasons: dict[str, Callable[[DeltaSpec], bool]] = {
-        "of a bias": lambda s: not s.is_matrix,
+        _BIAS: lambda s: not s.is_matrix,
         "on a module that has no DoRA in PEFT": lambda s: s.is_bare or bool(s.experts)
         or s.parameter == "in_proj_weight",
         "of a grouped convolution": is_grouped,
@@ -118,7 +123,7 @@ def _check(adapter: Adapter, needed: Sequence[DeltaSpec], there: InBase) -> None
         if odd:
             raise MismatchError(
                 "LT-460", f"a change {why} stays tied to the base weights", file=adapter.path,
-                key=list_some(odd, 3), hint=_MERGE,
+                key=list_some(odd, 3), hint=_WHOLE if why == _BIAS else _MERGE,
             )  # fmt: skip
 
 
