@@ -61,13 +61,16 @@ CLIPS = ("text_encoder.", "conditioner.embedders.0.transformer.", "cond_stage_mo
          "text_encoders.clip_l.transformer.")  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    "part", ["lora_te_", "lora_te1_"]
+)  # diffusers' scripts number the only one
 @pytest.mark.parametrize("own", ["", "text_model."])
 @pytest.mark.parametrize("theirs", ["", "text_model."])
 @pytest.mark.parametrize("home", CLIPS)
 def test_a_text_encoder_is_found_with_and_without_text_model(
-    tmp_path: Path, own: str, theirs: str, home: str
+    tmp_path: Path, own: str, theirs: str, home: str, part: str
 ) -> None:
-    stem = f"lora_te_{own}{TEXT}".replace(".", "_")
+    stem = f"{part}{own}{TEXT}".replace(".", "_")
     tensors, name = pair(stem, 4, 4, ways=DOWN), f"{home}{theirs}{TEXT}.weight"
     got = merge(tmp_path, tensors, {name: np.zeros((4, 4), np.float32)})[name]
     assert near(got, product(tensors, stem))
