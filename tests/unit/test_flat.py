@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from loratool.archs.flat import flat_names, known_names
 KEYS = Path(__file__).parents[1] / "data" / "keys"
 KOHYA = {"unet": "unet", "te": "te", "te0": "te1", "te1": "te2"}
 PARTS = {"unet": "unet", "te": "text_encoder", "te1": "text_encoder", "te2": "text_encoder_2"}
+HOME = re.compile(r"^(model\.diffusion_model|cond_stage_model\.(transformer|model)|"
+                  r"conditioner\.embedders\.\d\.(transformer|model))\.")  # fmt: skip
 # Bare parameters, and the head of the second text encoder: no adapter changes them.
 UNTOUCHED = ("position_embedding.weight", "text_projection.weight", "logit_scale")
 
@@ -56,12 +59,9 @@ def test_names_of_diffusers_find_the_tensors_of_a_single_file(arch: str) -> None
 def test_names_of_the_original_code_find_the_tensors_of_diffusers(arch: str) -> None:
     index = flat_names(f"{PARTS[c]}.{name}" for _, c, name in pairs(arch))
     for ldm, component, name in pairs(arch):
-        if component != "unet":
-            continue
-        own = ldm.removeprefix("model.diffusion_model.")
-        for spelled in (own, name):
-            meanings = index.look_up("unet", *flat(spelled))
-            assert [m.names for m in meanings] == [(f"unet.{name}",)], spelled
+        for spelled in (HOME.sub("", ldm), name):
+            meanings = index.look_up(component, *flat(spelled))
+            assert [m.names for m in meanings] == [(f"{PARTS[component]}.{name}",)], spelled
 
 
 @pytest.mark.parametrize("arch", ["sdxl_base", "sd21"])
