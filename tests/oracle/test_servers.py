@@ -33,7 +33,7 @@ from loratool.errors import LoratoolError
 from loratool.report.check import CheckReport
 from tests.make import random_factors, save_adapter
 from tests.oracle import test_gguf, test_loads
-from tests.oracle.in_peft import load_strict
+from tests.oracle.in_peft import load_strict, make
 from tests.oracle.in_sglang import loaded
 from tests.oracle.rule_samples import DATA, SAMPLES, TARGETS, llama, plain, written
 
@@ -277,6 +277,34 @@ def mixtral() -> Any:
         max_position_embeddings=128, tie_word_embeddings=False,
     )  # fmt: skip
     return transformers.MixtralForCausalLM(config).eval()
+
+
+METHODS: dict[str, dict[str, Any]] = {
+    "LoraConfig": {"r": 4, "lora_alpha": 8, "use_dora": True},
+    "IA3Config": {"feedforward_modules": ["down_proj"]},
+    "OFTConfig": {"oft_block_size": 4, "use_cayley_neumann": False},
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_llama_cpp_runs_what_the_base_makes_of_other_methods(
+    method: str, in_llama_cpp: Any, base: Path, tmp_path: Path
+) -> None:
+    """``check --fix -o x.gguf --base``, and such a file cut as PEFT's folder is cut."""
+    import peft
+
+    config = getattr(peft, method)(target_modules=["q_proj", "k_proj", "down_proj"],
+                                   **METHODS[method])  # fmt: skip
+    make(llama(), tmp_path / "made", config)
+    out = tmp_path / "fixed.gguf"
+    lt.check(tmp_path / "made", program="llama.cpp", fix=True, base=base, output=out)
+    want = log_probabilities(load_strict(llama(), tmp_path / "made", dtype=torch.float32))
+    assert off(in_llama_cpp(out), want) < NEAR
+    lt.convert([tmp_path / "made"], program="vllm", base=base, output=tmp_path / "lora")
+    lt.compress([tmp_path / "lora"], rank=3, output=tmp_path / "cut")
+    lt.compress([out], rank=3, output=tmp_path / "cut.gguf")
+    cut = log_probabilities(load_strict(llama(), tmp_path / "cut", dtype=torch.float32))
+    assert off(in_llama_cpp(tmp_path / "cut.gguf"), cut) < NEAR and off(cut, want) > SEEN
 
 
 @pytest.mark.parametrize("rule", ["", *test_gguf.FAULTS])
