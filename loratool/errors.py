@@ -15,13 +15,15 @@ import re
 from collections.abc import Iterable
 from typing import Any, ClassVar
 
-TOKEN = re.compile(r"hf_[A-Za-z0-9]{20,}")
+from loratool.lazy import regex
+
+TOKEN = regex(r"hf_[A-Za-z0-9]{20,}")
 """What access tokens of the Hub look like."""
 
 NEEDS_CONSENT = "LT-265"
 """Of the usage error about a download that nobody has agreed to."""
 
-LOGIN = re.compile(r"(?<=://)[^/\s@]+@")
+LOGIN = regex(r"(?<=://)[^/\s@]+@")
 """A user and a password in an address."""
 _SECRET_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 _SHORTEST_SECRET = 8  # shorter values would blank out ordinary words

@@ -11,11 +11,13 @@ import re
 from collections.abc import Callable
 from typing import Any, NoReturn, TypeVar
 
+from loratool.lazy import regex
+
 T = TypeVar("T")
 Refuse = Callable[[str | None, str, str | None], NoReturn]
 """Called with (place such as ``options.rename[2]``, expected, got); it must raise."""
 
-_MESSAGE = re.compile(
+_MESSAGE = regex(
     r"Expected (?P<expected>.*?)(, got (?P<got>.*?))?( - at `(?P<key>[^`]*)`.*)?", re.DOTALL
 )
 

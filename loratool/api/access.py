@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from loratool.errors import UsageError
+from loratool.lazy import regex
 from loratool.ops.access import Access
 from loratool.options import groups as options
 from loratool.report.chart import check_chart
@@ -14,7 +15,7 @@ from loratool.store.new_file import check_new_files
 from loratool.store.rules import FileRules
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
-_SIZE = re.compile(r"\s*([0-9]{1,40}(?:\.[0-9]{1,40})?)\s*([kmgt]?)(i?)b?\s*", re.IGNORECASE)
+_SIZE = regex(r"\s*([0-9]{1,40}(?:\.[0-9]{1,40})?)\s*([kmgt]?)(i?)b?\s*", re.IGNORECASE)
 _TOO_LARGE = 2.0**63  # bytes
 _BINARY = {"k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
 

@@ -6,14 +6,14 @@ names are sure, and what is not sure is a parameter: that is right whatever the 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from loratool.archs.base import load_data
 from loratool.archs.layers import model_types
+from loratool.lazy import regex
 
-_NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)|^\d+(?=\.)")
+_NUMBER = regex(r"(?<=\.)\d+(?=\.|$)|^\d+(?=\.)")
 _EXPERT_LEAVES = frozenset(
     {"gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"}
 )  # what PEFT takes for parts of fused experts in every model that has some

@@ -16,6 +16,7 @@ from loratool.archs.family_files import families, index_of, templates_of
 from loratool.archs.family_rows import NUMBER, Family, Telling, flatten
 from loratool.archs.places import Place, is_text, places, places_of, split_component
 from loratool.frozen import Frozen, field
+from loratool.lazy import regex
 
 __all__ = [
     "Family",
@@ -32,7 +33,7 @@ __all__ = [
 
 _KEYS = ("ss_base_model_version", "modelspec.architecture")
 _ENOUGH = 0.8  # of the names of a file are the family's
-_LANGUAGE = re.compile(
+_LANGUAGE = regex(
     r"(base_model\.model\.)?(model\.|language_model\.)*layers\.\d+\.(self_attn|mlp)\.\w+(\.|$)"
 )
 """What modules of language models are called, and by themselves none of another family."""

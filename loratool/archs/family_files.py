@@ -8,7 +8,6 @@ the other), ``<set>`` one of the pairs of a set.  docs/adding_a_family.md tells 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from itertools import product
@@ -16,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from loratool.archs.family_rows import NUMBER, Family, Index, Name, Numbers, Row
+from loratool.lazy import regex
 
-_CHOICE = re.compile(r"\{([^{}]*\|[^{}]*)\}")
-_SET = re.compile(r"<(\w+)>")
+_CHOICE = regex(r"\{([^{}]*\|[^{}]*)\}")
+_SET = regex(r"<(\w+)>")
 FOLDER = Path(__file__).parent / "data" / "families"
 
 

@@ -6,14 +6,14 @@ the numbers that a template fixes are compared.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache, cached_property
 from typing import Any, NamedTuple
 
 from loratool.frozen import Frozen, field
+from loratool.lazy import regex
 
-NUMBER = re.compile(r"\{n\}|\d+")
+NUMBER = regex(r"\{n\}|\d+")
 Numbers = tuple[str, ...]
 
 

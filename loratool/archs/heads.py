@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from loratool.archs.base import load_data
+from loratool.lazy import regex
 
-_TASK = re.compile(r"For[A-Z]\w*$")
-_STEM = re.compile(
+_TASK = regex(r"For[A-Z]\w*$")
+_STEM = regex(
     r"(ForConditionalGeneration|For[A-Z]\w*|WithLMHeadModel|LMHeadModel|DoubleHeadsModel|MTModel|"
     r"Model)$"
 )

@@ -6,7 +6,6 @@ the class has for it, the adapter's head, no other head.  Everything behind work
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
@@ -29,10 +28,11 @@ from loratool.bind.new_parts import Extended, is_part, own_config
 from loratool.dialects.stated import WHOLE
 from loratool.errors import MismatchError, list_some
 from loratool.frozen import replace
+from loratool.lazy import regex
 from loratool.patterns import find
 from loratool.store.checkpoint import Checkpoint
 
-_LAYER = re.compile(r"\.\d+\.")
+_LAYER = regex(r"\.\d+\.")
 
 
 def take_heads(

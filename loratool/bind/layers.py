@@ -10,9 +10,10 @@ from typing import Any
 from loratool.archs.stated import layer_counts
 from loratool.errors import MismatchError
 from loratool.frozen import replace
+from loratool.lazy import regex
 from loratool.store.checkpoint import Checkpoint, Shard
 
-_LAYER = re.compile(r"((?:.*?\.)?(?:layers|layer|h|blocks|block))\.(\d+)\.(.+)", re.DOTALL)
+_LAYER = regex(r"((?:.*?\.)?(?:layers|layer|h|blocks|block))\.(\d+)\.(.+)", re.DOTALL)
 
 
 def replicate_layers(checkpoint: Checkpoint, order: Sequence[int]) -> Checkpoint:

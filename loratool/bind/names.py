@@ -15,6 +15,7 @@ from loratool.bind.items import Item
 from loratool.bind.new_parts import KnownNames
 from loratool.errors import MismatchError, UsageError
 from loratool.frozen import Frozen
+from loratool.lazy import regex
 from loratool.options.groups import Names
 from loratool.patterns import Pattern, check_replacement, compile_pattern, find, substitute
 from loratool.store.checkpoint import Checkpoint
@@ -51,7 +52,7 @@ COMPONENTS: Mapping[str, str] = {
     "transformer": r"(?:transformer|diffusion_model|model\.diffusion_model)",
     "vae": r"(?:vae|first_stage_model)",
 }
-_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
+_NUMBER = regex(r"(?<=\.)\d+(?=\.)")
 
 
 class View(Frozen, dict=True):

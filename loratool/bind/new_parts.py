@@ -7,7 +7,6 @@ they are.  A name that looks like one of the base's is none of them: it is a nam
 from __future__ import annotations
 
 import difflib
-import re
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -18,6 +17,7 @@ from loratool.archs.heads import class_of
 from loratool.archs.stated import OUTPUT_KEYS, is_class_key
 from loratool.errors import MismatchError, list_some
 from loratool.frozen import Frozen, field, replace
+from loratool.lazy import regex
 from loratool.store.checkpoint import Checkpoint
 from loratool.store.jsonfile import load_json
 from loratool.store.layout import is_beside_name
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from loratool.ops.merge_parts import WeightedAdapter
 
 _ALIKE_SIBLINGS, _ALIKE_MODULES = 0.8, 0.7  # of difflib's ratio
-_NUMBER = re.compile(r"\.\d+\.")
+_NUMBER = regex(r"\.\d+\.")
 _MOST = 200  # words that one is compared with, letter by letter
 _MOST_PARTS = 200  # different parts; more are no model's
 _DEEPEST = 64  # parts of a name

@@ -12,6 +12,7 @@ from loratool.bind.names import COMPONENTS
 from loratool.delta.forms import matrix_shape
 from loratool.dtypes import DTYPES
 from loratool.errors import MismatchError, list_some
+from loratool.lazy import regex
 from loratool.store.checkpoint import Checkpoint
 
 _WHAT: Mapping[str, tuple[str, str]] = {
@@ -70,7 +71,7 @@ _POOL = 500
 _VOTERS = 500
 _MOST_HEADS = 50
 _DEEPEST = 12  # parts of a prefix
-_VOCABULARY = re.compile(r"(^|\.)(\w*embed\w*|wte|shared|lm_head|output)\.weight$")
+_VOCABULARY = regex(r"(^|\.)(\w*embed\w*|wte|shared|lm_head|output)\.weight$")
 _PACKED = ("qweight", "weight_packed", "weight_blocks", "weight.absmax")
 
 

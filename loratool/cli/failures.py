@@ -16,9 +16,10 @@ from loratool.cli.group import COMMANDS
 from loratool.cli.render import dump_json, safe
 from loratool.cli.signals import Caught, Terminated
 from loratool.errors import AlreadyMadeError, DiskError, LoratoolError, UsageError
+from loratool.lazy import regex
 from loratool.report.base import SCHEMA
 
-_NO_MEMORY = re.compile(
+_NO_MEMORY = regex(
     "out of memory|(can't|cannot) allocate memory|not enough memory|bad_alloc|ALLOC_FAILED"
     "|can't start new thread|failed to map segment", re.IGNORECASE,
 )  # fmt: skip

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 import click
 
+from loratool.lazy import regex
 from loratool.options.words import Option, alternatives
 
-_WEIGHT = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)")
+_WEIGHT = regex(r"[+-]?(\d+(\.\d*)?|\.\d+)")
 
 
 class WeightList(click.ParamType[tuple[float, ...]]):

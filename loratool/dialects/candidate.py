@@ -11,6 +11,7 @@ from typing import Any
 
 from loratool.errors import BadFileError, UnsafeContentError, list_some
 from loratool.frozen import Frozen
+from loratool.lazy import regex
 from loratool.store.contained import list_folder, open_inside
 from loratool.store.foreign import PICKLE_HINT
 from loratool.store.gguf import MAGIC, GgufFile, read_gguf
@@ -25,7 +26,7 @@ _WEIGHT_NAMES = (
     "adapters.safetensors",
     "pytorch_lora_weights.safetensors",
 )
-_NO_WEIGHTS = re.compile(r"training_args|optimizer|scheduler|scaler|rng_state|random_states")
+_NO_WEIGHTS = regex(r"training_args|optimizer|scheduler|scaler|rng_state|random_states")
 _AS_ZERO = str.maketrans("123456789", "0" * 9)
 SUFFIX = ".gguf"
 

@@ -17,10 +17,11 @@ from loratool.dialects.dotted import HEADER, PIPELINE
 from loratool.dialects.fields import Scaling, Stated
 from loratool.dialects.peft.config import PeftConfig, parse_config
 from loratool.errors import BadFileError
+from loratool.lazy import regex
 
 _PARTS = tuple(c.name for c in PIPELINE if c.name)
 # The one model whose alpha stands in a plain field of the metadata.
-_MINIMAX = re.compile(r"(^|\.)(blocks\.\d+\.attn\.qkv_proj|(video|audio)_patch_proj)$")
+_MINIMAX = regex(r"(^|\.)(blocks\.\d+\.attn\.qkv_proj|(video|audio)_patch_proj)$")
 
 
 def read(metadata: Mapping[str, str], modules: Collection[str]) -> Stated:

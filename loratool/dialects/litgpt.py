@@ -10,7 +10,6 @@ lora_B.  Rows of heads lie as transformers has them.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -23,13 +22,14 @@ from loratool.dialects.candidate import Candidate
 from loratool.dialects.factors import product_spec, refuse_alpha, refuse_shape
 from loratool.dialects.peft.config import Fields
 from loratool.errors import BadFileError, MismatchError, UsageError
+from loratool.lazy import regex
 from loratool.options.groups import Read
 from loratool.store.contained import open_inside
 
 NAME = "litgpt"
 SETTINGS, MODEL = "hyperparameters.yaml", "model_config.yaml"
-_KEY = re.compile(r"(?P<module>.+)\.(?P<role>lora_[AB])")
-_LAYER = re.compile(r"transformer\.h\.(?P<number>\d+)\.(?P<leaf>\w+\.\w+)")
+_KEY = regex(r"(?P<module>.+)\.(?P<role>lora_[AB])")
+_LAYER = regex(r"transformer\.h\.(?P<number>\d+)\.(?P<leaf>\w+\.\w+)")
 _MODULES = {
     "attn.proj": "self_attn.o_proj", "mlp.fc_1": "mlp.gate_proj", "mlp.fc_2": "mlp.up_proj",
     "mlp.proj": "mlp.down_proj",

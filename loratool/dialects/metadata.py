@@ -7,13 +7,13 @@ in `loratool.dialects.told`.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from loratool.adapter import AdapterFiles, Source
 from loratool.errors import UsageError
 from loratool.frozen import replace
+from loratool.lazy import regex
 from loratool.store.header import MAX_METADATA, MAX_NAME, read_header
 
 OWN = "loratool"
@@ -23,7 +23,7 @@ TRIGGER = f"{SPEC}trigger_phrase"
 MODEL_HASH, LEGACY_HASH, SPEC_HASH = "sshs_model_hash", "sshs_legacy_hash", f"{SPEC}hash_sha256"
 LENGTHS = {MODEL_HASH: 64, LEGACY_HASH: 8, SPEC_HASH: 66}
 """Entries that are hashes of the tensors -> characters."""
-_FOR_PEOPLE = re.compile(
+_FOR_PEOPLE = regex(
     r"ss_(?!base_model_version)|ss(hs|md)_|modelspec\.(?!architecture)|ot_|loratool$"
     r"|(software|training_info|trained_words|name|version)$"
 )

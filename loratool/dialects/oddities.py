@@ -10,12 +10,13 @@ from pathlib import Path
 
 from loratool.adapter import Adapter
 from loratool.errors import list_some
+from loratool.lazy import regex
 
-_NOISE = re.compile(r"(high|low)(?=[_\- ]?noise)|(?<![a-z])(high|low)(?![a-z])", re.IGNORECASE)
+_NOISE = regex(r"(high|low)(?=[_\- ]?noise)|(?<![a-z])(high|low)(?![a-z])", re.IGNORECASE)
 _OTHER = {"high": "low", "low": "high"}
 _BOTH = {f".transformer_{number}." for number in (1, 2)}
-_FUSED = re.compile(r"(.*?[._])(?:to_)?qkv(?:_proj)?")
-_SPLIT = re.compile(r"(.*?[._])(?:to_)?[qkv](?:_proj)?")
+_FUSED = regex(r"(.*?[._])(?:to_)?qkv(?:_proj)?")
+_SPLIT = regex(r"(.*?[._])(?:to_)?[qkv](?:_proj)?")
 _LARGE = 8.0
 """Alpha over rank from which on a file is rarely right."""
 

@@ -12,13 +12,14 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from loratool.dialects.metadata import SPEC, TRIGGER
+from loratool.lazy import regex
 from loratool.report.told import Told
 
 Metadata = Mapping[str, str]
 _MOST_TAGS = 8
 _THUMBNAIL, _COVERS = f"{SPEC}thumbnail", "ssmd_cover_images"
 _AS_ZERO = str.maketrans("123456789", "0" * 9)
-_MUSUBI = re.compile(
+_MUSUBI = regex(
     r"hunyuan_video|hv|wan|framepack|flux_kontext|flux_2|qwen_image|kandinsky5|z_image|hidream_o1"
     r"|ideogram4|krea2"
 )

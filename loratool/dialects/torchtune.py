@@ -10,7 +10,6 @@ torchtune leaves them as transformers has them: the base tells (kind ``paired``)
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from typing import Any, NoReturn
 
@@ -22,12 +21,13 @@ from loratool.dialects.factors import product_spec, refuse_alpha, refuse_shape
 from loratool.dialects.peft.config import Fields
 from loratool.errors import BadFileError, MismatchError
 from loratool.frozen import replace
+from loratool.lazy import regex
 from loratool.options.groups import Read
 from loratool.store.jsonfile import load_json
 
 NAME = "torchtune"
-_KEY = re.compile(r"(?P<module>.+)\.(?:(?P<leaf>lora_[ab])\.weight|magnitude(?:\.weight)?)")
-_LAYER = re.compile(r"layers\.(?P<number>\d+)\.(?P<leaf>[a-z]+\.\w+)")
+_KEY = regex(r"(?P<module>.+)\.(?:(?P<leaf>lora_[ab])\.weight|magnitude(?:\.weight)?)")
+_LAYER = regex(r"layers\.(?P<number>\d+)\.(?P<leaf>[a-z]+\.\w+)")
 _ROLES = {"lora_a": "lora_A", "lora_b": "lora_B", None: "magnitude"}
 _MODULES = {
     "attn.q_proj": "self_attn.q_proj", "attn.k_proj": "self_attn.k_proj",

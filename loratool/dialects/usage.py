@@ -9,8 +9,9 @@ from loratool.dialects.programs import judge_loads
 from loratool.dialects.programs.vllm import VLLM, top_rank
 from loratool.dialects.rules import library_of
 from loratool.dialects.stated import task_of
+from loratool.lazy import regex
 
-PLAIN = re.compile(r"[\w.\-/]{1,100}", re.ASCII)
+PLAIN = regex(r"[\w.\-/]{1,100}", re.ASCII)
 """What can stand in code: nothing that closes a string or a line."""
 
 _TASKS = {

@@ -7,14 +7,15 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from loratool.archs.families import Place, block_depths, family_of, places, split_component
 from loratool.errors import MismatchError, UsageError
+from loratool.lazy import regex
 from loratool.store.source import is_weight
 
-_LAYER = re.compile(
+_LAYER = regex(
     r"(?:^|[._])(?:layers?|h|(?:joint_|transformer_)?blocks?|encoder\.layer)[._](\d+)[._]"
 )
-_UNET = re.compile(r"(input|output)_blocks\.(\d+)\.|middle_block\.")
-_PAIR = re.compile(r"(double|single)_blocks\.(\d+)\.")
-_TEXT = re.compile(r"(^|\.)(text_encoder|text_model|te\d?)(\.|$)")
+_UNET = regex(r"(input|output)_blocks\.(\d+)\.|middle_block\.")
+_PAIR = regex(r"(double|single)_blocks\.(\d+)\.")
+_TEXT = regex(r"(^|\.)(text_encoder|text_model|te\d?)(\.|$)")
 
 
 def _numbered(word: str, *numbers: int) -> tuple[str, ...]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,6 +20,7 @@ from loratool.dialects.usage import (
 )
 from loratool.errors import LoratoolError
 from loratool.frozen import Frozen
+from loratool.lazy import regex
 from loratool.ops.adapter_summary import summarize_adapter
 from loratool.ops.summary import summarize_checkpoint
 from loratool.store.card import CardFacts
@@ -29,7 +29,7 @@ from loratool.store.jsonfile import load_json
 from loratool.store.provenance import read_record
 from loratool.store.push_files import is_hub_name
 
-_PINNED = re.compile(r"hf://(?P<repo>[^/@]+/[^/@]+)@(?P<commit>[0-9a-f]{40})(/.*)?")
+_PINNED = regex(r"hf://(?P<repo>[^/@]+/[^/@]+)@(?P<commit>[0-9a-f]{40})(/.*)?")
 _MERGES = ("merge", "swap")  # operations after which adapters are in the weights
 
 

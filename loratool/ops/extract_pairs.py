@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -16,13 +15,12 @@ from loratool.archs.stated import model_type
 from loratool.archs.ties import is_head
 from loratool.dtypes import DTYPES
 from loratool.frozen import Frozen, replace
+from loratool.lazy import regex
 from loratool.store.checkpoint import Checkpoint
 
-_EMBEDDING = re.compile(
-    r"(^|[._])(embed\w*|embeddings?|wte|wpe|shared|embed_(in|out|tokens))\.weight$"
-)
-_HEAD = re.compile(r"(^|\.)(lm_head|embed_out|output_projection)\.weight$")
-_BUFFER = re.compile(r"\.(running_mean|running_var|num_batches_tracked|position_ids)$")
+_EMBEDDING = regex(r"(^|[._])(embed\w*|embeddings?|wte|wpe|shared|embed_(in|out|tokens))\.weight$")
+_HEAD = regex(r"(^|\.)(lm_head|embed_out|output_projection)\.weight$")
+_BUFFER = regex(r"\.(running_mean|running_var|num_batches_tracked|position_ids)$")
 _SMALL = 1 << 16  # elements of a weight that is kept as norms are, where no factors hold it
 _PARTS = {("gate", "up"): "gate_up_proj", ("up",): "up_proj", ("down",): "down_proj"}
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -10,10 +9,11 @@ from typing import Any
 from loratool.adapter import TensorRef
 from loratool.engine.rows import op_of
 from loratool.errors import MismatchError
+from loratool.lazy import regex
 from loratool.plan import Plan, ShardPlan, Step
 from loratool.store.checkpoint import Checkpoint, Shard
 
-_SHARD_NUMBER = re.compile(r"-\d{5}-of-\d{5}(?=\.safetensors$)")
+_SHARD_NUMBER = regex(r"-\d{5}-of-\d{5}(?=\.safetensors$)")
 
 
 def file_name_of(name: str, ref: TensorRef, checkpoint: Checkpoint) -> str:

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import re
-
 from loratool.adapter import TensorRef
 from loratool.archs.layers import stores_transposed
 from loratool.archs.ties import follows_vocabulary
 from loratool.dtypes import DTYPES
 from loratool.errors import MismatchError, UsageError
 from loratool.frozen import replace
+from loratool.lazy import regex
 from loratool.ops.coded import Decoded
 from loratool.quant import simulated
 from loratool.store.checkpoint import Checkpoint
 
-_NO_LAYER = re.compile(r"(emb|wte|wpe|shared|relative_attention_bias|norm)[^.]*\.weight$")
+_NO_LAYER = regex(r"(emb|wte|wpe|shared|relative_attention_bias|norm)[^.]*\.weight$")
 
 
 def simulate_base(base: Checkpoint, word: str) -> Decoded:

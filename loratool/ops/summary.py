@@ -16,6 +16,7 @@ from loratool.dialects.told import tell
 from loratool.dtypes import DTYPES, numel
 from loratool.errors import LoratoolError, MismatchError
 from loratool.frozen import replace
+from loratool.lazy import regex
 from loratool.ops.adapter_summary import dtype_bytes, dtype_word, summarize_adapter
 from loratool.ops.folder import Described, folder_rows
 from loratool.ops.input_notes import adapter_warnings
@@ -32,9 +33,9 @@ NO_ADAPTER = ("LT-400", "LT-491")
 checkpoint."""
 
 _MOST_CARD = 1 << 18  # bytes of a model card that are looked at
-_QUANTISED_NAME = re.compile(r"bnb-\dbit|-(GPTQ|AWQ|FP8|int[48])\b|-4bit\b", re.IGNORECASE)
-_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-_PLAIN_NAME = re.compile(r"[\w.~/-]+")
+_QUANTISED_NAME = regex(r"bnb-\dbit|-(GPTQ|AWQ|FP8|int[48])\b|-4bit\b", re.IGNORECASE)
+_HUB_NAME = regex(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_PLAIN_NAME = regex(r"[\w.~/-]+")
 
 
 def summarize(

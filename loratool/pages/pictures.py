@@ -6,11 +6,13 @@ import base64
 import binascii
 import re
 
+from loratool.lazy import regex
+
 MOST_BYTES = 256_000
 """Largest picture that is shown, in bytes."""
 MOST_PIXELS = 4096
 """Longest side of a picture that is shown."""
-_URI = re.compile(r"data:image/(?:png|jpe?g|webp);base64,", re.IGNORECASE)
+_URI = regex(r"data:image/(?:png|jpe?g|webp);base64,", re.IGNORECASE)
 _FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 
 

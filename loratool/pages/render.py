@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import re
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from loratool import __version__
+from loratool.lazy import regex
 from loratool.pages import curves
 from loratool.pages.blocks import Page
 from loratool.report.text import safe
@@ -28,7 +28,7 @@ CAP = 600
 """Longest text shown, in characters."""
 _ROWS = (5000, 2000, 1000, 500, 200, 100, 25)
 """Rows of each table: as many of these as fit on the page."""
-_MARKS = re.compile(r"([_./-]+)(?=\w)")
+_MARKS = regex(r"([_./-]+)(?=\w)")
 _DATA = Path(__file__).parent / "data"
 
 

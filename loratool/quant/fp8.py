@@ -10,13 +10,13 @@ A number is the float32 product of its code and its factor, as in transformers a
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 from loratool.adapter import CodedRef
+from loratool.lazy import regex
 from loratool.quant import factors as shared
 from loratool.quant.base import Found, Reader, Tensors, block_of, coded
 from loratool.quant.schemes import block_size, group_size
@@ -24,7 +24,7 @@ from loratool.quant.schemes import block_size, group_size
 DTYPES = {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
 
 _BLOCK = (128, 128)
-_COMPANION = re.compile(
+_COMPANION = regex(
     r"(^|\.)(scaled_fp8|comfy_quant|activation_scale|input_scale|scale_input|"
     r"\w+_(activation|input)_scale|\w*weight_scale|input_global_scale)$"
 )

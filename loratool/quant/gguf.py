@@ -8,13 +8,13 @@ their checkpoints.  Types that `loratool.quant.gguf_blocks` has no code for are 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from loratool.adapter import CodedRef, TensorRef
 from loratool.errors import MismatchError
 from loratool.frozen import replace
+from loratool.lazy import regex
 from loratool.quant.base import Found, Reader, Tensors, coded
 from loratool.quant.gguf_names import ARCHITECTURES, EXPERT, HEADS, leaf_of, living_module
 from loratool.quant.recognize import settings
@@ -26,7 +26,7 @@ _IMAGE = frozenset({
     "flux", "sd1", "sdxl", "sd3", "aura", "hidream", "cosmos", "hyvid", "wan", "ltxv", "lumina2",
     "qwen_image", "pig",
 })  # fmt: skip
-_NAME = re.compile(r"(?P<tensor>[\w.]+)\.(?P<parameter>weight|bias)")
+_NAME = regex(r"(?P<tensor>[\w.]+)\.(?P<parameter>weight|bias)")
 _ROW_ALONE = "ffn_gate_inp_shexp"  # a matrix of one row, which the file has as a vector
 _DROPPED = frozenset({"rope_freqs.weight"})  # made anew from the configuration
 _SHAPE = "comfy.gguf.orig_shape."

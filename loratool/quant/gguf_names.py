@@ -9,16 +9,17 @@ import re
 from collections.abc import Mapping
 
 from loratool.frozen import Frozen
+from loratool.lazy import regex
 
-_LAYER = re.compile(r"blk\.(\d+)\.(\w+)")
-_LIVING = re.compile(
+_LAYER = regex(r"blk\.(\d+)\.(\w+)")
+_LIVING = regex(
     r"(?:model\.)?(?:language_model\.)?(?:model\.)?layers\.(?P<number>\d+)\.(?P<rest>.+)", re.DOTALL
 )
-_EXPERT = re.compile(r"(?<=\.experts\.)(\d+)(?=\.)")
+_EXPERT = regex(r"(?<=\.experts\.)(\d+)(?=\.)")
 _OUTER = {"token_embd": "model.embed_tokens", "output": "lm_head", "output_norm": "model.norm"}
-_TABLE = re.compile(r"(?:model\.)?(?:language_model\.)?(?:model\.)?embed_tokens")
-_OUTER_NORM = re.compile(r"(?:model\.)?(?:language_model\.)?norm")
-_HEAD = re.compile(r"(?:language_model\.)?lm_head")
+_TABLE = regex(r"(?:model\.)?(?:language_model\.)?(?:model\.)?embed_tokens")
+_OUTER_NORM = regex(r"(?:model\.)?(?:language_model\.)?norm")
+_HEAD = regex(r"(?:language_model\.)?lm_head")
 EXPERT = "*"
 """In a name: the number of any expert."""
 Names = Mapping[str, tuple[str, ...]]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 from loratool.errors import (
@@ -11,13 +10,14 @@ from loratool.errors import (
     UnsafeContentError,
     list_some,
 )
+from loratool.lazy import regex
 from loratool.store.contained import is_inside, list_folder
 from loratool.store.foreign import PICKLE_HINT
 from loratool.store.layout import PLAIN_STEMS, is_pickle_name
 
-_SHARD = re.compile(r"-\d{5,6}-of-\d{5,6}")
-_OWN_FILE = re.compile(r"(adapter_model([-.].*)?|adapters)\.safetensors")
-_OWN_PICKLE = re.compile(r"(adapter_model|pytorch_lora_weights).*\.(bin|pt|pth)|adapters\.npz")
+_SHARD = regex(r"-\d{5,6}-of-\d{5,6}")
+_OWN_FILE = regex(r"(adapter_model([-.].*)?|adapters)\.safetensors")
+_OWN_PICKLE = regex(r"(adapter_model|pytorch_lora_weights).*\.(bin|pt|pth)|adapters\.npz")
 
 
 def is_adapter_folder(folder: Path) -> bool:

@@ -10,9 +10,10 @@ import yaml
 
 from loratool.errors import HubError
 from loratool.frozen import Frozen, field
+from loratool.lazy import regex
 from loratool.store.yamlfile import compose, plain
 
-_FRONT = re.compile(r"\A(?:\ufeff)?---[ \t]*\r?\n(.*?)(?:^|\r?\n)---[ \t]*(?:\r?\n|\Z)", re.DOTALL)
+_FRONT = regex(r"\A(?:\ufeff)?---[ \t]*\r?\n(.*?)(?:^|\r?\n)---[ \t]*(?:\r?\n|\Z)", re.DOTALL)
 _UNFILLED = "[More Information Needed]"
 _LONGEST = 200  # characters of a name or value that comes from a file
 _MOST_ROWS = 40

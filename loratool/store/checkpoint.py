@@ -7,7 +7,6 @@ file name goes wrong here.
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from loratool.errors import (
     list_some,
 )
 from loratool.frozen import Frozen, field
+from loratool.lazy import regex
 from loratool.quant.gguf import METHOD, config_of
 from loratool.quant.recognize import method_in_tensors, recognize_quantization
 from loratool.store.contained import is_inside, list_folder
@@ -30,11 +30,11 @@ from loratool.store.header import MAX_HEADER_BYTES, read_header, short_name
 from loratool.store.jsonfile import load_json
 from loratool.store.layout import PLAIN_STEMS, Layout, find_layout, has_weights, is_pickle_name
 
-_ADAPTER_KEY = re.compile(
+_ADAPTER_KEY = regex(
     r"lora_[ABab]\b|lora_(up|down|mid)\b|\.lora\.(up|down)\b|hada_w[12]|lokr_w[12]|"
     r"lora_magnitude|dora_scale|\.alpha$"
 )
-_SHARD_OF_MANY = re.compile(r"-\d{5,6}-of-(\d{5,6})\b")
+_SHARD_OF_MANY = regex(r"-\d{5,6}-of-(\d{5,6})\b")
 
 
 class Shard(Frozen):

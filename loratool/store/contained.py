@@ -23,6 +23,7 @@ from typing import NoReturn
 
 from loratool.adapter import Stamp
 from loratool.errors import BadFileError, DiskError, UnsafeContentError
+from loratool.lazy import regex
 from loratool.store.stamps import stamp_from
 from loratool.store.stubs import bring
 
@@ -31,7 +32,7 @@ _READ = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
 _NO_LINK = getattr(os, "O_NOFOLLOW", 0)
 _FOLDER = getattr(os, "O_PATH", os.O_RDONLY) | getattr(os, "O_DIRECTORY", 0)
 _MOST_LINKS = 40  # as systems follow in a row
-_BLOB = re.compile(r"[0-9a-f]{64}")
+_BLOB = regex(r"[0-9a-f]{64}")
 _IN_STEPS = {os.open, os.stat} <= os.supports_dir_fd
 _KINDS = {
     stat.S_IFDIR: "a folder", stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket",

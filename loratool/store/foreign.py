@@ -6,24 +6,25 @@ import re
 from typing import BinaryIO
 
 from loratool.errors import BadFileError, UnsafeContentError
+from loratool.lazy import regex
 
 PICKLE_HINT = "get the safetensors file; --allow-pickle converts this one in a locked process"
 _FETCH_LFS = "git lfs pull (or hf download) brings the real file"
 _FOREIGN: tuple[tuple[re.Pattern[bytes], str, str], ...] = (
-    (re.compile(rb"version https://git-lfs|# xet version"), "a Git LFS pointer", _FETCH_LFS),
+    (regex(rb"version https://git-lfs|# xet version"), "a Git LFS pointer", _FETCH_LFS),
     (
-        re.compile(rb"\s*(<!doctype|<html|<head|<\?xml)", re.IGNORECASE),
+        regex(rb"\s*(<!doctype|<html|<head|<\?xml)", re.IGNORECASE),
         "a web page",
         "the download was an error page: download it again, logged in if the repository is gated",
     ),
-    (re.compile(rb"GGUF"), "a GGUF file", "get the safetensors file"),
-    (re.compile(rb"\x1f\x8b"), "a gzip archive", "gunzip it first"),
-    (re.compile(rb"\x89HDF"), "an HDF5 file", "convert it to safetensors"),
-    (re.compile(rb"PK(\x03\x04|\x05\x06)"), "a zip archive", "unpack it first"),
-    (re.compile(rb"\s*\{"), "a JSON text", "name the weights file, not its index or config"),
+    (regex(rb"GGUF"), "a GGUF file", "get the safetensors file"),
+    (regex(rb"\x1f\x8b"), "a gzip archive", "gunzip it first"),
+    (regex(rb"\x89HDF"), "an HDF5 file", "convert it to safetensors"),
+    (regex(rb"PK(\x03\x04|\x05\x06)"), "a zip archive", "unpack it first"),
+    (regex(rb"\s*\{"), "a JSON text", "name the weights file, not its index or config"),
 )
 # Protocol 2 to 5 begin with a marker; 0 and 1 with an opcode that builds or imports something.
-_PICKLE = re.compile(rb"\x80[\x02-\x05]|c[\w.]+\n[\w.]+\n|[(\]}][dlpqt(]|\(i[\w.]+\n")
+_PICKLE = regex(rb"\x80[\x02-\x05]|c[\w.]+\n[\w.]+\n|[(\]}][dlpqt(]|\(i[\w.]+\n")
 
 
 def refuse_foreign(file: BinaryIO, head: bytes, shown: object, size: int) -> None:

@@ -11,7 +11,6 @@ import gc
 import json
 import math
 import os
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +20,7 @@ from loratool.adapter import Stamp, TensorRef
 from loratool.dtypes import DTYPES, tensor_bytes
 from loratool.errors import BadFileError, DiskError, list_some
 from loratool.frozen import Frozen
+from loratool.lazy import regex
 from loratool.location import Location, path_of
 from loratool.store.contained import open_inside
 from loratool.store.foreign import refuse_foreign
@@ -50,7 +50,7 @@ MAX_ENTRIES = 10_000  # of metadata
 # A tensor has one object, two lists, at most twelve commas and few fields; the rest is metadata.
 _MAX_OBJECTS = MAX_TENSORS + 2
 _MAX_LISTS = 2 * MAX_TENSORS
-_FIRST_METADATA = re.compile(rb'\{\s*"__metadata__"\s*:\s*')
+_FIRST_METADATA = regex(rb'\{\s*"__metadata__"\s*:\s*')
 _PARTS = dict.fromkeys(("dtype", "shape", "data_offsets"))  # of a tensor's entry
 _WHOLE = {int}  # bool is no int here
 _MAX_COMMAS, _MAX_COLONS = 12, 6  # per object, and one per entry of metadata

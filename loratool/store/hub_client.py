@@ -7,7 +7,6 @@ them, every answer has the same limits, and the token leaves for no other host.
 from __future__ import annotations
 
 import logging
-import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,10 +14,11 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from loratool.errors import HubError, redact
+from loratool.lazy import regex
 from loratool.store import hub_http
 from loratool.store.hub_retry import LONGEST_WAIT_S, seconds_asked
 
-_QUERY = re.compile(r"(?<=[\w/])\?[^\s'\"]+")
+_QUERY = regex(r"(?<=[\w/])\?[^\s'\"]+")
 
 
 def prepare_client(*, quiet: bool) -> None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 
 from loratool.errors import BadFileError, HubError, list_some
+from loratool.lazy import regex
 from loratool.store.adapter_folder import is_model_file
 from loratool.store.hub import ADAPTER_FILES, BASE_FILES
 from loratool.store.layout import PLAIN_STEMS, is_beside_name, is_pickle_name, what_lies_there
@@ -14,7 +14,7 @@ from loratool.store.layout import PLAIN_STEMS, is_beside_name, is_pickle_name, w
 _CONFIGS = ("adapter_config.json", "config.json", "model_index.json")
 _ADAPTER_WEIGHTS = ("adapter_model*.safetensors", "adapters.safetensors")
 _MARKS = ("adapter_config.json", *_ADAPTER_WEIGHTS, "pytorch_lora_weights*.safetensors")
-_VARIANT = re.compile(
+_VARIANT = regex(
     rf"^({'|'.join(PLAIN_STEMS)})\.\w+(-\d{{5}}-of-\d{{5}})?\.safetensors(\.index\.json)?$|"
     rf"^({'|'.join(PLAIN_STEMS)})-\d{{5}}-of-\d{{5}}\.\w+\.safetensors$|"
     rf"^({'|'.join(PLAIN_STEMS)})\.safetensors\.index\.\w+\.json$"

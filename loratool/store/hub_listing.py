@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from functools import partial
@@ -11,6 +10,7 @@ from urllib.parse import quote, urlsplit
 
 from loratool.errors import HubError
 from loratool.frozen import Frozen
+from loratool.lazy import regex
 from loratool.store.checksum import digest_of
 from loratool.store.hub import plain_errors, snapshot
 from loratool.store.hub_download import download, missing_bytes, repo_folder
@@ -23,7 +23,7 @@ MOST_FILES = 100_000
 
 _MOST_PAGES = 1_000
 _MOST_SIZE = 1 << 50
-_HASH = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
+_HASH = regex(r"[0-9a-f]{40}|[0-9a-f]{64}")
 
 
 class ListedFile(Frozen):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from loratool.errors import HubError, LoratoolError
 from loratool.frozen import Frozen
+from loratool.lazy import regex
 from loratool.store.checksum import hash_like
 from loratool.store.hub import plain_errors
 from loratool.store.hub_download import xet_error
@@ -27,7 +27,7 @@ ATTEMPTS = 3
 _IN_MEMORY = 64 << 20
 _MOST_REGULAR = 20_000_000  # of a file inside a commit; the Hub says 10 MB
 _WAIT_S = 0.5  # before the second attempt, and twice that before the third
-_SHARD = re.compile(
+_SHARD = regex(
     r"(?P<stem>.+?)(-\d{5}-of-\d{5})?(?P<tail>\.safetensors)|(?P<index>.+)\.safetensors\.index\.json"
 )
 

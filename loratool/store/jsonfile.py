@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from loratool.errors import BadFileError
+from loratool.lazy import regex
 from loratool.store.smallfile import read_small
 
 MAX_JSON_BYTES = 16_000_000
@@ -20,11 +21,11 @@ MAX_DIGITS = 40  # of a whole number
 
 # Without backtracking; one that has no end reaches to the end.
 _STRING = rb'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)'
-STRING = re.compile(_STRING, re.DOTALL)
-_TOKEN = re.compile(_STRING + rb"|[\[\]{}]", re.DOTALL)
-_WHOLE_TOKENS = re.compile(rb'(?:[^"]++|"[^"\\]*+(?:\\.[^"\\]*+)*+")*+', re.DOTALL)
+STRING = regex(_STRING, re.DOTALL)
+_TOKEN = regex(_STRING + rb"|[\[\]{}]", re.DOTALL)
+_WHOLE_TOKENS = regex(rb'(?:[^"]++|"[^"\\]*+(?:\\.[^"\\]*+)*+")*+', re.DOTALL)
 _WINDOW = 1 << 20  # bytes
-_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+_SURROGATE = regex(rb"\\u[dD][89a-fA-F]")
 _CONTINUED = bytes(range(0x80, 0xC0))  # all bytes of a UTF-8 character but the first
 MARKS = (b"{", b"[", b",", b":")
 

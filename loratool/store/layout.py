@@ -9,28 +9,27 @@ from typing import Any
 
 from loratool.errors import BadFileError, MismatchError, UnsafeContentError, list_some
 from loratool.frozen import Frozen
+from loratool.lazy import regex
 from loratool.store.contained import check_name, is_inside, list_folder
 from loratool.store.foreign import PICKLE_HINT
 from loratool.store.jsonfile import load_json
 
 PLAIN_STEMS = ("model", "diffusion_pytorch_model")
-_SHARD_NUMBER = re.compile(r"-(\d{5,6})-of-(\d{5,6})")
-_INDEX = re.compile(r"\.safetensors\.index(\.\w+)?\.json$")
-_ADAPTER_FILE = re.compile(r"^(adapter_model|adapters|\d+_adapters|pytorch_lora_weights)[.\-].*")
-_PICKLE_FILE = re.compile(r".*\.(bin|pt|pth|pth\.lora|ckpt|pkl)$", re.IGNORECASE | re.DOTALL)
+_SHARD_NUMBER = regex(r"-(\d{5,6})-of-(\d{5,6})")
+_INDEX = regex(r"\.safetensors\.index(\.\w+)?\.json$")
+_ADAPTER_FILE = regex(r"^(adapter_model|adapters|\d+_adapters|pytorch_lora_weights)[.\-].*")
+_PICKLE_FILE = regex(r".*\.(bin|pt|pth|pth\.lora|ckpt|pkl)$", re.IGNORECASE | re.DOTALL)
 _MAX_INDEX = 40_000_000  # bytes
 _MAX_INDEX_VALUES = 1_000_000  # two for each tensor
 _LONGEST_NAME = 255  # bytes, on every file system in use
-_MODEL_FILE = re.compile(
+_MODEL_FILE = regex(
     r"model_index\.json|.*\.index\.json|pytorch_model.*\.bin"
     r"|(model|diffusion_pytorch_model)[.-].*safetensors"
 )
-_NO_WEIGHTS = re.compile(r"^(training_args|optimizer|scheduler|scaler|rng_state|random_states)")
+_NO_WEIGHTS = regex(r"^(training_args|optimizer|scheduler|scaler|rng_state|random_states)")
 
 
-_BESIDE = re.compile(
-    r"(non_lora_\w+|mm_projector|value_head|new_embeddings)\.(safetensors|bin|pt|pth)"
-)
+_BESIDE = regex(r"(non_lora_\w+|mm_projector|value_head|new_embeddings)\.(safetensors|bin|pt|pth)")
 
 
 class Layout(Frozen):

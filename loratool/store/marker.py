@@ -12,7 +12,6 @@ import errno
 import hashlib
 import json
 import os
-import re
 import stat
 import threading
 import zlib
@@ -23,6 +22,7 @@ from typing import Any, TypedDict
 from loratool.adapter import Stamp
 from loratool.errors import LoratoolError
 from loratool.frozen import Frozen
+from loratool.lazy import regex
 from loratool.shapes import fitting
 from loratool.store.checksum import check_all, is_intact
 from loratool.store.journal import is_plain_name
@@ -34,7 +34,7 @@ REPLACED = ".loratool-replaced"
 """Lies in an old output that gives way to a new one: empty before its name goes, its marker where
 its files go one by one."""
 _NO_FILE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG)  # has such a name
-_CRC = re.compile(r"[0-9a-f]{8}")
+_CRC = regex(r"[0-9a-f]{8}")
 
 
 class Content(TypedDict):

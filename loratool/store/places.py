@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import os
-import re
 import sys
 from pathlib import Path
 
 from loratool.errors import OutputError
+from loratool.lazy import regex
 from loratool.store.disk import disk_error
 
 INSIDE = ".loratool-partial"
-_OCTAL = re.compile(rb"\\([0-7]{3})")
+_OCTAL = regex(rb"\\([0-7]{3})")
 
 
 def staging_path(path: Path) -> Path:

@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 from loratool.adapter import Stamp
 from loratool.errors import UnsafeContentError, UsageError, list_some
 from loratool.frozen import Frozen, field
+from loratool.lazy import regex
 from loratool.store.contained import list_folder, open_inside
 from loratool.store.file_kinds import Kind, kind_of
 from loratool.store.jsonfile import check_json_size
@@ -30,8 +31,8 @@ LEFT_OUT = (
     "*.tfevents.*", "checkpoint-*", "runs", "wandb", "logs", ".git", ".gitattributes", ".gitignore",
     ".cache", ".ipynb_checkpoints", ".DS_Store", "Thumbs.db", "desktop.ini", "__pycache__",
 )  # fmt: skip
-_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[\w.-]{1,96})?")
-_PIECES = re.compile(rb"\n|[A-Za-z0-9+/=]+ \d+\s")  # of sentencepiece, of tiktoken
+_HUB_NAME = regex(r"[A-Za-z0-9][\w.-]{0,95}(/[\w.-]{1,96})?")
+_PIECES = regex(rb"\n|[A-Za-z0-9+/=]+ \d+\s")  # of sentencepiece, of tiktoken
 _MAX_VALUES = 4_000_000  # of a JSON file; large tokenizers have 2.6 million
 _MARKS = {
     b"\xff\xfe\0\0": "utf-32", b"\0\0\xfe\xff": "utf-32", b"\xff\xfe": "utf-16",

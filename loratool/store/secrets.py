@@ -16,6 +16,7 @@ from typing import Any
 
 from loratool.errors import own_secrets
 from loratool.frozen import Frozen
+from loratool.lazy import regex
 
 KEYS = {
     "hf_": r"[A-Za-z0-9]{20}",
@@ -59,7 +60,7 @@ KEYS = {
     "://": r"[^\s/:@\"'<>{}$]{1,100}:[^\s/@\"'<>{}$]{1,100}@",
 }
 """How keys begin -> how they go on."""
-_KEYS = tuple(re.compile(re.escape(head) + rest) for head, rest in KEYS.items())
+_KEYS = tuple(regex(re.escape(head) + rest) for head, rest in KEYS.items())
 
 _NAME = (
     r"(?:SECRET(?:_ACCESS)?(?:_KEY)?|PASSWORD|PASSWD|API_?KEY|ACCESS_KEY(?:_ID)?|PRIVATE_KEY|"
@@ -72,21 +73,21 @@ _SAMPLE = (
     r"hf_[.x]|sk-[.x])"
 )
 """What instructions put in the place of a secret."""
-_SETTING = re.compile(
+_SETTING = regex(
     rf"(?m)^[ \t>#$]{{0,20}}(?:export |set |setx |env |-e )?(?:[A-Z0-9_]{{0,60}}?{_NAME}|"
     rf"(?i:aws_secret_access_key|aws_session_token)) ?[=:] ?[\"'`]?(?!{_SAMPLE})[^\s\"'`]"
 )
-_SECRET_KEY = re.compile(rf"(?i:\w*?{_NAME})")
-_NO_SECRET = re.compile(rf"{_SAMPLE}|\Z")
+_SECRET_KEY = regex(rf"(?i:\w*?{_NAME})")
+_NO_SECRET = regex(rf"{_SAMPLE}|\Z")
 
 _ANYBODY = r"(?!(?:user(?:name)?|you|your[-_]?name|me|name|someone|runner|ubuntu|jovyan)\b)"
 _HOMES = (
-    re.compile(rf"/(?:mnt/[a-z]/)?(?:home|Users)/{_ANYBODY}\w[^\s/\\:*?\"'<>|,;)]{{0,60}}[/\\]"),
-    re.compile(rf":[\\/]{{1,4}}(?i:Users)[\\/]{{1,4}}{_ANYBODY}\w[^\\/:*?\"<>|\n]{{0,60}}[\\/]"),
-    re.compile(r"file:///?(?!path|your)[^\s/<>\"']{1,99}/"),
+    regex(rf"/(?:mnt/[a-z]/)?(?:home|Users)/{_ANYBODY}\w[^\s/\\:*?\"'<>|,;)]{{0,60}}[/\\]"),
+    regex(rf":[\\/]{{1,4}}(?i:Users)[\\/]{{1,4}}{_ANYBODY}\w[^\\/:*?\"<>|\n]{{0,60}}[\\/]"),
+    regex(r"file:///?(?!path|your)[^\s/<>\"']{1,99}/"),
 )
 """Folders of people with names: anywhere in a text they tell of somebody's machine."""
-_PLACE = re.compile(r"file:/|~[/\\]|/[^/\s]+/\S|[A-Za-z]:[\\/]|\\\\[^\\\s]+\\")
+_PLACE = regex(r"file:/|~[/\\]|/[^/\s]+/\S|[A-Za-z]:[\\/]|\\\\[^\\\s]+\\")
 """How a value begins that as a whole is a path on a machine."""
 _PIECES = ("vocab", "merges", "content", "token_str", "additional_special_tokens")
 """Keys of a tokenizer for text that is the model's own."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from loratool.adapter import Stamp
 from loratool.errors import MismatchError, list_some
 from loratool.frozen import Frozen
+from loratool.lazy import regex
 from loratool.shapes import fitting_json
 from loratool.store.contained import find_inside, list_folder, open_inside
 from loratool.store.jsonfile import dump_json, load_json
@@ -61,7 +61,7 @@ _REFUSED = (
     "quantization_config.json",
     "*.py",
 )
-_WEIGHTS = re.compile(r"\.safetensors$|\.safetensors\.index(\.\w+)?\.json$")
+_WEIGHTS = regex(r"\.safetensors$|\.safetensors\.index(\.\w+)?\.json$")
 
 
 class Sidecar(Frozen):

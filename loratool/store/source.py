@@ -10,6 +10,7 @@ from urllib.parse import unquote
 
 from loratool.errors import TOKEN, BadFileError, HubError, UsageError
 from loratool.frozen import Frozen, field
+from loratool.lazy import regex
 from loratool.location import HubReference
 from loratool.store.adapter_folder import find_adapter, list_adapters
 from loratool.store.contained import typed
@@ -31,15 +32,15 @@ __all__ = [
 ]
 
 MAX_WEIGHT = 1e30  # far from overflow when it is multiplied with float32 factors
-_DECIMAL = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)")
-_COMPONENT = re.compile(r"[A-Za-z][A-Za-z0-9_.]*")
-_LOGIN = re.compile(r"https?://[^/\s@]+@")
+_DECIMAL = regex(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)")
+_COMPONENT = regex(r"[A-Za-z][A-Za-z0-9_.]*")
+_LOGIN = regex(r"https?://[^/\s@]+@")
 _NAME = r"[A-Za-z0-9][\w.\-]*"
-_HUB = re.compile(
+_HUB = regex(
     rf"hf://(?P<repo>{_NAME}/[\w.\-]+)(@(?P<rev>refs/pr/[0-9]+|[^/@]+))?(/(?P<sub>.*))?", re.DOTALL
 )
-_BARE = re.compile(rf"(?P<repo>(?P<owner>{_NAME})/[\w.\-]+)(@(?P<rev>[^/@]+))?")
-_FILE_SUFFIX = re.compile(
+_BARE = regex(rf"(?P<repo>(?P<owner>{_NAME})/[\w.\-]+)(@(?P<rev>[^/@]+))?")
+_FILE_SUFFIX = regex(
     r"\.(safetensors|gguf|bin|pt|pth|ckpt|json|ya?ml|npz|zip|md|txt|py|onnx)$", re.IGNORECASE
 )
 

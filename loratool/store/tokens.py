@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 from loratool.errors import BadFileError
 from loratool.frozen import Struct
+from loratool.lazy import regex
 from loratool.store.contained import open_inside
 
 # Everything that belongs to a tokenizer or processor of text; patterns for file names.
@@ -52,7 +53,7 @@ _MAX_LIST_BYTES = 20_000_000  # of vocab.txt; most take 1 to 5 MB
 _MAX_STRINGS = 4_000_000  # each with two quotes; and as many escapes
 _MAX_ENTRIES = 1_000_000
 # An escape in JSON text; it may be half of a surrogate pair.
-_ESCAPE = re.compile(
+_ESCAPE = regex(
     rb"\\(?:u[dD][89abAB]\w\w\\u[dD][c-fC-F]\w\w|(?P<half>u[dD][89a-fA-F]\w\w)|.)", re.DOTALL
 )
 T = TypeVar("T")

@@ -16,6 +16,7 @@ from loratool.dialects.stated import WHOLE
 from loratool.dtypes import DTYPES
 from loratool.errors import BadFileError, MismatchError
 from loratool.frozen import replace
+from loratool.lazy import regex
 from loratool.options.groups import Read
 from loratool.quant.base import coded
 from loratool.quant.gguf_names import (
@@ -28,8 +29,8 @@ from loratool.quant.gguf_names import (
 )
 from loratool.store.gguf import GgufFile, GgufTensor, read_gguf
 
-_KEY = re.compile(r"(?P<tensor>.+)\.weight\.(?P<leaf>lora_[ab])", re.DOTALL)
-_NORM = re.compile(r"(?P<tensor>(?:.+_)?norm)\.weight", re.DOTALL)
+_KEY = regex(r"(?P<tensor>.+)\.weight\.(?P<leaf>lora_[ab])", re.DOTALL)
+_NORM = regex(r"(?P<tensor>(?:.+_)?norm)\.weight", re.DOTALL)
 _CODED = "Q8_0"  # the one such type that llama.cpp's converter of adapters writes
 
 

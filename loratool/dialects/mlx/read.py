@@ -15,11 +15,12 @@ from loratool.dialects.mlx import LETTERS, MIXTRAL, NAME, ROLES
 from loratool.dialects.peft.config import Fields
 from loratool.errors import BadFileError, MismatchError
 from loratool.frozen import replace
+from loratool.lazy import regex
 from loratool.options.groups import Read
 
-_KEY = re.compile(r"(?P<module>.+)\.(?P<leaf>lora_a|lora_b|m)", re.DOTALL)
+_KEY = regex(r"(?P<module>.+)\.(?P<leaf>lora_a|lora_b|m)", re.DOTALL)
 # Experts of all kinds lie in one module of mlx-lm.
-_SWITCH = re.compile(r"(?P<mlp>.+)\.switch_mlp\.(?P<leaf>\w+)", re.DOTALL)
+_SWITCH = regex(r"(?P<mlp>.+)\.switch_mlp\.(?P<leaf>\w+)", re.DOTALL)
 
 
 def read(candidate: Candidate, options: Read) -> Adapter:

@@ -13,12 +13,13 @@ from loratool.dialects.factors import beyond_pairs
 from loratool.dialects.mlx import LETTERS, NAME, ROLES, WEIGHTS
 from loratool.dtypes import tensor_bytes
 from loratool.errors import MismatchError, list_some
+from loratool.lazy import regex
 from loratool.store.reader import read_bytes
 
 _LEAVES = {role: leaf for leaf, role in ROLES.items()}
 _WORDS = {letter: word for word, letter in LETTERS.items()}
-_LAYER = re.compile(r"(?P<layers>(?:.+\.)?layers)\.(?P<number>\d+)\.(?P<rest>.+)", re.DOTALL)
-_EXPERT = re.compile(r"(?P<mlp>.+)\.experts\.(?P<number>\d+)\.(?P<leaf>\w+)", re.DOTALL)
+_LAYER = regex(r"(?P<layers>(?:.+\.)?layers)\.(?P<number>\d+)\.(?P<rest>.+)", re.DOTALL)
+_EXPERT = regex(r"(?P<mlp>.+)\.experts\.(?P<number>\d+)\.(?P<leaf>\w+)", re.DOTALL)
 
 
 def obstacle(spec: DeltaSpec) -> str:

@@ -8,7 +8,6 @@ as ``mm_projector.bin``; LLaMA-Factory saves ``value_head.safetensors``; rows fo
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from loratool.dialects.peft.keys import sort_tensors
 from loratool.dialects.peft.replacements import read_replacements
 from loratool.errors import BadFileError, list_some
 from loratool.frozen import Struct, field, replace
+from loratool.lazy import regex
 from loratool.store.adapter_folder import is_model_file
 from loratool.store.contained import find_inside, list_folder
 from loratool.store.header import Header, read_header
@@ -27,8 +27,8 @@ from loratool.store.layout import is_beside_name, is_pickle_name, is_state_name
 
 _VALUE_HEAD = "value_head.safetensors"  # read by trainers beside merged weights
 _NEW_ROWS = "new_embeddings.safetensors"
-_OWN = re.compile(r"adapter_model.*")
-_FACTORS = re.compile(r"(^|[._])lora_(A|B|a|b|up|down)([._]|$)|\.lora\.(up|down)\.|hada_w1|lokr_w1")
+_OWN = regex(r"adapter_model.*")
+_FACTORS = regex(r"(^|[._])lora_(A|B|a|b|up|down)([._]|$)|\.lora\.(up|down)\.|hada_w1|lokr_w1")
 
 
 class Beside(Struct):

@@ -11,6 +11,7 @@ from loratool import kinds
 from loratool.adapter import TensorRef
 from loratool.errors import BadFileError, MismatchError, list_some
 from loratool.frozen import Frozen, Struct, field, replace
+from loratool.lazy import regex
 
 PREFIX = "base_model.model."
 # Left in names by torch.compile, FSDP and activation checkpointing.
@@ -19,7 +20,7 @@ _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 _MODULE = r"(?:(?P<module>.+)\.)?"
 _NAME = r"(?:\.(?P<name>(?!weight$|bias$)[^.]+))?"
 _ROLES: tuple[tuple[str, re.Pattern[str]], ...] = tuple(
-    (role, re.compile(_MODULE + pattern, re.DOTALL))
+    (role, regex(_MODULE + pattern, re.DOTALL))
     for role, pattern in (
         ("lora_A", rf"lora_A{_NAME}\.weight"),
         ("lora_B", rf"lora_B{_NAME}\.weight"),
@@ -32,17 +33,17 @@ _ROLES: tuple[tuple[str, re.Pattern[str]], ...] = tuple(
     )
 )
 # Roles that all dialects spell alike (`loratool.kinds`), such as hada_w1_a.
-_SPELLED = re.compile(_MODULE + rf"(?P<role>[a-z]+(?:_[a-z0-9]+)+){_NAME}(?:\.weight)?", re.DOTALL)
-_SHARED = re.compile(rf"(?:base_model\.)?(?P<leaf>[A-Za-z]\w*){_NAME}")
+_SPELLED = regex(_MODULE + rf"(?P<role>[a-z]+(?:_[a-z0-9]+)+){_NAME}(?:\.weight)?", re.DOTALL)
+_SHARED = regex(rf"(?:base_model\.)?(?P<leaf>[A-Za-z]\w*){_NAME}")
 # State that only training needs; the leading dot keeps module names out.
-_TRAINING = re.compile(
+_TRAINING = regex(
     r"(?:^|\.)(lora_velora_embed|lora_monteclora_sampler|trainable_tokens_original|ranknum)"
     r"(?:\.|$)"
 )
-_ORIGINAL = re.compile(r"(?:^|\.)original_module\.")
-_SAVED = re.compile(_MODULE + r"modules_to_save\.(?P<rest>.+)", re.DOTALL)
-_UNKNOWN_LORA = re.compile(r"(?:^|\.)lora_[A-Za-z_]+(?:\.[^.]+)?(?:\.weight|\.bias)?$")
-_INFIX = re.compile(r"(?:^|(?<=\.))(?:base_layer|token_adapter)\.")
+_ORIGINAL = regex(r"(?:^|\.)original_module\.")
+_SAVED = regex(_MODULE + r"modules_to_save\.(?P<rest>.+)", re.DOTALL)
+_UNKNOWN_LORA = regex(r"(?:^|\.)lora_[A-Za-z_]+(?:\.[^.]+)?(?:\.weight|\.bias)?$")
+_INFIX = regex(r"(?:^|(?<=\.))(?:base_layer|token_adapter)\.")
 
 
 class Key(Frozen):

@@ -6,13 +6,13 @@ take too many steps on a name of this adapter, and a table that takes seconds on
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import NoReturn
 
 from loratool.errors import BadFileError, list_some
+from loratool.lazy import regex
 from loratool.patterns import MAX_PATTERN, Pattern, compile_pattern, steps_of
 
 MAX_WAYS = 20_000_000  # bound on backtracking per name; about a second at worst
@@ -20,8 +20,8 @@ MAX_EXPRESSIONS = 1000  # in a table; of keys without operators there may be man
 MAX_SECONDS = 3  # of this thread, for all names
 
 # Nothing but characters, escaped punctuation, and dots.
-_PLAIN = re.compile(r"\^?(?:\\[^A-Za-z0-9\n]|[^\\^$*+?{}\[\]|()\n])*")
-_ATOM = re.compile(r"\\(.)|(.)")
+_PLAIN = regex(r"\^?(?:\\[^A-Za-z0-9\n]|[^\\^$*+?{}\[\]|()\n])*")
+_ATOM = regex(r"\\(.)|(.)")
 Dots = tuple[int, ...]
 
 

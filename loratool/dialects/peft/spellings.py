@@ -15,10 +15,11 @@ from loratool.adapter import TensorRef
 from loratool.dialects.peft.keys import Sorted
 from loratool.errors import BadFileError
 from loratool.frozen import replace
+from loratool.lazy import regex
 
-_HEAD = re.compile(r"(?:.+\.)?unembed_tokens")
-_SPLIT = re.compile(r"(?P<experts>(?:.+\.)?experts)\.(?P<leaf>gate_up_proj|down_proj)s\.(?P<n>\d+)")
-_STACKED = re.compile(r"(?P<experts>(?:.+\.)?experts)\.(?P<leaf>[A-Za-z]\w*)")
+_HEAD = regex(r"(?:.+\.)?unembed_tokens")
+_SPLIT = regex(r"(?P<experts>(?:.+\.)?experts)\.(?P<leaf>gate_up_proj|down_proj)s\.(?P<n>\d+)")
+_STACKED = regex(r"(?P<experts>(?:.+\.)?experts)\.(?P<leaf>[A-Za-z]\w*)")
 _LEAVES = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
 _KEEPS_LETTERS = "block_sparse_moe.experts"  # Mixtral's own names
 MAX_EXPERTS = 4096

@@ -8,12 +8,13 @@ from typing import Any
 
 from loratool.dialects.peft.patterns import Patterns, is_named
 from loratool.errors import BadFileError
+from loratool.lazy import regex
 
 ALL_LINEAR = "all-linear"
 NO_TARGETS = "dummy-target-modules"
 """What PEFT takes as ``target_modules`` for an adapter of whole tensors alone."""
 
-_LAYER = re.compile(r".*?\.[^.]*\.(\d+)\.")
+_LAYER = regex(r".*?\.[^.]*\.(\d+)\.")
 _HEADS = ("lm_head", "embed_out", "score", "classifier")
 
 

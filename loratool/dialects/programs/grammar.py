@@ -5,12 +5,12 @@ Nothing is resolved here: a rule of a program sees what the program sees, a name
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from functools import cached_property
 from typing import NamedTuple
 
 from loratool.frozen import Frozen
+from loratool.lazy import regex
 
 _PARTS = (
     (r"lora_down\.weight|lora_A(\.[^.]+)?\.weight|lora_A(\.default)?", "down"),
@@ -40,9 +40,9 @@ _PARTS = (
     (r"weight", "weight"),
 )
 """What a key ends in behind the module and a dot -> the part that it is."""
-_ENDS = [(re.compile(rf"(?P<stem>.+)\.(?P<end>{end})"), part) for end, part in _PARTS]
-_OLD = re.compile(r"(?P<stem>.+)(?P<end>_lora[12]?\.(?P<part>down|up)\.weight)")
-_SET = re.compile(r"(?P<stem>.+\.(query|key)_norm)\.(?P<end>scale)")
+_ENDS = [(regex(rf"(?P<stem>.+)\.(?P<end>{end})"), part) for end, part in _PARTS]
+_OLD = regex(r"(?P<stem>.+)(?P<end>_lora[12]?\.(?P<part>down|up)\.weight)")
+_SET = regex(r"(?P<stem>.+\.(query|key)_norm)\.(?P<end>scale)")
 _PREFIXES = (
     "bundle_emb.", "lora_unet__", "lora_unet_", "lora_te1_", "lora_te2_", "lora_te3_", "lora_te_",
     "lora_transformer_", "lora_prior_unet_", "lora_prior_te_", "lycoris_",

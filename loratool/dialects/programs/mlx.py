@@ -11,6 +11,7 @@ from loratool.dialects.programs.base import RAISES, WRONG, Hit, Program, Rule, s
 from loratool.dialects.programs.look import Look
 from loratool.dialects.rules import short_title
 from loratool.frozen import replace
+from loratool.lazy import regex
 
 _CODE = "https://github.com/ml-explore/mlx-lm/blob/main/mlx_lm/tuner/utils.py"
 
@@ -22,8 +23,8 @@ def _other(look: Look) -> Iterable[Hit]:
 
 # ------------------------------------------------------------------------- its own folders
 
-_KEY = re.compile(r"(?P<module>.+)\.(?P<leaf>\w+)", re.DOTALL)
-_LAYER = re.compile(r"(?:.+\.)?layers\.(?P<number>\d+)\.(?P<rest>.+)", re.DOTALL)
+_KEY = regex(r"(?P<module>.+)\.(?P<leaf>\w+)", re.DOTALL)
+_LAYER = regex(r"(?:.+\.)?layers\.(?P<number>\d+)\.(?P<rest>.+)", re.DOTALL)
 _NEEDED = ("rank", "scale", "dropout")
 
 

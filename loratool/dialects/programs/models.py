@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Sequence
 from functools import lru_cache
@@ -10,6 +9,7 @@ from typing import NamedTuple
 
 from loratool.archs import families as archs
 from loratool.dialects.programs.grammar import Group
+from loratool.lazy import regex
 
 ORIGINAL, DIFFUSERS = "original", "diffusers"
 SD, SD3, FLUX1, FLUX2, QWEN, WAN = "sd", "sd3", "flux1", "flux2", "qwen-image", "wan"
@@ -46,7 +46,7 @@ _NAMES = (
     (HIDREAM, DIFFUSERS, r"(double|single)_stream_blocks_\d+_block_"),
     (LTX, ORIGINAL, r"patchify_proj$|(audio_)?adaln_single_"),
 )  # fmt: skip
-_PATTERNS = [(family, naming, re.compile(words)) for family, naming, words in _NAMES]
+_PATTERNS = [(family, naming, regex(words)) for family, naming, words in _NAMES]
 
 
 class Family(NamedTuple):

@@ -29,12 +29,13 @@ from loratool.dialects.programs.base import (
     specs_of,
 )
 from loratool.dialects.programs.look import Look
+from loratool.lazy import regex
 
 _HOME = "https://github.com/sgl-project/sglang/blob/main/python/sglang/srt/lora/"
 _CONFIG, _LORA, _POOL = (_HOME + name for name in ("lora_config.py", "lora.py", "mem_pool.py"))
 _MANAGER, _UTILS = _HOME + "lora_manager.py", _HOME + "utils.py"
 
-_LAYER = re.compile(r"layers\.\d+\.")
+_LAYER = regex(r"layers\.\d+\.")
 _NEEDED = ("peft_type", "r", "lora_alpha", "target_modules")
 _ALL = ("all", "all-linear")
 _TABLES = ("embed_tokens", "lm_head")

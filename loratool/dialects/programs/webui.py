@@ -15,6 +15,7 @@ from loratool.dialects.programs.grammar import Group
 from loratool.dialects.programs.look import Look, once
 from loratool.dialects.programs.models import SD, SD3
 from loratool.dialects.programs.where import drops_text_model, lettered, numel, where
+from loratool.lazy import regex
 
 _HOME = (
     "https://github.com/AUTOMATIC1111/stable-diffusion-webui/blob/"
@@ -24,21 +25,21 @@ _LORA = _HOME + "extensions-builtin/Lora/"
 _NETWORKS, _MODULE = _LORA + "networks.py", _LORA + "network.py"
 _SD3_MAP = _HOME + "modules/models/sd3/sd3_model.py#L86"
 
-_UNET = re.compile(
+_UNET = regex(
     r"conv_(in|out)$|time_embedding_linear_\d|mid_block_(attentions|resnets)_\d+_"
     r"|(down|up)_blocks_\d+_((attentions|resnets)_\d+_|(down|up)samplers_0_conv)"
     r"|(input_blocks|output_blocks)_\d|middle_block_\d|time_embed_\d|label_emb_\d|out_[02]$"
 )
 """Names of the U-Net that it has, or turns into those that it has."""
 _CLIP = {
-    "lora_te_": re.compile(r"text_model_encoder_layers_\d+_"),
-    "lora_te1_": re.compile(r"text_model_"),
-    "lora_te2_": re.compile(r"text_model_encoder_layers_\d+_(self_attn|mlp)_"),
+    "lora_te_": regex(r"text_model_encoder_layers_\d+_"),
+    "lora_te1_": regex(r"text_model_"),
+    "lora_te2_": regex(r"text_model_encoder_layers_\d+_(self_attn|mlp)_"),
 }
 _OPEN_CLIP = 1024  # columns of Stable Diffusion 2's text encoder, which is torch's attention
-_ATTENTION = re.compile(r"(?P<layer>.+_self_attn)_(q|k|v|out)_proj")
-_SD3_PART = re.compile(r"transformer_blocks_\d+_attn_(to_[qkv]|to_out_0)")
-_SD3_QKV = re.compile(r"(?P<layer>transformer_blocks_\d+_attn)_to_[qkv]")
+_ATTENTION = regex(r"(?P<layer>.+_self_attn)_(q|k|v|out)_proj")
+_SD3_PART = regex(r"transformer_blocks_\d+_attn_(to_[qkv]|to_out_0)")
+_SD3_QKV = regex(r"(?P<layer>transformer_blocks_\d+_attn)_to_[qkv]")
 _BESIDE = ("diff_b", "bias", "set", "reshape", "rescale", "scalar")
 """Parts that none of its algorithms but OFT (rescale) and whole differences (diff_b) read."""
 

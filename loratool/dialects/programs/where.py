@@ -9,6 +9,7 @@ from loratool.dialects.candidate import asks_for_numbers
 from loratool.dialects.programs.base import Hit, Test
 from loratool.dialects.programs.grammar import Group
 from loratool.dialects.programs.look import Look, once
+from loratool.lazy import regex
 
 On = Callable[[Look, Group], bool]
 FACTORS = frozenset(("down", "up", "alpha"))
@@ -36,7 +37,7 @@ def where(
         on: anything else.
         unless: of the file: then it applies to none.
     """
-    prefixes, paths = re.compile(prefix), re.compile(path)
+    prefixes, paths = regex(prefix), regex(path)
     is_numbered = asks_for_numbers(path)
 
     def has_path(group: Group) -> bool:

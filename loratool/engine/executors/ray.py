@@ -9,7 +9,6 @@ alone plans, journals and completes files, and does a step again whose task was 
 from __future__ import annotations
 
 import os
-import re
 import signal
 import socket
 import threading
@@ -26,6 +25,7 @@ from loratool.engine.executors.whole_steps import LostError, Order, carry_out, r
 from loratool.engine.kernel import Env
 from loratool.errors import DiskError, LoratoolError, UsageError
 from loratool.frozen import replace
+from loratool.lazy import regex
 from loratool.store.far_reader import FarReader, unseen
 
 try:
@@ -33,7 +33,7 @@ try:
 except ImportError:  # `connect` says so
     ray = None
 
-_HOST = re.compile(r"[^:/\s]+:[0-9]{1,5}")
+_HOST = regex(r"[^:/\s]+:[0-9]{1,5}")
 _PATIENCE_S = 20
 
 
