@@ -8,7 +8,7 @@ from pathlib import Path
 
 from loratool import errors
 from loratool.archs.family_files import families
-from loratool.dialects.programs import PROGRAMS
+from loratool.dialects import programs as loaders
 from loratool.dialects.registry import DIALECTS
 from loratool.errors import LoratoolError
 from loratool.kinds import KINDS
@@ -193,7 +193,7 @@ def programs() -> Iterator[str]:
         (f"`{p.name}`", p.title, p.version, "images" if p.is_of_images else "language",
          str(len(p.opens) + len(p.rules)),
          str(sum(r.is_mended for r in (*p.opens, *p.rules))))
-        for p in PROGRAMS
+        for p in loaders.programs()
     ])  # fmt: skip
 
 

@@ -22,7 +22,7 @@ from loratool.api.translating import (
 from loratool.dialects import DEFAULT
 from loratool.dialects.base import Dialect
 from loratool.dialects.metadata import LENGTHS, edited, hashed, parse_edits
-from loratool.dialects.programs import OF_PEFT, Look, Program, judge_loads
+from loratool.dialects.programs import Look, Program, judge_loads
 from loratool.dialects.registry import home_of, writable
 from loratool.errors import UsageError
 from loratool.frozen import Frozen, replace
@@ -227,7 +227,8 @@ def _run(planned: _Planned, options: Mapping[str, Any]) -> ConvertedAdapter:
 
 def _of_peft(program: Program | None, row: Dialect) -> Program | None:
     """A program that takes one rank and one α/r of all modules; None for others, and own forms."""
-    return program if program in OF_PEFT and row.name == DEFAULT else None
+    is_one = program is not None and program.is_of_peft and row.name == DEFAULT
+    return program if is_one else None
 
 
 def _files(planned: _Planned, adapter: Adapter) -> AdapterFiles:

@@ -16,7 +16,7 @@ from loratool.api.session import base_row, run_plan
 from loratool.api.side_file import may_replace
 from loratool.dialects import DEFAULT, open_adapter
 from loratool.dialects.base import Dialect
-from loratool.dialects.programs import OF_PEFT, Program, find_program
+from loratool.dialects.programs import Program, find_program
 from loratool.dialects.registry import writable
 from loratool.errors import MismatchError, UsageError, list_some
 from loratool.frozen import Frozen, replace
@@ -140,7 +140,7 @@ def _prepare(asked: Extract) -> _Job:
     )  # fmt: skip
     if asked.names not in ("v4", "v5"):
         raise UsageError("LT-226", "unknown --names", expected="v4 or v5", got=asked.names)
-    program = None if asked.program is None else find_program(asked.program, OF_PEFT)
+    program = None if asked.program is None else find_program(asked.program, of_peft=True)
     keep, target = _kept_for(program, asked.keep), Path(asked.output)
     row = writable(asked.to or DEFAULT)
     access = access_of(asked, in_place=asked.dry_run)

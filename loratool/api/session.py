@@ -15,7 +15,7 @@ from loratool.api.common import Limits, Resources, content_label
 from loratool.api.fitting import Fitted, check_files, fit_for
 from loratool.api.translating import files_of, of_dialect, plan_translation, translate
 from loratool.dialects import DEFAULT, open_adapter, write_adapter_files
-from loratool.dialects.programs import OF_PEFT, Look, Program, find_program
+from loratool.dialects.programs import Look, Program, find_program
 from loratool.dialects.registry import home_of, writable
 from loratool.dialects.rules import is_folder
 from loratool.errors import UsageError
@@ -155,12 +155,12 @@ class Session(Frozen):
     @property
     def of_peft(self) -> Program | None:
         """The program, if it takes one rank and one α/r of all modules."""
-        return self.program if self.program in OF_PEFT else None
+        return self.program if self.program is not None and self.program.is_of_peft else None
 
     @property
     def of_images(self) -> Program | None:
         """The program, if it takes files as its loader reads them."""
-        return None if self.program in OF_PEFT else self.program
+        return None if self.of_peft is not None else self.program
 
     def _loader(self, form: str) -> Program | None:
         """The program, if it takes files of a dialect as its loader reads them."""

@@ -4,6 +4,7 @@ Everything is imported where it is used: until `main` has caught the signals, on
 traceback.
 """
 
+import gc
 import os
 import sys
 
@@ -14,6 +15,10 @@ if TYPE_CHECKING:
 
     from loratool.cli.signals import Caught
 
+_SEARCH_AFTER = 20_000
+"""New objects before Python looks for circles of garbage among them; its 700 are there 50 times
+while a command loads its modules and reads a header, which make none."""
+
 
 def main(argv: "Sequence[str] | None" = None) -> "NoReturn":
     """Run the command line as a program and exit.
@@ -23,6 +28,7 @@ def main(argv: "Sequence[str] | None" = None) -> "NoReturn":
     """
     from loratool.cli import signals
 
+    gc.set_threshold(_SEARCH_AFTER)
     args = list(sys.argv[1:] if argv is None else argv)
     caught = signals.Caught()
     try:

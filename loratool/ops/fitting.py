@@ -99,7 +99,7 @@ def plan_fit(adapter: Adapter, program: Program) -> Fit:
 
     Args:
         adapter: opened, or made.
-        program: a row of `loratool.dialects.programs.PROGRAMS`.
+        program: one of `loratool.dialects.programs.programs`.
 
     Raises:
         MismatchError: LT-488 it cannot load such an adapter, LT-489 nothing would be left, or

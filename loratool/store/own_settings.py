@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from loratool.errors import BadFileError, list_some
 from loratool.frozen import Frozen
 from loratool.store.contained import open_inside
 from loratool.store.jsonfile import load_json
-from loratool.store.sidecar import Sidecar
+from loratool.store.sidecar import Sidecar, is_like
 from loratool.store.stamps import stamp_of
 from loratool.store.tokens import TEMPLATES, TOKENIZER_FILES, TOKENIZER_STATE
 
@@ -91,7 +90,7 @@ def settle_settings(
 
 
 def _own(owner: Owner, patterns: Sequence[str]) -> list[str]:
-    return [n for n in owner.files if any(fnmatchcase(n, p) for p in patterns)]
+    return [n for n in owner.files if is_like(n, patterns)]
 
 
 def _differing(owner: Owner, patterns: Sequence[str], base: Mapping[str, Sidecar]) -> list[str]:
@@ -111,7 +110,7 @@ def _are_same(one: Owner, other: Owner, patterns: Sequence[str]) -> bool:
 
 def _take(found: dict[str, Sidecar], owner: Owner, patterns: Sequence[str]) -> None:
     own = _own(owner, patterns)
-    has_vocabulary = any(fnmatchcase(n, p) for n in own for p in _VOCABULARY)
+    has_vocabulary = any(is_like(n, _VOCABULARY) for n in own)
     stale = {n for n in found if has_vocabulary and n in TOKENIZER_STATE}
     if _has_template(owner, own):  # transformers prefers the template's own file
         stale |= {n for n in found if n.startswith(("chat_template", TEMPLATES))}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -183,9 +183,12 @@ def _sentence_modules(folder: Path) -> set[str]:
 
 def is_carried(name: str) -> bool:
     """True for the names of small files that programs need beside a model's weights."""
-    if any(fnmatchcase(name, pattern) for pattern in _REFUSED):
-        return False
-    return any(fnmatchcase(name, pattern) for pattern in _CARRIED)
+    return is_like(name, _CARRIED) and not is_like(name, _REFUSED)
+
+
+def is_like(name: str, patterns: Sequence[str]) -> bool:
+    """True for a name that is one of the patterns or fits one, as shells match them."""
+    return name in patterns or any("*" in p and fnmatchcase(name, p) for p in patterns)
 
 
 def _is_template(name: str) -> bool:

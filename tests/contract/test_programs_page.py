@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from loratool.dialects.programs import PROGRAMS, Program, Rule
+from loratool.dialects.programs import Program, Rule, programs
 
 PAGE = Path(__file__).parents[2] / "docs" / "programs.md"
 
@@ -23,7 +23,7 @@ def page() -> str:
         "is *mended*. Rules of older versions are told, and count for nothing. A program is one",
         "file in `loratool/dialects/programs/`.",
     ]  # fmt: skip
-    for program in PROGRAMS:
+    for program in programs():
         lines += _program(program)
     return "\n".join(lines) + "\n"
 

@@ -20,7 +20,7 @@ from docs.make import commands, pages, runs, tables
 from docs.make.__main__ import REMOTE
 from loratool.archs.family_files import families
 from loratool.cli.group import COMMANDS
-from loratool.dialects.programs import PROGRAMS
+from loratool.dialects.programs import programs
 from loratool.dialects.registry import DIALECTS
 from loratool.kinds import KINDS
 from loratool.methods import METHODS
@@ -54,7 +54,7 @@ def test_every_command_and_option_has_its_place() -> None:
 @pytest.mark.parametrize("page, names", [
     ("dialects", [d.name for d in DIALECTS]), ("kinds", [k.name for k in KINDS]),
     ("methods", [m.name for m in METHODS]), ("codecs", list(CODECS)),
-    ("programs", [p.name for p in PROGRAMS]), ("families", list(families())),
+    ("programs", [p.name for p in programs()]), ("families", list(families())),
     ("exit-codes", [str(code) for code in tables.EXIT_CODES]),
 ], ids=lambda x: x if isinstance(x, str) else "")  # fmt: skip
 def test_every_row_of_a_registry_is_in_its_table(page: str, names: list[str]) -> None:

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 import loratool as lt
 from loratool import cli
-from loratool.dialects.programs import OF_PEFT, find_program
+from loratool.dialects.programs import find_program, programs
 from loratool.errors import LoratoolError
 from loratool.report.check import CheckReport, Finding
 from tests.oracle import test_gguf, test_mlx
@@ -20,6 +20,7 @@ from tests.oracle.in_peft import Tensors, changes, distance
 from tests.oracle.rule_samples import DATA, SAMPLES, llama, plain, written
 from tests.oracle.test_loads import model_of
 
+OF_PEFT = [program for program in programs() if program.is_of_peft]
 ROWS = [(program, rule, name) for name, sample in SAMPLES.items()
         for program, rules in sample.rules.items() for rule in rules]  # fmt: skip
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from loratool.dialects.programs import PROGRAMS, Look, find_program, look_at
+from loratool.dialects.programs import Look, find_program, look_at, programs
 from loratool.options.groups import Read
 from loratool.report.check import Simulation
 from tests.unit.programs_samples import SAMPLES, Sample, Shapes
@@ -53,7 +53,7 @@ def test_kohya_is_a_name_of_its_scripts() -> None:
     assert find_program("kohya") is find_program("sd-scripts")
 
 
-@pytest.mark.parametrize("program", [p.name for p in PROGRAMS if p.is_of_images])
+@pytest.mark.parametrize("program", [p.name for p in programs() if p.is_of_images])
 def test_every_rule_has_its_files_its_sentence_and_its_source(program: str) -> None:
     rules = find_program(program).rules
     assert [r.name for r in rules] == list(dict.fromkeys(r.name for r in rules))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from loratool.errors import BadFileError, UsageError, list_some
 from loratool.options.groups import Read
 from loratool.store.contained import find_inside, list_folder
 from loratool.store.own_settings import SETTINGS_FILES
+from loratool.store.sidecar import is_like
 from loratool.store.tokens import TEMPLATES
 
 _EXTRAS = (*SETTINGS_FILES, "LICENSE*", "NOTICE*")
@@ -217,7 +217,7 @@ def _find_extras(candidate: Candidate) -> dict[str, Path]:
         return {}
     found = [
         entry for entry in list_folder(folder)
-        if entry.is_file() and any(fnmatch.fnmatch(entry.name, p) for p in _EXTRAS)
+        if entry.is_file() and is_like(entry.name, _EXTRAS)
     ]  # fmt: skip
     if (folder / TEMPLATES).is_dir():
         found += [t for t in list_folder(folder / TEMPLATES, folder) if not t.is_dir()]

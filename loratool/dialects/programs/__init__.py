@@ -1,38 +1,40 @@
 """Which programs load an adapter, and what each makes of every module of it (no torch).
 
 One file per program: its version, the files that its rules were read from, the rules.  Whether a
-program knows the base model itself is not looked at.
+program knows the base model itself is not looked at.  The programs of a world, `language` or
+`images`, are loaded when they are asked.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator
 
 from loratool.adapter import Adapter
-from loratool.dialects.programs.base import PEFT_FOLDER, Program, Rule, counted
-from loratool.dialects.programs.comfyui import COMFYUI
-from loratool.dialects.programs.diffusers import DIFFUSERS
-from loratool.dialects.programs.forge import FORGE
-from loratool.dialects.programs.llama_cpp import LLAMA_CPP
+from loratool.dialects.programs.base import Program, Rule, counted
 from loratool.dialects.programs.look import Look, look_at
-from loratool.dialects.programs.mlx import MLX
-from loratool.dialects.programs.nunchaku import NUNCHAKU
-from loratool.dialects.programs.peft import PEFT
-from loratool.dialects.programs.sd_scripts import SD_SCRIPTS
-from loratool.dialects.programs.sglang import SGLANG
-from loratool.dialects.programs.vllm import VLLM
-from loratool.dialects.programs.webui import WEBUI
 from loratool.errors import UsageError
 from loratool.report.base import Loads
 
-PROGRAMS = (
-    PEFT, VLLM, SGLANG, LLAMA_CPP, MLX, COMFYUI, DIFFUSERS, FORGE, WEBUI, NUNCHAKU, SD_SCRIPTS,
-)  # fmt: skip
-OF_PEFT = tuple(program for program in PROGRAMS if PEFT_FOLDER in program.opens)
-"""Those that load the folders of PEFT, and that `loratool.ops.fitting` makes forms for."""
+__all__ = ["Look", "Program", "Rule", "counted", "find_program", "judge_loads", "look_at",
+           "programs"]  # fmt: skip
 
-__all__ = ["OF_PEFT", "PROGRAMS", "Look", "Program", "Rule", "counted", "find_program",
-           "judge_loads", "look_at"]  # fmt: skip
+
+def _of_language() -> tuple[Program, ...]:
+    from loratool.dialects.programs.language import PROGRAMS
+
+    return PROGRAMS
+
+
+def _of_images() -> tuple[Program, ...]:
+    from loratool.dialects.programs.images import PROGRAMS
+
+    return PROGRAMS
+
+
+def programs() -> Iterator[Program]:
+    """All programs, those of language models first."""
+    yield from _of_language()
+    yield from _of_images()
 
 
 def judge_loads(adapter: Adapter) -> tuple[Loads, ...]:
@@ -42,21 +44,27 @@ def judge_loads(adapter: Adapter) -> tuple[Loads, ...]:
         >>> judge_loads(open_adapter(Path("style")))[0].verdict
         'yes'
     """
-    look, shown = Look.of(adapter), [p for p in PROGRAMS if p.is_shown]
-    asked = [p for p in shown if p.is_of_images] if look.is_of_images else []
+    look = Look.of(adapter)
+    asked = _of_images() if look.is_of_images else ()
     if not asked or adapter.config:  # a folder of PEFT may be of either
-        asked = [p for p in shown if not p.is_of_images] + asked
-    return tuple(program.judge(look) for program in asked)
+        asked = (*_of_language(), *asked)
+    return tuple(program.judge(look) for program in asked if program.is_shown)
 
 
-def find_program(name: str, among: Sequence[Program] = PROGRAMS) -> Program:
+def find_program(name: str, *, of_peft: bool = False) -> Program:
     """The program that ``--for`` names.
+
+    Args:
+        name: of the program.
+        of_peft: only programs that load the folders of PEFT.
 
     Raises:
         UsageError: LT-271, no such program.
     """
+    among = (program for program in programs() if program.is_of_peft or not of_peft)
+    known = []
     for program in among:
         if name in (program.name, *program.also):
             return program
-    raise UsageError("LT-271", "unknown --for", expected=", ".join(p.name for p in among),
-                     got=name)  # fmt: skip
+        known.append(program.name)
+    raise UsageError("LT-271", "unknown --for", expected=", ".join(known), got=name)

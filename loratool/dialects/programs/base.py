@@ -133,6 +133,11 @@ class Program(Frozen):
     is_shown: bool = True
     homes: Mapping[str, str] = field(default_factory=dict)
 
+    @property
+    def is_of_peft(self) -> bool:
+        """True if it loads the folders of PEFT; `loratool.ops.fitting` makes forms for it."""
+        return PEFT_FOLDER in self.opens
+
     def simulate(self, look: Look) -> Simulation:
         """Load an adapter on paper: a verdict for every module."""
         units = self.units(look)
