@@ -11,7 +11,6 @@ from loratool.ops.access import Access
 from loratool.options import groups as options
 from loratool.report.chart import check_chart
 from loratool.store.header import HARD_HEADER_BYTES, MAX_HEADER_BYTES
-from loratool.store.new_file import check_new_files
 from loratool.store.rules import FileRules
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
@@ -74,4 +73,7 @@ def check_files(
     """
     if plot is not None:
         check_chart(Path(plot))
-    check_new_files([Path(p) for p in (csv, plot, html) if p is not None])
+    if outputs := [Path(p) for p in (csv, plot, html) if p is not None]:
+        from loratool.store.new_file import check_new_files
+
+        check_new_files(outputs)

@@ -8,7 +8,6 @@ from typing import TypeVar
 
 from loratool.errors import OutputError
 from loratool.report.base import Report
-from loratool.store.new_file import check_new_files, write_new_file
 
 R = TypeVar("R", bound=Report)
 
@@ -26,6 +25,8 @@ def check_page(file: str | Path | None, *outputs: str | Path | None) -> None:
     """
     if file is None:
         return
+    from loratool.store.new_file import check_new_files
+
     check_new_files([Path(file)])
     place = Path(os.path.realpath(file))
     for other in (Path(os.path.realpath(o)) for o in outputs if o is not None):
@@ -43,6 +44,7 @@ def with_page(report: R, file: str | Path | None) -> R:
     """
     if file is not None:
         from loratool.pages.page import page_of
+        from loratool.store.new_file import write_new_file
 
         write_new_file(Path(file), page_of(report))
     return report

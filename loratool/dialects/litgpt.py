@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from loratool.adapter import Adapter, DeltaSpec, TensorRef
-from loratool.delta.stacking import rows_of
 from loratool.dialects.base import Dialect, by_keys
 from loratool.dialects.by_sight import LITGPT_KEY
 from loratool.dialects.candidate import Candidate
@@ -143,6 +142,8 @@ def _split(
             file=lora_B.path, key=lora_B.name, got=f"{lora_B.shape[0]} rows, {count} parts",
             expected=f"what {SETTINGS} and {MODEL} say", hint="put both beside the file",
         )  # fmt: skip
+    from loratool.delta.stacking import rows_of
+
     start = 0
     for number, (part, size) in enumerate(zip(parts, sizes, strict=True)):
         yield (

@@ -9,7 +9,6 @@ from loratool.adapter import Adapter, TensorRef
 from loratool.delta.forms import left_of
 from loratool.errors import list_some
 from loratool.location import HubFile
-from loratool.store.reader import FileReader
 
 if TYPE_CHECKING:
     from loratool.ops.inputs import OpenedAdapter, OpenedBase
@@ -60,6 +59,8 @@ def input_warnings(adapters: Iterable[OpenedAdapter]) -> list[str]:
 
 def _is_zero(adapter: Adapter) -> bool:
     """True if all factors of one side are zero bytes; reads until the first that is not."""
+    from loratool.store.reader import FileReader
+
     with FileReader() as reader:
         for spec in adapter.specs:
             ref = left_of(spec) if spec.row.has_factors else None

@@ -7,6 +7,7 @@ import shlex
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from loratool.adapter import Adapter
 from loratool.archs.stated import is_tied, model_type
@@ -18,15 +19,17 @@ from loratool.errors import LoratoolError, MismatchError
 from loratool.frozen import replace
 from loratool.lazy import regex
 from loratool.ops.adapter_summary import dtype_bytes, dtype_word, summarize_adapter
-from loratool.ops.folder import Described, folder_rows
 from loratool.ops.input_notes import adapter_warnings
 from loratool.options.groups import Read
 from loratool.report.inspect import CheckpointSummary, InspectReport, TensorRow
-from loratool.store.checkpoint import Checkpoint, open_checkpoint
 from loratool.store.contained import list_folder, open_inside
 from loratool.store.header import MAX_HEADER_BYTES
 from loratool.store.layout import what_lies_there
 from loratool.store.source import exists, find_adapter
+
+if TYPE_CHECKING:
+    from loratool.ops.folder import Described
+    from loratool.store.checkpoint import Checkpoint
 
 NO_ADAPTER = ("LT-400", "LT-491")
 """Codes of "not an adapter that loratool knows" and "a base model": then a file is described as a
@@ -72,6 +75,8 @@ def summarize(
     label = label or path.name or path.resolve().name
     what = what_is(path)
     if what == "folder":
+        from loratool.ops.folder import folder_rows
+
         rows, notes = folder_rows(
             path, lambda one: _describe_entry(one, alpha, max_header), max_header=max_header,
             progress=progress, on_work=on_work,
@@ -105,6 +110,8 @@ def _describe_entry(path: Path, alpha: float | None, max_header: int) -> Describ
         except MismatchError as error:
             if what == "adapter" or error.code not in NO_ADAPTER:
                 raise
+    from loratool.store.checkpoint import open_checkpoint
+
     checkpoint = summarize_checkpoint(open_checkpoint(path, max_header=max_header))
     return None, replace(checkpoint, label=path.name), None
 
@@ -188,6 +195,8 @@ def _adapter_tensors(adapter: Adapter) -> list[TensorRow]:
 def _describe_checkpoint(
     path: Path, named: str, label: str, tensors: bool, max_header: int
 ) -> InspectReport:
+    from loratool.store.checkpoint import open_checkpoint
+
     checkpoint = open_checkpoint(path, max_header=max_header)
     warnings = []
     if checkpoint.is_folder and (path / "adapter_config.json").exists():

@@ -1,7 +1,6 @@
 """Options of `push` and `pull`."""
 
 from collections.abc import Sequence
-from dataclasses import KW_ONLY
 from typing import Annotated
 
 from loratool.options.groups import (
@@ -9,7 +8,7 @@ from loratool.options.groups import (
     Place,
     Series,
 )
-from loratool.options.words import Options, Words
+from loratool.options.words import KW_ONLY, Options, Words
 
 
 class Push(Options, kw_only=False):

@@ -1,7 +1,6 @@
 """Options of commands that look at adapters: `inspect`, `compare`, `check`, `open`."""
 
 from collections.abc import Sequence
-from dataclasses import KW_ONLY
 from typing import Annotated
 
 from loratool.errors import UsageError
@@ -16,7 +15,7 @@ from loratool.options.groups import (
     Workers,
     Write,
 )
-from loratool.options.words import Words
+from loratool.options.words import KW_ONLY, Words
 
 
 class Inspect(Shown, Crew, Watch, Access, AlphaOnly, kw_only=False):

@@ -1,7 +1,6 @@
 """Options of `merge` and its kin: adapters into weights, with each other, and out again."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import KW_ONLY
 from typing import Annotated, Any, Literal
 
 from loratool.methods import BY_NAME
@@ -30,7 +29,7 @@ from loratool.options.groups import (
     Watch,
     Write,
 )
-from loratool.options.words import Options, Words
+from loratool.options.words import KW_ONLY, Options, Words
 
 Many = Annotated[Sequence[Place], Words("paths or Hub references, each with an optional weight.")]
 

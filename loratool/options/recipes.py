@@ -1,11 +1,10 @@
 """Options of `run`."""
 
 from collections.abc import Callable
-from dataclasses import KW_ONLY
 from typing import Annotated, Any
 
 from loratool.options.groups import Network, Place, Watch
-from loratool.options.words import Words
+from loratool.options.words import KW_ONLY, Words
 
 
 class Recipe(Watch, Network, kw_only=False):

@@ -1,7 +1,6 @@
 """Options of commands that make an adapter of one: `compress`, `rescale`, and `extract`."""
 
 from collections.abc import Sequence
-from dataclasses import KW_ONLY
 from typing import Annotated, Literal
 
 from loratool.options.groups import (
@@ -24,7 +23,7 @@ from loratool.options.groups import (
     Workers,
     Write,
 )
-from loratool.options.words import Options, Words
+from loratool.options.words import KW_ONLY, Options, Words
 
 
 class Compress(Write, Shown, Crew, Watch, Planned, Access, Read, kw_only=False):

@@ -2,11 +2,11 @@
 
 import types
 from collections.abc import Mapping, Sequence
-from dataclasses import KW_ONLY
 from functools import cache
 from inspect import get_annotations
 from pathlib import Path
 from typing import (
+    TYPE_CHECKING,
     Any,
     Literal,
     NamedTuple,
@@ -17,6 +17,14 @@ from typing import (
     get_args,
     get_origin,
 )
+
+if TYPE_CHECKING:
+    from dataclasses import KW_ONLY as KW_ONLY
+else:
+
+    class KW_ONLY:  # noqa: N801
+        """What type checkers know by this name; the module that has it is long in loading."""
+
 
 IDLE: tuple[Any, ...] = (None, False, (), [], "auto")
 """Values that say nothing: they are not recorded, and refused nowhere."""

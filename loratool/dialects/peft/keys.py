@@ -256,7 +256,10 @@ def _own_module(key: Key, adapted: Collection[str]) -> Key:
 def without_wrappers(names: Iterable[str]) -> list[str]:
     """Names without what torch.compile, FSDP and activation checkpointing put into them."""
     return [
-        ".".join(p for p in n.split(".") if p not in _WRAPPERS) if "_mod" in n else n for n in names
+        ".".join(p for p in n.split(".") if p not in _WRAPPERS)
+        if ("._" in n or n[:1] == "_")
+        else n
+        for n in names
     ]
 
 

@@ -236,10 +236,12 @@ def _beside(look: Look) -> Iterable[Hit]:
     """Files of trained weights that only loratool and the trainer's own code look for."""
     adapter = look.adapter
     assert adapter is not None
-    own = {
-        ref.file for s in adapter.specs for ref in s.fields.values() if isinstance(ref, TensorRef)
-    }
     refs = [r.source for r in adapter.replacements if isinstance(r.source, TensorRef)]
+    own = (
+        {ref.file for s in adapter.specs for ref in s.fields.values() if isinstance(ref, TensorRef)}
+        if refs
+        else set()
+    )
     others = {ref.path.name for ref in refs if ref.file not in own} if own else set()
     carried = {name for name in adapter.extras if name.endswith(".safetensors")}
     names = sorted(others | carried | {b.name for b in adapter.beside})

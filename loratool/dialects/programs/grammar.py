@@ -6,7 +6,7 @@ Nothing is resolved here: a rule of a program sees what the program sees, a name
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import cached_property
+from functools import lru_cache
 from typing import NamedTuple
 
 from loratool.frozen import Frozen
@@ -40,7 +40,9 @@ _PARTS = (
     (r"weight", "weight"),
 )
 """What a key ends in behind the module and a dot -> the part that it is."""
-_ENDS = [(regex(rf"(?P<stem>.+)\.(?P<end>{end})"), part) for end, part in _PARTS]
+_ENDS = [(regex(rf"(?:.*\.)?(?P<end>{end})"), part) for end, part in _PARTS]
+_THREE = ("lora", "lora_linear_layer", "lora_A", "lora_B", "lora_magnitude_vector", "oft_R")
+"""What a part of three words begins with; the others have one or two."""
 _OLD = regex(r"(?P<stem>.+)(?P<end>_lora[12]?\.(?P<part>down|up)\.weight)")
 _SET = regex(r"(?P<stem>.+\.(query|key)_norm)\.(?P<end>scale)")
 _PREFIXES = (
@@ -66,7 +68,7 @@ class Tensor(NamedTuple):
     shape: tuple[int, ...]
 
 
-class Group(Frozen, dict=True):
+class Group(Frozen):
     """The tensors of one module.
 
     Attributes:
@@ -74,32 +76,30 @@ class Group(Frozen, dict=True):
         prefix: how it begins, "" where modules have no prefix.
         keys: key -> its part, "" where the ending says nothing.
         tensors: key -> type and shape.
+        flat: the module without its prefix, with underscores for dots.
+        parts: all of its parts.
+        kind: the algorithm: what decides is the part that no other one has.
+        is_text: of a text encoder.
     """
 
     stem: str
     prefix: str
     keys: Mapping[str, str]
     tensors: Mapping[str, Tensor]
+    flat: str
+    parts: frozenset[str]
+    kind: str
+    is_text: bool
 
     @property
     def path(self) -> str:
         """The module without its prefix, as spelled."""
         return self.stem[len(self.prefix) :]
 
-    @cached_property
-    def flat(self) -> str:
-        """The module without its prefix, with underscores for dots."""
-        return self.path.replace(".", "_")
-
     @property
     def is_flat(self) -> bool:
         """True if its dots are lost."""
         return self.prefix.endswith("_")
-
-    @cached_property
-    def parts(self) -> frozenset[str]:
-        """All of its parts."""
-        return frozenset(self.keys.values())
 
     def of(self, *parts: str) -> tuple[str, ...]:
         """Keys of some of its parts."""
@@ -113,16 +113,6 @@ class Group(Frozen, dict=True):
     def uses_letters(self) -> bool:
         """True for ``lora_A`` and ``lora_B``, False for ``lora_down`` and ``lora_up``."""
         return any("lora_A" in key or "lora_B" in key for key in self.keys)
-
-    @cached_property
-    def kind(self) -> str:
-        """The algorithm: what decides is the part that no other one has."""
-        return next((kind for part, kind in _KINDS if part in self.parts), "")
-
-    @property
-    def is_text(self) -> bool:
-        """True for a text encoder's."""
-        return "_te" in self.prefix or self.prefix.startswith("text_encoder")
 
     @property
     def is_of_images(self) -> bool:
@@ -140,15 +130,25 @@ _KINDS = (
 
 def split_key(key: str) -> tuple[str, str]:
     """(stem, part) of a key; part "" where its end says nothing."""
-    if found := _SET.fullmatch(key):
+    if key.endswith("_norm.scale") and (found := _SET.fullmatch(key)):
         return found["stem"], "set"
-    if found := _OLD.fullmatch(key):
+    if "_lora" in key and (found := _OLD.fullmatch(key)):
         # ``to_q_lora`` and the 1 or 2 of XLabs belong to the module.
         return found["stem"] + found["end"].partition(".")[0], found["part"]
+    stem, *words = key.rsplit(".", 3)
+    if not stem or (len(words) > 2 and words[0] not in _THREE):
+        del words[:1]
+    size, part = _end_of(".".join(words))
+    return (key[: -size - 1], part) if size else (key, "")
+
+
+@lru_cache(maxsize=1 << 12)  # the ends of a file's keys are few
+def _end_of(words: str) -> tuple[int, str]:
+    """(length of the part's name, the part) at the end of a key, (0, "") where there is none."""
     for pattern, part in _ENDS:
-        if found := pattern.fullmatch(key):
-            return found["stem"], part
-    return key, ""
+        if found := pattern.fullmatch(words):
+            return len(found["end"]), part
+    return 0, ""
 
 
 def group_keys(tensors: Mapping[str, Tensor]) -> tuple[Group, ...]:
@@ -157,11 +157,15 @@ def group_keys(tensors: Mapping[str, Tensor]) -> tuple[Group, ...]:
     for key in tensors:
         stem, part = (key, "embedding") if key.startswith("bundle_emb.") else split_key(key)
         stems.setdefault(stem, {})[key] = part
-    return tuple(
-        Group(stem, _prefix_of(stem), keys, {key: tensors[key] for key in keys})
-        for stem, keys in stems.items()
-    )
+    return tuple(_group(stem, keys, tensors) for stem, keys in stems.items())
 
 
-def _prefix_of(stem: str) -> str:
-    return next((p for p in _PREFIXES if stem.startswith(p)), "")
+def _group(stem: str, keys: Mapping[str, str], tensors: Mapping[str, Tensor]) -> Group:
+    prefix = next((p for p in _PREFIXES if stem.startswith(p)), "")
+    parts = frozenset(keys.values())
+    return Group(
+        stem, prefix, keys, {key: tensors[key] for key in keys},
+        flat=stem[len(prefix) :].replace(".", "_"), parts=parts,
+        kind=next((kind for part, kind in _KINDS if part in parts), ""),
+        is_text="_te" in prefix or prefix.startswith("text_encoder"),
+    )  # fmt: skip
