@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 
 from loratool.errors import AlreadyMadeError, DiskError, OutputError, list_some
+from loratool.lazy import regex
 from loratool.store.disk import disk_error
 from loratool.store.leftovers import clear_away
 from loratool.store.marker import Proof, Prove, is_whole, prove
 from loratool.store.places import check_name, is_mount, staging_path
 from loratool.store.series import Series, may_be_made
 
-_SCHEME = re.compile(r"[a-z][a-z0-9+.-]+:")
+_SCHEME = regex(r"[a-z][a-z0-9+.-]+:")
 _UPLOAD = (
     "an output is made on a disk: name a folder there, then copy what is finished to its store "
     "(loratool push for the Hub)"

@@ -19,6 +19,7 @@ LAYERS = (
         "options",
         "errors",
         "frozen",
+        "lazy",
         "shapes",
         "patterns",
         "adapter",

@@ -6,7 +6,6 @@ Alpha is applied everywhere, metadata nowhere.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable, Iterator
 
 from loratool.dialects.programs import models
@@ -14,6 +13,7 @@ from loratool.dialects.programs.base import DROPPED, RAISES, UNSURE, WRONG, Hit,
 from loratool.dialects.programs.grammar import Group
 from loratool.dialects.programs.look import Look
 from loratool.dialects.programs.where import drops_text_model, is_alone, numel, where
+from loratool.lazy import regex
 
 _HOME = "https://github.com/comfyanonymous/ComfyUI/blob/master/comfy/"
 _KEYS, _ADAPTERS = _HOME + "lora.py", _HOME + "weight_adapter/"
@@ -43,8 +43,8 @@ _ORIGINAL = {
 }  # fmt: skip
 """Model -> how its own names may begin besides `_OWN`."""
 # HunyuanVideo's trainers' names that its map has behind a dot only, and those that it has nowhere.
-_DOTTED = re.compile(r"(mlp_fc[12]|_mod_linear|modulation_linear)$")
-_NOWHERE = re.compile(r"double_blocks_\d+_(img|txt)_attn_[qkv]$")
+_DOTTED = regex(r"(mlp_fc[12]|_mod_linear|modulation_linear)$")
+_NOWHERE = regex(r"double_blocks_\d+_(img|txt)_attn_[qkv]$")
 _NO_UNET = ("bundle_emb.", "text_conditioner.", "connectors.")
 
 
