@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import os
 import re
 import subprocess
 import sys
@@ -22,6 +23,8 @@ from loratool.ops.memory import TORCH_BYTES
 
 ROOT = Path(__file__).parents[2]
 _PR_SET_THP_DISABLE = 41  # <linux/prctl.h>: with huge pages every buffer counts as whole megabytes
+
+_MMAP = 128 << 10  # bytes, where glibc starts
 
 Call = tuple[str, Sequence[object], dict[str, object]]
 """Name of a function of the API, its arguments, its keywords."""
@@ -40,12 +43,21 @@ class Held:
     planned: int
 
 
-def measure(warm: Sequence[Call], calls: Sequence[Call]) -> Held:
-    """Run calls in a fresh process."""
+def measure(warm: Sequence[Call], calls: Sequence[Call], *, is_live: bool = False) -> Held:
+    """Run calls in a fresh process.
+
+    Args:
+        warm: on tiny inputs.
+        calls: those that are measured.
+        is_live: count what is alive, not what the allocator keeps of what was freed: glibc lets
+            the size from which memory goes back at once grow to 32 MB, in steps that depend on
+            the order of threads; it stays at its start here.
+    """
     text = json.dumps([warm, calls], default=str)
+    environ = {**os.environ, "GLIBC_TUNABLES": f"glibc.malloc.mmap_threshold={_MMAP}"}
     done = subprocess.run(
         [sys.executable, "-m", "tests.budget.held"], input=text, cwd=ROOT, capture_output=True,
-        text=True, check=False,
+        text=True, check=False, env=environ if is_live else None,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     taken, planned = map(int, done.stdout.split()[-2:])
