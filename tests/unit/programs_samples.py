@@ -102,6 +102,8 @@ glora: Shapes = {
     f"{SD}.b2.weight": (2, 8), f"{SD}.alpha": (),
 }  # fmt: skip
 old_glora = {k: v[::-1] for k, v in glora.items()}
+ideogram = pair("diffusion_model.layers.0.attention.qkv", 24, how="A")
+ideogram |= pair("diffusion_model.layers.0.attention.o", how="A")
 META = {"lora_adapter_metadata": '{"transformer.r": 2, "transformer.lora_alpha": 8}'}
 SAMPLES = (
     # ------------------------------------------------------------------------------- ComfyUI
@@ -267,7 +269,11 @@ SAMPLES = (
     Sample("diffusers", "krea-alpha", "raises", pair(KREA, how="A+"), pair(KREA, how="A")),
     Sample("diffusers", "krea-numbered", "raises", without(pair(KREA), "alpha"),
            pair(KREA, how="A")),
-    Sample("diffusers", "anima-alpha", "raises", pair(ANIMA, how="A+"), pair(ANIMA, how="A")),
+    Sample("diffusers", "alpha-left", "raises", pair(ANIMA, how="A+"), pair(ANIMA, how="A")),
+    Sample("diffusers", "ideogram-top", "raises", {
+        **ideogram, **pair("diffusion_model.adaln_proj", how="A")}, ideogram),
+    Sample("diffusers", "wan-left", "raises", {**wan_block, **pair("lora_unet_head_head")},
+           wan_block),
     Sample("diffusers", "z-fused", "dropped", pair("diffusion_model.layers.0.attention.qkv", 24),
            pair("lora_unet_layers_0_attention_qkv", 24)),
     Sample("diffusers", "z-out", "dropped",

@@ -48,6 +48,8 @@ _ISSUES, _PULLS = _HOME + "issues/", _HOME + "pull/"
 
 _KOHYA = ("lora_te_", "lora_te1_", "lora_te2_", "lora_unet_")
 _PIPELINE = ("transformer.", "text_encoder.", "text_encoder_2.", "text_encoder_3.")
+_OWN_ALONE = ("auraflow", "mochi", "cogview", "cogvideox", "kandinsky5")
+"""Models without a converter."""
 _TAKES = {
     SD: ("unet.", "text_encoder.", "text_encoder_2.", ""),
     SD3: _PIPELINE,
@@ -60,6 +62,10 @@ _TAKES = {
     LTX: ("diffusion_model.", "transformer.", "connectors."),
     HIDREAM: ("diffusion_model.", "transformer."),
     HUNYUAN: ("diffusion_model.", "transformer.", ""),
+    "ernie_image": ("diffusion_model.", "transformer."),
+    "ideogram4": ("diffusion_model.", "conditional_transformer.", "transformer."),
+    "ace_step": ("base_model.model.", "transformer."),
+    **dict.fromkeys(_OWN_ALONE, ("transformer.",)),
 }
 """Model -> how names may begin; FLUX has rules of its own."""
 _DOTTED = r"diffusion_model\.|base_model\.model\."
@@ -68,6 +74,8 @@ _STRICT = (QWEN, Z_IMAGE, WAN, LUMINA2, KREA2)
 _ALGORITHMS = ("loha", "oft", "glora", "ia3", "tlora", "norm", "set", "tucker")
 _WAN_BLOCK = {f"{attn}_attn_{leaf}" for attn in ("self", "cross") for leaf in "qkvo"} | {
     "ffn_0", "ffn_2"}  # fmt: skip
+_WAN_MODULE = rf"blocks_\d+_({'|'.join(_WAN_BLOCK)}|cross_attn_[kv]_img)"
+_LEAVES_ALPHA = (ANIMA, LTX, HIDREAM, "ernie_image", *_OWN_ALONE)
 _LUMINA_BLOCK = {"attention_qkv", "attention_out", *(f"feed_forward_w{i}" for i in (1, 2, 3))}
 
 
@@ -225,8 +233,15 @@ _OTHERS = (
     Rule("krea-numbered", RAISES, where(family=(KREA2,), kind=("lora",),
          prefix=_DOTTED, on=numbered), "lora_down and lora_up",
          "they are left over: ValueError", _CODE, is_mended=True),
-    Rule("anima-alpha", RAISES, where(family=(ANIMA,), part=("alpha",)), "alpha",
+    Rule("alpha-left", RAISES, where(family=_LEAVES_ALPHA, part=("alpha",),
+         on=lambda _, g: "lora" not in g.stem), "alpha",
          "a name without lora in it is an error", _PIPELINES, is_mended=True),
+    Rule("ideogram-top", RAISES, where(family=("ideogram4",), prefix=r"diffusion_model\.",
+         path=r"^(?!layers_\d)"), "modules outside of the layers", "they are left over: ValueError",
+         _CODE, is_mended=True),
+    Rule("wan-left", RAISES, where(family=(WAN,), prefix="lora_unet_", on=lambda _, g:
+         re.fullmatch(_WAN_MODULE, g.flat) is None), "modules that it does not convert",
+         "its converter of flat names knows attention and ffn alone", _CODE, is_mended=True),
     Rule("z-fused", DROPPED, where(family=(Z_IMAGE,), path=r"_attention_qkv$", kind=("lora",),
          on=lambda _, g: g.uses_letters or not g.is_flat), "fused attention",
          "the name is passed on, and the model has no such module", _ISSUES + "13203",

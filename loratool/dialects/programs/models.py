@@ -15,6 +15,15 @@ ORIGINAL, DIFFUSERS = "original", "diffusers"
 SD, SD3, FLUX1, FLUX2, QWEN, WAN = "sd", "sd3", "flux1", "flux2", "qwen-image", "wan"
 Z_IMAGE, LUMINA2, KREA2, ANIMA = "z-image", "lumina2", "krea-2", "anima"
 HUNYUAN, LTX, HIDREAM = "hunyuan-video", "ltx", "hidream"
+_FAMILIES = {
+    **dict.fromkeys(("sd1", "sd2", "sdxl", "sdxl_refiner", "ssd_1b", "vega"), SD),
+    **dict.fromkeys(("hunyuan_video", "hunyuan_video_15", "framepack"), HUNYUAN),
+    **dict.fromkeys(("ltx_video", "ltx2"), LTX),
+    "chroma": FLUX1, "qwen_image": QWEN, "z_image": Z_IMAGE, "krea2": KREA2, "hidream_i1": HIDREAM,
+}  # fmt: skip
+"""Families that programs load alike, or call otherwise than their file is called."""
+_SHARED = (FLUX1, FLUX2, Z_IMAGE, HUNYUAN)
+"""Models of whose names others have most: the maps tell them apart."""
 _BLOCK = r"(layers|noise_refiner|context_refiner)_\d+_"
 
 _NAMES = (
@@ -70,48 +79,28 @@ def _named(flat: str) -> Family:
 
 
 def family_of(groups: Sequence[Group]) -> Family:
-    """The model of a file, by most of its modules, and by shapes where names are shared."""
+    """The model of a file: by most of its names, and by the maps of families if shared."""
     if archs.is_language(g.stem for g in groups):
         return Family()
-    found = [(group, family) for group in groups if (family := naming_of(group)).name]
-    if not found:
-        return _by_maps(groups)
-    name, naming = Counter(family for _, family in found).most_common(1)[0][0]
-    sizes = {g.flat: (_rows(g), _columns(g)) for g, _ in found}
-    if any(f.name == FLUX2 for _, f in found) or (name == FLUX1 and _is_flux2(sizes)):
-        name = FLUX2
-    if name == Z_IMAGE and naming == ORIGINAL and _is_uneven(sizes):
-        name = LUMINA2
-    if name == FLUX1 and any(f.name == HUNYUAN or ("_attn_qkv" in g.path and not g.is_flat)
-                             for g, f in found):  # fmt: skip
+    mine = [g for g in groups if g.kind and not g.is_text]
+    found = Counter(family for g in mine if (family := naming_of(g)).name)
+    most, count = found.most_common(1)[0] if found else (Family(), 0)
+    if 2 * count >= len(mine) and most.name and most.name not in _SHARED:
+        return most  # as nearly all files, and no maps are asked
+    factored = [g for g in mine if g.kind not in ("full", "norm", "set")]
+    guess = archs.family_of({f"unet.{g.path}": _shape(g) for g in factored or mine})
+    name = most.name
+    if guess.family is not None:
+        name = _FAMILIES.get(guess.family, guess.family)
+    is_split = any(f.name == HUNYUAN for f in found) or any(
+        "_attn_qkv" in g.path and not g.is_flat for g in mine)  # fmt: skip
+    if name == FLUX1 and is_split:
         name = HUNYUAN
-    return Family(name, naming)
-
-
-def _by_maps(groups: Sequence[Group]) -> Family:
-    """By the maps of all families, which tell more of them."""
-    named = [g for g in groups if g.kind and not g.is_text]
-    guess = archs.family_of({g.stem: _shape(g) for g in named}).family
-    if guess is None:
-        return Family()
-    found = (archs.places("", g.path, family=guess) for g in groups)
-    namings = Counter(p[0].naming for p in found if p)
-    return Family(guess, namings.most_common(1)[0][0] if namings else "")
-
-
-def _is_flux2(sizes: dict[str, tuple[int, int]]) -> bool:
-    """FLUX.2 has nine widths in ``linear1`` and six in ``mlp_0``, FLUX.1 seven and four."""
-    gated = {"linear1": 9, "mlp_0": 6}
-    return any(
-        name.endswith(leaf) and rows and rows == times * columns
-        for name, (rows, columns) in sizes.items()
-        for leaf, times in gated.items()
-    )
-
-
-def _is_uneven(sizes: dict[str, tuple[int, int]]) -> bool:
-    """Lumina 2 has fewer keys and values than queries."""
-    return any(n.endswith("_qkv") and rows and rows < 3 * c for n, (rows, c) in sizes.items())
+    if name == most.name or guess.family is None:
+        return Family(name, most.naming)
+    at = (archs.places("", g.path, family=guess.family) for g in groups)
+    namings = Counter(p[0].naming for p in at if p)
+    return Family(name, namings.most_common(1)[0][0] if namings else "")
 
 
 def _shape(group: Group) -> tuple[int, ...]:
