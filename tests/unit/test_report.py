@@ -2,7 +2,6 @@
 
 import json
 import math
-from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
@@ -13,7 +12,6 @@ from loratool.report.extract import ExtractedModule, ExtractReport, group_famili
 from loratool.report.merge import VerifyReport
 
 
-@dataclass(frozen=True)
 class _Example(Report):
     command: ClassVar[str] = "example"
     value: object
