@@ -30,3 +30,13 @@ def known_matrix(kind: str, rows: int, cols: int, seed: int) -> tuple[torch.Tens
     if kind == "heavy_rows":
         matrix = torch.exp(1.5 * gaussian(rows, 1)) * matrix
     return matrix.float(), short
+
+
+def top_deviation(rows: int, cols: int) -> float:
+    """Standard deviation of the largest singular value of white noise, over that value.
+
+    Tracy and Widom's 1.27 times half the scale over the centre of the largest eigenvalue (Johnstone
+    2001, "On the distribution of the largest eigenvalue in principal components analysis").
+    """
+    m, n = rows**0.5, cols**0.5
+    return 1.27 / 2 * (1 / m + 1 / n) ** (1 / 3) / (m + n)

@@ -107,9 +107,8 @@ def simulate_noise(
         `block_lanczos` finds it.
 
     Notes:
-        Memory 4 m n bytes per matrix, which a GPU does all at once, a CPU one by one, and 8 m n
-        on a GPU; cost of a
-        rank-8 `block_lanczos`.
+        Memory 4 m n bytes per matrix, which a GPU does all at once, a CPU one by one; on a GPU
+        8 m n more for one of them.  Cost of a rank-8 `block_lanczos`.
     """
     together = len(exponents) if exponents.device.type == "cuda" else 1
     found = []

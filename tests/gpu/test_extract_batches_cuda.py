@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import loratool as lt
 from loratool.engine.factoring import _seed
 from loratool.linalg.noise import Grid, simulate_noise
 from tests.make import randn, save_checkpoint
+from tests.spectra import top_deviation
 
 pytestmark = [
     pytest.mark.gpu,
@@ -61,11 +61,8 @@ def test_company_changes_no_byte(options: dict[str, Any], pair: Path, tmp_path: 
             assert torch.equal(made[1][name], made[count][name]), (count, name)
 
 
-def noise_top(pair: Path, name: str) -> tuple[float, float]:
-    """Largest singular value of a module's simulated noise, and its standard deviation over it.
-
-    The latter is Tracy and Widom's 1.27 times half the scale over the centre (Johnstone 2001).
-    """
+def noise_bound(pair: Path, name: str) -> float:
+    """What may still be noise: the noise in a module's change and the simulated one scatter."""
     base, tuned = (load_file(pair / side / "model.safetensors")[name] for side in ("base", "tuned"))
     square = float((tuned.double() - base.double()).square().sum())
     numbers = Grid((len(tuned), tuned.shape[1]), tuned.dtype, tuned.device)
@@ -74,8 +71,7 @@ def noise_top(pair: Path, name: str) -> tuple[float, float]:
         numbers.exponents[None], [numbers.significand_bits], delta_squares=[square],
         seeds=[_seed(f"{name}[0]")],
     )  # fmt: skip
-    m, n = (math.sqrt(side) for side in tuned.shape)
-    return floor.top, 1.27 / 2 * (1 / m + 1 / n) ** (1 / 3) / (m + n)
+    return floor.top * (1 + 4 * 2**0.5 * top_deviation(*tuned.shape))
 
 
 @pytest.mark.parametrize("options", [{"rank": 8}, {"rank": "auto"}], ids=str)
@@ -99,6 +95,4 @@ def test_a_batch_keeps_as_much_as_a_cpu(
             continue
         assert options["rank"] == "auto"
         less, more = sorted((one, other), key=lambda m: m.rank)
-        top, deviation = noise_top(pair, one.name)
-        # both the noise that is in the change and the simulated one scatter
-        assert more.sigma[less.rank] <= top * (1 + 4 * 2**0.5 * deviation), one.name
+        assert more.sigma[less.rank] <= noise_bound(pair, one.name), one.name

@@ -201,3 +201,16 @@ def written(name: str, folder: Path) -> Path:
         if extra.endswith(".json"):
             (folder / extra).write_text('{"<new>": 64}')
     return folder
+
+
+def made_in(root: Path) -> Callable[[str], Path]:
+    """A sample by name, made once; "" = the adapter that passes every rule."""
+    made: dict[str, Path] = {}
+
+    def get(name: str) -> Path:
+        if name not in made:
+            path = root / str(len(made))
+            made[name] = written(name, path) if name else plain(path)
+        return made[name]
+
+    return get

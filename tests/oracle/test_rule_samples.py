@@ -17,7 +17,7 @@ from loratool.errors import LoratoolError
 from loratool.report.check import CheckReport, Finding
 from tests.oracle import test_gguf, test_mlx
 from tests.oracle.in_peft import Tensors, changes, distance
-from tests.oracle.rule_samples import DATA, SAMPLES, llama, plain, written
+from tests.oracle.rule_samples import DATA, SAMPLES, llama, made_in
 from tests.oracle.test_loads import model_of
 
 OF_PEFT = [program for program in programs() if program.is_of_peft]
@@ -28,15 +28,7 @@ ROWS = [(program, rule, name) for name, sample in SAMPLES.items()
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A sample by name, made once; "" = the adapter that passes every rule."""
-    root, made = tmp_path_factory.mktemp("samples"), dict[str, Path]()
-
-    def get(name: str) -> Path:
-        if name not in made:
-            path = root / str(len(made))
-            made[name] = written(name, path) if name else plain(path)
-        return made[name]
-
-    return get
+    return made_in(tmp_path_factory.mktemp("samples"))
 
 
 @pytest.mark.parametrize("program", [p.name for p in OF_PEFT])

@@ -35,7 +35,7 @@ from tests.make import random_factors, save_adapter
 from tests.oracle import test_gguf, test_loads
 from tests.oracle.in_peft import load_strict, make
 from tests.oracle.in_sglang import loaded
-from tests.oracle.rule_samples import DATA, SAMPLES, TARGETS, llama, plain, written
+from tests.oracle.rule_samples import DATA, SAMPLES, TARGETS, llama, made_in
 
 pytestmark = pytest.mark.slow
 
@@ -67,15 +67,7 @@ Make = Callable[[], torch.Tensor]
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Get:
     """A sample by name, made once."""
-    root, made = tmp_path_factory.mktemp("samples"), dict[str, Path]()
-
-    def get(name: str) -> Path:
-        if name not in made:
-            path = root / str(len(made))
-            made[name] = written(name, path) if name else plain(path)
-        return made[name]
-
-    return get
+    return made_in(tmp_path_factory.mktemp("samples"))
 
 
 @pytest.fixture(scope="module")
