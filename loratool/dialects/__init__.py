@@ -13,10 +13,19 @@ from typing import Any
 
 from loratool.adapter import Adapter, AdapterFiles
 from loratool.dialects.base import Dialect
-from loratool.dialects.candidate import Candidate, examine
+from loratool.dialects.candidate import Candidate
 from loratool.dialects.peft.read import unmergeable_reason
 from loratool.dialects.peft.tasks import task_type_of
-from loratool.dialects.registry import BY_NAME, DEFAULT, DIALECTS, detect, home_of, writable
+from loratool.dialects.registry import (
+    BY_NAME,
+    DEFAULT,
+    DIALECTS,
+    claims,
+    detect,
+    examine,
+    home_of,
+    writable,
+)
 from loratool.errors import MismatchError
 from loratool.options.groups import Read
 from loratool.store.header import MAX_HEADER_BYTES
@@ -27,6 +36,7 @@ __all__ = [
     "DIALECTS",
     "Candidate",
     "Dialect",
+    "claims",
     "detect",
     "examine",
     "open_adapter",

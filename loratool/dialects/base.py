@@ -53,6 +53,9 @@ class Dialect(Frozen):
         written_as: the dialect that its adapters are written in, where that is another one.
         form: what ``-o`` names, ``folder`` or ``file``.
         suffixes: of the tensor file.
+        weights: what its tensor file is called in a folder, beside its configuration.
+        beside: other files beside a lone tensor file that say something of it.
+        is_last: it claims only what no other dialect does.
         holds_whole: it has a place for tensors that take the base's place.
         even: what is one number for all changes, ``scaling`` or ``alpha``; `convert` puts other
             ones into the factors.
@@ -72,6 +75,9 @@ class Dialect(Frozen):
     holds: str = ""
     form: str = "file"
     suffixes: tuple[str, ...] = (".safetensors",)
+    weights: tuple[str, ...] = ()
+    beside: tuple[str, ...] = ()
+    is_last: bool = False
     hint: str | None = None
     short: str = ""
     library: str | None = None

@@ -10,25 +10,12 @@ from loratool.dialects.candidate import Candidate
 
 # --------------------------------------------------------------------------- language models
 
-
 MEGATRON = Dialect(
     "megatron", "NeMo / Megatron",
     by_keys(r"adapter_layer\.lora_.*\.linear_(in|out)\.weight$"), hint="export it to PEFT in NeMo",
 )  # fmt: skip
 
-LITGPT_KEY = r"^transformer\.h\.\d+\.(attn\.(qkv|attn|proj)|mlp\.(fc(_[12])?|proj))\.lora_[AB]$"
-"""What litgpt calls its factors."""
-
 # ------------------------------------------------------------------------------- image models
-
-IMAGE_MODULES = (
-    r"^diffusion_model\.",
-    r"^(unet|transformer_2|text_encoder(_2|_3)?|text_encoders|prior|connectors"
-    r"|text_conditioner|conditional_transformer)\.",
-    # Only diffusion transformers have these; GPT-2 and MPT also begin with "transformer.".
-    r"(^|\.)((single_)?transformer|double|single)_blocks\.|\.(to_q|to_k|to_v|to_out|add_q_proj)\.",
-)
-"""What names of factors look like that belong to models of images, whoever wrote them."""
 
 
 def is_control_lora(candidate: Candidate) -> bool:

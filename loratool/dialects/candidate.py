@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,12 +20,6 @@ from loratool.store.jsonfile import load_json
 from loratool.store.layout import is_pickle_name
 
 CONFIG_NAME = "adapter_config.json"
-# In the order in which programs that write folders look for their tensors.
-_WEIGHT_NAMES = (
-    "adapter_model.safetensors",
-    "adapters.safetensors",
-    "pytorch_lora_weights.safetensors",
-)
 _NO_WEIGHTS = regex(r"training_args|optimizer|scheduler|scaler|rng_state|random_states")
 _AS_ZERO = str.maketrans("123456789", "0" * 9)
 SUFFIX = ".gguf"
@@ -100,13 +94,13 @@ def asks_for_numbers(pattern: str) -> bool:
     return any("0" <= letter <= "9" for letter in pattern)
 
 
-def examine(path: Path, *, max_header: int = MAX_HEADER_BYTES) -> Candidate:
+def examine(path: Path, weights: Sequence[str], *, max_header: int = MAX_HEADER_BYTES) -> Candidate:
     """Look at a path: a folder with an adapter in it, or one file.
-
-    A file named ``adapter_model.safetensors`` belongs to the configuration beside it.
 
     Args:
         path: folder or file.
+        weights: what programs that write folders call the file of tensors in it, those of PEFT
+            first; a file of such a name belongs to the configuration beside it.
         max_header: largest safetensors header accepted, in bytes.
 
     Raises:
@@ -114,11 +108,11 @@ def examine(path: Path, *, max_header: int = MAX_HEADER_BYTES) -> Candidate:
         UnsafeContentError: only pickles (LT-920); they are not opened.
     """
     if path.is_dir():
-        return _examine_folder(path, max_header)
-    return _examine_file(path, max_header)
+        return _examine_folder(path, weights, max_header)
+    return _examine_file(path, weights, max_header)
 
 
-def _examine_file(path: Path, max_header: int) -> Candidate:
+def _examine_file(path: Path, weights: Sequence[str], max_header: int) -> Candidate:
     names = (path.name,)
     if path.suffix == SUFFIX:
         with open_inside(path) as file:
@@ -126,26 +120,27 @@ def _examine_file(path: Path, max_header: int) -> Candidate:
     if is_pickle_name(path.name) and path.is_file():
         _refuse_pickle(path, names)
     beside = path.with_name(CONFIG_NAME)
-    if path.name == _WEIGHT_NAMES[0] and os.path.lexists(beside):
+    if path.name in weights and os.path.lexists(beside):
         config = load_json(beside)
-        return Candidate(path, path.parent, names, config, beside, path, max_header=max_header)
+        if path.name == weights[0] or "peft_type" not in config:
+            return Candidate(path, path.parent, names, config, beside, path, max_header=max_header)
     return Candidate(path, None, names, weights=path, max_header=max_header)
 
 
-def _examine_folder(folder: Path, max_header: int) -> Candidate:
+def _examine_folder(folder: Path, weights: Sequence[str], max_header: int) -> Candidate:
     # What has a name of ours and is no file must be refused, not overlooked.
-    ours = (CONFIG_NAME, *_WEIGHT_NAMES)
+    ours = (CONFIG_NAME, *weights)
     names = tuple(p.name for p in list_folder(folder) if p.name in ours or p.is_file())
     config_path = folder / CONFIG_NAME if CONFIG_NAME in names else None
     config = None if config_path is None else load_json(config_path)
-    known = [n for n in _WEIGHT_NAMES if n in names]
+    known = [n for n in weights if n in names]
     if config is not None and "peft_type" in config:
-        known = [n for n in known if n == _WEIGHT_NAMES[0]]
+        known = [n for n in known if n == weights[0]]
     others = [n for n in names if n.endswith((".safetensors", SUFFIX))]
     if not known and config is None and len(others) == 1:
         known = others
     if known:
-        found = _examine_file(folder / known[0], max_header)
+        found = _examine_file(folder / known[0], weights, max_header)
         return Candidate(
             folder, folder, names, config, config_path, found.weights, found.head, max_header
         )
@@ -154,7 +149,7 @@ def _examine_folder(folder: Path, max_header: int) -> Candidate:
         _refuse_pickle(folder, pickles)
     raise BadFileError(
         "LT-360", "no adapter weights in this folder", file=folder,
-        expected=_WEIGHT_NAMES[0], got=list_some(others or names) or "an empty folder",
+        expected=weights[0], got=list_some(others or names) or "an empty folder",
         hint=f"name the file: {folder / others[0]}" if others else None,
     )  # fmt: skip
 

@@ -12,5 +12,5 @@ ROW = Dialect(
     "diffusers", "diffusers", detector("diffusers"),
     replace(TABLE, has_alphas=False, header=Header(read, write), lone="lora_A",
             only=("lowrank", "dora", "vector"), naming="diffusers"),
-    library="diffusers",
+    library="diffusers", weights=("pytorch_lora_weights.safetensors",),
 )  # fmt: skip

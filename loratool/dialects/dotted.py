@@ -13,7 +13,6 @@ from functools import lru_cache
 
 from loratool.archs.families import family_of
 from loratool.dialects.base import Detector
-from loratool.dialects.by_sight import IMAGE_MODULES
 from loratool.dialects.candidate import Candidate
 from loratool.dialects.factors import LENGTHS, OPEN_LENGTHS
 from loratool.dialects.fields import Component, Field
@@ -99,6 +98,14 @@ _MARKS = (
     (r"^text_encoders\..*" + _ENDS, "comfyui"),
     (_OLD_ENDS, "diffusers"),
 )  # fmt: skip
+# What names of factors look like that belong to models of images, whoever wrote them.
+_OF_IMAGES = (
+    r"^diffusion_model\.",
+    r"^(unet|transformer_2|text_encoder(_2|_3)?|text_encoders|prior|connectors"
+    r"|text_conditioner|conditional_transformer)\.",
+    # Only diffusion transformers have these; GPT-2 and MPT also begin with "transformer.".
+    r"(^|\.)((single_)?transformer|double|single)_blocks\.|\.(to_q|to_k|to_v|to_out|add_q_proj)\.",
+)
 _LANGUAGE = r"(^|\.)layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)\."
 _SAMPLE = 64  # modules by which a family is told
 
@@ -106,11 +113,6 @@ _SAMPLE = 64  # modules by which a family is told
 def detector(name: str) -> Detector:
     """Is a file of the dialect of this name?  Of these dialects it is of one at most."""
     return lambda candidate: _name_of(candidate) == name
-
-
-def is_dotted(candidate: Candidate) -> bool:
-    """Is a file of any of these dialects?"""
-    return bool(_name_of(candidate))
 
 
 def _name_of(candidate: Candidate) -> str:
@@ -152,7 +154,7 @@ def _dialect_of(names: tuple[str, ...], has_header: bool) -> str:
 
 def _is_image(keys: Iterable[str], has: Callable[[str], bool]) -> bool:
     """Are these modules of image or video models, and not of a language model?"""
-    if any(map(has, IMAGE_MODULES)):
+    if any(map(has, _OF_IMAGES)):
         return True
     if has(_LANGUAGE):
         return False

@@ -11,34 +11,37 @@ lora_B.  Rows of heads lie as transformers has them.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from loratool.adapter import Adapter, DeltaSpec, TensorRef
 from loratool.dialects.base import Dialect, by_keys
-from loratool.dialects.by_sight import LITGPT_KEY
 from loratool.dialects.candidate import Candidate
-from loratool.dialects.factors import product_spec, refuse_alpha, refuse_shape
-from loratool.dialects.peft.config import Fields
-from loratool.errors import BadFileError, MismatchError, UsageError
+from loratool.dialects.factors import product_spec, refuse_shape
+from loratool.dialects.spelled import Spelling, alpha_of, beside
+from loratool.errors import BadFileError, UsageError
 from loratool.lazy import regex
 from loratool.options.groups import Read
-from loratool.store.contained import open_inside
 
 NAME = "litgpt"
 SETTINGS, MODEL = "hyperparameters.yaml", "model_config.yaml"
-_KEY = regex(r"(?P<module>.+)\.(?P<role>lora_[AB])")
-_LAYER = regex(r"transformer\.h\.(?P<number>\d+)\.(?P<leaf>\w+\.\w+)")
-_MODULES = {
-    "attn.proj": "self_attn.o_proj", "mlp.fc_1": "mlp.gate_proj", "mlp.fc_2": "mlp.up_proj",
-    "mlp.proj": "mlp.down_proj",
-}  # fmt: skip
 _JOINED = ("attn.qkv", "attn.attn")
 _PARTS = {"lora_query": "q_proj", "lora_key": "k_proj", "lora_value": "v_proj"}
+_SPELLING = Spelling(
+    regex(r"(?P<module>.+)\.(?P<leaf>lora_[AB])"), {"lora_A": "lora_A", "lora_B": "lora_B"},
+    "attn.qkv, attn.proj, mlp.fc_1, mlp.fc_2, mlp.proj, lm_head",
+    "litgpt merge_lora and litgpt convert_from_litgpt, then loratool extract",
+    layer=regex(r"transformer\.h\.(?P<number>\d+)\.(?P<leaf>\w+\.\w+)"),
+    modules={
+        **dict.fromkeys(_JOINED, "self_attn"), "attn.proj": "self_attn.o_proj",
+        "mlp.fc_1": "mlp.gate_proj", "mlp.fc_2": "mlp.up_proj", "mlp.proj": "mlp.down_proj",
+    },
+    outside={"lm_head": "lm_head"},
+)  # fmt: skip
 
 ROW = Dialect(
-    NAME, "litgpt", by_keys(LITGPT_KEY), read="loratool.dialects.litgpt:read",
-    written_as="peft", lacks="litgpt file",
+    NAME, "litgpt",
+    by_keys(r"^transformer\.h\.\d+\.(attn\.(qkv|attn|proj)|mlp\.(fc(_[12])?|proj))\.lora_[AB]$"),
+    read="loratool.dialects.litgpt:read", written_as="peft", beside=(SETTINGS, MODEL),
 )  # fmt: skip
 
 
@@ -50,20 +53,10 @@ def read(candidate: Candidate, options: Read) -> Adapter:
         MismatchError: LT-415, modules of models whose names are not known.
         UsageError: LT-280, nothing says its alpha, or how rows are shared out.
     """
-    assert candidate.header is not None and candidate.weights is not None
-    modules: dict[str, dict[str, TensorRef]] = {}
-    for ref in candidate.header.tensors:
-        match = _KEY.fullmatch(ref.name)
-        if match is None:
-            _refuse(ref)
-        modules.setdefault(match["module"], {})[match["role"]] = ref
-    settings = _settings(candidate.weights.with_name(SETTINGS))
-    model = _settings(candidate.weights.with_name(MODEL))
-    alpha = options.alpha
-    if alpha is None:
-        if settings.get("lora_alpha") is None:
-            refuse_alpha(candidate.path, "litgpt", SETTINGS)
-        alpha = Fields(settings, candidate.weights.with_name(SETTINGS)).number("lora_alpha", 0.0)
+    assert candidate.header is not None
+    modules = _SPELLING.by_module(candidate.header.tensors)
+    settings, model = beside(candidate, SETTINGS), beside(candidate, MODEL)
+    alpha = alpha_of(candidate, options, SETTINGS, title=NAME)
     specs = [s for name, fields in modules.items()
              for s in _specs(name, fields, alpha, settings, model)]  # fmt: skip
     home = model.get("hf_config")
@@ -75,47 +68,16 @@ def read(candidate: Candidate, options: Read) -> Adapter:
     )  # fmt: skip
 
 
-def _settings(path: Path) -> Mapping[str, Any]:
-    """A YAML file of litgpt's, empty if there is none."""
-    if not path.is_file():
-        return {}
-    from loratool.store.yamlfile import MAX_BYTES, compose, plain
-
-    def refuse(problem: str, line: int | None) -> NoReturn:
-        raise BadFileError("LT-361", "wrong value in the configuration", file=path,
-                           expected="YAML as litgpt writes it", got=problem)  # fmt: skip
-
-    with open_inside(path) as file:
-        text = file.read(MAX_BYTES + 1).decode("utf-8", "replace")
-    node = compose(text, refuse)
-    found = None if node is None else plain(node, refuse)
-    if not isinstance(found, dict):
-        refuse("no names with values", None)
-    return found
-
-
-def _refuse(ref: TensorRef) -> NoReturn:
-    raise MismatchError(
-        "LT-415", "tensors of an unknown kind", file=ref.path, key=ref.name,
-        expected="attn.qkv, attn.proj, mlp.fc_1, mlp.fc_2, mlp.proj, lm_head",
-        hint="litgpt merge_lora and litgpt convert_from_litgpt, then loratool extract",
-    )  # fmt: skip
-
-
 def _specs(
     name: str, fields: Mapping[str, TensorRef], alpha: float, settings: Mapping[str, Any],
     model: Mapping[str, Any],
 ) -> Iterator[DeltaSpec]:  # fmt: skip
-    match = _LAYER.fullmatch(name)
-    layer = f"model.layers.{match['number']}" if match else ""
-    if match and match["leaf"] in _JOINED:
-        for part, pair in _split(fields, settings, model):
-            yield product_spec(f"{layer}.self_attn.{part}", pair, alpha)
+    module, leaf = _SPELLING.place(name, fields)
+    if leaf not in _JOINED:
+        yield product_spec(module, fields, alpha)
         return
-    inner = _MODULES.get(match["leaf"]) if match else None
-    if not inner and name != "lm_head":
-        _refuse(next(iter(fields.values())))
-    yield product_spec(f"{layer}.{inner}" if inner else name, fields, alpha)
+    for part, pair in _split(fields, settings, model):
+        yield product_spec(f"{module}.{part}", pair, alpha)
 
 
 def _split(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from loratool import plugins
 from loratool.dialects import (
     by_sight,
@@ -17,9 +19,11 @@ from loratool.dialects import (
     peft,
     torchtune,
 )
+from loratool.dialects import candidate as candidates
 from loratool.dialects.base import Dialect
 from loratool.dialects.candidate import Candidate
 from loratool.errors import MismatchError, UsageError
+from loratool.store.header import MAX_HEADER_BYTES
 
 DEFAULT = peft.FOLDER_NAME
 """What an adapter is written in that was read from no file."""
@@ -35,22 +39,44 @@ def others() -> dict[str, Dialect]:
     return plugins.load("loratool.dialects", Dialect, BY_NAME)
 
 
+def examine(path: Path, *, max_header: int = MAX_HEADER_BYTES) -> Candidate:
+    """Look at a path: a folder with an adapter in it, or one file; see `candidate.examine`."""
+    return candidates.examine(path, _said("weights"), max_header=max_header)
+
+
+def beside() -> tuple[str, ...]:
+    """Files beside a lone tensor file that say something of it, for any dialect."""
+    return (candidates.CONFIG_NAME, *_said("beside"))
+
+
+def _said(field: str) -> tuple[str, ...]:
+    return tuple(name for row in DIALECTS for name in getattr(row, field))
+
+
+def claims(candidate: Candidate) -> list[Dialect]:
+    """The dialects that claim what lies at a path: one, if it is any.
+
+    Other packages are asked where none here claims it, and rows that are last where nobody does.
+    """
+    found = [row for row in DIALECTS if not row.is_last and row.detect(candidate)]
+    found = found or [row for row in others().values() if row.detect(candidate)]
+    return found or [row for row in DIALECTS if row.is_last and row.detect(candidate)]
+
+
 def detect(candidate: Candidate) -> Dialect:
-    """The dialect of what lies at a path; other packages are asked where none here claims it.
+    """The dialect of what lies at a path.
 
     Raises:
         MismatchError: LT-400, no dialect claims it; LT-417, several do.
     """
-    claims = [row for row in DIALECTS if row.detect(candidate)]
-    if not claims:
-        claims = [row for row in others().values() if row.detect(candidate)]
-    if len(claims) == 1:
-        return claims[0]
+    found = claims(candidate)
+    if len(found) == 1:
+        return found[0]
     shown = ", ".join(candidate.keys[:3])
-    if claims:
+    if found:
         raise MismatchError(
             "LT-417", "the tensors are of several dialects", file=candidate.path,
-            got=" and ".join(row.title for row in claims), expected="one",
+            got=" and ".join(row.title for row in found), expected="one",
         )  # fmt: skip
     raise MismatchError(
         "LT-400", "not an adapter that loratool knows", file=candidate.path,

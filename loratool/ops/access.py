@@ -34,6 +34,7 @@ def locate(text: str, *, kind: str, access: Access) -> Resolved:
     resolved = resolve(text, kind=kind, offline=access.offline, yes=access.yes, in_place=in_place)
     if not access.rules.allow_pickle:
         return resolved
+    from loratool.dialects.registry import beside
     from loratool.store.unpickled import convert_pickles
 
-    return convert_pickles(resolved)
+    return convert_pickles(resolved, beside())

@@ -14,7 +14,7 @@ import sys
 import tempfile
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -32,17 +32,20 @@ from loratool.store.source import Resolved
 
 _PROGRAM = "loratool.engine.unpickle"
 _INDEX = ".bin.index.json"
-_CONFIGS = ("adapter_config.json", "config.json", "hyperparameters.yaml", "model_config.yaml")
-_APART = ".pth.lora"  # the change of a model that lies beside it
+_APART = ".lora"  # after the name of a pickle: the change of a model that lies beside it
 _KEPT_VARIABLES = ("PATH", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "LANG", "LC_ALL", "TMPDIR")
 _SECONDS, _BYTES_PER_S = 120, 5_000_000  # start of torch, then the slowest disk
 _COPY_BYTES = 1 << 20
 
 
-def convert_pickles(source: Resolved) -> Resolved:
+def convert_pickles(source: Resolved, beside: Sequence[str]) -> Resolved:
     """The same source with its pickles converted; unchanged if safetensors files are there.
 
     The converted copy lies in a temporary folder that goes away with the returned object.
+
+    Args:
+        source: what was found.
+        beside: files that go along with a lone pickle, besides a model's ``config.json``.
 
     Raises:
         UnsafeContentError: LT-905 the pickle asks for more than tensors, LT-906 this torch is too
@@ -59,7 +62,7 @@ def convert_pickles(source: Resolved) -> Resolved:
         )
     top = Path(tempfile.mkdtemp(prefix="loratool-pickle-"))
     try:
-        made = _mirror(path, pickles, top)
+        made = _mirror(path, pickles, top, (*beside, "config.json"))
     except BaseException:
         shutil.rmtree(top, ignore_errors=True)
         raise
@@ -74,7 +77,7 @@ def _pickles(path: Path) -> Iterator[Path]:
             yield path
         return
     names = [entry.name for entry in list_folder(path) if not entry.name.startswith(".")]
-    apart = [name for name in names if name.endswith(_APART)]
+    apart = [name for name in names if name.endswith(_APART) and is_pickle_name(name)]
     if apart:
         yield from (path / name for name in apart)
         return
@@ -85,13 +88,13 @@ def _pickles(path: Path) -> Iterator[Path]:
             yield path / name
 
 
-def _mirror(path: Path, pickles: list[Path], top: Path) -> Path:
+def _mirror(path: Path, pickles: list[Path], top: Path, beside: Sequence[str]) -> Path:
     """A copy of a folder (or of a file and its configuration) without pickles and code."""
     is_folder = path.is_dir()
     folder = top / (path.name or "model") if is_folder else top
     folder.mkdir(exist_ok=True)
     root = path if is_folder else path.parent
-    others = list_folder(root) if is_folder else [root / name for name in _CONFIGS]
+    others = list_folder(root) if is_folder else [root / name for name in beside]
     for entry in others:
         if entry in pickles or entry.suffix == ".py" or not entry.is_file():
             continue
@@ -106,7 +109,7 @@ def _mirror(path: Path, pickles: list[Path], top: Path) -> Path:
 
 
 def _new_name(name: str) -> str:
-    stem = name.removesuffix(_APART) if name.endswith(_APART) else name.rpartition(".")[0]
+    stem = name.removesuffix(_APART).rpartition(".")[0]
     return stem.replace("pytorch_model", "model", 1) + ".safetensors"
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from loratool.dialects import DIALECTS, examine, open_adapter
+from loratool.dialects import claims, examine, open_adapter
 from loratool.dtypes import tensor_bytes
 from loratool.errors import LoratoolError
 from loratool.options.groups import Read
@@ -58,7 +58,7 @@ def others(path: Path, folder: Path) -> Iterator[Path]:
 
 
 def dialect_of(path: Path) -> str:
-    (row,) = (row for row in DIALECTS if row.detect(examine(path)))
+    (row,) = claims(examine(path))
     return row.name
 
 
@@ -97,8 +97,8 @@ def test_an_adapter_of_a_language_model_is_never_one_of_images(path: Path, tmp_p
         told(tmp_path / "download" / path.name, header)
     bare = {name.removeprefix("base_model.model."): ref for name, ref in header.items()}
     candidate = examine(join(tmp_path / "4.safetensors", bare, body))
-    claims = [row.name for row in DIALECTS if row.detect(candidate)]
-    assert len(claims) < 2 and OF_LANGUAGE.issuperset(claims)
+    found = [row.name for row in claims(candidate)]
+    assert len(found) < 2 and OF_LANGUAGE.issuperset(found)
 
 
 # ------------------------------------------------------------------------------ real key lists

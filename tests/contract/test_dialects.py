@@ -19,6 +19,7 @@ from loratool.dialects import (
     BY_NAME,
     DIALECTS,
     Dialect,
+    claims,
     detect,
     examine,
     open_adapter,
@@ -131,7 +132,7 @@ def test_a_lone_file_is_recognised_by_its_keys(tmp_path: Path, name: str, keys: 
     path = tmp_path / "some.safetensors"
     save_file({key: torch.zeros(2, 2) for key in keys}, str(path))
     candidate = examine(path)
-    assert [row.name for row in DIALECTS if row.detect(candidate)] == [name]
+    assert [row.name for row in claims(candidate)] == [name]
     assert detect(candidate).name == name
     if not BY_NAME[name].is_read:
         with pytest.raises(MismatchError) as caught:
@@ -174,7 +175,7 @@ def test_a_missing_path_is_a_bad_file(tmp_path: Path) -> None:
 def test_a_sample_is_claimed_by_one_dialect() -> None:
     for folder in (LLM / name for name in FOLDERS if name != "lora_linear_bin"):
         candidate = examine(folder)
-        assert len([row for row in DIALECTS if row.detect(candidate)]) == 1, folder.name
+        assert len(claims(candidate)) == 1, folder.name
 
 
 @pytest.mark.parametrize("row", [r for r in DIALECTS if r.is_written], ids=lambda r: r.name)
@@ -186,7 +187,7 @@ def test_a_written_row_says_what_it_can_hold(row: Dialect) -> None:
 @pytest.mark.parametrize("path", sorted(DIFFUSION.glob("*/adapter.safetensors")),
                          ids=lambda p: p.parent.name)  # fmt: skip
 def test_a_sample_of_an_image_model_is_claimed_once(path: Path) -> None:
-    (row,) = (row for row in DIALECTS if row.detect(examine(path)))
+    (row,) = claims(examine(path))
     start = path.parent.name.partition("_")[0]
     others = {"flux1_xlabs": "xlabs", "hunyuanvideo_original": "diffusers"} | dict.fromkeys(
         ("flux2_diffusion_model", "wan_diffusion_model_diff_b"), "comfyui"

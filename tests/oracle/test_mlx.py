@@ -160,6 +160,13 @@ def test_it_is_compressed_and_added_in_its_own_form(tmp_path: Path) -> None:
         assert "peft_type" not in config and len(changes(tmp_path / folder)) == 14
 
 
+def test_the_file_takes_the_configuration_beside_it() -> None:
+    folder = DATA / "mlx_lora"
+    alone, whole = changes(folder / "adapters.safetensors"), changes(folder)
+    assert alone.keys() == whole.keys()
+    assert all(np.array_equal(alone[name], whole[name]) for name in whole)
+
+
 def test_without_a_configuration_the_scale_is_asked_for(tmp_path: Path) -> None:
     path = tmp_path / "adapters.safetensors"
     shutil.copy(DATA / "mlx_lora" / "adapters.safetensors", path)

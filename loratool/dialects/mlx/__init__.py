@@ -34,5 +34,5 @@ def is_mlx(candidate: Candidate) -> bool:
 ROW = Dialect(
     NAME, "mlx-lm", is_mlx, form="folder", short="mlx", read="loratool.dialects.mlx.read:read",
     write="loratool.dialects.mlx.write:write", holds="loratool.dialects.mlx.write:obstacle",
-    even="scaling", library="mlx",
+    even="scaling", library="mlx", weights=(WEIGHTS,),
 )  # fmt: skip

@@ -13,12 +13,16 @@ from loratool.dialects.candidate import CONFIG_NAME, Candidate
 from loratool.dialects.factors import product_spec, refuse_alpha, refuse_shape
 from loratool.dialects.mlx import LETTERS, MIXTRAL, NAME, ROLES
 from loratool.dialects.peft.config import Fields
+from loratool.dialects.spelled import Spelling
 from loratool.errors import BadFileError, MismatchError
 from loratool.frozen import replace
 from loratool.lazy import regex
 from loratool.options.groups import Read
 
-_KEY = regex(r"(?P<module>.+)\.(?P<leaf>lora_a|lora_b|m)", re.DOTALL)
+_SPELLING = Spelling(
+    regex(r"(?P<module>.+)\.(?P<leaf>lora_a|lora_b|m)", re.DOTALL), ROLES,
+    "names that end in .lora_a, .lora_b or .m",
+)  # fmt: skip
 # Experts of all kinds lie in one module of mlx-lm.
 _SWITCH = regex(r"(?P<mlp>.+)\.switch_mlp\.(?P<leaf>\w+)", re.DOTALL)
 
@@ -41,7 +45,7 @@ def read(candidate: Candidate, options: Read) -> Adapter:
             key="fine_tune_type", got=kind,
             hint="fuse it in mlx-lm, then loratool extract TUNED --base BASE -o OUT",
         )  # fmt: skip
-    modules = _by_module(candidate.header.tensors)
+    modules = _SPELLING.by_module(candidate.header.tensors)
     scale = _scale(candidate, options, modules)
     specs = [one for module, roles in modules.items() for one in _read(module, roles, scale)]
     base = config.get("model")
@@ -51,19 +55,6 @@ def read(candidate: Candidate, options: Read) -> Adapter:
         metadata=candidate.header.metadata,
         key_order=tuple(ref.name for ref in candidate.header.tensors),
     )  # fmt: skip
-
-
-def _by_module(refs: Iterable[TensorRef]) -> dict[str, dict[str, TensorRef]]:
-    modules: dict[str, dict[str, TensorRef]] = {}
-    for ref in refs:
-        match = _KEY.fullmatch(ref.name)
-        if match is None:
-            raise MismatchError(
-                "LT-415", "tensors of an unknown kind", file=ref.path, key=ref.name,
-                expected="names that end in .lora_a, .lora_b or .m",
-            )  # fmt: skip
-        modules.setdefault(match["module"], {})[ROLES[match["leaf"]]] = ref
-    return modules
 
 
 def _scale(

@@ -10,9 +10,7 @@ from typing import Any
 
 from loratool.adapter import Adapter
 from loratool.dialects.base import Dialect
-from loratool.dialects.by_sight import LITGPT_KEY
 from loratool.dialects.candidate import Candidate
-from loratool.dialects.dotted import is_dotted
 
 FOLDER_NAME, FILE_NAME = "peft", "peft-file"
 _PREFIX = r"(^|\.)base_model\.model\."
@@ -29,20 +27,19 @@ def is_file(candidate: Candidate) -> bool:
     if candidate.is_peft or candidate.header is None:
         return False
     is_bare = candidate.config is None and candidate.has_key(_BARE_KEY)
-    is_other = candidate.has_key(LITGPT_KEY) or is_dotted(candidate)
-    return (is_bare or candidate.has_key(_PREFIX)) and not is_other
+    return is_bare or candidate.has_key(_PREFIX)
 
 
 FOLDER = Dialect(
     FOLDER_NAME, "PEFT", is_folder, form="folder",
     read="loratool.dialects.peft.read:read", write="loratool.dialects.peft.write:write",
     holds="loratool.dialects.peft.new_keys:obstacle", holds_whole=True,
-    library="peft",
+    library="peft", weights=("adapter_model.safetensors",),
 )  # fmt: skip
 FILE = Dialect(
     FILE_NAME, "PEFT without its configuration", is_file,
     read="loratool.dialects.peft.read:read", written_as=FOLDER_NAME,
-    lacks="no adapter_config.json", short="PEFT (no config)",
+    lacks="no adapter_config.json", short="PEFT (no config)", is_last=True,
 )  # fmt: skip
 ROWS = (FOLDER, FILE)
 

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from loratool.adapter import Adapter, AdapterFiles, ArrangedRef, TensorRef
-from loratool.dialects.candidate import CONFIG_NAME, Candidate, examine, without_numbers
+from loratool.dialects.candidate import CONFIG_NAME, Candidate, without_numbers
 from loratool.dialects.programs.grammar import Group, Tensor, group_keys
 from loratool.dialects.programs.models import Family, family_of
-from loratool.dialects.registry import detect
+from loratool.dialects.registry import detect, examine
 from loratool.errors import LoratoolError
 from loratool.frozen import Frozen, field
 from loratool.options.groups import Read
