@@ -6,6 +6,7 @@ from pathlib import Path
 
 from loratool import plugins
 from loratool.dialects import (
+    adapterhub,
     by_sight,
     comfyui,
     diffusers,
@@ -29,7 +30,8 @@ DEFAULT = peft.FOLDER_NAME
 """What an adapter is written in that was read from no file."""
 DIALECTS: tuple[Dialect, ...] = (
     *peft.ROWS, kohya.ROW, lycoris.ROW, diffusers.ROW, comfyui.ROW, flux.BFL, flux.XLABS,
-    onetrainer.ROW, mlx.ROW, gguf.ROW, torchtune.ROW, litgpt.ROW, *by_sight.ROWS,
+    onetrainer.ROW, mlx.ROW, gguf.ROW, torchtune.ROW, litgpt.ROW, adapterhub.ROW,
+    *by_sight.ROWS,
 )  # fmt: skip
 BY_NAME: dict[str, Dialect] = {row.name: row for row in DIALECTS}
 
