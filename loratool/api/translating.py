@@ -12,6 +12,7 @@ from loratool.api.fitting import even_out
 from loratool.dialects import write_adapter_files
 from loratool.dialects.programs import Look, Program
 from loratool.dialects.registry import home_of, row_of
+from loratool.dialects.rules import is_of_home
 from loratool.errors import MismatchError, list_some
 from loratool.frozen import Frozen, replace
 from loratool.ops.convert import (
@@ -89,6 +90,9 @@ def alike(adapters: Sequence[Adapter], limits: Limits) -> list[Adapter]:
     """
     first = adapters[0]
     row = home_of(first.dialect)
+    if not any(home_of(one.dialect).table for one in adapters):
+        # Read, their modules have the names of transformers in all of them.
+        return [a if is_of_home(a, row.name) else of_dialect(a, row.name) for a in adapters]
     are_tables = all(home_of(one.dialect).table is not None for one in adapters)
     if row.table is None or not row.table.naming or not are_tables or _are_alike(adapters):
         return list(adapters)

@@ -87,8 +87,9 @@ def conversion(adapter: Adapter, dialect: str) -> str:
     """The command that brings an adapter into a dialect."""
     row = row_of(dialect)
     out = "OUT" if row.is_folder else f"OUT{row.suffixes[0]}"
-    words = ["loratool", "convert", str(adapter.path), "--to", dialect, "-o", out]
-    return shlex.join(words)
+    asks = row.asks_config or row_of(adapter.dialect).asks_config
+    base = ["--base", "BASE"] if asks else []
+    return shlex.join(["loratool", "convert", str(adapter.path), "--to", dialect, *base, "-o", out])
 
 
 def is_folder(dialect: str) -> bool:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from loratool.adapter import Adapter, DeltaSpec, Replacement, TensorRef
+from loratool.archs.experts import parse_expert
 from loratool.delta.forms import kernel_of, matrix_shape, shape_of
 from loratool.dialects.registry import home_of
 from loratool.dialects.rules import conversion, gains, has_alpha_tensors, is_of_home, passed_on
@@ -133,6 +134,7 @@ def plan_sum(
     _check_dialects([a for a, _ in adapters])
     _check_layers([a for a, _ in adapters])
     require_one_packing([a for a, _ in adapters])
+    _check_experts([s for a, _ in adapters for s in a.specs])
     groups: dict[str, list[DeltaPart]] = {}
     for number, (adapter, weight) in enumerate(adapters):
         for spec in adapter.specs:
@@ -219,6 +221,23 @@ def _check_dialects(adapters: Sequence[Adapter]) -> None:
             "LT-496", "adapters of different dialects", file=other.path, expected=home,
             got=other.dialect, hint=conversion(other, home),
         )  # fmt: skip
+
+
+def _check_experts(specs: Sequence[DeltaSpec]) -> None:
+    """One file holds the experts of a layer in one tensor, or each by itself."""
+    joint = [s.name for s in specs if s.experts]
+    single = [s.name for s in specs if _is_one_expert(s)] if joint else []
+    if single:
+        raise MismatchError(
+            "LT-417", "one weight is changed twice, as a part and as a whole",
+            key=list_some([joint[0], single[0]]), got="experts in one tensor, and one by one",
+            hint="merge them into the base: loratool merge A B --base BASE -o OUT",
+        )  # fmt: skip
+
+
+def _is_one_expert(spec: DeltaSpec) -> bool:
+    found = parse_expert(spec.name)
+    return found is not None and found.expert is not None
 
 
 def _check_layers(adapters: Sequence[Adapter]) -> None:
