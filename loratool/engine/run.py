@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 from typing import Any
 
 import torch
@@ -111,6 +113,24 @@ def _factor_bytes(step: Step) -> int:
     return sum(source.nbytes for spec in specs for source in spec.fields.values())
 
 
+def in_turn(shards: Sequence[int], width: int) -> Iterator[int]:
+    """Positions of steps, from ``width`` shards in turn; with 1 one shard after the other.
+
+    Args:
+        shards: of each step.
+        width: how many shards at once.
+    """
+    queues: dict[int, deque[int]] = {}
+    for position, shard in enumerate(shards):
+        queues.setdefault(shard, deque()).append(position)
+    waiting = iter(queues.values())
+    active = deque(islice(waiting, width))
+    while active:
+        queue = active.popleft()
+        yield queue.popleft()
+        active.extend([queue] if queue else islice(waiting, 1))
+
+
 class _Run:
     """The desk of a run: what is left to do, results, the sink, progress."""
 
@@ -134,7 +154,7 @@ class _Run:
         self._done_bytes, self._total_bytes = 0, max(1, total)
 
     def tasks(self) -> Iterator[Task]:
-        """Steps that no earlier run has done, in plan order."""
+        """Steps that no earlier run has done, shard by shard."""
         skipped: dict[int, bool] = {}
         if self._sink is None:
             steps = self._plan.steps
@@ -143,7 +163,8 @@ class _Run:
                 self._begin(steps[index].output.name)
                 yield Task(index, steps[index], None)
             return
-        for index, step in enumerate(self._plan.steps):
+        for index in in_turn([s.shard for s in self._plan.steps], self._sink.files_at_once):
+            step = self._plan.steps[index]
             if step.shard not in skipped:
                 self._begin(self._plan.shards[step.shard].name)
                 skipped[step.shard] = self._take_over(step, self._sink)

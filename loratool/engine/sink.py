@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 from msgspec import to_builtins
@@ -11,12 +12,14 @@ from msgspec import to_builtins
 from loratool.adapter import TensorRef
 from loratool.plan import Plan, Step
 from loratool.store.checksum import Piece
-from loratool.store.disk import refusals_as
+from loratool.store.disk import lies_in_memory, refusals_as
 from loratool.store.header import build_header
 from loratool.store.marker import Content, content_of, file_metadata
 from loratool.store.reader import FileReader
 from loratool.store.shard_writer import PAGE, FilePart, ShardWriter, clone_file
 from loratool.store.writer import StagedOutput
+
+_FILES_IN_MEMORY = 8  # measured: one takes 2.5 GB/s of 8 threads, four 9, eight 16
 
 
 class CheckpointSink:
@@ -56,6 +59,11 @@ class CheckpointSink:
             metadata = file_metadata(metadata or {}, data, self._output.plan_id)
         tensors = [(t.name, t.dtype, t.shape) for t in shard.tensors]
         return build_header(tensors, metadata, align=PAGE)
+
+    @cached_property
+    def files_at_once(self) -> int:
+        """How many shards should be in the making: of few, few are lost where a run is killed."""
+        return _FILES_IN_MEMORY if lies_in_memory(self._output.staging.parent) else 1
 
     def finished_results(self, shard: int) -> list[Any] | None:
         """Results of a shard that an earlier run completed, None if it is still to do."""

@@ -15,6 +15,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 import loratool as lt
 from loratool import wire
@@ -23,11 +25,13 @@ from loratool.engine import grid, run
 from loratool.engine.executors import find_executor, processes
 from loratool.engine.executors.whole_steps import Order
 from loratool.engine.kernel import Env
-from loratool.engine.run import execute
+from loratool.engine.run import execute, in_turn
+from loratool.engine.sink import CheckpointSink
 from loratool.engine.step import StepWork
 from loratool.errors import BugError, DiskError, NumericError, UsageError
 from loratool.plan import Plan
 from loratool.store import reader
+from loratool.store.disk import lies_in_memory
 from loratool.store.reader import FileReader
 from tests.make import randn, random_factors, save_adapter, save_checkpoint
 
@@ -89,6 +93,48 @@ def test_processes_write_the_same(
     call(command, inputs, tmp_path / "processes", "processes")
     assert len(started) >= 2
     assert contents(tmp_path / "processes") == contents(tmp_path / "threads")
+
+
+@pytest.mark.parametrize("executor", ["threads", "processes"])
+def test_shards_in_turn_are_the_same(
+    executor: str, inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in memory, where threads that write into one file wait for each other."""
+    call("merge", inputs, tmp_path / "want", executor)
+    order: list[int] = []
+    begin = CheckpointSink.out
+    monkeypatch.setattr(CheckpointSink, "files_at_once", 2)
+    monkeypatch.setattr(
+        CheckpointSink, "out", lambda self, step: order.append(step.shard) or begin(self, step)
+    )
+    call("merge", inputs, tmp_path / "made", executor)
+    assert order[:4] == [0, 1, 0, 1]
+    assert contents(tmp_path / "made") == contents(tmp_path / "want")
+
+
+@given(st.lists(st.integers(0, 5), max_size=40), st.integers(1, 4))
+def test_in_turn(shards: list[int], width: int) -> None:
+    order = list(in_turn(shards, width))
+    assert sorted(order) == list(range(len(shards)))
+    for shard in set(shards):
+        assert [i for i in order if shards[i] == shard] == sorted(
+            i for i in order if shards[i] == shard
+        )
+    for at in range(len(order)):
+        begun = {shards[i] for i in order[:at]} & {shards[i] for i in order[at:]}
+        assert len(begun) <= width
+
+
+@pytest.mark.skipif(not Path("/proc/self/mountinfo").exists(), reason="Linux")
+def test_memory_is_told_from_a_disk(tmp_path: Path) -> None:
+    kinds = {
+        line.split()[4]: line.split()[line.split().index("-") + 1]
+        for line in Path("/proc/self/mountinfo").read_text().splitlines()
+    }
+    for folder in ("/dev/shm", "/proc"):
+        if folder in kinds:
+            assert lies_in_memory(Path(folder)) == (kinds[folder] == "tmpfs")
+    assert not lies_in_memory(tmp_path / "missing")
 
 
 def test_processes_measure_the_same(inputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -180,6 +226,7 @@ import sys
 import threading
 import loratool as lt
 from loratool.store import reader
+from loratool.store.disk import lies_in_memory
 from tests.unit.test_executors import Hanging
 
 if __name__ == "__main__":
