@@ -22,7 +22,10 @@ class Gate:
     ) -> None:
         self._key = key
         self._dtype = dtype
-        self._largest = torch.finfo(target).max
+        self._largest, eps = torch.finfo(target).max, torch.finfo(target).eps
+        self._beyond = (
+            self._largest / (2 - eps) * (2 - eps / 2)
+        )  # from here on it rounds to infinity
         self._harmless = self._largest * self._largest / 2  # half: sums of squares are rounded
         self._allow = allow_nonfinite
         self._limits: dict[int, torch.Tensor] = {}
@@ -80,7 +83,7 @@ class Gate:
             )  # fmt: skip
         limits = [self._limits[i].tolist() for i in sorted(self._limits)]
         top = max((abs(v) for pair in limits for v in pair), default=0.0)
-        if top > self._largest:
+        if top >= self._beyond:
             raise NumericError(
                 "LT-802", "the merged tensor is out of range", key=self._key,
                 expected=f"at most {self._largest:g} ({self._dtype})", got=f"up to {top:g}",

@@ -131,6 +131,19 @@ class Kernel:
         for item in items:
             work(item)
 
+    def run_piece(
+        self, piece: list[grid.Block], inputs: list[torch.Tensor], out: torch.Tensor | None
+    ) -> None:
+        """Process neighbouring blocks.
+
+        Args:
+            piece: where they lie.
+            inputs: of each of the step's inputs, the elements of all of them; flat, stored types.
+            out: likewise of the output's type, to be filled; None if nothing is written.
+        """
+        for block, blocks, made in cut_piece(piece, inputs, out):
+            self.run(block, blocks, made)
+
     def run(self, block: grid.Block, inputs: list[torch.Tensor], out: torch.Tensor | None) -> None:
         """Process one block.
 
@@ -151,6 +164,24 @@ class ModuleKernel(Kernel):
 
     def run(self, block: grid.Block, inputs: list[torch.Tensor], out: torch.Tensor | None) -> None:
         """Nothing."""
+
+
+def cut_piece(
+    piece: list[grid.Block], inputs: Sequence[torch.Tensor], out: torch.Tensor | None
+) -> Iterator[tuple[grid.Block, list[torch.Tensor], torch.Tensor | None]]:
+    """The blocks of a piece with their inputs and output, each (rows, cols)."""
+    made: Sequence[torch.Tensor | None]
+    made = [None] * len(piece) if out is None else _cut(out, piece)
+    for block, own, *blocks in zip(piece, made, *(_cut(i, piece) for i in inputs), strict=True):
+        yield block, blocks, own
+
+
+def _cut(values: torch.Tensor, piece: list[grid.Block]) -> Sequence[torch.Tensor]:
+    width = piece[0].c1 - piece[0].c0
+    if all(b.c1 - b.c0 == width for b in piece):
+        return torch.split_with_sizes(values.view(-1, width), [b.r1 - b.r0 for b in piece])
+    cells = torch.split_with_sizes(values, [b.numel for b in piece])  # of wide rows
+    return [cell.view(1, -1) for cell in cells]
 
 
 def _refuse_nonfinite(tensor: torch.Tensor, source: Source) -> None:

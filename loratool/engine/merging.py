@@ -191,10 +191,8 @@ class AddDeltas(Kernel):
             acc = self.sum(block, inputs)
             bad = self._gate.see(block.index, block.start, acc)
         out = self.store(block, inputs, acc, out)
-        rows = slice(-block.r0 % self._stride, None, self._stride)
-        if block.index % self._block_stride == 0 and rows.start < base.shape[0]:
-            finite = [x if bad is None else x.masked_fill(bad, 0.0) for x in (base, acc, out)]
-            self._measure(block, *(x[rows] for x in finite))
+        finite = [x if bad is None else x.masked_fill(bad, 0.0) for x in (base, acc, out)]
+        self.measure(block, *finite)
 
     def sum(self, block: grid.Block, inputs: list[torch.Tensor]) -> torch.Tensor:
         """W + Σ deltas of a block, in the accumulator's type."""
@@ -240,10 +238,17 @@ class AddDeltas(Kernel):
         self.rounder.round(block, inputs, acc, out)
         return out
 
+    def measure(
+        self, block: grid.Block, base: torch.Tensor, acc: torch.Tensor, out: torch.Tensor
+    ) -> None:
+        """Keep what the report tells, of the blocks and rows that stand for all."""
+        rows = slice(-block.r0 % self._stride, None, self._stride)
+        if block.index % self._block_stride == 0 and rows.start < base.shape[0]:
+            self._measure(block, base[rows], acc[rows], out[rows])
+
     def _measure(
         self, block: grid.Block, base: torch.Tensor, acc: torch.Tensor, out: torch.Tensor
     ) -> None:
-        """Sums over the measured rows of a block."""
         shape = (base.shape[0], base.shape[1])
         work = self.env.scratch.take("work", shape, acc.dtype, self.env.device)
         work.copy_(base)

@@ -276,10 +276,14 @@ def differing(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
 
 def keep_zero_signs(out: torch.Tensor, base: torch.Tensor, acc: torch.Tensor) -> None:
     """Where the sum equals the base the base's bits stay; only -0 could have lost its sign."""
-    if out.dtype != base.dtype:
-        return
-    bits = INTEGERS[base.element_size()]
-    lowest = torch.iinfo(bits).min  # the bits of -0
-    # To ask a GPU costs more; on the CPU numpy answers in half of torch's time.
-    if base.is_cuda or base.view(bits).numpy().min() == lowest:
-        out.masked_fill_((base.view(bits) == lowest) & (acc == 0), -0.0)
+    # To ask a GPU costs more than to do it.
+    if out.dtype == base.dtype and (base.is_cuda or has_negative_zeros(base)):
+        bits = INTEGERS[base.element_size()]
+        is_negative_zero = base.view(bits) == torch.iinfo(bits).min
+        out.masked_fill_(is_negative_zero & (acc == 0), -0.0)
+
+
+def has_negative_zeros(values: torch.Tensor) -> bool:
+    """Whether an element of a float tensor of the CPU is -0; numpy takes half of torch's time."""
+    bits = INTEGERS[values.element_size()]
+    return bool(values.view(bits).numpy().min() == torch.iinfo(bits).min)

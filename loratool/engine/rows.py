@@ -66,7 +66,7 @@ class Op(Frozen):
         return "U8" if self.reads_bytes else source.dtype
 
 
-_MERGING = "loratool.engine.merging:AddDeltas"
+_MERGING = "loratool.engine.adding:AddInPieces"
 _PATCHING = "loratool.engine.patching:"
 _MODULES = "loratool.engine.module_kernels:"
 _SUM: dict[str, Any] = {"args": takes.SumArgs, "piece": memory.summed_piece}

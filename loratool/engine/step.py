@@ -194,10 +194,7 @@ class StepWork:
             data, raw = lane.output.take(count * size, target % PAGE if aligned else 0)
             host = from_bytes(raw, dtype, (count,))
             outs = torch.empty_like(host, device=lane.device) if lane.is_cuda else host
-        cut = [_cut(i, piece) for i in inputs]
-        filled = [None] * len(piece) if outs is None else _cut(outs, piece)
-        for block, out, *blocks in zip(piece, filled, *cut, strict=True):
-            kernel.run(block, blocks, out)
+        kernel.run_piece(piece, inputs, outs)
         if outs is not None and lane.is_cuda:
             host.copy_(outs, non_blocking=True)
         if lane.stream is not None:
@@ -222,15 +219,6 @@ class StepWork:
             np.copyto(np.frombuffer(data, np.uint8), held[start : start + len(data)])  # no lock
         else:
             self._env.reader.read_into(source, start, data)
-
-
-def _cut(values: torch.Tensor, piece: list[grid.Block]) -> Sequence[torch.Tensor]:
-    """The elements of a piece as its blocks, each (rows, cols)."""
-    width = piece[0].c1 - piece[0].c0
-    if all(b.c1 - b.c0 == width for b in piece):
-        return torch.split_with_sizes(values.view(-1, width), [b.r1 - b.r0 for b in piece])
-    cells = torch.split_with_sizes(values, [b.numel for b in piece])  # of wide rows
-    return [cell.view(1, -1) for cell in cells]
 
 
 def make_kernel(op: Op, step: Step, env: Env) -> Kernel:

@@ -124,7 +124,7 @@ def remove(path: Path) -> None:
 def lies_in_memory(path: Path) -> bool:
     """True for a file system in memory (Linux): it lets one thread at a time write into a file."""
     try:
-        device = os.stat(path).st_dev
+        device = path.stat().st_dev
         mounts = Path("/proc/self/mountinfo").read_text("utf-8", "surrogateescape").splitlines()
     except (OSError, AttributeError):
         return False
