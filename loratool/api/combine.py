@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from loratool.adapter import Adapter
+from loratool.api.beside import with_whole_biases
 from loratool.api.combine_report import CombineJob, How
 from loratool.api.common import Limits, content_label, parse_dtype, watched
 from loratool.api.detach import Detached, detach
@@ -84,6 +85,8 @@ def _combine(asked: Combine, minus: bool) -> CombineReport:
     detached = None
     if asked.base is not None:
         found = open_base(str(asked.base), adapters, session.access)
+        opened = [replace(o, adapter=with_whole_biases(o.adapter, found.checkpoint))
+                  for o in opened]  # fmt: skip
         detached = _detach(opened, found, how.method, session.limits)
         session = session.with_base(found, form)
     job = _plan(asked, session, how, opened, detached, minus)

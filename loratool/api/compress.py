@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from loratool.adapter import Adapter
 from loratool.api.access import parse_size
+from loratool.api.beside import with_whole_biases
 from loratool.api.common import Limits, Resources, content_label, plan_resources
 from loratool.api.compress_ranks import choose_ranks
 from loratool.api.compress_report import CompressJob, Made, compressed, planned
@@ -169,6 +170,7 @@ def _detach(adapter: Adapter, base: OpenedBase, limits: Limits) -> Detached | No
     """The adapter without its base; None if no change depends on it."""
     if all(spec.is_additive for spec in adapter.specs):
         return None
+    adapter = with_whole_biases(adapter, base.checkpoint)
     return detach(plan_detach([(adapter, Weight())], base.checkpoint), base, limits)
 
 

@@ -6,16 +6,16 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from loratool.adapter import Adapter, DeltaSpec, Replacement, Source, TensorData, TensorRef
+from loratool.adapter import Adapter, DeltaSpec, Replacement, TensorRef
+from loratool.api.beside import changed, places_of
 from loratool.api.common import Limits
 from loratool.api.detach import map_specs
-from loratool.delta.forms import as_bias, blank_pair, new_difference, with_kernel
+from loratool.delta.forms import blank_pair, new_difference, with_kernel
 from loratool.dialects.base import Dialect
 from loratool.dialects.stated import as_lora
 from loratool.dtypes import result_dtype
 from loratool.frozen import Frozen, replace
 from loratool.ops.detach import DetachPlan, plan_detach
-from loratool.ops.in_base import find_in_base
 from loratool.ops.inputs import OpenedBase
 from loratool.ops.sizes import with_sizes
 from loratool.ops.weights import Weight
@@ -67,10 +67,10 @@ def outline_free(
         s.name: with_kernel(blank_pair(s, rank), plan.places[s.name][0].source.shape)
         for s in sized.specs if s.name in plan.places
     }  # fmt: skip
-    blanks = {name: _blank(name, places[0].source) for name, places in beside.items()}
+    blanks = changed(beside, is_dry=True)
     if row.holds_whole:
-        return _exchanged(sized, names, weights, [as_bias(*one) for one in blanks.items()], ())
-    changes = [new_difference(*one) for one in blanks.items()]
+        return _exchanged(sized, names, weights, blanks, ())
+    changes = [new_difference(one.name, one.source) for one in blanks]
     return _exchanged(sized, names, weights, (), changes)
 
 
@@ -110,40 +110,22 @@ def free_of_base(
 
 def _find(
     adapter: Adapter, names: Collection[str], base: Checkpoint
-) -> tuple[DetachPlan, dict[str, tuple[Place, ...]]]:
+) -> tuple[DetachPlan, dict[str, Place]]:
     """Where the weights lie in the base, and those biases beside them that it has."""
     mine = [s for s in adapter.specs if s.name in names]
     weights = tuple(s for s in mine if not s.row.is_companion)
-    others = tuple(s for s in mine if s.row.is_companion)
     plan = plan_detach([(replace(adapter, specs=weights, replacements=()), Weight())], base)
-    if not others:
-        return plan, {}
-    found = find_in_base(replace(adapter, specs=others, replacements=()), base).places
-    return plan, dict(found)
+    return plan, places_of(adapter, [s for s in mine if s.row.is_companion], base)
 
 
-def _blank(name: str, source: Source) -> TensorData:
-    return TensorData(name, source.dtype, source.shape, b"")
-
-
-def _biases(
-    beside: Mapping[str, tuple[Place, ...]], row: Dialect
-) -> tuple[list[Replacement], list[DeltaSpec]]:
+def _biases(beside: dict[str, Place], row: Dialect) -> tuple[list[Replacement], list[DeltaSpec]]:
     """Biases as they are with the change, or by how much they change."""
-    if not beside:
-        return [], []
-    from loratool.engine.detaching import changed_vector
-    from loratool.engine.differences import differences
-    from loratool.engine.kernel import Env
-    from loratool.store.reader import FileReader
-
-    with FileReader() as reader:
-        env = Env(reader)
-        made = [as_bias(name, changed_vector(places, env)) for name, places in beside.items()]
-        reader.check_unchanged()
-    if row.holds_whole:
+    made = changed(beside)
+    if row.holds_whole or not made:
         return made, []
-    old = {name: found[0].source for name, found in beside.items()}
+    from loratool.engine.differences import differences
+
+    old = {name: place.source for name, place in beside.items()}
     return [], differences(made, {n: s for n, s in old.items() if isinstance(s, TensorRef)})[0]
 
 

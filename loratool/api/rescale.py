@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from loratool.adapter import Adapter, AdapterFiles, Source
+from loratool.api.beside import with_whole_biases
 from loratool.api.common import parse_dtype
 from loratool.api.detach import detach
 from loratool.api.session import Opened, Session, base_row
@@ -213,9 +214,10 @@ def _put_fitted(
 def _with_base(job: _Job, options: Mapping[str, Any]) -> RescaledAdapter:
     """A sum of one adapter: what depends on the base is scaled with it."""
     assert job.base is not None
-    adapter, limits = job.plan.adapter, job.session.limits
+    limits, base = job.session.limits, job.base
+    adapter = with_whole_biases(job.plan.adapter, base.checkpoint)
     weight = Weight(1.0, by_name=job.plan.factors)
-    detached = detach(plan_detach([(adapter, weight)], job.base.checkpoint), job.base, limits)
+    detached = detach(plan_detach([(adapter, weight)], base.checkpoint), base, limits)
     plan = plan_sum(detached.adapters, verb="rescaled", base=detached.plan.replaced)
     plan = replace(plan, dtype=job.dtype or detached.plan.dtype,
                    is_even=job.session.of_peft is not None)  # fmt: skip

@@ -224,9 +224,10 @@ def _left_behind(kept: Adapter, row: Dialect) -> list[str]:
 def _check(kept: Adapter, row: Dialect, base: Checkpoint | None) -> None:
     """Name everything that the dialect cannot hold, with the words that leave it out."""
     table = row.table
+    has_place = row.holds_whole or is_of_home(kept, row.name)  # it was read from there
     found = {
         r.name: "a replaced tensor" for r in kept.replacements
-        if not row.holds_whole
+        if not has_place
         or (table is not None and (r.rows is not None
                                    or table.key_of_set(r.name, is_flat=kept.is_flat) is None))
     }  # fmt: skip

@@ -19,11 +19,6 @@ from loratool.store.reader import have_same_bytes
 
 Weighed = tuple[Adapter, Weight]
 
-_BIAS = "of a bias"
-_WHOLE = (
-    "loratool convert ADAPTER --to peft --base BASE -o OUT makes LoRA of the weights first, and "
-    "writes the biases whole"
-)
 _MERGE = "with weights in one merge: loratool merge ADAPTER:W --base BASE -o OUT"
 
 
@@ -90,7 +85,8 @@ def plan_detach(adapters: Sequence[Weighed], base: Checkpoint) -> DetachPlan:
     places: dict[str, tuple[Place, ...]] = {}
     replaced: dict[str, TensorRef] = {}
     for (adapter, _), there in zip(adapters, found, strict=True):
-        needed = [s for s in adapter.specs if turned or not s.is_additive]
+        needed = [s for s in adapter.specs
+                  if not s.is_additive or (turned and s.is_matrix)]  # fmt: skip
         _check(adapter, needed, there)
         places |= {s.name: there.places[s.name] for s in needed}
         replaced |= there.replaced
@@ -109,7 +105,6 @@ def _check(adapter: Adapter, needed: Sequence[DeltaSpec], there: InBase) -> None
         if r.rows is not None or not _is_the_base(r, there.replaced.get(r.name))
     }  # fmt: skip
     reasons: dict[str, Callable[[DeltaSpec], bool]] = {
-        _BIAS: lambda s: not s.is_matrix,
         "on a module that has no DoRA in PEFT": lambda s: s.is_bare or bool(s.experts)
         or s.parameter == "in_proj_weight",
         "of a grouped convolution": is_grouped,
@@ -123,7 +118,7 @@ def _check(adapter: Adapter, needed: Sequence[DeltaSpec], there: InBase) -> None
         if odd:
             raise MismatchError(
                 "LT-460", f"a change {why} stays tied to the base weights", file=adapter.path,
-                key=list_some(odd, 3), hint=_WHOLE if why == _BIAS else _MERGE,
+                key=list_some(odd, 3), hint=_MERGE,
             )  # fmt: skip
 
 

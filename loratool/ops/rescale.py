@@ -114,14 +114,14 @@ def plan_rescale(
         notes.append(f"{len(off)} modules are switched off: their lora_B is zero")
     if has_base and needs_base:
         return RescalePlan(adapter, factors, "base", adapter.config, {}, tuple(notes))
-    if takes:
-        scaled = replace(adapter, specs=tuple(_scaled(s, factors[s.name]) for s in adapter.specs))
-        return RescalePlan(scaled, factors, "alpha", adapter.config, {}, tuple(notes))
     if kept:
         notes.append(
             f"{len(kept)} replaced tensors do not scale without the base, they stay as they are: "
             f"{list_some(kept, 3)}; --base BASE scales them"
         )
+    if takes:
+        scaled = replace(adapter, specs=tuple(_scaled(s, factors[s.name]) for s in adapter.specs))
+        return RescalePlan(scaled, factors, "alpha", adapter.config, {}, tuple(notes))
     adapter = _as_written(adapter)
     config = scaled_config(adapter.config, factors)
     if config is None:

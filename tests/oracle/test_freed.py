@@ -104,16 +104,17 @@ def test_a_bias_that_the_base_lacks_is_none_and_one_is_a_change_elsewhere(tmp_pa
     )
 
 
-def test_biases_are_freed_before_anything_else(tmp_path: Path) -> None:
+def test_biases_stay_whole_when_the_rest_is_compressed(tmp_path: Path) -> None:
+    """IA³ itself is smaller than two ranks of LoRA: it stays."""
     source = LLM / "ia3"
-    with pytest.raises(lt.LoratoolError) as caught:
-        lt.compress([source], rank=2, base=source / "base", output=tmp_path / "no")
-    assert caught.value.code == "LT-460" and "convert ADAPTER" in str(caught.value.hint)
     lt.convert([source], to="peft", base=source / "base", output=tmp_path / "lora")
     lt.compress([tmp_path / "lora"], rank=2, output=tmp_path / "small")
     small, whole = (open_adapter(tmp_path / name) for name in ("small", "lora"))
     assert {s.rank for s in small.specs} == {2}
     assert [r.name for r in small.replacements] == [r.name for r in whole.replacements]
+    lt.compress([source], rank=2, base=source / "base", output=tmp_path / "same")
+    one, other = (load(str(p / "adapter_model.safetensors")) for p in (source, tmp_path / "same"))
+    assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
 
 
 def test_programs_that_know_lora_alone_get_it_of_other_methods(tmp_path: Path) -> None:

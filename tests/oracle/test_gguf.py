@@ -179,11 +179,17 @@ def test_factors_in_codes_and_norms(tmp_path: Path) -> None:
     table = plain["token_embd.weight.lora_a"], plain["token_embd.weight.lora_b"]
     want = 6 / 32 * table[0].astype("f8") @ table[1].astype("f8").T
     assert np.abs(found["model.embed_tokens.weight"] - want).max() <= 1e-5 * np.abs(want).max()
-    lt.rescale([path], -0.5, output=tmp_path / "half.gguf")
+    report = lt.rescale([path], -0.5, output=tmp_path / "half.gguf").adapters[0]
+    assert any("2 replaced tensors do not scale without the base" in note for note in report.notes)
     half = open_adapter(tmp_path / "half.gguf")
     again = {m.name: m.delta().numpy() for m in lt.open(tmp_path / "half.gguf")}
     assert all(np.abs(2 * again[k] + found[k]).max() <= 1e-6 for k in found)
     assert [r.name for r in half.replacements] == [r.name for r in adapter.replacements]
+    lt.convert([path], to="gguf", output=tmp_path / "same.gguf")
+    same = {m.name: m.delta().numpy() for m in lt.open(tmp_path / "same.gguf")}
+    assert all(np.array_equal(same[k], found[k]) for k in found)
+    assert [r.name for r in open_adapter(tmp_path / "same.gguf").replacements] == [
+        r.name for r in adapter.replacements]  # fmt: skip
     lt.convert([path], to="peft", output=tmp_path / "peft")
     tensors = load_file(str(tmp_path / "peft" / "adapter_model.safetensors"))
     stem = "base_model.model.model"
