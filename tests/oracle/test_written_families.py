@@ -2,7 +2,7 @@
 
 A file of all linear modules of a tiny model, under the names of the original code, is converted,
 or mended where `check` says that it does not load, and read by diffusers' own loader; what it
-fuses into the model is what our merge of the source gives.
+fuses into the model is what our merge of the source gives, to two roundings of each term.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 import loratool as lt
 from loratool.archs.families import families, places
-from tests.oracle.test_written_loads import check
+from tests.oracle.in_diffusers import check, in_diffusers, zeroed
 
 pytestmark = pytest.mark.slow
 
@@ -121,9 +121,8 @@ TINY = (
 
 
 def made(tiny: Tiny) -> Any:
-    """The model with random weights; skipped where diffusers has no such one."""
+    """The model; skipped where there is no diffusers."""
     diffusers = pytest.importorskip("diffusers")
-    torch.manual_seed(0)
     return getattr(diffusers, tiny.model)(**tiny.sizes)
 
 
@@ -156,18 +155,6 @@ def write(path: Path, shapes: Mapping[str, tuple[int, int]], prefix: str, seed: 
     save_file(tensors, str(path))
 
 
-def loaded(tiny: Tiny, model: Any, file: Path) -> dict[str, torch.Tensor]:
-    """The model's weights with the file fused into them, as the pipeline loads it."""
-    diffusers = pytest.importorskip("diffusers")
-    mixin = getattr(diffusers.loaders.lora_pipeline, tiny.loader)
-    state, metadata = mixin.lora_state_dict(str(file), return_lora_metadata=True)
-    assert all("lora" in key for key in state)  # else `load_lora_weights` stops
-    mixin.load_lora_into_transformer(state, transformer=model, metadata=metadata)
-    model.fuse_lora()
-    return {k.replace(".base_layer", ""): v for k, v in model.state_dict().items()
-            if "lora_" not in k}  # fmt: skip
-
-
 def converted(source: Path, out: Path) -> Path:
     lt.convert([source], program="diffusers", output=out)
     return out
@@ -187,11 +174,11 @@ def test_it_is_the_same_change_there(tiny: Tiny, prefix: str, make: Any, tmp_pat
     if tiny.family == "lumina2" and make is fixed:
         pytest.skip("its converter cuts by the width of the real model")
     model, base = made(tiny), tmp_path / "base.safetensors"
-    save_file(model.state_dict(), str(base))
+    zeroed(model, base)
     shapes = original_modules(tiny, model)
     if tiny.family == "mochi":  # diffusers calls it otherwise in the last block, whichever that is
         del shapes["blocks.1.mod_y"]
     source = tmp_path / "style.safetensors"
     write(source, shapes, prefix, seed=1)
     out = make(source, tmp_path / "out.safetensors")
-    check(loaded(tiny, model, out), source, base, tmp_path)
+    check(in_diffusers(model, tiny.loader, out), source, base, tmp_path)
