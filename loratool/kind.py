@@ -70,6 +70,7 @@ class Kind(Frozen):
             when an open change is bound.
         is_by_head: its rows lie head by head: `settle` finds their rows among the settings.
         joint: settings that follow from all changes of an adapter together, once they are bound.
+        drawn: how many random numbers stand behind a change, which no file holds.
         products: (left, right) roles of the products that the change is made of, left ones with a
             row and right ones with a column per rank; empty where rows of a change are no rows of
             its tensors.
@@ -111,6 +112,7 @@ class Kind(Frozen):
     settle: Callable[[DeltaSpec, int, int], DeltaSpec | None] = lambda spec, out, inner: spec
     is_by_head: bool = False
     joint: Callable[[Sequence[DeltaSpec]], Mapping[str, float]] | None = None
+    drawn: Callable[[DeltaSpec], int] = lambda spec: 0
     products: tuple[tuple[str, str], ...] = ()
     row_roles: tuple[str, ...] = ()
     block_role: str = ""

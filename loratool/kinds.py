@@ -9,7 +9,7 @@ from collections.abc import Collection
 from functools import cache
 
 from loratool import kind_shapes as shapes
-from loratool import kinds_based, kinds_peft, plugins
+from loratool import kinds_based, kinds_full, kinds_peft, plugins
 from loratool.frozen import replace
 from loratool.kind import Kind
 from loratool.kind_shapes import COLUMN_LENGTHS, ROW_LENGTHS
@@ -78,6 +78,7 @@ KINDS: tuple[Kind, ...] = (
     *(_with_lengths(inner, COLUMN_LENGTHS) for inner in (_LORA, _LOHA, _LOKR)),
     *kinds_peft.ROWS,
     *kinds_based.ROWS,
+    *kinds_full.ROWS,
 )  # fmt: skip
 
 BY_NAME: dict[str, Kind] = {k.name: k for k in KINDS}

@@ -1,4 +1,4 @@
-"""The kinds of change that depend on W, and those that name places in it: rows only.
+"""The kinds of change that depend on W: rows only (see `kinds_full` for places in it).
 
 Rotations, gates and what goes through W: none can be added to another without the base.  The size
 of W is in few of their files: they are open until they are bound.
@@ -42,11 +42,12 @@ def _size(spec: DeltaSpec, out: int, inner: int) -> Sizes:
     return int(spec.settings.get(_OUT, out)), (int(spec.settings.get(_IN, inner)),)
 
 
-def _shape(spec: DeltaSpec, role: str) -> tuple[int, ...]:
+def shape_in(spec: DeltaSpec, role: str) -> tuple[int, ...]:
+    """Shape of a tensor of a change."""
     return spec.fields[role].shape
 
 
-def _open(
+def open_kind(
     name: str, build: str, role: str, title: str, known: Callable[[DeltaSpec], tuple[int, int]],
     holds: Callable[[DeltaSpec, int, int], bool],
     fits: Callable[[DeltaSpec], bool] = lambda spec: True, *, more: tuple[str, ...] = (),
@@ -84,7 +85,7 @@ def _open(
 
 def _is_line(spec: DeltaSpec, role: str) -> bool:
     """One axis of a tensor is longer than 1 at most."""
-    shape = _shape(spec, role)
+    shape = shape_in(spec, role)
     return 1 <= len(shape) <= 5 and max(shape) == math.prod(shape)
 
 
@@ -100,15 +101,15 @@ def _gate(name: str, role: str, *more: str) -> Kind:
     def fits(spec: DeltaSpec) -> bool:
         return _is_line(spec, role) and all(spec.fields[one].numel == 1 for one in more)
 
-    return _open(name, "gate:build", role, "IA³", known, holds, fits, more=more)
+    return open_kind(name, "gate:build", role, "IA³", known, holds, fits, more=more)
 
 
 def _of_hira(spec: DeltaSpec) -> Sizes:
-    return _shape(spec, "hira_B")[0], _shape(spec, "hira_A")[1:]
+    return shape_in(spec, "hira_B")[0], shape_in(spec, "hira_A")[1:]
 
 
 def _fits_hira(spec: DeltaSpec) -> bool:
-    left, right = _shape(spec, "hira_B"), _shape(spec, "hira_A")
+    left, right = shape_in(spec, "hira_B"), shape_in(spec, "hira_A")
     return len(left) == len(right) and left[1] == right[0] and math.prod(left[2:]) == 1
 
 
@@ -117,7 +118,7 @@ def _fits_hira(spec: DeltaSpec) -> bool:
 
 def _blocks_of(spec: DeltaSpec) -> tuple[int, ...]:
     """(stages, blocks, b, b) of LyCORIS' OFT and BOFT."""
-    shape = _shape(spec, "oft_blocks")
+    shape = shape_in(spec, "oft_blocks")
     return shape if len(shape) == 4 else (1, *shape)
 
 
@@ -127,7 +128,7 @@ def _height(spec: DeltaSpec) -> int:
 
 
 def _fits_blocks(spec: DeltaSpec) -> bool:
-    shape = _shape(spec, "oft_blocks")
+    shape = shape_in(spec, "oft_blocks")
     if len(shape) not in (3, 4) or shape[-1] != shape[-2]:
         return False
     stages, count, b, _ = _blocks_of(spec)
@@ -145,23 +146,23 @@ def _together(spec: DeltaSpec) -> int:
 
 def _side(spec: DeltaSpec) -> int:
     """B of the b(b-1)/2 numbers of a skew block, 0 if it is no such number."""
-    shape = _shape(spec, "oft_R")
+    shape = shape_in(spec, "oft_R")
     b = (1 + math.isqrt(1 + 8 * shape[1])) // 2 if len(shape) == 2 else 0
     return b if b and b * (b - 1) // 2 == shape[1] else 0
 
 
 def _holds_columns(spec: DeltaSpec, out: int, inner: int) -> bool:
-    count, b = _shape(spec, "oft_R")[0], _side(spec)
+    count, b = shape_in(spec, "oft_R")[0], _side(spec)
     return inner % b == 0 and count in (1, inner // b)
 
 
 def _of_boft(spec: DeltaSpec) -> Sizes:
-    _, count, b, _ = _shape(spec, "boft_R")
+    _, count, b, _ = shape_in(spec, "boft_R")
     return spec.fields["boft_s"].numel, (count * b,)
 
 
 def _fits_boft(spec: DeltaSpec) -> bool:
-    shape = _shape(spec, "boft_R")
+    shape = shape_in(spec, "boft_R")
     if len(shape) != 4 or shape[2] != shape[3] or not _is_line(spec, "boft_s"):
         return False
     stages, count, b, _ = shape
@@ -174,7 +175,7 @@ def _pairs_height(spec: DeltaSpec) -> int:
 
 
 def _fits_pairs(spec: DeltaSpec) -> bool:
-    theta, alpha = (_shape(spec, role) for role in spec.row.roles)
+    theta, alpha = (shape_in(spec, role) for role in spec.row.roles)
     group, copies = int(spec.settings[GROUP]), int(spec.settings[COPIES])
     is_whole = len(theta) == 1 and theta == alpha and not 2 * theta[0] % copies
     return is_whole and not _pairs_height(spec) % group
@@ -184,79 +185,32 @@ def _fits_pairs(spec: DeltaSpec) -> bool:
 
 
 def _of_glora(spec: DeltaSpec) -> Sizes:
-    inner = _shape(spec, "glora_b2")[1:]
-    return _shape(spec, "glora_b1")[0], inner
+    inner = shape_in(spec, "glora_b2")[1:]
+    return shape_in(spec, "glora_b1")[0], inner
 
 
 def _fits_glora(spec: DeltaSpec) -> bool:
-    a1, a2, b1, b2 = (_shape(spec, f"glora_{n}") for n in ("a1", "a2", "b1", "b2"))
+    a1, a2, b1, b2 = (shape_in(spec, f"glora_{n}") for n in ("a1", "a2", "b1", "b2"))
     if min(map(len, (a1, a2, b1, b2))) < 2 or any(n != 1 for s in (a1, a2, b1) for n in s[2:]):
         return False
     return a1[1] == a2[0] == b1[1] == b2[0] and a1[0] == a2[1] == b2[1]
 
 
 def _fits_tiles(spec: DeltaSpec) -> bool:
-    shape = _shape(spec, "miss_bat")
+    shape = shape_in(spec, "miss_bat")
     return len(shape) == 3 and shape[1] == shape[2]
 
 
 def _tiles_height(spec: DeltaSpec) -> int:
-    shape = _shape(spec, "miss_bat")
+    shape = shape_in(spec, "miss_bat")
     return shape[0] * shape[1]
 
 
-# ------------------------------------------------------------------------- places of a weight
-
-
-def _of_circulant(spec: DeltaSpec) -> Sizes:
-    rows, cols, b = _shape(spec, "c3a_kernel")
-    return rows * b, (cols * b,)
-
-
-def _short(spec: DeltaSpec) -> int:
-    out, (inner,) = spec.row.sizes(spec)
-    return min(out, inner)
-
-
-def _thin(spec: DeltaSpec, rank: int) -> int:
-    return min(rank, _short(spec))
-
-
-def _fits_bases(spec: DeltaSpec) -> bool:
-    A, B, weights, gamma = (_shape(spec, f"randlora_{n}") for n in
-                            ("A", "B", "lambda", "gamma"))  # fmt: skip
-    if (len(A), len(B), len(weights), len(gamma)) != (3, 3, 2, 2):
-        return False
-    same = weights[0] == A[0] == B[2] and A[1] == 1 and weights[1] == gamma[0]
-    return same and gamma[1] <= A[2] and gamma[0] <= B[1]
-
-
-def _holds_bases(spec: DeltaSpec, out: int, inner: int) -> bool:
-    short, long = sorted((out, inner))
-    return short == _shape(spec, "randlora_gamma")[1] and long <= _shape(spec, "randlora_B")[0]
-
-
-def _bases_rank(spec: DeltaSpec) -> int:
-    r, count = _shape(spec, "randlora_lambda")
-    return _thin(spec, r * count)
-
-
-def _is_list(spec: DeltaSpec) -> bool:
-    count = _shape(spec, "shira_weight")
-    return len(count) == 1 and _shape(spec, "shira_indices") == (2, *count)
-
-
-def _additive(row: Kind, pairs: str, rank: Callable[[DeltaSpec], int]) -> Kind:
-    """One that does not depend on the numbers in W."""
-    return replace(row, is_additive=True, pairs=f"loratool.delta.{pairs}:pairs_of",
-                   has_factors=True, product_rank=rank)  # fmt: skip
-
-
-_ROTATION = _open(
+_ROTATION = open_kind(
     "rotation", "rotation:build", "oft_blocks", "OFT", lambda s: (_height(s), 1),
     lambda s, out, inner: out == _height(s), _fits_blocks, optional=("oft_rescale",),
 )  # fmt: skip
-_ROAD = _open(
+_ROAD = open_kind(
     "road", "rotation:build_pairs", "road_theta", "RoAd", lambda s: (_pairs_height(s), 1),
     lambda s, out, inner: out == _pairs_height(s), _fits_pairs, more=("road_alpha",),
 )  # fmt: skip
@@ -283,8 +237,8 @@ ROWS: tuple[Kind, ...] = (
         "hira_B", fits=_fits_hira, is_sum=lambda spec: False, rank_axis=("hira_A", 0),
     ),
     replace(
-        _open("oft", "rotation:build_columns", "oft_R", "OFT",
-              lambda s: (1, _side(s) * _shape(s, "oft_R")[0]), _holds_columns,
+        open_kind("oft", "rotation:build_columns", "oft_R", "OFT",
+              lambda s: (1, _side(s) * shape_in(s, "oft_R")[0]), _holds_columns,
               lambda s: _side(s) > 0), reach="rows",
     ),
     Kind(
@@ -293,44 +247,24 @@ ROWS: tuple[Kind, ...] = (
         rank_axis=None,
     ),
     replace(
-        _open("hra", "through:build_reflections", "hra_u", "HRA",
-              lambda s: (1, _shape(s, "hra_u")[0]),
-              lambda s, out, inner: inner == _shape(s, "hra_u")[0],
-              lambda s: _shape(s, "hra_u")[1:] == (s.rank,)), reach="rows", rank_axis=("hra_u", 1),
+        open_kind("hra", "through:build_reflections", "hra_u", "HRA",
+              lambda s: (1, shape_in(s, "hra_u")[0]),
+              lambda s, out, inner: inner == shape_in(s, "hra_u")[0],
+              lambda s: shape_in(s, "hra_u")[1:] == (s.rank,)),
+        reach="rows", rank_axis=("hra_u", 1),
     ),
     replace(
-        _open("tiles", "tiles:build", "miss_bat", "MiSS (bat)",
+        open_kind("tiles", "tiles:build", "miss_bat", "MiSS (bat)",
               lambda s: (_tiles_height(s), 1),
               lambda s, out, inner: out == _tiles_height(s)
-              and not inner % _shape(s, "miss_bat")[1],
+              and not inner % shape_in(s, "miss_bat")[1],
               _fits_tiles), reach="rows", rank_axis=("miss_bat", 1),
-        together=lambda s: _shape(s, "miss_bat")[1],
+        together=lambda s: shape_in(s, "miss_bat")[1],
     ),
     replace(_ROAD, reach="rows", together=lambda s: int(s.settings[GROUP])),
     replace(
         _ROAD, name="road_bias", roles=("road_bias", "road_bias_alpha"), scaled="road_bias",
         reach="rows", is_matrix=False, sizes=lambda s: (_pairs_height(s), ()), fits=_fits_pairs,
         is_open=lambda s: False, is_companion=True,
-    ),
-    _additive(
-        Kind("circulant", "loratool.delta.circulant:build", ("c3a_kernel",), (), True, "C3A",
-             _of_circulant, "c3a_kernel", rank_axis=None),
-        "circulant", _short,
-    ),
-    _additive(
-        _open("fourier", "fourier:build", "fourierft_spectrum", "FourierFT", lambda s: (1, 1),
-              lambda s, out, inner: s.fields["fourierft_spectrum"].numel <= out * inner), "fourier",
-        lambda s: _thin(s, 2 * s.fields["fourierft_spectrum"].numel),
-    ),
-    _additive(
-        _open("bases", "folded:build", "randlora_lambda", "RandLoRA", lambda s: (1, 1),
-              _holds_bases, _fits_bases,
-              more=("randlora_gamma", "randlora_A", "randlora_B")), "random_bases", _bases_rank,
-    ),
-    replace(
-        _additive(
-            _open("sparse", "sparse:build", "shira_weight", "SHiRA", lambda s: (1, 1),
-                  lambda s, out, inner: True, _is_list, more=("shira_indices",)), "sparse", _short,
-        ), is_sum=lambda spec: True,
     ),
 )  # fmt: skip

@@ -363,6 +363,21 @@ def bases(draw: Draw) -> Change:
 
 
 @st.composite
+def bases_seeded(draw: Draw) -> Change:
+    """RandLoRA whose shared matrices are drawn, in the size of the largest of its modules.
+
+    Few numbers might be all alike, whose standard deviation is 0: PEFT has NaN of them too.
+    """
+    size, r = (draw(SIDES), draw(SIDES)), draw(RANKS)
+    count = -(-min(size) // r)
+    shapes = {"randlora_lambda": (r, count), "randlora_gamma": (count, min(size))}
+    return bound(
+        "bases_seeded", shapes, draw(SEEDS), size, seed=draw(SEEDS), sparse=draw(st.integers(0, 1)),
+        tallest=size[0] + draw(st.integers(40, 49)), widest=size[1] + draw(st.integers(40, 49)),
+    )  # fmt: skip
+
+
+@st.composite
 def sparse(draw: Draw) -> Change:
     """SHiRA: some places of a matrix, perhaps one of them twice."""
     size, n = (draw(SIDES), draw(SIDES)), draw(st.integers(1, 6))
@@ -375,6 +390,7 @@ SPECS: dict[str, st.SearchStrategy[Change]] = {
     "ia3_gate": gate("ia3_gate", "ia3_gate"), "rotation": rotation(), "glora": glora(),
     "ia3": gate("ia3", "ia3_l"), "hira": hira(), "tiles": tiles(), "road": road(False),
     "road_bias": road(True), "circulant": circulant(), "fourier": fourier(), "bases": bases(),
+    "bases_seeded": bases_seeded(),
     "sparse": sparse(), **{kind: on_columns(kind) for kind in ("oft", "boft", "hra")},
     "ia3_bias": SIDES.flatmap(
         lambda n: SEEDS.map(lambda seed: change("ia3_bias", {"ia3_bias": (n, 1)}, seed, 0, (n,)))

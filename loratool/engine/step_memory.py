@@ -177,8 +177,8 @@ def extracted_step(step: Step, args: SubtractAndFactorArgs) -> int:
 
 
 def _held(part: DeltaPart) -> int:
-    """Elements of a delta's tensors, of one expert where it is of one."""
-    held = sum(s.numel for s in part.spec.fields.values())
+    """Elements of a delta's tensors, of one expert where it is of one, and of what is drawn."""
+    held = sum(s.numel for s in part.spec.fields.values()) + part.spec.row.drawn(part.spec)
     return held if part.expert is None else held // part.spec.experts
 
 

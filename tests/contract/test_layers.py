@@ -28,6 +28,7 @@ LAYERS = (
         "kind_shapes",
         "kinds_peft",
         "kinds_based",
+        "kinds_full",
         "location",
         "methods",
         "plan",

@@ -170,7 +170,27 @@ FORMS: dict[str, dict[str, Any]] = {
     "oft_exact": {"cls": "OFTConfig", "oft_block_size": 4, "use_cayley_neumann": False},
     "oft_bound": {"cls": "OFTConfig", "oft_block_size": 4, "coft": True, "eps": 0.2},
     "hra_gs": {"cls": "HRAConfig", "r": 4, "apply_GS": True},
+    "bases": {"cls": "RandLoraConfig", "r": 3, "randlora_alpha": 6, "save_projection": False},
+    "bases_sparse": {
+        "cls": "RandLoraConfig",
+        "r": 5,
+        "randlora_alpha": 6,
+        "sparse": True,
+        "save_projection": False,
+        "projection_prng_key": 7,
+    },
+    "bases_very": {
+        "cls": "RandLoraConfig",
+        "r": 4,
+        "randlora_alpha": 6,
+        "very_sparse": True,
+        "save_projection": False,
+    },
 }
+
+
+MORE = dict.fromkeys(("bases", "bases_sparse", "bases_very"), ("up_proj", "down_proj"))
+"""Modules of other sizes: what they share is drawn in the largest one."""
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -180,7 +200,8 @@ def test_forms_without_a_sample_merge_to_what_peft_makes(tmp_path: Path, form: s
     base, options = LLM / "ia3" / "base", dict(FORMS[form])
     model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     kind = getattr(peft, options.pop("cls"))
-    config = kind(target_modules=["q_proj", "v_proj"], init_weights=False, **options)
+    config = kind(target_modules=["q_proj", "v_proj", *MORE.get(form, ())], init_weights=False,
+                  **options)  # fmt: skip
     model = peft.get_peft_model(model, config)
     torch.manual_seed(4)
     for parameter in model.parameters():

@@ -7,9 +7,18 @@ from collections.abc import Sequence
 
 from loratool.adapter import DeltaSpec, Replacement
 from loratool.dialects.factors import check_float
-from loratool.dialects.peft.method import Method, Module, spelled
+from loratool.dialects.peft.method import SEEDED, Method, Module, spelled
 from loratool.frozen import replace
-from loratool.kinds_based import AXIS, BOUND, COPIES, GROUP, ORTHOGONAL, SEED, TERMS
+from loratool.kinds_based import (
+    AXIS,
+    BOUND,
+    COPIES,
+    GROUP,
+    ORTHOGONAL,
+    SEED,
+    TERMS,
+)
+from loratool.kinds_full import SPARSE
 
 _COPIES = {"road_1": 1, "road_2": 2, "road_4": 4}
 
@@ -104,13 +113,14 @@ def c3a(module: Module) -> Sequence[DeltaSpec]:
 
 
 def randlora(module: Module) -> Sequence[DeltaSpec]:
-    """α/r; the shared matrices are in the file."""
+    """α/r; the shared matrices are in the file, or drawn from a seed."""
     rank = module.axis("randlora_lambda", 0)
-    if not {"randlora_A", "randlora_B"} <= module.fields.keys():
-        module.refuse("LT-362", "the tensors of a module are incomplete",
-                      "randlora_A and randlora_B; save with save_projection true")  # fmt: skip
     alpha = module.own.number("randlora_alpha", 640)
-    return (module.spec("bases", 0, alpha=alpha, scaling=alpha / rank),)
+    if _BASES.keys() <= module.fields.keys():
+        return (module.spec("bases", 0, alpha=alpha, scaling=alpha / rank),)
+    sparse = 2 if module.own.flag("very_sparse") else int(module.own.flag("sparse"))
+    settings = {SEED: module.shared_seed("randlora_A and randlora_B"), SPARSE: sparse}
+    return (module.spec("bases_seeded", 0, alpha=alpha, scaling=alpha / rank, settings=settings),)
 
 
 def shira(module: Module) -> Sequence[DeltaSpec]:
@@ -148,9 +158,7 @@ ROWS: tuple[Method, ...] = (
            own=("scaling", "random_loc_seed"), silent=("n_frequency", "n_frequency_pattern")),
     Method("C3A", c3a, spelled("c3a_kernel"), silent=("block_size", "block_size_pattern")),
     Method("RANDLORA", randlora, spelled("randlora_lambda", "randlora_gamma") | _BASES, _BASES,
-           own=("randlora_alpha",),
-           silent=("projection_prng_key", "save_projection", "sparse", "very_sparse",
-                   "randlora_dropout")),
+           own=("randlora_alpha", *SEEDED, "sparse", "very_sparse"), silent=("randlora_dropout",)),
     Method("SHIRA", shira, spelled("shira_weight", "shira_indices"),
            silent=("mask_type", "random_seed")),
     Method("ROAD", road, spelled("road_theta", "road_alpha"), own=("variant", "group_size")),

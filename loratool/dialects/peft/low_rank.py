@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from loratool.adapter import DeltaSpec
 from loratool.dialects.peft.based import miss_bat
-from loratool.dialects.peft.method import Method, Module, pruned, spelled
+from loratool.dialects.peft.method import SEEDED, Method, Module, pruned, spelled
 from loratool.kinds_peft import SEED, SHORT, TOP
 
 _INITS = ("true", "false", "mini")
@@ -49,14 +49,7 @@ def vera(module: Module) -> Sequence[DeltaSpec]:
     """With the shared matrices, or with the seed that they are drawn from."""
     if {"shared_A", "shared_B"} <= module.fields.keys():
         return (module.spec("vera", module.axis("shared_B", 1)),)
-    if module.own.flag("save_projection", default=True):
-        module.refuse("LT-362", "the tensors of a module are incomplete",
-                      "vera_A and vera_B beside the modules, or save_projection false")  # fmt: skip
-    if "projection_prng_key" not in module.own.config:
-        module.own.refuse("projection_prng_key", "the seed of the shared matrices", None)
-    seed = module.own.config["projection_prng_key"]
-    if type(seed) is not int or not -(2**63) <= seed < 2**63:
-        module.own.refuse("projection_prng_key", "a whole number of 64 bits", seed)
+    seed = module.shared_seed("vera_A and vera_B")
     length = module.axis("lambda_d", 0)
     rank = module.own.count("r", 256)
     if length not in (rank, 2 * rank) or len(module.fields["lambda_d"].shape) != 1:
@@ -86,7 +79,6 @@ def vblora(module: Module) -> Sequence[DeltaSpec]:
 _VB = {f"vblora_logits_{side}": f"logits_{side}" for side in "AB"}
 _VB |= {f"vblora_logits_{s}_topk_{part}": f"{part}_{s}" for s in "AB"
         for part in ("indices", "weights")}  # fmt: skip
-_VERA = ("save_projection", "projection_prng_key")
 
 ROWS: tuple[Method, ...] = (
     Method("ADALORA", adalora, spelled("lora_A", "lora_B", "lora_E"),
@@ -101,10 +93,10 @@ ROWS: tuple[Method, ...] = (
     Method("MISS", miss, spelled("miss_block"), own=("init_weights",),
            silent=("mini_r", "miss_dropout")),
     Method("VERA", vera, {"vera_lambda_b": "lambda_b", "vera_lambda_d": "lambda_d"},
-           {"vera_A": "shared_A", "vera_B": "shared_B"}, own=_VERA,
+           {"vera_A": "shared_A", "vera_B": "shared_B"}, own=SEEDED,
            silent=("vera_dropout", "d_initial")),
     Method("PVERA", vera, {"pvera_lambda_b": "lambda_b", "pvera_lambda_d": "lambda_d"},
-           {"pvera_A": "shared_A", "pvera_B": "shared_B"}, own=_VERA,
+           {"pvera_A": "shared_A", "pvera_B": "shared_B"}, own=SEEDED,
            silent=("pvera_dropout", "d_initial", "sample_at_inference", "generator_seed")),
     Method("VBLORA", vblora, _VB, {"vblora_vector_bank": "bank"}, own=("topk",),
            silent=("num_vectors", "vector_length", "save_only_topk_weights", "vblora_dropout",

@@ -13,6 +13,9 @@ from loratool.dtypes import DTYPES
 from loratool.errors import BadFileError
 from loratool.frozen import Frozen
 
+SEEDED = ("save_projection", "projection_prng_key")
+"""Fields of the configuration: the file holds the matrices that modules share; else their seed."""
+
 
 class Module(Frozen):
     """The tensors of one module.
@@ -78,6 +81,26 @@ class Module(Frozen):
         if len(ref.shape) <= axis:
             self.refuse("LT-363", "the tensors of a module do not fit each other", None)
         return ref.shape[axis]
+
+    def shared_seed(self, names: str) -> int:
+        """What the matrices are drawn from that modules share, where the file does not hold them.
+
+        Args:
+            names: what they are called.
+
+        Raises:
+            BadFileError: LT-362, the file should hold them; LT-361, no seed.
+        """
+        stated, key = SEEDED
+        if self.own.flag(stated, default=True):
+            self.refuse("LT-362", "the tensors of a module are incomplete",
+                        f"{names} beside the modules, or {stated} false")  # fmt: skip
+        if key not in self.own.config:
+            self.own.refuse(key, "the seed of the shared matrices", None)
+        seed = self.own.config[key]
+        if type(seed) is not int or not -(2**63) <= seed < 2**63:
+            self.own.refuse(key, "a whole number of 64 bits", seed)
+        return int(seed)
 
     def refuse(self, code: str, what: str, expected: str | None) -> NoReturn:
         """The error of tensors that make no change."""
