@@ -136,9 +136,9 @@ class _View:
         sums.picked, sums.picked_square = len(weight), _square(change)
         for word, kind in self.kinds.items():
             held = weight if kind == self.own else rounded(weight, kind)
-            total = held + change
-            merged = rounded(total, kind)
-            error = _square(merged - total) if bool(merged.isfinite().all()) else math.inf
+            merged = rounded(held + change, kind)
+            lost = (merged - held).sub_(change)  # not by the sum, in which small changes drown
+            error = _square(lost) if bool(merged.isfinite().all()) else math.inf
             sums.merged[word] = (error, int((merged != held).sum()))
 
     def finish(self) -> Look:

@@ -264,7 +264,7 @@ class AddDeltas(Kernel):
         if block.index % self._every == 0 and (self.deltas or self.dense):
             self._pick(block.index, acc, work)
         work.copy_(out).sub_(acc)
-        sums = torch.stack([weight_square, delta_square, _dot(work)]).double()
+        sums = torch.stack([weight_square, delta_square, _dot(work)])
         self._sums[block.index] = (sums, changed, base.numel())
 
     def _pick(self, index: int, summed: torch.Tensor, delta: torch.Tensor) -> None:
@@ -272,7 +272,7 @@ class AddDeltas(Kernel):
         height = min(delta.shape[0], _SAMPLE_ROWS)
         rows = slice(None, None, delta.shape[0] // height)
         cols = slice(None, None, max(1, delta.shape[1] * height // self._per_block))
-        sigma = delta[rows].square().mean(1, keepdim=True).sqrt()  # (rows, 1)
+        sigma = delta[rows].double().square().mean(1, keepdim=True).sqrt()  # (rows, 1)
         values = summed[rows, cols].clone()
         self._picked[index] = (values, sigma.expand_as(values))
 
@@ -326,5 +326,7 @@ def count_differing(one: torch.Tensor, other: torch.Tensor) -> int:
 
 
 def _dot(matrix: torch.Tensor) -> torch.Tensor:
+    """Σx² as float64, summed in it only where float32 cannot hold the squares."""
     flat = matrix.flatten()
-    return torch.dot(flat, flat)
+    found = torch.dot(flat, flat).double()
+    return found if 1e-30 < float(found) < math.inf else flat.double().square().sum()

@@ -191,9 +191,10 @@ def test_a_sample_of_a_large_tensor_stands_for_all(where: str, tmp_path: Path) -
     assert look.changed["bfloat16"] == pytest.approx(share, abs=spread)
 
 
-def test_what_is_swallowed_whole_is_so_in_a_sample_too(tmp_path: Path) -> None:
+@pytest.mark.parametrize("size", [1e-7, 1e-18, 1e-30])
+def test_what_is_swallowed_whole_is_so_in_a_sample_too(size: float, tmp_path: Path) -> None:
     draw = torch.Generator().manual_seed(6)
-    B, A = 1e-7 * torch.randn(1400, 2, generator=draw), torch.randn(2, 1000, generator=draw)
+    B, A = size * torch.randn(1400, 2, generator=draw), torch.randn(2, 1000, generator=draw)
     base, adapter = place(tmp_path, torch.full((1400, 1000), 0.02).bfloat16(), B, A)
     look = lt.inspect(adapter, base=base).look.total
     assert look.loss == pytest.approx(1, rel=1e-12) and look.changed["bfloat16"] == 0

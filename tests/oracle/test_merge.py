@@ -277,6 +277,18 @@ def test_report_agrees_with_what_was_written(tmp_path: Path) -> None:
     assert report.total.loss > 0.25 and any("float32" in w for w in report.warnings)
 
 
+@pytest.mark.parametrize("size", [1e-24, 1e30])
+def test_loss_is_told_where_float32_cannot_square_the_change(size: float, tmp_path: Path) -> None:
+    base = save_checkpoint(tmp_path / "base", {"m.weight": torch.zeros(40, 30).bfloat16()})
+    A, B = randn(4, 30, seed=1), randn(40, 4, seed=2, scale=size)
+    adapter = save_adapter(tmp_path / "a", {"m": (A, B)}, alpha=4)
+    (module,) = lt.merge([str(adapter)], base=base, output=tmp_path / "out").modules
+    merged = load_file(str(tmp_path / "out" / "model.safetensors"))["m.weight"].double()
+    delta = B.double() @ A.double()
+    assert module.loss == pytest.approx(float((merged - delta).norm() / delta.norm()), rel=1e-3)
+    assert module.predicted_loss == pytest.approx(module.loss, rel=0.2)
+
+
 def test_single_file_base_gives_a_single_file(tmp_path: Path) -> None:
     base = tmp_path / "base.safetensors"
     save_file({"a.weight": randn(32, 16, seed=1)}, str(base), {"format": "pt", "note": "kept"})
