@@ -211,7 +211,7 @@ def _best_effort(
         raise shape_error(best.unfit, checkpoint)
     if best.unnamed and (not options.allow_unmatched or not best.found):
         total = len({i.module for i in items})
-        raise unmatched_error(best.unnamed, total, checkpoint)
+        raise unmatched_error(best.unnamed, best.found, total, checkpoint)
     if best.unfit:
         raise shape_error(best.unfit, checkpoint)
     clash = _collision(best)

@@ -7,7 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-from loratool.bind.items import Item, Misfit
+from loratool.bind.items import Found, Item, Misfit
 from loratool.bind.names import COMPONENTS
 from loratool.delta.forms import matrix_shape
 from loratool.dtypes import DTYPES
@@ -105,8 +105,10 @@ def _is_resized(misfit: Misfit, checkpoint: Checkpoint) -> bool:
     return bool(_VOCABULARY.search(misfit.item.name)) and width == target.shape[1]
 
 
-def unmatched_error(misfits: Sequence[Misfit], total: int, checkpoint: Checkpoint) -> MismatchError:
-    """The error for items whose names the base does not have."""
+def unmatched_error(
+    misfits: Sequence[Misfit], found: Sequence[Found], total: int, checkpoint: Checkpoint
+) -> MismatchError:
+    """The error for items whose names the base does not have, beside those that were ``found``."""
     packed = _packed(misfits, checkpoint)
     if packed:
         return packed
@@ -115,7 +117,7 @@ def unmatched_error(misfits: Sequence[Misfit], total: int, checkpoint: Checkpoin
     groups = group_words(modules, checkpoint)
     if groups:
         what += f" — {groups}"
-    hint = _rename_hint(misfits, checkpoint) or _skip_hint(modules)
+    hint = _rename_hint(misfits, found, checkpoint) or _skip_hint(modules)
     return MismatchError(
         "LT-430",
         what,
@@ -199,16 +201,20 @@ def _nearest(misfits: Sequence[Misfit], checkpoint: Checkpoint) -> str | None:
     return f"names like {', '.join(found)}" if found else None
 
 
-def _rename_hint(misfits: Sequence[Misfit], checkpoint: Checkpoint) -> str | None:
-    """The change of prefix that would give most misfits a target.
+def _rename_hint(
+    misfits: Sequence[Misfit], found: Sequence[Found], checkpoint: Checkpoint
+) -> str | None:
+    """The change of prefix that would give most misfits a target, and leave the others theirs.
 
     A sample of them votes: each for the heads of the base names with which it shares the longest
     tail of three parts or more.  The winner is then tried on all.
     """
+    taken = {target for one in found for target in one.targets}
+    free = dict.fromkeys(name for name in checkpoint.tensors if name not in taken)
     names = [m.item.name for m in misfits]
     sample = names[:: max(1, len(names) // _VOTERS)]
     wanted: dict[str, list[str]] = {tail: [] for name in sample for _, tail in _cuts(name, 3)}
-    for name in checkpoint.tensors:
+    for name in free:
         for head, tail in _cuts(name, 3):
             heads = wanted.get(tail)
             if heads is not None and len(heads) < _MOST_HEADS:
@@ -222,8 +228,8 @@ def _rename_hint(misfits: Sequence[Misfit], checkpoint: Checkpoint) -> str | Non
     if not votes:
         return None
     old, new = max(votes.items(), key=lambda v: (v[1], v[0]))[0]
-    count = sum(n.startswith(old) and new + n[len(old) :] in checkpoint.tensors for n in names)
-    if count * 2 < len(names):
+    count = sum(n.startswith(old) and new + n[len(old) :] in free for n in names)
+    if count * 2 < len(names) or any(one.item.name.startswith(old) for one in found):
         return None
     pattern = "^" + re.escape(old).replace("/", r"\/")
     target = new.replace("/", r"\/")

@@ -253,6 +253,16 @@ def test_unmatched_suggests_the_rename_that_would_match() -> None:
     assert set(pairs(found).values()) < set(LLAMA)
 
 
+def test_no_rename_is_suggested_that_would_take_another_modules_place() -> None:
+    shapes = {f"{place}.self_attn.q_proj.weight": (8, 8) for place in ("layers.0", "0", "1")}
+    for name in ("layers.9.self_attn.q_proj", "9.self_attn.q_proj"):
+        one = adapter(*(lora(n.removesuffix(".weight"), 8, 8) for n in shapes), lora(name, 8, 8))
+        assert "--rename" not in (error("LT-430", one, base(shapes)).hint or "")
+    half = adapter(lora("a.layers.0.q.proj", 8, 8), lora("layers.1.q.proj", 8, 8))
+    there = base({f"a.layers.{i}.q.proj.weight": (8, 8) for i in range(2)})
+    assert "--rename" not in (error("LT-430", half, there).hint or "")
+
+
 def test_skip_by_component_and_by_regex() -> None:
     one = adapter(lora("text_encoder_2.q", 4, 4), lora("unet.to_q", 4, 6), lora("unet.to_k", 4, 6))
     checkpoint = base({"unet.to_q.weight": (4, 6)})
