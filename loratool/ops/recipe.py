@@ -11,10 +11,12 @@ from typing import Any, NoReturn
 
 from loratool.errors import UsageError, list_some
 from loratool.frozen import Frozen
+from loratool.lazy import regex
 from loratool.options.words import Option, Options, alternatives, options_of
 
 _WRITTEN = ("output", "save_undo", "save_residual", "csv", "plot", "html")
 _MINE = {"dry_run", "offline", "yes"}  # of `run` itself
+_DECIMAL = regex(r"(?ai)[-+]?(0|[1-9]\d*)?(\.\d*)?(e[-+]?\d+)?")  # to YAML 010 is 8, 1:30 is 90
 Commands = Mapping[str, type[Options]]
 
 
@@ -136,6 +138,10 @@ def _step(path: Path, number: int, node: Any, commands: Commands) -> RecipeStep:
         if not _fits(plain, hint):
             _refuse("LT-288", path, item, f"{command}: {name} is of the wrong type",
                     _words(hint), repr(plain)[:80])  # fmt: skip
+        for one in item.value if isinstance(item, yaml.SequenceNode) else [item]:
+            if one.tag.endswith((":int", ":float")) and not _DECIMAL.fullmatch(one.value):
+                _refuse("LT-288", path, one, f"{command}: {name} is no decimal number",
+                        "such as 12 or 0.5", one.value[:80])  # fmt: skip
         options[keyword] = plain
     missing = [k for k, o in known.items() if o.is_required and k not in options]
     if missing:
