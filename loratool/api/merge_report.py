@@ -12,7 +12,7 @@ from loratool.engine.rows import op_of
 from loratool.frozen import asdict
 from loratool.ops.input_notes import base_notes, input_warnings, nonfinite_warning
 from loratool.report.base import Plain
-from loratool.report.merge import MergeReport, ModuleLoss, SubtractReport
+from loratool.report.merge import MergeReport, ModuleLoss, SubtractReport, wide_options
 
 
 def merge_report(
@@ -122,7 +122,7 @@ def _loss_warnings(total: ModuleLoss, modules: Sequence[ModuleLoss], dry_run: bo
     worst = max(modules, key=lost)
     return [
         f"rounding to {total.dtype} loses {lost(total):.0%} of the change "
-        f"(worst {worst.name} {lost(worst):.0%}): --dtype float32 keeps it"
+        f"(worst {worst.name} {lost(worst):.0%}): {wide_options(modules)} keeps it"
     ]
 
 

@@ -76,6 +76,8 @@ def command(adapters: tuple[str, ...], base: str | None, output: str, **options:
     again = opt.typed(options, Mix, Completed, Names, Access, Nonfinite)
     named = [word for adapter in adapters for word in ("--adapter", adapter)]
     check = shlex.join(["loratool", "verify", output, "--base", base, *named, *again])
+    if options["requant"]:
+        check = ""  # `verify` compares numbers, not codes
     result = [] if report.dry_run else [safe(report.output)]
     voice.show(
         report,
@@ -235,6 +237,8 @@ def _disk(report: MergeReport) -> str:
 
 
 def _loss(report: MergeReport) -> list[str]:
+    from loratool.report.merge import wide_options
+
     total = report.total
     lost = total.predicted_loss if report.dry_run else total.loss
     will = "would round" if report.dry_run else "rounds"
@@ -250,7 +254,7 @@ def _loss(report: MergeReport) -> list[str]:
     facts = [f"{dtype} {will} away {format_share(lost)} of the change; "
              f"worst {safe(worst.name)} {format_share(worst_lost)}"]  # fmt: skip
     if lost > _MENTION_FLOAT32 and report.dtype != "float32":
-        facts.append("--dtype float32 keeps all")
+        facts.append(f"{wide_options(report.modules)} keeps all")
     return facts
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
+from loratool.dtypes import BY_WORD
 from loratool.frozen import Frozen
 from loratool.report.base import Report
 
@@ -29,6 +30,12 @@ class ModuleLoss(Frozen):
     predicted_loss: float
     changed_share: float
     predicted_share: float
+
+
+def wide_options(modules: Sequence[ModuleLoss]) -> str:
+    """Options under which rounding takes next to nothing of these changes."""
+    is_plain = all(m.dtype in BY_WORD and BY_WORD[m.dtype].is_mergeable for m in modules)
+    return "--dtype float32" if is_plain else "--dequantize --dtype float32"
 
 
 class LeastTime(Frozen):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import loratool as lt
+from loratool import cli
 from loratool.errors import LoratoolError
 from tests.make import randn, random_factors, save_adapter, save_checkpoint
 
@@ -172,6 +174,21 @@ def test_requant(tmp_path: Path, scale_name: str, rho: float) -> None:
         error += float((made[name].double() - want).square().sum())
         size += float(delta[name].square().sum())
     assert report.total.loss == pytest.approx((error / size) ** 0.5, abs=0.02)
+
+
+def test_what_is_advised_after_coding_anew_can_be_done(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`verify` and --dtype go with plain numbers."""
+    block_base(tmp_path / "base")
+    style(tmp_path / "style")
+    words = ["merge", str(tmp_path / "style"), "--base", str(tmp_path / "base"), "-o"]
+    assert cli.run([*words, str(tmp_path / "out"), "--requant"]) == 0
+    said = "".join(capsys.readouterr())
+    advice = re.search(r"(--dequantize --dtype float32) keeps", said)
+    assert advice is not None and "loratool verify" not in said
+    assert cli.run([*words, str(tmp_path / "plain"), *advice[1].split()]) == 0
+    assert "loratool verify" in "".join(capsys.readouterr())
 
 
 @pytest.mark.parametrize("how", ["dequantize", "requant"])
