@@ -148,11 +148,11 @@ def expected_rounding(
     t = (sigma.double() / spacing).clamp_min(1e-30)
     square = torch.full_like(t, 1 / 12)
     is_small = t < _FLAT
-    small, sum_ = t[is_small], square[is_small]
+    small = t[is_small]
     if len(small):
-        for k in range(1, _FOURIER_TERMS + 1):
-            sum_ += (-1) ** k / (math.pi * k) ** 2 * torch.exp(-2 * (math.pi * k * small) ** 2)
-        square[is_small] = torch.where(small < 0.1, small**2, sum_)
+        k = torch.arange(1, _FOURIER_TERMS + 1, dtype=t.dtype, device=t.device)[:, None]
+        series = (-1) ** k / (math.pi * k) ** 2 * torch.exp(-2 * (math.pi * k * small) ** 2)
+        square[is_small] = torch.where(small < 0.1, small**2, 1 / 12 + series.sum(0))
     changed = torch.erfc(1 / (2 * math.sqrt(2) * t))
     return float((square * spacing**2).mean()), float(changed.mean())
 

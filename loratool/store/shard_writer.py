@@ -8,7 +8,13 @@ from io import FileIO
 from pathlib import Path
 
 from loratool.store.checksum import Piece, PieceSums, sum_whole
-from loratool.store.disk import create_new, disk_error, progress, refusals_as
+from loratool.store.disk import (
+    create_new,
+    disk_error,
+    lies_in_memory,
+    progress,
+    refusals_as,
+)
 from loratool.store.reader import plain_io
 
 try:
@@ -122,7 +128,8 @@ class ShardWriter(BlockWriter):
             raise disk_error("cannot create", path, error) from error
 
     def _reserve(self) -> None:
-        if hasattr(os, "posix_fallocate") and self.size:
+        """Take the room on the disk; in memory that would fill it with zeros first."""
+        if hasattr(os, "posix_fallocate") and self.size and not lies_in_memory(self.path):
             try:
                 os.posix_fallocate(self._fd, 0, self.size)
                 return
