@@ -10,15 +10,9 @@ from typing import Any
 from loratool.adapter import Adapter, AdapterFiles, TensorRef
 from loratool.api.fitting import check_files, fit_for
 from loratool.api.freeing import dependent, free_of_base, outline_free, unholdable
+from loratool.api.loading import planned_for, unloadable
 from loratool.api.session import Opened, Session, base_row
-from loratool.api.translating import (
-    carry_out,
-    files_of,
-    memory_for,
-    of_dialect,
-    settled,
-    unloadable,
-)
+from loratool.api.translating import carry_out, files_of, memory_for, of_dialect
 from loratool.dialects import DEFAULT
 from loratool.dialects.base import Dialect
 from loratool.dialects.metadata import LENGTHS, edited, hashed, parse_edits
@@ -64,14 +58,16 @@ class _Job(Frozen):
         base, asked, program = self.base, self.asked, self.session.program
         is_own = program is not None and program.native == self.row.name
         kept, gone = without_whole(adapter, program) if program and is_own else (adapter, [])
-        plan = plan_convert(
-            kept, self.row.name, base=None if base is None else base.checkpoint,
-            skip=asked.skip, keeps_names=asked.to is None and program is None,
-            is_freed=adapter is not self.one.adapter,
-        )  # fmt: skip
+        of_plan: dict[str, Any] = {
+            "base": None if base is None else base.checkpoint, "skip": asked.skip,
+            "keeps_names": asked.to is None and program is None,
+            "is_freed": adapter is not self.one.adapter,
+        }  # fmt: skip
         if program is None or _of_peft(program, self.row) is not None:
-            return plan
-        plan = settled(plan, program, self.session.limits, **_of_base(base, plan))
+            return plan_convert(kept, self.row.name, **of_plan)
+        how = {"base_config": base.checkpoint.config if base else None,
+               "base_tensors": tuple(base.checkpoint.tensors) if base else ()}  # fmt: skip
+        plan = planned_for(program, kept, self.row.name, self.session.limits, how, **of_plan)
         return replace(plan, warnings=(*plan.warnings, *left_out(program, gone)))
 
     def freed(self) -> set[str]:

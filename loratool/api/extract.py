@@ -7,16 +7,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from loratool.adapter import Adapter
 from loratool.api.access import access_of, parse_size
 from loratool.api.common import Limits, Resources, plan_resources, run_id
-from loratool.api.extract_assembly import Assembly
+from loratool.api.extract_assembly import Assembly, refuse_lost
 from loratool.api.extract_report import planned_report, written_report
+from loratool.api.loading import plan_translation, without_misfits
 from loratool.api.page import check_page, with_page
 from loratool.api.session import base_row, run_plan
 from loratool.api.side_file import may_replace
+from loratool.api.translating import files_of
 from loratool.dialects import DEFAULT, open_adapter
 from loratool.dialects.base import Dialect
-from loratool.dialects.programs import Program, find_program
+from loratool.dialects.programs import Look, Program, find_program
 from loratool.dialects.registry import writable
 from loratool.errors import MismatchError, UsageError, list_some
 from loratool.frozen import Frozen, replace
@@ -116,6 +119,7 @@ class _Job(Frozen):
         criteria: of ranks, as they are reported and recorded.
         keep: what is stored whole.
         program: that the adapter is for; None = any.
+        loader: the same if it takes files as its loader reads them.
         row: its dialect.
         access: how sources may be reached.
     """
@@ -127,6 +131,7 @@ class _Job(Frozen):
     criteria: Mapping[str, Any]
     keep: Sequence[str]
     program: Program | None
+    loader: Program | None
     row: Dialect
     access: Access
 
@@ -140,9 +145,9 @@ def _prepare(asked: Extract) -> _Job:
     )  # fmt: skip
     if asked.names not in ("v4", "v5"):
         raise UsageError("LT-226", "unknown --names", expected="v4 or v5", got=asked.names)
-    program = None if asked.program is None else find_program(asked.program, of_peft=True)
+    program = None if asked.program is None else find_program(asked.program)
     keep, target = _kept_for(program, asked.keep), Path(asked.output)
-    row = writable(asked.to or DEFAULT)
+    row = writable(asked.to or _usual(program))
     access = access_of(asked, in_place=asked.dry_run)
     if not asked.dry_run:  # before a long download, not after it
         guard_output(target, [asked.tuned, asked.base])
@@ -152,13 +157,37 @@ def _prepare(asked: Extract) -> _Job:
     base = open_base(str(asked.base), [], access)
     guard_output(target, [tuned.resolved.path, base.resolved.path])
     plan = _plan(asked, tuned.checkpoint, base.checkpoint, how, keep)
-    if program is not None:
-        check_fit(outline(plan, base.checkpoint), program)
+    made = outline(plan, base.checkpoint)
+    if asked.to is None and program is not None and not program.is_of_peft:
+        row = writable(program.home(_look(made)))
+    loader = None if program is None or _takes_folders(program, row) else program
+    if loader is not None:
+        kept, lost = without_misfits(made, row.name, Limits.of(asked), loader)
+        if kept.specs:
+            refuse_lost(lost, made, row, loader)
+        plan_translation(kept if kept.specs else made, row.name, Limits.of(asked), loader)
+    elif program is not None:
+        check_fit(made, program)
     criteria = {
         "rank": "auto" if how.auto else asked.rank, "energy": asked.energy,
         "error": asked.error, "size": limit, "max_rank": asked.max_rank,
     }  # fmt: skip
-    return _Job(tuned, base, target, plan, criteria, keep, program, row, access)
+    return _Job(tuned, base, target, plan, criteria, keep, program, loader, row, access)
+
+
+def _usual(program: Program | None) -> str:
+    """The dialect that a program loads where nothing is known of the model."""
+    return DEFAULT if program is None or program.is_of_peft else program.homes[""]
+
+
+def _takes_folders(program: Program, row: Dialect) -> bool:
+    """True if the program takes one rank and one α/r of all modules of such an adapter."""
+    return program.is_of_peft and row.name == DEFAULT
+
+
+def _look(made: Adapter) -> Look:
+    """What a loader finds of an adapter's names and shapes."""
+    return Look.of_files(files_of(made, DEFAULT, {}), DEFAULT)
 
 
 def _plan(
@@ -194,7 +223,7 @@ def _recorded(asked: Extract, job: _Job, resources: Resources) -> tuple[_Job, di
 
 def _assembly(asked: Extract, job: _Job) -> Assembly:
     return Assembly(job.plan, job.keep, job.base, job.tuned.checkpoint, job.program,
-                    job.row, Limits.of(asked), job.criteria["size"])  # fmt: skip
+                    job.loader, job.row, Limits.of(asked), job.criteria["size"])  # fmt: skip
 
 
 def _save_residual(
@@ -256,7 +285,7 @@ def _kept_for(program: Program | None, keep: Sequence[str]) -> Sequence[str]:
     Raises:
         UsageError: LT-272, something else was asked for.
     """
-    if program is None or program.holds_whole_tensors:
+    if program is None or program.holds_whole_tensors or not program.is_of_peft:
         return keep
     if set(keep) - {"none"}:
         raise UsageError(

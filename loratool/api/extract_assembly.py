@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from loratool.adapter import Adapter, AdapterFiles
 from loratool.api.common import Limits, recorded_name
 from loratool.api.fitting import Fitted, check_files, fit_for
-from loratool.api.translating import translate
+from loratool.api.loading import translate, without_misfits
 from loratool.archs.heads import is_other_head, task_of
 from loratool.archs.stated import class_config
 from loratool.dialects import stated, write_adapter_files
 from loratool.dialects.base import Dialect
 from loratool.dialects.programs import Program
 from loratool.engine.rows import args_of
-from loratool.errors import UsageError
+from loratool.errors import MismatchError, UsageError, list_some
 from loratool.frozen import Frozen, replace
 from loratool.ops.assemble import Outcome, assemble, rank_groups
 from loratool.ops.extract import ExtractPlan
 from loratool.ops.inputs import OpenedBase
+from loratool.ops.leaving import options
 from loratool.store.adapter_writer import entry_bytes, file_bytes
 from loratool.store.checkpoint import Checkpoint
 
@@ -29,22 +30,30 @@ class Made(Frozen):
 
     Attributes:
         plain: its files without that form.
+        changes: what these hold.
     """
 
     outcomes: list[Outcome]
     files: AdapterFiles
     fitted: Fitted
     plain: AdapterFiles
+    changes: Adapter
 
 
 class Assembly(Frozen):
-    """Everything but the results that decides what is written."""
+    """Everything but the results that decides what is written.
+
+    Attributes:
+        program: that it is for; None = any.
+        loader: the same if it takes files as its loader reads them.
+    """
 
     plan: ExtractPlan
     keep: Sequence[str]
     base: OpenedBase
     tuned: Checkpoint
     program: Program | None
+    loader: Program | None
     row: Dialect
     limits: Limits
     size: int | None
@@ -54,30 +63,37 @@ class Assembly(Frozen):
         resolved = self.base.resolved
         label = resolved.repo_id or recorded_name(resolved.path)
         adapter, outcomes = assemble(
-            self.plan, results, keep=self.keep, base=self.base.checkpoint, base_model=label
-        )
-        if not self.row.holds_whole:  # it holds changes, no tensors instead of others
+            self.plan, results, keep=self.keep, base=self.base.checkpoint, base_model=label,
+            holds_bare=self.row.table is not None,
+        )  # fmt: skip
+        if self.row.table is not None or not self.row.holds_whole:
             adapter, lost = self._translated(adapter)
             outcomes = [_without(o) if set(self.plan.names_of(o.pair)) & lost else o
                         for o in outcomes]  # fmt: skip
-        fitted = fit_for(adapter, self.program, self.limits)
+        fitted = fit_for(adapter, self._of_peft, self.limits)
         plain, files = self._files(adapter), self._files(fitted.adapter)
-        check_files(files, adapter, self.program)
+        check_files(files, adapter, self._of_peft)
         if resolved.commit:  # where PEFT looks for the base's revision
             files = with_config(files, revision=resolved.commit)
-        return Made(outcomes, files, fitted, plain)
+        return Made(outcomes, files, fitted, plain, adapter)
+
+    @property
+    def _of_peft(self) -> Program | None:
+        """The program, if it takes one rank and one α/r of all modules."""
+        return self.program if self.loader is None else None
 
     def _translated(self, adapter: Adapter) -> tuple[Adapter, set[str]]:
-        """In a dialect that holds changes alone, and the names of what it cannot hold."""
+        """As its dialect has it, and the names of what that or the program cannot hold."""
         from loratool.engine.differences import differences
 
         plan = self.plan
         old = {n: p.base for p in plan.pairs if p.base is not None for n in plan.names_of(p)}
         changes, others = differences(adapter.replacements, old)
-        held = [c for c in changes if not self.row.obstacle(c)]
-        lost = {r.name for r in others} | {c.name for c in changes} - {c.name for c in held}
-        plain = replace(adapter, specs=(*adapter.specs, *held), replacements=())
-        return translate(plain, self.row.name, self.limits).adapter, lost
+        whole = replace(adapter, specs=(*adapter.specs, *changes), replacements=tuple(others))
+        kept, lost = without_misfits(whole, self.row.name, self.limits, self.loader)
+        refuse_lost(lost, adapter, self.row, self.loader)
+        made = translate(kept, self.row.name, self.limits, self.loader)
+        return made.adapter, set(lost)
 
     def _files(self, adapter: Adapter) -> AdapterFiles:
         task = ""
@@ -100,12 +116,37 @@ class Assembly(Frozen):
     def build_within(self, results: list[Any]) -> Made:
         """The same within a number of bytes; zeros that fill up ranks count too."""
         made, limit = self.build(results), self.size
-        plain, budget = made.plain, limit or 0
+        whole, budget = made, limit or 0
         while limit is not None and file_bytes(made.files) > limit:
-            one_rank = self.program is not None
-            made = self.build(_spend(self.plan, results, plain, budget, one_rank))
+            one_rank = self._of_peft is not None
+            made = self.build(_spend(self.plan, results, whole, budget, one_rank))
             budget -= max(0, file_bytes(made.files) - limit)
         return made
+
+
+def refuse_lost(
+    lost: Collection[str], adapter: Adapter, row: Dialect, loader: Program | None
+) -> None:
+    """Refuse to leave factors out; small tensors are, and the report says so.
+
+    Args:
+        lost: names of what is left out.
+        adapter: with the factors.
+        row: the dialect, and
+        loader: the program that it is for.
+
+    Raises:
+        MismatchError: LT-488, the program does not load them; LT-494, the dialect has no place.
+    """
+    names = [s.name for s in adapter.specs if s.is_matrix and s.name in lost]
+    rest = [s.name for s in adapter.specs if s.is_matrix and s.name not in lost]
+    if names:
+        raise MismatchError(
+            "LT-488" if loader else "LT-494",
+            f"{loader.title if loader else row.title} has no place for some of these modules",
+            file=adapter.path, key=list_some(names, 3),
+            hint=f"do not factor them: {options('--exclude', names, rest)}" if rest else None,
+        )  # fmt: skip
 
 
 def _without(outcome: Outcome) -> Outcome:
@@ -120,27 +161,18 @@ def with_config(files: AdapterFiles, **more: Any) -> AdapterFiles:
 
 
 def _spend(
-    plan: ExtractPlan, results: list[Any], files: AdapterFiles, limit: int, one_rank: bool
+    plan: ExtractPlan, results: list[Any], made: Made, limit: int, one_rank: bool
 ) -> list[Any]:
-    """Cut every module to what a size budget leaves it; ``files`` holds them uncut."""
+    """Cut every module to what a size budget leaves it; ``made`` holds them uncut."""
     from loratool.engine.slicing import cut, spend
 
     groups = [[i for i in g if results[i].factors] for g in rank_groups(plan)]
     groups = [g for g in groups if g]
     if one_rank:
         groups = [[i for g in groups for i in g]]
-    factors = sum(f.nbytes for g in groups for i in g for f in results[i].factors)
-    owner = {
-        id(f): number for number, g in enumerate(groups) for i in g for f in results[i].factors
-    }
-    shares = [0] * len(groups)
-    for key, source in files.tensors:
-        if id(source) in owner:
-            shares[owner[id(source)]] += entry_bytes(key, source, limit)
-    # kept tensors, and their part of the header: lower ranks only make the rest shorter
-    fixed = file_bytes(files) - factors - sum(shares)
+    shares, fixed, is_bare = _shares(plan, results, made, groups, limit)
     ranks = spend([[results[i] for i in g] for g in groups], shares, limit - fixed)
-    is_empty = not any(ranks) and len(owner) == len(files.tensors)
+    is_empty = is_bare and not any(ranks)
     if fixed > limit or is_empty:
         least = fixed + (min(shares) if is_empty else 0)
         raise UsageError(
@@ -152,3 +184,29 @@ def _spend(
         for i in group:
             out[i] = cut(results[i], args_of(plan.plan.steps[i]), rank)
     return out
+
+
+def _shares(
+    plan: ExtractPlan, results: list[Any], made: Made, groups: list[list[int]], limit: int
+) -> tuple[list[int], int, bool]:
+    """Bytes of the header for each group's factors, all other bytes, and if there is nothing else.
+
+    Lower ranks only make what is there shorter.  Where a dialect joins or splits modules, the first
+    are what the modules would take alone.
+    """
+    owner = {id(f): n for n, g in enumerate(groups) for i in g for f in results[i].factors}
+    factors = {id(f) for s in made.changes.specs if s.rank for f in s.fields.values()}
+    stored = [(key, source) for key, source in made.plain.tensors if id(source) in factors]
+    taken = sum(source.nbytes for _, source in stored)
+    heads = [entry_bytes(key, source, limit) for key, source in stored]
+    fixed = file_bytes(made.plain) - taken - sum(heads)
+    shares = [0] * len(groups)
+    if owner.keys() == {id(source) for _, source in stored}:
+        for (_, source), head in zip(stored, heads, strict=True):
+            shares[owner[id(source)]] += head
+    else:
+        for n, group in enumerate(groups):
+            names = [(f"{plan.memory_names[plan.pairs[i].name]}.lora_A", f) for i in group
+                     for f in results[i].factors]  # fmt: skip
+            shares[n] = sum(entry_bytes(name, f, limit) for name, f in names)
+    return shares, fixed, len(stored) == len(made.plain.tensors)

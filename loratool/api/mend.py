@@ -9,15 +9,15 @@ from typing import Any
 from loratool.adapter import Adapter
 from loratool.api.access import access_of
 from loratool.api.common import Limits
+from loratool.api.loading import planned_for
 from loratool.api.session import Session
-from loratool.api.translating import carry_out, files_of, settled
+from loratool.api.translating import carry_out, files_of
 from loratool.dialects.metadata import hashed
 from loratool.dialects.programs import Look, Program
 from loratool.dialects.registry import home_of
 from loratool.dialects.rules import is_folder, passed_on, with_text_models
 from loratool.errors import list_some
 from loratool.frozen import replace
-from loratool.ops.convert import plan_convert
 from loratool.options import groups
 from loratool.options.looking import Check
 from loratool.options.shaping import Convert, Rescale
@@ -83,8 +83,7 @@ def _translated(
         one.adapter, dialect)]  # fmt: skip
     skip = [f"^{re.escape(name.rpartition('.')[0] or name)}$" for name in left]
     source = replace(with_text_models(one.adapter), key_order=())
-    plan = plan_convert(source, dialect, skip=skip)
-    plan = settled(plan, program, session.limits)
+    plan = planned_for(program, source, dialect, session.limits, {}, skip=skip)
     fixed = [f"{len(plan.computed)} modules are computed anew as LoRA"] if plan.computed else []
     if not asked.dry_run:
         with session.outputs(1) as session:

@@ -13,7 +13,8 @@ from loratool.adapter import Adapter, AdapterFiles
 from loratool.api.access import access_of
 from loratool.api.common import Limits, Resources, content_label
 from loratool.api.fitting import Fitted, check_files, fit_for
-from loratool.api.translating import files_of, of_dialect, plan_translation, translate
+from loratool.api.loading import plan_translation, translate
+from loratool.api.translating import files_of, of_dialect
 from loratool.dialects import DEFAULT, open_adapter, write_adapter_files
 from loratool.dialects.programs import Look, Program, find_program
 from loratool.dialects.registry import home_of, writable

@@ -154,7 +154,7 @@ def _find(component: str, module: str, parameter: str, family: str | None) -> It
     flat, index, kind = flatten(module), index_of(family), "te" if is_text(component) else "unet"
     asked = [(flat, False)]
     if index.tensors:
-        asked += [(f"{flat}_{parameter}", True)] if parameter else []
+        asked += [("_".join(filter(None, (flat, parameter))), True)] if parameter else []
         asked += [(flat, True)] if parameter in ("", "weight") else []
     for name, is_tensor in asked:
         for entry, numbers in index.find(name, is_tensor=is_tensor):

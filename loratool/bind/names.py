@@ -140,9 +140,12 @@ def apply_user_names(
     renames = [parse_rename(text) for text in options.rename]
     skips = [parse_skip(text) for text in options.skip]
     every = list(_items(adapter))
-    skipped = frozenset().union(*find(skips, [item.module for item in every]))
+    texts = [text for item in every for text in (item.module, *skipped_by(item.names[0]))]
+    skipped = frozenset().union(*find(skips, texts))
     files = _skip_files(adapter, skips)
-    kept = [i for i in every if i.module not in skipped and _file_of(i.replacement) not in files]
+    out = {id(i): i.module if i.module in skipped else i.names[0] for i in every
+           if not skipped.isdisjoint((i.module, *skipped_by(i.names[0])))}  # fmt: skip
+    kept = [i for i in every if id(i) not in out and _file_of(i.replacement) not in files]
     modules = [item.module for item in kept]
     notes = []
     for text, rename in zip(options.rename, renames, strict=True):
@@ -154,7 +157,7 @@ def apply_user_names(
              item.replacement)
         for item, module in zip(kept, modules, strict=True)
     ]  # fmt: skip
-    return items, tuple(sorted({*skipped, *files})), tuple(notes)
+    return items, tuple(sorted({*out.values(), *files})), tuple(notes)
 
 
 def _skip_files(adapter: Adapter, skips: Sequence[Pattern]) -> frozenset[str]:
@@ -246,6 +249,17 @@ def parse_skip(text: str) -> Pattern:
         refuse("it is empty")
     regex = component_pattern(text).pattern if text in COMPONENTS else text
     return compile_pattern(regex, refuse)
+
+
+def skipped_by(name: str) -> tuple[str, ...]:
+    """What ``--skip`` may find of a change: its module; of a bias and the like its own name too.
+
+    Example:
+        >>> skipped_by("layers.0.norm.weight"), skipped_by("layers.0.norm.bias")
+        (('layers.0.norm',), ('layers.0.norm', 'layers.0.norm.bias'))
+    """
+    module, _, parameter = name.rpartition(".")
+    return (module or name,) if parameter == "weight" or not module else (module, name)
 
 
 def component_pattern(word: str) -> re.Pattern[str]:

@@ -17,7 +17,7 @@ from loratool.kind import STORED
 from loratool.kind_shapes import COLUMN_LENGTHS, ROW_LENGTHS
 
 LOW_RANK = "lowrank"
-_VECTOR = "vector"
+_VECTOR, _FULL = "vector", "full"
 LEFT, RIGHT, VALUES = "lora_B", "lora_A", "delta"
 """Roles: the factor that is zero where training starts, the other one, a vector."""
 CORE = "lora_mid"
@@ -229,14 +229,16 @@ def new_vector(spec: DeltaSpec, values: Source) -> DeltaSpec:
 
 
 def new_difference(name: str, values: Source) -> DeltaSpec:
-    """A change of a vector that adds these values.
+    """A change that adds these values to a whole parameter.
 
     Args:
         name: full name of the parameter.
-        values: (n,).
+        values: of its shape.
     """
     module, _, parameter = name.rpartition(".")
-    return DeltaSpec(_VECTOR, module, parameter, {VALUES: values}, _VECTOR, 0, None, 1.0)
+    row = kinds.of_tensor(_FULL, values.shape)
+    layout = _VECTOR if not row.is_matrix else "conv" if len(values.shape) > 2 else "linear"
+    return DeltaSpec(row.name, module, parameter, {row.roles[0]: values}, layout, 0, None, 1.0)
 
 
 def as_bias(name: str, values: Source) -> Replacement:

@@ -34,6 +34,7 @@ TABLE_OF_IT = replace(
     grows="reshape_weight",
     lone="lora_A",
     naming="original",
+    bare=True,
 )  # fmt: skip
 
 ROW = Dialect(

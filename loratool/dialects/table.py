@@ -15,7 +15,7 @@ from loratool.adapter import DeltaSpec
 from loratool.archs.flat import components_of, known_names, with_text_model
 from loratool.dialects.factors import LENGTHS, OPEN_LENGTHS
 from loratool.dialects.fields import Component, Field, Header, Key
-from loratool.frozen import Frozen
+from loratool.frozen import Frozen, replace
 
 # What keys of algorithms end in that no kind is made of -> their title.
 ALGORITHMS = (
@@ -51,6 +51,7 @@ class Table(Frozen, dict=True):
         only: kinds that new files may hold, () = all that have a spelling.
         naming: what modules are called in new files: a naming of `loratool.archs.families`, or
             ``written`` = the one that a family is usually written in.
+        bare: a parameter that is neither a weight nor a bias is named as a module is.
         passed: regular expression of tensors that are no part of any change and are kept.
         stale: keys of the metadata that speak of the very tensors, "" = none.
         ranks: keys of the metadata for rank and alpha of the whole file.
@@ -74,6 +75,7 @@ class Table(Frozen, dict=True):
     lone: str = ""
     only: tuple[str, ...] = ()
     naming: str = "written"
+    bare: bool = False
     passed: str = ""
     stale: str = ""
     ranks: tuple[str, str] = ("", "")
@@ -129,6 +131,12 @@ class Table(Frozen, dict=True):
         if prefix is None:
             prefix = self.components[0].prefix
         return prefix + (rest.replace(".", "_") if self.is_flat else rest)
+
+    def addressed(self, spec: DeltaSpec) -> DeltaSpec:
+        """The change of a parameter under the module and parameter that its keys name."""
+        if not self.bare or spec.parameter in ("weight", "bias"):
+            return spec
+        return replace(spec, module=spec.name, parameter="weight")
 
     def keys_of(
         self,

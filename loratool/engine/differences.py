@@ -1,4 +1,4 @@
-"""Small tensors that were trained whole (biases, norms) as changes: what is new less what was."""
+"""Small tensors that were trained whole (biases, norms, bare parameters) as changes of the base."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def differences(
                 old is None
                 or one.rows is not None
                 or old.shape != one.source.shape
-                or _is_matrix(one)
+                or _is_of_module(one)
             ):
                 rest.append(one)
                 continue
@@ -43,5 +43,6 @@ def differences(
     return made, rest
 
 
-def _is_matrix(one: Replacement) -> bool:
-    return len(one.source.shape) != 1
+def _is_of_module(one: Replacement) -> bool:
+    """True for the weight of a linear layer, an embedding and the like."""
+    return len(one.source.shape) != 1 and one.name.endswith(".weight")

@@ -51,6 +51,7 @@ def assemble(
     keep: Sequence[str],
     base: Checkpoint,
     base_model: str | None,
+    holds_bare: bool = False,
 ) -> tuple[Adapter, list[Outcome]]:
     """Make the adapter from the results of the steps.
 
@@ -60,6 +61,7 @@ def assemble(
         keep: ``embeddings``, ``all`` or regular expressions of tensors kept whole.
         base: the base checkpoint.
         base_model: what the adapter names as its base.
+        holds_bare: small parameters without a module are kept too; PEFT has no place for them.
 
     Raises:
         MismatchError: the checkpoints are identical, or nothing is left to write.
@@ -78,7 +80,7 @@ def assemble(
     specs = _match_mha_ranks(_complete_mha(specs, extract, base))
     specs = _match_expert_ranks(_complete_experts(specs, extract, base))
     left_out = [o.pair for o in outcomes if o.fate == "left_out"]
-    kept = [pair for pair in left_out if _is_kept(pair, keep, extract.kept)]
+    kept = [pair for pair in left_out if _is_kept(pair, keep, extract.kept, holds_bare)]
     if not specs and not kept:
         raise MismatchError(
             "LT-484",
@@ -104,14 +106,22 @@ def assemble(
 
 
 def outline(extract: ExtractPlan, base: Checkpoint) -> Adapter:
-    """The adapter as far as the plan tells: what lies where, in factors of one element."""
-    blank = TensorData("", "F32", (1, 1), b""), TensorData("", "F32", (1, 1), b"")
+    """The adapter as far as the plan tells: what lies where, in factors of rank 1 without content.
+
+    Those of experts have one element.
+    """
     specs = [
-        _make_spec(pair, step, blank, extract, base)
+        _make_spec(pair, step, _blank(pair), extract, base)
         for pair, step in zip(extract.pairs, extract.plan.steps, strict=True)
         if pair.is_factored
     ]
     return Adapter(base.path, DEFAULT, tuple(specs))
+
+
+def _blank(pair: Pair) -> tuple[TensorData, TensorData]:
+    rows, *columns = (1, 1) if pair.holder == "experts" else pair.tuned.shape
+    return (TensorData("", "F32", (1, *columns), b""),
+            TensorData("", "F32", (rows, 1, *(1 for _ in columns[1:])), b""))  # fmt: skip
 
 
 def _outcome(pair: Pair, found: Any) -> Outcome:
@@ -261,11 +271,11 @@ def _pad(spec: DeltaSpec, rank: int) -> DeltaSpec:
     return with_factors(spec, left, right, rank=rank, alpha=float(rank))
 
 
-def _is_kept(pair: Pair, keep: Sequence[str], by_name: frozenset[str]) -> bool:
-    if pair.role == "bare":
-        return False  # PEFT holds whole modules and biases, not bare parameters
+def _is_kept(pair: Pair, keep: Sequence[str], by_name: frozenset[str], holds_bare: bool) -> bool:
+    if pair.role == "bare" and not holds_bare:
+        return False
     is_held = pair.base is not None  # a module that the base lacks takes no tensor
-    is_usual = (pair.role == "small" and is_held) or pair.is_task_head
+    is_usual = (pair.is_small and is_held) or pair.is_task_head
     return (
         (is_usual and "none" not in keep)
         or "all" in keep

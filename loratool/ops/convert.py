@@ -12,7 +12,6 @@ from loratool.archs.flat import KnownNames, home_prefix, known_names
 from loratool.bind.bindings import bind
 from loratool.bind.flat import meanings_of
 from loratool.bind.items import BoundDelta
-from loratool.bind.names import parse_skip
 from loratool.delta.forms import (
     as_pair,
     is_whole_pair,
@@ -24,14 +23,14 @@ from loratool.delta.stacking import gather
 from loratool.dialects import unmergeable_reason
 from loratool.dialects.base import Dialect
 from loratool.dialects.registry import row_of
-from loratool.dialects.rules import is_of_home, passed_on
+from loratool.dialects.rules import is_of_home
 from loratool.errors import MismatchError, list_some
 from loratool.frozen import Frozen, field, replace
 from loratool.ops.additive import FREED, require_kernels
 from loratool.ops.fitting import needs_evening
-from loratool.ops.naming import locate, uncuttable
+from loratool.ops.leaving import changes_of, skips, unheld, without
+from loratool.ops.naming import Located, locate, uncuttable
 from loratool.ops.sizes import with_sizes
-from loratool.patterns import find
 from loratool.store.checkpoint import Checkpoint
 
 
@@ -92,22 +91,22 @@ def plan_convert(
     row, settled = row_of(dialect), source
     if any(s.is_open and row.obstacle(s) for s in source.specs):
         settled = with_sizes(source, base, "converted", hint=FREED)
-    kept, left_out = _without(settled, skip)
+    kept, left_out = without(settled, skip)
     notes = list(kept.notes)
     reason = unmergeable_reason(source)
     if reason is not None and not is_of_home(source, dialect):
         raise MismatchError("LT-494", f"{row.title} cannot hold this adapter", file=source.path,
                             got=reason)  # fmt: skip
-    _check(kept, row, base)
-    notes += _left_behind(kept, row)
     is_kept = keeps_names and source.dialect == dialect
     is_named = row.table is not None and bool(row.table.naming) and not is_kept
+    located = locate(kept) if is_named else []
+    _check(kept, row, base, located)
+    notes += _left_behind(kept, row)
     if is_named:
         notes.append(f"modules are named as {row.title} names them")
     elif source.is_flat and not row.is_flat:
         kept, words = _named(kept, base)
         notes.append(words)
-    located = locate(kept) if is_named else []
     uncut = uncuttable(located, row.table.naming if row.table is not None else "")
     odd = [s for s in kept.specs
            if (row.obstacle(s) or s.name in uncut)
@@ -181,31 +180,6 @@ def fold_bytes(plan: ConvertPlan) -> list[int]:
             if s.name in names]  # fmt: skip
 
 
-def _without(adapter: Adapter, skip: Sequence[str]) -> tuple[Adapter, tuple[str, ...]]:
-    """The adapter less what ``--skip`` names, and the names of that."""
-    modules = {name: _module(name) for name in _names(adapter)}
-    modules |= {ref.name: _module(ref.name) for ref in passed_on(adapter)}
-    skipped = frozenset().union(*find([parse_skip(t) for t in skip], list(modules.values())))
-    out = {name for name, module in modules.items() if module in skipped}
-    specs = tuple(s for s in adapter.specs if s.name not in out)
-    replacements = tuple(r for r in adapter.replacements if r.name not in out)
-    if not specs and not replacements:
-        raise MismatchError("LT-448", "nothing is left to convert", file=adapter.path,
-                            got=list_some(skipped, 3) or "no changes")  # fmt: skip
-    carried = tuple(r for r in adapter.carried if r.name not in out)
-    kept = replace(adapter, specs=specs, replacements=replacements, carried=carried)
-    return kept, tuple(name for name in modules if name in out)
-
-
-def _names(adapter: Adapter) -> list[str]:
-    """Of everything that changes the base."""
-    return [*(s.name for s in adapter.specs), *(r.name for r in adapter.replacements)]
-
-
-def _module(name: str) -> str:
-    return name.rpartition(".")[0] or name
-
-
 def _left_behind(kept: Adapter, row: Dialect) -> list[str]:
     """What is no change of the weights and has no place in the other dialect."""
     notes = []
@@ -221,47 +195,26 @@ def _left_behind(kept: Adapter, row: Dialect) -> list[str]:
     return notes
 
 
-def _check(kept: Adapter, row: Dialect, base: Checkpoint | None) -> None:
+def _check(
+    kept: Adapter, row: Dialect, base: Checkpoint | None, located: Sequence[Located]
+) -> None:
     """Name everything that the dialect cannot hold, with the words that leave it out."""
-    table = row.table
-    has_place = row.holds_whole or is_of_home(kept, row.name)  # it was read from there
-    found = {
-        r.name: "a replaced tensor" for r in kept.replacements
-        if not has_place
-        or (table is not None and (r.rows is not None
-                                   or table.key_of_set(r.name, is_flat=kept.is_flat) is None))
-    }  # fmt: skip
-    found |= {
-        ref.name: "a tensor that is no part of a change"
-        for ref in passed_on(kept) if table is None or not table.is_passed(ref.name)
-    }  # fmt: skip
-    found |= {s.name: why for s in kept.specs if (why := row.obstacle(_unscaled(as_pair(s), row)))}
+    found = unheld(kept, row, located)
     if not found:
         return
-    modules = {_module(name) for name in found}
-    ways = " ".join(f"--skip '^{re.escape(module)}$'" for module in sorted(modules)[:3])
-    all_of_it = found.keys() >= set(_names(kept))
-    hint = f"leave them out: {ways}{' …' if len(modules) > 3 else ''}"
+    command = ["loratool", "convert", str(kept.path), "--to", row.name]
+    out = "OUT" if row.is_folder else f"OUT{row.suffixes[0]}"
+    words = skips(kept, found)
+    hint = f"{shlex.join(command)} {words} -o {out} leaves them out" if words else None
+    if found.keys() >= set(changes_of(kept)):
+        hint = None
     if base is None and any(s.name in found and s.is_matrix and not s.is_fixed for s in kept.specs):
-        out = "OUT" if row.is_folder else f"OUT{row.suffixes[0]}"
-        words = shlex.join(["loratool", "convert", str(kept.path), "--to", row.name])
-        hint = f"{words} --base BASE -o {out}: what depends on the base becomes LoRA"
-        all_of_it = False
+        hint = (f"{shlex.join(command)} --base BASE -o {out}: what depends on the base becomes "
+                "LoRA")  # fmt: skip
     raise MismatchError(
         "LT-494", f"{row.title} cannot hold {len(found)} changes of this adapter", file=kept.path,
-        key=list_some(found, 3), got=list_some(set(found.values()), 3),
-        hint=None if all_of_it else hint,
+        key=list_some(found, 3), got=list_some(set(found.values()), 3), hint=hint,
     )  # fmt: skip
-
-
-def _unscaled(spec: DeltaSpec, row: Dialect) -> DeltaSpec:
-    """The change as it will be written: without a scaling of its own where there is no alpha."""
-    return replace(spec, scaling=1.0) if folds(row) else spec
-
-
-def folds(row: Dialect) -> bool:
-    """True if scalings go into factors: programs do not agree on what else states them."""
-    return row.table is not None and not (row.table.alpha and row.table.has_alphas)
 
 
 # ---------------------------------------------------------------------------------- flat names

@@ -8,6 +8,7 @@ from typing import Any
 from loratool.adapter import TensorRef
 from loratool.archs.classes import fuses_experts, holder_of
 from loratool.archs.experts import parse_expert
+from loratool.archs.families import places
 from loratool.archs.heads import is_other_head
 from loratool.archs.layers import has_flipped_experts, has_transposed_experts, is_conv1d
 from loratool.archs.names import to_memory
@@ -58,6 +59,11 @@ class Pair(Frozen):
         return self.name.rpartition(".")[2]
 
     @property
+    def is_small(self) -> bool:
+        """A norm, a bias, or a parameter without a module that is no larger than such ones are."""
+        return self.role == "small" or (self.role == "bare" and self.tuned.numel <= _SMALL)
+
+    @property
     def is_bias(self) -> bool:
         """One number per output of a module."""
         return self.role == "small" and self.name.endswith("bias")
@@ -102,16 +108,25 @@ class Roles:
             return ("small" if ref.numel <= _SMALL else "whole"), ""
         if _HEAD.search(name):
             return "head", holder
+        is_table = _EMBEDDING.search(name) is not None and not _is_image_layer(memory)
         if dims == 2:
-            return ("embedding" if _EMBEDDING.search(name) else "linear"), holder
+            return ("embedding" if is_table else "linear"), holder
         return holder, holder
 
     def _holder(self, memory: str, ref: TensorRef) -> str:
         config = self._base.config
         found = holder_of(config, memory, ref.shape, has_experts=self._has_experts)
+        if found in ("embedding", "parameter") and _is_image_layer(memory):
+            return "linear"
         if self._names == "v4" and found == "parameter":  # routers and experts are plain there
             return "linear"
         return found
+
+
+def _is_image_layer(name: str) -> bool:
+    """True for a linear layer of an image model that is called as tables are: ``x_embedder``."""
+    module = name.removesuffix(".weight")
+    return module.endswith("embedder") and any(places("unet", module))
 
 
 def experts_are_turned(config: Mapping[str, Any]) -> bool:

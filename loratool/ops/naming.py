@@ -43,11 +43,13 @@ class Moved(Frozen):
         spec: module and parameter as the naming has them, without a component.
         component: that it is of.
         family: of its weights, "" if not known.
+        made_of: names of the changes that it is, or is made of.
     """
 
     spec: DeltaSpec
     component: str
     family: str
+    made_of: tuple[str, ...] = ()
 
 
 def locate(adapter: Adapter) -> list[Located]:
@@ -56,7 +58,7 @@ def locate(adapter: Adapter) -> list[Located]:
     Args:
         adapter: opened; with flat or dotted names.
     """
-    guess = family_of({s.module: _shape(s) for s in adapter.specs}, adapter.metadata)
+    guess = family_of({_unit(s): _shape(s) for s in adapter.specs}, adapter.metadata)
     found = []
     for spec in adapter.specs:
         component, module = split_component(spec.module)
@@ -66,6 +68,11 @@ def locate(adapter: Adapter) -> list[Located]:
             known = _settled(component, places(component, module, spec.parameter))
         found.append(Located(spec, component, module, known[0] if known else None))
     return found
+
+
+def _unit(spec: DeltaSpec) -> str:
+    """The module of a change; the parameter where that is none of a module's."""
+    return spec.module if spec.parameter in ("weight", "bias") else spec.name
 
 
 def _settled(component: str, known: list[Place]) -> list[Place]:
@@ -99,22 +106,30 @@ def rename(
             changed twice.
     """
     groups: dict[object, list[Located]] = {}
+    kin: dict[object, list[Located]] = {}
     for one in located:
-        place = one.place
         key: object = id(one)
-        if place is not None:
-            key = (one.component, id(place.row), place.numbers, place.parameter)
+        if one.place is not None:
+            kin.setdefault(_kin_of(one), []).append(one)
+            key = _kin_of(one), one.place.parameter
         groups.setdefault(key, []).append(one)
     made: list[Moved] = []
     for group in groups.values():
         place = group[0].place
         if place is None:
             spec = replace(group[0].spec, module=group[0].module)
-            made.append(Moved(spec, group[0].component, ""))
+            made.append(Moved(spec, group[0].component, "", (group[0].spec.name,)))
         else:
             wanted = naming(place.family)
-            made += _moved(group, wanted if wanted in place.row.names else "original", remake)
+            wanted = wanted if wanted in place.row.names else "original"
+            made += _moved(group, wanted, _heights(kin[_kin_of(group[0])]), remake)
     return made
+
+
+def _kin_of(one: Located) -> object:
+    """The same for the changes of all parameters of a row of the map."""
+    assert one.place is not None
+    return one.component, id(one.place.row), one.place.numbers
 
 
 def uncuttable(located: Iterable[Located], naming: str) -> set[str]:
@@ -146,14 +161,16 @@ class _Piece(Frozen):
     spec: DeltaSpec
     first: int
     stop: int
+    name: str
 
 
-def _moved(group: Sequence[Located], naming: str, remake: stacking.Remake) -> list[Moved]:
+def _moved(
+    group: Sequence[Located], naming: str, heights: Mapping[int, int], remake: stacking.Remake
+) -> list[Moved]:
     """The changes of one row of the map, in another naming."""
     place = group[0].place
     assert place is not None
     row = place.row
-    heights = _heights(group)
     pieces = [p for one in group for p in _cut(one, row.names[naming], heights)]
     made = []
     for name in row.names[naming]:
@@ -165,20 +182,25 @@ def _moved(group: Sequence[Located], naming: str, remake: stacking.Remake) -> li
         module, parameter = row.fill(name, naming, place.numbers), place.parameter
         if row.is_tensor:
             module, _, parameter = module.rpartition(".")
-        made.append(Moved(replace(spec, module=module, parameter=parameter),
-                          group[0].component, place.family))  # fmt: skip
+        made.append(Moved(replace(spec, module=module, parameter=parameter), group[0].component,
+                          place.family, tuple(p.name for p in mine)))  # fmt: skip
     return made
 
 
-def _heights(group: Sequence[Located]) -> dict[int, int]:
-    """Rows of each part that the changes tell, and of those that follow from them."""
+def _heights(kin: Sequence[Located]) -> dict[int, int]:
+    """Rows of each part of a row of the map that its changes tell, and of those that follow.
+
+    Args:
+        kin: the changes of all of its parameters.
+    """
     found: dict[int, int] = {}
     width = 0
     words: tuple[str, ...] = ()
-    for one in group:
+    for one in sorted(kin, key=lambda k: not k.spec.is_matrix):  # vectors do not tell the width
         assert one.place is not None
         words = one.place.row.split
-        rows, width = _size(one.spec)
+        rows, own = _size(one.spec)
+        width = own or width
         span = words[one.place.first : one.place.stop]
         try:
             spans = cut(span if len(span) > 1 else ("*",), rows, width)
@@ -187,8 +209,9 @@ def _heights(group: Sequence[Located]) -> dict[int, int]:
         found |= {one.place.first + i: b - a for i, (a, b) in enumerate(spans)}
     shares = [h for part, h in found.items() if words[part] == "*"]
     for part, word in enumerate(words):
-        if part not in found and (word == "in" or shares):
-            found[part] = width if word == "in" else shares[0]
+        known = width if word == "in" else shares[0] if shares else 0
+        if part not in found and known:
+            found[part] = known
     return found
 
 
@@ -208,7 +231,7 @@ def _cut(one: Located, names: Sequence[Name], heights: Mapping[int, int]) -> lis
                      *(b for n in names for b in (n.first, n.stop)
                        if place.first < b < place.stop)})  # fmt: skip
     if len(bounds) == 2:
-        return [_Piece(one.spec, place.first, place.stop)]
+        return [_Piece(one.spec, place.first, place.stop, one.spec.name)]
     starts = {place.first: 0}
     for part in range(place.first, place.stop):
         starts[part + 1] = starts[part] + heights[part]
@@ -216,7 +239,8 @@ def _cut(one: Located, names: Sequence[Name], heights: Mapping[int, int]) -> lis
     parts = stacking.cut(one.spec, [(starts[a], starts[b]) for a, b in pairs])
     if parts is None:
         raise _refusal([one.spec], f"a {one.spec.title} of several modules cannot be cut")
-    return [_Piece(spec, a, b) for spec, (a, b) in zip(parts, pairs, strict=True)]
+    return [_Piece(spec, a, b, one.spec.name)
+            for spec, (a, b) in zip(parts, pairs, strict=True)]  # fmt: skip
 
 
 def _without_twins(pieces: Sequence[_Piece]) -> list[_Piece]:

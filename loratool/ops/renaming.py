@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from loratool.adapter import Adapter, DeltaSpec, Replacement
 from loratool.archs.families import places, split_component
 from loratool.delta import stacking
@@ -10,7 +12,7 @@ from loratool.dialects.slots import is_text, slot_of
 from loratool.dialects.table import Table
 from loratool.errors import MismatchError, list_some
 from loratool.frozen import replace
-from loratool.ops.naming import Moved, locate, naming_in, rename
+from loratool.ops.naming import Located, Moved, locate, naming_in, rename
 
 
 def in_dialect(adapter: Adapter, row: Dialect, remake: stacking.Remake) -> Adapter:
@@ -35,9 +37,7 @@ def in_dialect(adapter: Adapter, row: Dialect, remake: stacking.Remake) -> Adapt
             file=adapter.path, key=list_some(unknown, 3),
             hint="leave them out with --skip",
         )  # fmt: skip
-    moved = rename(located, lambda family: naming_in(family, table.naming), remake)
-    family = next((m.family for m in moved if m.family and not is_text(m.component)), "")
-    specs = tuple(_under(m, family, table) for m in moved)
+    specs = tuple(one.spec for one in renamed(located, table, remake))
     replaced = tuple(_replaced(r, table) for r in adapter.replacements)
     is_same = adapter.is_flat == table.is_flat and adapter.dialect == row.name
     if is_same and (specs, replaced) == (adapter.specs, adapter.replacements):
@@ -45,11 +45,38 @@ def in_dialect(adapter: Adapter, row: Dialect, remake: stacking.Remake) -> Adapt
     return replace(adapter, specs=specs, replacements=replaced, is_flat=table.is_flat, key_order=())
 
 
+def renamed(located: Sequence[Located], table: Table, remake: stacking.Remake) -> list[Moved]:
+    """Changes behind the components that a dialect has for them.
+
+    Args:
+        located: of `locate`, those of a whole adapter.
+        table: of the dialect.
+        remake: of `loratool.delta.stacking.join`.
+
+    Raises:
+        MismatchError: of `rename`.
+    """
+    moved = rename(located, lambda family: naming_in(family, table.naming), remake)
+    family = next((m.family for m in moved if m.family and not is_text(m.component)), "")
+    return [replace(m, spec=_under(m, family, table)) for m in moved]
+
+
+def addressed(one: Located, table: Table) -> DeltaSpec:
+    """A change with the parameter that a dialect's names have for it; its module may be another."""
+    spec, place = one.spec, one.place
+    if place is not None and place.is_tensor:
+        naming = naming_in(place.family, table.naming)
+        names = place.names(naming if naming in place.namings else "original")
+        module, _, parameter = names[0].rpartition(".")
+        spec = replace(spec, module=module, parameter=parameter)
+    return table.addressed(spec)
+
+
 def _under(moved: Moved, family: str, table: Table) -> DeltaSpec:
     """The change behind the component that the dialect has for it."""
-    slot = slot_of(table, moved.component, moved.family, family)
-    module = moved.spec.module.replace(".", "_") if table.is_flat else moved.spec.module
-    return replace(moved.spec, module=f"{slot}.{module}" if slot else module)
+    slot, spec = slot_of(table, moved.component, moved.family, family), table.addressed(moved.spec)
+    module = spec.module.replace(".", "_") if table.is_flat else spec.module
+    return replace(spec, module=".".join(filter(None, (slot, module))))
 
 
 def _replaced(one: Replacement, table: Table) -> Replacement:

@@ -101,7 +101,7 @@ class Names(Read):
 
     rename: Rename = ()
     skip: Annotated[Sequence[str], Words(
-        "Leave out a component (te) or modules. Repeatable.", "Names", metavar="PART|REGEX",
+        "Leave out a component (te), modules or biases. Repeatable.", "Names", metavar="PART|REGEX",
         record=True,
     )] = ()  # fmt: skip
     allow_unmatched: Annotated[bool, Words(

@@ -127,7 +127,7 @@ class Convert(Write, Workers, Watch, Planned, Read, Access, kw_only=False):
         "exact.", "Input", metavar="R", form="whole", record=True,
     )] = None  # fmt: skip
     skip: Annotated[Sequence[str], Words(
-        "Leave out a component (te) or modules. Repeatable.", "Input", metavar="PART|REGEX",
+        "Leave out a component (te), modules or biases. Repeatable.", "Input", metavar="PART|REGEX",
         record=True,
     )] = ()  # fmt: skip
     to: Annotated[str | None, Words(

@@ -145,3 +145,40 @@ def test_a_unet_in_diffusers(made: str, tmp_path: Path) -> None:
     assert all(".lora_" in key or key.endswith(".alpha") for key in load_file(str(out)))
     source = tmp_path / "style.safetensors"
     check(in_diffusers(model, "StableDiffusionLoraLoaderMixin", out), source, base, tmp_path)
+
+
+def tuned(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A fine-tune of matrices by rank 2, and of norms and biases."""
+    torch.manual_seed(2)
+    made = {}
+    for name, old in weights.items():
+        change = torch.randn(old.shape) / 8
+        if old.dim() > 1:
+            change = (torch.randn(len(old), 2) @ torch.randn(2, old[0].numel())).view(old.shape) / 8
+        made[name] = old + change
+    return made
+
+
+@pytest.mark.parametrize(("make", "loader"), [
+    (flux_model, "FluxLoraLoaderMixin"), (unet_model, "StableDiffusionLoraLoaderMixin"),
+])  # fmt: skip
+def test_an_extract_in_diffusers(make: Any, loader: str, tmp_path: Path) -> None:
+    """The loaded model is the fine-tune, but for what the report says is left out."""
+    model = make()
+    base, tune, out = (tmp_path / f"{n}.safetensors" for n in ("base", "tune", "out"))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    want = tuned(before)
+    save_file(before, str(base))
+    save_file(want, str(tune))
+    report = lt.extract(tune, base=base, output=out, program="diffusers", rank=2)
+    verdicts = lt.check(out, program="diffusers")
+    assert verdicts.verdict == "yes" and set(verdicts.counts) == {"loads"}
+    lost = {name for name, *_ in report.left_out}
+    assert all(before[name].dim() == 1 for name in lost)
+    zeroed(model, tmp_path / "zeros.safetensors")
+    found, _ = in_diffusers(model, loader, out)
+    for name, change in found.items():
+        expected = torch.zeros(()) if name in lost else want[name].double() - before[name].double()
+        size = float((before[name].abs() + want[name].abs()).max())
+        # factors of rank 2 in float32, of a difference of numbers that were rounded to it
+        assert float((change - expected).abs().max()) <= 2**-20 * size, name

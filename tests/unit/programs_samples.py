@@ -113,6 +113,9 @@ SAMPLES = (
     Sample("comfyui", "unknown-name", "dropped", pair("lora_unet_layers_0_attention_to_q"),
            pair("lora_unet_layers_0_attention_qkv", 24)),
     Sample("comfyui", "unknown-end", "dropped", {**sd, f"{SD}.strange": (8,)}, sd),
+    Sample("comfyui", "diff-m", "dropped", {**pair(WAN),
+           "diffusion_model.blocks.0.diff_m": (1, 6, 8)}, {**pair(WAN),
+           "diffusion_model.blocks.0.modulation.diff": (1, 6, 8)}),
     Sample("comfyui", "bundle-emb", "dropped", {**sd, **embedding}, sd),
     Sample("comfyui", "ia3", "dropped", {f"{SD}.weight": (8,), f"{SD}.on_input": ()}, sd),
     Sample("comfyui", "t-lora", "dropped", {

@@ -141,6 +141,11 @@ def _pairs(flat: dict[str, str]) -> Iterator[str]:
             yield from (stem, *split)
 
 
+def _modulations(look: Look) -> Iterable[Hit]:
+    names = tuple(k for g in look.groups for k in g.of("diff") if k.endswith(".diff_m"))
+    return [Hit(names)] if names else []
+
+
 COMFYUI = Program(
     "comfyui",
     "ComfyUI",
@@ -164,6 +169,9 @@ COMFYUI = Program(
              is_mended=True),
         Rule("unknown-end", DROPPED, where(part=("",)), "unknown tensors",
              "what these names end in belongs to no algorithm that it has", _KEYS),
+        Rule("diff-m", DROPPED, _modulations, "diff_m",
+             "it has no such ending; the parameter's whole name with diff behind it loads",
+             _KEYS, is_mended=True),
         Rule("bundle-emb", DROPPED, where(part=("embedding",)), "bundled embeddings",
              "embeddings in the file are not loaded", _ISSUES + "3659", is_mended=True),
         Rule("ia3", DROPPED, where(kind=("ia3",)), "IA³", "it has no IA³", _ADAPTERS),

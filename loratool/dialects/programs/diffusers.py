@@ -16,6 +16,7 @@ from loratool.dialects.programs.grammar import Group
 from loratool.dialects.programs.look import Look, once
 from loratool.dialects.programs.models import (
     ANIMA,
+    FLUX1,
     FLUX2,
     HIDREAM,
     HUNYUAN,
@@ -210,8 +211,9 @@ _OTHERS = (
          "its converter knew lora_A and lora_B alone", _PULLS + "13250", until="0.42"),
     Rule("full", RAISES, where(family=(QWEN, Z_IMAGE, LUMINA2, KREA2), part=("diff", "diff_b")),
          "whole differences", "its converter knows lora_A and lora_B alone", _CODE),
-    Rule("own-diff", RAISES, where(family=(WAN, HUNYUAN, FLUX2, ANIMA), part=("diff", "diff_b"),
-         prefix=r"transformer(_2)?\."), "differences behind transformer.",
+    Rule("own-diff", RAISES, where(part=("diff", "diff_b", "norm"), prefix=r"transformer(_2)?\.",
+         on=lambda look, _: look.family.name not in ("", FLUX1, SD, SD3)),
+         "differences behind transformer.",
          "a name without lora in it is an error", _PIPELINES),
     _partial(LUMINA2, "diffusion_model.", "(?:layers|noise_refiner|context_refiner)",
              _LUMINA_BLOCK),

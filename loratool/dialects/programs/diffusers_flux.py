@@ -127,7 +127,7 @@ FLUX_RULES = (
     Rule("flux-biases", DROPPED, _kohya(where(family=(FLUX1,), part=("diff_b",))), "biases",
          "they are filtered out", _CODE),
     Rule("flux-own-diff", DROPPED, where(family=(FLUX1,), prefix=r"transformer\.",
-         part=("diff", "diff_b")), "differences behind transformer.",
+         part=("diff", "diff_b", "norm")), "differences behind transformer.",
          "names without lora in them are left behind", _PIPELINES),
     Rule("flux-norms", DROPPED, _kohya(where(family=(FLUX1,), path="norm", part=("diff",),
          on=_norms)), "norms", "they are filtered out", _CODE),

@@ -1,0 +1,156 @@
+"""`extract --for` of programs that run image models: the file loads there, and is the change.
+
+The closed form: a fine-tune whose changes have rank 2 and whose norms and biases changed is, merged
+back from the file into the base, the fine-tune itself, but for what the report says is left out.
+"""
+
+from __future__ import annotations
+
+import shlex
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+import loratool as lt
+from loratool.dialects import open_adapter
+from loratool.dialects.programs.images import PROGRAMS
+
+H = 16
+FLUX = {
+    "img_in": (H, 4), "txt_in": (H, 8), "final_layer.linear": (4, H),
+    "final_layer.adaLN_modulation.1": (2 * H, H),
+    **{f"double_blocks.0.{side}_{m}": shape for side in ("img", "txt") for m, shape in (
+        ("attn.qkv", (3 * H, H)), ("attn.proj", (H, H)), ("mlp.0", (4 * H, H)),
+        ("mlp.2", (H, 4 * H)), ("mod.lin", (6 * H, H)))},
+    "single_blocks.0.linear1": (7 * H, H), "single_blocks.0.linear2": (H, 5 * H),
+    "single_blocks.0.modulation.lin": (3 * H, H),
+}  # fmt: skip
+FLUX_NORMS = {"double_blocks.0.img_attn.norm.query_norm.scale": (8,),
+              "single_blocks.0.norm.key_norm.scale": (8,)}  # fmt: skip
+WAN = {
+    **{f"blocks.0.{a}_attn.{m}": (H, H) for a in ("self", "cross") for m in "qkvo"},
+    "blocks.0.ffn.0": (24, H), "blocks.0.ffn.2": (H, 24), "head.head": (8, H),
+    "text_embedding.0": (H, 8), "time_embedding.0": (H, 8), "time_projection.1": (6 * H, H),
+}  # fmt: skip
+WAN_NORMS = {"blocks.0.modulation": (1, 6, H), "head.modulation": (1, 2, H),
+             "blocks.0.self_attn.norm_q.weight": (H,), "blocks.0.norm3.weight": (H,),
+             "blocks.0.norm3.bias": (H,)}  # fmt: skip
+SPECIMENS = {"flux": (FLUX, FLUX_NORMS), "wan": (WAN, WAN_NORMS)}
+NOT_RUN = {("webui", "flux"), ("webui", "wan")}
+NAMES = [p.name for p in PROGRAMS]
+
+
+def pair(folder: Path, model: str, prefix: str = "") -> tuple[Path, Path]:
+    """A base and its fine-tune: matrices by rank 2, biases and all that is small by any numbers."""
+    rng = np.random.default_rng(7)
+    layers, norms = SPECIMENS[model]
+    base, tuned = {}, {}
+    for name, (rows, columns) in layers.items():
+        weight = rng.normal(size=(rows, columns)).astype(np.float32)
+        change = rng.normal(size=(rows, 2)) @ rng.normal(size=(2, columns))
+        base[f"{name}.weight"], tuned[f"{name}.weight"] = weight, weight + change
+        base[f"{name}.bias"] = rng.normal(size=rows).astype(np.float32)
+        tuned[f"{name}.bias"] = base[f"{name}.bias"] + rng.normal(size=rows)
+    for name, shape in norms.items():
+        base[name] = rng.normal(size=shape).astype(np.float32)
+        tuned[name] = base[name] + rng.normal(size=shape)
+    paths = folder / "base.safetensors", folder / "tuned.safetensors"
+    for path, tensors in zip(paths, (base, tuned), strict=True):
+        save_file({prefix + k: v.astype(np.float32) for k, v in tensors.items()}, str(path))
+    return paths
+
+
+def is_close(found: np.ndarray[Any, Any], want: np.ndarray[Any, Any]) -> bool:
+    """As far as float32 factors of rank 2, and one rounding of the sum, allow."""
+    return bool(np.all(np.abs(found - want) <= 2.0**-20 * np.abs(want).max()))
+
+
+@pytest.mark.parametrize("model", SPECIMENS)
+@pytest.mark.parametrize("program", NAMES)
+def test_it_loads_and_is_the_change(program: str, model: str, tmp_path: Path) -> None:
+    base, tuned = pair(tmp_path, model)
+    out, merged = tmp_path / "out.safetensors", tmp_path / "merged.safetensors"
+    words: dict[str, Any] = {"base": base, "output": out, "program": program, "rank": 2}
+    if (program, model) in NOT_RUN:
+        with pytest.raises(lt.LoratoolError, match="a model that it does not have") as caught:
+            lt.extract(tuned, **words, dry_run=True)
+        assert caught.value.code == "LT-488" and not out.exists()
+        return
+    report = lt.extract(tuned, **words)
+    found = lt.check(out, program=program)
+    assert found.verdict == ("unsure" if (program, model) == ("forge", "wan") else "yes")
+    assert set(found.counts) == {"loads"} or found.verdict == "unsure"
+    lt.merge([out], base=base, output=merged)
+    before, want, got = load_file(str(base)), load_file(str(tuned)), load_file(str(merged))
+    lost = {name for name, *_ in report.left_out}
+    assert lost.isdisjoint(f"{name}.weight" for name in SPECIMENS[model][0])
+    for name, tensor in got.items():
+        assert is_close(tensor, before[name] if name in lost else want[name]), name
+    assert {name for name, _ in report.kept} | lost == {
+        name for name in want if name.removesuffix(".weight") not in SPECIMENS[model][0]
+    }
+
+
+def test_comfyui_holds_all_of_it(tmp_path: Path) -> None:
+    """Norms that have no module of their own in its names, and modulations."""
+    for model, (_, norms) in SPECIMENS.items():
+        base, tuned = pair(tmp_path, model, prefix="model.diffusion_model.")
+        out = tmp_path / f"{model}.safetensors"
+        report = lt.extract(tuned, base=base, output=out, program="comfyui", rank=2)
+        assert not report.left_out
+        keys = set(load_file(str(out)))
+        bare = [name for name in norms if not name.endswith((".weight", ".bias"))]
+        ends = ("w_norm", "diff")  # it takes either for any parameter
+        assert bare
+        assert all(any(f"diffusion_model.{n}.{end}" in keys for end in ends) for n in bare)
+
+
+@pytest.mark.parametrize(("program", "dialect", "other"), [
+    ("diffusers", "diffusers", "kohya"), ("forge", "kohya", "lycoris"), ("vllm", "", "kohya"),
+])  # fmt: skip
+def test_the_dialect_follows_the_program(
+    program: str, dialect: str, other: str, tmp_path: Path
+) -> None:
+    """Another one is refused where the program does not load it."""
+    base, tuned = pair(tmp_path, "flux")
+    words: dict[str, Any] = {"base": base, "program": program, "rank": 1}
+    if dialect:
+        lt.extract(tuned, output=tmp_path / "one.safetensors", **words)
+        assert open_adapter(tmp_path / "one.safetensors").dialect == dialect
+    out = tmp_path / "two.safetensors"
+    with pytest.raises(lt.LoratoolError) as caught:
+        lt.extract(tuned, output=out, to=other, **words)
+    assert caught.value.code == "LT-488" and not out.exists()
+
+
+def test_a_size_holds_for_what_is_written(tmp_path: Path) -> None:
+    base, tuned = pair(tmp_path, "flux")
+    out = tmp_path / "out.safetensors"
+    lt.extract(tuned, base=base, output=out, program="diffusers", size=14_000)
+    assert out.stat().st_size <= 14_000 and lt.check(out, program="diffusers").verdict == "yes"
+
+
+HINTS = [("diffusers", "flux"), ("nunchaku", "flux"), ("diffusers", "wan"), ("sd-scripts", "wan")]
+
+
+@pytest.mark.parametrize(("program", "model"), HINTS)
+def test_the_hint_for_what_does_not_load_works(program: str, model: str, tmp_path: Path) -> None:
+    """`convert` drops nothing by itself: its error names the very options, which can be typed."""
+    base, tuned = pair(tmp_path, model)
+    source, out = tmp_path / "source.safetensors", tmp_path / "out.safetensors"
+    lt.extract(tuned, base=base, output=source, program="comfyui", rank=2)
+    with pytest.raises(lt.LoratoolError) as caught:
+        lt.convert([source], program=program, output=out)
+    words = shlex.split(str(caught.value.hint).removesuffix(" leaves them out"))
+    assert words[:5] == ["loratool", "convert", str(source), "--for", program]
+    skip = [text for word, text in pairwise(words) if word == "--skip"]
+    lt.convert([source], program=program, skip=skip, output=out)
+    assert lt.check(out, program=program).verdict == "yes"
+    kept = {s.name for s in open_adapter(out).specs if s.is_matrix}
+    expected = tmp_path / "expected.safetensors"
+    lt.extract(tuned, base=base, output=expected, program=program, rank=2)
+    assert kept == {s.name for s in open_adapter(expected).specs if s.is_matrix}
