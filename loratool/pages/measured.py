@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import takewhile
 
 from loratool.pages.blocks import (
     Block,
@@ -48,9 +49,10 @@ def spectrum_section(found: AdapterSpectrum) -> Section:
 def curves(found: AdapterSpectrum) -> Iterator[Chart]:
     """The typical spectra of the strongest families, if there is any."""
     strong = sorted(found.families, key=lambda f: -f.norm)[:_CURVES]
-    drawn = [Curve(f.family, f.profile) for f in strong if f.profile and f.norm > 0]
+    drawn = [Curve(f.family, tuple(takewhile(bool, f.profile))) for f in strong if f.norm > 0]
     if drawn:
-        yield Chart("Typical spectrum: σᵢ / σ₁, median over modules", "i", drawn)
+        lines = [c for c in drawn if len(c.heights) > 1]  # one value is always 1
+        yield Chart("Typical spectrum: σᵢ / σ₁, median over modules", "i", lines or drawn)
 
 
 def _spectrum_cells(one: ModuleSpectrum | FamilySpectrum) -> list[Cell]:
@@ -72,7 +74,7 @@ def spark(module: ModuleSpectrum) -> Cell:
 
 def look_section(found: AdapterLook) -> Section:
     """How strong beside the base, and what a merge would swallow."""
-    formats = list(found.total.swallowed)
+    formats = [word for word in found.total.swallowed if word != found.total.dtype]
     head = ("type", "rank", "above noise", "ρ = ‖ΔW‖/‖W‖", "amplified", "swallowed",
             *(f"swallowed by {word}" for word in formats))  # fmt: skip
     maps = [

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import PurePath
+from typing import Any
 
 from loratool.pages.blocks import Block, Cell, Number, Page, Section, Table, number, share, size
 from loratool.pages.heat import heat_of, median
@@ -22,7 +23,7 @@ def page_of_extract(report: ExtractReport) -> Page:
     ranks = [m.rank for m in report.modules]
     facts: list[tuple[str, Sequence[str]]] = [
         ("from", [f"{report.tuned} − {report.base}"]),
-        ("asked", [f"{k} {v}" for k, v in report.asked.items() if v is not None]),
+        ("asked", _asked(report.asked)),
         ("unchanged", [plural(report.identical, "tensor")] if report.identical else []),
         ("absent", [some(report.absent)] if report.absent else []),
         ("buffers", [some(report.buffers)] if report.buffers else []),
@@ -34,7 +35,7 @@ def page_of_extract(report: ExtractReport) -> Page:
         ("where", [report.device, f"memory ≤ {format_bytes(report.peak_memory_bytes)}"]),
     ]  # fmt: skip
     tiles = [("Modules", f"{len(ranks):,}"),
-             ("Rank", f"{min(ranks)} – {max(ranks)}" if ranks else "–"),
+             ("Rank", " – ".join(map(str, sorted({min(ranks), max(ranks)}))) if ranks else "–"),
              ("Energy held", share(report.captured_energy).text),
              ("Relative error", number(report.relative_error, ".3g").text),
              ("Size", format_bytes(report.output_bytes))]  # fmt: skip
@@ -45,6 +46,11 @@ def page_of_extract(report: ExtractReport) -> Page:
         tiles[:2] if report.dry_run else tiles, [f for f in facts if f[1]], report.warnings,
         report.notes, [*_loads(report), *sections, *_rest(report)],
     )  # fmt: skip
+
+
+def _asked(criteria: Mapping[str, Any]) -> list[str]:
+    return [f"{k} {format_bytes(v) if k == 'size' else v}"
+            for k, v in criteria.items() if v is not None]  # fmt: skip
 
 
 def _loads(report: ExtractReport) -> Iterator[Section]:
@@ -133,7 +139,7 @@ def page_of_compress(report: CompressReport) -> Page:
     if is_one:
         tiles += [("Energy held", share(adapters[0].captured_energy).text),
                   ("Relative error", number(adapters[0].relative_error, ".3g").text)]  # fmt: skip
-    facts = [("asked", [f"{k} {v}" for k, v in report.criteria.items() if v is not None])]
+    facts = [("asked", _asked(report.criteria))]
     sections = [] if is_one else [_all(adapters)]
     for one in adapters:
         sections += _one(one, "Modules" if is_one else PurePath(one.source).name)
@@ -171,15 +177,21 @@ def _one(one: CompressedAdapter, title: str) -> Iterator[Section]:
     blocks: list[Block] = [*curves(spectra), *(h for h in maps if h is not None)]
     if len(families) < len(one.modules):
         blocks.append(Table("By family", ("family", "modules", *head), families))
-    rows = [[*_compressed_row(m), _spark(s)]
+    rows = [[*_compressed_row(m), _spark(s), _what(m)]
             for m, s in zip(one.modules, spectra.modules, strict=True)]  # fmt: skip
-    blocks.append(Table("By module", ("module", "‖ΔW‖", *head, "what", "σᵢ / σ₁ before"), rows))
+    titles = ["module", "‖ΔW‖", *head, "σᵢ / σ₁ before", "what"]
+    if not any(map(_what, one.modules)):
+        titles, rows = titles[:-1], [row[:-1] for row in rows]
+    blocks.append(Table("By module", titles, rows))
     yield Section(title, blocks)
     if (loads := loads_section(one.loads_in)) is not None:
         yield loads
 
 
 def _compressed_row(one: CompressedModule) -> list[Cell]:
-    said = "copied" if one.is_copied else "dropped" if one.rank == 0 else ""
     return [one.name, number(one.norm), number(one.rank_before, ",d"), number(one.rank, ",d"),
-            share(one.captured_energy), number(one.relative_error, ".3g"), said]  # fmt: skip
+            share(one.captured_energy), number(one.relative_error, ".3g")]  # fmt: skip
+
+
+def _what(one: CompressedModule) -> str:
+    return "copied" if one.is_copied else "dropped" if one.rank == 0 else ""

@@ -76,7 +76,7 @@ def page_of_combine(report: CombineReport) -> Page:
     maps = [
         heat_of("‖ΔW‖ by layer", ((m.name, m.norm) for m in report.modules)),
         heat_of("Relative error of what is stored", ((m.name, m.relative_error)
-                for m in report.modules), ".2g", reduce=max),
+                for m in report.modules if report.relative_error), ".2g", reduce=max),
     ]  # fmt: skip
     rows: list[Sequence[Cell]] = [
         (m.name, "×".join(map(str, m.shape)), number(m.rank, ",d"), number(len(m.sources), ",d"),

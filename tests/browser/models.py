@@ -37,9 +37,9 @@ def make_models(folder: Path) -> None:
     style = factors(1)
     write_adapter(folder / "style", style)
     write_adapter(folder / "sql", factors(2, style))
-    for (i, name), (A, B) in style.items():
+    for (i, name), (A, B) in style.items():  # from what the base's file holds
         key = f"model.layers.{i}.{name}.weight"
-        base[key] = base[key] + 2 * (B @ A)
+        base[key] = base[key].bfloat16() + 2 * (B @ A)
     write_model(folder / "tuned", base)
 
 

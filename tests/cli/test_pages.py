@@ -15,9 +15,11 @@ from loratool.pages.blocks import Page as Blocks
 from loratool.pages.blocks import Section, number
 from loratool.pages.blocks import Table as Rows
 from loratool.pages.heat import heat_of
+from loratool.pages.measured import curves
 from loratool.pages.pictures import checked_picture
 from loratool.pages.render import MOST_BYTES, render
 from loratool.report.families import place_of
+from loratool.report.spectrum import AdapterSpectrum, describe
 from tests.browser.scene import HOSTILE, landscape, write_lora
 from tests.pages import Page, check_harmless
 
@@ -112,6 +114,23 @@ def test_what_was_written(
         pictures = page.all("svg")
         assert sum(p.get("role") == "img" for p in pictures) == 1
         assert sum(p.get("class") == "spark" for p in pictures) == len(modules)
+
+
+def test_curves_end_where_most_modules_do() -> None:
+    """A median of 0 has no place on a logarithmic scale, and a single value is no curve."""
+    sigma = {"m.0.a": (4, 2, 1), "m.1.a": (4, 2), "m.2.a": (4, 2), "m.0.b": (3,)}
+    found = AdapterSpectrum(tuple(describe(name, 3, s) for name, s in sigma.items()))
+    (chart,) = curves(found)
+    assert [(c.name, c.heights) for c in chart.curves] == [("a", (1, 0.5))]
+
+
+def test_criteria_and_columns_say_what_there_is(run: Run, toy: Path, tmp_path: Path) -> None:
+    page, _ = shown(run, toy, tmp_path, "compress TOY/style --size 30KB -o OUT --dry-run")
+    assert "size 30.0 kB" in page.text
+    (tmp_path / "page.html").unlink()
+    (tmp_path / "again.html").unlink()
+    page, _ = shown(run, toy, tmp_path, "compress TOY/style --rank 2 -o OUT")
+    assert "what" not in [c.text for c in page.table("By module").rows[0]]
 
 
 def test_a_page_of_a_plan(run: Run, toy: Path, tmp_path: Path) -> None:
