@@ -46,6 +46,7 @@ class Row(Frozen, dict=True):
         is_tensor: the names are those of whole tensors, as of parameters without ``.weight``.
         grows: the key of diffusers' configuration that states the columns of a weight which may get
             more of them; "" = it never does.
+        columns: of that weight in the family's own models.
         blocks: where the sides number their blocks differently: the first numbers of a name of the
             original's -> those of diffusers'.
     """
@@ -59,6 +60,7 @@ class Row(Frozen, dict=True):
     like_diffusers: frozenset[str] = frozenset({"diffusers"})
     is_tensor: bool = False
     grows: str = ""
+    columns: int = 0
     blocks: tuple[tuple[Numbers, Numbers], ...] = ()
 
     def fill(self, name: Name, naming: str, numbers: Numbers) -> str:

@@ -17,6 +17,7 @@ from loratool.delta.forms import shape_of, side_sizes
 from loratool.dialects.slots import is_text, usual_encoder
 from loratool.errors import MismatchError, list_some
 from loratool.frozen import Frozen, replace
+from loratool.kind import GROWS
 from loratool.store.reader import have_same_bytes
 
 
@@ -178,7 +179,7 @@ def _moved(
         if not mine:
             continue
         spec = _one(_without_twins(mine), name, heights, remake)
-        spec = _turned(spec, place, naming)
+        spec = _grown(_turned(spec, place, naming), place)
         module, parameter = row.fill(name, naming, place.numbers), place.parameter
         if row.is_tensor:
             module, _, parameter = module.rpartition(".")
@@ -303,6 +304,14 @@ def _turned(spec: DeltaSpec, place: Place, naming: str) -> DeltaSpec:
     if made is None:
         raise _refusal([spec], f"the halves of a {spec.title} cannot change places")
     return made
+
+
+def _grown(spec: DeltaSpec, place: Place) -> DeltaSpec:
+    """A change of more columns than the family's own models have says so: the weight gets them."""
+    columns = place.row.columns
+    if not (columns and spec.is_matrix and side_sizes(spec)[1][0] > columns):
+        return spec
+    return replace(spec, settings={**spec.settings, GROWS: 1})
 
 
 def _refusal(specs: Sequence[DeltaSpec], reason: str) -> MismatchError:

@@ -160,6 +160,24 @@ def test_a_file_may_state_the_shape(tmp_path: Path, start: str) -> None:
         assert caught.value.code == code
 
 
+def test_a_control_lora_goes_through_diffusers(tmp_path: Path) -> None:
+    """diffusers has no key for the new shape: 128 columns where FLUX.1 has 64 tell it."""
+    rng, h = np.random.default_rng(0), 3072
+    shapes = {"img_in": (h, 128), "double_blocks.0.img_attn.qkv": (3 * h, h),
+              "final_layer.linear": (64, h)}  # fmt: skip
+    tensors = {"double_blocks.0.img_attn.norm.query_norm.scale": np.ones(128, np.float32)}
+    for name, (rows, columns) in shapes.items():
+        tensors[f"{name}.lora_A.weight"] = rng.normal(size=(2, columns)).astype(np.float32)
+        tensors[f"{name}.lora_B.weight"] = rng.normal(size=(rows, 2)).astype(np.float32)
+    one, two, three = (tmp_path / f"{n}.safetensors" for n in ("one", "two", "three"))
+    save_file(tensors, str(one))
+    lt.convert([one], to="diffusers", skip=["query_norm"], output=two)
+    assert lt.check(two, program="comfyui").verdict == "unsure"
+    lt.convert([two], program="comfyui", output=three)
+    assert list(load_file(str(three))["diffusion_model.img_in.reshape_weight"]) == [h, 128]
+    assert lt.check(three, program="comfyui").verdict == "yes"
+
+
 def test_a_control_lora_becomes_one_of_comfyui(tmp_path: Path) -> None:
     """As ComfyUI's own reader has it: the shape is stated, norms are set."""
     adapter, out = control(tmp_path, 12), tmp_path / "out.safetensors"

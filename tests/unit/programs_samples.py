@@ -139,6 +139,9 @@ SAMPLES = (
     Sample("comfyui", "fused-and-split", "wrong",
            {**pair("diffusion_model.layers.0.attention.qkv", 24), **pair(Z_IMAGE)}, pair(Z_IMAGE)),
     Sample("comfyui", "boft-constraint", "unsure", boft, oft),
+    Sample("comfyui", "wide-input", "unsure",
+           {**pair(FLUX_OWN, how="A"), **pair("transformer.x_embedder", 8, 128, how="A")},
+           {**pair(FLUX_OWN, how="A"), **pair("transformer.x_embedder", 8, 64, how="A")}),
     Sample("comfyui", "unknown-model", "unsure", pair("lycoris_lin_a"), sd),
     # --------------------------------------------------------------------------------- Forge
     Sample("forge", "version-mismatch", "dropped",

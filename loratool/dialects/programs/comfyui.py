@@ -146,6 +146,15 @@ def _modulations(look: Look) -> Iterable[Hit]:
     return [Hit(names)] if names else []
 
 
+_COLUMNS = 64  # of FLUX.1's input layer
+
+
+def _is_wide(look: Look, group: Group) -> bool:
+    """An input layer of more channels, in a file that does not say that the weight grows."""
+    is_said = "reshape" in group.parts or _is_control(look)
+    return group.shape("down")[1:2] > (_COLUMNS,) and not is_said
+
+
 COMFYUI = Program(
     "comfyui",
     "ComfyUI",
@@ -207,6 +216,10 @@ COMFYUI = Program(
              _is_butterfly(look, g) and "alpha" in g.parts), "BOFT with a constraint",
              "an alpha that is not 0 bounds less than in training",
              "https://github.com/Comfy-Org/ComfyUI/pull/15093"),
+        Rule("wide-input", UNSURE, where(family=(models.FLUX1,), path=r"^(img_in|x_embedder)$",
+             on=_is_wide), "an input layer of more channels than FLUX.1 has",
+             "without reshape_weight it fits only a model that has as many, or is passed over",
+             _ADAPTERS + "lora.py", is_mended=True),
         Rule("unknown-model", UNSURE, where(on=lambda look, g: not (look.family.name or g.is_text)),
              "a model that is not known here", "whether its names are in the map is not known here",
              _KEYS),
