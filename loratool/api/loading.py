@@ -16,7 +16,7 @@ from loratool.frozen import Frozen
 from loratool.ops.convert import ConvertPlan, compute_also, outline, plan_convert
 from loratool.ops.fitting import freeing, leaving_out
 from loratool.ops.leaving import changes_of, less, skips, unheld
-from loratool.ops.naming import locate
+from loratool.ops.locating import locate
 from loratool.ops.renaming import renamed
 from loratool.report.check import LOADS, Simulation
 

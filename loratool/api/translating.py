@@ -10,8 +10,10 @@ from loratool.adapter import Adapter, AdapterFiles, Source, TensorData
 from loratool.api.common import Limits
 from loratool.api.fitting import even_out
 from loratool.dialects import write_adapter_files
+from loratool.dialects.base import Dialect
 from loratool.dialects.registry import home_of, row_of
 from loratool.dialects.rules import is_of_home
+from loratool.errors import MismatchError
 from loratool.frozen import Frozen, replace
 from loratool.ops.convert import (
     ConvertPlan,
@@ -64,13 +66,29 @@ def alike(adapters: Sequence[Adapter], limits: Limits) -> list[Adapter]:
     are_tables = all(home_of(one.dialect).table is not None for one in adapters)
     if row.table is None or not row.table.naming or not are_tables or _are_alike(adapters):
         return list(adapters)
-    made = [carry_out(plan_convert(one, row.name), limits).adapter for one in adapters]
+    row, made = _in_one_naming(adapters, limits)
     return [
         replace(new, dialect=row.name, notes=(
             *new.notes, f"the modules of {new.label} are named as {row.title} names them",
         ))
         for new in made
     ]  # fmt: skip
+
+
+def _in_one_naming(adapters: Sequence[Adapter], limits: Limits) -> tuple[Dialect, list[Adapter]]:
+    """The adapters in the first of their dialects that has names for all of them, and that one.
+
+    Raises:
+        MismatchError: of `plan_convert`, none has: what the first dialect says.
+    """
+    problems = []
+    for name in dict.fromkeys(home_of(one.dialect).name for one in adapters):
+        try:
+            made = [carry_out(plan_convert(one, name), limits).adapter for one in adapters]
+            return row_of(name), made
+        except MismatchError as problem:
+            problems.append(problem)
+    raise problems[0]
 
 
 def _are_alike(adapters: Sequence[Adapter]) -> bool:

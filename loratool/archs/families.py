@@ -13,7 +13,7 @@ from itertools import zip_longest
 from typing import Any, NamedTuple
 
 from loratool.archs.family_files import families, index_of, templates_of
-from loratool.archs.family_rows import NUMBER, Family, Telling, flatten
+from loratool.archs.family_rows import NUMBER, Family, Row, Telling, flatten
 from loratool.archs.places import Place, is_text, places, places_of, split_component
 from loratool.frozen import Frozen, field
 from loratool.lazy import regex
@@ -26,6 +26,7 @@ __all__ = [
     "families",
     "family_of",
     "growing",
+    "height_ratio",
     "module_shapes",
     "places",
     "split_component",
@@ -149,6 +150,19 @@ def growing(tensor: str) -> Mapping[str, str]:
     """
     component, module = split_component(tensor.removesuffix(".weight"))
     return {p.family: p.row.grows for p in places(component, module) if p.row.grows}
+
+
+def height_ratio(row: Row) -> int:
+    """How many times as many rows as columns the weights of a row have, 0 where it is not known.
+
+    Example:
+        >>> height_ratio(places("unet", "single_blocks.0.linear1", family="flux1")[0].row)
+        7
+    """
+    family = families()[row.family]
+    ratios: Mapping[str, int] = family.tells.get("ratio", {})
+    mine = row.names["original"][0].template
+    return next((n for one, n in ratios.items() if mine in templates_of(family, one)), 0)
 
 
 def block_depths(family: str, *kinds: str) -> set[tuple[int, ...]]:

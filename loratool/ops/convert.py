@@ -29,7 +29,7 @@ from loratool.frozen import Frozen, field, replace
 from loratool.ops.additive import FREED, require_kernels
 from loratool.ops.fitting import needs_evening
 from loratool.ops.leaving import changes_of, skips, unheld, without
-from loratool.ops.naming import Located, locate, uncuttable
+from loratool.ops.locating import Located, locate, uncuttable
 from loratool.ops.sizes import with_sizes
 from loratool.store.checkpoint import Checkpoint
 

@@ -13,7 +13,7 @@ from loratool.dialects.base import Dialect
 from loratool.dialects.rules import is_of_home, passed_on
 from loratool.errors import MismatchError, list_some
 from loratool.frozen import replace
-from loratool.ops.naming import Located
+from loratool.ops.locating import Located
 from loratool.ops.renaming import addressed
 from loratool.patterns import MAX_PATTERN, find
 

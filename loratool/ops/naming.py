@@ -6,35 +6,24 @@ other has apart, changes are cut and joined by `loratool.delta.stacking`; both a
 
 from __future__ import annotations
 
+import re
+import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import pairwise
 
-from loratool.adapter import Adapter, DeltaSpec
-from loratool.archs.families import Place, families, family_of, places, split_component
+from loratool.adapter import DeltaSpec
+from loratool.archs.families import (
+    Place,
+    height_ratio,
+)
 from loratool.archs.family_rows import Name, cut
 from loratool.delta import stacking
 from loratool.delta.forms import shape_of, side_sizes
-from loratool.dialects.slots import is_text, usual_encoder
 from loratool.errors import MismatchError, list_some
 from loratool.frozen import Frozen, replace
 from loratool.kind import GROWS
+from loratool.ops.locating import Located
 from loratool.store.reader import have_same_bytes
-
-
-class Located(Frozen):
-    """A change, and which weights of which family it is of.
-
-    Attributes:
-        spec: as the adapter has it.
-        component: part of the pipeline, a key of `diffusion.json`; "" = not said.
-        module: its name behind the component's prefix, flat or dotted.
-        place: None = of no family that is known.
-    """
-
-    spec: DeltaSpec
-    component: str
-    module: str
-    place: Place | None
 
 
 class Moved(Frozen):
@@ -51,45 +40,6 @@ class Moved(Frozen):
     component: str
     family: str
     made_of: tuple[str, ...] = ()
-
-
-def locate(adapter: Adapter) -> list[Located]:
-    """Find every change among the weights of the family that the adapter is of.
-
-    Args:
-        adapter: opened; with flat or dotted names.
-    """
-    guess = family_of({_unit(s): _shape(s) for s in adapter.specs}, adapter.metadata)
-    found = []
-    for spec in adapter.specs:
-        component, module = split_component(spec.module)
-        family = guess.parts.get(component) if component.startswith("te") else guess.family
-        known = places(component, module, spec.parameter, family) if family else []
-        if not known:  # of a part that is not the file's main one, or of one of several families
-            known = _settled(component, places(component, module, spec.parameter))
-        found.append(Located(spec, component, module, known[0] if known else None))
-    return found
-
-
-def _unit(spec: DeltaSpec) -> str:
-    """The module of a change; the parameter where that is none of a module's."""
-    return spec.module if spec.parameter in ("weight", "bias") else spec.name
-
-
-def _settled(component: str, known: list[Place]) -> list[Place]:
-    """Places that several families have, if it does not matter which: one; else none."""
-    if is_text(component):
-        usual = usual_encoder(component)
-        return sorted(known, key=lambda p: p.family != usual)
-    names = {(p.original, p.diffusers, families()[p.family].flat) for p in known}
-    return known if len(names) == 1 else []
-
-
-def _shape(spec: DeltaSpec) -> tuple[int, ...]:
-    if not spec.is_matrix:
-        return shape_of(spec)
-    out, inner = side_sizes(spec)
-    return (out, *inner)
 
 
 def rename(
@@ -133,29 +83,6 @@ def _kin_of(one: Located) -> object:
     return one.component, id(one.place.row), one.place.numbers
 
 
-def uncuttable(located: Iterable[Located], naming: str) -> set[str]:
-    """Names of the changes that take other factors before a naming can cut or join them."""
-    return {
-        one.spec.name for one in located
-        if one.place is not None and not stacking.is_cuttable(one.spec)
-        and (one.place.row.parts > 1 or one.place.row.swap)
-        and not _keeps(one.place, naming_in(one.place.family, naming))
-    }  # fmt: skip
-
-
-def naming_in(family: str, wanted: str) -> str:
-    """The naming of a family that a dialect's stands for; ``written`` = that of flat files."""
-    return families()[family].flat if wanted == "written" else wanted
-
-
-def _keeps(place: Place, naming: str) -> bool:
-    """True if a naming has one module for the very parts, in their order."""
-    names = place.row.names.get(naming) or place.row.names["original"]
-    return any((n.first, n.stop) == (place.first, place.stop) for n in names) and not (
-        place.is_turned(naming)
-    )
-
-
 class _Piece(Frozen):
     """A change of some parts of a row of the map."""
 
@@ -174,6 +101,9 @@ def _moved(
     row = place.row
     pieces = [p for one in group for p in _cut(one, row.names[naming], heights)]
     made = []
+    spans = [(name.first, name.stop) for name in row.names[naming]]
+    if any(all(p.first < a or b < p.stop for a, b in spans) for p in pieces):
+        raise _refusal([one.spec for one in group], f"the naming {naming} has not all of its parts")
     for name in row.names[naming]:
         mine = [p for p in pieces if name.first <= p.first and p.stop <= name.stop]
         if not mine:
@@ -209,11 +139,20 @@ def _heights(kin: Sequence[Located]) -> dict[int, int]:
             raise _refusal([one.spec], str(problem)) from None
         found |= {one.place.first + i: b - a for i, (a, b) in enumerate(spans)}
     shares = [h for part, h in found.items() if words[part] == "*"]
+    share = shares[0] if shares else _share(kin[0].place, width)
     for part, word in enumerate(words):
-        known = width if word == "in" else shares[0] if shares else 0
+        known = width if word == "in" else share
         if part not in found and known:
             found[part] = known
     return found
+
+
+def _share(place: Place | None, width: int) -> int:
+    """Rows of each part that shares what is left of a row with the others, by its family; or 0."""
+    assert place is not None
+    total = width * height_ratio(place.row)
+    left, count = total - width * place.row.split.count("in"), place.row.split.count("*")
+    return left // count if total else 0
 
 
 def _size(spec: DeltaSpec) -> tuple[int, int]:
@@ -257,7 +196,7 @@ def _without_twins(pieces: Sequence[_Piece]) -> list[_Piece]:
             raise MismatchError(
                 "LT-417", "one weight is changed twice, as a part and as a whole",
                 key=list_some([twins[0].spec.name, one.spec.name]),
-                hint="leave one of them out with --skip",
+                hint=f"leave one of them out: {_skip([twins[0].spec.module])}",
             )  # fmt: skip
     return sorted(kept, key=lambda p: p.first)
 
@@ -317,5 +256,11 @@ def _grown(spec: DeltaSpec, place: Place) -> DeltaSpec:
 def _refusal(specs: Sequence[DeltaSpec], reason: str) -> MismatchError:
     return MismatchError(
         "LT-494", "a change has no form under the other names", got=reason,
-        key=list_some([s.name for s in specs], 3), hint="leave it out with --skip",
+        key=list_some([s.name for s in specs], 3),
+        hint=f"leave it out: {_skip([s.module for s in specs])}",
     )  # fmt: skip
+
+
+def _skip(modules: Iterable[str]) -> str:
+    names = dict.fromkeys(f"^{re.escape(module)}$" for module in modules)
+    return shlex.join(word for name in names for word in ("--skip", name))

@@ -12,7 +12,8 @@ from loratool.dialects.slots import is_text, slot_of
 from loratool.dialects.table import Table
 from loratool.errors import MismatchError, list_some
 from loratool.frozen import replace
-from loratool.ops.naming import Located, Moved, locate, naming_in, rename
+from loratool.ops.locating import Located, locate, naming_in
+from loratool.ops.naming import Moved, rename
 
 
 def in_dialect(adapter: Adapter, row: Dialect, remake: stacking.Remake) -> Adapter:

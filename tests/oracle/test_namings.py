@@ -285,3 +285,46 @@ def test_nothing_bound_is_an_error_and_a_part_is_a_table(tmp_path: Path) -> None
     merged = load_file(out)
     assert (merged["blocks.0.self_attn.q.weight"] != weight).any()
     assert (merged["blocks.0.self_attn.k.weight"] == weight).all()
+
+
+XLABS = {"double_blocks.0.processor.qkv_lora1": (48, 16), "single_blocks.0.processor.qkv_lora":
+         (48, 16), "single_blocks.0.processor.proj_lora": (16, 80)}  # fmt: skip
+KOHYA = {"double_blocks_0_img_attn_qkv": (48, 16), "single_blocks_0_linear1": (112, 16),
+         "single_blocks_0_linear2": (16, 80), "single_blocks_1_linear1": (112, 16)}  # fmt: skip
+
+
+@pytest.mark.parametrize("first", ["kohya", "xlabs"])
+def test_trainers_that_fuse_and_split_otherwise_are_summed(first: str, tmp_path: Path) -> None:
+    """XLabs has q, k and v of a single block alone: of linear1 they are the first rows of seven."""
+    rng = np.random.default_rng(5)
+    want: dict[str, np.ndarray] = {}
+    files: dict[str, Arrays] = {"xlabs": {}, "kohya": {}}
+    for name, (rows, width) in XLABS.items():
+        up, down = rng.normal(size=(rows, 2)), rng.normal(size=(2, width))
+        files["xlabs"] |= {f"{name}.up.weight": up, f"{name}.down.weight": down}
+        key = {"qkv_lora1": "double_blocks_0_img_attn_qkv", "proj_lora": "single_blocks_0_linear2",
+               "qkv_lora": "single_blocks_0_linear1"}[name.rpartition(".")[2]]  # fmt: skip
+        full = np.zeros(KOHYA[key])
+        full[:rows] = up.astype("f4").astype("f8") @ down.astype("f4").astype("f8")
+        want[key] = 0.5 * full
+    for name, (rows, width) in KOHYA.items():
+        up, down = rng.normal(size=(rows, 3)), rng.normal(size=(3, width))
+        stem = f"lora_unet_{name}"
+        files["kohya"] |= {f"{stem}.lora_up.weight": up, f"{stem}.lora_down.weight": down,
+                           f"{stem}.alpha": np.array(2.0)}  # fmt: skip
+        product = up.astype("f4").astype("f8") @ down.astype("f4").astype("f8")
+        want[name] = want.get(name, 0) + product * 2 / 3
+    for name, tensors in files.items():
+        save_file({k: v.astype(np.float32) for k, v in tensors.items()},
+                  str(tmp_path / f"{name}.safetensors"))  # fmt: skip
+    texts = [str(tmp_path / "kohya.safetensors"), f"{tmp_path / 'xlabs.safetensors'}:0.5"]
+    out = tmp_path / "out.safetensors"
+    lt.merge(texts if first == "kohya" else texts[::-1], output=out)
+    found = {m.name.removeprefix("unet.").removesuffix(".weight"): m.delta().double().numpy()
+             for m in lt.open(out)}  # fmt: skip
+    assert found.keys() == want.keys()
+    for name, change in want.items():
+        assert np.abs(found[name] - change).max() <= 2.0**-21 * np.abs(change).max(), name
+    with pytest.raises(lt.LoratoolError, match="has not all of its parts") as caught:
+        lt.convert([texts[0]], to="xlabs", output=tmp_path / "x.safetensors")
+    assert caught.value.code == "LT-494"

@@ -1,0 +1,90 @@
+"""Which weights of which family every change of an adapter is of."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from loratool.adapter import Adapter, DeltaSpec
+from loratool.archs.families import Place, families, family_of, places, split_component
+from loratool.delta import stacking
+from loratool.delta.forms import shape_of, side_sizes
+from loratool.dialects.slots import is_text, usual_encoder
+from loratool.frozen import Frozen
+
+
+class Located(Frozen):
+    """A change, and which weights of which family it is of.
+
+    Attributes:
+        spec: as the adapter has it.
+        component: part of the pipeline, a key of `diffusion.json`; "" = not said.
+        module: its name behind the component's prefix, flat or dotted.
+        place: None = of no family that is known.
+    """
+
+    spec: DeltaSpec
+    component: str
+    module: str
+    place: Place | None
+
+
+def locate(adapter: Adapter) -> list[Located]:
+    """Find every change among the weights of the family that the adapter is of.
+
+    Args:
+        adapter: opened; with flat or dotted names.
+    """
+    guess = family_of({_unit(s): _shape(s) for s in adapter.specs}, adapter.metadata)
+    found = []
+    for spec in adapter.specs:
+        component, module = split_component(spec.module)
+        family = guess.parts.get(component) if component.startswith("te") else guess.family
+        known = places(component, module, spec.parameter, family) if family else []
+        if not known:  # of a part that is not the file's main one, or of one of several families
+            known = _settled(component, places(component, module, spec.parameter))
+        found.append(Located(spec, component, module, known[0] if known else None))
+    return found
+
+
+def _unit(spec: DeltaSpec) -> str:
+    """The module of a change; the parameter where that is none of a module's."""
+    return spec.module if spec.parameter in ("weight", "bias") else spec.name
+
+
+def _settled(component: str, known: list[Place]) -> list[Place]:
+    """Places that several families have, if it does not matter which: one; else none."""
+    if is_text(component):
+        usual = usual_encoder(component)
+        return sorted(known, key=lambda p: p.family != usual)
+    names = {(p.original, p.diffusers, families()[p.family].flat) for p in known}
+    return known if len(names) == 1 else []
+
+
+def _shape(spec: DeltaSpec) -> tuple[int, ...]:
+    if not spec.is_matrix:
+        return shape_of(spec)
+    out, inner = side_sizes(spec)
+    return (out, *inner)
+
+
+def uncuttable(located: Iterable[Located], naming: str) -> set[str]:
+    """Names of the changes that take other factors before a naming can cut or join them."""
+    return {
+        one.spec.name for one in located
+        if one.place is not None and not stacking.is_cuttable(one.spec)
+        and (one.place.row.parts > 1 or one.place.row.swap)
+        and not _keeps(one.place, naming_in(one.place.family, naming))
+    }  # fmt: skip
+
+
+def naming_in(family: str, wanted: str) -> str:
+    """The naming of a family that a dialect's stands for; ``written`` = that of flat files."""
+    return families()[family].flat if wanted == "written" else wanted
+
+
+def _keeps(place: Place, naming: str) -> bool:
+    """True if a naming has one module for the very parts, in their order."""
+    names = place.row.names.get(naming) or place.row.names["original"]
+    return any((n.first, n.stop) == (place.first, place.stop) for n in names) and not (
+        place.is_turned(naming)
+    )
