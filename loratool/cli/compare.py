@@ -121,9 +121,9 @@ def _families(report: CompareReport) -> list[str]:
          _share(f.top_overlap))
         for f in report.families
     ]  # fmt: skip
-    head = ("target", "modules", "cosine", "-1     0     1", "norm 2/1", "φ A", "random", "φ B",
-            "random", "signs ≠", "top 20 %")  # fmt: skip
-    return table(rows, head, right=(1, 2, 4, 5, 6, 7, 8, 9, 10), crop=True)
+    head = ("target", "modules", "cosine", "-1     0     1", "norm 2/1", "φ A", "random A",
+            "φ B", "random B", "signs ≠", "top 20 %")  # fmt: skip
+    return table(rows, head, right=range(1, 11), fold=True)
 
 
 def _modules(report: CompareReport) -> list[str]:
@@ -134,9 +134,9 @@ def _modules(report: CompareReport) -> list[str]:
          _angles(m.angles_A), _angles(m.angles_B), _share(m.sign_conflict), _share(m.top_overlap))
         for m in report.modules
     ]  # fmt: skip
-    head = ("module", "ranks", "cosine", "norm 2/1", "φ A", "random", "φ B", "random",
+    head = ("module", "ranks", "cosine", "norm 2/1", "φ A", "random A", "φ B", "random B",
             "angles A", "angles B", "signs ≠", "top 20 %")  # fmt: skip
-    return table(rows, head, right=(2, 3, 4, 5, 6, 7, 8, 9, 10, 11))
+    return table(rows, head, right=range(2, 12), fold=True)
 
 
 def _matrix(report: CompareReport) -> Iterator[str]:

@@ -6,6 +6,7 @@ import json
 import sys
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import accumulate
 from typing import Any
 
 import click
@@ -78,6 +79,7 @@ def table(
     *,
     right: Iterable[int] = (),
     crop: bool = False,
+    fold: bool = False,
 ) -> list[str]:
     """Columns padded to their widest cell, two spaces apart, the head in bold.
 
@@ -86,10 +88,20 @@ def table(
         head: column names.
         right: indices of columns aligned to the right.
         crop: on a terminal, cut lines at its edge instead of letting them wrap.
+        fold: on a terminal, columns beyond its edge go below, beside the first one once more.
     """
     cells = [list(head), *(list(row) for row in rows)]
     widths = [max(cell_width(row[i]) for row in cells) for i in range(len(head))]
     to_right = set(right)
+    ends = accumulate(width + 2 for width in widths)
+    fit = max(2, sum(end - 2 <= terminal_width() for end in ends)) if fold else len(head)
+    if fit < len(head) and is_terminal():
+        below = [i - fit + 1 for i in to_right if i >= fit]
+        return [
+            *table([row[:fit] for row in rows], head[:fit], right=to_right & set(range(fit))), "",
+            *table([(row[0], *row[fit:]) for row in rows], (head[0], *head[fit:]), right=below,
+                   fold=True),
+        ]  # fmt: skip
     lines = []
     for row in cells:
         padded = [

@@ -12,6 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import click
 import pytest
 
 import loratool as lt
@@ -232,6 +233,19 @@ def test_folder_tables_fit_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setenv("COLUMNS", "20")
     lines = render.table([("a" * 30, "b"), ("模型" * 8, "c")], ("x", "y"), crop=True)
     assert all(render.cell_width(text) <= 20 and text.endswith("…") for text in lines[1:])
+
+
+def test_columns_without_a_place_go_below(monkeypatch: pytest.MonkeyPatch) -> None:
+    from loratool.cli import render
+
+    monkeypatch.setattr(render, "is_terminal", lambda: True)
+    monkeypatch.setenv("COLUMNS", "12")
+    rows, head = [("a", "1.00", "2", "3"), ("bb", "1", "2.0", "3.000")], ("x", "y", "z", "last")
+    lines = [click.unstyle(text) for text in render.table(rows, head, right=(1, 2, 3), fold=True)]
+    assert lines == ["x      y", "a   1.00", "bb     1", "", "x     z", "a     2", "bb  2.0", "",
+                     "x    last", "a       3", "bb  3.000"]  # fmt: skip
+    monkeypatch.setenv("COLUMNS", "200")
+    assert len(render.table(rows, head, right=(1, 2, 3), fold=True)) == 3
 
 
 def test_no_color(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
