@@ -55,7 +55,7 @@ def command(adapters: tuple[str, ...], output: str, **options: Any) -> None:
     voice = Voice.take(options)
     asked = [f"{_WORDS[k]} {options[k]}" for k in _WORDS if options[k] is not None]
     what = safe(adapters[0]) if len(adapters) == 1 else plural(len(adapters), "adapter")
-    voice.announce(f"Compressing {what} to {', '.join(asked) or 'nothing'}")
+    voice.announce(f"Compressing {what}" + (f" to {', '.join(asked)}" if asked else ""))
     plan = Plan(voice, plan_lines)
     with show_progress(quiet=voice.quiet) as watchers:
         report = lt.compress(adapters, output=output, on_plan=plan, **watchers, **options)

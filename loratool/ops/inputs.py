@@ -10,7 +10,7 @@ from pathlib import Path
 
 from loratool.adapter import Adapter
 from loratool.dialects import open_adapter, unmergeable_reason
-from loratool.errors import MismatchError, OutputError, UsageError, list_some
+from loratool.errors import BadFileError, MismatchError, OutputError, UsageError, list_some
 from loratool.frozen import Frozen, replace
 from loratool.ops.access import Access, locate
 from loratool.ops.weights import Rule, Weight, weigh
@@ -143,7 +143,7 @@ def open_base(text: str, adapters: Sequence[Adapter], access: Access) -> OpenedB
     """Open the base; ``auto`` takes the one that the adapters name.
 
     Raises:
-        MismatchError: ``auto``, and the adapters name none, or different ones.
+        MismatchError: LT-474, ``auto``, and the adapters name none that is here, or different ones.
     """
     if text == "auto":
         named = {a.base_model for a in adapters if a.base_model}
@@ -154,7 +154,23 @@ def open_base(text: str, adapters: Sequence[Adapter], access: Access) -> OpenedB
                 got=", ".join(sorted(named)) or "none named",
                 hint="--base PATH",
             )
-        text = named.pop()
+        return _named_base(named.pop(), access)
+    return _open_base(text, access)
+
+
+def _named_base(text: str, access: Access) -> OpenedBase:
+    """A base that nobody typed: an adapter may name a path of the machine where it was trained."""
+    try:
+        return _open_base(text, access)
+    except BadFileError as error:
+        if error.code != "LT-300":
+            raise
+        raise MismatchError(
+            "LT-474", "the base that the adapters name is not here", got=text, hint="--base PATH"
+        ) from error
+
+
+def _open_base(text: str, access: Access) -> OpenedBase:
     resolved = locate(text, kind="base", access=access)
     checkpoint = open_checkpoint(resolved.path, max_header=access.rules.max_header)
     return OpenedBase(checkpoint, resolved)

@@ -28,6 +28,15 @@ def test_auto_needs_one_name(tmp_path: Path) -> None:
     assert caught.value.exit_code == 4 and "--base" in str(caught.value.hint)
 
 
+def test_auto_says_that_it_was_the_adapter_that_named_a_missing_path(tmp_path: Path) -> None:
+    factors = random_factors({"a": (8, 6)}, rank=2, seed=2)
+    adapter = save_adapter(tmp_path / "a", factors, base_model_name_or_path="/home/alice/llama")
+    with pytest.raises(lt.LoratoolError) as caught:
+        lt.merge([str(adapter)], base="auto", output=tmp_path / "out")
+    assert caught.value.code == "LT-474" and "adapters name" in caught.value.what
+    assert caught.value.got == "/home/alice/llama" and "--base" in str(caught.value.hint)
+
+
 def test_auto_offline_without_the_model_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
