@@ -33,7 +33,7 @@ from loratool.errors import BadFileError
 from loratool.frozen import Frozen
 from loratool.shapes import Refuse, checked_json, fitting_json
 from loratool.store.contained import typed
-from loratool.store.disk import disk_error
+from loratool.store.disk import refusals_as
 from loratool.store.header import MAX_DIMS, MAX_TENSORS, build_header, read_header
 from loratool.store.jsonfile import MAX_TEXT_BYTES, check_json_size
 from loratool.store.marker import content_of, file_metadata
@@ -204,20 +204,18 @@ class PatchWriter:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._file.close()
+        with refusals_as("cannot write", self._output.path):  # what the buffer still holds
+            self._file.close()
 
     def add(self, name: str, pieces: Sequence[bytes]) -> None:
         """Keep one patch, unless it is empty; from any thread."""
         if not pieces:
             return
-        try:
-            with self._lock:
-                start = self._file.tell()
-                for piece in pieces:
-                    self._file.write(piece)
-                self._places[name] = (start, self._file.tell() - start)
-        except OSError as error:
-            raise disk_error("cannot write", self._path, error) from error
+        with self._lock, refusals_as("cannot write", self._output.path):
+            start = self._file.tell()
+            for piece in pieces:
+                self._file.write(piece)
+            self._places[name] = (start, self._file.tell() - start)
 
     def write(self, table: Mapping[str, Any], record: Mapping[str, Any]) -> int:
         """Make the file, patches in the order of the table's ``tensors``; returns its size.
@@ -226,6 +224,8 @@ class PatchWriter:
             table: what the patches are for.
             record: into the file's metadata; ``operation`` says what kind of file it is.
         """
+        with refusals_as("cannot write", self._output.path):
+            self._file.flush()
         packed = zlib.compress(json.dumps({"version": VERSION, **table}).encode(), 6)
         names = [name for name in table["tensors"] if name in self._places]
         places = [self._places[name] for name in names]

@@ -17,7 +17,10 @@ from pathlib import Path
 
 import pytest
 
+from loratool.errors import LoratoolError
 from loratool.store.journal import read_journal
+from loratool.store.patch_file import PatchWriter
+from loratool.store.writer import StagedOutput
 from tests.budget.test_memory import sparse_model
 from tests.faults import copy_run, process
 from tests.faults.scene import SHARD_BYTES, Scene, fingerprint, make_scene, write_model
@@ -149,6 +152,25 @@ def test_a_small_disk_is_refused_before_the_work(scene: Scene) -> None:
         assert list(disk.iterdir()) == []
     finally:
         subprocess.run(["umount", str(disk)], check=True)
+
+
+@pytest.mark.parametrize("end", ["write", "leave"])
+def test_a_full_disk_under_patches_is_named(end: str, tmp_path: Path) -> None:
+    """Small patches wait in a buffer, which is emptied when the file is made or left."""
+    if not Path("/dev/full").exists():
+        pytest.skip("no /dev/full here")
+    path = tmp_path / "undo.safetensors"
+    with (
+        pytest.raises(LoratoolError) as caught,
+        StagedOutput(path, is_folder=False, plan_id=None) as output,
+        PatchWriter(output) as writer,
+    ):
+        writer._file.close()
+        writer._file = open("/dev/full", "w+b")  # noqa: SIM115
+        writer.add("a", [b"patch"])
+        if end == "write":
+            writer.write({"tensors": {"a": {}}}, {})
+    assert caught.value.code == "LT-611" and str(caught.value.file) == str(path)
 
 
 @pytest.fixture
