@@ -52,7 +52,7 @@ def _report(source: str, look: Look, program: Program) -> CheckReport:
         program=program.title,
         version=program.version,
         rules_from=program.source,
-        family=look.family.name if program.is_of_images else "",
+        family=look.family.title if program.is_of_images else "",
         verdict=found.verdict,
         counts=counted(found.modules),
         findings=tuple(_sourced(f, program) for f in found.findings),

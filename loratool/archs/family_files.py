@@ -45,7 +45,7 @@ def _content(name: str) -> Mapping[str, Any]:
     if "like" not in data:
         return data
     other = _content(data["like"])
-    joined = {**other, **data}
+    joined = {"kin": data["like"], **other, **data}
     for key in ("modules", "tensors"):
         rows = [r for r in other.get(key, ()) if r not in data.get("without", ())]
         joined[key] = [*rows, *data.get(key, ())]
@@ -70,7 +70,8 @@ def load(name: str) -> Family:
     ]
     return Family(name, data["title"], component, tuple(rows), data.get("tells", {}),
                   data.get("versions", {}), data.get("written", ""),
-                  data.get("flat") or data.get("written") or "original")  # fmt: skip
+                  data.get("flat") or data.get("written") or "original",
+                  data.get("kin", name))  # fmt: skip
 
 
 @cache

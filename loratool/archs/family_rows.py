@@ -85,6 +85,13 @@ class Row(Frozen, dict=True):
         return int(naming in self.like_diffusers)
 
     @cached_property
+    def dotted(self) -> frozenset[str]:
+        """Every name of any of its parts, with ``#`` for numbers."""
+        return frozenset(
+            NUMBER.sub("#", name.template) for names in self.names.values() for name in names
+        )
+
+    @cached_property
     def _to_diffusers(self) -> dict[Numbers, Numbers]:
         return dict(self.blocks)
 
@@ -104,6 +111,7 @@ class Family(Frozen):
         tells: what tells it from others that have the same names: see `loratool.archs.families`.
         written: the naming that its modules take where there is no base, "" = as they are spelled.
         flat: the naming that files with flat names (kohya's) have, which most programs load.
+        kin: the family as which programs load it: itself, or what it is ``like``.
         versions: what trainers' metadata call it -> label of the size, "" where it has none.
     """
 
@@ -115,6 +123,7 @@ class Family(Frozen):
     versions: Mapping[str, str]
     written: str = ""
     flat: str = "original"
+    kin: str = ""
 
 
 class Entry(NamedTuple):
@@ -137,6 +146,10 @@ class Telling(NamedTuple):
     places: tuple[int, ...]
     length: int = 0
     blocks: frozenset[Numbers] = frozenset()
+
+    def has(self, numbers: Sequence[str]) -> bool:
+        """True if there is such a block."""
+        return not self.length or tuple(numbers[: self.length]) in self.blocks
 
 
 _Fixed = dict[tuple[int, ...], dict[tuple[str, ...], list[Entry]]]

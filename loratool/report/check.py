@@ -99,7 +99,7 @@ class CheckReport(Report):
         program: that shall load it.
         version: of the program, whose source the rules were read from.
         rules_from: files or links.
-        family: of the model, "" if it is not known.
+        family: of models whose names it has, "" if that is not known.
         verdict: ``yes``, ``no``, ``wrong``, ``unsure``.
         counts: verdict -> number of modules.
         findings: rules that apply, the worst first.

@@ -84,7 +84,7 @@ control: Shapes = {"double_blocks.0.img_attn.norm.query_norm.scale": (4,)}
 for name in ("img_in", "txt_in", "time_in.in_layer", "final_layer.linear",
              *(f"double_blocks.{i}.img_attn.qkv" for i in range(19)),
              *(f"single_blocks.{i}.linear1" for i in range(38))):  # fmt: skip
-    control |= pair(name, how="A")
+    control |= pair(name, 7 * 8 if "linear1" in name else 8, how="A")
 
 SD_DOTTED = "diffusion_model.input_blocks.1.1.transformer_blocks.0.attn1.to_q"
 SD3_FLAT = "lora_unet_joint_blocks_0_x_block_attn_qkv"

@@ -141,6 +141,18 @@ def test_metadata_tell_what_names_do_not() -> None:
     assert guess(load("wan22_lightning"), {"ss_base_model_version": "flux1"}).family == "wan"
 
 
+def test_where_shapes_agree_the_dots_of_names_tell_and_then_the_rank() -> None:
+    for name, family in (
+        ("double_blocks.0.img_attn_qkv", "hunyuan_video"),
+        ("double_blocks.0.img_attn.qkv", "flux1"),
+        ("double_blocks_0_img_attn_qkv", "flux1"),
+    ):
+        found = family_of({f"unet.{name}": (9216, 3072)})
+        assert (found.family, "hunyuan_video" in (family, *found.others)) == (family, True)
+    tie = family_of({"unet.down_blocks.0.attentions.0.proj_in": (320, 320)})
+    assert tie.family is None and {"sd1", "sdxl"} <= set(tie.others)
+
+
 def test_a_language_model_is_of_no_family() -> None:
     names = [f"model.layers.{i}.self_attn.{p}_proj" for i in range(4) for p in "qkvo"]
     assert family_of(dict.fromkeys(names, (2048, 2048))).family is None

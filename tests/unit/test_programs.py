@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from loratool.dialects.programs import Look, find_program, look_at, programs
+from loratool.archs.families import families
+from loratool.dialects.programs import Look, find_program, look_at, models, programs
+from loratool.dialects.programs.grammar import Tensor
 from loratool.options.groups import Read
 from loratool.report.check import Simulation
 from tests.unit.programs_samples import SAMPLES, Sample, Shapes
@@ -59,3 +61,32 @@ def test_every_rule_has_its_files_its_sentence_and_its_source(program: str) -> N
     assert [r.name for r in rules] == list(dict.fromkeys(r.name for r in rules))
     assert {r.name for r in rules} == {s.rule for s in SAMPLES if s.program == program}
     assert all(r.says and r.source.startswith("https://") for r in rules)
+
+
+FLUX = "lora_unet_single_blocks_0_linear1"
+KLEIN = (9 * 3072, 3072)  # FLUX.1 has seven times as many rows as columns
+PRODUCTS: Mapping[str, Shapes] = {
+    "loha": {"hada_w1_a": (KLEIN[0], 2), "hada_w1_b": (2, 3072), "hada_w2_a": (KLEIN[0], 2),
+             "hada_w2_b": (2, 3072)},
+    "lokr": {"lokr_w1": (9, 3), "lokr_w2_a": (3072, 2), "lokr_w2_b": (2, 1024)},
+    "full": {"diff": KLEIN},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", PRODUCTS)
+def test_a_model_is_told_by_shapes_of_products_too(kind: str) -> None:
+    tensors = {f"{FLUX}.{end}": Tensor("F16", shape) for end, shape in PRODUCTS[kind].items()}
+    family = Look(tensors).family
+    assert (family.name, family.title, family.naming) == ("flux2", "FLUX.2 klein-4B", "original")
+
+
+def test_models_are_families_and_loaded_as_their_kin() -> None:
+    known = families()
+    assert {known[one.kin].kin for one in known.values()} == {one.kin for one in known.values()}
+    named = {value for name, value in vars(models).items() if name.isupper() and name[0] != "_"}
+    assert named - {"original", "diffusers", "both"} <= set(known)
+    chroma = {
+        f"distilled_guidance_layer.in_proj.{end}": Tensor("F16", shape)
+        for end, shape in (("lora_A.weight", (2, 64)), ("lora_B.weight", (64, 2)))
+    }
+    assert Look(chroma).family == ("flux1", "chroma", "Chroma", "both")

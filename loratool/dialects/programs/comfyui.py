@@ -32,8 +32,8 @@ _DIFFUSERS = {
     ),
     models.FLUX1: ("transformer.", "lycoris_", "lora_transformer_", ""),
     models.FLUX2: ("transformer.", "lycoris_", "lora_transformer_", ""),
-    models.QWEN: ("transformer.", "lycoris_", "", *_OWN),
-    models.HIDREAM: ("transformer.", "lycoris_", *_OWN),
+    models.QWEN: ("transformer.", "lycoris_", ""),
+    models.HIDREAM: ("transformer.", "lycoris_"),
     models.Z_IMAGE: ("transformer.", "diffusion_model.", "lycoris_", ""),
     models.LUMINA2: ("transformer.", "diffusion_model.", "lycoris_", ""),
 }
@@ -54,18 +54,21 @@ def _is_known(look: Look, group: Group) -> bool:
         return True
     if "_processor_" in group.flat or group.prefix == "lora_prior_unet_":
         return True  # XLabs, Stable Cascade
-    name, naming = look.family.name, models.naming_of(group).naming or look.family.naming
+    name, naming = look.family.name, look.naming_of(group) or look.family.naming
     if (
         name == models.HUNYUAN
         and naming == models.ORIGINAL
         and (_NOWHERE.match(group.flat) or (group.is_flat and _DOTTED.search(group.flat)))
     ):
         return False
-    if naming == models.ORIGINAL:
-        is_control = not group.prefix and _is_control(look)
-        return is_control or group.prefix in (*_OWN, *_ORIGINAL.get(name, ()))
-    own = not models.naming_of(group).naming and group.prefix in _OWN
-    return own or group.prefix in _DIFFUSERS.get(name, ())
+    if not group.prefix and _is_control(look):
+        return True
+    takes: tuple[str, ...] = ()
+    if naming != models.DIFFUSERS:
+        takes += (*_OWN, *_ORIGINAL.get(name, ()))
+    if naming != models.ORIGINAL:
+        takes += _DIFFUSERS.get(name, ())
+    return group.prefix in takes
 
 
 def _is_control(look: Look) -> bool:

@@ -112,7 +112,7 @@ def _without_lora(look: Look) -> Iterable[Hit]:
 def _both_namings(look: Look) -> Iterable[Hit]:
     if look.family.name != SD:
         return []
-    kohya = [(g, models.naming_of(g).naming) for g in look.groups if g.prefix == "lora_unet_"]
+    kohya = [(g, look.naming_of(g)) for g in look.groups if g.prefix == "lora_unet_"]
     original = tuple(g.stem for g, naming in kohya if naming == models.ORIGINAL)
     return [Hit(original)] if any(naming == OWN for _, naming in kohya) and original else []
 
@@ -127,11 +127,10 @@ def _is_foreign(look: Look, group: Group) -> bool:
         return False
     if look.family.name == SD and _is_kohya(look):
         return False
-    naming = models.naming_of(group).naming
     if group.prefix == "" and look.family.name in (QWEN, Z_IMAGE):
         return not _is_converted(look)
     return group.prefix not in takes or (
-        group.prefix in ("transformer.", "unet.") and naming == models.ORIGINAL
+        group.prefix in ("transformer.", "unet.") and look.naming_of(group) == models.ORIGINAL
         and look.family.name not in (HUNYUAN, LTX)
     )  # fmt: skip
 

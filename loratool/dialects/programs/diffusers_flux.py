@@ -66,7 +66,9 @@ def _is_left(look: Look, group: Group) -> bool:
     if has_prefix(look, "transformer.") or has_prefix(look, "lora_transformer_"):
         return False
     odd = group.parts - FACTORS - {"diff_b", "diff", "dora"}
-    known = models.naming_of(group) == (FLUX1, models.ORIGINAL) or re.match(_TOP, group.flat)
+    in_block = re.match("(double|single)_blocks_", group.flat)
+    is_own = in_block and look.naming_of(group) == models.ORIGINAL
+    known = is_own or re.match(_TOP, group.flat)
     return bool(odd) or not known or ("down" not in group.parts and "alpha" in group.parts)
 
 
@@ -95,11 +97,11 @@ def _not_converted(look: Look, group: Group) -> bool:
     if not _on(look, FLUX1, kohya=False) or others or "_processor_" in group.flat:
         return False
     own = group.prefix.startswith(("transformer.", "text_encoder."))
-    return not own or models.naming_of(group) == (FLUX1, models.ORIGINAL)
+    return not own or look.naming_of(group) == models.ORIGINAL
 
 
 def _original_behind_transformer(look: Look, group: Group) -> bool:
-    return _on(look, FLUX1) and models.naming_of(group).naming == models.ORIGINAL
+    return _on(look, FLUX1) and look.naming_of(group) == models.ORIGINAL
 
 
 def _flux2_foreign(look: Look, group: Group) -> bool:

@@ -21,27 +21,29 @@ _UNKNOWN = ("", "oft", "oft_R", "rescale", "set", "reshape", "on_input", "tlora"
 _FAMILIES = (models.SD, models.FLUX1)
 
 
-def _keys(group: Group) -> Iterable[str]:
+def _keys(look: Look, group: Group) -> Iterable[str]:
     """Keys of a module that are left over."""
-    if group.prefix in _FOREIGN or drops_text_model(_NOTHING, group):
+    if group.prefix in _FOREIGN or drops_text_model(look, group):
         return group.keys
-    if models.naming_of(group) == (models.SD3, models.DIFFUSERS) or _is_peft_unet(group):
+    if _is_of(look, group, models.SD3) or _is_peft_unet(look, group):
         return group.keys
     return (k for k, part in group.keys.items() if part in _UNKNOWN or ".default." in k)
 
 
-_NOTHING = Look({})
+def _is_of(look: Look, group: Group, family: str) -> bool:
+    """True for a module that diffusers alone calls so."""
+    return look.family.name == family and look.naming_of(group) == models.DIFFUSERS
 
 
-def _is_peft_unet(group: Group) -> bool:
+def _is_peft_unet(look: Look, group: Group) -> bool:
     leaf = group.flat.endswith(("_to_q", "_to_k", "_to_v", "_to_out_0"))
-    is_unet = models.naming_of(group) == (models.SD, models.DIFFUSERS)
-    return leaf and is_unet and group.prefix in ("unet.", "") and "_processor_" not in group.flat
+    is_own = group.prefix in ("unet.", "") and "_processor_" not in group.flat
+    return leaf and is_own and _is_of(look, group, models.SD)
 
 
 def unmatched(look: Look) -> list[str]:
     """Keys that no map of it has."""
-    return [key for group in look.groups for key in _keys(group)]
+    return [key for group in look.groups for key in _keys(look, group)]
 
 
 def _refused(look: Look) -> Iterable[Hit]:

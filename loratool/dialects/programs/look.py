@@ -10,7 +10,7 @@ from typing import Any
 from loratool.adapter import Adapter, AdapterFiles, ArrangedRef, TensorRef
 from loratool.dialects.candidate import CONFIG_NAME, Candidate, without_numbers
 from loratool.dialects.programs.grammar import Group, Tensor, group_keys
-from loratool.dialects.programs.models import Family, family_of
+from loratool.dialects.programs.models import Family, family_of, naming_of
 from loratool.dialects.registry import detect, examine
 from loratool.errors import LoratoolError
 from loratool.frozen import Frozen, field
@@ -83,7 +83,11 @@ class Look(Frozen, dict=True):
     @cached_property
     def family(self) -> Family:
         """The model that its modules are of."""
-        return family_of(self.groups)
+        return family_of(self.groups, self.metadata)
+
+    def naming_of(self, group: Group) -> str:
+        """Whose name a module has: see `loratool.dialects.programs.models`."""
+        return naming_of(group, self.family.map)
 
     @cached_property
     def is_of_images(self) -> bool:

@@ -47,7 +47,7 @@ _BESIDE = ("diff_b", "bias", "set", "reshape", "rescale", "scalar")
 def _is_found(look: Look, group: Group) -> bool:
     """True if a model of its has a module of that name."""
     if look.family.name == SD3:
-        named = models.naming_of(group) == (SD3, models.ORIGINAL)
+        named = look.naming_of(group) == models.ORIGINAL
         return named if group.is_flat else _is_mapped(group)
     if group.is_text:
         names = _CLIP.get(group.prefix)
