@@ -181,6 +181,19 @@ def test_auto_finds_the_planted_rank_and_says_that_the_rest_is_noise(tmp_path: P
     assert capped.modules[0].rank == 3 and capped.modules[0].is_at_noise is False
 
 
+def test_rounding_of_the_products_is_no_rank(tmp_path: Path) -> None:
+    """A float32 change that dwarfs its rounding: what products in float32 leave is larger."""
+    shape = (1024, 768)
+    weight = randn(*shape, seed=1, scale=0.002)
+    change = randn(shape[0], 2, seed=2) @ randn(2, shape[1], seed=3)
+    base = save_checkpoint(tmp_path / "base", {"layers.0.q_proj.weight": weight})
+    tuned = save_checkpoint(tmp_path / "tuned", {"layers.0.q_proj.weight": weight + change})
+    for exact in (False, True):
+        out = tmp_path / f"lora{exact}"
+        (module,) = lt.extract(tuned, base=base, output=out, exact=exact).modules
+        assert (module.rank, module.noise_rank) == (2, 2)
+
+
 @pytest.mark.parametrize("size", [12_000, 50_000, 100_000, 400_000, 10_000_000])
 def test_size_is_never_exceeded(size: int, tmp_path: Path) -> None:
     base, tuned = bf16_pair(tmp_path)
