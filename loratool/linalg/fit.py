@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -199,7 +200,7 @@ def _resolution(modules: torch.Tensor, how: Fitting, rank: int) -> float:
     """
     if how.exact or not is_worthwhile(modules.shape, rank):
         return 0.0
-    return 2.0**-24 * max(modules.shape[2:]) ** 0.5
+    return 2.0**-24 * math.sqrt(max(modules.shape[2:]))
 
 
 def _stage(

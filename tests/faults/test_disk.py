@@ -166,7 +166,7 @@ def test_a_full_disk_under_patches_is_named(end: str, tmp_path: Path) -> None:
         PatchWriter(output) as writer,
     ):
         writer._file.close()
-        writer._file = open("/dev/full", "w+b")  # noqa: SIM115
+        writer._file = Path("/dev/full").open("w+b")  # noqa: SIM115
         writer.add("a", [b"patch"])
         if end == "write":
             writer.write({"tensors": {"a": {}}}, {})
