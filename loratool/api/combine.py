@@ -35,8 +35,8 @@ from loratool.options.calls import takes
 from loratool.options.merging import Combine
 from loratool.options.words import recorded
 from loratool.report.combine import CombineReport, DifferenceReport
+from loratool.store.outputs import check_output
 from loratool.store.provenance import adapter_id
-from loratool.store.writer import check_output
 
 
 @takes(Combine)

@@ -39,13 +39,14 @@ from loratool.options.words import recorded
 from loratool.report.extract import ExtractReport, SavedResidual
 from loratool.store.adapter_writer import fill_adapter
 from loratool.store.checkpoint import Checkpoint
-from loratool.store.output_path import check_output
+from loratool.store.marker import MARKER
+from loratool.store.outputs import check_output, open_output, place_of
 from loratool.store.provenance import provenance_of
 from loratool.store.stamps import take_stamps
-from loratool.store.writer import MARKER, StagedOutput
 
 if TYPE_CHECKING:
     from loratool.store.reader import Stamp
+    from loratool.store.staging import Output
 
 
 @takes(Extract)
@@ -87,7 +88,7 @@ def _extract(asked: Extract) -> ExtractReport:
     residual = None
     from loratool.engine.factor_journal import drop_factors, factor_file
 
-    with StagedOutput(
+    with open_output(
         job.target, is_folder=job.row.is_folder, plan_id=identity, force=asked.force,
         restart=asked.restart, inputs=stamps, series=asked.series,
         names=[*(factor_file(step.output.name) for step in job.plan.plan.steps), MARKER],
@@ -100,9 +101,10 @@ def _extract(asked: Extract) -> ExtractReport:
             residual = _save_residual(asked, job, made_at, identity, replaces)
         drop_factors(staged)
         staged.commit(record if asked.provenance else {})
+        written = open_adapter(staged.readable)
     notes = (*staged.notes, *job.plan.notes, *made.fitted.notes)
     report = written_report(
-        replace(job.plan, notes=notes), made.outcomes, open_adapter(job.target), job.tuned,
+        replace(job.plan, notes=notes), made.outcomes, written, job.tuned,
         job.base, job.target, job.criteria, resources, size, residual, time.monotonic() - started,
     )  # fmt: skip
     return replace(report, holds_whole=job.row.holds_whole)
@@ -146,7 +148,7 @@ def _prepare(asked: Extract) -> _Job:
     if asked.names not in ("v4", "v5"):
         raise UsageError("LT-226", "unknown --names", expected="v4 or v5", got=asked.names)
     program = None if asked.program is None else find_program(asked.program)
-    keep, target = _kept_for(program, asked.keep), Path(asked.output)
+    keep, target = _kept_for(program, asked.keep), place_of(asked.output)
     row = writable(asked.to or _usual(program))
     access = access_of(asked, in_place=asked.dry_run)
     if not asked.dry_run:  # before a long download, not after it
@@ -255,7 +257,7 @@ def _check_residual_path(asked: Extract, job: _Job, identity: str) -> bool:
 
 
 def _run(
-    plan: ExtractPlan, resources: Resources, staged: StagedOutput, stamps: Mapping[Path, Stamp]
+    plan: ExtractPlan, resources: Resources, staged: Output, stamps: Mapping[Path, Stamp]
 ) -> list[Any]:
     """One result per step; modules that an earlier run finished are taken from its journal."""
     from loratool.engine.device import batch_bytes

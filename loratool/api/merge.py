@@ -39,7 +39,7 @@ from loratool.options.merging import Combine, Merge
 from loratool.report.combine import CombineReport
 from loratool.report.merge import MergeReport
 from loratool.store.header import uncollected
-from loratool.store.output_path import check_output
+from loratool.store.outputs import check_output, open_output, place_of
 
 if TYPE_CHECKING:
     from loratool.engine.sink import CheckpointSink
@@ -128,7 +128,7 @@ def _prepare(asked: Merge, operation: Operation) -> MergeJob:
     )  # fmt: skip
     table = asked.module_weights
     rules = read_module_weights(Path(table), len(asked.adapters)) if table else ()
-    target = Path(asked.output)
+    target = place_of(asked.output)
     if not asked.dry_run:  # before a long download, not after it
         guard_output(target, (*asked.adapters, asked.base, *_others(asked, operation)))
         check_output(target, is_folder=target.suffix != ".safetensors", force=asked.force,
@@ -201,8 +201,8 @@ def _write(
     from loratool.engine.sink import CheckpointSink
     from loratool.ops.loss import require_kept
     from loratool.store.jsonfile import dump_json
+    from loratool.store.marker import MARKER
     from loratool.store.stamps import take_stamps
-    from loratool.store.writer import MARKER, StagedOutput
 
     assert job.output is not None
     plan = job.merge.plan
@@ -210,7 +210,7 @@ def _write(
     stamps = take_stamps(plan.refs())
     indices = index_files(plan, job.checkpoint) if is_folder else {}
     names = [*(s.name for s in plan.shards), *(s.name for s in job.sidecars), *indices]
-    output = StagedOutput(
+    output = open_output(
         job.output,
         is_folder=is_folder,
         plan_id=run_id(plan, resources.device),

@@ -27,9 +27,9 @@ from loratool.ops.batch import is_batch, many_outputs, name_of, place_outputs
 from loratool.ops.fitting import check_fit
 from loratool.ops.inputs import Guard, OpenedBase, open_one
 from loratool.options import groups
+from loratool.store.outputs import check_output, place_of
 from loratool.store.provenance import adapter_id, checkpoint_id, provenance_of
 from loratool.store.source import Resolved
-from loratool.store.writer import check_output
 
 if TYPE_CHECKING:
     from loratool.engine.sink import CheckpointSink
@@ -250,7 +250,7 @@ class Session(Frozen):
     def check_place(self, one: Opened) -> None:
         """Refuse a place that is taken; one in a folder that is still to be made is free."""
         target, as_folder = one.target, is_folder(one.form)
-        if target == Path(self.output) or target.parent.exists():
+        if target == place_of(self.output) or target.parent.exists():
             check_output(target, is_folder=as_folder, force=self.write.force,
                          series=self.write.series)  # fmt: skip
 
@@ -311,8 +311,7 @@ class Session(Frozen):
         """Write an adapter with what lies beside it; its size, and the adapter as written."""
         from loratool.store.adapter_writer import write_adapter
 
-        size = write_adapter(
-            files, target, record=dict(record), force=self.write.force, extras=extras,
-            series=self.write.series,
+        return write_adapter(
+            files, target, record=dict(record), read=open_adapter, force=self.write.force,
+            extras=extras, series=self.write.series,
         )  # fmt: skip
-        return size, open_adapter(target)

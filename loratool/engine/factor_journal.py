@@ -13,7 +13,7 @@ from loratool.frozen import asdict, replace
 from loratool.plan import Step
 from loratool.store.checksum import PieceSums
 from loratool.store.disk import refusals_as, write_synced
-from loratool.store.writer import StagedOutput
+from loratool.store.staging import Output
 
 _FOLDER = "factors"
 
@@ -25,7 +25,7 @@ class FactorJournal:
         output: the staging area.
     """
 
-    def __init__(self, output: StagedOutput) -> None:
+    def __init__(self, output: Output) -> None:
         self._output = output
         self._lock = threading.Lock()
 
@@ -66,7 +66,7 @@ def factor_file(tensor: str) -> str:
     return f"{_FOLDER}/{hashlib.sha256(tensor.encode()).hexdigest()[:32]}"
 
 
-def drop_factors(output: StagedOutput) -> None:
+def drop_factors(output: Output) -> None:
     """Remove the kept factors: the adapter is complete."""
     output.drop(n for n in list(output.finished) if n.startswith(f"{_FOLDER}/"))
 

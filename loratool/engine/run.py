@@ -194,7 +194,7 @@ class _Run:
             with self._lock:
                 self.results[task.index] = value
         if self._sink is not None:
-            self._sink.step_done(task.step, value, result.pieces)
+            self._sink.step_done(task.step, value, result.pieces, result.made)
         if not task.step.inputs:
             self.advance(_factor_bytes(task.step))
 

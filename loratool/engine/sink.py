@@ -13,11 +13,12 @@ from loratool.adapter import TensorRef
 from loratool.plan import Plan, Step
 from loratool.store.checksum import Piece
 from loratool.store.disk import lies_in_memory, refusals_as
+from loratool.store.far_file import FarFile, Made
 from loratool.store.header import build_header
 from loratool.store.marker import Content, content_of, file_metadata
 from loratool.store.reader import FileReader
 from loratool.store.shard_writer import PAGE, FilePart, ShardWriter, clone_file
-from loratool.store.writer import StagedOutput
+from loratool.store.staging import FarPlace, Output
 
 _FILES_IN_MEMORY = 8  # measured: one takes 2.5 GB/s of 8 threads, four 9, eight 16
 
@@ -30,7 +31,7 @@ class CheckpointSink:
         output: the staging area; shards that it already holds are left alone.
     """
 
-    def __init__(self, plan: Plan, output: StagedOutput) -> None:
+    def __init__(self, plan: Plan, output: Output) -> None:
         self._plan = plan
         self._output = output
         self._lock = threading.Lock()
@@ -63,7 +64,8 @@ class CheckpointSink:
     @cached_property
     def files_at_once(self) -> int:
         """How many shards should be in the making: of few, few are lost where a run is killed."""
-        return _FILES_IN_MEMORY if lies_in_memory(self._output.staging.parent) else 1
+        in_memory = self._output.keeps_files and lies_in_memory(self._output.staging.parent)
+        return _FILES_IN_MEMORY if in_memory else 1
 
     def finished_results(self, shard: int) -> list[Any] | None:
         """Results of a shard that an earlier run completed, None if it is still to do."""
@@ -119,29 +121,47 @@ class CheckpointSink:
                 writer = self._writers[shard] = ShardWriter(path, header, size)
             return writer
 
-    def step_done(self, step: Step, result: Any, pieces: Sequence[Piece] = ()) -> None:
+    def far(self, shard: int) -> FarPlace | None:
+        """How another machine makes a shard by itself, see `Output.far`."""
+        return self._output.far(self._plan.shards[shard].name)
+
+    def far_file(self, steps: Sequence[Step]) -> FarFile:
+        """The shard of these steps, which are all of it, for another machine to make."""
+        shard = steps[0].shard
+        far, (header, _offsets, size) = self.far(shard), self._layouts[shard]
+        assert far is not None and len(steps) == self._left[shard]
+        return far.order(header, size, [self._offset(step) for step in steps])
+
+    def step_done(
+        self, step: Step, result: Any, pieces: Sequence[Piece] = (), made: Made | None = None
+    ) -> None:
         """Count a finished step; the last one completes its shard.
 
         Args:
             step: of the plan.
             result: of its kernel.
             pieces: checksums of what another process wrote.
+            made: the whole shard, if another machine has made it.
         """
-        self.writer(step.shard).sums.take(pieces)
+        if made is None:
+            self.writer(step.shard).sums.take(pieces)
         with self._lock:
             if result is not None:
                 self._results[step.shard].append(to_builtins(result))
             self._left[step.shard] -= 1
             if self._left[step.shard]:
                 return
+        name, results = self._plan.shards[step.shard].name, self._results[step.shard]
+        if made is not None and (far := self.far(step.shard)):
+            far.take_in(made, results)
+            return
         writer = self.writer(step.shard)
         if not self._output.is_folder:
             writer.rewrite_header(self._header(step.shard, content_of(*writer.data_sum()))[0])
         writer.finish()
         with self._lock:
             del self._writers[step.shard]
-        name = self._plan.shards[step.shard].name
-        self._output.mark_finished(name, writer.size, self._results[step.shard], writer.pieces())
+        self._output.mark_finished(name, writer.size, results, writer.pieces())
 
     def close(self) -> None:
         """Let go of open files (after an error; no worker may be writing)."""
@@ -155,15 +175,16 @@ class StepOut:
     """Where a step's tensor goes, see `loratool.engine.step.Out`.
 
     Attributes:
+        sink: that it is a place of.
         start: where the tensor begins in its file.
     """
 
     def __init__(self, sink: CheckpointSink, shard: int, start: int) -> None:
-        self._sink, self._shard, self.start = sink, shard, start
+        self.sink, self._shard, self.start = sink, shard, start
 
     def put(self, offset: int, data: memoryview, aligned: bool) -> None:
         """Write a piece at an absolute offset of the file."""
-        self._sink.writer(self._shard).put(offset, data, aligned)
+        self.sink.writer(self._shard).put(offset, data, aligned)
 
     def pieces(self) -> tuple[Piece, ...]:
         """None: the file's own writer takes them."""
@@ -171,4 +192,8 @@ class StepOut:
 
     def part(self) -> FilePart:
         """The same place, for another process."""
-        return FilePart(self._sink.writer(self._shard).path, self.start)
+        return FilePart(self.sink.writer(self._shard).path, self.start)
+
+    def is_far(self) -> bool:
+        """True where another machine makes the whole shard, and cannot write into this one's."""
+        return self.sink.far(self._shard) is not None

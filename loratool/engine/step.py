@@ -26,6 +26,7 @@ from loratool.frozen import Frozen
 from loratool.plan import Step
 from loratool.plugins import function_of
 from loratool.store.checksum import Piece
+from loratool.store.far_file import Made
 from loratool.store.shard_writer import PAGE
 
 
@@ -65,11 +66,13 @@ class Result(Frozen):
         value: the kernel's result.
         pieces: checksums of what was written; () where the file's own writer has taken them.
         read: bytes of input that were read.
+        made: the whole shard that the step is of, where its worker made that.
     """
 
     value: Any
     pieces: tuple[Piece, ...] = ()
     read: int = 0
+    made: Made | None = None
 
 
 def run_step(step: Step, env: Env, out: Out | None = None) -> Result:

@@ -12,6 +12,7 @@ from loratool.dialects.registry import home_of
 from loratool.dialects.rules import is_folder
 from loratool.errors import UsageError, list_some
 from loratool.store.output_path import check_place
+from loratool.store.outputs import place_of
 from loratool.store.series import Series, series
 from loratool.store.source import Resolved
 
@@ -25,7 +26,7 @@ def output_place(output: str | Path, dialect: str) -> Path:
     Raises:
         UsageError: LT-227, it looks like something else; LT-282, a dialect that is not written.
     """
-    target, row = Path(output), home_of(dialect)
+    target, row = place_of(output), home_of(dialect)
     suffix = target.suffix.lower()
     if row.is_folder and suffix in FILES:  # style-v1.5 is a fine name for a folder
         raise UsageError(

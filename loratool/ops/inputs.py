@@ -16,6 +16,7 @@ from loratool.ops.access import Access, locate
 from loratool.ops.weights import Rule, Weight, weigh
 from loratool.options.groups import Read
 from loratool.patterns import find, typed_pattern
+from loratool.store.address import Address
 from loratool.store.checkpoint import Checkpoint, open_checkpoint
 from loratool.store.places import check_name, old_path, staging_path
 from loratool.store.source import (
@@ -215,6 +216,8 @@ class Guard:
         Raises:
             OutputError: it would overwrite what is being read, or can be no output at all.
         """
+        if isinstance(output, Address):  # of no file of this machine
+            return
         check_name(output)
         places = (output, staging_path(output), old_path(output))
         for place in places:

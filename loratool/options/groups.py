@@ -212,8 +212,9 @@ class Crew(Workers):
 
     executor: Annotated[Executor, Words(
         "Who does the work: threads, processes of this machine, or tasks of a Ray cluster, whose "
-        "nodes all see inputs and output. Default: auto, processes where many cores have much to "
-        "sum exactly or by a method. Never changes a result.", "Resources",
+        "nodes all see inputs and output (or upload it to its store). Default: auto, processes "
+        "where many cores have much to sum exactly or by a method. Never changes a result.",
+        "Resources",
     )] = "auto"  # fmt: skip
     ray_address: Annotated[str | None, Words(
         "Of the cluster. Default: the one that Ray finds, else one on this machine.", "Resources",

@@ -121,8 +121,8 @@ class Merge(
         "PiSSA). Default: base if there is one.", "Input",
     )] = None  # fmt: skip
     output: Annotated[Place, Words(
-        "Folder to create (a .safetensors file if BASE is one).", "Output", flags="-o, --output",
-        metavar="OUT",
+        "Folder to create (a .safetensors file if BASE is one), here or as s3://bucket/folder.",
+        "Output", flags="-o, --output", metavar="OUT",
     )]  # fmt: skip
     dtype: Annotated[FloatType, Words(
         "Cast every float tensor. Default: each keeps its type.", "Output", record=True,

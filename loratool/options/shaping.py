@@ -104,8 +104,10 @@ class Extract(Write, Shown, Run, Planned, Access, Details, kw_only=False):
     exclude: Annotated[Sequence[str], Words(
         "Do not factor modules that match. Repeatable.", "Input", metavar="REGEX", record=True,
     )] = ()  # fmt: skip
-    output: Annotated[Place, Words("Folder to create (PEFT), or the file of another dialect.",
-                                   "Output", flags="-o, --output", metavar="OUT")]  # fmt: skip
+    output: Annotated[Place, Words(
+        "Folder to create (PEFT), or the file of another dialect, here or as s3://bucket/folder.",
+        "Output", flags="-o, --output", metavar="OUT",
+    )]  # fmt: skip
     to: Into = None
     save_residual: Annotated[Place | None, Words(
         "What merge --residual needs to give TUNED back, bit for bit.", "Output", metavar="FILE",

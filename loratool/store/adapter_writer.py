@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from loratool import __version__
 from loratool.adapter import AdapterFiles, ArrangedRef, Source, TensorData, TensorRef
@@ -18,12 +18,15 @@ from loratool.store.disk import check_space, refusals_as
 from loratool.store.gguf_header import aligned, build_gguf_header
 from loratool.store.header import build_header
 from loratool.store.jsonfile import dump_json
-from loratool.store.marker import Content, content_of, file_metadata
+from loratool.store.marker import MARKER, Content, content_of, file_metadata
+from loratool.store.outputs import open_output
 from loratool.store.reader import FileReader, plain_io
 from loratool.store.series import Series
 from loratool.store.shard_writer import ShardWriter
+from loratool.store.staging import Output
 from loratool.store.stamps import stamp_of, take_stamps
-from loratool.store.writer import MARKER, StagedOutput
+
+T = TypeVar("T")
 
 _PIECE = 8 << 20  # bytes copied at a time
 _MANY_BYTES, _WRITERS = 64 << 20, 4  # from so many bytes on so many threads write them
@@ -34,22 +37,24 @@ def write_adapter(
     target: Path,
     *,
     record: Mapping[str, Any],
+    read: Callable[[Path], T],
     extras: Mapping[str, Path] | None = None,
     force: bool = False,
     series: Series | None = None,
-) -> int:
+) -> tuple[int, T]:
     """Write an adapter, a folder or one file, whole or not at all.
 
     Args:
         files: tensors and JSON files.
         target: folder or file to create.
         record: provenance: ``loratool.json`` of a folder, in the metadata of a file.
+        read: called with where the adapter can be read, when it is complete.
         extras: name in the folder -> file to copy along (tokenizer, licence); a file has none.
         force: replace an earlier loratool output.
         series: that it is one of.
 
     Returns:
-        Size of the tensor file in bytes.
+        Size of the tensor file in bytes, and what was read.
     """
     is_folder = bool(files.tensor_file)
     extras = (extras or {}) if is_folder else {}
@@ -58,7 +63,7 @@ def write_adapter(
     names = [*extras, *adapter_names(files)] if is_folder else [files.tensor_file]
     stamps |= {path: stamp for path in extras.values() if (stamp := stamp_of(path))}
     try:
-        with StagedOutput(
+        with open_output(
             target, is_folder=is_folder, plan_id=_identity(files, record), force=force,
             inputs=stamps, names=names, series=series,
             need_bytes=file_bytes(files) + sum(_size(p) for p in extras.values()),
@@ -67,9 +72,9 @@ def write_adapter(
                 output.copy_file(name, path)
             size = fill_adapter(output, files)
             output.commit(record)
-            return size
+            return size, read(output.readable)
     except AlreadyMadeError:
-        return file_bytes(files)
+        return file_bytes(files), read(target)
 
 
 def _with_record(files: AdapterFiles, record: Mapping[str, Any]) -> AdapterFiles:
@@ -124,7 +129,7 @@ def _size(path: Path) -> int:
         return path.stat().st_size
 
 
-def fill_adapter(output: StagedOutput, files: AdapterFiles) -> int:
+def fill_adapter(output: Output, files: AdapterFiles) -> int:
     """Write the files of an adapter; returns the size of the tensor file in bytes."""
     payload = sum(s.nbytes for _, s in files.tensors)
     header, starts, size = _header(output, files, content_of(_data_bytes(files), 0))
@@ -148,7 +153,7 @@ def fill_adapter(output: StagedOutput, files: AdapterFiles) -> int:
 
 
 def _header(
-    output: StagedOutput, files: AdapterFiles, data: Content
+    output: Output, files: AdapterFiles, data: Content
 ) -> tuple[bytes, tuple[int, ...], int]:
     """Header, starts and size; the only file of an output says what it holds."""
     metadata = files.metadata

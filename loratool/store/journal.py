@@ -167,6 +167,11 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         raw = path.read_bytes() if path.is_file() and not path.is_symlink() else b""
     except FileNotFoundError:
         return []
+    return lines_of(raw)
+
+
+def lines_of(raw: bytes) -> list[dict[str, Any]]:
+    """The undamaged lines of what `encode` made."""
     found = []
     for text in raw.split(b"\n"):
         crc, _, body = text.partition(b" ")

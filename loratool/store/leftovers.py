@@ -141,22 +141,14 @@ class Leftovers:
             OutputError: LT-504, it is another plan's.
         """
         earlier = self.earlier
-        if not earlier.finished or earlier.plan is None or (restart and earlier.plan != plan):
-            return {}, []
-        if earlier.plan != plan:
-            raise OutputError(
-                "LT-504", "an interrupted run with other inputs or options left its work here",
-                file=self._staging, hint="--restart drops it; so does removing that folder",
-            )  # fmt: skip
-        if earlier.inputs != inputs:
-            changed = "inputs changed since the interrupted run: what it had finished is made anew"
-            return {}, [changed]
-        found, notes = intact_files(self._staging, earlier.finished), []
-        if bad := sorted(earlier.finished.keys() - found.keys()):
-            notes.append(f"damaged since the interrupted run, made anew: {list_some(bad)}")
-        if found:
-            notes.append(f"{len(found)} files taken over from an interrupted run")
-        return found, notes
+        is_good, notes = may_go_on(
+            earlier, plan, same_inputs=earlier.inputs == inputs, restart=restart,
+            place=self._staging,
+        )  # fmt: skip
+        if not is_good:
+            return {}, notes
+        found = intact_files(self._staging, earlier.finished)
+        return found, told(earlier.finished, found)
 
     def _has_gone(self, name: str, home: Path) -> bool:
         """True for a file that has its final name, and perhaps its old one still."""
@@ -164,6 +156,46 @@ class Leftovers:
             return (home / name).samefile(self._staging / name)
         except OSError:
             return not os.path.lexists(self._staging / name)
+
+
+def may_go_on(
+    earlier: Earlier, plan: str | None, *, same_inputs: bool, restart: bool, place: object
+) -> tuple[bool, list[str]]:
+    """Whether a run takes over what an earlier one has finished, and why not if it matters.
+
+    Args:
+        earlier: what that run says.
+        plan: identity of what is made now.
+        same_inputs: nothing says that the inputs changed since.
+        restart: drop what another plan has left.
+        place: where it lies, for the message.
+
+    Raises:
+        OutputError: LT-504, it is another plan's.
+    """
+    if not earlier.finished or earlier.plan is None or (restart and earlier.plan != plan):
+        return False, []
+    if earlier.plan != plan:
+        raise OutputError(
+            "LT-504", "an interrupted run with other inputs or options left its work here",
+            file=place, hint="--restart drops it; so does removing that folder",
+        )  # fmt: skip
+    if not same_inputs:
+        changed = "inputs changed since the interrupted run: what it had finished is made anew"
+        return False, [changed]
+    return True, []
+
+
+def told(before: Mapping[str, object], found: Mapping[str, object]) -> list[str]:
+    """What the user should know about files of an interrupted run.
+
+    Args:
+        before: those that it had finished.
+        found: those that are still as it left them.
+    """
+    bad = sorted(before.keys() - found.keys())
+    notes = [f"damaged since the interrupted run, made anew: {list_some(bad)}"] if bad else []
+    return notes + ([f"{len(found)} files taken over from an interrupted run"] if found else [])
 
 
 def clear_away(path: Path, prove: Prove) -> None:

@@ -151,6 +151,16 @@ def read_marker(path: Path, name: str = MARKER) -> Marker | None:
     return None
 
 
+def marker_of(data: bytes) -> Marker | None:
+    """What the bytes of a folder's marker say; None if they are no whole one."""
+    from loratool.store.jsonfile import parse_json
+
+    try:
+        return _marker(parse_json(data, Path(MARKER)), "files")
+    except LoratoolError:
+        return None
+
+
 def _header_of(path: Path) -> tuple[Mapping[str, str], bytes]:
     """Metadata of a tensor file, and the bytes before its tensors."""
     from loratool.store.contained import open_inside

@@ -15,7 +15,7 @@ from loratool.store.series import Series, may_be_made
 
 _SCHEME = regex(r"[a-z][a-z0-9+.-]+:")
 _UPLOAD = (
-    "an output is made on a disk: name a folder there, then copy what is finished to its store "
+    "this output is made on a disk: name a folder there, then copy what is finished to its store "
     "(loratool push for the Hub)"
 )
 

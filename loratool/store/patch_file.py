@@ -39,7 +39,7 @@ from loratool.store.jsonfile import MAX_TEXT_BYTES, check_json_size
 from loratool.store.marker import content_of, file_metadata
 from loratool.store.reader import FileReader
 from loratool.store.shard_writer import ShardWriter
-from loratool.store.writer import StagedOutput
+from loratool.store.staging import Output
 
 TABLE = "loratool.patches"
 VERSION = 1
@@ -193,7 +193,7 @@ class PatchWriter:
         output: staging area of the file.
     """
 
-    def __init__(self, output: StagedOutput) -> None:
+    def __init__(self, output: Output) -> None:
         self._output = output
         self._lock = threading.Lock()
         self._path = output.create(".patches")

@@ -19,7 +19,7 @@ from loratool.store.tokens import TEMPLATES, TOKENIZER_FILES
 
 if TYPE_CHECKING:
     from loratool.store.checkpoint import Checkpoint
-    from loratool.store.writer import StagedOutput
+    from loratool.store.staging import Output
 
 
 class _Remove:
@@ -86,7 +86,7 @@ class Sidecar(Frozen):
         """Its size."""
         return len(self.data) if self.stamp is None else self.stamp[2]
 
-    def write_to(self, output: StagedOutput) -> None:
+    def write_to(self, output: Output) -> None:
         """Write it, or copy it in pieces.
 
         Raises:

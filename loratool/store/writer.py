@@ -15,23 +15,14 @@ the final rename, so nobody can ever take a folder that is just becoming the out
 from __future__ import annotations
 
 import os
-import threading
-import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from loratool import __version__
 from loratool.errors import DiskError, LoratoolError, OutputError, list_some
-from loratool.store.checksum import Piece, sum_file, sum_whole
-from loratool.store.disk import (
-    check_space,
-    copy_synced,
-    disk_error,
-    refusals_as,
-    sync_folder,
-    write_synced,
-)
+from loratool.store.checksum import Piece, sum_whole
+from loratool.store.disk import check_space, disk_error, refusals_as, sync_folder
 from loratool.store.journal import NAME as JOURNAL
 from loratool.store.journal import Finished, Journal, read_journal
 from loratool.store.jsonfile import dump_json
@@ -39,7 +30,6 @@ from loratool.store.leftovers import Leftovers, put_back
 from loratool.store.lock import FolderLock
 from loratool.store.marker import (
     MARKER,
-    Content,
     Prove,
     content_of,
     folder_marker,
@@ -54,12 +44,13 @@ from loratool.store.places import staging_path
 from loratool.store.putting import in_order, put_file, put_folder, put_inside
 from loratool.store.reader import Stamp
 from loratool.store.series import Series
+from loratool.store.staging import Output, say
 
 __all__ = ["MARKER", "StagedOutput", "check_output"]
 
 
-class StagedOutput:
-    """A folder or a single file under construction; a context manager.
+class StagedOutput(Output):
+    """An output on a disk of this machine.
 
     Args:
         path: the final place.
@@ -74,10 +65,6 @@ class StagedOutput:
         need_bytes: size of the whole output.
         series: that it is one of.
         prove: tells what of an existing place is an earlier output; by its marker if not given.
-
-    Attributes:
-        finished: name -> journal line of the files that are complete.
-        notes: what the user should know about an interrupted run that this one goes on with.
 
     Raises:
         OutputError: the output exists, another run holds it, another plan is under way, or
@@ -100,16 +87,8 @@ class StagedOutput:
         series: Series | None = None,
         prove: Prove = prove,
     ) -> None:
-        self.path = path
-        self.is_folder = is_folder
-        self.plan_id = plan_id
-        self.staging = staging_path(path)
-        self.finished: dict[str, Finished] = {}
-        self.notes: list[str] = []
-        self._guard = threading.Lock()
-        self._is_open = True
+        super().__init__(path, staging_path(path), is_folder=is_folder, plan_id=plan_id)
         self._made: os.stat_result | None = None
-        self._contents: dict[str, Content] = {}  # of complete files
         check_place(path)
         self._lock = FolderLock.make(self.staging, path)
         self._left = Leftovers(self.staging)
@@ -151,55 +130,16 @@ class StagedOutput:
 
     # ----------------------------------------------------------------------------- writing
 
-    def create(self, name: str) -> Path:
-        """Where to write a new file, until `place` or `mark_finished` gives it its name."""
-        self._check_open()
-        target = self._at(name)
-        temporary = target.with_name(target.name + ".tmp")
-        with refusals_as("cannot create", temporary):
-            with self._guard:
-                if self._real(name) not in self._left.names:
-                    self._journal.append({"names": [self._real(name)]})
-                    self._left.names.add(self._real(name))
-            self._make_folder(target.parent)
-            temporary.unlink(missing_ok=True)
-        return temporary
-
-    def place(self, name: str, sums: Sequence[Piece] | None = None) -> list[Piece]:
-        """Give a written and synced file its name.
-
-        Args:
-            name: as given to `create`.
-            sums: checksums of its pieces; None = read it back.
-
-        Returns:
-            The checksums.
-        """
-        self._check_open()
-        target = self._at(name)
-        with refusals_as("cannot complete", target):
-            target.with_name(target.name + ".tmp").rename(target)
-            sync_folder(target.parent)
-            pieces = sum_file(target) if sums is None else list(sums)
+    def _announce(self, name: str) -> None:
         with self._guard:
-            self._contents[self._real(name)] = content_of(*sum_whole(pieces))
-        return pieces
-
-    def finished_path(self, name: str) -> Path:
-        """Where a file lies that has its name, until `commit`."""
-        return self._at(name)
+            if name not in self._left.names:
+                self._journal.append({"names": [name]})
+                self._left.names.add(name)
 
     def mark_finished(
         self, name: str, size: int, results: Any = None, sums: Sequence[Piece] | None = None
     ) -> None:
-        """`place` a file and note in the journal that it is complete.
-
-        Args:
-            name: as given to `create`.
-            size: in bytes.
-            results: anything JSON that a rerun needs instead of making the file again.
-            sums: checksums of its pieces; None = read it back.
-        """
+        """`place` a file and note in the journal that it is complete."""
         pieces = self.place(name, sums)
         real = self._real(name)
         with refusals_as("cannot complete", self._at(name)):
@@ -209,20 +149,6 @@ class StagedOutput:
         self._journal.append(line)
         with self._guard:
             self.finished[line["file"]] = line
-
-    def write_file(self, name: str, data: bytes) -> None:
-        """Write a small file."""
-        temporary = self.create(name)
-        with refusals_as("cannot write", temporary):
-            write_synced(temporary, data)
-        self.place(name, [(0, len(data), zlib.crc32(data))] if data else [])
-
-    def copy_file(self, name: str, source: Path) -> None:
-        """Copy a file of any size, in pieces."""
-        temporary = self.create(name)
-        with refusals_as("cannot copy", temporary):
-            copy_synced(source, temporary)
-        self.place(name)
 
     def drop(self, names: Iterable[str]) -> None:
         """Delete complete files that are not part of the output."""
@@ -238,16 +164,7 @@ class StagedOutput:
     # -------------------------------------------------------------------------------- the end
 
     def commit(self, record: Mapping[str, Any] | None = None) -> None:
-        """Make the output appear, in one rename.
-
-        Args:
-            record: provenance for the marker of a folder, empty for a marker alone; None = no
-                marker: the output cannot be told from somebody else's afterwards.
-
-        Raises:
-            OutputError: something appeared under the final name or among the files meanwhile.
-            DiskError: the system refuses.
-        """
+        """Make the output appear, in one rename; see `Output.commit`."""
         if record is not None and self.is_folder:
             marker = folder_marker(record, self._contents, self.plan_id)
             self.write_file(MARKER, dump_json(marker))
@@ -301,6 +218,11 @@ class StagedOutput:
         (self.staging / JOURNAL).unlink()
         sync_folder(self.staging)
 
+    @property
+    def readable(self) -> Path:
+        """Its place."""
+        return self.path
+
     def __enter__(self) -> StagedOutput:
         return self
 
@@ -312,13 +234,13 @@ class StagedOutput:
             self._is_open = False
             self._lock.release()
             if error is not None:
-                _say(error, f"the output is complete: {self.path}")
+                say(error, f"the output is complete: {self.path}")
             return
         is_final = isinstance(error, LoratoolError) and not isinstance(error, DiskError)
         keep = self._holds_work() and not is_final
         self._leave(keep=keep)
         if keep and error is not None:
-            _say(error, f"the same command goes on ({len(self.finished)} files are finished)")
+            say(error, f"the same command goes on ({len(self.finished)} files are finished)")
 
     def _leave(self, *, keep: bool) -> None:
         with self._guard:
@@ -343,27 +265,3 @@ class StagedOutput:
             return self._made is not None and os.path.samestat(self._made, place.lstat())
         except OSError:
             return False
-
-    def _check_open(self) -> None:
-        """A worker that an interrupted run left behind must not touch a later run's files."""
-        if not self._is_open:
-            raise RuntimeError("this output is closed")
-
-    def _real(self, name: str) -> str:
-        return name or self.path.name
-
-    def _at(self, name: str) -> Path:
-        return self.staging / self._real(name)
-
-    def _make_folder(self, folder: Path) -> None:
-        if not folder.is_dir():
-            self._make_folder(folder.parent)
-            folder.mkdir(exist_ok=True)
-            sync_folder(folder.parent)
-
-
-def _say(error: BaseException, text: str) -> None:
-    if isinstance(error, LoratoolError):
-        error.hint = f"{error.hint}; {text}" if error.hint else text
-    else:
-        error.add_note(text)

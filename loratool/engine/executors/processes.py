@@ -19,7 +19,13 @@ import torch
 
 from loratool.engine.buffers import Pool, Scratch
 from loratool.engine.executors import Desk, Task
-from loratool.engine.executors.whole_steps import LostError, Order, carry_out, run_whole_steps
+from loratool.engine.executors.whole_steps import (
+    LostError,
+    Order,
+    ShardOrder,
+    carry_out,
+    run_whole_steps,
+)
 from loratool.engine.kernel import Env
 from loratool.engine.machine import can_fork, leave_signals
 from loratool.frozen import replace
@@ -40,7 +46,7 @@ class _Crew:
         self._all: list[_Worker] = []
         self._idle: list[_Worker] = []
 
-    def begin(self, order: Order) -> _Worker:
+    def begin(self, order: Order | ShardOrder) -> _Worker:
         """Give an order to a worker that has none, a new one if all have one."""
         if not self._idle:
             self._all.append(_Worker(self._env))
@@ -85,7 +91,7 @@ class _Worker:
         self._process.start()
         other.close()  # the worker's end is the worker's alone: its death closes it
 
-    def begin(self, order: Order) -> None:
+    def begin(self, order: Order | ShardOrder) -> None:
         """Give it a step; one that is dead by now shows when its result is asked for."""
         try:
             self.pipe.send_bytes(pickle.dumps(order))

@@ -4,6 +4,9 @@ A task gets a step as JSON and reads its inputs where they lie; every node must 
 output under the same paths.  Weights never travel through Ray: what comes back is a step's result,
 such as checksums, or the factors of a module where those are not written by the step.  The driver
 alone plans, journals and completes files, and does a step again whose task was lost.
+
+Of an output in an object store a task makes a whole shard, on its node's own disk, and uploads it:
+then nodes share no disk but for inputs that lie on one.
 """
 
 from __future__ import annotations
@@ -21,7 +24,13 @@ import torch
 from loratool import __version__
 from loratool.engine.device import torch_build
 from loratool.engine.executors import Desk, Task
-from loratool.engine.executors.whole_steps import LostError, Order, carry_out, run_whole_steps
+from loratool.engine.executors.whole_steps import (
+    LostError,
+    Order,
+    ShardOrder,
+    carry_out,
+    run_whole_steps,
+)
 from loratool.engine.kernel import Env
 from loratool.errors import DiskError, LoratoolError, UsageError
 from loratool.frozen import replace
@@ -50,7 +59,7 @@ def run(
         address: of a cluster; None = of the one that Ray finds, else one on this machine.
     """
     connect(address)
-    run_whole_steps(_Cluster(env), env, tasks, desk, workers)
+    run_whole_steps(_Cluster(env), env, tasks, desk, workers, are_far=True)
 
 
 def processors(address: str | None) -> int:
@@ -109,7 +118,7 @@ class _Cluster:
         self._do = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=0)(_serve)
         self._jobs: set[Any] = set()
 
-    def begin(self, order: Order) -> Any:
+    def begin(self, order: Order | ShardOrder) -> Any:
         """Hand in a task."""
         job = self._do.remote(order, self._env)
         self._jobs.add(job)
@@ -143,16 +152,17 @@ class _Cluster:
             ray.wait(jobs, num_returns=len(jobs))
 
 
-def _serve(order: Order, shared: tuple[Env, Path, tuple[str, str]]) -> bytes:
-    """Do a step on a node."""
+def _serve(order: Order | ShardOrder, shared: tuple[Env, Path, tuple[str, str]]) -> bytes:
+    """Do a step, or those of a shard, on a node."""
     env, folder, versions = shared
     found = (__version__, torch_build())
     if found != versions:
         raise _unlike(" and torch ".join(found), " and torch ".join(versions))
     try:
         os.chdir(folder)
-    except OSError as error:
-        raise unseen(folder) from error
+    except OSError as error:  # of use for relative names alone, but there every output has one
+        if isinstance(order, Order):
+            raise unseen(folder) from error
     torch.set_num_threads(1)
     with env.reader:
         return carry_out(order, env, sync=True)
