@@ -13,6 +13,7 @@ from loratool.ops.access import locate
 from loratool.options.calls import takes
 from loratool.options.groups import Read
 from loratool.options.looking import Check
+from loratool.options.words import typed
 from loratool.report.check import UNSURE, CheckReport, Finding, Simulation
 from loratool.store.source import find_adapter
 
@@ -37,7 +38,7 @@ def check(asked: Check) -> CheckReport:
     resolved = locate(str(asked.adapter), kind="adapter", access=access)
     path = find_adapter(resolved.path)
     look = look_at(path, asked.take(Read), max_header=access.rules.max_header)
-    report = _report(str(asked.adapter), look, program)
+    report = _report(look, program, asked)
     if not asked.fix or (report.ok and not _mended(report.findings)):
         return report
     from loratool.api.mend import mend
@@ -45,10 +46,10 @@ def check(asked: Check) -> CheckReport:
     return mend(report, look, asked, program)
 
 
-def _report(source: str, look: Look, program: Program) -> CheckReport:
+def _report(look: Look, program: Program, asked: Check) -> CheckReport:
     found = program.simulate(look)
     return CheckReport(
-        source=source,
+        source=str(asked.adapter),
         program=program.title,
         version=program.version,
         rules_from=program.source,
@@ -59,22 +60,33 @@ def _report(source: str, look: Look, program: Program) -> CheckReport:
         past=tuple(_sourced(f, program) for f in found.past),
         modules=found.modules,
         notes=_notes(look, found),
-        next=_next(source, look, found, program),
+        next=_next(look, found, program, asked),
     )
 
 
-def _next(source: str, look: Look, found: Simulation, program: Program) -> str:
-    """The command that mends it, where every reason is one that can be mended."""
+def _next(look: Look, found: Simulation, program: Program, asked: Check) -> str:
+    """The command that mends it; "" if none does."""
     bad = [f for f in found.findings if f.verdict != UNSURE] or _mended(found.findings)
-    home = program.home(look)
-    is_written = not home or row_of(home).is_written
-    can_be = look.adapter is not None and is_written and all(f.is_mended for f in bad)
-    if not (bad and can_be):
+    adapter, source = look.adapter, str(asked.adapter)
+    if not bad or adapter is None:
         return ""
-    how = ["check", source, "--fix"]
-    if look.adapter is not None and not program.has_room(look.adapter):
-        how = ["compress", source, "--rank", str(program.ranks[-1])]
-    return shlex.join(["loratool", *how, "--for", program.name, "-o", "OUT"])
+    if not program.has_room(adapter):
+        how, out = ["compress", source, "--rank", str(program.ranks[-1])], "OUT"
+        return shlex.join(["loratool", *how, "--for", program.name, "-o", out])
+    if program.is_of_images:
+        home = row_of(program.home(look))
+        way = "" if home.is_written and all(f.is_mended for f in bad) else None
+    else:
+        from loratool.api.common import Limits  # planning, which few looks need
+        from loratool.api.ways import way_to_load
+
+        way = way_to_load(adapter, program, Limits.of(asked))
+    if way is None:
+        return ""
+    is_own = look.dialect == program.native
+    how = ["check", source, *typed(vars(asked), Read), "--fix", *([way, "BASE"] if way else [])]
+    out = f"OUT{row_of(program.native).suffixes[0]}" if is_own else "OUT"
+    return shlex.join(["loratool", *how, "--for", program.name, "-o", out])
 
 
 def _mended(findings: Sequence[Finding]) -> list[Finding]:

@@ -10,9 +10,10 @@ from typing import Any
 from loratool.adapter import Adapter, AdapterFiles, TensorRef
 from loratool.api.fitting import check_files, fit_for
 from loratool.api.freeing import dependent, free_of_base, outline_free, unholdable
-from loratool.api.loading import planned_for, unloadable
+from loratool.api.loading import unloadable
 from loratool.api.session import Opened, Session, base_row
 from loratool.api.translating import carry_out, files_of, memory_for, of_dialect
+from loratool.api.ways import plan_form, takes_one_form
 from loratool.dialects import DEFAULT
 from loratool.dialects.base import Dialect
 from loratool.dialects.metadata import LENGTHS, edited, hashed, parse_edits
@@ -21,7 +22,6 @@ from loratool.dialects.registry import home_of, writable
 from loratool.errors import UsageError
 from loratool.frozen import Frozen, replace
 from loratool.ops.convert import ConvertPlan, plan_convert
-from loratool.ops.fitting import left_out, without_whole
 from loratool.ops.input_notes import unused_warnings
 from loratool.ops.inputs import OpenedBase, open_base
 from loratool.ops.memory import MemoryPlan
@@ -55,20 +55,24 @@ class _Job(Frozen):
 
     def plan_of(self, adapter: Adapter) -> ConvertPlan:
         """The plan of an adapter, in a form that the program loads."""
-        base, asked, program = self.base, self.asked, self.session.program
-        is_own = program is not None and program.native == self.row.name
-        kept, gone = without_whole(adapter, program) if program and is_own else (adapter, [])
-        of_plan: dict[str, Any] = {
-            "base": None if base is None else base.checkpoint, "skip": asked.skip,
-            "keeps_names": asked.to is None and program is None,
-            "is_freed": adapter is not self.one.adapter,
-        }  # fmt: skip
-        if program is None or _of_peft(program, self.row) is not None:
-            return plan_convert(kept, self.row.name, **of_plan)
-        how = {"base_config": base.checkpoint.config if base else None,
-               "base_tensors": tuple(base.checkpoint.tensors) if base else ()}  # fmt: skip
-        plan = planned_for(program, kept, self.row.name, self.session.limits, how, **of_plan)
-        return replace(plan, warnings=(*plan.warnings, *left_out(program, gone)))
+        asked, program = self.asked, self.session.program
+        base = None if self.base is None else self.base.checkpoint
+        is_freed = adapter is not self.one.adapter
+        if program is not None:
+            return plan_form(adapter, self.row, program, self.session.limits, base,
+                             skip=asked.skip, is_freed=is_freed)  # fmt: skip
+        return plan_convert(
+            adapter, self.row.name, base=base, skip=asked.skip, keeps_names=asked.to is None,
+            is_freed=is_freed,
+        )  # fmt: skip
+
+    @property
+    def rank(self) -> int | None:
+        """Of what is made independent of the base, at most: as asked, or what a program takes."""
+        if self.asked.rank is not None:
+            return self.asked.rank
+        program = takes_one_form(self.session.program, self.row)
+        return program.ranks[-1] if program is not None and program.ranks else None
 
     def freed(self) -> set[str]:
         """Names of the changes that must be made independent of the base, which is given."""
@@ -77,9 +81,9 @@ class _Job(Frozen):
         others = {s.name for s in dependent(adapter)} - found
         if program is None or not others or self.base is None:
             return found
-        if _of_peft(program, self.row) is not None:
+        if takes_one_form(program, self.row) is not None:
             return found | others if program.obstacles(Look.of(adapter)) else found
-        outlined = outline_free(adapter, found, self.base.checkpoint, self.asked.rank, self.row)
+        outlined = outline_free(adapter, found, self.base.checkpoint, self.rank, self.row)
         plan = plan_convert(outlined, self.row.name, base=self.base.checkpoint,
                             skip=self.asked.skip)  # fmt: skip
         how = _of_base(self.base, plan)
@@ -99,7 +103,7 @@ class _Planned(Frozen):
         adapter, base = job.one.adapter, job.base
         names = frozenset() if base is None else frozenset(job.freed())
         if names and base is not None:
-            adapter = outline_free(adapter, names, base.checkpoint, job.asked.rank, job.row)
+            adapter = outline_free(adapter, names, base.checkpoint, job.rank, job.row)
         return cls(job, job.plan_of(adapter), names)
 
     def computed(self) -> tuple[_Planned, float]:
@@ -107,7 +111,7 @@ class _Planned(Frozen):
         job = self.job
         if not self.freed or job.base is None:
             return self, 0.0
-        done = free_of_base(job.one.adapter, self.freed, job.base, job.asked.rank, job.row,
+        done = free_of_base(job.one.adapter, self.freed, job.base, job.rank, job.row,
                             job.session.limits)  # fmt: skip
         plan = job.plan_of(done.adapter)
         return replace(self, plan=replace(plan, notes=(*done.notes, *plan.notes))), (
@@ -205,7 +209,7 @@ def _run(planned: _Planned, options: Mapping[str, Any]) -> ConvertedAdapter:
     job, session = planned.job, planned.job.session
     planned, lost = planned.computed()
     made = carry_out(planned.plan, session.limits)
-    adapter, program = made.adapter, _of_peft(session.program, job.row)
+    adapter, program = made.adapter, takes_one_form(session.program, job.row)
     if program is not None:
         adapter = of_dialect(adapter, job.row.name)
     fitted = fit_for(adapter, program, session.limits)
@@ -218,13 +222,7 @@ def _run(planned: _Planned, options: Mapping[str, Any]) -> ConvertedAdapter:
     _, written = session.put(files, job.one.target, record, made.adapter.extras)
     row = _row(planned, files, math.hypot(lost, made.relative_error, fitted.relative_error))
     return replace(row, loads_in=judge_loads(written), notes=(*row.notes, *fitted.notes),
-                   warnings=(*row.warnings, *fitted.warnings))  # fmt: skip
-
-
-def _of_peft(program: Program | None, row: Dialect) -> Program | None:
-    """A program that takes one rank and one α/r of all modules; None for others, and own forms."""
-    is_one = program is not None and program.is_of_peft and row.name == DEFAULT
-    return program if is_one else None
+                   warnings=tuple(dict.fromkeys((*row.warnings, *fitted.warnings))))  # fmt: skip
 
 
 def _files(planned: _Planned, adapter: Adapter) -> AdapterFiles:

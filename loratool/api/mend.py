@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from typing import Any
 
 from loratool.adapter import Adapter
@@ -14,17 +13,14 @@ from loratool.api.session import Session
 from loratool.api.translating import carry_out, files_of
 from loratool.dialects.metadata import hashed
 from loratool.dialects.programs import Look, Program
-from loratool.dialects.registry import home_of
 from loratool.dialects.rules import is_folder, passed_on, with_text_models
 from loratool.errors import list_some
 from loratool.frozen import replace
 from loratool.options import groups
 from loratool.options.looking import Check
-from loratool.options.shaping import Convert, Rescale
+from loratool.options.shaping import Convert
 from loratool.options.words import options_of, recorded
-from loratool.report.algebra import RescaledAdapter
 from loratool.report.check import DROPPED, RAISES, CheckReport
-from loratool.report.convert import ConvertedAdapter
 
 
 def mend(report: CheckReport, look: Look, asked: Check, program: Program) -> CheckReport:
@@ -34,39 +30,19 @@ def mend(report: CheckReport, look: Look, asked: Check, program: Program) -> Che
         LoratoolError: no form of the change loads: LT-488, LT-489, and what `rescale` and
             `convert` say.
     """
-    assert asked.output is not None
-    if asked.base is not None or _is_own(look, asked.output, program):
-        from loratool.api.convert import convert
+    if asked.base is None and program.is_of_images:
+        return _translated(report, asked, program, program.home(look))
+    from loratool.api.convert import convert
 
-        (made,) = convert([asked.adapter], **_shared(asked, Convert)).adapters
-        return _with(report, asked, made)
-    dialect = program.home(look)
-    if dialect:
-        return _translated(report, asked, program, dialect)
-    from loratool.api.rescale import rescale
-
-    (row,) = rescale([asked.adapter], 1.0, **_shared(asked, Rescale)).adapters
-    return _with(report, asked, row)
-
-
-def _with(
-    report: CheckReport, asked: Check, row: ConvertedAdapter | RescaledAdapter
-) -> CheckReport:
+    (row,) = convert([asked.adapter], **_shared(asked)).adapters
     output = "" if asked.dry_run else row.output
     return replace(report, output=output, fixed=row.notes, warnings=row.warnings)
 
 
-def _shared(asked: Check, other: type[Convert | Rescale]) -> dict[str, Any]:
-    """The options that another command has too."""
-    names = {o.name for o in options_of(Check)} & {o.name for o in options_of(other)}
+def _shared(asked: Check) -> dict[str, Any]:
+    """The options that `convert` has too."""
+    names = {o.name for o in options_of(Check)} & {o.name for o in options_of(Convert)}
     return {name: getattr(asked, name) for name in names}
-
-
-def _is_own(look: Look, output: groups.Place, program: Program) -> bool:
-    """True if it lies in a dialect of the program's own, or shall."""
-    row = home_of(program.native) if program.native else None
-    is_named = row is not None and not row.is_folder and Path(output).suffix in row.suffixes
-    return is_named or (row is not None and look.dialect == row.name)
 
 
 def _translated(

@@ -31,6 +31,7 @@ from loratool.dtypes import DTYPES
 from loratool.errors import UsageError
 from loratool.options.groups import Access, Mix, Names, Nonfinite
 from loratool.options.merging import Completed, Merge
+from loratool.options.words import typed
 
 if TYPE_CHECKING:
     from loratool.report.merge import LeastTime, MergeReport
@@ -73,7 +74,7 @@ def command(adapters: tuple[str, ...], base: str | None, output: str, **options:
     with show_progress(quiet=voice.quiet) as watchers:
         report = lt.merge(adapters, base=base, output=output, on_plan=plan, **watchers, **options)
     assert isinstance(report, MergeReport)
-    again = opt.typed(options, Mix, Completed, Names, Access, Nonfinite)
+    again = typed(options, Mix, Completed, Names, Access, Nonfinite)
     named = [word for adapter in adapters for word in ("--adapter", adapter)]
     check = shlex.join(["loratool", "verify", output, "--base", base, *named, *again])
     if options["requant"]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from loratool.cli.render import format_number, safe
+from loratool.cli.render import safe
 from loratool.errors import NEEDS_CONSENT, UsageError
 
 if TYPE_CHECKING:  # `loratool --help` lists commands, and waits for no options
@@ -152,24 +152,3 @@ def general(command: F) -> F:
     ):  # fmt: skip
         command = add(command)
     return command
-
-
-def typed(given: Mapping[str, Any], *kinds: type[Options]) -> list[str]:
-    """The options of some classes as they would be typed: those that are not at their default."""
-    from loratool.options.words import asked_of
-
-    words: list[str] = []
-    for one in (one for kind in kinds for one in asked_of(kind, given) if one.words.section):
-        value, flag = given[one.name], one.flags[-1]
-        if isinstance(value, bool):
-            words.append(flag)
-        elif one.is_many:
-            words += [word for text in value for word in (flag, text)]
-        else:
-            numbers = value if isinstance(value, tuple) else (value,)
-            words += [flag, ",".join(map(_plain, numbers))]
-    return words
-
-
-def _plain(value: Any) -> str:
-    return format_number(value) if isinstance(value, float) else str(value)

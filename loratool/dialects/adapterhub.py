@@ -12,11 +12,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from loratool.adapter import Adapter, BesideFile, DeltaSpec, TensorRef
-from loratool.dialects.base import Dialect
+from loratool.dialects.base import Dialect, Spelling
 from loratool.dialects.candidate import CONFIG_NAME, Candidate
 from loratool.dialects.factors import product_spec, refuse_alpha
 from loratool.dialects.peft.config import Fields
-from loratool.dialects.spelled import Spelling
 from loratool.errors import BadFileError, MismatchError
 from loratool.lazy import regex
 from loratool.options.groups import Read

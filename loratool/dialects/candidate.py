@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from loratool.errors import BadFileError, UnsafeContentError, list_some
 from loratool.frozen import Frozen
@@ -73,6 +73,18 @@ class Candidate(Frozen, dict=True):
         """True if its configuration says so, whatever its tensors are called."""
         return self.config is not None and "peft_type" in self.config
 
+    def beside(self, name: str) -> Mapping[str, Any]:
+        """A JSON or YAML file beside the tensors, empty if there is none.
+
+        Raises:
+            BadFileError: LT-361 and those of JSON, it is damaged.
+        """
+        assert self.weights is not None
+        path = self.weights.with_name(name)
+        if not path.is_file():
+            return {}
+        return load_json(path) if path.suffix == ".json" else _load_yaml(path)
+
     def has_key(self, pattern: str) -> bool:
         """True if a regular expression is found in a tensor name."""
         keys = self.keys if asks_for_numbers(pattern) else self._kinds_of_keys
@@ -82,6 +94,22 @@ class Candidate(Frozen, dict=True):
     def _kinds_of_keys(self) -> tuple[str, ...]:
         """One key of all that differ in their digits alone."""
         return tuple({without_numbers(key): key for key in reversed(self.keys)}.values())
+
+
+def _load_yaml(path: Path) -> Mapping[str, Any]:
+    from loratool.store.yamlfile import MAX_BYTES, compose, plain
+
+    def refuse(problem: str, line: int | None) -> NoReturn:
+        raise BadFileError("LT-361", "wrong value in the configuration", file=path,
+                           expected="YAML of names with values", got=problem)  # fmt: skip
+
+    with open_inside(path) as file:
+        text = file.read(MAX_BYTES + 1).decode("utf-8", "replace")
+    node = compose(text, refuse)
+    found = None if node is None else plain(node, refuse)
+    if not isinstance(found, dict):
+        refuse("no names with values", None)
+    return found
 
 
 def without_numbers(name: str) -> str:

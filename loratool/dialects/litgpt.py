@@ -14,10 +14,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from loratool.adapter import Adapter, DeltaSpec, TensorRef
-from loratool.dialects.base import Dialect, by_keys
+from loratool.dialects.base import Dialect, Spelling, alpha_of, by_keys
 from loratool.dialects.candidate import Candidate
 from loratool.dialects.factors import product_spec, refuse_shape
-from loratool.dialects.spelled import Spelling, alpha_of, beside
 from loratool.errors import BadFileError, UsageError
 from loratool.lazy import regex
 from loratool.options.groups import Read
@@ -55,7 +54,7 @@ def read(candidate: Candidate, options: Read) -> Adapter:
     """
     assert candidate.header is not None
     modules = _SPELLING.by_module(candidate.header.tensors)
-    settings, model = beside(candidate, SETTINGS), beside(candidate, MODEL)
+    settings, model = candidate.beside(SETTINGS), candidate.beside(MODEL)
     alpha = alpha_of(candidate, options, SETTINGS, title=NAME)
     specs = [s for name, fields in modules.items()
              for s in _specs(name, fields, alpha, settings, model)]  # fmt: skip

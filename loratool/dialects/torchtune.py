@@ -14,10 +14,9 @@ from collections.abc import Iterable, Mapping
 
 from loratool.adapter import Adapter, DeltaSpec, TensorRef
 from loratool.delta.forms import with_lengths
-from loratool.dialects.base import Dialect, by_keys
+from loratool.dialects.base import Dialect, Spelling, alpha_of, by_keys
 from loratool.dialects.candidate import CONFIG_NAME, Candidate
 from loratool.dialects.factors import product_spec, refuse_shape
-from loratool.dialects.spelled import Spelling, alpha_of, beside
 from loratool.errors import BadFileError, MismatchError
 from loratool.frozen import replace
 from loratool.lazy import regex
@@ -58,7 +57,7 @@ def read(candidate: Candidate, options: Read) -> Adapter:
     modules = _SPELLING.by_module(candidate.header.tensors)
     alpha = alpha_of(candidate, options, CONFIG_NAME, title=NAME,
                      value="VALUE, as lora_alpha of the recipe")  # fmt: skip
-    base = beside(candidate, CONFIG_NAME).get("base_model_name_or_path")
+    base = candidate.beside(CONFIG_NAME).get("base_model_name_or_path")
     return Adapter(
         candidate.path, NAME, tuple(_specs(modules, alpha)),
         base_model=base if isinstance(base, str) and base else None,

@@ -72,6 +72,7 @@ def plan_convert(
     skip: Sequence[str] = (),
     keeps_names: bool = False,
     is_freed: bool = False,
+    is_plain: bool = False,
 ) -> ConvertPlan:
     """Plan the conversion of an adapter.
 
@@ -82,6 +83,7 @@ def plan_convert(
         skip: components or expressions of modules to leave out.
         keeps_names: an adapter of that very dialect stays as it is.
         is_freed: the base has been used already, for what depends on it.
+        is_plain: every change becomes a pair of factors, also where the dialect holds it as it is.
 
     Raises:
         MismatchError: LT-404 flat names that nothing makes whole, LT-448 nothing is left, LT-494
@@ -89,7 +91,7 @@ def plan_convert(
         UsageError: LT-242, an unusable --skip.
     """
     row, settled = row_of(dialect), source
-    if any(s.is_open and row.obstacle(s) for s in source.specs):
+    if any(s.is_open and (is_plain or row.obstacle(s)) for s in source.specs):
         settled = with_sizes(source, base, "converted", hint=FREED)
     kept, left_out = without(settled, skip)
     notes = list(kept.notes)
@@ -109,7 +111,7 @@ def plan_convert(
         notes.append(words)
     uncut = uncuttable(located, row.table.naming if row.table is not None else "")
     odd = [s for s in kept.specs
-           if (row.obstacle(s) or s.name in uncut)
+           if (is_plain or row.obstacle(s) or s.name in uncut)
            and not is_whole_pair(s) and s.has_factors]  # fmt: skip
     if base is None:
         require_kernels(kept, odd, dialect)

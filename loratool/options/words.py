@@ -212,3 +212,22 @@ def asked_of(kind: type[Options], given: Mapping[str, Any]) -> list[Option]:
 def alternatives(hint: Any) -> tuple[Any, ...]:
     """The types of a union; of any other type itself."""
     return get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+
+
+def typed(given: Mapping[str, Any], *kinds: type[Options]) -> list[str]:
+    """The options of some classes as they would be typed: those that are not at their default."""
+    words: list[str] = []
+    for one in (one for kind in kinds for one in asked_of(kind, given) if one.words.section):
+        value, flag = given[one.name], one.flags[-1]
+        if isinstance(value, bool):
+            words.append(flag)
+        elif one.is_many:
+            words += [word for text in value for word in (flag, text)]
+        else:
+            numbers = value if isinstance(value, tuple) else (value,)
+            words += [flag, ",".join(map(_plain, numbers))]
+    return words
+
+
+def _plain(value: Any) -> str:
+    return str(value).removesuffix(".0") if isinstance(value, float) else str(value)

@@ -17,7 +17,6 @@ import pytest
 import loratool as lt
 from loratool.cli.group import COMMANDS as LIVE
 from loratool.cli.group import MODULES
-from loratool.cli.options import typed
 from loratool.errors import UsageError
 from loratool.ops.recipe import read_recipe
 from loratool.ops.replay import _recorded_names
@@ -25,7 +24,7 @@ from loratool.options import groups
 from loratool.options.commands import COMMANDS
 from loratool.options.looking import Open
 from loratool.options.merging import Combine
-from loratool.options.words import Option, Options, alternatives, options_of, recorded
+from loratool.options.words import Option, Options, alternatives, options_of, recorded, typed
 
 ROOT = Path(lt.__file__).parents[1]
 DOCS = ROOT / "docs" / "options.md"

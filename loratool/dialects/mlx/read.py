@@ -9,11 +9,11 @@ from typing import Any
 from loratool.adapter import Adapter, DeltaSpec, TensorRef
 from loratool.delta.forms import with_lengths
 from loratool.dialects.arranged import arranged
+from loratool.dialects.base import Spelling
 from loratool.dialects.candidate import CONFIG_NAME, Candidate
 from loratool.dialects.factors import product_spec, refuse_alpha, refuse_shape
 from loratool.dialects.mlx import LETTERS, MIXTRAL, NAME, ROLES
 from loratool.dialects.peft.config import Fields
-from loratool.dialects.spelled import Spelling
 from loratool.errors import BadFileError, MismatchError
 from loratool.frozen import replace
 from loratool.lazy import regex
