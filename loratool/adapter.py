@@ -389,6 +389,14 @@ class Adapter(Frozen):
         """Short name for tables: the last part of the path."""
         return self.path.name or str(self.path)
 
+    @property
+    def refs(self) -> tuple[TensorRef, ...]:
+        """All of its tensors that lie in files, those of the changes first."""
+        sources = (f for spec in self.specs for f in spec.fields.values())
+        whole = (r.source for r in self.replacements)
+        found = (ref for ref in (*sources, *whole) if isinstance(ref, TensorRef))
+        return (*found, *self.carried, *self.unclaimed)
+
 
 class AdapterFiles(Frozen):
     """An adapter as the files that a dialect writes.

@@ -6,7 +6,7 @@ Those that only PEFT has a method for are rows of `loratool.kinds_peft`.
 from __future__ import annotations
 
 from collections.abc import Collection
-from functools import cache
+from functools import cache, lru_cache
 
 from loratool import kind_shapes as shapes
 from loratool import kinds_based, kinds_full, kinds_peft, plugins
@@ -106,6 +106,11 @@ def of_roles(roles: Collection[str]) -> Kind | None:
         >>> of_roles({"lora_A", "lora_B", "magnitude"}).title
         'DoRA'
     """
+    return _of_roles(frozenset(roles))
+
+
+@lru_cache(maxsize=1 << 8)  # a file has many modules of few kinds
+def _of_roles(roles: frozenset[str]) -> Kind | None:
     return next((k for k in (*KINDS, *every()) if k.is_made_of(roles)), None)
 
 
@@ -131,6 +136,7 @@ def is_flag(role: str) -> bool:
     return any(role in k.flags for k in (KINDS if known else every()))
 
 
+@lru_cache(maxsize=1 << 8)
 def is_spelled(role: str) -> bool:
     """True for a role that keys of every dialect end in."""
     own = {r for k in KINDS if k.is_spelled for r in k.known_roles}

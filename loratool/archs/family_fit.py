@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from itertools import zip_longest
 from typing import Any, NamedTuple
 
 from loratool.archs.family_files import families, index_of, templates_of
 from loratool.archs.family_rows import NUMBER, Family, Telling, flatten
 from loratool.archs.places import Place, places_of
+from loratool.lazy import regex
 
 Shape = tuple[int, ...]
 LAST = 9
 """The rank of what only metadata can tell."""
+_PIECES = regex(r"(\{n\}|\d+)")
 _ENOUGH = 0.8  # of the names of a file are the family's
 
 
@@ -85,8 +88,7 @@ def _groups(component: str, names: Mapping[str, Shape]) -> dict[str, list[_Group
     known: dict[str, Telling | None] = {}
     pools: dict[tuple[str, tuple[str, ...]], _Pool] = {}
     for name, shape in names.items():
-        flat = flatten(name).strip("_")
-        key, numbers = NUMBER.sub("#", flat), NUMBER.findall(flat)
+        key, numbers = _taken_apart(name)
         if key not in known:
             known[key] = index.telling(key)
         telling = known[key]
@@ -108,6 +110,13 @@ def _groups(component: str, names: Mapping[str, Shape]) -> dict[str, list[_Group
             group = _Group(place, len(pool.shapes), frozenset(pool.shapes), is_exact)
             found.setdefault(family, []).append(group)
     return found
+
+
+@lru_cache(maxsize=1 << 14)  # files of one trainer have the same names
+def _taken_apart(name: str) -> tuple[str, list[str]]:
+    """(a flat name with ``#`` for its numbers, the numbers)."""
+    pieces = _PIECES.split(flatten(name).strip("_"))
+    return "#".join(pieces[::2]), pieces[1::2]
 
 
 def _largest(key: str, pool: _Pool, telling: Telling) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -87,13 +87,8 @@ class Candidate(Frozen, dict=True):
 
     def has_key(self, pattern: str) -> bool:
         """True if a regular expression is found in a tensor name."""
-        keys = self.keys if asks_for_numbers(pattern) else self._kinds_of_keys
+        keys = self.keys if asks_for_numbers(pattern) else one_of_alike(self.keys)
         return any(map(re.compile(pattern).search, keys))
-
-    @cached_property
-    def _kinds_of_keys(self) -> tuple[str, ...]:
-        """One key of all that differ in their digits alone."""
-        return tuple({without_numbers(key): key for key in reversed(self.keys)}.values())
 
 
 def _load_yaml(path: Path) -> Mapping[str, Any]:
@@ -112,9 +107,16 @@ def _load_yaml(path: Path) -> Mapping[str, Any]:
     return found
 
 
+@lru_cache(maxsize=1 << 14)  # files of one trainer have the same names
 def without_numbers(name: str) -> str:
     """The same for all names that differ in their digits alone."""
     return name.translate(_AS_ZERO)
+
+
+@lru_cache(maxsize=4)  # of one file several ask
+def one_of_alike(names: tuple[str, ...]) -> tuple[str, ...]:
+    """The first of all names that differ in their digits alone."""
+    return tuple({without_numbers(name): name for name in reversed(names)}.values())
 
 
 def asks_for_numbers(pattern: str) -> bool:

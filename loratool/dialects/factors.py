@@ -92,9 +92,11 @@ def beyond_pairs(spec: DeltaSpec) -> dict[str, bool]:
 def _with_axis(module: str, fields: Mapping[str, TensorRef]) -> Mapping[str, TensorRef]:
     """The tensors, with the role that the shape of DoRA's lengths gives them."""
     lengths = fields.get(OPEN_LENGTHS)
+    if lengths is None:
+        return fields
     rest = {role: ref for role, ref in fields.items() if role != OPEN_LENGTHS}
     kind = kinds.of_roles(rest)
-    if lengths is None or kind is None:
+    if kind is None:
         return fields
     is_conv = any(len(ref.shape) > 2 for ref in rest.values())
     inside = DeltaSpec(kind.name, module, "weight", rest, "conv" if is_conv else "linear", 1, None,

@@ -7,12 +7,13 @@ are called the same everywhere (``hada_w1_a``) come from the rows of `loratool.k
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping
-from functools import cached_property
+from collections.abc import Callable, Collection, Iterable, Mapping
+from functools import cached_property, lru_cache
 
 from loratool import kinds
 from loratool.adapter import DeltaSpec
 from loratool.archs.flat import components_of, known_names, with_text_model
+from loratool.dialects.candidate import asks_for_numbers, without_numbers
 from loratool.dialects.factors import LENGTHS, OPEN_LENGTHS
 from loratool.dialects.fields import Component, Field, Header, Key
 from loratool.frozen import Frozen, replace
@@ -84,7 +85,7 @@ class Table(Frozen, dict=True):
 
     def parse(self, name: str) -> Key | None:
         """A tensor's name taken apart; None if it is of no known form."""
-        for pattern, today in self._renames:
+        for pattern, today in self._renames_of(without_numbers(name)) if self.renames else ():
             name = pattern.sub(today, name)
         found = self._pattern.fullmatch(name)
         if found is None:
@@ -258,8 +259,23 @@ class Table(Frozen, dict=True):
         return found
 
     @cached_property
-    def _renames(self) -> list[tuple[re.Pattern[str], str]]:
-        return [(re.compile(pattern), today) for pattern, today in self.renames]
+    def _renames_of(self) -> Callable[[str], list[tuple[re.Pattern[str], str]]]:
+        """Those that may change one of the names that are alike but for their digits."""
+        every = [(re.compile(pattern), today) for pattern, today in self.renames]
+
+        @lru_cache(maxsize=1 << 10)
+        def those_of(name: str) -> list[tuple[re.Pattern[str], str]]:
+            found: list[tuple[re.Pattern[str], str]] = []
+            for place, (pattern, today) in enumerate(every):
+                if asks_for_numbers(pattern.pattern):
+                    return [*found, *every[place:]]
+                renamed = pattern.sub(today, name)
+                if renamed != name:
+                    found.append((pattern, today))
+                name = renamed
+            return found
+
+        return those_of
 
     @cached_property
     def _pattern(self) -> re.Pattern[str]:

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from loratool.dialects.candidate import one_of_alike
 from loratool.dialects.metadata import SPEC, TRIGGER
 from loratool.lazy import regex
 from loratool.report.told import Told
@@ -18,7 +19,6 @@ from loratool.report.told import Told
 Metadata = Mapping[str, str]
 _MOST_TAGS = 8
 _THUMBNAIL, _COVERS = f"{SPEC}thumbnail", "ssmd_cover_images"
-_AS_ZERO = str.maketrans("123456789", "0" * 9)
 _MUSUBI = regex(
     r"hunyuan_video|hv|wan|framepack|flux_kontext|flux_2|qwen_image|kandinsky5|z_image|hidream_o1"
     r"|ideogram4|krea2"
@@ -64,7 +64,7 @@ BY_NAMES: tuple[tuple[str, str], ...] = (
     (r"^(single_)?(transformer_)?(blocks|layers)\..*\.lora_[AB]\.default\.", "DiffSynth"),
     (r"^(pipe\.)?dit\..*\.lora_[AB]\.", "DiffSynth"),
 )
-"""(expression found in a tensor's name with every digit 0, the trainer that alone writes it)."""
+"""(expression found in a tensor's name, whatever its digits, the trainer that alone writes it)."""
 
 
 def tell(metadata: Metadata, card: str = "") -> Told:
@@ -106,9 +106,9 @@ def _trainer(metadata: Metadata) -> str:
     return ""
 
 
-def trainer_by_names(names: Iterable[str]) -> str:
+def trainer_by_names(names: tuple[str, ...]) -> str:
     """The trainer that alone spells tensors in this way, "" if several do."""
-    text = "\n".join(dict.fromkeys(name.translate(_AS_ZERO) for name in names))
+    text = "\n".join(one_of_alike(names))
     return next((who for mark, who in BY_NAMES if re.search(mark, text, re.MULTILINE)), "")
 
 

@@ -13,7 +13,7 @@ from loratool.frozen import Frozen, Struct, field, replace
 from loratool.ops.turns import Turns
 from loratool.report.inspect import AdapterSummary, CheckpointSummary, FolderRow
 from loratool.store.contained import list_folder
-from loratool.store.header import RawHeader, metadata_before, ranges_in, read_raw, table_of
+from loratool.store.header import RawHeader, metadata_before, read_raw, table_of
 from loratool.store.layout import what_lies_there
 from loratool.store.reader import FileReader
 
@@ -161,7 +161,8 @@ class Known(Struct):
         metadata = None if table is None else metadata_before(raw, table)
         if table is None or metadata is None:
             return
-        spans = tuple((at, end - at) for at, end in sorted(ranges_in(raw.raw)) if end - at <= 8)
+        small = {ref.start: ref.nbytes for ref in adapter.refs if ref.nbytes <= 8}
+        spans = tuple((at - len(raw.raw), length) for at, length in sorted(small.items()))
         self.seen.append(_Seen(
             table, raw.size - len(raw.raw), technical(metadata), spans,
             _numbers(raw, spans), summary,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import ClassVar
 
 from loratool.frozen import Frozen
@@ -53,7 +54,7 @@ class ModuleVerdict(Frozen):
     keys: tuple[str, ...] = ()
 
 
-class Simulation(Frozen):
+class Simulation(Frozen, dict=True):
     """A program loading an adapter, on paper.
 
     Attributes:
@@ -66,9 +67,11 @@ class Simulation(Frozen):
     findings: tuple[Finding, ...] = ()
     past: tuple[Finding, ...] = ()
 
-    @property
+    @cached_property
     def verdict(self) -> str:
         """``yes``, ``no`` (nothing loads), ``wrong`` (not all of it, or not right), ``unsure``."""
+        if not self.findings:
+            return "yes"
         found = {f.verdict for f in self.findings}
         lost = [m.verdict in (DROPPED, RAISES) for m in self.modules]
         if any(f.is_whole for f in self.findings) or (lost and all(lost)):

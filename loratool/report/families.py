@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import re
+from functools import lru_cache
 from typing import NamedTuple
 
-_NUMBER, _FLAT, _DOTTED = map(re.compile, (r"\d+", r"_\d+_", r"\.\d+(\.|$)"))
+from loratool.lazy import regex
+
+_FLAT, _DOTTED = regex(r"_\d+_"), regex(r"\.\d+(\.|$)")
 
 
 class Place(NamedTuple):
@@ -16,6 +18,7 @@ class Place(NamedTuple):
     family: str
 
 
+@lru_cache(maxsize=1 << 14)  # files of one trainer have the same names
 def place_of(name: str) -> Place:
     """The place that a module's name tells: its first number, and what follows the last one.
 
@@ -33,12 +36,12 @@ def place_of(name: str) -> Place:
     is_flat = _FLAT.search(tail) is not None and _DOTTED.search(name) is None
     mark = "_" if is_flat else "."
     parts = (tail if is_flat else name).split(mark)
-    is_number = [_NUMBER.fullmatch(p) is not None for p in parts]
     end = len(parts)
-    while end > 1 and is_number[end - 1]:
+    while end > 1 and parts[end - 1].isdecimal():
         end -= 1
-    first = next((i for i in range(1, end) if is_number[i]), None)
-    last = max((i + 1 for i in range(end) if is_number[i]), default=0)
+    numbers = [i for i in range(end) if parts[i].isdecimal()]
+    first = next((i for i in numbers if i), None)
+    last = numbers[-1] + 1 if numbers else 0
     family = mark.join(parts[last if is_flat else end - 1 : end])
     group = ".".join(filter(None, (head if is_flat else "", mark.join(parts[:first]))))
     if first is None:

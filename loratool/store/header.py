@@ -54,6 +54,8 @@ _FIRST_METADATA = regex(rb'\{\s*"__metadata__"\s*:\s*')
 _PARTS = dict.fromkeys(("dtype", "shape", "data_offsets"))  # of a tensor's entry
 _WHOLE = {int}  # bool is no int here
 _MAX_COMMAS, _MAX_COLONS = 12, 6  # per object, and one per entry of metadata
+_MINUS_ZERO = regex(rb"-0\s*[,\]}]")
+_AS_ZERO = bytes.maketrans(b"123456789", b"0" * 9)
 
 
 class Header(Frozen):
@@ -147,13 +149,6 @@ def table_of(raw: bytes) -> bytes | None:
         return None if b'"__metadata__"' in text else text
     whole = str(memoryview(text)[start.end() :], "utf-8")
     return whole[json.JSONDecoder().raw_decode(whole)[1] :].encode()
-
-
-def ranges_in(raw: bytes) -> list[tuple[int, int]]:
-    """Where tensors lie: (first byte behind the header, end), of a header that was checked."""
-    entries = json.loads(memoryview(raw)[8:].tobytes())
-    entries.pop("__metadata__", None)
-    return [tuple(entry["data_offsets"]) for entry in entries.values()]
 
 
 def metadata_before(found: RawHeader, table: bytes) -> Mapping[str, str] | None:
@@ -287,6 +282,11 @@ def _read_raw(file: BinaryIO, shown: object, size: int, limit: int) -> bytes:
     return _read_exactly(file, length + 8, shown)
 
 
+def _has_odd_numbers(raw: bytes) -> bool:
+    """True if `_plain_int` may be needed: for -0 and for more than 20 digits."""
+    return _MINUS_ZERO.search(raw) is not None or b"0" * 21 in raw.translate(_AS_ZERO)
+
+
 def _plain_int(text: str) -> int | float:
     # Anything but a plain non-negative 64-bit number becomes a float, which later checks refuse.
     return int(text) if text.isdigit() and len(text) <= 20 else float(text)
@@ -311,8 +311,8 @@ def _parse(raw: bytes, shown: object) -> dict[str, Any]:
     try:
         text = str(memoryview(raw)[8:], "utf-8")
         entries = json.loads(
-            text, object_pairs_hook=unique_pairs, parse_int=_plain_int,
-            parse_constant=refuse_constant,
+            text, object_pairs_hook=unique_pairs, parse_constant=refuse_constant,
+            parse_int=_plain_int if _has_odd_numbers(raw) else None,
         )  # fmt: skip
     except UnicodeDecodeError as error:
         raise BadFileError(
@@ -337,8 +337,11 @@ def _parse(raw: bytes, shown: object) -> dict[str, Any]:
 
 def _check_counts(raw: bytes, shown: object) -> None:
     """Bound what parsing can allocate: structure outside strings is counted first."""
-    few = min(MAX_TENSORS, MAX_ENTRIES)
-    if max(map(raw.count, MARKS)) <= few:
+    objects, lists, commas, colons = map(raw.count, MARKS)  # at most so many, with those in strings
+    tensors = min(objects, raw.count(b'"data_offsets":'))
+    if (objects <= _MAX_OBJECTS and lists <= _MAX_LISTS
+            and commas <= _MAX_COMMAS * tensors + MAX_ENTRIES
+            and colons <= _MAX_COLONS * tensors + MAX_ENTRIES):  # fmt: skip
         return
     marks = count_marks(raw, 8)
     objects, lists = marks[b"{"], marks[b"["]

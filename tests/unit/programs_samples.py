@@ -127,6 +127,8 @@ SAMPLES = (
     Sample("comfyui", "dora-1d", "dropped", {**sd, f"{SD}.dora_scale": (8,)},
            {**sd, f"{SD}.dora_scale": (1, 8)}),
     Sample("comfyui", "twice", "dropped", {**pair(FLUX_DOTTED, how="A"), **flux}, flux),
+    Sample("comfyui", "twice", "dropped", {**pair(TE.replace("te", "te1", 1)), **pair(TE)},
+           {**pair(TE.replace("te", "te1", 1)), **pair(TE.replace("te", "te2", 1))}),
     Sample("comfyui", "magnitude", "wrong", {**pair(FLUX_DOTTED, how="A"),
            f"{FLUX_DOTTED}.magnitude": (8,)}, pair(FLUX_DOTTED, how="A")),
     Sample("comfyui", "dora-rows", "wrong", {**sd, f"{SD}.dora_scale": (8, 1)},

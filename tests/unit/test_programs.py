@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from safetensors.numpy import save_file
 from loratool.archs.families import families
 from loratool.dialects.programs import Look, find_program, look_at, models, programs
 from loratool.dialects.programs.grammar import Tensor
+from loratool.frozen import replace
 from loratool.options.groups import Read
 from loratool.report.check import Simulation
 from tests.unit.programs_samples import SAMPLES, Sample, Shapes
@@ -49,6 +51,17 @@ def test_a_rule_applies_where_it_should_and_nowhere_else(sample: Sample, tmp_pat
         assert not whole or all(m.verdict == sample.verdict for m in found.modules)
     better = simulate(sample, tmp_path, bad=False)
     assert sample.rule not in {f.rule for f in (*better.findings, *better.past)}
+
+
+@pytest.mark.parametrize("sample", SAMPLES, ids=IDS)
+def test_what_is_asked_of_one_of_names_alike_holds_for_each(sample: Sample, tmp_path: Path) -> None:
+    other = {re.sub(r"(?<=[._])0(?=[._])", "3", key): s for key, s in sample.good.items()}
+    together = look(tmp_path, {**other, **sample.bad}, sample.metadata)
+    apart = replace(together)
+    vars(apart)["alike"] = tuple((one,) for one in enumerate(apart.groups))
+    for program in programs():
+        if program.is_of_images:
+            assert program.simulate(together) == program.simulate(apart)
 
 
 def test_kohya_is_a_name_of_its_scripts() -> None:

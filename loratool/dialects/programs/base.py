@@ -80,20 +80,6 @@ class Rule(Frozen):
         ]  # fmt: skip
 
 
-def _groups(look: Look) -> dict[str, tuple[str, ...]]:
-    return {g.stem: tuple(g.keys) for g in look.groups}
-
-
-def specs_of(look: Look) -> dict[str, tuple[str, ...]]:
-    """Modules of an adapter that loratool reads -> their tensors; of any other one as named."""
-    if look.adapter is None:
-        return _groups(look)
-    found = {s.name: [f.name for f in s.fields.values()] for s in look.adapter.specs}
-    found |= {r.name: [r.source.name] for r in look.adapter.replacements}
-    found |= {ref.name: [ref.name] for ref in look.adapter.unclaimed}
-    return {name: tuple(keys) for name, keys in found.items()}
-
-
 class Program(Frozen):
     """One program that loads adapters.
 
@@ -105,7 +91,6 @@ class Program(Frozen):
         source: its files, or links.
         rules: what it does not do right.
         opens: what it takes at all; where that does not hold no rule is asked.
-        units: modules of a file and their tensors, as the rules name them.
         advice: said of an adapter that loads.
         native: a dialect of its own, which it loads as it is, but for `own`.
         own: what it does not do right of that dialect.
@@ -122,7 +107,6 @@ class Program(Frozen):
     source: tuple[str, ...]
     rules: tuple[Rule, ...]
     opens: tuple[Rule, ...] = ()
-    units: Callable[[Look], Mapping[str, tuple[str, ...]]] = _groups
     advice: Callable[[Adapter], str] = lambda _: ""
     also: tuple[str, ...] = ()
     native: str = ""
@@ -140,7 +124,7 @@ class Program(Frozen):
 
     def simulate(self, look: Look) -> Simulation:
         """Load an adapter on paper: a verdict for every module."""
-        units = self.units(look)
+        units = look.stems if self.is_of_images else look.modules
         is_own = bool(self.native) and look.dialect == self.native
         opens, rules = ((), self.own) if is_own else (self.opens, self.rules)
         found = [f for rule in opens for f in rule.findings(look)]
@@ -197,14 +181,13 @@ def _verdicts(
         for name in finding.names:
             by_name.setdefault(name, finding)
     for name, keys in units.items():
-        hits = [by_name[n] for n in (name, *keys) if n in by_name]
+        hits = [_of_part(by_name[n], name, keys) for n in (name, *keys) if n in by_name]
         hits += [whole] if whole is not None else []
-        hits = [_of_part(f, name, keys) for f in hits]
-        worst = max(hits, key=lambda f: (f.is_whole, BEST_FIRST.index(f.verdict)), default=None)
-        if worst is None:
+        if not hits:
             yield ModuleVerdict(name, LOADS, "", keys)
-        else:
-            yield ModuleVerdict(name, worst.verdict, worst.rule, keys)
+            continue
+        worst = max(hits, key=lambda f: (f.is_whole, BEST_FIRST.index(f.verdict)))
+        yield ModuleVerdict(name, worst.verdict, worst.rule, keys)
 
 
 def _of_part(finding: Finding, name: str, keys: tuple[str, ...]) -> Finding:

@@ -87,7 +87,7 @@ def _by_rows(_: Look, group: Group) -> bool:
 
 
 def _is_flat_dora(_: Look, group: Group) -> bool:
-    return any(k.endswith("dora_scale") for k in group.of("dora")) and len(group.shape("dora")) == 1
+    return len(group.shape("dora")) == 1
 
 
 def _is_butterfly(_: Look, group: Group) -> bool:
@@ -119,15 +119,20 @@ def _header_alpha(look: Look) -> Iterable[Hit]:
 
 def _twice(look: Look) -> Iterable[Hit]:
     """All but the last of several spellings of one target."""
-    last: dict[tuple[bool, str], Group] = {}
+    last: dict[tuple[str, str], Group] = {}
     lost = []
     for group in look.groups:
-        target = (group.is_text, group.flat)
+        target = (_encoder(group), group.flat)
         if group.parts & {"down", "up", "hada", "lokr", "diff"} and group.prefix != "bundle_emb.":
             if target in last and last[target].prefix != group.prefix:
                 lost.append(last[target].stem)
             last[target] = group
     return [Hit(tuple(lost))] if lost else []
+
+
+def _encoder(group: Group) -> str:
+    """Which text encoder a module is of, "" for one of the model itself."""
+    return next((n for n in "23" if n in group.prefix), "1") if group.is_text else ""
 
 
 def _fused_and_split(look: Look) -> Iterable[Hit]:
@@ -169,10 +174,10 @@ COMFYUI = Program(
              "BOFT without alpha", "loading BOFT without an alpha tensor is an error",
              _ADAPTERS + "boft.py", is_mended=True),
         Rule("peft-unet", DROPPED, where(family=(models.SD,), path=r"_to_(q|k|v|out_0)$",
-             on=_is_peft_unet), "PEFT names of the UNet's attention",
+             alike=_is_peft_unet), "PEFT names of the UNet's attention",
              "the map has attn1.processor.to_q where the file has attn1.to_q", _ISSUES + "9753",
              is_mended=True),
-        Rule("text-model", DROPPED, where(on=drops_text_model),
+        Rule("text-model", DROPPED, where(alike=drops_text_model),
              "text encoder without text_model in its names",
              "the map has text_model_encoder_layers where the file has encoder_layers",
              "https://github.com/huggingface/diffusers/issues/13984", is_mended=True),
@@ -190,17 +195,19 @@ COMFYUI = Program(
         Rule("t-lora", DROPPED, where(kind=("tlora",)), "T-LoRA", "it has no T-LoRA", _ADAPTERS),
         Rule("oft-of-peft", DROPPED, where(part=("oft_R",)), "OFT of PEFT or OneTrainer",
              "it has LyCORIS' OFT alone", _ADAPTERS + "oft.py"),
-        Rule("one-factor", DROPPED, where(kind=("lora",), on=is_alone), "one factor alone",
+        Rule("one-factor", DROPPED, where(kind=("lora",), alike=is_alone), "one factor alone",
              "a lora_A without its lora_B is passed over", _ADAPTERS + "lora.py"),
-        Rule("lokr-core", DROPPED, where(on=lambda _, g: "lokr_core" in g.parts), "cores of LoKr",
-             "a LoKr of a convolution with a Tucker core is not applied", _ISSUES + "11245",
-             is_mended=True),
-        Rule("dora-1d", DROPPED, where(on=_is_flat_dora), "DoRA of one dimension",
+        Rule("lokr-core", DROPPED, where(alike=lambda _, g: "lokr_core" in g.parts),
+             "cores of LoKr", "a LoKr of a convolution with a Tucker core is not applied",
+             _ISSUES + "11245", is_mended=True),
+        Rule("dora-1d", DROPPED, where(alike=lambda _, g:
+             any(k.endswith("dora_scale") for k in g.of("dora")), on=_is_flat_dora),
+             "DoRA of one dimension",
              "a dora_scale without a second dimension fails and its weight stays as it is",
              _ISSUES + "12938"),
         Rule("twice", DROPPED, _twice, "a weight under two names",
              "there is one adapter for a weight: the later spelling wins", _KEYS),
-        Rule("magnitude", WRONG, where(on=lambda _, g: "magnitude" in g.parts or any(
+        Rule("magnitude", WRONG, where(alike=lambda _, g: "magnitude" in g.parts or any(
              "lora_magnitude_vector" in k for k in g.keys)), "DoRA as PEFT or ai-toolkit names it",
              "the magnitudes are passed over and the plain LoRA is added", _KEYS),
         Rule("dora-rows", WRONG, where(part=("dora",), on=_by_rows), "DoRA of rows",
@@ -223,9 +230,9 @@ COMFYUI = Program(
              on=_is_wide), "an input layer of more channels than FLUX.1 has",
              "without reshape_weight it fits only a model that has as many, or is passed over",
              _ADAPTERS + "lora.py", is_mended=True),
-        Rule("unknown-model", UNSURE, where(on=lambda look, g: not (look.family.name or g.is_text)),
-             "a model that is not known here", "whether its names are in the map is not known here",
-             _KEYS),
+        Rule("unknown-model", UNSURE, where(alike=lambda look, g:
+             not (look.family.name or g.is_text)), "a model that is not known here",
+             "whether its names are in the map is not known here", _KEYS),
     ),
     is_of_images=True, homes={"": "comfyui", models.SD: "kohya"},
 )  # fmt: skip

@@ -33,10 +33,6 @@ def _is_control(look: Look) -> bool:
     return any("query_norm.scale" in key for key in look.tensors) and not _is_kohya(look)
 
 
-def _on(look: Look, *families: str, kohya: bool = True) -> bool:
-    return look.family.name in families and _is_kohya(look) is kohya
-
-
 def _kohya(test: Test) -> Test:
     return lambda look: test(look) if _is_kohya(look) else []
 
@@ -45,7 +41,7 @@ def _beside(prefix: str, *lost: str) -> Test:
     """What is dropped because something else begins with a prefix."""
 
     def find(look: Look) -> Iterable[Hit]:
-        if not (_on(look, FLUX1) and has_prefix(look, prefix)):
+        if look.family.name != FLUX1 or not has_prefix(look, prefix):
             return []
         names = tuple(
             g.stem for g in look.groups
@@ -53,7 +49,7 @@ def _beside(prefix: str, *lost: str) -> Test:
         )  # fmt: skip
         return [Hit(names)] if names else []
 
-    return find
+    return _kohya(find)
 
 
 def _is_beyond(look: Look, group: Group) -> bool:
@@ -92,21 +88,19 @@ def _control_final(look: Look, group: Group) -> bool:
 
 
 def _not_converted(look: Look, group: Group) -> bool:
-    """FLUX.1 names that are neither kohya's nor of another converter."""
+    """True for names that are neither kohya's nor of another converter."""
     others = _is_control(look) or has_prefix(look, "base_model.model.")
-    if not _on(look, FLUX1, kohya=False) or others or "_processor_" in group.flat:
+    if _is_kohya(look) or others or "_processor_" in group.flat:
         return False
     own = group.prefix.startswith(("transformer.", "text_encoder."))
     return not own or look.naming_of(group) == models.ORIGINAL
 
 
-def _original_behind_transformer(look: Look, group: Group) -> bool:
-    return _on(look, FLUX1) and look.naming_of(group) == models.ORIGINAL
+def _is_original(look: Look, group: Group) -> bool:
+    return look.naming_of(group) == models.ORIGINAL
 
 
 def _flux2_foreign(look: Look, group: Group) -> bool:
-    if look.family.name != FLUX2:
-        return False
     if _is_kohya(look):
         return group.prefix != "lora_unet_"
     if group.kind == "lokr" and group.prefix == "lycoris_":
@@ -132,41 +126,43 @@ FLUX_RULES = (
          part=("diff", "diff_b", "norm")), "differences behind transformer.",
          "names without lora in them are left behind", _PIPELINES),
     Rule("flux-norms", DROPPED, _kohya(where(family=(FLUX1,), path="norm", part=("diff",),
-         on=_norms)), "norms", "they are filtered out", _CODE),
+         alike=_norms)), "norms", "they are filtered out", _CODE),
     Rule("flux-beside-transformer", DROPPED, _beside("transformer."), "beside transformer.",
          "once a name begins with transformer. all others are dropped", _CODE, is_mended=True),
     Rule("flux-beside-mixture", DROPPED, _beside("lora_transformer_", "lora_unet_"),
          "beside lora_transformer_", "once there is one of these, lora_unet_ is dropped", _CODE,
          is_mended=True),
-    Rule("flux-original", DROPPED, where(prefix=r"transformer\.", on=_original_behind_transformer),
-         "original names behind transformer.", "the model has no such modules", _CODE,
-         is_mended=True),
+    Rule("flux-original", DROPPED, _kohya(where(family=(FLUX1,), prefix=r"transformer\.",
+         on=_is_original)), "original names behind transformer.", "the model has no such modules",
+         _CODE, is_mended=True),
     Rule("flux-embedding", DROPPED, _kohya(where(family=(FLUX1, FLUX2), part=("embedding",))),
          "bundled embeddings", "they are filtered out", _CODE, is_mended=True),
     Rule("flux-int-alpha", RAISES, where(family=(FLUX1,), part=("alpha",), on=lambda look, g:
          not _is_kohya(look) and any(g.tensors[k].dtype.startswith(("I", "U"))
          for k in g.of("alpha"))), "a whole number as alpha", "alpha must be of a float type",
          _PIPELINES, is_mended=True),
-    Rule("flux-foreign", DROPPED, where(on=_not_converted), "names that it does not convert",
+    Rule("flux-foreign", DROPPED, where(family=(FLUX1,), on=_not_converted),
+         "names that it does not convert",
          "lora_A under the original names is not converted: nothing of it is loaded", _PIPELINES,
          is_mended=True),
     Rule("control-partial", RAISES, _partial_control, "",
          "the converter of control LoRAs needs every block and target: KeyError", _CODE),
     Rule("control-final", WRONG, where(family=(FLUX1,), path=r"^final_layer_adaLN_modulation_1$",
-         on=_control_final), "the last modulation",
+         alike=_control_final), "the last modulation",
          "both factors' halves are swapped where lora_B's must be", _CODE, is_mended=True),
     Rule("flux2-top", DROPPED, _kohya(where(family=(FLUX2,), prefix="lora_unet_",
          path=r"_modulation|^guidance_in|^final_layer_adaLN|^vector_in")),
          "modulations and guidance", "they are left over, with a warning", _CODE, is_mended=True),
     Rule("flux2-alpha", RAISES, where(family=(FLUX2,), prefix=_DOTTED,
-         part=("alpha",), on=lambda look, g: not _is_kohya(look) and g.kind != "lokr"),
+         part=("alpha",), alike=lambda look, g: not _is_kohya(look) and g.kind != "lokr"),
          "alpha beside lora_A", "it is left over: ValueError", _CODE, is_mended=True),
     Rule("flux2-algorithm", RAISES, where(family=(FLUX2,), prefix=r"diffusion_model\.",
-         kind=("loha", "oft", "glora", "full", "norm"), on=lambda look, _: not _is_kohya(look)),
+         kind=("loha", "oft", "glora", "full", "norm"), alike=lambda look, _: not _is_kohya(look)),
          "anything but LoRA", "it is left over: ValueError", _CODE, is_mended=True),
     Rule("flux2-final", WRONG, where(family=(FLUX2,), path=r"^final_layer_adaLN_modulation_1$",
          prefix=_DOTTED), "the last modulation",
          "the halves of lora_B are not swapped", _CODE, is_mended=True),
-    Rule("flux2-foreign", DROPPED, where(on=_flux2_foreign), "names that it does not convert",
-         "they are left over, with a warning", _PIPELINES, is_mended=True),
+    Rule("flux2-foreign", DROPPED, where(family=(FLUX2,), alike=_flux2_foreign),
+         "names that it does not convert", "they are left over, with a warning", _PIPELINES,
+         is_mended=True),
 )  # fmt: skip

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from loratool.dialects.programs import models
 from loratool.dialects.programs.base import DROPPED, UNSURE, WRONG, Hit, Program, Rule
 from loratool.dialects.programs.grammar import Group
-from loratool.dialects.programs.look import Look
+from loratool.dialects.programs.look import Look, once
 from loratool.dialects.programs.where import drops_text_model, where
 
 _HOME = "https://github.com/lllyasviel/stable-diffusion-webui-forge/blob/main/"
@@ -41,6 +41,7 @@ def _is_peft_unet(look: Look, group: Group) -> bool:
     return leaf and is_own and _is_of(look, group, models.SD)
 
 
+@once
 def unmatched(look: Look) -> list[str]:
     """Keys that no map of it has."""
     return [key for group in look.groups for key in _keys(look, group)]
@@ -69,10 +70,10 @@ FORGE = Program(
              _LOADER, is_mended=True, is_whole=True),
         Rule("unmatched", DROPPED, _left, "names that it does not have",
              f"up to {MOST} keys that are in no map are passed over", _LOADER, is_mended=True),
-        Rule("dora-of-peft", WRONG, where(on=lambda _, g: any(
+        Rule("dora-of-peft", WRONG, where(alike=lambda _, g: any(
              "lora_magnitude_vector" in k for k in g.keys)), "DoRA as PEFT names it",
              "the magnitudes are passed over and the plain LoRA is added", _MAPS),
-        Rule("unknown-model", UNSURE, where(on=lambda look, g:
+        Rule("unknown-model", UNSURE, where(alike=lambda look, g:
              look.family.name not in _FAMILIES and not g.is_text), "a model that it may not run",
              "its maps are for Stable Diffusion and FLUX.1", _MAPS),
     ),

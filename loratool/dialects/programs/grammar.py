@@ -5,9 +5,9 @@ Nothing is resolved here: a rule of a program sees what the program sees, a name
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from functools import lru_cache
-from typing import NamedTuple
 
 from loratool.frozen import Frozen
 from loratool.lazy import regex
@@ -55,13 +55,13 @@ _PREFIXES = (
     "model.diffusion_model.", "diffusion_model.", "text_conditioner.", "connectors.", "prior.",
 )  # fmt: skip
 """The longer of two that begin alike comes first."""
-
+_PREFIX = regex("|".join(map(re.escape, _PREFIXES)))
 
 _ANY = ("", "transformer.", "base_model.model.", "base_model.model.transformer.", "prior.")
 """Prefixes that other models have too."""
 
 
-class Tensor(NamedTuple):
+class Tensor(Frozen):
     """Type and shape."""
 
     dtype: str
@@ -75,7 +75,7 @@ class Group(Frozen):
         stem: the name without what the parts end in.
         prefix: how it begins, "" where modules have no prefix.
         keys: key -> its part, "" where the ending says nothing.
-        tensors: key -> type and shape.
+        tensors: key of the file -> type and shape.
         flat: the module without its prefix, with underscores for dots.
         parts: all of its parts.
         kind: the algorithm: what decides is the part that no other one has.
@@ -100,6 +100,11 @@ class Group(Frozen):
     def is_flat(self) -> bool:
         """True if its dots are lost."""
         return self.prefix.endswith("_")
+
+    @property
+    def ends(self) -> tuple[str, ...]:
+        """What its keys have behind the stem."""
+        return tuple([key[len(self.stem) :] for key in self.keys])
 
     def of(self, *parts: str) -> tuple[str, ...]:
         """Keys of some of its parts."""
@@ -128,6 +133,12 @@ _KINDS = (
 )  # fmt: skip
 
 
+@lru_cache(maxsize=1 << 8)
+def _kind_of(parts: frozenset[str]) -> str:
+    return next((kind for part, kind in _KINDS if part in parts), "")
+
+
+@lru_cache(maxsize=1 << 14)  # files of one trainer have the same names
 def split_key(key: str) -> tuple[str, str]:
     """(stem, part) of a key; part "" where its end says nothing."""
     if key.endswith("_norm.scale") and (found := _SET.fullmatch(key)):
@@ -161,11 +172,10 @@ def group_keys(tensors: Mapping[str, Tensor]) -> tuple[Group, ...]:
 
 
 def _group(stem: str, keys: Mapping[str, str], tensors: Mapping[str, Tensor]) -> Group:
-    prefix = next((p for p in _PREFIXES if stem.startswith(p)), "")
-    parts = frozenset(keys.values())
+    found = _PREFIX.match(stem)
+    prefix, parts = found[0] if found else "", frozenset(keys.values())
     return Group(
-        stem, prefix, keys, {key: tensors[key] for key in keys},
-        flat=stem[len(prefix) :].replace(".", "_"), parts=parts,
-        kind=next((kind for part, kind in _KINDS if part in parts), ""),
+        stem, prefix, keys, tensors,
+        flat=stem[len(prefix) :].replace(".", "_"), parts=parts, kind=_kind_of(parts),
         is_text="_te" in prefix or prefix.startswith("text_encoder"),
     )  # fmt: skip

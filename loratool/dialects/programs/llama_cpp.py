@@ -21,7 +21,6 @@ from loratool.dialects.programs.base import (
     Hit,
     Program,
     Rule,
-    specs_of,
 )
 from loratool.dialects.programs.look import Look
 from loratool.frozen import replace
@@ -162,7 +161,6 @@ LLAMA_CPP = Program(
         FILES_BESIDE,
     ),
     opens=(PEFT_FOLDER,),
-    units=specs_of,
     native="gguf",
     own=tuple(replace(rule, source=_LOADER) for rule in OWN),
 )  # fmt: skip

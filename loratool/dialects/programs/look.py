@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 from loratool.adapter import Adapter, AdapterFiles, ArrangedRef, TensorRef
-from loratool.dialects.candidate import CONFIG_NAME, Candidate, without_numbers
-from loratool.dialects.programs.grammar import Group, Tensor, group_keys
+from loratool.archs.families import is_language
+from loratool.dialects.candidate import CONFIG_NAME, Candidate, one_of_alike, without_numbers
+from loratool.dialects.programs.grammar import Group, Tensor, group_keys, split_key
 from loratool.dialects.programs.models import Family, family_of, naming_of
 from loratool.dialects.registry import detect, examine
 from loratool.errors import LoratoolError
 from loratool.frozen import Frozen, field
 from loratool.options.groups import Read
 
+T = TypeVar("T")
 NO_ADAPTER = "LT-491"
 """Code of "this is a base model, not an adapter"."""
 
@@ -30,7 +32,6 @@ class Look(Frozen, dict=True):
         dialect: that it is in, "" if none claims it.
         adapter: the same read; None if loratool does not read it.
         problem: why not.
-        answers: of questions that were asked by `once`.
     """
 
     tensors: Mapping[str, Tensor]
@@ -39,14 +40,14 @@ class Look(Frozen, dict=True):
     dialect: str = ""
     adapter: Adapter | None = None
     problem: str = ""
-    answers: dict[Any, bool] = field(default_factory=dict)
 
     @classmethod
     def of(cls, adapter: Adapter) -> Look:
         """Of an adapter that is read."""
-        refs = {ref.name: Tensor(ref.dtype, _stored_shape(ref)) for ref in _refs(adapter)}
+        refs = {ref.name: Tensor(ref.dtype, _stored_shape(ref)) for ref in adapter.refs}
         order = adapter.key_order or tuple(refs)
-        tensors = {name: refs.get(name, Tensor("F32", ())) for name in order}
+        any_number = Tensor("F32", ())
+        tensors = {name: refs.get(name, any_number) for name in order}
         return cls(tensors, adapter.metadata, adapter.config, adapter.dialect, adapter)
 
     @classmethod
@@ -57,17 +58,36 @@ class Look(Frozen, dict=True):
         return cls(tensors, files.metadata, config, dialect=dialect)
 
     @cached_property
+    def answers(self) -> dict[Any, object]:
+        """Of questions that were asked by `once`."""
+        return {}
+
+    @cached_property
     def groups(self) -> tuple[Group, ...]:
         """The tensors by module, as files of image models name them."""
         return group_keys(self.tensors)
+
+    @cached_property
+    def stems(self) -> Mapping[str, tuple[str, ...]]:
+        """Modules as files of image models name them -> their tensors."""
+        return {group.stem: tuple(group.keys) for group in self.groups}
+
+    @cached_property
+    def modules(self) -> Mapping[str, tuple[str, ...]]:
+        """Modules of an adapter that loratool reads -> their tensors; of any other one as named."""
+        if self.adapter is None:
+            return self.stems
+        found = {s.name: tuple([f.name for f in s.fields.values()]) for s in self.adapter.specs}
+        found |= {r.name: (r.source.name,) for r in self.adapter.replacements}
+        return found | {ref.name: (ref.name,) for ref in self.adapter.unclaimed}
 
     @cached_property
     def alike(self) -> tuple[tuple[tuple[int, Group], ...], ...]:
         """The same with their places, those together that differ in digits of their names alone."""
         found: dict[Any, list[tuple[int, Group]]] = {}
         for place, group in enumerate(self.groups):
-            name = without_numbers(group.flat)
-            found.setdefault((group.prefix, name, group.parts), []).append((place, group))
+            sort = (group.prefix, without_numbers(group.flat), *group.ends)
+            found.setdefault(sort, []).append((place, group))
         return tuple(map(tuple, found.values()))
 
     @cached_property
@@ -82,8 +102,13 @@ class Look(Frozen, dict=True):
 
     @cached_property
     def family(self) -> Family:
-        """The model that its modules are of."""
-        return family_of(self.groups, self.metadata)
+        """The model that its modules are of; of a language model none."""
+        return Family() if self.is_of_language else family_of(self.groups, self.metadata)
+
+    @cached_property
+    def is_of_language(self) -> bool:
+        """True if all modules are called as a language model's, as in most files by far."""
+        return is_language(split_key(key)[0] for key in one_of_alike(tuple(self.tensors)))
 
     def naming_of(self, group: Group) -> str:
         """Whose name a module has: see `loratool.dialects.programs.models`."""
@@ -92,17 +117,19 @@ class Look(Frozen, dict=True):
     @cached_property
     def is_of_images(self) -> bool:
         """True if the programs of image and video models are asked."""
-        return bool(self.family.name) or any(g.is_of_images for g in self.groups)
+        return not self.is_of_language and (
+            bool(self.family.name) or any(g.is_of_images for g in self.groups)
+        )
 
 
-def once(ask: Callable[..., bool]) -> Callable[..., bool]:
-    """A question about a whole file, which rules ask for every module: it is answered once."""
+def once(ask: Callable[..., T]) -> Callable[..., T]:
+    """A question about a whole file, which several rules or modules ask: it is answered once."""
 
-    def answer(look: Look, *more: str) -> bool:
+    def answer(look: Look, *more: str) -> T:
         key = (ask, more)
         if key not in look.answers:
             look.answers[key] = ask(look, *more)
-        return look.answers[key]
+        return cast(T, look.answers[key])
 
     return answer
 
@@ -146,11 +173,3 @@ def _stored_shape(ref: TensorRef) -> tuple[int, ...]:
     """As the file has it."""
     is_turned = isinstance(ref, ArrangedRef) and len(ref.laid) == len(ref.shape)
     return ref.laid if is_turned and isinstance(ref, ArrangedRef) else ref.shape
-
-
-def _refs(adapter: Adapter) -> Iterator[TensorRef]:
-    sources = (f for spec in adapter.specs for f in spec.fields.values())
-    whole = (r.source for r in adapter.replacements)
-    for ref in (*sources, *whole, *adapter.carried, *adapter.unclaimed):
-        if isinstance(ref, TensorRef):
-            yield ref

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from loratool.dialects.mlx import ROLES
-from loratool.dialects.programs.base import RAISES, WRONG, Hit, Program, Rule, specs_of
+from loratool.dialects.programs.base import RAISES, WRONG, Hit, Program, Rule
 from loratool.dialects.programs.look import Look
 from loratool.dialects.rules import short_title
 from loratool.frozen import replace
@@ -132,7 +132,6 @@ MLX = Program(
         "own-folder", RAISES, _other, source=_CODE, is_mended=True,
         says="it loads adapters.safetensors beside a configuration with lora_parameters",
     ),),
-    units=specs_of,
     native="mlx",
     own=tuple(replace(rule, source=_CODE) for rule in OWN),
     homes={"": "mlx"},

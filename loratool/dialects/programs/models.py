@@ -38,8 +38,6 @@ class Family(NamedTuple):
 
 def family_of(groups: Sequence[Group], metadata: Mapping[str, str]) -> Family:
     """The model of a file, by names, shapes and metadata."""
-    if archs.is_language(g.stem for g in groups):
-        return Family()
     mine = [g for g in groups if g.kind and not g.is_text]
     factored = [g for g in mine if g.kind not in ("full", "norm", "set")]
     shapes = {f"unet.{_module(g)}": _shape(g) for g in factored or mine}
@@ -79,7 +77,7 @@ def _module(group: Group) -> str:
 
 def _shape(group: Group) -> tuple[int, ...]:
     """(out, in) of the change, () where its tensors do not tell."""
-    ends = {key[len(group.stem) + 1 :]: tensor.shape for key, tensor in group.tensors.items()}
+    ends = {key[len(group.stem) + 1 :]: group.tensors[key].shape for key in group.keys}
     if group.kind == "loha":
         factors = [_product(ends, "hada_w1", "hada_t1")]
     elif group.kind == "lokr":

@@ -18,11 +18,11 @@ NUNCHAKU = Program(
     (
         Rule("bias", RAISES, where(part=("diff_b", "bias")), "biases",
              "it stops at changes of biases", _ISSUES + "94"),
-        Rule("algorithm", RAISES, where(on=lambda _, g: not g.parts <= _PLAIN),
+        Rule("algorithm", RAISES, where(alike=lambda _, g: not g.parts <= _PLAIN),
              "anything but plain LoRA", "it takes lora_A with lora_B alone", _CODE, is_mended=True),
-        Rule("one-factor", RAISES, where(kind=("lora",), on=is_alone), "one factor alone",
+        Rule("one-factor", RAISES, where(kind=("lora",), alike=is_alone), "one factor alone",
              "it needs lora_A and lora_B", _CODE),
-        Rule("alpha", RAISES, where(kind=("lora",), on=lambda look, g:
+        Rule("alpha", RAISES, where(kind=("lora",), alike=lambda look, g:
              numbered(look, g) and lacks_alpha(look, g)), "no alpha",
              "it stops at a lora_down without alpha", _ISSUES + "64", is_mended=True),
     ),

@@ -23,7 +23,6 @@ from loratool.dialects.programs.base import (
     Hit,
     Program,
     Rule,
-    specs_of,
 )
 from loratool.dialects.programs.look import Look
 from loratool.errors import BadFileError, list_some
@@ -160,6 +159,5 @@ PEFT = Program(
         FILES_BESIDE,
     ),
     opens=(PEFT_FOLDER,),
-    units=specs_of,
     holds_whole_tensors=True,
 )  # fmt: skip

@@ -21,7 +21,8 @@ SD_SCRIPTS = Program(
     "48d368fa (2026-02-16)",
     (_TOOLS + "resize_lora.py", _TOOLS + "merge_lora.py", _TOOLS + "svd_merge_lora.py"),
     (
-        Rule("letters", RAISES, where(kind=("lora",), on=_is_other), "other factors than lora_down",
+        Rule("letters", RAISES, where(kind=("lora",), alike=_is_other),
+             "other factors than lora_down",
              "resize_lora finds no rank and stops; merge_lora leaves the model as it is",
              _HOME + "issues/2169", is_mended=True),
         Rule("algorithm", DROPPED, where(kind=(

@@ -26,7 +26,6 @@ from loratool.dialects.programs.base import (
     Program,
     Rule,
     Test,
-    specs_of,
 )
 from loratool.dialects.programs.look import Look
 from loratool.lazy import regex
@@ -219,6 +218,5 @@ SGLANG = Program(
         FILES_BESIDE,
     ),
     opens=(PEFT_FOLDER,),
-    units=specs_of,
     is_shown=False,
 )  # fmt: skip

@@ -23,7 +23,6 @@ from loratool.dialects.programs.base import (
     Program,
     Rule,
     Test,
-    specs_of,
 )
 from loratool.dialects.programs.look import Look
 
@@ -153,7 +152,6 @@ VLLM = Program(
         FILES_BESIDE,
     ),
     opens=(PEFT_FOLDER,),
-    units=specs_of,
     advice=_option,
     ranks=RANKS,
 )  # fmt: skip

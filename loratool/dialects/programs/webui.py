@@ -98,16 +98,16 @@ def _without_algorithm(look: Look) -> Iterable[Hit]:
 def _bundles(look: Look) -> Iterable[Hit]:
     """Bundled embeddings of several tensors, which it cannot tell apart."""
     found: dict[str, set[str]] = {}
-    for key in look.tensors:
-        if key.startswith("bundle_emb."):
-            name, _, part = key.removeprefix("bundle_emb.").partition(".")
-            found.setdefault(name, set()).add(part)
+    bundled = [key for key in look.tensors if key.startswith("bundle_emb.")]
+    for key in bundled:
+        name, _, part = key.removeprefix("bundle_emb.").partition(".")
+        found.setdefault(name, set()).add(part)
     names = tuple(
         f"bundle_emb.{name}" for name, parts in found.items()
         if len(parts) > 1 and not {"clip_l", "clip_g"} <= parts
         and not any(p.startswith("string_to_param.") for p in parts)
     )  # fmt: skip
-    keys = tuple(k for k in look.tensors if k.startswith(tuple(f"{n}." for n in names)))
+    keys = tuple(k for k in bundled if k.startswith(tuple(f"{n}." for n in names)))
     return [Hit(keys)] if names else []
 
 
@@ -137,8 +137,9 @@ def _is_xl(look: Look) -> bool:
 
 
 def _is_open_clip(group: Group) -> bool:
-    columns = group.shape("down")[1:2]
-    return group.prefix == "lora_te2_" or (group.prefix == "lora_te_" and columns == (_OPEN_CLIP,))
+    return group.prefix == "lora_te2_" or (
+        group.prefix == "lora_te_" and group.shape("down")[1:2] == (_OPEN_CLIP,)
+    )
 
 
 def _split_attention(look: Look) -> Iterable[Hit]:
@@ -176,7 +177,7 @@ def _unread(look: Look) -> Iterable[Hit]:
     """Tensors beside those of an algorithm."""
     names: list[str] = []
     for group in look.groups:
-        if _is_found(look, group):
+        if not group.parts.isdisjoint(("", *_BESIDE)) and _is_found(look, group):
             read = {"full": ("diff_b",), "oft": ("rescale",)}.get(group.kind, ())
             names += group.of("", *(p for p in _BESIDE if p not in read))
     return [Hit(tuple(names))] if names else []
@@ -206,25 +207,25 @@ RULES = (
     Rule("bundle", RAISES, _bundles, "bundled embeddings of several tensors",
          "it takes one tensor, or clip_l with clip_g", _HOME
          + "modules/textual_inversion/textual_inversion.py#L301"),
-    Rule("other-model", DROPPED, where(on=lambda look, _: look.family.name not in (SD, SD3, "")),
+    Rule("other-model", DROPPED, where(alike=lambda look, _: look.family.name not in (SD, SD3, "")),
          "a model that it does not have", "it runs Stable Diffusion 1, 2, XL and 3 alone",
          _HOME + "modules/sd_models_config.py#L12"),
-    Rule("dotted", DROPPED, _sd(where(on=lambda _, g: not g.is_flat and g.prefix not in
+    Rule("dotted", DROPPED, _sd(where(alike=lambda _, g: not g.is_flat and g.prefix not in
          ("diffusion_model.", "bundle_emb."))), "names with dots",
          "a name is looked for up to its first dot", _NETWORKS + "#L189", is_mended=True),
-    Rule("text-model", DROPPED, _sd(where(on=drops_text_model)),
+    Rule("text-model", DROPPED, _sd(where(alike=drops_text_model)),
          "text encoder without text_model in its names",
          "it looks for text_model_encoder_layers", _NETWORKS + "#L100", is_mended=True),
     Rule("unknown-name", DROPPED, _sd(where(on=_is_unknown)), "names that it does not have",
          "no module of the model is called so", _NETWORKS + "#L56", is_mended=True),
     Rule("xl-upsampler", DROPPED, _sd(where(prefix="lora_unet_",
-         path=r"^up_blocks_0_upsamplers_0_conv$", on=lambda look, _: _is_xl(look))),
+         path=r"^up_blocks_0_upsamplers_0_conv$", alike=lambda look, _: _is_xl(look))),
          "an upsampler of SDXL",
          "its name becomes that of Stable Diffusion 1", _NETWORKS + "#L98", is_mended=True),
     Rule("text-attention", DROPPED, _sd(_split_attention), "some of an attention's projections",
          "OpenCLIP's attention takes changes of q, k, v and out together, or none",
          _NETWORKS + "#L490"),
-    Rule("sd3-text", DROPPED, where(family=(SD3,), on=lambda _, g: g.is_text),
+    Rule("sd3-text", DROPPED, where(family=(SD3,), alike=lambda _, g: g.is_text),
          "Stable Diffusion 3's text encoders", "their names are not among the model's",
          _NETWORKS + "#L202"),
     Rule("sd3-names", DROPPED, where(family=(SD3,), on=lambda look, g: not (
@@ -243,12 +244,12 @@ RULES = (
          and g.shape("dora") != g.shape("down")[1:2]), "DoRA of one dimension",
          "it is divided by the lengths of columns, which fails, and the module is passed over",
          _MODULE + "#L182"),
-    Rule("letters-alpha", WRONG, where(kind=("lora",), part=("alpha",), on=lambda look, g:
+    Rule("letters-alpha", WRONG, where(kind=("lora",), part=("alpha",), alike=lambda look, g:
          lettered(look, g) and g.is_flat), "alpha beside lora_A",
          "only the factors are kept: the scale is 1", _LORA + "network_lora.py#L16",
          is_mended=True),
-    Rule("letters-dora", WRONG, where(kind=("lora",), part=("dora", "magnitude"), on=lambda look, g:
-         lettered(look, g) and g.is_flat), "DoRA beside lora_A",
+    Rule("letters-dora", WRONG, where(kind=("lora",), part=("dora", "magnitude"),
+         alike=lambda look, g: lettered(look, g) and g.is_flat), "DoRA beside lora_A",
          "only the factors are kept: the plain LoRA is added", _LORA + "network_lora.py#L16"),
     Rule("glora-scale", WRONG, where(kind=("glora",), on=lambda look, g: not
          _is_new_glora(look, g)), "GLoRA", "alpha is passed over: the scale is 1",

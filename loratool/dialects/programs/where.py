@@ -23,6 +23,7 @@ def where(
     path: str = "",
     kind: Collection[str] = (),
     part: Collection[str] = (),
+    alike: On | None = None,
     on: On | None = None,
     unless: Callable[[Look], bool] | None = None,
 ) -> Test:
@@ -34,7 +35,9 @@ def where(
         path: regular expression that is found in the module's name, underscores for dots.
         kind: of the module, one of these.
         part: it has one of these, and the rule is about their tensors alone.
-        on: anything else.
+        alike: anything else that is the same for names that differ in digits alone, whatever the
+            shapes: it is asked for one of them.
+        on: anything else, asked for every module.
         unless: of the file: then it applies to none.
     """
     prefixes, paths = regex(prefix), regex(path)
@@ -43,13 +46,14 @@ def where(
     def has_path(group: Group) -> bool:
         return not path or paths.search(group.flat) is not None
 
-    def holds_for_all(group: Group) -> bool:
+    def holds_for_all(look: Look, group: Group) -> bool:
         """What is the same for groups that differ in digits alone."""
         return (
             (not kind or group.kind in kind)
             and (not part or not group.parts.isdisjoint(part))
             and (not prefix or prefixes.fullmatch(group.prefix) is not None)
             and (is_numbered or has_path(group))
+            and (alike is None or alike(look, group))
         )
 
     def holds(look: Look, group: Group) -> bool:
@@ -62,7 +66,7 @@ def where(
             return []
         found = sorted(
             (place, group)
-            for members in look.alike if holds_for_all(members[0][1])
+            for members in look.alike if holds_for_all(look, members[0][1])
             for place, group in members if holds(look, group)
         )  # fmt: skip
         names = [key for _, g in found for key in (g.of(*part) if part else (g.stem,))]
