@@ -18,12 +18,15 @@ from loratool.frozen import Frozen
 from loratool.lazy import regex
 from loratool.store.address import Address
 from loratool.store.checksum import Piece, sum_stream, sum_whole
+from loratool.store.pool import waiting_threads
 
 T = TypeVar("T")
 
 WAITS = (0.5, 2.0, 8.0)
 """Seconds before the second attempt, the third …"""
-_TAGS = ("ETag", "etag", "md5Hash", "e_tag")
+_REQUESTS = 8
+"""Small ones at once."""
+_TAGS = ("md5Hash", "ETag", "etag", "e_tag")
 """Under which drivers tell what changes with an object's content."""
 _MD5 = regex(r"[0-9a-f]{32}")
 
@@ -62,7 +65,7 @@ class ObjectStore:
         """An object's address, for messages."""
         return f"{self.address}{name}"
 
-    def list(self, name: str = "") -> dict[str, Entry]:
+    def listing(self, name: str = "") -> dict[str, Entry]:
         """What lies under a name: rest of the name -> entry; "" for an object of just this name."""
         root = self._root + name
         found = self._call("cannot list", name, lambda: self._find(root))
@@ -144,15 +147,22 @@ class ObjectStore:
         self._call("cannot copy", other, copy)
 
     def delete(self, names: Iterable[str]) -> None:
-        """Delete objects; what is gone already is fine."""
-        for name in names:
-            self._call("cannot delete", name, lambda name=name: self._delete(name))  # type: ignore[misc]
+        """Delete objects, in no order; what is gone already is fine."""
+        self.each(names, self._delete)
 
     def _delete(self, name: str) -> None:
-        try:
-            self._fs.rm_file(self._root + name)
-        except FileNotFoundError:
-            pass
+        def delete() -> None:
+            try:
+                self._fs.rm_file(self._root + name)
+            except FileNotFoundError:
+                pass
+
+        self._call("cannot delete", name, delete)
+
+    def each(self, names: Iterable[str], call: Callable[[str], T]) -> list[T]:
+        """Do the same with several objects, which takes as long as the slowest."""
+        with waiting_threads(_REQUESTS) as pool:
+            return list(pool.map(call, names))
 
     def holds(
         self, name: str, entry: Entry | None, size: int, crc: int | None, tag: str = ""

@@ -33,6 +33,8 @@ __all__ = [
 
 MAX_WEIGHT = 1e30  # far from overflow when it is multiplied with float32 factors
 _DECIMAL = regex(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)")
+_ADDRESS = regex(r"[a-z][a-z0-9+.-]+://")
+_FETCH = "inputs are files here or on the Hub: fetch it with the store's own program first"
 _COMPONENT = regex(r"[A-Za-z][A-Za-z0-9_.]*")
 _LOGIN = regex(r"https?://[^/\s@]+@")
 _NAME = r"[A-Za-z0-9][\w.\-]*"
@@ -229,7 +231,7 @@ def resolve(
     match = _BARE.fullmatch(text)
     may_be_hub = match is not None and not _FILE_SUFFIX.search(match["repo"])
     if match is None or not may_be_hub or Path(match["owner"]).is_dir():
-        hint = None
+        hint = _FETCH if _ADDRESS.match(text) else None
         if match is not None and may_be_hub:
             hint = f"the folder {match['owner']} exists, so a path is meant; else write hf://{text}"
         raise BadFileError("LT-300", "no such file or folder", file=text, hint=hint)

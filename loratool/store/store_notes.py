@@ -70,7 +70,7 @@ class StoreNotes:
         self._run = secrets.token_hex(8)
         self._plan: str | None = None
         self._inputs: dict[str, list[int]] = {}
-        self.found = store.list(INSIDE)
+        self.found = store.listing(INSIDE)
         self.head = self._read_head() if "head.json" in self.found else None
         self.names = set(self.head["names"]) if self.head else set()
 
@@ -95,14 +95,14 @@ class StoreNotes:
         )  # fmt: skip
 
     def _read_lines(self) -> dict[str, Line]:
+        places = {line_of(name): name for name in self.names}
+        there = [p for p in places if p.removeprefix(f"{INSIDE}/") in self.found]
         found: dict[str, Line] = {}
-        for name in self.names:
-            place = line_of(name)
-            if place.removeprefix(f"{INSIDE}/") in self.found:
-                read = lines_of(self._store.read(place) or b"")
-                line = fitting(read[0], Line) if read else None
-                if line is not None and line["file"] == name:
-                    found[name] = line
+        for place, data in zip(there, self._store.each(there, self._store.read), strict=True):
+            read = lines_of(data or b"")
+            line = fitting(read[0], Line) if read else None
+            if line is not None and line["file"] == places[place]:
+                found[places[place]] = line
         return found
 
     def begin(self, plan: str | None, inputs: Mapping[Path, Stamp]) -> dict[str, list[int]]:
@@ -143,7 +143,7 @@ class StoreNotes:
 
     def clear(self) -> None:
         """Delete all that a run has to say, the head last."""
-        gone = [f"{INSIDE}/{name}" for name in self._store.list(INSIDE)]
+        gone = [f"{INSIDE}/{name}" for name in self._store.listing(INSIDE)]
         self._store.delete(name for name in gone if name != HEAD)
         self._store.delete([HEAD])
         self.found, self.head, self.names = {}, None, set()

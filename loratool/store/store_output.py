@@ -121,6 +121,7 @@ class StoreOutput(Output):
     # ----------------------------------------------------------------------------- writing
 
     def _announce(self, name: str) -> None:
+        self._uploads.wait_for_room()  # else ever more files would wait here for a slow store
         with self._guard:
             if name not in self._place.notes.names:
                 self._place.notes.announce([name])

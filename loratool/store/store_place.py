@@ -52,8 +52,8 @@ class StorePlace:
     def __init__(self, address: Address, *, is_folder: bool) -> None:
         self.address, self.is_folder = address, is_folder
         self.store = ObjectStore(address)
+        self._out = self.store.listing()
         self.notes = StoreNotes(self.store, address)
-        self._out = self.store.list()
         self._marker = self._read_marker(f"/{MARKER}") if MARKER in self._out else None
 
     def _read_marker(self, name: str) -> Marker | None:
@@ -200,8 +200,9 @@ class StorePlace:
 
     def forget(self, names: Iterable[str], home: str) -> None:
         """Delete complete files and their lines."""
-        for name in names:
-            self.store.delete([line_of(name), home + name])
+        names = list(names)
+        self.store.delete(map(line_of, names))
+        self.store.delete(home + name for name in names)
 
     # ----------------------------------------------------------------------------------- the end
 
@@ -211,7 +212,7 @@ class StorePlace:
         Raises:
             OutputError: LT-501, LT-505, LT-511.
         """
-        found = self.store.list()
+        found = self.store.listing()
         if not taken.old:
             if not self.is_folder and found:
                 raise self._exists()
@@ -236,12 +237,11 @@ class StorePlace:
             self.store.copy(f"/{MARKER}", REPLACED, taken.old[MARKER].size)
             self.store.delete([f"/{MARKER}"])
         self.store.delete(f"/{name}" for name in taken.old if name not in made)
-        for name, size in made.items():
-            self.store.copy(DATA + name, f"/{name}", size)
+        self.store.each(made, lambda name: self.store.copy(DATA + name, f"/{name}", made[name]))
 
     def drop(self, home: str) -> None:
         """Delete everything that this run and those before it made, but no earlier output."""
         if home == "/" or "replaced.json" in self.notes.found:
-            found = self.store.list()
+            found = self.store.listing()
             self.store.delete(f"/{name}" for name in found if name in self.notes.names)
         self.notes.clear()

@@ -33,6 +33,14 @@ class Uploads:
         """True if a job is not done."""
         return self._left > 0
 
+    def wait_for_room(self) -> None:
+        """Until a thread has nothing to do.
+
+        Raises:
+            BaseException: what an earlier job raised.
+        """
+        self._wait(self._threads - 1)
+
     def give(self, job: Job) -> None:
         """Have a job done; returns when there is a thread for it.
 
@@ -53,8 +61,11 @@ class Uploads:
         Raises:
             BaseException: what one of them raised.
         """
+        self._wait(0)
+
+    def _wait(self, most: int) -> None:
         with self._changed:
-            while self._left:  # in slices: Ctrl-C is to be seen on every system
+            while self._left > most:  # in slices: Ctrl-C is to be seen on every system
                 self._changed.wait(1)
             if self._failure is not None:
                 raise self._failure

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,15 @@ import pytest
 
 import loratool as lt
 from loratool.cli import run
+from loratool.engine.executors import EXECUTORS, Desk, Row, Task
+from loratool.engine.executors.whole_steps import (
+    LostError,
+    Order,
+    ShardOrder,
+    carry_out,
+    run_whole_steps,
+)
+from loratool.engine.kernel import Env
 from loratool.errors import HubError, LoratoolError
 from loratool.store import object_store
 from loratool.store.marker import MARKER, marker_of
@@ -125,13 +136,15 @@ class Fail:
         error: type[BaseException] = OSError,
     ) -> None:  # fmt: skip
         self.number, self.kinds, self.always, self.part = number, kinds, always, part
-        self.error, self.seen = error, 0
+        self.error, self.seen, self.lock = error, 0, threading.Lock()
 
     def __call__(self, what: str, name: str) -> None:
         if (self.kinds and what not in self.kinds) or self.part not in name:
             return
-        self.seen += 1
-        if self.seen == self.number + 1 or (self.always and self.seen > self.number):
+        with self.lock:
+            self.seen += 1
+            seen = self.seen
+        if seen == self.number + 1 or (self.always and seen > self.number):
             raise self.error("the store says no")
 
 
@@ -151,6 +164,80 @@ def test_the_bytes_of_a_local_output(command: str, inputs: Path) -> None:
 def test_processes_too(command: str, inputs: Path) -> None:
     call(command, inputs, address(command), executor="processes")
     assert stored(command) == local(inputs, command)
+
+
+class FarCrew:
+    """Workers that share nothing with the driver: orders and answers go through pickle.
+
+    The first one is lost, with all that it had made.
+    """
+
+    attempts = 2
+
+    def __init__(self, env: Env) -> None:
+        self.env, self.orders, self.lost = env, list[bytes](), False
+
+    def begin(self, order: Order | ShardOrder) -> int:
+        self.orders.append(pickle.dumps(order))
+        return len(self.orders) - 1
+
+    def wait(self, jobs: Sequence[int]) -> Sequence[int]:
+        return [max(jobs)]
+
+    def end(self, job: int) -> bytes:
+        answer = carry_out(pickle.loads(self.orders[job]), self.env)
+        if not self.lost:
+            self.lost = True
+            raise LostError("gone")
+        return answer
+
+    def stop(self) -> None:
+        assert self.lost
+
+
+def far(env: Env, tasks: Iterator[Task], desk: Desk, workers: int) -> None:
+    run_whole_steps(FarCrew(env), env, tasks, desk, workers, are_far=True)
+
+
+@pytest.mark.parametrize("command", ["merge", "extract", "combine"])
+def test_workers_of_other_machines_upload_their_shards(
+    command: str, inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With Ray itself: `tests.unit.test_s3`."""
+    monkeypatch.setitem(EXECUTORS, "ray", Row(f"{__name__}:far"))
+    sent: list[Order | ShardOrder] = []
+    monkeypatch.setattr(FarCrew, "begin", logged(FarCrew.begin, sent))
+    call(command, inputs, address(command), executor="ray")
+    assert stored(command) == local(inputs, command)
+    assert not objects("b", f"out{INSIDE}")
+    if command == "merge":
+        assert len(sent) == 3 + 1 and all(isinstance(order, ShardOrder) for order in sent)
+    Buckets.before[:] = [Fail(0, "put", always=True, part="-00003-")]
+    if command == "merge":
+        shutil.rmtree(Path(os.environ[ROOT]) / "b" / "out")
+        with pytest.raises(HubError):
+            call(command, inputs, address(command), executor="ray", threads=1)
+        Buckets.before.clear()
+        sent.clear()
+        call(command, inputs, address(command), executor="ray")
+        assert len(sent) == 1 + 1 and stored(command) == local(inputs, command)
+
+
+def logged(begin: Callable[..., Any], log: list[Any]) -> Callable[..., Any]:
+    def call(self: Any, order: Any) -> Any:
+        log.append(order)
+        return begin(self, order)
+
+    return call
+
+
+def test_one_file_is_no_work_for_other_machines(
+    inputs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(EXECUTORS, "ray", Row(f"{__name__}:far"))
+    monkeypatch.setattr(FarCrew, "stop", lambda self: None)
+    assert code_of(lambda: call("file", inputs, address("file"), executor="ray")) == "LT-278"
+    assert not objects("b")
 
 
 def test_shards_are_uploaded_when_they_are_done_and_the_marker_last(inputs: Path) -> None:
@@ -508,6 +595,33 @@ def test_killed_between_shards(inputs: Path, tmp_path: Path) -> None:
     assert objects("b") == {f"out/{k}": v for k, v in local(inputs, "merge").items()}
 
 
+INTERRUPTED = """
+import os, signal, sys, time
+from tests.buckets import Buckets
+from loratool.cli import run
+def wait(what, name):
+    if what == "put" and "-00003-" in name:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(600)
+Buckets.before.append(wait)
+sys.exit(run(sys.argv[1:]))
+"""
+
+
+def test_interrupted_while_a_shard_is_under_way(inputs: Path, tmp_path: Path) -> None:
+    """Nobody waits for the upload to end."""
+    words = ["merge", str(inputs / "a1"), f"{inputs / 'a2'}:0.5", "--base", str(inputs / "base"),
+             "-o", address("merge"), "--threads", "1"]  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", INTERRUPTED, *words], check=False, capture_output=True, text=True,
+        env={**os.environ, "TMPDIR": str(tmp_path / "tmp")}, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 130, done.stderr
+    assert not is_whole(stored("merge")) and objects("b", f"out{INSIDE}")
+    assert run(words) == 0
+    assert objects("b") == {f"out/{k}": v for k, v in local(inputs, "merge").items()}
+
+
 # ----------------------------------------------------------------------------------- refusals
 
 
@@ -543,6 +657,11 @@ def test_places_that_are_none(
     exit_code, error, _ = refusal(inputs, "buckets://b/out", capsys)
     assert (exit_code, error["code"]) == (6, "LT-603")
     assert Buckets.before[0].seen <= 2, "asking again is of no use"  # type: ignore[attr-defined]
+
+
+def test_inputs_are_files(inputs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["merge", "buckets://b/a", "--base", str(inputs / "base"), "-o", "out"]) == 3
+    assert "fetch it with the store's own program first" in capsys.readouterr().err
 
 
 def test_a_folder_here_of_such_a_name_wins(
