@@ -202,8 +202,15 @@ class AddDeltas(Kernel):
         """The same in float32, for `Exact`; None if that is not asked for, or not harmless."""
         if not isinstance(self.rounder, Exact) or self.rounder.singles is None:
             return None
-        acc = self._sum(block, inputs, self.rounder.singles, torch.float32)
+        acc = self.sum_singles(block, inputs, self.rounder)
         return acc if self._gate.passes(acc) else None
+
+    def sum_singles(
+        self, block: grid.Block, inputs: list[torch.Tensor], rounder: Exact
+    ) -> torch.Tensor:
+        """`sum` in float32, where a rounder has deltas for that."""
+        assert rounder.singles is not None
+        return self._sum(block, inputs, rounder.singles, torch.float32)
 
     def _sum(
         self, block: grid.Block, inputs: list[torch.Tensor], deltas: Sequence[Delta],
@@ -243,8 +250,12 @@ class AddDeltas(Kernel):
     ) -> None:
         """Keep what the report tells, of the blocks and rows that stand for all."""
         rows = slice(-block.r0 % self._stride, None, self._stride)
-        if block.index % self._block_stride == 0 and rows.start < base.shape[0]:
+        if self.is_measured(block) and rows.start < base.shape[0]:
             self._measure(block, base[rows], acc[rows], out[rows])
+
+    def is_measured(self, block: grid.Block) -> bool:
+        """Whether `measure` does anything with a block."""
+        return block.index % self._block_stride == 0
 
     def _measure(
         self, block: grid.Block, base: torch.Tensor, acc: torch.Tensor, out: torch.Tensor

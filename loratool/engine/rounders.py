@@ -165,6 +165,19 @@ class Exact(Nearest):
         self, block: grid.Block, inputs: Sequence[torch.Tensor], acc: torch.Tensor,
         out: torch.Tensor,
     ) -> None:  # fmt: skip
+        open_ = self.round_decided(block, inputs, acc, out)
+        keep_zero_signs(out, inputs[0], acc)  # where nothing is in doubt
+        self.look_again(block, inputs, out, open_)
+
+    def round_decided(
+        self, block: grid.Block, inputs: Sequence[torch.Tensor], acc: torch.Tensor,
+        out: torch.Tensor,
+    ) -> torch.Tensor:  # fmt: skip
+        """Round sums of `singles` where their bound decides.
+
+        Returns:
+            Positions (n,) of all others, counted along the block's rows, for `look_again`.
+        """
         assert self.singles is not None
         take, shape, device = self.env.scratch.take, (acc.shape[0], acc.shape[1]), acc.device
         error = take("error", shape, torch.float32, device)
@@ -178,8 +191,13 @@ class Exact(Nearest):
         torch.sub(acc, error, alpha=unit, out=error)
         out.copy_(error)
         high.copy_(upper)
-        open_ = differing(out, high)
-        keep_zero_signs(out, inputs[0], acc)  # where nothing is in doubt
+        return differing(out, high)
+
+    def look_again(
+        self, block: grid.Block, inputs: Sequence[torch.Tensor], out: torch.Tensor,
+        open_: torch.Tensor,
+    ) -> None:  # fmt: skip
+        """Round what `round_decided` left open; of several blocks at once, as one."""
         for first in range(0, len(open_), _AT_ONCE):
             self._look_again(block, inputs, out, open_[first : first + _AT_ONCE])
 
