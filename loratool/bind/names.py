@@ -247,8 +247,17 @@ def parse_skip(text: str) -> Pattern:
 
     if not text:
         refuse("it is empty")
-    regex = component_pattern(text).pattern if text in COMPONENTS else text
-    return compile_pattern(regex, refuse)
+    return compile_pattern(part_regex(text), refuse)
+
+
+def part_regex(text: str) -> str:
+    """The expression that a component word stands for; another text is one itself.
+
+    Example:
+        >>> part_regex("layers.0"), bool(re.search(part_regex("te"), "unet.attentions.0"))
+        ('layers.0', False)
+    """
+    return component_pattern(text).pattern if text in COMPONENTS else text
 
 
 def skipped_by(name: str) -> tuple[str, ...]:

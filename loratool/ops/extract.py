@@ -9,6 +9,7 @@ from loratool.adapter import TensorRef
 from loratool.archs.layers import is_conv1d
 from loratool.archs.names import to_memory
 from loratool.archs.stated import model_type
+from loratool.bind.names import part_regex
 from loratool.dialects.rules import gains
 from loratool.engine.rows import args_of, op_of
 from loratool.errors import MismatchError
@@ -137,7 +138,8 @@ def _choose(
 
 def _found(texts: Sequence[str], option: str, names: Sequence[str]) -> frozenset[str]:
     """The names in which any of the expressions is found."""
-    return frozenset().union(*find([typed_pattern(text, option) for text in texts], names))
+    patterns = [typed_pattern(part_regex(text), option) for text in texts]
+    return frozenset().union(*find(patterns, names))
 
 
 def _make_step(pair: Pair, base: Checkpoint, how: FactorOptions, gain: float) -> Step:

@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 
 from loratool.adapter import Adapter
+from loratool.bind.names import part_regex
 from loratool.dialects import open_adapter, unmergeable_reason
 from loratool.errors import BadFileError, MismatchError, OutputError, UsageError, list_some
 from loratool.frozen import Frozen, replace
@@ -51,7 +52,7 @@ def _included(adapter: Adapter, include: Sequence[str]) -> Adapter:
     replaced = {r.name: r.name.rpartition(".")[0] or r.name for r in adapter.replacements}
     modules = [*(s.module or s.parameter for s in adapter.specs), *replaced.values()]
     files = [*adapter.extras, *(one.name for one in adapter.beside)]
-    patterns = [typed_pattern(text, "--include") for text in include]
+    patterns = [typed_pattern(part_regex(text), "--include") for text in include]
     found: frozenset[str] = frozenset().union(*find(patterns, [*modules, *files]))
     left_out = sorted(set(modules) - found)
     if not found.intersection(modules):

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from loratool.adapter import Adapter, DeltaSpec, Source, TensorRef
+from loratool.bind.names import part_regex
 from loratool.delta.forms import scaled_source
 from loratool.dialects import write_adapter_files
 from loratool.dialects.rules import keeps_config, takes_scalings, tied_pairs
@@ -54,7 +55,7 @@ def parse_only(items: Sequence[str]) -> list[tuple[Pattern, float]]:
                 "LT-295", "--only takes a regular expression and a factor", got=item,
                 expected="REGEX=FACTOR, such as mlp=0.5",
             )  # fmt: skip
-        found.append((typed_pattern(regex, "--only"), float(number)))
+        found.append((typed_pattern(part_regex(regex), "--only"), float(number)))
     return found
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from loratool.adapter import Adapter
-from loratool.bind.names import COMPONENTS, component_pattern
+from loratool.bind.names import COMPONENTS, component_pattern, part_regex
 from loratool.errors import MismatchError, UsageError, list_some
 from loratool.frozen import Frozen, field, replace
 from loratool.patterns import Pattern, Refuse, compile_pattern, find
@@ -159,7 +159,7 @@ def _component_note(adapter: Adapter, components: Mapping[str, float]) -> list[s
 def read_module_weights(path: Path, count: int) -> tuple[Rule, ...]:
     """Rules of a ``--module-weights`` file: YAML, regular expression -> weight or list of them.
 
-    A list has one weight per adapter.  The first expression that is found in a module's name
+    A component word (``te``) stands for it.  A list has one weight per adapter.  The first expression that is found in a module's name
     counts and multiplies the adapter's weight; all other modules keep that.
 
     Raises:
@@ -193,7 +193,7 @@ def read_module_weights(path: Path, count: int) -> tuple[Rule, ...]:
         if not items or not all(is_weight(item.value) for item in items):
             refuse("no plain decimal number", line, str([i.value for i in items])[:80])
         weights = tuple(parse_weight(item.value) for item in items)
-        pattern = compile_pattern(text, partial(refuse, line=line, got=text[:80]))
+        pattern = compile_pattern(part_regex(text), partial(refuse, line=line, got=text[:80]))
         rules[text] = (pattern, weights if len(weights) > 1 else weights * count)
     return tuple(rules.values())
 

@@ -23,10 +23,11 @@ Rename = Annotated[Sequence[str], Words(
     "Rewrite module names. Repeatable.", "Names", metavar="s/A/B/", record=True,
 )]  # fmt: skip
 Include = Annotated[Sequence[str], Words(
-    "Take only modules that match. Repeatable.", "Input", metavar="REGEX", record=True,
+    "Take only a component (te), or modules that match. Repeatable.", "Input",
+    metavar="PART|REGEX", record=True,
 )]  # fmt: skip
 ModuleWeights = Annotated[Place | None, Words(
-    "YAML: regular expression of module names -> weight, or one per adapter.", "Input",
+    "YAML: component or regular expression of module names -> weight, or one per adapter.", "Input",
     metavar="FILE", record=True,
 )]  # fmt: skip
 Program = Annotated[str | None, Words(

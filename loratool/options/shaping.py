@@ -102,7 +102,8 @@ class Extract(Write, Shown, Run, Planned, Access, Details, kw_only=False):
     )] = ()  # fmt: skip
     include: Include = ()
     exclude: Annotated[Sequence[str], Words(
-        "Do not factor modules that match. Repeatable.", "Input", metavar="REGEX", record=True,
+        "Do not factor a component, or modules that match. Repeatable.", "Input",
+        metavar="PART|REGEX", record=True,
     )] = ()  # fmt: skip
     output: Annotated[Place, Words(
         "Folder to create (PEFT), or the file of another dialect, here or as s3://bucket/folder.",
@@ -161,8 +162,8 @@ class Rescale(Write, Workers, Watch, Planned, Read, Access, kw_only=False):
     )]  # fmt: skip
     _: KW_ONLY
     only: Annotated[Sequence[str], Words(
-        "Another factor for modules that match; the last counts. Repeatable.", "Input",
-        metavar="REGEX=FACTOR", record=True,
+        "Another factor for a component (te) or modules that match; the last counts. Repeatable.",
+        "Input", metavar="PART|REGEX=FACTOR", record=True,
     )] = ()  # fmt: skip
     blocks: Annotated[str | None, Words(
         "A factor per block, times FACTOR: ALL, INS, IND, INALL, MIDD, OUTD, OUTS, OUTALL for "

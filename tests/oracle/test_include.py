@@ -8,12 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import loratool as lt
 from loratool.dialects import open_adapter
 from loratool.dialects.programs import judge_loads
 from loratool.errors import LoratoolError
+from tests.make import randn
 
 ONLY = "layers\\.0\\..*q_proj"
 
@@ -31,6 +32,29 @@ def test_it_is_the_opposite_of_skip(here: Path) -> None:
     assert changed == {"model.layers.0.self_attn.q_proj.weight"}
     for name in base:
         assert torch.equal(whole[name], (kept if name in changed else left)[name])
+
+
+def test_a_component_is_no_part_of_a_word(tmp_path: Path) -> None:
+    """``te`` is the text encoder, in attentions too: for every option that takes parts."""
+    inside = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
+    names = ("lora_te_text_model_encoder_layers_0_self_attn_q_proj", inside)
+    path, out = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    save_file({f"{name}.lora_{side}.weight": randn(*shape, seed=i)
+               for i, name in enumerate(names)
+               for side, shape in (("down", (2, 6)), ("up", (6, 2)))}, path)  # fmt: skip
+    (rules := tmp_path / "rules.yaml").write_text("te: 3\n")
+
+    def factors() -> dict[bool, float]:
+        """Is it of the text encoder -> how much larger it became."""
+        sizes = {m.name: m.norm() for m in lt.open(path)}
+        return {m.name.startswith("te."): m.norm() / sizes[m.name] for m in lt.open(out)}
+
+    lt.rescale([path], 1, only=["te=3"], output=out)
+    assert factors() == {True: pytest.approx(3), False: pytest.approx(1)}
+    lt.rescale([path], 2, include=["te"], output=out, force=True)
+    assert factors() == {True: pytest.approx(2)}
+    lt.combine([path, path], module_weights=rules, output=out, force=True)
+    assert factors() == {True: pytest.approx(6), False: pytest.approx(2)}
 
 
 def test_it_is_said_recorded_and_replayed(here: Path) -> None:
