@@ -159,8 +159,9 @@ def _component_note(adapter: Adapter, components: Mapping[str, float]) -> list[s
 def read_module_weights(path: Path, count: int) -> tuple[Rule, ...]:
     """Rules of a ``--module-weights`` file: YAML, regular expression -> weight or list of them.
 
-    A component word (``te``) stands for it.  A list has one weight per adapter.  The first expression that is found in a module's name
-    counts and multiplies the adapter's weight; all other modules keep that.
+    A component word (``te``) stands for it.  A list has one weight per adapter.  The first
+    expression that is found in a module's name counts and multiplies the adapter's weight; all
+    other modules keep that.
 
     Raises:
         UsageError: LT-285, not such a file.
