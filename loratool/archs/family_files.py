@@ -110,7 +110,8 @@ def _rows(family: str, written: Any, data: Mapping[str, Any], *, is_tensor: bool
         }
         like = _further(names, namings, parts, is_tensor=is_tensor)
         yield Row(family, component, names, parts, split, swap, like, is_tensor,
-                  written.get("grows", ""), written.get("columns", 0), blocks)  # fmt: skip
+                  written.get("grows", ""), written.get("columns", 0), written.get("lower", ""),
+                  blocks)  # fmt: skip
 
 
 def _covers(templates: list[str], parts: int) -> list[tuple[int, int]]:

@@ -47,6 +47,8 @@ class Row(Frozen, dict=True):
         grows: the key of diffusers' configuration that states the columns of a weight which may get
             more of them; "" = it never does.
         columns: of that weight in the family's own models.
+        lower: the naming that stands for diffusers' where the weight has fewer rows than columns:
+            the last block of some models calls a module otherwise; "" = none.
         blocks: where the sides number their blocks differently: the first numbers of a name of the
             original's -> those of diffusers'.
     """
@@ -61,6 +63,7 @@ class Row(Frozen, dict=True):
     is_tensor: bool = False
     grows: str = ""
     columns: int = 0
+    lower: str = ""
     blocks: tuple[tuple[Numbers, Numbers], ...] = ()
 
     def fill(self, name: Name, naming: str, numbers: Numbers) -> str:

@@ -71,10 +71,19 @@ def rename(
             spec = replace(group[0].spec, module=group[0].module)
             made.append(Moved(spec, group[0].component, "", (group[0].spec.name,)))
         else:
-            wanted = naming(place.family)
-            wanted = wanted if wanted in place.row.names else "original"
-            made += _moved(group, wanted, _heights(kin[_kin_of(group[0])]), remake)
+            mine = kin[_kin_of(group[0])]
+            wanted = _naming_of(group[0], mine, naming(place.family))
+            made += _moved(group, wanted, _heights(mine), remake)
     return made
+
+
+def _naming_of(one: Located, kin: Sequence[Located], wanted: str) -> str:
+    """The naming by which a row of the map is called for a dialect's."""
+    assert one.place is not None
+    row, rows = one.place.row, _size(one.spec)[0]
+    if wanted == "diffusers" and row.lower and rows < max(_size(k.spec)[1] for k in kin):
+        return row.lower
+    return wanted if wanted in row.names else "original"
 
 
 def _kin_of(one: Located) -> object:

@@ -55,6 +55,9 @@ Z_IMAGE = "diffusion_model.layers.0.attention.to_q"
 QWEN = "transformer_blocks.0.img_mlp.net.2"
 KREA = "diffusion_model.blocks.0.attn.wq"
 ANIMA = "diffusion_model.blocks.0.self_attn.q_proj"
+MOCHI = "transformer.transformer_blocks"
+mochi = {**pair(f"{MOCHI}.0.attn1.to_q", how="A"),
+         **pair(f"{MOCHI}.0.norm1_context.linear", 16, 8, how="A")}  # fmt: skip
 sd, flux = pair(SD), pair(FLUX)
 embedding: Shapes = {"bundle_emb.cat.string_to_param.*": (2, 8)}
 loha: Shapes = {
@@ -293,6 +296,9 @@ SAMPLES = (
            **pair("diffusion_model.final_layer.linear")}, pair(Z_IMAGE)),
     Sample("diffusers", "doubled-prefix", "dropped", pair(f"transformer.{QWEN}", how="A+"),
            pair(f"transformer.{QWEN}", how="A")),
+    Sample("diffusers", "mochi-last", "dropped",
+           {**mochi, **pair(f"{MOCHI}.1.norm1_context.linear", 4, 8, how="A")},
+           {**mochi, **pair(f"{MOCHI}.1.norm1_context.linear_1", 4, 8, how="A")}),
     Sample("diffusers", "hunyuan-final", "wrong",
            {**pair("diffusion_model.double_blocks.0.img_attn_qkv", 24, how="A"),
             **pair("diffusion_model.final_layer.adaLN_modulation.1", how="A")},

@@ -188,6 +188,11 @@ def _mixed_ranks(look: Look) -> Iterable[Hit]:
     return [Hit(tuple(g.stem for g in groups if g.shape("down")[:1] != first))]
 
 
+def _is_lower(_: Look, group: Group) -> bool:
+    """True for a module of fewer rows than columns."""
+    return 0 < next(iter(group.shape("up")), 0) < next(iter(group.shape("down")[1:]), 0)
+
+
 def _norm_alpha(look: Look, group: Group) -> bool:
     return "down" not in group.parts or group.flat == "head_head"
 
@@ -269,6 +274,11 @@ _OTHERS = (
     Rule("qwen-no-alpha", RAISES, where(family=(QWEN,), kind=("lora",), alike=lambda look, g:
          numbered(look, g) and lacks_alpha(look, g)), "no alpha", "it was a KeyError",
          _PULLS + "14165", until="0.42"),
+    Rule("mochi-last", DROPPED, where(family=("mochi",), prefix=r"transformer\.",
+         path=r"_norm1_context_linear$", on=_is_lower), "the last block's norm1_context.linear",
+         "its name there is norm1_context.linear_1: the keys are unexpected, with a warning",
+         _HOME + "blob/v0.42.1/src/diffusers/models/transformers/transformer_mochi.py#L130",
+         is_mended=True),
     Rule("hunyuan-final", WRONG, where(family=(HUNYUAN,), path=r"^final_layer_adaLN_modulation_1$"),
          "the last modulation", "both factors' halves are swapped where lora_B's must be", _CODE,
          is_mended=True),
