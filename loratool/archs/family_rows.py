@@ -41,7 +41,8 @@ class Row(Frozen, dict=True):
         parts: how many parts the finest naming has.
         split: a word per part, "in" = the module's input width, "*" = an equal share of the rest.
         swap: "" or "always", or "2in" = where a module has twice as many rows as columns: diffusers
-            has the two halves of the rows in the other order than the original.
+            has the two halves of the rows in the other order than the original; "axes" = the
+            original has (in, out).
         like_diffusers: the namings that have diffusers' order and numbers.
         is_tensor: the names are those of whole tensors, as of parameters without ``.weight``.
         grows: the key of diffusers' configuration that states the columns of a weight which may get

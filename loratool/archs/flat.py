@@ -29,7 +29,7 @@ class Meaning(Frozen):
         holds: where rows must be cut: the parts (first, stop) of the whole that each tensor holds.
         wanted: the parts that the name stands for.
         split: a word for the height of every part: see `loratool.archs.family_rows.Row`.
-        swap: "" or when the halves of the rows change places.
+        swap: "" or when the halves of the rows change places, or rows and columns.
     """
 
     names: tuple[str, ...]

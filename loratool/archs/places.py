@@ -96,6 +96,18 @@ class Place(Frozen):
         """Which part it is, 0 for the first or for all of them."""
         return self.first
 
+    def called(self, naming: str, rows: int, columns: int) -> str:
+        """The naming that stands for a program's: its own, that of low weights, or the original.
+
+        Args:
+            naming: of the program.
+            rows: of the weight, and
+            columns: its columns.
+        """
+        if naming == "diffusers" and self.row.lower and rows < columns:
+            return self.row.lower
+        return naming if naming in self.row.names else "original"
+
     def split(self, rows: int, in_width: int | None = None) -> list[tuple[int, int]]:
         """Rows (start, stop) of each part of the whole row's weights.
 
@@ -152,14 +164,19 @@ def places(
 
 def _find(component: str, module: str, parameter: str, family: str | None) -> Iterator[Place]:
     flat, index, kind = flatten(module), index_of(family), "te" if is_text(component) else "unet"
-    asked = [(flat, False)]
-    if index.tensors:
-        asked += [("_".join(filter(None, (flat, parameter))), True)] if parameter else []
-        asked += [(flat, True)] if parameter in ("", "weight") else []
-    for name, is_tensor in asked:
+
+    def ask(name: str, *, is_tensor: bool) -> Iterator[Place]:
         for entry, numbers in index.find(name, is_tensor=is_tensor):
             if not component or kind == entry.row.component:
                 yield _place(entry, numbers, "" if is_tensor else parameter)
+
+    yield from ask(flat, is_tensor=False)
+    if index.tensors:
+        whole = "_".join(filter(None, (flat, parameter))) if parameter else ""
+        found = list(ask(whole, is_tensor=True)) if whole else []
+        if not found and parameter in ("", "weight"):  # the name is that of the parameter itself
+            found = list(ask(flat, is_tensor=True))
+        yield from found
 
 
 def _place(entry: Entry, numbers: tuple[str, ...], parameter: str) -> Place:

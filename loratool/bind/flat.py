@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from loratool.adapter import Adapter
+from loratool.adapter import Adapter, DeltaSpec
 from loratool.archs.families import Guess, family_of, module_shapes, split_component
 from loratool.archs.family_rows import cut, holds_for
 from loratool.archs.flat import FlatNames, KnownNames, Meaning, flat_names
@@ -102,6 +102,8 @@ def place_pieces(item: Item, ctx: Context) -> Placement:
             return misfit(item, "LT-432", str(shape), known_size(spec), targets[0])
         spec = settled
     inner = side_sizes(spec)[1] if spec.is_matrix else ()
+    if meaning.swap == "axes":
+        return _place_turned(item, spec, targets[0], ctx)
     for target in targets:
         if problem := unmergeable(item, target, ctx):
             return problem
@@ -121,6 +123,16 @@ def place_pieces(item: Item, ctx: Context) -> Placement:
         BoundDelta(spec, targets[p.tensor], _region(p, is_vector=not spec.is_matrix))
         for p in pieces
     ))  # fmt: skip
+
+
+def _place_turned(item: Item, spec: DeltaSpec, target: str, ctx: Context) -> Placement:
+    """A change of a matrix that the base has as (in, out)."""
+    sides = ctx.shape(target)[::-1]
+    if problem := unmergeable(item, target, ctx):
+        return problem
+    if not spec.is_matrix or shape_of(spec) != sides:
+        return misfit(item, "LT-432", str(sides), str(shape_of(spec)), target)
+    return Found(item, (BoundDelta(spec, target, transposed=True),))
 
 
 class _Piece(NamedTuple):

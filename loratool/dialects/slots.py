@@ -37,7 +37,7 @@ def slot_of(table: Table, component: str, family: str, main: str) -> str:
         wanted = [{"openclip_g": "te2", "t5": "te3"}.get(kind, "te1")]
         if kind in encoders and table.naming == "diffusers":  # they are counted
             wanted = [f"te{encoders.index(kind) + 1}"]
-        elif len(encoders) < 2:
-            wanted = ["te", *wanted]
-    known = {name for c in table.components for name in (c.name, *c.also)}
-    return next((slot for slot in wanted if slot in known), component)
+        elif len(encoders) < 2:  # one, or nothing tells how many there are
+            wanted = ["te", *wanted] if encoders or wanted == ["te1"] else [*wanted, "te"]
+    known = {name: c.name for c in reversed(table.components) for name in (c.name, *c.also)}
+    return next((known[slot] for slot in wanted if slot in known), component)

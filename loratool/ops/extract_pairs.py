@@ -8,10 +8,11 @@ from typing import Any
 from loratool.adapter import TensorRef
 from loratool.archs.classes import fuses_experts, holder_of
 from loratool.archs.experts import parse_expert
-from loratool.archs.families import places
+from loratool.archs.families import places, split_component
 from loratool.archs.heads import is_other_head
 from loratool.archs.layers import has_flipped_experts, has_transposed_experts, is_conv1d
 from loratool.archs.names import to_memory
+from loratool.archs.places import is_text
 from loratool.archs.stated import model_type
 from loratool.archs.ties import is_head
 from loratool.dtypes import DTYPES
@@ -100,6 +101,8 @@ class Roles:
             return "small", ""
         if name.endswith("in_proj_weight") and dims == 2:
             return "in_proj", "linear"
+        if dims == 2 and _is_projection(name):
+            return "linear", "parameter"
         if not memory.endswith(".weight"):
             is_stack = dims == 3 and ".experts." in memory and "bias" not in memory
             return ("experts", "experts") if is_stack else ("bare", "")
@@ -121,6 +124,11 @@ class Roles:
         if self._names == "v4" and found == "parameter":  # routers and experts are plain there
             return "linear"
         return found
+
+
+def _is_projection(name: str) -> bool:
+    """True for the projection of OpenCLIP in a checkpoint of Stable Diffusion, of no module."""
+    return name.endswith(".text_projection") and is_text(split_component(name)[0])
 
 
 def _is_image_layer(name: str) -> bool:

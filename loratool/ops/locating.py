@@ -37,7 +37,8 @@ def locate(adapter: Adapter) -> list[Located]:
     guess = family_of({_unit(s): _shape(s) for s in adapter.specs}, adapter.metadata)
     found = []
     for spec in adapter.specs:
-        component, module = split_component(spec.module)
+        component, name = split_component(spec.name)
+        module = name.rpartition(".")[0]
         family = guess.parts.get(component) if component.startswith("te") else guess.family
         known = places(component, module, spec.parameter, family) if family else []
         if not known:  # of a part that is not the file's main one, or of one of several families
@@ -78,8 +79,13 @@ def uncuttable(located: Iterable[Located], naming: str) -> set[str]:
 
 
 def naming_in(family: str, wanted: str) -> str:
-    """The naming of a family that a dialect's stands for; ``written`` = that of flat files."""
-    return families()[family].flat if wanted == "written" else wanted
+    """The naming of a family that a dialect's stands for; ``written`` = that of flat files.
+
+    Text encoders go by the names of transformers in adapters of every program.
+    """
+    known = families()[family]
+    is_written = wanted == "written" or (wanted == "original" and is_text(known.component))
+    return known.flat if is_written else wanted
 
 
 def _keeps(place: Place, naming: str) -> bool:

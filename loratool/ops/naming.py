@@ -11,14 +11,15 @@ import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import pairwise
 
-from loratool.adapter import DeltaSpec
+from loratool.adapter import DeltaSpec, Source
 from loratool.archs.families import (
     Place,
     height_ratio,
 )
 from loratool.archs.family_rows import Name, cut
 from loratool.delta import stacking
-from loratool.delta.forms import shape_of, side_sizes
+from loratool.delta.forms import factors_of, shape_of, side_sizes, with_factors
+from loratool.dialects.arranged import arranged
 from loratool.errors import MismatchError, list_some
 from loratool.frozen import Frozen, replace
 from loratool.kind import GROWS
@@ -80,10 +81,7 @@ def rename(
 def _naming_of(one: Located, kin: Sequence[Located], wanted: str) -> str:
     """The naming by which a row of the map is called for a dialect's."""
     assert one.place is not None
-    row, rows = one.place.row, _size(one.spec)[0]
-    if wanted == "diffusers" and row.lower and rows < max(_size(k.spec)[1] for k in kin):
-        return row.lower
-    return wanted if wanted in row.names else "original"
+    return one.place.called(wanted, _size(one.spec)[0], max(_size(k.spec)[1] for k in kin))
 
 
 def _kin_of(one: Located) -> object:
@@ -246,12 +244,29 @@ def _one(
 
 def _turned(spec: DeltaSpec, place: Place, naming: str) -> DeltaSpec:
     rows, width = _size(spec)
+    if place.row.swap == "axes" and place.is_turned(naming):
+        return _exchanged(spec)
     if not place.is_swapped(naming, rows, width):
         return spec
     made = stacking.swap_halves(spec)
     if made is None:
         raise _refusal([spec], f"the halves of a {spec.title} cannot change places")
     return made
+
+
+def _exchanged(spec: DeltaSpec) -> DeltaSpec:
+    """The change of the same weight where that is stored (in, out), or no longer is."""
+    fields = {role: _across(source) for role, source in spec.fields.items()}
+    if spec.is_pair and spec.blocks is None:
+        left, right = factors_of(spec)
+        return with_factors(spec, _across(right), _across(left))
+    if len(spec.fields) == 1 and spec.is_matrix:
+        return replace(spec, fields=fields)
+    raise _refusal([spec], f"the axes of a {spec.title} cannot change places")
+
+
+def _across(source: Source) -> Source:
+    return arranged(source, source.shape, (1, 0))
 
 
 def _grown(spec: DeltaSpec, place: Place) -> DeltaSpec:

@@ -62,7 +62,7 @@ def test_the_sides_of_a_row_have_the_same_numbers(family: str) -> None:
             {p for n in row.names[side] for p in range(n.first, n.stop)} == set(range(row.parts))
             for side in ("original", "diffusers")
         )
-        assert row.swap in ("", "always", "2in") and set(row.split) <= {"in", "*"}
+        assert row.swap in ("", "always", "2in", "axes") and set(row.split) <= {"in", "*"}
 
 
 @pytest.mark.parametrize("family", FAMILIES)

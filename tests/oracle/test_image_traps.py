@@ -98,12 +98,12 @@ def test_further_parts_of_pipelines_are_found(tmp_path: Path, stem: str, base: s
     assert all(np.array_equal(got[k], v) for k, v in weights.items())
 
 
-def test_a_projection_that_is_stored_turned_round_is_not_added_to(tmp_path: Path) -> None:
+def test_a_projection_that_is_stored_turned_round_is_added_to_so(tmp_path: Path) -> None:
     """OpenCLIP's text_projection is the transpose of the layer's weight, and square."""
-    tensors = pair("lora_te2_text_projection", 4, 4, ways=DOWN)
-    with pytest.raises(lt.LoratoolError) as caught:
-        merge(tmp_path, tensors, {"conditioner.embedders.1.model.text_projection": rand(4, 4)})
-    assert caught.value.code == "LT-430"
+    tensors, weight = pair("lora_te2_text_projection", 4, 4, ways=DOWN), rand(4, 4)
+    name = "conditioner.embedders.1.model.text_projection"
+    got = merge(tmp_path, tensors, {name: weight})
+    assert near(got[name], weight + product(tensors, "lora_te2_text_projection").T)
 
 
 def test_averages_and_positions_of_a_checkpoint_stay(tmp_path: Path) -> None:

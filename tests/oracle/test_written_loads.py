@@ -182,3 +182,39 @@ def test_an_extract_in_diffusers(make: Any, loader: str, tmp_path: Path) -> None
         size = float((before[name].abs() + want[name].abs()).max())
         # factors of rank 2 in float32, of a difference of numbers that were rounded to it
         assert float((change - expected).abs().max()) <= 2**-20 * size, name
+
+
+@pytest.mark.parametrize("how", [{"to": "diffusers"}, {"program": "diffusers"}])
+def test_a_text_encoder_of_sdxl_in_diffusers(how: Mapping[str, Any], tmp_path: Path) -> None:
+    """The second one, with its projection: a file whose header speaks of no part that it has."""
+    diffusers, transformers = pytest.importorskip("diffusers"), pytest.importorskip("transformers")
+    loader = diffusers.loaders.lora_pipeline.StableDiffusionXLLoraLoaderMixin
+    config = transformers.CLIPTextConfig(
+        hidden_size=16, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
+        projection_dim=24, vocab_size=10, max_position_embeddings=7, bos_token_id=0, eos_token_id=1,
+    )  # fmt: skip
+    model = transformers.CLIPTextModelWithProjection(config)
+    layer, tensors, want = "text_model.encoder.layers.0.", {}, {}
+    shapes = {f"{layer}self_attn.{n}_proj": (16, 16) for n in ("q", "k", "v", "out")}
+    shapes |= {f"{layer}mlp.fc1": (64, 16), "text_projection": (24, 16)}
+    for seed, (name, (rows, columns)) in enumerate(shapes.items()):
+        made = low_rank(rows, columns, seed) | {"alpha": torch.tensor(1.0 + seed)}
+        tensors |= {f"lora_te2_{name.replace('.', '_')}.{e}": t for e, t in made.items()}
+        product = made["lora_up.weight"].double() @ made["lora_down.weight"].double()
+        want[name] = product * (1 + seed) / 3
+    source, out = tmp_path / "source.safetensors", tmp_path / "out.safetensors"
+    save_file(tensors, str(source))
+    lt.convert([source], output=out, **how)
+    assert lt.check(out, program="diffusers").verdict == "yes"
+    state, alphas, metadata = loader.lora_state_dict(str(out), return_lora_metadata=True)
+    loader.load_lora_into_text_encoder(
+        state, network_alphas=alphas, text_encoder=model, prefix="text_encoder_2",
+        metadata=metadata,
+    )  # fmt: skip
+    found = {name: m for name, m in model.named_modules() if hasattr(m, "lora_A")}
+    assert found.keys() == want.keys()
+    for name, module in found.items():
+        (adapter,) = module.lora_A
+        up, down = (getattr(module, f"lora_{x}")[adapter].weight.detach().double() for x in "BA")
+        change = up @ down * module.scaling[adapter]
+        assert float((change - want[name]).abs().max()) <= 2**-20 * float(want[name].abs().max())

@@ -55,6 +55,10 @@ Z_IMAGE = "diffusion_model.layers.0.attention.to_q"
 QWEN = "transformer_blocks.0.img_mlp.net.2"
 KREA = "diffusion_model.blocks.0.attn.wq"
 ANIMA = "diffusion_model.blocks.0.self_attn.q_proj"
+LAYER = "lora_te_text_model_encoder_layers_0"
+attention = {**pair(f"{LAYER}_self_attn_q_proj"), **pair(f"{LAYER}_self_attn_k_proj"),
+             **pair(f"{LAYER}_self_attn_out_proj")}  # fmt: skip
+OWN_LAYER = "text_encoder.text_model.encoder.layers.0"
 MOCHI = "transformer.transformer_blocks"
 mochi = {**pair(f"{MOCHI}.0.attn1.to_q", how="A"),
          **pair(f"{MOCHI}.0.norm1_context.linear", 16, 8, how="A")}  # fmt: skip
@@ -299,6 +303,21 @@ SAMPLES = (
     Sample("diffusers", "mochi-last", "dropped",
            {**mochi, **pair(f"{MOCHI}.1.norm1_context.linear", 4, 8, how="A")},
            {**mochi, **pair(f"{MOCHI}.1.norm1_context.linear_1", 4, 8, how="A")}),
+    Sample("diffusers", "te-untold", "raises", pair(f"{LAYER}_self_attn_q_proj"),
+           {**pair(f"{LAYER}_self_attn_q_proj"), **pair(f"{LAYER}_self_attn_out_proj")}),
+    Sample("diffusers", "te-own-untold", "raises",
+           {**unet, **pair(f"{OWN_LAYER}.mlp.fc1", how="A")},
+           {**unet, **pair(f"{OWN_LAYER}.mlp.fc1", how="A"),
+            **pair(f"{OWN_LAYER}.self_attn.v_proj", how="A")}),
+    Sample("diffusers", "te-without-out", "dropped",
+           {**pair(TE), **pair(f"{LAYER}_self_attn_q_proj")},
+           {**pair(TE), **pair(f"{LAYER}_self_attn_q_proj"),
+            **pair(f"{LAYER}_self_attn_out_proj")}),
+    Sample("diffusers", "te-alphas", "wrong", attention, attention,
+           {"odd alpha": "q_proj.alpha"}),
+    Sample("diffusers", "te-projection", "raises",
+           {**pair(TE), **pair("lora_te_text_projection", rank=3)},
+           {**pair(TE), **pair("lora_te_text_projection")}),
     Sample("diffusers", "hunyuan-final", "wrong",
            {**pair("diffusion_model.double_blocks.0.img_attn_qkv", 24, how="A"),
             **pair("diffusion_model.final_layer.adaLN_modulation.1", how="A")},

@@ -24,10 +24,13 @@ IDS = [f"{s.program}-{s.rule}" for s in SAMPLES]
 def look(folder: Path, tensors: Shapes, metadata: Mapping[str, str] | None = None) -> Look:
     """Write a file and look at it."""
     told = dict(metadata or {})
-    whole = told.pop("alpha is", "") == "I64"
+    whole, odd = told.pop("alpha is", "") == "I64", told.pop("odd alpha", "none")
     types = {k: np.int64 if whole and k.endswith("alpha") else np.float32 for k in tensors}
     path = folder / "style.safetensors"
-    save_file({k: np.ones(v, types[k]) for k, v in tensors.items()}, path, told or None)
+    made = {k: np.ones(v, types[k]) for k, v in tensors.items()}
+    save_file(
+        {k: np.asarray(2 * t) if odd in k else t for k, t in made.items()}, path, told or None
+    )
     return look_at(path, Read(), max_header=1 << 20)
 
 

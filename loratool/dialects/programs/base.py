@@ -55,6 +55,7 @@ class Rule(Frozen):
         is_mended: ``--fix`` and ``--for`` write the same change so that the rule does not apply.
         is_whole: nothing of the file loads; always so where it raises.
         until: the first version without it, "" = today's has it.
+        home: the dialect in which the same change loads, where that is not the usual one.
     """
 
     name: str
@@ -66,6 +67,7 @@ class Rule(Frozen):
     is_mended: bool = False
     is_whole: bool = False
     until: str = ""
+    home: str = ""
 
     def findings(self, look: Look) -> list[Finding]:
         """What it finds, hits of the same words in one."""
@@ -155,6 +157,9 @@ class Program(Frozen):
 
     def home(self, look: Look) -> str:
         """The dialect that it loads an adapter best in, "" for the folders of PEFT."""
+        for rule in self.rules:
+            if rule.home and any(True for _ in rule.finds(look)):
+                return rule.home
         family = look.family.name
         is_kept = not family and look.dialect in self.homes.values()
         return look.dialect if is_kept else self.homes.get(family) or self.homes.get("", "")

@@ -50,6 +50,8 @@ _NO_UNET = ("bundle_emb.", "text_conditioner.", "connectors.")
 
 def _is_known(look: Look, group: Group) -> bool:
     """False if the key map has no such name."""
+    if group.stem == "lora_te_text_projection":  # it has those of te1 and te2
+        return False
     if group.is_text or group.prefix in _NO_UNET or not look.family.name:
         return True
     if "_processor_" in group.flat or group.prefix == "lora_prior_unet_":

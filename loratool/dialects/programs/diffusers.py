@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from loratool.dialects.programs import models
 from loratool.dialects.programs.base import DROPPED, RAISES, WRONG, Hit, Program, Rule
 from loratool.dialects.programs.diffusers_flux import FLUX_RULES
+from loratool.dialects.programs.diffusers_text import TEXT_RULES
 from loratool.dialects.programs.grammar import Group
 from loratool.dialects.programs.look import Look, once
 from loratool.dialects.programs.models import (
@@ -300,5 +301,6 @@ _ALL = (
 
 DIFFUSERS = Program(
     "diffusers", "diffusers", "0.42.1", (_CODE, _PIPELINES),
-    (*_SDS, *FLUX_RULES, *_OTHERS, *_ALL), is_of_images=True, homes={"": "diffusers", SD: "kohya"},
+    (*_SDS, *FLUX_RULES, *TEXT_RULES, *_OTHERS, *_ALL), is_of_images=True,
+    homes={"": "diffusers", SD: "kohya"},
 )  # fmt: skip
