@@ -8,13 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loratool.adapter import Adapter
+from loratool.adapter import Adapter, DeltaSpec
 from loratool.api.access import access_of, check_files
-from loratool.api.common import Limits, watched
-from loratool.api.freeing import dependent, free_of_base
+from loratool.api.common import Limits
+from loratool.api.compare_run import run_compare
+from loratool.api.freeing import dependent
 from loratool.api.page import with_page
-from loratool.dialects import DEFAULT
-from loratool.dialects.registry import row_of
 from loratool.dtypes import DTYPES
 from loratool.errors import UsageError
 from loratool.ops.additive import in_one_order
@@ -24,11 +23,11 @@ from loratool.ops.compare import (
     find_differences,
     find_replacements,
     has_same_factors,
-    plan_compare,
 )
 from loratool.ops.consent import agree_to_read
-from loratool.ops.inputs import OpenedBase, open_base, open_one
+from loratool.ops.inputs import open_base, open_one
 from loratool.ops.sizes import with_sizes
+from loratool.ops.turns import Turns
 from loratool.options.calls import takes
 from loratool.options.groups import Read
 from loratool.options.looking import Compare
@@ -53,7 +52,7 @@ def compare(asked: Compare) -> CompareReport:
 
     Everything is computed from the factors in float64; ΔW is never formed.  Only signs and the
     overlap of the largest elements need elements: whole rows, sampled evenly in large modules.
-    With the base, W' - W of changes that depend on it (DoRA, OFT, PiSSA) is decomposed first.
+    With the base, W' - W of changes that depend on it (DoRA, OFT, PiSSA) takes the factors' place.
 
     Raises:
         LoratoolError: see ``docs/errors.md``.
@@ -73,34 +72,24 @@ def compare(asked: Compare) -> CompareReport:
     read = asked.take(Read)
     found = [open_one(str(text), read=read, access=access) for text in asked.adapters]
     opened = in_one_order([adapter for _, adapter in found])
-    limits = Limits.of(asked)
+    limits, base = Limits.of(asked), None
     if asked.base is not None:
         base = open_base(str(asked.base), opened, access)
-        opened = [_on_base(one, base, limits) for one in opened]
+        opened = [with_sizes(one, base.checkpoint, "compared") for one in opened]
+        if not any(dependent(one) for one in opened):
+            base = None
     labels = _labels([resolved.label for resolved, _ in found])
-    aligned = align(opened)
-    plan = plan_compare(aligned, in_detail=len(opened) == 2)
-    run = watched(limits.run(plan), asked)
+    aligned = align(opened, has_base=base is not None)
     from loratool.engine.reads import factor_ranges
-    from loratool.engine.run import execute
-    from loratool.store.reader import FileReader
 
     agree_to_read((r for a in opened for r in factor_ranges(a.specs)), yes=asked.yes)
-    with FileReader() as reader:
-        results = execute(plan, reader, None, run)
-        reader.check_unchanged()
-    report_on = _compare_two if len(opened) == 2 else _compare_many
-    report = report_on(opened, labels, aligned, results, started)
+    turns = Turns(asked.progress, asked.on_work)
+    seen, results = run_compare(opened, aligned, limits, base, turns)
+    if len(opened) == 2:
+        report = _compare_two(opened, labels, seen, results, started, aligned)
+    else:
+        report = _compare_many(opened, labels, seen, results, started)
     return _with_files(with_page(report, asked.html), asked)
-
-
-def _on_base(adapter: Adapter, base: OpenedBase, limits: Limits) -> Adapter:
-    """The adapter as it changes a base: W' - W of what depends on it, decomposed."""
-    sized = with_sizes(adapter, base.checkpoint, "compared")
-    names = {s.name for s in dependent(sized)}
-    if not names:
-        return sized
-    return free_of_base(sized, names, base, None, row_of(DEFAULT), limits).adapter
 
 
 def _compare_two(
@@ -109,6 +98,7 @@ def _compare_two(
     aligned: Aligned,
     results: Sequence[Any],
     started: float,
+    stored: Aligned,
 ) -> CompareReport:
     from loratool.engine.comparison import MeanTable
 
@@ -129,7 +119,7 @@ def _compare_two(
         mean_A.add(found.phi_A)
         mean_B.add(found.phi_B)
         opposite, both = opposite + found.signs.opposite, both + found.signs.both
-        ranks = (specs[0].rank, specs[1].rank)
+        ranks = (_rank(specs[0]), _rank(specs[1]))
         modules.append(_module(name, ranks, found))
     norms = tuple(math.sqrt(math.fsum(s)) for s in squares)
     cosine = _cosine(math.fsum(inner), norms[0] * norms[1])
@@ -140,7 +130,7 @@ def _compare_two(
     is_close = math.isnan(apart) or apart <= max(limit, _COMPUTED)
     verdict = "different"
     if is_close and all(r.where == "both" and r.identical is not False for r in replaced):
-        if has_same_factors(aligned):
+        if has_same_factors(stored):
             verdict = "equal"
         elif apart <= limit:
             verdict = "same change"
@@ -201,6 +191,11 @@ def _module(name: str, ranks: tuple[int, int], found: PairResult) -> ComparedMod
         phi_A=tuple(tuple(row[:_SHOWN_PHI]) for row in phi_A[:_SHOWN_PHI]),
         phi_B=tuple(tuple(row[:_SHOWN_PHI]) for row in phi_B[:_SHOWN_PHI]),
     )
+
+
+def _rank(spec: DeltaSpec) -> int:
+    """R as stated; of W' - W, which has none, the largest that it can have."""
+    return spec.rank or (spec.product_rank if spec.has_factors and spec.is_matrix else 0)
 
 
 def _compare_many(

@@ -13,6 +13,7 @@ from loratool.engine.grid import SAMPLE_ELEMENTS
 from loratool.engine.kernel import Env
 from loratool.frozen import Frozen
 from loratool.linalg.subspaces import (
+    DIRECTIONS,
     Spectral,
     difference_norm,
     inner_product,
@@ -22,7 +23,7 @@ from loratool.linalg.subspaces import (
 )
 
 TOP_SHARE = 0.2  # of the largest elements, whose overlap is counted (the density of TIES)
-MAX_DIRECTIONS = 64  # φ is kept for this many leading directions
+MAX_DIRECTIONS = DIRECTIONS  # φ is kept for this many leading directions
 
 
 class Signs(Frozen):
@@ -95,8 +96,8 @@ def compare_module(one: DeltaSpec, two: DeltaSpec, env: Env) -> PairResult:
         difference=sum(difference_norm(p, q) ** 2 for p, q in pairs),
         phi_A=_mean(phi_A),
         phi_B=_mean(phi_B),
-        angles_A=principal_angles(first.V, second.V),
-        angles_B=principal_angles(first.U, second.U),
+        angles_A=principal_angles(first.spans[1], second.spans[1]),
+        angles_B=principal_angles(first.spans[0], second.spans[0]),
         sides=(lora_B.shape[0], lora_A.shape[1]),
         signs=_count_signs(pairs),
     )

@@ -13,7 +13,14 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from loratool.adapter import DeltaSpec, Replacement, TensorData, TensorRef
-from loratool.delta.forms import kernel_of, lengths_of, with_kernel, with_lengths, without_lengths
+from loratool.delta.forms import (
+    kernel_of,
+    lengths_of,
+    new_difference,
+    with_kernel,
+    with_lengths,
+    without_lengths,
+)
 from loratool.delta.load import load_delta
 from loratool.delta.lowrank import Pair
 from loratool.delta.mutation import from_whole_base, removed_part
@@ -114,6 +121,15 @@ def as_lora(
     return Paired(made, float(S.square().sum()), lost)
 
 
+def as_difference(spec: DeltaSpec, places: Sequence[Place], env: Env) -> DeltaSpec:
+    """W' - W as it is, (out, in) or (n,) in float64; of PiSSA and its kin thin factors of it."""
+    if spec.reach == "all" and not spec.scales_rows:
+        return with_start(spec, places, env)
+    change = _difference(spec, places, env)
+    made = new_difference(spec.name, make_data(spec.name, change, "F64"))
+    return replace(made, module=spec.module, parameter=spec.parameter)
+
+
 def changed_vector(places: Sequence[Place], env: Env) -> TensorData:
     """W' of a vector that changes as the base's numbers do, in the base's type."""
     part, source = places[0].part, places[0].source
@@ -126,13 +142,20 @@ def _change(
     spec: DeltaSpec, places: Sequence[Place], env: Env
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """W' - W, decomposed, without what is the decomposition's own rounding."""
+    U, S, Vh = torch.linalg.svd(_difference(spec, places, env), full_matrices=False)
+    rank = max(1, int((S[:1] * _NOISE < S).sum()))
+    return U[:, :rank], S[:rank], Vh[:rank]
+
+
+def _difference(spec: DeltaSpec, places: Sequence[Place], env: Env) -> torch.Tensor:
+    """W' - W (out, in), or (n,) of a vector, in float64."""
     weight = stored_weight(places, env).double()
     part = DeltaPart(spec, 1.0, transposed=places[0].part.transposed)
     delta = load_delta(part, env.load, coefficient=spec.scaling, dtype=torch.float64)
     change = delta.apply_to(weight) - weight
-    U, S, Vh = torch.linalg.svd(change.T if part.transposed else change, full_matrices=False)
-    rank = max(1, int((S[:1] * _NOISE < S).sum()))
-    return U[:, :rank], S[:rank], Vh[:rank]
+    if not spec.is_matrix:
+        return change.flatten()
+    return change.T if part.transposed else change
 
 
 def _with_pairs(spec: DeltaSpec, pairs: Sequence[Pair], scaling: float) -> DeltaSpec:

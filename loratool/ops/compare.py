@@ -34,8 +34,12 @@ class Aligned(Frozen):
     only: tuple[tuple[str, ...], ...]
 
 
-def align(adapters: Sequence[Adapter]) -> Aligned:
+def align(adapters: Sequence[Adapter], *, has_base: bool = False) -> Aligned:
     """Group deltas by in-memory name.
+
+    Args:
+        adapters: with a base of known sizes.
+        has_base: what depends on it is computed with it.
 
     Raises:
         MismatchError: LT-460, LT-461 no matrix of their own; LT-469, one module has different
@@ -43,7 +47,8 @@ def align(adapters: Sequence[Adapter]) -> Aligned:
     """
     groups: dict[str, dict[int, DeltaSpec]] = {}
     for number, adapter in enumerate(adapters):
-        require_additive(adapter, "compared", hint=FREED)
+        if not has_base:
+            require_additive(adapter, "compared", hint=FREED)
         require_factors(adapter, "compared")
         for spec in adapter.specs:
             groups.setdefault(spec.name, {})[number] = spec
@@ -55,14 +60,18 @@ def align(adapters: Sequence[Adapter]) -> Aligned:
                 "LT-469", "one module has different shapes: adapters of different bases", key=name,
                 expected=first, got=next(f for f in rest if f != first),
             )  # fmt: skip
+    return aligned_of(groups, len(adapters))
+
+
+def aligned_of(groups: Mapping[str, Mapping[int, DeltaSpec]], count: int) -> Aligned:
+    """Modules of so many adapters: which of them all have, and which only one."""
     return Aligned(
         groups,
-        tuple(n for n, found in groups.items() if len(found) == len(adapters)),
+        tuple(n for n, found in groups.items() if len(found) == count),
         tuple(
-            tuple(n for n, found in groups.items() if set(found) == {i})
-            for i in range(len(adapters))
+            tuple(n for n, found in groups.items() if set(found) == {i}) for i in range(count)
         ),
-    )
+    )  # fmt: skip
 
 
 def plan_compare(aligned: Aligned, *, in_detail: bool) -> Plan:

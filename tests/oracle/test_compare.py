@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 import loratool as lt
 from loratool.engine import comparison
 from loratool.errors import LoratoolError
+from loratool.frozen import replace
 from loratool.report.compare import ComparedModule
 from tests.make import random_factors, save_adapter
 from tests.oracle.adapter_algebra import EPS, LLM, additive_samples, twin
@@ -319,3 +320,19 @@ def test_no_out_by_in_memory(tmp_path: Path) -> None:
                               text=True, check=True)  # fmt: skip
         peaks.append(int(done.stdout.split()[0]) * 1024)
     assert peaks[1] - peaks[0] < 256 * 2**20
+
+
+@pytest.mark.parametrize("names", [("lora_dora", "lora_linear"), ("ia3", "oft")])
+def test_a_base_is_taken_some_modules_at_a_time(
+    names: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """W' - W is as large as W: no more of it is held than fits, and the report is the same."""
+    from loratool.api import compare_run
+
+    paths = [str(LLM / name) for name in names]
+    whole = lt.compare(paths, base=LLM / names[0] / "base")
+    monkeypatch.setattr(compare_run, "_HELD", 1)
+    seen: list[tuple[int, int]] = []
+    parts = lt.compare(paths, base=LLM / names[0] / "base", progress=lambda *now: seen.append(now))
+    assert replace(parts, seconds=0.0) == replace(whole, seconds=0.0)
+    assert len(seen) > len(whole.modules) and seen == sorted(seen) and seen[-1][0] == seen[-1][1]
