@@ -9,10 +9,15 @@ from typing import Any
 from loratool.api.common import Resources
 from loratool.api.merge_job import MergeJob
 from loratool.engine.rows import op_of
+from loratool.errors import list_some
 from loratool.frozen import asdict
 from loratool.ops.input_notes import base_notes, input_warnings, nonfinite_warning
 from loratool.report.base import Plain
 from loratool.report.merge import MergeReport, ModuleLoss, SubtractReport, wide_options
+from loratool.report.text import plural
+
+_ROUNDED = 0.1
+"""More than rounding to any type of 8 bits or more takes of a tensor."""
 
 
 def merge_report(
@@ -36,7 +41,7 @@ def merge_report(
     warnings = [*job.warnings, *_loss_warnings(total, modules, dry_run)]
     if not summed and not job.created and len(job.merge.changed) <= len(sums):
         warnings.append("nothing changes: every weight or change is 0, or they cancel")
-    warnings += [*input_warnings(job.adapters), *nonfinite_warning(sums)]
+    warnings += [*_cast_warnings(sums), *input_warnings(job.adapters), *nonfinite_warning(sums)]
     extra: dict[str, Any] = _restored(results) if job.operation.report is SubtractReport else {}
     return job.operation.report(
         output=str(job.output),
@@ -132,7 +137,20 @@ def _cast_note(results: Sequence[dict[str, Any]]) -> list[str]:
     error = sum(r["error_square"] for r in cast)
     if not weight:
         return []
-    return [f"the cast of {len(cast)} other tensors moves them by {(error / weight) ** 0.5:.1e}"]
+    moved = plural(len(cast), "other tensor")
+    return [f"the cast of {moved} moves them by {(error / weight) ** 0.5:.1e}"]
+
+
+def _cast_warnings(results: Sequence[dict[str, Any]]) -> list[str]:
+    """Of tensors that a cast does not just round: below float16's normal numbers little is left."""
+    cast = [r for r in results if not r["delta_square"]]
+    lost = [r["name"] for r in cast if r["error_square"] > _ROUNDED**2 * r["weight_square"]]
+    if not lost:
+        return []
+    return [
+        f"the cast takes more than a tenth of {list_some(lost, 3)}: its values are below what the "
+        "type can hold; --dtype bfloat16 or float32 keeps them"
+    ]
 
 
 def _exact_note(results: Sequence[dict[str, Any]]) -> list[str]:

@@ -246,6 +246,18 @@ def test_dtype_casts_everything_and_says_so_in_the_config(target: str, tmp_path:
     assert float((merged[f"{name}.weight"] != want).double().mean()) <= 1 - SHARE[target]
 
 
+def test_a_cast_that_takes_a_tensor_away_is_a_warning(tmp_path: Path) -> None:
+    tensors = {"m.weight": randn(8, 6, seed=1), "norm.weight": randn(8, seed=2)}
+    tensors["embed.weight"] = randn(8, 6, seed=3, scale=1e-9)
+    base = save_checkpoint(tmp_path / "base", {n: t.bfloat16() for n, t in tensors.items()})
+    adapter = save_adapter(tmp_path / "a", random_factors({"m": (8, 6)}, rank=2, seed=4))
+    report = lt.merge([str(adapter)], base=base, output=tmp_path / "out", dtype="float16")
+    (warning,) = [w for w in report.warnings if "cast" in w]
+    assert "embed.weight" in warning and "norm" not in warning
+    done = lt.merge([str(adapter)], base=base, output=tmp_path / "two", dtype="float32")
+    assert not any("cast" in w for w in done.warnings)
+
+
 def test_report_agrees_with_what_was_written(tmp_path: Path) -> None:
     base = make_base(tmp_path, torch.bfloat16)
     adapter = make_adapter(tmp_path, "a", seed=100, scale=0.002)
