@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from loratool.cli.loads import loads_lines
 from loratool.cli.render import (
+    advice,
     format_bytes,
     format_number,
     format_seconds,
@@ -75,7 +76,7 @@ def render(
                f"{report.dtype}", format_seconds(report.seconds), tone="good")  # fmt: skip
     yield from loads_lines(report.loads_in, voice)
     into = shlex.join(["loratool", "merge", report.output, "--base", "BASE", "-o", "MERGED"])
-    yield line("next", safe(into, cap=2000), tone="dim")
+    yield from advice("next", into, report.output)
 
 
 def _ranks(report: CombineReport) -> str:

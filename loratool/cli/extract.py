@@ -13,6 +13,7 @@ from loratool.cli import options as opt
 from loratool.cli.loads import loads_lines
 from loratool.cli.progress import show_progress
 from loratool.cli.render import (
+    advice,
     format_bytes,
     format_number,
     format_seconds,
@@ -119,7 +120,7 @@ def render(
                    f"{rest.elements:,} elements of {plural(rest.patched, 'tensor')}")  # fmt: skip
     if report.loads_in:
         yield from loads_lines(report.loads_in, voice)
-    yield line("next", safe(merge, cap=2000), tone="dim")
+    yield from advice("next", merge, report.output)
 
 
 def _families(report: ExtractReport) -> list[str]:

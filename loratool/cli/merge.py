@@ -15,6 +15,7 @@ import loratool as lt
 from loratool.cli import options as opt
 from loratool.cli.progress import show_progress
 from loratool.cli.render import (
+    advice,
     format_bytes,
     format_number,
     format_seconds,
@@ -189,8 +190,7 @@ def render(
         share = format_share(report.undo_bytes / max(1, report.output_bytes))
         yield line("undo", safe(report.undo), f"{format_bytes(report.undo_bytes)}, {share} of the "
                    "model", tone="good")  # fmt: skip
-    if check:
-        yield line("check", safe(check, cap=2000), tone="dim")
+    yield from advice("check", check, report.output)
 
 
 def _base(report: MergeReport) -> str:

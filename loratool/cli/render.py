@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate
 from typing import Any
 
@@ -28,6 +28,7 @@ from loratool.report.text import (
 
 __all__ = [
     "FIELD_CAP",
+    "advice",
     "cell_width",
     "dump_json",
     "format_bytes",
@@ -71,6 +72,18 @@ _TONES: dict[str | None, dict[str, Any]] = {
     "bad": {"fg": "red", "bold": True},
     "good": {"fg": "green", "bold": True},
 }
+
+
+def advice(label: str, command: str, output: str) -> Iterator[str]:
+    """The line with the command to type next; none where no command reads the output.
+
+    Args:
+        label: first word of the line.
+        command: "" if there is none.
+        output: what it is about; an address is for writing alone.
+    """
+    if command and "://" not in output:
+        yield line(label, safe(command, cap=2000), tone="dim")
 
 
 def table(

@@ -41,7 +41,7 @@ def place_of(output: str | Path) -> Path:
 
     Raises:
         UsageError: LT-264, a password in it.
-        OutputError: LT-510, no more than a bucket.
+        OutputError: LT-510, no more than a bucket, or ``..`` in it.
     """
     path = Path(output)
     if isinstance(output, Address) or not _is_of_store(path):
@@ -53,10 +53,10 @@ def place_of(output: str | Path) -> Path:
             "LT-264", "this looks like a password, which does not belong on a command line",
             hint="the driver takes it from its own variables or files; and change this password",
         )  # fmt: skip
-    if len(path.parts) < 3:
+    if len(path.parts) < 3 or ".." in path.parts:
         raise OutputError(
             "LT-510", "the output needs a name of its own", file=place,
-            hint=f"a folder in it: {place}/merged",
+            hint="such as s3://bucket/folder",
         )  # fmt: skip
     return place
 

@@ -68,8 +68,14 @@ class ObjectStore:
     def listing(self, name: str = "") -> dict[str, Entry]:
         """What lies under a name: rest of the name -> entry; "" for an object of just this name."""
         root = self._root + name
-        found = self._call("cannot list", name, lambda: self._find(root))
-        return {path[len(root) :].lstrip("/"): _entry(info) for path, info in found.items()}
+        found: dict[str, Entry] = {}
+        for path, info in self._call("cannot list", name, lambda: self._find(root)).items():
+            rest = path[len(root) :] if path.startswith(root) else f"/{path}"  # a stranger's
+            entry = _entry(info)
+            is_folder = rest.endswith("/") and not entry.size  # as consoles make them: no content
+            if rest[:1] in ("", "/") and not is_folder:  # a driver may list `out2` under `out`
+                found[rest[1:]] = entry
+        return found
 
     def _find(self, root: str) -> Mapping[str, Any]:
         self._fs.invalidate_cache()  # others write, too

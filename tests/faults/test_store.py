@@ -649,7 +649,8 @@ def test_a_password_is_not_shown(inputs: Path, capsys: pytest.CaptureFixture[str
 def test_places_that_are_none(
     inputs: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for out, code in (("buckets://b", "LT-510"), ("nowhere://b/out", "LT-602"),
+    for out, code in (("buckets://b", "LT-510"), ("buckets://b/../out", "LT-510"),
+                      ("nowhere://b/out", "LT-602"),
                       ("hf://me/out", "LT-602"), ("buckets://none/out", "LT-602")):  # fmt: skip
         _, error, _ = refusal(inputs, out, capsys)
         assert error["code"] == code, out
@@ -693,3 +694,14 @@ def test_an_undo_file_and_a_residual_beside_it(inputs: Path, tmp_path: Path) -> 
     for name in ("undo", "rest"):
         files = [tmp_path / f"{place}-{name}.safetensors" for place in ("there", "here")]
         assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_no_command_is_advised_that_would_read_it(
+    inputs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for words in (["merge", str(inputs / "a1"), "--base", str(inputs / "base")],
+                  ["merge", str(inputs / "a1"), str(inputs / "a2")],
+                  ["extract", str(inputs / "tuned"), "--base", str(inputs / "base")]):  # fmt: skip
+        assert run([*words, "-o", "buckets://b/out", "--force"]) == 0
+        said = capsys.readouterr()
+        assert "loratool " not in said.out + said.err

@@ -104,6 +104,31 @@ def test_a_single_file(inputs: Path, tmp_path: Path) -> None:
     assert stored("one.safetensors") == {"one.safetensors": whole}
 
 
+def test_what_lies_beside_it_stays(inputs: Path, tmp_path: Path) -> None:
+    """Names that only begin as the output's do; and the empty object that a console makes."""
+    import boto3
+
+    s3 = boto3.client("s3")
+    kept = ("beside2/x", "beside.txt", "beside.loratool-partial2/x")
+    for key in (*kept, "beside/"):
+        s3.put_object(Bucket="bucket", Key=key, Body=b"" if key.endswith("/") else b"mine")
+    call("merge", inputs, tmp_path / "out")
+    for force in (False, True):
+        put("merge", inputs, "beside", force=force)
+        assert {k: v for k, v in stored("beside/").items() if k[-1] != "/"} == {
+            f"beside/{name}": digest for name, digest in contents(tmp_path / "out").items()
+        }
+    listed = s3.list_objects_v2(Bucket="bucket", Prefix="beside")["Contents"]
+    assert {o["Key"] for o in listed} - {f"beside/{n}" for n in contents(tmp_path / "out")} == {
+        *kept, "beside/",
+    }  # fmt: skip
+    s3.put_object(Bucket="bucket", Key="taken", Body=b"")
+    for force, code in ((False, "LT-501"), (True, "LT-505")):
+        with pytest.raises(LoratoolError) as caught:
+            put("merge", inputs, "taken", force=force)
+        assert caught.value.code == code
+
+
 def test_many_parts(tmp_path: Path) -> None:
     """A shard that the driver sends in parts; its tag is no md5 then."""
     import boto3
