@@ -56,6 +56,10 @@ TINY = (
     Tiny("flux2", "Flux2Transformer2DModel", "Flux2LoraLoaderMixin", {
         **HEADS, "in_channels": 4, "num_layers": 2, "num_single_layers": 2,
         "joint_attention_dim": 8, "timestep_guidance_channels": 8, "axes_dims_rope": (2, 2, 2, 2)}),
+    Tiny("flux3", "Flux3Transformer2DModel", "Flux3LoraLoaderMixin", {
+        **HEADS, "in_channels": 4, "cond_in_channels": 4, "num_layers": 2, "num_single_layers": 2,
+        "joint_attention_dim": 8, "timestep_channels": 8, "axes_dims_rope": (2, 2, 2, 2),
+        "flow_map": True}),
     Tiny("sd3", "SD3Transformer2DModel", "SD3LoraLoaderMixin", {
         **HEADS, "sample_size": 8, "in_channels": 4, "out_channels": 4, "num_layers": 2,
         "joint_attention_dim": 8, "caption_projection_dim": 16, "pooled_projection_dim": 8,

@@ -48,6 +48,7 @@ TE = "lora_te_text_model_encoder_layers_0_mlp_fc1"
 FLUX = "lora_unet_double_blocks_0_img_attn_proj"
 FLUX_DOTTED = "diffusion_model.double_blocks.0.img_attn.proj"
 FLUX_OWN = "transformer.single_transformer_blocks.0.attn.to_q"
+FLUX3 = "diffusion_model.single_blocks.0.q_proj"
 FLUX2 = "single_blocks.0.linear1"
 WAN_OWN = "transformer.blocks.0.attn1.to_q"
 WAN = "diffusion_model.blocks.0.self_attn.q"
@@ -285,6 +286,8 @@ SAMPLES = (
     Sample("diffusers", "krea-numbered", "raises", without(pair(KREA), "alpha"),
            pair(KREA, how="A")),
     Sample("diffusers", "alpha-left", "raises", pair(ANIMA, how="A+"), pair(ANIMA, how="A")),
+    Sample("diffusers", "flux3-top", "dropped", {**pair(FLUX3, how="A"), **pair(
+        "diffusion_model.txt_in", how="A")}, pair(FLUX3, how="A")),
     Sample("diffusers", "ideogram-top", "raises", {
         **ideogram, **pair("diffusion_model.adaln_proj", how="A")}, ideogram),
     Sample("diffusers", "wan-left", "raises", {**wan_block, **pair("lora_unet_head_head")},

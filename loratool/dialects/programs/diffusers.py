@@ -64,7 +64,7 @@ _TAKES = {
     LTX: ("diffusion_model.", "transformer.", "connectors."),
     HIDREAM: ("diffusion_model.", "transformer."),
     HUNYUAN: ("diffusion_model.", "transformer.", ""),
-    "ernie_image": ("diffusion_model.", "transformer."),
+    **dict.fromkeys(("ernie_image", "flux3"), ("diffusion_model.", "transformer.")),
     "ideogram4": ("diffusion_model.", "conditional_transformer.", "transformer."),
     "ace_step": ("base_model.model.", "transformer."),
     **dict.fromkeys(_OWN_ALONE, ("transformer.",)),
@@ -77,7 +77,7 @@ _ALGORITHMS = ("loha", "oft", "glora", "ia3", "tlora", "norm", "set", "tucker")
 _WAN_BLOCK = {f"{attn}_attn_{leaf}" for attn in ("self", "cross") for leaf in "qkvo"} | {
     "ffn_0", "ffn_2"}  # fmt: skip
 _WAN_MODULE = rf"blocks_\d+_({'|'.join(_WAN_BLOCK)}|cross_attn_[kv]_img)"
-_LEAVES_ALPHA = (ANIMA, LTX, HIDREAM, "ernie_image", *_OWN_ALONE)
+_LEAVES_ALPHA = (ANIMA, LTX, HIDREAM, "ernie_image", "flux3", *_OWN_ALONE)
 _LUMINA_BLOCK = {"attention_qkv", "attention_out", *(f"feed_forward_w{i}" for i in (1, 2, 3))}
 
 

@@ -1,4 +1,4 @@
-"""diffusers' rules for FLUX.1 and FLUX.2, which have the most spellings."""
+"""diffusers' rules for FLUX, which has the most spellings."""
 
 from __future__ import annotations
 
@@ -162,6 +162,9 @@ FLUX_RULES = (
     Rule("flux2-final", WRONG, where(family=(FLUX2,), path=r"^final_layer_adaLN_modulation_1$",
          prefix=_DOTTED), "the last modulation",
          "the halves of lora_B are not swapped", _CODE, is_mended=True),
+    Rule("flux3-top", DROPPED, where(family=("flux3",), prefix=r"diffusion_model\.",
+         path=r"^(emb_in|txt_in$|time_in|ref_time_in|final_layer)|_modulations_.*_lin$"),
+         "modules outside of the blocks", "their names are not mapped", _CODE, is_mended=True),
     Rule("flux2-foreign", DROPPED, where(family=(FLUX2,), alike=_flux2_foreign),
          "names that it does not convert", "they are left over, with a warning", _PIPELINES,
          is_mended=True),
