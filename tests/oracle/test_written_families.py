@@ -60,6 +60,14 @@ TINY = (
         **HEADS, "in_channels": 4, "cond_in_channels": 4, "num_layers": 2, "num_single_layers": 2,
         "joint_attention_dim": 8, "timestep_channels": 8, "axes_dims_rope": (2, 2, 2, 2),
         "flow_map": True}),
+    Tiny("sana", "SanaTransformer2DModel", "SanaLoraLoaderMixin", {
+        **HEADS, "in_channels": 4, "out_channels": 4, "num_layers": 2, "caption_channels": 8,
+        "num_cross_attention_heads": 2, "cross_attention_head_dim": 8, "cross_attention_dim": 16,
+        "sample_size": 8}),
+    Tiny("sana", "SanaVideoTransformer3DModel", "SanaLoraLoaderMixin", {
+        **HEADS, "in_channels": 4, "out_channels": 4, "num_layers": 2, "caption_channels": 8,
+        "num_cross_attention_heads": 2, "cross_attention_head_dim": 8, "cross_attention_dim": 16,
+        "sample_size": 8}),
     Tiny("sd3", "SD3Transformer2DModel", "SD3LoraLoaderMixin", {
         **HEADS, "sample_size": 8, "in_channels": 4, "out_channels": 4, "num_layers": 2,
         "joint_attention_dim": 8, "caption_projection_dim": 16, "pooled_projection_dim": 8,
@@ -173,7 +181,7 @@ def fixed(source: Path, out: Path) -> Path:
 
 @pytest.mark.parametrize("make", [converted, fixed])
 @pytest.mark.parametrize("prefix", ["lora_unet_", "diffusion_model."])
-@pytest.mark.parametrize("tiny", TINY, ids=[t.family for t in TINY])
+@pytest.mark.parametrize("tiny", TINY, ids=[t.model for t in TINY])
 def test_it_is_the_same_change_there(tiny: Tiny, prefix: str, make: Any, tmp_path: Path) -> None:
     if tiny.family == "lumina2" and make is fixed:
         pytest.skip("its converter cuts by the width of the real model")

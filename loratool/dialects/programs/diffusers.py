@@ -50,7 +50,7 @@ _ISSUES, _PULLS = _HOME + "issues/", _HOME + "pull/"
 
 _KOHYA = ("lora_te_", "lora_te1_", "lora_te2_", "lora_unet_")
 _PIPELINE = ("transformer.", "text_encoder.", "text_encoder_2.", "text_encoder_3.")
-_OWN_ALONE = ("auraflow", "mochi", "cogview", "cogvideox", "kandinsky5")
+_OWN_ALONE = ("auraflow", "mochi", "cogview", "cogvideox", "kandinsky5", "sana")
 """Models without a converter."""
 _TAKES = {
     SD: ("unet.", "text_encoder.", "text_encoder_2.", ""),
