@@ -46,6 +46,9 @@ TINY = (
     Tiny("qwen_image", "QwenImageTransformer2DModel", "QwenImageLoraLoaderMixin", {
         **HEADS, "in_channels": 4, "out_channels": 4, "num_layers": 2, "joint_attention_dim": 8,
         "axes_dims_rope": (2, 2, 4)}),
+    Tiny("qwen_image_21", "QwenImage21Transformer2DModel", "QwenImageLoraLoaderMixin", {
+        **HEADS, "in_channels": 4, "out_channels": 4, "num_layers": 2, "context_in_dim": 8,
+        "axes_dims_rope": (2, 2, 4)}),
     Tiny("z_image", "ZImageTransformer2DModel", "ZImageLoraLoaderMixin", {
         "in_channels": 4, "dim": 16, "n_layers": 2, "n_refiner_layers": 1, "n_heads": 2,
         "n_kv_heads": 2, "cap_feat_dim": 8, "axes_dims": [2, 2, 4], "axes_lens": [8, 8, 8]}),

@@ -288,6 +288,9 @@ SAMPLES = (
     Sample("diffusers", "alpha-left", "raises", pair(ANIMA, how="A+"), pair(ANIMA, how="A")),
     Sample("diffusers", "flux3-top", "dropped", {**pair(FLUX3, how="A"), **pair(
         "diffusion_model.txt_in", how="A")}, pair(FLUX3, how="A")),
+    Sample("diffusers", "qwen21-names", "dropped",
+           pair("lora_unet_transformer_blocks_0_img_mlp_gate_layer"),
+           pair("lora_unet_transformer_blocks_0_img_mlp_proj")),
     Sample("diffusers", "ideogram-top", "raises", {
         **ideogram, **pair("diffusion_model.adaln_proj", how="A")}, ideogram),
     Sample("diffusers", "wan-left", "raises", {**wan_block, **pair("lora_unet_head_head")},

@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from loratool.dialects.programs import models
 from loratool.dialects.programs.base import DROPPED, RAISES, WRONG, Hit, Program, Rule
 from loratool.dialects.programs.diffusers_flux import FLUX_RULES
+from loratool.dialects.programs.diffusers_qwen import QWEN_RULES, is_converted
 from loratool.dialects.programs.diffusers_text import TEXT_RULES
 from loratool.dialects.programs.grammar import Group
 from loratool.dialects.programs.look import Look, once
@@ -38,7 +39,6 @@ from loratool.dialects.programs.where import (
     has_prefix,
     is_alone,
     lacks_alpha,
-    lettered,
     numbered,
     where,
 )
@@ -129,29 +129,11 @@ def _is_foreign(look: Look, group: Group) -> bool:
     if look.family.name == SD and _is_kohya(look):
         return False
     if group.prefix == "" and look.family.name in (QWEN, Z_IMAGE):
-        return not _is_converted(look)
+        return not is_converted(look)
     return group.prefix not in takes or (
         group.prefix in ("transformer.", "unet.") and look.naming_of(group) == models.ORIGINAL
         and look.family.name not in (HUNYUAN, LTX)
     )  # fmt: skip
-
-
-def _is_converted(look: Look) -> bool:
-    """True if the converters of Qwen-Image and Z-Image run."""
-    return any(
-        g.prefix in ("diffusion_model.", "lora_unet_") or "alpha" in g.parts
-        or any("default." in k for k in g.keys) for g in look.groups
-    )  # fmt: skip
-
-
-@once
-def _has_both(look: Look) -> bool:
-    spellings = {g.uses_letters for g in look.groups if g.kind == "lora"}
-    return len(spellings) == 2 and (_is_converted(look) or has_prefix(look, "diffusion_model."))
-
-
-def _is_doubled(look: Look, group: Group) -> bool:
-    return group.prefix == "transformer." and _is_converted(look)
 
 
 def _partial(family: str, prefix: str, block: str, needed: set[str]) -> Rule:
@@ -249,32 +231,7 @@ _OTHERS = (
     Rule("wan-left", RAISES, where(family=(WAN,), prefix="lora_unet_", on=lambda _, g:
          re.fullmatch(_WAN_MODULE, g.flat) is None), "modules that it does not convert",
          "its converter of flat names knows attention and ffn alone", _CODE, is_mended=True),
-    Rule("z-fused", DROPPED, where(family=(Z_IMAGE,), path=r"_attention_qkv$", kind=("lora",),
-         alike=lambda _, g: g.uses_letters or not g.is_flat), "fused attention",
-         "the name is passed on, and the model has no such module", _ISSUES + "13203",
-         is_mended=True),
-    Rule("z-fused-kohya", RAISES, where(family=(Z_IMAGE,), path=r"_attention_qkv$",
-         prefix="lora_unet_", alike=numbered), "fused attention", "it was left over: ValueError",
-         _ISSUES + "13203", until="0.42"),
-    Rule("z-out", DROPPED, where(family=(Z_IMAGE,), path=r"_attention_out$", alike=lettered),
-         "attention.out as lora_A", "it is renamed as lora_down alone", _CODE, is_mended=True),
-    Rule("z-double", DROPPED, where(family=(Z_IMAGE,), prefix="lora_unet__"),
-         "two underscores", "the names come out broken", _CODE, is_mended=True),
-    Rule("z-top", DROPPED, where(family=(Z_IMAGE,), path=r"^(final_layer|x_embedder)",
-         prefix=r"diffusion_model\.|lora_unet_"), "modules outside of the layers",
-         "their names are not mapped", _CODE, is_mended=True),
-    Rule("two-spellings", RAISES, where(family=(WAN, QWEN, Z_IMAGE), kind=("lora",),
-         alike=lambda look, _: _has_both(look)), "lora_A beside lora_down",
-         "its converter takes one of both spellings", _CODE, is_mended=True),
-    Rule("doubled-prefix", DROPPED, where(family=(QWEN, Z_IMAGE), alike=_is_doubled),
-         "transformer. beside alpha", "the converter puts transformer. before it once more", _CODE,
-         is_mended=True),
-    Rule("qwen-alpha", WRONG, where(family=(QWEN,), part=("alpha",), alike=lettered),
-         "alpha beside lora_A", "alpha was deleted: the scale was 1", _ISSUES + "14088",
-         until="0.42"),
-    Rule("qwen-no-alpha", RAISES, where(family=(QWEN,), kind=("lora",), alike=lambda look, g:
-         numbered(look, g) and lacks_alpha(look, g)), "no alpha", "it was a KeyError",
-         _PULLS + "14165", until="0.42"),
+    *QWEN_RULES,
     Rule("mochi-last", DROPPED, where(family=("mochi",), prefix=r"transformer\.",
          path=r"_norm1_context_linear$", on=_is_lower), "the last block's norm1_context.linear",
          "its name there is norm1_context.linear_1: the keys are unexpected, with a warning",
