@@ -48,6 +48,7 @@ TE = "lora_te_text_model_encoder_layers_0_mlp_fc1"
 FLUX = "lora_unet_double_blocks_0_img_attn_proj"
 FLUX_DOTTED = "diffusion_model.double_blocks.0.img_attn.proj"
 FLUX_OWN = "transformer.single_transformer_blocks.0.attn.to_q"
+PIXART = "transformer.transformer_blocks.0.ff.net.0.proj"
 FLUX3 = "diffusion_model.single_blocks.0.q_proj"
 FLUX2 = "single_blocks.0.linear1"
 WAN_OWN = "transformer.blocks.0.attn1.to_q"
@@ -291,6 +292,8 @@ SAMPLES = (
     Sample("diffusers", "qwen21-names", "dropped",
            pair("lora_unet_transformer_blocks_0_img_mlp_gate_layer"),
            pair("lora_unet_transformer_blocks_0_img_mlp_proj")),
+    Sample("diffusers", "no-loader", "unsure", pair(PIXART, 4608, 1152, how="A"),
+           pair(PIXART, 4608, 2048, how="A")),
     Sample("diffusers", "ideogram-top", "raises", {
         **ideogram, **pair("diffusion_model.adaln_proj", how="A")}, ideogram),
     Sample("diffusers", "wan-left", "raises", {**wan_block, **pair("lora_unet_head_head")},

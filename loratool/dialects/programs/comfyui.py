@@ -32,6 +32,8 @@ _DIFFUSERS = {
     ),
     models.FLUX1: ("transformer.", "lycoris_", "lora_transformer_", ""),
     models.FLUX2: ("transformer.", "lycoris_", "lora_transformer_", ""),
+    "pixart": ("transformer.", "base_model.model.", "unet.base_model.model."),
+    "auraflow": ("transformer.",),
     models.QWEN: ("transformer.", "lycoris_", ""),
     models.HIDREAM: ("transformer.", "lycoris_"),
     models.Z_IMAGE: ("transformer.", "diffusion_model.", "lycoris_", ""),

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable
 
 from loratool.dialects.programs import models
-from loratool.dialects.programs.base import DROPPED, RAISES, WRONG, Hit, Program, Rule
+from loratool.dialects.programs.base import DROPPED, RAISES, UNSURE, WRONG, Hit, Program, Rule
 from loratool.dialects.programs.diffusers_flux import FLUX_RULES
 from loratool.dialects.programs.diffusers_qwen import QWEN_RULES, is_converted
 from loratool.dialects.programs.diffusers_text import TEXT_RULES
@@ -52,6 +52,8 @@ _KOHYA = ("lora_te_", "lora_te1_", "lora_te2_", "lora_unet_")
 _PIPELINE = ("transformer.", "text_encoder.", "text_encoder_2.", "text_encoder_3.")
 _OWN_ALONE = ("auraflow", "mochi", "cogview", "cogvideox", "kandinsky5", "sana")
 """Models without a converter."""
+_WITHOUT_LOADER = ("pixart", "hunyuan_image", "hunyuan_video_15", "hidream_o1")
+"""Models whose pipelines load no LoRA, or that have none."""
 _TAKES = {
     SD: ("unet.", "text_encoder.", "text_encoder_2.", ""),
     SD3: _PIPELINE,
@@ -252,6 +254,10 @@ _ALL = (
          _PULLS + "9547"),
     Rule("magnitude", WRONG, where(part=("magnitude",)), "DoRA of ai-toolkit",
          "the magnitudes are passed over and the plain LoRA is added", _PIPELINES),
+    Rule("no-loader", UNSURE, where(on=lambda look, _: look.family.map in _WITHOUT_LOADER),
+         "a model whose pipelines load no LoRA",
+         "they have no load_lora_weights; a model's load_lora_adapter takes its own names",
+         _PIPELINES),
     Rule("mixed-ranks", WRONG, _mixed_ranks, "mixed ranks without metadata",
          "the first rank was every module's lora_alpha", _PULLS + "14409", until="0.42"),
 )  # fmt: skip
