@@ -41,7 +41,8 @@ _DIFFUSERS = {
 }
 """Model -> how names of diffusers may begin."""
 _ORIGINAL = {
-    models.SD: ("lycoris_",), models.HUNYUAN: ("transformer.",), models.LTX: ("",),
+    models.SD: ("lycoris_",), models.HUNYUAN: ("transformer.",),
+    **dict.fromkeys((models.LTX, "mochi", "omnigen2"), ("",)),
 }  # fmt: skip
 """Model -> how its own names may begin besides `_OWN`."""
 # HunyuanVideo's trainers' names that its map has behind a dot only, and those that it has nowhere.
