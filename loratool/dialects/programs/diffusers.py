@@ -52,7 +52,14 @@ _KOHYA = ("lora_te_", "lora_te1_", "lora_te2_", "lora_unet_")
 _PIPELINE = ("transformer.", "text_encoder.", "text_encoder_2.", "text_encoder_3.")
 _OWN_ALONE = ("auraflow", "mochi", "cogview", "cogvideox", "kandinsky5", "sana")
 """Models without a converter."""
-_WITHOUT_LOADER = ("pixart", "omnigen2", "hunyuan_image", "hunyuan_video_15", "hidream_o1")
+_WITHOUT_LOADER = (
+    "pixart",
+    "omnigen2",
+    "ovis_image",
+    "hunyuan_image",
+    "hunyuan_video_15",
+    "hidream_o1",
+)
 """Models whose pipelines load no LoRA, or that have none."""
 _TAKES = {
     SD: ("unet.", "text_encoder.", "text_encoder_2.", ""),
