@@ -33,7 +33,8 @@ def resolve_names(items: Sequence[Item], checkpoint: Checkpoint, adapter: Adapte
     index = flat_names(checkpoint.tensors)
     meanings = [meanings_of(item.name, index) for item in items]
     if any(len(some) > 1 for some in meanings):
-        index = flat_names(checkpoint.tensors, _family(checkpoint).family)
+        told = _family(checkpoint).family or _family_of_names(items, adapter)
+        index = flat_names(checkpoint.tensors, told)
         meanings = [meanings_of(item.name, index) for item in items]
     pairs = list(zip(items, meanings, strict=True))
     unclear = {item.module: some for item, some in pairs if len(some) > 1}
@@ -68,6 +69,11 @@ def _is_foreign(items: Sequence[Item], checkpoint: Checkpoint) -> bool:
 def _family(checkpoint: Checkpoint) -> Guess:
     shapes = ((name, ref.shape) for name, ref in checkpoint.tensors.items())
     return family_of(module_shapes(shapes))
+
+
+def _family_of_names(items: Sequence[Item], adapter: Adapter) -> str | None:
+    """The adapter's, which may have names that tell more than those of the base."""
+    return family_of({item.module: () for item in items}, adapter.metadata).family
 
 
 def _are_as_spelled(pairs: Sequence[tuple[Item, list[Meaning]]]) -> bool:
