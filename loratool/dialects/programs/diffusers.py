@@ -261,7 +261,7 @@ _ALL = (
          _PULLS + "9547"),
     Rule("magnitude", WRONG, where(part=("magnitude",)), "DoRA of ai-toolkit",
          "the magnitudes are passed over and the plain LoRA is added", _PIPELINES),
-    Rule("no-loader", UNSURE, where(on=lambda look, _: look.family.map in _WITHOUT_LOADER),
+    Rule("no-loader", UNSURE, where(alike=lambda look, _: look.family.map in _WITHOUT_LOADER),
          "a model whose pipelines load no LoRA",
          "they have no load_lora_weights; a model's load_lora_adapter takes its own names",
          _PIPELINES),
