@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from loratool.adapter import Adapter, AdapterFiles
+from loratool.adapter import Adapter, AdapterFiles, DeltaSpec
 from loratool.api.common import Limits, recorded_name
 from loratool.api.fitting import Fitted, check_files, fit_for
 from loratool.api.loading import translate, without_misfits
+from loratool.archs.by_heads import head_rows
 from loratool.archs.heads import is_other_head, task_of
 from loratool.archs.stated import class_config
+from loratool.delta.forms import factors_of, with_factors
 from loratool.dialects import stated, write_adapter_files
+from loratool.dialects.arranged import arranged
 from loratool.dialects.base import Dialect
 from loratool.dialects.programs import Program
 from loratool.engine.rows import args_of
@@ -89,7 +92,8 @@ class Assembly(Frozen):
         plan = self.plan
         old = {n: p.base for p in plan.pairs if p.base is not None for n in plan.names_of(p)}
         changes, others = differences(adapter.replacements, old)
-        whole = replace(adapter, specs=(*adapter.specs, *changes), replacements=tuple(others))
+        specs = (_in_order(s, self.base.checkpoint.config) for s in adapter.specs)
+        whole = replace(adapter, specs=(*specs, *changes), replacements=tuple(others))
         kept, lost = without_misfits(whole, self.row.name, self.limits, self.loader)
         refuse_lost(lost, adapter, self.row, self.loader)
         made = translate(kept, self.row.name, self.limits, self.loader)
@@ -147,6 +151,17 @@ def refuse_lost(
             file=adapter.path, key=list_some(names, 3),
             hint=f"do not factor them: {options('--exclude', names, rest)}" if rest else None,
         )  # fmt: skip
+
+
+def _in_order(spec: DeltaSpec, config: Mapping[str, Any]) -> DeltaSpec:
+    """A change whose rows of q, k and v lie head by head in the base, as adapters have them."""
+    head = head_rows(config, spec.name)
+    if not head or not spec.is_pair:
+        return spec
+    left, right = factors_of(spec)
+    rows, rank = left.shape
+    return with_factors(spec, arranged(
+        left, (rows // (3 * head), 3, head, rank), (1, 0, 2, 3), left.shape), right)  # fmt: skip
 
 
 def _without(outcome: Outcome) -> Outcome:

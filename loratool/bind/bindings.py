@@ -13,7 +13,7 @@ from loratool.adapter import Adapter, TensorRef
 from loratool.archs.stated import layer_config
 from loratool.archs.ties import Tie, find_ties, follows_vocabulary
 from loratool.bind.experts import place_flat, place_single
-from loratool.bind.flat import place_pieces, resolve_names
+from loratool.bind.flat import in_order_of_heads, place_pieces, resolve_names
 from loratool.bind.fused import place_fused
 from loratool.bind.heads import take_heads
 from loratool.bind.items import (
@@ -125,7 +125,7 @@ def bind(adapter: Adapter, checkpoint: Checkpoint, options: Names | None = None)
     bindings = settle(outcome.found, outcome.context, adapter)
     return replace(
         bindings,
-        deltas=join_changes(bindings.deltas, adapter),
+        deltas=in_order_of_heads(join_changes(bindings.deltas, adapter), checkpoint, adapter),
         created={f.created: created for f in outcome.found if (created := _created(f))},
         config_changes={**config_changes, **bindings.config_changes},
         rule=outcome.rule.words,

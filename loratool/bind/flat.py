@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from loratool.adapter import Adapter, DeltaSpec
+from loratool.archs.by_heads import by_heads, cut_at, head_rows
 from loratool.archs.families import Guess, family_of, module_shapes, split_component
 from loratool.archs.family_rows import cut, holds_for
 from loratool.archs.flat import FlatNames, KnownNames, Meaning, flat_names
@@ -13,6 +14,8 @@ from loratool.archs.stated import model_type
 from loratool.bind.items import BoundDelta, Found, Item, Misfit
 from loratool.bind.place import Context, Placement, cut_groups, known_size, misfit, unmergeable
 from loratool.delta.forms import shape_of, side_sizes, spans_rows
+from loratool.dialects import DEFAULT
+from loratool.dialects.rules import is_of_home
 from loratool.dtypes import numel
 from loratool.errors import MismatchError, list_some
 from loratool.frozen import replace
@@ -55,6 +58,43 @@ def meanings_of(name: str, index: FlatNames | KnownNames) -> list[Meaning]:
     """What the full name of a parameter may mean."""
     module, _, parameter = name.rpartition(".")
     return index.look_up(*split_component(module), parameter)
+
+
+def in_order_of_heads(
+    deltas: Sequence[BoundDelta], checkpoint: Checkpoint, adapter: Adapter
+) -> tuple[BoundDelta, ...]:
+    """Changes of q, k and v where the base has the rows of these head by head.
+
+    A folder of PEFT is of the very module, whatever lies in it.
+    """
+    if is_of_home(adapter, DEFAULT):
+        return tuple(deltas)
+    return tuple(part for delta in deltas for part in _by_heads(delta, checkpoint))
+
+
+def _by_heads(delta: BoundDelta, checkpoint: Checkpoint) -> Iterator[BoundDelta]:
+    """The rows of q, k and v of a change each by themselves, where their heads lie."""
+    head, ref = head_rows(checkpoint.config, delta.target), checkpoint.tensors.get(delta.target)
+    if not head or ref is None or ref.shape[0] % (3 * head):
+        yield delta
+        return
+    if spans_rows(delta.spec):
+        raise MismatchError(
+            "LT-439", f"a {delta.spec.title} needs all rows of a tensor in its own order",
+            file=checkpoint.path, key=delta.target, got="q, k and v head by head",
+            hint="a base of diffusers or ComfyUI has them in order",
+        )  # fmt: skip
+    rows, is_vector, region = ref.shape[0], len(ref.shape) == 1, delta.region
+    spans = (region.cols if is_vector else region.rows) or (Span(0, rows),)
+    first = (region.source_cols if is_vector else region.source_rows) or (0, 0)
+    at = first[0]
+    for start, stop in cut_at([(s.start, s.stop) for s in spans], rows // 3):
+        place = tuple(Span(*s) for s in by_heads(start, stop, rows, head))
+        own = (at, at + stop - start)
+        at = own[1]
+        changed = (replace(region, cols=place, source_cols=own) if is_vector
+                   else replace(region, rows=place, source_rows=own))  # fmt: skip
+        yield replace(delta, region=changed)
 
 
 def _is_foreign(items: Sequence[Item], checkpoint: Checkpoint) -> bool:
