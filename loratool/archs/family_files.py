@@ -102,16 +102,15 @@ def _rows(family: str, written: Any, data: Mapping[str, Any], *, is_tensor: bool
     parts = len(split) or max(len(t) for t in templates.values())
     covers = {naming: _covers(t, parts) for naming, t in templates.items()}
     split, namings = split or ("*",) * parts, data.get("namings", {})
-    swap = written.get("swap", "")
+    swap, lower = written.get("swap", ""), written.get("lower", "")
     for filled, blocks in _expanded(templates, data.get("sets", {})):
         names = {
             naming: tuple(map(Name, filled[naming], *zip(*covers[naming], strict=True)))
             for naming in filled
         }
-        like = _further(names, namings, parts, is_tensor=is_tensor)
+        like = _further(names, namings, parts, is_tensor=is_tensor) | ({lower} if lower else set())
         yield Row(family, component, names, parts, split, swap, like, is_tensor,
-                  written.get("grows", ""), written.get("columns", 0), written.get("lower", ""),
-                  blocks)  # fmt: skip
+                  written.get("grows", ""), written.get("columns", 0), lower, blocks)  # fmt: skip
 
 
 def _covers(templates: list[str], parts: int) -> list[tuple[int, int]]:
