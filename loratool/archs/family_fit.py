@@ -154,7 +154,7 @@ def _fits(size: Mapping[str, Any], width: set[int], depth: list[int]) -> int:
     wanted: list[int] = size.get("depth", [0] * len(depth))
     if any(seen > most > 0 for seen, most in zip(depth, wanted, strict=True)):
         return 0
-    return 2 + sum(seen == most > 0 for seen, most in zip(depth, wanted, strict=True))
+    return 2 + (any(depth) and depth == wanted)
 
 
 def _of(groups: Iterable[_Group], family: Family, written: Iterable[str]) -> list[_Group]:

@@ -71,6 +71,10 @@ TINY = (
         **HEADS, "in_channels": 4, "out_channels": 4, "num_layers": 2, "caption_channels": 8,
         "num_cross_attention_heads": 2, "cross_attention_head_dim": 8, "cross_attention_dim": 16,
         "sample_size": 8}),
+    Tiny("bria_fibo2", "BriaFibo2Transformer2DModel", "BriaFibo2LoraLoaderMixin", {
+        "in_channels": 4, "dim": 64, "n_layers": 2, "n_refiner_layers": 1, "n_heads": 4,
+        "cap_feat_dim": 8, "injection_layer_ids": (1,), "perceiver_num_layers": 1,
+        "min_num_gist_tokens": 4, "max_num_gist_tokens": 8, "axes_dims": (4, 6, 6)}),
     Tiny("sd3", "SD3Transformer2DModel", "SD3LoraLoaderMixin", {
         **HEADS, "sample_size": 8, "in_channels": 4, "out_channels": 4, "num_layers": 2,
         "joint_attention_dim": 8, "caption_projection_dim": 16, "pooled_projection_dim": 8,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +151,26 @@ def test_where_shapes_agree_the_dots_of_names_tell_and_then_the_rank() -> None:
         assert (found.family, "hunyuan_video" in (family, *found.others)) == (family, True)
     tie = family_of({"unet.down_blocks.0.attentions.0.proj_in": (320, 320)})
     assert tie.family is None and {"sd1", "sdxl"} <= set(tie.others)
+
+
+@pytest.mark.parametrize(
+    ("doubles", "singles", "family"),
+    [
+        (range(19), range(38), "flux1"),
+        (range(10), range(20), "longcat_image"),
+        (range(6), range(27), "ovis_image"),
+        ((), (7, 19), "flux1"),
+        ((), range(27), "flux1"),
+        ((), range(20), "flux1"),
+    ],
+)
+def test_of_models_with_the_names_and_width_of_flux_all_depths_tell(
+    doubles: Sequence[int], singles: Sequence[int], family: str
+) -> None:
+    """Some of the blocks are what people train of FLUX.1."""
+    names = [f"transformer_blocks.{i}.attn.to_q" for i in doubles]
+    names += [f"single_transformer_blocks.{i}.attn.to_q" for i in singles]
+    assert family_of({f"transformer.{name}": (3072, 3072) for name in names}).family == family
 
 
 def test_a_language_model_is_of_no_family() -> None:

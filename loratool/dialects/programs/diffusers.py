@@ -50,16 +50,12 @@ _ISSUES, _PULLS = _HOME + "issues/", _HOME + "pull/"
 
 _KOHYA = ("lora_te_", "lora_te1_", "lora_te2_", "lora_unet_")
 _PIPELINE = ("transformer.", "text_encoder.", "text_encoder_2.", "text_encoder_3.")
-_OWN_ALONE = ("auraflow", "mochi", "cogview", "cogvideox", "kandinsky5", "sana")
+_OWN_ALONE = ("auraflow", "mochi", "cogview", "cogvideox", "kandinsky5", "sana", "bria_fibo2")
 """Models without a converter."""
 _WITHOUT_LOADER = (
-    "pixart",
-    "omnigen2",
-    "ovis_image",
-    "hunyuan_image",
-    "hunyuan_video_15",
-    "hidream_o1",
-)
+    "pixart", "omnigen2", "ovis_image", "longcat_image", "hunyuan_image",
+    "hunyuan_video_15", "hidream_o1",
+)  # fmt: skip
 """Models whose pipelines load no LoRA, or that have none."""
 _TAKES = {
     SD: ("unet.", "text_encoder.", "text_encoder_2.", ""),
