@@ -144,9 +144,10 @@ def plan_sum(
     modules = [_module(terms, known.get(name, 1.0), adapters) for name, terms in groups.items()]
     modules.sort(key=lambda m: m.is_bias)
     replacements, mixed, gone, notes = _replacements(adapters, verb, base or {})
-    is_cut = any(0.0 in weight.by_name.values() for _, weight in adapters)
-    if is_cut and not (modules or replacements or mixed):
-        raise UsageError("LT-270", "weights of 0 leave every module out: nothing remains",
+    if not (modules or replacements or mixed):
+        is_cut = any(0.0 in weight.by_name.values() for _, weight in adapters)
+        why = "weights of 0 leave every module out" if is_cut else "what they replace cancels"
+        raise UsageError("LT-270", f"{why}: nothing remains",
                          got=list_some(a.label for a, _ in adapters))  # fmt: skip
     bases = {a.base_model for a, _ in adapters if a.base_model}
     if len(bases) > 1:
@@ -256,7 +257,8 @@ def _replacements(
 
     W + Σ c·(T - W) needs no base where the weights of those that replace a tensor sum up to 1: it
     is Σ c·T.  Where they sum up to 0 and hold the same bytes, W stays.  When adapters are merged
-    and every one of them has the same bytes, those are taken.  Anything else takes the base.
+    without it and every one of them has the same bytes, those are taken.  Anything else takes the
+    base.
     """
     groups: dict[tuple[str, bool], list[tuple[Replacement, float]]] = {}
     for adapter, weight in adapters:
@@ -268,7 +270,8 @@ def _replacements(
         is_same = all(one.rows == first.rows for one, _ in found) and (
             len(found) == 1 or have_same_bytes([one.source for one, _ in found])
         )
-        is_agreed = verb == "merged" and len(found) == len(adapters) > 1
+        has_base = name in base and all(_lies_on(one, base[name]) for one, _ in found)
+        is_agreed = verb == "merged" and len(found) == len(adapters) > 1 and not has_base
         if is_same and (is_agreed or abs(total - 1) <= _ONE):
             kept.append(first)
         elif abs(total - 1) <= _ONE and all(
@@ -277,7 +280,7 @@ def _replacements(
             mixed.append(Mixed(tuple(found)))
         elif is_same and total == 0:
             gone.append(name)
-        elif name in base and all(_lies_on(one, base[name]) for one, _ in found):
+        elif has_base:
             mixed.append(Mixed(tuple(found), base[name]))
         else:
             conflicts.append(name)

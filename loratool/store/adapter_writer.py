@@ -166,7 +166,8 @@ def _put_gaps(
     sources: Sequence[Source], starts: Sequence[int], size: int, writer: ShardWriter
 ) -> None:
     """Zeros between the tensors, where there are gaps."""
-    for source, start, after in zip(sources, starts, (*starts[1:], size), strict=True):
+    ends = (*starts[1:], size) if starts else ()
+    for source, start, after in zip(sources, starts, ends, strict=True):
         end = start + source.nbytes
         if end < after:
             writer.put(end, memoryview(bytes(after - end)))

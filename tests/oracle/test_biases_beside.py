@@ -86,3 +86,26 @@ def test_peft_loads_the_scaled_one(tmp_path: Path) -> None:
     loaded = PeftModel.from_pretrained(model, str(tmp_path / "half"))
     theirs = loaded.merge_and_unload().state_dict()
     assert_part_of_the_way({k: theirs[k].numpy() for k in before}, before, full, 0.5)
+
+
+@pytest.mark.parametrize("name", ["ia3", "ln_tuning", "lora_bias_all", "trainable_tokens"])
+def test_one_adapter_twice_is_so_many_times_its_change(tmp_path: Path, name: str) -> None:
+    """Replaced tensors too: they were taken as they are where all adapters have the same bytes."""
+    adapter, base = sample(name, tmp_path)
+    before, full = stored(base), merged(adapter, base, tmp_path / "full")
+    typed = [f"{adapter}:0.25", f"{adapter}:0.5"]
+    lt.combine(typed, base=base, output=tmp_path / "sum")
+    got = merged(tmp_path / "sum", base, tmp_path / "1")
+    for key, tensor in before.items():
+        exact = tensor + 0.75 * (full[key] - tensor.astype("f8"))
+        size = np.abs(tensor).max() + np.abs(full[key] - tensor).max()
+        assert np.abs(got[key] - exact).max() <= 8 * 2.0**-23 * size, key
+
+
+def test_what_cancels_leaves_nothing(tmp_path: Path) -> None:
+    """It was a bug in loratool (LT-001)."""
+    adapter, base = sample("ln_tuning", tmp_path)
+    with pytest.raises(lt.LoratoolError) as caught:
+        lt.subtract([adapter, adapter], base=base, output=tmp_path / "none")
+    assert caught.value.code == "LT-270" and not (tmp_path / "none").exists()
+    assert not lt.inspect(adapter).notes  # of ranks, which the method has not

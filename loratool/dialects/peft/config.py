@@ -150,6 +150,7 @@ def parse_config(
     *,
     own: Collection[str] = (),
     silent: Collection[str] = (),
+    has_rank: bool = True,
 ) -> PeftConfig:
     """Check the types of every field that changes numbers and resolve it.
 
@@ -158,6 +159,7 @@ def parse_config(
         file: where from.
         own: fields that a method of its own reads, whatever LoRA calls by these names.
         silent: further fields that say nothing.
+        has_rank: the method takes r and an alpha from the configuration.
 
     Raises:
         BadFileError: LT-361 a value of the wrong type or range, LT-368 a bad pattern.
@@ -168,7 +170,7 @@ def parse_config(
     is_lora = config.get("peft_type") == "LORA"
     alpha_key = "lora_alpha" if is_lora else "alpha"
     missing = [k for k in ("r", alpha_key) if config.get(k) is None]
-    has_rank = is_lora or not (own or silent or config.get("peft_type") == "TRAINABLE_TOKENS")
+    has_rank = has_rank and config.get("peft_type") != "TRAINABLE_TOKENS"
     notes = [f"{k} is missing: {DEFAULT_RANK}, as in PEFT" for k in missing if has_rank]
     known = _READ | _SILENT | {alpha_key, *own, *silent}
     is_pattern = isinstance(config.get("target_modules"), str)

@@ -17,6 +17,8 @@ ROWS: dict[str, Method] = {row.name: row for row in (*low_rank.ROWS, *based.ROWS
 """``peft_type`` -> row, of the methods that have one; LoRA and its spellings need none."""
 _OWN = ("LORA", "TRAINABLE_TOKENS")
 
+_TO_LORA = ("PSOFT", "TINYLORA", "UNILORA", "WAVEFT")
+"""Of those that are not read, what PEFT 0.21.2 itself makes LoRA of."""
 _WEIGHTS = "a change of weights that loratool does not read yet"
 _PROMPT = "it adds prompts or states to the input: it has no change of weights"
 _ROUTER = "it routes every token at run time: it has no fixed change of weights"
@@ -115,7 +117,7 @@ def read_config(config: Mapping[str, Any], file: Path | None) -> PeftConfig:
     row = ROWS.get(str(config.get("peft_type")))
     if row is None:
         return parse_config(config, file)
-    return parse_config(config, file, own=row.own, silent=row.silent)
+    return parse_config(config, file, own=row.own, silent=row.silent, has_rank=False)
 
 
 def refuse_method(method: object, config_path: Path | None) -> NoReturn:
@@ -127,19 +129,27 @@ def refuse_method(method: object, config_path: Path | None) -> NoReturn:
     if method is None:
         raise MismatchError(
             "LT-403", "the configuration does not say the PEFT method", file=config_path,
-            key="peft_type", expected="LORA or TRAINABLE_TOKENS", got="nothing",
+            key="peft_type", expected=_readable(), got="nothing",
             hint='add "peft_type": "LORA" if it is one',
         )  # fmt: skip
     known = METHODS.get(method) if isinstance(method, str) else None
     if known is None:
         raise MismatchError(
             "LT-403", "unknown PEFT method", file=config_path, key="peft_type",
-            expected="LORA or TRAINABLE_TOKENS", got=repr(method)[:60],
+            expected=_readable(), got=repr(method)[:60],
             hint="written by a newer PEFT, or by a plug-in of it",
         )  # fmt: skip
     title, what = known
-    hint = "peft.convert_to_lora makes a LoRA adapter of it" if what == _WEIGHTS else None
+    hint = None
+    if what == _WEIGHTS:
+        hint = "peft.convert_to_lora makes a LoRA adapter of it" if method in _TO_LORA else (
+            "merge_and_unload in PEFT, save the model, then loratool extract TUNED --base BASE"
+            " -o OUT")  # fmt: skip
     raise MismatchError(
         "LT-402", f"{title} adapters are not supported", file=config_path, key="peft_type",
-        expected="LORA or TRAINABLE_TOKENS", got=f"{method}: {what}", hint=hint,
+        expected=_readable(), got=f"{method}: {what}", hint=hint,
     )  # fmt: skip
+
+
+def _readable() -> str:
+    return ", ".join((*_OWN, *(method for method in METHODS if is_read(method))))
