@@ -12,7 +12,7 @@ from loratool.api.translating import Translated, blank, carry_out, files_of
 from loratool.dialects.programs import Look, Program
 from loratool.dialects.registry import row_of
 from loratool.errors import MismatchError, list_some
-from loratool.frozen import Frozen
+from loratool.frozen import Frozen, replace
 from loratool.ops.convert import ConvertPlan, compute_also, outline, plan_convert
 from loratool.ops.fitting import freeing, leaving_out
 from loratool.ops.leaving import changes_of, less, skips, unheld
@@ -79,7 +79,13 @@ def planned_for(
             key=problem.key, got=problem.got,
             hint=freeing(program, adapter) or _skipping(program, adapter, dialect, limits, how),
         ) from None  # fmt: skip
-    return settled(plan, program, limits, **how)
+    try:
+        return settled(plan, program, limits, **how)
+    except MismatchError:
+        if not adapter.key_order:
+            raise
+        again = replace(adapter, key_order=())  # the same under the spellings of new files
+        return planned_for(program, again, dialect, limits, how, **of_plan)
 
 
 class _Drawn(Frozen):
@@ -116,7 +122,7 @@ class _Drawn(Frozen):
         plan, table = self.plan, self.plan.row.table
         if not plan.is_named or table is None:
             return [(spec.name,) for spec in self.specs]
-        return [m.made_of for m in renamed(locate(outline(plan)), table, blank)]
+        return [m.made_of for m in renamed(locate(outline(plan), table.naming), table, blank)]
 
 
 def settled(plan: ConvertPlan, program: Program, limits: Limits, **how: Any) -> ConvertPlan:
@@ -180,7 +186,8 @@ def without_misfits(
         (adapter, names of what is left out).
     """
     row = row_of(dialect)
-    located = locate(adapter) if row.table is not None and row.table.naming else []
+    naming = "" if row.table is None else row.table.naming
+    located = locate(adapter, naming) if naming else []
     out = dict.fromkeys(unheld(adapter, row, located))
     while program is not None and not out.keys() >= set(changes_of(adapter)):
         drawn = _plain(plan_convert(less(adapter, out), dialect), program, limits, how)

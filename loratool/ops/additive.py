@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 
 from loratool.adapter import Adapter, DeltaSpec
@@ -103,7 +104,8 @@ def require_kernels(adapter: Adapter, specs: Sequence[DeltaSpec], dialect: str) 
         raise MismatchError(
             "LT-461", "these may be convolutions, whose kernels the file holds flattened",
             file=adapter.path, key=list_some(odd, 3),
-            hint="loratool convert ADAPTER --to peft --base BASE -o OUT makes a LoRA of it first",
+            hint=f"{shlex.join(['loratool', 'convert', str(adapter.path), '--to', dialect])} "
+            "--base BASE -o OUT: the base's weights tell",
         )  # fmt: skip
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import re
 import shlex
 from collections.abc import Collection, Mapping, Sequence
 
 from loratool.adapter import Adapter, DeltaSpec
-from loratool.archs.families import family_of
+from loratool.archs.families import family_of, places
 from loratool.archs.flat import KnownNames, home_prefix, known_names
+from loratool.archs.kernels import kernel_of
 from loratool.bind.bindings import bind
 from loratool.bind.flat import meanings_of
 from loratool.bind.items import BoundDelta
@@ -16,6 +18,7 @@ from loratool.delta.forms import (
     as_pair,
     is_whole_pair,
     matrix_shape,
+    may_be_flattened,
     reshaped,
     side_sizes,
 )
@@ -50,6 +53,8 @@ class ConvertPlan(Frozen):
         notes: one sentence each.
         warnings: the same of what may go wrong.
         is_named: modules get the names that the dialect's programs know.
+        inner: names of changes that hold kernels flattened -> (in, kernel…), where their family
+            tells.
     """
 
     source: Adapter
@@ -62,6 +67,7 @@ class ConvertPlan(Frozen):
     notes: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     is_named: bool = False
+    inner: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
 
 def plan_convert(
@@ -101,7 +107,14 @@ def plan_convert(
                             got=reason)  # fmt: skip
     is_kept = keeps_names and source.dialect == dialect
     is_named = row.table is not None and bool(row.table.naming) and not is_kept
-    located = locate(kept) if is_named else []
+    naming = row.table.naming if row.table is not None and is_named else ""
+    located = locate(kept, naming) if naming else []
+    if base is not None and source.is_flat and not row.is_flat and not all(
+        one.place for one in located
+    ):  # fmt: skip
+        kept, words = _named(kept, base)
+        notes.append(words)
+        located = locate(kept, naming)
     _check(kept, row, base, located)
     notes += _left_behind(kept, row)
     if is_named:
@@ -113,9 +126,10 @@ def plan_convert(
     odd = [s for s in kept.specs
            if (is_plain or row.obstacle(s) or s.name in uncut)
            and not is_whole_pair(s) and s.has_factors]  # fmt: skip
+    inner = _known_kernels(kept) if base is None else {}
     if base is None:
-        require_kernels(kept, odd, dialect)
-    computed = {s.name: _flattened(s, base) for s in odd}
+        require_kernels(kept, [s for s in odd if s.name not in inner], dialect)
+    computed = {s.name: _flattened(s, base) or inner.get(s.name, ()) for s in odd}
     is_used = is_freed or settled is not source or bool(odd) or row.asks_config
     if base is not None and not (is_named or is_used or (source.is_flat and not row.is_flat)):
         notes.append("the base was not needed: the modules have whole names, or keep flat ones")
@@ -129,6 +143,7 @@ def plan_convert(
         source, row, kept, computed, left_out, tuple(base.tensors) if base else (), is_evened,
         tuple(notes),
         _unknown([one.spec.module for one in located if one.place is None], source, row), is_named,
+        inner,
     )  # fmt: skip
 
 
@@ -140,7 +155,8 @@ def compute_also(plan: ConvertPlan, names: Collection[str]) -> ConvertPlan:
     """
     odd = [s for s in plan.adapter.specs
            if s.name in names and s.has_factors and not is_whole_pair(s)]  # fmt: skip
-    return replace(plan, computed={**{s.name: () for s in odd}, **plan.computed})
+    made = {s.name: plan.inner.get(s.name, ()) for s in odd}
+    return replace(plan, computed={**made, **plan.computed})
 
 
 def _unknown(modules: Sequence[str], source: Adapter, row: Dialect) -> tuple[str, ...]:
@@ -153,6 +169,28 @@ def _unknown(modules: Sequence[str], source: Adapter, row: Dialect) -> tuple[str
     which = "1 module is" if count == 1 else f"{count} modules are"
     return (f"{which} of no family that is known and may have another name in {row.title}: "
             f"{list_some(modules, 3)}",)  # fmt: skip
+
+
+def _known_kernels(adapter: Adapter) -> dict[str, tuple[int, ...]]:
+    """(in, kernel…) of changes that hold it flattened, () of linear layers, as their family says.
+
+    What is not known is left out.
+    """
+    if not any(map(may_be_flattened, adapter.specs)):
+        return {}
+    found = {}
+    for one in locate(adapter):
+        if not may_be_flattened(one.spec):
+            continue
+        known = [one.place] if one.place else places(one.component, one.module)
+        kernels = {kernel_of(place) for place in known}
+        kernel = kernels.pop() if len(kernels) == 1 else None
+        if kernel is None:
+            continue
+        columns, rest = divmod(side_sizes(one.spec)[1][0], math.prod(kernel))
+        if not rest:
+            found[one.spec.name] = (columns, *kernel) if kernel else ()
+    return found
 
 
 def _flattened(spec: DeltaSpec, base: Checkpoint | None) -> tuple[int, ...]:

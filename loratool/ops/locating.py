@@ -28,11 +28,12 @@ class Located(Frozen):
     place: Place | None
 
 
-def locate(adapter: Adapter) -> list[Located]:
+def locate(adapter: Adapter, naming: str = "written") -> list[Located]:
     """Find every change among the weights of the family that the adapter is of.
 
     Args:
         adapter: opened; with flat or dotted names.
+        naming: a dialect's, which is asked for: families that agree in it need not be told apart.
     """
     guess = family_of({_unit(s): _shape(s) for s in adapter.specs}, adapter.metadata)
     found = []
@@ -42,7 +43,7 @@ def locate(adapter: Adapter) -> list[Located]:
         family = guess.parts.get(component) if component.startswith("te") else guess.family
         known = places(component, module, spec.parameter, family) if family else []
         if not known:  # of a part that is not the file's main one, or of one of several families
-            known = _settled(component, places(component, module, spec.parameter))
+            known = _settled(component, places(component, module, spec.parameter), naming)
         found.append(Located(spec, component, module, known[0] if known else None))
     return found
 
@@ -52,12 +53,13 @@ def _unit(spec: DeltaSpec) -> str:
     return spec.module if spec.parameter in ("weight", "bias") else spec.name
 
 
-def _settled(component: str, known: list[Place]) -> list[Place]:
+def _settled(component: str, known: list[Place], naming: str) -> list[Place]:
     """Places that several families have, if it does not matter which: one; else none."""
     if is_text(component):
         usual = usual_encoder(component)
         return sorted(known, key=lambda p: p.family != usual)
-    names = {(p.original, p.diffusers, families()[p.family].flat) for p in known}
+    ways = [(p, p.called(naming_in(p.family, naming), 0, 0)) for p in known]
+    names = {(p.names(way), p.row.split, p.row.swap) for p, way in ways}
     return known if len(names) == 1 else []
 
 

@@ -30,13 +30,13 @@ def in_dialect(adapter: Adapter, row: Dialect, remake: stacking.Remake) -> Adapt
     """
     table = row.table
     assert table is not None
-    located = locate(adapter)
+    located = locate(adapter, table.naming)
     unknown = [one.spec.name for one in located if one.place is None]
     if unknown and adapter.is_flat and not table.is_flat:
         raise MismatchError(
             "LT-404", f"the whole names of {len(unknown)} flat modules are not known",
             file=adapter.path, key=list_some(unknown, 3),
-            hint="leave them out with --skip",
+            hint="give the base model, --base BASE: its tensors name them",
         )  # fmt: skip
     specs = tuple(one.spec for one in renamed(located, table, remake))
     replaced = tuple(_replaced(r, table) for r in adapter.replacements)

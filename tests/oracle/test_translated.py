@@ -112,3 +112,16 @@ def test_a_size_holds_for_what_is_written(tmp_path: Path) -> None:
     source, out = flux(tmp_path / "style.safetensors"), tmp_path / "out.safetensors"
     lt.compress([source], size=30_000, to="diffusers", output=out)
     assert out.stat().st_size <= 30_000 and open_adapter(out).dialect == "diffusers"
+
+
+def test_old_spellings_are_written_anew_for_a_program(tmp_path: Path) -> None:
+    """Factors in processors of attention: nunchaku takes lora_A and lora_B alone."""
+    source = SAMPLES / "diffusers_unet_old_processor" / "adapter.safetensors"
+    out = tmp_path / "out.safetensors"
+    assert lt.check(source, program="nunchaku").verdict == "no"
+    lt.convert([source], program="nunchaku", output=out)
+    assert lt.check(out, program="nunchaku").verdict == "yes"
+    assert changes(out).keys() == {
+        k.replace(".processor", "").replace("_lora", "").replace("to_out", "to_out.0")
+        for k in {key.partition(".down.")[0].partition(".up.")[0] for key in load_file(str(source))}
+    }

@@ -1,0 +1,29 @@
+"""Kernels of convolutions by their names: files of LoHa and LoKr hold them flattened."""
+
+from __future__ import annotations
+
+from loratool.archs.base import load_data
+from loratool.archs.places import Place
+from loratool.lazy import regex
+
+_SQUARE, _POINT = ("conv1", "conv2", "conv", "conv_in", "conv_out"), ("conv_shortcut",)
+_PROJECTION = ("proj_in", "proj_out")
+_OPEN = regex(r"patch|(x|img|pos|audio)_?(embed|in)")
+"""What cuts an image into patches, as a convolution or as a linear layer."""
+
+
+def kernel_of(place: Place) -> tuple[int, ...] | None:
+    """Kernel of a module, () of a linear layer, None where its name does not tell.
+
+    Example:
+        >>> kernel_of(places("unet", "down_blocks.0.resnets.0.conv1", family="sd1")[0])
+        (3, 3)
+    """
+    name = place.diffusers[0]
+    leaf = name.rpartition(".")[2]
+    if place.family not in load_data("diffusion")["unets"]:
+        return None if _OPEN.search(name) else ()
+    if leaf in _SQUARE:
+        return (3, 3)
+    is_point = leaf in _POINT or (leaf in _PROJECTION and place.family == "sd1")
+    return (1, 1) if is_point else ()
