@@ -15,7 +15,8 @@ from loratool.api.compare_run import run_compare
 from loratool.api.freeing import dependent
 from loratool.api.page import with_page
 from loratool.dtypes import DTYPES
-from loratool.errors import UsageError
+from loratool.errors import MismatchError, UsageError
+from loratool.frozen import replace
 from loratool.ops.additive import in_one_order
 from loratool.ops.compare import (
     Aligned,
@@ -79,6 +80,7 @@ def compare(asked: Compare) -> CompareReport:
         if not any(dependent(one) for one in opened):
             base = None
     labels = _labels([resolved.label for resolved, _ in found])
+    as_read, opened = opened, _in_one_naming(opened, limits)
     aligned = align(opened, has_base=base is not None)
     from loratool.engine.reads import factor_ranges
 
@@ -87,9 +89,23 @@ def compare(asked: Compare) -> CompareReport:
     seen, results = run_compare(opened, aligned, limits, base, turns)
     if len(opened) == 2:
         report = _compare_two(opened, labels, seen, results, started, aligned)
+        report = replace(report, differences=tuple(find_differences(*as_read)))
     else:
         report = _compare_many(opened, labels, seen, results, started)
+    notes = (note for new, old in zip(opened, as_read, strict=True)
+             for note in new.notes if note not in old.notes)  # fmt: skip
+    report = replace(report, notes=tuple(notes))
     return _with_files(with_page(report, asked.html), asked)
+
+
+def _in_one_naming(adapters: Sequence[Adapter], limits: Limits) -> list[Adapter]:
+    """Files of several programs with the names of one, as far as these are known."""
+    from loratool.api.translating import alike
+
+    try:
+        return alike(adapters, limits)
+    except MismatchError:
+        return list(adapters)
 
 
 def _compare_two(
@@ -147,7 +163,7 @@ def _compare_two(
         only=aligned.only,
         shared=len(aligned.shared),
         replacements=tuple(replaced),
-        differences=tuple(find_differences(*adapters)),
+        differences=(),
         phi_A=tuple(map(tuple, mean_A.table())),
         phi_B=tuple(map(tuple, mean_B.table())),
         sign_conflict=_ratio(opposite, both),
@@ -244,7 +260,6 @@ def _compare_many(
 
 
 def _with_files(report: CompareReport, asked: Compare) -> CompareReport:
-    from loratool.frozen import replace
     from loratool.report.compare_chart import draw_comparison
     from loratool.report.csvfile import comparison_table
 

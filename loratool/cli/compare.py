@@ -73,8 +73,9 @@ def _pair(report: CompareReport, voice: Voice) -> Iterator[str]:
     cosine = report.matrix[0][1]
     if verdict:
         yield line("verdict", verdict[0], verdict[1], tone=verdict[2])
-    yield line("cosine", f"{_number(cosine, '+.4f')}  {bar(cosine)}",
-               f"‖ΔW₁ − ΔW₂‖ is {_number(apart, '.3g')} of the larger one")  # fmt: skip
+    if report.shared:
+        yield line("cosine", f"{_number(cosine, '+.4f')}  {bar(cosine)}",
+                   f"‖ΔW₁ − ΔW₂‖ is {_number(apart, '.3g')} of the larger one")  # fmt: skip
     yield line("norms", f"{one} {report.norms[0]:.4g}", f"{two} {report.norms[1]:.4g}",
                f"ratio {_number(_ratio(report.norms), '.3g')}")  # fmt: skip
     facts = [f"{report.shared} shared"]

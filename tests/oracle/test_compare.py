@@ -16,10 +16,13 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 import loratool as lt
+from loratool.cli.compare import _pair
+from loratool.cli.voice import Voice
 from loratool.engine import comparison
 from loratool.errors import LoratoolError
 from loratool.frozen import replace
 from loratool.report.compare import ComparedModule
+from tests.conftest import DATA
 from tests.make import random_factors, save_adapter
 from tests.oracle.adapter_algebra import EPS, LLM, additive_samples, twin
 
@@ -255,6 +258,25 @@ def test_rows_of_heads_in_one_order_and_in_two(tmp_path: Path) -> None:
     with pytest.raises(LoratoolError) as caught:
         lt.compare([gguf, peft])
     assert caught.value.code == "LT-460" and "--base BASE" in str(caught.value.hint)
+
+
+def test_files_of_two_programs_are_compared_by_the_names_of_one(tmp_path: Path) -> None:
+    """The same adapter as diffusers and as kohya name it: equal, and with another nothing new."""
+    one = DATA / "diffusion" / "diffusers_unet_te" / "adapter.safetensors"
+    two = tmp_path / "k.safetensors"
+    lt.convert([one], to="kohya", output=two)
+    found = lt.compare([one, two])
+    assert found.verdict == "equal" and found.shared == 20 and not found.warnings
+    assert [d.first for d in found.differences if d.key == "dialect"] == ["diffusers"]
+    assert any("kohya" in note for note in found.notes)
+    assert lt.compare([two, one, two]).matrix == (pytest.approx((1, 1, 1)),) * 3
+
+
+def test_what_has_no_module_in_common_has_no_cosine(tmp_path: Path) -> None:
+    lt.convert([LLM / "lora_linear"], to="kohya", output=tmp_path / "k.safetensors")
+    report = lt.compare([LLM / "lora_linear", tmp_path / "k.safetensors"])
+    said = "\n".join(_pair(report, Voice()))
+    assert report.warnings and "cosine" not in said and "of the larger" not in said
 
 
 def test_differences_of_configurations() -> None:

@@ -69,7 +69,8 @@ def test_a_sample_merges_to_the_formula_and_to_what_peft_merged(tmp_path: Path, 
 @pytest.mark.parametrize("name", SAMPLES)
 def test_a_sample_is_written_back_and_goes_to_peft_and_back(tmp_path: Path, name: str) -> None:
     """Bytes are copied, none is computed; mlx-lm itself writes tensors in any order."""
-    lt.rescale([DATA / name], 1, output=tmp_path / "again")
+    (report,) = lt.rescale([DATA / name], 1, output=tmp_path / "again").adapters
+    assert [x.verdict for x in report.loads_in if x.program == "mlx-lm"] == ["yes"]
     there = lt.convert([DATA / name], to="peft", output=tmp_path / "peft").adapters[0]
     lt.convert([tmp_path / "peft"], to="mlx", output=tmp_path / "back")
     old = stored(DATA / name)

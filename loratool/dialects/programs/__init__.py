@@ -48,7 +48,7 @@ def judge_loads(adapter: Adapter) -> tuple[Loads, ...]:
     asked = _of_images() if look.is_of_images else ()
     if not asked or adapter.config:  # a folder of PEFT may be of either
         asked = (*_of_language(), *asked)
-    return tuple(program.judge(look) for program in asked if program.is_shown)
+    return tuple(p.judge(look) for p in asked if p.is_shown or p.native == look.dialect)
 
 
 def find_program(name: str, *, of_peft: bool = False) -> Program:

@@ -99,7 +99,7 @@ class Program(Frozen):
         ranks: the only ranks that it has room for, ascending; () = any.
         holds_whole_tensors: it loads replaced tensors and biases.
         is_of_images: it runs image and video models.
-        is_shown: reports on adapters of its world name it.
+        is_shown: reports on adapters of its world name it, not only those on its own dialect.
         homes: family of models -> the dialect that it loads best; "" for all others.
     """
 
