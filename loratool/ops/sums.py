@@ -7,7 +7,7 @@ from typing import Any
 
 from loratool.adapter import Adapter, DeltaSpec, Replacement, TensorRef
 from loratool.archs.experts import parse_expert
-from loratool.delta.forms import kernel_of, matrix_shape, shape_of
+from loratool.delta.forms import kernel_of, matrix_shape, may_be_flattened, shape_of
 from loratool.dialects.registry import home_of
 from loratool.dialects.rules import conversion, gains, has_alpha_tensors, is_of_home, passed_on
 from loratool.dialects.stated import LAYERS, joint_config, require_one_packing
@@ -186,10 +186,12 @@ def _module(
     gain: float,
     adapters: Sequence[tuple[Adapter, Weight]],
 ) -> SumModule:
-    first = terms[0].spec
-    for term in terms[1:]:
+    # A convolution's kernel, where a LoHa of it holds that flattened.
+    first = next((t.spec for t in terms if t.spec.layout == "conv"), terms[0].spec)
+    for term in terms:
         mine, other = _form(first), _form(term.spec)
-        if mine != other:
+        is_flattened = may_be_flattened(term.spec) and matrix_shape(term.spec) == shape_of(first)
+        if mine != other and not (first.layout == "conv" and is_flattened):
             raise MismatchError(
                 "LT-462", "one module has different forms in the adapters", key=first.name,
                 file=adapters[term.adapter][0].path, expected=mine, got=other,

@@ -69,3 +69,25 @@ def test_the_base_names_what_no_family_has(tmp_path: Path) -> None:
         if key.endswith("lora_A.weight"):
             name = f"{key.removesuffix('.lora_A.weight')}.weight"
             assert tensor.shape[1:] == weights[name].shape[1:]
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_a_loha_of_a_convolution_is_summed_with_a_lora_of_it(first: int, tmp_path: Path) -> None:
+    source, other = tmp_path / "loha.safetensors", tmp_path / "locon.safetensors"
+    want, rng = loha(source), np.random.default_rng(8)
+    stem, (out, inner, kernel) = next(iter(MODULES.items()))
+    down = np.asarray(rng.normal(size=(3, inner, kernel, kernel)), np.float32)
+    up = np.asarray(rng.normal(size=(out, 3, 1, 1)), np.float32)
+    save_file({f"{stem}.lora_down.weight": down, f"{stem}.lora_up.weight": up,
+               f"{stem}.alpha": np.array(3, np.float32)}, str(other))  # fmt: skip
+    product = up.astype("f8").reshape(out, 3) @ down.astype("f8").reshape(3, -1)
+    total = want[stem] + 0.5 * product.reshape(want[stem].shape)
+    texts = [str(source), f"{other}:0.5"]
+    made = tmp_path / "made.safetensors"
+    lt.merge(texts if first == 0 else texts[::-1], output=made)
+    tensors = load_file(str(made))
+    left, right = (tensors[f"{stem}.lora_{x}.weight"].astype("f8") for x in ("up", "down"))
+    alpha = float(tensors[f"{stem}.alpha"]) / len(right)
+    assert right.shape[1:] == (inner, kernel, kernel)
+    found = alpha * left.reshape(out, -1) @ right.reshape(len(right), -1)
+    assert np.abs(found.reshape(total.shape) - total).max() <= 2.0**-19 * np.abs(total).max()
