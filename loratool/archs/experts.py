@@ -30,7 +30,7 @@ def parse_expert(name: str) -> ExpertName | None:
         >>> parse_expert("mlp.experts.3.w1.weight").parts
         ('gate',)
     """
-    match = _pattern().fullmatch(name)
+    match = _pattern().fullmatch(name) if any(map(name.__contains__, _containers())) else None
     if match is None:
         return None
     container, index, leaf, suffix = match.groups()
@@ -66,6 +66,10 @@ def _part_of_leaf() -> dict[str, str]:
 
 
 @cache
+def _containers() -> tuple[str, ...]:
+    return tuple(load_data("experts")["containers"])
+
+
+@cache
 def _pattern() -> re.Pattern[str]:
-    containers = "|".join(load_data("experts")["containers"])
-    return re.compile(rf"((?:.*\.)?(?:{containers}))\.(?:(\d+)\.)?(\w+?)(\.weight)?")
+    return re.compile(rf"((?:.*\.)?(?:{'|'.join(_containers())}))\.(?:(\d+)\.)?(\w+?)(\.weight)?")

@@ -6,11 +6,12 @@ import re
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from itertools import zip_longest
-from typing import Any, NamedTuple
+from typing import Any
 
 from loratool.archs.family_files import families, index_of, templates_of
 from loratool.archs.family_rows import NUMBER, Family, Telling, flatten
 from loratool.archs.places import Place, places_of
+from loratool.frozen import Frozen
 from loratool.lazy import regex
 
 Shape = tuple[int, ...]
@@ -20,7 +21,7 @@ _PIECES = regex(r"(\{n\}|\d+)")
 _ENOUGH = 0.8  # of the names of a file are the family's
 
 
-class Fit(NamedTuple):
+class Fit(Frozen):
     """How well a family explains a file; larger is better, but for the rank.
 
     Attributes:
@@ -43,7 +44,7 @@ class Fit(NamedTuple):
         return self.total, self.size, self.exact, -self.rank
 
 
-class _Group(NamedTuple):
+class _Group(Frozen):
     """Modules of one name but for the numbers that do not tell rows apart.
 
     Attributes:
@@ -59,7 +60,7 @@ class _Group(NamedTuple):
     is_exact: bool
 
 
-class _Pool(NamedTuple):
+class _Pool(Frozen):
     """The same before the families are asked: one name, the shapes and numbers of all of them."""
 
     spelled: str

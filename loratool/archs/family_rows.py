@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache, cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 from loratool.frozen import Frozen, field
 from loratool.lazy import regex
@@ -17,7 +17,7 @@ NUMBER = regex(r"\{n\}|\d+")
 Numbers = tuple[str, ...]
 
 
-class Name(NamedTuple):
+class Name(Frozen):
     """What one naming calls some parts of a row.
 
     Attributes:
@@ -130,7 +130,7 @@ class Family(Frozen):
     kin: str = ""
 
 
-class Entry(NamedTuple):
+class Entry(Frozen):
     """A name of a row in the index."""
 
     row: Row
@@ -138,7 +138,7 @@ class Entry(NamedTuple):
     name: Name
 
 
-class Telling(NamedTuple):
+class Telling(Frozen):
     """Which numbers of a name decide on its rows.
 
     Attributes:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from loratool.cli.signals import Caught
 
-_SEARCH_AFTER = 20_000
+_SEARCH_AFTER = 50_000
 """New objects before Python looks for circles of garbage among them; its 700 are there 50 times
 while a command loads its modules and reads a header, which make none."""
 

@@ -11,7 +11,6 @@ import click
 import loratool as lt
 from loratool.cli import options as opt
 from loratool.cli.loads import loads_lines
-from loratool.cli.look import look_lines
 from loratool.cli.progress import show_progress
 from loratool.cli.render import (
     format_bytes,
@@ -24,8 +23,6 @@ from loratool.cli.render import (
     some,
     table,
 )
-from loratool.cli.risk import risk_lines
-from loratool.cli.spectrum import spectrum_lines
 from loratool.cli.told import told_lines
 from loratool.cli.voice import Voice, note_lines, warning_lines
 from loratool.errors import LoratoolError, UsageError
@@ -137,10 +134,16 @@ def render(report: InspectReport, voice: Voice) -> Iterator[str]:
         is_read = any(x is not None for x in (report.risk, report.spectrum, report.look))
         yield from _adapter(report.adapter, voice, read="" if is_read else "headers only")
     if report.risk is not None:
+        from loratool.cli.risk import risk_lines
+
         yield from risk_lines(report.risk, voice)
     if report.spectrum is not None:
+        from loratool.cli.spectrum import spectrum_lines
+
         yield from spectrum_lines(report.spectrum, voice)
     if report.look is not None:
+        from loratool.cli.look import look_lines
+
         yield from look_lines(report.look, voice)
     if report.sha256:
         held = [f"{key} {'holds' if holds else 'DOES NOT HOLD'}"

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import NamedTuple
 
 from loratool.adapter import DeltaSpec
+from loratool.frozen import Frozen
 
 
-class Component(NamedTuple):
+class Component(Frozen):
     """A part of a pipeline.
 
     Attributes:
@@ -23,7 +23,7 @@ class Component(NamedTuple):
     also: tuple[str, ...] = ()
 
 
-class Field(NamedTuple):
+class Field(Frozen):
     """What a key ends in.
 
     Attributes:
@@ -49,7 +49,7 @@ class Field(NamedTuple):
     is_set: bool = False
 
 
-class Scaling(NamedTuple):
+class Scaling(Frozen):
     """What a file's metadata state about a module.
 
     Attributes:
@@ -65,7 +65,7 @@ Stated = Callable[[str, int], Scaling | None]
 """(module, rank) -> what is stated of it, None where nothing is."""
 
 
-class Header(NamedTuple):
+class Header(Frozen):
     """Scaling in the metadata of a file.
 
     Attributes:
@@ -77,7 +77,7 @@ class Header(NamedTuple):
     write: Callable[[Mapping[str, str], Sequence[DeltaSpec]], dict[str, str]]
 
 
-class Key(NamedTuple):
+class Key(Frozen):
     """A tensor's name, taken apart.
 
     Attributes:

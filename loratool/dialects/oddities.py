@@ -48,9 +48,10 @@ def _split_qkv(adapter: Adapter) -> Iterator[str]:
 
 def _twice(adapter: Adapter) -> Iterator[str]:
     """Fused and split keys of one weight in one file."""
-    parents = {m[1] for s in adapter.specs if (m := _SPLIT.fullmatch(s.module))}
-    both = [s.module for s in adapter.specs
-            if (m := _FUSED.fullmatch(s.module)) and m[1] in parents]  # fmt: skip
+    fused = [m for s in adapter.specs if "qkv" in s.module and (m := _FUSED.fullmatch(s.module))]
+    split = (_SPLIT.fullmatch(s.module) for s in adapter.specs) if fused else ()
+    parents = {m[1] for m in split if m}
+    both = [m.string for m in fused if m[1] in parents]
     if both:
         yield (
             f"{len(both)} modules are there fused and split: {list_some(both, 2)}; programs add "

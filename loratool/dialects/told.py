@@ -132,6 +132,8 @@ def _triggers(metadata: Metadata, card: str) -> Iterable[tuple[str, str]]:
 
 
 def _frequent(text: str) -> tuple[tuple[str, int], ...]:
+    if not text:
+        return ()
     counts: Counter[str] = Counter()
     for tags in _mapping(text).values():
         if isinstance(tags, dict) and {int}.issuperset(map(type, tags.values())):

@@ -18,14 +18,20 @@ from loratool.report.families import place_of
 from loratool.report.inspect import AdapterSummary, ReplacedTensor, TargetFamily
 
 
-def summarize_adapter(adapter: Adapter) -> AdapterSummary:
-    """The facts of an opened adapter."""
+def summarize_adapter(adapter: Adapter, label: str = "", card: str = "") -> AdapterSummary:
+    """The facts of an opened adapter.
+
+    Args:
+        adapter: the adapter.
+        label: its short name, "" = that of its path.
+        card: text of the model card beside it, "" if there is none.
+    """
     # Specs may share a tensor (slices of one fused pair): count it once.
     factors = list({(id(f), f.name): f for s in adapter.specs for f in s.fields.values()}.values())
     replaced = [_replaced(r) for r in adapter.replacements]
     everything = [*factors, *(r.source for r in adapter.replacements)]
     return AdapterSummary(
-        label=adapter.label,
+        label=label or adapter.label,
         dialect=adapter.dialect,
         dialect_title=short_title(adapter.dialect),
         method=_method(adapter),
@@ -47,7 +53,7 @@ def summarize_adapter(adapter: Adapter) -> AdapterSummary:
         extras=tuple(dict.fromkeys(name.partition("/")[0] for name in adapter.extras)),
         loads=judge_loads(adapter),
         metadata=dict(adapter.metadata),
-        told=tell(adapter.metadata),
+        told=tell(adapter.metadata, card),
         spelled_by=trainer_by_names(adapter.key_order),
         kinds=_counted(s.title for s in adapter.specs),
         embeddings=embeddings_of(adapter.key_order),

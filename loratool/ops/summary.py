@@ -13,7 +13,6 @@ from loratool.adapter import Adapter
 from loratool.archs.stated import is_tied, model_type
 from loratool.dialects import open_adapter, unmergeable_reason
 from loratool.dialects.oddities import oddities
-from loratool.dialects.told import tell
 from loratool.dtypes import DTYPES, numel
 from loratool.errors import LoratoolError, MismatchError
 from loratool.frozen import replace
@@ -105,8 +104,7 @@ def _describe_entry(path: Path, alpha: float | None, max_header: int) -> Describ
     if what != "checkpoint":
         try:
             adapter = open_adapter(find_adapter(path), Read(alpha=alpha), max_header=max_header)
-            label = path.name
-            return replace(summarize_adapter(adapter), label=label), None, adapter
+            return summarize_adapter(adapter, path.name), None, adapter
         except MismatchError as error:
             if what == "adapter" or error.code not in NO_ADAPTER:
                 raise
@@ -123,12 +121,11 @@ def _describe_adapter(
     path: Path, named: str, label: str, tensors: bool, alpha: float | None, max_header: int
 ) -> InspectReport:
     adapter = open_adapter(find_adapter(path), Read(alpha=alpha), max_header=max_header)
-    told = tell(adapter.metadata, _card(path))
     warnings, notes = oddities(adapter)
     return InspectReport(
         source=named,
         what="adapter",
-        adapter=replace(summarize_adapter(adapter), label=label, told=told),
+        adapter=summarize_adapter(adapter, label, _card(path)),
         tensors=tuple(_adapter_tensors(adapter)) if tensors else (),
         warnings=(*_warnings(adapter), *warnings),
         notes=(*adapter.notes, *notes),

@@ -43,8 +43,8 @@ def heat_of(
     cells: dict[tuple[str, tuple[str, int | None]], list[float]] = {}
     for name, value in values:
         if math.isfinite(value):
-            group, layer, family = place_of(name)
-            cells.setdefault((family, (group, layer)), []).append(value)
+            place = place_of(name)
+            cells.setdefault((place.family, (place.group, place.layer)), []).append(value)
     rows = list(dict.fromkeys(family for family, _ in cells))
     groups = list(dict.fromkeys(group for _, (group, _) in cells))
     columns = sorted({column for _, column in cells},
@@ -52,7 +52,7 @@ def heat_of(
     if len(columns) < 2:
         return None
     shown, columns = rows[:MOST_ROWS], columns[:MOST_COLUMNS]
-    found = {place: reduce(many) for place, many in cells.items()}
+    found = {where: reduce(many) for where, many in cells.items()}
     end = top if top is not None else max(map(abs, found.values()), default=0.0)
     short = _short_names(groups)
     return Heat(

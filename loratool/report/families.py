@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import NamedTuple
 
+from loratool.frozen import Frozen
 from loratool.lazy import regex
 
 _FLAT, _DOTTED = regex(r"_\d+_"), regex(r"\.\d+(\.|$)")
 
 
-class Place(NamedTuple):
+class Place(Frozen):
     """Where a module is: which blocks, which of them (None = no number), which row of it."""
 
     group: str

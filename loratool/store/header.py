@@ -14,7 +14,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn
 
 from loratool.adapter import Stamp, TensorRef
 from loratool.dtypes import DTYPES, tensor_bytes
@@ -99,10 +99,10 @@ def read_header(
     """
     found = read_raw(path, max_bytes=max_bytes, folder=folder)
     with uncollected():
-        return _checked(*found, max_bytes)
+        return _checked(found, max_bytes)
 
 
-class RawHeader(NamedTuple):
+class RawHeader(Frozen):
     """The header of a file as it stands there.
 
     Attributes:
@@ -184,7 +184,8 @@ def uncollected() -> Iterator[None]:
             gc.enable()
 
 
-def _checked(shown: Location, raw: bytes, size: int, stamp: Stamp, max_bytes: int) -> Header:
+def _checked(found: RawHeader, max_bytes: int) -> Header:
+    shown, raw, size = found.where, found.raw, found.size
     if max_bytes <= MAX_HEADER_BYTES and text_bytes(raw) > MAX_TEXT_BYTES:
         raise BadFileError(
             "LT-304", "header is too large", file=shown, got=f"{text_bytes(raw)} bytes",
@@ -196,7 +197,9 @@ def _checked(shown: Location, raw: bytes, size: int, stamp: Stamp, max_bytes: in
     metadata = _check_metadata(entries.pop("__metadata__", {}), shown, longest)
     if len(entries) > MAX_TENSORS:
         _refuse_count(shown, len(entries))
-    tensors = [_tensor(shown, stamp, name, entry, len(raw)) for name, entry in entries.items()]
+    tensors = [
+        _tensor(shown, found.stamp, name, entry, len(raw)) for name, entry in entries.items()
+    ]
     tensors.sort(key=lambda ref: (ref.start, ref.nbytes))
     _check_cover(tensors, shown, len(raw), size)
     return Header(path_of(shown), metadata, tuple(tensors), raw, len(raw), size)

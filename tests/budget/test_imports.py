@@ -20,7 +20,7 @@ FOR_OTHERS = ("loratool.engine.", "loratool.plan", "loratool.linalg", "loratool.
 """Of ours: what only commands need that compute, write, or reach for the Hub."""
 CORES = "loratool.engine.machine"
 """How many there are is asked where the files of a folder are shared among them."""
-MOST, MOST_OF_ONE, MOST_OF_HELP = 327, 287, 162
+MOST, MOST_OF_ONE, MOST_OF_HELP = 326, 282, 161
 """Modules that a command loads, those of Python itself included: of one adapter fewer."""
 SCRIPT = """
 import sys

@@ -18,7 +18,7 @@ from loratool.pages.heat import heat_of
 from loratool.pages.measured import curves
 from loratool.pages.pictures import checked_picture
 from loratool.pages.render import MOST_BYTES, render
-from loratool.report.families import place_of
+from loratool.report.families import Place, place_of
 from loratool.report.spectrum import AdapterSpectrum, describe
 from tests.browser.scene import HOSTILE, landscape, write_lora
 from tests.pages import Page, check_harmless
@@ -268,7 +268,7 @@ def test_what_is_no_picture(text: str) -> None:
     ("7", ("", None, "7")), ("", ("", None, "")),
 ])  # fmt: skip
 def test_places(name: str, place: tuple[str, int | None, str]) -> None:
-    assert place_of(name) == place
+    assert place_of(name) == Place(*place)
 
 
 def test_heat_maps_hold_their_numbers() -> None:

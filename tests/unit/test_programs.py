@@ -105,4 +105,4 @@ def test_models_are_families_and_loaded_as_their_kin() -> None:
         f"distilled_guidance_layer.in_proj.{end}": Tensor("F16", shape)
         for end, shape in (("lora_A.weight", (2, 64)), ("lora_B.weight", (64, 2)))
     }
-    assert Look(chroma).family == ("flux1", "chroma", "Chroma", "both")
+    assert Look(chroma).family == models.Family("flux1", "chroma", "Chroma", "both")

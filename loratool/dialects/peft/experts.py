@@ -116,6 +116,8 @@ def _owner(path: str) -> str:
 
 def _candidates(owner: str, config: PeftConfig) -> list[str]:
     """Names of the owner's parameters that the configuration targets, in order of registration."""
+    if not config.parameters:
+        return []
     by_parent = _by_parent(config.parameters)
     found = [pair for e in ("", owner, *endings(owner)) for pair in by_parent.get(e, ())]
     names = list(dict.fromkeys(name for _, name in sorted(found)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from functools import cache
+from functools import cache, lru_cache
 
 from loratool import kinds
 from loratool.adapter import TensorRef
@@ -36,9 +36,8 @@ _ROLES: tuple[tuple[str, re.Pattern[str]], ...] = tuple(
 _SPELLED = regex(_MODULE + rf"(?P<role>[a-z]+(?:_[a-z0-9]+)+){_NAME}(?:\.weight)?", re.DOTALL)
 _SHARED = regex(rf"(?:base_model\.)?(?P<leaf>[A-Za-z]\w*){_NAME}")
 # State that only training needs; the leading dot keeps module names out.
-_TRAINING = regex(
-    r"(?:^|\.)(lora_velora_embed|lora_monteclora_sampler|trainable_tokens_original|ranknum)"
-    r"(?:\.|$)"
+_TRAINING = frozenset(
+    ("lora_velora_embed", "lora_monteclora_sampler", "trainable_tokens_original", "ranknum")
 )
 _ORIGINAL = regex(r"(?:^|\.)original_module\.")
 _SAVED = regex(_MODULE + r"modules_to_save\.(?P<rest>.+)", re.DOTALL)
@@ -202,29 +201,45 @@ def _is_shared(name: str) -> bool:
 
 
 def _without_adapter(path: str) -> str:
-    for role, pattern in _ROLES:
-        if match := pattern.fullmatch(path):
-            if match["name"]:
-                path = f"{path[: match.start('name') - 1]}{path[match.end('name') :]}"
-            return path.removesuffix(".weight") if role.startswith("embedding") else path
+    role, module, name = _role_of(path)
+    if role:
+        tail = path[len(module) :]
+        path = module + (tail.replace(f".{name}", "", 1) if name else tail)
+        return path.removesuffix(".weight") if role.startswith("embedding") else path
     if (match := _SAVED.fullmatch(path)) and not _ORIGINAL.search(path):
         leaf = match["rest"].rpartition(".")[2]
         return f"{match['module']}.{leaf}" if match["module"] else leaf
     return path
 
 
+def _role_of(path: str) -> tuple[str, str, str]:
+    """(role, module, name of an adapter) of a tensor of LoRA; no role for any other one."""
+    head, *parts = path.rsplit(".", 3)
+    if len(parts) < 3 or not head or not parts[0]:
+        return _role_of_end(path)
+    role, module, name = _role_of_end(path[len(head) + 1 :])
+    return role, f"{head}.{module}" if module else head, name
+
+
+@lru_cache(maxsize=1 << 10)  # what follows the last dots of a module is the same for many
+def _role_of_end(path: str) -> tuple[str, str, str]:
+    for role, pattern in _ROLES:
+        if match := pattern.fullmatch(path):
+            return role, match["module"] or "", match["name"] or ""
+    return "", "", ""
+
+
 def parse_key(ref: TensorRef, path: str, own: Mapping[str, str] | None = None) -> Key:
     """The role of one tensor, from its stripped name; ``own`` as in `sort_tensors`."""
     if own and (match := _own_pattern(tuple(own)).fullmatch(path)):
         return Key(ref, path, own[match["role"]], match["module"] or "", match["name"] or "")
-    if _ORIGINAL.search(path):
+    if "original_module." in path and _ORIGINAL.search(path):
         return Key(ref, path, "original", path)
-    if _TRAINING.search(path):
+    if not _TRAINING.isdisjoint(path.split(".")):
         return Key(ref, path, "training", path)
-    for role, pattern in _ROLES:
-        if match := pattern.fullmatch(path):
-            module = (match["module"] or "").removesuffix(".token_adapter")
-            return Key(ref, path, role, module, match["name"] or "")
+    role, module, name = _role_of(path)
+    if role:
+        return Key(ref, path, role, module.removesuffix(".token_adapter"), name)
     if (match := _SPELLED.fullmatch(path)) and kinds.is_spelled(match["role"]):
         return Key(ref, path, match["role"], match["module"] or "", match["name"] or "")
     if match := _SAVED.fullmatch(path):

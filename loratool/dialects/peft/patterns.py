@@ -40,7 +40,11 @@ def endings(path: str) -> Iterator[str]:
 
 def is_named(path: str, entries: Collection[str]) -> bool:
     """True if one of the entries, quickly looked up, is the path or its last components."""
-    return path in entries or any(ending in entries for ending in endings(path))
+    while path not in entries:
+        _, dot, path = path.partition(".")
+        if not dot:
+            return False
+    return True
 
 
 class Patterns:

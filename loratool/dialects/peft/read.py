@@ -215,9 +215,10 @@ def _find_extras(candidate: Candidate) -> dict[str, Path]:
     folder = candidate.folder
     if folder is None:
         return {}
+    own = (CONFIG_NAME, candidate.weights.name if candidate.weights else "")
     found = [
         entry for entry in list_folder(folder)
-        if entry.is_file() and is_like(entry.name, _EXTRAS)
+        if entry.name not in own and entry.is_file() and is_like(entry.name, _EXTRAS)
     ]  # fmt: skip
     if (folder / TEMPLATES).is_dir():
         found += [t for t in list_folder(folder / TEMPLATES, folder) if not t.is_dir()]

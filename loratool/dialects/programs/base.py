@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from typing import NamedTuple
 
 from loratool.adapter import Adapter, TensorRef
 from loratool.dialects.programs.look import Look
@@ -26,7 +25,7 @@ from loratool.report.check import (
 __all__ = ["DROPPED", "RAISES", "UNSURE", "WRONG", "Hit", "Program", "Rule", "Test"]
 
 
-class Hit(NamedTuple):
+class Hit(Frozen):
     """Where a rule applies.
 
     Attributes:

@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from itertools import chain
 from math import prod
-from typing import NamedTuple
 
 from loratool.archs import families as archs
 from loratool.dialects.programs.grammar import Group
+from loratool.frozen import Frozen
 
 ORIGINAL, DIFFUSERS, BOTH = "original", "diffusers", "both"
 SD, SD3, FLUX1, FLUX2, QWEN, WAN = "sd1", "sd3", "flux1", "flux2", "qwen_image", "wan"
@@ -20,7 +20,7 @@ HUNYUAN, LTX, HIDREAM = "hunyuan_video", "ltx_video", "hidream_i1"
 _PARTS = ("text_conditioner.", "connectors.")
 
 
-class Family(NamedTuple):
+class Family(Frozen):
     """The model of a file.
 
     Attributes:

@@ -12,7 +12,7 @@ from loratool.archs.experts import parse_expert
 from loratool.delta.forms import has_diagonal
 from loratool.dialects.peft.keys import living_names
 from loratool.dialects.programs.base import Hit, Test
-from loratool.dialects.programs.look import Look
+from loratool.dialects.programs.look import Look, once
 from loratool.errors import list_some
 
 _CAUSAL = ("CAUSAL_LM", "SEQ_2_SEQ_LM")
@@ -32,8 +32,9 @@ def whole(test: Callable[[Adapter], str]) -> Test:
 
 
 def has(words: str, test: Callable[[DeltaSpec], bool]) -> Test:
-    """A rule on single deltas."""
+    """A rule on single deltas; several programs have it."""
 
+    @once
     def find(look: Look) -> Iterable[Hit]:
         names = tuple(s.name for s in read(look).specs if test(s))
         return [Hit(names, words)] if names else []
