@@ -71,7 +71,8 @@ def load(name: str) -> Family:
     return Family(name, data["title"], component, tuple(rows), data.get("tells", {}),
                   data.get("versions", {}), data.get("written", ""),
                   data.get("flat") or data.get("written") or "original",
-                  data.get("kin", name))  # fmt: skip
+                  data.get("kin", name), tuple(data.get("encoders", ())),
+                  data.get("part", "transformer"))  # fmt: skip
 
 
 @cache

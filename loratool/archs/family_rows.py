@@ -115,6 +115,8 @@ class Family(Frozen):
         tells: what tells it from others that have the same names: see `loratool.archs.families`.
         written: the naming that its modules take where there is no base, "" = as they are spelled.
         flat: the naming that files with flat names (kohya's) have, which most programs load.
+        encoders: families of its pipeline's text encoders, in its order; "" = none that is known.
+        part: what diffusers' pipeline calls its model: ``transformer`` or ``unet``.
         kin: the family as which programs load it: itself, or what it is ``like``.
         versions: what trainers' metadata call it -> label of the size, "" where it has none.
     """
@@ -128,6 +130,8 @@ class Family(Frozen):
     written: str = ""
     flat: str = "original"
     kin: str = ""
+    encoders: tuple[str, ...] = ()
+    part: str = "transformer"
 
 
 class Entry(Frozen):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from loratool.archs.base import load_data
+from loratool.archs.families import families
 from loratool.dialects.table import Table
 
 _ENCODERS = {"te2": "openclip_g", "te3": "t5"}
@@ -27,17 +27,18 @@ def slot_of(table: Table, component: str, family: str, main: str) -> str:
         family: of the module, "" = unknown.
         main: family of the file's model.
     """
-    data = load_data("diffusion")
+    known = families()
     if not is_text(component):
-        is_unet = table.is_flat or (family or main) in data["unets"]
+        model = known.get(family or main)
+        is_unet = table.is_flat or (model is not None and model.part == "unet")
         wanted = [component] if not family else ["unet"] if is_unet else ["transformer"]
     else:
-        encoders = data["encoders"].get(main, [])
+        encoders = known[main].encoders if main in known else ()
         kind = family or usual_encoder(component)
         wanted = [{"openclip_g": "te2", "t5": "te3"}.get(kind, "te1")]
         if kind in encoders and table.naming == "diffusers":  # they are counted
             wanted = [f"te{encoders.index(kind) + 1}"]
         elif len(encoders) < 2:  # one, or nothing tells how many there are
             wanted = ["te", *wanted] if encoders or wanted == ["te1"] else [*wanted, "te"]
-    known = {name: c.name for c in reversed(table.components) for name in (c.name, *c.also)}
-    return next((known[slot] for slot in wanted if slot in known), component)
+    slots = {name: c.name for c in reversed(table.components) for name in (c.name, *c.also)}
+    return next((slots[slot] for slot in wanted if slot in slots), component)

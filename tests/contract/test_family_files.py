@@ -65,6 +65,13 @@ def test_the_sides_of_a_row_have_the_same_numbers(family: str) -> None:
         assert row.swap in ("", "always", "2in", "axes") and set(row.split) <= {"in", "*"}
 
 
+def test_what_a_family_names_is_there() -> None:
+    for family in FAMILIES.values():
+        assert FAMILIES[family.kin].kin == family.kin
+        assert family.part in ("transformer", "unet")
+        assert all(not e or FAMILIES[e].component == "te" for e in family.encoders)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_what_tells_a_family_is_among_its_rows(family: str) -> None:
     tells = FAMILIES[family].tells

@@ -11,8 +11,7 @@ from collections.abc import Iterable
 
 from loratool.dialects.programs import models
 from loratool.dialects.programs.base import DROPPED, RAISES, UNSURE, WRONG, Hit, Program, Rule
-from loratool.dialects.programs.diffusers_flux import FLUX_RULES
-from loratool.dialects.programs.diffusers_qwen import QWEN_RULES, is_converted
+from loratool.dialects.programs.diffusers_spelled import FLUX_RULES, QWEN_RULES, is_converted
 from loratool.dialects.programs.diffusers_text import TEXT_RULES
 from loratool.dialects.programs.grammar import Group
 from loratool.dialects.programs.look import Look, once
