@@ -48,7 +48,7 @@ class Guess(Frozen):
         size: label of the size, "" if the family has one only or it could not be told.
         told: by what: ``names and shapes``, ``names`` (where shapes fit none of the known sizes),
             ``metadata``; "" where it is unknown.
-        others: families that it may as well be.
+        others: families that it may as well be; where one is told, those that explain less.
         parts: text encoders in the file: component -> name of their family.
     """
 
@@ -169,7 +169,7 @@ def _stated(metadata: Mapping[str, str]) -> tuple[str, str]:
     values = _versions()
     for key in _KEYS:
         text = metadata.get(key, "").lower().strip().split("/")[0]
-        while text:
+        while text:  # flux.1-dev-fp8, flux.1-dev, flux.1, flux
             if text in values:
                 return values[text]
             text = re.sub(r"[-_.]?[^-_.]*$", "", text, count=1)

@@ -88,7 +88,11 @@ _ENDS = (
 _PARTS = (
     r"(unet|(conditional_)?transformer(_2)?|text_encoder(_2|_3)?|prior|connectors|text_conditioner)"
 )
-_FLAT = r"^(lora_(unet|te\d?|prior_unet|prior_te|transformer)_|lycoris_|Hunyuan_video_I2V_lora_)"
+_FLAT = (
+    r"^(lora_(unet|te\d?|prior_unet|prior_te|transformer)_|lycoris_|Hunyuan_video_I2V_lora_"
+    r"|lora___lorahyphen___)"
+)
+"""Of dialects that have lost the dots of names."""
 _OLD_ENDS = r"(\.lora|_lora|lora_linear_layer)\.(down|up)\.weight$"
 _XLABS = r"^(diffusion_model\.)?(double|single)_blocks\.\d+\.processor\.\w+_lora[12]?\.(down|up)\."
 _MARKS = (

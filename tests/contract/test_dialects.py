@@ -75,6 +75,10 @@ MARKS = {
     "torchtune": ["layers.0.attn.q_proj.lora_a.weight", "layers.0.attn.q_proj.lora_b.weight"],
     "litgpt": ["transformer.h.0.attn.qkv.lora_A", "transformer.h.0.mlp.fc_1.lora_B"],
     "adapterhub": ["model.layers.0.self_attn.q_proj.loras.pol.lora_A"],
+    "longcat-video": [
+        "lora___lorahyphen___blocks___lorahyphen___0___lorahyphen___attn"
+        "___lorahyphen___qkv.lora_up.blocks.0.weight"
+    ],
     "megatron": ["model.layers.0.adapter_layer.lora_kqv_adapter.linear_in.weight"],
     "xlabs": ["double_blocks.0.processor.qkv_lora1.down.weight"],
     "kohya": ["lora_unet_down_blocks_0_proj.lora_down.weight", "lora_te_x.alpha"],
