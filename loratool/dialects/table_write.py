@@ -63,6 +63,7 @@ def write_table(
                 "LT-411", f"{title} cannot hold this adapter: "
                 + ("two modules have one name" if name else "a bias that scales by itself"),
                 file=adapter.path, key=name or source.name,
+                hint="--to kohya names the parts of a pipeline apart" if name else None,
             )  # fmt: skip
         tensors[name] = source
     tensors |= {ref.name: ref for ref in adapter.carried if table.is_passed(ref.name)}

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import math
 import re
 import shlex
 from collections.abc import Collection, Mapping, Sequence
 
 from loratool.adapter import Adapter, DeltaSpec
-from loratool.archs.families import family_of, places
+from loratool.archs.families import family_of
 from loratool.archs.flat import KnownNames, home_prefix, known_names
-from loratool.archs.kernels import kernel_of
 from loratool.bind.bindings import bind
 from loratool.bind.flat import meanings_of
 from loratool.bind.items import BoundDelta
@@ -18,7 +16,6 @@ from loratool.delta.forms import (
     as_pair,
     is_whole_pair,
     matrix_shape,
-    may_be_flattened,
     reshaped,
     side_sizes,
 )
@@ -31,6 +28,7 @@ from loratool.errors import MismatchError, list_some
 from loratool.frozen import Frozen, field, replace
 from loratool.ops.additive import FREED, require_kernels
 from loratool.ops.fitting import needs_evening
+from loratool.ops.kernels import known_kernels, shaped
 from loratool.ops.leaving import changes_of, skips, unheld, without
 from loratool.ops.locating import Located, locate, uncuttable
 from loratool.ops.sizes import with_sizes
@@ -115,6 +113,8 @@ def plan_convert(
         kept, words = _named(kept, base)
         notes.append(words)
         located = locate(kept, naming)
+    located = [replace(one, spec=shaped(one)) for one in located]
+    kept = replace(kept, specs=tuple(one.spec for one in located)) if located else kept
     _check(kept, row, base, located)
     notes += _left_behind(kept, row)
     if is_named:
@@ -126,7 +126,7 @@ def plan_convert(
     odd = [s for s in kept.specs
            if (is_plain or row.obstacle(s) or s.name in uncut)
            and not is_whole_pair(s) and s.has_factors]  # fmt: skip
-    inner = _known_kernels(kept) if base is None else {}
+    inner = known_kernels(kept) if base is None else {}
     if base is None:
         require_kernels(kept, [s for s in odd if s.name not in inner], dialect)
     computed = {s.name: _flattened(s, base) or inner.get(s.name, ()) for s in odd}
@@ -169,28 +169,6 @@ def _unknown(modules: Sequence[str], source: Adapter, row: Dialect) -> tuple[str
     which = "1 module is" if count == 1 else f"{count} modules are"
     return (f"{which} of no family that is known and may have another name in {row.title}: "
             f"{list_some(modules, 3)}",)  # fmt: skip
-
-
-def _known_kernels(adapter: Adapter) -> dict[str, tuple[int, ...]]:
-    """(in, kernel…) of changes that hold it flattened, () of linear layers, as their family says.
-
-    What is not known is left out.
-    """
-    if not any(map(may_be_flattened, adapter.specs)):
-        return {}
-    found = {}
-    for one in locate(adapter):
-        if not may_be_flattened(one.spec):
-            continue
-        known = [one.place] if one.place else places(one.component, one.module)
-        kernels = {kernel_of(place) for place in known}
-        kernel = kernels.pop() if len(kernels) == 1 else None
-        if kernel is None:
-            continue
-        columns, rest = divmod(side_sizes(one.spec)[1][0], math.prod(kernel))
-        if not rest:
-            found[one.spec.name] = (columns, *kernel) if kernel else ()
-    return found
 
 
 def _flattened(spec: DeltaSpec, base: Checkpoint | None) -> tuple[int, ...]:

@@ -18,7 +18,12 @@ from loratool.archs.families import (
 )
 from loratool.archs.family_rows import Name, cut
 from loratool.delta import stacking
-from loratool.delta.forms import factors_of, shape_of, side_sizes, with_factors
+from loratool.delta.forms import (
+    factors_of,
+    shape_of,
+    side_sizes,
+    with_factors,
+)
 from loratool.dialects.arranged import arranged
 from loratool.errors import MismatchError, list_some
 from loratool.frozen import Frozen, replace

@@ -91,3 +91,20 @@ def test_a_loha_of_a_convolution_is_summed_with_a_lora_of_it(first: int, tmp_pat
     assert right.shape[1:] == (inner, kernel, kernel)
     found = alpha * left.reshape(out, -1) @ right.reshape(len(right), -1)
     assert np.abs(found.reshape(total.shape) - total).max() <= 2.0**-19 * np.abs(total).max()
+
+
+def test_factors_of_two_dimensions_get_those_of_the_kernel(tmp_path: Path) -> None:
+    """As compress of a LoHa writes them; no byte moves."""
+    source, small, out = (tmp_path / f"{n}.safetensors" for n in ("source", "small", "out"))
+    loha(source)
+    lt.compress([source], rank=2, output=small)
+    assert lt.check(small, program="diffusers").verdict == "no"
+    lt.convert([small], program="diffusers", output=out)
+    assert lt.check(out, program="diffusers").verdict == "yes"
+    before, after = load_file(str(small)), load_file(str(out))
+    assert before.keys() == after.keys()
+    for key, tensor in after.items():
+        assert tensor.tobytes() == before[key].tobytes()
+        stem = key.partition(".lora_")[0]
+        if ".lora_down" in key and (kernel := MODULES[stem][2]):
+            assert tensor.shape[2:] == (kernel, kernel)

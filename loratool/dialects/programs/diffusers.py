@@ -74,6 +74,10 @@ _TAKES = {
     **dict.fromkeys(_OWN_ALONE, ("transformer.",)),
 }
 """Model -> how names may begin; FLUX has rules of its own."""
+_CONVOLUTIONS = (
+    r"resnets_\d+_conv(1|2|_shortcut)$|samplers_0_conv$|^conv_(in|out)$"
+    r"|_0_(in_layers_2|out_layers_3|skip_connection|op)$"
+)
 _DOTTED = r"diffusion_model\.|base_model\.model\."
 _STRICT = (QWEN, Z_IMAGE, WAN, LUMINA2, KREA2)
 """Models whose converters stop at what is left over."""
@@ -104,6 +108,11 @@ def _leftovers(look: Look) -> Iterable[Hit]:
         if part not in (*FACTORS, "dora") or "down" not in g.parts or "up" not in g.parts
     ]  # fmt: skip
     return [Hit(tuple(names))] if names else []
+
+
+def _is_flattened(_: Look, group: Group) -> bool:
+    """True where a factor has fewer dimensions than the weight of a convolution."""
+    return min(len(group.shape("down")), len(group.shape("up"))) < 4
 
 
 def _without_lora(look: Look) -> Iterable[Hit]:
@@ -188,6 +197,10 @@ _SDS = (
     Rule("leftover", RAISES, _leftovers, "tensors that are not renamed",
          "only lora_down, lora_up and alpha are renamed; anything else is an error",
          _ISSUES + "11943", is_mended=True),
+    Rule("flat-conv", RAISES, where(family=(SD, ""), path=_CONVOLUTIONS, kind=("lora",),
+         on=_is_flattened), "a convolution's factors of two dimensions",
+         "it makes convolutions of the kernel's size: sizes that do not fit", _PIPELINES,
+         is_mended=True),
     Rule("no-lora-in-name", RAISES, _without_lora, 'names without "lora"',
          "every name that is not converted must contain lora", _PIPELINES, is_mended=True),
     Rule("sgm-beside-own", DROPPED, _both_namings, "names of two kinds",
