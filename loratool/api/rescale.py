@@ -308,7 +308,7 @@ def _row(
     after = before if written is None else factor_dtype([written])
     warnings = unused_warnings(adapter)
     if after != before:
-        warnings.append(f"{dtype_word(before)} cannot hold the largest factor: written as float32")
+        warnings.append(f"{dtype_word(before)} cannot hold the factors: written as float32")
     lost = 0.0 if scaled is None else share_of(scaled.error_square, scaled.square)
     return RescaledAdapter(
         source=job.one.text,

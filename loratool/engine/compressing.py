@@ -11,7 +11,7 @@ from loratool.adapter import DeltaSpec, TensorData
 from loratool.delta.forms import kernel_of, values_of
 from loratool.delta.lowrank import packed
 from loratool.engine.buffers import SAFETENSORS_NAMES, TORCH_DTYPES, to_bytes
-from loratool.engine.factors import load_pairs, padded, round_once
+from loratool.engine.factors import FP16_ROUNDED, load_pairs, padded, round_once
 from loratool.engine.kernel import Env, ModuleKernel
 from loratool.engine.step_args import FactorArgs, SpectrumArgs
 from loratool.errors import NumericError
@@ -23,9 +23,6 @@ from loratool.plan import DeltaPart, Step
 from loratool.report.spectrum import MOST_SIGMA
 
 _LARGEST_FP16 = 65504.0
-_ROUNDED = 1.01 * 2.0**-10
-"""Relative error of a product whose factors were rounded to normal float16 numbers: 2u + u² at
-most, u = 2⁻¹¹ (docs/exactness.md).  More means that values fell below 2⁻¹⁴ and lost digits."""
 
 
 class Spectrum(Frozen):
@@ -170,7 +167,7 @@ def _store(
         moved += gain**2 * step[0]
         kept += float(svd.S[:rank].square().sum())
         out.append(rounded)
-    if target == torch.float16 and moved > _ROUNDED**2 * kept:
+    if target == torch.float16 and moved > FP16_ROUNDED**2 * kept:
         return None, 0.0
     return out, max(0.0, residual)
 

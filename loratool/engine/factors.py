@@ -16,6 +16,9 @@ from loratool.linalg.rounding import round_into
 from loratool.plugins import function_of
 
 FP16_MAX = 65504.0
+FP16_ROUNDED = 1.01 * 2.0**-10
+"""Relative error of a product whose factors were rounded to normal float16 numbers: 2u + u² at
+most, u = 2⁻¹¹ (docs/exactness.md).  More means that values fell below 2⁻¹⁴ and lost digits."""
 
 _PIECE = 1 << 18
 

@@ -8,7 +8,7 @@ import torch
 
 from loratool.adapter import DeltaSpec, Source
 from loratool.delta.forms import is_grouped
-from loratool.engine.factors import make_data, make_pairs, overflows, round_once
+from loratool.engine.factors import FP16_ROUNDED, make_data, make_pairs, overflows, round_once
 from loratool.engine.kernel import Env
 from loratool.engine.step_args import ScaleArgs
 from loratool.frozen import Frozen
@@ -22,7 +22,8 @@ class ScaledTensors(Frozen):
         tensors: key -> new tensor; keys that are not here stay as they are.
         square: Σ‖factor·ΔW‖² over all modules.
         error_square: Σ‖stored − factor·ΔW‖².
-        overflow: float16 cannot hold a value; the tensors mean nothing.
+        overflow: float16 cannot hold a value, or the digits of small ones where nobody asked for
+            it; other tensors are to be made.
     """
 
     tensors: Mapping[str, Source]
@@ -56,6 +57,8 @@ def scale_module(spec: DeltaSpec, args: ScaleArgs, env: Env) -> ScaledTensors:
             overflow = overflow or overflows(exact[role], target)
             stored[role] = round_once(exact[role], target).double()
     square, error = _sizes(spec, exact, stored) if made else (0.0, 0.0)
+    is_own = args.dtype is None and any(s.dtype == "F16" for s in spec.fields.values())
+    overflow = overflow or (is_own and error > FP16_ROUNDED**2 * square)
     return ScaledTensors(made, square, error, overflow)
 
 

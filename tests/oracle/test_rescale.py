@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import loratool as lt
 from loratool.errors import LoratoolError
-from tests.make import random_factors, save_adapter
+from tests.make import randn, random_factors, save_adapter
 from tests.oracle.adapter_algebra import (
     EPS,
     LLM,
@@ -133,6 +133,18 @@ def test_alpha_where_whole_else_lora_b(
     error = float((got - want).norm() / want.norm())
     assert error == pytest.approx(report.relative_error, abs=1e-12)
     assert error <= {torch.float32: EPS, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-10}[dtype]
+
+
+@pytest.mark.parametrize("factor", [1e-8, 1e-4, 0.3])
+def test_float16_gives_way_where_it_would_lose_digits(factor: float, tmp_path: Path) -> None:
+    """Where alpha is no whole number then: lora_B times the factor, below 2⁻¹⁴."""
+    A, B = (randn(*shape, seed=i, scale=0.02).half() for i, shape in enumerate(((4, 30), (20, 4))))
+    source = save_adapter(tmp_path / "a", {"m": (A, B)}, alpha=4)
+    report = lt.rescale([source], factor, output=tmp_path / "out").adapters[0]
+    assert report.dtype == ("float16" if factor == 0.3 else "float32")
+    assert bool(report.warnings) == (factor != 0.3) and report.relative_error < 2**-11
+    again = lt.rescale([source], factor, output=tmp_path / "two", dtype="float16").adapters[0]
+    assert again.dtype == "float16"
 
 
 def test_only_and_blocks(tmp_path: Path) -> None:
