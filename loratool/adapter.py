@@ -8,7 +8,7 @@ the only factor the mathematics sees.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -383,6 +383,20 @@ class Adapter(Frozen):
     warnings: tuple[str, ...] = ()
     extras: Mapping[str, Path] = field(default_factory=dict)
     beside: tuple[BesideFile, ...] = ()
+
+    @property
+    def files_beside(self) -> tuple[str, ...]:
+        """Other files of trained weights in its folder, by name."""
+        carried = (name for name in self.extras if name.endswith(".safetensors"))
+        return tuple(dict.fromkeys((*carried, *(b.name for b in self.beside))))
+
+    def without_files(self, names: Collection[str]) -> Adapter:
+        """The adapter less some of `files_beside`."""
+        return replace(
+            self, extras={name: path for name, path in self.extras.items() if name not in names},
+            beside=tuple(b for b in self.beside if b.name not in names),
+            notes=tuple(n for n in self.notes if n.partition(" ")[0] not in names),
+        )  # fmt: skip
 
     @property
     def label(self) -> str:

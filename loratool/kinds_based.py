@@ -1,4 +1,4 @@
-"""The kinds of change that depend on W: rows only (see `kinds_full` for places in it).
+"""The kinds of change that depend on W: rows only (see `kinds` for places in it).
 
 Rotations, gates and what goes through W: none can be added to another without the base.  The size
 of W is in few of their files: they are open until they are bound.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 
+from loratool.adapter import Adapter
 from loratool.api.access import access_of
 from loratool.dialects.programs import Look, Program, counted, find_program, look_at
 from loratool.dialects.registry import row_of
@@ -70,23 +71,33 @@ def _next(look: Look, found: Simulation, program: Program, asked: Check) -> str:
     adapter, source = look.adapter, str(asked.adapter)
     if not bad or adapter is None:
         return ""
+    said, out = typed(vars(asked), Read), ["--for", program.name, "-o", "OUT"]
     if not program.has_room(adapter):
-        how, out = ["compress", source, "--rank", str(program.ranks[-1])], "OUT"
-        return shlex.join(["loratool", *how, "--for", program.name, "-o", out])
-    if program.is_of_images:
-        home = row_of(program.home(look))
-        way = "" if home.is_written and all(f.is_mended for f in bad) else None
+        how = ["compress", source, "--rank", str(program.ranks[-1])]
+    elif program.is_of_images:
+        is_mended = row_of(program.home(look)).is_written and all(f.is_mended for f in bad)
+        how = ["check", source, *said, "--fix"] if is_mended else []
     else:
-        from loratool.api.common import Limits  # planning, which few looks need
-        from loratool.api.ways import way_to_load
+        how = _way(adapter, program, [source, *said], asked)
+        if look.dialect == program.native:
+            out[-1] += row_of(program.native).suffixes[0]
+    return shlex.join(["loratool", *how, *out]) if how else ""
 
-        way = way_to_load(adapter, program, Limits.of(asked))
+
+def _way(adapter: Adapter, program: Program, words: list[str], asked: Check) -> list[str]:
+    """``--fix``, with the base where that is needed; or ``convert`` without files beside it."""
+    from loratool.api.common import Limits  # planning, which few looks need
+    from loratool.api.ways import way_to_load
+
+    limits, files = Limits.of(asked), adapter.files_beside
+    way = way_to_load(adapter, program, limits)
+    if way is not None:
+        return ["check", *words, "--fix", *([way, "BASE"] if way else [])]
+    way = way_to_load(adapter.without_files(files), program, limits) if files else None
     if way is None:
-        return ""
-    is_own = look.dialect == program.native
-    how = ["check", source, *typed(vars(asked), Read), "--fix", *([way, "BASE"] if way else [])]
-    out = f"OUT{row_of(program.native).suffixes[0]}" if is_own else "OUT"
-    return shlex.join(["loratool", *how, "--for", program.name, "-o", out])
+        return []
+    skip = [word for name in files for word in ("--skip", name)]
+    return ["convert", *words, *skip, *([way, "BASE"] if way else [])]
 
 
 def _mended(findings: Sequence[Finding]) -> list[Finding]:

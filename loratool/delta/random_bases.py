@@ -13,7 +13,7 @@ import torch
 
 from loratool.adapter import DeltaSpec
 from loratool.delta.lowrank import Pair, thinnest
-from loratool.kinds_full import SPARSE, drawn_sides
+from loratool.kinds import SPARSE, drawn_sides
 from loratool.kinds_peft import SEED
 
 

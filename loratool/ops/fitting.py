@@ -241,8 +241,18 @@ def _refuse(program: Program, adapter: Adapter, reasons: Sequence[str]) -> None:
     if reasons:
         raise MismatchError(
             "LT-488", f"{program.title} cannot load such an adapter", file=adapter.path,
-            got=list_some(reasons), hint=freeing(program, adapter),
+            got=list_some(reasons), hint=freeing(program, adapter) or _less_files(program, adapter),
         )  # fmt: skip
+
+
+def _less_files(program: Program, adapter: Adapter) -> str | None:
+    """What leaves out files that a program does not look for; None if others stop it."""
+    files = adapter.files_beside
+    if not files or program.obstacles(Look.of(adapter.without_files(files))):
+        return None
+    skip = [word for name in files for word in ("--skip", name)]
+    words = ["loratool", "convert", str(adapter.path), "--for", program.name, *skip]
+    return f"{shlex.join(words)} -o OUT leaves it out"
 
 
 def _is_uniform(adapter: Adapter) -> bool:

@@ -71,12 +71,15 @@ def less(adapter: Adapter, names: Collection[str]) -> Adapter:
 
 
 def without(adapter: Adapter, skip: Sequence[str]) -> tuple[Adapter, tuple[str, ...]]:
-    """The adapter less what ``--skip`` names, and the names of that.
+    """The adapter less what ``--skip`` names, files beside it too, and the names of that.
 
     Raises:
         MismatchError: LT-448, nothing is left.
         UsageError: LT-242, an unusable pattern.
     """
+    files = tuple(name for name in adapter.files_beside if name in skip)
+    skip = [text for text in skip if text not in files]
+    adapter = adapter.without_files(files)
     names = _names(adapter)
     texts = list(dict.fromkeys(text for name in names for text in skipped_by(name)))
     hit = frozenset().union(*find([parse_skip(t) for t in skip], texts))
@@ -85,7 +88,7 @@ def without(adapter: Adapter, skip: Sequence[str]) -> tuple[Adapter, tuple[str, 
     if not kept.specs and not kept.replacements:
         raise MismatchError("LT-448", "nothing is left to convert", file=adapter.path,
                             got=list_some(hit, 3) or "no changes")  # fmt: skip
-    return kept, out
+    return kept, (*out, *files)
 
 
 def skips(adapter: Adapter, names: Collection[str]) -> str:

@@ -28,7 +28,6 @@ LAYERS = (
         "kind_shapes",
         "kinds_peft",
         "kinds_based",
-        "kinds_full",
         "location",
         "methods",
         "plan",

@@ -9,6 +9,7 @@ from loratool.adapter import DeltaSpec, Replacement
 from loratool.dialects.factors import check_float
 from loratool.dialects.peft.method import SEEDED, Method, Module, spelled
 from loratool.frozen import replace
+from loratool.kinds import SPARSE
 from loratool.kinds_based import (
     AXIS,
     BOUND,
@@ -18,7 +19,6 @@ from loratool.kinds_based import (
     SEED,
     TERMS,
 )
-from loratool.kinds_full import SPARSE
 
 _COPIES = {"road_1": 1, "road_2": 2, "road_4": 4}
 

@@ -230,8 +230,7 @@ def _beside(look: Look) -> Iterable[Hit]:
         else set()
     )
     others = {ref.path.name for ref in refs if ref.file not in own} if own else set()
-    carried = {name for name in adapter.extras if name.endswith(".safetensors")}
-    names = sorted(others | carried | {b.name for b in adapter.beside})
+    names = sorted(others.union(adapter.files_beside))
     return [Hit((name,), f"without {name}") for name in names]
 
 
