@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from loratool.archs.base import load_data
+from loratool.archs.family_files import families
 from loratool.archs.places import Place
 from loratool.lazy import regex
 
@@ -21,7 +21,7 @@ def kernel_of(place: Place) -> tuple[int, ...] | None:
     """
     name = place.diffusers[0]
     leaf = name.rpartition(".")[2]
-    if place.family not in load_data("diffusion")["unets"]:
+    if families()[place.family].part != "unet":
         return None if _OPEN.search(name) else ()
     if leaf in _SQUARE:
         return (3, 3)
