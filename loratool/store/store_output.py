@@ -250,7 +250,7 @@ class StoreOutput(Output):
     def _leave(self, error: BaseException | None) -> None:
         is_final = isinstance(error, LoratoolError) and not isinstance(error, DiskError | HubError)
         try:
-            if not isinstance(error, KeyboardInterrupt):
+            if error is None or isinstance(error, Exception):  # no signal: those do not wait
                 self._uploads.wait()
         except BaseException:  # is the error to report, or was asked for by it
             pass

@@ -598,25 +598,28 @@ def test_killed_between_shards(inputs: Path, tmp_path: Path) -> None:
 INTERRUPTED = """
 import os, signal, sys, time
 from tests.buckets import Buckets
-from loratool.cli import run
+from loratool.cli import main
 def wait(what, name):
     if what == "put" and "-00003-" in name:
-        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), int(os.environ["SENT"]))
         time.sleep(600)
 Buckets.before.append(wait)
-sys.exit(run(sys.argv[1:]))
+main()
 """
 
 
-def test_interrupted_while_a_shard_is_under_way(inputs: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_interrupted_while_a_shard_is_under_way(
+    number: int, code: int, inputs: Path, tmp_path: Path
+) -> None:
     """Nobody waits for the upload to end."""
     words = ["merge", str(inputs / "a1"), f"{inputs / 'a2'}:0.5", "--base", str(inputs / "base"),
              "-o", address("merge"), "--threads", "1"]  # fmt: skip
     done = subprocess.run(
         [sys.executable, "-c", INTERRUPTED, *words], check=False, capture_output=True, text=True,
-        env={**os.environ, "TMPDIR": str(tmp_path / "tmp")}, timeout=120,
+        env={**os.environ, "TMPDIR": str(tmp_path / "tmp"), "SENT": str(int(number))}, timeout=120,
     )  # fmt: skip
-    assert done.returncode == 130, done.stderr
+    assert done.returncode == code, done.stderr
     assert not is_whole(stored("merge")) and objects("b", f"out{INSIDE}")
     assert run(words) == 0
     assert objects("b") == {f"out/{k}": v for k, v in local(inputs, "merge").items()}
