@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -158,7 +158,8 @@ def convert(asked: Convert) -> ConvertReport:
             if asked.on_plan is not None:
                 asked.on_plan(_planned(jobs, memory))
             turns = Turns(asked.progress, asked.on_work, [one.job.one.nbytes for one in jobs])
-            rows = [_run(replace(one, job=replace(one.job, session=session)), recorded(asked))
+            rows = [_run(replace(one, job=replace(one.job, session=session)), recorded(asked),
+                         turns.part(0, 1))
                     for one in turns.each(jobs, lambda one: one.job.one.text)]  # fmt: skip
     dialects = {one.job.row.name: None for one in jobs}
     return ConvertReport(
@@ -205,7 +206,9 @@ def _edits(asked: Convert) -> dict[str, str]:
     return edits
 
 
-def _run(planned: _Planned, options: Mapping[str, Any]) -> ConvertedAdapter:
+def _run(
+    planned: _Planned, options: Mapping[str, Any], progress: Callable[[int, int], None]
+) -> ConvertedAdapter:
     job, session = planned.job, planned.job.session
     planned, lost = planned.computed()
     made = carry_out(planned.plan, session.limits)
@@ -219,7 +222,7 @@ def _run(planned: _Planned, options: Mapping[str, Any]) -> ConvertedAdapter:
     if job.base is not None:
         inputs |= base_row(job.base, inputs)
     record = session.record(options, inputs)
-    _, written = session.put(files, job.one.target, record, made.adapter.extras)
+    _, written = session.put(files, job.one.target, record, made.adapter.extras, progress)
     row = _row(planned, files, math.hypot(lost, made.relative_error, fitted.relative_error))
     return replace(row, loads_in=judge_loads(written), notes=(*row.notes, *fitted.notes),
                    warnings=tuple(dict.fromkeys((*row.warnings, *fitted.warnings))))  # fmt: skip

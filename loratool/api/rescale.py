@@ -17,7 +17,7 @@ from loratool.dialects import write_adapter_files
 from loratool.dialects.programs import judge_loads
 from loratool.dialects.rules import keeps_config
 from loratool.errors import UsageError
-from loratool.frozen import Frozen, replace
+from loratool.frozen import Frozen, field, replace
 from loratool.methods import find_method
 from loratool.ops.adapter_summary import dtype_word
 from loratool.ops.additive import factor_dtype, require_additive
@@ -94,7 +94,7 @@ def rescale(asked: Rescale) -> RescaleReport:
             if asked.on_plan is not None:
                 asked.on_plan(_planned(jobs, max(m.peak_bytes for m in memory)))
             turns = Turns(asked.progress, asked.on_work, [job.one.nbytes for job in jobs])
-            rows = [_run(replace(job, session=session), options, weak)
+            rows = [_run(replace(job, session=session, turns=turns), options, weak)
                     for job in turns.each(jobs, lambda job: job.one.text)]  # fmt: skip
     return RescaleReport(str(asked.output), factor, tuple(rows), session.seconds, asked.dry_run)
 
@@ -108,6 +108,7 @@ class _Job(Frozen):
         plan: its factors.
         dtype: safetensors name of the type asked for; None = as it is.
         base: what it was trained on, if that is known.
+        turns: told how far it is.
     """
 
     session: Session
@@ -115,6 +116,7 @@ class _Job(Frozen):
     plan: RescalePlan
     dtype: str | None
     base: OpenedBase | None
+    turns: Turns = field(default_factory=Turns)
 
     def put(
         self,
@@ -129,7 +131,10 @@ class _Job(Frozen):
         if (with_base or self.session.base is not None) and self.base is not None:
             inputs |= base_row(self.base, inputs)
         record = self.session.record(options, inputs)
-        size, written = self.session.put(files, self.one.target, record, self.plan.adapter.extras)
+        size, written = self.session.put(
+            files, self.one.target, record, self.plan.adapter.extras,
+            self.turns.part(0 if scaled is None else 0.5, 1),
+        )  # fmt: skip
         return _row(self, scaled, size, written)
 
 
@@ -268,7 +273,7 @@ def _scale(job: _Job) -> ScaledTensors | None:
     from loratool.store.reader import FileReader
 
     steps = scale_steps(plan, dtype)
-    run = job.session.limits.run(steps)
+    run = replace(job.session.limits.run(steps), progress=job.turns.part(0, 0.5))
     with FileReader() as reader:
         scaled = join_scaled(execute(steps, reader, None, run))
         if scaled.overflow:

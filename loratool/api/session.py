@@ -306,12 +306,12 @@ class Session(Frozen):
 
     def put(
         self, files: AdapterFiles, target: Path, record: Mapping[str, Any],
-        extras: Mapping[str, Path],
+        extras: Mapping[str, Path], progress: Callable[[int, int], None] | None = None,
     ) -> tuple[int, Adapter]:  # fmt: skip
         """Write an adapter with what lies beside it; its size, and the adapter as written."""
         from loratool.store.adapter_writer import write_adapter
 
         return write_adapter(
             files, target, record=dict(record), read=open_adapter, force=self.write.force,
-            extras=extras, series=self.write.series,
+            extras=extras, series=self.write.series, progress=progress,
         )  # fmt: skip

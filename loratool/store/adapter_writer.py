@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
@@ -26,6 +26,7 @@ from loratool.store.shard_writer import ShardWriter
 from loratool.store.staging import Output
 from loratool.store.stamps import stamp_of, take_stamps
 
+Progress = Callable[[int, int], None]
 T = TypeVar("T")
 
 _PIECE = 8 << 20  # bytes copied at a time
@@ -41,6 +42,7 @@ def write_adapter(
     extras: Mapping[str, Path] | None = None,
     force: bool = False,
     series: Series | None = None,
+    progress: Progress | None = None,
 ) -> tuple[int, T]:
     """Write an adapter, a folder or one file, whole or not at all.
 
@@ -52,6 +54,7 @@ def write_adapter(
         extras: name in the folder -> file to copy along (tokenizer, licence); a file has none.
         force: replace an earlier loratool output.
         series: that it is one of.
+        progress: called with (bytes of tensors written, in all).
 
     Returns:
         Size of the tensor file in bytes, and what was read.
@@ -70,7 +73,7 @@ def write_adapter(
         ) as output:  # fmt: skip
             for name, path in extras.items():
                 output.copy_file(name, path)
-            size = fill_adapter(output, files)
+            size = fill_adapter(output, files, progress)
             output.commit(record)
             return size, read(output.readable)
     except AlreadyMadeError:
@@ -129,16 +132,15 @@ def _size(path: Path) -> int:
         return path.stat().st_size
 
 
-def fill_adapter(output: Output, files: AdapterFiles) -> int:
+def fill_adapter(output: Output, files: AdapterFiles, progress: Progress | None = None) -> int:
     """Write the files of an adapter; returns the size of the tensor file in bytes."""
-    payload = sum(s.nbytes for _, s in files.tensors)
     header, starts, size = _header(output, files, content_of(_data_bytes(files), 0))
     check_space(output.staging, size)
     stamps = take_stamps(s for _, s in files.tensors if not isinstance(s, TensorData))
     with FileReader(stamps) as reader:
         writer = ShardWriter(output.create(files.tensor_file), header, size)
         try:
-            _put_all([s for _, s in files.tensors], starts, reader, writer, payload)
+            _put_all([s for _, s in files.tensors], starts, reader, writer, progress)
             _put_gaps([s for _, s in files.tensors], starts, size, writer)
             if not output.is_folder:
                 writer.rewrite_header(_header(output, files, content_of(*writer.data_sum()))[0])
@@ -178,9 +180,10 @@ def _put_all(
     starts: Sequence[int],
     reader: FileReader,
     writer: ShardWriter,
-    payload: int,
+    progress: Progress | None,
 ) -> None:
     """Write every tensor; several at a time where that is worth it and allowed."""
+    payload = sum(source.nbytes for source in sources)
 
     def put(source: Source, start: int) -> None:
         if isinstance(source, TensorData):
@@ -188,13 +191,19 @@ def _put_all(
         else:
             _copy(reader, source, writer, start)
 
+    def watch(written: Iterable[None]) -> None:
+        done = 0
+        for source, _ in zip(sources, written, strict=True):
+            done += source.nbytes
+            if progress is not None:
+                progress(done, max(1, payload))
+
     if payload < _MANY_BYTES or plain_io():
-        for source, start in zip(sources, starts, strict=True):
-            put(source, start)
+        watch(map(put, sources, starts))
         return
     with ThreadPoolExecutor(_WRITERS) as pool:
         try:
-            list(pool.map(put, sources, starts))
+            watch(pool.map(put, sources, starts))
         finally:
             pool.shutdown(cancel_futures=True)
 
