@@ -8,8 +8,8 @@ from loratool.lazy import regex
 
 _SQUARE, _POINT = ("conv1", "conv2", "conv", "conv_in", "conv_out"), ("conv_shortcut",)
 _PROJECTION = ("proj_in", "proj_out")
-_OPEN = regex(r"patch|(x|img|pos|audio)_?(embed|in)")
-"""What cuts an image into patches, as a convolution or as a linear layer."""
+_OPEN = regex(r"patch|conv|(x|img|pos|audio)_?(embed|in)")
+"""What may be a convolution: what cuts an image into patches, and Sana's feed-forward."""
 
 
 def kernel_of(place: Place) -> tuple[int, ...] | None:

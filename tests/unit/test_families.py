@@ -13,6 +13,7 @@ import pytest
 
 from loratool.archs.families import Guess, families, family_of, module_shapes, places
 from loratool.archs.family_files import templates_of
+from loratool.archs.kernels import kernel_of
 
 KEYS = Path(__file__).parents[1] / "data" / "keys"
 LLM = Path(__file__).parents[1] / "data" / "llm"
@@ -237,3 +238,15 @@ def test_no_sample_of_a_language_model_is_of_a_family(path: Path) -> None:
         }
         found = family_of(modules)
         assert found.family is None and not found.others
+
+
+def test_kernels_are_told_by_names_where_a_family_has_one_meaning_for_them() -> None:
+    for family, module, kernel in (
+        ("sdxl", "input_blocks.1.0.in_layers.2", (3, 3)),
+        ("sd1", "input_blocks.1.1.proj_in", (1, 1)),
+        ("sdxl", "input_blocks.4.1.proj_in", ()),
+        ("flux1", "single_blocks.3.linear1", ()),
+        ("wan", "patch_embedding", None),
+        ("sana", "blocks.3.mlp.depth_conv.conv", None),
+    ):
+        assert kernel_of(places("unet", module, family=family)[0]) == kernel, module
