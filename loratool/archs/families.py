@@ -124,7 +124,7 @@ def growing(tensor: str) -> Mapping[str, str]:
 
     Example:
         >>> dict(growing("transformer.x_embedder.weight"))
-        {'flux1': 'in_channels'}
+        {'flux1': 'in_channels', 'longcat_image': 'in_channels'}
     """
     component, module = split_component(tensor.removesuffix(".weight"))
     return {p.family: p.row.grows for p in places(component, module) if p.row.grows}

@@ -16,6 +16,7 @@ def kernel_of(place: Place) -> tuple[int, ...] | None:
     """Kernel of a module, () of a linear layer, None where its name does not tell.
 
     Example:
+        >>> from loratool.archs.places import places
         >>> kernel_of(places("unet", "down_blocks.0.resnets.0.conv1", family="sd1")[0])
         (3, 3)
     """
