@@ -26,6 +26,7 @@ _EXPORTS = {
     "push": "loratool.api.push",
     "rescale": "loratool.api.rescale",
     "run": "loratool.api.run",
+    "split": "loratool.api.split",
     "subtract": "loratool.api.subtract",
     "swap": "loratool.api.subtract",
     "verify": "loratool.api.verify",
@@ -51,6 +52,7 @@ __all__ = [
     "push",
     "rescale",
     "run",
+    "split",
     "subtract",
     "swap",
     "verify",
@@ -71,6 +73,7 @@ if TYPE_CHECKING:
     from loratool.api.push import push
     from loratool.api.rescale import rescale
     from loratool.api.run import run
+    from loratool.api.split import split
     from loratool.api.subtract import subtract, swap
     from loratool.api.verify import verify
     from loratool.errors import LoratoolError

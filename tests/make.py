@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 
 def generator(seed: int) -> torch.Generator:
@@ -76,6 +77,16 @@ def save_adapter(
         metadata={"format": "pt"},
     )
     (folder / "adapter_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+def with_whole(source: Path, folder: Path, tensor: str, base: Path) -> Path:
+    """A copy of a PEFT folder that holds a tensor of the base's whole."""
+    shutil.copytree(source, folder)
+    file = folder / "adapter_model.safetensors"
+    tensors = {k: v for f in base.glob("*.safetensors") for k, v in load_file(str(f)).items()}
+    held = {**load_file(str(file)), f"base_model.model.{tensor}": tensors[tensor]}
+    save_file(held, str(file), {"format": "pt"})
     return folder
 
 

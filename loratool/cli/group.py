@@ -21,6 +21,7 @@ COMMANDS = {
     "compress": "Fewer ranks, the best ones, loss shown. No base needed.",
     "swap": "Exchange one merged adapter for another, in one rounding.",
     "convert": "Write an adapter as another program stores it, bytes copied.",
+    "split": "A slim adapter for servers, and a base that holds what they leave out.",
     "rescale": "Multiply what an adapter changes, exactly where numbers allow it.",
     "compare": "How alike adapters are: cosine, subspaces, signs, configuration.",
     "run": "Several steps from one strict recipe file.",

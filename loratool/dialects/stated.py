@@ -97,6 +97,26 @@ def loads_into(adapter: Adapter, module: str) -> bool:
     return not any(module == s or module.endswith(f".{s}") for s in saved if isinstance(s, str))
 
 
+def saved_without(config: Mapping[str, Any], gone: Collection[str]) -> dict[str, Any]:
+    """A configuration that no longer asks for whole tensors which are left out.
+
+    Args:
+        config: of an adapter.
+        gone: their names.
+    """
+    saved = config.get(WHOLE)
+    if not saved:
+        return dict(config)
+    kept = [e for e in saved if not any(f".{e}." in f".{name}" for name in gone)]
+    return {**config, WHOLE: kept or None}
+
+
+def on_base(config: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """A configuration that names another base; a revision was the old one's."""
+    known = {"base_model_name_or_path": name, "revision": None}
+    return {**config, **{key: value for key, value in known.items() if key in config}}
+
+
 def joint_config(adapters: Sequence[Adapter], gone: Collection[str]) -> dict[str, Any]:
     """That of the first adapter, and what the others save whole.
 

@@ -11,6 +11,7 @@ from loratool.bind.names import parse_skip, skipped_by
 from loratool.delta.forms import as_pair
 from loratool.dialects.base import Dialect
 from loratool.dialects.rules import is_of_home, passed_on
+from loratool.dialects.stated import saved_without
 from loratool.errors import MismatchError, list_some
 from loratool.frozen import replace
 from loratool.ops.locating import Located
@@ -62,11 +63,13 @@ def _unscaled(spec: DeltaSpec, row: Dialect) -> DeltaSpec:
 
 def less(adapter: Adapter, names: Collection[str]) -> Adapter:
     """The adapter without some of its changes and tensors."""
+    gone = [r.name for r in adapter.replacements if r.name in names]
     return replace(
         adapter,
         specs=tuple(s for s in adapter.specs if s.name not in names),
         replacements=tuple(r for r in adapter.replacements if r.name not in names),
         carried=tuple(r for r in adapter.carried if r.name not in names),
+        config=saved_without(adapter.config, gone) if gone else adapter.config,
     )
 
 

@@ -2,7 +2,7 @@
 
 from loratool.options.hub import Doctor, Pull, Push
 from loratool.options.looking import Check, Compare, Inspect
-from loratool.options.merging import Merge, Subtract, Swap, Verify
+from loratool.options.merging import Merge, Split, Subtract, Swap, Verify
 from loratool.options.recipes import Recipe
 from loratool.options.shaping import Compress, Convert, Extract, Rescale
 from loratool.options.words import Options
@@ -16,6 +16,7 @@ COMMANDS: dict[str, type[Options]] = {
     "swap": Swap,
     "rescale": Rescale,
     "convert": Convert,
+    "split": Split,
     "compare": Compare,
     "run": Recipe,
     "verify": Verify,

@@ -174,6 +174,20 @@ class Swap(Round, Write, Names, Run, Planned, Access, Nonfinite, Rerun, kw_only=
     chunk_bytes: ChunkBytes = None
 
 
+class Split(Write, Names, Run, Planned, Access, Nonfinite, Rerun, kw_only=False):
+    """An adapter as its low-rank part and a base that holds the rest."""
+
+    adapter: Annotated[Place, Words("path or Hub reference.")]
+    _: KW_ONLY
+    base: Annotated[Place, Words("What it was trained on; auto = what the adapter names.", "Input",
+                                 metavar="BASE|auto")]  # fmt: skip
+    program: Program = None
+    output: Annotated[Place, Words(
+        "Folder to create, with adapter and base in it.", "Output", flags="-o, --output",
+        metavar="DIR",
+    )]  # fmt: skip
+
+
 class Verify(Completed, Mix, Names, Run, Access, Nonfinite, kw_only=False):
     """A merge, recomputed."""
 

@@ -19,6 +19,7 @@ import pytest
 import loratool as lt
 from loratool.cli import progress, recipe
 from loratool.ops.turns import Turns
+from tests.make import with_whole
 
 from .conftest import Run
 
@@ -28,6 +29,7 @@ PLANNED: dict[str, Call] = {
     "combine": lambda **w: lt.combine(["style", "sql"], output="o", **w),
     "subtract": lambda **w: lt.subtract(["style"], merged="m", output="o", **w),
     "swap": lambda **w: lt.swap("style", "sql", merged="m", output="o", **w),
+    "split": lambda **w: lt.split("whole", base="base", output="o", **w),
     "extract": lambda **w: lt.extract("tuned", base="base", output="o", rank=2, **w),
     "compress": lambda **w: lt.compress(["style", "sql"], output="o/", rank=2, **w),
     "compress to a size": lambda **w: lt.compress("style", output="o", size="40kB", **w),
@@ -63,6 +65,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("made") / "toy"
     lt.demo(folder)
     lt.merge([folder / "style"], base=folder / "base", output=folder / "m")
+    with_whole(folder / "style", folder / "whole", "model.norm.weight", folder / "base")
     return folder
 
 

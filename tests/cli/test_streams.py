@@ -21,6 +21,7 @@ import pytest
 import loratool as lt
 from tests.faults.process import environment
 from tests.faults.scene import fingerprint
+from tests.make import with_whole
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="/dev/full")
 
@@ -43,6 +44,7 @@ COMMANDS: dict[str, str] = {
     "subtract": "subtract style sql -o OUT",
     "subtract-from": "subtract style --from merged -o OUT",
     "swap": "swap style sql --in merged -o OUT",
+    "split": "split whole --base base -o OUT",
     "rescale": "rescale style 0.3 -o OUT",
     "compress": "compress style --rank 2 -o OUT",
     "extract": "extract tuned --base base --rank 4 -o OUT",
@@ -68,6 +70,7 @@ RECIPE = "steps:\n- rescale: {adapters: [style], factor: 0.5, output: half}\n"
 def write_world(folder: Path) -> Path:
     lt.demo(folder)
     lt.merge([str(folder / "style")], base=folder / "base", output=folder / "merged")
+    with_whole(folder / "style", folder / "whole", "model.norm.weight", folder / "base")
     (folder / "recipe.yaml").write_text(RECIPE)
     return folder
 

@@ -104,6 +104,8 @@ SCENES = [
           "-o work/out", prepare=(MERGED,)),
     Scene("subtract-adapters", f"subtract in/style in/sql {T} -o work/out"),
     Scene("swap", f"swap in/style in/sql --in in/merged {T} -o work/out", prepare=(MERGED,)),
+    Scene("split", f"split in/whole --base in/base {T} -o work/all",
+          ("work/all/base", "work/all/adapter")),
     Scene("rescale", "rescale in/style 0.3 -o work/out"),
     Scene("rescale-only", "rescale in/style 1 --only layers.0=2 -o work/out"),
     also("rescale-force-plain", Scene("", "rescale in/style 0.3 -o work/out"), OTHER, env=PLAIN),
@@ -184,6 +186,10 @@ def write_inputs(root: Path) -> None:
     world.shard()
     shutil.copytree(world.adapter, folder / "sql")
     save(folder / "sql" / "adapter_model.safetensors", halved(), {"format": "pt"})
+    shutil.copytree(world.adapter, folder / "whole")
+    head = {"base_model.model.lm_head.weight": base_tensors()["lm_head.weight"]}
+    save(folder / "whole" / "adapter_model.safetensors", {**adapter_tensors(), **head},
+         {"format": "pt"})  # fmt: skip
     shutil.copytree(world.base, folder / "tuned")
     tuned = base_tensors()
     for layer in (0, 1):

@@ -51,6 +51,8 @@ COMMANDS = {
                         options=BOTH),
     "subtract-adapters": Command(f"subtract {{style}} {{sql}} {T} -o {{out}}"),
     "swap": Command(f"swap {{style}} {{sql}} --in {{merged}} {T} -o {{out}}", options=BOTH),
+    "split": Command(f"split {{whole}} --base {{base}} {T} -o {{out}}", inside=("base", "adapter"),
+                     options=BOTH, notes="/.loratool-series"),
     "rescale": Command("rescale {style} 0.3 -o {out}"),
     "rescale-many": _MANY("rescale {style} {sql} 0.3 -o {out}/"),
     "convert": Command("convert {sql} --to kohya -o {out}", "out.safetensors"),
@@ -119,7 +121,9 @@ class Library:
 
 def places(root: Path) -> dict[str, object]:
     """Where inputs lie."""
-    found = {name: root / "in" / name for name in ("style", "sql", "base", "tuned", "merged")}
+    found = {
+        name: root / "in" / name for name in ("style", "sql", "whole", "base", "tuned", "merged")
+    }
     return found | {
         "file": root / "in" / "one.safetensors", "undo": root / "in" / "undo.safetensors",
         "recipe": root / "in" / "recipe.yaml",
