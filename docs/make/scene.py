@@ -57,8 +57,18 @@ def _language(folder: Path) -> None:
     (folder / "loha").mkdir()
     for path in (ROOT / "tests" / "data" / "llm" / "loha").glob("adapter_*"):
         shutil.copy(path, folder / "loha")
+    _with_head(folder)
     lt.extract(folder / "my-sft", base=folder / "model", rank=4, output=folder / "lora-4")
     lt.merge([folder / "style"], base=folder / "model", output=folder / "merged")
+
+
+def _with_head(folder: Path) -> None:
+    """``chat``: an adapter that has trained the last norm, too."""
+    shutil.copytree(folder / "style", folder / "chat")
+    file = folder / "chat" / "adapter_model.safetensors"
+    base = {k: v for f in (folder / "model").glob("*.safetensors") for k, v in load_file(f).items()}
+    norm = "model.norm.weight"
+    save_file({**load_file(file), f"base_model.model.{norm}": 2 * base[norm]}, file)
 
 
 def _images(folder: Path) -> None:

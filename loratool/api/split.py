@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from loratool.adapter import Adapter
@@ -26,7 +27,9 @@ from loratool.options.merging import Merge, Split
 from loratool.options.words import recorded
 from loratool.report.merge import MergeReport
 from loratool.report.split import SplitReport
+from loratool.store.output_path import check_output
 from loratool.store.provenance import adapter_id
+from loratool.store.series import Series
 from loratool.store.source import Resolved
 
 ADAPTER, BASE = "adapter", "base"
@@ -45,23 +48,38 @@ def split(asked: Split) -> SplitReport:
         LoratoolError: see ``docs/errors.md``.
 
     Example:
-        >>> lt.split("tuned_head", base="base", output="served").modules
-        14
+        >>> lt.split("style", base="base", output="served")  # has no head, and needs none
+        Traceback (most recent call last):
+        loratool.errors.MismatchError: nothing is left for the base...
     """
     folder = Path(asked.output)
     guard_output(folder, [asked.adapter, asked.base])
     job = _Job.open(asked, folder)
     if asked.dry_run:
         return _report(job, _merge(job, None), 0, job.slim)
-    with many_outputs(f"{folder}/", 2, asked.series) as series:
-        folder.mkdir(exist_ok=True)
-        merged: MergeReport | None = None
+    merged: MergeReport | None = None
+    size, written = 0, job.slim
+    with many_outputs(f"{folder}/", 2, asked.series) as series, _made(folder):
+        job.check_place(series)
         with suppress(AlreadyMadeError):
             merged = _merge(job, series)
-        size, written = 0, job.slim
         with suppress(AlreadyMadeError):
             size, written = _put(job, series)
     return _report(job, merged, size, written)
+
+
+@contextmanager
+def _made(folder: Path) -> Iterator[None]:
+    """The folder is there; after an error not, if nothing is in it."""
+    is_new = not folder.exists()
+    folder.mkdir(exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        if is_new:
+            with suppress(OSError):
+                folder.rmdir()
+        raise
 
 
 class _Job(Frozen):
@@ -114,8 +132,13 @@ class _Job(Frozen):
         """The place of the base."""
         return Path(self.asked.output) / BASE
 
+    def check_place(self, series: Series | None) -> None:
+        """Refuse, before the base is made, a place of the adapter that is taken."""
+        check_output(self.target, is_folder=home_of(self.form).is_folder, force=self.asked.force,
+                     series=series)  # fmt: skip
 
-def _merge(job: _Job, series: object) -> MergeReport:
+
+def _merge(job: _Job, series: Series | None) -> MergeReport:
     tell = job.asked.on_plan
 
     def on_plan(planned: MergeReport) -> None:
@@ -129,7 +152,7 @@ def _merge(job: _Job, series: object) -> MergeReport:
     return run_merge(asked, Operation("split", check=without_weights))
 
 
-def _put(job: _Job, series: object) -> tuple[int, Adapter]:
+def _put(job: _Job, series: Series | None) -> tuple[int, Adapter]:
     session = replace(job.session, write=job.session.write.replace(series=series))
     _, files = session.fit(job.slim, job.form)
     inputs = {job.resolved.label: adapter_id(job.source)}

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     short_help="A slim adapter for servers, and a base that holds what they leave out.",
     examples=(
         "loratool split ./chat --base ./model -o ./served",
-        "loratool split ./chat --base auto --for vllm -o ./served",
+        "loratool split ./chat --base auto --for vllm -o ./for-vllm",
     ),
 )
 @click.argument("adapter", metavar="ADAPTER")
