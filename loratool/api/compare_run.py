@@ -57,13 +57,13 @@ def run_compare(
 
 
 def _run(aligned: Aligned, limits: Limits, turns: Turns) -> list[Any]:
-    from loratool.engine.run import execute
-    from loratool.store.reader import FileReader
-
     plan = plan_compare(aligned, in_detail=len(aligned.only) == 2)
     held = sum(f.nbytes for specs in aligned.groups.values() for s in specs.values()
                for f in s.fields.values() if isinstance(f, TensorData))  # fmt: skip
-    run = limits.run(plan, kept=held)
+    run = limits.run(plan, kept=held)  # refuses before torch is loaded
+    from loratool.engine.run import execute
+    from loratool.store.reader import FileReader
+
     if turns.sizes:
         run = replace(run, progress=turns.part(0, 1))
     else:

@@ -68,10 +68,11 @@ def alike(adapters: Sequence[Adapter], limits: Limits) -> list[Adapter]:
         return list(adapters)
     row, made = _in_one_naming(adapters, limits)
     return [
-        replace(new, dialect=row.name, notes=(
+        new if row.name == home_of(old.dialect).name
+        else replace(new, dialect=row.name, notes=(
             *new.notes, f"the modules of {new.label} are named as {row.title} names them",
         ))
-        for new in made
+        for old, new in zip(adapters, made, strict=True)
     ]  # fmt: skip
 
 

@@ -89,7 +89,7 @@ class Rig:
         adapter = self.adapter(**more)
         names = list(model.state_dict())
         files = write_adapter_files(adapter, "peft", base_config=base_config, base_tensors=names)
-        write_adapter(files, self.folder, record={})
+        write_adapter(files, self.folder, record={}, read=open_adapter)
         self.check_own_reading(adapter)
         with warnings.catch_warnings():
             warnings.filterwarnings("error", message=".*missing adapter keys.*")

@@ -41,7 +41,7 @@ def test_a_changed_scaling_is_never_written_back_as_it_was(tmp_path: Path) -> No
     files = write_adapter_files(rescaled(adapter, 0.5))
     assert (config_of(files)["lora_alpha"], config_of(files)["use_rslora"]) == (8, False)
     assert config_of(files)["task_type"] == "CAUSAL_LM"
-    write_adapter(files, tmp_path / "b", record={})
+    write_adapter(files, tmp_path / "b", record={}, read=open_adapter)
     assert open_adapter(tmp_path / "b").specs[0].scaling == adapter.specs[0].scaling * 0.5
 
 
