@@ -11,13 +11,12 @@ from loratool.api.access import access_of
 from loratool.api.common import Limits, recorded_name
 from loratool.api.merge import run_merge
 from loratool.api.merge_job import Operation
-from loratool.api.session import Session
+from loratool.api.session import Opened, Session
 from loratool.dialects import stated
 from loratool.dialects.programs import find_program, judge_loads
 from loratool.dialects.registry import home_of, writable
 from loratool.errors import AlreadyMadeError
 from loratool.frozen import Frozen, replace
-from loratool.ops.batch import many_outputs
 from loratool.ops.inputs import guard_output, open_one
 from loratool.ops.leaving import less, without
 from loratool.ops.split import for_the_base, without_weights
@@ -27,10 +26,7 @@ from loratool.options.merging import Merge, Split
 from loratool.options.words import recorded
 from loratool.report.merge import MergeReport
 from loratool.report.split import SplitReport
-from loratool.store.output_path import check_output
-from loratool.store.provenance import adapter_id
 from loratool.store.series import Series
-from loratool.store.source import Resolved
 
 ADAPTER, BASE = "adapter", "base"
 """Names of the two in the folder."""
@@ -59,12 +55,12 @@ def split(asked: Split) -> SplitReport:
         return _report(job, _merge(job, None), 0, job.slim)
     merged: MergeReport | None = None
     size, written = 0, job.slim
-    with many_outputs(f"{folder}/", 2, asked.series) as series, _made(folder):
-        job.check_place(series)
+    with job.session.outputs(2) as session, _made(folder):
+        session.check_place(job.one)  # before the base is made
         with suppress(AlreadyMadeError):
-            merged = _merge(job, series)
+            merged = _merge(job, session.write.series)
         with suppress(AlreadyMadeError):
-            size, written = _put(job, series)
+            size, written = _put(job, session)
     return _report(job, merged, size, written)
 
 
@@ -88,32 +84,27 @@ class _Job(Frozen):
     Attributes:
         asked: the options.
         session: that writes the adapter.
-        resolved: where the input is.
-        source: the input.
+        one: the input, and the place and dialect of what is left of it.
         moved: names of what goes into the base.
         slim: the rest.
-        form: its dialect.
-        target: its place.
     """
 
     asked: Split
     session: Session
-    resolved: Resolved
-    source: Adapter
+    one: Opened
     moved: tuple[str, ...]
     slim: Adapter
-    form: str
-    target: Path
 
     @classmethod
     def open(cls, asked: Split, folder: Path) -> _Job:
         """Read the adapter, and refuse what cannot be split."""
         program = None if asked.program is None else find_program(asked.program)
         session = Session(
-            "split", folder, asked.take(groups.Write), asked.take(groups.Read),
+            "split", f"{folder}/", asked.take(groups.Write), asked.take(groups.Read),
             access_of(asked, in_place=asked.dry_run), Limits.of(asked), program,
         )  # fmt: skip
-        resolved, source = open_one(str(asked.adapter), read=session.read, access=session.access)
+        text = str(asked.adapter)
+        resolved, source = open_one(text, read=session.read, access=session.access)
         kept = without(source, asked.skip)[0] if asked.skip else source
         moved = for_the_base(kept)
         name = recorded_name(folder / BASE)
@@ -125,17 +116,12 @@ class _Job(Frozen):
         row = home_of(form)
         target = folder / (ADAPTER + ("" if row.is_folder else row.suffixes[0]))
         session.check_form(slim, form)
-        return cls(asked, session, resolved, source, moved, slim, form, target)
+        return cls(asked, session, Opened(text, resolved, source, target, form), moved, slim)
 
     @property
     def base(self) -> Path:
         """The place of the base."""
         return Path(self.asked.output) / BASE
-
-    def check_place(self, series: Series | None) -> None:
-        """Refuse, before the base is made, a place of the adapter that is taken."""
-        check_output(self.target, is_folder=home_of(self.form).is_folder, force=self.asked.force,
-                     series=series)  # fmt: skip
 
 
 def _merge(job: _Job, series: Series | None) -> MergeReport:
@@ -152,16 +138,21 @@ def _merge(job: _Job, series: Series | None) -> MergeReport:
     return run_merge(asked, Operation("split", check=without_weights))
 
 
-def _put(job: _Job, series: Series | None) -> tuple[int, Adapter]:
-    session = replace(job.session, write=job.session.write.replace(series=series))
-    _, files = session.fit(job.slim, job.form)
-    inputs = {job.resolved.label: adapter_id(job.source)}
-    record = session.record(recorded(job.asked), inputs)
-    return session.put(files, job.target, record, job.slim.extras)
+def _put(job: _Job, session: Session) -> tuple[int, Adapter]:
+    _, files = session.fit(job.slim, job.one.form)
+    record = session.record(recorded(job.asked), job.one.inputs())
+    return session.put(files, job.one.target, record, job.slim.extras)
 
 
 def _report(job: _Job, merged: MergeReport | None, size: int, written: Adapter) -> SplitReport:
+    places = str(job.asked.output), str(job.one.target), str(job.base)
     return SplitReport(
-        str(job.asked.output), str(job.target), str(job.base), job.moved, len(job.slim.specs), size,
-        merged, judge_loads(written), job.session.seconds, job.asked.dry_run,
-    )  # fmt: skip
+        *places,
+        job.moved,
+        len(job.slim.specs),
+        size,
+        merged,
+        judge_loads(written),
+        job.session.seconds,
+        job.asked.dry_run,
+    )

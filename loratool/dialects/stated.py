@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from loratool import kinds
@@ -105,10 +105,12 @@ def saved_without(config: Mapping[str, Any], gone: Collection[str]) -> dict[str,
         gone: their names.
     """
     saved = config.get(WHOLE)
-    if not saved:
-        return dict(config)
-    kept = [e for e in saved if not any(f".{e}." in f".{name}" for name in gone)]
-    return {**config, WHOLE: kept or None}
+    return {**config, WHOLE: _saved_but(saved, gone) or None} if saved else dict(config)
+
+
+def _saved_but(saved: Iterable[str], gone: Collection[str]) -> list[str]:
+    """Entries that ask for none of the tensors that are gone."""
+    return [e for e in dict.fromkeys(saved) if not any(f"{e}." in name for name in gone)]
 
 
 def on_base(config: Mapping[str, Any], name: str) -> dict[str, Any]:
@@ -130,10 +132,8 @@ def joint_config(adapters: Sequence[Adapter], gone: Collection[str]) -> dict[str
     first = dict(adapters[0].config)
     if not all(a.config.get(_TIES) is True for a in adapters):
         first.pop(_TIES, None)
-    saved = [e for a in adapters for e in a.config.get("modules_to_save") or ()]
-    first["modules_to_save"] = [
-        e for e in dict.fromkeys(saved) if not any(f"{e}." in name for name in gone)
-    ]
+    saved = (e for a in adapters for e in a.config.get(WHOLE) or ())
+    first[WHOLE] = _saved_but(saved, gone)
     tasks = [a.config.get("task_type") for a in adapters]
     first["task_type"] = None if gone else next((t for t in tasks if t), None)
     return first
