@@ -10,21 +10,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from loratool.archs.base import load_data
-from loratool.archs.layers import model_types
+from loratool.archs.layers import is_native, model_types
 from loratool.lazy import regex
 
 _NUMBER = regex(r"(?<=\.)\d+(?=\.|$)|^\d+(?=\.)")
 _EXPERT_LEAVES = frozenset(
     {"gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"}
 )  # what PEFT takes for parts of fused experts in every model that has some
-
-
-def is_native(config: Mapping[str, Any]) -> bool:
-    """True for a model whose classes are those of transformers or diffusers."""
-    parts = [config, *(v for v in config.values() if isinstance(v, Mapping))]
-    if any("_class_name" in part for part in parts):
-        return True
-    return config.get("model_type") in load_data("classes")["native"] and "auto_map" not in config
 
 
 def fuses_experts(config: Mapping[str, Any]) -> bool:

@@ -20,20 +20,24 @@ def model_types(config: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(t for c in _configs(config) if (t := _type_of(c))))
 
 
+def is_native(config: Mapping[str, Any]) -> bool:
+    """True for a model whose classes are those of transformers or diffusers."""
+    if any("_class_name" in part for part in _configs(config)):
+        return True
+    return config.get("model_type") in load_data("classes")["native"] and "auto_map" not in config
+
+
 def stores_transposed(config: Mapping[str, Any], module: str) -> bool | None:
     """Is the module a Hugging Face ``Conv1D``, stored (in, out)?
 
     Returns:
-        True or False when the architecture says so, None when the configuration is missing or
-        belongs to custom code.
+        True or False when the architecture says so, None when the configuration is missing, belongs
+        to custom code or names a model that is not known.
     """
-    types = model_types(config)
-    table = load_data("facts")["conv1d"]
-    leaf = module.rpartition(".")[2]
-    if any(leaf in table.get(t, ()) for t in types):
+    if any(is_conv1d(t, module) for t in model_types(config)):
         return True
-    has_custom_code = any("auto_map" in c for c in _configs(config))
-    return None if not types or has_custom_code else False
+    is_custom = any("auto_map" in part for part in _configs(config))
+    return False if is_native(config) and not is_custom else None
 
 
 def is_conv1d(model_type: str, module: str) -> bool:

@@ -7,7 +7,7 @@ the same rank with another result is an error.  Nothing is ever half bound.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from loratool.adapter import Adapter, TensorRef
 from loratool.archs.stated import layer_config
@@ -31,10 +31,10 @@ from loratool.bind.place import (
     Context,
     Placement,
     check_rows,
+    flag_holds,
     place_on,
     place_replacement,
     place_vector,
-    shows_flag_is_ignored,
 )
 from loratool.bind.repeats import without_repeats, words_of
 from loratool.bind.report import (
@@ -245,7 +245,7 @@ def _try(
     ties: tuple[Tie, ...],
 ) -> _Outcome:
     context = Context(checkpoint, options, rule.view, ties, version_of(adapter))
-    context.flag_is_ignored = any(_flag_fails(item, rule, context) for item in items)
+    context.shown = frozenset(_shown(items, rule, context))
     found: list[Found] = []
     misfits: list[Misfit] = []
     # Replacements first: they may change the shape that deltas must fit.
@@ -265,11 +265,15 @@ def _try(
     return _Outcome(rule, tuple(found), tuple(misfits), context, repeats)
 
 
-def _flag_fails(item: Item, rule: NameRule, context: Context) -> bool:
-    if item.spec is None or not item.spec.transposed:
-        return False
-    target = rule.view.get(rule.rename(item.name))
-    return target is not None and shows_flag_is_ignored(item.spec, context.shape(target))
+def _shown(items: Sequence[Item], rule: NameRule, context: Context) -> Iterator[bool]:
+    for item in items:
+        if item.spec is None or not item.spec.transposed:
+            continue
+        target = rule.view.get(rule.rename(item.name))
+        if target is not None:
+            holds = flag_holds(item.spec, target, context.shape(target))
+            if holds is not None:
+                yield holds
 
 
 def _place(item: Item, rule: NameRule, context: Context) -> Placement:

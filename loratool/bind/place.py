@@ -38,7 +38,7 @@ class Context(Struct):
         view: names of the base under the rule being tried.
         ties: what is tied in the base.
         peft_version: of the adapter, "" if unknown.
-        flag_is_ignored: other modules show that ``fan_in_fan_out`` does not hold for this base.
+        shown: what other weights show of ``fan_in_fan_out``: it holds, it does not, or both.
         resized: target -> shape after a replacement that changes the vocabulary, or with the
             columns that a change brings.
         heights: table -> its rows without those of new tokens, where there are some.
@@ -49,7 +49,7 @@ class Context(Struct):
     view: View
     ties: tuple[Tie, ...]
     peft_version: str = ""
-    flag_is_ignored: bool = False
+    shown: frozenset[bool] = frozenset()
     resized: dict[str, tuple[int, ...]] = field(default_factory=dict)
     heights: dict[str, int] = field(default_factory=dict)
 
@@ -124,7 +124,7 @@ def _settled(spec: DeltaSpec, target: str, ctx: Context) -> DeltaSpec | None:
     if not inner:
         return None
     known = stores_transposed(ctx.config, target.rpartition(".")[0])
-    turned = spec.transposed and not ctx.flag_is_ignored if known is None else known
+    turned = spec.transposed and ctx.shown != {False} if known is None else known
     if turned and len(inner) == 1:
         out, inner = inner[0], [out]
     if spec.row.is_by_head:
@@ -161,9 +161,12 @@ def orientation(item: Item, spec: DeltaSpec, target: str, ctx: Context) -> bool 
         return False
     known = stores_transposed(ctx.config, target.rpartition(".")[0])
     if direct and turned:
-        if known is not None:
-            return known
-        return spec.transposed and not ctx.flag_is_ignored
+        if known is not None or not spec.transposed:
+            return bool(known)
+        if len(ctx.shown) > 1:
+            got = "some of the other weights are stored (out, in), some (in, out)"
+            return misfit(item, "LT-433", _words(shape), got, target)
+        return ctx.shown != {False}
     if direct and not known:
         return False
     if turned and (known or (known is None and spec.transposed)):
@@ -171,12 +174,16 @@ def orientation(item: Item, spec: DeltaSpec, target: str, ctx: Context) -> bool 
     return misfit(item, "LT-433" if turned else "LT-432", _words(shape), _words(asked), target)
 
 
-def shows_flag_is_ignored(spec: DeltaSpec, shape: tuple[int, ...]) -> bool:
-    """True for a non-square weight stored (out, in) although the config says ``fan_in_fan_out``."""
-    if not spec.transposed or spec.layout != "linear" or len(shape) != 2:
-        return False
+def flag_holds(spec: DeltaSpec, name: str, shape: tuple[int, ...]) -> bool | None:
+    """Is a weight stored (in, out), as ``fan_in_fan_out`` says?  None where it does not show that.
+
+    A square weight does not, nor an output head: that is no Conv1D in any model.
+    """
+    if not spec.transposed or spec.layout != "linear" or is_head(name):
+        return None
     out, inner = side_sizes(spec)
-    return shape[0] != shape[1] and (out, *inner) == shape
+    found = {(out, *inner): False, (*inner, out): True}
+    return found.get(shape) if (out,) != inner else None
 
 
 def place_vector(item: Item, spec: DeltaSpec, target: str, ctx: Context) -> Placement:

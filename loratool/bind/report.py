@@ -25,8 +25,9 @@ _WHAT: Mapping[str, tuple[str, str]] = {
         "the adapter was made for another base, or for another size of it",
     ),
     "LT-433": (
-        "{count} weights fit only transposed, and nothing says that they are stored so",
-        "set fan_in_fan_out in adapter_config.json if the base uses Conv1D",
+        "{count} weights fit transposed, and nothing says for sure that they are stored so",
+        "set fan_in_fan_out in adapter_config.json if the base uses Conv1D; --skip REGEX leaves "
+        "modules out",
     ),
     "LT-434": (
         "grouped convolution cannot be merged ({count} modules)",

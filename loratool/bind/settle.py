@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from loratool.adapter import Adapter
+from loratool.archs.layers import stores_transposed
 from loratool.archs.ties import is_head, stored_twins
 from loratool.bind.columns import widen
 from loratool.bind.items import Bindings, BoundDelta, BoundReplacement, Found
@@ -12,6 +13,7 @@ from loratool.bind.place import Context
 from loratool.bind.ties import settle_ties
 from loratool.bind.vocabulary import follow_vocabulary
 from loratool.frozen import replace
+from loratool.report.text import plural
 
 
 def settle(found: Sequence[Found], ctx: Context, adapter: Adapter) -> Bindings:
@@ -21,6 +23,7 @@ def settle(found: Sequence[Found], ctx: Context, adapter: Adapter) -> Bindings:
         MismatchError: LT-420, LT-421, LT-440, LT-441, LT-443.
     """
     notes = [*_mha_notes(found, ctx), *_bias_notes(found, ctx), *_token_notes(found)]
+    notes += _turned_notes(found, ctx)
     settled = settle_ties(found, ctx, adapter)
     resized, wider = follow_vocabulary(settled, ctx), widen(ctx.resized, ctx.checkpoint)
     bindings = Bindings(
@@ -74,6 +77,21 @@ def _mha_notes(found: Sequence[Found], ctx: Context) -> Iterator[str]:
                     f"{item.item.module} lies inside a MultiheadAttention whose in_proj the "
                     "adapter leaves alone: PEFT's forward ignores it, merging adds it"
                 )
+
+
+def _turned_notes(found: Sequence[Found], ctx: Context) -> Iterator[str]:
+    """Square weights that are taken as stored (in, out) because the adapter says so, no more."""
+    turned = [
+        f for f in found
+        if not ctx.shown and f.item.spec is not None and f.item.spec.transposed
+        and any(d.transposed for d in f.deltas)
+        and stores_transposed(ctx.config, f.targets[0].rpartition(".")[0]) is None
+    ]  # fmt: skip
+    if turned:
+        yield (
+            f"{plural(len(turned), 'square weight')} taken as stored (in, out): fan_in_fan_out of "
+            "the adapter says so, and nothing else tells"
+        )
 
 
 def _token_notes(found: Sequence[Found]) -> Iterator[str]:

@@ -42,21 +42,24 @@ def world(tmp_path: Path) -> World:
 
 @pytest.mark.parametrize("row", ["45-square-conv1d"])
 def test_square_conv1d_turns_on_evidence_only(world: World, row: str) -> None:
-    """A square GPT-2 weight is stored (in, out): the model type says so, the shape cannot."""
+    """A square weight is stored (in, out) where the model type says so; the shape cannot.
+
+    Of a type that nobody knows the adapter's own word counts, and that is said.
+    """
     name = "transformer.h.0.attn.c_proj"
     want = {}
-    for kind in ("gpt2", "llama"):
+    for kind, flag in (("gpt2", False), ("llama", True), ("mine", True)):
         world.write_base({f"{name}.weight": values(8, 8, seed=3)}, model_type=kind)
-        world.write_adapter(
-            factors(name, out=8), target_modules=["c_proj"], fan_in_fan_out=kind == "gpt2"
-        )
+        world.write_adapter(factors(name, out=8), target_modules=["c_proj"], fan_in_fan_out=flag)
         out = world.out.with_name(kind)
         words = ["merge", world.adapter, "--base", world.base, "-o", out, "--json"]
-        assert world.run(*words).code == 0
+        found = world.run(*words)
+        assert found.code == 0
+        assert any("fan_in_fan_out" in n for n in found.json["notes"]) is (kind == "mine")
         A, B = (load(world.weights, f"{PREFIX}{name}.lora_{x}.weight").astype(np.float64)
                 for x in "AB")  # fmt: skip
         delta = 2 * (B @ A)
-        want[kind] = load(world.model, f"{name}.weight") + (delta.T if kind == "gpt2" else delta)
+        want[kind] = load(world.model, f"{name}.weight") + (delta if kind == "llama" else delta.T)
         got = load(out / "model.safetensors", f"{name}.weight")
         assert same(got, want[kind].astype(np.float32))
 

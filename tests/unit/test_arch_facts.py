@@ -71,6 +71,8 @@ def test_candidates_cover_every_naming() -> None:
         ({"model_type": "llama"}, "model.layers.0.mlp.c_proj", False),
         ({}, "h.0.attn.c_attn", None),
         ({"model_type": "x", "auto_map": {}}, "h.0.attn.c_attn", None),
+        ({"model_type": "x"}, "h.0.attn.c_attn", None),
+        ({"_class_name": "X"}, "blocks.0.c_proj", False),
         ({"model_type": "v", "decoder": {"model_type": "gpt2"}}, "decoder.h.0.mlp.c_fc", True),
     ],
 )

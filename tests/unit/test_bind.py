@@ -392,7 +392,7 @@ def test_architecture_decides_about_conv1d(flag: bool) -> None:
 
 
 def test_flag_decides_where_the_architecture_is_unknown() -> None:
-    for config in ({}, {"model_type": "mine", "auto_map": {}}):
+    for config in ({}, {"model_type": "mine", "auto_map": {}}, {"model_type": "mine"}):
         found = bind(conv1d_adapter(flag=True), base(CONV1D, **config))
         assert all(d.transposed for d in found.deltas)
 
@@ -417,6 +417,23 @@ def test_other_modules_are_evidence_about_the_flag() -> None:
         lora("model.layers.0.mlp.up_proj", 24, 16, transposed=True),
     )
     assert not any(d.transposed for d in bind(one, base(LLAMA)).deltas)
+
+
+def test_a_head_is_no_evidence_and_evidence_both_ways_is_an_error() -> None:
+    head = lora("lm_head", 20, 4, transposed=True)
+    specs = (*conv1d_adapter(flag=True).specs, head)
+    shapes = {**CONV1D, "lm_head.weight": (20, 4)}
+    found = bind(adapter(*specs), base(shapes, model_type="mine"))
+    assert {d.target: d.transposed for d in found.deltas} == {
+        "h.0.attn.c_attn.weight": True, "h.0.attn.c_proj.weight": True, "lm_head.weight": False,
+    }  # fmt: skip
+    assert not found.notes
+    other = lora("h.0.fc", 20, 4, transposed=True)
+    mixed = base({**CONV1D, "h.0.fc.weight": (20, 4)}, model_type="mine")
+    caught = error("LT-433", adapter(*specs[:2], other), mixed)
+    assert caught.key == "h.0.attn.c_proj.weight" and caught.got is not None
+    assert "some (in, out)" in caught.got
+    assert all(d.target != caught.key for d in bind(adapter(specs[0], other), mixed).deltas)
 
 
 def test_untransposed_weight_of_a_conv1d_architecture_is_refused() -> None:
