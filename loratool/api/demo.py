@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from loratool.errors import AlreadyMadeError
 from loratool.report.base import Report
+from loratool.store.staging import Making
 
 if TYPE_CHECKING:
     from loratool.store.series import Series
@@ -45,7 +46,7 @@ def demo(folder: str | Path, *, series: Series | None = None) -> DemoReport:
     with (
         suppress(AlreadyMadeError),
         StagedOutput(
-            path, is_folder=True, plan_id="demo", names=[*files, MARKER], series=series
+            path, Making(is_folder=True, plan_id="demo", names=[*files, MARKER], series=series)
         ) as output,
     ):
         for name, data in files.items():

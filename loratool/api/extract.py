@@ -42,6 +42,7 @@ from loratool.store.checkpoint import Checkpoint
 from loratool.store.marker import MARKER
 from loratool.store.outputs import check_output, open_output, place_of
 from loratool.store.provenance import provenance_of
+from loratool.store.staging import Making
 from loratool.store.stamps import take_stamps
 
 if TYPE_CHECKING:
@@ -89,9 +90,12 @@ def _extract(asked: Extract) -> ExtractReport:
     from loratool.engine.factor_journal import drop_factors, factor_file
 
     with open_output(
-        job.target, is_folder=job.row.is_folder, plan_id=identity, force=asked.force,
-        restart=asked.restart, inputs=stamps, series=asked.series,
-        names=[*(factor_file(step.output.name) for step in job.plan.plan.steps), MARKER],
+        job.target,
+        Making(
+            is_folder=job.row.is_folder, plan_id=identity, force=asked.force,
+            restart=asked.restart, inputs=stamps, series=asked.series,
+            names=[*(factor_file(step.output.name) for step in job.plan.plan.steps), MARKER],
+        ),
     ) as staged:  # fmt: skip
         results = _run(job.plan, resources, staged, stamps)
         made = _assembly(asked, job).build_within(results)

@@ -40,6 +40,7 @@ from loratool.report.combine import CombineReport
 from loratool.report.merge import MergeReport
 from loratool.store.header import uncollected
 from loratool.store.outputs import check_output, open_output, place_of
+from loratool.store.staging import Making
 
 if TYPE_CHECKING:
     from loratool.engine.sink import CheckpointSink
@@ -212,15 +213,13 @@ def _write(
     names = [*(s.name for s in plan.shards), *(s.name for s in job.sidecars), *indices]
     output = open_output(
         job.output,
-        is_folder=is_folder,
-        plan_id=run_id(plan, resources.device),
-        names=[*names, MARKER] if is_folder else names,
-        force=force,
-        restart=restart,
-        series=series,
-        inputs=stamps,
-        need_bytes=plan.output_bytes + sum(s.nbytes for s in job.sidecars),
-    )
+        Making(
+            is_folder=is_folder, plan_id=run_id(plan, resources.device),
+            names=[*names, MARKER] if is_folder else names, force=force, restart=restart,
+            inputs=stamps, series=series,
+            need_bytes=plan.output_bytes + sum(s.nbytes for s in job.sidecars),
+        ),
+    )  # fmt: skip
     with output:
         sink = CheckpointSink(plan, output)
         results = run_plan(plan, resources, sink, stamps=stamps)

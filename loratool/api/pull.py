@@ -14,6 +14,7 @@ from loratool.frozen import replace
 from loratool.options.calls import takes
 from loratool.options.hub import Pull
 from loratool.report.pull import PulledAdapter, PulledFile, PullReport
+from loratool.store.staging import Making
 
 if TYPE_CHECKING:
     from loratool.store.hub_listing import ListedFile, Listing
@@ -164,8 +165,10 @@ def _write(
             )  # fmt: skip
     paths = _fetch(listing, wanted, yes=asked.yes)
     with StagedOutput(
-        folder, is_folder=True, plan_id=_identity(listing, local), names=local,
-        force=asked.force, prove=prove_either, series=asked.series,
+        folder,
+        Making(is_folder=True, plan_id=_identity(listing, local), names=local,
+               force=asked.force, series=asked.series),
+        prove=prove_either,
     ) as staged:  # fmt: skip
         for name, path in zip(local, paths, strict=True):
             staged.copy_file(name, path)

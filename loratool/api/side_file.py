@@ -11,6 +11,7 @@ from loratool.api.session import run_plan
 from loratool.frozen import replace
 from loratool.plan import Plan
 from loratool.store.output_path import check_output
+from loratool.store.staging import Making
 
 
 def may_replace(path: Path, identity: str, *, force: bool) -> bool:
@@ -56,7 +57,7 @@ def write_patches(
     from loratool.store.patch_file import PatchWriter
     from loratool.store.writer import StagedOutput
 
-    output = StagedOutput(path, is_folder=False, plan_id=None, force=replaces)
+    output = StagedOutput(path, Making(is_folder=False, plan_id=None, force=replaces))
     with output, PatchWriter(output) as writer:
 
         def take(result: Any) -> Any:

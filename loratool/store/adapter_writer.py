@@ -23,7 +23,7 @@ from loratool.store.outputs import open_output
 from loratool.store.reader import FileReader, plain_io
 from loratool.store.series import Series
 from loratool.store.shard_writer import ShardWriter
-from loratool.store.staging import Output
+from loratool.store.staging import Making, Output
 from loratool.store.stamps import stamp_of, take_stamps
 
 Progress = Callable[[int, int], None]
@@ -67,9 +67,12 @@ def write_adapter(
     stamps |= {path: stamp for path in extras.values() if (stamp := stamp_of(path))}
     try:
         with open_output(
-            target, is_folder=is_folder, plan_id=_identity(files, record), force=force,
-            inputs=stamps, names=names, series=series,
-            need_bytes=file_bytes(files) + sum(_size(p) for p in extras.values()),
+            target,
+            Making(
+                is_folder=is_folder, plan_id=_identity(files, record), force=force,
+                inputs=stamps, names=names, series=series,
+                need_bytes=file_bytes(files) + sum(_size(p) for p in extras.values()),
+            ),
         ) as output:  # fmt: skip
             for name, path in extras.items():
                 output.copy_file(name, path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 from loratool.errors import AlreadyMadeError, DiskError, OutputError, list_some
@@ -12,6 +13,7 @@ from loratool.store.leftovers import clear_away
 from loratool.store.marker import Proof, Prove, is_whole, prove
 from loratool.store.places import check_name, is_mount, staging_path
 from loratool.store.series import Series, may_be_made
+from loratool.store.staging import Making
 
 _SCHEME = regex(r"[a-z][a-z0-9+.-]+:")
 _UPLOAD = (
@@ -104,34 +106,26 @@ def check_free(path: Path, *, is_folder: bool, force: bool, prove: Prove = prove
 
 
 def take_place(
-    path: Path,
-    *,
-    is_folder: bool,
-    force: bool,
-    prove: Prove,
-    plan: str | None,
-    inputs: Mapping[str, list[int]],
-    series: Series | None,
+    path: Path, making: Making, inputs: Mapping[str, list[int]], prove: Prove
 ) -> Proof | None:
     """`check_free` for a run that begins now, as one of a series if it is.
 
     Args:
         path: the output.
-        is_folder: False for a single file.
-        force: an earlier output may be replaced.
-        prove: tells what of a place is one.
-        plan: identity of what is made.
-        inputs: stamps of the inputs.
-        series: that it is one of.
+        making: what will be made.
+        inputs: stamps of the inputs, as notes have them.
+        prove: tells what of a place is an earlier output.
 
     Raises:
         AlreadyMadeError: LT-513, a run of this very series made it before it was interrupted.
         LoratoolError: see `check_free`.
     """
+    series, plan = making.series, making.plan_id
+    free = partial(check_free, path, is_folder=making.is_folder, force=making.force, prove=prove)
     if series is None or plan is None:
-        return check_free(path, is_folder=is_folder, force=force, prove=prove)
+        return free()
     try:
-        proof = check_free(path, is_folder=is_folder, force=force, prove=prove)
+        proof = free()
     except OutputError as error:
         is_same = error.code == "LT-501" and series.is_same(path, plan, inputs)
         if is_same and is_whole(path, plan):

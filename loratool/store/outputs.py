@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from loratool.store import output_path
 from loratool.store.address import Address, place_of
 from loratool.store.series import Series
-from loratool.store.staging import Output
+from loratool.store.staging import Making, Output
 
 __all__ = ["check_output", "open_output", "place_of"]
 
@@ -28,20 +27,21 @@ def check_output(path: Path, *, is_folder: bool, force: bool, series: Series | N
         output_path.check_output(path, is_folder=is_folder, force=force, series=series)
 
 
-def open_output(path: Path, **how: Any) -> Output:
+def open_output(path: Path, making: Making) -> Output:
     """An output under construction.
 
     Args:
         path: of `place_of`.
-        how: see `loratool.store.writer.StagedOutput`.
+        making: what is made.
 
     Raises:
-        LoratoolError: see there, or `loratool.store.store_output.StoreOutput`.
+        LoratoolError: see `loratool.store.writer.StagedOutput`, and
+            `loratool.store.store_output.StoreOutput`.
     """
     if isinstance(path, Address):
         from loratool.store.store_output import StoreOutput
 
-        return StoreOutput(path, **how)
+        return StoreOutput(path, making)
     from loratool.store.writer import StagedOutput
 
-    return StagedOutput(path, **how)
+    return StagedOutput(path, making)

@@ -10,13 +10,42 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from loratool.errors import LoratoolError
+from loratool.frozen import Frozen, field
 from loratool.store.checksum import Piece, sum_file, sum_whole
 from loratool.store.disk import copy_synced, refusals_as, sync_folder, write_synced
 from loratool.store.journal import Finished
 from loratool.store.marker import Content, content_of
 
 if TYPE_CHECKING:
+    from loratool.adapter import Stamp
     from loratool.store.far_file import FarFile, Made
+    from loratool.store.series import Series
+
+
+class Making(Frozen, kw_only=True):
+    """What is made, and what may give way to it.
+
+    Attributes:
+        is_folder: False for a single file.
+        plan_id: identity of what is made: an interrupted run of the same goes on, one of another
+            plan is refused.  None for work that has none.
+        names: files that will be made, as far as they are known; `Output.create` adds others.
+        force: an earlier loratool output may be replaced.
+        restart: drop an interrupted run of another plan.
+        inputs: what the input files are now; finished files of a run that saw other ones are
+            not trusted.
+        need_bytes: size of the whole output; not asked for where a store has room.
+        series: that it is one of; not in a store.
+    """
+
+    is_folder: bool
+    plan_id: str | None
+    names: Iterable[str] = ()
+    force: bool = False
+    restart: bool = False
+    inputs: Mapping[Path, Stamp] = field(default_factory=dict)
+    need_bytes: int = 0
+    series: Series | None = None
 
 
 class FarPlace(Protocol):
@@ -44,11 +73,11 @@ class Output(ABC):
 
     keeps_files = True
 
-    def __init__(self, path: Path, staging: Path, *, is_folder: bool, plan_id: str | None) -> None:
+    def __init__(self, path: Path, staging: Path, making: Making) -> None:
         self.path = path
         self.staging = staging
-        self.is_folder = is_folder
-        self.plan_id = plan_id
+        self.is_folder = making.is_folder
+        self.plan_id = making.plan_id
         self.finished: dict[str, Finished] = {}
         self.notes: list[str] = []
         self._guard = threading.Lock()

@@ -18,10 +18,9 @@ from loratool.store.disk import refusals_as
 from loratool.store.far_file import FarFile, Made
 from loratool.store.jsonfile import dump_json
 from loratool.store.marker import MARKER, content_of, folder_marker
-from loratool.store.reader import Stamp
 from loratool.store.series import Series
 from loratool.store.spool import Spool
-from loratool.store.staging import Output, say
+from loratool.store.staging import Making, Output, say
 from loratool.store.store_notes import Line
 from loratool.store.store_place import StorePlace
 from loratool.store.uploads import Uploads
@@ -70,14 +69,7 @@ class StoreOutput(Output):
 
     Args:
         path: its address.
-        is_folder: see `loratool.store.writer.StagedOutput`, as for all others.
-        plan_id: identity of what is made.
-        names: files that will be made.
-        force: an earlier output may be replaced.
-        restart: drop an interrupted run of another plan.
-        inputs: what the input files are now.
-        need_bytes: size of the whole output; not asked for, the store has room.
-        series: not supported.
+        making: what is made.
 
     Raises:
         OutputError: the place is taken, or an interrupted run of another plan left its work.
@@ -86,29 +78,16 @@ class StoreOutput(Output):
 
     keeps_files = False
 
-    def __init__(
-        self,
-        path: Address,
-        *,
-        is_folder: bool,
-        plan_id: str | None,
-        names: Iterable[str] = (),
-        force: bool = False,
-        restart: bool = False,
-        inputs: Mapping[Path, Stamp] | None = None,
-        need_bytes: int = 0,
-        series: Series | None = None,
-    ) -> None:
-        _refuse_series(path, series)
+    def __init__(self, path: Address, making: Making) -> None:
+        _refuse_series(path, making.series)
         self._spool = Spool()
-        super().__init__(path, self._spool.path, is_folder=is_folder, plan_id=plan_id)
+        super().__init__(path, self._spool.path, making)
         self._is_committed = self._gives_way = False
         try:
-            self._place = StorePlace(path, is_folder=is_folder)
+            self._place = StorePlace(path, is_folder=self.is_folder)
             self._taken, lines, self.notes = self._place.begin(
-                plan=plan_id, names=map(self._real, names), inputs=inputs or {}, force=force,
-                restart=restart,
-            )  # fmt: skip
+                making, map(self._real, making.names)
+            )
         except BaseException:
             self._spool.close()
             raise

@@ -8,9 +8,7 @@ say: `loratool.store.store_notes`.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 
-from loratool.adapter import Stamp
 from loratool.errors import OutputError, list_some
 from loratool.frozen import Frozen
 from loratool.store.address import Address
@@ -20,6 +18,7 @@ from loratool.store.marker import MARKER, Marker, marker_of, prove
 from loratool.store.object_store import Entry, ObjectStore
 from loratool.store.places import INSIDE
 from loratool.store.spool import Spool
+from loratool.store.staging import Making
 from loratool.store.store_notes import DATA, HEAD, REPLACED, Line, StoreNotes, line_of
 
 
@@ -155,15 +154,13 @@ class StorePlace:
     # ---------------------------------------------------------------------------- a run begins
 
     def begin(
-        self,
-        *,
-        plan: str | None,
-        names: Iterable[str],
-        inputs: Mapping[Path, Stamp],
-        force: bool,
-        restart: bool,
+        self, making: Making, names: Iterable[str]
     ) -> tuple[Taken, dict[str, Line], list[str]]:
-        """Take the place for a run: see `loratool.store.writer.StagedOutput` for its arguments.
+        """Take the place for a run.
+
+        Args:
+            making: what it makes.
+            names: of the files that it will make, as they are called in the store.
 
         Returns:
             What is replaced, what an interrupted run has finished, and notes for the user.
@@ -171,13 +168,14 @@ class StorePlace:
         Raises:
             OutputError: the place is another's, or an interrupted run's of another plan.
         """
-        taken = self.judge(force=force, deep=True)
+        taken = self.judge(force=making.force, deep=True)
         if taken.is_over:
             self.notes.clear()
         earlier = self.notes.earlier()
         is_good, told_so = may_go_on(
-            earlier, plan, same_inputs=earlier.inputs == self.notes.begin(plan, inputs),
-            restart=restart, place=self.store.at(INSIDE),
+            earlier, making.plan_id,
+            same_inputs=earlier.inputs == self.notes.begin(making.plan_id, making.inputs),
+            restart=making.restart, place=self.store.at(INSIDE),
         )  # fmt: skip
         lines: Mapping[str, Line] = earlier.finished  # type: ignore[assignment]
         found = {n: x for n, x in lines.items() if self._is_there(x, taken)} if is_good else {}

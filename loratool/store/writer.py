@@ -42,9 +42,7 @@ from loratool.store.marker import (
 from loratool.store.output_path import check_output, check_place, take_place
 from loratool.store.places import staging_path
 from loratool.store.putting import in_order, put_file, put_folder, put_inside
-from loratool.store.reader import Stamp
-from loratool.store.series import Series
-from loratool.store.staging import Output, say
+from loratool.store.staging import Making, Output, say
 
 __all__ = ["MARKER", "StagedOutput", "check_output"]
 
@@ -54,16 +52,7 @@ class StagedOutput(Output):
 
     Args:
         path: the final place.
-        is_folder: False for a single file.
-        plan_id: identity of what is made: an interrupted run of the same goes on, one of another
-            plan is refused.  None for work that has none.
-        names: files that will be made, as far as they are known; ``create`` adds others.
-        force: an earlier loratool output may be replaced.
-        restart: drop an interrupted run of another plan.
-        inputs: what the input files are now; finished files of a run that saw other ones are
-            not trusted.
-        need_bytes: size of the whole output.
-        series: that it is one of.
+        making: what is made.
         prove: tells what of an existing place is an earlier output; by its marker if not given.
 
     Raises:
@@ -73,21 +62,8 @@ class StagedOutput(Output):
         DiskError: the parent is missing or not writable, or the disk is too full.
     """
 
-    def __init__(
-        self,
-        path: Path,
-        *,
-        is_folder: bool,
-        plan_id: str | None,
-        names: Iterable[str] = (),
-        force: bool = False,
-        restart: bool = False,
-        inputs: Mapping[Path, Stamp] | None = None,
-        need_bytes: int = 0,
-        series: Series | None = None,
-        prove: Prove = prove,
-    ) -> None:
-        super().__init__(path, staging_path(path), is_folder=is_folder, plan_id=plan_id)
+    def __init__(self, path: Path, making: Making, prove: Prove = prove) -> None:
+        super().__init__(path, staging_path(path), making)
         self._made: os.stat_result | None = None
         check_place(path)
         self._lock = FolderLock.make(self.staging, path)
@@ -95,24 +71,23 @@ class StagedOutput(Output):
         try:
             put_back(path, prove)
             self._is_inside = self.staging.parent == path
-            self._left.settle({self._real(n) for n in names}, prove)
+            self._left.settle({self._real(n) for n in making.names}, prove)
             self._left.take_back(path)
-            stamps = {str(file): list(stamp) for file, stamp in (inputs or {}).items()}
-            self._replaces = take_place(
-                path, is_folder=is_folder, force=force, prove=prove, plan=plan_id, inputs=stamps,
-                series=series,
-            )  # fmt: skip
-            self.finished, self.notes = self._left.go_on(plan_id, stamps, restart=restart)
+            stamps = {str(file): list(stamp) for file, stamp in making.inputs.items()}
+            self._replaces = take_place(path, making, stamps, prove)
+            self.finished, self.notes = self._left.go_on(
+                self.plan_id, stamps, restart=making.restart
+            )
             for name, line in self.finished.items():
                 self._contents[name] = content_of(*sum_whole(line["crc32"]))
-            head = {"plan": plan_id, "loratool": __version__, "inputs": stamps}
+            head = {"plan": self.plan_id, "loratool": __version__, "inputs": stamps}
             known = {"names": sorted(self._left.names)}
             self._journal = Journal(self.staging, [head, known, *self.finished.values()])
             try:
                 self._left.clear(keep=self.finished)
                 sync_folder(self.staging.parent)
                 done = sum(f["size"] for f in self.finished.values())
-                check_space(self.staging, need_bytes - done)
+                check_space(self.staging, making.need_bytes - done)
             except BaseException:
                 self._journal.close()
                 raise

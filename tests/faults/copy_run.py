@@ -20,6 +20,7 @@ from loratool.errors import LoratoolError
 from loratool.plan import Plan, ShardPlan, Step, TensorSpec
 from loratool.store.checkpoint import Checkpoint, open_checkpoint
 from loratool.store.reader import FileReader
+from loratool.store.staging import Making
 from loratool.store.stamps import take_stamps
 from loratool.store.writer import MARKER, StagedOutput
 
@@ -47,9 +48,12 @@ def run(base_path: Path, output: Path, options: argparse.Namespace) -> None:
     stamps = take_stamps(plan.refs())
     names = [*(s.name for s in plan.shards), "config.json", MARKER, "model.safetensors.index.json"]
     staged = StagedOutput(
-        output, is_folder=base.is_folder, plan_id=plan.plan_id(), force=options.force,
-        names=names if base.is_folder else [output.name],
-        restart=options.restart, inputs=stamps, need_bytes=plan.output_bytes,
+        output,
+        Making(
+            is_folder=base.is_folder, plan_id=plan.plan_id(), force=options.force,
+            names=names if base.is_folder else [output.name],
+            restart=options.restart, inputs=stamps, need_bytes=plan.output_bytes,
+        ),
     )  # fmt: skip
     with staged, FileReader(stamps) as reader:
         sink = CheckpointSink(plan, staged)

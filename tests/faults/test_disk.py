@@ -20,6 +20,7 @@ import pytest
 from loratool.errors import LoratoolError
 from loratool.store.journal import read_journal
 from loratool.store.patch_file import PatchWriter
+from loratool.store.staging import Making
 from loratool.store.writer import StagedOutput
 from tests.budget.test_memory import sparse_model
 from tests.faults import copy_run, process
@@ -162,7 +163,7 @@ def test_a_full_disk_under_patches_is_named(end: str, tmp_path: Path) -> None:
     path = tmp_path / "undo.safetensors"
     with (
         pytest.raises(LoratoolError) as caught,
-        StagedOutput(path, is_folder=False, plan_id=None) as output,
+        StagedOutput(path, Making(is_folder=False, plan_id=None)) as output,
         PatchWriter(output) as writer,
     ):
         writer._file.close()

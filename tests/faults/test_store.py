@@ -33,7 +33,7 @@ from loratool.store import object_store
 from loratool.store.marker import MARKER, marker_of
 from loratool.store.outputs import open_output, place_of
 from loratool.store.places import INSIDE
-from loratool.store.staging import Output
+from loratool.store.staging import Making, Output
 from tests.buckets import ROOT, Buckets, objects
 from tests.make import randn, random_factors, save_adapter, save_checkpoint
 
@@ -353,11 +353,13 @@ def test_the_earlier_run_uploads_nothing_more(tmp_path: Path) -> None:
 
     place = place_of(address("merge"))
     with pytest.raises(LoratoolError) as caught, open_output(
-        place, is_folder=True, plan_id="p", names=["a", "b", MARKER]
+        place, Making(is_folder=True, plan_id="p", names=["a", "b", MARKER])
     ) as earlier:  # fmt: skip
         make(earlier, "a")
         earlier.finished_path("a")  # it is there
-        with open_output(place, is_folder=True, plan_id="p", names=["a", "b", MARKER]) as later:
+        with open_output(
+            place, Making(is_folder=True, plan_id="p", names=["a", "b", MARKER])
+        ) as later:
             assert list(later.finished) == ["a"]
             make(earlier, "b")
             with pytest.raises(LoratoolError):

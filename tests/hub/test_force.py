@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from loratool.store.staging import Making
 from loratool.store.writer import StagedOutput
 from tests.hub.client import call, tree
 from tests.hub_server import TestHub
@@ -107,7 +108,7 @@ def test_anything_else_is_left_alone(
 
 
 def test_the_output_of_another_command_is_replaced(served: TestHub, tmp_path: Path) -> None:
-    with StagedOutput(tmp_path / "out", is_folder=True, plan_id="other") as other:
+    with StagedOutput(tmp_path / "out", Making(is_folder=True, plan_id="other")) as other:
         other.write_file("adapter_config.json", b"{}")
         other.commit({})
     assert call(served, tmp_path, "pull", "me/x", "-o", "out", "--force")[0] == 0

@@ -17,6 +17,7 @@ from loratool.linalg.patch import pack_index
 from loratool.ops.residual import read_residual
 from loratool.store.header import MAX_METADATA, read_header
 from loratool.store.patch_file import TABLE, PatchWriter
+from loratool.store.staging import Making
 from loratool.store.writer import StagedOutput
 from tests.make import randn, save_checkpoint
 from tests.oracle.test_extract import MODELS, pair
@@ -289,7 +290,7 @@ def test_a_table_of_more_tensors_than_metadata_hold(tmp_path: Path) -> None:
         name: row | {"digest": hashlib.sha256(name.encode()).hexdigest()} for name in names
     }}  # fmt: skip
     path = tmp_path / "rest.safetensors"
-    output = StagedOutput(path, is_folder=False, plan_id=None)
+    output = StagedOutput(path, Making(is_folder=False, plan_id=None))
     with output, PatchWriter(output) as writer:
         for name in names[::2]:
             writer.add(name, (pack_index([b"page"]), b"page"))

@@ -15,6 +15,7 @@ from loratool.ops.inputs import guard_output
 from loratool.store import disk
 from loratool.store.lock import FolderLock
 from loratool.store.output_path import check_output
+from loratool.store.staging import Making
 from loratool.store.writer import StagedOutput
 
 
@@ -57,7 +58,7 @@ def test_links_are_refused_wherever_they_lead(tmp_path: Path, force: bool) -> No
 def test_a_name_that_is_too_long(tmp_path: Path) -> None:
     assert code_of(tmp_path / ("x" * 245)) == code_of(tmp_path / ("x" * 250)) == "LT-615"
     with pytest.raises(DiskError) as caught:
-        StagedOutput(tmp_path / ("x" * 250), is_folder=True, plan_id="p")
+        StagedOutput(tmp_path / ("x" * 250), Making(is_folder=True, plan_id="p"))
     assert caught.value.code == "LT-615"
 
 
@@ -70,7 +71,7 @@ def test_a_folder_without_permission() -> None:
         try:
             assert code_of(Path(folder) / "out") == "LT-603"
             with pytest.raises(DiskError) as caught:
-                StagedOutput(Path(folder) / "out", is_folder=True, plan_id="p")
+                StagedOutput(Path(folder) / "out", Making(is_folder=True, plan_id="p"))
             assert caught.value.code == "LT-603"
         finally:
             os.seteuid(0)
@@ -85,7 +86,7 @@ def test_something_else_under_the_staging_name(tmp_path: Path, kind: str) -> Non
     else:
         taken.symlink_to(elsewhere)
     with pytest.raises(OutputError) as caught:
-        StagedOutput(tmp_path / "out", is_folder=True, plan_id="p")
+        StagedOutput(tmp_path / "out", Making(is_folder=True, plan_id="p"))
     assert caught.value.code == "LT-511"
     assert list(elsewhere.iterdir()) == [] and os.path.lexists(taken)
 
@@ -151,7 +152,7 @@ def test_a_file_that_appears_during_the_run_stays(tmp_path: Path, renaming: str)
     target = tmp_path / "out.safetensors"
     with (
         pytest.raises(OutputError) as caught,
-        StagedOutput(target, is_folder=False, plan_id="p") as output,
+        StagedOutput(target, Making(is_folder=False, plan_id="p")) as output,
     ):
         output.write_file("", b"new")
         target.write_text("theirs")
@@ -166,7 +167,7 @@ def test_replacing_with_and_without_exchange(
     monkeypatch.setenv("LORATOOL_PLAIN_IO", plain)
     target = tmp_path / "out"
     for text in (b"one", b"two", b"three"):
-        with StagedOutput(target, is_folder=True, plan_id="p", force=True) as output:
+        with StagedOutput(target, Making(is_folder=True, plan_id="p", force=True)) as output:
             output.write_file("a", text)
             output.commit({})
         assert (target / "a").read_bytes() == text
@@ -188,12 +189,12 @@ def test_a_lock_goes_with_its_folder(tmp_path: Path) -> None:
 
 def test_an_adapter_does_not_take_the_place_of_a_run_under_way(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError), StagedOutput(
-        tmp_path / "out", is_folder=True, plan_id="merge"
+        tmp_path / "out", Making(is_folder=True, plan_id="merge")
     ) as output:  # fmt: skip
         output.create("s").write_bytes(b"1")
         output.mark_finished("s", 1)
         raise RuntimeError
     with pytest.raises(OutputError) as caught:
-        StagedOutput(tmp_path / "out", is_folder=True, plan_id=None)
+        StagedOutput(tmp_path / "out", Making(is_folder=True, plan_id=None))
     assert caught.value.code == "LT-504"
     assert (output.staging / "s").read_bytes() == b"1"

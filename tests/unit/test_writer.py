@@ -18,6 +18,7 @@ from loratool.store.marker import REPLACED, prove
 from loratool.store.reader import FileReader
 from loratool.store.series import series
 from loratool.store.shard_writer import PAGE, ShardWriter, clone_file
+from loratool.store.staging import Making
 from loratool.store.writer import MARKER, StagedOutput, check_output
 
 
@@ -28,7 +29,7 @@ def io_path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def staged(path: Path, plan: str = "p", **more: bool) -> StagedOutput:
-    return StagedOutput(path, is_folder=True, plan_id=plan, **more)
+    return StagedOutput(path, Making(is_folder=True, plan_id=plan, **more))
 
 
 def finish(path: Path, text: bytes = b"x", **more: bool) -> None:
@@ -157,7 +158,9 @@ def test_any_damaged_byte_of_a_journal_takes_one_line(tmp_path: Path) -> None:
         damaged = bytearray(whole)
         damaged[position] ^= 0x11
         journal.write_bytes(damaged)
-        with StagedOutput(target, is_folder=True, plan_id="p", names=["s", "t", "u"]) as output:
+        with StagedOutput(
+            target, Making(is_folder=True, plan_id="p", names=["s", "t", "u"])
+        ) as output:
             lost = {"s", "t", "u"} - set(output.finished)
         is_head = b"\n" not in whole[:position]
         assert is_head or len(lost) <= 1 + (whole[position] == ord("\n"))
@@ -192,7 +195,7 @@ def test_a_folder_of_somebody_under_the_staging_name_stays(tmp_path: Path, name:
     theirs.parent.mkdir(parents=True)
     theirs.write_text('{"plan": "p"}\n')
     with pytest.raises(OutputError) as caught:
-        StagedOutput(tmp_path / "out", is_folder=True, plan_id="p", names=[name])
+        StagedOutput(tmp_path / "out", Making(is_folder=True, plan_id="p", names=[name]))
     assert caught.value.code == "LT-511" and theirs.read_text() == '{"plan": "p"}\n'
 
 
@@ -473,7 +476,7 @@ def test_a_file_that_still_has_its_old_name_too(tmp_path: Path) -> None:
     target = tmp_path / "out.safetensors"
     with (
         pytest.raises(RuntimeError),
-        StagedOutput(target, is_folder=False, plan_id="p", names=[""]) as output,
+        StagedOutput(target, Making(is_folder=False, plan_id="p", names=[""])) as output,
     ):
         output.create("").write_bytes(b"12345")
         output.mark_finished("", 5)
