@@ -217,9 +217,9 @@ class Limits(Frozen):
             UsageError, DiskError: as `plan_resources`.
         """
         memory = self.plan_steps(plan, kept=kept, hint=hint)
-        from loratool.engine.device import resolve_device
+        from loratool.engine.device import arithmetic_device
 
-        where, _ = resolve_device(device, is_arithmetic=True)
+        where = arithmetic_device(device)
         found = self.run_by(1 if where.type == "cuda" else memory.threads)
         return replace(found, device=where)
 

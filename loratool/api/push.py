@@ -184,5 +184,5 @@ def _card(publication: Publication, head: Listing) -> str:
         theirs = fetch_verified(head, there)[0].read_text("utf-8", "replace")
         return make_card(publication.facts, theirs)
     card = make_card(publication.facts, None)
-    check_card(card, "README.md")
+    check_card(card)
     return card

@@ -84,9 +84,9 @@ def rescale(asked: Rescale) -> RescaleReport:
     else:
         options = recorded(asked)
         if weak is not None:
-            from loratool.engine.device import resolve_device
+            from loratool.engine.device import arithmetic_device
 
-            options["device"] = resolve_device("auto", is_arithmetic=True)[0].type
+            options["device"] = arithmetic_device("auto").type
         with session.outputs(len(jobs)) as session:
             session.make_folder(len(jobs))
             for job in jobs:

@@ -72,16 +72,6 @@ class Table(Frozen, dict=True):
             name = rule.to_disk(name)
         return name
 
-    def touches(self, name: str) -> bool:
-        """False if no rule changes a name in either direction, which is soon told."""
-        return not self._firsts.isdisjoint(name.split("."))
-
-    @cached_property
-    def _firsts(self) -> frozenset[str]:
-        """The first words of all templates."""
-        sides = (side for rule in self.rules for side in (rule.disk, rule.memory))
-        return frozenset(side.removeprefix("^").partition(".")[0] for side in sides)
-
     @cached_property
     def is_empty(self) -> bool:
         """True for the identity."""

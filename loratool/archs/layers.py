@@ -50,11 +50,6 @@ def is_conv1d(model_type: str, module: str) -> bool:
     return module.rpartition(".")[2] in load_data("facts")["conv1d"].get(model_type, ())
 
 
-def experts_are_transposed(model_type: str) -> bool:
-    """True if a model of this type computes with experts stored (E, in, out)."""
-    return model_type in load_data("facts")["transposed_experts"]
-
-
 def has_transposed_experts(config: Mapping[str, Any]) -> bool:
     """True if the model computes with experts stored (E, in, out) (gpt-oss, Aria)."""
     return _any_type(config, "transposed_experts")

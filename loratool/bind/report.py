@@ -214,15 +214,15 @@ def _rename_hint(
     free = dict.fromkeys(name for name in checkpoint.tensors if name not in taken)
     names = [m.item.name for m in misfits]
     sample = names[:: max(1, len(names) // _VOTERS)]
-    wanted: dict[str, list[str]] = {tail: [] for name in sample for _, tail in _cuts(name, 3)}
+    wanted: dict[str, list[str]] = {tail: [] for name in sample for _, tail in _cuts(name)}
     for name in free:
-        for head, tail in _cuts(name, 3):
+        for head, tail in _cuts(name):
             heads = wanted.get(tail)
             if heads is not None and len(heads) < _MOST_HEADS:
                 heads.append(head)
     votes: Counter[tuple[str, str]] = Counter()
     for name in sample:
-        for old, tail in _cuts(name, 3):
+        for old, tail in _cuts(name):
             if wanted[tail]:
                 votes.update((old, new) for new in dict.fromkeys(wanted[tail]) if new != old)
                 break
@@ -237,10 +237,10 @@ def _rename_hint(
     return f"--rename 's/{pattern}/{target}/' would match {count} of {len(names)}"
 
 
-def _cuts(name: str, least: int) -> Iterator[tuple[str, str]]:
-    """(head with its dot, tail) of a name, the longest tail first; tails have ``least`` parts."""
+def _cuts(name: str) -> Iterator[tuple[str, str]]:
+    """(head with its dot, tail) of a name, the longest tail first, three parts at least."""
     at = 0
-    for _ in range(min(name.count(".") + 2 - least, _DEEPEST)):
+    for _ in range(min(name.count(".") - 1, _DEEPEST)):
         yield name[:at], name[at:]
         at = name.index(".", at) + 1
 

@@ -15,14 +15,14 @@ _BARS = "▁▂▃▄▅▆▇█"
 _WIDTH = 16
 
 
-def sparkline(values: Sequence[float], width: int = _WIDTH) -> str:
+def sparkline(values: Sequence[float]) -> str:
     """Bars from 0 to the largest value, one per value or per run of values.
 
     Example:
         >>> sparkline([1.0, 0.5, 0.0])
         '█▅▁'
     """
-    count = min(width, len(values))
+    count = min(_WIDTH, len(values))
     top = max(values, default=0.0)
     if not top > 0:
         return _BARS[0] * count

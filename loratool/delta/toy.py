@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from safetensors.torch import save
 
-_HIDDEN, _INNER, _VOCAB, _LAYERS, _RANK = 64, 160, 256, 2, 8
+_HIDDEN, _INNER, _VOCAB, _LAYERS, _RANK, _TUNED_RANK = 64, 160, 256, 2, 8, 12
 _CONFIG = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
@@ -36,7 +36,7 @@ def toy_files() -> Iterator[tuple[str, bytes]]:
     tuned = dict(weights)
     for name, weight in weights.items():
         if weight.dim() == 2:
-            change = _low_rank(weight.shape, 12, generator) * 0.003
+            change = _low_rank(weight.shape, generator) * 0.003
             tuned[name] = (weight.float() + change).bfloat16()
     yield from _model("tuned", tuned)
 
@@ -61,9 +61,9 @@ def _weights(generator: torch.Generator) -> dict[str, torch.Tensor]:
     }
 
 
-def _low_rank(shape: torch.Size, rank: int, generator: torch.Generator) -> torch.Tensor:
-    left = torch.randn(shape[0], rank, generator=generator)
-    return left @ torch.randn(rank, shape[1], generator=generator)
+def _low_rank(shape: torch.Size, generator: torch.Generator) -> torch.Tensor:
+    left = torch.randn(shape[0], _TUNED_RANK, generator=generator)
+    return left @ torch.randn(_TUNED_RANK, shape[1], generator=generator)
 
 
 def _model(folder: str, weights: dict[str, torch.Tensor]) -> Iterator[tuple[str, bytes]]:

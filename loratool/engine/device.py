@@ -11,10 +11,9 @@ from loratool.errors import UsageError
 from loratool.report.doctor import Gpu, Torch
 
 
-def resolve_device(text: str, *, is_arithmetic: bool) -> tuple[torch.device, str]:
-    """The one device, or the first of several, of `resolve_devices`."""
-    devices, reason = resolve_devices(text, is_arithmetic=is_arithmetic)
-    return devices[0], reason
+def arithmetic_device(text: str) -> torch.device:
+    """The one device, or the first of several, of `resolve_devices` for what is arithmetic."""
+    return resolve_devices(text, is_arithmetic=True)[0][0]
 
 
 def resolve_devices(

@@ -146,19 +146,13 @@ class Crew:
                     self._changed.notify_all()
 
 
-def map_in_workers(
-    work: Callable[[T], R],
-    items: Sequence[T],
-    count: int,
-    done: Callable[[int], None] | None = None,
-) -> list[R]:
+def map_in_workers(work: Callable[[T], R], items: Sequence[T], count: int) -> list[R]:
     """``work`` of every item, in order.
 
     Args:
         work: called in any thread.
         items: whatever it takes.
         count: threads.
-        done: called with the number of items that are finished, from any thread.
     """
     results: dict[int, R] = {}
     todo = iter(enumerate(items))
@@ -171,11 +165,7 @@ def map_in_workers(
             if task is None:
                 return
             number, item = task
-            found = work(item)
-            with lock:
-                results[number] = found
-                if done is not None:
-                    done(len(results))
+            results[number] = work(item)
 
     run_workers(max(1, min(count, len(items))), loop)
     return [results[number] for number in range(len(items))]

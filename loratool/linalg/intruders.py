@@ -13,7 +13,6 @@ from loratool.linalg.krylov import largest_overlaps, leading_components
 
 TOP_K = 10  # leading directions looked at
 EPSILON = 0.5  # a direction is an intruder below this cosine
-LAMBDA = 0.75  # what an intruder's singular value is multiplied with
 
 _LARGE = 768  # shorter side from which a decomposition costs more than the bounds
 _NOTHING = 1e-7  # of the largest singular value: what a Gram matrix in float64 cannot resolve
@@ -43,20 +42,12 @@ class Intruders(Frozen):
         return Intruders(self.cosine.cpu(), self.index, *tensors)
 
 
-def find_intruders(
-    weight: torch.Tensor,
-    delta: torch.Tensor,
-    *,
-    top_k: int = TOP_K,
-    epsilon: float = EPSILON,
-) -> Intruders:
+def find_intruders(weight: torch.Tensor, delta: torch.Tensor) -> Intruders:
     """Compare the leading left singular vectors of W + ΔW with all of W's.
 
     Args:
         weight: (m, n) float64, any device.
         delta: (m, n) float64, same device.
-        top_k: leading directions looked at.
-        epsilon: largest cosine of an intruder.
 
     Notes:
         Small matrices are decomposed.  Of large ones the leading vectors of W + ΔW are computed,
@@ -64,7 +55,7 @@ def find_intruders(
         vectors: bounds that decide, see `largest_overlaps`.  Where they cannot (values too close
         to each other) the Gram matrix is decomposed.  About 4 m n float64 of memory.
     """
-    k = min(top_k, *weight.shape)
+    k = min(TOP_K, *weight.shape)
     if min(weight.shape) < _LARGE:
         before = torch.linalg.svd(weight, full_matrices=False).U
         U, S, Vh = torch.linalg.svd(weight + delta, full_matrices=False)
@@ -72,13 +63,13 @@ def find_intruders(
     else:
         changed = weight + delta
         found = leading_components(changed, k) or _decompose(changed, k)
-        overlaps = largest_overlaps(weight, found[0], epsilon)
+        overlaps = largest_overlaps(weight, found[0], EPSILON)
         if overlaps is None:
             before = _decompose(weight, min(weight.shape))[0]
             cosine = (found[0].T @ before).abs().amax(dim=1)
         else:
             cosine = overlaps.cosine
-    index = tuple(torch.nonzero(cosine < epsilon).flatten().tolist())
+    index = tuple(torch.nonzero(cosine < EPSILON).flatten().tolist())
     return Intruders(cosine, index, *found)
 
 

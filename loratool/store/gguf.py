@@ -115,12 +115,8 @@ def is_gguf(path: Path) -> bool:
         return False
 
 
-def read_gguf(path: Path, *, folder: Path | None = None) -> GgufFile:
+def read_gguf(path: Path) -> GgufFile:
     """Read and check the header of a GGUF file.
-
-    Args:
-        path: the file.
-        folder: what it belongs to; None = the folder it lies in.
 
     Raises:
         BadFileError: LT-302 another kind of file, LT-303 or LT-312 truncated, LT-309 too many of
@@ -130,7 +126,7 @@ def read_gguf(path: Path, *, folder: Path | None = None) -> GgufFile:
         DiskError: the system refuses to read it.
     """
     try:
-        with open_inside(path, folder) as raw, BufferedReader(raw, 1 << 20) as file:
+        with open_inside(path) as raw, BufferedReader(raw, 1 << 20) as file:
             stamp = stamp_from(os.fstat(raw.fileno()))
             metadata, tensors, start = _Parser(file, path, stamp[2]).parse()
     except OSError as error:

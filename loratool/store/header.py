@@ -244,10 +244,10 @@ def build_header(
     return header, tuple(len(header) + start for start in starts)
 
 
-def short_name(name: str, limit: int = 100) -> str:
+def short_name(name: str) -> str:
     """A tensor name fit for a message: printable for any terminal encoding, never endless."""
     clean = name.encode("utf-8", "backslashreplace").decode()
-    return clean if len(clean) <= limit else f"{clean[:limit]}… ({len(name)} characters)"
+    return clean if len(clean) <= 100 else f"{clean[:100]}… ({len(name)} characters)"
 
 
 def _read_raw(file: BinaryIO, shown: object, size: int, limit: int) -> bytes:

@@ -206,13 +206,13 @@ def _refuse_form(path: Path, expected: str) -> NoReturn:
     )  # fmt: skip
 
 
-def check_card(text: str, file: object) -> None:
+def check_card(text: str) -> None:
     """Refuse a model card with a secret or a local path.
 
     Raises:
         UnsafeContentError: LT-931, LT-932.
     """
-    _refuse(find_in_bytes(text.encode("utf-8", "replace")), file)
+    _refuse(find_in_bytes(text.encode("utf-8", "replace")), "README.md")
 
 
 def is_local_path(name: str) -> bool:

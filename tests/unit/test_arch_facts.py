@@ -11,7 +11,6 @@ from loratool.archs.experts import expert_names, fused_names, parse_expert
 from loratool.archs.layers import (
     Heads,
     attention_sizes,
-    experts_are_transposed,
     is_conv1d,
     model_types,
     stores_transposed,
@@ -82,8 +81,6 @@ def test_stores_transposed(config: dict[str, Any], module: str, expected: bool |
 
 def test_facts_by_model_type() -> None:
     assert is_conv1d("gpt2", "h.0.mlp.c_fc") and not is_conv1d("gptj", "mlp.c_fc")
-    assert experts_are_transposed("gpt_oss")
-    assert not experts_are_transposed("mixtral")
     assert model_types({"model_type": "a", "text_config": {"model_type": "b"}}) == ("a", "b")
 
 

@@ -51,19 +51,14 @@ def judge_loads(adapter: Adapter) -> tuple[Loads, ...]:
     return tuple(p.judge(look) for p in asked if p.is_shown or p.native == look.dialect)
 
 
-def find_program(name: str, *, of_peft: bool = False) -> Program:
+def find_program(name: str) -> Program:
     """The program that ``--for`` names.
-
-    Args:
-        name: of the program.
-        of_peft: only programs that load the folders of PEFT.
 
     Raises:
         UsageError: LT-271, no such program.
     """
-    among = (program for program in programs() if program.is_of_peft or not of_peft)
     known = []
-    for program in among:
+    for program in programs():
         if name in (program.name, *program.also):
             return program
         known.append(program.name)
