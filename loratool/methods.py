@@ -96,6 +96,7 @@ class Method(Frozen):
             (c = -1), ``order`` (the order of the adapters does not matter).
         identity_at: parameters under which ``identity`` holds.
         rounds_down: a share of n elements is the whole part of it, as in PEFT; else the nearest.
+        is_whole: factor methods: both factors are multiplied by the weight, not by its root.
         select: dense methods: which elements stay: ``all``, ``largest``, ``random``, ``ranked``,
             ``middle``, ``variance``.
     """
@@ -110,6 +111,7 @@ class Method(Frozen):
     identity_at: Mapping[str, Any] = field(default_factory=dict)
     select: str = "all"
     rounds_down: bool = False
+    is_whole: bool = False
 
 
 def _share(name: str, default: float, text: str, *, is_open: bool = True) -> Param:
@@ -187,6 +189,9 @@ METHODS: tuple[Method, ...] = (
             Param("scaling", 1.0, "factor of the result")), ("scale", "sign", "order")),
     Method("factors-linear", "factor", _ELECT + "add", f"{_PEFT}(linear)",
            "lora_A and lora_B summed apart: NOT the sum of the adapters"),
+    Method("factors-sum", "factor", _ELECT + "add", "sd-scripts merge_lora.py, musubi-tuner EMA",
+           "lora_A and lora_B summed apart with whole weights: averages of one run's checkpoints",
+           laws=("identity", "sign", "order"), is_whole=True),
     Method("factors-ties", "factor", _ELECT + "elect_peft", f"{_PEFT}(ties)",
            "PEFT's TIES on lora_A and lora_B apart",
            (_share("density", 0.2, _KEPT),), _ALL, _WHOLE, "largest"),

@@ -32,6 +32,7 @@ from loratool.ops.rank_options import MAX_RANK
 from loratool.ops.sums import SumPlan, compared_ranges
 from loratool.ops.weights import Weight, read_module_weights, rules_json, unused_rules
 from loratool.options.calls import takes
+from loratool.options.groups import Mix
 from loratool.options.merging import Combine
 from loratool.options.words import recorded
 from loratool.report.combine import CombineReport, DifferenceReport
@@ -121,7 +122,7 @@ def _open(asked: Combine, session: Session, how: How, minus: bool) -> list[Opene
     if minus and weights is not None and len(weights) == len(asked.adapters) - 1:
         weights = (1.0, *weights)
     opened = open_adapters(
-        asked.adapters, weights=weights, mean=asked.mean, read=session.read,
+        asked.adapters, asked.take(Mix, weights=weights), read=session.read,
         access=session.access, rules=how.rules,
     )  # fmt: skip
     same = alike([o.adapter for o in opened], session.limits)

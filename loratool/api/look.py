@@ -14,7 +14,7 @@ from loratool.frozen import replace
 from loratool.ops.access import Access
 from loratool.ops.consent import agree_to_read
 from loratool.ops.inputs import OpenedBase
-from loratool.options.groups import Names, Read, Run
+from loratool.options.groups import Mix, Names, Read, Run
 from loratool.plan import DeltaPart, Plan
 from loratool.report.families import family_of
 from loratool.report.look import AdapterLook, Sums, combine
@@ -37,7 +37,8 @@ def look_at_base(
     from loratool.engine.reads import factor_ranges
 
     names = read.take(Names, untie=True)  # each tensor beside its own change
-    job = prepare_merge(MergeRequest([str(path)], base, names, access, weights=[1.0], codes=None))
+    mix = Mix(weights=(1.0,))
+    job = prepare_merge(MergeRequest([str(path)], base, names, access, mix, codes=None))
     plan = plan_look(job.merge.plan)
     agree_to_read(factor_ranges(job.adapters[0].adapter.specs), yes=access.yes)
     results = run_plan(plan, plan_resources(plan, run))

@@ -34,7 +34,7 @@ from loratool.ops.inputs import guard_output
 from loratool.ops.shards import index_files
 from loratool.ops.weights import read_module_weights
 from loratool.options.calls import takes
-from loratool.options.groups import Codes, Names, Run
+from loratool.options.groups import Codes, Mix, Names, Run
 from loratool.options.merging import Combine, Merge
 from loratool.report.combine import CombineReport
 from loratool.report.merge import MergeReport
@@ -142,7 +142,7 @@ def _prepare(asked: Merge, operation: Operation) -> MergeJob:
     is_exact = asked.exact or rest is not None
     job = prepare_merge(MergeRequest(
         asked.adapters, asked.base, names, access,
-        weights=asked.weights, mean=asked.mean, rules=rules, dtype=parse_dtype(asked.dtype),
+        mix=asked.take(Mix), rules=rules, dtype=parse_dtype(asked.dtype),
         shard_bytes=parse_size(asked.shard_size), output=target,
         with_provenance=asked.provenance, checksum=asked.checksum,
         identify=not asked.dry_run or asked.save_undo is not None,

@@ -25,7 +25,7 @@ from loratool.ops.residual import patch_merge
 from loratool.ops.simulated import simulate_base
 from loratool.ops.verify import merged_dtype
 from loratool.ops.weights import Rule, rules_json, unused_rules
-from loratool.options.groups import Codes, Names
+from loratool.options.groups import Codes, Mix, Names
 from loratool.options.words import recorded
 from loratool.report.merge import MergeReport
 from loratool.store.checkpoint import Checkpoint
@@ -116,8 +116,7 @@ class MergeRequest(Frozen):
         base: the checkpoint, or ``auto``.
         names: how names and missing facts are understood.
         access: how sources may be reached.
-        weights: coefficients in order; None = those in ``adapters``.
-        mean: divide by the number of adapters.
+        mix: coefficients; none = those in ``adapters``.
         rules: weights of single modules.
         dtype: safetensors name of the type to cast to; None keeps each type.
         shard_bytes: largest shard; None keeps the base's shards.
@@ -139,8 +138,7 @@ class MergeRequest(Frozen):
     base: str | Path
     names: Names
     access: Access
-    weights: Sequence[float] | None = None
-    mean: bool = False
+    mix: Mix = field(default_factory=Mix)
     rules: Sequence[Rule] = ()
     dtype: str | None = None
     shard_bytes: int | None = None
@@ -208,9 +206,8 @@ def prepare_merge(asked: MergeRequest) -> MergeJob:
 def _open(asked: MergeRequest) -> tuple[list[OpenedAdapter], OpenedBase]:
     """Adapters with their signs, and the base, none of which the output lies in."""
     opened = open_adapters(
-        asked.adapters, weights=asked.weights, mean=asked.mean, read=asked.names,
-        access=asked.access, rules=asked.rules,
-    )  # fmt: skip
+        asked.adapters, asked.mix, read=asked.names, access=asked.access, rules=asked.rules
+    )
     if signs := asked.operation.signs:
         opened = [replace(o, weight=o.weight.times(s)) for o, s in zip(opened, signs, strict=True)]
     base = open_base(str(asked.base), [o.adapter for o in opened], asked.access)

@@ -15,7 +15,7 @@ from loratool.engine.rows import args_of
 from loratool.ops.access import Access
 from loratool.ops.inputs import OpenedBase
 from loratool.ops.residual import bind_options, config_of, plan_residual, residual_table
-from loratool.options.groups import Names, Run
+from loratool.options.groups import Mix, Names, Run
 from loratool.report.extract import SavedResidual
 from loratool.store.checkpoint import Checkpoint
 from loratool.store.provenance import adapter_id, checkpoint_id, provenance_of
@@ -57,7 +57,7 @@ def save_residual(
     checkpoint = open_base(str(base), [], access).checkpoint
     bind = _bind_options(tuned.checkpoint, checkpoint)
     job = prepare_merge(MergeRequest(
-        [str(adapter)], base, bind_options(Names(), bind), access, weights=[1.0],
+        [str(adapter)], base, bind_options(Names(), bind), access, Mix(weights=(1.0,)),
         rounding={"rounding": "exact"},
     ))  # fmt: skip
     plan = plan_residual(job.merge.plan, job.checkpoint, tuned.checkpoint)

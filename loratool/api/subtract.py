@@ -86,7 +86,7 @@ def _subtract_adapters(asked: Subtract) -> DifferenceReport:
             expected="--from MERGED, or a second adapter", got=named,
             hint=f"loratool subtract {named} --from MERGED -o {asked.output}",
         )  # fmt: skip
-    known = {"device", *(o.name for o in options_of(Combine))} - {"mean"}
+    known = {"device", *(o.name for o in options_of(Combine))} - {"mean", "ema"}
     other = [o for o in asked_of(Subtract, vars(asked)) if o.words.section and o.name not in known]
     if other:
         raise UsageError(

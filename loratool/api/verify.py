@@ -28,7 +28,7 @@ from loratool.ops.replay import (
 from loratool.ops.verify import VerifyPlan, plan_verify, under_names_of
 from loratool.ops.weights import read_module_weights, rules_from
 from loratool.options.calls import takes
-from loratool.options.groups import Codes, Names, Run
+from loratool.options.groups import Codes, Mix, Names, Run
 from loratool.options.merging import Verify
 from loratool.report.merge import TensorDifference, VerifyReport
 from loratool.store.checkpoint import Checkpoint, open_checkpoint
@@ -79,7 +79,7 @@ def _request(
 ) -> MergeRequest:
     """The merge that is to be repeated: as given, else as recorded."""
     said: RecordedSums = {} if record is None else record.options
-    names, weights, mean = asked.take(Names), asked.weights, asked.mean
+    names, mix = asked.take(Names), asked.take(Mix)
     inputs: Sequence[str | Path | AdapterArgument] = asked.adapters
     base = asked.base
     where: dict[str, Any] = {
@@ -91,7 +91,7 @@ def _request(
         replay = find_replay(record, merged, base=given, **where)
         base = replay.base
         if not inputs:
-            inputs, weights, mean = replay.adapters, None, False
+            inputs, mix = replay.adapters, Mix()
             names = Names() if record is None else record.names
     if asked.module_weights is not None:
         rules = read_module_weights(Path(asked.module_weights), len(inputs))
@@ -104,8 +104,8 @@ def _request(
         rest, names = open_residual(residual, inputs, names)
         rounding = rounding_args(True, "nearest", None)
     return MergeRequest(
-        inputs, base, names, access, weights=weights, mean=mean, rules=rules,
-        rounding=rounding, like=None if rest is not None else merged, residual=rest,
+        inputs, base, names, access, mix, rules=rules, rounding=rounding,
+        like=None if rest is not None else merged, residual=rest,
         codes=Codes(dequantize=said.get("dequantize", False), requant=said.get("requant", False),
                     simulate_quant=said.get("simulate_quant")),
     )  # fmt: skip

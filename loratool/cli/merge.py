@@ -32,11 +32,12 @@ from loratool.dtypes import DTYPES
 from loratool.errors import UsageError
 from loratool.options.groups import Access, Mix, Names, Nonfinite
 from loratool.options.merging import Completed, Merge
-from loratool.options.words import typed
+from loratool.options.words import only_of, typed
 
 if TYPE_CHECKING:
     from loratool.report.merge import LeastTime, MergeReport
 
+_ALONE = Mix()
 _MENTION_FLOAT32 = 0.01
 """Loss from which the way to avoid it is worth a word."""
 
@@ -70,7 +71,7 @@ def command(adapters: tuple[str, ...], base: str | None, output: str, **options:
     if base is None or options["into"] == "adapter":
         _with_each_other(adapters, base, output, options, voice)
         return
-    voice.announce(headline(adapters, options["weights"], options["mean"], options["method"]))
+    voice.announce(headline(adapters, Mix(**only_of(Mix, options)), options["method"]))
     plan = Plan(voice, plan_lines)
     with show_progress(quiet=voice.quiet) as watchers:
         report = lt.merge(adapters, base=base, output=output, on_plan=plan, **watchers, **options)
@@ -98,7 +99,7 @@ def _with_each_other(
     method, rank = options["method"], options["rank"]
     if base is None and len(adapters) == 1 and method is None and rank is None:
         raise _no_base(adapters, output)
-    words = terms(adapters, options["weights"], options["mean"])
+    words = terms(adapters, Mix(**only_of(Mix, options)))
     voice.announce(combine.headline(len(adapters), words, method, rank, has_base=base is not None))
     plan = Plan(voice, combine.plan_lines)
     with show_progress(quiet=voice.quiet) as watchers:
@@ -109,33 +110,31 @@ def _with_each_other(
                result=[*warning_lines(report.warnings), *result])  # fmt: skip
 
 
-def headline(
-    adapters: Sequence[str],
-    weights: Sequence[float] | None,
-    mean: bool,
-    method: str | None = None,
-) -> str:
+def headline(adapters: Sequence[str], mix: Mix, method: str | None = None) -> str:
     """``Merging 2 adapters INTO base weights: 0.8·style + 1·sql, one rounding``."""
     how = f"by {safe(method)}, one rounding" if method else "one rounding"
     return (
         f"Merging {plural(len(adapters), 'adapter')} INTO base weights: "
-        f"{terms(adapters, weights, mean)}, {how}"
+        f"{terms(adapters, mix)}, {how}"
     )
 
 
-def terms(adapters: Sequence[str], weights: Sequence[float] | None, mean: bool) -> str:
+def terms(adapters: Sequence[str], mix: Mix = _ALONE) -> str:
     """``0.8·style + 1·sql``."""
-    each = weighted(adapters, weights)
+    each = weighted(adapters, mix)
     total = " + ".join(each[:8]) + (f" + {len(each) - 8} more" if len(each) > 8 else "")
-    return f"({total}) / {len(each)}" if mean else total
+    return f"({total}) / {len(each)}" if mix.mean else total
 
 
-def weighted(adapters: Sequence[str], weights: Sequence[float] | None) -> list[str]:
+def weighted(adapters: Sequence[str], mix: Mix = _ALONE) -> list[str]:
     """``0.8·style``, ``style(unet 0.8, te 0.4)`` for each adapter."""
+    from loratool.ops.averages import averaged
     from loratool.store.source import parse_adapter
 
     parsed = [parse_adapter(text) for text in adapters]
-    given = weights or [p.weight for p in parsed]
+    given = mix.weights or [p.weight for p in parsed]
+    if mix.ema is not None:
+        given = averaged(given, mix)
     found = []
     for weight, one in zip(given, parsed, strict=False):
         name = safe(Path(one.path_text).name or one.path_text, cap=60)

@@ -14,7 +14,9 @@ from loratool.cli import options as opt
 from loratool.cli.progress import show_progress
 from loratool.cli.render import line, plural, safe
 from loratool.cli.voice import Plan, Voice, warning_lines
+from loratool.options.groups import Mix
 from loratool.options.merging import Subtract
+from loratool.options.words import only_of
 
 if TYPE_CHECKING:
     from loratool.report.merge import SubtractReport
@@ -50,7 +52,7 @@ def command(adapters: tuple[str, ...], merged: str | None, output: str, **option
     if merged is None:
         _subtract_adapters(adapters, output, options, voice)
         return
-    terms = merging.terms(adapters, options["weights"], options["mean"])
+    terms = merging.terms(adapters, Mix(**only_of(Mix, options)))
     how = "every bit by the undo file" if options["undo"] else "one rounding"
     voice.announce(
         f"Taking {plural(len(adapters), 'adapter')} OUT OF merged weights: {terms}, {how}"
@@ -86,8 +88,8 @@ def _subtract_adapters(
 
     if len(adapters) > 1:
         how = f"rank {options['rank']}" if options["rank"] else "exact: ranks add"
-        first = merging.weighted(adapters[:1], None)[0].removeprefix("1·")
-        minus = " − ".join(merging.weighted(adapters[1:], options["weights"]))
+        first = merging.weighted(adapters[:1])[0].removeprefix("1·")
+        minus = " − ".join(merging.weighted(adapters[1:], Mix(weights=options["weights"])))
         base = "the base for what depends on it" if options["base"] else "no base"
         voice.announce(f"Subtracting adapters, {base}: {first} − {minus}, {how}")
     plan = Plan(voice, combine.plan_lines)

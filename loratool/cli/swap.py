@@ -31,7 +31,7 @@ def command(old: str, new: str, merged: str, output: str, **options: Any) -> Non
     Task switching (LoRA paper, section 4) in one pass over the weights.
     """
     voice = Voice.take(options)
-    out, into = merging.terms([old], None, False), merging.terms([new], None, False)
+    out, into = merging.terms([old]), merging.terms([new])
     voice.announce(f"Swapping IN merged weights: {out} out, {into} in, one rounding")
     plan = Plan(voice, merging.plan_lines)
     with show_progress(quiet=voice.quiet) as watchers:

@@ -226,14 +226,16 @@ def _combine_apart(
 ) -> DeltaSpec:
     """PEFT's way: √|weight · α/r| on both factors as they are stored, the sign on lora_A.
 
-    What is chosen among elements is chosen among all of a tensor: of all experts, and without the
-    zeros around blocks.
+    Where the method takes whole weights: |weight| · √|α/r|.  What is chosen among elements is
+    chosen among all of a tensor: of all experts, and without the zeros around blocks.
     """
     specs = [t.spec for t in terms]
     if len({s.blocks for s in specs}) > 1 or not all(s.is_pair for s in specs):
         specs = [_laid_out(s, env) for s in specs]
         like = _laid_out(like, env)
     coefficients = [t.weight * t.spec.scaling / gain for t in terms]
+    if how.method.is_whole:
+        coefficients = [c * abs(t.weight) for c, t in zip(coefficients, terms, strict=True)]
     roots = [abs(c) ** 0.5 for c in coefficients]
     signed = [r if c >= 0 else -r for r, c in zip(roots, coefficients, strict=True)]
     stored = []

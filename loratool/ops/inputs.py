@@ -14,8 +14,9 @@ from loratool.dialects import open_adapter, unmergeable_reason
 from loratool.errors import BadFileError, MismatchError, OutputError, UsageError, list_some
 from loratool.frozen import Frozen, replace
 from loratool.ops.access import Access, locate
+from loratool.ops.averages import averaged
 from loratool.ops.weights import Rule, Weight, weigh
-from loratool.options.groups import Read
+from loratool.options.groups import Mix, Read
 from loratool.patterns import find, typed_pattern
 from loratool.store.address import Address
 from loratool.store.checkpoint import Checkpoint, open_checkpoint
@@ -92,9 +93,8 @@ class OpenedBase(Frozen):
 
 def open_adapters(
     texts: Sequence[str | Path | AdapterArgument],
+    mix: Mix,
     *,
-    weights: Sequence[float] | None,
-    mean: bool,
     read: Read,
     access: Access,
     rules: Sequence[Rule] = (),
@@ -103,8 +103,7 @@ def open_adapters(
 
     Args:
         texts: as typed, ``style:0.7`` or ``style:unet=0.8,te=0.4``, or already taken apart.
-        weights: coefficients in order instead of those in ``texts``.
-        mean: divide every coefficient by the number of adapters.
+        mix: coefficients in order instead of those in ``texts``, and what they are divided by.
         read: what the files do not say.
         access: network rules.
         rules: weights per module.
@@ -120,17 +119,8 @@ def open_adapters(
             "LT-291", "too many adapters at once", expected=f"at most {MAX_ADAPTERS}",
             got=len(texts), hint="merge them in groups",
         )  # fmt: skip
-    if weights is not None and len(weights) != len(texts):
-        raise UsageError("LT-222", "number of --weights", expected=len(texts), got=len(weights))
     opened = []
-    for number, text in enumerate(texts):
-        argument = text if isinstance(text, AdapterArgument) else parse_adapter(text)
-        if weights is not None:
-            if argument.weight != 1.0 or argument.components:
-                raise UsageError("LT-224", "a weight in the name and --weights too", key=text)
-            argument = replace(argument, weight=float(weights[number]))
-        if mean:
-            argument = replace(argument, weight=argument.weight / len(texts))
+    for number, argument in enumerate(_weighted(texts, mix)):
         resolved, adapter = open_one(argument.path_text, read=read, access=access)
         reason = unmergeable_reason(adapter)
         if reason is not None:
@@ -139,6 +129,21 @@ def open_adapters(
             )
         opened.append(OpenedAdapter(adapter, weigh(adapter, argument, rules, number), resolved))
     return opened
+
+
+def _weighted(
+    texts: Sequence[str | Path | AdapterArgument], mix: Mix
+) -> list[AdapterArgument]:  # fmt: skip
+    """Adapters as typed, each with its coefficient."""
+    parsed = [t if isinstance(t, AdapterArgument) else parse_adapter(t) for t in texts]
+    given = mix.weights
+    if given is not None and len(given) != len(texts):
+        raise UsageError("LT-222", "number of --weights", expected=len(texts), got=len(given))
+    for one in parsed if given is not None else ():
+        if one.weight != 1.0 or one.components:
+            raise UsageError("LT-224", "a weight in the name and --weights too", key=one.path_text)
+    weights = averaged([p.weight for p in parsed] if given is None else given, mix)
+    return [replace(p, weight=float(w)) for p, w in zip(parsed, weights, strict=True)]
 
 
 def open_base(text: str, adapters: Sequence[Adapter], access: Access) -> OpenedBase:

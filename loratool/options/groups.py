@@ -141,6 +141,10 @@ class Mix(Options):
         "Coefficients in order, instead of ADAPTER:W.", "Input", form="weights",
     )] = None  # fmt: skip
     mean: Annotated[bool, Words("Divide by the number of adapters.", "Input")] = False
+    ema: Annotated[float | str | None, Words(
+        "Average checkpoints of one run, the oldest first: decay 0.95, or sigma=0.1 for EDM2's "
+        "power function.", "Input", metavar="BETA|sigma=S",
+    )] = None  # fmt: skip
     module_weights: ModuleWeights = None
 
 

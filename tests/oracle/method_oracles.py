@@ -444,6 +444,17 @@ def apart(name: str) -> Callable[[Mix], Array]:
     return oracle
 
 
+def factor_sum(mix: Mix) -> Array:
+    """What `merge_lora.py` of sd-scripts gives: w·√s on both factors, the sign on lora_A."""
+    sizes = [abs(w) * math.sqrt(s) for w, s in zip(mix.weights, mix.scalings, strict=True)]
+    lora_B = sum(c * B for c, (B, _) in zip(sizes, mix.factors, strict=True))
+    lora_A = sum(
+        math.copysign(c, w) * A
+        for c, w, (_, A) in zip(sizes, mix.weights, mix.factors, strict=True)
+    )
+    return np.asarray(lora_B @ lora_A)
+
+
 ORACLES: dict[str, Callable[[Mix], Array]] = {
     "cat": total,
     "svd": total,
@@ -463,6 +474,7 @@ ORACLES: dict[str, Callable[[Mix], Array]] = {
     "iso-c": iso_c,
     "iso-cts": iso_cts,
     "factors-linear": apart("task_arithmetic"),
+    "factors-sum": factor_sum,
     "factors-ties": apart("ties"),
     "factors-dare-linear": apart("dare_linear"),
     "factors-dare-ties": apart("dare_ties"),

@@ -61,6 +61,7 @@ PARAMS: dict[str, tuple[dict[str, Any], ...]] = {
     "iso-c": ({"scaling": 1.25},),
     "iso-cts": ({"common": 0.5, "scaling": 1.25}, {}),
     "factors-linear": ({},),
+    "factors-sum": ({},),
     "factors-ties": ({"density": 0.4}, {"density": 1.0}, {"density": 0.01}),
     "factors-dare-linear": ({"density": 0.5, "seed": 3},),
     "factors-dare-ties": ({"density": 0.5, "seed": 3},),
