@@ -29,7 +29,7 @@ from loratool.options.groups import Run
 from loratool.options.shaping import Compress
 from loratool.options.words import recorded
 from loratool.report.compress import CompressedAdapter, CompressReport
-from loratool.store.adapter_writer import file_bytes
+from loratool.store.adapter_writer import file_bytes, with_record
 from loratool.store.provenance import checkpoint_id
 
 if TYPE_CHECKING:
@@ -84,10 +84,10 @@ def _run(asked: Compress) -> CompressReport:
         reports: list[CompressedAdapter] = []
         warnings: list[str] = []
         for job, resources in turns.each(list(zip(jobs, every, strict=True)), _name_of):
-            made = _within(job, _Cut(session, rule, limit, resources, turns))
+            record = session.record(options, job.inputs())
+            made = _within(job.recorded(record), _Cut(session, rule, limit, resources, turns))
             written = made.adapter
             if not asked.dry_run:
-                record = session.record(options, job.inputs())
                 _, written = session.put(made.files, job.target, record, job.source.extras)
             warnings += made.warnings
             reports.append(compressed(job, made, written))
@@ -220,8 +220,10 @@ def _fitted(job: CompressJob, made: Made, session: Session) -> Made:
     form, names = job.one.form, names_of(job.plan.adapter)
     fitted, files = session.fit(made.adapter, form, base_tensors=names)
     is_unchanged = made.is_unchanged and fitted.adapter is job.source
-    return replace(made, files=files, adapter=fitted.adapter, is_unchanged=is_unchanged,
-                   notes=fitted.notes, warnings=fitted.warnings)  # fmt: skip
+    return replace(
+        made, files=with_record(files, job.plan.record), adapter=fitted.adapter,
+        is_unchanged=is_unchanged, notes=fitted.notes, warnings=fitted.warnings,
+    )  # fmt: skip
 
 
 def _compress(job: CompressJob, cut: _Cut) -> Made:

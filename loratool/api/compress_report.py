@@ -13,7 +13,7 @@ from loratool.api.detach import Detached
 from loratool.api.session import Opened, base_row
 from loratool.dialects import write_adapter_files
 from loratool.dialects.programs import judge_loads
-from loratool.frozen import Frozen, field
+from loratool.frozen import Frozen, field, replace
 from loratool.ops.compress import CompressPlan
 from loratool.report.compress import (
     CompressedAdapter,
@@ -22,7 +22,7 @@ from loratool.report.compress import (
     energy_and_error,
 )
 from loratool.report.families import family_of
-from loratool.store.adapter_writer import file_bytes
+from loratool.store.adapter_writer import file_bytes, with_record
 
 if TYPE_CHECKING:
     from loratool.engine.compressing import Factored
@@ -58,7 +58,11 @@ class CompressJob(Frozen):
     @property
     def original(self) -> AdapterFiles:
         """The input as it would be written again."""
-        return write_adapter_files(self.source)
+        return with_record(write_adapter_files(self.source), self.plan.record)
+
+    def recorded(self, record: Mapping[str, Any]) -> CompressJob:
+        """The same, whose result has this provenance."""
+        return replace(self, plan=replace(self.plan, record=record))
 
     def inputs(self) -> dict[str, Any]:
         """What the result is made of, as provenance has it."""

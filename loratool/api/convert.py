@@ -222,9 +222,10 @@ def _run(
     if job.base is not None:
         inputs |= base_row(job.base, inputs)
     record = session.record(options, inputs)
-    _, written = session.put(files, job.one.target, record, made.adapter.extras, progress)
+    size, written = session.put(files, job.one.target, record, made.adapter.extras, progress)
     row = _row(planned, files, math.hypot(lost, made.relative_error, fitted.relative_error))
-    return replace(row, loads_in=judge_loads(written), notes=(*row.notes, *fitted.notes),
+    return replace(row, output_bytes=size, loads_in=judge_loads(written),
+                   notes=(*row.notes, *fitted.notes),
                    warnings=tuple(dict.fromkeys((*row.warnings, *fitted.warnings))))  # fmt: skip
 
 

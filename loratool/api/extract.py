@@ -98,13 +98,13 @@ def _extract(asked: Extract) -> ExtractReport:
         ),
     ) as staged:  # fmt: skip
         results = _run(job.plan, resources, staged, stamps)
-        made = _assembly(asked, job).build_within(results)
+        made = _assembly(asked, job, record).build_within(results)
         size = fill_adapter(staged, made.files)
         if asked.save_residual is not None:  # so that no output ever lacks its residual file
             made_at = staged.finished_path("") if made.files.tensor_file == "" else staged.staging
             residual = _save_residual(asked, job, made_at, identity, replaces)
         drop_factors(staged)
-        staged.commit(record if asked.provenance else {})
+        staged.commit(record)
         written = open_adapter(staged.readable)
     notes = (*staged.notes, *job.plan.notes, *made.fitted.notes)
     report = written_report(
@@ -217,19 +217,19 @@ def _plan(
 
 
 def _recorded(asked: Extract, job: _Job, resources: Resources) -> tuple[_Job, dict[str, Any]]:
-    """The plan with what it is made of, and the same as provenance."""
+    """The plan with what it is made of, and the same as provenance; {} if none is wanted."""
     options = recorded(asked, **job.criteria, exact=asked.exact, keep=job.keep)
     options["device"] = resources.run.device.type
     inputs = base_row(job.tuned, {}, role="tuned")
     inputs |= base_row(job.base, inputs)
     record = provenance_of("extract", options=options, inputs=inputs)
     plan = replace(job.plan.plan, options=record["options"], inputs=record["inputs"])
-    return replace(job, plan=replace(job.plan, plan=plan)), record
+    return replace(job, plan=replace(job.plan, plan=plan)), record if asked.provenance else {}
 
 
-def _assembly(asked: Extract, job: _Job) -> Assembly:
-    return Assembly(job.plan, job.keep, job.base, job.tuned.checkpoint, job.program,
-                    job.loader, job.row, Limits.of(asked), job.criteria["size"])  # fmt: skip
+def _assembly(asked: Extract, job: _Job, record: Mapping[str, Any]) -> Assembly:
+    return Assembly(job.plan, job.keep, job.base, job.tuned.checkpoint, job.program, job.loader,
+                    job.row, Limits.of(asked), job.criteria["size"], record)  # fmt: skip
 
 
 def _save_residual(

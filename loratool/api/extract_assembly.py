@@ -24,7 +24,7 @@ from loratool.ops.assemble import Outcome, assemble, rank_groups
 from loratool.ops.extract import ExtractPlan
 from loratool.ops.inputs import OpenedBase
 from loratool.ops.leaving import options
-from loratool.store.adapter_writer import entry_bytes, file_bytes
+from loratool.store.adapter_writer import entry_bytes, file_bytes, with_record
 from loratool.store.checkpoint import Checkpoint
 
 
@@ -49,6 +49,7 @@ class Assembly(Frozen):
     Attributes:
         program: that it is for; None = any.
         loader: the same if it takes files as its loader reads them.
+        record: provenance, which a single file holds itself.
     """
 
     plan: ExtractPlan
@@ -60,6 +61,7 @@ class Assembly(Frozen):
     row: Dialect
     limits: Limits
     size: int | None
+    record: Mapping[str, Any]
 
     def build(self, results: list[Any]) -> Made:
         """The adapter of some results."""
@@ -74,7 +76,7 @@ class Assembly(Frozen):
             outcomes = [_without(o) if set(self.plan.names_of(o.pair)) & lost else o
                         for o in outcomes]  # fmt: skip
         fitted = fit_for(adapter, self._of_peft, self.limits)
-        plain, files = self._files(adapter), self._files(fitted.adapter)
+        plain, files = (with_record(self._files(a), self.record) for a in (adapter, fitted.adapter))
         check_files(files, adapter, self._of_peft)
         if resolved.commit:  # where PEFT looks for the base's revision
             files = with_config(files, revision=resolved.commit)

@@ -24,11 +24,12 @@ from loratool.dialects.rules import gains, joined_weights, tied_pairs
 from loratool.dtypes import tensor_bytes
 from loratool.engine.step_args import FactorArgs
 from loratool.errors import MismatchError, list_some
-from loratool.frozen import Frozen, replace
+from loratool.frozen import Frozen, field, replace
 from loratool.ops.additive import require_additive, require_kernels
 from loratool.ops.assemble import routed_weights
 from loratool.ops.weights import names_of
 from loratool.plan import Plan, module_step
+from loratool.store.adapter_writer import with_record
 
 _WAY_OUT = "the base settles it: --base BASE"
 
@@ -59,6 +60,7 @@ class CompressPlan(Frozen):
         anew: names of specs that no file holds as they are: always written anew.
         turned: names of specs that will be DoRA again: rank 1 at least, and a length per row.
         base_config: of the base, where the adapter's dialect asks what it says.
+        record: provenance of the result.
     """
 
     adapter: Adapter
@@ -71,11 +73,13 @@ class CompressPlan(Frozen):
     anew: frozenset[str] = frozenset()
     turned: frozenset[str] = frozenset()
     base_config: Mapping[str, Any] | None = None
+    record: Mapping[str, Any] = field(default_factory=dict)
 
     def files(self, adapter: Adapter) -> AdapterFiles:
         """The files of what was made of it."""
-        return write_adapter_files(adapter, base_config=self.base_config,
-                                   base_tensors=names_of(self.adapter))  # fmt: skip
+        return with_record(write_adapter_files(
+            adapter, base_config=self.base_config, base_tensors=names_of(self.adapter),
+        ), self.record)  # fmt: skip
 
     @property
     def is_grouped(self) -> bool:

@@ -61,7 +61,7 @@ def write_adapter(
     """
     is_folder = bool(files.tensor_file)
     extras = (extras or {}) if is_folder else {}
-    files = files if is_folder else _with_record(files, record)
+    files = with_record(files, record)
     stamps = take_stamps(s for _, s in files.tensors if isinstance(s, TensorRef))
     names = [*extras, *adapter_names(files)] if is_folder else [files.tensor_file]
     stamps |= {path: stamp for path in extras.values() if (stamp := stamp_of(path))}
@@ -83,9 +83,9 @@ def write_adapter(
         return file_bytes(files), read(target)
 
 
-def _with_record(files: AdapterFiles, record: Mapping[str, Any]) -> AdapterFiles:
-    """A file that says itself what made it; without a record its metadata stay as they are."""
-    if not record:
+def with_record(files: AdapterFiles, record: Mapping[str, Any]) -> AdapterFiles:
+    """A file that says itself what made it; a folder, and without a record a file, as they are."""
+    if not record or files.tensor_file:
         return files
     return replace(files, metadata={**files.metadata, "loratool": json.dumps(record)})
 
@@ -102,8 +102,11 @@ def _identity(files: AdapterFiles, record: Mapping[str, Any]) -> str:
 
 
 def file_bytes(files: AdapterFiles) -> int:
-    """Size of the tensor file that would be written."""
-    return _laid_out(files, files.metadata)[2]
+    """Size of the tensor file that would be written, the record of a single file sealed."""
+    metadata, data = files.metadata, content_of(_data_bytes(files), 0)
+    if not files.tensor_file:
+        metadata = file_metadata(metadata, data, hashlib.sha256().hexdigest())
+    return _laid_out(files, metadata)[2]
 
 
 def _laid_out(

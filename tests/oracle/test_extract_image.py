@@ -7,6 +7,7 @@ back from the file into the base, the fine-tune itself, but for what the report 
 from __future__ import annotations
 
 import shlex
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -128,10 +129,43 @@ def test_the_dialect_follows_the_program(
 
 
 def test_a_size_holds_for_what_is_written(tmp_path: Path) -> None:
+    """What a single file says of itself counts too; no bytes for one more rank are left over."""
     base, tuned = pair(tmp_path, "flux")
-    out = tmp_path / "out.safetensors"
+    out, small = tmp_path / "out.safetensors", tmp_path / "small.safetensors"
     lt.extract(tuned, base=base, output=out, program="diffusers", size=14_000)
     assert out.stat().st_size <= 14_000 and lt.check(out, program="diffusers").verdict == "yes"
+    for to in (None, "kohya"):
+        (row,) = lt.compress([out], size=12_500, output=small, to=to, force=True).adapters
+        assert small.stat().st_size == row.bytes_after <= 12_500
+
+
+def test_every_single_file_is_replaced_with_force_and_no_other(tmp_path: Path) -> None:
+    base, tuned = pair(tmp_path, "flux")
+    source = tmp_path / "source.safetensors"
+    lt.extract(tuned, base=base, output=source, to="kohya", rank=2)
+    out = tmp_path / "out.safetensors"
+    commands: dict[str, Callable[[], Any]] = {
+        "extract": lambda: lt.extract(tuned, base=base, output=out, to="kohya", force=True),
+        "for": lambda: lt.extract(tuned, base=base, output=out, program="comfyui", force=True),
+        "convert": lambda: lt.convert([source], to="comfyui", output=out, force=True),
+        "compress": lambda: lt.compress([source], rank=1, output=out, force=True),
+        "rescale": lambda: lt.rescale([source], 2, output=out, force=True),
+        "combine": lambda: lt.merge([source, source], output=out, force=True),
+        "merge": lambda: lt.merge([source], base=base, output=out, force=True),
+    }
+    for command in commands.values():  # each replaces what the one before it made
+        command()
+    for name, command in commands.items():
+        command()
+        with out.open("r+b") as file:  # somebody changed it since
+            file.seek(-1, 2)
+            last = file.read()
+            file.seek(-1, 2)
+            file.write(bytes([last[0] ^ 1]))
+        with pytest.raises(lt.LoratoolError) as caught:
+            command()
+        assert caught.value.code == "LT-505", name
+        out.unlink()
 
 
 HINTS = [("diffusers", "flux"), ("nunchaku", "flux"), ("diffusers", "wan"), ("sd-scripts", "wan")]
