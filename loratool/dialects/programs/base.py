@@ -41,6 +41,16 @@ Test = Callable[[Look], Iterable[Hit]]
 """Where a rule applies; nothing where it does not."""
 
 
+def only(test: Test, holds: Callable[[str], bool]) -> Test:
+    """The same test, of the names alone for which something holds."""
+
+    def find(look: Look) -> Iterable[Hit]:
+        hits = (Hit(tuple(n for n in h.names if holds(n)), h.words) for h in test(look))
+        return [hit for hit in hits if hit.names]
+
+    return find
+
+
 class Rule(Frozen):
     """One thing that a program does not do right.
 
@@ -67,6 +77,14 @@ class Rule(Frozen):
     is_whole: bool = False
     until: str = ""
     home: str = ""
+
+    def at(self, source: str) -> Rule:
+        """The same, as that file of a program has it."""
+        return replace(self, source=source)
+
+    def where(self, holds: Callable[[str], bool]) -> Rule:
+        """The same on the names alone for which something holds."""
+        return replace(self, finds=only(self.finds, holds))
 
     def findings(self, look: Look) -> list[Finding]:
         """What it finds, hits of the same words in one."""

@@ -26,6 +26,7 @@ from loratool.dialects.programs.base import (
     Program,
     Rule,
     Test,
+    only,
 )
 from loratool.dialects.programs.look import Look
 from loratool.lazy import regex
@@ -35,7 +36,6 @@ _CONFIG, _LORA, _POOL = (_HOME + name for name in ("lora_config.py", "lora.py", 
 _MANAGER, _UTILS = _HOME + "lora_manager.py", _HOME + "utils.py"
 
 _LAYER = regex(r"layers\.\d+\.")
-_NEEDED = ("peft_type", "r", "lora_alpha", "target_modules")
 _ALL = ("all", "all-linear")
 _TABLES = ("embed_tokens", "lm_head")
 _FUSED = {
@@ -53,12 +53,6 @@ _APART = traits.replaced("bias", "modules_to_save", "trainable_tokens")
 _WHOLE = traits.replaced("bias", "modules_to_save", "trainable_tokens", "base_layer")
 _SERVED = frozenset((*_FUSED, *_FUSED.values(), "o_proj", "out_proj", "down_proj", "in_proj",
                      "q_b_proj", "kv_b_proj"))  # fmt: skip
-
-
-@traits.whole
-def _config(adapter: Adapter) -> str:
-    missing = [k for k in _NEEDED if k not in adapter.config]
-    return f"no {missing[0]} in the configuration" if missing else ""
 
 
 @traits.whole
@@ -160,41 +154,36 @@ SGLANG = Program(
     "0.5.23",
     (_CONFIG, _LORA, _POOL, _MANAGER, _UTILS),
     (
-        Rule("method", RAISES, traits.method, source=_LORA, says="it knows no method but LoRA"),
-        Rule("config", RAISES, _config, source=_CONFIG, is_mended=True,
+        traits.METHOD.at(_LORA),
+        Rule("config", RAISES, is_mended=True, source=_CONFIG,
+             finds=traits.needed("peft_type", "r", "lora_alpha", "target_modules"),
              says="the configuration must have peft_type, r, lora_alpha and target_modules"),
         Rule("targets", RAISES, _pattern, source=_UTILS, is_mended=True,
              says="target_modules is a list, all or all-linear"),
         Rule("overrides", RAISES, _overrides, source=_CONFIG, is_mended=True,
              says="patterns are not looked at up to 0.5.23: another rank is an error, another "
                   "alpha is ignored; later such adapters are not admitted"),
-        Rule("dora", RAISES, traits.dora, source=_MANAGER, says="it refuses use_dora"),
-        Rule("diagonal", RAISES, traits.diagonal, source=_POOL,
-             says="it has no diagonal between the factors"),
-        Rule("layers", RAISES, traits.layers, source=_LORA, says="it cannot repeat layers"),
-        Rule("blocks", RAISES, traits.blocks, source=_LORA, is_mended=True,
-             says="block-diagonal factors have other shapes than it expects"),
-        Rule("qalora", RAISES, traits.qalora, source=_POOL,
-             says="QA-LoRA's factors have other shapes"),
-        Rule("conv", RAISES, traits.where(traits.conv, _is_inside), source=_POOL,
-             says="it has layers for matrices alone"),
-        Rule("attention", RAISES, traits.where(traits.attention, _is_inside), source=_POOL,
-             says="it has no layer for nn.MultiheadAttention"),
+        traits.DORA.at(_MANAGER),
+        traits.DIAGONAL.at(_POOL),
+        traits.LAYERS.at(_LORA),
+        traits.BLOCKS.at(_LORA),
+        traits.QALORA.at(_POOL),
+        traits.CONV.at(_POOL).where(_is_inside),
+        traits.ATTENTION.at(_POOL).where(_is_inside),
         Rule("qkv", RAISES, _torn("qkv_proj"), source=_LORA,
              says="q, k and v of a layer become one matrix, for which q and v must be there"),
-        Rule("whole-tensors", RAISES, traits.where(_WHOLE, _is_inside), source=_LORA,
+        Rule("whole-tensors", RAISES, only(_WHOLE, _is_inside), source=_LORA,
              is_mended=True, says="whole tensors in a layer are taken for factors"),
-        Rule("leftovers", RAISES, traits.where(traits.leftovers, _is_inside), source=_POOL,
+        Rule("leftovers", RAISES, only(traits.leftovers, _is_inside), source=_POOL,
              is_mended=True, says="a tensor that is no factor is taken for one"),
-        Rule("base-changes", WRONG, traits.base_changes, source=_LORA,
-             says="the factors are added to the base as it is, which training had changed"),
+        traits.BASE_CHANGES.at(_LORA),
         Rule("alora", WRONG, _every_token, source=_LORA,
              says="it applies the change to every token"),
         Rule("scaling", WRONG, traits.uneven_scaling(_scaling, ("use_rslora", "rsLoRA")),
              source=_LORA, is_mended=True, says="every module gets lora_alpha / r"),
         Rule("lora-bias", DROPPED, traits.lora_bias, source=_POOL, is_mended=True,
              says="trained biases are passed over"),
-        Rule("whole-tables", DROPPED, traits.where(_APART, _is_outside), source=_LORA,
+        Rule("whole-tables", DROPPED, only(_APART, _is_outside), source=_LORA,
              is_mended=True, says="whole tensors outside of layers are passed over"),
         Rule("elsewhere", DROPPED, _elsewhere, source=_LORA,
              says="but for embeddings and the head it looks into numbered layers alone"),
@@ -205,16 +194,14 @@ SGLANG = Program(
                   "--lora-target-modules does not name them"),
         Rule("others", UNSURE, _others, source=_UTILS,
              says="which other layers it serves depends on the model"),
-        Rule("saved-embeddings", UNSURE,
-             traits.where(traits.replaced("base_layer"), _is_outside), source=_POOL,
-             says="copies of embeddings are left out: right if they are the base's"),
+        traits.SAVED_EMBEDDINGS.at(_POOL).where(_is_outside),
         Rule("experts", UNSURE, traits.experts, source=_POOL,
              says="fused experts load in some models"),
         Rule("numbered-experts", UNSURE, traits.numbered_experts, source=_POOL,
              says="experts by number load in some models"),
         Rule("added-tokens", UNSURE, _added_tokens, source=_MANAGER,
              says="it refuses adapters whose added_tokens.json has tokens that the base lacks"),
-        Rule("task", UNSURE, traits.task, says="it serves models that generate text"),
+        traits.TASK,
         FILES_BESIDE,
     ),
     opens=(PEFT_FOLDER,),

@@ -1,4 +1,4 @@
-"""What is in an adapter, and where, in the words that rules give as reasons."""
+"""What is in an adapter, and where, in the words that rules give as reasons; and shared rules."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from loratool.adapter import Adapter, DeltaSpec
 from loratool.archs.experts import parse_expert
 from loratool.delta.forms import has_diagonal
 from loratool.dialects.peft.keys import living_names
-from loratool.dialects.programs.base import Hit, Test
+from loratool.dialects.programs.base import RAISES, UNSURE, WRONG, Hit, Rule, Test
 from loratool.dialects.programs.look import Look, once
 from loratool.errors import list_some
 
@@ -45,6 +45,17 @@ def has(words: str, test: Callable[[DeltaSpec], bool]) -> Test:
 def option(key: str, words: str) -> Test:
     """An option of the configuration that is set."""
     return whole(lambda a: words if a.config.get(key) not in (None, False, [], {}, "") else "")
+
+
+def needed(*keys: str) -> Test:
+    """What the configuration must have."""
+
+    @whole
+    def test(adapter: Adapter) -> str:
+        missing = [key for key in keys if key not in adapter.config]
+        return f"no {missing[0]} in the configuration" if missing else ""
+
+    return test
 
 
 @whole
@@ -94,16 +105,6 @@ def replaced(*origins: str) -> Test:
         there = sorted({r.origin for r in read(look).replacements} & set(origins))
         names = (tuple(r.name for r in read(look).replacements if r.origin == o) for o in there)
         return [Hit(n, words.get(o, o)) for o, n in zip(there, names, strict=True)]
-
-    return find
-
-
-def where(test: Test, holds: Callable[[str], bool]) -> Test:
-    """The same rule, on the names alone for which something holds."""
-
-    def find(look: Look) -> Iterable[Hit]:
-        hits = (Hit(tuple(n for n in h.names if holds(n)), h.words) for h in test(look))
-        return [hit for hit in hits if hit.names]
 
     return find
 
@@ -184,3 +185,27 @@ def number(adapter: Adapter, key: str) -> float:
     value: Any = adapter.config.get(key)
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     return float(value) if is_number else math.nan
+
+
+# --------------------------------------- rules that several servers of language models share
+
+METHOD = Rule("method", RAISES, method, says="it knows no method but LoRA")
+DORA = Rule("dora", RAISES, dora, says="it refuses use_dora")
+DIAGONAL = Rule("diagonal", RAISES, diagonal, says="it has no diagonal between the factors")
+LAYERS = Rule("layers", RAISES, layers, says="it cannot repeat layers")
+BLOCKS = Rule(
+    "blocks", RAISES, blocks, is_mended=True,
+    says="block-diagonal factors have other shapes than it expects",
+)  # fmt: skip
+QALORA = Rule("qalora", RAISES, qalora, says="QA-LoRA's factors have other shapes")
+CONV = Rule("conv", RAISES, conv, says="it has layers for matrices alone")
+ATTENTION = Rule("attention", RAISES, attention, says="it has no layer for nn.MultiheadAttention")
+BASE_CHANGES = Rule(
+    "base-changes", WRONG, base_changes,
+    says="the factors are added to the base as it is, which training had changed",
+)  # fmt: skip
+SAVED_EMBEDDINGS = Rule(
+    "saved-embeddings", UNSURE, replaced("base_layer"),
+    says="copies of embeddings are left out: right if they are the base's",
+)  # fmt: skip
+TASK = Rule("task", UNSURE, task, says="it serves models that generate text")

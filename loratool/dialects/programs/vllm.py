@@ -23,6 +23,7 @@ from loratool.dialects.programs.base import (
     Program,
     Rule,
     Test,
+    only,
 )
 from loratool.dialects.programs.look import Look
 
@@ -63,12 +64,6 @@ def _options(adapter: Adapter) -> str:
     return f"{odd[0]} without tensors" if odd else ""
 
 
-@traits.whole
-def _config(adapter: Adapter) -> str:
-    missing = [k for k in ("r", "lora_alpha", "target_modules") if k not in adapter.config]
-    return f"no {missing[0]} in the configuration" if missing else ""
-
-
 def _rank(look: Look) -> Iterable[Hit]:
     adapter = traits.read(look)
     names = tuple(s.name for s in adapter.specs if s.rank > RANKS[-1])
@@ -98,33 +93,30 @@ VLLM = Program(
     "0.33.0",
     (_HELPER, _MODEL, _UTILS, _CONFIG),
     (
-        Rule("method", RAISES, traits.method, source=_HELPER, says="it knows no method but LoRA"),
-        Rule("config", RAISES, _config, is_mended=True, source=_HELPER,
-             says="the configuration must have r, lora_alpha and target_modules"),
+        traits.METHOD.at(_HELPER),
+        Rule("config", RAISES, traits.needed("r", "lora_alpha", "target_modules"), is_mended=True,
+             source=_HELPER, says="the configuration must have r, lora_alpha and target_modules"),
         Rule("names", RAISES, _dead(is_parsed=False), is_mended=True, source=_UTILS,
              says="a tensor whose name ends otherwise than PEFT's is an error"),
         Rule("prefixes", DROPPED, _dead(is_parsed=True), is_mended=True, source=_UTILS,
              says="a tensor whose name begins or goes otherwise than the model's is passed over"),
         Rule("whole-tensors", RAISES, is_mended=True, source=_HELPER,
-             finds=traits.where(_WHOLE, lambda name: not _is_head(name)),
+             finds=only(_WHOLE, lambda name: not _is_head(name)),
              says="it refuses tensors that replace the base's"),
         Rule("options", RAISES, _options, is_mended=True, source=_HELPER,
              says="it refuses a bias or modules_to_save in the configuration, tensors or not"),
-        Rule("dora", RAISES, traits.dora, source=_HELPER, says="it refuses use_dora"),
+        traits.DORA.at(_HELPER),
         Rule("lora-bias", RAISES, traits.lora_bias, is_mended=True, source=_UTILS,
              says="it refuses trained biases"),
         Rule("base-changes", RAISES, traits.base_changes, source=_HELPER,
              says="it refuses adapters whose training changed the base"),
-        Rule("layers", RAISES, traits.layers, source=_HELPER, says="it cannot repeat layers"),
-        Rule("blocks", RAISES, traits.blocks, is_mended=True, source=_MODEL,
-             says="block-diagonal factors have other shapes than it expects"),
+        traits.LAYERS.at(_HELPER),
+        traits.BLOCKS.at(_MODEL),
         Rule("alora", RAISES, traits.alora, source=_HELPER,
              says="it would apply the change to every token"),
-        Rule("qalora", RAISES, traits.qalora, source=_MODEL,
-             says="QA-LoRA's factors have other shapes"),
-        Rule("conv", RAISES, traits.conv, source=_MODEL, says="it has layers for matrices alone"),
-        Rule("attention", RAISES, traits.attention, source=_MODEL,
-             says="it has no layer for nn.MultiheadAttention"),
+        traits.QALORA.at(_MODEL),
+        traits.CONV.at(_MODEL),
+        traits.ATTENTION.at(_MODEL),
         Rule("leftovers", RAISES, traits.leftovers, is_mended=True, source=_UTILS,
              says="a tensor that is no factor is an error"),
         Rule("rank", RAISES, _rank, is_mended=True, source=_CONFIG,
@@ -134,10 +126,9 @@ VLLM = Program(
             since="0.32",
         ), is_mended=True, source=_HELPER,
              says="releases up to 0.31 give every module the configuration's lora_alpha / r"),
-        Rule("classifier", UNSURE, traits.where(_WHOLE, _is_head), source=_HELPER,
+        Rule("classifier", UNSURE, only(_WHOLE, _is_head), source=_HELPER,
              says="a classifier or score is for models that classify"),
-        Rule("saved-embeddings", UNSURE, traits.replaced("base_layer"), source=_UTILS,
-             says="copies of embeddings are left out: right if they are the base's"),
+        traits.SAVED_EMBEDDINGS.at(_UTILS),
         Rule("experts", UNSURE, traits.experts, source=_MODEL,
              says="fused experts load in some models, and their packing is disputed"),
         Rule("numbered-experts", UNSURE, traits.numbered_experts, source=_MODEL,
@@ -148,7 +139,7 @@ VLLM = Program(
              says="embeddings have a LoRA layer in some models"),
         Rule("conv1d", UNSURE, traits.conv1d, source=_MODEL,
              says="models with Conv1D name their modules otherwise"),
-        Rule("task", UNSURE, traits.task, says="it serves models that generate text"),
+        traits.TASK,
         FILES_BESIDE,
     ),
     opens=(PEFT_FOLDER,),
