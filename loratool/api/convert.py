@@ -10,7 +10,7 @@ from typing import Any
 from loratool.adapter import Adapter, AdapterFiles, TensorRef
 from loratool.api.fitting import check_files, fit_for
 from loratool.api.freeing import dependent, free_of_base, outline_free, unholdable
-from loratool.api.loading import unloadable
+from loratool.api.loading import Goal, unloadable
 from loratool.api.session import Opened, Session, base_row
 from loratool.api.translating import carry_out, files_of, memory_for, of_dialect
 from loratool.api.ways import plan_form, takes_one_form
@@ -86,8 +86,8 @@ class _Job(Frozen):
         outlined = outline_free(adapter, found, self.base.checkpoint, self.rank, self.row)
         plan = plan_convert(outlined, self.row.name, base=self.base.checkpoint,
                             skip=self.asked.skip)  # fmt: skip
-        how = _of_base(self.base, plan)
-        return found | others.intersection(unloadable(plan, program, self.session.limits, how))
+        goal = Goal(self.row.name, self.session.limits, program, _of_base(self.base, plan))
+        return found | others.intersection(unloadable(plan, goal))
 
 
 class _Planned(Frozen):

@@ -12,7 +12,7 @@ from loratool.api.access import access_of, parse_size
 from loratool.api.common import Limits, Resources, plan_resources, run_id
 from loratool.api.extract_assembly import Assembly, refuse_lost
 from loratool.api.extract_report import planned_report, written_report
-from loratool.api.loading import plan_translation, without_misfits
+from loratool.api.loading import Goal, plan_translation, without_misfits
 from loratool.api.page import check_page, with_page
 from loratool.api.session import base_row, run_plan
 from loratool.api.side_file import may_replace
@@ -168,10 +168,11 @@ def _prepare(asked: Extract) -> _Job:
         row = writable(program.home(_look(made)))
     loader = None if program is None or _takes_folders(program, row) else program
     if loader is not None:
-        kept, lost = without_misfits(made, row.name, Limits.of(asked), loader)
+        goal = Goal(row.name, Limits.of(asked), loader)
+        kept, lost = without_misfits(made, goal)
         if kept.specs:
             refuse_lost(lost, made, row, loader)
-        plan_translation(kept if kept.specs else made, row.name, Limits.of(asked), loader)
+        plan_translation(kept if kept.specs else made, goal)
     elif program is not None:
         check_fit(made, program)
     criteria = {

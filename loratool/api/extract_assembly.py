@@ -8,7 +8,7 @@ from typing import Any
 from loratool.adapter import Adapter, AdapterFiles, DeltaSpec
 from loratool.api.common import Limits, recorded_name
 from loratool.api.fitting import Fitted, check_files, fit_for
-from loratool.api.loading import translate, without_misfits
+from loratool.api.loading import Goal, translate, without_misfits
 from loratool.archs.by_heads import head_rows
 from loratool.archs.heads import is_other_head, task_of
 from loratool.archs.stated import class_config
@@ -96,10 +96,10 @@ class Assembly(Frozen):
         changes, others = differences(adapter.replacements, old)
         specs = (_in_order(s, self.base.checkpoint.config) for s in adapter.specs)
         whole = replace(adapter, specs=(*specs, *changes), replacements=tuple(others))
-        kept, lost = without_misfits(whole, self.row.name, self.limits, self.loader)
+        goal = Goal(self.row.name, self.limits, self.loader)
+        kept, lost = without_misfits(whole, goal)
         refuse_lost(lost, adapter, self.row, self.loader)
-        made = translate(kept, self.row.name, self.limits, self.loader)
-        return made.adapter, set(lost)
+        return translate(kept, goal).adapter, set(lost)
 
     def _files(self, adapter: Adapter) -> AdapterFiles:
         task = ""

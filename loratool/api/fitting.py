@@ -7,7 +7,7 @@ from loratool.api.common import Limits
 from loratool.dialects import read_back
 from loratool.dialects.programs import Look, Program
 from loratool.frozen import Frozen
-from loratool.ops.fitting import check_written, even_form, left_out, needs_evening, plan_fit
+from loratool.ops.fitting import Fit, check_written, even_form, left_out, needs_evening, plan_fit
 
 
 class Fitted(Frozen):
@@ -39,23 +39,13 @@ def fit_for(adapter: Adapter, program: Program | None, limits: Limits) -> Fitted
         DiskError: LT-605.
     """
     if program is None or adapter.dialect == program.native:
-        return (
-            even_out(adapter, adapter.dialect, limits)
-            if needs_evening(adapter, adapter.dialect)
-            else (Fitted(adapter))
-        )
+        is_uneven = needs_evening(adapter, adapter.dialect)
+        return even_out(adapter, adapter.dialect, limits) if is_uneven else Fitted(adapter)
     fit = plan_fit(adapter, program)
     warnings = left_out(program, fit.left_out)
     if not fit.rank:
         return Fitted(fit.adapter, (), warnings)
-    from loratool.engine.fitting import fit_factors
-
-    needs, kept = fit.memory_needs()
-    changed = fit.changed
-    made, lost = fit_factors(
-        fit.adapter, ranks=fit.ranks, alpha=fit.alpha, scalings=fit.scalings, changed=changed,
-        threads=limits.plan(needs, kept=kept).threads,
-    )  # fmt: skip
+    made, lost = _with_factors(fit, limits)
     notes = [f"for {program.title}: rank {fit.rank} and alpha {fit.alpha:g} in every module"]
     if lost:
         notes.append(f"rounding the new factors lost {lost:.1e} of their ΔW")
@@ -68,15 +58,19 @@ def even_out(adapter: Adapter, dialect: str, limits: Limits) -> Fitted:
     Raises:
         DiskError: LT-605.
     """
+    made, lost = _with_factors(even_form(adapter, dialect=dialect), limits)
+    return Fitted(made, relative_error=lost)
+
+
+def _with_factors(fit: Fit, limits: Limits) -> tuple[Adapter, float]:
+    """The adapter of a plan, and what rounding its new factors lost."""
     from loratool.engine.fitting import fit_factors
 
-    fit = even_form(adapter, dialect=dialect)
     needs, kept = fit.memory_needs()
-    made, lost = fit_factors(
+    return fit_factors(
         fit.adapter, ranks=fit.ranks, alpha=fit.alpha, scalings=fit.scalings, changed=fit.changed,
         threads=limits.plan(needs, kept=kept).threads,
     )  # fmt: skip
-    return Fitted(made, relative_error=lost)
 
 
 def check_files(files: AdapterFiles, adapter: Adapter, program: Program | None) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 from loratool.adapter import Adapter
 from loratool.api.access import access_of
 from loratool.api.common import Limits
-from loratool.api.loading import planned_for
+from loratool.api.loading import Goal, plan_translation
 from loratool.api.session import Session
 from loratool.api.translating import carry_out, files_of
 from loratool.dialects.metadata import hashed
@@ -59,7 +59,7 @@ def _translated(
         one.adapter, dialect)]  # fmt: skip
     skip = [f"^{re.escape(name.rpartition('.')[0] or name)}$" for name in left]
     source = replace(with_text_models(one.adapter), key_order=())
-    plan = planned_for(program, source, dialect, session.limits, {}, skip=skip)
+    plan = plan_translation(source, Goal(dialect, session.limits, program), skip=skip)
     fixed = [f"{len(plan.computed)} modules are computed anew as LoRA"] if plan.computed else []
     if not asked.dry_run:
         with session.outputs(1) as session:

@@ -13,7 +13,7 @@ from loratool.adapter import Adapter, AdapterFiles
 from loratool.api.access import access_of
 from loratool.api.common import Limits, Resources, content_label
 from loratool.api.fitting import Fitted, check_files, fit_for
-from loratool.api.loading import plan_translation, translate
+from loratool.api.loading import Goal, plan_translation, translate
 from loratool.api.translating import files_of, of_dialect
 from loratool.dialects import DEFAULT, open_adapter, write_adapter_files
 from loratool.dialects.programs import Look, Program, find_program
@@ -167,6 +167,9 @@ class Session(Frozen):
         """The program, if it takes files of a dialect as its loader reads them."""
         return self.of_images if form == DEFAULT else self.program
 
+    def _goal(self, form: str) -> Goal:
+        return Goal(form, self.limits, self._loader(form), self._asked_of_base)
+
     def with_base(self, base: OpenedBase | None, *forms: str) -> Session:
         """The session, with the base if one of these dialects asks what its configuration says."""
         return replace(self, base=base) if any(home_of(f).asks_config for f in forms) else self
@@ -242,8 +245,7 @@ class Session(Frozen):
             MismatchError: LT-488, and of `loratool.ops.convert.plan_convert`.
         """
         if self.translates:
-            program, how = self._loader(form), self._asked_of_base
-            plan_translation(adapter, form, self.limits, program, **how)
+            plan_translation(adapter, self._goal(form))
         elif self.program is not None:
             check_fit(adapter, self.program)
 
@@ -285,12 +287,11 @@ class Session(Frozen):
 
     def _translated(self, adapter: Adapter, form: str) -> tuple[Fitted, AdapterFiles]:
         """`fit`, in another dialect than that in which the adapter was made."""
-        how = self._asked_of_base
-        made = translate(adapter, form, self.limits, self._loader(form), **how)
+        made = translate(adapter, self._goal(form))
         program, fitted = self.of_peft if form == DEFAULT else None, Fitted(made.adapter)
         if program is not None:
             fitted = fit_for(of_dialect(made.adapter, form), program, self.limits)
-        files = files_of(fitted.adapter, form, adapter.metadata, **how)
+        files = files_of(fitted.adapter, form, adapter.metadata, **self._asked_of_base)
         check_files(files, adapter, program)
         said = [note for note in made.plan.notes if note not in adapter.notes]
         return replace(

@@ -7,7 +7,7 @@ from typing import Any
 
 from loratool.adapter import Adapter
 from loratool.api.common import Limits
-from loratool.api.loading import planned_for
+from loratool.api.loading import Goal, plan_translation
 from loratool.api.translating import of_dialect
 from loratool.delta.forms import blank_pair
 from loratool.dialects import DEFAULT
@@ -44,7 +44,7 @@ def plan_form(
         is_freed: the base has been used already, for what depends on it.
 
     Raises:
-        MismatchError: of `planned_for`; LT-488, LT-489, LT-461, it loads no form of it.
+        MismatchError: of `plan_translation`; LT-488, LT-489, LT-461, it loads no form of it.
     """
     kept, gone = adapter, list[str]()
     if program.native == row.name:
@@ -59,7 +59,7 @@ def plan_form(
         return replace(plan, warnings=(*plan.warnings, *left_out(program, gone)))
     how = {"base_config": base.config if base else None,
            "base_tensors": tuple(base.tensors) if base else ()}  # fmt: skip
-    plan = planned_for(program, kept, row.name, limits, how, **of_plan)
+    plan = plan_translation(kept, Goal(row.name, limits, program, how), **of_plan)
     return replace(plan, warnings=(*plan.warnings, *left_out(program, gone)))
 
 

@@ -16,6 +16,7 @@ from loratool.cli.render import (
     table,
     terminal_width,
 )
+from loratool.report.base import GOOD
 
 if TYPE_CHECKING:
     from loratool.report.inspect import AdapterSummary, CheckpointSummary, FolderRow
@@ -78,7 +79,7 @@ def _cells(row: FolderRow) -> dict[str, str] | None:
 def _of_adapter(one: AdapterSummary) -> dict[str, str]:
     kinds = " + ".join(safe(kind, cap=30) for kind in one.kinds) if len(one.kinds) > 1 else ""
     loads = [p.program if p.verdict == "yes" else f"{p.program}?" for p in one.loads
-             if p.verdict in ("yes", "unsure")]  # fmt: skip
+             if p.verdict in GOOD]  # fmt: skip
     is_for_all = len(loads) > 1 and all(p.verdict == "yes" for p in one.loads)
     return {
         "model": safe(one.family or one.told.base or "-", cap=24),

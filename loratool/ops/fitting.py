@@ -18,6 +18,7 @@ from loratool.engine.module_memory import rescaled_bytes
 from loratool.errors import MismatchError, list_some
 from loratool.frozen import Frozen, field, replace
 from loratool.ops.additive import require_factors
+from loratool.report.base import GOOD
 
 _ALPHA = "alpha"  # of `loratool.dialects.base.Dialect.even`
 
@@ -203,7 +204,7 @@ def check_written(look: Look, adapter: Adapter, program: Program) -> None:
         MismatchError: LT-488.
     """
     found = program.judge(look)
-    _refuse(program, adapter, found.reasons if found.verdict in ("no", "wrong") else ())
+    _refuse(program, adapter, () if found.verdict in GOOD else found.reasons)
 
 
 def check_rank(rank: int, program: Program, adapter: Adapter) -> None:

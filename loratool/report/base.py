@@ -53,6 +53,10 @@ def _values(record: Struct) -> dict[str, Any]:
     return {name: plain_json(value) for name, value in asdict(record).items()}
 
 
+GOOD = ("yes", "unsure")
+"""Verdicts with which an adapter is written for a program."""
+
+
 class Loads(Frozen):
     """Whether a program loads the adapter.
 

@@ -6,7 +6,7 @@ from functools import cached_property
 from typing import ClassVar
 
 from loratool.frozen import Frozen
-from loratool.report.base import Report
+from loratool.report.base import GOOD, Report
 
 LOADS, UNSURE, WRONG, DROPPED, RAISES = "loads", "unsure", "wrong", "dropped", "raises"
 BEST_FIRST = (LOADS, UNSURE, WRONG, DROPPED, RAISES)
@@ -135,4 +135,4 @@ class CheckReport(Report):
     @property
     def ok(self) -> bool:
         """True if it loads, or if what was written does."""
-        return bool(self.output) or self.verdict in ("yes", "unsure")
+        return bool(self.output) or self.verdict in GOOD
