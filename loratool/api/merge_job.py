@@ -23,6 +23,7 @@ from loratool.ops.merge import MergePlan, plan_merge
 from loratool.ops.merge_parts import WeightedAdapter, bind_weighted
 from loratool.ops.residual import patch_merge
 from loratool.ops.simulated import simulate_base
+from loratool.ops.split import without_weights
 from loratool.ops.verify import merged_dtype
 from loratool.ops.weights import Rule, rules_json, unused_rules
 from loratool.options.groups import Codes, Mix, Names
@@ -62,6 +63,9 @@ class Operation(Frozen):
     check: Callable[[tuple[WeightedAdapter, ...]], tuple[WeightedAdapter, ...]] | None = None
     replan: Callable[[MergeJob], MergeJob] | None = None
     inputs: tuple[str | Path, ...] = ()
+
+
+SPLIT = Operation("split", check=without_weights)
 
 
 class MergeJob(Frozen):

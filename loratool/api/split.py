@@ -10,7 +10,7 @@ from loratool.adapter import Adapter
 from loratool.api.access import access_of
 from loratool.api.common import Limits, recorded_name
 from loratool.api.merge import run_merge
-from loratool.api.merge_job import Operation
+from loratool.api.merge_job import SPLIT
 from loratool.api.session import Opened, Session
 from loratool.dialects import stated
 from loratool.dialects.programs import find_program, judge_loads
@@ -19,7 +19,7 @@ from loratool.errors import AlreadyMadeError
 from loratool.frozen import Frozen, replace
 from loratool.ops.inputs import guard_output, open_one
 from loratool.ops.leaving import less, without
-from loratool.ops.split import for_the_base, without_weights
+from loratool.ops.split import for_the_base
 from loratool.options import groups
 from loratool.options.calls import takes
 from loratool.options.merging import Merge, Split
@@ -135,7 +135,7 @@ def _merge(job: _Job, series: Series | None) -> MergeReport:
         Merge, adapters=[job.asked.adapter], output=job.base, series=series, program=None,
         on_plan=on_plan,
     )  # fmt: skip
-    return run_merge(asked, Operation("split", check=without_weights))
+    return run_merge(asked, SPLIT)
 
 
 def _put(job: _Job, session: Session) -> tuple[int, Adapter]:

@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
 from pathlib import Path
 
 from loratool.api.access import access_of
+from loratool.api.anchored import anchor, with_notes
 from loratool.api.combine import run_combine
 from loratool.api.merge import run_merge
 from loratool.api.merge_job import MergeJob, Operation
-from loratool.api.session import base_row
 from loratool.api.undo import restore_job
 from loratool.errors import MismatchError, UsageError
 from loratool.frozen import replace
-from loratool.ops.inputs import open_base
 from loratool.ops.replay import merge_record
 from loratool.ops.subtract import (
-    anchored,
-    column_notes,
     compare_with_record,
-    depends_on_base,
-    may_keep_columns,
     require_reversible,
     require_swappable,
     require_unscaled,
@@ -67,7 +60,11 @@ def subtract(asked: Subtract) -> SubtractReport | DifferenceReport:
         check = without_replacements
 
     def replan(job: MergeJob) -> MergeJob:
-        return _with_record(_anchor(job, asked)) if opened is None else restore_job(job, opened)
+        return (
+            _with_record(anchor(job, asked.base, access_of(asked), exact=asked.exact))
+            if opened is None
+            else restore_job(job, opened)
+        )
 
     signs = (-1,) * len(asked.adapters)
     inputs = tuple(path for path in (asked.undo, asked.base) if path is not None)
@@ -112,7 +109,7 @@ def swap(asked: Swap) -> SwapReport:
     """
 
     def replan(job: MergeJob) -> MergeJob:
-        return _with_record(_anchor(job, asked))
+        return _with_record(anchor(job, asked.base, access_of(asked), exact=asked.exact))
 
     check = require_swappable if asked.base is None else without_overwritten
     inputs = () if asked.base is None else (asked.base,)
@@ -121,38 +118,6 @@ def swap(asked: Swap) -> SwapReport:
     report = run_merge(merged, operation)
     assert isinstance(report, SwapReport)
     return report
-
-
-def _anchor(job: MergeJob, asked: Subtract | Swap) -> MergeJob:
-    """With a base, changes that depend on the base refer to its tensors, not to the merged ones.
-
-    Raises:
-        UsageError: LT-251, with --exact.
-    """
-    plan = job.merge.plan
-    grown = may_keep_columns(job.bound)
-    needs_base = any(depends_on_base(step) for step in plan.steps)
-    if asked.base is None or not (needs_base or grown):
-        return _with_notes(job, column_notes(grown, job.checkpoint, None))
-    if asked.exact and needs_base:
-        raise UsageError("LT-251", "--exact is for sums of products, --base for all others")
-    opened = open_base(str(asked.base), [a.adapter for a in job.adapters], access_of(asked))
-    job = _with_notes(job, column_notes(grown, job.checkpoint, opened.checkpoint))
-    if not needs_base:
-        return job
-    row = base_row(opened, plan.inputs, role="original")
-    plan = anchored(plan, job.full_names, opened.checkpoint)
-    plan = replace(plan, inputs={**plan.inputs, **row})
-    record = {**job.record, "inputs": {**job.record["inputs"], **row}} if job.record else {}
-    if record and not job.base.checkpoint.is_folder:
-        (shard,) = plan.shards
-        metadata = {**shard.metadata, "loratool": json.dumps(record)}
-        plan = replace(plan, shards=(replace(shard, metadata=metadata),))
-    return replace(job, merge=replace(job.merge, plan=plan), record=record)
-
-
-def _with_notes(job: MergeJob, notes: Sequence[str]) -> MergeJob:
-    return replace(job, sidecar_notes=(*job.sidecar_notes, *notes))
 
 
 def _with_record(job: MergeJob) -> MergeJob:
@@ -165,4 +130,4 @@ def _with_record(job: MergeJob) -> MergeJob:
     signed = zip(job.adapters, job.operation.signs, strict=True)
     out = [(a.adapter, a.weight.times(-1)) for a, sign in signed if sign < 0]
     warnings, notes = compare_with_record(record, out)
-    return replace(_with_notes(job, notes), warnings=(*job.warnings, *warnings))
+    return replace(with_notes(job, notes), warnings=(*job.warnings, *warnings))

@@ -4,27 +4,30 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from loratool.api.access import access_of
+from loratool.api.anchored import anchor
 from loratool.api.common import plan_resources, rounding_args
-from loratool.api.merge_job import MergeJob, MergeRequest, prepare_merge
+from loratool.api.merge_job import SPLIT, MergeJob, MergeRequest, Operation, prepare_merge
 from loratool.api.open_residual import block_elements, check_partner, open_residual
 from loratool.api.session import run_plan
 from loratool.errors import UsageError
 from loratool.ops.access import Access, locate
 from loratool.ops.combine import combination_args
 from loratool.ops.replay import (
+    ORIGINAL,
     Record,
     RecordedSums,
     find_replay,
-    find_residual,
+    find_role,
     merge_record,
     refuse_record,
 )
+from loratool.ops.subtract import without_overwritten
 from loratool.ops.verify import VerifyPlan, plan_verify, under_names_of
 from loratool.ops.weights import read_module_weights, rules_from
 from loratool.options.calls import takes
@@ -99,16 +102,30 @@ def _request(
         recorded = rules_from(said.get("module_weights", ()), partial(refuse_record, merged))
         rules = tuple(r for r in recorded if len(r[1]) == len(inputs))
     rounding, rest = _rounding(merged, said), None
-    residual = asked.residual or find_residual(record, merged, **where)
+    residual = asked.residual or find_role(record, merged, "residual", "--residual", **where)
     if residual is not None:  # it knows each tensor's type, and how it was rounded
         rest, names = open_residual(residual, inputs, names)
         rounding = rounding_args(True, "nearest", None)
+    original = find_role(record, merged, ORIGINAL, **where)
     return MergeRequest(
         inputs, base, names, access, mix, rules=rules, rounding=rounding,
+        operation=_operation(record, len(inputs), partial(anchor, base=original, access=access)),
         like=None if rest is not None else merged, residual=rest,
         codes=Codes(dequantize=said.get("dequantize", False), requant=said.get("requant", False),
                     simulate_quant=said.get("simulate_quant")),
     )  # fmt: skip
+
+
+def _operation(
+    record: Record | None, count: int, replan: Callable[[MergeJob], MergeJob]
+) -> Operation:
+    """What the engine was used for; weights have their signs already."""
+    if record is None or record.operation == "merge":
+        return Operation()
+    if record.operation == "split":
+        return SPLIT
+    check = without_overwritten if record.operation == "swap" and count == 2 else None
+    return Operation(record.operation, (1,) * count, check=check, replan=replan)
 
 
 _OF_ROUNDING = ("LT-217", "LT-218", "LT-255", "LT-256", "LT-257", "LT-286")

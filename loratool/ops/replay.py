@@ -23,7 +23,9 @@ from loratool.store.header import read_header
 from loratool.store.provenance import file_id, read_record
 from loratool.store.source import MAX_WEIGHT, AdapterArgument, Resolved
 
-_OPERATIONS = ("merge", "subtract", "swap")
+_OPERATIONS = ("merge", "split", "subtract", "swap")
+ORIGINAL = "original"
+"""Role of what adapters in merged weights were trained on."""
 _Weight = Annotated[float, msgspec.Meta(ge=-MAX_WEIGHT, le=MAX_WEIGHT)]
 _Rule = Annotated[list[str | _Weight], msgspec.Meta(min_length=2)]
 
@@ -41,7 +43,7 @@ class RecordedInput(Frozen):
 
     Attributes:
         files: name -> sha256 of a whole file, or what tells a shard apart.
-        role: ``base``, ``residual``, or "".
+        role: ``base``, ``residual``, ``original``, or "".
         weight: of the whole adapter.
         components: component -> factor.
     """
@@ -102,7 +104,7 @@ class Replay(Frozen):
 
 
 def merge_record(output: Checkpoint) -> Record | None:
-    """What an output of `merge`, `subtract` or `swap` says about itself, None if it says nothing.
+    """What an output that was merged, or taken out of, says about itself, None if it says nothing.
 
     Raises:
         MismatchError: LT-458, it is damaged.
@@ -150,22 +152,32 @@ def refuse_record(
     )  # fmt: skip
 
 
-def find_residual(
+def find_role(
     record: Record | None,
     output: Checkpoint,
+    role: str,
+    option: str = "",
     *,
     roots: Sequence[Path],
     look: Callable[[Path, str], Resolved],
 ) -> str | None:
-    """The residual of ``merge --residual``, None if there was none: as `find_replay` finds inputs.
+    """The input with a role of its own, None if there was none: as `find_replay` finds inputs.
+
+    Args:
+        record: of `merge_record`.
+        output: the output.
+        role: ``residual`` of ``merge --residual``, or `ORIGINAL`.
+        option: that names another one; "" = none does.
+        roots: as in `find_replay`.
+        look: as there.
 
     Raises:
         LoratoolError: as there.
     """
     rows = {} if record is None else record.inputs
     for name, row in rows.items():
-        if row.role == "residual":
-            return _find(name, row, output=output, roots=roots, look=look, option="--residual")
+        if row.role == role:
+            return _find(name, row, output=output, roots=roots, look=look, option=option)
     return None
 
 
@@ -206,7 +218,7 @@ def find_replay(
     for name, row in record.inputs.items():
         if row.role == "base":
             bases.append((name, row))
-        elif row.role == "residual":
+        elif row.role in ("residual", ORIGINAL):
             continue
         elif row.weight is None:
             refuse_record(output, "no weight", key=f"inputs.{name}", expected="a weight")
@@ -237,7 +249,7 @@ def _find(
     others = []
     for place in (root / plain for root in roots if (root / plain).exists()):
         _check_place(place, option)
-        resolved = look(place, "base" if row.role == "base" else "adapter")
+        resolved = look(place, "base" if row.role in ("base", ORIGINAL) else "adapter")
         wrong = _differing(resolved.path, row.files)
         if wrong is None:
             return str(place)
@@ -245,11 +257,13 @@ def _find(
     if others:
         raise MismatchError(
             "LT-459", f"{plain} is not what was used", file=others[0].partition(" (")[0],
-            got=others[0].partition(" (")[2].rstrip(")"), hint=f"{option} PATH names another",
+            got=others[0].partition(" (")[2].rstrip(")"),
+            hint=f"{option} PATH names another" if option else None,
         )  # fmt: skip
     raise UsageError(
         "LT-254", f"cannot find {plain}, which this checkpoint was made from",
-        expected=f"{plain} in " + " or ".join(str(r) for r in roots), hint=f"{option} PATH",
+        expected=f"{plain} in " + " or ".join(str(r) for r in roots),
+        hint=f"{option} PATH" if option else None,
     )  # fmt: skip
 
 
@@ -259,7 +273,8 @@ def _check_place(place: Path, option: str) -> None:
         real = os.path.realpath(place)
         raise UnsafeContentError(
             "LT-904", "the record names a link that leads elsewhere, so it is not followed",
-            file=place, got=real, hint=f"{option} {shlex.quote(real)}, if that was used",
+            file=place, got=real,
+            hint=f"{option} {shlex.quote(real)}, if that was used" if option else None,
         )  # fmt: skip
 
 

@@ -7,6 +7,8 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 import loratool as lt
 from tests.make import randn, random_factors, save_adapter, save_checkpoint
@@ -65,6 +67,53 @@ def test_subtractions_and_swaps_too(place: Path) -> None:
     lt.subtract([f"{place / 'style'}:0.8"], merged=out, output=place / "s")
     lt.swap(f"{place / 'style'}:0.8", str(place / "sql"), merged=out, output=place / "w")
     assert lt.verify(place / "s").verdict == lt.verify(place / "w").verdict == "identical"
+
+
+SAMPLES = Path(__file__).parents[1] / "data" / "llm"
+
+
+def spoil(folder: Path) -> None:
+    """One bit of one weight."""
+    name, file = next((n, f) for f in folder.glob("*.safetensors") for n in load_file(f)
+                      if n.endswith("q_proj.weight"))  # fmt: skip
+    tensors = load_file(file)
+    tensors[name].view(torch.int32)[0, 0] ^= 1
+    save_file(tensors, str(file), metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("name", ["lora_dora", "lora_modules_to_save", "oft"])
+@pytest.mark.parametrize("command", ["subtract", "swap"])
+def test_what_was_taken_out_with_the_base_is_put_back_with_it(
+    command: str, name: str, place: Path
+) -> None:
+    """The base that the changes refer to is an input too, and is checked as the others are."""
+    source, base = SAMPLES / name, shutil.copytree(SAMPLES / name / "base", place / "first")
+    merged, out = place / "merged", place / "out"
+    shutil.copytree(source, place / name)
+    lt.merge([place / name], base=base, output=merged)
+    if command == "subtract":
+        lt.subtract([place / name], merged=merged, base=base, output=out)
+    else:
+        lt.swap(place / name, f"{place / name}:0.5", merged=merged, base=base, output=out)
+    assert lt.verify(out).verdict == "identical"
+    spoil(out)
+    assert lt.verify(out).verdict != "identical"
+    (base / "model.safetensors").write_bytes((base / "model.safetensors").read_bytes() + b" ")
+    assert refused(4, out).code == "LT-459"
+
+
+def test_the_base_of_a_split_is_repeated(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = shutil.copytree(SAMPLES / "lora_modules_to_save", place / "head")
+    monkeypatch.chdir(place)
+    lt.split("head", base=source / "base", output="served", skip=["embed_tokens"])
+    given = {"base": source / "base"}  # the name of the base is that of the output
+    assert lt.verify("served/base", **given).verdict == "identical"
+    assert (
+        lt.verify("served/base", **given, adapters=["head"], skip=["embed"]).verdict == "identical"
+    )
+    assert lt.verify("served/base", **given, adapters=["head"]).verdict == "differs"
+    spoil(place / "served" / "base")
+    assert lt.verify("served/base", **given).verdict != "identical"
 
 
 def refused(code: int, call: Path, **options: object) -> lt.LoratoolError:
