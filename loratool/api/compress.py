@@ -15,13 +15,14 @@ from loratool.api.compress_report import CompressJob, Made, compressed, planned
 from loratool.api.detach import Detached, detach
 from loratool.api.page import check_page, with_page
 from loratool.api.session import Session, run_plan
+from loratool.delta.forms import kernel_of
 from loratool.dialects.registry import home_of
 from loratool.frozen import Frozen, asdict, replace
 from loratool.ops.compress import CompressPlan, plan_compress, rebuild
-from loratool.ops.compress_options import rank_rule
 from loratool.ops.detach import plan_detach
 from loratool.ops.input_notes import unused_warnings
 from loratool.ops.inputs import OpenedBase, open_base
+from loratool.ops.rank_options import Ranks, ranks_of
 from loratool.ops.turns import Turns
 from loratool.ops.weights import Weight, names_of
 from loratool.options.calls import takes
@@ -61,23 +62,20 @@ def compress(asked: Compress) -> CompressReport:
 
 def _run(asked: Compress) -> CompressReport:
     limit = parse_size(asked.size)
-    rule = rank_rule(
-        rank=asked.rank, energy=asked.energy, error=asked.error, sv_ratio=asked.sv_ratio,
-        max_rank=asked.max_rank, size=limit, has_base=asked.base is not None,
-    )  # fmt: skip
+    ranks = ranks_of(asked, limit)
     session = Session.begin("compress", asked)
-    is_auto = asked.rank == "auto"
-    options = recorded(asked, **{"rank": None, **rule, "size": limit})
-    options |= {"rank_auto": True} if is_auto else {}
+    options = recorded(asked, **{"rank": None, **ranks.rule, "size": limit})
+    options |= {"rank_auto": True} if ranks.auto else {}
     given = asked.adapters
     texts = [str(a) for a in ([given] if isinstance(given, (str, Path)) else given)]
     with session.outputs(len(texts)) as session:
         session, jobs = _open(session, texts, asked.base)
-        if asked.base is not None and is_auto:
+        if asked.base is not None and ranks.auto:
             jobs = _cap_all(session, jobs, asked.base)
         session.make_folder(len(jobs))
         run = asked.take(Run, progress=None, on_work=asked.on_work if len(jobs) == 1 else None)
-        every = [plan_resources(_factor_plan(job, rule), run) for job in jobs]
+        jobs = [replace(job, rules=_rules(job, ranks)) for job in jobs]
+        every = [plan_resources(_factor_plan(job), run) for job in jobs]
         if asked.on_plan is not None and not asked.dry_run:
             asked.on_plan(planned(jobs, every))
         turns = Turns(asked.progress, asked.on_work, [_bytes_of(job) for job in jobs])
@@ -85,7 +83,7 @@ def _run(asked: Compress) -> CompressReport:
         warnings: list[str] = []
         for job, resources in turns.each(list(zip(jobs, every, strict=True)), _name_of):
             record = session.record(options, job.inputs())
-            made = _within(job.recorded(record), _Cut(session, rule, limit, resources, turns))
+            made = _within(job.recorded(record), _Cut(session, limit, resources, turns))
             written = made.adapter
             if not asked.dry_run:
                 _, written = session.put(made.files, job.target, record, job.source.extras)
@@ -95,8 +93,13 @@ def _run(asked: Compress) -> CompressReport:
     return CompressReport(tuple(reports), options, session.seconds, asked.dry_run, tuple(warnings))
 
 
-def _factor_plan(job: CompressJob, rule: dict[str, Any]) -> Plan:
-    return job.plan.steps("factor", [{"rule": rule}] * len(job.plan.specs))
+def _rules(job: CompressJob, ranks: Ranks) -> list[dict[str, Any]]:
+    specs = job.plan.specs
+    return ranks.of([s.name for s in specs], [kernel_of(s) for s in specs])
+
+
+def _factor_plan(job: CompressJob) -> Plan:
+    return job.plan.steps("factor", [{"rule": rule} for rule in job.rules])
 
 
 def _bytes_of(job: CompressJob) -> int:
@@ -112,14 +115,12 @@ class _Cut(Frozen):
 
     Attributes:
         session: of the command.
-        rule: fields of a `RankRule`.
         limit: bytes of the weights file at most.
         resources: for the plan.
         turns: told how far it is.
     """
 
     session: Session
-    rule: dict[str, Any]
     limit: int | None
     resources: Resources
     turns: Turns
@@ -269,11 +270,12 @@ def _args(
 ) -> list[dict[str, Any]]:
     """Of the step that factors each spec."""
     plan = job.plan
-    args = [replace(plan.factor_args(i), rule=cut.rule, dtype=d) for i, d in enumerate(dtypes)]
+    args = [replace(plan.factor_args(i), rule=rule, dtype=d)
+            for i, (rule, d) in enumerate(zip(job.rules, dtypes, strict=True))]  # fmt: skip
     for i, cap in enumerate(job.caps or ()):
         args[i] = replace(args[i], cap=cap)
     if spectra is not None:
-        ranks = choose_ranks(plan, spectra, cut.rule, cut.limit, dtypes, job.caps)
+        ranks = choose_ranks(plan, spectra, job.rules, cut.limit, dtypes, job.caps)
         for group in plan.groups:
             for i in group.specs:
                 args[i] = replace(args[i], rank=ranks[i], is_free=len(group.specs) == 1)

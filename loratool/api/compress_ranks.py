@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from loratool.adapter import AdapterFiles
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 def choose_ranks(
     plan: CompressPlan,
     spectra: Sequence[Any],
-    rule: dict[str, Any],
+    rules: Sequence[Mapping[str, Any]],
     limit: int | None,
     dtypes: Sequence[str],
     caps: Sequence[int | None] | None = None,
@@ -27,7 +27,7 @@ def choose_ranks(
     Args:
         plan: what is compressed.
         spectra: singular values of each spec's ΔW.
-        rule: fields of a `RankRule`.
+        rules: of each spec, fields of a `RankRule`.
         limit: bytes of the weights file at most.
         dtypes: storage type of each spec.
         caps: largest rank of each spec.
@@ -42,7 +42,7 @@ def choose_ranks(
         floors[0] = 1  # PEFT needs one module at least
     groups = [[spectra[i] for i in g.specs] for g in plan.groups]
     chosen = choose_group_ranks(
-        groups, rule, floors,
+        groups, [[rules[i] for i in g.specs] for g in plan.groups], floors,
         None if caps is None else [[caps[i] for i in g.specs] for g in plan.groups],
     )  # fmt: skip
     if limit is not None:

@@ -35,6 +35,7 @@ class CompressJob(Frozen):
         one: the adapter and its place.
         plan: what is factored.
         detached: it without what depends on the base; None if nothing does.
+        rules: of each spec, fields of a `RankRule`.
         caps: noise rank of each spec, None where it has none; None without ``--rank auto``.
         base: the base of ``--rank auto`` by name and content, as provenance records it.
     """
@@ -42,6 +43,7 @@ class CompressJob(Frozen):
     one: Opened
     plan: CompressPlan
     detached: Detached | None = None
+    rules: Sequence[dict[str, Any]] = ()
     caps: Sequence[int | None] | None = None
     base: Mapping[str, Any] = field(default_factory=dict)
 

@@ -31,7 +31,7 @@ from loratool.ops.coded import read_plain
 from loratool.ops.extract import ExtractPlan, FactorOptions, group_steps, plan_extract
 from loratool.ops.fitting import check_fit
 from loratool.ops.inputs import OpenedBase, guard_output, open_base
-from loratool.ops.rank_options import factor_options
+from loratool.ops.rank_options import ranks_of
 from loratool.options.calls import takes
 from loratool.options.groups import Run
 from loratool.options.shaping import Extract
@@ -145,10 +145,7 @@ class _Job(Frozen):
 def _prepare(asked: Extract) -> _Job:
     """Check options and places, open both checkpoints, plan."""
     limit = parse_size(asked.size)
-    how = factor_options(
-        rank=asked.rank, energy=asked.energy, error=asked.error, size=limit,
-        max_rank=asked.max_rank, exact=asked.exact,
-    )  # fmt: skip
+    how = FactorOptions(ranks_of(asked, limit), exact=asked.exact, slices=limit is not None)
     if asked.names not in ("v4", "v5"):
         raise UsageError("LT-226", "unknown --names", expected="v4 or v5", got=asked.names)
     program = None if asked.program is None else find_program(asked.program)
@@ -176,8 +173,9 @@ def _prepare(asked: Extract) -> _Job:
     elif program is not None:
         check_fit(made, program)
     criteria = {
-        "rank": "auto" if how.auto else asked.rank, "energy": asked.energy,
+        "rank": "auto" if how.ranks.auto else asked.rank, "energy": asked.energy,
         "error": asked.error, "size": limit, "max_rank": asked.max_rank,
+        "sv_ratio": asked.sv_ratio, "sv_min": asked.sv_min, "only": asked.only or None,
     }  # fmt: skip
     return _Job(tuned, base, target, plan, criteria, keep, program, loader, row, access)
 

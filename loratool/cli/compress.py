@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     from loratool.report.compress import CompressedAdapter, CompressReport, PlannedCompression
 
 _WORDS = {"rank": "rank", "energy": "energy", "error": "error", "sv_ratio": "σ ratio",
-          "max_rank": "rank at most", "size": "size"}  # fmt: skip
+          "sv_sum": "sum of σ", "sv_min": "σ at least", "max_rank": "rank at most",
+          "size": "size"}  # fmt: skip
 
 
 @click.command(

@@ -71,10 +71,13 @@ def command(tuned: str, base: str, output: str, **options: Any) -> None:
 
 
 def _criteria(options: dict[str, Any]) -> str:
-    named = {k: options[k] for k in ("rank", "energy", "error", "size") if options[k] is not None}
+    words = ("rank", "energy", "error", "size", "sv_ratio", "sv_min")
+    named = {k: options[k] for k in words if options[k] is not None}
     if not named:
         named = {"rank": "auto"}
-    return ", ".join(f"{name} {safe(str(value))}" for name, value in named.items())
+    return ", ".join(
+        f"{name.replace('_', ' ')} {safe(str(value))}" for name, value in named.items()
+    )
 
 
 def plan_lines(report: ExtractReport, voice: Voice) -> Iterator[str]:

@@ -229,24 +229,24 @@ def _spec(step: Step) -> DeltaSpec:
 
 def choose_group_ranks(
     groups: Sequence[Sequence[Spectrum]],
-    rule: Mapping[str, Any],
+    rules: Sequence[Sequence[Mapping[str, Any]]],
     floors: Sequence[int],
     caps: Sequence[Sequence[int | None]] | None = None,
 ) -> list[int]:
-    """One rank per group: the largest that the rule asks for any of its members.
+    """One rank per group: the largest that the rules ask for any of its members.
 
     Args:
         groups: spectra of deltas that must have one rank.
-        rule: fields of a `RankRule`.
+        rules: of each member, fields of a `RankRule`.
         floors: smallest rank of each group.
-        caps: largest rank of each member besides the rule; None = no limit.
+        caps: largest rank of each member besides its rule; None = no limit.
     """
-    made = RankRule(**rule)
     limits = caps or [[None] * len(group) for group in groups]
     return [
-        max(floor, *(_capped(m.joint, made, c) for m, c in zip(group, cap, strict=True)))
-        for group, floor, cap in zip(groups, floors, limits, strict=True)
-    ]
+        max(floor, *(_capped(m.joint, RankRule(**r), c)
+                     for m, r, c in zip(group, rule, cap, strict=True)))
+        for group, rule, floor, cap in zip(groups, rules, floors, limits, strict=True)
+    ]  # fmt: skip
 
 
 def _capped(sigma: torch.Tensor, rule: RankRule, cap: int | None) -> int:

@@ -34,8 +34,8 @@ class RankRule(Frozen):
         energy: in [0, 1]; the smallest k with E(k) ≥ energy · ‖D‖_F².
         error: in [0, 1]; the smallest k with ‖D - D_k‖_F ≤ error · ‖D‖_F.
         sv_ratio: >= 1; the number of values with σᵢ ≥ σ₁ / sv_ratio.
-        cumulative: in [0, 1]; the smallest k with Σ_{i≤k} σᵢ ≥ cumulative · Σ σᵢ.
-        absolute: >= 0; the number of values with σᵢ ≥ absolute.
+        sv_sum: in [0, 1]; the smallest k with Σ_{i≤k} σᵢ ≥ sv_sum · Σ σᵢ; of all values alone.
+        sv_min: >= 0; the number of values with σᵢ ≥ sv_min.
         base_ratio: >= 0; the number of values with σᵢ ≥ base_ratio · ``base_norm``.
         max_rank: an upper limit, whatever the other conditions give.
     """
@@ -44,8 +44,8 @@ class RankRule(Frozen):
     energy: float | None = None
     error: float | None = None
     sv_ratio: float | None = None
-    cumulative: float | None = None
-    absolute: float | None = None
+    sv_sum: float | None = None
+    sv_min: float | None = None
     base_ratio: float | None = None
     max_rank: int | None = None
 
@@ -86,13 +86,13 @@ def choose_rank(
         limits.append(_shortest_head(square, unknown, 1 - rule.energy))
     if rule.error is not None:
         limits.append(_shortest_head(square, unknown, rule.error**2))
-    if rule.cumulative is not None:
-        limits.append(_shortest_head(values, 0.0, 1 - rule.cumulative))
+    if rule.sv_sum is not None:
+        limits.append(_shortest_head(values, 0.0, 1 - rule.sv_sum))
     floors = []
     if rule.sv_ratio is not None:
         floors.append(largest / rule.sv_ratio)
-    if rule.absolute is not None:
-        floors.append(rule.absolute)
+    if rule.sv_min is not None:
+        floors.append(rule.sv_min)
     if rule.base_ratio is not None:
         if base_norm is None:
             raise ValueError("base_ratio needs base_norm")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from loratool.adapter import TensorRef
@@ -21,6 +21,7 @@ from loratool.ops.extract_pairs import (
     settle_holders,
 )
 from loratool.ops.pairing import pair_tensors
+from loratool.ops.rank_options import Ranks
 from loratool.patterns import find, typed_pattern
 from loratool.plan import Plan, Step, TensorSpec
 from loratool.store.checkpoint import Checkpoint
@@ -62,21 +63,21 @@ class FactorOptions(Frozen):
     """How ranks are chosen, as plain data.
 
     Attributes:
-        rule: fields of a `loratool.linalg.rank.RankRule`.
-        auto: the noise rank joins the rule.
+        ranks: criteria, module by module.
         exact: no iterative factorisation.
         slices: ranks are cut afterwards (``--size``): keep the error at every rank.
     """
 
-    rule: Mapping[str, Any] = field(default_factory=dict)
-    auto: bool = False
+    ranks: Ranks = Ranks()
     exact: bool = False
     slices: bool = False
 
-    def to_args(self) -> dict[str, Any]:
-        """Arguments of a step; what is off is left out."""
-        flags = {"auto": self.auto, "exact": self.exact, "slices": self.slices}
-        return {"rule": dict(self.rule), **{k: True for k, on in flags.items() if on}}
+    def of(self, pairs: Sequence[Pair]) -> Iterator[dict[str, Any]]:
+        """Arguments of the step of each pair that is factored; what is off is left out."""
+        flags = {"auto": self.ranks.auto, "exact": self.exact, "slices": self.slices}
+        kernels = [p.tuned.shape[2:] if p.role == "conv" else () for p in pairs]
+        for rule in self.ranks.of([p.name for p in pairs], kernels):
+            yield {"rule": rule, **{k: True for k, on in flags.items() if on}}
 
 
 def plan_extract(
@@ -110,7 +111,11 @@ def plan_extract(
     chosen = [replace(pair, is_factored=pair in factored) for pair in paired.matched]
     pairs = settle_holders(join_experts(chosen, base, names), base.config)
     known = gains({p.name for p in pairs if p.is_factored})
-    steps = [_make_step(p, base, how, known.get(p.name, 1.0)) for p in pairs]
+    args = how.of([p for p in pairs if p.is_factored])
+    steps = [
+        _factor_step(p, base, next(args), known.get(p.name, 1.0)) if p.is_factored
+        else _difference_step(p) for p in pairs
+    ]  # fmt: skip
     written = (*pairs, *paired.created)
     kind = model_type(base.config)
     places = {
@@ -142,18 +147,23 @@ def _found(texts: Sequence[str], option: str, names: Sequence[str]) -> frozenset
     return frozenset().union(*find(patterns, names))
 
 
-def _make_step(pair: Pair, base: Checkpoint, how: FactorOptions, gain: float) -> Step:
+def _difference_step(pair: Pair) -> Step:
+    assert pair.base is not None
+    shape = pair.tuned.shape
+    inputs, label = (pair.tuned, pair.base), TensorSpec(pair.name, "F32", shape)
+    if not {pair.tuned.dtype, pair.base.dtype} <= _COMPARABLE:
+        _refuse_other_type(pair.tuned, pair.base)
+        return Step("compare_bytes", label, inputs, (1, pair.tuned.nbytes))
+    flat = (1, pair.tuned.numel)
+    return Step("difference", label, inputs, flat if len(shape) < 2 else _flat(shape))
+
+
+def _factor_step(pair: Pair, base: Checkpoint, how: Mapping[str, Any], gain: float) -> Step:
     assert pair.base is not None
     shape = pair.tuned.shape
     inputs: tuple[TensorRef, ...] = (pair.tuned, pair.base)
     label = TensorSpec(pair.name, "F32", shape)
-    if not pair.is_factored:
-        flat = pair.tuned.numel
-        if not {pair.tuned.dtype, pair.base.dtype} <= _COMPARABLE:
-            _refuse_other_type(pair.tuned, pair.base)
-            return Step("compare_bytes", label, inputs, (1, pair.tuned.nbytes))
-        return Step("difference", label, inputs, (1, flat) if len(shape) < 2 else _flat(shape))
-    args: dict[str, Any] = {**how.to_args(), "transposed": False}
+    args: dict[str, Any] = {**how, "transposed": False}
     view = _flat(shape)
     if pair.parts:
         inputs = tuple(ref for part in pair.parts for ref in (part.tuned, part.base) if ref)

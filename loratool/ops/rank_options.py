@@ -1,59 +1,151 @@
-"""``--rank``, ``--energy``, ``--error``, ``--size``, ``--max-rank`` as numbers that make sense."""
+"""``--rank``, ``--energy``, ``--size`` and their kin as rules that make sense, module by module."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from loratool.errors import UsageError
-from loratool.ops.extract import FactorOptions
+from loratool.bind.names import part_regex
+from loratool.errors import MismatchError, UsageError, list_some
+from loratool.frozen import Frozen, field
+from loratool.options.shaping import Compress, Extract
+from loratool.patterns import Pattern, find, typed_pattern
 
 MAX_RANK = 8192
 
 SIZE_CAP = 256
-"""Largest rank under ``--size`` unless ``--max-rank`` says otherwise: all modules' factors are
-held at this rank until the budget is spent."""
+"""Largest rank of an extraction under ``--size`` unless ``--max-rank`` says otherwise: all modules'
+factors are held at this rank until the budget is spent."""
+
+KERNELS = "conv"
+"""What ``--only`` calls modules with a kernel of more than one place."""
+
+_SHARES = {  # name -> code, the least allowed and whether 0 is, whether 1 is
+    "energy": ("LT-232", "--energy is a share", "above 0, at most 1", False, True),
+    "sv_sum": ("LT-232", "--sv-sum is a share", "above 0, at most 1", False, True),
+    "error": ("LT-233", "--error is a share", "0 or more, below 1", True, False),
+}
 
 
-def factor_options(
-    *,
-    rank: int | str | None,
-    energy: float | None,
-    error: float | None,
-    size: int | None,
-    max_rank: int | None,
-    exact: bool,
-) -> FactorOptions:
-    """How ranks are chosen; without any criterion the rank is ``auto``.
+class Ranks(Frozen):
+    """How far modules are cut.
+
+    Attributes:
+        rule: fields of a `loratool.linalg.rank.RankRule`.
+        auto: the noise rank joins it.
+        only: (modules, rank), the last one counts; None = those with kernels.
+    """
+
+    rule: Mapping[str, Any] = field(default_factory=dict)
+    auto: bool = False
+    only: tuple[tuple[Pattern | None, int], ...] = ()
+
+    def of(self, names: Sequence[str], kernels: Sequence[Sequence[int]]) -> list[dict[str, Any]]:
+        """The rule of every module.
+
+        Args:
+            names: of their parameters.
+            kernels: of each, () for a matrix.
+
+        Raises:
+            MismatchError: LT-467, ``--only`` finds none.
+        """
+        rest = {k: v for k, v in self.rule.items() if k not in ("rank", "max_rank")}
+        rules = [dict(self.rule)] * len(names)
+        large = frozenset(n for n, k in zip(names, kernels, strict=True) if math.prod(k) > 1)
+        for pattern, rank in self.only:
+            inside = large if pattern is None else find([pattern], names)[0]
+            if not inside:
+                raise MismatchError(
+                    "LT-467", "--only matches no module", got=list_some(names, 3),
+                    key=KERNELS if pattern is None else pattern.text,
+                )  # fmt: skip
+            rules = [{**rest, "rank": rank} if name in inside else rule
+                     for name, rule in zip(names, rules, strict=True)]  # fmt: skip
+        return rules
+
+
+def ranks_of(asked: Compress | Extract, size: int | None) -> Ranks:
+    """The criteria that were given.
+
+    Args:
+        asked: options; those of an extraction without any criterion mean ``auto``.
+        size: bytes of the weights file at most.
 
     Raises:
-        UsageError: a number out of its range.
+        UsageError: a number out of its range, or no criterion for a compression.
     """
+    is_extract = isinstance(asked, Extract)
+    rank = _checked_rank(asked)
+    given = {"rank": rank, **{k: getattr(asked, k, None) for k in _RULED}}
+    rule = {k: v for k, v in given.items() if v is not None}
+    _check(rule)
+    only = parse_ranks(asked.only)
+    auto = asked.rank == "auto"
+    if is_extract:
+        auto = auto or (not {*rule} - {"max_rank"} and size is None)
+        rule |= {"max_rank": SIZE_CAP} if size is not None and not asked.max_rank else {}
+    elif not rule and size is None and not auto and not only:
+        raise UsageError(
+            "LT-246", "nothing says how far to compress",
+            expected="--rank, --energy, --error, --sv-ratio, --sv-sum, --sv-min, --size or "
+            "--max-rank", hint="--energy 0.99",
+        )  # fmt: skip
+    return Ranks(rule, auto, only)
+
+
+_RULED = ("energy", "error", "sv_ratio", "sv_sum", "sv_min", "max_rank")
+
+
+def parse_ranks(items: Sequence[str]) -> tuple[tuple[Pattern | None, int], ...]:
+    """``conv=4`` and the like as typed.
+
+    Raises:
+        UsageError: LT-295 no rank, LT-220 no regular expression.
+    """
+    found = []
+    for item in items:
+        part, _, number = item.rpartition("=")
+        if not part or not number.isascii() or not number.isdigit() or len(number) > 4:
+            raise UsageError("LT-295", "--only takes modules and a rank", got=item[:200],
+                             expected="PART=R or REGEX=R, such as conv=4")  # fmt: skip
+        _check({"rank": int(number)})
+        pattern = None if part == KERNELS else typed_pattern(part_regex(part), "--only")
+        found.append((pattern, int(number)))
+    return tuple(found)
+
+
+def _checked_rank(asked: Compress | Extract) -> int | None:
+    """``--rank`` as a number; None where it is ``auto`` or not given."""
+    rank = asked.rank
     if isinstance(rank, float):
         raise UsageError(
             "LT-228", "--rank is a whole number", got=rank, hint=f"--energy {rank} or --rank 8"
         )
     if isinstance(rank, str) and rank != "auto":
         raise UsageError("LT-230", "--rank is a whole number or auto", got=rank)
-    if isinstance(rank, int) and not 1 <= rank <= MAX_RANK:
-        raise UsageError("LT-229", "--rank out of range", expected=f"1 to {MAX_RANK}", got=rank)
-    if max_rank is not None and not 1 <= max_rank <= MAX_RANK:
+    if rank == "auto" and asked.base is None:
         raise UsageError(
-            "LT-231", "--max-rank out of range", expected=f"1 to {MAX_RANK}", got=max_rank
-        )
-    if energy is not None and not (math.isfinite(energy) and 0 < energy <= 1):
-        raise UsageError("LT-232", "--energy is a share", expected="above 0, at most 1", got=energy)
-    if error is not None and not (math.isfinite(error) and 0 <= error < 1):
-        raise UsageError("LT-233", "--error is a share", expected="0 or more, below 1", got=error)
-    is_open = energy is None and error is None and size is None
-    rule = {
-        "rank": rank if isinstance(rank, int) else None,
-        "energy": energy,
-        "error": error,
-        "max_rank": max_rank or (SIZE_CAP if size is not None else None),
-    }
-    return FactorOptions(
-        {k: v for k, v in rule.items() if v is not None},
-        auto=rank == "auto" or (rank is None and is_open),
-        exact=exact,
-        slices=size is not None,
-    )
+            "LT-230", "--rank auto needs the base", got="no --base",
+            hint="--rank auto --base BASE; an adapter alone has --energy 0.99",
+        )  # fmt: skip
+    return None if isinstance(rank, str) else rank
+
+
+def _check(rule: Mapping[str, Any]) -> None:
+    """Refuse numbers that no rule can have."""
+    for code, name in (("LT-229", "rank"), ("LT-231", "max_rank")):
+        value = rule.get(name, 1)
+        if not 1 <= value <= MAX_RANK:
+            raise UsageError(code, f"--{name.replace('_', '-')} out of range",
+                             expected=f"1 to {MAX_RANK}", got=value)  # fmt: skip
+    for name, (code, what, expected, has_zero, has_one) in _SHARES.items():
+        value = rule.get(name, 0.5)
+        inside = 0 < value < 1 or (value == 0 and has_zero) or (value == 1 and has_one)
+        if not inside:
+            raise UsageError(code, what, expected=expected, got=value)
+    if not 1 <= (ratio := rule.get("sv_ratio", 1)) < math.inf:
+        raise UsageError("LT-245", "--sv-ratio out of range", expected="1 or more", got=ratio)
+    if not 0 <= (least := rule.get("sv_min", 0)) < math.inf:
+        raise UsageError("LT-245", "--sv-min out of range", expected="0 or more", got=least)

@@ -57,6 +57,18 @@ RelativeError = Annotated[float | None, Words(
     "Least rank with at most this relative error, per module.", "Input", metavar="E",
     form="share", record=True,
 )]  # fmt: skip
+SvRatio = Annotated[float | None, Words(
+    "Keep singular values of at least the first one over X, per module.", "Input",
+    metavar="X", form="ratio", record=True,
+)]  # fmt: skip
+SvMin = Annotated[float | None, Words(
+    "Keep singular values of X or more.", "Input", metavar="X", form="number", record=True,
+)]  # fmt: skip
+RankOf = Annotated[Sequence[str], Words(
+    "Another rank for a component (te), for kernels beyond 1x1 (conv) or for modules that match, "
+    "in place of --rank and --max-rank; the last counts. Repeatable.", "Input",
+    metavar="PART|REGEX=R", record=True,
+)]  # fmt: skip
 
 
 # --------------------------------------------------------------------------------- groups

@@ -13,12 +13,15 @@ from loratool.options.groups import (
     Place,
     Planned,
     Program,
+    RankOf,
     Read,
     RelativeError,
     Rename,
     Run,
     Shown,
     Size,
+    SvMin,
+    SvRatio,
     Watch,
     Workers,
     Write,
@@ -46,13 +49,16 @@ class Compress(Write, Shown, Crew, Watch, Planned, Access, Read, kw_only=False):
         "Whole weights file at most, such as 20MB, spent where it counts.", "Input",
         metavar="SIZE", record=True,
     )] = None  # fmt: skip
-    sv_ratio: Annotated[float | None, Words(
-        "Keep singular values of at least the first one over X, per module.", "Input",
-        metavar="X", form="ratio", record=True,
+    sv_ratio: SvRatio = None
+    sv_sum: Annotated[float | None, Words(
+        "Least rank that keeps this share of the sum of singular values, per module.", "Input",
+        metavar="S", form="share", record=True,
     )] = None  # fmt: skip
+    sv_min: SvMin = None
     max_rank: Annotated[int | None, Words(
         "Cap. The least of all criteria wins.", "Input", metavar="R", form="whole", record=True,
     )] = None  # fmt: skip
+    only: RankOf = ()
     output: Annotated[Place, Words(
         "Folder to create; for many adapters the folder of theirs.", "Output",
         flags="-o, --output", metavar="OUT",
@@ -92,10 +98,13 @@ class Extract(Write, Shown, Run, Planned, Access, Details, kw_only=False):
         "Whole weights file at most, such as 50MB, spent where it counts.", "Input",
         metavar="SIZE", record=True,
     )] = None  # fmt: skip
+    sv_ratio: SvRatio = None
+    sv_min: SvMin = None
     max_rank: Annotated[int | None, Words(
         "Cap; 256 for auto and --size by default. The least criterion wins.", "Input",
         metavar="R", form="whole", record=True,
     )] = None  # fmt: skip
+    only: RankOf = ()
     keep: Annotated[Sequence[str], Words(
         "Store these whole; none = not even biases and norms. Repeatable.", "Input",
         metavar="embeddings|all|none|REGEX", record=True,

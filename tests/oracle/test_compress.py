@@ -163,7 +163,9 @@ def constructed() -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     [{"rank": k} for k in (1, 4, 8, 12, 15)]
     + [{"energy": e} for e in (0.5, 0.99, 0.999999, 1.0)]
     + [{"error": e} for e in (0.5, 0.01, 0.0)]
-    + [{"sv_ratio": x} for x in (2.0, 4.0, 1e4)],
+    + [{"sv_ratio": x} for x in (2.0, 4.0, 1e4)]
+    + [{"sv_sum": s} for s in (0.5, 0.9, 1.0)]
+    + [{"sv_min": x} for x in (0.02, 1.0)],
 )
 def test_constructed_before_rounding(criterion: dict[str, float], tmp_path: Path) -> None:
     before = write(tmp_path / "in", constructed())
@@ -179,10 +181,15 @@ def test_constructed_before_rounding(criterion: dict[str, float], tmp_path: Path
         energy, error = criterion.get("energy"), criterion.get("error")
         assert energy is None or module.captured_energy >= energy * (1 - 1e-12)
         assert error is None or module.relative_error <= error + 1e-12
+        sigma = torch.linalg.svdvals(dense(before)[module.name])
+        real = sigma[sigma > 1e-14 * sigma[0]]
         if "sv_ratio" in criterion and module.rank:
-            sigma = torch.linalg.svdvals(dense(before)[module.name])
-            real = sigma[sigma > 1e-14 * sigma[0]]
             assert module.rank == int((real >= sigma[0] / criterion["sv_ratio"] * (1 - 1e-9)).sum())
+        if "sv_min" in criterion:
+            assert module.rank == int((real >= criterion["sv_min"] * (1 - 1e-9)).sum())
+        if "sv_sum" in criterion and module.rank:
+            sums = real.cumsum(0) / real.sum()
+            assert module.rank == int((sums < criterion["sv_sum"] - 1e-9).sum()) + 1
 
 
 def test_ties_at_their_own_ratio() -> None:

@@ -151,6 +151,8 @@ def test_error_is_the_optimum_for_every_module(tmp_path: Path) -> None:
     [({"energy": 0.8}, lambda s: int((s.square().cumsum(0) < 0.8 * s.square().sum()).sum()) + 1),
      ({"error": 0.5}, lambda s: int((s.square().flip(0).cumsum(0).flip(0)
                                      > 0.25 * s.square().sum()).sum())),
+     ({"sv_ratio": 8}, lambda s: int((s >= s[0] / 8).sum())),
+     ({"sv_min": 0.004}, lambda s: int((s >= 0.004).sum())),
      ({"rank": 9, "energy": 0.999}, lambda s: 9), ({"energy": 0.999, "max_rank": 7}, lambda s: 7)],
 )  # fmt: skip
 def test_criteria_mean_what_they_say(criterion: dict[str, Any], limit: Any, tmp_path: Path) -> None:

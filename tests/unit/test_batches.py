@@ -17,6 +17,7 @@ from loratool.linalg import fit
 from loratool.linalg.lanczos import block_lanczos
 from loratool.linalg.rank import RankRule
 from loratool.ops.extract import FactorOptions, group_steps, plan_extract
+from loratool.ops.rank_options import Ranks
 from loratool.plan import Step, TensorSpec
 from loratool.store.checkpoint import open_checkpoint
 from loratool.store.reader import FileReader
@@ -69,7 +70,7 @@ def pair_of(folder: Path, layers: int) -> tuple[Path, Path]:
 def test_bytes_are_the_same_in_any_company(tmp_path: Path, options: dict[str, object]) -> None:
     """Batches of eight slots with one, two and five modules in them."""
     base, tuned = (open_checkpoint(p) for p in pair_of(tmp_path, 5))
-    how = FactorOptions(**options)  # type: ignore[arg-type]
+    how = FactorOptions(Ranks(**options))  # type: ignore[arg-type]
     seen: dict[str, set[bytes]] = {}
     for layers in ("[4]", "[34]", "."):
         plan = plan_extract(tuned, base, how=how, include=[f"layers.{layers}"]).plan

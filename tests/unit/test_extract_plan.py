@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from loratool.ops.extract import FactorOptions, group_steps, plan_extract
+from loratool.ops.rank_options import Ranks
 from loratool.store.checkpoint import open_checkpoint
 from tests.oracle.test_extract_ranks import bf16_pair
 
@@ -18,7 +19,7 @@ def test_batched_factors_are_as_good(tmp_path: Path, options: dict[str, object])
     from loratool.store.reader import FileReader
 
     base, tuned = bf16_pair(tmp_path)
-    how = FactorOptions(**options)  # type: ignore[arg-type]
+    how = FactorOptions(Ranks(**options))  # type: ignore[arg-type]
     plan = plan_extract(open_checkpoint(tuned), open_checkpoint(base), how=how).plan
     grouped, positions = group_steps(plan, 1 << 30)
     assert sorted(i for g in positions for i in g) == list(range(len(plan.steps)))

@@ -41,11 +41,11 @@ S = _sigma(3, 1, 1, 1, 0)  # Σσ² = 12, Σσ = 6
         (RankRule(sv_ratio=3.0), 4),  # ties with the threshold are kept
         (RankRule(sv_ratio=2.9999999), 1),
         (RankRule(sv_ratio=1.0), 1),
-        (RankRule(cumulative=0.5), 1),
-        (RankRule(cumulative=0.5000001), 2),
-        (RankRule(cumulative=1.0), 4),
-        (RankRule(absolute=1.0), 4),
-        (RankRule(absolute=1.0000001), 1),
+        (RankRule(sv_sum=0.5), 1),
+        (RankRule(sv_sum=0.5000001), 2),
+        (RankRule(sv_sum=1.0), 4),
+        (RankRule(sv_min=1.0), 4),
+        (RankRule(sv_min=1.0000001), 1),
         (RankRule(base_ratio=0.1), 4),  # base norm 10
         (RankRule(base_ratio=0.31), 0),
         (RankRule(energy=0.9, max_rank=1), 1),
@@ -64,7 +64,7 @@ def test_thresholds_survive_rounding() -> None:
         assert choose_rank(sigma, RankRule(energy=0.9)) == 1
         assert choose_rank(sigma, RankRule(error=math.sqrt(0.1))) == 1
         assert choose_rank(sigma, RankRule(sv_ratio=3)) == 2
-        assert choose_rank(sigma, RankRule(cumulative=0.75)) == 1
+        assert choose_rank(sigma, RankRule(sv_sum=0.75)) == 1
 
 
 def test_rounding_of_zeros_is_no_rank() -> None:
