@@ -63,7 +63,8 @@ def place_outputs(names: Sequence[str], output: str | Path, dialects: Sequence[s
         raise UsageError("LT-227", "several adapters go into a folder",
                          expected="a folder for -o", got=str(output))  # fmt: skip
     ends = ["" if is_folder(d) else home_of(d).suffixes[0] for d in dialects]
-    twice = [name for name, count in Counter(names).items() if count > 1]
+    found = Counter(name.casefold() for name in names)  # many disks tell no a from A
+    twice = [name for name in dict.fromkeys(names) if found[name.casefold()] > 1]
     if twice:
         raise UsageError(
             "LT-247", "two adapters have the same name", key=list_some(twice),

@@ -143,11 +143,7 @@ def check_space(folder: Path, need: int) -> None:
     Raises:
         DiskError: fewer bytes are free than 1.02 times the need.
     """
-    if not hasattr(os, "statvfs"):
-        return
-    found = os.statvfs(folder)
-    free = found.f_bavail * found.f_frsize
-    need = need * 51 // 50
+    free, need = _free_bytes(folder), need * 51 // 50
     if free < need:
         raise DiskError(
             "LT-610",
@@ -157,6 +153,15 @@ def check_space(folder: Path, need: int) -> None:
             got=f"{free:,} bytes free",
             hint=f"free {(need - free) / 1e6:,.1f} MB, or choose an -o on another disk",
         )
+
+
+def _free_bytes(folder: Path) -> int:
+    if hasattr(os, "statvfs"):
+        found = os.statvfs(folder)
+        return found.f_bavail * found.f_frsize
+    from shutil import disk_usage
+
+    return disk_usage(folder).free
 
 
 @contextmanager

@@ -157,8 +157,10 @@ def is_plain_name(name: str) -> bool:
         parts = os.fsencode(name).split(b"/")
     except UnicodeEncodeError:  # half of a surrogate pair that stands for no byte
         return False
+    bad = "\0" if os.sep == "/" else "\0\\:"  # Windows: another way down, and another disk
     longest = max(map(len, parts))
-    return "\0" not in name and longest <= NAME_MAX and not {b"", b".", b".."} & set(parts)
+    is_inside = not {b"", b".", b".."} & set(parts)
+    return is_inside and longest <= NAME_MAX and not set(bad) & set(name)
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

@@ -38,7 +38,7 @@ def is_mount(path: Path) -> bool:
     """True for a folder on which something is mounted: it can be filled but not renamed."""
     if path.is_symlink() or not path.is_dir():
         return False
-    return path.is_mount() or os.fsencode(os.path.realpath(path)) in _mounts()
+    return os.path.ismount(path) or os.fsencode(os.path.realpath(path)) in _mounts()
 
 
 def _mounts() -> list[bytes]:

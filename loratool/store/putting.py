@@ -5,6 +5,7 @@ A folder or a file that lies there already goes only if it is still what was fou
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -53,6 +54,8 @@ def put_folder(made: Path, path: Path, replaces: Proof | None) -> Path | None:
     """
     _check_still_free(path, replaces, is_folder=True)
     if replaces is None or not path.exists():
+        if os.name != "posix":  # a rename there replaces not even an empty folder
+            remove_empty(path)
         made.rename(path)
         sync_folder(path.parent)
         return None

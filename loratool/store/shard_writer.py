@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import threading
 from io import FileIO
 from pathlib import Path
 
@@ -42,6 +43,9 @@ class BlockWriter:
         self.path = path
         self.sums = PieceSums()
         self._plain = plain_io()
+        self._seeking = (
+            threading.Lock()
+        )  # the place of the next write is the file's, not a thread's
         self._fd = self._direct = -1
         self._direct_works = True
 
@@ -92,9 +96,10 @@ class BlockWriter:
     def _write_all(self, data: memoryview, offset: int) -> None:
         done = 0
         while done < len(data):
-            if hasattr(os, "pwrite"):
+            if not self._plain:
                 done += progress(os.pwrite(self._fd, data[done:], offset + done))
-            else:  # one writer thread on such systems: see engine.run
+                continue
+            with self._seeking:
                 os.lseek(self._fd, offset + done, os.SEEK_SET)
                 done += progress(os.write(self._fd, data[done:]))
 

@@ -279,10 +279,12 @@ def test_many_adapters_keep_their_names(tmp_path: Path) -> None:
         for file in (WEIGHTS, "adapter_config.json", "loratool.json"):
             one, many = tmp_path / name / file, tmp_path / "all" / name / file
             assert one.read_bytes() == many.read_bytes()
-    with pytest.raises(LoratoolError) as caught:
-        lt.rescale([str(LLM / "lora_linear"), f"{tmp_path}/all/lora_linear"], 2,
-                   output=f"{tmp_path}/new/")  # fmt: skip
-    assert caught.value.code == "LT-247" and not (tmp_path / "new").exists()
+    # One of them would take the other's place on a disk that does not tell Z from z.
+    (tmp_path / "all/lora_linear").rename(tmp_path / "LORA_linear")
+    for twin in (LLM / "lora_linear", tmp_path / "LORA_linear"):
+        with pytest.raises(LoratoolError) as caught:
+            lt.rescale([str(LLM / "lora_linear"), str(twin)], 2, output=f"{tmp_path}/new/")
+        assert caught.value.code == "LT-247" and not (tmp_path / "new").exists()
 
 
 def test_a_batch_with_a_bad_one_writes_nothing(tmp_path: Path) -> None:
