@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from loratool.adapter import Adapter
 from loratool.api.access import parse_size
 from loratool.api.beside import with_whole_biases
-from loratool.api.common import Limits, Resources, content_label, plan_resources
+from loratool.api.common import Limits, Resources, content_label, parse_dtype, plan_resources
 from loratool.api.compress_ranks import choose_ranks
 from loratool.api.compress_report import CompressJob, Made, compressed, planned
 from loratool.api.detach import Detached, detach
@@ -69,7 +69,7 @@ def _run(asked: Compress) -> CompressReport:
     given = asked.adapters
     texts = [str(a) for a in ([given] if isinstance(given, (str, Path)) else given)]
     with session.outputs(len(texts)) as session:
-        session, jobs = _open(session, texts, asked.base)
+        session, jobs = _open(session, texts, asked.base, parse_dtype(asked.dtype))
         if asked.base is not None and ranks.auto:
             jobs = _cap_all(session, jobs, asked.base)
         session.make_folder(len(jobs))
@@ -132,7 +132,7 @@ class _Cut(Frozen):
 
 
 def _open(
-    session: Session, texts: Sequence[str], base: str | Path | None
+    session: Session, texts: Sequence[str], base: str | Path | None, dtype: str | None
 ) -> tuple[Session, list[CompressJob]]:
     """Open every input and check every output before any work is done."""
     found = session.in_its_order(session.open(texts, base))
@@ -154,6 +154,7 @@ def _open(
             plain, one_rank=session.of_peft is not None, original=one.adapter,
             turned=frozenset() if detached is None else detached.plan.turned,
             base_config=None if detached is None else detached.base.checkpoint.config,
+            dtype=dtype,
         )  # fmt: skip
         jobs.append(CompressJob(one, plan, detached, base=_recorded_base(session.base)))
     return session, jobs
@@ -240,7 +241,8 @@ def _compress(job: CompressJob, cut: _Cut) -> Made:
     if job.detached is not None:
         adapter = job.detached.attach(adapter, cut.session.limits)
     files = plan.files(adapter)
-    if file_bytes(files) >= file_bytes(original):  # block-diagonal factors, written out
+    is_larger = file_bytes(files) >= file_bytes(original)  # block-diagonal factors, written out
+    if is_larger and plan.dtype is None:
         return Made(original, _copied(plan, results), job.source, [], True)
     return Made(files, results, adapter, dropped, False)
 

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from loratool.adapter import Adapter
 from loratool.api.access import access_of, parse_size
-from loratool.api.common import Limits, Resources, plan_resources, run_id
+from loratool.api.common import Limits, Resources, parse_dtype, plan_resources, run_id
 from loratool.api.extract_assembly import Assembly, refuse_lost
-from loratool.api.extract_report import planned_report, written_report
+from loratool.api.extract_report import planned_report, wide_factors, written_report
 from loratool.api.loading import Goal, plan_translation, without_misfits
 from loratool.api.page import check_page, with_page
 from loratool.api.session import base_row, run_plan
@@ -111,7 +111,8 @@ def _extract(asked: Extract) -> ExtractReport:
         replace(job.plan, notes=notes), made.outcomes, written, job.tuned,
         job.base, job.target, job.criteria, resources, size, residual, time.monotonic() - started,
     )  # fmt: skip
-    return replace(report, holds_whole=job.row.holds_whole)
+    wide = () if asked.dtype != "float16" else wide_factors(written)
+    return replace(report, holds_whole=job.row.holds_whole, warnings=(*report.warnings, *wide))
 
 
 class _Job(Frozen):
@@ -228,7 +229,8 @@ def _recorded(asked: Extract, job: _Job, resources: Resources) -> tuple[_Job, di
 
 def _assembly(asked: Extract, job: _Job, record: Mapping[str, Any]) -> Assembly:
     return Assembly(job.plan, job.keep, job.base, job.tuned.checkpoint, job.program, job.loader,
-                    job.row, Limits.of(asked), job.criteria["size"], record)  # fmt: skip
+                    job.row, Limits.of(asked), job.criteria["size"], record,
+                    parse_dtype(asked.dtype))  # fmt: skip
 
 
 def _save_residual(

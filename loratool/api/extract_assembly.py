@@ -50,6 +50,7 @@ class Assembly(Frozen):
         program: that it is for; None = any.
         loader: the same if it takes files as its loader reads them.
         record: provenance, which a single file holds itself.
+        dtype: safetensors name of the factors' type; None = float32.
     """
 
     plan: ExtractPlan
@@ -62,6 +63,7 @@ class Assembly(Frozen):
     limits: Limits
     size: int | None
     record: Mapping[str, Any]
+    dtype: str | None = None
 
     def build(self, results: list[Any]) -> Made:
         """The adapter of some results."""
@@ -121,13 +123,23 @@ class Assembly(Frozen):
 
     def build_within(self, results: list[Any]) -> Made:
         """The same within a number of bytes; zeros that fill up ranks count too."""
-        made, limit = self.build(results), self.size
+        stored = self._stored(results)
+        made, limit = self.build(stored), self.size
         whole, budget = made, limit or 0
         while limit is not None and file_bytes(made.files) > limit:
-            one_rank = self._of_peft is not None
-            made = self.build(_spend(self.plan, results, whole, budget, one_rank))
+            ranks = _affordable(self.plan, stored, whole, budget, self._of_peft is not None)
+            made = self.build(self._stored(_cut(self.plan, results, ranks)))
             budget -= max(0, file_bytes(made.files) - limit)
         return made
+
+    def _stored(self, results: list[Any]) -> list[Any]:
+        """Results with their factors in the type that was asked for."""
+        if self.dtype in (None, "F32"):
+            return results
+        from loratool.engine.slicing import stored_as
+
+        steps = zip(results, self.plan.plan.steps, strict=True)
+        return [r if r.factors is None else stored_as(r, args_of(s), self.dtype) for r, s in steps]
 
 
 def refuse_lost(
@@ -177,11 +189,11 @@ def with_config(files: AdapterFiles, **more: Any) -> AdapterFiles:
     return replace(files, json_files=changed)
 
 
-def _spend(
+def _affordable(
     plan: ExtractPlan, results: list[Any], made: Made, limit: int, one_rank: bool
-) -> list[Any]:
-    """Cut every module to what a size budget leaves it; ``made`` holds them uncut."""
-    from loratool.engine.slicing import cut, spend
+) -> dict[int, int]:
+    """Step -> the rank that a size budget leaves its module; ``made`` holds them uncut."""
+    from loratool.engine.slicing import spend
 
     groups = [[i for i in g if results[i].factors] for g in rank_groups(plan)]
     groups = [g for g in groups if g]
@@ -196,11 +208,15 @@ def _spend(
             "LT-234", "--size is less than what is stored whole", expected=f"{least} bytes or more",
             got=limit, hint="a larger --size, or --keep none",
         )  # fmt: skip
-    out = list(results)
-    for group, rank in zip(groups, ranks, strict=True):
-        for i in group:
-            out[i] = cut(results[i], args_of(plan.plan.steps[i]), rank)
-    return out
+    return {i: rank for group, rank in zip(groups, ranks, strict=True) for i in group}
+
+
+def _cut(plan: ExtractPlan, results: list[Any], ranks: Mapping[int, int]) -> list[Any]:
+    """Results at these ranks."""
+    from loratool.engine.slicing import cut
+
+    steps = plan.plan.steps
+    return [cut(r, args_of(steps[i]), ranks[i]) if i in ranks else r for i, r in enumerate(results)]
 
 
 def _shares(

@@ -11,8 +11,11 @@ from loratool.adapter import Adapter
 from loratool.api.common import Resources
 from loratool.archs.heads import is_other_head
 from loratool.bind.bindings import options_needed
+from loratool.delta.forms import storage_types
 from loratool.dialects.programs import judge_loads
+from loratool.dtypes import widest
 from loratool.errors import list_some
+from loratool.ops.adapter_summary import dtype_word
 from loratool.ops.assemble import Outcome
 from loratool.ops.extract import ExtractPlan
 from loratool.ops.extract_pairs import Pair
@@ -45,9 +48,8 @@ def written_report(
     cast = math.fsum(o.found.cast_square for o in factored if o.found)
     delta = math.fsum(o.delta_square for o in outcomes)
     left = math.fsum(o.residual_square for o in outcomes)
-    factors = sum(
-        s.nbytes for spec in (adapter.specs if adapter else ()) for s in spec.fields.values()
-    )
+    stored = [s for spec in (adapter.specs if adapter else ()) for s in spec.fields.values()]
+    factors = sum(s.nbytes for s in stored if s.dtype == "F32")
     return ExtractReport(
         output=str(target),
         tuned=tuned.resolved.label,
@@ -73,6 +75,7 @@ def written_report(
         float16_relative_error=math.sqrt(share(low_residual + cast, low_delta)),
         float16_bytes=output_bytes - factors // 2,
         output_bytes=output_bytes,
+        dtype=dtype_word(widest([s.dtype for s in stored])) if stored else "float32",
         device=resources.device,
         device_reason=resources.reason,
         peak_memory_bytes=resources.memory.peak_bytes,
@@ -85,6 +88,12 @@ def written_report(
         notes=plan.notes,
         dry_run=False,
     )  # fmt: skip
+
+
+def wide_factors(adapter: Adapter) -> tuple[str, ...]:
+    """A warning about modules of an adapter in float16 that are stored as float32."""
+    names = [s.name for s in adapter.specs if "F32" in storage_types(s)]
+    return (f"float16 cannot hold {list_some(names, 3)}: float32",) if names else ()
 
 
 def _foreign(kept: Iterable[Pair]) -> tuple[str, ...]:

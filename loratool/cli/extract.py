@@ -111,9 +111,10 @@ def render(
     if report.dry_run:
         yield voice.dry_run()
         return
-    yield line("wrote", f"{safe(report.output)} · {format_bytes(report.output_bytes)} float32",
+    size = f"{format_bytes(report.output_bytes)} {report.dtype}"
+    yield line("wrote", f"{safe(report.output)} · {size}",
                format_seconds(report.seconds), tone="good")  # fmt: skip
-    if report.modules:
+    if report.modules and report.dtype == "float32":
         here, there = (f"{e:.4g}" for e in (report.relative_error, report.float16_relative_error))
         error = f"relative error {there} instead of {here}" if here != there else "as exact"
         yield line("float16", f"would be {format_bytes(report.float16_bytes)}, {error}", tone="dim")

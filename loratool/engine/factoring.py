@@ -178,14 +178,16 @@ def _seed(name: str) -> int:
 
 
 def as_stored(
-    lora_A: torch.Tensor, lora_B: torch.Tensor, args: SubtractAndFactorArgs, name: str
-) -> tuple[TensorData, TensorData]:
+    lora_A: torch.Tensor, lora_B: torch.Tensor, args: SubtractAndFactorArgs, name: str,
+    dtype: str = "F32",
+) -> tuple[TensorData, TensorData]:  # fmt: skip
     """Stacked factors (E, r, in), (E, out, r) in the shapes and packing that PEFT stores."""
     left, right = packed(lora_B, lora_A, experts=args.experts, kernel=args.kernel)
     made = [
-        TensorData(f"{name} factor", "F32", tuple(t.shape), to_bytes(_alone(t)))
+        TensorData(f"{name} factor", dtype, tuple(t.shape),
+                   to_bytes(_alone(t.to(TORCH_DTYPES[dtype]))))
         for t in (right, left)
-    ]
+    ]  # fmt: skip
     return made[0], made[1]
 
 

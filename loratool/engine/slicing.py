@@ -8,9 +8,10 @@ import torch
 
 from loratool.adapter import TensorData
 from loratool.delta.lowrank import unpacked
-from loratool.engine.buffers import from_bytes
+from loratool.engine.buffers import TORCH_DTYPES, from_bytes
 from loratool.engine.difference import DifferenceResult
 from loratool.engine.factoring import as_stored
+from loratool.engine.factors import overflows
 from loratool.engine.step_args import SubtractAndFactorArgs
 from loratool.frozen import replace
 from loratool.linalg.fit import cast_square
@@ -71,6 +72,30 @@ def cut(result: DifferenceResult, args: SubtractAndFactorArgs, rank: int) -> Dif
         spectrum=result.spectrum[:rank],
         factors=as_stored(lora_A, lora_B, args, result.name),
     )
+
+
+def stored_as(
+    result: DifferenceResult, args: SubtractAndFactorArgs, dtype: str
+) -> DifferenceResult:
+    """A module's result with factors of another type, and with what rounding them moves.
+
+    Args:
+        result: with float32 factors; they stay where the type cannot hold them.
+        args: of its step.
+        dtype: safetensors name.
+    """
+    if result.factors is None:
+        return result
+    lora_A, lora_B = _unpack(result.factors, args)
+    if overflows(lora_A, dtype) or overflows(lora_B, dtype):
+        return result
+    target = TORCH_DTYPES[dtype]
+    moved = sum(float(cast_square(B, A, target)) for B, A in zip(lora_B, lora_A, strict=True))
+    return replace(
+        result, cast_square=0.0,
+        residual_squares=(result.residual_squares[-1] + moved / args.gain**2,),
+        factors=as_stored(lora_A, lora_B, args, result.name, dtype),
+    )  # fmt: skip
 
 
 def _unpack(

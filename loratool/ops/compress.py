@@ -60,6 +60,7 @@ class CompressPlan(Frozen):
         anew: names of specs that no file holds as they are: always written anew.
         turned: names of specs that will be DoRA again: rank 1 at least, and a length per row.
         base_config: of the base, where the adapter's dialect asks what it says.
+        dtype: that was asked for, of all factors.
         record: provenance of the result.
     """
 
@@ -73,6 +74,7 @@ class CompressPlan(Frozen):
     anew: frozenset[str] = frozenset()
     turned: frozenset[str] = frozenset()
     base_config: Mapping[str, Any] | None = None
+    dtype: str | None = None
     record: Mapping[str, Any] = field(default_factory=dict)
 
     def files(self, adapter: Adapter) -> AdapterFiles:
@@ -109,6 +111,7 @@ class CompressPlan(Frozen):
             dtype=self.dtypes[index], gain=gain, bias=self.bias_of(spec),
             must_rewrite=not (spec.is_pair or has_core(spec)) or spec.blocks is not None
             or spec.name in self.anew or self._is_uneven(spec)
+            or (self.dtype is not None and storage_types(spec) != {self.dtype})
             or home_of(self.adapter.dialect).is_even,
         )  # fmt: skip
 
@@ -136,6 +139,7 @@ def plan_compress(
     original: Adapter | None = None,
     turned: frozenset[str] = frozenset(),
     base_config: Mapping[str, Any] | None = None,
+    dtype: str | None = None,
 ) -> CompressPlan:
     """Look at what is in an adapter and refuse what truncation would get wrong.
 
@@ -145,6 +149,7 @@ def plan_compress(
         original: what it was before the base was taken out of its changes.
         turned: names of specs that will be DoRA again.
         base_config: of the base that was taken out.
+        dtype: safetensors name of the factors' type; None = that of the old ones.
 
     Raises:
         MismatchError: LT-449 DoRA, LT-497 a delta on a changed base, LT-498 anything else that
@@ -165,13 +170,14 @@ def plan_compress(
         adapter,
         specs,
         tuple(groups or _groups(specs, _never_dropped(specs, biases, turned), joined, tied)),
-        tuple(_storage_dtype(stored[s.name]) for s in specs),
+        tuple(dtype or _storage_dtype(stored[s.name]) for s in specs),
         tuple(known.get(s.name, 1.0) for s in specs),
         joined,
         biases,
         frozenset(s.name for s in specs if s.reach != "all" == stored[s.name].reach),
         turned,
         base_config if home_of(adapter.dialect).asks_config else None,
+        dtype,
     )
 
 

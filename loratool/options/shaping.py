@@ -8,6 +8,7 @@ from loratool.options.groups import (
     Crew,
     Energy,
     FactorType,
+    FloatType,
     Include,
     Into,
     Place,
@@ -63,6 +64,7 @@ class Compress(Write, Shown, Crew, Watch, Planned, Access, Read, kw_only=False):
         "Folder to create; for many adapters the folder of theirs.", "Output",
         flags="-o, --output", metavar="OUT",
     )]  # fmt: skip
+    dtype: FactorType = "auto"
     to: Into = None
     program: Program = None
 
@@ -118,6 +120,9 @@ class Extract(Write, Shown, Run, Planned, Access, Details, kw_only=False):
         "Folder to create (PEFT), or the file of another dialect, here or as s3://bucket/folder.",
         "Output", flags="-o, --output", metavar="OUT",
     )]  # fmt: skip
+    dtype: Annotated[FloatType, Words(
+        "Of the factors. Default: float32.", "Output", record=True,
+    )] = "auto"  # fmt: skip
     to: Into = None
     save_residual: Annotated[Place | None, Words(
         "What merge --residual needs to give TUNED back, bit for bit.", "Output", metavar="FILE",

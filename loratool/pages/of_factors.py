@@ -27,8 +27,9 @@ def page_of_extract(report: ExtractReport) -> Page:
         ("unchanged", [plural(report.identical, "tensor")] if report.identical else []),
         ("absent", [some(report.absent)] if report.absent else []),
         ("buffers", [some(report.buffers)] if report.buffers else []),
-        ("float16", [] if report.dry_run else [f"would be {format_bytes(report.float16_bytes)}",
-                     f"relative error {report.float16_relative_error:.4g}"]),
+        ("float16", [] if report.dry_run or report.dtype != "float32" else [
+            f"would be {format_bytes(report.float16_bytes)}",
+            f"relative error {report.float16_relative_error:.4g}"]),
         ("residual", [] if report.residual is None else [
             format_bytes(report.residual.nbytes), f"{report.residual.elements:,} elements of "
             f"{plural(report.residual.patched, 'tensor')}"]),

@@ -117,6 +117,7 @@ class ExtractReport(Report):
         captured_energy: over all factored modules.
         relative_error: over all factored modules, as written.
         total_relative_error: over all tensors that changed.
+        dtype: of the factors, the widest.
         float16_relative_error: ``relative_error`` if the factors were stored as float16.
         float16_bytes: size of the tensor file then.
         holds_whole: the adapter's dialect has a place for whole tensors (``keep``).
@@ -155,6 +156,7 @@ class ExtractReport(Report):
     merge_options: tuple[str, ...] = ()
     asked: Mapping[str, Any] = field(default_factory=dict)
     dropped: tuple[tuple[str, float], ...] = ()
+    dtype: str = "float32"
     float16_relative_error: float = 0.0
     float16_bytes: int = 0
     holds_whole: bool = True
