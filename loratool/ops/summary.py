@@ -179,6 +179,7 @@ def _adapter_tensors(adapter: Adapter) -> list[TensorRow]:
     sources = [
         *(f for spec in adapter.specs for f in spec.fields.values()),
         *(r.source for r in adapter.replacements),
+        *adapter.carried,
         *adapter.unclaimed,
     ]
     rows = {s.name: TensorRow(s.name, dtype_word(s.dtype), s.shape, s.nbytes) for s in sources}

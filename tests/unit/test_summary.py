@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 
 import pytest
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from loratool.adapter import Adapter, DeltaSpec, Replacement, TensorRef
@@ -182,6 +183,17 @@ def test_adapter_folder(folder: Path) -> None:
     assert len(found.tensors) == 4 and sum(t.nbytes for t in found.tensors) == found.adapter.nbytes
     assert found.next is not None and found.next.startswith("loratool merge ")
     json.dumps(found.to_json(), allow_nan=False)
+
+
+def test_every_tensor_of_a_file_is_listed() -> None:
+    """Alphas, shapes and what is passed on too, in the file's order."""
+    files = sorted((Path(__file__).parents[1] / "data").glob("*/*/adapter*.safetensors"))
+    assert len(files) > 60
+    for path in files:
+        with safe_open(path, "np") as file:
+            names = set(file.keys())
+        found = [row.name for row in summarize(path, tensors=True).tensors]
+        assert set(found) == names and len(found) == len(names), path
 
 
 def test_a_hostile_base_name_is_not_offered_as_a_command(tmp_path: Path) -> None:
