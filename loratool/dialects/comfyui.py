@@ -1,7 +1,8 @@
 """ComfyUI's generic names: ``diffusion_model.<module as in the original code>``, dotted.
 
 Any program that keeps the names of the checkpoint writes these: ai-toolkit, musubi's ``--target
-other``, diffusion-pipe, LightX2V, DiffSynth.
+other``, diffusion-pipe, LightX2V, DiffSynth.  New files have the names of ComfyUI's own model where
+that calls a module otherwise than the original's.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ TABLE_OF_IT = replace(
     header=Header(read_alpha, without),
     grows="reshape_weight",
     lone="lora_A",
-    naming="original",
+    naming="comfyui",
     bare=True,
 )  # fmt: skip
 

@@ -86,8 +86,7 @@ def naming_in(family: str, wanted: str) -> str:
     Text encoders go by the names of transformers in adapters of every program.
     """
     known = families()[family]
-    is_written = wanted == "written" or (wanted == "original" and is_text(known.component))
-    return known.flat if is_written else wanted
+    return known.flat if wanted == "written" or is_text(known.component) else wanted
 
 
 def _keeps(place: Place, naming: str) -> bool:

@@ -38,8 +38,9 @@ def in_dialect(adapter: Adapter, row: Dialect, remake: stacking.Remake) -> Adapt
             file=adapter.path, key=list_some(unknown, 3),
             hint="give the base model, --base BASE: its tensors name them",
         )  # fmt: skip
-    specs = tuple(one.spec for one in renamed(located, table, remake))
-    replaced = tuple(_replaced(r, table) for r in adapter.replacements)
+    moved = renamed(located, table, remake)
+    specs, family = tuple(one.spec for one in moved), _main(moved)
+    replaced = tuple(_replaced(r, table, family) for r in adapter.replacements)
     is_same = adapter.is_flat == table.is_flat and adapter.dialect == row.name
     if is_same and (specs, replaced) == (adapter.specs, adapter.replacements):
         return adapter
@@ -58,16 +59,20 @@ def renamed(located: Sequence[Located], table: Table, remake: stacking.Remake) -
         MismatchError: of `rename`.
     """
     moved = rename(located, lambda family: naming_in(family, table.naming), remake)
-    family = next((m.family for m in moved if m.family and not is_text(m.component)), "")
+    family = _main(moved)
     return [replace(m, spec=_under(m, family, table)) for m in moved]
+
+
+def _main(moved: Sequence[Moved]) -> str:
+    """The family of the model itself, "" = unknown."""
+    return next((m.family for m in moved if m.family and not is_text(m.component)), "")
 
 
 def addressed(one: Located, table: Table) -> DeltaSpec:
     """A change with the parameter that a dialect's names have for it; its module may be another."""
     spec, place = one.spec, one.place
     if place is not None and place.is_tensor:
-        naming = naming_in(place.family, table.naming)
-        names = place.names(naming if naming in place.namings else "original")
+        names = place.names(place.called(naming_in(place.family, table.naming), 0, 0))
         module, _, parameter = names[0].rpartition(".")
         spec = replace(spec, module=module, parameter=parameter)
     return table.addressed(spec)
@@ -80,12 +85,19 @@ def _under(moved: Moved, family: str, table: Table) -> DeltaSpec:
     return replace(spec, module=".".join(filter(None, (slot, module))))
 
 
-def _replaced(one: Replacement, table: Table) -> Replacement:
-    """A whole tensor under the name that the dialect's programs know."""
+def _replaced(one: Replacement, table: Table, main: str) -> Replacement:
+    """A whole tensor under the name that the dialect's programs know.
+
+    Args:
+        one: of the adapter.
+        table: of the dialect.
+        main: family of the adapter's model, "" = unknown.
+    """
     component, name = split_component(one.name)
     module, _, parameter = name.rpartition(".")
-    found = [p for p in places(component, module, parameter) if not p.is_part]
-    names = {p.tensors(naming_in(p.family, table.naming)) for p in found}
+    found = [p for p in places(component, module, parameter, main or None) if not p.is_part]
+    names = {p.tensors(p.called(naming_in(p.family, table.naming), 0, 0)) for p in found}
     if len(names) != 1 or len(only := names.pop()) != 1:
         return one
-    return replace(one, name=only[0])
+    slot = slot_of(table, component, found[0].family, main)
+    return replace(one, name=".".join(filter(None, (slot, only[0]))))

@@ -272,8 +272,8 @@ def test_hunyuanvideo_trained_in_parts_becomes_what_comfyui_loads(tmp_path: Path
     made = load_file(str(out))
     rows = [product(tensors, f"{block}_attn_{x}") for x in "qkv"]
     stem = "diffusion_model.double_blocks.0.img"
-    assert near(product(made, f"{stem}_attn_qkv"), np.concatenate(rows))
-    assert near(product(made, f"{stem}_mlp.fc1"), product(tensors, f"{block}_mlp_fc1"))
+    assert near(product(made, f"{stem}_attn.qkv"), np.concatenate(rows))
+    assert near(product(made, f"{stem}_mlp.0"), product(tensors, f"{block}_mlp_fc1"))
 
 
 @pytest.mark.parametrize("naming", ["original", "diffusers"])

@@ -116,7 +116,7 @@ ideogram |= pair("diffusion_model.layers.0.attention.o", how="A")
 META = {"lora_adapter_metadata": '{"transformer.r": 2, "transformer.lora_alpha": 8}'}
 SAMPLES = (
     # ------------------------------------------------------------------------------- ComfyUI
-    Sample("comfyui", "boft-alpha", "raises", without(boft, "alpha"), boft),
+    Sample("comfyui", "boft-alpha", "dropped", without(boft, "alpha"), boft),
     Sample("comfyui", "peft-unet", "dropped", unet, unet_ff),
     Sample("comfyui", "text-model", "dropped", pair(TE.replace("text_model_", "")), pair(TE)),
     Sample("comfyui", "unknown-name", "dropped", pair("lora_unet_layers_0_attention_to_q"),
@@ -131,6 +131,7 @@ SAMPLES = (
         f"{SD}.q_layer.weight": (2, 8), f"{SD}.p_layer.weight": (8, 2),
         f"{SD}.lambda_layer": (1, 2), f"{SD}.alpha": ()}, sd),
     Sample("comfyui", "oft-of-peft", "dropped", {f"{SD}.oft_R.weight": (2, 6)}, oft),
+    Sample("comfyui", "left-alone", "raises", without(flux, "lora_down.weight"), flux),
     Sample("comfyui", "one-factor", "dropped", without(flux, "lora_up.weight"), flux),
     Sample("comfyui", "lokr-core", "dropped", lokr_core, lokr),
     Sample("comfyui", "dora-1d", "dropped", {**sd, f"{SD}.dora_scale": (8,)},

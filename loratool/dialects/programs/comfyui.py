@@ -6,13 +6,16 @@ Alpha is applied everywhere, metadata nowhere.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain
 
+from loratool.archs import families as archs
 from loratool.dialects.programs import models
 from loratool.dialects.programs.base import DROPPED, RAISES, UNSURE, WRONG, Hit, Program, Rule
 from loratool.dialects.programs.grammar import Group
 from loratool.dialects.programs.look import Look
 from loratool.dialects.programs.where import drops_text_model, is_alone, numel, where
+from loratool.frozen import replace
 from loratool.lazy import regex
 
 _HOME = "https://github.com/comfyanonymous/ComfyUI/blob/master/comfy/"
@@ -20,64 +23,118 @@ _KEYS, _ADAPTERS = _HOME + "lora.py", _HOME + "weight_adapter/"
 _CONVERT = _HOME + "lora_convert.py"
 _ISSUES = "https://github.com/comfyanonymous/ComfyUI/issues/"
 
-_OWN = ("diffusion_model.", "lora_unet_", "lora_unet__")
-_DIFFUSERS = {
-    models.SD: ("lora_unet_", "lycoris_", "unet.", ""),
-    models.SD3: (
-        "transformer.",
-        "base_model.model.",
-        "lora_transformer_",
-        "lycoris_",
-        "lora_unet_",
-    ),
-    models.FLUX1: ("transformer.", "lycoris_", "lora_transformer_", ""),
-    models.FLUX2: ("transformer.", "lycoris_", "lora_transformer_", ""),
-    "pixart": ("transformer.", "base_model.model.", "unet.base_model.model."),
-    "auraflow": ("transformer.",),
-    models.QWEN: ("transformer.", "lycoris_", ""),
-    models.HIDREAM: ("transformer.", "lycoris_"),
-    models.Z_IMAGE: ("transformer.", "diffusion_model.", "lycoris_", ""),
-    models.LUMINA2: ("transformer.", "diffusion_model.", "lycoris_", ""),
-}
-"""Model -> how names of diffusers may begin."""
-_ORIGINAL = {
-    models.SD: ("lycoris_",), models.HUNYUAN: ("transformer.",),
-    **dict.fromkeys((models.LTX, "mochi", "omnigen2"), ("",)),
+# ------------------------------------------------------------------- the names in its key maps
+
+_OWN = ("diffusion_model.", "lora_unet_")
+"""How names of its own models may begin."""
+_ANY = ("transformer.", "lycoris_", "")
+_FLUX = {models.DIFFUSERS: (*_ANY, "lora_transformer_"), "uso": ("diffusion_model.",)}
+_LUMINA = {models.DIFFUSERS: (*_ANY, "diffusion_model.")}
+_BARE = {models.ORIGINAL: ("",)}
+_BEGINS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
+    models.SD: {models.DIFFUSERS: ("lora_unet_", "lycoris_", "unet.", "")},
+    models.SD3: {models.DIFFUSERS: ("transformer.", "base_model.model.", "lora_transformer_",
+                                    "lycoris_")},
+    **dict.fromkeys((models.FLUX1, models.FLUX2, "longcat_image", "ovis_image"), _FLUX),
+    **dict.fromkeys((models.Z_IMAGE, models.KREA2), _LUMINA),
+    "pixart": {models.DIFFUSERS: ("transformer.", "base_model.model.", "unet.base_model.model.")},
+    "auraflow": {models.DIFFUSERS: ("transformer.",)},
+    models.QWEN: {models.DIFFUSERS: _ANY},
+    models.HIDREAM: {models.ORIGINAL: ("transformer.", "lycoris_")},
+    "kandinsky5": {models.ORIGINAL: ("", "transformer.")},
+    "ernie_image": {models.ORIGINAL: ("transformer.",)},
+    "ace_step": {models.ORIGINAL: ("base_model.model.", "lycoris_")},
+    **dict.fromkeys(("hidream_o1", models.LTX, "mochi", "omnigen2", "minimax_h3"), _BARE),
 }  # fmt: skip
-"""Model -> how its own names may begin besides `_OWN`."""
-# HunyuanVideo's trainers' names that its map has behind a dot only, and those that it has nowhere.
-_DOTTED = regex(r"(mlp_fc[12]|_mod_linear|modulation_linear)$")
-_NOWHERE = regex(r"double_blocks_\d+_(img|txt)_attn_[qkv]$")
-_NO_UNET = ("bundle_emb.", "text_conditioner.", "connectors.")
+"""Model -> naming -> how names of it may begin besides."""
+_LACKS = {
+    models.FLUX1: regex(r"distilled_guidance_layer_"),
+    models.FLUX2: regex(r"time_guidance_embed_|(single|double)_stream_modulation"),
+    "longcat_image": regex(r"time_embed_"),
+    "ovis_image": regex(r"transformer_blocks_\d+_ff_|timestep_embedder_|context_embedder_norm"),
+}
+"""Model -> what it has no names of diffusers for."""
+# What trainers of HunyuanVideo call what its own model calls so today.
+_OLD = (
+    ("_mod.lin", "_mod.linear"), ("_attn.qkv", "_attn_qkv"), ("_attn.proj", "_attn_proj"),
+    ("mlp.0", "mlp.fc1"), ("mlp.2", "mlp.fc2"), (".modulation.lin", ".modulation.linear"),
+)  # fmt: skip
+# What tells the two files whose names it changes first.
+_CONTROL = ("img_in.lora_A.weight", "single_blocks.0.norm.key_norm.scale")
+_WAN_FUN = "lora_unet__blocks_0_cross_attn_k.lora_down.weight"
 
 
 def _is_known(look: Look, group: Group) -> bool:
-    """False if the key map has no such name."""
-    if group.stem == "lora_te_text_projection":  # it has those of te1 and te2
-        return False
-    if group.is_text or group.prefix in _NO_UNET or not look.family.name:
+    """False if the key map of the model has no such name."""
+    if group.is_text:
+        return _is_text_known(look.family.map, group)
+    if group.prefix == "bundle_emb." or not look.family.name:
         return True
     if "_processor_" in group.flat or group.prefix == "lora_prior_unet_":
         return True  # XLabs, Stable Cascade
-    name, naming = look.family.name, look.naming_of(group) or look.family.naming
-    if (
-        name == models.HUNYUAN
-        and naming == models.ORIGINAL
-        and (_NOWHERE.match(group.flat) or (group.is_flat and _DOTTED.search(group.flat)))
-    ):
-        return False
     if not group.prefix and _is_control(look):
         return True
-    takes: tuple[str, ...] = ()
-    if naming != models.DIFFUSERS:
-        takes += (*_OWN, *_ORIGINAL.get(name, ()))
-    if naming != models.ORIGINAL:
-        takes += _DIFFUSERS.get(name, ())
-    return group.prefix in takes
+    if group.prefix == "lora_unet__" and _WAN_FUN in look.tensors:
+        group = replace(group, prefix=_OWN[1])
+    known = archs.places("unet", group.flat, "weight", look.family.map)
+    begins = {*_OWN, *chain.from_iterable(_BEGINS.get(look.family.name, {}).values())}
+    return any(_has(look.family.name, p, group) for p in known) or (
+        not known and group.prefix in begins
+    )
 
 
 def _is_control(look: Look) -> bool:
-    return "img_in.lora_A.weight" in look.tensors
+    """True for a control LoRA of FLUX.1's makers, whose names it changes first."""
+    return all(key in look.tensors for key in _CONTROL)
+
+
+def _has(family: str, place: archs.Place, group: Group) -> bool:
+    """True if the map has this name for these weights of a family."""
+    own = place.called("comfyui", 0, 0)
+    if place.is_tensor and not place.names(own)[0].endswith(".weight"):  # it has the whole name
+        return group.stem == f"diffusion_model.{place.names(own)[0]}"
+    ways: list[tuple[str, tuple[str, ...]]] = [(own, _OWN)]
+    if family not in _LACKS or not _LACKS[family].match(group.flat):
+        ways += [(n, p) for n, p in _BEGINS.get(family, {}).items() if n in place.namings]
+    if any(group.prefix in p and _is_called(group, place, n) for n, p in ways):
+        return True
+    is_old = family == models.HUNYUAN and group.prefix in ("diffusion_model.", "transformer.")
+    return is_old and group.path in map(_old, place.names(own))
+
+
+def _is_called(group: Group, place: archs.Place, naming: str) -> bool:
+    """True if a naming has the module's very name for these weights."""
+    names = [name.removesuffix(".weight") for name in place.names(naming)]
+    return group.flat in map(archs.flatten, names) if group.is_flat else group.path in names
+
+
+def _old(name: str) -> str:
+    for today, then in _OLD:
+        name = name.replace(today, then)
+    return name
+
+
+_CLIP = regex(r"text_model_encoder_layers_\d+_(mlp_fc[12]|self_attn_(q|k|v|out)_proj)$")
+_LLM = regex(r"(layers_\d+_|embed_tokens$|norm$)")
+_T5 = {"sd3": ("lora_te3_",), "flux1": ("lora_te2_", "lora_te3_"), "": ("lora_te1_",)}
+"""Model -> how names of its T5 may begin; "" = of those that have no other encoder."""
+
+
+def _is_text_known(family: str, group: Group) -> bool:
+    if group.prefix == "text_encoders." or drops_text_model(Look({}), group):
+        return True
+    if group.flat == "text_projection":
+        return group.prefix in ("lora_te1_", "lora_te2_", "lora_prior_te_")
+    if group.flat.startswith(("encoder_block_", "shared")):
+        begins = _T5.get(family, _T5[""]) if family else chain.from_iterable(_T5.values())
+        return group.prefix in begins
+    if _LLM.match(group.flat):
+        return group.prefix == "lora_te_"
+    others = ("lora_te3_", "text_encoder_3.")
+    return _CLIP.match(group.flat) is not None and group.prefix not in others
+
+
+# --------------------------------------------------------------------------------- its rules
 
 
 def _is_peft_unet(look: Look, group: Group) -> bool:
@@ -171,12 +228,12 @@ def _is_wide(look: Look, group: Group) -> bool:
 COMFYUI = Program(
     "comfyui",
     "ComfyUI",
-    "a125cd84 (2025-10-12), later names from its pull requests",
+    "0.19.3 (30860264, 2026-04-17), later names from its pull requests",
     (_KEYS, _ADAPTERS, _CONVERT),
     (
-        Rule("boft-alpha", RAISES, where(part=("oft",), on=lambda look, g:
-             _is_butterfly(look, g) and "alpha" not in g.parts),
-             "BOFT without alpha", "loading BOFT without an alpha tensor is an error",
+        Rule("boft-alpha", DROPPED, where(part=("oft",), on=lambda look, g:
+             _is_butterfly(look, g) and "alpha" not in g.parts), "BOFT without alpha",
+             "without an alpha tensor BOFT fails and its weight stays as it is",
              _ADAPTERS + "boft.py", is_mended=True),
         Rule("peft-unet", DROPPED, where(family=(models.SD,), path=r"_to_(q|k|v|out_0)$",
              alike=_is_peft_unet), "PEFT names of the UNet's attention",
@@ -200,6 +257,9 @@ COMFYUI = Program(
         Rule("t-lora", DROPPED, where(kind=("tlora",)), "T-LoRA", "it has no T-LoRA", _ADAPTERS),
         Rule("oft-of-peft", DROPPED, where(part=("oft_R",)), "OFT of PEFT or OneTrainer",
              "it has LyCORIS' OFT alone", _ADAPTERS + "oft.py"),
+        Rule("left-alone", RAISES, where(kind=("lora",), alike=lambda look, g:
+             is_alone(look, g) and "up" in g.parts), "one factor alone",
+             "where it finds a lora_B it takes the lora_A for granted", _ADAPTERS + "lora.py"),
         Rule("one-factor", DROPPED, where(kind=("lora",), alike=is_alone), "one factor alone",
              "a lora_A without its lora_B is passed over", _ADAPTERS + "lora.py"),
         Rule("lokr-core", DROPPED, where(alike=lambda _, g: "lokr_core" in g.parts),
