@@ -42,6 +42,8 @@ def own_secrets() -> list[str]:
     return [secret for secret in found if len(secret) >= _SHORTEST_SECRET]
 
 
+PARTS = ("file", "key", "expected", "got", "hint")
+"""What a message may say beside what failed, in its order."""
 STUBS = "loratool-hub-"
 """How folders of stand-ins for files on the Hub begin; the path in one is what the user knows."""
 
@@ -97,7 +99,7 @@ class LoratoolError(Exception):
     def message(self) -> str:
         """The message without its ``error[LT-nnn]:`` head."""
         parts = [self.what]
-        for label in ("file", "key", "expected", "got", "hint"):
+        for label in PARTS:
             value = getattr(self, label)
             if value is not None:
                 parts.append(f"{label} {value}")
@@ -106,7 +108,7 @@ class LoratoolError(Exception):
     def to_json(self) -> dict[str, Any]:
         """The same fields as an object for ``--json``."""
         out: dict[str, Any] = {"code": self.code, "exit_code": self.exit_code, "what": self.what}
-        for label in ("file", "key", "expected", "got", "hint"):
+        for label in PARTS:
             value = getattr(self, label)
             if value is not None:
                 out[label] = value

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -66,7 +67,7 @@ def compare(asked: Compare) -> CompareReport:
     if len(asked.adapters) < 2:
         raise UsageError(
             "LT-284", "compare takes two adapters or more", got=" ".join(map(str, asked.adapters)),
-            hint="loratool inspect looks at one",
+            hint=shlex.join(["loratool", "inspect", *map(str, asked.adapters)]),
         )  # fmt: skip
     check_files(asked.csv, asked.plot, asked.html)
     access = access_of(asked, in_place=True)

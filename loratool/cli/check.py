@@ -64,7 +64,7 @@ def render(report: CheckReport, voice: Voice) -> Iterator[str]:
     )  # fmt: skip
     if report.findings:
         rows = [_row(report, f) for f in report.findings]
-        yield from table(rows, ("verdict", "modules", "why", "such as"), right=(1,), crop=True)
+        yield from table(rows, ("verdict", "modules", "why", "such as"), right=(1,))
     for finding in () if voice.quiet else report.findings:
         yield line(
             safe(finding.rule), safe(finding.says), safe(finding.source, cap=400), tone="dim"
@@ -74,7 +74,7 @@ def render(report: CheckReport, voice: Voice) -> Iterator[str]:
     yield from note_lines((*report.fixed, *report.notes), voice)
     yield from warning_lines(report.warnings)
     if report.output:
-        yield line("written", safe(report.output, cap=400), tone="good")
+        yield line("wrote", safe(report.output, cap=400), tone="good")
     elif report.next and not voice.quiet:
         yield line("next", safe(report.next, cap=2000), tone="dim")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
 import sys
@@ -13,9 +12,17 @@ from typing import Any
 import click
 
 from loratool.cli.group import COMMANDS
-from loratool.cli.render import dump_json, safe
+from loratool.cli.options import meant_option
+from loratool.cli.render import (
+    cell_width,
+    dump_json,
+    is_terminal,
+    safe,
+    terminal_width,
+    wrapped,
+)
 from loratool.cli.signals import Caught, Terminated
-from loratool.errors import AlreadyMadeError, DiskError, LoratoolError, UsageError
+from loratool.errors import PARTS, AlreadyMadeError, DiskError, LoratoolError, UsageError
 from loratool.lazy import regex
 from loratool.report.base import SCHEMA
 
@@ -44,7 +51,7 @@ def report(error: BaseException, args: Sequence[str], caught: Caught | None = No
     if isinstance(error, LoratoolError):
         return _report_error(error, options)
     if isinstance(error, click.ClickException):
-        return _report_error(_usage_error(error), options)
+        return _report_error(_usage_error(error, options), options)
     if _is_out_of_memory(error):
         return _report_error(_out_of_memory(), options)
     if isinstance(error, OSError):  # such as a report that goes to a full disk
@@ -65,10 +72,26 @@ def _report_error(error: LoratoolError, options: Sequence[str]) -> int:
         _print_json_error(options, error.to_json())
     else:
         head = click.style(f"error[{error.code}]:", fg="red", bold=True)
-        click.echo(f"{head} {safe(error.message(), cap=4000)}", err=True, color=_color())
+        click.echo(f"{head} {_laid_out(error)}", err=True, color=_color())
         if _is_verbose(options) and error.__cause__ is not None:
             _print_traceback(error)
     return error.exit_code
+
+
+def _laid_out(error: LoratoolError) -> str:
+    """One line; on a terminal too narrow for it one for each part."""
+    text, columns = safe(error.message(), cap=4000), terminal_width()
+    if not is_terminal(sys.stderr) or cell_width(f"error[{error.code}]: {text}") <= columns:
+        return text
+    said = error.to_json()
+    parts = [(label, str(said[label])) for label in PARTS if label in said]
+    start = " " * len(f"error[{error.code}]: ")
+    lines = [wrapped(start + safe(error.what, cap=4000), columns, len(start))[len(start) :]]
+    for label, part in parts:
+        whole = f"{label:10}{safe(part, cap=4000)}"
+        whole = whole if label == "hint" else wrapped(whole, columns, 10)
+        lines.append(click.style(label, bold=True) + whole[len(label) :])
+    return "\n".join(lines)
 
 
 def _report_bug(error: Exception, options: Sequence[str]) -> int:
@@ -98,14 +121,14 @@ def _print_traceback(error: BaseException) -> None:
             print(safe(text, cap=1000), file=sys.stderr)
 
 
-def _usage_error(error: Any) -> LoratoolError:
-    """A click error in our form, with what this version lacks said as such."""
-    ctx = getattr(error, "ctx", None)
-    path = ctx.command_path if ctx is not None else "loratool"
+def _usage_error(error: Any, options: Sequence[str]) -> LoratoolError:
+    """A click error in our form, with what was probably meant."""
+    command = next((word for word in options if word in COMMANDS), None)
+    path = f"loratool {command}" if command else "loratool"
+    if isinstance(error, click.NoSuchOption):
+        hint = meant_option(error.option_name, error.ctx) or f"{path} --help"
+        return UsageError("LT-204", f"no option {error.option_name}", hint=hint)
     what = error.format_message().strip().rstrip(".")
-    name = getattr(error, "option_name", "") or ""
-    if close := difflib.get_close_matches(name, getattr(error, "possibilities", None) or (), n=1):
-        return UsageError("LT-204", f"no option {name}", hint=f"did you mean {close[0]}?")
     return UsageError("LT-204", what[:1].lower() + what[1:], hint=f"{path} --help")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ from loratool.cli.render import (
     line,
     plural,
     safe,
+    short,
     table,
     terminal_width,
 )
@@ -22,20 +24,32 @@ if TYPE_CHECKING:
     from loratool.report.inspect import AdapterSummary, CheckpointSummary, FolderRow
 
 _COLUMNS = ("name", "model", "what", "modules", "rank", "scaling", "params", "size", "type",
-            "trainer", "trigger", "base", "loads", "same as")  # fmt: skip
+            "trainer", "trigger", "base", "loads")  # fmt: skip
 _RIGHT = frozenset({"modules", "params", "size"})
-_LESS = ("type", "params", "modules", "base", "scaling", "trainer", "what", "trigger", "loads")
+_LESS = ("type", "params", "modules", "base", "scaling", "trainer", "trigger", "loads", "model")
 """Columns that give way where the terminal is narrow, the first one first."""
+_LEAST = {
+    "name": 24,
+    "what": 16,
+    "model": 16,
+    "loads": 20,
+    "trigger": 14,
+    "trainer": 14,
+    "base": 20,
+}
+"""Widths to which columns are cut before one gives way."""
+_KINDS = 6  # that the last line counts
+_HOW = {"bytes": "bit for bit", "tensors": "under other names", "numbers": "in other factors"}
 
 
 def folder_lines(rows: Sequence[FolderRow]) -> Iterator[str]:
     """The table, what could not be read, and the sum."""
     cells = [cell for row in rows if (cell := _cells(row)) is not None]
     if cells:
-        kept = _that_fit(cells)
-        shown = [tuple(cell[name] for name in kept) for cell in cells]
-        right = [i for i, name in enumerate(kept) if name in _RIGHT]
-        yield from table(shown, kept, right=right, crop=True)
+        widths = _that_fit(cells)
+        shown = [tuple(short(cell[n], width) for n, width in widths.items()) for cell in cells]
+        right = [i for i, name in enumerate(widths) if name in _RIGHT]
+        yield from table(shown, tuple(widths), right=right)
     for row in rows:
         if row.error is not None:
             what = " · ".join(
@@ -44,24 +58,36 @@ def folder_lines(rows: Sequence[FolderRow]) -> Iterator[str]:
             yield line("error", f"{safe(row.name)}: [{row.error['code']}] {safe(what, cap=400)}",
                        tone="bad")  # fmt: skip
     total = sum(one.nbytes for row in rows for one in (row.adapter, row.checkpoint) if one)
-    same = sum(bool(row.same_as) for row in rows)
+    same = [row for row in rows if row.same_as]
+    for row in same:
+        yield line("same", f"{safe(row.name)} = {safe(row.same_as)}", _HOW[row.same_how])
+    kinds = Counter(cell["what"] for cell in cells)
     yield line("total", plural(len(rows), "entry", "entries"), format_bytes(total),
-               plural(same, "duplicate") if same else "")  # fmt: skip
+               plural(len(same), "duplicate") if same else "")  # fmt: skip
+    if len(kinds) > 1:
+        rest = len(kinds) - _KINDS
+        yield line("", *(f"{name} {number:,}" for name, number in kinds.most_common(_KINDS)),
+                   f"{rest} more kinds" if rest > 0 else "")  # fmt: skip
 
 
-def _that_fit(cells: Sequence[Mapping[str, str]]) -> list[str]:
-    """Columns that say something, as many as the terminal has room for."""
+def _that_fit(cells: Sequence[Mapping[str, str]]) -> dict[str, int]:
+    """Columns that say something and their widths, as many as the terminal has room for."""
     kept = [n for n in _COLUMNS if n == "name" or any(c[n] not in ("", "-") for c in cells)]
+    whole = {n: max(cell_width(n), *(cell_width(c[n]) for c in cells)) for n in kept}
     if not is_terminal():
-        return kept
-    widths = {n: max(cell_width(n), *(cell_width(c[n]) for c in cells)) for n in kept}
-    room = terminal_width()
+        return whole
+    widths = {n: min(width, _LEAST.get(n, width)) for n, width in whole.items()}
     for name in _LESS:
-        if sum(widths[n] + 2 for n in kept) - 2 <= room:
-            break
-        if name in kept:
-            kept.remove(name)
-    return kept
+        if _over(widths) > 0:
+            widths.pop(name, None)
+    for name in widths:  # what room is left goes to those that were cut, from left to right
+        widths[name] = min(whole[name], widths[name] + max(0, -_over(widths)))
+    return widths
+
+
+def _over(widths: Mapping[str, int]) -> int:
+    """Columns of the terminal that a table lacks."""
+    return sum(width + 2 for width in widths.values()) - 2 - terminal_width()
 
 
 def _cells(row: FolderRow) -> dict[str, str] | None:
@@ -72,8 +98,7 @@ def _cells(row: FolderRow) -> dict[str, str] | None:
     else:
         return None
     blank = dict.fromkeys(_COLUMNS, "-")
-    return {**blank, **found, "name": safe(row.name, cap=60),
-            "same as": safe(row.same_as, cap=60) or "-"}  # fmt: skip
+    return {**blank, **found, "name": safe(row.name, cap=60)}
 
 
 def _of_adapter(one: AdapterSummary) -> dict[str, str]:

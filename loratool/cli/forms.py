@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 
+from loratool.errors import UsageError
 from loratool.lazy import regex
 from loratool.options.words import Option, alternatives
 
@@ -140,6 +141,22 @@ class Ratio(click.ParamType[float]):
         return found
 
 
+class OneOf(click.Choice[str]):
+    """One of some words; another one gets the nearest as a hint."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """The word, or an error that lists all."""
+        words = [str(choice) for choice in self.choices]
+        if value in words:
+            return str(value)
+        import difflib
+
+        name = "" if param is None else param.opts[-1]
+        close = difflib.get_close_matches(str(value), words, n=1, cutoff=0.5)
+        raise UsageError("LT-204", f"unknown {name}", expected=", ".join(words), got=value,
+                         hint=f"{name} {close[0]}" if close else None)  # fmt: skip
+
+
 def form_of(option: Option) -> click.ParamType[Any] | type | None:
     """What click reads an option's value with."""
     metavar = option.words.metavar or ""
@@ -150,6 +167,6 @@ def form_of(option: Option) -> click.ParamType[Any] | type | None:
     if option.words.form in forms:
         return forms[option.words.form]
     if option.choices:
-        return click.Choice(option.choices)
+        return OneOf(option.choices)
     types = alternatives(option.type)
     return int if int in types and str not in types else None

@@ -93,6 +93,31 @@ def _can_ask(ctx: click.Context) -> bool:
 HELP_SETTINGS: dict[str, Any] = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
 
+def meant_option(typed: str, ctx: click.Context | None) -> str:
+    """What an option that a command lacks is called there, as a hint; "" if nothing is near."""
+    import difflib
+
+    from loratool.methods import METHODS
+
+    params = [] if ctx is None else ctx.command.get_params(ctx)
+    here = [flag for p in params if isinstance(p, click.Option) for flag in p.opts]
+    word = typed.lstrip("-")
+    if "--param" in here and any(p.name == word for method in METHODS for p in method.params):
+        return f"--param {word}=…"
+    if (flag := "--" + SYNONYMS.get(word, "")) in here:
+        return f"did you mean {flag}?"
+    close = difflib.get_close_matches(word, [f[2:] for f in here if f.startswith("--")], n=1)
+    return f"did you mean --{close[0]}?" if close else ""
+
+
+SYNONYMS = {
+    "precision": "dtype", "ratio": "weights", "save-dtype": "dtype", "save-precision": "dtype",
+    "new-rank": "rank", "dim": "rank", "target": "for", "format": "to", "out": "output",
+    "overwrite": "force",
+}  # fmt: skip
+"""Words of other programs' options -> ours."""
+
+
 def write_examples(formatter: click.HelpFormatter, examples: Sequence[str]) -> None:
     """Write command lines as they are, comments dimmed."""
     if not examples:

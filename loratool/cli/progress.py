@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from loratool.cli.render import (
-    cell_width,
     format_bytes,
     format_seconds,
     is_terminal,
     safe,
+    short,
     terminal_width,
 )
 
@@ -113,7 +113,7 @@ class _Drawn(_Shown):
         if self._bar is None and time.monotonic() - self.started < _BAR_AFTER_S:
             return
         room = terminal_width() - _BAR_WIDTH - _NUMBERS_WIDTH
-        name = _fitted(safe(self.name), room)
+        name = short(safe(self.name), room, at_start=True) if room >= _LEAST_NAME else ""
         if self._bar is None:
             self._bar = _bar(self.unit)
             self._task = self._bar.add_task("", total=self.total, name=name)
@@ -125,17 +125,6 @@ class _Drawn(_Shown):
         """Take the bar away."""
         if self._bar is not None:
             self._bar.stop()
-
-
-def _fitted(name: str, room: int) -> str:
-    """The end of a name, which tells more than its beginning; nothing where there is no room."""
-    if room < _LEAST_NAME:
-        return ""
-    if cell_width(name) <= room:
-        return name
-    while cell_width(name) >= room:
-        name = name[1:]
-    return "…" + name
 
 
 def _bar(unit: str) -> Bar:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import sys
 import unicodedata
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate
 from typing import Any
 
 import click
 
 from loratool.errors import LOGIN, TOKEN, own_secrets, redact
+from loratool.lazy import regex
 from loratool.report.text import (
     FIELD_CAP,
     format_bytes,
@@ -41,13 +42,16 @@ __all__ = [
     "line",
     "plural",
     "safe",
+    "short",
     "some",
     "table",
     "terminal_width",
     "three_digits",
+    "wrapped",
 ]
 
 _LABEL_WIDTH = 10
+_LEAST_CELL = 12
 
 
 # ------------------------------------------------------------------------- lines and tables
@@ -56,13 +60,44 @@ _LABEL_WIDTH = 10
 def line(label: str, *facts: str, tone: str | None = None) -> str:
     """``label    fact · fact``, the label in bold (or in ``tone``: ``warn``, ``bad``, ``good``).
 
+    On a terminal it goes on below the first fact where it is too long.
+
     Args:
         label: first word of the line; safe.
         facts: safe; empty ones are left out.
         tone: colour of the label.
     """
-    padding = " " * (max(_LABEL_WIDTH - cell_width(label), 2) if label else _LABEL_WIDTH)
-    return click.style(label, **_TONES[tone]) + padding + " · ".join(f for f in facts if f)
+    head = label.ljust(len(label) + max(_LABEL_WIDTH - cell_width(label), 2 if label else 0))
+    text = head + " · ".join(f for f in facts if f)
+    if is_terminal():
+        text = wrapped(text, terminal_width(), len(head))
+    return click.style(label, **_TONES[tone]) + text[len(label) :]
+
+
+def wrapped(text: str, columns: int, start: int = 0) -> str:
+    """A line cut at its facts, else between words, and indented; a command to type stays whole.
+
+    Args:
+        text: safe, without styles.
+        columns: of the terminal.
+        start: how much of it is the label.
+    """
+    if cell_width(text) <= columns:
+        return text
+    lines, indent, between = [text[:start]], " " * _LABEL_WIDTH, ""
+    for fact in text[start:].split(" · "):
+        words = [fact] if cell_width(indent + fact) <= columns else _WORDS.findall(fact)
+        for word in words:
+            if between and cell_width(lines[-1] + between + word) > columns:
+                lines.append(indent)
+                between = ""
+            lines[-1] += between + word
+            between = " "
+        between = " · "
+    return "\n".join(lines)
+
+
+_WORDS = regex(r"(?:loratool|pip) [a-z]+ .*|\S+")
 
 
 _TONES: dict[str | None, dict[str, Any]] = {
@@ -91,21 +126,26 @@ def table(
     head: Sequence[str],
     *,
     right: Iterable[int] = (),
-    crop: bool = False,
     fold: bool = False,
 ) -> list[str]:
     """Columns padded to their widest cell, two spaces apart, the head in bold.
+
+    On a terminal the widest texts are shortened until all fits, the first column at its start.
 
     Args:
         rows: safe cells.
         head: column names.
         right: indices of columns aligned to the right.
-        crop: on a terminal, cut lines at its edge instead of letting them wrap.
         fold: on a terminal, columns beyond its edge go below, beside the first one once more.
     """
     cells = [list(head), *(list(row) for row in rows)]
     widths = [max(cell_width(row[i]) for row in cells) for i in range(len(head))]
     to_right = set(right)
+    if not fold and is_terminal():
+        widths = _fitting(widths, to_right, terminal_width())
+        cells = [[short(cell, width, at_start=not i)
+                  for i, (cell, width) in enumerate(zip(row, widths, strict=True))]
+                 for row in cells]  # fmt: skip
     ends = accumulate(width + 2 for width in widths)
     fit = max(2, sum(end - 2 <= terminal_width() for end in ends)) if fold else len(head)
     if fit < len(head) and is_terminal():
@@ -123,17 +163,33 @@ def table(
             for i, (cell, width) in enumerate(zip(row, widths, strict=True))
         ]  # fmt: skip
         lines.append("  ".join(padded).rstrip())
-    if crop and is_terminal():
-        lines = [_crop(text, terminal_width()) for text in lines]
     return [click.style(lines[0], bold=True), *lines[1:]]
 
 
-def _crop(text: str, columns: int) -> str:
+def _fitting(widths: Sequence[int], fixed: Collection[int], columns: int) -> list[int]:
+    """Widths of which the largest are reduced until they fit; numbers keep theirs."""
+    found = list(widths)
+    free = [i for i in range(len(found)) if i not in fixed]
+    over = sum(found) + 2 * (len(found) - 1) - columns
+    while over > 0 and free and max(found[i] for i in free) > _LEAST_CELL:
+        found[max(free, key=found.__getitem__)] -= 1
+        over -= 1
+    return found
+
+
+def short(text: str, columns: int, *, at_start: bool = False) -> str:
+    """A text cut to that many columns, the cut marked.
+
+    Args:
+        text: safe.
+        columns: at most.
+        at_start: the end is kept: of a tensor's name that tells more.
+    """
     if cell_width(text) <= columns:
         return text
     while cell_width(text) >= columns:
-        text = text[:-1]
-    return text + "…"
+        text = text[1:] if at_start else text[:-1]
+    return "…" + text if at_start else text + "…"
 
 
 def cell_width(text: str) -> int:

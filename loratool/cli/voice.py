@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from loratool.cli.render import dump_json, format_bytes, is_terminal, line, plural, safe
+from loratool.cli.render import (
+    dump_json,
+    format_bytes,
+    is_terminal,
+    line,
+    plural,
+    safe,
+    terminal_width,
+    wrapped,
+)
 from loratool.frozen import Frozen
 
 if TYPE_CHECKING:
@@ -40,7 +49,8 @@ class Voice(Frozen):
     def announce(self, text: str) -> None:
         """Say at once what runs (``text`` is safe)."""
         if not (self.quiet or self.as_json):
-            click.secho(text, bold=True)
+            wide = wrapped(text, terminal_width()) if is_terminal() else text
+            click.secho(wide, bold=True)
 
     def dry_run(self) -> str:
         """The line that ends the report of a dry run: its page is written all the same."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -31,12 +32,13 @@ def output_place(output: str | Path, dialect: str) -> Path:
     if row.is_folder and suffix in FILES:  # style-v1.5 is a fine name for a folder
         raise UsageError(
             "LT-227", f"a {row.title} adapter is a folder", expected="a folder for -o",
-            got=str(output),
+            got=str(output), hint=f"-o {shlex.quote(str(target.with_suffix('')))}",
         )  # fmt: skip
     if not row.is_folder and suffix not in row.suffixes:
         raise UsageError(
             "LT-227", f"a {row.title} adapter is a file",
             expected=f"a name that ends in {' or '.join(row.suffixes)} for -o", got=str(output),
+            hint=f"-o {shlex.quote(str(output).rstrip('/') + row.suffixes[0])}",
         )  # fmt: skip
     return target
 

@@ -44,7 +44,9 @@ Key = Callable[[_One], Hashable]
 def mark_duplicates(
     folder: Path, rows: Sequence[FolderRow], alpha: float | None, by_numbers: Groups
 ) -> tuple[FolderRow, ...]:
-    """The rows with `same_as` where a row makes the change of an earlier one.
+    """The rows with `same_as` where a row makes the change of one with a shorter name.
+
+    Copies have longer names: ``style (1)``, ``style-copy``.
 
     ``bytes``: all tensors are the same under the same names.  ``tensors``: the same tensors and
     scalings under other names.  ``numbers``: other tensors with the same products.
@@ -55,7 +57,8 @@ def mark_duplicates(
         alpha: of files without a configuration.
         by_numbers: of adapters whose changes have the same shapes, those that are alike.
     """
-    found = dict(_pairs([*_opened(folder, rows, alpha)], by_numbers))
+    ones = sorted(_opened(folder, rows, alpha), key=lambda one: _named(rows[one.number]))
+    found = dict(_pairs(ones, by_numbers))
     return tuple(
         replace(row, same_as=rows[found[n][0]].name, same_how=found[n][1]) if n in found else row
         for n, row in enumerate(rows)
@@ -74,13 +77,17 @@ def _opened(folder: Path, rows: Sequence[FolderRow], alpha: float | None) -> Ite
                 continue
 
 
+def _named(row: FolderRow) -> tuple[int, str]:
+    return len(row.name), row.name
+
+
 def _size(row: FolderRow) -> Hashable:
     one = row.adapter
     return None if one is None else (one.modules, one.replaced_bytes)
 
 
 def _pairs(ones: Sequence[_One], by_numbers: Groups) -> Iterator[tuple[int, tuple[int, str]]]:
-    """(row, (earlier row, how)); the first of those that are alike stands for them."""
+    """(row, (its twin's, how)); the first of those that are alike stands for them."""
     for alike in _grouped(ones, [_shapes]):
         left = list(alike)
         for how, keys in (("bytes", [_starts, _named_tensors]), ("tensors", [_starts, _tensors])):

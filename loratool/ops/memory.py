@@ -6,6 +6,7 @@ here it is added up, workers and buffers are chosen under the limit, and what ca
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 from loratool.engine import grid
@@ -14,6 +15,7 @@ from loratool.engine.rows import op_of, piece_bytes, result_bytes, step_bytes
 from loratool.errors import DiskError
 from loratool.frozen import Frozen
 from loratool.plan import Plan
+from loratool.report.text import format_bytes
 
 TORCH_BYTES = {"cpu": 260_000_000, "cuda": 1_200_000_000}
 """Resident size of an interpreter with torch (CPU build; with a CUDA context)."""
@@ -102,9 +104,9 @@ def plan_modules(
 
 def _too_much(peak: int, limit: int, hint: str = "") -> DiskError:
     return DiskError(
-        "LT-605", "the plan needs more memory than there is", expected=f"{peak / 1e6:.0f} MB",
-        got=f"{limit / 1e6:.0f} MB",
-        hint=f"raise --max-memory, or {hint or 'use a machine with more memory'}",
+        "LT-605", "the plan needs more memory than there is", expected=format_bytes(peak),
+        got=format_bytes(limit),
+        hint=f"--max-memory {math.ceil(peak / 1e6)}MB, or {hint or 'a machine with more memory'}",
     )  # fmt: skip
 
 

@@ -115,7 +115,7 @@ class Names(Read):
     rename: Rename = ()
     skip: Annotated[Sequence[str], Words(
         "Leave out a component (te), modules or biases. Repeatable.", "Names", metavar="PART|REGEX",
-        record=True,
+        flags="--exclude, --skip", record=True,
     )] = ()  # fmt: skip
     allow_unmatched: Annotated[bool, Words(
         "Leave out and report what has no target.", "Names", record=True,
@@ -179,8 +179,8 @@ class Shown(Options):
     """What is to be looked at, not read."""
 
     html: Annotated[Place | None, Words(
-        "Also as a page for a browser, in one new file without a network: tables to sort, heat "
-        "maps, verdicts; of a folder a gallery.", "Output", metavar="FILE.html",
+        "Also as a page for a browser, one new file that asks nothing of the network.", "Output",
+        metavar="FILE.html",
     )] = None  # fmt: skip
 
 
@@ -214,9 +214,8 @@ class Workers(Options):
     """How much of the machine may be used."""
 
     threads: Annotated[int | None, Words(
-        "Workers. Default: twice the cores, at most 8; 16 beside a GPU that factors, 4 beside one "
-        "that adds; processes as many as cores, at most 16. Never changes a result.", "Resources",
-        metavar="N", form="whole",
+        "Workers. Default: what pays here (`loratool doctor`). Never changes a result.",
+        "Resources", metavar="N", form="whole",
     )] = None  # fmt: skip
     max_memory: Annotated[Size | None, Words(
         "Limit for the planned peak, such as 2GB. Default: what is free.", "Resources",
@@ -228,10 +227,8 @@ class Crew(Workers):
     """Who does the work; never a byte of difference."""
 
     executor: Annotated[Executor, Words(
-        "Who does the work: threads, processes of this machine, or tasks of a Ray cluster, whose "
-        "nodes all see inputs and output (or upload it to its store). Default: auto, processes "
-        "where many cores have much to sum exactly or by a method. Never changes a result.",
-        "Resources",
+        "Who does the work: threads, processes, or tasks of a Ray cluster. Never changes a result. "
+        "Default: auto.", "Resources",
     )] = "auto"  # fmt: skip
     ray_address: Annotated[str | None, Words(
         "Of the cluster. Default: the one that Ray finds, else one on this machine.", "Resources",

@@ -34,15 +34,15 @@ class Inspect(Shown, Crew, Watch, Access, AlphaOnly, kw_only=False):
         "intruder dimensions.", "Input", metavar="BASE",
     )] = None  # fmt: skip
     csv: Annotated[Place | None, Words(
-        "Write them to a new FILE, a row per module; implies --spectrum. Of a folder: a row per "
-        "file, from headers.", "Output", metavar="FILE",
+        "Singular values in a new FILE, a row per module. Of a folder: a row per file, from "
+        "headers.", "Output", metavar="FILE",
     )] = None  # fmt: skip
     duplicates: Annotated[bool, Words(
         "Of a folder: mark files that make the same change under another name or in another "
         "dialect; reads what may be the same.", "Output",
     )] = False  # fmt: skip
     plot: Annotated[Place | None, Words(
-        "Draw them into a new file; implies --spectrum. Needs matplotlib.", "Output",
+        "Draw the singular values into a new file. Needs matplotlib.", "Output",
         metavar="FILE.png|.svg",
     )] = None  # fmt: skip
     checksum: Annotated[bool, Words(

@@ -43,7 +43,7 @@ class Method(Options):
     )] = None  # fmt: skip
     rank: Annotated[int | str | None, Words(
         "Of an adapter: the best of this rank. Default: exact, ranks add.", "Input",
-        metavar="R|AUTO", form="rank", record=True,
+        metavar="R|auto", form="rank", record=True,
     )] = None  # fmt: skip
     params: Annotated[Mapping[str, Any] | Sequence[str] | None, Words(
         "Of the method, such as density=0.2. Repeatable.", "Input", flags="--param",
@@ -140,7 +140,7 @@ class Subtract(Mix, Round, Write, Names, Run, Planned, Access, Nonfinite, Rerun,
         "others.", "Input", flags="--from", metavar="MERGED",
     )] = None  # fmt: skip
     rank: Annotated[int | str | None, Words(
-        "Adapters only: best of this rank. Default: exact, ranks add.", "Input", metavar="R|AUTO",
+        "Adapters only: best of this rank. Default: exact, ranks add.", "Input", metavar="R|auto",
         form="rank",
     )] = None  # fmt: skip
     undo: Annotated[Place | None, Words(

@@ -114,7 +114,7 @@ class Extract(Write, Shown, Run, Planned, Access, Details, kw_only=False):
     include: Include = ()
     exclude: Annotated[Sequence[str], Words(
         "Do not factor a component, or modules that match. Repeatable.", "Input",
-        metavar="PART|REGEX", record=True,
+        metavar="PART|REGEX", flags="--skip, --exclude", record=True,
     )] = ()  # fmt: skip
     output: Annotated[Place, Words(
         "Folder to create (PEFT), or the file of another dialect, here or as s3://bucket/folder.",
@@ -145,7 +145,7 @@ class Convert(Write, Workers, Watch, Planned, Read, Access, kw_only=False):
     )] = None  # fmt: skip
     skip: Annotated[Sequence[str], Words(
         "Leave out a component (te), modules or biases. Repeatable.", "Input", metavar="PART|REGEX",
-        record=True,
+        flags="--exclude, --skip", record=True,
     )] = ()  # fmt: skip
     to: Annotated[str | None, Words(
         "The dialect, such as peft, kohya or lycoris; that of the input where only metadata "

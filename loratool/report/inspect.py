@@ -159,7 +159,8 @@ class FolderRow(Frozen):
 
     Attributes:
         name: in the folder.
-        same_as: name of an earlier row with the same change (``--duplicates``), "" if none.
+        same_as: name of the row that makes the same change under the shortest name
+            (``--duplicates``), "" if none.
         same_how: how that was found: ``bytes``, ``tensors`` or ``numbers``.
     """
 

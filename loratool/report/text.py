@@ -78,7 +78,7 @@ def three_digits(value: float) -> str:
 
 
 def format_share(share: float, *, aligned: bool = False) -> str:
-    """A fraction as per cent; never rounds up to 100 % or down to 0 %.
+    """A fraction as per cent; never rounds up to 100 % or down to 0 %: ``> 99.9999 %``.
 
     Args:
         share: 0 to 1.
@@ -88,8 +88,8 @@ def format_share(share: float, *, aligned: bool = False) -> str:
     if 0 < percent < 0.1:
         return f"{percent:.1g} %"
     if 99.9 < percent < 100:
-        digits = next((d for d in range(2, 12) if round(percent, d) < 100), 12)
-        return f"{percent:.{digits}f} %"
+        digits = next((d for d in range(2, 5) if round(percent, d) < 100), None)
+        return "> 99.9999 %" if digits is None else f"{percent:.{digits}f} %"
     text = f"{percent:.1f}"
     return (text if aligned else text.removesuffix(".0")) + " %"
 

@@ -160,12 +160,6 @@ def test_turns() -> None:
     assert list(Turns(None, None, [1]).each(["x"], str)) == ["x"]
 
 
-def test_a_name_that_is_too_long() -> None:
-    assert progress._fitted("model.layers.0", 40) == "model.layers.0"
-    assert progress._fitted("a" * 30 + "模型.safetensors", 20) == "…aaa模型.safetensors"
-    assert progress._fitted("model.layers.0", 10) == ""
-
-
 def test_plain_lines(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     now = 0.0
     monkeypatch.setattr(time, "monotonic", lambda: now)

@@ -90,7 +90,8 @@ def test_counts(count, text):
     ("share", "text"),
     [
         (0.0, "0 %"), (1.0, "100 %"), (0.118, "11.8 %"), (0.5, "50 %"), (0.991, "99.1 %"),
-        (0.99996, "99.996 %"), (0.999999999, "99.9999999 %"), (0.0004, "0.04 %"), (1e-9, "1e-07 %"),
+        (0.99996, "99.996 %"), (0.999999, "99.9999 %"), (0.9999999, "> 99.9999 %"),
+        (0.0004, "0.04 %"), (1e-9, "1e-07 %"),
     ],
 )  # fmt: skip
 def test_shares_never_claim_all_or_nothing(share, text):
@@ -119,3 +120,38 @@ def test_lines_and_tables():
     assert render.plural(1200, "matrix", "matrices") == "1,200 matrices"
     assert render.format_shape((3, 4)) == "3×4" and render.format_shape(()) == "scalar"
     assert render.some(["a", "b\x1b", "c"], limit=2) == "a, b\\x1b and 1 more"
+
+
+def test_what_is_too_long_is_cut():
+    assert render.short("model.layers.0", 40) == "model.layers.0"
+    assert render.short("model.layers.0", 8) == "model.l…"
+    assert render.short("a" * 30 + "模型.safetensors", 20, at_start=True) == "…aaa模型.safetensors"
+
+
+LONG = (
+    "loss      bfloat16 rounds away 1.2 % of the change; worst model.layers.1.mlp.gate_proj.weight"
+    " 1.2 % · --dtype float32 keeps all · loratool merge a --base b -o c"
+)
+
+
+@pytest.mark.parametrize("columns", [*range(48, 120, 7), len(LONG)])
+def test_lines_are_wrapped_between_facts_and_words(columns):
+    lines = render.wrapped(LONG, columns, 10).split("\n")
+    assert all(len(text) <= columns for text in lines)
+    assert all(text.startswith(" " * 10 + text.strip()) for text in lines[1:])
+    assert lines[-1].endswith("loratool merge a --base b -o c")
+    words = " ".join(text.strip() for text in lines).replace(" · ", " ").split()
+    assert words == LONG.replace(" · ", " ").split()
+
+
+def test_a_command_is_never_broken():
+    text = "next      loratool merge " + "very-long-name " * 9 + "-o out"
+    assert render.wrapped(text, 40, 10) == text
+
+
+def test_tables_fit_a_terminal(monkeypatch):
+    monkeypatch.setattr(render, "is_terminal", lambda *_: True)
+    monkeypatch.setenv("COLUMNS", "40")
+    rows = [("model.layers.0.mlp.down_proj.weight", "2", "copied from the base")]
+    _, row = render.table(rows, ("tensor", "number", "what happens"), right=(1,))
+    assert render.cell_width(row) <= 40 and row.startswith("…") and "2  " in row
