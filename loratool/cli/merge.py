@@ -63,7 +63,8 @@ def command(adapters: tuple[str, ...], base: str | None, output: str, **options:
     With --base W' = W + Σ weight·ΔW, rounded once: streams the checkpoint in a few hundred MB of
     memory, keeps its files, and carries its configuration and tokenizer over. Without it the
     result is an adapter: exact, ranks add, or what --method and --rank say. ADAPTER:0.7 gives an
-    adapter a weight, ADAPTER:unet=0.8,te=0.4 one per component; 1 is as trained.
+    adapter a weight, ADAPTER:unet=0.8,te=0.4 one per component, ADAPTER:0.7:MIDD or
+    ADAPTER:0.7:1,0,0.5,… also one per block, as of rescale --blocks; 1 is as trained.
     """
     from loratool.report.merge import MergeReport
 
@@ -127,7 +128,7 @@ def terms(adapters: Sequence[str], mix: Mix = _ALONE) -> str:
 
 
 def weighted(adapters: Sequence[str], mix: Mix = _ALONE) -> list[str]:
-    """``0.8·style``, ``style(unet 0.8, te 0.4)`` for each adapter."""
+    """``0.8·style``, ``style(unet 0.8, te 0.4)``, ``0.8·style[MIDD]`` for each adapter."""
     from loratool.ops.averages import averaged
     from loratool.store.source import parse_adapter
 
@@ -138,6 +139,7 @@ def weighted(adapters: Sequence[str], mix: Mix = _ALONE) -> list[str]:
     found = []
     for weight, one in zip(given, parsed, strict=False):
         name = safe(Path(one.path_text).name or one.path_text, cap=60)
+        name += f"[{safe(one.blocks, cap=60)}]" if one.blocks else ""
         parts = ", ".join(f"{safe(k)} {format_number(v)}" for k, v in one.components.items())
         found.append(f"{name}({parts})" if parts else f"{format_number(weight)}·{name}")
     return found

@@ -46,12 +46,14 @@ class RecordedInput(Frozen):
         role: ``base``, ``residual``, ``original``, or "".
         weight: of the whole adapter.
         components: component -> factor.
+        blocks: factors per block.
     """
 
     files: dict[str, str | RecordedFile]
     role: str = ""
     weight: _Weight | None = None
     components: dict[str, _Weight] = field(default_factory=dict)
+    blocks: str = ""
 
 
 class RecordedSums(TypedDict, total=False):
@@ -224,7 +226,7 @@ def find_replay(
             refuse_record(output, "no weight", key=f"inputs.{name}", expected="a weight")
         else:
             place = find(name, row, option="--adapter")
-            adapters.append(AdapterArgument(place, row.weight, row.components))
+            adapters.append(AdapterArgument(place, row.weight, row.components, row.blocks))
     if not bases:
         refuse_record(output, "no base", key="inputs", expected="one with the role base")
     return Replay(base or find(*bases[0], option="--base"), tuple(adapters))

@@ -219,7 +219,8 @@ def _recorded(record: Record, row: RecordedInput, adapter: Adapter, position: in
         rules = rules_from(record.options.get("module_weights", ()), refuse)
         if any(len(weights) <= position for _, weights in rules):
             return None
-        return weigh(adapter, AdapterArgument("", row.weight, row.components), rules, position)
+        typed = AdapterArgument("", row.weight, row.components, row.blocks)
+        return weigh(adapter, typed, rules, position)
     except LoratoolError:
         return None
 

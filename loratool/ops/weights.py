@@ -24,12 +24,14 @@ class Weight(Frozen):
     Attributes:
         value: of every change that ``by_name`` does not hold.
         components: component -> factor, as typed, for reports and provenance.
+        blocks: factors per block, likewise.
         by_name: parameter name -> coefficient.  0 leaves the change out: it takes part in nothing,
             while a change of ``value`` 0 still votes where a method lets changes vote.
     """
 
     value: float = 1.0
     components: Mapping[str, float] = field(default_factory=dict)
+    blocks: str = ""
     by_name: Mapping[str, float] = field(default_factory=dict)
 
     def of(self, name: str) -> float:
@@ -49,37 +51,56 @@ class Weight(Frozen):
             specs=tuple(s for s in adapter.specs if s.name not in out),
             replacements=tuple(r for r in adapter.replacements if r.name not in out),
             beside=tuple(b for b in adapter.beside if self.value or not b.rows),
-            notes=(*adapter.notes, *_component_note(adapter, self.components)),
+            notes=(
+                *adapter.notes,
+                *_component_note(adapter, self.components),
+                *self._block_note(adapter),
+            ),
         )
+
+    def _block_note(self, adapter: Adapter) -> list[str]:
+        out = sum(value == 0 for value in self.by_name.values())
+        if not self.blocks or not out:
+            return []
+        return [f"blocks {self.blocks} of {adapter.label}: {out} of {len(names_of(adapter))} "
+                "tensors are left out"]  # fmt: skip
 
     def to_json(self) -> dict[str, Any]:
         """For reports and provenance."""
-        parts = {"components": dict(self.components)} if self.components else {}
-        return {"weight": self.value, **parts}
+        parts = {"components": dict(self.components), "blocks": self.blocks}
+        return {"weight": self.value, **{k: v for k, v in parts.items() if v}}
 
     def __str__(self) -> str:
         parts = ",".join(f"{k}={v:g}" for k, v in self.components.items())
-        if not parts:
-            return f"{self.value:g}"
-        return parts if self.value == 1 else f"{self.value:g}·({parts})"
+        whole = f"{self.value:g}"
+        if parts:
+            whole = parts if self.value == 1 else f"{whole}·({parts})"
+        return f"{whole}:{self.blocks}" if self.blocks else whole
 
 
 def weigh(adapter: Adapter, typed: AdapterArgument, rules: Sequence[Rule], position: int) -> Weight:
     """The coefficient of every change of an adapter.
 
-    Factors multiply: that of the whole, that of the component, that of the first rule that matches.
+    Factors multiply: that of the whole, that of the component, that of the block, that of the first
+    rule that matches.
 
     Args:
         adapter: opened.
-        typed: its weight, whole or per component.
+        typed: its weight, whole, per component and per block.
         rules: of ``--module-weights``.
         position: of the adapter in them.
 
     Raises:
+        UsageError: LT-239, no blocks that are known.
         MismatchError: LT-478, a component that the adapter does not have; LT-479, a change that
-            lies in two of those named.
+            lies in two of those named; LT-466, blocks that do not fit the adapter's.
     """
     names = names_of(adapter)
+    by_block: Mapping[str, float] = {}
+    if typed.blocks:
+        from loratool.ops.blocks import block_factors
+
+        by_block = block_factors(names, typed.blocks)
     places = _places(adapter, names, typed.components)
     found = find([pattern for pattern, _ in rules], names)
     by_rule: dict[str, float] = {}
@@ -87,12 +108,12 @@ def weigh(adapter: Adapter, typed: AdapterArgument, rules: Sequence[Rule], posit
         by_rule |= dict.fromkeys(inside, weights[position])
     factors = {}
     for name in names:
-        factor = by_rule.get(name, 1.0)
+        factor = by_rule.get(name, 1.0) * by_block.get(name, 1.0)
         if name in places:
             factor *= typed.components[places[name]]
         if factor != 1 and (typed.weight or not factor):  # a whole weight of 0 leaves nothing out
             factors[name] = factor * typed.weight
-    return Weight(typed.weight, typed.components, factors)
+    return Weight(typed.weight, typed.components, typed.blocks, factors)
 
 
 def names_of(adapter: Adapter) -> list[str]:

@@ -32,9 +32,11 @@ __all__ = [
 ]
 
 MAX_WEIGHT = 1e30  # far from overflow when it is multiplied with float32 factors
-_DECIMAL = regex(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)")
+_NUMBER = r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)"
+_DECIMAL = regex(_NUMBER)
 _ADDRESS = regex(r"[a-z][a-z0-9+.-]+://")
 _FETCH = "inputs are files here or on the Hub: fetch it with the store's own program first"
+_BLOCKS = regex(rf"[A-Z]{{2,}}|{_NUMBER}(,{_NUMBER}){{2,}}")  # 0,5 is a slip
 _COMPONENT = regex(r"[A-Za-z][A-Za-z0-9_.]*")
 _LOGIN = regex(r"https?://[^/\s@]+@")
 _NAME = r"[A-Za-z0-9][\w.\-]*"
@@ -54,11 +56,13 @@ class AdapterArgument(Frozen):
         path_text: what names the adapter.
         weight: coefficient; 1.0 if none was typed.
         components: component -> coefficient, from ``:unet=0.8,te=0.4``.
+        blocks: coefficients per block of the model, from ``:MIDD`` or ``:1,0,0.5``, "" = none.
     """
 
     path_text: str
     weight: float = 1.0
     components: Mapping[str, float] = field(default_factory=dict)
+    blocks: str = ""
 
 
 class Resolved(Frozen, weakref=True):
@@ -100,7 +104,7 @@ class Resolved(Frozen, weakref=True):
 
 
 def parse_adapter(text: str | Path) -> AdapterArgument:
-    """Split ``style:0.7`` or ``style:unet=0.8,te=0.4`` into a name and its weights.
+    """Split ``style:0.7``, ``style:unet=0.8,te=0.4`` or ``style:0.7:MIDD`` into name and weights.
 
     An existing path of exactly that name wins; a `Path` is one as it stands.
 
@@ -120,6 +124,11 @@ def parse_adapter(text: str | Path) -> AdapterArgument:
         return AdapterArgument(text)
     if not head:
         raise UsageError("LT-260", "no adapter before the weight", got=text)
+    if _BLOCKS.fullmatch(tail):
+        found = parse_adapter(head)
+        if found.blocks:
+            parse_weight(found.blocks, of=text)
+        return AdapterArgument(found.path_text, found.weight, found.components, tail)
     if "=" not in tail:
         return AdapterArgument(head, parse_weight(tail, of=text))
     components: dict[str, float] = {}
