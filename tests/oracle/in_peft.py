@@ -31,7 +31,13 @@ def randomise(model: Any, seed: int, scale: float = 0.1) -> Any:
 def make(model: Any, folder: Path, config: Any, seed: int = 1) -> Path:
     """An adapter by PEFT with random values."""
     wrapped = peft.get_peft_model(copy.deepcopy(model), copy.deepcopy(config))
-    randomise(wrapped, seed).save_pretrained(str(folder))
+    return save(randomise(wrapped, seed), folder)
+
+
+def save(wrapped: Any, folder: Path) -> Path:
+    """An adapter as PEFT writes it, less the card, which takes longer than all the rest."""
+    wrapped.create_or_update_model_card = lambda _: None
+    wrapped.save_pretrained(str(folder))
     return folder
 
 
@@ -81,16 +87,16 @@ def changes(model: Any, folder: Path, *, strict: bool = True) -> Tensors:
         folder: the adapter.
         strict: False for experts by number, which PEFT fuses when it loads them.
     """
-    wide = copy.deepcopy(model).double()
+    base = model.state_dict()
     loaded = load_strict(model, folder) if strict else peft.PeftModel.from_pretrained(
-        copy.deepcopy(wide), str(folder)
+        copy.deepcopy(model).double(), str(folder)
     ).double()  # fmt: skip
-    base = wide.state_dict()
     return {
         k: v.double() - base[k].double()
-        for k, v in merged(loaded).items()
-        if k in base and base[k].is_floating_point() and v.shape == base[k].shape
-    }
+        for k, v in loaded.merge_and_unload().state_dict().items()
+        if isinstance(v, torch.Tensor) and k in base and base[k].is_floating_point()
+        and v.shape == base[k].shape
+    }  # fmt: skip
 
 
 def distance(found: Tensors, wanted: Tensors) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,15 @@ from loratool import cli
 from loratool.dialects import open_adapter
 from loratool.dialects.programs import find_program
 from loratool.errors import LoratoolError, MismatchError, UsageError
-from tests.oracle.in_peft import changes, config_of, distance, load_strict, make, save_base
+from tests.oracle.in_peft import (
+    Tensors,
+    changes,
+    config_of,
+    distance,
+    load_strict,
+    make,
+    save_base,
+)
 from tests.oracle.test_loads import LLM, SAMPLES, as_vllm_reads, llama, model_of, verdict
 
 peft = pytest.importorskip("peft")
@@ -58,16 +67,30 @@ def is_uniform(folder: Path) -> bool:
     return plain and not config.get("use_rslora") and ranks == {config["r"]}
 
 
+@pytest.fixture(scope="module")
+def of_form(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Path, Tensors]]:
+    """An adapter of a form, in all layers or not, and its ΔW; each is made once."""
+
+    @functools.cache
+    def made(form: str, in_all: bool) -> tuple[Path, Tensors]:
+        settings = {"r": 4, "lora_alpha": 6, "target_modules": ["q_proj"], **FORMS[form]}
+        settings |= {"target_modules": ["k_proj"], "layers_to_transform": None} if in_all else {}
+        a = make(llama(), tmp_path_factory.mktemp("form") / "a", peft.LoraConfig(**settings))
+        return a, changes(llama(), a)
+
+    return made
+
+
 @pytest.mark.thin(3)
 @pytest.mark.parametrize("program", PROGRAMS)
 @pytest.mark.parametrize("writer", WRITERS)
 @pytest.mark.parametrize("form", FORMS)
-def test_one_file_for_all(form: str, writer: str, program: str, tmp_path: Path) -> None:
+def test_one_file_for_all(
+    form: str, writer: str, program: str, tmp_path: Path, of_form: Callable[..., Any]
+) -> None:
     """The same ΔW in PEFT and in what reads one scaling; nothing is lost that stays without it."""
-    settings = {"r": 4, "lora_alpha": 6, "target_modules": ["q_proj"], **FORMS[form]}
-    if writer == "rescale parts" and form in ("one layer", "a target as a pattern"):
-        settings |= {"target_modules": ["k_proj"], "layers_to_transform": None}
-    a = make(llama(), tmp_path / "a", peft.LoraConfig(**settings))
+    in_all = writer == "rescale parts" and form in ("one layer", "a target as a pattern")
+    a, of_a = of_form(form, in_all)
     if form == "embeddings" and writer == "subtract":
         return  # PEFT stores the base's embeddings beside such factors, and they have no difference
     out = tmp_path / "out"
@@ -81,7 +104,7 @@ def test_one_file_for_all(form: str, writer: str, program: str, tmp_path: Path) 
         for module, delta in as_vllm_reads(out).items():
             assert torch.allclose(delta, found[f"{module}.weight"], rtol=0, atol=1e-12)
     if writer in EXACT:
-        assert distance(found, changes(llama(), a)) < 1e-6
+        assert distance(found, of_a) < 1e-6
     else:
         WRITERS[writer](a, tmp_path / "plain")
         limit = 1e-6 if "compress" not in writer else 1.0

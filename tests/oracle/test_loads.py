@@ -25,7 +25,7 @@ from loratool.dialects.programs import judge_loads
 from loratool.errors import LoratoolError
 from loratool.options.groups import Read
 from loratool.report.base import Loads
-from tests.oracle.in_peft import NotLoadedError, load_strict
+from tests.oracle.in_peft import NotLoadedError, load_strict, save
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
@@ -186,8 +186,7 @@ def plain(folder: Path, **settings: Any) -> Path:
     config = peft.LoraConfig(
         **{"r": 4, "target_modules": ["q_proj"], "init_lora_weights": False, **settings}
     )
-    peft.get_peft_model(llama(), config).save_pretrained(str(folder))
-    return folder
+    return save(peft.get_peft_model(llama(), config), folder)
 
 
 @pytest.mark.parametrize("how", NAMES)

@@ -5,9 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import loratool as lt
+from loratool import cli
 from loratool.errors import LoratoolError, UsageError
 
 LLM = Path(__file__).parents[1] / "data" / "llm"
@@ -53,12 +51,10 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
     return {k: v.double() for f in files for k, v in load_file(f).items()}
 
 
-def command(*words: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "loratool", *map(str, words)],
-        capture_output=True, text=True, check=False, encoding="utf-8",
-        env={**os.environ, "PYTHONIOENCODING": "utf-8"},
-    )  # fmt: skip
+def command(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[str, str]:
+    """What a command that succeeds says."""
+    assert cli.run([str(word) for word in words]) == 0
+    return capsys.readouterr()
 
 
 def dense(base: Path, adapter: Path) -> tuple[torch.Tensor, torch.Tensor]:
@@ -216,7 +212,9 @@ def test_weights_that_are_no_numbers_are_refused(value: float, tmp_path: Path) -
     assert not (tmp_path / "o").exists()
 
 
-def test_a_type_that_cannot_hold_the_weights_says_so(tmp_path: Path) -> None:
+def test_a_type_that_cannot_hold_the_weights_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     base, adapter = make(tmp_path, torch.bfloat16, 0.01)
     W = load_file(base / "model.safetensors")
     W[f"{NAME}.weight"][0, 0] = 1e5
@@ -225,7 +223,7 @@ def test_a_type_that_cannot_hold_the_weights_says_so(tmp_path: Path) -> None:
     assert report.look.total.swallowed["float16"] == math.inf
     assert 0 < report.look.total.loss < 1
     json.dumps(report.to_json(), allow_nan=False)
-    assert "float16 overflows" in command("inspect", adapter, "--base", base).stdout
+    assert "float16 overflows" in command(capsys, "inspect", adapter, "--base", base)[0]
 
 
 @pytest.mark.parametrize("name", ["lora_linear", "lora_phi3_fused", "lora_gpt2_conv1d", "lora_conv",
@@ -259,15 +257,16 @@ def test_header_limit_holds_for_spectrum_and_compress(tmp_path: Path) -> None:
             run()
 
 
-def test_command_line_shows_the_forecast_and_writes_csv(tmp_path: Path) -> None:
+def test_command_line_shows_the_forecast_and_writes_csv(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     base, adapter = make(tmp_path, torch.bfloat16, 0.0003)
     table = tmp_path / "look.csv"
-    done = command("inspect", adapter, "--base", base, "--csv", table)
-    assert done.returncode == 0, done.stderr
-    assert "bfloat16 would swallow" in done.stdout
-    assert "--dtype float32" in done.stdout + done.stderr
+    out, err = command(capsys, "inspect", adapter, "--base", base, "--csv", table)
+    assert "bfloat16 would swallow" in out
+    assert "--dtype float32" in out + err
     (row,) = csv.DictReader(table.read_text(encoding="utf-8").splitlines())
     found = lt.inspect(adapter, base=base).look.modules[0]
     assert float(row["swallowed_bfloat16"]) == found.loss > 0.25
-    done = command("inspect", adapter, "--base", base, "--json")
-    assert json.loads(done.stdout)["look"]["total"]["rho"] == found.rho
+    out, _ = command(capsys, "inspect", adapter, "--base", base, "--json")
+    assert json.loads(out)["look"]["total"]["rho"] == found.rho

@@ -88,6 +88,7 @@ def refused(world: Path, **options: Any) -> LoratoolError:
     return caught.value
 
 
+@pytest.mark.thin(3)
 @pytest.mark.parametrize("name", ["non_lora_trainables.bin", "non_lora_state_dict.bin",
                                   "mm_projector.bin"])  # fmt: skip
 @pytest.mark.parametrize("prefix", ["base_model.model.", "model.", ""])
