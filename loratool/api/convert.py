@@ -12,6 +12,7 @@ from loratool.api.fitting import check_files, fit_for
 from loratool.api.freeing import dependent, free_of_base, outline_free, unholdable
 from loratool.api.loading import Goal, unloadable
 from loratool.api.session import Opened, Session, base_row
+from loratool.api.several import one_by_one
 from loratool.api.translating import carry_out, files_of, memory_for, of_dialect
 from loratool.api.ways import plan_form, takes_one_form
 from loratool.dialects import DEFAULT
@@ -137,6 +138,17 @@ def convert(asked: Convert) -> ConvertReport:
         >>> lt.convert(["style"], to="kohya", output="style.safetensors").adapters[0].copied
         28
     """
+    if not asked.keep_going or len(asked.adapters) < 2:
+        return _convert(asked)
+    done, failed = one_by_one(asked, asked.adapters, _convert)
+    return ConvertReport(
+        str(asked.output), ", ".join(dict.fromkeys(report.dialect for report in done)),
+        tuple(row for report in done for row in report.adapters),
+        sum(report.seconds for report in done), asked.dry_run, failed,
+    )  # fmt: skip
+
+
+def _convert(asked: Convert) -> ConvertReport:
     edits = _edits(asked)
     session = Session.begin("convert", asked, in_place=asked.dry_run)
     program = session.program

@@ -11,6 +11,7 @@ from loratool.api.beside import with_whole_biases
 from loratool.api.common import parse_dtype
 from loratool.api.detach import detach
 from loratool.api.session import Opened, Session, base_row
+from loratool.api.several import one_by_one
 from loratool.api.sums import assemble_sum, run_sum
 from loratool.delta.forms import exchanged
 from loratool.dialects import write_adapter_files
@@ -56,6 +57,16 @@ def rescale(asked: Rescale) -> RescaleReport:
         >>> lt.rescale(["style"], 0.5, output="softer").adapters[0].how
         'alpha'
     """
+    if not asked.keep_going or len(asked.adapters) < 2:
+        return _rescale(asked)
+    done, failed = one_by_one(asked, asked.adapters, _rescale)
+    return RescaleReport(
+        str(asked.output), asked.factor, tuple(row for report in done for row in report.adapters),
+        sum(report.seconds for report in done), asked.dry_run, failed,
+    )  # fmt: skip
+
+
+def _rescale(asked: Rescale) -> RescaleReport:
     factor = asked.factor
     if not math.isfinite(factor):
         raise UsageError("LT-262", "not a factor", got=factor, expected="a plain decimal number")

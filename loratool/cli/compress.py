@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -22,7 +23,15 @@ from loratool.cli.render import (
     some,
     table,
 )
-from loratool.cli.voice import Plan, Voice, note_lines, warning_lines
+from loratool.cli.voice import (
+    Plan,
+    Voice,
+    exit_code,
+    failed_lines,
+    note_lines,
+    unit_of,
+    warning_lines,
+)
 from loratool.options.shaping import Compress
 
 if TYPE_CHECKING:
@@ -47,7 +56,7 @@ _WORDS = {"rank": "rank", "energy": "energy", "error": "error", "sv_ratio": "σ 
 @click.argument("adapters", nargs=-1, required=True, metavar="ADAPTER…")
 @opt.taking(Compress)
 @opt.general
-def command(adapters: tuple[str, ...], output: str, **options: Any) -> None:
+def command(adapters: tuple[str, ...], output: str, **options: Any) -> int:
     """Compress adapters: the best approximation of lower rank, module by module.
 
     Works on the factors alone: exact singular values, no base model, no ΔW in memory. A module
@@ -58,10 +67,12 @@ def command(adapters: tuple[str, ...], output: str, **options: Any) -> None:
     what = safe(adapters[0]) if len(adapters) == 1 else plural(len(adapters), "adapter")
     voice.announce(f"Compressing {what}" + (f" to {', '.join(asked)}" if asked else ""))
     plan = Plan(voice, plan_lines)
-    with show_progress(quiet=voice.quiet) as watchers:
+    with show_progress(quiet=voice.quiet, unit=unit_of(options)) as watchers:
         report = lt.compress(adapters, output=output, on_plan=plan, **watchers, **options)
     result = [] if report.dry_run else [safe(one.output) for one in report.adapters]
-    voice.show(report, render(report, voice), result=[*warning_lines(report.warnings), *result])
+    said = [*warning_lines(report.warnings), *failed_lines(report.failed), *result]
+    voice.show(report, render(report, voice), result=said)
+    return exit_code(report.failed)
 
 
 def plan_lines(plan: PlannedCompression, _voice: Voice) -> Iterator[str]:
@@ -83,12 +94,15 @@ def render(report: CompressReport, voice: Voice) -> Iterator[str]:
             yield line("", safe(one.source))
             yield from _modules(one)
     yield from warning_lines(report.warnings)
+    yield from failed_lines(report.failed)
     if report.dry_run:
         yield voice.dry_run()
         return
     before = sum(one.bytes_before for one in report.adapters)
     after = sum(one.bytes_after for one in report.adapters)
-    where = report.adapters[0].output if len(report.adapters) == 1 else "all"
+    first = report.adapters[0].output
+    many = f"{plural(len(report.adapters), 'adapter')} to {Path(first).parent}"
+    where = first if len(report.adapters) == 1 else many
     yield line("wrote", safe(where), f"{format_bytes(after)} of {format_bytes(before)}",
                format_seconds(report.seconds), tone="good")  # fmt: skip
     if len(report.adapters) == 1 and report.adapters[0].loads_in:

@@ -12,7 +12,17 @@ from loratool.cli import options as opt
 from loratool.cli.loads import loads_lines
 from loratool.cli.progress import show_progress
 from loratool.cli.render import format_bytes, format_seconds, line, plural, safe, table
-from loratool.cli.voice import Plan, Voice, note_lines, plan_of_files, warning_lines
+from loratool.cli.voice import (
+    Plan,
+    Voice,
+    exit_code,
+    failed_lines,
+    note_lines,
+    plan_of_files,
+    row_lines,
+    unit_of,
+    warning_lines,
+)
 from loratool.errors import list_some
 from loratool.options.shaping import Convert
 
@@ -36,7 +46,7 @@ if TYPE_CHECKING:
 @click.argument("adapters", nargs=-1, required=True, metavar="ADAPTER…")
 @opt.taking(Convert)
 @opt.general
-def command(adapters: tuple[str, ...], output: str, **options: Any) -> None:
+def command(adapters: tuple[str, ...], output: str, **options: Any) -> int:
     """Write ADAPTERs in another dialect: the same ΔW, the bytes of the factors copied.
 
     Modules are renamed as the programs of the dialect know them, by the maps of the model's family:
@@ -57,11 +67,13 @@ def command(adapters: tuple[str, ...], output: str, **options: Any) -> None:
         f"Changing the metadata of {plural(len(adapters), 'adapter')}")  # fmt: skip
     voice.announce(what)
     plan = Plan(voice, plan_of_files)
-    with show_progress(quiet=voice.quiet) as watchers:
+    with show_progress(quiet=voice.quiet, unit=unit_of(options)) as watchers:
         report = lt.convert(adapters, output=output, on_plan=plan, **watchers, **options)
     result = [] if report.dry_run else [safe(r.output) for r in report.adapters]
     warnings = [w for r in report.adapters for w in r.warnings]
-    voice.show(report, render(report, voice), result=[*warning_lines(warnings), *result])
+    said = [*warning_lines(warnings), *failed_lines(report.failed), *result]
+    voice.show(report, [*render(report, voice), *failed_lines(report.failed)], result=said)
+    return exit_code(report.failed)
 
 
 def render(report: ConvertReport, voice: Voice) -> Iterator[str]:
@@ -77,9 +89,7 @@ def render(report: ConvertReport, voice: Voice) -> Iterator[str]:
     ]  # fmt: skip
     heads = ("adapter", "from", "modules", "computed", "lost", "size", "written to")
     yield from table(rows, heads, right=(2, 3, 5))
-    for row in report.adapters:
-        yield from warning_lines(f"{row.source}: {w}" for w in row.warnings)
-        yield from note_lines((f"{row.source}: {n}" for n in row.notes), voice)
+    yield from row_lines(report.adapters, voice)
     yield _end(report, f"{plural(len(report.adapters), 'adapter')} to {safe(report.output)}")
 
 

@@ -13,7 +13,17 @@ from loratool.cli import options as opt
 from loratool.cli.loads import loads_lines
 from loratool.cli.progress import show_progress
 from loratool.cli.render import format_bytes, format_seconds, line, plural, safe, table
-from loratool.cli.voice import Plan, Voice, note_lines, plan_of_files, warning_lines
+from loratool.cli.voice import (
+    Plan,
+    Voice,
+    exit_code,
+    failed_lines,
+    note_lines,
+    plan_of_files,
+    row_lines,
+    unit_of,
+    warning_lines,
+)
 from loratool.errors import UsageError
 from loratool.options.shaping import Rescale
 
@@ -40,33 +50,43 @@ _HOW = {
     examples=(
         "loratool rescale ./style 0.5 -o ./softer",
         "loratool rescale ./style -1 -o ./opposite",
-        "loratool rescale ./style 1 --only 'mlp=0.5' --only 'layers\\.0\\.=0' -o ./tamed",
+        "loratool rescale ./style --only 'mlp=0.5' --only 'layers\\.0\\.=0' -o ./tamed",
+        "loratool rescale style.safetensors --blocks MIDD -o middle.safetensors",
         "loratool rescale loras/* 0.8 -o softer/          # many: names are kept",
     ),
 )
-@click.argument("adapters", nargs=-1, required=True, metavar="ADAPTER… FACTOR")
+@click.argument("adapters", nargs=-1, required=True, metavar="ADAPTER… [FACTOR]")
 @opt.taking(Rescale)
 @opt.general
-def command(adapters: tuple[str, ...], output: str, **options: Any) -> None:
+def command(adapters: tuple[str, ...], output: str, **options: Any) -> int:
     """Multiply ΔW of ADAPTERs by FACTOR, exactly where numbers allow it.
 
+    FACTOR is 1 where it is missing and an option says what changes.
     A factor that leaves every alpha a whole number goes into the configuration and no tensor
     changes. Any other one is baked into lora_B (many programs read alpha as an integer), rounded
     once; powers of two stay exact. Replaced tensors scale with --base, and are reported without it.
     """
     voice = Voice.take(options)
-    sources, factor = split_factor(adapters)
+    is_one = any(options[k] for k in ("only", "blocks", "to", "program")) or (
+        options["dtype"] != "auto" or options["intruders"] is not None)  # fmt: skip
+    sources, factor = split_factor(adapters, is_one=is_one)
     voice.announce(f"Rescaling {plural(len(sources), 'adapter')} by {factor:g}")
     plan = Plan(voice, plan_of_files)
-    with show_progress(quiet=voice.quiet) as watchers:
+    with show_progress(quiet=voice.quiet, unit=unit_of(options)) as watchers:
         report = lt.rescale(sources, factor, output=output, on_plan=plan, **watchers, **options)
     result = [] if report.dry_run else [safe(r.output) for r in report.adapters]
     warnings = [w for r in report.adapters for w in r.warnings]
-    voice.show(report, render(report, voice), result=[*warning_lines(warnings), *result])
+    said = [*warning_lines(warnings), *failed_lines(report.failed), *result]
+    voice.show(report, [*render(report, voice), *failed_lines(report.failed)], result=said)
+    return exit_code(report.failed)
 
 
-def split_factor(words: tuple[str, ...]) -> tuple[tuple[str, ...], float]:
+def split_factor(words: tuple[str, ...], *, is_one: bool = False) -> tuple[tuple[str, ...], float]:
     """ADAPTER… FACTOR as typed.
+
+    Args:
+        words: of the command line.
+        is_one: the factor may be missing, and is 1 then.
 
     Raises:
         UsageError: LT-283, the last word is no number, or nothing comes before it.
@@ -81,6 +101,8 @@ def split_factor(words: tuple[str, ...]) -> tuple[tuple[str, ...], float]:
         factor = parse_weight(last)
     except UsageError:
         is_meant = bool(sources) and _is_number(last)  # 1e3, inf: no other adapter
+        if is_one and not is_meant:
+            return words, 1.0
         named = shlex.join(sources if is_meant else words)
         raise UsageError(
             "LT-283", "the factor comes last", got=safe(last),
@@ -112,9 +134,7 @@ def render(report: RescaleReport, voice: Voice) -> Iterator[str]:
     ]  # fmt: skip
     yield from table(rows, ("adapter", "factor", "how", "lost", "type", "size", "written to"),
                      right=(5,))  # fmt: skip
-    for row in report.adapters:
-        yield from warning_lines(f"{row.source}: {w}" for w in row.warnings)
-        yield from note_lines((f"{row.source}: {n}" for n in row.notes), voice)
+    yield from row_lines(report.adapters, voice)
     if report.dry_run:
         yield voice.dry_run()
     else:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -15,13 +16,14 @@ from loratool.cli.render import (
     line,
     plural,
     safe,
+    some,
     terminal_width,
     wrapped,
 )
 from loratool.frozen import Frozen
 
 if TYPE_CHECKING:
-    from loratool.report.base import Report
+    from loratool.report.base import Failed, Report
     from loratool.report.planned import PlannedFiles
 
 
@@ -111,6 +113,39 @@ def plan_of_files(plan: PlannedFiles, _voice: Voice) -> Iterator[str]:
     if plan.peak_memory_bytes is not None:
         facts.append(f"memory ≤ {format_bytes(plan.peak_memory_bytes)}")
     yield line("plan", *facts)
+
+
+def unit_of(options: Mapping[str, Any]) -> str:
+    """What the progress of a batch is counted in."""
+    return "files" if options["keep_going"] else "bytes"
+
+
+def exit_code(failed: Sequence[Failed]) -> int:
+    """Of a run with ``--keep-going``: that of the first adapter that was left out."""
+    return int(failed[0].error["exit_code"]) if failed else 0
+
+
+def failed_lines(failed: Sequence[Failed]) -> Iterator[str]:
+    """What was left out, and why: adapters with the same error share a line."""
+    groups: dict[str, list[Failed]] = {}
+    for one in failed:
+        groups.setdefault(f"[{one.error['code']}] {one.error['what']}", []).append(one)
+    for why, ones in groups.items():
+        yield line("left out", plural(len(ones), "adapter") if len(ones) > 1 else "",
+                   some([one.source for one in ones]), safe(why, cap=400), tone="bad")  # fmt: skip
+
+
+def row_lines(rows: Sequence[Any], voice: Voice) -> Iterator[str]:
+    """Warnings and notes of many adapters; what is said of several of them is said once."""
+    for name, lines in (("warnings", warning_lines), ("notes", partial(note_lines, voice=voice))):
+        about: dict[str, list[str]] = {}
+        for row in rows:
+            for text in getattr(row, name):
+                about.setdefault(text, []).append(row.source)
+        yield from lines(
+            f"{sources[0] if len(sources) == 1 else plural(len(sources), 'adapter')}: {text}"
+            for text, sources in about.items()
+        )
 
 
 def warning_lines(warnings: Iterable[str]) -> list[str]:

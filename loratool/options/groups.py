@@ -199,6 +199,14 @@ class Write(Options):
     series: Series = None
 
 
+class Many(Options):
+    """What commands that take one adapter after the other ask."""
+
+    keep_going: Annotated[bool, Words(
+        "Of many: leave out and name what cannot be done, do the others.", "Output",
+    )] = False  # fmt: skip
+
+
 class Rerun(Options):
     """What commands that write a checkpoint take on top."""
 

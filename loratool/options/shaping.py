@@ -11,6 +11,7 @@ from loratool.options.groups import (
     FloatType,
     Include,
     Into,
+    Many,
     Place,
     Planned,
     Program,
@@ -30,7 +31,7 @@ from loratool.options.groups import (
 from loratool.options.words import KW_ONLY, Options, Words
 
 
-class Compress(Write, Shown, Crew, Watch, Planned, Access, Read, kw_only=False):
+class Compress(Write, Many, Shown, Crew, Watch, Planned, Access, Read, kw_only=False):
     """Fewer ranks for adapters."""
 
     adapters: Annotated[Place | Sequence[Place], Words(
@@ -131,7 +132,7 @@ class Extract(Write, Shown, Run, Planned, Access, Details, kw_only=False):
     rename: Rename = ()
 
 
-class Convert(Write, Workers, Watch, Planned, Read, Access, kw_only=False):
+class Convert(Write, Many, Workers, Watch, Planned, Read, Access, kw_only=False):
     """Adapters as another program stores them."""
 
     adapters: Annotated[Sequence[Place], Words("paths or Hub references.")]
@@ -167,7 +168,7 @@ class Convert(Write, Workers, Watch, Planned, Read, Access, kw_only=False):
     )]  # fmt: skip
 
 
-class Rescale(Write, Workers, Watch, Planned, Read, Access, kw_only=False):
+class Rescale(Write, Many, Workers, Watch, Planned, Read, Access, kw_only=False):
     """Adapters times a factor."""
 
     adapters: Annotated[Sequence[Place], Words("paths or Hub references.")]

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import ClassVar
 
 from loratool.frozen import Frozen
-from loratool.report.base import Loads, Report
+from loratool.report.base import Failed, Loads, Report
 
 
 class SumModuleReport(Frozen):
@@ -73,6 +73,7 @@ class RescaleReport(Report):
         adapters: one row per input.
         seconds: wall time.
         dry_run: nothing was written or measured.
+        failed: adapters that were left out, with ``keep_going``.
     """
 
     command: ClassVar[str] = "rescale"
@@ -81,6 +82,12 @@ class RescaleReport(Report):
     adapters: tuple[RescaledAdapter, ...]
     seconds: float
     dry_run: bool = False
+    failed: tuple[Failed, ...] = ()
+
+    @property
+    def ok(self) -> bool:
+        """False if an adapter was left out."""
+        return not self.failed
 
 
 def share_of(part_square: float, whole_square: float) -> float:

@@ -57,6 +57,18 @@ GOOD = ("yes", "unsure")
 """Verdicts with which an adapter is written for a program."""
 
 
+class Failed(Frozen):
+    """An adapter of several that was left out, with ``keep_going``.
+
+    Attributes:
+        source: as named.
+        error: as ``--json`` prints it.
+    """
+
+    source: str
+    error: dict[str, Any]
+
+
 class Loads(Frozen):
     """Whether a program loads the adapter.
 

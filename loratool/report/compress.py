@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from loratool.frozen import Frozen
-from loratool.report.base import Loads, Report, plain_json
+from loratool.report.base import Failed, Loads, Report, plain_json
 
 
 class CompressedModule(Frozen):
@@ -119,6 +119,7 @@ class CompressReport(Report):
         seconds: wall time.
         dry_run: nothing was written; ranks, sizes and errors are those that would be.
         warnings: what the user should not overlook.
+        failed: adapters that were left out, with ``keep_going``.
     """
 
     command: ClassVar[str] = "compress"
@@ -127,6 +128,12 @@ class CompressReport(Report):
     seconds: float
     dry_run: bool = False
     warnings: tuple[str, ...] = ()
+    failed: tuple[Failed, ...] = ()
+
+    @property
+    def ok(self) -> bool:
+        """False if an adapter was left out."""
+        return not self.failed
 
     def to_json(self) -> dict[str, Any]:
         """The report as plain JSON types, with ``families`` in every adapter."""

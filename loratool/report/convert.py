@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import ClassVar
 
 from loratool.frozen import Frozen, field
-from loratool.report.base import Loads, Report
+from loratool.report.base import Failed, Loads, Report
 
 
 class ConvertedAdapter(Frozen):
@@ -54,6 +54,7 @@ class ConvertReport(Report):
         adapters: one row per input.
         seconds: wall time.
         dry_run: nothing was written.
+        failed: adapters that were left out, with ``keep_going``.
     """
 
     command: ClassVar[str] = "convert"
@@ -62,3 +63,9 @@ class ConvertReport(Report):
     adapters: tuple[ConvertedAdapter, ...]
     seconds: float
     dry_run: bool = False
+    failed: tuple[Failed, ...] = ()
+
+    @property
+    def ok(self) -> bool:
+        """False if an adapter was left out."""
+        return not self.failed
