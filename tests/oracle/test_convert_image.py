@@ -243,7 +243,8 @@ def test_for_a_program(program: str, dialect: str, tmp_path: Path) -> None:
     """The dialect that it loads best; what was written is judged by the program's own rules."""
     source = flux(tmp_path / "style.safetensors")
     out = tmp_path / "out.safetensors"
-    options = {"skip": ["img_in"]} if program in ("nunchaku", "sd-scripts", "diffusers") else {}
+    left = {"nunchaku": ["img_mlp_0"], "sd-scripts": ["img_in"], "diffusers": ["img_in"]}
+    options = {"skip": left[program]} if program in left else {}
     report = lt.convert([source], program=program, output=out, **options)  # type: ignore[arg-type]
     assert open_adapter(out).dialect == dialect
     assert lt.check(out, program=program).verdict in ("yes", "unsure"), report

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import NamedTuple
 
+from loratool.dialects.programs import find_program
+
 Shapes = dict[str, tuple[int, ...]]
 
 
@@ -48,6 +50,8 @@ TE = "lora_te_text_model_encoder_layers_0_mlp_fc1"
 FLUX = "lora_unet_double_blocks_0_img_attn_proj"
 FLUX_DOTTED = "diffusion_model.double_blocks.0.img_attn.proj"
 FLUX_OWN = "transformer.single_transformer_blocks.0.attn.to_q"
+FLUX_OUT = "transformer.transformer_blocks.0.attn.to_add_out"
+FLUX_MOD = "transformer.transformer_blocks.0.norm1_context.linear"
 PIXART = "transformer.transformer_blocks.0.ff.net.0.proj"
 FLUX3 = "diffusion_model.single_blocks.0.q_proj"
 FLUX2 = "single_blocks.0.linear1"
@@ -65,6 +69,10 @@ MOCHI = "transformer.transformer_blocks"
 mochi = {**pair(f"{MOCHI}.0.attn1.to_q", how="A"),
          **pair(f"{MOCHI}.0.norm1_context.linear", 16, 8, how="A")}  # fmt: skip
 sd, flux = pair(SD), pair(FLUX)
+# to_add_out alone may be of several models.
+flux_modulation = pair("transformer.single_transformer_blocks.0.norm.linear", 24, how="A")
+flux_out = {**flux_modulation, **pair(FLUX_OUT, how="A")}
+flux_single = pair(FLUX_OWN.replace("attn.to_q", "proj_out"), 8, 40, how="A")
 embedding: Shapes = {"bundle_emb.cat.string_to_param.*": (2, 8)}
 loha: Shapes = {
     f"{SD}.{end}": shape for end, shape in {
@@ -201,10 +209,36 @@ SAMPLES = (
            {f"{SD}.weight": (8,), f"{SD}.on_input": ()}),
     Sample("webui", "unknown-model", "unsure", pair("lora_unet_lin_a"), sd),
     # ------------------------------------------------------------------------------ nunchaku
-    Sample("nunchaku", "bias", "raises", {**flux, f"{FLUX}.diff_b": (8,)}, flux),
-    Sample("nunchaku", "algorithm", "raises", loha, sd),
+    Sample("nunchaku", "other-model", "raises", sd, flux),
+    Sample("nunchaku", "other-model", "raises", flux2_kohya, flux),
+    Sample("nunchaku", "text-left", "raises",
+           {**flux_out, **pair(f"{OWN_LAYER}.mlp.fc1", how="A")}, flux_out),
+    Sample("nunchaku", "text", "dropped", {**flux, **pair(TE.replace("te", "te1", 1))}, flux),
+    Sample("nunchaku", "names", "raises", pair(FLUX_DOTTED, how="A"), pair(FLUX_DOTTED)),
+    Sample("nunchaku", "lost-names", "dropped",
+           pair("base_model.model.double_blocks.0.img_attn.proj", how="A"), flux),
+    Sample("nunchaku", "lost-names", "dropped",
+           pair("lycoris_single_transformer_blocks_0_proj_mlp"), flux_out),
+    Sample("nunchaku", "lost-names", "dropped",
+           {k.replace(".weight", ".default.weight"): v for k, v in flux_out.items()}, flux_out),
+    Sample("nunchaku", "lost-names", "dropped",
+           pair("double_blocks.0.img_attn.proj", how="A"), flux_out),
+    Sample("nunchaku", "algorithm", "raises", {k.replace(SD, FLUX): v for k, v in loha.items()},
+           flux),
+    Sample("nunchaku", "full", "dropped", {**flux, f"{FLUX}.diff": (8, 8)}, flux),
     Sample("nunchaku", "one-factor", "raises", without(flux, "lora_up.weight"), flux),
-    Sample("nunchaku", "alpha", "raises", without(flux, "alpha"), flux),
+    Sample("nunchaku", "partner", "raises", pair("lora_unet_double_blocks_0_img_mlp_0", 32),
+           pair("lora_unet_double_blocks_0_img_mlp_2", inner=32)),
+    Sample("nunchaku", "partner", "raises", flux_single,
+           {**flux_single, **pair(FLUX_OWN.replace("attn.to_q", "proj_mlp"), 32, how="A")}),
+    Sample("nunchaku", "bias", "raises", {**flux_out, f"{FLUX_OUT}.lora_B.bias": (8,)},
+           {**pair(f"{FLUX_MOD}", 48, how="A"), f"{FLUX_MOD}.lora_B.bias": (48,)}),
+    Sample("nunchaku", "dora", "wrong", {**flux, f"{FLUX}.dora_scale": (8, 1)}, flux),
+    Sample("nunchaku", "alpha", "wrong", {**flux_modulation, **pair(FLUX_OUT)},
+           {**flux_modulation, **pair(FLUX_OUT, how="A+")}),
+    Sample("nunchaku", "in-part", "unsure", pair(FLUX_OWN, how="A"),
+           {k: v for x in "qkv" for k, v in pair(f"{FLUX_OWN[:-1]}{x}", how="A").items()}),
+    Sample("nunchaku", "unknown-model", "unsure", pair("lycoris_lin_a"), flux),
     # ---------------------------------------------------------------------------- sd-scripts
     Sample("sd-scripts", "letters", "raises", unet, sd),
     Sample("sd-scripts", "algorithm", "dropped", loha, sd),
@@ -353,4 +387,11 @@ SAMPLES = (
            without(pair(f"diffusion_model.{QWEN}"), "alpha"), pair(f"diffusion_model.{QWEN}")),
     Sample("diffusers", "mixed-ranks", "past", {**pair(FLUX_OWN, how="A"),
            **pair(FLUX_OWN[:-1] + "k", rank=4, how="A")}, pair(FLUX_OWN, how="A")),
+)  # fmt: skip
+# nunchaku calls diffusers' converter first.
+SAMPLES += tuple(
+    sample._replace(program="nunchaku") for sample in SAMPLES
+    if sample.program == "diffusers"
+    and sample.rule.startswith(("flux-", "control-"))
+    and sample.rule in {rule.name for rule in find_program("nunchaku").rules}
 )  # fmt: skip
