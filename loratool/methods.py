@@ -96,6 +96,8 @@ class Method(Frozen):
             (c = -1), ``order`` (the order of the adapters does not matter).
         identity_at: parameters under which ``identity`` holds.
         rounds_down: a share of n elements is the whole part of it, as in PEFT; else the nearest.
+        gives_weights: cat methods: the function gives coefficients, by sizes and angles of the ΔW.
+        is_between: these are shares of 1, so that weights are 0 or more.
         is_whole: factor methods: both factors are multiplied by the weight, not by its root.
         select: dense methods: which elements stay: ``all``, ``largest``, ``random``, ``ranked``,
             ``middle``, ``variance``.
@@ -112,6 +114,13 @@ class Method(Frozen):
     select: str = "all"
     rounds_down: bool = False
     is_whole: bool = False
+    gives_weights: bool = False
+    is_between: bool = False
+
+    @property
+    def cuts_nothing(self) -> bool:
+        """The result is a sum of all factors, side by side."""
+        return self.space == "cat" and self.name != "svd"
 
 
 def _share(name: str, default: float, text: str, *, is_open: bool = True) -> Param:
@@ -124,6 +133,7 @@ _LAMBDA = Param("lambda", 1.0, "factor of the result")
 _WHOLE = {"density": 1.0}
 _ALL = ("identity", "scale", "sign", "order")
 _ELECT = "loratool.linalg.elect:"
+_ANGLES = "loratool.linalg.directions:"
 _CORE = "loratool.linalg.core:"
 _PEFT = "PEFT 0.21.2 add_weighted_adapter"
 
@@ -134,9 +144,14 @@ METHODS: tuple[Method, ...] = (
            "exact sum, factors side by side: ranks add"),
     Method("svd", "cat", "loratool.linalg.product:product_svd", "Eckart & Young 1936",
            "exact sum, then its best approximation of --rank"),
-    Method("slerp", "cat", "loratool.linalg.concat:slerp_weights", "Shoemake 1985",
+    Method("slerp", "cat", _ANGLES + "slerp", "Shoemake 1985",
            "two adapters on the arc between them, module by module",
-           laws=("identity", "order")),
+           laws=("identity", "order"), gives_weights=True, is_between=True),
+    Method("karcher", "cat", _ANGLES + "karcher", "mergekit karcher",
+           "mean direction on the sphere at the mean size: slerp of any number",
+           laws=("identity", "order"), gives_weights=True, is_between=True),
+    Method("model-stock", "cat", _ANGLES + "model_stock", "arXiv:2403.19522",
+           "their mean, the shorter the less they agree", gives_weights=True),
     Method("ties", "dense", _ELECT + "elect", "arXiv:2306.01708",
            "trim, elect signs, mean of those that agree",
            (_share("density", 0.2, _KEPT), _LAMBDA), _ALL, _WHOLE, "largest"),

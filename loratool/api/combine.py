@@ -129,8 +129,8 @@ def _open(asked: Combine, session: Session, how: How, minus: bool) -> list[Opene
     opened = [replace(o, adapter=a) for o, a in zip(opened, same, strict=True)]
     if minus:
         opened = _less_the_others(opened)
-    if how.method.name == "slerp":
-        arc = arc_weights([o.weight for o in opened])
+    if how.method.is_between:
+        arc = arc_weights([o.weight for o in opened], how.method)
         opened = [replace(o, weight=w) for o, w in zip(opened, arc, strict=True)]
     return opened
 

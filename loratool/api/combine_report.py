@@ -86,7 +86,7 @@ class CombineJob(Frozen):
         for module in self.plan.modules:
             done = by_name.get(module.spec.name)
             planned = module.rank
-            if not module.is_bias and self.how.method.name not in ("cat", "slerp"):
+            if not module.is_bias and not self.how.method.cuts_nothing:
                 planned = min(module.rank, rank_of(module, self.how.method, self.how.rank))
             found.append(
                 SumModuleReport(

@@ -65,7 +65,7 @@ def render(
         yield from table(rows, ("module", "shape", "rank", "‖ΔW‖", "rel. error"), right=(2, 3, 4))
     if not report.dry_run:
         lost = "nothing" if report.relative_error < 1e-12 else f"{report.relative_error:.1e} of ΔW"
-        what = "storage" if report.method in ("cat", "slerp") else "the rank and storage"
+        what = "storage" if BY_NAME[report.method].cuts_nothing else "the rank and storage"
         size = "" if math.isnan(report.norm) else f"‖ΔW‖ {report.norm:.4g}"
         yield line("loss", f"{what} ({report.dtype}) lost {lost}", size)
     yield from warning_lines(report.warnings)

@@ -26,7 +26,7 @@ from loratool.engine.kernel import Env
 from loratool.engine.summing import SummedModule, sum_factors
 from loratool.frozen import Frozen, replace
 from loratool.linalg import core, fit
-from loratool.linalg.concat import difference_square, product_norm, slerp_weights
+from loratool.linalg.concat import difference_square, product_norm
 from loratool.linalg.dense import DenseCombiner, combine_rows, combine_whole
 from loratool.linalg.norms import sum_of_squares
 from loratool.linalg.product import product_svd, split_factors
@@ -81,8 +81,8 @@ def combine_factors(
         dtype: storage type.
     """
     if how.method.space == "cat":
-        if how.method.name == "slerp":
-            terms = _on_the_arc(terms, env)
+        if how.method.gives_weights:
+            terms = _reweighed(terms, env, how.method)
         return sum_factors(
             like, terms, env, gain=gain, alpha=alpha, rank=how.rank and rank, dtype=dtype
         )
@@ -125,6 +125,9 @@ def combine_vectors(
         keys = random_keys(how.params, like.name, terms)
         total = combine_whole(values[:, None], how.method, how.params, weights, keys)[0]
     else:
+        if how.method.gives_weights and not how.method.is_between:
+            columns = [(value[:, None], value.new_ones(1, 1)) for value in values]
+            weights = function_of(how.method.function)(columns, weights)
         total = torch.einsum("tn,t->n", values, torch.tensor(weights, dtype=values.dtype))
     error = float((round_once(total / scaling, dtype).double() * scaling - total).norm())
     data = make_data(f"{like.name} delta", total / scaling, dtype)
@@ -267,16 +270,15 @@ def _one_below_another(spec: DeltaSpec, side: int, env: Env) -> torch.Tensor:
     return tensor.view(len(tensor), -1, spec.experts).permute(2, 0, 1).flatten(0, 1)
 
 
-def _on_the_arc(terms: Sequence[DeltaPart], env: Env) -> list[DeltaPart]:
-    """The two terms with the weights of slerp; the weights they have are 1 - t and t."""
+def _reweighed(terms: Sequence[DeltaPart], env: Env, method: Method) -> list[DeltaPart]:
+    """The terms with the weights that follow from their sizes and angles."""
     if len(terms) < 2:
         return list(terms)
     sides = []
     for term in terms:
         pairs = load_pairs(term.spec, env)
-        sides.append([(B * term.spec.scaling, A) for B, A in pairs])
-    one, other = (_block_pair(side) for side in sides)
-    found = slerp_weights(one, other, terms[1].weight)
+        sides.append(_block_pair([(B * term.spec.scaling, A) for B, A in pairs]))
+    found = function_of(method.function)(sides, [t.weight for t in terms])
     return [replace(t, weight=w) for t, w in zip(terms, found, strict=True)]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -54,32 +53,3 @@ def difference_square(
     d_B, d_A = B_one - B_other, A_one - A_other
     left = (d_B.T @ d_B) * (A_one @ A_one.T) + 2 * (d_B.T @ B_other) * (A_one @ d_A.T)
     return max(0.0, float((left + (B_other.T @ B_other) * (d_A @ d_A.T)).sum()))
-
-
-def slerp_weights(
-    one: tuple[torch.Tensor, torch.Tensor], other: tuple[torch.Tensor, torch.Tensor], t: float
-) -> tuple[float, float]:
-    """Coefficients of the point at ``t`` on the arc from one product to another.
-
-    With cos Ω = ⟨Δ₁, Δ₂⟩ / (‖Δ₁‖ ‖Δ₂‖): sin((1-t)Ω)/sin Ω and sin(tΩ)/sin Ω; the straight line,
-    1 - t and t, where sin Ω < 1e-6 or one of them is zero.
-
-    Args:
-        one: (lora_B, lora_A) of Δ₁, float64.
-        other: those of Δ₂.
-        t: 0 gives Δ₁, 1 gives Δ₂.
-
-    Notes:
-        Cost O((out + in) r²): the inner product is Σ (B₁ᵀB₂) ∘ (A₁A₂ᵀ).
-
-    References:
-        Shoemake 1985.
-    """
-    norms = product_norm(*one) * product_norm(*other)
-    if norms == 0:
-        return 1 - t, t
-    inner = float(((one[0].T @ other[0]) * (one[1] @ other[1].T)).sum())
-    omega = math.acos(max(-1.0, min(1.0, inner / norms)))
-    if math.sin(omega) < 1e-6:
-        return 1 - t, t
-    return math.sin((1 - t) * omega) / math.sin(omega), math.sin(t * omega) / math.sin(omega)

@@ -47,32 +47,33 @@ def plan_combine(
     return plan
 
 
-def arc_weights(weights: Sequence[Weight]) -> list[Weight]:
-    """1 - t and t of slerp, t = w_B / (w_A + w_B), in every module.
+def arc_weights(weights: Sequence[Weight], method: Method) -> list[Weight]:
+    """Shares of 1 in every module: of slerp 1 - t and t = w_B / (w_A + w_B).
 
     Raises:
-        UsageError: LT-259, not two adapters, or weights between which there is no arc.
+        UsageError: LT-259, slerp of not two adapters, or weights between which nothing lies.
     """
-    if len(weights) != 2:
+    if method.name == "slerp" and len(weights) != 2:
         raise UsageError("LT-259", "slerp takes two adapters", got=len(weights),
-                         hint="--method cat or ties take any number")  # fmt: skip
-    shares = _arc(*(w.value for w in weights))
-    names = weights[0].by_name.keys() | weights[1].by_name.keys()
-    by_name = {name: _arc(*(w.of(name) for w in weights)) for name in sorted(names)}
+                         hint="--method karcher or cat take any number")  # fmt: skip
+    shares = _shares([w.value for w in weights], method)
+    names = {name for w in weights for name in w.by_name}
+    by_name = {name: _shares([w.of(name) for w in weights], method) for name in sorted(names)}
     return [
-        replace(w, value=shares[i], by_name={n: pair[i] for n, pair in by_name.items()})
+        replace(w, value=shares[i], by_name={n: each[i] for n, each in by_name.items()})
         for i, w in enumerate(weights)
     ]
 
 
-def _arc(one: float, other: float) -> tuple[float, float]:
-    if min(one, other) < 0 or one + other == 0:
+def _shares(weights: Sequence[float], method: Method) -> list[float]:
+    total = sum(weights)
+    if min(weights) < 0 or total == 0:
         raise UsageError(
-            "LT-259", "slerp goes from one adapter to the other", got=f"{one:g}, {other:g}",
-            expected="weights of 0 or more, not both 0",
+            "LT-259", f"{method.name} goes between the adapters",
+            got=", ".join(f"{w:g}" for w in weights), expected="weights of 0 or more, not all 0",
         )  # fmt: skip
-    share = other / (one + other)
-    return 1 - share, share
+    others = [w / total for w in weights[1:]]
+    return [max(0.0, 1 - sum(others)), *others]
 
 
 def rank_of(module: SumModule, method: Method, rank: int | None) -> int:

@@ -333,6 +333,54 @@ def slerp(mix: Mix) -> Array:
     return np.asarray(made / math.sin(omega))
 
 
+def karcher(mix: Mix) -> Array:
+    """Steps along the sphere to where Σ w_t log_u(u_t) = 0, of whole matrices as vectors."""
+    norms = [float(np.linalg.norm(d)) for d in mix.deltas]
+    terms = list(zip(mix.weights, mix.deltas, norms, strict=True))
+    found = [(w, d.ravel() / n) for w, d, n in terms if n]
+    size = sum(w * n for w, _, n in terms)
+    start = sum((w * u for w, u in found), np.zeros(mix.deltas[0].size))
+    total = sum(w for w, _ in found) or 1.0
+    if np.linalg.norm(start) / total < 1e-6:
+        return total_of(mix.deltas, mix.weights)
+    at = start / np.linalg.norm(start)
+    if any(float(at @ unit) < 5e-13 - 1 for _, unit in found):
+        return total_of(mix.deltas, mix.weights)
+    for _ in range(2000):
+        step = np.zeros_like(at)
+        for w, unit in found:
+            cosine = float(np.clip(at @ unit, -1, 1))
+            rest = unit - cosine * at
+            length = float(np.linalg.norm(rest))  # the sine, without acos near 0
+            if length > 1e-15:
+                step += w / total * math.atan2(length, cosine) / length * rest
+        far = float(np.linalg.norm(step))
+        if far < 1e-15:
+            break
+        at = math.cos(far) * at + math.sin(far) / far * step
+        at /= np.linalg.norm(at)
+    return np.asarray(size * at.reshape(mix.deltas[0].shape))
+
+
+def total_of(deltas: Sequence[Array], weights: Sequence[float]) -> Array:
+    return np.asarray(sum(w * d for w, d in zip(weights, deltas, strict=True)))
+
+
+def model_stock(mix: Mix) -> Array:
+    """mergekit's formula without a base, at an angle of at most 90 degrees."""
+    scaled = [w * d for w, d in zip(mix.weights, mix.deltas, strict=True)]
+    count, mean = len(scaled), sum(scaled) / len(scaled)
+    if count == 1:
+        return np.asarray(mean)
+    cosines = [
+        float((a * b).sum()) / max(float(np.linalg.norm(a) * np.linalg.norm(b)), 1e-300)
+        for i, a in enumerate(scaled)
+        for b in scaled[i + 1 :]
+    ]
+    cosine = max(0.0, float(np.mean(cosines)))
+    return np.asarray(count * cosine / (1 + (count - 1) * cosine) * mean)
+
+
 def support(sigma: Array, size: float) -> int:
     return int((sigma > NOISE * size).sum())
 
@@ -459,6 +507,8 @@ ORACLES: dict[str, Callable[[Mix], Array]] = {
     "cat": total,
     "svd": total,
     "slerp": slerp,
+    "karcher": karcher,
+    "model-stock": model_stock,
     "ties": dense(ties),
     "ties-peft": dense(partial(ask_peft, "ties")),
     "ties-mergekit": dense(ties_mergekit),

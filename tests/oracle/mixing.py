@@ -67,8 +67,8 @@ def combine(
     """ΔW of every module of the result; factors are stored as ``dtype`` before and after."""
     row = find_method(method) if isinstance(method, str) else method
     given = [Weight(w) for w in weights]
-    if row.name == "slerp":
-        given = arc_weights(given)
+    if row.is_between:
+        given = arc_weights(given, row)
     opened = [
         (adapter_of(a, dtype, i), w) for i, (a, w) in enumerate(zip(adapters, given, strict=True))
     ]

@@ -81,7 +81,7 @@ def scenes(draw: st.DrawFn, row: Method, *, alone: bool = False) -> Scene:
         adapters.append(mine)
     if row.name == "slerp" and alone:
         adapters[1] = adapters[0]
-    low = 1 if row.name == "slerp" else -16
+    low = 1 if row.is_between else -16
     weight = st.integers(low, 16).filter(bool).map(lambda k: k / 8)
     weights = tuple(1.0 if alone and row.name != "slerp" else draw(weight) for _ in adapters)
     types = ["F64", "F64", "F32", "BF16", "F16"] if is_elementwise(row) else ["F64", "F64", "F32"]
@@ -232,7 +232,7 @@ def test_laws_not_declared_are_broken(row: Method, law: str) -> None:
         scene = replace(scene, dtype="F64")
         try:
             where = BROKEN[law](scene, row, 2.0, range(len(scene.adapters))[::-1])
-        except LoratoolError as error:  # slerp refuses weights below 0
+        except LoratoolError as error:  # slerp and karcher refuse weights below 0
             where = error.code
         found.extend([where] if where else [])
 
@@ -264,7 +264,7 @@ def test_core_obeys_the_laws_of_what_is_inside(name: str) -> None:
     holds()
 
 
-CORE_ROWS = [m for m in METHODS if m.space in ("core", "joint", "cat") and m.name != "slerp"]
+CORE_ROWS = [m for m in METHODS if m.space in ("core", "joint", "cat") and not m.is_between]
 
 
 @pytest.mark.parametrize("row", [pytest.param(m, id=m.name) for m in CORE_ROWS])

@@ -43,6 +43,8 @@ PARAMS: dict[str, tuple[dict[str, Any], ...]] = {
     "cat": ({},),
     "svd": ({},),
     "slerp": ({},),
+    "karcher": ({},),
+    "model-stock": ({},),
     "ties": ({"density": 0.3, "lambda": 0.75}, {"density": 1.0}),
     "ties-peft": ({"density": 0.3}, {"density": 1.0}),
     "ties-mergekit": ({"density": 0.3, "lambda": 0.75}, {"density": 1.0}),
@@ -92,6 +94,8 @@ def fitted(case: Case, row: Method) -> Case:
     factors, weights = case.factors, case.weights
     if row.name == "slerp":
         factors, weights = (factors * 2)[:2], tuple(map(abs, (weights * 2)[:2]))
+    if row.is_between:
+        weights = tuple(map(abs, weights))
         weights = tuple(w / sum(weights) for w in weights)
     if row.space == "factor":
         most = max(len(A) for _, A in factors)
@@ -206,8 +210,8 @@ def test_row_from_files_to_files(row: Method, tmp_path: Path) -> None:
     modules = {"model.layers.0.q_proj": (14, 11), "model.layers.1.up_proj": (9, 12)}
     count = 2 if row.name == "slerp" else 3
     weights = (0.5, 0.75, 1.25)[:count]
-    if row.name == "slerp":
-        weights = (0.25, 0.75)
+    if row.is_between:
+        weights = (0.25, 0.75) if count == 2 else (0.25, 0.125, 0.625)
     folders, held = [], []
     for number in range(count):
         mine = dict(list(modules.items())[: 1 if number == 1 else 2])
@@ -330,7 +334,8 @@ def test_experts_draw_from_one_stream(row: Method) -> None:
 @pytest.mark.parametrize("row", METHODS, ids=lambda r: r.name)
 def test_the_report_tells_the_loss(row: Method, name: str) -> None:
     """‖ΔW' − ΔW‖ as reported is what float64 finds, for bfloat16 storage or a rank of 2."""
-    case = fitted(cases(normal)["identical" if row.space == "factor" else "ordinary"], row)
+    is_alike = row.space == "factor" or row.name == "model-stock"  # else nothing is left
+    case = fitted(cases(normal)["identical" if is_alike else "ordinary"], row)
     if row.name == "cat" and name == "cut":
         return  # it has no rank
     dtype = "BF16" if name == "rounded" else "F64"
@@ -367,7 +372,7 @@ def test_bias_deltas(row: Method, tmp_path: Path) -> None:
             extra={"m.lora_B.bias": torch.from_numpy(biases[i][0]).float()}))
         for i, (B, A) in enumerate(held)
     ]  # fmt: skip
-    weights = (0.25, 0.75) if row.name == "slerp" else (0.5, -0.75)
+    weights = (0.25, 0.75) if row.is_between else (0.5, -0.75)
     params = PARAMS[row.name][0]
     lt.merge(folders, output=tmp_path / "out", method=row.name, weights=weights, params=params)
     with lt.open(tmp_path / "out") as made:
@@ -375,7 +380,8 @@ def test_bias_deltas(row: Method, tmp_path: Path) -> None:
     one = np.ones((1, 1))
     mix = Mix(tuple((one, b) for b in biases), (1.0, 2.0), weights, parse_params(row, params), 1,
               "m.bias")  # fmt: skip
-    oracle = ORACLES[row.name if row.space == "dense" else "cat"]
+    is_own = row.space == "dense" or row.name == "model-stock"
+    oracle = ORACLES[row.name if is_own else "cat"]
     assert np.abs(got - oracle(mix)[0]).max() <= 8 * EPS * size_of(mix)
 
 
