@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
@@ -66,10 +67,17 @@ def detach(plan: DetachPlan, base: OpenedBase, limits: Limits) -> Detached:
     gains = _sum_gains(plan, own)
     made: list[Weighed] = []
     for (adapter, weight), mine in zip(plan.adapters, own, strict=True):
-        rows = {name: mine.get(name, 1.0) / total for name, total in gains.items()}
+        rows = {name: _shares(mine.get(name), total) for name, total in gains.items()}
         specs = map_specs(partial(_take_apart, plan, rows), adapter.specs, plan, limits)
         made.append((replace(adapter, specs=tuple(specs)), weight))
     return Detached(plan, base, tuple(made), gains)
+
+
+def _shares(mine: torch.Tensor | None, total: torch.Tensor) -> torch.Tensor:
+    """What the rows of a product are multiplied with where the sum scales the whole."""
+    if mine is total:  # alone, as it is: also where nothing is left of a row
+        return total.new_ones(len(total))
+    return (1.0 if mine is None else mine) / total
 
 
 def _take_apart(
@@ -107,18 +115,22 @@ def _sum_gains(
         NumericError: LT-806, hardly anything of a row is left.
     """
     total: dict[str, torch.Tensor] = {}
+    holders = Counter(s.name for adapter, _ in plan.adapters for s in adapter.specs)
     for (_, weight), mine in zip(plan.adapters, own, strict=True):
         for name, found in mine.items():
             factor = weight.of(name)
             change = found if factor == 1 else 1 + factor * (found - 1)
             total[name] = total[name] + (change - 1) if name in total else change
     for name, rows in total.items():
-        least = float(rows.abs().min())
-        if least < _SMALLEST:
+        least, is_alone = float(rows.abs().min()), holders[name] == 1
+        if least < _SMALLEST and not (is_alone and any(o.get(name) is rows for o in own)):
+            weight = next(w for (_, w), o in zip(plan.adapters, own, strict=True) if name in o)
+            what = f"the change at weight {weight.of(name):g}" if is_alone else "the sum"
             raise NumericError(
-                "LT-806", "the sum takes a row of the base away, and DoRA only scales rows",
+                "LT-806", f"{what} takes a row of the base away, and DoRA only scales rows",
                 key=name, got=f"row {int(rows.abs().argmin())} times {least:.1e}",
-                hint="other weights, or merge into the base: loratool merge A B --base BASE -o OUT",
+                hint="other weights; or into the base, which can hold that: "
+                f"loratool merge {'ADAPTER:W' if is_alone else 'A:W B:W'} --base BASE -o OUT",
             )  # fmt: skip
     return total
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -145,6 +146,30 @@ def test_compress_keeps_what_dora_does_to_rows(name: str, rank: int, tmp_path: P
     same(got, want, bound)
 
 
+def test_a_row_that_dora_takes_away_stays_away(tmp_path: Path) -> None:
+    """Alone and at weight 1 nothing is divided by what is left of it: 2⁻³⁰ of a row, or none."""
+    source, base = tmp_path / "in", LLM / "lora_dora" / "base"
+    shutil.copytree(LLM / "lora_dora", source)
+    file = source / "adapter_model.safetensors"
+    tensors = load_file(str(file))
+    key = next(k for k in tensors if k.endswith("lora_magnitude_vector"))
+    tensors[key][:2] *= torch.tensor([2.0**-30, 0.0])
+    save_file(tensors, str(file), metadata={"format": "pt"})
+    lt.compress(str(source), rank=1, base=base, output=tmp_path / "out")
+    lt.merge([tmp_path / "out"], base=base, output=tmp_path / "m")
+    got = load_file(str(tmp_path / "m" / "model.safetensors"))
+    name = key.removeprefix("base_model.model.").replace("lora_magnitude_vector", "weight")
+    tensor, weight, product, gain = next(p for p in dora_parts("lora_dora") if p[0] == name)
+    U, S, Vh = torch.linalg.svd(product)
+    gain[:2] *= torch.tensor([2.0**-30, 0.0])
+    want = gain[:, None] * (weight + S[0] * U[:, :1] @ Vh[:1])
+    assert (got[tensor][1] == 0).all() and got[tensor][0].abs().max() > 0
+    assert ((got[tensor].double() - want).abs() <= 8 * EPS * want.abs().amax(1)[:, None]).all()
+    both = [str(source), str(source)]
+    refused(lambda: lt.merge(both, base=base, into="adapter", weights=[0.5, 0.5],
+                             output=tmp_path / "sum"), "LT-806", "the sum")  # fmt: skip
+
+
 def dora_parts(name: str) -> list[tuple[str, torch.Tensor, torch.Tensor, torch.Tensor]]:
     """(tensor, W (out, in), s·B·A, m/‖W + s·B·A‖) of every module, float64."""
     tensors = closed_form.read(LLM / name / "adapter_model.safetensors")
@@ -277,7 +302,11 @@ def test_what_the_base_cannot_settle(tmp_path: Path) -> None:
     # at -1/(c - 1) the row is gone: nothing that DoRA could scale
     gain = next(g for _, _, _, g in dora_parts("lora_dora"))
     weight = -1 / float(gain[0] - 1)
-    refused(lambda: lt.rescale([str(dora)], weight, base=base, output=out), "LT-806", "row 0")
+    refused(
+        lambda: lt.rescale([str(dora)], weight, base=base, output=out),
+        "LT-806",
+        "the change at weight",
+    )
     assert not out.exists()
 
 
