@@ -91,8 +91,9 @@ def _combine(asked: Combine, minus: bool) -> CombineReport:
         detached = _detach(opened, found, how.method, session.limits)
         session = session.with_base(found, form)
     job = _plan(asked, session, how, opened, detached, minus)
-    for adapter in adapters if session.translates and detached is None else ():
-        session.check_form(adapter, form)
+    for adapter in adapters if detached is None else ():
+        if session.translates(adapter, form):
+            session.check_form(adapter, form)
     if asked.dry_run:
         return job.report(None, 0, ())
     check_output(target, is_folder=is_folder(form), force=asked.force, series=asked.series)
@@ -228,8 +229,9 @@ def _check_program(session: Session, plan: SumPlan, how: How, adapters: Sequence
     """Refuse, before any work, what the program would not load."""
     program = session.of_peft
     assert program is not None
-    for adapter in () if session.translates else adapters:
-        check_fit(adapter, program)
+    for adapter in adapters:
+        if not session.translates(adapter, session.form(adapter)):
+            check_fit(adapter, program)
     ranks = [rank_of(m, how.method, how.rank) for m in plan.modules if not m.is_bias]
     check_rank(max(ranks, default=0), program, adapters[0])
 

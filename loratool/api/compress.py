@@ -151,7 +151,9 @@ def _open(
     found = session.in_its_order(session.open(texts, base))
     for one in found:
         session.check_place(one)
-        if base is None or not session.translates:  # else it is another change that is written
+        if base is None or not session.translates(
+            one.adapter, one.form
+        ):  # else it is another change that is written
             session.check(one)
     opened = None
     asks = any(home_of(one.form).asks_config for one in found)
@@ -221,7 +223,8 @@ def _capped_by_noise(session: Session, job: CompressJob, base: str | Path) -> Co
 def _within(job: CompressJob, cut: _Cut) -> Made:
     """New factors in the form of a program; zeros that fill up ranks count for the limit too."""
     made = _compress(job, cut)
-    if cut.session.program is None and not cut.session.translates:
+    session = cut.session
+    if session.program is None and not session.translates(job.source, job.one.form):
         return made
     made, budget, limit = _fitted(job, made, cut.session), cut.limit, cut.limit
     while limit is not None and budget is not None and (over := file_bytes(made.files) - limit) > 0:

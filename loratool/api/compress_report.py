@@ -22,6 +22,7 @@ from loratool.report.compress import (
     energy_and_error,
 )
 from loratool.report.families import family_of
+from loratool.report.text import plural
 from loratool.store.adapter_writer import file_bytes, with_record
 
 if TYPE_CHECKING:
@@ -146,11 +147,11 @@ def _notes(job: CompressJob, made: Made) -> list[str]:
         without = sum(cap is None for cap in job.caps)
         notes.append(
             "rank auto: singular values above the rounding noise of a merge into the base"
-            + (f"; {without} modules have no such rank" if without else "")
+            + (f"; {plural(without, 'module has', 'modules have')} no such rank" if without else "")
         )
     notes += made.notes
     if job.one.resolved.note:
         notes.insert(0, job.one.resolved.note)
     if job.source.unclaimed and not made.is_unchanged:
-        notes.append(f"{len(job.source.unclaimed)} tensors that nothing uses are left out")
+        notes.append(f"left out: {plural(len(job.source.unclaimed), 'tensor')} that nothing uses")
     return notes

@@ -23,6 +23,7 @@ from loratool.ops.inputs import OpenedBase
 from loratool.report.extract import ExtractedModule, ExtractReport, SavedResidual
 from loratool.report.families import family_of
 from loratool.report.spectrum import MOST_SIGMA
+from loratool.report.text import plural
 
 
 def written_report(
@@ -103,8 +104,8 @@ def _foreign(kept: Iterable[Pair]) -> tuple[str, ...]:
     if not names:
         return ()
     return (
-        f"{len(names)} kept tensors are of parts that the base lacks: {list_some(names, 3)}; PEFT "
-        "loads them only into a model that has these parts",
+        f"{plural(len(names), 'kept tensor is', 'kept tensors are')} of parts that the base lacks: "
+        f"{list_some(names, 3)}; PEFT loads such only into a model that has these parts",
     )
 
 

@@ -15,6 +15,7 @@ from loratool.options.calls import takes
 from loratool.options.groups import Read, Run
 from loratool.options.looking import Inspect, Open
 from loratool.report.inspect import InspectReport
+from loratool.report.text import plural
 
 if TYPE_CHECKING:
     from loratool.adapter import Adapter
@@ -196,7 +197,7 @@ def _with_spectrum(
         from loratool.report.spectrum_chart import draw_spectrum
 
         plot = Path(asked.plot)
-        title = f"{report.adapter.label} · {len(found.modules)} modules"
+        title = f"{report.adapter.label} · {plural(len(found.modules), 'module')}"
         write_new_file(plot, draw_spectrum(found, plot.suffix, title=title))
     return replace(report, spectrum=found)
 

@@ -21,6 +21,7 @@ from loratool.options.looking import Check
 from loratool.options.shaping import Convert
 from loratool.options.words import options_of, recorded
 from loratool.report.check import DROPPED, RAISES, CheckReport
+from loratool.report.text import plural
 
 
 def mend(report: CheckReport, look: Look, asked: Check, program: Program) -> CheckReport:
@@ -60,7 +61,9 @@ def _translated(
     skip = [f"^{re.escape(name.rpartition('.')[0] or name)}$" for name in left]
     source = replace(with_text_models(one.adapter), key_order=())
     plan = plan_translation(source, Goal(dialect, session.limits, program), skip=skip)
-    fixed = [f"{len(plan.computed)} modules are computed anew as LoRA"] if plan.computed else []
+    fixed = (
+        [f"{plural(len(plan.computed), 'module')} computed anew as LoRA"] if plan.computed else []
+    )
     if not asked.dry_run:
         with session.outputs(1) as session:
             session.check_place(one)

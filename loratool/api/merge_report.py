@@ -106,7 +106,8 @@ def _notes(job: MergeJob, sums: Sequence[dict[str, Any]], run_notes: Sequence[st
 
 
 def _checked_note(count: int) -> list[str]:
-    return [f"{count} tensors are the fine-tune's, bit for bit: each is checked"] if count else []
+    which = plural(count, "tensor is", "tensors are")
+    return [f"{which} the fine-tune's, bit for bit: each is checked"] if count else []
 
 
 def _sample_note(job: MergeJob, sums: Sequence[Any], dry_run: bool) -> list[str]:
@@ -155,4 +156,4 @@ def _cast_warnings(results: Sequence[dict[str, Any]]) -> list[str]:
 
 def _exact_note(results: Sequence[dict[str, Any]]) -> list[str]:
     count = sum(r["settled"] for r in results)
-    return [f"{count:,} elements needed exact sums"] if count else []
+    return [f"{plural(count, 'element')} needed exact sums"] if count else []

@@ -36,6 +36,7 @@ from loratool.options.shaping import Rescale
 from loratool.options.words import recorded
 from loratool.report.algebra import RescaledAdapter, RescaleReport, share_of
 from loratool.report.planned import PlannedFiles
+from loratool.report.text import plural
 
 if TYPE_CHECKING:
     from loratool.engine.rescaling import ScaledTensors
@@ -78,9 +79,11 @@ def _rescale(asked: Rescale) -> RescaleReport:
     adapters = [one.adapter for one in found]
     base = None if asked.base is None else open_base(str(asked.base), adapters, session.access)
     session = session.with_base(base, *(one.form for one in found))
-    if base is not None and session.translates:  # another dialect may have other rows
-        found = [replace(one, adapter=with_sizes(one.adapter, base.checkpoint, "rescaled"))
-                 for one in found]  # fmt: skip
+    if base is not None:  # another dialect may have other rows
+        found = [
+            replace(one, adapter=with_sizes(one.adapter, base.checkpoint, "rescaled"))
+            if session.translates(one.adapter, one.form) else one for one in found
+        ]  # fmt: skip
     jobs = [
         _Job(session, one, plan_rescale(one.adapter, factor, only=patterns, blocks=asked.blocks,
                                         has_base=base is not None), dtype, base)
@@ -88,7 +91,7 @@ def _rescale(asked: Rescale) -> RescaleReport:
     ]  # fmt: skip
     memory = [session.limits.plan_steps(scale_steps(job.plan, dtype)) for job in jobs]
     for job in jobs:
-        if base is None or not session.translates:  # else it is another change that is written
+        if base is None or not job.translates:  # else it is another change that is written
             session.check(job.one)
     if asked.dry_run:
         rows = [_row(job, None, 0, None) for job in jobs]
@@ -129,6 +132,11 @@ class _Job(Frozen):
     base: OpenedBase | None
     turns: Turns = field(default_factory=Turns)
 
+    @property
+    def translates(self) -> bool:
+        """True if the result is brought into another dialect."""
+        return self.session.translates(self.one.adapter, self.one.form)
+
     def put(
         self,
         files: AdapterFiles,
@@ -152,7 +160,7 @@ class _Job(Frozen):
 def _planned(jobs: Sequence[_Job], peak: int) -> PlannedFiles:
     """What is about to be done; what the base or another form makes of it the work tells."""
     computed: int | None = sum(len(scale_steps(job.plan, job.dtype).steps) for job in jobs)
-    if any(j.base or j.session.program or j.session.translates for j in jobs):
+    if any(j.base or j.session.program or j.translates for j in jobs):
         computed = None
     return PlannedFiles(
         len(jobs), sum(len(job.plan.adapter.specs) for job in jobs), computed,
@@ -186,7 +194,7 @@ def _run(job: _Job, options: Mapping[str, Any], weak: float | None) -> RescaledA
         return _mitigate(job, weak, options)
     if job.plan.how == "base":
         return _with_base(job, options)
-    if job.session.translates:
+    if job.translates:
         return _translate(job, options)
     if job.session.program is not None:
         return _fit(job, options)
@@ -262,11 +270,11 @@ def _mitigate(job: _Job, factor: float, options: Mapping[str, Any]) -> RescaledA
     notes = list(row.notes)
     if found.intruders:
         notes.append(
-            f"{found.modules} modules change by {found.moved:.3g} of their ΔW; their rank "
-            f"cannot hold {found.relative_error:.3g} of the result"
+            f"{plural(found.modules, 'module changes', 'modules change')} by {found.moved:.3g} of "
+            f"ΔW; the rank cannot hold {found.relative_error:.3g} of the result"
         )
     if found.skipped:
-        notes.append(f"{len(found.skipped)} modules on parts of tensors are left as they were")
+        notes.append(f"{plural(len(found.skipped), 'module')} on parts of tensors left as before")
     return replace(row, how="intruders", intruders=found.intruders, notes=tuple(notes),
                    relative_error=found.relative_error)  # fmt: skip
 

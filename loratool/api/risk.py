@@ -18,6 +18,7 @@ from loratool.options.groups import Watch
 from loratool.plan import Place, Plan, Step, label, module_step
 from loratool.report.families import family_of, place_of
 from loratool.report.risk import RiskModule, RiskStatistics, relative_norms
+from loratool.report.text import plural
 
 if TYPE_CHECKING:
     from loratool.engine.risk import IntruderResult
@@ -188,7 +189,7 @@ def _embeddings(adapter: Adapter) -> list[str]:
     words = ("embed", "wte", "wpe", "lm_head", "embed_out", "shared.weight")
     found = [f"{s.name} (LoRA)" for s in adapter.specs if any(w in s.name for w in words)]
     found += [
-        f"{r.name} ({'replaced' if r.rows is None else f'{len(r.rows)} rows replaced'})"
+        f"{r.name} ({'replaced' if r.rows is None else plural(len(r.rows), 'row') + ' replaced'})"
         for r in adapter.replacements
         if any(w in r.name for w in words)
     ]

@@ -18,7 +18,7 @@ from loratool.api.translating import files_of, of_dialect
 from loratool.dialects import DEFAULT, open_adapter, write_adapter_files
 from loratool.dialects.programs import Look, Program, find_program
 from loratool.dialects.registry import home_of, writable
-from loratool.dialects.rules import is_folder
+from loratool.dialects.rules import is_folder, is_of_home
 from loratool.errors import UsageError
 from loratool.frozen import Frozen, field, replace
 from loratool.ops.access import Access
@@ -178,16 +178,18 @@ class Session(Frozen):
     def _asked_of_base(self) -> dict[str, Any]:
         return {} if self.base is None else {"base_config": self.base.checkpoint.config}
 
-    @property
-    def translates(self) -> bool:
-        """True if results are brought into a dialect, not left in that of their inputs."""
-        return self.to is not None or self.of_images is not None
+    def translates(self, adapter: Adapter, form: str) -> bool:
+        """True if the result of an adapter is brought into a dialect, not left in its own."""
+        return self.to is not None or self.of_images is not None or form != adapter.dialect
 
     def form(self, adapter: Adapter) -> str:
         """The dialect of a result: as asked for, as the program loads it best, or the input's."""
-        if self.to is not None or self.of_images is None:
+        if self.to is not None or self.program is None:
             return self.to or adapter.dialect
-        return self.of_images.home(Look.of(adapter)) or DEFAULT
+        if self.of_images is not None:
+            return self.of_images.home(Look.of(adapter)) or DEFAULT
+        is_loaded = adapter.dialect == self.program.native or is_of_home(adapter, DEFAULT)
+        return adapter.dialect if is_loaded else DEFAULT
 
     @property
     def seconds(self) -> float:
@@ -244,7 +246,7 @@ class Session(Frozen):
         Raises:
             MismatchError: LT-488, and of `loratool.ops.convert.plan_convert`.
         """
-        if self.translates:
+        if self.translates(adapter, form):
             plan_translation(adapter, self._goal(form))
         elif self.program is not None:
             check_fit(adapter, self.program)
@@ -278,7 +280,7 @@ class Session(Frozen):
             form: dialect of the result.
             how: of `loratool.dialects.write_adapter_files`.
         """
-        if self.translates:
+        if self.translates(adapter, form):
             return self._translated(adapter, form)
         fitted = fit_for(adapter, self.program, self.limits)
         files = write_adapter_files(fitted.adapter, **how, **self._asked_of_base)

@@ -16,6 +16,7 @@ from typing import Any
 
 from loratool.archs.family_rows import NUMBER, Family, Index, Name, Numbers, Row
 from loratool.lazy import regex
+from loratool.report.text import plural
 
 _CHOICE = regex(r"\{([^{}]*\|[^{}]*)\}")
 _SET = regex(r"<(\w+)>")
@@ -122,7 +123,7 @@ def _covers(templates: list[str], parts: int) -> list[tuple[int, int]]:
         first, _, stop = span.partition("-")
         return [(int(first), int(stop)) if colon else (0, parts)]
     if len(templates) != parts:
-        raise ValueError(f"{templates}: {len(templates)} names for {parts} parts")
+        raise ValueError(f"{templates}: {plural(len(templates), 'name')} for {parts} parts")
     return [(i, i + 1) for i in range(parts)]
 
 

@@ -20,6 +20,7 @@ from loratool.dtypes import numel
 from loratool.errors import MismatchError, list_some
 from loratool.frozen import replace
 from loratool.plan import Region, Span
+from loratool.report.text import plural
 from loratool.store.checkpoint import Checkpoint
 
 
@@ -44,7 +45,7 @@ def resolve_names(items: Sequence[Item], checkpoint: Checkpoint, adapter: Adapte
     if unclear:
         module, several = next(iter(unclear.items()))
         raise MismatchError(
-            "LT-495", f"{len(unclear)} names may mean several tensors of the base",
+            "LT-495", f"{plural(len(unclear), 'name')} may mean several tensors of the base",
             file=adapter.path, key=list_some(unclear), expected="one tensor",
             got=f"{module}: {' or '.join('+'.join(m.names) for m in several)}",
             hint="name the part of the base that the adapter is for, such as its unet folder",

@@ -30,6 +30,7 @@ from loratool.errors import MismatchError, list_some
 from loratool.frozen import replace
 from loratool.lazy import regex
 from loratool.patterns import find
+from loratool.report.text import plural
 from loratool.store.checkpoint import Checkpoint
 
 _LAYER = regex(r"\.\d+\.")
@@ -165,7 +166,7 @@ def _labels(adapter: Adapter, checkpoint: Checkpoint, count: int | None) -> dict
 
 
 def _said(name: str, head: Collection[str], left: Sequence[str], count: int | None) -> str:
-    labels = f" with {count} label{'s' * (count != 1)}" if count is not None else ""
+    labels = f" with {plural(count, 'label')}" if count is not None else ""
     parts = sorted({n.partition(".")[0] for n in head})
     said = f"the head of the adapter ({', '.join(parts)}) makes the output a {name}{labels}"
     return f"{said}; left out of the base: {list_some(left, 3)}" if left else said

@@ -18,6 +18,7 @@ from loratool.archs.stated import OUTPUT_KEYS, is_class_key
 from loratool.errors import MismatchError, list_some
 from loratool.frozen import Frozen, field, replace
 from loratool.lazy import regex
+from loratool.report.text import plural
 from loratool.store.checkpoint import Checkpoint
 from loratool.store.jsonfile import load_json
 from loratool.store.layout import is_beside_name
@@ -251,8 +252,8 @@ def _said(tensors: Mapping[str, TensorRef]) -> str:
     files = sorted({ref.path.name for ref in tensors.values()})
     size = sum(ref.nbytes for ref in tensors.values())
     return (
-        f"{len(tensors)} tensors of {list_some(files)} ({size:,} bytes) are new in the output, "
-        f"the base has nothing like them: {_modules(tensors)}"
+        f"new in the output, the base has nothing like it: {plural(len(tensors), 'tensor')} of "
+        f"{list_some(files)} ({size:,} bytes): {_modules(tensors)}"
     )
 
 

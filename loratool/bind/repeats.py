@@ -14,6 +14,7 @@ from loratool.delta.forms import shape_of
 from loratool.delta.stacking import cut
 from loratool.dtypes import DTYPES
 from loratool.errors import MismatchError
+from loratool.report.text import plural
 
 _SLACK = 4  # Factors are rounded in each spelling: ΔW is off by a few roundings of their type.
 _Span = tuple[int, int]
@@ -103,4 +104,4 @@ def _tolerance(one: DeltaSpec, other: DeltaSpec) -> float:
 def words_of(repeats: int) -> Iterator[str]:
     """A note, where there were some."""
     if repeats:
-        yield f"{repeats} changes are in the file under two names, and equal: they count once"
+        yield f"{plural(repeats, 'change')} under two names in the file, and equal: counted once"

@@ -13,55 +13,75 @@ from loratool.delta.forms import matrix_shape
 from loratool.dtypes import DTYPES
 from loratool.errors import MismatchError, list_some
 from loratool.lazy import regex
+from loratool.report.text import plural
 from loratool.store.checkpoint import Checkpoint
 
-_WHAT: Mapping[str, tuple[str, str]] = {
+_WHAT: Mapping[str, tuple[str, str, str]] = {
     "LT-425": (
-        "{count} sets of rows for new tokens would be lost",
+        "set of rows for new tokens would be lost",
+        "sets of rows for new tokens would be lost",
         "--skip new_embeddings.safetensors leaves them out",
     ),
     "LT-432": (
-        "{count} shapes do not fit the base",
+        "shape does not fit the base",
+        "shapes do not fit the base",
         "the adapter was made for another base, or for another size of it",
     ),
     "LT-433": (
-        "{count} weights fit transposed, and nothing says for sure that they are stored so",
+        "weight fits transposed, and nothing says for sure that it is stored so",
+        "weights fit transposed, and nothing says for sure that they are stored so",
         "set fan_in_fan_out in adapter_config.json if the base uses Conv1D; --skip REGEX leaves "
         "modules out",
     ),
     "LT-434": (
-        "grouped convolution cannot be merged ({count} modules)",
+        "grouped convolution cannot be merged",
+        "grouped convolutions cannot be merged",
         "keep the adapter separate, or leave the modules out with --skip REGEX",
     ),
     "LT-435": (
-        "{count} targets are quantised and cannot take a delta",
+        "target is quantised and cannot take a delta",
+        "targets are quantised and cannot take a delta",
         "--dequantize (16-bit weights) or --requant (its own format), where the format is read; "
         "or merge into the 16-bit model that it was quantised from",
     ),
     "LT-436": (
-        "the layout of {count} square expert weights is ambiguous",
+        "square expert weight has an ambiguous layout",
+        "square expert weights have an ambiguous layout",
         "say --moe-layout eoi (stored (E, out, in)) or --moe-layout eio",
     ),
-    "LT-437": ("{count} expert weights do not fit the base", "check --moe-layout and the base"),
+    "LT-437": (
+        "expert weight does not fit the base",
+        "expert weights do not fit the base",
+        "check --moe-layout and the base",
+    ),
     "LT-438": (
-        "{count} bias deltas have no bias in the base",
+        "bias delta has no bias in the base",
+        "bias deltas have no bias in the base",
         "lora_bias is not mergeable into a base without biases; --skip REGEX leaves modules out",
     ),
     "LT-439": (
-        "{count} changes cannot be cut as the base is: their rows depend on each other",
+        "change cannot be cut as the base is: its rows depend on each other",
+        "changes cannot be cut as the base is: their rows depend on each other",
         "convert the adapter to the base's own projections first",
     ),
     "LT-442": (
-        "{count} replaced embeddings have another vocabulary size than the base",
+        "replaced embedding has another vocabulary size than the base",
+        "replaced embeddings have another vocabulary size than the base",
         "--resize-embeddings takes the adapter's vocabulary",
     ),
-    "LT-444": ("{count} sets of trainable tokens do not fit the vocabulary", "check the base"),
+    "LT-444": (
+        "set of trainable tokens does not fit the vocabulary",
+        "sets of trainable tokens do not fit the vocabulary",
+        "check the base",
+    ),
     "LT-445": (
-        "{count} replacement tensors have another shape than the base's",
+        "replacement tensor has another shape than the base's",
+        "replacement tensors have another shape than the base's",
         "the adapter was made for another base",
     ),
     "LT-493": (
-        "{count} replacement tensors are of a type that cannot be converted",
+        "replacement tensor is of a type that cannot be converted",
+        "replacement tensors are of a type that cannot be converted",
         "save the adapter with ordinary float types",
     ),
 }
@@ -81,13 +101,13 @@ def shape_error(misfits: Sequence[Misfit], checkpoint: Checkpoint) -> MismatchEr
     reasons = Counter(m.reason for m in misfits)
     reason = max(sorted(reasons), key=lambda r: reasons[r])
     chosen = sorted((m for m in misfits if m.reason == reason), key=lambda m: m.item.name)
-    what, hint = _WHAT[reason]
+    one, many, hint = _WHAT[reason]
     if "LT-442" in reasons and all(_is_resized(m, checkpoint) for m in chosen):
-        hint = _WHAT["LT-442"][1]
+        hint = _WHAT["LT-442"][2]
     first = chosen[0]
     return MismatchError(
         reason,
-        what.format(count=len(chosen)),
+        plural(len(chosen), one, many),
         file=checkpoint.path,
         key=list_some(m.item.name for m in chosen),
         expected=_first(first.expected, first.target, len(chosen)),
@@ -263,10 +283,10 @@ def _packed(misfits: Sequence[Misfit], checkpoint: Checkpoint) -> MismatchError 
     ]
     if not found:
         return None
-    what, hint = _WHAT["LT-435"]
+    one, many, hint = _WHAT["LT-435"]
     return MismatchError(
         "LT-435",
-        what.format(count=len(found)),
+        plural(len(found), one, many),
         file=checkpoint.path,
         key=list_some(m.item.name for m in found),
         expected="F64, F32, F16 or BF16",

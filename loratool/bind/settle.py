@@ -39,7 +39,8 @@ def settle(found: Sequence[Found], ctx: Context, adapter: Adapter) -> Bindings:
     )  # fmt: skip
     deltas, replaced = _twins(bindings, ctx)
     if deltas or replaced:
-        notes.append(f"{len(deltas) + len(replaced)} stored copies of shared tensors change too")
+        copies = plural(len(deltas) + len(replaced), "stored copy", "stored copies")
+        notes.append(f"changed too: {copies} of shared tensors")
     return replace(
         bindings,
         deltas=(*bindings.deltas, *deltas),

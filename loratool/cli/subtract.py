@@ -75,7 +75,7 @@ def render(
     yield from merging.render(report, voice, planned=planned)
     if report.restored:
         words = f"{plural(report.restored, 'tensor')} equal to the base in every bit, checked"
-        yield line("same", words, f"{report.corrected:,} elements set right", tone="good")
+        yield line("same", words, f"{plural(report.corrected, 'element')} set right", tone="good")
 
 
 # ------------------------------------------------------------------------ adapter − adapter

@@ -12,6 +12,7 @@ from pathlib import Path
 from loratool.adapter import BesideFile, Replacement, TensorRef
 from loratool.dtypes import DTYPES
 from loratool.errors import list_some
+from loratool.report.text import plural
 from loratool.store.contained import find_inside
 from loratool.store.tokens import TOKENIZER_STATE, added_ids, highest_id
 
@@ -37,7 +38,7 @@ def read_new_tokens(path: Path, tensors: Sequence[TensorRef]) -> BesideFile:
     try:
         origin, numbers = _numbers(path.parent, count)
     except ValueError as error:
-        return BesideFile(path.name, f"rows for {count} new tokens, but {error}")
+        return BesideFile(path.name, f"rows for {plural(count, 'new token')}, but {error}")
     rows = tuple(Replacement(name, ref, origin, numbers) for name, ref in found.items())
     return BesideFile(path.name, "rows for new tokens, which only a merge puts in place", rows=rows)
 

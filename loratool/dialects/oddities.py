@@ -11,6 +11,7 @@ from pathlib import Path
 from loratool.adapter import Adapter
 from loratool.errors import list_some
 from loratool.lazy import regex
+from loratool.report.text import plural
 
 _NOISE = regex(r"(high|low)(?=[_\- ]?noise)|(?<![a-z])(high|low)(?![a-z])", re.IGNORECASE)
 _OTHER = {"high": "low", "low": "high"}
@@ -39,9 +40,10 @@ def _split_qkv(adapter: Adapter) -> Iterator[str]:
     for parts in (3, 4):
         found = [s.module for s in adapter.specs if s.rank == parts * dim]
         if found:
+            fused = plural(len(found), "fused module has", "fused modules have")
             yield (
-                f"split_qkv: {len(found)} fused modules have {parts} ranks of {dim} and the alpha "
-                f"of one, so that every program applies 1/{parts} of what was trained there: "
+                f"split_qkv: {fused} {parts} ranks of {dim} and the alpha of one, so that "
+                f"every program applies 1/{parts} of what was trained there: "
                 f"{list_some(found, 2)} (rescale --only REGEX={parts})"
             )
 
@@ -54,7 +56,8 @@ def _twice(adapter: Adapter) -> Iterator[str]:
     both = [m.string for m in fused if m[1] in parents]
     if both:
         yield (
-            f"{len(both)} modules are there fused and split: {list_some(both, 2)}; programs add "
+            f"{plural(len(both), 'module is', 'modules are')} there fused and split: "
+            f"{list_some(both, 2)}; programs add "
             "both, or stop at one of them"
         )
 
@@ -64,14 +67,15 @@ def _large(adapter: Adapter) -> Iterator[str]:
     if found:
         one = found[0]
         alpha = "" if one.alpha is None else f" (alpha {one.alpha:g} at rank {one.rank})"
-        yield f"an odd scaling: {one.scaling:g}{alpha} in {len(found)} modules"
+        yield f"an odd scaling: {one.scaling:g}{alpha} in {plural(len(found), 'module')}"
 
 
 def _whole_alphas(adapter: Adapter) -> Iterator[str]:
     types = Counter(ref.dtype for ref in adapter.carried if ref.numel == 1)
     whole = {dtype: n for dtype, n in types.items() if dtype.startswith(("I", "U"))}
     for dtype, count in whole.items():
-        yield f"{count} alphas are stored as whole numbers ({dtype}), at which some programs stop"
+        alphas = plural(count, "alpha is stored as a whole number", "alphas are whole numbers")
+        yield f"{alphas} ({dtype}), at which some programs stop"
 
 
 def _partner(adapter: Adapter) -> Iterator[str]:

@@ -20,6 +20,7 @@ from loratool.errors import BadFileError, MismatchError, list_some
 from loratool.frozen import Struct, field, replace
 from loratool.kind import GROWS
 from loratool.options.groups import Read
+from loratool.report.text import plural
 from loratool.store.reader import FileReader, read_bytes
 
 SET = "set"
@@ -93,15 +94,25 @@ def read_tensors(
     notes = []
     without = [s for s in specs if s.rank and s.alpha is None]
     if without:
-        notes.append(f"{len(without)} modules have no alpha: their scaling is 1")
+        notes.append(plural(
+            len(without), "module has no alpha: its scaling is 1",
+            "modules have no alpha: their scaling is 1",
+        ))  # fmt: skip
     orphans = [m for m in (*found.alphas, *found.factors) if m not in found.modules]
     if orphans:
-        notes.append(f"{len(orphans)} alphas belong to no module: {list_some(orphans, 3)}")
+        notes.append(
+            f"{plural(len(orphans), 'alpha belongs', 'alphas belong')} to no module: "
+            f"{list_some(orphans, 3)}"
+        )
     if lost := sorted(found.shapes.keys() - {s.module for s in specs if s.is_matrix}):
-        notes.append(f"{len(lost)} shapes belong to no module: {list_some(lost, 3)}")
+        notes.append(
+            f"{plural(len(lost), 'shape belongs', 'shapes belong')} to no module: "
+            f"{list_some(lost, 3)}"
+        )
     if found.passed:
         names = list_some((ref.name for ref in found.passed), 3)
-        notes.append(f"{len(found.passed)} tensors are kept as they are, not merged: {names}")
+        kept = plural(len(found.passed), "tensor is kept as it is", "tensors are kept as they are")
+        notes.append(f"{kept}, not merged: {names}")
     numbers = (found.alphas, found.factors, found.shapes)
     carried = (*(ref for some in numbers for ref in some.values()), *found.passed)
     return Adapter(Path(), "", tuple(specs), tuple(found.sets), carried=carried,
@@ -221,7 +232,7 @@ def _refuse_unknown(refs: list[TensorRef]) -> None:
         if of_it:
             raise MismatchError(
                 "LT-402", f"{title} adapters are not supported", file=refs[0].file,
-                key=list_some(of_it, 3), got=f"{len(of_it)} tensors of {title}",
+                key=list_some(of_it, 3), got=f"{plural(len(of_it), 'tensor')} of {title}",
                 hint="merge or convert it with the program that wrote it",
             )  # fmt: skip
     raise MismatchError(

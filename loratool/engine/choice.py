@@ -15,6 +15,7 @@ from loratool.engine.step import Lane, Nowhere, StepWork
 from loratool.frozen import Frozen, replace
 from loratool.location import HubFile
 from loratool.plan import Plan, Step
+from loratool.report.text import plural
 from loratool.store.bandwidth import write_speed
 from loratool.store.reader import FileReader
 
@@ -71,7 +72,7 @@ def decide(rates: Rates, nbytes: int, cores: int) -> tuple[bool, str]:
         nbytes: to be read.
         cores: behind the rate of the CPU.
     """
-    here = f"{cores} {'core' if cores == 1 else 'cores'}"
+    here = plural(cores, "core")
     cpu = f"{here} sum {_spell(rates.cpu)}"
     if nbytes / rates.cpu <= _START_S:
         return False, f"{here} need {nbytes / rates.cpu:.1f} s, less than a GPU takes to start"

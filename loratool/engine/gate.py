@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from loratool.errors import NumericError
+from loratool.report.text import plural
 
 
 class Gate:
@@ -77,7 +78,7 @@ class Gate:
             raise NumericError(
                 "LT-804", "the merged tensor would hold NaN or infinity", key=self._key,
                 expected="finite values",
-                got=f"{count} {'value' if count == 1 else 'values'}, the first at element {where}",
+                got=f"{plural(count, 'value')}, the first at element {where}",
                 hint="the base holds them already, or the factors overflow; "
                 "--allow-nonfinite lets them pass",
             )  # fmt: skip

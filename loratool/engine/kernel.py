@@ -21,6 +21,7 @@ from loratool.engine.rows import args_of
 from loratool.errors import BadFileError, NumericError
 from loratool.frozen import Struct, field
 from loratool.plan import Step
+from loratool.report.text import plural
 from loratool.store.reader import FileReader
 
 INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -196,6 +197,6 @@ def _refuse_nonfinite(tensor: torch.Tensor, source: Source) -> None:
             file=getattr(source, "file", None),
             key=source.name,
             expected="finite values",
-            got=f"{count} bad {'value' if count == 1 else 'values'}, the first at {first}",
+            got=f"{plural(count, 'bad value')}, the first at {first}",
             hint="--allow-nonfinite lets them pass, where a command has it",
         )

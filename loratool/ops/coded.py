@@ -14,6 +14,7 @@ from loratool.frozen import Frozen, field, replace
 from loratool.quant import Found, codec_of, find_codes
 from loratool.quant.find import methods
 from loratool.quant.recognize import method_in_tensors, recognize_quantization, stated
+from loratool.report.text import plural
 from loratool.store.checkpoint import Checkpoint
 from loratool.store.reader import FileReader
 from loratool.store.sidecar import REMOVE
@@ -64,10 +65,10 @@ def decode_base(base: Checkpoint, *, keep: bool, dtype: str | None = None) -> De
             hint=f"leave --{'requant' if keep else 'dequantize'} out",
         )  # fmt: skip
     found = _find(base, keep)
-    count = len(found.weights)
+    weights = plural(len(found.weights), "quantised weight")
     tensors = dict(_placed(base, found, keep))
     if keep:
-        note = f"{base.quantization}: {count} quantised weights; those that change are coded anew"
+        note = f"{base.quantization}: {weights}; what changes is coded anew"
         return Decoded(replace(base, tensors=tensors, quantization=None), notes=(note,))
     homes: dict[Path, list[str]] = {}
     for name, ref in tensors.items():
@@ -80,7 +81,7 @@ def decode_base(base: Checkpoint, *, keep: bool, dtype: str | None = None) -> De
         for s in base.shards
     )  # fmt: skip
     plain = replace(base, tensors=tensors, shards=shards, quantization=None)
-    note = f"{base.quantization}: {count} quantised weights become plain numbers"
+    note = f"{base.quantization}: {weights} as plain numbers"
     return Decoded(plain, _plain_config(base, dtype or PLAIN), (note,))
 
 

@@ -15,6 +15,7 @@ from loratool.location import HubFile
 from loratool.ops.additive import FREED, require_additive, require_factors
 from loratool.plan import DeltaPart, Plan, module_step
 from loratool.report.compare import ComparedReplacement, Difference
+from loratool.report.text import plural
 from loratool.store.reader import FileReader, are_of_one_file, have_same_bytes
 
 _LONG = 120
@@ -88,7 +89,7 @@ def _form(spec: DeltaSpec) -> str:
     if not spec.is_matrix:
         return f"bias {shape_of(spec)[0]}"
     out, inner = matrix_shape(spec)
-    return f"{out}×{inner}" + (f", {spec.experts} experts" if spec.experts else "")
+    return f"{out}×{inner}" + (f", {plural(spec.experts, 'expert')}" if spec.experts else "")
 
 
 def find_differences(one: Adapter, two: Adapter) -> list[Difference]:

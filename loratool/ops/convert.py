@@ -32,6 +32,7 @@ from loratool.ops.kernels import known_kernels, shaped
 from loratool.ops.leaving import changes_of, skips, unheld, without
 from loratool.ops.locating import Located, locate, uncuttable
 from loratool.ops.sizes import with_sizes
+from loratool.report.text import plural
 from loratool.store.checkpoint import Checkpoint
 
 
@@ -165,8 +166,7 @@ def _unknown(modules: Sequence[str], source: Adapter, row: Dialect) -> tuple[str
     is_same = table is not None and row.table is not None and table.naming == row.table.naming
     if not modules or is_same:
         return ()
-    count = len(modules)
-    which = "1 module is" if count == 1 else f"{count} modules are"
+    which = plural(len(modules), "module is", "modules are")
     return (f"{which} of no family that is known and may have another name in {row.title}: "
             f"{list_some(modules, 3)}",)  # fmt: skip
 
@@ -203,7 +203,7 @@ def _left_behind(kept: Adapter, row: Dialect) -> list[str]:
     notes = []
     if kept.unclaimed:
         names = list_some((ref.name for ref in kept.unclaimed), 3)
-        notes.append(f"{len(kept.unclaimed)} tensors that change nothing are left behind: {names}")
+        notes.append(f"{plural(len(kept.unclaimed), 'tensor')} left behind, of no effect: {names}")
     if kept.extras and not row.is_folder:
         notes.append(f"files that a {row.title} file has no place for are left behind: "
                      f"{list_some(kept.extras, 3)}")  # fmt: skip
@@ -230,8 +230,8 @@ def _check(
         hint = (f"{shlex.join(command)} --base BASE -o {out}: what depends on the base becomes "
                 "LoRA")  # fmt: skip
     raise MismatchError(
-        "LT-494", f"{row.title} cannot hold {len(found)} changes of this adapter", file=kept.path,
-        key=list_some(found, 3), got=list_some(set(found.values()), 3), hint=hint,
+        "LT-494", f"{row.title} cannot hold {plural(len(found), 'change')} of this adapter",
+        file=kept.path, key=list_some(found, 3), got=list_some(set(found.values()), 3), hint=hint,
     )  # fmt: skip
 
 
@@ -296,7 +296,7 @@ def _from_known(adapter: Adapter, known: KnownNames) -> tuple[Adapter, str]:
     unknown = [name for name, names in found.items() if len(names) != 1]
     if unknown:
         raise MismatchError(
-            "LT-404", f"the whole names of {len(unknown)} flat modules are not known",
+            "LT-404", f"no whole name is known of {plural(len(unknown), 'flat module')}",
             file=adapter.path, key=list_some(unknown, 3),
             hint="give the base model, --base BASE: its tensors name them",
         )  # fmt: skip

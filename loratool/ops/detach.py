@@ -14,6 +14,7 @@ from loratool.ops.additive import factor_dtype
 from loratool.ops.in_base import InBase, find_in_base
 from loratool.ops.weights import Weight
 from loratool.plan import Place
+from loratool.report.text import plural
 from loratool.store.checkpoint import Checkpoint
 from loratool.store.reader import have_same_bytes
 
@@ -58,16 +59,18 @@ class DetachPlan(Frozen):
                    if s.reach == "all"}  # fmt: skip
         if changed:
             kinds = list_some(sorted(set(changed.values())))
-            yield (f"{len(changed)} modules start from a changed base ({kinds}): written as LoRA, "
-                   "whose rank is up to twice theirs")  # fmt: skip
+            yield (f"{plural(len(changed), 'module starts', 'modules start')} from a changed base "
+                   f"({kinds}): written as LoRA, of up to twice the rank")  # fmt: skip
         others = {s.name: s.title for a, _ in self.adapters for s in a.specs if not s.is_apart}
         if others:
             kinds = list_some(sorted(set(others.values())))
-            yield (f"{len(others)} modules change as the base's numbers do ({kinds}): written as "
-                   "LoRA, of the rank that W' - W has")  # fmt: skip
+            modules = plural(len(others), "module changes", "modules change")
+            yield (f"{modules} as the base's numbers do ({kinds}): written as LoRA, of the rank "
+                   "that W' - W has")  # fmt: skip
         if self.turned:
-            yield (f"{len(self.turned)} modules scale rows of the base (DoRA): the result does so "
-                   "too; ranks and losses are those of lora_B @ lora_A")  # fmt: skip
+            modules = plural(len(self.turned), "module scales", "modules scale")
+            yield (f"{modules} rows of the base (DoRA): the result does so too; ranks and losses "
+                   "are those of lora_B @ lora_A")  # fmt: skip
 
 
 def plan_detach(adapters: Sequence[Weighed], base: Checkpoint) -> DetachPlan:

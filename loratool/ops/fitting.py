@@ -8,10 +8,10 @@ from collections.abc import Collection, Mapping, Sequence
 
 from loratool.adapter import Adapter, DeltaSpec
 from loratool.delta.forms import has_diagonal, left_of, matrix_shape, shape_of
-from loratool.dialects import DEFAULT, unmergeable_reason
+from loratool.dialects import unmergeable_reason
 from loratool.dialects.programs import Look, Program
 from loratool.dialects.registry import home_of
-from loratool.dialects.rules import conversion, gains, is_of_home, passed_on
+from loratool.dialects.rules import gains, passed_on
 from loratool.dialects.stated import WHOLE, is_even
 from loratool.dtypes import tensor_bytes
 from loratool.engine.module_memory import rescaled_bytes
@@ -182,14 +182,8 @@ def check_fit(adapter: Adapter, program: Program) -> None:
     Raises:
         MismatchError: LT-488.
     """
-    if adapter.dialect == program.native:
-        return
-    if not is_of_home(adapter, DEFAULT):
-        raise MismatchError(
-            "LT-488", f"{program.title} loads PEFT folders", file=adapter.path,
-            got=f"{adapter.dialect} file", hint=conversion(adapter, DEFAULT),
-        )  # fmt: skip
-    _refuse(program, adapter, program.obstacles(Look.of(adapter)))
+    if adapter.dialect != program.native:
+        _refuse(program, adapter, program.obstacles(Look.of(adapter)))
 
 
 def check_written(look: Look, adapter: Adapter, program: Program) -> None:

@@ -12,6 +12,7 @@ from loratool.errors import BadFileError, LoratoolError, list_some
 from loratool.frozen import Frozen, Struct, field, replace
 from loratool.ops.turns import Turns
 from loratool.report.inspect import AdapterSummary, CheckpointSummary, FolderRow
+from loratool.report.text import plural
 from loratool.store.contained import list_folder
 from loratool.store.header import RawHeader, metadata_before, read_raw, table_of
 from loratool.store.layout import what_lies_there
@@ -59,7 +60,7 @@ def folder_rows(
         raise BadFileError(
             "LT-350", "no adapter and no checkpoint here", file=folder,
             expected="safetensors files, or folders that hold them",
-            got=f"{len(entries)} other entries",
+            got=plural(len(entries), "other entry", "other entries"),
         )  # fmt: skip
     return tuple(rows), _not_looked_into(folder, others)
 

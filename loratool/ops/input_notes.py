@@ -9,6 +9,7 @@ from loratool.adapter import Adapter, TensorRef
 from loratool.delta.forms import left_of
 from loratool.errors import list_some
 from loratool.location import HubFile
+from loratool.report.text import plural
 
 if TYPE_CHECKING:
     from loratool.ops.inputs import OpenedAdapter, OpenedBase
@@ -29,7 +30,7 @@ def adapter_warnings(adapter: Adapter, *, has_base: bool = False) -> list[str]:
         found.append(f"alpha 0: {len(zero)} of {len(adapter.specs)} modules have no effect")
     negative = [spec for spec in adapter.specs if spec.rank and spec.scaling < 0]
     if negative:
-        found.append(f"negative alpha in {len(negative)} modules: they subtract")
+        found.append(f"negative alpha in {plural(len(negative), 'module')}: subtracted")
     if adapter.specs and not adapter.replacements and not len(zero) and _is_zero(adapter):
         found.append(
             "it changes nothing: every lora_B is zero, as before training; was it saved too early, "
@@ -85,7 +86,7 @@ def base_notes(adapters: Iterable[OpenedAdapter], base: OpenedBase) -> list[str]
     """
     here = {_tail(str(base.resolved.named)), _tail(base.resolved.label.partition("@")[0])}
     averages = sum(name.startswith(_AVERAGES) for name in base.checkpoint.tensors)
-    kept = f"{averages} tensors of {_AVERAGES}* stay as they are: nothing is merged into averages"
+    kept = f"averages stay as in the base, {plural(averages, 'tensor')} of {_AVERAGES}*"
     return [*base.checkpoint.notes, *([kept] if averages else [])] + [
         f"{one.adapter.label} names {one.adapter.base_model} as its base, not "
         f"{base.resolved.label}: the names differ, the shapes fit"
@@ -104,8 +105,8 @@ def nonfinite_warning(results: Sequence[Any]) -> list[str]:
     if not counts:
         return []
     total = sum(counts.values())
-    values = "value" if total == 1 else "values"
-    return [f"{total} {values} of the output are NaN or infinity: {list_some(counts, 5)}"]
+    values = plural(total, "value of the output is", "values of the output are")
+    return [f"{values} NaN or infinity: {list_some(counts, 5)}"]
 
 
 def _of(result: Any, key: str) -> Any:

@@ -10,6 +10,7 @@ from loratool.errors import MismatchError, list_some
 from loratool.frozen import Frozen, field
 from loratool.ops.align import align_names, renamed
 from loratool.ops.extract_pairs import Pair, Roles
+from loratool.report.text import plural
 from loratool.store.checkpoint import Checkpoint
 
 
@@ -49,9 +50,13 @@ def pair_tensors(tuned: Checkpoint, base: Checkpoint, names: str) -> Pairing:
     roles = Roles(base, names)
     aligned = align_names(tuned, base)
     called = dict(zip(aligned, tuned.tensors, strict=True))
-    notes = [f"{renamed(aligned)} tensors go by other names in the fine-tune"] * (
-        renamed(aligned) > 0
-    )
+    notes = [
+        plural(
+            renamed(aligned),
+            "tensor goes by another name in the fine-tune",
+            "tensors go by other names in the fine-tune",
+        )
+    ] * (renamed(aligned) > 0)
     theirs = {name: tie.stored[0] for tie in find_ties(tuned) for name in tie.missing}
     ours = {name: tie.stored[0] for tie in ties for name in tie.missing}
     for name in base.tensors:  # stored twice in the base, once in the fine-tune
@@ -97,7 +102,7 @@ def _absent(missing: list[str], tuned: Checkpoint) -> tuple[str, ...]:
     if body:
         raise MismatchError(
             "LT-481",
-            f"{len(body)} tensors of the base are missing from the fine-tune",
+            f"{plural(len(body), 'tensor')} of the base missing from the fine-tune",
             file=tuned.path,
             key=list_some(body),
             hint="are these checkpoints of one model?",

@@ -14,6 +14,7 @@ from loratool.errors import MismatchError, list_some
 from loratool.frozen import replace
 from loratool.ops.locating import Located, locate, naming_in
 from loratool.ops.naming import Moved, rename
+from loratool.report.text import plural
 
 
 def in_dialect(adapter: Adapter, row: Dialect, remake: stacking.Remake) -> Adapter:
@@ -34,7 +35,7 @@ def in_dialect(adapter: Adapter, row: Dialect, remake: stacking.Remake) -> Adapt
     unknown = [one.spec.name for one in located if one.place is None]
     if unknown and adapter.is_flat and not table.is_flat:
         raise MismatchError(
-            "LT-404", f"the whole names of {len(unknown)} flat modules are not known",
+            "LT-404", f"no whole name is known of {plural(len(unknown), 'flat module')}",
             file=adapter.path, key=list_some(unknown, 3),
             hint="give the base model, --base BASE: its tensors name them",
         )  # fmt: skip

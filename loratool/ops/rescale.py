@@ -18,6 +18,7 @@ from loratool.ops.additive import require_additive
 from loratool.ops.blocks import block_factors
 from loratool.patterns import Pattern, find, typed_pattern
 from loratool.plan import Plan, module_step
+from loratool.report.text import plural
 from loratool.store.source import is_weight
 
 
@@ -112,13 +113,13 @@ def plan_rescale(
         )  # fmt: skip
     off = [name for name, f in factors.items() if f == 0]
     if off:
-        notes.append(f"{len(off)} modules are switched off: their lora_B is zero")
+        notes.append(f"{plural(len(off), 'module is', 'modules are')} switched off: lora_B is zero")
     if has_base and needs_base:
         return RescalePlan(adapter, factors, "base", adapter.config, {}, tuple(notes))
     if kept:
+        whole = plural(len(kept), "replaced tensor does", "replaced tensors do")
         notes.append(
-            f"{len(kept)} replaced tensors do not scale without the base, they stay as they are: "
-            f"{list_some(kept, 3)}; --base BASE scales them"
+            f"{whole} not scale without the base: {list_some(kept, 3)}; --base BASE scales them"
         )
     if takes:
         scaled = replace(adapter, specs=tuple(_scaled(s, factors[s.name]) for s in adapter.specs))

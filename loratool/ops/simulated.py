@@ -11,6 +11,7 @@ from loratool.frozen import replace
 from loratool.lazy import regex
 from loratool.ops.coded import Decoded
 from loratool.quant import simulated
+from loratool.report.text import plural
 from loratool.store.checkpoint import Checkpoint
 
 _NO_LAYER = regex(r"(emb|wte|wpe|shared|relative_attention_bias|norm)[^.]*\.weight$")
@@ -41,8 +42,8 @@ def simulate_base(base: Checkpoint, word: str) -> Decoded:
             hint="leave --simulate-quant out",
         )  # fmt: skip
     tensors = {n: simulated(r, word) if n in chosen else r for n, r in base.tensors.items()}
-    note = f"{word}: {len(chosen)} linear weights as a base in {word} has them, embeddings and " \
-           "output head as they are"  # fmt: skip
+    note = f"{word}: {plural(len(chosen), 'linear weight')} as a base in {word} has them, " \
+           "embeddings and output head as they are"  # fmt: skip
     return Decoded(replace(base, tensors=tensors), notes=(note,))
 
 

@@ -21,6 +21,7 @@ from loratool.ops.adapter_summary import dtype_bytes, dtype_word, summarize_adap
 from loratool.ops.input_notes import adapter_warnings
 from loratool.options.groups import Read
 from loratool.report.inspect import CheckpointSummary, InspectReport, TensorRow
+from loratool.report.text import plural
 from loratool.store.contained import list_folder, open_inside
 from loratool.store.header import MAX_HEADER_BYTES
 from loratool.store.layout import what_lies_there
@@ -151,7 +152,7 @@ def _warnings(adapter: Adapter) -> list[str]:
         found.append(f"cannot be merged: {reason}")
     found += adapter_warnings(adapter)
     if adapter.unclaimed:
-        found.append(f"{len(adapter.unclaimed)} tensors mean nothing for merging and are not used")
+        found.append(f"not used, of no effect: {plural(len(adapter.unclaimed), 'tensor')}")
     if adapter.base_model and _QUANTISED_NAME.search(adapter.base_model):
         found.append(
             "trained on a quantised base: merge into the 16-bit model that it was made from"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from typing import Any
 
 from loratool.adapter import Adapter, DeltaSpec, Replacement, TensorRef
@@ -16,6 +16,7 @@ from loratool.frozen import Frozen
 from loratool.ops.additive import factor_dtype, require_additive, require_factors, require_kernels
 from loratool.ops.weights import Weight
 from loratool.plan import DeltaPart
+from loratool.report.text import plural
 from loratool.store.reader import are_of_one_file, have_same_bytes
 from loratool.store.remote_spans import Range
 
@@ -211,7 +212,7 @@ def _form(spec: DeltaSpec) -> str:
     if spec.layout == "conv":
         words.append(f"kernel {'×'.join(map(str, kernel_of(spec)))}")
     if spec.experts:
-        words.append(f"{spec.experts} experts")
+        words.append(plural(spec.experts, "expert"))
     return " ".join(words)
 
 
@@ -294,15 +295,17 @@ def _replacements(
         )  # fmt: skip
     notes = []
     if kept:
-        notes.append(f"{len(kept)} replaced tensors are kept: {_few(r.name for r in kept)}")
+        notes.append(f"{_replaced(kept, 'is', 'are')} kept: {_few(r.name for r in kept)}")
     if gone:
-        notes.append(f"{len(gone)} replaced tensors are the base's own again: {_few(gone)}")
+        notes.append(f"{_replaced(gone, 'is', 'are')} the base's own again: {_few(gone)}")
     means = [m.name for m in mixed if m.base is None]
     if means:
-        notes.append(f"{len(means)} replaced tensors are averaged: {_few(means)}")
+        notes.append(f"{_replaced(means, 'is', 'are')} averaged: {_few(means)}")
     moved = [m.name for m in mixed if m.base is not None]
     if moved:
-        notes.append(f"{len(moved)} replaced tensors become W + Σ weight·(new - W): {_few(moved)}")
+        notes.append(
+            f"{_replaced(moved, 'becomes', 'become')} W + Σ weight·(new - W): {_few(moved)}"
+        )
     return tuple(kept), tuple(mixed), gone, notes
 
 
@@ -323,6 +326,10 @@ def compared_ranges(adapters: Sequence[Adapter]) -> Iterator[Range]:
     for refs in found.values():
         if len(refs) > 1 and not are_of_one_file(refs):
             yield from ((ref.file, ref.start, ref.nbytes) for ref in refs)
+
+
+def _replaced(names: Sized, one: str, many: str) -> str:
+    return plural(len(names), f"replaced tensor {one}", f"replaced tensors {many}")
 
 
 def _few(names: Iterable[str]) -> str:

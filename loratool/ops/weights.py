@@ -12,6 +12,7 @@ from loratool.bind.names import COMPONENTS, component_pattern, part_regex
 from loratool.errors import MismatchError, UsageError, list_some
 from loratool.frozen import Frozen, field, replace
 from loratool.patterns import Pattern, Refuse, compile_pattern, find
+from loratool.report.text import plural
 from loratool.store.source import AdapterArgument, is_weight, parse_weight
 
 Rule = tuple[Pattern, tuple[float, ...]]
@@ -211,7 +212,9 @@ def read_module_weights(path: Path, count: int) -> tuple[Rule, ...]:
             refuse("one expression twice", line, text[:80])
         items = value.value if isinstance(value, yaml.SequenceNode) else [value]
         if isinstance(value, yaml.SequenceNode) and len(items) != count:
-            refuse(f"{len(items)} weights for {count} adapters", line, text[:80])
+            refuse(
+                f"{plural(len(items), 'weight')} for {plural(count, 'adapter')}", line, text[:80]
+            )
         if not items or not all(is_weight(item.value) for item in items):
             refuse("no plain decimal number", line, str([i.value for i in items])[:80])
         weights = tuple(parse_weight(item.value) for item in items)

@@ -19,7 +19,7 @@ def page_of_compare(report: CompareReport) -> Page:
     sections = _pair(report) if len(report.adapters) == 2 else _many(report)
     return Page(
         "compare", " × ".join(report.adapters[:3]) if len(report.adapters) < 4
-        else f"{len(report.adapters)} adapters",
+        else plural(len(report.adapters), "adapter"),
         ["ΔW, no base", f"{plural(report.shared, 'module')} in all of them"],
         list(_tiles(report)), list(_facts(report)), report.warnings, report.notes,
         list(sections),

@@ -11,6 +11,7 @@ from loratool.errors import (
     list_some,
 )
 from loratool.lazy import regex
+from loratool.report.text import plural
 from loratool.store.contained import is_inside, list_folder
 from loratool.store.foreign import PICKLE_HINT
 from loratool.store.layout import PLAIN_STEMS, is_pickle_name
@@ -69,7 +70,7 @@ def find_adapter(path: Path) -> Path:
     if found:
         shown = list_some(f"{p.name}/" if p.is_dir() else p.name for p in found)
         raise BadFileError(
-            "LT-326", f"this folder holds {len(found)} adapters" if len(found) > 1
+            "LT-326", f"this folder holds {plural(len(found), 'adapter')}" if len(found) > 1
             else "this folder is no adapter but holds one", file=path, got=shown,
             hint=f"name the one you mean, such as {found[0]}",
         )  # fmt: skip

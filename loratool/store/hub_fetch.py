@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from loratool.errors import HubError, UsageError, list_some
 from loratool.location import HubReference
+from loratool.report.text import plural
 from loratool.store import hub
 from loratool.store.hub_download import repo_folder
 from loratool.store.hub_files import all_adapters, is_weight_name, source_files
@@ -139,7 +140,8 @@ def agree_to_download(listing: Listing, wanted: Sequence[ListedFile], *, yes: bo
     if not yes and (need > ASK_BYTES or (need and len(wanted) > ASK_FILES)):
         raise UsageError(
             "LT-265", "a large download needs consent", file=listing.repo_id,
-            got=f"{need / 1e9:.1f} GB in {len(wanted):,} files to download", hint="-y downloads it",
+            got=f"{need / 1e9:.1f} GB in {plural(len(wanted), 'file')} to download",
+            hint="-y downloads it",
         )  # fmt: skip
 
 

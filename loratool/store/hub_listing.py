@@ -11,6 +11,7 @@ from urllib.parse import quote, urlsplit
 from loratool.errors import HubError
 from loratool.frozen import Frozen
 from loratool.lazy import regex
+from loratool.report.text import plural
 from loratool.store.checksum import digest_of
 from loratool.store.hub import plain_errors, snapshot
 from loratool.store.hub_download import download, missing_bytes, repo_folder
@@ -95,7 +96,7 @@ def list_commit(repo_id: str, revision: str | None) -> Listing:
             raise strange(ascii(info.sha[:80]), key="sha", expected="a commit")
         rows = info.siblings or []
         if len(rows) > MOST_FILES:
-            raise strange(f"{len(rows):,} files", expected=f"at most {MOST_FILES:,}")
+            raise strange(plural(len(rows), "file"), expected=f"at most {MOST_FILES:,}")
         files = [ListedFile(row.rfilename, *_identity(row, row.blobId)) for row in rows]
         if not all(f.digest for f in files):  # mirrors may give hashes in the tree alone
             files = list(_tree(f"{api}/tree/{info.sha}?recursive=true"))

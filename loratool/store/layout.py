@@ -10,6 +10,7 @@ from typing import Any
 from loratool.errors import BadFileError, MismatchError, UnsafeContentError, list_some
 from loratool.frozen import Frozen
 from loratool.lazy import regex
+from loratool.report.text import plural
 from loratool.store.contained import check_name, is_inside, list_folder
 from loratool.store.foreign import PICKLE_HINT
 from loratool.store.jsonfile import load_json
@@ -60,7 +61,7 @@ class _Candidate(Frozen):
     def label(self) -> str:
         if self.index_name or len(self.files) == 1:
             return self.index_name or self.files[0]
-        return f"{self.stem}-*.safetensors ({len(self.files)} files)"
+        return f"{self.stem}-*.safetensors ({plural(len(self.files), 'file')})"
 
 
 def find_layout(folder: Path, *, root: Path | None = None, index_name: str | None = None) -> Layout:
@@ -89,7 +90,7 @@ def find_layout(folder: Path, *, root: Path | None = None, index_name: str | Non
     missing = [n for n in (*_expected(chosen), *chosen.files) if not (folder / n).exists()]
     if missing:
         raise BadFileError(
-            "LT-322", f"{len(set(missing))} weight files are missing", file=folder,
+            "LT-322", f"{plural(len(set(missing)), 'weight file')} missing", file=folder,
             expected=f"the files of {chosen.label}", got=f"no {list_some(set(missing), 50)}",
             hint="download the checkpoint again",
         )  # fmt: skip

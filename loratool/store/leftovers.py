@@ -8,6 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from loratool.errors import OutputError, list_some
+from loratool.report.text import plural
 from loratool.store.disk import refusals_as, sync_folder
 from loratool.store.journal import NAME as JOURNAL
 from loratool.store.journal import (
@@ -195,7 +196,9 @@ def told(before: Mapping[str, object], found: Mapping[str, object]) -> list[str]
     """
     bad = sorted(before.keys() - found.keys())
     notes = [f"damaged since the interrupted run, made anew: {list_some(bad)}"] if bad else []
-    return notes + ([f"{len(found)} files taken over from an interrupted run"] if found else [])
+    if found:
+        notes.append(f"{plural(len(found), 'file')} taken over from an interrupted run")
+    return notes
 
 
 def clear_away(path: Path, prove: Prove) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from loratool.errors import DiskError, HubError, LoratoolError, UsageError
+from loratool.report.text import plural
 from loratool.store.address import Address
 from loratool.store.checksum import Piece, sum_whole
 from loratool.store.disk import refusals_as
@@ -238,7 +239,8 @@ class StoreOutput(Output):
             return
         if self._gives_way or ((self._shipped or self._uploads.are_under_way) and not is_final):
             if error is not None:
-                say(error, f"the same command goes on ({len(self._shipped)} files are finished)")
+                files = plural(len(self._shipped), "file")
+                say(error, f"the same command goes on ({files} finished)")
             return
         try:
             self._place.drop(self._taken.home)

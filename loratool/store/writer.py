@@ -21,6 +21,7 @@ from typing import Any
 
 from loratool import __version__
 from loratool.errors import DiskError, LoratoolError, OutputError, list_some
+from loratool.report.text import plural
 from loratool.store.checksum import Piece, sum_whole
 from loratool.store.disk import check_space, disk_error, refusals_as, sync_folder
 from loratool.store.journal import NAME as JOURNAL
@@ -215,7 +216,7 @@ class StagedOutput(Output):
         keep = self._holds_work() and not is_final
         self._leave(keep=keep)
         if keep and error is not None:
-            say(error, f"the same command goes on ({len(self.finished)} files are finished)")
+            say(error, f"the same command goes on ({plural(len(self.finished), 'file')} finished)")
 
     def _leave(self, *, keep: bool) -> None:
         with self._guard:

@@ -27,7 +27,11 @@ def text_of(node: ast.expr) -> str:
     if isinstance(node, ast.Constant):
         return str(node.value)
     if isinstance(node, ast.JoinedStr):
-        return "".join(v.value if isinstance(v, ast.Constant) else "…" for v in node.values)
+        return "".join(text_of(v) for v in node.values)
+    if isinstance(node, ast.FormattedValue):
+        return text_of(node.value) if isinstance(node.value, ast.Call) else "…"
+    if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "plural":
+        return f"… {text_of(node.args[-1])}{'' if len(node.args) > 2 else 's'}"
     if isinstance(node, ast.IfExp):
         return f"{text_of(node.body)} / {text_of(node.orelse)}"
     return "…"

@@ -198,3 +198,31 @@ def test_the_next_line_of_inspect(here: Path, capsys: pytest.CaptureFixture[str]
         words = [{"BASE": "base", "ADAPTER": "style", "merged": f"out-{name}"}.get(w, w)
                  for w in words[1:]]  # fmt: skip
         assert run(words, capsys)[0] == 0, words
+
+
+_NOUNS = ("modules", "tensors", "changes", "weights", "adapters", "names", "files", "alphas",
+          "shapes", "copies", "factors", "entries", "biases", "elements", "matrices")  # fmt: skip
+
+
+def counted(tree: ast.AST) -> Iterator[str]:
+    """Texts that put a number before several things, also where it is one; "1 of 3 files" may."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.JoinedStr):
+            parts = [
+                v.value if isinstance(v, ast.Constant) else "{" + ast.unparse(v.value) + "}"
+                for v in node.values
+                if isinstance(v, ast.Constant | ast.FormattedValue)
+            ]
+            text = "".join(map(str, parts))
+            number = r"\{(len\([^{}]*\)|\w*count|number|total)\}"
+            if re.search(rf"(?<!of ){number} (\w+ )?({'|'.join(_NOUNS)})\b", text):
+                yield f"line {node.lineno}: {text}"
+
+
+def test_one_thing_is_not_several() -> None:
+    wrong = {path.relative_to(ROOT).as_posix(): found for path in sorted(ROOT.rglob("*.py"))
+             if (found := list(counted(ast.parse(path.read_text()))))}  # fmt: skip
+    assert not wrong, "report.text.plural has both words"
+    assert list(counted(ast.parse('f"{len(a)} odd files"'))) and not list(
+        counted(ast.parse('f"{n} of {len(a)} files"'))
+    )

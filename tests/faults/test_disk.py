@@ -184,10 +184,10 @@ def test_the_disk_fills_up_after_a_shard(merge: Stage) -> None:
     last = max(n for n, moment in enumerate(merge.moments, 1) if moment.name == "fallocate")
     done = merge.run(Fault("ENOSPC", last))
     assert done.code == 6 and "LT-611" in done.err
-    assert "goes on (1 files are finished)" in done.err
+    assert "goes on (1 file finished)" in done.err
     staging = merge.work / "out.loratool-partial"
     assert [p.name for p in staging.iterdir() if p.suffix] == ["model-00001-of-00002.safetensors"]
-    assert "1 files taken over" in merge.run(None).out
+    assert "1 file taken over" in merge.run(None).out
     assert tree(merge.work) == merge.end
 
 
@@ -272,7 +272,7 @@ def test_a_signal_in_a_big_tensor(
     assert child.wait(timeout=60) == code
     print(f"\n{number.name}: exit {code} after {time.monotonic() - started:.2f} s")
     os.close(controller)
-    assert "interrupted" in text and "goes on (1 files are finished)" in text.replace("\r\n", "")
+    assert "interrupted" in text and "goes on (1 file finished)" in text.replace("\r\n", "")
     assert "Traceback" not in text
     assert not (tmp_path / "out").exists()
     left = sorted(p.name for p in (tmp_path / "out.loratool-partial").iterdir())

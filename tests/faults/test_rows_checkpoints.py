@@ -70,7 +70,7 @@ def test_missing_shard(world: World, row: str) -> None:
     for name in ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"):
         (world.base / name).rename(world.root / name)
         world.refuses(world.merge_words(), "LT-322", file=str(world.base), got=name,
-                      expected="model.safetensors.index.json", what="1 weight files")  # fmt: skip
+                      expected="model.safetensors.index.json", what="1 weight file")  # fmt: skip
         (world.root / name).rename(world.base / name)
 
 

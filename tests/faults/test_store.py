@@ -421,7 +421,7 @@ def test_what_was_uploaded_serves_the_next_run(inputs: Path) -> None:
     Buckets.before[:] = [Fail(0, "put", always=True, part="-00003-")]
     with pytest.raises(HubError) as caught:
         call("merge", inputs, address("merge"), threads=1)
-    assert "the same command goes on (2 files are finished)" in str(caught.value.hint)
+    assert "the same command goes on (2 files finished)" in str(caught.value.hint)
     assert not is_whole(stored("merge"))
     Buckets.before.clear()
     Buckets.log.clear()

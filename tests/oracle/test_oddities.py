@@ -36,7 +36,7 @@ def test_split_qkv(tmp_path: Path) -> None:
              "single_blocks_0_linear1": 16}  # fmt: skip
     args = {"ss_network_args": json.dumps({"split_qkv": "True"}), "ss_network_dim": "4"}
     text = said(written(tmp_path / "a.safetensors", ranks, args))
-    assert "1 fused modules have 3 ranks of 4" in text and "1/4 of what" in text
+    assert "1 fused module has 3 ranks of 4" in text and "1/4 of what" in text
     for other in ({**args, "ss_network_dim": "x"}, {**args, "ss_network_args": "[" * 9000},
                   {**args, "ss_network_args": '{"split_qkv": false}'}):  # fmt: skip
         assert "split_qkv" not in said(written(tmp_path / "b.safetensors", ranks, other))
@@ -44,7 +44,7 @@ def test_split_qkv(tmp_path: Path) -> None:
 
 def test_fused_and_split_keys(tmp_path: Path) -> None:
     both = {"layers_0_attention_qkv": 4, "layers_0_attention_to_q": 4, "layers_1_attention_qkv": 4}
-    assert "1 modules are there fused and split" in said(written(tmp_path / "a.safetensors", both))
+    assert "1 module is there fused and split" in said(written(tmp_path / "a.safetensors", both))
     apart = {"layers_0_attention_qkv": 4, "layers_1_attention_to_q": 4}
     assert "fused and split" not in said(written(tmp_path / "b.safetensors", apart))
 
@@ -52,7 +52,7 @@ def test_fused_and_split_keys(tmp_path: Path) -> None:
 def test_alphas(tmp_path: Path) -> None:
     ranks = {"blocks_0_self_attn_q": 4}
     text = said(written(tmp_path / "a.safetensors", ranks, alpha=np.int64(8)))
-    assert "1 alphas are stored as whole numbers (I64)" in text and "odd scaling" not in text
+    assert "1 alpha is stored as a whole number (I64)" in text and "odd scaling" not in text
     text = said(written(tmp_path / "a.safetensors", ranks, alpha=np.float32(128)))
     assert "odd scaling: 32 (alpha 128 at rank 4)" in text
 

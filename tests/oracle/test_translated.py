@@ -15,6 +15,7 @@ from tests.oracle.dotted_files import deltas
 from tests.oracle.kohya_files import SAMPLES
 from tests.oracle.test_convert_image import changes, flux, same
 
+LLM = Path(__file__).parents[1] / "data" / "llm"
 LOHA = SAMPLES / "kohya_sd15_loha"
 
 
@@ -61,6 +62,34 @@ def test_a_result_for_a_program(command: Any, program: str, dialect: str, tmp_pa
     assert open_adapter(one).dialect == dialect
     assert lt.check(one, program=program).verdict in ("yes", "unsure")
     same(changes(one), changes(two))
+
+
+@pytest.mark.parametrize("command", COMMANDS[1:])
+def test_a_result_for_a_server_is_a_folder_of_peft(command: Any, tmp_path: Path) -> None:
+    """Whatever the input's dialect is: as `convert --for` of the result."""
+    source, (plain, two, one) = LLM / "mlx_lora", (tmp_path / n for n in ("plain", "two", "one"))
+    command(source, plain)
+    lt.convert([plain], program="vllm", output=two)
+    command(source, one, program="vllm")
+    assert lt.check(one, program="vllm").verdict == "yes"
+    assert open_adapter(one).dialect == open_adapter(two).dialect == "peft"
+    got, want = ({m.name: np.asarray(m.delta()) for m in lt.open(p)} for p in (one, two))
+    same(got, want)
+
+
+def test_a_gguf_for_a_server_needs_the_base_and_says_so(tmp_path: Path) -> None:
+    """Its rows of queries and keys lie in another order, by heads that only the base counts."""
+    source, base, out = LLM / "gguf_lora" / "adapter.gguf", LLM / "lora_linear" / "base", "out"
+    with pytest.raises(lt.LoratoolError, match="--base BASE") as caught:
+        lt.rescale([source], 2, program="vllm", output=tmp_path / out)
+    assert caught.value.code == "LT-460"
+    lt.rescale([source], 2, program="vllm", base=base, output=tmp_path / out)
+    assert lt.check(tmp_path / out, program="vllm").verdict == "yes"
+    lt.merge([tmp_path / out], base=base, output=tmp_path / "got")
+    lt.merge([f"{source}:2"], base=base, output=tmp_path / "want")
+    got, want = (load_file(str(tmp_path / n / "model.safetensors")) for n in ("got", "want"))
+    assert got.keys() == want.keys()
+    assert all(got[k].tobytes() == want[k].tobytes() for k in got)  # twice is exact in base 2
 
 
 def test_other_factors_become_plain_ones_for_a_program(tmp_path: Path) -> None:

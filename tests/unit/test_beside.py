@@ -104,7 +104,7 @@ def test_the_adapters_own_tensor_counts(world: Path) -> None:
     beside(world, "non_lora_trainables.safetensors", {PROJECTOR: randn(8, 8, seed=9)})
     got, report = merge(world)
     assert torch.equal(got[PROJECTOR], own)
-    assert any("repeats 1 tensors" in note for note in report.notes)
+    assert any("repeats 1 tensor of" in note for note in report.notes)
 
 
 def test_two_files_for_one_tensor_are_refused(world: Path) -> None:

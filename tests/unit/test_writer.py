@@ -402,7 +402,7 @@ def test_dropped_files_are_no_longer_finished(tmp_path: Path) -> None:
         raise RuntimeError
     with staged(target) as output:
         assert set(output.finished) == {"t"} and output.notes == [
-            "1 files taken over from an interrupted run"
+            "1 file taken over from an interrupted run"
         ]
 
 

@@ -20,6 +20,7 @@ from loratool.dialects.peft.replacements import read_replacements
 from loratool.errors import BadFileError, list_some
 from loratool.frozen import Struct, field, replace
 from loratool.lazy import regex
+from loratool.report.text import plural
 from loratool.store.adapter_folder import is_model_file
 from loratool.store.contained import find_inside, list_folder
 from loratool.store.header import Header, read_header
@@ -110,12 +111,13 @@ def _take_whole(
     if len(new) < len(replacements):
         twice = [r.name for r in replacements if r.name in own]
         found.notes.append(
-            f"{path.name} repeats {len(twice)} tensors of the adapter, whose own count: "
-            f"{list_some(twice, 3)}"
+            f"{path.name} repeats {plural(len(twice), 'tensor')} of the adapter, whose own "
+            f"{'counts' if len(twice) == 1 else 'count'}: {list_some(twice, 3)}"
         )
     if new:
         found.notes.append(
-            f"{len(new)} whole tensors come from {path.name}: {list_some((r.name for r in new), 3)}"
+            f"{plural(len(new), 'whole tensor comes', 'whole tensors come')} from {path.name}: "
+            f"{list_some((r.name for r in new), 3)}"
         )
 
 

@@ -19,6 +19,7 @@ from loratool.dialects.peft.specs import SpecReader
 from loratool.dialects.peft.spellings import unify_spellings
 from loratool.errors import BadFileError, UsageError, list_some
 from loratool.options.groups import Read
+from loratool.report.text import plural
 from loratool.store.contained import find_inside, list_folder
 from loratool.store.own_settings import SETTINGS_FILES
 from loratool.store.sidecar import is_like
@@ -86,15 +87,19 @@ def read_tensors(refs: Iterable[TensorRef], config: PeftConfig, options: Read) -
         changes, unused, spare = method.read(found.modules, shared, config)
         specs = [one for one in changes if isinstance(one, DeltaSpec)]
         made = [one for one in changes if isinstance(one, Replacement)]
-        notes = [f"{len(unused)} tensors of modules that change nothing"] if unused else []
+        notes = (
+            [f"{plural(len(unused), 'tensor')} of modules that change nothing"] if unused else []
+        )
     replacements, hidden, more = read_replacements(found, config)
     notes = [*found.notes, *notes, *more, *_notes(specs, config)]
     if found.training:
         names = list_some((ref.name for ref in found.training), 3)
-        notes.append(f"{len(found.training)} tensors are state of training, not used: {names}")
+        states = plural(len(found.training), "tensor is", "tensors are")
+        notes.append(f"{states} state of training, not used: {names}")
     if found.originals:
         names = list_some((ref.name for ref in found.originals), 3)
-        notes.append(f"{len(found.originals)} untrained original_module copies dropped: {names}")
+        copies = plural(len(found.originals), "untrained copy", "untrained copies")
+        notes.append(f"{copies} (original_module) dropped: {names}")
     unclaimed = (*found.training, *found.originals, *hidden, *unused)
     return Adapter(
         Path(),
@@ -187,8 +192,8 @@ def _notes(specs: list[DeltaSpec], config: PeftConfig) -> list[str]:
     ignored = _untargeted(specs, config)
     if ignored:
         notes.append(
-            f"PEFT would ignore {len(ignored)} modules that target_modules does not name: "
-            f"{list_some(ignored, 3)}"
+            f"PEFT would ignore {plural(len(ignored), 'module')} that target_modules does not "
+            f"name: {list_some(ignored, 3)}"
         )
     return notes
 

@@ -10,6 +10,7 @@ from loratool.dialects.peft.config import PeftConfig
 from loratool.dialects.peft.keys import Key, Sorted
 from loratool.dialects.peft.patterns import endings
 from loratool.errors import BadFileError, list_some
+from loratool.report.text import plural
 
 MAX_COMPARISONS = 30_000_000  # of entries of modules_to_save with names; two seconds
 
@@ -35,7 +36,7 @@ def read_replacements(
         most = MAX_COMPARISONS // len(found.plain)
         raise BadFileError(
             "LT-361", "wrong value in the configuration", file=config.file, key="modules_to_save",
-            expected=f"at most {most} entries beside {len(found.plain)} whole tensors",
+            expected=f"at most {most} entries beside {plural(len(found.plain), 'whole tensor')}",
             got=len(config.modules_to_save),
         )  # fmt: skip
     hidden: list[TensorRef] = []
@@ -59,13 +60,13 @@ def read_replacements(
     notes = []
     if hidden:
         notes.append(
-            f"{len(hidden)} tensors are also there as modules_to_save, which wins: "
-            f"{list_some(ref.name for ref in hidden)} dropped"
+            f"{plural(len(hidden), 'tensor is', 'tensors are')} also there as modules_to_save, "
+            f"which wins: {list_some(ref.name for ref in hidden)} dropped"
         )
     if unlisted and config.file is not None and not config.ties:
         notes.append(
-            f"{len(unlisted)} whole tensors replace the base's although neither modules_to_save "
-            f"nor bias lists them: {list_some(unlisted, 3)}"
+            f"{plural(len(unlisted), 'whole tensor replaces', 'whole tensors replace')} the base's "
+            f"although neither modules_to_save nor bias says so: {list_some(unlisted, 3)}"
         )
     return [*made.values(), *rows], hidden, notes
 

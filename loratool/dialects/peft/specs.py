@@ -20,6 +20,7 @@ from loratool.dialects.peft.version import applies_mha_output_twice
 from loratool.errors import BadFileError, MismatchError
 from loratool.frozen import Struct, field, replace
 from loratool.options.groups import Read
+from loratool.report.text import plural
 
 _MHA_OUT = ".base_layer.out_proj"
 
@@ -251,5 +252,6 @@ class SpecReader(Struct):
             else f"as PEFT {self.config.peft_version or '(version unknown)'} does"
         )
         self.notes.append(
-            f"nn.MultiheadAttention: the delta of out_proj counts {how} in {number} modules, {why}"
+            f"nn.MultiheadAttention: the delta of out_proj counts {how} in "
+            f"{plural(number, 'module')}, {why}"
         )

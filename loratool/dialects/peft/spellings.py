@@ -16,6 +16,7 @@ from loratool.dialects.peft.keys import Sorted
 from loratool.errors import BadFileError
 from loratool.frozen import replace
 from loratool.lazy import regex
+from loratool.report.text import plural
 
 _HEAD = regex(r"(?:.+\.)?unembed_tokens")
 _SPLIT = regex(r"(?P<experts>(?:.+\.)?experts)\.(?P<leaf>gate_up_proj|down_proj)s\.(?P<n>\d+)")
@@ -49,7 +50,10 @@ def unify_spellings(found: Sorted) -> Sorted:
         else:
             _add(modules, module, roles)
     if idle and modules:
-        notes.append(f"{len(idle)} empty factors stand for projections that the experts lack")
+        notes.append(plural(
+            len(idle), "empty factor stands for a projection that the experts lack",
+            "empty factors stand for projections that the experts lack",
+        ))  # fmt: skip
         return replace(found, modules=modules, notes=notes, training=[*found.training, *idle])
     return replace(found, modules=modules if modules else found.modules, notes=notes)
 

@@ -9,6 +9,7 @@ from loratool.dialects.programs.base import DROPPED, UNSURE, WRONG, Hit, Program
 from loratool.dialects.programs.grammar import Group
 from loratool.dialects.programs.look import Look, once
 from loratool.dialects.programs.where import drops_text_model, where
+from loratool.report.text import plural
 
 _HOME = "https://github.com/lllyasviel/stable-diffusion-webui-forge/blob/main/"
 _LOADER = _HOME + "extensions-builtin/sd_forge_lora/networks.py"
@@ -51,7 +52,9 @@ def _refused(look: Look) -> Iterable[Hit]:
     found = unmatched(look)
     if len(found) <= MOST:
         return []
-    return [Hit(tuple(found), f"{len(found)} names that it does not have, {MOST} may be left")]
+    return [
+        Hit(tuple(found), f"{plural(len(found), 'name')} that it does not have, {MOST} may be left")
+    ]
 
 
 def _left(look: Look) -> Iterable[Hit]:
