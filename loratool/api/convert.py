@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +25,10 @@ from loratool.frozen import Frozen, replace
 from loratool.ops.convert import ConvertPlan, plan_convert
 from loratool.ops.input_notes import unused_warnings
 from loratool.ops.inputs import OpenedBase, open_base
-from loratool.ops.memory import MemoryPlan
-from loratool.ops.turns import Turns
 from loratool.options.calls import takes
 from loratool.options.shaping import Convert
 from loratool.options.words import recorded
 from loratool.report.convert import ConvertedAdapter, ConvertReport
-from loratool.report.planned import PlannedFiles
 from loratool.store.adapter_writer import file_bytes
 
 
@@ -163,13 +160,11 @@ def _convert(asked: Convert) -> ConvertReport:
         rows = [_row(one, _files(one, done.adapter), 0.0)
                 for one, done in zip(jobs, made, strict=True)]  # fmt: skip
     else:
-        with session.outputs(len(jobs)) as session:
-            session.make_folder(len(jobs))
-            for one in jobs:
-                session.check_place(one.job.one)
-            if asked.on_plan is not None:
-                asked.on_plan(_planned(jobs, memory))
-            turns = Turns(asked.progress, asked.on_work, [one.job.one.nbytes for one in jobs])
+        modules = sum(len(one.plan.adapter.specs) for one in jobs)
+        is_freed = any(one.freed for one in jobs)
+        computed = None if is_freed else sum(len(one.plan.computed) for one in jobs)
+        peaks = (m.peak_bytes for m in memory if m is not None)
+        with session.making(found, asked, modules, computed, peaks) as (session, turns):
             rows = [_run(replace(one, job=replace(one.job, session=session)), recorded(asked),
                          turns.part(0, 1))
                     for one in turns.each(jobs, lambda one: one.job.one.text)]  # fmt: skip
@@ -177,17 +172,6 @@ def _convert(asked: Convert) -> ConvertReport:
     return ConvertReport(
         str(asked.output), ", ".join(dialects), tuple(rows), session.seconds, asked.dry_run
     )
-
-
-def _planned(jobs: Sequence[_Planned], memory: Sequence[MemoryPlan | None]) -> PlannedFiles:
-    is_freed = any(one.freed for one in jobs)
-    peaks = [m.peak_bytes for m in memory if m is not None]
-    return PlannedFiles(
-        len(jobs), sum(len(one.plan.adapter.specs) for one in jobs),
-        None if is_freed else sum(len(one.plan.computed) for one in jobs),
-        sum(one.job.one.nbytes for one in jobs),
-        None if is_freed else max(peaks, default=None),
-    )  # fmt: skip
 
 
 def _form(adapter: Adapter, asked: Convert, program: Program | None) -> str:

@@ -35,7 +35,6 @@ from loratool.options.calls import takes
 from loratool.options.shaping import Rescale
 from loratool.options.words import recorded
 from loratool.report.algebra import RescaledAdapter, RescaleReport, share_of
-from loratool.report.planned import PlannedFiles
 from loratool.report.text import plural
 
 if TYPE_CHECKING:
@@ -101,13 +100,9 @@ def _rescale(asked: Rescale) -> RescaleReport:
             from loratool.engine.device import arithmetic_device
 
             options["device"] = arithmetic_device("auto").type
-        with session.outputs(len(jobs)) as session:
-            session.make_folder(len(jobs))
-            for job in jobs:
-                session.check_place(job.one)
-            if asked.on_plan is not None:
-                asked.on_plan(_planned(jobs, max(m.peak_bytes for m in memory)))
-            turns = Turns(asked.progress, asked.on_work, [job.one.nbytes for job in jobs])
+        modules = sum(len(job.plan.adapter.specs) for job in jobs)
+        peaks = (m.peak_bytes for m in memory)
+        with session.making(found, asked, modules, _computed(jobs), peaks) as (session, turns):
             rows = [_run(replace(job, session=session, turns=turns), options, weak)
                     for job in turns.each(jobs, lambda job: job.one.text)]  # fmt: skip
     return RescaleReport(str(asked.output), factor, tuple(rows), session.seconds, asked.dry_run)
@@ -157,15 +152,11 @@ class _Job(Frozen):
         return _row(self, scaled, size, written)
 
 
-def _planned(jobs: Sequence[_Job], peak: int) -> PlannedFiles:
-    """What is about to be done; what the base or another form makes of it the work tells."""
-    computed: int | None = sum(len(scale_steps(job.plan, job.dtype).steps) for job in jobs)
+def _computed(jobs: Sequence[_Job]) -> int | None:
+    """Modules whose tensors are computed; with a base or in another form the work tells."""
     if any(j.base or j.session.program or j.translates for j in jobs):
-        computed = None
-    return PlannedFiles(
-        len(jobs), sum(len(job.plan.adapter.specs) for job in jobs), computed,
-        sum(job.one.nbytes for job in jobs), peak if computed else None,
-    )  # fmt: skip
+        return None
+    return sum(len(scale_steps(job.plan, job.dtype).steps) for job in jobs)
 
 
 def _check_intruders(asked: Rescale) -> float | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,7 +26,9 @@ from loratool.ops.additive import in_one_order
 from loratool.ops.batch import is_batch, many_outputs, name_of, place_outputs
 from loratool.ops.fitting import check_fit
 from loratool.ops.inputs import Guard, OpenedBase, open_one
+from loratool.ops.turns import Turns
 from loratool.options import groups
+from loratool.report.planned import PlannedFiles
 from loratool.store.outputs import check_output, place_of
 from loratool.store.provenance import adapter_id, checkpoint_id, provenance_of
 from loratool.store.source import Resolved
@@ -266,6 +268,30 @@ class Session(Frozen):
             return
         with many_outputs(self.output, count, self.write.series) as series:
             yield replace(self, write=self.write.replace(series=series))
+
+    @contextmanager
+    def making(
+        self, found: Sequence[Opened], asked: Convert | Rescale, modules: int,
+        computed: int | None, peaks: Iterable[int],
+    ) -> Iterator[tuple[Session, Turns]]:  # fmt: skip
+        """`outputs`, each at a place that is free, once it was told what is about to be done.
+
+        Args:
+            found: the inputs, whose results are made one after the other.
+            asked: who watches.
+            modules: of all of them.
+            computed: modules whose tensors are computed; None where the work tells.
+            peaks: bytes that each input takes at work, where that is known.
+        """
+        with self.outputs(len(found)) as session:
+            session.make_folder(len(found))
+            for one in found:
+                session.check_place(one)
+            sizes = [one.nbytes for one in found]
+            if asked.on_plan is not None:
+                peak = max(peaks, default=None) if computed else None
+                asked.on_plan(PlannedFiles(len(found), modules, computed, sum(sizes), peak))
+            yield session, Turns(asked.progress, asked.on_work, sizes)
 
     def make_folder(self, count: int) -> None:
         """The folder that several results are put into."""

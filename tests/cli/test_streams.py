@@ -146,7 +146,9 @@ def in_shell(line: str, out: str, err: str, *, more: str = "") -> subprocess.Com
         os.close(writer)
 
 
-@pytest.mark.parametrize(("out", "err"), PAIRS)
+@pytest.mark.parametrize(
+    ("out", "err"), [pytest.param(*p, marks=[] if p in FEW else pytest.mark.slow) for p in PAIRS]
+)
 def test_as_a_process(out: str, err: str, data: Path) -> None:
     adapter = shlex.quote(str(data / "llm" / "lora_linear"))
     lines = ((f"inspect {adapter}", 0), (f"inspect {adapter} --json", 0), ("inspect /no", 3),
