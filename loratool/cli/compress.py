@@ -26,7 +26,6 @@ from loratool.cli.render import (
 from loratool.cli.voice import (
     Plan,
     Voice,
-    exit_code,
     failed_lines,
     note_lines,
     unit_of,
@@ -69,10 +68,7 @@ def command(adapters: tuple[str, ...], output: str, **options: Any) -> int:
     plan = Plan(voice, plan_lines)
     with show_progress(quiet=voice.quiet, unit=unit_of(options)) as watchers:
         report = lt.compress(adapters, output=output, on_plan=plan, **watchers, **options)
-    result = [] if report.dry_run else [safe(one.output) for one in report.adapters]
-    said = [*warning_lines(report.warnings), *failed_lines(report.failed), *result]
-    voice.show(report, render(report, voice), result=said)
-    return exit_code(report.failed)
+    return voice.show_made(report, render(report, voice), (r.output for r in report.adapters))
 
 
 def plan_lines(plan: PlannedCompression, _voice: Voice) -> Iterator[str]:

@@ -15,7 +15,6 @@ from loratool.cli.render import format_bytes, format_seconds, line, plural, safe
 from loratool.cli.voice import (
     Plan,
     Voice,
-    exit_code,
     failed_lines,
     note_lines,
     plan_of_files,
@@ -69,11 +68,9 @@ def command(adapters: tuple[str, ...], output: str, **options: Any) -> int:
     plan = Plan(voice, plan_of_files)
     with show_progress(quiet=voice.quiet, unit=unit_of(options)) as watchers:
         report = lt.convert(adapters, output=output, on_plan=plan, **watchers, **options)
-    result = [] if report.dry_run else [safe(r.output) for r in report.adapters]
+    lines = [*render(report, voice), *failed_lines(report.failed)]
     warnings = [w for r in report.adapters for w in r.warnings]
-    said = [*warning_lines(warnings), *failed_lines(report.failed), *result]
-    voice.show(report, [*render(report, voice), *failed_lines(report.failed)], result=said)
-    return exit_code(report.failed)
+    return voice.show_made(report, lines, (r.output for r in report.adapters), warnings)
 
 
 def render(report: ConvertReport, voice: Voice) -> Iterator[str]:

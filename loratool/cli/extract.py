@@ -59,15 +59,10 @@ def command(tuned: str, base: str, output: str, **options: Any) -> None:
     plan = Plan(voice, plan_lines)
     with show_progress(quiet=voice.quiet) as watchers:
         report = lt.extract(tuned, base=base, output=output, on_plan=plan, **watchers, **options)
-    result = [] if report.dry_run else [safe(report.output)]
     merge = shlex.join(
         ["loratool", "merge", output, "--base", base, "-o", "MERGED", *report.merge_options]
     )
-    voice.show(
-        report,
-        render(report, voice, merge, plan.report),
-        result=[*warning_lines(report.warnings), *result],
-    )
+    voice.show_made(report, render(report, voice, merge, plan.report), [report.output])
 
 
 def _criteria(options: dict[str, Any]) -> str:

@@ -82,12 +82,7 @@ def command(adapters: tuple[str, ...], base: str | None, output: str, **options:
     check = shlex.join(["loratool", "verify", output, "--base", base, *named, *again])
     if options["requant"]:
         check = ""  # `verify` compares numbers, not codes
-    result = [] if report.dry_run else [safe(report.output)]
-    voice.show(
-        report,
-        render(report, voice, check, plan.report),
-        result=[*warning_lines(report.warnings), *result],
-    )
+    voice.show_made(report, render(report, voice, check, plan.report), [report.output])
 
 
 def _with_each_other(
@@ -106,9 +101,7 @@ def _with_each_other(
     with show_progress(quiet=voice.quiet) as watchers:
         given = {**options, **watchers, "base": base, "output": output, "on_plan": plan}
         report = lt.combine(adapters, **combine_options(given))
-    result = [] if report.dry_run else [safe(report.output)]
-    voice.show(report, combine.render(report, voice, plan.report),
-               result=[*warning_lines(report.warnings), *result])  # fmt: skip
+    voice.show_made(report, combine.render(report, voice, plan.report), [report.output])
 
 
 def headline(adapters: Sequence[str], mix: Mix, method: str | None = None) -> str:

@@ -46,8 +46,8 @@ def command(adapter: str, output: str, **options: Any) -> None:
     with show_progress(quiet=voice.quiet) as watchers:
         report = lt.split(adapter, output=output, on_plan=plan, **watchers, **options)
     warnings = report.merged.warnings if report.merged else ()
-    result = [] if report.dry_run else [safe(report.adapter), safe(report.base)]
-    voice.show(report, render(report, voice, plan), result=[*warning_lines(warnings), *result])
+    made = [report.adapter, report.base]
+    voice.show_made(report, render(report, voice, plan), made, warnings)
 
 
 def plan_lines(report: SplitReport, voice: Voice) -> Iterator[str]:

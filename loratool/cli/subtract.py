@@ -12,8 +12,8 @@ from loratool.cli import combine
 from loratool.cli import merge as merging
 from loratool.cli import options as opt
 from loratool.cli.progress import show_progress
-from loratool.cli.render import line, plural, safe
-from loratool.cli.voice import Plan, Voice, warning_lines
+from loratool.cli.render import line, plural
+from loratool.cli.voice import Plan, Voice
 from loratool.options.groups import Mix
 from loratool.options.merging import Subtract
 from loratool.options.words import only_of
@@ -63,9 +63,7 @@ def command(adapters: tuple[str, ...], merged: str | None, output: str, **option
             adapters, merged=merged, output=output, on_plan=plan, **watchers, **options
         )
     assert isinstance(report, SubtractReport)
-    result = [] if report.dry_run else [safe(report.output)]
-    voice.show(report, render(report, voice, plan.report),
-               result=[*warning_lines(report.warnings), *result])  # fmt: skip
+    voice.show_made(report, render(report, voice, plan.report), [report.output])
 
 
 def render(
@@ -96,6 +94,4 @@ def _subtract_adapters(
     with show_progress(quiet=voice.quiet) as watchers:
         report = lt.subtract(adapters, output=output, on_plan=plan, **watchers, **options)
     assert isinstance(report, DifferenceReport)
-    result = [] if report.dry_run else [safe(report.output)]
-    voice.show(report, combine.render(report, voice, plan.report),
-               result=[*warning_lines(report.warnings), *result])  # fmt: skip
+    voice.show_made(report, combine.render(report, voice, plan.report), [report.output])

@@ -10,8 +10,7 @@ import loratool as lt
 from loratool.cli import merge as merging
 from loratool.cli import options as opt
 from loratool.cli.progress import show_progress
-from loratool.cli.render import safe
-from loratool.cli.voice import Plan, Voice, warning_lines
+from loratool.cli.voice import Plan, Voice
 from loratool.options.merging import Swap
 
 
@@ -38,9 +37,5 @@ def command(old: str, new: str, merged: str, output: str, **options: Any) -> Non
         report = lt.swap(
             old, new, merged=merged, output=output, on_plan=plan, **watchers, **options
         )
-    result = [] if report.dry_run else [safe(report.output)]
-    voice.show(
-        report,
-        merging.render(report, voice, planned=plan.report),
-        result=[*warning_lines(report.warnings), *result],
-    )
+    lines = merging.render(report, voice, planned=plan.report)
+    voice.show_made(report, lines, [report.output])

@@ -79,6 +79,27 @@ class Voice(Frozen):
         if self.page is not None and not self.quiet:
             click.echo(line("page", safe(self.page), tone="good"))
 
+    def show_made(
+        self, report: Any, lines: Iterable[str], outputs: Iterable[str],
+        warnings: Iterable[str] | None = None,
+    ) -> int:  # fmt: skip
+        """`show` what was written; with ``-q`` warnings, adapters left out, and the outputs.
+
+        Args:
+            report: of a command that writes.
+            lines: the same for people.
+            outputs: where they are.
+            warnings: None = those of the report.
+
+        Returns:
+            The exit code.
+        """
+        failed = getattr(report, "failed", ())
+        said = warning_lines(report.warnings if warnings is None else warnings)
+        made = () if report.dry_run else map(safe, outputs)
+        self.show(report, lines, result=[*said, *failed_lines(failed), *made])
+        return exit_code(failed)
+
 
 class Plan:
     """Prints the lines of a plan as soon as there is one, and keeps its report.
