@@ -26,7 +26,7 @@ from loratool.bind.items import (
 )
 from loratool.bind.joint import join_changes
 from loratool.bind.layers import replicate_layers
-from loratool.bind.names import NameRule, apply_user_names, name_rules
+from loratool.bind.names import NameRule, name_rules
 from loratool.bind.place import (
     Context,
     Placement,
@@ -45,6 +45,7 @@ from loratool.bind.report import (
 )
 from loratool.bind.settle import settle
 from loratool.bind.tokens import place_new_tokens
+from loratool.bind.user_names import apply_user_names
 from loratool.dialects.stated import version_of
 from loratool.errors import MismatchError, UsageError
 from loratool.frozen import Frozen, replace

@@ -23,8 +23,8 @@ from loratool.archs.heads import (
 from loratool.archs.names import to_disk, to_memory
 from loratool.archs.stated import class_config, model_type
 from loratool.archs.ties import tied_tensors
-from loratool.bind.names import parse_skip
 from loratool.bind.new_parts import Extended, is_part, own_config
+from loratool.bind.user_names import parse_skip
 from loratool.dialects.stated import WHOLE
 from loratool.errors import MismatchError, list_some
 from loratool.frozen import replace

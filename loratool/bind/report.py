@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from loratool.bind.items import Found, Item, Misfit
-from loratool.bind.names import COMPONENTS
+from loratool.bind.user_names import COMPONENTS
 from loratool.delta.forms import matrix_shape
 from loratool.dtypes import DTYPES
 from loratool.errors import MismatchError, list_some

@@ -14,7 +14,8 @@ from loratool.archs.experts import expert_names, parse_expert
 from loratool.archs.layers import has_flipped_experts, has_transposed_experts
 from loratool.archs.names import to_memory
 from loratool.archs.stated import model_type
-from loratool.bind.names import name_rules, parse_rename
+from loratool.bind.names import name_rules
+from loratool.bind.user_names import parse_rename
 from loratool.dialects.peft.keys import strip_parallel, without_wrappers
 from loratool.frozen import replace
 from loratool.store.checkpoint import Checkpoint

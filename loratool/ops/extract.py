@@ -9,7 +9,7 @@ from loratool.adapter import TensorRef
 from loratool.archs.layers import is_conv1d
 from loratool.archs.names import to_memory
 from loratool.archs.stated import model_type
-from loratool.bind.names import part_regex
+from loratool.bind.user_names import part_regex
 from loratool.dialects.rules import gains
 from loratool.engine.rows import args_of, op_of
 from loratool.errors import MismatchError

@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 
 from loratool.adapter import Adapter
-from loratool.bind.names import part_regex
+from loratool.bind.user_names import part_regex
 from loratool.dialects import open_adapter, unmergeable_reason
 from loratool.errors import BadFileError, MismatchError, OutputError, UsageError, list_some
 from loratool.frozen import Frozen, replace

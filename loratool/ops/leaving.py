@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 
 from loratool.adapter import Adapter, DeltaSpec
-from loratool.bind.names import parse_skip, skipped_by
+from loratool.bind.user_names import parse_skip, skipped_by
 from loratool.delta.forms import as_pair
 from loratool.dialects.base import Dialect
 from loratool.dialects.rules import is_of_home, passed_on

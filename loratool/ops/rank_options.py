@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from loratool.bind.names import part_regex
+from loratool.bind.user_names import part_regex
 from loratool.errors import MismatchError, UsageError, list_some
 from loratool.frozen import Frozen, field
 from loratool.options.shaping import Compress, Extract

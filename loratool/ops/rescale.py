@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from loratool.adapter import Adapter, DeltaSpec, Source, TensorRef
-from loratool.bind.names import part_regex
+from loratool.bind.user_names import part_regex
 from loratool.delta.forms import scaled_source
 from loratool.dialects import write_adapter_files
 from loratool.dialects.rules import keeps_config, takes_scalings, tied_pairs

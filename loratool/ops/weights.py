@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from loratool.adapter import Adapter
-from loratool.bind.names import COMPONENTS, component_pattern, part_regex
+from loratool.bind.user_names import COMPONENTS, component_pattern, part_regex
 from loratool.errors import MismatchError, UsageError, list_some
 from loratool.frozen import Frozen, field, replace
 from loratool.patterns import Pattern, Refuse, compile_pattern, find

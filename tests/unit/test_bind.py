@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from loratool.adapter import Adapter, DeltaSpec, Replacement, TensorData, TensorRef
 from loratool.bind.bindings import Bindings, bind
-from loratool.bind.names import PREFIXES, parse_rename, parse_skip
+from loratool.bind.names import PREFIXES
+from loratool.bind.user_names import parse_rename, parse_skip
 from loratool.dtypes import tensor_bytes
 from loratool.errors import LoratoolError, MismatchError, UsageError
 from loratool.options.groups import Names
