@@ -44,7 +44,8 @@ class Guess(Frozen):
 
     Attributes:
         family: its name, None = unknown.
-        title: for people, with the size: ``FLUX.2 klein-4B``; "" where it is unknown.
+        title: for people, with the size: ``FLUX.2 klein-4B``; of several that names and shapes fit
+            equally all: ``Wan 14B or Helios``; "" where it is unknown.
         size: label of the size, "" if the family has one only or it could not be told.
         told: by what: ``names and shapes``, ``names`` (where shapes fit none of the known sizes),
             ``metadata``; "" where it is unknown.
@@ -105,8 +106,10 @@ def _family_of(items: tuple[tuple[str, Shape], ...], stated: tuple[tuple[str, st
         return Guess(others=chosen, parts=parts)
     (family,) = chosen
     others = tuple(f for f, one in fit.items() if one.total == best[0] and f != family)
-    told = "names and shapes" if fit[family].size else "names"
-    return _guess(family, fit[family].label, told, others, parts)
+    if not fit[family].size:
+        return _guess(family, "", "names", others, parts)
+    alike = {f: one.label for f, one in fit.items() if one.order[:-1] == best[:-1] and f != family}
+    return _guess(family, fit[family].label, "names and shapes", others, parts, alike)
 
 
 def is_language(modules: Iterable[str]) -> bool:
@@ -186,7 +189,13 @@ def _versions() -> Mapping[str, tuple[str, str]]:
 
 
 def _guess(
-    name: str, size: str, told: str, others: tuple[str, ...], parts: Mapping[str, str]
+    name: str,
+    size: str,
+    told: str,
+    others: tuple[str, ...],
+    parts: Mapping[str, str],
+    alike: Mapping[str, str] | None = None,
 ) -> Guess:
-    title = families()[name].title
-    return Guess(name, f"{title} {size}".strip(), size, told, others, parts)
+    sizes = {name: size, **(alike or {})}
+    titles = (f"{families()[one].title} {label}".strip() for one, label in sizes.items())
+    return Guess(name, " or ".join(titles), size, told, others, parts)

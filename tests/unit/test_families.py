@@ -250,3 +250,23 @@ def test_kernels_are_told_by_names_where_a_family_has_one_meaning_for_them() -> 
         ("sana", "blocks.3.mlp.depth_conv.conv", None),
     ):
         assert kernel_of(places("unet", module, family=family)[0]) == kernel, module
+
+
+@pytest.mark.parametrize(("stem", "width", "more", "said", "title"), [
+    ("transformer.blocks.3.attn1.to_q", 5120, "", "", "Wan 14B or Helios"),
+    ("transformer.blocks.3.attn1.to_q", 5120, "transformer.patch_short", "", "Helios"),
+    ("transformer.blocks.3.attn1.to_q", 5120, "", "wan2.1", "Wan 14B"),
+    ("transformer.blocks.3.attn1.to_q", 5120, "", "helios", "Helios"),
+    ("transformer.blocks.3.attn1.to_q", 1536, "", "", "Wan 1.3B"),
+    ("diffusion_model.blocks.3.self_attn.q", 5120, "", "", "Wan 14B"),
+    ("blocks.3.self_attn.q_proj", 2048, "", "", "Anima or Cosmos-Predict2 2B"),
+    ("blocks.3.self_attn.q_proj", 2048, "llm_adapter.in_proj", "", "Anima"),
+    ("blocks.3.self_attn.q_proj", 2048, "crossattn_proj.0", "", "Cosmos-Predict2 2B"),
+    ("blocks.3.self_attn.q_proj", 5120, "", "", "Cosmos-Predict2 14B"),
+    ("transformer.transformer_blocks.3.attn1.to_q", 2048, "", "anima", "Anima"),
+])  # fmt: skip
+def test_all_names_of_models_that_nothing_tells_apart(
+    stem: str, width: int, more: str, said: str, title: str
+) -> None:
+    modules = {stem: (width, width)} | ({more: ()} if more else {})
+    assert family_of(modules, {"ss_base_model_version": said} if said else {}).title == title

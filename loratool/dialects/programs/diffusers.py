@@ -49,7 +49,10 @@ _ISSUES, _PULLS = _HOME + "issues/", _HOME + "pull/"
 
 _KOHYA = ("lora_te_", "lora_te1_", "lora_te2_", "lora_unet_")
 _PIPELINE = ("transformer.", "text_encoder.", "text_encoder_2.", "text_encoder_3.")
-_OWN_ALONE = ("auraflow", "mochi", "cogview", "cogvideox", "kandinsky5", "sana", "bria_fibo2")
+_OWN_ALONE = (
+    "auraflow", "mochi", "cogview", "cogvideox", "kandinsky5", "sana", "bria_fibo2",
+    "cosmos_predict2",
+)  # fmt: skip
 """Models without a converter."""
 _WITHOUT_LOADER = (
     "pixart", "omnigen2", "ovis_image", "longcat_image", "hunyuan_image",
