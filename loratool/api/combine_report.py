@@ -18,8 +18,8 @@ from loratool.ops.inputs import OpenedAdapter
 from loratool.ops.memory import MemoryPlan
 from loratool.ops.sums import SumPlan
 from loratool.ops.weights import Rule
-from loratool.report.algebra import SumModuleReport, share_of
-from loratool.report.base import Loads
+from loratool.report.algebra import SumModuleReport
+from loratool.report.base import Loads, root_share
 from loratool.report.combine import CombineReport, DifferenceReport
 
 
@@ -68,7 +68,7 @@ class CombineJob(Frozen):
             rank=how.rank,
             modules=tuple(self._modules(summed)),
             norm=math.sqrt(square),
-            relative_error=share_of(error, square),
+            relative_error=root_share(error, square),
             dtype=dtype_word(dtype),
             kept=(*(r.name for r in plan.replacements), *mixed),
             peak_memory_bytes=self.memory.peak_bytes,
@@ -95,7 +95,7 @@ class CombineJob(Frozen):
                     rank=done.spec.rank if done else planned,
                     sources=tuple(t.adapter for t in module.terms),
                     norm=math.sqrt(done.square) if done else math.nan,
-                    relative_error=share_of(done.error_square, done.square) if done else math.nan,
+                    relative_error=root_share(done.error_square, done.square) if done else math.nan,
                 )
             )
         return found

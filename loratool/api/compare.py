@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import shlex
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -88,14 +88,16 @@ def compare(asked: Compare) -> CompareReport:
     agree_to_read((r for a in opened for r in factor_ranges(a.specs)), yes=asked.yes)
     turns = Turns(asked.progress, asked.on_work)
     seen, results = run_compare(opened, aligned, limits, base, turns)
+    told = {"adapters": tuple(labels), "only": seen.only, "shared": len(seen.shared)}
     if len(opened) == 2:
-        report = _compare_two(opened, labels, seen, results, started, aligned)
+        report = _compare_two(opened, seen, results, aligned, told)
         report = replace(report, differences=tuple(find_differences(*as_read)))
     else:
-        report = _compare_many(opened, labels, seen, results, started)
+        report = _compare_many(len(opened), results, told)
     notes = (note for new, old in zip(opened, as_read, strict=True)
              for note in new.notes if note not in old.notes)  # fmt: skip
-    report = replace(report, notes=tuple(notes))
+    seconds = time.monotonic() - started
+    report = replace(report, seconds=seconds, warnings=_warnings(seen), notes=tuple(notes))
     return _with_files(with_page(report, asked.html), asked)
 
 
@@ -110,13 +112,9 @@ def _in_one_naming(adapters: Sequence[Adapter], limits: Limits) -> list[Adapter]
 
 
 def _compare_two(
-    adapters: Sequence[Adapter],
-    labels: Sequence[str],
-    aligned: Aligned,
-    results: Sequence[Any],
-    started: float,
-    stored: Aligned,
-) -> CompareReport:
+    adapters: Sequence[Adapter], aligned: Aligned, results: Sequence[Any], stored: Aligned,
+    told: Mapping[str, Any],
+) -> CompareReport:  # fmt: skip
     from loratool.engine.comparison import MeanTable
 
     modules: list[ComparedModule] = []
@@ -153,26 +151,19 @@ def _compare_two(
             verdict = "same change"
         if verdict != "different" and any(r.identical is None for r in replaced):
             verdict = "undecided"
-    elements = sum(m.elements for m in modules)
     return CompareReport(
-        adapters=tuple(labels),
+        **told,
         norms=norms,
         matrix=((1.0, cosine), (cosine, 1.0)),
         verdict=verdict,
         relative_difference=apart,
         modules=tuple(modules),
-        only=aligned.only,
-        shared=len(aligned.shared),
         replacements=tuple(replaced),
-        differences=(),
         phi_A=tuple(map(tuple, mean_A.table())),
         phi_B=tuple(map(tuple, mean_B.table())),
         sign_conflict=_ratio(opposite, both),
         sampled=sum(m.sampled for m in modules),
-        elements=elements,
-        files=(),
-        seconds=time.monotonic() - started,
-        warnings=_warnings(aligned),
+        elements=sum(m.elements for m in modules),
     )
 
 
@@ -215,14 +206,7 @@ def _rank(spec: DeltaSpec) -> int:
     return spec.rank or (spec.product_rank if spec.has_factors and spec.is_matrix else 0)
 
 
-def _compare_many(
-    adapters: Sequence[Adapter],
-    labels: Sequence[str],
-    aligned: Aligned,
-    results: Sequence[Any],
-    started: float,
-) -> CompareReport:
-    count = len(adapters)
+def _compare_many(count: int, results: Sequence[Any], told: Mapping[str, Any]) -> CompareReport:
     sums: dict[tuple[int, int], list[float]] = {
         (s, t): [] for s in range(count) for t in range(s, count)
     }
@@ -237,27 +221,8 @@ def _compare_many(
             return 1.0 if norms[s] > 0 else math.nan
         return _cosine(total[min(s, t), max(s, t)], norms[s] * norms[t])
 
-    nothing: tuple[()] = ()
-    return CompareReport(
-        adapters=tuple(labels),
-        norms=norms,
-        matrix=tuple(tuple(cosine(s, t) for t in range(count)) for s in range(count)),
-        verdict="",
-        relative_difference=math.nan,
-        modules=nothing,
-        only=aligned.only,
-        shared=len(aligned.shared),
-        replacements=nothing,
-        differences=nothing,
-        phi_A=nothing,
-        phi_B=nothing,
-        sign_conflict=math.nan,
-        sampled=0,
-        elements=0,
-        files=(),
-        seconds=time.monotonic() - started,
-        warnings=_warnings(aligned),
-    )
+    matrix = tuple(tuple(cosine(s, t) for t in range(count)) for s in range(count))
+    return CompareReport(**told, norms=norms, matrix=matrix)
 
 
 def _with_files(report: CompareReport, asked: Compare) -> CompareReport:

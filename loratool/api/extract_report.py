@@ -20,6 +20,7 @@ from loratool.ops.assemble import Outcome
 from loratool.ops.extract import ExtractPlan
 from loratool.ops.extract_pairs import Pair
 from loratool.ops.inputs import OpenedBase
+from loratool.report.base import root_share, share
 from loratool.report.extract import ExtractedModule, ExtractReport, SavedResidual
 from loratool.report.families import family_of
 from loratool.report.spectrum import MOST_SIGMA
@@ -61,7 +62,7 @@ def written_report(
         kept=tuple((o.pair.name, o.pair.tuned.nbytes) for o in outcomes if o.fate == "kept"),
         left_out=tuple(
             (o.pair.name, o.pair.tuned.shape, o.pair.tuned.nbytes,
-             math.sqrt(share(o.delta_square, o.weight_square)))
+             root_share(o.delta_square, o.weight_square))
             for o in outcomes if o.fate == "left_out" and o.pair.name not in buffers
         ),
         dropped=tuple(
@@ -71,9 +72,9 @@ def written_report(
         identical=sum(o.fate == "identical" for o in outcomes),
         buffers=buffers,
         captured_energy=1 - share(low_residual, low_delta),
-        relative_error=math.sqrt(share(low_residual, low_delta)),
-        total_relative_error=math.sqrt(share(left, delta)),
-        float16_relative_error=math.sqrt(share(low_residual + cast, low_delta)),
+        relative_error=root_share(low_residual, low_delta),
+        total_relative_error=root_share(left, delta),
+        float16_relative_error=root_share(low_residual + cast, low_delta),
         float16_bytes=output_bytes - factors // 2,
         output_bytes=output_bytes,
         dtype=dtype_word(widest([s.dtype for s in stored])) if stored else "float32",
@@ -145,11 +146,6 @@ def _module(plan: ExtractPlan, outcome: Outcome) -> ExtractedModule:
         noise_rank=found.noise_rank if is_noisy else None,
         noise_rank_is_least=is_noisy and found.is_capped,
         energy_rank=found.energy_rank if is_noisy else None,
-        noise=math.sqrt(share(found.noise_square, outcome.delta_square)) if is_noisy else None,
+        noise=root_share(found.noise_square, outcome.delta_square) if is_noisy else None,
         sigma=tuple(map(math.sqrt, found.spectrum[: min(found.rank, MOST_SIGMA)])) if found else (),
     )
-
-
-def share(part: float, whole: float) -> float:
-    """Part ÷ whole, 0 of nothing."""
-    return part / whole if whole > 0 else 0.0

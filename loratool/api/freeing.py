@@ -20,7 +20,7 @@ from loratool.ops.inputs import OpenedBase
 from loratool.ops.sizes import with_sizes
 from loratool.ops.weights import Weight
 from loratool.plan import Place
-from loratool.report.algebra import share_of
+from loratool.report.base import root_share
 from loratool.report.text import plural
 from loratool.store.checkpoint import Checkpoint
 
@@ -103,7 +103,7 @@ def free_of_base(
     specs = [s for s in adapter.specs if s.name in plan.places]
     found = map_specs(work, specs, plan, limits)
     made = {one.spec.name: one.spec for one in found}
-    error = share_of(math.fsum(f.error_square for f in found), math.fsum(f.square for f in found))
+    error = root_share(math.fsum(f.error_square for f in found), math.fsum(f.square for f in found))
     done = _exchanged(adapter, names, made, *_biases(beside, row))
     return Freed(done, error, _notes(specs, list(made.values()), len(beside), error))
 

@@ -34,7 +34,8 @@ from loratool.ops.weights import Weight
 from loratool.options.calls import takes
 from loratool.options.shaping import Rescale
 from loratool.options.words import recorded
-from loratool.report.algebra import RescaledAdapter, RescaleReport, share_of
+from loratool.report.algebra import RescaledAdapter, RescaleReport
+from loratool.report.base import root_share
 from loratool.report.text import plural
 
 if TYPE_CHECKING:
@@ -241,7 +242,7 @@ def _with_base(job: _Job, options: Mapping[str, Any]) -> RescaledAdapter:
     made = detached.attach(assemble_sum(plan, summed, adapter), limits)
     fitted, files = job.session.fit(made, job.one.form)
     row = job.put(files, options, with_base=True)
-    lost = share_of(math.fsum(m.error_square for m in summed.modules),
+    lost = root_share(math.fsum(m.error_square for m in summed.modules),
                     math.fsum(m.square for m in summed.modules))  # fmt: skip
     return replace(
         row, relative_error=math.hypot(lost, fitted.relative_error), kept=(),
@@ -324,7 +325,7 @@ def _row(
     warnings = unused_warnings(adapter)
     if after != before:
         warnings.append(f"{dtype_word(before)} cannot hold the factors: written as float32")
-    lost = 0.0 if scaled is None else share_of(scaled.error_square, scaled.square)
+    lost = 0.0 if scaled is None else root_share(scaled.error_square, scaled.square)
     return RescaledAdapter(
         source=job.one.text,
         output=str(job.one.target),

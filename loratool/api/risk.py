@@ -16,6 +16,7 @@ from loratool.ops.in_base import find_in_base, is_whole
 from loratool.ops.inputs import OpenedBase
 from loratool.options.groups import Watch
 from loratool.plan import Place, Plan, Step, label, module_step
+from loratool.report.base import root_share
 from loratool.report.families import family_of, place_of
 from loratool.report.risk import RiskModule, RiskStatistics, relative_norms
 from loratool.report.text import plural
@@ -141,7 +142,12 @@ def mitigate(adapter: Adapter, base: OpenedBase, factor: float, limits: Limits) 
                 tensors[ref.name] = source
         reader.check_unchanged()
     return Mitigated(
-        tensors, count, modules, _share(moved, square), _share(error, square), tuple(skipped)
+        tensors,
+        count,
+        modules,
+        root_share(moved, square),
+        root_share(error, square),
+        tuple(skipped),
     )
 
 
@@ -194,7 +200,3 @@ def _embeddings(adapter: Adapter) -> list[str]:
         if any(w in r.name for w in words)
     ]
     return found
-
-
-def _share(part: float, whole: float) -> float:
-    return math.sqrt(part / whole) if whole > 0 else 0.0

@@ -24,7 +24,7 @@ from loratool.ops.convert import (
 from loratool.ops.leaving import folds
 from loratool.ops.memory import MemoryPlan
 from loratool.ops.renaming import in_dialect
-from loratool.report.algebra import share_of
+from loratool.report.base import root_share
 
 
 class Translated(Frozen):
@@ -129,7 +129,7 @@ def _with_factors(plan: ConvertPlan, threads: int) -> tuple[Adapter, float]:
     folded = make_factors(chosen, names, threads)
     made = {f.spec.name: f.spec for f in folded}
     specs = tuple(made.get(s.name, s) for s in plan.adapter.specs)
-    error = share_of(sum(f.error_square for f in folded), sum(f.square for f in folded))
+    error = root_share(sum(f.error_square for f in folded), sum(f.square for f in folded))
     return replace(plan.adapter, specs=specs), error
 
 

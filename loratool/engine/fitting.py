@@ -23,7 +23,7 @@ from loratool.engine.tying import tie_factors
 from loratool.engine.workers import map_in_workers
 from loratool.frozen import replace
 from loratool.linalg.concat import difference_square, product_norm
-from loratool.report.algebra import share_of
+from loratool.report.base import root_share
 from loratool.store.reader import FileReader
 
 
@@ -58,7 +58,7 @@ def fit_factors(
         made = map_in_workers(work, adapter.specs, threads)
         reader.check_unchanged()
     specs = tuple(replace(s, alpha=alpha, scaling=scalings[s.name]) for s, _, _ in made)
-    lost = share_of(sum(e for *_, e in made), sum(s for _, s, _ in made))
+    lost = root_share(sum(e for *_, e in made), sum(s for _, s, _ in made))
     return tie_factors(replace(adapter, specs=specs)), lost
 
 

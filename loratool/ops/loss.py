@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from loratool.dtypes import DTYPES
 from loratool.errors import NumericError
 from loratool.frozen import asdict
+from loratool.report.base import root_share
 from loratool.report.merge import ModuleLoss
 
 WARN_LOSS = 0.25
@@ -79,13 +79,9 @@ def _loss(name: str, dtype: str, v: Mapping[str, float]) -> ModuleLoss:
     return ModuleLoss(
         name=name,
         dtype=word or dtype,
-        rho=_ratio(v["change"], v["weight"]),
-        loss=_ratio(v["error"], v["change"]),
-        predicted_loss=_ratio(v["expected"], v["change"]),
+        rho=root_share(v["change"], v["weight"]),
+        loss=root_share(v["error"], v["change"]),
+        predicted_loss=root_share(v["expected"], v["change"]),
         changed_share=v["changed"] / max(1.0, v["n"]),
         predicted_share=v["share"] / max(1.0, v["n"]),
     )
-
-
-def _ratio(part: float, whole: float) -> float:
-    return math.sqrt(part / whole) if whole > 0 else 0.0

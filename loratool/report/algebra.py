@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import ClassVar
 
@@ -88,8 +87,3 @@ class RescaleReport(Report):
     def ok(self) -> bool:
         """False if an adapter was left out."""
         return not self.failed
-
-
-def share_of(part_square: float, whole_square: float) -> float:
-    """√(part/whole), 0 where there is nothing to lose."""
-    return math.sqrt(part_square / whole_square) if whole_square > 0 else 0.0

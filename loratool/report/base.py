@@ -53,6 +53,16 @@ def _values(record: Struct) -> dict[str, Any]:
     return {name: plain_json(value) for name, value in asdict(record).items()}
 
 
+def share(part: float, whole: float) -> float:
+    """Part ÷ whole, 0 of nothing."""
+    return part / whole if whole > 0 else 0.0
+
+
+def root_share(part_square: float, whole_square: float) -> float:
+    """√(part/whole), 0 where there is nothing to lose."""
+    return math.sqrt(share(part_square, whole_square))
+
+
 GOOD = ("yes", "unsure")
 """Verdicts with which an adapter is written for a program."""
 

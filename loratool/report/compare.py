@@ -101,7 +101,7 @@ class ComparedReplacement(Frozen):
     identical: bool | None = False
 
 
-class CompareReport(Report):
+class CompareReport(Report, kw_only=True):
     """Result of `loratool.compare`.
 
     Attributes:
@@ -132,20 +132,20 @@ class CompareReport(Report):
     adapters: tuple[str, ...]
     norms: tuple[float, ...]
     matrix: Matrix
-    verdict: str
-    relative_difference: float
-    modules: tuple[ComparedModule, ...]
+    verdict: str = ""
+    relative_difference: float = math.nan
+    modules: tuple[ComparedModule, ...] = ()
     only: tuple[tuple[str, ...], ...]
     shared: int
-    replacements: tuple[ComparedReplacement, ...]
-    differences: tuple[Difference, ...]
-    phi_A: Matrix
-    phi_B: Matrix
-    sign_conflict: float
-    sampled: int
-    elements: int
-    files: tuple[str, ...]
-    seconds: float
+    replacements: tuple[ComparedReplacement, ...] = ()
+    differences: tuple[Difference, ...] = ()
+    phi_A: Matrix = ()
+    phi_B: Matrix = ()
+    sign_conflict: float = math.nan
+    sampled: int = 0
+    elements: int = 0
+    files: tuple[str, ...] = ()
+    seconds: float = 0.0
     warnings: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from loratool.frozen import Frozen, field
-from loratool.report.base import Loads, Report, plain_json
+from loratool.report.base import Loads, Report, plain_json, share
 
 
 class ExtractedModule(Frozen):
@@ -73,9 +73,9 @@ def _family(name: str, members: Sequence[ExtractedModule]) -> ExtractedFamily:
     squares = [m.norm**2 for m in members]
     lost = math.fsum(s * m.relative_error**2 for s, m in zip(squares, members, strict=True))
     whole = math.fsum(squares)
-    share = lost / whole if whole > 0 else 0.0
+    part = share(lost, whole)
     rank = statistics.median(m.rank for m in members)
-    return ExtractedFamily(name, len(members), rank, 1 - share, math.sqrt(share))
+    return ExtractedFamily(name, len(members), rank, 1 - part, math.sqrt(part))
 
 
 class SavedResidual(Frozen):
