@@ -154,6 +154,7 @@ def _with_risk(report: InspectReport, path: Path, asked: Inspect, access: Access
 def _with_base(report: InspectReport, path: Path, asked: Inspect, access: Access) -> InspectReport:
     from loratool.api.look import look_at_base
     from loratool.ops.loss import WARN_LOSS
+    from loratool.ops.summary import merge_command
     from loratool.report.csvfile import look_table
     from loratool.store.new_file import write_new_file
 
@@ -170,7 +171,8 @@ def _with_base(report: InspectReport, path: Path, asked: Inspect, access: Access
             f"a merge into {found.total.dtype} would swallow {found.total.loss:.0%} of the change: "
             "--dtype float32 keeps it",
         )
-    return replace(report, look=found, warnings=warnings)
+    here = report.next and merge_command(report.source, str(asked.base))
+    return replace(report, look=found, warnings=warnings, next=here)
 
 
 def _with_spectrum(

@@ -107,9 +107,11 @@ def _call(step: RecipeStep, count: int, common: Mapping[str, Any]) -> Report:
             check_files(*(options.pop(name, None) for name in ("csv", "plot", "html")))
         report = _STEPS[step.command](**options)
     except LoratoolError as error:
+        is_there = error.code == "LT-501"
         raise type(error)(
             error.code, f"{where}: {error.what}", file=error.file, key=error.key,
-            expected=error.expected, got=error.got, hint=error.hint,
+            expected=error.expected, got=error.got,
+            hint="another output:, or force: true in this step" if is_there else error.hint,
         ) from error  # fmt: skip
     assert isinstance(report, Report)
     if not report.ok:

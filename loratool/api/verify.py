@@ -187,5 +187,9 @@ def _difference(result: Any) -> TensorDifference:
         reason = "changed, but no adapter touches it"
         return TensorDifference(result.name, result.outside, result.max_ulp, 0.0, reason)
     residual = math.sqrt(result.residual_square / result.delta_square)
-    reason = "the change is missing" if abs(residual - 1) < 0.01 else "another change"
+    times = 1 + result.along / result.delta_square
+    is_multiple = abs(abs(times - 1) - residual) < 0.01 * residual
+    reason = f"the change is there {times:.3g} times" if is_multiple else "another change"
+    if abs(times) < 0.01 and abs(residual - 1) < 0.01:
+        reason = "the change is missing"
     return TensorDifference(result.name, result.outside, result.max_ulp, residual, reason)

@@ -28,6 +28,12 @@ def model_type(config: Mapping[str, Any]) -> str:
     return value if isinstance(value, str) else ""
 
 
+def class_name(config: Mapping[str, Any]) -> str:
+    """The class of diffusers, or ""."""
+    value = config.get("_class_name", "")
+    return value if isinstance(value, str) else ""
+
+
 def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """What is said of the model of text, where a model has several."""
     inner = config.get(_TEXT)

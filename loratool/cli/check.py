@@ -56,11 +56,13 @@ def render(report: CheckReport, voice: Voice) -> Iterator[str]:
     """The report, line by line."""
     word, tone = _HEADS[report.verdict]
     number = sum(report.counts.values())
-    counts = [f"{count:,} {verdict}" for verdict, count in report.counts.items()]
+    counts = [_counted(verdict, count) for verdict, count in report.counts.items()]
+    many = plural(number, "module") if number else "no modules"
+    many += f": {', '.join(counts)}" if len(counts) > 1 else ""
     family = f"{safe(report.family)} names" if report.family else ""
     yield line(
         word, f"{safe(report.source, cap=60)} in {report.program} {report.version}", family,
-        f"{plural(number, 'module')}: {', '.join(counts)}" if counts else "no modules", tone=tone,
+        many, tone=tone,
     )  # fmt: skip
     if report.findings:
         rows = [_row(report, f) for f in report.findings]
@@ -77,6 +79,12 @@ def render(report: CheckReport, voice: Voice) -> Iterator[str]:
         yield line("wrote", safe(report.output, cap=400), tone="good")
     elif report.next and not voice.quiet:
         yield line("next", safe(report.next, cap=2000), tone="dim")
+
+
+def _counted(verdict: str, count: int) -> str:
+    """``3 load``, ``1 raises``, ``2 wrong``."""
+    word = verdict.removesuffix("s") if count != 1 and verdict in ("loads", "raises") else verdict
+    return f"{count:,} {word}"
 
 
 def _row(report: CheckReport, finding: Finding) -> tuple[str, str, str, str]:

@@ -11,6 +11,7 @@ from loratool.cli.loads import loads_lines
 from loratool.cli.render import (
     advice,
     format_bytes,
+    format_lost,
     format_number,
     format_seconds,
     format_shape,
@@ -64,7 +65,8 @@ def render(
         ]  # fmt: skip
         yield from table(rows, ("module", "shape", "rank", "‖ΔW‖", "rel. error"), right=(2, 3, 4))
     if not report.dry_run:
-        lost = "nothing" if report.relative_error < 1e-12 else f"{report.relative_error:.1e} of ΔW"
+        lost = format_lost(report.relative_error)
+        lost = lost if lost == "nothing" else f"{lost} of ΔW"
         what = "storage" if BY_NAME[report.method].cuts_nothing else "the rank and storage"
         size = "" if math.isnan(report.norm) else f"‖ΔW‖ {report.norm:.4g}"
         yield line("loss", f"{what} ({report.dtype}) lost {lost}", size)

@@ -11,7 +11,18 @@ import click
 import loratool as lt
 from loratool.cli import options as opt
 from loratool.cli.progress import show_progress
-from loratool.cli.render import format_count, format_share, line, plural, safe, some, table
+from loratool.cli.render import (
+    cell_width,
+    format_count,
+    format_share,
+    is_terminal,
+    line,
+    plural,
+    safe,
+    some,
+    table,
+    terminal_width,
+)
 from loratool.cli.voice import Voice, note_lines, warning_lines
 from loratool.options.looking import Compare
 
@@ -88,7 +99,7 @@ def _pair(report: CompareReport, voice: Voice) -> Iterator[str]:
                else f"of {format_count(report.sampled)} sampled out of")  # fmt: skip
         yield line("signs", f"{_share(report.sign_conflict)} opposite {how} "
                    f"{format_count(report.elements)} elements (unrelated: 50 %)")  # fmt: skip
-    if report.modules:
+    if report.modules and (report.verdict != "equal" or voice.verbose):
         yield ""
         yield from _modules(report) if voice.verbose else _families(report)
         yield ""
@@ -115,16 +126,21 @@ def _replacements(report: CompareReport, one: str, two: str, voice: Voice) -> It
 
 
 def _families(report: CompareReport) -> list[str]:
-    rows = [
+    rows: list[tuple[str, ...]] = [
         (safe(f.family, cap=32), str(f.modules), _number(f.cosine, "+.3f"), bar(f.cosine),
          _number(f.norm_ratio, ".3g"), _number(f.similarity_A, ".3f"), _number(f.random_A, ".3f"),
          _number(f.similarity_B, ".3f"), _number(f.random_B, ".3f"), _share(f.sign_conflict),
          _share(f.top_overlap))
         for f in report.families
     ]  # fmt: skip
-    head = ("target", "modules", "cosine", "-1     0     1", "norm 2/1", "φ A", "random A",
-            "φ B", "random B", "signs ≠", "top 20 %")  # fmt: skip
-    return table(rows, head, right=range(1, 11), fold=True)
+    head: tuple[str, ...] = (
+        "target", "modules", "cosine", "-1     0     1", "norm 2/1", "φ A", "random A", "φ B",
+        "random B", "signs ≠", "top 20 %",
+    )  # fmt: skip
+    widths = (max(map(cell_width, column)) for column in zip(head, *rows, strict=True))
+    if is_terminal() and sum(width + 2 for width in widths) - 2 > terminal_width():
+        rows, head = [(*row[:3], *row[4:]) for row in rows], (*head[:3], *head[4:])
+    return table(rows, head, right=range(1, len(head)), fold=True)
 
 
 def _modules(report: CompareReport) -> list[str]:

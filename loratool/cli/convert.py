@@ -11,7 +11,7 @@ import loratool as lt
 from loratool.cli import options as opt
 from loratool.cli.loads import loads_lines
 from loratool.cli.progress import show_progress
-from loratool.cli.render import format_bytes, format_seconds, line, plural, safe, table
+from loratool.cli.render import format_bytes, format_lost, format_seconds, line, plural, safe, table
 from loratool.cli.voice import (
     Plan,
     Voice,
@@ -80,7 +80,7 @@ def render(report: ConvertReport, voice: Voice) -> Iterator[str]:
         return
     rows = [
         (safe(r.source, cap=60), r.dialect, str(r.modules), str(len(r.computed)),
-         f"{r.relative_error:.1e}" if r.relative_error else "nothing",
+         format_lost(r.relative_error),
          format_bytes(r.output_bytes), safe(r.output, cap=60))
         for r in report.adapters
     ]  # fmt: skip
@@ -101,7 +101,8 @@ def _one(row: ConvertedAdapter, report: ConvertReport, voice: Voice) -> Iterator
     yield from _metadata(row)
     yield from note_lines(row.notes, voice)
     if not report.dry_run:
-        yield line("loss", f"{row.relative_error:.1e} of ΔW" if row.relative_error else "nothing")
+        lost = format_lost(row.relative_error)
+        yield line("loss", lost if lost == "nothing" else f"{lost} of ΔW")
     yield from warning_lines(row.warnings)
     yield _end(report, f"{safe(row.output)} · {format_bytes(row.output_bytes)}")
     yield from loads_lines(row.loads_in, voice) if row.loads_in else ()

@@ -112,7 +112,8 @@ def render(
     if report.modules and report.dtype == "float32":
         here, there = (f"{e:.4g}" for e in (report.relative_error, report.float16_relative_error))
         error = f"relative error {there} instead of {here}" if here != there else "as exact"
-        yield line("float16", f"would be {format_bytes(report.float16_bytes)}, {error}", tone="dim")
+        size = format_bytes(report.float16_bytes)
+        yield line("float16", f"--dtype float16 would be {size}, {error}", tone="dim")
     if report.residual is not None:
         rest = report.residual
         yield line("residual", f"{safe(rest.path)} · {format_bytes(rest.nbytes)}: "
@@ -126,12 +127,12 @@ def _families(report: ExtractReport) -> list[str]:
     rows = [
         (
             safe(f.family), str(f.modules), format_number(f.median_rank),
-            format_share(f.captured_energy, aligned=True), f"{f.relative_error:.3f}",
+            format_share(f.captured_energy, aligned=True), f"{f.relative_error:.3g}",
         )
         for f in report.families
     ]  # fmt: skip
     energy = format_share(report.captured_energy, aligned=True)
-    total = ("total", str(len(report.modules)), "", energy, f"{report.relative_error:.3f}")
+    total = ("total", str(len(report.modules)), "", energy, f"{report.relative_error:.3g}")
     head = ("family", "modules", "rank", "energy", "rel. error")
     return table([*rows, total], head, right=(1, 2, 3, 4))
 
@@ -156,7 +157,7 @@ def _modules(report: ExtractReport) -> list[str]:
     rows = [
         (
             safe(m.name), format_shape(m.shape), str(m.rank), f"{m.norm:.3g}",
-            format_share(m.captured_energy, aligned=True), f"{m.relative_error:.3f}",
+            format_share(m.captured_energy, aligned=True), f"{m.relative_error:.3g}",
             *_noise_columns(m),
         )
         for m in report.modules

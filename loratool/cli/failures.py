@@ -129,7 +129,9 @@ def _usage_error(error: Any, options: Sequence[str]) -> LoratoolError:
         hint = meant_option(error.option_name, error.ctx) or f"{path} --help"
         return UsageError("LT-204", f"no option {error.option_name}", hint=hint)
     what = error.format_message().strip().rstrip(".")
-    return UsageError("LT-204", what[:1].lower() + what[1:], hint=f"{path} --help")
+    is_missing = isinstance(error, click.MissingParameter) and isinstance(error.param, click.Option)
+    return UsageError("LT-204", what[:1].lower() + what[1:], hint=f"{path} --help",
+                      expected=error.param.help if is_missing else None)  # fmt: skip
 
 
 def _refused(error: OSError) -> LoratoolError:

@@ -210,7 +210,9 @@ def _scaling(one: AdapterSummary) -> list[str]:
         (rank,), (alpha,), (scaling,) = one.ranks, one.alphas, one.scalings
         root = "√" if "rsLoRA" in one.method else ""
         formula = (
-            f"alpha {safe(alpha)} / {root}rank {rank} = " if alpha != "-" else f"rank {rank}, "
+            f"alpha {safe(alpha)} / {root}rank {rank} = "
+            if alpha != "-"
+            else f"rank {rank}, no alpha: "
         )
         return [f"{formula}{safe(scaling)}, same in all modules"]
     scalings = _span({safe(value): count for value, count in one.scalings.items()})
@@ -249,7 +251,8 @@ def _targets(one: AdapterSummary, voice: Voice) -> Iterator[str]:
     label = "targets"
     for layers, names in groups.items():
         shown = " ".join(names[:16]) + (f" and {len(names) - 16} more" if len(names) > 16 else "")
-        yield line(label, f"{shown} in layers {layers}" if layers else shown)
+        where = f" in layer{'' if layers.isdigit() else 's'} {layers}" if layers else ""
+        yield line(label, shown + where)
         label = ""
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,7 @@ import loratool as lt
 from loratool.cli import options as opt
 from loratool.cli.inspect import unit_of
 from loratool.cli.progress import show_progress
-from loratool.cli.render import format_seconds, format_share, line, plural, safe
+from loratool.cli.render import format_seconds, format_share, is_terminal, line, plural, safe
 from loratool.cli.voice import Voice, note_lines, warning_lines
 from loratool.options.recipes import Recipe
 
@@ -50,7 +51,7 @@ def command(recipe: str, **options: Any) -> None:
         if voice.quiet or voice.as_json:
             return
         if report is None:
-            if step.command in _TAKES_LONG:
+            if step.command in _TAKES_LONG and not is_terminal(sys.stderr):  # there a bar shows
                 click.secho(f"{step.number}  {step.command} …", dim=True, err=True)
             return
         for text in _step(report, options["dry_run"], voice):

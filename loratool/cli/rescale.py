@@ -12,7 +12,7 @@ import loratool as lt
 from loratool.cli import options as opt
 from loratool.cli.loads import loads_lines
 from loratool.cli.progress import show_progress
-from loratool.cli.render import format_bytes, format_seconds, line, plural, safe, table
+from loratool.cli.render import format_bytes, format_lost, format_seconds, line, plural, safe, table
 from loratool.cli.voice import (
     Plan,
     Voice,
@@ -165,9 +165,8 @@ def _factors(row: RescaledAdapter) -> str:
 def _loss(row: RescaledAdapter, *, short: bool = False) -> str:
     if row.relative_error != row.relative_error:
         return "-"
-    if row.relative_error == 0:
-        return "nothing"
-    if short:
-        return f"{row.relative_error:.1e}"
+    lost = format_lost(row.relative_error)
+    if short or lost == "nothing":
+        return lost
     hint = "; --dtype float32 keeps it" if row.dtype != "float32" else ""
-    return f"{row.relative_error:.1e} of ΔW to {row.dtype}{hint}"
+    return f"{lost} of ΔW to {row.dtype}{hint}"

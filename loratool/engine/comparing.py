@@ -29,6 +29,7 @@ class CompareResult(Frozen):
         max_ulp: largest distance in ulp(W').
         delta_square: ΣΔ².
         residual_square: Σ(M - W')².
+        along: Σ(M - W')Δ.
     """
 
     name: str
@@ -38,6 +39,7 @@ class CompareResult(Frozen):
     max_ulp: float
     delta_square: float
     residual_square: float
+    along: float = 0.0
 
 
 class Compare(AddDeltas):
@@ -74,7 +76,7 @@ class Compare(AddDeltas):
         differs = fresh.view(bits) != merged.view(bits)
         count = differs.sum()
         if not bool(count):
-            self._found[block.index] = torch.zeros(4, dtype=torch.float64)
+            self._found[block.index] = torch.zeros(5, dtype=torch.float64)
             return
         expected, found = fresh[differs].double(), merged[differs].double()
         delta = expected - inputs[0][differs].double()
@@ -84,7 +86,13 @@ class Compare(AddDeltas):
         allowed += self._size(block, inputs[0])[differs]
         outside = (~(distance <= allowed)).sum()
         self._found[block.index] = torch.stack(
-            [count.double(), outside.double(), (distance / spacing).max(), distance.square().sum()]
+            [
+                count.double(),
+                outside.double(),
+                (distance / spacing).max(),
+                distance.square().sum(),
+                ((found - expected) * delta).sum(),
+            ]
         ).cpu()
 
     def _size(self, block: grid.Block, base: torch.Tensor) -> torch.Tensor:
@@ -110,6 +118,7 @@ class Compare(AddDeltas):
             max((f[2] for f in found), default=0.0),
             sums.delta_square * numel / max(1, sums.numel),
             math.fsum(f[3] for f in found),
+            math.fsum(f[4] for f in found),
         )
 
 

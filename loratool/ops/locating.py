@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from loratool.adapter import Adapter, DeltaSpec
-from loratool.archs.families import Place, families, family_of, places, split_component
+from loratool.archs.families import Guess, Place, families, family_of, places, split_component
 from loratool.delta import stacking
 from loratool.delta.forms import shape_of, side_sizes
 from loratool.dialects.slots import is_text, usual_encoder
+from loratool.errors import MismatchError, list_some
 from loratool.frozen import Frozen
 
 
@@ -35,7 +36,7 @@ def locate(adapter: Adapter, naming: str = "written") -> list[Located]:
         adapter: opened; with flat or dotted names.
         naming: a dialect's, which is asked for: families that agree in it need not be told apart.
     """
-    guess = family_of({_unit(s): _shape(s) for s in adapter.specs}, adapter.metadata)
+    guess = _guess(adapter)
     found = []
     for spec in adapter.specs:
         component, name = split_component(spec.name)
@@ -46,6 +47,24 @@ def locate(adapter: Adapter, naming: str = "written") -> list[Located]:
             known = _settled(component, places(component, module, spec.parameter), naming)
         found.append(Located(spec, component, module, known[0] if known else None))
     return found
+
+
+def require_one_family(adapters: Sequence[Adapter]) -> None:
+    """Refuse adapters that are of different models, as far as these are known.
+
+    Raises:
+        MismatchError: LT-469.
+    """
+    titles = {g.family: g.title for a in adapters if (g := _guess(a)).family}
+    if len(titles) > 1:
+        raise MismatchError(
+            "LT-469", "the adapters are of different models", got=list_some(titles.values()),
+            file=list_some(a.label for a in adapters),
+        )  # fmt: skip
+
+
+def _guess(adapter: Adapter) -> Guess:
+    return family_of({_unit(s): _shape(s) for s in adapter.specs}, adapter.metadata)
 
 
 def _unit(spec: DeltaSpec) -> str:

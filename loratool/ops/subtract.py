@@ -202,8 +202,8 @@ def compare_with_record(
     ]
     if base is not None and not warnings:
         others = [k for k in order if k not in listed]
-        way = f"merging {list_some(others)} into {base}" if others else f"{base} itself"
-        notes.append(f"{way} is exact; this leaves the rounding of the merge in")
+        way = f"merging {list_some(others)} into {base}" if others else f"the base, {base},"
+        notes.append(f"{way} has every bit; this leaves the rounding of the merge in")
     return warnings, notes
 
 

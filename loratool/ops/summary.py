@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loratool.adapter import Adapter
-from loratool.archs.stated import is_tied, model_type
+from loratool.archs.stated import class_name, is_tied, model_type
 from loratool.dialects import open_adapter, unmergeable_reason
 from loratool.dialects.oddities import oddities
 from loratool.dtypes import DTYPES, numel
@@ -166,6 +166,11 @@ def _next_step(adapter: Adapter, named: str) -> str | None:
     base = adapter.base_model
     if not base or _QUANTISED_NAME.search(base) or not _can_be_base(base):
         base = "BASE"
+    return merge_command(named, base)
+
+
+def merge_command(named: str, base: str) -> str:
+    """What to type to see a merge of an adapter planned."""
     return shlex.join(["loratool", "merge", named, "--base", base, "-o", "merged", "--dry-run"])
 
 
@@ -232,7 +237,9 @@ def summarize_checkpoint(checkpoint: Checkpoint) -> CheckpointSummary:
         parameters = sum(ref.numel for ref in refs if DTYPES[ref.dtype].is_float)
     return CheckpointSummary(
         label=checkpoint.path.name or str(checkpoint.path),
-        model_type=model_type(checkpoint.config) or checkpoint.architecture,
+        model_type=model_type(checkpoint.config)
+        or class_name(checkpoint.config)
+        or checkpoint.architecture,
         shards=len(checkpoint.shards),
         tensors=len(refs),
         parameters=parameters,

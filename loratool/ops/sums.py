@@ -14,6 +14,7 @@ from loratool.dialects.stated import LAYERS, joint_config, require_one_packing
 from loratool.errors import MismatchError, UsageError, list_some
 from loratool.frozen import Frozen
 from loratool.ops.additive import factor_dtype, require_additive, require_factors, require_kernels
+from loratool.ops.locating import require_one_family
 from loratool.ops.weights import Weight
 from loratool.plan import DeltaPart
 from loratool.report.text import plural
@@ -154,6 +155,7 @@ def plan_sum(
     if len(bases) > 1:
         notes.append(f"the adapters name different bases: {list_some(sorted(bases))}")
     if len(adapters) > 1 and not _common(groups):
+        require_one_family([a for a, _ in adapters])
         notes.append("the adapters have no module in common")
     return SumPlan(
         tuple(modules),

@@ -94,6 +94,13 @@ def format_share(share: float, *, aligned: bool = False) -> str:
     return (text if aligned else text.removesuffix(".0")) + " %"
 
 
+def format_lost(share: float) -> str:
+    """A relative error: ``nothing``, ``2e-07`` or ``4.9 %``."""
+    if share < 1e-12:
+        return "nothing"
+    return f"{share:.1g}" if share < 1e-3 else format_share(share)
+
+
 def format_seconds(seconds: float) -> str:
     """``0.04 s``, ``0.8 s``, ``12 s``, ``3:07``, ``1:02:03``."""
     if seconds < 0.095:

@@ -72,7 +72,8 @@ def find_adapter(path: Path) -> Path:
         raise BadFileError(
             "LT-326", f"this folder holds {plural(len(found), 'adapter')}" if len(found) > 1
             else "this folder is no adapter but holds one", file=path, got=shown,
-            hint=f"name the one you mean, such as {found[0]}",
+            hint=f"name the one you mean, such as {found[0]}"
+            + (f", or all, {path}/*, where a command takes many" if len(found) > 1 else ""),
         )  # fmt: skip
     _refuse(path, names)
     raise AssertionError("refused above")

@@ -191,7 +191,7 @@ def _fill(listing: Listing, file: ListedFile, out: BinaryIO) -> None:
     waits = iter(_WAITS)
     with tqdm(  # type: ignore[no-untyped-call]
         total=file.size, initial=out.tell(), desc=ascii(file.name)[1:-1], unit="B", disable=None,
-        unit_scale=True,
+        unit_scale=True, leave=False,
     ) as bar:  # fmt: skip
         while (have := out.tell()) < file.size:
             error: Exception | None = None

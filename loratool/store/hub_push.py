@@ -208,7 +208,8 @@ def _progress(added: list[CommitOperationAdd]) -> Iterator[None]:
     files = [one.path_or_fileobj for one in added if isinstance(one.path_or_fileobj, KnownFile)]
     total = sum(file.size for file in files)
     with tqdm(  # type: ignore[no-untyped-call]
-        total=total, desc="upload", unit="B", unit_scale=True, disable=None if files else True
+        total=total, desc="upload", unit="B", unit_scale=True, leave=False,
+        disable=None if files else True,
     ) as bar:  # fmt: skip
         for file in files:
             file.moved = bar.update

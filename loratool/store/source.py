@@ -240,7 +240,7 @@ def resolve(
     match = _BARE.fullmatch(text)
     may_be_hub = match is not None and not _FILE_SUFFIX.search(match["repo"])
     if match is None or not may_be_hub or Path(match["owner"]).is_dir():
-        hint = _FETCH if _ADDRESS.match(text) else None
+        hint = _FETCH if _ADDRESS.match(text) else _near(path)
         if match is not None and may_be_hub:
             hint = f"the folder {match['owner']} exists, so a path is meant; else write hf://{text}"
         raise BadFileError("LT-300", "no such file or folder", file=text, hint=hint)
@@ -287,3 +287,16 @@ def _from_hub(reference: HubReference, kind: str, reach: Reach, guess: str | Non
     label = f"{reference.repo_id}@{commit[:7]}"
     label = f"{label}/{reference.sub}" if reference.sub else label
     return Resolved(path, label, commit, note, remote=looked.remote)
+
+
+def _near(path: Path) -> str | None:
+    """A name beside what is not there that was probably meant."""
+    import difflib
+    import shlex
+
+    try:
+        names = [entry.name for entry in path.parent.iterdir()]
+    except OSError:
+        return None
+    close = difflib.get_close_matches(path.name, names, n=1)
+    return f"did you mean {shlex.quote(str(path.parent / close[0]))}?" if close else None

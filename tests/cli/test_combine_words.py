@@ -8,6 +8,7 @@ import pytest
 
 import loratool as lt
 from tests.make import randn, random_factors, save_adapter, save_checkpoint
+from tests.oracle.kohya_files import adapter_of
 
 from .conftest import Run
 
@@ -56,6 +57,13 @@ def test_refusals(words: list[str], code: str, run: Run, toy: Path, tmp_path: Pa
     done = run("merge", str(toy / "style"), str(toy / "sql"), *words, "-o", str(tmp_path / "x"))
     assert done.code == 2 and code in done.err
     assert not (tmp_path / "x").exists()
+
+
+def test_adapters_of_different_models_are_refused(run: Run, tmp_path: Path) -> None:
+    both = [adapter_of("kohya_sd15_locon"), adapter_of("flux1_kohya_dense")]
+    done = run("merge", *both, "-o", tmp_path / "x.safetensors")
+    assert done.code == 4 and "LT-469" in done.err
+    assert "Stable Diffusion 1" in done.err and "FLUX.1" in done.err
 
 
 def test_a_lone_adapter_gets_a_hint(run: Run, toy: Path, tmp_path: Path) -> None:

@@ -102,6 +102,25 @@ def test_weights_are_plain_decimals(run: Run, weights: str) -> None:
     assert found.code == 2 and "decimal" in found.err
 
 
+def test_what_is_near_is_named(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "style").mkdir()
+    found = run("inspect", tmp_path / "stile")
+    assert found.code == 3 and f"did you mean {tmp_path / 'style'}?" in found.err
+    assert "did you mean" not in run("inspect", tmp_path / "quite-another").err
+    assert "hint --method ties" in run("merge", "a", "b", "-o", "x", "--method", "tis").err
+    assert "hint --dtype float16" in run("merge", "a", "b", "-o", "x", "--dtype", "fp16").err
+    assert "--param density=" in run("merge", "a", "b", "-o", "x", "--density=0.2").err
+    assert "did you mean --dtype?" in run("merge", "a", "-o", "x", "--save-precision=bf16").err
+    assert "hint loratool merge --help" in run("merge", "a", "-o", "x", "--qqq").err
+    assert "loratool merge --help" in run("merge", "a", "--base").err
+    assert "sglang" in run("check", "a").err  # the programs that --for takes
+
+
+def test_help_is_a_word_too(run: Run) -> None:
+    assert run("help").out == run("--help").out
+    assert run("help", "swap").out == run("swap", "--help").out
+
+
 def test_missing_output(run: Run) -> None:
     found = run("merge", "a", "--base", "b")
     assert found.code == 2 and found.err.startswith("error[LT-204]: missing option")

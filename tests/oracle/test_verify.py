@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -79,6 +80,12 @@ def test_a_wrong_strength(job: Path) -> None:
     edit(job, {"a.weight": half})
     (found,) = check(job).differing
     assert found.residual == pytest.approx(0.5, abs=0.02)
+    times = re.fullmatch(r"the change is there (\S+) times", found.reason)
+    assert times and float(times[1]) == pytest.approx(0.5, abs=0.01)
+    turned = (base["a.weight"].float() + delta_of(job, "a").flip(0)).bfloat16()
+    edit(job, {"a.weight": turned})
+    (found,) = check(job).differing
+    assert found.reason == "another change"
 
 
 def test_one_element_two_steps_away(job: Path) -> None:
