@@ -277,6 +277,34 @@ def _halves(rng: Any, count: int) -> tuple[Any, Any]:
     return stored.view(torch.uint8).numpy(), numbers
 
 
+GGUF_KINDS = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
+
+
+def _two_bits(rng: Any, kind: str, large: Any, small: Any) -> tuple[Any, Any]:
+    """Q2_K and Q3_K: four codes of 2 bits in a byte, a factor for each 16 numbers."""
+    (factor, d), (offset, m) = large, small
+    count = len(d)
+    codes, low = rng.integers(0, 4, (count, 256)), np.zeros((count, 64), dtype=np.int64)
+    for at in range(256):
+        low[:, at // 128 * 32 + at % 32] |= codes[:, at] << 2 * (at % 128 // 32)
+    if kind == "Q2_K":
+        scales, mins = rng.integers(0, 16, (2, count, 16))
+        numbers = (d * np.float32(scales)).repeat(16, 1) * np.float32(codes)
+        numbers = numbers - (m * np.float32(mins)).repeat(16, 1)
+        bytes_ = [part.astype(np.uint8) for part in (scales | mins << 4, low)]
+        return np.hstack([*bytes_, factor, offset]), numbers
+    third, mask = rng.integers(0, 2, (count, 256)), np.zeros((count, 32), dtype=np.int64)
+    for at in range(256):
+        mask[:, at % 32] |= third[:, at] << at // 32
+    scales, twelve = rng.integers(0, 64, (count, 16)), np.zeros((count, 12), dtype=np.int64)
+    for at in range(16):
+        twelve[:, at % 8] |= (scales[:, at] & 15) << 4 * (at // 8)
+        twelve[:, 8 + at % 4] |= (scales[:, at] >> 4) << 2 * (at // 4)
+    numbers = (d * np.float32(scales - 32)).repeat(16, 1) * np.float32(codes + 4 * third - 4)
+    bytes_ = [part.astype(np.uint8) for part in (mask, low, twelve)]
+    return np.hstack([*bytes_, factor]), numbers
+
+
 def gguf_blocks(kind: str, count: int, rng: Any) -> tuple[Any, Any]:
     """(blocks as bytes, their numbers), from codes that are drawn first."""
     factor, d = _halves(rng, count)
@@ -288,24 +316,34 @@ def gguf_blocks(kind: str, count: int, rng: Any) -> tuple[Any, Any]:
         codes = rng.integers(0, 16, (count, 32))
         low = (codes[:, :16] | codes[:, 16:] << 4).astype(np.uint8)
         return np.hstack([factor, low]), d * np.float32(codes - 8)
-    if kind == "Q5_1":
+    if kind == "Q4_1":
+        codes = rng.integers(0, 16, (count, 32))
+        low = (codes[:, :16] | codes[:, 16:] << 4).astype(np.uint8)
+        return np.hstack([factor, offset, low]), d * np.float32(codes) + m
+    if kind in ("Q5_0", "Q5_1"):
         codes = rng.integers(0, 32, (count, 32))
         low = ((codes[:, :16] & 15) | (codes[:, 16:] & 15) << 4).astype(np.uint8)
         high = np.packbits((codes >> 4).astype(np.uint8), axis=1, bitorder="little")
+        if kind == "Q5_0":
+            return np.hstack([factor, high, low]), d * np.float32(codes - 16)
         return np.hstack([factor, offset, high, low]), d * np.float32(codes) + m
-    if kind == "Q4_K":
-        codes = rng.integers(0, 16, (count, 8, 32))
+    if kind in ("Q2_K", "Q3_K"):
+        return _two_bits(rng, kind, (factor, d), (offset, m))
+    if kind in ("Q4_K", "Q5_K"):
+        codes = rng.integers(0, 16 if kind == "Q4_K" else 32, (count, 8, 32))
         scales, mins = rng.integers(0, 64, (count, 8)), rng.integers(0, 64, (count, 8))
         twelve = np.zeros((count, 12), dtype=np.int64)
         for j in range(4):
             twelve[:, j] = scales[:, j] | (scales[:, j + 4] >> 4) << 6
             twelve[:, j + 4] = mins[:, j] | (mins[:, j + 4] >> 4) << 6
             twelve[:, j + 8] = (scales[:, j + 4] & 15) | (mins[:, j + 4] & 15) << 4
-        pairs = codes.reshape(count, 4, 2, 32)
+        pairs = (codes & 15).reshape(count, 4, 2, 32)
+        fifth = sum((codes[:, j] >> 4) << j for j in range(8))
         low = (pairs[:, :, 0] | pairs[:, :, 1] << 4).reshape(count, 128)
         numbers = (d * np.float32(scales))[:, :, None] * np.float32(codes)
         numbers = numbers - (m * np.float32(mins))[:, :, None]
-        blocks = np.hstack([factor, offset, twelve.astype(np.uint8), low.astype(np.uint8)])
+        parts = [twelve, low] if kind == "Q4_K" else [twelve, fifth, low]
+        blocks = np.hstack([factor, offset, *(part.astype(np.uint8) for part in parts)])
         return blocks, numbers.reshape(count, 256)
     assert kind == "Q6_K"
     codes, scales = rng.integers(0, 64, (count, 256)), rng.integers(-128, 128, (count, 16))

@@ -461,7 +461,7 @@ CODED: dict[str, st.SearchStrategy[CodedFile]] = {
     ),
     "nvfp4": st.builds(coded.nvfp4, SIDES, _FEW, seed=SEEDS, modelopt=st.booleans()),
     "gguf": st.builds(
-        coded.gguf, SIDES, _FEW, kind=st.sampled_from(["Q4_0", "Q5_1", "Q8_0", "Q4_K", "Q6_K"]),
+        coded.gguf, SIDES, _FEW, kind=st.sampled_from(coded.GGUF_KINDS),
         seed=SEEDS, heads=st.integers(0, 2),
     ),
     "mlx": st.builds(

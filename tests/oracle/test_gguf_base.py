@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 import loratool as lt
 from loratool.errors import LoratoolError
+from loratool.quant.gguf_blocks import TYPES
 from loratool.store.gguf import KINDS, read_gguf
 from tests import coded
 from tests.make import random_factors, save_adapter
@@ -237,6 +238,15 @@ def test_the_output_loads_in_transformers(tmp_path: Path) -> None:
         out.parent, output_loading_info=True
     )
     assert not info["missing_keys"] and not info["unexpected_keys"], info
+
+
+@pytest.mark.parametrize("kind", coded.GGUF_KINDS)
+def test_blocks_are_those_made_by_hand(kind: str) -> None:
+    """To the bit, of every type that is read without the package."""
+    raw, numbers = coded.gguf_blocks(kind, 32, np.random.default_rng(1))
+    got = TYPES[kind].numbers(torch.from_numpy(raw)).numpy()
+    assert np.array_equal(got, np.float32(numbers).reshape(got.shape))
+    assert {k for k in TYPES if k[0] == "Q"} == set(coded.GGUF_KINDS)
 
 
 @pytest.mark.parametrize(
