@@ -11,7 +11,7 @@ from loratool.archs.ties import Tie, head_scale, is_head, untied_config
 from loratool.bind.items import Found
 from loratool.bind.place import Context
 from loratool.bind.same_change import are_alike
-from loratool.dialects.stated import COPY, loads_into
+from loratool.dialects.stated import COPY, changes_its_base, loads_into
 from loratool.errors import MismatchError, list_some
 from loratool.frozen import Frozen, field, replace
 from loratool.options.groups import Names
@@ -197,9 +197,9 @@ def _is_shared(one: Found, name: str, tie: Tie, ctx: Context, adapter: Adapter) 
         return name == tie.source
     if kind == "change" or one.replacement is None:
         return False
-    if kind == "copy":  # of a grown vocabulary; any other one has the base's values
+    if kind == "copy":  # of a grown vocabulary, or of what loading changed; else the base's values
         old = ctx.checkpoint.tensors[one.replacement.target].shape
-        return one.replacement.replacement.source.shape != old
+        return one.replacement.replacement.source.shape != old or changes_its_base(adapter)
     return loads_into(adapter, one.item.label.rpartition(".")[0])
 
 

@@ -138,6 +138,8 @@ class Delta(ABC):
     def apply_to(self, weight: torch.Tensor) -> torch.Tensor:
         """W' for a whole matrix (rows, cols), in its dtype (float32 or float64)."""
         rows, cols = self.shape
+        if self.needs_whole:
+            self.begin(weight)
         if self.needs_rows:
             self.attach(lambda start, stop: weight[start:stop])
         if self.needs_measure:

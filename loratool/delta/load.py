@@ -33,4 +33,5 @@ def load_delta(
     build: Callable[..., Delta] = function_of(part.spec.row.implementation)
     fields = {role: load(source) for role, source in part.spec.fields.items()}
     made = build(fields, part, coefficient=coefficient, dtype=dtype, fold=fold)
-    return Moved(made, part, dtype) if part.spec.base_change else made
+    is_inside = part.spec.scales_rows or not part.spec.base_change  # of the norm that DoRA takes
+    return made if is_inside else Moved(made, part, dtype)

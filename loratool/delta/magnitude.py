@@ -9,6 +9,7 @@ import torch
 
 from loratool import kinds
 from loratool.delta.base import Delta
+from loratool.delta.mutation import Moved
 from loratool.frozen import replace
 from loratool.kind_shapes import COLUMN_LENGTHS, ROW_LENGTHS
 from loratool.plan import DeltaPart
@@ -18,11 +19,13 @@ from loratool.plugins import function_of
 class Magnitude(Delta):
     """W' = m / ‖V‖ · V with V = W + inner, norms along one axis of W.
 
+    What loading takes from the base first is part of the inner change.
+
     A weight w other than 1 gives W + w·(W' - W), where W is always the unmodified base, so
     that the result does not depend on the order of several adapters.
 
     Args:
-        inner: the additive change inside the norm.
+        inner: the change inside the norm.
         magnitude: lengths along ``axis``, of the accumulator's type: one for each row or column,
             or for as many of them side by side as make their number (columns of a kernel).
         axis: 0 = of rows (linear, conv), 1 = of columns (HF Conv1D, embedding; LyCORIS' input
@@ -44,6 +47,15 @@ class Magnitude(Delta):
         # the product; squares summed in pairs, root, quotient; scaling, difference, weight
         self.roundings = inner.roundings + _halvings(inner.shape[1 - axis] * self._group) + 6
         self._squares = torch.zeros(inner.shape[axis], dtype=torch.float64, device=magnitude.device)
+
+    @property
+    def needs_whole(self) -> bool:  # type: ignore[override]
+        """As the inner one."""
+        return self.inner.needs_whole
+
+    def begin(self, weight: torch.Tensor) -> None:
+        """Shows W to the inner one."""
+        self.inner.begin(weight)
 
     @property
     def needs_measure(self) -> bool:
@@ -124,6 +136,8 @@ def build(
     inner = function_of(kind.implementation)(
         fields, replace(part, spec=spec), coefficient=spec.scaling, dtype=dtype
     )
+    if spec.base_change:
+        inner = Moved(inner, replace(part, spec=spec, weight=1.0), dtype)
     axis = 1 if (role == COLUMN_LENGTHS) != part.transposed else 0
     lengths = fields[role].flatten().to(dtype)
     span = part.region.source_cols if axis else part.region.source_rows

@@ -89,6 +89,12 @@ def base_of(config: Mapping[str, Any]) -> str | None:
     return value if isinstance(value, str) and value else None
 
 
+def changes_its_base(adapter: Adapter) -> bool:
+    """True if loading takes something away from the base first: PiSSA, OLoRA, KaSA."""
+    start = str(adapter.config.get("init_lora_weights")).lower()
+    return start.startswith(("pissa", "olora")) or bool(adapter.config.get("kasa_config"))
+
+
 def loads_into(adapter: Adapter, module: str) -> bool:
     """True if a whole tensor is loaded into the model's own module, False if beside it."""
     if "peft_type" not in adapter.config:

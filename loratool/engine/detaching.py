@@ -184,7 +184,9 @@ def row_gains(spec: DeltaSpec, places: Sequence[Place], env: Env) -> torch.Tenso
 
 
 def row_lengths(spec: DeltaSpec, places: Sequence[Place], env: Env) -> torch.Tensor:
-    """‖W + s·lora_B·lora_A‖ of every output feature, (out,) float64."""
+    """‖W + s·lora_B·lora_A‖ of every output feature, (out,) float64; W as training had it."""
+    if spec.base_change:
+        spec = with_start(spec, places, env)
     weight = stored_weight(places, env)
     if places[0].part.transposed:
         weight = weight.T

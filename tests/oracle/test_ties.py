@@ -188,6 +188,25 @@ def test_merged_as_adapted(tmp_path: Path, kind: str, head: str, adapter: str) -
     require_one_story(tmp_path / "o", merged)
 
 
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+def test_a_head_that_loading_takes_a_part_of(
+    tmp_path: Path, start: str, head: str, dora: bool
+) -> None:
+    """PEFT saves it as training had it: once more nothing goes; what is tied to it has changed."""
+    kind = base_of(tmp_path / "base", "decoder", head).__class__
+    how = {"init_lora_weights": start, "use_dora": dora}
+    config = peft.LoraConfig(r=2, target_modules=["lm_head", "q_proj"], **how)
+    make(kind.from_pretrained(tmp_path / "base"), tmp_path / "a", config)
+    adapted = peft.PeftModel.from_pretrained(kind.from_pretrained(tmp_path / "base").eval(),
+                                             tmp_path / "a").eval()  # fmt: skip
+    merged, _ = merged_model(tmp_path / "a", tmp_path / "base", tmp_path / "o", kind)
+    wanted = logits(adapted)
+    assert torch.allclose(logits(merged), wanted, atol=2e-5 * float(wanted.abs().max()))
+    require_one_story(tmp_path / "o", merged)
+
+
 @pytest.mark.parametrize(
     ("kind", "head", "keep"), shared_out(MODELS, HEADS, ["embeddings", "none"])
 )

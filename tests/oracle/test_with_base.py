@@ -146,6 +146,30 @@ def test_compress_keeps_what_dora_does_to_rows(name: str, rank: int, tmp_path: P
     same(got, want, bound)
 
 
+@pytest.mark.parametrize("name", ["lora_pissa", "lora_olora"])
+def test_dora_takes_the_lengths_of_what_training_began_with(name: str, tmp_path: Path) -> None:
+    """W' = diag(m/‖V‖) V, where V = W less what loading takes away + s·B·A; in every command."""
+    source, base = tmp_path / "in", LLM / name / "base"
+    shutil.copytree(LLM / name, source)
+    (inside, bound), first = mixture(name, [(1.0, source)]), base_of(name)
+    tensors = load_file(str(source / "adapter_model.safetensors"))
+    want = dict(first)
+    for number, key in enumerate([k for k in tensors if ".lora_A." in k]):
+        module = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+        V = inside[f"{module}.weight"].double()
+        lengths = randn(len(V), seed=number).abs() + 0.5
+        tensors[key.replace("lora_A.weight", "lora_magnitude_vector")] = lengths
+        want[f"{module}.weight"] = V * (lengths.double() / V.norm(dim=1))[:, None]
+        bound[f"{module}.weight"] += 64 * EPS * float(want[f"{module}.weight"].abs().max())
+    save_file(tensors, str(source / "adapter_model.safetensors"), metadata={"format": "pt"})
+    config = json.loads((source / "adapter_config.json").read_text()) | {"use_dora": True}
+    (source / "adapter_config.json").write_text(json.dumps(config))
+    same(merged(name, source, tmp_path / "m"), want, bound)
+    half = {k: v + 0.5 * (want[k].double() - v.double()) for k, v in first.items()}
+    lt.merge([source], base=base, into="adapter", weights=[0.5], output=tmp_path / "half")
+    same(merged(name, tmp_path / "half", tmp_path / "h"), half, bound)
+
+
 def test_a_row_that_dora_takes_away_stays_away(tmp_path: Path) -> None:
     """Alone and at weight 1 nothing is divided by what is left of it: 2⁻³⁰ of a row, or none."""
     source, base = tmp_path / "in", LLM / "lora_dora" / "base"

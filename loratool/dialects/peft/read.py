@@ -18,6 +18,7 @@ from loratool.dialects.peft.replacements import read_replacements
 from loratool.dialects.peft.specs import SpecReader
 from loratool.dialects.peft.spellings import unify_spellings
 from loratool.errors import BadFileError, UsageError, list_some
+from loratool.frozen import replace
 from loratool.options.groups import Read
 from loratool.report.text import plural
 from loratool.store.contained import find_inside, list_folder
@@ -91,6 +92,9 @@ def read_tensors(refs: Iterable[TensorRef], config: PeftConfig, options: Read) -
             [f"{plural(len(unused), 'tensor')} of modules that change nothing"] if unused else []
         )
     replacements, hidden, more = read_replacements(found, config)
+    # What PEFT saves of a base that loading changed is changed already.
+    begun = {r.name for r in replacements if r.origin == "base_layer"}
+    specs = [replace(s, base_change="") if s.name in begun else s for s in specs]
     notes = [*found.notes, *notes, *more, *_notes(specs, config)]
     if found.training:
         names = list_some((ref.name for ref in found.training), 3)
