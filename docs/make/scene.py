@@ -84,6 +84,7 @@ def _images(folder: Path) -> None:
     more = load_file(IMAGES / "kohya_sd15_locon" / "adapter.safetensors")
     style |= {_text(k): v for k, v in more.items() if k.startswith("lora_te_")}
     said = {"ss_base_model_version": "sdxl_base_v1-0", "ss_output_name": "style",
+            "ss_network_module": "networks.lora",
             "ss_tag_frequency": json.dumps({"img": {"mystyle": 40, "1girl": 12}})}  # fmt: skip
     save_file(style, folder / "style.safetensors", said)
     (folder / "loras").mkdir()

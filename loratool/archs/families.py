@@ -167,6 +167,20 @@ def _text_family(names: Mapping[str, Shape]) -> str:
     return chosen[0] if len(chosen) == 1 else ""
 
 
+def trained_as(modules: Mapping[str, Shape]) -> str:
+    """What trainers' metadata call the one family that explains some modules, "" if none does.
+
+    Args:
+        modules: as of `family_of`.
+
+    Example:
+        >>> trained_as({"unet.single_blocks_0_linear1": (21504, 3072)})
+        'flux1'
+    """
+    found = family_of(modules).family
+    return next(iter(families()[found].versions), "") if found else ""
+
+
 def _stated(metadata: Mapping[str, str]) -> tuple[str, str]:
     """(family, size) that the metadata name, "" for what they do not."""
     values = _versions()

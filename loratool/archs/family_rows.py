@@ -118,7 +118,8 @@ class Family(Frozen):
         encoders: families of its pipeline's text encoders, in its order; "" = none that is known.
         part: what diffusers' pipeline calls its model: ``transformer`` or ``unet``.
         kin: the family as which programs load it: itself, or what it is ``like``.
-        versions: what trainers' metadata call it -> label of the size, "" where it has none.
+        versions: what trainers' metadata call it -> label of the size, "" where it has none; the
+            first one is what is written.
     """
 
     name: str

@@ -55,6 +55,7 @@ TABLE = Table(
     ),
     stale=r"sshs_(model|legacy)_hash|modelspec\.hash_sha256",
     ranks=("ss_network_dim", "ss_network_alpha"),
+    model="ss_base_model_version",
 )
 
 ROW = Dialect(

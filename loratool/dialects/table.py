@@ -56,6 +56,7 @@ class Table(Frozen, dict=True):
         passed: regular expression of tensors that are no part of any change and are kept.
         stale: keys of the metadata that speak of the very tensors, "" = none.
         ranks: keys of the metadata for rank and alpha of the whole file.
+        model: key of the metadata for what it was trained on, by which programs sort files.
         by_heads: regular expression of modules whose left rows lie head by head, q k v q k v …, in
             files whose keys say PEFT's default name of an adapter, and how many rows a head has.
         unreadable: a key of the metadata, an expression on its value, and what cannot be known of
@@ -80,6 +81,7 @@ class Table(Frozen, dict=True):
     passed: str = ""
     stale: str = ""
     ranks: tuple[str, str] = ("", "")
+    model: str = ""
     by_heads: tuple[str, int] = ("", 0)
     unreadable: tuple[str, str, str] = ("", "", "")
 

@@ -15,7 +15,8 @@ from loratool.adapter import (
     TensorData,
     TensorRef,
 )
-from loratool.delta.forms import scaled_source, side_sizes, with_scaled_source
+from loratool.archs.families import trained_as
+from loratool.delta.forms import matrix_shape, scaled_source, side_sizes, with_scaled_source
 from loratool.dialects.arranged import as_stored
 from loratool.dialects.factors import with_axes
 from loratool.dialects.table import Table
@@ -218,7 +219,11 @@ def _alpha_dtype(adapter: Adapter) -> str:
 
 
 def _metadata(table: Table, adapter: Adapter) -> dict[str, str]:
-    """What still holds of the metadata: not what speaks of the very tensors."""
+    """What still holds of the metadata: not what speaks of the very tensors.
+
+    Where it does not say what the file is for, the names do: the web UI hides a file whose metadata
+    are not those of the model that it has loaded (``detect_version`` of its extension, 1.10.1).
+    """
     stale = re.compile(table.stale) if table.stale else None
     kept = {
         key: value for key, value in adapter.metadata.items()
@@ -231,4 +236,7 @@ def _metadata(table: Table, adapter: Adapter) -> dict[str, str]:
     for key, found in zip(table.ranks, values, strict=True):
         if key:
             kept[key] = f"{next(iter(found)):g}" if len(found) == 1 else "Dynamic"
+    if table.model and table.model not in kept:
+        shapes = {s.module: matrix_shape(s) for s in adapter.specs if s.is_matrix}
+        kept |= {table.model: name} if (name := trained_as(shapes)) else {}
     return kept

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from loratool.dialects.candidate import one_of_alike
-from loratool.dialects.metadata import SPEC, TRIGGER
+from loratool.dialects.metadata import OWN, SPEC, TRIGGER
 from loratool.lazy import regex
 from loratool.report.told import Told
 
@@ -37,6 +37,8 @@ def _lycoris(metadata: Metadata) -> str:
 
 
 def _scripts(metadata: Metadata) -> str:
+    if OWN in metadata and "ss_network_module" not in metadata:
+        return ""  # we wrote what it is for, and no trainer has been there
     is_musubi = _MUSUBI.match(metadata.get("ss_base_model_version", ""))
     return "musubi-tuner" if is_musubi else "sd-scripts"
 
