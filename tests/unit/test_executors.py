@@ -53,20 +53,19 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return top
 
 
-def call(command: str, top: Path, out: Path, executor: Any = "threads") -> None:
-    two: Any = {"output": out, "threads": 2, "executor": executor}
+def call(command: str, top: Path, out: Path | str, executor: Any = "threads", **how: Any) -> Any:
+    how = {"output": out, "threads": 2, "executor": executor, **how}
     if command == "merge":
-        lt.merge([top / "a1", f"{top / 'a2'}:0.5"], base=top / "base", **two)
-    elif command == "extract":
-        lt.extract(top / "tuned", base=top / "base", rank=3, **two)
-    elif command == "file":  # its header says what the file holds, once that is known
-        out.mkdir()
+        return lt.merge([top / "a1", f"{top / 'a2'}:0.5"], base=top / "base", **how)
+    if command == "extract":
+        return lt.extract(top / "tuned", base=top / "base", rank=3, **how)
+    if command == "file":  # its header says what the file holds, once that is known
+        Path(out).mkdir()
         file = top / "base" / "model-00001-of-00002.safetensors"
-        lt.merge([top / "a0"], base=file, **{**two, "output": out / "m.safetensors"})
-    elif command == "combine":
-        lt.combine([top / "a1", f"{top / 'a2'}:0.5"], method="ties", **two)
-    else:
-        lt.compress(top / "a1", energy=0.9, **two)
+        return lt.merge([top / "a0"], base=file, **{**how, "output": Path(out) / "m.safetensors"})
+    if command == "combine":
+        return lt.combine([top / "a1", f"{top / 'a2'}:0.5"], method="ties", **how)
+    return lt.compress(top / "a1", energy=0.9, **how)
 
 
 def long_step(top: Path, monkeypatch: pytest.MonkeyPatch) -> None:

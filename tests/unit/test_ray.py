@@ -22,6 +22,7 @@ from loratool.adapter import TensorRef
 from loratool.errors import DiskError, NumericError, UsageError
 from loratool.store.far_reader import FarReader
 from tests.make import randn, random_factors, save_adapter, save_checkpoint
+from tests.unit.on_ray import killed_in_a_step, two_workers
 from tests.unit.test_executors import COMMANDS, call, contents, inputs, long_step
 
 __all__ = ["inputs"]
@@ -51,12 +52,8 @@ def test_an_address_is_for_ray(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Any]:
-    ray = pytest.importorskip("ray", reason="needs Ray: pip install -e '.[ray]'")
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers find no test modules
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    yield ray
-    ray.shutdown()
+    with two_workers(__name__) as ray:
+        yield ray
 
 
 @pytest.mark.parametrize("command", [*COMMANDS, "file"])
@@ -76,21 +73,6 @@ def test_inputs_may_be_named_relatively(
     assert contents(tmp_path / "ray") == contents(tmp_path / "threads")
 
 
-class Fatal(FarReader):
-    """Kills its process in the second piece of a step, once: a file says whether it still may."""
-
-    reads = 0
-
-    def read_into(self, ref: TensorRef, start: int, buffer: memoryview) -> None:
-        flag = ref.path.parent.parent / "flag"
-        if start and flag.exists() and flag.read_text() != str(os.getpid()):
-            Fatal.reads += 1
-            if Fatal.reads == 2:
-                flag.unlink()
-                os.kill(os.getpid(), signal.SIGKILL)
-        super().read_into(ref, start, buffer)
-
-
 @pytest.mark.parametrize("command", ["merge", "extract"])
 def test_killed_in_the_middle_of_a_step(
     command: str, tmp_path: Path, cluster: Any, monkeypatch: pytest.MonkeyPatch
@@ -98,13 +80,9 @@ def test_killed_in_the_middle_of_a_step(
     """Part of the tensor is written by then."""
     long_step(tmp_path, monkeypatch)
     call(command, tmp_path, tmp_path / "threads")
-    from loratool.engine.executors import ray as executor
-
-    monkeypatch.setattr(executor, "FarReader", Fatal)
-    flag = tmp_path / "flag"
-    flag.write_text(str(os.getpid()))
-    call(command, tmp_path, tmp_path / "ray", "ray")
-    assert not flag.exists()
+    killed_in_a_step(
+        lambda: call(command, tmp_path, tmp_path / "ray", "ray"), tmp_path, monkeypatch
+    )
     assert contents(tmp_path / "ray") == contents(tmp_path / "threads")
 
 

@@ -8,9 +8,6 @@ Neither comes with the `test` extra: ``pip install s3fs 'moto[server]'`` (and ``
 from __future__ import annotations
 
 import hashlib
-import os
-import signal
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,11 +15,10 @@ from typing import Any
 import pytest
 
 import loratool as lt
-from loratool.adapter import TensorRef
 from loratool.cli import run
 from loratool.errors import LoratoolError, UsageError
-from loratool.store.far_reader import FarReader
 from tests.make import randn, save_checkpoint
+from tests.unit.on_ray import killed_in_a_step, two_workers
 from tests.unit.test_executors import COMMANDS, call, contents, inputs, long_step
 
 __all__ = ["inputs"]
@@ -70,14 +66,7 @@ def stored(name: str) -> dict[str, str]:
 
 def put(command: str, top: Path, name: str, executor: str = "threads", **how: Any) -> Any:
     """`call` with an output in the bucket."""
-    how = {"output": f"s3://bucket/{name}", "threads": 2, "executor": executor, **how}
-    if command == "merge":
-        return lt.merge([top / "a1", f"{top / 'a2'}:0.5"], base=top / "base", **how)
-    if command == "extract":
-        return lt.extract(top / "tuned", base=top / "base", rank=3, **how)
-    if command == "combine":
-        return lt.combine([top / "a1", f"{top / 'a2'}:0.5"], method="ties", **how)
-    return lt.compress(top / "a1", energy=0.9, **how)
+    return call(command, top, f"s3://bucket/{name}", executor, **how)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -160,12 +149,8 @@ def test_a_store_that_refuses(
 
 @pytest.fixture(scope="module")
 def cluster(keys: None) -> Iterator[Any]:
-    ray = pytest.importorskip("ray", reason="needs Ray: pip install -e '.[ray]'")
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers find no test modules
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    yield ray
-    ray.shutdown()
+    with two_workers() as ray:
+        yield ray
 
 
 @pytest.mark.parametrize("command", ["merge", "extract", "compress"])
@@ -175,34 +160,15 @@ def test_ray_writes_the_same(command: str, inputs: Path, tmp_path: Path, cluster
     assert stored(f"{command}-by-ray") == contents(tmp_path / "out")
 
 
-class Fatal(FarReader):
-    """Kills its process in the second piece of a step, once: a file says whether it still may."""
-
-    reads = 0
-
-    def read_into(self, ref: TensorRef, start: int, buffer: memoryview) -> None:
-        flag = ref.path.parent.parent / "flag"
-        if start and flag.exists() and flag.read_text() != str(os.getpid()):
-            Fatal.reads += 1
-            if Fatal.reads == 2:
-                flag.unlink()
-                os.kill(os.getpid(), signal.SIGKILL)
-        super().read_into(ref, start, buffer)
-
-
 @pytest.mark.parametrize("command", ["merge", "extract"])
 def test_killed_in_the_middle_of_a_shard(
     command: str, tmp_path: Path, cluster: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     long_step(tmp_path, monkeypatch)
     call(command, tmp_path, tmp_path / "out")
-    from loratool.engine.executors import ray as executor
-
-    monkeypatch.setattr(executor, "FarReader", Fatal)
-    flag = tmp_path / "flag"
-    flag.write_text(str(os.getpid()))
-    put(command, tmp_path, f"{command}-killed", "ray")
-    assert not flag.exists()
+    killed_in_a_step(
+        lambda: put(command, tmp_path, f"{command}-killed", "ray"), tmp_path, monkeypatch
+    )
     assert stored(f"{command}-killed") == contents(tmp_path / "out")
 
 
