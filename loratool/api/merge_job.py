@@ -11,7 +11,7 @@ from loratool.adapter import TensorRef
 from loratool.api.common import content_label, free_label
 from loratool.api.merge_sidecars import merge_sidecars, token_warnings
 from loratool.bind.heads import take_heads
-from loratool.bind.new_parts import Extended, add_parts
+from loratool.bind.new_parts import Extended
 from loratool.dtypes import DTYPES
 from loratool.errors import MismatchError, UsageError
 from loratool.frozen import Frozen, field, replace
@@ -21,6 +21,7 @@ from loratool.ops.coded import Decoded, decode_base, read_plain
 from loratool.ops.inputs import OpenedAdapter, OpenedBase, guard_output, open_adapters, open_base
 from loratool.ops.merge import MergePlan, plan_merge
 from loratool.ops.merge_parts import WeightedAdapter, bind_weighted
+from loratool.ops.new_parts import add_parts
 from loratool.ops.residual import patch_merge
 from loratool.ops.simulated import simulate_base
 from loratool.ops.split import without_weights
