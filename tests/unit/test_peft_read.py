@@ -393,6 +393,21 @@ def _experts(module: str, rows: int = 16) -> dict[str, torch.Tensor]:
     return pair(f"{module}.base_layer", rows, 16, 48) | pair(module, rows, 24, 16)
 
 
+@pytest.mark.parametrize("start", ["pissa", "olora", True])
+def test_what_is_cut_out_of_a_small_weight_has_less_ranks_than_stated(
+    tmp_path: Path, start: str | bool
+) -> None:
+    """A head of two labels at r = 4: PEFT cuts two ranks out, and scales by alpha / 4."""
+    tensors, how = pair("score", 2, 8, 2), {"r": 4, "init_lora_weights": start}
+    if start is True:
+        with pytest.raises(MismatchError) as caught:
+            read(tmp_path, tensors, **how)
+        assert caught.value.code == "LT-405"
+    else:
+        (spec,) = read(tmp_path, tensors, **how).specs
+        assert (spec.rank, spec.scaling) == (2, spec.alpha / 4)
+
+
 @pytest.mark.parametrize("order", [("down_proj", "gate_up_proj"), ("gate_up_proj", "down_proj")])
 def test_parameters_nest_in_order_of_registration_not_of_the_list(
     tmp_path: Path, order: tuple[str, str]
@@ -409,6 +424,21 @@ def test_parameters_nest_in_order_of_registration_not_of_the_list(
         assert (spec.layout, spec.rank, spec.experts, spec.scaling) == ("experts", 4, 4, 2.0)
         assert spec.alternatives in (("down_proj",), ("gate_up_proj",))
     assert not adapter.notes
+
+
+def test_a_name_alone_is_no_parameter_of_a_module_that_another_entry_names(
+    tmp_path: Path,
+) -> None:
+    """PEFT lists names alone beside those that were asked for, and the router's weight."""
+    tensors = {**_experts("l.0.mlp.experts"), **pair("l.0.mlp.gate", 2, 16, 4)}
+    adapter = read(
+        tmp_path, tensors, r=2, rank_pattern={r".*\.gate_up_proj": 4, r".*\.down_proj": 4},
+        target_parameters=["gate.weight", "gate_up_proj", "down_proj", "experts.gate_up_proj"],
+    )  # fmt: skip
+    assert {(s.module, s.parameter, s.rank) for s in adapter.specs} == {
+        ("l.0.mlp.gate", "weight", 2), ("l.0.mlp.experts", "gate_up_proj", 4),
+        ("l.0.mlp.experts", "down_proj", 4),
+    }  # fmt: skip
 
 
 def test_one_parameter_alone_has_no_base_layer_and_no_doubt(tmp_path: Path) -> None:

@@ -78,7 +78,7 @@ def find_parameters(
     unsure: list[str] = []
     for owner, paths in owners.items():
         nested = any(path != owner for path in paths)
-        names = _candidates(owner, config)
+        names = _candidates(owner, config, len(paths))
         if not nested and (not names or _is_plain(owner, modules[owner]["lora_A"], config)):
             continue
         if len(paths) > len(names):
@@ -114,12 +114,18 @@ def _owner(path: str) -> str:
     return path
 
 
-def _candidates(owner: str, config: PeftConfig) -> list[str]:
-    """Names of the owner's parameters that the configuration targets, in order of registration."""
+def _candidates(owner: str, config: PeftConfig, count: int) -> list[str]:
+    """Names of the owner's parameters that the configuration targets, in order of registration.
+
+    A name alone may be that of another module's parameter: it counts where those that name the
+    owner are not as many as its factors.
+    """
     if not config.parameters:
         return []
     by_parent = _by_parent(config.parameters)
-    found = [pair for e in ("", owner, *endings(owner)) for pair in by_parent.get(e, ())]
+    found = [pair for e in (owner, *endings(owner)) for pair in by_parent.get(e, ())]
+    if len({name for _, name in found}) < count:
+        found += by_parent.get("", ())
     names = list(dict.fromkeys(name for _, name in sorted(found)))
     if len(names) > _MOST:
         raise BadFileError(

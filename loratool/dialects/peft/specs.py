@@ -131,20 +131,29 @@ class SpecReader(Struct):
         rank = lora_A.shape[0]
         check_rank(rank, lora_A)
         alpha = self.config.alphas.get(pattern_name, self.config.alpha)
-        divisor = self._divisor(pattern_name, rank, lora_A)
+        base_change = self.config.base_change if layout == "linear" else ""
+        # What is cut out of the base has no more ranks than the base.
+        is_all = bool(base_change) and rank == min(lora_A.shape[-1], lora_B.shape[0])
+        divisor = self._divisor(pattern_name, rank, lora_A, is_all=is_all)
         return DeltaSpec(
             "lowrank", owner, target, {"lora_A": lora_A, "lora_B": lora_B}, layout, rank, alpha,
             self.config.scaling(alpha, divisor),
             transposed=self.config.fan_in_fan_out and layout == "linear" and target == "weight",
-            base_change=self.config.base_change if layout == "linear" else "",
+            base_change=base_change,
         )  # fmt: skip
 
-    def _divisor(self, pattern_name: str, rank: int, lora_A: TensorRef) -> int:
-        """The rank that scaling divides by; it must be the tensor's unless the user decides."""
+    def _divisor(
+        self, pattern_name: str, rank: int, lora_A: TensorRef, *, is_all: bool = False
+    ) -> int:
+        """The rank that scaling divides by; it must be the tensor's unless the user decides.
+
+        Where the tensors have all ranks that there are, more may be stated.
+        """
         if self.config.rank is None:
             return rank
         stated = int(self.config.ranks.get(pattern_name, self.config.rank))
-        if stated == rank or not rank or self.options.rank_from == "config":
+        is_less = is_all and rank < stated
+        if stated == rank or is_less or not rank or self.options.rank_from == "config":
             return stated
         if self.options.rank_from != "file":
             refuse_rank(lora_A, stated, rank, self.config)
