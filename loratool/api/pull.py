@@ -17,7 +17,7 @@ from loratool.report.pull import PulledAdapter, PulledFile, PullReport
 from loratool.store.staging import Making
 
 if TYPE_CHECKING:
-    from loratool.store.hub_listing import ListedFile, Listing
+    from loratool.store.hub_names import ListedFile, Listing
 
 
 @takes(Pull)

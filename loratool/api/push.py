@@ -13,7 +13,7 @@ from loratool.report.push import PushedFile, PushReport
 
 if TYPE_CHECKING:
     from loratool.ops.push import Publication
-    from loratool.store.hub_listing import Listing
+    from loratool.store.hub_names import Listing
     from loratool.store.hub_push import Destination, Files
 
 _NO_CONTENT = (".gitattributes", "README.md", ".gitignore")
@@ -135,7 +135,7 @@ def _listed(repo_id: str, branch: str | None) -> Listing:
 
 
 def _empty(repo_id: str) -> Listing:
-    from loratool.store.hub_listing import Listing
+    from loratool.store.hub_names import Listing
 
     return Listing(repo_id, None, "", ())
 

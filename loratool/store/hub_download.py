@@ -13,18 +13,15 @@ import shutil
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import Any, BinaryIO
 
 from loratool.errors import DiskError, HubError
 from loratool.store.checksum import digest_of
 from loratool.store.hub import plain_errors
 from loratool.store.hub_client import guarded_client
 from loratool.store.hub_http import check_status, get, own_headers, parts
-from loratool.store.hub_names import astray, refuse_large
+from loratool.store.hub_names import ListedFile, Listing, astray, refuse_large
 from loratool.store.hub_retry import is_broken, pause_after
-
-if TYPE_CHECKING:
-    from loratool.store.hub_listing import ListedFile, Listing
 
 _WAITS = (0.5, 1.0, 2.0, 4.0)  # seconds after the attempts that brought next to nothing
 _PROGRESS_BYTES = 1 << 20  # an attempt that brought so much is not counted

@@ -11,13 +11,8 @@ from loratool.store import hub
 from loratool.store.hub_download import repo_folder
 from loratool.store.hub_files import all_adapters, is_weight_name, source_files
 from loratool.store.hub_http import get
-from loratool.store.hub_listing import (
-    ListedFile,
-    Listing,
-    bytes_to_fetch,
-    fetch_verified,
-    list_commit,
-)
+from loratool.store.hub_listing import bytes_to_fetch, fetch_verified, list_commit
+from loratool.store.hub_names import ListedFile, Listing
 from loratool.store.look import Looked, look
 from loratool.store.rules import Reach
 

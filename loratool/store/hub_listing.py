@@ -16,7 +16,7 @@ from loratool.store.checksum import digest_of
 from loratool.store.hub import plain_errors, snapshot
 from loratool.store.hub_download import download, missing_bytes, repo_folder
 from loratool.store.hub_http import get_json, strange
-from loratool.store.hub_names import check_names
+from loratool.store.hub_names import ListedFile, Listing, check_names
 from loratool.store.hub_retry import retried
 
 MOST_FILES = 100_000
@@ -25,30 +25,6 @@ MOST_FILES = 100_000
 _MOST_PAGES = 1_000
 _MOST_SIZE = 1 << 50
 _HASH = regex(r"[0-9a-f]{40}|[0-9a-f]{64}")
-
-
-class ListedFile(Frozen):
-    """A file as the Hub lists it.
-
-    Attributes:
-        name: path inside the repository.
-        size: bytes.
-        digest: sha256 of the content (LFS), or the git blob id (SHA-1) of a small file.
-    """
-
-    name: str
-    size: int
-    digest: str
-
-
-class Listing(Frozen):
-    """The files of one commit, the revision that led to it, and their folder if cached."""
-
-    repo_id: str
-    revision: str | None
-    commit: str
-    files: tuple[ListedFile, ...]
-    cached: Path | None = None
 
 
 class _Lfs(Frozen):

@@ -1,22 +1,47 @@
-"""Names and sizes of files as a Hub lists them: before any becomes a path or is asked for."""
+"""Files as a Hub lists them: names and sizes, before any becomes a path or is asked for."""
 
 from __future__ import annotations
 
 import unicodedata
 from collections.abc import Sequence
 from itertools import pairwise
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loratool.errors import HubError
+from loratool.frozen import Frozen
 from loratool.store.file_kinds import kind_of
 
 if TYPE_CHECKING:
     from loratool.location import HubFile
-    from loratool.store.hub_listing import ListedFile
 
 _LONGEST = 1_024  # characters
 _LONGEST_PART = 255  # bytes: what file systems can name
 _NO_TEXT = ("Cc", "Cs")  # control characters, halves of pairs
+
+
+class ListedFile(Frozen):
+    """A file as the Hub lists it.
+
+    Attributes:
+        name: path inside the repository.
+        size: bytes.
+        digest: sha256 of the content (LFS), or the git blob id (SHA-1) of a small file.
+    """
+
+    name: str
+    size: int
+    digest: str
+
+
+class Listing(Frozen):
+    """The files of one commit, the revision that led to it, and their folder if cached."""
+
+    repo_id: str
+    revision: str | None
+    commit: str
+    files: tuple[ListedFile, ...]
+    cached: Path | None = None
 
 
 def check_names(repo_id: str, names: Sequence[str]) -> None:

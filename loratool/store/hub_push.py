@@ -14,7 +14,8 @@ from loratool.store.checksum import hash_like
 from loratool.store.hub import plain_errors
 from loratool.store.hub_download import xet_error
 from loratool.store.hub_http import strange
-from loratool.store.hub_listing import Listing, is_hash, list_commit
+from loratool.store.hub_listing import is_hash, list_commit
+from loratool.store.hub_names import Listing
 from loratool.store.hub_retry import pause_after, status_of
 from loratool.store.known_file import SHA256, KnownFile
 from loratool.store.push_files import Content

@@ -14,8 +14,7 @@ from loratool.store.hub_files import (
     nothing_there,
     source_files,
 )
-from loratool.store.hub_listing import Listing
-from loratool.store.hub_names import refuse_large
+from loratool.store.hub_names import Listing, refuse_large
 from loratool.store.remote import describe
 from loratool.store.remote_folder import RemoteFolder
 

@@ -11,7 +11,7 @@ from loratool.frozen import replace
 from loratool.location import HubFile
 from loratool.store.checksum import digest_of
 from loratool.store.hub import plain_errors
-from loratool.store.hub_listing import Listing
+from loratool.store.hub_names import Listing
 from loratool.store.remote_http import Answer, ask
 
 _ATTEMPTS = 4

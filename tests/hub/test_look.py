@@ -14,7 +14,7 @@ import pytest
 from loratool.location import HubFile
 from loratool.store import remote, remote_folder, stubs
 from loratool.store.header import build_header, read_header
-from loratool.store.hub_listing import ListedFile, Listing
+from loratool.store.hub_names import ListedFile, Listing
 from loratool.store.look import look
 from tests.hub.client import call_apart as run
 from tests.hub.client import finish, start

@@ -18,7 +18,8 @@ from loratool.errors import HubError, LoratoolError, UsageError
 from loratool.store import hub, hub_fetch, hub_listing, source
 from loratool.store.header import build_header
 from loratool.store.hub_files import adapter_files, base_files
-from loratool.store.hub_listing import ListedFile, Listing, list_commit
+from loratool.store.hub_listing import list_commit
+from loratool.store.hub_names import ListedFile, Listing
 from loratool.store.look import Looked
 from loratool.store.rules import Reach
 from loratool.store.source import (
