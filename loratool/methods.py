@@ -130,6 +130,14 @@ def _share(name: str, default: float, text: str, *, is_open: bool = True) -> Par
 _KEPT = "share of elements kept"
 _SEED = Param("seed", 0, "of the random choice", 0, 2**31 - 1)
 _LAMBDA = Param("lambda", 1.0, "factor of the result")
+_MAJORITY = Param("majority", "total", "of signs: by the size of the sum, or by their number",
+                  choices=("total", "frequency"))  # fmt: skip
+_DELLA = (
+    _share("density", 0.6, _KEPT),
+    Param("epsilon", 0.15, "half the spread of the probabilities within a row", 0.0, 0.5), _SEED,
+)  # fmt: skip
+_CRUMBS = (_share("density", 0.9, _KEPT),
+           Param("gamma", 0.01, "share of the largest left out", 0.0, 1.0))  # fmt: skip
 _WHOLE = {"density": 1.0}
 _ALL = ("identity", "scale", "sign", "order")
 _ELECT = "loratool.linalg.elect:"
@@ -157,7 +165,7 @@ METHODS: tuple[Method, ...] = (
            (_share("density", 0.2, _KEPT), _LAMBDA), _ALL, _WHOLE, "largest"),
     Method("ties-peft", "dense", _ELECT + "elect_peft", "PEFT 0.21.2 ties_svd",
            "TIES as PEFT has it: signs elected before the weights, sign of 0 is +",
-           (_share("density", 0.2, _KEPT),), _ALL, _WHOLE, "largest", rounds_down=True),
+           (_share("density", 0.2, _KEPT), _MAJORITY), _ALL, _WHOLE, "largest", rounds_down=True),
     Method("ties-mergekit", "dense", _ELECT + "elect_mergekit", "mergekit ties",
            "TIES as mergekit has it: divided by the weights that agree",
            (_share("density", 0.2, _KEPT), _LAMBDA), ("identity", "order"), _WHOLE, "largest"),
@@ -174,13 +182,17 @@ METHODS: tuple[Method, ...] = (
            (_share("density", 0.5, _KEPT),), _ALL, _WHOLE, "largest"),
     Method("della", "dense", _ELECT + "elect", "arXiv:2406.11617",
            "drop at random, small elements of a row first; rescale, elect signs",
-           (_share("density", 0.6, _KEPT), Param("epsilon", 0.15, "half the spread of the "
-            "probabilities within a row", 0.0, 0.5), _SEED, _LAMBDA),
-           ("identity", "scale", "sign"), {"density": 1.0, "epsilon": 0.0}, "ranked"),
+           (*_DELLA, _LAMBDA), ("identity", "scale", "sign"), {"density": 1.0, "epsilon": 0.0},
+           "ranked"),
+    Method("della-linear", "dense", _ELECT + "add", "arXiv:2406.11617",
+           "drop at random, small elements of a row first; rescale, add",
+           _DELLA, ("identity", "scale", "sign"), {"density": 1.0, "epsilon": 0.0}, "ranked"),
     Method("breadcrumbs", "dense", _ELECT + "add", "arXiv:2312.06795",
            "leave out the largest and the smallest elements, add",
-           (_share("density", 0.9, _KEPT), Param("gamma", 0.01, "share of the largest left out",
-            0.0, 1.0)), _ALL, {"density": 1.0, "gamma": 0.0}, "middle"),
+           _CRUMBS, _ALL, {"density": 1.0, "gamma": 0.0}, "middle"),
+    Method("breadcrumbs-ties", "dense", _ELECT + "elect", "arXiv:2312.06795",
+           "leave out the largest and the smallest elements, then elect signs",
+           (*_CRUMBS, _LAMBDA), _ALL, {"density": 1.0, "gamma": 0.0}, "middle"),
     Method("sce", "dense", _ELECT + "elect_sce", "arXiv:2408.07990",
            "elements that differ most between the adapters, weighted by size, minority erased",
            (_share("density", 1.0, "share of elements of largest variance kept"),),
@@ -209,13 +221,14 @@ METHODS: tuple[Method, ...] = (
            laws=("identity", "sign", "order"), is_whole=True),
     Method("factors-ties", "factor", _ELECT + "elect_peft", f"{_PEFT}(ties)",
            "PEFT's TIES on lora_A and lora_B apart",
-           (_share("density", 0.2, _KEPT),), _ALL, _WHOLE, "largest"),
+           (_share("density", 0.2, _KEPT), _MAJORITY), _ALL, _WHOLE, "largest"),
     Method("factors-dare-linear", "factor", _ELECT + "add", f"{_PEFT}(dare_linear)",
            "PEFT's DARE on lora_A and lora_B apart",
            (_share("density", 0.5, _KEPT), _SEED), ("identity", "scale", "sign"), _WHOLE, "random"),
     Method("factors-dare-ties", "factor", _ELECT + "elect_peft", f"{_PEFT}(dare_ties)",
            "PEFT's DARE and TIES on lora_A and lora_B apart",
-           (_share("density", 0.5, _KEPT), _SEED), ("identity", "scale", "sign"), _WHOLE, "random"),
+           (_share("density", 0.5, _KEPT), _SEED, _MAJORITY), ("identity", "scale", "sign"), _WHOLE,
+           "random"),
     Method("factors-magnitude-prune", "factor", _ELECT + "add", f"{_PEFT}(magnitude_prune)",
            "PEFT's magnitude pruning on lora_A and lora_B apart",
            (_share("density", 0.5, _KEPT),), _ALL, _WHOLE, "largest"),

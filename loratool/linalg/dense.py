@@ -44,7 +44,7 @@ class DenseCombiner:
         self.method = method
         self.weights = tuple(weights)
         self._function: Combine = function_of(method.function)
-        self._params = {k: v for k, v in params.items() if isinstance(v, (int, float))}
+        self._params = dict(params)
         density = float(params.get("density", 1.0))
         count = count_kept(density, total)
         if method.rounds_down or method.space == "factor":

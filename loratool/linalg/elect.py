@@ -44,10 +44,15 @@ def elect(
 
 
 def elect_peft(
-    values: torch.Tensor, weights: torch.Tensor, *, noise: Noise = 0.0, **_: float
-) -> torch.Tensor:
-    """TIES of PEFT 0.21.2: signs elected before weighting, 0 counts as +; mean by count."""
-    sign = _total(values).add_(noise * len(values))
+    values: torch.Tensor, weights: torch.Tensor, *, noise: Noise = 0.0, majority: str = "total",
+    **_: float,
+) -> torch.Tensor:  # fmt: skip
+    """TIES of PEFT 0.21.2: signs elected before weighting, 0 counts as +; mean by count.
+
+    By the sum of the values (``majority`` total), or of their signs (frequency).
+    """
+    sign = _total(values) if majority == "total" else _total([v.sign() for v in values])
+    sign.add_(noise * len(values))
     return _of_side(values, _side(sign), gain=weights.tolist())
 
 
@@ -87,7 +92,7 @@ def _scaled(values: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     return values * weights.to(values.device)[:, None, None]
 
 
-def _total(values: torch.Tensor) -> torch.Tensor:
+def _total(values: torch.Tensor | Sequence[torch.Tensor]) -> torch.Tensor:
     """Σ x_t, one after the other."""
     total = torch.zeros_like(values[0])
     for value in values:

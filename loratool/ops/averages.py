@@ -75,7 +75,7 @@ def gamma_of(sigma: float) -> float:
     σ² = (γ+1) / ((γ+2)² (γ+3)) falls with γ; halved until neighbouring floats meet.
 
     Example:
-        >>> round(gamma_of(0.1), 3)
+        >>> round(gamma_of(0.1), 2)
         6.94
     """
     low, high = 0.0, 1.0

@@ -140,7 +140,8 @@ def ask_peft(
     if name.startswith("dare") and density < 1:
         masks = [k.draw(v) < density for k, v in zip(keys, values, strict=True)]
     with injected(masks):
-        made = getattr(merge_utils, name)(tensors, given, density)
+        more = {k: params["majority"] for k in ("majority_sign_method",) if "majority" in params}
+        made = getattr(merge_utils, name)(tensors, given, density, **more)
     return np.asarray(made.numpy())
 
 
@@ -266,6 +267,15 @@ INNER = {
 
 
 def della(values: list[Array], weights: Sequence[float], p: Params, keys: Any) -> Array:
+    kept = by_rank(values, p, keys)
+    return p["lambda"] * per_column(kept, weights, elect_paper(0.0))
+
+
+def della_linear(values: list[Array], weights: Sequence[float], p: Params, keys: Any) -> Array:
+    return per_column(by_rank(values, p, keys), weights, math.fsum)
+
+
+def by_rank(values: list[Array], p: Params, keys: Any) -> list[Array]:
     """p of the j-th smallest of n in a row: density - ε + 2ε·j/(n - 1), j from 0."""
     kept = []
     for value, key in zip(values, keys, strict=True):
@@ -276,19 +286,25 @@ def della(values: list[Array], weights: Sequence[float], p: Params, keys: Any) -
                 chance[row, col] = p["density"] - p["epsilon"] + 2 * p["epsilon"] * j / (cols - 1)
         stays = key.draw(value) < chance
         kept.append(np.where(stays, value / chance, 0.0))
-    if p["density"] >= 1:
-        kept = values
-    return p["lambda"] * per_column(kept, weights, elect_paper(0.0))
+    return values if p["density"] >= 1 else kept
 
 
 def breadcrumbs(values: list[Array], weights: Sequence[float], p: Params, _: Any) -> Array:
+    return per_column(crumbs(values, p), weights, math.fsum)
+
+
+def breadcrumbs_ties(values: list[Array], weights: Sequence[float], p: Params, _: Any) -> Array:
+    return p["lambda"] * per_column(crumbs(values, p), weights, elect_paper(0.0))
+
+
+def crumbs(values: list[Array], p: Params) -> list[Array]:
     """Neither the ⌊γN⌋ largest nor what lies below the next ⌊density·N⌋."""
     kept = []
     for value in values:
         count = count_of(p["density"], value)
         top = min(math.floor(p["gamma"] * value.size), value.size - count)
         kept.append(value * (largest(value, top + count) & ~largest(value, top)))
-    return per_column(kept, weights, math.fsum)
+    return kept
 
 
 def sce(values: list[Array], weights: Sequence[float], p: Params, _: Any) -> Array:
@@ -516,7 +532,9 @@ ORACLES: dict[str, Callable[[Mix], Array]] = {
     "dare-ties": dense(dare_ties),
     "magnitude": dense(magnitude),
     "della": dense(della),
+    "della-linear": dense(della_linear),
     "breadcrumbs": dense(breadcrumbs),
+    "breadcrumbs-ties": dense(breadcrumbs_ties),
     "sce": dense(sce),
     "core": core,
     "knots-ties": knots,

@@ -99,7 +99,9 @@ def settings_of(row: Method) -> st.SearchStrategy[dict[str, Any]]:
     for p in row.params:
         if p.name == "inner":
             continue  # the laws are those of the default
-        if p.name == "seed":
+        if p.choices:
+            drawn[p.name] = st.sampled_from(p.choices)
+        elif p.name == "seed":
             drawn[p.name] = st.integers(0, 99)
         elif p.name == "epsilon":
             drawn[p.name] = st.just(0.0)

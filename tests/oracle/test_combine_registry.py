@@ -46,12 +46,14 @@ PARAMS: dict[str, tuple[dict[str, Any], ...]] = {
     "karcher": ({},),
     "model-stock": ({},),
     "ties": ({"density": 0.3, "lambda": 0.75}, {"density": 1.0}),
-    "ties-peft": ({"density": 0.3}, {"density": 1.0}),
+    "ties-peft": ({"density": 0.3}, {"density": 1.0, "majority": "frequency"}),
     "ties-mergekit": ({"density": 0.3, "lambda": 0.75}, {"density": 1.0}),
     "dare": ({"density": 0.5, "seed": 3}, {"density": 0.25}),
     "dare-ties": ({"density": 0.5, "seed": 3, "lambda": 0.75}, {"density": 0.25}),
     "magnitude": ({"density": 0.3}, {"density": 0.01}),
     "della": ({"density": 0.6, "epsilon": 0.15, "seed": 2, "lambda": 0.75}, {"epsilon": 0.0}),
+    "della-linear": ({"density": 0.6, "epsilon": 0.15, "seed": 2}, {"epsilon": 0.0}),
+    "breadcrumbs-ties": ({"density": 0.5, "gamma": 0.1, "lambda": 0.75}, {"gamma": 0.5}),
     "breadcrumbs": ({"density": 0.5, "gamma": 0.1}, {"density": 0.9, "gamma": 0.5}),
     "sce": ({"density": 0.4}, {}),
     "core": tuple(
@@ -64,9 +66,10 @@ PARAMS: dict[str, tuple[dict[str, Any], ...]] = {
     "iso-cts": ({"common": 0.5, "scaling": 1.25}, {}),
     "factors-linear": ({},),
     "factors-sum": ({},),
-    "factors-ties": ({"density": 0.4}, {"density": 1.0}, {"density": 0.01}),
+    "factors-ties": ({"density": 0.4}, {"density": 1.0, "majority": "frequency"},
+                     {"density": 0.01}),
     "factors-dare-linear": ({"density": 0.5, "seed": 3},),
-    "factors-dare-ties": ({"density": 0.5, "seed": 3},),
+    "factors-dare-ties": ({"density": 0.5, "seed": 3, "majority": "frequency"},),
     "factors-magnitude-prune": ({"density": 0.4}, {"density": 0.01}),
 }  # fmt: skip
 EPS = 2.0**-24
