@@ -187,7 +187,9 @@ class Session(Frozen):
     def form(self, adapter: Adapter) -> str:
         """The dialect of a result: as asked for, as the program loads it best, or the input's."""
         if self.to is not None or self.program is None:
-            return self.to or adapter.dialect
+            home = home_of(adapter.dialect)
+            is_renamed = home.table is not None and bool(home.table.naming)
+            return self.to or (home.name if is_renamed else adapter.dialect)
         if self.of_images is not None:
             return self.of_images.home(Look.of(adapter)) or DEFAULT
         is_loaded = adapter.dialect == self.program.native or is_of_home(adapter, DEFAULT)

@@ -39,11 +39,4 @@ def is_textual_inversion(candidate: Candidate) -> bool:
 TEXTUAL_INVERSION = Dialect(
     "textual-inversion", "textual inversion (no adapter)", is_textual_inversion
 )
-# One factor is of all parts of a fused projection, the other of one: ``lora_up.blocks.0.weight``.
-LONGCAT_VIDEO = Dialect(
-    "longcat-video", "LongCat-Video", by_keys(r"^lora___lorahyphen___"),
-    hint="load it with LongCat-Video's own code",
-)  # fmt: skip
-ROWS = (
-    MEGATRON, CONTROL_LORA, TEXTUAL_INVERSION, LONGCAT_VIDEO,
-)  # fmt: skip
+ROWS = (MEGATRON, CONTROL_LORA, TEXTUAL_INVERSION)

@@ -31,7 +31,7 @@ DEFAULT = peft.FOLDER_NAME
 DIALECTS: tuple[Dialect, ...] = (
     *peft.ROWS, kohya.ROW, lycoris.ROW, diffusers.ROW, comfyui.ROW, flux.BFL, flux.XLABS,
     onetrainer.ROW, mlx.ROW, gguf.ROW, torchtune.ROW, litgpt.ROW, adapterhub.ROW,
-    *by_sight.ROWS,
+    comfyui.LONGCAT, *by_sight.ROWS,
 )  # fmt: skip
 BY_NAME: dict[str, Dialect] = {row.name: row for row in DIALECTS}
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import re
 import shlex
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from loratool.adapter import Adapter
+from loratool.adapter import Adapter, Source, TensorRef
 from loratool.archs.stated import class_name, is_tied, model_type
 from loratool.dialects import open_adapter, unmergeable_reason
 from loratool.dialects.oddities import oddities
@@ -188,9 +188,20 @@ def _adapter_tensors(adapter: Adapter) -> list[TensorRow]:
         *adapter.carried,
         *adapter.unclaimed,
     ]
-    rows = {s.name: TensorRow(s.name, dtype_word(s.dtype), s.shape, s.nbytes) for s in sources}
+    pieces: dict[str, dict[int, Source]] = {}  # rows of one tensor may be of several changes
+    for one in sources:
+        start = one.start if isinstance(one, TensorRef) else 0
+        pieces.setdefault(one.name, {})[start] = one
+    rows = {name: _row(name, list(some.values())) for name, some in pieces.items()}
     ordered = [rows.pop(key) for key in adapter.key_order if key in rows]
     return ordered + list(rows.values())
+
+
+def _row(name: str, pieces: Sequence[Source]) -> TensorRow:
+    first, shape = pieces[0], pieces[0].shape
+    if len(pieces) > 1:
+        shape = (sum(one.shape[0] for one in pieces), *shape[1:])
+    return TensorRow(name, dtype_word(first.dtype), shape, sum(one.nbytes for one in pieces))
 
 
 # ------------------------------------------------------------------------------ checkpoints

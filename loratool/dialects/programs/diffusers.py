@@ -56,7 +56,7 @@ _OWN_ALONE = (
 """Models without a converter."""
 _WITHOUT_LOADER = (
     "pixart", "omnigen2", "ovis_image", "longcat_image", "hunyuan_image",
-    "hunyuan_video_15", "hidream_o1",
+    "hunyuan_video_15", "hidream_o1", "longcat_video",
 )  # fmt: skip
 """Models whose pipelines load no LoRA, or that have none."""
 _TAKES = {

@@ -7,7 +7,7 @@ that calls a module otherwise than the original's.
 
 from __future__ import annotations
 
-from loratool.dialects.base import Dialect
+from loratool.dialects.base import Dialect, by_keys
 from loratool.dialects.diffusers_header import read_alpha, without
 from loratool.dialects.dotted import FIELDS_DOWN, TABLE, detector
 from loratool.dialects.fields import Component, Header
@@ -41,3 +41,7 @@ TABLE_OF_IT = replace(
 ROW = Dialect(
     "comfyui", "ComfyUI (original names)", detector("comfyui"), TABLE_OF_IT,
     holds_whole=True, )  # fmt: skip
+LONGCAT = Dialect(
+    "longcat-video", "LongCat-Video", by_keys(r"^lora___lorahyphen___"),
+    read="loratool.dialects.comfyui.longcat:read", written_as=ROW.name,
+)  # fmt: skip
