@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterator
 
 import torch
@@ -12,8 +13,10 @@ from loratool.delta.forms import factors_of
 from loratool.delta.load import load_delta
 from loratool.engine.factors import load_pairs
 from loratool.engine.kernel import Env
+from loratool.errors import list_some
 from loratool.linalg.product import product_spectrum
 from loratool.plan import DeltaPart
+from loratool.report.text import plural
 from loratool.store.reader import FileReader
 
 
@@ -113,6 +116,10 @@ class OpenAdapter:
         env = Env(self._reader)
         self.modules = {spec.name: OpenModule(spec, env) for spec in adapter.specs}
 
+    def __repr__(self) -> str:
+        methods = " + ".join(dict.fromkeys(spec.title for spec in self.adapter.specs))
+        return f"<{self.adapter.label}: {methods or 'no change'}, {plural(len(self), 'module')}>"
+
     def __enter__(self) -> OpenAdapter:
         return self
 
@@ -132,4 +139,6 @@ class OpenAdapter:
         ending = [m for k, m in self.modules.items() if k.endswith(f".{name}.weight")]
         if len(ending) == 1:
             return ending[0]
-        raise KeyError(name)
+        near = [m.name for m in ending] or difflib.get_close_matches(name, self.modules, n=3)
+        said = f"; {'several end so' if ending else 'near'}: {list_some(near, 3)}" if near else ""
+        raise KeyError(f"no module {name!r}{said}")

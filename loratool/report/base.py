@@ -7,15 +7,22 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
-from loratool.frozen import Frozen, Struct, asdict
+from loratool.frozen import Frozen, Struct, asdict, names_of
 
 SCHEMA = 1
+_LONG = 60  # characters of a value in the short form of a report
 
 
 class Report(Frozen):
     """Base of all reports."""
 
     command: ClassVar[str]
+
+    def __repr__(self) -> str:
+        """Short: what is long is counted; `to_json` has all of it."""
+        names = [n for n in names_of(self) if getattr(self, n) not in (None, (), {}, "", False)]
+        said = ", ".join(f"{name}={_short(getattr(self, name))}" for name in names)
+        return f"{type(self).__name__}({said})"
 
     @property
     def ok(self) -> bool:
@@ -26,6 +33,15 @@ class Report(Frozen):
         """The report as plain JSON types."""
         head = {"schema": SCHEMA, "command": self.command, "ok": self.ok}
         return head | _values(self)
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, (tuple, list)) and value and isinstance(value[0], Struct):
+        return f"[{len(value)} {type(value[0]).__name__}]"
+    if isinstance(value, Struct):
+        return f"{type(value).__name__}(…)"
+    text = repr(value)
+    return text if len(text) <= _LONG else f"{text[:_LONG]}…"
 
 
 class Plain(dict[str, Any]):
