@@ -33,6 +33,7 @@ import click
 from docs.make.scene import MADE, build
 from loratool.cli import run
 from loratool.cli.group import COMMANDS, MODULES
+from loratool.cli.options import WHOLE
 
 FENCE = re.compile(r"^```(console|python)(?: (\S[^\n]*))?\n(.*?)^```$", re.M | re.S)
 SPAN = re.compile(r"(?<!`)`(loratool [^`]+)`(?!`)")
@@ -236,4 +237,5 @@ def help_of(name: str) -> str:
     assert isinstance(command, click.Command)
     with mock.patch.dict(os.environ, {"COLUMNS": COLUMNS, "NO_COLOR": "1"}):
         context = click.Context(command, info_name=f"loratool {name}", max_content_width=100)
+        context.meta[WHOLE] = True
         return command.get_help(context)

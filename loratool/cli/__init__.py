@@ -95,7 +95,7 @@ def invoke(args: list[str], given: "Mapping[str, Any] | None" = None) -> int:
 
     color = False if os.environ.get("NO_COLOR") else None
     if args[:1] == ["help"]:
-        args = [*args[1:2], "--help"]
+        args = [*args[1:], "--help"]
     if instruction := os.environ.get("_LORATOOL_COMPLETE"):
         from click.shell_completion import shell_complete
 

@@ -20,6 +20,10 @@ SECTIONS = ("Input", "Output", "Names", "Resources", "General", "Advanced")
 """Order of the sections in every help page."""
 
 
+WHOLE = "loratool.whole_help"
+"""Key in a context of click: the help page describes every option."""
+
+
 class SectionOption(click.Option):
     """An option that knows its section of the help page.
 
@@ -57,8 +61,13 @@ class Command(click.Command):
         ctx.params["yes"] = True
         return super().invoke(ctx)
 
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """As ever; ``-v`` counts for the help page, wherever it stands."""
+        ctx.meta[WHOLE] = not {"-v", "--verbose"}.isdisjoint(args)
+        return super().parse_args(ctx, args)
+
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write the options, section by section."""
+        """Write the options, section by section; of the last one the names, with ``-v`` all."""
         for section in SECTIONS:
             rows = [
                 record
@@ -67,9 +76,14 @@ class Command(click.Command):
                 and getattr(param, "section", "General") == section
                 and (record := param.get_help_record(ctx)) is not None
             ]
-            if rows:
-                with formatter.section(click.style(section, bold=True)):
+            if not rows:
+                continue
+            with formatter.section(click.style(section, bold=True)):
+                if section != SECTIONS[-1] or ctx.meta.get(WHOLE):
                     formatter.write_dl(rows, col_max=28)
+                    continue
+                names = ", ".join(name.partition(" ")[0] for name, _ in rows)
+                formatter.write_text(f"{names}: --help -v describes them")
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the examples."""

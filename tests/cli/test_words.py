@@ -50,6 +50,13 @@ def test_options_are_in_sections(run: Run, command: str) -> None:
     assert {"Input", "Output", "Resources", "General"} <= set(heads)
 
 
+def test_what_hardly_anybody_needs_is_named_and_told_with_v(run: Run) -> None:
+    short, whole = run("merge", "--help").out, run("merge", "--help", "-v").out
+    assert "--moe-layout" in short and "square experts" not in short
+    assert "square experts" in whole and run("merge", "-v", "-h").out == whole
+    assert len(short.splitlines()) < len(whole.splitlines()) - 12
+
+
 def test_version(run: Run) -> None:
     assert run("--version").out == f"loratool {__version__}\n"
 
