@@ -441,6 +441,21 @@ def test_a_name_alone_is_no_parameter_of_a_module_that_another_entry_names(
     }  # fmt: skip
 
 
+def test_three_parameters_of_a_module_and_a_module_inside(tmp_path: Path) -> None:
+    """What wraps a parameter is around the module's own modules too."""
+    tensors = {
+        **pair("l.experts.base_layer.base_layer", 4, 16, 8),
+        **pair("l.experts.base_layer", 4, 16, 8), **pair("l.experts", 4, 8, 16),
+        **pair("l.experts.base_layer.base_layer.base_layer.up", 2),
+    }  # fmt: skip
+    names = ["experts.w1", "experts.v1", "experts.w2"]
+    adapter = read(tmp_path, tensors, r=2, target_parameters=names, target_modules=["up"])
+    assert {(s.module, s.parameter, s.experts) for s in adapter.specs} == {
+        ("l.experts", "w1", 2), ("l.experts", "v1", 2), ("l.experts", "w2", 2),
+        ("l.experts.up", "weight", 0),
+    }  # fmt: skip
+
+
 def test_one_parameter_alone_has_no_base_layer_and_no_doubt(tmp_path: Path) -> None:
     adapter = read(tmp_path, pair("l.mlp.experts", 16, 24, 16),
                    target_parameters=["experts.down_proj"])  # fmt: skip

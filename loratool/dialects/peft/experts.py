@@ -71,7 +71,7 @@ def find_parameters(
     """
     owners: dict[str, list[str]] = {}
     for path, roles in modules.items():
-        is_mha_output = f"{_WRAP}." in path
+        is_mha_output = path.endswith(f"{_WRAP}.out_proj")
         if "lora_A" in roles and not is_mha(path) and not is_mha_output:
             owners.setdefault(_owner(path), []).append(path)
     found: dict[str, Parameter] = {}

@@ -44,6 +44,9 @@ _SAVED = regex(_MODULE + r"modules_to_save\.(?P<rest>.+)", re.DOTALL)
 _UNKNOWN_LORA = regex(r"(?:^|\.)lora_[A-Za-z_]+(?:\.[^.]+)?(?:\.weight|\.bias)?$")
 _INFIX = regex(r"(?:^|(?<=\.))(?:base_layer|token_adapter)\.")
 
+# Around a module: not the wrappers of its own parameters, nor that of an attention around out_proj.
+_AROUND = regex(r"\.base_layer(?=\.(?!(?:base_layer\.)*base_layer$|out_proj$))")
+
 
 class Key(Frozen):
     """One tensor, named.
@@ -239,6 +242,7 @@ def parse_key(ref: TensorRef, path: str, own: Mapping[str, str] | None = None) -
         return Key(ref, path, "training", path)
     role, module, name = _role_of(path)
     if role:
+        module = _AROUND.sub("", module) if ".base_layer." in module else module
         return Key(ref, path, role, module.removesuffix(".token_adapter"), name)
     if (match := _SPELLED.fullmatch(path)) and kinds.is_spelled(match["role"]):
         return Key(ref, path, match["role"], match["module"] or "", match["name"] or "")
