@@ -11,6 +11,7 @@ from loratool.adapter import Adapter
 from loratool.api.access import access_of, parse_size
 from loratool.api.common import Limits, Resources, parse_dtype, plan_resources, run_id
 from loratool.api.extract_assembly import Assembly, refuse_lost
+from loratool.api.extract_job import ExtractJob
 from loratool.api.extract_report import planned_report, wide_factors, written_report
 from loratool.api.loading import Goal, plan_translation, without_misfits
 from loratool.api.page import check_page, with_page
@@ -22,15 +23,14 @@ from loratool.dialects.base import Dialect
 from loratool.dialects.programs import Look, Program, find_program
 from loratool.dialects.registry import writable
 from loratool.errors import MismatchError, UsageError, list_some
-from loratool.frozen import Frozen, replace
-from loratool.ops.access import Access
+from loratool.frozen import replace
 from loratool.ops.align import same_form
 from loratool.ops.assemble import outline
 from loratool.ops.batch import output_place
 from loratool.ops.coded import read_plain
 from loratool.ops.extract import ExtractPlan, FactorOptions, group_steps, plan_extract
 from loratool.ops.fitting import check_fit
-from loratool.ops.inputs import OpenedBase, guard_output, open_base
+from loratool.ops.inputs import guard_output, open_base
 from loratool.ops.rank_options import ranks_of
 from loratool.options.calls import takes
 from loratool.options.groups import Run
@@ -75,10 +75,7 @@ def _extract(asked: Extract) -> ExtractReport:
     job = _prepare(asked)
     resources = plan_resources(job.plan.plan, asked.take(Run), sample=asked.dry_run)
     if asked.dry_run or asked.on_plan is not None:
-        seconds = time.monotonic() - started
-        planned = planned_report(
-            job.plan, job.tuned, job.base, job.target, job.criteria, resources, seconds
-        )
+        planned = planned_report(job, resources, time.monotonic() - started)
         if asked.dry_run or asked.on_plan is None:
             return planned
         asked.on_plan(replace(planned, dry_run=False))
@@ -98,7 +95,9 @@ def _extract(asked: Extract) -> ExtractReport:
         ),
     ) as staged:  # fmt: skip
         results = _run(job.plan, resources, staged, stamps)
-        made = _assembly(asked, job, record).build_within(results)
+        made = Assembly(job, Limits.of(asked), record, parse_dtype(asked.dtype)).build_within(
+            results
+        )
         size = fill_adapter(staged, made.files)
         if asked.save_residual is not None:  # so that no output ever lacks its residual file
             made_at = staged.finished_path("") if made.files.tensor_file == "" else staged.staging
@@ -108,42 +107,14 @@ def _extract(asked: Extract) -> ExtractReport:
         written = open_adapter(staged.readable)
     notes = (*staged.notes, *job.plan.notes, *made.fitted.notes)
     report = written_report(
-        replace(job.plan, notes=notes), made.outcomes, written, job.tuned,
-        job.base, job.target, job.criteria, resources, size, residual, time.monotonic() - started,
+        replace(job, plan=replace(job.plan, notes=notes)), resources, made.outcomes, written,
+        output_bytes=size, residual=residual, seconds=time.monotonic() - started,
     )  # fmt: skip
     wide = () if asked.dtype != "float16" else wide_factors(written)
     return replace(report, holds_whole=job.row.holds_whole, warnings=(*report.warnings, *wide))
 
 
-class _Job(Frozen):
-    """What is known before the first tensor byte is read.
-
-    Attributes:
-        tuned: the fine-tune.
-        base: what it was tuned from.
-        target: folder to create.
-        plan: what is factored and what is kept.
-        criteria: of ranks, as they are reported and recorded.
-        keep: what is stored whole.
-        program: that the adapter is for; None = any.
-        loader: the same if it takes files as its loader reads them.
-        row: its dialect.
-        access: how sources may be reached.
-    """
-
-    tuned: OpenedBase
-    base: OpenedBase
-    target: Path
-    plan: ExtractPlan
-    criteria: Mapping[str, Any]
-    keep: Sequence[str]
-    program: Program | None
-    loader: Program | None
-    row: Dialect
-    access: Access
-
-
-def _prepare(asked: Extract) -> _Job:
+def _prepare(asked: Extract) -> ExtractJob:
     """Check options and places, open both checkpoints, plan."""
     limit = parse_size(asked.size)
     how = FactorOptions(ranks_of(asked, limit), exact=asked.exact, slices=limit is not None)
@@ -178,7 +149,7 @@ def _prepare(asked: Extract) -> _Job:
         "error": asked.error, "size": limit, "max_rank": asked.max_rank,
         "sv_ratio": asked.sv_ratio, "sv_min": asked.sv_min, "only": asked.only or None,
     }  # fmt: skip
-    return _Job(tuned, base, target, plan, criteria, keep, program, loader, row, access)
+    return ExtractJob(tuned, base, target, plan, criteria, keep, program, loader, row, access)
 
 
 def _usual(program: Program | None) -> str:
@@ -216,7 +187,9 @@ def _plan(
     return replace(plan, notes=(*of_tuned, *of_base, *notes, *plan.notes))
 
 
-def _recorded(asked: Extract, job: _Job, resources: Resources) -> tuple[_Job, dict[str, Any]]:
+def _recorded(
+    asked: Extract, job: ExtractJob, resources: Resources
+) -> tuple[ExtractJob, dict[str, Any]]:
     """The plan with what it is made of, and the same as provenance; {} if none is wanted."""
     options = recorded(asked, **job.criteria, exact=asked.exact, keep=job.keep)
     options["device"] = resources.run.device.type
@@ -227,14 +200,8 @@ def _recorded(asked: Extract, job: _Job, resources: Resources) -> tuple[_Job, di
     return replace(job, plan=replace(job.plan, plan=plan)), record if asked.provenance else {}
 
 
-def _assembly(asked: Extract, job: _Job, record: Mapping[str, Any]) -> Assembly:
-    return Assembly(job.plan, job.keep, job.base, job.tuned.checkpoint, job.program, job.loader,
-                    job.row, Limits.of(asked), job.criteria["size"], record,
-                    parse_dtype(asked.dtype))  # fmt: skip
-
-
 def _save_residual(
-    asked: Extract, job: _Job, adapter: Path, identity: str, replaces: bool
+    asked: Extract, job: ExtractJob, adapter: Path, identity: str, replaces: bool
 ) -> SavedResidual:
     from loratool.api.residual import save_residual
 
@@ -246,7 +213,7 @@ def _save_residual(
     )  # fmt: skip
 
 
-def _check_residual_path(asked: Extract, job: _Job, identity: str) -> bool:
+def _check_residual_path(asked: Extract, job: ExtractJob, identity: str) -> bool:
     """Refuse before the work what would be refused after it; True if a file may be replaced."""
     if asked.save_residual is None:
         return False

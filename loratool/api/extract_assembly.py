@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from loratool.adapter import Adapter, AdapterFiles, DeltaSpec
 from loratool.api.common import Limits, recorded_name
+from loratool.api.extract_job import ExtractJob
 from loratool.api.fitting import Fitted, check_files, fit_for
 from loratool.api.loading import Goal, translate, without_misfits
 from loratool.archs.by_heads import head_rows
@@ -22,10 +23,8 @@ from loratool.errors import MismatchError, UsageError, list_some
 from loratool.frozen import Frozen, replace
 from loratool.ops.assemble import Outcome, assemble, rank_groups
 from loratool.ops.extract import ExtractPlan
-from loratool.ops.inputs import OpenedBase
 from loratool.ops.leaving import options
 from loratool.store.adapter_writer import entry_bytes, file_bytes, with_record
-from loratool.store.checkpoint import Checkpoint
 
 
 class Made(Frozen):
@@ -47,70 +46,58 @@ class Assembly(Frozen):
     """Everything but the results that decides what is written.
 
     Attributes:
-        program: that it is for; None = any.
-        loader: the same if it takes files as its loader reads them.
+        job: what is known.
+        limits: of memory and threads.
         record: provenance, which a single file holds itself.
         dtype: safetensors name of the factors' type; None = float32.
     """
 
-    plan: ExtractPlan
-    keep: Sequence[str]
-    base: OpenedBase
-    tuned: Checkpoint
-    program: Program | None
-    loader: Program | None
-    row: Dialect
+    job: ExtractJob
     limits: Limits
-    size: int | None
     record: Mapping[str, Any]
     dtype: str | None = None
 
     def build(self, results: list[Any]) -> Made:
         """The adapter of some results."""
-        resolved = self.base.resolved
+        job, resolved = self.job, self.job.base.resolved
         label = resolved.repo_id or recorded_name(resolved.path)
         adapter, outcomes = assemble(
-            self.plan, results, keep=self.keep, base=self.base.checkpoint, base_model=label,
-            holds_bare=self.row.table is not None,
+            job.plan, results, keep=job.keep, base=job.base.checkpoint, base_model=label,
+            holds_bare=job.row.table is not None,
         )  # fmt: skip
-        if self.row.table is not None or not self.row.holds_whole:
+        if job.row.table is not None or not job.row.holds_whole:
             adapter, lost = self._translated(adapter)
-            outcomes = [_without(o) if set(self.plan.names_of(o.pair)) & lost else o
+            outcomes = [_without(o) if set(job.plan.names_of(o.pair)) & lost else o
                         for o in outcomes]  # fmt: skip
-        fitted = fit_for(adapter, self._of_peft, self.limits)
+        fitted = fit_for(adapter, job.of_peft, self.limits)
         plain, files = (with_record(self._files(a), self.record) for a in (adapter, fitted.adapter))
-        check_files(files, adapter, self._of_peft)
+        check_files(files, adapter, job.of_peft)
         if resolved.commit:  # where PEFT looks for the base's revision
             files = with_config(files, revision=resolved.commit)
         return Made(outcomes, files, fitted, plain, adapter)
-
-    @property
-    def _of_peft(self) -> Program | None:
-        """The program, if it takes one rank and one α/r of all modules."""
-        return self.program if self.loader is None else None
 
     def _translated(self, adapter: Adapter) -> tuple[Adapter, set[str]]:
         """As its dialect has it, and the names of what that or the program cannot hold."""
         from loratool.engine.differences import differences
 
-        plan = self.plan
+        job, plan = self.job, self.job.plan
         old = {n: p.base for p in plan.pairs if p.base is not None for n in plan.names_of(p)}
         changes, others = differences(adapter.replacements, old)
-        specs = (_in_order(s, self.base.checkpoint.config) for s in adapter.specs)
+        specs = (_in_order(s, job.base.checkpoint.config) for s in adapter.specs)
         whole = replace(adapter, specs=(*specs, *changes), replacements=tuple(others))
-        goal = Goal(self.row.name, self.limits, self.loader)
+        goal = Goal(job.row.name, self.limits, job.loader)
         kept, lost = without_misfits(whole, goal)
-        refuse_lost(lost, adapter, self.row, self.loader)
+        refuse_lost(lost, adapter, job.row, job.loader)
         return translate(kept, goal).adapter, set(lost)
 
     def _files(self, adapter: Adapter) -> AdapterFiles:
-        task = ""
+        job, task = self.job, ""
         if any(is_other_head(r.name) for r in adapter.replacements):
-            task = task_of(self.tuned.config)
-        config = self.base.checkpoint.config
-        pairs = (*self.plan.pairs, *self.plan.created)
+            task = task_of(job.tuned.checkpoint.config)
+        config = job.base.checkpoint.config
+        pairs = (*job.plan.pairs, *job.plan.created)
         files = write_adapter_files(
-            adapter, self.row.name, base_tensors=[n for p in pairs for n in self.plan.names_of(p)],
+            adapter, job.row.name, base_tensors=[n for p in pairs for n in job.plan.names_of(p)],
             base_config={**config, **class_config(task)} if task else config,
         )  # fmt: skip
         if (
@@ -124,11 +111,11 @@ class Assembly(Frozen):
     def build_within(self, results: list[Any]) -> Made:
         """The same within a number of bytes; zeros that fill up ranks count too."""
         stored = self._stored(results)
-        made, limit = self.build(stored), self.size
+        made, job, limit = self.build(stored), self.job, self.job.criteria["size"]
         whole, budget = made, limit or 0
         while limit is not None and file_bytes(made.files) > limit:
-            ranks = _affordable(self.plan, stored, whole, budget, self._of_peft is not None)
-            made = self.build(self._stored(_cut(self.plan, results, ranks)))
+            ranks = _affordable(job.plan, stored, whole, budget, job.of_peft is not None)
+            made = self.build(self._stored(_cut(job.plan, results, ranks)))
             budget -= max(0, file_bytes(made.files) - limit)
         return made
 
@@ -138,7 +125,7 @@ class Assembly(Frozen):
             return results
         from loratool.engine.slicing import stored_as
 
-        steps = zip(results, self.plan.plan.steps, strict=True)
+        steps = zip(results, self.job.plan.plan.steps, strict=True)
         return [r if r.factors is None else stored_as(r, args_of(s), self.dtype) for r, s in steps]
 
 

@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterable, Sequence
 
 from loratool.adapter import Adapter
 from loratool.api.common import Resources
+from loratool.api.extract_job import ExtractJob
 from loratool.archs.heads import is_other_head
 from loratool.bind.bindings import options_needed
 from loratool.delta.forms import storage_types
 from loratool.dialects.programs import judge_loads
 from loratool.dtypes import widest
 from loratool.errors import list_some
+from loratool.frozen import replace
 from loratool.ops.adapter_summary import dtype_word
 from loratool.ops.assemble import Outcome
 from loratool.ops.extract import ExtractPlan
 from loratool.ops.extract_pairs import Pair
-from loratool.ops.inputs import OpenedBase
 from loratool.report.base import root_share, share
 from loratool.report.extract import ExtractedModule, ExtractReport, SavedResidual
 from loratool.report.families import family_of
@@ -28,19 +27,22 @@ from loratool.report.text import plural
 
 
 def written_report(
-    plan: ExtractPlan,
-    outcomes: Sequence[Outcome],
-    adapter: Adapter | None,
-    tuned: OpenedBase,
-    base: OpenedBase,
-    target: Path,
-    asked: Mapping[str, Any],
-    resources: Resources,
-    output_bytes: int,
-    residual: SavedResidual | None,
-    seconds: float,
-) -> ExtractReport:
-    """The report of a finished run."""
+    job: ExtractJob, resources: Resources, outcomes: Sequence[Outcome],
+    adapter: Adapter | None = None, *, output_bytes: int = 0,
+    residual: SavedResidual | None = None, seconds: float,
+) -> ExtractReport:  # fmt: skip
+    """The report of a finished run.
+
+    Args:
+        job: what was known before.
+        resources: for the plan.
+        outcomes: what became of every pair.
+        adapter: as read back; None = nothing is written.
+        output_bytes: size of its tensor file.
+        residual: saved beside it.
+        seconds: wall time.
+    """
+    plan = job.plan
     factored = [o for o in outcomes if o.fate == "factored"]
     buffers = tuple(
         o.pair.name for o in outcomes if o.pair.role == "buffer" and o.fate == "left_out"
@@ -53,11 +55,11 @@ def written_report(
     stored = [s for spec in (adapter.specs if adapter else ()) for s in spec.fields.values()]
     factors = sum(s.nbytes for s in stored if s.dtype == "F32")
     return ExtractReport(
-        output=str(target),
-        tuned=tuned.resolved.label,
-        base=base.resolved.label,
-        rank=asked["rank"],
-        asked={k: v for k, v in asked.items() if v is not None},
+        output=str(job.target),
+        tuned=job.tuned.resolved.label,
+        base=job.base.resolved.label,
+        rank=job.criteria["rank"],
+        asked={k: v for k, v in job.criteria.items() if v is not None},
         modules=tuple(_module(plan, o) for o in factored),
         kept=tuple((o.pair.name, o.pair.tuned.nbytes) for o in outcomes if o.fate == "kept"),
         left_out=tuple(
@@ -85,7 +87,7 @@ def written_report(
         seconds=seconds,
         loads_in=judge_loads(adapter) if adapter is not None else (),
         absent=plan.absent,
-        merge_options=options_needed(adapter, base.checkpoint) if adapter is not None else (),
+        merge_options=options_needed(adapter, job.base.checkpoint) if adapter is not None else (),
         warnings=_foreign([o.pair for o in outcomes if o.fate == "kept"]),
         notes=plan.notes,
         dry_run=False,
@@ -110,25 +112,11 @@ def _foreign(kept: Iterable[Pair]) -> tuple[str, ...]:
     )
 
 
-def planned_report(
-    plan: ExtractPlan,
-    tuned: OpenedBase,
-    base: OpenedBase,
-    target: Path,
-    asked: Mapping[str, Any],
-    resources: Resources,
-    seconds: float,
-) -> ExtractReport:
+def planned_report(job: ExtractJob, resources: Resources, seconds: float) -> ExtractReport:
     """What a run would look at; nothing is measured."""
-    from loratool.frozen import replace
-
-    outcomes = [
-        Outcome(p, "factored" if p.is_factored else "left_out", 0.0, 0.0, 0.0) for p in plan.pairs
-    ]
-    report = written_report(
-        plan, outcomes, None, tuned, base, target, asked, resources, 0, None, seconds
-    )
-    return replace(report, dry_run=True)
+    outcomes = [Outcome(p, "factored" if p.is_factored else "left_out", 0.0, 0.0, 0.0)
+                for p in job.plan.pairs]  # fmt: skip
+    return replace(written_report(job, resources, outcomes, seconds=seconds), dry_run=True)
 
 
 def _module(plan: ExtractPlan, outcome: Outcome) -> ExtractedModule:

@@ -108,13 +108,14 @@ def test_at_every_import(data: Path, tmp_path: Path) -> None:
         assert done.stdout == ""
 
 
+@pytest.mark.thin(3)
+@pytest.mark.parametrize(("number", "code"), SIGNALS)
 @pytest.mark.parametrize("module", ["torch", "numpy", "torch.nn", "loratool.engine.run"])
-def test_at_heavy_imports(module: str, toy: Path) -> None:
+def test_at_heavy_imports(module: str, number: int, code: int, toy: Path) -> None:
     """Extensions cannot be imported twice: the report needs none of them."""
     words = ["merge", toy / "style", "--base", toy / "base", "-o", toy / "out"]
-    for number, code in SIGNALS:
-        done = hit(number, module, words)
-        assert (done.returncode, done.stderr) == (code, SAID), done
+    done = hit(number, module, words)
+    assert (done.returncode, done.stderr) == (code, SAID), done
     assert not list(toy.glob("out*"))
 
 
