@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 
 from loratool.errors import UsageError
@@ -35,6 +36,30 @@ def averaged(weights: Sequence[float], mix: Mix) -> list[float]:
     for decay in decays(mix.ema, len(weights)):
         shares = [*(share * decay for share in shares), 1 - decay]
     return [w * share for w, share in zip(weights, shares, strict=True)]
+
+
+def check_order(names: Sequence[str]) -> None:
+    """Refuse checkpoints in the order of a shell, ``run-1000`` before ``run-500``.
+
+    Args:
+        names: as typed; those that differ in their last number alone are of one run.
+
+    Raises:
+        UsageError: LT-262.
+    """
+    last: dict[tuple[str, ...], tuple[int, str]] = {}
+    for name in names:
+        parts = re.split(r"(\d+)", name)
+        if len(parts) < 3:
+            continue
+        run, number = (*parts[:-2], parts[-1]), int(parts[-2])
+        before, other = last.get(run, (-1, ""))
+        if number < before:
+            raise UsageError(
+                "LT-262", "--ema takes the oldest checkpoint first", got=f"{other} before {name}",
+                expected="the order of their numbers",
+            )  # fmt: skip
+        last[run] = number, name
 
 
 def decays(ema: float | str, count: int) -> list[float]:

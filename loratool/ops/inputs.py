@@ -14,7 +14,7 @@ from loratool.dialects import open_adapter, unmergeable_reason
 from loratool.errors import BadFileError, MismatchError, OutputError, UsageError, list_some
 from loratool.frozen import Frozen, replace
 from loratool.ops.access import Access, locate
-from loratool.ops.averages import averaged
+from loratool.ops.averages import averaged, check_order
 from loratool.ops.weights import Rule, Weight, weigh
 from loratool.options.groups import Mix, Read
 from loratool.patterns import find, typed_pattern
@@ -142,6 +142,8 @@ def _weighted(
     for one in parsed if given is not None else ():
         if one.weight != 1.0 or one.components:
             raise UsageError("LT-224", "a weight in the name and --weights too", key=one.path_text)
+    if mix.ema is not None:
+        check_order([p.path_text for p in parsed])
     weights = averaged([p.weight for p in parsed] if given is None else given, mix)
     return [replace(p, weight=float(w)) for p, w in zip(parsed, weights, strict=True)]
 

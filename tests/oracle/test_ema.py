@@ -104,6 +104,17 @@ def test_widths_of_the_power_function() -> None:
         assert math.isclose(square - mean**2, sigma**2, rel_tol=1e-9)
 
 
+def test_the_order_of_a_shell_is_refused(run: list[str]) -> None:
+    """Its ``*`` puts run-10 before run-9; the last checkpoint of a run has no number."""
+    for old, new in zip(run, ("run-8", "run-9", "run-10", "run", "base-7"), strict=True):
+        Path(old).rename(new)
+    right = ["base-7", "run-8", "run-9", "run-10", "run"]
+    lt.merge(right, ema=0.8, output="m")
+    with pytest.raises(UsageError) as caught:
+        lt.merge(sorted(right), ema=0.8, output="x")
+    assert caught.value.code == "LT-262" and "run-10 before run-8" in caught.value.message()
+
+
 def test_weights_multiply_it_and_nothing_else_sets_them(run: list[str]) -> None:
     lt.merge([f"{r}:-2" for r in run], ema=0.8, output="twice")
     lt.merge(run, ema=0.8, output="once")
