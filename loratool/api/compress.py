@@ -83,8 +83,8 @@ def _run(asked: Compress) -> CompressReport:
     texts = _texts(asked)
     with session.outputs(len(texts)) as session:
         session, jobs = _open(session, texts, asked.base, parse_dtype(asked.dtype))
-        if asked.base is not None and ranks.auto:
-            jobs = _cap_all(session, jobs, asked.base)
+        if asked.base is not None and (ranks.auto or "sv_base" in ranks.rule):
+            jobs = _look_at_all(session, jobs, asked.base, auto=ranks.auto)
         session.make_folder(len(jobs))
         run = asked.take(Run, progress=None, on_work=asked.on_work if len(jobs) == 1 else None)
         jobs = [replace(job, rules=_rules(job, ranks)) for job in jobs]
@@ -107,8 +107,14 @@ def _run(asked: Compress) -> CompressReport:
 
 
 def _rules(job: CompressJob, ranks: Ranks) -> list[dict[str, Any]]:
+    """Of each spec; what is relative to its base is a number then."""
     specs = job.plan.specs
-    return ranks.of([s.name for s in specs], [kernel_of(s) for s in specs])
+    rules = ranks.of([s.name for s in specs], [kernel_of(s) for s in specs])
+    for spec, rule in zip(specs, rules, strict=True):
+        if (share := rule.pop("sv_base", None)) is not None:
+            least = share * job.norms.get(spec.name, 0.0)
+            rule["sv_min"] = max(least, rule.get("sv_min", 0.0))
+    return rules
 
 
 def _factor_plan(job: CompressJob) -> Plan:
@@ -191,19 +197,21 @@ def _detach(adapter: Adapter, base: OpenedBase, limits: Limits) -> Detached | No
     return detach(plan_detach([(adapter, Weight())], base.checkpoint), base, limits)
 
 
-def _cap_all(session: Session, jobs: Sequence[CompressJob], base: str | Path) -> list[CompressJob]:
-    """`_capped_by_noise` for every adapter, by one commit of the base that was named."""
+def _look_at_all(
+    session: Session, jobs: Sequence[CompressJob], base: str | Path, *, auto: bool
+) -> list[CompressJob]:
+    """`_beside` for every adapter, by one commit of the base that was named."""
     capped: list[CompressJob] = []
     for job in jobs:
-        capped.append(_capped_by_noise(session, job, base))
+        capped.append(_beside(session, job, base, auto=auto))
         name = capped[-1].base["base"]["name"]
         if name.startswith("hf://") and str(base) != "auto":
             base = name
     return capped
 
 
-def _capped_by_noise(session: Session, job: CompressJob, base: str | Path) -> CompressJob:
-    """With what a merge into the base can resolve as the largest rank of each spec."""
+def _beside(session: Session, job: CompressJob, base: str | Path, *, auto: bool) -> CompressJob:
+    """With the sizes of the base's weights; if ``auto``, with the ranks that a merge resolves."""
     from loratool.api.look import look_at_base
 
     limits = session.limits
@@ -216,8 +224,9 @@ def _capped_by_noise(session: Session, job: CompressJob, base: str | Path) -> Co
     )
     ranks = {m.name: m.noise_rank for m in found.modules}
     known = [ranks.get(spec.name) for spec in job.plan.specs]
-    return replace(job, caps=[None if rank is None else int(rank) for rank in known],
-                   base=_recorded_base(opened))  # fmt: skip
+    caps = [None if rank is None else int(rank) for rank in known] if auto else None
+    norms = {m.name: m.delta_norm / m.rho for m in found.modules if m.rho}
+    return replace(job, caps=caps, norms=norms, base=_recorded_base(opened))
 
 
 def _within(job: CompressJob, cut: _Cut) -> Made:

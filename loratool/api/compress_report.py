@@ -38,6 +38,7 @@ class CompressJob(Frozen):
         detached: it without what depends on the base; None if nothing does.
         rules: of each spec, fields of a `RankRule`.
         caps: noise rank of each spec, None where it has none; None without ``--rank auto``.
+        norms: name of a spec -> ‖W‖_F of the base's weight, for ``--sv-base``.
         base: the base of ``--rank auto`` by name and content, as provenance records it.
     """
 
@@ -46,6 +47,7 @@ class CompressJob(Frozen):
     detached: Detached | None = None
     rules: Sequence[dict[str, Any]] = ()
     caps: Sequence[int | None] | None = None
+    norms: Mapping[str, float] = field(default_factory=dict)
     base: Mapping[str, Any] = field(default_factory=dict)
 
     @property

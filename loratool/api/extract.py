@@ -147,7 +147,8 @@ def _prepare(asked: Extract) -> ExtractJob:
     criteria = {
         "rank": "auto" if how.ranks.auto else asked.rank, "energy": asked.energy,
         "error": asked.error, "size": limit, "max_rank": asked.max_rank,
-        "sv_ratio": asked.sv_ratio, "sv_min": asked.sv_min, "only": asked.only or None,
+        "sv_ratio": asked.sv_ratio, "sv_min": asked.sv_min, "sv_base": asked.sv_base,
+        "only": asked.only or None,
     }  # fmt: skip
     return ExtractJob(tuned, base, target, plan, criteria, keep, program, loader, row, access)
 

@@ -37,7 +37,8 @@ if TYPE_CHECKING:
     from loratool.report.compress import CompressedAdapter, CompressReport, PlannedCompression
 
 _WORDS = {"rank": "rank", "energy": "energy", "error": "error", "sv_ratio": "σ ratio",
-          "sv_sum": "sum of σ", "sv_min": "σ at least", "max_rank": "rank at most",
+          "sv_sum": "sum of σ", "sv_min": "σ at least",
+          "sv_base": "σ/‖W‖ at least", "max_rank": "rank at most",
           "size": "size"}  # fmt: skip
 
 

@@ -66,7 +66,7 @@ def command(tuned: str, base: str, output: str, **options: Any) -> None:
 
 
 def _criteria(options: dict[str, Any]) -> str:
-    words = ("rank", "energy", "error", "size", "sv_ratio", "sv_min")
+    words = ("rank", "energy", "error", "size", "sv_ratio", "sv_min", "sv_base")
     named = {k: options[k] for k in words if options[k] is not None}
     if not named:
         named = {"rank": "auto"}

@@ -121,7 +121,7 @@ class Fitting(Frozen):
         seeds: one per matrix.
         squares: ‖D‖_F² of each.
         floors: rounding noise of each: the noise rank joins the rule.  None = it does not.
-        base_norms: per module ‖W‖, which ``base_ratio`` refers to.
+        base_norms: per module ‖W‖, which ``sv_base`` refers to.
         exact: as in `truncate`.
         is_sliceable: factors will be cut to lower ranks later, so that even full-rank ones must
             be ordered.

@@ -36,7 +36,7 @@ class RankRule(Frozen):
         sv_ratio: >= 1; the number of values with σᵢ ≥ σ₁ / sv_ratio.
         sv_sum: in [0, 1]; the smallest k with Σ_{i≤k} σᵢ ≥ sv_sum · Σ σᵢ; of all values alone.
         sv_min: >= 0; the number of values with σᵢ ≥ sv_min.
-        base_ratio: >= 0; the number of values with σᵢ ≥ base_ratio · ``base_norm``.
+        sv_base: >= 0; the number of values with σᵢ ≥ sv_base · ``base_norm``.
         max_rank: an upper limit, whatever the other conditions give.
     """
 
@@ -46,7 +46,7 @@ class RankRule(Frozen):
     sv_ratio: float | None = None
     sv_sum: float | None = None
     sv_min: float | None = None
-    base_ratio: float | None = None
+    sv_base: float | None = None
     max_rank: int | None = None
 
 
@@ -66,13 +66,13 @@ def choose_rank(
         sigma: (n,) descending, >= 0; all singular values, or the leading ones.
         rule: conditions.
         total_square: ‖D‖_F² where ``sigma`` holds only the leading values; None = Σσ².
-        base_norm: what ``base_ratio`` refers to, such as ‖W‖₂ of the base weight.
+        base_norm: what ``sv_base`` refers to, such as ‖W‖₂ of the base weight.
 
     Returns:
         k in 0 … n; n where not even all known values reach an energy or an error.
 
     Raises:
-        ValueError: a ``base_ratio`` without ``base_norm``.
+        ValueError: a ``sv_base`` without ``base_norm``.
     """
     values = sigma.detach().cpu().double().numpy()
     largest = float(values[0]) if len(values) else 0.0
@@ -93,10 +93,10 @@ def choose_rank(
         floors.append(largest / rule.sv_ratio)
     if rule.sv_min is not None:
         floors.append(rule.sv_min)
-    if rule.base_ratio is not None:
+    if rule.sv_base is not None:
         if base_norm is None:
-            raise ValueError("base_ratio needs base_norm")
-        floors.append(rule.base_ratio * base_norm)
+            raise ValueError("sv_base needs base_norm")
+        floors.append(rule.sv_base * base_norm)
     limits += [int((values >= floor * (1 - _SLACK)).sum()) for floor in floors]
     return max(0, min(limits))
 

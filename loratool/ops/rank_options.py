@@ -52,7 +52,7 @@ class Ranks(Frozen):
             MismatchError: LT-467, ``--only`` finds none.
         """
         rest = {k: v for k, v in self.rule.items() if k not in ("rank", "max_rank")}
-        rules = [dict(self.rule)] * len(names)
+        rules = [dict(self.rule) for _ in names]
         large = frozenset(n for n, k in zip(names, kernels, strict=True) if math.prod(k) > 1)
         for pattern, rank in self.only:
             inside = large if pattern is None else find([pattern], names)[0]
@@ -81,6 +81,9 @@ def ranks_of(asked: Compress | Extract, size: int | None) -> Ranks:
     given = {"rank": rank, **{k: getattr(asked, k, None) for k in _RULED}}
     rule = {k: v for k, v in given.items() if v is not None}
     _check(rule)
+    if "sv_base" in rule and asked.base is None:
+        raise UsageError("LT-230", "--sv-base needs the base", got="no --base",
+                         hint="--base BASE; an adapter alone has --sv-ratio")  # fmt: skip
     only = parse_ranks(asked.only)
     auto = asked.rank == "auto"
     if is_extract:
@@ -89,13 +92,13 @@ def ranks_of(asked: Compress | Extract, size: int | None) -> Ranks:
     elif not rule and size is None and not auto and not only:
         raise UsageError(
             "LT-246", "nothing says how far to compress",
-            expected="--rank, --energy, --error, --sv-ratio, --sv-sum, --sv-min, --size or "
-            "--max-rank", hint="--energy 0.99",
+            expected="--rank, --energy, --error, --size, --max-rank, --sv-ratio and its kin",
+            hint="--energy 0.99",
         )  # fmt: skip
     return Ranks(rule, auto, only)
 
 
-_RULED = ("energy", "error", "sv_ratio", "sv_sum", "sv_min", "max_rank")
+_RULED = ("energy", "error", "sv_ratio", "sv_sum", "sv_min", "sv_base", "max_rank")
 
 
 def parse_ranks(items: Sequence[str]) -> tuple[tuple[Pattern | None, int], ...]:
@@ -147,5 +150,7 @@ def _check(rule: Mapping[str, Any]) -> None:
             raise UsageError(code, what, expected=expected, got=value)
     if not 1 <= (ratio := rule.get("sv_ratio", 1)) < math.inf:
         raise UsageError("LT-245", "--sv-ratio out of range", expected="1 or more", got=ratio)
-    if not 0 <= (least := rule.get("sv_min", 0)) < math.inf:
-        raise UsageError("LT-245", "--sv-min out of range", expected="0 or more", got=least)
+    for name in ("sv_min", "sv_base"):
+        if not 0 <= (least := rule.get(name, 0)) < math.inf:
+            raise UsageError("LT-245", f"--{name.replace('_', '-')} out of range",
+                             expected="0 or more", got=least)  # fmt: skip

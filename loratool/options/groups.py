@@ -64,6 +64,10 @@ SvRatio = Annotated[float | None, Words(
 SvMin = Annotated[float | None, Words(
     "Keep singular values of X or more.", "Input", metavar="X", form="number", record=True,
 )]  # fmt: skip
+SvBase = Annotated[float | None, Words(
+    "Keep singular values of at least X times the Frobenius norm of the base's weight, such as "
+    "0.0003.", "Input", metavar="X", form="number", record=True,
+)]  # fmt: skip
 RankOf = Annotated[Sequence[str], Words(
     "Another rank for a component (te), for kernels beyond 1x1 (conv) or for modules that match, "
     "in place of --rank and --max-rank; the last counts. Repeatable.", "Input",

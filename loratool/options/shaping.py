@@ -22,6 +22,7 @@ from loratool.options.groups import (
     Run,
     Shown,
     Size,
+    SvBase,
     SvMin,
     SvRatio,
     Watch,
@@ -43,7 +44,8 @@ class Compress(Write, Many, Shown, Crew, Watch, Planned, Access, Read, kw_only=F
         form="rank", record=True,
     )] = None  # fmt: skip
     base: Annotated[Place | None, Words(
-        "Checkpoint for --rank auto, and for DoRA, PiSSA and their kin.", "Input", metavar="BASE",
+        "Checkpoint for --rank auto and --sv-base, and for DoRA, PiSSA and their kin.", "Input",
+        metavar="BASE",
     )] = None  # fmt: skip
     energy: Energy = None
     error: RelativeError = None
@@ -57,6 +59,7 @@ class Compress(Write, Many, Shown, Crew, Watch, Planned, Access, Read, kw_only=F
         metavar="S", form="share", record=True,
     )] = None  # fmt: skip
     sv_min: SvMin = None
+    sv_base: SvBase = None
     max_rank: Annotated[int | None, Words(
         "Cap. The least of all criteria wins.", "Input", metavar="R", form="whole", record=True,
     )] = None  # fmt: skip
@@ -103,6 +106,7 @@ class Extract(Write, Shown, Run, Planned, Access, Details, kw_only=False):
     )] = None  # fmt: skip
     sv_ratio: SvRatio = None
     sv_min: SvMin = None
+    sv_base: SvBase = None
     max_rank: Annotated[int | None, Words(
         "Cap; 256 for auto and --size by default. The least criterion wins.", "Input",
         metavar="R", form="whole", record=True,

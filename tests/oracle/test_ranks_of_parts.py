@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 import loratool as lt
 from loratool.errors import LoratoolError
-from tests.make import randn, save_checkpoint
+from tests.make import randn, save_adapter, save_checkpoint
 
 Q = "lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q"
 UP = "lora_unet_input_blocks_4_1_proj_in"
@@ -72,6 +72,41 @@ def test_ranks_of_parts_of_an_extraction(tmp_path: Path) -> None:
         sigma = torch.linalg.svdvals(delta)
         tail = float(sigma[module.rank :].norm() / sigma.norm())
         assert abs(module.relative_error - tail) <= 1e-5
+
+
+@pytest.mark.parametrize("share", [0.02, 0.05, 0.2])
+def test_ranks_beside_the_base(share: float, tmp_path: Path) -> None:
+    """#{σ >= X·‖W‖_F}, W the base's weight: of an adapter, and of a difference."""
+    shapes = {
+        "layers.0.q_proj": (24, 20),
+        "layers.0.up_proj": (30, 24),
+        "layers.1.q_proj": (24, 20),
+    }
+    weights = {
+        f"{n}.weight": randn(*s, seed=i, scale=1 + i) for i, (n, s) in enumerate(shapes.items())
+    }
+    base = save_checkpoint(tmp_path / "base", weights)
+    steps = torch.logspace(0.5, -2, 6)
+    factors = {
+        n: (torch.linalg.qr(randn(inner, 6, seed=5)).Q.T.contiguous(),
+            20 * torch.linalg.qr(randn(out, 6, seed=6)).Q * steps)
+        for n, (out, inner) in shapes.items()
+    }  # fmt: skip
+    save_adapter(tmp_path / "in", factors, alpha=6)
+    want = {
+        n: int((20 * steps.double() >= share * W.double().norm()).sum()) for n, W in weights.items()
+    }
+    assert len(set(want.values())) > 1 and max(want.values()) > 0
+    (cut,) = lt.compress(
+        tmp_path / "in", base=base, sv_base=share, output=tmp_path / "cut"
+    ).adapters
+    assert {m.name: m.rank for m in cut.modules} == want
+    lt.merge([tmp_path / "in"], base=base, output=tmp_path / "tuned")
+    found = lt.extract(tmp_path / "tuned", base=base, sv_base=share, output=tmp_path / "lora")
+    assert {m.name: m.rank for m in found.modules} == {n: k for n, k in want.items() if k}
+    with pytest.raises(LoratoolError) as caught:
+        lt.compress(tmp_path / "in", sv_base=share, output=tmp_path / "x")
+    assert caught.value.code == "LT-230"
 
 
 @pytest.mark.parametrize(("text", "code"), [

@@ -46,8 +46,8 @@ S = _sigma(3, 1, 1, 1, 0)  # Σσ² = 12, Σσ = 6
         (RankRule(sv_sum=1.0), 4),
         (RankRule(sv_min=1.0), 4),
         (RankRule(sv_min=1.0000001), 1),
-        (RankRule(base_ratio=0.1), 4),  # base norm 10
-        (RankRule(base_ratio=0.31), 0),
+        (RankRule(sv_base=0.1), 4),  # base norm 10
+        (RankRule(sv_base=0.31), 0),
         (RankRule(energy=0.9, max_rank=1), 1),
         (RankRule(rank=3, energy=0.9, sv_ratio=2.0), 1),
         (RankRule(rank=0), 0),
@@ -85,9 +85,9 @@ def test_truncated_spectrum() -> None:
     assert choose_rank(whole[:5], RankRule(energy=0.9), total_square=total) == 5
 
 
-def test_base_ratio_needs_the_base() -> None:
+def test_sv_base_needs_the_base() -> None:
     with pytest.raises(ValueError, match="base_norm"):
-        choose_rank(S, RankRule(base_ratio=0.1))
+        choose_rank(S, RankRule(sv_base=0.1))
 
 
 def _energy(squares: list[torch.Tensor], ranks: tuple[int, ...] | list[int]) -> float:
