@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from loratool.adapter import Adapter, AdapterFiles, TensorRef
+from loratool.api.common import Limits
 from loratool.api.fitting import check_files, fit_for
 from loratool.api.freeing import dependent, free_of_base, outline_free, unholdable
-from loratool.api.loading import Goal, unloadable
+from loratool.api.loading import Goal, home_for, unloadable
 from loratool.api.session import Opened, Session, base_row
 from loratool.api.several import one_by_one
 from loratool.api.translating import carry_out, files_of, memory_for, of_dialect
@@ -184,7 +185,7 @@ def _form(adapter: Adapter, asked: Convert, program: Program | None) -> str:
     own = program.native and home_of(program.native)
     if own and not own.is_folder and Path(asked.output).suffix in own.suffixes:
         return own.name
-    return program.home(Look.of(adapter)) or DEFAULT
+    return home_for(program, adapter, Limits.of(asked)) or DEFAULT
 
 
 def _edits(asked: Convert) -> dict[str, str]:

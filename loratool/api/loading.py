@@ -11,7 +11,7 @@ from loratool.api.common import Limits
 from loratool.api.translating import Translated, blank, carry_out, files_of
 from loratool.dialects.programs import Look, Program
 from loratool.dialects.registry import row_of
-from loratool.errors import MismatchError, list_some
+from loratool.errors import LoratoolError, MismatchError, list_some
 from loratool.frozen import Frozen, field, replace
 from loratool.ops.convert import ConvertPlan, compute_also, outline, plan_convert
 from loratool.ops.fitting import freeing, leaving_out
@@ -81,6 +81,21 @@ def plan_translation(adapter: Adapter, goal: Goal, **of_plan: Any) -> ConvertPla
         return plan_translation(again, goal, **of_plan)
 
 
+def home_for(program: Program, adapter: Adapter, limits: Limits) -> str:
+    """The dialect that a program loads an adapter best in, "" for the folders of PEFT.
+
+    Whether a dialect will do may show in its names alone: it is asked of what would be written.
+    """
+    name = program.home(Look.of(adapter))
+    if name in ("", adapter.dialect) or not any(rule.home for rule in program.rules):
+        return name
+    try:
+        drawn = _Drawn.of(plan_convert(adapter, name), Goal(name, limits, program))
+    except LoratoolError:
+        return name
+    return program.home(drawn.look)
+
+
 class _Drawn(Frozen):
     """What a plan would write, with tensors without content.
 
@@ -89,6 +104,7 @@ class _Drawn(Frozen):
         specs: as written.
         files: as written.
         program: that shall load them.
+        look: at them.
         found: what it makes of them.
     """
 
@@ -96,6 +112,7 @@ class _Drawn(Frozen):
     specs: tuple[DeltaSpec, ...]
     files: AdapterFiles
     program: Program
+    look: Look
     found: Simulation
 
     @classmethod
@@ -104,8 +121,8 @@ class _Drawn(Frozen):
         assert goal.program is not None
         made = carry_out(plan, goal.limits, is_dry=True).adapter
         files = files_of(made, plan.row.name, plan.source.metadata, **goal.how)
-        found = goal.program.simulate(Look.of_files(files, plan.row.name))
-        return cls(plan, made.specs, files, goal.program, found)
+        look = Look.of_files(files, plan.row.name, made.specs)
+        return cls(plan, made.specs, files, goal.program, look, goal.program.simulate(look))
 
     @property
     def is_loaded(self) -> bool:

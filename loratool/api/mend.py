@@ -8,7 +8,7 @@ from typing import Any
 from loratool.adapter import Adapter
 from loratool.api.access import access_of
 from loratool.api.common import Limits
-from loratool.api.loading import Goal, plan_translation
+from loratool.api.loading import Goal, home_for, plan_translation
 from loratool.api.session import Session
 from loratool.api.translating import carry_out, files_of
 from loratool.dialects.metadata import hashed
@@ -32,7 +32,9 @@ def mend(report: CheckReport, look: Look, asked: Check, program: Program) -> Che
             `convert` say.
     """
     if asked.base is None and program.is_of_images:
-        return _translated(report, asked, program, program.home(look))
+        assert look.adapter is not None
+        home = home_for(program, look.adapter, Limits.of(asked))
+        return _translated(report, asked, program, home)
     from loratool.api.convert import convert
 
     (row,) = convert([asked.adapter], **_shared(asked)).adapters

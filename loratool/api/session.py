@@ -13,10 +13,10 @@ from loratool.adapter import Adapter, AdapterFiles
 from loratool.api.access import access_of
 from loratool.api.common import Limits, Resources, content_label
 from loratool.api.fitting import Fitted, check_files, fit_for
-from loratool.api.loading import Goal, plan_translation, translate
+from loratool.api.loading import Goal, home_for, plan_translation, translate
 from loratool.api.translating import files_of, of_dialect
 from loratool.dialects import DEFAULT, open_adapter, write_adapter_files
-from loratool.dialects.programs import Look, Program, find_program
+from loratool.dialects.programs import Program, find_program
 from loratool.dialects.registry import home_of, writable
 from loratool.dialects.rules import is_folder, is_of_home
 from loratool.errors import UsageError
@@ -191,7 +191,7 @@ class Session(Frozen):
             is_renamed = home.table is not None and bool(home.table.naming)
             return self.to or (home.name if is_renamed else adapter.dialect)
         if self.of_images is not None:
-            return self.of_images.home(Look.of(adapter)) or DEFAULT
+            return home_for(self.of_images, adapter, self.limits) or DEFAULT
         is_loaded = adapter.dialect == self.program.native or is_of_home(adapter, DEFAULT)
         return adapter.dialect if is_loaded else DEFAULT
 

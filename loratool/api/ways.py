@@ -7,7 +7,7 @@ from typing import Any
 
 from loratool.adapter import Adapter
 from loratool.api.common import Limits
-from loratool.api.loading import Goal, plan_translation
+from loratool.api.loading import Goal, home_for, plan_translation
 from loratool.api.translating import of_dialect
 from loratool.delta.forms import blank_pair
 from loratool.dialects import DEFAULT
@@ -76,9 +76,8 @@ def way_to_load(adapter: Adapter, program: Program, limits: Limits) -> str | Non
 
 
 def _loads(adapter: Adapter, program: Program, limits: Limits) -> bool:
-    look = Look.of(adapter)
-    is_own = bool(program.native) and look.dialect == program.native
-    row = home_of(program.native if is_own else program.home(look) or DEFAULT)
+    is_own = bool(program.native) and adapter.dialect == program.native
+    row = home_of(program.native if is_own else home_for(program, adapter, limits) or DEFAULT)
     try:
         plan_form(adapter, row, program, limits)
     except LoratoolError:

@@ -108,7 +108,9 @@ def _family_of(items: tuple[tuple[str, Shape], ...], stated: tuple[tuple[str, st
     others = tuple(f for f, one in fit.items() if one.total == best[0] and f != family)
     if not fit[family].size:
         return _guess(family, "", "names", others, parts)
-    alike = {f: one.label for f, one in fit.items() if one.order[:-1] == best[:-1] and f != family}
+    last = fit[family].rank + 1
+    alike = {f: one.label for f, one in fit.items()
+             if one.order[:-1] == best[:-1] and one.rank <= last and f != family}  # fmt: skip
     return _guess(family, fit[family].label, "names and shapes", others, parts, alike)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 import loratool as lt
 from loratool.dialects import open_adapter
@@ -155,3 +155,29 @@ def test_old_spellings_are_written_anew_for_a_program(tmp_path: Path) -> None:
         .replace(".", "_").replace("unet_", "lora_unet_", 1)
         for k in {key.partition(".down.")[0].partition(".up.")[0] for key in load_file(str(source))}
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("ends", [("down", "up"), ("A", "B")])
+def test_alphas_of_text_encoders_choose_the_dialect(tmp_path: Path, ends: tuple[str, str]) -> None:
+    """kohya's names would do for the UNet; diffusers passes over their alphas in the encoder."""
+    rng, tensors = np.random.default_rng(8), {}
+    stem = "text_encoders.clip_l.transformer.text_model.encoder.layers.0"
+    names = [f"{stem}.self_attn.{p}_proj" for p in ("q", "k", "v", "out")]
+    names += [f"{stem}.mlp.fc1", f"{stem}.mlp.fc2",
+              "diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k"]  # fmt: skip
+    for i, name in enumerate(names):
+        inner = 768 if "diffusion" in name else 8
+        tensors[f"{name}.lora_{ends[0]}.weight"] = rng.normal(size=(2, inner)).astype(np.float32)
+        tensors[f"{name}.lora_{ends[1]}.weight"] = rng.normal(size=(8, 2)).astype(np.float32)
+        tensors[f"{name}.alpha"] = np.array(i + 1, np.float32)
+    source, out = tmp_path / "style.safetensors", tmp_path / "out.safetensors"
+    save_file(tensors, str(source))
+    lt.convert([source], program="diffusers", output=out)
+    assert lt.check(out, program="diffusers").verdict == "yes"
+    made = load_file(str(out))
+    for i, name in enumerate(names[:-1]):
+        there = name.replace("text_encoders.clip_l.transformer", "text_encoder")
+        down, up = (made[f"{there}.lora_{e}.weight"].astype(np.float64) for e in "AB")
+        a, b = (tensors[f"{name}.lora_{e}.weight"].astype(np.float64) for e in ends)
+        most = 2.0**-23 * (i + 1) / 2 * (abs(b) @ abs(a)).max()  # each factor is rounded once
+        assert np.abs(up @ down - (i + 1) / 2 * b @ a).max() <= most, name

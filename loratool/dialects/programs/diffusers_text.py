@@ -75,9 +75,7 @@ def _other_rank(look: Look) -> Iterable[Hit]:
 
 def _alphas(look: Look) -> Iterable[Hit]:
     """Projections of attention whose alpha is not the commonest of their encoder."""
-    specs = () if look.adapter is None else look.adapter.specs
-    named = {f.name: s.alpha for s in specs for f in s.fields.values()}
-    if not named:
+    if not (named := look.stated_alphas):
         return []
     names = []
     for mine in _encoders(look, _KOHYA):

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-from loratool.adapter import Adapter, AdapterFiles, ArrangedRef, TensorRef
+from loratool.adapter import Adapter, AdapterFiles, ArrangedRef, DeltaSpec, TensorRef
 from loratool.archs.families import is_language
 from loratool.dialects.candidate import CONFIG_NAME, Candidate, one_of_alike, without_numbers
 from loratool.dialects.programs.grammar import Group, Tensor, group_keys, split_key
@@ -32,6 +32,7 @@ class Look(Frozen, dict=True):
         dialect: that it is in, "" if none claims it.
         adapter: the same read; None if loratool does not read it.
         problem: why not.
+        alphas: key of a factor -> alpha of its module, of files that are not written yet.
     """
 
     tensors: Mapping[str, Tensor]
@@ -40,6 +41,7 @@ class Look(Frozen, dict=True):
     dialect: str = ""
     adapter: Adapter | None = None
     problem: str = ""
+    alphas: Mapping[str, float | None] = field(default_factory=dict)
 
     @classmethod
     def of(cls, adapter: Adapter) -> Look:
@@ -51,16 +53,24 @@ class Look(Frozen, dict=True):
         return cls(tensors, adapter.metadata, adapter.config, adapter.dialect, adapter)
 
     @classmethod
-    def of_files(cls, files: AdapterFiles, dialect: str) -> Look:
-        """Of files that are not written yet."""
+    def of_files(cls, files: AdapterFiles, dialect: str, specs: Iterable[DeltaSpec] = ()) -> Look:
+        """Of files that are not written yet, and the changes that are in them."""
+        keys = {id(source): key for key, source in files.tensors}
+        alphas = {keys[id(f)]: s.alpha for s in specs for f in s.fields.values() if id(f) in keys}
         tensors = {key: Tensor(source.dtype, source.shape) for key, source in files.tensors}
         config = files.json_files.get(CONFIG_NAME, {})
-        return cls(tensors, files.metadata, config, dialect=dialect)
+        return cls(tensors, files.metadata, config, dialect=dialect, alphas=alphas)
 
     @cached_property
     def answers(self) -> dict[Any, object]:
         """Of questions that were asked by `once`."""
         return {}
+
+    @cached_property
+    def stated_alphas(self) -> Mapping[str, float | None]:
+        """Key of a factor -> alpha of its module."""
+        specs = () if self.adapter is None else self.adapter.specs
+        return self.alphas or {f.name: s.alpha for s in specs for f in s.fields.values()}
 
     @cached_property
     def groups(self) -> tuple[Group, ...]:
