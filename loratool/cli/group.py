@@ -21,8 +21,8 @@ COMMANDS = {
     "compress": "Fewer ranks, the best ones, loss shown. No base needed.",
     "swap": "Exchange one merged adapter for another, in one rounding.",
     "convert": "Write an adapter as another program stores it, bytes copied.",
-    "split": "A slim adapter for servers, and a base that holds what they leave out.",
-    "rescale": "Multiply what an adapter changes, exactly where numbers allow it.",
+    "split": "A slim adapter for servers, and a base with what they leave out.",
+    "rescale": "Multiply what an adapter changes, exactly where numbers allow.",
     "compare": "How alike adapters are: cosine, subspaces, signs, configuration.",
     "run": "Several steps from one strict recipe file.",
     "verify": "Recompute a merge and compare, bit by bit.",
@@ -34,6 +34,15 @@ COMMANDS = {
     "completion": "Complete commands and options in your shell.",
 }
 """Command -> what it does in one line; the module of the same name holds it."""
+
+GROUPS = {
+    "Look": ("inspect", "check", "compare", "verify"),
+    "Into a model, and out again": ("merge", "subtract", "swap", "split"),
+    "Adapters": ("extract", "compress", "rescale", "convert"),
+    "Hub": ("pull", "push"),
+    "More": ("run", "demo", "doctor", "completion"),
+}
+"""How the help page orders them; `merge` also puts adapters together."""
 
 MODULES = {"run": "recipe"}
 """Command -> its module where that has another name (`loratool.cli.run` is a function)."""
@@ -89,8 +98,10 @@ class LazyGroup(click.Group):
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """List the commands without importing them."""
-        with formatter.section(click.style("Commands", bold=True)):
-            formatter.write_dl(list(COMMANDS.items()))
+        width = max(map(len, COMMANDS))
+        for title, names in GROUPS.items():
+            with formatter.section(click.style(title, bold=True)):
+                formatter.write_dl([(name.ljust(width), COMMANDS[name]) for name in names])
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the examples."""

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 @click.command(
     cls=opt.Command,
     name="split",
-    short_help="A slim adapter for servers, and a base that holds what they leave out.",
+    short_help="A slim adapter for servers, and a base with what they leave out.",
     examples=(
         "loratool split ./chat --base ./model -o ./served",
         "loratool split ./chat --base auto --for vllm -o ./for-vllm",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -15,7 +15,7 @@ from loratool.lazy import regex
 from loratool.options.words import Option, Options, alternatives, options_of
 
 _WRITTEN = ("output", "save_undo", "save_residual", "csv", "plot", "html")
-_MINE = {"dry_run", "offline", "yes"}  # of `run` itself
+_MINE = {"dry_run", "offline", "series", "yes"}  # of `run` itself
 _DECIMAL = regex(r"(?ai)[-+]?(0|[1-9]\d*)?(\.\d*)?(e[-+]?\d+)?")  # to YAML 010 is 8, 1:30 is 90
 Commands = Mapping[str, type[Options]]
 
@@ -123,7 +123,8 @@ def _step(path: Path, number: int, node: Any, commands: Commands) -> RecipeStep:
                 "- merge: {adapters: [./style], base: ./model, output: ./merged}")  # fmt: skip
     ((command, (key, value)),) = pairs.items()
     if command not in commands:
-        _refuse("LT-288", path, key, f"no command {command}", list_some(commands, 20))
+        _refuse("LT-288", path, key, f"no command {command}", list_some(commands, 20),
+                hint=_near(command, commands))  # fmt: skip
     if not isinstance(value, yaml.MappingNode):
         _refuse("LT-287", path, value, f"{command} has no options", "option: value")
     known = _known(commands[command])
@@ -131,9 +132,10 @@ def _step(path: Path, number: int, node: Any, commands: Commands) -> RecipeStep:
     for name, (where, item) in _pairs(path, value).items():
         keyword, plain = _keyword(name, known, _plain(path, item))
         if keyword is None or keyword in options:
+            words = [option.key for option in known.values()]
             _refuse("LT-288", path, where, f"{command} has no option {name}"
                     if keyword is None else f"{name} says {keyword} a second time",
-                    list_some((k.replace("_", "-") for k in known), 40))  # fmt: skip
+                    list_some(words, 40), hint=_near(name, words))  # fmt: skip
         hint = known[keyword].type
         if not _fits(plain, hint):
             _refuse("LT-288", path, item, f"{command}: {name} is of the wrong type",
@@ -151,7 +153,8 @@ def _step(path: Path, number: int, node: Any, commands: Commands) -> RecipeStep:
 
 def _keyword(name: str, known: Mapping[str, Option], value: Any) -> tuple[str | None, Any]:
     """The keyword of an option under any of its names, and the value it takes there."""
-    spelled = {option.key: word for word, option in known.items()}
+    spelled = {flag[2:].partition("/")[0]: word for word, option in known.items()
+               for flag in option.flags if flag.startswith("--")}  # fmt: skip
     word = name.replace("-", "_")
     if word.startswith("no_") and word[3:] in known and isinstance(value, bool):
         return word[3:], not value
@@ -228,8 +231,18 @@ def _words(hint: Any) -> str:
 
 
 def _refuse(
-    code: str, path: Path, node: Any, what: str, expected: object = None, got: object = None
-) -> NoReturn:
+    code: str, path: Path, node: Any, what: str, expected: object = None, got: object = None,
+    hint: str | None = None,
+) -> NoReturn:  # fmt: skip
     raise UsageError(
-        code, what, file=f"{path}, line {node.start_mark.line + 1}", expected=expected, got=got
-    )
+        code, what, file=f"{path}, line {node.start_mark.line + 1}", expected=expected, got=got,
+        hint=hint,
+    )  # fmt: skip
+
+
+def _near(word: str, known: Iterable[str]) -> str | None:
+    """What was probably meant."""
+    import difflib
+
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f"did you mean {close[0]}?" if close else None

@@ -136,7 +136,7 @@ def page_of_compress(report: CompressReport) -> Page:
     is_one = len(adapters) == 1
     name = PurePath(adapters[0].output).name if is_one else plural(len(adapters), "adapter")
     tiles = [("Before", format_bytes(before)), ("After", format_bytes(after)),
-             ("Of it", share(after / before if before else 1.0).text)]  # fmt: skip
+             ("Left of it", share(after / before if before else 1.0).text)]  # fmt: skip
     if is_one:
         tiles += [("Energy held", share(adapters[0].captured_energy).text),
                   ("Relative error", number(adapters[0].relative_error, ".3g").text)]  # fmt: skip

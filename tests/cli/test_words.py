@@ -18,7 +18,7 @@ import pytest
 import loratool as lt
 from loratool import __version__, cli
 from loratool.cli import signals
-from loratool.cli.group import COMMANDS, LATER, SYNONYMS
+from loratool.cli.group import COMMANDS, GROUPS, LATER, SYNONYMS
 from loratool.errors import NumericError
 
 from .conftest import Run
@@ -28,6 +28,8 @@ def test_help_lists_every_command(run: Run) -> None:
     found = run("--help")
     assert found.code == 0 and found.err == ""
     assert all(re.search(rf"^  {name} ", found.out, re.M) for name in COMMANDS)
+    assert sorted(name for names in GROUPS.values() for name in names) == sorted(COMMANDS)
+    assert max(map(len, found.out.splitlines())) < 80
     assert run().out == found.out
     assert run("-h").out == found.out
 
