@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 
 from loratool.adapter import DeltaSpec
-from loratool.delta.lowrank import LowRank, Pair
+from loratool.delta.lowrank import LowRank, Pair, region_of
 from loratool.kind import HEAD
 from loratool.plan import DeltaPart
 from loratool.plugins import function_of
@@ -44,9 +44,4 @@ def build(
     ((left, right),) = function_of(part.spec.row.pairs)(fields, part.spec)
     if fold:
         left, coefficient = left * coefficient, 1.0
-    if part.transposed:
-        left, right = right.T, left.T
-    rows, cols = part.region.source_rows, part.region.source_cols
-    left = left if rows is None else left[rows[0] : rows[1]]
-    right = right if cols is None else right[:, cols[0] : cols[1]]
-    return LowRank(left.to(dtype).contiguous(), right.to(dtype).contiguous(), coefficient)
+    return region_of(left, right, part, dtype, coefficient)

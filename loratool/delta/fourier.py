@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import torch
 
 from loratool.adapter import DeltaSpec
-from loratool.delta.lowrank import LowRank, Pair, thinnest
+from loratool.delta.lowrank import LowRank, Pair, region_of, thinnest
 from loratool.plan import DeltaPart
 
 
@@ -34,13 +34,7 @@ def build(
         fold: no choice here.
     """
     left, right = _waves(fields, part.spec)
-    left = left * coefficient
-    if part.transposed:
-        left, right = right.T, left.T
-    rows, cols = part.region.source_rows, part.region.source_cols
-    left = left if rows is None else left[rows[0] : rows[1]]
-    right = right if cols is None else right[:, cols[0] : cols[1]]
-    return LowRank(left.to(dtype).contiguous(), right.to(dtype).contiguous())
+    return region_of(left * coefficient, right, part, dtype)
 
 
 def pairs_of(fields: Mapping[str, torch.Tensor], spec: DeltaSpec) -> list[Pair]:

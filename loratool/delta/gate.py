@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import torch
 
 from loratool.delta.base import Delta
-from loratool.delta.lowrank import LowRank
+from loratool.delta.lowrank import LowRank, region_of
 from loratool.plan import DeltaPart
 
 
@@ -72,13 +72,7 @@ def build(
         fold: no choice here.
     """
     left, right = _factors(fields, part)
-    left = left.double() * coefficient
-    if part.transposed:
-        left, right = right.T, left.T
-    rows, cols = part.region.source_rows, part.region.source_cols
-    left = left if rows is None else left[rows[0] : rows[1]]
-    right = right if cols is None else right[:, cols[0] : cols[1]]
-    return Gated(LowRank(left.to(dtype).contiguous(), right.to(dtype).contiguous()))
+    return Gated(region_of(left.double() * coefficient, right, part, dtype))
 
 
 def _factors(

@@ -13,7 +13,7 @@ import torch
 
 from loratool.adapter import DeltaSpec
 from loratool.delta.base import Delta
-from loratool.delta.lowrank import LowRank, Pair, thin_factors, thinnest
+from loratool.delta.lowrank import LowRank, Pair, region_of, thin_factors, thinnest
 from loratool.linalg.exact import product_terms
 from loratool.plan import DeltaPart
 
@@ -103,12 +103,7 @@ def build(
         left, right = _pair(fields, number)
         if fold and number == 1:
             left, coefficient = left * coefficient, 1.0
-        if part.transposed:
-            left, right = right.T, left.T
-        rows, cols = part.region.source_rows, part.region.source_cols
-        left = left if rows is None else left[rows[0] : rows[1]]
-        right = right if cols is None else right[:, cols[0] : cols[1]]
-        made.append(LowRank(left.to(dtype).contiguous(), right.to(dtype).contiguous()))
+        made.append(region_of(left, right, part, dtype))
     return Hadamard(made[0], made[1], coefficient)
 
 

@@ -119,6 +119,27 @@ def build(
     return LowRank(left.to(dtype).contiguous(), right.to(dtype).contiguous(), coefficient)
 
 
+def region_of(
+    left: torch.Tensor, right: torch.Tensor, part: DeltaPart, dtype: torch.dtype,
+    coefficient: float = 1.0,
+) -> LowRank:  # fmt: skip
+    """The product of two factors as it lies on the target: turned, and the part's rows and columns.
+
+    Args:
+        left: (out, r).
+        right: (r, in).
+        part: with orientation and region.
+        dtype: that they get.
+        coefficient: of the product.
+    """
+    if part.transposed:
+        left, right = right.T, left.T
+    rows, cols = part.region.source_rows, part.region.source_cols
+    left = left if rows is None else left[rows[0] : rows[1]]
+    right = right if cols is None else right[:, cols[0] : cols[1]]
+    return LowRank(left.to(dtype).contiguous(), right.to(dtype).contiguous(), coefficient)
+
+
 def oriented_factors(
     fields: Mapping[str, torch.Tensor], part: DeltaPart
 ) -> tuple[torch.Tensor, torch.Tensor]:
