@@ -64,9 +64,9 @@ SYNONYMS = {
 """What people type by instinct -> what it is called here."""
 
 EXAMPLES = (
-    "loratool inspect ./style                                 # no torch, no download",
-    "loratool merge ./style --base ./model -o ./merged        # into the model",
-    "loratool merge ./style:0.8 ./sql:0.5 --base auto -o out  # several, one rounding",
+    "loratool inspect ./style                             # no torch, no download",
+    "loratool merge ./style --base ./model -o ./merged    # into the model",
+    "loratool merge ./style:0.8 ./sql --base auto -o out  # several, one rounding",
     "loratool verify ./merged --base ./model --adapter ./style",
     "loratool extract ./my-sft --base ./model -o ./lora",
     "loratool compress ./r64 --energy 0.99 -o ./small",
