@@ -2,8 +2,8 @@
 
 MiniMax-H3 in its makers' own shards.  Their code puts the rows in order when it loads them
 (`reorder_interleaved_qkv` of diffusers' ``scripts/convert_minimax_h3_to_diffusers.py``), as do
-ComfyUI's files of it, and adapters have them in that order; the shapes are the same.  What tells
-the shards is their configuration, which has the makers' words.
+ComfyUI's files of it, and adapters have them in that order; names and shapes are the same.  What
+tells the shards is their configuration, which has the makers' words.
 """
 
 from __future__ import annotations
@@ -29,6 +29,11 @@ def head_rows(config: Mapping[str, Any], tensor: str) -> int:
     """
     parts = (config, *(part for part in config.values() if isinstance(part, Mapping)))
     return _HEAD if _FUSED.search(tensor) and any(_KEY in part for part in parts) else 0
+
+
+def is_order_untold(config: Mapping[str, Any], tensor: str) -> bool:
+    """True for such a tensor of a base that has no configuration."""
+    return not config and _FUSED.search(tensor) is not None
 
 
 def cut_at(spans: Sequence[Rows], height: int) -> Iterator[Rows]:

@@ -124,14 +124,16 @@ def bind(adapter: Adapter, checkpoint: Checkpoint, options: Names | None = None)
     outcome = _choose(items, adapter, checkpoint, options)
     left_out = tuple(sorted({m.item.module for m in outcome.misfits}))
     bindings = settle(outcome.found, outcome.context, adapter)
+    joined = join_changes(bindings.deltas, adapter)
+    deltas, of_heads = in_order_of_heads(joined, checkpoint, adapter)
     return replace(
         bindings,
-        deltas=in_order_of_heads(join_changes(bindings.deltas, adapter), checkpoint, adapter),
+        deltas=deltas,
         created={f.created: created for f in outcome.found if (created := _created(f))},
         config_changes={**config_changes, **bindings.config_changes},
         rule=outcome.rule.words,
         skipped=tuple(sorted({*skipped, *left_out})),
-        notes=(*notes, *bindings.notes, *words_of(outcome.repeats)),
+        notes=(*notes, *bindings.notes, *of_heads, *words_of(outcome.repeats)),
         checkpoint=checkpoint,
     )
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from loratool.adapter import Adapter, DeltaSpec
-from loratool.archs.by_heads import by_heads, cut_at, head_rows
+from loratool.archs.by_heads import by_heads, cut_at, head_rows, is_order_untold
 from loratool.archs.families import Guess, family_of, module_shapes, split_component
 from loratool.archs.family_rows import cut, holds_for
 from loratool.archs.flat import FlatNames, KnownNames, Meaning, flat_names
@@ -63,14 +63,19 @@ def meanings_of(name: str, index: FlatNames | KnownNames) -> list[Meaning]:
 
 def in_order_of_heads(
     deltas: Sequence[BoundDelta], checkpoint: Checkpoint, adapter: Adapter
-) -> tuple[BoundDelta, ...]:
-    """Changes of q, k and v where the base has the rows of these head by head.
+) -> tuple[tuple[BoundDelta, ...], tuple[str, ...]]:
+    """(Changes of q, k and v where the base has the rows of these head by head, notes).
 
     A folder of PEFT is of the very module, whatever lies in it.
     """
     if is_of_home(adapter, DEFAULT):
-        return tuple(deltas)
-    return tuple(part for delta in deltas for part in _by_heads(delta, checkpoint))
+        return tuple(deltas), ()
+    untold = [d.target for d in deltas if is_order_untold(checkpoint.config, d.target)]
+    notes = [f"{len(untold)} weights of q, k and v are taken as ComfyUI has them, all of q "
+             "first: the base has no config.json, by which MiniMax-H3's own shards are known, "
+             "where they lie head by head"] if untold else []  # fmt: skip
+    placed = tuple(part for delta in deltas for part in _by_heads(delta, checkpoint))
+    return placed, tuple(notes)
 
 
 def _by_heads(delta: BoundDelta, checkpoint: Checkpoint) -> Iterator[BoundDelta]:

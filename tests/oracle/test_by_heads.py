@@ -68,6 +68,22 @@ def test_a_merge_follows_the_order_of_the_base(spelling: str, is_raw: bool, tmp_
     assert close(found, laid(want) if is_raw else want)
 
 
+@pytest.mark.parametrize("how", ["a file alone", "its folder", "of another"])
+def test_a_base_that_does_not_tell_is_taken_as_comfyuis(how: str, tmp_path: Path) -> None:
+    config = {"its folder": {"token_refiner_num_layers": 2}, "of another": {"x": 1}}.get(how, {})
+    base, weights = shards(tmp_path / "base", **config)
+    if how == "a file alone":
+        (base / "config.json").unlink()
+        base = base / "model.safetensors"
+    path, want = fused(tmp_path / "style.safetensors", "diffusion_model.blocks.0.attn.qkv_proj")
+    out = tmp_path / ("merged.safetensors" if base.is_file() else "merged")
+    report = lt.merge([path], base=base, output=out)
+    assert any("head by head" in note for note in report.notes) == (how == "a file alone")
+    file = out if out.is_file() else out / "model.safetensors"
+    found = load_file(str(file))[NAME].astype("f8") - weights[NAME]
+    assert close(found, laid(want) if how == "its folder" else want)
+
+
 def test_an_extract_has_the_order_of_adapters(tmp_path: Path) -> None:
     base, weights = shards(tmp_path / "base", token_refiner_num_layers=2)
     path, change = fused(tmp_path / "style.safetensors", "diffusion_model.blocks.0.attn.qkv_proj")
