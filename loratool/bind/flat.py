@@ -70,12 +70,13 @@ def in_order_of_heads(
     """
     if is_of_home(adapter, DEFAULT):
         return tuple(deltas), ()
-    untold = [d.target for d in deltas if is_order_untold(checkpoint.config, d.target)]
-    notes = [f"{len(untold)} weights of q, k and v are taken as ComfyUI has them, all of q "
-             "first: the base has no config.json, by which MiniMax-H3's own shards are known, "
-             "where they lie head by head"] if untold else []  # fmt: skip
+    is_told = not any(is_order_untold(checkpoint.config, d.target) for d in deltas)
+    notes = () if is_told else (
+        "rows of q, k and v are taken as ComfyUI's files have them, all of q first: the base has "
+        "no config.json, by which MiniMax-H3's own shards are known, where they lie head by head",
+    )  # fmt: skip
     placed = tuple(part for delta in deltas for part in _by_heads(delta, checkpoint))
-    return placed, tuple(notes)
+    return placed, notes
 
 
 def _by_heads(delta: BoundDelta, checkpoint: Checkpoint) -> Iterator[BoundDelta]:
