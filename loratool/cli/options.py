@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
@@ -115,19 +115,37 @@ def meant_option(typed: str, ctx: click.Context | None) -> str:
 
     params = [] if ctx is None else ctx.command.get_params(ctx)
     here = [flag for p in params if isinstance(p, click.Option) for flag in p.opts]
-    word = typed.lstrip("-")
+    word = typed.lstrip("-").replace("_", "-")
     if "--param" in here and any(p.name == word for method in METHODS for p in method.params):
         return f"--param {word}=…"
     if (flag := "--" + SYNONYMS.get(word, "")) in here:
         return f"did you mean {flag}?"
+    if others := _having({f"--{word}", flag} - {"--"}):
+        return f"{' and '.join(others[:3])} {'has' if len(others) == 1 else 'have'} it"
     close = difflib.get_close_matches(word, [f[2:] for f in here if f.startswith("--")], n=1)
     return f"did you mean --{close[0]}?" if close else ""
+
+
+def _having(flags: Set[str]) -> list[str]:
+    """The commands that have one of some options."""
+    from loratool.options.commands import COMMANDS
+    from loratool.options.words import options_of
+
+    return [
+        f"loratool {name}" for name, kind in COMMANDS.items()
+        if any(flags & {*one.flags} for one in options_of(kind) if one.words.section)
+    ]  # fmt: skip
 
 
 SYNONYMS = {
     "precision": "dtype", "ratio": "weights", "save-dtype": "dtype", "save-precision": "dtype",
     "new-rank": "rank", "dim": "rank", "target": "for", "format": "to", "out": "output",
-    "overwrite": "force",
+    "overwrite": "force", "ratios": "weights", "lora-multiplier": "weights",
+    "lora-scale": "weights", "save-to": "output", "save-path": "output", "out-path": "output", "output-file": "output",
+    "linear-dim": "rank", "svd-rank": "rank", "new-conv-rank": "only", "conv-dim": "only",
+    "sv-epsilon": "sv-min", "sigma-rel": "ema", "beta": "ema", "combination-type": "method",
+    "merge-method": "method", "model-org": "base", "base-model": "base",
+    "out-shard-size": "shard-size", "export-size": "shard-size",
 }  # fmt: skip
 """Words of other programs' options -> ours."""
 
