@@ -121,7 +121,7 @@ def meant_option(typed: str, ctx: click.Context | None) -> str:
     if (flag := "--" + SYNONYMS.get(word, "")) in here:
         return f"did you mean {flag}?"
     if others := _having({f"--{word}", flag} - {"--"}):
-        return f"{' and '.join(others[:3])} {'has' if len(others) == 1 else 'have'} it"
+        return f"{', '.join(others)} {'has' if len(others) == 1 else 'have'} it"
     close = difflib.get_close_matches(word, [f[2:] for f in here if f.startswith("--")], n=1)
     return f"did you mean --{close[0]}?" if close else ""
 
@@ -132,7 +132,7 @@ def _having(flags: Set[str]) -> list[str]:
     from loratool.options.words import options_of
 
     return [
-        f"loratool {name}" for name, kind in COMMANDS.items()
+        name for name, kind in COMMANDS.items()
         if any(flags & {*one.flags} for one in options_of(kind) if one.words.section)
     ]  # fmt: skip
 
@@ -141,7 +141,8 @@ SYNONYMS = {
     "precision": "dtype", "ratio": "weights", "save-dtype": "dtype", "save-precision": "dtype",
     "new-rank": "rank", "dim": "rank", "target": "for", "format": "to", "out": "output",
     "overwrite": "force", "ratios": "weights", "lora-multiplier": "weights",
-    "lora-scale": "weights", "save-to": "output", "save-path": "output", "out-path": "output", "output-file": "output",
+    "lora-scale": "weights", "save-to": "output", "save-path": "output", "out-path": "output",
+    "output-file": "output",
     "linear-dim": "rank", "svd-rank": "rank", "new-conv-rank": "only", "conv-dim": "only",
     "sv-epsilon": "sv-min", "sigma-rel": "ema", "beta": "ema", "combination-type": "method",
     "merge-method": "method", "model-org": "base", "base-model": "base",
