@@ -456,6 +456,17 @@ def test_three_parameters_of_a_module_and_a_module_inside(tmp_path: Path) -> Non
     }  # fmt: skip
 
 
+def test_a_head_tied_to_an_embedding_is_no_parameter(tmp_path: Path) -> None:
+    """PEFT names the embedding alone, and parameters of experts by their last name alone."""
+    tensors = {**pair("lm_head", 2, 16, 32), **pair("l.0.mlp.experts", 8, 8, 16)}
+    adapter = read(tmp_path, tensors, r=2, target_modules=["embed_tokens"],
+                   ensure_weight_tying=True, target_parameters=["down_proj"],
+                   rank_pattern={r".*\.down_proj": 4})  # fmt: skip
+    assert {(s.module, s.parameter, s.rank) for s in adapter.specs} == {
+        ("lm_head", "weight", 2), ("l.0.mlp.experts", "down_proj", 4),
+    }  # fmt: skip
+
+
 def test_one_parameter_alone_has_no_base_layer_and_no_doubt(tmp_path: Path) -> None:
     adapter = read(tmp_path, pair("l.mlp.experts", 16, 24, 16),
                    target_parameters=["experts.down_proj"])  # fmt: skip

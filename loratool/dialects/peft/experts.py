@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from functools import lru_cache
 
 from loratool.adapter import TensorRef
+from loratool.archs.ties import is_head
 from loratool.dialects.peft.config import PeftConfig
 from loratool.dialects.peft.patterns import endings, is_named
 from loratool.errors import BadFileError, MismatchError, list_some
@@ -149,7 +150,11 @@ def _by_parent(parameters: tuple[str, ...]) -> Mapping[str, list[tuple[int, str]
 
 
 def _is_plain(owner: str, lora_A: TensorRef, config: PeftConfig) -> bool:
-    """True if ``target_modules`` covers the owner, so that its factors belong to its weight."""
+    """True if ``target_modules`` covers the owner, so that its factors belong to its weight.
+
+    A head that is tied to an embedding need not be named.
+    """
     if config.has_target_pattern:  # the pattern may be anything: only flattened experts differ
         return lora_A.shape[:1] == (int(config.ranks.get(owner, config.rank or 0)),)
-    return is_named(owner, config.targets or ())
+    is_tied = config.ties and is_head(f"{owner}.weight")
+    return is_tied or is_named(owner, config.targets or ())
