@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from loratool.archs.base import Rule, load_data
@@ -61,8 +61,28 @@ def has_interleaved_experts(config: Mapping[str, Any]) -> bool:
 
 
 def has_flipped_experts(config: Mapping[str, Any]) -> bool:
-    """True if weight files store the experts transposed against the running model."""
+    """True if weight files may store the experts transposed against the running model."""
     return _any_type(config, "flipped_experts")
+
+
+def experts_lie_turned(config: Mapping[str, Any], name: str, shape: Sequence[int]) -> bool:
+    """True if a stack of experts lies (E, in, out) in its file.
+
+    Files of flipped experts do as they were published, and (E, out, in) as transformers 5 saves
+    them: the hidden size tells, where it is not both sizes.
+
+    Args:
+        config: of the base.
+        name: of the tensor.
+        shape: of the tensor, three axes.
+    """
+    if has_transposed_experts(config):
+        return True
+    if not has_flipped_experts(config):
+        return False
+    hidden = _first_int(sub_config(config, name), _HIDDEN)
+    is_output = "down" in name.rpartition(".")[2]  # writes what the others read
+    return shape[1] == shape[2] or hidden != shape[1 if is_output else 2]
 
 
 def alias_rules(config: Mapping[str, Any]) -> tuple[Rule, ...]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from loratool.adapter import DeltaSpec
 from loratool.archs.experts import ExpertName, expert_names, fused_names, parse_expert
 from loratool.archs.layers import (
+    experts_lie_turned,
     has_flipped_experts,
     has_interleaved_experts,
     has_transposed_experts,
@@ -189,7 +190,7 @@ def _fused_slot(target: str, expert: int, position: int, count: int, ctx: Contex
     if expert >= experts:
         return None
     first = expert * d1
-    turned = has_transposed_experts(ctx.config) or has_flipped_experts(ctx.config)
+    turned = experts_lie_turned(ctx.config, target, (experts, d1, d2))
     if count == 1:
         return _Slot(target, (Span(first, first + d1),), (), (d1, d2))
     if not turned:
@@ -207,6 +208,7 @@ def _fused_slot(target: str, expert: int, position: int, count: int, ctx: Contex
 def _is_stored_turned(slot: _Slot, asked: tuple[int, ...], ctx: Context) -> bool | None:
     """Is the slot stored (in, out)?  None if the delta does not fit."""
     is_part_of_fused = bool(slot.rows)
-    arch = has_transposed_experts(ctx.config) or has_flipped_experts(ctx.config)
-    turned = is_part_of_fused and arch
+    turned = is_part_of_fused and experts_lie_turned(
+        ctx.config, slot.target, ctx.shape(slot.target)
+    )
     return turned if (asked[::-1] if turned else asked) == slot.shape else None

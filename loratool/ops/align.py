@@ -8,10 +8,11 @@ the other one by one are compared one by one.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 from loratool.adapter import TensorRef
 from loratool.archs.experts import expert_names, parse_expert
-from loratool.archs.layers import has_flipped_experts, has_transposed_experts
+from loratool.archs.layers import experts_lie_turned
 from loratool.archs.names import to_memory
 from loratool.archs.stated import model_type
 from loratool.bind.names import name_rules
@@ -110,21 +111,23 @@ def _without_wrappers(tensors: Mapping[str, TensorRef]) -> dict[str, TensorRef]:
 
 def _split_experts(one: Checkpoint, other: Checkpoint) -> tuple[Checkpoint, int]:
     """Slices of tensors that hold every expert, where the other side has a tensor for each."""
-    if has_transposed_experts(one.config) or has_flipped_experts(one.config):
-        return one, 0  # their slices are transposed, or not in one piece
     tensors: dict[str, TensorRef] = {}
     count = 0
     for name, ref in one.tensors.items():
-        parts = dict(_slices(name, ref, other))
+        parts = dict(_slices(name, ref, other, one.config))
         tensors |= parts or {name: ref}
         count += bool(parts)
     return (replace(one, tensors=tensors), count) if count else (one, 0)
 
 
-def _slices(name: str, ref: TensorRef, other: Checkpoint) -> Iterator[tuple[str, TensorRef]]:
+def _slices(
+    name: str, ref: TensorRef, other: Checkpoint, config: Mapping[str, Any]
+) -> Iterator[tuple[str, TensorRef]]:
     found = parse_expert(name)
     if found is None or found.expert is not None or len(ref.shape) != 3 or 0 in ref.shape:
         return
+    if experts_lie_turned(config, name, ref.shape):
+        return  # its slices are transposed, or not in one piece
     count, rows, cols = ref.shape
     if rows % len(found.parts) or ref.nbytes % count:
         return

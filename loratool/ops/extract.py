@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from loratool.adapter import TensorRef
-from loratool.archs.layers import is_conv1d
+from loratool.archs.layers import experts_lie_turned, is_conv1d
 from loratool.archs.names import to_memory
 from loratool.archs.stated import model_type
 from loratool.bind.user_names import part_regex
@@ -16,7 +16,6 @@ from loratool.errors import MismatchError
 from loratool.frozen import Frozen, field, replace
 from loratool.ops.extract_pairs import (
     Pair,
-    experts_are_turned,
     join_experts,
     settle_holders,
 )
@@ -174,7 +173,7 @@ def _factor_step(pair: Pair, base: Checkpoint, how: Mapping[str, Any], gain: flo
         args["kernel"] = list(shape[2:])
     elif pair.role == "experts":
         args["experts"] = shape[0]
-        args["transposed"] = experts_are_turned(base.config)
+        args["transposed"] = experts_lie_turned(base.config, pair.name, shape)
     elif pair.holder == "embedding" or (
         pair.holder == "linear" and is_conv1d(model_type(base.config), pair.module)
     ):

@@ -10,7 +10,7 @@ from loratool.archs.classes import fuses_experts, holder_of
 from loratool.archs.experts import parse_expert
 from loratool.archs.families import places, split_component
 from loratool.archs.heads import is_other_head
-from loratool.archs.layers import has_flipped_experts, has_transposed_experts, is_conv1d
+from loratool.archs.layers import is_conv1d
 from loratool.archs.names import to_memory
 from loratool.archs.places import is_text
 from loratool.archs.stated import model_type
@@ -135,11 +135,6 @@ def _is_image_layer(name: str) -> bool:
     """True for a linear layer of an image model that is called as tables are: ``x_embedder``."""
     module = name.removesuffix(".weight")
     return module.endswith("embedder") and any(places("unet", module))
-
-
-def experts_are_turned(config: Mapping[str, Any]) -> bool:
-    """True if stacked experts lie (in, out) in the files where the factors are (out, in)."""
-    return has_transposed_experts(config) or has_flipped_experts(config)
 
 
 def join_experts(pairs: Sequence[Pair], base: Checkpoint, names: str) -> list[Pair]:

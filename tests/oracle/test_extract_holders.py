@@ -30,6 +30,13 @@ HF: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2_moe": ("Qwen2MoeForCausalLM", {
         **MOE, "num_experts": 4, "shared_expert_intermediate_size": 12}),
     "qwen3_moe": ("Qwen3MoeForCausalLM", {**MOE, "num_experts": 4, "head_dim": 8}),
+    "qwen3_vl_moe": ("Qwen3VLMoeForConditionalGeneration", {
+        "text_config": {**MOE, "num_experts": 4, "head_dim": 4, "moe_intermediate_size": 12,
+                        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4,
+                                            "mrope_section": [1, 1, 0]}},
+        "vision_config": {"depth": 1, "hidden_size": 16, "intermediate_size": 24, "num_heads": 2,
+                          "patch_size": 4, "out_hidden_size": 16, "deepstack_visual_indexes": [0],
+                          "num_position_embeddings": 16}}),
     "olmoe": ("OlmoeForCausalLM", {**MOE, "num_experts": 4}),
     "mixtral": ("MixtralForCausalLM", {**MOE, "num_local_experts": 8, "head_dim": 8}),
     "phimoe": ("PhimoeForCausalLM", {**MOE, "num_local_experts": 4}),
