@@ -28,12 +28,7 @@ def require_reversible(adapters: Sequence[WeightedAdapter]) -> tuple[WeightedAda
     """
     for one in adapters:
         _require_sums(one)
-        lost = [b.target for b in one.bindings.replacements]
-        if lost:
-            raise MismatchError(
-                "LT-456", "what a replacement tensor replaced is not in the merged weights",
-                file=one.adapter.path, key=list_some(lost), hint=_WAY_OUT,
-            )  # fmt: skip
+        _refuse_replacements(one)
     return tuple(adapters)
 
 
@@ -46,13 +41,16 @@ def require_swappable(adapters: Sequence[WeightedAdapter]) -> tuple[WeightedAdap
     old, new = without_overwritten(adapters)
     _require_sums(old)
     _require_sums(new)
-    lost = [b.target for b in old.bindings.replacements]
-    if lost:
+    _refuse_replacements(old)
+    return old, new
+
+
+def _refuse_replacements(one: WeightedAdapter) -> None:
+    if lost := [b.target for b in one.bindings.replacements]:
         raise MismatchError(
             "LT-456", "what a replacement tensor replaced is not in the merged weights",
-            file=old.adapter.path, key=list_some(lost), hint=_WAY_OUT,
+            file=one.adapter.path, key=list_some(lost), hint=_WAY_OUT,
         )  # fmt: skip
-    return old, new
 
 
 def without_overwritten(adapters: Sequence[WeightedAdapter]) -> tuple[WeightedAdapter, ...]:

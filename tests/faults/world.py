@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from loratool import cli
+from tests.cli.conftest import Result
 
 Tensor = tuple[str, tuple[int, ...], bytes]
 PREFIX = "base_model.model."
@@ -88,19 +89,6 @@ ADAPTER_CONFIG: dict[str, Any] = {
     "peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"],
     "base_model_name_or_path": "base", "peft_version": "0.21.2",
 }  # fmt: skip
-
-
-@dataclass
-class Result:
-    code: int
-    out: str
-    err: str
-
-    @property
-    def json(self) -> dict[str, Any]:
-        found = json.loads(self.out)
-        assert isinstance(found, dict)
-        return found
 
 
 @dataclass

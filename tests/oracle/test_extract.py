@@ -227,6 +227,25 @@ class Attention(torch.nn.Module):
         tokens = self.norm(self.stem(image)).flatten(2).transpose(1, 2)
         return self.linear1(self.self_attn(tokens, tokens, tokens)[0])  # type: ignore[no-any-return]
 
+    @staticmethod
+    def save_both(base: dict[str, torch.Tensor], tuned: Attention, top: Path) -> None:
+        for folder, state in (("base", base), ("tuned", tuned.state_dict())):
+            (top / folder).mkdir()
+            tensors = {k: v.contiguous() for k, v in state.items()}
+            save_file(tensors, str(top / folder / "model.safetensors"))
+
+    @staticmethod
+    def check_in_peft(base: dict[str, torch.Tensor], adapter: Path, tuned: Attention) -> None:
+        """PEFT makes of the base and the adapter what the fine-tune is."""
+        fresh = Attention().eval()
+        fresh.load_state_dict(base)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            adapted = peft.PeftModel.from_pretrained(fresh, str(adapter))
+        image = randn(2, 3, 4, 4, seed=9)
+        with torch.no_grad():
+            assert torch.allclose(adapted(image), tuned(image), atol=1e-5)
+
 
 def test_fused_attention_and_convolution(tmp_path: Path) -> None:
     """PEFT applies the out_proj delta twice; the extracted one is halved, and comes back whole."""
@@ -239,23 +258,13 @@ def test_fused_attention_and_convolution(tmp_path: Path) -> None:
                 flat = p.view(p.shape[0], -1)
                 change = randn(flat.shape[0], 2, seed=i) @ randn(2, flat.shape[1], seed=i + 50)
                 p.add_(change.view_as(p) * 0.02)
-    for folder, state in (("base", base), ("tuned", model.state_dict())):
-        (tmp_path / folder).mkdir()
-        tensors = {k: v.contiguous() for k, v in state.items()}
-        save_file(tensors, str(tmp_path / folder / "model.safetensors"))
+    Attention.save_both(base, model, tmp_path)
     lt.extract(tmp_path / "tuned", base=tmp_path / "base", output=tmp_path / "lora", rank=2)
     lt.merge([str(tmp_path / "lora")], base=tmp_path / "base", output=tmp_path / "merged")
     merged = load_file(str(tmp_path / "merged" / "model.safetensors"))
     for key, value in model.state_dict().items():
         assert torch.allclose(merged[key].double(), value.double(), atol=1e-6), key
-    fresh = Attention().eval()
-    fresh.load_state_dict(base)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        adapted = peft.PeftModel.from_pretrained(fresh, str(tmp_path / "lora"))
-    image = randn(2, 3, 4, 4, seed=9)
-    with torch.no_grad():
-        assert torch.allclose(adapted(image), model(image), atol=1e-5)
+    Attention.check_in_peft(base, tmp_path / "lora", model)
 
 
 def test_identical_checkpoints_are_refused(tmp_path: Path) -> None:

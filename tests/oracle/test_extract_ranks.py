@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -244,22 +243,12 @@ def test_uneven_ranks_of_fused_attention(tmp_path: Path) -> None:
                 r = ranks[name]
                 change = randn(flat.shape[0], r, seed=i) @ randn(r, flat.shape[1], seed=i + 50)
                 p.add_(change.view_as(p) * 0.02)
-    for folder, state in (("base", base), ("tuned", model.state_dict())):
-        (tmp_path / folder).mkdir()
-        tensors = {k: v.contiguous() for k, v in state.items()}
-        save_file(tensors, str(tmp_path / folder / "model.safetensors"))
+    Attention.save_both(base, model, tmp_path)
     report = lt.extract(
         tmp_path / "tuned", base=tmp_path / "base", output=tmp_path / "lora", error=1e-5
     )
     assert {m.name: m.rank for m in report.modules} == ranks
-    fresh = Attention().eval()
-    fresh.load_state_dict(base)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        adapted = peft.PeftModel.from_pretrained(fresh, str(tmp_path / "lora"))
-    image = randn(2, 3, 4, 4, seed=9)
-    with torch.no_grad():
-        assert torch.allclose(adapted(image), model(image), atol=1e-5)
+    Attention.check_in_peft(base, tmp_path / "lora", model)
 
 
 def test_a_cast_is_no_change(tmp_path: Path) -> None:
