@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
 
 import click
+from click.types import StringParamType
 
 from loratool.errors import UsageError
 from loratool.lazy import regex
 from loratool.options.words import Option, alternatives
+
+if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
 
 _WEIGHT = regex(r"[+-]?(\d+(\.\d*)?|\.\d+)")
 
@@ -157,6 +162,49 @@ class OneOf(click.Choice[str]):
                          hint=f"{name} {close[0]}" if close else None)  # fmt: skip
 
 
+class File(StringParamType):
+    """A text that the shell completes as a path."""
+
+    def shell_complete(
+        self, ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> list[CompletionItem]:
+        """Files and folders."""
+        from click.shell_completion import CompletionItem
+
+        return [CompletionItem(incomplete, type="file")]
+
+
+class Named(StringParamType):
+    """A text that the shell completes with words known here.
+
+    Args:
+        words: finds them.
+    """
+
+    def __init__(self, words: Callable[[], Iterable[str]]) -> None:
+        self._words = words
+
+    def shell_complete(
+        self, ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> list[CompletionItem]:
+        """Those that begin so."""
+        from click.shell_completion import CompletionItem
+
+        return [CompletionItem(word) for word in self._words() if word.startswith(incomplete)]
+
+
+def _programs() -> Iterable[str]:
+    from loratool.dialects.programs import programs
+
+    return (program.name for program in programs())
+
+
+def _dialects() -> Iterable[str]:
+    from loratool.dialects.registry import written
+
+    return written()
+
+
 def form_of(option: Option) -> click.ParamType[Any] | type | None:
     """What click reads an option's value with."""
     metavar = option.words.metavar or ""
@@ -168,5 +216,9 @@ def form_of(option: Option) -> click.ParamType[Any] | type | None:
         return forms[option.words.form]
     if option.choices:
         return OneOf(option.choices)
+    if metavar in ("PROGRAM", "DIALECT"):
+        return Named(_programs if metavar == "PROGRAM" else _dialects)
+    if "Path" in str(option.type):
+        return File()
     types = alternatives(option.type)
     return int if int in types and str not in types else None

@@ -47,6 +47,11 @@ class Command(click.Command):
         kwargs.setdefault("context_settings", HELP_SETTINGS)
         super().__init__(*args, **kwargs)
         self.examples = examples
+        from loratool.cli.forms import File
+
+        for param in self.params:
+            if isinstance(param, click.Argument) and param.type is click.STRING:
+                param.type = File()
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run; at a terminal a large download is asked for, elsewhere ``-y`` agrees."""

@@ -99,3 +99,41 @@ def test_bash_completes(home: Path, run: Run) -> None:
                           timeout=60)  # fmt: skip
     assert done.stdout.splitlines()[-1] == "inspect info", done
     assert "_loratool_completion" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("line", "offers"),
+    [
+        ("loratool inspect st", ["file,st"]),
+        ("loratool merge a b -o ou", ["file,ou"]),
+        ("loratool merge a --base mo", ["file,mo"]),
+        ("loratool verify m --adapter st", ["file,st"]),
+        ("loratool check a --for com", ["plain,comfyui"]),
+        ("loratool convert a --to koh", ["plain,kohya"]),
+        ("loratool merge a --method slerp --dty", ["plain,--dtype"]),
+        ("loratool compress a --max-rank 1", []),
+    ],
+)
+def test_what_tab_offers(
+    line: str, offers: list[str], run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("_LORATOOL_COMPLETE", "bash_complete")
+    monkeypatch.setenv("COMP_WORDS", line)
+    monkeypatch.setenv("COMP_CWORD", str(line.count(" ")))
+    assert run().out.split() == offers
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")
+def test_bash_completes_paths(tmp_path: Path, run: Run) -> None:
+    """The script tells bash to go on with names of files."""
+    (tmp_path / "script").write_text(run("completion", "bash").out)
+    text = """\
+source ./script
+loratool() { :; }
+compopt() { echo "compopt $*"; }
+env() { echo file,st; }
+COMP_WORDS=(loratool inspect st) COMP_CWORD=2
+_loratool_completion loratool
+"""
+    done = subprocess.run(["bash", "-c", text], cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout.split() == ["compopt", "-o", "default"], done.stderr
