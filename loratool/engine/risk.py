@@ -9,8 +9,8 @@ import torch
 
 from loratool.adapter import DeltaSpec
 from loratool.delta.forms import left_of
+from loratool.delta.load import load_delta
 from loratool.delta.lowrank import LowRank
-from loratool.delta.lowrank import build as build_lowrank
 from loratool.engine.comparison import scaled_pairs
 from loratool.engine.detaching import load_region
 from loratool.engine.factors import load_vector, pack_pairs
@@ -118,13 +118,17 @@ def look_for_intruders(place: Place, env: Env, weaken: float | None = None) -> I
         weaken: λ; None = only look.
     """
     weight, part = load_region(place, env), place.part
-    fields = {role: env.load(source) for role, source in part.spec.fields.items()}
-    delta = build_lowrank(fields, part, coefficient=part.spec.scaling, dtype=torch.float64)
+    delta = load_delta(part, env.load, coefficient=part.spec.scaling, dtype=torch.float64)
     weight = weight.to(_place_for(weight, env.device)).double()
-    found = find_intruders(weight, delta.left.to(weight) @ delta.right.to(weight)).cpu()
+    if isinstance(delta, LowRank):
+        change = delta.left.to(weight) @ delta.right.to(weight)
+    else:
+        change = delta.dense().to(weight)
+    found = find_intruders(weight, change).cpu()
     result = IntruderResult(tuple(found.cosine.tolist()), found.index)
     if weaken is None:
         return result
+    assert isinstance(delta, LowRank)  # who asks for more than a look has seen to that
     return _weaken(result, delta, found, weaken, part)
 
 

@@ -41,15 +41,15 @@ def find(tensors: Tensors, config: Mapping[str, Any], reader: Reader) -> Found:
 
 def _coded(stem: str, tensors: Tensors) -> CodedRef:
     codes, scales, zeros = (tensors[stem + w] for w in ("qweight", "scales", "qzeros"))
-    if len(codes.shape) != 2 or codes.dtype != "I32":
+    if len(codes.shape) != 2 or codes.dtype != "I32" or not codes.numel:
         raise unfit(codes, "I32, inputs × words of outputs", what="the codes")
     inputs, words = codes.shape
     outs = words * _IN_WORD
     if len(scales.shape) != 2 or scales.shape[1] != outs or not scales.shape[0] \
             or inputs % scales.shape[0]:  # fmt: skip
         raise unfit(scales, f"groups of {inputs} inputs × {outs}")
-    if zeros.shape != (scales.shape[0], words):
-        raise unfit(zeros, [scales.shape[0], words], what="the zeros")
+    if zeros.dtype != "I32" or zeros.shape != (scales.shape[0], words):
+        raise unfit(zeros, f"I32 {[scales.shape[0], words]}", what="the zeros")
     return coded("awq", stem + "weight", codes, (outs, inputs),
                  others={"scales": scales, "zeros": zeros}, is_turned=True)  # fmt: skip
 

@@ -16,6 +16,10 @@ if TYPE_CHECKING:
 
 Tensors = Mapping[str, TensorRef]
 
+_FLOATS = frozenset({"F16", "BF16", "F32", "F64", "F8_E4M3", "F8_E5M2", "F8_E8M0"})
+_READ = _FLOATS | {"U8", "I8", "I32", "U32", "I64"}
+"""Types that decoders read, see `loratool.quant.reading.TYPES`."""
+
 
 class Found(Frozen):
     """The coded weights of a checkpoint.
@@ -148,7 +152,13 @@ def coded(
         others: what else decoding reads; those that are None are left out.
         facts: what else the codec must know.
         is_turned: the codes lie with the last two axes exchanged.
+
+    Raises:
+        BadFileError: LT-335, a tensor beside the codes is of a type that none has.
     """
+    for ref in (scales, *(others or {}).values()):
+        if ref is not None and ref.dtype not in _READ:
+            raise unfit(ref, ", ".join(sorted(_READ)))
     beside = tuple((word, ref) for word, ref in (others or {}).items() if ref is not None)
     return CodedRef(
         codes.file, name, "F32", shape, codes.start, tensor_bytes("F32", shape), codes.stamp,
@@ -172,6 +182,17 @@ def unfit(ref: TensorRef, expected: object, *, what: str = "the factors") -> Bad
     )  # fmt: skip
 
 
+def columns_of(codes: TensorRef) -> int:
+    """Length of the last axis of codes.
+
+    Raises:
+        BadFileError: LT-335, there are none.
+    """
+    if not codes.shape or 0 in codes.shape:
+        raise unfit(codes, "rows of codes", what="the codes")
+    return codes.shape[-1]
+
+
 def block_of(
     ref: TensorRef, scale: TensorRef, stated: tuple[int, int], columns: int = 0
 ) -> tuple[int, int]:
@@ -187,6 +208,8 @@ def block_of(
         BadFileError: LT-335.
     """
     *_, rows, cols = (1, 1, *ref.shape)
+    if scale.dtype not in _FLOATS:
+        raise unfit(scale, ", ".join(sorted(_FLOATS)))
     if scale.numel == 1:
         return max(1, ref.numel // max(1, cols)), cols
     height, width = stated

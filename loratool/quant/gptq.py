@@ -48,19 +48,22 @@ def find(tensors: Tensors, config: Mapping[str, Any], reader: Reader) -> Found:
 def _coded(stem: str, tensors: Tensors, said: Mapping[str, Any]) -> CodedRef:
     codes, scales, zeros = (tensors[stem + w] for w in ("qweight", "scales", "qzeros"))
     order = tensors.get(stem + "g_idx")
-    if len(codes.shape) != 2 or codes.dtype != "I32":
+    if len(codes.shape) != 2 or codes.dtype != "I32" or not codes.numel:
         raise unfit(codes, "I32, words of inputs × outputs", what="the codes")
     words, outs = codes.shape
     bits = said.get("bits")
     if bits not in _BITS or words * 32 % bits or (order and words * 32 != order.numel * bits):
         bits = words * 32 // order.numel if order and order.numel else 4
+    if bits not in _BITS:
+        raise unfit(order or codes, f"one for each of {words * 32 // _BITS[-1]} inputs or more",
+                    what="the groups")  # fmt: skip
     inputs = words * 32 // bits
     if order is not None and (order.shape != (inputs,) or order.dtype not in ("I32", "I64")):
         raise unfit(order, f"I32 [{inputs}]", what="the groups")
     if len(scales.shape) != 2 or scales.shape[1] != outs:
         raise unfit(scales, f"groups × {outs}")
-    if zeros.shape != (scales.shape[0], -(-outs * bits // 32)):
-        raise unfit(zeros, [scales.shape[0], -(-outs * bits // 32)], what="the zeros")
+    if zeros.dtype != "I32" or zeros.shape != (scales.shape[0], -(-outs * bits // 32)):
+        raise unfit(zeros, f"I32 {[scales.shape[0], -(-outs * bits // 32)]}", what="the zeros")
     size = said.get("group_size")
     each = size if type(size) is int and size > 0 else -(-inputs // max(1, scales.shape[0]))
     if order is None and -(-inputs // each) > scales.shape[0]:

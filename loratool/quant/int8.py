@@ -13,7 +13,7 @@ import torch
 
 from loratool.adapter import CodedRef, TensorRef
 from loratool.quant import factors as shared
-from loratool.quant.base import Found, Reader, Tensors, block_of, coded
+from loratool.quant.base import Found, Reader, Tensors, block_of, coded, columns_of
 from loratool.quant.reading import raw
 from loratool.quant.schemes import block_size, group_size
 
@@ -44,7 +44,7 @@ def find(tensors: Tensors, config: Mapping[str, Any], reader: Reader) -> Found:
 def _coded(
     name: str, ref: TensorRef, scale: TensorRef, unit: float, config: Mapping[str, Any]
 ) -> CodedRef:
-    block = block_of(ref, scale, block_size(config) or (1, ref.shape[-1]), group_size(config))
+    block = block_of(ref, scale, block_size(config) or (1, columns_of(ref)), group_size(config))
     return coded("int8", name, ref, ref.shape, scales=scale, block=block, facts={"unit": unit})
 
 

@@ -14,7 +14,7 @@ import torch
 
 from loratool.adapter import CodedRef
 from loratool.errors import BadFileError
-from loratool.quant.base import Found, Reader, Tensors, coded, unfit
+from loratool.quant.base import Found, Reader, Tensors, coded, columns_of, unfit
 from loratool.quant.reading import fill, load_rows, unpack
 from loratool.quant.recognize import settings
 
@@ -50,7 +50,7 @@ def _coded(name: str, tensors: Tensors, said: Mapping[str, Any]) -> CodedRef:
             key=name, expected="bits and group_size", got=str(dict(said))[:200],
         )  # fmt: skip
     assert isinstance(bits, int)
-    cols = codes.shape[-1] * 32 // bits
+    cols = columns_of(codes) * 32 // bits
     shape = (*codes.shape[:-1], cols)
     for beside in (scales, biases):
         if beside.shape != (*shape[:-1], -(-cols // size)):

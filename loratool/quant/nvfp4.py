@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from loratool.adapter import CodedRef, TensorRef
-from loratool.quant.base import Found, Reader, Tensors, coded, unfit
+from loratool.quant.base import Found, Reader, Tensors, coded, columns_of, unfit
 from loratool.quant.mxfp4 import NUMBERS
 from loratool.quant.reading import fill, load, load_rows, nibbles
 
@@ -42,7 +42,7 @@ def find(tensors: Tensors, config: Mapping[str, Any], reader: Reader) -> Found:
 
 
 def _coded(name: str, ref: TensorRef, scales: TensorRef, whole: TensorRef) -> CodedRef:
-    shape = (*ref.shape[:-1], ref.shape[-1] * 2)
+    shape = (*ref.shape[:-1], columns_of(ref) * 2)
     if scales.dtype != "F8_E4M3" or scales.shape != (*shape[:-1], -(-shape[-1] // _SIZE)):
         raise unfit(scales, f"F8_E4M3 {[*shape[:-1], -(-shape[-1] // _SIZE)]}")
     if whole.numel != 1:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from loratool.adapter import CodedRef, TensorRef
-from loratool.quant.base import Found, Reader, Tensors, coded, unfit
+from loratool.quant.base import Found, Reader, Tensors, coded, columns_of, unfit
 from loratool.quant.reading import fill, load, load_rows, unpack
 from loratool.quant.schemes import group_size, groups
 
@@ -52,6 +52,7 @@ def _shape(ref: TensorRef, stated: TensorRef | None, reader: Reader) -> tuple[in
     if stated is None or stated.dtype not in ("I64", "I32") or stated.numel != len(ref.shape):
         raise unfit(stated or ref, "the sizes in weight_shape", what="the shape")
     shape = tuple(load(stated, reader).flatten().tolist())
+    columns_of(ref)
     if shape[:-1] != ref.shape[:-1]:
         raise unfit(ref, f"{list(shape[:-1])} × words", what="the codes")
     return shape

@@ -86,9 +86,23 @@ FLAT = (f"inspect {FILE} --tensors", f"inspect {FILE} --spectrum {T}",
         f"convert {FILE} --to lycoris -o work/out.safetensors",
         f"merge {FILE} --base {{at}}/base/it.safetensors {T} -o work/out.safetensors")  # fmt: skip
 
+CODED = ("inspect {at}/base", f"merge {{at}}/adapter --base {{at}}/base --dequantize {OUT}",
+         f"merge {{at}}/adapter --base {{at}}/base --requant {OUT}",
+         f"inspect {{at}}/adapter --base {{at}}/base {T}")  # fmt: skip
+GGUF = ("inspect {at}/adapter/it.gguf", f"convert {{at}}/adapter/it.gguf --to peft {OUT}",
+        f"inspect {{at}}/adapter/it.gguf --spectrum {T}",
+        "rescale {at}/adapter/it.gguf 0.5 -o work/out.gguf")  # fmt: skip
+MLX = ("inspect {at}/adapter --json", "check {at}/adapter --for mlx",
+       f"convert {{at}}/adapter --to peft {OUT}", f"merge {{at}}/adapter in/lora {OUT}",
+       f"compress {{at}}/adapter --rank 1 {OUT}")  # fmt: skip
+
 KINDS = {
     "flat-header": Kind(("flat/*/adapter/*.safetensors",), change.safetensors, FLAT),
     "flat-tensors": Kind(("flat/*/adapter/*.safetensors",), mutate_tensors, FLAT),
+    "coded": Kind(("codes/*/base/*.json", "codes/*/base/*.safetensors"), change.any_file, CODED),
+    "gguf": Kind(("gguf/adapter/it.gguf",), change.gguf, GGUF),
+    "mlx": Kind(("mlx/adapter/*.json", "mlx/adapter/*.safetensors"), change.any_file, MLX,
+                codes=(10, *CODES)),
     "flat-base": Kind(("flat/*/base/*.safetensors",), change.safetensors, FLAT),
     "adapter-config": Kind(("samples/*/adapter/adapter_config.json",), mutate_json, ADAPTER),
     "adapter-header": Kind(("samples/*/adapter/*.safetensors",), change.safetensors, ADAPTER),

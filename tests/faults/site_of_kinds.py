@@ -13,7 +13,9 @@ from typing import Any
 
 from loratool import cli
 from loratool.store.header import read_header
+from tests import coded
 from tests.faults.scenes import FILE, LORA, MERGE, MERGED, RESCALE, write_inputs
+from tests.make import random_factors, save_adapter, save_checkpoint
 
 DATA = Path(__file__).parents[1] / "data" / "llm"
 LIKE_OURS = ("lora_linear", "lora_dora", "lora_gpt2_conv1d", "lora_modules_to_save",
@@ -39,6 +41,15 @@ model-index:
 
 Text.
 """
+CODED = {
+    "nf4": coded.bnb4((8, 64), size=16, seed=1, nested=4),
+    "int8": coded.int8(8, 16, seed=1),
+    "gptq": coded.gptq(2, 8, bits=4, size=8, seed=1, ordered=True),
+    "awq": coded.awq(2, 16, 2, seed=1),
+    "nvfp4": coded.nvfp4(4, 2, seed=1),
+    "packed": coded.packed(4, 32, bits=4, size=16, seed=1, zeros=True),
+    "mlx": coded.mlx(4, 4, bits=4, size=32, seed=1),
+}
 TOKENIZER: dict[str, Any] = {
     "added_tokens": [{"id": 5, "content": "<new>", "special": True}],
     "model": {"type": "BPE", "vocab": {"a": 0, "<new>": 1}, "merges": [["a", "b"]]},
@@ -71,6 +82,9 @@ def make_site(root: str, samples: Sequence[str] | None = LIKE_OURS) -> None:
     (here / "card" / "tokenizer.json").write_text(json.dumps(TOKENIZER))
     write_tokenizers(here / "tok")
     write_pickle(here / "pickle")
+    write_codes(here / "codes")
+    copy_flat_gguf(here / "gguf")
+    shutil.copytree(DATA / "mlx_dora", here / "mlx" / "adapter")
 
 
 def call(words: str) -> None:
@@ -151,6 +165,21 @@ def write_tokenizers(folder: Path) -> None:
     (base / "1_Pooling" / "config.json").write_text("{}")
     (base / "generation_config.json").write_text('{"eos_token_id": 2}')
     (folder / "adapter" / "README.md").write_text(CARD)
+
+
+def write_codes(folder: Path) -> None:
+    """Quantised bases of one weight, and an adapter for each."""
+    for name, file in CODED.items():
+        save_checkpoint(folder / name / "base", file.tensors, config=file.config)
+        assert file.numbers is not None
+        module, shape = file.name.removesuffix(".weight"), tuple(file.numbers.shape)
+        factors = random_factors({module: shape}, rank=2, seed=1)
+        save_adapter(folder / name / "adapter", factors, alpha=2, target_modules=["a"])
+
+
+def copy_flat_gguf(folder: Path) -> None:
+    (folder / "adapter").mkdir(parents=True)
+    shutil.copyfile(DATA / "gguf_lora" / "adapter.gguf", folder / "adapter" / "it.gguf")
 
 
 def write_pickle(folder: Path) -> None:

@@ -164,6 +164,13 @@ DAMAGES: dict[str, tuple[str, str, Callable[[torch.Tensor], torch.Tensor]]] = {
     "shape": ("packed", f"{STEM}.weight_shape", lambda t: t + 64),
     "nvfp4": ("nvfp4", f"{STEM}.weight_scale", lambda t: t[:, :-1].clone()),
     "mlx": ("mlx", f"{STEM}.biases", lambda t: t[:, :-1].clone()),
+    "type of zeros": ("gptq", f"{STEM}.qzeros", lambda t: t.bool()),
+    "more groups than inputs": ("gptq", f"{STEM}.g_idx", lambda t: t.repeat(99)),
+    "no codes": ("gptq", f"{STEM}.qweight", lambda t: t[:0].clone()),
+    "type of factors": ("int8", f"{STEM}.SCB", lambda t: t.byte()),
+    "no columns": ("int8", f"{STEM}.weight", lambda t: t[:, :0].clone()),
+    "no axis": ("nvfp4", f"{STEM}.weight_packed", lambda t: t[0, 0].clone()),
+    "type of packed factors": ("packed", f"{STEM}.weight_scale", lambda t: t.bool()),
 }
 
 

@@ -186,7 +186,8 @@ def lt_read(**values: Any) -> Any:
 @pytest.mark.parametrize(
     ("change", "code"),
     [({"fine_tune_type": "full"}, "LT-401"), ({"lora_parameters": {"rank": 4}}, "LT-361"),
-     ({"lora_parameters": {"scale": "x"}}, "LT-361"), ({"fine_tune_type": 3}, "LT-361")],
+     ({"lora_parameters": {"scale": "x"}}, "LT-361"), ({"fine_tune_type": 3}, "LT-361"),
+     ({"lora_parameters": {"scale": 2, "keys": [{"q_proj": 1}]}}, "LT-361")],
 )  # fmt: skip
 def test_a_damaged_configuration_is_refused(tmp_path: Path, change: Any, code: str) -> None:
     shutil.copytree(DATA / "mlx_lora", tmp_path / "a")
@@ -199,7 +200,8 @@ def test_a_damaged_configuration_is_refused(tmp_path: Path, change: Any, code: s
 
 @pytest.mark.parametrize(
     ("key", "value", "code"),
-    [("q_proj.lora_b", None, "LT-362"), ("q_proj.lora_b", np.zeros((3, 16), "f4"), "LT-363"),
+    [("q_proj.lora_b", None, "LT-362"), ("other.m", np.ones(4, "f4"), "LT-362"),
+     ("q_proj.lora_b", np.zeros((3, 16), "f4"), "LT-363"),
      ("q_proj.lora_a", np.zeros(4, "f4"), "LT-366"),
      ("q_proj.lora_x", np.zeros(4, "f4"), "LT-415")],
 )  # fmt: skip

@@ -170,8 +170,9 @@ def test_by_construction() -> None:
         assert abs(float(found.U[:, i] @ rest @ found.Vh[i])) <= 1e-9
 
 
-def test_of_an_expert_and_a_slice_of_a_fused_weight(tmp_path: Path) -> None:
-    for name in ("lora_target_params_mixtral", "lora_phi3_fused", "lora_mixtral_v4style"):
+def test_of_an_expert_a_slice_of_a_fused_weight_and_changes_without_two_factors() -> None:
+    for name in ("lora_target_params_mixtral", "lora_phi3_fused", "lora_mixtral_v4style",
+                 "loha", "c3a", "randlora", "shira", "fourierft"):  # fmt: skip
         risk = risk_of(LLM / name, base=LLM / name / "base")
         base = load_file(str(LLM / name / "base" / "model.safetensors"))
         opened = lt.open(LLM / name)

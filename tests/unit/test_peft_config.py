@@ -145,6 +145,7 @@ def test_every_peft_method_is_known_by_name() -> None:
     ("method", "code", "word"),
     [("GLORA", "LT-402", "GLoRA"), ("XLORA", "LT-402", "routes"), ("P_TUNING", "LT-402", "input"),
      ("BONE", "LT-402", "Bone"), ("lora", "LT-403", "unknown"), (7, "LT-403", "unknown"),
+     ({"LORA": 1}, "LT-403", "unknown"), (["LORA"], "LT-403", "unknown"),
      (None, "LT-403", "unknown")],
 )  # fmt: skip
 def test_other_methods_are_refused_by_name(

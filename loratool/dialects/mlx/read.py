@@ -66,6 +66,7 @@ def _scale(
         inner = Fields(part or {}, candidate.config_path)
         if inner.config.get("scale") is None:
             inner.refuse("lora_parameters.scale", "a number", None)
+        inner.texts("keys")  # what is written again must be what it says
         return inner.number("scale", 0.0)
     if options.alpha is None:
         refuse_alpha(candidate.path, "mlx-lm", CONFIG_NAME, "VALUE, scale · rank")
@@ -94,7 +95,8 @@ def _read(module: str, roles: Mapping[str, TensorRef], scale: float) -> list[Del
 
 def _spec(module: str, fields: Mapping[str, Any], scale: float) -> DeltaSpec:
     lengths = fields.get("magnitude")
-    spec = product_spec(module, {r: f for r, f in fields.items() if f is not lengths}, None)
+    factors = {role: field for role, field in fields.items() if field is not lengths}
+    spec = product_spec(module, factors or fields, None)
     is_table = module.rpartition(".")[2].startswith("embed_tokens")
     if is_table and lengths is not None:
         raise MismatchError(

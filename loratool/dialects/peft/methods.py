@@ -109,7 +109,9 @@ def title_of(method: str) -> str:
 
 def is_read(method: object) -> bool:
     """True for a ``peft_type`` that adapters are read of."""
-    return method in _OWN or method in ROWS or kinds.of_method(str(method)) is not None
+    if not isinstance(method, str):
+        return False
+    return method in _OWN or method in ROWS or kinds.of_method(method) is not None
 
 
 def read_config(config: Mapping[str, Any], file: Path | None) -> PeftConfig:

@@ -24,6 +24,25 @@ def safetensors(data: bytes, rng: random.Random) -> bytes:
     return mutate.mutate_safetensors(data, data, rng)
 
 
+def any_file(data: bytes, rng: random.Random) -> bytes:
+    """A configuration, or the header or the tensors of a file."""
+    if data.startswith(b"{"):
+        return mutate.mutate_json(data, rng)
+    return rng.choice((safetensors, mutate.mutate_tensors))(data, rng)
+
+
+def gguf(data: bytes, rng: random.Random) -> bytes:
+    """A GGUF file with other bytes, or other numbers in its header."""
+    if rng.random() < 0.4:
+        return mutate_bytes(data, rng)
+    out = bytearray(data)
+    for _ in range(rng.choice((1, 1, 2, 3))):
+        at, size = rng.randrange(4, min(len(out) - 8, 1200)), rng.choice((4, 8))
+        number = rng.choice((0, 1, 8, 9, 1 << rng.randrange(64), (1 << 64) - 1))
+        out[at : at + size] = (number % (1 << 8 * size)).to_bytes(size, "little")
+    return bytes(out)
+
+
 def _header(data: bytes) -> tuple[dict[str, Any], bytes]:
     size = int.from_bytes(data[:8], "little")
     return json.loads(data[8 : 8 + size]), data[8 + size :]
