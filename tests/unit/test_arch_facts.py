@@ -11,6 +11,7 @@ from loratool.archs.experts import expert_names, fused_names, parse_expert
 from loratool.archs.layers import (
     Heads,
     attention_sizes,
+    experts_lie_turned,
     is_conv1d,
     model_types,
     stores_transposed,
@@ -77,6 +78,25 @@ def test_candidates_cover_every_naming() -> None:
 )
 def test_stores_transposed(config: dict[str, Any], module: str, expected: bool | None) -> None:
     assert stores_transposed(config, module) is expected
+
+
+@pytest.mark.parametrize(
+    ("kind", "leaf", "shape", "turned"),
+    [
+        ("qwen3_vl_moe", "gate_up_proj", (4, 16, 24), True),  # as published
+        ("qwen3_vl_moe", "gate_up_proj", (4, 24, 16), False),  # as transformers 5 saves it
+        ("qwen3_vl_moe", "down_proj", (4, 12, 16), True),
+        ("qwen3_vl_moe", "down_proj", (4, 16, 12), False),
+        ("qwen3_vl_moe", "down_proj", (4, 16, 16), True),
+        ("gpt_oss", "down_proj", (4, 16, 12), True),
+        ("qwen3_moe", "down_proj", (4, 12, 16), False),
+    ],
+)
+def test_how_a_stack_of_experts_lies(
+    kind: str, leaf: str, shape: tuple[int, int, int], turned: bool
+) -> None:
+    config = {"model_type": kind, "text_config": {"model_type": kind, "hidden_size": 16}}
+    assert experts_lie_turned(config, f"layers.0.mlp.experts.{leaf}", shape) is turned
 
 
 def test_facts_by_model_type() -> None:
