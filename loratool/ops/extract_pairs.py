@@ -161,10 +161,11 @@ def join_experts(pairs: Sequence[Pair], base: Checkpoint, names: str) -> list[Pa
 
 def _join(container: str, members: Mapping[tuple[int, str], Pair]) -> Iterable[Pair]:
     have = {part for _, part in members}
-    count = 1 + max(expert for expert, _ in members)
     for parts, name in _PARTS.items():
         if not have.issuperset(parts) or ("gate" in have and parts == ("up",)):
             continue
+        # LongCat's experts that pass their input on have no output projection.
+        count = 1 + max(expert for expert, part in members if part in parts)
         rows = [members.get((e, part)) for e in range(count) for part in parts]
         whole = [row for row in rows if row is not None]
         is_whole = len(whole) == len(rows) and len({r.tuned.shape for r in whole}) == 1

@@ -37,6 +37,11 @@ HF: dict[str, tuple[str, dict[str, Any]]] = {
         "vision_config": {"depth": 1, "hidden_size": 16, "intermediate_size": 24, "num_heads": 2,
                           "patch_size": 4, "out_hidden_size": 16, "deepstack_visual_indexes": [0],
                           "num_position_embeddings": 16}}),
+    "longcat": ("LongcatFlashForCausalLM", {
+        **{k: v for k, v in MOE.items() if k != "num_hidden_layers"}, "num_layers": 1,
+        "n_routed_experts": 4, "zero_expert_num": 2, "moe_topk": 2, "expert_ffn_hidden_size": 12,
+        "ffn_hidden_size": 24, "kv_lora_rank": 8, "q_lora_rank": 8, "v_head_dim": 8,
+        "qk_rope_head_dim": 4, "qk_nope_head_dim": 4}),
     "olmoe": ("OlmoeForCausalLM", {**MOE, "num_experts": 4}),
     "mixtral": ("MixtralForCausalLM", {**MOE, "num_local_experts": 8, "head_dim": 8}),
     "phimoe": ("PhimoeForCausalLM", {**MOE, "num_local_experts": 4}),
