@@ -44,7 +44,6 @@ from loratool.store.staging import Making
 
 if TYPE_CHECKING:
     from loratool.engine.sink import CheckpointSink
-    from loratool.store.series import Series
 
 _NO_BASE = "no base to merge into: the result is an adapter, as of loratool.combine"
 
@@ -97,10 +96,7 @@ def run_merge(asked: Merge, operation: Operation | None = None) -> MergeReport:
         results = _predict(job, resources, asked.yes)
     else:
         before_commit = None if undo is None else partial(write_undo, job, undo.job, undo.resources)
-        results, run_notes = _write(
-            job, resources, before_commit, force=asked.force, restart=asked.restart,
-            series=asked.series,
-        )  # fmt: skip
+        results, run_notes = _write(asked, job, resources, before_commit)
     with uncollected():
         report = merge_report(
             job, resources, results, run_notes, dry_run=asked.dry_run, started=started
@@ -190,14 +186,9 @@ def _predict(job: MergeJob, resources: Resources, yes: bool) -> list[Any]:
 
 
 def _write(
-    job: MergeJob,
-    resources: Resources,
+    asked: Merge, job: MergeJob, resources: Resources,
     before_commit: Callable[[CheckpointSink], None] | None,
-    *,
-    force: bool,
-    restart: bool,
-    series: Series | None,
-) -> tuple[list[Any], list[str]]:
+) -> tuple[list[Any], list[str]]:  # fmt: skip
     """Write the output; returns the steps' results and notes about an interrupted run."""
     from loratool.engine.sink import CheckpointSink
     from loratool.ops.loss import require_kept
@@ -215,15 +206,15 @@ def _write(
         job.output,
         Making(
             is_folder=is_folder, plan_id=run_id(plan, resources.device),
-            names=[*names, MARKER] if is_folder else names, force=force, restart=restart,
-            inputs=stamps, series=series,
+            names=[*names, MARKER] if is_folder else names, force=asked.force,
+            restart=asked.restart, inputs=stamps, series=asked.series,
             need_bytes=plan.output_bytes + sum(s.nbytes for s in job.sidecars),
         ),
     )  # fmt: skip
     with output:
         sink = CheckpointSink(plan, output)
         results = run_plan(plan, resources, sink, stamps=stamps)
-        if any(op_of(s).writes_codes for s in plan.steps) and not force:
+        if any(op_of(s).writes_codes for s in plan.steps) and not asked.force:
             changed = [r for r in map(plain_result, results) if r.get("delta_square", 0) > 0]
             require_kept(changed, {s.output.name: s.output.numel for s in plan.steps})
         if before_commit is not None:  # so that no output ever lacks its undo file
