@@ -78,6 +78,7 @@ class CombineJob(Frozen):
             warnings=tuple(self._warnings(dtype, summed is not None and square == 0)),
             notes=plan.notes,
             dry_run=summed is None,
+            base_model=plan.base_model,
         )
 
     def _modules(self, summed: Summed | None) -> list[SumModuleReport]:

@@ -77,7 +77,10 @@ def render(
     yield line("wrote", f"{safe(report.output)} · {format_bytes(report.output_bytes)} "
                f"{report.dtype}", format_seconds(report.seconds), tone="good")  # fmt: skip
     yield from loads_lines(report.loads_in, voice)
-    into = shlex.join(["loratool", "merge", report.output, "--base", "BASE", "-o", "MERGED"])
+    from loratool.ops.summary import base_to_type
+
+    base = base_to_type(report.base_model)
+    into = shlex.join(["loratool", "merge", report.output, "--base", base, "-o", "MERGED"])
     yield from advice("next", into, report.output)
 
 

@@ -163,10 +163,13 @@ def _warnings(adapter: Adapter) -> list[str]:
 def _next_step(adapter: Adapter, named: str) -> str | None:
     if unmergeable_reason(adapter):
         return None
-    base = adapter.base_model
-    if not base or _QUANTISED_NAME.search(base) or not _can_be_base(base):
-        base = "BASE"
-    return merge_command(named, base)
+    return merge_command(named, base_to_type(adapter.base_model))
+
+
+def base_to_type(named: str | None) -> str:
+    """What stands for a base in a command to type: the name that an adapter gives, if it is one."""
+    is_one = named and not _QUANTISED_NAME.search(named) and _can_be_base(named)
+    return named if named and is_one else "BASE"
 
 
 def merge_command(named: str, base: str) -> str:

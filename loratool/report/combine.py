@@ -30,6 +30,7 @@ class CombineReport(Report):
         warnings: what the user should not overlook.
         notes: what is good to know.
         dry_run: nothing was written or measured.
+        base_model: that the adapters name; None if none does.
     """
 
     command: ClassVar[str] = "merge"
@@ -50,6 +51,7 @@ class CombineReport(Report):
     warnings: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     dry_run: bool = False
+    base_model: str | None = None
 
 
 class DifferenceReport(CombineReport):

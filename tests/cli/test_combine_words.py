@@ -103,3 +103,12 @@ def test_adapters_of_tokens_alone(run: Run, tmp_path: Path) -> None:
     tokens = str(LLM / "trainable_tokens")
     done = run("merge", f"{tokens}:0.7", f"{tokens}:0.3", "-o", str(tmp_path / "x"))
     assert done.code == 0 and "0 shared" in done.out
+
+
+def test_the_next_line_names_the_base_of_the_adapters(run: Run, tmp_path: Path) -> None:
+    factors = random_factors({"q_proj": (8, 6)}, rank=2, seed=1)
+    for name, base in {"a": "org/model", "b": "./somewhere/else"}.items():
+        save_adapter(tmp_path / name, factors, base_model_name_or_path=base)
+    for one, said in {"a": "--base org/model", "b": "--base BASE"}.items():
+        done = run("merge", tmp_path / one, tmp_path / one, "-o", tmp_path / f"{one}2")
+        assert done.code == 0 and f"{one}2 {said} -o MERGED" in done.out
