@@ -20,7 +20,7 @@ from loratool.api.push import push
 from loratool.api.rescale import rescale
 from loratool.api.subtract import subtract, swap
 from loratool.api.verify import verify
-from loratool.errors import AlreadyMadeError, DifferencesError, LoratoolError
+from loratool.errors import AlreadyMadeError, DifferencesError, LoratoolError, list_some
 from loratool.ops.inputs import guard_output
 from loratool.ops.recipe import RecipeStep, read_recipe
 from loratool.options.calls import takes
@@ -30,6 +30,7 @@ from loratool.options.recipes import Recipe
 from loratool.options.words import Options, only_of
 from loratool.report.base import Report
 from loratool.report.run import RunReport, StepReport
+from loratool.report.text import plural
 from loratool.store.places import notes_path
 from loratool.store.series import Series, series
 
@@ -115,6 +116,9 @@ def _call(step: RecipeStep, count: int, common: Mapping[str, Any]) -> Report:
         ) from error  # fmt: skip
     assert isinstance(report, Report)
     if not report.ok:
-        verdict = getattr(report, "verdict", "")
+        verdict, failed = getattr(report, "verdict", ""), getattr(report, "failed", ())
+        if failed:
+            raise DifferencesError("LT-110", f"{where}: {plural(len(failed), 'adapter')} left out",
+                                   key=list_some(one.source for one in failed))  # fmt: skip
         raise DifferencesError("LT-110", f"{where}: found differences", got=verdict or None)
     return report

@@ -77,3 +77,17 @@ def test_a_factor_is_not_needed_where_an_option_says_what_changes(
         assert run("rescale", loras[1], *words, "--only", "mid=0.5", "-o", out).code == 0
     assert (tmp_path / "0.safetensors").read_bytes() == (tmp_path / "1.safetensors").read_bytes()
     assert run("rescale", loras[1], "-o", tmp_path / "none.safetensors").code == 2
+
+
+def test_a_recipe_stops_after_the_step_that_left_one_out(
+    run: Run, loras: list[Path], tmp_path: Path
+) -> None:
+    names = ", ".join(f"loras/{p.name}" for p in loras)
+    (tmp_path / "r.yaml").write_text(
+        f"steps:\n- rescale: {{adapters: [{names}], factor: 2, output: out/, keep-going: true}}\n"
+        "- rescale: {adapters: [loras/b.safetensors], factor: 2, output: never.safetensors}\n"
+    )
+    found = run("run", tmp_path / "r.yaml")
+    assert found.code == 10 and "3 adapters left out" in found.err and "loras/a" in found.err
+    assert (tmp_path / "out" / "b.safetensors").exists()
+    assert not (tmp_path / "never.safetensors").exists()
