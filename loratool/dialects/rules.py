@@ -102,7 +102,10 @@ def is_folder(dialect: str) -> bool:
 
 
 def tied_pairs(adapter: Adapter) -> tuple[tuple[DeltaSpec, DeltaSpec], ...]:
-    """Embedding and head that have one change, turned round (PEFT's ``ensure_weight_tying``)."""
+    """Embedding and head that have one change, turned round (PEFT's ``ensure_weight_tying``).
+
+    On a base that ties nothing PEFT trains two, which other ranks or scalings show.
+    """
     if adapter.config.get("ensure_weight_tying") is not True:
         return ()
     plain = [s for s in adapter.specs if s.has_factors and s.is_pair and s.layout == "linear"]
@@ -112,6 +115,7 @@ def tied_pairs(adapter: Adapter) -> tuple[tuple[DeltaSpec, DeltaSpec], ...]:
         if one.layout == "embedding"
         for other in plain
         if _sides(other) == _sides(one)[::-1]
+        and (other.rank, other.scaling) == (one.rank, one.scaling)
     )
 
 

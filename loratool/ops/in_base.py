@@ -43,8 +43,8 @@ def find_in_base(adapter: Adapter, base: Checkpoint) -> InBase:
            if b.replacement.rows is None}  # fmt: skip
     places: dict[str, list[Place]] = {}
     for bound in bindings.deltas:
-        target = bindings.new_tensors.get(bound.target, bound.target)
-        source = own.get(target, tensors[target])
+        first = bindings.new_tensors.get(bound.target, bound.target)
+        source = own.get(bound.target, tensors[first])
         part = DeltaPart(bound.spec, 1.0, bound.region, bound.expert, bound.transposed)
         place = Place(part, source, matrix_view(source.shape, [part]))
         places.setdefault(bound.spec.name, []).append(place)

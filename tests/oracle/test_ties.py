@@ -188,6 +188,28 @@ def test_merged_as_adapted(tmp_path: Path, kind: str, head: str, adapter: str) -
     require_one_story(tmp_path / "o", merged)
 
 
+@pytest.mark.parametrize("how", ["head and table", "other ranks"])
+def test_half_of_what_changes_head_and_embedding(how: str, tmp_path: Path) -> None:
+    """W + ½(W' - W) of both, each from its own W: the head's is not what replaces the table."""
+    is_tied = how == "head and table"
+    kind = type(base_of(tmp_path / "base", "decoder", "tied" if is_tied else "untied"))
+    more: dict[str, Any] = {"modules_to_save": ["embed_tokens"], "use_dora": True} if is_tied else {
+        "rank_pattern": {"lm_head": 4}, "ensure_weight_tying": True}  # fmt: skip
+    targets = ["lm_head", "q_proj"] + ([] if is_tied else ["embed_tokens"])
+    config = peft.LoraConfig(r=2, target_modules=targets, init_lora_weights=False, **more)
+    make(kind.from_pretrained(tmp_path / "base"), tmp_path / "a", config)
+    lt.rescale([tmp_path / "a"], 0.5, base=tmp_path / "base", output=tmp_path / "half")
+    for name in ("a", "half"):
+        lt.merge([tmp_path / name], base=tmp_path / "base", output=tmp_path / f"{name}-m")
+    first, whole, half = (kind.from_pretrained(tmp_path / name).state_dict()
+                          for name in ("base", "a-m", "half-m"))  # fmt: skip
+    for name, weight in first.items():
+        want = weight.double() + 0.5 * (whole[name].double() - weight.double())
+        size = float(whole[name].abs().max() + weight.abs().max())
+        assert (half[name].double() - want).abs().max() <= 2.0**-21 * size, name
+    assert not torch.equal(whole["lm_head.weight"], first["lm_head.weight"])
+
+
 @pytest.mark.parametrize("dora", [False, True])
 @pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("start", ["pissa", "olora"])
