@@ -130,7 +130,7 @@ def table(
     right: Iterable[int] = (),
     fold: bool = False,
 ) -> list[str]:
-    """Columns padded to their widest cell, two spaces apart, the head in bold.
+    """Columns padded to their widest cell, two spaces apart (one to fit), the head in bold.
 
     On a terminal the widest texts are shortened until all fits, the first column at its start.
 
@@ -142,9 +142,10 @@ def table(
     """
     cells = [list(head), *(list(row) for row in rows)]
     widths = [max(cell_width(row[i]) for row in cells) for i in range(len(head))]
-    to_right = set(right)
+    to_right, gap = set(right), "  "
     if not fold and is_terminal():
         widths = _fitting(widths, to_right, terminal_width())
+        gap = " " if sum(widths) + 2 * len(widths) - 2 > terminal_width() else gap
         cells = [[short(cell, width, at_start=not i)
                   for i, (cell, width) in enumerate(zip(row, widths, strict=True))]
                  for row in cells]  # fmt: skip
@@ -164,7 +165,7 @@ def table(
             else cell + " " * (width - cell_width(cell))
             for i, (cell, width) in enumerate(zip(row, widths, strict=True))
         ]  # fmt: skip
-        lines.append("  ".join(padded).rstrip())
+        lines.append(gap.join(padded).rstrip())
     return [click.style(lines[0], bold=True), *lines[1:]]
 
 

@@ -155,3 +155,7 @@ def test_tables_fit_a_terminal(monkeypatch):
     rows = [("model.layers.0.mlp.down_proj.weight", "2", "copied from the base")]
     _, row = render.table(rows, ("tensor", "number", "what happens"), right=(1,))
     assert render.cell_width(row) <= 40 and row.startswith("…") and "2  " in row
+    monkeypatch.setenv("COLUMNS", "14")
+    assert render.table([("a", "1.00", "2.000")], ("x", "first", "second"), right=(1, 2))[1] == (
+        "a  1.00  2.000"
+    )
