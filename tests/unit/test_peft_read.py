@@ -441,6 +441,19 @@ def test_a_name_alone_is_no_parameter_of_a_module_that_another_entry_names(
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("names", [("recurrent_gate_weight", "input_gate_weight"),
+                                   ("time_mix_value", "time_mix_key")])  # fmt: skip
+def test_parameters_alike_in_shape_nest_as_their_model_registers_them(
+    tmp_path: Path, names: tuple[str, str]
+) -> None:
+    """RecurrentGemma and RWKV: the one registered first is innermost, whatever the list says."""
+    tensors = {**pair("l.rg.base_layer", 4, 8, 8), **pair("l.rg", 4, 8, 8)}
+    adapter = read(tmp_path, tensors, r=2, target_parameters=[f"rg.{n}" for n in names],
+                   target_modules=[])  # fmt: skip
+    found = {s.parameter: "base_layer" in s.fields["lora_A"].name for s in adapter.specs}
+    assert found == {names[1]: True, names[0]: False} and not adapter.notes
+
+
 def test_three_parameters_of_a_module_and_a_module_inside(tmp_path: Path) -> None:
     """What wraps a parameter is around the module's own modules too."""
     tensors = {

@@ -23,6 +23,8 @@ _WRAP = ".base_layer"
 _REGISTERED = (
     "gate_up_proj", "gate_up_proj_bias", "gate_proj", "up_proj", "w1", "v1",
     "down_proj", "down_proj_bias", "w2",
+    "input_gate_weight", "recurrent_gate_weight",  # RecurrentGemma
+    "time_mix_key", "time_mix_value", "time_mix_receptance",  # RWKV
 )  # fmt: skip
 _THREE_D = frozenset(_REGISTERED) - {"gate_up_proj_bias", "down_proj_bias"}
 
