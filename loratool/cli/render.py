@@ -132,7 +132,8 @@ def table(
 ) -> list[str]:
     """Columns padded to their widest cell, two spaces apart (one to fit), the head in bold.
 
-    On a terminal the widest texts are shortened until all fits, the first column at its start.
+    On a terminal the widest texts are shortened until all fits, the first column at its start;
+    where numbers alone are too wide it is folded.
 
     Args:
         rows: safe cells.
@@ -145,7 +146,10 @@ def table(
     to_right, gap = set(right), "  "
     if not fold and is_terminal():
         widths = _fitting(widths, to_right, terminal_width())
-        gap = " " if sum(widths) + 2 * len(widths) - 2 > terminal_width() else gap
+        over = sum(widths) + 2 * len(widths) - 2 - terminal_width()
+        if over >= len(widths):
+            return table(rows, head, right=to_right, fold=True)
+        gap = " " if over > 0 else gap
         cells = [[short(cell, width, at_start=not i)
                   for i, (cell, width) in enumerate(zip(row, widths, strict=True))]
                  for row in cells]  # fmt: skip

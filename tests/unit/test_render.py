@@ -159,3 +159,7 @@ def test_tables_fit_a_terminal(monkeypatch):
     assert render.table([("a", "1.00", "2.000")], ("x", "first", "second"), right=(1, 2))[1] == (
         "a  1.00  2.000"
     )
+    monkeypatch.setenv("COLUMNS", "10")
+    narrow = render.table([("a", "1.00", "2.000")], ("x", "first", "second"), right=(1, 2))
+    words = [render.click.unstyle(text).split() for text in narrow[1:]]
+    assert words == [["a", "1.00"], [], ["x", "second"], ["a", "2.000"]]
