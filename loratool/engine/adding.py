@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 from loratool.engine import grid
-from loratool.engine.kernel import INTEGERS, cut_piece
+from loratool.engine.buffers import Cut
 from loratool.engine.merging import AddDeltas
-from loratool.engine.rounders import Exact, Nearest, has_negative_zeros
+from loratool.engine.rounders import Exact, Nearest
 from loratool.linalg import rounding
 
 # float type -> the bits of infinity; above them are NaNs only
@@ -30,20 +31,16 @@ class AddInPieces(AddDeltas):
         self, piece: list[grid.Block], inputs: list[torch.Tensor], out: torch.Tensor | None
     ) -> None:
         """Fill ``out`` from the sums, and look at all of it once."""
-        if out is not None and self._hopes(inputs[0], out) and self._add(piece, inputs, out):
+        if out is not None and self._is_simple(out) and self._add(piece, inputs, out):
             return
         for block in piece:
             self.rounder.settled.pop(block.index, None)
         super().run_piece(piece, inputs, out)
 
-    def _hopes(self, base: torch.Tensor, out: torch.Tensor) -> bool:
-        """Whether `_add` is worth a try."""
-        if out.is_cuda or out.dtype not in _INFINITY or not self._is_simple:
+    def _is_simple(self, out: torch.Tensor) -> bool:
+        """Whether `_add` knows the rounding and the type."""
+        if out.is_cuda or out.dtype not in _INFINITY:
             return False
-        return out.dtype != base.dtype or not has_negative_zeros(base)
-
-    @property
-    def _is_simple(self) -> bool:
         if isinstance(self.rounder, Exact):
             return self.rounder.singles is not None and self.step.view[1] <= grid.WIDE_COLS
         return type(self.rounder) is Nearest
@@ -51,29 +48,32 @@ class AddInPieces(AddDeltas):
     def _add(
         self, piece: list[grid.Block], inputs: list[torch.Tensor], out: torch.Tensor
     ) -> bool:  # fmt: skip
-        """True if all of the output is finite; else `run` has to see who is not, and why."""
+        """False if the base holds a -0, or the output what is not finite: `run` sees which."""
+        base = self.env.scratch.cut("input 0", inputs[0], piece)
+        if out.dtype == inputs[0].dtype and base.bits.min() == np.iinfo(base.bits.dtype).min:
+            return False
         if isinstance(self.rounder, Exact):
             self._add_exactly(self.rounder, piece, inputs, out)
         else:
-            for block, blocks, made in cut_piece(piece, inputs, out):
+            for block, blocks, made in self.cut(piece, inputs, out):
                 assert made is not None
                 acc = self.sum(block, blocks)
                 rounding.round_into(made, acc)
-                self.measure(block, blocks[0], acc, made)
-        return _is_finite(out)
+                self.rows_kept.keep(block.index, block.r0, blocks[0], acc, made)
+        return _is_finite(self.env.scratch.cut("output", out, piece))
 
     def _add_exactly(
         self, rounder: Exact, piece: list[grid.Block], inputs: list[torch.Tensor], out: torch.Tensor
     ) -> None:
-        """Look once at all that float32 leaves open, but for blocks that are measured."""
+        """Look once at all that float32 leaves open, but for blocks whose rows are kept."""
         open_ = []
-        for block, blocks, made in cut_piece(piece, inputs, out):
+        for block, blocks, made in self.cut(piece, inputs, out):
             assert made is not None
             acc = self.sum_singles(block, blocks, rounder)
             at = rounder.round_decided(block, blocks, acc, made)
-            if self.is_measured(block):
+            if self.rows_kept.takes(block.index):
                 rounder.look_again(block, blocks, made, at)
-                self.measure(block, blocks[0], acc, made)
+                self.rows_kept.keep(block.index, block.r0, blocks[0], acc, made)
             else:
                 open_.append(at + (block.start - piece[0].start))
         if open_:
@@ -88,9 +88,7 @@ def _as_one(piece: list[grid.Block]) -> grid.Block:
     return grid.Block(first.index, first.r0, last.r1, first.c0, first.c1, first.start)
 
 
-def _is_finite(values: torch.Tensor) -> bool:
+def _is_finite(made: Cut) -> bool:
     """Whether no element is infinity or NaN, by its bits."""
-    bits = values.view(INTEGERS[values.element_size()]).numpy()
-    unsigned = bits.view(f"u{bits.itemsize}")
-    infinity, sign = _INFINITY[values.dtype], 1 << (8 * bits.itemsize - 1)
-    return bool(bits.max() < infinity and unsigned.max() < sign + infinity)
+    infinity, sign = _INFINITY[made.values.dtype], 1 << (8 * made.bits.itemsize - 1)
+    return bool(made.bits.max() < infinity and made.unsigned.max() < sign + infinity)

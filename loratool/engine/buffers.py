@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import math
 import threading
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
 
+import numpy as np
 import torch
 
+from loratool.engine.grid import Block
 from loratool.store.shard_writer import PAGE
 
 TORCH_DTYPES: dict[str, torch.dtype] = {
@@ -35,6 +40,9 @@ def torch_dtype(name: str) -> torch.dtype:
     return TORCH_DTYPES.get(name) or WIDENED_DTYPES[name]
 
 
+INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""Element size -> integer type of the same bits."""
+
 SAFETENSORS_NAMES = {v: k for k, v in TORCH_DTYPES.items()}
 
 
@@ -49,14 +57,22 @@ class ByteBuffer:
         self._pinned = pinned
         self._bytes = torch.empty(0, dtype=torch.uint8)
         self._view = memoryview(b"")
+        self._last: tuple[tuple[int, int, str], tuple[memoryview, torch.Tensor]] | None = None
 
-    def take(self, nbytes: int, pad: int = 0) -> tuple[memoryview, torch.Tensor]:
+    def take(self, nbytes: int, pad: int = 0, dtype: str = "U8") -> tuple[memoryview, torch.Tensor]:
         """``nbytes`` bytes whose address is ``pad`` modulo the page size.
 
         Returns:
-            The bytes twice: as a memoryview for the file, as a uint8 tensor for the kernel.
+            The bytes twice: as a memoryview for the file, as a flat tensor for the kernel.
         """
-        need = nbytes + pad
+        asked = (nbytes, pad, dtype)
+        if self._last is None or self._last[0] != asked:  # most pieces are like the one before
+            self._last = None  # before more is taken
+            data, raw = self._take(nbytes + pad, pad)
+            self._last = asked, (data, raw.view(torch_dtype(dtype)))
+        return self._last[1]
+
+    def _take(self, need: int, pad: int) -> tuple[memoryview, torch.Tensor]:
         if need > len(self._view):
             # page-locked memory mostly begins on a page, and comes in powers of two: none to spare
             raw = torch.empty(need + PAGE * (not self._pinned), dtype=torch.uint8,
@@ -69,10 +85,40 @@ class ByteBuffer:
         return self._view[pad:need], self._bytes[pad:need]
 
 
+class Cut:
+    """The elements of a piece by its blocks.
+
+    Args:
+        values: all of them, flat.
+        piece: neighbouring blocks.
+
+    Attributes:
+        values: as given.
+        blocks: of each block (rows, cols).
+    """
+
+    def __init__(self, values: torch.Tensor, piece: Sequence[Block]) -> None:
+        self.values = values
+        self.shapes = [(block.r1 - block.r0, block.c1 - block.c0) for block in piece]
+        parts = torch.split_with_sizes(values, [block.numel for block in piece])
+        self.blocks = [part.view(shape) for part, shape in zip(parts, self.shapes, strict=True)]
+
+    @cached_property
+    def bits(self) -> np.ndarray[Any, Any]:
+        """All of them as signed integers of the same size; on the CPU only."""
+        return self.values.view(INTEGERS[self.values.element_size()]).numpy()
+
+    @cached_property
+    def unsigned(self) -> np.ndarray[Any, Any]:
+        """The same without a sign."""
+        return self.bits.view(f"u{self.bits.itemsize}")
+
+
 class Scratch(threading.local):
     """Per-thread tensors by role, grown on demand and never given back."""
 
     def __init__(self) -> None:
+        self._cuts: dict[str, Cut] = {}
         self._tensors: dict[tuple[str, torch.dtype, torch.device], torch.Tensor] = {}
         self._views: dict[tuple[str, torch.dtype, torch.device], torch.Tensor] = {}  # the last
 
@@ -93,6 +139,22 @@ class Scratch(threading.local):
             held = self._tensors[key] = torch.empty(need, dtype=dtype, device=device)
         view = self._views[key] = held[:need].view(shape)
         return view
+
+    def cut(self, role: str, values: torch.Tensor, piece: Sequence[Block]) -> Cut:
+        """A buffer cut into the blocks of a piece: on a CPU mostly the cut of the piece before.
+
+        Args:
+            role: of the buffer.
+            values: flat.
+            piece: neighbouring blocks that it holds.
+        """
+        if values.is_cuda:
+            return Cut(values, piece)
+        made = self._cuts.get(role)
+        shapes = [(block.r1 - block.r0, block.c1 - block.c0) for block in piece]
+        if made is None or made.values is not values or made.shapes != shapes:
+            made = self._cuts[role] = Cut(values, piece)
+        return made
 
 
 class Pool:

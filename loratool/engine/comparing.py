@@ -8,8 +8,8 @@ import torch
 
 from loratool.dtypes import DTYPES
 from loratool.engine import grid
-from loratool.engine.buffers import TORCH_DTYPES
-from loratool.engine.kernel import INTEGERS, Env, Kernel
+from loratool.engine.buffers import INTEGERS, TORCH_DTYPES
+from loratool.engine.kernel import Env, Kernel
 from loratool.engine.merging import AddDeltas
 from loratool.frozen import Frozen
 from loratool.linalg import rounding

@@ -8,8 +8,9 @@ import torch
 
 from loratool.adapter import TensorData
 from loratool.engine import grid
-from loratool.engine.kernel import INTEGERS, Env, Kernel
-from loratool.engine.merging import count_differing
+from loratool.engine.buffers import INTEGERS
+from loratool.engine.kernel import Env, Kernel
+from loratool.engine.measuring import count_differing
 from loratool.engine.step_args import DifferenceArgs
 from loratool.errors import NumericError
 from loratool.frozen import Frozen

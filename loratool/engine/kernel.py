@@ -24,9 +24,6 @@ from loratool.plan import Step
 from loratool.report.text import plural
 from loratool.store.reader import FileReader
 
-INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-"""Element size -> integer type of the same bits."""
-
 T = TypeVar("T")
 
 _CPU = torch.device("cpu")
@@ -142,8 +139,18 @@ class Kernel:
             inputs: of each of the step's inputs, the elements of all of them; flat, stored types.
             out: likewise of the output's type, to be filled; None if nothing is written.
         """
-        for block, blocks, made in cut_piece(piece, inputs, out):
+        for block, blocks, made in self.cut(piece, inputs, out):
             self.run(block, blocks, made)
+
+    def cut(
+        self, piece: list[grid.Block], inputs: Sequence[torch.Tensor], out: torch.Tensor | None
+    ) -> Iterator[tuple[grid.Block, list[torch.Tensor], torch.Tensor | None]]:
+        """The blocks of a piece with their inputs and output, each (rows, cols)."""
+        cut = self.env.scratch.cut
+        of_inputs = [cut(f"input {i}", one, piece).blocks for i, one in enumerate(inputs)]
+        made = [None] * len(piece) if out is None else cut("output", out, piece).blocks
+        for block, own, *blocks in zip(piece, made, *of_inputs, strict=True):
+            yield block, blocks, own
 
     def run(self, block: grid.Block, inputs: list[torch.Tensor], out: torch.Tensor | None) -> None:
         """Process one block.
@@ -167,36 +174,18 @@ class ModuleKernel(Kernel):
         """Nothing."""
 
 
-def cut_piece(
-    piece: list[grid.Block], inputs: Sequence[torch.Tensor], out: torch.Tensor | None
-) -> Iterator[tuple[grid.Block, list[torch.Tensor], torch.Tensor | None]]:
-    """The blocks of a piece with their inputs and output, each (rows, cols)."""
-    made: Sequence[torch.Tensor | None]
-    made = [None] * len(piece) if out is None else _cut(out, piece)
-    for block, own, *blocks in zip(piece, made, *(_cut(i, piece) for i in inputs), strict=True):
-        yield block, blocks, own
-
-
-def _cut(values: torch.Tensor, piece: list[grid.Block]) -> Sequence[torch.Tensor]:
-    width = piece[0].c1 - piece[0].c0
-    if all(b.c1 - b.c0 == width for b in piece):
-        return torch.split_with_sizes(values.view(-1, width), [b.r1 - b.r0 for b in piece])
-    cells = torch.split_with_sizes(values, [b.numel for b in piece])  # of wide rows
-    return [cell.view(1, -1) for cell in cells]
-
-
 def _refuse_nonfinite(tensor: torch.Tensor, source: Source) -> None:
-    flat = tensor.view(-1)
-    pieces = [~torch.isfinite(flat[i : i + _PIECE]) for i in range(0, len(flat), _PIECE)]
-    count = sum(int(bad.sum()) for bad in pieces)
-    if count:
-        first = torch.nonzero(torch.cat(pieces).view(tensor.shape))[0].tolist()
-        raise NumericError(
-            "LT-801",
-            "tensor holds NaN or infinity",
-            file=getattr(source, "file", None),
-            key=source.name,
-            expected="finite values",
-            got=f"{plural(count, 'bad value')}, the first at {first}",
-            hint="--allow-nonfinite lets them pass, where a command has it",
-        )
+    pieces = torch.split(tensor.view(-1), _PIECE)
+    if all(bool(torch.isfinite(piece).all()) for piece in pieces):
+        return
+    bad = torch.cat([~torch.isfinite(piece) for piece in pieces])
+    count, first = int(bad.sum()), torch.nonzero(bad.view(tensor.shape))[0].tolist()
+    raise NumericError(
+        "LT-801",
+        "tensor holds NaN or infinity",
+        file=getattr(source, "file", None),
+        key=source.name,
+        expected="finite values",
+        got=f"{plural(count, 'bad value')}, the first at {first}",
+        hint="--allow-nonfinite lets them pass, where a command has it",
+    )

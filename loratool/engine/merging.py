@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from functools import partial
 
-import numpy as np
 import torch
 
 from loratool.delta.base import Delta
@@ -18,48 +16,29 @@ from loratool.engine import grid
 from loratool.engine.buffers import torch_dtype
 from loratool.engine.combining import random_keys
 from loratool.engine.gate import Gate
-from loratool.engine.kernel import INTEGERS, Env, Kernel
+from loratool.engine.kernel import Env, Kernel
+from loratool.engine.measuring import Measured, Sample
 from loratool.engine.rounders import Exact, make_rounder
 from loratool.engine.step_args import SumArgs
-from loratool.frozen import Frozen, replace
+from loratool.frozen import asdict, replace
 from loratool.linalg import rounding
 from loratool.linalg.dense import DenseCombiner
 from loratool.methods import find_method
 from loratool.plan import DeltaPart, ReplacePart, Span, Step
 
-# Measuring every element would cost more than the merge: in tensors over 2²⁰ elements every
-# eighth row of at most four blocks, and of every second one at most, stands for the rest.
-_MEASURE_WHOLE, _STRIDE, _MEASURED_BLOCKS = 1 << 20, 8, 4
-# The prediction looks at about this many elements of a tensor, in about so many blocks.
-_SAMPLE, _SAMPLE_BLOCKS, _SAMPLE_ROWS = 4096, 4, 64
 
-
-class SumResult(Frozen):
-    """What one tensor's merge did, as sums over its elements.
+class SumResult(Measured, kw_only=True):
+    """What one tensor's merge did.
 
     Attributes:
         name: output tensor.
         dtype: output type.
-        numel: elements measured (a sample of the rows of large tensors).
-        weight_square: ΣW².
-        delta_square: ΣΔ².
-        error_square: Σ(rounding error)².
-        changed: elements whose bits differ from the base's.
-        expected_loss: predicted Σ(rounding error)² / ΣΔ², from a sample.
-        expected_share: predicted share of elements that change.
         settled: elements that needed an exact sum (``--exact``).
         nonfinite: values that are NaN or infinity (``--allow-nonfinite``).
     """
 
     name: str
     dtype: str
-    numel: int
-    weight_square: float
-    delta_square: float
-    error_square: float
-    changed: int
-    expected_loss: float
-    expected_share: float
     settled: int = 0
     nonfinite: int = 0
 
@@ -78,17 +57,10 @@ class AddDeltas(Kernel):
         self.anchor = self.args.anchor  # the input that changes refer to as W
         self.deltas: list[Delta] = []
         self.dense: list[tuple[int, float]] = []  # (input position, weight) of whole replacements
-        self._sums: dict[int, tuple[torch.Tensor, int, int]] = {}
+        self.rows_kept = Sample(step.view, env.elements)
         self._gate = Gate(
             step.output.name, step.output.dtype, self.limit, allow_nonfinite=env.allow_nonfinite
         )
-        count = grid.count_blocks(step.view, env.elements)
-        self._stride = self._block_stride = 1
-        if step.view[0] * step.view[1] > _MEASURE_WHOLE:
-            self._stride, self._block_stride = _STRIDE, max(2, -(-count // _MEASURED_BLOCKS))
-        self._picked: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-        self._every = self._block_stride * max(1, count // _SAMPLE_BLOCKS // self._block_stride)
-        self._per_block = max(1, _SAMPLE // max(1, min(count, _SAMPLE_BLOCKS)))
 
     @property
     def limit(self) -> torch.dtype:
@@ -191,8 +163,9 @@ class AddDeltas(Kernel):
             acc = self.sum(block, inputs)
             bad = self._gate.see(block.index, block.start, acc)
         out = self.store(block, inputs, acc, out)
-        finite = [x if bad is None else x.masked_fill(bad, 0.0) for x in (base, acc, out)]
-        self.measure(block, *finite)
+        if bad is not None:
+            base, acc, out = (x.masked_fill(bad, 0.0) for x in (base, acc, out))
+        self.rows_kept.keep(block.index, block.r0, base, acc, out)
 
     def sum(self, block: grid.Block, inputs: list[torch.Tensor]) -> torch.Tensor:
         """W + Σ deltas of a block, in the accumulator's type."""
@@ -245,61 +218,15 @@ class AddDeltas(Kernel):
         self.rounder.round(block, inputs, acc, out)
         return out
 
-    def measure(
-        self, block: grid.Block, base: torch.Tensor, acc: torch.Tensor, out: torch.Tensor
-    ) -> None:
-        """Keep what the report tells, of the blocks and rows that stand for all."""
-        rows = slice(-block.r0 % self._stride, None, self._stride)
-        if self.is_measured(block) and rows.start < base.shape[0]:
-            self._measure(block, base[rows], acc[rows], out[rows])
+    @property
+    def unit(self) -> float:
+        """Spacing of the output's numbers at 1, in units of the target type's."""
+        return 1.0
 
-    def is_measured(self, block: grid.Block) -> bool:
-        """Whether `measure` does anything with a block."""
-        return block.index % self._block_stride == 0
-
-    def _measure(
-        self, block: grid.Block, base: torch.Tensor, acc: torch.Tensor, out: torch.Tensor
-    ) -> None:
-        shape = (base.shape[0], base.shape[1])
-        work = self.env.scratch.take("work", shape, acc.dtype, self.env.device)
-        work.copy_(base)
-        if self.scale != 1.0:  # the change is measured against the base as it is scaled
-            work.mul_(self.scale)
-        weight_square = _dot(work)
-        if out.dtype == base.dtype:
-            changed = count_differing(out, base)
-        else:
-            changed = int((acc != work).sum())
-        torch.sub(acc, work, out=work)
-        delta_square = _dot(work)
-        if block.index % self._every == 0 and (self.deltas or self.dense):
-            self._pick(block.index, acc, work)
-        work.copy_(out).sub_(acc)
-        sums = torch.stack([weight_square, delta_square, _dot(work)])
-        self._sums[block.index] = (sums, changed, base.numel())
-
-    def _pick(self, index: int, summed: torch.Tensor, delta: torch.Tensor) -> None:
-        """Keep a few sums, and the size of the change in their rows, for the prediction."""
-        height = min(delta.shape[0], _SAMPLE_ROWS)
-        rows = slice(None, None, delta.shape[0] // height)
-        cols = slice(None, None, max(1, delta.shape[1] * height // self._per_block))
-        sigma = delta[rows].double().square().mean(1, keepdim=True).sqrt()  # (rows, 1)
-        values = summed[rows, cols].clone()
-        self._picked[index] = (values, sigma.expand_as(values))
-
-    def _expected(self) -> tuple[float, float]:
-        """Predicted (Σ error² / ΣΔ², share changed), from what `_pick` kept."""
-        if not self._picked or self.dtype == self.target:
-            return 0.0, float(bool(self._picked))
-        picked = [self._picked[i] for i in sorted(self._picked)]
-        values = torch.cat([v.flatten() for v, _ in picked])
-        sigma = torch.cat([s.flatten() for _, s in picked])
-        moved = sigma > 0
-        if not bool(moved.any()):
-            return 0.0, 0.0
-        error, share = rounding.expected_rounding(values[moved], sigma[moved], self.target)
-        change = float(sigma[moved].double().square().mean())
-        return error / change, share * float(moved.double().mean())
+    def measure(self) -> Measured:
+        """What became of the rows that stand for all."""
+        changes = bool(self.deltas or self.dense)
+        return self.rows_kept.measure(self.scale, self.target if changes else None, self.unit)
 
     def finish(self) -> SumResult:
         """Add the blocks up, in their order.
@@ -308,15 +235,11 @@ class AddDeltas(Kernel):
             NumericError: the result overflows the output type or is not a number.
         """
         nonfinite = self._gate.finish()
-        ordered = [self._sums[i] for i in sorted(self._sums)]
-        parts = [sums.tolist() for sums, _, _ in ordered]
-        weight, delta, error = (math.fsum(p[i] for p in parts) for i in range(3))
-        name, dtype = self.step.output.name, self.step.output.dtype
-        changed, numel = sum(c for _, c, _ in ordered), sum(n for _, _, n in ordered)
+        found = self.measure()
         settled = sum(self.rounder.settled.values())
-        expected, share = self._expected()
+        name, dtype = self.step.output.name, self.step.output.dtype
         return SumResult(
-            name, dtype, numel, weight, delta, error, changed, expected, share, settled, nonfinite
+            name=name, dtype=dtype, settled=settled, nonfinite=nonfinite, **asdict(found)
         )
 
 
@@ -326,18 +249,3 @@ def _by_target(parts: list[DeltaPart]) -> list[list[DeltaPart]]:
     for part in parts:
         groups.setdefault((part.region.rows, part.region.cols), []).append(part)
     return list(groups.values())
-
-
-def count_differing(one: torch.Tensor, other: torch.Tensor) -> int:
-    """Elements whose bits differ; both of the same shape and type."""
-    bits = INTEGERS[one.element_size()]
-    if one.device.type == "cpu":  # torch's own comparison and count take ten times as long
-        return int(np.count_nonzero(one.view(bits).numpy() != other.view(bits).numpy()))
-    return int(torch.count_nonzero(one.view(bits) != other.view(bits)))
-
-
-def _dot(matrix: torch.Tensor) -> torch.Tensor:
-    """Σx² as float64, summed in it only where float32 cannot hold the squares."""
-    flat = matrix.flatten()
-    found = torch.dot(flat, flat).double()
-    return found if 1e-30 < float(found) < math.inf else flat.double().square().sum()

@@ -15,9 +15,9 @@ import torch
 
 from loratool.adapter import TensorRef
 from loratool.engine import grid
-from loratool.engine.buffers import to_bytes
+from loratool.engine.buffers import INTEGERS, to_bytes
 from loratool.engine.comparing import CompareResult
-from loratool.engine.kernel import INTEGERS, Env, Kernel
+from loratool.engine.kernel import Env, Kernel
 from loratool.engine.merging import AddDeltas, SumResult
 from loratool.engine.step_args import ApplyPatchArgs, MakePatchArgs
 from loratool.errors import BadFileError, MismatchError, NumericError

@@ -42,12 +42,11 @@ def cut_step(step: Step, *, elements: int, chunk: int, sample: bool) -> list[lis
         return [[block] for block in grid.ends_and_middle(step.view, elements)]
     cut = grid.blocks(step.view, elements)
     widest = max(DTYPES[s.dtype].bits // 8 for s in (*step.inputs, step.output))
-    pairs = len(args_of(step).names) or 1 if op.has_pairs else 1
-    return [
-        [replace(block, pair=pair) for block in piece]
-        for pair in range(pairs)
-        for piece in grid.chunks(cut, chunk // widest)
-    ]
+    pieces = grid.chunks(cut, chunk // widest)
+    if not op.has_pairs:
+        return pieces
+    pairs = range(max(1, len(args_of(step).names)))
+    return [[replace(block, pair=pair) for block in piece] for pair in pairs for piece in pieces]
 
 
 def sampled_steps(plan: Plan) -> list[int]:

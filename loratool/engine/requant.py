@@ -90,13 +90,13 @@ class Requantize(AddDeltas):
         first = block.start // width
         return torch.arange(first, first + block.numel // width), torch.arange(width)
 
-    def _pick(self, index: int, summed: torch.Tensor, delta: torch.Tensor) -> None:
-        """Predict on the grid of the codes: in units of one factor."""
-        scale = 1.0
-        if self.scales is not None:
-            ones = torch.ones_like(self.scales)
-            scale = float(self.coder.numbers(ones, self.scales, self.coded).double().median())
-        super()._pick(index, summed / scale, delta / scale)
+    @property
+    def unit(self) -> float:
+        """The prediction is on the grid of the codes: in units of one factor."""
+        if self.scales is None:
+            return 1.0
+        ones = torch.ones_like(self.scales)
+        return float(self.coder.numbers(ones, self.scales, self.coded).double().median())
 
 
 def _rows(values: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:

@@ -6,7 +6,6 @@ step that writes codes and the one that writes factors see the same numbers.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 
 import torch
@@ -14,6 +13,7 @@ import torch
 from loratool.adapter import CodedRef
 from loratool.engine import grid
 from loratool.engine.kernel import Env
+from loratool.engine.measuring import Measured
 from loratool.engine.merging import AddDeltas, SumResult
 from loratool.engine.rows import args_of
 from loratool.engine.step_args import RequantizeArgs
@@ -75,21 +75,23 @@ class RequantizeRows(AddDeltas):
         values = (acc if bad is None else acc.masked_fill(bad, 0.0)).T.contiguous()
         old = self.coder.load_factors(self.coded, reader, first, last).to(device)
         *made, numbers = self.coder.encode_rows(values.double(), old, self.coded)
-        if not self.place and strip % self._block_stride == 0:
-            self._measure(block, *(x[:: self._stride] for x in (base, values, numbers)))
+        if not self.place:
+            self.rows_kept.keep(strip, 0, base, values, numbers)
         return made[self.place]
 
-    def _pick(self, index: int, summed: torch.Tensor, delta: torch.Tensor) -> None:
-        """Nothing: steps of the codes differ from block to block, no formula knows them."""
+    def measure(self) -> Measured:
+        """What coding did to the rows that were looked at; of a dry run that is a sample.
 
-    def _expected(self) -> tuple[float, float]:
-        """What coding did to the rows that were looked at; of a dry run that is a sample."""
-        if not self._sums:
-            return 0.0, 0.0
-        parts = [(sums.tolist(), changed, n) for sums, changed, n in self._sums.values()]
-        change, error = (math.fsum(sums[i] for sums, _, _ in parts) for i in (1, 2))
-        share = sum(c for _, c, _ in parts) / max(1, sum(n for _, _, n in parts))
-        return error / change if change else 0.0, share
+        It is the prediction too: steps of the codes differ from block to block, no formula knows
+        them.
+        """
+        found = self.rows_kept.measure(self.scale, None)
+        if not found.delta_square:
+            return found
+        return replace(
+            found, expected_loss=found.error_square / found.delta_square,
+            expected_share=found.changed / found.numel,
+        )  # fmt: skip
 
 
 class RequantizeRowFactors(RequantizeRows):

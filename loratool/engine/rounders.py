@@ -10,7 +10,8 @@ import torch
 
 from loratool.delta.base import Delta
 from loratool.engine import grid
-from loratool.engine.kernel import INTEGERS, Env
+from loratool.engine.buffers import INTEGERS
+from loratool.engine.kernel import Env
 from loratool.engine.step_args import SumArgs
 from loratool.linalg import rounding
 from loratool.linalg.exact import UNIT, product_terms, round_sums, round_where_decided

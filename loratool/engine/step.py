@@ -17,7 +17,7 @@ import torch
 from loratool.adapter import Source, TensorData
 from loratool.dtypes import DTYPES
 from loratool.engine import grid
-from loratool.engine.buffers import ByteBuffer, from_bytes
+from loratool.engine.buffers import ByteBuffer
 from loratool.engine.kernel import Env, Kernel
 from loratool.engine.reads import cut_step
 from loratool.engine.rows import Op, op_of
@@ -168,7 +168,7 @@ class StepWork:
         kernel, self._kernel = self._kernel, None
         if kernel is None:
             return None
-        with torch.cuda.stream(None if lane is None else lane.stream):
+        with nullcontext() if lane is None else lane.at_work():
             return kernel.finish()
 
     def _copy(self, lane: Lane, piece: list[grid.Block]) -> int:
@@ -194,8 +194,7 @@ class StepWork:
             size = DTYPES[dtype].bits // 8
             target = self._out.start + first * size
             aligned = target % PAGE % size == 0
-            data, raw = lane.output.take(count * size, target % PAGE if aligned else 0)
-            host = from_bytes(raw, dtype, (count,))
+            data, host = lane.output.take(count * size, target % PAGE if aligned else 0, dtype)
             outs = torch.empty_like(host, device=lane.device) if lane.is_cuda else host
         kernel.run_piece(piece, inputs, outs)
         if outs is not None and lane.is_cuda:
@@ -211,9 +210,8 @@ class StepWork:
     ) -> torch.Tensor:
         dtype = self._op.dtype(source)
         size = DTYPES[dtype].bits // 8
-        data, raw = lane.input(position).take(count * size)
+        data, host = lane.input(position).take(count * size, 0, dtype)
         self._fill(data, source, first * size)
-        host = from_bytes(raw, dtype, (count,))
         return host.to(lane.device, non_blocking=True) if lane.is_cuda else host
 
     def _fill(self, data: memoryview, source: Source, start: int) -> None:

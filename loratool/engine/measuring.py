@@ -1,0 +1,152 @@
+"""What a merge did to a tensor, by rows that stand for all of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from loratool.engine import grid
+from loratool.engine.buffers import INTEGERS
+from loratool.frozen import Frozen
+from loratool.linalg import rounding
+
+# In tensors over 2²⁰ elements every eighth row of at most four blocks, and of every second one at
+# most: measuring every element would cost more than the merge.
+_WHOLE, _STRIDE, _BLOCKS = 1 << 20, 8, 4
+# The prediction looks at about this many elements, in at most so many rows.
+_ELEMENTS, _ROWS = 4096, 256
+
+
+class Measured(Frozen):
+    """Sums over the rows that were kept.
+
+    Attributes:
+        numel: elements in them.
+        weight_square: ΣW².
+        delta_square: ΣΔ².
+        error_square: Σ(rounding error)².
+        changed: elements whose bits differ from the base's.
+        expected_loss: predicted Σ(rounding error)² / ΣΔ².
+        expected_share: predicted share of elements that change.
+    """
+
+    numel: int = 0
+    weight_square: float = 0.0
+    delta_square: float = 0.0
+    error_square: float = 0.0
+    changed: int = 0
+    expected_loss: float = 0.0
+    expected_share: float = 0.0
+
+
+class Sample:
+    """Rows of W, of the sums before they were rounded, and of W', kept until the tensor is done.
+
+    They are looked at together: with many threads each call of torch is a wait for the
+    interpreter's lock.
+
+    Args:
+        view: of the tensor.
+        elements: block size of the grid.
+    """
+
+    def __init__(self, view: tuple[int, int], elements: int) -> None:
+        self._stride = self._block_stride = 1
+        if view[0] * view[1] > _WHOLE:
+            count = grid.count_blocks(view, elements)
+            self._stride, self._block_stride = _STRIDE, max(2, -(-count // _BLOCKS))
+        self._kept: dict[int, tuple[torch.Tensor, ...]] = {}
+
+    def takes(self, index: int) -> bool:
+        """Whether a block is one of those that stand for all."""
+        return index % self._block_stride == 0
+
+    def keep(
+        self, index: int, first: int, base: torch.Tensor, acc: torch.Tensor, out: torch.Tensor
+    ) -> None:
+        """Keep some rows of a block; blocks may come in any order and thread.
+
+        Args:
+            index: number of the block; nothing is kept of those that `takes` leaves out.
+            first: number of its first row.
+            base: (rows, cols), any float type.
+            acc: the same shape, accumulator type, as the next one on the same device.
+            out: the numbers that are written.
+        """
+        rows = slice(-first % self._stride, None, self._stride)
+        if self.takes(index) and rows.start < base.shape[0]:
+            self._kept[index] = base[rows].clone(), acc[rows].clone(), out[rows].clone()
+
+    def measure(
+        self, scale: float, target: torch.dtype | None, unit: float = 1.0
+    ) -> Measured:  # fmt: skip
+        """Look at the rows, in their order.
+
+        Args:
+            scale: of W; the change is measured against W so scaled.
+            target: type that the sums are rounded to, for the prediction; None for none.
+            unit: spacing of that type's number 1 in what is written: factors of codes.
+        """
+        if not self._kept:
+            return Measured()
+        kept = [self._kept[i] for i in sorted(self._kept)]
+        base, acc, out = (_together([rows[i] for rows in kept]) for i in range(3))
+        work = base.to(acc.dtype, copy=True)
+        if scale != 1.0:
+            work.mul_(scale)
+        weight_square = _square(work)
+        changed = (
+            count_differing(out, base) if out.dtype == base.dtype else int((acc != work).sum())
+        )
+        torch.sub(acc, work, out=work)
+        delta_square = _square(work)
+        expected = 0.0, 0.0
+        if target == acc.dtype:
+            expected = 0.0, 1.0
+        elif target is not None:
+            expected = _predict(acc, work, target, unit)
+        error_square = _square(work.copy_(out).sub_(acc))
+        return Measured(acc.numel(), weight_square, delta_square, error_square, changed, *expected)
+
+
+def _together(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Rows of blocks one below the other; cells of wide rows one beside the other."""
+    if len({part.shape[1] for part in parts}) == 1:
+        return torch.cat(list(parts))
+    return torch.cat([part.reshape(1, -1) for part in parts], dim=1)
+
+
+def _predict(
+    acc: torch.Tensor, delta: torch.Tensor, target: torch.dtype, unit: float
+) -> tuple[float, float]:
+    """(Σ error² / ΣΔ², share that changes) by the size of the change in each row."""
+    height = min(len(acc), _ROWS)
+    rows = slice(None, None, len(acc) // height)
+    cols = slice(None, None, max(1, acc.shape[1] * height // _ELEMENTS))
+    sigma = torch.linalg.vector_norm(delta[rows], dim=1, keepdim=True, dtype=torch.float64)
+    sigma /= math.sqrt(delta.shape[1]) * unit  # (rows, 1)
+    moved = sigma[:, 0] > 0
+    share = float(moved.double().mean())
+    if share == 0.0:
+        return 0.0, 0.0
+    values, sigma = acc[rows, cols][moved] / unit, sigma[moved]
+    error, changed = rounding.expected_rounding(values, sigma.expand_as(values), target)
+    return error / float(sigma.square().mean()), changed * share
+
+
+def count_differing(one: torch.Tensor, other: torch.Tensor) -> int:
+    """Elements whose bits differ; both of the same shape and type."""
+    bits = INTEGERS[one.element_size()]
+    if one.device.type == "cpu":  # torch's own comparison and count take ten times as long
+        return int(np.count_nonzero(one.view(bits).numpy() != other.view(bits).numpy()))
+    return int(torch.count_nonzero(one.view(bits) != other.view(bits)))
+
+
+def _square(matrix: torch.Tensor) -> float:
+    """Σx², summed in float64 only where float32 cannot hold the squares."""
+    flat = matrix.view(-1)
+    found = float(torch.dot(flat, flat))
+    return found if 1e-30 < found < math.inf else float(flat.double().square().sum())
