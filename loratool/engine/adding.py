@@ -19,6 +19,8 @@ _INFINITY = {
     torch.float64: 0x7FF0 << 48,
 }
 
+_TOGETHER = 2  # blocks: sums of more leave the cache
+
 
 class AddInPieces(AddDeltas):
     """`AddDeltas`, which takes it that a piece is as nearly all are: finite, and without a -0.
@@ -55,12 +57,28 @@ class AddInPieces(AddDeltas):
         if isinstance(self.rounder, Exact):
             self._add_exactly(self.rounder, piece, inputs, out)
         else:
-            for block, blocks, made in self.cut(piece, inputs, out):
-                assert made is not None
-                acc = self.sum(block, blocks)
-                rounding.round_into(made, acc)
-                self.rows_kept.keep(block.index, block.r0, blocks[0], acc, made)
+            self._add_nearest(piece, inputs, out)
         return _is_finite(self.env.scratch.cut("output", out, piece))
+
+    def _add_nearest(
+        self, piece: list[grid.Block], inputs: list[torch.Tensor], out: torch.Tensor
+    ) -> None:
+        """Widen and round several blocks at once; products keep to the grid."""
+        take, cut = self.env.scratch.take, self.env.scratch.cut
+        cells = list(self.cut(piece, inputs, out))
+        runs = [cells[i : i + _TOGETHER] for i in range(0, len(cells), _TOGETHER)]
+        lines = [_as_line([block for block, _, _ in run]) for run in runs]
+        bases, mades = cut("base", inputs[0], lines).blocks, cut("made", out, lines).blocks
+        for run, base, made in zip(runs, bases, mades, strict=True):
+            acc = take("acc", (1, base.shape[1]), self.dtype, self.env.device)
+            rounding.widen_into(acc, base)
+            sums = cut("acc", acc, [block for block, _, _ in run]).blocks
+            for (block, blocks, _), one in zip(run, sums, strict=True):
+                self.add_changes(one, block, blocks, self.deltas)
+            rounding.round_into(made, acc)
+            for (block, blocks, own), one in zip(run, sums, strict=True):
+                assert own is not None
+                self.rows_kept.keep(block.index, block.r0, blocks[0], one, own)
 
     def _add_exactly(
         self, rounder: Exact, piece: list[grid.Block], inputs: list[torch.Tensor], out: torch.Tensor
@@ -80,6 +98,12 @@ class AddInPieces(AddDeltas):
             view = -1, self.step.view[1]
             rows = [one.view(view) for one in inputs]
             rounder.look_again(_as_one(piece), rows, out.view(view), torch.cat(open_))
+
+
+def _as_line(blocks: list[grid.Block]) -> grid.Block:
+    """Neighbouring blocks as one row."""
+    first = blocks[0]
+    return grid.Block(first.index, 0, 1, 0, sum(block.numel for block in blocks), first.start)
 
 
 def _as_one(piece: list[grid.Block]) -> grid.Block:

@@ -89,7 +89,7 @@ class Cut:
     """The elements of a piece by its blocks.
 
     Args:
-        values: all of them, flat.
+        values: all of them, contiguous.
         piece: neighbouring blocks.
 
     Attributes:
@@ -100,7 +100,7 @@ class Cut:
     def __init__(self, values: torch.Tensor, piece: Sequence[Block]) -> None:
         self.values = values
         self.shapes = [(block.r1 - block.r0, block.c1 - block.c0) for block in piece]
-        parts = torch.split_with_sizes(values, [block.numel for block in piece])
+        parts = torch.split_with_sizes(values.view(-1), [block.numel for block in piece])
         self.blocks = [part.view(shape) for part, shape in zip(parts, self.shapes, strict=True)]
 
     @cached_property
@@ -145,7 +145,7 @@ class Scratch(threading.local):
 
         Args:
             role: of the buffer.
-            values: flat.
+            values: contiguous.
             piece: neighbouring blocks that it holds.
         """
         if values.is_cuda:

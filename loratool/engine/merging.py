@@ -192,17 +192,25 @@ class AddDeltas(Kernel):
         shape = (inputs[0].shape[0], inputs[0].shape[1])
         acc = self.env.scratch.take("acc", shape, dtype, self.env.device)
         rounding.widen_into(acc, inputs[0])
+        self.add_changes(acc, block, inputs, deltas)
+        return acc
+
+    def add_changes(
+        self, acc: torch.Tensor, block: grid.Block, inputs: Sequence[torch.Tensor],
+        deltas: Sequence[Delta],
+    ) -> None:  # fmt: skip
+        """Make W + Σ deltas of a block's W, in place."""
         weight = acc
         if self.dense or not all(d.is_additive for d in deltas):
-            weight = self.env.scratch.take("weight", shape, dtype, self.env.device)
+            shape = (acc.shape[0], acc.shape[1])
+            weight = self.env.scratch.take("weight", shape, acc.dtype, self.env.device)
             rounding.widen_into(weight, inputs[self.anchor])
         for position, factor in self.dense:
-            acc.add_(inputs[position].to(dtype).sub_(weight), alpha=factor)
+            acc.add_(inputs[position].to(acc.dtype).sub_(weight), alpha=factor)
         for delta in deltas:
             delta.add_to(acc, weight, block.r0, block.r1, block.c0, block.c1)
         if self.scale != 1.0:
             acc.mul_(self.scale)
-        return acc
 
     def store(
         self,
