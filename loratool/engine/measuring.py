@@ -10,12 +10,13 @@ import torch
 
 from loratool.engine import grid
 from loratool.engine.buffers import INTEGERS
+from loratool.engine.step_memory import MEASURED_WHOLE
 from loratool.frozen import Frozen
 from loratool.linalg import rounding
 
-# In tensors over 2²⁰ elements every eighth row of at most four blocks, and of every second one at
-# most: measuring every element would cost more than the merge.
-_WHOLE, _STRIDE, _BLOCKS = 1 << 20, 8, 4
+# In large tensors every eighth row of at most four blocks, and of every second one at most:
+# measuring every element would cost more than the merge.
+_STRIDE, _BLOCKS = 8, 4
 # The prediction looks at about this many elements, in at most so many rows.
 _ELEMENTS, _ROWS = 4096, 256
 
@@ -55,7 +56,7 @@ class Sample:
 
     def __init__(self, view: tuple[int, int], elements: int) -> None:
         self._stride = self._block_stride = 1
-        if view[0] * view[1] > _WHOLE:
+        if view[0] * view[1] > MEASURED_WHOLE:
             count = grid.count_blocks(view, elements)
             self._stride, self._block_stride = _STRIDE, max(2, -(-count // _BLOCKS))
         self._kept: dict[int, tuple[torch.Tensor, ...]] = {}
@@ -114,6 +115,8 @@ class Sample:
 
 def _together(parts: Sequence[torch.Tensor]) -> torch.Tensor:
     """Rows of blocks one below the other; cells of wide rows one beside the other."""
+    if len(parts) == 1:
+        return parts[0]
     if len({part.shape[1] for part in parts}) == 1:
         return torch.cat(list(parts))
     return torch.cat([part.reshape(1, -1) for part in parts], dim=1)

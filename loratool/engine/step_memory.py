@@ -29,6 +29,9 @@ ROUNDING_BYTES = (1 << 16) * 16 * 8
 DECODING_BYTES = 24 << 20
 """What making numbers from codes takes per worker: a strip of them, and the codes around them."""
 
+MEASURED_WHOLE = 1 << 20
+"""Elements of a tensor up to which a merge measures every one; of larger ones fewer than that."""
+
 _UNKNOWN_RANK = 256
 
 
@@ -93,8 +96,11 @@ def _sizes(step: Step, chunk: int, elements: int) -> tuple[int, int, int]:
 
 
 def summed_step(step: Step, args: Any) -> int:
-    """Factors in the accumulator's type, and a float64 copy while they are made; new rows."""
-    total = 0
+    """Factors in the accumulator's type, and a float64 copy while they are made; new rows.
+
+    Besides, the rows that stand for all, joined, and the change in them.
+    """
+    total = _rows_kept(step) if step.inputs else 0
     for part in step.parts:
         if isinstance(part, DeltaPart):
             total += _held(part) * 16
@@ -105,6 +111,14 @@ def summed_step(step: Step, args: Any) -> int:
         elif part.rows is not None:
             total += part.source.numel * 12
     return total
+
+
+def _rows_kept(step: Step) -> int:
+    """Of W, of the sums and of W', twice while they are joined."""
+    _, _, wide = _sizes(step, 0, 0)
+    accumulator = 4 if step.output.dtype == "BF16" else 8
+    numel = min(step.view[0] * step.view[1], MEASURED_WHOLE)
+    return numel * (4 * wide + 3 * accumulator)
 
 
 def requantized_step(step: Step, args: RequantizeArgs) -> int:
