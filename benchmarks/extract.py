@@ -1,10 +1,11 @@
 """Extract an adapter from a bfloat16 fine-tune: beside reading both, a naive script, mergekit.
 
     python -m benchmarks.extract [--size 1.7b|8b] [--layers 2] [--device cuda] [--auto] [--cold]
-                                 [--naive] [--peer-python PYTHON]
+                                 [--warm] [--naive] [--peer-python PYTHON]
 
 ``--peer-python`` is an interpreter with mergekit (see peers.txt), which needs an environment of
-its own.  The naive script's dense SVDs take seconds per matrix: it only runs with ``--naive``.
+its own.  ``--warm``: besides, as the second call of a process, whose GPU is awake.  The naive
+script's dense SVDs take seconds per matrix: it only runs with ``--naive``.
 """
 
 from __future__ import annotations
@@ -27,8 +28,10 @@ def all_cases(folder: Path, asked: argparse.Namespace) -> Iterator[Case]:
     given = {"tuned": str(tuned), "base": str(base), "threads": asked.threads}
     for device in asked.device or ["cpu"]:
         for wanted in (rank, "auto") if asked.auto else (rank,):
-            yield ours(f"loratool {device}, rank {wanted}", "extract", folder / "lora", **given,
-                       rank=wanted, device=device)  # fmt: skip
+            for warm in (False, True)[: 1 + asked.warm]:
+                name = f"loratool {device}, rank {wanted}{', second call' if warm else ''}"
+                yield ours(name, "extract", folder / "lora", **given, rank=wanted, device=device,
+                           warm=warm)  # fmt: skip
     yield job("reading both", "read", "4,16" if asked.cold else "1,2,4,8,16", base, tuned)
     if asked.naive:
         naive = folder / "naive"
@@ -75,6 +78,7 @@ def main() -> None:
     options.add_argument("--threads", type=int)
     options.add_argument("--naive", action="store_true", help="that script too")
     options.add_argument("--peer-python")
+    options.add_argument("--warm", action="store_true", help="in a warm process too")
     options.add_argument("--cold", action="store_true", help="read from the disk, not its cache")
     options.add_argument("--errors", action="store_true", help="what each one leaves out")
     asked = options.parse_args()

@@ -1,4 +1,6 @@
-"""The merge kernel over matrices in memory, nothing read or written: THREADS WIDTH ROUNDING.
+"""The merge kernel over matrices in memory, nothing read or written.
+
+Arguments: thread|process COUNT WIDTH ROUNDING.
 
 Steps as `merge` plans them run through the engine's own executor; only their bytes come from
 memory, and what they make is dropped.
@@ -6,6 +8,7 @@ memory, and what they make is dropped.
 
 from __future__ import annotations
 
+import multiprocessing
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -53,14 +56,13 @@ def make_step(number: int, width: int, how: dict[str, Any]) -> Step:
     return Step("add_deltas", output, (held(weight, "BF16"),), (width, width), (part,), args=how)
 
 
-def prepare(arguments: list[str]) -> Callable[[], dict[str, float]]:
-    threads, width, rounding = int(arguments[0]), int(arguments[1]), arguments[2]
+def make_loop(threads: int, width: int, rounding: str) -> Callable[[float], tuple[int, float]]:
+    """(bytes, seconds) of whole matrices, one after the other until the time is up."""
     steps = [make_step(n, width, {"rounding": rounding}) for n in range(MATRICES)]
     env = RunOptions(threads=threads).env(FileReader())
     execute = find_executor("threads")
 
     def over(seconds: float) -> tuple[int, float]:
-        """(bytes, seconds) of whole matrices, one after the other until the time is up."""
         done, start = 0, time.perf_counter()
 
         def tasks() -> Iterator[Task]:
@@ -74,10 +76,34 @@ def prepare(arguments: list[str]) -> Callable[[], dict[str, float]]:
         return done * 2 * width * width, time.perf_counter() - start
 
     over(SECONDS / 4)  # buffers, code paths
+    return over
+
+
+def of_process(start: Any, rates: Any, width: int, rounding: str) -> None:
+    """One of several: bytes per second, from the moment on that all are ready."""
+    over = make_loop(1, width, rounding)
+    start.wait()
+    nbytes, seconds = over(SECONDS)
+    rates.put(nbytes / seconds)
+
+
+def prepare(arguments: list[str]) -> Callable[[], dict[str, float]]:
+    word, count, width, rounding = arguments[0], *map(int, arguments[1:3]), arguments[3]
+    if word == "thread":
+        over = make_loop(count, width, rounding)
+    else:
+        spawn = multiprocessing.get_context("spawn")
+        start, rates = spawn.Barrier(count + 1), spawn.Queue()
+        for _ in range(count):
+            spawn.Process(target=of_process, args=(start, rates, width, rounding)).start()
 
     def work() -> dict[str, float]:
-        nbytes, seconds = over(SECONDS)
-        rate = nbytes / seconds / 1e9
-        return {"job": seconds / (nbytes / 1e9), "GB/s": rate, "GB/s per core": rate / threads}
+        if word == "thread":
+            nbytes, seconds = over(SECONDS)
+            rate = nbytes / seconds / 1e9
+        else:
+            start.wait()
+            rate = sum(rates.get() for _ in range(count)) / 1e9
+        return {"job": 1 / rate, "GB/s": rate, "GB/s per core": rate / count}
 
     return work
