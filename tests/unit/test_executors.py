@@ -371,3 +371,16 @@ def test_a_full_gpu_has_fewer_threads(
     left[0] = 1 << 30
     with pytest.raises(DiskError, match="memory is full"):
         lt.merge(adapters, base=inputs / "base", **two)
+
+
+def test_a_merge_on_the_cpu_asks_no_driver(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each question takes it milliseconds, and many processes wait for each other there."""
+
+    def asked(*words: object) -> None:
+        raise AssertionError("the driver was asked")
+
+    for name in ("is_available", "current_device", "device_count", "init", "stream"):
+        monkeypatch.setattr(torch.cuda, name, asked)
+    lt.merge([inputs / "a1"], base=inputs / "base", output=tmp_path / "out", device="cpu")
