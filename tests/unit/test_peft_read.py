@@ -454,6 +454,16 @@ def test_parameters_alike_in_shape_nest_as_their_model_registers_them(
     assert found == {names[1]: True, names[0]: False} and not adapter.notes
 
 
+def test_a_parameter_that_is_named_is_no_module_of_a_pattern(tmp_path: Path) -> None:
+    """A probe of (1, 1, 16) has as many rows of lora_A as a linear layer would have."""
+    tensors = {**pair("v.head", 2, 16, 1), **pair("v.head.base_layer.fc", 2)}
+    adapter = read(tmp_path, tensors, r=2, target_parameters=["head.probe"],
+                   target_modules=r".*\.(fc|lm_head)")  # fmt: skip
+    assert {(s.module, s.parameter) for s in adapter.specs} == {
+        ("v.head", "probe"), ("v.head.fc", "weight"),
+    }  # fmt: skip
+
+
 def test_three_parameters_of_a_module_and_a_module_inside(tmp_path: Path) -> None:
     """What wraps a parameter is around the module's own modules too."""
     tensors = {

@@ -7,7 +7,7 @@ so the key of the first parameter has the most ``.base_layer``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 
 from loratool.adapter import TensorRef
@@ -126,7 +126,7 @@ def _candidates(owner: str, config: PeftConfig, count: int) -> list[str]:
     if not config.parameters:
         return []
     by_parent = _by_parent(config.parameters)
-    found = [pair for e in (owner, *endings(owner)) for pair in by_parent.get(e, ())]
+    found = _of(owner, by_parent)
     if len({name for _, name in found}) < count:
         found += by_parent.get("", ())
     names = list(dict.fromkeys(name for _, name in sorted(found)))
@@ -139,6 +139,11 @@ def _candidates(owner: str, config: PeftConfig, count: int) -> list[str]:
     if set(names) <= set(_REGISTERED):
         names.sort(key=_REGISTERED.index)
     return names
+
+
+def _of(owner: str, by_parent: Mapping[str, Sequence[tuple[int, str]]]) -> list[tuple[int, str]]:
+    """Parameters whose entries name the owner."""
+    return [pair for e in (owner, *endings(owner)) for pair in by_parent.get(e, ())]
 
 
 @lru_cache(maxsize=1)
@@ -156,7 +161,9 @@ def _is_plain(owner: str, lora_A: TensorRef, config: PeftConfig) -> bool:
 
     A head that is tied to an embedding need not be named.
     """
-    if config.has_target_pattern:  # the pattern may be anything: only flattened experts differ
+    if config.has_target_pattern:  # it may be anything: flattened experts differ, and what is named
+        if _of(owner, _by_parent(config.parameters)):
+            return False  # PEFT refuses to take a module and its parameter
         return lora_A.shape[:1] == (int(config.ranks.get(owner, config.rank or 0)),)
     is_tied = config.ties and is_head(f"{owner}.weight")
     return is_tied or is_named(owner, config.targets or ())
