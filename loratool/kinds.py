@@ -124,7 +124,8 @@ def _additive(row: Kind, pairs: str, rank: Callable[[DeltaSpec], int]) -> Kind:
 _FULL: tuple[Kind, ...] = (
     _additive(
         Kind("circulant", "loratool.delta.circulant:build", ("c3a_kernel",), (), True, "C3A",
-             _of_circulant, "c3a_kernel", rank_axis=None),
+             _of_circulant, "c3a_kernel", rank_axis=None,
+             fits=lambda spec: len(shape_in(spec, "c3a_kernel")) == 3),
         "circulant", _short,
     ),
     _additive(

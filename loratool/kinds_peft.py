@@ -150,6 +150,19 @@ def _of_bank(spec: DeltaSpec, role: str) -> Sizes:
     return left[0] * size, (right[1] * size,)
 
 
+def _fits_bank(spec: DeltaSpec, role: str) -> bool:
+    shapes = _shapes(spec)
+    one, two = shapes[f"{role}_A"], shapes[f"{role}_B"]
+    if (len(shapes["bank"]), len(one), len(two)) != (2, 3, 3) or one[0] != two[1]:
+        return False
+    if role == "logits":
+        return one[2] == two[2] == shapes["bank"][0]
+    return all(
+        shapes[f"weights_{side}"] == (*shape[:-1], shape[-1] - 1)
+        for side, shape in (("A", one), ("B", two))
+    )
+
+
 def _settle_paired(spec: DeltaSpec, out: int, inner: int) -> DeltaSpec | None:
     head = _setting(spec, HEAD, 0)
     fits = _of_factors(spec, "paired_B", "lora_A") == (out, (inner,))
@@ -186,8 +199,10 @@ ROWS: tuple[Kind, ...] = (
     _folded("vera_seeded", "VeRA of a seed", ("lambda_b", "lambda_d"), _of_shared, "lambda_b",
             "vera:pairs_of", settle=_settle_shared, joint=_largest),
     _folded("bank", "VB-LoRA", ("bank", "logits_A", "logits_B"), partial(_of_bank, role="logits"),
-            "bank", "bank:pairs_of", takes_factor=False, rank_axis=("logits_A", 0)),
+            "bank", "bank:pairs_of", takes_factor=False, rank_axis=("logits_A", 0),
+            fits=partial(_fits_bank, role="logits")),
     _folded("bank_top", "VB-LoRA", ("bank", "indices_A", "weights_A", "indices_B", "weights_B"),
             partial(_of_bank, role="indices"), "bank", "bank:pairs_of",
-            takes_factor=False, rank_axis=("indices_A", 0)),
+            takes_factor=False, rank_axis=("indices_A", 0),
+            fits=partial(_fits_bank, role="indices")),
 )  # fmt: skip

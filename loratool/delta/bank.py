@@ -13,6 +13,7 @@ import torch
 
 from loratool.adapter import DeltaSpec
 from loratool.delta.lowrank import Pair
+from loratool.errors import BadFileError
 from loratool.kinds_peft import TOP
 
 
@@ -32,5 +33,10 @@ def bank_mixture(
         weights = torch.softmax(best.double(), dim=-1)
     else:
         indices, known = fields[f"indices_{side}"].long(), fields[f"weights_{side}"].double()
+        if indices.numel() and not 0 <= int(indices.min()) <= int(indices.max()) < len(bank):
+            raise BadFileError(
+                "LT-363", "the tensors of a module do not fit each other", key=spec.name,
+                expected=f"vectors 0 to {len(bank) - 1} of the bank", got=f"indices_{side}",
+            )  # fmt: skip
         weights = torch.cat([known, 1 - known.sum(-1, keepdim=True)], -1)
     return (weights.unsqueeze(-1) * bank[indices]).sum(-2)

@@ -82,7 +82,8 @@ def join(
                                                           and len(there) < len(parts)):  # fmt: skip
         return None  # a length that is learned has no neutral value
     scaling = first.scaling if len({p.scaling for p in there}) == 1 else 1.0
-    evened = [None if p is None else _evened(p, p.scaling / scaling, remake) for p in parts]
+    ratios = [1.0 if p is None or p.scaling == scaling else p.scaling / scaling for p in parts]
+    evened = [p and _evened(p, ratio, remake) for p, ratio in zip(parts, ratios, strict=True)]
     even = [p for p in evened if p is not None]
     types = {role: widest([p.fields[role].dtype for p in even]) for role in first.fields}
     even_parts = [None if p is None else _of_types(p, types, remake) for p in evened]

@@ -142,7 +142,12 @@ def _change(
     spec: DeltaSpec, places: Sequence[Place], env: Env
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """W' - W, decomposed, without what is the decomposition's own rounding."""
-    U, S, Vh = torch.linalg.svd(_difference(spec, places, env), full_matrices=False)
+    change = _difference(spec, places, env)
+    if not bool(change.isfinite().all()):
+        raise NumericError(
+            "LT-801", "a value is NaN or infinite", key=spec.name, got="in the change of the base"
+        )
+    U, S, Vh = torch.linalg.svd(change, full_matrices=False)
     rank = max(1, int((S[:1] * _NOISE < S).sum()))
     return U[:, :rank], S[:rank], Vh[:rank]
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from loratool.dialects import open_adapter
 from loratool.errors import (
@@ -19,6 +20,8 @@ from loratool.errors import (
 )
 from loratool.options.groups import Read
 from tests.unit.peft_files import PREFIX, by_name, pair, read, write_folder, zeros
+
+DATA = Path(__file__).parents[1] / "data" / "llm"
 
 # ------------------------------------------------------------------------ containers
 
@@ -686,3 +689,23 @@ def test_two_whole_tensors_of_one_name_are_refused(tmp_path: Path) -> None:
     with pytest.raises(BadFileError) as caught:
         read(tmp_path, tensors, bias="all")
     assert caught.value.code == "LT-367"
+
+
+@pytest.mark.parametrize(
+    ("sample", "end", "shape"),
+    [("c3a", "c3a_kernel", (2, 2, 2, 2)), ("c3a", "c3a_kernel", (2, 0, 2)),
+     ("fourierft", "new.lora_magnitude_vector", (4,)), ("ia3", "hada_w1_a", (4, 4)),
+     ("vblora", "vblora_logits_B", (16, 1, 8)), ("lora_bdlora", "lora_B.weight", (1, 2))],
+)  # fmt: skip
+def test_tensors_of_another_form_are_refused(
+    tmp_path: Path, sample: str, end: str, shape: tuple[int, ...]
+) -> None:
+    """One that is there has another shape, or one of another method is there too."""
+    shutil.copytree(DATA / sample, tmp_path / "a")
+    path = tmp_path / "a" / "adapter_model.safetensors"
+    tensors = load_file(path)
+    key = next((k for k in sorted(tensors, reverse=True) if k.endswith(end)), end)
+    save_file({**tensors, key: torch.zeros(shape)}, path)
+    with pytest.raises(LoratoolError) as caught:
+        open_adapter(tmp_path / "a")
+    assert caught.value.exit_code in (3, 4)

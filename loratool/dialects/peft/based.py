@@ -29,12 +29,12 @@ def _layout(module: Module) -> str:
 
 def _renamed(module: Module, **roles: str) -> Module:
     """The module with tensors in other roles, role -> new role; the others are left out."""
-    return replace(module, fields={new: module.fields[old] for old, new in roles.items()})
+    return replace(module, fields={new: module.tensor(old) for old, new in roles.items()})
 
 
 def ia3(module: Module) -> Sequence[DeltaSpec]:
     """Numbers for columns where a module is of a feed-forward part, else for rows and the bias."""
-    shape = module.fields["ia3_l"].shape
+    shape = module.tensor("ia3_l").shape
     axis = int(_is_forward(module)) if len(shape) != 2 or shape == (1, 1) else int(shape[0] == 1)
     layout = "conv" if len(shape) > 2 else "linear"
     weight = module.spec("ia3", 0, settings={AXIS: axis}, layout=layout)
@@ -97,7 +97,7 @@ def ln_tuning(module: Module) -> Sequence[Replacement]:
 
 def fourierft(module: Module) -> Sequence[DeltaSpec]:
     """Numbers of a spectrum at places that a seed draws."""
-    if len(module.fields["fourierft_spectrum"].shape) != 1:
+    if len(module.tensor("fourierft_spectrum").shape) != 1:
         module.refuse("LT-363", "the tensors of a module do not fit each other", "(n,)")
     seed = module.own.config.get("random_loc_seed", 777)
     if type(seed) is not int or not -(2**63) <= seed < 2**63:

@@ -75,12 +75,22 @@ class Module(Frozen):
         Raises:
             BadFileError: LT-362, LT-363.
         """
-        ref = self.fields.get(role)
-        if ref is None:
-            self.refuse("LT-362", "the tensors of a module are incomplete", role)
+        ref = self.tensor(role)
         if len(ref.shape) <= axis:
             self.refuse("LT-363", "the tensors of a module do not fit each other", None)
+        if 0 in ref.shape:
+            refuse_shard(ref)
         return ref.shape[axis]
+
+    def tensor(self, role: str) -> TensorRef:
+        """A tensor that must be there.
+
+        Raises:
+            BadFileError: LT-362.
+        """
+        if role not in self.fields:
+            self.refuse("LT-362", "the tensors of a module are incomplete", role)
+        return self.fields[role]
 
     def shared_seed(self, names: str) -> int:
         """What the matrices are drawn from that modules share, where the file does not hold them.

@@ -210,12 +210,14 @@ class SpecReader(Struct):
         lora_A, lora_B = spec.fields["lora_A"].shape, spec.fields["lora_B"].shape
         parts = blocks[0] if blocks is not None and blocks[1] == "B" else 1
         is_grouped = spec.layout == "conv" and spec.rank % lora_B[1] == 0
-        if spec.rank != lora_B[1] * parts and not is_grouped:
+        cut = 0 if blocks is None else (lora_A if blocks[1] == "A" else lora_B)[0] % blocks[0]
+        if (spec.rank != lora_B[1] * parts and not is_grouped) or cut:
             ref = spec.fields["lora_A"]
             raise BadFileError(
-                "LT-363", "lora_A and lora_B have different ranks", key=module,
+                "LT-363", "lora_A and lora_B do not fit each other", key=module,
                 file=ref.file if isinstance(ref, TensorRef) else None,
-                expected="lora_A (r, in) and lora_B (out, r)",
+                expected="lora_A (r, in) and lora_B (out, r)"
+                + (f", in {blocks[0]} blocks" if blocks else ""),
                 got=f"{list(lora_A)} and {list(lora_B)}",
             )  # fmt: skip
 

@@ -67,7 +67,8 @@ def _overrides(adapter: Adapter) -> str:
     pairs = (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha"))
     odd = [
         key for key, default in pairs
-        if any(v != adapter.config.get(default) for v in (adapter.config.get(key) or {}).values())
+        if isinstance(said := adapter.config.get(key), dict)
+        and any(v != adapter.config.get(default) for v in said.values())
     ]  # fmt: skip
     return odd[0] if odd else ""
 
