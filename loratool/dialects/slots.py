@@ -18,20 +18,24 @@ def usual_encoder(component: str) -> str:
     return _ENCODERS.get(component, "clip_l")
 
 
-def slot_of(table: Table, component: str, family: str, main: str) -> str:
+def slot_of(table: Table, component: str, family: str, main: str, usual: str = "unet") -> str:
     """What a dialect calls the part that a change is of, a name of its components.
 
     Args:
         table: of the dialect.
         component: as another dialect calls it, a key of `diffusion.json`.
         family: of the module, "" = unknown.
-        main: family of the file's model.
+        main: family of the file's model, "" = unknown.
+        usual: what a pipeline calls a model of no known family.
     """
     known = families()
     if not is_text(component):
-        model = known.get(family or main)
-        is_unet = table.is_flat or (model is not None and model.part == "unet")
-        wanted = [component] if not family else ["unet"] if is_unet else ["transformer"]
+        model = known.get(main or family)
+        part = "unet" if table.is_flat else model.part if model else usual
+        if component in ("", "unet"):  # the model itself, in whatever spelling
+            wanted = [part] if component or family else [component]
+        else:
+            wanted = [component, part] if family else [component]
     else:
         encoders = known[main].encoders if main in known else ()
         kind = family or usual_encoder(component)

@@ -61,12 +61,18 @@ def renamed(located: Sequence[Located], table: Table, remake: stacking.Remake) -
     """
     moved = rename(located, lambda family: naming_in(family, table.naming), remake)
     family = _main(moved)
-    return [replace(m, spec=_under(m, family, table)) for m in moved]
+    is_named = any(one.spec.module.startswith("transformer.") for one in located)
+    usual = "transformer" if is_named else "unet"
+    return [replace(m, spec=_under(m, family, table, usual)) for m in moved]
 
 
 def _main(moved: Sequence[Moved]) -> str:
-    """The family of the model itself, "" = unknown."""
-    return next((m.family for m in moved if m.family and not is_text(m.component)), "")
+    """The family of the model itself, "" = unknown: that of most modules.
+
+    Where several families have a module, any of them may stand for it.
+    """
+    found = [m.family for m in moved if m.family and not is_text(m.component)]
+    return max(found, key=found.count, default="")
 
 
 def addressed(one: Located, table: Table) -> DeltaSpec:
@@ -79,9 +85,10 @@ def addressed(one: Located, table: Table) -> DeltaSpec:
     return table.addressed(spec)
 
 
-def _under(moved: Moved, family: str, table: Table) -> DeltaSpec:
+def _under(moved: Moved, family: str, table: Table, usual: str) -> DeltaSpec:
     """The change behind the component that the dialect has for it."""
-    slot, spec = slot_of(table, moved.component, moved.family, family), table.addressed(moved.spec)
+    slot = slot_of(table, moved.component, moved.family, family, usual)
+    spec = table.addressed(moved.spec)
     module = spec.module.replace(".", "_") if table.is_flat else spec.module
     return replace(spec, module=".".join(filter(None, (slot, module))))
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 import struct
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -350,3 +351,31 @@ def test_a_fused_change_on_a_base_that_has_its_parts(kind: str, tmp_path: Path) 
     parts = [dense[0][i * H : (i + 1) * H] for i in range(3)]
     parts.append(np.concatenate([dense[1][H:], dense[1][:H]]))
     same(found, dict(zip(names, parts, strict=True)))
+
+
+@pytest.mark.parametrize("part", ["transformer", "diffusion_model"])
+def test_a_model_stays_one_part_of_the_pipeline(part: str, tmp_path: Path) -> None:
+    """Nothing tells whose modules some are: they go where the model's others go, none to a UNet."""
+    known = "transformer_blocks.0.img_mlp.net.2", "transformer_blocks.0.img_mod.1"
+    several, other = "transformer_blocks.0.attn.to_q", "an_addition.proj"
+    tensors = drawn([f"{part}.{name}" for name in (*known, several, other)])
+    save_file(tensors, source := tmp_path / "own.safetensors")
+    got = changes(convert(source, "diffusers", tmp_path))
+    same(got, {f"transformer.{k.removeprefix(f'{part}.')}": v for k, v in changes(source).items()})
+
+
+def test_both_experts_of_a_pipeline_stay_apart(tmp_path: Path) -> None:
+    names = ("transformer.blocks.0.attn1.to_q", "transformer_2.blocks.0.attn1.to_q",
+             "transformer.blocks.0.ffn.net.0.proj", "transformer_2.blocks.0.ffn.net.2")  # fmt: skip
+    save_file(drawn(names), source := tmp_path / "wan.safetensors")
+    lt.combine([source], output=(out := tmp_path / "out.safetensors"), to="diffusers", weights=[2])
+    same(changes(out), {name: 2 * one for name, one in changes(source).items()})
+
+
+def drawn(stems: Iterable[str]) -> dict[str, Array]:
+    """A LoRA of rank 2 on every module."""
+    rng = np.random.default_rng(8)
+    return {
+        f"{stem}.lora_{side}.weight": rng.normal(size=shape).astype(np.float32)
+        for stem in stems for side, shape in (("A", (2, 8)), ("B", (8, 2)))
+    }  # fmt: skip

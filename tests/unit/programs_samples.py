@@ -248,6 +248,7 @@ SAMPLES = (
     Sample("sd-scripts", "dora", "wrong", {**sd, f"{SD}.dora_scale": (1, 8)}, sd),
     Sample("sd-scripts", "unknown-end", "dropped", {**sd, **embedding}, sd),
     # ----------------------------------------------------------------- diffusers: UNets, FLUX
+    Sample("diffusers", "unknown-model", "unsure", pair("lora_unet_lin_a"), sd),
     Sample("diffusers", "leftover", "raises", loha, sd),
     Sample("diffusers", "no-lora-in-name", "raises", {**sd, **embedding}, sd),
     Sample("diffusers", "sgm-beside-own", "dropped", {**sd, **pair(SGM)}, pair(SGM)),
