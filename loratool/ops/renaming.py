@@ -63,6 +63,8 @@ def renamed(located: Sequence[Located], table: Table, remake: stacking.Remake) -
     family = _main(moved)
     is_named = any(one.spec.module.startswith("transformer.") for one in located)
     usual = "transformer" if is_named else "unet"
+    if any(m.family and not m.component for m in moved):  # no name says what part it is of
+        moved = [m if m.component else replace(m, component="unet") for m in moved]
     return [replace(m, spec=_under(m, family, table, usual)) for m in moved]
 
 

@@ -31,10 +31,15 @@ LOADERS = {
     "z-image": ("ZImageLoraLoaderMixin", "ZImageTransformer2DModel", "transformer"),
     "lumina2": ("Lumina2LoraLoaderMixin", "Lumina2Transformer2DModel", "transformer"),
     "krea-2": ("Krea2LoraLoaderMixin", "Krea2Transformer2DModel", "transformer"),
+    "hunyuan_video": (
+        "HunyuanVideoLoraLoaderMixin", "HunyuanVideoTransformer3DModel", "transformer",
+    ),
     "anima": ("AnimaLoraLoaderMixin", "CosmosTransformer3DModel", "transformer"),
-}
+}  # fmt: skip
 """Family -> loader, model, what its names begin with."""
-BY_SIZE = ("control-partial", "control-final", "partial-lumina2", "sgm-beside-own")
+BY_SIZE = (
+    "lumina-numbered", "control-partial", "control-final", "partial-lumina2", "sgm-beside-own",
+)  # fmt: skip
 """Their converters go by the sizes and the configuration of the real models."""
 CASES = [
     (s, side) for s in SAMPLES for side in ("bad", "good")
@@ -74,6 +79,9 @@ def arrived(family: str, tensors: dict[str, torch.Tensor]) -> set[float]:
     state = result[0] if isinstance(result, tuple) else result
     if family != "flux1" and not all("lora" in k or "lokr" in k for k in state):
         raise ValueError("Invalid LoRA checkpoint")
+    mine = [k for k in state if k.startswith(f"{prefix}.") and "lora_" in k]
+    if mine and all(re.search(r"\.lora_(down|up)\.", k) for k in mine):
+        raise IndexError("no rank")  # load_lora_adapter finds no lora_B
     found, known = set(), modules_of(model)
     for key, value in state.items():
         name = key.replace(".processor.", ".").replace("to_out_lora.", "to_out.0_lora.")

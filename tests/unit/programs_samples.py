@@ -50,6 +50,7 @@ TE = "lora_te_text_model_encoder_layers_0_mlp_fc1"
 FLUX = "lora_unet_double_blocks_0_img_attn_proj"
 FLUX_DOTTED = "diffusion_model.double_blocks.0.img_attn.proj"
 FLUX_OWN = "transformer.single_transformer_blocks.0.attn.to_q"
+HUNYUAN_OWN = "transformer.context_embedder.token_refiner.refiner_blocks.0.attn.to_q"
 FLUX_OUT = "transformer.transformer_blocks.0.attn.to_add_out"
 FLUX_MOD = "transformer.transformer_blocks.0.norm1_context.linear"
 PIXART = "transformer.transformer_blocks.0.ff.net.0.proj"
@@ -304,6 +305,9 @@ SAMPLES = (
     Sample("diffusers", "own-diff", "raises", {**pair(WAN_OWN, how="A"),
            f"{WAN_OWN}.diff_b": (8,)}, {**pair(WAN_OWN, how="A"),
            f"{WAN_OWN}.lora_B.bias": (8,)}),
+    Sample("diffusers", "lumina-numbered", "raises",
+           {k.replace("lora_A", "lora_down").replace("lora_B", "lora_up"): v
+            for k, v in lumina.items()}, lumina),
     Sample("diffusers", "partial-lumina2", "raises", {k: v for k, v in lumina.items()
            if "w2" not in k}, lumina),
     Sample("diffusers", "partial-wan", "raises", {k: v for k, v in wan_block.items()
@@ -366,6 +370,32 @@ SAMPLES = (
     Sample("diffusers", "te-projection", "raises",
            {**pair(TE), **pair("lora_te_text_projection", rank=3)},
            {**pair(TE), **pair("lora_te_text_projection")}),
+    *(Sample("diffusers", "alpha-beside-own", "raises",
+             {**pair(name, how="A"), f"{name}.alpha": ()}, pair(name, how="A"))
+      for name in (WAN_OWN, HUNYUAN_OWN)),
+    *(Sample("diffusers", "down-of-own", "raises", without(pair(name), "alpha"),
+             pair(name, how="A"))
+      for name in (WAN_OWN, f"transformer.{QWEN}", HUNYUAN_OWN)),
+    Sample("diffusers", "own-left", "raises",
+           pair(WAN_OWN.replace("transformer", "diffusion_model", 1), how="A"),
+           pair(WAN_OWN, how="A")),
+    Sample("diffusers", "own-lost", "dropped",
+           pair("diffusion_model.transformer_blocks.0.norm1.linear_1", how="A"),
+           pair("transformer.transformer_blocks.0.norm1.linear_1", how="A")),
+    Sample("diffusers", "flux-own-left", "raises",
+           pair(FLUX_OWN.replace("transformer.", "base_model.model.", 1), how="A"),
+           pair(FLUX_OWN, how="A")),
+    Sample("diffusers", "hunyuan-down", "raises",
+           without(pair("diffusion_model.double_blocks.0.img_attn_qkv", 24), "alpha"),
+           pair("diffusion_model.double_blocks.0.img_attn_qkv", 24, how="A")),
+    Sample("diffusers", "hunyuan-refiner", "raises",
+           {**pair("diffusion_model.double_blocks.0.img_attn_qkv", 24, how="A"), **pair(
+               "diffusion_model.txt_in.individual_token_refiner.blocks.0.self_attn_qkv", 24,
+               how="A")},
+           pair("diffusion_model.double_blocks.0.img_attn_qkv", 24, how="A")),
+    Sample("diffusers", "foreign", "dropped",
+           pair("diffusion_model.double_blocks.0.img_attn_proj", how="A"),
+           pair("diffusion_model.double_blocks.0.img_attn_qkv", 24, how="A")),
     Sample("diffusers", "hunyuan-final", "wrong",
            {**pair("diffusion_model.double_blocks.0.img_attn_qkv", 24, how="A"),
             **pair("diffusion_model.final_layer.adaLN_modulation.1", how="A")},

@@ -71,7 +71,8 @@ _TAKES = {
     LTX: ("diffusion_model.", "transformer.", "connectors."),
     HIDREAM: ("diffusion_model.", "transformer."),
     HUNYUAN: ("diffusion_model.", "transformer.", ""),
-    **dict.fromkeys(("ernie_image", "flux3"), ("diffusion_model.", "transformer.")),
+    "ernie_image": ("diffusion_model.", "base_model.model.", "transformer."),
+    **dict.fromkeys(("flux3", "minimax_h3"), ("diffusion_model.", "transformer.")),
     "ideogram4": ("diffusion_model.", "conditional_transformer.", "transformer."),
     "ace_step": ("base_model.model.", "transformer."),
     **dict.fromkeys(_OWN_ALONE, ("transformer.",)),
@@ -88,6 +89,7 @@ _ALGORITHMS = ("loha", "oft", "glora", "ia3", "tlora", "norm", "set", "tucker")
 _WAN_BLOCK = {f"{attn}_attn_{leaf}" for attn in ("self", "cross") for leaf in "qkvo"} | {
     "ffn_0", "ffn_2"}  # fmt: skip
 _WAN_MODULE = rf"blocks_\d+_({'|'.join(_WAN_BLOCK)}|cross_attn_[kv]_img)"
+_OWN_ALPHA = (SD3, WAN, FLUX2, LUMINA2, KREA2, HUNYUAN, "ideogram4", "ace_step", "minimax_h3")
 _LEAVES_ALPHA = (ANIMA, LTX, HIDREAM, "ernie_image", "flux3", *_OWN_ALONE)
 _LUMINA_BLOCK = {"attention_qkv", "attention_out", *(f"feed_forward_w{i}" for i in (1, 2, 3))}
 
@@ -137,6 +139,39 @@ def _both_namings(look: Look) -> Iterable[Hit]:
 # ----------------------------------------------------------------------- other models
 
 
+@once
+def _is_first_hunyuan(look: Look) -> bool:
+    """True if names are converted: as Tencent's own code spells them, ComfyUI's is another."""
+    return any("img_attn_qkv" in key for key in look.tensors)
+
+
+def _hunyuan_down(look: Look, group: Group) -> bool:
+    return not group.uses_letters and _is_first_hunyuan(look)
+
+
+def _has_own_down(look: Look, group: Group) -> bool:
+    """True for its own names with factors as other programs call them, which nothing converts."""
+    is_taken = look.family.name in (QWEN, Z_IMAGE) and is_converted(look)
+    return not (group.uses_letters or is_taken or look.family.name in (SD, FLUX1, FLUX2))
+
+
+def _own_alpha(look: Look, group: Group) -> bool:
+    """True where an alpha beside its own names is left over."""
+    return group.uses_letters or look.family.name != FLUX2
+
+
+def _has_own_names(look: Look, group: Group) -> bool:
+    """True for its own names of modules behind what stands before the original ones."""
+    return look.naming_of(group) == OWN
+
+
+def _is_left_over(look: Look, group: Group) -> bool:
+    """The same, where the converter runs."""
+    family = look.family.name
+    runs = group.prefix == "diffusion_model." or family in (FLUX2, KREA2)
+    return runs and _has_own_names(look, group) and (family != FLUX2 or group.uses_letters)
+
+
 def _is_foreign(look: Look, group: Group) -> bool:
     """A name that no converter of the model takes and that is not the model's."""
     takes = _TAKES.get(look.family.name)
@@ -144,6 +179,10 @@ def _is_foreign(look: Look, group: Group) -> bool:
         return False
     if look.family.name == SD and _is_kohya(look):
         return False
+    if look.family.name == HUNYUAN and not _is_first_hunyuan(look):
+        return group.prefix != "transformer." or look.naming_of(group) != OWN
+    if look.family.name == "ace_step" and group.prefix == "base_model.model.":
+        return not any("q_proj" in key or "k_proj" in key for key in look.tensors)
     if group.prefix == "" and look.family.name in (QWEN, Z_IMAGE):
         return not is_converted(look)
     return group.prefix not in takes or (
@@ -245,6 +284,31 @@ _OTHERS = (
     Rule("alpha-left", RAISES, where(family=_LEAVES_ALPHA, part=("alpha",),
          alike=lambda _, g: "lora" not in g.stem), "alpha",
          "a name without lora in it is an error", _PIPELINES, is_mended=True),
+    Rule("alpha-beside-own", RAISES, where(family=_OWN_ALPHA, prefix=r"transformer\.",
+         part=("alpha",), alike=_own_alpha), "alpha beside its own names",
+         "a name without lora in it is an error", _PIPELINES, is_mended=True),
+    Rule("down-of-own", RAISES, where(prefix=r"transformer(_2)?\.", kind=("lora",),
+         alike=_has_own_down), "lora_down and lora_up",
+         "they are not converted, and no lora_B tells a rank: IndexError",
+         _FILES + "peft.py", is_mended=True),
+    Rule("own-left", RAISES, where(family=(WAN, FLUX2, KREA2, "minimax_h3"), prefix=_DOTTED,
+         on=_is_left_over), "its own names where it takes the original ones",
+         "they are left over: ValueError", _CODE, is_mended=True),
+    Rule("own-lost", DROPPED, where(family=(ANIMA,), prefix=r"diffusion_model\.",
+         path=r"^transformer_blocks_"), "its own names where it takes the original ones",
+         "they are renamed as if they were those, and fit nothing", _CODE, is_mended=True),
+    Rule("flux-own-left", RAISES, where(family=(FLUX1,), prefix=r"base_model\.model\.",
+         on=_has_own_names), "its own names where it takes the original ones",
+         "the original ones are taken for granted: KeyError", _CODE, is_mended=True),
+    Rule("hunyuan-down", RAISES, where(family=(HUNYUAN,), kind=("lora",), alike=_hunyuan_down),
+         "lora_down and lora_up", "it cuts all but lora_A in three, and no lora_B tells a rank",
+         _CODE, is_mended=True),
+    Rule("hunyuan-refiner", RAISES, where(family=(HUNYUAN,), path=r"self_attn_qkv$",
+         alike=lambda look, _: _is_first_hunyuan(look)), "attention of the text's refiner",
+         "it cuts lora_A in three as well: its ranks are others", _CODE, is_mended=True),
+    Rule("lumina-numbered", RAISES, where(family=(LUMINA2,), kind=("lora",),
+         prefix=r"diffusion_model\.", alike=numbered), "lora_down and lora_up",
+         "it takes lora_A for granted: KeyError", _CODE, is_mended=True),
     Rule("ideogram-top", RAISES, where(family=("ideogram4",), prefix=r"diffusion_model\.",
          path=r"^(?!layers_\d)"), "modules outside of the layers", "they are left over: ValueError",
          _CODE, is_mended=True),
