@@ -298,5 +298,6 @@ def _near(path: Path) -> str | None:
         names = [entry.name for entry in path.parent.iterdir()]
     except OSError:
         return None
-    close = difflib.get_close_matches(path.name, names, n=1)
-    return f"did you mean {shlex.quote(str(path.parent / close[0]))}?" if close else None
+    close = [path.parent / name for name in difflib.get_close_matches(path.name, names)]
+    found = next((one for one in close if exists(str(one))), None)  # no link in a circle
+    return f"did you mean {shlex.quote(str(found))}?" if found else None

@@ -116,6 +116,8 @@ def test_what_is_near_is_named(run: Run, tmp_path: Path) -> None:
     found = run("inspect", tmp_path / "stile")
     assert found.code == 3 and f"did you mean {tmp_path / 'style'}?" in found.err
     assert "did you mean" not in run("inspect", tmp_path / "quite-another").err
+    (tmp_path / "circle").symlink_to("circle")
+    assert "did you mean" not in run("inspect", tmp_path / "circle").err
     assert "hint --method ties" in run("merge", "a", "b", "-o", "x", "--method", "tis").err
     assert "hint --dtype float16" in run("merge", "a", "b", "-o", "x", "--dtype", "fp16").err
     assert "--param density=" in run("merge", "a", "b", "-o", "x", "--density=0.2").err
