@@ -79,7 +79,9 @@ class Sample:
         """
         rows = slice(-first % self._stride, None, self._stride)
         if self.takes(index) and rows.start < base.shape[0]:
-            self._kept[index] = base[rows].clone(), acc[rows].clone(), out[rows].clone()
+            self._kept[index] = tuple(
+                one[rows].clone(memory_format=torch.contiguous_format) for one in (base, acc, out)
+            )
 
     def measure(
         self, scale: float, target: torch.dtype | None, unit: float = 1.0
