@@ -11,7 +11,7 @@ _BARE = Component("", "", ("unet", "transformer", "diffusion_model"))
 BFL = Dialect(
     "bfl", "BFL (FLUX control LoRA)", detector("bfl"),
     replace(TABLE, components=(_BARE,), alpha="", renames=(), only=("lowrank", "vector"),
-            naming="original", growing=("img_in",)), holds_whole=True,
+            of=("flux1", "chroma"), naming="original", growing=("img_in",)), holds_whole=True,
     library="diffusers",
 )  # fmt: skip
 XLABS = Dialect(
@@ -19,6 +19,6 @@ XLABS = Dialect(
     replace(
         TABLE, components=(_BARE, Component("diffusion_model.", "diffusion_model")), alpha="",
         renames=(), fields=(Field("down.weight", "lora_A"), Field("up.weight", "lora_B")),
-        only=("lowrank",), naming="xlabs",
+        only=("lowrank",), of=("flux1",), naming="xlabs",
     ), library="diffusers",
 )  # fmt: skip

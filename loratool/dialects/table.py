@@ -50,6 +50,7 @@ class Table(Frozen, dict=True):
         growing: modules whose weights do so in every file.
         lone: role of a factor that, where no module has its partner, is the whole change.
         only: kinds that new files may hold, () = all that have a spelling.
+        of: families that new files may be of, () = all.
         naming: what modules are called in new files: a naming of `loratool.archs.families`, or
             ``written`` = the one that a family is usually written in.
         bare: a parameter that is neither a weight nor a bias is named as a module is.
@@ -76,6 +77,7 @@ class Table(Frozen, dict=True):
     growing: tuple[str, ...] = ()
     lone: str = ""
     only: tuple[str, ...] = ()
+    of: tuple[str, ...] = ()
     naming: str = "written"
     bare: bool = False
     passed: str = ""

@@ -63,6 +63,21 @@ def require_one_family(adapters: Sequence[Adapter]) -> None:
         )  # fmt: skip
 
 
+def require_family(adapter: Adapter, of: Sequence[str], title: str) -> None:
+    """Refuse an adapter of another family than a dialect's files may be of.
+
+    Raises:
+        MismatchError: LT-411.
+    """
+    guess = _guess(adapter)
+    if of and guess.family and guess.family not in of:
+        raise MismatchError(
+            "LT-411", f"{title} cannot hold this adapter: it is of {guess.title}",
+            expected=list_some((families()[name].title for name in of), 3), file=adapter.path,
+            hint="--to comfyui has names for it",
+        )  # fmt: skip
+
+
 def _guess(adapter: Adapter) -> Guess:
     return family_of({_unit(s): _shape(s) for s in adapter.specs}, adapter.metadata)
 

@@ -12,7 +12,7 @@ from loratool.dialects.slots import is_text, slot_of
 from loratool.dialects.table import Table
 from loratool.errors import MismatchError, list_some
 from loratool.frozen import replace
-from loratool.ops.locating import Located, locate, naming_in
+from loratool.ops.locating import Located, locate, naming_in, require_family
 from loratool.ops.naming import Moved, rename
 from loratool.report.text import plural
 
@@ -26,11 +26,12 @@ def in_dialect(adapter: Adapter, row: Dialect, remake: stacking.Remake) -> Adapt
         remake: of `loratool.delta.stacking.join`.
 
     Raises:
-        MismatchError: LT-404, names that no family has and that cannot be told from flat ones;
-            LT-494, LT-417 of `rename`.
+        MismatchError: LT-411, of another family; LT-404, names that no family has and that cannot
+            be told from flat ones; LT-494, LT-417 of `rename`.
     """
     table = row.table
     assert table is not None
+    require_family(adapter, table.of, row.title)
     located = locate(adapter, table.naming)
     unknown = [one.spec.name for one in located if one.place is None]
     if unknown and adapter.is_flat and not table.is_flat:

@@ -372,6 +372,15 @@ def test_both_experts_of_a_pipeline_stay_apart(tmp_path: Path) -> None:
     same(changes(out), {name: 2 * one for name, one in changes(source).items()})
 
 
+@pytest.mark.parametrize("to", ["bfl", "xlabs"])
+def test_names_of_one_model_are_not_given_to_another(to: str, tmp_path: Path) -> None:
+    save_file(drawn([f"transformer.blocks.0.attn{i}.to_{leaf}" for i in "12" for leaf in "qkv"]),
+              source := tmp_path / "wan.safetensors")  # fmt: skip
+    with pytest.raises(lt.LoratoolError, match="cannot hold this adapter: it is of Wan"):
+        convert(source, to, tmp_path)
+    assert not (tmp_path / f"{to}-wan.safetensors").exists()
+
+
 def drawn(stems: Iterable[str]) -> dict[str, Array]:
     """A LoRA of rank 2 on every module."""
     rng = np.random.default_rng(8)
