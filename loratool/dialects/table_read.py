@@ -249,6 +249,8 @@ def _single(module: str, one: Field, ref: TensorRef, gains: Mapping[str, float])
     check_float(ref)
     if 0 in ref.shape or not 1 <= len(ref.shape) <= 5:
         refuse_shape(ref, "1 to 5 dimensions, none of them empty")
+    if one.parameter == "bias" and len(ref.shape) > 1:
+        refuse_shape(ref, "one dimension, as biases have")
     row = kinds.of_tensor(one.kind, ref.shape)
     layout = "vector" if not row.is_matrix else "conv" if len(ref.shape) > 2 else "linear"
     scaling = gains.get(module, 1.0) if one.is_scaled else 1.0

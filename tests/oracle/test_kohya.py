@@ -195,6 +195,8 @@ def spoiled(kind: str) -> dict[str, Any]:
         tensors["lora_unet_x.dora_scale"] = np.zeros((7, 1), np.float32)
     elif kind == "lokr":
         tensors = {"lora_unet_x.lokr_w1": np.zeros((2, 2), np.float32)}
+    elif kind == "bias":
+        tensors["lora_unet_x.diff_b"] = np.zeros((3, 2), np.float32)
     elif kind == "strange":
         tensors["lora_unet_x.something"] = np.zeros((6, 1), np.float32)
     elif kind == "integers":
@@ -206,7 +208,8 @@ def spoiled(kind: str) -> dict[str, Any]:
     ("kind", "code", "word"),
     [("alone", "LT-362", "incomplete"), ("ranks", "LT-363", "different ranks"),
      ("dora", "LT-366", "5 of columns"), ("lokr", "LT-362", "incomplete"),
-     ("strange", "LT-415", "lora_unet_x.something"), ("integers", "LT-365", "float")],
+     ("strange", "LT-415", "lora_unet_x.something"), ("integers", "LT-365", "float"),
+     ("bias", "LT-366", "one dimension")],
 )  # fmt: skip
 def test_what_cannot_be_read_is_named(tmp_path: Path, kind: str, code: str, word: str) -> None:
     path = tmp_path / "a.safetensors"
