@@ -117,7 +117,9 @@ def _rows_kept(step: Step) -> int:
     """Of W, of the sums and of W', twice while they are joined."""
     _, _, wide = _sizes(step, 0, 0)
     accumulator = 4 if step.output.dtype == "BF16" else 8
-    numel = min(step.view[0] * step.view[1], MEASURED_WHOLE)
+    numel = step.view[0] * step.view[1]
+    if numel > MEASURED_WHOLE:  # an eighth of four blocks
+        numel = grid.largest_block(step.view, grid.CPU_ELEMENTS) // 2
     return numel * (4 * wide + 3 * accumulator)
 
 
