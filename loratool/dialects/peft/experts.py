@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 
 from loratool.adapter import TensorRef
-from loratool.archs.ties import is_head
 from loratool.dialects.peft.config import PeftConfig
 from loratool.dialects.peft.patterns import endings, is_named
 from loratool.errors import BadFileError, MismatchError, list_some
@@ -165,5 +164,9 @@ def _is_plain(owner: str, lora_A: TensorRef, config: PeftConfig) -> bool:
         if _of(owner, _by_parent(config.parameters)):
             return False  # PEFT refuses to take a module and its parameter
         return lora_A.shape[:1] == (int(config.ranks.get(owner, config.rank or 0)),)
-    is_tied = config.ties and is_head(f"{owner}.weight")
+    is_tied = False
+    if config.ties:
+        from loratool.archs.ties import is_head
+
+        is_tied = is_head(f"{owner}.weight")
     return is_tied or is_named(owner, config.targets or ())
