@@ -83,9 +83,12 @@ def test_experts_are_in_one_tensor_or_one_by_one(tmp_path: Path, model: str) -> 
         lt.merge(both, base=both[0] / "base", output=tmp_path / "merged")
 
 
-def test_a_program_of_peft_is_told_the_conversion_that_works(tmp_path: Path) -> None:
+def test_a_program_of_peft_is_told_what_works(tmp_path: Path) -> None:
     gguf = written("lora_linear", "gguf", tmp_path)
     with pytest.raises(lt.LoratoolError) as caught:
         lt.rescale([gguf], 0.5, output=tmp_path / "x.gguf", program="vllm")
-    assert str(caught.value.hint) == f"loratool convert {gguf} --to peft --base BASE -o OUT"
-    lt.convert([gguf], to="peft", base=BASE, output=tmp_path / "OUT")
+    assert caught.value.code == "LT-227" and str(caught.value.hint) == f"-o {tmp_path / 'x'}"
+    with pytest.raises(lt.LoratoolError) as caught:
+        lt.rescale([gguf], 0.5, output=tmp_path / "x", program="vllm")
+    assert caught.value.code == "LT-460" and str(caught.value.hint).startswith("--base BASE")
+    lt.rescale([gguf], 0.5, output=tmp_path / "x", program="vllm", base=BASE)
