@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 
 from loratool.engine import grid
 from loratool.engine.buffers import Cut
 from loratool.engine.merging import AddDeltas
-from loratool.engine.rounders import Exact, Nearest
+from loratool.engine.rounders import Exact, Nearest, has_negative_zeros
 from loratool.linalg import rounding
 
 # float type -> the bits of infinity; above them are NaNs only
@@ -52,7 +51,7 @@ class AddInPieces(AddDeltas):
     ) -> bool:  # fmt: skip
         """False if the base holds a -0, or the output what is not finite: `run` sees which."""
         base = self.env.scratch.cut("input 0", inputs[0], piece)
-        if out.dtype == inputs[0].dtype and base.bits.min() == np.iinfo(base.bits.dtype).min:
+        if out.dtype == inputs[0].dtype and has_negative_zeros(base.bits):
             return False
         if isinstance(self.rounder, Exact):
             self._add_exactly(self.rounder, piece, inputs, out)

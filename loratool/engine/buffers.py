@@ -106,7 +106,7 @@ class Cut:
     @cached_property
     def bits(self) -> np.ndarray[Any, Any]:
         """All of them as signed integers of the same size; on the CPU only."""
-        return self.values.view(INTEGERS[self.values.element_size()]).numpy()
+        return bits_of(self.values)
 
     @cached_property
     def unsigned(self) -> np.ndarray[Any, Any]:
@@ -188,6 +188,14 @@ class Pool:
             spare = torch.empty(0, dtype=torch.float32).set_(whole)
             with self._lock:
                 self._spare.append(spare)
+
+
+def bits_of(values: torch.Tensor) -> np.ndarray[Any, Any]:
+    """Elements of a tensor of the CPU as signed integers of the same size, whose memory they are.
+
+    numpy takes half to a tenth of torch's time for comparisons, counts and extremes of integers.
+    """
+    return values.view(INTEGERS[values.element_size()]).numpy()
 
 
 def from_bytes(data: torch.Tensor, dtype: str, shape: tuple[int, ...]) -> torch.Tensor:

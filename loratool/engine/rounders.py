@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 
 from loratool.delta.base import Delta
 from loratool.engine import grid
-from loratool.engine.buffers import INTEGERS
+from loratool.engine.buffers import INTEGERS, bits_of
 from loratool.engine.kernel import Env
 from loratool.engine.step_args import SumArgs
 from loratool.linalg import rounding
@@ -287,22 +288,21 @@ def make_rounder(args: SumArgs, target: torch.dtype, env: Env, name: str) -> Nea
 
 def differing(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     """(n,) positions, counted along the rows, where the bits of two blocks differ."""
+    if one.device.type == "cpu":
+        return torch.from_numpy(np.flatnonzero(bits_of(one) != bits_of(other)))
     bits = INTEGERS[one.element_size()]
-    if one.device.type == "cpu":  # torch's own comparison takes several times as long
-        return torch.from_numpy(np.flatnonzero(one.view(bits).numpy() != other.view(bits).numpy()))
     return torch.nonzero((one.view(bits) != other.view(bits)).flatten())[:, 0]
 
 
 def keep_zero_signs(out: torch.Tensor, base: torch.Tensor, acc: torch.Tensor) -> None:
     """Where the sum equals the base the base's bits stay; only -0 could have lost its sign."""
     # To ask a GPU costs more than to do it.
-    if out.dtype == base.dtype and (base.is_cuda or has_negative_zeros(base)):
+    if out.dtype == base.dtype and (base.is_cuda or has_negative_zeros(bits_of(base))):
         bits = INTEGERS[base.element_size()]
         is_negative_zero = base.view(bits) == torch.iinfo(bits).min
         out.masked_fill_(is_negative_zero & (acc == 0), -0.0)
 
 
-def has_negative_zeros(values: torch.Tensor) -> bool:
-    """Whether an element of a float tensor of the CPU is -0; numpy takes half of torch's time."""
-    bits = INTEGERS[values.element_size()]
-    return bool(values.view(bits).numpy().min() == torch.iinfo(bits).min)
+def has_negative_zeros(bits: np.ndarray[Any, Any]) -> bool:
+    """Whether an element is -0, by the `bits_of` a float tensor."""
+    return bool(bits.min() == np.iinfo(bits.dtype).min)
