@@ -2,10 +2,51 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
+
+from loratool.adapter import DeltaSpec
+from loratool.frozen import Frozen
+from loratool.plan import DeltaPart
+
+
+class Loaded(Frozen):
+    """What a delta is built of, by the function that its kind names.
+
+    Attributes:
+        fields: role -> tensor, as stored.
+        part: the spec (bound, where its tensors do not say how large W is) with orientation,
+            region and expert.
+        coefficient: of the change: weight · scaling, float64.
+        dtype: float32 or float64, the type of the accumulator.
+        fold: True where the coefficient may be multiplied in, before anything is rounded to
+            ``dtype``; False keeps it apart, so that terms are products of stored numbers.
+    """
+
+    fields: Mapping[str, torch.Tensor]
+    part: DeltaPart
+    coefficient: float
+    dtype: torch.dtype
+    fold: bool = True
+
+    @property
+    def spec(self) -> DeltaSpec:
+        """Of the part."""
+        return self.part.spec
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """(out, in·k…) of the whole change."""
+        out, inner = self.spec.row.sizes(self.spec)
+        return out, math.prod(inner)
+
+    def folded(self, tensor: torch.Tensor) -> tuple[torch.Tensor, float]:
+        """A tensor in float64, times the coefficient if it may be, and what is left of that."""
+        wide = tensor.double()
+        return (wide * self.coefficient, 1.0) if self.fold else (wide, self.coefficient)
 
 
 class Delta(ABC):

@@ -8,8 +8,7 @@ from collections.abc import Callable
 
 import torch
 
-from loratool.delta.base import Delta
-from loratool.plan import DeltaPart
+from loratool.delta.base import Delta, Loaded
 
 Fetch = Callable[[int, int], torch.Tensor]
 """Rows of W from the first to one past the last, all columns, as the base stores them."""
@@ -121,15 +120,14 @@ class ByRows(Delta):
         self.change.to(device)
 
 
-def by_rows(change: RowMap, part: DeltaPart, sizes: tuple[int, int]) -> ByRows:
+def by_rows(change: RowMap, given: Loaded) -> ByRows:
     """A map laid on a part's matrix.
 
     Args:
         change: of the whole change, (out, in·k…).
-        part: with orientation and region.
-        sizes: (out, in·k…) of the whole change.
+        given: its part has orientation and region.
     """
-    out, inner = sizes
+    part, (out, inner) = given.part, given.sizes
     cut = part.region.source_cols if part.transposed else part.region.source_rows
     first, last = cut or (0, out)
     shape = (inner, last - first) if part.transposed else (last - first, inner)

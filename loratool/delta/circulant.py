@@ -7,10 +7,9 @@ from collections.abc import Mapping
 import torch
 
 from loratool.adapter import DeltaSpec
-from loratool.delta.base import Delta
+from loratool.delta.base import Delta, Loaded
 from loratool.delta.lowrank import Pair, thinnest
 from loratool.linalg.exact import product_terms
-from loratool.plan import DeltaPart
 
 
 class Circulant(Delta):
@@ -75,30 +74,18 @@ class Circulant(Delta):
         self.kernel = self.kernel.to(device)
 
 
-def build(
-    fields: Mapping[str, torch.Tensor],
-    part: DeltaPart,
-    *,
-    coefficient: float,
-    dtype: torch.dtype,
-    fold: bool = True,
-) -> Circulant:
+def build(given: Loaded) -> Circulant:
     """Make the delta of a ``circulant`` spec.
 
     Args:
-        fields: c3a_kernel (out/b, in/b, b).
-        part: the spec with orientation and region.
-        coefficient: weight · scaling.
-        dtype: type of the accumulator.
-        fold: False keeps the kernel as stored and the coefficient apart.
+        given: c3a_kernel (out/b, in/b, b).
     """
-    kernel = fields["c3a_kernel"].double()
-    if fold:
-        kernel, coefficient = kernel * coefficient, 1.0
+    part = given.part
+    kernel, coefficient = given.folded(given.fields["c3a_kernel"])
     if part.transposed:  # turned the other way
         kernel = kernel.transpose(0, 1).flip(2).roll(1, 2)
     region = part.region
-    return Circulant(kernel.to(dtype), coefficient, region.source_rows, region.source_cols)
+    return Circulant(kernel.to(given.dtype), coefficient, region.source_rows, region.source_cols)
 
 
 def pairs_of(fields: Mapping[str, torch.Tensor], spec: DeltaSpec) -> list[Pair]:

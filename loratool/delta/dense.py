@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 
 from loratool.adapter import DeltaSpec
-from loratool.delta.base import Delta
+from loratool.delta.base import Delta, Loaded
 from loratool.delta.lowrank import Pair, thinnest
 from loratool.linalg.exact import product_terms
 from loratool.plan import DeltaPart
@@ -56,25 +56,15 @@ class Dense(Delta):
         self.values = self.values.to(device)
 
 
-def build(
-    fields: Mapping[str, torch.Tensor],
-    part: DeltaPart,
-    *,
-    coefficient: float,
-    dtype: torch.dtype,
-    fold: bool = True,
-) -> Dense:
+def build(given: Loaded) -> Dense:
     """Make the delta of a ``full`` spec.
 
     Args:
-        fields: full_delta (out, in, k…) as stored.
-        part: the spec with orientation and region.
-        coefficient: weight · scaling.
-        dtype: of no consequence: values stay as stored.
-        fold: of none: the coefficient stays apart, as in a product it is rounded once.
+        given: full_delta (out, in, k…) as stored.
     """
-    values = fields["full_delta"].flatten(1)
-    return Dense(cut(values.T if part.transposed else values, part), coefficient)
+    values = given.fields["full_delta"].flatten(1)  # the coefficient is rounded once, in a product
+    turned = values.T if given.part.transposed else values
+    return Dense(cut(turned, given.part), given.coefficient)
 
 
 def cut(values: torch.Tensor, part: DeltaPart) -> torch.Tensor:

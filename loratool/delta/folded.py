@@ -7,9 +7,9 @@ from collections.abc import Mapping
 import torch
 
 from loratool.adapter import DeltaSpec
+from loratool.delta.base import Loaded
 from loratool.delta.lowrank import LowRank, Pair, region_of
 from loratool.kind import HEAD
-from loratool.plan import DeltaPart
 from loratool.plugins import function_of
 
 
@@ -24,24 +24,12 @@ def paired_factors(fields: Mapping[str, torch.Tensor], spec: DeltaSpec) -> list[
     return [(sorted_, fields["lora_A"].double())]
 
 
-def build(
-    fields: Mapping[str, torch.Tensor],
-    part: DeltaPart,
-    *,
-    coefficient: float,
-    dtype: torch.dtype,
-    fold: bool = True,
-) -> LowRank:
+def build(given: Loaded) -> LowRank:
     """Make the delta of a spec whose kind has `pairs`, one for its one matrix.
 
     Args:
-        fields: of the kind, as stored.
-        part: the spec with orientation and region.
-        coefficient: weight · scaling, float64, folded into the left factor before it is rounded.
-        dtype: float32 or float64, the type of the accumulator.
-        fold: False keeps the coefficient apart.
+        given: of the kind, as stored.
     """
-    ((left, right),) = function_of(part.spec.row.pairs)(fields, part.spec)
-    if fold:
-        left, coefficient = left * coefficient, 1.0
-    return region_of(left, right, part, dtype, coefficient)
+    ((left, right),) = function_of(given.spec.row.pairs)(given.fields, given.spec)
+    left, coefficient = given.folded(left)
+    return region_of(left, right, given, coefficient)

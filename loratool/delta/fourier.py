@@ -12,29 +12,18 @@ from collections.abc import Mapping
 import torch
 
 from loratool.adapter import DeltaSpec
+from loratool.delta.base import Loaded
 from loratool.delta.lowrank import LowRank, Pair, region_of, thinnest
-from loratool.plan import DeltaPart
 
 
-def build(
-    fields: Mapping[str, torch.Tensor],
-    part: DeltaPart,
-    *,
-    coefficient: float,
-    dtype: torch.dtype,
-    fold: bool = True,
-) -> LowRank:
+def build(given: Loaded) -> LowRank:
     """Make the delta of a ``fourier`` spec.
 
     Args:
-        fields: fourierft_spectrum (n,).
-        part: the spec with orientation and region; bound.  Setting ``seed``: of the places.
-        coefficient: weight · scaling.
-        dtype: type of the accumulator.
-        fold: no choice here.
+        given: fourierft_spectrum (n,); the setting ``seed`` is of the places.
     """
-    left, right = _waves(fields, part.spec)
-    return region_of(left * coefficient, right, part, dtype)
+    left, right = _waves(given.fields, given.spec)
+    return region_of(left * given.coefficient, right, given)
 
 
 def pairs_of(fields: Mapping[str, torch.Tensor], spec: DeltaSpec) -> list[Pair]:

@@ -10,9 +10,9 @@ from collections.abc import Mapping
 
 import torch
 
-from loratool.delta.base import Delta
+from loratool.adapter import DeltaSpec
+from loratool.delta.base import Delta, Loaded
 from loratool.delta.lowrank import LowRank, region_of
-from loratool.plan import DeltaPart
 
 
 class Gated(Delta):
@@ -52,41 +52,30 @@ class Gated(Delta):
         self.inner.to(device)
 
 
-def build(
-    fields: Mapping[str, torch.Tensor],
-    part: DeltaPart,
-    *,
-    coefficient: float,
-    dtype: torch.dtype,
-    fold: bool = True,
-) -> Gated:
+def build(given: Loaded) -> Gated:
     """Make the delta of an ``ia3_gate``, ``ia3``, ``ia3_bias`` or ``hira`` spec.
 
     Args:
-        fields: ia3_gate, W' = (1 + gate)·W; or ia3_l, W' = l·W; one number for each row, or for
+        given: ia3_gate, W' = (1 + gate)·W; or ia3_l, W' = l·W; one number for each row, or for
             each column with the setting ``axis`` 1; ia3_bias is the same for a bias.  Or hira_A
             (r, in, k…) and hira_B (out, r, 1…).
-        part: the spec with orientation and region; bound, so that the size of W is known.
-        coefficient: weight · scaling.
-        dtype: type of the accumulator.
-        fold: no choice here.
     """
-    left, right = _factors(fields, part)
-    return Gated(region_of(left.double() * coefficient, right, part, dtype))
+    left, right = _factors(given.fields, given.spec)
+    return Gated(region_of(left.double() * given.coefficient, right, given))
 
 
 def _factors(
-    fields: Mapping[str, torch.Tensor], part: DeltaPart
+    fields: Mapping[str, torch.Tensor], spec: DeltaSpec
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(out, r) and (r, in·k…) whose product multiplies W."""
     if "hira_A" in fields:
         return fields["hira_B"].flatten(1), fields["hira_A"].flatten(1)
     (values,) = (fields[r] for r in ("ia3_gate", "ia3_l", "ia3_bias") if r in fields)
     gate = values.double().flatten() - (0 if "ia3_gate" in fields else 1)
-    out, inner = part.spec.row.sizes(part.spec)
-    if not part.spec.is_matrix:
+    out, inner = spec.row.sizes(spec)
+    if not spec.is_matrix:
         return torch.ones(1, 1), gate[None]
     (count,) = inner  # kernels flattened
-    if part.spec.settings.get("axis"):
+    if spec.settings.get("axis"):
         return torch.ones(out, 1), gate.repeat_interleave(count // len(gate))[None]
     return gate[:, None], torch.ones(1, count)

@@ -12,10 +12,9 @@ from collections.abc import Mapping
 import torch
 
 from loratool.adapter import DeltaSpec
-from loratool.delta.base import Delta
+from loratool.delta.base import Delta, Loaded
 from loratool.delta.lowrank import LowRank, Pair, region_of, thin_factors, thinnest
 from loratool.linalg.exact import product_terms
-from loratool.plan import DeltaPart
 
 
 class Hadamard(Delta):
@@ -80,31 +79,16 @@ def _products(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     return (one[:, :, None] * other[:, None, :]).flatten(1)
 
 
-def build(
-    fields: Mapping[str, torch.Tensor],
-    part: DeltaPart,
-    *,
-    coefficient: float,
-    dtype: torch.dtype,
-    fold: bool = True,
-) -> Hadamard:
+def build(given: Loaded) -> Hadamard:
     """Make the delta of a ``hadamard`` spec.
 
     Args:
-        fields: hada_w1_a (out, r), hada_w1_b (r, in…) and the same of w2; with cores hada_t1,
+        given: hada_w1_a (out, r), hada_w1_b (r, in…) and the same of w2; with cores hada_t1,
             hada_t2 (r, r, k…) hada_w1_a (r, out) and hada_w1_b (r, in).
-        part: the spec with orientation and region.
-        coefficient: weight · scaling, float64.
-        dtype: float32 or float64, the type of the accumulator.
-        fold: False keeps the factors as stored and the coefficient apart.
     """
-    made = []
-    for number in (1, 2):
-        left, right = _pair(fields, number)
-        if fold and number == 1:
-            left, coefficient = left * coefficient, 1.0
-        made.append(region_of(left, right, part, dtype))
-    return Hadamard(made[0], made[1], coefficient)
+    (left, right), other = (_pair(given.fields, number) for number in (1, 2))
+    left, coefficient = given.folded(left)
+    return Hadamard(region_of(left, right, given), region_of(*other, given), coefficient)
 
 
 def pairs_of(fields: Mapping[str, torch.Tensor], spec: DeltaSpec) -> list[Pair]:

@@ -12,11 +12,10 @@ from collections.abc import Callable, Iterator, Mapping
 import torch
 
 from loratool.adapter import DeltaSpec
-from loratool.delta.base import Delta
+from loratool.delta.base import Delta, Loaded
 from loratool.delta.dense import Dense
 from loratool.delta.lowrank import LowRank, Pair, thin_factors, thinnest
 from loratool.linalg.exact import product_terms
-from loratool.plan import DeltaPart
 
 Range = tuple[int, int]
 """(first, stop)."""
@@ -138,29 +137,19 @@ def _elements(
     return left.double().cpu(), right.double().cpu()
 
 
-def build(
-    fields: Mapping[str, torch.Tensor],
-    part: DeltaPart,
-    *,
-    coefficient: float,
-    dtype: torch.dtype,
-    fold: bool = True,
-) -> Kronecker:
+def build(given: Loaded) -> Kronecker:
     """Make the delta of a ``kronecker`` spec.
 
     Args:
-        fields: lokr_w1 (ol, im), or lokr_w1_a (ol, r) and lokr_w1_b (r, im); lokr_w2
+        given: lokr_w1 (ol, im), or lokr_w1_a (ol, r) and lokr_w1_b (r, im); lokr_w2
             (ok, in, k…), or lokr_w2_a (ok, r) and lokr_w2_b (r, in…), or with a core lokr_t2
             (r, r, k…) lokr_w2_a (r, ok) and lokr_w2_b (r, in).
-        part: the spec with orientation and region.
-        coefficient: weight · scaling, float64.
-        dtype: float32 or float64, the type of the accumulator.
-        fold: False keeps the matrices as stored and the coefficient apart.
     """
+    part, dtype = given.part, given.dtype
     made: list[_Whole] = []
     for number in (1, 2):
-        factor = coefficient if fold and number == 1 else 1.0
-        left, right = _side(fields, number)
+        factor = given.coefficient if given.fold and number == 1 else 1.0
+        left, right = _side(given.fields, number)
         if part.transposed:
             left, right = (None, right.T) if left is None else (right.T, left.T)
         if left is None:
@@ -168,7 +157,7 @@ def build(
         else:
             made.append(LowRank((left * factor).to(dtype), right.to(dtype)))
     rows, cols = part.region.source_rows, part.region.source_cols
-    return Kronecker(made[0], made[1], 1.0 if fold else coefficient, rows, cols)
+    return Kronecker(made[0], made[1], 1.0 if given.fold else given.coefficient, rows, cols)
 
 
 def pairs_of(fields: Mapping[str, torch.Tensor], spec: DeltaSpec) -> list[Pair]:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 
 from loratool.adapter import Source
-from loratool.delta.base import Delta
+from loratool.delta.base import Delta, Loaded
 from loratool.delta.mutation import Moved
 from loratool.plan import DeltaPart
 from loratool.plugins import function_of
@@ -30,8 +30,8 @@ def load_delta(
         dtype: float32 or float64, the type of the accumulator.
         fold: False keeps tensors as stored and the coefficient apart.
     """
-    build: Callable[..., Delta] = function_of(part.spec.row.implementation)
+    build: Callable[[Loaded], Delta] = function_of(part.spec.row.implementation)
     fields = {role: load(source) for role, source in part.spec.fields.items()}
-    made = build(fields, part, coefficient=coefficient, dtype=dtype, fold=fold)
+    made = build(Loaded(fields, part, coefficient, dtype, fold))
     is_inside = part.spec.scales_rows or not part.spec.base_change  # of the norm that DoRA takes
     return made if is_inside else Moved(made, part, dtype)

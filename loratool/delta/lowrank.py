@@ -8,7 +8,7 @@ from functools import cached_property
 import torch
 
 from loratool.adapter import DeltaSpec
-from loratool.delta.base import Delta
+from loratool.delta.base import Delta, Loaded
 from loratool.linalg.exact import product_terms
 from loratool.plan import DeltaPart
 
@@ -92,46 +92,34 @@ class LowRank(Delta):
         self.left, self.right = self.left.to(device), self.right.to(device)
 
 
-def build(
-    fields: Mapping[str, torch.Tensor],
-    part: DeltaPart,
-    *,
-    coefficient: float,
-    dtype: torch.dtype,
-    fold: bool = True,
-) -> LowRank:
+def build(given: Loaded) -> LowRank:
     """Make the delta of a ``lowrank`` spec.
 
     Args:
-        fields: lora_A (r, in…), lora_B (out, r…), optional diag (r,) or lora_mid (r, r, k…), as
+        given: lora_A (r, in…), lora_B (out, r…), optional diag (r,) or lora_mid (r, r, k…), as
             stored.
-        part: the spec with orientation and expert.
-        coefficient: weight · scaling, float64, folded into lora_B before rounding to ``dtype``.
-        dtype: float32 or float64, the type of the accumulator.
-        fold: False keeps the factors as stored and the coefficient apart.
     """
-    lora_A, lora_B = oriented_factors(fields, part)
-    if "diag" in fields:
-        lora_B = lora_B * fields["diag"].double()
-    if fold:
-        lora_B, coefficient = lora_B * coefficient, 1.0
-    left, right = (lora_A.T, lora_B.T) if part.transposed else (lora_B, lora_A)
+    lora_A, lora_B = oriented_factors(given.fields, given.part)
+    if "diag" in given.fields:
+        lora_B = lora_B * given.fields["diag"].double()
+    lora_B, coefficient = given.folded(lora_B)
+    left, right = (lora_A.T, lora_B.T) if given.part.transposed else (lora_B, lora_A)
+    dtype = given.dtype
     return LowRank(left.to(dtype).contiguous(), right.to(dtype).contiguous(), coefficient)
 
 
 def region_of(
-    left: torch.Tensor, right: torch.Tensor, part: DeltaPart, dtype: torch.dtype,
-    coefficient: float = 1.0,
-) -> LowRank:  # fmt: skip
+    left: torch.Tensor, right: torch.Tensor, given: Loaded, coefficient: float = 1.0
+) -> LowRank:
     """The product of two factors as it lies on the target: turned, and the part's rows and columns.
 
     Args:
         left: (out, r).
         right: (r, in).
-        part: with orientation and region.
-        dtype: that they get.
+        given: its part has orientation and region.
         coefficient: of the product.
     """
+    part, dtype = given.part, given.dtype
     if part.transposed:
         left, right = right.T, left.T
     rows, cols = part.region.source_rows, part.region.source_cols

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 
 import torch
 
 from loratool import kinds
-from loratool.delta.base import Delta
+from loratool.delta.base import Delta, Loaded
 from loratool.delta.mutation import Moved
 from loratool.frozen import replace
 from loratool.kind_shapes import COLUMN_LENGTHS, ROW_LENGTHS
-from loratool.plan import DeltaPart
 from loratool.plugins import function_of
 
 
@@ -112,34 +110,24 @@ def _halvings(count: int) -> int:
     return math.ceil(math.log2(max(1, count)))
 
 
-def build(
-    fields: Mapping[str, torch.Tensor],
-    part: DeltaPart,
-    *,
-    coefficient: float,
-    dtype: torch.dtype,
-    fold: bool = True,
-) -> Magnitude:
+def build(given: Loaded) -> Magnitude:
     """Make the delta of a DoRA over any kind; the user's weight acts outside the norm.
 
     Args:
-        fields: those of the kind inside, as stored, and as many lengths as outputs or inputs.
-        part: the spec with orientation and region.
-        coefficient: weight · scaling.
-        dtype: type of the accumulator.
-        fold: no choice here: a length is no sum of products.
+        given: those of the kind inside, as stored, and as many lengths as outputs or inputs.
     """
-    role = next(r for r in (ROW_LENGTHS, COLUMN_LENGTHS) if r in fields)
-    kind = kinds.of_roles(fields.keys() - {role})
+    part, dtype = given.part, given.dtype
+    role = next(r for r in (ROW_LENGTHS, COLUMN_LENGTHS) if r in given.fields)
+    kind = kinds.of_roles(given.fields.keys() - {role})
     assert kind is not None
-    spec = replace(part.spec, kind=kind.name)
+    inside = replace(part, spec=replace(part.spec, kind=kind.name))
     inner = function_of(kind.implementation)(
-        fields, replace(part, spec=spec), coefficient=spec.scaling, dtype=dtype
+        replace(given, part=inside, coefficient=part.spec.scaling, fold=True)
     )
-    if spec.base_change:
-        inner = Moved(inner, replace(part, spec=spec, weight=1.0), dtype)
+    if part.spec.base_change:
+        inner = Moved(inner, replace(inside, weight=1.0), dtype)
     axis = 1 if (role == COLUMN_LENGTHS) != part.transposed else 0
-    lengths = fields[role].flatten().to(dtype)
+    lengths = given.fields[role].flatten().to(dtype)
     span = part.region.source_cols if axis else part.region.source_rows
     if span is not None:
         lengths = lengths[span[0] : span[1]]

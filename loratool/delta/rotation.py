@@ -7,13 +7,12 @@ A stage multiplies blocks of b rows, or of b columns, by a (b, b) matrix each.  
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 
 import torch
 
+from loratool.delta.base import Loaded
 from loratool.delta.by_rows import ByRows, RowMap, by_rows
 from loratool.frozen import replace
-from loratool.plan import DeltaPart
 
 
 class Rotation(RowMap):
@@ -108,37 +107,28 @@ def _stage(blocks: torch.Tensor, lines: torch.Tensor, half: int, run: int) -> to
     return found
 
 
-def build(
-    fields: Mapping[str, torch.Tensor],
-    part: DeltaPart,
-    *,
-    coefficient: float,
-    dtype: torch.dtype,
-    fold: bool = True,
-) -> ByRows:
+def build(given: Loaded) -> ByRows:
     """Make the delta of a ``rotation`` spec, of LyCORIS or kohya: Cayley's R = (I + Q)(I - Q)⁻¹.
 
     Args:
-        fields: oft_blocks (n, b, b), or (m, n, b, b) of BOFT; oft_rescale (out, 1…), optional.
-        part: the spec with orientation and region; bound.  Its alpha bounds the length of Q, per
-            output; OFT's R is transposed, BOFT's is not.
-        coefficient: weight; it is the strength of every stage.
-        dtype: type of the accumulator.
-        fold: no choice here.
+        given: oft_blocks (n, b, b), or (m, n, b, b) of BOFT; oft_rescale (out, 1…), optional.
+            The spec's alpha bounds the length of Q, per output; OFT's R is transposed, BOFT's
+            is not.  The coefficient is the strength of every stage.
     """
-    blocks = fields["oft_blocks"].double()
-    out, inner = part.spec.row.sizes(part.spec)
+    blocks = given.fields["oft_blocks"].double()
     skew = blocks - blocks.transpose(-1, -2)
-    limit, length = (part.spec.alpha or 0.0) * out, float(skew.norm()) + 1e-8
+    limit, length = (given.spec.alpha or 0.0) * given.sizes[0], float(skew.norm()) + 1e-8
     if 0 < limit < length:
         skew = skew * (limit / length)
     turned = _cayley(skew)
     is_butterfly = blocks.dim() == 4
     stages = turned if is_butterfly else turned.transpose(-1, -2)[None]
-    gains = fields["oft_rescale"].flatten().to(dtype) if "oft_rescale" in fields else None
-    change = Rotation(stages.to(dtype), gains, on_columns=False, butterfly=is_butterfly,
-                      inside=coefficient)  # fmt: skip
-    return by_rows(change, part, (out, math.prod(inner)))
+    gains = given.fields.get("oft_rescale")
+    if gains is not None:
+        gains = gains.flatten().to(given.dtype)
+    change = Rotation(stages.to(given.dtype), gains, on_columns=False, butterfly=is_butterfly,
+                      inside=given.coefficient)  # fmt: skip
+    return by_rows(change, given)
 
 
 def _cayley(skew: torch.Tensor) -> torch.Tensor:
@@ -148,46 +138,35 @@ def _cayley(skew: torch.Tensor) -> torch.Tensor:
     return found
 
 
-def build_columns(
-    fields: Mapping[str, torch.Tensor],
-    part: DeltaPart,
-    *,
-    coefficient: float,
-    dtype: torch.dtype,
-    fold: bool = True,
-) -> ByRows:
+def build_columns(given: Loaded) -> ByRows:
     """Make the delta of an ``oft`` or a ``boft`` spec of PEFT: W' = gains ∘ W Rᵀ.
 
     Args:
-        fields: oft_R (n, b(b-1)/2), the upper triangles of Q, one row for all blocks if they are
-            shared; or boft_R (m, n, b, b) and boft_s (out, 1), the gains.
-        part: the spec with orientation and region; bound.  With the setting ``terms`` the inverse
-            in R = (I - Q)(I + Q)⁻¹ is a sum of so many terms (Cayley and Neumann); with
-            ``bound`` (COFT) a block of Q is at most that long, over the root of their number.
-        coefficient: weight.
-        dtype: type of the accumulator.
-        fold: no choice here.
+        given: oft_R (n, b(b-1)/2), the upper triangles of Q, one row for all blocks if they are
+            shared; or boft_R (m, n, b, b) and boft_s (out, 1), the gains.  With the setting
+            ``terms`` the inverse in R = (I - Q)(I + Q)⁻¹ is a sum of so many terms (Cayley and
+            Neumann); with ``bound`` (COFT) a block of Q is at most that long, over the root of
+            their number.
     """
-    gains = None
+    fields, settings, gains = given.fields, given.spec.settings, None
     if "boft_R" in fields:
         raw = fields["boft_R"].double()
         stages = _cayley(-(raw - raw.transpose(-1, -2)) / 2)
-        gains = fields["boft_s"].flatten().to(dtype)
+        gains = fields["boft_s"].flatten().to(given.dtype)
     else:
         skew = _upper(fields["oft_R"].double())
-        if "bound" in part.spec.settings:  # of a block; the less, the more blocks there are
-            limit = float(part.spec.settings["bound"]) / math.sqrt(len(skew))
+        if "bound" in settings:  # of a block; the less, the more blocks there are
+            limit = float(settings["bound"]) / math.sqrt(len(skew))
             length = skew.norm(dim=(1, 2), keepdim=True)
             skew = torch.where(length <= limit, skew, skew * (limit / length))
-        terms = int(part.spec.settings.get("terms", 0))
+        terms = int(settings.get("terms", 0))
         stages = (_neumann(skew, terms) if terms else _cayley(-skew))[None]
-    out, inner = part.spec.row.sizes(part.spec)
     several = len(stages) > 1
     change = Rotation(
-        stages.to(dtype), gains, on_columns=True, butterfly=several,
-        run=stages.shape[-1] // 2 if several else 1, coefficient=coefficient,
+        stages.to(given.dtype), gains, on_columns=True, butterfly=several,
+        run=stages.shape[-1] // 2 if several else 1, coefficient=given.coefficient,
     )  # fmt: skip
-    return by_rows(change, part, (out, math.prod(inner)))
+    return by_rows(change, given)
 
 
 def _upper(values: torch.Tensor) -> torch.Tensor:
@@ -214,28 +193,17 @@ def _neumann(skew: torch.Tensor, terms: int) -> torch.Tensor:
     return found
 
 
-def build_pairs(
-    fields: Mapping[str, torch.Tensor],
-    part: DeltaPart,
-    *,
-    coefficient: float,
-    dtype: torch.dtype,
-    fold: bool = True,
-) -> ByRows:
+def build_pairs(given: Loaded) -> ByRows:
     """Make the delta of a ``road`` spec: rows x and x + g/2 of every group of g rows turn together.
 
     Args:
-        fields: angles and lengths: out/2, out or 2·out numbers each, by the variant.
-        part: the spec with orientation and region; the setting ``group`` is g.
-        coefficient: weight.
-        dtype: type of the accumulator.
-        fold: no choice here.
+        given: angles and lengths: out/2, out or 2·out numbers each, by the variant;
+            the setting ``group`` is g.
     """
-    theta, alpha = (fields[role].double() for role in part.spec.row.roles)
-    out, inner = part.spec.row.sizes(part.spec)
-    if not part.spec.is_matrix:  # one row, as a matrix that is stored (in, out)
-        part = replace(part, transposed=True)
-    group = int(part.spec.settings["group"])
+    theta, alpha = (given.fields[role].double() for role in given.spec.row.roles)
+    if not given.spec.is_matrix:  # one row, as a matrix that is stored (in, out)
+        given = replace(given, part=replace(given.part, transposed=True))
+    out, group = given.sizes[0], int(given.spec.settings["group"])
     half, groups = group // 2, out // group
     if len(theta) < 2 * out:  # two numbers, or one, for each pair of rows: of both halves
         own, other = (alpha * f(theta) for f in (torch.cos, torch.sin))
@@ -246,5 +214,5 @@ def build_pairs(
     blocks, at = theta.new_zeros(groups, group, group), torch.arange(half)
     blocks[:, at, at], blocks[:, at, at + half] = own[:, 0], -other[:, 0]
     blocks[:, at + half, at], blocks[:, at + half, at + half] = other[:, 1], own[:, 1]
-    change = Rotation(blocks[None].to(dtype), on_columns=False, coefficient=coefficient)
-    return by_rows(change, part, (out, math.prod(inner)))
+    stages = blocks[None].to(given.dtype)
+    return by_rows(Rotation(stages, on_columns=False, coefficient=given.coefficient), given)

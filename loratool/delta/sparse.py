@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 
 from loratool.adapter import DeltaSpec
-from loratool.delta.base import Delta
+from loratool.delta.base import Delta, Loaded
 from loratool.delta.lowrank import Pair, thinnest
 from loratool.errors import BadFileError
 from loratool.linalg.exact import product_terms
@@ -84,28 +84,17 @@ class Sparse(Delta):
         self.values = self.values.to(device)
 
 
-def build(
-    fields: Mapping[str, torch.Tensor],
-    part: DeltaPart,
-    *,
-    coefficient: float,
-    dtype: torch.dtype,
-    fold: bool = True,
-) -> Sparse:
+def build(given: Loaded) -> Sparse:
     """Make the delta of a ``sparse`` spec.
 
     Args:
-        fields: shira_weight (n,), shira_indices (2, n): rows and columns, of any type.
-        part: the spec with orientation and region; bound.
-        coefficient: weight · scaling.
-        dtype: type of the accumulator.
-        fold: False keeps the values as stored and the coefficient apart.
+        given: shira_weight (n,), shira_indices (2, n): rows and columns, of any type.
 
     Raises:
         BadFileError: LT-363, an element outside of the matrix.
     """
-    out, (inner,) = part.spec.row.sizes(part.spec)
-    rows, cols = fields["shira_indices"].long()
+    part, (out, inner) = given.part, given.sizes
+    rows, cols = given.fields["shira_indices"].long()
     odd = (rows < 0) | (rows >= out) | (cols < 0) | (cols >= inner)
     if bool(odd.any()):
         at = int(odd.nonzero()[0])
@@ -114,9 +103,7 @@ def build(
             expected=f"rows below {out}, columns below {inner}",
             got=f"row {int(rows[at])}, column {int(cols[at])}",
         )  # fmt: skip
-    values = fields["shira_weight"].double()
-    if fold:
-        values, coefficient = values * coefficient, 1.0
+    values, coefficient = given.folded(given.fields["shira_weight"])
     shape = (out, inner)
     if part.transposed:
         rows, cols, shape = cols, rows, (inner, out)
@@ -126,10 +113,10 @@ def build(
     )
     inside = (rows >= top) & (rows < bottom) & (cols >= left) & (cols < right)
     return Sparse((bottom - top, right - left), rows[inside] - top, cols[inside] - left,
-                  values[inside].to(dtype), coefficient)  # fmt: skip
+                  values[inside].to(given.dtype), coefficient)  # fmt: skip
 
 
 def pairs_of(fields: Mapping[str, torch.Tensor], spec: DeltaSpec) -> list[Pair]:
     """The matrix and the identity, float64."""
-    whole = build(fields, DeltaPart(spec, 1.0), coefficient=1.0, dtype=torch.float64)
+    whole = build(Loaded(fields, DeltaPart(spec, 1.0), 1.0, torch.float64))
     return [thinnest(whole.dense())]

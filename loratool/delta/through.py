@@ -5,12 +5,10 @@ Both are ΔW = W X Y, with thin X and Y, GLoRA's with a product of its own besid
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 
+from loratool.delta.base import Loaded
 from loratool.delta.by_rows import ByRows, RowMap, by_rows
-from loratool.plan import DeltaPart
 
 
 class Through(RowMap):
@@ -69,51 +67,29 @@ class Through(RowMap):
         self.left, self.right = self.left.to(device), self.right.to(device)
 
 
-def build_glora(
-    fields: Mapping[str, torch.Tensor],
-    part: DeltaPart,
-    *,
-    coefficient: float,
-    dtype: torch.dtype,
-    fold: bool = True,
-) -> ByRows:
+def build_glora(given: Loaded) -> ByRows:
     """Make the delta of a ``glora`` spec: W' = W + scaling · (W a1 a2 + b1 b2).
 
     Args:
-        fields: glora_a1 (in, r), glora_a2 (r, in), glora_b1 (out, r), glora_b2 (r, in, k…).
-        part: the spec with orientation and region.
-        coefficient: weight · scaling.
-        dtype: type of the accumulator.
-        fold: no choice here.
+        given: glora_a1 (in, r), glora_a2 (r, in), glora_b1 (out, r), glora_b2 (r, in, k…).
     """
-    a1, a2, b1, b2 = (fields[f"glora_{name}"].flatten(1).to(dtype) for name in
+    a1, a2, b1, b2 = (given.fields[f"glora_{name}"].flatten(1).to(given.dtype) for name in
                       ("a1", "a2", "b1", "b2"))  # fmt: skip
-    change = Through(a1, a2, (b1, b2), b2.shape[1] // a1.shape[0], coefficient)
-    return by_rows(change, part, (b1.shape[0], b2.shape[1]))
+    change = Through(a1, a2, (b1, b2), b2.shape[1] // a1.shape[0], given.coefficient)
+    return by_rows(change, given)
 
 
-def build_reflections(
-    fields: Mapping[str, torch.Tensor],
-    part: DeltaPart,
-    *,
-    coefficient: float,
-    dtype: torch.dtype,
-    fold: bool = True,
-) -> ByRows:
+def build_reflections(given: Loaded) -> ByRows:
     """Make the delta of an ``hra`` spec: W' = W (I - 2 û₁û₁ᵀ) (I - 2 û₂û₂ᵀ) and so on.
 
     The product is I - U T Uᵀ with a triangular T.  With the setting ``orthogonal`` the vectors are
     made orthogonal first, and T is 2·I.
 
     Args:
-        fields: hra_u (in·k…, r).
-        part: the spec with orientation and region.
-        coefficient: weight.
-        dtype: type of the accumulator.
-        fold: no choice here.
+        given: hra_u (in·k…, r).
     """
-    vectors = fields["hra_u"].double()
-    U = _orthogonal(vectors) if part.spec.settings.get("orthogonal") else vectors
+    vectors = given.fields["hra_u"].double()
+    U = _orthogonal(vectors) if given.spec.settings.get("orthogonal") else vectors
     U = U / U.norm(dim=0)
     inner = torch.zeros(0, 0, dtype=torch.float64)
     for k in range(U.shape[1]):  # (I - U T Uᵀ)(I - 2 u uᵀ), the new u to the right
@@ -121,9 +97,8 @@ def build_reflections(
         below = inner.new_zeros(1, k)
         inner = torch.cat([torch.cat([inner, column], 1),
                            torch.cat([below, below.new_full((1, 1), 2.0)], 1)])  # fmt: skip
-    change = Through(U.to(dtype), (-inner @ U.T).to(dtype), coefficient=coefficient)
-    out, inner_size = part.spec.row.sizes(part.spec)
-    return by_rows(change, part, (out, torch.Size(inner_size).numel()))
+    X, Y = U.to(given.dtype), (-inner @ U.T).to(given.dtype)
+    return by_rows(Through(X, Y, coefficient=given.coefficient), given)
 
 
 def _orthogonal(vectors: torch.Tensor) -> torch.Tensor:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 
+from loratool.delta.base import Loaded
 from loratool.delta.by_rows import ByRows, RowMap, by_rows
-from loratool.plan import DeltaPart
 
 
 class Tiles(RowMap):
@@ -48,22 +46,10 @@ class Tiles(RowMap):
         self.tiles = self.tiles.to(device)
 
 
-def build(
-    fields: Mapping[str, torch.Tensor],
-    part: DeltaPart,
-    *,
-    coefficient: float,
-    dtype: torch.dtype,
-    fold: bool = True,
-) -> ByRows:
+def build(given: Loaded) -> ByRows:
     """Make the delta of a ``tiles`` spec.
 
     Args:
-        fields: miss_bat (out/r, r, r).
-        part: the spec with orientation and region; bound.
-        coefficient: weight.
-        dtype: type of the accumulator.
-        fold: no choice here.
+        given: miss_bat (out/r, r, r).
     """
-    out, inner = part.spec.row.sizes(part.spec)
-    return by_rows(Tiles(fields["miss_bat"].to(dtype), coefficient), part, (out, inner[0]))
+    return by_rows(Tiles(given.fields["miss_bat"].to(given.dtype), given.coefficient), given)

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 
-from loratool.delta.base import Delta
+from loratool.delta.base import Delta, Loaded
 from loratool.linalg.exact import product_terms
-from loratool.plan import DeltaPart
 
 
 class Vector(Delta):
@@ -124,27 +121,15 @@ class Rows(Delta):
         self.index, self.values = self.index.to(device), self.values.to(device)
 
 
-def build(
-    fields: Mapping[str, torch.Tensor],
-    part: DeltaPart,
-    *,
-    coefficient: float,
-    dtype: torch.dtype,
-    fold: bool = True,
-) -> Vector:
+def build(given: Loaded) -> Vector:
     """Make the delta of a ``vector`` spec.
 
     Args:
-        fields: delta (n,) as stored.
-        part: the spec with its region.
-        coefficient: weight · scaling.
-        dtype: type of the accumulator.
-        fold: False keeps the values as stored and the coefficient apart.
+        given: delta (n,) as stored.
     """
-    values = fields["delta"].double().flatten()
-    source = part.region.source_cols or part.region.source_rows
+    values, region = given.fields["delta"].flatten(), given.part.region
+    source = region.source_cols or region.source_rows
     if source is not None:
         values = values[source[0] : source[1]]
-    if fold:
-        values, coefficient = values * coefficient, 1.0
-    return Vector(values.to(dtype), coefficient)
+    values, coefficient = given.folded(values)
+    return Vector(values.to(given.dtype), coefficient)

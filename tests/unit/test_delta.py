@@ -7,7 +7,7 @@ import torch
 
 from loratool.adapter import DeltaSpec
 from loratool.delta import lowrank, magnitude, vector
-from loratool.delta.base import Delta
+from loratool.delta.base import Delta, Loaded
 from loratool.delta.placed import Placed
 from loratool.plan import DeltaPart, Region, Span
 from tests.make import randn
@@ -24,8 +24,8 @@ def spec(kind: str = "lowrank", scaling: float = 2.0, **more: object) -> DeltaSp
 
 
 def build(module: object, fields: dict[str, torch.Tensor], part: DeltaPart) -> Delta:
-    coefficient = part.weight * part.spec.scaling
-    return module.build(fields, part, coefficient=coefficient, dtype=torch.float64)  # type: ignore[attr-defined, no-any-return]
+    given = Loaded(fields, part, part.weight * part.spec.scaling, torch.float64)
+    return module.build(given)  # type: ignore[attr-defined, no-any-return]
 
 
 def by_blocks(delta: Delta, weight: torch.Tensor, height: int, width: int) -> torch.Tensor:
@@ -195,7 +195,7 @@ def sums() -> dict[str, Delta]:
     def low(m: int, n: int) -> Delta:
         fields = {"lora_A": randn(RANK, n, seed=9).double(), "lora_B": randn(m, RANK, seed=10)}
         part = DeltaPart(spec(), 0.7)
-        return lowrank.build(fields, part, coefficient=0.7, dtype=torch.float64, fold=False)
+        return lowrank.build(Loaded(fields, part, 0.7, torch.float64, fold=False))
 
     found: dict[str, Delta] = {"lowrank": low(ROWS, COLS)}
     for name, (region, rows, cols) in REGIONS.items():
