@@ -15,6 +15,7 @@ from loratool.api.page import check_page, with_page
 from loratool.api.session import Session, base_row
 from loratool.api.sums import assemble_sum, run_sum
 from loratool.api.translating import alike
+from loratool.bind.same_change import settle_tying
 from loratool.dialects.metadata import joined
 from loratool.dialects.programs import judge_loads
 from loratool.dialects.rules import is_folder
@@ -126,7 +127,7 @@ def _open(asked: Combine, session: Session, how: How, minus: bool) -> list[Opene
         asked.adapters, asked.take(Mix, weights=weights), read=session.read,
         access=session.access, rules=how.rules,
     )  # fmt: skip
-    same = alike([o.adapter for o in opened], session.limits)
+    same = alike([settle_tying(o.adapter) for o in opened], session.limits)
     opened = [replace(o, adapter=a) for o, a in zip(opened, same, strict=True)]
     if minus:
         opened = _less_the_others(opened)

@@ -15,6 +15,7 @@ from loratool.api.common import Limits, Resources, content_label
 from loratool.api.fitting import Fitted, check_files, fit_for
 from loratool.api.loading import Goal, home_for, plan_translation, translate
 from loratool.api.translating import files_of, of_dialect
+from loratool.bind.same_change import settle_tying
 from loratool.dialects import DEFAULT, open_adapter, write_adapter_files
 from loratool.dialects.programs import Program, find_program
 from loratool.dialects.registry import home_of, writable
@@ -229,7 +230,7 @@ class Session(Frozen):
         for target in targets:
             guard.check(target)
         return [
-            Opened(text, resolved, adapter, target, form)
+            Opened(text, resolved, settle_tying(adapter), target, form)
             for text, (resolved, adapter), target, form in zip(
                 texts, found, targets, forms, strict=True
             )

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
-from loratool.adapter import DeltaSpec, Source
+from loratool.adapter import Adapter, DeltaSpec, Source
 from loratool.bind.items import Found
 from loratool.delta.forms import is_transposed
+from loratool.dialects.rules import tied_pairs
+from loratool.dialects.stated import untied
+from loratool.frozen import replace
 from loratool.store.reader import have_same_bytes, read_bytes
 
 # Bytes of an element -> how its bits are compared.
@@ -17,6 +20,16 @@ _FORMATS: Mapping[int, Literal["B", "H", "I", "Q"]] = {1: "B", 2: "H", 4: "I", 8
 def are_alike(first: Sequence[Found], second: Sequence[Found]) -> bool:
     """True if both are the same changes in the same order."""
     return len(first) == len(second) and all(map(_is_same, first, second))
+
+
+def settle_tying(adapter: Adapter) -> Adapter:
+    """The adapter, which states that embedding and head have one change only where they do.
+
+    On a base that ties nothing PEFT trains two, whatever ``ensure_weight_tying`` says.
+    """
+    if all(_is_same_delta(*pair) for pair in tied_pairs(adapter)):
+        return adapter
+    return replace(adapter, config=untied(adapter.config))
 
 
 def _is_same(first: Found, second: Found) -> bool:

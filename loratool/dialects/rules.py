@@ -104,7 +104,8 @@ def is_folder(dialect: str) -> bool:
 def tied_pairs(adapter: Adapter) -> tuple[tuple[DeltaSpec, DeltaSpec], ...]:
     """Embedding and head that have one change, turned round (PEFT's ``ensure_weight_tying``).
 
-    On a base that ties nothing PEFT trains two, which other ranks or scalings show.
+    On a base that ties nothing PEFT trains two, which other ranks or scalings show, or the bytes:
+    `loratool.bind.same_change.settle_tying`.
     """
     if adapter.config.get("ensure_weight_tying") is not True:
         return ()

@@ -125,6 +125,11 @@ def on_base(config: Mapping[str, Any], name: str) -> dict[str, Any]:
     return {**config, **{key: value for key, value in known.items() if key in config}}
 
 
+def untied(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration that no longer states one change for embedding and head."""
+    return {key: value for key, value in config.items() if key != _TIES}
+
+
 def joint_config(adapters: Sequence[Adapter], gone: Collection[str]) -> dict[str, Any]:
     """That of the first adapter, and what the others save whole.
 
@@ -135,9 +140,8 @@ def joint_config(adapters: Sequence[Adapter], gone: Collection[str]) -> dict[str
         adapters: in order.
         gone: names of replaced tensors that are the base's again.
     """
-    first = dict(adapters[0].config)
-    if not all(a.config.get(_TIES) is True for a in adapters):
-        first.pop(_TIES, None)
+    is_tied = all(a.config.get(_TIES) is True for a in adapters)
+    first = dict(adapters[0].config) if is_tied else untied(adapters[0].config)
     saved = (e for a in adapters for e in a.config.get(WHOLE) or ())
     first[WHOLE] = _saved_but(saved, gone)
     tasks = [a.config.get("task_type") for a in adapters]

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import loratool as lt
-from tests.oracle.in_peft import make, save_base
+from tests.oracle.in_peft import changes, make, save_base
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
@@ -208,6 +208,36 @@ def test_half_of_what_changes_head_and_embedding(how: str, tmp_path: Path) -> No
         size = float(whole[name].abs().max() + weight.abs().max())
         assert (half[name].double() - want).abs().max() <= 2.0**-21 * size, name
     assert not torch.equal(whole["lm_head.weight"], first["lm_head.weight"])
+
+
+@pytest.mark.parametrize("verb", ["sum", "compress", "rescale"])
+def test_factors_that_are_two_stay_two(verb: str, tmp_path: Path) -> None:
+    """``ensure_weight_tying`` on a base that ties nothing: PEFT trains the head by itself."""
+    kind = type(base_of(tmp_path / "base", "decoder", "untied"))
+    config = peft.LoraConfig(
+        r=2, target_modules=["lm_head", "q_proj", "embed_tokens"], init_lora_weights=False,
+        ensure_weight_tying=True,
+    )  # fmt: skip
+    for seed, name in enumerate(("a", "b")):
+        make(kind.from_pretrained(tmp_path / "base"), tmp_path / name, config, seed)
+    if verb == "sum":
+        lt.combine([tmp_path / "a", tmp_path / "b"], output=tmp_path / "o", weights=[0.5, -2])
+    elif verb == "compress":
+        lt.compress([tmp_path / "a"], rank=1, output=tmp_path / "o")
+    else:
+        lt.rescale([tmp_path / "a"], 1, only=["lm_head=-0.3"], output=tmp_path / "o")
+    one, two, found = (changes(kind.from_pretrained(tmp_path / "base"), tmp_path / name)
+                       for name in ("a", "b", "o"))  # fmt: skip
+    for name, weight in found.items():
+        want = one[name]
+        if verb == "sum":
+            want = 0.5 * one[name] - 2 * two[name]
+        elif verb == "compress":
+            U, S, V = torch.linalg.svd(one[name]) if one[name].dim() > 1 else (None,) * 3
+            want = one[name] if U is None else S[0] * torch.outer(U[:, 0], V[0])
+        elif name == "lm_head.weight":
+            want = -0.3 * one[name]
+        assert (weight - want).norm() <= 1e-5 * one[name].norm(), name
 
 
 @pytest.mark.parametrize("dora", [False, True])
