@@ -11,6 +11,7 @@ from loratool.archs.ties import Tie, head_scale, is_head, untied_config
 from loratool.bind.items import Found
 from loratool.bind.place import Context
 from loratool.bind.same_change import are_alike
+from loratool.delta.forms import only_start
 from loratool.dialects.stated import COPY, changes_its_base, loads_into
 from loratool.errors import MismatchError, list_some
 from loratool.frozen import Frozen, field, replace
@@ -89,6 +90,8 @@ class _Group:
             for one in items:
                 if _is_shared(one, name, tie, ctx, adapter):
                     self._share(one, own)
+                if one.item.spec is not None and one.item.spec.base_change:
+                    self._begin(one, name)
 
     def _share(self, one: Found, own: Mapping[str, Sequence[Found]]) -> None:
         """Lay a change of the one parameter on every name that has no such change itself."""
@@ -101,6 +104,21 @@ class _Group:
         for items in self.items.values():
             if not any(_kind(i) == _kind(one) for i in items):
                 items.append(one)
+
+    def _begin(self, one: Found, name: str) -> None:
+        """What loading takes away for a change goes from all names: the parameter is one."""
+        deltas = tuple(replace(d, spec=only_start(d.spec)) for d in one.deltas)
+        begun = replace(one, item=replace(one.item, spec=deltas[0].spec), deltas=deltas)
+        for other, items in self.items.items():
+            if other == name or any(_kind(i) == "whole" for i in items):
+                continue
+            if not all(i.item.spec is not None and i.item.spec.is_additive for i in items):
+                raise MismatchError(
+                    "LT-441", "two different changes of one tied tensor cannot both be kept",
+                    key=f"{name}, {other}", got=f"{one.deltas[0].spec.title}, which changes both",
+                    hint="--skip leaves one of them out",
+                )  # fmt: skip
+            items.append(begun)
 
     def main(self, name: str) -> list[Found]:
         """Changes of a name, without trained rows and copies of the base."""

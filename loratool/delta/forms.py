@@ -257,6 +257,14 @@ def without_lengths(spec: DeltaSpec) -> DeltaSpec:
     return _of_fields(spec, {r: source for r, source in spec.fields.items() if r != lengths})
 
 
+def only_start(spec: DeltaSpec) -> DeltaSpec:
+    """What loading a change takes from the base (`DeltaSpec.base_change`), without the change."""
+    inner = without_lengths(spec)
+    left = left_of(inner)
+    zero = TensorData(f"{spec.name} {LEFT}", left.dtype, left.shape, bytes(left.nbytes))
+    return replace(inner, fields={**inner.fields, LEFT: zero})
+
+
 def _of_fields(spec: DeltaSpec, fields: Mapping[str, Source]) -> DeltaSpec:
     kind = kinds.of_roles(fields)
     assert kind is not None

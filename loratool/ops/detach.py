@@ -114,6 +114,8 @@ def _check(adapter: Adapter, needed: Sequence[DeltaSpec], there: InBase) -> None
         "of a part of a weight, or one of many": lambda s: not s.is_apart
         and not _is_one_matrix(s, there),
         "on a tensor that is replaced too": lambda s: s.name in own,
+        "that takes a part of what is tied to it": lambda s: bool(s.base_change)
+        and any(place.part.spec != s for place in there.places.get(s.name, ())),
         "that has no place in it": lambda s: s.name not in there.places,
     }  # fmt: skip
     for why, holds in reasons.items():

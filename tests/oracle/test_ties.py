@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import loratool as lt
-from tests.oracle.in_peft import changes, make, save_base
+from tests.oracle.in_peft import changes, make, randomise, save_base
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
@@ -240,19 +240,40 @@ def test_factors_that_are_two_stay_two(verb: str, tmp_path: Path) -> None:
         assert (weight - want).norm() <= 1e-5 * one[name].norm(), name
 
 
+@pytest.mark.thin(3)
+@pytest.mark.parametrize("more", ["copy", "no copy", "no copy, and the table"])
 @pytest.mark.parametrize("dora", [False, True])
 @pytest.mark.parametrize("head", HEADS)
-@pytest.mark.parametrize("start", ["pissa", "olora"])
+@pytest.mark.parametrize("start", ["pissa", "olora", "kasa"])
 def test_a_head_that_loading_takes_a_part_of(
-    tmp_path: Path, start: str, head: str, dora: bool
+    tmp_path: Path, start: str, head: str, dora: bool, more: str
 ) -> None:
-    """PEFT saves it as training had it: once more nothing goes; what is tied to it has changed."""
+    """PEFT saves it as training had it: once more nothing goes; what is tied to it has changed.
+
+    Where it is not saved (``save_embedding_layers=False``), loading takes the part from both.
+    """
+    if start == "kasa" and (dora or more.endswith("table")):
+        pytest.skip("PEFT has no such adapter")
     kind = base_of(tmp_path / "base", "decoder", head).__class__
-    how = {"init_lora_weights": start, "use_dora": dora}
-    config = peft.LoraConfig(r=2, target_modules=["lm_head", "q_proj"], **how)
-    make(kind.from_pretrained(tmp_path / "base"), tmp_path / "a", config)
+    how = {"kasa_config": peft.KasaConfig()} if start == "kasa" else {
+        "init_lora_weights": start, "use_dora": dora}  # fmt: skip
+    table = ["embed_tokens"] if more.endswith("table") else []
+    config = peft.LoraConfig(r=2, target_modules=["lm_head", "q_proj", *table], **how)
+    wrapped = peft.get_peft_model(kind.from_pretrained(tmp_path / "base"), config)
+    randomise(wrapped, 1)
+    wrapped.create_or_update_model_card = lambda _: None
+    wrapped.save_pretrained(str(tmp_path / "a"), save_embedding_layers=more == "copy")
+    if dora and table and head != "untied":
+        with pytest.raises(lt.LoratoolError) as caught:
+            lt.merge([tmp_path / "a"], base=tmp_path / "base", output=tmp_path / "o")
+        assert caught.value.code == "LT-441"
+        return
     adapted = peft.PeftModel.from_pretrained(kind.from_pretrained(tmp_path / "base").eval(),
                                              tmp_path / "a").eval()  # fmt: skip
+    if not (more == "copy" or dora or head == "untied"):
+        with pytest.raises(lt.LoratoolError) as caught:  # no LoRA of the head says it
+            lt.convert([tmp_path / "a"], to="peft", base=tmp_path / "base", output=tmp_path / "c")
+        assert caught.value.code == "LT-460"
     merged, _ = merged_model(tmp_path / "a", tmp_path / "base", tmp_path / "o", kind)
     wanted = logits(adapted)
     assert torch.allclose(logits(merged), wanted, atol=2e-5 * float(wanted.abs().max()))
