@@ -14,7 +14,8 @@ from loratool.adapter import AdapterFiles, Source
 from loratool.errors import UsageError
 from loratool.frozen import replace
 from loratool.lazy import regex
-from loratool.store.header import MAX_METADATA, MAX_NAME, read_header
+from loratool.store.header import MAX_METADATA, read_header
+from loratool.store.header_text import MAX_NAME
 
 OWN = "loratool"
 """Our own entry: provenance and seal."""

@@ -26,7 +26,8 @@ from loratool.quant.recognize import method_in_tensors, recognize_quantization
 from loratool.store.contained import is_inside, list_folder
 from loratool.store.foreign import PICKLE_HINT
 from loratool.store.gguf import is_gguf, read_gguf
-from loratool.store.header import MAX_HEADER_BYTES, read_header, short_name
+from loratool.store.header import MAX_HEADER_BYTES, read_header
+from loratool.store.header_text import short_name
 from loratool.store.jsonfile import load_json
 from loratool.store.layout import PLAIN_STEMS, Layout, find_layout, has_weights, is_pickle_name
 

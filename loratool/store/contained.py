@@ -15,7 +15,7 @@ import os
 import re
 import shlex
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from io import FileIO
 from pathlib import Path
@@ -72,6 +72,39 @@ def open_again(path: Path) -> FileIO:
     with _refusals(path, path):
         _require_regular(path.stat().st_mode, path)
         return _checked(os.open(path, _READ), path)
+
+
+def read_small(
+    path: Path,
+    most: int,
+    too_large: Callable[[], NoReturn],
+    folder: Path | None = None,
+) -> bytes:
+    """The bytes of a small file from a stranger, read whole under a limit.
+
+    Args:
+        path: the file.
+        most: bytes that are accepted.
+        too_large: called if there are more; it must raise.
+        folder: what it belongs to (`loratool.store.contained`); None = the folder it lies in.
+
+    Raises:
+        BadFileError: there is no such file.
+        UnsafeContentError: no regular file, or a link that leads out of its folder.
+        DiskError: the system refuses to read it.
+    """
+    parts: list[bytes] = []
+    left = most + 1
+    try:
+        with open_inside(path, folder) as file:
+            while left and (part := file.read(min(left, 1 << 20))):
+                parts.append(part)
+                left -= len(part)
+    except OSError as error:
+        raise DiskError("LT-601", "cannot read", file=path, got=error.strerror) from error
+    if not left:
+        too_large()
+    return b"".join(parts)
 
 
 def find_inside(path: Path, folder: Path) -> tuple[Path, Stamp]:

@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 from loratool.errors import BadFileError
 from loratool.lazy import regex
-from loratool.store.smallfile import read_small
+from loratool.store.contained import read_small
 
 MAX_JSON_BYTES = 16_000_000
 MAX_DEPTH = 64

@@ -34,7 +34,8 @@ from loratool.frozen import Frozen
 from loratool.shapes import Refuse, checked_json, fitting_json
 from loratool.store.contained import typed
 from loratool.store.disk import refusals_as
-from loratool.store.header import MAX_DIMS, MAX_TENSORS, build_header, read_header
+from loratool.store.header import build_header, read_header
+from loratool.store.header_text import MAX_DIMS, MAX_TENSORS
 from loratool.store.jsonfile import MAX_TEXT_BYTES, check_json_size
 from loratool.store.marker import content_of, file_metadata
 from loratool.store.reader import FileReader

@@ -12,8 +12,7 @@ from typing import Any, NoReturn
 
 import yaml
 
-from loratool.store.contained import typed
-from loratool.store.smallfile import read_small
+from loratool.store.contained import read_small, typed
 
 MAX_BYTES = 1_000_000
 MAX_DEPTH = 64

@@ -15,7 +15,7 @@ import pytest
 from loratool.errors import LoratoolError
 from loratool.ops.residual import read_residual
 from loratool.ops.undo import read_undo
-from loratool.store.header import MAX_TENSORS
+from loratool.store.header_text import MAX_TENSORS
 from loratool.store.patch_file import TABLE
 from tests.faults.world import save
 
