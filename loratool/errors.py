@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 from loratool.lazy import regex
 
@@ -95,6 +95,11 @@ class LoratoolError(Exception):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self).__new__, (type(self), *self.args), self.__dict__
+
+    def of(self, file: object) -> Self:
+        """The same of a file, where it names none."""
+        said = {label: getattr(self, label) for label in PARTS}
+        return type(self)(self.code, self.what, **{**said, "file": self.file or file})
 
     def message(self) -> str:
         """The message without its ``error[LT-nnn]:`` head."""

@@ -11,7 +11,7 @@ from loratool.adapter import Adapter, AdapterFiles, TensorRef
 from loratool.api.common import Limits
 from loratool.api.fitting import check_files, fit_for
 from loratool.api.freeing import dependent, free_of_base, outline_free, unholdable
-from loratool.api.loading import Goal, home_for, unloadable
+from loratool.api.loading import Goal, home_for, plan_translation, unloadable
 from loratool.api.session import Opened, Session, base_row
 from loratool.api.several import one_by_one
 from loratool.api.translating import carry_out, files_of, memory_for, of_dialect
@@ -60,9 +60,9 @@ class _Job(Frozen):
         if program is not None:
             return plan_form(adapter, self.row, program, self.session.limits, base,
                              skip=asked.skip, is_freed=is_freed)  # fmt: skip
-        return plan_convert(
-            adapter, self.row.name, base=base, skip=asked.skip, keeps_names=asked.to is None,
-            is_freed=is_freed,
+        return plan_translation(
+            adapter, Goal(self.row.name, self.session.limits), base=base, skip=asked.skip,
+            keeps_names=asked.to is None, is_freed=is_freed,
         )  # fmt: skip
 
     @property

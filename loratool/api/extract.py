@@ -21,6 +21,7 @@ from loratool.api.translating import files_of
 from loratool.dialects import DEFAULT, open_adapter
 from loratool.dialects.base import Dialect
 from loratool.dialects.programs import Look, Program, find_program
+from loratool.dialects.readback import is_known_by_names
 from loratool.dialects.registry import writable
 from loratool.errors import MismatchError, UsageError, list_some
 from loratool.frozen import replace
@@ -136,7 +137,7 @@ def _prepare(asked: Extract) -> ExtractJob:
     if asked.to is None and program is not None and not program.is_of_peft:
         row = writable(program.home(_look(made)))
     loader = None if program is None or _takes_folders(program, row) else program
-    if loader is not None:
+    if loader is not None or (program is None and is_known_by_names(row)):
         goal = Goal(row.name, Limits.of(asked), loader)
         kept, lost = without_misfits(made, goal)
         if kept.specs:

@@ -10,6 +10,7 @@ from loratool.adapter import Adapter, AdapterFiles, DeltaSpec
 from loratool.api.common import Limits
 from loratool.api.translating import Translated, blank, carry_out, files_of
 from loratool.dialects.programs import Look, Program
+from loratool.dialects.readback import is_known_by_names
 from loratool.dialects.registry import row_of
 from loratool.errors import LoratoolError, MismatchError, list_some
 from loratool.frozen import Frozen, field, replace
@@ -57,11 +58,14 @@ def plan_translation(adapter: Adapter, goal: Goal, **of_plan: Any) -> ConvertPla
         of_plan: of `loratool.ops.convert.plan_convert`.
 
     Raises:
-        MismatchError: LT-488, the program loads no such adapter; others of `plan_convert`.
+        MismatchError: LT-411, the dialect has no names for it; LT-488, the program loads no such
+            adapter; others of `plan_convert`.
     """
     program = goal.program
     if program is None:
-        return plan_convert(adapter, goal.dialect, **of_plan)
+        plan = plan_convert(adapter, goal.dialect, **of_plan)
+        require_spelled(plan, goal)
+        return plan
     try:
         plan = plan_convert(adapter, goal.dialect, **of_plan)
     except MismatchError as problem:
@@ -79,6 +83,17 @@ def plan_translation(adapter: Adapter, goal: Goal, **of_plan: Any) -> ConvertPla
             raise
         again = replace(adapter, key_order=())  # the same under the spellings of new files
         return plan_translation(again, goal, **of_plan)
+
+
+def require_spelled(plan: ConvertPlan, goal: Goal) -> None:
+    """Refuse, before any work, what a dialect has no names for.
+
+    Raises:
+        MismatchError: LT-411, and others of `loratool.dialects.write_adapter_files`.
+    """
+    if is_known_by_names(plan.row):
+        made = carry_out(plan, goal.limits, is_dry=True).adapter
+        files_of(made, plan.row.name, plan.source.metadata, **goal.how)
 
 
 def home_for(program: Program, adapter: Adapter, limits: Limits) -> str:

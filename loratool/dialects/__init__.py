@@ -97,10 +97,15 @@ def write_adapter_files(
 
     Raises:
         UsageError: LT-282, no such dialect, or one that is not written.
-        MismatchError: LT-411, LT-412, the dialect cannot hold the adapter.
+        MismatchError: LT-411, LT-412, the dialect cannot hold the adapter, or not so that it is
+            read again.
     """
+    from loratool.dialects.readback import require_readable
+
     row = home_of(adapter.dialect) if dialect is None else writable(dialect)
-    return row.writer()(adapter, base_config=base_config, base_tensors=base_tensors)
+    files = row.writer()(adapter, base_config=base_config, base_tensors=base_tensors)
+    require_readable(files, row, adapter)
+    return files
 
 
 def read_back(files: AdapterFiles, path: Path) -> Adapter:

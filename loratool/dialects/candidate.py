@@ -9,6 +9,7 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, NoReturn
 
+from loratool.adapter import AdapterFiles, TensorRef
 from loratool.errors import BadFileError, UnsafeContentError, list_some
 from loratool.frozen import Frozen
 from loratool.lazy import regex
@@ -47,6 +48,21 @@ class Candidate(Frozen, dict=True):
     weights: Path | None = None
     head: bytes = b""
     max_header: int = MAX_HEADER_BYTES
+
+    @classmethod
+    def of_files(cls, files: AdapterFiles, path: Path) -> Candidate:
+        """What files will be that are not written yet.
+
+        Args:
+            files: of a dialect's writer.
+            path: where they are to lie, for messages.
+        """
+        refs = tuple(TensorRef(path, name, source.dtype, source.shape, 0, source.nbytes)
+                     for name, source in files.tensors)  # fmt: skip
+        found = cls(path, None, (path.name,), files.json_files.get(CONFIG_NAME), weights=path)
+        header = Header(path, files.metadata, refs, b"", 0, 0)
+        found.__dict__["header"] = header  # as `cached_property` keeps it
+        return found
 
     @cached_property
     def header(self) -> Header | None:

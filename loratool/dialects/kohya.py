@@ -14,6 +14,9 @@ from loratool.dialects.table import Table
 MIXED = r"^lora_transformer_[^.]+\.\d+\."
 """OneTrainer's names of 2025, flat up to the first dot only."""
 
+HASHES = r"sshs_(model|legacy)_hash|modelspec\.hash_sha256"
+"""Keys of metadata that speak of the very tensors."""
+
 TABLE = Table(
     components=(
         Component("lora_unet_", "unet"),
@@ -53,7 +56,8 @@ TABLE = Table(
         r'"sig_type": *"(?!principal")|"use_data_init": *"?[Ff]alse',
         "T-LoRA that did not start from the largest singular vectors of the base",
     ),
-    stale=r"sshs_(model|legacy)_hash|modelspec\.hash_sha256",
+    # What diffusers states of ranks and alphas it would believe of these files too.
+    stale=rf"{HASHES}|lora_adapter_metadata",
     ranks=("ss_network_dim", "ss_network_alpha"),
     model="ss_base_model_version",
 )

@@ -13,6 +13,7 @@ from functools import cached_property, lru_cache
 from loratool import kinds
 from loratool.adapter import DeltaSpec
 from loratool.archs.flat import components_of, known_names, with_text_model
+from loratool.delta.forms import is_grouped
 from loratool.dialects.candidate import asks_for_numbers, without_numbers
 from loratool.dialects.factors import LENGTHS, OPEN_LENGTHS
 from loratool.dialects.fields import Component, Field, Header, Key
@@ -219,6 +220,7 @@ class Table(Frozen, dict=True):
             "embedding": spec.layout == "embedding",
             "experts in one tensor": spec.layout == "experts",
             "block-diagonal factors": spec.blocks is not None,
+            "a convolution in groups": is_grouped(spec),
             "a weight that is stored (in, out)": spec.transposed,
             f"the parameter {spec.parameter}": not own and spec.parameter != "weight",
             "a scaling without a rank": not own and not spec.rank and spec.scaling != 1,

@@ -72,6 +72,8 @@ def read_tensors(
                           for role in flagged & fields.keys()})  # fmt: skip
     for module, fields in found.modules.items():
         spec = product_spec(module, fields, alphas.get(module, options.alpha), flags)
+        if table.bare and spec.layout == "linear":
+            spec = replace(spec, alternatives=("",))  # the module itself may be a parameter
         said = stated(module, spec.rank) if spec.rank and spec.alpha is None else None
         if said is not None:
             spec = replace(spec, alpha=said.alpha, scaling=said.factor)

@@ -184,7 +184,7 @@ def _check(table: Table, adapter: Adapter, title: str) -> None:
     if reasons:
         raise MismatchError(
             "LT-411", f"{title} cannot hold this adapter: {reasons[0]}", file=adapter.path,
-            key=list_some(found, 3) or None,
+            key=list_some(found, 3) or "layer_replication", got=list_some(set(reasons), 3),
         )  # fmt: skip
 
 

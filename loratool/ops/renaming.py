@@ -40,7 +40,10 @@ def in_dialect(adapter: Adapter, row: Dialect, remake: stacking.Remake) -> Adapt
             file=adapter.path, key=list_some(unknown, 3),
             hint="give the base model, --base BASE: its tensors name them",
         )  # fmt: skip
-    moved = renamed(located, table, remake)
+    try:
+        moved = renamed(located, table, remake)
+    except MismatchError as problem:
+        raise problem.of(adapter.path) from None
     specs, family = tuple(one.spec for one in moved), _main(moved)
     replaced = tuple(_replaced(r, table, family) for r in adapter.replacements)
     is_same = adapter.is_flat == table.is_flat and adapter.dialect == row.name

@@ -78,7 +78,7 @@ def _check(adapter: Adapter) -> None:
         raise MismatchError(
             "LT-411", "mlx-lm cannot hold this adapter", file=adapter.path,
             key=list_some((name for name, _ in problems), 3), got=problems[0][1],
-            hint=f"loratool convert ADAPTER --to {NAME} -o OUT",
+            hint=None if adapter.layer_order else f"loratool convert ADAPTER --to {NAME} -o OUT",
         )  # fmt: skip
 
 
