@@ -15,7 +15,7 @@ from loratool.api.compress_report import CompressJob, Made, compressed, planned
 from loratool.api.detach import Detached, detach
 from loratool.api.page import check_page, with_page
 from loratool.api.session import Session, run_plan
-from loratool.api.several import one_by_one
+from loratool.api.several import every_one, texts_of
 from loratool.delta.forms import kernel_of
 from loratool.dialects.registry import home_of
 from loratool.frozen import Frozen, asdict, replace
@@ -58,20 +58,10 @@ def compress(asked: Compress) -> CompressReport:
         4
     """
     check_page(asked.html, asked.output)
-    if not asked.keep_going or len(_texts(asked)) < 2:
-        return with_page(_run(asked), asked.html)
-    done, failed = one_by_one(asked, _texts(asked), _run)
-    rows = tuple(row for report in done for row in report.adapters)
-    warnings = tuple(warning for report in done for warning in report.warnings)
-    seconds = sum(report.seconds for report in done)
-    report = CompressReport(rows, done[0].criteria, seconds, asked.dry_run, warnings, failed)
+    report = every_one(
+        asked, _run, lambda done: {"warnings": tuple(w for report in done for w in report.warnings)}
+    )
     return with_page(report, asked.html)
-
-
-def _texts(asked: Compress) -> list[str]:
-    """The adapters as typed."""
-    given = asked.adapters
-    return [str(a) for a in ([given] if isinstance(given, (str, Path)) else given)]
 
 
 def _run(asked: Compress) -> CompressReport:
@@ -80,7 +70,7 @@ def _run(asked: Compress) -> CompressReport:
     session = Session.begin("compress", asked)
     options = recorded(asked, **{"rank": None, **ranks.rule, "size": limit})
     options |= {"rank_auto": True} if ranks.auto else {}
-    texts = _texts(asked)
+    texts = texts_of(asked.adapters)
     with session.outputs(len(texts)) as session:
         session, jobs = _open(session, texts, asked.base, parse_dtype(asked.dtype))
         if asked.base is not None and (ranks.auto or "sv_base" in ranks.rule):

@@ -13,7 +13,7 @@ from loratool.api.fitting import check_files, fit_for
 from loratool.api.freeing import dependent, free_of_base, outline_free, unholdable
 from loratool.api.loading import Goal, home_for, plan_translation, unloadable
 from loratool.api.session import Opened, Session, base_row
-from loratool.api.several import one_by_one
+from loratool.api.several import every_one, texts_of
 from loratool.api.translating import carry_out, files_of, memory_for, of_dialect
 from loratool.api.ways import plan_form, takes_one_form
 from loratool.dialects import DEFAULT
@@ -136,21 +136,17 @@ def convert(asked: Convert) -> ConvertReport:
         >>> lt.convert(["style"], to="kohya", output="style.safetensors").adapters[0].copied
         28
     """
-    if not asked.keep_going or len(asked.adapters) < 2:
-        return _convert(asked)
-    done, failed = one_by_one(asked, asked.adapters, _convert)
-    return ConvertReport(
-        str(asked.output), ", ".join(dict.fromkeys(report.dialect for report in done)),
-        tuple(row for report in done for row in report.adapters),
-        sum(report.seconds for report in done), asked.dry_run, failed,
-    )  # fmt: skip
+    return every_one(asked, _convert, lambda done: {
+        "output": str(asked.output),
+        "dialect": ", ".join(dict.fromkeys(report.dialect for report in done)),
+    })  # fmt: skip
 
 
 def _convert(asked: Convert) -> ConvertReport:
     edits = _edits(asked)
     session = Session.begin("convert", asked, in_place=asked.dry_run)
     program = session.program
-    found = session.open([str(text) for text in asked.adapters], asked.base,
+    found = session.open(texts_of(asked.adapters), asked.base,
                          form=lambda adapter: _form(adapter, asked, program))  # fmt: skip
     adapters = [one.adapter for one in found]
     base = None if asked.base is None else open_base(str(asked.base), adapters, session.access)

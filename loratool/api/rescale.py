@@ -11,7 +11,7 @@ from loratool.api.beside import with_whole_biases
 from loratool.api.common import parse_dtype
 from loratool.api.detach import detach
 from loratool.api.session import Opened, Session, base_row
-from loratool.api.several import one_by_one
+from loratool.api.several import every_one, texts_of
 from loratool.api.sums import assemble_sum, run_sum
 from loratool.delta.forms import exchanged
 from loratool.dialects import write_adapter_files
@@ -58,13 +58,7 @@ def rescale(asked: Rescale) -> RescaleReport:
         >>> lt.rescale(["style"], 0.5, output="softer").adapters[0].how
         'alpha'
     """
-    if not asked.keep_going or len(asked.adapters) < 2:
-        return _rescale(asked)
-    done, failed = one_by_one(asked, asked.adapters, _rescale)
-    return RescaleReport(
-        str(asked.output), asked.factor, tuple(row for report in done for row in report.adapters),
-        sum(report.seconds for report in done), asked.dry_run, failed,
-    )  # fmt: skip
+    return every_one(asked, _rescale, lambda done: {"output": str(asked.output)})
 
 
 def _rescale(asked: Rescale) -> RescaleReport:
@@ -73,8 +67,7 @@ def _rescale(asked: Rescale) -> RescaleReport:
         raise UsageError("LT-262", "not a factor", got=factor, expected="a plain decimal number")
     dtype, patterns = parse_dtype(asked.dtype), parse_only(asked.only)
     session = Session.begin("rescale", asked, in_place=asked.dry_run)
-    texts = [str(adapter) for adapter in asked.adapters]
-    found = session.in_its_order(session.open(texts, asked.base))
+    found = session.in_its_order(session.open(texts_of(asked.adapters), asked.base))
     weak = _check_intruders(asked)
     adapters = [one.adapter for one in found]
     base = None if asked.base is None else open_base(str(asked.base), adapters, session.access)
