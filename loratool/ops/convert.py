@@ -99,40 +99,22 @@ def plan_convert(
     if any(s.is_open and (is_plain or row.obstacle(s)) for s in source.specs):
         settled = with_sizes(source, base, "converted", hint=FREED)
     kept, left_out = without(settled, skip)
-    notes = list(kept.notes)
     reason = unmergeable_reason(source)
     if reason is not None and not is_of_home(source, dialect):
         raise MismatchError("LT-494", f"{row.title} cannot hold this adapter", file=source.path,
                             got=reason)  # fmt: skip
     is_kept = keeps_names and source.dialect == dialect
-    is_named = row.table is not None and bool(row.table.naming) and not is_kept
-    naming = row.table.naming if row.table is not None and is_named else ""
-    located = locate(kept, naming) if naming else []
-    if base is not None and source.is_flat and not row.is_flat and not all(
-        one.place for one in located
-    ):  # fmt: skip
-        kept, words = _named(kept, base)
-        notes.append(words)
-        located = locate(kept, naming)
-    located = [replace(one, spec=shaped(one)) for one in located]
-    kept = replace(kept, specs=tuple(one.spec for one in located)) if located else kept
-    _check(kept, row, base, located)
-    notes += _left_behind(kept, row)
-    if is_named:
-        notes.append(f"modules are named as {row.title} names them")
-    elif source.is_flat and not row.is_flat:
-        kept, words = _named(kept, base)
-        notes.append(words)
-    uncut = uncuttable(located, row.table.naming if row.table is not None else "")
+    naming = "" if is_kept or row.table is None else row.table.naming
+    kept, located, notes = _under_names(kept, row, naming, base)
+    uncut = uncuttable(located, naming)
     odd = [s for s in kept.specs
            if (is_plain or row.obstacle(s) or s.name in uncut)
            and not is_whole_pair(s) and s.has_factors]  # fmt: skip
     inner = known_kernels(kept) if base is None else {}
     if base is None:
         require_kernels(kept, [s for s in odd if s.name not in inner], dialect)
-    computed = {s.name: _flattened(s, base) or inner.get(s.name, ()) for s in odd}
     is_used = is_freed or settled is not source or bool(odd) or row.asks_config
-    if base is not None and not (is_named or is_used or (source.is_flat and not row.is_flat)):
+    if base is not None and not (is_used or naming or _loses_flatness(source, row)):
         notes.append("the base was not needed: the modules have whole names, or keep flat ones")
     is_evened = needs_evening(kept, row.name)
     if is_evened:
@@ -141,11 +123,45 @@ def plan_convert(
             "their own scalings go into the factors"
         )
     return ConvertPlan(
-        source, row, kept, computed, left_out, tuple(base.tensors) if base else (), is_evened,
-        tuple(notes),
-        _unknown([one.spec.module for one in located if one.place is None], source, row), is_named,
-        inner,
+        source, row, kept,
+        computed={s.name: _flattened(s, base) or inner.get(s.name, ()) for s in odd},
+        left_out=left_out, base_tensors=tuple(base.tensors) if base else (), is_evened=is_evened,
+        notes=tuple(notes), is_named=bool(naming), inner=inner,
+        warnings=_unknown([o.spec.module for o in located if o.place is None], source, row),
     )  # fmt: skip
+
+
+def _under_names(
+    kept: Adapter, row: Dialect, naming: str, base: Checkpoint | None
+) -> tuple[Adapter, list[Located], list[str]]:
+    """The adapter as the dialect names its modules, where these lie, and what is said of it.
+
+    Raises:
+        MismatchError: LT-404, LT-494; of binding to the base.
+    """
+    notes = list(kept.notes)
+    is_renamed = _loses_flatness(kept, row)
+    located = locate(kept, naming) if naming else []
+    if base is not None and is_renamed and not all(one.place for one in located):
+        kept, words = _named(kept, base)
+        notes.append(words)
+        located = locate(kept, naming)
+    if located:
+        located = [replace(one, spec=shaped(one)) for one in located]
+        kept = replace(kept, specs=tuple(one.spec for one in located))
+    _check(kept, row, base, located)
+    notes += _left_behind(kept, row)
+    if naming:
+        notes.append(f"modules are named as {row.title} names them")
+    elif is_renamed:
+        kept, words = _named(kept, base)
+        notes.append(words)
+    return kept, located, notes
+
+
+def _loses_flatness(adapter: Adapter, row: Dialect) -> bool:
+    """True if flat names must become whole ones."""
+    return adapter.is_flat and not row.is_flat
 
 
 def compute_also(plan: ConvertPlan, names: Collection[str]) -> ConvertPlan:

@@ -11,18 +11,9 @@ from loratool.dtypes import DTYPES, numel
 from loratool.engine.rows import args_of, op_of
 from loratool.errors import MismatchError
 from loratool.frozen import Frozen, field, replace
-from loratool.ops.align_parts import require_aligned
 from loratool.ops.coded import plain_dtype, require_codable
-from loratool.ops.merge_parts import (
-    WeightedAdapter,
-    agreed,
-    check_columns,
-    collect_parts,
-    grown_rows,
-    require_additive,
-    require_sums,
-)
-from loratool.ops.shards import file_name_of, group, make_shard
+from loratool.ops.merge_parts import Changes, WeightedAdapter, gather_changes
+from loratool.ops.shards import file_name_of, in_shards
 from loratool.plan import DeltaPart, Part, Plan, ReplacePart, Step, TensorSpec
 from loratool.quant import codec_of
 from loratool.store.checkpoint import Checkpoint
@@ -75,57 +66,40 @@ def plan_merge(
             change that is no sum of products.
     """
     how = dict(rounding or {})
-    if how.get("rounding") == "exact":
-        require_sums(adapters)
-    if "method" in how:
-        require_additive(adapters, str(how["method"]))
-    new_tensors, config_changes = agreed(adapters)
-    scales = {name: f for one in adapters for name, f in one.bindings.scales.items()}
-    grown = grown_rows(adapters)
-    check_columns(adapters)
-    parts = collect_parts(adapters, new_tensors, keep_all="method" in how)
-    if "method" in how:
-        for name, found in parts.items():
-            require_aligned(name, [p for p in found if isinstance(p, DeltaPart)], how["method"])
-    steps: dict[str, Step] = {}
-    sources = {**checkpoint.tensors, **{n: checkpoint.tensors[s] for n, s in new_tensors.items()}}
-    sources |= {name: sources[name].grown(rows) for name, rows in grown.items()}
-    for name, ref in sources.items():
-        label = name if name in new_tensors else file_name_of(name, ref, checkpoint)
-        found = parts.pop(name, [])
-        if name in scales:
-            steps[name] = _make_scaled(label, ref, found, dtype, {**how, "scale": scales[name]})
-        else:
-            steps[name] = _make_step(label, ref, found, dtype, how)
-    if parts:
-        raise AssertionError(f"parts without a tensor: {sorted(parts)}")
-    steps |= _make_scales(steps, sources)
+    given = gather_changes(adapters, how)
+    steps = _make_steps(checkpoint, given, dtype, how)
+    config_changes = dict(given.config_changes)
     if dtype is not None:
         config_changes |= dtype_config(checkpoint.config, dtype)
-    groups = group(steps, checkpoint, shard_bytes)
-    shards = tuple(
-        make_shard(shard, name, [steps[t] for t in names], file_metadata)
-        for shard, name, names in groups
+    plan = Plan("merge", *in_shards(steps, checkpoint, shard_bytes, file_metadata))
+    fates = {name: _fate(step, checkpoint.tensors.get(name)) for name, step in steps.items()}
+    changed, copied, cast = (
+        tuple(name for name, fate in fates.items() if fate == wanted)
+        for wanted in ("changed", "copied", "cast")
     )
-    ordered = tuple(
-        Step(s.op, s.output, s.inputs, s.view, s.parts, index, s.args)
-        for index, (_, _, names) in enumerate(groups)
-        for s in (steps[t] for t in names)
-    )
-    notes = tuple(n for a in adapters for n in (*a.adapter.notes, *a.bindings.notes))
-    plan = Plan("merge", ordered, shards)
-    by_op = {
-        op: tuple(t for t, s in steps.items() if _fate(s, checkpoint.tensors.get(t)) == op)
-        for op in ("changed", "copied", "cast")
-    }
-    return MergePlan(
-        plan,
-        by_op["changed"],
-        by_op["copied"],
-        by_op["cast"],
-        config_changes,
-        tuple(dict.fromkeys(notes)),
-    )
+    notes = dict.fromkeys(n for a in adapters for n in (*a.adapter.notes, *a.bindings.notes))
+    return MergePlan(plan, changed, copied, cast, config_changes, tuple(notes))
+
+
+def _make_steps(
+    checkpoint: Checkpoint, given: Changes, dtype: str | None, how: Mapping[str, Any]
+) -> dict[str, Step]:
+    """One step per output tensor, by checkpoint-wide names."""
+    tensors = checkpoint.tensors
+    sources = {**tensors, **{new: tensors[old] for new, old in given.new_tensors.items()}}
+    sources |= {name: sources[name].grown(rows) for name, rows in given.grown.items()}
+    if lost := given.parts.keys() - sources.keys():
+        raise AssertionError(f"parts without a tensor: {sorted(lost)}")
+    steps: dict[str, Step] = {}
+    for name, ref in sources.items():
+        label = name if name in given.new_tensors else file_name_of(name, ref, checkpoint)
+        parts = given.parts.get(name, [])
+        if name in given.scales:
+            args = {**how, "scale": given.scales[name]}
+            steps[name] = _make_scaled(label, ref, parts, dtype, args)
+        else:
+            steps[name] = _make_step(label, ref, parts, dtype, how)
+    return steps | _make_scales(steps, sources)
 
 
 def _make_coded(name: str, ref: CodedRef, parts: list[Part], how: Mapping[str, Any]) -> Step:

@@ -11,6 +11,7 @@ from loratool.bind.columns import COLUMNS
 from loratool.delta.forms import shape_of
 from loratool.errors import MismatchError, list_some
 from loratool.frozen import Frozen, replace
+from loratool.ops.align_parts import require_aligned
 from loratool.ops.weights import Weight
 from loratool.options.groups import Names
 from loratool.plan import DeltaPart, Part, ReplacePart
@@ -31,7 +32,52 @@ class WeightedAdapter(Frozen):
     bindings: Bindings
 
 
-def agreed(adapters: Sequence[WeightedAdapter]) -> tuple[dict[str, str], dict[str, Any]]:
+class Changes(Frozen):
+    """What adapters bring to a base, once they agree.
+
+    Attributes:
+        parts: tensor -> what is put into it, in the order of the adapters.
+        new_tensors: tensors that the base lacks -> those that they begin as.
+        grown: tables with rows for tokens that the base lacks -> rows in all.
+        scales: tensor -> factor of the sum, before it is rounded.
+        config_changes: dotted key of config.json -> value.
+    """
+
+    parts: Mapping[str, list[Part]]
+    new_tensors: Mapping[str, str]
+    grown: Mapping[str, int]
+    scales: Mapping[str, float]
+    config_changes: Mapping[str, Any]
+
+
+def gather_changes(adapters: Sequence[WeightedAdapter], how: Mapping[str, Any]) -> Changes:
+    """What every tensor of a base gets.
+
+    Args:
+        adapters: with their bindings.
+        how: sums are rounded, and changes combined: of `loratool.ops.merge.plan_merge`.
+
+    Raises:
+        MismatchError: adapters want different things of one tensor, or what is asked for is not
+            defined of their changes.
+    """
+    if how.get("rounding") == "exact":
+        _require_sums(adapters)
+    method = how.get("method")
+    if method is not None:
+        _require_additive(adapters, str(method))
+    new_tensors, config_changes = _agreed(adapters)
+    grown = _grown_rows(adapters)
+    _check_columns(adapters)
+    parts = _collect_parts(adapters, new_tensors, keep_all=method is not None)
+    if method is not None:
+        for name, found in parts.items():
+            require_aligned(name, [p for p in found if isinstance(p, DeltaPart)], method)
+    scales = {name: f for one in adapters for name, f in one.bindings.scales.items()}
+    return Changes(parts, new_tensors, grown, scales, config_changes)
+
+
+def _agreed(adapters: Sequence[WeightedAdapter]) -> tuple[dict[str, str], dict[str, Any]]:
     """New tensors -> what they begin as, and changes to the configuration.
 
     Raises:
@@ -52,7 +98,7 @@ def agreed(adapters: Sequence[WeightedAdapter]) -> tuple[dict[str, str], dict[st
     return new, config
 
 
-def grown_rows(adapters: Sequence[WeightedAdapter]) -> dict[str, int]:
+def _grown_rows(adapters: Sequence[WeightedAdapter]) -> dict[str, int]:
     """Tables with rows for tokens that the base lacks -> rows in all."""
     found: dict[str, int] = {}
     for one in adapters:
@@ -95,7 +141,7 @@ def _check_put_in(one: WeightedAdapter, name: str, weight: float) -> None:
         )  # fmt: skip
 
 
-def check_columns(adapters: Sequence[WeightedAdapter]) -> None:
+def _check_columns(adapters: Sequence[WeightedAdapter]) -> None:
     """Refuse changes that do not fit a weight to which an adapter gives more columns."""
     wider: dict[str, tuple[int, ...]] = {}
     for one in adapters:
@@ -118,7 +164,7 @@ def check_columns(adapters: Sequence[WeightedAdapter]) -> None:
                 )  # fmt: skip
 
 
-def collect_parts(
+def _collect_parts(
     adapters: Sequence[WeightedAdapter], new_tensors: Mapping[str, str], *, keep_all: bool
 ) -> dict[str, list[Part]]:
     """Parts by target; a tensor split off a tied one inherits what others do to the original.
@@ -185,7 +231,7 @@ def _named(adapters: Sequence[WeightedAdapter], test: Callable[[DeltaSpec], bool
     ]
 
 
-def require_additive(adapters: Sequence[WeightedAdapter], method: str) -> None:
+def _require_additive(adapters: Sequence[WeightedAdapter], method: str) -> None:
     """Refuse a method beside changes that depend on the base (LT-418)."""
     if other := _named(adapters, lambda s: not s.is_additive):
         raise MismatchError(
@@ -194,7 +240,7 @@ def require_additive(adapters: Sequence[WeightedAdapter], method: str) -> None:
         )  # fmt: skip
 
 
-def require_sums(adapters: Sequence[WeightedAdapter]) -> None:
+def _require_sums(adapters: Sequence[WeightedAdapter]) -> None:
     """Refuse exact rounding of what is no sum of products (LT-477).
 
     DoRA has a square root in it, PiSSA a decomposition, a Tucker core inner sums.

@@ -90,22 +90,11 @@ def plan_rescale(
         return RescalePlan(adapter, factors, "copied", adapter.config, {}, tuple(notes))
     firm = [s.name for s in adapter.specs if not s.row.takes_factor]
     takes = takes_scalings(adapter, factors.values()) and _go_into_alpha(adapter, factors)
-    by_alpha = not kept and takes
-    by_alpha &= all(s.is_fixed or s.row.scales_whole for s in adapter.specs
-                    if factors[s.name] != 1)  # fmt: skip
-    needs_base = bool(kept or firm) or not (by_alpha or all(s.is_fixed for s in adapter.specs))
-    if not has_base and not by_alpha:
-        require_additive(
-            adapter, "rescaled", in_size=True,
-            hint="give the base, --base BASE, or the weight when it is merged: "
-            "loratool merge ADAPTER:FACTOR --base BASE -o OUT",
-        )  # fmt: skip
-    if firm and not has_base:
-        raise MismatchError(
-            "LT-461", "no tensor of this method takes a factor", file=adapter.path,
-            key=list_some(firm, 3), hint="loratool convert ADAPTER --to peft -o OUT makes a LoRA "
-            "of it first, or the weight when it is merged: ADAPTER:FACTOR",
-        )  # fmt: skip
+    by_alpha = takes and not kept and all(
+        s.is_fixed or s.row.scales_whole for s in adapter.specs if factors[s.name] != 1
+    )  # fmt: skip
+    if not has_base:
+        _require_scalable(adapter, firm, by_alpha=by_alpha)
     if not any(factors.values()):
         raise UsageError(
             "LT-238", "factor 0 leaves an adapter that does nothing", file=adapter.path,
@@ -114,7 +103,8 @@ def plan_rescale(
     off = [name for name, f in factors.items() if f == 0]
     if off:
         notes.append(f"{plural(len(off), 'module is', 'modules are')} switched off: lora_B is zero")
-    if has_base and needs_base:
+    is_of_base = kept or firm or not (by_alpha or all(s.is_fixed for s in adapter.specs))
+    if has_base and is_of_base:
         return RescalePlan(adapter, factors, "base", adapter.config, {}, tuple(notes))
     if kept:
         whole = plural(len(kept), "replaced tensor does", "replaced tensors do")
@@ -124,15 +114,41 @@ def plan_rescale(
     if takes:
         scaled = replace(adapter, specs=tuple(_scaled(s, factors[s.name]) for s in adapter.specs))
         return RescalePlan(scaled, factors, "alpha", adapter.config, {}, tuple(notes))
-    adapter = _as_written(adapter)
+    return _in_files(_as_written(adapter), factors, tuple(notes))
+
+
+def _require_scalable(adapter: Adapter, firm: Sequence[str], *, by_alpha: bool) -> None:
+    """Refuse what does not scale without the base.
+
+    Raises:
+        MismatchError: LT-460, LT-461.
+    """
+    if not by_alpha:
+        require_additive(
+            adapter, "rescaled", in_size=True,
+            hint="give the base, --base BASE, or the weight when it is merged: "
+            "loratool merge ADAPTER:FACTOR --base BASE -o OUT",
+        )  # fmt: skip
+    if firm:
+        raise MismatchError(
+            "LT-461", "no tensor of this method takes a factor", file=adapter.path,
+            key=list_some(firm, 3), hint="loratool convert ADAPTER --to peft -o OUT makes a LoRA "
+            "of it first, or the weight when it is merged: ADAPTER:FACTOR",
+        )  # fmt: skip
+
+
+def _in_files(
+    adapter: Adapter, factors: Mapping[str, float], notes: tuple[str, ...]
+) -> RescalePlan:
+    """In what the files say: the configuration where alphas stay whole, else the tensors."""
     config = scaled_config(adapter.config, factors)
     if config is None:
         baked = _bake(adapter, factors)
-        return RescalePlan(adapter, factors, "factors", adapter.config, baked, tuple(notes))
-    sign = next(iter(factors.values())) < 0
-    signs = _bake(adapter, dict.fromkeys(factors, -1.0)) if sign else {}
-    how = "alpha and sign" if sign else "alpha"
-    return RescalePlan(adapter, factors, how, config, signs, tuple(notes))
+        return RescalePlan(adapter, factors, "factors", adapter.config, baked, notes)
+    if next(iter(factors.values())) >= 0:
+        return RescalePlan(adapter, factors, "alpha", config, {}, notes)
+    signs = _bake(adapter, dict.fromkeys(factors, -1.0))
+    return RescalePlan(adapter, factors, "alpha and sign", config, signs, notes)
 
 
 def scale_steps(plan: RescalePlan, dtype: str | None) -> Plan:

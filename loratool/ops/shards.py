@@ -9,6 +9,7 @@ from typing import Any
 from loratool.adapter import TensorRef
 from loratool.engine.rows import op_of
 from loratool.errors import MismatchError
+from loratool.frozen import replace
 from loratool.lazy import regex
 from loratool.plan import Plan, ShardPlan, Step
 from loratool.store.checkpoint import Checkpoint, Shard
@@ -24,10 +25,32 @@ def file_name_of(name: str, ref: TensorRef, checkpoint: Checkpoint) -> str:
     return name.removeprefix(prefix)
 
 
+def in_shards(
+    steps: Mapping[str, Step], checkpoint: Checkpoint, shard_bytes: int | None,
+    file_metadata: Mapping[str, str] | None,
+) -> tuple[tuple[Step, ...], tuple[ShardPlan, ...]]:  # fmt: skip
+    """The steps in the order of the files that they fill, and these.
+
+    Args:
+        steps: by checkpoint-wide names.
+        checkpoint: the base.
+        shard_bytes: largest file; None keeps the base's.
+        file_metadata: entries that are added to the header of a file.
+
+    Raises:
+        MismatchError: LT-472.
+    """
+    groups = [(shard, name, [steps[tensor] for tensor in names])
+              for shard, name, names in _group(steps, checkpoint, shard_bytes)]  # fmt: skip
+    shards = tuple(_make_shard(*one, file_metadata) for one in groups)
+    ordered = (replace(s, shard=i) for i, (_, _, inside) in enumerate(groups) for s in inside)
+    return tuple(ordered), shards
+
+
 _Group = tuple[Shard, str, list[str]]
 
 
-def group(
+def _group(
     steps: Mapping[str, Step], checkpoint: Checkpoint, shard_bytes: int | None
 ) -> list[_Group]:
     """Output files: (input shard they stem from, name, checkpoint-wide tensor names)."""
@@ -88,7 +111,7 @@ def index_files(plan: Plan, checkpoint: Checkpoint) -> dict[str, dict[str, Any]]
     return found
 
 
-def make_shard(
+def _make_shard(
     shard: Shard, name: str, steps: list[Step], file_metadata: Mapping[str, str] | None
 ) -> ShardPlan:
     """One output file; one that is its input's keeps that one's header.
