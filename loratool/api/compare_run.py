@@ -133,7 +133,8 @@ def _differences(
     plan = replace(plan, places={**plan.places, **places})
 
     def work(spec: DeltaSpec, env: Env) -> DeltaSpec:
-        return as_difference(plan.settled(spec), plan.places[spec.name], env)
+        places = plan.places[spec.name]
+        return as_difference(places[0].part.spec if spec.is_open else spec, places, env)
 
     made = map_specs(work, [s for s in specs if s.name in plan.places], plan, limits)
     return {spec.name: spec for spec in made}

@@ -85,7 +85,6 @@ def _take_apart(
 ) -> DeltaSpec:
     from loratool.engine.detaching import with_change, with_rows_scaled, with_start
 
-    spec = plan.settled(spec)
     if spec.reach == "all":
         spec = with_start(spec, plan.places[spec.name], env)
     elif not spec.is_apart:

@@ -98,9 +98,9 @@ def free_of_base(
         from loratool.engine.detaching import as_lora
 
         places = plan.places[spec.name]
-        return as_lora(plan.settled(spec), places, env, rank=rank, dtype=result_dtype(plan.dtype))
+        return as_lora(spec, places, env, rank=rank, dtype=result_dtype(plan.dtype))
 
-    specs = [s for s in adapter.specs if s.name in plan.places]
+    specs = [s for one, _ in plan.adapters for s in one.specs if s.name in plan.places]
     found = map_specs(work, specs, plan, limits)
     made = {one.spec.name: one.spec for one in found}
     error = root_share(math.fsum(f.error_square for f in found), math.fsum(f.square for f in found))

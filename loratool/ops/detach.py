@@ -9,7 +9,7 @@ from loratool.delta.forms import is_grouped
 from loratool.dtypes import numel
 from loratool.engine.module_memory import detached_bytes
 from loratool.errors import MismatchError, list_some
-from loratool.frozen import Frozen
+from loratool.frozen import Frozen, replace
 from loratool.ops.additive import factor_dtype
 from loratool.ops.in_base import InBase, find_in_base
 from loratool.ops.weights import Weight
@@ -27,7 +27,7 @@ class DetachPlan(Frozen):
     """Changes that depend on the base, and where they lie.
 
     Attributes:
-        adapters: with their coefficients.
+        adapters: with their coefficients; every change that is needed there has a size.
         places: spec name -> its places in the base, of every spec that is needed there.
         turned: names of modules whose rows DoRA turns, in any adapter: the result has DoRA.
         replaced: replaced tensor -> what the base has there.
@@ -48,10 +48,6 @@ class DetachPlan(Frozen):
     def needs(self) -> list[int]:
         """Bytes that each module takes at work."""
         return [detached_bytes(found) for found in self.places.values()]
-
-    def settled(self, spec: DeltaSpec) -> DeltaSpec:
-        """The change, of the size of its place in the base where it has none of its own."""
-        return self.places[spec.name][0].part.spec if spec.is_open else spec
 
     def notes(self) -> Iterator[str]:
         """What the base was needed for."""
@@ -87,14 +83,17 @@ def plan_detach(adapters: Sequence[Weighed], base: Checkpoint) -> DetachPlan:
              for a, _ in adapters]  # fmt: skip
     places: dict[str, tuple[Place, ...]] = {}
     replaced: dict[str, TensorRef] = {}
-    for (adapter, _), there in zip(adapters, found, strict=True):
+    sized: list[Weighed] = []
+    for (adapter, weight), there in zip(adapters, found, strict=True):
         needed = [s for s in adapter.specs
                   if not s.is_additive or (turned and s.is_matrix)]  # fmt: skip
         _check(adapter, needed, there)
         places |= {s.name: there.places[s.name] for s in needed}
         replaced |= there.replaced
+        own = (there.places[s.name][0].part.spec if s.is_open else s for s in adapter.specs)
+        sized.append((replace(adapter, specs=tuple(own)), weight))
     dtype = factor_dtype([a for a, _ in adapters])
-    return DetachPlan(tuple(adapters), places, turned, replaced, dtype)
+    return DetachPlan(tuple(sized), places, turned, replaced, dtype)
 
 
 def _must_look(adapter: Adapter, has_dora: bool) -> bool:

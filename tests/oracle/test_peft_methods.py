@@ -297,6 +297,31 @@ def test_what_has_its_size_is_compared_added_compressed_and_taken_out(
         assert np.abs(tensor - before[key]).max() <= 1e-6
 
 
+@pytest.mark.parametrize("name", [
+    *(n for n in CONFIGS if "vera" in n or "miss" in n),
+    peft.FourierFTConfig(n_frequency=9, scaling=20.0, **TARGETS),
+    peft.RandLoraConfig(r=3, randlora_alpha=6, save_projection=False, **TARGETS),
+    peft.IA3Config(feedforward_modules=["tall"], init_ia3_weights=False, **TARGETS),
+    peft.RoadConfig(group_size=4, **TARGETS),
+], ids=lambda one: getattr(one, "peft_type", one))  # fmt: skip
+def test_two_that_take_their_size_from_the_base_are_two(tmp_path: Path, name: Any) -> None:
+    """Each with its own tensors and its own seed."""
+    config, folders = CONFIGS[name] if isinstance(name, str) else name, []
+    for number in range(2):
+        for key in ("projection_prng_key", "random_loc_seed"):
+            if hasattr(config, key):
+                config = type(config)(**{**vars(config), key: 11 + number})
+        folders.append(in_peft.make(Two(), tmp_path / str(number), config, number))
+    one, two = (in_peft.changes(Two(), folder) for folder in folders)
+    base = in_peft.save_base(Two(), tmp_path / "base")
+    lt.merge(folders, weights=[0.7, -2], base=base, into="adapter", output=tmp_path / "sum")
+    found = in_peft.changes(Two(), tmp_path / "sum", strict=False)
+    for key, delta in found.items():
+        want = 0.7 * one[key] - 2 * two[key]
+        assert (delta - want).norm() <= 1e-5 * (1 + one[key].norm() + two[key].norm()), key
+    assert lt.compare(folders, base=base).matrix[0][1] < 0.999
+
+
 # ------------------------------------------------------------------------------ what is odd
 
 
