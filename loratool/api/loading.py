@@ -78,11 +78,16 @@ def plan_translation(adapter: Adapter, goal: Goal, **of_plan: Any) -> ConvertPla
         ) from None  # fmt: skip
     try:
         return _settled(plan, goal)
-    except MismatchError:
-        if not adapter.key_order:
+    except MismatchError as problem:
+        if adapter.key_order:
+            again = replace(adapter, key_order=())  # the same under the spellings of new files
+            return plan_translation(again, goal, **of_plan)
+        if problem.code != "LT-411":
             raise
-        again = replace(adapter, key_order=())  # the same under the spellings of new files
-        return plan_translation(again, goal, **of_plan)
+        raise MismatchError(
+            "LT-488", f"{program.title} cannot load such an adapter", file=adapter.path,
+            key=problem.key, expected=problem.expected, got=problem.got,
+        ) from None  # fmt: skip
 
 
 def require_spelled(plan: ConvertPlan, goal: Goal) -> None:

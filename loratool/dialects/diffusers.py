@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from loratool.dialects.base import Dialect
 from loratool.dialects.diffusers_header import read, write
-from loratool.dialects.dotted import TABLE, detector
+from loratool.dialects.dotted import HASHES, TABLE, detector
 from loratool.dialects.fields import Header
-from loratool.dialects.kohya import HASHES
 from loratool.frozen import replace
 
 ROW = Dialect(

@@ -16,6 +16,7 @@ from loratool.dialects.base import Detector
 from loratool.dialects.candidate import Candidate
 from loratool.dialects.factors import LENGTHS, OPEN_LENGTHS
 from loratool.dialects.fields import Component, Field
+from loratool.dialects.kohya import HASHES as HASHES
 from loratool.dialects.kohya import MIXED
 from loratool.dialects.kohya import TABLE as KOHYA
 from loratool.dialects.table import Table

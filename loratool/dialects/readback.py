@@ -6,10 +6,8 @@ from loratool.adapter import Adapter, AdapterFiles
 from loratool.delta.forms import as_pair
 from loratool.dialects.base import Dialect
 from loratool.dialects.candidate import Candidate
-from loratool.dialects.registry import DEFAULT, claims, row_of
+from loratool.dialects.registry import DEFAULT, DIALECTS, claims
 from loratool.errors import MismatchError, list_some
-
-_ANY_MODEL = "lycoris"
 
 
 def is_known_by_names(row: Dialect) -> bool:
@@ -39,12 +37,17 @@ def require_readable(files: AdapterFiles, row: Dialect, adapter: Adapter) -> Non
     found = claims(Candidate.of_files(files, adapter.path))
     if len(found) == 1 and (found[0].name == row.name or (found[0].table and row.table)):
         return
-    other = row_of(_ANY_MODEL)
-    is_held = not any(other.obstacle(as_pair(spec)) for spec in adapter.specs)
+    specs = [as_pair(spec) for spec in adapter.specs]
+    others = [o.name for o in DIALECTS if _is_of_any(o) and not any(map(o.obstacle, specs))]
     raise MismatchError(
         "LT-411", f"{row.title} has no names for these modules", file=adapter.path,
         key=list_some((spec.module for spec in adapter.specs), 3),
         expected=f"names that are read as {row.title}",
         got=" and ".join(f"those of {one.title}" for one in found) or "those of no dialect",
-        hint=f"--to {other.name} has names for modules of any model" if is_held else None,
+        hint=f"--to {others[0]} has names for modules of any model" if others else None,
     )  # fmt: skip
+
+
+def _is_of_any(row: Dialect) -> bool:
+    """True if its names say of no part of a pipeline what they belong to."""
+    return row.table is not None and row.is_flat and not any(c.name for c in row.table.components)

@@ -11,6 +11,7 @@ from safetensors import safe_open
 
 import loratool as lt
 from loratool.dialects import open_adapter
+from loratool.dialects.programs.images import PROGRAMS
 from loratool.dialects.registry import row_of, written
 from tests.oracle.kohya_files import SAMPLES
 
@@ -91,3 +92,19 @@ def test_a_bare_parameter_comes_back_from_comfyui(tmp_path: Path) -> None:
         lt.merge([one], base=adapter / "base", output=tmp_path / str(i))
         merged.append({p.name: p.read_bytes() for p in tmp_path.glob(f"{i}/*.safetensors")})
     assert merged[0] == merged[1] and merged[0]
+
+
+@pytest.mark.parametrize("to", ["peft", "kohya", "lycoris", "comfyui", "mlx"])
+def test_no_program_of_images_is_said_to_load_a_language_model(to: str, tmp_path: Path) -> None:
+    lt.convert([LLM / "lora_linear"], to=to, output=(out := place(tmp_path, to)))
+    for program in PROGRAMS:
+        report = lt.check(out, program=program.name)
+        assert report.verdict in ("no", "unsure"), program.name
+        assert all(m.rule for m in report.modules)
+
+
+@pytest.mark.parametrize("program", [p.name for p in PROGRAMS if p.name != "comfyui"])
+def test_nor_is_one_made_for_it(program: str, tmp_path: Path) -> None:
+    with pytest.raises(lt.LoratoolError, match="cannot load such an adapter") as caught:
+        lt.convert([LLM / "lora_linear"], program=program, output=tmp_path / "out.safetensors")
+    assert caught.value.code == "LT-488" and not list(tmp_path.iterdir())

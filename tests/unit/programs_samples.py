@@ -44,6 +44,7 @@ def without(tensors: Shapes, end: str) -> Shapes:
 
 
 SD = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
+LANGUAGE = "lora_unet_model_layers_0_self_attn_q_proj"
 SGM = "lora_unet_input_blocks_1_1_transformer_blocks_0_attn1_to_q"
 CONV = "lora_unet_down_blocks_0_resnets_0_conv1"
 TE = "lora_te_text_model_encoder_layers_0_mlp_fc1"
@@ -172,6 +173,7 @@ SAMPLES = (
     Sample("forge", "dora-of-peft", "wrong", {**pair(FLUX_OWN, how="A"),
            f"{FLUX_OWN}.lora_magnitude_vector": (8,)}, pair(FLUX_OWN, how="A")),
     Sample("forge", "unknown-model", "unsure", pair(WAN), flux),
+    Sample("forge", "language-model", "dropped", pair(LANGUAGE), pair("lora_unet_lin_a")),
     # --------------------------------------------------------------------------------- webui
     Sample("webui", "no-algorithm", "raises", {f"{SD}.oft_R.weight": (2, 6)}, oft),
     Sample("webui", "model-itself", "raises", pair(SD_DOTTED, how="A"), sd),
@@ -209,6 +211,7 @@ SAMPLES = (
     Sample("webui", "ia3-conv", "unsure", {f"{CONV}.weight": (1, 8, 1, 1), f"{CONV}.on_input": ()},
            {f"{SD}.weight": (8,), f"{SD}.on_input": ()}),
     Sample("webui", "unknown-model", "unsure", pair("lora_unet_lin_a"), sd),
+    Sample("webui", "language-model", "dropped", pair(LANGUAGE), pair("lora_unet_lin_a")),
     # ------------------------------------------------------------------------------ nunchaku
     Sample("nunchaku", "other-model", "raises", sd, flux),
     Sample("nunchaku", "other-model", "raises", flux2_kohya, flux),
@@ -240,6 +243,7 @@ SAMPLES = (
     Sample("nunchaku", "in-part", "unsure", pair(FLUX_OWN, how="A"),
            {k: v for x in "qkv" for k, v in pair(f"{FLUX_OWN[:-1]}{x}", how="A").items()}),
     Sample("nunchaku", "unknown-model", "unsure", pair("lycoris_lin_a"), flux),
+    Sample("nunchaku", "language-model", "dropped", pair(LANGUAGE), pair("lora_unet_lin_a")),
     # ---------------------------------------------------------------------------- sd-scripts
     Sample("sd-scripts", "letters", "raises", unet, sd),
     Sample("sd-scripts", "algorithm", "dropped", loha, sd),
@@ -248,8 +252,14 @@ SAMPLES = (
         f"{CONV}.lora_up.weight": (8, 2, 1, 1), f"{CONV}.alpha": ()}, sd),
     Sample("sd-scripts", "dora", "wrong", {**sd, f"{SD}.dora_scale": (1, 8)}, sd),
     Sample("sd-scripts", "unknown-end", "dropped", {**sd, **embedding}, sd),
+    Sample("sd-scripts", "unknown-model", "unsure", pair("lora_unet_lin_a"), sd),
+    Sample("sd-scripts", "language-model", "dropped", pair(LANGUAGE), pair("lora_unet_lin_a")),
     # ----------------------------------------------------------------- diffusers: UNets, FLUX
     Sample("diffusers", "unknown-model", "unsure", pair("lora_unet_lin_a"), sd),
+    Sample("diffusers", "unknown-model", "unsure", pair("lin_a", how="A"), unet),
+    *(Sample("diffusers", "language-model", "dropped", pair(stem, how=how), unet)
+      for stem, how in ((LANGUAGE, "down"), ("model.layers.0.mlp.up_proj", "A"),
+                        ("transformer.model.layers.0.mlp.up_proj", "A"))),
     Sample("diffusers", "leftover", "raises", loha, sd),
     Sample("diffusers", "no-lora-in-name", "raises", {**sd, **embedding}, sd),
     Sample("diffusers", "sgm-beside-own", "dropped", {**sd, **pair(SGM)}, pair(SGM)),

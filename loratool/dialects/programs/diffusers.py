@@ -37,7 +37,9 @@ from loratool.dialects.programs.where import (
     FACTORS,
     has_prefix,
     is_alone,
+    is_of_language,
     lacks_alpha,
+    language,
     numbered,
     where,
 )
@@ -340,8 +342,10 @@ _ALL = (
          "a model whose pipelines load no LoRA",
          "they have no load_lora_weights; a model's load_lora_adapter takes its own names",
          _PIPELINES),
-    Rule("unknown-model", UNSURE, where(alike=lambda look, g: not (look.family.name or g.is_text)
-         and g.prefix not in ("transformer.", "unet.", "")), "a model that is not known here",
+    language("no part of its pipelines is called so: nothing is loaded", _PIPELINES),
+    Rule("unknown-model", UNSURE, where(alike=lambda look, g: not (
+         look.family.name or g.is_text or is_of_language(look))
+         and g.prefix not in ("transformer.", "unet.")), "a model that is not known here",
          "other names than its own are converted by some of its loaders alone", _CODE),
     Rule("mixed-ranks", WRONG, _mixed_ranks, "mixed ranks without metadata",
          "the first rank was every module's lora_alpha", _PULLS + "14409", until="0.42"),

@@ -8,7 +8,7 @@ from loratool.dialects.programs import models
 from loratool.dialects.programs.base import DROPPED, UNSURE, WRONG, Hit, Program, Rule
 from loratool.dialects.programs.grammar import Group
 from loratool.dialects.programs.look import Look, once
-from loratool.dialects.programs.where import drops_text_model, where
+from loratool.dialects.programs.where import drops_text_model, language, where
 from loratool.report.text import plural
 
 _HOME = "https://github.com/lllyasviel/stable-diffusion-webui-forge/blob/main/"
@@ -76,6 +76,7 @@ FORGE = Program(
         Rule("dora-of-peft", WRONG, where(alike=lambda _, g: any(
              "lora_magnitude_vector" in k for k in g.keys)), "DoRA as PEFT names it",
              "the magnitudes are passed over and the plain LoRA is added", _MAPS),
+        language("its maps are for Stable Diffusion and FLUX.1", _LOADER),
         Rule("unknown-model", UNSURE, where(alike=lambda look, g:
              look.family.name not in _FAMILIES and not g.is_text), "a model that it may not run",
              "its maps are for Stable Diffusion and FLUX.1", _MAPS),

@@ -14,7 +14,7 @@ from loratool.dialects.programs.base import DROPPED, RAISES, UNSURE, WRONG, Hit,
 from loratool.dialects.programs.diffusers_spelled import FLUX_RULES
 from loratool.dialects.programs.grammar import Group
 from loratool.dialects.programs.look import Look
-from loratool.dialects.programs.where import has_prefix, is_alone, numbered, where
+from loratool.dialects.programs.where import has_prefix, is_alone, language, numbered, where
 
 _LORA = "https://github.com/nunchaku-tech/nunchaku/blob/3a3cc3d/nunchaku/lora/flux/"
 _CONVERT, _PACK = _LORA + "diffusers_converter.py", _LORA + "nunchaku_converter.py"
@@ -131,6 +131,7 @@ NUNCHAKU = Program(
         Rule("in-part", UNSURE, _in_part, "q, k or v alone",
              "its node for ComfyUI stops at q without k and v, and passes over k and v without q",
              _NODE),
+        language("it has loaders of LoRA for FLUX.1 alone", _CONVERT),
         Rule("unknown-model", UNSURE, where(alike=lambda look, g:
              not (look.family.name or g.is_text)), "a model that is not known here",
              "it has loaders of LoRA for FLUX.1 alone", _CONVERT),

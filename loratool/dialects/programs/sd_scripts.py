@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from loratool.dialects.programs.base import DROPPED, RAISES, WRONG, Program, Rule
+from loratool.dialects.programs.base import DROPPED, RAISES, UNSURE, WRONG, Program, Rule
 from loratool.dialects.programs.grammar import Group
 from loratool.dialects.programs.look import Look
-from loratool.dialects.programs.where import where
+from loratool.dialects.programs.where import is_of_language, language, where
 
 _HOME = "https://github.com/kohya-ss/sd-scripts/"
 _TOOLS = _HOME + "blob/main/networks/"
@@ -35,6 +35,12 @@ SD_SCRIPTS = Program(
              "the lengths are passed over and the plain LoRA is merged", _TOOLS + "merge_lora.py"),
         Rule("unknown-end", DROPPED, where(part=("", "embedding")), "unknown tensors",
              "keys other than lora_down and lora_up are passed over", _TOOLS + "merge_lora.py"),
+        language("merge_lora finds none of its names in the models that it opens",
+                 _TOOLS + "merge_lora.py"),
+        Rule("unknown-model", UNSURE, where(alike=lambda look, g: not (
+             look.family.name or g.is_text or is_of_language(look))),
+             "a model that is not known here",
+             "merge_lora passes over names that its models do not have", _TOOLS + "merge_lora.py"),
     ),
     also=("kohya",), is_of_images=True, homes={"": "kohya"},
 )  # fmt: skip

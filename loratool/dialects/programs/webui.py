@@ -14,7 +14,7 @@ from loratool.dialects.programs.base import DROPPED, RAISES, UNSURE, WRONG, Hit,
 from loratool.dialects.programs.grammar import Group
 from loratool.dialects.programs.look import Look, once
 from loratool.dialects.programs.models import SD, SD3
-from loratool.dialects.programs.where import drops_text_model, lettered, numel, where
+from loratool.dialects.programs.where import drops_text_model, language, lettered, numel, where
 from loratool.lazy import regex
 
 _HOME = (
@@ -259,6 +259,7 @@ RULES = (
     Rule("ia3-conv", UNSURE, where(kind=("ia3",), on=lambda _, g: len(g.shape("weight")) > 2),
          "IA³ of a convolution", "of a convolution's outputs it fails and is passed over",
          _LORA + "network_ia3.py#L26"),
+    language("the names are of no model that it has", _NETWORKS + "#L206"),
     Rule("unknown-model", UNSURE, where(prefix="lora_unet_", on=lambda look, g:
          not look.family.name and not _is_found(look, g)), "a model that it may not have",
          "the names are of no model that is known", _NETWORKS + "#L206"),

@@ -6,11 +6,16 @@ import re
 from collections.abc import Callable, Collection, Iterable
 
 from loratool.dialects.candidate import asks_for_numbers
-from loratool.dialects.programs.base import Hit, Test
+from loratool.dialects.programs.base import DROPPED, Hit, Rule, Test
 from loratool.dialects.programs.grammar import Group
 from loratool.dialects.programs.look import Look, once
 from loratool.lazy import regex
 
+_LANGUAGE = regex(
+    r"(language_model_|model_|decoder_)+(layers_\d+_(self_attn|mlp|block_sparse_moe)_|embed_tokens$"
+    r"|norm$)|lm_head$|(transformer_)?h_\d+_(attn|mlp)_|gpt_neox_layers_\d+_|blk_\d+_|(output|token_embd)_weight"
+)
+"""What flat names of language models begin with, as PEFT, mlx-lm and llama.cpp have them."""
 On = Callable[[Look, Group], bool]
 FACTORS = frozenset(("down", "up", "alpha"))
 """The parts of plain LoRA."""
@@ -79,6 +84,25 @@ def where(
 def has_prefix(look: Look, prefix: str) -> bool:
     """True if any module's name begins so."""
     return any(g.prefix == prefix for g in look.groups)
+
+
+@once
+def is_of_language(look: Look) -> bool:
+    """True if the modules are a language model's, in whichever spelling, and of no model known."""
+    return look.is_of_language or (not look.family.name and all(
+        not g.is_text and _LANGUAGE.match(g.flat) for g in look.groups
+    ))  # fmt: skip
+
+
+def language(says: str, source: str) -> Rule:
+    """A program of image models runs no language model.
+
+    Args:
+        says: what it does with such a file.
+        source: where that is read.
+    """
+    return Rule("language-model", DROPPED, where(alike=lambda look, _: is_of_language(look)),
+                "a language model", says, source)  # fmt: skip
 
 
 def is_alone(_: Look, group: Group) -> bool:
