@@ -24,6 +24,11 @@ def fuses_experts(config: Mapping[str, Any]) -> bool:
     return any(t in load_data("classes")["fused_experts"] for t in model_types(config))
 
 
+def is_table(module: str) -> bool:
+    """True for a module whose name only embeddings have."""
+    return module.rpartition(".")[2] in load_data("classes")["embeddings"]
+
+
 def holder_of(
     config: Mapping[str, Any], name: str, shape: Sequence[int], *, has_experts: bool = False
 ) -> str:
@@ -57,7 +62,7 @@ def holder_of(
         return "parameter"
     if not is_native(config):
         return "linear" if leaf in table["linear"] else "parameter"
-    if leaf in table["embeddings"]:
+    if is_table(path):
         return "embedding"
     return "parameter" if leaf in table["own"] or leaf.isdigit() else "linear"
 

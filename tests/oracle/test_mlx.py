@@ -98,6 +98,22 @@ def test_peft_to_mlx_and_back_keeps_every_change(tmp_path: Path, name: str) -> N
     assert any(not np.array_equal(merged[0][k], t) for k, t in stored(base).items())
 
 
+@pytest.mark.parametrize("table", ["model.embed_tokens", "transformer.wte", "transformer.wpe",
+                                   "bert.embeddings.word_embeddings"])  # fmt: skip
+def test_an_embedding_stays_one(table: str, tmp_path: Path) -> None:
+    """mlx-lm's LoRAEmbedding has the factors of any layer: what it is the name tells."""
+    A, B = randn(2, 9, seed=1), randn(5, 2, seed=2)
+    tensors = {f"{table}.lora_embedding_A": A, f"{table}.lora_embedding_B": B}
+    save_adapter(tmp_path / "a", {}, alpha=3, r=2, extra=tensors, target_modules=[table])
+    lt.convert([tmp_path / "a"], to="mlx", output=tmp_path / "mlx")
+    lt.convert([tmp_path / "mlx"], to="peft", output=tmp_path / "back")
+    got = load_file(str(tmp_path / "back" / "adapter_model.safetensors"))
+    scale = open_adapter(tmp_path / "back").specs[0].scaling
+    change = scale * got[f"base_model.model.{table}.lora_embedding_B"] @ got[
+        f"base_model.model.{table}.lora_embedding_A"]  # fmt: skip
+    assert np.abs(change - 1.5 * (B @ A).numpy()).max() <= 1e-6
+
+
 def test_ranks_and_scalings_become_one(tmp_path: Path) -> None:
     factors = {
         f"model.layers.{n}.self_attn.q_proj": (randn(r, 12, seed=n), randn(8, r, seed=9 + n))

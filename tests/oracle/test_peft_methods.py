@@ -297,6 +297,25 @@ def test_what_has_its_size_is_compared_added_compressed_and_taken_out(
         assert np.abs(tensor - before[key]).max() <= 1e-6
 
 
+@pytest.mark.parametrize("kind", ["Miss", "OFT", "HRA", "Vera", "C3A"])
+def test_biases_of_its_own_modules(tmp_path: Path, kind: str) -> None:
+    """Each method has its own word for them."""
+    sizes = {"oft_block_size": 4, "r": 0} if kind == "OFT" else {"r": 2} if kind != "C3A" else {
+        "block_size": 4}  # fmt: skip
+    config = getattr(peft, f"{kind}Config")(bias=f"{kind.lower()}_only", **sizes, **TARGETS)
+    adapter = in_peft.make(Two(), tmp_path / "a", config)
+    base = in_peft.save_base(Two(), tmp_path / "base")
+    lt.merge([adapter], base=base, output=tmp_path / "out")
+    lt.convert([adapter], to="peft", base=base, output=tmp_path / "lora")
+    before, got, want = stored(base), stored(tmp_path / "out"), in_peft.changes(Two(), adapter)
+    again = in_peft.changes(Two(), tmp_path / "lora")
+    assert want["wide.bias"].norm() > 0.1
+    for key, delta in want.items():
+        size = 1 + np.abs(delta.numpy()).max()
+        assert np.abs(got[key] - before[key] - delta.numpy()).max() <= 1e-5 * size, key
+        assert (again[key] - delta).abs().max() <= 1e-5 * size, key
+
+
 @pytest.mark.parametrize("name", [
     *(n for n in CONFIGS if "vera" in n or "miss" in n),
     peft.FourierFTConfig(n_frequency=9, scaling=20.0, **TARGETS),

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from loratool.adapter import Adapter, DeltaSpec, TensorRef
+from loratool.archs.classes import is_table
 from loratool.delta.forms import with_lengths
 from loratool.dialects.arranged import arranged
 from loratool.dialects.base import Spelling
@@ -97,8 +98,8 @@ def _spec(module: str, fields: Mapping[str, Any], scale: float) -> DeltaSpec:
     lengths = fields.get("magnitude")
     factors = {role: field for role, field in fields.items() if field is not lengths}
     spec = product_spec(module, factors or fields, None)
-    is_table = module.rpartition(".")[2].startswith("embed_tokens")
-    if is_table and lengths is not None:
+    is_embedding = is_table(module)
+    if is_embedding and lengths is not None:
         raise MismatchError(
             "LT-401", "mlx-lm's DoRA of an embedding has lengths of another kind than any other "
             "program's", key=module, got="embedding with m", hint="--skip it",
@@ -108,7 +109,7 @@ def _spec(module: str, fields: Mapping[str, Any], scale: float) -> DeltaSpec:
         if lengths.shape != (out,):
             refuse_shape(lengths, f"({out},)")
         spec = with_lengths(spec, lengths)
-    return replace(spec, layout="embedding" if is_table else "linear", alpha=scale * spec.rank,
+    return replace(spec, layout="embedding" if is_embedding else "linear", alpha=scale * spec.rank,
                    scaling=scale)  # fmt: skip
 
 

@@ -15,6 +15,8 @@ from loratool.errors import BadFileError, MismatchError
 from loratool.frozen import Frozen, field
 
 DEFAULT_RANK = 8  # of peft.LoraConfig, for r and lora_alpha alike
+OWN_BIASES = "_only"
+"""End of the word for biases of the adapted modules alone: ``lora_only``, ``oft_only`` …"""
 MAX_LAYERS = 10_000
 MAX_ENTRIES = 100_000  # of a list or table: one for each module that a file can hold
 MAX_PARTS = 256  # of a list each of whose entries is looked for in every name
@@ -87,7 +89,7 @@ class PeftConfig(Frozen):
         dora: every module has a magnitude; None = unknown.
         lora_bias: lora_B has biases; None = unknown.
         fan_in_fan_out: linear targets are stored (in, out).
-        bias: ``none``, ``all`` or ``lora_only``.
+        bias: ``none``, ``all`` or ``lora_only``; each method has its own word.
         base_change: ``pissa``, ``olora``, ``kasa`` or "".
         init: ``init_lora_weights`` in words.
         modules_to_save: as listed.
@@ -177,7 +179,7 @@ def parse_config(
     targets = None if is_pattern else fields.texts("target_modules")
     indices = fields.indices("trainable_token_indices" if is_lora else "token_indices")
     bias = fields.text("bias", "none")
-    if bias not in ("none", "all", "lora_only"):
+    if bias not in ("none", "all") and not bias.endswith(OWN_BIASES):
         fields.refuse("bias", "none, all or lora_only", bias)
     return PeftConfig(
         method=str(config.get("peft_type")),

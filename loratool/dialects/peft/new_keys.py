@@ -8,6 +8,7 @@ from typing import NoReturn
 
 from loratool.adapter import Adapter, DeltaSpec, Replacement, Source
 from loratool.dialects.peft import own_config
+from loratool.dialects.peft.config import OWN_BIASES
 from loratool.dialects.peft.experts import registration_order
 from loratool.dialects.peft.keys import PREFIX
 from loratool.dialects.peft.patterns import endings
@@ -96,7 +97,7 @@ class NewLayout:
         owners = {r.name.rpartition(".")[0] for r in self.plain if r.name.endswith("bias")}
         if not owners:
             return "none"
-        is_old = self._old.get("bias") == "lora_only"
+        is_old = str(self._old.get("bias")).endswith(OWN_BIASES)
         return "lora_only" if is_old and all(map(self.wraps, owners)) else "all"
 
     @property
