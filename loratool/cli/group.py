@@ -47,9 +47,6 @@ GROUPS = {
 MODULES = {"run": "recipe"}
 """Command -> its module where that has another name (`loratool.cli.run` is a function)."""
 
-LATER: tuple[str, ...] = ()
-"""Commands of the plan that this version does not have."""
-
 SYNONYMS = {
     "diff": "compare",
     "download": "pull",
@@ -119,14 +116,9 @@ def unknown_command(word: str) -> UsageError:
     meant = SYNONYMS.get(word, word)
     if meant in COMMANDS:
         return UsageError("LT-202", f"no command {shown}", hint=f"loratool {meant}")
-    if meant in LATER:
-        called = f"{shown} is called {meant} here and" if meant != word else shown
-        return UsageError(
-            "LT-203", f"{called} is not in this version ({__version__})", expected=here
-        )
     import difflib
 
-    close = difflib.get_close_matches(word, [*COMMANDS, *LATER, *SYNONYMS], n=1)
+    close = difflib.get_close_matches(word, [*COMMANDS, *SYNONYMS], n=1)
     hint = None
     if close:
         hint = f"did you mean {SYNONYMS.get(close[0], close[0])}?"

@@ -18,7 +18,7 @@ import pytest
 import loratool as lt
 from loratool import __version__, cli
 from loratool.cli import signals
-from loratool.cli.group import COMMANDS, GROUPS, LATER, SYNONYMS
+from loratool.cli.group import COMMANDS, GROUPS
 from loratool.errors import NumericError
 
 from .conftest import Run
@@ -61,14 +61,6 @@ def test_what_hardly_anybody_needs_is_named_and_told_with_v(run: Run) -> None:
 
 def test_version(run: Run) -> None:
     assert run("--version").out == f"loratool {__version__}\n"
-
-
-@pytest.mark.parametrize("word", [*LATER, *(w for w, c in SYNONYMS.items() if c in LATER)])
-def test_later_commands_say_so(run: Run, word: str) -> None:
-    found = run(word, "x", "-o", "y")
-    assert found.code == 2
-    assert "not in this version" in found.err and "inspect, merge, extract" in found.err
-    assert SYNONYMS.get(word, word) in found.err
 
 
 @pytest.mark.parametrize(
