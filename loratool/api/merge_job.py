@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 from loratool.adapter import TensorRef
 from loratool.api.common import content_label, free_label
 from loratool.api.merge_sidecars import merge_sidecars, token_warnings
+from loratool.bind.altered import Altered
 from loratool.bind.heads import take_heads
-from loratool.bind.new_parts import Extended
 from loratool.dtypes import DTYPES
 from loratool.errors import MismatchError, UsageError
 from loratool.frozen import Frozen, field, replace
 from loratool.ops.access import Access
 from loratool.ops.batch import FILES
-from loratool.ops.coded import Decoded, decode_base, read_plain
+from loratool.ops.coded import decode_base, read_plain
 from loratool.ops.inputs import OpenedAdapter, OpenedBase, guard_output, open_adapters, open_base
 from loratool.ops.merge import MergePlan, plan_merge
 from loratool.ops.merge_parts import WeightedAdapter, bind_weighted
@@ -162,26 +162,14 @@ class MergeRequest(Frozen):
 def prepare_merge(asked: MergeRequest) -> MergeJob:
     """Open, bind and plan; nothing is written."""
     opened, base = _open(asked)
-    decoded = _decoded(asked, base.checkpoint)
-    base = replace(base, checkpoint=decoded.checkpoint)
-    bound, headed = _bind(asked, opened, base)
-    parts = add_parts(bound, _one_checkpoint(bound, headed.checkpoint))
+    seen = _decoded(asked, base.checkpoint)
+    base = replace(base, checkpoint=seen.checkpoint)
+    bound, seen = _bind(asked, opened, seen)
+    seen = seen.then(add_parts(bound, _one_checkpoint(bound, seen.checkpoint)))
     if asked.like is not None:
-        asked = replace(asked, dtype=merged_dtype(parts.checkpoint, asked.like))
+        asked = replace(asked, dtype=merged_dtype(seen.checkpoint, asked.like))
     record = _record(asked, opened, base, bound)
-    planned = _plan(asked, bound, base, parts.checkpoint, record)
-    planned = replace(
-        planned,
-        config_changes={
-            **decoded.config_changes,
-            **headed.config_changes,
-            **parts.config_changes,
-            **planned.config_changes,
-        },
-        notes=(*decoded.notes, *headed.notes, *parts.notes, *planned.notes),
-    )
-    if asked.residual is not None:
-        planned = patch_merge(planned, parts.checkpoint, asked.residual)
+    planned = _plan(asked, bound, seen, record)
     given = [] if asked.operation.signs else opened  # what is taken out brings no tokenizer along
     sidecars, notes = merge_sidecars(
         given, bound if given else (), base.checkpoint, planned, asked.tokenizer
@@ -193,7 +181,7 @@ def prepare_merge(asked: MergeRequest) -> MergeJob:
     job = MergeJob(
         tuple(opened),
         base,
-        parts.checkpoint,
+        seen.checkpoint,
         replace(planned, plan=plan),
         bound,
         tuple(sidecars),
@@ -201,8 +189,8 @@ def prepare_merge(asked: MergeRequest) -> MergeJob:
         record if asked.with_provenance else {},
         asked.output,
         asked.operation,
-        warnings=(*headed.warnings, *parts.warnings, *tokens),
-        created=(*headed.created, *parts.created),
+        warnings=(*seen.warnings, *tokens),
+        created=seen.created,
     )
     replan = asked.operation.replan
     return job if replan is None else replan(job)
@@ -223,31 +211,31 @@ def _open(asked: MergeRequest) -> tuple[list[OpenedAdapter], OpenedBase]:
     return opened, base
 
 
-def _decoded(asked: MergeRequest, base: Checkpoint) -> Decoded:
+def _decoded(asked: MergeRequest, base: Checkpoint) -> Altered:
     """The base with its quantised weights as numbers, where that is asked for."""
     if asked.codes is None:
         plain, notes = read_plain(base)
-        return Decoded(plain, notes=notes)
+        return Altered(plain, notes=notes)
     if asked.codes.simulate_quant is not None:
         return simulate_base(base, asked.codes.simulate_quant)
     if not (asked.codes.dequantize or asked.codes.requant):
-        return Decoded(base)
+        return Altered(base)
     return decode_base(base, keep=asked.codes.requant, dtype=asked.dtype)
 
 
 def _bind(
-    asked: MergeRequest, opened: Sequence[OpenedAdapter], base: OpenedBase
-) -> tuple[tuple[WeightedAdapter, ...], Extended]:
+    asked: MergeRequest, opened: Sequence[OpenedAdapter], seen: Altered
+) -> tuple[tuple[WeightedAdapter, ...], Altered]:
     """Adapters with their targets, and the base with the heads that they bring."""
     kept = [o.weight.kept(o.adapter) for o in opened]
     acting = [a for a, o in zip(kept, opened, strict=True) if o.weight.value]
-    headed = take_heads(acting, base.checkpoint, asked.names.skip)
+    seen = seen.then(take_heads(acting, seen.checkpoint, asked.names.skip))
     bound = tuple(
-        bind_weighted(adapter, o.weight, headed.checkpoint, asked.names)
+        bind_weighted(adapter, o.weight, seen.checkpoint, asked.names)
         for o, adapter in zip(opened, kept, strict=True)
     )
     check = asked.operation.check
-    return (bound if check is None else check(bound)), headed
+    return (bound if check is None else check(bound)), seen
 
 
 def _record(
@@ -271,19 +259,23 @@ def _record(
 
 
 def _plan(
-    asked: MergeRequest,
-    bound: Sequence[WeightedAdapter],
-    base: OpenedBase,
-    checkpoint: Checkpoint,
-    record: Mapping[str, Any],
+    asked: MergeRequest, bound: Sequence[WeightedAdapter], seen: Altered, record: Mapping[str, Any]
 ) -> MergePlan:
+    """The plan, and what is said of it and of the base."""
     metadata = None
-    if not base.checkpoint.is_folder and asked.with_provenance:
+    if not seen.checkpoint.is_folder and asked.with_provenance:
         metadata = {"loratool": json.dumps(record)}
-    return plan_merge(
-        bound, checkpoint, dtype=asked.dtype, shard_bytes=asked.shard_bytes,
+    planned = plan_merge(
+        bound, seen.checkpoint, dtype=asked.dtype, shard_bytes=asked.shard_bytes,
         file_metadata=metadata, rounding=asked.rounding,
     )  # fmt: skip
+    planned = replace(
+        planned, config_changes={**seen.config_changes, **planned.config_changes},
+        notes=(*seen.notes, *planned.notes),
+    )  # fmt: skip
+    if asked.residual is None:
+        return planned
+    return patch_merge(planned, seen.checkpoint, asked.residual)
 
 
 def _files(opened: Sequence[OpenedAdapter], base: OpenedBase) -> list[Path]:

@@ -23,7 +23,8 @@ from loratool.archs.heads import (
 from loratool.archs.names import to_disk, to_memory
 from loratool.archs.stated import class_config, model_type
 from loratool.archs.ties import tied_tensors
-from loratool.bind.new_parts import Extended, is_part, own_config
+from loratool.bind.altered import Altered
+from loratool.bind.new_parts import is_part, own_config
 from loratool.bind.user_names import parse_skip
 from loratool.dialects.stated import WHOLE
 from loratool.errors import MismatchError, list_some
@@ -38,7 +39,7 @@ _LAYER = regex(r"\.\d+\.")
 
 def take_heads(
     adapters: Iterable[Adapter], checkpoint: Checkpoint, skip: Sequence[str] = ()
-) -> Extended:
+) -> Altered:
     """Give a base the heads that adapters bring, and the class that goes with them.
 
     Args:
@@ -67,7 +68,7 @@ def take_heads(
                 )  # fmt: skip
         brought[name] = (adapter, head)
     if not brought:
-        return Extended(checkpoint)
+        return Altered(checkpoint)
     (name, (adapter, head)), *_ = brought.items()
     return _with_head(checkpoint, adapter, name, head)
 
@@ -120,7 +121,7 @@ def _body(adapter: Adapter, checkpoint: Checkpoint) -> tuple[str, str]:
 
 def _with_head(
     checkpoint: Checkpoint, adapter: Adapter, name: str, head: Mapping[str, Source]
-) -> Extended:
+) -> Altered:
     old, new = _body(adapter, checkpoint)
     own = {r.name for r in adapter.replacements}
     pooler = has_pooler(name)
@@ -142,7 +143,7 @@ def _with_head(
     count = label_count(name, {n: s.shape for n, s in head.items()})
     changes = {**class_config(name), **_labels(adapter, checkpoint, count)}
     lacks = pooler is True and not any(map(is_pooler, tensors))
-    return Extended(
+    return Altered(
         replace(checkpoint, tensors=tensors, shards=shards, config=config),
         tuple(head),
         {k: v for k, v in changes.items() if checkpoint.config.get(k) != v},

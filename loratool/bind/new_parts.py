@@ -12,9 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from loratool.adapter import Adapter, Replacement, TensorRef
-from loratool.frozen import Frozen, field
 from loratool.lazy import regex
-from loratool.store.checkpoint import Checkpoint
 from loratool.store.jsonfile import load_json
 from loratool.store.layout import is_beside_name
 
@@ -136,25 +134,6 @@ def _common(one: Sequence[str], other: Sequence[str]) -> int:
         if a != b:
             return count
     return min(len(one), len(other))
-
-
-class Extended(Frozen):
-    """A base with what it lacks and adapters bring: parts, or a head.
-
-    Attributes:
-        checkpoint: the base, under the names of the class that has a head if there is one; what is
-            new lies in files of the adapters.
-        created: names of the new tensors.
-        config_changes: key of ``config.json`` -> value.
-        notes: one sentence each.
-        warnings: what the user should not overlook.
-    """
-
-    checkpoint: Checkpoint
-    created: tuple[str, ...] = ()
-    config_changes: Mapping[str, Any] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
-    warnings: tuple[str, ...] = ()
 
 
 def own_config(adapter: Adapter) -> dict[str, Any]:

@@ -8,9 +8,10 @@ from typing import Any
 
 from loratool.adapter import CodedRef, TensorRef
 from loratool.archs.stated import dtype_config
+from loratool.bind.altered import Altered
 from loratool.dtypes import DTYPES
 from loratool.errors import MismatchError, UsageError
-from loratool.frozen import Frozen, field, replace
+from loratool.frozen import replace
 from loratool.quant import Found, codec_of, find_codes
 from loratool.quant.find import methods
 from loratool.quant.recognize import method_in_tensors, recognize_quantization, stated
@@ -23,20 +24,6 @@ PLAIN = "BF16"
 """The type that decoded weights are written in, where no other is asked for."""
 
 
-class Decoded(Frozen):
-    """A base whose coded weights read as numbers.
-
-    Attributes:
-        checkpoint: the base; where its codes go, without their companions.
-        config_changes: of the output's ``config.json``.
-        notes: one sentence each.
-    """
-
-    checkpoint: Checkpoint
-    config_changes: Mapping[str, Any] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
-
-
 def plain_dtype(ref: TensorRef) -> str:
     """The type that a weight has as plain numbers, where no other is asked for."""
     if not isinstance(ref, CodedRef):
@@ -45,7 +32,7 @@ def plain_dtype(ref: TensorRef) -> str:
     return ref.codes.dtype if DTYPES[ref.codes.dtype].is_mergeable else PLAIN
 
 
-def decode_base(base: Checkpoint, *, keep: bool, dtype: str | None = None) -> Decoded:
+def decode_base(base: Checkpoint, *, keep: bool, dtype: str | None = None) -> Altered:
     """Read the weights of a quantised base as numbers.
 
     Args:
@@ -69,7 +56,7 @@ def decode_base(base: Checkpoint, *, keep: bool, dtype: str | None = None) -> De
     tensors = dict(_placed(base, found, keep))
     if keep:
         note = f"{base.quantization}: {weights}; what changes is coded anew"
-        return Decoded(replace(base, tensors=tensors, quantization=None), notes=(note,))
+        return Altered(replace(base, tensors=tensors, quantization=None), notes=(note,))
     homes: dict[Path, list[str]] = {}
     for name, ref in tensors.items():
         homes.setdefault(ref.path, []).append(name)
@@ -82,7 +69,7 @@ def decode_base(base: Checkpoint, *, keep: bool, dtype: str | None = None) -> De
     )  # fmt: skip
     plain = replace(base, tensors=tensors, shards=shards, quantization=None)
     note = f"{base.quantization}: {weights} as plain numbers"
-    return Decoded(plain, _plain_config(base, dtype or PLAIN), (note,))
+    return Altered(plain, config_changes=_plain_config(base, dtype or PLAIN), notes=(note,))
 
 
 def read_plain(checkpoint: Checkpoint) -> tuple[Checkpoint, tuple[str, ...]]:

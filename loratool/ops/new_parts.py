@@ -9,7 +9,8 @@ from typing import Any
 from loratool.adapter import Adapter, TensorRef
 from loratool.archs.heads import class_of
 from loratool.archs.stated import OUTPUT_KEYS, is_class_key
-from loratool.bind.new_parts import Extended, own_config
+from loratool.bind.altered import Altered
+from loratool.bind.new_parts import own_config
 from loratool.errors import MismatchError, list_some
 from loratool.frozen import replace
 from loratool.ops.merge_parts import WeightedAdapter
@@ -17,7 +18,7 @@ from loratool.report.text import plural
 from loratool.store.checkpoint import Checkpoint
 
 
-def add_parts(bound: Iterable[WeightedAdapter], checkpoint: Checkpoint) -> Extended:
+def add_parts(bound: Iterable[WeightedAdapter], checkpoint: Checkpoint) -> Altered:
     """Give a base the parts that it lacks.
 
     Args:
@@ -39,9 +40,9 @@ def add_parts(bound: Iterable[WeightedAdapter], checkpoint: Checkpoint) -> Exten
                 )  # fmt: skip
             owners[name], tensors[name] = one, ref
     if not tensors:
-        return Extended(checkpoint)
+        return Altered(checkpoint)
     config, described = _described([o.adapter for o in owners.values()], checkpoint)
-    return Extended(
+    return Altered(
         replace(checkpoint, tensors={**checkpoint.tensors, **tensors}),
         tuple(tensors),
         config,

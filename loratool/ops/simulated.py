@@ -5,11 +5,11 @@ from __future__ import annotations
 from loratool.adapter import TensorRef
 from loratool.archs.layers import stores_transposed
 from loratool.archs.ties import follows_vocabulary
+from loratool.bind.altered import Altered
 from loratool.dtypes import DTYPES
 from loratool.errors import MismatchError, UsageError
 from loratool.frozen import replace
 from loratool.lazy import regex
-from loratool.ops.coded import Decoded
 from loratool.quant import simulated
 from loratool.report.text import plural
 from loratool.store.checkpoint import Checkpoint
@@ -17,7 +17,7 @@ from loratool.store.checkpoint import Checkpoint
 _NO_LAYER = regex(r"(emb|wte|wpe|shared|relative_attention_bias|norm)[^.]*\.weight$")
 
 
-def simulate_base(base: Checkpoint, word: str) -> Decoded:
+def simulate_base(base: Checkpoint, word: str) -> Altered:
     """Every weight of a linear layer as a quantised base would have it.
 
     Args:
@@ -44,7 +44,7 @@ def simulate_base(base: Checkpoint, word: str) -> Decoded:
     tensors = {n: simulated(r, word) if n in chosen else r for n, r in base.tensors.items()}
     note = f"{word}: {plural(len(chosen), 'linear weight')} as a base in {word} has them, " \
            "embeddings and output head as they are"  # fmt: skip
-    return Decoded(replace(base, tensors=tensors), notes=(note,))
+    return Altered(replace(base, tensors=tensors), notes=(note,))
 
 
 def _is_linear(name: str, ref: TensorRef) -> bool:
