@@ -33,7 +33,7 @@ from loratool.ops.turns import Turns
 from loratool.options.calls import takes
 from loratool.options.groups import Read
 from loratool.options.looking import Compare
-from loratool.report.compare import ComparedModule, CompareReport
+from loratool.report.compare import ComparedModule, ComparedReplacement, CompareReport
 from loratool.report.families import family_of, place_of
 from loratool.store.new_file import write_new_file
 
@@ -117,54 +117,61 @@ def _compare_two(
 ) -> CompareReport:  # fmt: skip
     from loratool.engine.comparison import MeanTable
 
-    modules: list[ComparedModule] = []
+    every = list(zip(aligned.groups.items(), results, strict=True))
+    pairs = [(name, specs, found) for (name, specs), found in every if len(specs) == 2]
+    alone = [(number, square) for (_, specs), found in every if len(specs) == 1
+             for (number, _), square in found.items()]  # fmt: skip
+    both = [found for *_, found in pairs]
+    squares = ([f.square_one for f in both], [f.square_two for f in both])
+    for number, square in alone:
+        squares[number].append(square)
+    norms = tuple(math.sqrt(math.fsum(s)) for s in squares)
+    cosine = _cosine(math.fsum(f.inner for f in both), norms[0] * norms[1])
+    difference = math.fsum([*(f.difference for f in both), *(square for _, square in alone)])
+    apart = _ratio(math.sqrt(difference), max(norms))
     mean_A, mean_B = MeanTable(), MeanTable()
-    inner, squares, difference = [], ([], []), []  # type: ignore[var-annotated]
-    opposite = both = 0
-    for (name, specs), found in zip(aligned.groups.items(), results, strict=True):
-        if len(specs) == 1:
-            (((number, _), square),) = found.items()
-            squares[number].append(square)
-            difference.append(square)
-            continue
-        inner.append(found.inner)
-        squares[0].append(found.square_one)
-        squares[1].append(found.square_two)
-        difference.append(found.difference)
+    for found in both:
         mean_A.add(found.phi_A)
         mean_B.add(found.phi_B)
-        opposite, both = opposite + found.signs.opposite, both + found.signs.both
-        ranks = (_rank(specs[0]), _rank(specs[1]))
-        modules.append(_module(name, ranks, found))
-    norms = tuple(math.sqrt(math.fsum(s)) for s in squares)
-    cosine = _cosine(math.fsum(inner), norms[0] * norms[1])
-    apart = _ratio(math.sqrt(math.fsum(difference)), max(norms))
     replaced = find_replacements(*adapters)
     limit = min(_MOST_ROUNDING, _SAME * max(_half_step(a) for a in adapters))
-    # Only then are bytes compared, which takes reading all factors once more.
-    is_close = math.isnan(apart) or apart <= max(limit, _COMPUTED)
-    verdict = "different"
-    if is_close and all(r.where == "both" and r.identical is not False for r in replaced):
-        if has_same_factors(stored):
-            verdict = "equal"
-        elif apart <= limit:
-            verdict = "same change"
-        if verdict != "different" and any(r.identical is None for r in replaced):
-            verdict = "undecided"
+    modules = tuple(_module(name, (_rank(specs[0]), _rank(specs[1])), found)
+                    for name, specs, found in pairs)  # fmt: skip
     return CompareReport(
         **told,
         norms=norms,
         matrix=((1.0, cosine), (cosine, 1.0)),
-        verdict=verdict,
+        verdict=_verdict(apart, limit, replaced, stored),
         relative_difference=apart,
-        modules=tuple(modules),
+        modules=modules,
         replacements=tuple(replaced),
         phi_A=tuple(map(tuple, mean_A.table())),
         phi_B=tuple(map(tuple, mean_B.table())),
-        sign_conflict=_ratio(opposite, both),
+        sign_conflict=_ratio(sum(f.signs.opposite for f in both), sum(f.signs.both for f in both)),
         sampled=sum(m.sampled for m in modules),
         elements=sum(m.elements for m in modules),
     )
+
+
+def _verdict(
+    apart: float, limit: float, replaced: Sequence[ComparedReplacement], stored: Aligned
+) -> str:
+    """What two adapters are to each other.
+
+    Args:
+        apart: ‖ΔW₁ − ΔW₂‖ over the larger norm.
+        limit: what rounding explains of it.
+        replaced: tensors that take the base's place.
+        stored: the changes as the files have them.
+    """
+    is_close = math.isnan(apart) or apart <= max(limit, _COMPUTED)
+    if not is_close or any(r.where != "both" or r.identical is False for r in replaced):
+        return "different"
+    # Only now are bytes compared, which takes reading all factors once more.
+    found = "equal" if has_same_factors(stored) else "same change" if apart <= limit else ""
+    if found and any(r.identical is None for r in replaced):
+        return "undecided"
+    return found or "different"
 
 
 def _module(name: str, ranks: tuple[int, int], found: PairResult) -> ComparedModule:
