@@ -130,7 +130,7 @@ def plan_of_files(plan: PlannedFiles, _voice: Voice) -> Iterator[str]:
     facts = [*many, plural(plan.modules, "module"), format_bytes(plan.bytes_before)]
     if plan.computed is not None:
         facts.append(f"{plan.computed:,} computed, the rest copied" if plan.computed
-                     else "all tensors copied byte for byte")  # fmt: skip
+                     else "nothing to compute")  # fmt: skip
     if plan.peak_memory_bytes is not None:
         facts.append(f"memory ≤ {format_bytes(plan.peak_memory_bytes)}")
     yield line("plan", *facts)

@@ -29,7 +29,14 @@ from loratool.store.gguf import is_gguf, read_gguf
 from loratool.store.header import MAX_HEADER_BYTES, read_header
 from loratool.store.header_text import short_name
 from loratool.store.jsonfile import load_json
-from loratool.store.layout import PLAIN_STEMS, Layout, find_layout, has_weights, is_pickle_name
+from loratool.store.layout import (
+    PLAIN_STEMS,
+    Layout,
+    find_layout,
+    has_weights,
+    is_pickle_name,
+    merging,
+)
 
 _ADAPTER_KEY = regex(
     r"lora_[ABab]\b|lora_(up|down|mid)\b|\.lora\.(up|down)\b|hada_w[12]|lokr_w[12]|"
@@ -326,5 +333,5 @@ def _refuse_adapter(tensors: Mapping[str, TensorRef], path: Path) -> None:
         raise MismatchError(
             "LT-490", "this is an adapter, not a base model", file=path,
             expected="a model checkpoint", got=f"keys such as {short_name(next(iter(tensors)))}",
-            hint="give the adapter first and its base model as --base",
+            hint=merging(path),
         )  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -255,13 +256,19 @@ def _notes(
     return tuple(notes)
 
 
+def merging(adapter: Path) -> str:
+    """The command that makes a model of an adapter, which stands where one is asked for."""
+    words = shlex.join(["loratool", "merge", str(adapter), "--base", "BASE", "-o", "OUT"])
+    return f"{words} makes a model of it"
+
+
 def _refuse_empty(folder: Path, names: list[str]) -> None:
     adapter = [n for n in names if n == "adapter_config.json" or _ADAPTER_FILE.match(n)]
     if adapter:
         raise MismatchError(
             "LT-490", "this is an adapter, not a base model", file=folder,
             expected="a model checkpoint", got=list_some(adapter),
-            hint="give the adapter first and its base model as --base",
+            hint=merging(folder),
         )  # fmt: skip
     pickles = [n for n in names if is_pickle_name(n) and not _NO_WEIGHTS.match(n)]
     if pickles:

@@ -29,6 +29,12 @@ def test_rescale_says_how_and_what_was_lost(run: Run, tmp_path: Path) -> None:
     assert quiet.out == f"{tmp_path / 'c'}\n"
 
 
+def test_that_bytes_are_copied_is_said_once(run: Run, tmp_path: Path) -> None:
+    for words in (["rescale", SENTIMENT, "0.5"], ["convert", SENTIMENT, "--to", "kohya"]):
+        said = run(*words, "-o", tmp_path / f"{words[0]}{'.safetensors' * ('--to' in words)}")
+        assert said.out.count("copied byte for byte") == 1 and "nothing to compute" in said.out
+
+
 def test_rescale_of_many_keeps_names(run: Run, tmp_path: Path) -> None:
     found = run("rescale", LLM / "lora_linear", LLM / "lora_linear_bf16", "0.7", "-o",
                 f"{tmp_path}/all/")  # fmt: skip
@@ -51,6 +57,8 @@ def test_rescale_of_many_keeps_names(run: Run, tmp_path: Path) -> None:
         (["compare", LLM / "lora_linear"], 2, "two adapters or more"),
         (["compare", LLM / "lora_linear", LLM / "lora_dora"], 4, "DoRA"),
         (["subtract", LLM / "lora_linear", "-o", "x"], 2, "--from MERGED"),
+        (["verify", SENTIMENT], 4, f"loratool merge {SENTIMENT} --base BASE -o OUT makes"),
+        (["merge", LLM / "loha", "--base", SENTIMENT, "-o", "x"], 4, f"merge {SENTIMENT} --base"),
         (["inspect", LLM / "lora_linear", LLM / "lora_rslora", "--risk"], 2, "one adapter"),
     ],
 )  # fmt: skip
