@@ -33,6 +33,7 @@ from loratool.ops.extract import ExtractPlan, FactorOptions, group_steps, plan_e
 from loratool.ops.fitting import check_fit
 from loratool.ops.inputs import guard_output, open_base
 from loratool.ops.rank_options import ranks_of
+from loratool.ops.unchanged import without_equal
 from loratool.options.calls import takes
 from loratool.options.groups import Run
 from loratool.options.shaping import Extract
@@ -137,14 +138,14 @@ def _prepare(asked: Extract) -> ExtractJob:
     if asked.to is None and program is not None and not program.is_of_peft:
         row = writable(program.home(_look(made)))
     loader = None if program is None or _takes_folders(program, row) else program
-    if loader is not None or (program is None and is_known_by_names(row)):
-        goal = Goal(row.name, Limits.of(asked), loader)
-        kept, lost = without_misfits(made, goal)
-        if kept.specs:
-            refuse_lost(lost, made, row, loader)
-        plan_translation(kept if kept.specs else made, goal)
-    elif program is not None:
-        check_fit(made, program)
+    try:
+        _check(made, row, program, loader, Limits.of(asked))
+    except MismatchError:
+        changed = without_equal(made, plan)
+        if len(changed.specs) == len(made.specs):
+            raise
+        if changed.specs:
+            _check(changed, row, program, loader, Limits.of(asked))
     criteria = {
         "rank": "auto" if how.ranks.auto else asked.rank, "energy": asked.energy,
         "error": asked.error, "size": limit, "max_rank": asked.max_rank,
@@ -152,6 +153,20 @@ def _prepare(asked: Extract) -> ExtractJob:
         "only": asked.only or None,
     }  # fmt: skip
     return ExtractJob(tuned, base, target, plan, criteria, keep, program, loader, row, access)
+
+
+def _check(
+    made: Adapter, row: Dialect, program: Program | None, loader: Program | None, limits: Limits
+) -> None:
+    """Refuse, before any work, changes that the dialect or the program has no place for."""
+    if loader is not None or (program is None and is_known_by_names(row)):
+        goal = Goal(row.name, limits, loader)
+        kept, lost = without_misfits(made, goal)
+        if kept.specs:
+            refuse_lost(lost, made, row, loader)
+        plan_translation(kept if kept.specs else made, goal)
+    elif program is not None:
+        check_fit(made, program)
 
 
 def _usual(program: Program | None) -> str:

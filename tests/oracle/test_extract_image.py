@@ -189,3 +189,34 @@ def test_the_hint_for_what_does_not_load_works(program: str, model: str, tmp_pat
     expected = tmp_path / "expected.safetensors"
     lt.extract(tuned, base=base, output=expected, program=program, rank=2)
     assert kept == {s.name for s in open_adapter(expected).specs if s.is_matrix}
+
+
+PLACELESS = {  # program -> (a module that it loads, one that it does not)
+    "diffusers": ("down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k", (16, 768),
+                  "add_embedding.linear_1", (32, 48)),
+    "vllm": ("model.layers.0.self_attn.q_proj", (16, 16), "visual.patch_embed.proj", (16, 3, 2, 2)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("program", PLACELESS)
+def test_what_has_no_place_counts_only_where_it_changed(program: str, tmp_path: Path) -> None:
+    good, shape, bad, other = PLACELESS[program]
+    rng = np.random.default_rng(3)
+    base = {f"{good}.weight": rng.normal(size=shape).astype(np.float32),
+            f"{bad}.weight": rng.normal(size=other).astype(np.float32)}  # fmt: skip
+    change = rng.normal(size=(shape[0], 2)) @ rng.normal(size=(2, shape[1]))
+    tuned = {**base, f"{good}.weight": (base[f"{good}.weight"] + change).astype(np.float32)}
+    one, two = tmp_path / "base.safetensors", tmp_path / "tuned.safetensors"
+    save_file(base, str(one))
+    save_file(tuned, str(two))
+    out = tmp_path / ("out" if program == "vllm" else "out.safetensors")
+    lt.extract(two, base=one, program=program, rank=2, output=out)
+    lt.merge([out], base=one, output=(back := tmp_path / "back.safetensors"))
+    for name, tensor in load_file(str(back)).items():
+        assert np.abs(tensor - tuned[name]).max() <= 2**-20 * max(1, np.abs(change).max()), name
+    tuned[f"{bad}.weight"] = base[f"{bad}.weight"].copy()
+    tuned[f"{bad}.weight"].reshape(-1)[-1] += 1  # the last byte that is compared
+    save_file(tuned, str(two))
+    with pytest.raises(lt.LoratoolError) as caught:
+        lt.extract(two, base=one, program=program, rank=2, output=(no := out.with_stem("no")))
+    assert caught.value.code == "LT-488" and not no.exists()
