@@ -30,7 +30,8 @@ from loratool.ops.detach import plan_detach
 from loratool.ops.fitting import check_fit, check_rank
 from loratool.ops.inputs import OpenedAdapter, OpenedBase, guard_output, open_adapters, open_base
 from loratool.ops.rank_options import MAX_RANK
-from loratool.ops.sums import SumPlan, compared_ranges
+from loratool.ops.replaced import compared_ranges
+from loratool.ops.sums import SumPlan
 from loratool.ops.weights import Weight, read_module_weights, rules_json, unused_rules
 from loratool.options.calls import takes
 from loratool.options.groups import Mix

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from loratool.adapter import Adapter, DeltaSpec, Replacement, TensorRef
@@ -15,18 +15,11 @@ from loratool.errors import MismatchError, UsageError, list_some
 from loratool.frozen import Frozen
 from loratool.ops.additive import factor_dtype, require_additive, require_factors, require_kernels
 from loratool.ops.locating import require_one_family
+from loratool.ops.replaced import WITH_BASE, Mixed, sum_replaced
 from loratool.ops.weights import Weight
 from loratool.plan import DeltaPart
 from loratool.report.text import plural
-from loratool.store.reader import are_of_one_file, have_same_bytes
-from loratool.store.remote_spans import Range
-
-_ONE = 1e-12
-_WITH_BASE = {
-    "subtracted": "the base settles it: --base BASE",
-    "merged": "the base settles it: --base BASE --into adapter",
-    "rescaled": "the base settles it: --base BASE",
-}
+from loratool.store.reader import have_same_bytes
 
 
 class SumModule(Frozen):
@@ -61,23 +54,6 @@ class SumModule(Frozen):
         alpha = abs(first.weight * first.spec.scaling) / self.gain * self.rank
         whole = round(alpha)
         return whole if whole and abs(alpha - whole) <= 1e-9 * whole else None
-
-
-class Mixed(Frozen):
-    """Tensors that take the same place, as one.
-
-    Attributes:
-        found: each with its weight; the weights add up to 1 if there is no base.
-        base: what they replace: the result is W + Σ weight·(new - W).
-    """
-
-    found: tuple[tuple[Replacement, float], ...]
-    base: TensorRef | None = None
-
-    @property
-    def name(self) -> str:
-        """Of the tensor."""
-        return self.found[0][0].name
 
 
 class SumPlan(Frozen):
@@ -130,7 +106,7 @@ def plan_sum(
     """
     adapters = [(weight.kept(adapter), weight) for adapter, weight in adapters]
     for adapter, _ in adapters:
-        require_additive(adapter, verb, hint=_WITH_BASE[verb])
+        require_additive(adapter, verb, hint=WITH_BASE[verb])
         require_factors(adapter, verb)
         require_kernels(adapter, adapter.specs, adapter.dialect)
     _check_dialects([a for a, _ in adapters])
@@ -145,8 +121,9 @@ def plan_sum(
     known = gains(groups)
     modules = [_module(terms, known.get(name, 1.0), adapters) for name, terms in groups.items()]
     modules.sort(key=lambda m: m.is_bias)
-    replacements, mixed, gone, notes = _replacements(adapters, verb, base or {})
-    if not (modules or replacements or mixed):
+    replaced = sum_replaced(adapters, verb, base or {})
+    notes = replaced.notes()
+    if not (modules or replaced.kept or replaced.mixed):
         is_cut = any(0.0 in weight.by_name.values() for _, weight in adapters)
         why = "weights of 0 leave every module out" if is_cut else "what they replace cancels"
         raise UsageError("LT-270", f"{why}: nothing remains",
@@ -159,10 +136,10 @@ def plan_sum(
         notes.append("the adapters have no module in common")
     return SumPlan(
         tuple(modules),
-        replacements,
-        mixed,
+        replaced.kept,
+        replaced.mixed,
         next((a.base_model for a, _ in adapters if a.base_model), None),
-        joint_config([a for a, _ in adapters], gone),
+        joint_config([a for a, _ in adapters], replaced.gone),
         adapters[0][0].layer_order,
         factor_dtype([a for a, _ in adapters]),
         tuple(dict.fromkeys((*(n for a, _ in adapters for n in a.notes), *notes))),
@@ -253,89 +230,6 @@ def _check_layers(adapters: Sequence[Adapter]) -> None:
             "LT-463", "the adapters replicate layers differently", file=odd.path,
             key=LAYERS, expected=adapters[0].layer_order, got=odd.layer_order,
         )  # fmt: skip
-
-
-def _replacements(
-    adapters: Sequence[tuple[Adapter, Weight]], verb: str, base: Mapping[str, TensorRef]
-) -> tuple[tuple[Replacement, ...], tuple[Mixed, ...], list[str], list[str]]:
-    """Replaced tensors that the result has: as they are, averaged, not at all; and what to say.
-
-    W + Σ c·(T - W) needs no base where the weights of those that replace a tensor sum up to 1: it
-    is Σ c·T.  Where they sum up to 0 and hold the same bytes, W stays.  When adapters are merged
-    without it and every one of them has the same bytes, those are taken.  Anything else takes the
-    base.
-    """
-    groups: dict[tuple[str, bool], list[tuple[Replacement, float]]] = {}
-    for adapter, weight in adapters:
-        for one in adapter.replacements:
-            groups.setdefault((one.name, one.rows is None), []).append((one, weight.of(one.name)))
-    kept, mixed, gone, conflicts = [], [], [], []
-    for (name, _), found in groups.items():
-        first, total = found[0][0], sum(weight for _, weight in found)
-        is_same = all(one.rows == first.rows for one, _ in found) and (
-            len(found) == 1 or have_same_bytes([one.source for one, _ in found])
-        )
-        has_base = name in base and all(_lies_on(one, base[name]) for one, _ in found)
-        is_agreed = verb == "merged" and len(found) == len(adapters) > 1 and not has_base
-        if is_same and (is_agreed or abs(total - 1) <= _ONE):
-            kept.append(first)
-        elif abs(total - 1) <= _ONE and all(
-            (one.rows, one.source.shape) == (first.rows, first.source.shape) for one, _ in found
-        ):
-            mixed.append(Mixed(tuple(found)))
-        elif is_same and total == 0:
-            gone.append(name)
-        elif has_base:
-            mixed.append(Mixed(tuple(found), base[name]))
-        else:
-            conflicts.append(name)
-    if conflicts:
-        raise MismatchError(
-            "LT-464", f"replaced tensors cannot be {verb}: their change depends on the base",
-            file=adapters[0][0].path, key=list_some(conflicts),
-            hint=_WITH_BASE[verb],
-        )  # fmt: skip
-    notes = []
-    if kept:
-        notes.append(f"{_replaced(kept, 'is', 'are')} kept: {_few(r.name for r in kept)}")
-    if gone:
-        notes.append(f"{_replaced(gone, 'is', 'are')} the base's own again: {_few(gone)}")
-    means = [m.name for m in mixed if m.base is None]
-    if means:
-        notes.append(f"{_replaced(means, 'is', 'are')} averaged: {_few(means)}")
-    moved = [m.name for m in mixed if m.base is not None]
-    if moved:
-        notes.append(
-            f"{_replaced(moved, 'becomes', 'become')} W + Σ weight·(new - W): {_few(moved)}"
-        )
-    return tuple(kept), tuple(mixed), gone, notes
-
-
-def _lies_on(one: Replacement, base: TensorRef) -> bool:
-    """A replacement that changes no sizes."""
-    if one.rows is None:
-        return one.source.shape == base.shape
-    return one.source.shape[1:] == base.shape[1:] and max(one.rows, default=0) < base.shape[0]
-
-
-def compared_ranges(adapters: Sequence[Adapter]) -> Iterator[Range]:
-    """Replaced tensors that several adapters have: planning a sum compares their bytes."""
-    found: dict[str, list[TensorRef]] = {}
-    for adapter in adapters:
-        for one in adapter.replacements:
-            if isinstance(one.source, TensorRef):
-                found.setdefault(one.name, []).append(one.source)
-    for refs in found.values():
-        if len(refs) > 1 and not are_of_one_file(refs):
-            yield from ((ref.file, ref.start, ref.nbytes) for ref in refs)
-
-
-def _replaced(names: Sized, one: str, many: str) -> str:
-    return plural(len(names), f"replaced tensor {one}", f"replaced tensors {many}")
-
-
-def _few(names: Iterable[str]) -> str:
-    return list_some(names, 3)
 
 
 def _common(groups: dict[str, list[DeltaPart]]) -> bool:
