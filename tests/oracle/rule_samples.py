@@ -152,6 +152,8 @@ SAMPLES: dict[str, Sample] = {
         by(peft="numbered-experts", vllm="numbered-experts", sglang="numbered-experts",
            llama="numbered-experts"), "llm/lora_mixtral_v4style",
     ),
+    "shared experts": Sample(by(peft="shared-experts"), {},
+                             named(lambda key: key.replace("mlp.", "mlp.shared_experts."))),
     "router": Sample(by(vllm="routers", sglang="others"), {},
                      named(lambda key: key.replace("mlp.down_proj", "mlp.gate"))),
     "conv1d": Sample(by(vllm="conv1d", sglang="elsewhere", llama="conv1d"),

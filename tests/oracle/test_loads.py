@@ -25,6 +25,7 @@ from loratool.dialects.programs import judge_loads
 from loratool.errors import LoratoolError
 from loratool.options.groups import Read
 from loratool.report.base import Loads
+from tests.make import randn, save_adapter
 from tests.oracle.in_peft import NotLoadedError, load_strict, save
 
 peft = pytest.importorskip("peft")
@@ -227,6 +228,23 @@ def test_configurations_that_leave_tensors_out(name: str, tmp_path: Path) -> Non
     except LoratoolError:
         return  # the reader refuses it
     assert said == "yes" if name == "all linear" else said in ("no", "wrong")
+
+
+def test_shared_experts(tmp_path: Path) -> None:
+    """PEFT adapts the fused experts in their place where transformers 5 has such."""
+    sizes = {"moe_intermediate_size": 12, "q_lora_rank": 8, "kv_lora_rank": 8, "v_head_dim": 8,
+             "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "head_dim": 4}  # fmt: skip
+    config = transformers.DeepseekV3Config(
+        vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=2, n_group=1,
+        num_attention_heads=2, num_key_value_heads=2, n_routed_experts=4, num_experts_per_tok=2,
+        topk_group=1, first_k_dense_replace=1, **sizes,
+    )  # fmt: skip
+    model = transformers.DeepseekV3ForCausalLM(config)
+    factors = {"model.layers.1.mlp.shared_experts.down_proj": (randn(2, 12, seed=1),
+                                                               randn(16, 2, seed=2))}  # fmt: skip
+    folder = save_adapter(tmp_path / "a", factors, alpha=2)
+    assert not loads_in_peft(model, folder)
+    assert check(model, folder) == "unsure"
 
 
 def test_no_configuration(tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ from loratool.errors import BadFileError, list_some
 
 _KEPT = ("lora_A.default.weight", "lora_B.default.weight", "lora_magnitude_vector.weight")
 _PACKED_SINCE = (0, 19, 1)
+_OF_EXPERTS, _SHARED = ("gate_proj", "up_proj", "down_proj"), ("shared_expert.", "shared_experts.")
 
 
 def _names(look: Look) -> Iterable[Hit]:
@@ -127,9 +128,18 @@ def _convs(look: Look) -> Iterable[Hit]:
     )(look)  # fmt: skip
 
 
+def _fused(look: Look) -> Iterable[Hit]:
+    """Projections that are called as those of experts, in a model that has shared ones too."""
+    plain = [s for s in traits.read(look).specs
+             if not _is_parameter(s) and s.module.rpartition(".")[2] in _OF_EXPERTS]  # fmt: skip
+    is_mixed = any(f".{part}" in s.module for s in plain for part in _SHARED)
+    return [Hit(tuple(s.name for s in plain), "shared experts")] if is_mixed else []
+
+
 _HOME = "https://github.com/huggingface/peft/blob/v0.21.2/src/"
 _SAVE, _TUNERS = _HOME + "peft/utils/save_and_load.py", _HOME + "peft/tuners/tuners_utils.py"
 _LAYER = _HOME + "peft/tuners/lora/layer.py"
+_FUSED = _HOME + "peft/utils/transformers_weight_conversion.py"
 
 
 PEFT = Program(
@@ -152,6 +162,8 @@ PEFT = Program(
              says="PEFT before 0.19.1 packed experts otherwise"),
         Rule("numbered-experts", UNSURE, traits.numbered_experts, source=_SAVE,
              says="experts by number are fused where transformers 5 has them fused"),
+        Rule("shared-experts", UNSURE, _fused, source=_FUSED,
+             says="with transformers 5 their names stand for those of fused experts alone"),
         Rule("head", UNSURE, _head, source=_SAVE,
              says="the head of the task is made anew where the adapter has none"),
         Rule("convolutions", UNSURE, _convs, source=_LAYER,
