@@ -24,6 +24,7 @@ from loratool.api.merge_report import merge_report, plain_result
 from loratool.api.open_residual import block_elements, check_partner, open_residual
 from loratool.api.page import check_page, with_page
 from loratool.api.session import run_plan
+from loratool.api.told_apart import by_base
 from loratool.api.undo import UndoJob, plan_undo, write_undo
 from loratool.engine.rows import op_of
 from loratool.errors import UsageError
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
 _NO_BASE = "no base to merge into: the result is an adapter, as of loratool.combine"
 
 
+@by_base
 @takes(Merge)
 def merge(asked: Merge) -> MergeReport | CombineReport:
     """Merge adapters into base weights: W' = round(W + Σ weight·ΔW), all in one pass.
@@ -55,7 +57,8 @@ def merge(asked: Merge) -> MergeReport | CombineReport:
     Without a base, or with ``into="adapter"``, it does what `combine` does, and says so.
 
     Returns:
-        What changed, what rounding lost, what was skipped.
+        What changed, what rounding lost, what was skipped: a `MergeReport` with a base, else a
+        `CombineReport`; type checkers are told so.
 
     Raises:
         LoratoolError: see ``docs/errors.md``.

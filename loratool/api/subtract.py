@@ -9,6 +9,7 @@ from loratool.api.anchored import anchor, with_notes
 from loratool.api.combine import run_combine
 from loratool.api.merge import run_merge
 from loratool.api.merge_job import MergeJob, Operation
+from loratool.api.told_apart import by_weights
 from loratool.api.undo import restore_job
 from loratool.errors import MismatchError, UsageError
 from loratool.frozen import replace
@@ -29,6 +30,7 @@ from loratool.report.combine import DifferenceReport
 from loratool.report.merge import SubtractReport, SwapReport
 
 
+@by_weights
 @takes(Subtract)
 def subtract(asked: Subtract) -> SubtractReport | DifferenceReport:
     """Take adapters out of merged weights, W = round(W' - Σ weight·ΔW), or out of an adapter.
