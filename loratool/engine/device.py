@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 
 import torch
 
@@ -80,15 +81,19 @@ def batch_bytes(device: torch.device) -> int:
     return min(1 << 29, torch.cuda.get_device_properties(device).total_memory // 128)
 
 
+@cache
+def load_solvers(device: torch.device) -> None:
+    """Have torch load its solvers, which takes a GPU a while; threads must not race for that."""
+    if device.type == "cuda":
+        torch.linalg.eigh(torch.eye(2, device=device))
+
+
 @contextmanager
 def exact_arithmetic() -> Iterator[None]:
     """One intra-op thread and no TF32, process-wide, restored afterwards."""
     threads = torch.get_num_threads()
     tf32 = torch.backends.cuda.matmul.allow_tf32
     torch.set_num_threads(1)
-    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-        # torch loads its solvers lazily, and threads must not race for that
-        torch.linalg.eigh(torch.eye(2, device="cuda"))
     torch.backends.cuda.matmul.allow_tf32 = False
     try:
         yield

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 
@@ -17,7 +19,7 @@ from loratool.frozen import Frozen
 from loratool.linalg.norms import squared_sum, sum_of_squares
 from loratool.plan import Step
 
-_Sums = tuple[int, float, float] | torch.Tensor
+_Sums = tuple[int, float, float] | tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 class DifferenceResult(Frozen):
@@ -79,70 +81,92 @@ class Difference(Kernel):
         self, block: grid.Block, tuned: torch.Tensor, base: torch.Tensor, wide: torch.dtype
     ) -> _Sums:
         shape = (block.r1 - block.r0, block.c1 - block.c0)
-        take = self.env.scratch.take
-        wide_base = take("base", shape, wide, self.env.device).copy_(base)
-        delta = take("delta", shape, wide, self.env.device).copy_(tuned).sub_(wide_base)
-        if tuned.dtype == base.dtype and tuned.element_size() in INTEGERS:
+        wide_base = self.env.scratch.take("base", shape, wide, self.env.device).copy_(base)
+        delta = self.room(block, wide).copy_(tuned).sub_(wide_base)
+        if _has_bits(tuned, base):
             differing = count_differing(tuned, base)
         else:
             differing = int((_cast(base, tuned.dtype) != tuned).sum())
         square = sum_of_squares(delta) if differing or tuned.dtype != base.dtype else 0.0
-        if not math.isfinite(square):  # the same infinity on both sides is no difference
-            delta = delta.masked_fill(tuned.to(wide) == wide_base, 0.0)
-            square = sum_of_squares(delta)
         weight = sum_of_squares(wide_base)
         if not math.isfinite(weight):
-            weight = sum_of_squares(wide_base.masked_fill(~torch.isfinite(wide_base), 0.0))
-        self.keep(block, tuned, delta if differing else None)
+            delta.masked_fill_(wide_base == tuned, 0.0)  # the same infinity is no difference
+            square = sum_of_squares(delta)
+            weight = sum_of_squares(wide_base.masked_fill_(~torch.isfinite(wide_base), 0.0))
+        self.keep(block, tuned, delta)
         return differing, square, weight
 
     def _on_gpu(
         self, block: grid.Block, tuned: torch.Tensor, base: torch.Tensor, wide: torch.dtype
     ) -> _Sums:
-        """The same without a question whose answer the GPU would have to be waited for."""
-        wide_base = base.to(wide)
-        delta = tuned.to(wide) - wide_base
-        if tuned.dtype == base.dtype and tuned.element_size() in INTEGERS:
-            bits = INTEGERS[tuned.element_size()]
-            differs = tuned.view(bits) != base.view(bits)
-            is_same = ~differs
-        else:
-            differs = _cast(base, tuned.dtype) != tuned
-            is_same = tuned.to(wide) == wide_base
-        delta.masked_fill_(is_same, 0.0)  # the same infinity on both sides is no difference
-        differing = torch.count_nonzero(differs)
-        square = squared_sum(delta) + torch.where(torch.isnan(base).any(), math.nan, 0.0)
-        if tuned.dtype == base.dtype:
-            square = torch.where(differing > 0, square, 0.0)
-        weight = squared_sum(torch.nan_to_num(wide_base, nan=0.0, posinf=0.0, neginf=0.0))
-        self.keep(block, tuned, delta)
-        return torch.stack([differing.double(), square, weight])
+        """The same without a question whose answer the GPU would have to be waited for.
 
-    def keep(self, block: grid.Block, tuned: torch.Tensor, delta: torch.Tensor | None) -> None:
-        """Called with each block; ``delta`` is None where nothing differs."""
+        In few launches: threads give them one at a time.
+        """
+        wide_base = base.to(wide)
+        delta = torch.sub(_float(tuned), wide_base, out=self.room(block, wide))
+        delta.masked_fill_(wide_base == tuned, 0.0)
+        if _has_bits(tuned, base):
+            bits = INTEGERS[tuned.element_size()]
+            differs = (tuned.view(bits) != base.view(bits)).any()
+        else:
+            differs = (_cast(base, tuned.dtype) != tuned).any()
+        square = squared_sum(delta)
+        weight = squared_sum(wide_base.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0))
+        self.keep(block, tuned, delta)
+        return differs, square, weight
+
+    def room(self, block: grid.Block, dtype: torch.dtype) -> torch.Tensor:
+        """Memory for the difference of a block, (rows, cols)."""
+        shape = (block.r1 - block.r0, block.c1 - block.c0)
+        return self.env.scratch.take("delta", shape, dtype, self.env.device)
+
+    def keep(self, block: grid.Block, tuned: torch.Tensor, delta: torch.Tensor) -> None:
+        """Called with the difference of each block, which is in its `room`."""
 
     def sizes(self) -> list[DifferenceResult]:
         """Add the blocks up, per pair.
 
         Raises:
-            NumericError: one of the tensors holds NaN or infinity.
+            NumericError: one of two tensors that differ holds NaN, or infinity that the other
+                does not have.
         """
         found = []
         for name, sums in zip(self.names, self._sums, strict=True):
-            ordered = [sums[i] for i in sorted(sums)]
-            parts = [s.tolist() if isinstance(s, torch.Tensor) else s for s in ordered]
-            delta, weight = (math.fsum(p[i] for p in parts) for i in (1, 2))
+            differing, squares, weights = _in_order(sums)
+            is_equal, delta = not any(differing), math.fsum(squares)
+            if is_equal and math.isnan(delta):  # the same NaN, bit for bit
+                delta = 0.0
             if not math.isfinite(delta):
                 raise NumericError(
                     "LT-803", "tuned or base tensor holds NaN or infinity", key=name,
                     expected="finite differences", hint="--exclude leaves a module out",
                 )  # fmt: skip
-            found.append(DifferenceResult(name, not any(p[0] for p in parts), delta, weight))
+            found.append(DifferenceResult(name, is_equal, delta, math.fsum(weights)))
         return found
 
     def finish(self) -> list[DifferenceResult]:
         """One result per pair."""
         return self.sizes()
+
+
+def _in_order(sums: Mapping[int, _Sums]) -> list[list[Any]]:
+    """What was measured of the blocks, each kind by itself; of a GPU fetched in one go."""
+    kinds = list(zip(*(sums[i] for i in sorted(sums)), strict=True)) or [(), (), ()]
+    return [
+        torch.stack(kind).tolist() if kind and isinstance(kind[0], torch.Tensor) else list(kind)
+        for kind in kinds
+    ]
+
+
+def _has_bits(tuned: torch.Tensor, base: torch.Tensor) -> bool:
+    """Bits can be compared, as integers."""
+    return tuned.dtype == base.dtype and tuned.element_size() in INTEGERS
+
+
+def _float(tensor: torch.Tensor) -> torch.Tensor:
+    """Integers as float64, which torch does not subtract from all of its types."""
+    return tensor if tensor.is_floating_point() else tensor.double()
 
 
 def _cast(base: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -19,7 +19,7 @@ from loratool.engine.step_args import SubtractAndFactorArgs
 from loratool.frozen import replace
 from loratool.linalg import fit
 from loratool.linalg.noise import Grid, simulate_noise
-from loratool.linalg.norms import squared_sum
+from loratool.linalg.norms import squared_sums
 from loratool.linalg.rank import RankRule
 from loratool.plan import Step
 
@@ -45,11 +45,17 @@ class SubtractAndFactor(Difference):
                 types, view = types[:1], (view[0] * len(self.names), view[1])
             self._grids = [Grid(view, dtype, device) for dtype in types]
 
-    def keep(self, block: grid.Block, tuned: torch.Tensor, delta: torch.Tensor | None) -> None:
-        """Collect the block."""
+    def room(self, block: grid.Block, dtype: torch.dtype) -> torch.Tensor:
+        """The block's place in the whole difference."""
         assert self._deltas is not None
-        room = self._deltas[block.pair, block.r0 : block.r1, block.c0 : block.c1]
-        room.zero_() if delta is None else room.copy_(delta)
+        if dtype != self._deltas.dtype:
+            return super().room(block, dtype)
+        return self._deltas[block.pair, block.r0 : block.r1, block.c0 : block.c1]
+
+    def keep(self, block: grid.Block, tuned: torch.Tensor, delta: torch.Tensor) -> None:
+        """Collect the block."""
+        if delta.dtype != torch.float32:
+            self.room(block, torch.float32).copy_(delta)
         if self._grids and self.args.is_joined:
             self._grids[0].take(tuned, block.pair * self.step.view[0] + block.r0, block.c0)
         elif self._grids:
@@ -60,6 +66,10 @@ class SubtractAndFactor(Difference):
         found = super().sizes()
         if not self.args.is_joined:
             return found
+        assert self._deltas is not None
+        for delta, one in zip(self._deltas, found, strict=False):
+            if one.is_equal:  # NaN less the same NaN is none
+                delta.zero_()
         return [
             DifferenceResult(
                 self.step.output.name,
@@ -71,9 +81,10 @@ class SubtractAndFactor(Difference):
 
     def finish(self) -> list[DifferenceResult]:
         """Factor what was collected."""
+        found = self.sizes()
         deltas, self._deltas = self._deltas, None
         assert deltas is not None
-        found = self._factor(deltas, self.sizes())
+        found = self._factor(deltas, found)
         self.env.pool.give(deltas)
         return found
 
@@ -117,7 +128,7 @@ class SubtractAndFactor(Difference):
         each = modules.shape[1]
         names = [self.step.output.name] if self.args.is_joined else self.names
         seeds = [_seed(f"{names[i]}[{e}]") for i in slots for e in range(each)]
-        squares = torch.stack([squared_sum(m) for m in modules.flatten(0, 1)]).tolist()
+        squares = squared_sums(modules.flatten(0, 1)).tolist()
         floors = None
         if self._grids:
             kept = [self._grids[i].exponents.view(each, -1, modules.shape[3]) for i in slots]

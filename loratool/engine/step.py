@@ -18,6 +18,7 @@ from loratool.adapter import Source, TensorData
 from loratool.dtypes import DTYPES
 from loratool.engine import grid
 from loratool.engine.buffers import ByteBuffer
+from loratool.engine.device import load_solvers
 from loratool.engine.kernel import Env, Kernel
 from loratool.engine.reads import cut_step
 from loratool.engine.rows import Op, op_of
@@ -114,6 +115,8 @@ class Lane:
 class StepWork:
     """A step, its kernel, and the pieces in which it is done; in any order, by any thread.
 
+    They are made one at a time.
+
     Attributes:
         step: what to do.
         pieces: runs of neighbouring blocks.
@@ -125,6 +128,8 @@ class StepWork:
         self._out = out
         self._op = op_of(step)
         self._kernel = None if self._op.moves_bytes else make_kernel(self._op, step, env)
+        if out is None:  # what streams into a file is never factored
+            load_solvers(env.device)
         self._lock = threading.Lock()
         self._crew = Crew()
         self._has_leader = self._is_ready = False

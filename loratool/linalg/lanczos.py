@@ -242,7 +242,7 @@ def orthonormalise(
         each: matrices of one group, done in the same way; None = all.
     """
     for limit in (floor, torch.full_like(floor, 0.5)):
-        for _ in range(2):
+        for _ in range(2 if basis.shape[2] else 0):
             block = block - basis @ (basis.mT @ block)
         block = _cholesky_qr(block, limit, each or len(block))
     return block

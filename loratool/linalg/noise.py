@@ -10,10 +10,13 @@ import torch
 from loratool.frozen import Frozen
 from loratool.linalg.draws import scale_by_noise
 from loratool.linalg.lanczos import block_lanczos, is_worthwhile
-from loratool.linalg.norms import squared_sum
+from loratool.linalg.norms import squared_sums
 
 # Eight leading directions in six steps: the largest singular value of flat noise within 0.2 %.
 _DIRECTIONS, _STEPS = 8, 6
+
+
+_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class NoiseFloor(Frozen):
@@ -43,18 +46,24 @@ class Grid:
         kind = torch.finfo(dtype)
         self._bits = 2 - math.frexp(kind.eps)[1]  # eps = 2^(1 - p)
         self._min_exponent = math.frexp(kind.tiny)[1] - 1
+        self._dtype = dtype
         self.exponents = torch.zeros(shape, dtype=torch.int16, device=device)
         # trailing significand bits that were zero in every value so far
         self._zeros = {16: True, 13: True} if dtype == torch.float32 else {}
 
     def take(self, values: torch.Tensor, r0: int, c0: int) -> None:
-        """Note a block whose first element is (r0, c0); blocks of a tensor may come in threads."""
-        exponent = torch.frexp(values.float())[1].sub_(1).clamp_min_(self._min_exponent)
-        exponent.masked_fill_(values == 0, self._min_exponent)
+        """Note a block whose first element is (r0, c0); blocks of a tensor may come in threads.
+
+        Exponents as they are stored: those of zeros and subnormal numbers are the least.
+        """
         rows, cols = values.shape
-        self.exponents[r0 : r0 + rows, c0 : c0 + cols] = exponent
+        bits = values.to(self._dtype).view(_INTEGERS[self._dtype.itemsize])
+        bias = 1 - self._min_exponent
+        biased = (bits >> (self._bits - 1)).bitwise_and_(2 * bias + 1)
+        place = self.exponents[r0 : r0 + rows, c0 : c0 + cols]
+        place.copy_(biased).sub_(bias).clamp_min_(self._min_exponent)
         for count, holds in self._zeros.items():
-            if holds and bool((values.view(torch.int32) & ((1 << count) - 1)).any()):
+            if holds and bool((bits & ((1 << count) - 1)).any()):
                 self._zeros[count] = False
 
     @property
@@ -136,12 +145,12 @@ def _simulate(
     noise = torch.exp2(exponents.float())
     del exponents
     torch.minimum(noise, _each(caps, noise), out=noise)
-    squares = [squared_sum(one) / 12 for one in noise]
+    squares = (squared_sums(noise) / 12).tolist()
     for one, seed in zip(noise, seeds, strict=True):
         scale_by_noise(one, seed)
     tops = _largest_singular_values(noise, seeds)
     return [
-        NoiseFloor(math.ldexp(top, shift), math.ldexp(float(square), 2 * shift))
+        NoiseFloor(math.ldexp(top, shift), math.ldexp(square, 2 * shift))
         if delta_square
         else NoiseFloor(0.0, 0.0)
         for top, square, shift, delta_square in zip(
@@ -158,7 +167,7 @@ def _each(values: Sequence[float], like: torch.Tensor) -> torch.Tensor:
 def _largest_singular_values(stack: torch.Tensor, seeds: Sequence[int]) -> list[float]:
     if not is_worthwhile(stack.shape, _DIRECTIONS):
         return [float(torch.linalg.matrix_norm(one.double(), 2)) for one in stack]
-    squares = torch.stack([squared_sum(one) for one in stack]).tolist()
+    squares = squared_sums(stack).tolist()
     found = block_lanczos(
         stack, _DIRECTIONS, seeds=seeds, squares=squares, tolerance=1.0, min_steps=_STEPS, each=1
     )

@@ -37,3 +37,14 @@ def squared_sum(values: torch.Tensor) -> torch.Tensor:
         wide = scratch[: part.numel()].copy_(part)
         total += torch.dot(wide, wide)
     return total
+
+
+def squared_sums(stack: torch.Tensor) -> torch.Tensor:
+    """`squared_sum` of each of a stack (b, m, n): (b,) float64 on the device."""
+    if stack.device.type != "cuda":
+        return torch.stack([squared_sum(one) for one in stack])
+    count, rows, cols = stack.shape
+    height = max(1, _PIECE["cuda"] // max(1, count * cols))
+    parts = stack.split(height, 1) if rows else [stack]
+    norms = [torch.linalg.vector_norm(part, dim=(1, 2), dtype=torch.float64) for part in parts]
+    return torch.stack(norms).square().sum(0)
