@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from loratool.plan import Plan
     from loratool.store.source import Resolved
 
-_CUDA_FACTORING_CHUNK = 16 << 20  # page-locked memory is slow to get, and the run takes seconds
+_CUDA_FACTORING_CHUNK = 32 << 20  # few launches: threads give them one at a time
 
 _MAX_THREADS = 1024
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch.nn.functional import pad
 
 from loratool.adapter import TensorData
 from loratool.delta.lowrank import packed
@@ -104,7 +105,7 @@ class SubtractAndFactor(Difference):
         how = self._how(modules, slots, found, at)
         turned = modules.mT if self.args.transposed else modules
         fits = dict(zip(at, fit.fit(turned, how), strict=True))
-        losses = {i: self._lost(turned[i], factors) for i, (factors, _) in fits.items()}
+        losses = self._lost(turned, [fits[i][0] for i in slots])
         for i, (factors, choice) in fits.items():
             found[i] = replace(
                 found[i],
@@ -142,18 +143,23 @@ class SubtractAndFactor(Difference):
             is_sliceable=self.args.slices, wanted=at,
         )  # fmt: skip
 
-    def _lost(self, stack: torch.Tensor, factors: fit.Factors) -> tuple[torch.Tensor, torch.Tensor]:
-        """What the factors leave out as written, and what float16 would lose: on the device."""
-        pairs = list(zip(stack, factors.lora_B, factors.lora_A, strict=True))
-        nothing = torch.zeros((), dtype=torch.float64)
-        if factors.lora_A.shape[1] == 0:
-            return nothing, nothing
+    def _lost(
+        self, modules: torch.Tensor, factors: Sequence[fit.Factors]
+    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Per module what its factors leave out as written, and what float16 would lose."""
+        rank = max(one.lora_A.shape[1] for one in factors)
+        lora_B = torch.cat([pad(one.lora_B, (0, rank - one.lora_B.shape[2])) for one in factors])
+        lora_A = torch.cat(
+            [pad(one.lora_A, (0, 0, 0, rank - one.lora_A.shape[1])) for one in factors]
+        )
         if self.args.slices:
+            pairs = zip(modules.flatten(0, 1), lora_B, lora_A, strict=True)
             left = torch.stack([fit.residual_squares(*pair) for pair in pairs])
         else:
-            left = torch.stack([fit.residual_square(*pair) for pair in pairs])[:, None]
-        cast = torch.stack([fit.cast_square(B, A, torch.float16) for _, B, A in pairs])
-        return left, cast
+            left = fit.residual_square(modules.flatten(0, 1), lora_B, lora_A)[:, None].cpu()
+        cast = fit.cast_square(lora_B, lora_A, torch.float16).cpu()
+        each = modules.shape[1]
+        return list(zip(torch.split(left, each), torch.split(cast, each), strict=True))
 
     def _made(
         self,
@@ -165,7 +171,7 @@ class SubtractAndFactor(Difference):
         """The factors as stored, and what they leave out."""
         if factors.lora_A.shape[1] == 0:
             return {"residual_squares": (found.delta_square,)}
-        curve = sum(left.cpu())
+        curve = sum(left)
         assert isinstance(curve, torch.Tensor)
         return {
             "residual_squares": tuple((curve.clamp_min(0) if self.args.slices else curve).tolist()),

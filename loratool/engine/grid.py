@@ -26,6 +26,10 @@ CPU_CHUNK_BYTES = 8 << 20
 CUDA_CHUNK_BYTES = 8 << 20
 """The same with a GPU: one block of 16-bit numbers.  Pinned memory is taken in powers of two."""
 
+FERRY_BYTES = 4 << 20
+"""Of two buffers through which a worker's input goes to a GPU: they stay in the processor's cache,
+and larger ones come from memory and go there again."""
+
 SAMPLE_ELEMENTS = 1 << 21
 """Elements of a module up to which `compare` and `inspect --risk` look at every one; of larger ones
 they take whole rows, evenly spread over the matrix, that hold about as many."""

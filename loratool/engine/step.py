@@ -7,8 +7,9 @@ threads uses `StepWork` and one `Lane` per thread.
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -17,7 +18,7 @@ import torch
 from loratool.adapter import Source, TensorData
 from loratool.dtypes import DTYPES
 from loratool.engine import grid
-from loratool.engine.buffers import ByteBuffer
+from loratool.engine.buffers import ByteBuffer, torch_dtype
 from loratool.engine.device import load_solvers
 from loratool.engine.kernel import Env, Kernel
 from loratool.engine.reads import cut_step
@@ -98,6 +99,7 @@ class Lane:
         self.stream = torch.cuda.Stream(device) if self.is_cuda else None  # type: ignore[no-untyped-call]
         self.output = ByteBuffer(pinned=self.is_cuda)
         self._inputs: list[ByteBuffer] = []
+        self._ferries = [Ferry(), Ferry()] if self.is_cuda else []
 
     def at_work(self) -> AbstractContextManager[Any]:
         """Its stream is the current one; a lane of the CPU never wakes a GPU up."""
@@ -105,11 +107,49 @@ class Lane:
             return nullcontext()
         return torch.cuda.stream(self.stream)
 
-    def input(self, position: int) -> ByteBuffer:
-        """The buffer for an input."""
-        while len(self._inputs) <= position:
-            self._inputs.append(ByteBuffer(pinned=self.is_cuda))
-        return self._inputs[position]
+    def load(
+        self, position: int, nbytes: int, dtype: str, fill: Callable[[int, memoryview], None]
+    ) -> torch.Tensor:
+        """Bytes of an input as flat elements on the device; valid until the input is loaded again.
+
+        On the way to a GPU they pass through two small buffers, which stay in the processor's
+        cache: one is filled while the other is copied.
+
+        Args:
+            position: of the input.
+            nbytes: how many.
+            dtype: what they are.
+            fill: puts the bytes from an offset on into a buffer.
+        """
+        if not self.is_cuda:
+            while len(self._inputs) <= position:
+                self._inputs.append(ByteBuffer())
+            data, here = self._inputs[position].take(nbytes, 0, dtype)
+            fill(0, data)
+            return here
+        there = torch.empty(nbytes, dtype=torch.uint8, device=self.device)
+        for start in range(0, nbytes, grid.FERRY_BYTES):
+            ferry = self._ferries[0]
+            self._ferries.reverse()
+            part = there[start : start + grid.FERRY_BYTES]
+            ferry.carry(part, partial(fill, start))
+        return there.view(torch_dtype(dtype))
+
+
+class Ferry:
+    """Page-locked memory on whose way bytes come to a GPU."""
+
+    def __init__(self) -> None:
+        self._buffer = ByteBuffer(pinned=True)
+        self._arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
+
+    def carry(self, there: torch.Tensor, fill: Callable[[memoryview], None]) -> None:
+        """Fill bytes on the GPU, by the current stream; returns before they are there."""
+        self._arrived.synchronize()
+        data, here = self._buffer.take(len(there))
+        fill(data)
+        there.copy_(here, non_blocking=True)
+        self._arrived.record()
 
 
 class StepWork:
@@ -132,6 +172,7 @@ class StepWork:
             load_solvers(env.device)
         self._lock = threading.Lock()
         self._crew = Crew()
+        self._at_work: list[torch.cuda.Event] = []  # pieces that a GPU may not have done yet
         self._has_leader = self._is_ready = False
         self.pieces = cut_step(
             step, elements=env.elements, chunk=env.chunk, sample=env.sample
@@ -174,6 +215,8 @@ class StepWork:
         if kernel is None:
             return None
         with nullcontext() if lane is None else lane.at_work():
+            for event in self._at_work:
+                event.wait()
             return kernel.finish()
 
     def _copy(self, lane: Lane, piece: list[grid.Block]) -> int:
@@ -204,8 +247,10 @@ class StepWork:
         kernel.run_piece(piece, inputs, outs)
         if outs is not None and lane.is_cuda:
             host.copy_(outs, non_blocking=True)
-        if lane.stream is not None:
+        if lane.stream is not None and self._out is not None:
             lane.stream.synchronize()
+        elif lane.stream is not None:
+            self._at_work.append(lane.stream.record_event())
         if self._out is not None:
             self._out.put(target, data, aligned)
         return sum(i.element_size() * count for i in inputs)
@@ -215,9 +260,11 @@ class StepWork:
     ) -> torch.Tensor:
         dtype = self._op.dtype(source)
         size = DTYPES[dtype].bits // 8
-        data, host = lane.input(position).take(count * size, 0, dtype)
-        self._fill(data, source, first * size)
-        return host.to(lane.device, non_blocking=True) if lane.is_cuda else host
+
+        def fill(start: int, data: memoryview) -> None:
+            self._fill(data, source, first * size + start)
+
+        return lane.load(position, count * size, dtype, fill)
 
     def _fill(self, data: memoryview, source: Source, start: int) -> None:
         if isinstance(source, TensorData):

@@ -12,7 +12,7 @@ from loratool.frozen import Frozen, replace
 from loratool.linalg import svd
 from loratool.linalg.lanczos import TOLERANCE, block_lanczos, is_worthwhile
 from loratool.linalg.noise import NoiseFloor
-from loratool.linalg.norms import squared_sum
+from loratool.linalg.norms import squared_sums
 from loratool.linalg.rank import RankRule, choose_rank
 
 AUTO_CAP = 256
@@ -260,31 +260,33 @@ def _choose(
 
 
 def residual_square(
-    matrix: torch.Tensor, lora_B: torch.Tensor, lora_A: torch.Tensor
+    stack: torch.Tensor, lora_B: torch.Tensor, lora_A: torch.Tensor
 ) -> torch.Tensor:
     """‖D - lora_B lora_A‖_F² of the float32 factors as they are, in float32 products.
 
     Args:
-        matrix: (m, n) float32.
-        lora_B: (m, k) float32.
-        lora_A: (k, n) float32.
+        stack: (b, m, n) float32.
+        lora_B: (b, m, k) float32.
+        lora_A: (b, k, n) float32.
 
     Returns:
-        A float64 number on the device.
+        (b,) float64 on the device.
 
     Notes:
         Elements are off by eps(float32)·(|D| + √k·|lora_B||lora_A|) at most, the sum by 1e-7 of
         itself.
     """
-    elements = _BLOCK_ELEMENTS[matrix.device.type]
-    total = matrix.new_zeros((), dtype=torch.float64)
-    height = max(1, elements // matrix.shape[1])
-    scratch = matrix.new_empty(min(height, matrix.shape[0]), matrix.shape[1])
-    for row in range(0, matrix.shape[0], height):
-        block = matrix[row : row + height]
-        rest = scratch[: len(block)]
-        torch.addmm(block, lora_B[row : row + height], lora_A, alpha=-1, out=rest)
-        total += squared_sum(rest)
+    together = len(stack) if stack.is_cuda else 1
+    total = stack.new_zeros(len(stack), dtype=torch.float64)
+    height = max(1, _BLOCK_ELEMENTS[stack.device.type] // (together * stack.shape[2]))
+    scratch = stack.new_empty(together, min(height, stack.shape[1]), stack.shape[2])
+    for first in range(0, len(stack), together):
+        at = slice(first, first + together)
+        for row in range(0, stack.shape[1], height):
+            block = stack[at, row : row + height]
+            rest = scratch[:, : block.shape[1]]
+            torch.baddbmm(block, lora_B[at, row : row + height], lora_A[at], alpha=-1, out=rest)
+            total[at] += squared_sums(rest)
     return total
 
 
@@ -320,16 +322,16 @@ def cast_square(lora_B: torch.Tensor, lora_A: torch.Tensor, dtype: torch.dtype) 
     """‖B A - B' A'‖_F² where B' and A' are the factors stored as ``dtype``.
 
     Args:
-        lora_B: (m, k) float32.
-        lora_A: (k, n) float32.
+        lora_B: (m, k) float32, or a stack (b, m, k).
+        lora_A: (k, n) float32, or (b, k, n).
         dtype: storage type.
 
     Returns:
-        A float64 number on the device.
+        A float64 number on the device, or (b,).
     """
     left, right = lora_B.double(), lora_A.double()
     left_cast, right_cast = lora_B.to(dtype).double(), lora_A.to(dtype).double()
-    tall = torch.cat([left_cast - left, left_cast], 1)  # B'A' - BA = dB A + B' dA
-    wide = torch.cat([right, right_cast - right])
-    square = ((tall.T @ tall) * (wide @ wide.T)).sum()
+    tall = torch.cat([left_cast - left, left_cast], -1)  # B'A' - BA = dB A + B' dA
+    wide = torch.cat([right, right_cast - right], -2)
+    square = ((tall.mT @ tall) * (wide @ wide.mT)).sum((-2, -1))
     return torch.where(square > 0, square, 0.0)  # values beyond the type give NaN

@@ -110,9 +110,13 @@ class _Stop:
         self._rank, self._tolerance, self._min_steps = rank, tolerance, min_steps
         self._before = torch.zeros_like(self.total)
 
-    def looks_at(self, step: int) -> bool:
-        """The energies after this step are needed."""
-        return step >= self._min_steps - 1
+    def only_measures(self, step: int) -> bool:
+        """The energies after this step are needed, for what the next one gains."""
+        return step == self._min_steps - 1
+
+    def decides(self, step: int) -> bool:
+        """Matrices may be good enough after this step."""
+        return step >= self._min_steps
 
     def settled(self, step: int, values: torch.Tensor) -> torch.Tensor:
         """(b,) bool, from the eigenvalues (b, L) float64 of the projections, ascending."""
@@ -141,7 +145,9 @@ def _lanczos(stack: torch.Tensor, rank: int, seeds: Sequence[int], stop: _Stop) 
         basis, images = torch.cat([basis, block], 2), torch.cat([images, wide], 2)
         steps += 1
         is_last = basis.shape[2] + width > stack.shape[1] or steps >= MAX_STEPS
-        if stop.looks_at(steps) or is_last:
+        if stop.only_measures(steps) and not is_last:
+            stop.settled(steps, _eigenvalues(gram))
+        elif stop.decides(steps) or is_last:
             values, vectors = _eigh(gram)
             settled = stop.settled(steps, values) | is_last
             if bool((settled & open_).any()):
@@ -187,10 +193,22 @@ def _times(stack: torch.Tensor, block: torch.Tensor) -> torch.Tensor:
 
 def _eigh(gram: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Eigenvalues on the CPU, ascending, and vectors; each by itself, whatever the others are."""
-    where = torch.device("cpu") if gram.shape[-1] <= _SMALL else gram.device
-    pairs = [_eigh_of(one) for one in gram.to(where)]
+    pairs = [_eigh_of(one) for one in _near(gram)]
     values, vectors = torch.stack([p[0] for p in pairs]), torch.stack([p[1] for p in pairs])
     return values.cpu(), vectors.to(gram.device)
+
+
+def _eigenvalues(gram: torch.Tensor) -> torch.Tensor:
+    """Those of `_eigh` alone, to rounding, in a third of its time."""
+    try:
+        return torch.stack([torch.linalg.eigvalsh(one) for one in _near(gram)]).cpu()
+    except RuntimeError:  # torch.linalg.LinAlgError is one
+        return _eigh(gram)[0]
+
+
+def _near(gram: torch.Tensor) -> torch.Tensor:
+    """Matrices where they are decomposed soonest."""
+    return gram.cpu() if gram.shape[-1] <= _SMALL else gram
 
 
 def _eigh_of(gram: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -45,6 +45,6 @@ def squared_sums(stack: torch.Tensor) -> torch.Tensor:
         return torch.stack([squared_sum(one) for one in stack])
     count, rows, cols = stack.shape
     height = max(1, _PIECE["cuda"] // max(1, count * cols))
-    parts = stack.split(height, 1) if rows else [stack]
+    parts = torch.split(stack, height, 1) if rows else [stack]
     norms = [torch.linalg.vector_norm(part, dim=(1, 2), dtype=torch.float64) for part in parts]
     return torch.stack(norms).square().sum(0)

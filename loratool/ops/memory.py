@@ -14,7 +14,7 @@ from loratool.engine.machine import can_fork
 from loratool.engine.rows import op_of, piece_bytes, result_bytes, step_bytes
 from loratool.errors import DiskError
 from loratool.frozen import Frozen
-from loratool.plan import Plan
+from loratool.plan import Plan, Step
 from loratool.report.text import format_bytes
 
 TORCH_BYTES = {"cpu": 260_000_000, "cuda": 1_200_000_000}
@@ -130,9 +130,13 @@ class _Needs:
 
     def _largest_piece(self, chunk: int) -> int:
         if chunk not in self._pieces:
-            pieces = (piece_bytes(s, chunk, self._elements) for s in self._plan.steps)
-            self._pieces[chunk] = max(pieces, default=0)
+            self._pieces[chunk] = max((self._piece(s, chunk) for s in self._plan.steps), default=0)
         return self._pieces[chunk]
+
+    def _piece(self, step: Step, chunk: int) -> int:
+        if self._device == "cuda" and op_of(step).is_arithmetic:  # what is on its way there
+            return 2 * grid.FERRY_BYTES
+        return piece_bytes(step, chunk, self._elements)
 
 
 def _interpreters(device: str, workers: int, executor: str) -> int:

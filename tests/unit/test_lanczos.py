@@ -36,7 +36,7 @@ def check(matrix: torch.Tensor, rank: int, excess: float, seed: int = 0) -> None
     assert residual <= optimum * (1 + excess) + floor(matrix)
     certified = total - float(found.singular_values.square().sum())
     assert abs(certified - residual**2) <= 1e-5 * total
-    told = residual_square(matrix, found.lora_B[0], found.lora_A[0])
+    told = residual_square(matrix[None], found.lora_B, found.lora_A)
     assert abs(told - residual**2) <= 1e-6 * residual**2 + floor(matrix) ** 2
 
 
@@ -109,7 +109,10 @@ def test_company_and_order_do_not_change_the_start() -> None:
     found = truncate(stack, 8, seeds=[1, 2, 3, 4], squares=[square(m) for m in matrices])
     for matrix, lora_B, lora_A in zip(matrices, found.lora_B, found.lora_A, strict=True):
         optimum = float(torch.linalg.svdvals(matrix.double())[8:].square().sum())
-        assert residual_square(matrix, lora_B, lora_A) <= optimum * 1.002 + floor(matrix) ** 2
+        assert (
+            residual_square(matrix[None], lora_B[None], lora_A[None])
+            <= optimum * 1.002 + floor(matrix) ** 2
+        )
 
 
 def test_same_seed_same_bytes_other_seed_same_error() -> None:
