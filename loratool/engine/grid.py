@@ -26,9 +26,9 @@ CPU_CHUNK_BYTES = 8 << 20
 CUDA_CHUNK_BYTES = 8 << 20
 """The same with a GPU: one block of 16-bit numbers.  Pinned memory is taken in powers of two."""
 
-FERRY_BYTES = 4 << 20
-"""Of two buffers through which a worker's input goes to a GPU: they stay in the processor's cache,
-and larger ones come from memory and go there again."""
+FERRY_BYTES = 16 << 20
+"""Of the buffers by which a worker's input goes to a GPU at most: smaller ones mean more turns at
+the interpreter's lock, which cost more than what a processor's cache saves (4 MB: a quarter)."""
 
 SAMPLE_ELEMENTS = 1 << 21
 """Elements of a module up to which `compare` and `inspect --risk` look at every one; of larger ones

@@ -112,8 +112,8 @@ class Lane:
     ) -> torch.Tensor:
         """Bytes of an input as flat elements on the device; valid until the input is loaded again.
 
-        On the way to a GPU they pass through two small buffers, which stay in the processor's
-        cache: one is filled while the other is copied.
+        On the way to a GPU they pass through page-locked buffers: one is filled while the other
+        is copied, where the GPU is not waited for in between.
 
         Args:
             position: of the input.
@@ -129,19 +129,21 @@ class Lane:
             return here
         there = torch.empty(nbytes, dtype=torch.uint8, device=self.device)
         for start in range(0, nbytes, grid.FERRY_BYTES):
-            ferry = self._ferries[0]
-            self._ferries.reverse()
-            part = there[start : start + grid.FERRY_BYTES]
-            ferry.carry(part, partial(fill, start))
+            ferry = next((f for f in self._ferries if f.is_here()), self._ferries[0])
+            ferry.carry(there[start : start + grid.FERRY_BYTES], partial(fill, start))
         return there.view(torch_dtype(dtype))
 
 
 class Ferry:
-    """Page-locked memory on whose way bytes come to a GPU."""
+    """Page-locked memory by which bytes come to a GPU."""
 
     def __init__(self) -> None:
         self._buffer = ByteBuffer(pinned=True)
         self._arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
+
+    def is_here(self) -> bool:
+        """What it last carried has arrived."""
+        return bool(self._arrived.query())  # type: ignore[no-untyped-call]
 
     def carry(self, there: torch.Tensor, fill: Callable[[memoryview], None]) -> None:
         """Fill bytes on the GPU, by the current stream; returns before they are there."""
