@@ -116,3 +116,21 @@ def test_a_gpu_measures_what_a_cpu_does(name: str) -> None:
             found.append(error.code)
     assert found[0] == found[1]
     assert (found[0] == "LT-803") == (name in ("other infinity", "nan"))
+
+
+def test_nan_is_refused_by_the_tensor_not_by_the_block() -> None:
+    """The same NaN on both sides is no difference; beside one it is not a number to subtract."""
+    for way in (Difference._on_cpu, Difference._on_gpu):
+        kernel = Difference(
+            Step("difference", TensorSpec("w", "F32", (2, 2)), (), (2, 2)),
+            Env(FileReader(), CPU),
+        )
+        same, base = torch.tensor([[math.nan, 1.0]]), torch.tensor([[3.0, 1.0]])
+        rows = [grid.Block(i, i, i + 1, 0, 2, 2 * i) for i in range(2)]
+        kernel._sums[0][0] = way(kernel, rows[0], same, same.clone(), torch.float32)
+        kernel._sums[0][1] = way(kernel, rows[1], base, base.clone(), torch.float32)
+        (found,) = kernel.sizes()
+        assert (found.is_equal, found.delta_square, found.weight_square) == (True, 0.0, 11.0)
+        kernel._sums[0][1] = way(kernel, rows[1], base + 1, base, torch.float32)
+        with pytest.raises(NumericError, match="NaN"):
+            kernel.sizes()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 
 import pytest
@@ -104,6 +105,21 @@ def test_values_of_a_narrow_type_in_a_float32_file_are_seen(narrow: torch.dtype,
     spacing = torch.exp2(grid.exponents.double() - bits + 1)
     assert bool((torch.nextafter(values.to(narrow), torch.tensor(2.0, dtype=narrow)).double()
                  - values.double() == spacing).all())  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_exponents_are_those_of_the_numbers(dtype: torch.dtype) -> None:
+    """floor(log2 |w|) by `math.frexp`; zeros and subnormal numbers lie on the finest grid."""
+    kind = torch.finfo(dtype)
+    values = [0.0, -0.0, 1.0, -1.5, 2.0, 1 - kind.eps / 2, kind.max, -kind.max, kind.tiny,
+              kind.tiny / 2, -3 * kind.tiny, kind.smallest_normal * 1.5]  # fmt: skip
+    stored = torch.tensor(values, dtype=torch.float64).to(dtype)[None]
+    numbers = Grid((2, len(values)), dtype, torch.device("cpu"))
+    numbers.take(stored, 1, 0)
+    least = math.frexp(kind.tiny)[1] - 1
+    wanted = [max(math.frexp(v)[1] - 1, least) if v else least for v in stored[0].tolist()]
+    assert numbers.exponents[1].tolist() == wanted
+    assert not numbers.exponents[0].any()
 
 
 def test_the_floor_is_the_rounding_noise() -> None:
