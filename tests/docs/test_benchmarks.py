@@ -13,9 +13,11 @@ from benchmarks import harness, table
 SCRIPTS = ("combine", "compress", "exact", "extract", "gpus", "kernel", "merge", "startup", "ties")
 
 
-def test_the_readme_has_the_tables_of_the_results() -> None:
-    text = (table.HERE / "README.md").read_text()
-    assert table.readme(text, table.stored()) == text, "python -m benchmarks.table"
+@pytest.mark.parametrize("page", table.PAGES, ids=lambda page: page.parent.name)
+def test_a_page_has_the_stored_results(page: Path) -> None:
+    assert table.PAGES[page](page.read_text(), table.stored()) == page.read_text(), (
+        "python -m benchmarks.table"
+    )
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
