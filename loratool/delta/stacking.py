@@ -120,13 +120,13 @@ def gather(spec: DeltaSpec, spans: Sequence[Span]) -> DeltaSpec | None:
     lefts |= {_block_role(spec)} if height > 1 or not is_cuttable(spec) else set()
     own = [(a // height, b // height) for a, b in spans]
     fields = {
-        role: _rows(source, own) if role in lefts else source
+        role: take_rows(source, own) if role in lefts else source
         for role, source in spec.fields.items()
     }
     return replace(spec, fields=fields)
 
 
-def _rows(source: Source, spans: Sequence[Span]) -> Source:
+def take_rows(source: Source, spans: Sequence[Span]) -> Source:
     """Rows of a tensor: a place in its file if they lie side by side."""
     parts = [rows_of(source, *span) for span in spans]
     if len(parts) == 1:

@@ -78,15 +78,13 @@ def rename(
             made.append(Moved(spec, group[0].component, "", (group[0].spec.name,)))
         else:
             mine = kin[_kin_of(group[0])]
-            wanted = _naming_of(group[0], mine, naming(place.family))
-            made += _moved(group, wanted, _heights(mine), remake)
+            wide = max(_size(k.spec)[1] for k in mine)  # a bias does not tell it
+            wanted = place.called(naming(place.family), _size(group[0].spec)[0], wide)
+            if not wide and place.asks_width(wanted):
+                raise _refusal([group[0].spec], "the width of its weight, which it does not tell, "
+                               "decides where its numbers lie")  # fmt: skip
+            made += _moved(group, wanted, _heights(mine), wide, remake)
     return made
-
-
-def _naming_of(one: Located, kin: Sequence[Located], wanted: str) -> str:
-    """The naming by which a row of the map is called for a dialect's."""
-    assert one.place is not None
-    return one.place.called(wanted, _size(one.spec)[0], max(_size(k.spec)[1] for k in kin))
 
 
 def _kin_of(one: Located) -> object:
@@ -105,7 +103,11 @@ class _Piece(Frozen):
 
 
 def _moved(
-    group: Sequence[Located], naming: str, heights: Mapping[int, int], remake: stacking.Remake
+    group: Sequence[Located],
+    naming: str,
+    heights: Mapping[int, int],
+    wide: int,
+    remake: stacking.Remake,
 ) -> list[Moved]:
     """The changes of one row of the map, in another naming."""
     place = group[0].place
@@ -121,7 +123,7 @@ def _moved(
         if not mine:
             continue
         spec = _one(_without_twins(mine), name, heights, remake)
-        spec = _grown(_turned(spec, place, naming), place)
+        spec = _grown(_turned(spec, place, naming, wide), place)
         module, parameter = row.fill(name, naming, place.numbers), place.parameter
         if row.is_tensor:
             module, _, parameter = module.rpartition(".")
@@ -247,11 +249,10 @@ def _one(
     return made
 
 
-def _turned(spec: DeltaSpec, place: Place, naming: str) -> DeltaSpec:
-    rows, width = _size(spec)
+def _turned(spec: DeltaSpec, place: Place, naming: str, wide: int) -> DeltaSpec:
     if place.row.swap == "axes" and place.is_turned(naming):
         return _exchanged(spec)
-    if not place.is_swapped(naming, rows, width):
+    if not place.is_swapped(naming, _size(spec)[0], wide):
         return spec
     made = stacking.swap_halves(spec)
     if made is None:

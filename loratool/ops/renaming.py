@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from loratool.adapter import Adapter, DeltaSpec, Replacement
@@ -109,9 +110,24 @@ def _replaced(one: Replacement, table: Table, main: str) -> Replacement:
     """
     component, name = split_component(one.name)
     module, _, parameter = name.rpartition(".")
-    found = [p for p in places(component, module, parameter, main or None) if not p.is_part]
-    names = {p.tensors(p.called(naming_in(p.family, table.naming), 0, 0)) for p in found}
-    if len(names) != 1 or len(only := names.pop()) != 1:
+    rows, wide = (*one.source.shape, 0, 0)[:2]
+    found = [
+        (p, p.called(naming_in(p.family, table.naming), rows, wide))
+        for p in places(component, module, parameter, main or None)
+    ]
+    if len({(p.tensors(way), p.is_swapped(way, rows, wide)) for p, way in found}) != 1:
         return one
-    slot = slot_of(table, component, found[0].family, main)
-    return replace(one, name=".".join(filter(None, (slot, only[0]))))
+    place, way = found[0]
+    if place.is_part or len(names := place.tensors(way)) != 1 or place.row.swap == "axes":
+        raise MismatchError(
+            "LT-494", "a replaced tensor has no form under the other names", key=one.name,
+            got="part of a tensor, several, or other axes",
+            hint=f"leave it out: --skip ^{re.escape(one.name.rpartition('.')[0])}$",
+        )  # fmt: skip
+    source = one.source
+    if place.is_swapped(way, rows, wide):
+        source = stacking.take_rows(source, [(rows // 2, rows), (0, rows // 2)])
+    module, _, parameter = names[0].rpartition(".")
+    module = module.replace(".", "_") if table.is_flat else module
+    slot = slot_of(table, component, place.family, main)
+    return replace(one, name=".".join(filter(None, (slot, module, parameter))), source=source)
