@@ -9,7 +9,7 @@ from typing import Any
 from loratool.adapter import Adapter, AdapterFiles, Source, TensorData
 from loratool.api.common import Limits
 from loratool.api.fitting import even_out
-from loratool.dialects import write_adapter_files
+from loratool.dialects import DEFAULT, write_adapter_files
 from loratool.dialects.base import Dialect
 from loratool.dialects.registry import home_of, row_of
 from loratool.dialects.rules import is_of_home
@@ -22,6 +22,7 @@ from loratool.ops.convert import (
     plan_convert,
 )
 from loratool.ops.leaving import folds
+from loratool.ops.locating import is_of_images, of_one_family
 from loratool.ops.memory import MemoryPlan
 from loratool.ops.renaming import in_dialect
 from loratool.report.base import root_share
@@ -58,13 +59,11 @@ def alike(adapters: Sequence[Adapter], limits: Limits) -> list[Adapter]:
     Raises:
         MismatchError: of `loratool.ops.convert.plan_convert`.
     """
-    first = adapters[0]
-    row = home_of(first.dialect)
+    row = home_of(adapters[0].dialect)
     if not any(home_of(one.dialect).table for one in adapters):
         # Read, their modules have the names of transformers in all of them.
         return [a if is_of_home(a, row.name) else of_dialect(a, row.name) for a in adapters]
-    are_tables = all(home_of(one.dialect).table is not None for one in adapters)
-    if row.table is None or not row.table.naming or not are_tables or _are_alike(adapters):
+    if not all(map(_is_renamed, adapters)) or _are_alike(adapters):
         return list(adapters)
     row, made = _in_one_naming(adapters, limits)
     return [
@@ -82,14 +81,22 @@ def _in_one_naming(adapters: Sequence[Adapter], limits: Limits) -> tuple[Dialect
     Raises:
         MismatchError: of `plan_convert`, none has: what the first dialect says.
     """
-    problems = []
-    for name in dict.fromkeys(home_of(one.dialect).name for one in adapters):
+    problems, told = [], of_one_family(adapters)
+    rows = [home_of(one.dialect) for one in adapters]
+    for name in dict.fromkeys(row.name for row in rows if row.table is not None):
         try:
-            made = [carry_out(plan_convert(one, name), limits).adapter for one in adapters]
-            return row_of(name), made
+            made = [carry_out(plan_convert(one, name), limits).adapter for one in told]
+            return row_of(name), [replace(new, metadata=old.metadata)
+                                  for old, new in zip(adapters, made, strict=True)]  # fmt: skip
         except MismatchError as problem:
             problems.append(problem)
     raise problems[0]
+
+
+def _is_renamed(adapter: Adapter) -> bool:
+    """True if a dialect of images has names for it; PEFT's folders may be of any model."""
+    table = home_of(adapter.dialect).table
+    return bool(table and table.naming) or (is_of_home(adapter, DEFAULT) and is_of_images(adapter))
 
 
 def _are_alike(adapters: Sequence[Adapter]) -> bool:

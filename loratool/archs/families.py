@@ -18,6 +18,7 @@ from loratool.frozen import Frozen, field
 from loratool.lazy import regex
 
 __all__ = [
+    "MODEL_KEY",
     "Family",
     "Guess",
     "Place",
@@ -32,7 +33,9 @@ __all__ = [
     "split_component",
 ]
 
-_KEYS = ("ss_base_model_version", "modelspec.architecture")
+MODEL_KEY = "ss_base_model_version"
+"""Of trainers' metadata: which model a file is for."""
+_KEYS = (MODEL_KEY, "modelspec.architecture")
 _LANGUAGE = regex(
     r"(base_model\.model\.)?(model\.|language_model\.)*layers\.\d+\.(self_attn|mlp)\.\w+(\.|$)"
 )

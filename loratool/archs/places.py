@@ -136,7 +136,7 @@ class Place(Frozen):
         return self.is_turned(naming) and holds_for(self.row.swap, rows, in_width)
 
     def asks_width(self, naming: str) -> bool:
-        """True if only the columns of the weight tell its name in a naming, or how it lies there."""
+        """True if only the weight's columns tell its name in a naming, or how it lies there."""
         is_lower = bool(self.row.lower) and naming == "diffusers" and self.naming == "original"
         return is_lower or (self.row.swap == "2in" and self.is_turned(naming))
 

@@ -5,12 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from loratool.adapter import Adapter, DeltaSpec
-from loratool.archs.families import Guess, Place, families, family_of, places, split_component
+from loratool.archs.families import (
+    MODEL_KEY,
+    Guess,
+    Place,
+    families,
+    family_of,
+    places,
+    split_component,
+)
 from loratool.delta import stacking
 from loratool.delta.forms import shape_of, side_sizes
 from loratool.dialects.slots import is_text, usual_encoder
 from loratool.errors import MismatchError, list_some
-from loratool.frozen import Frozen
+from loratool.frozen import Frozen, replace
 
 
 class Located(Frozen):
@@ -76,6 +84,26 @@ def require_family(adapter: Adapter, of: Sequence[str], title: str) -> None:
             expected=list_some((families()[name].title for name in of), 3), file=adapter.path,
             hint="--to comfyui has names for it",
         )  # fmt: skip
+
+
+def of_one_family(adapters: Sequence[Adapter]) -> list[Adapter]:
+    """Adapters for one model: what one is of is said of those whose names fit several families."""
+    guesses = [_guess(one) for one in adapters]
+    known = {guess.family for guess in guesses if guess.family}
+    if len(known) != 1:
+        return list(adapters)
+    (family,) = known
+    said = {MODEL_KEY: next(iter(families()[family].versions), "")}
+    return [
+        replace(one, metadata={**one.metadata, **said}) if family in guess.others else one
+        for one, guess in zip(adapters, guesses, strict=True)
+    ]
+
+
+def is_of_images(adapter: Adapter) -> bool:
+    """True if its modules are those of an image or video model, or of several that are known."""
+    guess = _guess(adapter)
+    return bool(guess.family or guess.others)
 
 
 def _guess(adapter: Adapter) -> Guess:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +11,8 @@ from safetensors.numpy import load_file
 
 import loratool as lt
 from tests.oracle.test_convert_image import convert
-from tests.oracle.test_fused_traps import LAST, swapped
-from tests.oracle.test_image_spellings import DOWN, pair, rand, write
+from tests.oracle.test_fused_traps import LAST, PARTS, swapped
+from tests.oracle.test_image_spellings import DOWN, Array, pair, rand, write
 from tests.oracle.test_image_traps import merge, near, product
 
 H = 8
@@ -78,3 +79,44 @@ def test_a_replaced_tensor_goes_under_its_name_and_in_its_order(to: str, tmp_pat
     with pytest.raises(lt.LoratoolError, match="has no form") as caught:
         convert(write(tmp_path / "q.safetensors", tensors), to, tmp_path)
     assert caught.value.code == "LT-494" and "--skip ^" in str(caught.value.hint)
+
+
+@pytest.mark.parametrize("first", ["kohya", "peft"])
+def test_folders_of_peft_are_summed_with_other_files_of_the_model(
+    first: str, tmp_path: Path
+) -> None:
+    """q of a folder, fused q, k and v of kohya's file, k of diffusers' one: one file of the sum."""
+    qkv, norm = "lora_unet_double_blocks_0_img_attn_qkv", "single_transformer_blocks.0.norm.linear"
+    kohya = pair(qkv, 3 * H, H, ways=DOWN)
+    kohya |= pair("lora_unet_single_blocks_0_modulation_lin", 3 * H, H, 3, ways=DOWN)
+    k_proj = pair("transformer.transformer_blocks.0.attn.to_k", H, H)
+    folder = pair("base_model.model.transformer_blocks.0.attn.to_q", H, H)
+    folder |= pair(f"base_model.model.{norm}", 3 * H, H)
+    (tmp_path / "peft").mkdir()
+    write(tmp_path / "peft" / "adapter_model.safetensors", folder)
+    (tmp_path / "peft" / "adapter_config.json").write_text(json.dumps({
+        "peft_type": "LORA", "r": 2, "lora_alpha": 3, "target_modules": ["to_q", "linear"],
+    }))  # fmt: skip
+    paths = {
+        "kohya": write(tmp_path / "k.safetensors", kohya, ss_base_model_version="flux1"),
+        "diffusers": write(tmp_path / "d.safetensors", k_proj), "peft": tmp_path / "peft",
+    }  # fmt: skip
+    weights = {"kohya": 1.0, "diffusers": -2.0, "peft": 0.5}
+    order = sorted(paths, key=lambda name: name != first)
+    out = tmp_path / "sum.safetensors"
+    lt.merge([paths[n] for n in order], weights=[weights[n] for n in order], output=out)
+    got = merge(tmp_path, load_file(str(out)), {
+        f"{name}.weight": np.zeros((rows, H), np.float32)
+        for name, rows in (*((part, H) for part in PARTS), (norm, 3 * H))
+    })  # fmt: skip
+
+    def of(tensors: dict[str, Array], stem: str) -> Array:
+        return tensors[f"{stem}.lora_B.weight"] @ tensors[f"{stem}.lora_A.weight"]
+
+    q, k, v = np.split(product(kohya, qkv), 3)
+    q = q + 0.5 * 1.5 * of(folder, "base_model.model.transformer_blocks.0.attn.to_q")
+    k = k - 2.0 * of(k_proj, "transformer.transformer_blocks.0.attn.to_k")
+    for part, want in zip(PARTS, (q, k, v), strict=True):
+        assert near(got[f"{part}.weight"], want)
+    want = product(kohya, "lora_unet_single_blocks_0_modulation_lin")
+    assert near(got[f"{norm}.weight"], want + 0.75 * of(folder, f"base_model.model.{norm}"))
