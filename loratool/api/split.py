@@ -18,8 +18,8 @@ from loratool.dialects.registry import home_of, writable
 from loratool.errors import AlreadyMadeError
 from loratool.frozen import Frozen, replace
 from loratool.ops.inputs import guard_output, open_one
-from loratool.ops.leaving import less, without
-from loratool.ops.split import for_the_base
+from loratool.ops.leaving import without
+from loratool.ops.split import for_servers, for_the_base
 from loratool.options import groups
 from loratool.options.calls import takes
 from loratool.options.merging import Merge, Split
@@ -108,7 +108,7 @@ class _Job(Frozen):
         kept = without(source, asked.skip)[0] if asked.skip else source
         moved = for_the_base(kept)
         name = recorded_name(folder / BASE)
-        slim = replace(less(kept, moved), base_model=name)
+        slim = replace(for_servers(kept), base_model=name)
         slim = replace(slim, config=stated.on_base(slim.config, name))
         form = session.form(slim)
         if program is None:

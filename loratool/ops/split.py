@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from loratool.adapter import Adapter
 from loratool.errors import MismatchError
 from loratool.frozen import replace
+from loratool.ops.leaving import less
 from loratool.ops.merge_parts import WeightedAdapter
 
 
@@ -29,6 +30,12 @@ def for_the_base(adapter: Adapter) -> tuple[str, ...]:
             file=adapter.path, expected="changes of weights",
         )  # fmt: skip
     return names
+
+
+def for_servers(adapter: Adapter) -> Adapter:
+    """The rest: changes of weights, also of those that PEFT stores a copy of beside its change."""
+    matrices = tuple(spec for spec in adapter.specs if spec.is_matrix)
+    return replace(less(adapter, for_the_base(adapter)), specs=matrices)
 
 
 def without_weights(adapters: Sequence[WeightedAdapter]) -> tuple[WeightedAdapter, ...]:

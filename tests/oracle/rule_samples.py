@@ -160,6 +160,7 @@ SAMPLES: dict[str, Sample] = {
                      "llm/lora_gpt2_conv1d"),
     "classifier": Sample(by(peft="head", vllm="task", sglang="task", llama="task"), {},
                          told(task_type="SEQ_CLS")),
+    "saved, but not there": Sample(by(peft="saved"), {}, told(modules_to_save=["norm"])),
     "unnamed target": Sample(by(peft="targets", sglang="unnamed"), {},
                              told(target_modules=["v_proj"])),
     "parameters": Sample(by(peft="parameters"), "llm/lora_target_params_mixtral",

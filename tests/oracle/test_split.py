@@ -15,6 +15,7 @@ from loratool.errors import MismatchError
 SAMPLES = Path(__file__).parents[1] / "data" / "llm"
 WHOLE = {
     "lora_bias_all": {},
+    "lora_embed_untied": {},  # LoRA of embedding and head, whose copies lie beside it
     "lora_bias_lora_only": {},
     "lora_lora_bias": {},
     "lora_modules_to_save": {},

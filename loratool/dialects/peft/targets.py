@@ -34,13 +34,15 @@ def untargeted(modules: Sequence[tuple[str, str]], config: Mapping[str, Any]) ->
     """
     targets = config.get("target_modules")
     layers = config.get("layers_to_transform")
+    whole = targets if isinstance(targets, list) else ()  # names, which no layer is asked of
     return [
         path
         for path, layout in modules
         if not _is_target(path, layout, targets)
-        or (layers not in (None, []) and not _in_layers(path, layers, config.get("layers_pattern")))
+        or (layers not in (None, []) and path not in whole
+            and not _in_layers(path, layers, config.get("layers_pattern")))
         or _is_excluded(path, config)
-    ]
+    ]  # fmt: skip
 
 
 def _is_target(path: str, layout: str, targets: Any) -> bool:

@@ -119,6 +119,16 @@ def _head(adapter: Adapter) -> str:
     return "" if is_there else f"no {' or '.join(heads)} for {adapter.config.get('task_type')}"
 
 
+@traits.whole
+def _saved(adapter: Adapter) -> str:
+    """A module saved whole of which the file has nothing; of a task's two heads there is one."""
+    have = tuple(f".{r.name}" for r in adapter.replacements)
+    saved = adapter.config.get("modules_to_save") or ()
+    named = [e for e in saved if isinstance(e, str) and e not in heads_of(adapter, None)]
+    gone = [e for e in named if not any(f".{e}." in name for name in have)]
+    return f"nothing of {list_some(gone, 2)}" if gone else ""
+
+
 def _convs(look: Look) -> Iterable[Hit]:
     """Whether a convolution works in groups is not in its weights: PEFT's own files can tell."""
     config = look.config
@@ -166,6 +176,8 @@ PEFT = Program(
              says="with transformers 5 their names stand for those of fused experts alone"),
         Rule("head", UNSURE, _head, source=_SAVE,
              says="the head of the task is made anew where the adapter has none"),
+        Rule("saved", UNSURE, _saved, source=_SAVE,
+             says="a module of modules_to_save that the base has and the file lacks is an error"),
         Rule("convolutions", UNSURE, _convs, source=_LAYER,
              says="a convolution in groups has factors of other shapes"),
         FILES_BESIDE,
