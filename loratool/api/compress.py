@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -75,13 +76,10 @@ def _run(asked: Compress) -> CompressReport:
         session, jobs = _open(session, texts, asked.base, parse_dtype(asked.dtype))
         if asked.base is not None and (ranks.auto or "sv_base" in ranks.rule):
             jobs = _look_at_all(session, jobs, asked.base, auto=ranks.auto)
-        session.make_folder(len(jobs))
         run = asked.take(Run, progress=None, on_work=asked.on_work if len(jobs) == 1 else None)
         jobs = [replace(job, rules=_rules(job, ranks)) for job in jobs]
         every = [plan_resources(_factor_plan(job), run) for job in jobs]
-        if asked.on_plan is not None and not asked.dry_run:
-            asked.on_plan(planned(jobs, every))
-        turns = Turns(asked.progress, asked.on_work, [_bytes_of(job) for job in jobs])
+        turns = session.turns(asked, partial(planned, jobs, every), list(map(_bytes_of, jobs)))
         reports: list[CompressedAdapter] = []
         warnings: list[str] = []
         for job, resources in turns.each(list(zip(jobs, every, strict=True)), _name_of):

@@ -286,20 +286,33 @@ class Session(Frozen):
             computed: modules whose tensors are computed; None where the work tells.
             peaks: bytes that each input takes at work, where that is known.
         """
+        sizes = [one.nbytes for one in found]
+
+        def plan() -> PlannedFiles:
+            peak = max(peaks, default=None) if computed else None
+            return PlannedFiles(len(found), modules, computed, sum(sizes), peak)
+
         with self.outputs(len(found)) as session:
-            session.make_folder(len(found))
             for one in found:
                 session.check_place(one)
-            sizes = [one.nbytes for one in found]
-            if asked.on_plan is not None:
-                peak = max(peaks, default=None) if computed else None
-                asked.on_plan(PlannedFiles(len(found), modules, computed, sum(sizes), peak))
-            yield session, Turns(asked.progress, asked.on_work, sizes)
+            yield session, session.turns(asked, plan, sizes)
 
-    def make_folder(self, count: int) -> None:
-        """The folder that several results are put into."""
-        if (count > 1 or is_batch(self.output)) and not self.write.dry_run:
-            Path(self.output).mkdir(exist_ok=True)
+    def turns(
+        self, asked: Compress | Convert | Rescale, plan: Callable[[], Any], sizes: Sequence[int]
+    ) -> Turns:
+        """Make the folder that several results are put into, and tell what is about to be done.
+
+        Args:
+            asked: who watches.
+            plan: makes what ``on_plan`` gets.
+            sizes: of the inputs, as progress counts them.
+        """
+        if not self.write.dry_run:
+            if len(sizes) > 1 or is_batch(self.output):
+                Path(self.output).mkdir(exist_ok=True)
+            if asked.on_plan is not None:
+                asked.on_plan(plan())
+        return Turns(asked.progress, asked.on_work, sizes)
 
     def fit(self, adapter: Adapter, form: str, **how: Any) -> tuple[Fitted, AdapterFiles]:
         """An adapter in the form of the program, and its files, which that program loads.

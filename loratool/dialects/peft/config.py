@@ -6,13 +6,15 @@ import math
 import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from loratool.adapter import MAX_ALPHA
 from loratool.dialects.factors import MAX_RANK
 from loratool.dialects.peft.patterns import Patterns
 from loratool.errors import BadFileError, MismatchError
 from loratool.frozen import Frozen, field
+
+T = TypeVar("T")
 
 DEFAULT_RANK = 8  # of peft.LoraConfig, for r and lora_alpha alike
 OWN_BIASES = "_only"
@@ -228,26 +230,27 @@ class Fields(Frozen):
             expected=expected, got=_shown(got),
         )  # fmt: skip
 
+    def _typed(self, key: str, kind: type[T], expected: str) -> T | None:
+        value = self.config.get(key)
+        is_right = value is None or isinstance(value, kind)
+        return value if is_right else self.refuse(key, expected, value)
+
     def flag(self, key: str, default: bool = False) -> bool:
         """True or false."""
-        value = self.config.get(key)
-        if value is None:
-            return default
-        return value if isinstance(value, bool) else self.refuse(key, "true or false", value)
+        value = self._typed(key, bool, "true or false")
+        return default if value is None else value
 
     def text(self, key: str, default: str) -> str:
         """A text."""
-        value = self.config.get(key)
-        if value is None:
-            return default
-        return value if isinstance(value, str) else self.refuse(key, "a text", value)
+        value = self._typed(key, str, "a text")
+        return default if value is None else value
 
     def texts(self, key: str, most: int = MAX_ENTRIES) -> tuple[str, ...] | None:
         """A list of texts, None if it is missing."""
-        value = self.config.get(key)
+        value = self._typed(key, list, "a list of texts")
         if value is None:
             return None
-        if not isinstance(value, list) or any(not isinstance(v, str) or not v for v in value):
+        if any(not isinstance(v, str) or not v for v in value):
             self.refuse(key, "a list of texts", value)
         if len(value) > most:
             self.refuse(key, f"at most {most} entries", len(value))
@@ -273,11 +276,7 @@ class Fields(Frozen):
 
     def table(self, key: str, one: Any) -> dict[str, Any]:
         """An object whose values ``one`` reads."""
-        value = self.config.get(key)
-        if value is None:
-            return {}
-        if not isinstance(value, dict):
-            self.refuse(key, "an object", value)
+        value = self.part(key) or {}
         if len(value) > MAX_ENTRIES:
             self.refuse(key, f"at most {MAX_ENTRIES} entries", len(value))
         for name, item in value.items():
@@ -287,10 +286,7 @@ class Fields(Frozen):
 
     def part(self, key: str) -> Mapping[str, Any] | None:
         """An object, None if it is missing."""
-        value = self.config.get(key)
-        if value is None:
-            return None
-        return value if isinstance(value, dict) else self.refuse(key, "an object", value)
+        return self._typed(key, dict, "an object")
 
     def indices(self, key: str) -> tuple[int, ...] | Mapping[str, tuple[int, ...]] | None:
         """Token numbers, for all embeddings or by module."""
