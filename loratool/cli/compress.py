@@ -11,7 +11,6 @@ import click
 import loratool as lt
 from loratool.cli import options as opt
 from loratool.cli.loads import loads_lines
-from loratool.cli.progress import show_progress
 from loratool.cli.render import (
     format_bytes,
     format_number,
@@ -24,7 +23,6 @@ from loratool.cli.render import (
     table,
 )
 from loratool.cli.voice import (
-    Plan,
     Voice,
     failed_lines,
     note_lines,
@@ -66,9 +64,8 @@ def command(adapters: tuple[str, ...], output: str, **options: Any) -> int:
     asked = [f"{_WORDS[k]} {options[k]}" for k in _WORDS if options[k] is not None]
     what = safe(adapters[0]) if len(adapters) == 1 else plural(len(adapters), "adapter")
     voice.announce(f"Compressing {what}" + (f" to {', '.join(asked)}" if asked else ""))
-    plan = Plan(voice, plan_lines)
-    with show_progress(quiet=voice.quiet, unit=unit_of(options)) as watchers:
-        report = lt.compress(adapters, output=output, on_plan=plan, **watchers, **options)
+    with voice.watching(plan_lines, unit_of(options)) as plan:
+        report = lt.compress(adapters, output=output, **plan.options, **options)
     return voice.show_made(report, render(report, voice), (r.output for r in report.adapters))
 
 

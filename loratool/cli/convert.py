@@ -10,10 +10,8 @@ import click
 import loratool as lt
 from loratool.cli import options as opt
 from loratool.cli.loads import loads_lines
-from loratool.cli.progress import show_progress
 from loratool.cli.render import format_bytes, format_lost, format_seconds, line, plural, safe, table
 from loratool.cli.voice import (
-    Plan,
     Voice,
     failed_lines,
     note_lines,
@@ -65,9 +63,8 @@ def command(adapters: tuple[str, ...], output: str, **options: Any) -> int:
     what = f"Converting {plural(len(adapters), 'adapter')}{''.join(where)}" if where else (
         f"Changing the metadata of {plural(len(adapters), 'adapter')}")  # fmt: skip
     voice.announce(what)
-    plan = Plan(voice, plan_of_files)
-    with show_progress(quiet=voice.quiet, unit=unit_of(options)) as watchers:
-        report = lt.convert(adapters, output=output, on_plan=plan, **watchers, **options)
+    with voice.watching(plan_of_files, unit_of(options)) as plan:
+        report = lt.convert(adapters, output=output, **plan.options, **options)
     lines = [*render(report, voice), *failed_lines(report.failed)]
     warnings = [w for r in report.adapters for w in r.warnings]
     return voice.show_made(report, lines, (r.output for r in report.adapters), warnings)

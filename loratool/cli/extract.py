@@ -11,7 +11,6 @@ import click
 import loratool as lt
 from loratool.cli import options as opt
 from loratool.cli.loads import loads_lines
-from loratool.cli.progress import show_progress
 from loratool.cli.render import (
     advice,
     format_bytes,
@@ -25,7 +24,7 @@ from loratool.cli.render import (
     some,
     table,
 )
-from loratool.cli.voice import Plan, Voice, note_lines, warning_lines
+from loratool.cli.voice import Voice, note_lines, warning_lines
 from loratool.options.shaping import Extract
 
 if TYPE_CHECKING:
@@ -56,9 +55,8 @@ def command(tuned: str, base: str, output: str, **options: Any) -> None:
     """
     voice = Voice.take(options)
     voice.announce(f"Extracting {safe(tuned)} − {safe(base)} at {_criteria(options)}")
-    plan = Plan(voice, plan_lines)
-    with show_progress(quiet=voice.quiet) as watchers:
-        report = lt.extract(tuned, base=base, output=output, on_plan=plan, **watchers, **options)
+    with voice.watching(plan_lines) as plan:
+        report = lt.extract(tuned, base=base, output=output, **plan.options, **options)
     merge = shlex.join(
         ["loratool", "merge", output, "--base", base, "-o", "MERGED", *report.merge_options]
     )

@@ -13,7 +13,6 @@ import click
 
 import loratool as lt
 from loratool.cli import options as opt
-from loratool.cli.progress import show_progress
 from loratool.cli.render import (
     advice,
     format_bytes,
@@ -27,7 +26,7 @@ from loratool.cli.render import (
     some,
     table,
 )
-from loratool.cli.voice import Plan, Voice, note_lines, warning_lines
+from loratool.cli.voice import Voice, note_lines, warning_lines
 from loratool.dtypes import DTYPES
 from loratool.errors import UsageError
 from loratool.options.groups import Access, Mix, Names, Nonfinite
@@ -73,9 +72,8 @@ def command(adapters: tuple[str, ...], base: str | None, output: str, **options:
         _with_each_other(adapters, base, output, options, voice)
         return
     voice.announce(headline(adapters, Mix(**only_of(Mix, options)), options["method"]))
-    plan = Plan(voice, plan_lines)
-    with show_progress(quiet=voice.quiet) as watchers:
-        report = lt.merge(adapters, base=base, output=output, on_plan=plan, **watchers, **options)
+    with voice.watching(plan_lines) as plan:
+        report = lt.merge(adapters, base=base, output=output, **plan.options, **options)
     assert isinstance(report, MergeReport)
     again = typed(options, Mix, Completed, Names, Access, Nonfinite)
     named = [word for adapter in adapters for word in ("--adapter", adapter)]
@@ -97,9 +95,8 @@ def _with_each_other(
         raise _no_base(adapters, output)
     words = terms(adapters, Mix(**only_of(Mix, options)))
     voice.announce(combine.headline(len(adapters), words, method, rank, has_base=base is not None))
-    plan = Plan(voice, combine.plan_lines)
-    with show_progress(quiet=voice.quiet) as watchers:
-        given = {**options, **watchers, "base": base, "output": output, "on_plan": plan}
+    with voice.watching(combine.plan_lines) as plan:
+        given = {**options, **plan.options, "base": base, "output": output}
         report = lt.combine(adapters, **combine_options(given))
     voice.show_made(report, combine.render(report, voice, plan.report), [report.output])
 

@@ -11,10 +11,8 @@ import click
 import loratool as lt
 from loratool.cli import options as opt
 from loratool.cli.loads import loads_lines
-from loratool.cli.progress import show_progress
 from loratool.cli.render import format_bytes, format_lost, format_seconds, line, plural, safe, table
 from loratool.cli.voice import (
-    Plan,
     Voice,
     failed_lines,
     note_lines,
@@ -70,9 +68,8 @@ def command(adapters: tuple[str, ...], output: str, **options: Any) -> int:
         options["dtype"] != "auto" or options["intruders"] is not None)  # fmt: skip
     sources, factor = split_factor(adapters, is_one=is_one)
     voice.announce(f"Rescaling {plural(len(sources), 'adapter')} by {factor:g}")
-    plan = Plan(voice, plan_of_files)
-    with show_progress(quiet=voice.quiet, unit=unit_of(options)) as watchers:
-        report = lt.rescale(sources, factor, output=output, on_plan=plan, **watchers, **options)
+    with voice.watching(plan_of_files, unit_of(options)) as plan:
+        report = lt.rescale(sources, factor, output=output, **plan.options, **options)
     lines = [*render(report, voice), *failed_lines(report.failed)]
     warnings = [w for r in report.adapters for w in r.warnings]
     return voice.show_made(report, lines, (r.output for r in report.adapters), warnings)

@@ -12,7 +12,6 @@ import loratool as lt
 from loratool.cli import merge as merging
 from loratool.cli import options as opt
 from loratool.cli.loads import loads_lines
-from loratool.cli.progress import show_progress
 from loratool.cli.render import advice, format_bytes, format_seconds, line, plural, safe
 from loratool.cli.voice import Plan, Voice, warning_lines
 from loratool.errors import list_some
@@ -42,9 +41,8 @@ def command(adapter: str, output: str, **options: Any) -> None:
     """
     voice = Voice.take(options)
     voice.announce(f"Splitting {safe(adapter)} into an adapter and its base")
-    plan = Plan(voice, plan_lines)
-    with show_progress(quiet=voice.quiet) as watchers:
-        report = lt.split(adapter, output=output, on_plan=plan, **watchers, **options)
+    with voice.watching(plan_lines) as plan:
+        report = lt.split(adapter, output=output, **plan.options, **options)
     warnings = report.merged.warnings if report.merged else ()
     made = [report.adapter, report.base]
     voice.show_made(report, render(report, voice, plan), made, warnings)

@@ -11,9 +11,8 @@ import loratool as lt
 from loratool.cli import combine
 from loratool.cli import merge as merging
 from loratool.cli import options as opt
-from loratool.cli.progress import show_progress
 from loratool.cli.render import line, plural
-from loratool.cli.voice import Plan, Voice
+from loratool.cli.voice import Voice
 from loratool.options.groups import Mix
 from loratool.options.merging import Subtract
 from loratool.options.words import only_of
@@ -57,11 +56,8 @@ def command(adapters: tuple[str, ...], merged: str | None, output: str, **option
     voice.announce(
         f"Taking {plural(len(adapters), 'adapter')} OUT OF merged weights: {terms}, {how}"
     )
-    plan = Plan(voice, merging.plan_lines)
-    with show_progress(quiet=voice.quiet) as watchers:
-        report = lt.subtract(
-            adapters, merged=merged, output=output, on_plan=plan, **watchers, **options
-        )
+    with voice.watching(merging.plan_lines) as plan:
+        report = lt.subtract(adapters, merged=merged, output=output, **plan.options, **options)
     assert isinstance(report, SubtractReport)
     voice.show_made(report, render(report, voice, plan.report), [report.output])
 
@@ -90,8 +86,7 @@ def _subtract_adapters(
         minus = " − ".join(merging.weighted(adapters[1:], Mix(weights=options["weights"])))
         base = "the base for what depends on it" if options["base"] else "no base"
         voice.announce(f"Subtracting adapters, {base}: {first} − {minus}, {how}")
-    plan = Plan(voice, combine.plan_lines)
-    with show_progress(quiet=voice.quiet) as watchers:
-        report = lt.subtract(adapters, output=output, on_plan=plan, **watchers, **options)
+    with voice.watching(combine.plan_lines) as plan:
+        report = lt.subtract(adapters, output=output, **plan.options, **options)
     assert isinstance(report, DifferenceReport)
     voice.show_made(report, combine.render(report, voice, plan.report), [report.output])

@@ -9,8 +9,7 @@ import click
 import loratool as lt
 from loratool.cli import merge as merging
 from loratool.cli import options as opt
-from loratool.cli.progress import show_progress
-from loratool.cli.voice import Plan, Voice
+from loratool.cli.voice import Voice
 from loratool.options.merging import Swap
 
 
@@ -32,10 +31,7 @@ def command(old: str, new: str, merged: str, output: str, **options: Any) -> Non
     voice = Voice.take(options)
     out, into = merging.terms([old]), merging.terms([new])
     voice.announce(f"Swapping IN merged weights: {out} out, {into} in, one rounding")
-    plan = Plan(voice, merging.plan_lines)
-    with show_progress(quiet=voice.quiet) as watchers:
-        report = lt.swap(
-            old, new, merged=merged, output=output, on_plan=plan, **watchers, **options
-        )
+    with voice.watching(merging.plan_lines) as plan:
+        report = lt.swap(old, new, merged=merged, output=output, **plan.options, **options)
     lines = merging.render(report, voice, planned=plan.report)
     voice.show_made(report, lines, [report.output])

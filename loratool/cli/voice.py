@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,7 @@ from loratool.cli.render import (
 from loratool.frozen import Frozen
 
 if TYPE_CHECKING:
+    from loratool.cli.progress import Watchers
     from loratool.report.base import Failed, Report
     from loratool.report.planned import PlannedFiles
 
@@ -53,6 +55,21 @@ class Voice(Frozen):
         if not (self.quiet or self.as_json):
             wide = wrapped(text, terminal_width()) if is_terminal() else text
             click.secho(wide, bold=True)
+
+    @contextmanager
+    def watching(
+        self, lines: Callable[[Any, Voice], Iterable[str]], unit: str = "bytes"
+    ) -> Iterator[Plan]:
+        """Show the plan of what runs inside as soon as there is one, and how far the work is.
+
+        Args:
+            lines: of a plan's report.
+            unit: of progress, ``bytes`` or ``files``.
+        """
+        from loratool.cli.progress import show_progress
+
+        with show_progress(quiet=self.quiet, unit=unit) as watchers:
+            yield Plan(self, lines, watchers)
 
     def dry_run(self) -> str:
         """The line that ends the report of a dry run: its page is written all the same."""
@@ -107,14 +124,19 @@ class Plan:
     Args:
         voice: says whether.
         lines: of a report.
+        watchers: of the work that follows.
 
     Attributes:
         report: of the plan, None until there is one.
+        options: of a function of the library, whose plan and work are shown.
     """
 
-    def __init__(self, voice: Voice, lines: Callable[[Any, Voice], Iterable[str]]) -> None:
+    def __init__(
+        self, voice: Voice, lines: Callable[[Any, Voice], Iterable[str]], watchers: Watchers
+    ) -> None:
         self._voice, self._lines = voice, lines
         self.report: Any = None
+        self.options = {"on_plan": self, **watchers}
 
     def __call__(self, report: Any) -> None:
         """Option ``on_plan`` of a function of the library."""
