@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from loratool.adapter import Adapter, AdapterFiles, TensorRef
-from loratool.api.common import Limits
+from loratool.api.casting import Cast, blank_cast, cast, files_in, is_in, said
+from loratool.api.common import Limits, parse_dtype
 from loratool.api.fitting import check_files, fit_for
 from loratool.api.freeing import dependent, free_of_base, outline_free, unholdable
 from loratool.api.loading import Goal, home_for, plan_translation, unloadable
@@ -23,7 +24,7 @@ from loratool.dialects.programs import Look, Program, judge_loads
 from loratool.dialects.registry import home_of, writable
 from loratool.errors import UsageError
 from loratool.frozen import Frozen, replace
-from loratool.ops.convert import ConvertPlan, plan_convert
+from loratool.ops.convert import ConvertPlan, needs_arithmetic, plan_convert
 from loratool.ops.input_notes import unused_warnings
 from loratool.ops.inputs import OpenedBase, open_base
 from loratool.options.calls import takes
@@ -64,6 +65,11 @@ class _Job(Frozen):
             adapter, Goal(self.row.name, self.session.limits), base=base, skip=asked.skip,
             keeps_names=asked.to is None, is_freed=is_freed,
         )  # fmt: skip
+
+    @property
+    def dtype(self) -> str | None:
+        """Safetensors name of the type asked for; None = as it is."""
+        return parse_dtype(self.asked.dtype)
 
     @property
     def rank(self) -> int | None:
@@ -154,12 +160,12 @@ def _convert(asked: Convert) -> ConvertReport:
     memory = [memory_for(one.plan, session.limits) for one in jobs]  # whether it fits, before work
     if asked.dry_run:
         made = [carry_out(one.plan, session.limits, is_dry=True) for one in jobs]
-        rows = [_row(one, _files(one, done.adapter), 0.0)
-                for one, done in zip(jobs, made, strict=True)]  # fmt: skip
+        rows = [_drawn(one, done.adapter) for one, done in zip(jobs, made, strict=True)]
     else:
         modules = sum(len(one.plan.adapter.specs) for one in jobs)
         is_freed = any(one.freed for one in jobs)
-        computed = None if is_freed else sum(len(one.plan.computed) for one in jobs)
+        told = not is_freed and asked.dtype == "auto"
+        computed = sum(len(one.plan.computed) for one in jobs) if told else None
         peaks = (m.peak_bytes for m in memory if m is not None)
         with session.making(found, asked, modules, computed, peaks) as (session, turns):
             rows = [_run(replace(one, job=replace(one.job, session=session)), recorded(asked),
@@ -193,9 +199,10 @@ def _edits(asked: Convert) -> dict[str, str]:
     edits = parse_edits(asked.metadata, asked.trigger)
     if asked.to is not None:
         writable(asked.to)
-    elif not edits and asked.program is None:
+    elif not edits and asked.program is None and parse_dtype(asked.dtype) is None:
         raise UsageError("LT-276", "nothing to convert to", expected="--to DIALECT or --for "
-                         "PROGRAM, or --set, --trigger to change metadata alone")  # fmt: skip
+                         "PROGRAM, --dtype, or --set, --trigger to change metadata alone",
+                         )  # fmt: skip
     return edits
 
 
@@ -204,22 +211,44 @@ def _run(
 ) -> ConvertedAdapter:
     job, session = planned.job, planned.job.session
     planned, lost = planned.computed()
+    if job.dtype is not None and needs_arithmetic(planned.plan):  # so that it is rounded once
+        wide = cast(planned.plan.adapter, "F32", session.limits).adapter
+        planned = replace(planned, plan=replace(planned.plan, adapter=wide))
     made = carry_out(planned.plan, session.limits)
     adapter, program = made.adapter, takes_one_form(session.program, job.row)
     if program is not None:
         adapter = of_dialect(adapter, job.row.name)
     fitted = fit_for(adapter, program, session.limits)
-    files = hashed(_files(planned, fitted.adapter))
+    files, stored = _stored(planned, fitted.adapter, lambda a, d: cast(a, d, session.limits))
+    files = hashed(files)
     check_files(files, adapter, program)
     inputs = job.one.inputs()
     if job.base is not None:
         inputs |= base_row(job.base, inputs)
     record = session.record(options, inputs)
     size, written = session.put(files, job.one.target, record, made.adapter.extras, progress)
-    row = _row(planned, files, math.hypot(lost, made.relative_error, fitted.relative_error))
+    lost = math.hypot(lost, made.relative_error, fitted.relative_error,
+                      0.0 if stored is None else stored.relative_error)  # fmt: skip
+    row = _row(planned, files, lost, stored)
     return replace(row, output_bytes=size, loads_in=judge_loads(written),
                    notes=(*row.notes, *fitted.notes),
                    warnings=tuple(dict.fromkeys((*row.warnings, *fitted.warnings))))  # fmt: skip
+
+
+def _drawn(planned: _Planned, adapter: Adapter) -> ConvertedAdapter:
+    """What would be written, of factors without content."""
+    files, stored = _stored(planned, adapter, blank_cast)
+    return _row(planned, files, 0.0, stored)
+
+
+def _stored(
+    planned: _Planned, adapter: Adapter, turn: Callable[[Adapter, str], Cast]
+) -> tuple[AdapterFiles, Cast | None]:
+    """The files of a result, and how its factors came into the type that was asked for."""
+    job, dtype = planned.job, planned.job.dtype
+    if dtype is None or (is_in(job.one.adapter, dtype) and is_in(adapter, dtype)):
+        return _files(planned, adapter), None
+    return files_in(adapter, job.row, lambda a: _files(planned, a), lambda a: turn(a, dtype))
 
 
 def _files(planned: _Planned, adapter: Adapter) -> AdapterFiles:
@@ -234,10 +263,13 @@ def _of_base(base: OpenedBase | None, plan: ConvertPlan) -> dict[str, Any]:
             "base_tensors": plan.base_tensors}  # fmt: skip
 
 
-def _row(planned: _Planned, files: AdapterFiles, error: float) -> ConvertedAdapter:
+def _row(
+    planned: _Planned, files: AdapterFiles, error: float, stored: Cast | None
+) -> ConvertedAdapter:
     job, plan = planned.job, planned.plan
+    notes, of_type = ((), ()) if stored is None or job.dtype is None else said(stored, job.dtype)
     copied = sum(isinstance(source, TensorRef) for _, source in files.tensors)
-    warnings = [*unused_warnings(plan.source), *plan.warnings]
+    warnings = [*unused_warnings(plan.source), *plan.warnings, *of_type]
     if job.asked.rank is not None and not planned.freed:
         warnings.append(
             "--rank changes nothing: no change becomes LoRA with the base; "
@@ -256,5 +288,5 @@ def _row(planned: _Planned, files: AdapterFiles, error: float) -> ConvertedAdapt
         metadata=dict(job.edits),
         hashes=tuple(k for k in LENGTHS if plan.source.metadata.get(k) != files.metadata.get(k)),
         warnings=tuple(warnings),
-        notes=plan.notes,
+        notes=(*plan.notes, *notes),
     )

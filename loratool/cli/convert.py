@@ -88,10 +88,10 @@ def render(report: ConvertReport, voice: Voice) -> Iterator[str]:
 
 
 def _one(row: ConvertedAdapter, report: ConvertReport, voice: Voice) -> Iterator[str]:
-    how = f"{plural(row.copied, 'tensor')} copied byte for byte"
-    if row.computed:
-        how += f", {plural(len(row.computed), 'module')} computed"
-    yield line("convert", f"{row.dialect} → {report.dialect}", plural(row.modules, "module"), how)
+    how = [f"{plural(row.copied, 'tensor')} copied byte for byte"] if row.copied else []
+    how += [f"{plural(len(row.computed), 'module')} computed"] if row.computed else []
+    yield line("convert", f"{row.dialect} → {report.dialect}", plural(row.modules, "module"),
+               ", ".join(how))  # fmt: skip
     if row.left_out:
         names = safe(list_some(row.left_out, 3))
         yield line("left out", plural(len(row.left_out), "change"), names, tone="warn")

@@ -131,6 +131,14 @@ class Dialect(Frozen):
 
         return partial(write_table, self.table, self.name, self.title)
 
+    def folded(self, adapter: Adapter) -> Adapter:
+        """The adapter with scalings in its factors, where files have no other place for them."""
+        if self.table is None:
+            return adapter
+        from loratool.dialects.table_write import folded
+
+        return folded(self.table, adapter, own=self.name == adapter.dialect)
+
     def obstacle(self, spec: DeltaSpec) -> str:
         """Why a change cannot be written in it, "" if it can."""
         if self.table is not None:

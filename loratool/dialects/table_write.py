@@ -56,7 +56,7 @@ def write_table(
     if dialect == adapter.dialect and (old := _unchanged(table, adapter)) is not None:
         return AdapterFiles(old, dict(adapter.metadata), "")
     _check(table, adapter, title)
-    adapter = _folded(table, adapter, own=dialect == adapter.dialect)
+    adapter = folded(table, adapter, own=dialect == adapter.dialect)
     tensors: dict[str, Source] = {}
     for name, source in _changes(table, adapter, own=dialect == adapter.dialect):
         if not name or name in tensors:
@@ -73,8 +73,14 @@ def write_table(
     return AdapterFiles(tuple(ordered), _metadata(table, adapter), "")
 
 
-def _folded(table: Table, adapter: Adapter, *, own: bool) -> Adapter:
-    """With every scaling in a factor, for files that do not say it: most programs take it for 1."""
+def folded(table: Table, adapter: Adapter, *, own: bool) -> Adapter:
+    """With every scaling in a factor, for files that do not say it: most programs take it for 1.
+
+    Args:
+        table: of the dialect.
+        adapter: to be written.
+        own: it was read in this dialect.
+    """
     if table.keeps_alphas(adapter.key_order if own else ()) or _is_stated(table, adapter):
         return adapter
     return replace(adapter, specs=tuple(s if s.scaling == 1 else _fold(s) for s in adapter.specs))

@@ -56,19 +56,25 @@ def scale_module(spec: DeltaSpec, args: ScaleArgs, env: Env) -> ScaledTensors:
             made[source.name] = make_data(source.name, exact[role], target)
             overflow = overflow or overflows(exact[role], target)
             stored[role] = round_once(exact[role], target).double()
-    square, error = _sizes(spec, exact, stored) if made else (0.0, 0.0)
+    square, error = sizes(spec, exact, stored) if made else (0.0, 0.0)
     is_own = args.dtype is None and any(s.dtype == "F16" for s in spec.fields.values())
     overflow = overflow or (is_own and error > FP16_ROUNDED**2 * square)
     return ScaledTensors(made, square, error, overflow)
 
 
-def _sizes(
+def sizes(
     spec: DeltaSpec, exact: Mapping[str, torch.Tensor], stored: Mapping[str, torch.Tensor]
 ) -> tuple[float, float]:
-    """(‖ΔW‖², ‖ΔW' − ΔW‖²); of lora_B alone for a convolution in groups."""
+    """(‖ΔW‖², ‖ΔW' − ΔW‖²); of the left factor alone where the factors are no pair.
+
+    Args:
+        spec: a change.
+        exact: role -> its tensor in float64.
+        stored: the same as it is stored.
+    """
     scaling = spec.scaling**2
     is_exact = all(torch.equal(stored[role], exact[role]) for role in exact)
-    if not spec.is_matrix or is_grouped(spec) or spec.is_open:  # of the left factor alone
+    if not spec.is_matrix or is_grouped(spec) or spec.is_open or not spec.row.has_factors:
         role = spec.row.scaled
         size = 1.0 if spec.is_matrix else scaling
         difference = stored[role] - exact[role]

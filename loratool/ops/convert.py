@@ -29,7 +29,7 @@ from loratool.frozen import Frozen, field, replace
 from loratool.ops.additive import FREED, require_kernels
 from loratool.ops.fitting import needs_evening
 from loratool.ops.kernels import known_kernels, shaped
-from loratool.ops.leaving import changes_of, skips, unheld, without
+from loratool.ops.leaving import changes_of, folds, skips, unheld, without
 from loratool.ops.locating import Located, locate, uncuttable
 from loratool.ops.sizes import with_sizes
 from loratool.report.text import plural
@@ -96,19 +96,22 @@ def plan_convert(
         UsageError: LT-242, an unusable --skip.
     """
     row, settled = row_of(dialect), source
-    if any(s.is_open and (is_plain or row.obstacle(s)) for s in source.specs):
+    is_kept = keeps_names and source.dialect == dialect
+    is_same = is_kept and not (skip or is_plain)  # its metadata or its type alone change
+    if not is_same and any(s.is_open and (is_plain or row.obstacle(s)) for s in source.specs):
         settled = with_sizes(source, base, "converted", hint=FREED)
     kept, left_out = without(settled, skip)
     reason = unmergeable_reason(source)
     if reason is not None and not is_of_home(source, dialect):
         raise MismatchError("LT-494", f"{row.title} cannot hold this adapter", file=source.path,
                             got=reason)  # fmt: skip
-    is_kept = keeps_names and source.dialect == dialect
     naming = "" if is_kept or row.table is None else row.table.naming
-    kept, located, notes = _under_names(kept, row, naming, base)
+    located, notes = list[Located](), [*kept.notes, *_left_behind(kept, row)]
+    if not is_same:
+        kept, located, notes = _under_names(kept, row, naming, base)
     uncut = uncuttable(located, naming)
     odd = [s for s in kept.specs
-           if (is_plain or row.obstacle(s) or s.name in uncut)
+           if not is_same and (is_plain or row.obstacle(s) or s.name in uncut)
            and not is_whole_pair(s) and s.has_factors]  # fmt: skip
     inner = known_kernels(kept) if base is None else {}
     if base is None:
@@ -116,7 +119,7 @@ def plan_convert(
     is_used = is_freed or settled is not source or bool(odd) or row.asks_config
     if base is not None and not (is_used or naming or _loses_flatness(source, row)):
         notes.append("the base was not needed: the modules have whole names, or keep flat ones")
-    is_evened = needs_evening(kept, row.name)
+    is_evened = not is_same and needs_evening(kept, row.name)
     if is_evened:
         notes.append(
             f"{row.title} has one {row.even} for all modules: "
@@ -196,6 +199,11 @@ def _flattened(spec: DeltaSpec, base: Checkpoint | None) -> tuple[int, ...]:
     if ref is None or len(ref.shape) < 3 or len(ref.shape) == 1 + len(side_sizes(spec)[1]):
         return ()
     return ref.shape[1:]
+
+
+def needs_arithmetic(plan: ConvertPlan) -> bool:
+    """True if factors are computed, or scalings go into them."""
+    return bool(plan.computed) or plan.is_evened or folds(plan.row)
 
 
 def outline(plan: ConvertPlan) -> Adapter:

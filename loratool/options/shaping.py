@@ -157,6 +157,7 @@ class Convert(Write, Many, Workers, Watch, Planned, Read, Access, kw_only=False)
         "change.", "Output", metavar="DIALECT", record=True,
     )] = None  # fmt: skip
     program: Program = None
+    dtype: FactorType = "auto"
     metadata: Annotated[Sequence[str], Words(
         "An entry of the file's metadata, as files have it (ss_…, modelspec.…) or title, author, "
         "description, tags, license; KEY= removes it. Repeatable.", "Output",
