@@ -44,8 +44,8 @@ def own_secrets() -> list[str]:
 
 PARTS = ("file", "key", "expected", "got", "hint")
 """What a message may say beside what failed, in its order."""
-STUBS = "loratool-hub-"
-"""How folders of stand-ins for files on the Hub begin; the path in one is what the user knows."""
+STUBS = "loratool-far-"
+"""How folders of stand-ins for remote files begin; the path in one is what the user knows."""
 
 
 def _said(value: object) -> str:
@@ -54,7 +54,7 @@ def _said(value: object) -> str:
         import tempfile
 
         top = re.escape(os.path.realpath(tempfile.gettempdir()))
-        text = re.sub(rf"{top}[\\/]{STUBS}[^\\/]+[\\/]", "hf://", text)
+        text = re.sub(rf"{top}[\\/]{STUBS}[^\\/]+[\\/]([a-z0-9+.-]+)[\\/]", r"\1://", text)
     return redact(text)
 
 

@@ -26,6 +26,8 @@ class Buckets(LocalFileSystem):
         tags: a tag per object, as S3 has it.
         before: called with (what is done, name of the object) before it is done.
         log: the same, of all that was done.
+        on_read: called with (name of the object, bytes about to be sent); what it returns is.
+        reads: (name, first byte, number of bytes) of all that was sent.
     """
 
     protocol = "buckets"
@@ -33,6 +35,8 @@ class Buckets(LocalFileSystem):
     tags: ClassVar[bool] = True
     before: ClassVar[list[Callable[[str, str], None]]] = []
     log: ClassVar[list[tuple[str, str]]] = []
+    on_read: ClassVar[list[Callable[[str, bytes], bytes]]] = []
+    reads: ClassVar[list[tuple[str, int, int]]] = []
 
     @classmethod
     def _strip_protocol(cls, path: Any) -> Any:
@@ -70,6 +74,14 @@ class Buckets(LocalFileSystem):
 
     def put_file(self, lpath: Any, rpath: Any, callback: Any = None, **_: Any) -> None:
         self._make("put", rpath, Path(lpath).read_bytes())
+
+    def cat_file(self, path: Any, start: Any = None, end: Any = None, **_: Any) -> bytes:
+        place = Path(self._strip_protocol(path))
+        data, name = place.read_bytes()[start:end], place.relative_to(os.environ[ROOT]).as_posix()
+        for call in self.on_read:
+            data = call(name, data)
+        self.reads.append((name, start or 0, len(data)))
+        return data
 
     def get_file(self, rpath: Any, lpath: Any, callback: Any = None, **_: Any) -> None:
         Path(lpath).write_bytes(self._at("get", rpath).read_bytes())

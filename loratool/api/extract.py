@@ -48,6 +48,7 @@ from loratool.store.staging import Making
 from loratool.store.stamps import take_stamps
 
 if TYPE_CHECKING:
+    from loratool.location import Location
     from loratool.store.reader import Stamp
     from loratool.store.staging import Output
 
@@ -132,7 +133,7 @@ def _prepare(asked: Extract) -> ExtractJob:
     output_place(target, row.name)
     tuned = open_base(str(asked.tuned), [], access)
     base = open_base(str(asked.base), [], access)
-    guard_output(target, [tuned.resolved.path, base.resolved.path])
+    guard_output(target, [tuned.resolved.named, base.resolved.named])
     plan = _plan(asked, tuned.checkpoint, base.checkpoint, how, keep)
     made = outline(plan, base.checkpoint)
     if asked.to is None and program is not None and not program.is_of_peft:
@@ -241,12 +242,12 @@ def _check_residual_path(asked: Extract, job: ExtractJob, identity: str) -> bool
             got=str(path), hint="--save-residual residual.safetensors",
         )  # fmt: skip
     replaces = may_replace(path, identity, force=asked.force)
-    guard_output(path, [job.tuned.resolved.path, job.base.resolved.path])
+    guard_output(path, [job.tuned.resolved.named, job.base.resolved.named])
     return replaces
 
 
 def _run(
-    plan: ExtractPlan, resources: Resources, staged: Output, stamps: Mapping[Path, Stamp]
+    plan: ExtractPlan, resources: Resources, staged: Output, stamps: Mapping[Location, Stamp]
 ) -> list[Any]:
     """One result per step; modules that an earlier run finished are taken from its journal."""
     from loratool.engine.device import batch_bytes

@@ -36,6 +36,7 @@ from loratool.store.source import Resolved
 
 if TYPE_CHECKING:
     from loratool.engine.sink import CheckpointSink
+    from loratool.location import Location
     from loratool.options.merging import Combine
     from loratool.options.shaping import Compress, Convert, Rescale
     from loratool.plan import Plan
@@ -47,7 +48,7 @@ def run_plan(
     resources: Resources,
     sink: CheckpointSink | None = None,
     take: Callable[[Any], Any] | None = None,
-    stamps: Mapping[Path, Stamp] | None = None,
+    stamps: Mapping[Location, Stamp] | None = None,
 ) -> list[Any]:
     """One result per step of a plan, of inputs that did not change meanwhile.
 

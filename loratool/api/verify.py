@@ -34,8 +34,9 @@ from loratool.options.calls import takes
 from loratool.options.groups import Codes, Mix, Names, Run
 from loratool.options.merging import Verify
 from loratool.report.merge import TensorDifference, VerifyReport
+from loratool.store.address import Address
 from loratool.store.checkpoint import Checkpoint, open_checkpoint
-from loratool.store.source import AdapterArgument
+from loratool.store.source import AdapterArgument, Resolved
 
 
 @takes(Verify)
@@ -61,7 +62,7 @@ def verify(asked: Verify) -> VerifyReport:
     resolved = locate(str(asked.merged), kind="base", access=access)
     merged = open_checkpoint(resolved.path, max_header=access.rules.max_header)
     record = merge_record(merged)
-    request = _request(asked, access, merged, record, resolved.path.absolute().parent)
+    request = _request(asked, access, merged, record, _home_of(resolved))
     try:
         job = prepare_merge(request)
     except UsageError as error:
@@ -75,6 +76,12 @@ def verify(asked: Verify) -> VerifyReport:
                                block_elements=block_elements(request.residual))  # fmt: skip
     results = run_plan(plan.plan, resources)
     return _report(job, resolved.label, plan, results, started)
+
+
+def _home_of(merged: Resolved) -> Path:
+    """The folder in which its inputs may lie beside it; of an object store an address."""
+    named = merged.named
+    return named.parent if isinstance(named, Address) else merged.path.absolute().parent
 
 
 def _request(

@@ -112,7 +112,7 @@ def _pair(report: CompareReport, voice: Voice) -> Iterator[str]:
 
 def _replacements(report: CompareReport, one: str, two: str, voice: Voice) -> Iterator[str]:
     """What each adapter replaces whole: a line for all of which the same is to be said."""
-    both = {True: "the same bytes", False: "different", None: "not read: on the Hub"}
+    both = {True: "the same bytes", False: "different", None: "not read: they are far"}
     groups: dict[str, list[str]] = {}
     for row in report.replacements:
         words = {"first": f"only in {one}", "second": f"only in {two}"}.get(

@@ -155,8 +155,8 @@ def _print_version(ctx: click.Context, _param: click.Parameter, value: Any) -> N
 def root(ctx: click.Context) -> None:
     """Merge, extract and check LoRA adapter files: exact, in little memory, any model.
 
-    A SOURCE is a file, a folder or a Hub reference (hf://owner/name@revision); an adapter may
-    carry a weight (style:0.7).
+    A SOURCE is a file, a folder, a Hub reference (hf://owner/name@revision) or an address in an
+    object store (s3://bucket/style); an adapter may carry a weight (style:0.7).
     """
     if ctx.invoked_subcommand is None:
         click.echo(ctx.get_help())

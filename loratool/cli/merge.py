@@ -28,7 +28,7 @@ from loratool.cli.render import (
 )
 from loratool.cli.voice import Voice, note_lines, warning_lines
 from loratool.dtypes import DTYPES
-from loratool.errors import UsageError
+from loratool.errors import HubError, UsageError
 from loratool.options.groups import Access, Mix, Names, Nonfinite
 from loratool.options.merging import Completed, Merge
 from loratool.options.words import only_of, typed
@@ -299,11 +299,15 @@ def _action(step: Mapping[str, Any]) -> str:
 
 def _no_base(adapters: Sequence[str], output: str) -> UsageError:
     """`merge ./a -o ./m`: say what was probably meant, with the base that the adapter names."""
-    named = _named_base(adapters[0])
+    try:
+        named = _named_base(adapters[0])
+        got = f"an adapter of {safe(named)}" if named else "an adapter that names no base"
+    except HubError:  # nothing is fetched for a hint
+        named, got = None, None
     return UsageError(
         "LT-205",
         "merging one adapter needs --base, the model to merge it into",
-        got=f"an adapter of {safe(named)}" if named else "an adapter that names no base",
+        got=got,
         hint=_command(adapters, "auto" if named else "BASE", output),
     )
 

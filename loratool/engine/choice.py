@@ -13,7 +13,7 @@ from loratool.engine.rows import op_of
 from loratool.engine.run import RunOptions
 from loratool.engine.step import Lane, Nowhere, StepWork
 from loratool.frozen import Frozen, replace
-from loratool.location import HubFile
+from loratool.location import RemoteFile
 from loratool.plan import Plan, Step
 from loratool.report.text import plural
 from loratool.store.bandwidth import write_speed
@@ -95,7 +95,7 @@ def _heaviest(plan: Plan) -> Step | None:
     summed = [
         step for step in plan.steps
         if step.parts and op_of(step).kernel and not op_of(step).is_module
-        and not any(isinstance(ref.file, HubFile) for ref in step.refs())
+        and not any(isinstance(ref.file, RemoteFile) for ref in step.refs())
     ]  # fmt: skip
     return max(summed, key=lambda step: step.view[0] * step.view[1], default=None)
 

@@ -11,7 +11,7 @@ from loratool.dtypes import DTYPES
 from loratool.engine import grid
 from loratool.engine.rows import args_of, op_of
 from loratool.frozen import replace
-from loratool.location import HubFile
+from loratool.location import RemoteFile
 from loratool.plan import DeltaPart, Plan, Step
 from loratool.store.remote_spans import Range
 
@@ -73,10 +73,10 @@ def sampled_bytes(plan: Plan, *, elements: int) -> int:
 
 
 def planned_ranges(plan: Plan, *, elements: int, sample: bool) -> Iterator[Range]:
-    """Everything that `execute` will read from the Hub."""
+    """Everything remote that `execute` will read."""
     chosen = [plan.steps[n] for n in sampled_steps(plan)] if sample else plan.steps
     for step in chosen:
-        if not any(isinstance(ref.file, HubFile) for ref in step.refs()):
+        if not any(isinstance(ref.file, RemoteFile) for ref in step.refs()):
             continue
         blocks = cut_step(step, elements=elements, chunk=1, sample=True) if sample else []
         for part in step.parts:

@@ -10,6 +10,7 @@ from typing import Any
 from msgspec import to_builtins
 
 from loratool.adapter import TensorRef
+from loratool.location import RemoteFile
 from loratool.plan import Plan, Step
 from loratool.store.checksum import Piece
 from loratool.store.disk import lies_in_memory, refusals_as
@@ -80,10 +81,9 @@ class CheckpointSink:
             reader: has that file.
         """
         name, twin = self._plan.shards[step.shard].name, self._plan.shards[step.shard].twin
-        if twin is None:
+        source = step.inputs[0] if step.inputs else None
+        if twin is None or not isinstance(source, TensorRef) or isinstance(source.file, RemoteFile):
             return False
-        source = step.inputs[0]
-        assert isinstance(source, TensorRef)
         path = self._output.create(name)
         with reader.lend(source) as file, refusals_as("cannot clone", path):
             is_cloned = clone_file(file, path)

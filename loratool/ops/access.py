@@ -14,7 +14,7 @@ class Access(Frozen):
         offline: never touch the network.
         yes: large downloads are agreed to.
         rules: how far files are trusted.
-        in_place: files on the Hub are not downloaded but read where they are.
+        in_place: remote files are not downloaded but read where they are.
     """
 
     offline: bool = False
@@ -30,9 +30,12 @@ def locate(text: str, *, kind: str, access: Access) -> Resolved:
         LoratoolError: see `loratool.store.source.resolve` and
             `loratool.store.unpickled.convert_pickles`.
     """
-    in_place = access.in_place and not access.rules.allow_pickle
-    resolved = resolve(text, kind=kind, offline=access.offline, yes=access.yes, in_place=in_place)
-    if not access.rules.allow_pickle:
+    pickles = access.rules.allow_pickle
+    resolved = resolve(
+        text, kind=kind, offline=access.offline, yes=access.yes,
+        in_place=access.in_place and not pickles, whole=pickles,
+    )  # fmt: skip
+    if not pickles:
         return resolved
     from loratool.dialects.registry import beside
     from loratool.store.unpickled import convert_pickles

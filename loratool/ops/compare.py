@@ -11,7 +11,7 @@ from loratool.dialects.stated import QUIET
 from loratool.engine.reads import factor_ranges
 from loratool.errors import MismatchError
 from loratool.frozen import Frozen, replace
-from loratool.location import HubFile
+from loratool.location import RemoteFile
 from loratool.ops.additive import FREED, require_additive, require_factors
 from loratool.plan import DeltaPart, Plan, module_step
 from loratool.report.compare import ComparedReplacement, Difference
@@ -121,11 +121,11 @@ def find_replacements(one: Adapter, two: Adapter) -> list[ComparedReplacement]:
 
 
 def _are_same(one: Source, two: Source) -> bool | None:
-    """None if it would take reading from the Hub: these tensors can be as large as a model."""
+    """None if it would take reading from far: these tensors can be as large as a model."""
     if (one.dtype, one.shape) != (two.dtype, two.shape):
         return False
     sources = [s for s in (one, two) if isinstance(s, TensorRef)]
-    if not any(isinstance(s.file, HubFile) for s in sources) or are_of_one_file(sources):
+    if not any(isinstance(s.file, RemoteFile) for s in sources) or are_of_one_file(sources):
         return have_same_bytes([one, two])
     return None
 

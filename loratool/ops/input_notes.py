@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from loratool.adapter import Adapter, TensorRef
 from loratool.delta.forms import left_of
 from loratool.errors import list_some
-from loratool.location import HubFile
+from loratool.location import RemoteFile
 from loratool.report.text import plural
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ def _is_zero(adapter: Adapter) -> bool:
     with FileReader() as reader:
         for spec in adapter.specs:
             ref = left_of(spec) if spec.row.has_factors else None
-            if not isinstance(ref, TensorRef) or isinstance(ref.file, HubFile):
+            if not isinstance(ref, TensorRef) or isinstance(ref.file, RemoteFile):
                 return False
             for start in range(0, ref.nbytes, _PIECE):
                 piece = bytearray(min(_PIECE, ref.nbytes - start))

@@ -18,7 +18,7 @@ from loratool.ops.averages import averaged, check_order
 from loratool.ops.weights import Rule, Weight, weigh
 from loratool.options.groups import Mix, Read
 from loratool.patterns import find, typed_pattern
-from loratool.store.address import Address
+from loratool.store.address import Address, address_of
 from loratool.store.checkpoint import Checkpoint, open_checkpoint
 from loratool.store.places import check_name, old_path, staging_path
 from loratool.store.source import (
@@ -204,10 +204,14 @@ class Guard:
     """
 
     def __init__(self, inputs: Iterable[str | Path | None]) -> None:
+        inputs = list(inputs)
+        self._far = [far for p in inputs if ":/" in str(p) and (far := address_of(str(p)))]
         self._at: dict[Path, str | Path] = {}  # where an input really lies -> as it was given
         self._above: dict[Path, str | Path] = {}  # the folders around it
         for path in inputs:
-            if path is None or (isinstance(path, str) and not os.path.lexists(path)):
+            if path is None or isinstance(path, Address):
+                continue
+            if isinstance(path, str) and not os.path.lexists(path):
                 continue  # such as a reference to the Hub
             real = Path(os.path.realpath(path))
             self._at.setdefault(real, path)
@@ -225,6 +229,9 @@ class Guard:
             OutputError: it would overwrite what is being read, or can be no output at all.
         """
         if isinstance(output, Address):  # of no file of this machine
+            for far in self._far:
+                if output.overlaps(far):
+                    raise _over(output, far)
             return
         check_name(output)
         places = (output, staging_path(output), old_path(output))
@@ -234,10 +241,14 @@ class Guard:
             hits += [self._above[real]] if real in self._above else []
             hits += [self._files[one] for one in _identities(place) if one in self._files]
             if hits:
-                raise OutputError(
-                    "LT-506", "the output would overwrite an input", file=output,
-                    got=f"input {hits[0]}", hint="choose another -o",
-                )  # fmt: skip
+                raise _over(output, hits[0])
+
+
+def _over(output: Path, given: str | Path) -> OutputError:
+    return OutputError(
+        "LT-506", "the output would overwrite an input", file=output, got=f"input {given}",
+        hint="choose another -o",
+    )  # fmt: skip
 
 
 def _identities(place: Path) -> Iterator[tuple[int, int]]:

@@ -12,11 +12,18 @@ from typing import Annotated, Any, Literal, NoReturn, TypedDict
 
 import msgspec
 
-from loratool.errors import LoratoolError, MismatchError, UnsafeContentError, UsageError
+from loratool.errors import (
+    BadFileError,
+    LoratoolError,
+    MismatchError,
+    UnsafeContentError,
+    UsageError,
+)
 from loratool.frozen import Frozen, field
 from loratool.options.groups import Names
 from loratool.options.words import Option, options_of
 from loratool.shapes import Refuse, checked
+from loratool.store.address import Address
 from loratool.store.checkpoint import Checkpoint
 from loratool.store.contained import check_name, is_inside
 from loratool.store.header import read_header
@@ -249,9 +256,16 @@ def _find(
     for one in (plain, *row.files):
         check_name(one, output.path, "record")
     others = []
-    for place in (root / plain for root in roots if (root / plain).exists()):
+    for place in (root / plain for root in roots):
+        if not isinstance(place, Address) and not place.exists():
+            continue
         _check_place(place, option)
-        resolved = look(place, "base" if row.role in ("base", ORIGINAL) else "adapter")
+        try:
+            resolved = look(place, "base" if row.role in ("base", ORIGINAL) else "adapter")
+        except BadFileError as error:
+            if not isinstance(place, Address) or error.code != "LT-300":
+                raise
+            continue  # of a store only looking tells
         wrong = _differing(resolved.path, row.files)
         if wrong is None:
             return str(place)

@@ -21,7 +21,7 @@ from loratool.options.words import KW_ONLY, Words
 class Inspect(Shown, Crew, Watch, Access, AlphaOnly, kw_only=False):
     """What a source holds."""
 
-    source: Annotated[Place, Words("path or Hub reference.")]
+    source: Annotated[Place, Words("path, Hub reference or store address.")]
     _: KW_ONLY
     risk: Annotated[bool, Words(
         "Statistics of every ΔW, to look at before trusting a file.", "Output",
@@ -56,7 +56,9 @@ class Inspect(Shown, Crew, Watch, Access, AlphaOnly, kw_only=False):
 class Compare(Shown, Crew, Watch, AlphaOnly, Access, kw_only=False):
     """How alike adapters are."""
 
-    adapters: Annotated[Sequence[Place], Words("two or more paths or Hub references.")]
+    adapters: Annotated[
+        Sequence[Place], Words("two or more paths, Hub references or store addresses.")
+    ]
     _: KW_ONLY
     base: Annotated[Place | None, Words(
         "What they were trained on: for changes that depend on it, such as DoRA and OFT, and rows "
@@ -73,7 +75,7 @@ class Compare(Shown, Crew, Watch, AlphaOnly, Access, kw_only=False):
 class Check(Write, Workers, Read, Access, kw_only=False):
     """An adapter, and the program that shall load it."""
 
-    adapter: Annotated[Place, Words("path or Hub reference.")]
+    adapter: Annotated[Place, Words("path, Hub reference or store address.")]
     _: KW_ONLY
     program: Annotated[str, Words(
         "The program: peft, vllm, sglang, llama.cpp, mlx, comfyui, diffusers, forge, webui, "

@@ -31,7 +31,10 @@ from loratool.options.groups import (
 )
 from loratool.options.words import KW_ONLY, Options, Words
 
-Many = Annotated[Sequence[Place], Words("paths or Hub references, each with an optional weight.")]
+Many = Annotated[
+    Sequence[Place],
+    Words("paths, Hub references or store addresses, each with an optional weight."),
+]
 
 
 class Method(Options):
@@ -177,7 +180,7 @@ class Swap(Round, Write, Names, Run, Planned, Access, Nonfinite, Rerun, kw_only=
 class Split(Write, Names, Run, Planned, Access, Nonfinite, Rerun, kw_only=False):
     """An adapter as its low-rank part and a base that holds the rest."""
 
-    adapter: Annotated[Place, Words("path or Hub reference.")]
+    adapter: Annotated[Place, Words("path, Hub reference or store address.")]
     _: KW_ONLY
     base: Annotated[Place, Words("What it was trained on; auto = what the adapter names.", "Input",
                                  metavar="BASE|auto")]  # fmt: skip

@@ -139,7 +139,7 @@ class Extract(Write, Shown, Run, Planned, Access, Details, kw_only=False):
 class Convert(Write, Many, Workers, Watch, Planned, Read, Access, kw_only=False):
     """Adapters as another program stores them."""
 
-    adapters: Annotated[Sequence[Place], Words("paths or Hub references.")]
+    adapters: Annotated[Sequence[Place], Words("paths, Hub references or store addresses.")]
     _: KW_ONLY
     base: Annotated[Place | None, Words(
         "What it was trained on: its tensors name flat modules.", "Input", metavar="BASE",
@@ -176,7 +176,7 @@ class Convert(Write, Many, Workers, Watch, Planned, Read, Access, kw_only=False)
 class Rescale(Write, Many, Workers, Watch, Planned, Read, Access, kw_only=False):
     """Adapters times a factor."""
 
-    adapters: Annotated[Sequence[Place], Words("paths or Hub references.")]
+    adapters: Annotated[Sequence[Place], Words("paths, Hub references or store addresses.")]
     factor: Annotated[float, Words(
         "of every module that no ``only`` matches; may be negative.", record=True,
     )]  # fmt: skip

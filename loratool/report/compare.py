@@ -93,7 +93,7 @@ class ComparedReplacement(Frozen):
         name: tensor.
         where: ``both``, ``first`` or ``second``.
         identical: every byte equal (``both`` only); None if they were not read, because they
-            are on the Hub.
+            are far.
     """
 
     name: str

@@ -24,7 +24,7 @@ from loratool.store.reader import FileReader, plain_io
 from loratool.store.series import Series
 from loratool.store.shard_writer import ShardWriter
 from loratool.store.staging import Making, Output
-from loratool.store.stamps import stamp_of, take_stamps
+from loratool.store.stamps import known_stamp, stamp_of, take_stamps
 
 Progress = Callable[[int, int], None]
 T = TypeVar("T")
@@ -64,7 +64,8 @@ def write_adapter(
     files = with_record(files, record)
     stamps = take_stamps(s for _, s in files.tensors if isinstance(s, TensorRef))
     names = [*extras, *adapter_names(files)] if is_folder else [files.tensor_file]
-    stamps |= {path: stamp for path in extras.values() if (stamp := stamp_of(path))}
+    beside = (known_stamp(path, stamp_of(path)) for path in extras.values())
+    stamps |= {place: stamp for place, stamp in beside if stamp}
     try:
         with open_output(
             target,

@@ -1,4 +1,4 @@
-"""The address of an output in an object store, ``s3://bucket/folder``, as a path.
+"""An address in an object store, ``s3://bucket/folder``, as a path.
 
 It has names, parents and suffixes as any path has; nothing of it lies on this machine.
 """
@@ -33,32 +33,48 @@ class Address(_Path):
         """What tells the driver, such as ``s3``."""
         return self.parts[0].rstrip(":")
 
+    def overlaps(self, other: Address) -> bool:
+        """True if one is, or lies in, the other, by whichever name of the driver."""
+        from fsspec.registry import known_implementations
+
+        mine, theirs = (known_implementations.get(one.scheme, {}).get("class", one.scheme)
+                        for one in (self, other))  # fmt: skip
+        count = min(len(self.parts), len(other.parts))
+        return mine == theirs and self.parts[1:count] == other.parts[1:count]
+
 
 def place_of(output: str | Path) -> Path:
     """What was typed as an output: a path, an `Address` where fsspec knows the scheme.
-
-    A folder of this machine that has such a name wins.
 
     Raises:
         UsageError: LT-264, a password in it.
         OutputError: LT-510, no more than a bucket, or ``..`` in it.
     """
-    path = Path(output)
-    if isinstance(output, Address) or not _is_of_store(path):
-        return output if isinstance(output, Address) else path
-    place = Address(*path.parts)
+    place = address_of(output)
+    if place is not None and (len(place.parts) < 3 or ".." in place.parts):
+        raise OutputError(
+            "LT-510", "the output needs a name of its own", file=place,
+            hint="such as s3://bucket/folder",
+        )  # fmt: skip
+    return place or Path(output)
+
+
+def address_of(text: str | Path) -> Address | None:
+    """What was typed, where fsspec knows the scheme; a folder of this machine of that name wins.
+
+    Raises:
+        UsageError: LT-264, a password in it.
+    """
+    path = Path(text)
+    if isinstance(text, Address) or not _is_of_store(path):
+        return text if isinstance(text, Address) else None
     login, at, _ = path.parts[1].partition("@") if len(path.parts) > 1 else ("", "", "")
     if at and ":" in login:
         raise UsageError(
             "LT-264", "this looks like a password, which does not belong on a command line",
             hint="the driver takes it from its own variables or files; and change this password",
         )  # fmt: skip
-    if len(path.parts) < 3 or ".." in path.parts:
-        raise OutputError(
-            "LT-510", "the output needs a name of its own", file=place,
-            hint="such as s3://bucket/folder",
-        )  # fmt: skip
-    return place
+    return Address(*path.parts)
 
 
 def _is_of_store(path: Path) -> bool:

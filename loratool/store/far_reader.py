@@ -6,8 +6,9 @@ from pathlib import Path
 
 from loratool.adapter import Stamp
 from loratool.errors import DiskError
+from loratool.location import changed
 from loratool.store.reader import FileReader
-from loratool.store.stamps import changed, same_content, stamp_of
+from loratool.store.stamps import same_content, stamp_of
 
 
 class FarReader(FileReader):

@@ -16,13 +16,16 @@ from loratool.adapter import Stamp, TensorRef
 from loratool.dtypes import DTYPES, numel
 from loratool.errors import BadFileError, DiskError
 from loratool.frozen import Frozen
+from loratool.location import RemoteFile
 from loratool.store.contained import open_inside
 from loratool.store.stamps import stamp_from
+from loratool.store.stubs import remote_file
 
 MAGIC, ALIGNMENT = b"GGUF", 32
 _VERSIONS = (2, 3)
 _MAX_TENSORS, _MAX_ENTRIES, _MAX_DIMS = 200_000, 10_000, 4
 _MAX_TEXT, _MAX_ITEMS = 16 << 20, 4 << 20
+_LONGEST = 256 << 20  # of a header, far above those with the largest vocabularies
 _KEPT_ITEMS = 4096  # of a list; longer ones (vocabularies) are passed over
 
 _NUMBERS = {
@@ -81,6 +84,7 @@ class GgufFile(Frozen):
         tensors: in the order of the file.
         stamp: of the file when this was read.
         start: offset of its first tensor: where the header ends.
+        remote: what the file is a stub of, None if it is here whole.
     """
 
     path: Path
@@ -88,6 +92,7 @@ class GgufFile(Frozen):
     tensors: tuple[GgufTensor, ...]
     stamp: Stamp
     start: int
+    remote: RemoteFile | None = None
 
     @property
     def texts(self) -> dict[str, str]:
@@ -101,7 +106,8 @@ class GgufFile(Frozen):
             (one.kind, one.shape) if one.kind in DTYPES
             else ("U8", (rows, one.nbytes // max(1, rows)))
         )  # fmt: skip
-        return TensorRef(self.path, one.name, dtype, shape, one.start, one.nbytes, self.stamp)
+        where = self.remote or self.path
+        return TensorRef(where, one.name, dtype, shape, one.start, one.nbytes, self.stamp)
 
 
 def is_gguf(path: Path) -> bool:
@@ -125,13 +131,35 @@ def read_gguf(path: Path) -> GgufFile:
         UnsafeContentError: no regular file, or a link that leads out of the folder.
         DiskError: the system refuses to read it.
     """
+    remote = remote_file(path)
+    while True:
+        try:
+            return _read(path, remote)
+        except BadFileError as error:
+            if remote is None or error.code != "LT-303" or not _go_on(path, remote):
+                raise
+
+
+def _read(path: Path, remote: RemoteFile | None) -> GgufFile:
     try:
         with open_inside(path) as raw, BufferedReader(raw, 1 << 20) as file:
             stamp = stamp_from(os.fstat(raw.fileno()))
-            metadata, tensors, start = _Parser(file, path, stamp[2]).parse()
+            size = remote.size if remote else stamp[2]
+            metadata, tensors, start = _Parser(file, path, size).parse()
     except OSError as error:
         raise DiskError("LT-601", "cannot read", file=path, got=error.strerror) from error
-    return GgufFile(path, metadata, tensors, stamp, start)
+    return GgufFile(path, metadata, tensors, stamp, start, remote)
+
+
+def _go_on(path: Path, remote: RemoteFile) -> bool:
+    """Fetch more of a header, whose length nothing tells; False if no header is so long."""
+    from loratool.store.remote import append
+
+    here = path.stat().st_size
+    if here >= min(remote.size, _LONGEST):
+        return False
+    append(remote, path, min(remote.size, 8 * here))
+    return True
 
 
 class _Parser:

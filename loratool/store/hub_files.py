@@ -11,7 +11,8 @@ from loratool.store.adapter_folder import is_model_file
 from loratool.store.hub import ADAPTER_FILES, BASE_FILES
 from loratool.store.layout import PLAIN_STEMS, is_beside_name, is_pickle_name, what_lies_there
 
-_CONFIGS = ("adapter_config.json", "config.json", "model_index.json")
+CONFIGS = ("adapter_config.json", "config.json", "model_index.json")
+"""What says of the weights beside it what they are."""
 _ADAPTER_WEIGHTS = ("adapter_model*.safetensors", "adapters.safetensors")
 _MARKS = ("adapter_config.json", *_ADAPTER_WEIGHTS, "pytorch_lora_weights*.safetensors")
 _VARIANT = regex(
@@ -222,7 +223,7 @@ def files_to_look_at(names: Sequence[str], sub: str = "") -> tuple[list[str], li
     here = [n for n in inside if "/" not in n]
     if sub in names and not sub.endswith(".index.json"):
         own = sub.rpartition("/")[2]
-        chosen = [own, *(n for n in here if n in _CONFIGS)]
+        chosen = [own, *(n for n in here if n in CONFIGS)]
     elif what_lies_there(here) == "folder" or "model_index.json" in here:
         chosen = [n for n in inside if n.count("/") <= 1 and not n.startswith(_OTHER_RUNTIME)]
     else:
@@ -236,4 +237,4 @@ def files_to_look_at(names: Sequence[str], sub: str = "") -> tuple[list[str], li
 
 def is_read(name: str) -> bool:
     """True if a file tells what a source is: weights, indices and configurations."""
-    return name in _CONFIGS or name.endswith((".safetensors", ".gguf")) or _is_weight(name)
+    return name in CONFIGS or name.endswith((".safetensors", ".gguf")) or _is_weight(name)

@@ -13,7 +13,7 @@ from loratool.frozen import Frozen
 from loratool.store.file_kinds import kind_of
 
 if TYPE_CHECKING:
-    from loratool.location import HubFile
+    from loratool.location import RemoteFile
 
 _LONGEST = 1_024  # characters
 _LONGEST_PART = 255  # bytes: what file systems can name
@@ -51,7 +51,7 @@ def check_names(repo_id: str, names: Sequence[str]) -> None:
         HubError: LT-721, a name that leads astray, cannot be written, or stands there twice.
     """
     for name in names:
-        if _is_bad(name):
+        if is_bad(name):
             raise astray(repo_id, name, "a name inside the repository")
     # Ordered so that what lies in a folder comes right after a file of the folder's name.
     ordered = sorted(name.replace("/", "\0") for name in names)
@@ -60,7 +60,8 @@ def check_names(repo_id: str, names: Sequence[str]) -> None:
             raise astray(repo_id, one.replace("\0", "/"), "every name once")
 
 
-def _is_bad(name: str) -> bool:
+def is_bad(name: str) -> bool:
+    """True for what can be no name of a file in a folder."""
     if name.isascii() and name.isprintable() and len(name) <= _LONGEST_PART:
         return bool({"", ".", ".."} & set(name.split("/")))
     return (
@@ -73,7 +74,7 @@ def _is_bad(name: str) -> bool:
     )
 
 
-def refuse_large(repo_id: str, file: ListedFile | HubFile) -> None:
+def refuse_large(repo_id: str, file: ListedFile | RemoteFile) -> None:
     """Refuse a small file that is listed larger than one of its kind can be.
 
     Raises:

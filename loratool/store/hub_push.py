@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from loratool.errors import HubError, LoratoolError
 from loratool.frozen import Frozen
 from loratool.lazy import regex
+from loratool.location import changed
 from loratool.store.checksum import hash_like
 from loratool.store.hub import plain_errors
 from loratool.store.hub_download import xet_error
@@ -19,7 +20,6 @@ from loratool.store.hub_names import Listing
 from loratool.store.hub_retry import pause_after, status_of
 from loratool.store.known_file import SHA256, KnownFile
 from loratool.store.push_files import Content
-from loratool.store.stamps import changed
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd

@@ -8,9 +8,10 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+from loratool.location import changed
 from loratool.store.checksum import hash_like
 from loratool.store.contained import open_inside
-from loratool.store.stamps import changed, stamp_of
+from loratool.store.stamps import stamp_of
 
 _BLOCK = 4 << 20
 SHA256 = "0" * 64

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from loratool.frozen import Frozen
-from loratool.location import HubFile
+from loratool.location import RemoteFile
 from loratool.store.hub_files import (
     files_to_look_at,
     is_read,
@@ -15,7 +15,7 @@ from loratool.store.hub_files import (
     source_files,
 )
 from loratool.store.hub_names import Listing, refuse_large
-from loratool.store.remote import describe
+from loratool.store.hub_range import describe
 from loratool.store.remote_folder import RemoteFolder
 
 LOOK_BYTES = 100_000_000
@@ -70,12 +70,12 @@ def look(listing: Listing, *, kind: str, sub: str = "", yes: bool = False) -> Lo
     small = [f for f in rest if is_read(f.name.rpartition("/")[2])]
     for file in rest:
         refuse_large(repo_id, file)
-    folder = RemoteFolder(f"{repo_id}@{listing.commit[:7]}", None if yes else LOOK_BYTES)
+    folder = RemoteFolder(f"hf://{repo_id}@{listing.commit[:7]}", None if yes else LOOK_BYTES)
     folder.fill(weights, small, [f for f in rest if f not in small], describe(listing, named))
     return Looked(folder.path, listing.commit, folder)
 
 
-def _stays(file: HubFile) -> bool:
+def _stays(file: RemoteFile) -> bool:
     """True if a file is read by range.  Its identity must be listed: the sha256 of LFS files."""
     return is_weight_name(file.name) and len(file.digest) == _SHA256_DIGITS
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from time import sleep
 from typing import Any, TypeVar
 
 from loratool.errors import DiskError, HubError, LoratoolError, UsageError
@@ -28,6 +28,7 @@ _REQUESTS = 8
 """Small ones at once."""
 _TAGS = ("md5Hash", "ETag", "etag", "e_tag")
 """Under which drivers tell what changes with an object's content."""
+_TIMES = ("mtime", "modified", "modificationTime", "last_modified", "LastModified", "created")
 _MD5 = regex(r"[0-9a-f]{32}")
 
 
@@ -37,10 +38,12 @@ class Entry(Frozen):
     Attributes:
         size: in bytes.
         tag: changes with the content; "" if the store tells none.
+        time: when it was written, as the driver spells it; "" likewise.
     """
 
     size: int
     tag: str = ""
+    time: str = ""
 
 
 class ObjectStore:
@@ -200,7 +203,7 @@ class ObjectStore:
             except Exception as error:
                 if wait is None or _is_final(error):
                     raise self._refusal(what, name, error) from error
-                time.sleep(wait)
+                sleep(wait)
         raise AssertionError
 
     def _refusal(self, what: str, name: str, error: Exception) -> LoratoolError:
@@ -255,8 +258,9 @@ def _open(address: Address) -> tuple[Any, str]:
 
 
 def _entry(info: Mapping[str, Any]) -> Entry:
-    tag = next((str(info[key]) for key in _TAGS if info.get(key)), "")
-    return Entry(int(info["size"] or 0), tag.strip('"'))
+    tag, time = (next((str(info[key]) for key in keys if info.get(key)), "")
+                 for keys in (_TAGS, _TIMES))  # fmt: skip
+    return Entry(int(info["size"] or 0), tag.strip('"'), time)
 
 
 def _md5_of(tag: str) -> bytes | None:

@@ -18,7 +18,7 @@ from loratool.store.stubs import remote_file
 
 
 def file_id(path: Path, folder: Path | None = None) -> str:
-    """sha256 of a file's bytes; of a file on the Hub as the Hub lists it.
+    """sha256 of a file's bytes; of a file on the Hub as the Hub lists it, of a store's read there.
 
     Args:
         path: the file.
@@ -26,7 +26,9 @@ def file_id(path: Path, folder: Path | None = None) -> str:
     """
     remote = remote_file(path)
     if remote is not None:
-        return remote.digest
+        from loratool.store.remote import digest_far
+
+        return remote.digest or digest_far(remote)
     with open_inside(path, folder) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -17,13 +17,14 @@ from loratool.adapter import Stamp
 from loratool.errors import UnsafeContentError, UsageError, list_some
 from loratool.frozen import Frozen, field
 from loratool.lazy import regex
+from loratool.location import changed
 from loratool.store.contained import list_folder, open_inside
 from loratool.store.file_kinds import Kind, kind_of
 from loratool.store.jsonfile import check_json_size
 from loratool.store.known_file import SHA256, KnownFile
 from loratool.store.secrets import Finding, Pairs, find_in_bytes, find_in_json
 from loratool.store.source import exists
-from loratool.store.stamps import changed, stamp_of
+from loratool.store.stamps import stamp_of
 
 # What trainers, the Hub's client and file managers leave beside the weights.
 LEFT_OUT = (

@@ -17,12 +17,12 @@ from loratool.adapter import ArrangedRef, CodedRef, Source, Stamp, TensorData, T
 from loratool.dtypes import DTYPES
 from loratool.errors import BadFileError, DiskError, UnsafeContentError
 from loratool.frozen import Struct, replace
-from loratool.location import HubFile
+from loratool.location import Location, RemoteFile, changed
 from loratool.quant import codec_of
 from loratool.store.axes import arrange
 from loratool.store.contained import open_again
 from loratool.store.remote_spans import Range, ReadAhead, by_file
-from loratool.store.stamps import changed, check_stamp, stamp_from, stamp_of
+from loratool.store.stamps import check_stamp, stamp_from, stamp_in, stamp_of
 
 __all__ = ["FileReader", "Stamp", "are_of_one_file", "have_same_bytes", "plain_io", "stamp_of"]
 
@@ -64,8 +64,8 @@ class FileReader:
         stamps: files that must not change even if they are not read.
     """
 
-    def __init__(self, stamps: Mapping[Path, Stamp] | None = None) -> None:
-        self._stamps = dict(stamps or {})
+    def __init__(self, stamps: Mapping[Location, Stamp] | None = None) -> None:
+        self._stamps: dict[Location, Stamp] = dict(stamps or {})
         self._files: dict[Path, _Open] = {}  # in the order of their last use
         self._ahead = ReadAhead()
         self._most = most_open_files()
@@ -75,7 +75,7 @@ class FileReader:
     def __enter__(self) -> FileReader:
         return self
 
-    def __reduce__(self) -> tuple[type[FileReader], tuple[dict[Path, Stamp]]]:
+    def __reduce__(self) -> tuple[type[FileReader], tuple[dict[Location, Stamp]]]:
         return type(self), (dict(self._stamps),)
 
     def __exit__(self, *_: object) -> None:
@@ -96,7 +96,7 @@ class FileReader:
         Raises:
             BadFileError: the file ends before the buffer is full, or is not what it was.
             DiskError: the system refuses to read.
-            HubError: the file is on the Hub, which does not give the bytes.
+            HubError: the file is remote, and the bytes do not come.
         """
         if isinstance(ref, CodedRef):
             codec_of(ref.codec).coder.decode(ref, self, start, buffer)
@@ -118,7 +118,9 @@ class FileReader:
             buffer[stored:] = bytes(len(buffer) - stored)
             buffer = buffer[:stored]
         offset = ref.start + start
-        if isinstance(ref.file, HubFile):
+        if isinstance(ref.file, RemoteFile):
+            if ref.file not in self._stamps:
+                self._stamps[ref.file] = ref.file.stamp
             buffer[:] = self._ahead.read(ref.file, offset, len(buffer))
             return
         done = 0
@@ -145,11 +147,11 @@ class FileReader:
             BadFileError: of `read_into`.
         """
         refs = list(refs)
-        self.expect((r.file, r.start, r.nbytes) for r in refs if isinstance(r.file, HubFile))
+        self.expect((r.file, r.start, r.nbytes) for r in refs if isinstance(r.file, RemoteFile))
         found: list[bytes] = []
         for file, group in groupby(refs, key=lambda ref: ref.file):
             members = list(group)
-            if isinstance(file, HubFile):
+            if isinstance(file, RemoteFile):
                 found += map(self._read_whole, members)
             else:
                 found += self.read_spans(members[0], [(r.start, r.nbytes) for r in members])
@@ -250,7 +252,7 @@ class FileReader:
             return file.readinto(buffer) or 0
 
     def expect(self, ranges: Iterable[Range]) -> None:
-        """Say what will be read: of files on the Hub neighbours then come in one request."""
+        """Say what will be read: of remote files neighbours then come in one request."""
         for file, parts in by_file(ranges).items():
             self._ahead.expect(file, parts)
 
@@ -261,10 +263,10 @@ class FileReader:
             BadFileError: LT-332, two tensors of a file saw it differently.
         """
         with self._lock:
-            for ref in (r for r in refs if not isinstance(r.file, HubFile)):
-                held = ref.stamp and self._stamps.setdefault(ref.path, ref.stamp)
-                if held != ref.stamp:
-                    raise changed(ref.path)
+            for file, stamp in map(stamp_in, refs):
+                held = stamp and self._stamps.setdefault(file, stamp)
+                if held != stamp:
+                    raise changed(file)
 
     def check_unchanged(self) -> None:
         """Compare every file that was read, or given a stamp, with what it was.
@@ -279,8 +281,9 @@ class FileReader:
 
 
 def are_of_one_file(refs: Sequence[TensorRef]) -> bool:
-    """True for the same bytes of files on the Hub that have one hash: no need to read them."""
-    places = {(f.digest, r.start) if isinstance(f := r.file, HubFile) else None for r in refs}
+    """True for the same bytes of remote files whose content is known to be one: not to be read."""
+    places = {(f.content, r.start) if isinstance(f := r.file, RemoteFile) and f.content else None
+              for r in refs}  # fmt: skip
     return len(places) == 1 and None not in places
 
 
@@ -300,7 +303,7 @@ def have_same_bytes(sources: Sequence[Source], reader: FileReader | None = None)
     if are_of_one_file(refs):
         return True
     with nullcontext(reader) if reader else FileReader() as reader:
-        # What differs mostly does so at once, and may have to come from the Hub.
+        # What differs mostly does so at once, and may have to come from far.
         ends = [min(_FIRST_PIECE, first.nbytes), *range(_PIECE, first.nbytes, _PIECE), first.nbytes]
         for start, end in zip([0, *ends], ends, strict=False):
             pieces = []

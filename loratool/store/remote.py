@@ -1,116 +1,97 @@
-"""Files that stay on the Hub: their size and hash are known, their bytes are read by range."""
+"""Files that stay where they are: their bytes are read by range, from whichever place has them."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Protocol, cast
 
-from loratool.errors import STUBS, HubError
+from loratool.adapter import Stamp
 from loratool.frozen import replace
-from loratool.location import HubFile
-from loratool.store.checksum import digest_of
-from loratool.store.hub import plain_errors
-from loratool.store.hub_names import Listing
-from loratool.store.remote_http import Answer, ask
+from loratool.location import RemoteFile
 
-_ATTEMPTS = 4
-"""Answers cut short before giving up; each is continued where it ended."""
-_EMPTY = 2  # of them without any data
 _PIECE = 8 << 20
 
 
-def read_range(file: HubFile, start: int, count: int) -> bytes:
+class _Place(Protocol):
+    """What the Hub and an object store can do, each a module."""
+
+    def read_range(self, file: RemoteFile, start: int, count: int) -> bytes: ...
+
+    def check_content(self, path: Path, file: RemoteFile) -> None: ...
+
+    def stamp_now(self, file: RemoteFile) -> Stamp | None: ...
+
+
+def _place_of(file: RemoteFile) -> _Place:
+    """Who has a file; nothing of either is imported before it is asked."""
+    if file.is_on_hub:
+        from loratool.store import hub_range
+
+        return cast(_Place, hub_range)
+    from loratool.store import store_range
+
+    return cast(_Place, store_range)
+
+
+def read_range(file: RemoteFile, start: int, count: int) -> bytes:
     """Bytes of a file, in one request unless the connection breaks.
 
     Raises:
         HubError: LT-750 cut short again and again, LT-751 other bytes than those asked for;
-            or the Hub does not give the file.
+            or the place does not give the file.
+        BadFileError: LT-332, it is not what it was.
+        DiskError: LT-601, the store refuses.
     """
-    from huggingface_hub import hf_hub_url
-
-    data = bytearray()
-    empty = 0
-    with plain_errors(file.repo_id, file.commit):
-        url = hf_hub_url(file.repo_id, file.name, revision=file.commit)
-        for _attempt in range(_ATTEMPTS):
-            if len(data) < count and empty < _EMPTY:
-                first, left = start + len(data), count - len(data)
-                answer = ask(url, first, left, _note_of(file))
-                _check(file, answer, first, left)
-                data += answer.data
-                empty += not answer.data
-    if len(data) < count:
-        raise HubError(
-            "LT-750", "the Hub's answers are cut short", file=file,
-            expected=f"{count} bytes at {start}", got=f"{len(data)} bytes",
-            hint="check the network and try again",
-        )  # fmt: skip
-    return bytes(data)
+    return _place_of(file).read_range(file, start, count)
 
 
-def _note_of(file: HubFile) -> Path | None:
-    """Where its signed address is kept: beside the stubs, in a folder that is the user's alone."""
-    parents = () if file.stub is None else file.stub.parents
-    top = next((p for p in parents if p.name.startswith(STUBS)), None)
-    return None if top is None else top / hashlib.sha256(str(file).encode()).hexdigest()
-
-
-def _check(file: HubFile, answer: Answer, first: int, left: int) -> None:
-    """Only the bytes asked for, of a file of the listed size.
-
-    A server that knows no ranges sends the file from its start, which serves for headers.
-    """
-    want = f"bytes {first}-{first + left - 1}/{file.size}"
-    if answer.status == 206 and answer.content_range == want:
-        return
-    if answer.status == 200 and first == 0:
-        return
-    raise HubError(
-        "LT-751", "the server does not send the bytes asked for", file=file,
-        expected=want, got=answer.content_range or f"HTTP status {answer.status}",
-        hint="check HF_ENDPOINT; loratool pull fetches whole files",
-    )  # fmt: skip
-
-
-def fetch_whole(file: HubFile, path: Path) -> None:
-    """Write a small file of a folder of stubs, checked.
-
-    Raises:
-        HubError: LT-752, the Hub gives other bytes than it lists.
-    """
-    path.write_bytes(b"")
-    append(replace(file, stub=path), path, file.size)
-    check_digest(path, file)
-
-
-def check_digest(path: Path, file: HubFile) -> None:
+def check_content(path: Path, file: RemoteFile) -> None:
     """Refuse a fetched file that is not the listed one.
 
     Raises:
         HubError: LT-752.
+        BadFileError: LT-332, an object that has changed since.
     """
-    got = digest_of(path, file.digest)
-    if got != file.digest:
-        raise HubError(
-            "LT-752", "the bytes read are not those that the Hub lists",
-            file=file, expected=file.digest, got=got,
-            hint="a proxy or mirror may be damaging it: try again, or check HF_ENDPOINT",
-        )  # fmt: skip
+    _place_of(file).check_content(path, file)
 
 
-def append(file: HubFile, path: Path, stop: int) -> None:
+def stamp_now(file: RemoteFile) -> Stamp | None:
+    """What a file is now; None if it is gone.
+
+    Raises:
+        HubError, DiskError: the store does not say.
+    """
+    return _place_of(file).stamp_now(file)
+
+
+def fetch_whole(file: RemoteFile, path: Path) -> None:
+    """Write a file of a folder of stubs, checked.
+
+    Raises:
+        LoratoolError: see `read_range` and `check_content`.
+    """
+    path.write_bytes(b"")
+    append(replace(file, stub=path), path, file.size)
+    check_content(path, file)
+
+
+def digest_far(file: RemoteFile) -> str:
+    """sha256 of a file's bytes, which are read for it."""
+    found = hashlib.sha256()
+    for piece in _pieces(file, 0, file.size):
+        found.update(piece)
+    return found.hexdigest()
+
+
+def append(file: RemoteFile, path: Path, stop: int) -> None:
     """Go on with a file up to a position, never with much of it in memory."""
     with path.open("ab") as out:
-        for at in range(out.tell(), stop, _PIECE):
-            out.write(read_range(file, at, min(_PIECE, stop - at)))
+        for piece in _pieces(file, out.tell(), stop):
+            out.write(piece)
 
 
-def describe(listing: Listing, names: Iterable[str]) -> list[HubFile]:
-    """Files of a listing by name."""
-    wanted = set(names)
-    return [
-        HubFile(listing.repo_id, listing.commit, f.name, f.size, f.digest)
-        for f in listing.files
-        if f.name in wanted
-    ]
+def _pieces(file: RemoteFile, start: int, stop: int) -> Iterator[bytes]:
+    for at in range(start, stop, _PIECE):
+        yield read_range(file, at, min(_PIECE, stop - at))

@@ -1,4 +1,4 @@
-"""Reading ahead: what lies close together in a file on the Hub comes in one request.
+"""Reading ahead: what lies close together in a remote file comes in one request.
 
 Who is going to read tensors says so first.  Their byte ranges are joined over small gaps and cut
 into spans of bounded size; a span is fetched whole when its first byte is needed, and kept while
@@ -12,10 +12,10 @@ from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterable
 
-from loratool.location import HubFile, Location
+from loratool.location import Location, RemoteFile
 
 GAP_BYTES = 64 << 10
-"""Read over rather than around: about what the way to the Hub and back costs."""
+"""Read over rather than around: about what the way there and back costs."""
 SPAN_BYTES = 8 << 20
 KEPT_BYTES = 64 << 20
 """Memory for spans, whatever is read."""
@@ -43,11 +43,11 @@ class ReadAhead:
     def __init__(self, kept_bytes: int = KEPT_BYTES) -> None:
         self._most = kept_bytes
         self._lock = threading.Lock()
-        self._spans: dict[HubFile, list[_Span]] = {}
+        self._spans: dict[RemoteFile, list[_Span]] = {}
         self._kept: OrderedDict[_Span, bytes] = OrderedDict()
         self._bytes = 0
 
-    def expect(self, file: HubFile, ranges: Iterable[tuple[int, int]]) -> None:
+    def expect(self, file: RemoteFile, ranges: Iterable[tuple[int, int]]) -> None:
         """Say what will be read of a file: (start, stop) ranges, in any order.
 
         It takes the place of what was said before; spans that stay the same stay in memory.
@@ -68,7 +68,7 @@ class ReadAhead:
                 self._drop(spans)
             self._spans.clear()
 
-    def read(self, file: HubFile, start: int, count: int) -> bytes:
+    def read(self, file: RemoteFile, start: int, count: int) -> bytes:
         """Bytes of a file.
 
         Raises:
@@ -86,7 +86,7 @@ class ReadAhead:
             at = until
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
-    def _find(self, file: HubFile, at: int) -> tuple[_Span | None, int]:
+    def _find(self, file: RemoteFile, at: int) -> tuple[_Span | None, int]:
         """The span at a position and its end; without one, where the next begins."""
         with self._lock:
             spans = self._spans.get(file, [])
@@ -95,7 +95,7 @@ class ReadAhead:
             return spans[i - 1], spans[i - 1].stop
         return None, spans[i].start if i < len(spans) else file.size
 
-    def _from(self, span: _Span, file: HubFile, at: int, until: int) -> bytes:
+    def _from(self, span: _Span, file: RemoteFile, at: int, until: int) -> bytes:
         with span.lock:  # the others wait for the one that fetches
             with self._lock:
                 data = self._kept.get(span)
@@ -138,21 +138,21 @@ def join(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
 
 
 def remote_bytes(ranges: Iterable[Range]) -> int:
-    """How much of these comes from the Hub; what overlaps counts once."""
+    """How much of these is remote; what overlaps counts once."""
     return sum(stop - start for parts in by_file(ranges).values() for start, stop in join(parts))
 
 
-def by_file(ranges: Iterable[Range]) -> dict[HubFile, list[tuple[int, int]]]:
-    """The (start, stop) ranges of files on the Hub."""
-    found: dict[HubFile, list[tuple[int, int]]] = {}
+def by_file(ranges: Iterable[Range]) -> dict[RemoteFile, list[tuple[int, int]]]:
+    """The (start, stop) ranges of remote files."""
+    found: dict[RemoteFile, list[tuple[int, int]]] = {}
     for file, start, count in ranges:
-        if isinstance(file, HubFile):
+        if isinstance(file, RemoteFile):
             found.setdefault(file, []).append((start, start + count))
     return found
 
 
-def _fetch(file: HubFile, start: int, count: int) -> bytes:
-    """One request; nothing of the Hub is imported before the first."""
+def _fetch(file: RemoteFile, start: int, count: int) -> bytes:
+    """One request; nothing of where it goes is imported before the first."""
     from loratool.store.remote import read_range
 
     return read_range(file, start, count)

@@ -1,4 +1,4 @@
-"""How far files from strangers are trusted, and how the Hub may be used."""
+"""How far files from strangers are trusted, and how the network may be used."""
 
 from __future__ import annotations
 
@@ -19,14 +19,16 @@ class FileRules(Frozen):
 
 
 class Reach(Frozen):
-    """How the Hub may be used.
+    """How the Hub and object stores may be used.
 
     Attributes:
         offline: make no connection; cached copies serve.
         yes: consent to a large download.
-        in_place: fetch headers alone; tensors are read from the Hub when they are needed.
+        in_place: fetch headers alone; tensors are read where they are when they are needed.
+        whole: fetch all of a source, as nothing can be done with a part.
     """
 
     offline: bool = False
     yes: bool = False
     in_place: bool = False
+    whole: bool = False

@@ -14,7 +14,8 @@ from loratool.lazy import regex
 from loratool.shapes import fitting_json
 from loratool.store.contained import find_inside, list_folder, open_inside
 from loratool.store.jsonfile import dump_json, load_json
-from loratool.store.stamps import check_stamp
+from loratool.store.stamps import check_stamp, stamp_of
+from loratool.store.stubs import bring
 from loratool.store.tokens import TEMPLATES, TOKENIZER_FILES
 
 if TYPE_CHECKING:
@@ -96,9 +97,10 @@ class Sidecar(Frozen):
         if self.source is None or self.stamp is None:
             output.write_file(self.name, self.data)
             return
-        check_stamp(self.source, self.stamp)
+        stamp = (bring(self.source, whole=True) and stamp_of(self.source)) or self.stamp
+        check_stamp(self.source, stamp)
         output.copy_file(self.name, self.source)
-        check_stamp(self.source, self.stamp)
+        check_stamp(self.source, stamp)
 
 
 def plan_sidecars(

@@ -1,4 +1,4 @@
-"""What users type for an adapter or a base: a path, or a reference to the Hub."""
+"""What users type for an adapter or a base: a path, or where it is on the Hub or in a store."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ MAX_WEIGHT = 1e30  # far from overflow when it is multiplied with float32 factor
 _NUMBER = r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)"
 _DECIMAL = regex(_NUMBER)
 _ADDRESS = regex(r"[a-z][a-z0-9+.-]+://")
-_FETCH = "inputs are files here or on the Hub: fetch it with the store's own program first"
+_FETCH = "inputs are files here, on the Hub or in a store that fsspec knows: fetch it first"
 _BLOCKS = regex(rf"[A-Z]{{2,}}|{_NUMBER}(,{_NUMBER}){{2,}}")  # 0,5 is a slip
 _COMPONENT = regex(r"[A-Za-z][A-Za-z0-9_.]*")
 _LOGIN = regex(r"https?://[^/\s@]+@")
@@ -74,8 +74,8 @@ class Resolved(Frozen, weakref=True):
         commit: commit of a Hub repository, None for a path.
         note: what the first line of output says about a guess, or None.
         remote: what keeps the stubs at `path` alive, None if the files are here whole.
-        origin: what `path` was converted from (``--allow-pickle``), or the link that was typed;
-            None if it is the source as typed.
+        origin: what `path` was converted from (``--allow-pickle``), the link that was typed, or
+            the address in an object store; None if it is the source as typed.
     """
 
     path: Path
@@ -205,25 +205,28 @@ def parse_reference(text: str) -> HubReference:
 
 
 def resolve(
-    text: str, *, kind: str, offline: bool = False, yes: bool = False, in_place: bool = False
-) -> Resolved:
-    """Find a source on this machine, fetching it from the Hub if need be.
+    text: str, *, kind: str, offline: bool = False, yes: bool = False, in_place: bool = False,
+    whole: bool = False,
+) -> Resolved:  # fmt: skip
+    """Bring a source within reach of this machine, fetching it if need be.
 
     Args:
-        text: a path, ``hf://owner/name[@revision][/sub/path]``, or ``owner/name[@revision]``
-            where no local path can be meant.
+        text: a path, ``hf://owner/name[@revision][/sub/path]``, ``owner/name[@revision]`` where
+            no local path can be meant, or an address such as ``s3://bucket/folder``.
         kind: ``"adapter"`` or ``"base"``: which files are fetched; ``"any"`` = what lies there
             (fetched whole only if it is an adapter).
         offline: make no connection; cached copies serve.
         yes: consent to a large download.
-        in_place: fetch headers alone; tensors are read from the Hub when they are needed.
+        in_place: fetch headers alone; tensors are read where they are when they are needed.
+        whole: leave nothing of it to be read where it is.
 
     Raises:
         BadFileError: no such file or folder.
         UsageError: a malformed reference, or a large download without consent.
-        HubError: the Hub does not give it.
+        HubError: the Hub or the store does not give it.
+        DiskError: the store refuses.
     """
-    reference, reach = parse_hub(text), Reach(offline, yes, in_place)
+    reference, reach = parse_hub(text), Reach(offline, yes, in_place, whole)
     if reference is not None:
         return _from_hub(reference, kind, reach, None)
     path = Path(text)
@@ -237,6 +240,8 @@ def resolve(
         origin = None if real == path else path
         return Resolved(real, path.name or path.resolve().name, origin=origin)
     refuse_token(text)
+    if ":/" in text and (found := _from_store(text, kind, reach)):
+        return found
     match = _BARE.fullmatch(text)
     may_be_hub = match is not None and not _FILE_SUFFIX.search(match["repo"])
     if match is None or not may_be_hub or Path(match["owner"]).is_dir():
@@ -287,6 +292,18 @@ def _from_hub(reference: HubReference, kind: str, reach: Reach, guess: str | Non
     label = f"{reference.repo_id}@{commit[:7]}"
     label = f"{label}/{reference.sub}" if reference.sub else label
     return Resolved(path, label, commit, note, remote=looked.remote)
+
+
+def _from_store(text: str, kind: str, reach: Reach) -> Resolved | None:
+    from loratool.store.address import address_of
+
+    address = address_of(text)
+    if address is None:
+        return None
+    from loratool.store.store_source import fetch
+
+    path, folder = fetch(address, kind, reach)
+    return Resolved(path, path.name, origin=address, remote=folder)
 
 
 def _near(path: Path) -> str | None:

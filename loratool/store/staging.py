@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from loratool.errors import LoratoolError
 from loratool.frozen import Frozen, field
+from loratool.location import Location
 from loratool.store.checksum import Piece, sum_file, sum_whole
 from loratool.store.disk import copy_synced, refusals_as, sync_folder, write_synced
 from loratool.store.journal import Finished
 from loratool.store.marker import Content, content_of
+from loratool.store.stubs import bring
 
 if TYPE_CHECKING:
     from loratool.adapter import Stamp
@@ -43,7 +45,7 @@ class Making(Frozen, kw_only=True):
     names: Iterable[str] = ()
     force: bool = False
     restart: bool = False
-    inputs: Mapping[Path, Stamp] = field(default_factory=dict)
+    inputs: Mapping[Location, Stamp] = field(default_factory=dict)
     need_bytes: int = 0
     series: Series | None = None
 
@@ -127,7 +129,8 @@ class Output(ABC):
         self.place(name, [(0, len(data), zlib.crc32(data))] if data else [])
 
     def copy_file(self, name: str, source: Path) -> None:
-        """Copy a file of any size, in pieces."""
+        """Copy a file of any size, in pieces; one that is far is fetched first."""
+        bring(source, whole=True)
         temporary = self.create(name)
         with refusals_as("cannot copy", temporary):
             copy_synced(source, temporary)

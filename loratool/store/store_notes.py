@@ -18,12 +18,12 @@ from __future__ import annotations
 import hashlib
 import secrets
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import TypedDict
 
 from loratool import __version__
 from loratool.adapter import Stamp
 from loratool.errors import OutputError
+from loratool.location import Location
 from loratool.shapes import fitting
 from loratool.store.address import Address
 from loratool.store.journal import Earlier, Finished, encode, is_plain_name, lines_of
@@ -105,7 +105,7 @@ class StoreNotes:
                 found[places[place]] = line
         return found
 
-    def begin(self, plan: str | None, inputs: Mapping[Path, Stamp]) -> dict[str, list[int]]:
+    def begin(self, plan: str | None, inputs: Mapping[Location, Stamp]) -> dict[str, list[int]]:
         """This run makes a plan of these inputs; returns what it says of them.
 
         Size and mtime alone, as another machine takes them; and of paths a digest.

@@ -66,7 +66,7 @@ def convert_pickles(source: Resolved, beside: Sequence[str]) -> Resolved:
     except BaseException:
         shutil.rmtree(top, ignore_errors=True)
         raise
-    converted = replace(source, path=made, origin=path)
+    converted = replace(source, path=made, origin=source.named)
     weakref.finalize(converted, shutil.rmtree, top, ignore_errors=True)
     return converted
 

@@ -665,11 +665,6 @@ def test_places_that_are_none(
     assert Buckets.before[0].seen <= 2, "asking again is of no use"  # type: ignore[attr-defined]
 
 
-def test_inputs_are_files(inputs: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(["merge", "buckets://b/a", "--base", str(inputs / "base"), "-o", "out"]) == 3
-    assert "fetch it with the store's own program first" in capsys.readouterr().err
-
-
 def test_a_folder_here_of_such_a_name_wins(
     inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

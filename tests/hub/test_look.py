@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from loratool.location import HubFile
+from loratool.errors import STUBS
+from loratool.location import RemoteFile
 from loratool.store import remote, remote_folder, stubs
 from loratool.store.header import build_header, read_header
 from loratool.store.hub_names import ListedFile, Listing
@@ -317,7 +318,7 @@ def test_refusals(served: TestHub, tmp_path: Path) -> None:
 def test_names_that_lead_out(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
 
-    def read(file: HubFile, start: int, count: int) -> bytes:
+    def read(file: RemoteFile, start: int, count: int) -> bytes:
         asked.append(file.name)
         return b"{}"
 
@@ -333,10 +334,10 @@ def test_names_that_lead_out(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_list_of_stubs_in_an_input_is_not_believed(tmp_path: Path, small: Path) -> None:
     """Only what lies where loratool makes such folders stands for files on the Hub."""
-    top = tmp_path / "loratool-hub-x"
+    top = tmp_path / f"{STUBS}x"
     shutil.copytree(small, top / "me" / "x@abc")
     path = top / "me" / "x@abc" / "adapter_model.safetensors"
-    far = HubFile("me/x", "0" * 40, path.name, 1 << 30, "0" * 64)
+    far = RemoteFile(f"hf://me/x@{'0' * 40}", path.name, 1 << 30, "0" * 64)
     assert stubs.remote_file(path) is None
     stubs.list_stubs(top, {path: far}, {})
     assert stubs.remote_file(path) is None

@@ -20,7 +20,7 @@ from loratool.adapter import TensorRef
 from loratool.cli import options
 from loratool.engine import grid
 from loratool.errors import HubError, UsageError
-from loratool.location import HubFile
+from loratool.location import RemoteFile
 from loratool.ops import consent
 from loratool.store import remote
 from loratool.store.header import build_header, read_header
@@ -299,12 +299,12 @@ def test_spans_give_the_bytes_and_stay_within_memory(monkeypatch: pytest.MonkeyP
     asked: list[tuple[int, int]] = []
     content = random.Random(1).randbytes(3 * SPAN_BYTES + 100)
 
-    def read(file: HubFile, start: int, count: int) -> bytes:
+    def read(file: RemoteFile, start: int, count: int) -> bytes:
         asked.append((start, count))
         return content[start : start + count]
 
     monkeypatch.setattr(remote, "read_range", read)
-    file = HubFile("me/x", "0" * 40, "a", len(content), "")
+    file = RemoteFile("hf://me/x@0", "a", len(content))
     ahead = ReadAhead(kept_bytes=2 * SPAN_BYTES)
     ahead.expect(file, [(100, 3 * SPAN_BYTES)])
     places = [(0, 200), (150, 50), (SPAN_BYTES, 300), (SPAN_BYTES - 5, 2 * SPAN_BYTES),

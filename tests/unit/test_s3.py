@@ -1,4 +1,4 @@
-"""Outputs in a real object store: S3 as a server on this machine speaks it, with s3fs as driver.
+"""Outputs and inputs in a real object store: S3 as a server here speaks it, with s3fs as driver.
 
 Neither comes with the `test` extra: ``pip install s3fs 'moto[server]'`` (and ``ray``), then
 ``python -m pytest tests/unit/test_s3.py``.  What can fail is tested without them, by
@@ -17,6 +17,7 @@ import pytest
 import loratool as lt
 from loratool.cli import run
 from loratool.errors import LoratoolError, UsageError
+from loratool.store import object_store, store_range
 from tests.make import randn, save_checkpoint
 from tests.unit.on_ray import killed_in_a_step, two_workers
 from tests.unit.test_executors import COMMANDS, call, contents, inputs, long_step
@@ -144,6 +145,90 @@ def test_a_store_that_refuses(
     assert "secret" not in capsys.readouterr().err
 
 
+# -------------------------------------------------------------------------------------- inputs
+
+
+@pytest.fixture(scope="module")
+def far(inputs: Path, keys: None) -> str:
+    """The same inputs in the bucket."""
+    import boto3
+
+    s3 = boto3.client("s3")
+    for path in inputs.rglob("*"):
+        if path.is_file():
+            name = path.relative_to(inputs).as_posix()
+            s3.put_object(Bucket="bucket", Key=f"in/{name}", Body=path.read_bytes())
+    return "s3://bucket/in"
+
+
+class Place(str):
+    """An address that goes on as paths do."""
+
+    def __truediv__(self, name: object) -> Place:
+        return Place(f"{self}/{name}")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("executor", ["threads", "processes"])
+def test_the_bytes_of_local_inputs(
+    command: str, executor: str, inputs: Path, far: str, tmp_path: Path
+) -> None:
+    call(command, inputs, tmp_path / "near")
+    call(command, Place(far), tmp_path / "far", executor)
+    assert contents(tmp_path / "far") == contents(tmp_path / "near")
+
+
+def test_looks(inputs: Path, far: str) -> None:
+    for name in ("a1", "base"):
+        found = [lt.inspect(f"{top}/{name}").to_json() for top in (inputs, far)]
+        for key in ("adapter", "checkpoint"):
+            assert found[0][key] == found[1][key]
+    assert lt.verify(f"{far}/tuned").verdict == "identical"
+
+
+def test_an_object_that_is_replaced_meanwhile(
+    far: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By one of the same size, while the base is read: by its tag it is another one."""
+    import boto3
+
+    s3, name = boto3.client("s3"), "in/base/model-00001-of-00002.safetensors"
+    whole = s3.get_object(Bucket="bucket", Key=name)["Body"].read()
+    read = store_range.read_range
+
+    def replace(file: Any, start: int, count: int) -> bytes:
+        data = read(file, start, count)
+        if str(file).endswith(name) and start:
+            s3.put_object(Bucket="bucket", Key=name, Body=whole[:-1] + b"\1")
+        return data
+
+    monkeypatch.setattr(store_range, "read_range", replace)
+    with pytest.raises(LoratoolError) as caught:
+        call("merge", Place(far), tmp_path / "out")
+    s3.put_object(Bucket="bucket", Key=name, Body=whole)
+    assert caught.value.code == "LT-332" and str(caught.value.file) == f"s3://bucket/{name}"
+    assert not (tmp_path / "out").exists()
+
+
+def test_inputs_that_are_refused(
+    far: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for source, exit_code, code in (("s3://nobodys-bucket/a", 3, "LT-300"),
+                                    ("s3://bucket/nothing", 3, "LT-300")):  # fmt: skip
+        assert run(["inspect", source]) == exit_code
+        assert code in (said := capsys.readouterr().err) and source in said
+    monkeypatch.setattr(object_store, "WAITS", (0.0,))
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    import s3fs
+
+    s3fs.S3FileSystem.clear_instance_cache()
+    assert run(["inspect", f"{far}/a1"]) == 6
+    said = capsys.readouterr().err
+    assert "LT-601" in said and "takes keys from its own variables" in said
+    s3fs.S3FileSystem.clear_instance_cache()
+
+
 # ------------------------------------------------------------------------------------ with Ray
 
 
@@ -158,6 +243,15 @@ def test_ray_writes_the_same(command: str, inputs: Path, tmp_path: Path, cluster
     call(command, inputs, tmp_path / "out")
     put(command, inputs, f"{command}-by-ray", "ray")
     assert stored(f"{command}-by-ray") == contents(tmp_path / "out")
+
+
+@pytest.mark.parametrize("command", ["merge", "extract"])
+def test_ray_reads_the_same(
+    command: str, inputs: Path, far: str, tmp_path: Path, cluster: Any
+) -> None:
+    call(command, inputs, tmp_path / "out")
+    call(command, Place(far), f"s3://bucket/{command}-from-far", "ray")
+    assert stored(f"{command}-from-far") == contents(tmp_path / "out")
 
 
 @pytest.mark.parametrize("command", ["merge", "extract"])
