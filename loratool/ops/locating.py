@@ -19,6 +19,9 @@ from loratool.delta.forms import shape_of, side_sizes
 from loratool.dialects.slots import is_text, usual_encoder
 from loratool.errors import MismatchError, list_some
 from loratool.frozen import Frozen, replace
+from loratool.lazy import regex
+
+_OF_CLIP = regex(r"text_model[._](encoder[._]layers|embeddings|final_layer_norm)[._]")
 
 
 class Located(Frozen):
@@ -48,6 +51,8 @@ def locate(adapter: Adapter, naming: str = "written") -> list[Located]:
     found = []
     for spec in adapter.specs:
         component, name = split_component(spec.name)
+        if not component and _OF_CLIP.match(name):  # LyCORIS alone does not name parts
+            component = "te"
         module = name.rpartition(".")[0]
         family = guess.parts.get(component) if component.startswith("te") else guess.family
         known = places(component, module, spec.parameter, family) if family else []
@@ -78,9 +83,11 @@ def require_family(adapter: Adapter, of: Sequence[str], title: str) -> None:
         MismatchError: LT-411.
     """
     guess = _guess(adapter)
-    if of and guess.family and guess.family not in of:
+    may_be = (guess.family,) if guess.family else guess.others
+    if of and may_be and not {*may_be} & {*of}:
+        titles = [guess.title] if guess.title else [families()[name].title for name in may_be]
         raise MismatchError(
-            "LT-411", f"{title} cannot hold this adapter: it is of {guess.title}",
+            "LT-411", f"{title} cannot hold this adapter: it is of {' or '.join(titles)}",
             expected=list_some((families()[name].title for name in of), 3), file=adapter.path,
             hint="--to comfyui has names for it",
         )  # fmt: skip

@@ -6,8 +6,10 @@ import shlex
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 from safetensors import safe_open
+from safetensors.numpy import load_file
 
 import loratool as lt
 from loratool.dialects import open_adapter
@@ -108,3 +110,29 @@ def test_nor_is_one_made_for_it(program: str, tmp_path: Path) -> None:
     with pytest.raises(lt.LoratoolError, match="cannot load such an adapter") as caught:
         lt.convert([LLM / "lora_linear"], program=program, output=tmp_path / "out.safetensors")
     assert caught.value.code == "LT-488" and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("to", ["bfl", "xlabs"])
+def test_names_of_flux_are_not_given_to_one_of_several_others(to: str, tmp_path: Path) -> None:
+    source = SAMPLES / "diffusers_unet_peft_nometa" / "adapter.safetensors"
+    with pytest.raises(lt.LoratoolError, match="cannot hold this adapter: it is of Stable Diff"):
+        lt.convert([source], to=to, output=place(tmp_path, to))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("to", ["kohya", "diffusers", "comfyui", "onetrainer", "peft"])
+def test_a_text_encoder_without_its_part_stays_one(to: str, tmp_path: Path) -> None:
+    """LyCORIS' own names do not say parts: CLIP's were put into the UNet."""
+    source, base = SAMPLES / "kohya_sd15_locon" / "adapter.safetensors", SAMPLES / "base"
+    lt.convert([source], to="lycoris", output=(flat := tmp_path / "flat.safetensors"))
+    lt.convert([flat], to=to, output=(made := place(tmp_path, to)))
+    texts = [s.module for s in open_adapter(made).specs if "encoder_layers" in s.module
+             or "encoder.layers" in s.module]  # fmt: skip
+    assert len(texts) == sum(s.module.startswith("te.") for s in open_adapter(source).specs) == 6
+    assert not any(name.startswith(("unet", "transformer")) for name in texts)
+    merged = []
+    for i, one in enumerate((source, made)):
+        lt.merge([one], base=base / "kohya_sd15.safetensors",
+                 output=(out := tmp_path / f"{i}.safetensors"), provenance=False)  # fmt: skip
+        merged.append(load_file(str(out)))
+    assert all(np.array_equal(tensor, merged[1][name]) for name, tensor in merged[0].items())
