@@ -146,8 +146,13 @@ def place_pieces(item: Item, ctx: Context) -> Placement:
     spec, meaning = item.spec, item.pieces
     assert meaning is not None
     targets = [target for name in meaning.names if (target := ctx.view.get(name)) is not None]
-    if spec is None or len(targets) < len(meaning.names):
+    if len(targets) < len(meaning.names):
         return Misfit(item, "name")
+    if spec is None:  # a replaced tensor: values, which are not cut or joined
+        there = " + ".join(str(ctx.shape(t)) for t in targets)
+        own = str(item.replacement.source.shape) if item.replacement else ""
+        words = f"{there} in the other order" if meaning.swap else there
+        return misfit(item, "LT-445", words, own, targets[0])
     if spec.is_open:
         shape = ctx.shape(targets[0])
         settled = spec.row.settle(spec, shape_of(spec)[0], numel(shape[1:]))

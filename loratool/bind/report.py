@@ -62,7 +62,8 @@ _WHAT: Mapping[str, tuple[str, str, str]] = {
     "LT-439": (
         "change cannot be cut as the base is: its rows depend on each other",
         "changes cannot be cut as the base is: their rows depend on each other",
-        "convert the adapter to the base's own projections first",
+        "with a base whose projections are the adapter's, loratool convert ADAPTER --to peft "
+        "--base THAT -o OUT makes LoRA of it, which can be cut",
     ),
     "LT-442": (
         "replaced embedding has another vocabulary size than the base",
@@ -77,7 +78,7 @@ _WHAT: Mapping[str, tuple[str, str, str]] = {
     "LT-445": (
         "replacement tensor has another shape than the base's",
         "replacement tensors have another shape than the base's",
-        "the adapter was made for another base",
+        "the adapter was made for another base, or for another layout of it",
     ),
     "LT-493": (
         "replacement tensor is of a type that cannot be converted",

@@ -120,3 +120,48 @@ def test_folders_of_peft_are_summed_with_other_files_of_the_model(
         assert near(got[f"{part}.weight"], want)
     want = product(kohya, "lora_unet_single_blocks_0_modulation_lin")
     assert near(got[f"{norm}.weight"], want + 0.75 * of(folder, f"base_model.model.{norm}"))
+
+
+def test_lengths_of_columns_are_cut_after_the_adapters_own_base_made_lora_of_them(
+    tmp_path: Path,
+) -> None:
+    """DoRA along the input needs all rows of q, k and v at once: refused with a hint that works."""
+    qkv, linear = "lora_unet_double_blocks_0_img_attn_qkv", "double_blocks.0.img_attn.qkv.weight"
+    tensors = pair(qkv, 3 * H, H, ways=DOWN)
+    tensors[f"{qkv}.dora_scale"] = abs(rand(1, H, seed=3)) + 1
+    told = "lora_unet_single_blocks_0_modulation_lin"
+    tensors |= pair(told, 3 * H, H, ways=DOWN)
+    weight, norm = rand(3 * H, H, seed=9), rand(3 * H, H, seed=8)
+    own = {linear: weight, "single_blocks.0.modulation.lin.weight": norm}
+    base = {f"{p}.weight": w for p, w in zip(PARTS, np.split(weight, 3), strict=True)}
+    base["single_transformer_blocks.0.norm.linear.weight"] = norm
+    with pytest.raises(lt.LoratoolError) as caught:
+        merge(tmp_path, tensors, base)
+    assert caught.value.code == "LT-439" and "--to peft --base THAT" in str(caught.value.hint)
+    original = write(tmp_path / "own.safetensors", own)
+    lt.convert([tmp_path / "a.safetensors"], to="peft", base=original, output=tmp_path / "lora")
+    out = tmp_path / "cut.safetensors"
+    lt.merge([tmp_path / "lora"], base=tmp_path / "b.safetensors", output=out)
+    V = weight.astype(np.float64) + product(tensors, qkv)
+    want = V * tensors[f"{qkv}.dora_scale"] / np.linalg.norm(V, axis=0)
+    got = load_file(str(out))
+    assert near(np.concatenate([got[f"{part}.weight"] for part in PARTS]), want)
+
+
+def test_a_replaced_bias_of_q_k_and_v_is_refused_where_they_lie_apart(tmp_path: Path) -> None:
+    name = "double_blocks.0.img_attn.qkv"
+    tensors = pair(f"base_model.model.{name}", 3 * H, H)
+    tensors |= pair("base_model.model.single_blocks.0.modulation.lin", 3 * H, H)
+    tensors[f"base_model.model.{name}.bias"] = rand(3 * H)
+    (tmp_path / "peft").mkdir()
+    write(tmp_path / "peft" / "adapter_model.safetensors", tensors)
+    (tmp_path / "peft" / "adapter_config.json").write_text(json.dumps({
+        "peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["qkv", "lin"],
+        "bias": "lora_only",
+    }))  # fmt: skip
+    base = {f"{p}.weight": rand(H, H) for p in PARTS} | {f"{p}.bias": rand(H) for p in PARTS}
+    base["single_transformer_blocks.0.norm.linear.weight"] = rand(3 * H, H)
+    path = write(tmp_path / "b.safetensors", base)
+    with pytest.raises(lt.LoratoolError, match="another shape") as caught:
+        lt.merge([tmp_path / "peft"], base=path, output=tmp_path / "out.safetensors")
+    assert caught.value.code == "LT-445" and "(8,) + (8,) + (8,)" in str(caught.value)
