@@ -72,7 +72,9 @@ class AddDeltas(Kernel):
         whole = [p for p in self.step.parts if isinstance(p, ReplacePart) and p.rows is None]
         self.dense = [(1 + i, part.weight) for i, part in enumerate(whole)]
         rows = [p for p in self.step.parts if isinstance(p, ReplacePart) and p.rows is not None]
-        self.deltas = [self._rows(part, exact=len(rows) == 1 and not whole) for part in rows]
+        # Beside W, what it is added to has changes of its own in these rows.
+        is_alone = len(rows) == 1 and not whole and self.anchor == 0
+        self.deltas = [self._rows(part, exact=is_alone) for part in rows]
         changes = [p for p in self.step.parts if isinstance(p, DeltaPart)]
         if self.args.method is not None:
             self.deltas.extend(self._combined(group) for group in _by_target(changes))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, NoReturn
 
 from loratool.adapter import Adapter
@@ -36,17 +36,21 @@ def require_swappable(adapters: Sequence[WeightedAdapter]) -> tuple[WeightedAdap
     """(old, new): what old replaced must be replaced by new, whole; old's part then falls away.
 
     Raises:
-        MismatchError: a change depends on the base, or a tensor would stay the old adapter's.
+        MismatchError: a change depends on the base, or a tensor would stay the old adapter's, or
+            new replaces rows, or parts, of what old changed.
     """
     old, new = without_overwritten(adapters)
     _require_sums(old)
     _require_sums(new)
     _refuse_replacements(old)
+    _refuse_replacements(new, {b.target for b in old.bindings.deltas})
     return old, new
 
 
-def _refuse_replacements(one: WeightedAdapter) -> None:
-    if lost := [b.target for b in one.bindings.replacements]:
+def _refuse_replacements(one: WeightedAdapter, among: Collection[str] | None = None) -> None:
+    """Refuse those of an adapter, or those of some targets: where the other's change still is."""
+    targets = [b.target for b in one.bindings.replacements]
+    if lost := [t for t in targets if among is None or t in among]:
         raise MismatchError(
             "LT-456", "what a replacement tensor replaced is not in the merged weights",
             file=one.adapter.path, key=list_some(lost), hint=_WAY_OUT,

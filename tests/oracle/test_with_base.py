@@ -377,3 +377,28 @@ def test_a_swap_drops_what_the_new_one_overwrites(tmp_path: Path) -> None:
     assert torch.equal(
         new, load_file(str(tmp_path / "want" / "model.safetensors"))["lm_head.weight"]
     )
+
+
+@pytest.mark.parametrize("weight", [1, 0.5])
+def test_rows_over_what_the_old_one_changed_take_the_base(weight: float, tmp_path: Path) -> None:
+    """Without it the old change would be taken out of the new rows, which never had it."""
+    rows = LLM / "lora_trainable_tokens"
+    first = base_of(rows.name)["model.embed_tokens.weight"]
+    key, folder = "base_model.model.model.embed_tokens.lora_embedding_{}", tmp_path / "on-table"
+    folder.mkdir()
+    save_file({key.format("A"): randn(2, len(first), seed=1),
+               key.format("B"): randn(first.shape[1], 2, seed=2)},
+              str(folder / "adapter_model.safetensors"), {"format": "pt"})  # fmt: skip
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["embed_tokens"]}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    base, new = rows / "base", f"{rows}:{weight}"
+    lt.merge([str(folder)], base=base, output=tmp_path / "m")
+    with pytest.raises(lt.LoratoolError) as caught:
+        lt.swap(str(folder), new, merged=tmp_path / "m", output=tmp_path / "out")
+    assert caught.value.code == "LT-456" and "--base" in str(caught.value.hint)
+    lt.swap(str(folder), new, merged=tmp_path / "m", base=base, output=tmp_path / "out")
+    lt.merge([new], base=base, output=tmp_path / "want")
+    found, want = (load_file(str(tmp_path / o / "model.safetensors"))["model.embed_tokens.weight"]
+                   for o in ("out", "want"))  # fmt: skip
+    assert (found - want).abs().max() <= 2.0**-21 * (found.abs() + 4).max()
+    assert not torch.equal(want, first)
