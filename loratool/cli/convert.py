@@ -48,10 +48,11 @@ def command(adapters: tuple[str, ...], output: str, **options: Any) -> int:
 
     Modules are renamed as the programs of the dialect know them, by the maps of the model's family:
     fused projections are cut and separate ones joined, both exact. In a PEFT folder they are named
-    as in the base given with --base, else as in diffusers. --for PROGRAM takes the dialect that the
-    program loads best, and makes plain LoRA of what it does not know. What the other dialect cannot
-    hold is an error; --skip leaves it out, and it is said. With --base what depends on the base
-    (DoRA, OFT, PiSSA) becomes LoRA where there is no place for it, and --rank cuts that.
+    as in the base given with --base, else flat ones as in diffusers and all others as they are.
+    --for PROGRAM takes the dialect that the program loads best, and makes plain LoRA of what it
+    does not know. What the other dialect cannot hold is an error; --skip leaves it out, and it is
+    said. With --base what depends on the base (DoRA, OFT, PiSSA) becomes LoRA where there is no
+    place for it, and --rank cuts that. --dtype stores the factors in another type.
 
     Without --to and --for the dialect stays, and --set and --trigger change the metadata alone: all
     tensors and the thumbnail are copied, hashes that the file holds of itself are computed anew.
@@ -60,6 +61,7 @@ def command(adapters: tuple[str, ...], output: str, **options: Any) -> int:
     to, program = options["to"], options["program"]
     where = [f" to {safe(to)}"] if to else []
     where += [f" for {safe(program)}"] if program else []
+    where += [f" in {safe(options['dtype'])}"] if options["dtype"] != "auto" else []
     what = f"Converting {plural(len(adapters), 'adapter')}{''.join(where)}" if where else (
         f"Changing the metadata of {plural(len(adapters), 'adapter')}")  # fmt: skip
     voice.announce(what)

@@ -117,7 +117,7 @@ def plan_convert(
     if base is None:
         require_kernels(kept, [s for s in odd if s.name not in inner], dialect)
     is_used = is_freed or settled is not source or bool(odd) or row.asks_config
-    if base is not None and not (is_used or naming or _loses_flatness(source, row)):
+    if base is not None and not (is_used or naming or _is_renamed(source, row, base)):
         notes.append("the base was not needed: the modules have whole names, or keep flat ones")
     is_evened = not is_same and needs_evening(kept, row.name)
     if is_evened:
@@ -143,7 +143,7 @@ def _under_names(
         MismatchError: LT-404, LT-494; of binding to the base.
     """
     notes = list(kept.notes)
-    is_renamed = _loses_flatness(kept, row)
+    is_renamed = _is_renamed(kept, row, base)
     located = locate(kept, naming) if naming else []
     if base is not None and is_renamed and not all(one.place for one in located):
         kept, words = _named(kept, base)
@@ -159,12 +159,15 @@ def _under_names(
     elif is_renamed:
         kept, words = _named(kept, base)
         notes.append(words)
+    elif row.table is None and row_of(kept.dialect).table is not None:
+        notes.append("modules keep the names of the file: with --base they get those of the model")
     return kept, located, notes
 
 
-def _loses_flatness(adapter: Adapter, row: Dialect) -> bool:
-    """True if flat names must become whole ones."""
-    return adapter.is_flat and not row.is_flat
+def _is_renamed(adapter: Adapter, row: Dialect, base: Checkpoint | None) -> bool:
+    """True if names must become the model's own: flat ones, and with the base a pipeline's."""
+    is_model = row.table is None and base is not None and row_of(adapter.dialect).table is not None
+    return (adapter.is_flat and not row.is_flat) or is_model
 
 
 def compute_also(plan: ConvertPlan, names: Collection[str]) -> ConvertPlan:
