@@ -116,8 +116,8 @@ def test_what_is_near_is_named(run: Run, tmp_path: Path) -> None:
     assert "did you mean --dtype?" in run("merge", "a", "-o", "x", "--save-precision=bf16").err
     assert "did you mean --only?" in run("compress", "a", "-o", "x", "--new_conv_rank=4").err
     assert "hint extract, compress have it" in run("merge", "--energy=1").err
-    found = run("convert", "a", "--to", "kohya", "-o", "x", "--save_precision", "fp16").err
-    assert "hint merge, extract, subtract, compress, rescale have it" in found
+    found = run("split", "a", "--base", "b", "-o", "x", "--save_precision", "fp16").err
+    assert "hint merge, extract, subtract, compress, rescale, convert have it" in found
     assert "hint loratool merge --help" in run("merge", "a", "-o", "x", "--qqq").err
     assert "loratool merge --help" in run("merge", "a", "--base").err
     assert "sglang" in run("check", "a").err  # the programs that --for takes
