@@ -123,8 +123,21 @@ def is_language(modules: Iterable[str]) -> bool:
 
 
 def module_shapes(tensors: Iterable[tuple[str, Shape]]) -> dict[str, Shape]:
-    """Modules of a base for `family_of`: its weights, by the names of their modules."""
-    return {n.removesuffix(".weight"): shape for n, shape in tensors if not n.endswith(".bias")}
+    """Modules of a base for `family_of`: its weights, by the names of their modules.
+
+    What lies beside a weight, such as the factors of its codes (``scale_weight``), tells nothing.
+    """
+    shapes = dict(tensors)
+    return {
+        name.removesuffix(".weight"): shape for name, shape in shapes.items()
+        if name.endswith(".weight")
+        or not (name.endswith(".bias") or f"{_owner(name)}.weight" in shapes)
+    }  # fmt: skip
+
+
+def _owner(name: str) -> str:
+    """The module of a tensor, also of ``X.weight.absmax``."""
+    return name.rpartition(".")[0].removesuffix(".weight")
 
 
 def growing(tensor: str) -> Mapping[str, str]:

@@ -7,7 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import load_file
+from safetensors.torch import load_file as load_torch
+from safetensors.torch import save_file as save_torch
 
 import loratool as lt
 from tests.oracle.test_convert_image import convert
@@ -16,6 +19,7 @@ from tests.oracle.test_image_spellings import DOWN, Array, pair, rand, write
 from tests.oracle.test_image_traps import merge, near, product
 
 H = 8
+START = "model.diffusion_model."
 CONTEXT = "lora_unet_joint_blocks_{}_context_block_adaLN_modulation_1"
 NORM = "transformer_blocks.{}.norm1_context.linear"
 
@@ -165,3 +169,32 @@ def test_a_replaced_bias_of_q_k_and_v_is_refused_where_they_lie_apart(tmp_path: 
     with pytest.raises(lt.LoratoolError, match="another shape") as caught:
         lt.merge([tmp_path / "peft"], base=path, output=tmp_path / "out.safetensors")
     assert caught.value.code == "LT-445" and "(8,) + (8,) + (8,)" in str(caught.value)
+
+
+@pytest.mark.parametrize("form", ["scale_weight", "weight_scale"])
+def test_a_base_of_scaled_fp8_is_told_in_other_names_too(form: str, tmp_path: Path) -> None:
+    """Its scales are no modules: parts in diffusers' names find their rows, and codes are kept."""
+    layers = {"double_blocks.0.img_attn.qkv": 3 * H, "single_blocks.0.modulation.lin": 3 * H}
+    base, want = {}, {}
+    for name, rows in layers.items():
+        weight = torch.from_numpy(rand(rows, H))
+        scale = weight.abs().max() / 448
+        codes = (weight / scale).to(torch.float8_e4m3fn)
+        base |= {f"{START}{name}.weight": codes, f"{START}{name}.{form}": scale}
+        want[name] = codes.double().numpy() * float(scale)
+    if form == "scale_weight":
+        base["scaled_fp8"] = torch.zeros(2, dtype=torch.float8_e4m3fn)
+    save_torch(base, str(tmp_path / "base.safetensors"))
+    tensors = pair("transformer.transformer_blocks.0.attn.to_k", H, H)
+    tensors |= pair("transformer.single_transformer_blocks.0.norm.linear", 3 * H, H)
+    products = [b @ a for a, b in zip(*[iter(tensors.values())] * 2, strict=True)]
+    want["double_blocks.0.img_attn.qkv"][H : 2 * H] += products[0]
+    want["single_blocks.0.modulation.lin"] += products[1]
+    adapter, out = write(tmp_path / "a.safetensors", tensors), tmp_path / "out.safetensors"
+    lt.merge([adapter], base=tmp_path / "base.safetensors", requant=True, output=out)
+    got = load_torch(str(out))
+    for name, exact in want.items():
+        codes, scale = got[f"{START}{name}.weight"], float(got[f"{START}{name}.{form}"])
+        assert codes.dtype == torch.float8_e4m3fn
+        step = np.maximum(2.0**-4 * abs(exact), 2.0**-10 * scale)  # half of an ulp of 4 bits
+        assert bool(np.all(abs(codes.double().numpy() * scale - exact) <= 1.001 * step)), name
