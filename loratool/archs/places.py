@@ -227,9 +227,11 @@ def split_component(name: str) -> tuple[str, str]:
 @cache
 def _components() -> tuple[Mapping[str, str], re.Pattern[str]]:
     """Component by prefix, and what finds the longest prefix."""
-    parts = load_data("diffusion")["components"]
+    data = load_data("diffusion")
+    parts = data["components"]
     found = {f"{name}.": name for name in parts}
     found |= {prefix: name for name, some in reversed(parts.items()) for prefix in some}
+    found |= data["told"]
     longest = sorted(found, key=lambda prefix: -len(prefix))
     return found, re.compile("|".join(map(re.escape, longest)))
 

@@ -6,6 +6,7 @@ back from the file into the base, the fine-tune itself, but for what the report 
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Callable
 from itertools import pairwise
@@ -220,3 +221,32 @@ def test_what_has_no_place_counts_only_where_it_changed(program: str, tmp_path: 
     with pytest.raises(lt.LoratoolError) as caught:
         lt.extract(two, base=one, program=program, rank=2, output=(no := out.with_stem("no")))
     assert caught.value.code == "LT-488" and not no.exists()
+
+
+MODELS = {
+    "sd3": ("joint_blocks.0.x_block.attn.qkv", ["clip_l", "clip_g"]),
+    "flux": ("double_blocks.0.img_attn.qkv", ["clip_l"]),
+}
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("to", ["kohya", "comfyui", "diffusers"])
+def test_what_no_table_names_stays_in_its_text_encoder(to: str, model: str, tmp_path: Path) -> None:
+    """T5's relative positions go beside its attention, not into CLIP-G."""
+    module, encoders = MODELS[model]
+    layer = "text_model.encoder.layers.0.self_attn.q_proj"
+    rng, t5 = np.random.default_rng(4), "text_encoders.t5xxl.transformer.encoder.block.0.layer.0."
+    names = [f"model.diffusion_model.{module}", f"{t5}SelfAttention.q",
+             f"{t5}SelfAttention.relative_attention_bias",
+             *(f"text_encoders.{one}.transformer.{layer}" for one in encoders)]  # fmt: skip
+    base = {f"{n}.weight": rng.normal(size=(96, 32)).astype(np.float32) for n in names}
+    tuned = {n: (w + rng.normal(size=(96, 1)) @ rng.normal(size=(1, 32))).astype(np.float32)
+             for n, w in base.items()}  # fmt: skip
+    one, two, out = (tmp_path / f"{name}.safetensors" for name in ("base", "tuned", "out"))
+    save_file(base, str(one))
+    save_file(tuned, str(two))
+    lt.extract(two, base=one, to=to, rank=1, output=out)
+    made = load_file(str(out))
+    (q,) = {k.partition("SelfAttention")[0] for k in made if re.search(r"SelfAttention[._]q\.", k)}
+    (bias,) = {k.partition("SelfAttention")[0] for k in made if "relative" in k}
+    assert q == bias and len({k.partition(".lora")[0] for k in made if ".lora" in k}) == len(names)
