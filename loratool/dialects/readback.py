@@ -34,7 +34,7 @@ def require_readable(files: AdapterFiles, row: Dialect, adapter: Adapter) -> Non
     """
     if not is_known_by_names(row) or not files.tensors:
         return
-    found = claims(Candidate.of_files(files, adapter.path))
+    found = claims(Candidate.of_files(files, adapter.path.with_suffix(".safetensors")))
     if len(found) == 1 and (found[0].name == row.name or (found[0].table and row.table)):
         return
     specs = [as_pair(spec) for spec in adapter.specs]
