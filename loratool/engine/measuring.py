@@ -84,7 +84,7 @@ class Sample:
             )
 
     def measure(self, scale: float, target: torch.dtype | None, unit: float = 1.0) -> Measured:
-        """Look at the rows, in their order.
+        """Look at the rows, in their order; they are let go.
 
         Args:
             scale: of W; the change is measured against W so scaled.
@@ -93,8 +93,9 @@ class Sample:
         """
         if not self._kept:
             return Measured()
-        kept = [self._kept[i] for i in sorted(self._kept)]
+        kept = [self._kept.pop(i) for i in sorted(self._kept)]
         base, acc, out = (_together([rows[i] for rows in kept]) for i in range(3))
+        kept.clear()
         work = base.to(acc.dtype, copy=True)
         if scale != 1.0:
             work.mul_(scale)
