@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from loratool.engine.grid import Block
+from loratool.linalg.rounding import INTEGERS
 from loratool.store.shard_writer import PAGE
 
 TORCH_DTYPES: dict[str, torch.dtype] = {
@@ -39,9 +40,6 @@ def torch_dtype(name: str) -> torch.dtype:
     """The torch type of a safetensors name that tensors are read or written in."""
     return TORCH_DTYPES.get(name) or WIDENED_DTYPES[name]
 
-
-INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-"""Element size -> integer type of the same bits."""
 
 SAFETENSORS_NAMES = {v: k for k, v in TORCH_DTYPES.items()}
 

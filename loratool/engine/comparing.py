@@ -8,11 +8,12 @@ import torch
 
 from loratool.dtypes import DTYPES
 from loratool.engine import grid
-from loratool.engine.buffers import INTEGERS, TORCH_DTYPES
+from loratool.engine.buffers import TORCH_DTYPES
 from loratool.engine.kernel import Env, Kernel
 from loratool.engine.merging import AddDeltas
 from loratool.frozen import Frozen
 from loratool.linalg import rounding
+from loratool.linalg.rounding import INTEGERS
 from loratool.plan import DeltaPart, Step
 
 _UNIT = 2.0**-24  # of float32, to nearest

@@ -10,13 +10,13 @@ import torch
 
 from loratool.adapter import TensorData
 from loratool.engine import grid
-from loratool.engine.buffers import INTEGERS
 from loratool.engine.kernel import Env, Kernel
 from loratool.engine.measuring import count_differing
 from loratool.engine.step_args import DifferenceArgs
 from loratool.errors import NumericError
 from loratool.frozen import Frozen
 from loratool.linalg.norms import squared_sum, sum_of_squares
+from loratool.linalg.rounding import INTEGERS
 from loratool.plan import Step
 
 _Sums = tuple[int, float, float] | tuple[torch.Tensor, torch.Tensor, torch.Tensor]

@@ -147,19 +147,25 @@ class SubtractAndFactor(Difference):
         self, modules: torch.Tensor, factors: Sequence[fit.Factors]
     ) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Per module what its factors leave out as written, and what float16 would lose."""
-        rank = max(one.lora_A.shape[1] for one in factors)
+        rank, each = max(one.lora_A.shape[1] for one in factors), modules.shape[1]
+        if rank == 0:
+            return [(torch.zeros(each), torch.zeros(each))] * len(factors)
         lora_B = torch.cat([pad(one.lora_B, (0, rank - one.lora_B.shape[2])) for one in factors])
         lora_A = torch.cat(
             [pad(one.lora_A, (0, 0, 0, rank - one.lora_A.shape[1])) for one in factors]
         )
-        if self.args.slices:
-            pairs = zip(modules.flatten(0, 1), lora_B, lora_A, strict=True)
-            left = torch.stack([fit.residual_squares(*pair) for pair in pairs])
+        left: Sequence[torch.Tensor]
+        if self.args.slices:  # of each up to its own rank
+            left = [
+                torch.stack([fit.residual_squares(*pair) for pair in zip(
+                    stack, one.lora_B, one.lora_A, strict=True)])
+                for stack, one in zip(modules, factors, strict=True)
+            ]  # fmt: skip
         else:
-            left = fit.residual_square(modules.flatten(0, 1), lora_B, lora_A)[:, None].cpu()
+            lost = fit.residual_square(modules.flatten(0, 1), lora_B, lora_A)
+            left = torch.split(lost[:, None].cpu(), each)
         cast = fit.cast_square(lora_B, lora_A, torch.float16).cpu()
-        each = modules.shape[1]
-        return list(zip(torch.split(left, each), torch.split(cast, each), strict=True))
+        return list(zip(left, torch.split(cast, each), strict=True))
 
     def _made(
         self,

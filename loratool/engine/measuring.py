@@ -9,10 +9,11 @@ import numpy as np
 import torch
 
 from loratool.engine import grid
-from loratool.engine.buffers import INTEGERS, bits_of
+from loratool.engine.buffers import bits_of
 from loratool.engine.step_memory import MEASURED_WHOLE
 from loratool.frozen import Frozen
 from loratool.linalg import rounding
+from loratool.linalg.rounding import INTEGERS
 
 # In large tensors every eighth row of at most four blocks, and of every second one at most:
 # measuring every element would cost more than the merge.

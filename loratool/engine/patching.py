@@ -15,7 +15,7 @@ import torch
 
 from loratool.adapter import TensorRef
 from loratool.engine import grid
-from loratool.engine.buffers import INTEGERS, to_bytes
+from loratool.engine.buffers import to_bytes
 from loratool.engine.comparing import CompareResult
 from loratool.engine.kernel import Env, Kernel
 from loratool.engine.merging import AddDeltas, SumResult
@@ -23,6 +23,7 @@ from loratool.engine.step_args import ApplyPatchArgs, MakePatchArgs
 from loratool.errors import BadFileError, MismatchError, NumericError
 from loratool.frozen import Frozen
 from loratool.linalg import patch
+from loratool.linalg.rounding import INTEGERS
 from loratool.plan import Step
 
 

@@ -11,11 +11,12 @@ import torch
 
 from loratool.delta.base import Delta
 from loratool.engine import grid
-from loratool.engine.buffers import INTEGERS, bits_of
+from loratool.engine.buffers import bits_of
 from loratool.engine.kernel import Env
 from loratool.engine.step_args import SumArgs
 from loratool.linalg import rounding
 from loratool.linalg.exact import UNIT, product_terms, round_sums, round_where_decided
+from loratool.linalg.rounding import INTEGERS
 
 _AT_ONCE = 1 << 14  # elements summed exactly in one go: bounds the memory of their terms
 _SINGLE_UNIT = 2.0**-24  # largest relative error of one float32 operation

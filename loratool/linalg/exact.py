@@ -8,6 +8,7 @@ import torch
 
 from loratool.errors import NumericError
 from loratool.linalg.rounding import (
+    INTEGERS,
     dropped_bits,
     round_into,
     smallest_normal,
@@ -18,7 +19,6 @@ UNIT = 2.0**-53
 
 _SPLITTER = 2.0**27 + 1  # Veltkamp: halves of at most 26 bits, whose products are exact
 _SMALLEST, _LARGEST = 2.0**-300, 2.0**300  # three such factors leave room for the split product
-_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def round_where_decided(
@@ -71,7 +71,7 @@ def round_where_decided(
         rounded = torch.empty(ends.shape, dtype=out.dtype, device=out.device)
         round_into(rounded, ends)
         out[at] = rounded[0]
-        bits = rounded.view(_INTEGERS[out.element_size()])
+        bits = rounded.view(INTEGERS[out.element_size()])
         places = places[(bits[0] != bits[1]) & middle.isfinite()]
     if not bool(approx.sum().isfinite()):
         wild = ~approx.isfinite()

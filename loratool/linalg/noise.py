@@ -11,12 +11,10 @@ from loratool.frozen import Frozen
 from loratool.linalg.draws import scale_by_noise
 from loratool.linalg.lanczos import block_lanczos, is_worthwhile
 from loratool.linalg.norms import squared_sums
+from loratool.linalg.rounding import INTEGERS
 
 # Eight leading directions in six steps: the largest singular value of flat noise within 0.2 %.
 _DIRECTIONS, _STEPS = 8, 6
-
-
-_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class NoiseFloor(Frozen):
@@ -57,7 +55,7 @@ class Grid:
         Exponents as they are stored: those of zeros and subnormal numbers are the least.
         """
         rows, cols = values.shape
-        bits = values.to(self._dtype).view(_INTEGERS[self._dtype.itemsize])
+        bits = values.to(self._dtype).view(INTEGERS[self._dtype.itemsize])
         bias = 1 - self._min_exponent
         biased = (bits >> (self._bits - 1)).bitwise_and_(2 * bias + 1)
         place = self.exponents[r0 : r0 + rows, c0 : c0 + cols]

@@ -19,6 +19,9 @@ _FORMATS = {
     torch.int8: (8, 7),  # codes of one factor: a step of 1 at every size
 }
 
+INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""Element size -> integer type of the same bits."""
+
 _LOW = (1 << 29) - 1  # the significand bits that float64 has and float32 has not
 _PIECE = 1 << 16  # elements rounded to odd in one go: the temporaries stay in the cache
 _FLAT = 1.3  # from this t on the first term is below 1e-14 of the constant one
