@@ -7,26 +7,20 @@ import shlex
 from collections.abc import Collection, Mapping, Sequence
 
 from loratool.adapter import Adapter, DeltaSpec
-from loratool.archs.families import family_of
-from loratool.archs.flat import KnownNames, home_prefix, known_names
-from loratool.bind.bindings import bind
-from loratool.bind.flat import meanings_of
-from loratool.bind.items import BoundDelta
 from loratool.delta.forms import (
     as_pair,
     is_whole_pair,
     matrix_shape,
-    reshaped,
     side_sizes,
 )
-from loratool.delta.stacking import gather
-from loratool.dialects import unmergeable_reason
+from loratool.dialects import DEFAULT, unmergeable_reason
 from loratool.dialects.base import Dialect
 from loratool.dialects.registry import row_of
 from loratool.dialects.rules import is_of_home
 from loratool.errors import MismatchError, list_some
 from loratool.frozen import Frozen, field, replace
 from loratool.ops.additive import FREED, require_kernels
+from loratool.ops.convert_names import named
 from loratool.ops.fitting import needs_evening
 from loratool.ops.kernels import known_kernels, shaped
 from loratool.ops.leaving import changes_of, folds, skips, unheld, without
@@ -146,7 +140,7 @@ def _under_names(
     is_renamed = _is_renamed(kept, row, base)
     located = locate(kept, naming) if naming else []
     if base is not None and is_renamed and not all(one.place for one in located):
-        kept, words = _named(kept, base)
+        kept, words = named(kept, base)
         notes.append(words)
         located = locate(kept, naming)
     if located:
@@ -157,17 +151,23 @@ def _under_names(
     if naming:
         notes.append(f"modules are named as {row.title} names them")
     elif is_renamed:
-        kept, words = _named(kept, base)
+        kept, words = named(kept, base)
         notes.append(words)
-    elif row.table is None and row_of(kept.dialect).table is not None:
+    elif row.table is None and _is_foreign(kept, row):
         notes.append("modules keep the names of the file: with --base they get those of the model")
     return kept, located, notes
 
 
 def _is_renamed(adapter: Adapter, row: Dialect, base: Checkpoint | None) -> bool:
-    """True if names must become the model's own: flat ones, and with the base a pipeline's."""
-    is_model = row.table is None and base is not None and row_of(adapter.dialect).table is not None
+    """True if names must become the model's own: flat ones, and with the base all but PEFT's."""
+    is_model = row.table is None and base is not None and _is_foreign(adapter, row)
     return (adapter.is_flat and not row.is_flat) or is_model
+
+
+def _is_foreign(adapter: Adapter, row: Dialect) -> bool:
+    """True if its names may be others than those of the running model, which PEFT has."""
+    is_of_table = row_of(adapter.dialect).table is not None
+    return is_of_table or (row.name == DEFAULT and not is_of_home(adapter, DEFAULT))
 
 
 def compute_also(plan: ConvertPlan, names: Collection[str]) -> ConvertPlan:
@@ -260,81 +260,3 @@ def _check(
         "LT-494", f"{row.title} cannot hold {plural(len(found), 'change')} of this adapter",
         file=kept.path, key=list_some(found, 3), got=list_some(set(found.values()), 3), hint=hint,
     )  # fmt: skip
-
-
-# ---------------------------------------------------------------------------------- flat names
-
-
-def _named(adapter: Adapter, base: Checkpoint | None) -> tuple[Adapter, str]:
-    """The adapter under whole names, and where they are from."""
-    if base is not None:
-        bindings = bind(adapter, base)
-        specs, words = _pieces(bindings.deltas, base), f"modules are named as in {base.path.name}"
-        return replace(adapter, specs=specs, is_flat=False), "; ".join((words, *bindings.notes))
-    shapes = {s.module: matrix_shape(s) for s in adapter.specs if s.is_matrix}
-    family = family_of(shapes, adapter.metadata).family
-    return _from_known(adapter, known_names(family))
-
-
-def _pieces(deltas: Sequence[BoundDelta], base: Checkpoint) -> tuple[DeltaSpec, ...]:
-    """One change for every tensor of the base, with the rows that lie there."""
-    by_target: dict[str, list[BoundDelta]] = {}
-    for delta in deltas:
-        by_target.setdefault(delta.target, []).append(delta)
-    return tuple(_piece(name, parts, base) for name, parts in by_target.items())
-
-
-def _piece(target: str, parts: Sequence[BoundDelta], base: Checkpoint) -> DeltaSpec:
-    spec, dims = parts[0].spec, len(base.tensors[target].shape)
-    module, _, parameter = target.rpartition(".")
-    placed = sorted(parts, key=lambda d: [s.start for s in (*d.region.rows, *d.region.cols)])
-    rows = [d.region.source_rows or d.region.source_cols for d in placed]
-    whole = sum(b - a for a, b in (r for r in rows if r)) if all(rows) else None
-    height = base.tensors[target].shape[0]
-    if any(d.spec is not spec for d in parts) or whole not in (None, height):
-        raise MismatchError(
-            "LT-404", "a tensor of the base takes parts of several modules", key=target,
-            file=base.path, hint="give a base in the adapter's own naming, or none",
-        )  # fmt: skip
-    if any(d.region.rows or d.region.cols for d in parts) and whole is None:
-        raise MismatchError(
-            "LT-404", "a module is part of a tensor of the base", key=target, file=base.path,
-            hint="give a base whose modules are separate, or none",
-        )  # fmt: skip
-    cut = [r for r in rows if r is not None]
-    if cut:
-        made = gather(spec, cut)
-        if made is None:
-            raise MismatchError(
-                "LT-404", f"a {spec.title} of several tensors cannot be cut where they begin",
-                key=target, file=base.path, hint="--to comfyui keeps it whole; --for diffusers "
-                "makes a LoRA of it, which can be cut",
-            )  # fmt: skip
-        spec = made
-    turned = parts[0].transposed
-    return reshaped(replace(spec, module=module, parameter=parameter, transposed=turned), dims)
-
-
-def _from_known(adapter: Adapter, known: KnownNames) -> tuple[Adapter, str]:
-    """Names of Stable Diffusion, SDXL and FLUX, where nobody gave a base."""
-    found: Mapping[str, list[str]] = {
-        s.name: [m.names[0] for m in meanings_of(s.name, known)] for s in adapter.specs
-    }
-    unknown = [name for name, names in found.items() if len(names) != 1]
-    if unknown:
-        raise MismatchError(
-            "LT-404", f"no whole name is known of {plural(len(unknown), 'flat module')}",
-            file=adapter.path, key=list_some(unknown, 3),
-            hint="give the base model, --base BASE: its tensors name them",
-        )  # fmt: skip
-    parts = {s.module.rpartition(".")[0] for s in adapter.specs}
-    several = len(parts) > 1
-    specs = []
-    for spec in adapter.specs:
-        module, _, parameter = found[spec.name][0].rpartition(".")
-        prefix = home_prefix(spec.module.rpartition(".")[0]) if several else ""
-        specs.append(replace(spec, module=prefix + module, parameter=parameter))
-    words = "modules are named as diffusers and transformers do" + (
-        ", behind the names of the pipeline's parts" if several else ""
-    )
-    return replace(adapter, specs=tuple(specs), is_flat=False), words
