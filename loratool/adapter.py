@@ -8,7 +8,7 @@ the only factor the mathematics sees.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +151,37 @@ class ArrangedRef(TensorRef):
     def ranges(self, start: int = 0, stop: int | None = None) -> tuple[Bytes, ...]:
         """As `TensorRef.ranges`; it is read whole whatever is asked for."""
         return ((self.file, self.start, self.nbytes),) if self.nbytes else ()
+
+
+class JoinedRef(TensorRef):
+    """A tensor whose rows lie in other tensors, one piece after another.
+
+    ``file`` and ``start`` are those of the first piece.
+
+    Attributes:
+        pieces: (tensor, first byte, bytes) in the order of the rows; all of one type.
+    """
+
+    pieces: tuple[tuple[TensorRef, int, int], ...] = ()
+
+    @property
+    def stored(self) -> tuple[TensorRef, ...]:
+        """The tensors in files that its pieces are of."""
+        return tuple(dict.fromkeys(ref for piece, _, _ in self.pieces for ref in piece.stored))
+
+    def cut(self, start: int, stop: int) -> Iterator[tuple[TensorRef, int, int]]:
+        """(tensor, first byte, bytes) of what bytes ``start`` to ``stop`` are read from."""
+        at = 0
+        for ref, first, count in self.pieces:
+            begin, end = max(start, at), min(stop, at + count)
+            if begin < end:
+                yield ref, first + begin - at, end - begin
+            at += count
+
+    def ranges(self, start: int = 0, stop: int | None = None) -> tuple[Bytes, ...]:
+        """As `TensorRef.ranges`."""
+        cut = self.cut(start, self.nbytes if stop is None else stop)
+        return tuple(r for ref, first, count in cut for r in ref.ranges(first, first + count))
 
 
 class TensorData(Frozen):

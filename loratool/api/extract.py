@@ -18,6 +18,7 @@ from loratool.api.page import check_page, with_page
 from loratool.api.session import base_row, run_plan
 from loratool.api.side_file import may_replace
 from loratool.api.translating import files_of
+from loratool.bind.seen import in_layout_of
 from loratool.dialects import DEFAULT, open_adapter
 from loratool.dialects.base import Dialect
 from loratool.dialects.programs import Look, Program, find_program
@@ -192,11 +193,11 @@ def _plan(
     (tuned, of_tuned), (plain, of_base) = read_plain(tuned), read_plain(base)
     tuned_form, base_form, notes = same_form(tuned, plain, asked.rename)
     if asked.save_residual is not None and (
-        of_base or base_form.tensors.keys() != base.tensors.keys()
+        of_base or base_form.tensors.keys() != base.tensors.keys() or in_layout_of(tuned, plain)
     ):
         raise MismatchError(
-            "LT-427", "a residual needs a base in the form of the fine-tune",
-            file=base.path, got="; ".join(notes), hint="leave --save-residual out",
+            "LT-427", "a residual needs a base in the form of the fine-tune", file=base.path,
+            got="; ".join(notes) or "another layout", hint="leave --save-residual out",
         )  # fmt: skip
     plan = plan_extract(
         tuned_form, base_form, how=how, include=asked.include, exclude=asked.exclude, keep=keep,

@@ -339,7 +339,8 @@ def _collision(outcome: _Outcome) -> tuple[str, tuple[str, ...]] | None:
 def _places(found: Found) -> list[tuple[str, object, bool]]:
     if found.created or found.replacement is not None:
         target = found.created or found.targets[0]
-        return [(target, "whole", True)]
+        rows = found.replacement.replacement.rows if found.replacement else None
+        return [(target, rows, rows is None)]
     return [
         (d.target, (d.region.rows, d.region.cols), not d.region.rows and not d.region.cols)
         for d in found.deltas

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
 
-from loratool.adapter import Adapter, DeltaSpec
+from loratool.adapter import Adapter, DeltaSpec, TensorRef
 from loratool.archs.by_heads import by_heads, cut_at, head_rows, is_order_untold
 from loratool.archs.families import Guess, family_of, module_shapes, split_component
-from loratool.archs.family_rows import cut, holds_for
 from loratool.archs.flat import FlatNames, KnownNames, Meaning, flat_names
 from loratool.archs.stated import model_type
 from loratool.bind.items import BoundDelta, Found, Item, Misfit
 from loratool.bind.place import Context, Placement, cut_groups, known_size, misfit, unmergeable
+from loratool.bind.seen import Piece, joined, pieces_of, seen_in, turned, width_of
 from loratool.delta.forms import shape_of, side_sizes, spans_rows
 from loratool.dialects import DEFAULT
 from loratool.dialects.rules import is_of_home
@@ -52,13 +51,15 @@ def resolve_names(items: Sequence[Item], checkpoint: Checkpoint, adapter: Adapte
         )  # fmt: skip
     if not adapter.is_flat and _are_as_spelled(pairs):
         return list(items)
-    return [_named(item, some[0]) if some else item for item, some in pairs]
+    return [one for item, some in pairs
+            for one in (_named(item, some[0], checkpoint) if some else (item,))]  # fmt: skip
 
 
 def meanings_of(name: str, index: FlatNames | KnownNames) -> list[Meaning]:
     """What the full name of a parameter may mean."""
-    module, _, parameter = name.rpartition(".")
-    return index.look_up(*split_component(module), parameter)
+    component, rest = split_component(name)
+    module, _, parameter = rest.rpartition(".")
+    return index.look_up(component, module, parameter)
 
 
 def in_order_of_heads(
@@ -135,10 +136,44 @@ def _are_as_spelled(pairs: Sequence[tuple[Item, list[Meaning]]]) -> bool:
     return not several and (one.endswith(other) or other.endswith(one))
 
 
-def _named(item: Item, meaning: Meaning) -> Item:
-    if meaning.holds:
-        return replace(item, pieces=meaning, is_translated=True)
-    return replace(item, names=meaning.names, is_translated=meaning.names != item.names)
+def _named(item: Item, meaning: Meaning, checkpoint: Checkpoint) -> Iterator[Item]:
+    if not meaning.holds:
+        yield replace(item, names=meaning.names, is_translated=meaning.names != item.names)
+        return
+    pieced = replace(item, pieces=meaning, is_translated=True)
+    yield from (item.replacement and list(_replaced(pieced, meaning, checkpoint))) or (pieced,)
+
+
+def _replaced(item: Item, meaning: Meaning, checkpoint: Checkpoint) -> Iterator[Item]:
+    """A replaced tensor, in the form that the base's tensors have; nothing if it does not fit."""
+    new, tensors = item.replacement, checkpoint.tensors
+    assert new is not None
+    source, refs = new.source, [tensors[name] for name in meaning.names]
+    if new.rows is not None or not isinstance(source, TensorRef):
+        return
+    old = seen_in(meaning, source, tensors)
+    if old is None or old.shape != source.shape:
+        return
+    if meaning.swap == "axes":
+        other = turned(source)
+        if other is not None:
+            yield _replacing(item, meaning.names[0], other, old)
+        return
+    width = width_of(meaning.names[0], tensors, lambda name: tensors[name].shape)
+    pieces = list(pieces_of(meaning, [r.shape[0] for r in refs], source.shape[0], width))
+    for number, (name, ref) in enumerate(zip(meaning.names, refs, strict=True)):
+        own = sorted((p for p in pieces if p.tensor == number), key=lambda p: p.place or (0, 0))
+        rows = [row for p in own for row in range(*(p.place or (0, ref.shape[0])))]
+        part = joined(new.name, [(source, p.source) for p in own])
+        yield _replacing(item, name, part, old, rows if len(rows) < ref.shape[0] else None)
+
+
+def _replacing(
+    item: Item, name: str, source: TensorRef, old: TensorRef, rows: Sequence[int] | None = None
+) -> Item:
+    assert item.replacement is not None
+    new = replace(item.replacement, source=source, rows=None if rows is None else tuple(rows))
+    return replace(item, names=(name,), pieces=None, replacement=new, old=old)
 
 
 def place_pieces(item: Item, ctx: Context) -> Placement:
@@ -148,11 +183,10 @@ def place_pieces(item: Item, ctx: Context) -> Placement:
     targets = [target for name in meaning.names if (target := ctx.view.get(name)) is not None]
     if len(targets) < len(meaning.names):
         return Misfit(item, "name")
-    if spec is None:  # a replaced tensor: values, which are not cut or joined
+    if spec is None:  # values that the base's tensors cannot be made of
         there = " + ".join(str(ctx.shape(t)) for t in targets)
         own = str(item.replacement.source.shape) if item.replacement else ""
-        words = f"{there} in the other order" if meaning.swap else there
-        return misfit(item, "LT-445", words, own, targets[0])
+        return misfit(item, "LT-445", there, own, targets[0])
     if spec.is_open:
         shape = ctx.shape(targets[0])
         settled = spec.row.settle(spec, shape_of(spec)[0], numel(shape[1:]))
@@ -167,9 +201,9 @@ def place_pieces(item: Item, ctx: Context) -> Placement:
             return problem
         if ctx.shape(target)[1:] != inner:
             return misfit(item, "LT-432", str(ctx.shape(target)), f"(…, {inner})", target)
-    rows, width = shape_of(spec)[0], _width(targets[0], ctx)
+    rows, width = shape_of(spec)[0], width_of(targets[0], ctx.checkpoint.tensors, ctx.shape)
     try:
-        pieces = list(_pieces(meaning, [ctx.shape(t)[0] for t in targets], rows, width))
+        pieces = list(pieces_of(meaning, [ctx.shape(t)[0] for t in targets], rows, width))
     except ValueError as problem:
         return misfit(item, "LT-432", str(problem), f"{rows} rows", targets[0])
     cuts = [p.source for p in pieces if p.source]
@@ -193,64 +227,7 @@ def _place_turned(item: Item, spec: DeltaSpec, target: str, ctx: Context) -> Pla
     return Found(item, (BoundDelta(spec, target, transposed=True),))
 
 
-class _Piece(NamedTuple):
-    """Rows of a change.
-
-    Attributes:
-        tensor: number of the one in which they lie.
-        place: where in it; None = all of it.
-        source: which rows of the change; None = all of it.
-    """
-
-    tensor: int
-    place: tuple[int, int] | None
-    source: tuple[int, int] | None
-
-
-def _pieces(meaning: Meaning, heights: Sequence[int], rows: int, width: int) -> Iterator[_Piece]:
-    """Cut a change of some parts of a whole along the tensors that hold them.
-
-    Raises:
-        ValueError: heights that do not fit together.
-    """
-    if holds_for(meaning.swap, heights[0], width):
-        yield from _halves(rows, heights[0])
-        return
-    sizes = [0] * len(meaning.split)
-    starts: list[dict[int, tuple[int, int]]] = []  # part -> where it lies in its tensor
-    for (first, stop), height in zip(meaning.holds, heights, strict=True):
-        spans = cut(meaning.split[first:stop] if stop - first > 1 else "*", height, width)
-        sizes[first:stop] = [b - a for a, b in spans]
-        starts.append(dict(zip(range(first, stop), spans, strict=True)))
-    first, stop = meaning.wanted
-    if sum(sizes[first:stop]) != rows:
-        raise ValueError(f"{sum(sizes[first:stop])} rows")
-    for i, parts in enumerate(starts):
-        own = [part for part in parts if first <= part < stop]
-        start, end = parts[own[0]][0], parts[own[-1]][1]
-        source = sum(sizes[first : own[0]])
-        span = (source, source + end - start)
-        yield _Piece(i, None if end - start == heights[i] else (start, end),
-                     None if span == (0, rows) else span)  # fmt: skip
-
-
-def _halves(rows: int, height: int) -> Iterator[_Piece]:
-    if rows != height or rows % 2:
-        raise ValueError(f"{height} rows")
-    half = rows // 2
-    yield _Piece(0, (half, rows), (0, half))
-    yield _Piece(0, (0, half), (half, rows))
-
-
-def _width(target: str, ctx: Context) -> int:
-    """Columns of a weight, or of the weight beside a bias; 0 if there is none."""
-    for name in (target, f"{target.rpartition('.')[0]}.weight"):
-        if name in ctx.checkpoint.tensors and len(ctx.shape(name)) > 1:
-            return ctx.shape(name)[1]
-    return 0
-
-
-def _region(piece: _Piece, *, is_vector: bool) -> Region:
+def _region(piece: Piece, *, is_vector: bool) -> Region:
     place = () if piece.place is None else (Span(*piece.place),)
     if is_vector:  # a bias lies along the columns
         return Region(cols=place, source_cols=piece.source)

@@ -32,10 +32,17 @@ class BoundDelta(Frozen):
 
 
 class BoundReplacement(Frozen):
-    """A replacement tensor and the base tensor that it replaces (or creates)."""
+    """A replacement tensor and the base tensor that it replaces (or creates).
+
+    Attributes:
+        replacement: as the target has it.
+        target: checkpoint-wide tensor name.
+        old: what it replaces as the adapter has it, where the target is of another form.
+    """
 
     replacement: Replacement
     target: str
+    old: TensorRef | None = None
 
 
 class Bindings(Frozen):
@@ -81,6 +88,7 @@ class Item(Frozen):
         replacement: the replacement, or None.
         pieces: where its rows lie: in several tensors, in a part of one, or in another order.
         is_translated: the base has another name for it.
+        old: as of `BoundReplacement`.
     """
 
     names: tuple[str, ...]
@@ -89,6 +97,7 @@ class Item(Frozen):
     replacement: Replacement | None = None
     pieces: Meaning | None = None
     is_translated: bool = False
+    old: TensorRef | None = None
 
     @property
     def name(self) -> str:

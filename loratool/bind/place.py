@@ -211,7 +211,7 @@ def place_replacement(item: Item, name: str, ctx: Context) -> Placement:
             return problem
         if not DTYPES[source.dtype].is_mergeable:
             return misfit(item, "LT-493", "F64, F32, F16 or BF16", source.dtype, target)
-    found = Found(item, replacement=BoundReplacement(replacement, target), alias=alias)
+    found = Found(item, replacement=BoundReplacement(replacement, target, item.old), alias=alias)
     if replacement.rows is not None:
         return found  # rows are checked when the final vocabulary size is known
     if source.shape == ref.shape:

@@ -11,7 +11,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from loratool.adapter import ArrangedRef, CodedRef, DeltaSpec, Source, TensorData, TensorRef
+from loratool.adapter import (
+    ArrangedRef,
+    CodedRef,
+    DeltaSpec,
+    JoinedRef,
+    Source,
+    TensorData,
+    TensorRef,
+)
 from loratool.delta.forms import side_sizes
 from loratool.dtypes import DTYPES, exact_dtype, numel, widest
 from loratool.frozen import replace
@@ -140,7 +148,7 @@ def rows_of(source: Source, start: int, stop: int) -> Source:
     """Rows of a tensor: a place in its file, or bytes of it."""
     each = source.nbytes // source.shape[0]
     shape = (stop - start, *source.shape[1:])
-    if isinstance(source, (ArrangedRef, CodedRef)):
+    if isinstance(source, (ArrangedRef, CodedRef, JoinedRef)):
         source = TensorData(source.name, source.dtype, source.shape, read_bytes(source))
     if isinstance(source, TensorRef):
         place = source.start + start * each

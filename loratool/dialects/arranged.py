@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from loratool.adapter import ArrangedRef, CodedRef, Source, TensorData, TensorRef
+from loratool.adapter import ArrangedRef, CodedRef, JoinedRef, Source, TensorData, TensorRef
 from loratool.dtypes import DTYPES
 from loratool.frozen import replace
 from loratool.store.axes import arrange
@@ -32,7 +32,7 @@ def arranged(
     if isinstance(source, ArrangedRef) and _undoes(source, laid, axes):
         return TensorRef(source.file, source.name, source.dtype, final, source.start,
                          source.nbytes, source.stamp)  # fmt: skip
-    if isinstance(source, (ArrangedRef, CodedRef)):
+    if isinstance(source, (ArrangedRef, CodedRef, JoinedRef)):
         held = TensorData(source.name, source.dtype, source.shape, read_bytes(source))
         return arranged(held, laid, axes, shape)
     return ArrangedRef(

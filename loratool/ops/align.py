@@ -16,9 +16,12 @@ from loratool.archs.layers import experts_lie_turned
 from loratool.archs.names import to_memory
 from loratool.archs.stated import model_type
 from loratool.bind.names import name_rules
+from loratool.bind.seen import Seen, in_layout_of
 from loratool.bind.user_names import parse_rename
 from loratool.dialects.peft.keys import strip_parallel, without_wrappers
+from loratool.errors import list_some
 from loratool.frozen import replace
+from loratool.report.text import plural
 from loratool.store.checkpoint import Checkpoint
 
 
@@ -46,12 +49,27 @@ def same_form(
         tensors = dict(zip(names, tensors.values(), strict=True))
     tuned = replace(tuned, tensors=tensors)
     base = replace(base, tensors=ours)
+    seen = in_layout_of(tuned, base)
+    if seen is not None:
+        notes += _of_layout(seen)
+        left = {*seen.unnamed, *(name for names in seen.absent.values() for name in names)}
+        tuned = replace(tuned, tensors=seen.tensors)
+        base = replace(base, tensors={n: r for n, r in base.tensors.items() if n not in left})
     split_tuned, count = _split_experts(tuned, base)
     split_base, other = _split_experts(base, tuned)
     if count + other:
         side = "the fine-tune" if count else "the base"
         notes.append(f"experts that {side} stores together are compared one by one")
     return split_tuned, split_base, notes
+
+
+def _of_layout(seen: Seen) -> Iterator[str]:
+    if seen.unnamed:
+        yield (f"{plural(len(seen.unnamed), 'tensor')} of the base not compared, whose names in"
+               f" the other layout are not known: {list_some(seen.unnamed)}")  # fmt: skip
+    for part, names in seen.absent.items():
+        yield (f"{plural(len(names), 'tensor')} of the base not compared: the fine-tune has"
+               f" nothing of {part}, such as {names[0]}")  # fmt: skip
 
 
 def align_names(tuned: Checkpoint, base: Checkpoint) -> dict[str, TensorRef]:

@@ -52,7 +52,7 @@ def find_in_base(adapter: Adapter, base: Checkpoint) -> InBase:
     for item in bindings.replacements:
         target = bindings.new_tensors.get(item.target, item.target)
         if target in tensors and item.target not in headed.created:
-            replaced[item.replacement.name] = tensors[target]
+            replaced[item.replacement.name] = item.old or tensors[target]
     return InBase(
         {name: tuple(sorted(found, key=lambda p: p.part.expert or 0))
          for name, found in places.items()},

@@ -13,7 +13,7 @@ from io import FileIO
 from itertools import groupby
 from pathlib import Path
 
-from loratool.adapter import ArrangedRef, CodedRef, Source, Stamp, TensorData, TensorRef
+from loratool.adapter import ArrangedRef, CodedRef, JoinedRef, Source, Stamp, TensorData, TensorRef
 from loratool.dtypes import DTYPES
 from loratool.errors import BadFileError, DiskError, UnsafeContentError
 from loratool.frozen import Struct, replace
@@ -100,6 +100,12 @@ class FileReader:
         """
         if isinstance(ref, CodedRef):
             codec_of(ref.codec).coder.decode(ref, self, start, buffer)
+            return
+        if isinstance(ref, JoinedRef):
+            done = 0
+            for piece, first, count in ref.cut(start, start + len(buffer)):
+                self.read_into(piece, first, buffer[done : done + count])
+                done += count
             return
         if isinstance(ref, ArrangedRef):
             whole = memoryview(bytearray(ref.nbytes))

@@ -152,11 +152,31 @@ def test_lengths_of_columns_are_cut_after_the_adapters_own_base_made_lora_of_the
     assert near(np.concatenate([got[f"{part}.weight"] for part in PARTS]), want)
 
 
-def test_a_replaced_bias_of_q_k_and_v_is_refused_where_they_lie_apart(tmp_path: Path) -> None:
+def test_a_base_of_the_other_layout_settles_replaced_tensors(tmp_path: Path) -> None:
+    """Half of a change is W + (new - W)/2, with what the base has for it turned and joined."""
+    qkv, last = rand(3 * H, H, seed=1), rand(2 * H, H, seed=2)
+    lin = pair("lora_unet_single_blocks_0_modulation_lin", 3 * H, H, ways=DOWN)
+    tensors = {"lora_unet_double_blocks_0_img_attn_qkv.set_weight": qkv,
+               f"{LAST}.set_weight": last, **lin}  # fmt: skip
+    base = {f"{p}.weight": rand(H, H, seed=n) for n, p in enumerate(PARTS)}
+    base |= {"norm_out.linear.weight": rand(2 * H, H, seed=8),
+             "single_transformer_blocks.0.norm.linear.weight": rand(3 * H, H)}  # fmt: skip
+    path, out = write(tmp_path / "base.safetensors", base), tmp_path / "half.safetensors"
+    adapter = write(tmp_path / "a.safetensors", tensors, ss_base_model_version="flux1")
+    lt.rescale([adapter], 0.5, base=path, output=out)
+    made = load_file(str(out))
+    old = np.concatenate([base[f"{p}.weight"] for p in PARTS])
+    own = swapped(base["norm_out.linear.weight"])
+    assert near(made[f"{LAST}.set_weight"], (own + last.astype(np.float64)) / 2)
+    name = "lora_unet_double_blocks_0_img_attn_qkv.set_weight"
+    assert near(made[name], (old + qkv.astype(np.float64)) / 2)
+
+
+def test_a_replaced_bias_of_q_k_and_v_is_cut_where_they_lie_apart(tmp_path: Path) -> None:
     name = "double_blocks.0.img_attn.qkv"
     tensors = pair(f"base_model.model.{name}", 3 * H, H)
     tensors |= pair("base_model.model.single_blocks.0.modulation.lin", 3 * H, H)
-    tensors[f"base_model.model.{name}.bias"] = rand(3 * H)
+    tensors[f"base_model.model.{name}.bias"] = bias = rand(3 * H)
     (tmp_path / "peft").mkdir()
     write(tmp_path / "peft" / "adapter_model.safetensors", tensors)
     (tmp_path / "peft" / "adapter_config.json").write_text(json.dumps({
@@ -165,10 +185,51 @@ def test_a_replaced_bias_of_q_k_and_v_is_refused_where_they_lie_apart(tmp_path: 
     }))  # fmt: skip
     base = {f"{p}.weight": rand(H, H) for p in PARTS} | {f"{p}.bias": rand(H) for p in PARTS}
     base["single_transformer_blocks.0.norm.linear.weight"] = rand(3 * H, H)
-    path = write(tmp_path / "b.safetensors", base)
+    path, out = write(tmp_path / "b.safetensors", base), tmp_path / "out.safetensors"
+    lt.merge([tmp_path / "peft"], base=path, output=out)
+    got = load_file(str(out))
+    assert np.array_equal(np.concatenate([got[f"{p}.bias"] for p in PARTS]), bias)
+    short = {n: t[:-1] if n == f"{PARTS[0]}.bias" else t for n, t in base.items()}
     with pytest.raises(lt.LoratoolError, match="another shape") as caught:
-        lt.merge([tmp_path / "peft"], base=path, output=tmp_path / "out.safetensors")
-    assert caught.value.code == "LT-445" and "(8,) + (8,) + (8,)" in str(caught.value)
+        lt.merge([tmp_path / "peft"], base=write(path, short), output=tmp_path / "s.safetensors")
+    assert caught.value.code == "LT-445" and "(7,) + (8,) + (8,)" in str(caught.value)
+
+
+@pytest.mark.parametrize("strength", [1.0, 0.25])
+def test_replaced_tensors_lie_as_the_base_has_them(strength: float, tmp_path: Path) -> None:
+    """Fused ones are cut, q and v are rows of a fused one, the last modulation is turned round."""
+    qkv, last = rand(3 * H, H, seed=1), rand(2 * H, H, seed=2)
+    fused = f"{START}double_blocks.0.img_attn.qkv.weight"
+    original = {fused: rand(3 * H, H, seed=3), f"{START}final_layer.adaLN_modulation.1.weight":
+                rand(2 * H, H, seed=4), f"{START}single_blocks.0.linear1.weight":
+                rand(7 * H, H, seed=5)}  # fmt: skip
+    own = dict(zip((f"{p}.weight" for p in PARTS), np.split(original[fused], 3), strict=True))
+    folder = own | {"norm_out.linear.weight": swapped(rand(2 * H, H, seed=4))}
+
+    def moved(old: Array, new: Array) -> Array:
+        return new if strength == 1 else old + strength * (new.astype(np.float64) - old)
+
+    def merged(tensors: dict[str, Array], base: dict[str, Array]) -> dict[str, Array]:
+        adapter, path = write(tmp_path / "a.safetensors", tensors), tmp_path / "base.safetensors"
+        write(path, base)
+        lt.merge([adapter], weights=[strength], base=path, output=tmp_path / "m.safetensors",
+                 force=True)  # fmt: skip
+        return load_file(str(tmp_path / "m.safetensors"))
+
+    names = f"{fused.removeprefix('model.').removesuffix('weight')}set_weight", f"{LAST}.set_weight"
+    got = merged({names[0]: qkv}, folder)
+    for part, old, new in zip(PARTS, own.values(), np.split(qkv, 3), strict=True):
+        assert near(got[f"{part}.weight"], moved(old, new))
+    got = merged({names[1]: last}, folder)
+    assert near(got["norm_out.linear.weight"], moved(folder["norm_out.linear.weight"],
+                                                     swapped(last)))  # fmt: skip
+    some = {f"lora_transformer_{p.replace('.', '_')}.set_weight": part
+            for p, part in zip(PARTS, np.split(qkv, 3), strict=True)}  # fmt: skip
+    some.pop(next(n for n in some if "to_k" in n))
+    got = merged(some, original)
+    want = moved(original[fused], qkv)
+    want[H : 2 * H] = original[fused][H : 2 * H]
+    assert near(got[fused], want)
 
 
 @pytest.mark.parametrize("form", ["scale_weight", "weight_scale"])
