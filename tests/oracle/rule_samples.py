@@ -154,6 +154,10 @@ SAMPLES: dict[str, Sample] = {
     ),
     "shared experts": Sample(by(peft="shared-experts"), {},
                              named(lambda key: key.replace("mlp.", "mlp.shared_experts."))),
+    "layers beside experts": Sample(by(peft="shared-experts"), {}, named(
+        lambda key: key.replace("self_attn.q_proj", "self_attn.kv_b_proj"))),
+    "a state-space model": Sample(by(peft="mamba"), {}, named(
+        lambda key: key.replace("self_attn.q_proj", "mixer.out_proj"))),
     "router": Sample(by(vllm="routers", sglang="others"), {},
                      named(lambda key: key.replace("mlp.down_proj", "mlp.gate"))),
     "conv1d": Sample(by(vllm="conv1d", sglang="elsewhere", llama="conv1d"),

@@ -57,3 +57,18 @@ def test_projections_that_the_model_has_fused_are_refused(tmp_path: Path) -> Non
     with pytest.raises(MismatchError, match="part of a tensor of the base"):
         lt.convert([tmp_path / "mlx"], to="peft", base=save_base(fused, tmp_path / "base"),
                    output=tmp_path / "out")  # fmt: skip
+
+
+def test_a_lora_that_peft_refuses_for_the_type_of_the_model(tmp_path: Path) -> None:
+    """It takes a LoHa of Mamba's output, and no LoRA of the same change."""
+    torch.manual_seed(0)
+    model = transformers.MambaForCausalLM(
+        transformers.MambaConfig(vocab_size=40, hidden_size=16, state_size=4, num_hidden_layers=1)
+    )
+    a = make(model, tmp_path / "a", peft.LoHaConfig(r=2, target_modules=["out_proj", "in_proj"]))
+    lt.convert([a], program="vllm", base=save_base(model, tmp_path / "base"),
+               output=tmp_path / "out")  # fmt: skip
+    assert lt.check(a, program="peft").verdict == "yes"
+    assert lt.check(tmp_path / "out", program="peft").verdict == "unsure"
+    with pytest.raises(ValueError, match="incompatible"):
+        changes(model, tmp_path / "out")

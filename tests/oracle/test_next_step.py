@@ -26,7 +26,7 @@ METHODS = (
     "lokr", "miss", "miss_bat", "oft", "randlora", "shira", "vblora", "vera", "vera_noproj",
     "trainable_tokens", "lora_trainable_tokens",
 )  # fmt: skip
-OTHER_BASES = ("router", "shared experts")
+OTHER_BASES = ("router", "shared experts", "layers beside experts", "a state-space model")
 WITH_FILES = ("a value head", "adapterhub")
 FILES = ("mlx", "mlx dora", "gguf", "gguf with norms", "peft-file", "adapterhub", "torchtune")
 Case = tuple[Path, Path, dict[str, Any]]

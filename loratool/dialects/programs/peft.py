@@ -26,9 +26,13 @@ from loratool.dialects.programs.base import (
 )
 from loratool.dialects.programs.look import Look
 from loratool.errors import BadFileError, list_some
+from loratool.lazy import regex
 
 _KEPT = ("lora_A.default.weight", "lora_B.default.weight", "lora_magnitude_vector.weight")
 _PACKED_SINCE = (0, 19, 1)
+_LIKE_LORA = ("LORA", "ADALORA", "RANDLORA")
+_MAMBA = regex(r"(?:.+\.)?(?:mixer|mamba)\.(?:out_proj|conv1d)")
+_LATENT = (".kv_a_proj_with_mqa", ".kv_b_proj")  # DeepSeek's attention and that of its kin
 _OF_EXPERTS, _SHARED = ("gate_proj", "up_proj", "down_proj"), ("shared_expert.", "shared_experts.")
 
 
@@ -139,11 +143,23 @@ def _convs(look: Look) -> Iterable[Hit]:
 
 
 def _fused(look: Look) -> Iterable[Hit]:
-    """Projections that are called as those of experts, in a model that has shared ones too."""
+    """Projections that are called as those of experts, in a model that has such beside them."""
     plain = [s for s in traits.read(look).specs
              if not _is_parameter(s) and s.module.rpartition(".")[2] in _OF_EXPERTS]  # fmt: skip
-    is_mixed = any(f".{part}" in s.module for s in plain for part in _SHARED)
-    return [Hit(tuple(s.name for s in plain), "shared experts")] if is_mixed else []
+    is_shared = any(f".{part}" in s.module for s in plain for part in _SHARED)
+    is_deepseek = any(s.module.endswith(_LATENT) for s in traits.read(look).specs)
+    words = "shared experts" if is_shared else "layers beside experts" if is_deepseek else ""
+    return [Hit(tuple(s.name for s in plain), words)] if words and plain else []
+
+
+def _mamba(look: Look) -> Iterable[Hit]:
+    """Where it is of a model whose code never calls the module: PEFT goes by its type."""
+    adapter = traits.read(look)
+    if str(adapter.config.get("peft_type", "LORA")) not in _LIKE_LORA:
+        return []
+    return traits.has("a projection of Mamba", lambda s: _MAMBA.fullmatch(s.module) is not None)(
+        look
+    )
 
 
 _HOME = "https://github.com/huggingface/peft/blob/v0.21.2/src/"
@@ -180,6 +196,9 @@ PEFT = Program(
              says="a module of modules_to_save that the base has and the file lacks is an error"),
         Rule("convolutions", UNSURE, _convs, source=_LAYER,
              says="a convolution in groups has factors of other shapes"),
+        Rule("mamba", UNSURE, _mamba, source=_TUNERS,
+             says="models of the types mamba, mamba2, falcon_mamba, falcon_h1 and nemotron_h take "
+             "no LoRA on out_proj and conv1d"),
         FILES_BESIDE,
     ),
     opens=(PEFT_FOLDER,),
