@@ -37,6 +37,7 @@ from loratool.ops.weights import read_module_weights
 from loratool.options.calls import takes
 from loratool.options.groups import Codes, Mix, Names, Run
 from loratool.options.merging import Combine, Merge
+from loratool.options.words import asked_of
 from loratool.report.combine import CombineReport
 from loratool.report.merge import MergeReport
 from loratool.store.header import uncollected
@@ -172,7 +173,9 @@ def _plan_undo(
     path = Path(asked.save_undo)
     identity = run_id(job.merge.plan, resources.device)
     guard_output(path, _others(asked, job.operation))
-    undo = plan_undo(job, path, identity, dtype=asked.dtype, force=asked.force)
+    casts = [o.flags[-1] for o in asked_of(Codes, vars(asked))]
+    casts += [] if asked.dtype == "auto" else ["--dtype"]
+    undo = plan_undo(job, path, identity, casts=casts, force=asked.force)
     return _Undo(undo, resources_for(undo.plan))
 
 

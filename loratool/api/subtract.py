@@ -65,7 +65,7 @@ def subtract(asked: Subtract) -> SubtractReport | DifferenceReport:
         return (
             _with_record(anchor(job, asked.base, access_of(asked), exact=asked.exact))
             if opened is None
-            else restore_job(job, opened)
+            else restore_job(job, opened, reads=not asked.dry_run)
         )
 
     signs = (-1,) * len(asked.adapters)
@@ -73,7 +73,9 @@ def subtract(asked: Subtract) -> SubtractReport | DifferenceReport:
     operation = Operation("subtract", signs, SubtractReport, check, replan, inputs)
     report = run_merge(asked.take(Merge, base=asked.merged), operation)
     assert isinstance(report, SubtractReport)
-    return report
+    if opened is None or opened.table.kept is None or asked.dry_run:
+        return report
+    return replace(report, kept=report.copied)
 
 
 def _subtract_adapters(asked: Subtract) -> DifferenceReport:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,14 @@ from loratool.engine.rows import op_of
 from loratool.errors import MismatchError, UsageError
 from loratool.frozen import Frozen, replace
 from loratool.ops.inputs import guard_output
-from loratool.ops.undo import UndoFile, check_adapters, plan_patches, plan_restore, undo_table
+from loratool.ops.undo import (
+    UndoFile,
+    check_adapters,
+    check_kept,
+    plan_patches,
+    plan_restore,
+    undo_table,
+)
 from loratool.plan import Plan
 from loratool.store.patch_file import require_room
 from loratool.store.provenance import file_id
@@ -40,14 +48,16 @@ class UndoJob(Frozen):
     plan: Plan
 
 
-def plan_undo(job: MergeJob, path: Path, identity: str, *, dtype: str, force: bool) -> UndoJob:
+def plan_undo(
+    job: MergeJob, path: Path, identity: str, *, casts: Sequence[str], force: bool
+) -> UndoJob:
     """Plan an undo file, or refuse one that could not be written, before the work.
 
     Args:
         job: the merge.
         path: file to write.
         identity: of the merge's run.
-        dtype: type of the output that was asked for.
+        casts: options that give the weights another type or other values everywhere.
         force: replace an earlier loratool output.
 
     Raises:
@@ -59,10 +69,10 @@ def plan_undo(job: MergeJob, path: Path, identity: str, *, dtype: str, force: bo
     if path.suffix != ".safetensors":
         raise UsageError("LT-219", "an undo file is a .safetensors file", got=str(path),
                          hint=f"--save-undo {path.with_suffix('.safetensors')}")  # fmt: skip
-    if dtype != "auto":
+    if casts:
         raise UsageError(
-            "LT-250", "--save-undo with --dtype would be as large as the base",
-            hint="keep the base itself",
+            "LT-250", "an undo file of weights in another type would be as large as the base",
+            got=", ".join(casts), hint="keep the base itself",
         )  # fmt: skip
     lost = sorted(set(job.base.checkpoint.tensors) - set(job.checkpoint.tensors))
     if lost or any(a.adapter.layer_order for a in job.adapters):
@@ -78,9 +88,9 @@ def plan_undo(job: MergeJob, path: Path, identity: str, *, dtype: str, force: bo
     outputs = [s.output for s in job.merge.plan.steps]
     places = {i: TensorRef(Path(o.name), o.name, o.dtype, o.shape, 0, o.nbytes)
               for i, o in enumerate(outputs)}  # fmt: skip
-    plan, _ = plan_patches(job.merge.plan, job.full_names, job.base.checkpoint, places)
-    require_room([step.output.name for step in plan.steps], path)
-    return UndoJob(path, identity, replaces, plan)
+    patches = plan_patches(job.merge.plan, job.full_names, job.base.checkpoint, places)
+    require_room([*(step.output.name for step in patches.plan.steps), *patches.kept], path)
+    return UndoJob(path, identity, replaces, patches.plan)
 
 
 def write_undo(job: MergeJob, undo: UndoJob, resources: Resources, sink: CheckpointSink) -> None:
@@ -94,15 +104,15 @@ def write_undo(job: MergeJob, undo: UndoJob, resources: Resources, sink: Checkpo
     """
     merge, checkpoint = job.merge.plan, job.base.checkpoint
     written = {i: sink.written(step) for i, step in enumerate(merge.steps)}
-    plan, created = plan_patches(merge, job.full_names, checkpoint, written)
+    patches = plan_patches(merge, job.full_names, checkpoint, written)
 
     def table(results: dict[str, Any]) -> dict[str, Any]:
         return undo_table(
-            plan, undo.identity, created, results, resources.run.elements,
+            patches, undo.identity, results, resources.run.elements,
             [(a.adapter, a.weight) for a in job.adapters], _base_config(job),
         )  # fmt: skip
 
-    write_patches(undo.path, plan, resources, replaces=undo.replaces, table=table,
+    write_patches(undo.path, patches.plan, resources, replaces=undo.replaces, table=table,
                   record={"operation": "undo", "plan": undo.identity})  # fmt: skip
 
 
@@ -117,16 +127,25 @@ def _base_config(job: MergeJob) -> dict[str, Any]:
     return found
 
 
-def restore_job(job: MergeJob, undo: UndoFile) -> MergeJob:
+def restore_job(job: MergeJob, undo: UndoFile, *, reads: bool) -> MergeJob:
     """Turn a subtraction into the exact restoration that an undo file allows.
+
+    Args:
+        job: the subtraction.
+        undo: of the merge.
+        reads: see now that what the merge left alone is still the base's.
 
     Raises:
         MismatchError: the undo file is for other adapters or other merged weights.
         BadFileError: it is damaged.
     """
     check_adapters(undo, [(a.adapter, a.weight.times(-1)) for a in job.adapters])
-    checkpoint = job.base.checkpoint
-    plan = plan_restore(job.merge.plan, job.full_names, checkpoint, undo)
+    checkpoint, names = job.base.checkpoint, job.full_names
+    plan = plan_restore(job.merge.plan, names, checkpoint, undo)
+    if reads:
+        gone = undo.table.tensors.keys() | undo.table.created
+        check_kept({n: checkpoint.tensors[n] for n in names.values() if n not in gone},
+                   checkpoint.path, undo)  # fmt: skip
     config = {k: REMOVE if v is None else v for k, v in undo.table.config.items()}
     sidecars, notes = plan_sidecars(checkpoint, config_changes=config)
     copied = tuple(s.output.name for s in plan.steps if op_of(s).fate == "copied")

@@ -68,8 +68,14 @@ def render(
     """The report, line by line, less what of the plan was printed before the work."""
     yield from merging.render(report, voice, planned=planned)
     if report.restored:
-        words = f"{plural(report.restored, 'tensor')} equal to the base in every bit, checked"
-        yield line("same", words, f"{plural(report.corrected, 'element')} set right", tone="good")
+        words = f"{plural(report.restored, 'tensor')} equal to the base in every bit"
+        words += f", {report.kept} never changed" if report.kept else ""
+        yield line(
+            "same",
+            f"{words}, checked",
+            f"{plural(report.corrected, 'element')} set right",
+            tone="good",
+        )
 
 
 # ------------------------------------------------------------------------ adapter − adapter

@@ -79,6 +79,11 @@ def _group(
     first = checkpoint.shards[0]
     if len(runs) == 1:
         return [(first, f"{stem}.safetensors", runs[0])]
+    if not checkpoint.is_folder:
+        raise MismatchError(
+            "LT-472", "--shard-size does not apply to a model in one file", file=checkpoint.path,
+            hint="leave it out: the output has the form of the base",
+        )  # fmt: skip
     return [
         (first, f"{stem}-{i:05d}-of-{len(runs):05d}.safetensors", names)
         for i, names in enumerate(runs, 1)

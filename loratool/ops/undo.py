@@ -9,6 +9,7 @@ The table of an undo file::
     config          dotted key of config.json -> value in the base, null = absent
     tensors         name -> {"from", "dtype", "shape", "view", "base", "merged"}
     created         tensors that the base has not
+    kept            name -> {"dtype", "shape", "crc32"} of all others: the merge left them alone
 """
 
 from __future__ import annotations
@@ -24,12 +25,13 @@ from msgspec import Meta
 from loratool.adapter import Adapter, TensorRef
 from loratool.engine.rows import args_of, op_of
 from loratool.errors import BadFileError, MismatchError
-from loratool.frozen import Frozen, replace
+from loratool.frozen import Frozen, asdict, replace
 from loratool.ops.weights import Weight
 from loratool.plan import DeltaPart, Part, Plan, ShardPlan, Step, TensorSpec
 from loratool.store.checkpoint import Checkpoint
-from loratool.store.patch_file import Config, Digest, PatchFile, Row, read_patches
+from loratool.store.patch_file import Config, Digest, PatchFile, Row, Shape, read_patches
 from loratool.store.provenance import adapter_id
+from loratool.store.tensor_sums import sum_tensors
 
 _ARGS = {"rounding": "exact"}
 _Size = Annotated[int, Meta(ge=0, lt=1 << 56)]
@@ -43,6 +45,14 @@ class UndoRow(Row, frozen=True):
     merged: Digest
 
 
+class KeptRow(Frozen):
+    """What a tensor is that the merge left alone."""
+
+    dtype: str
+    shape: Shape
+    crc32: Annotated[str, Meta(max_length=8)]
+
+
 class MergedAdapter(Frozen):
     """An adapter that was merged; see the table."""
 
@@ -52,13 +62,28 @@ class MergedAdapter(Frozen):
 
 
 class UndoTable(Frozen):
-    """See the module."""
+    """See the module; early versions did not say what was ``kept``."""
 
     block_elements: Annotated[int, Meta(ge=1 << 16, le=1 << 26)]
     adapters: tuple[MergedAdapter, ...]
     config: Config
     created: frozenset[str]
     tensors: dict[str, UndoRow]
+    kept: dict[str, KeptRow] | None = None
+
+
+class Patches(Frozen):
+    """What an undo file will hold.
+
+    Attributes:
+        plan: of the patches.
+        created: tensors that the merge creates.
+        kept: tensors that it leaves alone, where they lie in the merged weights.
+    """
+
+    plan: Plan
+    created: tuple[str, ...]
+    kept: Mapping[str, TensorRef]
 
 
 UndoFile = PatchFile[UndoTable]
@@ -80,7 +105,7 @@ def read_undo(path: Path) -> UndoFile:
 
 def plan_patches(
     merge: Plan, names: Mapping[int, str], base: Checkpoint, merged: Mapping[int, TensorRef]
-) -> tuple[Plan, tuple[str, ...]]:
+) -> Patches:
     """Plan the patches of a merge: one step per base tensor that it changes.
 
     Args:
@@ -88,12 +113,10 @@ def plan_patches(
         names: position of a step -> checkpoint-wide name of its tensor.
         base: the base.
         merged: position of a step -> where its output lies.
-
-    Returns:
-        The plan, and the tensors that the merge creates.
     """
     steps: list[Step] = []
     created: list[str] = []
+    kept: dict[str, TensorRef] = {}
     for index, step in enumerate(merge.steps):
         name = names[index]
         ref = base.tensors.get(name)
@@ -101,7 +124,9 @@ def plan_patches(
             created.append(name)
         elif not op_of(step).moves_bytes or step.inputs[0] != ref:
             steps.append(_patch_step(step, name, ref, merged[index]))
-    return Plan("save-undo", tuple(steps)), tuple(created)
+        else:
+            kept[name] = merged[index]
+    return Patches(Plan("save-undo", tuple(steps)), tuple(created), kept)
 
 
 def _patch_step(step: Step, name: str, base: TensorRef, merged: TensorRef) -> Step:
@@ -119,7 +144,8 @@ def _patch_step(step: Step, name: str, base: TensorRef, merged: TensorRef) -> St
 
 
 def _is_sum(part: Part) -> bool:
-    return isinstance(part, DeltaPart) and part.spec.is_additive
+    """True for what `subtract` plans as a sum too: it takes nothing out at weight 0."""
+    return isinstance(part, DeltaPart) and part.spec.is_additive and part.weight != 0
 
 
 def _taken_out(parts: Sequence[Part]) -> tuple[Part, ...]:
@@ -127,15 +153,14 @@ def _taken_out(parts: Sequence[Part]) -> tuple[Part, ...]:
 
 
 def undo_table(
-    plan: Plan, merge_id: str, created: Sequence[str], results: Mapping[str, Any], elements: int,
+    patches: Patches, merge_id: str, results: Mapping[str, Any], elements: int,
     adapters: Sequence[tuple[Adapter, Weight]], config: Mapping[str, Any],
 ) -> dict[str, Any]:  # fmt: skip
     """The table of an undo file (see the module).
 
     Args:
-        plan: of `plan_patches`.
+        patches: of `plan_patches`; what it keeps is read.
         merge_id: identity of the merge's plan.
-        created: tensors that the base has not.
         results: tensor -> `loratool.engine.patching.PatchResult`.
         elements: block size of the grid that the digests were taken on.
         adapters: merged, with weights.
@@ -146,7 +171,8 @@ def undo_table(
         "block_elements": elements,
         "adapters": [_row(a, w) for a, w in adapters],
         "config": dict(config),
-        "created": sorted(created),
+        "created": sorted(patches.created),
+        "kept": {name: asdict(row) for name, row in kept_rows(patches.kept).items()},
         "tensors": {
             s.output.name: {
                 "from": args_of(s).how,
@@ -156,7 +182,7 @@ def undo_table(
                 "base": results[s.output.name].wanted,
                 "merged": results[s.output.name].source,
             }
-            for s in plan.steps
+            for s in patches.plan.steps
         },
     }
 
@@ -199,6 +225,42 @@ def _words(identity: tuple[Any, ...]) -> str:
     return "+".join(f[:12] for f in files) + f":{weight:g}{own}"
 
 
+def kept_rows(refs: Mapping[str, TensorRef]) -> dict[str, KeptRow]:
+    """What tensors are; all of them are read."""
+    sums = sum_tensors(refs)
+    return {name: KeptRow(ref.dtype, ref.shape, sums[name]) for name, ref in refs.items()}
+
+
+def check_kept(refs: Mapping[str, TensorRef], merged: Path, undo: UndoFile) -> None:
+    """Refuse merged weights whose other tensors are not the base's either; they are read.
+
+    Args:
+        refs: tensors of the merged weights that would be copied.
+        merged: the weights.
+        undo: of the merge.
+
+    Raises:
+        MismatchError: one is missing, another, or nothing that the base has.
+    """
+    kept = undo.table.kept
+    if kept is None:
+        return
+    if refs.keys() != kept.keys():
+        odd = refs.keys() ^ kept.keys()
+        raise MismatchError(
+            "LT-453", "the merged checkpoint has other tensors than the undo file",
+            file=merged, key=min(odd), got=f"{len(odd)} added or missing",
+            hint="the merged weights changed since, or are another model",
+        )  # fmt: skip
+    differing = [name for name, row in kept_rows(refs).items() if row != kept[name]]
+    if differing:
+        raise MismatchError(
+            "LT-450", "this tensor is not the one that the undo file was made for", file=merged,
+            key=min(differing), got=f"{len(differing)} that the merge had left alone",
+            hint="the merged weights changed since, or are another model",
+        )  # fmt: skip
+
+
 def plan_restore(
     subtract: Plan, names: Mapping[int, str], merged: Checkpoint, undo: UndoFile
 ) -> Plan:
@@ -234,6 +296,7 @@ def plan_restore(
             raise MismatchError(
                 "LT-453", "the undo file has no patch for a tensor that the adapters change",
                 file=undo.path, key=name,
+                hint="give --skip, --rename and the like as the merge had them",
             )  # fmt: skip
     left = {(s.shard, s.output.name) for s in steps}
     outputs = {(s.shard, s.output.name): s.output for s in steps}

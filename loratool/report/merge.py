@@ -127,11 +127,13 @@ class SubtractReport(MergeReport):
     Attributes:
         restored: tensors that are the base's again, bit for bit (with an undo file).
         corrected: elements of theirs that the undo file set right.
+        kept: tensors that the merge had left alone, and that are the base's still.
     """
 
     command: ClassVar[str] = "subtract"
     restored: int = 0
     corrected: int = 0
+    kept: int = 0
 
 
 class SwapReport(MergeReport):

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import IO, TypeVar
 
 try:  # the same sums, ten times as fast
-    from isal.isal_zlib import crc32
+    from isal.isal_zlib import crc32 as crc32
 except ImportError:  # no wheel for this machine
-    from zlib import crc32
+    from zlib import crc32 as crc32
 
 _READ_BYTES = 4 << 20
 _CHECKERS = 4  # one thread's crc32 is no faster than the disk

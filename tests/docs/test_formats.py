@@ -155,6 +155,8 @@ def test_an_undo_file(here: Path) -> None:
     _, merged = checkpoint(Path("merged"))
     assert set(table["tensors"]) == {n for n in base if base[n] != merged[n]}
     assert set(patches) <= set(table["tensors"]) and table["created"] == []
+    assert {n: row["crc32"] for n, row in table["kept"].items()} == {
+        n: f"{zlib.crc32(data):08x}" for n, data in base.items() if data == merged[n]}  # fmt: skip
     for one, name in zip(table["adapters"], ("style", "sql"), strict=True):
         assert one["files"] == {p.name: hashlib.sha256(p.read_bytes()).hexdigest()
                                 for p in Path(name).iterdir()}  # fmt: skip

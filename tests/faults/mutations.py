@@ -13,13 +13,12 @@ import argparse
 import io
 import os
 import random
-import resource
 import shutil
 import signal
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,7 +28,7 @@ from typing import Any
 from loratool import cli
 from tests.faults.fuzz import change
 from tests.faults.fuzz.mutate import mutate_json, mutate_tensors
-from tests.faults.process import peak_bytes
+from tests.faults.process import cpu_s, peak_bytes, tensors_in
 from tests.faults.site_of_kinds import make_site
 
 CPU_S = 5.0
@@ -48,6 +47,7 @@ class Kind:
         commands: one is taken; ``{at}`` is the folder that holds the file's folder.
         before: folder of the site that ``work/`` is a copy of.
         codes: exit codes that a command may end with.
+        same: output -> what it has the tensors of, in every bit, wherever a command ends with 0.
     """
 
     files: tuple[str, ...]
@@ -55,6 +55,7 @@ class Kind:
     commands: tuple[str, ...]
     before: str | None = None
     codes: tuple[int, ...] = CODES
+    same: Mapping[str, str] = field(default_factory=dict)
 
 
 T = "--threads 1"
@@ -76,6 +77,7 @@ MADE = (f"verify work/out {T}", f"verify work/out --base in/base --adapter in/st
         f"swap in/style in/sql --in work/out {T} -o work/back", "inspect work/out")  # fmt: skip
 ONE = f"merge in/style --base in/one.safetensors {T} -o work/out.safetensors"
 GOES_ON = f"merge in/style --base in/base {OUT}"
+BACK = f"subtract in/style --from work/out --undo in/undo.safetensors {T}"
 MANY = "rescale in/style in/sql 0.3 -o work/all/"
 FILE = "{at}/adapter/it.safetensors"
 FLAT = (f"inspect {FILE} --tensors", f"inspect {FILE} --spectrum {T}",
@@ -118,10 +120,17 @@ KINDS = {
         "run in/recipe.yaml --dry-run", "run in/recipe.yaml"), codes=(2, 5, 6, *CODES)),
     "undo": Kind(("in/undo.safetensors",), change.patch_file, (
         f"subtract in/style --from in/merged --undo in/undo.safetensors {OUT}",),
-        codes=(6, *CODES)),
+        codes=(6, *CODES), same={"work/out": "in/base"}),
     "residual": Kind(("in/rest.safetensors",), change.patch_file, (
         f"merge in/lora --base in/base --residual in/rest.safetensors {OUT}",),
         codes=(6, *CODES)),
+    "merged": Kind(("work/out/*.safetensors",), change.weights, (
+        f"verify work/out --base in/base --adapter in/style {T}", f"{BACK} -o work/back",
+        f"{BACK} -o work/back", f"{GOES_ON} --force", "inspect work/out"), "made",
+        (2, 5, 10, *CODES), {"work/back": "in/base"}),
+    "left": Kind(("work/out.loratool-partial/*.safetensors",), change.weights, (
+        GOES_ON, GOES_ON, f"merge in/sql --base in/base {OUT}"),
+                 "left", (5, *CODES), {"work/out": "made/out"}),
     "record": Kind(("work/out/loratool.json",), change.record, MADE, "made", (2, 5, *CODES)),
     "record-in-file": Kind(("work/out.safetensors",), change.record_in_file, (
         f"{ONE} --force", ONE, f"verify work/out.safetensors {T}", "inspect work/out.safetensors",
@@ -246,6 +255,9 @@ def _problems(kind: Kind, case: Case, code: int | None, text: str) -> Iterator[s
             yield f"exit {code}, and an output"
         elif (again := run(["inspect", str(out)]))[0] != 0:
             yield f"inspect refuses the output: {again[1].strip()[-300:]}"
+    for made, like in kind.same.items() if code == 0 else ():
+        if Path(made).exists() and tensors_in(Path(made)) != tensors_in(Path(like)):
+            yield f"{made} is not {like}"
 
 
 def run(words: list[str]) -> tuple[int | None, str]:
@@ -269,12 +281,6 @@ def alarm() -> Iterator[None]:
         yield
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0)
-
-
-def cpu_s() -> float:
-    """Processor time of this process and of its children that ended."""
-    both = [resource.getrusage(w) for w in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return sum(one.ru_utime + one.ru_stime for one in both)
 
 
 def main() -> int:

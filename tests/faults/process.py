@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
+import resource
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+
+from loratool.store.header import read_header
+from loratool.store.reader import read_bytes
 
 ROOT = Path(__file__).parents[2]
 COPY = [sys.executable, str(Path(__file__).with_name("copy_run.py"))]
@@ -37,3 +41,15 @@ def peak_bytes() -> int:
         if line.startswith("VmHWM"):
             return int(line.split()[1]) * 1024
     return 0
+
+
+def cpu_s() -> float:
+    """Processor time of this process and of its children that ended."""
+    both = [resource.getrusage(w) for w in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(one.ru_utime + one.ru_stime for one in both)
+
+
+def tensors_in(folder: Path) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
+    """Name -> dtype, shape and bytes."""
+    refs = [r for p in folder.glob("*.safetensors") for r in read_header(p).tensors]
+    return {r.name: (r.dtype, r.shape, bytes(read_bytes(r))) for r in refs}

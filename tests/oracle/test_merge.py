@@ -193,6 +193,16 @@ def test_any_shard_size_holds_the_same_tensors(tmp_path: Path) -> None:
     assert all(a == b for a, b in pairwise(seen))
 
 
+def test_a_model_in_one_file_stays_one(tmp_path: Path) -> None:
+    """It ended in LT-001."""
+    base = make_base(tmp_path, torch.bfloat16) / "model.safetensors"
+    adapter, out = make_adapter(tmp_path, "a", seed=100), tmp_path / "out.safetensors"
+    with pytest.raises(lt.LoratoolError) as caught:
+        lt.merge([str(adapter)], base=base, output=out, shard_size="400KB")
+    assert caught.value.code == "LT-472" and not out.exists()
+    lt.merge([str(adapter)], base=base, output=out, shard_size="1GB")
+
+
 def test_untouched_tensors_and_minus_zero_keep_their_bits(tmp_path: Path) -> None:
     base = make_base(tmp_path, torch.bfloat16)
     factors = random_factors({"model.layers.0.mlp.up_proj": (1001, 384)}, rank=4, seed=1)

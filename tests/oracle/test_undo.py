@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 import loratool as lt
+from loratool.api import undo as api_undo
 from loratool.engine.buffers import to_bytes
 from loratool.engine.grid import CUDA_ELEMENTS
 from loratool.linalg import patch
+from loratool.ops import undo as undo_ops
 from loratool.store.writer import StagedOutput
+from tests import coded
 from tests.make import randn, random_factors, save_adapter, save_checkpoint
 from tests.oracle.test_lora_family import CHOICES, LLM, VARIANTS
 
@@ -161,6 +165,71 @@ def test_undo_refuses_what_it_was_not_made_for(tmp_path: Path) -> None:
     with pytest.raises(lt.LoratoolError) as caught:
         lt.subtract(adapters=[str(style)], **where)
     assert caught.value.code == "LT-450" and not (tmp_path / "back").exists()
+
+
+@pytest.mark.parametrize("change", ["bit", "shape", "added", "lost"])
+def test_what_the_merge_left_alone_is_checked_too(change: str, tmp_path: Path) -> None:
+    base, style = setup(tmp_path, torch.bfloat16, 0.03)
+    undo, merged = tmp_path / "undo.safetensors", tmp_path / "merged"
+    lt.merge([str(style)], base=base, output=merged, save_undo=undo)
+    where = {"adapters": [str(style)], "merged": merged, "undo": undo}
+    assert lt.subtract(**where, output=tmp_path / "good").kept == 1  # type: ignore[arg-type]
+    tensors = tensors_of(merged)
+    norm = tensors.pop("norm.weight")
+    if change == "bit":
+        norm.view(torch.int16)[7] ^= 1
+    if change == "added":
+        tensors["more.weight"] = norm.clone()
+    if change != "lost":
+        tensors["norm.weight"] = norm.reshape(2, -1) if change == "shape" else norm
+    other = save_checkpoint(tmp_path / "other", tensors)
+    error = refused(4, tmp_path, lt.subtract, **{**where, "merged": other},
+                    output=tmp_path / "back")  # fmt: skip
+    assert error.key == ("more.weight" if change == "added" else "norm.weight")
+
+
+def test_an_undo_file_that_does_not_say_what_was_left_alone(tmp_path: Path) -> None:
+    """Of an early version: it is read, and no more is said than was checked."""
+    base, style = setup(tmp_path, torch.bfloat16, 0.03)
+    undo, merged = tmp_path / "undo.safetensors", tmp_path / "merged"
+    with pytest.MonkeyPatch.context() as change:
+        made = undo_ops.undo_table
+        change.setattr(api_undo, "undo_table", lambda *args: {
+            k: v for k, v in made(*args).items() if k != "kept"})  # fmt: skip
+        lt.merge([str(style)], base=base, output=merged, save_undo=undo)
+    report = lt.subtract([str(style)], merged=merged, output=tmp_path / "back", undo=undo)
+    assert same(tensors_of(tmp_path / "back"), tensors_of(base))
+    assert (report.restored, report.kept) == (len(SHAPES), 0)
+
+
+@pytest.mark.parametrize("method", ["ties", "dare"])
+def test_a_method_with_an_adapter_at_weight_0(method: str, tmp_path: Path) -> None:
+    base, style = setup(tmp_path, torch.bfloat16, 0.03)
+    undo, adapters = tmp_path / "undo.safetensors", [f"{style}:0"]
+    lt.merge(adapters, base=base, output=tmp_path / "m", method=method, save_undo=undo)
+    lt.subtract(adapters, merged=tmp_path / "m", output=tmp_path / "back", undo=undo)
+    assert same(tensors_of(tmp_path / "back"), tensors_of(base))
+
+
+@pytest.mark.parametrize("codes", [{"simulate_quant": "nf4"}, {"simulate_quant": "fp8"}])
+def test_no_undo_file_of_other_numbers_everywhere(codes: dict[str, Any], tmp_path: Path) -> None:
+    """The undo file gave the simulated base back, and called it the base."""
+    base, style = setup(tmp_path, torch.bfloat16, 0.03)
+    error = refused(2, tmp_path, lt.merge, adapters=[str(style)], base=base, **codes,
+                    output=tmp_path / "m", save_undo=tmp_path / "u.safetensors")  # fmt: skip
+    assert error.code == "LT-250" and "--simulate-quant" in str(error)
+
+
+@pytest.mark.parametrize("codes", ["dequantize", "requant"])
+def test_no_undo_file_of_a_quantised_base(codes: str, tmp_path: Path) -> None:
+    """An undo file was written that `subtract` called damaged, or had no use for."""
+    made = coded.int8(8, 16, seed=1)
+    base = save_checkpoint(tmp_path / "base", made.tensors, config=made.config)
+    style = save_adapter(tmp_path / "style", random_factors({"a": (8, 16)}, rank=2, seed=1))
+    where = {"adapters": [str(style)], "base": base, "output": tmp_path / "m", codes: True}
+    error = refused(2, tmp_path, lt.merge, **where, save_undo=tmp_path / "u.safetensors")
+    assert error.code == "LT-250" and f"--{codes}" in str(error)
+    lt.merge(**where)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("place", [0.5, 0.9, 0.999])

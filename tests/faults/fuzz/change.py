@@ -31,6 +31,16 @@ def any_file(data: bytes, rng: random.Random) -> bytes:
     return rng.choice((safetensors, mutate.mutate_tensors))(data, rng)
 
 
+def weights(data: bytes, rng: random.Random) -> bytes:
+    """A file of weights: bits of tensors turned, or anything else of it changed."""
+    if rng.random() < 0.3:
+        return safetensors(data, rng)
+    out, start = bytearray(data), 8 + int.from_bytes(data[:8], "little")
+    for _ in range(rng.choice((1, 1, 3))):
+        out[rng.randrange(start, len(out))] ^= 1 << rng.randrange(8)
+    return bytes(out)
+
+
 def gguf(data: bytes, rng: random.Random) -> bytes:
     """A GGUF file with other bytes, or other numbers in its header."""
     if rng.random() < 0.4:
