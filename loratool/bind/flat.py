@@ -11,7 +11,7 @@ from loratool.archs.flat import FlatNames, KnownNames, Meaning, flat_names
 from loratool.archs.stated import model_type
 from loratool.bind.items import BoundDelta, Found, Item, Misfit
 from loratool.bind.place import Context, Placement, cut_groups, known_size, misfit, unmergeable
-from loratool.bind.seen import Piece, joined, pieces_of, seen_in, turned, width_of
+from loratool.bind.seen import Piece, joined, pieces_of, seen_in, shaped, turned, width_of
 from loratool.delta.forms import shape_of, side_sizes, spans_rows
 from loratool.dialects import DEFAULT
 from loratool.dialects.rules import is_of_home
@@ -138,6 +138,13 @@ def _are_as_spelled(pairs: Sequence[tuple[Item, list[Meaning]]]) -> bool:
 
 def _named(item: Item, meaning: Meaning, checkpoint: Checkpoint) -> Iterator[Item]:
     if not meaning.holds:
+        new = item.replacement
+        if new is not None and isinstance(new.source, TensorRef) and new.rows is None:
+            ref = checkpoint.tensors[meaning.names[0]]
+            there = shaped(new.source, ref.shape)
+            if there.shape != new.source.shape:
+                old = shaped(ref, new.source.shape)
+                item = replace(item, replacement=replace(new, source=there), old=old)
         yield replace(item, names=meaning.names, is_translated=meaning.names != item.names)
         return
     pieced = replace(item, pieces=meaning, is_translated=True)

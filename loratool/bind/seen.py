@@ -10,12 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import cache
 
-from loratool.adapter import ArrangedRef, JoinedRef, TensorRef
+from loratool.adapter import ArrangedRef, CodedRef, JoinedRef, TensorRef
 from loratool.archs.families import Guess, family_of, module_shapes
 from loratool.archs.family_rows import cut, holds_for
 from loratool.archs.flat import Meaning, flat_names
 from loratool.archs.places import places, split_component
 from loratool.archs.stated import model_type
+from loratool.dtypes import numel
 from loratool.frozen import Frozen, replace
 from loratool.store.checkpoint import Checkpoint
 
@@ -163,9 +164,8 @@ def seen_in(
     """
     refs = [tensors[name] for name in meaning.names]
     first = refs[0]
-    if not meaning.holds:  # a 1×1 convolution is a linear layer
-        is_same = first.shape != want.shape and _sides(first) == _sides(want)
-        return replace(first, shape=want.shape) if is_same else first
+    if not meaning.holds:
+        return shaped(first, want.shape)
     if meaning.swap == "axes":
         return turned(first) if len(first.shape) == 2 else None
     if len({(ref.dtype, ref.shape[1:]) for ref in refs}) > 1 or not all(ref.shape for ref in refs):
@@ -178,8 +178,17 @@ def seen_in(
     return joined(want.name, [(refs[p.tensor], p.place) for p in pieces])
 
 
-def _sides(ref: TensorRef) -> tuple[int, ...]:
-    return tuple(size for size in ref.shape if size != 1)
+def shaped(ref: TensorRef, shape: tuple[int, ...]) -> TensorRef:
+    """A tensor in the shape that another layout has for it, where that is but another shape.
+
+    A 1×1 convolution is a linear layer, and a table may be stored as one row.
+    """
+    sides = [tuple(size for size in one if size != 1) for one in (ref.shape, shape)]
+    is_row = min(map(len, sides)) <= 1 and numel(ref.shape) == numel(shape)
+    if shape == ref.shape or not (is_row or sides[0] == sides[1]):
+        return ref
+    plain = joined(ref.name, [(ref, None)]) if isinstance(ref, CodedRef) else ref
+    return replace(plain, shape=shape)
 
 
 def joined(name: str, rows: Sequence[tuple[TensorRef, Rows | None]]) -> TensorRef:

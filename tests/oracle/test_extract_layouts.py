@@ -196,6 +196,31 @@ def test_a_lost_tensor_is_still_an_error(tmp_path: Path) -> None:
     assert caught.value.code == "LT-481"
 
 
+def test_a_table_that_is_one_row_in_the_original(tmp_path: Path) -> None:
+    """Krea-2's modulation: (6 · H) numbers there, (6, H) in diffusers."""
+    rng = np.random.default_rng(1)
+    found = {}
+    for name in ("base", "tuned"):
+        row, weight = (rng.normal(size=s).astype(np.float32) for s in ((6 * D,), (D, D)))
+        single = {"blocks.0.mod.lin": row, "blocks.0.attn.wo.weight": weight}
+        folder = {"transformer.transformer_blocks.0.scale_shift_table": row.reshape(6, D),
+                  "transformer.transformer_blocks.0.attn.to_out.0.weight": weight}  # fmt: skip
+        found[name] = write(tmp_path / name, single, folder)
+    base, merged = found["base"]["single"], tmp_path / "merged.safetensors"
+    made = []
+    for kind in ("single", "pipe"):
+        out = tmp_path / f"{kind}.safetensors"
+        report = lt.extract(found["tuned"][kind], base=base, output=out, to="comfyui", rank=D,
+                            provenance=False)  # fmt: skip
+        assert [name for name, _ in report.kept] == ["blocks.0.mod.lin"]
+        made.append(out.read_bytes())
+    assert made[0] == made[1]
+    lt.merge([out], base=base, output=merged)
+    want = load_file(str(found["tuned"]["single"]))
+    for name, tensor in load_file(str(merged)).items():
+        assert np.abs(tensor - want[name]).max() <= 2.0**-18 * np.abs(want[name]).max(), name
+
+
 def test_a_residual_needs_one_layout(tmp_path: Path) -> None:
     base, tuned = write(tmp_path / "base", *flux(1)), write(tmp_path / "tuned", *flux(2))
     with pytest.raises(lt.LoratoolError) as caught:
