@@ -190,7 +190,7 @@ def _run(job: _Job, options: Mapping[str, Any], weak: float | None) -> RescaledA
 def _fit(job: _Job, options: Mapping[str, Any]) -> RescaledAdapter:
     """In the form of a program: factors go into the scalings, which become one."""
     plan = job.plan
-    cast = _scale(replace(job, plan=replace(plan, baked={})))
+    cast = _scale(_wide(replace(job, plan=replace(plan, baked={}))))
     adapter = plan.adapter if cast is None else _with_tensors(plan.adapter, cast.tensors)
     specs = tuple(replace(s, scaling=s.scaling * plan.factors[s.name]) for s in adapter.specs)
     return _put_fitted(job, replace(adapter, specs=specs), options, cast)
@@ -198,7 +198,7 @@ def _fit(job: _Job, options: Mapping[str, Any]) -> RescaledAdapter:
 
 def _translate(job: _Job, options: Mapping[str, Any]) -> RescaledAdapter:
     """In another dialect: what the plan puts into a configuration goes into scalings."""
-    plan, scaled = job.plan, _scale(job)
+    plan, scaled = job.plan, _scale(_wide(job))
     adapter = _with_tensors(plan.adapter, {} if scaled is None else scaled.tensors)
     if plan.config != adapter.config:
         specs = (replace(s, scaling=s.scaling * abs(plan.factors[s.name])) for s in adapter.specs)
@@ -206,11 +206,16 @@ def _translate(job: _Job, options: Mapping[str, Any]) -> RescaledAdapter:
     return _put_fitted(job, adapter, options, scaled)
 
 
+def _wide(job: _Job) -> _Job:
+    """The job in a wide type where a narrow one is asked for: it is rounded to that at the end."""
+    return replace(job, dtype="F32") if job.dtype in ("F16", "BF16") else job
+
+
 def _put_fitted(
     job: _Job, adapter: Adapter, options: Mapping[str, Any], scaled: ScaledTensors | None
 ) -> RescaledAdapter:
     """Write the result in its form."""
-    fitted, files = job.session.fit(adapter, job.one.form)
+    fitted, files = job.session.fit(adapter, job.one.form, dtype=job.dtype)
     row = job.put(files, options, scaled)
     lost = math.hypot(row.relative_error, fitted.relative_error)
     return replace(
@@ -233,7 +238,7 @@ def _with_base(job: _Job, options: Mapping[str, Any]) -> RescaledAdapter:
     needs, kept = memory_needs_of_sum(plan, find_method("cat"), None)
     summed = run_sum(plan, None, limits.run_by(limits.plan(needs, kept=kept).threads))
     made = detached.attach(assemble_sum(plan, summed, adapter), limits)
-    fitted, files = job.session.fit(made, job.one.form)
+    fitted, files = job.session.fit(made, job.one.form, dtype=job.dtype)
     row = job.put(files, options, with_base=True)
     lost = root_share(math.fsum(m.error_square for m in summed.modules),
                     math.fsum(m.square for m in summed.modules))  # fmt: skip

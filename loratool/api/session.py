@@ -6,11 +6,13 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loratool.adapter import Adapter, AdapterFiles
 from loratool.api.access import access_of
+from loratool.api.casting import cast, files_in
 from loratool.api.common import Limits, Resources, content_label
 from loratool.api.fitting import Fitted, check_files, fit_for
 from loratool.api.loading import Goal, home_for, plan_translation, translate
@@ -315,34 +317,48 @@ class Session(Frozen):
                 asked.on_plan(plan())
         return Turns(asked.progress, asked.on_work, sizes)
 
-    def fit(self, adapter: Adapter, form: str, **how: Any) -> tuple[Fitted, AdapterFiles]:
+    def fit(
+        self, adapter: Adapter, form: str, *, dtype: str | None = None, **how: Any
+    ) -> tuple[Fitted, AdapterFiles]:
         """An adapter in the form of the program, and its files, which that program loads.
 
         Args:
             adapter: as made.
             form: dialect of the result.
+            dtype: safetensors name of the type that its factors are rounded to, once, whatever is
+                put into them on the way; None = as they come.
             how: of `loratool.dialects.write_adapter_files`.
         """
+        write: Callable[[Adapter], AdapterFiles]
+        program = self.program
         if self.translates(adapter, form):
-            return self._translated(adapter, form)
-        fitted = fit_for(adapter, self.program, self.limits)
-        files = write_adapter_files(fitted.adapter, **how, **self._asked_of_base)
-        check_files(files, adapter, self.program)
+            fitted, program = self._translated(adapter, form)
+            write = partial(files_of, dialect=form, metadata=adapter.metadata,
+                            **self._asked_of_base)  # fmt: skip
+        else:
+            fitted = fit_for(adapter, program, self.limits)
+            write = partial(write_adapter_files, **how, **self._asked_of_base)
+        if dtype is None:
+            files = write(fitted.adapter)
+        else:
+            turn = partial(cast, dtype=dtype, limits=self.limits)
+            files, made = files_in(fitted.adapter, home_of(form), write, turn)
+            lost = math.hypot(fitted.relative_error, made.relative_error)
+            fitted = replace(fitted, relative_error=lost)
+        check_files(files, adapter, program)
         return fitted, files
 
-    def _translated(self, adapter: Adapter, form: str) -> tuple[Fitted, AdapterFiles]:
-        """`fit`, in another dialect than that in which the adapter was made."""
+    def _translated(self, adapter: Adapter, form: str) -> tuple[Fitted, Program | None]:
+        """An adapter in another dialect than it was made in, and the program whose form it has."""
         made = translate(adapter, self._goal(form))
         program, fitted = self.of_peft if form == DEFAULT else None, Fitted(made.adapter)
         if program is not None:
             fitted = fit_for(of_dialect(made.adapter, form), program, self.limits)
-        files = files_of(fitted.adapter, form, adapter.metadata, **self._asked_of_base)
-        check_files(files, adapter, program)
         said = [note for note in made.plan.notes if note not in adapter.notes]
         return replace(
             fitted, notes=(*said, *fitted.notes), warnings=(*made.plan.warnings, *fitted.warnings),
             relative_error=math.hypot(made.relative_error, fitted.relative_error),
-        ), files  # fmt: skip
+        ), program  # fmt: skip
 
     def record(self, options: Mapping[str, Any], inputs: Mapping[str, Any]) -> dict[str, Any]:
         """The provenance of a result; empty if none is wanted."""

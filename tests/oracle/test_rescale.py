@@ -298,3 +298,29 @@ def test_undone_by_the_inverse_factor(tmp_path: Path) -> None:
     lt.rescale([str(LLM / "lora_linear")], -0.25, output=tmp_path / "a")
     lt.rescale([str(tmp_path / "a")], -4, output=tmp_path / "b")
     assert (tmp_path / "b" / WEIGHTS).read_bytes() == (LLM / "lora_linear" / WEIGHTS).read_bytes()
+
+
+@pytest.mark.parametrize("how", [{"to": "diffusers"}, {"to": "bfl"}, {"program": "diffusers"}])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_another_dialect_keeps_the_type_asked_for(
+    dtype: str, how: dict[str, str], tmp_path: Path
+) -> None:
+    """It has no place for scalings: 0.7 · 3/2 · lora_up is rounded once, from its exact value."""
+    stem, kind = "lora_unet_double_blocks_0_img_attn_proj", getattr(torch, dtype)
+    down, up = randn(2, 16, seed=1).half(), randn(16, 2, seed=2).half()
+    save_file({f"{stem}.lora_down.weight": down, f"{stem}.lora_up.weight": up,
+               f"{stem}.alpha": torch.tensor(3.0)}, str(tmp_path / "a.safetensors"),
+              {"ss_base_model_version": "flux1"})  # fmt: skip
+    out = tmp_path / "out.safetensors"
+    report = lt.rescale([tmp_path / "a.safetensors"], 0.7, dtype=dtype, output=out, **how)
+    made = load_file(str(out))
+    assert {tensor.dtype for tensor in made.values()} == {kind} and len(made) == 2
+    assert not report.adapters[0].warnings
+    (got,) = (t for n, t in made.items() if "lora_B" in n)
+    want = up.double() * (0.7 * 1.5)
+    ulp = torch.finfo(kind).eps
+    assert bool(((got.double() - want).abs() <= 0.5001 * ulp * want.abs()).all())
+    delta, other = want @ down.double(), got.double() @ next(
+        t for n, t in made.items() if "lora_A" in n).double()  # fmt: skip
+    lost = float((delta - other).norm() / delta.norm())
+    assert report.adapters[0].relative_error == pytest.approx(lost, rel=1e-2)
