@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from loratool.adapter import Adapter, DeltaSpec
+from loratool.adapter import Adapter, DeltaSpec, Replacement
 from loratool.archs.experts import parse_expert
-from loratool.archs.families import family_of
-from loratool.archs.flat import KnownNames, home_prefix, known_names
+from loratool.archs.families import family_of, split_component
+from loratool.archs.flat import KnownNames, Meaning, home_prefix, known_names
 from loratool.archs.names import to_memory
 from loratool.archs.stated import model_type
 from loratool.bind.bindings import bind
 from loratool.bind.flat import meanings_of
-from loratool.bind.items import BoundDelta
+from loratool.bind.items import BoundDelta, BoundReplacement
 from loratool.delta.forms import matrix_shape, reshaped
 from loratool.delta.stacking import gather
 from loratool.dialects.registry import row_of
@@ -34,7 +34,10 @@ def named(adapter: Adapter, base: Checkpoint | None) -> tuple[Adapter, str]:
     if base is not None:
         bindings = bind(adapter, base)
         specs, words = _pieces(bindings.deltas, base), f"modules are named as in {base.path.name}"
-        return replace(adapter, specs=specs, is_flat=False), "; ".join((words, *bindings.notes))
+        own = {r.name for r in adapter.replacements}
+        whole = tuple(_whole(b, base) for b in bindings.replacements if b.replacement.name in own)
+        adapter = replace(adapter, specs=specs, replacements=whole, is_flat=False)
+        return adapter, "; ".join((words, *bindings.notes))
     shapes = {s.module: matrix_shape(s) for s in adapter.specs if s.is_matrix}
     family = family_of(shapes, adapter.metadata).family
     return _from_known(adapter, known_names(family))
@@ -47,6 +50,7 @@ def _living(adapter: Adapter, base: Checkpoint) -> tuple[Adapter, str]:
     """
     bindings = bind(adapter, base, Names(untie=True, resize_embeddings=True))
     found = {one.replacement.name: one.target for one in bindings.replacements}
+    formed = {one.replacement.name for one in bindings.replacements if one.old is not None}
     for delta in bindings.deltas:
         if delta.expert is None and parse_expert(delta.spec.name) is None:
             if delta.region.rows or delta.region.cols:
@@ -61,9 +65,17 @@ def _living(adapter: Adapter, base: Checkpoint) -> tuple[Adapter, str]:
     for spec in adapter.specs:
         module, _, parameter = living(spec.name).rpartition(".")
         specs.append(replace(spec, module=module, parameter=parameter))
-    whole = tuple(replace(r, name=living(r.name)) for r in adapter.replacements)
+    whole = [replace(r, name=living(r.name)) for r in adapter.replacements if r.name not in formed]
+    whole += [_whole(b, base) for b in bindings.replacements if b.replacement.name in formed]
     words = f"modules are named as in {base.path.name}"
-    return replace(adapter, specs=tuple(specs), replacements=whole), words
+    return replace(adapter, specs=tuple(specs), replacements=tuple(whole)), words
+
+
+def _whole(bound: BoundReplacement, base: Checkpoint) -> Replacement:
+    """A replaced tensor under the name, and in the form, that the base has."""
+    if bound.old is not None and bound.replacement.rows is not None:
+        raise _of_part(bound.target, base)
+    return replace(bound.replacement, name=bound.target)
 
 
 def _of_part(target: str, base: Checkpoint) -> MismatchError:
@@ -111,24 +123,29 @@ def _piece(target: str, parts: Sequence[BoundDelta], base: Checkpoint) -> DeltaS
 
 def _from_known(adapter: Adapter, known: KnownNames) -> tuple[Adapter, str]:
     """Names of Stable Diffusion, SDXL and FLUX, where nobody gave a base."""
-    found: Mapping[str, list[str]] = {
-        s.name: [m.names[0] for m in meanings_of(s.name, known)] for s in adapter.specs
-    }
-    unknown = [name for name, names in found.items() if len(names) != 1]
+    whole = [r.name for r in adapter.replacements]
+    names = [*(s.name for s in adapter.specs), *whole]
+    found: Mapping[str, list[Meaning]] = {name: meanings_of(name, known) for name in names}
+    unknown = [name for name, some in found.items()
+               if len(some) != 1 or (some[0].holds and name in whole)]  # fmt: skip
     if unknown:
         raise MismatchError(
             "LT-404", f"no whole name is known of {plural(len(unknown), 'flat module')}",
             file=adapter.path, key=list_some(unknown, 3),
             hint="give the base model, --base BASE: its tensors name them",
         )  # fmt: skip
-    parts = {s.module.rpartition(".")[0] for s in adapter.specs}
-    several = len(parts) > 1
+    several = len({s.module.rpartition(".")[0] for s in adapter.specs}) > 1
+
+    def known_name(name: str) -> str:
+        component, _ = split_component(name)
+        return (home_prefix(component) if several else "") + found[name][0].names[0]
+
     specs = []
     for spec in adapter.specs:
-        module, _, parameter = found[spec.name][0].rpartition(".")
-        prefix = home_prefix(spec.module.rpartition(".")[0]) if several else ""
-        specs.append(replace(spec, module=prefix + module, parameter=parameter))
+        module, _, parameter = known_name(spec.name).rpartition(".")
+        specs.append(replace(spec, module=module, parameter=parameter))
     words = "modules are named as diffusers and transformers do" + (
         ", behind the names of the pipeline's parts" if several else ""
     )
-    return replace(adapter, specs=tuple(specs), is_flat=False), words
+    replaced = tuple(replace(r, name=known_name(r.name)) for r in adapter.replacements)
+    return replace(adapter, specs=tuple(specs), replacements=replaced, is_flat=False), words

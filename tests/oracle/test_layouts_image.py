@@ -85,6 +85,37 @@ def test_a_replaced_tensor_goes_under_its_name_and_in_its_order(to: str, tmp_pat
     assert caught.value.code == "LT-494" and "--skip ^" in str(caught.value.hint)
 
 
+@pytest.mark.parametrize("layout", ["", "original", "diffusers"])
+def test_peft_finds_a_replaced_tensor_of_a_flat_file(layout: str, tmp_path: Path) -> None:
+    """Under the name that the model has, in its order of rows; without a base the original's."""
+    last, lin = rand(2 * H, H, seed=2), "lora_unet_single_blocks_0_modulation_lin"
+    tensors = {f"{LAST}.set_weight": last, **pair(lin, 3 * H, H, ways=DOWN)}
+    names = {
+        "original": ("final_layer.adaLN_modulation.1", "single_blocks.0.modulation.lin"),
+        "diffusers": ("norm_out.linear", "single_transformer_blocks.0.norm.linear"),
+    }
+    name, other = names[layout or "original"]
+    base = {f"{name}.weight": rand(2 * H, H), f"{other}.weight": rand(3 * H, H)}
+    adapter = write(tmp_path / "a.safetensors", tensors, ss_base_model_version="flux1")
+    out = tmp_path / "lora"
+    words = {"base": write(tmp_path / "b.safetensors", base)} if layout else {}
+    lt.convert([adapter], to="peft", output=out, **words)
+    made = load_file(str(out / "adapter_model.safetensors"))
+    want = swapped(last) if layout == "diffusers" else last
+    assert np.array_equal(made[f"base_model.model.{name}.weight"], want)
+    assert json.loads((out / "adapter_config.json").read_text())["modules_to_save"] == [name]
+    key = "lora_unet_double_blocks_0_img_attn_qkv.set_weight"
+    adapter = write(tmp_path / "q.safetensors", {**tensors, key: rand(3 * H, H)},
+                    ss_base_model_version="flux1")  # fmt: skip
+    base |= {f"{p}.weight": rand(H, H) for p in PARTS}
+    if layout == "diffusers":
+        write(tmp_path / "b.safetensors", base)
+        lt.convert([adapter], to="peft", output=tmp_path / "cut", **words)
+        made = load_file(str(tmp_path / "cut" / "adapter_model.safetensors"))
+        whole = [made[f"base_model.model.{p}.weight"] for p in PARTS]
+        assert np.array_equal(np.concatenate(whole), rand(3 * H, H))
+
+
 @pytest.mark.parametrize("first", ["kohya", "peft"])
 def test_folders_of_peft_are_summed_with_other_files_of_the_model(
     first: str, tmp_path: Path
