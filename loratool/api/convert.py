@@ -22,6 +22,7 @@ from loratool.dialects.base import Dialect
 from loratool.dialects.metadata import LENGTHS, edited, hashed, parse_edits
 from loratool.dialects.programs import Look, Program, judge_loads
 from loratool.dialects.registry import home_of, writable
+from loratool.dialects.stated import from_base
 from loratool.errors import UsageError
 from loratool.frozen import Frozen, replace
 from loratool.ops.convert import ConvertPlan, needs_arithmetic, plan_convert
@@ -156,6 +157,8 @@ def _convert(asked: Convert) -> ConvertReport:
                          form=lambda adapter: _form(adapter, asked, program))  # fmt: skip
     adapters = [one.adapter for one in found]
     base = None if asked.base is None else open_base(str(asked.base), adapters, session.access)
+    if base is not None:
+        found = [_from_base(one, program) for one in found]
     jobs = [_Planned.of(_Job(asked, session, one, home_of(one.form), base, edits)) for one in found]
     memory = [memory_for(one.plan, session.limits) for one in jobs]  # whether it fits, before work
     if asked.dry_run:
@@ -175,6 +178,12 @@ def _convert(asked: Convert) -> ConvertReport:
     return ConvertReport(
         str(asked.output), ", ".join(dialects), tuple(rows), session.seconds, asked.dry_run
     )
+
+
+def _from_base(one: Opened, program: Program | None) -> Opened:
+    """Without copies of the base as a change began from it, where there is no place for them."""
+    holds = home_of(one.form).holds_whole and (program is None or program.holds_whole_tensors)
+    return one if holds else replace(one, adapter=from_base(one.adapter))
 
 
 def _form(adapter: Adapter, asked: Convert, program: Program | None) -> str:

@@ -14,7 +14,7 @@ from loratool.dialects import DEFAULT
 from loratool.dialects.base import Dialect
 from loratool.dialects.programs import Look, Program
 from loratool.dialects.registry import home_of
-from loratool.dialects.stated import as_lora
+from loratool.dialects.stated import as_lora, from_base
 from loratool.errors import LoratoolError
 from loratool.frozen import replace
 from loratool.ops.convert import ConvertPlan, outline, plan_convert
@@ -87,6 +87,7 @@ def _loads(adapter: Adapter, program: Program, limits: Limits) -> bool:
 
 def _freed(adapter: Adapter) -> Adapter:
     """What it will look like once the base has made LoRA of all changes that need it."""
+    adapter = from_base(adapter)
     needed = [s for s in adapter.specs if not s.is_fixed or s.is_open]
     if not needed:
         return adapter

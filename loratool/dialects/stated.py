@@ -10,7 +10,7 @@ from loratool import kinds
 from loratool.adapter import MAX_ALPHA, Adapter
 from loratool.delta.forms import matrix_shape
 from loratool.dialects.peft.config import DEFAULT_RANK
-from loratool.dialects.peft.methods import ROWS, title_of
+from loratool.dialects.peft.methods import ROWS, read_config, title_of
 from loratool.dialects.peft.version import square_experts_rule
 from loratool.errors import MismatchError
 from loratool.frozen import replace
@@ -93,6 +93,22 @@ def changes_its_base(adapter: Adapter) -> bool:
     """True if loading takes something away from the base first: PiSSA, OLoRA, KaSA."""
     start = str(adapter.config.get("init_lora_weights")).lower()
     return start.startswith(("pissa", "olora")) or bool(adapter.config.get("kasa_config"))
+
+
+def from_base(adapter: Adapter) -> Adapter:
+    """The same with changes that begin from the base, not from copies of it.
+
+    PEFT saves heads beside their change, as PiSSA and its kin had left them; what these take away
+    follows from the base as well.
+    """
+    linear = {s.name for s in adapter.specs if s.layout == "linear"}
+    begun = {r.name for r in adapter.replacements if r.origin == COPY} & linear
+    if not (begun and changes_its_base(adapter)):
+        return adapter
+    change = read_config(adapter.config, None).base_change
+    specs = (replace(s, base_change=change) if s.name in begun else s for s in adapter.specs)
+    kept = (r for r in adapter.replacements if r.name not in begun)
+    return replace(adapter, specs=tuple(specs), replacements=tuple(kept))
 
 
 def loads_into(adapter: Adapter, module: str) -> bool:

@@ -12,7 +12,7 @@ from loratool.dialects import unmergeable_reason
 from loratool.dialects.programs import Look, Program
 from loratool.dialects.registry import home_of
 from loratool.dialects.rules import gains, passed_on
-from loratool.dialects.stated import WHOLE, is_even
+from loratool.dialects.stated import WHOLE, from_base, is_even
 from loratool.dtypes import tensor_bytes
 from loratool.engine.module_memory import rescaled_bytes
 from loratool.errors import MismatchError, list_some
@@ -218,7 +218,7 @@ def check_rank(rank: int, program: Program, adapter: Adapter) -> None:
 
 def freeing(program: Program, adapter: Adapter) -> str | None:
     """What makes LoRA of changes that depend on the base; None if none does."""
-    if all(s.is_fixed or not s.is_matrix for s in adapter.specs):
+    if all(s.is_fixed or not s.is_matrix for s in from_base(adapter).specs):
         return None
     words = ["loratool", "convert", str(adapter.path), "--for", program.name]
     return f"{shlex.join(words)} --base BASE -o OUT makes LoRA of what depends on the base"

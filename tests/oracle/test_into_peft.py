@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 
 import loratool as lt
 from loratool.errors import MismatchError
-from tests.oracle.in_peft import changes, distance, make, save_base
+from tests.oracle.in_peft import changes, distance, make, merged, randomise, save, save_base
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
@@ -72,3 +73,24 @@ def test_a_lora_that_peft_refuses_for_the_type_of_the_model(tmp_path: Path) -> N
     assert lt.check(tmp_path / "out", program="peft").verdict == "unsure"
     with pytest.raises(ValueError, match="incompatible"):
         changes(model, tmp_path / "out")
+
+
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+def test_a_head_that_is_saved_as_training_began_from_it(start: str, tmp_path: Path) -> None:
+    """The copy that PEFT saves beside it is not the base's: a server that has no place for it."""
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**TEXT))
+    base = save_base(model, tmp_path / "base")
+    settings = {"r": 4, "lora_alpha": 6, "init_lora_weights": start}
+    wrapped = peft.get_peft_model(
+        copy.deepcopy(model), peft.LoraConfig(target_modules=["lm_head"], **settings)
+    )
+    a = save(randomise(wrapped, 1), tmp_path / "a")
+    want = merged(wrapped)["lm_head.weight"] - model.lm_head.weight
+    with pytest.raises(MismatchError, match="vLLM cannot load") as caught:
+        lt.convert([a], program="vllm", output=tmp_path / "out")
+    assert "--base BASE -o OUT makes LoRA" in str(caught.value.hint)
+    assert lt.check(a, program="vllm").verdict == "no"
+    lt.convert([a], program="vllm", base=base, output=tmp_path / "out")
+    found = changes(model, tmp_path / "out")["lm_head.weight"]
+    assert distance({"": found}, {"": want.detach().double()}) < 1e-5

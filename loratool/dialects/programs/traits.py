@@ -13,6 +13,7 @@ from loratool.delta.forms import has_diagonal
 from loratool.dialects.peft.keys import living_names
 from loratool.dialects.programs.base import RAISES, UNSURE, WRONG, Hit, Rule, Test
 from loratool.dialects.programs.look import Look, once
+from loratool.dialects.stated import from_base
 from loratool.errors import list_some
 
 _CAUSAL = ("CAUSAL_LM", "SEQ_2_SEQ_LM")
@@ -92,8 +93,9 @@ def layers(adapter: Adapter) -> str:
 
 def base_changes(look: Look) -> Iterable[Hit]:
     """PiSSA and its kin."""
-    found = sorted({s.base_change for s in read(look).specs if s.base_change})
-    names = tuple(s.name for s in read(look).specs if s.base_change)
+    specs = from_base(read(look)).specs
+    found = sorted({s.base_change for s in specs if s.base_change})
+    names = tuple(s.name for s in specs if s.base_change)
     return [Hit(names, f"{list_some(found)} changes the base")] if found else []
 
 
