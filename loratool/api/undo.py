@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -68,7 +69,7 @@ def plan_undo(
     """
     if path.suffix != ".safetensors":
         raise UsageError("LT-219", "an undo file is a .safetensors file", got=str(path),
-                         hint=f"--save-undo {path.with_suffix('.safetensors')}")  # fmt: skip
+                         hint=f"--save-undo {shlex.quote(str(path.with_suffix('.safetensors')))}")  # fmt: skip
     if casts:
         raise UsageError(
             "LT-250", "an undo file of weights in another type would be as large as the base",

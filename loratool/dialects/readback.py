@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from loratool.adapter import Adapter, AdapterFiles
 from loratool.delta.forms import as_pair
 from loratool.dialects.base import Dialect
@@ -34,7 +36,8 @@ def require_readable(files: AdapterFiles, row: Dialect, adapter: Adapter) -> Non
     """
     if not is_known_by_names(row) or not files.tensors:
         return
-    found = claims(Candidate.of_files(files, adapter.path.with_suffix(".safetensors")))
+    name = adapter.path.stem or "adapter"  # of files here, "." is the folder
+    found = claims(Candidate.of_files(files, Path(f"{name}.safetensors")))
     if len(found) == 1 and (found[0].name == row.name or (found[0].table and row.table)):
         return
     specs = [as_pair(spec) for spec in adapter.specs]

@@ -252,3 +252,22 @@ def test_what_no_table_names_stays_in_its_text_encoder(to: str, model: str, tmp_
     assert q == bias
     modules = {k.partition(".lora")[0] for k in made if ".lora" in k}
     assert len(modules) == len(names) + (2 if to == "diffusers" else 0)  # q, k and v apart
+
+
+@pytest.mark.parametrize("form", [{"to": "diffusers"}, {"to": "onetrainer"},
+                                  {"program": "comfyui"}])  # fmt: skip
+def test_files_of_the_folder_that_one_is_in(
+    form: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Named without a folder: it ended in LT-001."""
+    monkeypatch.chdir(tmp_path)
+    rng, name = np.random.default_rng(5), "transformer_blocks.0.attn1.to_q.weight"
+    name = f"unet.down_blocks.1.attentions.0.{name}"
+    base = rng.normal(size=(16, 8)).astype(np.float32)
+    change = rng.normal(size=(16, 1)) @ rng.normal(size=(1, 8))
+    tuned = (base + change).astype(np.float32)
+    save_file({name: base}, "base.safetensors")
+    save_file({name: tuned}, "tuned.safetensors")
+    lt.extract("tuned.safetensors", base="base.safetensors", rank=1, output="a.safetensors", **form)  # type: ignore[arg-type]
+    lt.merge(["a.safetensors"], base="base.safetensors", output="merged.safetensors")
+    assert is_close(load_file("merged.safetensors")[name], tuned)
