@@ -19,6 +19,7 @@ from loratool.errors import UsageError, redact
 from loratool.frozen import Frozen, replace
 from loratool.ops.memory import MemoryPlan, plan_memory, plan_modules
 from loratool.options.groups import Crew, Run, Watch, Workers
+from loratool.store.places import last_name
 
 if TYPE_CHECKING:
     from loratool.engine.run import RunOptions
@@ -287,7 +288,7 @@ def recorded_name(path: Path) -> str:
 
     Without secrets; and what is no UTF-8 is escaped, since JSON readers would refuse it.
     """
-    return redact(path.name.encode("utf-8", "backslashreplace").decode())
+    return redact(last_name(path).encode("utf-8", "backslashreplace").decode())
 
 
 def content_label(source: Resolved, used: Mapping[str, Any]) -> str:

@@ -68,8 +68,9 @@ def plan_undo(
         DiskError: the folder is missing or not writable.
     """
     if path.suffix != ".safetensors":
+        right = shlex.quote(str(path.with_suffix(".safetensors")))
         raise UsageError("LT-219", "an undo file is a .safetensors file", got=str(path),
-                         hint=f"--save-undo {shlex.quote(str(path.with_suffix('.safetensors')))}")  # fmt: skip
+                         hint=f"--save-undo {right}")  # fmt: skip
     if casts:
         raise UsageError(
             "LT-250", "an undo file of weights in another type would be as large as the base",

@@ -25,6 +25,7 @@ from loratool.report.text import plural
 from loratool.store.contained import list_folder, open_inside
 from loratool.store.header import MAX_HEADER_BYTES
 from loratool.store.layout import what_lies_there
+from loratool.store.places import last_name
 from loratool.store.source import exists, find_adapter
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ def summarize(
         {8: 14}
     """
     named = source or str(path)
-    label = label or path.name or path.resolve().name
+    label = label or last_name(path)
     what = what_is(path)
     if what == "folder":
         from loratool.ops.folder import folder_rows

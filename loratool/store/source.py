@@ -14,6 +14,7 @@ from loratool.lazy import regex
 from loratool.location import HubReference
 from loratool.store.adapter_folder import find_adapter, list_adapters
 from loratool.store.contained import typed
+from loratool.store.places import last_name
 from loratool.store.rules import Reach
 
 if TYPE_CHECKING:
@@ -238,7 +239,7 @@ def resolve(
     if text and exists(str(path)):
         real = typed(path)
         origin = None if real == path else path
-        return Resolved(real, path.name or path.resolve().name, origin=origin)
+        return Resolved(real, last_name(path), origin=origin)
     refuse_token(text)
     if ":/" in text and (found := _from_store(text, kind, reach)):
         return found

@@ -54,6 +54,26 @@ def test_everything_that_changed_bytes_is_repeated(options: dict, place: Path) -
     assert report.verdict == "identical" and report.tensors == 2
 
 
+@pytest.mark.parametrize(
+    ("inside", "base", "style"), [("base", ".", "../style"), ("base/in", "..", "../../style"),
+                                  ("style", "../base", ".")],
+)  # fmt: skip
+def test_inputs_named_by_dots_are_found(
+    inside: str, base: str, style: str, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They were recorded as ``input`` and ``..``; an extracted adapter named no base."""
+    (place / inside).mkdir(exist_ok=True)
+    monkeypatch.chdir(place / inside)
+    lt.merge([style], base=base, output=place / "m")
+    monkeypatch.chdir(place)
+    assert set(json.loads(Path("m/loratool.json").read_text())["inputs"]) == {"base", "style"}
+    assert lt.verify("m").verdict == "identical"
+    monkeypatch.chdir(place / inside)
+    lt.extract(place / "m", base=base, rank=4, output=place / "x")
+    config = json.loads((place / "x" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "base"
+
+
 def test_rounding_is_taken_from_the_record_when_inputs_are_named(place: Path) -> None:
     out = merge(place, rounding="stochastic", seed=3)
     texts = [f"{place / 'style'}:0.8", str(place / "sql")]
