@@ -137,7 +137,7 @@ def _prepare(asked: Merge, operation: Operation) -> MergeJob:
     names, rest = asked.take(Names), None
     if asked.residual is not None:
         rest, names = open_residual(
-            asked.residual, asked.adapters, names, asked.dtype, asked.rounding
+            asked.residual, asked.adapters, names, access, asked.dtype, asked.rounding
         )
     is_exact = asked.exact or rest is not None
     job = prepare_merge(MergeRequest(

@@ -8,6 +8,7 @@ from typing import NoReturn
 
 from loratool.engine.grid import CPU_ELEMENTS
 from loratool.errors import UsageError
+from loratool.ops.access import Access, open_patches
 from loratool.ops.inputs import OpenedAdapter
 from loratool.ops.residual import Residual, bind_options, check_adapter, read_residual
 from loratool.ops.weights import Weight
@@ -20,6 +21,7 @@ def open_residual(
     path: str | Path,
     adapters: Sequence[str | Path | AdapterArgument],
     names: Names,
+    access: Access,
     dtype: str = "auto",
     rounding: str = "nearest",
 ) -> tuple[Residual, Names]:
@@ -36,7 +38,7 @@ def open_residual(
             "LT-237", "--residual gives the fine-tune in its own types, correctly rounded",
             hint="leave --dtype and --rounding out",
         )  # fmt: skip
-    found = read_residual(Path(path))
+    found = open_patches(path, access, read_residual)
     return found, bind_options(names, found.bind)
 
 

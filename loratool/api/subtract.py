@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from loratool.api.access import access_of
 from loratool.api.anchored import anchor, with_notes
 from loratool.api.combine import run_combine
@@ -13,6 +11,7 @@ from loratool.api.told_apart import by_weights
 from loratool.api.undo import restore_job
 from loratool.errors import MismatchError, UsageError
 from loratool.frozen import replace
+from loratool.ops.access import open_patches
 from loratool.ops.replay import merge_record
 from loratool.ops.subtract import (
     compare_with_record,
@@ -56,7 +55,7 @@ def subtract(asked: Subtract) -> SubtractReport | DifferenceReport:
         )  # fmt: skip
     if asked.undo is not None and (asked.base or asked.exact or asked.seed):
         raise UsageError("LT-251", "--undo is exact by itself, needs no base and keeps the shards")
-    opened = None if asked.undo is None else read_undo(Path(asked.undo))
+    opened = None if asked.undo is None else open_patches(asked.undo, access_of(asked), read_undo)
     check = require_reversible if opened is None and asked.base is None else None
     if opened is not None:
         check = without_replacements

@@ -111,7 +111,7 @@ def _request(
     rounding, rest = _rounding(merged, said), None
     residual = asked.residual or find_role(record, merged, "residual", "--residual", **where)
     if residual is not None:  # it knows each tensor's type, and how it was rounded
-        rest, names = open_residual(residual, inputs, names)
+        rest, names = open_residual(residual, inputs, names, access)
         rounding = rounding_args(True, "nearest", None)
     original = find_role(record, merged, ORIGINAL, **where)
     return MergeRequest(

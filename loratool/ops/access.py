@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
-from loratool.frozen import Frozen, field
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+from loratool.frozen import Frozen, field, replace
 from loratool.store.rules import FileRules
 from loratool.store.source import Resolved, resolve
+
+if TYPE_CHECKING:
+    from loratool.ops.residual import Residual
+    from loratool.ops.undo import UndoFile
+
+P = TypeVar("P", "UndoFile", "Residual")
 
 
 class Access(Frozen):
@@ -41,3 +51,18 @@ def locate(text: str, *, kind: str, access: Access) -> Resolved:
     from loratool.store.unpickled import convert_pickles
 
     return convert_pickles(resolved, beside())
+
+
+def open_patches(named: str | Path, access: Access, read: Callable[[Path], P]) -> P:
+    """Open an undo or a residual file, here or elsewhere; there its patches are read in place.
+
+    Args:
+        named: by the user.
+        access: how it may be reached.
+        read: what reads the table of the file.
+
+    Raises:
+        LoratoolError: see `loratool.store.source.resolve` and ``read``.
+    """
+    found = resolve(str(named), kind="any", offline=access.offline, yes=access.yes, in_place=True)
+    return replace(read(found.path), source=found)

@@ -69,6 +69,7 @@ class Residual(Frozen):
         adapter: files that it goes with.
         bind: options.
         config: values.
+        source: what keeps a file that lies elsewhere within reach.
     """
 
     path: Path
@@ -76,6 +77,7 @@ class Residual(Frozen):
     adapter: Mapping[str, str]
     bind: Mapping[str, bool] = field(default_factory=dict)
     config: Mapping[str, Any] = field(default_factory=dict)
+    source: object = None
 
 
 def read_residual(path: Path) -> Residual:

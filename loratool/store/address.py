@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from loratool.errors import OutputError, UsageError
+from loratool.errors import BadFileError, OutputError, UsageError
 from loratool.lazy import regex
 
 if TYPE_CHECKING:
@@ -77,8 +77,24 @@ def address_of(text: str | Path) -> Address | None:
     return Address(*path.parts)
 
 
+def refuse_elsewhere(path: Path) -> None:
+    """Refuse a small file that is not of this machine, by the address that was typed.
+
+    Raises:
+        BadFileError: LT-300.
+    """
+    if _has_scheme(path):
+        raise BadFileError("LT-300", "this file must lie here", file=Address(*path.parts),
+                           hint="fetch it first")  # fmt: skip
+
+
+def _has_scheme(path: Path) -> bool:
+    first = path.parts[0] if path.parts else ""
+    return _SCHEME.fullmatch(first) is not None and not Path(first).exists()
+
+
 def _is_of_store(path: Path) -> bool:
-    if not path.parts or not _SCHEME.fullmatch(path.parts[0]) or Path(path.parts[0]).exists():
+    if not _has_scheme(path):
         return False
     from fsspec.registry import known_implementations, registry
 

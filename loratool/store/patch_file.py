@@ -91,11 +91,13 @@ class PatchFile(Frozen, Generic[T]):
         path: the file.
         table: see `loratool.ops.undo` and `loratool.ops.residual`.
         patches: tensor name -> where its patch lies.
+        source: what keeps a file that lies elsewhere within reach.
     """
 
     path: Path
     table: T
     patches: Mapping[str, TensorRef]
+    source: object = None
 
 
 class _Made(TypedDict):

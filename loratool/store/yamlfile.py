@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 
 import yaml
 
+from loratool.store.address import refuse_elsewhere
 from loratool.store.contained import read_small, typed
 
 MAX_BYTES = 1_000_000
@@ -62,6 +63,7 @@ def read_yaml(path: Path, refuse: Refuse) -> yaml.Node | None:
         BadFileError: there is no such file.
         UnsafeContentError: it is no regular file.
     """
+    refuse_elsewhere(path)
 
     def too_large() -> NoReturn:
         refuse(f"more than {MAX_BYTES} bytes", None)

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from fsspec.implementations.memory import MemoryFileSystem
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import loratool as lt
 from loratool.cli import run
@@ -168,6 +168,43 @@ def test_a_long_header_of_gguf(made: Path, bucket: Path) -> None:
     assert far["checkpoint"] == near["checkpoint"]
     last = max(start + count for _, start, count in Buckets.reads)
     assert 600_000 > last > 400_000
+
+
+def test_an_undo_file_in_the_store(made: Path, bucket: Path, tmp_path: Path) -> None:
+    lt.merge([made / "a1"], base=made / "base", output=tmp_path / "m",
+             save_undo=bucket / "undo.safetensors")  # fmt: skip
+    for place, out in ((bucket, "near"), (FAR, "far")):
+        lt.subtract([made / "a1"], merged=tmp_path / "m", output=tmp_path / out,
+                    undo=f"{place}/undo.safetensors")  # fmt: skip
+    assert contents(tmp_path / "far") == contents(tmp_path / "near")
+    lt.subtract([f"{FAR}/a1"], merged=f"{FAR}/tuned", output=tmp_path / "all", dry_run=True,
+                undo=f"{FAR}/undo.safetensors")  # fmt: skip
+
+
+def test_a_residual_in_the_store(made: Path, bucket: Path, tmp_path: Path) -> None:
+    lt.extract(made / "tuned", base=made / "base", rank=2, output=bucket / "x",
+               save_residual=bucket / "rest.safetensors")  # fmt: skip
+    lt.merge([f"{FAR}/x"], base=f"{FAR}/base", residual=f"{FAR}/rest.safetensors",
+             output=bucket / "back")  # fmt: skip
+    tuned = {k: bytes(v.numpy()) for k, v in tensors_of(made / "tuned").items()}
+    assert {k: bytes(v.numpy()) for k, v in tensors_of(bucket / "back").items()} == tuned
+    assert lt.verify(f"{FAR}/back").verdict == "identical"
+
+
+def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
+    return {k: v for p in folder.glob("model*.safetensors") for k, v in load_file(str(p)).items()}
+
+
+@pytest.mark.parametrize("words", ["--undo", "--residual", "--module-weights", "run"])
+def test_small_inputs_that_are_not_there(
+    words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place, out = f"{FAR}/nothing.yaml", ["-o", str(tmp_path / "out")]
+    line = {"--undo": ["subtract", f"{FAR}/a1", "--from", f"{FAR}/tuned", words, place, *out],
+            "run": ["run", place]}.get(
+        words, ["merge", f"{FAR}/a1", "--base", f"{FAR}/base", words, place, *out])  # fmt: skip
+    exit_code, error, _ = refusal(line, capsys)
+    assert (exit_code, error["code"], error["file"]) == (3, "LT-300", place)
 
 
 def test_verify_finds_what_lies_beside(bucket: Path) -> None:
