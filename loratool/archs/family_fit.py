@@ -131,9 +131,8 @@ def _fit(family: Family, groups: list[_Group], total: int) -> Fit | None:
     """How well the shapes and depths agree with a family's; None if they contradict it."""
     tells = family.tells
     for template, ratio in tells.get("ratio", {}).items():
-        for group in _of(groups, family, [template]):
-            shapes = [s for s in group.shapes if len(s) > 1 and not group.place.is_part]
-            if any(shape[0] != ratio * shape[1] for shape in shapes):
+        for group in _whole(groups, templates_of(family, template)):
+            if any(len(shape) > 1 and shape[0] != ratio * shape[1] for shape in group.shapes):
                 return None
     needs = tells.get("needs", ())
     rank = LAST if needs and not _of(groups, family, needs) else tells.get("rank", 0)
@@ -162,6 +161,15 @@ def _of(groups: Iterable[_Group], family: Family, written: Iterable[str]) -> lis
     """Those whose name in the original is one of the templates."""
     templates = {t for one in written for t in templates_of(family, one)}
     return [g for g in groups if g.place.row.names["original"][0].template in templates]
+
+
+def _whole(groups: Iterable[_Group], templates: Iterable[str]) -> list[_Group]:
+    """Those that are all of one tensor of the original, called as one of the templates."""
+    names = {*templates}
+    return [
+        g for g in groups for n in g.place.holders("original")
+        if n.template in names and (n.first, n.stop) == (g.place.first, g.place.stop)
+    ]  # fmt: skip
 
 
 def _depth(prefix: str, groups: Iterable[_Group]) -> int:

@@ -91,7 +91,7 @@ TINY = (
         "num_layerwise_text_blocks": 1, "num_refiner_text_blocks": 1, "axes_dims_rope": (2, 2, 4)}),
     Tiny("anima", "CosmosTransformer3DModel", "AnimaLoraLoaderMixin", {
         "num_attention_heads": 2, "attention_head_dim": 16, "in_channels": 4, "out_channels": 4,
-        "num_layers": 2, "text_embed_dim": 8, "adaln_lora_dim": 8, "max_size": (4, 8, 8),
+        "num_layers": 2, "text_embed_dim": 16, "adaln_lora_dim": 8, "max_size": (4, 8, 8),
         "extra_pos_embed_type": None}),
     Tiny("ltx_video", "LTXVideoTransformer3DModel", "LTXVideoLoraLoaderMixin", {
         **HEADS, "in_channels": 4, "out_channels": 4, "cross_attention_dim": 16, "num_layers": 2,

@@ -174,6 +174,31 @@ def test_of_models_with_the_names_and_width_of_flux_all_depths_tell(
     assert family_of({f"transformer.{name}": (3072, 3072) for name in names}).family == family
 
 
+def test_attention_of_double_blocks_alone_is_not_taken_for_krea2() -> None:
+    """FLUX.2's has its width and names in diffusers; Krea-2's k and v are narrower."""
+    names = [f"transformer.transformer_blocks.{i}.attn.{m}" for i in range(8)
+             for m in ("to_q", "to_k", "to_v", "to_out.0")]  # fmt: skip
+    assert family_of(dict.fromkeys(names, (6144, 6144))).family == "flux2"
+    narrow = {n: (1536 if n.endswith(("to_k", "to_v")) else 6144, 6144) for n in names}
+    assert family_of(narrow).family == "krea2"
+
+
+def test_feed_forward_layers_of_flux_are_not_taken_for_mochi() -> None:
+    sizes = {"net.0.proj": (12288, 3072), "net.2": (3072, 12288)}
+    names = {f"transformer.transformer_blocks.{i}.{ff}.{end}": shape for i in range(19)
+             for ff in ("ff", "ff_context") for end, shape in sizes.items()}  # fmt: skip
+    assert family_of(names).family in ("flux1", None)
+
+
+def test_a_text_of_another_width_is_not_of_ltx_video() -> None:
+    """Anima has its width, depth and names in diffusers; its keys come from 1024 numbers."""
+    names = {f"transformer.transformer_blocks.{i}.attn{n}.{m}":
+             (2048, 1024 if n == 2 and m in ("to_k", "to_v") else 2048)
+             for i in range(28) for n in (1, 2) for m in ("to_q", "to_k", "to_v")}  # fmt: skip
+    assert family_of(names).family == "anima"
+    assert family_of(dict.fromkeys(names, (2048, 2048))).family == "ltx_video"
+
+
 def test_a_language_model_is_of_no_family() -> None:
     names = [f"model.layers.{i}.self_attn.{p}_proj" for i in range(4) for p in "qkvo"]
     assert family_of(dict.fromkeys(names, (2048, 2048))).family is None
@@ -192,9 +217,11 @@ def modules_of(name: str, size: Mapping[str, Any], naming: str) -> dict[str, tup
         depth = next((d for prefix, d in depths.items() if template.startswith(f"{prefix}.")), 2)
         for number in (0, depth - 1):
             numbers = (str(number), *"000")[: template.count("{n}")]
+            originals = {(n.first, n.stop): n.template for n in row.names["original"]}
             for one in row.names[naming]:
-                rows = ratios.get(template, 3) * width if len(row.names[naming]) == 1 else width
-                shape = (rows, width) if template in wide else ()
+                whole = originals.get((one.first, one.stop), "")
+                ratio = ratios.get(whole, 3 if len(row.names[naming]) == 1 else 1)
+                shape = (int(ratio * width), width) if template in wide else ()
                 found[row.fill(one, naming, numbers)] = shape
     return found
 
