@@ -46,7 +46,9 @@ def _text(file: Path) -> str:
 
 TOKENS = [1, 5, 9, 33, 2, 7]
 NEAR, SEEN = 1e-5, 1e-3
-OTHERS = ("router", "a trained score")  # layers that this model has not
+OTHERS = (  # layers that this model has not
+    "router", "a trained score", "shared experts", "layers beside experts", "a state-space model",
+)  # fmt: skip
 NAMES = ["", *(
     name for name, sample in SAMPLES.items()
     if isinstance(sample.source, dict) and not sample.read and name not in OTHERS
