@@ -314,7 +314,7 @@ def _place_name(item: Item, name: str, context: Context) -> Placement:
     elsewhere = place_single(item, name, context) or place_fused(item, name, context)
     if elsewhere is not None:
         return elsewhere
-    if not spec.is_matrix and context.view.get(f"{name.rpartition('.')[0]}.weight"):
+    if not spec.is_matrix and context.lookup(f"{name.rpartition('.')[0]}.weight")[0]:
         if spec.row.is_companion:
             return Found(item)
         return Misfit(item, "LT-438", expected=name, got="no such tensor")

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import loratool as lt
-from tests.oracle.in_peft import changes, make, randomise, save_base
+from tests.oracle.in_peft import changes, make, randomise, save, save_base
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
@@ -304,3 +304,20 @@ def test_extracted_as_tuned(tmp_path: Path, kind: str, head: str, keep: str) -> 
     assert not info["missing_keys"] and not info["unexpected_keys"]
     assert torch.allclose(logits(merged.eval()), wanted, atol=1e-5)
     require_one_story(tmp_path / "o", merged)
+
+
+@pytest.mark.parametrize("forward", [[], ["lm_head"]])
+def test_ia3_of_a_head_that_the_files_lack(tmp_path: Path, forward: list[str]) -> None:
+    """It scales a bias too, which such a head has not."""
+    kind = base_of(tmp_path / "base", "decoder", "tied").__class__
+    config = peft.IA3Config(target_modules=["lm_head", "q_proj"], feedforward_modules=forward)
+    wrapped = peft.get_peft_model(kind.from_pretrained(tmp_path / "base"), config)
+    save(randomise(wrapped, 1), tmp_path / "a")
+    adapted = peft.PeftModel.from_pretrained(kind.from_pretrained(tmp_path / "base").eval(),
+                                             tmp_path / "a").eval()  # fmt: skip
+    merged, _ = merged_model(tmp_path / "a", tmp_path / "base", tmp_path / "o", kind)
+    assert torch.allclose(logits(merged), logits(adapted), atol=1e-5)
+    lt.convert([tmp_path / "a"], program="vllm", base=tmp_path / "base", output=tmp_path / "v")
+    plain = peft.PeftModel.from_pretrained(kind.from_pretrained(tmp_path / "base").eval(),
+                                           tmp_path / "v").eval()  # fmt: skip
+    assert torch.allclose(logits(plain), logits(adapted), atol=1e-5)
