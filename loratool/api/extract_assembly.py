@@ -63,7 +63,6 @@ class Assembly(Frozen):
         label = resolved.repo_id or recorded_name(resolved.path)
         adapter, outcomes = assemble(
             job.plan, results, keep=job.keep, base=job.base.checkpoint, base_model=label,
-            holds_bare=job.row.table is not None,
         )  # fmt: skip
         if job.row.table is not None or not job.row.holds_whole:
             adapter, lost = self._translated(adapter)

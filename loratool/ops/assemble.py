@@ -51,7 +51,6 @@ def assemble(
     keep: Sequence[str],
     base: Checkpoint,
     base_model: str | None,
-    holds_bare: bool = False,
 ) -> tuple[Adapter, list[Outcome]]:
     """Make the adapter from the results of the steps.
 
@@ -61,7 +60,6 @@ def assemble(
         keep: ``embeddings``, ``all`` or regular expressions of tensors kept whole.
         base: the base checkpoint.
         base_model: what the adapter names as its base.
-        holds_bare: small parameters without a module are kept too; PEFT has no place for them.
 
     Raises:
         MismatchError: the checkpoints are identical, or nothing is left to write.
@@ -80,7 +78,7 @@ def assemble(
     specs = _match_mha_ranks(_complete_mha(specs, extract, base))
     specs = _match_expert_ranks(_complete_experts(specs, extract, base))
     left_out = [o.pair for o in outcomes if o.fate == "left_out"]
-    kept = [pair for pair in left_out if _is_kept(pair, keep, extract.kept, holds_bare)]
+    kept = [pair for pair in left_out if _is_kept(pair, keep, extract.kept)]
     if not specs and not kept:
         raise MismatchError(
             "LT-484",
@@ -271,9 +269,7 @@ def _pad(spec: DeltaSpec, rank: int) -> DeltaSpec:
     return with_factors(spec, left, right, rank=rank, alpha=float(rank))
 
 
-def _is_kept(pair: Pair, keep: Sequence[str], by_name: frozenset[str], holds_bare: bool) -> bool:
-    if pair.role == "bare" and not holds_bare:
-        return False
+def _is_kept(pair: Pair, keep: Sequence[str], by_name: frozenset[str]) -> bool:
     is_held = pair.base is not None  # a module that the base lacks takes no tensor
     is_usual = (pair.is_small and is_held) or pair.is_task_head
     return (
@@ -285,14 +281,15 @@ def _is_kept(pair: Pair, keep: Sequence[str], by_name: frozenset[str], holds_bar
 
 
 def _replacements(kept: Sequence[Pair], extract: ExtractPlan) -> list[Replacement]:
-    """Whole modules to save for everything but biases; every bias once one has changed."""
+    """All of a module whose weight is kept; every bias once one has changed; else the tensor."""
     everything = {p.name: p for p in (*extract.pairs, *extract.created)}
-    modules = {_module(n) for p in kept if not p.is_bias for n in extract.names_of(p)}
+    places = {n for p in kept if not p.is_bias for n in extract.names_of(p)}
+    modules = {_module(n) for n in places if n.endswith(".weight")}
     found: dict[str, Replacement] = {}
     done: set[str] = set()
     for name, pair in everything.items():
         for place in extract.names_of(pair):
-            if _module(place) in modules and not pair.is_factored:
+            if (place in places or _module(place) in modules) and not pair.is_factored:
                 found[place] = Replacement(place, pair.tuned, WHOLE)
                 done.add(name)
     if any(p.is_bias and p.name not in done for p in kept):

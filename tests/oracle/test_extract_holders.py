@@ -15,7 +15,15 @@ from torch import nn
 import loratool as lt
 from loratool.dialects import open_adapter
 from loratool.dialects.programs import judge_loads
-from tests.oracle.in_peft import NotLoadedError, Tensors, changes, distance, save_base
+from tests.oracle.in_peft import (
+    NotLoadedError,
+    Tensors,
+    changes,
+    distance,
+    load_strict,
+    merged,
+    save_base,
+)
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
@@ -186,3 +194,28 @@ def test_a_convolution_in_groups_is_not_called_a_yes(tmp_path: Path) -> None:
     save_base(change(model), tmp_path / "tuned")
     report = lt.extract(tmp_path / "tuned", base=base, output=tmp_path / "out", rank=2)
     assert next(one for one in report.loads_in if one.program == "PEFT").verdict == "unsure"
+
+
+@pytest.mark.parametrize("name", ["Mamba", "ViT"])
+def test_parameters_that_are_no_modules_weight_are_kept(name: str, tmp_path: Path) -> None:
+    """A_log of a state-space model, the class token of an image model: PEFT loads them plain."""
+    torch.manual_seed(0)
+    model = {
+        "Mamba": lambda: transformers.MambaForCausalLM(transformers.MambaConfig(
+            vocab_size=40, hidden_size=16, state_size=4, num_hidden_layers=1)),
+        "ViT": lambda: transformers.ViTForImageClassification(transformers.ViTConfig(
+            hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+            image_size=16, patch_size=8)),
+    }[name]()  # fmt: skip
+    base, tuned = save_base(model, tmp_path / "base"), copy.deepcopy(model)
+    with torch.no_grad():
+        for p in tuned.parameters():
+            p += 0.05 * torch.randn_like(p)
+    save_base(tuned, tmp_path / "tuned")
+    report = lt.extract(
+        tmp_path / "tuned", base=base, output=tmp_path / "out", rank=32, keep=["all"]
+    )
+    assert not report.left_out
+    loaded = merged(load_strict(model, tmp_path / "out", dtype=torch.float32))
+    for key, value in tuned.state_dict().items():
+        assert torch.allclose(loaded[key], value, atol=1e-5), key
