@@ -47,6 +47,8 @@ class Detached(Frozen):
         def turn(spec: DeltaSpec, env: Env) -> DeltaSpec:
             from loratool.engine.detaching import with_magnitude
 
+            if not spec.is_matrix:  # biases and norms have no rows
+                return spec
             return with_magnitude(spec, self.gains.get(spec.name), self.plan.places[spec.name], env)
 
         return replace(adapter, specs=tuple(map_specs(turn, adapter.specs, self.plan, limits)))

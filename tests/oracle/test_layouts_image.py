@@ -290,3 +290,20 @@ def test_a_base_of_scaled_fp8_is_told_in_other_names_too(form: str, tmp_path: Pa
         assert codes.dtype == torch.float8_e4m3fn
         step = np.maximum(2.0**-4 * abs(exact), 2.0**-10 * scale)  # half of an ulp of 4 bits
         assert bool(np.all(abs(codes.double().numpy() * scale - exact) <= 1.001 * step)), name
+
+
+def test_biases_and_norms_stay_beside_dora_that_the_base_settles(tmp_path: Path) -> None:
+    """They have no rows to scale; half of all is W + (W' - W)/2."""
+    stem, other = "lora_unet_double_blocks_0_img_attn_proj", "lora_unet_single_blocks_0_linear2"
+    tensors = pair(stem, H, H, ways=DOWN)
+    tensors |= {f"{stem}.dora_scale": abs(rand(H, 1, seed=3)) + 1, f"{other}.diff_b": rand(H),
+                "lora_unet_img_norm.w_norm": rand(H, seed=4)}  # fmt: skip
+    base = {"double_blocks.0.img_attn.proj.weight": rand(H, H, seed=5), "img_norm.weight":
+            rand(H, seed=6), "single_blocks.0.linear2.bias": rand(H, seed=7)}  # fmt: skip
+    path, half = write(tmp_path / "base.safetensors", base), tmp_path / "half.safetensors"
+    whole = merge(tmp_path, tensors, base)
+    lt.rescale([write(tmp_path / "s.safetensors", tensors)], 0.5, base=path, output=half)
+    got = merge(tmp_path, load_file(str(half)), base)
+    for name, old in base.items():
+        assert not np.array_equal(whole[name], old)
+        assert near(got[name], (old.astype(np.float64) + whole[name]) / 2), name
