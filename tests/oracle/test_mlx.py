@@ -260,6 +260,31 @@ def test_mlx_itself_fuses_our_file_to_our_merge(tmp_path: Path, name: str) -> No
         assert np.abs(got[key] - tensor).max() <= 2e-7, key
 
 
+def test_the_text_of_a_model_of_images_has_names_that_mlx_finds(tmp_path: Path) -> None:
+    """``model.language_model`` of transformers 5 is ``language_model.model`` there."""
+    module = "layers.0.self_attn.q_proj"
+    a = save_adapter(tmp_path / "a", {
+        f"model.language_model.{module}": (randn(2, 16, seed=1), randn(16, 2, seed=2)),
+        "lm_head": (randn(2, 16, seed=3), randn(40, 2, seed=4)),
+    })  # fmt: skip
+    lt.convert([a], to="mlx", output=tmp_path / "mlx")
+    names = {name.rpartition(".")[0] for name in load_file(tmp_path / "mlx/adapters.safetensors")}
+    assert names == {f"language_model.model.{module}", "language_model.lm_head"}
+    pytest.importorskip("mlx_lm")
+    from mlx.utils import tree_flatten
+    from mlx_lm.models import mistral3
+    from mlx_lm.tuner.utils import load_adapters
+
+    text = {"model_type": "llama", "hidden_size": 16, "intermediate_size": 8, "vocab_size": 40,
+            "num_hidden_layers": 1, "num_attention_heads": 2, "rms_norm_eps": 1e-6,
+            "tie_word_embeddings": False}  # fmt: skip
+    args = mistral3.ModelArgs.from_dict({"model_type": "mistral3", "text_config": text})
+    model = load_adapters(mistral3.Model(args), str(tmp_path / "mlx"))
+    found = dict(tree_flatten(model.parameters()))
+    for key, value in load_file(tmp_path / "mlx/adapters.safetensors").items():
+        assert np.array_equal(np.array(found[key]), value), key
+
+
 Q = "model.layers.1.self_attn.q_proj"
 FAULTS: dict[str, tuple[dict[str, Any], dict[str, tuple[int, ...] | None], str]] = {
     "incomplete": ({"num_layers": None}, {}, "no"),

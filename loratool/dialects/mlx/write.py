@@ -13,12 +13,14 @@ from loratool.dialects.factors import beyond_pairs
 from loratool.dialects.mlx import LETTERS, NAME, ROLES, WEIGHTS
 from loratool.dtypes import tensor_bytes
 from loratool.errors import MismatchError, list_some
+from loratool.frozen import replace
 from loratool.lazy import regex
 from loratool.store.reader import read_bytes
 
 _LEAVES = {role: leaf for leaf, role in ROLES.items()}
 _WORDS = {letter: word for word, letter in LETTERS.items()}
 _LAYER = regex(r"(?P<layers>(?:.+\.)?layers)\.(?P<number>\d+)\.(?P<rest>.+)", re.DOTALL)
+_INSIDE, _AS_IN_MODEL = "model.language_model.", ("gemma3n", "muse_spark")
 _EXPERT = regex(r"(?P<mlp>.+)\.experts\.(?P<number>\d+)\.(?P<leaf>\w+)", re.DOTALL)
 
 
@@ -46,6 +48,7 @@ def write(
         MismatchError: LT-411, LT-412, mlx-lm cannot hold it.
     """
     _check(adapter)
+    adapter = _named(adapter, base_config or {})
     rank = max(spec.rank for spec in adapter.specs)
     tensors: dict[str, Source] = {}
     experts: dict[str, dict[int, DeltaSpec]] = {}
@@ -62,6 +65,23 @@ def write(
     names = {name.rpartition(".")[0] for name in tensors}
     config = _config(adapter, names, base_config or {})
     return AdapterFiles(tuple(sorted(tensors.items())), {}, WEIGHTS, {CONFIG_NAME: config})
+
+
+def _named(adapter: Adapter, base_config: Mapping[str, Any]) -> Adapter:
+    """With the names that mlx-lm has where the text of a model of images lies deeper inside."""
+    is_inside = "text_config" in base_config
+    is_inside |= any(s.module.startswith(_INSIDE) for s in adapter.specs)
+    if not is_inside or base_config.get("model_type") in _AS_IN_MODEL:
+        return adapter
+    specs = (replace(s, module=_inside(s.module)) for s in adapter.specs)
+    return replace(adapter, specs=tuple(specs))
+
+
+def _inside(module: str) -> str:
+    if module.startswith(_INSIDE):
+        return f"language_model.model.{module.removeprefix(_INSIDE)}"
+    is_text = module == "lm_head" or module.startswith(("model.layers.", "model.embed_tokens"))
+    return f"language_model.{module}" if is_text else module
 
 
 def _check(adapter: Adapter) -> None:
