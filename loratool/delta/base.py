@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
@@ -49,6 +49,24 @@ class Loaded(Frozen):
         return (wide * self.coefficient, 1.0) if self.fold else (wide, self.coefficient)
 
 
+class Product(Frozen):
+    """factor · left @ right, somewhere in a matrix.
+
+    Attributes:
+        left: (m, r).
+        right: (r, n), the same type and device.
+        factor: of the product.
+        top: first row of the matrix that it is added to.
+        side: first column.
+    """
+
+    left: torch.Tensor
+    right: torch.Tensor
+    factor: float
+    top: int = 0
+    side: int = 0
+
+
 class Delta(ABC):
     """A change of one (rows, cols) matrix, with its tensors.
 
@@ -84,6 +102,10 @@ class Delta(ABC):
             c0: first column.
             c1: one past the last column.
         """
+
+    def products(self) -> Sequence[Product] | None:
+        """What `add_to` adds, where that is products of factors in rectangles; None otherwise."""
+        return None
 
     def add_size(
         self, acc: torch.Tensor, base: torch.Tensor, r0: int, r1: int, c0: int, c1: int

@@ -8,7 +8,7 @@ from functools import cached_property
 import torch
 
 from loratool.adapter import DeltaSpec
-from loratool.delta.base import Delta, Loaded
+from loratool.delta.base import Delta, Loaded, Product
 from loratool.linalg.exact import product_terms
 from loratool.plan import DeltaPart
 
@@ -41,11 +41,13 @@ class LowRank(Delta):
             left, right = left.to(acc.dtype), right.to(acc.dtype)
         acc.addmm_(left, right, alpha=self.coefficient)
 
+    def products(self) -> list[Product]:
+        """The one."""
+        return [Product(self.left, self.right, self.coefficient)]
+
     @cached_property
     def _lengths(self) -> tuple[torch.Tensor, torch.Tensor]:
-        return torch.linalg.vector_norm(self.left, dim=1), torch.linalg.vector_norm(
-            self.right, dim=0
-        )
+        return lengths(self.left, self.right)
 
     def add_size(
         self, acc: torch.Tensor, base: torch.Tensor, r0: int, r1: int, c0: int, c1: int
@@ -90,6 +92,11 @@ class LowRank(Delta):
     def to(self, device: torch.device) -> None:
         """Moves both factors."""
         self.left, self.right = self.left.to(device), self.right.to(device)
+
+
+def lengths(left: torch.Tensor, right: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Euclidean lengths of the rows of one factor and of the columns of the other."""
+    return torch.linalg.vector_norm(left, dim=1), torch.linalg.vector_norm(right, dim=0)
 
 
 def build(given: Loaded) -> LowRank:

@@ -7,7 +7,8 @@ from functools import partial
 
 import torch
 
-from loratool.delta.base import Delta
+from loratool.delta.base import Delta, Product
+from loratool.frozen import replace
 from loratool.plan import Region, Span
 
 
@@ -93,6 +94,14 @@ class Placed(Delta):
     ) -> None:
         """Adds to the part of the block that lies in the region."""
         self._inside(self.inner.add_to, acc, base, r0, r1, c0, c1)
+
+    def products(self) -> list[Product] | None:
+        """Those of the inner delta, moved, where the region is a rectangle."""
+        found = self.inner.products()
+        if found is None or not (self._rows.plain and self._cols.plain):
+            return None
+        top, side = self._rows.spans[0].start, self._cols.spans[0].start
+        return [replace(one, top=one.top + top, side=one.side + side) for one in found]
 
     def add_size(
         self, acc: torch.Tensor, base: torch.Tensor, r0: int, r1: int, c0: int, c1: int

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Sequence
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -100,16 +99,6 @@ class Cut:
         self.shapes = [(block.r1 - block.r0, block.c1 - block.c0) for block in piece]
         parts = torch.split_with_sizes(values.view(-1), [block.numel for block in piece])
         self.blocks = [part.view(shape) for part, shape in zip(parts, self.shapes, strict=True)]
-
-    @cached_property
-    def bits(self) -> np.ndarray[Any, Any]:
-        """All of them as signed integers of the same size; on the CPU only."""
-        return bits_of(self.values)
-
-    @cached_property
-    def unsigned(self) -> np.ndarray[Any, Any]:
-        """The same without a sign."""
-        return self.bits.view(f"u{self.bits.itemsize}")
 
 
 class Scratch(threading.local):

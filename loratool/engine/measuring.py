@@ -53,13 +53,16 @@ class Sample:
     Args:
         view: of the tensor.
         elements: block size of the grid.
+
+    Attributes:
+        stride: of the tensor's rows, those that it divides are kept of a block.
     """
 
     def __init__(self, view: tuple[int, int], elements: int) -> None:
-        self._stride = self._block_stride = 1
+        self.stride = self._block_stride = 1
         if view[0] * view[1] > MEASURED_WHOLE:
             count = grid.count_blocks(view, elements)
-            self._stride, self._block_stride = _STRIDE, max(2, -(-count // _BLOCKS))
+            self.stride, self._block_stride = _STRIDE, max(2, -(-count // _BLOCKS))
         self._kept: dict[int, tuple[torch.Tensor, ...]] = {}
 
     def takes(self, index: int) -> bool:
@@ -78,11 +81,17 @@ class Sample:
             acc: the same shape, accumulator type, as the next one on the same device.
             out: the numbers that are written.
         """
-        rows = slice(-first % self._stride, None, self._stride)
-        if self.takes(index) and rows.start < base.shape[0]:
-            self._kept[index] = tuple(
-                one[rows].clone(memory_format=torch.contiguous_format) for one in (base, acc, out)
+        rows = slice(-first % self.stride, None, self.stride)
+        if self.takes(index):
+            contiguous = torch.contiguous_format
+            self.put(
+                index, *(one[rows].clone(memory_format=contiguous) for one in (base, acc, out))
             )
+
+    def put(self, index: int, base: torch.Tensor, acc: torch.Tensor, out: torch.Tensor) -> None:
+        """Keep the rows of a block that `takes` names: those that `stride` divides, none maybe."""
+        if len(base):
+            self._kept[index] = base, acc, out
 
     def measure(self, scale: float, target: torch.dtype | None, unit: float = 1.0) -> Measured:
         """Look at the rows, in their order; they are let go.

@@ -189,12 +189,17 @@ class Exact(Nearest):
         error.copy_(inputs[0]).abs_()
         for delta in self.singles:
             delta.add_size(error, acc, block.r0, block.r1, block.c0, block.c1)
-        unit = _share(self.singles) * _SINGLE_UNIT
+        unit = self.single_unit
         torch.add(acc, error, alpha=unit, out=upper)
         torch.sub(acc, error, alpha=unit, out=error)
         out.copy_(error)
         high.copy_(upper)
         return differing(out, high)
+
+    @property
+    def single_unit(self) -> float:
+        """By how much of Σ|terms| a sum of `singles` may be off."""
+        return _share(self.singles or ()) * _SINGLE_UNIT
 
     def look_again(
         self, block: grid.Block, inputs: Sequence[torch.Tensor], out: torch.Tensor,
